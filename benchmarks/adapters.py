@@ -156,7 +156,7 @@ def write_file(work: Path, megabytes: int) -> None:
         return torch.randn(*shape, generator=g).bfloat16()
 
     pairs = {n: Pair(noise(rank, m.in_features), noise(m.out_features, rank), 1.0) for n, m in modules.items()}
-    peft.write(Adapter(pairs, card=Card(kind="image")), work / "adapter")
+    peft.write_folder(Adapter(pairs, card=Card(kind="image")), work / "adapter")
     tensors = load_file(work / "adapter" / "adapter_model.safetensors")
     save_file(
         {n.replace("base_model.model.", "transformer."): t for n, t in tensors.items()}, work / "diffusers.safetensors"
@@ -186,7 +186,7 @@ def side_veneer(work: Path) -> float:
     net = flux()
 
     def load() -> None:
-        adapter = peft.read(work / "adapter")
+        adapter = peft.read_folder(work / "adapter")
         with attach(net) as attached:
             attached.add("a", adapter)
             attached.use("a")

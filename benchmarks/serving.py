@@ -235,9 +235,9 @@ def cold_loads(base: Any, work: Path, n: int) -> dict[str, float]:
     disk, memory = [], []
     for i in range(n):
         folder = work / f"cold{i}"
-        peft.write(some_adapter(base, 9000 + i), folder, base_name=base.name, base=base.model)
+        peft.write_folder(some_adapter(base, 9000 + i), folder, base_name=base.name, base=base.model)
         start = time.perf_counter()
-        adapter = peft.load(folder, base.model).adapter
+        adapter = peft.load_folder(folder, base.model).adapter
         read = time.perf_counter()
         runner.prepare(adapter, "x")
         end = time.perf_counter()
@@ -265,7 +265,7 @@ def export(work: Path) -> None:
     base.model.save_pretrained(work / "base")
     base.tokenizer.save_pretrained(work / "base")
     for i in range(ADAPTERS):
-        peft.write(some_adapter(base, i), work / f"a{i}", base_name=str(work / "base"), base=base.model)
+        peft.write_folder(some_adapter(base, i), work / f"a{i}", base_name=str(work / "base"), base=base.model)
 
 
 def side_peft(work: Path, quick: bool) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def make_adapters(base_name: str, work: Path) -> None:
         for pair in adapter.pairs.values():
             pair.B = torch.randn(pair.B.shape, generator=torch.Generator().manual_seed(i)) * 0.005
         adapter.card = Card(base=base.name, base_fingerprint=base.fingerprint)
-        peft.write(adapter, work / "adapters" / f"a{i}")
+        peft.write_folder(adapter, work / "adapters" / f"a{i}")
 
 
 @contextmanager

@@ -38,7 +38,7 @@ class Place:
         made = roomy(tiny_base_dir(folder))
         made.rename(folder / "smollm2-135m")
         base = load_text(str(folder / "smollm2-135m"))
-        peft.write(adapter_for(base, 1), folder / "runs" / "quickstart")
+        peft.write_folder(adapter_for(base, 1), folder / "runs" / "quickstart")
         (folder / "bin").mkdir()
         program = folder / "bin" / "veneer"
         program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "from veneer.cli.main import main; main()" "$@"\n')

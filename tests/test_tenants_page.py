@@ -77,7 +77,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     roomy(tiny_base_dir(tmp_path)).rename(tmp_path / "smollm2-135m")
     base = load_text(str(tmp_path / "smollm2-135m"))
     for seed, name in enumerate(("quickstart", "second", "third", "acme")):
-        peft.write(adapter_for(base, seed), tmp_path / "runs" / name)
+        peft.write_folder(adapter_for(base, seed), tmp_path / "runs" / name)
     for name in [n for n in os.environ if n.startswith("VENEER_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))

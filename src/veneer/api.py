@@ -141,7 +141,7 @@ def evaluate(
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base: TextBase) -> Path:
     """Writes an adapter as PEFT's two files and a card that names `base`, whole or not at all. Returns the folder."""
     card = replace(adapter.card, base=base.name, base_fingerprint=base.fingerprint)
-    peft.write(replace(adapter, card=card), os.fspath(folder), base_name=base.name, base=base.model)
+    peft.write_folder(replace(adapter, card=card), os.fspath(folder), base_name=base.name, base=base.model)
     return Path(folder)
 
 

@@ -112,7 +112,7 @@ def saved(tmp_path):
         adapter = random_adapter(create(net, spec, seed=0))
         net.save_pretrained(tmp_path / "base", max_shard_size=shard)
         (tmp_path / "base" / "tokenizer.json").write_text("{}", encoding="utf-8")
-        peft.write(adapter, tmp_path / "a", base=net)
+        peft.write_folder(adapter, tmp_path / "a", base=net)
         return net, adapter
 
     return make
@@ -178,7 +178,7 @@ def test_a_diffusers_folder_is_merged_by_component(tmp_path):
             torch.rand(2, 4), torch.rand(5, 2), 2.0
         ),  # as transformers 4 has it
     }
-    peft.write(Adapter(pairs), tmp_path / "a")
+    peft.write_folder(Adapter(pairs), tmp_path / "a")
     merge_shards(base, [str(tmp_path / "a")], tmp_path / "out")
     for part, key, name in zip(W, ("blocks.0.to_q.weight", "encoder.fc1.weight"), pairs, strict=True):
         got = Checkpoint(tmp_path / "out" / part).tensor(key)
@@ -191,7 +191,7 @@ def test_all_that_does_not_fit_the_files_is_listed_and_nothing_is_written(saved,
     saved("tied embedding")
     bad = Adapter({"model.layers.0.nope": Pair(torch.rand(2, 4), torch.rand(6, 2), 1.0),
                    "model.layers.0.mlp.down_proj": Pair(torch.rand(2, 4), torch.rand(6, 2), 1.0)})  # fmt: skip
-    peft.write(bad, tmp_path / "bad")
+    peft.write_folder(bad, tmp_path / "bad")
     with pytest.raises(AdapterError, match="3 problems") as error:
         merge_shards(tmp_path / "base", [str(tmp_path / "a"), str(tmp_path / "bad")], tmp_path / "out")
     for words in ("the head shares this weight", "no such weight", "it changes (6, 4)"):

@@ -14,8 +14,8 @@ from veneer.core.adapter import Adapter, Card, Pair
 from veneer.errors import AdapterError, BaseError, ConfigError
 from veneer.files.weights import Checkpoint
 from veneer.formats import peft
-from veneer.formats.blocks import LBW, block_of, parse_blocks
 from veneer.formats.card import read_card
+from veneer.formats.strengths import LBW, block_of, parse_blocks
 
 NAMES = ["model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.1.mlp"]
 
@@ -38,21 +38,21 @@ def two(tmp_path: Path) -> tuple[Adapter, Adapter, str, str]:
     a, b = adapter(0, 3, base="tiny", licence="MIT", trigger_words="x"), adapter(100, 2, NAMES[1:], base="tiny")
     a.card.trigger_words, b.card.trigger_words = ["sks"], ["zwx"]
     for x, name in ((a, "a"), (b, "b")):
-        peft.write(x, tmp_path / name)
+        peft.write_folder(x, tmp_path / name)
     return a, b, str(tmp_path / "a"), str(tmp_path / "b")
 
 
 def test_a_mix_is_the_sum_and_its_card_has_parents_recipe_and_errors(two, tmp_path):
     a, b, fa, fb = two
     made = mix_adapters([f"{fa}:0.8", f"{fb}:-0.5"], tmp_path / "m")
-    out = peft.read(tmp_path / "m")
+    out = peft.read_folder(tmp_path / "m")
     for name in NAMES:
         want = 0.8 * delta(a, name) - (0.5 * delta(b, name) if name in b.pairs else 0)
         torch.testing.assert_close(delta(out, name), want, rtol=0, atol=1e-5)
     assert made.error < 1e-6
     card = read_card(tmp_path / "m")
     assert card.digest == made.digest == out.digest()
-    assert card.card.parents == [peft.read(fa).digest(), peft.read(fb).digest()]
+    assert card.card.parents == [peft.read_folder(fa).digest(), peft.read_folder(fb).digest()]
     assert card.card.recipe["strengths"] == {fa: 0.8, fb: -0.5}
     assert (card.card.base, card.card.trigger_words, card.card.licence) == ("tiny", ["sks", "zwx"], "MIT")
     assert card.card.metrics["error"] == made.error
@@ -79,7 +79,7 @@ def test_what_is_asked_for_must_make_sense(two, tmp_path):
 
 def test_adapters_of_different_bases_do_not_mix(tmp_path):
     for i in range(2):
-        peft.write(adapter(i, base="tiny", base_fingerprint=f"sha256:{i}"), tmp_path / str(i))
+        peft.write_folder(adapter(i, base="tiny", base_fingerprint=f"sha256:{i}"), tmp_path / str(i))
     with pytest.raises(AdapterError, match="different bases"):
         mix_adapters([str(tmp_path / "0"), str(tmp_path / "1")], tmp_path / "m")
 
@@ -88,12 +88,12 @@ def test_resize_keeps_its_bound_and_reports_the_true_error(two, tmp_path):
     a, _, fa, _ = two
     for i, bound in enumerate(({"rank": 1}, {"error": 0.4}, {"energy": 0.8})):
         made = resize(fa, tmp_path / str(i), **bound)
-        out = peft.read(tmp_path / str(i))
+        out = peft.read_folder(tmp_path / str(i))
         off = sum(float((delta(out, n) - delta(a, n)).square().sum()) for n in NAMES) ** 0.5
         size = sum(float(delta(a, n).square().sum()) for n in NAMES) ** 0.5
         assert made.error == pytest.approx(off / size, rel=1e-4)
         assert off / size <= {"rank": 1.0, "error": 0.4, "energy": 0.2**0.5}[next(iter(bound))]
-    assert {p.rank for p in peft.read(tmp_path / "0").pairs.values()} == {1}
+    assert {p.rank for p in peft.read_folder(tmp_path / "0").pairs.values()} == {1}
 
 
 def models(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -117,7 +117,7 @@ def models(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
 def test_an_adapter_is_extracted_from_two_models_and_what_has_no_place_is_listed(tmp_path):
     base, tuned = models(tmp_path)
     made = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "x", rank=4, prefix="unet.")
-    out = peft.read(tmp_path / "x")
+    out = peft.read_folder(tmp_path / "x")
     assert sorted(out.pairs) == ["conv", "layers.0.w", "layers.1.w"], "a PEFT folder has the model's own names"
     assert sorted(made.parts) == ["unet.conv", "unet.layers.0.w", "unet.layers.1.w"]
     assert [line.partition(":")[0] for line in made.left] == ["norm.weight"]
@@ -169,7 +169,7 @@ def test_two_adapters_are_compared_module_by_module(two):
 def test_strength_by_block_is_exact_and_reported(two, tmp_path):
     a, _, fa, _ = two
     report = strength(fa, tmp_path / "s", blocks="layers.1=0.5, mlp=0")
-    out = peft.read(tmp_path / "s")
+    out = peft.read_folder(tmp_path / "s")
     assert sorted(out.pairs) == sorted(NAMES[:2])
     assert torch.equal(out.pairs[NAMES[1]].A, a.pairs[NAMES[1]].A)
     assert out.pairs[NAMES[1]].scale == 0.5 * a.pairs[NAMES[1]].scale

@@ -94,8 +94,8 @@ def test_adapters_are_found_as_paths_in_runs_and_in_the_library(
     monkeypatch.chdir(tmp_path)
     adapter, other = adapter_for(base), adapter_for(base, 2)
     for place in ["plain", "run/adapter"]:
-        peft.write(adapter, tmp_path / place)
-    peft.write(other, tmp_path / "second")
+        peft.write_folder(adapter, tmp_path / place)
+    peft.write_folder(other, tmp_path / "second")
     assert adapter_path("plain") == Path("plain")
     assert adapter_path("run") == Path("run/adapter")
     with pytest.raises(AdapterError, match=r"did you mean plain\?") as caught:
@@ -120,7 +120,7 @@ def test_adapters_are_found_as_paths_in_runs_and_in_the_library(
 
 def test_the_base_of_an_adapter_is_what_its_card_says_or_pefts_config(tmp_path: Path, base: TextBase) -> None:
     folder = tmp_path / "a"
-    peft.write(adapter_for(base, base="some/base"), folder)
+    peft.write_folder(adapter_for(base, base="some/base"), folder)
     assert base_of(str(folder)) == "some/base"
     (folder / "veneer.json").unlink()
     assert base_of(str(folder)) == "some/base"
@@ -140,8 +140,8 @@ def test_what_is_attached_acts_like_the_adapters_in_memory(tmp_path: Path, base:
         by_hand.add("two", two)
         by_hand.use(("one", 0.5), ("two", -1.0))
         expected = base.model(IDS).logits
-    peft.write(one, tmp_path / "one")
-    peft.write(two, tmp_path / "two")
+    peft.write_folder(one, tmp_path / "one")
+    peft.write_folder(two, tmp_path / "two")
     with attach_adapters(base, [f"{tmp_path / 'one'}:0.5", (str(tmp_path / "two"), -1.0)]) as attachment:
         assert torch.equal(base.model(IDS).logits, expected)
         assert set(attachment.adapters) == {str(tmp_path / "one"), str(tmp_path / "two")}
@@ -168,7 +168,7 @@ def test_an_adapter_of_another_layout_acts_the_same(tmp_path: Path, base: TextBa
 
 
 def test_another_base_with_other_shapes_is_never_right(tmp_path: Path, base: TextBase) -> None:
-    peft.write(adapter_for(base), tmp_path / "a")
+    peft.write_folder(adapter_for(base), tmp_path / "a")
     other = other_base(tmp_path, hidden_size=64, num_hidden_layers=1)
     for allowed in (False, True):
         with pytest.raises(MismatchError) as caught:
@@ -183,7 +183,7 @@ def test_another_base_with_other_shapes_is_never_right(tmp_path: Path, base: Tex
 
 
 def test_another_base_of_the_same_shapes_needs_a_word(tmp_path: Path, base: TextBase) -> None:
-    peft.write(adapter_for(base), tmp_path / "a")
+    peft.write_folder(adapter_for(base), tmp_path / "a")
     other = other_base(tmp_path, initializer_range=0.3)
     with pytest.raises(MismatchError, match="--allow-other-base") as caught:
         load_adapter(other, str(tmp_path / "a"))
@@ -194,14 +194,14 @@ def test_another_base_of_the_same_shapes_needs_a_word(tmp_path: Path, base: Text
 
 
 def test_an_adapter_without_a_fingerprint_is_checked_by_shape_alone(tmp_path: Path, base: TextBase) -> None:
-    peft.write(adapter_for(base, base="", base_fingerprint=""), tmp_path / "a")
+    peft.write_folder(adapter_for(base, base="", base_fingerprint=""), tmp_path / "a")
     load_adapter(base, str(tmp_path / "a"))
     with pytest.raises(AdapterError, match=r"model\.layers\.0"):
         load_adapter(other_base(tmp_path, hidden_size=64), str(tmp_path / "a"))
 
 
 def test_nothing_is_attached_when_one_of_several_is_wrong(tmp_path: Path, base: TextBase) -> None:
-    peft.write(adapter_for(base), tmp_path / "good")
+    peft.write_folder(adapter_for(base), tmp_path / "good")
     before = [type(m) for m in base.model.modules()]
     for bad in ("missing", f"{tmp_path / 'good'}:2"):
         with pytest.raises((AdapterError, ConfigError)):
@@ -211,7 +211,7 @@ def test_nothing_is_attached_when_one_of_several_is_wrong(tmp_path: Path, base: 
 
 
 def test_a_pickled_adapter_is_not_opened(tmp_path: Path, base: TextBase) -> None:
-    peft.write(adapter_for(base), tmp_path / "a")
+    peft.write_folder(adapter_for(base), tmp_path / "a")
     (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
     with pytest.raises(UnsafeFileError):
         load_adapter(base, str(tmp_path / "a"))

@@ -119,7 +119,7 @@ def test_metadata_that_name_another_family_are_believed_where_all_fits(load: Any
 def test_text_and_image_adapters_are_not_taken_for_each_other(load: Any, tmp_path: Path) -> None:
     image, text = load("sdxl"), load_text(str(tiny_base_dir(tmp_path)))
     made = create(text.model, LoraSpec(rank=2, alpha=2, targets=("q_proj",)), seed=0)
-    peft.write(made, str(tmp_path / "text"), base_name="t", base=text.model)
+    peft.write_folder(made, str(tmp_path / "text"), base_name="t", base=text.model)
     with pytest.raises(MismatchError, match="this is a text adapter, the base is SDXL"):
         load_adapter(image, str(tmp_path / "text"))
     convert.write(adapter_for(image, "sdxl"), tmp_path / "image.safetensors", "kohya", family="sdxl")

@@ -34,7 +34,7 @@ def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     untrained = create(text.model, LoraSpec(rank=4, alpha=8, targets=("q_proj", "down_proj"), rslora=True), seed=0)
     card = Card(base=text.name, base_fingerprint=text.fingerprint, metrics={"loss": 0.5})
     for name, adapter in {"a": random_adapter(untrained), "zero": untrained}.items():
-        peft.write(replace(adapter, card=card), folder / name, base=text.model)
+        peft.write_folder(replace(adapter, card=card), folder / name, base=text.model)
     return folder
 
 
@@ -58,9 +58,9 @@ def test_inspect_needs_no_base_and_says_what_is_in_it(capsys, made):
     found = json.loads(run(capsys, "inspect", made / "a", "--json"))
     assert (found["pairs"], found["ranks"], found["rslora"], found["dora"]) == (4, {"4": 4}, True, False)
     assert found["scales"] == {"4": 4}  # 8/√4
-    assert found["digest"] == peft.read(made / "a").digest()
+    assert found["digest"] == peft.read_folder(made / "a").digest()
     target = found["targets"]["q_proj"]
-    pairs = [p for n, p in peft.read(made / "a").pairs.items() if n.endswith("q_proj")]
+    pairs = [p for n, p in peft.read_folder(made / "a").pairs.items() if n.endswith("q_proj")]
     norm = sum(float((p.scale * p.B.double() @ p.A.double()).square().sum()) for p in pairs) ** 0.5
     assert target["delta_norm"] == pytest.approx(norm, rel=1e-9)
     assert (target["count"], target["kind"]) == (2, "linear")
@@ -132,7 +132,9 @@ def test_verify_sees_another_base(capsys, made, tmp_path):
 
 
 def test_verify_sees_names_and_shapes_that_do_not_fit(capsys, base, tmp_path):
-    peft.write(linear_pairs(["model.layers.0.self_attn.q_proj", "model.layers.7.self_attn.q_proj"]), tmp_path / "a")
+    peft.write_folder(
+        linear_pairs(["model.layers.0.self_attn.q_proj", "model.layers.7.self_attn.q_proj"]), tmp_path / "a"
+    )
     detail = failures(capsys, str(tmp_path / "a"), "--base", str(base))["fits"]
     assert "the base needs" in detail
     assert "model.layers.7.self_attn.q_proj: no such module" in detail
@@ -146,7 +148,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def test_merge_writes_a_model_that_computes_what_the_mix_does(capsys, made, base, tmp_path):
     text = load_text(str(base), dtype="float32")
     before = {n: t.clone() for n, t in text.model.state_dict().items()}
-    adapter = peft.read(made / "a")
+    adapter = peft.read_folder(made / "a")
     with attach(text.model) as attachment:
         attachment.add("a", adapter)
         attachment.use(("a", 0.5))
@@ -194,8 +196,8 @@ def test_mistakes_end_with_2_and_leave_nothing(capsys, made, base, tmp_path, arg
 
 def test_merge_refuses_the_adapter_of_another_base_unless_told(capsys, base, made, tmp_path):
     text = load_text(str(base))
-    adapter = replace(peft.read(made / "a"), card=Card(base="org/other", base_fingerprint="sha256:other"))
-    peft.write(adapter, tmp_path / "a", base=text.model)
+    adapter = replace(peft.read_folder(made / "a"), card=Card(base="org/other", base_fingerprint="sha256:other"))
+    peft.write_folder(adapter, tmp_path / "a", base=text.model)
     said = run(capsys, "merge", tmp_path / "a", "--base", base, "-o", tmp_path / "m", code=2)
     assert "sha256:other" in said
     assert text.fingerprint in said
@@ -227,7 +229,7 @@ def test_an_adapter_of_everything_is_described(capsys, tmp_path):
         {"norm": {"weight": torch.ones(4)}},
         card=Card(licence="mit"),
     )
-    peft.write(adapter, tmp_path / "a")
+    peft.write_folder(adapter, tmp_path / "a")
     raw = json.loads((tmp_path / "a" / "veneer.json").read_text()) | {"mood": "good"}
     (tmp_path / "a" / "veneer.json").write_text(json.dumps(raw))
     text = run(capsys, "inspect", tmp_path / "a")

@@ -88,7 +88,7 @@ def test_gguf_takes_what_it_needs_from_the_base(tmp_path, capsys):
     heads = config["num_attention_heads"]
     width = config["hidden_size"]
     pair = Pair(numbers((2, width), "A"), numbers((width, 2), "B"), 0.3)
-    peft.write(Adapter({"model.layers.0.self_attn.q_proj": pair}), tmp_path / "it")
+    peft.write_folder(Adapter({"model.layers.0.self_attn.q_proj": pair}), tmp_path / "it")
     out = tmp_path / "it.gguf"
     arguments = ("adapter", "convert", str(tmp_path / "it"), "--to", "gguf", "-o", str(out))
     assert "--base" in run(capsys, *arguments).err

@@ -25,7 +25,7 @@ def here(tmp_path, monkeypatch):
     """A folder with the adapters and models that the page names."""
     monkeypatch.chdir(tmp_path)
     for i, name in enumerate(("style", "product")):
-        peft.write(linear_pairs(NAMES, rank=2, width=8, seed=i), tmp_path / "runs" / name)
+        peft.write_folder(linear_pairs(NAMES, rank=2, width=8, seed=i), tmp_path / "runs" / name)
     weights = {f"{n}.weight": torch.rand(8, 8) for n in NAMES}
     for name, by in (("base-model", 1.0), ("tuned-model", 1.1)):
         (tmp_path / name).mkdir()

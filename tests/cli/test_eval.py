@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for pair in adapter.pairs.values():
         pair.B.fill_(0.1)
     adapter.card.base, adapter.card.base_fingerprint = str(folder / "tiny-base"), base.fingerprint
-    peft.write(adapter, folder / "mine", base_name=str(folder / "tiny-base"), base=base.model)
+    peft.write_folder(adapter, folder / "mine", base_name=str(folder / "tiny-base"), base=base.model)
     rows = [{"prompt": f"Ticket {i}", "completion": json.dumps({"team": "it"})} for i in range(5)]
     (folder / "held.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder

@@ -105,7 +105,7 @@ def test_adapters_act_by_strength_and_bring_their_base(
 
     specs = [f"{tmp_path / 'a'}:0.5", str(tmp_path / "b")]
     for seed, name in enumerate("ab"):
-        peft.write(adapter_for(base, seed), tmp_path / name)
+        peft.write_folder(adapter_for(base, seed), tmp_path / name)
     with attach_adapters(base, specs):
         expected = texts(base, [chat_of("hi")], max_new_tokens=12)[0]
     ran = run(capsys, "generate", "hi", "-a", specs[0], "-a", specs[1], "-n", "12")  # no --base: the adapter's own
@@ -120,7 +120,7 @@ def test_adapters_act_by_strength_and_bring_their_base(
 
 
 def test_an_adapter_of_another_base_needs_a_word(capsys: Any, folder: Path, base: TextBase, tmp_path: Path) -> None:
-    peft.write(adapter_for(base, base_fingerprint="sha256:other"), tmp_path / "a")
+    peft.write_folder(adapter_for(base, base_fingerprint="sha256:other"), tmp_path / "a")
     ask = ["generate", "hi", "--base", str(folder), "-a", str(tmp_path / "a"), "-n", "3"]
     ran = run(capsys, *ask)
     assert ran.code == 2

@@ -31,7 +31,7 @@ def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     for n in (1, 2):
         pair = Pair(torch.full((2, 3), float(n)), torch.ones(4, 2), 1.0)
         card = Card(base="org/Base", rank=2, alpha=2.0, targets=["q"], trigger_words=["hello"])
-        peft.write(Adapter({"model.q": pair}, card=card), tmp_path / f"runs/{n}")
+        peft.write_folder(Adapter({"model.q": pair}, card=card), tmp_path / f"runs/{n}")
         out.append(tmp_path / f"runs/{n}")
     return out
 

@@ -38,7 +38,7 @@ def hostile(tmp_path: Path) -> list[Path]:
     good, bad, folder = tmp_path / "good.safetensors", tmp_path / "bad.safetensors", tmp_path / "folder"
     good.write_bytes(b"".join(encode_tensors(pair, metadata)))
     bad.write_bytes(b"".join(encode_tensors(pair | stray, metadata)))
-    peft.write(linear_pairs(["a.q_proj"]), folder)
+    peft.write_folder(linear_pairs(["a.q_proj"]), folder)
     config = json.loads((folder / peft.CONFIG_FILE).read_text())
     (folder / peft.CONFIG_FILE).write_text(json.dumps(config | {EVIL: EVIL, "base_model_name_or_path": EVIL}))
     return [good, bad, folder]

@@ -22,7 +22,7 @@ from veneer.files.safetensors import write_tensors
 from veneer.formats import peft
 from veneer.formats.convert import encode, write
 from veneer.formats.peft_config import CONVERTIBLE, NO_WEIGHTS, way_of
-from veneer.formats.read import read, read_state
+from veneer.formats.read import read, read_state_dict
 from veneer.formats.topology import families
 
 SD15 = families()["sd15"]
@@ -75,7 +75,7 @@ def test_the_verdict_comes_first_and_the_exit_code_is_its(tmp_path, capsys):
 
 def test_partial_is_advised_only_where_something_is_left():
     with pytest.raises(AdapterError) as refusal:
-        read_state({"x.lora_down.weight": torch.ones(2, 4)}, {})
+        read_state_dict({"x.lora_down.weight": torch.ones(2, 4)}, {})
     assert refusal.value.fix is None
 
 
@@ -84,20 +84,20 @@ SWAPPED = {f"{TO_Q}.lora_A.weight": torch.ones(320, 4), f"{TO_Q}.lora_B.weight":
 
 def test_swapped_factors_are_named():
     with pytest.raises(AdapterError, match=r"rank 320 on a weight of 4 × 4: A and B have changed places"):
-        read_state(SWAPPED, {})
+        read_state_dict(SWAPPED, {})
     right = {f"{TO_Q}.lora_A.weight": torch.ones(4, 320), f"{TO_Q}.lora_B.weight": torch.ones(320, 4)}
-    assert read_state(right, {}).adapter.pairs[TO_Q].rank == 4
+    assert read_state_dict(right, {}).adapter.pairs[TO_Q].rank == 4
 
 
 def test_a_rank_that_the_file_says_is_taken_at_its_word(tmp_path):
-    assert read_state(SWAPPED, {"ss_network_dim": "320"}).adapter.pairs[TO_Q].rank == 320
+    assert read_state_dict(SWAPPED, {"ss_network_dim": "320"}).adapter.pairs[TO_Q].rank == 320
     tiny = linear_pairs(["a.q_proj"], rank=9, width=4)
-    peft.write(tiny, tmp_path / "a")
+    peft.write_folder(tiny, tmp_path / "a")
     assert read(tmp_path / "a").adapter.digest() == tiny.digest()
 
 
 def test_swapped_factors_of_a_peft_folder_are_named(tmp_path):
-    peft.write(linear_pairs(["a.q_proj"], rank=2, width=6), tmp_path / "a")
+    peft.write_folder(linear_pairs(["a.q_proj"], rank=2, width=6), tmp_path / "a")
     swapped = {
         "base_model.model.a.q_proj.lora_A.weight": torch.ones(6, 2),
         "base_model.model.a.q_proj.lora_B.weight": torch.ones(2, 6),
@@ -202,7 +202,7 @@ def test_what_kind_it_is_is_called_by_its_name(tmp_path, capsys):
 
 
 def test_a_configuration_of_a_million_entries_is_refused(tmp_path):
-    peft.write(linear_pairs(["a.q_proj"]), tmp_path / "a")
+    peft.write_folder(linear_pairs(["a.q_proj"]), tmp_path / "a")
     config = json.loads((tmp_path / "a" / peft.CONFIG_FILE).read_text())
     (tmp_path / "a" / peft.CONFIG_FILE).write_text(json.dumps(config | {f"k{i}": 0 for i in range(200_000)}))
     with pytest.raises(AdapterError, match=r"200,0\d\d entries in the configuration"):

@@ -12,7 +12,7 @@ from veneer.core.adapter import Adapter, Pair, TokenRows
 from veneer.core.forms import Delta, delta_of
 from veneer.errors import AdapterError
 from veneer.formats.convert import encode, write
-from veneer.formats.read import read, read_state
+from veneer.formats.read import read, read_state_dict
 from veneer.formats.topology import families
 
 SDXL, FLUX = families()["sdxl"], families()["flux1"]
@@ -222,10 +222,10 @@ def test_a_vector_alone_is_a_new_norm_and_nothing_else():
     """`….norm_q.weight` beside pairs, as diffusers has it; on a linear it would be an (IA)³ without its on_input."""
     norm, linear, other = (f"transformer.transformer_blocks.0.attn.{n}" for n in ("norm_q", "to_q", "to_k"))
     pair = {f"{other}.lora_A.weight": torch.ones(2, UNIT), f"{other}.lora_B.weight": torch.ones(UNIT, 2)}
-    found = read_state({f"{norm}.weight": torch.ones(UNIT), **pair}, {}).adapter
+    found = read_state_dict({f"{norm}.weight": torch.ones(UNIT), **pair}, {}).adapter
     assert torch.equal(found.modules[norm]["weight"], torch.ones(UNIT))
     with pytest.raises(AdapterError, match="a vector as the whole new weight"):
-        read_state({f"{norm}.weight": torch.ones(UNIT), f"{linear}.weight": torch.ones(UNIT), **pair}, {})
+        read_state_dict({f"{norm}.weight": torch.ones(UNIT), f"{linear}.weight": torch.ones(UNIT), **pair}, {})
 
 
 def test_fused_changes_with_a_part_missing_and_fused_dora(tmp_path):

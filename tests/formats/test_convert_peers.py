@@ -18,8 +18,8 @@ from veneer.core.forms import Delta
 from veneer.errors import AdapterError
 from veneer.files.safetensors import read_tensors
 from veneer.formats import convert
+from veneer.formats.diffusers import LOADABLE
 from veneer.formats.topology import families
-from veneer.formats.write_diffusers import LOADABLE
 
 pytest.importorskip("diffusers")
 loaders = pytest.importorskip("diffusers.loaders")

@@ -19,7 +19,7 @@ from veneer.formats.card import read_card
 from veneer.formats.convert import encode, write
 from veneer.formats.gguf import read_gguf
 from veneer.formats.read import read
-from veneer.formats.write_folded import folded
+from veneer.formats.servers import folded
 
 Q, K, EMBED, HEAD = (
     "model.layers.0.self_attn.q_proj",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.formats.convert import encode
-from veneer.formats.read import Reading, read, read_state
+from veneer.formats.read import Reading, read, read_state_dict
 from veneer.formats.topology import families
 
 R = 2
@@ -38,7 +38,7 @@ def attention(blocks: range, width: int, prefix: str = "transformer.transformer_
 
 
 def look(tensors: dict[str, Tensor], **metadata: str) -> Reading:
-    return read_state(tensors, metadata)
+    return read_state_dict(tensors, metadata)
 
 
 def unknown(found: Reading, *near: str) -> None:
@@ -193,7 +193,7 @@ def test_krea_2_and_anima_are_written_and_come_back(name, to) -> None:
     modules = [m for m, kind in family.modules.items() if kind == "linear"]
     adapter = look(random_pairs(modules, (8, 8), "peft")).adapter
     done = encode(adapter, to, family=name)
-    back = read_state(done.tensors, done.metadata)
+    back = read_state_dict(done.tensors, done.metadata)
     assert back.family == name
     for module in modules:
         torch.testing.assert_close(delta(back.adapter, module), delta(adapter, module), rtol=1e-6, atol=1e-6)

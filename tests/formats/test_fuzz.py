@@ -27,7 +27,7 @@ from veneer.formats import convert, peft
 from veneer.formats.card import CARD_FILE
 from veneer.formats.gguf import write_gguf
 from veneer.formats.read import read
-from veneer.formats.structure import describe
+from veneer.formats.structure import structure_of
 from veneer.formats.topology import families
 
 LONG = int(os.environ.get("VENEER_FUZZ", "1"))
@@ -207,7 +207,7 @@ def test_a_peft_folder(tmp_path, folder, how, settings_, with_base, card):
             read(tmp_path, base=OUTLINE)
 
 
-OUTLINE = describe(llama3())
+OUTLINE = structure_of(llama3())
 
 
 def test_two_dimensional_target_parameters(tmp_path):
@@ -229,7 +229,7 @@ def test_two_dimensional_target_parameters(tmp_path):
             self.router = torch.nn.Parameter(torch.ones(8, 4))
 
     with pytest.raises(VeneerError, match=r"mlp\.router: .* the base has \(8, 4\)"):
-        peft.read(tmp_path, torch.nn.ModuleDict({"mlp": Router()}))
+        peft.read_folder(tmp_path, torch.nn.ModuleDict({"mlp": Router()}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

@@ -18,7 +18,7 @@ from veneer.core.forms import Delta
 from veneer.core.merge import pair_matrix
 from veneer.errors import AdapterError
 from veneer.files.gguf import read_gguf_file
-from veneer.formats.gguf import ARCHITECTURES, read_gguf, write_gguf
+from veneer.formats.gguf import GGUF_ARCHITECTURES, read_gguf, write_gguf
 
 HEAD = 4
 Q, K, V = (f"model.layers.11.self_attn.{p}_proj" for p in "qkv")
@@ -63,7 +63,7 @@ def same(one: Adapter, two: Adapter) -> None:
         torch.testing.assert_close(pair_matrix(other), pair_matrix(pair), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", GGUF_ARCHITECTURES)
 def test_reads_what_llama_cpp_writes(tmp_path, arch):
     ours = adapter()
     if arch in ("gemma", "gemma2"):

@@ -116,7 +116,7 @@ def test_what_is_seen_of_a_peft_folder_is_what_is_read(tmp_path, case):
 def test_what_is_seen_of_our_own_folder_is_what_is_read(tmp_path, start):
     """With its card; also in the folder of a run, which has it as `adapter`."""
     own = [f"{start}.{i}.attn.{p}_proj" for i in range(2) for p in "qv"]
-    peft.write(linear_pairs(own, rank=2), tmp_path / "run" / "adapter", base_name="a/base", base=own)
+    peft.write_folder(linear_pairs(own, rank=2), tmp_path / "run" / "adapter", base_name="a/base", base=own)
     seen, whole = glance(tmp_path / "run"), inspect(str(tmp_path / "run"))
     assert seen is not None
     assert seen["adapter"].endswith("adapter")

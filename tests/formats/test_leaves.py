@@ -11,7 +11,8 @@ from torch import Tensor
 from veneer.core.forms import change_of, delta_of, product_of
 from veneer.core.merge import pair_matrix
 from veneer.errors import AdapterError
-from veneer.formats.leaves import MAX_RANK, Leaf, fitted, read_leaf, split_key
+from veneer.formats.keys import split_key
+from veneer.formats.leaves import MAX_RANK, Leaf, fitted, read_leaf
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:

@@ -16,7 +16,8 @@ from tests.formats.test_leaves import close, product, rand
 from veneer.core.adapter import Pair
 from veneer.core.forms import Delta, change_of, delta_of, product_of
 from veneer.errors import AdapterError
-from veneer.formats.leaves import Leaf, fitted, read_leaf, split_key, write_leaf
+from veneer.formats.keys import split_key
+from veneer.formats.leaves import Leaf, fitted, read_leaf, write_leaf
 
 
 def same(leaf: Leaf, again: Leaf, shape: tuple[int, ...]) -> None:

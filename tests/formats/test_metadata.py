@@ -15,9 +15,9 @@ from veneer.errors import AdapterError
 from veneer.files.hashes import hashes, sealed, short_hash, verify_hashes
 from veneer.files.safetensors import read_tensors, write_tensors
 from veneer.formats.metadata import (
-    ARCHITECTURES,
-    card_of,
-    family_of,
+    MODELSPEC_ARCHITECTURES,
+    card_from_metadata,
+    family_in_metadata,
     metadata_of,
     pack_configs,
     trigger_words,
@@ -150,12 +150,12 @@ def test_a_legacy_hash_under_a_long_header_is_not_called_false(tmp_path):
 def test_equal_cards_give_equal_bytes_and_come_back():
     one, two = metadata_of(CARD, family="sdxl", name="dog"), metadata_of(CARD, family="sdxl", name="dog")
     assert json.dumps(one) == json.dumps(two)
-    card = card_of(one)
+    card = card_from_metadata(one)
     for field in ("base", "rank", "alpha", "trigger_words", "licence", "created", "parents", "metrics", "kind"):
         assert getattr(card, field) == getattr(CARD, field), field
     assert card.extra | CARD.extra == card.extra
     foreign = {k: v for k, v in one.items() if k != "veneer.card"}
-    card = card_of(foreign)
+    card = card_from_metadata(foreign)
     assert (card.rank, card.alpha, card.trigger_words) == (16, 8.0, ["sks dog", "naïve"])
     assert card.extra["title"] == "A dog"
     assert card.recipe["network_module"] == "networks.lora"
@@ -181,11 +181,11 @@ def test_what_readers_look_for_is_there():
     assert metadata_of(Card(kind="image"), family="flux1")["modelspec.architecture"] == "flux-1-dev/lora"
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", MODELSPEC_ARCHITECTURES)
 def test_our_own_family_is_recognised(family):
     m = metadata_of(Card(kind="image"), family=family)
-    assert family_of(m) == family
-    assert family_of({"ss_base_model_version": m["ss_base_model_version"]}) == family
+    assert family_in_metadata(m) == family
+    assert family_in_metadata({"ss_base_model_version": m["ss_base_model_version"]}) == family
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_our_own_family_is_recognised(family):
     ],
 )
 def test_claims_of_families(metadata, family):
-    assert family_of(metadata) == family
+    assert family_in_metadata(metadata) == family
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_claims_of_families(metadata, family):
 )
 def test_trigger_words_are_found_where_they_hide(metadata, words):
     assert trigger_words(metadata) == words
-    card = card_of(metadata)
+    card = card_from_metadata(metadata)
     sure = [w for w, key in words.items() if not key.endswith("?")]
     assert card.trigger_words == (sure or list(words))
 
@@ -245,16 +245,18 @@ def test_trigger_words_are_found_where_they_hide(metadata, words):
 )
 @pytest.mark.parametrize("key", ["ss_tag_frequency", "ss_datasets", "ss_dataset_dirs", "veneer.card"])
 def test_metadata_of_any_shape_is_survived(key, text):
-    card_of({key: text})
+    card_from_metadata({key: text})
 
 
 def test_a_card_inside_is_not_trusted_to_have_the_right_types():
-    card = card_of({"veneer.card": '{"rank": "many", "alpha": true, "trigger_words": [1], "base": "b", "more": 1}'})
+    card = card_from_metadata(
+        {"veneer.card": '{"rank": "many", "alpha": true, "trigger_words": [1], "base": "b", "more": 1}'}
+    )
     assert (card.rank, card.alpha, card.trigger_words, card.base) == (0, 0.0, [], "b")
 
 
 def test_times_and_numbers_of_sd_scripts():
-    card = card_of(
+    card = card_from_metadata(
         {
             "ss_training_finished_at": "1700000000.5",
             "ss_network_dim": "Dynamic",

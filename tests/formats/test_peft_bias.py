@@ -62,7 +62,7 @@ CASES = {
 def test_the_logits_are_pefts_and_what_is_written_has_them_too(tmp_path, case):
     make, config = CASES[case]
     want = peft_folder(make(), tmp_path / "in", **config)
-    without = peft.read(tmp_path / "in", make())
+    without = peft.read_folder(tmp_path / "in", make())
     assert any(d.form == "replacement" for d in without.deltas.values())
     torch.testing.assert_close(our_outputs(make(), without), want, **EXACT)
     without.deltas = {}
@@ -81,7 +81,7 @@ def test_the_logits_are_pefts_and_what_is_written_has_them_too(tmp_path, case):
 def test_a_strength_moves_the_bias_by_its_share(tmp_path):
     """W + s·(value − W), as of every other change; PEFT has no such number, so by hand."""
     peft_folder(qwen2(), tmp_path / "in", target_modules=["q_proj", "v_proj"], bias="lora_only")
-    adapter, net = peft.read(tmp_path / "in"), qwen2()
+    adapter, net = peft.read_folder(tmp_path / "in"), qwen2()
     assert len(adapter.deltas) == 4
     with attach(net) as attachment:
         attachment.add("a", adapter)
@@ -100,11 +100,11 @@ def test_a_strength_moves_the_bias_by_its_share(tmp_path):
 def test_a_mix_is_exact_without_the_base(tmp_path):
     for seed, name in enumerate("ab"):
         peft_folder(qwen2(), tmp_path / name, target_modules=["q_proj"], bias="lora_only", r=seed + 2)
-    a, b = (peft.read(tmp_path / n) for n in "ab")
+    a, b = (peft.read_folder(tmp_path / n) for n in "ab")
     assert len(a.deltas) == len(b.deltas) == 2
     for delta in b.deltas.values():
         delta.parts["value"] = delta.parts["value"] * 3
-    peft.write(b, tmp_path / "b")
+    peft.write_folder(b, tmp_path / "b")
     mixing.mix_adapters([f"{tmp_path / 'a'}:0.25", f"{tmp_path / 'b'}:0.75"], tmp_path / "out")
     net = qwen2()
     with attach(net) as attachment:
@@ -131,8 +131,8 @@ def test_a_share_of_a_whole_bias_has_no_place_in_a_peft_folder(tmp_path):
 
 def test_a_bias_of_another_size_and_one_that_the_base_has_not_are_refused(tmp_path):
     peft_folder(qwen2(), tmp_path / "in", target_modules=["q_proj"], bias="lora_only")
-    found = peft.load(tmp_path / "in")
-    tensors = dict(peft.encode(found.adapter)[1])
+    found = peft.load_folder(tmp_path / "in")
+    tensors = dict(peft.encode_folder(found.adapter)[1])
     key = next(k for k in tensors if k.endswith(".base_layer.bias"))
     with pytest.raises(AdapterError, match="one value for each of 16 outputs is expected"):
         peft.interpret(found.config, tensors | {key: tensors[key][:-1]})

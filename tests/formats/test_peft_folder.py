@@ -34,7 +34,7 @@ pairs = {{n: Pair(torch.full((i % 3 + 1, 4), i + 0.5), torch.ones(4, i % 3 + 1),
 modules = {{"model.norm": {{"weight": torch.ones(4), "bias": torch.zeros(4)}}}}
 card = Card(base="org/base", metrics={{"b": 1, "a": {{"z": 2, "y": 0.1}}}}, trigger_words=["x"])
 rows = {{"model.embed_tokens": TokenRows((3, 1), torch.ones(2, 4))}}
-peft.write(Adapter(pairs, modules, rows, card), {folder!r})
+peft.write_folder(Adapter(pairs, modules, rows, card), {folder!r})
 """
 
 
@@ -55,8 +55,8 @@ def test_two_processes_write_the_same_bytes(tmp_path):
 
 def test_writing_says_what_it_wrote(tmp_path):
     adapter = linear_pairs(NAMES)
-    written = peft.write(adapter, tmp_path / "a", base_name="org/base")
-    assert written.digest == adapter.digest() == peft.read(tmp_path / "a").digest()
+    written = peft.write_folder(adapter, tmp_path / "a", base_name="org/base")
+    assert written.digest == adapter.digest() == peft.read_folder(tmp_path / "a").digest()
     assert written.files == {n: file_digest(tmp_path / "a" / n) for n in (TENSOR_FILE, CONFIG_FILE)}
     card = read_card(tmp_path / "a")
     assert (card.digest, card.files, card.unknown) == (written.digest, written.files, [])
@@ -66,9 +66,9 @@ def test_writing_says_what_it_wrote(tmp_path):
 def test_the_config_is_short_with_a_base_and_exact_without(tmp_path):
     net = model("llama3")
     adapter = create(net, LoraSpec(rank=4, alpha=8, targets=("q_proj", "layers.1.mlp.up_proj")), seed=0)
-    config, _ = peft.encode(random_adapter(adapter), base=net)
+    config, _ = peft.encode_folder(random_adapter(adapter), base=net)
     assert config["target_modules"] == ["model.layers.1.mlp.up_proj", "q_proj"]
-    config, _ = peft.encode(random_adapter(adapter))
+    config, _ = peft.encode_folder(random_adapter(adapter))
     assert config["target_modules"] == sorted(adapter.pairs)
 
 
@@ -79,7 +79,7 @@ def test_ranks_are_named_once_where_all_of_a_name_agree():
     pairs[one] = linear_pairs([one], rank=5, scale=1.0).pairs[one]
     adapter = linear_pairs([])
     adapter.pairs = pairs
-    config, _ = peft.encode(adapter)
+    config, _ = peft.encode_folder(adapter)
     exact = r"^model\.layers\.0\.self_attn\.q_proj"
     assert config["rank_pattern"] == {"lm_head": 3, exact: 5}
     assert config["alpha_pattern"] == {"lm_head": 6, exact: 5}
@@ -87,16 +87,16 @@ def test_ranks_are_named_once_where_all_of_a_name_agree():
 
 def test_dropout_is_kept_and_dropped_with_a_note_on_experts(tmp_path):
     adapter = replace(linear_pairs(NAMES), dropout=0.1)
-    assert peft.write(adapter, tmp_path / "a").notes == []
-    assert peft.read(tmp_path / "a").dropout == 0.1
+    assert peft.write_folder(adapter, tmp_path / "a").notes == []
+    assert peft.read_folder(tmp_path / "a").dropout == 0.1
     net = model("mixtral", torch.float32)
     experts = create(net, LoraSpec(rank=2, alpha=4, dropout=0.1), seed=0)
-    assert "lora_dropout is written as 0" in peft.write(experts, tmp_path / "b", base=net).notes[0]
+    assert "lora_dropout is written as 0" in peft.write_folder(experts, tmp_path / "b", base=net).notes[0]
 
 
 def test_what_is_written_over_stays_until_all_of_the_new_is_there(tmp_path, monkeypatch):
     old, new = linear_pairs(NAMES, seed=1), linear_pairs(NAMES, seed=2)
-    peft.write(old, tmp_path / "a")
+    peft.write_folder(old, tmp_path / "a")
     (tmp_path / "a" / "report.html").write_text("kept")
     before = content(tmp_path / "a")
 
@@ -115,14 +115,14 @@ def test_what_is_written_over_stays_until_all_of_the_new_is_there(tmp_path, monk
     while True:
         Full.left = calls
         try:
-            peft.write(new, tmp_path / "a")
+            peft.write_folder(new, tmp_path / "a")
             break
         except ResourceError:
             assert content(tmp_path / "a") == before
             calls += 1
     assert calls > len(FILES)
     monkeypatch.setattr(os, "write", real)
-    assert peft.read(tmp_path / "a").digest() == new.digest()
+    assert peft.read_folder(tmp_path / "a").digest() == new.digest()
     assert (tmp_path / "a" / "report.html").read_text() == "kept"
 
 
@@ -132,14 +132,14 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(ResourceError):
-        peft.write(linear_pairs(NAMES), tmp_path / "a")
+        peft.write_folder(linear_pairs(NAMES), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "a").write_text("x")
     with pytest.raises(AdapterError, match="a file is in the way"):
-        peft.write(linear_pairs(NAMES), tmp_path / "a")
+        peft.write_folder(linear_pairs(NAMES), tmp_path / "a")
 
 
 # -- the card ----------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_a_card_that_json_cannot_hold_is_not_written():
 
 def test_the_readme_has_front_matter_and_is_replaced_only_if_it_is_ours(tmp_path):
     adapter = replace(linear_pairs(NAMES), card=Card(base="org/base", licence="mit", metrics={"loss": 0.25}))
-    peft.write(adapter, tmp_path / "a")
+    peft.write_folder(adapter, tmp_path / "a")
     text = (tmp_path / "a" / README_FILE).read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "org/base"
@@ -195,15 +195,15 @@ def test_the_readme_has_front_matter_and_is_replaced_only_if_it_is_ours(tmp_path
     assert (front["license"], front["pipeline_tag"]) == ("mit", "text-generation")
     assert "| loss | 0.25 |" in text
     assert adapter.digest() in text
-    peft.write(replace(adapter, card=Card(base="org/other")), tmp_path / "a")
+    peft.write_folder(replace(adapter, card=Card(base="org/other")), tmp_path / "a")
     assert "org/other" in (tmp_path / "a" / README_FILE).read_text()
     (tmp_path / "a" / README_FILE).write_text("my own words")
-    peft.write(adapter, tmp_path / "a")
+    peft.write_folder(adapter, tmp_path / "a")
     assert (tmp_path / "a" / README_FILE).read_text() == "my own words"
 
 
 def test_a_path_of_this_machine_stays_out_of_the_readme(tmp_path):
-    peft.write(linear_pairs(NAMES), tmp_path / "a", base_name="/home/me/bases/small")
+    peft.write_folder(linear_pairs(NAMES), tmp_path / "a", base_name="/home/me/bases/small")
     text = (tmp_path / "a" / README_FILE).read_text()
     assert "/home/me" not in text
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "small"
@@ -212,5 +212,5 @@ def test_a_path_of_this_machine_stays_out_of_the_readme(tmp_path):
 def test_token_rows_keep_their_order(tmp_path):
     adapter = linear_pairs(NAMES)
     adapter.token_rows = {"model.embed_tokens": TokenRows((9, 2, 5), torch.arange(12.0).view(3, 4))}
-    peft.write(adapter, tmp_path / "a")
-    assert peft.read(tmp_path / "a").token_rows["model.embed_tokens"].indices == (9, 2, 5)
+    peft.write_folder(adapter, tmp_path / "a")
+    assert peft.read_folder(tmp_path / "a").token_rows["model.embed_tokens"].indices == (9, 2, 5)

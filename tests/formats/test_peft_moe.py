@@ -106,13 +106,13 @@ def test_a_pair_for_each_expert_acts_on_fused_experts(tmp_path, name, share):
     """Transformers 4, Megatron and Tinker: experts.N.gate_proj."""
     net = model(name)
     pairs = single_pairs(net, name, share=share)
-    got = peft.load(folder(tmp_path / "a", flat(pairs)), net)
+    got = peft.load_folder(folder(tmp_path / "a", flat(pairs)), net)
     torch.testing.assert_close(our_outputs(net, got.adapter), by_hand(name, pairs), rtol=1e-9, atol=1e-9)
     assert {p.rank for n, p in got.adapter.pairs.items() if n.endswith("gate_up_proj")} == {R if share else 2 * R}
     assert any("single experts" in note for note in got.notes)
-    peft.write(got.adapter, tmp_path / "b", base=net)
+    peft.write_folder(got.adapter, tmp_path / "b", base=net)
     torch.testing.assert_close(
-        our_outputs(net, peft.read(tmp_path / "b", net)), by_hand(name, pairs), rtol=1e-9, atol=1e-9
+        our_outputs(net, peft.read_folder(tmp_path / "b", net)), by_hand(name, pairs), rtol=1e-9, atol=1e-9
     )
 
 
@@ -130,7 +130,7 @@ def test_peft_loads_the_same_file_to_the_same_outputs(tmp_path, name):
             tensors[key.replace(".mlp.", ".block_sparse_moe.")] = tensor
     path = folder(tmp_path / "a", tensors, target_modules=targets)
     net = model(name)
-    got = our_outputs(net, peft.read(path, net))
+    got = our_outputs(net, peft.read_folder(path, net))
     torch.testing.assert_close(got, by_hand(name, pairs), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(got, peft_outputs(model(name), path), rtol=1e-9, atol=1e-9)
 
@@ -174,7 +174,7 @@ def test_packed_layouts_are_a_pair_for_each_expert(tmp_path, name, layout):
                 at = f"{module}.{e}.down_proj"
                 pairs[at] = pairs[at][0], first["down_proj"][1]
     path = folder(tmp_path / "a", packed(pairs, layout))
-    got = peft.load(path, net)
+    got = peft.load_folder(path, net)
     torch.testing.assert_close(our_outputs(net, got.adapter), by_hand(name, pairs), rtol=1e-9, atol=1e-9)
     assert any("read as a pair for each expert" in note for note in got.notes)
 
@@ -187,7 +187,7 @@ def test_gpt_oss_in_nemos_layout_keeps_the_order_of_the_base(tmp_path):
     for key in [k for k in tensors if k.endswith("gate_and_up_B")]:
         half = tensors[key].shape[2] // 2
         tensors[key] = torch.stack([tensors[key][..., :half], tensors[key][..., half:]], 3).flatten(2)
-    got = peft.read(folder(tmp_path / "a", tensors), net)
+    got = peft.read_folder(folder(tmp_path / "a", tensors), net)
     torch.testing.assert_close(our_outputs(net, got), by_hand("gpt_oss", pairs), rtol=1e-9, atol=1e-9)
 
 
@@ -200,7 +200,7 @@ def test_some_experts_and_unlike_scales_are_exact_too(tmp_path):
     path = folder(tmp_path / "a", flat(pairs), rank_pattern={odd: 1})
     # scale is alpha/rank: 6 for the odd one, and B with it
     by = {n: (A, B * 3 if n == odd else B) for n, (A, B) in pairs.items()}
-    got = our_outputs(net, peft.read(path, net))
+    got = our_outputs(net, peft.read_folder(path, net))
     torch.testing.assert_close(got, by_hand("mixtral", by), rtol=1e-9, atol=1e-9)
 
 
@@ -209,19 +209,19 @@ def test_what_no_fused_weight_can_hold_is_refused(tmp_path):
     pairs = single_pairs(net, "mixtral")
     at = "model.layers.0.mlp.experts"
     with pytest.raises(AdapterError, match="pairs of experts 0 to 9, and there are 4"):
-        peft.read(folder(tmp_path / "a", flat({**pairs, f"{at}.9.up_proj": pairs[f"{at}.0.up_proj"]})), net)
+        peft.read_folder(folder(tmp_path / "a", flat({**pairs, f"{at}.9.up_proj": pairs[f"{at}.0.up_proj"]})), net)
     dora = flat(pairs) | {f"{n}.lora_magnitude_vector": torch.ones(len(B)) for n, (_, B) in pairs.items()}
     with pytest.raises(AdapterError, match="DoRA on single experts"):
-        peft.read(folder(tmp_path / "b", dora, use_dora=True), net)
+        peft.read_folder(folder(tmp_path / "b", dora, use_dora=True), net)
     tensors = packed(pairs, "packed")
     tensors[f"{at}.up_proj.lora_A.weight"] = tensors[f"{at}.up_proj.lora_A.weight"][:3]
     with pytest.raises(AdapterError, match="how many experts there are cannot be told"):
-        peft.read(folder(tmp_path / "c", tensors), net)
+        peft.read_folder(folder(tmp_path / "c", tensors), net)
 
 
 def test_without_a_base_single_experts_stay_and_say_so(tmp_path):
     pairs = single_pairs(model("mixtral"), "mixtral")
-    found = peft.load(folder(tmp_path / "a", flat(pairs)))
+    found = peft.load_folder(folder(tmp_path / "a", flat(pairs)))
     assert set(found.adapter.pairs) == set(pairs)
     assert any("on a base that fuses its experts they are fused" in note for note in found.notes)
 
@@ -262,14 +262,14 @@ def copy(made: tuple[Path, Tensor], to: Path) -> Path:
 def test_unsloths_stamp_is_obeyed(made, tmp_path):
     net = model("mixtral")
     old = grouped(copy(made, tmp_path / "a"), lora_B_layout="grouped_by_expert", **MARKS["fixed"])
-    torch.testing.assert_close(our_outputs(net, peft.read(old, net)), made[1], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(our_outputs(net, peft.read_folder(old, net)), made[1], rtol=1e-9, atol=1e-9)
     new = copy(made, tmp_path / "b")
     settings = json.loads((new / "adapter_config.json").read_text())
     settings |= {"lora_B_layout": "rank_major", **MARKS["fixed"]}
     (new / "adapter_config.json").write_text(json.dumps(settings))
-    torch.testing.assert_close(our_outputs(net, peft.read(new, net)), made[1], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(our_outputs(net, peft.read_folder(new, net)), made[1], rtol=1e-9, atol=1e-9)
     with pytest.raises(AdapterError, match="grouped_by_expert or rank_major is expected"):
-        peft.read(grouped(copy(made, tmp_path / "c"), lora_B_layout="columns"), net)
+        peft.read_folder(grouped(copy(made, tmp_path / "c"), lora_B_layout="columns"), net)
 
 
 @pytest.mark.parametrize("marks", MARKS)
@@ -277,13 +277,13 @@ def test_unsloths_marks_without_its_stamp_ask_for_the_layout(made, tmp_path, mar
     net = model("mixtral")
     path = grouped(copy(made, tmp_path / "a"), **MARKS[marks])
     with pytest.raises(AdapterError, match="--moe-layout grouped_by_expert if that Unsloth trained it"):
-        peft.read(path, net)
+        peft.read_folder(path, net)
     told = read(path, base=net, moe_layout="grouped_by_expert").adapter
     torch.testing.assert_close(our_outputs(net, told), made[1], rtol=1e-9, atol=1e-9)
     other = read(path, base=net, moe_layout="rank_major").adapter
     assert not torch.allclose(our_outputs(net, other), made[1], atol=1e-3)
-    peft.write(told, tmp_path / "b", base=net)  # needs no word, and PEFT reads it right
-    torch.testing.assert_close(our_outputs(net, peft.read(tmp_path / "b", net)), made[1], rtol=1e-9, atol=1e-9)
+    peft.write_folder(told, tmp_path / "b", base=net)  # needs no word, and PEFT reads it right
+    torch.testing.assert_close(our_outputs(net, peft.read_folder(tmp_path / "b", net)), made[1], rtol=1e-9, atol=1e-9)
     settings = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert settings.pop("lora_B_layout", None) == ("rank_major" if marks == "base" else None)
     (tmp_path / "b" / "adapter_config.json").write_text(json.dumps(settings))  # PEFT warns of a key it does not know

@@ -87,7 +87,7 @@ def test_what_peft_writes_has_the_same_outputs_here(tmp_path, case):
     want = peft_folder(model(name), tmp_path / "a", **config)
     net = model(name)
     plain = outputs(net)
-    got = our_outputs(net, peft.read(tmp_path / "a", net))
+    got = our_outputs(net, peft.read_folder(tmp_path / "a", net))
     assert (want - plain).abs().max() > 1e-3, "the adapter must matter"
     torch.testing.assert_close(got, want, rtol=TOLERANCE, atol=TOLERANCE)
     assert torch.equal(outputs(net), plain)
@@ -99,11 +99,11 @@ def test_and_it_can_be_written_again_for_peft(tmp_path, case):
     name, config = FROM_PEFT[case]
     want = peft_folder(model(name), tmp_path / "a", **config)
     net = model(name)
-    adapter = peft.read(tmp_path / "a", net)
-    peft.write(adapter, tmp_path / "b", base=net, task_type=None)
+    adapter = peft.read_folder(tmp_path / "a", net)
+    peft.write_folder(adapter, tmp_path / "b", base=net, task_type=None)
     torch.testing.assert_close(peft_outputs(model(name), tmp_path / "b"), want, rtol=TOLERANCE, atol=TOLERANCE)
-    again = peft.read(tmp_path / "b", net)
-    assert again.digest() == adapter.digest() == peft.read(tmp_path / "b").digest()
+    again = peft.read_folder(tmp_path / "b", net)
+    assert again.digest() == adapter.digest() == peft.read_folder(tmp_path / "b").digest()
 
 
 @pytest.mark.parametrize("case", [c for c, (name, _) in FROM_PEFT.items() if name not in ("conv-grouped",)])
@@ -111,9 +111,9 @@ def test_a_base_is_not_needed_to_read(tmp_path, case):
     name, config = FROM_PEFT[case]
     peft_folder(model(name), tmp_path / "a", **config)
     net = model(name)
-    alone, with_base = peft.read(tmp_path / "a"), peft.read(tmp_path / "a", net)
+    alone, with_base = peft.read_folder(tmp_path / "a"), peft.read_folder(tmp_path / "a", net)
     names = [n for n, _ in net.named_modules() if n]
-    assert alone.digest() == with_base.digest() == peft.read(tmp_path / "a", names).digest()
+    assert alone.digest() == with_base.digest() == peft.read_folder(tmp_path / "a", names).digest()
 
 
 SPECS = {
@@ -172,18 +172,20 @@ def test_what_veneer_writes_has_the_same_outputs_in_peft(tmp_path, case, with_ba
     adapter = random_adapter(create(net, spec, seed=0, dtype=torch.float64))
     want = our_outputs(net, adapter)
     assert (want - outputs(net)).abs().max() > 1e-3, "the adapter must matter"
-    peft.write(adapter, tmp_path / "a", base=net if with_base else None, task_type=None)
+    peft.write_folder(adapter, tmp_path / "a", base=net if with_base else None, task_type=None)
     torch.testing.assert_close(peft_outputs(model(name), tmp_path / "a"), want, rtol=TOLERANCE, atol=TOLERANCE)
-    torch.testing.assert_close(our_outputs(net, peft.read(tmp_path / "a", net)), want, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(
+        our_outputs(net, peft.read_folder(tmp_path / "a", net)), want, rtol=TOLERANCE, atol=TOLERANCE
+    )
 
 
 def test_float32_pairs_on_a_bfloat16_base_match_too(tmp_path):
     """The usual case: what is compared are the pairs, which must come back bit for bit."""
     peft_folder(model("llama3", torch.bfloat16), tmp_path / "a", target_modules=["q_proj", "embed_tokens"])
-    adapter = peft.read(tmp_path / "a", model("llama3", torch.bfloat16))
+    adapter = peft.read_folder(tmp_path / "a", model("llama3", torch.bfloat16))
     assert {t.dtype for _, t in adapter.tensors()} == {torch.float32}
-    peft.write(adapter, tmp_path / "b", base=model("llama3", torch.bfloat16))
-    assert peft.read(tmp_path / "b").digest() == adapter.digest()
+    peft.write_folder(adapter, tmp_path / "b", base=model("llama3", torch.bfloat16))
+    assert peft.read_folder(tmp_path / "b").digest() == adapter.digest()
     peft_outputs(model("llama3", torch.bfloat16), tmp_path / "b")
 
 
@@ -208,4 +210,4 @@ def test_peft_converts_its_pissa_on_saving_and_that_is_read(tmp_path):
         assert isinstance(net, PeftModel)
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["r"] == 6
     base = model("llama3", torch.float32)
-    torch.testing.assert_close(our_outputs(base, peft.read(tmp_path / "a", base)), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(our_outputs(base, peft.read_folder(tmp_path / "a", base)), want, rtol=1e-4, atol=1e-5)

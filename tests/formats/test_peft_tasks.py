@@ -91,7 +91,7 @@ def made(case: str, path: Path, **config: object) -> Tensor:
 
 def ours(case: str, path: Path) -> Tensor:
     net = build(case)
-    adapter = peft.read(path, net)
+    adapter = peft.read_folder(path, net)
     with attach(net) as attachment:
         attachment.add("a", adapter)
         attachment.use("a")
@@ -103,7 +103,7 @@ def test_every_task_has_pefts_outputs(tmp_path, case):
     """The targets are PEFT's default for the architecture; heads are those it adds for the task."""
     want = made(case, tmp_path / "a")
     torch.testing.assert_close(ours(case, tmp_path / "a"), want, rtol=1e-9, atol=1e-9)
-    peft.read(tmp_path / "a")  # and without the base
+    peft.read_folder(tmp_path / "a")  # and without the base
 
 
 @pytest.mark.parametrize("case", ["SEQ_CLS Llama", "SEQ_CLS GPT-2"])
@@ -117,7 +117,7 @@ def test_names_that_match_nothing_on_this_base_are_no_fault(tmp_path):
     targets = ["q_proj", "v_proj", "query", "value", "c_attn"]
     want = made("SEQ_CLS Llama", tmp_path / "a", target_modules=targets)
     torch.testing.assert_close(ours("SEQ_CLS Llama", tmp_path / "a"), want, rtol=1e-9, atol=1e-9)
-    notes = peft.load(tmp_path / "a", build("SEQ_CLS Llama")).notes
+    notes = peft.load_folder(tmp_path / "a", build("SEQ_CLS Llama")).notes
     assert sum("it has no effect" in note for note in notes) == 3
 
 
@@ -126,7 +126,7 @@ def test_what_such_a_name_selects_here_must_still_be_there(tmp_path):
     path = tmp_path / "a" / "adapter_model.safetensors"
     save_file({k: t for k, t in load_file(path).items() if "v_proj" not in k}, path)
     with pytest.raises(AdapterError, match="v_proj: target_modules selects this linear module"):
-        peft.read(tmp_path / "a", build("SEQ_CLS Llama"))
+        peft.read_folder(tmp_path / "a", build("SEQ_CLS Llama"))
 
 
 def test_a_configuration_without_targets_is_pefts_default_for_the_architecture(tmp_path):

@@ -22,17 +22,17 @@ from tests.formats.layouts import (
     shape_of,
 )
 from veneer.errors import AdapterError
-from veneer.formats.detect import FORMATS, format_of
 from veneer.formats.gguf import write_gguf
+from veneer.formats.keys import FORMATS, detect_format
 from veneer.formats.names import lookup
-from veneer.formats.read import Reading, read, read_state
-from veneer.formats.topology import Place, families, flat
+from veneer.formats.read import Reading, read, read_state_dict
+from veneer.formats.topology import ModulePlace, families, flat
 
 CLIP = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
 
 def reading(layout: Layout, **options: bool) -> Reading:
-    return read_state(layout.tensors, layout.metadata, where="made here", **options)
+    return read_state_dict(layout.tensors, layout.metadata, where="made here", **options)
 
 
 def check(layout: Layout, fmt: str, family: str) -> Reading:
@@ -77,7 +77,7 @@ def test_sd2_is_told_from_sd1_by_its_width_or_by_the_metadata() -> None:
     layout = Layout()
     for i in range(2):
         name = f"unet.down_blocks.0.attentions.{i}.transformer_blocks.0.attn2.to_k"
-        layout.lora(f"lora_unet_{flat(name.removeprefix('unet.'))}", (Place(name),), (8, 1024), alpha=1.0)
+        layout.lora(f"lora_unet_{flat(name.removeprefix('unet.'))}", (ModulePlace(name),), (8, 1024), alpha=1.0)
     check(layout, "kohya", "sd2")
     narrow = kohya("sd2", original=False, only="attn1", te={"text_encoder": "lora_te"})
     check(narrow, "kohya", "sd2")  # the text encoder has 23 layers
@@ -232,10 +232,10 @@ def test_xlabs() -> None:
                 layout.lora(name, places, shape_of(family, places), naming="plain")
     for i in range(38):
         block = f"transformer.single_transformer_blocks.{i}"
-        qkv = tuple(Place(f"{block}.attn.to_{p}", (n, n + 1, 3)) for n, p in enumerate("qkv"))
+        qkv = tuple(ModulePlace(f"{block}.attn.to_{p}", (n, n + 1, 3)) for n, p in enumerate("qkv"))
         layout.lora(f"single_blocks.{i}.processor.qkv_lora", qkv, (3 * UNIT, INTO), naming="plain")
         layout.lora(
-            f"single_blocks.{i}.processor.proj_lora", (Place(f"{block}.proj_out"),), (UNIT, INTO), naming="plain"
+            f"single_blocks.{i}.processor.proj_lora", (ModulePlace(f"{block}.proj_out"),), (UNIT, INTO), naming="plain"
         )
     check(layout, "xlabs", "flux1")
 
@@ -302,7 +302,7 @@ def test_a_peft_folder_of_a_denoiser_gets_canonical_names(tmp_path) -> None:
 
 def test_a_peft_folder_of_a_language_model_keeps_its_names(tmp_path) -> None:
     layout, name = Layout(), "model.layers.0.self_attn.q_proj"
-    layout.lora(f"base_model.model.{name}", (Place(name),), (4, 6), naming="peft", scale=4.0)
+    layout.lora(f"base_model.model.{name}", (ModulePlace(name),), (4, 6), naming="peft", scale=4.0)
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save_file(layout.tensors, tmp_path / "adapter_model.safetensors")
@@ -324,13 +324,13 @@ def test_no_text_means_two_things(name: str) -> None:
         for text in (original, f"diffusion_model.{original}", f"lora_unet_{flat(original)}"):
             assert lookup(family, text) == places
     for module in family.modules:
-        assert lookup(family, module) in ((Place(module),), *family.originals.values())
+        assert lookup(family, module) in ((ModulePlace(module),), *family.originals.values())
 
 
 def test_gguf_by_its_ending(tmp_path) -> None:
     """The file itself is the business of test_gguf; here that it is found, and what is said of it."""
     layout, name = Layout(), "model.layers.0.mlp.up_proj"
-    layout.lora(name, (Place(name),), (4, 6), naming="peft")
+    layout.lora(name, (ModulePlace(name),), (4, 6), naming="peft")
     adapter = reading(layout).adapter
     write_gguf(adapter, tmp_path / "a.gguf", architecture="qwen2")
     for place in (tmp_path, tmp_path / "a.gguf"):
@@ -362,9 +362,9 @@ def test_gguf_by_its_ending(tmp_path) -> None:
     ],
 )
 def test_each_layout_has_its_name(key: str, fmt: str) -> None:
-    name, reasons = format_of([key], {})
+    name, reasons = detect_format([key], {})
     assert (name, len(reasons)) == (fmt, 1)
     assert name in FORMATS or name == "unknown"
     many = [f"lora_unet_{i}.lora_down.weight" for i in range(5)]
     marks = {"cloneofsimo", "xlabs", "bfl-control", "lycoris", "onetrainer"}
-    assert format_of([key, *many], {})[0] == (fmt if fmt in marks else "kohya")
+    assert detect_format([key, *many], {})[0] == (fmt if fmt in marks else "kohya")

@@ -12,9 +12,9 @@ from tests.formats.layouts import INTO, UNIT, Layout, assert_same, changes, dott
 from tests.formats.test_read import reading
 from veneer.errors import AdapterError, UnsafeFileError
 from veneer.formats.names import choose_family
-from veneer.formats.read import read, read_state
+from veneer.formats.read import read, read_state_dict
 from veneer.formats.structure import Structure
-from veneer.formats.topology import Place, families, flat
+from veneer.formats.topology import ModulePlace, families, flat
 
 PROJ = "double_blocks.3.img_attn.proj"
 TARGET = "transformer.transformer_blocks.3.attn.to_out.0"
@@ -72,7 +72,7 @@ def test_two_names_of_one_module_are_an_error_naming_both(second: str) -> None:
     layout = small()
     naming = "plain" if "processor" in second else "kohya"
     other = Layout(seed=1000)
-    other.lora(second, (Place(TARGET),), (UNIT, INTO), naming=naming)
+    other.lora(second, (ModulePlace(TARGET),), (UNIT, INTO), naming=naming)
     layout.tensors |= other.tensors
     with pytest.raises(AdapterError) as caught:
         reading(layout)
@@ -84,9 +84,9 @@ def test_two_names_of_one_module_are_an_error_naming_both(second: str) -> None:
 def test_a_fused_projection_beside_one_of_its_parts() -> None:
     layout = small()
     other = Layout(seed=1000)
-    other.lora("transformer.transformer_blocks.3.attn.to_k", (Place("x"),), (UNIT, INTO), naming="peft")
+    other.lora("transformer.transformer_blocks.3.attn.to_k", (ModulePlace("x"),), (UNIT, INTO), naming="peft")
     with pytest.raises(AdapterError, match=r"lands on transformer\.transformer_blocks\.3\.attn\.to_k, where"):
-        read_state(layout.tensors | other.tensors, {})
+        read_state_dict(layout.tensors | other.tensors, {})
 
 
 def test_two_spellings_of_one_tensor() -> None:
@@ -99,7 +99,7 @@ def test_two_spellings_of_one_tensor() -> None:
 
 def test_names_of_nothing_known() -> None:
     layout = Layout()
-    layout.lora("lora_unet_no_such_module", (Place("x"),), (4, 6))
+    layout.lora("lora_unet_no_such_module", (ModulePlace("x"),), (4, 6))
     with pytest.raises(AdapterError, match="no module of any family known here"):
         reading(layout)
     with pytest.raises(AdapterError, match="no module of any family known here"):
@@ -110,7 +110,7 @@ def test_names_of_nothing_known() -> None:
 def test_a_checkpoint_is_no_adapter(name: str) -> None:
     for allow_partial in (False, True):
         with pytest.raises(AdapterError, match="none of the 2 tensors is an adapter's"):
-            read_state({name: torch.ones(2, 2), f"y{name}": torch.ones(2, 2)}, {}, allow_partial=allow_partial)
+            read_state_dict({name: torch.ones(2, 2), f"y{name}": torch.ones(2, 2)}, {}, allow_partial=allow_partial)
 
 
 def test_a_near_name_is_told() -> None:
@@ -122,12 +122,12 @@ def test_a_near_name_is_told() -> None:
 
 def test_rows_that_cannot_be_cut() -> None:
     layout = Layout()
-    layout.lora("lora_unet_single_blocks_37_linear1", (Place("x"),), (UNIT * 7 + 1, INTO))
+    layout.lora("lora_unet_single_blocks_37_linear1", (ModulePlace("x"),), (UNIT * 7 + 1, INTO))
     with pytest.raises(AdapterError, match="29 rows cannot be cut into 7 equal units"):
         reading(layout)
     layout = Layout()
-    layout.lora("lora_unet_final_layer_adaLN_modulation_1", (Place("x"),), (5, INTO))
-    layout.lora("lora_unet_single_blocks_37_modulation_lin", (Place("y"),), (5, INTO))
+    layout.lora("lora_unet_final_layer_adaLN_modulation_1", (ModulePlace("x"),), (5, INTO))
+    layout.lora("lora_unet_single_blocks_37_modulation_lin", (ModulePlace("y"),), (5, INTO))
     with pytest.raises(AdapterError, match="5 rows have no halves"):
         reading(layout)
 
@@ -161,14 +161,14 @@ def test_a_base_is_checked_and_gives_shapes() -> None:
     shapes = {"w1_a": (4, 2), "w1_b": (2, 54), "w2_a": (4, 2), "w2_b": (2, 54)}
     layout.tensors = {f"{text}.hada_{n}": layout.random(*shape) for n, shape in shapes.items()}
     base = Structure({name: "conv"}, {f"{name}.weight": (4, 6, 3, 3)})
-    found = read_state(layout.tensors, {}, base=base)
+    found = read_state_dict(layout.tensors, {}, base=base)
     assert found.adapter.deltas[f"{name}.weight"].shape == (4, 6, 3, 3)
     wrong = Structure({name: "conv"}, {f"{name}.weight": (4, 7, 3, 3)})
     with pytest.raises(AdapterError, match=r"the base's is \(4, 7, 3, 3\)"):
-        read_state(layout.tensors, {}, base=wrong)
+        read_state_dict(layout.tensors, {}, base=wrong)
     other = Structure({"unet.conv_in": "conv"}, {"unet.conv_in.weight": (4, 4, 3, 3)})
     with pytest.raises(AdapterError, match=r"unet\.down_blocks\.0\.resnets\.0\.conv1: no such module in the base"):
-        read_state(layout.tensors, {}, base=other)
+        read_state_dict(layout.tensors, {}, base=other)
 
 
 def test_a_denoiser_alone_is_a_base_too(tmp_path) -> None:
@@ -180,16 +180,16 @@ def test_a_denoiser_alone_is_a_base_too(tmp_path) -> None:
     block = "transformer.single_transformer_blocks.0"
     places = families()["flux1"].originals["single_blocks.0.linear1"]
     layout.lora(text, places, (7 * 256, 256), alpha=1.0)
-    found = read_state(layout.tensors, {}, base=model)
+    found = read_state_dict(layout.tensors, {}, base=model)
     assert sorted(found.used) == sorted(f"{block}.{n}" for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
     narrow = Layout()
     narrow.lora(text, places, (7 * 128, 128), alpha=1.0)
     with pytest.raises(AdapterError, match=r"the pair is for a weight \(128, 128\), the base's is \(256, 256\)"):
-        read_state(narrow.tensors, {}, base=model)
+        read_state_dict(narrow.tensors, {}, base=model)
     further = Layout()
-    further.lora("lora_unet_single_blocks_1_linear2", (Place(f"{block}.x"),), (256, 5 * 256), alpha=1.0)
+    further.lora("lora_unet_single_blocks_1_linear2", (ModulePlace(f"{block}.x"),), (256, 5 * 256), alpha=1.0)
     with pytest.raises(AdapterError, match=r"single_transformer_blocks\.1\.proj_out: no such module in the base"):
-        read_state(further.tensors, {}, base=model)
+        read_state_dict(further.tensors, {}, base=model)
 
 
 @pytest.mark.parametrize(
@@ -234,18 +234,18 @@ def test_each_tensor_is_used_unused_or_unpaired_whatever_is_missing_or_renamed(g
         tensors[new] = tensors.pop(key)
     if not any(k.replace("_down", "_up") in tensors for k in tensors if k in KEYS and k.endswith("lora_down.weight")):
         with pytest.raises(AdapterError, match=r"no tensor of the file|none of the"):
-            read_state(tensors, {}, allow_partial=True)
+            read_state_dict(tensors, {}, allow_partial=True)
         return
-    found = read_state(tensors, {}, allow_partial=True)
+    found = read_state_dict(tensors, {}, allow_partial=True)
     lists = [{k for keys in found.used.values() for k in keys}, set(found.unused), set(found.unpaired)]
     assert set().union(*lists) == set(tensors)
     assert sum(map(len, lists)) == len(tensors)
     complete = not found.unused and not found.unpaired
     if complete:
-        read_state(tensors, {})
+        read_state_dict(tensors, {})
     else:
         with pytest.raises(AdapterError):
-            read_state(tensors, {})
+            read_state_dict(tensors, {})
 
 
 def test_a_file_written_and_read_keeps_views(tmp_path) -> None:

@@ -11,14 +11,14 @@ from tests.formats.layouts import INTO, UNIT, Layout, assert_same, changes, prod
 from tests.formats.test_read import check, reading
 from veneer.errors import AdapterError
 from veneer.formats.metadata import pack_configs
-from veneer.formats.read_lists import TOKEN_EMBEDDING
-from veneer.formats.topology import Place, families, flat
+from veneer.formats.numbered import TOKEN_EMBEDDING
+from veneer.formats.topology import ModulePlace, families, flat
 
 FLUX, SDXL = families()["flux1"], families()["sdxl"]
 QKV, LINEAR1, LAST = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "final_layer.adaLN_modulation.1"
 
 
-def flux(*originals: str, prefix: str = "lora_unet_") -> list[tuple[str, tuple[Place, ...], int, int]]:
+def flux(*originals: str, prefix: str = "lora_unet_") -> list[tuple[str, tuple[ModulePlace, ...], int, int]]:
     """(text, places, rows, columns); single_blocks.37 makes it FLUX.1 and no other."""
     out = []
     for original in originals:
@@ -76,7 +76,7 @@ def test_a_pointwise_convolution_and_a_linear_take_each_others_shape(stored: int
         extra = "unet.up_blocks.3.attentions.2.proj_out" if family == "sd15" else "unet.add_embedding.linear_1"
         for module in (name, extra):
             shape = (4, 6, *[1] * (stored - 2))
-            layout.lora(f"lora_unet_{flat(module.removeprefix('unet.'))}", (Place(module),), shape, alpha=1.0)
+            layout.lora(f"lora_unet_{flat(module.removeprefix('unet.'))}", (ModulePlace(module),), shape, alpha=1.0)
         want = {k: v.reshape(4, 6, *[1] * (ndim - 2)) for k, v in layout.want.items()}
         found = reading(layout)
         assert found.family == family
@@ -132,7 +132,9 @@ def test_dora_on_either_axis(axis: str) -> None:
 def test_a_pair_on_an_embedding_is_transposed() -> None:
     """ComfyUI's files hold up·down of the weight (rows, dim) as of a linear."""
     layout, name = Layout(), "text_encoder.text_model.embeddings.position_embedding"
-    layout.lora("text_encoders.clip_l.transformer.text_model.embeddings.position_embedding", (Place(name),), (7, 5))
+    layout.lora(
+        "text_encoders.clip_l.transformer.text_model.embeddings.position_embedding", (ModulePlace(name),), (7, 5)
+    )
     found = reading(layout)
     assert found.adapter.pairs[name].kind == "embedding"
     assert_same(changes(found.adapter), layout.want)
@@ -141,7 +143,9 @@ def test_a_pair_on_an_embedding_is_transposed() -> None:
 # -- split_qkv -------------------------------------------------------------------------------------------------------
 
 
-def blocks(text: str, places: tuple[Place, ...], layout: Layout, *, rank: int, alpha: float, scale: float) -> None:
+def blocks(
+    text: str, places: tuple[ModulePlace, ...], layout: Layout, *, rank: int, alpha: float, scale: float
+) -> None:
     """sd-scripts' split_qkv: A = [A₀; …], B = diag(B₀, …)."""
     downs = [layout.random(rank, INTO) for _ in places]
     sizes = [UNIT * (p.part[1] - p.part[0]) for p in places if p.part]
@@ -192,7 +196,7 @@ def diffusers_layout(scale: float = 1.0) -> Layout:
     layout = Layout()
     for i in (0, 37):
         name = f"transformer.single_transformer_blocks.{i}.attn.to_q"
-        layout.lora(name, (Place(name),), (4, 6), naming="peft", rank=4, scale=scale)
+        layout.lora(name, (ModulePlace(name),), (4, 6), naming="peft", rank=4, scale=scale)
     return layout
 
 
@@ -243,13 +247,13 @@ def numbered(parts: tuple[str, ...] = ("attn1", "ff", "attn2")) -> Layout:
             for leaf in leaves:
                 shape = (8 * w, w) if part == "ff" else (w, 5 if part == "attn2" and leaf in ("to_k", "to_v") else w)
                 module = f"unet.{name}.transformer_blocks.0.{part}.{leaf}"
-                layout.lora(f"unet:{i}", (Place(module),), shape, naming="numbered")
+                layout.lora(f"unet:{i}", (ModulePlace(module),), shape, naming="numbered")
                 i += 1
     assert i == 144
     for n in range(48):
         leaf = ("k_proj", "v_proj", "q_proj", "out_proj")[n % 4]
         module = f"text_encoder.text_model.encoder.layers.{n // 4}.self_attn.{leaf}"
-        layout.lora(f"text_encoder:{n}", (Place(module),), (6, 6), naming="numbered")
+        layout.lora(f"text_encoder:{n}", (ModulePlace(module),), (6, 6), naming="numbered")
     layout.metadata = {"unet": '["CrossAttention", "Attention", "GEGLU"]', "text_encoder": '["CLIPAttention"]'}
     return layout
 
@@ -306,7 +310,7 @@ def test_an_extended_list_has_the_resnets_after_the_attentions() -> None:
                         if "ff" in name
                         else (width, 5 if name.endswith(("attn2.to_k", "attn2.to_v")) else width)
                     )
-                    layout.lora(f"unet:{i}", (Place(name),), shape, naming="numbered")
+                    layout.lora(f"unet:{i}", (ModulePlace(name),), shape, naming="numbered")
                     i += 1
             for j in range(len({n.split(".")[-2] for n in own if ".resnets." in n})):
                 for part in ("conv1", "time_emb_proj", "conv2", "conv_shortcut"):
@@ -316,7 +320,7 @@ def test_an_extended_list_has_the_resnets_after_the_attentions() -> None:
                             if part == "time_emb_proj"
                             else (width, 7, *([1, 1] if "short" in part else [3, 3]))
                         )
-                        layout.lora(f"unet:{i}", (Place(name),), shape, naming="numbered")
+                        layout.lora(f"unet:{i}", (ModulePlace(name),), shape, naming="numbered")
                         i += 1
     layout.metadata = {"unet": '["ResnetBlock2D", "CrossAttention", "Attention", "GEGLU"]'}
     assert i == 144 + 22 * 3 + 14

@@ -16,8 +16,8 @@ from torch import Tensor
 from tests.formats.layouts import INTO, UNIT, Layout, assert_same, changes, denoiser, dotted, encoders, kohya, product
 from tests.formats.test_read import CLIP
 from tests.formats.test_topology import denoiser as real_denoiser
-from veneer.formats.read import read_state
-from veneer.formats.topology import Place, families, flat
+from veneer.formats.read import read_state_dict
+from veneer.formats.topology import ModulePlace, families, flat
 
 loaders = pytest.importorskip("diffusers.loaders")
 to_peft = pytest.importorskip("diffusers.utils.state_dict_utils")
@@ -51,7 +51,7 @@ def renamed(component: str, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return changes(read_state(tensors, {}).adapter)
+    return changes(read_state_dict(tensors, {}).adapter)
 
 
 @pytest.mark.parametrize("original", [True, False])
@@ -115,10 +115,10 @@ def test_xlabs() -> None:
     for i in (0, 18):
         for n in (1, 2):
             name = f"double_blocks.{i}.processor"
-            layout.lora(f"{name}.qkv_lora{n}", (Place(f"{i}{n}a"),), (3 * width, width), naming="plain")
-            layout.lora(f"{name}.proj_lora{n}", (Place(f"{i}{n}b"),), (width, width), naming="plain")
-    layout.lora("single_blocks.37.processor.qkv_lora", (Place("c"),), (3 * width, width), naming="plain")
-    layout.lora("single_blocks.37.processor.proj_lora", (Place("d"),), (width, 5 * width), naming="plain")
+            layout.lora(f"{name}.qkv_lora{n}", (ModulePlace(f"{i}{n}a"),), (3 * width, width), naming="plain")
+            layout.lora(f"{name}.proj_lora{n}", (ModulePlace(f"{i}{n}b"),), (width, width), naming="plain")
+    layout.lora("single_blocks.37.processor.qkv_lora", (ModulePlace("c"),), (3 * width, width), naming="plain")
+    layout.lora("single_blocks.37.processor.proj_lora", (ModulePlace("d"),), (width, 5 * width), naming="plain")
     want = peer("FluxLoraLoaderMixin", layout.tensors)
     assert len(want) == 2 * 2 * 4 + 3 + 1
     assert_same(ours(layout.tensors), want, 1e-6)
@@ -142,7 +142,7 @@ def test_bfl_control_lora() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         state = loaders.FluxLoraLoaderMixin.lora_state_dict(dict(layout.tensors), return_alphas=False)
-    found = read_state(layout.tensors, {}).adapter
+    found = read_state_dict(layout.tensors, {}).adapter
     theirs = {k.removesuffix(".lora_B.bias"): t for k, t in state.items() if k.endswith(".lora_B.bias")}
     biases = {k.removesuffix(".bias"): d.parts["value"] for k, d in found.deltas.items()}
     assert biases.keys() == theirs.keys()

@@ -11,9 +11,7 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from veneer.formats.topology import Family, Place, families, flat
-from veneer.formats.topology_dit import flux1, flux2, sd3
-from veneer.formats.topology_rows import Row, clip, t5
+from veneer.formats.topology import Family, ModulePlace, ModuleRow, clip, families, flat, flux1, flux2, sd3, t5
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -74,7 +72,7 @@ def of(family: Family, component: str) -> dict[str, str]:
     return {n: k for n, k in family.modules.items() if n.startswith(f"{component}.")}
 
 
-def table(rows: list[Row]) -> dict[str, str]:
+def table(rows: list[ModuleRow]) -> dict[str, str]:
     return {row.module: row.kind for row in rows}
 
 
@@ -116,7 +114,7 @@ def test_animas_text_conditioner_is_the_real_class_and_the_originals_llm_adapter
     family = families()["anima"]
     assert of(family, "text_conditioner") == real
     for module in real:
-        assert family.originals["llm_adapter." + module.partition(".")[2]] == (Place(module),)
+        assert family.originals["llm_adapter." + module.partition(".")[2]] == (ModulePlace(module),)
 
 
 @pytest.mark.parametrize("name", list(families()))
@@ -127,7 +125,7 @@ def test_a_real_weight_has_one_original_name_for_every_row(name: str) -> None:
     homes = Counter({n: c for n, c in homes.items() if n.startswith(f"{family.denoiser}.")})
     assert dict(homes) == dict.fromkeys(of(family, family.denoiser), 1)
     for original, places in family.originals.items():
-        if places == (Place(places[0].module, None, places[0].swap),):
+        if places == (ModulePlace(places[0].module, None, places[0].swap),):
             continue
         at = 0
         for place in places:
@@ -179,5 +177,9 @@ def test_flux_counts_as_trainers_have_them() -> None:
     }
     assert len(fused) == 19 * 10 + 38 * 3 == 304
     assert sum(len(places) for places in fused.values()) == 494
-    assert fused["single_blocks.37.linear1"][3] == Place("transformer.single_transformer_blocks.37.proj_mlp", (3, 7, 7))
-    assert family.originals["final_layer.adaLN_modulation.1"] == (Place("transformer.norm_out.linear", swap=True),)
+    assert fused["single_blocks.37.linear1"][3] == ModulePlace(
+        "transformer.single_transformer_blocks.37.proj_mlp", (3, 7, 7)
+    )
+    assert family.originals["final_layer.adaLN_modulation.1"] == (
+        ModulePlace("transformer.norm_out.linear", swap=True),
+    )

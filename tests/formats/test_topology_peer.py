@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.formats.test_topology import denoiser
-from veneer.formats.topology import Family, Place, families
+from veneer.formats.topology import Family, ModulePlace, families
 
 peer = pytest.importorskip("diffusers.loaders.single_file_utils")
 
@@ -44,7 +44,7 @@ def checkpoint(family: Family) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return original, want
 
 
-def placed(value: Tensor, place: Place) -> Tensor:
+def placed(value: Tensor, place: ModulePlace) -> Tensor:
     if place.part:
         begin, end, total = place.part
         unit = len(value) // total

@@ -130,7 +130,7 @@ def made(net: nn.Module, path: Path) -> torch.Tensor:
 
 
 def ours(net: nn.Module, path: Path) -> torch.Tensor:
-    adapter = peft.read(path, net)
+    adapter = peft.read_folder(path, net)
     modules = dict(net.named_modules())
     assert adapter.pairs
     assert all(name in modules for name in adapter.pairs)
@@ -170,7 +170,9 @@ def test_names_of_before_transformers_4_52_are_the_ones_of_today(tmp_path, name)
     config["target_modules"] = r".*layers\.\d+\.(self_attn\.(q_proj|v_proj)|mlp\.down_proj)"
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     torch.testing.assert_close(ours(whole(name), tmp_path / "a"), want, rtol=1e-8, atol=1e-8)
-    assert any("names of another class of the same model" in n for n in peft.load(tmp_path / "a", whole(name)).notes)
+    assert any(
+        "names of another class of the same model" in n for n in peft.load_folder(tmp_path / "a", whole(name)).notes
+    )
 
 
 def test_pairs_of_the_vision_tower_are_refused_on_the_text_model_with_their_names(tmp_path):
@@ -185,6 +187,6 @@ def test_pairs_of_the_vision_tower_are_refused_on_the_text_model_with_their_name
     save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [tower]}
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
-    peft.read(tmp_path / "a", net)
+    peft.read_folder(tmp_path / "a", net)
     with pytest.raises(AdapterError, match="no such module"):
-        peft.read(tmp_path / "a", text("gemma3"))
+        peft.read_folder(tmp_path / "a", text("gemma3"))

@@ -248,11 +248,11 @@ def test_a_peft_folder_is_described_by_veneers_own_reader(tmp_path: Path) -> Non
     pair = Pair(torch.ones(2, 3), torch.ones(4, 2), 1.0)
     card = Card(base="org/Base", trigger_words=["hello"], licence="mit", rank=2, alpha=2.0, targets=["q"])
     adapter = Adapter({"model.q": pair}, card=card)
-    peft.write(adapter, tmp_path / "a")
+    peft.write_folder(adapter, tmp_path / "a")
     with open_library(tmp_path / "l") as library:
         version = library.add(tmp_path / "a", "tiny").version
         assert (version.digest, version.format, version.base) == (adapter.digest(), "peft", "org/Base")
         assert version.trigger_words == ["hello"]
-        assert peft.read(library.resolve("tiny")).digest() == adapter.digest()
+        assert peft.read_folder(library.resolve("tiny")).digest() == adapter.digest()
         with pytest.raises(AdapterError):
             library.add(made(tmp_path, 1), "noise")

@@ -29,8 +29,8 @@ Make = Callable[..., LocalCatalog]
 def saved(base: TextBase, folder: Path, seed: int = 0, **card: Any) -> str:
     """An adapter in PEFT's layout; returns its digest."""
     adapter = adapter_for(base, seed, **card)
-    peft.write(adapter, folder)
-    return peft.load(folder).adapter.digest()
+    peft.write_folder(adapter, folder)
+    return peft.load_folder(folder).adapter.digest()
 
 
 def of(digest: str) -> tuple[tuple[str, float], ...]:

@@ -147,7 +147,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
         adapters["foreign"].card = replace(adapters["foreign"].card, base_fingerprint="sha256:" + "0" * 64)
         with open_library(place / "library") as opened:
             for name, adapter in adapters.items():
-                peft.write(adapter, place / name, base=base.model)
+                peft.write_folder(adapter, place / name, base=base.model)
                 opened.add(place / name, name)
             opened.alias("plain@1", "prod")
         urls = [f"http://127.0.0.1:{port}" for port in ports]

@@ -42,7 +42,7 @@ def test_a_mixed_batch_equals_each_request_alone_and_pefts(whole: Whole, shop: S
 
 
 def read(shop: Shop, name: str) -> Adapter:
-    return peft.read(shop.adapters / name, shop.base.model)
+    return peft.read_folder(shop.adapters / name, shop.base.model)
 
 
 def mixed(parts: dict[str, float], ids: list[int], **more: Any) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def spoiled(shop: Shop) -> list[str]:
     for name, mark in {"other-shapes": "", "other-base": "sha256:" + "0" * 64}.items():
         adapter = trained(other if not mark else shop.base.model, 5)
         adapter.card = Card(base="other", base_fingerprint=mark)
-        peft.write(adapter, folder / name)
+        peft.write_folder(adapter, folder / name)
         sources.append(name)
     shop.library.add(folder / "other-base", "others")
     outside = ["", "nothing", "nothing@3", "plain@9", "sha256:" + "0" * 64, "../tiny", "/etc", "/etc/passwd", "a\0b"]

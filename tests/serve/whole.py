@@ -102,8 +102,8 @@ class Shop:
         for rows in adapter.token_rows.values():
             rows.rows = rows.rows + 0.1 * torch.randn(rows.rows.shape, generator=torch.Generator().manual_seed(seed))
         adapter.card = Card(base=self.base.name, base_fingerprint=self.base.fingerprint)
-        peft.write(adapter, self.adapters / name)
-        return peft.load(self.adapters / name, self.base.model).adapter.digest()
+        peft.write_folder(adapter, self.adapters / name)
+        return peft.load_folder(self.adapters / name, self.base.model).adapter.digest()
 
     def wanted(self, mix: Mix, ids: Sequence[int], n: int) -> Said:
         """The greedy answer through core's attachment; the names in `mix` are folders of `adapters`."""
@@ -111,7 +111,7 @@ class Shop:
         if key not in self.kept:
             with attach(self.base.model) as attachment:
                 for name, _ in mix:
-                    attachment.add(name, peft.load(self.adapters / name, self.base.model).adapter)
+                    attachment.add(name, peft.load_folder(self.adapters / name, self.base.model).adapter)
                 attachment.use(*mix)
                 self.kept[key] = greedy(self.base, self.base.model, ids, n)
         return self.kept[key]

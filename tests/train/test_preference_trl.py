@@ -99,7 +99,7 @@ def test_loss_and_gradient_are_trl_s(case: str, tmp_path: Path, monkeypatch: pyt
     gen = torch.Generator().manual_seed(1)
     for p in adapter.pairs.values():
         p.B = torch.randn(p.B.shape, generator=gen) * 0.05
-    peft_folder.write(adapter, tmp_path / "adapter", base_name="x", base=base.model)
+    peft_folder.write_folder(adapter, tmp_path / "adapter", base_name="x", base=base.model)
     with attach(base.model) as attachment:
         attachment.add("run", adapter, trainable=True)
         attachment.use("run")

@@ -20,7 +20,7 @@ from veneer.errors import AdapterError, UnsafeFileError, VeneerError
 from veneer.files.hashes import verify_hashes
 from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, CardFile, file_digest, read_card
-from veneer.formats.facts import facts
+from veneer.formats.reading import facts
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
@@ -37,7 +37,7 @@ class AdapterCheck:
     detail: str = ""
 
 
-def inspect(name: str, **how: Unpack[reader.How]) -> dict[str, Any]:
+def inspect(name: str, **how: Unpack[reader.ReadOptions]) -> dict[str, Any]:
     """What is in the adapter `name` (a folder, a file or a name in the library), ready for JSON.
 
     `verdict`: whether it is read for use, and if not, why and what to do. What reading for use refuses in part is shown
@@ -53,7 +53,7 @@ def inspect(name: str, **how: Unpack[reader.How]) -> dict[str, Any]:
     return facts(path, reading, refusal, digest=reading.adapter.digest(), norm=delta_norm)
 
 
-def _read(path: Path, how: reader.How) -> tuple[reader.Reading, AdapterError | None]:
+def _read(path: Path, how: reader.ReadOptions) -> tuple[reader.Reading, AdapterError | None]:
     """As it is read for use; or what can be read of it, and why it is refused. Raises the refusal where that is
     nothing."""
     try:
@@ -72,7 +72,7 @@ def delta_norm(pair: Pair) -> float:
     return distance(factors(pair))
 
 
-def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader.How]) -> list[AdapterCheck]:
+def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader.ReadOptions]) -> list[AdapterCheck]:
     """Check the adapter `name`: the files' hashes and the digest against the card, hashes in a header against the
     tensors, every tensor used and paired, values finite; with a base its fingerprint, every name and shape, and that
     the adapter changes what the base says. A failure is a check with `ok` False. Raises AdapterError only where there
@@ -148,7 +148,9 @@ def _not_zero(adapter: Adapter) -> AdapterCheck:
     return AdapterCheck("not zero", True, f"‖ΔW‖ = {sum(n**2 for n in norms.values()) ** 0.5:.4g} in all{said}")
 
 
-def _against(base: TextBase, name: str, adapter: Adapter, card: CardFile | None, how: reader.How) -> list[AdapterCheck]:
+def _against(
+    base: TextBase, name: str, adapter: Adapter, card: CardFile | None, how: reader.ReadOptions
+) -> list[AdapterCheck]:
     want = card.card.base_fingerprint if card else ""
     if card is None or not want:
         out = [AdapterCheck("base", None, "the card names no base's fingerprint")]

@@ -29,7 +29,7 @@ from veneer.core.merge import change_problem, exact_weights, parameter_changes
 from veneer.core.rounding import DTYPES, Rounding, seeded, stochastic
 from veneer.core.targets import base_modules
 from veneer.errors import AdapterError, BaseError, ConfigError, ResourceError, nearest
-from veneer.files.atomic import atomic_write, new_folder, writing
+from veneer.files.atomic import as_veneer_errors, atomic_write, new_folder
 from veneer.files.safetensors import strict_json
 from veneer.files.weights import Checkpoint, checkpoint_parts
 from veneer.models.loading import errors_only, loading
@@ -115,7 +115,7 @@ def merge(
         model.config.quantization_config = saved_config(requantise, target)
         state = saved_tensors(requantised(model, requantise).state_dict())
     try:
-        with writing(folder), new_folder(folder) as temporary, errors_only():
+        with as_veneer_errors(folder), new_folder(folder) as temporary, errors_only():
             if state is None:
                 model.save_pretrained(temporary, max_shard_size="5GB")
             else:
@@ -372,7 +372,7 @@ def merge_shards(
         for (name, s), (adapter, _) in zip(chosen, mix, strict=True)
     ]
     rounding = Rounding()
-    with writing(folder), new_folder(folder) as temporary:
+    with as_veneer_errors(folder), new_folder(folder) as temporary:
         shards = {file for part in parts.values() for file in part.files}
         for file in sorted(p for p in base.rglob("*") if p.is_file() and not _hidden(p.relative_to(base))):
             target = temporary / file.relative_to(base)

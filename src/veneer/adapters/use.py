@@ -171,7 +171,7 @@ def base_of(name: str) -> str:
 
 
 def load_adapter(
-    base: AnyBase, name: str | os.PathLike[str], *, allow_other_base: bool = False, **how: Unpack[reader.How]
+    base: AnyBase, name: str | os.PathLike[str], *, allow_other_base: bool = False, **how: Unpack[reader.ReadOptions]
 ) -> Adapter:
     """Read an adapter and make sure that it belongs to `base`; `attach(base.model).add(…)` puts it on.
 
@@ -202,9 +202,9 @@ def load_adapter(
     return adapter
 
 
-def _read_for(base: AnyBase, path: Path, how: reader.How) -> reader.Reading:
+def _read_for(base: AnyBase, path: Path, how: reader.ReadOptions) -> reader.Reading:
     if path.is_dir() and not is_image_family(base.family) and not (path / peft.CONFIG_FILE).is_file():
-        peft.load(path)  # says best what a folder for a language model lacks
+        peft.load_folder(path)  # says best what a folder for a language model lacks
     return reader.read(path, base=base.model, family=base.family, **how)
 
 

@@ -14,8 +14,8 @@ from veneer.cli.output import cut_list, everything
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from veneer.formats.convert import Written
-    from veneer.formats.read import How, Reading
+    from veneer.formats.convert import WriteReport
+    from veneer.formats.read import Reading, ReadOptions
 
 __all__ = ["convert_command"]
 
@@ -74,7 +74,7 @@ def convert_command(
     from veneer.formats.read import read
 
     everything(show_all)
-    how: How = {"from_pickle": from_pickle, "moe_layout": moe_layout, "adapter_name": adapter_name}
+    how: ReadOptions = {"from_pickle": from_pickle, "moe_layout": moe_layout, "adapter_name": adapter_name}
     place = adapter_path(name)
     if Path(output).exists() and Path(output).samefile(place):
         raise ConfigError("the output is the adapter itself, which is not written over", where=output, fix="another -o")
@@ -120,7 +120,7 @@ def _of_base(name: str) -> tuple[str, int, int]:
     return architecture, int(head_dim), int(config.num_hidden_layers)
 
 
-def _facts(name: str, reading: Reading, done: Written) -> dict[str, object]:
+def _facts(name: str, reading: Reading, done: WriteReport) -> dict[str, object]:
     return {
         "from": {
             "adapter": name,

@@ -20,6 +20,7 @@ from veneer.errors import AdapterError, ResourceError
 
 __all__ = [
     "Staged",
+    "as_veneer_errors",
     "atomic_write",
     "flush_folder",
     "new_folder",
@@ -27,7 +28,6 @@ __all__ = [
     "replace_file",
     "stage",
     "write_all",
-    "writing",
 ]
 
 
@@ -41,7 +41,7 @@ class Staged:
     def commit(self) -> None:
         """Raises as `atomic_write`; the staged file is gone then too."""
         try:
-            with writing(self.path):
+            with as_veneer_errors(self.path):
                 os.replace(self.temporary, self.path)
         except BaseException:
             self.discard()
@@ -58,7 +58,7 @@ def stage(path: str | Path, chunks: Iterable[bytes | memoryview]) -> Staged:
     need taken) before the first one is replaced. Errors as `atomic_write`."""
     path = Path(path)
     staged = Staged(_beside(path), path)
-    with writing(path):
+    with as_veneer_errors(path):
         _fill(staged.temporary, chunks, 0o666)
     return staged
 
@@ -121,7 +121,7 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def as_veneer_errors(path: Path) -> Iterator[None]:
     """The system's errors while `path` is written, as ResourceError for a full disk and AdapterError for the rest."""
     try:
         yield
@@ -158,7 +158,7 @@ def put_folder(folder: Path, contents: Mapping[str, list[bytes | memoryview]], *
     if folder.exists() and not folder.is_dir():
         raise AdapterError("a file is in the way of the folder", where=str(folder))
     if not folder.is_dir():
-        with writing(folder), new_folder(folder) as temporary:
+        with as_veneer_errors(folder), new_folder(folder) as temporary:
             for name, chunks in contents.items():
                 atomic_write(temporary / name, chunks)
         return

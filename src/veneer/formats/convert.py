@@ -2,17 +2,17 @@
 
 | to        | written                                    | names                   | cannot hold                   |
 | peft      | folder: a denoiser's, or a text model's    | the model's own         | what formats/peft.py refuses  |
-| kohya     | one .safetensors, lora_down, lora_up,      | formats/write_names.py  | embeddings, whole new weights |
+| kohya     | one .safetensors, lora_down, lora_up,      | formats/kohya.py  | embeddings, whole new weights |
 |           | alpha; LyCORIS' names for the other forms  |                         |                               |
-| comfyui   | one .safetensors, lora_A, lora_B, alpha    | formats/write_names.py  | gains, DoRA of the outputs    |
-| diffusers | one .safetensors, scales in metadata       | diffusers', canonical   | formats/write_diffusers.py    |
+| comfyui   | one .safetensors, lora_A, lora_B, alpha    | formats/kohya.py  | gains, DoRA of the outputs    |
+| diffusers | one .safetensors, scales in metadata       | diffusers', canonical   | formats/diffusers.py    |
 | vllm      | PEFT folder of one rank, scale 1           | the model's own         | DoRA, deltas, full copies     |
 | tgi       | the same, in every layer of the base       | the model's own         | the same, embeddings, lm_head |
 | gguf      | one llama.cpp LoRA                         | llama.cpp's             | the same                      |
 
 Fused projections are joined at the same rank where their parts share A, block-diagonally elsewhere, with zero rows for
 a part that nothing changes. Before anything reaches the disk it is read back and compared by ΔW
-(formats/write_check.py), and its names are looked up as the target's own loader does (formats/loader_names.py). All
+(formats/comparison.py), and its names are looked up as the target's own loader does (formats/loaders.py). All
 that cannot be expressed is one AdapterError: every module, why, and the nearest way.
 """
 
@@ -36,19 +36,17 @@ from veneer.files.gguf import read_gguf_file
 from veneer.files.hashes import Hashes, hashes, sealed
 from veneer.files.safetensors import encode_tensors
 from veneer.formats import peft
+from veneer.formats.comparison import differences, relative_error
+from veneer.formats.diffusers import diffusers_tensors
 from veneer.formats.fused import trimmed
 from veneer.formats.gguf import read_gguf, write_gguf
+from veneer.formats.kohya import Refusals, component_of, foreign_leaves
 from veneer.formats.leaves import Leaf, write_leaf
-from veneer.formats.loader_names import unreachable
-from veneer.formats.metadata import family_of, metadata_of, pack_configs
+from veneer.formats.loaders import unreachable
+from veneer.formats.metadata import family_in_metadata, metadata_of, pack_configs
 from veneer.formats.names import choose_family
-from veneer.formats.placing import leaves_of
-from veneer.formats.read import read_state
-from veneer.formats.tensors import check_finite
-from veneer.formats.topology import Family, families
-from veneer.formats.write_check import differences, relative_error
-from veneer.formats.write_diffusers import diffusers_tensors
-from veneer.formats.write_folded import (
+from veneer.formats.read import leaves_of, read_state_dict
+from veneer.formats.servers import (
     MERGE,
     TGI_RANK,
     folded,
@@ -57,9 +55,10 @@ from veneer.formats.write_folded import (
     tgi_notes,
     vllm_notes,
 )
-from veneer.formats.write_names import Refusals, component_of, foreign_leaves
+from veneer.formats.tensors import check_finite
+from veneer.formats.topology import Family, families
 
-__all__ = ["TARGETS", "Encoded", "Written", "encode", "target_of", "write"]
+__all__ = ["TARGETS", "EncodedAdapter", "WriteReport", "encode", "target_of", "write"]
 
 TARGETS = ("peft", "kohya", "diffusers", "comfyui", "gguf", "vllm", "tgi")
 
@@ -78,7 +77,7 @@ def target_of(out: str | Path, like: str = "") -> str:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedAdapter:
     """A layout, before it is a file. `config`: PEFT's, {} for the others. `notes`: what its reader should know."""
 
     tensors: dict[str, Tensor]
@@ -88,7 +87,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Written:
+class WriteReport:
     """What was written. `digest`: the adapter's, as anyone reading it gets it. `files`: name -> "sha256:…".
 
     `hashes`: of the one file, as A1111 and CivitAI show them; None for a folder. `ranks`: rank -> how many modules."""
@@ -112,7 +111,7 @@ def encode(
     dtype: str | None = None,
     head_dim: int | None = None,
     layers: int | None = None,
-) -> Encoded:
+) -> EncodedAdapter:
     """The tensors, metadata and configuration of `adapter` as `to`, one of TARGETS, has it; checked by reading them.
 
     `family`: of the image model, by its name in `topology.families()`, by default what the modules, their widths and
@@ -138,7 +137,7 @@ def write(
     dtype: str | None = None,
     head_dim: int | None = None,
     layers: int | None = None,
-) -> Written:
+) -> WriteReport:
     """Write `adapter` to `out` as `encode` has it: a folder for peft and vllm, one file for the others.
 
     Whole or not at all, and equal adapters give equal bytes. Raises as `encode`, and ResourceError for a full disk."""
@@ -157,13 +156,13 @@ def write(
     else:
         done = _encode(meant, to, family, metadata or {}, name, notes, layers)
         if to in FOLDERS:
-            folder = peft.write(done.written, path, digest=_folder_digest(meant, done))
+            folder = peft.write_folder(done.written, path, digest=_folder_digest(meant, done))
             files, notes = folder.files, [*done.encoded.notes, *folder.notes]
-            return Written(path, to, done.family, folder.digest, files, None, _ranks(done), notes)
+            return WriteReport(path, to, done.family, folder.digest, files, None, _ranks(done), notes)
         atomic_write(path, encode_tensors(done.encoded.tensors, done.encoded.metadata))
     found = hashes(path)
     files = {path.name: f"sha256:{found.sha256}"}
-    return Written(path, to, done.family, done.back.digest(), files, found, _ranks(done), done.encoded.notes)
+    return WriteReport(path, to, done.family, done.back.digest(), files, found, _ranks(done), done.encoded.notes)
 
 
 def _check_name(path: Path, to: str) -> None:
@@ -181,7 +180,7 @@ def _check_name(path: Path, to: str) -> None:
 class _Done:
     """`written`: the adapter in the shape in which it was written; `back`: as read back; `pairs`: of the layout."""
 
-    encoded: Encoded
+    encoded: EncodedAdapter
     written: Adapter
     back: Adapter
     family: str | None
@@ -256,11 +255,13 @@ def _encoded(
     else:
         written = folded(_servable(meant, to))
         notes = [*notes, *vllm_notes(written)]
-    config, tensors = peft.encode(written, base_name=written.card.base)
+    config, tensors = peft.encode_folder(written, base_name=written.card.base)
     back = peft.interpret(config, tensors).adapter
     _compare(written if to == "peft" else meant, back, to)
     _reach(meant, tensors, to)
-    return _Done(Encoded(tensors, {"format": "pt"}, config, notes), written, back, None, list(written.pairs.values()))
+    return _Done(
+        EncodedAdapter(tensors, {"format": "pt"}, config, notes), written, back, None, list(written.pairs.values())
+    )
 
 
 def _folder_digest(meant: Adapter, done: _Done) -> str | None:
@@ -297,7 +298,7 @@ def _gguf(
     file = read_gguf_file(path)
     tensors = {key: file.tensor(key) for key in sorted(file.entries)}
     fields = {key: str(value) for key, value in sorted(file.fields.items())}
-    encoded = Encoded(tensors, fields, {}, notes)
+    encoded = EncodedAdapter(tensors, fields, {}, notes)
     return _Done(encoded, written, back, architecture, list(written.pairs.values()))
 
 
@@ -371,7 +372,7 @@ def _family(adapter: Adapter, name: str | None, to: str) -> Family:
         raise AdapterError(
             f"{to} is for adapters of image models, and no module here begins with unet, transformer or text_encoder",
         )
-    claim = family_of({key: str(adapter.card.extra.get(own, "")) for key, own in _CLAIMS.items()})
+    claim = family_in_metadata({key: str(adapter.card.extra.get(own, "")) for key, own in _CLAIMS.items()})
     choice = choose_family({m: _shape(adapter, m) for m in modules}, claim)
     if choice.family is None and choice.near:
         raise AdapterError(choice.reasons[-1], fix=f"--family {choice.near[0]}, if it is that one")
@@ -421,10 +422,10 @@ def _for_pipelines(
     if any(d.form in ("hadamard", "kronecker", "gain") for d in meant.deltas.values()):
         described["ss_network_module"] = "lycoris.kohya"
     described = sealed(tensors, described | dict(metadata))
-    back = read_state(tensors, described, where=to).adapter
+    back = read_state_dict(tensors, described, where=to).adapter
     _compare(meant, back, to)
     _reach(meant, tensors, to, family)
-    return _Done(Encoded(tensors, described, {}, notes), meant, back, family.name, pairs)
+    return _Done(EncodedAdapter(tensors, described, {}, notes), meant, back, family.name, pairs)
 
 
 def _own_ranks(leaves: Mapping[str, Leaf], family: Family) -> dict[str, Leaf]:

@@ -26,15 +26,14 @@ from torch import Tensor
 from veneer.core.adapter import Pair
 from veneer.core.forms import Delta
 from veneer.errors import AdapterError
+from veneer.formats.topology import RowRange
 
-__all__ = ["Part", "join", "split", "swap_halves", "trimmed"]
+__all__ = ["join", "split", "swap_halves", "trimmed"]
 
 T = TypeVar("T", bound=Pair | Delta)
-Part = tuple[int, int, int]
-"""Rows [begin, end) of `total`, in equal units: q of a fused qkv is (0, 1, 3)."""
 
 
-def split(item: T, parts: Sequence[Part]) -> list[T]:
+def split(item: T, parts: Sequence[RowRange]) -> list[T]:
     """The change of each part of the rows. Every tensor is a view; A (and what else spans all rows) is shared.
 
     AdapterError where the rows are no multiple of the units, for a magnitude of the inputs, and for pairs of embeddings

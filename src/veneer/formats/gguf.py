@@ -27,9 +27,9 @@ from veneer.errors import AdapterError, nearest
 from veneer.files.gguf import read_gguf_file, write_gguf_file
 from veneer.formats.tensors import check_finite
 
-__all__ = ["ARCHITECTURES", "GgufAdapter", "read_gguf", "write_gguf"]
+__all__ = ["GGUF_ARCHITECTURES", "GgufAdapter", "read_gguf", "write_gguf"]
 
-ARCHITECTURES: dict[str, bool] = {
+GGUF_ARCHITECTURES: dict[str, bool] = {
     **{"llama": True, "qwen2": False, "qwen3": False, "gemma": False, "gemma2": False, "gemma3": False},
 }
 """Architecture by GGUF's name -> whether the rows of q and k are turned. Mistral's is llama."""
@@ -101,12 +101,12 @@ def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
     if texts.get("general.type") != "adapter" or texts.get("adapter.type") != "lora":
         what = f"general.type = {texts.get('general.type')!r}, adapter.type = {texts.get('adapter.type')!r}"
         raise AdapterError(f"the GGUF file is no LoRA adapter: {what}", where=where)
-    if architecture not in ARCHITECTURES:
-        near = nearest(architecture, ARCHITECTURES)
+    if architecture not in GGUF_ARCHITECTURES:
+        near = nearest(architecture, GGUF_ARCHITECTURES)
         raise AdapterError(
             f"adapters of the architecture {architecture!r} cannot be read from GGUF",
             where=where,
-            fix=f"known: {', '.join(ARCHITECTURES)}" + (f"; nearest: {near[0]}" if near else ""),
+            fix=f"known: {', '.join(GGUF_ARCHITECTURES)}" + (f"; nearest: {near[0]}" if near else ""),
         )
     problems: list[str] = []
     if "adapter.alora.invocation_tokens" in file.fields:
@@ -142,7 +142,7 @@ def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
         if not 0 < A.shape[0] == B.shape[1]:
             problems.append(f"{module}: {shapes} do not fit together")
             continue
-        if ARCHITECTURES[architecture] and _turned(module):
+        if GGUF_ARCHITECTURES[architecture] and _turned(module):
             if not head_dim:
                 problems.append(f"{module}: its rows are in llama.cpp's order, and the file lacks the size of a head")
                 continue
@@ -177,12 +177,12 @@ def write_gguf(
 
     Tensors keep float32, float16 and bfloat16; others become float32. One AdapterError lists all that the format has no
     place for: magnitudes, deltas, full modules, token rows, pairs of other kinds or on modules it has no name for."""
-    if architecture not in ARCHITECTURES:
+    if architecture not in GGUF_ARCHITECTURES:
         raise AdapterError(
-            f"no GGUF adapter for the architecture {architecture!r}", fix=f"known: {', '.join(ARCHITECTURES)}"
+            f"no GGUF adapter for the architecture {architecture!r}", fix=f"known: {', '.join(GGUF_ARCHITECTURES)}"
         )
     names = _names(architecture)
-    turned, problems = ARCHITECTURES[architecture], []
+    turned, problems = GGUF_ARCHITECTURES[architecture], []
     pairs = {module: pair.collapsed() for module, pair in sorted(adapter.pairs.items())}
     for module, pair in pairs.items():
         want = "embedding" if module == "model.embed_tokens" else "linear"

@@ -20,13 +20,11 @@ from veneer.core.adapter import Adapter, Pair, scale_of
 from veneer.errors import AdapterError
 from veneer.files.safetensors import HeaderEntry, read_header
 from veneer.formats import peft_config as cfg
-from veneer.formats.adapter_names import named_adapters
 from veneer.formats.card import CARD_FILE, read_card
-from veneer.formats.detect import format_of
-from veneer.formats.facts import facts
-from veneer.formats.leaf_names import ROLES, split_key
-from veneer.formats.metadata import card_of, family_of
-from veneer.formats.names import choose_family, is_image, lookup
+from veneer.formats.keys import ROLES, detect_format, named_adapters, split_key
+from veneer.formats.metadata import card_from_metadata, family_in_metadata
+from veneer.formats.names import choose_family, has_image_names, lookup
+from veneer.formats.reading import facts
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -142,7 +140,7 @@ def _plain(stored: dict[str, _Stored], metadata: dict[str, str]) -> _Reading | N
     if len(named_adapters(stored)) > 1:
         return None
     shapes = {text: (stored[own["B"]].shape[0], stored[own["A"]].shape[1]) for text, own in groups.items()}
-    choice = choose_family(shapes, family_of(metadata), None)
+    choice = choose_family(shapes, family_in_metadata(metadata), None)
     if (family := choice.family) is None:
         return None
     pairs: dict[str, Pair] = {}
@@ -156,17 +154,17 @@ def _plain(stored: dict[str, _Stored], metadata: dict[str, str]) -> _Reading | N
         if pair is None:
             return None
         pairs[module], used[module] = pair, sorted(own.values())
-    card = card_of(metadata)
+    card = card_from_metadata(metadata)
     ranks = {pair.rank for pair in pairs.values()}
     if card.rank not in ranks:
         card.rank = ranks.pop() if len(ranks) == 1 else 0
-    format_, reasons = format_of(stored, metadata)
+    format_, reasons = detect_format(stored, metadata)
     return _Reading(Adapter(pairs, card=card), format_, [*reasons, *choice.reasons], family.name, used)
 
 
 def _folder(folder: Path, stored: dict[str, _Stored]) -> _Reading | None:
-    """The adapter of a PEFT folder, as `peft_read` has it of plain pairs, or None."""
-    config, problems = cfg.parse(cfg.read_config(folder))
+    """The adapter of a PEFT folder, as `peft` reads it of plain pairs, or None."""
+    config, problems = cfg.parse_config(cfg.read_config(folder))
     more = (config.dora, config.lora_bias, config.bias != "none", config.modules_to_save, config.target_parameters)
     if problems or any(more) or config.token_indices is not None or config.stamps or config.velora:
         return None
@@ -186,7 +184,7 @@ def _folder(folder: Path, stored: dict[str, _Stored]) -> _Reading | None:
         rank, _ = cfg.rank_of_module(config, name)
         if set(own) != {"A", "B"} or not own["A"].shape[0] == own["B"].shape[1] == rank:
             return None
-        if not cfg.matches(config, name):
+        if not cfg.selects(config, name):
             return None
         scale = scale_of(cfg.alpha_of_module(config, name), rank, config.rslora)
         pairs[name] = Pair(cast(Any, own["A"]), cast(Any, own["B"]), scale)
@@ -199,9 +197,9 @@ def _folder(folder: Path, stored: dict[str, _Stored]) -> _Reading | None:
         reasons += choice.reasons
         if all(choice.lookup(text) is not None for text in texts):
             return None  # under canonical names of an image family
-    if is_image(texts):
+    if has_image_names(texts):
         return None
-    card = read_card(folder).card if (folder / CARD_FILE).is_file() else cfg.card_of(config)
+    card = read_card(folder).card if (folder / CARD_FILE).is_file() else cfg.card_from_config(config)
     return _Reading(Adapter(pairs, card=card, rslora=config.rslora, dropout=config.dropout), "peft", reasons, "", used)
 
 

@@ -16,12 +16,478 @@
 Sources: the files of sd-scripts, LyCORIS, PEFT, diffusers and ComfyUI. A LoHa or LoKr of a convolution may be stored
 flat: its shape is (out, in·k·k) until `fitted` to the weight. Knows one module's tensors; no names of modules, no
 files. LyCORIS ignores alpha where both factors of a LoKr are full; PEFT's own LoKr files do not, and say so in a config
-that this module does not see. Reading is in `leaves_read`, writing in `leaves_write`.
+that this module does not see.
 """
 
 from __future__ import annotations
 
-from veneer.formats.leaves_read import MAX_RANK, Leaf, fitted, read_leaf, split_key, widened
-from veneer.formats.leaves_write import write_leaf
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-__all__ = ["MAX_RANK", "Leaf", "fitted", "read_leaf", "split_key", "widened", "write_leaf"]
+import torch
+from torch import Tensor
+
+from veneer.core.adapter import Kind, Pair, alpha_of, scale_of
+from veneer.core.forms import Delta, part_problems
+from veneer.errors import AdapterError
+from veneer.formats.keys import REFUSED, ROLES
+
+__all__ = [
+    "MAX_RANK",
+    "Leaf",
+    "fitted",
+    "read_leaf",
+    "widened",
+    "write_leaf",
+]
+
+MAX_RANK = 1 << 16
+
+_ROLE = [(role, re.compile(pattern)) for role, pattern in ROLES.items()]
+_REFUSE = [(re.compile(pattern), why) for pattern, why in REFUSED.items()]
+
+
+@dataclass
+class Leaf:
+    """What one module of a file holds. `deltas`: "weight" or "bias" -> Delta. `full`: parameter -> its whole value."""
+
+    pair: Pair | None = None
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    full: dict[str, Tensor] = field(default_factory=dict)
+
+
+def widened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """8-bit floats as bfloat16, which holds every value of both kinds exactly and can be computed with, and a note;
+    all else as it is."""
+    narrow = {key for key, t in tensors.items() if t.is_floating_point() and t.dtype.itemsize == 1}
+    out = {key: t.to(torch.bfloat16) if key in narrow else t for key, t in tensors.items()}
+    said = f"{len(narrow)} tensors are stored in 8 bits: they are read as bfloat16, which holds the same values"
+    return out, [said] if narrow else []
+
+
+def read_leaf(
+    suffixes: Mapping[str, Tensor], *, alpha: float | None = None, rslora: bool = False, where: str = ""
+) -> Leaf:
+    """The leaf that tensors named by `split_key`'s suffixes stand for. Tensors are not copied, but for a Tucker pair.
+
+    `alpha`, where the caller knows it (from a config, or a correction), goes before a tensor of that name; without
+    either, alpha is the rank. Raises one AdapterError naming every tensor that is unknown, unpaired, misshapen or of an
+    algorithm that is refused (OFT, BOFT, GLoRA, T-LoRA)."""
+    reader = _Reader({}, rslora)
+    for suffix, tensor in suffixes.items():
+        role = next((role for role, pattern in _ROLE if pattern.fullmatch(suffix)), None)
+        if role is None and suffix == "weight" and "on_input" in suffixes:
+            role = "gain"
+        if role is None and tensor.ndim == 1 and (suffix == "scale" or len(suffixes) == 1):
+            role = "set_weight" if suffix in ("scale", "weight") else None
+        refused = next((why for pattern, why in _REFUSE if pattern.fullmatch(suffix)), None)
+        if role is None:
+            reader.problems.append(
+                f"{suffix} {tuple(tensor.shape)}: {refused or 'not a tensor of any adapter known here'}"
+            )
+        elif role in reader.have:
+            reader.problems.append(f"{suffix} {tuple(tensor.shape)}: a second one of its kind")
+        elif not tensor.is_floating_point() and role not in _WHOLE_NUMBERS:
+            reader.problems.append(f"{suffix} {tuple(tensor.shape)}: {tensor.dtype} is no floating-point type")
+        else:
+            reader.have[role] = tensor
+            reader.suffix[role] = suffix
+    return reader.leaf(alpha, where)
+
+
+_MOST = 1 << 29  # values of one weight that is made here; the largest known has a quarter of that
+_WHOLE_NUMBERS = {"alpha", "on_input", "bias_indices", "bias_size", "reshape_weight"}
+
+
+@dataclass
+class _Reader:
+    """Takes tensors out of `have` by role; what stays behind belonged to nothing."""
+
+    have: dict[str, Tensor]
+    rslora: bool
+    alpha: float | None = None
+    suffix: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def leaf(self, alpha: float | None, where: str) -> Leaf:
+        self.alpha, leaf = self._alpha(alpha), Leaf()
+        magnitude = self._take_magnitude()
+        if magnitude is not None and "bias of B" in self.have:
+            self.problems.append("lora_B.bias beside a magnitude: PEFT has no meaning for both")
+        for form in (self._pair, self._hadamard, self._kronecker, self._gain, self._dense):
+            form(leaf)
+        if magnitude is not None:
+            self._decompose(leaf, magnitude)
+        if not (leaf.pair or leaf.deltas or leaf.full or self.have or self.problems):
+            self.problems.append(f"{', '.join(sorted(self.suffix)) or 'nothing'}: alone, without what it belongs to")
+        known = ", ".join(sorted(self.suffix.values()))
+        for role, tensor in self.have.items():
+            self.problems.append(f"{self.suffix[role]} {tuple(tensor.shape)}: without its partner among {known}")
+        for name, delta in leaf.deltas.items():
+            self.problems += [f"{name}: {p}" for p in part_problems(delta)]
+        if self.problems:
+            raise AdapterError(
+                "tensors that cannot be read:\n" + "\n".join(f"    {p}" for p in self.problems), where=where or None
+            )
+        return leaf
+
+    def _change(self, leaf: Leaf, name: str, delta: Delta) -> None:
+        if name in leaf.deltas:
+            self.problems.append(f"two changes of the same {name}: {leaf.deltas[name].form} and {delta.form}")
+        leaf.deltas[name] = delta
+
+    def _take(self, *roles: str) -> list[Tensor] | None:
+        """All of these, or None and nothing taken."""
+        if any(role not in self.have for role in roles):
+            return None
+        return [self.have.pop(role) for role in roles]
+
+    def _alpha(self, given: float | None) -> float | None:
+        stored = self.have.pop("alpha", None)
+        if given is None and stored is not None:
+            if stored.numel() != 1:
+                self.problems.append(f"alpha {tuple(stored.shape)}: one number is expected")
+                return None
+            given = float(stored)
+        if given is not None and (not math.isfinite(given) or given == 0):
+            what = "sd-scripts and LyCORIS take it for the rank, others for no effect" if given == 0 else "not finite"
+            self.problems.append(f"alpha = {given:g}: {what}")
+            return None
+        return given
+
+    def _scale(self, rank: int) -> float:
+        if not 0 < rank <= MAX_RANK:
+            self.problems.append(f"a rank of {rank:,}: 1 to {MAX_RANK:,} are read")
+            return 1.0
+        scale = scale_of(rank if self.alpha is None else self.alpha, rank, self.rslora)
+        return scale * self._scalar()
+
+    def _scalar(self) -> float:
+        """LyCORIS' learned factor on ΔW. It is folded into the file by today's versions, stored by some older ones."""
+        scalar = self.have.pop("scalar", None)
+        if scalar is not None and scalar.numel() != 1:
+            self.problems.append(f"scalar {tuple(scalar.shape)}: one number is expected")
+            return 1.0
+        return 1.0 if scalar is None else float(scalar)
+
+    def _pair(self, leaf: Leaf) -> None:
+        if rows := self._take("rows A", "rows B"):
+            A, B = rows
+            leaf.pair = Pair(A, B, self._scale(A.shape[0] if A.ndim else 0), "embedding")
+            if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+                self._misfit(A, B)
+            return
+        if not (factors := self._take("A", "B")):
+            return
+        A, B = factors
+        if (mid := self.have.pop("mid", None)) is not None:
+            A, B = self._without_core(A, mid, B)
+        if min(A.ndim, B.ndim) < 2:
+            self._misfit(A, B)
+            return
+        if (A.ndim > 2 and B.ndim == 2) or (B.ndim > 2 and A.ndim == 2):
+            n = max(A.ndim, B.ndim)  # one of the two was squeezed
+            A, B = (t.reshape(*t.shape, *[1] * (n - t.ndim)) for t in (A, B))
+        if A.ndim != B.ndim or A.shape[0] != B.shape[1] or math.prod(B.shape[2:]) != 1:
+            self._misfit(A, B)
+        leaf.pair = Pair(A, B, self._scale(A.shape[0]), "linear" if A.ndim == 2 else "conv")
+        if (bias := self.have.pop("bias of B", None)) is not None:
+            self._change(leaf, "bias", Delta("dense", {"value": bias}, (B.shape[0],), leaf.pair.scale))
+        if sparse := self._take("bias_indices", "bias_values", "bias_size"):
+            self._sparse(leaf, *sparse)
+        if (shape := self.have.pop("reshape_weight", None)) is not None:
+            said, have = shape.reshape(-1)[:16].tolist(), [B.shape[0], *A.shape[1:]]
+            if said != have:
+                self.problems.append(f"reshape_weight {said}: the pair is for {have}")
+
+    def _misfit(self, A: Tensor, B: Tensor) -> None:
+        self.problems.append(f"A {tuple(A.shape)} and B {tuple(B.shape)} are not (rank, in…) and (out, rank)")
+
+    def _without_core(self, A: Tensor, mid: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ_q mid[p,q,k…]·A[q,i] in float64, kept as float32: a plain convolution's pair with the same ΔW."""
+        rank = A.shape[0] if A.ndim else 0
+        if mid.ndim < 3 or mid.shape[:2] != (rank, rank) or A.ndim < 2 or math.prod(A.shape[2:]) != 1:
+            self.problems.append(f"lora_mid {tuple(mid.shape)} on A {tuple(A.shape)}: (rank, rank, k…) is expected")
+            return A, B
+        if math.prod(mid.shape[2:]) * A.numel() > _MOST:
+            self.problems.append(f"lora_mid {tuple(mid.shape)} on A {tuple(A.shape)}: together absurdly large")
+            return A, B
+        wide = torch.float64 if torch.float64 in (A.dtype, mid.dtype) else torch.float32
+        return torch.einsum("pq...,qi->pi...", mid.double(), A.double().flatten(1)).to(wide), B.to(wide)
+
+    def _sparse(self, leaf: Leaf, indices: Tensor, values: Tensor, size: Tensor) -> None:
+        """ΔW += s·(sparse matrix). LyCORIS stores the indices and sizes as int16, which wraps from 32,768 on."""
+        assert leaf.pair is not None
+        A, B = leaf.pair.A, leaf.pair.B
+        shape = (B.shape[0], *A.shape[1:])
+        flat = (shape[0], math.prod(shape[1:]))
+        if math.prod(flat) > _MOST:
+            self.problems.append(f"bias_size {tuple(size.shape)} of a weight {flat}: absurdly large")
+            return
+        wrap = (lambda t: t.long() & 0xFFFF) if indices.dtype == torch.int16 else (lambda t: t.long())
+        at, values = wrap(indices), values.reshape(-1)
+        fits = at.ndim == 2 and at.shape == (2, len(values)) and wrap(size).tolist() == list(flat)
+        if not fits or (len(values) and bool((at.amin() < 0) | (at[0].amax() >= flat[0]) | (at[1].amax() >= flat[1]))):
+            said = size.reshape(-1)[:4].tolist()
+            self.problems.append(f"bias_indices {tuple(indices.shape)}, bias_size {said}: do not fit {flat}")
+            return
+        value = torch.zeros(flat, dtype=values.dtype).index_put((at[0], at[1]), values, accumulate=True)
+        self._change(leaf, "weight", Delta("dense", {"value": value.reshape(shape)}, shape, leaf.pair.scale))
+
+    def _hadamard(self, leaf: Leaf) -> None:
+        if not (parts := self._take("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")):
+            return
+        a1, b1, a2, b2 = parts
+        cores = self._take("hada_t1", "hada_t2")
+        if any(t.ndim != 2 for t in parts) or any(t.ndim < 3 for t in cores or ()):
+            self.problems.append(f"LoHa of {', '.join(str(tuple(t.shape)) for t in parts)}: matrices are expected")
+            return
+        named = {"a1": a1, "b1": b1, "a2": a2, "b2": b2}
+        shape: tuple[int, ...] = (a1.shape[0], b1.shape[1])
+        if cores:
+            named |= {"a1": a1.t(), "a2": a2.t(), "t1": cores[0], "t2": cores[1]}  # stored (rank, out) with a core
+            shape = (a1.shape[1], b1.shape[1], *cores[0].shape[2:])
+        self._change(leaf, "weight", Delta("hadamard", named, shape, self._scale(b1.shape[0])))
+
+    def _kronecker(self, leaf: Leaf) -> None:
+        if not any(role.startswith("lokr_") for role in self.have):
+            return
+        named: dict[str, Tensor] = {}
+        ranks: list[int] = []
+        for n in "12":
+            if whole := self._take(f"lokr_w{n}"):
+                named[f"w{n}"] = whole[0]
+            elif factors := self._take(f"lokr_w{n}_a", f"lokr_w{n}_b"):
+                core = self.have.pop("lokr_t2", None) if n == "2" else None
+                a, b = factors
+                if core is not None:
+                    a, named["t2"] = a.t() if a.ndim == 2 else a, core  # stored (rank, out) with a core
+                named |= {f"a{n}": a, f"b{n}": b}
+                ranks.append(b.shape[0] if b.ndim else 0)
+        if len({name[1] for name in named}) < 2:
+            self.problems.append("a LoKr with one factor only: lokr_w1 and lokr_w2 are expected, whole or as _a and _b")
+            return
+        if ("t2" in named and named["t2"].ndim < 3) or any(named[p].ndim != 2 for p in named if p[0] in "ab"):
+            self.problems.append(
+                f"LoKr of {', '.join(str(tuple(t.shape)) for t in named.values())}: matrices are expected"
+            )
+            return
+        if self.alpha is not None and len(set(ranks)) > 1:
+            self.problems.append(f"LoKr factors of ranks {ranks[0]} and {ranks[1]}: alpha counts for one rank only")
+        one, two = named.get("w1"), named.get("w2")
+        s1 = tuple(one.shape) if one is not None else (named["a1"].shape[0], named["b1"].shape[1])
+        s2 = tuple(two.shape) if two is not None else (named["a2"].shape[0], named["b2"].shape[1])
+        s2 += tuple(named["t2"].shape[2:]) if "t2" in named else ()
+        if len(s1) != 2 or len(s2) < 2:
+            self.problems.append(f"LoKr factors {s1} and {s2}: a matrix and a matrix or kernel are expected")
+            return
+        shape = (s1[0] * s2[0], s1[1] * s2[1], *s2[2:])
+        self._change(
+            leaf, "weight", Delta("kronecker", named, shape, self._scale(ranks[-1]) if ranks else self._scalar())
+        )
+
+    def _gain(self, leaf: Leaf) -> None:
+        if not (parts := self._take("gain", "on_input")):
+            return
+        value = parts[0].reshape(-1)
+        if len(value) != max(parts[0].shape, default=1):
+            self.problems.append(f"weight {tuple(parts[0].shape)}: one factor for each output or input is expected")
+        self._change(leaf, "weight", Delta("gain", {"value": value[None] if bool(parts[1].any()) else value}))
+
+    def _dense(self, leaf: Leaf) -> None:
+        for role, name in (("diff", "weight"), ("w_norm", "weight"), ("diff_b", "bias"), ("b_norm", "bias")):
+            if (value := self.have.pop(role, None)) is None:
+                continue
+            self._change(leaf, name, Delta("dense", {"value": value}, tuple(value.shape), self._scalar()))
+        if (value := self.have.pop("set_weight", None)) is not None:
+            leaf.full["weight"] = value
+            if leaf.pair is not None or "weight" in leaf.deltas:
+                self.problems.append(f"a whole new weight {tuple(value.shape)}, and a change of the old one")
+
+    def _take_magnitude(self) -> Tensor | None:
+        stored = [self.have.pop(role, None) for role in ("dora_scale", "magnitude of outputs")]
+        scale, vector = stored
+        if scale is not None and vector is not None:
+            self.problems.append("both dora_scale and lora_magnitude_vector")
+        return scale if scale is not None else None if vector is None else vector.reshape(-1)
+
+    def _decompose(self, leaf: Leaf, stored: Tensor) -> None:
+        """Give the magnitude to the pair, the LoHa or the LoKr. Its shape tells its axis: (out, 1…) or (1, in, 1…)."""
+        delta = leaf.deltas.get("weight")
+        if leaf.pair is not None and (delta is not None or leaf.pair.kind == "embedding"):
+            self.problems.append(f"dora_scale {tuple(stored.shape)}: with a second change beside it, it has no meaning")
+        elif leaf.pair is not None:
+            shape = (leaf.pair.B.shape[0], *leaf.pair.A.shape[1:])
+            leaf.pair.magnitude = self._along(stored, shape)
+        elif delta is not None and delta.form in ("hadamard", "kronecker"):
+            if delta.shape[1] != stored.shape[1:2].numel() and stored.ndim == 4 and stored.shape[0] == 1:
+                delta.shape = _unflattened(delta.shape, stored.shape[1])
+            delta.magnitude = self._along(stored, delta.shape)
+        else:
+            self.problems.append(f"dora_scale {tuple(stored.shape)}: without a change it belongs to")
+
+    def _along(self, stored: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+        if stored.ndim and stored.numel() == stored.shape[0] == shape[0]:
+            return stored.reshape(-1)
+        if stored.ndim >= 2 and stored.numel() == stored.shape[1] == shape[1]:
+            return stored.reshape(1, -1, *[1] * (len(shape) - 2))
+        self.problems.append(f"dora_scale {tuple(stored.shape)}: neither (out, 1…) nor (1, in, 1…) of {shape}")
+        return None
+
+
+def _unflattened(flat: tuple[int, ...], width: int) -> tuple[int, ...]:
+    """(out, in·k·k) as (out, in, k, k), for a square kernel; else as it is."""
+    side = math.isqrt(flat[1] // width) if width and len(flat) == 2 else 0
+    return (flat[0], width, side, side) if side and side * side * width == flat[1] else flat
+
+
+def fitted(leaf: Leaf, shape: tuple[int, ...], *, where: str = "") -> Leaf:
+    """The leaf for a weight of this shape: a 1×1 convolution's pair for a linear, and the other way round; the shape
+    of a LoHa or LoKr that was stored flat. Nothing is computed. AdapterError where the sizes do not allow it."""
+    pair, deltas = leaf.pair, dict(leaf.deltas)
+    if pair is not None and pair.kind != "embedding":
+        have = (pair.B.shape[0], *pair.A.shape[1:])
+        kind: Kind = "linear" if len(shape) == 2 else "conv"
+        flat = len(have) == 2 and have == (shape[0], math.prod(shape[1:]))
+        if not flat and _squeezed(have) != _squeezed(shape):
+            raise AdapterError(f"the pair is for a weight {have}, the base's is {shape}", where=where or None)
+        ones = [1] * (len(shape) - 2)
+        A, B = pair.A.reshape(-1, *shape[1:]), pair.B.reshape(-1, pair.rank, *ones)
+        m = pair.magnitude
+        m = m if m is None or m.ndim == 1 else m.reshape(1, -1, *ones)
+        pair = replace(pair, A=A, B=B, kind=kind, magnitude=m)
+    delta = deltas.get("weight")
+    if delta is not None and delta.form != "gain":
+        m = delta.magnitude
+        if (
+            math.prod(delta.shape) != math.prod(shape)
+            or delta.shape[0] != shape[0]
+            or delta.rows
+            or (m is not None and m.ndim > 1 and m.numel() != shape[1])
+        ):
+            raise AdapterError(f"the change is of a weight {delta.shape}, the base's is {shape}", where=where or None)
+        m = m if m is None or m.ndim == 1 else m.reshape(1, -1, *[1] * (len(shape) - 2))
+        parts = {"value": delta.parts["value"].reshape(shape)} if delta.form == "dense" else delta.parts
+        deltas["weight"] = replace(delta, shape=tuple(shape), magnitude=m, parts=parts)
+    return Leaf(pair, deltas, dict(leaf.full))
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the ones after the second dimension, where all of them are one."""
+    return tuple(shape[:2]) if math.prod(shape[2:]) == 1 else tuple(shape)
+
+
+def write_leaf(leaf: Leaf, naming: str) -> dict[str, Tensor]:
+    """The tensors of a leaf by suffix: what `read_leaf` reads back to the same effect.
+
+    | naming    | pair                           | alpha               | other forms                                   |
+    | kohya     | lora_down.weight, lora_up.…    | always              | all, LyCORIS' names; set_weight for `full`    |
+    | lora.up   | lora.down.weight, lora.up.…    | always              | none but diff, diff_b                         |
+    | diffusers | lora_A.weight, lora_B.weight   | where the s is not 1| lora_B.bias                                   |
+    | peft      | lora_A.weight, lora_B.weight   | the config's matter | lora_B.bias                                   |
+
+    AdapterError lists what the naming has no tensors for. Scales are exact: alpha is a float32 where that holds it, a
+    float64 elsewhere; what has no alpha (a dense delta, a LoKr of two whole factors) has its scale multiplied in, in
+    float32."""
+    known = {"kohya": _DOWN_UP, "lora.up": ("lora.down.weight", "lora.up.weight"), "diffusers": _A_B, "peft": _A_B}
+    if naming not in known:
+        raise ValueError(f"naming is one of {', '.join(known)}, not {naming!r}")
+    out: dict[str, Tensor] = {}
+    problems: list[str] = []
+    if leaf.pair is not None:
+        _write_pair(leaf.pair.collapsed(), naming, known[naming], out, problems)
+    for name, delta in leaf.deltas.items():
+        _write_delta(name, delta, leaf, naming, out, problems)
+    for name, value in leaf.full.items():
+        if naming == "kohya" and name == "weight":
+            out["set_weight"] = value
+        else:
+            problems.append(f"a whole new {name} {tuple(value.shape)}")
+    if problems:
+        raise AdapterError(f"the {naming} naming has no tensors for:\n" + "\n".join(f"    {p}" for p in problems))
+    return out
+
+
+_DOWN_UP = ("lora_down.weight", "lora_up.weight")
+_A_B = ("lora_A.weight", "lora_B.weight")
+
+
+def _write_pair(pair: Pair, naming: str, names: tuple[str, str], out: dict[str, Tensor], problems: list[str]) -> None:
+    shape = (pair.B.shape[0], *pair.A.shape[1:])
+    if pair.kind == "experts" or (pair.kind == "embedding" and names != _A_B):
+        problems.append(f"a pair of {pair.kind}, A {tuple(pair.A.shape)}")
+        return
+    if pair.kind == "embedding":
+        names = ("lora_embedding_A", "lora_embedding_B")
+    out[names[0]], out[names[1]] = pair.A, pair.B
+    if naming in ("kohya", "lora.up") or (naming == "diffusers" and pair.scale != 1):
+        out["alpha"] = _number(alpha_of(pair.scale, pair.rank))
+    m = pair.magnitude
+    if m is None:
+        return
+    if naming == "kohya":
+        out["dora_scale"] = _dora_scale(m, shape)
+    elif naming == "lora.up" or m.ndim > 1:
+        problems.append(f"a magnitude {tuple(m.shape)}" + (" along the inputs" if m.ndim > 1 else ""))
+    else:
+        out["lora_magnitude_vector"] = m if len(shape) == 2 else m.reshape(1, -1, *[1] * (len(shape) - 2))
+
+
+def _write_delta(name: str, delta: Delta, leaf: Leaf, naming: str, out: dict[str, Tensor], problems: list[str]) -> None:
+    what = f"a {delta.form} change of the {name} {tuple(delta.shape)}"
+    if delta.rows is not None:
+        problems.append(f"{what}, of which only rows {delta.rows[0]} to {delta.rows[1]} count")
+    elif delta.form == "dense" and naming in ("kohya", "lora.up"):
+        if name == "weight" and leaf.pair is not None:
+            problems.append(f"{what} beside a pair")
+            return
+        weight = leaf.deltas.get("weight")
+        norm = naming == "kohya" and weight is not None and weight.form == "dense" and len(weight.shape) == 1
+        suffix = {"weight": "w_norm", "bias": "b_norm"} if norm else {"weight": "diff", "bias": "diff_b"}
+        out[suffix[name]] = _times(delta.parts["value"], delta.scale)
+    elif delta.form == "dense" and name == "bias" and leaf.pair and leaf.pair.scale and leaf.pair.magnitude is None:
+        same = delta.scale == leaf.pair.scale
+        out["lora_B.bias"] = (
+            delta.parts["value"] if same else _times(delta.parts["value"], delta.scale / leaf.pair.scale)
+        )
+    elif naming != "kohya" or name != "weight" or leaf.pair is not None:
+        problems.append(what)
+    elif delta.form == "gain":
+        value = _times(delta.parts["value"], delta.scale)
+        out["weight"], out["on_input"] = value.reshape(-1), torch.tensor(int(value.ndim > 1))
+    else:
+        _write_product(delta, out)
+
+
+def _write_product(delta: Delta, out: dict[str, Tensor]) -> None:
+    """hada_… and lokr_… of a LoHa or LoKr. A factor with a core is stored (rank, out), another one (out, rank)."""
+    prefix = "hada" if delta.form == "hadamard" else "lokr"
+    for part, t in delta.parts.items():
+        letter, n = part[0], part[1]
+        flip = letter == "a" and f"t{n}" in delta.parts
+        out[f"{prefix}_w{n}_{letter}" if letter in "ab" else f"{prefix}_{part}"] = t.t().contiguous() if flip else t
+    ranks = [delta.parts[b].shape[0] for b in ("b1", "b2") if b in delta.parts]
+    if ranks and (delta.form == "hadamard" or len(set(ranks)) == 1):
+        out["alpha"] = _number(alpha_of(delta.scale, ranks[0]))
+    elif delta.scale != 1:
+        first = next(name for name in ("lokr_w1", "lokr_w1_a") if name in out)
+        out[first] = _times(out[first], delta.scale)
+    if delta.magnitude is not None:
+        out["dora_scale"] = _dora_scale(delta.magnitude, delta.shape)
+
+
+def _dora_scale(magnitude: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return magnitude.reshape(-1, *[1] * (len(shape) - 1)) if magnitude.ndim == 1 else magnitude
+
+
+def _number(value: float) -> Tensor:
+    single = torch.tensor(value, dtype=torch.float32)
+    return single if float(single) == value else torch.tensor(value, dtype=torch.float64)
+
+
+def _times(value: Tensor, scale: float) -> Tensor:
+    if scale == 1:
+        return value
+    return value * scale if value.dtype == torch.float64 else value.float() * scale

@@ -1,7 +1,7 @@
 """The metadata of a safetensors file: what others wrote about an adapter, as a card; and a card, for others to read.
 
 Written: modelspec 1.0.1, the `ss_` keys that A1111, Forge and the managers of ComfyUI look at, and the card itself as
-JSON under `veneer.card`. `file_hashes.sealed` adds the hashes last. Equal cards give equal metadata: no time of day,
+JSON under `veneer.card`. `files.hashes.sealed` adds the hashes last. Equal cards give equal metadata: no time of day,
 unless the card has one. `modelspec.` and `ss_` values are texts; lists in them are separated by commas.
 
 Trigger words hide in many places. Those that somebody wrote down as such come first; a tag that is in every caption, or
@@ -21,9 +21,9 @@ from veneer.core.adapter import Card
 from veneer.errors import AdapterError
 
 __all__ = [
-    "ARCHITECTURES",
-    "card_of",
-    "family_of",
+    "MODELSPEC_ARCHITECTURES",
+    "card_from_metadata",
+    "family_in_metadata",
     "json_value",
     "metadata_of",
     "pack_configs",
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 SAI, BFL = "https://github.com/Stability-AI/generative-models", "https://github.com/black-forest-labs/flux"
-ARCHITECTURES: dict[str, tuple[str, str, str]] = {
+MODELSPEC_ARCHITECTURES: dict[str, tuple[str, str, str]] = {
     "sd15": ("stable-diffusion-v1", "diffusers", "sd_v1"),
     "sd2": ("stable-diffusion-v2-512", "diffusers", "sd_v2"),
     "sdxl": ("stable-diffusion-xl-v1-base", SAI, "sdxl_base_v1-0"),
@@ -87,7 +87,7 @@ def json_value(metadata: Mapping[str, str], key: str) -> Any:
         return None
 
 
-def family_of(metadata: Mapping[str, str]) -> str | None:
+def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
     """The family that the metadata claims, or None. A claim, which the tensors can refute."""
     for key in ("modelspec.architecture", "ss_base_model_version"):
         text = re.sub(r"[^a-z0-9]", "", metadata.get(key, "").lower())
@@ -136,7 +136,7 @@ def _words(metadata: Mapping[str, str], key: str) -> list[str]:
     return [w.strip() for t in texts if isinstance(t, str) for w in t.split(",") if w.strip()]
 
 
-def card_of(metadata: Mapping[str, str]) -> Card:
+def card_from_metadata(metadata: Mapping[str, str]) -> Card:
     """A card from anyone's metadata. `veneer.card`, where it is there, goes first; the rest fills what it leaves empty.
 
     `extra` has title, author, description, tags and what else is said of the file under modelspec's names; `recipe` the
@@ -209,12 +209,12 @@ def metadata_of(card: Card, *, family: str | None = None, name: str = "adapter")
 
     `name`: the file's, which A1111 shows. `card.extra` gives title, author, description, tags, usage_hint, thumbnail
     (a data address), prediction_type and architecture, and `tag_frequency`, {folder: {tag: count}}; `card.created` the
-    date, ISO-8601. A family that is not in ARCHITECTURES and no architecture: modelspec, which requires one, is left
-    out. Rank 0 stands for several ranks."""
+    date, ISO-8601. A family that is not in MODELSPEC_ARCHITECTURES and no architecture: modelspec, which requires one,
+    is left out. Rank 0 stands for several ranks."""
     extra = {k: v for k, v in card.extra.items() if isinstance(v, str) and v}
     words = ", ".join(card.trigger_words)
     out = {"format": "pt", "ss_output_name": name}
-    known = ARCHITECTURES.get(family or "")
+    known = MODELSPEC_ARCHITECTURES.get(family or "")
     architecture = extra.get("architecture") or (f"{known[0]}/lora" if known else "")
     if known:
         out |= {"ss_base_model_version": known[2], "ss_v2": str(family == "sd2")}

@@ -24,9 +24,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from veneer.formats.topology import DENOISERS, Family, Place, families, flat, strangers
+from veneer.formats.topology import DENOISERS, Family, ModulePlace, families, flat, strangers
 
-__all__ = ["Choice", "choose_family", "component_of", "is_image", "lookup", "near"]
+__all__ = ["FamilyChoice", "choose_family", "component_of", "has_image_names", "lookup", "near"]
 
 _DENOISER_FLAT = ("lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_")
 _DENOISER_DOTTED = ("model.diffusion_model.", "diffusion_model.")
@@ -45,15 +45,15 @@ def _all() -> Mapping[str, Family]:
 
 
 @cache
-def _table(name: str) -> Mapping[str, tuple[Place, ...]]:
+def _table(name: str) -> Mapping[str, tuple[ModulePlace, ...]]:
     """Every text without the prefixes that `lookup` takes off -> where it lands."""
     family = _all()[name]
-    out: dict[str, tuple[Place, ...]] = {}
+    out: dict[str, tuple[ModulePlace, ...]] = {}
     denoiser = family.denoiser
     prefixes = {c: tuple(_encoder_prefixes(family, c)) for c in family.components if c != denoiser}
     for module in family.modules:
         component, _, own = module.partition(".")
-        places: tuple[Place, ...] = (Place(module),)
+        places: tuple[ModulePlace, ...] = (ModulePlace(module),)
         for text in (own, *_old(own)) if component == denoiser else ():
             out[text] = out[f"{denoiser}.{text}"] = places
             for prefix in _DENOISER_FLAT:
@@ -72,9 +72,9 @@ def _table(name: str) -> Mapping[str, tuple[Place, ...]]:
             out.setdefault(prefix + flat(original), places)
         for i, place in enumerate(places if len(places) > 1 else ()):
             for prefix in ("", f"{denoiser}."):
-                out.setdefault(f"{prefix}{original}.{i}", (Place(place.module),))
+                out.setdefault(f"{prefix}{original}.{i}", (ModulePlace(place.module),))
             for prefix in _DENOISER_FLAT:
-                out.setdefault(f"{prefix}{flat(original)}_{i}", (Place(place.module),))
+                out.setdefault(f"{prefix}{flat(original)}_{i}", (ModulePlace(place.module),))
     if name == "flux1":
         out.update(_xlabs(family))
     return out
@@ -108,7 +108,7 @@ def _encoder_prefixes(family: Family, component: str) -> Iterator[str]:
     yield f"text_encoders.{comfy}.transformer."
 
 
-def _xlabs(family: Family) -> Iterator[tuple[str, tuple[Place, ...]]]:
+def _xlabs(family: Family) -> Iterator[tuple[str, tuple[ModulePlace, ...]]]:
     for pattern, original in _XLABS.items():
         i = 0
         while (found := family.originals.get(original.replace("#", str(i)))) is not None:
@@ -117,12 +117,12 @@ def _xlabs(family: Family) -> Iterator[tuple[str, tuple[Place, ...]]]:
     i = 0
     while (found := family.originals.get(f"single_blocks.{i}.linear1")) is not None:
         # XLabs' pair is of q, k and v alone, without the feed-forward's rows.
-        qkv = tuple(Place(place.module, (n, n + 1, 3)) for n, place in enumerate(found[:3]))
+        qkv = tuple(ModulePlace(place.module, (n, n + 1, 3)) for n, place in enumerate(found[:3]))
         yield f"single_blocks.{i}.processor.qkv_lora", qkv
         i += 1
 
 
-def lookup(family: Family, text: str) -> tuple[Place, ...] | None:
+def lookup(family: Family, text: str) -> tuple[ModulePlace, ...] | None:
     """Where the module that a file calls `text` lands, or None."""
     table = _table(family.name)
     text = text.removeprefix("base_model.model.")
@@ -178,7 +178,7 @@ Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Choice:
+class FamilyChoice:
     """The family that is claimed, how many of the names its tables cover, and why it and no other.
 
     `near`: where none is claimed, the families that have these names; where all of them mean the same modules by them,
@@ -189,7 +189,7 @@ class Choice:
     reasons: tuple[str, ...] = ()
     near: tuple[str, ...] = ()
 
-    def lookup(self, text: str) -> tuple[Place, ...] | None:
+    def lookup(self, text: str) -> tuple[ModulePlace, ...] | None:
         """Where a module lands: in the family; with none, where all that are near agree."""
         if self.family is not None:
             return lookup(self.family, text)
@@ -212,7 +212,9 @@ _OTHER_DEPTHS = {"flux2": {"transformer_blocks": {5}, "single_transformer_blocks
 """Of smaller models of the same family: FLUX.2 klein."""
 
 
-def choose_family(shapes: Mapping[str, Shape | None], claim: str | None = None, wanted: str | None = None) -> Choice:
+def choose_family(
+    shapes: Mapping[str, Shape | None], claim: str | None = None, wanted: str | None = None
+) -> FamilyChoice:
     """`shapes`: module text -> (out, in) of its weight where known. `claim`: what the metadata says. `wanted`: the
     family of the base that the adapter is to act on.
 
@@ -226,7 +228,9 @@ def choose_family(shapes: Mapping[str, Shape | None], claim: str | None = None, 
     }
     most = max(len(f) for f in found.values())
     if not most:
-        return Choice(None, 0, (f"unknown family, of these shapes: {_shown(shapes)}",) if is_image(shapes) else ())
+        return FamilyChoice(
+            None, 0, (f"unknown family, of these shapes: {_shown(shapes)}",) if has_image_names(shapes) else ()
+        )
     tied = [name for name, f in found.items() if len(f) == most]
     kinds = {_kind(text.removeprefix("base_model.model.")) for text in shapes}
     alike = {name: len(kinds & _kinds(name)) for name in _all()}
@@ -253,11 +257,11 @@ def choose_family(shapes: Mapping[str, Shape | None], claim: str | None = None, 
         else:
             near = tuple(fit or known)
             said = f"unknown family, of these shapes: {_shown(shapes)}; near: " + ", ".join(near)
-            return Choice(None, most, (*reasons, said), near)
+            return FamilyChoice(None, most, (*reasons, said), near)
     family = _all()[known[0]]
     if claim and claim != family.name and not family.name.startswith(f"{claim}-"):
         reasons.append(f"the metadata says {claim}, the tensors do not")
-    return Choice(family, most, tuple(reasons))
+    return FamilyChoice(family, most, tuple(reasons))
 
 
 def _claimed(names: Sequence[str], claim: str | None) -> list[str]:
@@ -277,7 +281,7 @@ def _kinds(name: str) -> frozenset[str]:
     return frozenset(texts | {prefix + t for prefix in _DENOISER_DOTTED for t in own})
 
 
-def is_image(texts: Iterable[str]) -> bool:
+def has_image_names(texts: Iterable[str]) -> bool:
     """Whether names have the prefixes of an image model's parts, or call projections as diffusers does."""
     parts = r"(unet|transformer(?!\.h\.)|text_encoder(_\d)?|diffusion_model)\..*|lora_(unet|te\d?|transformer)_.*"
     ours = re.compile(rf"{parts}|(unet|text_encoder):\d+|.*\.(to_[qkv]|add_[qkv]_proj)")
@@ -293,7 +297,7 @@ def _shown(shapes: Mapping[str, Shape | None], most: int = 4) -> str:
     return ", ".join(told[:most]) + (f" and {len(told) - most} kinds more" if len(told) > most else "")
 
 
-def _share(family: Family, found: Collection[tuple[Place, ...]]) -> float:
+def _share(family: Family, found: Collection[tuple[ModulePlace, ...]]) -> float:
     """Of the family's modules that have the file's names but for their numbers, how many the file has."""
     have = {place.module for places in found for place in places}
     kinds = {_kind(module) for module in have}
@@ -302,7 +306,7 @@ def _share(family: Family, found: Collection[tuple[Place, ...]]) -> float:
 
 def _fits(
     name: str,
-    found: Mapping[str, tuple[Place, ...]],
+    found: Mapping[str, tuple[ModulePlace, ...]],
     wide: Mapping[str, Shape | None],
     shapes: Mapping[str, Shape | None],
 ) -> bool:
@@ -344,7 +348,7 @@ def _ratio(name: str, text: str, shape: Shape | None) -> bool | None:
     return None if want is None or shape is None else shape[0] * want[1] == shape[1] * want[0]
 
 
-def _depth(family: Family, found: Iterable[tuple[Place, ...]]) -> bool:
+def _depth(family: Family, found: Iterable[tuple[ModulePlace, ...]]) -> bool:
     """Whether every run of blocks from the first one on is as long as the family's. Some blocks alone are any's."""
     ours, theirs = (_blocks(names) for names in (family.modules, [p.module for places in found for p in places]))
     for group, have in theirs.items():

@@ -1,4 +1,4 @@
-"""PEFT's adapter folders: `adapter_config.json` and `adapter_model.safetensors`, read and written strictly.
+r"""PEFT's adapter folders: `adapter_config.json` and `adapter_model.safetensors`, read and written strictly.
 
     key = "base_model.model." + module + suffix                              the adapter's name is not in the key
 
@@ -15,7 +15,7 @@
 | targeted embedding| .base_layer.weight: PEFT's copy of the base's own rows, no part of the adapter                  |
 
     scale = alpha/r, rsLoRA alpha/√r;  r and alpha from rank_pattern and alpha_pattern where the first key that matches
-    `(.*\\.)?(KEY)$` says so
+    `(.*\.)?(KEY)$` says so
 
 docs/formats/peft.md has the whole specification, numbered. What cannot be read with the same effect is refused with the
 reason; everything wrong with a folder is one AdapterError. Knows files and names; does not know what made the base.
@@ -23,55 +23,96 @@ reason; everything wrong with a folder is one AdapterError. Knows files and name
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from veneer.core.adapter import Adapter, Card
-from veneer.errors import AdapterError, UnsafeFileError
+from veneer.core.adapter import Adapter, Card, Kind, Pair, TokenRows, alpha_of, scale_of
+from veneer.core.forms import Delta
+from veneer.errors import AdapterError, UnsafeFileError, nearest
+from veneer.files.atomic import put_folder
+from veneer.files.safetensors import encode_tensors
+from veneer.formats import card as cards
+from veneer.formats import moe
+from veneer.formats import peft_config as cfg
 from veneer.formats.card import CARD_FILE, read_card
-from veneer.formats.peft_config import CONFIG_FILE, TENSOR_FILE, read_config
-from veneer.formats.peft_read import Base, Loaded, interpret
-from veneer.formats.peft_write import Written, encode, write
-from veneer.formats.tensors import read_adapter_tensors
+from veneer.formats.peft_config import (
+    CONFIG_FILE,
+    DUMMY_TARGETS,
+    RANK_MAJOR,
+    TENSOR_FILE,
+    PeftConfig,
+    read_config,
+    unsloth_marks,
+)
+from veneer.formats.structure import Structure, structure_of
+from veneer.formats.tensors import check_finite, read_adapter_tensors
+from veneer.formats.wrappers import Renaming, renaming
 
 __all__ = [
     "CONFIG_FILE",
     "TENSOR_FILE",
-    "Base",
-    "Loaded",
-    "Opened",
-    "Written",
-    "encode",
+    "BaseLike",
+    "FolderReport",
+    "PeftAdapter",
+    "PeftFolder",
+    "encode_folder",
     "interpret",
-    "load",
+    "load_folder",
     "open_folder",
-    "read",
-    "write",
+    "read_folder",
+    "write_folder",
 ]
 
-PICKLE_FILE = "adapter_model.bin"
+PREFIX = "base_model.model."
+EMBEDDINGS = ("embed_tokens", "lm_head")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+SUFFIXES = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_B.bias": "bias",
+    ".lora_embedding_A": "rows A",
+    ".lora_embedding_B": "rows B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".token_adapter.trainable_tokens_delta": "tokens",
+    ".base_layer.weight": "copy",
+    ".base_layer.bias": "copy",
+}
+
+BaseLike = nn.Module | Structure | Iterable[str] | Callable[[], Any] | None
+"""What a caller may give of the base: the model, its outline, or its module names."""
 
 
-def read(folder: str | Path, base: Base = None) -> Adapter:
+# -- a folder ---------------------------------------------------------------------------------------------------------
+
+
+def read_folder(folder: str | Path, base: BaseLike = None) -> Adapter:
     """The adapter in a PEFT folder.
 
     Plain pairs need no base. With one (the model, its outline, or its module names) every name, kind and shape is
     checked against it, and old layouts of expert weights are recognised. Raises one AdapterError that lists everything
     missing, extra, misshapen or not understood; UnsafeFileError for pickles and headers that lie."""
-    return load(folder, base).adapter
+    return load_folder(folder, base).adapter
 
 
-def load(folder: str | Path, base: Base = None) -> Loaded:
-    """`read`, with the configuration and the notes."""
+def load_folder(folder: str | Path, base: BaseLike = None) -> PeftAdapter:
+    """`read_folder`, with the configuration and the notes."""
     opened = open_folder(folder)
     return interpret(opened.config, opened.tensors, base, where=str(folder), card=opened.card)
 
 
 @dataclass(frozen=True)
-class Opened:
+class PeftFolder:
     """What is in a PEFT folder, uninterpreted."""
 
     config: dict[str, Any]
@@ -79,15 +120,15 @@ class Opened:
     card: Card | None
 
 
-def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bool = False) -> Opened:
+def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bool = False) -> PeftFolder:
     """The configuration, the tensors and the card of a folder; `file`: the one with the tensors, where it is not called
-    adapter_model. A pickle is read only with `from_pickle`. Raises as `read`."""
+    adapter_model. A pickle is read only with `from_pickle`. Raises as `read_folder`."""
     folder = Path(folder)
     config = read_config(folder)
     file = file or _tensor_file(folder, from_pickle)
     tensors, _ = read_adapter_tensors(file, from_pickle=from_pickle)
     card = read_card(folder).card if (folder / CARD_FILE).is_file() else None
-    return Opened(config, tensors, card)
+    return PeftFolder(config, tensors, card)
 
 
 def _tensor_file(folder: Path, from_pickle: bool) -> Path:
@@ -103,3 +144,971 @@ def _tensor_file(folder: Path, from_pickle: bool) -> Path:
             fix="--from-pickle (from_pickle=True) reads it through torch's weights-only loader, which runs nothing",
         )
     raise AdapterError(f"the folder has no {TENSOR_FILE}", where=str(folder))
+
+
+# -- what its tensors mean ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PeftAdapter:
+    """An adapter as read: with `config` as it stands in the file, and `notes` on what was left aside and why."""
+
+    adapter: Adapter
+    config: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def interpret(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    base: BaseLike = None,
+    *,
+    where: str | None = None,
+    card: Card | None = None,
+    moe_layout: str = "",
+) -> PeftAdapter:
+    """What a configuration and tensors mean together. `moe_layout`: how expert pairs' B is laid out, where the file
+    does not say (formats/peft.py). Raises as `read_folder` does."""
+    parsed, problems = cfg.parse_config(config)
+    if moe_layout and parsed.b_layout not in ("", moe_layout):
+        problems.append(f"the file says lora_B_layout = {parsed.b_layout}, and the caller {moe_layout}")
+    outline = structure_of(base) if base is not None else Structure({})
+    other = renaming((key.removeprefix(PREFIX) for key in tensors), outline.kinds)
+    seen = outline.under(other.to_file, other.to_base) if other else outline
+    reader = _Reader(parsed, seen, problems, layout=moe_layout, other=other)
+    if parsed.usable:
+        try:
+            reader.run(tensors)
+        except cfg.PatternError as error:
+            problems.append(str(error))
+    if problems:
+        shown = "\n".join(f"  - {p}" for p in problems)
+        raise AdapterError(f"the adapter cannot be used as it is ({len(problems)} problem(s)):\n{shown}", where=where)
+    adapter = Adapter(
+        reader.pairs,
+        reader.modules,
+        reader.token_rows,
+        card or cfg.card_from_config(parsed),
+        rslora=parsed.rslora,
+        dropout=parsed.dropout,
+        deltas=reader.deltas,
+    )
+    if other:
+        adapter = adapter.renamed(other.to_base)
+        reader.notes.append(other.note())
+    if parsed.stamps:
+        adapter.card.extra = {**adapter.card.extra, "adapter_config": parsed.stamps}
+        reader.notes += [f"{key} = {str(value)[:60]}: a stamp, kept" for key, value in parsed.stamps.items()]
+    return PeftAdapter(adapter, dict(config), reader.notes)
+
+
+@dataclass
+class _Reader:
+    """Sorts tensors into pairs, full copies and token rows, and collects every problem on the way."""
+
+    config: cfg.PeftConfig
+    base: Structure
+    problems: list[str]
+    layout: str = ""
+    other: Renaming | None = None
+    """The file's names, where they are those of another class than the base's."""
+    notes: list[str] = field(default_factory=list)
+    pairs: dict[str, Pair] = field(default_factory=dict)
+    modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    token_rows: dict[str, TokenRows] = field(default_factory=dict)
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    packed: set[str] = field(default_factory=set)
+    """Modules that the file has in another tool's packing, so that its target_modules may not name them."""
+
+    def run(self, tensors: Mapping[str, Tensor]) -> None:
+        given = set(tensors)
+        tensors, notes, wrong = moe.unpacked(tensors)
+        self.packed = {k.removeprefix(PREFIX).rpartition(".lora_")[0] for k in set(tensors) - given}
+        self.notes += notes
+        self.problems += wrong
+        sites, rest, tokens, copies = self._sort(tensors)
+        modules: dict[str, dict[int, dict[str, Tensor]]] = defaultdict(dict)
+        for site, parts in sites.items():
+            name = site.replace(".base_layer", "")
+            modules[name][site.count(".base_layer")] = parts
+        experts = ExpertReader(self.config, self.base, self.problems, self.layout)
+        for name in sorted(modules):
+            depths = modules[name]
+            parameters = [] if self._is_plain(name, depths) else experts.parameters(name)
+            if parameters or len(depths) > 1 or 0 not in depths:
+                self.pairs |= experts.read(name, parameters, depths)
+            else:
+                self._pair(name, depths[0])
+        experts.ask()
+        self._trained_biases(copies, rest)
+        self._full_modules(rest)
+        self._tokens(tokens)
+        self._copies(copies)
+        self._check_targets()
+        self._check_patterns()
+        self.pairs, notes, wrong = moe.fuse(self.pairs, self.base)
+        self.notes += notes
+        self.problems += wrong
+        self._check_base()
+
+    def _sort(
+        self, tensors: Mapping[str, Tensor]
+    ) -> tuple[Any, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Split the keys: pairs by module, full copies, token rows, copies of embeddings."""
+        sites: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        rest: dict[str, Tensor] = {}
+        tokens: dict[str, Tensor] = {}
+        copies: dict[str, Tensor] = {}
+        if not tensors:
+            self.problems.append("there are no tensors in the file")
+        stray = sorted(key for key in tensors if not key.startswith(PREFIX) or key == PREFIX)
+        if stray:
+            first = ", ".join(f"{k} {tuple(tensors[k].shape)}" for k in stray[:5])
+            self.problems.append(
+                f"{len(stray)} of {len(tensors)} tensors have the wrong prefix: their names do not start with "
+                f"{PREFIX!r}: {first}{', …' if len(stray) > 5 else ''}"
+            )
+        for key in sorted(set(tensors) - set(stray)):
+            tensor, path = tensors[key], key.removeprefix(PREFIX)
+            if tensor.dtype not in FLOATS:
+                self.problems.append(f"{key} {tuple(tensor.shape)}: dtype {tensor.dtype} holds no weights")
+                continue
+            suffix = next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.endswith(s)), None)
+            if suffix is None:
+                self._sort_other(key, path, tensor, rest)
+                continue
+            name, part = path.removesuffix(suffix), SUFFIXES[suffix]
+            if part in ("tokens", "copy"):
+                (tokens if part == "tokens" else copies)[name if part == "tokens" else path] = tensor
+            elif part in sites[name]:
+                self.problems.append(f"{key}: a second magnitude for {name}")
+            else:
+                sites[name][part] = tensor
+        return sites, rest, tokens, copies
+
+    def _sort_other(self, key: str, path: str, tensor: Tensor, rest: dict[str, Tensor]) -> None:
+        shape = tuple(tensor.shape)
+        if self.config.velora and path.endswith(".lora_velora_embed"):
+            if not any(note.startswith("VeLoRA") for note in self.notes):
+                self.notes.append("VeLoRA's lora_velora_embed, which the backward pass alone reads, is left aside")
+        elif ".lora_" in path:
+            after = path.rpartition(".lora_")[2].split(".")
+            named = len(after) > 1 and after[1] not in ("weight", "bias")
+            why = (
+                f"the adapter's name ({after[1]!r}) is still in the key; save it with `save_pretrained`"
+                if named
+                else ""
+            )
+            self.problems.append(f"{key} {shape}: {why or 'not a tensor of plain LoRA or DoRA'}")
+        else:
+            rest[path] = tensor
+
+    # -- pairs -------------------------------------------------------------------------------------------------------
+
+    def _pair(self, name: str, parts: dict[str, Tensor]) -> None:
+        """A pair on a linear, a convolution or an embedding."""
+        rows = "rows A" in parts or "rows B" in parts
+        a, b = ("rows A", "rows B") if rows else ("A", "B")
+        shapes = ", ".join(f"{part} {tuple(t.shape)}" for part, t in sorted(parts.items()))
+        if rows and ("A" in parts or "B" in parts):
+            self.problems.append(f"{name}: a linear pair and an embedding pair at once ({shapes})")
+            return
+        if missing := [part for part in (a, b) if part not in parts]:
+            self.problems.append(f"{name}: {' and '.join(missing)} missing, only {shapes}")
+            return
+        A, B, magnitude = parts[a], parts[b], parts.get("magnitude")
+        kind: Kind = "embedding" if rows else "linear" if A.ndim == 2 else "conv"
+        rank, source = cfg.rank_of_module(self.config, name)
+        groups = B.shape[1] and A.shape[0] // B.shape[1] if kind == "conv" and B.ndim > 1 else 1
+        sound = (
+            A.ndim >= 2 and B.ndim == A.ndim and A.shape[0] == B.shape[1] * groups and all(n == 1 for n in B.shape[2:])
+        )
+        if not sound or A.ndim > 5 or (rows and A.ndim != 2) or 0 in A.shape or 0 in B.shape:
+            self.problems.append(f"{name}: A and B do not fit each other ({shapes})")
+            return
+        if A.shape[0] != rank:
+            self.problems.append(
+                f"{name}: the config's {source} says rank {rank}, the tensors have {A.shape[0]} ({shapes})"
+                + (": A and B have changed places" if (A.shape[1], B.shape[0]) == (rank, rank) else "")
+            )
+            return
+        scale = scale_of(cfg.alpha_of_module(self.config, name), rank, self.config.rslora)
+        self.pairs[name] = Pair(
+            A, B, scale, kind, self._magnitude(name, magnitude, B.shape[0], A.ndim if not rows else 2)
+        )
+        self._bias(name, parts.get("bias"), B.shape[0], scale)
+
+    def _bias(self, name: str, bias: Tensor | None, out: int, scale: float) -> None:
+        """lora_bias: B has a bias b, so that the output moves by s·b as well."""
+        if (bias is not None) != self.config.lora_bias:
+            said = "is set, but there is no" if bias is None else "is not set, but there is a"
+            self.problems.append(f"{name}: lora_bias {said} lora_B.bias")
+        elif bias is not None and tuple(bias.shape) != (out,):
+            self.problems.append(f"{name}: lora_B.bias is {tuple(bias.shape)}, expected ({out},)")
+        elif bias is not None:
+            self.deltas[f"{name}.bias"] = Delta("dense", {"value": bias}, (out,), scale)
+
+    def _magnitude(self, name: str, magnitude: Tensor | None, out: int, ndim: int) -> Tensor | None:
+        if (magnitude is not None) != self.config.dora:
+            what = "use_dora is set, but there is no" if magnitude is None else "use_dora is not set, but there is a"
+            self.problems.append(f"{name}: {what} lora_magnitude_vector")
+            return None
+        if magnitude is None:
+            return None
+        want = (out,) if ndim == 2 else (1, out) + (1,) * (ndim - 2)
+        if tuple(magnitude.shape) != want:
+            self.problems.append(f"{name}: lora_magnitude_vector is {tuple(magnitude.shape)}, expected {want}")
+        return magnitude.reshape(-1)
+
+    def _is_plain(self, name: str, depths: dict[int, dict[str, Tensor]]) -> bool:
+        """Whether target_modules means this module itself. PEFT never puts both on one module, and without a base a
+        short target_parameters entry, such as `down_proj`, could be a parameter of any module."""
+        A = depths.get(0, {}).get("A")
+        ranked = A is None or A.shape[:1] == (cfg.rank_of_module(self.config, name)[0],)
+        return list(depths) == [0] and not self.base.detailed and ranked and cfg.selects(self.config, name)
+
+    # -- biases, full copies, token rows, copies of embeddings ---------------------------------------------------------
+
+    def _trained_biases(self, copies: dict[str, Tensor], rest: dict[str, Tensor]) -> None:
+        found = trained_biases(self.config, copies, rest, self.pairs, self.problems, self.notes)
+        self.problems += [f"{n}: lora_bias and a trained bias at once" for n in sorted(set(found) & set(self.deltas))]
+        self.deltas |= found
+
+    def _full_modules(self, rest: dict[str, Tensor]) -> None:
+        entries = self.config.modules_to_save
+        used: set[str] = set()
+        for path, tensor in rest.items():
+            parts = path.split(".")
+            owners = [".".join(parts[:n]) for n in range(1, len(parts))]
+            owner = next((o for o in owners if any(o.endswith(e) for e in entries)), None)
+            if owner is not None:
+                used |= {e for e in entries if owner.endswith(e)}
+            elif owners and (
+                parts[-2] in EMBEDDINGS or owners[-1] in (self.base.input_embedding, self.base.output_embedding)
+            ):
+                owner = owners[-1]
+                self.notes.append(
+                    f"{path} {tuple(tensor.shape)}: a whole embedding saved beside the pairs, kept as a full copy"
+                )
+            if owner is not None:
+                self.modules.setdefault(owner, {})[path.removeprefix(f"{owner}.")] = tensor
+            else:
+                self.problems.append(
+                    f"{PREFIX}{path} {tuple(tensor.shape)}: nothing in the config accounts for this tensor"
+                )
+        for entry in sorted(set(entries) - used - set(self.config.heads)):
+            if not self.base.detailed or any(name.endswith(entry) for name in self.base.kinds):
+                self.problems.append(f"modules_to_save names {entry!r}, and there are no tensors for it")
+            else:
+                self.notes.append(f"modules_to_save names {entry!r}, which this base does not have: it has no effect")
+        for name in sorted(set(self.modules) & set(self.pairs)):
+            self.problems.append(f"{name}: a pair and a full copy at once")
+
+    def _tokens(self, tokens: dict[str, Tensor]) -> None:
+        indices = self.config.token_indices
+        wanted: dict[str, list[int]] = indices if isinstance(indices, dict) else {}
+        if isinstance(indices, list):
+            if len(tokens) == 1:
+                wanted = {next(iter(tokens)): indices}
+            else:
+                self.problems.append(
+                    f"trainable_token_indices is a list, and the file has rows for {len(tokens)} modules"
+                )
+                return
+        for key, ids in wanted.items():
+            found = [name for name in tokens if name.endswith(key)]
+            if len(found) != 1 and not (not found and self._is_tied(key)):
+                self.problems.append(f"trainable_token_indices names {key!r}: {len(found)} modules have rows for it")
+            for name in found:
+                rows = tokens.pop(name)
+                if rows.ndim != 2 or len(rows) != len(ids):
+                    self.problems.append(f"{name}: {len(ids)} token indices, rows of shape {tuple(rows.shape)}")
+                else:
+                    self.token_rows[name] = TokenRows(tuple(ids), rows)
+        for name, rows in tokens.items():
+            self.problems.append(f"{name}: token rows {tuple(rows.shape)} that trainable_token_indices does not name")
+
+    def _is_tied(self, key: str) -> bool:
+        """A tied head writes no rows of its own."""
+        return key == "lm_head" if not self.base.detailed else any(n.endswith(key) for n in self.base.tied)
+
+    def _copies(self, copies: dict[str, Tensor]) -> None:
+        """PEFT puts the base's own embedding beside a pair on it, and on loading writes it over the base. Equal to the
+        base it says nothing; if it differs, the adapter belongs to a base whose embedding was changed."""
+        for path, tensor in copies.items():
+            name = path.rpartition(".base_layer.")[0]
+            own = self.base.weight(name) if path.endswith(".weight") else None
+            shape = tuple(tensor.shape)
+            if name not in self.pairs or self.pairs[name].kind not in ("embedding", "linear"):
+                self.problems.append(f"{PREFIX}{path} {shape}: a copy of a base module that carries no pair")
+            elif own is None:
+                self.notes.append(
+                    f"{path} {shape}: a copy of the base's own weight, left aside; not compared with a base"
+                )
+            elif tuple(own.shape) != shape:
+                self.problems.append(
+                    f"{path} {shape}: the base has {tuple(own.shape)}; the adapter was trained on a resized embedding, "
+                    "resize the base's first"
+                )
+            elif not torch.equal(tensor.to(own), own):
+                changed = int((tensor.to(own) != own).any(dim=-1).sum())
+                self.problems.append(
+                    f"{path} {shape}: {changed} rows differ from the base's; the adapter was trained on a base with "
+                    "another embedding. Use that base, or train the embedding through modules_to_save"
+                )
+            else:
+                self.notes.append(f"{path} {shape}: a copy of the base's own weight, equal to it, left aside")
+
+    # -- the configuration against the tensors -----------------------------------------------------------------------
+
+    def _check_targets(self) -> None:
+        config = self.config
+        plain = {n: p for n, p in self.pairs.items() if p.kind != "experts"}
+        parameters = {
+            n for n in self.pairs if cfg.names_parameter(config, n) or cfg.names_parameter(config, f"{n}.weight")
+        }
+        omitted = [
+            n
+            for n in set(plain) - self.packed
+            if n not in parameters and not cfg.selects(config, n) and not self._is_tied_pair(n)
+        ]
+        for name in sorted(omitted):
+            pair = plain[name]
+            self.problems.append(
+                f"{name}: A {tuple(pair.A.shape)}, B {tuple(pair.B.shape)} are in the file, but target_modules "
+                "omits this module, so PEFT would leave them out without a word"
+            )
+        idle, all_of_them = cfg.idle_targets(config, plain)
+        if idle and all_of_them:
+            self.problems.append(f"target_modules names {', '.join(map(repr, idle))}, and there are no tensors for any")
+        for entry in () if all_of_them else idle:
+            # PEFT keeps names that matched nothing, as long as another did; what one of them selects in a base that is
+            # given must be there (`_check_expected`).
+            self.notes.append(f"target_modules names {entry!r}, and there are no tensors for it: it has no effect")
+        for entry in config.target_parameters:
+            if not any(n == entry or n.endswith(f".{entry}") for n in [*self.pairs, *(f"{p}.weight" for p in plain)]):
+                here = not self.base.detailed or any(n == entry or n.endswith(f".{entry}") for n in self.base.shapes)
+                told = self.problems if here or len(config.target_parameters) == 1 else self.notes
+                told.append(f"target_parameters names {entry!r}, and there are no tensors for it")
+        if self.base.detailed:
+            self._check_expected()
+
+    def _is_tied_pair(self, name: str) -> bool:
+        """ensure_weight_tying gives the tied head the embedding's pair, transposed, without naming it."""
+        if not self.config.tie or self.pairs[name].kind != "linear":
+            return False
+        twins = [p for p in self.pairs.values() if p.kind == "embedding"]
+        mine = self.pairs[name]
+        return any(torch.equal(mine.A, p.B.T) and torch.equal(mine.B, p.A.T) for p in twins)
+
+    def _check_expected(self) -> None:
+        """What the configuration selects in this base must all be in the file."""
+        everything = self.config.target_modules == cfg.ALL_LINEAR
+        guessed = self.config.target_modules is None and not self.config.target_parameters
+        for name, kind in self.base.kinds.items():
+            if guessed or kind == "other" or name in self.pairs or name in self.modules:
+                continue
+            if self.other and not self.other.concerns(name):
+                continue
+            if everything and (kind != "linear" or name == self.base.output_embedding):
+                continue
+            if cfg.selects(self.config, name):
+                self.problems.append(
+                    f"{name}: target_modules selects this {kind} module, and there are no tensors for it"
+                )
+        for module, parameters in self.base.experts.items():
+            for parameter in parameters:
+                full = f"{module}.{parameter}"
+                if cfg.names_parameter(self.config, full) and full not in self.pairs:
+                    self.problems.append(
+                        f"{full}: target_parameters selects this parameter, and there are no tensors for it"
+                    )
+        for entry in set(self.config.modules_to_save) - set(self.config.heads):
+            for name in self.base.kinds:
+                inside = any(name == m or name.startswith(f"{m}.") for m in self.modules)
+                if name.endswith(entry) and not inside and any(k.startswith(f"{name}.") for k in self.base.shapes):
+                    self.problems.append(
+                        f"{name}: modules_to_save selects this module, and there are no tensors for it"
+                    )
+
+    def _check_patterns(self) -> None:
+        for key, pattern in cfg.idle_patterns(self.config, self.pairs):
+            self.notes.append(f"{key} {pattern!r} matches no module of the adapter: it has no effect")
+
+    def _check_base(self) -> None:
+        """Names against a list of names; names, kinds and shapes against a model."""
+        if self.base.detailed:
+            found = Adapter(self.pairs, self.modules, self.token_rows, deltas=self.deltas)
+            self.problems += self.base.problems(found)
+        elif self.base.kinds:
+            owners = {n.rpartition(".")[0] if p.kind == "experts" else n for n, p in self.pairs.items()}
+            for name in sorted((owners | set(self.modules) | set(self.token_rows)) - set(self.base.kinds)):
+                near = nearest(name, self.base.kinds, 1)
+                self.problems.append(f"{name}: no such module in the base" + (f"; nearest: {near[0]}" if near else ""))
+
+
+# -- biases ------------------------------------------------------------------------------------------------------------
+# Biases of the base itself that PEFT trains: `bias = "lora_only"` of the target modules, `"all"` of every module.
+#
+#     model.layers.0.self_attn.q_proj.base_layer.bias (out,)      a module that carries a pair
+#     model.layers.0.self_attn.k_proj.bias (out,)                 another one; "all" alone writes those
+#
+# The file holds the new values whole. As a change it is a `replacement` (core/forms.py): Δb = s·(value − b), which
+# needs the base's own b only where it acts.
+#
+# Of a module that is saved whole "all" writes the bias three times: in the copy, where it counts, and under PEFT's own
+# two names for the copy and the base's (`….modules_to_save.bias`, `….original_module.bias`), where nothing reads it.
+
+_WITHIN = re.compile(r"(.+)\.(modules_to_save|original_module)\.((?:.+\.)?bias)")
+
+
+def trained_biases(
+    config: PeftConfig,
+    copies: dict[str, Tensor],
+    rest: dict[str, Tensor],
+    pairs: Mapping[str, Pair],
+    problems: list[str],
+    notes: list[str],
+) -> dict[str, Delta]:
+    """The changes of biases by name (`….bias`); what is one is taken out of `copies` and `rest` (paths in the file
+    without PEFT's prefix). Those inside of a module that is saved whole are part of it."""
+    if config.bias == "none":
+        return {}
+    for path in [p for p in rest if _WITHIN.fullmatch(p)]:
+        match = _WITHIN.fullmatch(path)
+        assert match is not None
+        twin = rest.get(f"{match[1]}.{match[3]}")
+        if twin is not None and (match[2] == "original_module" or torch.equal(twin, rest[path])):
+            del rest[path]
+    saved = [f".{entry}." for entry in config.modules_to_save]
+    found: dict[str, Tensor] = {}
+    for path in [p for p in copies if p.endswith(".base_layer.bias")]:
+        found[path.replace(".base_layer.bias", ".bias")] = copies.pop(path)
+    for path in [p for p in rest if p.endswith(".bias") and not any(s in f".{p}" for s in saved)]:
+        if config.bias == "all" or path.removesuffix(".bias") in pairs:  # PEFT before 0.7 had no base_layer in the name
+            found[path] = rest.pop(path)
+    if not found:
+        notes.append(f"bias = {config.bias!r}, but there are no biases in the file: it has no effect")
+    for path, value in found.items():
+        pair = pairs.get(path.removesuffix(".bias"))
+        out = None if pair is None or pair.kind not in ("linear", "conv") else pair.B.shape[0]
+        if value.ndim != 1 or out not in (None, len(value)):
+            problems.append(f"{path} {tuple(value.shape)}: one value for each of {out or 'the'} outputs is expected")
+    return {path: Delta("replacement", {"value": value}, tuple(value.shape)) for path, value in found.items()}
+
+
+def bias_switch(adapter: Adapter) -> str:
+    """What `bias` has to be for PEFT to load the adapter's trained biases."""
+    owners = {name.removesuffix(".bias") for name, d in adapter.deltas.items() if d.form == "replacement"}
+    return "none" if not owners else "lora_only" if owners <= set(adapter.pairs) else "all"
+
+
+def bias_problems(name: str, delta: Delta) -> list[str]:
+    """What keeps a replacement from being one of PEFT's trained biases."""
+    if not name.endswith(".bias") or len(delta.shape) != 1:
+        return [f"{name}: PEFT trains whole biases, and no other parameter so; merge it into the base"]
+    if delta.scale != 1:
+        at = f"a trained bias at a strength of {delta.scale:g}"
+        return [f"{name}: {at}: PEFT stores its value, which the base's own bias decides; merge it into the base"]
+    return []
+
+
+def bias_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Path -> the new values, as PEFT stores them."""
+    out = {}
+    for name, delta in adapter.deltas.items():
+        if delta.form == "replacement":
+            module = name.removesuffix(".bias")
+            out[f"{module}.base_layer.bias" if module in adapter.pairs else name] = delta.parts["value"]
+    return out
+
+
+# -- expert parameters -------------------------------------------------------------------------------------------------
+# Pairs of expert parameters, as PEFT's `target_parameters` and Unsloth store them: which parameter, which way round.
+#
+#     A (E·r, in): expert 0 rank 0, expert 0 rank 1, …
+#     B (out, r·E): rank_major          rank 0 expert 0, rank 0 expert 1, …   PEFT, and Unsloth since 2026-09-17
+#                   grouped_by_expert   expert 0 rank 0, expert 0 rank 1, …   Unsloth before
+#
+# Both layouts of B have the same shapes, and Unsloth puts no version into its files: since that day it writes
+# `lora_B_layout` into the configuration.
+
+EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+SWAPPED_SINCE = (0, 19, 1)
+"""The first PEFT that lays out 3-d parameters as formats/peft.py says."""
+
+
+@dataclass
+class ExpertReader:
+    """`layout`: the caller's word on B's columns, "" where it has none; `problems` collects what is wrong."""
+
+    config: cfg.PeftConfig
+    base: Structure
+    problems: list[str]
+    layout: str = ""
+    unclear: list[str] = field(default_factory=list)
+    """Parameters whose layout of B only the caller can tell."""
+
+    def parameters(self, name: str) -> list[str]:
+        """The parameters of module `name` that target_parameters names, in the order PEFT wraps them."""
+        leaves = {t.rpartition(".")[2] for t in self.config.target_parameters}
+        found = {leaf for leaf in leaves if cfg.names_parameter(self.config, f"{name}.{leaf}")}
+        if self.base.detailed:
+            own = [key[len(name) + 1 :] for key in self.base.shapes if key.startswith(f"{name}.")]
+            return [p for p in own if p in found]
+        known = [p for p in EXPERT_ORDER if p in found]
+        return known + sorted(found - set(known))
+
+    def read(self, name: str, parameters: list[str], depths: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Pair]:
+        """The pairs of one module's parameters; `depths`: how many `.base_layer` -> tensors by part."""
+        listed = ", ".join(
+            f"{'base_layer ' * d}{part} {tuple(t.shape)}"
+            for d, parts in sorted(depths.items())
+            for part, t in parts.items()
+        )
+        if sorted(depths) != list(range(len(parameters))):
+            self.problems.append(
+                f"{name}: tensors for {len(depths)} parameter(s) ({listed}), "
+                f"target_parameters names {len(parameters)} of this module: {', '.join(parameters) or 'none'}"
+            )
+            return {}
+        if len(parameters) > 1 and not self.base.detailed and not set(parameters) <= set(EXPERT_ORDER):
+            self.problems.append(f"{name}: which tensors belong to which of {parameters} depends on the base; give it")
+            return {}
+        out: dict[str, Pair] = {}
+        for depth, parts in depths.items():
+            parameter = parameters[len(parameters) - 1 - depth]
+            if set(parts) != {"A", "B"} or any(t.ndim != 2 or 0 in t.shape for t in parts.values()):
+                self.problems.append(f"{name}.{parameter}: A and B, both 2-d, are expected, there is {listed}")
+            else:
+                out |= self._pair(name, parameter, parts["A"], parts["B"])
+        return out
+
+    def _pair(self, name: str, parameter: str, A: Tensor, B: Tensor) -> dict[str, Pair]:
+        full = f"{name}.{parameter}"
+        rank, source = cfg.rank_of_module(self.config, full)
+        scale = scale_of(cfg.alpha_of_module(self.config, full), rank, self.config.rslora)
+        shapes = f"A {tuple(A.shape)}, B {tuple(B.shape)}"
+        stored = self.base.shapes.get(full)
+        experts, left = divmod(A.shape[0], rank)
+        plain = parameter == "weight" and experts == 1 and len(stored or (0, 0)) == 2
+        known = stored is None or plain or (len(stored) == 3 and stored[0] == experts)
+        if left or A.shape[0] != B.shape[1] or not known:
+            of = f" and the base has {stored}" if stored else ""
+            self.problems.append(f"{full}: {shapes} do not fit rank {rank} (the config's {source}) per expert{of}")
+            return {}
+        if plain:
+            return {name: Pair(A, B, scale)}  # a weight named as a parameter is a linear pair
+        A3, B3 = A.view(experts, rank, -1), self._by_expert(full, B, experts, rank)
+        if self._is_flipped(name, full, shapes, (A.shape[1], B.shape[0]), stored):
+            A3, B3 = B3.transpose(1, 2), A3.transpose(1, 2)
+        return {full: Pair(A3.contiguous(), B3.contiguous(), scale, "experts")}
+
+    def _by_expert(self, full: str, B: Tensor, experts: int, rank: int) -> Tensor:
+        """(out, r·E) -> (E, out, r), by the layout that the file, or the caller, says; PEFT's where nobody does."""
+        told = self.config.b_layout or self.layout
+        if experts > 1 and rank > 1 and not told and self.config.unsloth:
+            self.unclear.append(full)
+        if told == cfg.GROUPED:
+            return B.view(B.shape[0], experts, rank).permute(1, 0, 2)
+        return B.view(B.shape[0], rank, experts).permute(2, 0, 1)
+
+    def _is_flipped(
+        self, name: str, full: str, shapes: str, got: tuple[int, int], stored: tuple[int, ...] | None
+    ) -> bool:
+        """Whether the file holds the pair of the transposed parameter, as PEFT before 0.19.1 wrote it: shapes decide,
+        and where a square parameter lets both pass, the version that wrote the file."""
+        version = self.config.version
+        old = version is not None and version < SWAPPED_SINCE
+        if stored is None:
+            if version is None or old:
+                wrote = "PEFT " + ".".join(map(str, version)) if version else "an unnamed version of PEFT"
+                self.problems.append(
+                    f"{full}: written by {wrote}, and versions before 0.19.1 laid out expert weights differently "
+                    f"({shapes}): only the base's shapes can tell; give the base"
+                )
+            return False
+        transposed = name in self.base.transposed
+        want = stored[1:] if transposed else stored[:0:-1]
+        if got not in (want, want[::-1]):
+            self.problems.append(f"{full}: {shapes} fit neither way round on the base's {stored}")
+        if want[0] != want[1]:
+            return got != want
+        if version is None:
+            self.problems.append(
+                f"{full}: {shapes} on a square {stored}: which layout it is cannot be told without peft_version"
+            )
+        return old and (not transposed or version >= (0, 19, 0))  # type: ignore[operator]
+
+    def ask(self) -> None:
+        """One problem for all that is unclear, which says how to tell."""
+        if self.unclear:
+            self.problems.append(
+                f"{len(self.unclear)} expert parameter(s) ({', '.join(self.unclear[:3])}, …) of a file with Unsloth's "
+                f"marks ({self.config.unsloth}) and without lora_B_layout: Unsloth before 2026-09-17 grouped B's "
+                "columns by expert, later versions and PEFT by rank, with the same shapes. Say which: "
+                f"--moe-layout {cfg.GROUPED} if that Unsloth trained it, --moe-layout {cfg.RANK_MAJOR} otherwise "
+                "(`veneer adapter convert --to peft` with it writes a file that needs no word)"
+            )
+
+
+LAYOUT = "0.21.2"
+"""The PEFT whose layout of expert weights is written; readers need it where a parameter is square."""
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+# The configuration is the smallest that PEFT's rules of matching resolve to exactly these modules, ranks and scales.
+# What is written is interpreted again before a byte reaches the disk, and the folder appears whole or not at all.
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """What was written: the adapter's digest as anyone reading the folder gets it, the sha256 of each file, and notes
+    on what the format could not carry."""
+
+    folder: Path
+    digest: str
+    files: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Encoded:
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    adapter: Adapter
+    """As read back."""
+    notes: list[str]
+
+
+def write_folder(
+    adapter: Adapter,
+    folder: str | Path,
+    *,
+    base_name: str = "",
+    base: BaseLike = None,
+    task_type: str | None = "auto",
+    digest: str | None = None,
+) -> FolderReport:
+    """Write `adapter` to `folder` as PEFT's two files, the card `veneer.json` and a model card `README.md`.
+
+    `base`: the model or its outline; with it target_modules is a short list of suffixes, without it the exact names.
+    Adapters on several expert parameters that are not called gate_up_proj and down_proj need it. `base_name` defaults
+    to the card's. `task_type` "auto": CAUSAL_LM for a text adapter. A README.md without veneer's mark is left alone.
+    `digest`: the adapter's, where its modules are known by longer names than the folder has (a pipeline's component in
+    front). The same adapter gives the same bytes. Raises AdapterError for anything that PEFT's format cannot express,
+    ResourceError when the disk is full; after any error the folder is as it was before."""
+    folder = Path(folder)
+    name = base_name or adapter.card.base
+    if task_type == "auto":
+        task_type = "CAUSAL_LM" if adapter.card.kind == "text" else None
+    done = _encode(adapter, base_name=name, base=base, task_type=task_type, where=str(folder))
+    config = json.dumps(done.config, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    tensors = encode_tensors(done.tensors, {"format": "pt"})
+    card = adapter.card
+    if not card.rank and adapter.pairs:
+        card = replace(card, rank=done.config["r"], alpha=float(done.config["lora_alpha"]))
+    if not card.targets and isinstance(done.config["target_modules"], list):
+        card = replace(
+            card, targets=sorted([*done.config["target_modules"], *done.config.get("target_parameters", [])])
+        )
+    card = replace(card, base=card.base or name)
+    digest = digest or done.adapter.digest()
+    hashes = {TENSOR_FILE: _hash(tensors), CONFIG_FILE: cards.file_digest(config)}
+    readme = cards.readme_bytes(replace(done.adapter, card=card), digest=digest, base_name=name, name=folder.name)
+    contents: dict[str, list[bytes | memoryview]] = {
+        TENSOR_FILE: tensors,
+        CONFIG_FILE: [config],
+        cards.CARD_FILE: [cards.card_bytes(card, digest=digest, files=hashes)],
+        cards.README_FILE: [readme],
+    }
+    if not cards.is_ours(folder / cards.README_FILE):
+        del contents[cards.README_FILE]
+    put_folder(folder, contents, last=cards.CARD_FILE)
+    return FolderReport(folder, digest, hashes, done.notes)
+
+
+def _hash(chunks: Iterable[bytes | memoryview]) -> str:
+    import hashlib
+
+    h = hashlib.sha256()
+    for chunk in chunks:
+        h.update(chunk)
+    return "sha256:" + h.hexdigest()
+
+
+def encode_folder(
+    adapter: Adapter, *, base_name: str = "", base: BaseLike = None, task_type: str | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a PEFT folder, checked by reading them back. Raises as `write_folder`."""
+    done = _encode(adapter, base_name=base_name, base=base, task_type=task_type, where=None)
+    return done.config, done.tensors
+
+
+def _encode(adapter: Adapter, *, base_name: str, base: BaseLike, task_type: str | None, where: str | None) -> _Encoded:
+    outline = structure_of(base) if base is not None else Structure({})
+    own = adapter.collapsed().mapped(lambda t: t.detach())
+    own = replace(own, pairs={n: _regrouped(p, outline, n) for n, p in own.pairs.items()})
+    problems = _problems(own, outline)
+    if not problems:
+        check_finite(dict(own.tensors()), where=where)
+        tensors = _tensors(own, outline)
+        config, notes = _config(own, outline, base_name, task_type)
+        try:
+            read = interpret(config, tensors, base if outline.detailed else None).adapter
+            problems = _differences(own, read)
+        except AdapterError as error:
+            problems = [f"PEFT would not read it back: {error.what}"]
+    if problems:
+        shown = "\n".join(f"  - {p}" for p in problems)
+        raise AdapterError(f"the adapter cannot be written as a PEFT folder:\n{shown}", where=where)
+    return _Encoded(config, tensors, read, notes)
+
+
+def _regrouped(pair: Pair, base: Structure, name: str) -> Pair:
+    """A pair whose A each group of a convolution runs on its own channels, as the equal one whose A sees them all:
+    PEFT knows only the latter, of `groups` times the rank."""
+    groups = base.grouped.get(name, 1)
+    shape = base.shapes.get(f"{name}.weight", ())
+    if groups == 1 or pair.kind != "conv" or pair.magnitude is not None or pair.A.shape[1] != shape[1]:
+        return pair
+    A = pair.A.new_zeros(groups * pair.rank, groups * shape[1], *pair.A.shape[2:])
+    for g in range(groups):
+        A[g * pair.rank : (g + 1) * pair.rank, g * shape[1] : (g + 1) * shape[1]] = pair.A
+    return Pair(A, pair.B, pair.scale, "conv")
+
+
+def _problems(adapter: Adapter, base: Structure) -> list[str]:
+    """What PEFT's format cannot say."""
+    out = []
+    if not (adapter.pairs or adapter.modules or adapter.token_rows or adapter.deltas or adapter.new_tokens):
+        out.append("it is empty")
+    out += _delta_problems(adapter)
+    out += [
+        f"{n}: the learned words {', '.join(sorted(w)[:3])} have no token ids; --without-words leaves them out"
+        for n, w in adapter.new_tokens.items()
+    ]
+    with_dora = {n for n, p in adapter.pairs.items() if p.magnitude is not None}
+    if with_dora and len(with_dora) != len(adapter.pairs):
+        plain = sorted(set(adapter.pairs) - with_dora)
+        out.append(
+            f"use_dora is one switch for all pairs, and {len(plain)} of {len(adapter.pairs)} have no magnitude "
+            f"({', '.join(plain[:3])}); give them one equal to the norm of their weight's rows, or train without DoRA"
+        )
+    out += [f"{n}: DoRA on expert parameters" for n in sorted(with_dora) if adapter.pairs[n].kind == "experts"]
+    owners: dict[str, str] = {}
+    for name, pair in adapter.pairs.items():
+        out += _pair_problems(name, pair)
+        owners[name.rpartition(".")[0] if pair.kind == "experts" else name] = "a pair"
+    owners |= dict.fromkeys(adapter.token_rows, "token rows")
+    for name in sorted(adapter.modules):
+        inside = [o for o in owners if o == name or o.startswith(f"{name}.")]
+        out += [f"{o}: {owners[o]} inside {name}, which is a full copy" for o in inside]
+        out += [] if adapter.modules[name] else [f"{name}: a full copy without tensors"]
+    out += [f"{n}: a pair and token rows at once" for n in sorted(set(adapter.pairs) & set(adapter.token_rows))]
+    for name, rows in adapter.token_rows.items():
+        if rows.rows.ndim != 2 or len(rows.rows) != len(rows.indices) or len(set(rows.indices)) != len(rows.indices):
+            out.append(f"{name}: {len(rows.indices)} token indices, rows of shape {tuple(rows.rows.shape)}")
+    for module, parameters in _by_module(adapter).items():
+        if len(parameters) > 1 and module not in base.experts and not set(parameters) <= set(EXPERT_ORDER):
+            out.append(f"{module}: the order of its parameters {sorted(parameters)} depends on the base; give it")
+    return out
+
+
+def _delta_problems(adapter: Adapter) -> list[str]:
+    """Of deltas PEFT has two kinds: trained biases, whole; and lora_bias, a bias beside every pair, of the pair's
+    scale."""
+    out, biased = [], set()
+    for name, delta in sorted(adapter.deltas.items()):
+        if delta.form == "replacement":
+            out += bias_problems(name, delta)
+            continue
+        pair = adapter.pairs.get(name.removesuffix(".bias"))
+        if delta.form != "dense" or pair is None or delta.scale != pair.scale or delta.magnitude is not None:
+            out.append(f"{name}: a {delta.form} delta; make pairs of it, or merge it into the base")
+        else:
+            biased.add(name.removesuffix(".bias"))
+    if biased and (left := sorted(set(adapter.pairs) - biased)):
+        out.append(f"lora_bias is one switch for all pairs, and {len(left)} have no bias ({', '.join(left[:3])})")
+    return out
+
+
+def _pair_problems(name: str, pair: Pair) -> list[str]:
+    A, B, shapes = pair.A, pair.B, f"A {tuple(pair.A.shape)}, B {tuple(pair.B.shape)}"
+    if not name or ".base_layer" in name or ".lora_" in name:
+        return [f"{name!r} is no name of a module of a base"]
+    if not math.isfinite(pair.scale):
+        return [f"{name}: the scale is {pair.scale}"]
+    if pair.kind == "experts":
+        fits = A.ndim == B.ndim == 3 and A.shape[0] == B.shape[0] and A.shape[1] == B.shape[2]
+    elif pair.kind == "conv":
+        fits = 2 < A.ndim == B.ndim and A.shape[0] % max(B.shape[1], 1) == 0 and all(n == 1 for n in B.shape[2:])
+    else:
+        fits = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
+    out = [] if fits and 0 not in (*A.shape, *B.shape) else [f"{name}: {shapes} do not fit each other"]
+    if pair.magnitude is not None and (pair.magnitude.ndim != 1 or len(pair.magnitude) != B.shape[0]):
+        out.append(f"{name}: magnitude {tuple(pair.magnitude.shape)}, expected ({B.shape[0]},)")
+    return out
+
+
+def _by_module(adapter: Adapter) -> dict[str, list[str]]:
+    """Module -> its expert parameters that carry a pair."""
+    out: dict[str, list[str]] = defaultdict(list)
+    for name, pair in adapter.pairs.items():
+        if pair.kind == "experts":
+            module, _, parameter = name.rpartition(".")
+            out[module].append(parameter)
+    return out
+
+
+def _tensors(adapter: Adapter, base: Structure) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    biases = {n.removesuffix(".bias"): d.parts["value"] for n, d in adapter.deltas.items() if d.form == "dense"}
+    for name, pair in adapter.pairs.items():
+        if pair.kind == "experts":
+            continue
+        a, b = (
+            ("lora_embedding_A", "lora_embedding_B") if pair.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+        )
+        out[f"{name}.{a}"], out[f"{name}.{b}"] = pair.A, pair.B
+        if name in biases:
+            out[f"{name}.lora_B.bias"] = biases[name]
+        if pair.magnitude is not None:
+            shape = (1, -1, *[1] * (pair.A.ndim - 2)) if pair.kind == "conv" else (-1,)
+            out[f"{name}.lora_magnitude_vector"] = pair.magnitude.reshape(shape)
+    for module, parameters in _by_module(adapter).items():
+        order = [p for p in (base.experts.get(module) or EXPERT_ORDER) if p in parameters] or parameters
+        for depth, parameter in enumerate(reversed(order)):
+            pair = adapter.pairs[f"{module}.{parameter}"]
+            site = module + ".base_layer" * depth
+            out[f"{site}.lora_A.weight"] = pair.A.flatten(0, 1)
+            out[f"{site}.lora_B.weight"] = pair.B.permute(1, 2, 0).flatten(1)
+    for name, own in adapter.modules.items():
+        out |= {f"{name}.{key}": tensor for key, tensor in own.items()}
+    for name, rows in adapter.token_rows.items():
+        out[f"{name}.token_adapter.trainable_tokens_delta"] = rows.rows
+    out |= bias_tensors(adapter)
+    return {PREFIX + key: tensor.contiguous() for key, tensor in out.items()}
+
+
+def _config(
+    adapter: Adapter, base: Structure, base_name: str, task_type: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The smallest configuration that PEFT resolves to this adapter, and notes on what it cannot say."""
+    notes: list[str] = []
+    pairs = adapter.pairs
+    ranks = {n: p.rank for n, p in pairs.items()}
+    rslora = adapter.rslora and all(scale_of(_alpha(p, True), p.rank, True) == p.scale for p in pairs.values())
+    alphas = {n: _alpha(p, rslora) for n, p in pairs.items()}
+    rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8.0)
+    plain = {n for n, p in pairs.items() if p.kind != "experts"}
+    fused = set(pairs) - plain
+    dropout = adapter.dropout
+    if fused and dropout:
+        notes.append(f"lora_dropout is written as 0 instead of {dropout:g}: PEFT has none on expert parameters")
+        dropout = 0.0
+    linear = {n for n in plain if pairs[n].kind == "linear"}
+    config: dict[str, Any] = {
+        "alpha_pattern": {k: _plain(v) for k, v in _patterns(alphas, alpha).items()},
+        "base_model_name_or_path": base_name or None,
+        "bias": bias_switch(adapter),
+        "fan_in_fan_out": bool(linear) and linear <= base.fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": dropout,
+        "modules_to_save": sorted(adapter.modules) or None,
+        "peft_type": "LORA",
+        "peft_version": LAYOUT,
+        "r": rank,
+        "rank_pattern": _patterns(ranks, rank),
+        "target_modules": _target_modules(plain, set(base.kinds)) if pairs else DUMMY_TARGETS,
+        "task_type": task_type,
+        "use_dora": any(p.magnitude is not None for p in pairs.values()),
+        "use_rslora": rslora,
+    }
+    if any(d.form == "dense" for d in adapter.deltas.values()):
+        config["lora_bias"] = True
+    if fused:
+        every = {f"{m}.{p}" for m, ps in base.experts.items() for p in ps}
+        config["target_parameters"] = _targets(fused, every, parts=2)
+        if unsloth_marks(config):  # a reader would have to ask
+            config["lora_B_layout"] = RANK_MAJOR
+    if adapter.token_rows:
+        config["trainable_token_indices"] = {n: list(r.indices) for n, r in sorted(adapter.token_rows.items())}
+    return config, notes
+
+
+def _alpha(pair: Pair, rslora: bool) -> float:
+    """The alpha that gives the pair's scale back exactly, where there is one: whole or short if possible."""
+    alpha = alpha_of(pair.scale, pair.rank, rslora)
+    near = [float(round(alpha)), round(alpha, 6), alpha]
+    for step in (math.inf, -math.inf):
+        one = math.nextafter(alpha, step)
+        near += [one, math.nextafter(one, step)]
+    return next((a for a in near if scale_of(a, pair.rank, rslora) == pair.scale), alpha)
+
+
+def _plain(value: float) -> float | int:
+    return int(value) if value == int(value) and abs(value) < 1 << 53 else value
+
+
+def _commonest(values: Iterable[Any], default: Any) -> Any:
+    counts = Counter(values)
+    return min(counts, key=lambda v: (-counts[v], v)) if counts else default
+
+
+def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Keys for the names whose value is not the default, no name matched by two: the last part of the name where all
+    names that end in it agree, the whole name from its start otherwise."""
+    out: dict[str, Any] = {}
+    by_leaf: dict[str, set[Any]] = defaultdict(set)
+    for name, value in values.items():
+        by_leaf[name.rpartition(".")[2]].add(value)
+    for name, value in sorted(values.items()):
+        leaf = name.rpartition(".")[2]
+        if value != default:
+            out[re.escape(leaf) if len(by_leaf[leaf]) == 1 else f"^{re.escape(name)}"] = value
+    return out
+
+
+def _target_modules(names: set[str], known: set[str]) -> list[str] | str:
+    """As `_targets`; a regular expression where even a whole name is the end of another module's."""
+    found = _targets(names, known)
+    if any(k.endswith(f".{t}") for t in found for k in known - names):
+        return "|".join(re.escape(name) for name in sorted(names))
+    return found
+
+
+def _targets(names: set[str], known: set[str], parts: int = 1) -> list[str]:
+    """The shortest list whose entries, as suffixes, select exactly `names` among `known`; whole names where `known` is
+    empty or a suffix would select more. `parts`: how many parts a suffix has."""
+    out: set[str] = set()
+    for name in names:
+        suffix = ".".join(name.split(".")[-parts:])
+        others = {k for k in known if k == suffix or k.endswith(f".{suffix}")}
+        out.add(suffix if others and others <= names else name)
+    return sorted(out)
+
+
+def _differences(own: Adapter, read: Adapter) -> list[str]:
+    """Where the adapter read back is not the one written."""
+    out = []
+    mine, theirs = dict(own.tensors()), dict(read.tensors())
+    for name in sorted(set(mine) | set(theirs)):
+        a, b = mine.get(name), theirs.get(name)
+        if a is None or b is None or a.dtype != b.dtype or not torch.equal(a, b):
+            out.append(f"{name} would come back {'changed' if a is not None and b is not None else 'or go missing'}")
+    for name in set(own.pairs) & set(read.pairs):
+        wanted, got = own.pairs[name].scale, read.pairs[name].scale
+        if not math.isclose(wanted, got, rel_tol=1e-12):
+            out.append(f"{name}: scale {wanted} would come back as {got}")
+    for name in set(own.deltas) & set(read.deltas):
+        if not math.isclose(own.deltas[name].scale, read.deltas[name].scale, rel_tol=1e-12):
+            out.append(f"{name}: the scale would come back changed")
+    if {n: r.indices for n, r in own.token_rows.items()} != {n: r.indices for n, r in read.token_rows.items()}:
+        out.append("the token indices would come back changed")
+    return out
+
+
+PICKLE_FILE = "adapter_model.bin"

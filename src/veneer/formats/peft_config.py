@@ -1,6 +1,7 @@
 """`adapter_config.json`: the keys of PEFT 0.21 and of others, what veneer does with each, and PEFT's rules of matching.
 
-Knows the configuration; nothing of tensors. `parse` never raises: it returns what it could read, and all problems.
+Knows the configuration; nothing of tensors. `parse_config` never raises: it returns what it could read, and all
+problems.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from veneer.files.safetensors import strict_json
 __all__ = [
     "CONFIG_FILE",
     "TENSOR_FILE",
-    "Config",
+    "PeftConfig",
     "alpha_of_module",
-    "card_of",
+    "card_from_config",
     "excluded",
     "idle_patterns",
     "idle_targets",
-    "matches",
     "names_parameter",
-    "parse",
+    "parse_config",
     "rank_of_module",
     "read_config",
     "regex_match",
+    "selects",
     "unsloth_marks",
 ]
 
@@ -50,7 +51,7 @@ STAMP = re.compile(r"(.+_)?(version|commit|date|time|timestamp|created_at|saved_
 """Keys that say where a file comes from: kept in the card and shown."""
 
 GROUPED, RANK_MAJOR = "grouped_by_expert", "rank_major"
-"""The two layouts of expert pairs' B (formats/peft_experts.py), as Unsloth's `lora_B_layout` has them."""
+"""The two layouts of expert pairs' B (formats/peft.py), as Unsloth's `lora_B_layout` has them."""
 
 REFUSED: dict[str, str] = {  # a value that is neither null nor false changes what the adapter does
     "alora_invocation_tokens": "aLoRA switches the adapter on in the middle of a text, at its invocation tokens; "
@@ -96,7 +97,7 @@ TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", *HEADS)
 
 
 @dataclass
-class Config:
+class PeftConfig:
     """The parts of adapter_config.json that decide what the tensors mean."""
 
     r: int = 8
@@ -170,12 +171,14 @@ def way_of(kind: Any) -> str:
     return f"It is no sum with the weights, so `convert_to_lora` does not take it: {merge}"
 
 
-def parse(raw: Mapping[str, Any]) -> tuple[Config, list[str]]:
+def parse_config(raw: Mapping[str, Any]) -> tuple[PeftConfig, list[str]]:
     """The configuration and everything wrong with it, each as one line."""
     problems: list[str] = []
     kind = raw.get("peft_type")
     if kind != "LORA":
-        return Config(usable=False), [f"peft_type is {shown(repr(kind)[:40])}, and only 'LORA' is read. {way_of(kind)}"]
+        return PeftConfig(usable=False), [
+            f"peft_type is {shown(repr(kind)[:40])}, and only 'LORA' is read. {way_of(kind)}"
+        ]
     known = set(FIELDS) | IGNORED | set(REFUSED) | {"peft_type", "init_lora_weights"}
     stamps = {key: raw[key] for key in sorted(set(raw) - known) if STAMP.fullmatch(key)}
     for i, key in enumerate(sorted(set(raw) - known - set(stamps))):
@@ -186,7 +189,7 @@ def parse(raw: Mapping[str, Any]) -> tuple[Config, list[str]]:
         if raw.get(key):
             problems.append(f"{key} = {shown(str(raw[key])[:60])}: {reason}")
     problems += _init_problems(raw.get("init_lora_weights", True))
-    config = Config(stamps=stamps, unsloth=unsloth_marks(raw), velora=bool(raw.get("velora_config")))
+    config = PeftConfig(stamps=stamps, unsloth=unsloth_marks(raw), velora=bool(raw.get("velora_config")))
     for key, (attribute, check) in FIELDS.items():
         if key not in raw or (raw[key] is None and key not in ("r", "lora_alpha")):
             continue
@@ -204,7 +207,7 @@ def parse(raw: Mapping[str, Any]) -> tuple[Config, list[str]]:
     return config, problems + broken + _combination_problems(config)
 
 
-def card_of(config: Config) -> Card:
+def card_from_config(config: PeftConfig) -> Card:
     """What a configuration says of an adapter that has no card of its own."""
     targets = config.target_modules if isinstance(config.target_modules, list) else [config.target_modules or ""]
     kind = "text" if config.task_type in TASKS else ""
@@ -337,7 +340,7 @@ def _version(value: Any) -> tuple[int, ...] | None:
     return tuple(int(part or 0) for part in found.groups()) if found else None
 
 
-def _pattern_problems(config: Config) -> list[str]:
+def _pattern_problems(config: PeftConfig) -> list[str]:
     """Regular expressions that do not compile."""
     expressions = [("rank_pattern", k) for k in config.rank_pattern] + [
         ("alpha_pattern", k) for k in config.alpha_pattern
@@ -355,7 +358,7 @@ def _pattern_problems(config: Config) -> list[str]:
     return problems
 
 
-def _combination_problems(config: Config) -> list[str]:
+def _combination_problems(config: PeftConfig) -> list[str]:
     problems = []
     if isinstance(config.target_modules, str) and (config.layers is not None or config.layers_pattern):
         problems.append("layers_to_transform and layers_pattern only go with a list of target_modules, not a string")
@@ -392,7 +395,7 @@ def _is_or_ends(name: str, entries: Iterable[str]) -> bool:
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
-def excluded(config: Config, name: str) -> bool:
+def excluded(config: PeftConfig, name: str) -> bool:
     """Whether exclude_modules or modules_to_save keeps a pair off `name`."""
     if isinstance(config.exclude_modules, str) and config.exclude_modules:
         if regex_match(config.exclude_modules, name, full=True):
@@ -402,7 +405,7 @@ def excluded(config: Config, name: str) -> bool:
     return any(regex_match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.modules_to_save)
 
 
-def matches(config: Config, name: str, entries: Iterable[str] | None = None) -> bool:
+def selects(config: PeftConfig, name: str, entries: Iterable[str] | None = None) -> bool:
     """Whether PEFT puts a pair on the module `name`; with `entries`, as if those were the target_modules.
 
     "all-linear" depends on the model and is the caller's to decide: here it matches every name; so do no targets and no
@@ -430,7 +433,7 @@ def matches(config: Config, name: str, entries: Iterable[str] | None = None) -> 
     return found is not None and int(found["idx"]) in config.layers
 
 
-def idle_targets(config: Config, names: Iterable[str]) -> tuple[list[str], bool]:
+def idle_targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], bool]:
     """The entries of target_modules (an expression is one) that select none of `names`; and whether those are all."""
     targets, names = config.target_modules, list(names)
     entries = targets if isinstance(targets, list) else [targets] if targets and targets != DUMMY_TARGETS else []
@@ -442,18 +445,18 @@ def idle_targets(config: Config, names: Iterable[str]) -> tuple[list[str], bool]
     idle = []
     for entry in entries:
         one = [entry] if isinstance(targets, list) else None
-        if not any(matches(config, n, one) for n in (ending.get(entry, []) if one else names)):
+        if not any(selects(config, n, one) for n in (ending.get(entry, []) if one else names)):
             idle.append(entry)
     return idle, len(idle) == len(entries)
 
 
-def idle_patterns(config: Config, names: Collection[str]) -> list[tuple[str, str]]:
+def idle_patterns(config: PeftConfig, names: Collection[str]) -> list[tuple[str, str]]:
     """(rank_pattern or alpha_pattern, its pattern) of those that match none of `names`."""
     both = [("rank_pattern", p) for p in config.rank_pattern] + [("alpha_pattern", p) for p in config.alpha_pattern]
     return [(key, p) for key, p in both if not any(regex_match(rf"(.*\.)?({p})$", name) for name in names)]
 
 
-def names_parameter(config: Config, name: str) -> bool:
+def names_parameter(config: PeftConfig, name: str) -> bool:
     """Whether target_parameters names the parameter `name` (its full path)."""
     return _is_or_ends(name, config.target_parameters)
 
@@ -462,13 +465,13 @@ def _first(patterns: Mapping[str, Any], name: str) -> str | None:
     return next((key for key in patterns if regex_match(rf"(.*\.)?({key})$", name)), None)
 
 
-def rank_of_module(config: Config, name: str) -> tuple[int, str]:
+def rank_of_module(config: PeftConfig, name: str) -> tuple[int, str]:
     """The rank that the configuration gives to a module or parameter, and which key says so."""
     key = _first(config.rank_pattern, name)
     return (config.r, "r") if key is None else (config.rank_pattern[key], f"rank_pattern[{key!r}]")
 
 
-def alpha_of_module(config: Config, name: str) -> float:
+def alpha_of_module(config: PeftConfig, name: str) -> float:
     """The alpha that the configuration gives to a module or parameter."""
     key = _first(config.alpha_pattern, name)
     return config.alpha if key is None else config.alpha_pattern[key]

@@ -11,34 +11,254 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 
-from veneer.core.adapter import Adapter
+from veneer.core.adapter import Adapter, Pair
+from veneer.core.forms import Delta
 from veneer.errors import AdapterError
 from veneer.files.safetensors import PICKLE_SUFFIXES
 from veneer.formats import peft
 from veneer.formats import peft_config as cfg
-from veneer.formats.adapter_names import one_adapter
-from veneer.formats.detect import format_of
-from veneer.formats.leaves import Leaf, read_leaf, split_key, widened
-from veneer.formats.metadata import card_of, family_of, unpack_configs
-from veneer.formats.names import Choice, choose_family, is_image, near
-from veneer.formats.placing import Placer, alphas_of_blocks, leaves_of, outline
-from veneer.formats.read_lists import TOKEN_EMBEDDING, is_list, list_modules, list_words
+from veneer.formats.fused import split, swap_halves
+from veneer.formats.keys import detect_format, one_adapter, split_key
+from veneer.formats.leaves import Leaf, fitted, read_leaf, widened
+from veneer.formats.metadata import card_from_metadata, family_in_metadata, json_value, unpack_configs
+from veneer.formats.names import FamilyChoice, choose_family, has_image_names, near
+from veneer.formats.numbered import TOKEN_EMBEDDING, is_list, list_modules, list_words
+from veneer.formats.structure import Structure, structure_of
 from veneer.formats.tensors import read_adapter_tensors
-from veneer.formats.topology import Place, families
+from veneer.formats.topology import Family, ModulePlace, families
 
-__all__ = ["How", "Reading", "read", "read_state", "tensor_file"]
+__all__ = ["ReadOptions", "Reading", "leaves_of", "read", "read_state_dict", "tensor_file"]
+
+_POINTWISE = re.compile(r".*\.(proj_in|proj_out|conv_shortcut)")
+
+
+def _canonical_structure(base: Any, family: Family | None) -> Structure:
+    """The outline of a base under canonical names. A denoiser alone, whose names have no component, gets its own."""
+    found = structure_of(base) if base is not None else Structure({})
+    if family is None or any(name.partition(".")[0] in family.components for name in found.kinds):
+        return found
+    kinds = {f"{family.denoiser}.{name}": kind for name, kind in found.kinds.items()}
+    shapes = {f"{family.denoiser}.{name}": shape for name, shape in found.shapes.items()}
+    return Structure(kinds, shapes)
+
+
+def leaves_of(adapter: Adapter) -> dict[str, Leaf]:
+    """Canonical module -> all that changes it, sorted by name. Token rows and learned words are no module's."""
+    out: dict[str, Leaf] = defaultdict(Leaf)
+    for name, pair in adapter.pairs.items():
+        out[name].pair = pair
+    for name, delta in adapter.deltas.items():
+        module, _, parameter = name.rpartition(".")
+        out[module].deltas[parameter] = delta
+    for name, tensors in adapter.modules.items():
+        out[name].full = dict(tensors)
+    return dict(sorted(out.items()))
+
+
+@dataclass
+class _Placer:
+    """Collects what leaves become; `used`: canonical module -> keys of the file."""
+
+    family: Family | None
+    base: Structure
+    pairs: dict[str, Pair] = field(default_factory=dict)
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    used: dict[str, list[str]] = field(default_factory=dict)
+    owner: dict[str, str] = field(default_factory=dict)
+
+    def adapter(self) -> Adapter:
+        return Adapter(self.pairs, self.modules, deltas=self.deltas)
+
+    def misfits(self) -> list[str]:
+        """ReadOptions what has been placed does not fit the base, where one is given."""
+        if not self.base.kinds:
+            return []
+        names = {name for name in self.used if name not in self.base.kinds}
+        missing = [f"{name}: no such module in the base" for name in sorted(names)]
+        return missing or self.base.problems(self.adapter())
+
+    def place(
+        self, text: str, leaf: Leaf, places: Sequence[ModulePlace], keys: list[str], *, blocks: bool = False
+    ) -> list[str]:
+        """Put a leaf where it belongs, or say all that keeps it from there, and put nothing."""
+        problems = [
+            f"{text}: lands on {p.module}, where {self.owner[p.module]} has landed"
+            for p in places
+            if p.module in self.owner
+        ]
+        try:
+            parts = _parts(leaf, places, blocks)
+            parts = [self._fitted(part, place.module) for part, place in zip(parts, places, strict=True)]
+        except AdapterError as error:
+            problems.append(f"{text}: {error.what}" + (f" ({error.where})" if error.where else ""))
+        if problems:
+            return problems
+        for part, place in zip(parts, places, strict=True):
+            name = place.module
+            self.owner[name], self.used[name] = text, keys
+            if part.pair is not None:
+                self.pairs[name] = part.pair
+            self.deltas.update({f"{name}.{parameter}": delta for parameter, delta in part.deltas.items()})
+            if part.full:
+                self.modules[name] = part.full
+        return []
+
+    def _fitted(self, leaf: Leaf, name: str) -> Leaf:
+        """The leaf in the shape of its module: of the base's weight where it is given, else as its kind asks."""
+        kind = self.family.modules.get(name) if self.family else None
+        pair = leaf.pair
+        if kind == "norm" and pair is not None:
+            raise AdapterError(f"a pair on {name}, which is a norm")
+        if kind in ("linear", "conv", "embedding") and "weight" in leaf.full and leaf.full["weight"].ndim == 1:
+            raise AdapterError(f"a vector as the whole new weight of {name}, which is of a {kind}")
+        if kind == "embedding" and pair is not None and pair.kind == "linear":
+            # ΔW = B·A of a weight (rows, dim); an embedding's pair is the transpose of that.
+            leaf = replace(leaf, pair=replace(pair, A=pair.B.t(), B=pair.A.t(), kind="embedding"))
+        if (shape := self.base.shapes.get(f"{name}.weight")) is not None and len(shape) >= 2:
+            return fitted(leaf, shape, where=name)
+        if pair is None or kind not in ("linear", "conv"):
+            return leaf
+        out, into = pair.B.shape[0], pair.A.shape[1]
+        if kind == "linear" and pair.kind == "conv":
+            return fitted(leaf, (out, into), where=name)
+        if kind == "conv" and pair.kind == "linear" and self.family is not None and _POINTWISE.fullmatch(name):
+            return fitted(leaf, (out, into, 1, 1), where=name)
+        return leaf
+
+
+def _parts(leaf: Leaf, places: Sequence[ModulePlace], blocks: bool) -> list[Leaf]:
+    """The leaf of each place."""
+    if len(places) == 1 and places[0].part is None and not places[0].swap:
+        return [leaf]
+    out = [Leaf() for _ in places]
+    rows = [place.part or (0, 1, 1) for place in places]
+    if leaf.pair is not None:
+        pairs = split(leaf.pair, rows)
+        for i, (part, pair) in enumerate(zip(out, pairs, strict=True)):
+            part.pair = _block(pair, i, len(places)) if blocks else pair
+    for parameter, delta in leaf.deltas.items():
+        for part, own in zip(out, split(delta, rows), strict=True):
+            part.deltas[parameter] = own
+    for parameter, tensor in leaf.full.items():
+        for part, (begin, end, total) in zip(out, rows, strict=True):
+            if len(tensor) % total:
+                raise AdapterError(f"{len(tensor)} rows of {parameter} cannot be cut into {total} equal units")
+            unit = len(tensor) // total
+            part.full[parameter] = tensor[begin * unit : end * unit]
+    return [_halves_swapped(part) if place.swap else part for part, place in zip(out, places, strict=True)]
+
+
+def _halves_swapped(leaf: Leaf) -> Leaf:
+    if any(len(t) % 2 for t in leaf.full.values()):
+        raise AdapterError("an odd number of rows has no halves")
+    return Leaf(
+        leaf.pair and swap_halves(leaf.pair),
+        {name: swap_halves(delta) for name, delta in leaf.deltas.items()},
+        {name: t.roll(len(t) // 2, 0) for name, t in leaf.full.items()},
+    )
+
+
+def _block(pair: Pair, i: int, n: int) -> Pair:
+    """Part i's own A and B, which are views, of a block-diagonal B's rows. The scale is already that of one part."""
+    rank = pair.rank // n
+    own = slice(i * rank, (i + 1) * rank)
+    return replace(pair, A=pair.A[own], B=pair.B[:, own])
+
+
+def _alphas_of_blocks(
+    known: Mapping[str, Mapping[str, Tensor]],
+    places: Mapping[str, Sequence[ModulePlace] | None],
+    metadata: Mapping[str, str],
+    notes: list[str],
+) -> dict[str, float]:
+    """Module text -> the alpha that its stored rank needs, for the fused modules of a `split_qkv` file."""
+    said = _said_split(metadata)
+    if said is False:  # as veneer's own files say, whose alpha is for the rank that is stored
+        return {}
+    plain = {
+        (float(own["alpha"]), own["lora_down.weight"].shape[0])
+        for text, own in known.items()
+        if {"alpha", "lora_down.weight"} <= set(own) and len(places[text] or ()) == 1
+        if own["alpha"].numel() == 1 and own["lora_down.weight"].ndim  # what is not is said where it is read
+    }
+    out: dict[str, float] = {}
+    unclear: list[str] = []
+    for text, own in known.items():
+        n = len(places[text] or ())
+        down, up, alpha = (own.get(s) for s in ("lora_down.weight", "lora_up.weight", "alpha"))
+        if (
+            n < 2
+            or down is None
+            or up is None
+            or alpha is None
+            or alpha.numel() != 1
+            or not down.ndim
+            or not _is_blocks(up, [p.part for p in places[text] or ()])
+        ):
+            continue
+        value, rank = float(alpha), down.shape[0]
+        kept = _number(metadata.get("ss_network_alpha"))
+        unscaled = kept is None or kept == value
+        if (said and unscaled) or (value, rank // n) in plain:
+            out[text] = value * n
+        elif not said and value != rank and not plain:
+            unclear.append(text)
+    if out:
+        notes.append(
+            f"{len(out)} fused modules hold split_qkv parts and one part's alpha: they are scaled by a part's rank"
+        )
+    if unclear:
+        notes.append(
+            f"{len(unclear)} fused modules hold blocks, and nothing says that alpha is for one part: it is taken "
+            f"for all: {', '.join(unclear[:5])}"
+        )
+    return out
+
+
+def _said_split(metadata: Mapping[str, str]) -> bool | None:
+    """What ss_network_args says of split_qkv; None where it says nothing."""
+    arguments = json_value(metadata, "ss_network_args")
+    said = str(arguments.get("split_qkv", "")).lower() if isinstance(arguments, dict) else ""
+    return {"true": True, "1": True, "false": False, "0": False}.get(said)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text) if text is not None else None
+    except ValueError:
+        return None
+
+
+def _is_blocks(up: Tensor, parts: Sequence[tuple[int, int, int] | None]) -> bool:
+    """Whether each part's rows use its own ranks alone, all of them some."""
+    rank, n = up.shape[1] if up.ndim == 2 else 0, len(parts)
+    if rank == 0 or rank % n or any(p is None or up.shape[0] % p[2] for p in parts):
+        return False
+    rank //= n
+    for i, part in enumerate(parts):
+        assert part is not None
+        unit = up.shape[0] // part[2]
+        used = up[part[0] * unit : part[1] * unit].ne(0)
+        own = torch.zeros(up.shape[1], dtype=torch.bool)
+        own[i * rank : (i + 1) * rank] = True
+        if bool(used[:, ~own].any()):
+            return False
+    return bool(up.ne(0).any())
+
 
 _PREFERRED = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 
-class How(TypedDict, total=False):
+class ReadOptions(TypedDict, total=False):
     """What a caller may say of a file that the file does not: see `read`."""
 
     from_pickle: bool
@@ -67,7 +287,7 @@ def read(
     *,
     allow_partial: bool = False,
     from_pickle: bool = False,
-    base: peft.Base = None,
+    base: peft.BaseLike = None,
     family: str | None = None,
     moe_layout: str = "",
     adapter_name: str = "",
@@ -76,7 +296,7 @@ def read(
 
     `base` (a model, its outline, or module names) is checked against, and gives flat LoHa and LoKr their shapes.
     `family`: the base's, taken where the names are those of several families alike. `moe_layout`: how expert pairs' B
-    is laid out, where a file does not say (formats/peft_experts.py). `adapter_name`: the one to take of several in one
+    is laid out, where a file does not say (formats/peft.py). `adapter_name`: the one to take of several in one
     file. A file in PEFT's names with an adapter_config.json beside it is read by that.
     Pickles are read only with `from_pickle`. Raises one AdapterError listing every tensor that is unused, unpaired, not
     understood, or lands where another has; UnsafeFileError for pickles and headers that lie."""
@@ -93,7 +313,7 @@ def read(
             return _from_peft(opened, path, base, family, moe_layout, adapter_name)
     tensors, metadata = read_adapter_tensors(path, from_pickle=from_pickle)
     tensors = one_adapter(tensors, adapter_name, where=str(path))
-    return read_state(tensors, metadata, where=str(path), allow_partial=allow_partial, base=base, family=family)
+    return read_state_dict(tensors, metadata, where=str(path), allow_partial=allow_partial, base=base, family=family)
 
 
 def tensor_file(folder: Path, from_pickle: bool = False) -> Path:
@@ -115,7 +335,7 @@ def tensor_file(folder: Path, from_pickle: bool = False) -> Path:
     )
 
 
-def _from_gguf(path: Path, base: peft.Base) -> Reading:
+def _from_gguf(path: Path, base: peft.BaseLike) -> Reading:
     from veneer.formats.gguf import read_gguf
 
     config = getattr(base, "config", None)
@@ -130,7 +350,7 @@ def _from_gguf(path: Path, base: peft.Base) -> Reading:
 
 
 def _from_peft(
-    opened: peft.Opened, path: Path, base: peft.Base, wanted: str | None, moe_layout: str, adapter_name: str
+    opened: peft.PeftFolder, path: Path, base: peft.BaseLike, wanted: str | None, moe_layout: str, adapter_name: str
 ) -> Reading:
     """A PEFT folder: by PEFT's rules; and, where its names are those of an image family's denoiser, under canonical
     names."""
@@ -142,7 +362,7 @@ def _from_peft(
             texts[parts[0]][parts[1]] = key
     shapes = {text: _shape(tensors, own) for text, own in texts.items()}
     of_text = wanted is not None and wanted not in families()  # the base is a language model
-    choice = choose_family(shapes, wanted=wanted) if texts and not of_text else Choice(None, 0)
+    choice = choose_family(shapes, wanted=wanted) if texts and not of_text else FamilyChoice(None, 0)
     places = {text: choice.lookup(text) for text in texts}
     placed = bool(texts) and all(found is not None for found in places.values())
     own_base = None if placed else base
@@ -153,10 +373,10 @@ def _from_peft(
         used: dict[str, list[str]] = defaultdict(list)
         for key in sorted(tensors):
             used[(split_key(key) or (key, ""))[0].removeprefix("base_model.model.")].append(key)
-        loaded.adapter.card.kind = loaded.adapter.card.kind or ("image" if is_image(texts) else "")
+        loaded.adapter.card.kind = loaded.adapter.card.kind or ("image" if has_image_names(texts) else "")
         return Reading(loaded.adapter, "peft", [*reasons, *choice.reasons], None, dict(used), notes=loaded.notes)
     adapter = loaded.adapter
-    placer = Placer(choice.family, outline(base, choice.family))
+    placer = _Placer(choice.family, _canonical_structure(base, choice.family))
     leaves = leaves_of(adapter)
     own = {name: [k for k in tensors if k.startswith(f"base_model.model.{name}.")] for name in leaves}
     problems = []
@@ -185,17 +405,17 @@ def _refusal(problems: list[str], where: str, some: bool = True) -> AdapterError
     )
 
 
-def read_state(
+def read_state_dict(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     *,
     where: str = "",
     allow_partial: bool = False,
-    base: peft.Base = None,
+    base: peft.BaseLike = None,
     family: str | None = None,
 ) -> Reading:
     """The adapter that tensors by name and metadata are, of any layout but a PEFT folder and GGUF. Raises as `read`."""
-    fmt, reasons = format_of(tensors, metadata)
+    fmt, reasons = detect_format(tensors, metadata)
     tensors, notes = widened(tensors)
     if unreal := sorted(key for key, t in tensors.items() if t.is_complex()):
         raise AdapterError(f"{len(unreal)} tensors hold complex numbers, {unreal[0]} among them", where=where)
@@ -226,24 +446,26 @@ def read_state(
             fix="give the adapter's file; its tensors are called …lora_A.weight, …lora_up.weight, …lokr_w1 or the like",
         )
     numbered = list_modules(tensors, metadata, where=where) if is_list(tensors) else {}
-    places: dict[str, tuple[Place, ...] | None]
+    places: dict[str, tuple[ModulePlace, ...] | None]
     shapes = {text: _shape(tensors, own) for text, own in groups.items()}
     if numbered:
-        choice = choose_family({numbered.get(t, t): shape for t, shape in shapes.items()}, family_of(metadata), family)
-        places = {text: (Place(numbered[text]),) if text in numbered else None for text in groups}
+        choice = choose_family(
+            {numbered.get(t, t): shape for t, shape in shapes.items()}, family_in_metadata(metadata), family
+        )
+        places = {text: (ModulePlace(numbered[text]),) if text in numbered else None for text in groups}
     else:
-        choice = choose_family(shapes, family_of(metadata), family)
+        choice = choose_family(shapes, family_in_metadata(metadata), family)
         places = {text: choice.lookup(text) for text in groups}
         if choice.family is None and not choice.near and fmt in ("peft", "diffusers"):
-            places = {text: (Place(text.removeprefix("base_model.model.")),) for text in groups}
+            places = {text: (ModulePlace(text.removeprefix("base_model.model.")),) for text in groups}
             notes.append("no adapter_config.json: alpha is taken for the rank, as nothing says another")
-    placer = Placer(choice.family, outline(base, choice.family))
+    placer = _Placer(choice.family, _canonical_structure(base, choice.family))
     unknown = {text for text, found in places.items() if found is None}
     unused += [key for text in sorted(unknown) for key in groups[text].values()]
     problems += [_unknown(key, tensors[key], choice) for key in sorted(unused)]
     configs = _configs(metadata, problems)
     known = {text: {s: tensors[k] for s, k in own.items()} for text, own in groups.items() if text not in unknown}
-    blocks = alphas_of_blocks(known, places, metadata, notes)
+    blocks = _alphas_of_blocks(known, places, metadata, notes)
     unpaired: list[str] = []
     for text, suffixes in known.items():
         found, keys = places[text], sorted(groups[text].values())
@@ -263,13 +485,13 @@ def read_state(
         raise _refusal(misfits, where)
     if problems and not allow_partial:
         raise _refusal(problems, where, some=bool(placer.used or words))
-    adapter = replace(placer.adapter(), card=card_of(metadata))
+    adapter = replace(placer.adapter(), card=card_from_metadata(metadata))
     if words:
         adapter = replace(adapter, new_tokens={TOKEN_EMBEDDING: words})
         placer.used[TOKEN_EMBEDDING] = sorted(words)
     if not placer.used:
         raise _refusal(problems, where, some=False)
-    _fill_card(adapter, text=choice.family is None and not is_image(groups))
+    _fill_card(adapter, text=choice.family is None and not has_image_names(groups))
     reasons = [*reasons, *choice.reasons]
     name = choice.family.name if choice.family else None
     notes += problems
@@ -300,7 +522,7 @@ def _fill_card(adapter: Adapter, *, text: bool) -> None:
         adapter.card.kind = "text"
 
 
-def _unknown(key: str, tensor: Tensor, choice: Choice) -> str:
+def _unknown(key: str, tensor: Tensor, choice: FamilyChoice) -> str:
     parts, family = split_key(key), choice.family
     hint = near(family, parts[0]) if parts else None
     if parts is None:
@@ -331,19 +553,19 @@ def _shape(tensors: Mapping[str, Tensor], suffixes: Mapping[str, str]) -> tuple[
     return factors[0][0] * factors[1][0], factors[0][1] * factors[1][1]
 
 
-def _configs(metadata: Mapping[str, str], problems: list[str]) -> dict[str, cfg.Config]:
+def _configs(metadata: Mapping[str, str], problems: list[str]) -> dict[str, cfg.PeftConfig]:
     """diffusers' lora_adapter_metadata: a PEFT configuration for each component."""
     out = {}
     for component, raw in unpack_configs(metadata).items():
         given: dict[str, Any] = {"peft_type": "LORA", "target_modules": cfg.ALL_LINEAR, **raw}
-        config, wrong = cfg.parse({k: v for k, v in given.items() if v is not None or k != "target_modules"})
+        config, wrong = cfg.parse_config({k: v for k, v in given.items() if v is not None or k != "target_modules"})
         problems += [f"lora_adapter_metadata, {component}: {w}" for w in wrong]
         out[component] = config
     return out
 
 
 def _settings(
-    configs: Mapping[str, cfg.Config], module: str, suffixes: Mapping[str, Tensor], block: float | None
+    configs: Mapping[str, cfg.PeftConfig], module: str, suffixes: Mapping[str, Tensor], block: float | None
 ) -> tuple[float | None, bool]:
     """(alpha, rslora) of a module that its own tensors do not say. AdapterError where the two contradict."""
     component, _, name = module.partition(".")

@@ -16,7 +16,7 @@ from veneer.core.adapter import Adapter
 from veneer.core.attach import fit_problems
 from veneer.core.targets import base_modules, expert_parameters, kind_of
 
-__all__ = ["Structure", "describe"]
+__all__ = ["Structure", "structure_of"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Structure:
         )
 
 
-def describe(model: nn.Module | Structure | Iterable[str] | Callable[[], Any]) -> Structure:
+def structure_of(model: nn.Module | Structure | Iterable[str] | Callable[[], Any]) -> Structure:
     """The outline of a model; of an attached one, the base's. Plain module names give an outline of names only."""
     if isinstance(model, Structure):
         return model

@@ -19,8 +19,7 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.core.targets import base_modules, kind_of
 from veneer.errors import BaseError, ConfigError, ResourceError
-from veneer.formats.topology import families
-from veneer.formats.topology_dit import flux2
+from veneer.formats.topology import families, flux2
 from veneer.models.image.base import ImageBase, load_control, load_image, pipeline, release, text_length, text_settings
 from veneer.models.image.families import FAMILIES, topology_name
 from veneer.models.image.predict import embed_prompts, predict

@@ -39,7 +39,7 @@ def saved(tmp_path: Path, adapter: Adapter) -> tuple[str, Path]:
     """(base's folder, adapter's folder): the tiny base, with this adapter."""
     base = tiny_base_dir(tmp_path)
     adapter.card = replace(adapter.card, base=str(base))
-    return str(base), peft.write(adapter, tmp_path / "adapter").folder
+    return str(base), peft.write_folder(adapter, tmp_path / "adapter").folder
 
 
 def as_tgi_reads(folder: Path, layers: int) -> dict[str, Tensor]:
@@ -145,7 +145,7 @@ def test_a_merged_export_is_a_full_model(tmp_path):
 
 def test_what_cannot_be_known_is_asked_for(tmp_path):
     adapter = made(model("llama3", torch.float32), STABLE)
-    place = peft.write(adapter, tmp_path / "adapter").folder
+    place = peft.write_folder(adapter, tmp_path / "adapter").folder
     with pytest.raises(ConfigError, match="which base"):
         export(str(place), "tgi", tmp_path / "out")
     with pytest.raises(ConfigError, match="no export for 'sglang'"):
@@ -163,7 +163,7 @@ def test_the_command_prints_the_line_that_serves_it(tmp_path, capsys):
     converted = str(tmp_path / "converted")
     ran = run(capsys, "adapter", "convert", str(place), "--to", "tgi", "--base", base, "-o", converted)
     assert ran.code == 0, ran.err
-    assert peft.read(converted).digest() == peft.read(tmp_path / "tgi").digest()
+    assert peft.read_folder(converted).digest() == peft.read_folder(tmp_path / "tgi").digest()
     ran = run(capsys, "adapter", "convert", str(place), "--to", "tgi", "-o", converted)
     assert "--base" in ran.err
     ran = run(capsys, "export", str(place), str(tmp_path / "x"), "--for", "ollama")

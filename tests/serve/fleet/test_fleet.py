@@ -31,7 +31,7 @@ def shelf(tmp_path: Path) -> Callable[[str], Path]:
     places = {}
     for i, mix in enumerate((ONE, TWO, WRONG)):
         pair = Pair(torch.ones(2, 4) * (i + 1), torch.ones(6, 2), 0.5, magnitude=torch.ones(6) if i == 2 else None)
-        places[mix[0][0]] = peft.write(Adapter({Q: pair}), tmp_path / f"adapter{i + 1}").folder
+        places[mix[0][0]] = peft.write_folder(Adapter({Q: pair}), tmp_path / f"adapter{i + 1}").folder
     return lambda digest: places[digest]
 
 
@@ -119,9 +119,9 @@ def test_a_weighted_mix_goes_as_one_adapter_of_summed_rank(shelf, tmp_path):
     with running(fake) as urls:
         run(work(urls))
     assert set(fake.adapters) == {served_name(mix), served_name(make_mix([(ONE[0][0], 0.5)]))}
-    pair = peft.read(fake.adapters[served_name(mix)]).pairs[Q]
+    pair = peft.read_folder(fake.adapters[served_name(mix)]).pairs[Q]
     assert (pair.rank, pair.scale) == (4, 1.0)
-    parts = [(peft.read(shelf(digest)).pairs[Q], strength) for digest, strength in mix]
+    parts = [(peft.read_folder(shelf(digest)).pairs[Q], strength) for digest, strength in mix]
     want = sum(s * p.scale * p.B.double() @ p.A.double() for p, s in parts)
     torch.testing.assert_close(pair.B.double() @ pair.A.double(), want)
 

@@ -50,17 +50,17 @@ def shelf(base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
             for pair in adapter.pairs.values():
                 pair.B = torch.randn(pair.B.shape, generator=torch.Generator().manual_seed(seed))
             adapter.card = replace(adapter.card, base=base.name, base_fingerprint=base.fingerprint)
-            peft.write(adapter, tmp_path / name, base=base.model)
+            peft.write_folder(adapter, tmp_path / name, base=base.model)
             library.add(tmp_path / name, name)
             if name == "plain":
                 adapter.card = replace(adapter.card, base_fingerprint="sha256:" + "1" * 64)
-                peft.write(adapter, tmp_path / "foreign", base=base.model)
+                peft.write_folder(adapter, tmp_path / "foreign", base=base.model)
                 library.add(tmp_path / "foreign", "foreign")
                 adapter.card = replace(adapter.card, base_fingerprint="")
                 adapter.pairs = {n.replace("q_proj", "o_proj"): p for n, p in adapter.pairs.items()}
                 odd = next(iter(adapter.pairs.values()))
                 odd.A = torch.ones(2, 7)
-                peft.write(adapter, tmp_path / "odd")
+                peft.write_folder(adapter, tmp_path / "odd")
                 library.add(tmp_path / "odd", "odd")
         library.alias("plain@1", "prod")
     return tmp_path
@@ -89,7 +89,7 @@ def test_patterns_are_folded_exactly_once(base, shelf):
     stamp = (folder / "adapter_model.safetensors").stat().st_mtime_ns
     assert vllm_plugin.resolve_name(base.name, "patterns")[1] == folder
     assert (folder / "adapter_model.safetensors").stat().st_mtime_ns == stamp
-    before, after = peft.read(shelf / "patterns"), peft.read(folder)
+    before, after = peft.read_folder(shelf / "patterns"), peft.read_folder(folder)
     assert {p.rank for p in after.pairs.values()} == {4}
     for module, pair in before.pairs.items():
         new = after.pairs[module]

@@ -56,7 +56,8 @@ def test_what_the_library_has_needs_no_loading(make: Make, base: TextBase, folde
     assert {word: catalog.resolve(word, ANYBODY).mix for word in words} == {w: of(d) for w, d in words.items()}
     assert [c.id for c in catalog.models(ANYBODY)] == ["tiny", "support"]
     assert torch.equal(
-        next(catalog.shelf.read(one).tensors())[1], next(peft.load(folder / "a", base.model).adapter.tensors())[1]
+        next(catalog.shelf.read(one).tensors())[1],
+        next(peft.load_folder(folder / "a", base.model).adapter.tensors())[1],
     )
 
 
@@ -396,7 +397,7 @@ def test_two_names_of_one_adapter(make: Make, base: TextBase, folder: Path) -> N
 
 def test_an_evicted_adapter_is_read_again_and_must_be_the_same(make: Make, base: TextBase, folder: Path) -> None:
     saved(base, folder / "a", 1)
-    size = peft.load(folder / "a").adapter.size_bytes()
+    size = peft.load_folder(folder / "a").adapter.size_bytes()
     saved(base, folder / "b", 2)
     catalog = make(limit=size)
     catalog.load("x", "a")

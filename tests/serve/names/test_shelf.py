@@ -156,7 +156,7 @@ def test_another_base(make: Make, base: TextBase, folder: Path, tmp_path: Path) 
     saved(other, folder / "a")
     adapter = adapter_for(other)
     adapter.card.base_fingerprint = adapter.card.base = ""
-    peft.write(adapter, folder / "b")
+    peft.write_folder(adapter, folder / "b")
     saved(base, folder / "c", base_fingerprint="sha256:" + "1" * 64)
     catalog = make()
     assert [reason(refused(lambda s=s: catalog.load("x", s))) for s in "abc"] == [
@@ -224,7 +224,7 @@ def test_every_kind_that_the_runner_serves_is_read_whole(
     name: str,
 ) -> None:
     adapter = create(base.model, SPECS[name], seed=1)
-    peft.write(adapter, folder / "a")
+    peft.write_folder(adapter, folder / "a")
     catalog = make()
     card = catalog.load("x", "a")
     again = catalog.shelf.read(card.digest, catalog.problems)

@@ -37,7 +37,7 @@ def adapter(base: TextBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for pair in made.pairs.values():
         pair.B.normal_(std=0.3, generator=torch.Generator().manual_seed(2))
     made.card.base_fingerprint = base.fingerprint
-    peft.write(made, folder, base_name=base.name, base=base.model)
+    peft.write_folder(made, folder, base_name=base.name, base=base.model)
     return folder
 
 
@@ -101,7 +101,7 @@ def test_each_mix_is_scored_as_itself_and_the_base_comes_back(base: TextBase, ad
     assert scores["none"].loss == scores["base"].loss
     assert len({scores["base"].loss, scores["full"].loss, scores["half"].loss}) == 3
     with attach(base.model) as attachment:  # nothing is attached any more
-        attachment.add("a", peft.read(adapter, base.model))
+        attachment.add("a", peft.read_folder(adapter, base.model))
         attachment.use("a")
         example = score_mixes(base, ROWS, {"again": [("a", 1.0)]}, generate=False, attachment=attachment)["again"]
         assert example.loss == pytest.approx(scores["full"].loss)

@@ -240,7 +240,7 @@ def test_how_a_step_is_cut_changes_nothing(loss: str, shared: Path, base: TextBa
     for micro in ({"micro_rows": 1}, {"micro_rows": 5}, {"micro_rows": None, "micro_tokens": 150}):
         folder = tmp_path / str(len(adapters))
         train(shared, folder, loss, base, batching=micro, schedule={"steps": 3})
-        adapters.append(peft.read(folder, base.model))
+        adapters.append(peft.read_folder(folder, base.model))
     for other in adapters[1:]:
         for name, p in adapters[0].pairs.items():
             torch.testing.assert_close(other.pairs[name].B, p.B, rtol=2e-3, atol=2e-6)
@@ -347,10 +347,10 @@ def test_going_on_from_an_adapter_that_is_then_the_reference(
     assert f"compared with: {tuned} as it is now" in text
     assert "goes on from" in text
     card = read_card(tmp_path / "out").card
-    start = peft.read(tuned, base.model)
+    start = peft.read_folder(tuned, base.model)
     assert card.parents == [start.digest()]
-    assert peft.read(tmp_path / "out", base.model).pairs.keys() == start.pairs.keys()
-    assert peft.read(tuned, base.model).digest() == start.digest()
+    assert peft.read_folder(tmp_path / "out", base.model).pairs.keys() == start.pairs.keys()
+    assert peft.read_folder(tuned, base.model).digest() == start.digest()
     assert all(torch.equal(t, before[n]) for n, t in base.model.state_dict().items())
     # the likelihood of the chosen answers at the start is the tuned adapter's, not the base's
     bare: list[Event] = []

@@ -136,7 +136,7 @@ def test_the_folder_holds_adapter_card_log_and_report(
 ) -> None:
     folder, result, _ = whole
     card = read_card(folder)
-    assert card.digest == result.digest == peft.read(folder, base.model).digest()
+    assert card.digest == result.digest == peft.read_folder(folder, base.model).digest()
     assert card.card.base_fingerprint == base.fingerprint
     assert card.card.data_digest.startswith("sha256:")
     assert card.card.recipe["optimizer"]["learning_rate"] == 3e-3
@@ -290,7 +290,7 @@ def test_the_state_that_is_asked_for_is_what_is_kept(
     assert (result.stopped, result.steps) == ("early stopping", 6)
     assert (result.kept_step, result.validation, result.validation_before) == (kept, loss, 9.0)
     assert any(isinstance(e, Note) and "kept the adapter of step 3" in e.text for e in seen) == (keep == "best")
-    saved = peft.read(tmp_path / "out", base.model)
+    saved = peft.read_folder(tmp_path / "out", base.model)
     state = checkpoint._load(tmp_path / "out" / "checkpoints" / f"step-{kept:08d}" / "adapter.safetensors")
     assert all(torch.equal(pair.A, state[f"{name}.A"]) for name, pair in saved.pairs.items())
 
@@ -330,7 +330,7 @@ def test_recomputing_activations_changes_nothing_but_memory(shared: Path, base: 
         _train(
             shared, tmp_path / mode, base, memory={"activation_checkpointing": mode}, schedule={"steps": 3},
         )  # fmt: skip
-        weights.append(peft.read(tmp_path / mode, base.model))
+        weights.append(peft.read_folder(tmp_path / mode, base.model))
     for name, pair in weights[0].pairs.items():
         torch.testing.assert_close(pair.B, weights[1].pairs[name].B, rtol=1e-4, atol=1e-7)
     assert not base.model.is_activation_checkpointing

@@ -1,7 +1,7 @@
 """An adapter as a directory that vLLM or TGI serves as it is, with the line that serves it.
 
 What a server would load with less than its full effect is refused with the reason; `merge=True` is the way out: a full
-model with the adapter folded in, which any server loads. formats/write_folded.py says what each does silently wrong.
+model with the adapter folded in, which any server loads. formats/servers.py says what each does silently wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from veneer.errors import AdapterError, ConfigError
 from veneer.files.atomic import atomic_write
 from veneer.formats.card import README_FILE
 from veneer.formats.convert import write
-from veneer.formats.write_folded import MAX_VLLM_RANKS
+from veneer.formats.servers import MAX_VLLM_RANKS
 from veneer.serve.fleet.folders import served_name
 from veneer.serve.request import make_mix
 

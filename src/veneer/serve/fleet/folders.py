@@ -37,10 +37,9 @@ from veneer.core.mix import mix as mixed
 from veneer.formats import peft
 from veneer.formats.card import CARD_FILE
 from veneer.formats.convert import write
-from veneer.formats.placing import leaves_of
-from veneer.formats.read import read
-from veneer.formats.write_folded import refuse_unservable
-from veneer.formats.write_names import Refusals
+from veneer.formats.kohya import Refusals
+from veneer.formats.read import leaves_of, read
+from veneer.formats.servers import refuse_unservable
 from veneer.serve.request import Mix, Refused, mix_digest
 
 __all__ = [

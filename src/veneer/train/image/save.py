@@ -29,7 +29,7 @@ from veneer.train.run import NAME
 from veneer.train.save import Outcome, ReportParts, base_facts, prove, run_records
 
 if TYPE_CHECKING:
-    from veneer.formats.convert import Written
+    from veneer.formats.convert import WriteReport
     from veneer.models.image.base import ImageBase
     from veneer.train.config.image import ImageTrainConfig
     from veneer.train.image.preflight import ImageData
@@ -75,7 +75,7 @@ def layout_findings(adapter: Adapter, base: ImageBase, config: ImageTrainConfig)
 
 def save_image_adapter(
     adapter: Adapter, base: ImageBase, config: ImageTrainConfig, data: ImageData, facts: dict[str, Any], picture: str
-) -> Written:
+) -> WriteReport:
     """Writes the adapter in the configured layout with everything that readers of such files look for, and the card.
 
     `facts`: what became of the run (steps, times), for sd-scripts' keys. `picture`: the thumbnail, a data address."""

@@ -43,7 +43,7 @@ def write_adapter(adapter: Adapter, folder: Path, base: TextBase) -> str:
     """Writes the adapter in PEFT's format with its card; returns the digest of what anyone reads back."""
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     adapter = replace(adapter, card=replace(adapter.card, created=created))
-    return peft.write(adapter, folder, base_name=base.name, base=base.model).digest
+    return peft.write_folder(adapter, folder, base_name=base.name, base=base.model).digest
 
 
 def text_report(

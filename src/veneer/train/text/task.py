@@ -332,7 +332,7 @@ class AttachedText(AttachedTask[RunResult]):
             # PiSSA and OLoRA are written with twice the rank: one rounding of the base's dtype, through a few layers.
             rewritten = any(pair.origin is not None for pair in self.attachment.adapters[NAME].pairs.values())
             return prove(
-                self.attachment, NAME, peft.read(folder, base.model), logits, path=folder, what="logits",
+                self.attachment, NAME, peft.read_folder(folder, base.model), logits, path=folder, what="logits",
                 rounding=64 * torch.finfo(base.dtype).eps if rewritten else 0.0,
             )  # fmt: skip
 

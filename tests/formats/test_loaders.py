@@ -14,7 +14,7 @@ from veneer.adapters import mix as mixing
 from veneer.core.adapter import Adapter, Pair
 from veneer.errors import AdapterError
 from veneer.formats import convert
-from veneer.formats.loader_names import unreachable
+from veneer.formats.loaders import unreachable
 from veneer.formats.read import read
 from veneer.formats.topology import families
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.formats.image_adapters import by_hand, numbers
 from veneer.core.adapter import Adapter, Pair, TokenRows
 from veneer.core.forms import Delta
-from veneer.formats.write_check import TOLERANCE, differences, relative_error
+from veneer.formats.comparison import TOLERANCE, differences, relative_error
 
 
 def pair(seed: str = "", rank: int = 2, scale: float = 0.5) -> Pair:

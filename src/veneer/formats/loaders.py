@@ -23,7 +23,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
-from veneer.formats.leaves import split_key
+from veneer.formats.keys import split_key
 from veneer.formats.names import choose_family
 from veneer.formats.topology import Family, flat
 

@@ -27,11 +27,10 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.forms import Delta
-from veneer.formats import peft_write
+from veneer.formats.kohya import Refusals, component_of
 from veneer.formats.leaves import Leaf
-from veneer.formats.peft_read import PREFIX
+from veneer.formats.peft import PREFIX, encode_folder
 from veneer.formats.topology import Family
-from veneer.formats.write_names import Refusals, component_of
 
 __all__ = ["LOADABLE", "diffusers_tensors"]
 
@@ -140,7 +139,7 @@ def _component(
         if leaf.pair is not None:
             pairs[name] = leaf.pair
         deltas |= {f"{name}.{parameter}": delta for parameter, delta in leaf.deltas.items()}
-    config, tensors = peft_write.encode(Adapter(pairs, deltas=deltas), base=[short(m) for m in known])
+    config, tensors = encode_folder(Adapter(pairs, deltas=deltas), base=[short(m) for m in known])
     settings = {key: config[key] for key in SETTINGS}
     if config.get("lora_bias"):
         settings["lora_bias"] = True

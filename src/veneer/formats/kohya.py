@@ -29,7 +29,7 @@ from veneer.errors import AdapterError, nearest
 from veneer.formats.fused import join, swap_halves
 from veneer.formats.leaves import Leaf
 from veneer.formats.names import component_of
-from veneer.formats.topology import DENOISERS, Family, Place, flat
+from veneer.formats.topology import DENOISERS, Family, ModulePlace, flat
 
 __all__ = ["Refusals", "component_of", "foreign_leaves"]
 
@@ -117,7 +117,7 @@ def _originals(
     return out
 
 
-def _fused(parts: Sequence[Leaf | None], places: Sequence[Place]) -> Leaf:
+def _fused(parts: Sequence[Leaf | None], places: Sequence[ModulePlace]) -> Leaf:
     """One leaf of what changes the parts of a fused module. A part that nothing changes is rows of zeros."""
     have = [p for p in parts if p is not None]
     if len(places) == 1 and places[0].part is None and not places[0].swap:
@@ -136,7 +136,7 @@ def _fused(parts: Sequence[Leaf | None], places: Sequence[Place]) -> Leaf:
     return leaf
 
 
-def _one(items: Sequence[T | None], places: Sequence[Place]) -> T:
+def _one(items: Sequence[T | None], places: Sequence[ModulePlace]) -> T:
     units = next(
         (
             own // (place.part[1] - place.part[0])

@@ -1,0 +1,193 @@
+"""What the names of tensors in a file say: the module and the suffix, the adapter's name, and whose layout it is.
+
+    key = module text + suffix    `split_key`: the suffixes of all tools, by role; what they mean is in leaves.py
+    lora_A.NAME.weight            `one_adapter`: PEFT's layers have the adapter's name in the key before it saves; a
+                                  state dict taken from a model has such names, and may hold several adapters
+    whose layout it is            `detect_format`: the tool, and why. It decides nothing: a file with the names of several
+                                  tools is read all the same
+
+| format        | names                                                                                        |
+| cloneofsimo   | unet:0:up                                                                                    |
+| xlabs         | ….processor.qkv_lora1.down.weight                                                            |
+| bfl-control   | double_blocks.… without a prefix, with lora_B.bias or the norms' scales                      |
+| lycoris       | LoHa, LoKr, (IA)³, full differences; lycoris_…                                               |
+| onetrainer    | lora_transformer_…                                                                           |
+| kohya         | lora_unet_… lora_te…                                                                         |
+| comfyui       | diffusion_model.… (ai-toolkit writes it with lora_A, ComfyUI's own nodes with lora_down)     |
+| peft          | base_model.model.…                                                                           |
+| diffusers-old | ….processor.to_q_lora.down.weight, ….lora.down.weight, ….lora_linear_layer.down.weight       |
+| diffusers     | unet.… transformer.… text_encoder.… with lora_A; also without a prefix                       |
+| plain         | module names without a prefix, with lora_down                                                |
+
+Knows names alone; needs no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from veneer.errors import AdapterError, nearest
+
+__all__ = [
+    "FORMATS",
+    "REFUSED",
+    "ROLES",
+    "detect_format",
+    "named_adapters",
+    "one_adapter",
+    "split_key",
+]
+
+ROLES: dict[str, str] = {
+    "A": r"lora_A(?:\.[^.]+)?\.weight|(?:lora_|lora\.|lora_linear_layer\.)?down\.weight|down",
+    "B": r"lora_B(?:\.[^.]+)?\.weight|(?:lora_|lora\.|lora_linear_layer\.)?up\.weight|up",
+    "mid": r"lora_mid\.weight",
+    "rows A": r"lora_embedding_A(?:\.[^.]+)?",
+    "rows B": r"lora_embedding_B(?:\.[^.]+)?",
+    "bias of B": r"lora_B(?:\.[^.]+)?\.bias",
+    "magnitude of outputs": r"lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?",
+    **{
+        name: name
+        for name in (
+            *("alpha", "dora_scale", "scalar", "bias_indices", "bias_values", "bias_size"),
+            *(f"hada_w{n}_{ab}" for n in "12" for ab in "ab"),
+            *("hada_t1", "hada_t2", "lokr_w1", "lokr_w2", "lokr_t2"),
+            *(f"lokr_w{n}_{ab}" for n in "12" for ab in "ab"),
+            *("diff", "diff_b", "w_norm", "b_norm", "on_input", "set_weight", "reshape_weight"),
+        )
+    },
+}
+REFUSED: dict[str, str] = {
+    r"oft_blocks|oft_diag|oft_R(?:\.[^.]+)?(?:\.weight)?|rescale": "OFT (or BOFT), which turns the weight",
+    r"boft_R(?:\.[^.]+)?|boft_s(?:\.[^.]+)?": "BOFT, which turns the weight",
+    r"[ab][12]\.weight|bm\.weight": "GLoRA, whose change depends on the weight",
+    r"[qp]_layer\.weight|lambda_layer": "T-LoRA, whose rank depends on the timestep",
+    r"ia3_l(?:\.[^.]+)?": "PEFT's (IA)³, which scales the bias too",
+    r"lokr_t1": "a LoKr with a core on its first factor, which LyCORIS itself never reads",
+}
+_ANY = "|".join(f"(?:{p})" for p in (*ROLES.values(), *REFUSED, "weight|scale"))
+# The shortest module text that leaves a whole suffix. `_lora_down` is how one mistaken converter joined the two;
+# a colon is how lists of pairs (`unet:0:up`) do.
+_KEY = re.compile(
+    rf"(?P<module>.+?)(?:\.|_(?=lora_(?:up|down|mid)\.weight$)|(?<=\d):(?=(?:up|down)$))(?P<suffix>{_ANY})"
+)
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """(module text, suffix) of a tensor's name, or None for a name that no adapter format ends like this.
+
+    The module text is as the file has it: `x.processor.to_q_lora.down.weight` gives `x.processor.to_q_lora` and
+    `down.weight`, XLabs' `double_blocks.0.processor.qkv_lora1.up.weight` the text up to `qkv_lora1`, and `unet:0:up`
+    gives `unet:0` and `up`."""
+    match = _KEY.fullmatch(key)
+    if match is None or (match["suffix"] in ("up", "down") and ":" not in key):
+        return None
+    return match["module"], match["suffix"]
+
+
+T = TypeVar("T")
+
+_NAMED = re.compile(
+    r"(?P<before>.+\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|modules_to_save))"
+    r"(?:\.(?!weight$|bias$)(?P<name>[^.]+))?(?P<after>(?:\.[^.]+)*)"
+)
+
+
+def named_adapters(keys: Iterable[str]) -> Counter[str]:
+    """Adapter's name -> how many keys have it; "" for keys of pairs that have none. Empty where no key has a name."""
+    found = Counter(match["name"] or "" for key in keys if (match := _NAMED.fullmatch(key)))
+    return found if set(found) - {""} else Counter()
+
+
+def one_adapter(tensors: Mapping[str, T], wanted: str = "", *, where: str = "") -> dict[str, T]:
+    """The tensors of the adapter `wanted`, its name taken out of the keys; what has no place for a name stays.
+
+    Without `wanted` the file must hold one adapter, and keys stay as they are. Raises AdapterError that names all that
+    are there, for several without `wanted` and for one that is not there."""
+    found = named_adapters(tensors)
+    listed = ", ".join(f"{n or '(no name)'} ({count} tensors)" for n, count in sorted(found.items()))
+    if not wanted:
+        if len(found) > 1:
+            raise AdapterError(
+                f"the file holds {len(found)} adapters: {listed}",
+                where=where,
+                fix=f"--adapter-name {sorted(set(found) - {''})[0]} (adapter_name=) picks one",
+            )
+        return dict(tensors)
+    if wanted not in found:
+        near = nearest(wanted, found, 1)
+        raise AdapterError(
+            f"no adapter in the file is called {wanted!r}; there {'is' if len(found) == 1 else 'are'} "
+            + (listed or "no names in its keys"),
+            where=where,
+            fix=f"--adapter-name {near[0]}" if near else "leave --adapter-name out" if not found else None,
+        )
+    out: dict[str, T] = {}
+    for key, tensor in tensors.items():
+        match = _NAMED.fullmatch(key)
+        if match is None:
+            out[key] = tensor
+        elif match["name"] == wanted:
+            before = match["before"].removesuffix(".modules_to_save")
+            out[before + match["after"]] = tensor
+    return out
+
+
+_RULES: tuple[tuple[str, str, str], ...] = (
+    ("cloneofsimo", r"(unet|text_encoder):\d+:(up|down)", "numbered pairs"),
+    ("xlabs", r".*\.processor\.(qkv|proj)_lora[12]?\..*", "XLabs' processor names"),
+    (
+        "lycoris",
+        r"lycoris_.*|.*\.(hada_|lokr_|on_input|diff$|diff_b$|w_norm|b_norm|bias_(indices|values|size)).*",
+        "LyCORIS' prefix or tensors",
+    ),
+    ("onetrainer", r"lora_transformer_.*", "the prefix lora_transformer_"),
+    ("kohya", r"lora_(unet|te\d?)_.*", "the prefixes lora_unet_ and lora_te"),
+    ("comfyui", r"(model\.)?diffusion_model\..*|text_encoders\..*", "the prefix diffusion_model."),
+    ("peft", r"base_model\.model\..*", "the prefix base_model.model."),
+    (
+        "bfl-control",
+        r"(double|single)_blocks\..*(lora_B\.bias|_norm\.scale)",
+        "BFL's names without a prefix, biases of B or scales of norms",
+    ),
+    (
+        "diffusers-old",
+        r".*(\.processor\.|_lora\.(down|up)\.|\.lora\.(down|up)\.|\.lora_linear_layer\.).*",
+        "diffusers' names of before PEFT",
+    ),
+    (
+        "diffusers",
+        r"(unet|transformer|text_encoder(_[23])?)\..*|.*\.lora_(A|B|magnitude_vector).*",
+        "diffusers' names",
+    ),
+    ("plain", r".*\.(lora_(down|up|mid)\.weight|alpha|dora_scale)", "module names without a prefix, with lora_down"),
+)
+_COMPILED = [(name, re.compile(pattern), why) for name, pattern, why in _RULES]
+FORMATS = (*(name for name, _, _ in _RULES), "gguf")
+# These mark a whole file; the names beside theirs are plain ones of another format.
+_MARKS = {"bfl-control", "xlabs", "lycoris", "cloneofsimo", "onetrainer"}
+
+
+def detect_format(keys: Iterable[str], metadata: Mapping[str, str]) -> tuple[str, list[str]]:
+    """The format, and the reasons: what names there are and how many of each; "unknown" where none is known."""
+    keys = list(keys)
+    counts: Counter[str] = Counter()
+    for key in keys:
+        counts.update([next((name for name, pattern, _ in _COMPILED if pattern.fullmatch(key)), "unknown")])
+    known = [name for name, _ in counts.most_common() if name != "unknown"]
+    marked = [name for name in known if name in _MARKS]
+    name = (marked or known or ["unknown"])[0]
+    why = {name: why for name, _, why in _RULES}
+    reasons = [f"{counts[n]} of {len(keys)} tensors: {why[n]}" for n in known]
+    if metadata.get("lora_adapter_metadata"):
+        reasons.append("lora_adapter_metadata, as diffusers writes it")
+    if metadata.get("ss_network_module"):
+        reasons.append(f"ss_network_module = {metadata['ss_network_module'][:80]}")
+    if name in ("diffusers", "peft", "comfyui") and any(key.endswith(".alpha") for key in keys):
+        reasons.append("an alpha for each module beside it")
+    if counts["unknown"]:
+        reasons.append(f"{counts['unknown']} of {len(keys)} tensors: no layout known here")
+    return name, reasons
