@@ -3,7 +3,7 @@
     key = module text + suffix    `split_key`: the suffixes of all tools, by role; what they mean is in leaves.py
     lora_A.NAME.weight            `one_adapter`: PEFT's layers have the adapter's name in the key before it saves; a
                                   state dict taken from a model has such names, and may hold several adapters
-    whose layout it is            `detect_format`: the tool, and why. It decides nothing: a file with the names of several
+    whose layout it is            `detect_format`: the tool, and why. It decides nothing: a file with names of several
                                   tools is read all the same
 
 | format        | names                                                                                        |
