@@ -110,21 +110,20 @@ class Sampling:
     grammar: GrammarSpec | None = None
 
     def __post_init__(self) -> None:
-        wrong = {
-            "max_tokens": (self.max_tokens >= 1, "1 or more"),
-            "min_tokens": (0 <= self.min_tokens <= self.max_tokens, "from 0 to max_tokens"),
-            "temperature": (0 <= self.temperature <= 100, "from 0 (greedy) to 100"),
-            "top_k": (self.top_k >= 0, "0 (all) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
-            "presence_penalty": (-2 <= self.presence_penalty <= 2, "from -2 to 2"),
-            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "from -2 to 2"),
-            "repetition_penalty": (0 < self.repetition_penalty <= 10, "above 0, at most 10"),
-            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20"),
-        }
-        for name, (fine, wanted) in wrong.items():
-            if not fine:
-                raise ConfigError(f"{name} is {getattr(self, name)}", where=name, fix=f"{name} must be {wanted}")
+        self._need(self.max_tokens >= 1, "max_tokens", "1 or more")
+        self._need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "from 0 to max_tokens")
+        self._need(0 <= self.temperature <= 100, "temperature", "from 0 (greedy) to 100")
+        self._need(self.top_k >= 0, "top_k", "0 (all) or more")
+        self._need(0 < self.top_p <= 1, "top_p", "above 0, at most 1")
+        self._need(0 <= self.min_p <= 1, "min_p", "from 0 to 1")
+        self._need(-2 <= self.presence_penalty <= 2, "presence_penalty", "from -2 to 2")
+        self._need(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "from -2 to 2")
+        self._need(0 < self.repetition_penalty <= 10, "repetition_penalty", "above 0, at most 10")
+        self._need(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "from 0 to 20")
+
+    def _need(self, fine: bool, name: str, wanted: str) -> None:
+        if not fine:
+            raise ConfigError(f"{name} is {getattr(self, name)}", where=name, fix=f"{name} must be {wanted}")
 
 
 _numbers = itertools.count()

@@ -41,9 +41,10 @@ up and takes it back at each of its operations; at the usual 5 ms it would wait 
 class _Front:
     """The ASGI application that listens from the first moment: until the real one is built it says so."""
 
-    def __init__(self, make: Callable[[], Application], failed: Callable[[BaseException], None]) -> None:
-        self.make, self.failed = make, failed
+    def __init__(self, make: Callable[[], Application]) -> None:
+        self.make = make
         self.built: Application | None = None
+        self.failure: Exception | None = None
         self.draining = False
         self._building: asyncio.Task[None] | None = None
 
@@ -87,7 +88,7 @@ class _Front:
             built = await asyncio.to_thread(self.make)
             await built.start()
         except Exception as error:
-            self.failed(error)
+            self.failure = error
             return
         if self.draining:
             built.service.phase = "draining"
@@ -95,10 +96,11 @@ class _Front:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, drain: float) -> None:
+    """Ends when its application could not be built; a first signal drains it, a second ends it at once."""
+
+    def __init__(self, config: uvicorn.Config, front: _Front, drain: float) -> None:
         super().__init__(config)
-        self.drain = drain
-        self.front: _Front | None = None
+        self.front, self.drain = front, drain
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drainer: asyncio.Task[None] | None = None
 
@@ -106,8 +108,11 @@ class _Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self.front.failure is not None
+
     def handle_exit(self, sig: int, frame: Any) -> None:
-        if self._drainer is not None or self._loop is None or self.front is None:
+        if self._drainer is not None or self._loop is None:
             self.should_exit = self.force_exit = True
         else:
             self._loop.call_soon_threadsafe(self._begin)
@@ -117,7 +122,6 @@ class _Server(uvicorn.Server):
             self._drainer = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        assert self.front is not None
         log.info("draining: %d requests go on for up to %g s", self.front.inside, self.drain)
         self.front.drain()
         end = asyncio.get_running_loop().time() + self.drain
@@ -128,13 +132,7 @@ class _Server(uvicorn.Server):
 
 def serve(settings: ServeSettings, say: Callable[[str], None], make: Callable[[], Application] | None = None) -> None:
     """Serve until a signal says to stop. Raises what kept the server from being built."""
-    errors: list[BaseException] = []
-
-    def failed(error: BaseException) -> None:
-        errors.append(error)
-        server.should_exit = True
-
-    front = _Front(make or (lambda: _build(settings, say)), failed)
+    front = _Front(make or (lambda: _build(settings, say)))
     config = uvicorn.Config(
         front, host=settings.host, port=settings.port, log_level="warning", ws="none", lifespan="on",
         timeout_graceful_shutdown=2, timeout_keep_alive=ceil(settings.http.idle), http=connection_of(settings.http),
@@ -143,16 +141,14 @@ def serve(settings: ServeSettings, say: Callable[[str], None], make: Callable[[]
     if not logging.getLogger().handlers:  # else the process that serves has its own way to log
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("veneer").setLevel(logging.INFO)
-    server = _Server(config, settings.drain)
-    server.front = front
     many_files(settings.http.connections)
     sys.setswitchinterval(SWITCH)
     sockets = listen(settings.host, settings.port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     say(f"listening on http://{host}:{sockets[0].getsockname()[1]}; /ready says when the base is loaded")
-    server.run(sockets)
-    if errors:
-        raise errors[0]
+    _Server(config, front, settings.drain).run(sockets)
+    if front.failure is not None:
+        raise front.failure
 
 
 def _build(settings: ServeSettings, say: Callable[[str], None]) -> Application:

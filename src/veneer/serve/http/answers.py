@@ -33,6 +33,7 @@ __all__ = [
     "TextAnswer",
     "TextJob",
     "collect",
+    "finite_logprob",
     "open_stream",
     "run",
     "seed_of",
@@ -111,6 +112,11 @@ class TextAnswer:
 def seed_of(seed: int | None, k: int) -> int | None:
     """The seed of the k-th answer to one prompt: the client's own for the first."""
     return seed if seed is None or k == 0 else (seed + k) % 2**63
+
+
+def finite_logprob(logprob: float | None) -> float:
+    """JSON has no infinity; -9999 is OpenAI's word for it."""
+    return logprob if logprob is not None and logprob > -9999.0 else -9999.0
 
 
 def total(usages: Sequence[Usage], choices: int) -> Usage:

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from veneer import __version__
 from veneer.serve.engine.admission import AdmittedRequest
 from veneer.serve.http.answers import ClientLeft
-from veneer.serve.http.bodies import LARGE, body_error, keys_of_bodies
+from veneer.serve.http.bodies import LARGE_BODY, body_error, keys_of_bodies
 from veneer.serve.http.errors import Json, answer_error, as_refused
 from veneer.serve.http.service import Service, client_key, need_admin, service_of
 from veneer.serve.http.surfaces.llama_cpp import llama_cpp_routes
@@ -107,7 +107,7 @@ class Door:
         finally:
             self.service.inside -= working
             incoming.place.leave()
-            if incoming.seen >= LARGE:
+            if incoming.seen >= LARGE_BODY:
                 self.service.tidy()
 
     async def _enter(self, request: HttpRequest) -> None:

@@ -37,7 +37,7 @@ __all__ = [
     "FAIL_FAST",
     "ITEMS",
     "KEYS",
-    "LARGE",
+    "LARGE_BODY",
     "Body",
     "BodyRoute",
     "MixField",
@@ -59,7 +59,7 @@ VALUES = 1 << 18
 """Values a body may hold, keys among them: two prompts of 128 thousand tokens as numbers."""
 DEPTH = 64
 """How deep a body's lists and objects may stand in one another."""
-LARGE = 64 << 10
+LARGE_BODY = 64 << 10
 """Bytes from which a body is read in a thread."""
 CHUNK = 1 << 20
 KEYS = 256
@@ -148,7 +148,7 @@ async def read_body(request: Request) -> Any:
     """A request's JSON; that of a large one is read in a thread."""
     data = await request.body()
     place = request.scope.get("veneer.place")
-    if len(data) < LARGE or place is None:
+    if len(data) < LARGE_BODY or place is None:
         return read_json(data)
     return await place.work(len(data), lambda: read_json(data))
 

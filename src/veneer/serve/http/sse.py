@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from veneer.serve.http.errors import as_refused, json_bytes, log
+from veneer.serve.request import Refused
 
 __all__ = ["EventStream", "data"]
 
@@ -32,7 +33,7 @@ class EventStream(Response):
     `stall`: seconds that the client may leave the stream unread."""
 
     def __init__(
-        self, lines: AsyncIterator[bytes], source: Closable, told: Callable[[Exception], bytes], stall: float
+        self, lines: AsyncIterator[bytes], source: Closable, told: Callable[[Refused], bytes], stall: float
     ) -> None:
         super().__init__(media_type="text/event-stream")
         self.headers["cache-control"] = "no-cache"

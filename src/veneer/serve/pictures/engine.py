@@ -67,10 +67,9 @@ class _Held:
 class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     """Draws on one base until it is closed. A context manager.
 
-    `read`: digest -> adapter, checked against the base; `source`: digest -> the hashes of its file, for the infotext.
-    `controls`: kind -> name or folder of a ControlNet; canny and edges have the base's own. `window`: seconds that a
-    first picture waits for company. `adapter_bytes`: what adapters in memory may take up. `stuck_seconds`: how long it
-    takes until a step that does not end is a fault."""
+    `read`: digest -> adapter, checked against the base. `controls`: kind -> name or folder of a ControlNet; canny and
+    edges have the base's own. `window`: seconds that a first picture waits for company. `adapter_bytes`: what adapters
+    in memory may take up. `stuck_seconds`: how long it takes until a step that does not end is a fault."""
 
     makes = "pictures"
 
@@ -79,7 +78,6 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         base: ImageBase,
         read: Callable[[str], Adapter],
         *,
-        source: Callable[[str], AdapterSource] | None = None,
         controls: Mapping[str, str] | None = None,
         max_batch: int = 4,
         window: float = 0.03,
@@ -97,7 +95,6 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             read, lambda adapter, digest: _Held(digest, adapter), limit_bytes=adapter_bytes, freed=self._freed
         )
         self._gone: list[str] = []
-        self._source = source or (lambda digest: AdapterSource(digest, "", digest, "", "", ""))
         self._control_names = dict(controls or {})
         self._controls: dict[str, tuple[str, Any]] = {}
         (tokenizer, limit), *_ = readers(base)
@@ -399,7 +396,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         request, now = job.request, time.monotonic()
         uses = tuple((digest, Strength(strength)) for digest, strength in request.mix)
         sources = {
-            digest: replace(self._source(digest), name=digest, called=request.labels.get(digest, ""))
+            digest: AdapterSource(digest, "", digest, "", "", "", called=request.labels.get(digest, ""))
             for digest, _ in request.mix
         }
         ask = Ask(request.prompt, request.negative, request.seed, uses)

@@ -637,8 +637,8 @@ async def _lines(
             yield made
 
 
-def _told(error: Exception) -> bytes:
-    return _sse({"type": "error"} | error_body(as_refused(error), "OpenAI")[1])
+def _told(error: Refused) -> bytes:
+    return _sse({"type": "error"} | error_body(error, "OpenAI")[1])
 
 
 def _preview(preview: PartialPicture, asked: ImageBody) -> str:

@@ -173,8 +173,7 @@ async def completion(request: HttpRequest, body: Completion) -> Response:
         return Json(await _last(service, job, body, answer, answer.text, answer.tokens), headers=body.headers)
     events = await open_stream(request, run(service, job))
 
-    def told(error: Exception) -> bytes:
-        assert isinstance(error, Refused)
+    def told(error: Refused) -> bytes:
         return data(error_body(error, "llama.cpp")[1])
 
     stream = EventStream(_lines(service, job, body, events), events, told, service.settings.stall)

@@ -35,6 +35,7 @@ from veneer.serve.http.answers import (
     TextAnswer,
     TextJob,
     collect,
+    finite_logprob,
     open_stream,
     run,
     total,
@@ -434,8 +435,7 @@ async def _answered(request: HttpRequest, service: Service, job: TextJob, body: 
         events, bool(options and options.include_usage), bool(options and options.continuous_usage_stats)
     )
 
-    def told(error: Exception) -> bytes:
-        assert isinstance(error, Refused)
+    def told(error: Refused) -> bytes:
         return data(error_body(error, "OpenAI")[1]) + data("[DONE]")
 
     stream = EventStream(lines, events, told, service.settings.stall)
@@ -579,7 +579,7 @@ class _ChatForm(_Form):
 
     def entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         text, raw = self.prompts.piece(token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(raw)}
+        return {"token": text, "logprob": finite_logprob(logprob), "bytes": list(raw)}
 
 
 class _TextForm(_Form):
@@ -635,20 +635,15 @@ class _TextForm(_Form):
             self.at[i] += 0 if self.prompts.special(token.id) else len(text)
         tops: list[dict[str, float] | None] = []
         for token, text in zip(tokens, texts, strict=True):
-            best = {self.prompts.piece(id)[0]: _finite(logprob) for id, logprob in self.best(token)}
-            tops.append(None if token.logprob is None else best | {text: _finite(token.logprob)})
-        chosen = [None if token.logprob is None else _finite(token.logprob) for token in tokens]
+            best = {self.prompts.piece(id)[0]: finite_logprob(logprob) for id, logprob in self.best(token)}
+            tops.append(None if token.logprob is None else best | {text: finite_logprob(token.logprob)})
+        chosen = [None if token.logprob is None else finite_logprob(token.logprob) for token in tokens]
         return {"text_offset": offsets, "token_logprobs": chosen, "tokens": texts, "top_logprobs": tops}
 
 
 def _is_visible(token: Token) -> bool:
     """Whether a token is part of the answer: the special one that ends it is not."""
     return not (token.special and not token.text)
-
-
-def _finite(logprob: float | None) -> float:
-    """JSON has no infinity; -9999 is OpenAI's word for it."""
-    return logprob if logprob is not None and logprob > -9999.0 else -9999.0
 
 
 def _stop_text(end: Finished) -> str | int | None:

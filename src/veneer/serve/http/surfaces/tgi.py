@@ -20,6 +20,7 @@ from veneer.serve.http.answers import (
     TextAnswer,
     TextJob,
     collect,
+    finite_logprob,
     open_stream,
     run,
     seed_of,
@@ -135,8 +136,7 @@ async def generate_stream(request: HttpRequest, body: Generate) -> Response:
     job = await _ask(request, service, body)
     events = await open_stream(request, run(service, job))
 
-    def told(error: Exception) -> bytes:
-        assert isinstance(error, Refused)
+    def told(error: Refused) -> bytes:
         return data(error_body(error, "TGI")[1], tight=True)
 
     stream = EventStream(_lines(service, job, body, events), events, told, service.settings.stall)
@@ -232,25 +232,26 @@ def _text(body: Generate, answer: TextAnswer) -> str:
 
 def _token(service: Service, token: Token, text: str | None = None) -> dict[str, Any]:
     text = service.prompts.piece(token.id)[0] if text is None else text
-    return {"id": token.id, "text": text, "logprob": _finite(token.logprob), "special": token.special}
+    return {"id": token.id, "text": text, "logprob": finite_logprob(token.logprob), "special": token.special}
 
 
 def _prefill(service: Service, token: Token) -> dict[str, Any]:
     """A token of the prompt; nothing stands before the first, so it has no logprob."""
-    logprob = None if token.logprob is None else _finite(token.logprob)
+    logprob = None if token.logprob is None else finite_logprob(token.logprob)
     return {"id": token.id, "text": service.prompts.piece(token.id)[0], "logprob": logprob}
 
 
 def _tops(service: Service, token: Token, wanted: int | None) -> list[dict[str, Any]]:
     best = sorted(token.top, key=lambda t: -t[2])[: wanted or 0]
     return [
-        {"id": i, "text": service.prompts.piece(i)[0], "logprob": _finite(p), "special": service.prompts.special(i)}
+        {
+            "id": i,
+            "text": service.prompts.piece(i)[0],
+            "logprob": finite_logprob(p),
+            "special": service.prompts.special(i),
+        }
         for i, _, p in best
     ]
-
-
-def _finite(logprob: float | None) -> float:
-    return logprob if logprob is not None and logprob > -9999.0 else -9999.0
 
 
 def _whole(service: Service, job: TextJob, body: Generate, answers: list[TextAnswer]) -> dict[str, Any]:
@@ -268,7 +269,7 @@ def _whole(service: Service, job: TextJob, body: Generate, answers: list[TextAns
 
 def _mean(answer: TextAnswer) -> float:
     """The mean logprob by which TGI ranks `best_of`."""
-    return sum(_finite(t.logprob) for t in answer.tokens) / max(1, len(answer.tokens))
+    return sum(finite_logprob(t.logprob) for t in answer.tokens) / max(1, len(answer.tokens))
 
 
 def _details(service: Service, given: Parameters, answer: TextAnswer, seed: int | None) -> dict[str, Any]:
