@@ -109,7 +109,7 @@ class Names(Catalog):
         return Served(make_mix(mix), "mix", "mix")
 
     def models(self, caller: Caller) -> list[ModelCard]:
-        return []
+        return [ModelCard(name, name, self.base, 0, digest) for name, digest in self.shelf.digest.items()]
 
     def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> ModelCard:
         raise NotImplementedError

@@ -457,6 +457,19 @@ def test_metrics_count_pictures_by_adapter(engine: PictureEngine, names: Names) 
     assert found["veneer:engine_steps_total", ""] == engine.stats().steps > 0
 
 
+def test_the_servers_own_default_acts_where_nothing_is_named(engine: PictureEngine, names: Names) -> None:
+    app = picture_app(engine, names)
+    app.state.service.mixes.set_default("look", 0.5)
+    with served(app) as at:
+
+        def drawn(**body: Any) -> bytes:
+            answer = httpx.post(f"{at}/v1/images/generations", json=FEW | {"prompt": "a cat"} | body).json()
+            return picture(answer["data"][0]["b64_json"]).tobytes()
+
+        assert drawn() == drawn(model=names.base) == drawn(mix={"look": 0.5})
+        assert drawn() != drawn(mix=[])
+
+
 def test_a_full_queue_says_when_to_come_back(base: ImageBase, shelf: Shelf, names: Names) -> None:
     other = load_image(str(base.directory))
     with (
