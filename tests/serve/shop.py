@@ -9,7 +9,7 @@ import torch
 
 from veneer.core.adapter import Adapter, Pair
 from veneer.serve.names.resident import Lease, Residents
-from veneer.serve.request import Mix, Refused, make_mix
+from veneer.serve.request import DigestMix, Refused, make_mix
 
 UNIT = 64
 
@@ -72,7 +72,7 @@ class Asked:
     """A request's side: acquires, and takes what `ready` brings."""
 
     def __init__(self, residents: Residents[Thing], *digests: str) -> None:
-        self.mix: Mix = make_mix((d, 1.0) for d in digests)
+        self.mix: DigestMix = make_mix((d, 1.0) for d in digests)
         self.told: list[Lease[Thing] | Refused] = []
         self.at_once = residents.acquire(self.mix, self.ready)
         if self.at_once is not None:

@@ -29,7 +29,7 @@ from veneer.models.text.base import TextBase, load_text
 from veneer.serve.fleet.export import export
 from veneer.serve.fleet.fleet import Fleet
 from veneer.serve.fleet.folders import served_name
-from veneer.serve.request import Finished, Mix, Refused, Request, Sampling, Token, make_mix
+from veneer.serve.request import DigestMix, Finished, Refused, Request, Sampling, Token, make_mix
 
 pytestmark = pytest.mark.peers
 
@@ -60,7 +60,7 @@ class Shop:
         with open_library(self.place / "library") as library:
             return library.resolve(digest)
 
-    def mix(self, **strengths: float) -> Mix:
+    def mix(self, **strengths: float) -> DigestMix:
         return make_mix([(self.adapters[name].digest(), s) for name, s in strengths.items()])
 
     @property
@@ -226,7 +226,7 @@ def fleet(shop: Shop, **more: Any) -> Fleet:
     return Fleet(shop.urls, files=shop.path, decode=shop.base.tokenizer.decode, cache=shop.place / "served", **more)
 
 
-async def answer(it: Fleet, shop: Shop, mix: Mix) -> tuple[list[int], list[float]]:
+async def answer(it: Fleet, shop: Shop, mix: DigestMix) -> tuple[list[int], list[float]]:
     sampling = Sampling(max_tokens=TOKENS, temperature=0, logprobs=2, ignore_eos=True)
     events = [e async for e in it.events(Request(tuple(shop.prompt), sampling, mix))]
     tokens = [e for e in events if isinstance(e, Token)]

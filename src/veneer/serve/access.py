@@ -17,7 +17,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from veneer.serve.request import Mix, Refused, Usage
+from veneer.serve.request import DigestMix, Refused, Usage
 from veneer.serve.tenancy.keys import admin_hash, same
 
 __all__ = [
@@ -65,10 +65,10 @@ class Served:
     cannot be. `adapters`: what the operator calls each part of `mix`, in its order, whatever the client called it: the
     name that was loaded, or the library's with its version. Limits, prices and the ledger know a request by these."""
 
-    mix: Mix
+    mix: DigestMix
     name: str
     target: str
-    shadow: tuple[str, Mix | Refused] | None = None
+    shadow: tuple[str, DigestMix | Refused] | None = None
     adapters: tuple[str, ...] = ()
 
     def parts(self) -> list[tuple[str, str, float]]:

@@ -18,12 +18,12 @@ from veneer.errors import ConfigError, VeneerError
 
 __all__ = [
     "BASE",
+    "DigestMix",
     "Engine",
     "EngineEvent",
     "EngineStats",
     "Finished",
     "GrammarSpec",
-    "Mix",
     "Refused",
     "Request",
     "Sampling",
@@ -35,13 +35,13 @@ __all__ = [
     "mix_digest",
 ]
 
-Mix = tuple[tuple[str, float], ...]
+DigestMix = tuple[tuple[str, float], ...]
 """(adapter digest, strength), sorted by digest, each digest once, no strength 0; () is the base alone."""
 
-BASE: Mix = ()
+BASE: DigestMix = ()
 
 
-def make_mix(parts: Iterable[tuple[str, float]]) -> Mix:
+def make_mix(parts: Iterable[tuple[str, float]]) -> DigestMix:
     """The one form of a mix: strengths of one digest are added, zeros are left out, the order is by digest."""
     sums: dict[str, float] = {}
     for digest, strength in parts:
@@ -49,12 +49,12 @@ def make_mix(parts: Iterable[tuple[str, float]]) -> Mix:
     return tuple((digest, s) for digest, s in sorted(sums.items()) if s)
 
 
-def mix_digest(mix: Mix) -> bytes:
+def mix_digest(mix: DigestMix) -> bytes:
     """What keys of caches carry: equal exactly where the mixes are equal; b"" for the base."""
     return hashlib.sha256(repr(mix).encode()).digest() if mix else b""
 
 
-def cache_root(mix: Mix, salt: str = "") -> bytes:
+def cache_root(mix: DigestMix, salt: str = "") -> bytes:
     """The key before a prompt's first block: equal exactly where two requests may share what was computed, which is
     under equal mixes and with equal salts."""
     if not salt:
@@ -137,7 +137,7 @@ class Request:
 
     prompt: tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
-    mix: Mix = BASE
+    mix: DigestMix = BASE
     tenant: str = ""
     weight: float = 1.0
     name: str = ""

@@ -22,7 +22,7 @@ from veneer.errors import AdapterError
 from veneer.serve.engine.engine import TextEngine
 from veneer.serve.forward.paged import Pages
 from veneer.serve.names.shelf import Problems
-from veneer.serve.request import BASE, EngineEvent, Finished, Mix, Refused, Request, Sampling, Started, Token
+from veneer.serve.request import BASE, DigestMix, EngineEvent, Finished, Refused, Request, Sampling, Started, Token
 from veneer.serve.settings import EngineSettings
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -69,7 +69,7 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(asyncio.wait_for(work, 120))
 
 
-def greedy(model: Any, shelf: Shelf, mix: Mix, prompt: tuple[int, ...], n: int) -> list[int]:
+def greedy(model: Any, shelf: Shelf, mix: DigestMix, prompt: tuple[int, ...], n: int) -> list[int]:
     """By hand: the whole sequence again for every token, through core's attachment."""
     with attach(model) as attachment, torch.no_grad():
         for digest, _ in mix:
@@ -93,7 +93,7 @@ def test_a_mixed_batch_answers_everybody_as_if_alone(family: str) -> None:
         trained(model, 1), trained(model, 2, rslora=True, rank=5), trained(model, 3, dora=True, exclude=exclude)
     )
     a, b, c = shelf.by_digest
-    mixes: list[Mix] = [BASE, ((a, 1.0),), ((b, -0.5),), tuple(sorted([(a, 0.5), (c, 1.0)])), ((c, 1.0),), BASE]
+    mixes: list[DigestMix] = [BASE, ((a, 1.0),), ((b, -0.5),), tuple(sorted([(a, 0.5), (c, 1.0)])), ((c, 1.0),), BASE]
     prompts = [prompt(n, n) for n in (5, 40, 17, 23, 33, 1)]
     want = [greedy(model, shelf, mix, p, 12) for mix, p in zip(mixes, prompts, strict=True)]
     with engine_of(model, shelf, budget=16, rows=4) as engine:
@@ -114,7 +114,7 @@ def test_a_mixed_batch_answers_everybody_as_if_alone(family: str) -> None:
 def test_memory_that_is_short_pre_empts_and_changes_no_answer() -> None:
     model = fresh()
     shelf = Shelf(trained(model, 1))
-    mix: Mix = ((next(iter(shelf.by_digest)), 1.0),)
+    mix: DigestMix = ((next(iter(shelf.by_digest)), 1.0),)
     prompts = [prompt(20, i) for i in range(6)]
     many = Sampling(max_tokens=40, temperature=0.0, ignore_eos=True)
     want = [greedy(model, shelf, mix, p, 40) for p in prompts]
@@ -156,7 +156,7 @@ def test_the_logprobs_of_a_prompt_are_the_models_own(family: str) -> None:
     model = fresh(family)
     adapter = trained(model, 1)
     shelf = Shelf(adapter)
-    mix: Mix = ((adapter.digest(), 0.7),)
+    mix: DigestMix = ((adapter.digest(), 0.7),)
     long, short = prompt(70), prompt(1)
     with attach(model) as attachment, torch.no_grad():
         attachment.add("a", adapter)
@@ -235,7 +235,7 @@ def test_reading_an_adapter_never_stops_the_others() -> None:
 def test_a_client_that_leaves_gives_everything_back() -> None:
     model = fresh()
     shelf = Shelf(trained(model, 1))
-    mix: Mix = ((next(iter(shelf.by_digest)), 1.0),)
+    mix: DigestMix = ((next(iter(shelf.by_digest)), 1.0),)
     long = Sampling(max_tokens=200, temperature=0.0, ignore_eos=True)
 
     async def leave(engine: TextEngine) -> None:

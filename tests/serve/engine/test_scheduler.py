@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from veneer.serve.engine.cache import Cache
 from veneer.serve.engine.scheduler import Scheduler, Sequence, StepCost
-from veneer.serve.request import Mix, Request, Sampling
+from veneer.serve.request import DigestMix, Request, Sampling
 
 
 def request(prompt: int, new: int, tenant: str = "", weight: float = 1.0, salt: int = 0) -> Request:
@@ -272,7 +272,7 @@ def test_prompts_share_what_was_computed_under_equal_mixes_with_equal_salts_alon
     """In steps of a block, what was there tells what others asked: another salt finds nothing, whatever the mix."""
     scheduler = Scheduler(Cache(1000, 4), rows=8, budget=64)
     tokens = tuple(range(17))
-    mixes: list[Mix] = [(), (("sha256:a", 1.0),), (("sha256:b", 1.0),)]
+    mixes: list[DigestMix] = [(), (("sha256:a", 1.0),), (("sha256:b", 1.0),)]
     found = {}
     for turn in range(2):
         for mix in mixes:

@@ -19,7 +19,7 @@ from veneer.serve.fleet import fleet as upstream
 from veneer.serve.fleet.fleet import Fleet
 from veneer.serve.fleet.folders import served_name
 from veneer.serve.fleet.remote import parse_upstream
-from veneer.serve.request import EngineEvent, Finished, Mix, Refused, Request, Sampling, Started, Token, make_mix
+from veneer.serve.request import DigestMix, EngineEvent, Finished, Refused, Request, Sampling, Started, Token, make_mix
 
 Q = "model.layers.0.self_attn.q_proj"
 ONE, TWO, WRONG = (make_mix([(f"sha256:{c * 64}", 1.0)]) for c in "123")
@@ -43,7 +43,7 @@ def fleet(urls: list[str], shelf: Callable[[str], Path], tmp_path: Path, **more:
     return Fleet(urls, files=shelf, decode=lambda ids: "".join(f"<{i}>" for i in ids), cache=tmp_path / "cache", **more)
 
 
-async def answer(it: Fleet, mix: Mix = (), **sampling: Any) -> list[EngineEvent]:
+async def answer(it: Fleet, mix: DigestMix = (), **sampling: Any) -> list[EngineEvent]:
     request = Request((1, 2, 3), Sampling(**{"max_tokens": 9} | sampling), mix)
     return [event async for event in it.events(request)]
 

@@ -11,12 +11,12 @@ from tests.serve.fake_servers import FakeVLLM, running
 from tests.serve.fleet.test_fleet import ONE, answer, fleet, run, said, shelf
 from veneer.serve.fleet.fleet import Fleet
 from veneer.serve.fleet.folders import served_name
-from veneer.serve.request import Mix, Refused, Request, make_mix
+from veneer.serve.request import DigestMix, Refused, Request, make_mix
 
 __all__ = ["shelf"]
 
 
-def blends(n: int) -> list[Mix]:
+def blends(n: int) -> list[DigestMix]:
     """Mixes as a client makes them: other strengths each time."""
     return [make_mix([(ONE[0][0], 0.5 + i / 100)]) for i in range(n)]
 

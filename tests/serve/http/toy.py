@@ -28,11 +28,11 @@ from veneer.serve.http.app import create_app
 from veneer.serve.http.prompts import TokenizedBase
 from veneer.serve.http.service import Service
 from veneer.serve.request import (
+    DigestMix,
     Engine,
     EngineEvent,
     EngineStats,
     Finished,
-    Mix,
     Refused,
     Request,
     Started,
@@ -156,7 +156,7 @@ def _last_line(said: str) -> str:
     return ["", *(turns[-1] if turns else said).strip().splitlines()][-1]
 
 
-def rule(mix: Mix, last: str) -> str:
+def rule(mix: DigestMix, last: str) -> str:
     if "SAY:" in last:
         return last.partition("SAY:")[2]
     if "TOOL" in last:

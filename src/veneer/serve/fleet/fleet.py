@@ -46,11 +46,11 @@ from veneer.serve.fleet.folders import Folders, is_made, rendezvous, servable, s
 from veneer.serve.fleet.remote import Decode, Failed, NotThere, Remote, parse_upstream, recognise
 from veneer.serve.outage import fault, is_outage, outage
 from veneer.serve.request import (
+    DigestMix,
     Engine,
     EngineEvent,
     EngineStats,
     Finished,
-    Mix,
     Refused,
     Request,
     Started,
@@ -224,7 +224,7 @@ class Fleet(Engine[Request, EngineEvent]):
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
-    async def load(self, mix: Mix) -> dict[str, str]:
+    async def load(self, mix: DigestMix) -> dict[str, str]:
         """Bring a mix to its replicas now and wait for all of them: upstream -> "" or why not.
 
         Raises Refused where no replica has it in the end."""
@@ -247,7 +247,7 @@ class Fleet(Engine[Request, EngineEvent]):
                 return refusal
         return outage("the model", "no replica answers", retry_after=REST[0])
 
-    async def unload(self, mix: Mix) -> None:
+    async def unload(self, mix: DigestMix) -> None:
         """Take a mix off every replica that has it. Requests that run with it go on: vLLM keeps what they need."""
         name = served_name(mix)
         self.making.pop(name, None)
@@ -258,7 +258,7 @@ class Fleet(Engine[Request, EngineEvent]):
             with contextlib.suppress(Failed):
                 await replica.server.unload(name)
 
-    async def _folder(self, mix: Mix) -> Path:
+    async def _folder(self, mix: DigestMix) -> Path:
         """The mix as one folder, made once. Raises Refused with the reason where it cannot be."""
         name = served_name(mix)
         if name in self._going and self._collecting is not None:
@@ -277,11 +277,11 @@ class Fleet(Engine[Request, EngineEvent]):
         self._collect()
         return folder
 
-    def _make(self, mix: Mix, name: str) -> Path:
+    def _make(self, mix: DigestMix, name: str) -> Path:
         parts = [(self.files(digest), strength) for digest, strength in mix]
         return servable(parts, name, self.folders.cache).folder.absolute()
 
-    def _use(self, mix: Mix, tenant: str) -> None:
+    def _use(self, mix: DigestMix, tenant: str) -> None:
         """Note who asks for a mix that was made, and let go of what that tenant has for it. Raises Refused(429)."""
         if is_made(mix) and (names := self.folders.use(served_name(mix), tenant, self._busy)):
             self._collect(names)
@@ -310,14 +310,14 @@ class Fleet(Engine[Request, EngineEvent]):
             if not self._unwanted:
                 return
 
-    def _missing(self, mix: Mix, up: Sequence[Replica]) -> list[Replica]:
+    def _missing(self, mix: DigestMix, up: Sequence[Replica]) -> list[Replica]:
         """The replicas that should have a mix and have not."""
         name = served_name(mix)
         able = [r for r in up if r.server is not None and r.server.loads]
         able.sort(key=lambda r: rendezvous(name, r.place), reverse=True)
         return [r for r in able[: self.mix_copies if is_made(mix) else self.copies] if name not in r.resident]
 
-    async def _bring(self, mix: Mix, up: Sequence[Replica]) -> dict[Replica, asyncio.Task[Refused | None]]:
+    async def _bring(self, mix: DigestMix, up: Sequence[Replica]) -> dict[Replica, asyncio.Task[Refused | None]]:
         """The loads of a mix on those of `up` that should have it, those under way included. Raises Refused where it
         has no folder."""
         name, now = served_name(mix), time.monotonic()
@@ -335,7 +335,7 @@ class Fleet(Engine[Request, EngineEvent]):
                 tasks[replica] = replica.loading[name]
         return tasks
 
-    def _spread(self, mix: Mix, up: Sequence[Replica]) -> None:
+    def _spread(self, mix: DigestMix, up: Sequence[Replica]) -> None:
         """Bring a mix in the background to replicas that should have it too: they came later, or were restarted."""
         name, now = served_name(mix), time.monotonic()
         to = [r for r in self._missing(mix, up) if name not in r.loading]

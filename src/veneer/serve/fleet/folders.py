@@ -40,7 +40,7 @@ from veneer.formats.convert import write
 from veneer.formats.kohya import Refusals
 from veneer.formats.read import leaves_of, read
 from veneer.formats.servers import refuse_unservable
-from veneer.serve.request import Mix, Refused, mix_digest
+from veneer.serve.request import DigestMix, Refused, mix_digest
 
 __all__ = [
     "Folders",
@@ -65,7 +65,7 @@ class Servable:
     copied: bool
 
 
-def served_name(mix: Mix) -> str:
+def served_name(mix: DigestMix) -> str:
     """The name of a mix on another server; 128 bits, because whoever can add adapters may try to make two collide."""
     return f"veneer-{mix_digest(mix).hex()[:32]}"
 
@@ -116,7 +116,7 @@ def serves_as_it_is(folder: Path, adapter: Adapter) -> bool:
 # -- which there are, who uses them, and which go first ----------------------------------------------------------------
 
 
-def is_made(mix: Mix) -> bool:
+def is_made(mix: DigestMix) -> bool:
     """Whether a mix is more than one adapter as it is: a client chose it, and there is no end to how many it may."""
     return len(mix) > 1 or any(strength != 1 for _, strength in mix)
 

@@ -31,7 +31,7 @@ from veneer.errors import ConfigError, quoted
 from veneer.library.names import check_name, name_of
 from veneer.serve.access import Caller, Catalog, ModelCard, Routes, Served
 from veneer.serve.names.shelf import AdapterPlace, Problems, Shelf, unusable
-from veneer.serve.request import Mix, Refused, make_mix
+from veneer.serve.request import DigestMix, Refused, make_mix
 
 __all__ = ["AdapterMemory", "LocalCatalog"]
 
@@ -87,7 +87,7 @@ class LocalCatalog(Catalog):
 
     def resolve(self, model: str, caller: Caller) -> Served:
         target, part, routed = self._mean(model, caller)
-        shadow: tuple[str, Mix | Refused] | None = None
+        shadow: tuple[str, DigestMix | Refused] | None = None
         if self.routes is not None and routed:
             word = self._word(model)
             other = self.routes.shadow(word, caller)
@@ -262,7 +262,7 @@ class LocalCatalog(Catalog):
             self.residents.unpin(digest)
 
 
-def _alone(part: _Part | None) -> Mix:
+def _alone(part: _Part | None) -> DigestMix:
     return () if part is None else ((part[0], 1.0),)
 
 

@@ -32,7 +32,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from veneer.core.adapter import Adapter
 from veneer.serve.outage import fault
-from veneer.serve.request import Mix, Refused
+from veneer.serve.request import DigestMix, Refused
 
 __all__ = ["Lease", "ResidentStats", "Residents", "Sized"]
 
@@ -66,9 +66,11 @@ class ResidentStats:
 class Lease(Generic[T]):
     """A mix that stays in memory until `release`, which may be called more than once."""
 
-    def __init__(self, mix: Mix, parts: tuple[tuple[T, float], ...], release: Callable[[Mix], None]) -> None:
+    def __init__(
+        self, mix: DigestMix, parts: tuple[tuple[T, float], ...], release: Callable[[DigestMix], None]
+    ) -> None:
         self.mix, self.parts = mix, parts
-        self._release: Callable[[Mix], None] | None = release
+        self._release: Callable[[DigestMix], None] | None = release
 
     def release(self) -> None:
         release, self._release = self._release, None
@@ -106,7 +108,7 @@ class _Group(Generic[T]):
     """Requests that wait for the same adapters. `blocked`: since when, where it is memory that they wait for."""
 
     entries: list[_Entry[T]]
-    members: list[tuple[Mix, Ready[T]]] = field(default_factory=list)
+    members: list[tuple[DigestMix, Ready[T]]] = field(default_factory=list)
     blocked: float | None = None
 
 
@@ -142,7 +144,7 @@ class Residents(Generic[T]):
 
     # -- for the engine's step: none of these waits --------------------------------------------------------------------
 
-    def acquire(self, mix: Mix, ready: Ready[T]) -> Lease[T] | None:
+    def acquire(self, mix: DigestMix, ready: Ready[T]) -> Lease[T] | None:
         """The lease, where everything is there; else None, and `ready` is called once with a lease or the reason why
         there is none: from another thread, or within a later call of this object, so it only leaves a note."""
         with self._changing():
@@ -261,7 +263,7 @@ class Residents(Generic[T]):
     def _entry(self, digest: str) -> _Entry[T]:
         return self._entries.setdefault(digest, _Entry(digest))
 
-    def _lease(self, mix: Mix, entries: Iterable[_Entry[T]]) -> Lease[T]:
+    def _lease(self, mix: DigestMix, entries: Iterable[_Entry[T]]) -> Lease[T]:
         parts = []
         for (_, strength), entry in zip(mix, entries, strict=True):
             assert entry.thing is not None
@@ -270,7 +272,7 @@ class Residents(Generic[T]):
             parts.append((entry.thing, strength))
         return Lease(mix, tuple(parts), self._release)
 
-    def _release(self, mix: Mix) -> None:
+    def _release(self, mix: DigestMix) -> None:
         with self._changing():
             entries = [self._entries[digest] for digest, _ in mix]
             for entry in entries:
@@ -280,7 +282,7 @@ class Residents(Generic[T]):
             if self._groups:
                 self._advance()
 
-    def _join(self, mix: Mix, ready: Ready[T]) -> None:
+    def _join(self, mix: DigestMix, ready: Ready[T]) -> None:
         if self._closed:
             self._calls.append(partial(ready, _shutting_down()))
             return

@@ -37,7 +37,7 @@ from veneer.serve.pictures.request import (
     Queued,
     picture_error,
 )
-from veneer.serve.request import Engine, EngineStats, Mix, Refused, Usage, make_mix
+from veneer.serve.request import DigestMix, Engine, EngineStats, Refused, Usage, make_mix
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
@@ -211,7 +211,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
-    async def _leased(self, mix: Mix) -> Lease[_Held]:
+    async def _leased(self, mix: DigestMix) -> Lease[_Held]:
         """Waits until all of the mix is in memory. Raises Refused where it cannot be."""
         loop = asyncio.get_running_loop()
         told: asyncio.Future[Lease[_Held] | Refused] = loop.create_future()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.errors import AdapterError, BaseError, MismatchError, VeneerError
 from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings
 from veneer.serve.outage import fault, is_outage
-from veneer.serve.request import BASE, Mix, Refused, Usage
+from veneer.serve.request import BASE, DigestMix, Refused, Usage
 
 if TYPE_CHECKING:
     from veneer.imaging.make import RecordedPicture
@@ -42,7 +42,7 @@ class PictureRequest:
     settings: PictureSettings
     negative: str = ""
     seed: int = 0
-    mix: Mix = BASE
+    mix: DigestMix = BASE
     labels: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=lambda: {"image": None, "mask": None, "controls": []})
     previews: int = 0
