@@ -27,7 +27,7 @@ from veneer.imaging.remake import read_recipe, remake
 from veneer.library.library import open_library
 from veneer.models.image.base import ImageBase, load_image
 from veneer.serve.pictures import engine as pictures
-from veneer.serve.pictures.engine import PictureEngine, _Turns
+from veneer.serve.pictures.engine import PictureEngine, PictureTurns
 from veneer.serve.pictures.request import FinishedPicture, PartialPicture, PictureStep, Queued
 from veneer.serve.request import Refused
 
@@ -144,7 +144,7 @@ def test_who_leaves_costs_nothing_more(engine: PictureEngine) -> None:
 
 
 def test_turns_go_round_by_weight() -> None:
-    turns = _Turns()
+    turns = PictureTurns()
     weights = {"a": 1.0, "b": 2.0}
     for tenant in weights:
         turns.enter(tenant, {*weights} - {tenant})
@@ -168,7 +168,7 @@ def test_a_busy_tenant_does_not_keep_others_waiting(base: ImageBase, shelf: Shel
 
         async def run() -> None:
             many = [asyncio.create_task(one("many", i)) for i in range(5)]
-            while len(engine._waiting) < 5 and not order:
+            while engine.stats().waiting < 5 and not order:
                 await asyncio.sleep(0.001)
             await asyncio.gather(*many, one("few", 9))
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
     from veneer.models.image.generate import GeneratedPicture
 
-__all__ = ["PictureEngine"]
+__all__ = ["PictureEngine", "PictureTurns"]
 
 _log = logging.getLogger(__name__)
 MAX_STEPS = 150
@@ -104,7 +104,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         self._wake = threading.Condition()
         self._waiting: list[_Job] = []
         self._running: list[_Job] = []
-        self._turns = _Turns()
+        self._turns = PictureTurns()
         self._closing = self._dropping = False
         self._steps = self._lost = 0
         self._beat = time.monotonic()
@@ -440,7 +440,7 @@ class _Job:
             self.gone = True
 
 
-class _Turns:
+class PictureTurns:
     """Weighted round robin by pictures: each tenant has a clock that a picture moves on by 1/weight, and whose clock is
     furthest behind is next. Who comes back from a pause takes up at the present, and has saved nothing."""
 
