@@ -270,6 +270,7 @@ GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
     ({"lora": {"name": "brand"}, "mix": ["look"]}, 400, "invalid_request", "mix and lora both"),
     ({"lora": {"name": "brand", "path": "/etc"}}, 400, "invalid_request", "unknown key 'lora.0.path'"),
     ({"mix": [{"adapter": "brand", "strenght": 1}]}, 400, "invalid_request", "did you mean 'strength'"),
+    ({"mix": 7}, 400, "invalid_request", "mix: Input should be a valid list"),
     ({"guidence_scale": 1}, 400, "invalid_request", "did you mean 'guidance_scale'"),
     ({"prompt": ""}, 400, "invalid_request", "prompt"),
     ({"n": 11}, 400, "invalid_request", "at most 10"),
