@@ -223,7 +223,7 @@ def tenancy_of(settings: ServeSettings, say: Callable[[str], None]) -> Tenancy:
         if not settings.keys and (settings.open or settings.admin_key is None):
             if settings.host not in ("127.0.0.1", "localhost", "::1"):
                 at = f"{settings.host}:{settings.port}"
-                say(f"note: whoever can reach {at} may send requests and load adapters; --api-keys or --tenants closes that")
+                say(f"note: whoever can reach {at} may ask and load adapters; --api-keys or --tenants closes that")
             return OpenAccess()
         return KeyAccess(settings.keys, settings.admin_key)
     tenants = Tenants(place, admin_key=settings.admin_key, ledger=settings.ledger)
