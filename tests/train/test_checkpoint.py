@@ -134,7 +134,7 @@ def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stays(
             _save(tmp_path, 2)
     assert "--resume" in str(error.value.fix)
     assert [p.name for p in tmp_path.iterdir()] == [good.name]
-    checkpoint.read_state(good)
+    checkpoint.read_checkpoint(good)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
@@ -157,7 +157,7 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
         else:
             pytest.fail("the disk never filled")
         assert not list((small / "run").glob(".*"))
-        checkpoint.read_state(path)
+        checkpoint.read_checkpoint(path)
         checkpoint.restore(
             path, parameters=big, optimizer=make_optimizer(big, learning_rate=0.1), identity={}
         )  # fmt: skip

@@ -39,8 +39,8 @@ __all__ = [
     "disk_errors",
     "environment",
     "latest",
+    "read_checkpoint",
     "read_parameters",
-    "read_state",
     "restore",
     "rng_restore",
     "rng_state",
@@ -148,7 +148,7 @@ def at_step(directory: Path, step: int) -> Path:
     return path
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """The checkpoint's `state.json`, after every file has been compared with its digest there."""
     fix = f"delete {path} and resume from the one before it"
     try:
@@ -180,7 +180,7 @@ def restore(
     Returns the progress and one sentence for each difference of the environment (torch, threads, devices) that
     may cost bit-for-bit equality. Raises CheckpointError, listing the keys, when `identity` differs.
     """
-    state = read_state(path)
+    state = read_checkpoint(path)
     differences = _differences(state["identity"], json.loads(json.dumps(dict(identity))))
     if differences:
         raise CheckpointError(
@@ -204,7 +204,7 @@ def restore(
 
 def read_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:
     """Puts only the trained parameters of the checkpoint into `parameters`."""
-    read_state(path)
+    read_checkpoint(path)
     _read_into(path, parameters)
 
 

@@ -174,7 +174,7 @@ def carry_out(run: Run, task: Task[D, R]) -> R:
     Raises PreflightError before step one for what would go wrong, and what reading, training and saving raise."""
     newest = _newest_checkpoint(run)
     data = task.read(run)
-    previous = checkpoint.read_state(newest).get("about", {}).get("recipe") if newest is not None else None
+    previous = checkpoint.read_checkpoint(newest).get("about", {}).get("recipe") if newest is not None else None
     report = task.check(run, data, previous)
     report.raise_if_stopped()
     run.devices.gather(None)  # nobody writes before everybody has looked

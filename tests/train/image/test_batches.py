@@ -14,10 +14,11 @@ import torch
 from tests.image_twins import latent_shape
 from tests.tiny_image_base import tiny_image_base
 from tests.train.tiny_pictures import drawings, image_values, run
+from veneer.errors import DataError
 from veneer.formats.read import read
 from veneer.models.image.base import ImageBase, load_image, pipeline
 from veneer.train.config.load import config_from
-from veneer.train.image.batches import PlannedRow, hold_out, plan_image_steps, validation_rows
+from veneer.train.image.batches import PlannedRow, plan_image_steps, split_pictures, validation_rows
 from veneer.train.image.encode import Encoders, ImageLoss, times_of
 from veneer.train.image.loss import Noise, draw, generator, noised
 from veneer.train.image.pictures import read_pictures
@@ -266,13 +267,15 @@ def test_a_mask_confines_the_loss_to_what_is_white(shared: Path, tmp_path: Path,
 def test_held_out_pictures_are_chosen_by_content_and_scored_alike_in_every_run(shared: Path, base: ImageBase) -> None:
     config = _config(shared)
     pictures, _ = read_pictures(config.data)
-    learned, held = hold_out(pictures, 2, 0)
-    again = hold_out(list(reversed(pictures)), 2, 0)
+    learned, held = split_pictures(pictures, 2, 0)
+    again = split_pictures(list(reversed(pictures)), 2, 0)
     assert {p.name for p in held} == {p.name for p in again[1]}
     assert (len(learned), len(held)) == (4, 2)
-    assert hold_out(pictures, None, 0)[1] == []
-    assert len(hold_out(pictures, 0.5, 0)[1]) == 3
-    assert len(hold_out(pictures, 99, 0)[1]) == 5  # one is left to learn from
+    assert split_pictures(pictures, None, 0)[1] == []
+    assert len(split_pictures(pictures, 0.5, 0)[1]) == 3
+    assert len(split_pictures(pictures, 0.05, 0)[1]) == 1
+    with pytest.raises(DataError, match="holds out 6 pictures of 6: nothing is left to train on"):
+        split_pictures(pictures, 6, 0)
     rows = validation_rows(plan_rows(held, config.data, size=32, unit=8).rows, config.data, None)
     scores = []
     for other in (config, _config(shared, seed=5, loss={"logit_std": 2.0, "shift": 3.0}, batching={"micro_rows": 1})):

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from tests.train.make_pictures import put, scene, settings
 from veneer.errors import DataError
 from veneer.train.config.image import ImageDataSection
+from veneer.train.image.batches import split_pictures
 from veneer.train.image.pictures import AboutPictures, TrainingPicture, pictures_digest, read_pictures, with_trigger
-from veneer.train.text.rows import split_rows
 
 
 def read(folder: Path | tuple[str, ...], **keys: Any) -> tuple[list[TrainingPicture], AboutPictures]:
@@ -228,10 +228,10 @@ def test_pictures_are_held_out_like_rows(tmp_path: Path) -> None:
     for i in range(10):
         put(tmp_path, f"{i}.png", f"number {i % 5}", scene(seed=i % 5))
     pictures, _ = read(tmp_path)
-    train, held = split_rows(pictures, 0.2, seed=3)
+    train, held = split_pictures(pictures, 0.2, 3)
     assert (len(train), len(held)) == (8, 2)
     assert not {p.key for p in train} & {p.key for p in held}
-    assert split_rows(pictures[::-1], 0.2, seed=3)[1] == held[::-1]
+    assert split_pictures(pictures[::-1], 0.2, 3)[1] == held[::-1]
 
 
 def test_folders_that_are_not(tmp_path: Path) -> None:

@@ -396,7 +396,7 @@ def test_a_loss_that_is_not_finite_names_file_and_line(
         _train(shared, output, base)
     assert "rows.jsonl:" in str(error.value.where)
     assert not (output / TENSORS).exists()
-    state = checkpoint.read_state(checkpoint.latest(output / "checkpoints"))  # type: ignore[arg-type]
+    state = checkpoint.read_checkpoint(checkpoint.latest(output / "checkpoints"))  # type: ignore[arg-type]
     assert state["progress"]["step"] >= 4
 
 

@@ -23,8 +23,9 @@ from veneer.train.config.image import ImageDataSection, ImageTrainConfig
 from veneer.train.image.pictures import TrainingPicture
 from veneer.train.image.views import PictureRow, View, draw_row, place
 from veneer.train.loop import Micro, Step
+from veneer.train.split import hold_out
 
-__all__ = ["ImageBatch", "PlannedRow", "hold_out", "plan_image_steps", "validation_rows"]
+__all__ = ["ImageBatch", "PlannedRow", "plan_image_steps", "split_pictures", "validation_rows"]
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,16 @@ class ImageBatch:
         )
 
 
-def hold_out(
+def split_pictures(
     pictures: Sequence[TrainingPicture], split: int | float | None, seed: int
 ) -> tuple[list[TrainingPicture], list[TrainingPicture]]:
-    """(learned, held out): chosen by a hash of seed and content, so that neither names nor order decide.
-
-    None: a tenth from 20 pictures on, at most 50; none below. Class pictures are never held out."""
+    """(learned, held out), as `hold_out` chooses them. None: a tenth from 20 pictures on, at most 50; none below. Class
+    pictures are never held out."""
     own = [p for p in pictures if not p.is_class]
-    if split is None:
-        held = min(50, len(own) // 10) if len(own) >= 20 else 0
-    else:
-        held = round(split * len(own)) if isinstance(split, float) else split
-    chosen = {id(p) for p in sorted(own, key=lambda p: _hash(seed, p.key))[: min(held, len(own) - 1)]}
-    return [p for p in pictures if id(p) not in chosen], [p for p in own if id(p) in chosen]
+    default = min(50, len(own) // 10) if len(own) >= 20 else 0
+    _, held = hold_out(own, split, seed=seed, default=default, what="pictures", order=_digest)
+    chosen = {id(p) for p in held}
+    return [p for p in pictures if id(p) not in chosen], held
 
 
 def plan_image_steps(
@@ -177,4 +175,8 @@ def _shuffled(rows: Sequence[PictureRow], seed: int, epoch: int) -> list[Picture
 
 
 def _hash(*parts: object) -> bytes:
-    return hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest()
+    return _digest("|".join(map(str, parts)).encode())
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=8).digest()

@@ -37,7 +37,7 @@ from veneer.train import checkpoint, loop
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.events import Listener, Note, Sampled
-from veneer.train.image.batches import ImageBatch, hold_out, plan_image_steps, validation_rows
+from veneer.train.image.batches import ImageBatch, plan_image_steps, split_pictures, validation_rows
 from veneer.train.image.contact_sheet import contact_sheet
 from veneer.train.image.decode import SUFFIXES
 from veneer.train.image.encode import Encoders, ImageLoss
@@ -143,7 +143,7 @@ class ImageTask(Task[ImageData, ImageResult]):
         pictures, about = read_pictures(settings)
         held = read_pictures(settings, "validation")[0]
         if settings.validation is None:
-            pictures, held = hold_out(pictures, settings.split, config.seed)
+            pictures, held = split_pictures(pictures, settings.split, config.seed)
         plan = plan_rows(pictures, settings, size=base.size, unit=base.unit)
         scored = []
         if held:

@@ -22,11 +22,11 @@ from veneer.train.text.rows import About, Row, read_rows, split_rows
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
-__all__ = ["Data", "Part", "part_of", "planned_steps", "read_data"]
+__all__ = ["DataSplit", "TextData", "part_of", "planned_steps", "read_data"]
 
 
 @dataclass
-class Part:
+class DataSplit:
     """Rows as they were read, and as tokens. `texts`: the rows that `encoded` is of: those, or of preferences each
     answer. `items`: what a step is made of: examples, or pairs of them."""
 
@@ -37,16 +37,16 @@ class Part:
 
 
 @dataclass
-class Data:
+class TextData:
     """`start`: the adapter that the run goes on from."""
 
-    train: Part
-    held: Part
+    train: DataSplit
+    held: DataSplit
     about: About
     start: Adapter | None = None
 
 
-def read_data(config: TrainConfig, base: TextBase) -> Data:
+def read_data(config: TrainConfig, base: TextBase) -> TextData:
     """Read, split and encoded. Raises DataError for rows that do not go with the loss, and what reading raises."""
     loss = config.preference.loss
     formats = {"preference", "unpaired-preference"} if loss == "kto" else {"preference"} if loss else None
@@ -62,18 +62,18 @@ def read_data(config: TrainConfig, base: TextBase) -> Data:
             where=pairs[0].where,
             fix="preference.loss=dpo learns from both; for the chosen ones alone give rows with prompt and completion",
         )
-    return Data(part_of(rows, config, base), part_of(held_rows, config, base), about)
+    return TextData(part_of(rows, config, base), part_of(held_rows, config, base), about)
 
 
-def part_of(rows: list[Row], config: TrainConfig, base: TextBase) -> Part:
+def part_of(rows: list[Row], config: TrainConfig, base: TextBase) -> DataSplit:
     """Rows as tokens: each an example, or of preferences each an item of its answers."""
     if config.preference.loss is None:
         encoded = encode_rows(rows, base.tokenizer, config.data)
-        return Part(rows, rows, encoded, encoded.examples)
+        return DataSplit(rows, rows, encoded, encoded.examples)
     texts, owners = answer_rows(rows)
     encoded = encode_rows(texts, base.tokenizer, config.data)
     items, encoded = items_of(encoded, rows, owners, paired=config.preference.loss != "kto")
-    return Part(rows, texts, encoded, items)
+    return DataSplit(rows, texts, encoded, items)
 
 
 def planned_steps(

@@ -22,10 +22,11 @@ import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from veneer.errors import DataError, nearest
 from veneer.train.records import Record, bullets, read_records
+from veneer.train.split import hold_out
 
 __all__ = ["About", "Leak", "Row", "data_digest", "leakage", "read_rows", "split_rows", "unlearned"]
 
@@ -173,42 +174,10 @@ def read_rows(
     return rows, About(chosen, why, len(rows), files, unused, len(rows) - len({r.key for r in rows}))
 
 
-class Keyed(Protocol):
-    """What can be held out: a row or a picture. `key` is a hash of all it teaches."""
-
-    @property
-    def key(self) -> str: ...
-
-
-AnyRow = TypeVar("AnyRow", bound=Keyed)
-
-
-def split_rows(rows: Sequence[AnyRow], split: int | float | None, *, seed: int) -> tuple[list[AnyRow], list[AnyRow]]:
-    """(train, held out). `split`: rows (int), share (float), or None for 5% but at most 500 rows.
-
-    Chosen by a seeded hash of each row's content: the order of the file does not matter, and identical rows never
-    stand on both sides. Both sides keep the file's order. Raises DataError when nothing would be left to train on."""
-    if split is None:
-        split = min(500, max(1, round(0.05 * len(rows)))) if len(rows) >= 20 else 0
-    wanted = split if isinstance(split, int) else max(1, round(split * len(rows))) if split > 0 else 0
-    if wanted == 0:
-        return list(rows), []
-    if wanted >= len(rows):
-        raise DataError(
-            f"data.split: {split} holds out {wanted} rows of {len(rows)}: nothing is left to train on",
-            fix="hold out fewer, or give more data",
-        )
-    groups: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(row.key, []).append(i)
-    held: set[int] = set()
-    for key in sorted(groups, key=lambda k: hashlib.sha256(f"{seed}|{k}".encode()).digest()):
-        if len(held) + len(groups[key]) <= wanted:
-            held.update(groups[key])
-        if len(held) == wanted:
-            break
-    train = [row for i, row in enumerate(rows) if i not in held]
-    return train, [rows[i] for i in sorted(held)]
+def split_rows(rows: Sequence[Row], split: int | float | None, *, seed: int) -> tuple[list[Row], list[Row]]:
+    """(train, held out), as `hold_out` chooses them. None: 5% but at most 500 rows; none below 20 rows."""
+    default = min(500, max(1, round(0.05 * len(rows)))) if len(rows) >= 20 else 0
+    return hold_out(rows, split, seed=seed, default=default)
 
 
 def leakage(train: Iterable[Row], held_out: Iterable[Row]) -> Leak:

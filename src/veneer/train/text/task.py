@@ -46,7 +46,7 @@ from veneer.train.report.log import read_log, size
 from veneer.train.run import NAME, AttachedTask, Run, Task, carry_out, opened
 from veneer.train.save import Outcome, ReportParts, prove
 from veneer.train.text.batches import Batch
-from veneer.train.text.data import Data, planned_steps, read_data
+from veneer.train.text.data import TextData, planned_steps, read_data
 from veneer.train.text.evaluate import score_examples
 from veneer.train.text.preference import Preference
 from veneer.train.text.preflight import text_preflight
@@ -119,13 +119,13 @@ def _loaded(config: TrainConfig, base: TextBase | None, run: Run) -> TextBase:
 
 
 @dataclass(frozen=True)
-class TextTask(Task[Data, RunResult]):
+class TextTask(Task[TextData, RunResult]):
     """Rows of text, learned from their answers or, with `preference.loss`, from how two answers compare."""
 
     config: TrainConfig
     base: TextBase
 
-    def read(self, run: Run) -> Data:
+    def read(self, run: Run) -> TextData:
         data = read_data(self.config, self.base)
         if self.config.adapter.start is None:
             return data
@@ -134,7 +134,7 @@ class TextTask(Task[Data, RunResult]):
         wide = loaded.collapsed().mapped(lambda t: t.float() if t.is_floating_point() else t)
         return replace(data, start=replace(wide, dropout=self.config.adapter.dropout))
 
-    def check(self, run: Run, data: Data, previous: Mapping[str, Any] | None) -> Report:
+    def check(self, run: Run, data: TextData, previous: Mapping[str, Any] | None) -> Report:
         train, held = data.train, data.held
         report = text_preflight(
             self.base, self.config, train.texts, train.encoded, held_out_rows=held.texts,
@@ -146,7 +146,7 @@ class TextTask(Task[Data, RunResult]):
         return report
 
     @contextmanager
-    def attach(self, run: Run, data: Data, report: Report) -> Iterator[AttachedText]:
+    def attach(self, run: Run, data: TextData, report: Report) -> Iterator[AttachedText]:
         """The fresh adapter (or the one to go on from) on the base, the base in training mode on its fast paths, and
         sharded where that is asked for. All but the sharding is undone at the end."""
         config, base, model, devices = self.config, self.base, self.base.model, run.devices
@@ -197,7 +197,7 @@ class TextTask(Task[Data, RunResult]):
         mode, numbers = self.config.memory.activation_checkpointing, report.numbers
         return devices.gather(recomputes(mode, numbers.get("memory_needed"), numbers.get("memory_free")))[0]
 
-    def _settled(self, devices: Devices, data: Data, report: Report) -> Iterator[tuple[str, Any, str]]:
+    def _settled(self, devices: Devices, data: TextData, report: Report) -> Iterator[tuple[str, Any, str]]:
         """What was `auto` or left open, as it is now, with the reason."""
         config, base = self.config, self.base
         recompute, reason = self._recomputes(devices, report)
@@ -240,7 +240,8 @@ class AttachedText(AttachedTask[RunResult]):
     """The likelihood of the rows' answers, learned. `call`: what the model is called through, sharded or not."""
 
     def __init__(
-        self, config: TrainConfig, base: TextBase, run: Run, data: Data, attachment: Attachment, call: CallWithWeights
+        self, config: TrainConfig, base: TextBase, run: Run, data: TextData, attachment: Attachment,
+        call: CallWithWeights,
     ) -> None:  # fmt: skip
         self.config, self.base, self.run, self.data = config, base, run, data
         self.attachment, self.call = attachment, call
@@ -347,7 +348,8 @@ class AttachedPreferences(AttachedText):
     the base alone, or, beside the trained adapter, the one it began as."""
 
     def __init__(
-        self, config: TrainConfig, base: TextBase, run: Run, data: Data, attachment: Attachment, call: CallWithWeights
+        self, config: TrainConfig, base: TextBase, run: Run, data: TextData, attachment: Attachment,
+        call: CallWithWeights,
     ) -> None:  # fmt: skip
         super().__init__(config, base, run, data, attachment, call)
         self.preference = Preference.of(config, base, attachment, start=data.start, call=call, devices=run.devices)

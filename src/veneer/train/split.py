@@ -1,0 +1,56 @@
+"""Which of a run's rows or pictures are held out to score it, where the configuration names none."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+from veneer.errors import DataError
+
+__all__ = ["Keyed", "hold_out"]
+
+
+class Keyed(Protocol):
+    """What can be held out: a row or a picture. `key` is a hash of all it teaches."""
+
+    @property
+    def key(self) -> str: ...
+
+
+AnyKeyed = TypeVar("AnyKeyed", bound=Keyed)
+
+
+def _sha256(text: bytes) -> bytes:
+    return hashlib.sha256(text).digest()
+
+
+def hold_out(
+    items: Sequence[AnyKeyed], split: int | float | None, *, seed: int, default: int, what: str = "rows",
+    order: Callable[[bytes], bytes] = _sha256,
+) -> tuple[list[AnyKeyed], list[AnyKeyed]]:  # fmt: skip
+    """(to learn from, held out). `split`: how many (int), a share of them (float; one at least), None for `default`.
+
+    Chosen by a seeded hash of each one's content, `order`: neither the order of the files nor their names decide, and
+    what is identical never stands on both sides. Both sides keep the order. Raises DataError when nothing would be left
+    to learn from; `what` they are is for its message."""
+    if split is None:
+        split = default
+    wanted = split if isinstance(split, int) else max(1, round(split * len(items))) if split > 0 else 0
+    if wanted == 0:
+        return list(items), []
+    if wanted >= len(items):
+        raise DataError(
+            f"data.split: {split} holds out {wanted} {what} of {len(items)}: nothing is left to train on",
+            fix="hold out fewer, or give more data",
+        )
+    groups: dict[str, list[int]] = {}
+    for i, item in enumerate(items):
+        groups.setdefault(item.key, []).append(i)
+    held: set[int] = set()
+    for key in sorted(groups, key=lambda key: order(f"{seed}|{key}".encode())):
+        if len(held) + len(groups[key]) <= wanted:
+            held.update(groups[key])
+        if len(held) == wanted:
+            break
+    return [item for i, item in enumerate(items) if i not in held], [items[i] for i in sorted(held)]
