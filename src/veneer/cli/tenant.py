@@ -303,7 +303,7 @@ def limit(
     with _opened() as store:
         if values:
             if not tenant:
-                raise typer.BadParameter("whose limits? a tenant, '*' or all")
+                raise typer.BadParameter("name whose limits to set: a tenant, '*' or all")
             manage.set_limit(store, "" if tenant == "all" else tenant, adapter, values, who=_who())
         found = store.look().limits
     if as_json:
@@ -333,7 +333,7 @@ def price(
     with _opened() as store:
         if remove or prompt is not None or completion is not None:
             if not tenant or (not remove and (prompt is None or completion is None)):
-                raise typer.BadParameter("a tenant or all, --prompt and --completion")
+                raise typer.BadParameter("give a tenant or all, --prompt and --completion")
             made = None if remove else _price(prompt or "", cached or prompt or "", completion or "")
             manage.set_price(store, "" if tenant == "all" else tenant, adapter, made, who=_who())
         found = store.look().prices
@@ -353,7 +353,7 @@ def _price(*figures: str) -> Any:
     try:
         millionths = [Decimal(figure) * 1_000_000 for figure in figures]
     except InvalidOperation:
-        raise ConfigError(f"no price: {' '.join(figures)}", fix="as in 0.15") from None
+        raise ConfigError(f"not a price: {' '.join(figures)}", fix="as in 0.15") from None
     if any(not m.is_finite() or m != int(m) for m in millionths):
         raise ConfigError(f"finer than a millionth: {' '.join(figures)}", fix="at most six digits after the point")
     return Price(*map(int, millionths))
@@ -487,7 +487,7 @@ def _kept_in(place: str | None, force: bool) -> Callable[[str], None] | None:
             except AdapterError as error:
                 raise AdapterError(error.what, fix=f"{error.fix}; {fix}") from error
         if not found.digest:
-            raise AdapterError(f"nobody could read {found.reference} when it came into the library", fix=fix)
+            raise AdapterError(f"{found.reference} could not be read when it was added to the library", fix=fix)
 
     return check
 

@@ -325,7 +325,7 @@ def test_a_disk_that_is_full_at_the_start_is_said(quick: Path, small_disk: Path)
     kept = LedgerSettings(folder=small_disk / "outbox", room=4 << 20)
     with pytest.raises(
         ResourceError,
-        match=r"the ledger has no room for what it owes.*\n.*\n.*fix: 8 MiB of free space on a local disk",
+        match=r"there is no room for the ledger's outbox.*\n.*\n.*fix: 8 MiB of free space on a local disk",
     ):
         Tenants(str(quick / "t.sqlite"), ledger=kept, watch=False)
     assert list((small_disk / "outbox").iterdir()) == []
@@ -412,7 +412,7 @@ def test_a_stopped_postgresql_holds_up_nobody_whose_key_is_known(quick: Path, ca
                 said = await asyncio.gather(*(_told(one(f"s{n}")) for n in range(300)))
                 refusals.extend(r for r in said if r is not None)
                 assert 100 < len(refusals) < 280  # its room is a bound, and 32 pages of 4 KiB hold more than 20
-                assert set(refusals) == {(503, "overloaded", "what requests take cannot be recorded now")}
+                assert set(refusals) == {(503, "overloaded", "usage cannot be recorded at the moment")}
                 app = FastAPI()
                 app.include_router(admin_router(tenants, ToyCatalog()))
                 async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from veneer.serve.request import Refused
-from veneer.serve.tenancy.limits import DAY, MINUTE, Held, Limits, Window
+from veneer.serve.tenancy.limits import DAY, MINUTE, LimitHold, Limits, Window
 from veneer.serve.tenancy.store import ALL, EACH, LIMITS, Limit
 
 
@@ -20,7 +20,7 @@ class Clock:
         return self.now
 
 
-def taken(limits: Limits, rules: dict, tenant: str, adapter: str, prompt: int, most: int) -> Held | Refused:
+def taken(limits: Limits, rules: dict, tenant: str, adapter: str, prompt: int, most: int) -> LimitHold | Refused:
     try:
         return limits.take(rules, tenant, [adapter], prompt, most)
     except Refused as refused:
@@ -53,7 +53,7 @@ def test_never_more_than_the_limit_in_any_window_and_everything_is_given_back(st
         (ALL, ALL): Limit(requests_per_minute=9, concurrency=4),
     }
     admitted: list[list] = []  # [when, tenant, adapter, tokens that count]
-    running: list[tuple[int, Held, list, int]] = []
+    running: list[tuple[int, LimitHold, list, int]] = []
 
     def inside(rule: tuple[str, str], one: list) -> bool:
         return rule[0] in (ALL, EACH, one[1]) and rule[1] in (ALL, one[2])

@@ -239,7 +239,7 @@ class TextEngine(Engine[Request, EngineEvent]):
                 status=400, code="context_exceeded", param="messages", fix="shorten the prompt or max_tokens",
             )  # fmt: skip
         if wrong := [t for t in request.prompt if not 0 <= t < self.vocabulary]:
-            what = f"token {wrong[0]} is none of this base's {self.vocabulary:,}"
+            what = f"token {wrong[0]} is not in this base's vocabulary of {self.vocabulary:,}"
             raise Refused(what, status=400, code="invalid_request", param="prompt")
         if len(self._by_id) - len(self.scheduler.running) >= self.settings.queue:
             raise Refused("too many requests are waiting", status=429, code="overloaded", retry_after=1.0)

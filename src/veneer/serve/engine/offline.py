@@ -36,7 +36,8 @@ class AnswerFunction(Protocol):
 
 @contextmanager
 def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32) -> Iterator[AnswerFunction]:
-    """Whoever answers with `adapters`, by name. `rows`: how many at once. Nothing may act on the model while it begins.
+    """The function that answers with `adapters`, by name. `rows`: how many at once. Nothing may act on the model while it
+    begins.
 
     Raises as `complete`."""
 

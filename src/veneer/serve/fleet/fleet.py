@@ -130,7 +130,7 @@ class Fleet(Engine[Request, EngineEvent]):
         client: httpx.AsyncClient | None = None,
     ) -> None:
         if not upstreams or len(set(upstreams)) < len(upstreams):
-            raise ConfigError("a fleet is one or more upstreams, each named once", where="--upstream")
+            raise ConfigError("a fleet needs one server or more, each named once", where="--upstream")
         for place in upstreams:
             parse_upstream(place)
         self.replicas = [Replica(place) for place in upstreams]
@@ -510,7 +510,7 @@ def _able(up: Sequence[Replica], request: Request) -> list[Replica]:
         return able
     names = min(wrong.values(), key=len)
     raise Refused(
-        f"the servers behind this one have no way to honour {', '.join(names)}",
+        f"no server behind this one supports {', '.join(names)}",
         status=400,
         code="invalid_request",
         param=names[0],

@@ -90,10 +90,12 @@ def parse_upstream(text: str) -> tuple[str, str, tuple[str, ...]]:
     kind, url = (kind, rest) if plus and kind in ("vllm", "openai", "tgi") else ("", text)
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ConfigError(f"{text!r} is no upstream", fix="http://host:port, or vllm+, openai+ or tgi+ in front of it")
+        raise ConfigError(
+            f"{text!r} is not the address of a server", fix="http://host:port, or vllm+, openai+ or tgi+ in front of it"
+        )
     query = parse_qs(parts.query)
     if set(query) - {"adapters"} or (query and kind != "tgi"):
-        raise ConfigError(f"{text!r}: ?adapters=… goes with tgi+http, and nothing else does", where="--upstream")
+        raise ConfigError(f"{text!r}: the only parameter is ?adapters=…, for tgi+http", where="--upstream")
     adapters = tuple(a for value in query.get("adapters", []) for a in value.split(",") if a)
     path = parts.path.rstrip("/").removesuffix("/v1")
     return kind, f"{parts.scheme}://{parts.netloc}{path}", adapters
@@ -147,7 +149,7 @@ class Completions:
             return
         if answer.status_code in (404, 405) and "lora" not in answer.text.lower():
             raise Refused(
-                "a replica has no route to load adapters", status=503, code="adapter_unusable",
+                "a replica cannot load adapters while it runs", status=503, code="adapter_unusable",
                 fix="start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
             )  # fmt: skip
         if answer.status_code in (429, 502, 503, 504):

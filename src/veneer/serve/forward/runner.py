@@ -127,7 +127,7 @@ class Runner:
         if batch_invariant and self.how != "fused":
             self.close()
             raise ConfigError(
-                f"batch-invariant answers are for bases of Llama's kind; this one runs {self.how}: {self.why}",
+                f"batch-invariant answers need a base of the Llama architecture; this one runs {self.how}: {self.why}",
                 fix="serve it without --batch-invariant",
             )
         if weights != "dense":
@@ -359,7 +359,7 @@ class Runner:
         base, modules = self.base, dict(base_modules(self.model))
         if self.how != "fused" or base.dtype != torch.bfloat16 or base.device.type != "cpu":
             raise ConfigError(
-                f"{self.weights} weights are for bases of Llama's kind in bfloat16 on a CPU; this one runs "
+                f"{self.weights} weights need a base of the Llama architecture in bfloat16 on a CPU; this one runs "
                 f"{self.how} in {str(base.dtype).removeprefix('torch.')} on {base.device}",
                 fix="use dense weights",
             )

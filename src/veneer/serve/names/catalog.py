@@ -150,7 +150,7 @@ class LocalCatalog(Catalog):
         if found is None:
             raise _missing(model)
         if not found.digest:
-            raise unusable("corrupt", f"nobody could read {quoted(name)} when it came into the library")
+            raise unusable("corrupt", f"{quoted(name)} could not be read when it was added to the library")
         if found.fingerprint not in ("", self._fingerprint):
             raise unusable("wrong_base", f"{quoted(name)} belongs to {found.base or found.fingerprint}")
         self.shelf.remember(found.digest, found.place)
@@ -199,7 +199,7 @@ class LocalCatalog(Catalog):
         try:
             check_name(name, cased=True)
             if name == self.base:
-                raise ConfigError(f"{quoted(name)} is the base", fix="another name")
+                raise ConfigError(f"{quoted(name)} is the name of the base", fix="another name")
         except ConfigError as error:
             raise Refused(error.what, status=400, code="invalid_request", param="lora_name", fix=error.fix) from None
         self._check_free(name, replace)

@@ -189,7 +189,9 @@ class Residents(Generic[T]):
         except Empty as late:
             if self.withdraw(answers.put):
                 if pinned:
-                    raise Refused("requests use all memory for adapters", status=503, code="overloaded") from late
+                    raise Refused(
+                        "running requests use all of the memory for adapters", status=503, code="overloaded"
+                    ) from late
                 return
             result = answers.get()
         if isinstance(result, Refused):

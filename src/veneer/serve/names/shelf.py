@@ -193,7 +193,7 @@ class Shelf:
     def _place(self, digest: str) -> AdapterPlace:
         place = self._places.get(digest)
         if place is None:
-            raise unusable("not_found", f"nothing here has the digest {digest}", status=404)
+            raise unusable("not_found", f"no adapter has the digest {digest}", status=404)
         return place
 
     def read_from(self, place: AdapterPlace, problems: Problems, digest: str = "") -> Adapter:
@@ -209,13 +209,13 @@ class Shelf:
             if place.path is not None:
                 adapter = adapter.mapped(lambda t: t.clone())
             if digest and adapter.digest() != digest and not self._reads_as(path, digest):
-                raise unusable("changed", f"{place.root} is not what it was when it was loaded", status=409)
+                raise unusable("changed", f"{place.root} has changed since it was loaded", status=409)
         except Refused:
             raise
         except Exception as error:  # readers meet anything in a hostile file
             raise self._refusal(place, error) from error
         if adapter.new_tokens:
-            raise unusable("new_tokens_unsupported", f"{place.root} brings tokens that this base does not have")
+            raise unusable("new_tokens_unsupported", f"{place.root} adds tokens that this base does not have")
         if found := problems(adapter):
             raise _unservable(place, found)
         return adapter
@@ -230,7 +230,7 @@ class Shelf:
             return self.library.place(place.root, place.entry, place.format)
         except AdapterError as error:
             if self.look(place.reference) is None:
-                raise unusable("not_found", f"the library has {place.root} no more", status=404) from error
+                raise unusable("not_found", f"the library no longer has {place.root}", status=404) from error
             refused = outage(f"the library's copy of {place.root}", error)
             raise unusable("damaged", refused.what, status=503, fix=refused.fix) from error
         except Exception as error:

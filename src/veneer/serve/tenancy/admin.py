@@ -225,7 +225,7 @@ def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
         more: dict[str, Any] = {"tenant": body.tenant, "shadow": body.shadow, "fraction": body.fraction}
         if body.route == catalog.base:
             raise ConfigError(
-                f"{body.route} is the base: no request for it comes to a route", where="route", fix="another name"
+                f"{body.route} is the base, whose name no route can have", where="route", fix="another name"
             )
         check = None if body.force else catalog.check
         return routes.route_shown(routes.set_route(store, body.route, targets, who=_WHO, check=check, **more))
@@ -264,7 +264,7 @@ def _records(router: APIRouter, store: Store) -> None:
     ) -> Response | dict[str, Any]:
         names = [name for name in by.split(",") if name]
         if format not in ("json", "csv"):
-            raise ConfigError(f"usage is not given as {format!r}", where="format", fix="json or csv")
+            raise ConfigError(f"there is no format {format!r} of usage", where="format", fix="json or csv")
         with reading(store.engine) as c:
             rows = usage(c, by=names, tenant=tenant, adapter=adapter, since=since, until=until)
         return PlainTextResponse(as_csv(rows, names), media_type="text/csv") if format == "csv" else {"usage": rows}

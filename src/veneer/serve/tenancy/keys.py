@@ -58,7 +58,7 @@ def admin_hash(key: str) -> str:
     """The hash of an admin key that is given as itself or as `sha256:` and its hash. Raises ConfigError."""
     if key.startswith("sha256:"):
         if not re.fullmatch(r"sha256:[0-9a-f]{64}", key):
-            raise ConfigError("the admin key's hash is no sha256", fix="sha256: and 64 hexadecimal digits")
+            raise ConfigError("the admin key's hash is not a SHA-256 digest", fix="sha256: and 64 hexadecimal digits")
         return key.removeprefix("sha256:")
     if len(key) < 20:
         raise ConfigError("the admin key is shorter than 20 characters", fix="openssl rand -base64 32")

@@ -280,14 +280,14 @@ class Ledger:
             elif isinstance(error, sqlite3.IntegrityError):
                 opened.set_exception(
                     Refused(
-                        f"there was a request {entry.request} before", status=400, code="invalid_request",
-                        fix="an id of its own for each request",
+                        f"the id {entry.request} was used by an earlier request", status=400, code="invalid_request",
+                        fix="a new id for each request",
                     )
                 )  # fmt: skip
             else:
                 self._refuse(error)
                 opened.set_exception(
-                    Refused("what requests take cannot be recorded now", status=503, code="overloaded", retry_after=5.0)
+                    Refused("usage cannot be recorded at the moment", status=503, code="overloaded", retry_after=5.0)
                 )
 
         self.outbox.open(entry).add_done_callback(kept)
@@ -540,7 +540,7 @@ def usage(
         if name not in BY:
             near = nearest(name, BY)
             fix = f"did you mean {near[0]}?" if near else f"of {', '.join(BY)}"
-            raise ConfigError(f"usage cannot be counted by {name!r}", where="by", fix=fix)
+            raise ConfigError(f"usage cannot be grouped by {name!r}", where="by", fix=fix)
     apart = "adapter" in by or adapter is not None
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
 
@@ -555,7 +555,7 @@ def usage(
         for name, value in (("since", since), ("until", until)):
             if value:
                 if not _DAY.fullmatch(value):
-                    raise ConfigError(f"{value!r} is no day", where=name, fix="as in 2026-11-25, in UTC")
+                    raise ConfigError(f"{value!r} is not a date", where=name, fix="as in 2026-11-25, in UTC")
                 query = query.where(t.day >= value if name == "since" else t.day <= value)
         for row in c.execute(query):
             kind = found.setdefault(tuple(row[: len(by)]), dict.fromkeys(FIGURES, 0))

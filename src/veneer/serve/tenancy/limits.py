@@ -7,6 +7,9 @@ later.
 
 A request counts when it is admitted: one request, and the tokens of its prompt and its max_tokens. Its bill puts the
 tokens right, in the slot they were taken from. What was refused took nothing.
+
+Not by the `limits` package: its windows know one amount at a time, cannot take from several scopes or from none, cannot
+put an amount right afterwards, nor count what other servers and earlier runs took, and read the system's clock.
 Knows numbers and scopes; no database, no clock but the one it is given.
 """
 
@@ -21,7 +24,7 @@ from dataclasses import dataclass, field
 from veneer.serve.request import Refused
 from veneer.serve.tenancy.store import ALL, EACH, Limit
 
-__all__ = ["DAY", "MINUTE", "Counter", "Held", "Limits", "Scope", "Window", "scopes"]
+__all__ = ["DAY", "MINUTE", "LimitHold", "Limits", "Scope", "ScopeUsage", "Window", "scopes"]
 
 MINUTE, DAY = 60.0, 86400.0
 _SLOTS = 60
@@ -83,7 +86,7 @@ class Window:
 
 
 @dataclass
-class Counter:
+class ScopeUsage:
     """What one scope used. `elsewhere`: by other servers, as last seen in the ledger."""
 
     windows: dict[str, Window] = field(default_factory=lambda: {name: Window(s) for name, s, _ in _WINDOWS})
@@ -91,10 +94,10 @@ class Counter:
     running: int = 0
 
 
-class Held:
+class LimitHold:
     """What one request holds; everything that was not used is given back once."""
 
-    def __init__(self, owner: Limits, taken: list[tuple[Counter, dict[str, int]]], tokens: int) -> None:
+    def __init__(self, owner: Limits, taken: list[tuple[ScopeUsage, dict[str, int]]], tokens: int) -> None:
         self._owner, self._taken, self._tokens, self._ended = owner, taken, tokens, False
 
     def used(self, tokens: int) -> None:
@@ -124,11 +127,11 @@ class Limits:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock, self._lock = clock, threading.Lock()
-        self.counters: dict[Scope, Counter] = {}
+        self.counters: dict[Scope, ScopeUsage] = {}
 
     def take(
         self, limits: Mapping[Scope, Limit], tenant: str, adapters: Iterable[str], prompt: int, completion: int
-    ) -> Held:
+    ) -> LimitHold:
         """Room for one request in every scope, or nothing is taken and Refused(rate_limited) says when to come back."""
         tokens = prompt + completion
         with self._lock:
@@ -143,7 +146,7 @@ class Limits:
                 counter.running += 1
                 amounts = {name: tokens if name.startswith("tokens") else 1 for name, _, _ in _WINDOWS}
                 taken.append((counter, {name: counter.windows[name].add(now, n) for name, n in amounts.items()}))
-        return Held(self, taken, tokens)
+        return LimitHold(self, taken, tokens)
 
     def elsewhere(
         self, limits: Mapping[Scope, Limit], window: float, seen: Iterable[tuple[str, str, float, int, int]]
@@ -164,8 +167,8 @@ class Limits:
                     if length == window:
                         counter.elsewhere[name] = found.get(scope, {}).get(name) or Window(window)
 
-    def _counter(self, scope: Scope) -> Counter:
-        return self.counters.setdefault(scope, Counter())
+    def _counter(self, scope: Scope) -> ScopeUsage:
+        return self.counters.setdefault(scope, ScopeUsage())
 
 
 def _limit(limits: Mapping[Scope, Limit], scope: Scope) -> Limit | None:
@@ -173,12 +176,12 @@ def _limit(limits: Mapping[Scope, Limit], scope: Scope) -> Limit | None:
     return own if own is not None or scope[0] == ALL else limits.get((EACH, scope[1]))
 
 
-def _check(scope: Scope, limit: Limit, counter: Counter, tokens: int, now: float) -> None:
+def _check(scope: Scope, limit: Limit, counter: ScopeUsage, tokens: int, now: float) -> None:
     whose = f"tenant {scope[0]}" if scope[0] else "the server"
     whose += f" with adapter {scope[1]}" if scope[1] else ""
     if limit.concurrency is not None and counter.running >= limit.concurrency:
         raise Refused(
-            f"{whose} has {counter.running} requests running, {limit.concurrency} are allowed",
+            f"{whose} has {counter.running} requests running; {limit.concurrency} are allowed",
             status=429, code="rate_limited", retry_after=1.0,
         )  # fmt: skip
     for name, _, words in _WINDOWS:

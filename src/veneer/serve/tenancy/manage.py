@@ -304,7 +304,7 @@ def show_key(key: KeyRow) -> dict[str, Any]:
 
 def _new_key(c: Connection, tenant: str, label: str, expires: float | None, now: float) -> tuple[KeyRow, str]:
     if expires is not None and expires <= now:
-        raise ConfigError("the key would have expired already", where="expires", fix="a time to come")
+        raise ConfigError("the key would have expired already", where="expires", fix="a time in the future")
     if len(label) > 200:
         raise ConfigError("the label is longer than 200 characters", where="label")
     identity, key = make_key()
@@ -362,7 +362,7 @@ def _scope(tenant: str, adapter: str, *special: str) -> dict[str, str]:
         check_reference(adapter)
         if adapter != name_of(adapter):
             raise ConfigError(
-                f"{adapter} is one version", where="adapter", fix=f"{name_of(adapter)}: of all its versions"
+                f"{adapter} is one version of an adapter", where="adapter", fix=f"{name_of(adapter)}, for all of them"
             )
     return {"tenant": tenant, "adapter": adapter}
 
@@ -407,7 +407,7 @@ def when(text: str, now: float) -> float:
     try:
         found = datetime.fromisoformat(text)
     except ValueError:
-        raise ConfigError(f"{text!r} is no time", fix="90d, 12h, 30m, or 2027-01-31") from None
+        raise ConfigError(f"{text!r} is not a time", fix="90d, 12h, 30m, or 2027-01-31") from None
     return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
 

@@ -267,7 +267,7 @@ class Outbox:
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
             raise ResourceError(
-                f"the ledger has no room for what it owes: {error}", where=str(folder),
+                f"there is no room for the ledger's outbox: {error}", where=str(folder),
                 fix=f"{room + min(room, _LOG_BYTES) >> 20} MiB of free space on a local disk, or less room",
             ) from error  # fmt: skip
         self.owed = 0

@@ -210,7 +210,9 @@ def set_route(
     wanted = [(check_reference(name), int(weight)) for name, weight in targets if weight]
     check_route_name(route)
     if not wanted or len({name for name, _ in wanted}) != len(wanted) or len(wanted) > 100:
-        raise ConfigError(f"{route} needs targets, each once", where="targets", fix="as in support@1=90 support@2=10")
+        raise ConfigError(
+            f"{route} needs one target or more, each named once", where="targets", fix="as in support@1=90 support@2=10"
+        )
     for name, weight in wanted:
         if not 0 < weight <= 1_000_000:
             raise ConfigError(f"the weight of {name} is {weight}", where="targets", fix="a whole number, 1 or more")
@@ -268,7 +270,7 @@ def _before(c: Connection, tenant: str, route: str) -> tuple[Route, Route]:
     number = select(move_table.c.before).where(here, move_table.c.move == now.move).scalar_subquery()
     row = c.execute(select(move_table).where(here, move_table.c.move == number)).first()
     if row is None:
-        raise ConfigError(f"{route} has no move before this", where="route", fix="remove it, or set it")
+        raise ConfigError(f"{route} has no earlier move to go back to", where="route", fix="remove it, or set it")
     return now, route_of(row)
 
 

@@ -303,7 +303,7 @@ def check_pattern(pattern: str) -> str:
     """Raises ConfigError for what cannot be a pattern of names."""
     if not _PATTERN.fullmatch(pattern) or not _contained(pattern):
         raise ConfigError(
-            f"{quoted(pattern)} is no pattern of names", where="adapters", fix="a name, and * for any text"
+            f"{quoted(pattern)} is not a pattern of names", where="adapters", fix="a name, and * for any text"
         )
     return pattern
 
@@ -475,7 +475,7 @@ class Store:
         """A SQLite file or a postgresql:// URL; tables are made where there are none, and brought up where an earlier
         veneer made them. `patience`: see `open_engine`. Raises ConfigError."""
         if ":memory:" in where or where == "sqlite://":
-            raise ConfigError("tenants need a database that stays", where=where, fix=URL_FIX)
+            raise ConfigError("tenants need a database on a disk, not in memory", where=where, fix=URL_FIX)
         self.where = where
         self.engine = open_engine(where, TENANT_SCHEMA.what, patience)
         bring_up(self.engine, TENANT_SCHEMA, where)

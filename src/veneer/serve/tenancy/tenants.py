@@ -35,7 +35,7 @@ from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy.keys import admin_hash, hash_key, key_id, same
 from veneer.serve.tenancy.ledger import Ledger, LedgerEntry, LedgerLine
-from veneer.serve.tenancy.limits import DAY, MINUTE, Held, Limits
+from veneer.serve.tenancy.limits import DAY, MINUTE, LimitHold, Limits
 from veneer.serve.tenancy.routes import TenantRoutes
 from veneer.serve.tenancy.store import Store, TenantSettings
 
@@ -229,7 +229,7 @@ class Tenants(Tenancy):
 
 
 class _Bill:
-    def __init__(self, ledger: Ledger, held: Held, request: str) -> None:
+    def __init__(self, ledger: Ledger, held: LimitHold, request: str) -> None:
         self._ledger, self._held, self._request = ledger, held, request
         self._settled: Future[None] | None = None
 
