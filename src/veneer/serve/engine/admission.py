@@ -34,7 +34,7 @@ LEAST, MOST = 0.5, 4.0
 
 
 class SharedQuantity:
-    """`total` of something, of which each tenant may hold a part. `what`: its name in the words of an error."""
+    """`total` units of something, of which each tenant may hold a part. `what`: what error messages call it."""
 
     def __init__(self, what: str, total: int) -> None:
         self.what, self.total, self.held = what, total, 0
@@ -66,8 +66,8 @@ class _Work:
 
 
 class FairPool:
-    """Threads of its own. When one is free, the tenant goes next whose work was smallest so far, by weight; while a
-    tenant waits for nothing it earns nothing."""
+    """A pool of threads that tenants share fairly: a thread that becomes free takes work of the tenant that has been
+    given least so far, by weight. A tenant that waits for nothing earns nothing."""
 
     def __init__(self, threads: int, name: str) -> None:
         self.threads, self._busy = threads, 0
@@ -77,7 +77,7 @@ class FairPool:
         self._doing: set[asyncio.Task[None]] = set()
 
     async def run(self, tenant: str, weight: float, size: int, do: Callable[[], T]) -> T:
-        """What `do` returns, or raises."""
+        """Call `do` in a thread; returns what it returns, raises what it raises. `size`: of the work."""
         work = _Work(weight, max(1, size), do, asyncio.get_running_loop().create_future())
         if tenant not in self._given:
             self._given[tenant] = min(self._given.values(), default=0.0)
@@ -120,7 +120,8 @@ class FairPool:
 
 
 class Admission:
-    """`bodies`: bytes of bodies in memory; `answers`: those that run or wait; `texts`: characters to be tokenised."""
+    """Limits of one server. `bodies`: bytes of request bodies in memory; `answers`: answers that run or wait; `texts`:
+    characters that wait to be tokenised."""
 
     def __init__(self, *, bodies: int, answers: int, texts: int, threads: int = 2) -> None:
         self.shares: Mapping[str, SharedQuantity] = {
@@ -143,7 +144,7 @@ class Admission:
 
 @dataclass(eq=False)
 class AdmittedRequest:
-    """What one request holds."""
+    """What one request holds of each quantity, until it leaves."""
 
     admission: Admission
     tenant: str = ""
@@ -160,7 +161,7 @@ class AdmittedRequest:
         self.held[what] -= amount
 
     async def work(self, size: int, do: Callable[[], T]) -> T:
-        """What `do` makes of so many characters or bytes, in a thread; they count among the texts meanwhile."""
+        """Call `do`, work on `size` characters or bytes, in a thread. They count among the texts meanwhile."""
         self.take("texts", size)
         try:
             return await self.admission.pool(size).run(self.tenant, self.weight, size, do)

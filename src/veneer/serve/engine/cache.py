@@ -37,7 +37,7 @@ class BlockTable:
 
 
 class Cache:
-    """`blocks` blocks of `block` tokens each."""
+    """A key-value cache of `blocks` blocks of `block` tokens each, as numbers alone."""
 
     def __init__(self, blocks: int, block: int) -> None:
         self.size, self.block = blocks, block
@@ -72,7 +72,7 @@ class Cache:
         return table
 
     def grow(self, table: BlockTable, tokens: int) -> bool:
-        """Make the table long enough for `tokens` tokens; False, and nothing has changed, where there is no room."""
+        """Make the table long enough for `tokens` tokens. Returns False, and changes nothing, without room."""
         more = -(-tokens // self.block) - len(table.blocks)
         if more > self.available:
             return False

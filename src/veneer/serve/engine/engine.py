@@ -204,7 +204,7 @@ class TextEngine(Engine[Request, EngineEvent]):
     # -- the async side ------------------------------------------------------------------------------------------------
 
     async def events(self, request: Request) -> AsyncIterator[EngineEvent]:
-        """See request.Engine."""
+        """Answer a request; see `request.Engine`."""
         self._check(request)
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue[EngineEvent]()
         grammar: Constraint | None = None

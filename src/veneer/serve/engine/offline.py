@@ -36,8 +36,8 @@ class AnswerFunction(Protocol):
 
 @contextmanager
 def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32) -> Iterator[AnswerFunction]:
-    """The function that answers with `adapters`, by name. `rows`: how many at once. Nothing may act on the model while it
-    begins.
+    """The function that answers with `adapters`, by name. `rows`: how many at once. No adapter may be attached
+    to the model when this begins.
 
     Raises as `complete`."""
 

@@ -93,8 +93,8 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step takes, in seconds: `fixed` + `row` for each that decodes + `token` for each of a prompt. `step`: what
-    it may take; 0: as long as it likes."""
+    """The time of a step in seconds: `fixed` + `row` · rows that decode + `token` · tokens of prompts. `step`: the
+    longest that a step may take; 0 for no limit."""
 
     fixed: float = 0.0
     row: float = 0.0
@@ -103,7 +103,7 @@ class StepCost:
 
     @property
     def spare(self) -> float:
-        """What rows and tokens may take together: as long as what is fixed, at least."""
+        """Seconds that rows and tokens may take together: at least as many as what is fixed."""
         return max(self.step - self.fixed, self.fixed) if self.step else inf
 
     @property

@@ -470,11 +470,11 @@ class Fleet(Engine[Request, EngineEvent]):
         return "" if any(r.up for r in self.replicas) else "no replica answers"
 
     def residency(self) -> list[dict[str, Any]]:
-        """Every replica with the adapters on it, by `served_name`."""
+        """The state of every replica, with the adapters on it by `served_name`."""
         return [replica.state() for replica in self.replicas]
 
     def stats(self) -> EngineStats:
-        """What the front door sees. The replicas' caches and steps are told by their own /metrics."""
+        """What the front door sees; the replicas' own /metrics have their caches and steps."""
         running = sum(r.running for r in self.replicas)
         resident = len({name for r in self.replicas for name in r.resident})
         return EngineStats(running, 0, 0.0, 0, 0, 0, 0, self.prompt_tokens, self.generated_tokens, resident)

@@ -100,7 +100,7 @@ class LocalCatalog(Catalog):
         return Served(_alone(part), model or self.base, target, shadow, () if part is None else (part[1],))
 
     def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Caller) -> Served:
-        """A name that means several things, or one twice, counts with the sum. `name`: the parts in words."""
+        """The mix of several names with strengths. The strengths of an adapter that is named twice are added."""
         if len(parts) > MAX_MIX:
             what = f"a mix of {len(parts)} adapters; at most {MAX_MIX}"
             raise Refused(what, status=400, code="invalid_request", param="mix")
@@ -157,7 +157,8 @@ class LocalCatalog(Catalog):
         return found.digest, found.place.root
 
     def check(self, name: str) -> None:
-        """Read what a name means, unless it is in use, as a request for it would. Raises Refused where it would be."""
+        """Read what a name means, as a request for it would, unless it is loaded already. Raises Refused as the request
+        would be."""
         self.shelf.look(name, sure=True)
         part = self._part(name, name)
         if part is not None and name not in self._loaded:
@@ -183,12 +184,12 @@ class LocalCatalog(Catalog):
         return self._kept[1]
 
     async def fresh(self) -> None:
-        """What names mean now is known when this returns: surfaces wait for it once, before they ask. Not for long:
-        while the library's index does not answer, what it said last holds."""
+        """Wait until what names mean now is known; surfaces do so once for each request. While the library's index does
+        not answer, what it said last holds, and nobody waits long."""
         await self.shelf.fresh()
 
     def close(self) -> None:
-        """The thread that reads the library's names ends."""
+        """End the thread that reads the library's names."""
         self.shelf.close()
 
     # -- loading ------------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ class Residents(Generic[T]):
         return None
 
     def withdraw(self, ready: Ready[T]) -> bool:
-        """Wait no more. False where `ready` was called or is about to be: then it gets a lease, to be released."""
+        """Stop waiting. Returns False where `ready` was called or is about to be: release its lease then."""
         with self._changing():
             found = [(k, g, m) for k, g in self._groups.items() for m in g.members if m[1] == ready]
             if not found:

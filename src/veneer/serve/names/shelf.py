@@ -69,7 +69,7 @@ class AdapterPlace:
 
 @dataclass(frozen=True)
 class KnownAdapter:
-    """What a library reference means now. `digest`: "" where nobody could read the files."""
+    """What a library reference means now. `digest`: "" where the files could not be read."""
 
     digest: str
     fingerprint: str
@@ -115,12 +115,12 @@ class Shelf:
         return None if kept is None else _known(kept)
 
     async def fresh(self) -> None:
-        """What was committed before this is known when it returns, unless the index does not answer."""
+        """Wait until what was committed before this call is known, unless the index does not answer."""
         if self.names is not None:
             await self.names.fresh()
 
     def listed(self, fingerprint: str) -> list[NamedVersion]:
-        """The latest version of each name that belongs to a base, of which somebody could read the files."""
+        """The latest version of each name that belongs to the base of that fingerprint and could be read."""
         if self.names is None:
             return []
         now = self.names.now

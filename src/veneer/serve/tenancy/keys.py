@@ -34,18 +34,18 @@ def make_admin_key() -> str:
 
 
 def key_id(key: str) -> str | None:
-    """The id in a key; None for text that is no key."""
+    """The id in a key; None for text that is not a key."""
     found = _KEY.fullmatch(key)
     return found[1] if found else None
 
 
 def hash_key(key: str) -> str:
-    """What is kept of a key."""
+    """The hash of a key: all that is kept of it."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def same(key: str, kept: str) -> bool:
-    """Whether `kept` is the hash of `key`, in a time that says nothing of how much of it was right."""
+    """Whether `kept` is the hash of `key`, compared in constant time."""
     return hmac.compare_digest(hash_key(key), kept)
 
 

@@ -99,7 +99,7 @@ Deltas = dict[tuple[Any, ...], list[Any]]
 
 
 def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> int:
-    """In a transaction. Returns how many requests became done."""
+    """Put what is owed into the database, within a transaction. Returns how many requests became done."""
     if c.dialect.name == "postgresql":  # whoever speaks for a server does so alone; SQLite's write lock is one for all
         c.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": int(server, 16) - (1 << 63)})
     known = _known(c, server, [each.entry.request for each in owed])
@@ -127,7 +127,7 @@ def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> i
 
 
 def open_entries(c: Connection, server: str, requests: Iterable[str] | None = None) -> list[LedgerEntry]:
-    """Requests of a server that are open there: all of them, or of these."""
+    """The requests of a server that are open in the database: all of them, or those of `requests`."""
     here = (line_table.c.server == server) & (line_table.c.state == "open")
     if requests is not None:
         here &= line_table.c.request.in_(list(requests))
@@ -304,7 +304,7 @@ class Ledger:
         return self._end(request, "done", usage)
 
     def interrupt(self, request: str) -> Future[None]:
-        """The request ended, and nobody said what it took."""
+        """Record that the request ended without a bill. The future is that of `settle`."""
         return self._end(request, "interrupted", Usage(0, 0, 0))
 
     def _end(self, request: str, state: EntryState, usage: Usage) -> Future[None]:
@@ -363,7 +363,7 @@ class Ledger:
             return sum(self._post(server, [each]) for each in owed)
 
     def flush(self, seconds: float = 10.0) -> bool:
-        """Wait until the database has whatever has come; whether it does."""
+        """Wait until the database has all that was recorded. Returns whether it has."""
         deadline = time.monotonic() + seconds
         self.outbox.flush(seconds)
         while self.outbox.take(1):
@@ -374,7 +374,7 @@ class Ledger:
         return True
 
     def state(self) -> LedgerState:
-        """For metrics; waits for nothing."""
+        """How far the database is behind, for metrics. Does not block."""
         oldest = next(iter(self._ended.copy().values()), None)
         lag = 0.0 if oldest is None else max(0.0, self.wall() - oldest)
         late = self._asked != 0.0 and time.monotonic() - self._asked > _LATE_SECONDS
@@ -440,7 +440,7 @@ class Ledger:
     # -- upkeep --------------------------------------------------------------------------------------------------------
 
     def beat(self) -> None:
-        """This server is there. To be called more often than every ten minutes."""
+        """Say that this server runs; to be called more often than every ten minutes."""
         with write_transaction(self.store.engine) as c:
             c.execute(delete(server_table).where(server_table.c.server == self.server))
             c.execute(insert(server_table), {"server": self.server, "seen": c.scalar(select(_now(self.store)))})
@@ -576,7 +576,7 @@ def usage(
 
 
 def as_csv(rows: Sequence[dict[str, Any]], by: Sequence[str] = BY) -> str:
-    """With a header; names that a spreadsheet would take for a formula are quoted."""
+    """Rows of `usage` as CSV with a header. Names that a spreadsheet would take for a formula are quoted."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [*by, *FIGURES], lineterminator="\n")
     writer.writeheader()

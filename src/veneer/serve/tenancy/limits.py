@@ -39,7 +39,7 @@ Scope = tuple[str, str]
 
 
 class Window:
-    """Amounts by when they were taken."""
+    """The amounts that were taken within the last `seconds`, in slots."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.width = seconds, seconds / _SLOTS
@@ -47,19 +47,19 @@ class Window:
         self.sum = 0
 
     def used(self, now: float) -> int:
-        """What counts now."""
+        """The amount that counts now."""
         while self.slots and self._ends(self.slots[0][0]) <= now:
             self.sum -= self.slots.popleft()[1]
         return self.sum
 
     def add(self, at: float, amount: int) -> int:
-        """Take `amount` at a time; or, negative, give it back. Returns the slot."""
+        """Add an amount, negative to give it back, at a time. Returns its slot."""
         slot = math.floor(at / self.width)
         self.put(slot, amount)
         return slot
 
     def put(self, slot: int, amount: int) -> None:
-        """Put a slot right. Where it no longer counts, there is nothing to put right."""
+        """Correct a slot by an amount; one that no longer counts is left alone."""
         for i in range(len(self.slots) - 1, -1, -1):
             if self.slots[i][0] == slot:
                 self.slots[i][1] += amount
@@ -95,13 +95,13 @@ class ScopeUsage:
 
 
 class LimitHold:
-    """What one request holds; everything that was not used is given back once."""
+    """What one request holds of the limits. What it did not use is given back, once."""
 
     def __init__(self, owner: Limits, taken: list[tuple[ScopeUsage, dict[str, int]]], tokens: int) -> None:
         self._owner, self._taken, self._tokens, self._ended = owner, taken, tokens, False
 
     def used(self, tokens: int) -> None:
-        """Put the tokens right: from what was reserved to what it took."""
+        """Correct the tokens from what was reserved to what was used."""
         with self._owner._lock:
             change, self._tokens = tokens - self._tokens, tokens
             for counter, slots in self._taken:

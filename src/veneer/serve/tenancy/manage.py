@@ -108,7 +108,7 @@ def append_audit(c: Connection, who: str, what: str, subject: str, before: Any, 
 def audit_lines(
     c: Connection, *, subject: str = "", what: str = "", limit: int = 100, skip: int = 0
 ) -> list[dict[str, Any]]:
-    """The newest first. `what`: the action, or its beginning: key, key.revoke."""
+    """Lines of the log, the newest first. `what`: the action, or its beginning: key, key.revoke."""
     query = select(audit_table).order_by(audit_table.c.number.desc()).limit(limit).offset(skip)
     if subject:
         query = query.where(audit_table.c.subject == subject)
@@ -164,7 +164,8 @@ def get_tenant(store: Store, name: str) -> Tenant:
 def add_tenant(
     store: Store, name: str, *, weight: float = 1.0, adapters: Iterable[str] = (), who: str, now: float | None = None
 ) -> Tenant:
-    """`weight`: its share where requests of several tenants wait. `adapters`: patterns of the names it sees."""
+    """Add a tenant. `weight`: its share where requests of several tenants wait. `adapters`: patterns of the names it
+    sees."""
     check_tenant(name)
     _check_weight(weight)
     patterns = sorted({check_pattern(p) for p in adapters})
@@ -182,7 +183,7 @@ def add_tenant(
 def change_tenant(
     store: Store, name: str, *, weight: float | None = None, enabled: bool | None = None, who: str
 ) -> Tenant:
-    """A tenant that is not enabled keeps everything, and its keys are refused."""
+    """Change a tenant's weight, or disable it: it keeps everything, and its keys are refused."""
     values: dict[str, Any] = {}
     if weight is not None:
         values["weight"] = _check_weight(weight)
@@ -197,8 +198,8 @@ def change_tenant(
 
 
 def remove_tenant(store: Store, name: str, *, who: str) -> None:
-    """Its keys, grants, limits, prices and routes go with it; what it used stays in the ledger, its past in the audit
-    log."""
+    """Remove a tenant with its keys, grants, limits, prices and routes. What it used stays in the ledger, and its past
+    in the audit log."""
     with store.change() as c:
         before = tenant_row(c, name)
         for table in (grant_table, limit_table, price_table, alias_table, move_table, key_table):
@@ -250,7 +251,8 @@ def share_prefixes(store: Store, *, add: Iterable[str] = (), remove: Iterable[st
 def make_tenant_key(
     store: Store, tenant: str, *, label: str = "", expires: float | None = None, who: str, now: float | None = None
 ) -> tuple[KeyRow, str]:
-    """(what is kept, the key itself, which nobody can show again). `expires`: seconds since 1970."""
+    """Make a key. Returns what is kept of it, and the key itself, which cannot be shown again. `expires`: seconds since
+    1970."""
     with store.change() as c:
         tenant_row(c, tenant)
         made, key = _new_key(c, tenant, label, expires, time.time() if now is None else now)
@@ -259,14 +261,14 @@ def make_tenant_key(
 
 
 def list_keys(store: Store, tenant: str | None = None) -> list[KeyRow]:
-    """Of a tenant, or of all; the oldest first."""
+    """The keys of a tenant, or of all tenants, the oldest first."""
     if tenant is not None:
         get_tenant(store, tenant)
     return [k for k in store.look().keys.values() if tenant in (None, k.tenant)]
 
 
 def revoke_key(store: Store, key: str, *, tenant: str | None = None, who: str, now: float | None = None) -> KeyRow:
-    """From the next request on, `key` (an id) is refused. `tenant`: whose it has to be."""
+    """Refuse `key` (an id) from the next request on. `tenant`: whose key it has to be."""
     with store.change() as c:
         before = _key(c, key, tenant)
         revoked = before.revoked if before.revoked is not None else (time.time() if now is None else now)
@@ -298,7 +300,7 @@ def rotate_key(
 
 
 def show_key(key: KeyRow) -> dict[str, Any]:
-    """What may be said of a key."""
+    """What may be shown of a key."""
     return {name: value for name, value in asdict(key).items() if name != "hash"}
 
 

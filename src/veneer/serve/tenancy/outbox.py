@@ -96,7 +96,7 @@ class LedgerEntry:
 
 @dataclass(frozen=True)
 class OwedEntry:
-    """A request and how far it came; `usage` is there where it is done."""
+    """A request and how far it came. `usage` counts where it is done."""
 
     entry: LedgerEntry
     state: EntryState = "open"
@@ -116,7 +116,7 @@ class OwedEntry:
 
 
 def day_of(opened: float) -> str:
-    """In UTC, as 2026-11-25."""
+    """The day of a time (seconds since 1970) in UTC, as 2026-11-25."""
     return datetime.fromtimestamp(opened, UTC).strftime("%Y-%m-%d")
 
 
@@ -135,7 +135,7 @@ def end_text(state: EntryState, closed: float, usage: Usage) -> str:
 
 
 def owed_of(entry: LedgerEntry, end: str) -> OwedEntry:
-    """`end`: of `end_text`; blank where the request is open."""
+    """The entry with its end. `end`: a text of `end_text`, blank while the request is open."""
     if not end.strip():
         return OwedEntry(entry)
     state, closed, *usage = json.loads(end)
@@ -291,7 +291,7 @@ class Outbox:
         return opened
 
     def settle(self, request: str, end: str) -> Future[None]:
-        """`end`: of `entries.end_text`. The first end of a request holds. The future's result comes when it is kept,
+        """`end`: of `end_text`. The first end of a request holds. The future's result comes when it is kept,
         and has no exception: what cannot be written is kept in memory, said, and goes to the ledger from there."""
         kept: Future[None] = Future()
 
@@ -310,7 +310,7 @@ class Outbox:
         return kept
 
     def take(self, most: int) -> list[OwedEntry]:
-        """The oldest that the ledger has to be told of."""
+        """Up to `most` requests that the ledger does not have yet, the oldest first."""
         with self._mutex:
             late = dict(self._unwritten)
             marks = ", ".join("?" * len(late))
@@ -319,7 +319,7 @@ class Outbox:
         return [owed_of(entry_of(entry), late.get(request, end)) for request, entry, end in rows]
 
     def told(self, owed: Iterable[OwedEntry]) -> None:
-        """The ledger has these: those that ended are forgotten."""
+        """Note that the ledger has these; those that ended are deleted here."""
         ended = [(each.entry.request,) for each in owed if each.state != "open"]
         opened = [(each.entry.request,) for each in owed if each.state == "open"]
         with self._transaction() as c:
@@ -331,12 +331,12 @@ class Outbox:
         self._count(-len(ended))
 
     def end_all(self, end: str) -> None:
-        """Whatever is open ends so."""
+        """End all requests that are open in this way."""
         with self._transaction() as c:
             c.execute("UPDATE owed SET ending = ?, closed = 1 WHERE closed = 0", (end.ljust(_END_CHARACTERS),))
 
     def flush(self, seconds: float = 10.0) -> None:
-        """Wait until what has come is written."""
+        """Wait until all that was put before is written."""
         self._writer.put(lambda c: None).result(seconds)
 
     def close(self) -> None:
@@ -387,7 +387,7 @@ class Outbox:
 
 
 def outboxes(folder: Path) -> list[Path]:
-    """Files that are named like one; whatever else lies in the folder is nobody's business here."""
+    """The files in a folder that are named like outboxes; all others are left alone."""
     return sorted(path for path in folder.glob("*.sqlite") if _SERVER.fullmatch(path.stem))
 
 

@@ -143,13 +143,13 @@ class TenantRoutes:
 
 
 def bucket(route: str, who: str) -> int:
-    """From 0 to BUCKETS - 1, evenly; another route puts the same user elsewhere."""
+    """The bucket of a user, from 0 to BUCKETS - 1, evenly spread; on another route it is another one."""
     digest = hashlib.sha256(json.dumps([route, who]).encode()).digest()
     return int.from_bytes(digest[:8], "big") % BUCKETS
 
 
 def owner(runs: Sequence[tuple[str, int]], number: int) -> str:
-    """Who owns a bucket."""
+    """The target that owns a bucket."""
     for name, count in runs:
         number -= count
         if number < 0:
@@ -237,7 +237,7 @@ def set_route(
 
 
 def remove_route(store: Store, route: str, *, tenant: str = ALL, who: str) -> None:
-    """The route is gone; its moves stay, so a rollback brings it back."""
+    """Remove a route. Its moves stay, so a rollback brings it back."""
     with store.change() as c:
         before = _current(c, tenant, route)
         if before is None or not before.targets:
@@ -291,7 +291,7 @@ def route_shown(route: Route) -> dict[str, Any]:
 
 
 def route_history(c: Connection, route: str, *, tenant: str = ALL) -> list[dict[str, Any]]:
-    """Every move, the newest first; `current`: the one that holds."""
+    """Every move of a route, the newest first. `current`: whether it is the one that holds."""
     now = _current(c, tenant, route)
     if now is None:
         raise _lost(c, tenant, route)
@@ -305,7 +305,7 @@ def route_history(c: Connection, route: str, *, tenant: str = ALL) -> list[dict[
 
 
 def shadow_log(c: Connection, *, route: str = "", limit: int = 100) -> list[dict[str, Any]]:
-    """The newest comparisons first. `failed`: the shadow gave no answer to compare."""
+    """Comparisons with shadows, the newest first. `failed`: the shadow gave no answer to compare."""
     query = select(shadow_table).order_by(shadow_table.c.id.desc()).limit(limit)
     if route:
         query = query.where(shadow_table.c.alias == route)

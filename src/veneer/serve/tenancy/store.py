@@ -269,7 +269,7 @@ _PATTERN = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._/@:+*-]{0,199}")
 
 
 def check_tenant(name: str) -> str:
-    """Raises ConfigError for what cannot name a tenant, which is what can be a namespace."""
+    """The name, where it can name a tenant: what can be a namespace can. Raises ConfigError."""
     try:
         if name == "all":
             raise ConfigError("'all' stands for every tenant", fix="another name")
@@ -282,7 +282,7 @@ def check_tenant(name: str) -> str:
 
 
 def check_route_name(name: str) -> str:
-    """Raises ConfigError for what cannot name a route."""
+    """The name, where it can name a route. Raises ConfigError."""
     try:
         check_name(name, cased=True)
     except ConfigError as error:
@@ -291,7 +291,7 @@ def check_route_name(name: str) -> str:
 
 
 def check_reference(text: str, what: str = "adapter") -> str:
-    """Raises ConfigError for what names no adapter, with or without a version."""
+    """The text, where it names an adapter, with or without a version. Raises ConfigError."""
     try:
         parse_reference(text, cased=True)
     except ConfigError as error:
@@ -300,7 +300,7 @@ def check_reference(text: str, what: str = "adapter") -> str:
 
 
 def check_pattern(pattern: str) -> str:
-    """Raises ConfigError for what cannot be a pattern of names."""
+    """The pattern, where it is one. Raises ConfigError."""
     if not _PATTERN.fullmatch(pattern) or not _contained(pattern):
         raise ConfigError(
             f"{quoted(pattern)} is not a pattern of names", where="adapters", fix="a name, and * for any text"
@@ -313,7 +313,7 @@ def _contained(name: str) -> bool:
 
 
 def seeing(patterns: Iterable[str], also: Iterable[str] = ()) -> Callable[[str], bool]:
-    """Whether a name is matched by one of `patterns`, or is one of `also`."""
+    """A function of a name: whether one of `patterns` matches it, or it is one of `also`."""
     exact = frozenset(also)
     plain: list[str] = []
     digests: list[str] = []
@@ -373,7 +373,7 @@ class KeyRow:
 
 @dataclass(frozen=True)
 class Limit:
-    """None: no limit."""
+    """The limits of one scope; None for no limit."""
 
     requests_per_minute: int | None = None
     requests_per_day: int | None = None
@@ -382,7 +382,7 @@ class Limit:
     concurrency: int | None = None
 
     def in_window(self, seconds: float) -> bool:
-        """Whether anything is limited in a window so long."""
+        """Whether there is a limit over a window of that length."""
         word = "minute" if seconds == 60 else "day"
         return getattr(self, f"requests_per_{word}") is not None or getattr(self, f"tokens_per_{word}") is not None
 
@@ -397,7 +397,7 @@ class Price:
     completion: int = 0
 
     def cost(self, prompt: int, cached: int, completion: int) -> int:
-        """In millionths, rounded half up, once for a request."""
+        """The cost of these tokens in millionths, rounded half up."""
         exact = (prompt - cached) * self.prompt + cached * self.cached + completion * self.completion
         return (exact + 500_000) // 1_000_000
 
@@ -430,7 +430,7 @@ class TenantSettings:
     common: tuple[str, ...] = ()
 
     def price(self, tenant: str, adapter: str) -> Price:
-        """The closest: of this tenant for this adapter, of the tenant, of the adapter, of the server; else nothing."""
+        """The most exact price there is: of tenant and adapter, the tenant, the adapter, the server; else 0."""
         for scope in ((tenant, adapter), (tenant, ALL), (ALL, adapter), (ALL, ALL)):
             if scope in self.prices:
                 return self.prices[scope]
@@ -461,7 +461,7 @@ def missing(what: str, name: str, known: Iterable[str]) -> UnknownName:
 
 
 def tenant_row(c: Connection, name: str) -> dict[str, Any]:
-    """Raises UnknownName."""
+    """The row of a tenant. Raises UnknownName."""
     row = c.execute(select(tenant_table).where(tenant_table.c.name == name)).first()
     if row is None:
         raise missing("tenant", name, c.scalars(select(tenant_table.c.name)))
@@ -484,7 +484,7 @@ class Store:
 
     @property
     def settings(self) -> TenantSettings:
-        """As of the last look."""
+        """The settings as of the last `look`."""
         return self._settings
 
     def look(self) -> TenantSettings:

@@ -89,7 +89,7 @@ class Tenants(Tenancy):
     # -- who asks ------------------------------------------------------------------------------------------------------
 
     async def caller(self, key: str | None, user: str | None = None) -> Caller:
-        """Raises Refused: unauthorized (401)."""
+        """Who asks with this key. Raises Refused (unauthorized, 401)."""
         settings = await self._fresh()
         if key and self.is_admin(key):
             return Caller(user=user, admin=True)
@@ -215,11 +215,11 @@ class Tenants(Tenancy):
             self.limits.elsewhere(limits, window, self.ledger.seen_elsewhere(window, named) if named else ())
 
     def ledger_state(self) -> LedgerState:
-        """For metrics."""
+        """How far the ledger is behind, for metrics."""
         return self.ledger.state()
 
     def close(self) -> None:
-        """Write what has come and stop; requests that are still running are interrupted in the ledger."""
+        """Write what is owed and stop. Requests that still run are interrupted in the ledger."""
         self._stop.set()
         if self._watcher.is_alive():
             self._watcher.join()
