@@ -17,7 +17,7 @@ from veneer.core.forms import Delta
 from veneer.errors import DataError
 from veneer.models.text.generate import Completion, complete
 from veneer.ops.quantised import quantise
-from veneer.serve.engine.offline import _Engine, answering
+from veneer.serve.engine.offline import EngineAnswers, answering
 
 PROMPTS = [
     "The printer",
@@ -67,7 +67,7 @@ def test_the_engine_is_taken_where_it_has_a_forward_of_its_own() -> None:
         ("llama3", {"a": plain}, True), ("llama3", {"a": plain, "b": dense}, False), ("gemma3", {}, False),
     ):  # fmt: skip
         with answering(base_of(model_of(family)), adapters) as answer:
-            assert isinstance(answer, _Engine) == engine
+            assert isinstance(answer, EngineAnswers) == engine
 
 
 def test_a_quantised_base_answers_by_itself() -> None:
@@ -76,7 +76,7 @@ def test_a_quantised_base_answers_by_itself() -> None:
     module = model.model.layers[0].mlp.down_proj
     module.weight = nn.Parameter(quantise(module.weight.detach(), "int8"), requires_grad=False)
     with answering(base_of(model), {}) as answer:
-        assert not isinstance(answer, _Engine)
+        assert not isinstance(answer, EngineAnswers)
         assert answer(PROMPTS, [], max_new_tokens=3) == complete(base_of(model), PROMPTS, max_new_tokens=3)
 
 

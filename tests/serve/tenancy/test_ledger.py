@@ -347,7 +347,7 @@ def test_a_request_for_which_there_is_no_room_takes_none_of_its_group_with_it(qu
     while tenants.ledger.open(entry(n)).exception(10) is None:
         n += 1
     assert n > 3
-    outbox._writer.put(lambda c: gate.wait(10))  # all of these in one group
+    outbox.writer.put(lambda c: gate.wait(10))  # all of these in one group
     asked = [tenants.ledger.open(entry(1000 + i)) for i in range(3)]
     ends = [tenants.ledger.settle(f"r{i}", Usage(1, 0, 1)) for i in range(n)]
     asked += [tenants.ledger.open(entry(2000 + i)) for i in range(3)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -262,9 +263,9 @@ def test_two_servers_share_windows_and_a_restart_forgets_nothing(where: str, qui
     for n in range(3):
         run(ask(first, Caller("acme"), str(n), Usage(50, 0, 50), prompt=50, most=200))
     assert len(rows(first)) == 3
-    second._look_elsewhere(60.0)
+    second.look_elsewhere(60.0)
     assert "tokens a minute" in refused(ask(second, Caller("acme"), "x", None, prompt=1, most=700)).what
-    second._look_elsewhere(86400.0)
+    second.look_elsewhere(86400.0)
     for n in range(2):
         run(ask(second, Caller("acme"), str(n), Usage(1, 0, 1)))
     assert "requests a day" in refused(ask(second, Caller("acme"), "y", None)).what
@@ -331,7 +332,7 @@ def test_an_id_is_admitted_once_and_billed_once(tenants: Tenants, caplog: pytest
 
 
 def test_a_client_that_leaves_while_being_admitted_leaves_no_open_row(tenants: Tenants) -> None:
-    slow = tenants.ledger.outbox._writer.put(lambda c: time.sleep(0.2))
+    slow = tenants.ledger.outbox.writer.put(lambda c: time.sleep(0.2))
 
     async def work() -> None:
         asking = asyncio.create_task(ask(tenants, Caller("acme"), "a", None))
@@ -346,15 +347,17 @@ def test_a_client_that_leaves_while_being_admitted_leaves_no_open_row(tenants: T
 
 
 def test_writes_go_in_groups_and_the_loop_runs_on(tenants: Tenants) -> None:
-    writer = tenants.ledger.outbox._writer
-    commits, together = [], writer._together
+    writer = tenants.ledger.outbox.writer
+    commits, transaction = list[float](), writer.transaction
 
-    def slowly(batch: Any) -> None:
-        commits.append(len(batch))
+    @contextmanager
+    def slowly() -> Iterator[Any]:
+        commits.append(time.monotonic())
         time.sleep(0.05)
-        together(batch)
+        with transaction() as c:
+            yield c
 
-    writer._together = slowly  # type: ignore[method-assign]
+    writer.transaction = slowly
 
     async def work() -> float:
         longest, asking = (

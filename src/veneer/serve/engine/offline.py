@@ -25,7 +25,7 @@ from veneer.serve.forward.lowrank import thin_problems
 from veneer.serve.request import Finished, Request, Sampling, Token, make_mix
 from veneer.serve.settings import EngineSettings
 
-__all__ = ["AnswerFunction", "answering"]
+__all__ = ["AnswerFunction", "EngineAnswers", "answering"]
 
 
 class AnswerFunction(Protocol):
@@ -53,13 +53,13 @@ def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32
         whole = engine.runner.how == "fused"
         if whole and not any(thin_problems(adapter, engine.runner.layout) for adapter in adapters.values()):
             with ThreadPoolExecutor(1, thread_name_prefix="answers") as thread:
-                yield _Engine(base, engine, thread)
+                yield EngineAnswers(base, engine, thread)
             return
     yield plain
 
 
-class _Engine:
-    """Answers by the engine. In a thread of its own, for a caller may have an event loop."""
+class EngineAnswers:
+    """An `AnswerFunction` by the engine. In a thread of its own, for a caller may have an event loop."""
 
     def __init__(self, base: TextBase, engine: TextEngine, thread: ThreadPoolExecutor) -> None:
         self.base, self.engine, self.thread = base, engine, thread

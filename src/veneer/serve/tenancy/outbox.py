@@ -164,7 +164,7 @@ class Writer(Generic[C]):
     and commits at its end."""
 
     def __init__(self, transaction: Callable[[], AbstractContextManager[C]], name: str) -> None:
-        self._transaction = transaction
+        self.transaction = transaction
         self._jobs: queue.SimpleQueue[_Job[C] | None] = queue.SimpleQueue()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -221,7 +221,7 @@ class Writer(Generic[C]):
                 job.done.set_exception(error)
 
     def _together(self, batch: list[_Job[C]]) -> None:
-        with self._transaction() as c:
+        with self.transaction() as c:
             results = [job.write(c) for job in batch]
         for job, result in zip(batch, results, strict=True):
             job.done.set_result(result)
@@ -272,7 +272,7 @@ class Outbox:
             ) from error  # fmt: skip
         self.owed = 0
         self._unwritten: dict[str, str] = {}
-        self._writer = Writer(self._transaction, "veneer-outbox")
+        self.writer = Writer(self._transaction, "veneer-outbox")
 
     def open(self, entry: LedgerEntry) -> Future[None]:
         """The future's result comes when it is kept. Its exception is sqlite3.IntegrityError where a request of that id
@@ -286,7 +286,7 @@ class Outbox:
             row = (entry.request, entry_text(entry), " " * _END_CHARACTERS)
             c.execute("INSERT INTO owed (request, entry, ending, closed, told) VALUES (?, ?, ?, 0, 0)", row)
 
-        opened = self._writer.put(write)
+        opened = self.writer.put(write)
         opened.add_done_callback(lambda future: self._count(0 if future.exception() else 1))
         return opened
 
@@ -306,7 +306,7 @@ class Outbox:
                     self._unwritten.setdefault(request, end)
             kept.set_result(None)
 
-        self._writer.put(write).add_done_callback(written)
+        self.writer.put(write).add_done_callback(written)
         return kept
 
     def take(self, most: int) -> list[OwedEntry]:
@@ -337,11 +337,11 @@ class Outbox:
 
     def flush(self, seconds: float = 10.0) -> None:
         """Wait until all that was put before is written."""
-        self._writer.put(lambda c: None).result(seconds)
+        self.writer.put(lambda c: None).result(seconds)
 
     def close(self) -> None:
         """What is still owed stays in its file."""
-        self._writer.close()
+        self.writer.close()
         with self._mutex:
             empty = not self._unwritten and not self._c.execute("SELECT 1 FROM owed LIMIT 1").fetchone()
             self._c.close()

@@ -80,8 +80,8 @@ class Tenants(Tenancy):
         self._next_look: Future[TenantSettings] | None = None
         self._away = False
         self._mutex, self._stop = threading.Lock(), threading.Event()
-        self._look_elsewhere(MINUTE)
-        self._look_elsewhere(DAY)
+        self.look_elsewhere(MINUTE)
+        self.look_elsewhere(DAY)
         self._watcher = threading.Thread(target=self._watch, name="veneer-tenants-watch", daemon=True)
         if watch:
             self._watcher.start()
@@ -198,17 +198,18 @@ class Tenants(Tenancy):
         while not self._stop.wait(1.0):
             rounds += 1
             try:
-                self._look_elsewhere(MINUTE)
+                self.look_elsewhere(MINUTE)
                 if rounds % 60 == 0:
                     self.ledger.beat()
-                    self._look_elsewhere(DAY)
+                    self.look_elsewhere(DAY)
                     self.ledger.recover()
                 if rounds % 3600 == 60:
                     self.ledger.prune(self._keep_days)
             except (SQLAlchemyError, ResourceError) as error:
                 self._lost(error)
 
-    def _look_elsewhere(self, window: float) -> None:
+    def look_elsewhere(self, window: float) -> None:
+        """Count what other servers, and this one's earlier runs, admitted in the last `window` seconds."""
         limits = self.store.settings.limits
         named = {adapter for (_, adapter), limit in limits.items() if limit.in_window(window)}
         if named or self.limits.counters:
