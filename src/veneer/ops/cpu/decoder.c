@@ -170,7 +170,7 @@ enum {
     DOWN_SCALES, WINDOW, KEYS, VALUES, FIELDS
 };
 
-/* x (n, dim) through all layers, in place: serve/forward/llama.py's Plan.hidden up to the last norm.
+/* x (n, dim) through all layers, in place: serve/forward/llama.py's LlamaForward.hidden up to the last norm.
    layers: FIELDS numbers each, pointers in the main; sizes: dim, heads, kv, d, ffn, the kind of all matrices; numbers: eps, scale. positions … longest:
    as paged_attend has them. thin: thin_rows' tables of groups 4 layer … 4 layer + 3 one after another, or none; nseg … ldu: as
    there. room: n (dim + (heads + 2 kv) d + heads d + 3 ffn) elements. */

@@ -73,7 +73,7 @@ class LlamaForward:
     scale: float
     pages: Pages
     rows: int = 0
-    """That a function of single rows is taken of at a time (matrix.in_blocks); 0: of all at once."""
+    """That a function of single rows is taken of at a time (packed.in_blocks); 0: of all at once."""
 
     def hidden(self, ids: Tensor, batch: PackedRows, segments: Segments | None) -> Tensor:
         """The normed output of the last layer, (tokens, dim)."""
@@ -185,7 +185,7 @@ def layout_of(base: TextBase) -> Layout:
 def llama_forward(
     base: TextBase, layout: Layout, own_weights: JoinedWeights, embedding: Tensor, context: int, pages: Pages
 ) -> LlamaForward:
-    """Where `layout.rows` is above 0 its products are batch-invariant (matrix.in_blocks). Raises NotImplementedError
+    """Where `layout.rows` is above 0 its products are batch-invariant (packed.in_blocks). Raises NotImplementedError
     where the base is of another kind; whether it is of this one, a probe tells."""
     root: Any = base.model.model
     config: Any = base.model.config.get_text_config()
