@@ -48,11 +48,11 @@ from veneer.serve.tenancy.store import (
     key_table,
     limit_table,
     meta_table,
-    missing,
     move_table,
     price_table,
     tenant_row,
     tenant_table,
+    unknown_name,
 )
 
 __all__ = [
@@ -157,7 +157,7 @@ def _json(value: Any) -> str:
 def get_tenant(store: Store, name: str) -> Tenant:
     settings = store.look()
     if name not in settings.tenants:
-        raise missing("tenant", name, settings.tenants)
+        raise unknown_name("tenant", name, settings.tenants)
     return settings.tenants[name]
 
 
@@ -219,7 +219,7 @@ def let_see(
         before = list(c.scalars(select(grant_table.c.pattern).where(grant_table.c.tenant == tenant)))
         for pattern in fewer:
             if pattern not in before:
-                raise missing("pattern", pattern, before)
+                raise unknown_name("pattern", pattern, before)
         after = sorted({*before, *more} - set(fewer))
         c.execute(delete(grant_table).where(grant_table.c.tenant == tenant))
         for pattern in after:
@@ -237,7 +237,7 @@ def share_prefixes(store: Store, *, add: Iterable[str] = (), remove: Iterable[st
         before: list[str] = json.loads(row or "[]")
         for pattern in fewer:
             if pattern not in before:
-                raise missing("pattern", pattern, before)
+                raise unknown_name("pattern", pattern, before)
         after = sorted({*before, *more} - set(fewer))
         c.execute(delete(meta_table).where(meta_table.c.key == COMMON))
         c.execute(insert(meta_table), {"key": COMMON, "value": json.dumps(after)})

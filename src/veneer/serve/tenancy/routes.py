@@ -39,11 +39,11 @@ from veneer.serve.tenancy.store import (
     alias_table,
     check_reference,
     check_route_name,
-    missing,
     move_table,
     route_of,
     shadow_table,
     tenant_row,
+    unknown_name,
 )
 
 __all__ = [
@@ -389,4 +389,4 @@ def _subject(tenant: str, route: str) -> str:
 
 def _lost(c: Connection, tenant: str, route: str) -> UnknownName:
     known = c.scalars(select(alias_table.c.alias).where(alias_table.c.tenant == tenant))
-    return missing(f"route of tenant {tenant}" if tenant else "route", route, known)
+    return unknown_name(f"route of tenant {tenant}" if tenant else "route", route, known)

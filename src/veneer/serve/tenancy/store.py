@@ -83,7 +83,6 @@ __all__ = [
     "limit_table",
     "line_table",
     "meta_table",
-    "missing",
     "move_table",
     "price_table",
     "route_of",
@@ -94,6 +93,7 @@ __all__ = [
     "sum_table",
     "tenant_row",
     "tenant_table",
+    "unknown_name",
 ]
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -454,7 +454,7 @@ class UnknownName(ConfigError):
     """Raised for a tenant, a key, a pattern or a route that is not there; `fix` names the nearest that is."""
 
 
-def missing(what: str, name: str, known: Iterable[str]) -> UnknownName:
+def unknown_name(what: str, name: str, known: Iterable[str]) -> UnknownName:
     near = nearest(name, known)
     fix = f"did you mean {', '.join(near)}?" if near else None
     return UnknownName(f"there is no {what} {name[:100]}", where=what, fix=fix)
@@ -464,7 +464,7 @@ def tenant_row(c: Connection, name: str) -> dict[str, Any]:
     """The row of a tenant. Raises UnknownName."""
     row = c.execute(select(tenant_table).where(tenant_table.c.name == name)).first()
     if row is None:
-        raise missing("tenant", name, c.scalars(select(tenant_table.c.name)))
+        raise unknown_name("tenant", name, c.scalars(select(tenant_table.c.name)))
     return dict(row._mapping)
 
 
