@@ -332,7 +332,7 @@ def set_limit(store: Store, tenant: str, adapter: str, values: Mapping[str, int 
     adapter: of requests that this adapter answers, whatever its version; ALL: of all adapters together."""
     for name, value in values.items():
         if name not in LIMITS:
-            raise missing("limit", name, LIMITS)
+            raise unknown_name("limit", name, LIMITS)
         if value is not None and not 1 <= value <= 10**15:
             raise ConfigError(f"{name} is {value}", where=name, fix="1 or more; to shut a tenant out, disable it")
     scope = _scope(tenant, adapter, EACH)
