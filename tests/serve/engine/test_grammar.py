@@ -208,10 +208,10 @@ def test_a_grammar_is_compiled_once() -> None:
 
 
 def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammars, "KEPT", 3)
+    monkeypatch.setattr(grammars, "CACHED", 3)
     for i in range(9):
         compiled("regex", f"kept{i}")
-    assert len(grammars._kept) <= 3
+    assert len(grammars._cache) <= 3
 
 
 def test_matchers_do_not_know_each_other() -> None:

@@ -217,7 +217,7 @@ def test_idle_time_earns_nothing() -> None:
 
 def test_who_waits_for_an_adapter_is_passed_over() -> None:
     slow = request(4, 2, salt=1)
-    scheduler = Scheduler(Cache(100, 4), rows=1, budget=16, ready=lambda s: s.request is not slow)
+    scheduler = Scheduler(Cache(100, 4), rows=1, budget=16, loaded=lambda s: s.request is not slow)
     scheduler.add(slow)
     scheduler.add(request(4, 2, salt=2))
     done = advance(scheduler) + advance(scheduler)

@@ -7,8 +7,8 @@ up to its end, and the mix; and where the salts are the same, which is how tenan
 there tells what others asked. The digest of a mix is of weights and strengths, so a renamed, reloaded or replaced
 adapter can never find what another left.
 
-A block is free (nothing in it), in use (one holder or more), or kept: nobody holds it, its key is still known. Kept
-blocks are taken again, the longest unused first, when free ones run out. Numbers only: no tensors.
+A block is free (nothing in it), in use (one holder or more), or evictable: nobody holds it, its key is still known.
+Evictable blocks are taken again, the longest unused first, when free ones run out. Numbers only: no tensors.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Cache:
     def __init__(self, blocks: int, block: int) -> None:
         self.size, self.block = blocks, block
         self._free = list(range(blocks - 1, -1, -1))
-        self._kept: OrderedDict[int, None] = OrderedDict()
+        self._evictable: OrderedDict[int, None] = OrderedDict()
         self._holders = [0] * blocks
         self._key: list[bytes | None] = [None] * blocks
         self._known: dict[bytes, int] = {}
@@ -50,7 +50,7 @@ class Cache:
     @property
     def available(self) -> int:
         """Blocks that can be taken now."""
-        return len(self._free) + len(self._kept)
+        return len(self._free) + len(self._evictable)
 
     @property
     def in_use(self) -> int:
@@ -93,33 +93,33 @@ class Cache:
                 self._known[key], self._key[block] = block, key
 
     def close(self, table: BlockTable) -> None:
-        """Give the blocks back; those with a key are kept, and the end of a prompt is taken again before its start."""
+        """Give the blocks back. Those with a key can be found until they are evicted, the end of a prompt first."""
         for block in reversed(table.blocks):
             self._holders[block] -= 1
             if not self._holders[block]:
                 if self._key[block] is None:
                     self._free.append(block)
                 else:
-                    self._kept[block] = None
+                    self._evictable[block] = None
         table.blocks, table.keys = [], []
 
     def forget(self) -> None:
         """No block can be found any more; what is in use stays so."""
         self._known.clear()
         self._key = [None] * self.size
-        self._free += self._kept
-        self._kept.clear()
+        self._free += self._evictable
+        self._evictable.clear()
 
     def _hold(self, block: int) -> None:
         if not self._holders[block]:
-            del self._kept[block]
+            del self._evictable[block]
         self._holders[block] += 1
 
     def _take(self) -> int:
         if self._free:
             block = self._free.pop()
         else:
-            block, _ = self._kept.popitem(last=False)
+            block, _ = self._evictable.popitem(last=False)
             key, self._key[block] = self._key[block], None
             assert key is not None
             del self._known[key]

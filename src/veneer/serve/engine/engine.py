@@ -118,7 +118,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         )
         self.cache = Cache(self.runner.blocks, BLOCK)
         self.scheduler = Scheduler(
-            self.cache, rows=settings.rows, budget=settings.budget, ready=self._ready, shares=self.runner.shares
+            self.cache, rows=settings.rows, budget=settings.budget, loaded=self._loaded, shares=self.runner.shares
         )
         self.context = self.runner.context
         self.vocabulary = int(base.model.get_input_embeddings().weight.shape[0])
@@ -299,9 +299,9 @@ class TextEngine(Engine[Request, EngineEvent]):
             return
         live.sequence = self.scheduler.add(live.request)
         self._live[live.sequence] = live
-        self._ready(live.sequence)
+        self._loaded(live.sequence)
 
-    def _ready(self, sequence: Sequence) -> bool:
+    def _loaded(self, sequence: Sequence) -> bool:
         """Whether its adapters are here; asks for them the first time."""
         live = self._live[sequence]
         if live.lease is not None or live.request.mix == BASE:

@@ -37,13 +37,13 @@ GrammarKind = Literal["json_schema", "json_object", "regex"]
 MAX_TEXT = 256 << 10
 MAX_PARTS = 2000
 """Objects and lists in a JSON schema: half a second to compile, and 40 ms a mask where all are properties of one."""
-KEPT = 256
+CACHED = 256
 ANY_OBJECT = '{"type": "object"}'
 
 _lock = threading.Lock()
 _tokenizers: weakref.WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], LLTokenizer]]
 _tokenizers = weakref.WeakKeyDictionary()
-_kept: OrderedDict[tuple[LLTokenizer, GrammarKind, str], Future[Grammar]] = OrderedDict()
+_cache: OrderedDict[tuple[LLTokenizer, GrammarKind, str], Future[Grammar]] = OrderedDict()
 
 
 class Grammar:
@@ -109,20 +109,20 @@ def compile_grammar(
     own = _tokenizer(tokenizer, vocabulary or len(tokenizer), tuple(sorted(ends)))
     key = (own, kind, "" if kind == "json_object" else text)
     with _lock:
-        known = _kept.get(key)
+        known = _cache.get(key)
         mine = known is None
         future = known if known is not None else Future()
-        _kept[key] = future
-        _kept.move_to_end(key)
-        while len(_kept) > KEPT:
-            _kept.popitem(last=False)
+        _cache[key] = future
+        _cache.move_to_end(key)
+        while len(_cache) > CACHED:
+            _cache.popitem(last=False)
     if mine:
         try:
             future.set_result(_compiled(kind, text, own, vocabulary or len(tokenizer)))
         except BaseException as error:
             future.set_exception(error)
             with _lock:
-                _kept.pop(key, None)
+                _cache.pop(key, None)
     return future.result()
 
 

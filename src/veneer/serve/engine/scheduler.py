@@ -122,7 +122,7 @@ class _Tenant:
 
 
 class Scheduler:
-    """`rows`: sequences at once. `budget`: tokens in a step, at least `rows`. `ready(sequence)`: whether its adapters
+    """`rows`: sequences at once. `budget`: tokens in a step, at least `rows`. `loaded(sequence)`: whether its adapters
     are in memory; it is asked for those next in line, so it may start to read them. `shares`: whether sequences can
     share blocks. `cost`: set by whoever measures steps."""
 
@@ -132,10 +132,10 @@ class Scheduler:
         *,
         rows: int = 32,
         budget: int = 512,
-        ready: Callable[[Sequence], bool] = lambda _: True,
+        loaded: Callable[[Sequence], bool] = lambda _: True,
         shares: bool = True,
     ) -> None:
-        self.cache, self.rows, self.budget, self.ready, self.shares = cache, rows, budget, ready, shares
+        self.cache, self.rows, self.budget, self.loaded, self.shares = cache, rows, budget, loaded, shares
         self.cost = StepCost()
         self._chunks = 0
         self.running: list[Sequence] = []
@@ -289,7 +289,7 @@ class Scheduler:
         """The first that can run of the tenant with the lowest counter that has one."""
         for tenant in sorted((t for t in self._tenants.values() if t.waiting), key=lambda t: (t.counter, t.running)):
             for sequence in itertools.islice(tenant.waiting, LOOK_AHEAD):
-                if self.ready(sequence):
+                if self.loaded(sequence):
                     return sequence
         return None
 

@@ -81,7 +81,7 @@ class LocalCatalog(Catalog):
         self._lock = threading.Lock()
         self._reading = threading.Semaphore(2)  # loads at a time, so that many cannot fill the memory
         self._loaded: dict[str, _Loaded] = {}
-        self._kept: tuple[object, list[ModelCard]] = (None, [])
+        self._library_models: tuple[object, list[ModelCard]] = (None, [])
 
     # -- what names mean ----------------------------------------------------------------------------------------------
 
@@ -177,11 +177,11 @@ class LocalCatalog(Catalog):
         return out
 
     def _library_cards(self) -> list[ModelCard]:
-        kept = self.shelf.listed(self._fingerprint)
-        if self._kept[0] is not kept:
-            cards = [ModelCard(k.name, k.reference, self.base, _seconds(k.added), k.digest) for k in kept]
-            self._kept = (kept, cards)
-        return self._kept[1]
+        versions = self.shelf.listed(self._fingerprint)
+        if self._library_models[0] is not versions:
+            cards = [ModelCard(v.name, v.reference, self.base, _seconds(v.added), v.digest) for v in versions]
+            self._library_models = (versions, cards)
+        return self._library_models[1]
 
     async def fresh(self) -> None:
         """Wait until what names mean now is known; surfaces do so once for each request. While the library's index does
@@ -242,8 +242,8 @@ class LocalCatalog(Catalog):
 
     def _check_library(self, name: str, digest: str, replace: bool) -> None:
         """A name of the library's means what the library has, unless somebody says that it shall not."""
-        kept = self.shelf.look(name, sure=True)
-        if kept is None or kept.digest == digest:
+        known = self.shelf.look(name, sure=True)
+        if known is None or known.digest == digest:
             return
         if not replace:
             raise Refused(
@@ -251,7 +251,7 @@ class LocalCatalog(Catalog):
                 status=400, code="adapter_exists", param="lora_name", where="library",
                 fix="another name, or load it in place of the library's",
             )  # fmt: skip
-        _log.warning("%r now means what was loaded, and no longer the library's %s", name, kept.place.root)
+        _log.warning("%r now means what was loaded, and no longer the library's %s", name, known.place.root)
 
     def _forget(self, digest: str) -> None:
         """A name means this no more: free it, unless another name does, and unpin it, unless another pins it."""

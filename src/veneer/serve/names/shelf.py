@@ -77,10 +77,10 @@ class KnownAdapter:
     place: AdapterPlace
 
 
-def _known(kept: NamedVersion) -> KnownAdapter:
-    reference = kept.digest or f"sha256:{kept.entry}"
-    place = AdapterPlace(kept.reference, reference, entry=kept.entry, format=kept.format)
-    return KnownAdapter(kept.digest, kept.fingerprint, kept.base, place)
+def _known(version: NamedVersion) -> KnownAdapter:
+    reference = version.digest or f"sha256:{version.entry}"
+    place = AdapterPlace(version.reference, reference, entry=version.entry, format=version.format)
+    return KnownAdapter(version.digest, version.fingerprint, version.base, place)
 
 
 class Shelf:
@@ -111,8 +111,8 @@ class Shelf:
             wanted = parse_reference(reference)
         except ConfigError:
             return None
-        kept = (self.names.looked() if sure else self.names.now).find(wanted)
-        return None if kept is None else _known(kept)
+        version = (self.names.looked() if sure else self.names.now).find(wanted)
+        return None if version is None else _known(version)
 
     async def fresh(self) -> None:
         """Wait until what was committed before this call is known, unless the index does not answer."""
@@ -125,7 +125,7 @@ class Shelf:
             return []
         now = self.names.now
         if self._listed[0] is not now:
-            self._listed = (now, [kept for kept in now.latest(fingerprint) if kept.digest])
+            self._listed = (now, [version for version in now.latest(fingerprint) if version.digest])
         return self._listed[1]
 
     def close(self) -> None:
