@@ -24,7 +24,7 @@ from veneer.library.library import open_library
 from veneer.models.text.base import TextBase, load_text
 from veneer.serve.fleet import vllm_plugin
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
