@@ -71,7 +71,7 @@ WATCH_EVERY = 5.0
 
 
 @dataclass
-class Resident:
+class _ReplicaAdapter:
     """An adapter on a replica."""
 
     used: float = 0.0
@@ -91,7 +91,7 @@ class Replica:
     rest_until: float = 0.0
     running: int = 0
     last: float = 0.0
-    resident: dict[str, Resident] = field(default_factory=dict)
+    resident: dict[str, _ReplicaAdapter] = field(default_factory=dict)
     loading: dict[str, asyncio.Task[Refused | None]] = field(default_factory=dict)
     check: asyncio.Task[None] | None = None
 
@@ -208,7 +208,7 @@ class Fleet(Engine[Request, EngineEvent]):
         if not replica.up:
             # Names say what they mean, so that what an earlier front door loaded is as good as loaded by this one.
             new = {n for n in has - set(replica.resident) if n.startswith("veneer-")}
-            replica.resident |= {name: Resident(time.monotonic()) for name in new}
+            replica.resident |= {name: _ReplicaAdapter(time.monotonic()) for name in new}
             log.info("%s is up; it has %d adapters", replica.place, len(replica.resident))
         replica.up, replica.failures, replica.faults, replica.rest_until = True, 0, 0, 0.0
 
@@ -362,7 +362,7 @@ class Fleet(Engine[Request, EngineEvent]):
             return outage("the model", error, retry_after=REST[0])
         finally:
             replica.loading.pop(name, None)
-        replica.resident[name] = Resident(time.monotonic())
+        replica.resident[name] = _ReplicaAdapter(time.monotonic())
         return None
 
     async def _make_room(self, replica: Replica) -> None:
@@ -445,7 +445,7 @@ class Fleet(Engine[Request, EngineEvent]):
         assert server is not None
         name = served_name(request.mix) if request.mix else server.base
         fitted = _fitted(request, server)
-        adapter = replica.resident.get(name) or Resident()
+        adapter = replica.resident.get(name) or _ReplicaAdapter()
         for counted in (replica, adapter):
             counted.running += 1
         replica.last = adapter.used = time.monotonic()
