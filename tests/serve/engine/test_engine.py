@@ -34,7 +34,7 @@ class Shelf:
     def __init__(self, *adapters: Adapter) -> None:
         self.by_digest = {a.digest(): a for a in adapters}
         self.reads: list[str] = []
-        self.gate: threading.EngineEvent | None = None
+        self.gate: threading.Event | None = None
 
     def __call__(self, digest: str, problems: Problems) -> Adapter:
         self.reads.append(digest)
@@ -215,7 +215,7 @@ def test_an_adapter_that_cannot_be_read_fails_its_own_request_alone() -> None:
 def test_reading_an_adapter_never_stops_the_others() -> None:
     model = fresh()
     shelf = Shelf(trained(model, 1))
-    shelf.gate = threading.EngineEvent()
+    shelf.gate = threading.Event()
     slow = next(iter(shelf.by_digest))
 
     async def both(engine: TextEngine) -> None:
@@ -421,7 +421,7 @@ def test_an_engine_says_when_it_serves_nobody() -> None:
     model = fresh()
     with engine_of(model, Shelf(), stuck_seconds=0.2) as engine:
         own: Callable[..., Any] = engine.runner.run
-        gate = threading.EngineEvent()
+        gate = threading.Event()
         assert engine.problem() == ""
 
         def fails(rows: Any) -> Any:
@@ -484,7 +484,7 @@ def test_a_grammar_that_breaks_ends_its_own_row_and_the_others_take_their_tokens
 def test_masks_are_made_while_the_model_computes() -> None:
     with engine_of(fresh(), Shelf()) as engine:
         own: Callable[..., Any] = engine.runner.run
-        computing, masked = threading.EngineEvent(), threading.EngineEvent()
+        computing, masked = threading.Event(), threading.Event()
         beside: list[bool] = []
 
         def run_slowly(rows: Any) -> Any:

@@ -255,7 +255,7 @@ def test_without_it_the_answers_are_within_rounding_of_it() -> None:
 
 
 def test_what_cannot_be_batch_invariant_is_refused() -> None:
-    with pytest.raises(ConfigError, match="for bases of Llama's kind; this one runs packed"):
+    with pytest.raises(ConfigError, match="a base of the Llama architecture; this one runs packed"):
         Runner(base_of(FAMILIES["gemma3"]()), cache_bytes=1 << 20, batch_invariant=True)
     model = FAMILIES["llama3"]()
     runner = Runner(base_of(model), cache_bytes=1 << 20, batch_invariant=True)

@@ -144,7 +144,7 @@ def test_only_the_admin_key_opens_anything(call: Call, tenants: Tenants) -> None
         ("GET", "/usage", None, {"format": "xml"}, "json or csv"),
         ("GET", "/usage", None, {"tennant": "acme"}, "did you mean tenant?"),
         ("GET", "/audit", None, {"limit": 0}, "limit: "),
-        ("POST", "/tenants/acme/keys", {"expires": "soon"}, {}, "no time"),
+        ("POST", "/tenants/acme/keys", {"expires": "soon"}, {}, "not a time"),
         ("POST", "/tenants", {"name": "acme"}, {}, "already"),
         ("POST", "/tenants", b'{"name": "b", "weight": Infinity}', {}, "Infinity is no number"),
     ],
