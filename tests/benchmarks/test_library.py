@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_a_small_run_reports_rows_and_bars() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "library.py"), "--quick", "--adapters", "500", "--json"]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}

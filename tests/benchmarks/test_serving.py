@@ -36,6 +36,7 @@ def test_it_says_what_it_measures(name: str, says: str) -> None:
     assert says in run(name, "--help").stdout
 
 
+@pytest.mark.slow
 def test_load_over_http_from_a_second_process_makes_no_errors() -> None:
     result = report_of(run("serving_load.py", "--quick", "--rates", "20,60", "--requests", "10", "--json"))
     assert [b for b in result["bars"] if not b["ok"]] == []

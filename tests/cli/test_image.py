@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,19 @@ def base(place: Path) -> ImageBase:
     return load_image(str(place))
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, base: ImageBase) -> Path:
+    folder = tmp_path_factory.mktemp("written")
+    for seed, name in enumerate(("brand", "look"), 1):
+        write(random_adapter(base.model, seed), folder / f"{name}.safetensors", to="kohya", family="sdxl")
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path, base: ImageBase, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, written: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    write(random_adapter(base.model, 1), "brand.safetensors", to="kohya", family="sdxl")
-    write(random_adapter(base.model, 2), "look.safetensors", to="kohya", family="sdxl")
+    for file in written.iterdir():
+        shutil.copy(file, tmp_path)
     return tmp_path
 
 

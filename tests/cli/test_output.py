@@ -44,21 +44,32 @@ def hostile(tmp_path: Path) -> list[Path]:
     return [good, bad, folder]
 
 
-def test_a_hostile_file_through_the_real_command_line(hostile, tmp_path):
-    home = os.environ | {"VENEER_HOME": str(tmp_path / "home"), "NO_COLOR": "1"}
+def checked(command: list[str], code: int, out: str, err: str) -> None:
+    said = out + err
+    assert code in (0, 2), said
+    assert ACTING.search(said) is None, (command, ACTING.search(said), said)
+    assert not re.search(r"^ok +contents +all is well", said, re.M), said
+    if "--json" in command and out:
+        assert json.loads(out)["card"]["trigger_words"][0].startswith("\x1b]0;owned")
+
+
+def test_a_hostile_file_through_every_command_that_reads_it(hostile, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     for path in hostile:
         for command in (
             ["adapter", "inspect"], ["adapter", "inspect", "--json"], ["adapter", "verify"],
             ["adapter", "convert", "--to", "comfyui", "-o", str(tmp_path / "out.safetensors")], ["library", "add"],
         ):  # fmt: skip
-            asked = [sys.executable, "-m", "veneer.cli.main", *command, str(path)]
-            ran = subprocess.run(asked, capture_output=True, text=True, env=home)
-            said = ran.stdout + ran.stderr
-            assert ran.returncode in (0, 2), said
-            assert ACTING.search(said) is None, (command, path, ACTING.search(said), said)
-            assert not re.search(r"^ok +contents +all is well", said, re.M), said
-            if "--json" in command and ran.stdout:
-                assert json.loads(ran.stdout)["card"]["trigger_words"][0].startswith("\x1b]0;owned")
+            ran = run(capsys, *command, str(path))
+            checked([*command, str(path)], ran.code, ran.out, ran.err)
+
+
+def test_a_hostile_file_through_a_process_of_its_own(hostile, tmp_path):
+    env = os.environ | {"VENEER_HOME": str(tmp_path / "home"), "NO_COLOR": "1"}
+    for path in hostile:
+        command = [sys.executable, "-m", "veneer.cli.main", "adapter", "inspect", str(path)]
+        ran = subprocess.run(command, capture_output=True, text=True, env=env)
+        checked(command, ran.returncode, ran.stdout, ran.stderr)
 
 
 def test_what_it_says_can_be_read(hostile, capsys):
