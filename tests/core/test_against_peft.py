@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.core.peft_twin import gradients, twin
 from tests.families import FAMILIES
-from veneer.core import Adapter, LoraSpec, Pair, attach, create, merged_state, resolve
+from veneer.core import Adapter, LoraSpec, Pair, attach, create, merged_state, resolve_targets
 from veneer.ops import linear
 
 RTOL = 1e-5
@@ -76,7 +76,7 @@ def test_every_family_forward_and_gradients(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_linear_reaches_what_peft_reaches(family: str) -> None:
     model = FAMILIES[family]()
-    ours = resolve(model, LoraSpec())
+    ours = resolve_targets(model, LoraSpec())
     config = peft.LoraConfig(target_modules="all-linear")
     theirs = peft.tuners.tuners_utils._maybe_include_all_linear_layers(config, copy.deepcopy(model)).target_modules
     # a pair on Llama 4's router breaks PEFT: it returns two tensors

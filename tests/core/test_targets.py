@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from tests.families import FAMILIES
-from veneer.core import LoraSpec, attach, create, resolve
-from veneer.core.targets import full_modules, kind_of, matches, matches_per_pattern
+from veneer.core import LoraSpec, attach, create, resolve_targets
+from veneer.core.targets import full_modules, kind_of, matches_per_pattern, target_matches
 from veneer.errors import TargetError
 
 
 def names(spec: LoraSpec, family: str = "llama3") -> list[str]:
-    return [t.name for t in resolve(FAMILIES[family](), spec)]
+    return [t.name for t in resolve_targets(FAMILIES[family](), spec)]
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def names(spec: LoraSpec, family: str = "llama3") -> list[str]:
     ],
 )
 def test_patterns(pattern: str, name: str, hit: bool) -> None:
-    assert matches(pattern, name) is hit
+    assert target_matches(pattern, name) is hit
 
 
 def test_a_string_is_one_pattern_and_order_is_the_models() -> None:
@@ -57,12 +57,12 @@ def test_layers_and_excludes() -> None:
 
 
 def test_experts_are_named_by_parameter_and_excluded_by_module() -> None:
-    found = resolve(FAMILIES["mixtral"](), LoraSpec(targets=("experts.down_proj",)))
+    found = resolve_targets(FAMILIES["mixtral"](), LoraSpec(targets=("experts.down_proj",)))
     assert [(t.name, t.kind, t.module_name, t.parameter) for t in found] == [
         (f"model.layers.{i}.mlp.experts.down_proj", "experts", f"model.layers.{i}.mlp.experts", "down_proj")
         for i in (0, 1)
     ]
-    assert all(t.kind == "linear" for t in resolve(FAMILIES["mixtral"](), LoraSpec(exclude=("experts",))))
+    assert all(t.kind == "linear" for t in resolve_targets(FAMILIES["mixtral"](), LoraSpec(exclude=("experts",))))
 
 
 def test_matches_per_pattern_counts_what_is_left() -> None:
@@ -115,11 +115,13 @@ def test_kinds() -> None:
 def test_an_attached_model_resolves_as_the_base() -> None:
     model = FAMILIES["mixtral"]()
     spec = LoraSpec(rank=2, targets=("all-linear", "embed_tokens", "lm_head"))
-    before = resolve(model, spec)
+    before = resolve_targets(model, spec)
     with attach(model) as attachment:
         attachment.add("a", create(model, spec, seed=0))
-        assert resolve(model, spec) == before
-        assert resolve(model, LoraSpec()) == [t for t in before if t.name not in ("model.embed_tokens", "lm_head")]
+        assert resolve_targets(model, spec) == before
+        assert resolve_targets(model, LoraSpec()) == [
+            t for t in before if t.name not in ("model.embed_tokens", "lm_head")
+        ]
 
 
 def test_full_modules_are_the_outermost() -> None:
@@ -131,4 +133,4 @@ def test_full_modules_are_the_outermost() -> None:
         "model.layers.1.mlp.gate_proj",
         "model.norm",
     ]
-    assert all(t.name.startswith("model.layers.1") and "gate" not in t.name for t in resolve(model, spec))
+    assert all(t.name.startswith("model.layers.1") and "gate" not in t.name for t in resolve_targets(model, spec))

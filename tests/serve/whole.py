@@ -52,7 +52,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"dora": True},
     "rows": {"targets": ("q_proj", "up_proj"), "token_rows": {"model.embed_tokens": (40, 41, 42)}},
 }
-"""Adapters of a shop. `rows` has no thin form, so the server's second way through the base has work too."""
+"""Adapters of a shop. `rows` has no low-rank form, so the server's second way through the base has work too."""
 
 Mix = Sequence[tuple[str, float]]
 
@@ -274,9 +274,9 @@ def held(engine: TextEngine, digest: str) -> list[weakref.ref[Any]]:
     thing = lease.parts[0][0]
     lease.release()
     things: list[Any] = [thing, thing.adapter, *(tensor for _, tensor in thing.adapter.tensors())]
-    if thing.thin is not None:
-        things += [thing.thin, thing.thin.records]
-        for A, parts in thing.thin.groups.values():
+    if thing.packed is not None:
+        things += [thing.packed, thing.packed.records]
+        for A, parts in thing.packed.groups.values():
             things += [A, *(part.B for part in parts)]
     return [weakref.ref(each) for each in things]
 

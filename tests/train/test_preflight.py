@@ -9,7 +9,7 @@ import torch
 from tests.families import FAMILIES, MOE_FAMILIES
 from veneer.core.attach import attach
 from veneer.core.init import create
-from veneer.core.targets import resolve
+from veneer.core.targets import resolve_targets
 from veneer.train.config.load import config_from
 from veneer.train.preflight import (
     Finding,
@@ -67,7 +67,7 @@ def test_trainable_parameters_are_those_that_core_creates(family: str, extra: li
         values, [*extra, "adapter.rank_pattern={embed_tokens: 3}"] if "embed" in str(extra) else extra
     )
     spec = config.adapter.spec()
-    pairs, whole = trainable_parameters(model, resolve(model, spec), spec)
+    pairs, whole = trainable_parameters(model, resolve_targets(model, spec), spec)
     adapter = create(model, spec, seed=0)
     assert pairs + whole == sum(t.numel() for _, t in adapter.tensors())
     attachment = attach(model)

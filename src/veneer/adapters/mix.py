@@ -26,7 +26,7 @@ from torch import Tensor
 from veneer.adapters import use as using
 from veneer.core.adapter import Adapter, Card
 from veneer.core.forms import BASED, product_of
-from veneer.core.mix import Mixed, Part, Weights, mix, strengthened
+from veneer.core.mix import Mixed, MixedModule, Weights, mix, strengthened
 from veneer.core.rounding import DTYPES
 from veneer.core.truncate import Bound, distance, factors, inner, like, low_rank, rebuilt
 from veneer.errors import AdapterError, BaseError, ConfigError
@@ -44,7 +44,8 @@ EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "token_embedding"
 @dataclass
 class MixReport:
     """What a mix wrote. `error`: over all modules; `worst`: the modules furthest off. `parts`: each module's rank,
-    norm, error and cut, see core.mix.Part. `left`: what of the inputs has no place in the result, with the reason."""
+    norm, error and cut, see core.mix.MixedModule. `left`: what of the inputs has no place in the result, with the
+    reason."""
 
     path: str = ""
     layout: str = ""
@@ -180,7 +181,7 @@ def extract(
         pair = rebuilt(like(tuple(delta.shape), embedding), A, B, kept_dtype)
         mixed.adapter.pairs[prefix + module] = pair
         off = distance(factors(pair), (A, B))
-        mixed.parts[prefix + module] = Part(cut.rank, cut.norm, (cut.error**2 + off**2) ** 0.5, cut.error)
+        mixed.parts[prefix + module] = MixedModule(cut.rank, cut.norm, (cut.error**2 + off**2) ** 0.5, cut.error)
     if not mixed.adapter.pairs:
         raise BaseError("no target differs between the two models", where=f"{base}, {tuned}", fix="check the targets")
     recipe = {"made": "extract", "base": Path(base).name, "tuned": Path(tuned).name}

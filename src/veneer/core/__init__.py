@@ -11,26 +11,28 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veneer.core.adapter import Adapter, Card, LoraSpec, Mix, Pair, TokenRows, scale_of
+    from veneer.core.adapter import Adapter, Card, LoraSpec, NamedMix, Pair, TokenRows, scale_of
     from veneer.core.attach import Attachment, attach
     from veneer.core.init import create
     from veneer.core.merge import delta, merged_state
-    from veneer.core.targets import Target, resolve
+    from veneer.core.targets import Target, resolve_targets
 
 __all__ = [
     "Adapter",
     "Attachment",
     "Card",
     "LoraSpec",
-    "Mix",
+    "NamedMix",
     "Pair",
     "Target",
     "TokenRows",
     "attach",
     "create",
     "delta",
+    "merged_state",
+    "resolve_targets",
+    "scale_of",
 ]
-__all__ += ["merged_state", "resolve", "scale_of"]
 
 
 class _Core(ModuleType):
@@ -46,8 +48,10 @@ class _Core(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Core
-_HOMES = {"Attachment": "attach", "create": "init", "delta": "merge", "merged_state": "merge", "Target": "targets"}
-_HOMES |= {"resolve": "targets"}
+_HOMES = {
+    "Attachment": "attach", "Target": "targets", "create": "init", "delta": "merge", "merged_state": "merge",
+    "resolve_targets": "targets",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "Card",
-    "Kind",
     "LoraSpec",
-    "Mix",
+    "NamedMix",
     "Pair",
+    "PairKind",
     "TokenRows",
     "all_finite",
     "scale_of",
     "with_token_ids",
 ]
 
-Kind = Literal["linear", "embedding", "conv", "experts"]
-Mix = tuple[tuple[str, float], ...]
+PairKind = Literal["linear", "embedding", "conv", "experts"]
+NamedMix = tuple[tuple[str, float], ...]
 """(adapter name, strength) applied together."""
 _TABLES = ("pairs", "modules", "token_rows", "deltas", "new_tokens")
 
@@ -84,7 +84,7 @@ class Pair:
     A: Tensor
     B: Tensor
     scale: float
-    kind: Kind = "linear"
+    kind: PairKind = "linear"
     magnitude: Tensor | None = None
     origin: tuple[Tensor, Tensor] | None = None
 

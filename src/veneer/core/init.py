@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Card, LoraSpec, Pair, TokenRows, scale_of
 from veneer.core.merge import adapted_norm, to_matrix, weight_of
-from veneer.core.targets import Target, base_modules, full_modules, matches, resolve, token_embeddings
+from veneer.core.targets import Target, base_modules, full_modules, resolve_targets, target_matches, token_embeddings
 from veneer.errors import ConfigError, TargetError
 from veneer.ops.quantised import Quantised, dequantised
 
@@ -48,7 +48,7 @@ def create(
     Full copies and token rows start as the base's own values in `dtype`. Raises ConfigError for impossible numbers
     and TargetError for patterns without a match or modules that the chosen initialisation cannot do."""
     _check(spec)
-    targets = resolve(model, spec) if spec.targets else []
+    targets = resolve_targets(model, spec) if spec.targets else []
     modules = dict(base_modules(model))
     generator = torch.Generator().manual_seed(seed)
     card = Card(rank=spec.rank, alpha=spec.alpha)
@@ -85,7 +85,7 @@ def _check(spec: LoraSpec) -> None:
 
 
 def _first(patterns: Mapping[str, T], name: str, default: T) -> T:
-    return next((value for pattern, value in patterns.items() if matches(pattern, name)), default)
+    return next((value for pattern, value in patterns.items() if target_matches(pattern, name)), default)
 
 
 def rank_and_alpha(spec: LoraSpec, name: str) -> tuple[int, float]:

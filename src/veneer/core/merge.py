@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.core.adapter import Adapter, Kind, Pair, TokenRows
+from veneer.core.adapter import Adapter, Pair, PairKind, TokenRows
 from veneer.core.forms import Delta, change_of, delta_of, product_of
 from veneer.core.targets import base_modules
 from veneer.errors import AdapterError
@@ -63,21 +63,21 @@ def weight_of(module: nn.Module, parameter: str | None = None) -> Tensor:
         return (columns if bias is None else columns - bias.float()).t()
 
 
-def _flipped(module: nn.Module, kind: Kind) -> bool:
+def _flipped(module: nn.Module, kind: PairKind) -> bool:
     """Whether the stored weight is the transpose of the (out, in) matrix."""
     if kind == "experts":
         return bool(getattr(module, "is_transposed", False))
     return kind == "embedding" or type(module).__name__ == "Conv1D"
 
 
-def to_matrix(module: nn.Module, kind: Kind, weight: Tensor) -> Tensor:
+def to_matrix(module: nn.Module, kind: PairKind, weight: Tensor) -> Tensor:
     """A stored weight of `module` as (out, in) or (experts, out, in)."""
     if kind == "conv":
         return weight.flatten(1)
     return weight.transpose(-1, -2) if _flipped(module, kind) else weight
 
 
-def from_matrix(module: nn.Module, kind: Kind, matrix: Tensor, shape: torch.Size) -> Tensor:
+def from_matrix(module: nn.Module, kind: PairKind, matrix: Tensor, shape: torch.Size) -> Tensor:
     """The inverse of `to_matrix`."""
     return (matrix.transpose(-1, -2) if _flipped(module, kind) else matrix).reshape(shape)
 

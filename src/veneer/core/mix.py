@@ -45,7 +45,7 @@ from veneer.core.truncate import (
 )
 from veneer.errors import AdapterError
 
-__all__ = ["METHODS", "Mixed", "Part", "Weights", "mix", "mix_pairs", "strengthened"]
+__all__ = ["METHODS", "Mixed", "MixedModule", "Weights", "mix", "mix_pairs", "strengthened"]
 
 METHODS = ("sum", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties", "orthogonal")
 _ENTRYWISE = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
@@ -55,7 +55,7 @@ Weights = Callable[[str], Tensor | None]
 
 
 @dataclass(frozen=True)
-class Part:
+class MixedModule:
     """One module of a result: its rank (0: not a pair), ‖Σ strength·ΔW‖, and ‖result − Σ strength·ΔW‖ after rounding.
     `cut`: the part of it that the bound and the rounding made, ‖result − the method's own answer‖. What has no norm
     without the base (gains, DoRA taken over) counts 0, or its ‖s·B·A‖."""
@@ -71,7 +71,7 @@ class Mixed:
     """A mix as one adapter, and how far each module is from the true sum."""
 
     adapter: Adapter
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, MixedModule] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -98,7 +98,7 @@ def mix_pairs(
     seed: int = 0,
     name: str = "",
     dtype: torch.dtype = torch.float32,
-) -> tuple[Pair, Part]:
+) -> tuple[Pair, MixedModule]:
     """The pairs of one module as one, of scale 1. See the module's table; `density`, `seed` and `name` (which makes
     each module's drops its own) are for the methods that trim. Raises AdapterError for unlike shapes, a magnitude, and
     a method that trims without a bound."""
@@ -119,7 +119,7 @@ def mix_pairs(
         lead = truth[0].shape[:-2]
         out = rebuilt(model, A.reshape(*lead, *A.shape[1:]), B.reshape(*lead, *B.shape[1:]), dtype)
         cut = math.sqrt(sum(f[2].error ** 2 for f in found))
-        return out, Part(out.rank, distance(truth), distance(factors(out), truth), cut)
+        return out, MixedModule(out.rank, distance(truth), distance(factors(out), truth), cut)
     if bound is not None:
         out, report = truncated(*own, model, bound, dtype)
         norm, cut = report.norm, math.hypot(report.error, report.rounding)
@@ -127,8 +127,8 @@ def mix_pairs(
         out = rebuilt(model, *own, dtype)
         norm, cut = distance(own), rounding(own, out)
     if own is truth:
-        return out, Part(out.rank, norm, cut, cut)
-    return out, Part(out.rank, distance(truth), distance(factors(out), truth), cut)
+        return out, MixedModule(out.rank, norm, cut, cut)
+    return out, MixedModule(out.rank, distance(truth), distance(factors(out), truth), cut)
 
 
 def _needed(bound: Bound | None, name: str) -> Bound:
@@ -299,7 +299,7 @@ class _Mix:
                 truth = factors(replace(exact, magnitude=None))
                 off = 0.0 if out.A is exact.A and out.B is exact.B else distance(factors(out), truth)
                 self.out.adapter.pairs[name] = out
-                self.out.parts[name] = Part(out.rank, distance(truth), off, off)
+                self.out.parts[name] = MixedModule(out.rank, distance(truth), off, off)
                 return
         if beside or any(p.magnitude is not None for p, _ in pairs):
             self._dense_pair(name, pairs, beside)
@@ -339,7 +339,7 @@ class _Mix:
         out = rebuilt(model, A, B, self.dtype)
         off = torch.linalg.vector_norm(_dense_of(out) - truth)
         self.out.adapter.pairs[name] = out
-        self.out.parts[name] = Part(out.rank, float(torch.linalg.vector_norm(truth)), float(off), cut.error)
+        self.out.parts[name] = MixedModule(out.rank, float(torch.linalg.vector_norm(truth)), float(off), cut.error)
 
     def _change(self, name: str, pair: Pair) -> Tensor:
         """ΔW of a pair as a dense matrix (out, n), float64."""
@@ -375,13 +375,13 @@ class _Mix:
             out = replace(first, scale=first.scale * strength)
             based = out.form in BASED or out.magnitude is not None
             norm = 0.0 if based else float(product_of(out).double().norm())
-            self.out.adapter.deltas[name], self.out.parts[name] = out, Part(0, norm, 0.0)
+            self.out.adapter.deltas[name], self.out.parts[name] = out, MixedModule(0, norm, 0.0)
             return
         axes = {d.parts["value"].ndim for d, _ in deltas if d.form == "gain"}
         if all(d.form == "gain" for d, _ in deltas) and len(axes) == 1 and self.method not in _ENTRYWISE:
             value = torch.stack([d.parts["value"].double() * (d.scale * s) for d, s in deltas]).sum(0)
             self.out.adapter.deltas[name] = Delta("gain", {"value": value.to(self.dtype)}, first.shape)
-            self.out.parts[name] = Part(0, 0.0, 0.0)
+            self.out.parts[name] = MixedModule(0, 0.0, 0.0)
             return
         if all(d.form == "replacement" for d, _ in deltas) and self.method not in _ENTRYWISE:
             self._replacements(name, [(d, d.scale * s) for d, s in deltas])
@@ -394,7 +394,7 @@ class _Mix:
         )  # fmt: skip
         value = answer.to(self.dtype)
         self.out.adapter.deltas[name] = Delta("dense", {"value": value}, tuple(value.shape))
-        self.out.parts[name] = Part(0, float(truth.norm()), float((value.double() - truth).norm()))
+        self.out.parts[name] = MixedModule(0, float(truth.norm()), float((value.double() - truth).norm()))
 
     def _replacements(self, name: str, given: list[tuple[Delta, float]]) -> None:
         """Σ sᵢ·(vᵢ − W) = s·(Σ sᵢ·vᵢ/s − W) with s = Σ sᵢ; where the sᵢ add up to nothing, Σ sᵢ·vᵢ."""
@@ -406,7 +406,7 @@ class _Mix:
         out.parts["value"] = exact.to(self.dtype)
         self.out.adapter.deltas[name] = out
         off = float((out.parts["value"].double() - exact).norm()) * abs(out.scale)
-        self.out.parts[name] = Part(0, 0.0, off)
+        self.out.parts[name] = MixedModule(0, 0.0, off)
 
     def _modules(self, name: str, copies: list[tuple[Mapping[str, Tensor], float]]) -> None:
         if len(copies) == 1 and copies[0][1] == 1:

@@ -19,7 +19,7 @@ from torch import Tensor
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError
 
-__all__ = ["MAX_REPEATS", "Acting", "RowMixes", "Segment", "Selection", "Share", "run_apart"]
+__all__ = ["MAX_REPEATS", "Acting", "AdapterRows", "RowMixes", "Segment", "Selection", "run_apart"]
 
 Acting = tuple[tuple[Adapter, float], ...]
 """(adapter, strength) in order; the adapters are the attachment's own."""
@@ -35,7 +35,7 @@ class Segment(NamedTuple):
     rows: tuple[int, ...]
 
 
-class Share(NamedTuple):
+class AdapterRows(NamedTuple):
     """The rows that one adapter acts on, and how strongly on each."""
 
     adapter: Adapter
@@ -55,14 +55,14 @@ class RowMixes:
     _segments: dict[frozenset[int], list[Segment]] = field(default_factory=dict, repr=False)
 
     @cached_property
-    def shares(self) -> tuple[Share, ...]:
+    def shares(self) -> tuple[AdapterRows, ...]:
         """Every adapter with its rows, each adapter once: its products are taken once for all of them."""
         found: dict[int, tuple[Adapter, dict[int, float]]] = {}
         for row, mix in enumerate(self.mixes):
             for adapter, strength in mix:
                 own = found.setdefault(id(adapter), (adapter, {}))[1]
                 own[row] = own.get(row, 0.0) + strength
-        return tuple(Share(adapter, tuple(own), tuple(own.values())) for adapter, own in found.values())
+        return tuple(AdapterRows(adapter, tuple(own), tuple(own.values())) for adapter, own in found.values())
 
     def segments(self, acts: Callable[[Adapter], bool]) -> list[Segment]:
         """Rows whose mixes are equal once adapters that do not act are left out, in the order of their first row."""
@@ -110,7 +110,7 @@ class RowMixes:
             self._indices[key] = torch.tensor(places, device=device)
         return self._indices[key]
 
-    def strengths(self, share: Share, change: Tensor) -> float | Tensor:
+    def strengths(self, share: AdapterRows, change: Tensor) -> float | Tensor:
         """What multiplies the change of this share's rows: a number where it is the same for all."""
         if len(set(share.strengths)) == 1:
             return share.strengths[0]

@@ -21,11 +21,19 @@ from typing import Any
 
 from torch import nn
 
-from veneer.core.adapter import Kind, LoraSpec
+from veneer.core.adapter import LoraSpec, PairKind
 from veneer.errors import TargetError, nearest
 
-__all__ = ["Target", "base_modules", "expert_parameters", "full_modules", "kind_of", "matches", "matches_per_pattern"]
-__all__ += ["resolve", "token_embeddings"]
+__all__ = [
+    "Target",
+    "base_modules",
+    "expert_parameters",
+    "full_modules",
+    "kind_of",
+    "matches_per_pattern",
+    "target_matches",
+]
+__all__ += ["resolve_targets", "token_embeddings"]
 
 ALL_LINEAR = "all-linear"
 
@@ -35,7 +43,7 @@ class Target:
     """One place for a pair: `name` is its key in `Adapter.pairs`, `parameter` is set for fused experts only."""
 
     name: str
-    kind: Kind
+    kind: PairKind
     module_name: str
     parameter: str | None = None
 
@@ -75,7 +83,7 @@ def _is_linear(module: nn.Module) -> bool:
     return "Linear" in cls.__name__ and hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
-def kind_of(module: nn.Module) -> Kind | None:
+def kind_of(module: nn.Module) -> PairKind | None:
     """The kind of pair that `module` itself can carry, or None. Fused experts are seen by `expert_parameters`."""
     if isinstance(module, nn.Embedding):
         return "embedding"
@@ -112,7 +120,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[Target, bool]]:
             yield Target(f"{name}.{parameter}", "experts", name, parameter), fused
 
 
-def matches(pattern: str, name: str) -> bool:
+def target_matches(pattern: str, name: str) -> bool:
     """Whether a pattern of the table above (`all-linear` apart) selects `name`."""
     if pattern.startswith("re:"):
         try:
@@ -130,7 +138,7 @@ def _block(name: str) -> int | None:
 
 
 def _unmatched(what: str, pattern: str, names: Sequence[str], model: nn.Module) -> TargetError:
-    other = [(n, type(m).__name__) for n, m in base_modules(model) if n and matches(pattern, n)]
+    other = [(n, type(m).__name__) for n, m in base_modules(model) if n and target_matches(pattern, n)]
     if other and what == "target":
         shown = ", ".join(f"{n} ({cls})" for n, cls in other[:3])
         return TargetError(
@@ -158,7 +166,7 @@ def matches_per_pattern(model: nn.Module, spec: LoraSpec) -> dict[str, list[str]
     found = list(_candidates(model))
     names = [t.name for t, _ in found]
     for pattern in spec.exclude:
-        if not any(matches(pattern, n) for n in [*names, *(n for n, _ in base_modules(model))]):
+        if not any(target_matches(pattern, n) for n in [*names, *(n for n, _ in base_modules(model))]):
             raise _unmatched("exclude", pattern, names, model)
     blocks = {_block(n) for n in names}
     if missing := sorted(set(spec.layers or ()) - blocks):
@@ -172,12 +180,12 @@ def matches_per_pattern(model: nn.Module, spec: LoraSpec) -> dict[str, list[str]
         n
         for n in names
         if not _inside(n, whole)
-        and not any(matches(p, n) or matches(p, n.rsplit(".", 1)[0]) for p in spec.exclude)
+        and not any(target_matches(p, n) or target_matches(p, n.rsplit(".", 1)[0]) for p in spec.exclude)
         and (spec.layers is None or _block(n) in spec.layers)
     }
     out: dict[str, list[str]] = {}
     for pattern in _patterns(spec):
-        hits = [t.name for t, linear in found if (linear if pattern == ALL_LINEAR else matches(pattern, t.name))]
+        hits = [t.name for t, linear in found if (linear if pattern == ALL_LINEAR else target_matches(pattern, t.name))]
         if not hits:
             raise _unmatched("target", pattern, names, model)
         out[pattern] = [n for n in hits if n in kept]
@@ -190,12 +198,12 @@ def matches_per_pattern(model: nn.Module, spec: LoraSpec) -> dict[str, list[str]
     chosen = {n for hits in out.values() for n in hits}
     for what, keys in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
         for pattern in keys:
-            if not any(matches(pattern, n) for n in chosen):
+            if not any(target_matches(pattern, n) for n in chosen):
                 raise _unmatched(what, pattern, sorted(chosen), model)
     return out
 
 
-def resolve(model: nn.Module, spec: LoraSpec) -> list[Target]:
+def resolve_targets(model: nn.Module, spec: LoraSpec) -> list[Target]:
     """The targets of a spec in the model's order. Raises TargetError as `matches_per_pattern` does."""
     chosen = {n for hits in matches_per_pattern(model, spec).values() for n in hits}
     return [t for t, _ in _candidates(model) if t.name in chosen]
@@ -205,11 +213,11 @@ def full_modules(model: nn.Module, spec: LoraSpec) -> list[str]:
     """The modules that `modules_to_save` names, outermost only. Raises TargetError for a pattern without a match."""
     names = [n for n, m in base_modules(model) if n and any(True for _ in m.parameters())]
     for pattern in spec.modules_to_save:
-        if not any(matches(pattern, n) for n in names):
+        if not any(target_matches(pattern, n) for n in names):
             raise _unmatched("modules_to_save", pattern, names, model)
     hits: list[str] = []
     for name in names:  # a module comes before what is inside it
-        if any(matches(p, name) for p in spec.modules_to_save) and not _inside(name, hits):
+        if any(target_matches(p, name) for p in spec.modules_to_save) and not _inside(name, hits):
             hits.append(name)
     return hits
 
@@ -219,7 +227,7 @@ def token_embeddings(model: nn.Module, spec: LoraSpec) -> dict[str, tuple[int, .
     found = {n: m for n, m in base_modules(model) if isinstance(m, nn.Embedding)}
     out: dict[str, tuple[int, ...]] = {}
     for pattern, ids in spec.token_rows.items():
-        hits = [n for n in found if matches(pattern, n)]
+        hits = [n for n in found if target_matches(pattern, n)]
         if not hits:
             raise _unmatched("token_rows", pattern, list(found), model)
         for name in hits:

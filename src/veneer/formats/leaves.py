@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from veneer.core.adapter import Kind, Pair, alpha_of, scale_of
+from veneer.core.adapter import Pair, PairKind, alpha_of, scale_of
 from veneer.core.forms import Delta, part_problems
 from veneer.errors import AdapterError
 from veneer.formats.keys import REFUSED, ROLES
@@ -349,7 +349,7 @@ def fitted(leaf: Leaf, shape: tuple[int, ...], *, where: str = "") -> Leaf:
     pair, deltas = leaf.pair, dict(leaf.deltas)
     if pair is not None and pair.kind != "embedding":
         have = (pair.B.shape[0], *pair.A.shape[1:])
-        kind: Kind = "linear" if len(shape) == 2 else "conv"
+        kind: PairKind = "linear" if len(shape) == 2 else "conv"
         flat = len(have) == 2 and have == (shape[0], math.prod(shape[1:]))
         if not flat and _squeezed(have) != _squeezed(shape):
             raise AdapterError(f"the pair is for a weight {have}, the base's is {shape}", where=where or None)

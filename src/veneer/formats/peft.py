@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Adapter, Card, Kind, Pair, TokenRows, alpha_of, scale_of
+from veneer.core.adapter import Adapter, Card, Pair, PairKind, TokenRows, alpha_of, scale_of
 from veneer.core.forms import Delta
 from veneer.errors import AdapterError, UnsafeFileError, nearest
 from veneer.files.atomic import put_folder
@@ -317,7 +317,7 @@ class _Reader:
             self.problems.append(f"{name}: {' and '.join(missing)} missing, only {shapes}")
             return
         A, B, magnitude = parts[a], parts[b], parts.get("magnitude")
-        kind: Kind = "embedding" if rows else "linear" if A.ndim == 2 else "conv"
+        kind: PairKind = "embedding" if rows else "linear" if A.ndim == 2 else "conv"
         rank, source = cfg.rank_of_module(self.config, name)
         groups = B.shape[1] and A.shape[0] // B.shape[1] if kind == "conv" and B.ndim > 1 else 1
         sound = (

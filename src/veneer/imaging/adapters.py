@@ -29,7 +29,7 @@ from veneer.models.image.base import load_control
 from veneer.models.image.generate import MixPlan
 
 if TYPE_CHECKING:
-    from veneer.core.adapter import Mix
+    from veneer.core.adapter import NamedMix
     from veneer.models.image.base import ImageBase
 
 __all__ = ["AdapterSource", "Mixer", "Use", "label_of", "parse_use"]
@@ -107,7 +107,7 @@ class Mixer:
         self.sources: dict[str, AdapterSource] = {}
         self._owned = attachment is None
         self._say, self._said = say, set[str]()
-        self._parts: dict[tuple[str, Strength], Mix] = {}
+        self._parts: dict[tuple[str, Strength], NamedMix] = {}
         self._controls: dict[str, Any] = {}
 
     def control(self, name: str) -> Any:
@@ -144,7 +144,7 @@ class Mixer:
             raise ConfigError(f"adapter {twice[0]!r} is named twice", fix="name it once, with the sum of the strengths")
         parts = [(strength, self._divided(name, strength)) for name, strength in parsed]
         edges = sorted({0.0, *(edge for strength, _ in parts for edge in strength.edges)})
-        phases: list[tuple[float, Mix]] = []
+        phases: list[tuple[float, NamedMix]] = []
         for edge in edges:
             mix = _scaled([(part, strength.strength * strength.at(edge)) for strength, part in parts])
             if not phases or phases[-1][1] != mix:
@@ -168,7 +168,7 @@ class Mixer:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _divided(self, name: str, strength: Strength) -> Mix:
+    def _divided(self, name: str, strength: Strength) -> NamedMix:
         """The adapter as attached parts with their factors."""
         shape = Strength(1.0, strength.blocks, strength.weights)
         if (name, shape) in self._parts:
@@ -180,7 +180,7 @@ class Mixer:
         if strength.steps and any(key.startswith("text_encoder") for key in own):
             self.say(f"note: {name}: its part on the text encoder acts throughout; steps= is about the denoiser")
         if not (shape.blocks or shape.weights):
-            found: Mix = ((name, 1.0),)
+            found: NamedMix = ((name, 1.0),)
         else:
             factors = factors_by_module(shape, self.modules)
             for block in shape.blocks:
@@ -197,7 +197,7 @@ class Mixer:
         return found
 
 
-def _scaled(parts: Sequence[tuple[Mix, float]]) -> Mix:
+def _scaled(parts: Sequence[tuple[NamedMix, float]]) -> NamedMix:
     return tuple((name, factor * by) for mix, by in parts for name, factor in mix if factor * by)
 
 

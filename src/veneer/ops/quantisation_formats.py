@@ -26,8 +26,18 @@ from veneer.compat import BITSANDBYTES
 from veneer.ops.choice import chosen
 
 __all__ = [
-    "KINDS", "SAVED_KINDS", "Blocks4", "GgmlBlocks", "QuantisationFormat", "Rows8", "StackedRows", "dynamic_map",
-    "format_of", "four_bit_values", "row_count", "with_tensors",
+    "KINDS",
+    "SAVED_KINDS",
+    "Blocks4",
+    "GgmlBlocks",
+    "QuantisationFormat",
+    "Rows8",
+    "StackedRows",
+    "dynamic_map",
+    "four_bit_values",
+    "row_count",
+    "to_format",
+    "with_tensors",
 ]  # fmt: skip
 
 KINDS = ("nf4", "fp4", "int8")
@@ -235,7 +245,7 @@ def _rows8(weight: Tensor) -> Rows8:
     return Rows8(tuple(weight.shape), codes, absmax)
 
 
-def format_of(weight: Tensor, kind: str, double: bool) -> QuantisationFormat:
+def to_format(weight: Tensor, kind: str, double: bool) -> QuantisationFormat:
     """A float32 or bfloat16 weight in the format of `kind`; see `quantised.quantise`."""
     return _rows8(weight) if kind == "int8" else _blocks4(weight, kind, double)
 

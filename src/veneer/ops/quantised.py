@@ -23,8 +23,8 @@ from veneer.ops.quantisation_formats import (
     KINDS,
     QuantisationFormat,
     StackedRows,
-    format_of,
     row_count,
+    to_format,
     with_tensors,
 )
 
@@ -263,7 +263,7 @@ def quantise(weight: Tensor, kind: str, *, double: bool = True, dtype: torch.dty
         weight = weight.float()
     if not bool(torch.isfinite(weight.sum(dtype=torch.float32))) and not bool(torch.isfinite(weight).all()):
         raise ValueError("the weight has values that are not finite")
-    return Quantised(format_of(weight, kind, double), dtype)
+    return Quantised(to_format(weight, kind, double), dtype)
 
 
 def stacked_rows(parts: Sequence[Quantised]) -> Quantised:

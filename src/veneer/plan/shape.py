@@ -142,14 +142,14 @@ def _pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> Iterator[tuple
 def _rank(spec: LoraSpec, name: str, linear: LinearShape) -> int:
     """The rank of the pair on a module, 0 where it has none."""
     if spec.targets != "all-linear" or spec.exclude or spec.rank_pattern:
-        from veneer.core.targets import matches  # needs torch, which a plan with default targets does not
+        from veneer.core.targets import target_matches  # needs torch, which a plan with default targets does not
 
         patterns = (spec.targets,) if isinstance(spec.targets, str) else tuple(spec.targets)
-        if any(matches(p, name) for p in spec.exclude):
+        if any(target_matches(p, name) for p in spec.exclude):
             return 0
-        if not any(linear.pair if p == "all-linear" else matches(p, name) for p in patterns):
+        if not any(linear.pair if p == "all-linear" else target_matches(p, name) for p in patterns):
             return 0
-        return next((r for p, r in spec.rank_pattern.items() if matches(p, name)), spec.rank)
+        return next((r for p, r in spec.rank_pattern.items() if target_matches(p, name)), spec.rank)
     return spec.rank if linear.pair else 0
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from veneer.core.adapter import LoraSpec
-from veneer.core.targets import Target, base_modules, full_modules, matches, token_embeddings
+from veneer.core.targets import Target, base_modules, full_modules, target_matches, token_embeddings
 from veneer.errors import PreflightError
 from veneer.train.config.load import RunConfig
 from veneer.train.config.text import TrainConfig
@@ -368,7 +368,7 @@ def trainable_parameters(model: nn.Module, targets: list[Target], spec: LoraSpec
 def _pair_parameters(model: nn.Module, target: Target, spec: LoraSpec) -> int:
     """Parameters of the pair that `spec` puts on `target`: A, B, and DoRA's magnitude."""
     module = dict(base_modules(model))[target.module_name]
-    rank = next((r for p, r in spec.rank_pattern.items() if matches(p, target.name)), spec.rank)
+    rank = next((r for p, r in spec.rank_pattern.items() if target_matches(p, target.name)), spec.rank)
     if target.kind == "experts":
         shape = getattr(module, target.parameter or "").shape
         return int(shape[0] * rank * (shape[1] + shape[2]))

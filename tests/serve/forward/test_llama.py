@@ -12,12 +12,12 @@ from torch import Tensor
 from tests.families import FAMILIES
 from tests.serve.forward.test_runner import base_of, prompts, serve, trained
 from veneer.serve.forward.llama import LlamaForward
-from veneer.serve.forward.packed import Panels, packing
+from veneer.serve.forward.packed import Panels, best_packing
 from veneer.serve.forward.runner import Prepared, Runner, _use_threads
 from veneer.serve.settings import WeightKind
 
 pytestmark = pytest.mark.skipif(
-    packing(torch.bfloat16, torch.device("cpu")) is not Panels, reason="no kernels for a decoder on this processor"
+    best_packing(torch.bfloat16, torch.device("cpu")) is not Panels, reason="no kernels for a decoder on this processor"
 )
 SHAPE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,

@@ -1,4 +1,4 @@
-"""Thin products for rows with mixes of their own: against W + ΔW in float64, and each row alone."""
+"""Low-rank products for rows with mixes of their own: against W + ΔW in float64, and each row alone."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.merge import delta
 from veneer.ops.cpu import compiled
-from veneer.serve.forward.lowrank import Group, Layout, Segments, Thin, thin, thin_problems
+from veneer.serve.forward.lowrank import BaseLayout, Group, PackedAdapter, Segments, low_rank_problems, pack_adapter
 
 NATIVE = compiled.usable("thin_rows") is not None
 INPUTS, COLUMNS = 70, (24, 33, 16)
 
 
-def layout_of(dtype: torch.dtype, seed: int = 0) -> Layout:
+def layout_of(dtype: torch.dtype, seed: int = 0) -> BaseLayout:
     g = torch.Generator().manual_seed(seed)
     weights = tuple((torch.randn(n, INPUTS, generator=g) * 0.1).to(dtype) for n in COLUMNS)
     biases = (None, torch.randn(COLUMNS[1], generator=g).to(dtype), None)
     group = Group(("a", "b", "c"), COLUMNS, biases, weights.__getitem__)
-    return Layout((group,), "embed", dtype, torch.device("cpu"))
+    return BaseLayout((group,), "embed", dtype, torch.device("cpu"))
 
 
 def pair(rank: int, n: int, scale: float, seed: int, dora: bool) -> Pair:
@@ -29,16 +29,16 @@ def pair(rank: int, n: int, scale: float, seed: int, dora: bool) -> Pair:
     return Pair(A, B, scale, magnitude=torch.rand(n, generator=g) + 0.5 if dora else None)
 
 
-def some_adapters(layout: Layout, dora: bool) -> list[Thin]:
+def some_adapters(layout: BaseLayout, dora: bool) -> list[PackedAdapter]:
     made = [
         {"a": pair(4, 24, 2.0, 1, dora), "b": pair(3, 33, 0.5, 2, dora), "c": pair(16, 16, 1.0, 3, False)},
         {"b": pair(1, 33, 3.0, 4, False)},
         {"c": pair(64, 16, 0.25, 5, dora)},
     ]
-    return [thin(Adapter(pairs=p), layout, key=str(i)) for i, p in enumerate(made)]
+    return [pack_adapter(Adapter(pairs=p), layout, key=str(i)) for i, p in enumerate(made)]
 
 
-def exact(layout: Layout, mix: list[tuple[Thin, float]], x: Tensor) -> Tensor:
+def exact(layout: BaseLayout, mix: list[tuple[PackedAdapter, float]], x: Tensor) -> Tensor:
     group, out = layout.groups[0], []
     for i, (name, bias) in enumerate(zip(group.modules, group.biases, strict=True)):
         weight = group.weight(i)
@@ -55,7 +55,7 @@ def exact(layout: Layout, mix: list[tuple[Thin, float]], x: Tensor) -> Tensor:
     return torch.cat(out, dim=-1)
 
 
-def base_output(layout: Layout, x: Tensor) -> Tensor:
+def base_output(layout: BaseLayout, x: Tensor) -> Tensor:
     group = layout.groups[0]
     return torch.cat([torch.nn.functional.linear(x, group.weight(i), b) for i, b in enumerate(group.biases)], 1)
 
@@ -114,7 +114,7 @@ def test_tables_are_made_again_only_when_who_takes_part_changes() -> None:
     one, two, _ = some_adapters(layout, dora=False)
     x = torch.randn(3, INPUTS).bfloat16()
 
-    def step(mixes: list[list[tuple[Thin, float]]], before: Segments | None) -> tuple[Segments, Tensor]:
+    def step(mixes: list[list[tuple[PackedAdapter, float]]], before: Segments | None) -> tuple[Segments, Tensor]:
         segments = Segments.of(layout, [(i, i + 1, m) for i, m in enumerate(mixes)], before)
         assert segments is not None
         y = base_output(layout, x)
@@ -132,7 +132,7 @@ def test_tables_are_made_again_only_when_who_takes_part_changes() -> None:
 def test_what_has_no_thin_form_is_named() -> None:
     layout = layout_of(torch.float32)
     adapter = Adapter(pairs={"x.y": pair(2, 24, 1.0, 0, False)}, modules={"norm": {"weight": torch.ones(3)}})
-    assert thin_problems(adapter, layout) == [
+    assert low_rank_problems(adapter, layout) == [
         "norm: a full copy",
         "x.y: a pair on something that is no projection of this base",
     ]

@@ -10,7 +10,17 @@ import torch
 from tests.families import FAMILIES
 from tests.serve.forward.test_runner import base_of, prompts, serve, trained
 from veneer.errors import ConfigError
-from veneer.serve.forward.packed import Dense, Int4, Int4Panels, Int8, Int8Panels, Panels, Reordered, packed, packing
+from veneer.serve.forward.packed import (
+    Dense,
+    Int4,
+    Int4Panels,
+    Int8,
+    Int8Panels,
+    Panels,
+    Reordered,
+    best_packing,
+    pack_weight,
+)
 from veneer.serve.forward.runner import Runner
 
 CPU = torch.device("cpu")
@@ -23,9 +33,9 @@ def weight(rows: int = 48, n: int = 96) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [1, 3, 8, 15, 16, 17, 200])
 @pytest.mark.parametrize("kind", [Dense, Panels, Int8Panels, Int4Panels, Reordered, Int8, Int4])
 def test_products_are_those_of_the_dense_weight(kind: type, rows: int) -> None:
-    if issubclass(kind, Panels) and packing(torch.bfloat16, CPU) is not Panels:
+    if issubclass(kind, Panels) and best_packing(torch.bfloat16, CPU) is not Panels:
         pytest.skip("no kernels for products here")
-    if kind is Reordered and packing(torch.bfloat16, CPU) is None:
+    if kind is Reordered and best_packing(torch.bfloat16, CPU) is None:
         pytest.skip("this torch packs no weights")
     w = weight()
     matrix = Dense(w) if kind is Dense else kind.of(w)
@@ -41,7 +51,7 @@ def test_products_are_those_of_the_dense_weight(kind: type, rows: int) -> None:
     assert (y.double() - (want + bias.double())).abs().max() <= 0.015 * size
 
 
-@pytest.mark.skipif(packing(torch.bfloat16, CPU) is not Panels, reason="no kernels for products here")
+@pytest.mark.skipif(best_packing(torch.bfloat16, CPU) is not Panels, reason="no kernels for products here")
 @pytest.mark.parametrize(("out", "n"), [(16, 32), (80, 4224), (208, 2080)])
 @pytest.mark.parametrize("kind", [Panels, Int8Panels, Int4Panels])
 def test_panels_of_any_size(kind: type[Panels], out: int, n: int) -> None:
@@ -65,7 +75,7 @@ def test_weights_without_panels_are_kept_as_they_can_be() -> None:
     with pytest.raises(ValueError, match="no panels"):
         Panels.of(weight(41, 96))
     w, x = weight(41, 96), torch.ones(3, 96).bfloat16()
-    assert (packed(w)(x).double() - x.double() @ w.double().t()).abs().max() <= 0.05
+    assert (pack_weight(w)(x).double() - x.double() @ w.double().t()).abs().max() <= 0.05
 
 
 @pytest.mark.parametrize(("of8", "of4"), [(Int8, Int4), (Int8Panels, Int4Panels)])

@@ -166,7 +166,7 @@ def test_embedding_and_head_have_thin_forms() -> None:
     want = [reference(model, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
     runner = Runner(base_of(model), cache_bytes=1 << 20)
     ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
-    assert all(p.thin is not None for p in ready.values())
+    assert all(p.packed is not None for p in ready.values())
     got = serve(runner, [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)], [9, 2, 16])
     for g, w in zip(got, want, strict=True):
         same(g, w)

@@ -114,20 +114,21 @@ def test_the_recipe_names_no_folder_of_the_machine(tmp_path: Path) -> None:
 
 def test_the_words_for_targets_reach_every_block_of_every_family() -> None:
     """On the real module names: all attention projections, all feed-forwards, and nothing outside the blocks."""
-    from veneer.core.targets import matches
+    from veneer.core.targets import target_matches
     from veneer.formats.topology import families
 
     for name, family in families().items():
         linear = [m for m, kind in family.modules.items() if kind == "linear" and m.startswith(family.denoiser)]
-        chosen = [m for m in linear if matches(TARGET_WORDS["attention+ff"], m)]
+        chosen = [m for m in linear if target_matches(TARGET_WORDS["attention+ff"], m)]
         inside = [m for m in linear if "transformer_blocks." in m and ".norm" not in m and "_mod." not in m]
         if inside:
             assert chosen == [m for m in inside if "adaln" not in m.lower()], name
-        attention = [m for m in linear if matches(TARGET_WORDS["attention"], m)]
+        attention = [m for m in linear if target_matches(TARGET_WORDS["attention"], m)]
         assert set(attention) <= set(chosen)
         assert all(".attn" in m for m in attention)
         convolutions = [m for m, kind in family.modules.items() if kind == "conv" and m.startswith(family.denoiser)]
-        with_convolutions = {m for m in (*linear, *convolutions) if matches(TARGET_WORDS["attention+ff+conv"], m)}
+        every = (*linear, *convolutions)
+        with_convolutions = {m for m in every if target_matches(TARGET_WORDS["attention+ff+conv"], m)}
         one_place = {m for m in convolutions if m.endswith(("conv_shortcut", "proj_in", "proj_out", "pos_embed.proj"))}
         assert with_convolutions == set(chosen) | (set(convolutions) - one_place), name
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from veneer.core.adapter import Mix
+from veneer.core.adapter import NamedMix
 from veneer.errors import BaseError, ConfigError
 from veneer.models.image.base import pipeline
 from veneer.models.image.predict import LatentPreview, embed_prompts
@@ -56,10 +56,10 @@ class MixPlan:
     """Which mixes act on one picture: `text` while its prompt is read; of `phases`, (share of the steps, mix), the last
     that has begun: step i of n is in the phase with the largest share ≤ i/n. The first share is 0."""
 
-    text: Mix = ()
-    phases: tuple[tuple[float, Mix], ...] = ((0.0, ()),)
+    text: NamedMix = ()
+    phases: tuple[tuple[float, NamedMix], ...] = ((0.0, ()),)
 
-    def at(self, share: float) -> Mix:
+    def at(self, share: float) -> NamedMix:
         return next(mix for begin, mix in reversed(self.phases) if begin <= share)
 
 
@@ -342,7 +342,7 @@ class _Run:
             "control_guidance_end": each([c.end for c in controls]),
         }
 
-    def select(self, mixes: list[Mix]) -> None:
+    def select(self, mixes: list[NamedMix]) -> None:
         if self.attachment is None:
             return
         if all(mix == mixes[0] for mix in mixes):

@@ -25,8 +25,18 @@ from veneer.ops.cpu.build import build_kernels
 from veneer.ops.lowrank import LowRank
 
 __all__ = [
-    "HEADERS", "PAGED", "SOURCES", "Kernels", "bound", "has", "kernels", "low_rank_structs", "missing", "status",
-    "strides", "usable",
+    "HEADERS",
+    "PAGED",
+    "SOURCES",
+    "Kernels",
+    "bound",
+    "has",
+    "kernels",
+    "low_rank_structs",
+    "status",
+    "strides",
+    "usable",
+    "why_missing",
 ]  # fmt: skip
 
 _pointer, _int64, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
@@ -181,7 +191,7 @@ def has(*names: str) -> bool:
     return library is not None and library.has(*names)
 
 
-def missing(*names: str) -> str:
+def why_missing(*names: str) -> str:
     """Why these kernels are not to be used, in a line; "" where they are."""
     library = kernels()
     if library is None:

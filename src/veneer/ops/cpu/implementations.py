@@ -34,7 +34,7 @@ def _implements(
         return compiled.usable(needed, *tensors) is not None
 
     def put(run: Any) -> Any:
-        IMPLEMENTATIONS[op] = Implementation(run, takes or fits, wants, lambda: compiled.missing(*needed))
+        IMPLEMENTATIONS[op] = Implementation(run, takes or fits, wants, lambda: compiled.why_missing(*needed))
         return run
 
     return put

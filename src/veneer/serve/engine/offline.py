@@ -21,7 +21,7 @@ from veneer.models.text.base import TextBase
 from veneer.models.text.generate import Completion, Prompt, complete, completion_of, encode_prompts
 from veneer.ops.quantised import Quantised
 from veneer.serve.engine.engine import TextEngine
-from veneer.serve.forward.lowrank import thin_problems
+from veneer.serve.forward.lowrank import low_rank_problems
 from veneer.serve.request import Finished, Request, Sampling, Token, make_mix
 from veneer.serve.settings import EngineSettings
 
@@ -51,7 +51,7 @@ def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32
     settings = EngineSettings(rows=rows, queue=1 << 30)
     with without_dropout(base.model), TextEngine(base, lambda digest, _: adapters[digest], settings) as engine:
         whole = engine.runner.how == "fused"
-        if whole and not any(thin_problems(adapter, engine.runner.layout) for adapter in adapters.values()):
+        if whole and not any(low_rank_problems(adapter, engine.runner.layout) for adapter in adapters.values()):
             with ThreadPoolExecutor(1, thread_name_prefix="answers") as thread:
                 yield EngineAnswers(base, engine, thread)
             return

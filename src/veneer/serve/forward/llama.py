@@ -22,15 +22,15 @@ from veneer.models.text.base import TextBase
 from veneer.ops.cpu import compiled
 from veneer.ops.mlp import gated
 from veneer.ops.norms import normed
-from veneer.serve.forward.lowrank import Group, Layout, Segments
-from veneer.serve.forward.packed import Matrix, Panels, in_blocks, invariant
+from veneer.serve.forward.lowrank import BaseLayout, Group, Segments
+from veneer.serve.forward.packed import PackedWeight, Panels, in_blocks, invariant
 from veneer.serve.forward.paged import PackedRows, Pages, Rotary
 
 __all__ = ["Block", "JoinedWeights", "LlamaForward", "layout_of", "llama_forward", "static_positions"]
 
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
-JoinedWeights = Callable[[tuple[str, ...]], Matrix]
+JoinedWeights = Callable[[tuple[str, ...]], PackedWeight]
 """The weights of some linear modules, below one another, by the modules' names."""
 
 
@@ -39,14 +39,14 @@ class Block:
     """One layer; `window` 0 for none."""
 
     norm: Tensor
-    qkv: Matrix
+    qkv: PackedWeight
     qkv_bias: Tensor | None
     rotary: Rotary
-    out: Matrix
+    out: PackedWeight
     out_bias: Tensor | None
     norm_after: Tensor
-    gate_up: Matrix
-    down: Matrix
+    gate_up: PackedWeight
+    down: PackedWeight
     window: int
 
 
@@ -67,7 +67,7 @@ class LlamaForward:
     embedding: Tensor
     blocks: list[Block]
     norm: Tensor
-    head: Matrix
+    head: PackedWeight
     head_bias: Tensor | None
     eps: float
     scale: float
@@ -97,8 +97,8 @@ class LlamaForward:
     def _table(self) -> _Table | None:
         """What ops/cpu/decoder.c reads of every layer; None where it does not run."""
         library, pages = compiled.usable("decode", self.embedding), self.pages
-        matrices = [(b.qkv, b.out, b.gate_up, b.down) for b in self.blocks]
-        panels = [[m for m in own if isinstance(m, Panels)] for own in matrices]
+        weights = [(b.qkv, b.out, b.gate_up, b.down) for b in self.blocks]
+        panels = [[m for m in own if isinstance(m, Panels)] for own in weights]
         if library is None or pages.native is None or any(len(own) < 4 for own in panels):
             return None
         qkv, out, gate_up, _ = panels[0]
@@ -154,7 +154,7 @@ class LlamaForward:
         return out
 
 
-def layout_of(base: TextBase) -> Layout:
+def layout_of(base: TextBase) -> BaseLayout:
     """The groups of a base of Llama's kind; none for another."""
     model: Any = base.model
     groups: list[Group] = []
@@ -179,11 +179,11 @@ def layout_of(base: TextBase) -> Layout:
         group("", ("lm_head",))
     except StopIteration:
         groups = []
-    return Layout(tuple(groups), embedding, base.dtype, base.device)
+    return BaseLayout(tuple(groups), embedding, base.dtype, base.device)
 
 
 def llama_forward(
-    base: TextBase, layout: Layout, own_weights: JoinedWeights, embedding: Tensor, context: int, pages: Pages
+    base: TextBase, layout: BaseLayout, own_weights: JoinedWeights, embedding: Tensor, context: int, pages: Pages
 ) -> LlamaForward:
     """Where `layout.rows` is above 0 its products are batch-invariant (packed.in_blocks). Raises NotImplementedError
     where the base is of another kind; whether it is of this one, a probe tells."""
@@ -197,7 +197,7 @@ def llama_forward(
     if "llama_4_scaling_beta" in (getattr(config, "rope_parameters", None) or {}):
         raise NotImplementedError("its queries are scaled by their place")
 
-    def weights(names: tuple[str, ...]) -> Matrix:
+    def weights(names: tuple[str, ...]) -> PackedWeight:
         return invariant(own_weights(names), layout.rows)
 
     probe = torch.zeros(1, dtype=torch.float32, device=base.device)
@@ -221,20 +221,22 @@ def llama_forward(
         )  # fmt: skip
     head, norm = layout.groups[-1], root.norm.weight.detach()
     scale = root.layers[0].self_attn.scaling
-    head_matrix = weights(head.modules)
+    head_weight = weights(head.modules)
     return LlamaForward(
-        embedding, blocks, norm, head_matrix, head.biases[0], config.rms_norm_eps, scale, pages, layout.rows
+        embedding, blocks, norm, head_weight, head.biases[0], config.rms_norm_eps, scale, pages, layout.rows
     )
 
 
-def _add_onto(x: Tensor, h: Tensor, matrix: Matrix, bias: Tensor | None, segments: Segments | None, g: int) -> None:
+def _add_onto(
+    x: Tensor, h: Tensor, weight: PackedWeight, bias: Tensor | None, segments: Segments | None, g: int
+) -> None:
     """x += h·Wᵀ + b and its low-rank products, in place."""
     y = None
     if segments is not None and segments.gained(g):  # DoRA needs the base's product by itself
-        y = matrix(h, bias)
+        y = weight(h, bias)
         x.add_(y)
     else:
-        matrix.add_onto(x, h, bias)
+        weight.add_onto(x, h, bias)
     if segments is not None:
         segments.add(g, h, x, y)
 

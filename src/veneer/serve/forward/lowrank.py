@@ -8,8 +8,8 @@ takes two products a group for all of its rows, whatever its ranks. Rows without
 is the fast form (ops/cpu/serving.c) where it runs and `add_reference` everywhere else; a row's result depends on nobody
 in its batch (bit for bit by the first; by the second where the layout has `rows`, else within rounding).
 
-What is no pair on a projection, the embedding or the head (full copies, token rows, LoHa …) has no thin form:
-`thin_problems` says so, and the runner then takes the base through its own modules with core's attachment.
+What is no pair on a projection, the embedding or the head (full copies, token rows, LoHa …) has no low-rank form:
+`low_rank_problems` says so, and the runner then takes the base through its own modules with core's attachment.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from veneer.core.merge import adapted_norm
 from veneer.ops.choice import chosen
 from veneer.serve.forward.packed import in_blocks
 
-__all__ = ["Group", "Layout", "Segments", "Thin", "thin", "thin_problems"]
+__all__ = ["BaseLayout", "Group", "PackedAdapter", "Segments", "low_rank_problems", "pack_adapter"]
 
 _PARTS, _RECORD = 3, 17  # of ops/cpu/serving.c
 
@@ -60,9 +60,9 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
-    """Every group of a base, and the name of its embedding. At most three modules a group. `rows`: see
-    matrix.in_blocks."""
+class BaseLayout:
+    """Every group of a base, and the name of its embedding. At most three modules a group. `rows`: of a product at a
+    time, see packed.in_blocks."""
 
     groups: tuple[Group, ...]
     embedding: str
@@ -76,7 +76,7 @@ class Layout:
 
 
 @dataclass(eq=False)
-class _Part:
+class _PackedB:
     """One module's own B in a group: s·B, its first column in y, its first row in A. For the kernel (rank/2, columns,
     2), for torch (rank, columns)."""
 
@@ -94,15 +94,15 @@ class _Part:
 
 
 @dataclass(eq=False)
-class Thin:
-    """An adapter made ready. `groups`: group -> (A, parts), laid out for who multiplies by them: the kernel, or torch,
-    which would have to turn every one of them in every step. `gains`: group -> (g - 1 (columns), bias or
-    None). `embedding`: (Aᵀ (rows, rank), (s·B)ᵀ (rank, dim)). `records`: the same for the kernel.
+class PackedAdapter:
+    """An adapter as a batch of rows is multiplied by it. `groups`: group -> (A, parts), laid out for whoever multiplies
+    by them: the kernel, or torch, which would have to turn every one of them in every step. `gains`: group -> (g - 1
+    (columns), bias or None). `embedding`: (Aᵀ (rows, rank), (s·B)ᵀ (rank, dim)). `records`: the same for the kernel.
     `key`: its digest; a row adds up its adapters in the order of their keys, whoever shares its batch."""
 
     adapter: Adapter
     key: str
-    groups: dict[int, tuple[Tensor, list[_Part]]]
+    groups: dict[int, tuple[Tensor, list[_PackedB]]]
     gains: dict[int, tuple[Tensor, Tensor | None]]
     embedding: tuple[Tensor, Tensor] | None
     records: Tensor
@@ -110,8 +110,8 @@ class Thin:
     bytes: int = 0
 
 
-def thin_problems(adapter: Adapter, layout: Layout) -> list[str]:
-    """Why `adapter` has no thin form here, one line each."""
+def low_rank_problems(adapter: Adapter, layout: BaseLayout) -> list[str]:
+    """Why `adapter` has no low-rank form here, one line each."""
     known = layout.names
     out = [f"{n}: a full copy" for n in adapter.modules]
     out += [f"{n}: token rows" for n in adapter.token_rows]
@@ -127,9 +127,10 @@ def thin_problems(adapter: Adapter, layout: Layout) -> list[str]:
 
 
 @torch.no_grad()
-def thin(adapter: Adapter, layout: Layout, key: str = "") -> Thin:
-    """Make an adapter without `thin_problems` ready: in the base's dtype, scales multiplied in and rounded once."""
-    groups: dict[int, tuple[Tensor, list[_Part]]] = {}
+def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedAdapter:
+    """An adapter without `low_rank_problems`, each pair's `low_rank()` in the base's dtype and in the order of whoever
+    multiplies by it; scales are multiplied in and rounded once."""
+    groups: dict[int, tuple[Tensor, list[_PackedB]]] = {}
     gains: dict[int, tuple[Tensor, Tensor | None]] = {}
     records = torch.zeros(len(layout.groups), _RECORD, dtype=torch.int64)
     device, dtype = layout.device, layout.dtype
@@ -138,23 +139,24 @@ def thin(adapter: Adapter, layout: Layout, key: str = "") -> Thin:
     widest, held = 2, 0
     for g, group in enumerate(layout.groups):
         rows: list[Tensor] = []
-        parts: list[_Part] = []
+        parts: list[_PackedB] = []
         gain: Tensor | None = None
         for i, (name, (column, n)) in enumerate(zip(group.modules, group.columns, strict=True)):
             if name not in adapter.pairs:
                 continue
-            pair = adapter.pairs[name].collapsed()
-            A, B = pair.A.to(device), pair.B.to(device).float() * pair.scale
+            pair = adapter.pairs[name]
+            product = pair.low_rank()
+            A, B = product.A.to(device), product.B.to(device).float() * product.scale
             if pair.magnitude is not None:
                 own = _gain(pair, group.weight(i))
                 B = B * own[:, None]
                 gain = torch.zeros(sum(group.sizes), device=device) if gain is None else gain
                 gain[column : column + n] = own - 1
-            if pair.rank % 2:  # the kernel takes two ranks at a time
+            if len(A) % 2:  # the kernel takes two ranks at a time
                 A, B = (torch.nn.functional.pad(t, p) for t, p in ((A, (0, 0, 0, 1)), (B, (0, 1))))
             B = B.to(device, dtype)
             B = B.unflatten(1, (-1, 2)).permute(1, 0, 2) if native else B.t()
-            parts.append(_Part(B.contiguous(), column, sum(map(len, rows))))
+            parts.append(_PackedB(B.contiguous(), column, sum(map(len, rows))))
             rows.append(A.to(device, dtype))
         if not rows:
             continue
@@ -173,11 +175,11 @@ def thin(adapter: Adapter, layout: Layout, key: str = "") -> Thin:
             held += gain.nbytes
     embedding = None
     if (pair_e := adapter.pairs.get(layout.embedding)) is not None and pair_e.kind == "embedding":
-        collapsed = pair_e.collapsed()
-        A, B = collapsed.A.to(device), collapsed.B.to(device).float() * collapsed.scale
+        product = pair_e.low_rank()
+        A, B = product.A.to(device), product.B.to(device).float() * product.scale
         embedding = A.t().to(device, dtype).contiguous(), B.t().to(device, dtype).contiguous()
         held += embedding[0].nbytes + embedding[1].nbytes
-    return Thin(adapter, key, groups, gains, embedding, records, widest, held)
+    return PackedAdapter(adapter, key, groups, gains, embedding, records, widest, held)
 
 
 def _add_rows(y: Tensor, rows: Tensor | slice, more: Tensor) -> None:
@@ -202,7 +204,8 @@ def _dense(A: Tensor) -> Tensor:
 def _gain(pair: Pair, weight: Tensor) -> Tensor:
     """g = m / ‖W + s·B·A‖ in float32: (out,)."""
     assert pair.magnitude is not None
-    moved = Pair(pair.A.to(weight.device).float(), pair.B.to(weight.device).float(), pair.scale, pair.kind)
+    whole = pair.collapsed()
+    moved = Pair(whole.A.to(weight.device).float(), whole.B.to(weight.device).float(), whole.scale, whole.kind)
     return pair.magnitude.to(weight.device).float() / adapted_norm(weight.float(), moved).float()
 
 
@@ -210,7 +213,7 @@ def _gain(pair: Pair, weight: Tensor) -> Tensor:
 class _Tables:
     """The records of some adapters side by side, for all groups; made again only when who takes part changes."""
 
-    adapters: tuple[Thin, ...]
+    adapters: tuple[PackedAdapter, ...]
     records: Tensor  # (groups, adapters, RECORD)
 
 
@@ -218,8 +221,8 @@ class _Tables:
 class Segments:
     """The rows of one batch by adapter. `spans`: (first row, end, mix) of each run of rows under one mix."""
 
-    layout: Layout
-    adapters: tuple[Thin, ...]
+    layout: BaseLayout
+    adapters: tuple[PackedAdapter, ...]
     starts: Tensor  # (adapters + 1)
     rows: Tensor
     strengths: Tensor
@@ -230,12 +233,12 @@ class Segments:
     @classmethod
     def of(
         cls,
-        layout: Layout,
-        spans: Sequence[tuple[int, int, Sequence[tuple[Thin, float]]]],
+        layout: BaseLayout,
+        spans: Sequence[tuple[int, int, Sequence[tuple[PackedAdapter, float]]]],
         before: Segments | None = None,
     ) -> Segments | None:
         """None where no row has an adapter. `before`: the last step's; its tables are used again if they still fit."""
-        found: dict[int, tuple[Thin, list[int], list[float]]] = {}
+        found: dict[int, tuple[PackedAdapter, list[int], list[float]]] = {}
         for first, end, mix in spans:
             for adapter, strength in mix:
                 own = found.setdefault(id(adapter), (adapter, [], []))
@@ -307,10 +310,10 @@ class Segments:
                 _add_rows(x, rows, in_blocks(lambda part, B=B: part @ B, u, self.layout.rows))  # type: ignore[misc]
 
     @cached_property
-    def _each(self) -> list[tuple[Thin, Tensor | slice, Tensor]]:
+    def _each(self) -> list[tuple[PackedAdapter, Tensor | slice, Tensor]]:
         """Each adapter, its rows (a slice where they lie together, which torch adds to several times faster) and their
         strengths (rows, 1)."""
-        out: list[tuple[Thin, Tensor | slice, Tensor]] = []
+        out: list[tuple[PackedAdapter, Tensor | slice, Tensor]] = []
         numbers = self.rows.tolist()
         for adapter, i, j in zip(self.adapters, self._bounds, self._bounds[1:], strict=False):
             first, together = numbers[i], numbers[i:j] == list(range(numbers[i], numbers[i] + j - i))

@@ -15,12 +15,26 @@ from veneer.ops.choice import chosen
 from veneer.ops.cpu import compiled
 
 __all__ = [
-    "ROWS", "Blocks", "Dense", "Int4", "Int4Panels", "Int8", "Int8Panels", "Matrix", "Panels", "Quantised", "Reordered",
-    "in_blocks", "invariant", "packed", "packing", "quantised",
+    "ROWS",
+    "Blocks",
+    "Dense",
+    "Int4",
+    "Int4Panels",
+    "Int8",
+    "Int8Panels",
+    "PackedWeight",
+    "Panels",
+    "QuantisedPacking",
+    "Reordered",
+    "best_packing",
+    "in_blocks",
+    "invariant",
+    "pack_weight",
+    "quantised_packing",
 ]  # fmt: skip
 
 
-class Matrix(Protocol):
+class PackedWeight(Protocol):
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (rows, in) -> (rows, out)"""
         ...
@@ -60,21 +74,21 @@ def in_blocks(product: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tens
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Another matrix, multiplied by so many rows at a time; see `in_blocks`."""
+    """Another packed weight, multiplied by so many rows at a time; see `in_blocks`."""
 
-    matrix: Matrix
+    weight: PackedWeight
     rows: int
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return in_blocks(lambda part: self.matrix(part, bias), x, self.rows)
+        return in_blocks(lambda part: self.weight(part, bias), x, self.rows)
 
     def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
         y.add_(self(x, bias))
 
 
-def invariant(matrix: Matrix, rows: int) -> Matrix:
-    """A matrix by which a row's product has the same bits whoever shares its batch. Panels are so by themselves."""
-    return matrix if isinstance(matrix, Panels) or not rows else Blocks(matrix, rows)
+def invariant(weight: PackedWeight, rows: int) -> PackedWeight:
+    """A weight by which a row's product has the same bits whoever shares its batch. Panels are so by themselves."""
+    return weight if isinstance(weight, Panels) or not rows else Blocks(weight, rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +156,7 @@ def _mkldnn() -> Any:
     return torch.ops.mkldnn
 
 
-def packing(dtype: torch.dtype, device: torch.device) -> type[Panels] | type[Reordered] | None:
+def best_packing(dtype: torch.dtype, device: torch.device) -> type[Panels] | type[Reordered] | None:
     """How weights of `dtype` are best kept for many small products here: None, as they are.
 
     oneDNN's order where the processor has AMX, which our kernels do not use, or where we have none; whether this torch
@@ -154,9 +168,9 @@ def packing(dtype: torch.dtype, device: torch.device) -> type[Panels] | type[Reo
     return Reordered if _reorders(dtype) else None
 
 
-def packed(weight: Tensor) -> Matrix:
-    """A weight as `packing` says; one whose shape has no panels (a vocabulary of 50,257) as it can be."""
-    kind = packing(weight.dtype, weight.device)
+def pack_weight(weight: Tensor) -> PackedWeight:
+    """A weight as `best_packing` says; one whose shape has no panels (a vocabulary of 50,257) as it can be."""
+    kind = best_packing(weight.dtype, weight.device)
     if kind is Panels and weight.shape[0] % 16 == 0 == weight.shape[1] % 2:
         return Panels.of(weight)
     return Reordered.of(weight) if kind is not None and _reorders(weight.dtype) else Dense(weight)
@@ -289,11 +303,11 @@ class Int4Panels(Panels):
         return whole.bfloat16()
 
 
-Quantised = Int8 | Int4 | Int8Panels | Int4Panels
+QuantisedPacking = Int8 | Int4 | Int8Panels | Int4Panels
 
 
-def quantised(kind: str) -> type[Quantised]:
+def quantised_packing(kind: str) -> type[QuantisedPacking]:
     """How "int8" and "int4" weights are best kept here."""
-    if packing(torch.bfloat16, torch.device("cpu")) is Panels:
+    if best_packing(torch.bfloat16, torch.device("cpu")) is Panels:
         return Int8Panels if kind == "int8" else Int4Panels
     return Int8 if kind == "int8" else Int4

@@ -9,7 +9,7 @@ forward on a probe, token by token (models/text/probe.py):
               attention over pages; core's attachment gives each row its mix
     alone     what is left (recurrent layers, other caches): each sequence by itself with transformers' own cache
 
-Adapters with no thin form (full copies, token rows, LoHa …) run on the second way beside the others, over the same
+Adapters with no low-rank form (full copies, token rows, LoHa …) run on the second way beside the others, over the same
 pages. Knows nothing of scheduling.
 """
 
@@ -35,8 +35,16 @@ from veneer.models.text.probe import LENGTHS, WINDOW, OwnForward, short_windows
 from veneer.ops.cpu import compiled, memory
 from veneer.ops.cpu.sharing import shared
 from veneer.serve.forward.llama import LlamaForward, layout_of, llama_forward, static_positions
-from veneer.serve.forward.lowrank import Group, Segments, Thin, thin, thin_problems
-from veneer.serve.forward.packed import ROWS, Dense, Matrix, Quantised, packed, packing, quantised
+from veneer.serve.forward.lowrank import Group, PackedAdapter, Segments, low_rank_problems, pack_adapter
+from veneer.serve.forward.packed import (
+    ROWS,
+    Dense,
+    PackedWeight,
+    QuantisedPacking,
+    best_packing,
+    pack_weight,
+    quantised_packing,
+)
 from veneer.serve.forward.paged import BLOCK, PackedRows, Pages
 from veneer.serve.forward.threads import ThreadTuner
 from veneer.serve.settings import WeightKind
@@ -46,15 +54,15 @@ __all__ = ["Prepared", "Runner", "RunnerRow"]
 
 @dataclass(eq=False)
 class Prepared:
-    """An adapter as this runner uses it. `thin` is None where it has no thin form."""
+    """An adapter as this runner uses it. `packed` is None where it has no low-rank form."""
 
     key: str
     adapter: Adapter
-    thin: Thin | None
+    packed: PackedAdapter | None
 
     @property
     def bytes(self) -> int:
-        return self.adapter.size_bytes() + (0 if self.thin is None else self.thin.bytes)
+        return self.adapter.size_bytes() + (0 if self.packed is None else self.packed.bytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +83,7 @@ class Runner:
     projections may take, in the order they are multiplied in. `context`: tokens a sequence may have.
 
     `batch_invariant`: an answer's bits do not depend on who shares its steps, nor on how its prompt is cut, at a price;
-    for bases of Llama's kind, and adapters with a thin form.
+    for bases of Llama's kind, and adapters with a low-rank form.
 
     `weights`: dense, or int8 or int4 for machines with little memory: projections and head are then kept in that alone,
     and the model is an outline of itself from then on. `how` and `why`: the way that was taken. `shares`: whether
@@ -131,7 +139,7 @@ class Runner:
                 fix="serve it without --batch-invariant",
             )
         if weights != "dense":
-            self._quantise(quantised(weights))
+            self._quantise(quantised_packing(weights))
 
     def close(self) -> None:
         if self._attachment is not None:
@@ -145,13 +153,13 @@ class Runner:
         out = fit_problems(self.model, adapter)
         if not out and (self.weights != "dense" or self.batch_invariant):
             what = f"a base in {self.weights}" if self.weights != "dense" else "a batch-invariant base"
-            out = [f"{p}, which {what} cannot have" for p in thin_problems(adapter, self.layout)]
+            out = [f"{p}, which {what} cannot have" for p in low_rank_problems(adapter, self.layout)]
         return out
 
     def prepare(self, adapter: Adapter, key: str) -> Prepared:
         """Make an adapter without `problems` ready; may be called from any thread."""
-        fits = self._llama is not None and not thin_problems(adapter, self.layout)
-        return Prepared(key, adapter, thin(adapter, self.layout, key) if fits else None)
+        fits = self._llama is not None and not low_rank_problems(adapter, self.layout)
+        return Prepared(key, adapter, pack_adapter(adapter, self.layout, key) if fits else None)
 
     def let_go(self, key: str) -> None:
         """An adapter has left the memory: keep nothing that was made of it. Between two steps."""
@@ -170,14 +178,16 @@ class Runner:
     def _run(self, rows: Sequence[RunnerRow]) -> Tensor:
         if self.how == "alone":
             return torch.cat([self._alone(row) for row in rows])
-        thick = [any(p.thin is None for p, _ in row.mix) for row in rows]
-        if self._llama is None or all(thick):
+        unpacked = [any(p.packed is None for p, _ in row.mix) for row in rows]
+        if self._llama is None or all(unpacked):
             return self._packed(rows)
-        if not any(thick):
+        if not any(unpacked):
             return self._fused(rows)
         ways = {False: self._fused, True: self._packed}
-        parts = {t: iter(way([r for r, own in zip(rows, thick, strict=True) if own == t])) for t, way in ways.items()}
-        wanted = [next(parts[t]) for row, t in zip(rows, thick, strict=True) for _ in range(row.wants)]
+        parts = {
+            t: iter(way([r for r, own in zip(rows, unpacked, strict=True) if own == t])) for t, way in ways.items()
+        }
+        wanted = [next(parts[t]) for row, t in zip(rows, unpacked, strict=True) for _ in range(row.wants)]
         return torch.stack(wanted) if wanted else torch.empty(0)
 
     def forget(self, sequence: int) -> None:
@@ -189,7 +199,7 @@ class Runner:
         assert llama is not None
         batch, ids = self._batch(rows)
         spans = [
-            (a, b, [(p.thin, s) for p, s in mix])
+            (a, b, [(p.packed, s) for p, s in mix])
             for a, b, mix in zip(batch.bounds, batch.bounds[1:], mixes, strict=False)
             if mix
         ]
@@ -200,7 +210,7 @@ class Runner:
         x = hidden[_wanted(rows, batch)]
         head = len(self.layout.groups) - 1
         if segments is not None and any(head in a.groups for a in segments.adapters):
-            last = [(j, j + 1, [(p.thin, s) for p, s in mixes[i]]) for j, i in enumerate(kept)]
+            last = [(j, j + 1, [(p.packed, s) for p, s in mixes[i]]) for j, i in enumerate(kept)]
             segments = Segments.of(self.layout, last)  # type: ignore[arg-type]
         else:
             segments = None
@@ -291,7 +301,7 @@ class Runner:
                     self._undo = kept
                 if not problem:
                     self._undo.push(attempt.pop_all())
-                    if name == "fused":  # adapters with no thin form need the second way too
+                    if name == "fused":  # adapters with no low-rank form need the second way too
                         self._make_packed()
                     return name, why
                 self._llama = None
@@ -333,13 +343,15 @@ class Runner:
 
     def _make_fused(self) -> None:
         modules: dict[str, Any] = dict(base_modules(self.model))
-        packs = packing(self.base.dtype, self.base.device) is not None and self._projection_bytes() <= self.pack_bytes
+        packs = (
+            best_packing(self.base.dtype, self.base.device) is not None and self._projection_bytes() <= self.pack_bytes
+        )
 
-        def joined(names: tuple[str, ...]) -> Matrix:
+        def joined(names: tuple[str, ...]) -> PackedWeight:
             parts = [modules[n] for n in names]
             if packs:
-                made = packed(torch.cat([m.weight.detach() for m in parts]))
-                for module in parts:  # they are read again only by adapters with no thin form
+                made = pack_weight(torch.cat([m.weight.detach() for m in parts]))
+                for module in parts:  # they are read again only by adapters with no low-rank form
                     memory.page_out(module.weight.detach())
                 return made
             weight = Join(parts, self._undo).weight if len(parts) > 1 else parts[0].weight.detach()
@@ -354,7 +366,7 @@ class Runner:
         return sum(group.weight(i).nbytes for group in self.layout.groups for i in range(len(group.modules)))
 
     @torch.no_grad()
-    def _quantise(self, kind: type[Quantised]) -> None:
+    def _quantise(self, kind: type[QuantisedPacking]) -> None:
         """Once the base has shown that it is of Llama's kind: group by group, so that never both copies are whole."""
         base, modules = self.base, dict(base_modules(self.model))
         if self.how != "fused" or base.dtype != torch.bfloat16 or base.device.type != "cpu":
@@ -365,7 +377,7 @@ class Runner:
             )
         self._llama = None
         self._undo.close()
-        made: dict[tuple[str, ...], Quantised] = {}
+        made: dict[tuple[str, ...], QuantisedPacking] = {}
         groups = []
         for group in self.layout.groups:
             whole = torch.cat([group.weight(i) for i in range(len(group.modules))])
@@ -411,10 +423,10 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _part(matrix: Quantised, columns: list[tuple[int, int]], i: int) -> Tensor:
+def _part(weight: QuantisedPacking, columns: list[tuple[int, int]], i: int) -> Tensor:
     """The i-th module's own rows of a quantised group, as they are multiplied by."""
     first, size = columns[i]
-    return matrix.dense()[first : first + size]
+    return weight.dense()[first : first + size]
 
 
 def _wanted(rows: Sequence[RunnerRow], batch: PackedRows) -> Tensor:

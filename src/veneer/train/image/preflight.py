@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from veneer.core.targets import matches_per_pattern, resolve
+from veneer.core.targets import matches_per_pattern, resolve_targets
 from veneer.errors import TargetError
 from veneer.train.config.image import PRESETS
 from veneer.train.image.batches import PlannedRow
@@ -144,7 +144,7 @@ def _targets(s: RunSubject) -> Iterator[Finding]:
     try:
         for name, (module, spec) in parts_of(s.base, config).items():
             matched = matches_per_pattern(module, spec)
-            targets = resolve(module, spec)
+            targets = resolve_targets(module, spec)
             pairs += trainable_parameters(module, targets, spec)[0]
             found[name] = len(targets)
             s.numbers.setdefault("matched", {}).update({f"{name} {p}": len(n) for p, n in matched.items()})

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from veneer.core.adapter import Adapter
-from veneer.core.targets import base_modules, expert_parameters, matches, matches_per_pattern, resolve
+from veneer.core.targets import base_modules, expert_parameters, matches_per_pattern, resolve_targets, target_matches
 from veneer.errors import TargetError
 from veneer.plan.plan import Plan
 from veneer.plan.render import duration
@@ -120,7 +120,7 @@ def what_is_trained(s: TextSubject) -> Iterator[Finding]:
         return
     try:
         found = matches_per_pattern(model, spec)
-        targets = resolve(model, spec)
+        targets = resolve_targets(model, spec)
         pairs, whole = trainable_parameters(model, targets, spec)
     except TargetError as error:
         yield Finding(
@@ -175,10 +175,12 @@ def experts_are_reached(s: TextSubject) -> Iterator[Finding]:
     if not experts:
         return
     try:
-        reached = {t.name for t in resolve(model, spec)} & set(experts)
+        reached = {t.name for t in resolve_targets(model, spec)} & set(experts)
     except TargetError:
         return  # said by what_is_trained
-    meant = {n for n in experts if any(matches(p, n) or matches(p, n.rpartition(".")[0]) for p in spec.exclude)}
+    meant = {
+        n for n in experts if any(target_matches(p, n) or target_matches(p, n.rpartition(".")[0]) for p in spec.exclude)
+    }
     frozen = sorted(set(experts) - reached - meant)
     s.numbers.update(expert_parameters=len(experts), experts_reached=len(reached))
     if frozen:
