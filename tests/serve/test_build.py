@@ -78,7 +78,9 @@ def test_what_is_said_of_texts_is_refused_where_pictures_are_drawn(
 @pytest.mark.parametrize("more", [{"mixes": 3}, {"mix_bytes": 1 << 20}])
 def test_what_is_said_of_upstreams_is_refused_without_them(more: dict[str, Any], tmp_path: Path) -> None:
     base = str(tiny_base_dir(tmp_path))
-    with pytest.raises(ConfigError, match="is for mixes on the servers of --upstream, and there are none"):
+    with pytest.raises(
+        ConfigError, match="is for mixes on the servers of --upstream, and this server computes by itself"
+    ):
         build(ServeSettings(base, fleet=replace(FleetSettings(), **more)), print)
 
 

@@ -64,56 +64,44 @@ def build(settings: ServeSettings, say: Callable[[str], None]) -> Application:
     return _build_texts(settings, say)
 
 
-_WHY = {"fleet": "the servers of --upstream compute", "pictures": "this base draws pictures"}
+_HERE = "texts that are computed here"
+_OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = (
+    ("--weights", lambda s: s.engine.weights, "texts", _HERE),
+    ("--batch-invariant", lambda s: s.engine.batch_invariant, "texts", _HERE),
+    ("--cache-memory", lambda s: s.engine.cache_bytes, "texts", _HERE),
+    ("--max-tokens", lambda s: s.http.max_tokens, "texts fleet", "texts"),
+    ("--adapter-memory", lambda s: s.engine.adapter_bytes, "texts pictures", "what is computed here"),
+    ("--dtype", lambda s: s.dtype, "texts pictures", "what is computed here"),
+    ("--device", lambda s: s.device, "texts pictures", "what is computed here"),
+    ("--tenant-mixes", lambda s: s.fleet.mixes, "fleet", "mixes on the servers of --upstream"),
+    ("--mix-disk", lambda s: s.fleet.mix_bytes, "fleet", "mixes on the servers of --upstream"),
+)
+"""An option, where it is in the settings, the kinds of servers on which it acts, and what it is for."""
+_LEDGER_OPTIONS: tuple[tuple[str, Callable[[LedgerSettings], object]], ...] = (
+    ("--ledger-days", lambda s: s.days),
+    ("--ledger-room", lambda s: s.room),
+    ("--ledger-folder", lambda s: s.folder),
+    ("--ledger-sync", lambda s: s.synced),
+)
 
 
 def _refuse_idle(settings: ServeSettings, kind: Literal["texts", "pictures", "fleet"]) -> None:
     """Raises ConfigError for an option that would do nothing on a server of that kind."""
     usual = ServeSettings("")
-    here, usually = settings.engine, usual.engine
-    texts: dict[str, tuple[object, object]] = {
-        "--weights": (here.weights, usually.weights),
-        "--batch-invariant": (here.batch_invariant, usually.batch_invariant),
-        "--cache-memory": (here.cache_bytes, usually.cache_bytes),
-    }
-    computed: dict[str, tuple[object, object]] = {
-        "--adapter-memory": (here.adapter_bytes, usually.adapter_bytes),
-        "--dtype": (settings.dtype, usual.dtype),
-        "--device": (settings.device, usual.device),
-    }
-    fleet: dict[str, tuple[object, object]] = {
-        "--tenant-mixes": (settings.fleet.mixes, usual.fleet.mixes),
-        "--mix-disk": (settings.fleet.mix_bytes, usual.fleet.mix_bytes),
-    }
-    if kind == "pictures" and settings.http.max_tokens != usual.http.max_tokens:
-        raise ConfigError(f"--max-tokens is for texts, and {_WHY[kind]}", where="--max-tokens", fix="leave it out")
-    if kind != "texts" and (option := _first_given(texts)):
-        what = f"{option} is for texts that are computed here, and {_WHY[kind]}"
-        raise ConfigError(what, where=option, fix="leave it out")
-    if kind == "fleet" and (option := _first_given(computed)):
-        what = f"{option} is for what is computed here, and {_WHY[kind]}"
-        raise ConfigError(what, where=option, fix="leave it out, or set it on those servers")
-    if kind != "fleet" and (option := _first_given(fleet)):
-        what = f"{option} is for mixes on the servers of --upstream, and there are none"
-        raise ConfigError(what, where=option, fix="leave it out")
+    why = {"fleet": "the servers of --upstream compute", "pictures": "this base draws pictures"}
+    for option, of, kinds, what in _OPTIONS:
+        if kind not in kinds.split() and of(settings) != of(usual):
+            reason = why.get(kind, "this server computes by itself")
+            raise ConfigError(f"{option} is for {what}, and {reason}", where=option, fix="leave it out")
 
 
 def _refuse_ledger(ledger: LedgerSettings) -> None:
     """Raises ConfigError for what is said of a ledger on a server without tenants, which has none."""
     usual = LedgerSettings()
-    options: dict[str, tuple[object, object]] = {
-        "--ledger-days": (ledger.days, usual.days),
-        "--ledger-room": (ledger.room, usual.room),
-        "--ledger-folder": (ledger.folder, usual.folder),
-        "--ledger-sync": (ledger.synced, usual.synced),
-    }
-    if option := _first_given(options):
-        what = f"{option} is for the ledger of tenants, and this server has none"
-        raise ConfigError(what, where=option, fix="leave it out, or name a database with --tenants")
-
-
-def _first_given(options: dict[str, tuple[object, object]]) -> str | None:
-    return next((option for option, (given, usual) in options.items() if given != usual), None)
+    for option, of in _LEDGER_OPTIONS:
+        if of(ledger) != of(usual):
+            what = f"{option} is for the ledger of tenants, and this server has none"
+            raise ConfigError(what, where=option, fix="leave it out, or name a database with --tenants")
 
 
 def _build_texts(settings: ServeSettings, say: Callable[[str], None]) -> Application:
