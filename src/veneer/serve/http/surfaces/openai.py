@@ -378,7 +378,7 @@ def _card(service: Service, card: ModelCard) -> dict[str, Any]:
 # -- the two routes ----------------------------------------------------------------------------------------------------
 
 
-@openai_routes.post("/v1/chat/completions", summary="TextAnswer a conversation.")
+@openai_routes.post("/v1/chat/completions", summary="Answer a conversation.")
 async def chat(request: HttpRequest, body: ChatBody) -> Response:
     service, caller = service_of(request), caller_of(request, body.user)
     n = body.choices(service)
