@@ -78,8 +78,8 @@ def _sqlite(url: str) -> Engine:
         connection.execute("PRAGMA foreign_keys=ON")
 
     @event.listens_for(engine, "begin")
-    def begin(c: Connection) -> None:
-        c.exec_driver_sql("BEGIN IMMEDIATE" if c.get_execution_options().get("write") else "BEGIN")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("write") else "BEGIN")
 
     return engine
 
@@ -153,8 +153,8 @@ def _wal(connection: Any) -> None:
 @contextlib.contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
     """A connection for queries."""
-    with engine.connect() as c:
-        yield c
+    with engine.connect() as connection:
+        yield connection
 
 
 @contextlib.contextmanager
@@ -164,11 +164,11 @@ def write_transaction(engine: Engine, lock: int | None = None) -> Iterator[Conne
 
     Raises ResourceError if the lock cannot be had within two minutes; in PostgreSQL, within the engine's patience if
     that is less than the default."""
-    with engine.connect().execution_options(write=True) as c:
+    with engine.connect().execution_options(write=True) as connection:
         try:
-            c.begin()
-            if lock is not None and c.dialect.name == "postgresql":
-                _take(c, lock)
+            connection.begin()
+            if lock is not None and connection.dialect.name == "postgresql":
+                _take(connection, lock)
         except DBAPIError as error:
             if "locked" not in str(error.orig) and getattr(error.orig, "sqlstate", None) != _LOCK_TIMEOUT:
                 raise
@@ -176,22 +176,22 @@ def write_transaction(engine: Engine, lock: int | None = None) -> Iterator[Conne
                 "another process has been writing to the database for too long",
                 fix="try again; with many writers, use PostgreSQL",
             ) from error
-        yield c
-        c.commit()
+        yield connection
+        connection.commit()
 
 
 _LOCK_TIMEOUT = "55P03"
 
 
-def _take(c: Connection, lock: int) -> None:
+def _take(connection: Connection, lock: int) -> None:
     """The advisory lock, for which others may be waiting as well."""
-    connection: Any = c.connection.driver_connection
-    own = connection.patience
+    driver: Any = connection.connection.driver_connection
+    own = driver.patience
     seconds = own if own < PATIENCE else _BUSY_SECONDS
-    c.execute(text(f"SET LOCAL lock_timeout = {int(seconds * 1000)}"))
-    connection.patience = seconds + own
+    connection.execute(text(f"SET LOCAL lock_timeout = {int(seconds * 1000)}"))
+    driver.patience = seconds + own
     try:
-        c.execute(text(f"SELECT pg_advisory_xact_lock({lock})"))
+        connection.execute(text(f"SELECT pg_advisory_xact_lock({lock})"))
     finally:
-        connection.patience = own
-    c.execute(text("SET LOCAL lock_timeout = 0"))
+        driver.patience = own
+    connection.execute(text("SET LOCAL lock_timeout = 0"))

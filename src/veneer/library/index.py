@@ -171,16 +171,18 @@ def connect(where: str) -> Engine:
     return engine
 
 
-def _before(c: Connection) -> str | None:
+def _before(connection: Connection) -> str | None:
     """The revision of tables from before it was held beside them."""
-    if not inspect(c).has_table(_meta.name):
+    if not inspect(connection).has_table(_meta.name):
         return None
-    said = c.scalar(select(_meta.c.value).where(_meta.c.key == "schema"))
+    said = connection.scalar(select(_meta.c.value).where(_meta.c.key == "schema"))
     return "0001" if said == "1" else str(said)
 
 
-def _first(c: Connection) -> None:
-    c.execute(insert(_meta), {"key": "schema", "value": "1"})  # what veneers from before revisions were held read
+def _first(connection: Connection) -> None:
+    connection.execute(
+        insert(_meta), {"key": "schema", "value": "1"}
+    )  # what veneers from before revisions were held read
 
 
 INDEX_SCHEMA = Schema(
@@ -193,57 +195,57 @@ def index_transaction(engine: Engine) -> Iterator[Connection]:
     """A transaction that holds the index's one write lock from its start: committed at the end, or not at all.
 
     Raises ResourceError if the lock cannot be had within two minutes."""
-    with database.write_transaction(engine, _LOCK) as c:
-        yield c
+    with database.write_transaction(engine, _LOCK) as connection:
+        yield connection
 
 
-def identity(c: Connection) -> str | None:
+def identity(connection: Connection) -> str | None:
     """The id that ties the index to its store; None for a new index."""
-    found: str | None = c.scalar(select(_meta.c.value).where(_meta.c.key == "store"))
+    found: str | None = connection.scalar(select(_meta.c.value).where(_meta.c.key == "store"))
     return found
 
 
-def identify(c: Connection, store: str) -> None:
+def identify(connection: Connection, store: str) -> None:
     """Ties the index to a store."""
-    c.execute(delete(_meta).where(_meta.c.key == "store"))
-    c.execute(insert(_meta), {"key": "store", "value": store})
+    connection.execute(delete(_meta).where(_meta.c.key == "store"))
+    connection.execute(insert(_meta), {"key": "store", "value": store})
 
 
-def changed(c: Connection) -> None:
+def changed(connection: Connection) -> None:
     """Announces, in the transaction that changes names, that they have changed: snapshots elsewhere read them again."""
     here = _meta.c.key == "revision"
-    revision = int(c.scalar(select(_meta.c.value).where(here)) or 0) + 1
-    c.execute(delete(_meta).where(here))
-    c.execute(insert(_meta), {"key": "revision", "value": str(revision)})
-    if c.dialect.name == "postgresql":
-        c.exec_driver_sql(f"NOTIFY {CHANNEL}")
+    revision = int(connection.scalar(select(_meta.c.value).where(here)) or 0) + 1
+    connection.execute(delete(_meta).where(here))
+    connection.execute(insert(_meta), {"key": "revision", "value": str(revision)})
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"NOTIFY {CHANNEL}")
 
 
-def claim(c: Connection, sizes: Mapping[str, int]) -> dict[str, str]:
+def claim(connection: Connection, sizes: Mapping[str, int]) -> dict[str, str]:
     """Marks objects as needed from now on, in a write transaction. Returns path -> generation: as long as an object
     keeps its generation it was not deleted since."""
     now, out = time.time(), {}
     for path, size in sorted(sizes.items()):
-        row = c.execute(select(objects.c.generation).where(objects.c.path == path)).first()
+        row = connection.execute(select(objects.c.generation).where(objects.c.path == path)).first()
         generation = secrets.token_hex(8) if row is None or row.generation == CONDEMNED else str(row.generation)
         values = {"size": size, "touched": now, "generation": generation}
         if row is None:
-            c.execute(insert(objects), {"path": path, **values})
+            connection.execute(insert(objects), {"path": path, **values})
         else:
-            c.execute(update(objects).where(objects.c.path == path).values(**values))
+            connection.execute(update(objects).where(objects.c.path == path).values(**values))
         out[path] = generation
     return out
 
 
-def clear(c: Connection) -> None:
+def clear(connection: Connection) -> None:
     """Empties every table but the one that says to which store the index belongs."""
     for table in reversed(INDEX_TABLES.sorted_tables):
         if table is not _meta:
-            c.execute(delete(table))
+            connection.execute(delete(table))
 
 
-def many(c: Connection, table: Table, rows: Iterable[Mapping[str, Any]]) -> None:
+def many(connection: Connection, table: Table, rows: Iterable[Mapping[str, Any]]) -> None:
     """Inserts any number of rows, also none."""
     listed = [dict(r) for r in rows]
     if listed:
-        c.execute(insert(table), listed)
+        connection.execute(insert(table), listed)

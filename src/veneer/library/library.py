@@ -93,30 +93,30 @@ class Library:
         Raises NotInLibrary, with the nearest names, where there is none; AdapterError where a digest's prefix fits
         several adapters; ConfigError for a text that is not a reference."""
         wanted = parse_reference(reference)
-        with ix.reading(self.engine) as c:
-            found = find_versions(c, wanted)
+        with ix.reading(self.engine) as connection:
+            found = find_versions(connection, wanted)
             if len(found) == 1:
                 return found[0]
             if found:
                 shown = "\n".join(f"  {v.digest or 'sha256:' + v.entry}  {v.reference}" for v in found)
                 raise AdapterError(f"{reference} fits several adapters:\n{shown}", where=self.location)
-            raise self._unknown(c, reference, wanted.name)
+            raise self._unknown(connection, reference, wanted.name)
 
-    def _unknown(self, c: Connection, reference: str, name: str) -> NotInLibrary:
-        kept = c.scalars(select(ix.versions.c.version).where(ix.versions.c.name == name)).all()
+    def _unknown(self, connection: Connection, reference: str, name: str) -> NotInLibrary:
+        kept = connection.scalars(select(ix.versions.c.version).where(ix.versions.c.name == name)).all()
         if kept:
-            pointers = c.scalars(select(ix.name_aliases.c.alias).where(ix.name_aliases.c.name == name)).all()
+            pointers = connection.scalars(select(ix.name_aliases.c.alias).where(ix.name_aliases.c.name == name)).all()
             has = ", ".join([f"{name}@{w}" for w in [*sorted(kept)[-5:], *sorted(pointers)]])
             return NotInLibrary(f"the library has no {reference}", where=self.location, fix=f"it has {has}")
-        every = c.scalars(select(ix.names.c.name).where(ix.names.c.latest.is_not(None))).all() if name else []
+        every = connection.scalars(select(ix.names.c.name).where(ix.names.c.latest.is_not(None))).all() if name else []
         near = nearest(name, every, 3)
         fix = f"did you mean {' or '.join(near)}?" if near else "see `veneer library list`"
         return NotInLibrary(f"the library has no adapter {reference!r}", where=self.location, fix=fix)
 
     def search(self, text: str = "", **filters: Any) -> list[Version]:
         """The versions that fit, by name; `queries.search` has the filters. Without any: the latest of each name."""
-        with ix.reading(self.engine) as c:
-            return search(c, text, **filters)
+        with ix.reading(self.engine) as connection:
+            return search(connection, text, **filters)
 
     def resolve(self, reference: str) -> Path:
         """A local path with the adapter's files, read-only: a folder, or the file itself where it came as one file.
@@ -171,8 +171,8 @@ class Library:
     def files(self, entry: str) -> dict[str, tuple[str, int]]:
         """An entry's files: name -> (sha256, size)."""
         f = ix.files.c
-        with ix.reading(self.engine) as c:
-            rows = c.execute(select(f.name, f.sha256, f.size).where(f.entry == entry).order_by(f.name)).all()
+        with ix.reading(self.engine) as connection:
+            rows = connection.execute(select(f.name, f.sha256, f.size).where(f.entry == entry).order_by(f.name)).all()
         return {row.name: (row.sha256, row.size) for row in rows}
 
     # -- writing -------------------------------------------------------------------------------------------------------
@@ -211,89 +211,93 @@ class Library:
         }
         sources[manifest_path(entry)] = (manifest, entry)
         sizes = {blob_path(h): size for h, size in kept.values()} | {manifest_path(entry): len(manifest)}
-        with ix.index_transaction(self.engine) as c:
-            claimed = ix.claim(c, sizes)
+        with ix.index_transaction(self.engine) as connection:
+            claimed = ix.claim(connection, sizes)
         for target, (data, sha256) in sources.items():
             self.store.put(target, data, sha256)
         if changed := [file for file, p in found.files.items() if _stamp(p) != before[file]]:
             raise AdapterError(f"changed while it was being added: {', '.join(changed)}", where=str(path), fix="again")
-        with ix.index_transaction(self.engine) as c:
-            now = ix.claim(c, sizes)
+        with ix.index_transaction(self.engine) as connection:
+            now = ix.claim(connection, sizes)
             for target in (t for t in now if now[t] != claimed[t]):
                 self.store.put(target, *sources[target])
                 if self.store.size(target) is None:  # nobody collects now: the store itself lost it
                     raise AdapterError("a file was sent and did not arrive", where=f"{self.location}: {target}")
-            self.enter(c, entry, kept, about)
-            number, new = self._number(c, name, entry, source, number)
-            self._put_tags(c, name, number, tags)
-            self.store.replace(f"names/{name}.json", canonical(record(c, name)))
-            ix.changed(c)
-            version = find_versions(c, Reference(name, version=number))[0]
+            self.enter(connection, entry, kept, about)
+            number, new = self._number(connection, name, entry, source, number)
+            self._put_tags(connection, name, number, tags)
+            self.store.replace(f"names/{name}.json", canonical(record(connection, name)))
+            ix.changed(connection)
+            version = find_versions(connection, Reference(name, version=number))[0]
         return Added(version, new, found.left_out)
 
-    def enter(self, c: Connection, entry: str, kept: Mapping[str, tuple[str, int]], about: AdapterDescription) -> None:
+    def enter(
+        self, connection: Connection, entry: str, kept: Mapping[str, tuple[str, int]], about: AdapterDescription
+    ) -> None:
         """The entry's rows; a description that says more than the one on record replaces it."""
-        known = c.execute(select(ix.entries.c.digest).where(ix.entries.c.id == entry)).first()
+        known = connection.execute(select(ix.entries.c.digest).where(ix.entries.c.id == entry)).first()
         values = about.columns(sum(size for _, size in kept.values()))
         if known is None:
-            c.execute(insert(ix.entries), {"id": entry, "manifest": manifest_path(entry), **values})
+            connection.execute(insert(ix.entries), {"id": entry, "manifest": manifest_path(entry), **values})
             rows = [
                 {"entry": entry, "name": n, "object": blob_path(h), "sha256": h, "size": s}
                 for n, (h, s) in kept.items()
             ]
-            ix.many(c, ix.files, rows)
+            ix.many(connection, ix.files, rows)
         elif about.digest and not known.digest:
-            c.execute(update(ix.entries).where(ix.entries.c.id == entry).values(**values))
-            c.execute(delete(ix.triggers).where(ix.triggers.c.entry == entry))
-            c.execute(delete(ix.parents).where(ix.parents.c.entry == entry))
+            connection.execute(update(ix.entries).where(ix.entries.c.id == entry).values(**values))
+            connection.execute(delete(ix.triggers).where(ix.triggers.c.entry == entry))
+            connection.execute(delete(ix.parents).where(ix.parents.c.entry == entry))
         else:
             return
-        ix.many(c, ix.triggers, [{"entry": entry, "word": w, "lower": w.lower()} for w in about.trigger_words])
-        ix.many(c, ix.parents, [{"entry": entry, "parent": p} for p in about.parents])
+        ix.many(connection, ix.triggers, [{"entry": entry, "word": w, "lower": w.lower()} for w in about.trigger_words])
+        ix.many(connection, ix.parents, [{"entry": entry, "parent": p} for p in about.parents])
 
-    def _number(self, c: Connection, name: str, entry: str, source: str, wanted: int | None) -> tuple[int, bool]:
+    def _number(
+        self, connection: Connection, name: str, entry: str, source: str, wanted: int | None
+    ) -> tuple[int, bool]:
         """The version of `name` that is this entry, made where there is none. (number, whether it is new)"""
         v, n = ix.versions.c, ix.names.c
-        row = c.execute(select(n.latest, n.next).where(n.name == name)).first()
+        row = connection.execute(select(n.latest, n.next).where(n.name == name)).first()
         latest, following = (row.latest, row.next) if row is not None else (None, 1)
-        same = c.scalars(select(v.version).where(v.name == name, v.entry == entry)).all()
+        same = connection.scalars(select(v.version).where(v.name == name, v.entry == entry)).all()
         if (wanted in same) or (wanted is None and latest in same and latest is not None):
             return wanted or int(latest or 0), False
         if wanted is not None and same:
             return max(same), False
-        taken = c.scalars(select(v.version).where(v.name == name)).all()
+        taken = connection.scalars(select(v.version).where(v.name == name)).all()
         number = wanted if wanted is not None and wanted >= 1 and wanted not in taken else following
         values = {"latest": max(number, latest or 0), "next": max(number + 1, following)}
         if row is None:
-            c.execute(insert(ix.names), {"name": name, **values})
+            connection.execute(insert(ix.names), {"name": name, **values})
         else:
-            c.execute(update(ix.names).where(n.name == name).values(**values))
+            connection.execute(update(ix.names).where(n.name == name).values(**values))
         added = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        c.execute(
+        connection.execute(
             insert(ix.versions), {"name": name, "version": number, "entry": entry, "added": added, "source": source}
         )
         return number, True
 
-    def _put_tags(self, c: Connection, name: str, version: int, tags: Iterable[str]) -> None:
+    def _put_tags(self, connection: Connection, name: str, version: int, tags: Iterable[str]) -> None:
         t = ix.tags.c
-        have = set(c.scalars(select(t.tag).where(t.name == name, t.version == version)).all())
-        ix.many(c, ix.tags, [{"name": name, "version": version, "tag": x} for x in sorted(set(tags) - have)])
+        have = set(connection.scalars(select(t.tag).where(t.name == name, t.version == version)).all())
+        ix.many(connection, ix.tags, [{"name": name, "version": version, "tag": x} for x in sorted(set(tags) - have)])
 
     def tag(self, reference: str, *tags: str) -> Version:
         """Puts tags on a version. Raises as `find`, and ConfigError for text that can be no tag."""
         for tag in tags:
             check_tag(tag)
-        return self._change(reference, lambda c, v: self._put_tags(c, v.name, v.version, tags))
+        return self._change(reference, lambda connection, v: self._put_tags(connection, v.name, v.version, tags))
 
     def untag(self, reference: str, *tags: str) -> Version:
         """Takes tags off a version. Raises AdapterError that lists the tags it does not have."""
 
-        def change(c: Connection, v: Version) -> None:
+        def change(connection: Connection, v: Version) -> None:
             if missing := sorted(set(tags) - set(v.tags)):
                 has = f"it has {', '.join(v.tags)}" if v.tags else "it has none"
                 raise AdapterError(f"{v.reference} has no tag {', '.join(missing)}", where=self.location, fix=has)
             t = ix.tags.c
-            c.execute(delete(ix.tags).where(t.name == v.name, t.version == v.version, t.tag.in_(tags)))
+            connection.execute(delete(ix.tags).where(t.name == v.name, t.version == v.version, t.tag.in_(tags)))
 
         return self._change(reference, change)
 
@@ -301,23 +305,23 @@ class Library:
         """`name@alias` means this version from now on, wherever it pointed before; the change is atomic."""
         check_alias(alias)
 
-        def change(c: Connection, v: Version) -> None:
+        def change(connection: Connection, v: Version) -> None:
             a = ix.name_aliases.c
-            c.execute(delete(ix.name_aliases).where(a.name == v.name, a.alias == alias))
-            c.execute(insert(ix.name_aliases), {"name": v.name, "alias": alias, "version": v.version})
+            connection.execute(delete(ix.name_aliases).where(a.name == v.name, a.alias == alias))
+            connection.execute(insert(ix.name_aliases), {"name": v.name, "alias": alias, "version": v.version})
 
         return self._change(reference, change)
 
     def _change(self, reference: str, change: Callable[[Connection, Version], None]) -> Version:
         """Find a version, change what is said of it, and write its name's record, all under the write lock."""
-        with ix.index_transaction(self.engine) as c:
-            found = find_versions(c, wanted := parse_reference(reference))
+        with ix.index_transaction(self.engine) as connection:
+            found = find_versions(connection, wanted := parse_reference(reference))
             if len(found) != 1:
-                raise self._unknown(c, reference, wanted.name) if not found else _several(reference, found)
-            change(c, found[0])
-            after = find_versions(c, parse_reference(found[0].reference))[0]
-            self.store.replace(f"names/{after.name}.json", canonical(record(c, after.name)))
-            ix.changed(c)
+                raise self._unknown(connection, reference, wanted.name) if not found else _several(reference, found)
+            change(connection, found[0])
+            after = find_versions(connection, parse_reference(found[0].reference))[0]
+            self.store.replace(f"names/{after.name}.json", canonical(record(connection, after.name)))
+            ix.changed(connection)
         return after
 
     def remove(self, reference: str, *, with_aliases: bool = False) -> list[str]:
@@ -329,38 +333,40 @@ class Library:
         if wanted.prefix:
             raise ConfigError("a digest may have several names", where=reference, fix="remove them by name")
         a, v = ix.name_aliases.c, ix.versions.c
-        with ix.index_transaction(self.engine) as c:
-            if not (found := find_versions(c, wanted)):
-                raise self._unknown(c, reference, wanted.name)
+        with ix.index_transaction(self.engine) as connection:
+            if not (found := find_versions(connection, wanted)):
+                raise self._unknown(connection, reference, wanted.name)
             name = wanted.name
             if wanted.alias:
-                c.execute(delete(ix.name_aliases).where(a.name == name, a.alias == wanted.alias))
+                connection.execute(delete(ix.name_aliases).where(a.name == name, a.alias == wanted.alias))
                 gone = [f"{name}@{wanted.alias}"]
             else:
                 whole = reference == name
-                doomed = c.scalars(select(v.version).where(v.name == name)).all() if whole else [found[0].version]
-                gone = self._remove_versions(c, name, list(doomed), with_aliases)
-            self.store.replace(f"names/{name}.json", canonical(record(c, name)))
-            ix.changed(c)
+                doomed = (
+                    connection.scalars(select(v.version).where(v.name == name)).all() if whole else [found[0].version]
+                )
+                gone = self._remove_versions(connection, name, list(doomed), with_aliases)
+            self.store.replace(f"names/{name}.json", canonical(record(connection, name)))
+            ix.changed(connection)
         return gone
 
-    def _remove_versions(self, c: Connection, name: str, doomed: list[int], with_aliases: bool) -> list[str]:
+    def _remove_versions(self, connection: Connection, name: str, doomed: list[int], with_aliases: bool) -> list[str]:
         a, v = ix.name_aliases.c, ix.versions.c
-        pointers = c.execute(select(a.alias, a.version).where(a.name == name, a.version.in_(doomed))).all()
+        pointers = connection.execute(select(a.alias, a.version).where(a.name == name, a.version.in_(doomed))).all()
         if pointers and not with_aliases:
             shown = ", ".join(f"{name}@{p.alias} -> {name}@{p.version}" for p in pointers)
             raise AdapterError(
                 f"aliases point there: {shown}", where=self.location, fix="move them first, or --with-aliases"
             )
-        c.execute(delete(ix.name_aliases).where(a.name == name, a.version.in_(doomed)))
-        lost = set(c.scalars(select(v.entry).where(v.name == name, v.version.in_(doomed))).all())
-        c.execute(delete(ix.tags).where(ix.tags.c.name == name, ix.tags.c.version.in_(doomed)))
-        c.execute(delete(ix.versions).where(v.name == name, v.version.in_(doomed)))
-        left = c.scalars(select(v.version).where(v.name == name)).all()
-        c.execute(update(ix.names).where(ix.names.c.name == name).values(latest=max(left, default=None)))
+        connection.execute(delete(ix.name_aliases).where(a.name == name, a.version.in_(doomed)))
+        lost = set(connection.scalars(select(v.entry).where(v.name == name, v.version.in_(doomed))).all())
+        connection.execute(delete(ix.tags).where(ix.tags.c.name == name, ix.tags.c.version.in_(doomed)))
+        connection.execute(delete(ix.versions).where(v.name == name, v.version.in_(doomed)))
+        left = connection.scalars(select(v.version).where(v.name == name)).all()
+        connection.execute(update(ix.names).where(ix.names.c.name == name).values(latest=max(left, default=None)))
         blobs = select(ix.files.c.object).where(ix.files.c.entry.in_(lost))
         o, paths = ix.objects.c, [manifest_path(e) for e in lost]
-        c.execute(update(ix.objects).where(o.path.in_(blobs) | o.path.in_(paths)).values(touched=time.time()))
+        connection.execute(update(ix.objects).where(o.path.in_(blobs) | o.path.in_(paths)).values(touched=time.time()))
         return [f"{name}@{p.alias}" for p in pointers] + [f"{name}@{n}" for n in sorted(doomed)]
 
 
@@ -386,8 +392,8 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
     engine = ix.connect(index)
     try:
         mark = _mark(store, where) or _begin(store, engine, where)
-        with ix.reading(engine) as c:
-            own = ix.identity(c)
+        with ix.reading(engine) as connection:
+            own = ix.identity(connection)
         if check and own != mark:
             raise ConfigError(
                 "this index is new, or belongs to another library than these files",
@@ -403,9 +409,9 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
 
 def _begin(store: LocalStore | RemoteStore, engine: Engine, where: str) -> str:
     """Mark a new store with the index's id; the index first, so that a kill in between does no harm."""
-    with ix.index_transaction(engine) as c:
-        mark = ix.identity(c) or secrets.token_hex(16)
-        ix.identify(c, mark)
+    with ix.index_transaction(engine) as connection:
+        mark = ix.identity(connection) or secrets.token_hex(16)
+        ix.identify(connection, mark)
     if _mark(store, where) is None:
         store.replace(MARK, canonical({"veneer-library": 1, "id": mark}))
     return _mark(store, where) or mark

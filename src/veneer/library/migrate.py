@@ -34,7 +34,7 @@ class Schema:
     table: str
     lock: int
     before: Callable[[Connection], str | None]
-    first: Callable[[Connection], None] = lambda c: None
+    first: Callable[[Connection], None] = lambda connection: None
 
     @property
     def revisions(self) -> list[str]:
@@ -50,11 +50,11 @@ def bring_up(engine: Engine, schema: Schema, where: str) -> None:
     """Brings the tables to this veneer's revision. Raises ConfigError for a database of a later veneer, or one that
     cannot be opened; the engine is then disposed of."""
     try:
-        with reading(engine) as c:
-            found = revision(c, schema)
+        with reading(engine) as connection:
+            found = revision(connection, schema)
         if found != schema.revisions[-1]:
-            with write_transaction(engine, schema.lock) as c:
-                _change(c, schema)
+            with write_transaction(engine, schema.lock) as connection:
+                _change(connection, schema)
     except DBAPIError as error:
         engine.dispose()
         raise ConfigError(
@@ -65,36 +65,36 @@ def bring_up(engine: Engine, schema: Schema, where: str) -> None:
         raise ConfigError(error.what, where=shown_url(where), fix=error.fix) from None
 
 
-def revision(c: Connection, schema: Schema) -> str | None:
+def revision(connection: Connection, schema: Schema) -> str | None:
     """The revision that the database says it has; None if it has none."""
-    if not inspect(c).has_table(schema.table):
+    if not inspect(connection).has_table(schema.table):
         return None
-    found: str | None = c.scalar(select(schema.held.c.version_num))
+    found: str | None = connection.scalar(select(schema.held.c.version_num))
     return found
 
 
-def _change(c: Connection, schema: Schema) -> None:
+def _change(connection: Connection, schema: Schema) -> None:
     """In a transaction that holds the lock: perhaps another process has just done it."""
-    said = revision(c, schema)
-    found = said or schema.before(c)
+    said = revision(connection, schema)
+    found = said or schema.before(connection)
     known = schema.revisions
     if found == known[-1] and said:
         return
     if found is None:
-        schema.tables.create_all(c)
-        schema.first(c)
-        schema.held.create(c, checkfirst=True)
-        c.execute(insert(schema.held), {"version_num": known[-1]})
+        schema.tables.create_all(connection)
+        schema.first(connection)
+        schema.held.create(connection, checkfirst=True)
+        connection.execute(insert(schema.held), {"version_num": known[-1]})
     elif found not in known:
         raise ConfigError(
             f"{schema.what} has version {found}; this veneer knows {known[0]} to {known[-1]}",
             fix="a later veneer made it: update this one",
         )
     else:
-        _run_scripts(c, schema, None if said else found)
+        _run_scripts(connection, schema, None if said else found)
 
 
-def _run_scripts(c: Connection, schema: Schema, stamp: str | None) -> None:
+def _run_scripts(connection: Connection, schema: Schema, stamp: str | None) -> None:
     """`stamp`: the revision to begin from where the database says none."""
     from alembic import command
     from alembic.config import Config
@@ -104,7 +104,7 @@ def _run_scripts(c: Connection, schema: Schema, stamp: str | None) -> None:
     for name, path in places.items():
         config.set_main_option(name, str(path).replace("%", "%%"))
     config.set_main_option("path_separator", "newline")
-    config.attributes |= {"connection": c, "version_table": schema.table}
+    config.attributes |= {"connection": connection, "version_table": schema.table}
     if stamp is not None:
         command.stamp(config, stamp)
     command.upgrade(config, "head")

@@ -59,18 +59,18 @@ def _versions() -> Select[Any]:
     return select(*columns, e.licence, e.created, e.size, e.card).join_from(ix.versions, ix.entries, v.entry == e.id)
 
 
-def find_versions(c: Connection, wanted: Reference) -> list[Version]:
+def find_versions(connection: Connection, wanted: Reference) -> list[Version]:
     """The version that a reference means: none, or one; for a digest's prefix that fits several adapters one of each.
     Among versions of the same adapter the one added last stands for all."""
     v, e, a, n = ix.versions.c, ix.entries.c, ix.name_aliases.c, ix.names.c
     if wanted.prefix:
-        rows = c.execute(
+        rows = connection.execute(
             _versions()
             .where(or_(_begins(e.digest, wanted.prefix), _begins(e.id, wanted.prefix.removeprefix("sha256:"))))
             .order_by(v.added.desc(), v.name, v.version.desc())
         ).all()
         firsts = {row.digest or row.entry: row for row in reversed(rows)}
-        return _full(c, sorted(firsts.values(), key=lambda row: (row.name, row.version)))
+        return _full(connection, sorted(firsts.values(), key=lambda row: (row.name, row.version)))
     query = _versions().where(v.name == wanted.name)
     if wanted.version is not None:
         query = query.where(v.version == wanted.version)
@@ -79,11 +79,11 @@ def find_versions(c: Connection, wanted: Reference) -> list[Version]:
         query = query.where(v.version == pointed.scalar_subquery())
     else:
         query = query.where(v.version == select(n.latest).where(n.name == wanted.name).scalar_subquery())
-    return _full(c, c.execute(query).all())
+    return _full(connection, connection.execute(query).all())
 
 
 def search(
-    c: Connection,
+    connection: Connection,
     text: str = "",
     *,
     name: str = "",
@@ -138,7 +138,7 @@ def search(
         query = query.order_by(v.name, v.version).limit(limit).offset(offset)
     page = query.subquery()
     rows = _versions().join(page, and_(page.c.name == v.name, page.c.version == v.version))
-    return _full(c, c.execute(rows.order_by(v.name, v.version)).all())
+    return _full(connection, connection.execute(rows.order_by(v.name, v.version)).all())
 
 
 def _begins(column: ColumnElement[Any], prefix: str, after: str = "g") -> ColumnElement[bool]:
@@ -146,7 +146,7 @@ def _begins(column: ColumnElement[Any], prefix: str, after: str = "g") -> Column
     return and_(column >= prefix, column < prefix + after)
 
 
-def _full(c: Connection, rows: Sequence[Any]) -> list[Version]:
+def _full(connection: Connection, rows: Sequence[Any]) -> list[Version]:
     """The rows as versions, with what stands in other tables."""
     t, a, w, p = ix.tags.c, ix.name_aliases.c, ix.triggers.c, ix.parents.c
     names, entries = sorted({r.name for r in rows}), sorted({r.entry for r in rows})
@@ -155,14 +155,14 @@ def _full(c: Connection, rows: Sequence[Any]) -> list[Version]:
     words: dict[Any, list[str]] = defaultdict(list)
     origins: dict[Any, list[str]] = defaultdict(list)
     for some in _parts(names):
-        for row in c.execute(select(t.name, t.version, t.tag).where(t.name.in_(some)).order_by(t.tag)):
+        for row in connection.execute(select(t.name, t.version, t.tag).where(t.name.in_(some)).order_by(t.tag)):
             tags[row.name, row.version].append(row.tag)
-        for row in c.execute(select(a.name, a.version, a.alias).where(a.name.in_(some)).order_by(a.alias)):
+        for row in connection.execute(select(a.name, a.version, a.alias).where(a.name.in_(some)).order_by(a.alias)):
             pointers[row.name, row.version].append(row.alias)
     for some in _parts(entries):
-        for entry, word in c.execute(select(w.entry, w.word).where(w.entry.in_(some)).order_by(w.word)):
+        for entry, word in connection.execute(select(w.entry, w.word).where(w.entry.in_(some)).order_by(w.word)):
             words[entry].append(word)
-        for entry, parent in c.execute(select(p.entry, p.parent).where(p.entry.in_(some)).order_by(p.parent)):
+        for entry, parent in connection.execute(select(p.entry, p.parent).where(p.entry.in_(some)).order_by(p.parent)):
             origins[entry].append(parent)
     return [
         Version(
@@ -180,12 +180,12 @@ def _parts(values: Sequence[str]) -> Iterable[Sequence[str]]:
     return (values[i : i + _SOME] for i in range(0, len(values), _SOME))
 
 
-def record(c: Connection, name: str) -> dict[str, Any]:
+def record(connection: Connection, name: str) -> dict[str, Any]:
     """What the index says of a name, as it stands in the store and in exports."""
     n, a = ix.names.c, ix.name_aliases.c
-    following = c.scalar(select(n.next).where(n.name == name)) or 1
-    pointers = c.execute(select(a.alias, a.version).where(a.name == name)).all()
-    found = _full(c, c.execute(_versions().where(ix.versions.c.name == name)).all())
+    following = connection.scalar(select(n.next).where(n.name == name)) or 1
+    pointers = connection.execute(select(a.alias, a.version).where(a.name == name)).all()
+    found = _full(connection, connection.execute(_versions().where(ix.versions.c.name == name)).all())
     return {
         "veneer-name": 1,
         "name": name,

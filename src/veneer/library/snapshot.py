@@ -120,15 +120,18 @@ class Names:
         return sorted(by_entry.items(), key=lambda pair: pair[0])
 
 
-def read(c: Connection) -> Names:
+def read(connection: Connection) -> Names:
     """The names as they are now."""
     v, e, a, n = ix.versions.c, ix.entries.c, ix.name_aliases.c, ix.names.c
     columns = (v.name, v.version, v.entry, v.added, e.digest, e.format, e.fingerprint, e.base)
     kept = [
-        NamedVersion(*row) for row in c.execute(select(*columns).join_from(ix.versions, ix.entries, v.entry == e.id))
+        NamedVersion(*row)
+        for row in connection.execute(select(*columns).join_from(ix.versions, ix.entries, v.entry == e.id))
     ]
-    latest = [(row.name, row.latest) for row in c.execute(select(n.name, n.latest).where(n.latest.is_not(None)))]
-    return Names(kept, latest, [tuple(row) for row in c.execute(select(a.name, a.alias, a.version))])
+    latest = [
+        (row.name, row.latest) for row in connection.execute(select(n.name, n.latest).where(n.latest.is_not(None)))
+    ]
+    return Names(kept, latest, [tuple(row) for row in connection.execute(select(a.name, a.alias, a.version))])
 
 
 class Snapshot:
@@ -142,8 +145,8 @@ class Snapshot:
         self._mark: object = None
         self._lock, self._stop, self._poke = threading.Lock(), threading.Event(), threading.Event()
         self._waiting: list[Future[None]] = []
-        with ix.reading(self.engine) as c:
-            self._names = read(c)
+        with ix.reading(self.engine) as connection:
+            self._names = read(connection)
         self._read_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="veneer-names", daemon=True)
         self._thread.start()
@@ -250,8 +253,8 @@ class Snapshot:
             mark = self._version(driver)
             if mark != self._mark or time.monotonic() > self._read_at + AGAIN:
                 began = time.monotonic()
-                with ix.reading(self.engine) as c:
-                    self._names = read(c)
+                with ix.reading(self.engine) as connection:
+                    self._names = read(connection)
                 self._mark, self._read_at = mark, time.monotonic()
                 self._told(asked)
                 self._stop.wait(min(self._read_at - began, 5.0))

@@ -253,13 +253,13 @@ def _records(library: Library, references: list[str]) -> list[dict[str, Any]]:
             chosen[found.name] = None
         elif (some := chosen.setdefault(found.name, set())) is not None:
             some.add(str(found.version))
-    with ix.reading(library.engine) as c:
+    with ix.reading(library.engine) as connection:
         if not references:
             n = ix.names.c
-            chosen = dict.fromkeys(c.scalars(select(n.name).where(n.latest.is_not(None))).all())
+            chosen = dict.fromkeys(connection.scalars(select(n.name).where(n.latest.is_not(None))).all())
         out = []
         for name in sorted(chosen):
-            only, whole = chosen[name], record(c, name)
+            only, whole = chosen[name], record(connection, name)
             if only is not None:
                 whole["versions"] = {k: v for k, v in whole["versions"].items() if k in only}
                 whole["aliases"] = {k: v for k, v in whole["aliases"].items() if str(v) in only}
@@ -388,8 +388,8 @@ def _import_name(
 
 def _aliases(library: Library, name: str) -> list[Any]:
     a = ix.name_aliases.c
-    with ix.reading(library.engine) as c:
-        return list(c.execute(select(a.alias, a.version).where(a.name == name)).all())
+    with ix.reading(library.engine) as connection:
+        return list(connection.execute(select(a.alias, a.version).where(a.name == name)).all())
 
 
 def _unpack(archive: Mapping[str, Callable[[], IO[bytes]]], files: Mapping[str, tuple[str, int]], into: Path) -> Path:

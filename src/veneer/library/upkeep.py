@@ -102,20 +102,20 @@ def gc(library: Library, *, grace: float = GRACE, dry_run: bool = False) -> GcRe
     e, o = ix.entries.c, ix.objects.c
     nameless = ~exists().where(ix.versions.c.entry == e.id)
     quiet = exists().where(o.path == e.manifest, o.touched < cutoff)
-    with ix.index_transaction(library.engine) as c:
-        dead = list(c.scalars(select(e.id).where(nameless, quiet)).all())
+    with ix.index_transaction(library.engine) as connection:
+        dead = list(connection.scalars(select(e.id).where(nameless, quiet)).all())
         out.entries = len(dead)
         if dry_run:
-            _count_unused(c, cutoff, set(dead), out)
+            _count_unused(connection, cutoff, set(dead), out)
             return out
-        c.execute(delete(ix.entries).where(nameless, quiet))
-        c.execute(update(ix.objects).where(_unused(), o.touched < cutoff).values(generation=ix.CONDEMNED))
+        connection.execute(delete(ix.entries).where(nameless, quiet))
+        connection.execute(update(ix.objects).where(_unused(), o.touched < cutoff).values(generation=ix.CONDEMNED))
     while _delete_condemned(library, out):
         pass
     _delete_strays(library, cutoff, out)
-    with ix.reading(library.engine) as c:
-        entries = set(c.scalars(select(e.id)).all())
-        blobs = set(c.scalars(select(ix.files.c.object)).all())
+    with ix.reading(library.engine) as connection:
+        entries = set(connection.scalars(select(e.id)).all())
+        blobs = set(connection.scalars(select(ix.files.c.object)).all())
     if isinstance(library.store, LocalStore):
         out.debris += library.store.sweep(entries)
     else:
@@ -132,12 +132,12 @@ def _unused() -> ColumnElement[bool]:
     return ~exists().where(ix.files.c.object == o.path) & ~exists().where(ix.entries.c.manifest == o.path)
 
 
-def _count_unused(c: Connection, cutoff: float, dead: set[str], out: GcReport) -> None:
+def _count_unused(connection: Connection, cutoff: float, dead: set[str], out: GcReport) -> None:
     """What would go once the entries in `dead` are gone."""
     f, o, e = ix.files.c, ix.objects.c, ix.entries.c
-    used = {row.object for row in c.execute(select(f.object, f.entry)) if row.entry not in dead}
-    used |= {row.manifest for row in c.execute(select(e.manifest, e.id)) if row.id not in dead}
-    for row in c.execute(select(o.path, o.size).where(o.touched < cutoff)):
+    used = {row.object for row in connection.execute(select(f.object, f.entry)) if row.entry not in dead}
+    used |= {row.manifest for row in connection.execute(select(e.manifest, e.id)) if row.id not in dead}
+    for row in connection.execute(select(o.path, o.size).where(o.touched < cutoff)):
         if row.path not in used:
             out.files += 1
             out.bytes += row.size
@@ -146,26 +146,28 @@ def _count_unused(c: Connection, cutoff: float, dead: set[str], out: GcReport) -
 def _delete_condemned(library: Library, out: GcReport) -> bool:
     """One batch. Files go within the transaction that takes their rows, so that no claim comes in between."""
     o = ix.objects.c
-    with ix.index_transaction(library.engine) as c:
-        rows = c.execute(select(o.path, o.size).where(o.generation == ix.CONDEMNED, _unused()).limit(BATCH)).all()
+    with ix.index_transaction(library.engine) as connection:
+        rows = connection.execute(
+            select(o.path, o.size).where(o.generation == ix.CONDEMNED, _unused()).limit(BATCH)
+        ).all()
         for row in rows:
             library.store.delete(row.path)
             out.files += 1
             out.bytes += row.size
-        c.execute(delete(ix.objects).where(o.path.in_([row.path for row in rows])))
+        connection.execute(delete(ix.objects).where(o.path.in_([row.path for row in rows])))
     return bool(rows)
 
 
 def _delete_strays(library: Library, cutoff: float, out: GcReport) -> None:
     """Files of which the index has no row: uploads that ended after their claim was collected, then were killed."""
     o = ix.objects.c
-    with ix.reading(library.engine) as c:
-        known = set(c.scalars(select(o.path)).all())
+    with ix.reading(library.engine) as connection:
+        known = set(connection.scalars(select(o.path)).all())
     strays = [f for f in _stored(library) if f[0] not in known and f[2] < cutoff]
     for at in range(0, len(strays), BATCH):
         part = strays[at : at + BATCH]
-        with ix.index_transaction(library.engine) as c:
-            claimed = set(c.scalars(select(o.path).where(o.path.in_([path for path, _, _ in part]))).all())
+        with ix.index_transaction(library.engine) as connection:
+            claimed = set(connection.scalars(select(o.path).where(o.path.in_([path for path, _, _ in part]))).all())
             for path, size, _ in part:
                 if path not in claimed:
                     library.store.delete(path)
@@ -227,8 +229,8 @@ def verify_library(library: Library, *, repair: bool = False, say: Callable[[str
 def _referenced(library: Library) -> dict[str, int]:
     """path -> size of everything that entries refer to."""
     o = ix.objects.c
-    with ix.reading(library.engine) as c:
-        return {row.path: row.size for row in c.execute(select(o.path, o.size).where(~_unused()))}
+    with ix.reading(library.engine) as connection:
+        return {row.path: row.size for row in connection.execute(select(o.path, o.size).where(~_unused()))}
 
 
 def _hash(store: LocalStore | RemoteStore, path: str) -> str:
@@ -243,8 +245,10 @@ def _told(library: Library, path: str) -> str:
     """A path, and the versions that need it."""
     v, f, e = ix.versions.c, ix.files.c, ix.entries.c
     users = select(f.entry).where(f.object == path).union(select(e.id).where(e.manifest == path))
-    with ix.reading(library.engine) as c:
-        rows = c.execute(select(v.name, v.version).where(v.entry.in_(users)).order_by(v.name, v.version).limit(4)).all()
+    with ix.reading(library.engine) as connection:
+        rows = connection.execute(
+            select(v.name, v.version).where(v.entry.in_(users)).order_by(v.name, v.version).limit(4)
+        ).all()
     shown = ", ".join(f"{row.name}@{row.version}" for row in rows[:3]) + (", …" if len(rows) > 3 else "")
     return f"{path} ({shown or 'no version'})"
 
@@ -252,12 +256,12 @@ def _told(library: Library, path: str) -> str:
 def _drop(library: Library, bad: list[str], out: VerifyReport) -> None:
     f = ix.files.c
     for path in bad:
-        with ix.index_transaction(library.engine) as c:
+        with ix.index_transaction(library.engine) as connection:
             if _hash(library.store, path) == path.rpartition("/")[2]:
                 continue  # restored meanwhile
             library.store.delete(path)
-            c.execute(update(ix.objects).where(ix.objects.c.path == path).values(generation=ix.CONDEMNED))
-            entries = c.scalars(select(f.entry).where(f.object == path)).all()
+            connection.execute(update(ix.objects).where(ix.objects.c.path == path).values(generation=ix.CONDEMNED))
+            entries = connection.scalars(select(f.entry).where(f.object == path)).all()
         if isinstance(library.store, LocalStore):
             for entry in entries:
                 library.store.drop_folder(entry)
@@ -266,15 +270,15 @@ def _drop(library: Library, bad: list[str], out: VerifyReport) -> None:
 
 def _check_records(library: Library, repair: bool, out: VerifyReport) -> None:
     n = ix.names.c
-    with ix.reading(library.engine) as c:
-        every = list(c.scalars(select(n.name).order_by(n.name)).all())
+    with ix.reading(library.engine) as connection:
+        every = list(connection.scalars(select(n.name).order_by(n.name)).all())
     for name in every:
-        with ix.reading(library.engine) as c:
-            right = canonical(record(c, name))
+        with ix.reading(library.engine) as connection:
+            right = canonical(record(connection, name))
         if _read(library, f"names/{name}.json") == right:
             continue
-        with ix.index_transaction(library.engine) as c:  # nobody writes it now
-            right = canonical(record(c, name))
+        with ix.index_transaction(library.engine) as connection:  # nobody writes it now
+            right = canonical(record(connection, name))
             if _read(library, f"names/{name}.json") == right:
                 continue
             if repair:
@@ -301,23 +305,23 @@ def rebuild(location: str | Path | None = None, index: str | None = None) -> Reb
     out = RebuildReport()
     with open_library(location, index, check=False) as library:
         mark = json.loads(library.store.read("library.json"))["id"]
-        with ix.index_transaction(library.engine) as c:
-            ix.clear(c)
-            ix.identify(c, mark)
+        with ix.index_transaction(library.engine) as connection:
+            ix.clear(connection)
+            ix.identify(connection, mark)
             for path, _, _ in sorted(library.store.walk("names")):
                 try:
                     found = check_record(json.loads(library.store.read(path)))
                 except (ValueError, AdapterError, ConfigError) as error:
                     out.lost.append(f"{path}: {error}")
                     continue
-                _restore(library, c, found, out)
-            ix.changed(c)
+                _restore(library, connection, found, out)
+            ix.changed(connection)
     return out
 
 
-def _restore(library: Library, c: Connection, found: dict[str, Any], out: RebuildReport) -> None:
+def _restore(library: Library, connection: Connection, found: dict[str, Any], out: RebuildReport) -> None:
     name, kept = found["name"], []
-    c.execute(ix.names.insert(), {"name": name, "latest": None, "next": found["next"]})
+    connection.execute(ix.names.insert(), {"name": name, "latest": None, "next": found["next"]})
     for number, v in sorted(found["versions"].items(), key=lambda item: int(item[0])):
         try:
             raw = library.store.read(manifest_path(v["entry"]))
@@ -332,21 +336,21 @@ def _restore(library: Library, c: Connection, found: dict[str, Any], out: Rebuil
             out.lost.append(f"{name}@{number}: missing or of another size: {', '.join(gone)}")
             continue
         sizes = {blob_path(sha256): size for sha256, size in files.values()} | {manifest_path(v["entry"]): len(raw)}
-        ix.claim(c, sizes)
-        library.enter(c, v["entry"], files, AdapterDescription(v["digest"], v["format"], v["card"]))
+        ix.claim(connection, sizes)
+        library.enter(connection, v["entry"], files, AdapterDescription(v["digest"], v["format"], v["card"]))
         row = {"name": name, "version": int(number), "entry": v["entry"], "added": v["added"], "source": v["source"]}
-        c.execute(ix.versions.insert(), row)
-        ix.many(c, ix.tags, [{"name": name, "version": int(number), "tag": t} for t in v["tags"]])
+        connection.execute(ix.versions.insert(), row)
+        ix.many(connection, ix.tags, [{"name": name, "version": int(number), "tag": t} for t in v["tags"]])
         kept.append(int(number))
     out.names += 1
     out.versions += len(kept)
     following = max([found["next"], *(k + 1 for k in kept)])
-    c.execute(
+    connection.execute(
         update(ix.names).where(ix.names.c.name == name).values(latest=max(kept, default=None), next=following)
     )  # fmt: skip
     for alias, number in sorted(found["aliases"].items()):
         if number in kept:
-            c.execute(ix.name_aliases.insert(), {"name": name, "alias": alias, "version": number})
+            connection.execute(ix.name_aliases.insert(), {"name": name, "alias": alias, "version": number})
         else:
             out.lost.append(f"{name}@{alias}: its version {number} is not there")
 

@@ -188,42 +188,42 @@ def image_counts(
 # -- FLUX --------------------------------------------------------------------------------------------------------------
 
 
-def _flux(c: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
+def _flux(counts: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
     heads, dim = config["num_attention_heads"], config["attention_head_dim"]
     d, channels = heads * dim, config["in_channels"]
     places = _places(config, height, width, 2)
     n = text + places
-    c.linear("x_embedder", places, channels, d)
-    c.linear("context_embedder", text, config["joint_attention_dim"], d)
+    counts.linear("x_embedder", places, channels, d)
+    counts.linear("context_embedder", text, config["joint_attention_dim"], d)
     for inputs in (256, config["pooled_projection_dim"], *([256] if config.get("guidance_embeds") else [])):
-        c.linear("embedder", 1, inputs, d)
-        c.linear("embedder", 1, d, d)
+        counts.linear("embedder", 1, inputs, d)
+        counts.linear("embedder", 1, d, d)
     for _ in range(config["num_layers"]):
-        c.starts_block()
+        counts.starts_block()
         for tokens, q, last in ((places, "to_q", "to_out.0"), (text, "add_q_proj", "to_add_out")):
-            c.linear("norm1.linear", 1, d, 6 * d)
-            _qkv(c, tokens, d, q)
-            c.small(2 * dim)
-            c.linear(last, tokens, d, d)
-            c.keep(tokens * 2 * d)  # inputs of the two layer norms
-            c.linear("net.0.proj", tokens, d, 4 * d)
-            c.keep(tokens * 4 * d)  # gelu's input
-            c.linear("net.2", tokens, 4 * d, d)
-        _joint(c, n, d, heads)
-        c.ends_block(n * d)
+            counts.linear("norm1.linear", 1, d, 6 * d)
+            _qkv(counts, tokens, d, q)
+            counts.small(2 * dim)
+            counts.linear(last, tokens, d, d)
+            counts.keep(tokens * 2 * d)  # inputs of the two layer norms
+            counts.linear("net.0.proj", tokens, d, 4 * d)
+            counts.keep(tokens * 4 * d)  # gelu's input
+            counts.linear("net.2", tokens, 4 * d, d)
+        _joint(counts, n, d, heads)
+        counts.ends_block(n * d)
     for _ in range(config["num_single_layers"]):
-        c.starts_block()
-        c.linear("norm.linear", 1, d, 3 * d)
-        _qkv(c, n, d, "to_q")
-        c.small(2 * dim)
-        c.linear("proj_mlp", n, d, 4 * d, new=False)
-        c.keep(n * (d + 4 * d))  # the layer norm's input, gelu's input
-        c.linear("proj_out", n, 5 * d, d)
-        _joint(c, n, d, heads)
-        c.ends_block(n * d)
-    c.linear("norm_out.linear", 1, d, 2 * d)
-    c.linear("final", places, d, channels)
-    c.keep(places * d)
+        counts.starts_block()
+        counts.linear("norm.linear", 1, d, 3 * d)
+        _qkv(counts, n, d, "to_q")
+        counts.small(2 * dim)
+        counts.linear("proj_mlp", n, d, 4 * d, new=False)
+        counts.keep(n * (d + 4 * d))  # the layer norm's input, gelu's input
+        counts.linear("proj_out", n, 5 * d, d)
+        _joint(counts, n, d, heads)
+        counts.ends_block(n * d)
+    counts.linear("norm_out.linear", 1, d, 2 * d)
+    counts.linear("final", places, d, channels)
+    counts.keep(places * d)
 
 
 def _places(config: Config, height: int, width: int, patch: int) -> int:
@@ -232,62 +232,62 @@ def _places(config: Config, height: int, width: int, patch: int) -> int:
     return (height // step) * (width // step)
 
 
-def _qkv(c: ImageCounts, tokens: float, d: int, first: str, *, bias: bool = True) -> None:
-    c.linear(first, tokens, d, d, bias=bias)
+def _qkv(counts: ImageCounts, tokens: float, d: int, first: str, *, bias: bool = True) -> None:
+    counts.linear(first, tokens, d, d, bias=bias)
     for name in (first.replace("q", "k", 1), first.replace("q", "v", 1)):
-        c.linear(name, tokens, d, d, bias=bias, new=False)
+        counts.linear(name, tokens, d, d, bias=bias, new=False)
 
 
-def _joint(c: ImageCounts, n: float, d: int, heads: int) -> None:
+def _joint(counts: ImageCounts, n: float, d: int, heads: int) -> None:
     """Attention of all tokens with normed and turned q, k: q, k, v as they came, q and k turned, and what came out."""
-    c.attend(n, n, d, heads)
-    c.keep(n * 6 * d)
-    if c.cuda:
-        c.kept32 += 8 * n * d  # q and k in float32, for the norms' gradient
+    counts.attend(n, n, d, heads)
+    counts.keep(n * 6 * d)
+    if counts.cuda:
+        counts.kept32 += 8 * n * d  # q and k in float32, for the norms' gradient
 
 
-def _flux2(c: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
+def _flux2(counts: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
     heads, dim = config["num_attention_heads"], config["attention_head_dim"]
     d, channels = heads * dim, config["in_channels"]
     wide = int(config.get("mlp_ratio", 3.0) * d)
     places = _places(config, height, width, 2)
     n = text + places
-    c.linear("x_embedder", places, channels, d, bias=False)
-    c.linear("context_embedder", text, config["joint_attention_dim"], d, bias=False)
+    counts.linear("x_embedder", places, channels, d, bias=False)
+    counts.linear("context_embedder", text, config["joint_attention_dim"], d, bias=False)
     for _ in range(2 if config.get("guidance_embeds") else 1):
-        c.linear("embedder", 1, config.get("timestep_guidance_channels", 256), d, bias=False)
-        c.linear("embedder", 1, d, d, bias=False)
+        counts.linear("embedder", 1, config.get("timestep_guidance_channels", 256), d, bias=False)
+        counts.linear("embedder", 1, d, d, bias=False)
     for width_of in (6, 6, 3):
-        c.linear("modulation", 1, d, width_of * d, bias=False)
+        counts.linear("modulation", 1, d, width_of * d, bias=False)
     for _ in range(config["num_layers"]):
-        c.starts_block()
+        counts.starts_block()
         for tokens, q, last in ((places, "to_q", "to_out.0"), (text, "add_q_proj", "to_add_out")):
-            _qkv(c, tokens, d, q, bias=False)
-            c.small(2 * dim)
-            c.linear(last, tokens, d, d, bias=False)
-            c.keep(tokens * 2 * d)
-            c.linear("linear_in", tokens, d, 2 * wide, bias=False)
-            c.keep(tokens * 3 * wide)  # both halves, and silu of one
-            c.linear("linear_out", tokens, wide, d, bias=False)
-        _joint(c, n, d, heads)
-        c.ends_block(n * d)
+            _qkv(counts, tokens, d, q, bias=False)
+            counts.small(2 * dim)
+            counts.linear(last, tokens, d, d, bias=False)
+            counts.keep(tokens * 2 * d)
+            counts.linear("linear_in", tokens, d, 2 * wide, bias=False)
+            counts.keep(tokens * 3 * wide)  # both halves, and silu of one
+            counts.linear("linear_out", tokens, wide, d, bias=False)
+        _joint(counts, n, d, heads)
+        counts.ends_block(n * d)
     for _ in range(config["num_single_layers"]):
-        c.starts_block()
-        c.linear("to_qkv_mlp_proj", n, d, 3 * d + 2 * wide, bias=False)
-        c.small(2 * dim)
-        c.keep(n * (d + 3 * wide))
-        c.linear("to_out", n, d + wide, d, bias=False)
-        _joint(c, n, d, heads)
-        c.ends_block(n * d)
-    c.linear("norm_out.linear", 1, d, 2 * d, bias=False)
-    c.linear("final", places, d, channels, bias=False)
-    c.keep(places * d)
+        counts.starts_block()
+        counts.linear("to_qkv_mlp_proj", n, d, 3 * d + 2 * wide, bias=False)
+        counts.small(2 * dim)
+        counts.keep(n * (d + 3 * wide))
+        counts.linear("to_out", n, d + wide, d, bias=False)
+        _joint(counts, n, d, heads)
+        counts.ends_block(n * d)
+    counts.linear("norm_out.linear", 1, d, 2 * d, bias=False)
+    counts.linear("final", places, d, channels, bias=False)
+    counts.keep(places * d)
 
 
 # -- SDXL --------------------------------------------------------------------------------------------------------------
 
 
-def _sdxl(c: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
+def _sdxl(counts: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
     widths = list(config["block_out_channels"])
     depth = list(config["transformer_layers_per_block"])
     heads = list(config["attention_head_dim"])  # SDXL's name for the number of heads
@@ -296,85 +296,85 @@ def _sdxl(c: ImageCounts, config: Config, height: int, width: int, text: int) ->
     time = 4 * first
     place = [_places(config, height, width, 1 << i) for i in range(len(widths))]
     attends = ["CrossAttn" in kind for kind in config["down_block_types"]]
-    c.conv(place[0], config["in_channels"], first)
+    counts.conv(place[0], config["in_channels"], first)
     for inputs in (first, config["projection_class_embeddings_input_dim"]):
-        c.linear("embedder", 1, inputs, time)
-        c.linear("embedder", 1, time, time)
+        counts.linear("embedder", 1, inputs, time)
+        counts.linear("embedder", 1, time, time)
 
     def transformer(level: int) -> None:
-        _transformer(c, place[level], widths[level], cross, heads[level], depth[level], text)
+        _transformer(counts, place[level], widths[level], cross, heads[level], depth[level], text)
 
-    skips = [(first, c.learned)]
+    skips = [(first, counts.learned)]
     at = first
     for i, out in enumerate(widths):
         for _ in range(per):
-            _resnet(c, place[i], at, out, time)
+            _resnet(counts, place[i], at, out, time)
             at = out
             if attends[i]:
                 transformer(i)
-            skips.append((out, c.learned))
+            skips.append((out, counts.learned))
         if i < last:
-            c.conv(place[i + 1], out, out, new=False)
-            c.keep(place[i] * out)
-            skips.append((out, c.learned))
-    _resnet(c, place[last], at, at, time)
+            counts.conv(place[i + 1], out, out, new=False)
+            counts.keep(place[i] * out)
+            skips.append((out, counts.learned))
+    _resnet(counts, place[last], at, at, time)
     transformer(last)
-    _resnet(c, place[last], at, at, time)
+    _resnet(counts, place[last], at, at, time)
     for i in reversed(range(len(widths))):
         out = widths[i]
         for _ in range(per + 1):
             skip, learned = skips.pop()
-            _resnet(c, place[i], at + skip, out, time, dead=0 if learned else skip)
+            _resnet(counts, place[i], at + skip, out, time, dead=0 if learned else skip)
             at = out
             if attends[i]:
                 transformer(i)
         if i > 0:
-            c.conv(place[i - 1], out, out)
-    c.small(2 * first)
-    c.keep(place[0] * 2 * first)
-    c.conv(place[0], first, config["in_channels"], new=False)
+            counts.conv(place[i - 1], out, out)
+    counts.small(2 * first)
+    counts.keep(place[0] * 2 * first)
+    counts.conv(place[0], first, config["in_channels"], new=False)
 
 
-def _resnet(c: ImageCounts, n: int, a: int, b: int, time: int, dead: int = 0) -> None:
+def _resnet(counts: ImageCounts, n: int, a: int, b: int, time: int, dead: int = 0) -> None:
     """norm-silu, convolution, norm-silu, convolution: each keeps its input. `dead`: as of `conv`, of the a channels."""
-    c.starts_block()
-    c.small(2 * a + 2 * b)
-    c.keep(n * (a + b))
-    c.conv(n, a, b, dead=dead)
-    c.linear("time_emb_proj", 1, time, b)
-    c.conv(n, b, b)
+    counts.starts_block()
+    counts.small(2 * a + 2 * b)
+    counts.keep(n * (a + b))
+    counts.conv(n, a, b, dead=dead)
+    counts.linear("time_emb_proj", 1, time, b)
+    counts.conv(n, b, b)
     if a != b:
-        c.conv(n, a, b, 1, new=False, dead=dead)
-    c.ends_block(n * a)
+        counts.conv(n, a, b, 1, new=False, dead=dead)
+    counts.ends_block(n * a)
 
 
-def _transformer(c: ImageCounts, n: int, d: int, cross: int, heads: int, depth: int, text: int) -> None:
-    c.small(2 * d)
-    c.keep(n * d)
-    c.linear("proj_in", n, d, d)
+def _transformer(counts: ImageCounts, n: int, d: int, cross: int, heads: int, depth: int, text: int) -> None:
+    counts.small(2 * d)
+    counts.keep(n * d)
+    counts.linear("proj_in", n, d, d)
     for _ in range(depth):
-        c.starts_block()
-        c.small(6 * d)
-        c.keep(n * d)
-        _qkv(c, n, d, "to_q", bias=False)
-        c.keep(n * 4 * d)
-        c.attend(n, n, d, heads)
-        c.linear("to_out.0", n, d, d, new=False)
-        c.keep(n * d)
-        c.linear("to_q", n, d, d, bias=False)
-        c.linear("to_k", text, cross, d, bias=False, new=False)
-        c.linear("to_v", text, cross, d, bias=False, new=False)
-        c.keep(n * 2 * d + text * 2 * d)
-        c.attend(n, text, d, heads)
-        c.linear("to_out.0", n, d, d, new=False)
-        c.keep(n * d)
-        c.linear("net.0.proj", n, d, 8 * d)
-        c.keep(n * 8 * d)
-        c.linear("net.2", n, 4 * d, d)
-        if c.cuda:
-            c.keep(n * 8 * d)  # torch's GEGLU keeps gelu's input and output apart
-        c.ends_block(n * d)
-    c.linear("proj_out_of_transformer", n, d, d)
+        counts.starts_block()
+        counts.small(6 * d)
+        counts.keep(n * d)
+        _qkv(counts, n, d, "to_q", bias=False)
+        counts.keep(n * 4 * d)
+        counts.attend(n, n, d, heads)
+        counts.linear("to_out.0", n, d, d, new=False)
+        counts.keep(n * d)
+        counts.linear("to_q", n, d, d, bias=False)
+        counts.linear("to_k", text, cross, d, bias=False, new=False)
+        counts.linear("to_v", text, cross, d, bias=False, new=False)
+        counts.keep(n * 2 * d + text * 2 * d)
+        counts.attend(n, text, d, heads)
+        counts.linear("to_out.0", n, d, d, new=False)
+        counts.keep(n * d)
+        counts.linear("net.0.proj", n, d, 8 * d)
+        counts.keep(n * 8 * d)
+        counts.linear("net.2", n, 4 * d, d)
+        if counts.cuda:
+            counts.keep(n * 8 * d)  # torch's GEGLU keeps gelu's input and output apart
+        counts.ends_block(n * d)
+    counts.linear("proj_out_of_transformer", n, d, d)
 
 
 IMAGE_FAMILIES: dict[str, Callable[[ImageCounts, Config, int, int, int], None]] = {
@@ -386,47 +386,47 @@ _CLASSES = {"UNet2DConditionModel": "sdxl", "FluxTransformer2DModel": "flux", "F
 # -- memory and time ---------------------------------------------------------------------------------------------------
 
 
-def image_memory(c: ImageCounts, load: ImageLoad, device: Device, *, process: int | None = None) -> Memory:
+def image_memory(counts: ImageCounts, load: ImageLoad, device: Device, *, process: int | None = None) -> Memory:
     """Bytes by part, for training on cached latents and texts. As in plan.memory, the peak is where the backward pass
     begins."""
     e = dtype_bytes(load.dtype)
-    weights, constants = weight_bytes_of(c, load), 0
+    weights, constants = weight_bytes_of(counts, load), 0
     if load.quantise in ("nf4", "fp4"):
-        constants = round(c.matrices * (8 / 64 + 32 / (64 * 256)) / 8)
-    weights += c.encoders * e if load.stays else 0
-    kept = load.pictures * (e * c.kept + c.kept32)
-    working = load.pictures * e * _WORKING * c.block
+        constants = round(counts.matrices * (8 / 64 + 32 / (64 * 256)) / 8)
+    weights += counts.encoders * e if load.stays else 0
+    kept = load.pictures * (e * counts.kept + counts.kept32)
+    working = load.pictures * e * _WORKING * counts.block
     if load.checkpointing:
-        kept, working = load.pictures * e * c.inputs, load.pictures * e * (1 + _WORKING) * c.block
+        kept, working = load.pictures * e * counts.inputs, load.pictures * e * (1 + _WORKING) * counts.block
     moving = kept + working
     host = round(load.offload * (weights + constants))
     weights, constants = (round((1 - load.offload) * part) for part in (weights, constants))
-    gradients = 4 * c.trainable if load.micros > 1 else max(0.0, 4 * c.trainable - moving)
-    dequantised = c.largest * e if load.quantise else 0
+    gradients = 4 * counts.trainable if load.micros > 1 else max(0.0, 4 * counts.trainable - moving)
+    dequantised = counts.largest * e if load.quantise else 0
     cuda = device.kind == "cuda"
     context = CUDA_CONTEXT if cuda else DIFFUSERS_BYTES + (CPU_PROCESS if process is None else process)
     share = CUDA_ROUNDING if cuda else CPU_ROUNDING
     return Memory(
-        round(weights), constants, 4 * c.trainable, round(gradients), 8 * c.trainable, round(kept), 0, round(working),
-        dequantised, context, round(share * moving), host=host,
+        round(weights), constants, 4 * counts.trainable, round(gradients), 8 * counts.trainable, round(kept), 0,
+        round(working), dequantised, context, round(share * moving), host=host,
     )  # fmt: skip
 
 
-def weight_bytes_of(c: ImageCounts, load: ImageLoad) -> int:
+def weight_bytes_of(counts: ImageCounts, load: ImageLoad) -> int:
     """The denoiser's weights in memory, without quantisation constants."""
-    quantised = c.matrices if load.quantise else 0
-    plain = (c.parameters - quantised) * dtype_bytes(load.dtype)
+    quantised = counts.matrices if load.quantise else 0
+    plain = (counts.parameters - quantised) * dtype_bytes(load.dtype)
     return plain + (quantised if load.quantise == "int8" else quantised // 2)
 
 
-def image_work(c: ImageCounts, load: ImageLoad, device: Device) -> Work:
+def image_work(counts: ImageCounts, load: ImageLoad, device: Device) -> Work:
     """Operations and bytes of a micro-batch, forward and backward."""
     e, n = dtype_bytes(load.dtype), load.pictures
     forwards = load.references + bool(load.checkpointing)  # more than one; a forward is half of the products' work
     again, reads = 1 + forwards / 2, 2 + forwards
-    moved = 4.0 * n * (e * c.kept + c.kept32) + reads * e * c.parameters
-    dequantised = reads * e * c.matrices if load.quantise else 0
+    moved = 4.0 * n * (e * counts.kept + counts.kept32) + reads * e * counts.parameters
+    dequantised = reads * e * counts.matrices if load.quantise else 0
     return Work(
-        n * c.products * again, n * c.attention * (1 + forwards / 3), n * c.low_rank, 0.0, moved,
-        dequantised, reads * load.offload * weight_bytes_of(c, load),
+        n * counts.products * again, n * counts.attention * (1 + forwards / 3), n * counts.low_rank, 0.0, moved,
+        dequantised, reads * load.offload * weight_bytes_of(counts, load),
     )  # fmt: skip
