@@ -31,9 +31,10 @@ __all__ = [
     "full_modules",
     "kind_of",
     "matches_per_pattern",
+    "resolve_targets",
     "target_matches",
+    "token_embeddings",
 ]
-__all__ += ["resolve_targets", "token_embeddings"]
 
 ALL_LINEAR = "all-linear"
 
