@@ -308,7 +308,7 @@ class _Mix:
         self.out.adapter.pairs[name], self.out.parts[name] = out, part
 
     def _dense_pair(self, name: str, pairs: list[tuple[Pair, float]], beside: list[tuple[Delta, float]]) -> None:
-        """A module some of whose changes are no product of thin factors: as dense matrices, and back to a pair."""
+        """A module some of whose changes are no product of low-rank factors: as dense matrices, and back to a pair."""
         parts: list[Tensor] = []
         shape: tuple[int, ...] = ()
         for adapter, strength in self.adapters:

@@ -1,11 +1,11 @@
-"""Singular values of low-rank changes, from their thin factors; and low-rank changes, from dense matrices.
+"""Singular values of low-rank changes, from their low-rank factors; and low-rank changes, from dense matrices.
 
     s·B·A = Q_B·(s·R_B·R_Aᵀ)·Q_Aᵀ        B = Q_B·R_B, Aᵀ = Q_A·R_A (thin QR);  the core is rank × rank
           = U·diag(S)·V                  its singular value decomposition, exact, in O((out + in)·rank²)
     ‖s·B·A − best of rank k‖ = √(Σ_{i>k} Sᵢ²)                        Eckart and Young, Psychometrika 1936
 
 All of it is done in float64: a truncation's error is a small difference of large sums, and a mix's summands may cancel.
-The factors are thin, so that this costs little. Results are rounded once, to the dtype that is asked for.
+The rank is low, so that this costs little. Results are rounded once, to the dtype that is asked for.
 Knows pairs and matrices; does not know about adapters, modules or files.
 """
 
@@ -148,7 +148,7 @@ def rounding(exact: tuple[Tensor, Tensor], pair: Pair) -> float:
     return math.sqrt(max(inner(both, both), 0.0))
 
 
-# -- exact, from thin factors ------------------------------------------------------------------------------------------
+# -- exact, from low-rank factors --------------------------------------------------------------------------------------
 
 
 def thin_svd(A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:

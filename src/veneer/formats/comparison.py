@@ -1,6 +1,6 @@
 """Whether an adapter read back from what was written is the one that was meant, module by module, by ΔW.
 
-    ‖s·B·A − s'·B'·A'‖ / ‖s·B·A‖     from the Gram matrices of the thin factors [s·B, −s'·B'] and [A; A'], in float64
+    ‖s·B·A − s'·B'·A'‖ / ‖s·B·A‖     from the Gram matrices of the factors [s·B, −s'·B'] and [A; A'], in float64
 
 so that nothing of the weight's size is made for a pair. Knows two adapters; nothing of files.
 """

@@ -4,8 +4,7 @@
     image_memory(counts, load, device)                                   bytes by part
 
 SDXL's UNet, FLUX.1 and FLUX.2, from the fields of their config.json. What is kept for the backward pass is what the
-functions of ops/denoise.py and ops/fused.py save on the CPU, and torch's on CUDA; nothing is kept before the first
-pair.
+functions of ops save on the CPU, and torch's on CUDA; nothing is kept before the first pair.
 """
 
 from __future__ import annotations

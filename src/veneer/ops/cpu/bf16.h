@@ -9,7 +9,7 @@
 
 typedef uint16_t bf16;
 
-/* What a kernel that can fail returns; kernels/__init__.py makes exceptions of it. */
+/* What a kernel that can fail returns; ops/cpu/compiled.py makes exceptions of it. */
 enum { DONE, NO_ROOM, BAD_TARGET };
 
 static inline void *aligned_room(int64_t bytes) { return aligned_alloc(64, bytes > 0 ? (size_t)((bytes + 63) / 64 * 64) : 64); }

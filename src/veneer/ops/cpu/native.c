@@ -1,5 +1,5 @@
 /* The element-wise half of a training step in bfloat16, each as one pass over memory. Arithmetic is float32 inside and
-   rounded once, to nearest even. Compiled on the user's machine by kernels/__init__.py where a C compiler exists; the same
+   rounded once, to nearest even. Compiled on the user's machine by ops/cpu/build.py where a C compiler exists; the same
    formulas in torch (veneer.ops) are the reference and what runs elsewhere.
 
    Rows are shared out statically among `threads`, so a result does not depend on timing. Every pointer is to bfloat16

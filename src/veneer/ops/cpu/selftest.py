@@ -550,11 +550,11 @@ def _thin_add(bench: Bench) -> Iterator[Same]:
     x, y = bench.normal(t.ROWS, t.IN), bench.normal(t.ROWS, t.OUT)
     got, u = bench.room(like=y), bench.room(t.ROWS, t.RANKS)
     bench.library.thin_add(t.table, 2, *at(x, got, u), t.ROWS, t.IN, t.OUT, THREADS)
-    want, thin = y.double(), torch.zeros(u.shape, dtype=torch.float64)
+    want, narrow = y.double(), torch.zeros(u.shape, dtype=torch.float64)
     for _, A, B, columns, ranks, _s in t.each():
-        thin[:, ranks] = x.double() @ A.T
+        narrow[:, ranks] = x.double() @ A.T
         want[:, columns] += u[:, ranks].double() @ B.T
-    yield Same(u, thin, far=2**-7)
+    yield Same(u, narrow, far=2**-7)
     yield Same(got, want, far=2**-6)
 
 
@@ -566,12 +566,12 @@ def _thin_through(bench: Bench) -> Iterator[Same]:
     alone = bench.room(t.ROWS, t.RANKS)
     bench.library.thin_through(t.table, 2, *at(g, du, got), t.ROWS, t.IN, t.OUT, THREADS)
     bench.library.thin_through(t.table, 2, *at(g, alone, None), t.ROWS, t.IN, t.OUT, THREADS)
-    want, thin = dx.double(), torch.zeros(du.shape, dtype=torch.float64)
+    want, narrow = dx.double(), torch.zeros(du.shape, dtype=torch.float64)
     for _, A, B, columns, ranks, _s in t.each():
-        thin[:, ranks] = g[:, columns].double() @ B
+        narrow[:, ranks] = g[:, columns].double() @ B
         want += du[:, ranks].double() @ A
-    yield Same(du, thin, **SUM)
-    yield Same(alone, thin, **SUM)
+    yield Same(du, narrow, **SUM)
+    yield Same(alone, narrow, **SUM)
     yield Same(got, want, far=2**-6)
 
 
@@ -835,7 +835,7 @@ def _decode(bench: Bench) -> Iterator[Same]:
             _Matrix.of(bench, kind, *size) for size in ((wide, dim), (dim, heads), (2 * ffn, dim), (dim, ffn))
         )
         x = bench.normal(7, dim)
-        for thin in (False, True):
+        for adapted in (False, True):
             K, V = (bench.room(like=t) for t in c.pages(torch.cat(c.k), torch.cat(c.v)))
             fields = at(
                 norm, qkv.codes, qkv.scales, b_qkv, q_norm, k_norm, out.codes, out.scales, b_out, after, gate_up.codes,
@@ -845,14 +845,14 @@ def _decode(bench: Bench) -> Iterator[Same]:
             got, room = bench.room(like=x), bench.room(7 * (dim + wide + heads + 3 * ffn))
             own_sizes = torch.tensor([*sizes, kind])
             a = adapters[0]
-            segments = [*at(records), 2, *at(a.starts, a.rows, a.strengths, u), 16] if thin else [0] * 7
+            segments = [*at(records), 2, *at(a.starts, a.rows, a.strengths, u), 16] if adapted else [0] * 7
             bench.library.decode(
                 got.data_ptr(), 7, layer.data_ptr(), 1, *at(own_sizes, numbers, cos, sin, positions, places, starts), 2,
                 tables.data_ptr(), tables.shape[1], 35, *segments, room.data_ptr(), THREADS,
             )  # fmt: skip
 
-            def onto(group: int, given: Tensor, y: Tensor, thin: bool = thin) -> Tensor:
-                return (adapters[group].onto(given, y) if thin else y).to(BF16)
+            def onto(group: int, given: Tensor, y: Tensor, adapted: bool = adapted) -> Tensor:
+                return (adapters[group].onto(given, y) if adapted else y).to(BF16)
 
             h = F.rms_norm(x.double(), (dim,), norm.double(), 1e-5).to(BF16)
             made = onto(0, h, (h.double() @ qkv.dense.T + b_qkv.double()).to(BF16)).view(7, -1, c.D)

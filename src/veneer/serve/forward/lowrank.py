@@ -264,42 +264,42 @@ class Segments:
             out.tables = tables
         return out
 
-    def add(self, g: int, x: Tensor, y: Tensor, own: Tensor | None = None) -> None:
-        """Group g's low-rank products onto y (rows, columns), in place; x (rows, in), both contiguous. `own`: the
+    def add(self, group: int, x: Tensor, y: Tensor, own: Tensor | None = None) -> None:
+        """The group's low-rank products onto y (rows, columns), in place; x (rows, in), both contiguous. `own`: the
         base's product, where y is more than that."""
-        before = self._before_gains(g, y) if own is None else own
+        before = self._before_gains(group, y) if own is None else own
         run = chosen("rows_low_rank", x, y)
         if run is None:
-            self._add_reference(g, x, y)
+            self._add_reference(group, x, y)
         else:
-            run(x, y, self.pointers(x, g))
-        self._add_gains(g, before, y)
+            run(x, y, self.pointers(x, group))
+        self._add_gains(group, before, y)
 
-    def pointers(self, x: Tensor, g: int = 0) -> tuple[int, ...]:
-        """What ops/cpu/serving.c reads of these rows from group g on, scratch with it, for an x of that dtype."""
+    def pointers(self, x: Tensor, group: int = 0) -> tuple[int, ...]:
+        """What ops/cpu/serving.c reads of these rows from this group on, scratch with it, for an x of that dtype."""
         if self.tables is None:
             self.tables = _Tables(self.adapters, torch.stack([a.records for a in self.adapters], 1).contiguous())
         if self.scratch is None:
             self.scratch = x.new_empty(len(self.rows), max(a.rank for a in self.adapters))
         return (
-            self.tables.records[g].data_ptr(), len(self.adapters), self.starts.data_ptr(), self.rows.data_ptr(),
+            self.tables.records[group].data_ptr(), len(self.adapters), self.starts.data_ptr(), self.rows.data_ptr(),
             self.strengths.data_ptr(), self.scratch.data_ptr(), self.scratch.shape[1],
         )  # fmt: skip
 
-    def add_reference(self, g: int, x: Tensor, y: Tensor) -> None:
+    def add_reference(self, group: int, x: Tensor, y: Tensor) -> None:
         """What `add` does, in torch's own operations."""
-        before = self._before_gains(g, y)
-        self._add_reference(g, x, y)
-        self._add_gains(g, before, y)
+        before = self._before_gains(group, y)
+        self._add_reference(group, x, y)
+        self._add_gains(group, before, y)
 
     @property
     def gains(self) -> bool:
         """Whether some adapter here is a DoRA."""
         return any(a.gains for a in self.adapters)
 
-    def gained(self, g: int) -> bool:
-        """Whether some adapter here is a DoRA in group g, whose `add` needs the base's own output."""
-        return any(g in a.gains for a in self.adapters)
+    def gained(self, group: int) -> bool:
+        """Whether some adapter here is a DoRA in the group, whose `add` needs the base's own output."""
+        return any(group in a.gains for a in self.adapters)
 
     def embed(self, ids: Tensor, x: Tensor) -> None:
         """The embedding's pairs onto x (rows, dim), in place; ids (rows,)."""
@@ -321,10 +321,10 @@ class Segments:
             out.append((adapter, rows, self.strengths[i:j, None]))
         return out
 
-    def _add_reference(self, g: int, x: Tensor, y: Tensor) -> None:
+    def _add_reference(self, group: int, x: Tensor, y: Tensor) -> None:
         for adapter, rows, strengths in self._each:
-            if g in adapter.groups:
-                A, parts = adapter.groups[g]
+            if group in adapter.groups:
+                A, parts = adapter.groups[group]
                 u = self._product(x[rows], _dense(A).t())
                 u = (u * strengths).to(x.dtype)
                 for part in parts:
@@ -334,16 +334,16 @@ class Segments:
     def _product(self, x: Tensor, W: Tensor) -> Tensor:
         return in_blocks(lambda part: part @ W, x, self.layout.rows)
 
-    def _before_gains(self, g: int, y: Tensor) -> Tensor | None:
-        return y.clone() if self.gained(g) else None
+    def _before_gains(self, group: int, y: Tensor) -> Tensor | None:
+        return y.clone() if self.gained(group) else None
 
-    def _add_gains(self, g: int, before: Tensor | None, y: Tensor) -> None:
+    def _add_gains(self, group: int, before: Tensor | None, y: Tensor) -> None:
         """DoRA's share that the base's own output has, of the output before any adapter."""
         if before is None:
             return
         for adapter, rows, strengths in self._each:
-            if g in adapter.gains:
-                gain, bias = adapter.gains[g]
+            if group in adapter.gains:
+                gain, bias = adapter.gains[group]
                 own = before[rows].float()
                 own = own if bias is None else own - bias.float()
                 _add_rows(y, rows, (own * gain * strengths).to(y.dtype))
