@@ -261,7 +261,7 @@ def test_one_error_lists_every_problem(model: PreTrainedModel, attachment: Attac
         "token id 400 is outside",
         "listed twice",
         "the token rows are (2, 32), the base needs (3, 32)",
-        "no embedding",
+        "not an embedding",
     ]:
         assert part in text, part
     assert attachment.adapters == {}

@@ -157,7 +157,7 @@ def test_each_entry_of_one_dropped_change_is_zero_or_rescaled():
 def test_trimming_needs_a_bound_and_a_share():
     with pytest.raises(AdapterError, match="full rank"):
         mix_pairs([(linear(2, 0), 1.0)], "ties")
-    with pytest.raises(AdapterError, match="no share"):
+    with pytest.raises(AdapterError, match="above 0 and at most 1"):
         mix_pairs([(linear(2, 0), 1.0)], "ties", FULL, density=0.0)
 
 

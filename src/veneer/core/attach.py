@@ -409,7 +409,7 @@ def _rows_problems(modules: Mapping[str, nn.Module], name: str, rows: TokenRows)
     if module is None:
         return [_missing(modules, name)]
     if not isinstance(module, nn.Embedding):
-        return [f"{name}: token rows on a {type(module).__name__}, which is no embedding"]
+        return [f"{name}: token rows on a {type(module).__name__}, which is not an embedding"]
     out = [
         f"{name}: token id {i} is outside its {module.num_embeddings} rows"
         for i in rows.indices

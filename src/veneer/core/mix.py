@@ -175,7 +175,9 @@ def _dense(A: Tensor, B: Tensor) -> Tensor:
 def _trimmed(tau: list[Tensor], method: str, density: float, seed: int, name: str) -> Tensor:
     """The entrywise methods on Σ-ready changes strength·ΔW."""
     if not 0 < density <= 1:
-        raise AdapterError(f"density {density:g} is no share", fix="above 0, at most 1, as in 0.5")
+        raise AdapterError(
+            f"the density is {density:g}, and has to be above 0 and at most 1", fix="give a share, as 0.5"
+        )
     if method.startswith("dare"):
         kept = [_dropped(t, density, seed, f"{name}/{i}") for i, t in enumerate(tau)]
     else:

@@ -167,7 +167,9 @@ def run_apart(
 
 def _with_rows(batch: int, where: str, t: Tensor) -> Tensor:
     if not t.ndim or len(t) != batch:
-        raise AdapterError(f"called with {batch} rows, this returns {tuple(t.shape)}, which are no rows", where=where)
+        raise AdapterError(
+            f"called with {batch} rows, this returns {tuple(t.shape)}, which has another number of rows", where=where
+        )
     return t
 
 

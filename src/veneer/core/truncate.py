@@ -56,9 +56,13 @@ class Bound:
         if self.rank is not None and self.rank < 1:
             raise AdapterError(f"rank {self.rank} keeps nothing", fix="a rank of 1 or more")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise AdapterError(f"energy {self.energy:g} is no share", fix="above 0, at most 1, as in 0.95")
+            raise AdapterError(
+                f"the energy is {self.energy:g}, and has to be above 0 and at most 1", fix="give a share, as 0.95"
+            )
         if self.error is not None and not 0 <= self.error < 1:
-            raise AdapterError(f"error {self.error:g} is no relative error", fix="from 0 to below 1, as in 0.05")
+            raise AdapterError(
+                f"the error is {self.error:g}, and has to be from 0 to below 1", fix="give a relative error, as 0.05"
+            )
 
 
 @dataclass(frozen=True)
