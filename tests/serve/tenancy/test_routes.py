@@ -125,7 +125,7 @@ def test_rollback_puts_the_same_users_back_and_each_move_is_kept(store: Store) -
 @pytest.mark.parametrize(
     ("targets", "words"),
     [
-        ([], "needs targets"), ([("v1", 1), ("v1", 2)], "each once"), ([("support", 1)], "itself"),
+        ([], "needs one target"), ([("v1", 1), ("v1", 2)], "each named once"), ([("support", 1)], "itself"),
         ([("../v1", 1)], "cannot name"), ([("v1", -1)], "weight"),
     ],
 )  # fmt: skip

@@ -302,7 +302,7 @@ def test_bills_are_priced_by_the_closest_price_and_add_up(tenants: Tenants) -> N
         table = as_csv(usage(c, tenant="acme"))
         with pytest.raises(ConfigError, match="'tenants'") as near:
             usage(c, by=("tenants",))
-        with pytest.raises(ConfigError, match="no day"):
+        with pytest.raises(ConfigError, match="not a date"):
             usage(c, since="yesterday")
     assert near.value.fix == "did you mean tenant?"
     assert [(r["tenant"], r["cost"]) for r in by_tenant] == [("acme", 4100), ("x", 1703)]
