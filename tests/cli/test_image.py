@@ -15,7 +15,7 @@ from tests.image_twins import levels, random_adapter
 from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer import api
 from veneer.formats.convert import write
-from veneer.formats.infotext import read_picture
+from veneer.imaging.infotext import read_picture
 from veneer.models.image.base import ImageBase, load_image
 
 

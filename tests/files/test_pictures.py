@@ -13,8 +13,8 @@ from PIL import Image
 
 from veneer.errors import DataError
 from veneer.files.pictures import opened_picture
-from veneer.formats.infotext import read_picture
 from veneer.imaging.controls import hashed_picture
+from veneer.imaging.infotext import read_picture
 
 
 @pytest.fixture

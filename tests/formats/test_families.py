@@ -15,7 +15,8 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.formats.convert import encode
-from veneer.formats.read import Reading, read, read_state_dict
+from veneer.formats.read import read, read_state_dict
+from veneer.formats.reading import Reading
 from veneer.formats.topology import families
 
 R = 2

@@ -21,7 +21,7 @@ from tests.formats.twins import linear_pairs, model, our_outputs, outputs, peft_
 from veneer.core.adapter import Adapter, Pair, TokenRows
 from veneer.errors import AdapterError, UnsafeFileError
 from veneer.formats import peft
-from veneer.formats.peft import CONFIG_FILE, TENSOR_FILE
+from veneer.formats.folder import CONFIG_FILE, TENSOR_FILE
 
 NAMES = [f"model.layers.{i}.self_attn.{p}" for i in range(2) for p in ("q_proj", "v_proj")]
 KEY = "base_model.model.model.layers.0.self_attn.q_proj."

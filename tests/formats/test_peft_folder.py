@@ -20,7 +20,7 @@ from veneer.core.init import create
 from veneer.errors import AdapterError, ResourceError
 from veneer.formats import peft
 from veneer.formats.card import CARD_FILE, README_FILE, card_bytes, file_digest, read_card
-from veneer.formats.peft import CONFIG_FILE, TENSOR_FILE
+from veneer.formats.folder import CONFIG_FILE, TENSOR_FILE
 
 FILES = [README_FILE, CONFIG_FILE, TENSOR_FILE, CARD_FILE]
 NAMES = [f"model.layers.{i}.self_attn.{p}" for i in range(3) for p in ("q_proj", "v_proj", "o_proj")]

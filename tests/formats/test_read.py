@@ -25,7 +25,8 @@ from veneer.errors import AdapterError
 from veneer.formats.gguf import write_gguf
 from veneer.formats.keys import FORMATS, detect_format
 from veneer.formats.names import lookup
-from veneer.formats.read import Reading, read, read_state_dict
+from veneer.formats.read import read, read_state_dict
+from veneer.formats.reading import Reading
 from veneer.formats.topology import ModulePlace, families, flat
 
 CLIP = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}

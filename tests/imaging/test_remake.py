@@ -20,9 +20,9 @@ from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError, DataError, MismatchError
 from veneer.formats.convert import write
-from veneer.formats.infotext import Infotext, lora_hashes, parse, png_bytes, read_picture, render
 from veneer.imaging.adapters import Mixer, parse_use
 from veneer.imaging.controls import parse_control
+from veneer.imaging.infotext import Infotext, lora_hashes, parse_infotext, png_bytes, read_picture, render_infotext
 from veneer.imaging.make import Ask, Options, RecordedPicture, asks_of, make
 from veneer.imaging.remake import read_recipe, remake
 from veneer.library.library import open_library
@@ -55,7 +55,7 @@ def test_the_infotext_is_what_a1111_reads(base: ImageBase, tmp_path: Path) -> No
     info, record = read_picture(tmp_path / "a.png")
     assert record == made.record
     assert info is not None
-    assert info == made.infotext == parse(made.text)
+    assert info == made.infotext == parse_infotext(made.text)
     assert info.prompt == "a cat, red <lora:brand:0.8> <lora:look:0:0.5>"
     assert info.negative == "blue"
     want = {
@@ -85,7 +85,7 @@ def test_the_model_hash_of_a_checkpoint_file_is_a1111s(
     save_file(original(load_image(str(folder))), file)
     base = load_image(str(file), config=folder)
     (made,) = pictures(base, [Ask("a cat", seed=1)], steps=1)
-    fields = parse(made.text).fields
+    fields = parse_infotext(made.text).fields
     assert fields["Model hash"] == hashlib.sha256(file.read_bytes()).hexdigest()[:10]
     assert fields["Model"] == "my"
     assert "Base fingerprint" not in fields
@@ -181,7 +181,7 @@ def test_a_text_of_a1111_is_taken_over(base: ImageBase, tmp_path: Path) -> None:
 
     def saved(info: Infotext) -> Path:
         path = tmp_path / "theirs.png"
-        path.write_bytes(png_bytes(Image.new("RGB", (8, 8)), render(info)))
+        path.write_bytes(png_bytes(Image.new("RGB", (8, 8)), render_infotext(info)))
         return path
 
     said: list[str] = []

@@ -20,7 +20,7 @@ from veneer.errors import AdapterError, UnsafeFileError, VeneerError
 from veneer.files.hashes import verify_hashes
 from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, CardFile, file_digest, read_card
-from veneer.formats.reading import facts
+from veneer.formats.reading import Reading, summary
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
@@ -50,10 +50,10 @@ def inspect(name: str, **how: Unpack[reader.ReadOptions]) -> dict[str, Any]:
     for a file that is not an adapter."""
     path = using.adapter_path(name)
     reading, refusal = _read(path, how)
-    return facts(path, reading, refusal, digest=reading.adapter.digest(), norm=delta_norm)
+    return summary(path, reading, refusal, digest=reading.adapter.digest(), norm=delta_norm)
 
 
-def _read(path: Path, how: reader.ReadOptions) -> tuple[reader.Reading, AdapterError | None]:
+def _read(path: Path, how: reader.ReadOptions) -> tuple[Reading, AdapterError | None]:
     """As it is read for use; or what can be read of it, and why it is refused. Raises the refusal where that is
     nothing."""
     try:

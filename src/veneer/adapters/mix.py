@@ -33,7 +33,7 @@ from veneer.errors import AdapterError, BaseError, ConfigError
 from veneer.files.weights import Checkpoint, checkpoint_parts
 from veneer.formats import convert
 from veneer.formats.convert import target_of
-from veneer.formats.read import Reading
+from veneer.formats.reading import Reading
 from veneer.formats.strengths import block_of, parse_blocks
 
 __all__ = ["MixReport", "diff", "extract", "mix_adapters", "resize", "strength"]

@@ -26,6 +26,7 @@ from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileEr
 from veneer.formats import peft
 from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, read_card
+from veneer.formats.reading import Reading
 from veneer.models.image.families import family_label, is_image_family, same_family
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def _may_be_kept(name: str) -> bool:
     return True
 
 
-def read_adapter(name: str | os.PathLike[str]) -> reader.Reading:
+def read_adapter(name: str | os.PathLike[str]) -> Reading:
     """Read the adapter `name`, of any format, without a base. Raises as `adapter_path` and `formats.read.read`."""
     return reader.read(adapter_path(name))
 
@@ -202,14 +203,14 @@ def load_adapter(
     return adapter
 
 
-def _read_for(base: AnyBase, path: Path, how: reader.ReadOptions) -> reader.Reading:
+def _read_for(base: AnyBase, path: Path, how: reader.ReadOptions) -> Reading:
     if path.is_dir() and not is_image_family(base.family) and not (path / peft.CONFIG_FILE).is_file():
         peft.load_folder(path)  # says best what a folder for a language model lacks
     return reader.read(path, base=base.model, family=base.family, **how)
 
 
 def _refuse_other_family(
-    base: AnyBase, name: str, path: Path, found: reader.Reading, why: str = "its names and shapes fit all the same"
+    base: AnyBase, name: str, path: Path, found: Reading, why: str = "its names and shapes fit all the same"
 ) -> None:
     """Raises MismatchError where what was read is not of the base's family."""
     its = found.family

@@ -47,10 +47,10 @@ def inspect(
     words. Needs no base.
 
     Exit code 0 if it is read for use, 2 if it is refused."""
-    from veneer.formats.glance import glance
+    from veneer.formats.plain import inspect_plain
 
     everything(show_all)
-    found = glance(Path(name)) if not adapter_name else None
+    found = inspect_plain(Path(name)) if not adapter_name else None
     if found is None:
         from veneer.adapters.inspect import inspect as look
 

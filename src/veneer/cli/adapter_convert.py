@@ -15,7 +15,8 @@ from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.formats.convert import WriteReport
-    from veneer.formats.read import Reading, ReadOptions
+    from veneer.formats.read import ReadOptions
+    from veneer.formats.reading import Reading
 
 __all__ = ["convert_command"]
 

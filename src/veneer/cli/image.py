@@ -226,7 +226,7 @@ def grid(
     with _mixer(_base_name(base, tuple(uses)), {"device": device, "dtype": dtype or "auto"}) as mixer:
         drawn = draw_grid(mixer, plan, options, on_step=_progress())
         from veneer.files.atomic import atomic_write
-        from veneer.formats.infotext import png_bytes
+        from veneer.imaging.infotext import png_bytes
 
         record = {"version": 1, "sheet": sheet, "pictures": [m.record for m in drawn.made]}
         atomic_write(file, [png_bytes(drawn.image, f"{sheet} sheet of {len(drawn.made)} pictures", {"grid": record})])

@@ -8,6 +8,7 @@ so that nothing of the weight's size is made for a pair. Knows two adapters; not
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -16,9 +17,11 @@ from veneer.core.adapter import Adapter, Pair
 from veneer.core.forms import BASED, Delta, product_of
 from veneer.core.truncate import distance, factors
 
-__all__ = ["TOLERANCE", "differences", "relative_error"]
+__all__ = ["TOLERANCE", "Refusals", "differences", "relative_error"]
 
 TOLERANCE = 1e-6
+Refusals = defaultdict[str, list[str]]
+"""Why something cannot be written, and the way out -> the modules it is true of."""
 
 
 def differences(meant: Adapter, got: Adapter) -> list[str]:

@@ -2,9 +2,9 @@
 
 | to        | written                                    | names                   | cannot hold                   |
 | peft      | folder: a denoiser's, or a text model's    | the model's own         | what formats/peft.py refuses  |
-| kohya     | one .safetensors, lora_down, lora_up,      | formats/kohya.py  | embeddings, whole new weights |
+| kohya     | one .safetensors, lora_down, lora_up,      | formats/kohya.py        | embeddings, whole new weights |
 |           | alpha; LyCORIS' names for the other forms  |                         |                               |
-| comfyui   | one .safetensors, lora_A, lora_B, alpha    | formats/kohya.py  | gains, DoRA of the outputs    |
+| comfyui   | one .safetensors, lora_A, lora_B, alpha    | formats/kohya.py        | gains, DoRA of the outputs    |
 | diffusers | one .safetensors, scales in metadata       | diffusers', canonical   | formats/diffusers.py    |
 | vllm      | PEFT folder of one rank, scale 1           | the model's own         | DoRA, deltas, full copies     |
 | tgi       | the same, in every layer of the base       | the model's own         | the same, embeddings, lm_head |
@@ -36,16 +36,16 @@ from veneer.files.gguf import read_gguf_file
 from veneer.files.hashes import Hashes, hashes, sealed
 from veneer.files.safetensors import encode_tensors
 from veneer.formats import peft
-from veneer.formats.comparison import differences, relative_error
+from veneer.formats.comparison import Refusals, differences, relative_error
 from veneer.formats.diffusers import diffusers_tensors
 from veneer.formats.fused import trimmed
 from veneer.formats.gguf import read_gguf, write_gguf
-from veneer.formats.kohya import Refusals, component_of, foreign_leaves
-from veneer.formats.leaves import Leaf, write_leaf
+from veneer.formats.kohya import kohya_tensors
+from veneer.formats.leaves import Leaf, leaves_of
 from veneer.formats.loaders import unreachable
 from veneer.formats.metadata import family_in_metadata, metadata_of, pack_configs
-from veneer.formats.names import choose_family
-from veneer.formats.read import leaves_of, read_state_dict
+from veneer.formats.names import choose_family, component_of
+from veneer.formats.read import read_state_dict
 from veneer.formats.servers import (
     MERGE,
     TGI_RANK,
@@ -407,10 +407,8 @@ def _for_pipelines(
             extra["lora_adapter_metadata"] = pack_configs(configs)
         pairs = [leaf.pair for leaf in leaves.values() if leaf.pair is not None]
     else:
-        named = foreign_leaves(leaves, family, to, refused)
-        pairs = [leaf.pair for leaf, _ in named.values() if leaf.pair is not None]
-        tensors = _suffixed(named, family, to, refused)
-        notes = [*notes, *_dora_notes(leaves, to), *_rank_notes(named, leaves)]
+        tensors, pairs, more = kohya_tensors(leaves, family, to, refused)
+        notes = [*notes, *more]
         # Joined parts look as sd-scripts' split_qkv does, where alpha is for the rank of one part; here it is not.
         extra["ss_network_args"] = '{"split_qkv": "False"}'
     _raise(refused, to, meant)
@@ -435,70 +433,3 @@ def _own_ranks(leaves: Mapping[str, Leaf], family: Family) -> dict[str, Leaf]:
         module: replace(leaf, pair=trimmed(leaf.pair)) if module in parts and leaf.pair is not None else leaf
         for module, leaf in leaves.items()
     }
-
-
-def _suffixed(
-    named: Mapping[str, tuple[Leaf, tuple[str, ...]]], family: Family, to: str, refused: Refusals
-) -> dict[str, Tensor]:
-    """The tensors of foreign leaves; ComfyUI's are kohya's under PEFT's two names."""
-    out: dict[str, Tensor] = {}
-    for name, (leaf, modules) in named.items():
-        for reason in _unread(name, leaf, family, to):
-            refused[reason] += modules
-        if to == "comfyui" and leaf.pair is not None and leaf.pair.kind == "embedding":
-            # ComfyUI adds up·down to any weight; an embedding's pair is of the transpose.
-            leaf = replace(leaf, pair=Pair(leaf.pair.B.t(), leaf.pair.A.t(), leaf.pair.scale))
-        try:
-            parts = write_leaf(leaf, "kohya")
-        except AdapterError as error:
-            for line in error.what.splitlines()[1:]:
-                refused[f"there are no tensors for {line.strip()}; merge it into the base"] += modules
-            continue
-        for suffix, tensor in parts.items():
-            suffix = _COMFY.get(suffix, suffix) if to == "comfyui" else suffix
-            out[f"{name}.{suffix}"] = tensor.contiguous()
-    return out
-
-
-_COMFY = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
-
-
-def _unread(name: str, leaf: Leaf, family: Family, to: str) -> list[str]:
-    """What has tensors that readers of `to` ignore or take for something else."""
-    out = []
-    if leaf.full and (to == "kohya" or set(leaf.full) != {"weight"}):
-        out.append("whole new weights are no part of it; subtract the base's, or merge it into the base")
-    if to == "kohya":
-        return out
-    held = [h for h in (leaf.pair, leaf.deltas.get("weight")) if h is not None]
-    if any(h.magnitude is not None and h.magnitude.ndim == 1 for h in held):
-        out.append("ComfyUI divides DoRA's outputs by ‖W‖ and not by ‖W + ΔW‖; merge it into the base")
-    if any(delta.form == "gain" for delta in leaf.deltas.values()):
-        out.append("ComfyUI knows no (IA)³; merge it into the base")
-    if family.name.startswith("flux") and name.endswith(("query_norm", "key_norm")):
-        out.append("ComfyUI's patches reach parameters called weight, and this one is called scale")
-    return out
-
-
-def _rank_notes(named: Mapping[str, tuple[Leaf, tuple[str, ...]]], leaves: Mapping[str, Leaf]) -> list[str]:
-    grown = [
-        name
-        for name, (leaf, modules) in named.items()
-        if leaf.pair is not None and leaf.pair.rank > max(p.rank for m in modules if (p := leaves[m].pair) is not None)
-    ]
-    if not grown:
-        return []
-    return [f"{len(grown)} fused projections join parts with an A of their own: their ranks add up, and the file grows"]
-
-
-def _dora_notes(leaves: Mapping[str, Leaf], to: str) -> list[str]:
-    count = sum(
-        any(h is not None and h.magnitude is not None for h in (leaf.pair, leaf.deltas.get("weight")))
-        for leaf in leaves.values()
-    )
-    if not count or to != "kohya":
-        return []
-    return [
-        f"{count} module(s) with DoRA: LyCORIS reads dora_scale as it is meant; A1111 and InvokeAI take it along the "
-        "inputs, Forge and ComfyUI divide one of the outputs by ‖W‖, diffusers drops it"
-    ]

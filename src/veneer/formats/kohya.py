@@ -1,4 +1,4 @@
-"""An adapter by the modules that another tool has: its names, and its fused projections.
+"""kohya's and ComfyUI's files: an adapter under the original code's names of modules, with its fused projections.
 
     canonical module  --(family.originals, inverted)-->  original module, rows joined, halves swapped  --> prefix + name
 
@@ -14,27 +14,26 @@
 |                        |                                                   | transformers' name                |
 
 "flat" is with _ for each dot. ComfyUI's NAME is what its own models call the encoder: clip_l, clip_g, clip_h, t5xxl.
-Knows names and rows; not how a tool calls the tensors of one module.
+Knows names, rows and tensors; no files.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
+
+from torch import Tensor
 
 from veneer.core.adapter import Pair
 from veneer.core.forms import Delta
 from veneer.errors import AdapterError, nearest
+from veneer.formats.comparison import Refusals
 from veneer.formats.fused import join, swap_halves
-from veneer.formats.leaves import Leaf
-from veneer.formats.names import component_of
+from veneer.formats.leaves import Leaf, write_leaf
 from veneer.formats.topology import DENOISERS, Family, ModulePlace, flat
 
-__all__ = ["Refusals", "component_of", "foreign_leaves"]
-
-Refusals = defaultdict[str, list[str]]
-"""Why something cannot be written, and the way out -> the modules it is true of."""
+__all__ = ["kohya_tensors"]
 
 T = TypeVar("T", bound=Pair | Delta)
 
@@ -60,7 +59,19 @@ _COMFY_TEXT: dict[str, dict[str, str]] = {
 }
 
 
-def foreign_leaves(
+def kohya_tensors(
+    leaves: Mapping[str, Leaf], family: Family, to: str, refused: Refusals
+) -> tuple[dict[str, Tensor], list[Pair], list[str]]:
+    """The tensors as `to`, "kohya" or "comfyui", has them, the pairs in the shape in which they are written, and notes.
+
+    What cannot be said goes to `refused`; then all three are partial."""
+    named = _foreign_leaves(leaves, family, to, refused)
+    pairs = [leaf.pair for leaf, _ in named.values() if leaf.pair is not None]
+    tensors = _suffixed(named, family, to, refused)
+    return tensors, pairs, [*_dora_notes(leaves, to), *_rank_notes(named, leaves)]
+
+
+def _foreign_leaves(
     leaves: Mapping[str, Leaf], family: Family, to: str, refused: Refusals
 ) -> dict[str, tuple[Leaf, tuple[str, ...]]]:
     """The leaves under the names of `to`, "kohya" or "comfyui", each with the canonical modules it is made of.
@@ -162,3 +173,70 @@ def _rows(item: Pair | Delta) -> int | None:
     if item.form == "gain":
         return len(item.parts["value"]) if item.parts["value"].ndim == 1 else None
     return item.shape[0]
+
+
+def _suffixed(
+    named: Mapping[str, tuple[Leaf, tuple[str, ...]]], family: Family, to: str, refused: Refusals
+) -> dict[str, Tensor]:
+    """The tensors of foreign leaves; ComfyUI's are kohya's under PEFT's two names."""
+    out: dict[str, Tensor] = {}
+    for name, (leaf, modules) in named.items():
+        for reason in _unread(name, leaf, family, to):
+            refused[reason] += modules
+        if to == "comfyui" and leaf.pair is not None and leaf.pair.kind == "embedding":
+            # ComfyUI adds up·down to any weight; an embedding's pair is of the transpose.
+            leaf = replace(leaf, pair=Pair(leaf.pair.B.t(), leaf.pair.A.t(), leaf.pair.scale))
+        try:
+            parts = write_leaf(leaf, "kohya")
+        except AdapterError as error:
+            for line in error.what.splitlines()[1:]:
+                refused[f"there are no tensors for {line.strip()}; merge it into the base"] += modules
+            continue
+        for suffix, tensor in parts.items():
+            suffix = _COMFY.get(suffix, suffix) if to == "comfyui" else suffix
+            out[f"{name}.{suffix}"] = tensor.contiguous()
+    return out
+
+
+_COMFY = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+
+
+def _unread(name: str, leaf: Leaf, family: Family, to: str) -> list[str]:
+    """What has tensors that readers of `to` ignore or take for something else."""
+    out = []
+    if leaf.full and (to == "kohya" or set(leaf.full) != {"weight"}):
+        out.append("whole new weights are no part of it; subtract the base's, or merge it into the base")
+    if to == "kohya":
+        return out
+    held = [h for h in (leaf.pair, leaf.deltas.get("weight")) if h is not None]
+    if any(h.magnitude is not None and h.magnitude.ndim == 1 for h in held):
+        out.append("ComfyUI divides DoRA's outputs by ‖W‖ and not by ‖W + ΔW‖; merge it into the base")
+    if any(delta.form == "gain" for delta in leaf.deltas.values()):
+        out.append("ComfyUI knows no (IA)³; merge it into the base")
+    if family.name.startswith("flux") and name.endswith(("query_norm", "key_norm")):
+        out.append("ComfyUI's patches reach parameters called weight, and this one is called scale")
+    return out
+
+
+def _rank_notes(named: Mapping[str, tuple[Leaf, tuple[str, ...]]], leaves: Mapping[str, Leaf]) -> list[str]:
+    grown = [
+        name
+        for name, (leaf, modules) in named.items()
+        if leaf.pair is not None and leaf.pair.rank > max(p.rank for m in modules if (p := leaves[m].pair) is not None)
+    ]
+    if not grown:
+        return []
+    return [f"{len(grown)} fused projections join parts with an A of their own: their ranks add up, and the file grows"]
+
+
+def _dora_notes(leaves: Mapping[str, Leaf], to: str) -> list[str]:
+    count = sum(
+        any(h is not None and h.magnitude is not None for h in (leaf.pair, leaf.deltas.get("weight")))
+        for leaf in leaves.values()
+    )
+    if not count or to != "kohya":
+        return []
+    return [
+        f"{count} module(s) with DoRA: LyCORIS reads dora_scale as it is meant; A1111 and InvokeAI take it along the "
+        "inputs, Forge and ComfyUI divide one of the outputs by ‖W‖, diffusers drops it"
+    ]

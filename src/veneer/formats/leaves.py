@@ -23,13 +23,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from veneer.core.adapter import Pair, PairKind, alpha_of, scale_of
+from veneer.core.adapter import Adapter, Pair, PairKind, alpha_of, scale_of
 from veneer.core.forms import Delta, part_problems
 from veneer.errors import AdapterError
 from veneer.formats.keys import REFUSED, ROLES
@@ -38,6 +39,7 @@ __all__ = [
     "MAX_RANK",
     "Leaf",
     "fitted",
+    "leaves_of",
     "read_leaf",
     "widened",
     "write_leaf",
@@ -56,6 +58,19 @@ class Leaf:
     pair: Pair | None = None
     deltas: dict[str, Delta] = field(default_factory=dict)
     full: dict[str, Tensor] = field(default_factory=dict)
+
+
+def leaves_of(adapter: Adapter) -> dict[str, Leaf]:
+    """Canonical module -> all that changes it, sorted by name. Token rows and learned words are no module's."""
+    out: dict[str, Leaf] = defaultdict(Leaf)
+    for name, pair in adapter.pairs.items():
+        out[name].pair = pair
+    for name, delta in adapter.deltas.items():
+        module, _, parameter = name.rpartition(".")
+        out[module].deltas[parameter] = delta
+    for name, tensors in adapter.modules.items():
+        out[name].full = dict(tensors)
+    return dict(sorted(out.items()))
 
 
 def widened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

@@ -37,18 +37,17 @@ from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Card, Pair, PairKind, TokenRows, alpha_of, scale_of
 from veneer.core.forms import Delta
-from veneer.errors import AdapterError, UnsafeFileError, nearest
+from veneer.errors import AdapterError, nearest
 from veneer.files.atomic import put_folder
 from veneer.files.safetensors import encode_tensors
 from veneer.formats import card as cards
 from veneer.formats import moe
 from veneer.formats import peft_config as cfg
 from veneer.formats.card import CARD_FILE, read_card
+from veneer.formats.folder import CONFIG_FILE, TENSOR_FILE, tensor_file
 from veneer.formats.peft_config import (
-    CONFIG_FILE,
     DUMMY_TARGETS,
     RANK_MAJOR,
-    TENSOR_FILE,
     PeftConfig,
     read_config,
     unsloth_marks,
@@ -125,25 +124,10 @@ def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bo
     adapter_model. A pickle is read only with `from_pickle`. Raises as `read_folder`."""
     folder = Path(folder)
     config = read_config(folder)
-    file = file or _tensor_file(folder, from_pickle)
+    file = file or tensor_file(folder, from_pickle)
     tensors, _ = read_adapter_tensors(file, from_pickle=from_pickle)
     card = read_card(folder).card if (folder / CARD_FILE).is_file() else None
     return PeftFolder(config, tensors, card)
-
-
-def _tensor_file(folder: Path, from_pickle: bool) -> Path:
-    path, pickled = folder / TENSOR_FILE, folder / PICKLE_FILE
-    if path.is_file():
-        return path
-    if pickled.exists():
-        if from_pickle:
-            return pickled
-        raise UnsafeFileError(
-            "the adapter is stored as a pickle, and loading a pickle runs whatever code is in it",
-            where=str(pickled),
-            fix="--from-pickle (from_pickle=True) reads it through torch's weights-only loader, which runs nothing",
-        )
-    raise AdapterError(f"the folder has no {TENSOR_FILE}", where=str(folder))
 
 
 # -- what its tensors mean ---------------------------------------------------------------------------------------------
@@ -1109,6 +1093,3 @@ def _differences(own: Adapter, read: Adapter) -> list[str]:
     if {n: r.indices for n, r in own.token_rows.items()} != {n: r.indices for n, r in read.token_rows.items()}:
         out.append("the token indices would come back changed")
     return out
-
-
-PICKLE_FILE = "adapter_model.bin"

@@ -15,10 +15,9 @@ from typing import Any
 from veneer.core.adapter import Card
 from veneer.errors import AdapterError, UnsafeFileError, nearest, shown
 from veneer.files.safetensors import strict_json
+from veneer.formats.folder import CONFIG_FILE
 
 __all__ = [
-    "CONFIG_FILE",
-    "TENSOR_FILE",
     "PeftConfig",
     "alpha_of_module",
     "card_from_config",
@@ -34,7 +33,6 @@ __all__ = [
     "unsloth_marks",
 ]
 
-CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES, MAX_ENTRIES = 16 << 20, 100_000
 
 DUMMY_TARGETS = "dummy-target-modules"

@@ -22,20 +22,21 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.forms import Delta
 from veneer.errors import AdapterError
-from veneer.files.safetensors import PICKLE_SUFFIXES
 from veneer.formats import peft
 from veneer.formats import peft_config as cfg
+from veneer.formats.folder import CONFIG_FILE, tensor_file
 from veneer.formats.fused import split, swap_halves
 from veneer.formats.keys import detect_format, one_adapter, split_key
-from veneer.formats.leaves import Leaf, fitted, read_leaf, widened
+from veneer.formats.leaves import Leaf, fitted, leaves_of, read_leaf, widened
 from veneer.formats.metadata import card_from_metadata, family_in_metadata, json_value, unpack_configs
 from veneer.formats.names import FamilyChoice, choose_family, has_image_names, near
 from veneer.formats.numbered import TOKEN_EMBEDDING, is_list, list_modules, list_words
+from veneer.formats.reading import Reading
 from veneer.formats.structure import Structure, structure_of
 from veneer.formats.tensors import read_adapter_tensors
 from veneer.formats.topology import Family, ModulePlace, families
 
-__all__ = ["ReadOptions", "Reading", "leaves_of", "read", "read_state_dict", "tensor_file"]
+__all__ = ["ReadOptions", "read", "read_state_dict"]
 
 _POINTWISE = re.compile(r".*\.(proj_in|proj_out|conv_shortcut)")
 
@@ -48,19 +49,6 @@ def _canonical_structure(base: Any, family: Family | None) -> Structure:
     kinds = {f"{family.denoiser}.{name}": kind for name, kind in found.kinds.items()}
     shapes = {f"{family.denoiser}.{name}": shape for name, shape in found.shapes.items()}
     return Structure(kinds, shapes)
-
-
-def leaves_of(adapter: Adapter) -> dict[str, Leaf]:
-    """Canonical module -> all that changes it, sorted by name. Token rows and learned words are no module's."""
-    out: dict[str, Leaf] = defaultdict(Leaf)
-    for name, pair in adapter.pairs.items():
-        out[name].pair = pair
-    for name, delta in adapter.deltas.items():
-        module, _, parameter = name.rpartition(".")
-        out[module].deltas[parameter] = delta
-    for name, tensors in adapter.modules.items():
-        out[name].full = dict(tensors)
-    return dict(sorted(out.items()))
 
 
 @dataclass
@@ -255,31 +243,12 @@ def _is_blocks(up: Tensor, parts: Sequence[tuple[int, int, int] | None]) -> bool
     return bool(up.ne(0).any())
 
 
-_PREFERRED = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-
-
 class ReadOptions(TypedDict, total=False):
     """What a caller may say of a file that the file does not: see `read`."""
 
     from_pickle: bool
     moe_layout: str
     adapter_name: str
-
-
-@dataclass
-class Reading:
-    """`used`: canonical module -> the keys of the file it came from. `unused`: keys whose module no family knows, or
-    that no layout has. `unpaired`: keys of modules that could not be read, each with why in `notes`."""
-
-    adapter: Adapter
-    format: str
-    reasons: list[str]
-    family: str | None
-    used: dict[str, list[str]] = field(default_factory=dict)
-    unused: list[str] = field(default_factory=list)
-    unpaired: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    metadata: dict[str, str] = field(default_factory=dict)
 
 
 def read(
@@ -301,38 +270,19 @@ def read(
     Pickles are read only with `from_pickle`. Raises one AdapterError listing every tensor that is unused, unpaired, not
     understood, or lands where another has; UnsafeFileError for pickles and headers that lie."""
     path = Path(path)
-    if path.is_dir() and (path / peft.CONFIG_FILE).is_file():
+    if path.is_dir() and (path / CONFIG_FILE).is_file():
         opened = peft.open_folder(path, from_pickle=from_pickle)
         return _from_peft(opened, path, base, family, moe_layout, adapter_name)
     path = tensor_file(path, from_pickle)
     if path.suffix.lower() == ".gguf":
         return _from_gguf(path, base)
-    if (path.parent / peft.CONFIG_FILE).is_file():
+    if (path.parent / CONFIG_FILE).is_file():
         opened = peft.open_folder(path.parent, file=path, from_pickle=from_pickle)
         if any(key.startswith("base_model.model.") for key in opened.tensors):
             return _from_peft(opened, path, base, family, moe_layout, adapter_name)
     tensors, metadata = read_adapter_tensors(path, from_pickle=from_pickle)
     tensors = one_adapter(tensors, adapter_name, where=str(path))
     return read_state_dict(tensors, metadata, where=str(path), allow_partial=allow_partial, base=base, family=family)
-
-
-def tensor_file(folder: Path, from_pickle: bool = False) -> Path:
-    """The file of tensors in a folder without PEFT's config; a file is itself. Raises AdapterError where there is none,
-    or several of which none has a name that diffusers or PEFT gives."""
-    if not folder.is_dir():
-        return folder
-    files = [p for p in sorted(folder.iterdir()) if p.is_file()]
-    found = [p for p in files if p.suffix.lower() in (".safetensors", ".gguf")]
-    found = found or [p for p in files if from_pickle and p.suffix.lower() in PICKLE_SUFFIXES]
-    found = [p for p in found if p.name in _PREFERRED][:1] or found
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(p.name for p in found)
-    raise AdapterError(
-        f"the folder has {len(found)} adapter files: {names}" if found else "no adapter file in the folder",
-        where=str(folder),
-        fix="give the file" if found else "a folder that training wrote, or a .safetensors file",
-    )
 
 
 def _from_gguf(path: Path, base: peft.BaseLike) -> Reading:
@@ -368,7 +318,7 @@ def _from_peft(
     own_base = None if placed else base
     loaded = peft.interpret(opened.config, tensors, own_base, where=where, card=opened.card, moe_layout=moe_layout)
     beside = "a folder with" if path.is_dir() else "a file in PEFT's names beside"
-    reasons = [f"{beside} {peft.CONFIG_FILE}"]
+    reasons = [f"{beside} {CONFIG_FILE}"]
     if not placed:
         used: dict[str, list[str]] = defaultdict(list)
         for key in sorted(tensors):

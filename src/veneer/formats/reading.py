@@ -1,6 +1,6 @@
-"""What there is to say of an adapter that has been read, ready for JSON: counts, ranks, shapes, norms, hashes, card.
+"""What was read of an adapter, and all there is to say of it, ready for JSON: counts, ranks, shapes, norms, hashes.
 
-Whoever read it says how a digest and a norm are made of its tensors, of which all else needs shapes and kinds alone.
+The reader says how a digest and a norm are made of its tensors, of which all else needs shapes and kinds alone.
 Knows adapters and their files; loads no torch.
 """
 
@@ -8,53 +8,44 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from veneer.core.adapter import Adapter, Pair, alpha_of
 from veneer.errors import AdapterError
-from veneer.files import hashes as file_hashes
+from veneer.files.hashes import hashes
 from veneer.formats.card import CARD_FILE, CardFile, read_card
+from veneer.formats.folder import tensor_file
 from veneer.formats.names import component_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Read", "facts"]
+__all__ = ["Reading", "summary"]
 
 
-class Read(Protocol):
-    """As formats.read.Reading."""
+@dataclass
+class Reading:
+    """What reading an adapter gives.
 
-    @property
-    def adapter(self) -> Adapter: ...
-    @property
-    def format(self) -> str: ...
-    @property
-    def reasons(self) -> list[str]: ...
-    @property
-    def family(self) -> str | None: ...
-    @property
-    def used(self) -> Mapping[str, list[str]]: ...
-    @property
-    def unused(self) -> list[str]: ...
-    @property
-    def unpaired(self) -> list[str]: ...
-    @property
-    def notes(self) -> list[str]: ...
+    `used`: canonical module -> the keys of the file it came from. `unused`: keys whose module no family knows, or
+    that no layout has. `unpaired`: keys of modules that could not be read, each with why in `notes`."""
+
+    adapter: Adapter
+    format: str
+    reasons: list[str]
+    family: str | None
+    used: dict[str, list[str]] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    unpaired: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
-def _tensors_of(folder: Path) -> Path:
-    """The file with the tensors, as `formats.read` chooses it."""
-    names = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin")
-    files = sorted(folder.glob("*.safetensors"))
-    return next((folder / n for n in names if (folder / n).is_file()), files[0] if files else folder / names[0])
-
-
-def facts(
-    path: Path, reading: Read, refusal: AdapterError | None, *, digest: str, norm: Callable[[Pair], float]
+def summary(
+    path: Path, reading: Reading, refusal: AdapterError | None, *, digest: str, norm: Callable[[Pair], float]
 ) -> dict[str, Any]:
     """What `veneer.adapters.inspect.inspect` returns. `refusal`: why it is not read for use. `norm`: ‖ΔW‖ of a pair."""
     adapter = reading.adapter
@@ -63,7 +54,7 @@ def facts(
     for module, pair in sorted(adapter.pairs.items()):
         groups[_leaf(module)].append(pair)
     tensors = [t for _, t in adapter.tensors()]
-    tensor_file = _tensors_of(path) if path.is_dir() else path
+    tensors_at = tensor_file(path, from_pickle=True)
     used = {key for keys in reading.used.values() for key in keys}
     return {
         "adapter": str(path),
@@ -98,7 +89,7 @@ def facts(
         "trigger_words": file.card.trigger_words,
         "card": file.card.to_dict(),
         "coverage": {"used": len(used), "unused": reading.unused, "unpaired": reading.unpaired},
-        "hashes": asdict(file_hashes.hashes(tensor_file)),
+        "hashes": asdict(hashes(tensors_at)),
         "files": _files(path),
         "notes": [
             *reading.notes,

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair
 from veneer.errors import AdapterError
-from veneer.formats.kohya import Refusals, component_of
+from veneer.formats.comparison import Refusals
 from veneer.formats.leaves import Leaf
+from veneer.formats.names import component_of
 
 __all__ = ["MAX_VLLM_RANKS", "folded", "in_every_layer", "refuse_unservable", "tgi_notes", "vllm_notes"]
 

@@ -22,8 +22,7 @@ from veneer.core.attach import Attachment, attach
 from veneer.core.targets import base_modules
 from veneer.errors import ConfigError
 from veneer.files.hashes import hashes, short_hash
-from veneer.formats.peft import CONFIG_FILE, TENSOR_FILE
-from veneer.formats.read import tensor_file
+from veneer.formats.folder import tensor_file
 from veneer.formats.strengths import Strength, factors_by_module, parse_strength
 from veneer.models.image.base import load_control
 from veneer.models.image.generate import MixPlan
@@ -203,4 +202,4 @@ def _scaled(parts: Sequence[tuple[NamedMix, float]]) -> NamedMix:
 
 def _file_of(path: Path) -> Path:
     """The file that was read: PEFT's, or the only one of the folder (`formats.read`)."""
-    return path / TENSOR_FILE if (path / CONFIG_FILE).is_file() else tensor_file(path)
+    return tensor_file(path)

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from veneer import __version__
 from veneer.errors import DataError
 from veneer.files.atomic import atomic_write
-from veneer.formats.infotext import SAMPLERS, Infotext, png_bytes, render
 from veneer.imaging.adapters import AdapterSource, Mixer, Use
 from veneer.imaging.controls import CANNY, ControlSpec, control_model_of, control_picture, flattened, hashed_picture
+from veneer.imaging.infotext import SAMPLERS, Infotext, png_bytes, render_infotext
 from veneer.models.fingerprint import file_sha256
 from veneer.models.image.generate import (
     Control,
@@ -102,7 +102,7 @@ class RecordedPicture:
 
     @property
     def text(self) -> str:
-        return render(self.infotext)
+        return render_infotext(self.infotext)
 
     def png(self) -> bytes:
         return png_bytes(self.image, self.text, self.record)

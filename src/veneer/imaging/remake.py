@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.adapters import use as using
 from veneer.errors import AdapterError, DataError, MismatchError
-from veneer.formats.infotext import Infotext, lora_hashes, lora_tags, read_picture, sampler_of
 from veneer.formats.strengths import Strength
 from veneer.imaging.adapters import AdapterSource, Mixer, parse_use
 from veneer.imaging.controls import ControlSpec, hashed_picture
+from veneer.imaging.infotext import Infotext, lora_hashes, lora_tags, read_picture, sampler_of
 from veneer.imaging.make import Ask, Options, RecordedPicture, library_versions, make, model_hash
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import pytest
 from tests.image_twins import diffusers_pipeline, levels, picture
 from tests.tiny_image_base import tiny_image_base
 from veneer.errors import ConfigError
-from veneer.formats.infotext import SAMPLERS
+from veneer.imaging.infotext import SAMPLERS
 from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.generate import ImageRow, PictureSettings, generate_images
 from veneer.models.image.schedulers import NAMES, make_scheduler, scheduler_name, scheduler_names

@@ -36,8 +36,8 @@ from veneer.core.adapter import Adapter, scale_of
 from veneer.core.mix import mix as mixed
 from veneer.formats import peft
 from veneer.formats.card import CARD_FILE
+from veneer.formats.comparison import Refusals
 from veneer.formats.convert import write
-from veneer.formats.kohya import Refusals
 from veneer.formats.read import leaves_of, read
 from veneer.formats.servers import refuse_unservable
 from veneer.serve.request import DigestMix, Refused, mix_digest

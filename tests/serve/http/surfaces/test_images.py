@@ -25,7 +25,7 @@ from tests.serve.pictures_here import Names, Shelf, picture_app, served, shelf_o
 from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer.core.adapter import Adapter, Pair
 from veneer.formats.convert import write
-from veneer.formats.infotext import read_picture
+from veneer.imaging.infotext import read_picture
 from veneer.models.image.base import ImageBase, load_image
 from veneer.serve.access import ANYBODY, Caller, NoWait, OpenAccess, Served
 from veneer.serve.pictures.engine import PictureEngine

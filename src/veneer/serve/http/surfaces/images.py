@@ -36,8 +36,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from veneer.errors import VeneerError
-from veneer.formats.infotext import encoded, png_bytes
 from veneer.imaging.controls import ControlSpec, control_picture, decoded, flattened
+from veneer.imaging.infotext import encoded, png_bytes
 from veneer.imaging.make import size_for
 from veneer.models.image.generate import SEEDS, Control, PictureSettings, default_settings, fitted_picture
 from veneer.serve.access import BEHIND, SHADOWS, Caller, Served, ShadowAnswer

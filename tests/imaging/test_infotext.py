@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from veneer.errors import DataError
-from veneer.formats.infotext import (
+from veneer.imaging.infotext import (
     SAMPLERS,
     Infotext,
     lora_hashes,
     lora_tags,
-    parse,
+    parse_infotext,
     png_bytes,
     quote,
     read_picture,
-    render,
+    render_infotext,
     sampler_of,
     unquote,
 )
@@ -41,7 +41,7 @@ FORGE = (
 
 
 def test_what_a1111_wrote() -> None:
-    info = parse(A1111)
+    info = parse_infotext(A1111)
     assert info.prompt == "girl with an artist's beret, determined, ((eyeshadow)),\nsecond line: with a colon"
     assert info.negative == "ugly, (((deformed))), [blurry]\nand more"
     assert info.fields == {
@@ -57,7 +57,7 @@ def test_what_a1111_wrote() -> None:
 
 
 def test_what_forge_wrote() -> None:
-    info = parse(FORGE)
+    info = parse_infotext(FORGE)
     assert info.negative == ""
     assert info.fields["Model"] == "odd, name: 1"
     assert info.fields["ControlNet 0"] == "Module: canny, Model: control_v11p [d14c016b], Weight: 0.7"
@@ -67,8 +67,8 @@ def test_what_forge_wrote() -> None:
 
 
 def test_a_text_without_parameters_is_a_prompt() -> None:
-    assert parse("just a prompt\nSteps: 20") == Infotext("just a prompt\nSteps: 20")
-    assert parse("") == Infotext()
+    assert parse_infotext("just a prompt\nSteps: 20") == Infotext("just a prompt\nSteps: 20")
+    assert parse_infotext("") == Infotext()
 
 
 def test_samplers_by_old_and_new_names() -> None:
@@ -100,7 +100,7 @@ def test_a_quoted_value_comes_back(value: str) -> None:
 @given(WORDS, WORDS, st.dictionaries(st.from_regex(r"[A-Z][a-z]{2,8}", fullmatch=True), VALUES, min_size=3, max_size=8))
 def test_an_infotext_comes_back(prompt: str, negative: str, fields: dict[str, str]) -> None:
     kept = {name: value.strip() for name, value in fields.items()}
-    assert parse(render(Infotext(prompt, negative, kept))) == Infotext(prompt, negative, kept)
+    assert parse_infotext(render_infotext(Infotext(prompt, negative, kept))) == Infotext(prompt, negative, kept)
 
 
 def test_a_png_carries_text_and_record(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_png_carries_text_and_record(tmp_path: Path) -> None:
     assert data == png_bytes(picture, A1111 + " 狐", record), "equal pictures are equal files"
     (tmp_path / "a.png").write_bytes(data)
     info, found = read_picture(tmp_path / "a.png")
-    assert info == parse(A1111 + " 狐")
+    assert info == parse_infotext(A1111 + " 狐")
     assert found == record
     with Image.open(tmp_path / "a.png") as again:
         assert again.info["parameters"] == A1111 + " 狐"
@@ -121,7 +121,7 @@ def test_a_jpeg_of_a1111_carries_it_in_exif(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + A1111.encode("utf-16-be")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif)
-    assert read_picture(tmp_path / "a.jpg") == (parse(A1111), None)
+    assert read_picture(tmp_path / "a.jpg") == (parse_infotext(A1111), None)
 
 
 def test_a_file_that_is_no_picture(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""An adapter file looked at without torch, which takes longer to load than a small file takes to be looked at.
+"""A plain adapter inspected without torch, which takes longer to load than a small file takes to be read.
 
 Only what is plain: one safetensors file of a known image family, of nothing but pairs of linears and convolutions with
 their alphas, each on a module of its own; or a PEFT folder of a language model, of nothing but pairs of linears, whose
-configuration and tensors agree to the last entry. `glance` gives what `adapters.inspect.inspect` gives of such a one,
+configuration and tensors agree to the last entry. `inspect_plain` gives what `adapters.inspect` gives of such a one,
 by the header and numpy; and None of every other, also of one in which anything is wrong or worth a note: that is read
 whole, and its reader says what it is. Reference: `inspect`; tests compare the two over every layout.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,15 +21,16 @@ from veneer.errors import AdapterError
 from veneer.files.safetensors import HeaderEntry, read_header
 from veneer.formats import peft_config as cfg
 from veneer.formats.card import CARD_FILE, read_card
+from veneer.formats.folder import CONFIG_FILE, TENSOR_FILE
 from veneer.formats.keys import ROLES, detect_format, named_adapters, split_key
 from veneer.formats.metadata import card_from_metadata, family_in_metadata
 from veneer.formats.names import choose_family, has_image_names, lookup
-from veneer.formats.reading import facts
+from veneer.formats.reading import Reading, summary
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
-__all__ = ["glance"]
+__all__ = ["inspect_plain"]
 
 MAX_BYTES = 64 << 20
 """Beyond it torch, which computes norms on all cores, is the faster for all that it takes to load."""
@@ -77,26 +78,14 @@ class _Stored:
         return np.frombuffer(self.raw, _KINDS[self.entry.kind]).astype(np.float64).reshape(self.shape)
 
 
-@dataclass
-class _Reading:
-    adapter: Adapter
-    format: str
-    reasons: list[str]
-    family: str
-    used: dict[str, list[str]]
-    unused: list[str] = field(default_factory=list)
-    unpaired: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-def glance(path: Path) -> dict[str, Any] | None:
+def inspect_plain(path: Path) -> dict[str, Any] | None:
     """What is in the file or folder, as `inspect` says it, or None where only reading it whole can say."""
     if path.is_dir():  # as `using.adapter_path` looks for it
-        path = next((p for p in (path, path / "adapter") if (p / cfg.CONFIG_FILE).is_file()), path)
-    file = path / cfg.TENSOR_FILE if path.is_dir() else path
+        path = next((p for p in (path, path / "adapter") if (p / CONFIG_FILE).is_file()), path)
+    file = path / TENSOR_FILE if path.is_dir() else path
     if file.suffix.lower() != ".safetensors" or not file.is_file() or file.stat().st_size > MAX_BYTES:
         return None
-    configured = (file.parent / cfg.CONFIG_FILE).is_file()
+    configured = (file.parent / CONFIG_FILE).is_file()
     if configured != path.is_dir():
         return None
 
@@ -107,7 +96,7 @@ def glance(path: Path) -> dict[str, Any] | None:
         stored, metadata = _stored(file)
         if stored is None or (reading := _folder(path, stored) if configured else _plain(stored, metadata)) is None:
             return None
-        return facts(path, reading, None, digest=reading.adapter.digest(raw), norm=_norm)
+        return summary(path, reading, None, digest=reading.adapter.digest(raw), norm=_norm)
     except (AdapterError, OSError, cfg.PatternError):
         return None
 
@@ -124,7 +113,7 @@ def _stored(path: Path) -> tuple[dict[str, _Stored] | None, dict[str, str]]:
     return (out if all((np.abs(t.values()) < _LARGE).all() for t in out.values()) else None), header.metadata
 
 
-def _plain(stored: dict[str, _Stored], metadata: dict[str, str]) -> _Reading | None:
+def _plain(stored: dict[str, _Stored], metadata: dict[str, str]) -> Reading | None:
     """The adapter, under canonical names, or None where it is not plain."""
     groups: dict[str, dict[str, str]] = defaultdict(dict)
     for key in sorted(stored):
@@ -159,10 +148,10 @@ def _plain(stored: dict[str, _Stored], metadata: dict[str, str]) -> _Reading | N
     if card.rank not in ranks:
         card.rank = ranks.pop() if len(ranks) == 1 else 0
     format_, reasons = detect_format(stored, metadata)
-    return _Reading(Adapter(pairs, card=card), format_, [*reasons, *choice.reasons], family.name, used)
+    return Reading(Adapter(pairs, card=card), format_, [*reasons, *choice.reasons], family.name, used)
 
 
-def _folder(folder: Path, stored: dict[str, _Stored]) -> _Reading | None:
+def _folder(folder: Path, stored: dict[str, _Stored]) -> Reading | None:
     """The adapter of a PEFT folder, as `peft` reads it of plain pairs, or None."""
     config, problems = cfg.parse_config(cfg.read_config(folder))
     more = (config.dora, config.lora_bias, config.bias != "none", config.modules_to_save, config.target_parameters)
@@ -191,7 +180,7 @@ def _folder(folder: Path, stored: dict[str, _Stored]) -> _Reading | None:
     if not pairs or cfg.idle_targets(config, pairs)[0] or cfg.idle_patterns(config, pairs):
         return None
     texts = {f"base_model.model.{n}": (p.B.shape[0], p.A.shape[1]) for n, p in pairs.items()}
-    reasons = [f"a folder with {cfg.CONFIG_FILE}"]
+    reasons = [f"a folder with {CONFIG_FILE}"]
     if not all(LAYERS.match(name) for name in pairs):
         choice = choose_family(texts)
         reasons += choice.reasons
@@ -200,7 +189,7 @@ def _folder(folder: Path, stored: dict[str, _Stored]) -> _Reading | None:
     if has_image_names(texts):
         return None
     card = read_card(folder).card if (folder / CARD_FILE).is_file() else cfg.card_from_config(config)
-    return _Reading(Adapter(pairs, card=card, rslora=config.rslora, dropout=config.dropout), "peft", reasons, "", used)
+    return Reading(Adapter(pairs, card=card, rslora=config.rslora, dropout=config.dropout), "peft", reasons, "", used)
 
 
 def _pair(stored: dict[str, _Stored], own: dict[str, str], kind: str) -> Pair | None:

@@ -32,11 +32,11 @@ __all__ = [
     "encoded",
     "lora_hashes",
     "lora_tags",
-    "parse",
+    "parse_infotext",
     "png_bytes",
     "quote",
     "read_picture",
-    "render",
+    "render_infotext",
     "sampler_of",
     "unquote",
 ]
@@ -108,9 +108,9 @@ def unquote(text: str) -> str:
         return text
 
 
-def parse(text: str) -> Infotext:
-    """The infotext that A1111, Forge or `render` wrote. The last line is parameters if it has three of them at least;
-    everything from a line that begins with "Negative prompt:" is the negative prompt."""
+def parse_infotext(text: str) -> Infotext:
+    """The infotext that A1111, Forge or `render_infotext` wrote. The last line is parameters if it has three or
+    more; everything from a line that begins with "Negative prompt:" is the negative prompt."""
     *lines, last = text.strip().split("\n")
     if len(_PARAMETER.findall(last)) < 3:
         lines.append(last)
@@ -127,7 +127,7 @@ def parse(text: str) -> Infotext:
     return Infotext("\n".join(prompt).strip(), "\n".join(negative).strip(), fields)
 
 
-def render(info: Infotext) -> str:
+def render_infotext(info: Infotext) -> str:
     """The text of an infotext. What the layout cannot hold (a prompt with a line "Negative prompt:") is in our own
     record alone."""
     lines = [info.prompt] if info.prompt else []
@@ -214,14 +214,14 @@ def read_picture(path: str | Path) -> tuple[Infotext | None, dict[str, Any] | No
         comment = picture.getexif().get_ifd(0x8769).get(_USER_COMMENT)
     text = held.get("parameters") or _comment_text(comment)
     if (raw := held.get("veneer")) is None:
-        return (parse(text) if text else None), None
+        return (parse_infotext(text) if text else None), None
     try:
         record = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise DataError(f"the picture's veneer record is no JSON: {error}", where=str(path)) from error
     if not isinstance(record, dict):
         raise DataError("the picture's veneer record is no object", where=str(path))
-    return (parse(text) if text else None), record
+    return (parse_infotext(text) if text else None), record
 
 
 def _comment_text(comment: object) -> str:

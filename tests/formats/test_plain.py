@@ -22,7 +22,7 @@ from veneer.adapters.inspect import inspect
 from veneer.errors import VeneerError
 from veneer.files.safetensors import encode_tensors, read_tensors
 from veneer.formats import names, peft
-from veneer.formats.glance import LAYERS, glance
+from veneer.formats.plain import LAYERS, inspect_plain
 
 LAYOUTS = {
     "kohya sd15": lambda: layouts.kohya("sd15", original=False, alpha=1.5, te={"text_encoder": "lora_te"}),
@@ -59,7 +59,7 @@ def assert_same(seen: dict[str, Any], whole: dict[str, Any]) -> None:
 def test_what_is_seen_is_what_is_read(tmp_path, layout, dtype, metadata):
     tensors = {k: t.to(dtype) if t.ndim else t for k, t in LAYOUTS[layout]().tensors.items()}
     write(tmp_path / "x.safetensors", tensors, metadata)
-    seen, whole = glance(tmp_path / "x.safetensors"), inspect(str(tmp_path / "x.safetensors"))
+    seen, whole = inspect_plain(tmp_path / "x.safetensors"), inspect(str(tmp_path / "x.safetensors"))
     if layout in ("kohya sd15", "kohya qwen", "diffusers sd3", "old diffusers"):
         assert seen is not None
     if seen is not None:
@@ -75,7 +75,7 @@ def test_nothing_is_seen_where_anything_is_to_be_said(tmp_path, made, how):
         write(tmp_path / "x.safetensors", changed(tensors, how), metadata)
     except VeneerError:
         return
-    if (seen := glance(tmp_path / "x.safetensors")) is not None:
+    if (seen := inspect_plain(tmp_path / "x.safetensors")) is not None:
         assert_same(seen, inspect(str(tmp_path / "x.safetensors")))
 
 
@@ -106,7 +106,7 @@ UNSEEN: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", [*SEEN, *UNSEEN])
 def test_what_is_seen_of_a_peft_folder_is_what_is_read(tmp_path, case):
     peft_folder(families.mistral(), tmp_path / "a", **{"target_modules": Q_V} | (SEEN | UNSEEN)[case])
-    seen, whole = glance(tmp_path / "a"), inspect(str(tmp_path / "a"))
+    seen, whole = inspect_plain(tmp_path / "a"), inspect(str(tmp_path / "a"))
     assert (seen is not None) == (case in SEEN)
     if seen is not None:
         assert_same(seen, whole)
@@ -117,7 +117,7 @@ def test_what_is_seen_of_our_own_folder_is_what_is_read(tmp_path, start):
     """With its card; also in the folder of a run, which has it as `adapter`."""
     own = [f"{start}.{i}.attn.{p}_proj" for i in range(2) for p in "qv"]
     peft.write_folder(linear_pairs(own, rank=2), tmp_path / "run" / "adapter", base_name="a/base", base=own)
-    seen, whole = glance(tmp_path / "run"), inspect(str(tmp_path / "run"))
+    seen, whole = inspect_plain(tmp_path / "run"), inspect(str(tmp_path / "run"))
     assert seen is not None
     assert seen["adapter"].endswith("adapter")
     assert_same(seen, whole)
@@ -143,7 +143,7 @@ def test_nothing_is_seen_of_a_folder_where_anything_is_to_be_said(tmp_path, how,
     except VeneerError:
         return
     (tmp_path / "b" / peft.CONFIG_FILE).write_text(json.dumps(config))
-    if (seen := glance(tmp_path / "b")) is not None:
+    if (seen := inspect_plain(tmp_path / "b")) is not None:
         whole = inspect(str(tmp_path / "b"))
         assert whole["verdict"]["use"]
         assert not whole["notes"]
@@ -158,7 +158,7 @@ def test_the_norm_of_what_cancels_is_exact(tmp_path):
     write(tmp_path / peft.TENSOR_FILE, pair, {})
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
     (tmp_path / peft.CONFIG_FILE).write_text(json.dumps(config))
-    seen = glance(tmp_path)
+    seen = inspect_plain(tmp_path)
     assert seen is not None
     assert seen["targets"]["q_proj"]["delta_norm"] < 1e-12
 

@@ -1,0 +1,53 @@
+"""An adapter's folder: the files that PEFT's has, and which file of any has the tensors. Needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from veneer.errors import AdapterError, UnsafeFileError
+from veneer.files.safetensors import PICKLE_SUFFIXES
+
+__all__ = ["CONFIG_FILE", "TENSOR_FILE", "tensor_file"]
+
+CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PICKLE_FILE = "adapter_model.bin"
+_PREFERRED = (TENSOR_FILE, "pytorch_lora_weights.safetensors")
+
+
+def tensor_file(folder: Path, from_pickle: bool = False) -> Path:
+    """The file with the tensors of a folder; a file is itself. A folder with PEFT's configuration has them under PEFT's
+    name; another has one file of tensors, or one that is called as diffusers or PEFT call it.
+
+    Raises AdapterError where there is none, or several of which none has such a name; UnsafeFileError for a pickle
+    without `from_pickle`."""
+    if not folder.is_dir():
+        return folder
+    if (folder / CONFIG_FILE).is_file():
+        return _of_peft(folder, from_pickle)
+    files = [p for p in sorted(folder.iterdir()) if p.is_file()]
+    found = [p for p in files if p.suffix.lower() in (".safetensors", ".gguf")]
+    found = found or [p for p in files if from_pickle and p.suffix.lower() in PICKLE_SUFFIXES]
+    found = [p for p in found if p.name in _PREFERRED][:1] or found
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(p.name for p in found)
+    raise AdapterError(
+        f"the folder has {len(found)} adapter files: {names}" if found else "no adapter file in the folder",
+        where=str(folder),
+        fix="give the file" if found else "a folder that training wrote, or a .safetensors file",
+    )
+
+
+def _of_peft(folder: Path, from_pickle: bool) -> Path:
+    path, pickled = folder / TENSOR_FILE, folder / _PICKLE_FILE
+    if path.is_file():
+        return path
+    if pickled.exists():
+        if from_pickle:
+            return pickled
+        raise UnsafeFileError(
+            "the adapter is stored as a pickle, and loading a pickle runs whatever code is in it",
+            where=str(pickled),
+            fix="--from-pickle (from_pickle=True) reads it through torch's weights-only loader, which runs nothing",
+        )
+    raise AdapterError(f"the folder has no {TENSOR_FILE}", where=str(folder))
