@@ -202,7 +202,7 @@ def test_block_weights_in_a_list_are_kohya_s():
     assert [twelve[m] for m in UNET] == [1, 0, 1, 0, 0, 0, 0.5]  # what twelve leave out stays at 1
     with pytest.raises(ConfigError, match="list of 3"):
         parse_blocks("1,2,3", UNET)
-    with pytest.raises(ConfigError, match="of no U-Net"):
+    with pytest.raises(ConfigError, match="do not belong to a U-Net"):
         parse_blocks(",".join("1" * 20), ["transformer.x"])
 
 
@@ -210,7 +210,7 @@ def test_patterns_are_whole_parts_of_names_and_must_fit():
     names = [f"model.layers.{i}.mlp" for i in range(12)]
     got = parse_blocks("*=0.5,layers.1=2,layers.3-5=0", names)
     assert [got[n] for n in names] == [0.5, 2, 0.5, 0, 0, 0, *[0.5] * 6]
-    wrong = {"layers.12=1": "fits no", "layer=1": "fits no", "mlp=x": "no strength", "mlp=1,2": "PATTERN"}
+    wrong = {"layers.12=1": "fits no", "layer=1": "fits no", "mlp=x": "not a strength", "mlp=1,2": "PATTERN"}
     for text, words in wrong.items():
         with pytest.raises(ConfigError, match=words):
             parse_blocks(text, names)

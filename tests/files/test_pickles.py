@@ -142,7 +142,7 @@ def test_an_archive_that_is_packed_or_damaged_is_refused(tmp_path):
     with pytest.raises(AdapterError):
         read_pickle(path)
     path.write_bytes(b"<html>")
-    with pytest.raises(AdapterError, match="no pickle"):
+    with pytest.raises(AdapterError, match="not a pickle"):
         read_pickle(path)
     with pytest.raises(AdapterError, match="cannot read"):
         read_pickle(tmp_path / "none.bin")

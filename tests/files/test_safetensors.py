@@ -319,7 +319,7 @@ EMPTY = b'{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     ("raw", "says"),
     [
         (b"{" + b",".join(b'"t%d":' % i + EMPTY for i in range(1_000_000)) + b"}", "lists 1,000,000 tensors"),
-        (b"{" + b",".join(b'"k%d":0' % i for i in range(600_000)) + b"}", "600,000 entries that are no tensor's"),
+        (b"{" + b",".join(b'"k%d":0' % i for i in range(600_000)) + b"}", "600,000 entries that are not tensors"),
         (b'{"__metadata__":{' + b",".join(b'"k%d":"v"' % i for i in range(600_000)) + b"}}", "entries that are no"),
         (b'{"__metadata__":{"a":"' + b"x" * (64 << 20) + b'"}}', "bytes of metadata"),
     ],

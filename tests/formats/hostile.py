@@ -93,7 +93,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "cut-header.safetensors": (safetensors(ONE)[:30], "a truncated or damaged file"),
     "not-json.safetensors": (safetensors(b"{" + b"\xff" * 40), "not valid JSON"),
     "deep.safetensors": (safetensors(b'{"a":' * 9_000), "not valid JSON"),
-    "deeper.safetensors": (safetensors(b'{"a":' * 60_000), "60,000 entries that are no tensor's"),
+    "deeper.safetensors": (safetensors(b'{"a":' * 60_000), "60,000 entries that are not tensors"),
     "duplicate.safetensors": (
         safetensors(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{}}', DATA),
         "'a' appears twice",
@@ -130,7 +130,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "expanded.pt": (saved({"a": torch.zeros(1).expand(1 << 40)}), "more values than the file holds"),
     "cut.pt": (saved({"a": torch.zeros(1000)})[:700], "the archive is damaged"),
     "bytes.bin": (b"\x80\x02cbuiltins\nbytearray\n\x8a\x06\x00\x00\x00\x00\x00\x7f\x85R.", "the pickle"),
-    "page.bin": (b"<html>not found</html>", "no pickle"),
+    "page.bin": (b"<html>not found</html>", "not a pickle"),
     # GGUF
     "short.gguf": (b"GGUF\x03", "a truncated GGUF file"),
     "page.gguf": (b"<html>", "not GGUF"),
@@ -150,8 +150,8 @@ FILES: dict[str, tuple[bytes, str]] = {
     "beyond.gguf": (gguf(1, 0, tensor("a", (1 << 30,))), "truncated"),
     "overlap.gguf": (gguf(2, 0, tensor("a", (8,)) + tensor("b", (8,)) + bytes(64)), "begins inside"),
     "path.gguf": (gguf(1, 0, tensor("../a", (4,)) + bytes(64)), "looks like a path"),
-    "model.gguf": (gguf(0, 1, text("general.type") + struct.pack("<I", 8) + text("model")), "no LoRA adapter"),
-    "odd-type.gguf": (gguf(0, 1, text("general.type") + struct.pack("<IIQB", 9, 0, 1, 7)), "no LoRA adapter"),
+    "model.gguf": (gguf(0, 1, text("general.type") + struct.pack("<I", 8) + text("model")), "not a LoRA adapter"),
+    "odd-type.gguf": (gguf(0, 1, text("general.type") + struct.pack("<IIQB", 9, 0, 1, 7)), "not a LoRA adapter"),
 }
 
 

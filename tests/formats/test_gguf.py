@@ -197,8 +197,8 @@ def small(path: Path, tensors: dict[str, Tensor], **fields: Any) -> Path:
 def test_what_is_no_adapter_is_refused(tmp_path):
     a, b = {"blk.0.attn_v.weight.lora_a": torch.ones(2, 4)}, {"blk.0.attn_v.weight.lora_b": torch.ones(4, 2)}
     path = tmp_path / "x.gguf"
-    fails(small(path, a | b, general__type="model"), "no LoRA adapter: general.type = 'model'")
-    fails(small(path, a | b, general__type=None), "no LoRA adapter")
+    fails(small(path, a | b, general__type="model"), "not a LoRA adapter: general.type = 'model'")
+    fails(small(path, a | b, general__type=None), "not a LoRA adapter")
     fails(small(path, a | b, general__architecture="qwen"), "architecture 'qwen'")
     fails(small(path, a | b, general__architecture="clip"), "architecture 'clip'")
     fails(small(path, a | b, adapter__lora__alpha="one"), "adapter.lora.alpha")
@@ -212,7 +212,7 @@ def test_what_is_no_adapter_is_refused(tmp_path):
     fails(small(path, a | {"blk.0.attn_v.weight.lora_b": torch.full((4, 2), float("inf"))}), "infinity")
     q = {f"blk.0.attn_q.weight.lora_{h}": t for h, t in (("a", torch.ones(2, 4)), ("b", torch.ones(6, 2)))}
     fails(small(path, q, general__architecture="llama"), "lacks the size of a head")
-    fails(path, "no heads of 4", head_dim=4)
+    fails(path, "not whole heads of 4", head_dim=4)
     assert read_gguf(path, head_dim=6).adapter.pairs
 
 

@@ -437,7 +437,7 @@ def pair(kind: str = "linear", **changes: Any) -> Pair:
         (Adapter({"a": pair()}, token_rows={"a": TokenRows((1,), torch.ones(1, 4))}), "a pair and token rows at once"),
         (Adapter(token_rows={"a": TokenRows((1, 2), torch.ones(1, 4))}), "2 token indices, rows of shape (1, 4)"),
         (Adapter(modules={"a": {}}), "a full copy without tensors"),
-        (Adapter({"a.base_layer": pair()}), "no name of a module"),
+        (Adapter({"a.base_layer": pair()}), "cannot be the name of a base's module"),
         (Adapter({"../a": pair()}), "cannot hold"),
         (Adapter({"m.x": pair("experts"), "m.y": pair("experts")}), "depends on the base; give it"),
     ],

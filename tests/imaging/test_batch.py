@@ -50,7 +50,7 @@ def test_a_line_is_an_ask_and_what_it_leaves_out_is_the_callers(tmp_path: Path) 
         ({"prompt": "a", "seed": True}, "seed is True, and a whole number is wanted"),
         ({"prompt": "a", "seed": -1}, "seed -1"),
         ({"prompt": "a", "adapters": "brand"}, "adapters is 'brand', and a list of texts is wanted"),
-        ({"prompt": "a", "adapters": ["brand@steps=2-3"]}, "no range of steps"),
+        ({"prompt": "a", "adapters": ["brand@steps=2-3"]}, "not a range of steps"),
         ('{"prompt": "a", "prompt": "b"}', "'prompt' appears twice"),
         ("a fox", "not JSON"),
         ([1], "not a JSON object"),

@@ -224,7 +224,7 @@ def read_gguf_file(path: str | Path, *, long_arrays: bool = True) -> GgufFile:
         fields[key], types[key] = cursor.value(cursor.take("I"))
     alignment = fields.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 16 or alignment & (alignment - 1):
-        raise cursor.fail(f"general.alignment = {alignment!r}, which is no power of two")
+        raise cursor.fail(f"general.alignment = {alignment!r}, which is not a power of two")
     raw = [_entry(cursor) for _ in range(tensors)]
     start_of_data = -(-cursor.at // alignment) * alignment
     entries = _placed(raw, start_of_data, alignment, cursor)

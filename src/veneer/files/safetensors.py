@@ -208,7 +208,7 @@ def _check_counts(raw: bytes, where: str) -> None:
         )
     if keys - 4 * tensors > MAX_METADATA + 1:
         raise UnsafeFileError(
-            f"the header has {keys - 4 * tensors:,} entries that are no tensor's; at most {MAX_METADATA:,} are read",
+            f"the header has {keys - 4 * tensors:,} entries that are not tensors; at most {MAX_METADATA:,} are read",
             where=where,
             fix="write the file again without them",
         )

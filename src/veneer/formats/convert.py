@@ -348,7 +348,7 @@ def _for_one_model(adapter: Adapter, refused: Refusals) -> Adapter:
     """The adapter under the names that its model itself has, without the component: the denoiser, or a text model."""
     for module, pair in adapter.pairs.items():
         if pair.magnitude is not None and pair.magnitude.ndim > 1:
-            refused["PEFT knows no magnitude of the inputs; merge it into the base"].append(module)
+            refused["PEFT has no magnitude along the inputs; merge it into the base"].append(module)
     modules = [*leaves_of(adapter), *adapter.token_rows, *adapter.new_tokens]
     parts = {component_of(m) for m in modules}
     for module in modules:

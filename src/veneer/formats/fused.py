@@ -160,7 +160,7 @@ def join(parts: Sequence[T | None], rows: Sequence[int] | None = None) -> T:
 
 def _apart(items: Sequence[Pair | Delta], why: str) -> AdapterError:
     return AdapterError(
-        f"these parts are no one change of a fused projection: {why}",
+        f"these parts do not form one change of a fused projection: {why}",
         where="; ".join(_shown(p) for p in items),
         fix="write a format whose projections are split",
     )

@@ -100,7 +100,7 @@ def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
     architecture = texts.get("general.architecture", "")
     if texts.get("general.type") != "adapter" or texts.get("adapter.type") != "lora":
         what = f"general.type = {texts.get('general.type')!r}, adapter.type = {texts.get('adapter.type')!r}"
-        raise AdapterError(f"the GGUF file is no LoRA adapter: {what}", where=where)
+        raise AdapterError(f"the GGUF file is not a LoRA adapter: {what}", where=where)
     if architecture not in GGUF_ARCHITECTURES:
         near = nearest(architecture, GGUF_ARCHITECTURES)
         raise AdapterError(
@@ -147,7 +147,7 @@ def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
                 problems.append(f"{module}: its rows are in llama.cpp's order, and the file lacks the size of a head")
                 continue
             if head_dim % 2 or B.shape[0] % head_dim:
-                problems.append(f"{module}: {B.shape[0]:,} rows are no heads of {head_dim:,}")
+                problems.append(f"{module}: {B.shape[0]:,} rows are not whole heads of {head_dim:,}")
                 continue
             B = _turn_back(B, head_dim)
         scale = scale_of(alpha, A.shape[0]) if alpha else 1.0

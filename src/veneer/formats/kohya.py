@@ -205,14 +205,14 @@ def _unread(name: str, leaf: Leaf, family: Family, to: str) -> list[str]:
     """What has tensors that readers of `to` ignore or take for something else."""
     out = []
     if leaf.full and (to == "kohya" or set(leaf.full) != {"weight"}):
-        out.append("whole new weights are no part of it; subtract the base's, or merge it into the base")
+        out.append("it cannot hold whole new weights; subtract the base's, or merge it into the base")
     if to == "kohya":
         return out
     held = [h for h in (leaf.pair, leaf.deltas.get("weight")) if h is not None]
     if any(h.magnitude is not None and h.magnitude.ndim == 1 for h in held):
         out.append("ComfyUI divides DoRA's outputs by ‖W‖ and not by ‖W + ΔW‖; merge it into the base")
     if any(delta.form == "gain" for delta in leaf.deltas.values()):
-        out.append("ComfyUI knows no (IA)³; merge it into the base")
+        out.append("ComfyUI does not support (IA)³; merge it into the base")
     if family.name.startswith("flux") and name.endswith(("query_norm", "key_norm")):
         out.append("ComfyUI's patches reach parameters called weight, and this one is called scale")
     return out

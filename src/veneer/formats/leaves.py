@@ -105,7 +105,7 @@ def read_leaf(
         elif role in reader.have:
             reader.problems.append(f"{suffix} {tuple(tensor.shape)}: a second one of its kind")
         elif not tensor.is_floating_point() and role not in _WHOLE_NUMBERS:
-            reader.problems.append(f"{suffix} {tuple(tensor.shape)}: {tensor.dtype} is no floating-point type")
+            reader.problems.append(f"{suffix} {tuple(tensor.shape)}: {tensor.dtype} is not a floating-point type")
         else:
             reader.have[role] = tensor
             reader.suffix[role] = suffix

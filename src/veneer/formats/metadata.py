@@ -269,7 +269,7 @@ def unpack_configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         return {}
     flat = json_value(metadata, "lora_adapter_metadata")
     if not isinstance(flat, dict) or not all("." in key.strip(".") for key in flat):
-        raise AdapterError("lora_adapter_metadata is no JSON object of component.setting", where="metadata")
+        raise AdapterError("lora_adapter_metadata is not a JSON object of component.setting", where="metadata")
     out: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         component, _, setting = key.partition(".")

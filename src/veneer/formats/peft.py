@@ -255,7 +255,7 @@ class _Reader:
         for key in sorted(set(tensors) - set(stray)):
             tensor, path = tensors[key], key.removeprefix(PREFIX)
             if tensor.dtype not in FLOATS:
-                self.problems.append(f"{key} {tuple(tensor.shape)}: dtype {tensor.dtype} holds no weights")
+                self.problems.append(f"{key} {tuple(tensor.shape)}: dtype {tensor.dtype} cannot hold weights")
                 continue
             suffix = next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.endswith(s)), None)
             if suffix is None:
@@ -920,7 +920,7 @@ def _delta_problems(adapter: Adapter) -> list[str]:
 def _pair_problems(name: str, pair: Pair) -> list[str]:
     A, B, shapes = pair.A, pair.B, f"A {tuple(pair.A.shape)}, B {tuple(pair.B.shape)}"
     if not name or ".base_layer" in name or ".lora_" in name:
-        return [f"{name!r} is no name of a module of a base"]
+        return [f"{name!r} cannot be the name of a base's module"]
     if not math.isfinite(pair.scale):
         return [f"{name}: the scale is {pair.scale}"]
     if pair.kind == "experts":

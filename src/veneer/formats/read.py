@@ -476,7 +476,7 @@ def _unknown(key: str, tensor: Tensor, choice: FamilyChoice) -> str:
     parts, family = split_key(key), choice.family
     hint = near(family, parts[0]) if parts else None
     if parts is None:
-        return f"{key} {tuple(tensor.shape)}: its ending is no adapter's"
+        return f"{key} {tuple(tensor.shape)}: its ending is not that of an adapter's tensor"
     if choice.near:
         return (
             f"{key} {tuple(tensor.shape)}: unknown family; {', '.join(choice.near)} are near, and differ in this name"

@@ -51,13 +51,13 @@ def refuse_unservable(adapter: Adapter, leaves: Mapping[str, Leaf], server: str,
         if component_of(module):
             refused[f"{server} serves language models, and this is of an image model"].append(module)
         for parameter, delta in leaf.deltas.items():
-            refused[f"{server} knows no {delta.form} change of the {parameter}; {MERGE}"].append(module)
+            refused[f"{server} does not support a {delta.form} change of the {parameter}; {MERGE}"].append(module)
         if leaf.full:
             refused[f"{server} loads no full copies of modules; {MERGE}"].append(module)
         if leaf.pair is not None:
             _refuse_pair(module, leaf.pair, server, refused)
     for module in adapter.token_rows:
-        refused[f"{server} knows no rows of tokens trained alone; {MERGE}"].append(module)
+        refused[f"{server} does not support rows of tokens trained alone; {MERGE}"].append(module)
     for module in adapter.new_tokens:
         refused[f"{server} adds no tokens; {MERGE}"].append(module)
 
@@ -65,9 +65,9 @@ def refuse_unservable(adapter: Adapter, leaves: Mapping[str, Leaf], server: str,
 def _refuse_pair(module: str, pair: Pair, server: str, refused: Refusals) -> None:
     leaf = module.rpartition(".")[2]
     if pair.magnitude is not None:
-        refused[f"{server} knows no DoRA; {MERGE}"].append(module)
+        refused[f"{server} does not support DoRA; {MERGE}"].append(module)
     if pair.kind == "conv":
-        refused[f"{server} knows no pair of a convolution; {MERGE}"].append(module)
+        refused[f"{server} does not support a pair of a convolution; {MERGE}"].append(module)
     if pair.kind == "experts":
         refused[f"{server} lays out the experts' parameters in its own way; {MERGE}"].append(module)
     if server == "TGI" and pair.kind == "linear" and not _TGI_MODULE.fullmatch(module):
@@ -75,7 +75,7 @@ def _refuse_pair(module: str, pair: Pair, server: str, refused: Refusals) -> Non
             module
         )
     if server == "TGI" and pair.kind == "embedding":
-        refused[f"TGI knows no pair of an embedding; {MERGE}"].append(module)
+        refused[f"TGI does not support a pair of an embedding; {MERGE}"].append(module)
     if server != "vLLM":
         return
     if pair.kind == "embedding" and leaf != "embed_tokens":

@@ -82,7 +82,7 @@ def _block_number(text: str) -> float:
     except ValueError:
         value = float("nan")
     if value != value or abs(value) == float("inf"):
-        raise ConfigError(f"{text.strip()!r} is no strength", fix="a number, as in down_blocks.0=0.5")
+        raise ConfigError(f"{text.strip()!r} is not a strength", fix="a number, as in down_blocks.0=0.5")
     return value
 
 
@@ -138,7 +138,7 @@ def _kohya_blocks(numbers: Sequence[float], modules: Sequence[str]) -> dict[str,
         out[module] = by.get(block, 1.0)
     if unplaced:
         raise ConfigError(
-            f"{len(unplaced)} modules are of no U-Net ({', '.join(unplaced[:3])}), and block weights in a list are a "
+            f"{len(unplaced)} modules do not belong to a U-Net ({', '.join(unplaced[:3])}), and block weights in a list are a "
             "U-Net's",
             fix="use PATTERN=NUMBER",
         )
@@ -193,7 +193,7 @@ class Strength:
         for begin, until, _ in sorted(self.steps):
             if not 0 <= begin < until <= 1:
                 raise ConfigError(
-                    f"{begin:g}-{until:g} is no range of steps", fix="shares of the run, from 0 to 1: steps=0-0.6"
+                    f"{begin:g}-{until:g} is not a range of steps", fix="shares of the run, from 0 to 1: steps=0-0.6"
                 )
             if begin < end:
                 raise ConfigError(f"the ranges of steps overlap at {begin:g}", fix="let one begin where another ends")
@@ -252,13 +252,13 @@ def _number(text: str, part: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ConfigError(f"{part!r}: {text!r} is no strength", fix=_EXAMPLE)
+        raise ConfigError(f"{part!r}: {text!r} is not a strength", fix=_EXAMPLE)
     return value
 
 
 def _range(text: str) -> tuple[float, float, float]:
     if (found := _RANGE.fullmatch(text.strip())) is None:
-        raise ConfigError(f"{text!r} is no range of steps", fix="steps=FROM-TO, shares of the run: steps=0-0.6")
+        raise ConfigError(f"{text!r} is not a range of steps", fix="steps=FROM-TO, shares of the run: steps=0-0.6")
     return float(found[1]), float(found[2]), 1.0 if found[3] is None else _number(found[3], text)
 
 

@@ -218,9 +218,9 @@ def read_picture(path: str | Path) -> tuple[Infotext | None, dict[str, Any] | No
     try:
         record = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"the picture's veneer record is no JSON: {error}", where=str(path)) from error
+        raise DataError(f"the picture's veneer record is not JSON: {error}", where=str(path)) from error
     if not isinstance(record, dict):
-        raise DataError("the picture's veneer record is no object", where=str(path))
+        raise DataError("the picture's veneer record is not a JSON object", where=str(path))
     return (parse_infotext(text) if text else None), record
 
 

@@ -115,8 +115,8 @@ def test_tgi_gets_every_delta_whole_from_its_folder_and_not_from_a_plain_one(tmp
 @pytest.mark.parametrize(
     ("spec", "server", "why"),
     [
-        (LoraSpec(rank=2, targets=("q_proj",), dora=True), "vllm", "knows no DoRA"),
-        (LoraSpec(rank=2, targets=("q_proj",), dora=True), "tgi", "knows no DoRA"),
+        (LoraSpec(rank=2, targets=("q_proj",), dora=True), "vllm", "does not support DoRA"),
+        (LoraSpec(rank=2, targets=("q_proj",), dora=True), "tgi", "does not support DoRA"),
         (LoraSpec(rank=2, targets=("q_proj",), modules_to_save=("lm_head",)), "vllm", "no full copies"),
         (LoraSpec(rank=2, targets=("q_proj", "lm_head")), "tgi", "drops a pair of any but"),
         (LoraSpec(rank=2, targets=("q_proj", "embed_tokens")), "tgi", "no pair of an embedding"),
