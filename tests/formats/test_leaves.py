@@ -330,7 +330,10 @@ def test_pefts_magnitude_is_always_of_the_outputs(stored):
             {"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2), "alpha": torch.tensor(math.inf)},
             "not finite",
         ),
-        ({"lora_down.weight": torch.ones(2, 3, dtype=torch.int8), "lora_up.weight": rand(4, 2)}, "not a floating-point"),
+        (
+            {"lora_down.weight": torch.ones(2, 3, dtype=torch.int8), "lora_up.weight": rand(4, 2)},
+            "not a floating-point",
+        ),
         ({"oft_blocks": rand(2, 3, 3), "alpha": torch.tensor(1.0)}, "OFT"),
         ({"boft_s": rand(2)}, "BOFT"),
         ({"a1.weight": rand(2, 3), "bm.weight": rand(2, 2)}, "GLoRA"),

@@ -83,7 +83,9 @@ def _check_archive(path: Path, size: int) -> None:
             f"the archive is damaged: {error}", where=str(path), fix="download or copy the file again"
         ) from None
     if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
-        raise UnsafeFileError("the archive unpacks to more than it holds; torch.save does not write such archives", where=str(path))
+        raise UnsafeFileError(
+            "the archive unpacks to more than it holds; torch.save does not write such archives", where=str(path)
+        )
 
 
 def _load(path: Path) -> Any:
@@ -94,7 +96,9 @@ def _load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = (
-            f"it names {named[1]}, which is not a tensor" if named else "it is not what torch.save writes of tensors alone"
+            f"it names {named[1]}, which is not a tensor"
+            if named
+            else "it is not what torch.save writes of tensors alone"
         )
         raise UnsafeFileError(
             f"the pickle is refused: {what}. Nothing of it was run",

@@ -138,8 +138,8 @@ def _kohya_blocks(numbers: Sequence[float], modules: Sequence[str]) -> dict[str,
         out[module] = by.get(block, 1.0)
     if unplaced:
         raise ConfigError(
-            f"{len(unplaced)} modules do not belong to a U-Net ({', '.join(unplaced[:3])}), and block weights in a list are a "
-            "U-Net's",
+            f"{len(unplaced)} modules do not belong to a U-Net ({', '.join(unplaced[:3])}), and block weights in a "
+            "list are a U-Net's",
             fix="use PATTERN=NUMBER",
         )
     return out
