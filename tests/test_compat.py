@@ -30,7 +30,7 @@ def test_what_is_asked_for_is_what_the_package_asks_for(library: str) -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     every = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
     bounds = {r.removeprefix(library).replace(" ", "") for r in every if re.match(rf"{library}[<>=~ ]", r)}
-    assert bounds == {LISTS[library].asked}
+    assert bounds == {LISTS[library].versions}
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_what_is_asked_for_is_what_the_package_asks_for(library: str) -> None:
 )
 def test_a_version_without_it_is_named(internals: Internals, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(internals.library)
-    fresh = Internals(internals.library, internals.asked, internals.names)
+    fresh = Internals(internals.library, internals.versions, internals.names)
     fresh(name)
     fresh._found.clear()
     owner, _, key = name.rpartition(".")
@@ -53,7 +53,7 @@ def test_a_version_without_it_is_named(internals: Internals, name: str, monkeypa
     said = str(caught.value)
     assert f"{internals.library} {version(internals.library)} has no {name}" in said
     assert f"veneer {version('veneer')}" in said
-    assert f"pip install '{internals.library}{internals.asked}'" in said
+    assert f"pip install '{internals.library}{internals.versions}'" in said
     assert isinstance(caught.value, VeneerError)
     with pytest.raises(MissingInternalError):
         fresh.check()
@@ -65,7 +65,7 @@ def test_an_attention_that_misses_its_internal_says_so(monkeypatch: pytest.Monke
     from veneer.models.text.attention import divert_attention
 
     monkeypatch.setattr(compat, "_registered", set())
-    monkeypatch.setattr(compat, "TRANSFORMERS", Internals("transformers", TRANSFORMERS.asked, TRANSFORMERS.names))
+    monkeypatch.setattr(compat, "TRANSFORMERS", Internals("transformers", TRANSFORMERS.versions, TRANSFORMERS.names))
     monkeypatch.delattr("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS")
     model = types.SimpleNamespace(config=types.SimpleNamespace(_attn_implementation="sdpa"))
     with pytest.raises(MissingInternalError, match=r"has no transformers\.modeling_utils\.ALL_ATTENTION_FUNCTIONS"):

@@ -22,10 +22,10 @@ class MissingInternalError(MissingExtraError, AttributeError):
 
 @dataclass(frozen=True)
 class Internals:
-    """`names`: dotted, from the top of the library. `asked`: the versions in which they are known to be."""
+    """`names`: dotted, from the top of the library. `versions`: those in which they are known to be."""
 
     library: str
-    asked: str
+    versions: str
     names: tuple[str, ...]
     _found: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -66,7 +66,7 @@ class Internals:
                 have[package] = "(version unknown)"
         return MissingInternalError(
             f"{self.library} {have[self.library]} has no {name}, on which veneer {have['veneer']} relies",
-            fix=f"pip install '{self.library}{self.asked}', or a newer veneer",
+            fix=f"pip install '{self.library}{self.versions}', or a newer veneer",
         )
 
 

@@ -72,10 +72,10 @@ def quoted(text: str, most: int = 100) -> str:
 
 class VeneerError(Exception):
     """Base of all errors. `what` is one sentence, `where` a file, line, key or module, `fix` the way out.
-    `told`: another process of the same run has shown it to the person already."""
+    `already_shown`: another process of the same run has shown it to the person already."""
 
     exit_code = 2
-    told = False
+    already_shown = False
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
         self.what, self.where, self.fix = what, where, fix

@@ -88,7 +88,7 @@ def ended() -> Iterator[None]:
         known = error if isinstance(error, VeneerError) else _known(error)
         if known is None:
             raise
-        if not known.told:
+        if not known.already_shown:
             _show(known)
         raise SystemExit(known.exit_code) from None
 

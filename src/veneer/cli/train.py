@@ -92,7 +92,7 @@ def train(
     except Interrupted as error:
         command = shlex.join(["veneer", "train", *again, "--resume"])
         stopped = Interrupted(error.what, where=error.where, fix=f"go on with: {command}", signal=error.signal)
-        stopped.told = error.told
+        stopped.already_shown = error.already_shown
         raise stopped from None
     finally:
         view.close()

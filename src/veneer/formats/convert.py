@@ -5,7 +5,7 @@
 | kohya     | one .safetensors, lora_down, lora_up,      | formats/kohya.py        | embeddings, whole new weights |
 |           | alpha; LyCORIS' names for the other forms  |                         |                               |
 | comfyui   | one .safetensors, lora_A, lora_B, alpha    | formats/kohya.py        | gains, DoRA of the outputs    |
-| diffusers | one .safetensors, scales in metadata       | diffusers', canonical   | formats/diffusers.py    |
+| diffusers | one .safetensors, scales in metadata       | diffusers', canonical   | formats/diffusers.py          |
 | vllm      | PEFT folder of one rank, scale 1           | the model's own         | DoRA, deltas, full copies     |
 | tgi       | the same, in every layer of the base       | the model's own         | the same, embeddings, lm_head |
 | gguf      | one llama.cpp LoRA                         | llama.cpp's             | the same                      |

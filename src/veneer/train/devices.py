@@ -226,7 +226,7 @@ def _shared(error: Exception, store: Any, rank: int) -> Exception:
         told = TrainingError(f"process {first['rank']} of this run stopped: {first['kind']}: {first['what']}")
     else:
         told = kind(first["what"], where=first["where"], fix=first["fix"])
-    told.told = True
+    told.already_shown = True
     return told
 
 
