@@ -126,7 +126,7 @@ def test_a_jpeg_of_a1111_carries_it_in_exif(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_picture(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"not one")
-    with pytest.raises(DataError, match="no picture"):
+    with pytest.raises(DataError, match="not a picture"):
         read_picture(tmp_path / "a.png")
     with pytest.raises(DataError, match="no such picture"):
         read_picture(tmp_path / "b.png")

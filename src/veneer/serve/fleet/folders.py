@@ -38,7 +38,8 @@ from veneer.formats import peft
 from veneer.formats.card import CARD_FILE
 from veneer.formats.comparison import Refusals
 from veneer.formats.convert import write
-from veneer.formats.read import leaves_of, read
+from veneer.formats.leaves import leaves_of
+from veneer.formats.read import read
 from veneer.formats.servers import refuse_unservable
 from veneer.serve.request import DigestMix, Refused, mix_digest
 
