@@ -92,7 +92,7 @@ def main(folder: Path) -> None:
         held.append(shard.local_bytes(model))
         return held[-1]
 
-    run.held_bytes = measured
+    run.local_bytes = measured
 
     def one(name: str, act: Callable[..., Any], *args: Any, **sections: Any) -> None:
         events: list[Event] = []
