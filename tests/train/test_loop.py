@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from veneer.errors import Interrupted, PreflightError, ResourceError, TrainingError
 from veneer.train.checkpoint import Progress
 from veneer.train.events import Evaluated, Event, Probed, Saved, Stepped, Stopped
-from veneer.train.loop import Learner, Micro, Score, Step, TrainingPlan, probe, train
+from veneer.train.loop import LazySteps, Learner, Micro, Score, Step, TrainingPlan, probe, train
 from veneer.train.optim import Schedule, make_optimizer
 
 ROWS, WIDTH = 24, 3
@@ -314,3 +314,22 @@ def test_other_runtime_errors_pass_through() -> None:
     problem = Other(loss)
     with pytest.raises(RuntimeError, match="shapes"):
         probe(problem, [problem.micro([0])], lambda e: None)
+
+
+@pytest.mark.parametrize(("length", "count", "ends"), [({"epochs": 3}, 9, [2, 5, 9]), ({"steps": 6}, 6, [2, 5])])
+def test_steps_are_planned_an_epoch_at_a_time(length: dict[str, int], count: int, ends: list[int]) -> None:
+    planned: list[int] = []
+
+    def plan(epoch: int) -> list[Step]:  # packed rows: epochs differ in their number of steps
+        planned.append(epoch)
+        return [Step((), epoch + (i + 1) / (epoch + 2)) for i in range(epoch + 2)]
+
+    steps = LazySteps(plan, **length)
+    whole = [step for epoch in range(3) for step in plan(epoch)][:count]
+    planned.clear()
+    assert (len(steps), steps.ends, list(steps)) == (count, ends, whole)
+    assert planned == [0, 1, 2]
+    assert (steps[-1], steps[1:4], steps[0]) == (whole[-1], whole[1:4], whole[0])
+    with pytest.raises(IndexError):
+        steps[count]
+    assert len(LazySteps(lambda epoch: [], **length)) == 0

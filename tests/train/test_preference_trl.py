@@ -105,7 +105,7 @@ def test_loss_and_gradient_are_trl_s(case: str, tmp_path: Path, monkeypatch: pyt
         attachment.use("run")
         preference = Preference.of(config, base, attachment)
         preference.know(part.items, tmp_path / "reference.jsonl")
-        (step,), _ = planned_steps(part.items, config, part.rows)
+        (step,) = planned_steps(part.items, config, part.rows)
         preference.begin(step)
         loss = sum(preference.loss(m.make()) for m in step.micros) / step.counted
         torch.as_tensor(loss).backward()

@@ -18,12 +18,14 @@ import signal
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,7 @@ from veneer.train.events import Evaluated, Listener, Probed, Saved, Stepped, Sto
 from veneer.train.optim import Schedule
 
 __all__ = [
+    "LazySteps",
     "Learner",
     "Means",
     "Micro",
@@ -55,9 +58,9 @@ _LENGTHS = {"tokens": "data.max_length", "pictures": "data.resolution"}
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro-batch that is made when its turn comes. `rows`: where it comes from, for messages. `size`: what it needs
-    of memory, in any unit that is the same for the whole run; its tokens where it is not given. `units`: how many
-    losses its loss is the sum of, where that is not its trained tokens."""
+    """A micro-batch that is made when its turn comes. `rows`: where it comes from, for messages. `items`: what `make`
+    makes it of. `size`: what it needs of memory, in any unit that is the same for the whole run; its tokens where it is
+    not given. `units`: how many losses its loss is the sum of, where that is not its trained tokens."""
 
     tokens: int
     trained: int
@@ -66,6 +69,7 @@ class Micro:
     unit: str = "tokens"
     size: int | None = None
     units: int | None = None
+    items: tuple[Any, ...] = ()
 
     @property
     def counted(self) -> int:
@@ -95,6 +99,40 @@ class Step:
     @property
     def rows(self) -> tuple[int | str, ...]:
         return tuple(row for micro in self.micros for row in micro.rows)
+
+
+class LazySteps(Sequence[Step]):
+    """All steps of a run, with the plan of one epoch in memory; the plan of another is made when a step of it is needed.
+
+    `plan(epoch)`: the steps of an epoch, a pure function. The run has `epochs` of them, or `steps` steps.
+    `ends`: the numbers of the steps that end an epoch."""
+
+    def __init__(
+        self, plan: Callable[[int], list[Step]], *, epochs: int | None = None, steps: int | None = None
+    ) -> None:
+        self._plan = lru_cache(maxsize=1)(plan)
+        self._starts = [0]  # steps before each epoch
+        while len(self._starts) <= epochs if epochs is not None else self._starts[-1] < (steps or 0):
+            planned = self._plan(len(self._starts) - 1)
+            if not planned:
+                break
+            self._starts.append(self._starts[-1] + len(planned))
+        self._count = self._starts[-1] if steps is None else min(steps, self._starts[-1])
+        self.ends = [end for end in self._starts[1:] if end <= self._count]
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Step]: ...
+    def __getitem__(self, index: int | slice) -> Step | list[Step]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        at = range(self._count)[index]  # IndexError beyond the last, and negative indices
+        epoch = bisect_right(self._starts, at) - 1
+        return self._plan(epoch)[at - self._starts[epoch]]
 
 
 @dataclass(frozen=True)
@@ -407,7 +445,7 @@ def _stop(loop: _Loop) -> None:
     )
 
 
-def probe(learner: Learner, micros: Sequence[Micro], on_event: Listener) -> Probed:
+def probe(learner: Learner, micros: Iterable[Micro], on_event: Listener) -> Probed:
     """Runs the longest micro-batch forward and backward, so that a run which will not fit fails now and not in an
     hour. No optimizer step; gradients are dropped and the random state is put back.
 

@@ -193,9 +193,8 @@ def _newest_checkpoint(run: Run) -> Path | None:
 def _dry(run: Run, task: AttachedTask[R], report: Report) -> R:
     _probe(run, task)
     steps = task.steps
-    planned = Progress(
-        len(steps), tokens=sum(s.tokens for s in steps), trained_tokens=sum(s.trained for s in steps)
-    )  # fmt: skip
+    counts = [(step.tokens, step.trained) for step in steps]
+    planned = Progress(len(steps), tokens=sum(n for n, _ in counts), trained_tokens=sum(n for _, n in counts))
     task.begin(planned, run.tell)
     outcome = Outcome(
         steps=len(steps), peak_memory_bytes=loop.peak_memory_bytes(), dry_run=True, preflight=report.to_dict()
@@ -257,7 +256,7 @@ def _finished(run: Run, task: AttachedTask[R], report: Report, progress: Progres
 
 def _probe(run: Run, task: AttachedTask[Any]) -> None:
     """The largest micro-batch, forward and backward, before anything is written."""
-    loop.probe(task, [micro for step in task.steps for micro in step.micros], run.tell)
+    loop.probe(task, (micro for step in task.steps for micro in step.micros), run.tell)
 
 
 def _restored(

@@ -18,7 +18,7 @@ from veneer.errors import DataError
 from veneer.formats.read import read
 from veneer.models.image.base import ImageBase, load_image, pipeline
 from veneer.train.config.load import config_from
-from veneer.train.image.batches import PlannedRow, plan_image_steps, split_pictures, validation_rows
+from veneer.train.image.batches import PlannedRow, plan_image_steps, planned_rows, split_pictures, validation_rows
 from veneer.train.image.encode import Encoders, ImageLoss, times_of
 from veneer.train.image.loss import Noise, draw, generator, noised
 from veneer.train.image.pictures import read_pictures
@@ -41,7 +41,8 @@ def _config(shared: Path, **sections: Any) -> Any:
 
 def _steps(config: Any, make: Any = lambda rows: rows) -> tuple[Any, list[int], list[PlannedRow]]:
     pictures, _ = read_pictures(config.data)
-    return plan_image_steps(plan_rows(pictures, config.data, size=32, unit=8).rows, config, make)
+    steps = plan_image_steps(plan_rows(pictures, config.data, size=32, unit=8).rows, config, make)
+    return steps, steps.ends, list(planned_rows(steps))
 
 
 def test_every_picture_once_an_epoch_and_another_order_in_each(shared: Path) -> None:

@@ -266,7 +266,7 @@ def test_blocks_that_wait_elsewhere_give_the_same_gradients_and_come_home(
     base = load_image(str(tiny_image_base(shared, family)))
     pictures, _ = read_pictures(config.data)
     encoders = Encoders(base, config, None)
-    steps, _, _ = plan_image_steps(plan_rows(pictures, config.data, size=32, unit=8).rows, config, encoders.batch)
+    steps = plan_image_steps(plan_rows(pictures, config.data, size=32, unit=8).rows, config, encoders.batch)
     from veneer.core.adapter import LoraSpec
     from veneer.core.init import create
 

@@ -183,7 +183,7 @@ def test_loss_and_gradient_are_the_formula_s_on_the_model_in_float64(loss: str, 
         stack.enter_context(fast(base.model))
         preference = Preference.of(config, base, attachment)
         preference.know(part.items, tmp_path / "reference.jsonl")
-        (step,), _ = planned_steps(part.items, config, part.rows)
+        (step,) = planned_steps(part.items, config, part.rows)
         assert len(step.micros) > 1
         preference.begin(step)
         total = sum(float(preference.loss(m.make()).detach()) for m in step.micros) / step.counted

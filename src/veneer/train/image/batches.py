@@ -4,16 +4,18 @@
     micro-batch  part of a step: pictures of one shape, at most `micro_rows` of them
 
 A step may hold pictures of several shapes: its loss is a sum over pictures, so that how it is cut changes memory and
-speed, never the result. Every step is planned before the first one: a resumed run plans the same, and all that will be
-needed of the caches is known. With class pictures the loss of a step is DreamBooth's (arXiv 2208.12242),
+speed, never the result. The plan is a pure function of seed and epoch: a resumed run plans the same, and all that will
+be needed of the caches is known before the first step. With class pictures the loss of a step is DreamBooth's (arXiv
+2208.12242),
 mean over its pictures + Σ weight · class picture's / number of its pictures. Knows neither models nor files.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 
 import torch
@@ -22,10 +24,10 @@ from torch import Tensor
 from veneer.train.config.image import ImageDataSection, ImageTrainConfig
 from veneer.train.image.pictures import TrainingPicture
 from veneer.train.image.views import PictureRow, View, draw_row, place
-from veneer.train.loop import Micro, Step
+from veneer.train.loop import LazySteps, Micro, Step
 from veneer.train.split import hold_out
 
-__all__ = ["ImageBatch", "PlannedRow", "plan_image_steps", "split_pictures", "validation_rows"]
+__all__ = ["ImageBatch", "PlannedRow", "plan_image_steps", "planned_rows", "split_pictures", "validation_rows"]
 
 
 @dataclass(frozen=True)
@@ -84,32 +86,33 @@ def plan_image_steps(
     config: ImageTrainConfig,
     make: Callable[[Sequence[PlannedRow]], ImageBatch],
     devices: int = 1,
-) -> tuple[list[Step], list[int], list[PlannedRow]]:
-    """All steps of the run in order, the numbers of the steps that end an epoch, and every row in them.
+) -> LazySteps:
+    """All steps of the run in order, planned an epoch at a time.
 
     `rows`: of one epoch. `make`: rows of one shape -> their batch, called when its turn comes. A step is cut into a
     micro-batch for each of `devices` at least, where it has the pictures."""
     own = [row for row in rows if not row.picture.is_class]
-    beside = _endless([row for row in rows if row.picture.is_class], config.seed)
-    size, total = config.batching.rows, config.steps
-    steps: list[Step] = []
-    ends: list[int] = []
-    planned: list[PlannedRow] = []
-    epoch = 0
-    while (epoch < config.epochs) if config.epochs is not None else (len(steps) < (total or 0)):
-        order = _shuffled(own, config.seed, epoch)
-        parts = -(-len(order) // size)
+    classes = [row for row in rows if row.picture.is_class]
+    size = config.batching.rows
+    parts = -(-len(own) // size)
+
+    def of_epoch(epoch: int) -> list[Step]:
+        order, beside = _shuffled(own, config.seed, epoch), _endless(classes, config.seed, epoch * len(own))
+        steps = []
         for i in range(parts):
             chosen = order[i * size : (i + 1) * size]
-            drawn = _drawn([*chosen, *islice(beside, len(chosen))], len(chosen), config, epoch, len(steps) + 1)
+            together = [*chosen, *islice(beside, len(chosen))]
+            drawn = _drawn(together, len(chosen), config, epoch, epoch * parts + i + 1)
             steps.append(Step(tuple(_micros(drawn, config, make, devices)), epoch + (i + 1) / parts))
-            planned += drawn
-        ends.append(len(steps))
-        epoch += 1
-    if total is not None and len(steps) > total:
-        steps = steps[:total]
-        planned = [row for row in planned if int(row.key[1]) <= total]
-    return steps, [end for end in ends if end <= len(steps)], planned
+        return steps
+
+    return LazySteps(of_epoch, epochs=config.epochs, steps=config.steps)
+
+
+def planned_rows(steps: Iterable[Step]) -> Iterator[PlannedRow]:
+    """Every row of these steps, in the order they were drawn in."""
+    for step in steps:
+        yield from sorted((row for micro in step.micros for row in micro.items), key=lambda row: row.key)
 
 
 def _drawn(
@@ -125,10 +128,13 @@ def _drawn(
     return out
 
 
-def _endless(classes: Sequence[PictureRow], seed: int) -> Iterator[PictureRow]:
-    """The class pictures that stand beside the others: all of them in a shuffled order, again and again; none without
-    any."""
-    return (row for cycle in count() for row in _shuffled(classes, seed, -1 - cycle)) if classes else iter(())
+def _endless(classes: Sequence[PictureRow], seed: int, start: int) -> Iterator[PictureRow]:
+    """The class pictures that stand beside the others: all of them in a shuffled order, again and again, without the
+    first `start`; none where there are no class pictures."""
+    if not classes:
+        return iter(())
+    first, skipped = divmod(start, len(classes))
+    return islice((row for cycle in count(first) for row in _shuffled(classes, seed, -1 - cycle)), skipped, None)
 
 
 def _micros(
@@ -148,15 +154,11 @@ def _micros(
             part = tuple(group[i : i + most])
             names = tuple(row.picture.name for row in part)
             out.append(
-                Micro(len(part), len(part), names, _maker(part, make), "pictures", len(part) * height * width)
-            )  # fmt: skip
+                Micro(
+                    len(part), len(part), names, partial(make, part), "pictures", len(part) * height * width, items=part
+                )
+            )
     return out
-
-
-def _maker(
-    rows: Sequence[PlannedRow], make: Callable[[Sequence[PlannedRow]], ImageBatch]
-) -> Callable[[], ImageBatch]:  # fmt: skip
-    return lambda: make(rows)
 
 
 def validation_rows(rows: Sequence[PictureRow], settings: ImageDataSection, most: int | None) -> list[PlannedRow]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from veneer.train.image.loss import (
     quantile_times,
     row_losses,
 )
+from veneer.train.image.views import View
 from veneer.train.loop import Score
 
 if TYPE_CHECKING:
@@ -73,10 +74,13 @@ class Encoders:
             found = Conditioning.cat([self._text(caption) for caption in captions]).to(self.base.device)
         return _zeroed(found, [not caption for caption in captions]) if self.zeros and "" in captions else found
 
-    def fill(self, rows: Sequence[PlannedRow]) -> tuple[int, int]:
+    def fill(self, rows: Iterable[PlannedRow]) -> tuple[int, int]:
         """Makes everything that these rows will need; (views of pictures, captions)."""
-        views = {(row.picture.key, row.view): row for row in rows}
-        captions = dict.fromkeys(row.caption for row in rows)
+        views: dict[tuple[str, View], PlannedRow] = {}
+        captions: dict[str, None] = {}
+        for row in rows:
+            views.setdefault((row.picture.key, row.view), row)
+            captions.setdefault(row.caption)
         for row in views.values():
             self._latents(row)
         if not self.live:

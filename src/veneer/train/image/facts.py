@@ -23,7 +23,7 @@ def training_facts(
 ) -> dict[str, Any]:  # fmt: skip
     """What becomes `ss_` keys, without that prefix; None for what does not apply. `kept`: the step that is saved,
     `seconds`: that the steps took."""
-    now, drawn, steps, ends = time.time(), config.loss, data.steps, data.ends
+    now, drawn, steps, ends = time.time(), config.loss, data.steps, data.steps.ends
     buckets = {f"{w}x{h}": count for (w, h), count in data.plan.sizes.items()}
     side = config.data.resolutions(base.size)[-1]
     facts: dict[str, Any] = {

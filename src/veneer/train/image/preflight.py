@@ -23,7 +23,7 @@ from veneer.train.image.checks import check_held_out, check_pictures
 from veneer.train.image.encode import Encoders
 from veneer.train.image.pictures import AboutPictures, TrainingPicture
 from veneer.train.image.views import PicturePlan
-from veneer.train.loop import Step, peak_memory_bytes
+from veneer.train.loop import LazySteps, peak_memory_bytes
 from veneer.train.preflight import (
     Finding,
     Report,
@@ -50,17 +50,15 @@ __all__ = ["ImageData", "image_preflight", "memory_numbers", "parts_of"]
 @dataclass(frozen=True)
 class ImageData:
     """What a run learns from. `learned` includes class pictures; `plan`: their rows of an epoch. `encoders`: what makes
-    batches of them. `steps`, `ends`: all steps, and the numbers of those that end an epoch; `planned`: every row in
-    them; `scored`: the rows of the pictures held out. `missing_classes`: class pictures that are still to be drawn."""
+    batches of them. `scored`: the rows of the pictures held out. `missing_classes`: class pictures that are still to be
+    drawn."""
 
     learned: list[TrainingPicture]
     held: list[TrainingPicture]
     about: AboutPictures
     plan: PicturePlan
     encoders: Encoders
-    steps: list[Step]
-    ends: list[int]
-    planned: list[PlannedRow]
+    steps: LazySteps
     scored: list[PlannedRow]
     missing_classes: int = 0
 

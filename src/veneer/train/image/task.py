@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ from veneer.train import checkpoint, loop
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.events import Listener, Note, Sampled
-from veneer.train.image.batches import ImageBatch, plan_image_steps, split_pictures, validation_rows
+from veneer.train.image.batches import ImageBatch, plan_image_steps, planned_rows, split_pictures, validation_rows
 from veneer.train.image.contact_sheet import contact_sheet
 from veneer.train.image.decode import SUFFIXES
 from veneer.train.image.encode import Encoders, ImageLoss
@@ -150,8 +151,8 @@ class ImageTask(Task[ImageData, ImageResult]):
             rows = plan_rows(held, settings, size=base.size, unit=base.unit).rows
             scored = validation_rows(rows, settings, config.evaluation.rows)
         encoders = Encoders(base, config, None if run.dry_run else self._cache(run))
-        steps, ends, planned = plan_image_steps(plan.rows, config, encoders.batch, run.devices.count)
-        return ImageData(pictures, held, about, plan, encoders, steps, ends, planned, scored, missing)
+        steps = plan_image_steps(plan.rows, config, encoders.batch, run.devices.count)
+        return ImageData(pictures, held, about, plan, encoders, steps, scored, missing)
 
     def check(self, run: Run, data: ImageData, previous: Mapping[str, Any] | None) -> Report:
         samples = self.config.samples
@@ -220,11 +221,10 @@ class ImageTask(Task[ImageData, ImageResult]):
     def _encode(self, run: Run, data: ImageData) -> None:
         """The caches filled."""
         began, devices = time.perf_counter(), run.devices
-        rows = [*data.planned, *data.scored]
         if devices.count > 1:  # each encodes a share and reads the rest
-            data.encoders.fill(rows[devices.rank :: devices.count])
+            data.encoders.fill(islice(chain(planned_rows(data.steps), data.scored), devices.rank, None, devices.count))
             devices.gather(None)
-        views, captions = data.encoders.fill(rows)
+        views, captions = data.encoders.fill(chain(planned_rows(data.steps), data.scored))
         latents, texts = data.encoders.latents, data.encoders.texts
         damaged = latents.damaged + texts.damaged
         text = f"{views} views of pictures and {captions} captions ready: {latents.made + texts.made} encoded, "
@@ -345,10 +345,10 @@ class AttachedPictures(AttachedTask[ImageResult]):
         self.config, self.base, self.run, self.data = config, base, run, data
         self.attachment, self.image_loss, self.memory = attachment, image_loss, memory
         self.parameters = attachment.parameters(NAME)
-        self.steps, self.ends = data.steps, data.ends
+        self.steps, self.ends = data.steps, data.steps.ends
         self.ema = Ema(self.parameters, config.ema.decay) if config.ema.decay is not None else None
         every, total = config.samples.every, len(data.steps)
-        self.sample_at = due(every, data.ends, total, start=True) if every is not None else set()
+        self.sample_at = due(every, data.steps.ends, total, start=True) if every is not None else set()
         if config.samples.prompts:
             self.sample_at |= {total}
         self.tell, self.sheet = run.tell, ""
@@ -431,7 +431,7 @@ class AttachedPictures(AttachedTask[ImageResult]):
         )  # fmt: skip
 
     def prove(self) -> str:
-        row, encoders = self.data.planned[0], self.data.encoders
+        row, encoders = next(planned_rows(self.data.steps)), self.data.encoders
         with training_layers(self.base, False):
             batch = encoders.batch([row])
             text = encoders.text([row.caption])

@@ -1,7 +1,7 @@
 """The rows of a text run as what steps are made of.
 
 data = read_data(config, base)               rows as they were read, and as tokens: to train on, and held out
-steps, ends = planned_steps(data.train.items, config, …)
+steps = planned_steps(data.train.items, config, …)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.core.adapter import Adapter
 from veneer.errors import DataError
 from veneer.train.config.text import TrainConfig
-from veneer.train.loop import Micro, Step
+from veneer.train.loop import LazySteps, Micro, Step
 from veneer.train.text.batches import Batch, collate, plan_steps
 from veneer.train.text.encode import EncodedRows, Example, encode_rows
 from veneer.train.text.preference import Item, answer_rows, collate_items, items_of
@@ -78,9 +78,10 @@ def part_of(rows: list[Row], config: TrainConfig, base: TextBase) -> DataSplit:
 
 def planned_steps(
     items: Sequence[Example] | Sequence[Item], config: TrainConfig, rows: Sequence[Row] = (), devices: int = 1
-) -> tuple[list[Step], list[int]]:
-    """All steps of the run in order, and the numbers of the steps that end an epoch. Batches are made when needed. A
-    step is cut into a micro-batch for each of `devices` at least."""
+) -> LazySteps:
+    """All steps of the run in order, planned an epoch at a time. A step is cut into a micro-batch for each of `devices`
+    at least."""
+    lengths = [e.tokens for e in items]
     make: Callable[[Any], Batch] = collate if config.preference.loss is None else collate_items
 
     def micro(indices: list[int]) -> Micro:
@@ -88,18 +89,11 @@ def planned_steps(
         return Micro(
             tokens=sum(e.tokens for e in chosen), trained=sum(e.learned for e in chosen),
             rows=tuple(rows[e.row].where if rows else e.row for e in chosen), make=lambda: make(chosen),
-            units=None if config.preference.loss is None else len(chosen),
+            units=None if config.preference.loss is None else len(chosen), items=tuple(chosen),
         )  # fmt: skip
 
-    total, epoch = config.schedule.steps, 0
-    steps: list[Step] = []
-    ends: list[int] = []
-    while (epoch < config.epochs) if config.epochs is not None else (len(steps) < (total or 0)):
-        plan = plan_steps([e.tokens for e in items], config.batching, seed=config.seed, epoch=epoch, pieces=devices)
-        for i, micros in enumerate(plan):
-            steps.append(Step(tuple(micro(m) for m in micros), epoch + (i + 1) / len(plan)))
-        ends.append(len(steps))
-        epoch += 1
-    if total is not None:
-        steps = steps[:total]
-    return steps, [end for end in ends if end <= len(steps)]
+    def of_epoch(epoch: int) -> list[Step]:
+        plan = plan_steps(lengths, config.batching, seed=config.seed, epoch=epoch, pieces=devices)
+        return [Step(tuple(micro(m) for m in micros), epoch + (i + 1) / len(plan)) for i, micros in enumerate(plan)]
+
+    return LazySteps(of_epoch, epochs=config.epochs, steps=config.steps)

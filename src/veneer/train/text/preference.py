@@ -238,7 +238,7 @@ class Preference:
         """Before each step: z₀ of all its items, in the rows' order: how the step is cut does not change it."""
         self.seen = Means()
         if self.settings.loss == "kto":
-            items = [item for micro in step.micros for item in micro.make().items]
+            items = [item for micro in step.micros for item in micro.items]
             self.point = self._point(sorted(items, key=lambda item: (item.row, not item.desirable)))
 
     def measured(self) -> Means:

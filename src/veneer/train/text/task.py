@@ -246,7 +246,8 @@ class AttachedText(AttachedTask[RunResult]):
         self.config, self.base, self.run, self.data = config, base, run, data
         self.attachment, self.call = attachment, call
         self.parameters = attachment.parameters(NAME)
-        self.steps, self.ends = planned_steps(data.train.items, config, data.train.rows, run.devices.count)
+        self.steps = planned_steps(data.train.items, config, data.train.rows, run.devices.count)
+        self.ends = self.steps.ends
         self.held_out: Sequence[Any] = data.held.items[: config.evaluation.rows]
 
     @property
@@ -359,7 +360,7 @@ class AttachedPreferences(AttachedText):
         if self.run.dry_run:
             return
         # A run of few steps does not come to every pair.
-        used = {id(item): item for step in self.steps for micro in step.micros for item in micro.make().items}
+        used = {id(item): item for step in self.steps for micro in step.micros for item in micro.items}
         path = self.run.folder / CACHE / "reference.jsonl"
         try:
             self.preference.know([*used.values(), *self.held_out], path, lambda line: tell(Note(line)))
