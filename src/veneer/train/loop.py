@@ -102,7 +102,7 @@ class Step:
 
 
 class LazySteps(Sequence[Step]):
-    """All steps of a run, with the plan of one epoch in memory; the plan of another is made when a step of it is needed.
+    """All steps of a run, with the plan of one epoch in memory; another is planned when a step of it is needed.
 
     `plan(epoch)`: the steps of an epoch, a pure function. The run has `epochs` of them, or `steps` steps.
     `ends`: the numbers of the steps that end an epoch."""
