@@ -133,7 +133,7 @@ def test_utf16_that_is_cut_or_has_no_mark_names_the_line_and_what_it_is(tmp_path
     assert "rows.jsonl:4" in wrong(str(file))
     assert "not UTF-16" in wrong(str(file))
     file.write_bytes(('{"text": "é"}\n').encode("utf-16-le"))
-    assert "looks like UTF-16 without its mark" in wrong(str(file))
+    assert "looks like UTF-16 without its byte-order mark" in wrong(str(file))
 
 
 def test_a_hub_set_that_cannot_be_had_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

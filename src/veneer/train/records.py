@@ -19,7 +19,7 @@ from typing import Any
 
 from veneer.errors import DataError, nearest
 
-__all__ = ["Record", "bullets", "read_records"]
+__all__ = ["Record", "bullets", "read_data_files"]
 
 _MOST_SHOWN = 20
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -27,13 +27,13 @@ _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 @dataclass(frozen=True)
 class Record:
-    """One row as it stands in the file. `where`: `file:line` (JSONL, JSON, CSV) or `file row N`."""
+    """One row as the file has it. `where`: `file:line` (JSONL, JSON, CSV) or `file row N`."""
 
     values: Mapping[str, Any]
     where: str
 
 
-def read_records(names: Sequence[str], limit: int | None = None) -> tuple[list[Record], list[str]]:
+def read_data_files(names: Sequence[str], limit: int | None = None) -> tuple[list[Record], list[str]]:
     """All records of the files, globs and hub data sets, and the files they came from. Raises DataError."""
     files = [file for name in names for file in _expand(name)]
     records: list[Record] = []
@@ -107,7 +107,7 @@ def _decoded(raw: bytes, path: Path) -> str:
     wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     fix = "save the file as UTF-8"
     if not wide and b"\0" in raw[:4]:
-        raise DataError("not UTF-8 text; it looks like UTF-16 without its mark", where=str(path), fix=fix)
+        raise DataError("not UTF-8 text; it looks like UTF-16 without its byte-order mark", where=str(path), fix=fix)
     encoding = "utf-16" if wide else "utf-8-sig"
     try:
         return raw.decode(encoding)
@@ -118,8 +118,8 @@ def _decoded(raw: bytes, path: Path) -> str:
 
 
 def _delimiter(text: str) -> str:
-    """What stands between a CSV's cells: the comma, or what the header has and the comma is not in. Programs write
-    semicolons where the comma is for decimals."""
+    """The delimiter of a CSV file: a comma, or where its header has none, a semicolon or tab. Spreadsheets write
+    semicolons where commas are decimal marks."""
     header = next(line for line in text.splitlines() if line.strip())
     counts = {mark: _outside_quotes(header).count(mark) for mark in ",;\t"}
     return "," if counts[","] or not max(counts.values()) else max(counts, key=lambda mark: counts[mark])

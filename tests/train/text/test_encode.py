@@ -175,7 +175,7 @@ def test_rows_the_template_refuses_are_all_listed() -> None:
     bad = Row("messages", ({"role": "assistant", "content": "x"},), where="data.jsonl:7")
     with pytest.raises(DataError, match=r"1 of 2 rows cannot be encoded") as caught:
         encode_rows([TALK, bad], with_template(templates.MISTRAL), data())
-    assert "data.jsonl:7: the chat template refuses it: roles must alternate" in str(caught.value)
+    assert "data.jsonl:7: the chat template raises an error: roles must alternate" in str(caught.value)
 
 
 def test_plain_prompt_and_completion_are_joined_as_they_are_and_ended() -> None:

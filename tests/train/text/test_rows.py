@@ -118,7 +118,7 @@ def test_unusable_rows_say_why(tmp_path: Path, row: dict[str, Any], says: str) -
         ({"prompt": "a", "completion": ["x"]}, "`completion` should be text, found a list"),
         ({"prompt": "  ", "completion": "x"}, "`prompt` is empty"),
         ({"text": ""}, "`text` is empty"),
-        ({"prompt": "a", "completion": math.nan}, "`completion` is nan, as tables have it where a value is missing"),
+        ({"prompt": "a", "completion": math.nan}, "`completion` is nan, which stands for a missing value in tables"),
     ],
 )
 def test_unusable_rows_of_other_formats(tmp_path: Path, row: dict[str, Any], says: str) -> None:
@@ -240,7 +240,7 @@ def test_pairs_under_other_names_and_among_other_columns(tmp_path: Path) -> None
         ({"prompt": "Hi", "chosen": "Hello", "rejected": "Hello"}, "are the same"),
         ({"chosen": "Hello", "rejected": "Bye"}, "no `prompt`"),
         ({"chosen": [BYE], "rejected": TURNS}, "do not begin with the same prompt"),
-        ({"chosen": TURNS, "rejected": [*TURNS, *TURNS]}, "is how the other begins"),
+        ({"chosen": TURNS, "rejected": [*TURNS, *TURNS]}, "is the beginning of the other"),
         ({"prompt": "", "chosen": "Hello", "rejected": "Bye"}, "`prompt` is empty"),
         ({"prompt": "Hi", "chosen": "Hello", "rejected": {"a": 1}}, "`rejected` should be text"),
         ({"prompt": "Hi", "chosen": "Hello", "rejected": None}, "no `rejected`"),

@@ -66,7 +66,7 @@ class _Store:
         self.fingerprint = fingerprint
         self.found = self.made = self.damaged = 0
         self._room = memory
-        self._held: dict[str, CacheEntry] = {}
+        self._entries: dict[str, CacheEntry] = {}
 
     def _key(self, *parts: Any) -> str:
         return hashlib.sha256(json.dumps([VERSION, self.fingerprint, *parts]).encode()).hexdigest()
@@ -75,8 +75,8 @@ class _Store:
         return None if self.folder is None else self.folder / key[:2] / f"{key}.safetensors"
 
     def _get(self, key: str, make: Callable[[], CacheEntry]) -> CacheEntry:
-        if key in self._held:
-            return self._held[key]
+        if key in self._entries:
+            return self._entries[key]
         path = self._path(key)
         entry = self._read(path, key) if path is not None and path.exists() else None
         if entry is None:
@@ -93,7 +93,7 @@ class _Store:
         size = sum(t.nbytes for t in entry.tensors.values())
         if self.folder is None or size <= self._room:
             self._room -= size
-            self._held[key] = entry
+            self._entries[key] = entry
         return entry
 
     def _read(self, path: Path, key: str) -> CacheEntry | None:
@@ -123,8 +123,7 @@ class LatentCache(_Store):
         key = self._key("latents", made_of, view.resized, view.top, view.left, view.width, view.height, view.flip)
 
         def make() -> CacheEntry:
-            seen = prepare(picture, view, settings)
-            return CacheEntry(_encoded(seen, encode))
+            return CacheEntry(_encoded(prepare(picture, view, settings), encode))
 
         with _named(picture.path):
             tensors = self._get(key, make).tensors
@@ -141,13 +140,13 @@ class TextCache(_Store):
             return self._get(self._key("text", prompt), lambda: encode(prompt))
 
 
-def _encoded(seen: ViewTensors, encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def _encoded(tensors: ViewTensors, encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     with torch.no_grad():
-        latents = encode(seen.pixels[None])[0]
-    tensors = {"latents": latents}
-    if seen.mask is not None:
-        tensors["mask"] = latent_mask(seen.mask, latents.shape[-2], latents.shape[-1])
-    return tensors
+        latents = encode(tensors.pixels[None])[0]
+    out = {"latents": latents}
+    if tensors.mask is not None:
+        out["mask"] = latent_mask(tensors.mask, latents.shape[-2], latents.shape[-1])
+    return out
 
 
 class _NotFinite(Exception):

@@ -72,13 +72,13 @@ def contact_sheet(
     return len(chosen)
 
 
-def shaded(seen: ViewTensors) -> Image.Image:
+def shaded(tensors: ViewTensors) -> Image.Image:
     """The pixels as a picture; where the mask is below 1 they turn to red in stripes, fully where it is 0."""
-    pixels = ((seen.pixels.permute(1, 2, 0).double() + 1) * 127.5).round().clamp(0, 255).numpy()
-    if seen.mask is not None:
+    pixels = ((tensors.pixels.permute(1, 2, 0).double() + 1) * 127.5).round().clamp(0, 255).numpy()
+    if tensors.mask is not None:
         height, width = pixels.shape[:2]
         stripes = (np.add.outer(np.arange(height), np.arange(width)) // max(2, min(height, width) // 32)) % 2
-        share = (1 - seen.mask[0].double().numpy()) * (0.35 + 0.4 * stripes)
+        share = (1 - tensors.mask[0].double().numpy()) * (0.35 + 0.4 * stripes)
         pixels = pixels * (1 - share[..., None]) + _RED * share[..., None]
     return Image.fromarray(pixels.round().astype(np.uint8))
 

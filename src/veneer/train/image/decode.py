@@ -41,7 +41,7 @@ _SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
 
 
 class UnreadablePicture(Exception):
-    """One file that cannot be used; its text is the reason. Callers collect them into one DataError or a count."""
+    """A file that cannot be used; the text is the reason. Callers collect them into one DataError, or count them."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from veneer.errors import DataError, nearest
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.decode import SUFFIXES, UnreadablePicture, decode_picture, mask_of, read_bytes
 from veneer.train.image.near_duplicates import PerceptualHash, perceptual_hash
-from veneer.train.records import bullets, read_records
+from veneer.train.records import bullets, read_data_files
 
 __all__ = ["AboutPictures", "TrainingPicture", "pictures_digest", "read_pictures", "with_trigger"]
 
@@ -41,7 +41,7 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 COLUMNS = ("text", "caption", "prompt")
 # pictures that no allowed decoder reads: named as broken, not passed over
 UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".exr", ".cr2", ".nef", ".arw", ".dng")
-_PAPERS = ("readme", "license", "licence", "notice", "attribution", "copying", "classes")
+_NOT_CAPTIONS = ("readme", "license", "licence", "notice", "attribution", "copying", "classes")
 _KOHYA = re.compile(r"(\d+)_(.+)")
 _MOST_REPEATS = 1000
 
@@ -72,17 +72,17 @@ class TrainingPicture:
 
     @cached_property
     def key(self) -> str:
-        """sha256 of everything the picture teaches."""
+        """sha256 of all content that is learned from."""
         parts = [self.digest, self.caption, self.mask_digest, self.alpha, self.weight, self.is_class]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclass
 class AboutPictures:
-    """What was read. `captions`: who said them -> pictures. `trigger`: added, replaced, already there -> pictures.
+    """What was read. `captions`: source -> pictures. `trigger`: added, replaced, already there -> pictures.
     `broken`: `name: reason` of files left out. `notes`: what decoding converted -> pictures. `repeats`: kohya folder ->
-    times. `ignored`: ending -> files that are none of ours. `unused`: metadata columns that nothing uses.
-    `several_lines`: caption files whose lines were joined. `shared`: caption files that speak for several pictures.
+    times. `ignored`: ending -> files of no kind that is read. `unused`: metadata columns that nothing uses.
+    `several_lines`: caption files whose lines were joined. `shared`: caption files that belong to several pictures.
     `class_triggers`: class pictures whose caption holds the trigger."""
 
     pictures: int = 0
@@ -142,7 +142,7 @@ def read_pictures(
 
 
 def pictures_digest(pictures: Iterable[TrainingPicture]) -> str:
-    """sha256 over what the pictures teach, in order; the same in whatever folder they stand."""
+    """sha256 over the pictures' keys and repeats, in order; the same wherever the folder is."""
     h = hashlib.sha256()
     for picture in pictures:
         h.update(f"{picture.key}|{picture.repeats}\n".encode())
@@ -290,7 +290,7 @@ def _mask_differs(picture: TrainingPicture, settings: ImageDataSection) -> bool:
 
 @dataclass(frozen=True)
 class _PictureFile:
-    """A picture file and what belongs to it. `caption` is None when nothing says it; `source` is who said it."""
+    """A picture file and what belongs to it. `source`: where its caption is from; `caption`: None without one."""
 
     path: Path
     name: str
@@ -302,7 +302,7 @@ class _PictureFile:
 
 @dataclass
 class _Folder:
-    """All that lies in a folder. `repeats`: kohya folder -> times; `ignored`: ending -> files that are none of ours;
+    """All that lies in a folder. `repeats`: kohya folder -> times; `ignored`: ending -> files of no kind that is read;
     `unused`: metadata columns that nothing uses; `several_lines`: caption files whose lines were joined."""
 
     pictures: list[_PictureFile] = field(default_factory=list)
@@ -320,13 +320,13 @@ def _list_folder(folder: str, settings: ImageDataSection, *, prompt: str | None,
         _missing(root)
     pictures, captions, beside, listing = _walk(root, settings)
     if not pictures:
-        held = ", ".join(f"{n} {suffix}" for suffix, n in sorted(listing.ignored.items())) or "nothing"
+        others = ", ".join(f"{n} {suffix}" for suffix, n in sorted(listing.ignored.items())) or "nothing"
         raise DataError(
             "there is no picture in this folder",
             where=str(root),
-            fix=f"pictures end in {', '.join(SUFFIXES)}; the folder holds {held}",
+            fix=f"pictures end in {', '.join(SUFFIXES)}; the folder holds {others}",
         )
-    spoken = _caption_files(root, pictures, captions, listing)
+    captioned = _caption_files(root, pictures, captions, listing)
     rows = _metadata(root, pictures, settings, listing)
     covers = _mask_files(root, pictures, beside, masks)
     for path in pictures:
@@ -335,7 +335,7 @@ def _list_folder(folder: str, settings: ImageDataSection, *, prompt: str | None,
         caption, source = next(
             (c, s)
             for c, s in (
-                (spoken.get(path), "caption files"),
+                (captioned.get(path), "caption files"),
                 (rows.get(path), "metadata"),
                 (words, "folder names"),
                 (prompt, "the prompt"),
@@ -350,7 +350,7 @@ def _list_folder(folder: str, settings: ImageDataSection, *, prompt: str | None,
 def _missing(root: Path) -> None:
     if root.is_file():
         raise DataError(
-            "a folder of pictures is wanted, and this is a file", where=str(root), fix=f"give its folder, {root.parent}"
+            "this is a file, and a folder of pictures is needed", where=str(root), fix=f"give its folder, {root.parent}"
         )
     beside = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
     near = nearest(root.name, beside, 1)
@@ -362,7 +362,7 @@ def _missing(root: Path) -> None:
 
 
 def _walk(root: Path, settings: ImageDataSection) -> tuple[list[Path], list[Path], list[Path], _Folder]:
-    """(pictures, caption files, masks beside them, what else there is). Hidden files are never ours."""
+    """(pictures, caption files, masks beside them, what else there is). Hidden files are passed over."""
     pictures, captions, masks = [], [], []
     listing = _Folder()
     apart = [settings.class_folder, settings.validation, settings.cache, str(root / "masks")]
@@ -381,7 +381,7 @@ def _walk(root: Path, settings: ImageDataSection) -> tuple[list[Path], list[Path
                 masks.append(path)
             elif suffix in SUFFIXES or suffix in UNREAD:
                 pictures.append(path)
-            elif suffix in CAPTIONS and path.stem.lower() not in _PAPERS:
+            elif suffix in CAPTIONS and path.stem.lower() not in _NOT_CAPTIONS:
                 captions.append(path)
             else:
                 listing.ignored[suffix or name] += 1
@@ -401,7 +401,7 @@ def _by_name(pictures: Iterable[Path]) -> dict[Path, list[Path]]:
 def _caption_files(root: Path, pictures: list[Path], captions: list[Path], listing: _Folder) -> dict[Path, str]:
     """picture -> caption. All lines of a file are one caption, white space drawn together."""
     names = _by_name(pictures)
-    spoken: dict[Path, tuple[str, Path]] = {}
+    captioned: dict[Path, tuple[str, Path]] = {}
     bad: list[str] = []
     for file in captions:
         owners = names.get(file.with_suffix(""))
@@ -418,17 +418,17 @@ def _caption_files(root: Path, pictures: list[Path], captions: list[Path], listi
         listing.shared += len(owners) > 1
         for owner in owners:
             text = " ".join(text.split())
-            if owner in spoken and spoken[owner][0] != text:
-                other = spoken[owner][1].name
+            if owner in captioned and captioned[owner][0] != text:
+                other = captioned[owner][1].name
                 bad.append(f"{file.relative_to(root)}: {owner.name} has another caption in {other}")
-            spoken[owner] = (text, file)
+            captioned[owner] = (text, file)
     if bad:
         raise DataError(
             f"{len(bad)} caption file(s) cannot be used:\n{bullets(bad)}",
             where=str(root),
             fix="name a caption as its picture (cat.txt beside cat.png), or move it elsewhere",
         )
-    return {path: text for path, (text, _) in spoken.items()}
+    return {path: text for path, (text, _) in captioned.items()}
 
 
 def _nearest(file: Path, pictures: Iterable[Path], root: Path) -> str:
@@ -453,7 +453,7 @@ def _metadata(root: Path, pictures: list[Path], settings: ImageDataSection, list
         for file in (folder / name for name in METADATA):
             if not file.is_file():
                 continue
-            records, _ = read_records([str(file)])
+            records, _ = read_data_files([str(file)])
             columns = list(dict.fromkeys(c for record in records for c in record.values))
             column = settings.caption_column or next((c for c in COLUMNS if c in columns), None)
             if column not in columns or "file_name" not in columns:

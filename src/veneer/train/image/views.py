@@ -1,8 +1,8 @@
-"""Which part of a picture is seen at which size: buckets, crops, flips, captions as drawn, and the tensors of a view.
+"""Which part of a picture is learned at which size: buckets, crops, flips, captions as drawn, and a view's tensors.
 
     plan = plan_rows(pictures, settings, size=base.size, unit=base.unit)   plan.rows: picture x resolution x repeat
     view, caption = draw_row(plan.rows[i], settings, seed=0, epoch=3)          pure: a resumed run draws the same
-    seen = prepare(row.picture, view, settings)                            pixels, mask, SDXL's time ids
+    tensors = prepare(row.picture, view, settings)                         pixels, mask, SDXL's time ids
 
 A bucket is a (width, height) in multiples of the step with width * height <= resolution² and the longer side at most
 `bucket_ratio` times the shorter; a picture takes the one of the nearest aspect ratio, is resized to cover it and loses
@@ -275,12 +275,12 @@ def _unchanged(path: Path, digest: str) -> bytes:
     try:
         data, now = read_bytes(path)
     except UnreadablePicture as error:
-        raise DataError(f"a picture that was there when the run began {error}", where=str(path)) from None
+        raise DataError(f"a picture of this run can no longer be used: {error}", where=str(path)) from None
     if now != digest:
         raise DataError(
             "the picture changed while the run was going on",
             where=str(path),
-            fix="start the run again: it reads the picture anew, and computes only its latents",
+            fix="start the run again: it reads the picture anew and computes its latents alone",
         )
     return data
 

@@ -1,4 +1,4 @@
-"""Rows to tokens with a trained-mask, and a count of everything that was left out on the way.
+"""Rows as tokens with a mask of those that are trained, and counts of everything that was left out.
 
     encoded = encode_rows(rows, tokenizer, config.data)
     encoded.examples[0].input_ids, .trained        same length; trained[i]: token i is a target
@@ -54,7 +54,7 @@ class Example:
 
 @dataclass
 class Counts:
-    """What happened to the rows. `places`: for each counted thing, the first few rows it happened to.
+    """What happened to the rows while they were encoded. `places`: for each count, the first few rows it is of.
 
     `cut_ends`: cut rows that lost their end, and with it the end-of-turn token. `merged`: rows where one token
     straddles prompt and answer. `changed_turns`: turns that render differently once later turns follow.

@@ -53,15 +53,15 @@ Mixes = Mapping[str, Sequence[str | tuple[str, float]]]
 """A name for the table -> adapters acting together: "NAME_OR_PATH[:strength]" or (name, strength); none: the base."""
 
 Answering = Callable[..., AbstractContextManager[Callable[..., list[Completion]]]]
-"""(base, adapters by name, rows=) -> for a with-block who answers: (prompts, mix=, max_new_tokens=) -> completions. The
-mix acts on the model meanwhile, for whom that helps. `veneer.serve.engine.offline.answering` is one."""
+"""(base, adapters by name, rows=) -> a context manager of (prompts, mix=, max_new_tokens=) -> completions. The mix is
+selected on the model while that is called. `veneer.serve.engine.offline.answering` is one."""
 
 _MICRO_TOKENS = 4096
 
 
 @dataclass
 class Scores:
-    """What one mix reached. `answers`: one for each row that has an answer to give, in the rows' order."""
+    """The scores of one mix. `answers`: the model's own, for each row that has a wanted answer, in the rows' order."""
 
     rows: int = 0
     exact_match: float | None = None
@@ -79,6 +79,7 @@ class Scores:
     answers: list[str] = field(default_factory=list)
 
     def to_dict(self, *, answers: bool = False) -> dict[str, Any]:
+        """All fields as plain values; the answers themselves only when they are asked for."""
         values = asdict(self)
         if not answers:
             del values["answers"]
@@ -103,7 +104,7 @@ def score_mixes(
 
     `data`: how rows become tokens (max_length, train_on, chat_template); by default as in training, rows that are too
     long for the base cut. `generate=False`: loss and perplexity alone. `attachment`: the one the base has already.
-    `answering`: who answers, instead of models.text.generate.complete; see `Answering`.
+    `answering`: used in place of models.text.generate.complete; see `Answering`.
     `on_progress(mix, done, rows)` counts answered rows. Raises DataError when no row can be scored."""
     from veneer.adapters.use import attach_adapters, parse_spec
 
@@ -127,8 +128,8 @@ def score_mixes(
     try:
         with own.off():
             bare = _margins(base, pairs)
-            who = answering(base, own.adapters, rows=batch_size) if answering and asked else nullcontext()
-            with who as answer:  # before anything is scored: it may have its own way with the model
+            answerer = answering(base, own.adapters, rows=batch_size) if answering and asked else nullcontext()
+            with answerer as answer:  # before anything is scored: it may change the model while it is open
                 for mix, spec in specs.items() if asked else ():
                     began = time.perf_counter()
                     own.use(*spec)
@@ -218,7 +219,7 @@ def answers_of(
     answer: Callable[..., list[Completion]] | None = None,
 ) -> list[str]:
     """Greedy answers, in the order of the prompts; equal prompts are answered once. `answer(prompts, max_new_tokens=)`:
-    who answers, instead of models.text.generate.complete."""
+    used in place of models.text.generate.complete."""
     answer = answer or functools.partial(complete, base, batch_size=batch_size)
     keys = [json.dumps(prompt, sort_keys=True, default=str) for prompt in prompts]
     first: dict[str, int] = {}
@@ -226,17 +227,17 @@ def answers_of(
         first.setdefault(key, i)
     # Long ones first and like with like, so that a batch has little padding; chunks of batches for the progress.
     order = sorted(first.values(), key=lambda i: (-len(keys[i]), i))
-    said: dict[str, str] = {}
+    answers: dict[str, str] = {}
     for at in range(0, len(order), 4 * batch_size):
         chunk = order[at : at + 4 * batch_size]
         done = answer([prompts[i] for i in chunk], max_new_tokens=max_new_tokens)
-        said |= {keys[i]: completion.text for i, completion in zip(chunk, done, strict=True)}
-        on_progress(round(len(said) * len(prompts) / len(first)), len(prompts))
-    return [said[key] for key in keys]
+        answers |= {keys[i]: completion.text for i, completion in zip(chunk, done, strict=True)}
+        on_progress(round(len(answers) * len(prompts) / len(first)), len(prompts))
+    return [answers[key] for key in keys]
 
 
 def score_answers(scores: Scores, wanted: Sequence[str]) -> None:
-    """Fills what can be said of `scores.answers` beside the `wanted` ones."""
+    """Fills in the scores that compare `scores.answers` with the `wanted` ones."""
     pairs = list(zip(scores.answers, wanted, strict=True))
     scores.exact_match = _mean(_same(answer, want) for answer, want in pairs)
     scores.valid_json = _mean(isinstance(_json(answer), dict | list) for answer, _ in pairs)

@@ -71,11 +71,11 @@ class Renderer:
         self.end_marker = self._tail[: match.end()] if match else self._tail.rstrip()
 
     def has_control(self, text: str) -> bool:
-        """Whether the text holds one of the base's special tokens, which would be read as such."""
+        """Whether the text contains one of the base's special tokens, which the tokenizer would read as such."""
         return any(c in text for c in self._starts) and self._control.search(text) is not None
 
     def render(self, row: Row, train_on: str) -> Rendered:
-        """The whole row. ValueError says why this row cannot be rendered without guessing."""
+        """The whole row. Raises ValueError with the reason when it cannot be rendered without guessing."""
         if row.format == "text":
             return Rendered(row.text, [(0, len(row.text))], append_eos=True)
         if self.template is None:
@@ -115,8 +115,8 @@ class Renderer:
         out = Rendered(text, chat=True)
         if train_on == "all":
             out.learned = [(0, len(text))]
-            silenced = [i for i, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("weight") == 0]
-            for start, end in self._turns(row, text, silenced, out):
+            unlearned = [i for i, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("weight") == 0]
+            for start, end in self._turns(row, text, unlearned, out):
                 at, last = out.learned.pop()
                 out.learned += [(at, start), (end, last)]
             return out
@@ -196,7 +196,7 @@ class Renderer:
                 tokenize=False,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise ValueError(f"the chat template refuses it: {error}") from None
+            raise ValueError(f"the chat template raises an error: {error}") from None
         return str(text)
 
     def _turn_tail(self) -> str:

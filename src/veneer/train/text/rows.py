@@ -1,4 +1,4 @@
-"""Files or a hub data set to rows: what format they have, what is wrong with them, and which are held out.
+"""Rows of files or of a hub data set: which format they have, what is wrong with them, and which are held out.
 
     rows, about = read_rows(["tickets.jsonl"])
     about.format, about.why          "messages", "a `messages` column of role and content"
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from veneer.errors import DataError, nearest
-from veneer.train.records import Record, bullets, read_records
+from veneer.train.records import Record, bullets, read_data_files
 from veneer.train.split import hold_out
 
 __all__ = ["About", "Leak", "Row", "data_digest", "leakage", "read_rows", "split_rows", "unlearned"]
@@ -45,7 +45,7 @@ _SHAREGPT = {
     "observation": "tool",
     "function_response": "tool",
 }
-# our column -> other names it is known by; only used when our own name is absent and nothing was configured
+# our column -> other names for it, which are used when ours is absent and data.columns does not name one
 _ALIASES = {
     "messages": ("conversation", "dialog"),
     "completion": ("response", "answer"),
@@ -65,7 +65,9 @@ _FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {  # needed,
         "`prompt`, `completion` and `label` columns",
     ),
 }
-_UNASKED = _FORMATS.keys() - {"unpaired-preference"}  # prompt-completion's columns, and one that may mean anything
+_UNASKED = _FORMATS.keys() - {
+    "unpaired-preference"
+}  # its columns are prompt-completion's, and one whose name may mean anything
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """sha256 of everything the row teaches; equal for rows that differ only in where they stand."""
+        """sha256 of all content that is learned from; equal for rows that differ only in their place."""
         parts: list[Any] = [self.format, self.messages, self.text, self.instruction, self.tools]
         if self.rejected or self.label is not None:
             parts += [self.rejected, self.label]
@@ -106,7 +108,7 @@ class Row:
         return turns[-1] if turns else len(self.messages)
 
     def shared(self) -> int:
-        """How many messages the two conversations of a preference row begin with in common: its prompt."""
+        """Number of leading messages that the two conversations of a preference row have in common: its prompt."""
         return next(
             (i for i, (a, b) in enumerate(zip(self.messages, self.rejected, strict=False)) if a != b),
             min(len(self.messages), len(self.rejected)),
@@ -127,7 +129,7 @@ class About:
 
 @dataclass
 class Leak:
-    """How much the held-out rows share with the training rows. `examples`: (held-out, training) places."""
+    """What the held-out rows share with the training rows. `examples`: places as (held-out row, training row)."""
 
     identical: int = 0
     same_prompt: int = 0
@@ -144,13 +146,13 @@ def read_rows(
 ) -> tuple[list[Row], About]:
     """Rows of files, globs or hub data sets (`hub:ID@SPLIT`), in the order given; names sorted within a glob.
 
-    `formats`: those that `auto` may find; by default all but unpaired-preference, whose prompt and completion another
-    run would learn whatever their label.
+    `formats`: those that `auto` may choose; by default all but unpaired-preference, whose completions a supervised run
+    would learn whatever their label.
 
     Raises DataError for a missing or empty file, for a row that cannot be read (all of them, up to 20, with line
     numbers), and when the format cannot be told from the columns."""
     names = [sources] if isinstance(sources, str) else list(sources)
-    records, files = read_records(names, limit)
+    records, files = read_data_files(names, limit)
     columns = dict(columns or {})
     seen: dict[str, None] = {}
     for record in records:
@@ -223,7 +225,7 @@ def _choose(
         if theirs not in seen:
             near = nearest(theirs, seen, 1)
             raise DataError(
-                f"data.columns says `{ours}` is in column `{theirs}`, which the data does not have",
+                f"data.columns says that `{ours}` is in column `{theirs}`, which the data does not have",
                 where=records[0].where,
                 fix=f"the columns are {', '.join(seen)}" + (f"; did you mean `{near[0]}`?" if near else ""),
             )
@@ -270,7 +272,7 @@ def _is_sharegpt(records: Sequence[Record], column: str) -> bool:
 
 
 def _row(format: str, record: Record, mapping: Mapping[str, str]) -> Row:
-    """A Row of the record; ValueError says what is wrong with it."""
+    """The record as a Row. Raises ValueError with what is wrong with it."""
     needed, optional, _ = _FORMATS[format]
     values = {c: record.values.get(mapping.get(c, c)) for c in (*needed, *optional)}
     for c in needed:
@@ -319,7 +321,7 @@ def _preference(values: Mapping[str, Any], tools: tuple[Any, ...], where: str) -
     if shared == 0:
         raise ValueError("`chosen` and `rejected` do not begin with the same prompt; give it as `prompt`")
     if shared in (len(chosen), len(rejected)):
-        raise ValueError("one of `chosen` and `rejected` is how the other begins: it has no answer of its own")
+        raise ValueError("one of `chosen` and `rejected` is the beginning of the other, so it has no answer of its own")
     return row
 
 
@@ -342,12 +344,12 @@ def _conversation(prompt: Any, answer: Any, name: str) -> tuple[str, tuple[dict[
 
 
 def unlearned(messages: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """The same messages, read and not learned: what the model said in a prompt is given, whoever said it."""
+    """The same messages with weight 0: the assistant turns of a prompt are read, and not learned."""
     return tuple({**m, "weight": 0} if m["role"] == "assistant" else m for m in messages)
 
 
 def _label(value: Any) -> bool:
-    """true or false, also as the text that CSV has for it."""
+    """true or false, also as text, which is how CSV files hold it."""
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
         return value.strip().lower() == "true"
     if not isinstance(value, bool):
@@ -356,7 +358,7 @@ def _label(value: Any) -> bool:
 
 
 def _decoded(value: Any) -> Any:
-    """Lists that a CSV or Parquet file holds as JSON text."""
+    """A list that a CSV or Parquet file holds as JSON text; any other value as it is."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
             return json.loads(value)
@@ -367,7 +369,7 @@ def _decoded(value: Any) -> Any:
 
 def _text(value: Any, name: str, *, empty: bool = False) -> str:
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"`{name}` is {value}, as tables have it where a value is missing")
+        raise ValueError(f"`{name}` is {value}, which stands for a missing value in tables")
     if isinstance(value, bool | int | float):
         return str(value)
     if not isinstance(value, str):
