@@ -12,6 +12,7 @@ from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
 from veneer.errors import ConfigError
 from veneer.train.config.load import config_from, load_config, parse_yaml
 from veneer.train.config.text import SECTIONS, layer_indices, reference
+from veneer.train.text.data import DataSplit, TextData
 from veneer.train.text.encode import encode_rows
 from veneer.train.text.preflight import text_preflight
 from veneer.train.text.rows import read_rows, split_rows
@@ -245,7 +246,10 @@ def test_shipped_examples_pass_a_dry_run(file: Path, tmp_path: Path) -> None:
     model = llama3(vocab_size=VOCAB_SIZE, max_position_embeddings=4096)
     base = SimpleNamespace(model=model, tokenizer=tiny_tokenizer(), end_of_turn_id=2)
     encoded, scored = (encode_rows(part, base.tokenizer, config.data) for part in (train, held))
-    report = text_preflight(base, config, train, encoded, held_out_rows=held, held_out=scored, about=about)
+    data = TextData(
+        DataSplit(train, train, encoded, encoded.examples), DataSplit(held, held, scored, scored.examples), about
+    )
+    report = text_preflight(base, config, data)
     assert [f.text for f in report.findings if f.level == "stop"] == []
     assert {f.check for f in report.warnings} <= {"schedule", "size", "held out"}, report.text()
     assert report.sample

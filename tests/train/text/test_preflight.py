@@ -21,6 +21,7 @@ from veneer.errors import PreflightError
 from veneer.plan.calibration import Calibration, cpu_device, device_key, write_calibration
 from veneer.train.config.load import config_from
 from veneer.train.preflight import Report
+from veneer.train.text.data import DataSplit, TextData
 from veneer.train.text.encode import encode_rows
 from veneer.train.text.preflight import text_preflight
 from veneer.train.text.rows import About, Row
@@ -60,9 +61,9 @@ class Run:
         config, _ = config_from(values, overrides)
         rows = ROWS if rows is None else rows
         held = HELD if held is None else held
-        encoded = encode_rows(rows, self.base.tokenizer, config.data)
-        scored = encode_rows(held, self.base.tokenizer, config.data) if held else None
-        return text_preflight(self.base, config, rows, encoded, held_out_rows=held, held_out=scored, **more)
+        encoded, scored = (encode_rows(part, self.base.tokenizer, config.data) for part in (rows, held))
+        split, out = (DataSplit(part, part, done, done.examples) for part, done in ((rows, encoded), (held, scored)))
+        return text_preflight(self.base, config, TextData(split, out, more.pop("about", None)), **more)
 
 
 @pytest.fixture

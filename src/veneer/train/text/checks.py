@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from veneer.core.adapter import Adapter
 from veneer.train.config.text import TrainConfig
 from veneer.train.preflight import Finding, Level, RunSubject, share
+from veneer.train.text.data import TextData
 from veneer.train.text.encode import EncodedRows, Example
 from veneer.train.text.preference import Item
 from veneer.train.text.rows import About, Row, leakage
@@ -23,14 +24,40 @@ class TextSubject(RunSubject):
     `start`: the adapter it goes on from."""
 
     config: TrainConfig
-    rows: Sequence[Row]
-    encoded: EncodedRows
-    held_out_rows: Sequence[Row] = ()
-    held_out: EncodedRows | None = None
-    about: About | None = None
-    longest: int = 0
-    items: Sequence[Example] | Sequence[Item] = ()
-    start: Adapter | None = None
+    data: TextData
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        return self.data.train.texts
+
+    @property
+    def encoded(self) -> EncodedRows:
+        return self.data.train.encoded
+
+    @property
+    def items(self) -> Sequence[Example] | Sequence[Item]:
+        return self.data.train.items
+
+    @property
+    def held_out_rows(self) -> Sequence[Row]:
+        return self.data.held.texts
+
+    @property
+    def held_out(self) -> EncodedRows | None:
+        return self.data.held.encoded if self.data.held.rows else None
+
+    @property
+    def about(self) -> About | None:
+        return self.data.about
+
+    @property
+    def start(self) -> Adapter | None:
+        return self.data.start
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max((e.tokens for e in self.encoded.examples), default=0)
 
     @property
     def stop_ids(self) -> set[int]:

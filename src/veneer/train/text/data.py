@@ -42,7 +42,7 @@ class TextData:
 
     train: DataSplit
     held: DataSplit
-    about: About
+    about: About | None
     start: Adapter | None = None
 
 

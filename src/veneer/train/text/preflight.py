@@ -7,7 +7,7 @@ The data's checks are in `checks`, those that all runs share in `train.preflight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,9 +34,8 @@ from veneer.train.preflight import (
 )
 from veneer.train.text.batches import plan_steps
 from veneer.train.text.checks import DATA_CHECKS, TextSubject
-from veneer.train.text.encode import EncodedRows, Example
-from veneer.train.text.preference import Item
-from veneer.train.text.rows import About, Row
+from veneer.train.text.data import TextData
+from veneer.train.text.encode import Example
 
 __all__ = ["text_preflight"]
 
@@ -48,53 +47,22 @@ _GUESSED = (
 
 
 def text_preflight(
-    base: Any,
-    config: TrainConfig,
-    rows: Sequence[Row],
-    encoded: EncodedRows,
-    *,
-    held_out_rows: Sequence[Row] = (),
-    held_out: EncodedRows | None = None,
-    about: About | None = None,
-    items: Sequence[Example] | Sequence[Item] | None = None,
-    start: Adapter | None = None,
-    resume: bool = False,
-    previous: Mapping[str, Any] | None = None,
-    free_memory: int | None = None,
-    free_disk: int | None = None,
-    devices: int = 1,
-    force: bool = False,
-) -> Report:
+    base: Any, config: TrainConfig, data: TextData, *, resume: bool = False, previous: Mapping[str, Any] | None = None,
+    free_memory: int | None = None, free_disk: int | None = None, devices: int = 1, force: bool = False,
+) -> Report:  # fmt: skip
     """Check everything that can be seen before training.
 
-    rows, encoded: the training rows and `encode` of them. items: what steps are made of, the examples themselves by
-    default. start: the adapter that the run goes on from. previous: the recipe (`TrainConfig.recipe`) of the run that
-    is resumed. free_memory, free_disk: bytes; measured when None. devices: how many share the run. force: what does not
-    fit is a warning. Raises nothing of its own: see `raise_if_stopped`."""
-    items = encoded.examples if items is None else items
-    lengths = [item.tokens for item in items]
+    base: its model and tokenizer are looked at. previous: the recipe (`TrainConfig.recipe`) of the run that is resumed.
+    free_memory, free_disk: bytes; measured when None. devices: how many share the run. force: what does not fit is a
+    warning. Raises nothing of its own: see `raise_if_stopped`."""
+    encoded, lengths = data.train.encoded, [item.tokens for item in data.train.items]
     plan = plan_steps(lengths, config.batching, seed=config.seed, epoch=0, pieces=devices)
     subject = TextSubject(
-        base=base,
-        config=config,
-        rows=rows,
-        encoded=encoded,
-        held_out_rows=held_out_rows,
-        held_out=held_out,
-        about=about,
-        resume=resume,
-        previous=previous,
-        free_memory=free_memory,
-        free_disk=free_disk,
-        force=force,
-        steps_per_epoch=len(plan),
+        base=base, config=config, data=data, resume=resume, previous=previous, free_memory=free_memory,
+        free_disk=free_disk, force=force, steps_per_epoch=len(plan), devices=devices,
         largest_micro=max((sum(lengths[i] for i in micro) for step in plan for micro in step), default=0),
-        longest=max((e.tokens for e in encoded.examples), default=0),
-        devices=devices,
         micros=[len(step) for step in plan],
-        items=items,
-        start=start,
-    )
+    )  # fmt: skip
     checks: Iterable[Callable[[TextSubject], Iterator[Finding]]] = (*DATA_CHECKS, *_BASE_CHECKS)
     report = Report(numbers=subject.numbers)
     report.add(*(finding for check in checks for finding in check(subject)))

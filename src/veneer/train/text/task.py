@@ -135,12 +135,9 @@ class TextTask(Task[TextData, RunResult]):
         return replace(data, start=replace(wide, dropout=self.config.adapter.dropout))
 
     def check(self, run: Run, data: TextData, previous: Mapping[str, Any] | None) -> Report:
-        train, held = data.train, data.held
         report = text_preflight(
-            self.base, self.config, train.texts, train.encoded, held_out_rows=held.texts,
-            held_out=held.encoded if held.rows else None, about=data.about, items=train.items, start=data.start,
-            resume=run.resume, previous=previous, free_memory=self._free_memory(run.devices),
-            devices=run.devices.count, force=run.force,
+            self.base, self.config, data, resume=run.resume, previous=previous,
+            free_memory=self._free_memory(run.devices), devices=run.devices.count, force=run.force,
         )  # fmt: skip
         run.say(report, self._settled(run.devices, data, report))
         return report
@@ -206,7 +203,7 @@ class TextTask(Task[TextData, RunResult]):
         if config.base.device == "auto":
             device = devices.device if devices.count > 1 else str(base.device)
             yield "base.device", device, "a GPU if there is one"
-        if config.data.format == "auto":
+        if config.data.format == "auto" and data.about is not None:
             yield "data.format", data.about.format, data.about.why
         if config.data.split is None and config.data.validation is None:
             yield "data.split", len(data.held.rows), "5% of the rows, at most 500; none below 20 rows"
