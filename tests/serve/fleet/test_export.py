@@ -119,7 +119,7 @@ def test_tgi_gets_every_delta_whole_from_its_folder_and_not_from_a_plain_one(tmp
         (LoraSpec(rank=2, targets=("q_proj",), dora=True), "tgi", "does not support DoRA"),
         (LoraSpec(rank=2, targets=("q_proj",), modules_to_save=("lm_head",)), "vllm", "no full copies"),
         (LoraSpec(rank=2, targets=("q_proj", "lm_head")), "tgi", "drops a pair of any but"),
-        (LoraSpec(rank=2, targets=("q_proj", "embed_tokens")), "tgi", "no pair of an embedding"),
+        (LoraSpec(rank=2, targets=("q_proj", "embed_tokens")), "tgi", "does not support a pair of an embedding"),
     ],
 )
 def test_what_a_server_would_drop_is_refused_and_merging_is_the_way_out(tmp_path, spec, server, why):
