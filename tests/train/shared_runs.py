@@ -150,7 +150,7 @@ def broken(rank: int, folder: Path, factor: float | None) -> dict[str, Any]:
     try:
         _train(folder, folder / name, **ONE_ROW)
     except (Interrupted, TrainingError) as error:
-        return {"kind": type(error).__name__, "what": error.what, "where": error.where, "told": error.told}
+        return {"kind": type(error).__name__, "what": error.what, "where": error.where, "told": error.already_shown}
     finally:
         run.text_loss = real
     return {}

@@ -136,7 +136,7 @@ def test_what_cannot_be_loaded_is_refused_and_never_answered_by_the_base(shelf, 
                     await answer(it, ONE)
                 assert (refusal.value.status, refusal.value.code) == (422, "adapter_unusable")
             assert len(fake.asked("load")) == 1  # remembered
-            with pytest.raises(Refused, match="no DoRA"):
+            with pytest.raises(Refused, match="does not support DoRA"):
                 await answer(it, WRONG)
             with pytest.raises(Refused, match="max_lora_rank"):
                 await it.load(ONE)

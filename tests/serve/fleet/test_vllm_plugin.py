@@ -100,7 +100,7 @@ def test_patterns_are_folded_exactly_once(base, shelf):
 @pytest.mark.parametrize(
     ("asked", "why"),
     [
-        ("dora", "no DoRA"),
+        ("dora", "does not support DoRA"),
         ("whole", "no full copies"),
         ("foreign", "belongs to another base"),
         ("odd", "does not fit"),
@@ -162,7 +162,7 @@ def test_it_registers_once_and_answers_none_for_what_it_refuses(base, shelf, mon
     assert Path(path, "adapter_config.json").is_file()
     for refused in ("dora", "../plain", "x" * 5000):
         assert asyncio.run(resolver.resolve_lora(base.name, refused)) is None
-    assert "no DoRA" in caplog.text
+    assert "does not support DoRA" in caplog.text
 
 
 def test_the_entry_point_is_declared_and_imports_without_veneers_extras():
