@@ -85,7 +85,10 @@ def test_folding_changes_no_effect(pairs, dtype):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"pairs": {Q: Pair(numbers((2, 4), "A"), numbers((6, 2), "B"), 1, magnitude=torch.ones(6))}}, "does not support DoRA"),
+        ({"pairs": {Q: Pair(numbers((2, 4), "A"), numbers((6, 2), "B"), 1, magnitude=torch.ones(6))}}, "support DoRA"),
+            {"pairs": {Q: Pair(numbers((2, 4), "A"), numbers((6, 2), "B"), 1, magnitude=torch.ones(6))}},
+            "does not support DoRA",
+        ),
         ({"pairs": {Q: Pair(numbers((2, 4, 3), "A"), numbers((6, 2, 1), "B"), 1, "conv")}}, "convolution"),
         ({"pairs": {Q: Pair(numbers((3, 2, 4), "A"), numbers((3, 6, 2), "B"), 1, "experts")}}, "experts"),
         ({"deltas": {f"{Q}.bias": Delta("dense", {"value": torch.ones(6)}, (6,))}}, "dense change of the bias"),
