@@ -85,7 +85,7 @@ def test_folding_changes_no_effect(pairs, dtype):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"pairs": {Q: Pair(numbers((2, 4), "A"), numbers((6, 2), "B"), 1, magnitude=torch.ones(6))}}, "support DoRA"),
+        (
             {"pairs": {Q: Pair(numbers((2, 4), "A"), numbers((6, 2), "B"), 1, magnitude=torch.ones(6))}},
             "does not support DoRA",
         ),
