@@ -12,6 +12,7 @@ PIP := $(RUN) -m pip install --disable-pip-version-check
 VLLM_VENV := .venv-vllm
 NEW_ENOUGH := import sys, venv; sys.exit(sys.version_info < (3, 11))
 TEST_FLAGS ?=
+ATTACKS := tests/attack $(addprefix tests/serve/,test_whole_bad.py test_whole_kill.py test_outages.py tenancy/test_kill.py tenancy/test_ledger.py)
 AT_ONCE := -n 2 --dist loadfile
 BENCH ?= text_training
 BENCH_FLAGS ?=
@@ -39,8 +40,8 @@ test-random: $(VENV)/.ready-dev ## the default tests with new examples of every 
 test-peers: $(VENV)/.ready-peers $(VLLM_VENV)/.ready ## comparisons with other tools
 	@$(RUN) -m pytest -m peers $(TEST_FLAGS)
 
-attack: $(VENV)/.ready-dev ## every attack of tests/attack on a real server process, the long ones too
-	@$(RUN) -m pytest tests/attack -m "not gpu and not peers and not network" $(TEST_FLAGS)
+attack: $(VENV)/.ready-dev ## every attack on real server processes: floods, kills, full disks, outages; the long ones too
+	@$(RUN) -m pytest $(ATTACKS) -m "not gpu and not peers and not network" $(TEST_FLAGS)
 
 test-gpu: $(VENV)/.ready-dev ## the same laws on a CUDA device
 	@$(RUN) -m pytest -m gpu $(TEST_FLAGS)
