@@ -304,7 +304,8 @@ def _problems(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
         out += _delta_problems(modules, name, delta)
     for name, words in adapter.new_tokens.items():
         out.append(
-            f"{name}: the learned words {', '.join(sorted(words)[:3])} have no token ids yet; see with_token_ids"
+            f"{name}: the learned words {', '.join(sorted(words)[:3])} have no token ids yet; "
+            "veneer.core.adapter.with_token_ids gives them some"
         )
     out += [f"{n}: not finite" for n, t in adapter.tensors() if not t.is_meta and not all_finite(t)]
     return out

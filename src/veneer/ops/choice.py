@@ -1,4 +1,6 @@
 """Which implementation of an op runs: the one place where that is decided, and where it can be asked for.
+(Pages and panels, memory as serving lays it out, belong to kernels with no twin in torch: serve/forward asks
+`compiled` for those.)
 
 Every op of this folder has its reference in torch beside it. A device may bring faster implementations of parts of it,
 in the module that HOMES names, each with what it takes. The op asks `chosen` and runs its reference where that is None.

@@ -8,7 +8,7 @@
 | flux2      | Flux2Transformer2DModel (dev, klein)         | Mistral (dev), Qwen3 (klein), as chat      | flow       |
 | qwen-image | QwenImageTransformer2DModel                  | Qwen2.5-VL, as chat                        | flow       |
 
-Names are those of `formats.topology`. One row a family; nothing else in the package lists families of bases. Knows
+Names are those of `formats.topology`. One row a family: what a base is known by, and what it is. Knows
 class names alone; imports neither torch nor diffusers.
 """
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 
@@ -149,11 +149,6 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         return sum(len(t.waiting) for t in self._tenants.values())
-
-    def sequences(self) -> Iterator[Sequence]:
-        yield from self.running
-        for tenant in self._tenants.values():
-            yield from tenant.waiting
 
     def add(self, request: Request) -> Sequence:
         self._order += 1

@@ -9,7 +9,7 @@
 
 Without a kind in front it is found out. TGI answers an adapter id that it does not know with the base, status 200, and
 lists none: so its adapters are named in the URL, and believed once an answer of theirs differs from the base's.
-Knows HTTP and one server; which server gets a request is `upstream`'s to say.
+Knows HTTP and one server; which server gets a request is `fleet`'s to say.
 """
 
 from __future__ import annotations

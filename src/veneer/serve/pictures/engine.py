@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PictureEngine", "PictureTurns"]
 
-_log = logging.getLogger(__name__)
 MAX_STEPS = 150
 _LOST = 3
 """Pictures in a row that failed by a fault of ours, after which the engine says so."""
