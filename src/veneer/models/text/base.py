@@ -99,11 +99,7 @@ def load_text(
     called with a line before each step that takes time.
     Raises BaseError (not found, not whole, not a causal language model, weights that do not match the config),
     ConfigError (an unknown dtype, device or quantisation), ResourceError (not enough memory)."""
-    path = find_base(name, say=say)
-    if is_image_base(path):
-        raise BaseError("this is an image base, and a language model is wanted", where=str(path))
-    table = tensor_table(path)
-    config, tokenizer = read_base_config(path), read_tokenizer(path)
+    path, table, config, tokenizer = _described(name, say)
     where = choose_device(device)
     settle_threads()
     quantised = choose_quantisation(quantise, path, config)
@@ -137,16 +133,20 @@ def load_text(
     )
 
 
+def _described(name: str, say: Callable[[str], None] | None) -> tuple[Path, list[StoredTensor], PreTrainedConfig, Any]:
+    """Where a language model is, its table of tensors, config and tokenizer. Raises BaseError."""
+    path = find_base(name, say=say)
+    if is_image_base(path):
+        raise BaseError("this is an image base, and a language model is wanted", where=str(path))
+    return path, tensor_table(path), read_base_config(path), read_tokenizer(path)
+
+
 def text_without_weights(name: str, *, say: Callable[[str], None] | None = None) -> TextBase:
     """A base without its weights, on the meta device: config, tokenizer, names, shapes, fingerprint. For checking
     adapters against a base that runs elsewhere. Raises BaseError."""
     from transformers import AutoModelForCausalLM
 
-    path = find_base(name, say=say)
-    if is_image_base(path):
-        raise BaseError("this is an image base, and a language model is wanted", where=str(path))
-    table = tensor_table(path)
-    config, tokenizer = read_base_config(path), read_tokenizer(path)
+    path, table, config, tokenizer = _described(name, say)
     with loading(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     turn, stops, _ = _ends(model, tokenizer)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -57,6 +58,29 @@ class PackedRows:
             bounds,
             [end for _, end, _ in rows],
         )
+
+    @cached_property
+    def groups(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Sequences with as many tokens in the step and of about one length, which attend together: their rows
+        (sequences · tokens,), positions (sequences, tokens) and places of keys (sequences, longest). Of a step, for all
+        layers."""
+        device = self.positions.device
+        alike: dict[tuple[int, int], list[int]] = {}
+        for s, length in enumerate(self.lengths):
+            asked = self.bounds[s + 1] - self.bounds[s]
+            alike.setdefault((asked, length.bit_length() if asked == 1 else s), []).append(s)
+        out = []
+        for (asked, _), own in alike.items():
+            longest = max(self.lengths[s] for s in own)
+            first = torch.tensor([self.bounds[s] for s in own], device=device)
+            rows = (first[:, None] + torch.arange(asked, device=device)).flatten()
+            positions = self.positions[rows].view(len(own), asked)
+            blocks = self.tables[own, : -(-longest // BLOCK)]
+            places = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten(1)[:, :longest]
+            # A place that is not this sequence's may hold no number, and 0 · NaN is NaN: its first one stands in.
+            there = torch.arange(longest, device=device) <= positions[:, -1:]
+            out.append((rows, positions, torch.where(there, places, places[:, :1])))
+        return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,27 +191,15 @@ class Pages:
     def _attend_reference(
         self, layer: int, q: Tensor, batch: PackedRows, scale: float, cap: float, window: int
     ) -> Tensor:
-        """Sequences with as many tokens in the step, and of about one length, go together."""
         out = torch.empty_like(q)
-        alike: dict[tuple[int, int], list[int]] = {}
-        for s, length in enumerate(batch.lengths):
-            asked = batch.bounds[s + 1] - batch.bounds[s]
-            alike.setdefault((asked, length.bit_length() if asked == 1 else s), []).append(s)
-        for (asked, _), own in alike.items():
-            longest = max(batch.lengths[s] for s in own)
-            first = torch.tensor([batch.bounds[s] for s in own], device=q.device)
-            rows = (first[:, None] + torch.arange(asked, device=q.device)).flatten()
+        for rows, positions, places in batch.groups:
+            count, longest = places.shape
+            at = positions[..., None]
             keys = torch.arange(longest, device=q.device)
-            at = batch.positions[rows].view(len(own), asked, 1)
-            seen = keys <= at
-            if window:
-                seen &= keys > at - window
-            blocks = batch.tables[own, : -(-longest // BLOCK)]
-            places = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=q.device)).flatten(1)[:, :longest]
-            # A place that is not this sequence's may hold no number, and 0 · NaN is NaN: its first one stands in.
-            places = torch.where(keys < at[:, -1] + 1, places, places[:, :1])
+            seen = (keys <= at) & (keys > at - window) if window else keys <= at
             k, v = (t[layer][places].transpose(1, 2) for t in (self.K, self.V))  # (sequences, kv, longest, d)
-            asks = q[rows].view(len(own), asked, self.kv, -1, self.d).permute(0, 2, 3, 1, 4).flatten(2, 3)
+            asked = positions.shape[1]
+            asks = q[rows].view(count, asked, self.kv, -1, self.d).permute(0, 2, 3, 1, 4).flatten(2, 3)
             seen = seen[:, None, None].expand(-1, 1, self.heads // self.kv, -1, -1).flatten(2, 3)
             if cap:
                 scores = cap * torch.tanh((asks @ k.mT).float() * scale / cap)
