@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from veneer.formats.strengths import Strength
     from veneer.imaging.make import RecordedPicture
     from veneer.models.image.base import ImageBase
-    from veneer.train.config.load import ImageTrainConfig, RunConfig, TrainConfig
+    from veneer.train.config.image import ImageTrainConfig
+    from veneer.train.config.load import RunConfig
+    from veneer.train.config.text import TrainConfig
     from veneer.train.events import Listener
     from veneer.train.image.save import ImageResult
     from veneer.train.text.evaluate import Scores
@@ -68,7 +70,7 @@ def train_text(
     is loaded already. `on_event` is called with what happens (train.events); without it the terminal shows the run.
     Raises ConfigError, DataError, PreflightError before the first step; Interrupted on Ctrl-C, with the state saved."""
     from veneer.errors import ConfigError
-    from veneer.train.config.load import TrainConfig
+    from veneer.train.config.text import TrainConfig
     from veneer.train.text.task import run_text
 
     chosen, sources = _config(config, overrides)
@@ -91,7 +93,7 @@ def train_image(
     As `train_text`, with a configuration that has `data.pictures` (docs/reference/image-config.md). A `base` that is
     given keeps its text encoders and VAE."""
     from veneer.errors import ConfigError
-    from veneer.train.config.load import ImageTrainConfig
+    from veneer.train.config.image import ImageTrainConfig
     from veneer.train.image.task import run_images
 
     chosen, sources = _config(config, overrides)

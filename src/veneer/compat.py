@@ -13,8 +13,6 @@ from typing import Any
 
 from veneer.errors import MissingExtraError
 
-__all__ = ["BITSANDBYTES", "TORCH", "Internals", "MissingInternalError"]
-
 
 class MissingInternalError(MissingExtraError, AttributeError):
     """Raised where the installed version of a library has no longer, or not yet, what veneer relies on."""

@@ -27,29 +27,6 @@ import difflib
 import re
 from collections.abc import Iterable
 
-__all__ = [
-    "AdapterError",
-    "BaseError",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "Interrupted",
-    "MismatchError",
-    "MissingExtraError",
-    "NoGain",
-    "PreflightError",
-    "ResourceError",
-    "TargetError",
-    "TrainingError",
-    "UnavailableError",
-    "UnsafeFileError",
-    "VeneerError",
-    "lacks_memory",
-    "nearest",
-    "quoted",
-    "shown",
-]
-
 # C0 and C1 controls and DEL; the overrides, embeddings and isolates of direction; the line and paragraph separators;
 # halves of surrogate pairs, which no terminal can print. The marks that right-to-left text needs (U+200E, 200F, 061C)
 # change nothing beside them and stay.

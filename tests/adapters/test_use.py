@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.families import llama3
 from tests.tiny_base import VOCAB_SIZE, tiny_base_dir, tiny_tokenizer
-from veneer.adapters.use import adapter_path, attach_adapters, base_of, load_adapter, parse_spec
+from veneer.adapters.use import adapter_path, attach_adapters, load_adapter, parse_spec, stated_base
 from veneer.core.adapter import Adapter, Card, LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
@@ -121,12 +121,12 @@ def test_adapters_are_found_as_paths_in_runs_and_in_the_library(
 def test_the_base_of_an_adapter_is_what_its_card_says_or_pefts_config(tmp_path: Path, base: TextBase) -> None:
     folder = tmp_path / "a"
     peft.write_folder(adapter_for(base, base="some/base"), folder)
-    assert base_of(str(folder)) == "some/base"
+    assert stated_base(str(folder)) == "some/base"
     (folder / "veneer.json").unlink()
-    assert base_of(str(folder)) == "some/base"
+    assert stated_base(str(folder)) == "some/base"
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
-    assert base_of(str(folder)) == ""
+    assert stated_base(str(folder)) == ""
 
 
 # -- on the base -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from veneer.plan.fit import usable_memory
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import Load, dtype_bytes
 from veneer.plan.plan import Plan, TrainingJob, image_plan, text_plan
-from veneer.plan.render import duration, plan_text
+from veneer.plan.render import plan_text, rough_duration
 from veneer.plan.serving import Traffic, serving
 from veneer.plan.shape import pair_parameters, text_shape
 from veneer.plan.tables import base_config, device_named, device_of_card, gpu_names
@@ -224,4 +224,4 @@ def test_what_is_usable_leaves_a_margin() -> None:
 
 @pytest.mark.parametrize(("seconds", "said"), [(40, "40 s"), (720, "12 min"), (12000, "3 h 20 min")])
 def test_durations_are_for_people(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+    assert rough_duration(seconds) == said

@@ -25,8 +25,6 @@ from veneer.formats.reading import Reading, summary
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
-__all__ = ["AdapterCheck", "delta_norm", "inspect", "verify_adapter"]
-
 
 @dataclass(frozen=True)
 class AdapterCheck:
@@ -50,7 +48,7 @@ def inspect(name: str, **how: Unpack[reader.ReadOptions]) -> dict[str, Any]:
     for a file that is not an adapter."""
     path = using.adapter_path(name)
     reading, refusal = _read(path, how)
-    return summary(path, reading, refusal, digest=reading.adapter.digest(), norm=delta_norm)
+    return summary(path, reading, refusal, digest=reading.adapter.digest(), norm=_delta_norm)
 
 
 def _read(path: Path, how: reader.ReadOptions) -> tuple[Reading, AdapterError | None]:
@@ -67,7 +65,7 @@ def _read(path: Path, how: reader.ReadOptions) -> tuple[Reading, AdapterError | 
             raise error from None
 
 
-def delta_norm(pair: Pair) -> float:
+def _delta_norm(pair: Pair) -> float:
     """‖s·B·A‖ (Frobenius), without DoRA's magnitude, from the factors, in float64. Experts: over all of them."""
     return distance(factors(pair))
 
@@ -138,7 +136,7 @@ def _hashes(folder: Path, card: CardFile | None) -> list[AdapterCheck]:
 
 
 def _not_zero(adapter: Adapter) -> AdapterCheck:
-    norms = {n: delta_norm(p) for n, p in adapter.pairs.items()}
+    norms = {n: _delta_norm(p) for n, p in adapter.pairs.items()}
     alive = [n for n, norm in norms.items() if norm > 0 or adapter.pairs[n].magnitude is not None]
     others = adapter.modules or adapter.token_rows or adapter.deltas or adapter.new_tokens
     if adapter.pairs and not alive and not others:

@@ -39,11 +39,8 @@ from veneer.ops.quantised import Quantised, dequantised, quantise
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
-__all__ = [
-    "MERGE_FILE", "Difference", "MergeReport", "compare_merges", "merge", "merge_shards", "merged_model", "requantised",
-]  # fmt: skip
 
-MERGE_FILE = "merge.json"
+_MERGE_FILE = "merge.json"
 
 
 @dataclass
@@ -123,7 +120,7 @@ def merge(
             base.tokenizer.save_pretrained(temporary)
             report.bytes = sum(f.stat().st_size for f in temporary.glob("*.safetensors"))
             text = json.dumps(report.to_dict(), indent=2, sort_keys=True)
-            atomic_write(temporary / MERGE_FILE, [text.encode() + b"\n"])
+            atomic_write(temporary / _MERGE_FILE, [text.encode() + b"\n"])
     except Exception as error:
         if "No space left" in str(error):  # safetensors has an error of its own
             raise ResourceError("no room to write; nothing was changed", where=str(folder)) from error
@@ -390,7 +387,7 @@ def merge_shards(
             sorted({str(parts[c].entries[n].dtype).removeprefix("torch.") for c, own in plan.items() for n in own})
         )
         text = json.dumps(report.to_dict(), indent=2, sort_keys=True)
-        atomic_write(temporary / MERGE_FILE, [text.encode() + b"\n"])
+        atomic_write(temporary / _MERGE_FILE, [text.encode() + b"\n"])
     return report
 
 

@@ -36,9 +36,7 @@ from veneer.formats.convert import target_of
 from veneer.formats.reading import Reading
 from veneer.formats.strengths import block_of, parse_blocks
 
-__all__ = ["MixReport", "diff", "extract", "mix_adapters", "resize", "strength"]
-
-EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "token_embedding", "position_embedding", "shared"}
+_EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "token_embedding", "position_embedding", "shared"}
 
 
 @dataclass
@@ -172,7 +170,7 @@ def extract(
         if delta is None:
             continue
         module, _, key = name.rpartition(".")
-        embedding = module.rpartition(".")[2] in EMBEDDINGS
+        embedding = module.rpartition(".")[2] in _EMBEDDINGS
         fits = key == "weight" and delta.ndim >= 2 and (wanted.search(module) if wanted else not embedding)
         if not fits:
             left.append(f"{name}: ‖ΔW‖ {float(delta.double().norm()):.4g}, not among the targets")

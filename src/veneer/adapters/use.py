@@ -26,6 +26,7 @@ from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileEr
 from veneer.formats import peft
 from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, read_card
+from veneer.formats.folder import CONFIG_FILE
 from veneer.formats.reading import Reading
 from veneer.models.image.families import family_label, is_image_family, same_family
 
@@ -33,17 +34,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from veneer.core.adapter import Adapter
-
-__all__ = [
-    "AdapterSpec",
-    "AnyBase",
-    "adapter_path",
-    "attach_adapters",
-    "base_of",
-    "load_adapter",
-    "parse_spec",
-    "read_adapter",
-]
 
 AdapterSpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 """An adapter by folder, file or name: "runs/a", "runs/a:0.5", Path("runs/a") or ("runs/a", 0.5)."""
@@ -90,7 +80,7 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
     name = os.fspath(name)
     here = Path(name).expanduser()
     for folder in (here, here / "adapter"):
-        if (folder / peft.CONFIG_FILE).is_file():
+        if (folder / CONFIG_FILE).is_file():
             return folder
     if here.exists():
         return here  # the reader says best what is wrong with it
@@ -157,7 +147,7 @@ def read_adapter(name: str | os.PathLike[str]) -> Reading:
     return reader.read(adapter_path(name))
 
 
-def base_of(name: str) -> str:
+def stated_base(name: str) -> str:
     """The base that an adapter says it belongs to, from its card or PEFT's config; "" where it does not say."""
     folder = adapter_path(name)
     if (folder / CARD_FILE).is_file():
@@ -165,7 +155,7 @@ def base_of(name: str) -> str:
         if card.base:
             return card.base
     try:
-        stated = json.loads((folder / peft.CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        stated = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         return ""
     return stated if isinstance(stated, str) else ""
@@ -204,7 +194,7 @@ def load_adapter(
 
 
 def _read_for(base: AnyBase, path: Path, how: reader.ReadOptions) -> Reading:
-    if path.is_dir() and not is_image_family(base.family) and not (path / peft.CONFIG_FILE).is_file():
+    if path.is_dir() and not is_image_family(base.family) and not (path / CONFIG_FILE).is_file():
         peft.load_folder(path)  # says best what a folder for a language model lacks
     return reader.read(path, base=base.model, family=base.family, **how)
 

@@ -15,8 +15,6 @@ from veneer.cli.adapter_convert import convert_command
 from veneer.cli.adapter_merge import merge_command
 from veneer.cli.output import cut_list, everything, field
 
-__all__ = ["app"]
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Inspect, verify, convert, mix and merge adapters.")
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

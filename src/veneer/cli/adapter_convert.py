@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from veneer.formats.read import ReadOptions
     from veneer.formats.reading import Reading
 
-__all__ = ["convert_command"]
-
 _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
 """transformers' model_type -> llama.cpp's name, where they differ."""
 

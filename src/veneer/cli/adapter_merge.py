@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from veneer.adapters.merge import Difference, MergeReport
     from veneer.models.text.base import TextBase
 
-__all__ = ["merge_command"]
-
 
 def merge_command(
     adapters: Annotated[

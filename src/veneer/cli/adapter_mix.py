@@ -10,8 +10,6 @@ import typer
 if TYPE_CHECKING:
     from veneer.adapters.mix import MixReport
 
-__all__ = ["register_commands"]
-
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _Name = Annotated[
     str, typer.Argument(help="An adapter's folder or file, or its name in the library.", show_default=False)

@@ -9,8 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["app"]
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Get, list and look at base models.")
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

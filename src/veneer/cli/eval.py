@@ -16,8 +16,6 @@ from veneer.errors import ConfigError
 if TYPE_CHECKING:
     from veneer.train.text.evaluate import Scores
 
-__all__ = ["app"]
-
 app = typer.Typer(add_completion=False)
 
 
@@ -95,9 +93,9 @@ def evaluate(
 
 
 def _base_of(specs: list[str]) -> str:
-    from veneer.adapters.use import base_of, parse_spec
+    from veneer.adapters.use import parse_spec, stated_base
 
-    name = base_of(parse_spec(specs[0])[0]) if specs else ""
+    name = stated_base(parse_spec(specs[0])[0]) if specs else ""
     if not name:
         raise ConfigError("no base is named", fix="--base smollm2-135m, a folder, a .gguf file or a hub id")
     return name

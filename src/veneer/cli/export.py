@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["command"]
-
 
 def command(
     name: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's name, folder or file.")],

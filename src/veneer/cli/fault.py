@@ -19,8 +19,6 @@ from typing import Any
 from veneer import __version__
 from veneer.errors import shown
 
-__all__ = ["EXIT_CODE", "command_line", "report"]
-
 EXIT_CODE = 70
 """EX_SOFTWARE of sysexits.h."""
 SHOWS = "VENEER_TRACEBACK"

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
     from veneer.models.text.generate import Completion, Prompt
 
-__all__ = ["app", "read_prompts"]
-
 app = typer.Typer(add_completion=False)
 
 _FALLBACK = "smollm2-135m"
@@ -106,10 +104,10 @@ def _base_name(base: str | None, specs: list[str]) -> str:
     if base:
         return base
     if specs:
-        from veneer.adapters.use import base_of, parse_spec
+        from veneer.adapters.use import parse_spec, stated_base
 
         name = parse_spec(specs[0])[0]
-        stated = base_of(name)
+        stated = stated_base(name)
         if not stated:
             raise ConfigError(f"adapter {name!r} does not say which base it belongs to", fix="add --base NAME")
         _say(f"base {stated}: the adapter's own")

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from veneer.imaging.make import Ask, Options, RecordedPicture
     from veneer.models.image.base import ImageBase
 
-__all__ = ["app"]
-
 _FALLBACK = "emoji-sdxl"
 _MOST_SEEDS = 1000
 
@@ -307,9 +305,9 @@ def _base_name(base: str | None, uses: tuple[Any, ...]) -> str:
     """What was asked for; else the base that the first adapter says it belongs to; else a built-in. Said, if chosen."""
     if base:
         return base
-    from veneer.adapters.use import base_of
+    from veneer.adapters.use import stated_base
 
-    if uses and (stated := base_of(uses[0][0])):
+    if uses and (stated := stated_base(uses[0][0])):
         _say(f"base {stated}: the adapter's own")
         return stated
     _say(f"base {_FALLBACK}: none was named")

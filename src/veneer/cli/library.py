@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from veneer.library.library import Added, Library
     from veneer.library.queries import Version
 
-__all__ = ["app"]
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Keep adapters under names, in one place.")
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

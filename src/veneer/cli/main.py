@@ -36,8 +36,6 @@ from veneer.cli import fault
 from veneer.cli.output import error_text, guard, own
 from veneer.errors import ResourceError, VeneerError, lacks_memory
 
-__all__ = ["COMMANDS", "ended", "main"]
-
 COMMANDS: dict[str, tuple[str, str]] = {
     "base": ("veneer.cli.base", "Get, list and look at base models."),
     "train": ("veneer.cli.train", "Train an adapter from a configuration file."),

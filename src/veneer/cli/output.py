@@ -15,8 +15,6 @@ from typing import Any, TextIO, cast
 
 from veneer.errors import VeneerError, shown
 
-__all__ = ["Guarded", "cut_list", "error_text", "everything", "field", "guard", "own"]
-
 
 class Guarded:
     """A text stream that writes `shown` texts to another; else that other."""

@@ -14,8 +14,6 @@ from veneer.errors import ConfigError
 if TYPE_CHECKING:
     from veneer.plan.plan import Plan
 
-__all__ = ["app"]
-
 app = typer.Typer(add_completion=False)
 
 _EXAMPLE = (

@@ -22,8 +22,6 @@ from veneer.serve.settings import (
     size_text,
 )
 
-__all__ = ["app"]
-
 app = typer.Typer(add_completion=False)
 
 

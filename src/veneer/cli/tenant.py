@@ -20,8 +20,6 @@ from veneer.cli.output import field
 if TYPE_CHECKING:
     from veneer.serve.tenancy.store import Store
 
-__all__ = ["app"]
-
 _PLAIN: dict[str, Any] = {"no_args_is_help": True, "add_completion": False}
 app = typer.Typer(**_PLAIN, help="Tenants of a server: keys, adapters, limits, prices, routes, usage.")
 key_app = typer.Typer(**_PLAIN, help="API keys of tenants.")

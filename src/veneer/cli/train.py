@@ -12,8 +12,6 @@ import typer
 
 from veneer.errors import ConfigError, Interrupted
 
-__all__ = ["app"]
-
 app = typer.Typer(add_completion=False)
 
 
@@ -51,7 +49,8 @@ def train(
     """Train an adapter: check the data, train with checkpoints, save, and write a report.
 
     A configuration with data.train is for text, one with data.pictures for pictures."""
-    from veneer.train.config.load import ImageTrainConfig, load_config
+    from veneer.train.config.image import ImageTrainConfig
+    from veneer.train.config.load import load_config
 
     chosen, sources = load_config(config, overrides or [])
     given = {"--force": force, "--tensorboard": tensorboard, "--verbose": verbose, "--json": as_json}

@@ -20,19 +20,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = [
-    "Adapter",
-    "Card",
-    "LoraSpec",
-    "NamedMix",
-    "Pair",
-    "PairKind",
-    "TokenRows",
-    "all_finite",
-    "scale_of",
-    "with_token_ids",
-]
-
 PairKind = Literal["linear", "embedding", "conv", "experts"]
 NamedMix = tuple[tuple[str, float], ...]
 """(adapter name, strength) applied together."""
@@ -292,8 +279,8 @@ class Adapter:
         """sha256 over names, shapes, dtypes, values and scales: equal digests have equal effect on equal bases.
 
         Taken of the collapsed adapter, so that one with an `origin` has the digest of the file it is written to.
-        `values`: a tensor's bytes, by default `tensor_bytes`."""
-        values = values or tensor_bytes
+        `values`: a tensor's bytes, by default `_tensor_bytes`."""
+        values = values or _tensor_bytes
         h = hashlib.sha256()
         for name, tensor in self.collapsed().tensors():
             h.update(f"{name}|{tensor.dtype!s}|{tuple(tensor.shape)}\0".encode())
@@ -308,7 +295,7 @@ class Adapter:
         return "sha256:" + h.hexdigest()
 
 
-def tensor_bytes(tensor: Tensor) -> bytes:
+def _tensor_bytes(tensor: Tensor) -> bytes:
     """Its values as they lie in a file."""
     if not tensor.numel():
         return b""

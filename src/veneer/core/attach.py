@@ -28,10 +28,8 @@ from veneer.core.selection import RowMixes, Selection
 from veneer.core.targets import base_modules, expert_parameters, kind_of
 from veneer.errors import AdapterError, nearest
 
-__all__ = ["Attachment", "attach", "fit_problems"]
-
 _LAYERS: dict[str | None, type[Layer]] = {"linear": LoraLinear, "embedding": LoraEmbedding, "conv": LoraConv}
-SPARE_BYTES = 256 << 20
+_SPARE_BYTES = 256 << 20
 """What may be kept beside a base at least; larger bases get a 32nd of their size."""
 _BATCHES = ("input_ids", "inputs_embeds", "hidden_states", "sample", "pixel_values")
 """What models call their batch by; beside it they may be given positions or masks that have no rows."""
@@ -68,7 +66,7 @@ class Attachment:
         stored = sum(t.nbytes for t in {id(p): p for p in model.parameters()}.values())
         self._wrapped: dict[str, nn.Module] = {}
         self._watched: list[RemovableHandle] = []
-        self.cache = MixCache(self._wrapped, max(SPARE_BYTES, stored // 32))
+        self.cache = MixCache(self._wrapped, max(_SPARE_BYTES, stored // 32))
         self._open = True
 
     # -- adapters ----------------------------------------------------------------------------------------------------

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from veneer.ops.lowrank import LowRank
 
-__all__ = ["AdaptedWeight"]
-
 
 class AdaptedWeight:
     """The weight W + Σ s·B·A, multiplied as x·W + Σ s·(x·B)·A and never made.

@@ -25,13 +25,11 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BASED", "Delta", "Form", "change_of", "delta_of", "norm_along", "part_problems", "product_of", "tucker"]
-
-Form = Literal["dense", "hadamard", "kronecker", "gain", "replacement"]
-BASED: frozenset[Form] = frozenset({"gain", "replacement"})
+_Form = Literal["dense", "hadamard", "kronecker", "gain", "replacement"]
+BASED: frozenset[_Form] = frozenset({"gain", "replacement"})
 """Forms that have no product without W."""
 
-_PARTS: Mapping[Form, list[set[str]]] = {
+_PARTS: Mapping[_Form, list[set[str]]] = {
     "dense": [{"value"}],
     "gain": [{"value"}],
     "replacement": [{"value"}],
@@ -47,7 +45,7 @@ class Delta:
     `rows`: only these rows [begin, end) of the product count: a part of a fused projection whose form cannot be split.
     `whole`: the shape before they were taken, () where none are."""
 
-    form: Form
+    form: _Form
     parts: dict[str, Tensor]
     shape: tuple[int, ...] = ()
     scale: float = 1.0

@@ -29,8 +29,6 @@ from veneer.core.targets import Target, base_modules, full_modules, resolve_targ
 from veneer.errors import ConfigError, TargetError
 from veneer.ops.quantised import Quantised, dequantised
 
-__all__ = ["create", "rank_and_alpha"]
-
 T = TypeVar("T", int, float)
 
 
@@ -88,7 +86,7 @@ def _first(patterns: Mapping[str, T], name: str, default: T) -> T:
     return next((value for pattern, value in patterns.items() if target_matches(pattern, name)), default)
 
 
-def rank_and_alpha(spec: LoraSpec, name: str) -> tuple[int, float]:
+def _rank_and_alpha(spec: LoraSpec, name: str) -> tuple[int, float]:
     """The rank and alpha of one target: of the first pattern that matches its name, else the spec's own."""
     return _first(spec.rank_pattern, name, spec.rank), float(_first(spec.alpha_pattern, name, spec.alpha))
 
@@ -97,7 +95,7 @@ def _pair(
     module: nn.Module, target: Target, spec: LoraSpec, generator: torch.Generator, dtype: torch.dtype,
     original: Callable[[str], Tensor] | None,
 ) -> Pair:  # fmt: skip
-    rank, alpha = rank_and_alpha(spec, target.name)
+    rank, alpha = _rank_and_alpha(spec, target.name)
     scale = scale_of(alpha, rank, spec.rslora)
     weight = weight_of(module, target.parameter)
     matrix = to_matrix(module, target.kind, dequantised(weight)).float()

@@ -36,8 +36,6 @@ from veneer.errors import AdapterError
 from veneer.ops.linear import LinearMap, linear
 from veneer.ops.lowrank import LowRank
 
-__all__ = ["FullModule", "Layer", "LoraConv", "LoraEmbedding", "LoraExperts", "LoraLinear"]
-
 
 class Owner(Protocol):
     """What a layer asks of the attachment."""

@@ -25,23 +25,6 @@ from veneer.core.targets import base_modules
 from veneer.errors import AdapterError
 from veneer.ops.quantised import dequantised
 
-__all__ = [
-    "adapted_norm",
-    "change_problem",
-    "delta",
-    "exact_weights",
-    "from_matrix",
-    "low_rank_norm",
-    "merged_state",
-    "merged_weights",
-    "pair_matrix",
-    "parameter_changes",
-    "parameter_delta",
-    "parameter_shape",
-    "to_matrix",
-    "weight_of",
-]
-
 
 def _wide(t: Tensor) -> Tensor:
     """The values of `t` in the dtype sums are taken in: float64 if it is that already, else float32."""
@@ -77,7 +60,7 @@ def to_matrix(module: nn.Module, kind: PairKind, weight: Tensor) -> Tensor:
     return weight.transpose(-1, -2) if _flipped(module, kind) else weight
 
 
-def from_matrix(module: nn.Module, kind: PairKind, matrix: Tensor, shape: torch.Size) -> Tensor:
+def _from_matrix(module: nn.Module, kind: PairKind, matrix: Tensor, shape: torch.Size) -> Tensor:
     """The inverse of `to_matrix`."""
     return (matrix.transpose(-1, -2) if _flipped(module, kind) else matrix).reshape(shape)
 
@@ -135,7 +118,7 @@ def delta(module: nn.Module, pair: Pair, parameter: str | None = None) -> Tensor
         if pair.magnitude is not None:
             shape = weight.shape if pair.kind == "conv" else matrix.shape
             out = change_of(matrix.reshape(shape), out.reshape(shape), pair.magnitude)
-        return from_matrix(module, pair.kind, out, weight.shape)
+        return _from_matrix(module, pair.kind, out, weight.shape)
 
 
 def parameter_shape(module: nn.Module, key: str) -> tuple[int, ...]:
@@ -282,12 +265,12 @@ def exact_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Ite
                 yield twin, stored[twin].detach(), _wide(stored[twin].detach())
 
 
-def merged_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor]]:
+def _merged_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor]]:
     """(name, new weight) of `exact_weights`, rounded once to W's dtype."""
     for name, weight, total in exact_weights(model, mix):
         yield name, total.to(weight.dtype, copy=True)
 
 
 def merged_state(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> dict[str, Tensor]:
-    """All of `merged_weights` at once."""
-    return dict(merged_weights(model, mix))
+    """All of `_merged_weights` at once."""
+    return dict(_merged_weights(model, mix))

@@ -45,8 +45,6 @@ from veneer.core.truncate import (
 )
 from veneer.errors import AdapterError
 
-__all__ = ["METHODS", "Mixed", "MixedModule", "Weights", "mix", "mix_pairs", "strengthened"]
-
 METHODS = ("sum", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties", "orthogonal")
 _ENTRYWISE = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
 

@@ -31,8 +31,6 @@ from veneer.core.selection import Acting
 from veneer.errors import AdapterError
 from veneer.ops.lowrank import LowRank
 
-__all__ = ["CachedModule", "MixCache"]
-
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
 _VERSION = attrgetter("_version")
 

@@ -19,8 +19,6 @@ from torch import Tensor
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError
 
-__all__ = ["MAX_REPEATS", "Acting", "AdapterRows", "RowMixes", "Segment", "Selection", "run_apart"]
-
 Acting = tuple[tuple[Adapter, float], ...]
 """(adapter, strength) in order; the adapters are the attachment's own."""
 

@@ -24,18 +24,6 @@ from torch import nn
 from veneer.core.adapter import LoraSpec, PairKind
 from veneer.errors import TargetError, nearest
 
-__all__ = [
-    "Target",
-    "base_modules",
-    "expert_parameters",
-    "full_modules",
-    "kind_of",
-    "matches_per_pattern",
-    "resolve_targets",
-    "target_matches",
-    "token_embeddings",
-]
-
 ALL_LINEAR = "all-linear"
 
 

@@ -21,24 +21,6 @@ from torch import Tensor
 from veneer.core.adapter import Pair
 from veneer.errors import AdapterError
 
-__all__ = [
-    "Bound",
-    "Cut",
-    "distance",
-    "factors",
-    "inner",
-    "like",
-    "low_rank",
-    "rank_for",
-    "rebuilt",
-    "rounding",
-    "singular_values",
-    "stacked",
-    "thin_svd",
-    "truncate",
-    "truncated",
-]
-
 
 @dataclass(frozen=True)
 class Bound:

@@ -18,18 +18,6 @@ from pathlib import Path
 
 from veneer.errors import AdapterError, ResourceError
 
-__all__ = [
-    "Staged",
-    "as_veneer_errors",
-    "atomic_write",
-    "flush_folder",
-    "new_folder",
-    "put_folder",
-    "replace_file",
-    "stage",
-    "write_all",
-]
-
 
 @dataclass
 class Staged:
@@ -53,7 +41,7 @@ class Staged:
             self.temporary.unlink()
 
 
-def stage(path: str | Path, chunks: Iterable[bytes | memoryview]) -> Staged:
+def _stage(path: str | Path, chunks: Iterable[bytes | memoryview]) -> Staged:
     """Write a file's bytes beside `path` without touching it, so that several files can be staged (all the space they
     need taken) before the first one is replaced. Errors as `atomic_write`."""
     path = Path(path)
@@ -68,7 +56,7 @@ def atomic_write(path: str | Path, chunks: Iterable[bytes | memoryview]) -> None
 
     After any failure the old file is untouched and nothing is left behind. ResourceError when the disk is full,
     AdapterError for any other refusal."""
-    stage(path, chunks).commit()
+    _stage(path, chunks).commit()
 
 
 def replace_file(path: str | Path, chunks: Iterable[bytes | memoryview], *, mode: int = 0o666) -> None:
@@ -165,7 +153,7 @@ def put_folder(folder: Path, contents: Mapping[str, list[bytes | memoryview]], *
     staged: list[Staged] = []
     try:
         for name in contents:
-            staged.append(stage(folder / name, contents[name]))
+            staged.append(_stage(folder / name, contents[name]))
         for one in sorted(staged, key=lambda s: s.path.name == last):
             one.commit()
     finally:

@@ -29,16 +29,14 @@ from veneer.files.safetensors import MAX_TENSORS, name_problem
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["GgufEntry", "GgufFile", "SkippedArray", "read_gguf_file", "write_gguf_file"]
-
 MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
 MAX_TEXT, MAX_TEXTS = 16 << 20, 1 << 22
-LONG_ARRAY = 4096
+_LONG_ARRAY = 4096
 """Entries, more than any array has that is not a tokenizer's."""
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
 DTYPES = {0: "float32", 1: "float16", 28: "float64", 30: "bfloat16"}
-NUMPY = {0: "f4", 1: "f2", 24: "i1", 25: "i2", 26: "i4", 27: "i8", 28: "f8"}
+_NUMPY = {0: "f4", 1: "f2", 24: "i1", 25: "i2", 26: "i4", 27: "i8", 28: "f8"}
 """numpy's dtype of what is stored as plain numbers."""
 
 
@@ -75,10 +73,10 @@ class GgufFile:
     def raw(self, name: str) -> np.ndarray:
         """A tensor as it lies in the file: its numbers, or the bytes of its blocks, row by row (…, bytes of a row)."""
         entry = self.entries[name]
-        dtype = np.dtype(NUMPY.get(entry.type, "u1")).newbyteorder("<")
+        dtype = np.dtype(_NUMPY.get(entry.type, "u1")).newbyteorder("<")
         count = (entry.end - entry.begin) // dtype.itemsize
         flat = np.frombuffer(self.data, dtype=dtype, count=count, offset=entry.begin)
-        return flat.reshape(entry.shape if entry.type in NUMPY else (*entry.shape[:-1], -1))
+        return flat.reshape(entry.shape if entry.type in _NUMPY else (*entry.shape[:-1], -1))
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as stored, float32, float16 or bfloat16; a quantised one dequantised to float32."""
@@ -162,7 +160,7 @@ class _Cursor:
         raise self.fail(f"an array of {'absurdly many texts' if inner == TEXT else f'type {inner}'}")
 
     def _whole(self, n: int) -> bool:
-        return self.long_arrays or n <= LONG_ARRAY
+        return self.long_arrays or n <= _LONG_ARRAY
 
     def _texts(self, n: int) -> list[str] | SkippedArray:
         """As `text` for each, in one pass: a vocabulary has hundreds of thousands."""

@@ -33,8 +33,6 @@ from veneer.files.safetensors import Header, encode_tensors, packed_header, read
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["HashCheck", "Hashes", "hashes", "sealed", "short_hash", "verify_hashes"]
-
 WINDOW = (0x100000, 0x110000)
 _CHUNK = 1 << 20
 

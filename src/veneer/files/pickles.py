@@ -22,8 +22,6 @@ from torch import Tensor
 from veneer.errors import AdapterError, UnsafeFileError
 from veneer.files.safetensors import name_problem
 
-__all__ = ["read_pickle"]
-
 MAX_TENSORS, MAX_DEPTH = 100_000, 6
 _WRAPPERS = ("state_dict", "model_state_dict", "lora_state_dict")
 

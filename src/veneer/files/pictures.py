@@ -13,8 +13,6 @@ from veneer.errors import DataError, nearest
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["opened_picture"]
-
 
 @contextmanager
 def opened_picture(path: str | Path) -> Iterator[tuple[Image, bytes]]:

@@ -28,30 +28,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = [
-    "BITS",
-    "MAX_TENSORS",
-    "PICKLE_FIX",
-    "PICKLE_SUFFIXES",
-    "Header",
-    "HeaderEntry",
-    "encode_tensors",
-    "name_problem",
-    "packed_header",
-    "read_header",
-    "read_tensors",
-    "strict_json",
-    "write_tensors",
-]
-
-MAX_HEADER_BYTES = 100 << 20
+_MAX_HEADER_BYTES = 100 << 20
 MAX_TENSORS = 500_000
 """Twice what a pair for every expert of the largest mixtures there are comes to (384 experts, 61 layers, alphas)."""
 MAX_METADATA, MAX_METADATA_BYTES = 10_000, 32 << 20
 """Entries, and bytes of the JSON: training statistics and a thumbnail come to a few MB."""
-MAX_NAME_LENGTH = 1024
-MAX_DIMENSIONS = 16
-_LONGEST_ENTRY = MAX_NAME_LENGTH + 512
+_MAX_NAME_LENGTH = 1024
+_MAX_DIMENSIONS = 16
+_LONGEST_ENTRY = _MAX_NAME_LENGTH + 512
 """Bytes of JSON, about, that one tensor needs at most."""
 
 DTYPES = {
@@ -77,7 +61,7 @@ NAMES = {name: kind for kind, name in DTYPES.items()}
 BITS = {kind: 8 if kind == "BOOL" else int(re.search(r"\d+", kind)[0]) for kind in DTYPES}  # type: ignore[index]
 """Bits of one value, by the file's word for its dtype, of those that are read as tensors."""
 
-OTHER_MAGIC = {
+_OTHER_MAGIC = {
     b"\x89PNG": "a PNG picture",
     b"\xff\xd8\xff": "a JPEG picture",
     b"RIFF": "a WebP picture, or other media",
@@ -182,8 +166,8 @@ def _checked(fd: int, path: Path, bits: Mapping[str, int] = BITS) -> Header:
             where=where,
             fix="download or copy the file again",
         )
-    if length > MAX_HEADER_BYTES:
-        raise UnsafeFileError(f"the header claims {length:,} bytes; the limit is {MAX_HEADER_BYTES:,}", where=where)
+    if length > _MAX_HEADER_BYTES:
+        raise UnsafeFileError(f"the header claims {length:,} bytes; the limit is {_MAX_HEADER_BYTES:,}", where=where)
     raw = os.pread(fd, length, 8)
     if not raw.startswith(b"{"):
         raise UnsafeFileError("the header does not start with '{': not a safetensors file", where=where)
@@ -249,7 +233,7 @@ def _refuse_other_formats(start: bytes, size: int, where: str) -> None:
         )
     if start.startswith(b"GGUF"):
         raise AdapterError("the file is GGUF, not safetensors", where=where, fix="give it its right name, with .gguf")
-    if other := next((what for magic, what in OTHER_MAGIC.items() if start.startswith(magic)), None):
+    if other := next((what for magic, what in _OTHER_MAGIC.items() if start.startswith(magic)), None):
         raise AdapterError(f"the file is {other}, not tensors", where=where, fix="give the file of the adapter itself")
     if size < 10:
         raise UnsafeFileError(f"only {size} bytes: too short for a safetensors file", where=where)
@@ -290,8 +274,8 @@ def _check_table(table: Any, bits: Mapping[str, int], *, data_start: int, size: 
 
 def name_problem(name: str) -> str | None:
     """Why no tensor is called this, or None."""
-    if not name or len(name) > MAX_NAME_LENGTH:
-        return f"a tensor's name has 1 to {MAX_NAME_LENGTH} characters"
+    if not name or len(name) > _MAX_NAME_LENGTH:
+        return f"a tensor's name has 1 to {_MAX_NAME_LENGTH} characters"
     if any(ord(c) < 32 or ord(c) == 127 for c in name):
         return "control characters in a name"
     if "/" in name or "\\" in name or ".." in name or name.startswith(".") or name.endswith("."):
@@ -311,8 +295,8 @@ def _entry(value: Any, bits: Mapping[str, int]) -> HeaderEntry | str:
     if not isinstance(kind, str) or kind not in bits:
         return f"dtype {str(kind)[:40]!r} is not one of {', '.join(bits)}"
     shape, offsets = value["shape"], value["data_offsets"]
-    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        return f"shape {str(shape)[:60]} is not a list of at most {MAX_DIMENSIONS} sizes"
+    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
+        return f"shape {str(shape)[:60]} is not a list of at most {_MAX_DIMENSIONS} sizes"
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return f"data_offsets {str(offsets)[:60]} is not [begin, end]"
     if math.prod(n for n in shape if n) >= 1 << 60:

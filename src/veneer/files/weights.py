@@ -26,21 +26,6 @@ from veneer.files.safetensors import BITS, PICKLE_FIX, Header, HeaderEntry, read
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "COMPONENT_STEMS",
-    "Checkpoint",
-    "StoredTensor",
-    "checkpoint_parts",
-    "component_files",
-    "digests",
-    "file_table",
-    "pickles_refused",
-    "shards_of",
-    "stored_dtype",
-    "tensor_table",
-    "weight_files",
-]
-
 _BITS = {**BITS, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 """Whatever a safetensors file may hold: what cannot be computed with is the loader's to say."""
 COMPONENT_STEMS = ("diffusion_pytorch_model", "model")
@@ -73,15 +58,15 @@ def weight_files(base: Path) -> list[Path]:
         return [base]
     index = base / "model.safetensors.index.json"
     if index.exists():
-        return shards_of(index)
+        return _shards_of(index)
     files = sorted(base.glob("model*.safetensors")) or sorted(base.glob("*.safetensors"))
     files = [f for f in files if not f.name.startswith("adapter_")]
     if files:
         return files
-    raise pickles_refused(base)
+    raise _pickles_refused(base)
 
 
-def shards_of(index: Path) -> list[Path]:
+def _shards_of(index: Path) -> list[Path]:
     """The files that an index of shards names, all beside it. Raises BaseError where it cannot be read or one is
     missing."""
     try:
@@ -106,13 +91,13 @@ def component_files(folder: Path) -> tuple[list[Path], str]:
         for stem in COMPONENT_STEMS:
             index = folder / f"{stem}.safetensors.index{variant}.json"
             if index.exists():
-                return shards_of(index), variant.removeprefix(".")
+                return _shards_of(index), variant.removeprefix(".")
             if (folder / f"{stem}{variant}.safetensors").exists():
                 return [folder / f"{stem}{variant}.safetensors"], variant.removeprefix(".")
-    raise pickles_refused(folder)
+    raise _pickles_refused(folder)
 
 
-def pickles_refused(folder: Path) -> BaseError:
+def _pickles_refused(folder: Path) -> BaseError:
     """The error for a folder without safetensors: its weights are pickles, or there are none."""
     pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt"), *folder.glob("*.ckpt")])
     if pickles:

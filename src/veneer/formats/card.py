@@ -20,12 +20,10 @@ from veneer.core.adapter import Adapter, Card
 from veneer.errors import AdapterError
 from veneer.files.safetensors import strict_json
 
-__all__ = ["CARD_FILE", "README_FILE", "CardFile", "card_bytes", "file_digest", "is_ours", "read_card", "readme_bytes"]
-
 CARD_FILE = "veneer.json"
 README_FILE = "README.md"
-VERSION = 1
-MAX_CARD_BYTES = 16 << 20
+_VERSION = 1
+_MAX_CARD_BYTES = 16 << 20
 MARK = (
     "<!-- written by veneer: edit freely, and remove this line to keep your edits when the adapter is saved again -->"
 )
@@ -52,7 +50,7 @@ def file_digest(data: Path | bytes) -> str:
 
 def card_bytes(card: Card, *, digest: str = "", files: Mapping[str, str] | None = None) -> bytes:
     """`veneer.json`. Raises AdapterError for anything in the card that JSON cannot hold."""
-    body = {"veneer": VERSION, "digest": digest, "files": dict(files or {}), **card.to_dict()}
+    body = {"veneer": _VERSION, "digest": digest, "files": dict(files or {}), **card.to_dict()}
     try:
         text = json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -65,7 +63,7 @@ def read_card(folder: str | Path) -> CardFile:
     path = Path(folder) / CARD_FILE
     where = str(path)
     try:
-        if path.stat().st_size > MAX_CARD_BYTES:
+        if path.stat().st_size > _MAX_CARD_BYTES:
             raise AdapterError(f"{path.stat().st_size:,} bytes are too many for a card", where=where)
         raw = strict_json(path.read_bytes(), where=where)
     except OSError as error:
@@ -74,8 +72,8 @@ def read_card(folder: str | Path) -> CardFile:
         raise AdapterError("the card is not a JSON object", where=where)
     version, digest, files = raw.pop("veneer", None), raw.pop("digest", ""), raw.pop("files", {})
     problems = []
-    if version != VERSION:
-        problems.append(f"veneer = {version!r}: this veneer reads cards of version {VERSION}")
+    if version != _VERSION:
+        problems.append(f"veneer = {version!r}: this veneer reads cards of version {_VERSION}")
     if not isinstance(digest, str):
         problems.append(f"digest = {digest!r}: text is expected")
     if not isinstance(files, dict) or not all(isinstance(v, str) for v in files.values()):

@@ -17,8 +17,6 @@ from veneer.core.adapter import Adapter, Pair
 from veneer.core.forms import BASED, Delta, product_of
 from veneer.core.truncate import distance, factors
 
-__all__ = ["TOLERANCE", "Refusals", "differences", "relative_error"]
-
 TOLERANCE = 1e-6
 Refusals = defaultdict[str, list[str]]
 """Why something cannot be written, and the way out -> the modules it is true of."""

@@ -58,13 +58,11 @@ from veneer.formats.servers import (
 from veneer.formats.tensors import check_finite
 from veneer.formats.topology import Family, families
 
-__all__ = ["TARGETS", "EncodedAdapter", "WriteReport", "encode", "target_of", "write"]
-
 TARGETS = ("peft", "kohya", "diffusers", "comfyui", "gguf", "vllm", "tgi")
 
-WORDS = "a list of numbered pairs (unet:0:up) holds them; --without-words writes all else"
-FOLDERS = ("peft", "vllm", "tgi")
-PIPELINES = ("kohya", "diffusers", "comfyui")
+_WORDS = "a list of numbered pairs (unet:0:up) holds them; --without-words writes all else"
+_FOLDERS = ("peft", "vllm", "tgi")
+_PIPELINES = ("kohya", "diffusers", "comfyui")
 
 
 def target_of(out: str | Path, like: str = "") -> str:
@@ -72,7 +70,7 @@ def target_of(out: str | Path, like: str = "") -> str:
     it is made from (`like`) if that is one, else kohya's, which most tools read; what ends in .gguf is llama.cpp's."""
     ending = Path(out).suffix
     if ending == ".safetensors":
-        return like if like in PIPELINES else "kohya"
+        return like if like in _PIPELINES else "kohya"
     return "gguf" if ending == ".gguf" else "peft"
 
 
@@ -144,7 +142,7 @@ def write(
     path = Path(out)
     meant, notes = _meant(adapter, to, dtype)
     _check_name(path, to)
-    name = path.name if to in FOLDERS else path.stem
+    name = path.name if to in _FOLDERS else path.stem
     if to == "gguf":
         staged = Staged(path.with_name(f".{path.name}.{secrets.token_hex(6)}.gguf"), path)
         try:
@@ -155,7 +153,7 @@ def write(
             staged.discard()
     else:
         done = _encode(meant, to, family, metadata or {}, name, notes, layers)
-        if to in FOLDERS:
+        if to in _FOLDERS:
             folder = peft.write_folder(done.written, path, digest=_folder_digest(meant, done))
             files, notes = folder.files, [*done.encoded.notes, *folder.notes]
             return WriteReport(path, to, done.family, folder.digest, files, None, _ranks(done), notes)
@@ -167,7 +165,7 @@ def write(
 
 def _check_name(path: Path, to: str) -> None:
     """Readers choose by the ending; and a folder in a file's place would have to be removed."""
-    ending = "" if to in FOLDERS else ".gguf" if to == "gguf" else ".safetensors"
+    ending = "" if to in _FOLDERS else ".gguf" if to == "gguf" else ".safetensors"
     if ending and path.suffix != ending:
         raise AdapterError(f"{to} is one file, called …{ending}", where=str(path), fix=f"{path.name}{ending}")
     if ending and path.is_dir():
@@ -222,7 +220,7 @@ def _advised(meant: Adapter, to: str, family: str | None, make: Callable[[], _Do
 def _elsewhere(meant: Adapter, to: str, family: str | None) -> str:
     """Which other layouts hold the adapter whole: those are advised that were tried."""
     held = []
-    for other in ("peft", *PIPELINES, "vllm"):
+    for other in ("peft", *_PIPELINES, "vllm"):
         try:
             if other != to:
                 _encoded(meant, other, family, {}, "adapter", [], None)
@@ -240,7 +238,7 @@ def _encoded(
     meant: Adapter, to: str, family: str | None, metadata: Mapping[str, str], name: str, notes: list[str],
     layers: int | None,
 ) -> _Done:  # fmt: skip
-    if to in PIPELINES:
+    if to in _PIPELINES:
         return _for_pipelines(meant, to, _family(meant, family, to), metadata, name, notes)
     if to == "peft":
         refused: Refusals = defaultdict(list)
@@ -398,7 +396,7 @@ def _for_pipelines(
     for module in meant.token_rows:
         refused["rows of embeddings have no place in such a file; merge it into the base"].append(module)
     for module in meant.new_tokens:
-        refused[f"learned words have no place in such a file; {WORDS}"].append(module)
+        refused[f"learned words have no place in such a file; {_WORDS}"].append(module)
     extra: dict[str, str] = {}
     if to == "diffusers":
         leaves = _own_ranks(leaves, family)

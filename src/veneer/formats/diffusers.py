@@ -33,8 +33,6 @@ from veneer.formats.names import component_of
 from veneer.formats.peft import PREFIX, encode_folder
 from veneer.formats.topology import Family
 
-__all__ = ["LOADABLE", "diffusers_tensors"]
-
 LOADABLE: dict[str, tuple[str, ...]] = {
     "anima": ("transformer", "text_conditioner"),
     "sd15": ("unet", "text_encoder"),
@@ -46,10 +44,10 @@ LOADABLE: dict[str, tuple[str, ...]] = {
 }
 """The components into which a family's pipeline loads an adapter; of other families only the transformer."""
 
-SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora")
-NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
-ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
-ELSEWHERE = "merge it into the base"
+_SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora")
+_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+_ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
+_ELSEWHERE = "merge it into the base"
 
 
 def diffusers_tensors(
@@ -80,7 +78,7 @@ def diffusers_tensors(
 
 
 def _is_norm(module: str, leaf: Leaf, family: Family) -> bool:
-    known = family.name == "flux1" and module.rpartition(".")[2] in NORMS
+    known = family.name == "flux1" and module.rpartition(".")[2] in _NORMS
     return known and set(leaf.full) == {"weight"} and leaf.pair is None and not leaf.deltas
 
 
@@ -90,27 +88,27 @@ def _are_sayable(own: Mapping[str, Leaf], component: str, refused: Refusals) -> 
     for module, leaf in own.items():
         for parameter, delta in leaf.deltas.items():
             if not _is_lora_bias(leaf, parameter, delta):
-                refused[f"diffusers drops a {delta.form} change of the {parameter}; {ELSEWHERE}"].append(module)
+                refused[f"diffusers drops a {delta.form} change of the {parameter}; {_ELSEWHERE}"].append(module)
         if leaf.full:
             refused["diffusers drops whole new weights; merge it into the base"].append(module)
         if leaf.pair is not None and leaf.pair.kind not in ("linear", "conv"):
             refused[f"diffusers loads no pair of {leaf.pair.kind}; merge it into the base"].append(module)
         if leaf.pair is not None and leaf.pair.magnitude is not None and leaf.pair.magnitude.ndim > 1:
-            refused[f"PEFT and so diffusers know no magnitude of the inputs; {ELSEWHERE}"].append(module)
+            refused[f"PEFT and so diffusers know no magnitude of the inputs; {_ELSEWHERE}"].append(module)
     pairs = {m: leaf for m, leaf in own.items() if leaf.pair is not None}
     with_dora = {m for m, leaf in pairs.items() if leaf.pair is not None and leaf.pair.magnitude is not None}
     if with_dora and with_dora != set(pairs):
         what = f"DoRA is one switch for the whole {component}, and this has no magnitude"
-        refused[f"{what}; {ELSEWHERE}"] += sorted(set(pairs) - with_dora)
+        refused[f"{what}; {_ELSEWHERE}"] += sorted(set(pairs) - with_dora)
     biased = {m for m, leaf in pairs.items() if "bias" in leaf.deltas}
     if biased and biased != set(pairs):
         what = f"lora_bias is one switch for the whole {component}, and this has no change of the bias"
-        refused[f"{what}; {ELSEWHERE}"] += sorted(set(pairs) - biased)
+        refused[f"{what}; {_ELSEWHERE}"] += sorted(set(pairs) - biased)
     if biased and with_dora:
-        refused[f"PEFT allows no change of a bias beside DoRA; {ELSEWHERE}"] += sorted(biased)
-    if component.startswith("text_encoder") and pairs and not any(m.endswith(ATTENTION) for m in pairs):
+        refused[f"PEFT allows no change of a bias beside DoRA; {_ELSEWHERE}"] += sorted(biased)
+    if component.startswith("text_encoder") and pairs and not any(m.endswith(_ATTENTION) for m in pairs):
         what = f"diffusers fails on a {component} without pairs in its attention"
-        refused[f"{what}; {ELSEWHERE}"] += sorted(pairs)
+        refused[f"{what}; {_ELSEWHERE}"] += sorted(pairs)
     return sum(map(len, refused.values())) == before
 
 
@@ -141,7 +139,7 @@ def _component(
             pairs[name] = leaf.pair
         deltas |= {f"{name}.{parameter}": delta for parameter, delta in leaf.deltas.items()}
     config, tensors = encode_folder(Adapter(pairs, deltas=deltas), base=[short(m) for m in known])
-    settings = {key: config[key] for key in SETTINGS}
+    settings = {key: config[key] for key in _SETTINGS}
     if config.get("lora_bias"):
         settings["lora_bias"] = True
     if component.startswith("text_encoder"):

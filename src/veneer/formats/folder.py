@@ -7,8 +7,6 @@ from pathlib import Path
 from veneer.errors import AdapterError, UnsafeFileError
 from veneer.files.safetensors import PICKLE_SUFFIXES
 
-__all__ = ["CONFIG_FILE", "TENSOR_FILE", "tensor_file"]
-
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
 _PREFERRED = (TENSOR_FILE, "pytorch_lora_weights.safetensors")

@@ -28,8 +28,6 @@ from veneer.core.forms import Delta
 from veneer.errors import AdapterError
 from veneer.formats.topology import RowRange
 
-__all__ = ["join", "split", "swap_halves", "trimmed"]
-
 T = TypeVar("T", bound=Pair | Delta)
 
 

@@ -27,8 +27,6 @@ from veneer.errors import AdapterError, nearest
 from veneer.files.gguf import read_gguf_file, write_gguf_file
 from veneer.formats.tensors import check_finite
 
-__all__ = ["GGUF_ARCHITECTURES", "GgufAdapter", "read_gguf", "write_gguf"]
-
 GGUF_ARCHITECTURES: dict[str, bool] = {
     **{"llama": True, "qwen2": False, "qwen3": False, "gemma": False, "gemma2": False, "gemma3": False},
 }

@@ -31,16 +31,6 @@ from typing import TypeVar
 
 from veneer.errors import AdapterError, nearest
 
-__all__ = [
-    "FORMATS",
-    "REFUSED",
-    "ROLES",
-    "detect_format",
-    "named_adapters",
-    "one_adapter",
-    "split_key",
-]
-
 ROLES: dict[str, str] = {
     "A": r"lora_A(?:\.[^.]+)?\.weight|(?:lora_|lora\.|lora_linear_layer\.)?down\.weight|down",
     "B": r"lora_B(?:\.[^.]+)?\.weight|(?:lora_|lora\.|lora_linear_layer\.)?up\.weight|up",

@@ -33,11 +33,9 @@ from veneer.formats.fused import join, swap_halves
 from veneer.formats.leaves import Leaf, write_leaf
 from veneer.formats.topology import DENOISERS, Family, ModulePlace, flat
 
-__all__ = ["kohya_tensors"]
-
 T = TypeVar("T", bound=Pair | Delta)
 
-DIFFUSERS_NAMED = ("sd15", "sd2", "qwen-image", "z-image")
+_DIFFUSERS_NAMED = ("sd15", "sd2", "qwen-image", "z-image")
 """Families that sd-scripts and musubi-tuner name as diffusers does."""
 
 _CLIP_2 = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
@@ -92,7 +90,7 @@ def _foreign_leaves(
             out[text[component] + flat(rest)] = leaf, (module,)
         else:
             out[f"text_encoders.{text[component]}.transformer.{rest}"] = leaf, (module,)
-    if to == "kohya" and family.name in DIFFUSERS_NAMED:
+    if to == "kohya" and family.name in _DIFFUSERS_NAMED:
         out |= {"lora_unet_" + flat(m.partition(".")[2]): (leaf, (m,)) for m, leaf in denoiser.items()}
         return out
     for name, found in _originals(denoiser, family, refused).items():

@@ -35,16 +35,6 @@ from veneer.core.forms import Delta, part_problems
 from veneer.errors import AdapterError
 from veneer.formats.keys import REFUSED, ROLES
 
-__all__ = [
-    "MAX_RANK",
-    "Leaf",
-    "fitted",
-    "leaves_of",
-    "read_leaf",
-    "widened",
-    "write_leaf",
-]
-
 MAX_RANK = 1 << 16
 
 _ROLE = [(role, re.compile(pattern)) for role, pattern in ROLES.items()]

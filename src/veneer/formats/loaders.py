@@ -27,8 +27,6 @@ from veneer.formats.keys import split_key
 from veneer.formats.names import choose_family
 from veneer.formats.topology import Family, flat
 
-__all__ = ["own_names", "unreachable"]
-
 _LOADERS = {"peft": "PEFT", "vllm": "vLLM", "tgi": "TGI", "kohya": "sd-scripts", "comfyui": "ComfyUI"}
 _PEFT_KEY = re.compile(
     r"(?P<module>.+?)(\.base_layer)*\.(lora_[AB]\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?"
@@ -39,7 +37,7 @@ _FLAT = {"sd15", "sd2", "qwen-image", "z-image"}
 _T5 = {"flux1": "text_encoder_2", "sd3": "text_encoder_3", "sd3-large": "text_encoder_3"}
 
 
-def own_names(modules: Iterable[str]) -> dict[str, str]:
+def _own_names(modules: Iterable[str]) -> dict[str, str]:
     """Canonical name -> the name in its own class, to which PEFT would attach it. Only where one image family has every
     module is a component taken off: the same condition under which the reader puts it on. (No language model calls
     anything `unet`.)"""
@@ -55,7 +53,9 @@ def unreachable(modules: Collection[str], keys: Iterable[str], to: str, family: 
     `modules` that is meant and that its loader finds nothing for. `family`: of an image model's targets."""
     loader = _LOADERS.get(to, to)
     if family is None:
-        asked: Mapping[str, Collection[str]] = {f"base_model.model.{own}": [m] for m, own in own_names(modules).items()}
+        asked: Mapping[str, Collection[str]] = {
+            f"base_model.model.{own}": [m] for m, own in _own_names(modules).items()
+        }
         texts = {_module_of(key, asked) for key in keys}
     else:
         asked = _asked(family, to)

@@ -20,18 +20,6 @@ from typing import Any
 from veneer.core.adapter import Card
 from veneer.errors import AdapterError
 
-__all__ = [
-    "MODELSPEC_ARCHITECTURES",
-    "card_from_metadata",
-    "family_in_metadata",
-    "json_value",
-    "metadata_of",
-    "pack_configs",
-    "training_metadata",
-    "trigger_words",
-    "unpack_configs",
-]
-
 SAI, BFL = "https://github.com/Stability-AI/generative-models", "https://github.com/black-forest-labs/flux"
 MODELSPEC_ARCHITECTURES: dict[str, tuple[str, str, str]] = {
     "sd15": ("stable-diffusion-v1", "diffusers", "sd_v1"),
@@ -73,13 +61,13 @@ _SAID = (
 )
 _BULKY = {"ss_tag_frequency", "ss_datasets", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_bucket_info"}
 _TEXTS = ("title", "author", "description", "usage_hint", "tags", "prediction_type", "thumbnail")
-MAX_JSON = 32 << 20
+_MAX_JSON = 32 << 20
 
 
 def json_value(metadata: Mapping[str, str], key: str) -> Any:
     """The value of a key that holds JSON, or None where it does not; sd-scripts' statistics may hold NaN."""
     text = metadata.get(key, "")
-    if not text or len(text) > MAX_JSON:
+    if not text or len(text) > _MAX_JSON:
         return None
     try:
         return json.loads(text)

@@ -27,8 +27,6 @@ from veneer.core.adapter import Pair
 from veneer.errors import AdapterError
 from veneer.formats.structure import Structure
 
-__all__ = ["fuse", "unpacked"]
-
 _LEAF = "gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3"
 _ONE = re.compile(rf"(?P<module>.+\.experts)\.(?P<index>\d{{1,6}})\.(?P<leaf>{_LEAF})")
 _PACKED = re.compile(rf"(?P<module>.+\.experts)\.(?P<leaf>{_LEAF})\.lora_(?P<half>[AB])\.weight")

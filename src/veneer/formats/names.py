@@ -26,8 +26,6 @@ from functools import cache
 
 from veneer.formats.topology import DENOISERS, Family, ModulePlace, families, flat, strangers
 
-__all__ = ["FamilyChoice", "choose_family", "component_of", "has_image_names", "lookup", "near"]
-
 _DENOISER_FLAT = ("lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_")
 _DENOISER_DOTTED = ("model.diffusion_model.", "diffusion_model.")
 _XLABS = {
@@ -174,7 +172,7 @@ def _sorted(name: str) -> list[str]:
     return sorted(_table(name))
 
 
-Shape = tuple[int, int]
+_Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -213,7 +211,7 @@ _OTHER_DEPTHS = {"flux2": {"transformer_blocks": {5}, "single_transformer_blocks
 
 
 def choose_family(
-    shapes: Mapping[str, Shape | None], claim: str | None = None, wanted: str | None = None
+    shapes: Mapping[str, _Shape | None], claim: str | None = None, wanted: str | None = None
 ) -> FamilyChoice:
     """`shapes`: module text -> (out, in) of its weight where known. `claim`: what the metadata says. `wanted`: the
     family of the base that the adapter is to act on.
@@ -288,9 +286,9 @@ def has_image_names(texts: Iterable[str]) -> bool:
     return any(ours.fullmatch(text) for text in texts)
 
 
-def _shown(shapes: Mapping[str, Shape | None], most: int = 4) -> str:
+def _shown(shapes: Mapping[str, _Shape | None], most: int = 4) -> str:
     """Each kind of name with its weights' shapes, and how many there are."""
-    by: dict[str, list[Shape | None]] = defaultdict(list)
+    by: dict[str, list[_Shape | None]] = defaultdict(list)
     for text, shape in shapes.items():
         by[_kind(text)].append(shape)
     told = [f"{len(own)} {kind} {next((s for s in own if s), '')}".strip() for kind, own in sorted(by.items())]
@@ -307,8 +305,8 @@ def _share(family: Family, found: Collection[tuple[ModulePlace, ...]]) -> float:
 def _fits(
     name: str,
     found: Mapping[str, tuple[ModulePlace, ...]],
-    wide: Mapping[str, Shape | None],
-    shapes: Mapping[str, Shape | None],
+    wide: Mapping[str, _Shape | None],
+    shapes: Mapping[str, _Shape | None],
 ) -> bool:
     """Whether nothing that is known of the family's shapes and depth speaks against it. `wide`: those of `shapes` whose
     widths may count."""
@@ -319,7 +317,7 @@ def _fits(
     return shaped and _depth(_all()[name], found.values())
 
 
-def _width(name: str, module: str, shape: Shape | None) -> bool | None:
+def _width(name: str, module: str, shape: _Shape | None) -> bool | None:
     """Whether a weight's inputs are as many as the official model's; None where they are not known."""
     if shape is None:
         return None
@@ -341,7 +339,7 @@ _PROPORTIONS = {
 """out : in of the modules that have BFL's names in both families."""
 
 
-def _ratio(name: str, text: str, shape: Shape | None) -> bool | None:
+def _ratio(name: str, text: str, shape: _Shape | None) -> bool | None:
     """Whether a weight's proportions are the family's; None where they are not known."""
     match = re.search(r"(linear[12]|mlp[._][02])$", text)
     want = _PROPORTIONS.get(name, {}).get(match[1].replace("_", ".")) if match else None

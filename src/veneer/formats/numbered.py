@@ -19,8 +19,6 @@ from veneer.errors import AdapterError
 from veneer.formats.metadata import json_value
 from veneer.formats.topology import Family, families
 
-__all__ = ["TOKEN_EMBEDDING", "is_list", "list_modules", "list_words"]
-
 TOKEN_EMBEDDING = "text_encoder.text_model.embeddings.token_embedding"
 _KEY = re.compile(r"(unet|text_encoder):(\d{1,6}):(up|down)")
 _ATTENTION = {"CrossAttention", "Attention"}

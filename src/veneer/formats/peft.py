@@ -56,24 +56,9 @@ from veneer.formats.structure import Structure, structure_of
 from veneer.formats.tensors import check_finite, read_adapter_tensors
 from veneer.formats.wrappers import Renaming, renaming
 
-__all__ = [
-    "CONFIG_FILE",
-    "TENSOR_FILE",
-    "BaseLike",
-    "FolderReport",
-    "PeftAdapter",
-    "PeftFolder",
-    "encode_folder",
-    "interpret",
-    "load_folder",
-    "open_folder",
-    "read_folder",
-    "write_folder",
-]
-
 PREFIX = "base_model.model."
-EMBEDDINGS = ("embed_tokens", "lm_head")
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_EMBEDDINGS = ("embed_tokens", "lm_head")
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 SUFFIXES = {
     ".lora_A.weight": "A",
@@ -254,7 +239,7 @@ class _Reader:
             )
         for key in sorted(set(tensors) - set(stray)):
             tensor, path = tensors[key], key.removeprefix(PREFIX)
-            if tensor.dtype not in FLOATS:
+            if tensor.dtype not in _FLOATS:
                 self.problems.append(f"{key} {tuple(tensor.shape)}: dtype {tensor.dtype} cannot hold weights")
                 continue
             suffix = next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.endswith(s)), None)
@@ -354,7 +339,7 @@ class _Reader:
     # -- biases, full copies, token rows, copies of embeddings ---------------------------------------------------------
 
     def _trained_biases(self, copies: dict[str, Tensor], rest: dict[str, Tensor]) -> None:
-        found = trained_biases(self.config, copies, rest, self.pairs, self.problems, self.notes)
+        found = _trained_biases(self.config, copies, rest, self.pairs, self.problems, self.notes)
         self.problems += [f"{n}: lora_bias and a trained bias at once" for n in sorted(set(found) & set(self.deltas))]
         self.deltas |= found
 
@@ -368,7 +353,7 @@ class _Reader:
             if owner is not None:
                 used |= {e for e in entries if owner.endswith(e)}
             elif owners and (
-                parts[-2] in EMBEDDINGS or owners[-1] in (self.base.input_embedding, self.base.output_embedding)
+                parts[-2] in _EMBEDDINGS or owners[-1] in (self.base.input_embedding, self.base.output_embedding)
             ):
                 owner = owners[-1]
                 self.notes.append(
@@ -546,7 +531,7 @@ class _Reader:
 _WITHIN = re.compile(r"(.+)\.(modules_to_save|original_module)\.((?:.+\.)?bias)")
 
 
-def trained_biases(
+def _trained_biases(
     config: PeftConfig,
     copies: dict[str, Tensor],
     rest: dict[str, Tensor],
@@ -581,13 +566,13 @@ def trained_biases(
     return {path: Delta("replacement", {"value": value}, tuple(value.shape)) for path, value in found.items()}
 
 
-def bias_switch(adapter: Adapter) -> str:
+def _bias_switch(adapter: Adapter) -> str:
     """What `bias` has to be for PEFT to load the adapter's trained biases."""
     owners = {name.removesuffix(".bias") for name, d in adapter.deltas.items() if d.form == "replacement"}
     return "none" if not owners else "lora_only" if owners <= set(adapter.pairs) else "all"
 
 
-def bias_problems(name: str, delta: Delta) -> list[str]:
+def _bias_problems(name: str, delta: Delta) -> list[str]:
     """What keeps a replacement from being one of PEFT's trained biases."""
     if not name.endswith(".bias") or len(delta.shape) != 1:
         return [f"{name}: PEFT trains whole biases, and no other parameter so; merge it into the base"]
@@ -597,7 +582,7 @@ def bias_problems(name: str, delta: Delta) -> list[str]:
     return []
 
 
-def bias_tensors(adapter: Adapter) -> dict[str, Tensor]:
+def _bias_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """Path -> the new values, as PEFT stores them."""
     out = {}
     for name, delta in adapter.deltas.items():
@@ -617,8 +602,8 @@ def bias_tensors(adapter: Adapter) -> dict[str, Tensor]:
 # Both layouts of B have the same shapes, and Unsloth puts no version into its files: since that day it writes
 # `lora_B_layout` into the configuration.
 
-EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
-SWAPPED_SINCE = (0, 19, 1)
+_EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+_SWAPPED_SINCE = (0, 19, 1)
 """The first PEFT that lays out 3-d parameters as formats/peft.py says."""
 
 
@@ -640,7 +625,7 @@ class ExpertReader:
         if self.base.detailed:
             own = [key[len(name) + 1 :] for key in self.base.shapes if key.startswith(f"{name}.")]
             return [p for p in own if p in found]
-        known = [p for p in EXPERT_ORDER if p in found]
+        known = [p for p in _EXPERT_ORDER if p in found]
         return known + sorted(found - set(known))
 
     def read(self, name: str, parameters: list[str], depths: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Pair]:
@@ -656,7 +641,7 @@ class ExpertReader:
                 f"target_parameters names {len(parameters)} of this module: {', '.join(parameters) or 'none'}"
             )
             return {}
-        if len(parameters) > 1 and not self.base.detailed and not set(parameters) <= set(EXPERT_ORDER):
+        if len(parameters) > 1 and not self.base.detailed and not set(parameters) <= set(_EXPERT_ORDER):
             self.problems.append(f"{name}: which tensors belong to which of {parameters} depends on the base; give it")
             return {}
         out: dict[str, Pair] = {}
@@ -703,7 +688,7 @@ class ExpertReader:
         """Whether the file holds the pair of the transposed parameter, as PEFT before 0.19.1 wrote it: shapes decide,
         and where a square parameter lets both pass, the version that wrote the file."""
         version = self.config.version
-        old = version is not None and version < SWAPPED_SINCE
+        old = version is not None and version < _SWAPPED_SINCE
         if stored is None:
             if version is None or old:
                 wrote = "PEFT " + ".".join(map(str, version)) if version else "an unnamed version of PEFT"
@@ -736,7 +721,7 @@ class ExpertReader:
             )
 
 
-LAYOUT = "0.21.2"
+_LAYOUT = "0.21.2"
 """The PEFT whose layout of expert weights is written; readers need it where a parameter is square."""
 
 
@@ -894,7 +879,7 @@ def _problems(adapter: Adapter, base: Structure) -> list[str]:
         if rows.rows.ndim != 2 or len(rows.rows) != len(rows.indices) or len(set(rows.indices)) != len(rows.indices):
             out.append(f"{name}: {len(rows.indices)} token indices, rows of shape {tuple(rows.rows.shape)}")
     for module, parameters in _by_module(adapter).items():
-        if len(parameters) > 1 and module not in base.experts and not set(parameters) <= set(EXPERT_ORDER):
+        if len(parameters) > 1 and module not in base.experts and not set(parameters) <= set(_EXPERT_ORDER):
             out.append(f"{module}: the order of its parameters {sorted(parameters)} depends on the base; give it")
     return out
 
@@ -905,7 +890,7 @@ def _delta_problems(adapter: Adapter) -> list[str]:
     out, biased = [], set()
     for name, delta in sorted(adapter.deltas.items()):
         if delta.form == "replacement":
-            out += bias_problems(name, delta)
+            out += _bias_problems(name, delta)
             continue
         pair = adapter.pairs.get(name.removesuffix(".bias"))
         if delta.form != "dense" or pair is None or delta.scale != pair.scale or delta.magnitude is not None:
@@ -961,7 +946,7 @@ def _tensors(adapter: Adapter, base: Structure) -> dict[str, Tensor]:
             shape = (1, -1, *[1] * (pair.A.ndim - 2)) if pair.kind == "conv" else (-1,)
             out[f"{name}.lora_magnitude_vector"] = pair.magnitude.reshape(shape)
     for module, parameters in _by_module(adapter).items():
-        order = [p for p in (base.experts.get(module) or EXPERT_ORDER) if p in parameters] or parameters
+        order = [p for p in (base.experts.get(module) or _EXPERT_ORDER) if p in parameters] or parameters
         for depth, parameter in enumerate(reversed(order)):
             pair = adapter.pairs[f"{module}.{parameter}"]
             site = module + ".base_layer" * depth
@@ -971,7 +956,7 @@ def _tensors(adapter: Adapter, base: Structure) -> dict[str, Tensor]:
         out |= {f"{name}.{key}": tensor for key, tensor in own.items()}
     for name, rows in adapter.token_rows.items():
         out[f"{name}.token_adapter.trainable_tokens_delta"] = rows.rows
-    out |= bias_tensors(adapter)
+    out |= _bias_tensors(adapter)
     return {PREFIX + key: tensor.contiguous() for key, tensor in out.items()}
 
 
@@ -995,7 +980,7 @@ def _config(
     config: dict[str, Any] = {
         "alpha_pattern": {k: _plain(v) for k, v in _patterns(alphas, alpha).items()},
         "base_model_name_or_path": base_name or None,
-        "bias": bias_switch(adapter),
+        "bias": _bias_switch(adapter),
         "fan_in_fan_out": bool(linear) and linear <= base.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -1003,7 +988,7 @@ def _config(
         "lora_dropout": dropout,
         "modules_to_save": sorted(adapter.modules) or None,
         "peft_type": "LORA",
-        "peft_version": LAYOUT,
+        "peft_version": _LAYOUT,
         "r": rank,
         "rank_pattern": _patterns(ranks, rank),
         "target_modules": _target_modules(plain, set(base.kinds)) if pairs else DUMMY_TARGETS,

@@ -17,22 +17,6 @@ from veneer.errors import AdapterError, UnsafeFileError, nearest, shown
 from veneer.files.safetensors import strict_json
 from veneer.formats.folder import CONFIG_FILE
 
-__all__ = [
-    "PeftConfig",
-    "alpha_of_module",
-    "card_from_config",
-    "excluded",
-    "idle_patterns",
-    "idle_targets",
-    "names_parameter",
-    "parse_config",
-    "rank_of_module",
-    "read_config",
-    "regex_match",
-    "selects",
-    "unsloth_marks",
-]
-
 MAX_CONFIG_BYTES, MAX_ENTRIES = 16 << 20, 100_000
 
 DUMMY_TARGETS = "dummy-target-modules"
@@ -45,7 +29,7 @@ IGNORED = {  # do not touch what the adapter does to the base
     "fan_in_fan_out", "velora_config", "astra_config", "merge_weights",
 }  # fmt: skip
 
-STAMP = re.compile(r"(.+_)?(version|commit|date|time|timestamp|created_at|saved_at|license|author|notes?|description)")
+_STAMP = re.compile(r"(.+_)?(version|commit|date|time|timestamp|created_at|saved_at|license|author|notes?|description)")
 """Keys that say where a file comes from: kept in the card and shown."""
 
 GROUPED, RANK_MAJOR = "grouped_by_expert", "rank_major"
@@ -74,8 +58,8 @@ REFUSED: dict[str, str] = {  # a value that is neither null nor false changes wh
     "use_qalora": "QA-LoRA pools the inputs in front of A. Merge it with PEFT (`merge_and_unload`)",
 }
 
-MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq", "astra")
-PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+_MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq", "astra")
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 CONVERTIBLE = frozenset(
@@ -90,7 +74,7 @@ NO_WEIGHTS = frozenset(
 """Types that act on activations or route between adapters."""
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """What PEFT adds to modules_to_save for a task; of a pair of names a model has one."""
-TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", *HEADS)
+_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", *HEADS)
 """PEFT's tasks, all of them of text."""
 
 
@@ -178,7 +162,7 @@ def parse_config(raw: Mapping[str, Any]) -> tuple[PeftConfig, list[str]]:
             f"peft_type is {shown(repr(kind)[:40])}, and only 'LORA' is read. {way_of(kind)}"
         ]
     known = set(FIELDS) | IGNORED | set(REFUSED) | {"peft_type", "init_lora_weights"}
-    stamps = {key: raw[key] for key in sorted(set(raw) - known) if STAMP.fullmatch(key)}
+    stamps = {key: raw[key] for key in sorted(set(raw) - known) if _STAMP.fullmatch(key)}
     for i, key in enumerate(sorted(set(raw) - known - set(stamps))):
         near = nearest(key, known, 1) if i < 20 else []
         hint = f", did you mean {near[0]!r}?" if near else ""
@@ -208,7 +192,7 @@ def parse_config(raw: Mapping[str, Any]) -> tuple[PeftConfig, list[str]]:
 def card_from_config(config: PeftConfig) -> Card:
     """What a configuration says of an adapter that has no card of its own."""
     targets = config.target_modules if isinstance(config.target_modules, list) else [config.target_modules or ""]
-    kind = "text" if config.task_type in TASKS else ""
+    kind = "text" if config.task_type in _TASKS else ""
     targets = sorted({t for t in [*targets, *config.target_parameters] if t})
     return Card(base=config.base_name, kind=kind, rank=config.r, alpha=config.alpha, targets=targets)
 
@@ -224,10 +208,10 @@ def unsloth_marks(raw: Mapping[str, Any]) -> str:
 
 
 def _init_problems(value: Any) -> list[str]:
-    if isinstance(value, bool) or value is None or value in PLAIN_INITS:
+    if isinstance(value, bool) or value is None or value in _PLAIN_INITS:
         return []
     name = str(value).lower()
-    if name.startswith(MUTATING_INITS):
+    if name.startswith(_MUTATING_INITS):
         return [
             f"init_lora_weights = {value!r}: PEFT took A and B out of the base's own weights and changed the base, so "
             "these pairs are only right on that changed base. Save the adapter again with PEFT's `save_pretrained(…, "
@@ -373,7 +357,7 @@ class PatternError(Exception):
     """A regular expression that cannot be run, or backtracks without end and would hang whoever reads the file."""
 
 
-def regex_match(expression: str, name: str, *, full: bool = False) -> bool:
+def _regex_match(expression: str, name: str, *, full: bool = False) -> bool:
     """`re.match`/`re.fullmatch` that gives up after a while, as a hostile expression can take forever."""
     if not re.search(r"[*+{]", expression):  # nothing repeats, nothing can blow up
         return bool((re.fullmatch if full else re.match)(expression, name))
@@ -396,11 +380,11 @@ def _is_or_ends(name: str, entries: Iterable[str]) -> bool:
 def excluded(config: PeftConfig, name: str) -> bool:
     """Whether exclude_modules or modules_to_save keeps a pair off `name`."""
     if isinstance(config.exclude_modules, str) and config.exclude_modules:
-        if regex_match(config.exclude_modules, name, full=True):
+        if _regex_match(config.exclude_modules, name, full=True):
             return True
     elif config.exclude_modules and _is_or_ends(name, config.exclude_modules):
         return True
-    return any(regex_match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.modules_to_save)
+    return any(_regex_match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.modules_to_save)
 
 
 def selects(config: PeftConfig, name: str, entries: Iterable[str] | None = None) -> bool:
@@ -414,7 +398,7 @@ def selects(config: PeftConfig, name: str, entries: Iterable[str] | None = None)
     if targets is None or targets == DUMMY_TARGETS or excluded(config, name):
         return False
     if isinstance(targets, str):
-        return targets.lower() == ALL_LINEAR or regex_match(targets, name, full=True)
+        return targets.lower() == ALL_LINEAR or _regex_match(targets, name, full=True)
     if name in targets:
         return True
     if not _is_or_ends(name, targets):
@@ -451,7 +435,7 @@ def idle_targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], b
 def idle_patterns(config: PeftConfig, names: Collection[str]) -> list[tuple[str, str]]:
     """(rank_pattern or alpha_pattern, its pattern) of those that match none of `names`."""
     both = [("rank_pattern", p) for p in config.rank_pattern] + [("alpha_pattern", p) for p in config.alpha_pattern]
-    return [(key, p) for key, p in both if not any(regex_match(rf"(.*\.)?({p})$", name) for name in names)]
+    return [(key, p) for key, p in both if not any(_regex_match(rf"(.*\.)?({p})$", name) for name in names)]
 
 
 def names_parameter(config: PeftConfig, name: str) -> bool:
@@ -460,7 +444,7 @@ def names_parameter(config: PeftConfig, name: str) -> bool:
 
 
 def _first(patterns: Mapping[str, Any], name: str) -> str | None:
-    return next((key for key in patterns if regex_match(rf"(.*\.)?({key})$", name)), None)
+    return next((key for key in patterns if _regex_match(rf"(.*\.)?({key})$", name)), None)
 
 
 def rank_of_module(config: PeftConfig, name: str) -> tuple[int, str]:

@@ -30,9 +30,7 @@ from veneer.formats.reading import Reading, summary
 if TYPE_CHECKING:
     from numpy import ndarray
 
-__all__ = ["inspect_plain"]
-
-MAX_BYTES = 64 << 20
+_MAX_BYTES = 64 << 20
 """Beyond it torch, which computes norms on all cores, is the faster for all that it takes to load."""
 _KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LARGE = 1e60
@@ -83,7 +81,7 @@ def inspect_plain(path: Path) -> dict[str, Any] | None:
     if path.is_dir():  # as `using.adapter_path` looks for it
         path = next((p for p in (path, path / "adapter") if (p / CONFIG_FILE).is_file()), path)
     file = path / TENSOR_FILE if path.is_dir() else path
-    if file.suffix.lower() != ".safetensors" or not file.is_file() or file.stat().st_size > MAX_BYTES:
+    if file.suffix.lower() != ".safetensors" or not file.is_file() or file.stat().st_size > _MAX_BYTES:
         return None
     configured = (file.parent / CONFIG_FILE).is_file()
     if configured != path.is_dir():

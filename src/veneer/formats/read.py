@@ -36,8 +36,6 @@ from veneer.formats.structure import Structure, structure_of
 from veneer.formats.tensors import read_adapter_tensors
 from veneer.formats.topology import Family, ModulePlace, families
 
-__all__ = ["ReadOptions", "read", "read_state_dict"]
-
 _POINTWISE = re.compile(r".*\.(proj_in|proj_out|conv_shortcut)")
 
 

@@ -23,8 +23,6 @@ from veneer.formats.names import component_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Reading", "summary"]
-
 
 @dataclass
 class Reading:

@@ -32,11 +32,9 @@ from veneer.formats.comparison import Refusals
 from veneer.formats.leaves import Leaf
 from veneer.formats.names import component_of
 
-__all__ = ["MAX_VLLM_RANKS", "folded", "in_every_layer", "refuse_unservable", "tgi_notes", "vllm_notes"]
-
 MAX_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank."""
-MAX_VLLM_VOCABULARY = 258_048
+_MAX_VLLM_VOCABULARY = 258_048
 TGI_RANK = 16
 """TGI pads ranks to multiples of this; a multiple stays as it is on up to rank/8 GPUs."""
 _TGI_MODULE = re.compile(
@@ -82,8 +80,8 @@ def _refuse_pair(module: str, pair: Pair, server: str, refused: Refusals) -> Non
         refused[f"vLLM knows an embedding only by the name embed_tokens; {MERGE}"].append(module)
     if leaf in ("embed_tokens", "lm_head"):
         rows = pair.A.shape[1] if pair.kind == "embedding" else pair.B.shape[0]
-        if rows > MAX_VLLM_VOCABULARY:
-            refused[f"vLLM takes at most {MAX_VLLM_VOCABULARY:,} rows here; {MERGE}"].append(module)
+        if rows > _MAX_VLLM_VOCABULARY:
+            refused[f"vLLM takes at most {_MAX_VLLM_VOCABULARY:,} rows here; {MERGE}"].append(module)
     if pair.rank > MAX_VLLM_RANKS[-1]:
         refused[f"vLLM takes ranks up to {MAX_VLLM_RANKS[-1]}; `veneer adapter resize` first"].append(module)
 

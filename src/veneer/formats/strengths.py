@@ -27,15 +27,6 @@ from dataclasses import dataclass
 
 from veneer.errors import ConfigError, nearest
 
-__all__ = [
-    "LBW",
-    "Strength",
-    "block_of",
-    "factors_by_module",
-    "parse_blocks",
-    "parse_strength",
-]
-
 _INDEX = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 
 

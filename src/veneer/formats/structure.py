@@ -16,8 +16,6 @@ from veneer.core.adapter import Adapter
 from veneer.core.attach import fit_problems
 from veneer.core.targets import base_modules, expert_parameters, kind_of
 
-__all__ = ["Structure", "structure_of"]
-
 
 @dataclass(frozen=True)
 class Structure:

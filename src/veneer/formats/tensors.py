@@ -16,8 +16,6 @@ from veneer.errors import AdapterError
 from veneer.files.pickles import read_pickle
 from veneer.files.safetensors import PICKLE_SUFFIXES, read_tensors
 
-__all__ = ["check_finite", "read_adapter_tensors"]
-
 
 def read_adapter_tensors(path: Path, *, from_pickle: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a file by name, and its metadata. A pickle is read only with `from_pickle`. Raises as

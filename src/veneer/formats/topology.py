@@ -41,28 +41,6 @@ from itertools import chain
 from types import MappingProxyType
 from typing import NamedTuple
 
-__all__ = [
-    "DENOISERS",
-    "Family",
-    "ModulePlace",
-    "ModuleRow",
-    "RowRange",
-    "anima",
-    "attention_blocks",
-    "clip",
-    "families",
-    "flat",
-    "flux1",
-    "flux2",
-    "krea2",
-    "qwen_image",
-    "sd3",
-    "strangers",
-    "t5",
-    "unet",
-    "z_image",
-]
-
 RowRange = tuple[int, int, int]
 """Rows [begin, end) of `total`, in equal units: q of a fused qkv is (0, 1, 3)."""
 

@@ -16,8 +16,6 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-__all__ = ["Renaming", "renaming"]
-
 _INNER = ("model.language_model.model.", "model.language_model.", "language_model.model.", "language_model.")
 _TEXT = (*_INNER, "model.", "")
 _OF_TEXT = re.compile(r"(layers\.\d+|embed_tokens(_per_layer)?|norm|per_layer_\w+)(\.|$)")

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from veneer.core.adapter import NamedMix
     from veneer.models.image.base import ImageBase
 
-__all__ = ["AdapterSource", "Mixer", "Use", "label_of", "parse_use"]
-
 Use = tuple[str, Strength]
 """An adapter's name or path, and how strongly it acts."""
 

@@ -18,9 +18,7 @@ from veneer.errors import DataError, VeneerError, nearest
 from veneer.imaging.adapters import parse_use
 from veneer.imaging.make import Ask
 
-__all__ = ["BATCH_KEYS", "read_batch"]
-
-BATCH_KEYS = ("prompt", "adapters", "seed", "negative")
+_BATCH_KEYS = ("prompt", "adapters", "seed", "negative")
 _MOST_SHOWN = 20
 
 
@@ -71,8 +69,8 @@ def _asked(line: str, shared: Ask) -> Ask | list[str]:
         return ["not a JSON object"]
     bad: list[str] = []
     for key in row:
-        if key not in BATCH_KEYS:
-            near = nearest(key, BATCH_KEYS, 1)
+        if key not in _BATCH_KEYS:
+            near = nearest(key, _BATCH_KEYS, 1)
             bad.append(f"unknown key {key!r}" + (f", the nearest is {near[0]!r}" if near else ""))
     for key in ("prompt", "negative"):
         if not isinstance(row.get(key, ""), str):

@@ -27,11 +27,6 @@ if TYPE_CHECKING:
 
     from veneer.models.image.base import ImageBase
 
-__all__ = [
-    "CANNY", "ControlSpec", "canny", "control_model_of", "control_picture", "decoded", "flattened", "hashed_picture",
-    "parse_control",
-]  # fmt: skip
-
 _FORM = re.compile(
     r"(?P<kind>[a-z0-9_-]+)(?:@(?P<model>[^=]+))?=(?P<path>.+?)"
     r"(?::(?P<weight>[^:@/\\]+))?(?:@(?P<begin>[0-9.]+)-(?P<end>[0-9.]+))?"

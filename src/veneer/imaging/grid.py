@@ -23,9 +23,7 @@ from veneer.models.image.sheet import sheet
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["SHEETS", "STRENGTHS", "GridLayout", "PictureGrid", "draw_grid", "layout"]
-
-SHEETS = ("strength", "adapters", "compare")
+_SHEETS = ("strength", "adapters", "compare")
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -60,10 +58,10 @@ def layout(
     """Which pictures a sheet needs and where. A strength of a `strength` sheet multiplies those of the whole mix.
 
     Raises ConfigError for a sheet without adapters, of no prompts, seeds or strengths, or of an unknown kind."""
-    if kind not in SHEETS:
-        near = nearest(kind.lower(), SHEETS, 1)
+    if kind not in _SHEETS:
+        near = nearest(kind.lower(), _SHEETS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"there is no sheet {kind!r}", fix=f"{hint}known: {', '.join(SHEETS)}")
+        raise ConfigError(f"there is no sheet {kind!r}", fix=f"{hint}known: {', '.join(_SHEETS)}")
     for what, given in (("prompt", prompts), ("adapter", uses), ("seed", seeds)):
         if not given:
             fix = "--adapter NAME_OR_PATH" if what == "adapter" else None

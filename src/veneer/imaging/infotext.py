@@ -26,21 +26,6 @@ from veneer.files.pictures import opened_picture
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = [
-    "SAMPLERS",
-    "Infotext",
-    "encoded",
-    "lora_hashes",
-    "lora_tags",
-    "parse_infotext",
-    "png_bytes",
-    "quote",
-    "read_picture",
-    "render_infotext",
-    "sampler_of",
-    "unquote",
-]
-
 _PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _TAG = re.compile(r"<(?:lora|lyco):([^:>]+)((?::[^>:]*)*)>")
 _NEGATIVE = "Negative prompt:"

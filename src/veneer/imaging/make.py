@@ -42,19 +42,6 @@ if TYPE_CHECKING:
 
     from veneer.models.image.base import ImageBase
 
-__all__ = [
-    "Ask",
-    "Options",
-    "RecordedPicture",
-    "asks_of",
-    "library_versions",
-    "make",
-    "model_hash",
-    "recorded_picture",
-    "shared_record",
-    "size_for",
-]
-
 
 @dataclass(frozen=True)
 class Ask:

@@ -26,8 +26,6 @@ from veneer.imaging.make import Ask, Options, RecordedPicture, library_versions,
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
 
-__all__ = ["PictureRecipe", "read_recipe", "remake"]
-
 _KNOWN = {
     "Steps", "Sampler", "Schedule type", "CFG scale", "Distilled CFG Scale", "Seed", "Size", "Model hash",
     "Base fingerprint", "Model", "Denoising strength", "Lora hashes", "Version",

@@ -21,8 +21,6 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from veneer.errors import ConfigError, MissingExtraError, ResourceError
 
-__all__ = ["PATIENCE", "URL_FIX", "Key", "open_engine", "reading", "shown_url", "write_transaction"]
-
 URL_FIX = "a path for SQLite, or postgresql://user:password@host/database"
 PATIENCE = 30.0
 """Seconds for a statement, unless a program says otherwise."""

@@ -13,10 +13,8 @@ from typing import Any
 
 from veneer.errors import AdapterError
 
-__all__ = ["AdapterDescription", "Content", "content_of", "describe_adapter"]
-
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "veneer.json", "README.md")
-MAX_WORDS = 20_000
+_MAX_WORDS = 20_000
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class AdapterDescription:
         text = {k: str(self.card.get(k) or "") for k in ("base", "base_fingerprint", "kind", "licence", "created")}
         base_name = text["base"].rstrip("/").rpartition("/")[2].lower()
         told = {k: v for k, v in self.card.items() if k != "targets"}  # many, and nobody searches for them
-        words = " ".join([self.format, *_leaves(told)]).lower()[:MAX_WORDS]
+        words = " ".join([self.format, *_leaves(told)]).lower()[:_MAX_WORDS]
         return {
             "digest": self.digest,
             "format": self.format,

@@ -40,33 +40,8 @@ from sqlalchemy import (
 )
 
 from veneer.library import database
-from veneer.library.database import Key, open_engine, reading, shown_url
+from veneer.library.database import Key, open_engine
 from veneer.library.migrate import Schema, bring_up
-
-__all__ = [
-    "CONDEMNED",
-    "INDEX_SCHEMA",
-    "INDEX_TABLES",
-    "Key",
-    "claim",
-    "clear",
-    "connect",
-    "entries",
-    "files",
-    "identify",
-    "identity",
-    "index_transaction",
-    "many",
-    "name_aliases",
-    "names",
-    "objects",
-    "parents",
-    "reading",
-    "shown_url",
-    "tags",
-    "triggers",
-    "versions",
-]  # fmt: skip
 
 CHANNEL = "veneer_library_names"
 """Where PostgreSQL is told that names have changed."""
@@ -75,14 +50,14 @@ CONDEMNED = ""
 
 _LOCK = 0x76656E656572  # "veneer": the key of PostgreSQL's advisory lock
 
-INDEX_TABLES = MetaData()
+_INDEX_TABLES = MetaData()
 
 _meta = Table(
-    "library_meta", INDEX_TABLES, Column("key", Key(), primary_key=True), Column("value", Text, nullable=False)
+    "library_meta", _INDEX_TABLES, Column("key", Key(), primary_key=True), Column("value", Text, nullable=False)
 )
 objects = Table(
     "library_objects",
-    INDEX_TABLES,
+    _INDEX_TABLES,
     Column("path", Key(), primary_key=True),
     Column("size", BigInteger, nullable=False),
     Column("touched", Float, nullable=False),  # when someone last said that it is needed; seconds since 1970
@@ -90,7 +65,7 @@ objects = Table(
 )
 entries = Table(
     "library_entries",
-    INDEX_TABLES,
+    _INDEX_TABLES,
     Column("id", Key(), primary_key=True),  # the sha256 of the manifest, hexadecimal
     Column("manifest", Key(), ForeignKey(objects.c.path), nullable=False, index=True),
     Column("digest", Key(), nullable=False, index=True),  # of the adapter, "sha256:…", "" where nobody can read it
@@ -107,7 +82,7 @@ entries = Table(
 )
 files = Table(
     "library_files",
-    INDEX_TABLES,
+    _INDEX_TABLES,
     Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True),
     Column("name", Key(), primary_key=True),
     Column("object", Key(), ForeignKey(objects.c.path), nullable=False, index=True),
@@ -116,27 +91,27 @@ files = Table(
 )
 triggers = Table(
     "library_triggers",
-    INDEX_TABLES,
+    _INDEX_TABLES,
     Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True),
     Column("word", Key(), primary_key=True),
     Column("lower", Key(), nullable=False, index=True),
 )
 parents = Table(
     "library_parents",
-    INDEX_TABLES,
+    _INDEX_TABLES,
     Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True),
     Column("parent", Key(), primary_key=True, index=True),
 )
 names = Table(
     "library_names",
-    INDEX_TABLES,
+    _INDEX_TABLES,
     Column("name", Key(), primary_key=True),
     Column("latest", Integer),  # NULL where all versions were removed
     Column("next", Integer, nullable=False),  # numbers of removed versions do not come back
 )
 versions = Table(
     "library_versions",
-    INDEX_TABLES,
+    _INDEX_TABLES,
     Column("name", Key(), ForeignKey(names.c.name), primary_key=True),
     Column("version", Integer, primary_key=True),
     Column("entry", Key(), ForeignKey(entries.c.id), nullable=False, index=True),
@@ -145,7 +120,7 @@ versions = Table(
 )
 name_aliases = Table(
     "library_aliases",
-    INDEX_TABLES,
+    _INDEX_TABLES,
     Column("name", Key(), primary_key=True),
     Column("alias", Key(), primary_key=True),
     Column("version", Integer, nullable=False),
@@ -154,7 +129,7 @@ name_aliases = Table(
 )
 tags = Table(
     "library_tags",
-    INDEX_TABLES,
+    _INDEX_TABLES,
     Column("name", Key(), primary_key=True),
     Column("version", Integer, primary_key=True),
     Column("tag", Key(), primary_key=True),
@@ -186,7 +161,7 @@ def _first(connection: Connection) -> None:
 
 
 INDEX_SCHEMA = Schema(
-    "the index", INDEX_TABLES, Path(__file__).parent / "versions", "library_version", _LOCK, _before, _first
+    "the index", _INDEX_TABLES, Path(__file__).parent / "versions", "library_version", _LOCK, _before, _first
 )
 
 
@@ -239,7 +214,7 @@ def claim(connection: Connection, sizes: Mapping[str, int]) -> dict[str, str]:
 
 def clear(connection: Connection) -> None:
     """Empties every table but the one that says to which store the index belongs."""
-    for table in reversed(INDEX_TABLES.sorted_tables):
+    for table in reversed(_INDEX_TABLES.sorted_tables):
         if table is not _meta:
             connection.execute(delete(table))
 

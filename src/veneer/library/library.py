@@ -33,6 +33,7 @@ from sqlalchemy import Connection, Engine, delete, insert, select, update
 
 from veneer.errors import AdapterError, ConfigError, nearest
 from veneer.library import index as ix
+from veneer.library.database import reading, shown_url
 from veneer.library.describe import AdapterDescription, content_of, describe_adapter
 from veneer.library.names import Reference, check_alias, check_file_name, check_name, check_tag, parse_reference
 from veneer.library.queries import Version, find_versions, record, search
@@ -47,8 +48,6 @@ from veneer.library.store import (
     store_errors,
 )
 from veneer.models.home import veneer_home
-
-__all__ = ["Added", "Library", "NotInLibrary", "library_place", "open_library"]
 
 MARK = "library.json"
 
@@ -93,7 +92,7 @@ class Library:
         Raises NotInLibrary, with the nearest names, where there is none; AdapterError where a digest's prefix fits
         several adapters; ConfigError for a text that is not a reference."""
         wanted = parse_reference(reference)
-        with ix.reading(self.engine) as connection:
+        with reading(self.engine) as connection:
             found = find_versions(connection, wanted)
             if len(found) == 1:
                 return found[0]
@@ -115,7 +114,7 @@ class Library:
 
     def search(self, text: str = "", **filters: Any) -> list[Version]:
         """The versions that fit, by name; `queries.search` has the filters. Without any: the latest of each name."""
-        with ix.reading(self.engine) as connection:
+        with reading(self.engine) as connection:
             return search(connection, text, **filters)
 
     def resolve(self, reference: str) -> Path:
@@ -171,7 +170,7 @@ class Library:
     def files(self, entry: str) -> dict[str, tuple[str, int]]:
         """An entry's files: name -> (sha256, size)."""
         f = ix.files.c
-        with ix.reading(self.engine) as connection:
+        with reading(self.engine) as connection:
             rows = connection.execute(select(f.name, f.sha256, f.size).where(f.entry == entry).order_by(f.name)).all()
         return {row.name: (row.sha256, row.size) for row in rows}
 
@@ -392,12 +391,12 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
     engine = ix.connect(index)
     try:
         mark = _mark(store, where) or _begin(store, engine, where)
-        with ix.reading(engine) as connection:
+        with reading(engine) as connection:
             own = ix.identity(connection)
         if check and own != mark:
             raise ConfigError(
                 "this index is new, or belongs to another library than these files",
-                where=f"{ix.shown_url(index)} for {where}",
+                where=f"{shown_url(index)} for {where}",
                 fix="give the right one with --index or VENEER_LIBRARY_INDEX. If it is lost: "
                 "`veneer library verify --rebuild` makes it again from the files",
             )

@@ -19,8 +19,6 @@ from sqlalchemy.exc import DBAPIError
 from veneer.errors import ConfigError
 from veneer.library.database import URL_FIX, reading, shown_url, write_transaction
 
-__all__ = ["Schema", "bring_up", "revision"]
-
 
 @dataclass(frozen=True)
 class Schema:

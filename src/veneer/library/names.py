@@ -20,17 +20,6 @@ from dataclasses import dataclass
 
 from veneer.errors import ConfigError, quoted
 
-__all__ = [
-    "Reference",
-    "check_alias",
-    "check_file_name",
-    "check_name",
-    "check_namespace",
-    "check_tag",
-    "name_of",
-    "parse_reference",
-]
-
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9])?")
 _NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
 _ALIAS = re.compile(r"[a-z]([a-z0-9._-]{0,48}[a-z0-9])?")

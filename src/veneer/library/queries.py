@@ -16,8 +16,6 @@ from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, or
 from veneer.library import index as ix
 from veneer.library.names import Reference
 
-__all__ = ["Version", "find_versions", "record", "search"]
-
 _SOME = 500  # values in one IN list
 
 

@@ -31,17 +31,16 @@ from typing import Any
 from sqlalchemy import Connection, select
 
 from veneer.library import index as ix
+from veneer.library.database import reading
 from veneer.library.library import Library
 from veneer.library.names import Reference
-
-__all__ = ["NamedVersion", "Names", "Snapshot"]
 
 _log = logging.getLogger("veneer.library")
 
 PATIENCE = 0.5
 """Seconds that `fresh` waits at most."""
-EVERY = 1.0
-AGAIN = 60.0
+_EVERY = 1.0
+_AGAIN = 60.0
 """Seconds after which names are read again though nobody said that they changed: an older veneer says nothing."""
 
 
@@ -145,7 +144,7 @@ class Snapshot:
         self._mark: object = None
         self._lock, self._stop, self._poke = threading.Lock(), threading.Event(), threading.Event()
         self._waiting: list[Future[None]] = []
-        with ix.reading(self.engine) as connection:
+        with reading(self.engine) as connection:
             self._names = read(connection)
         self._read_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="veneer-names", daemon=True)
@@ -217,7 +216,7 @@ class Snapshot:
                     _log.warning("the library's index is away, what was read last holds: %s", error)
                     said = True
                 self._told()
-                self._stop.wait(EVERY)
+                self._stop.wait(_EVERY)
         self._told()
 
     @contextlib.contextmanager
@@ -238,9 +237,9 @@ class Snapshot:
     def _wait(self, driver: Any) -> None:
         """Until somebody asks, or a notice comes, or a second has gone."""
         if not self.listens:
-            self._poke.wait(EVERY)
+            self._poke.wait(_EVERY)
             return
-        until = time.monotonic() + EVERY
+        until = time.monotonic() + _EVERY
         while time.monotonic() < until and not self._poke.is_set():
             for _ in driver.notifies(timeout=0.05, stop_after=1):
                 return
@@ -251,9 +250,9 @@ class Snapshot:
             asked, self._waiting = self._waiting, []
         try:
             mark = self._version(driver)
-            if mark != self._mark or time.monotonic() > self._read_at + AGAIN:
+            if mark != self._mark or time.monotonic() > self._read_at + _AGAIN:
                 began = time.monotonic()
-                with ix.reading(self.engine) as connection:
+                with reading(self.engine) as connection:
                     self._names = read(connection)
                 self._mark, self._read_at = mark, time.monotonic()
                 self._told(asked)

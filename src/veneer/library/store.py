@@ -29,17 +29,6 @@ from typing import IO, Any
 from veneer.errors import AdapterError, ConfigError, MissingExtraError, UnavailableError, VeneerError
 from veneer.files.atomic import flush_folder, write_all
 
-__all__ = [
-    "LocalStore",
-    "RemoteStore",
-    "blob_path",
-    "canonical",
-    "hash_file",
-    "manifest_path",
-    "open_store",
-    "store_errors",
-]
-
 CHUNK = 1 << 20
 _WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "memory"}
 """fsspec protocols whose files appear whole: elsewhere a file is written under another name and moved."""

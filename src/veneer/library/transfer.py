@@ -31,6 +31,7 @@ from sqlalchemy import select
 
 from veneer.errors import AdapterError, ConfigError, MissingExtraError, VeneerError
 from veneer.library import index as ix
+from veneer.library.database import reading
 from veneer.library.describe import PEFT_FILES, AdapterDescription, describe_adapter
 from veneer.library.library import Added, Library
 from veneer.library.names import parse_reference
@@ -38,10 +39,8 @@ from veneer.library.queries import record
 from veneer.library.store import CHUNK, blob_path, canonical, hash_file, manifest_path
 from veneer.library.upkeep import check_record, parse_manifest
 
-__all__ = ["ExportReport", "ImportReport", "export_to", "import_from", "pull", "push"]
-
-PLACE_MANIFEST = "veneer-manifest.json"
-MAX_JSON = 64 << 20
+_PLACE_MANIFEST = "veneer-manifest.json"
+_MAX_JSON = 64 << 20
 _HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)((?:/[^/@]+)*)(?:@([^@]+))?")
 
 
@@ -75,7 +74,7 @@ def push(library: Library, reference: str, place: str, *, public: bool = False) 
         fs.makedirs(root, exist_ok=True)
         for name, file in files.items():
             fs.put_file(str(file), f"{root}/{name}")
-        fs.pipe_file(f"{root}/{PLACE_MANIFEST}", canonical({"veneer-manifest": 1, "files": kept}))
+        fs.pipe_file(f"{root}/{_PLACE_MANIFEST}", canonical({"veneer-manifest": 1, "files": kept}))
     return place
 
 
@@ -155,7 +154,7 @@ def _from_place(place: str, into: Path) -> tuple[str, str]:
         names = _choose(sorted(inside), "", place)
         for name in names:
             fs.get_file(f"{root}/{name}", str(into / name))
-        said = fs.cat_file(f"{root}/{PLACE_MANIFEST}") if PLACE_MANIFEST in inside else None
+        said = fs.cat_file(f"{root}/{_PLACE_MANIFEST}") if _PLACE_MANIFEST in inside else None
     if said is not None:
         wanted = parse_manifest(said, hashlib.sha256(said).hexdigest())
         if wrong := [n for n in {*names, *wanted} if n not in names or wanted.get(n, ("",))[0] != hash_file(into / n)]:
@@ -253,7 +252,7 @@ def _records(library: Library, references: list[str]) -> list[dict[str, Any]]:
             chosen[found.name] = None
         elif (some := chosen.setdefault(found.name, set())) is not None:
             some.add(str(found.version))
-    with ix.reading(library.engine) as connection:
+    with reading(library.engine) as connection:
         if not references:
             n = ix.names.c
             chosen = dict.fromkeys(connection.scalars(select(n.name).where(n.latest.is_not(None))).all())
@@ -388,7 +387,7 @@ def _import_name(
 
 def _aliases(library: Library, name: str) -> list[Any]:
     a = ix.name_aliases.c
-    with ix.reading(library.engine) as connection:
+    with reading(library.engine) as connection:
         return list(connection.execute(select(a.alias, a.version).where(a.name == name)).all())
 
 
@@ -444,8 +443,8 @@ def _small(archive: Mapping[str, Callable[[], IO[bytes]]], path: str) -> bytes:
     if path not in archive:
         raise AdapterError(f"the export has no {path}", fix="it is incomplete, or it is not an export of a library")
     with archive[path]() as file:
-        data = file.read(MAX_JSON + 1)
-    if len(data) > MAX_JSON:
+        data = file.read(_MAX_JSON + 1)
+    if len(data) > _MAX_JSON:
         raise AdapterError(f"{path} is too large", fix="this is not an export of a library")
     return data
 

@@ -31,28 +31,17 @@ from sqlalchemy import ColumnElement, Connection, delete, exists, select, update
 
 from veneer.errors import AdapterError, ConfigError
 from veneer.library import index as ix
+from veneer.library.database import reading
 from veneer.library.describe import AdapterDescription
 from veneer.library.library import Library, open_library
 from veneer.library.names import check_alias, check_file_name, check_name, check_tag
 from veneer.library.queries import record
 from veneer.library.store import CHUNK, LocalStore, RemoteStore, blob_path, canonical, manifest_path
 
-__all__ = [
-    "GRACE",
-    "GcReport",
-    "RebuildReport",
-    "VerifyReport",
-    "check_record",
-    "gc",
-    "parse_manifest",
-    "rebuild",
-    "verify_library",
-]
-
-GRACE = 3600.0
+_GRACE = 3600.0
 """Seconds for which content stays after its last name went, or after an add began that never came to its end."""
 
-BATCH = 100
+_BATCH = 100
 _STRAY_TEMPORARY = 86400.0
 _OBJECT = re.compile(r"(blobs|manifests)/([0-9a-f]{2})/\2[0-9a-f]{62}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -95,7 +84,7 @@ class RebuildReport:
     lost: list[str] = field(default_factory=list)
 
 
-def gc(library: Library, *, grace: float = GRACE, dry_run: bool = False) -> GcReport:
+def gc(library: Library, *, grace: float = _GRACE, dry_run: bool = False) -> GcReport:
     """Removes entries without a name, and files that no entry refers to, unless touched in the last `grace` seconds;
     and debris. `dry_run` counts alone. Safe beside anything else, and after a kill."""
     out, cutoff = GcReport(), time.time() - grace
@@ -113,7 +102,7 @@ def gc(library: Library, *, grace: float = GRACE, dry_run: bool = False) -> GcRe
     while _delete_condemned(library, out):
         pass
     _delete_strays(library, cutoff, out)
-    with ix.reading(library.engine) as connection:
+    with reading(library.engine) as connection:
         entries = set(connection.scalars(select(e.id)).all())
         blobs = set(connection.scalars(select(ix.files.c.object)).all())
     if isinstance(library.store, LocalStore):
@@ -148,7 +137,7 @@ def _delete_condemned(library: Library, out: GcReport) -> bool:
     o = ix.objects.c
     with ix.index_transaction(library.engine) as connection:
         rows = connection.execute(
-            select(o.path, o.size).where(o.generation == ix.CONDEMNED, _unused()).limit(BATCH)
+            select(o.path, o.size).where(o.generation == ix.CONDEMNED, _unused()).limit(_BATCH)
         ).all()
         for row in rows:
             library.store.delete(row.path)
@@ -161,11 +150,11 @@ def _delete_condemned(library: Library, out: GcReport) -> bool:
 def _delete_strays(library: Library, cutoff: float, out: GcReport) -> None:
     """Files of which the index has no row: uploads that ended after their claim was collected, then were killed."""
     o = ix.objects.c
-    with ix.reading(library.engine) as connection:
+    with reading(library.engine) as connection:
         known = set(connection.scalars(select(o.path)).all())
     strays = [f for f in _stored(library) if f[0] not in known and f[2] < cutoff]
-    for at in range(0, len(strays), BATCH):
-        part = strays[at : at + BATCH]
+    for at in range(0, len(strays), _BATCH):
+        part = strays[at : at + _BATCH]
         with ix.index_transaction(library.engine) as connection:
             claimed = set(connection.scalars(select(o.path).where(o.path.in_([path for path, _, _ in part]))).all())
             for path, size, _ in part:
@@ -229,7 +218,7 @@ def verify_library(library: Library, *, repair: bool = False, say: Callable[[str
 def _referenced(library: Library) -> dict[str, int]:
     """path -> size of everything that entries refer to."""
     o = ix.objects.c
-    with ix.reading(library.engine) as connection:
+    with reading(library.engine) as connection:
         return {row.path: row.size for row in connection.execute(select(o.path, o.size).where(~_unused()))}
 
 
@@ -245,7 +234,7 @@ def _told(library: Library, path: str) -> str:
     """A path, and the versions that need it."""
     v, f, e = ix.versions.c, ix.files.c, ix.entries.c
     users = select(f.entry).where(f.object == path).union(select(e.id).where(e.manifest == path))
-    with ix.reading(library.engine) as connection:
+    with reading(library.engine) as connection:
         rows = connection.execute(
             select(v.name, v.version).where(v.entry.in_(users)).order_by(v.name, v.version).limit(4)
         ).all()
@@ -270,10 +259,10 @@ def _drop(library: Library, bad: list[str], out: VerifyReport) -> None:
 
 def _check_records(library: Library, repair: bool, out: VerifyReport) -> None:
     n = ix.names.c
-    with ix.reading(library.engine) as connection:
+    with reading(library.engine) as connection:
         every = list(connection.scalars(select(n.name).order_by(n.name)).all())
     for name in every:
-        with ix.reading(library.engine) as connection:
+        with reading(library.engine) as connection:
             right = canonical(record(connection, name))
         if _read(library, f"names/{name}.json") == right:
             continue

@@ -24,17 +24,6 @@ from veneer.files.atomic import new_folder
 from veneer.models.home import bases_home
 from veneer.models.loading import loading
 
-__all__ = [
-    "BUILTIN",
-    "PACKAGED",
-    "Builtin",
-    "builtin_place",
-    "convert_gguf",
-    "get_builtin",
-    "packaged",
-    "packaged_place",
-]
-
 
 @dataclass(frozen=True)
 class Builtin:

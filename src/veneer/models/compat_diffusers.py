@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from veneer.compat import Internals
 
-__all__ = ["DIFFUSERS"]
-
 DIFFUSERS = Internals(
     "diffusers",
     ">=0.36,<0.43",

@@ -8,8 +8,6 @@ from typing import Any
 
 from veneer.compat import Internals
 
-__all__ = ["TRANSFORMERS", "register_attention", "register_quantiser"]
-
 TRANSFORMERS = Internals(
     "transformers",
     ">=5.24,<6",

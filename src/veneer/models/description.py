@@ -29,8 +29,6 @@ from veneer.models.loading import loading
 from veneer.models.sources import is_image_base
 from veneer.models.text.base import end_of_turn, read_base_config, read_tokenizer
 
-__all__ = ["describe_base"]
-
 
 def describe_base(name: str, path: Path) -> dict[str, Any]:
     """JSON-ready facts of the base at `path`.

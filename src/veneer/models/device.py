@@ -17,9 +17,6 @@ from veneer.errors import ConfigError, ResourceError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_memory", "choose_device", "choose_dtype", "cpu_quota", "settle_threads", "thread_count"]
-
-
 _DTYPES = {
     "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16",
     "fp16": "float16",

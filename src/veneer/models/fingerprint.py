@@ -23,8 +23,6 @@ from veneer.models.home import veneer_home
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["file_sha256", "fingerprint", "fingerprint_parts", "shaping_fields"]
-
 _CACHE = ".veneer-fingerprint.json"
 _VERSION = 1
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["bases_home", "veneer_home"]
-
 
 def veneer_home() -> Path:
     """The veneer home. This does not create it. An empty VENEER_HOME counts as unset."""

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from veneer.errors import BaseError
 
-__all__ = ["hub_snapshot"]
-
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
 _NOT = ["original/*", "onnx/*", "consolidated*", "*.bin", "*.pth"]
 _JSON = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]

@@ -19,8 +19,6 @@ from typing import Any
 
 from veneer.errors import BaseError
 
-__all__ = ["check_loaded", "errors_only", "loading"]
-
 _one_load = threading.RLock()
 _lock = threading.Lock()
 _inside = 0

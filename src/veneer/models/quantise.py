@@ -35,11 +35,6 @@ from veneer.ops.quantised import Quantised, quantise
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = [
-    "LazyTensor", "check_kind", "forget_quantiser", "lazy_state", "load_part", "load_quantised", "load_state",
-    "original_weight", "quantised_bytes", "quantised_weights", "saved_config", "saved_kind", "saved_tensors",
-]  # fmt: skip
-
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,

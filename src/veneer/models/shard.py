@@ -25,8 +25,6 @@ from torch import nn
 from veneer.ops.quantisation_formats import with_tensors
 from veneer.ops.quantised import Quantised
 
-__all__ = ["CallWithWeights", "blocks", "call_whole", "local_bytes", "shard"]
-
 T = TypeVar("T")
 
 

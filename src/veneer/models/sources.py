@@ -24,8 +24,6 @@ from veneer.models.builtin import BUILTIN, PACKAGED, builtin_place, get_builtin,
 from veneer.models.home import bases_home
 from veneer.models.hub import hub_snapshot
 
-__all__ = ["KnownBase", "find_base", "is_image_base", "known_bases"]
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _WAYS = (
     "name smollm2-135m, emoji-sdxl or emoji-flux (they need no hub), a directory as transformers or diffusers "

@@ -23,19 +23,6 @@ from veneer.ops.cpu import compiled, memory
 from veneer.ops.linear import LinearMap, join_maps
 from veneer.ops.quantised import Quantised, stacked_rows
 
-__all__ = [
-    "FastReport",
-    "Join",
-    "keep_dequantised",
-    "marked",
-    "projection_of",
-    "random_input",
-    "replace_forward",
-    "report_of",
-    "same_dtype",
-    "without_dropout",
-]
-
 _MARK = "_veneer_fast"
 
 

@@ -27,11 +27,6 @@ from veneer.compat import TORCH
 from veneer.ops.choice import chosen
 from veneer.ops.sizes import grouped_rows, key_ranges
 
-__all__ = [
-    "KEPT_BYTES", "RowLayout", "cross_attention", "joint_attention", "joint_attention_reference",
-    "rotary_attention", "rotate", "row_attention",
-]  # fmt: skip
-
 # -- rows that lie one after another -----------------------------------------------------------------------------------
 
 

@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["HOMES", "OPS", "Implementation", "choices", "chosen"]
-
 HOMES = {"cpu": "veneer.ops.cpu.implementations"}
 """Device type -> the module whose IMPLEMENTATIONS are its own: op -> Implementation."""
 

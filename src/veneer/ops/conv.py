@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-__all__ = ["live_conv"]
-
 
 class _LiveConv(torch.autograd.Function):
     @staticmethod

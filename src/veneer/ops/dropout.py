@@ -15,8 +15,6 @@ from torch import Tensor
 
 from veneer.ops.choice import chosen
 
-__all__ = ["Dropout"]
-
 
 class Dropout(NamedTuple):
     """`p`: share of values dropped, below 1. `seed`: below 2⁶²."""

@@ -19,11 +19,6 @@ from veneer.ops.choice import chosen
 from veneer.ops.dropout import Dropout
 from veneer.ops.lowrank import LowRank
 
-__all__ = [
-    "LinearMap", "LinearOutput", "LowRankProducts", "gained", "join_maps", "linear", "linear_backward",
-    "linear_forward", "low_rank_gradients", "low_rank_tensors",
-]  # fmt: skip
-
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LinearMap:

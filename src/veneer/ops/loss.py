@@ -24,8 +24,6 @@ from torch import Tensor
 from veneer.ops.choice import chosen
 from veneer.ops.sizes import LOGITS_CHUNK
 
-__all__ = ["dpo", "ipo", "kto", "kto_reference", "orpo", "simpo", "token_nll"]
-
 _IGNORED = -100
 _CERTAIN = -1e-7  # the largest mean log p that float32 can tell from 0, whose odds are infinite
 

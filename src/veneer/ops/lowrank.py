@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LowRank"]
-
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LowRank:

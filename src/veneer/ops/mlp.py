@@ -27,8 +27,6 @@ from veneer.ops.linear import (
     low_rank_tensors,
 )
 
-__all__ = ["gated", "gated_backward", "gated_mlp", "geglu", "gelu_tanh"]
-
 
 def _activate(x: Tensor, act: str) -> Tensor:
     return F.silu(x) if act == "silu" else F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
@@ -44,7 +42,7 @@ def gated(both: Tensor, act: str) -> Tensor:
     return _activate(gate, act).mul_(up)
 
 
-def gated_backward(dh: Tensor, both: Tensor, act: str) -> tuple[Tensor, Tensor]:
+def _gated_backward(dh: Tensor, both: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """[d_gate | d_up] and act(gate) ⊙ up again."""
     run = chosen("silu_gate_backward", dh, both) if act == "silu" else None
     if run is not None:
@@ -145,7 +143,7 @@ class _GatedMlp(torch.autograd.Function):
         one, two = LinearOutput(g, u, plain, ctx.products[0]), LinearOutput(g, u_down, plain_down, ctx.products[1])
         dh, inner, du, d_gain_down = linear_backward(g.contiguous(), ctx.weights[1], two, gain_down, True)
         assert dh is not None
-        d_both, h = gated_backward(dh, gained(plain, gain, ctx.bias) if both is None else both, ctx.act)
+        d_both, h = _gated_backward(dh, gained(plain, gain, ctx.bias) if both is None else both, ctx.act)
         down_pairs = low_rank_gradients(two, inner, h, du)
         del h, dh, inner
         dx, inner, du, d_gain = linear_backward(d_both, ctx.weights[0], one, gain, ctx.needs_input_grad[0])

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from veneer.ops.choice import chosen
 
-__all__ = ["norm_silu", "normed", "rms_norm"]
-
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm` where no gradient is wanted; x contiguous."""

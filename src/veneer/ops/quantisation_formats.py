@@ -25,21 +25,6 @@ from torch import Tensor
 from veneer.compat import BITSANDBYTES
 from veneer.ops.choice import chosen
 
-__all__ = [
-    "KINDS",
-    "SAVED_KINDS",
-    "Blocks4",
-    "GgmlBlocks",
-    "QuantisationFormat",
-    "Rows8",
-    "StackedRows",
-    "dynamic_map",
-    "four_bit_values",
-    "row_count",
-    "to_format",
-    "with_tensors",
-]  # fmt: skip
-
 KINDS = ("nf4", "fp4", "int8")
 SAVED_KINDS = ("nf4", "fp4")
 """The 4-bit kinds that bitsandbytes has: those of its kernels and of its checkpoints."""

@@ -28,8 +28,6 @@ from veneer.ops.quantisation_formats import (
     with_tensors,
 )
 
-__all__ = ["Quantised", "dequantised", "quantise", "stacked_rows"]
-
 
 class Quantised(torch.Tensor):
     """A weight that is kept as `stored`; see the module. Rows first … last of what is stored, (…, columns), or with

@@ -25,17 +25,6 @@ from veneer.plan.shape import model_shape
 from veneer.plan.tables import Device, device_of_card
 from veneer.plan.time import Rates, Work, rates_of, text_work
 
-__all__ = [
-    "Calibration",
-    "calibrate",
-    "cpu_device",
-    "device_key",
-    "rates_here",
-    "read_calibration",
-    "solved",
-    "write_calibration",
-]
-
 _FILE = "plan-calibration.json"
 
 

@@ -17,10 +17,8 @@ from veneer.plan.image import ImageLoad
 from veneer.plan.memory import Load, Memory
 from veneer.plan.tables import Device
 
-__all__ = ["AnyLoad", "Change", "cheapest", "each_holds", "usable_memory"]
-
 AnyLoad = Load | ImageLoad
-Need = Callable[[AnyLoad, Device], tuple[int, float]]
+_Need = Callable[[AnyLoad, Device], tuple[int, float]]
 """(load, device) -> (bytes at the peak of each device, seconds of a token or picture)."""
 
 _MARGIN = 0.03
@@ -116,7 +114,7 @@ _KINDS: Mapping[str, Callable[[AnyLoad, Device], Iterator[Step]]] = {
 }  # fmt: skip
 
 
-def cheapest(load: AnyLoad, device: Device, need: Need, limit: int) -> list[Change]:
+def cheapest(load: AnyLoad, device: Device, need: _Need, limit: int) -> list[Change]:
     """The changes that bring the peak of each device to `limit` bytes, in order of kind; each the smallest of its kind
     that suffices. Empty where three of them together do not."""
     _, before = need(load, device)

@@ -18,18 +18,6 @@ from veneer.plan.memory import CPU_PROCESS, CPU_ROUNDING, CUDA_CONTEXT, CUDA_ROU
 from veneer.plan.tables import Device
 from veneer.plan.time import Work
 
-__all__ = [
-    "DIFFUSERS_BYTES",
-    "IMAGE_FAMILIES",
-    "TARGET_ENDINGS",
-    "ImageCounts",
-    "ImageLoad",
-    "image_counts",
-    "image_memory",
-    "image_work",
-    "is_denoiser",
-]
-
 _ATTENTION = {
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj",
     "to_out",
@@ -38,10 +26,10 @@ _FEED_FORWARD = {"net.0.proj", "net.2", "proj_mlp", "proj_out", "linear_in", "li
 _WORKING = 2.0
 """What a block's backward pass makes on its way, over what the block kept: measured on the emoji bases, where q and k
 in float32 and the gradients of a feed-forward's halves come to that."""
-DIFFUSERS_BYTES = 45_000_000
+_DIFFUSERS_BYTES = 45_000_000
 """Resident memory of diffusers, on top of the process that a calibration with text finds."""
 _CONV = "conv"
-TARGET_ENDINGS = {
+_TARGET_ENDINGS = {
     "attention": _ATTENTION,
     "attention+ff": _ATTENTION | _FEED_FORWARD,
     "attention+ff+conv": _ATTENTION | _FEED_FORWARD | {_CONV},
@@ -174,10 +162,10 @@ def image_counts(
     if kind not in IMAGE_FAMILIES:
         known = ", ".join(sorted(IMAGE_FAMILIES))
         raise ConfigError(f"veneer plan does not know the denoiser {kind!r}", fix=f"known: {known}")
-    if targets not in TARGET_ENDINGS:
-        near = nearest(targets, TARGET_ENDINGS) or sorted(TARGET_ENDINGS)
+    if targets not in _TARGET_ENDINGS:
+        near = nearest(targets, _TARGET_ENDINGS) or sorted(_TARGET_ENDINGS)
         raise ConfigError(f"veneer plan does not know the targets {targets!r}", fix=f"use {' or '.join(near)}")
-    c = ImageCounts(frozenset(TARGET_ENDINGS[targets]), rank, cuda)
+    c = ImageCounts(frozenset(_TARGET_ENDINGS[targets]), rank, cuda)
     c.encoders = sum(config.get("encoders", {}).values()) + int(config.get("vae", 0))
     tokens = text_tokens or int(config.get("text_tokens", 77 if kind == "sdxl" else 512))
     IMAGE_FAMILIES[kind](c, config, height, width, tokens)
@@ -389,7 +377,7 @@ def image_memory(counts: ImageCounts, load: ImageLoad, device: Device, *, proces
     """Bytes by part, for training on cached latents and texts. As in plan.memory, the peak is where the backward pass
     begins."""
     e = dtype_bytes(load.dtype)
-    weights, constants = weight_bytes_of(counts, load), 0
+    weights, constants = _weight_bytes_of(counts, load), 0
     if load.quantise in ("nf4", "fp4"):
         constants = round(counts.matrices * (8 / 64 + 32 / (64 * 256)) / 8)
     weights += counts.encoders * e if load.stays else 0
@@ -403,7 +391,7 @@ def image_memory(counts: ImageCounts, load: ImageLoad, device: Device, *, proces
     gradients = 4 * counts.trainable if load.micros > 1 else max(0.0, 4 * counts.trainable - moving)
     dequantised = counts.largest * e if load.quantise else 0
     cuda = device.kind == "cuda"
-    context = CUDA_CONTEXT if cuda else DIFFUSERS_BYTES + (CPU_PROCESS if process is None else process)
+    context = CUDA_CONTEXT if cuda else _DIFFUSERS_BYTES + (CPU_PROCESS if process is None else process)
     share = CUDA_ROUNDING if cuda else CPU_ROUNDING
     return Memory(
         round(weights), constants, 4 * counts.trainable, round(gradients), 8 * counts.trainable, round(kept), 0,
@@ -411,7 +399,7 @@ def image_memory(counts: ImageCounts, load: ImageLoad, device: Device, *, proces
     )  # fmt: skip
 
 
-def weight_bytes_of(counts: ImageCounts, load: ImageLoad) -> int:
+def _weight_bytes_of(counts: ImageCounts, load: ImageLoad) -> int:
     """The denoiser's weights in memory, without quantisation constants."""
     quantised = counts.matrices if load.quantise else 0
     plain = (counts.parameters - quantised) * dtype_bytes(load.dtype)
@@ -427,5 +415,5 @@ def image_work(counts: ImageCounts, load: ImageLoad, device: Device) -> Work:
     dequantised = reads * e * counts.matrices if load.quantise else 0
     return Work(
         n * counts.products * again, n * counts.attention * (1 + forwards / 3), n * counts.low_rank, 0.0, moved,
-        dequantised, reads * load.offload * weight_bytes_of(counts, load),
+        dequantised, reads * load.offload * _weight_bytes_of(counts, load),
     )  # fmt: skip

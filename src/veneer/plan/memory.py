@@ -30,19 +30,6 @@ from veneer.plan.tables import Device
 if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
 
-__all__ = [
-    "CPU_LATER",
-    "CPU_PROCESS",
-    "CUDA_CONTEXT",
-    "Load",
-    "Memory",
-    "dtype_bytes",
-    "kept_dequantised",
-    "seen_keys",
-    "text_memory",
-    "weight_bytes",
-]
-
 _STATES = {"adamw": 8, "adam": 8, "nadam": 8, "radam": 8, "adamax": 8, "rmsprop": 4, "adafactor": 0, "sgd": 0}
 """Bytes of an optimizer's state for each float32 parameter (Adafactor's are rows and columns: too few to count)."""
 

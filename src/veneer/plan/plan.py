@@ -23,8 +23,6 @@ from veneer.plan.shape import TextShape, pair_parameters
 from veneer.plan.tables import Device
 from veneer.plan.time import Rates, Work, run_seconds, text_work
 
-__all__ = ["Plan", "TrainingJob", "image_plan", "text_plan"]
-
 
 @dataclass(frozen=True)
 class TrainingJob:
@@ -115,8 +113,8 @@ class Plan:
         }  # fmt: skip
 
 
-MemoryOf = Callable[[Any, Device], Memory]
-WorkOf = Callable[[Any, Device], Work]
+_MemoryOf = Callable[[Any, Device], Memory]
+_WorkOf = Callable[[Any, Device], Work]
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ class _Fitted:
 
 
 def _fitted(
-    load: AnyLoad, device: Device, rates: Rates, limit: int, memory_of: MemoryOf, work_of: WorkOf,
+    load: AnyLoad, device: Device, rates: Rates, limit: int, memory_of: _MemoryOf, work_of: _WorkOf,
     units: Callable[[Any], int],
 ) -> _Fitted:  # fmt: skip
     """Whether it fits, and what makes it. `units`: tokens or pictures of a load."""

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from veneer.plan.memory import Memory
 from veneer.plan.plan import Plan
 
-__all__ = ["plan_text"]
-
 _WORDS = {
     "weights": "weights", "constants": "quantisation constants", "adapter": "adapter", "gradients": "gradients",
     "optimizer": "optimizer", "activations": "activations", "logits": "logits",
@@ -65,7 +63,7 @@ def _answer(plan: Plan) -> Iterator[str]:
         yield "no three changes together make it fit."
     if plan.seconds is not None:
         money = "" if plan.cost is None else f", ${plan.cost:,.2f} at ${plan.device.price:g} an hour"
-        yield f"{'Then it' if plan.changes else 'It'} takes {duration(plan.seconds)}{money}."
+        yield f"{'Then it' if plan.changes else 'It'} takes {rough_duration(plan.seconds)}{money}."
 
 
 def _serving(plan: Plan) -> Iterator[str]:
@@ -86,7 +84,7 @@ def _serving(plan: Plan) -> Iterator[str]:
         )
 
 
-def duration(seconds: float) -> str:
+def rough_duration(seconds: float) -> str:
     """A duration as a person reads it: `3 h 20 min`, `12 min`, `40 s`."""
     if seconds < 90:
         return f"{seconds:.0f} s"

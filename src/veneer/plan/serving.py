@@ -16,8 +16,6 @@ from veneer.plan.shape import TextShape, pair_parameters
 from veneer.plan.tables import Device
 from veneer.plan.time import Rates
 
-__all__ = ["Serving", "Traffic", "serving"]
-
 
 @dataclass(frozen=True)
 class Traffic:

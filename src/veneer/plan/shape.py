@@ -18,18 +18,6 @@ from veneer.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
 
-__all__ = [
-    "TEXT_FAMILIES",
-    "LayerShape",
-    "LinearShape",
-    "TextShape",
-    "layer_ranks",
-    "model_shape",
-    "module_shape",
-    "pair_parameters",
-    "text_shape",
-]
-
 
 @dataclass(frozen=True)
 class LinearShape:

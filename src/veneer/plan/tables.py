@@ -20,8 +20,6 @@ from typing import Any
 from veneer.errors import ConfigError, nearest
 from veneer.models.home import veneer_home
 
-__all__ = ["Device", "base_config", "base_names", "device_named", "device_of_card", "gpu_names"]
-
 _MIB = 1 << 20
 
 

@@ -20,9 +20,7 @@ from veneer.plan.memory import Load, dtype_bytes, seen_keys, text_memory, weight
 from veneer.plan.shape import TextShape, layer_ranks
 from veneer.plan.tables import Device
 
-__all__ = ["EFFICIENCY", "Rates", "Work", "rates_of", "run_seconds", "text_work"]
-
-EFFICIENCY = 0.4
+_EFFICIENCY = 0.4
 """Share of a device's bfloat16 rate that training products are taken to reach where nothing was measured: an
 assumption, which --calibrate replaces."""
 _BANDWIDTH = 0.7
@@ -72,9 +70,9 @@ def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
     """The rates of a device that was not calibrated: a stated share of its data sheet's, of which float32 gets a
     quarter on a CPU and a fourteenth on a card (H100: 67 of 989 TFLOP/s)."""
     best = device.flops / (1 if dtype != "float32" else 4 if device.kind == "cpu" else 14)
-    said = f"{EFFICIENCY:.0%} of {best / 1e12:,.3g} TFLOP/s, {_BANDWIDTH:.0%} of {device.bandwidth / 1e9:,.0f} GB/s"
+    said = f"{_EFFICIENCY:.0%} of {best / 1e12:,.3g} TFLOP/s, {_BANDWIDTH:.0%} of {device.bandwidth / 1e9:,.0f} GB/s"
     how = "a guess; veneer plan --calibrate measures it" if device.kind == "cpu" else "not measured"
-    return Rates(EFFICIENCY * best, _BANDWIDTH * device.bandwidth, f"{said}, {how}")
+    return Rates(_EFFICIENCY * best, _BANDWIDTH * device.bandwidth, f"{said}, {how}")
 
 
 def text_work(shape: TextShape, load: Load, device: Device) -> Work:

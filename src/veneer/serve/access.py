@@ -20,24 +20,6 @@ from typing import Literal, Protocol
 from veneer.serve.request import DigestMix, Refused, Usage
 from veneer.serve.tenancy.keys import admin_hash, same
 
-__all__ = [
-    "ANYBODY",
-    "BEHIND",
-    "SHADOWS",
-    "Bill",
-    "Caller",
-    "Catalog",
-    "KeyAccess",
-    "LedgerState",
-    "ModelCard",
-    "NoWait",
-    "OpenAccess",
-    "Routes",
-    "Served",
-    "ShadowAnswer",
-    "Tenancy",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class Caller:

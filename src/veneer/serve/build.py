@@ -28,8 +28,6 @@ from veneer.serve.tenancy.admin import admin_router
 from veneer.serve.tenancy.keys import default_database
 from veneer.serve.tenancy.tenants import Tenants
 
-__all__ = ["Application", "build", "operator_routes", "tenancy_of"]
-
 
 async def _nothing() -> None:
     pass

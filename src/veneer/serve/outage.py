@@ -19,11 +19,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from veneer.errors import ResourceError, UnavailableError, lacks_memory
 from veneer.serve.request import Refused
 
-__all__ = ["fault", "is_outage", "outage"]
-
 log = logging.getLogger("veneer.serve")
 
-RETRY_AFTER = 2.0
+_RETRY_AFTER = 2.0
 _KINDS: tuple[type[BaseException], ...] = (UnavailableError, ResourceError, MemoryError)
 _KINDS += (OperationalError, InterfaceError, PoolTimeout)
 _KINDS += (ConnectionError, TimeoutError, PermissionError)
@@ -44,7 +42,7 @@ def is_outage(error: BaseException | None) -> bool:
     return False
 
 
-def outage(what: str, error: object, *, retry_after: float = RETRY_AFTER) -> Refused:
+def outage(what: str, error: object, *, retry_after: float = _RETRY_AFTER) -> Refused:
     """The answer while `what` (in a caller's words: "the library") cannot be used. `error` goes to the log alone."""
     number = _logged(what, error)
     return Refused(

@@ -16,25 +16,6 @@ from typing import ClassVar, Literal, Protocol, TypeVar
 
 from veneer.errors import ConfigError, VeneerError
 
-__all__ = [
-    "BASE",
-    "DigestMix",
-    "Engine",
-    "EngineEvent",
-    "EngineStats",
-    "Finished",
-    "GrammarSpec",
-    "Refused",
-    "Request",
-    "Sampling",
-    "Started",
-    "Token",
-    "Usage",
-    "cache_root",
-    "make_mix",
-    "mix_digest",
-]
-
 DigestMix = tuple[tuple[str, float], ...]
 """(adapter digest, strength), sorted by digest, each digest once, no strength 0; () is the base alone."""
 
@@ -213,11 +194,11 @@ class EngineStats:
     evictions: int = 0
 
 
-Asked = TypeVar("Asked", contravariant=True)
-Happened = TypeVar("Happened", covariant=True)
+_Asked = TypeVar("_Asked", contravariant=True)
+_Happened = TypeVar("_Happened", covariant=True)
 
 
-class Engine(Protocol[Asked, Happened]):
+class Engine(Protocol[_Asked, _Happened]):
     """What a server asks of whatever does its work: the embedded engine and a fleet (`Engine[Request, EngineEvent]`),
     and the engine that draws. Engines derive from it, for its defaults.
 
@@ -228,7 +209,7 @@ class Engine(Protocol[Asked, Happened]):
 
     makes: ClassVar[Literal["texts", "pictures"]] = "texts"
 
-    def events(self, request: Asked, /) -> AsyncIterator[Happened]: ...
+    def events(self, request: _Asked, /) -> AsyncIterator[_Happened]: ...
 
     def stats(self) -> EngineStats: ...
 

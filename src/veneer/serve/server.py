@@ -29,11 +29,9 @@ from veneer.serve.settings import ServeSettings
 if TYPE_CHECKING:
     from veneer.serve.build import Application
 
-__all__ = ["listen", "serve"]
-
 log = logging.getLogger("veneer.serve")
 
-SWITCH = 0.001
+_SWITCH = 0.001
 """Seconds after which a thread that computes in Python gives the interpreter to one that waits for it. A step gives it
 up and takes it back at each of its operations; at the usual 5 ms it would wait for a second beside one such thread."""
 
@@ -142,7 +140,7 @@ def serve(settings: ServeSettings, say: Callable[[str], None], make: Callable[[]
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("veneer").setLevel(logging.INFO)
     many_files(settings.http.connections)
-    sys.setswitchinterval(SWITCH)
+    sys.setswitchinterval(_SWITCH)
     sockets = listen(settings.host, settings.port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     say(f"listening on http://{host}:{sockets[0].getsockname()[1]}; /ready says when the base is loaded")

@@ -12,20 +12,6 @@ from typing import Literal
 
 from veneer.errors import ConfigError
 
-__all__ = [
-    "EngineSettings",
-    "FleetSettings",
-    "HttpSettings",
-    "LedgerSettings",
-    "Preload",
-    "ServeSettings",
-    "WeightKind",
-    "bytes_of",
-    "keys_of",
-    "parse_preload",
-    "size_text",
-]
-
 
 @dataclass(frozen=True)
 class HttpSettings:

@@ -33,22 +33,6 @@ from veneer.errors import AdapterError, CheckpointError, ResourceError
 from veneer.files.atomic import flush_folder, replace_file
 from veneer.files.safetensors import encode_tensors, read_tensors
 
-__all__ = [
-    "Progress",
-    "at_step",
-    "disk_errors",
-    "environment",
-    "latest",
-    "read_checkpoint",
-    "read_parameters",
-    "restore",
-    "rng_restore",
-    "rng_state",
-    "save",
-    "seed_all",
-    "write_atomically",
-]
-
 _PREFIX = "step-"
 _VERSION = 1
 

@@ -40,8 +40,6 @@ from veneer import errors
 from veneer.errors import ConfigError, TrainingError, VeneerError
 from veneer.models import device as processors
 
-__all__ = ["ALONE", "Devices", "digest_of", "joined", "launch", "leads", "shares", "started"]
-
 T = TypeVar("T")
 _ERROR = "veneer/error"
 _TIMEOUT = timedelta(hours=3)

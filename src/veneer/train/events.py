@@ -10,23 +10,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = [
-    "Checked",
-    "Evaluated",
-    "Event",
-    "Listener",
-    "Note",
-    "Probed",
-    "Resolved",
-    "Sampled",
-    "Saved",
-    "Stepped",
-    "Stopped",
-    "fan_out",
-    "silent",
-    "to_record",
-]
-
 
 @dataclass(frozen=True)
 class Event:

@@ -38,20 +38,6 @@ from veneer.train.devices import ALONE, Devices
 from veneer.train.events import Evaluated, Listener, Probed, Saved, Stepped, Stopped, silent
 from veneer.train.optim import Schedule
 
-__all__ = [
-    "LazySteps",
-    "Learner",
-    "Means",
-    "Micro",
-    "Score",
-    "Step",
-    "TrainingPlan",
-    "memory_errors",
-    "peak_memory_bytes",
-    "probe",
-    "train",
-]
-
 _RECENT = 20
 _LENGTHS = {"tokens": "data.max_length", "pictures": "data.resolution"}
 

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 from veneer.errors import ConfigError, MissingExtraError, nearest
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "Ema", "Schedule", "make_optimizer", "optimizer_names"]
-
-OPTIMIZERS = {
+_OPTIMIZERS = {
     "adamw": "AdamW",
     "adam": "Adam",
     "sgd": "SGD",
@@ -35,7 +33,7 @@ OPTIMIZERS = {
 }
 """Our name -> torch's class; a name whose class this torch lacks is refused."""
 
-OPTIMIZERS_8BIT = {"adamw-8bit": "AdamW8bit", "paged-adamw": "PagedAdamW", "paged-adamw-8bit": "PagedAdamW8bit"}
+_OPTIMIZERS_8BIT = {"adamw-8bit": "AdamW8bit", "paged-adamw": "PagedAdamW", "paged-adamw-8bit": "PagedAdamW8bit"}
 """Our name -> bitsandbytes' class, CUDA alone: moments in 8 bits, or in memory that is paged out to the host."""
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -46,7 +44,7 @@ _FUSED = {"adamw", "adam", "sgd"}
 
 def optimizer_names() -> list[str]:
     """The names that this torch can build."""
-    return [name for name, kind in OPTIMIZERS.items() if hasattr(torch.optim, kind)]
+    return [name for name, kind in _OPTIMIZERS.items() if hasattr(torch.optim, kind)]
 
 
 def make_optimizer(
@@ -72,22 +70,22 @@ def make_optimizer(
     """
     kind: Any
     options: dict[str, Any]
-    if name in OPTIMIZERS_8BIT:
+    if name in _OPTIMIZERS_8BIT:
         kind = _bitsandbytes(name, parameters)
         groups = _groups(parameters, learning_rate, weight_decay, loraplus_ratio, rates or {})
         made: torch.optim.Optimizer = kind(groups, lr=learning_rate, betas=tuple(betas), eps=eps or 1e-8)
         return made
-    if name not in OPTIMIZERS:
-        near = nearest(name, [*OPTIMIZERS, *OPTIMIZERS_8BIT])
+    if name not in _OPTIMIZERS:
+        near = nearest(name, [*_OPTIMIZERS, *_OPTIMIZERS_8BIT])
         raise ConfigError(
             f"unknown optimizer {name!r}",
             where="optimizer.name",
             fix=f"use {' or '.join(near)}" if near else f"use one of {', '.join(optimizer_names())}",
         )
-    kind = getattr(torch.optim, OPTIMIZERS[name], None)
+    kind = getattr(torch.optim, _OPTIMIZERS[name], None)
     if kind is None:
         raise ConfigError(
-            f"torch {torch.__version__} has no {OPTIMIZERS[name]}",
+            f"torch {torch.__version__} has no {_OPTIMIZERS[name]}",
             where="optimizer.name",
             fix=f"use one of {', '.join(optimizer_names())}, or a torch that has it",
         )
@@ -118,7 +116,7 @@ def _bitsandbytes(name: str, parameters: Mapping[str, nn.Parameter]) -> Any:
         import bitsandbytes
     except ImportError as error:
         raise MissingExtraError(f"{name} needs bitsandbytes", fix="pip install 'veneer[quant]'") from error
-    return getattr(bitsandbytes.optim, OPTIMIZERS_8BIT[name])
+    return getattr(bitsandbytes.optim, _OPTIMIZERS_8BIT[name])
 
 
 def _groups(

@@ -23,8 +23,6 @@ from veneer.train.preflight import held_memory
 if TYPE_CHECKING:
     from veneer.train.config.image import ImageTrainConfig
 
-__all__ = ["load_of", "plan_of_config", "plan_of_run", "still_needed", "to_be_set"]
-
 _CHARACTERS = 4
 """Characters a token, where nothing is tokenised: about right for English."""
 

@@ -27,27 +27,6 @@ from veneer.errors import PreflightError
 from veneer.train.config.load import RunConfig
 from veneer.train.config.text import TrainConfig
 
-__all__ = [
-    "CACHE",
-    "Finding",
-    "Level",
-    "Report",
-    "RunSubject",
-    "available_memory",
-    "free_memory",
-    "gigabytes",
-    "held_memory",
-    "learning_rate",
-    "memory_finding",
-    "precision",
-    "recipe_changes",
-    "recomputes",
-    "share",
-    "shared_out",
-    "trainable_parameters",
-    "where_it_goes",
-]
-
 CACHE = "cache"
 """A folder in the output that an earlier run may have left: latents and class pictures, which are never stale."""
 _WINDOW = (1e-5, 3e-3)  # below, LoRA barely moves; of 80 runs that diverged in a public sweep, 72 were at 3e-3
@@ -249,7 +228,7 @@ def where_it_goes(s: RunSubject) -> Iterator[Finding]:
         text = f"{folder} already holds a run or other files; nothing is overwritten"
         yield Finding("stop", "output", text, "go on with --resume, or give another output.directory")
     if s.resume and s.previous is not None:
-        changes = recipe_changes(s.previous, s.config.recipe())
+        changes = _recipe_changes(s.previous, s.config.recipe())
         if changes:
             text = f"the run in {folder} was started with other settings: {'; '.join(changes)}"
             yield Finding(
@@ -270,7 +249,7 @@ def where_it_goes(s: RunSubject) -> Iterator[Finding]:
         )
 
 
-def recipe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _recipe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two recipes and changes what a run learns, as `adapter.rank: 16 before, 8 now`."""
 
     def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,6 @@ from typing import Any
 
 from veneer.errors import DataError, nearest
 
-__all__ = ["Record", "bullets", "read_data_files"]
-
 _MOST_SHOWN = 20
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 

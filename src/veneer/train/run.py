@@ -34,8 +34,6 @@ from veneer.train.preflight import Report
 from veneer.train.report.log import ConsoleView, JsonLog
 from veneer.train.save import Outcome, ReportParts, was_predicted, write_report
 
-__all__ = ["NAME", "AttachedTask", "Run", "Task", "carry_out", "due", "opened", "resolved"]
-
 NAME = "run"
 """The adapter's name on the base while it trains."""
 
@@ -73,11 +71,11 @@ class Run:
 
 D = TypeVar("D")
 """What a task reads."""
-R = TypeVar("R", bound=Outcome)
+_R = TypeVar("_R", bound=Outcome)
 """What a run on it comes to."""
 
 
-class AttachedTask(Learner, Protocol[R]):
+class AttachedTask(Learner, Protocol[_R]):
     """A task whose adapter is on the base, trainable: what the loop trains, and what comes after it.
 
     `steps`: all of the run, in order. `ends`: the numbers of those that end an epoch."""
@@ -109,11 +107,11 @@ class AttachedTask(Learner, Protocol[R]):
         return
 
     @abstractmethod
-    def facts(self, outcome: Outcome, progress: Progress) -> R:
+    def facts(self, outcome: Outcome, progress: Progress) -> _R:
         """`outcome` with what this kind of task counts."""
 
     @abstractmethod
-    def save(self, result: R, progress: Progress, tell: Listener) -> R:
+    def save(self, result: _R, progress: Progress, tell: Listener) -> _R:
         """Writes the adapter with its card; `result` with what was written. The first process alone is asked."""
 
     @abstractmethod
@@ -121,12 +119,12 @@ class AttachedTask(Learner, Protocol[R]):
         """Reads what was saved and compares it with what was trained; the finding as a sentence. Raises AdapterError
         where they are not the same."""
 
-    def report(self, result: R, progress: Progress) -> ReportParts:
+    def report(self, result: _R, progress: Progress) -> ReportParts:
         """What the page beside the adapter has of its own."""
         return ReportParts()
 
 
-class Task(Protocol[D, R]):
+class Task(Protocol[D, _R]):
     """What is trained, before it is on the base. The three are called in this order, each with what came before."""
 
     @abstractmethod
@@ -139,7 +137,7 @@ class Task(Protocol[D, R]):
         it (`Run.say`) when it is complete, or when it stops the run."""
 
     @abstractmethod
-    def attach(self, run: Run, data: D, report: Report) -> AbstractContextManager[AttachedTask[R]]:
+    def attach(self, run: Run, data: D, report: Report) -> AbstractContextManager[AttachedTask[_R]]:
         """The adapter on the base, selected and trainable; all undone at the end. What can only be checked now is added
         to the `report`, which is then told here."""
 
@@ -168,7 +166,7 @@ def opened(
             checkpoint.rng_restore(random_before)
 
 
-def carry_out(run: Run, task: Task[D, R]) -> R:
+def carry_out(run: Run, task: Task[D, _R]) -> _R:
     """The whole run, from reading to the report; a dry run ends before the first step.
 
     Raises PreflightError before step one for what would go wrong, and what reading, training and saving raise."""
@@ -190,7 +188,7 @@ def _newest_checkpoint(run: Run) -> Path | None:
     return newest
 
 
-def _dry(run: Run, task: AttachedTask[R], report: Report) -> R:
+def _dry(run: Run, task: AttachedTask[_R], report: Report) -> _R:
     _probe(run, task)
     steps = task.steps
     counts = [(step.tokens, step.trained) for step in steps]
@@ -202,7 +200,7 @@ def _dry(run: Run, task: AttachedTask[R], report: Report) -> R:
     return task.facts(outcome, planned)
 
 
-def _trained(run: Run, task: AttachedTask[R], report: Report, newest: Path | None) -> R:
+def _trained(run: Run, task: AttachedTask[_R], report: Report, newest: Path | None) -> _R:
     """The loop from the checkpoint `newest` (or the beginning), then the adapter, its proof and the report."""
     config, devices = run.config, run.devices
     o, e, total = config.optimizer, config.evaluation, len(task.steps)
@@ -229,7 +227,7 @@ def _trained(run: Run, task: AttachedTask[R], report: Report, newest: Path | Non
         return _finished(run, task, report, progress, tell)
 
 
-def _finished(run: Run, task: AttachedTask[R], report: Report, progress: Progress, tell: Listener) -> R:
+def _finished(run: Run, task: AttachedTask[_R], report: Report, progress: Progress, tell: Listener) -> _R:
     """Puts the state that is kept in place, saves it, proves the file, and writes the report."""
     devices = run.devices
     kept, validation = _put_kept(run, task, progress, tell)

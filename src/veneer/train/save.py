@@ -14,15 +14,13 @@ from torch import Tensor
 from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment
 from veneer.errors import AdapterError
-from veneer.plan.render import duration
+from veneer.plan.render import rough_duration
 from veneer.train.report.log import read_log, size
 from veneer.train.report.page import Page, write_page
 
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
     from veneer.models.text.base import TextBase
-
-__all__ = ["Outcome", "ReportParts", "base_facts", "prove", "run_records", "was_predicted", "write_report"]
 
 _RELOADED = "reloaded"
 
@@ -132,7 +130,9 @@ def was_predicted(numbers: Mapping[str, Any], peak: int, seconds: float) -> str:
     if said := numbers.get("predicted_peak_bytes"):
         parts.append(f"peak memory {peak / 1e9:.2f} GB, {said / 1e9:.2f} predicted ({peak / said - 1:+.0%})")
     if (said := numbers.get("predicted_seconds")) and seconds:
-        parts.append(f"training {duration(seconds)}, {duration(said)} predicted ({seconds / said - 1:+.0%})")
+        parts.append(
+            f"training {rough_duration(seconds)}, {rough_duration(said)} predicted ({seconds / said - 1:+.0%})"
+        )
     return "; ".join(parts)
 
 

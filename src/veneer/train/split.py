@@ -8,8 +8,6 @@ from typing import Protocol, TypeVar
 
 from veneer.errors import DataError
 
-__all__ = ["Keyed", "hold_out"]
-
 
 class Keyed(Protocol):
     """What can be held out: a row or a picture. `key` is a hash of all it teaches."""
@@ -18,7 +16,7 @@ class Keyed(Protocol):
     def key(self) -> str: ...
 
 
-AnyKeyed = TypeVar("AnyKeyed", bound=Keyed)
+_AnyKeyed = TypeVar("_AnyKeyed", bound=Keyed)
 
 
 def _sha256(text: bytes) -> bytes:
@@ -26,9 +24,9 @@ def _sha256(text: bytes) -> bytes:
 
 
 def hold_out(
-    items: Sequence[AnyKeyed], split: int | float | None, *, seed: int, default: int, what: str = "rows",
+    items: Sequence[_AnyKeyed], split: int | float | None, *, seed: int, default: int, what: str = "rows",
     order: Callable[[bytes], bytes] = _sha256,
-) -> tuple[list[AnyKeyed], list[AnyKeyed]]:  # fmt: skip
+) -> tuple[list[_AnyKeyed], list[_AnyKeyed]]:  # fmt: skip
     """(to learn from, held out). `split`: how many (int), a share of them (float; one at least), None for `default`.
 
     Chosen by a seeded hash of each one's content, `order`: neither the order of the files nor their names decide, and

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from alembic import context
 
-__all__: list[str] = []
-
 
 def _run() -> None:
     given = context.config.attributes

@@ -36,25 +36,8 @@ from veneer.models.image.files import (
 from veneer.models.loading import errors_only
 from veneer.models.sources import find_base
 
-__all__ = [
-    "Components",
-    "ControlNet",
-    "ImageBase",
-    "PipelineKind",
-    "default_size",
-    "load_control",
-    "load_image",
-    "pipeline",
-    "prediction_of",
-    "readers",
-    "release",
-    "text_length",
-    "text_settings",
-    "vae_scale",
-]
-
 PipelineKind = Literal["text", "image", "inpaint"]
-ControlNet = nn.Module
+_ControlNet = nn.Module
 """A ControlNet of diffusers: ControlNetModel, FluxControlNetModel, SD3ControlNetModel or QwenImageControlNetModel."""
 
 
@@ -234,7 +217,7 @@ def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsi
 # -- pipelines -------------------------------------------------------------------------------------------------------
 
 
-def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[ControlNet] = ()) -> Any:
+def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_ControlNet] = ()) -> Any:
     """diffusers' pipeline of that kind over the base's parts, made once for each kind and list of ControlNets.
 
     Nothing is copied: an adapter attached to `base.model` acts in every pipeline. They also share one
@@ -280,7 +263,7 @@ def _arguments(cls: type, given: dict[str, Any]) -> dict[str, Any]:
     return missing | {n: v for n, v in given.items() if n in wanted}
 
 
-def _several(base: ImageBase, controls: Sequence[ControlNet]) -> Any:
+def _several(base: ImageBase, controls: Sequence[_ControlNet]) -> Any:
     """ControlNets whose residuals are summed, in diffusers' own class."""
     import diffusers
 
@@ -292,12 +275,12 @@ def _several(base: ImageBase, controls: Sequence[ControlNet]) -> Any:
     return multi(list(controls))
 
 
-def _check_control(base: ImageBase, control: ControlNet) -> None:
+def _check_control(base: ImageBase, control: _ControlNet) -> None:
     if type(control).__name__ != base.row.control:
         raise BaseError(f"{type(control).__name__} is not a ControlNet for {base.row.label}", where=base.name)
 
 
-def load_control(name: str | Path, base: ImageBase) -> ControlNet:
+def load_control(name: str | Path, base: ImageBase) -> _ControlNet:
     """A ControlNet by built-in name, directory or hub id, in the base's dtype and on its device, frozen.
 
     Raises BaseError for a ControlNet of another family, which it names, or of other sizes than the base's."""

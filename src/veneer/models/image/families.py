@@ -18,16 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = [
-    "FAMILIES",
-    "ImageFamily",
-    "denoiser_family",
-    "family_label",
-    "is_image_family",
-    "same_family",
-    "topology_name",
-]
-
 
 @dataclass(frozen=True)
 class ImageFamily:

@@ -31,8 +31,6 @@ from veneer.ops.linear import linear
 from veneer.ops.mlp import geglu, gelu_tanh
 from veneer.ops.norms import norm_silu
 
-__all__ = ["DenoiserReport", "fast_denoiser"]
-
 
 class DenoiserReport(FastReport):
     def summary(self) -> str:

@@ -37,24 +37,7 @@ from veneer.models.loading import check_loaded, errors_only, loading
 from veneer.models.quantise import lazy_state, load_part, load_state, saved_kind
 from veneer.models.sources import find_base
 
-__all__ = [
-    "INDEX",
-    "LoadedParts",
-    "component_classes",
-    "components_in",
-    "control_of",
-    "family_of_directory",
-    "flux_config",
-    "parts_fingerprint",
-    "read_directory",
-    "read_index",
-    "read_single_file",
-    "require_diffusers",
-    "table_of",
-    "unreadable",
-]
-
-INDEX = "model_index.json"
+_INDEX = "model_index.json"
 _LEFT_OUT = {"safety_checker", "feature_extractor", "image_encoder"}
 _LIBRARIES = ("diffusers", "transformers")
 _LARGE_ENCODERS = {
@@ -129,7 +112,7 @@ def read_directory(
 def read_index(path: Path) -> dict[str, Any]:
     """model_index.json of a directory. Raises BaseError if there is none, or if it cannot be read."""
     try:
-        found = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        found = json.loads((path / _INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         kind, fix = "", None
         if (path / "config.json").exists():
@@ -139,12 +122,12 @@ def read_index(path: Path) -> dict[str, Any]:
                 fix = "`veneer generate` uses it, and data.train is what it learns from"
             elif "ControlNet" in kind:
                 fix = f"use it with --control canny@{path}=PICTURE"
-        what = f"this is not an image base: it has no {INDEX}" + (f", it is {kind}" if kind else "")
+        what = f"this is not an image base: it has no {_INDEX}" + (f", it is {kind}" if kind else "")
         raise BaseError(what, where=str(path), fix=fix) from error
     except (OSError, ValueError) as error:
-        raise BaseError(f"{INDEX} cannot be read: {error}", where=str(path)) from error
+        raise BaseError(f"{_INDEX} cannot be read: {error}", where=str(path)) from error
     if not isinstance(found, dict):
-        raise BaseError(f"{INDEX} is not a JSON object", where=str(path))
+        raise BaseError(f"{_INDEX} is not a JSON object", where=str(path))
     return found
 
 
@@ -161,7 +144,7 @@ def component_classes(index: Mapping[str, Any], path: Path) -> dict[str, tuple[s
         if library not in _LIBRARIES:
             raise BaseError(
                 f"{name} is a {classname} of {library}: code that came with the base is not run",
-                where=str(path / INDEX),
+                where=str(path / _INDEX),
                 fix="use a base whose components are diffusers' and transformers'",
             )
         if not (path / name).is_dir():
@@ -174,7 +157,7 @@ def family_of_directory(path: Path, classes: Mapping[str, tuple[str, str]]) -> I
     """The family of a directory with these components. Raises BaseError for an unknown one."""
     denoiser = next((n for n in ("unet", "transformer") if n in classes), None)
     if denoiser is None:
-        raise BaseError("this base has neither a unet nor a transformer", where=str(path / INDEX))
+        raise BaseError("this base has neither a unet nor a transformer", where=str(path / _INDEX))
     classname = classes[denoiser][1]
     family = denoiser_family(classname, _config_of(path / denoiser))
     if family is None:
@@ -185,7 +168,7 @@ def family_of_directory(path: Path, classes: Mapping[str, tuple[str, str]]) -> I
         )
     for name in ("vae", "scheduler"):
         if name not in classes:
-            raise BaseError(f"this base has no {name}", where=str(path / INDEX))
+            raise BaseError(f"this base has no {name}", where=str(path / _INDEX))
     return family
 
 

@@ -32,21 +32,6 @@ if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase, PipelineKind
     from veneer.models.image.predict import Conditioning
 
-__all__ = [
-    "Control",
-    "GeneratedPicture",
-    "ImageRow",
-    "MixPlan",
-    "Moment",
-    "PictureSettings",
-    "check_numbers",
-    "check_rows",
-    "check_seed",
-    "default_settings",
-    "fitted_picture",
-    "generate_images",
-]  # fmt: skip
-
 SEEDS = 2**64
 """Seeds are 0 … SEEDS - 1: what torch's generators take."""
 

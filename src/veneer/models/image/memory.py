@@ -22,8 +22,6 @@ from veneer.errors import ConfigError
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
 
-__all__ = ["blocks_of", "fetched", "measured_activations", "offloading", "park", "recomputing"]
-
 
 def measured_activations(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     """Bytes of all storages that autograd keeps after `forward()`, apart from those of `parameters`."""

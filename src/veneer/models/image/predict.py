@@ -27,18 +27,6 @@ from veneer.models.loading import errors_only
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = [
-    "Conditioning",
-    "LatentPreview",
-    "alphas_cumprod",
-    "cut_of",
-    "decode_latents",
-    "embed_prompts",
-    "encode_pictures",
-    "predict",
-    "unpacked_latents",
-]
-
 
 @dataclass
 class Conditioning:
@@ -271,7 +259,7 @@ def _whole(x: Tensor) -> Tensor:
     return F.pixel_shuffle(x, 2)
 
 
-def unpacked_latents(base: ImageBase, latents: Tensor, width: int, height: int) -> Tensor:
+def _unpacked_latents(base: ImageBase, latents: Tensor, width: int, height: int) -> Tensor:
     """A pipeline's latents of pictures of that many pixels, which may be tokens, in the shape of `decode_latents`."""
     if latents.ndim != 3:
         return latents
@@ -405,7 +393,7 @@ class LatentPreview:
         """The picture of one row as far as it is."""
         from PIL import Image as pil
 
-        latents = unpacked_latents(self.base, self._ahead()[row : row + 1], self.width, self.height)
+        latents = _unpacked_latents(self.base, self._ahead()[row : row + 1], self.width, self.height)
         pixels = (decode_latents(self.base, latents)[0].float() / 2 + 0.5).clamp(0, 1).nan_to_num()
         return pil.fromarray((pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 

@@ -17,8 +17,6 @@ from veneer.models.loading import errors_only
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
 
-__all__ = ["NAMES", "make_scheduler", "scheduler_name", "scheduler_names"]
-
 _KARRAS = {"use_karras_sigmas": True}
 _MULTISTEP: dict[str, Any] = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False}
 _SHIFTED = ("flux1", "flux2", "qwen-image")

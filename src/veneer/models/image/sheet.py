@@ -18,8 +18,6 @@ from veneer.errors import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["WIDE_FONTS", "sheet"]
-
 _GAP = 4
 _INK, _PAPER, _EMPTY, _FRAME = (30, 30, 30), (255, 255, 255), (235, 235, 235), (205, 205, 205)
 

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from veneer.models.compat_transformers import TRANSFORMERS, register_attention
 
-__all__ = ["Attend", "AttentionSettings", "attending", "divert_attention", "new_cache"]
-
 _NAME = "veneer_diverted"
 
 
@@ -43,12 +41,12 @@ _KNOWN = {
 """What a layer may say of its attention and `AttentionSettings` carries, and what says nothing of it. Anything else
 would be lost."""
 
-Attend = Callable[[int, Tensor, Tensor, Tensor, AttentionSettings], Tensor]
+_Attend = Callable[[int, Tensor, Tensor, Tensor, AttentionSettings], Tensor]
 """(layer, q (tokens, heads, d), k, v (tokens, kv, d), how) -> (tokens, heads, d)"""
 
 
 class _Now(threading.local):
-    attend: Attend | None = None
+    attend: _Attend | None = None
 
 
 _now = _Now()
@@ -67,7 +65,7 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def attending(attend: Attend) -> Iterator[None]:
+def attending(attend: _Attend) -> Iterator[None]:
     """`attend` computes the attention of diverted models within the with-block, in this thread."""
     _now.attend = attend
     try:

@@ -29,15 +29,6 @@ from veneer.ops.quantised import Quantised
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "TextBase",
-    "end_of_turn",
-    "load_text",
-    "read_base_config",
-    "read_tokenizer",
-    "text_without_weights",
-]
-
 
 @dataclass
 class TextBase:
@@ -102,7 +93,7 @@ def load_text(
     path, table, config, tokenizer = _described(name, say)
     where = choose_device(device)
     settle_threads()
-    quantised = choose_quantisation(quantise, path, config)
+    quantised = _choose_quantisation(quantise, path, config)
     kind, reason = choose_dtype(dtype, where, "BF16" if quantised else stored_dtype(table))
     check_memory(path, _bytes(table, kind, quantised), kind, where)
     digest = fingerprint(path, config, table)
@@ -197,7 +188,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def choose_quantisation(quantise: str | None, path: Path, config: PreTrainedConfig) -> str:
+def _choose_quantisation(quantise: str | None, path: Path, config: PreTrainedConfig) -> str:
     """How the linear weights will be kept: nf4, fp4, int8, gguf, or "" in full precision. Raises ConfigError."""
     saved = "" if path.is_file() else saved_kind(config.to_dict(), str(path))
     if quantise == "keep":

@@ -44,8 +44,6 @@ from veneer.ops.linear import linear
 from veneer.ops.mlp import gated_mlp
 from veneer.ops.norms import rms_norm
 
-__all__ = ["fast"]
-
 _ATTENTION = "veneer_rows"
 
 

@@ -26,17 +26,6 @@ from veneer.ops.cpu.sharing import forwards
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "Completion",
-    "Prompt",
-    "TextPieces",
-    "complete",
-    "completion_of",
-    "encode_prompt",
-    "encode_prompts",
-    "rendered",
-]
-
 Prompt = str | Sequence[Mapping[str, str]]
 """A text to go on from, taken as it is, or the messages of a conversation, put through the chat template."""
 

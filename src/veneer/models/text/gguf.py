@@ -35,8 +35,6 @@ from veneer.ops.quantised import Quantised
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["GgufReader", "dequantise", "fast_headers", "load_gguf", "merges_of", "read_gguf_tokenizer"]
-
 
 def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrainedModel:
     """The model in a GGUF file: an ordinary module that computes in `dtype`.

@@ -23,9 +23,7 @@ from veneer.ops.attention import RowLayout
 from veneer.ops.loss import token_nll
 from veneer.ops.sizes import ROW_STEP, few_sizes
 
-__all__ = ["padded_nll", "row_logps", "rows_nll", "text_loss"]
-
-HEAD_CHUNK = 128
+_HEAD_CHUNK = 128
 """Positions whose logits exist at once where the head has to be called."""
 
 
@@ -125,7 +123,7 @@ def _head_nll(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     if weight is not None and not _head_is_more(model.config) and weight.dtype == hidden.dtype:
         return token_nll(hidden, weight, targets)
     out = []
-    for part, y in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+    for part, y in zip(hidden.split(_HEAD_CHUNK), targets.split(_HEAD_CHUNK), strict=True):
         if torch.is_grad_enabled():
             out.append(torch.utils.checkpoint.checkpoint(_chunk_nll, model, head, part, y, use_reentrant=False))
         else:

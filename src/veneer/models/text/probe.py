@@ -32,8 +32,6 @@ from torch import Tensor, nn
 
 from veneer.core.targets import base_of
 
-__all__ = ["LENGTHS", "WINDOW", "OtherKind", "OwnForward", "gate_of", "gate_parts", "norm_of", "short_windows"]
-
 LENGTHS = (21, 9, 2)
 """Tokens of the probe's rows: past a short window, past it by one, and the shortest that has a loss."""
 

@@ -15,9 +15,7 @@ from pathlib import Path
 
 from veneer.files.atomic import replace_file
 
-__all__ = ["BuiltKernels", "build_kernels", "compile_kernels", "distrusted", "left_out"]
-
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
+_FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
 """No -ffast-math: NaN and infinity keep their meaning, which the loop relies on to stop a diverged run."""
 
 
@@ -32,7 +30,7 @@ def build_kernels(compiler: str, sources: Sequence[Path], headers: Sequence[Path
     """The kernels, compiled and tried unless they have been. Raises OSError or subprocess.SubprocessError where they
     cannot be, or where there is no folder to trust."""
     texts = [path.read_text() for path in (*sources, *headers, Path(__file__).parent / "selftest.py")]
-    key = hashlib.sha256("\0".join([*texts, *_machine(compiler), *FLAGS]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([*texts, *_machine(compiler), *_FLAGS]).encode()).hexdigest()[:16]
     notes: list[str] = []
     for folder in _folders():
         try:
@@ -74,7 +72,7 @@ def compile_kernels(compiler: str, sources: Sequence[Path], target: Path, more: 
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
         subprocess.run(
-            [compiler, *FLAGS, *more, *map(str, sources), "-o", str(made), "-lm"],
+            [compiler, *_FLAGS, *more, *map(str, sources), "-o", str(made), "-lm"],
             capture_output=True,
             text=True,
             check=True,

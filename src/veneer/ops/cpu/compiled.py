@@ -24,21 +24,6 @@ from torch import Tensor
 from veneer.ops.cpu.build import build_kernels
 from veneer.ops.lowrank import LowRank
 
-__all__ = [
-    "HEADERS",
-    "PAGED",
-    "SOURCES",
-    "Kernels",
-    "bound",
-    "has",
-    "kernels",
-    "low_rank_structs",
-    "status",
-    "strides",
-    "usable",
-    "why_missing",
-]  # fmt: skip
-
 _pointer, _int64, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _HEADS = [_pointer, _int64, *[_pointer] * 4, *[_int64] * 5, _float, _pointer, _int]
 _SIGNATURES: dict[str, list[Any]] = {

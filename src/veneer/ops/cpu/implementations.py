@@ -18,8 +18,6 @@ from veneer.ops.cpu import compiled
 from veneer.ops.lowrank import LowRank
 from veneer.ops.sizes import SMALL_INPUT
 
-__all__ = ["IMPLEMENTATIONS", "CompiledLowRank"]
-
 IMPLEMENTATIONS: dict[str, Implementation] = {}
 """op -> how the compiled kernels do it."""
 

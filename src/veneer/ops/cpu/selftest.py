@@ -22,10 +22,8 @@ from torch import Tensor
 from veneer.ops.cpu.compiled import Kernels, bound, low_rank_structs, strides
 from veneer.ops.lowrank import LowRank
 
-__all__ = ["CHECKS", "Bench", "Same", "kernel_check", "run_checks", "wrong"]
-
-THREADS = 2
-BF16 = torch.bfloat16
+_THREADS = 2
+_BF16 = torch.bfloat16
 
 
 class Same(NamedTuple):
@@ -50,13 +48,13 @@ class Bench:
         self._generator = torch.Generator().manual_seed(0)
         self._margins: list[Tensor] = []
 
-    def normal(self, *shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    def normal(self, *shape: int, dtype: torch.dtype = _BF16) -> Tensor:
         return torch.randn(shape, generator=self._generator).to(dtype)
 
     def whole(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.randint(low, high, shape, generator=self._generator).to(dtype)
 
-    def room(self, *shape: int, dtype: torch.dtype = BF16, like: Tensor | None = None) -> Tensor:
+    def room(self, *shape: int, dtype: torch.dtype = _BF16, like: Tensor | None = None) -> Tensor:
         """A tensor between margins: of a pattern that no result is likely to have, or with the values of `like`."""
         shape, dtype = (tuple(like.shape), like.dtype) if like is not None else (shape, dtype)
         margin, size = 256, math.prod(shape) * dtype.itemsize
@@ -69,12 +67,12 @@ class Bench:
         return all(bool((m == 0xA5).all()) for m in self._margins)
 
 
-Check = Callable[[Bench], Iterable[Same]]
-CHECKS: dict[str, Check] = {}
+_Check = Callable[[Bench], Iterable[Same]]
+CHECKS: dict[str, _Check] = {}
 
 
-def kernel_check(name: str) -> Callable[[Check], Check]:
-    def put(function: Check) -> Check:
+def _kernel_check(name: str) -> Callable[[_Check], _Check]:
+    def put(function: _Check) -> _Check:
         CHECKS[name] = function
         return function
 
@@ -114,7 +112,7 @@ def gradient(made: Tensor, given: Tensor, g: Tensor) -> Tensor:
 # -- a training step ---------------------------------------------------------------------------------------------------
 
 
-@kernel_check("use_threads")
+@_kernel_check("use_threads")
 def _use_threads(bench: Bench) -> Iterator[Same]:
     """Whether torch and the kernels have one OpenMP."""
     before = torch.get_num_threads()
@@ -124,18 +122,18 @@ def _use_threads(bench: Bench) -> Iterator[Same]:
     yield Same(torch.tensor([now, torch.get_num_threads()]), torch.tensor([3, before]), 0, 0)
 
 
-@kernel_check("stay")
+@_kernel_check("stay")
 def _stay(bench: Bench) -> Iterator[Same]:
     """Where the calling thread may run; both are let go again."""
     if not hasattr(os, "sched_getaffinity"):  # nothing is done there
         return
     before = sorted(os.sched_getaffinity(0))
     for processors in (before[-1:], before):
-        bench.library.stay((ctypes.c_int * len(processors))(*processors), len(processors), THREADS)
+        bench.library.stay((ctypes.c_int * len(processors))(*processors), len(processors), _THREADS)
         yield Same(torch.tensor(sorted(os.sched_getaffinity(0)), dtype=torch.int64), torch.tensor(processors), 0, 0)
 
 
-@kernel_check("meet_asleep")
+@_kernel_check("meet_asleep")
 def _meet_asleep(bench: Bench) -> Iterator[Same]:
     before = torch.full((3,), -1, dtype=torch.int32)
     for asleep, was in ((1, before[0:]), (1, before[1:]), (0, before[2:])):
@@ -143,17 +141,17 @@ def _meet_asleep(bench: Bench) -> Iterator[Same]:
     yield Same(before[1:], torch.tensor([1, 1], dtype=torch.int32), 0, 0)
 
 
-@kernel_check("rms_norm")
+@_kernel_check("rms_norm")
 def _rms_norm(bench: Bench) -> Iterator[Same]:
     x, w, y = bench.normal(7, 74), bench.normal(74), bench.room(7, 74)
-    bench.library.rms_norm(*at(x, w, y), 7, 74, 1e-5, THREADS)
+    bench.library.rms_norm(*at(x, w, y), 7, 74, 1e-5, _THREADS)
     yield Same(y, F.rms_norm(x.double(), (74,), w.double(), 1e-5))
 
 
-@kernel_check("rms_norm_backward")
+@_kernel_check("rms_norm_backward")
 def _rms_norm_backward(bench: Bench) -> Iterator[Same]:
     g, x, w, dx = bench.normal(7, 74), bench.normal(7, 74), bench.normal(74), bench.room(7, 74)
-    bench.library.rms_norm_backward(*at(g, x, w, dx), 7, 74, 1e-5, THREADS)
+    bench.library.rms_norm_backward(*at(g, x, w, dx), 7, 74, 1e-5, _THREADS)
     xd = x.double().requires_grad_()
     yield Same(dx, gradient(F.rms_norm(xd, (74,), w.double(), 1e-5), xd, g))
 
@@ -163,29 +161,29 @@ def _norm_silu(x: Tensor, shift: Tensor | None, w: Tensor, b: Tensor) -> Tensor:
     return F.silu(F.group_norm(x, 3, w.double(), b.double(), 1e-5))
 
 
-@kernel_check("norm_silu")
+@_kernel_check("norm_silu")
 def _norm_silu_forward(bench: Bench) -> Iterator[Same]:
     x, w, b = bench.normal(2, 6, 37), bench.normal(6), bench.normal(6)
     for shift in (None, bench.normal(2, 6)):
         y = bench.room(2, 6, 37)
-        bench.library.norm_silu(*at(x, shift, w, b, y), 2, 3, 2, 37, 1e-5, THREADS)
+        bench.library.norm_silu(*at(x, shift, w, b, y), 2, 3, 2, 37, 1e-5, _THREADS)
         yield Same(y, _norm_silu(x.double(), shift, w, b))
 
 
-@kernel_check("norm_silu_backward")
+@_kernel_check("norm_silu_backward")
 def _norm_silu_backward(bench: Bench) -> Iterator[Same]:
     g, x, w, b = bench.normal(2, 6, 37), bench.normal(2, 6, 37), bench.normal(6), bench.normal(6)
     for shift in (None, bench.normal(2, 6)):
         dx, xd = bench.room(2, 6, 37), x.double().requires_grad_()
-        bench.library.norm_silu_backward(*at(g, x, shift, w, b, dx), 2, 3, 2, 37, 1e-5, THREADS)
+        bench.library.norm_silu_backward(*at(g, x, shift, w, b, dx), 2, 3, 2, 37, 1e-5, _THREADS)
         yield Same(dx, gradient(_norm_silu(xd, shift, w, b), xd, g))
 
 
-@kernel_check("dropped")
+@_kernel_check("dropped")
 def _dropped(bench: Bench) -> Iterator[Same]:
     x, y = bench.normal(1003), bench.room(1003)
     low, high, least, word = 0x9E3779B9, 0x12345678, 1 << 30, 0xFFFFFFFF
-    bench.library.dropped(*at(x, y), 1003, low, high, least, 1.25, THREADS)
+    bench.library.dropped(*at(x, y), 1003, low, high, least, 1.25, _THREADS)
     h = torch.arange(1003) ^ low
     h = (_times(h ^ h >> 16, 0x7FEB352D) + high) & word
     h = _times(h ^ h >> 15, 0x846CA68B)
@@ -198,20 +196,20 @@ def _times(h: Tensor, by: int) -> Tensor:
     return (low * by + ((high * by & 0xFFFF) << 16)) & 0xFFFFFFFF
 
 
-@kernel_check("gained")
+@_kernel_check("gained")
 def _gained(bench: Bench) -> Iterator[Same]:
     x, gain = bench.normal(5, 74), bench.normal(74, dtype=torch.float32)
     for b in (None, bench.normal(74)):
         y = bench.room(5, 74)
-        bench.library.gained(*at(x, gain, b, y), 5, 74, THREADS)
+        bench.library.gained(*at(x, gain, b, y), 5, 74, _THREADS)
         yield Same(y, x.double() * gain.double() + (0 if b is None else b.double()))
 
 
-@kernel_check("gained_backward")
+@_kernel_check("gained_backward")
 def _gained_backward(bench: Bench) -> Iterator[Same]:
     g, x, gain = bench.normal(5, 150), bench.normal(5, 150), bench.normal(150, dtype=torch.float32)
     dx, d_gain = bench.room(5, 150), bench.room(150, dtype=torch.float32)
-    bench.library.gained_backward(*at(g, x, gain, dx, d_gain), 5, 150, THREADS)
+    bench.library.gained_backward(*at(g, x, gain, dx, d_gain), 5, 150, _THREADS)
     yield Same(dx, g.double() * gain.double())
     yield Same(d_gain, (g.double() * x.double()).sum(0), 1e-5, 1e-5)
 
@@ -226,49 +224,49 @@ def _geglu(both: Tensor) -> Tensor:
     return up * F.gelu(gate)
 
 
-@kernel_check("silu_gate")
+@_kernel_check("silu_gate")
 def _silu_gate_forward(bench: Bench) -> Iterator[Same]:
     both, h = 2 * bench.normal(5, 2 * 37), bench.room(5, 37)
-    bench.library.silu_gate(*at(both, h), 5, 37, THREADS)
+    bench.library.silu_gate(*at(both, h), 5, 37, _THREADS)
     yield Same(h, _silu_gate(both.double()))
 
 
-@kernel_check("silu_gate_backward")
+@_kernel_check("silu_gate_backward")
 def _silu_gate_backward(bench: Bench) -> Iterator[Same]:
     dh, both, d, h = bench.normal(5, 37), 2 * bench.normal(5, 2 * 37), bench.room(5, 2 * 37), bench.room(5, 37)
-    bench.library.silu_gate_backward(*at(dh, both, d, h), 5, 37, THREADS)
+    bench.library.silu_gate_backward(*at(dh, both, d, h), 5, 37, _THREADS)
     wide = both.double().requires_grad_()
     made = _silu_gate(wide)
     yield Same(h, made.detach())
     yield Same(d, gradient(made, wide, dh))
 
 
-@kernel_check("geglu")
+@_kernel_check("geglu")
 def _geglu_forward(bench: Bench) -> Iterator[Same]:
     both, h = 2 * bench.normal(5, 2 * 37), bench.room(5, 37)
-    bench.library.geglu(*at(both, h), 5, 37, THREADS)
+    bench.library.geglu(*at(both, h), 5, 37, _THREADS)
     yield Same(h, _geglu(both.double()))
 
 
-@kernel_check("geglu_backward")
+@_kernel_check("geglu_backward")
 def _geglu_backward(bench: Bench) -> Iterator[Same]:
     dh, both, d = bench.normal(5, 37), 2 * bench.normal(5, 2 * 37), bench.room(5, 2 * 37)
-    bench.library.geglu_backward(*at(dh, both, d), 5, 37, THREADS)
+    bench.library.geglu_backward(*at(dh, both, d), 5, 37, _THREADS)
     wide = both.double().requires_grad_()
     yield Same(d, gradient(_geglu(wide), wide, dh))
 
 
-@kernel_check("gelu_tanh")
+@_kernel_check("gelu_tanh")
 def _gelu_tanh(bench: Bench) -> Iterator[Same]:
     x, y = 3 * bench.normal(203), bench.room(203)
-    bench.library.gelu_tanh(*at(x, y), 203, THREADS)
+    bench.library.gelu_tanh(*at(x, y), 203, _THREADS)
     yield Same(y, F.gelu(x.double(), approximate="tanh"))
 
 
-@kernel_check("gelu_tanh_backward")
+@_kernel_check("gelu_tanh_backward")
 def _gelu_tanh_backward(bench: Bench) -> Iterator[Same]:
     g, x, dx = bench.normal(203), 3 * bench.normal(203), bench.room(203)
-    bench.library.gelu_tanh_backward(*at(g, x, dx), 203, THREADS)
+    bench.library.gelu_tanh_backward(*at(g, x, dx), 203, _THREADS)
     wide = x.double().requires_grad_()
     yield Same(dx, gradient(F.gelu(wide, approximate="tanh"), wide, g))
 
@@ -299,7 +297,7 @@ class _Heads:
         tables = at(self.cos, self.sin) if turned else [None, None]
         sizes = (len(self.tokens), self.LENGTH, self.KV, self.PER, self.DIM)
         kernel(x.data_ptr(), ld, *tables, *at(self.tokens, self.slots), *sizes, 1.0 if not turned else 0.5,
-               out.data_ptr(), THREADS)  # fmt: skip
+               out.data_ptr(), _THREADS)  # fmt: skip
 
     def places(self) -> list[tuple[int, int, int]]:
         return [(t, s // self.LENGTH, s % self.LENGTH) for t, s in zip(self.tokens, self.slots, strict=True)]
@@ -312,11 +310,11 @@ class _Heads:
         return 0.5 * torch.cat([a * c - b * s, b * c + a * s], -1)
 
 
-@kernel_check("gather_heads")
+@_kernel_check("gather_heads")
 def _gather_heads(bench: Bench) -> Iterator[Same]:
     h = _Heads.of(bench)
     for turned in (True, False):
-        out = bench.room(like=torch.zeros(2, h.KV, h.LENGTH, h.PER, h.DIM, dtype=BF16))
+        out = bench.room(like=torch.zeros(2, h.KV, h.LENGTH, h.PER, h.DIM, dtype=_BF16))
         h.call(bench.library.gather_heads, h.x, turned, h.x.shape[1], out)
         want = torch.zeros(out.shape, dtype=torch.float64)
         for token, row, time in h.places():
@@ -325,12 +323,12 @@ def _gather_heads(bench: Bench) -> Iterator[Same]:
         yield Same(out, want)
 
 
-@kernel_check("scatter_heads")
+@_kernel_check("scatter_heads")
 def _scatter_heads(bench: Bench) -> Iterator[Same]:
     h, ld = _Heads.of(bench), _Heads.KV * _Heads.PER * _Heads.DIM
     g = bench.normal(2, h.KV, h.LENGTH, h.PER, h.DIM)
     for turned in (True, False):
-        out = bench.room(like=torch.zeros(6, ld, dtype=BF16))
+        out = bench.room(like=torch.zeros(6, ld, dtype=_BF16))
         h.call(bench.library.scatter_heads, g, turned, ld, out)
         want = torch.zeros(out.shape, dtype=torch.float64)
         for token, row, time in h.places():
@@ -338,26 +336,26 @@ def _scatter_heads(bench: Bench) -> Iterator[Same]:
         yield Same(out, want)
 
 
-@kernel_check("causal_softmax")
+@_kernel_check("causal_softmax")
 def _causal_softmax(bench: Bench) -> Iterator[Same]:
     for queries, per, keys, q0, k0, window in ((3, 2, 70, 67, 0, 0), (3, 2, 37, 40, 6, 21), (1, 1, 19, 18, 0, 0)):
         scores = 2 * bench.normal(2, queries * per, keys)
         got = bench.room(like=scores)
-        bench.library.causal_softmax(got.data_ptr(), 2, queries, per, keys, q0, k0, window, THREADS)
+        bench.library.causal_softmax(got.data_ptr(), 2, queries, per, keys, q0, k0, window, _THREADS)
         back = (q0 + torch.arange(queries).repeat_interleave(per))[:, None] - (k0 + torch.arange(keys))
         seen = (back >= 0) & (back < window) if window else back >= 0
         yield Same(got, scores.double().masked_fill(~seen, -torch.inf).softmax(-1), far=1e-5)
 
 
-@kernel_check("softmax_backward")
+@_kernel_check("softmax_backward")
 def _softmax_backward(bench: Bench) -> Iterator[Same]:
     p, dp = bench.normal(5, 75).float().softmax(1).bfloat16(), bench.normal(5, 75)
     got, wide = bench.room(like=dp), p.double()
-    bench.library.softmax_backward(*at(p, got), 5, 75, THREADS)
+    bench.library.softmax_backward(*at(p, got), 5, 75, _THREADS)
     yield Same(got, wide * (dp.double() - (wide * dp.double()).sum(1, keepdim=True)), far=1e-5)
 
 
-@kernel_check("token_nll")
+@_kernel_check("token_nll")
 def _token_nll(bench: Bench) -> Iterator[Same]:
     logits, targets = 3 * bench.normal(6, 75), torch.tensor([0, 74, -100, 33, 7, 74])
     wide = logits.double().requires_grad_()
@@ -365,7 +363,7 @@ def _token_nll(bench: Bench) -> Iterator[Same]:
     (slope,) = torch.autograd.grad(want.sum(), wide)
     for gradient, after in ((0, logits), (1, slope)):
         got, nll = bench.room(like=logits), bench.room(6, dtype=torch.float32)
-        bench.library.token_nll(*at(got, targets, nll), 6, 75, gradient, THREADS)
+        bench.library.token_nll(*at(got, targets, nll), 6, 75, gradient, _THREADS)
         yield Same(nll, want.detach(), 1e-5, 1e-5)
         yield Same(got, after, far=1e-5)
 
@@ -373,13 +371,13 @@ def _token_nll(bench: Bench) -> Iterator[Same]:
 # -- quantised weights -------------------------------------------------------------------------------------------------
 
 
-@kernel_check("blocks4_dense")
+@_kernel_check("blocks4_dense")
 def _blocks4_dense(bench: Bench) -> Iterator[Same]:
     table, map8 = bench.normal(16, dtype=torch.float32), bench.normal(256, dtype=torch.float32)
     packed, absmax = bench.whole(0, 256, 192, dtype=torch.uint8), bench.normal(6, dtype=torch.float32).abs()
     codes, absmax2 = bench.whole(0, 256, 6, dtype=torch.uint8), bench.normal(3, dtype=torch.float32).abs()
     flat = torch.stack([packed >> 4, packed & 15], 1).flatten().int()
-    for dtype in (BF16, torch.float32):
+    for dtype in (_BF16, torch.float32):
         for doubly in (False, True):
             largest = map8[codes.int()] * absmax2.repeat_interleave(2) + 0.25 if doubly else absmax
             want = table[flat] * largest.repeat_interleave(64)
@@ -388,20 +386,20 @@ def _blocks4_dense(bench: Bench) -> Iterator[Same]:
                 out = bench.room(count, dtype=dtype)
                 bench.library.blocks4_dense(
                     packed.data_ptr(), *constants, 0.25, table.data_ptr(), first, count, 64, 2, out.data_ptr(),
-                    int(dtype == torch.float32), THREADS,
+                    int(dtype == torch.float32), _THREADS,
                 )  # fmt: skip
                 yield Same(out, want[first : first + count].to(dtype), 0, 0)
 
 
-@kernel_check("blocks4_quantise")
+@_kernel_check("blocks4_quantise")
 def _blocks4_quantise(bench: Bench) -> Iterator[Same]:
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1)).int()
     bounds = bench.normal(15, dtype=torch.float32).mul_(0.5).sort().values
-    for dtype in (BF16, torch.float32):
+    for dtype in (_BF16, torch.float32):
         x = bench.normal(203, dtype=dtype)
         packed, absmax = bench.room(102, dtype=torch.uint8), bench.room(4, dtype=torch.float32)
         bench.library.blocks4_quantise(
-            x.data_ptr(), int(dtype == torch.float32), *at(bounds, order), 203, 64, *at(packed, absmax), THREADS
+            x.data_ptr(), int(dtype == torch.float32), *at(bounds, order), 203, 64, *at(packed, absmax), _THREADS
         )
         blocks = F.pad(x.float(), (0, 53)).view(4, 64)
         most = blocks.abs().amax(1)
@@ -411,7 +409,7 @@ def _blocks4_quantise(bench: Bench) -> Iterator[Same]:
         yield Same(absmax, most, 0, 0)
 
 
-@kernel_check("ggml_dense")
+@_kernel_check("ggml_dense")
 def _ggml_dense(bench: Bench) -> Iterator[Same]:
     for kind, size in ((2, 18), (3, 20), (6, 22), (7, 24), (8, 34), (12, 144), (13, 176), (14, 210)):
         raw = bench.whole(0, 256, 5, size, dtype=torch.uint8)
@@ -420,10 +418,10 @@ def _ggml_dense(bench: Bench) -> Iterator[Same]:
         for each in scales:  # halves that are numbers
             raw[:, each] = bench.normal(5, 1, dtype=torch.float16).view(torch.uint8)
         want = _ggml(kind, raw.int(), *(raw[:, s].contiguous().view(torch.float16).float() for s in scales))
-        for dtype in (BF16, torch.float32):
+        for dtype in (_BF16, torch.float32):
             out = bench.room(*want.shape, dtype=dtype)
             bench.library.ggml_dense(
-                kind, raw.data_ptr(), raw.numel(), out.data_ptr(), int(dtype == torch.float32), THREADS
+                kind, raw.data_ptr(), raw.numel(), out.data_ptr(), int(dtype == torch.float32), _THREADS
             )
             yield Same(out, want.to(dtype), 1e-6, 0)
 
@@ -458,16 +456,16 @@ def _ggml(kind: int, b: Tensor, d: Tensor, m: Tensor | float = 0.0) -> Tensor:
     return ((d * scale.float())[..., None] * codes.float() - (m * least.float())[..., None]).view(n, 256)
 
 
-@kernel_check("rows8_dense")
+@_kernel_check("rows8_dense")
 def _rows8_dense(bench: Bench) -> Iterator[Same]:
     codes, scale = bench.whole(-127, 128, 5, 37, dtype=torch.int8), bench.normal(5, dtype=torch.float32).abs()
-    for dtype in (BF16, torch.float32):
+    for dtype in (_BF16, torch.float32):
         out = bench.room(5, 37, dtype=dtype)
-        bench.library.rows8_dense(*at(codes, scale), 5, 37, out.data_ptr(), int(dtype == torch.float32), THREADS)
+        bench.library.rows8_dense(*at(codes, scale), 5, 37, out.data_ptr(), int(dtype == torch.float32), _THREADS)
         yield Same(out, (codes.float() * scale[:, None] * 7.874015718698502e-3).to(dtype), 0, 0)
 
 
-SUM = {"near": 2**-6, "far": 2e-2}
+_SUM = {"near": 2**-6, "far": 2e-2}
 """For sums of hundreds of products whose factors were rounded to bfloat16 on the way."""
 
 
@@ -484,33 +482,33 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 _SIZES = [(2, 70, 3, 40), (2, 300, 3, 40)]  # queries, keys: more than a tile of each
 
 
-@kernel_check("attend")
+@_kernel_check("attend")
 def _attend(bench: Bench) -> Iterator[Same]:
     (n, S, heads, d), T = _SIZES[0], _SIZES[1][1]
     q, k, v = (bench.normal(*size) for size in (_SIZES[0], _SIZES[1], _SIZES[1]))
     out, lse = bench.room(n, S, heads, d), bench.room(n, heads, S, dtype=torch.float32)
-    bench.library.attend(*at(q, k, v, out, lse), strides(q, k, v, out), n, heads, S, T, d, 0.25, THREADS)
+    bench.library.attend(*at(q, k, v, out, lse), strides(q, k, v, out), n, heads, S, T, d, 0.25, _THREADS)
     want, log_sum = _attention(q, k, v)
     yield Same(out, want, far=2**-8)
     yield Same(lse, log_sum, 1e-3, 1e-3)
 
 
-@kernel_check("attend_backward")
+@_kernel_check("attend_backward")
 def _attend_backward(bench: Bench) -> Iterator[Same]:
     (n, S, heads, d), T = _SIZES[0], _SIZES[1][1]
     q, k, v = (bench.normal(*size) for size in (_SIZES[0], _SIZES[1], _SIZES[1]))
     wide = [t.double().requires_grad_() for t in (q, k, v)]
     want, log_sum = _attention(*wide)
     out, lse, g = (
-        want.detach().to(BF16).contiguous(),
+        want.detach().to(_BF16).contiguous(),
         log_sum.detach().float().contiguous(),
         bench.normal(n, S, heads, d),
     )
     made = [bench.room(*t.shape) for t in (q, k, v)]
     tensors = (q, k, v, out, g, *made)
-    bench.library.attend_backward(*at(*tensors, lse), strides(*tensors), n, heads, S, T, d, 0.25, THREADS)
+    bench.library.attend_backward(*at(*tensors, lse), strides(*tensors), n, heads, S, T, d, 0.25, _THREADS)
     for got, slope in zip(made, torch.autograd.grad(want, wide, g.double()), strict=True):
-        yield Same(got, slope, **SUM)
+        yield Same(got, slope, **_SUM)
 
 
 @dataclass(frozen=True)
@@ -544,12 +542,12 @@ class _TwoProducts:
             yield i, A.bfloat16().double(), (s * B).bfloat16().double(), slice(first, last), own, s
 
 
-@kernel_check("thin_add")
+@_kernel_check("thin_add")
 def _thin_add(bench: Bench) -> Iterator[Same]:
     t = _TwoProducts.of(bench)
     x, y = bench.normal(t.ROWS, t.IN), bench.normal(t.ROWS, t.OUT)
     got, u = bench.room(like=y), bench.room(t.ROWS, t.RANKS)
-    bench.library.thin_add(t.table, 2, *at(x, got, u), t.ROWS, t.IN, t.OUT, THREADS)
+    bench.library.thin_add(t.table, 2, *at(x, got, u), t.ROWS, t.IN, t.OUT, _THREADS)
     want, narrow = y.double(), torch.zeros(u.shape, dtype=torch.float64)
     for _, A, B, columns, ranks, _s in t.each():
         narrow[:, ranks] = x.double() @ A.T
@@ -558,31 +556,31 @@ def _thin_add(bench: Bench) -> Iterator[Same]:
     yield Same(got, want, far=2**-6)
 
 
-@kernel_check("thin_through")
+@_kernel_check("thin_through")
 def _thin_through(bench: Bench) -> Iterator[Same]:
     t = _TwoProducts.of(bench)
     g, dx = bench.normal(t.ROWS, t.OUT), bench.normal(t.ROWS, t.IN)
     du, got = bench.room(t.ROWS, t.RANKS), bench.room(like=dx)
     alone = bench.room(t.ROWS, t.RANKS)
-    bench.library.thin_through(t.table, 2, *at(g, du, got), t.ROWS, t.IN, t.OUT, THREADS)
-    bench.library.thin_through(t.table, 2, *at(g, alone, None), t.ROWS, t.IN, t.OUT, THREADS)
+    bench.library.thin_through(t.table, 2, *at(g, du, got), t.ROWS, t.IN, t.OUT, _THREADS)
+    bench.library.thin_through(t.table, 2, *at(g, alone, None), t.ROWS, t.IN, t.OUT, _THREADS)
     want, narrow = dx.double(), torch.zeros(du.shape, dtype=torch.float64)
     for _, A, B, columns, ranks, _s in t.each():
         narrow[:, ranks] = g[:, columns].double() @ B
         want += du[:, ranks].double() @ A
-    yield Same(du, narrow, **SUM)
-    yield Same(alone, narrow, **SUM)
+    yield Same(du, narrow, **_SUM)
+    yield Same(alone, narrow, **_SUM)
     yield Same(got, want, far=2**-6)
 
 
-@kernel_check("thin_gradients")
+@_kernel_check("thin_gradients")
 def _thin_gradients(bench: Bench) -> Iterator[Same]:
     t = _TwoProducts.of(bench)
     g, x, u, du = (bench.normal(t.ROWS, n) for n in (t.OUT, t.IN, t.RANKS, t.RANKS))
     factors = [A for A, *_ in t.pairs], [B for _, B, *_ in t.pairs]
     made = [[bench.room(*factor.shape, dtype=torch.float32) for factor in each] for each in factors]
     tables = [(ctypes.c_void_p * 2)(*at(*tensors)) for tensors in made]
-    bench.library.thin_gradients(t.table, 2, *at(g, x, u, du), *tables, t.ROWS, t.IN, t.OUT, THREADS)
+    bench.library.thin_gradients(t.table, 2, *at(g, x, u, du), *tables, t.ROWS, t.IN, t.OUT, _THREADS)
     for i, _A, _B, columns, ranks, s in t.each():
         yield Same(made[0][i], du[:, ranks].double().T @ x.double(), 1e-4, 1e-3)
         yield Same(made[1][i], s * g[:, columns].double().T @ u[:, ranks].double(), 1e-4, 1e-3)
@@ -637,7 +635,7 @@ class _Adapters(NamedTuple):
         for i in range(2):
             for at_ in range(int(self.starts[i]), int(self.starts[i + 1])):
                 row, s = int(self.rows[at_]), float(self.strengths[at_])
-                u = (s * (x[row].double() @ self.A[i].double().T)).to(BF16).double()
+                u = (s * (x[row].double() @ self.A[i].double().T)).to(_BF16).double()
                 for part, first, rank in self.B[i]:
                     out[row, first : first + len(part)] += part.double() @ u[rank : rank + part.shape[1]]
         return out
@@ -646,12 +644,12 @@ class _Adapters(NamedTuple):
         return [*at(self.table), 2, *at(self.starts, self.rows, self.strengths, u), 16]
 
 
-@kernel_check("thin_rows")
+@_kernel_check("thin_rows")
 def _thin_rows(bench: Bench) -> Iterator[Same]:
     a = _Adapters.of(bench, 32, 40)
     x, y, u = bench.normal(7, 32), bench.normal(7, 40), bench.room(7, 16)
     got = bench.room(like=y)
-    bench.library.thin_rows(x.data_ptr(), 32, got.data_ptr(), 40, *a.arguments(u), THREADS)
+    bench.library.thin_rows(x.data_ptr(), 32, got.data_ptr(), 40, *a.arguments(u), _THREADS)
     yield Same(got, a.onto(x, y), far=2**-7)
 
 
@@ -682,7 +680,7 @@ class _Cache:
 
     def pages(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k and v of all tokens as the kernels lay them: (6, kv, d / 2, 16, 2) and (6, kv, 8, d, 2)."""
-        K, V = (torch.zeros(6, 16, self.KV, self.D, dtype=BF16) for _ in range(2))
+        K, V = (torch.zeros(6, 16, self.KV, self.D, dtype=_BF16) for _ in range(2))
         slots = self.slots()
         K[slots // 16, slots % 16], V[slots // 16, slots % 16] = k, v
         K = K.view(6, 16, self.KV, self.D // 2, 2).permute(0, 2, 3, 1, 4)
@@ -703,7 +701,7 @@ class _Cache:
         return torch.cat(out)
 
 
-@kernel_check("store_rows")
+@_kernel_check("store_rows")
 def _store_rows(bench: Bench) -> Iterator[Same]:
     c = _Cache.of(bench)
     k, v, slots, starts = torch.cat(c.k), torch.cat(c.v), c.slots(), torch.tensor([0, 35, 55])
@@ -711,7 +709,7 @@ def _store_rows(bench: Bench) -> Iterator[Same]:
     K, V = (bench.room(like=torch.zeros_like(t)) for t in wants)
     width = c.KV * c.D
     bench.library.store_rows(
-        k.data_ptr(), width, v.data_ptr(), width, *at(slots, starts), 2, c.KV, c.D, *at(K, V), THREADS
+        k.data_ptr(), width, v.data_ptr(), width, *at(slots, starts), 2, c.KV, c.D, *at(K, V), _THREADS
     )
     for got, want in zip((K, V), wants, strict=True):
         yield Same(got, want, 0, 0)
@@ -729,7 +727,7 @@ def _turn(x: Tensor, w: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * c - b * s, b * c + a * s], -1)
 
 
-@kernel_check("turn_and_store")
+@_kernel_check("turn_and_store")
 def _turn_and_store(bench: Bench) -> Iterator[Same]:
     c, starts = _Cache.of(bench), torch.tensor([0, 35, 55])
     positions = torch.cat([torch.arange(n) for n in c.LENGTHS])
@@ -737,10 +735,10 @@ def _turn_and_store(bench: Bench) -> Iterator[Same]:
     for norms in ((None, None), (bench.normal(c.D), bench.normal(c.D))):
         given = bench.normal(55, (c.HEADS + 2 * c.KV) * c.D)
         qkv, places = bench.room(like=given), c.slots()
-        K, V = (bench.room(like=torch.zeros(6, c.KV, 16 * c.D, dtype=BF16)) for _ in range(2))
+        K, V = (bench.room(like=torch.zeros(6, c.KV, 16 * c.D, dtype=_BF16)) for _ in range(2))
         bench.library.turn_and_store(
             qkv.data_ptr(), c.HEADS, c.KV, c.D, *at(cos, sin, *norms), 1e-5, *at(positions, places, starts), 2,
-            *at(K, V), THREADS,
+            *at(K, V), _THREADS,
         )  # fmt: skip
         q, k, v = given.view(55, -1, c.D).split([c.HEADS, c.KV, c.KV], 1)
         q, k = (_turn(t, w, cos[positions], sin[positions]) for t, w in ((q, norms[0]), (k, norms[1])))
@@ -750,7 +748,7 @@ def _turn_and_store(bench: Bench) -> Iterator[Same]:
             yield Same(got, want.view(got.shape), 0, 0)
 
 
-@kernel_check("paged_attend")
+@_kernel_check("paged_attend")
 def _paged_attend(bench: Bench) -> Iterator[Same]:
     c, own = _Cache.of(bench), [7, 1]  # the last tokens of a prompt beside one of an answer
     K, V = c.pages(torch.cat(c.k), torch.cat(c.v))
@@ -761,7 +759,7 @@ def _paged_attend(bench: Bench) -> Iterator[Same]:
         out = bench.room(8, c.HEADS * c.D)
         bench.library.paged_attend(
             q.data_ptr(), q.shape[1], out.data_ptr(), c.HEADS, c.KV, c.D, *at(positions, starts), 2, tables.data_ptr(),
-            tables.shape[1], *at(K, V), 0.25, cap, window, 35, THREADS,
+            tables.shape[1], *at(K, V), 0.25, cap, window, 35, _THREADS,
         )  # fmt: skip
         wide = q[:, : c.HEADS * c.D].view(8, c.HEADS, c.D)
         yield Same(out, c.attended(wide, own, 0.25, cap, window), far=2**-7)
@@ -792,7 +790,7 @@ class _Matrix(NamedTuple):
         both = F.pad(torch.stack([scale, zero], -1), (0, 0, 0, 0, 0, -out % 64))
         dense = (q.view(out, -1, 32).float() - 8) * scale[..., None].float() + zero[..., None].float()
         scales = both.unflatten(0, (-1, 64)).transpose(1, 2).contiguous()
-        return cls(2, low | high << 4, scales, dense.flatten(1).to(BF16).double())
+        return cls(2, low | high << 4, scales, dense.flatten(1).to(_BF16).double())
 
 
 def _panels(W: Tensor) -> Tensor:
@@ -800,7 +798,7 @@ def _panels(W: Tensor) -> Tensor:
     return F.pad(W, (0, 0, 0, -out % 64)).view(-1, 64, n // 2, 2).permute(0, 2, 1, 3).contiguous()
 
 
-@kernel_check("panel_product")
+@_kernel_check("panel_product")
 def _panel_product(bench: Bench) -> Iterator[Same]:
     for kind in (0, 1, 2):
         w = _Matrix.of(bench, kind, 80, 160)
@@ -809,13 +807,13 @@ def _panel_product(bench: Bench) -> Iterator[Same]:
             for bias, onto in ((None, 0), (bench.normal(80), 0), (None, 1)):
                 got = bench.room(like=y)
                 bench.library.panel_product(
-                    x.data_ptr(), rows, 160, kind, *at(w.codes, w.scales, bias, got), 80, onto, THREADS
+                    x.data_ptr(), rows, 160, kind, *at(w.codes, w.scales, bias, got), 80, onto, _THREADS
                 )
                 want = x.double() @ w.dense.T + (0 if bias is None else bias.double())
-                yield Same(got, want.to(BF16).double() + y.double() if onto else want, 2**-6, 2**-6)
+                yield Same(got, want.to(_BF16).double() + y.double() if onto else want, 2**-6, 2**-6)
 
 
-@kernel_check("decode")
+@_kernel_check("decode")
 def _decode(bench: Bench) -> Iterator[Same]:
     """A layer over the last tokens of two sequences whose others are in the cache, under two adapters."""
     c, dim, ffn, own = _Cache.of(bench), 64, 96, [6, 1]
@@ -848,24 +846,24 @@ def _decode(bench: Bench) -> Iterator[Same]:
             segments = [*at(records), 2, *at(a.starts, a.rows, a.strengths, u), 16] if adapted else [0] * 7
             bench.library.decode(
                 got.data_ptr(), 7, layer.data_ptr(), 1, *at(own_sizes, numbers, cos, sin, positions, places, starts), 2,
-                tables.data_ptr(), tables.shape[1], 35, *segments, room.data_ptr(), THREADS,
+                tables.data_ptr(), tables.shape[1], 35, *segments, room.data_ptr(), _THREADS,
             )  # fmt: skip
 
             def onto(group: int, given: Tensor, y: Tensor, adapted: bool = adapted) -> Tensor:
-                return (adapters[group].onto(given, y) if adapted else y).to(BF16)
+                return (adapters[group].onto(given, y) if adapted else y).to(_BF16)
 
-            h = F.rms_norm(x.double(), (dim,), norm.double(), 1e-5).to(BF16)
-            made = onto(0, h, (h.double() @ qkv.dense.T + b_qkv.double()).to(BF16)).view(7, -1, c.D)
+            h = F.rms_norm(x.double(), (dim,), norm.double(), 1e-5).to(_BF16)
+            made = onto(0, h, (h.double() @ qkv.dense.T + b_qkv.double()).to(_BF16)).view(7, -1, c.D)
             q, k, v = made.split([c.HEADS, c.KV, c.KV], 1)
-            q, k = (_turn(t, w, cos[positions], sin[positions]).to(BF16) for t, w in ((q, q_norm), (k, k_norm)))
+            q, k = (_turn(t, w, cos[positions], sin[positions]).to(_BF16) for t, w in ((q, q_norm), (k, k_norm)))
             joined = [
                 [torch.cat([old[:n], new]) for old, n, new in zip(all_, before, t.split(own), strict=True)]
                 for all_, t in ((c.k, k), (c.v, v))
             ]
-            seen = _Cache(*joined).attended(q, own, c.D**-0.5, 0.0, 0).to(BF16)
-            y = onto(1, seen, (x.double() + (seen.double() @ out.dense.T + b_out.double()).to(BF16)).to(BF16))
-            h = F.rms_norm(y.double(), (dim,), after.double(), 1e-5).to(BF16)
-            gate, up = onto(2, h, (h.double() @ gate_up.dense.T).to(BF16)).double().chunk(2, -1)
-            act = (F.silu(gate) * up).to(BF16)
-            want = onto(3, act, (y.double() + (act.double() @ down.dense.T).to(BF16)).to(BF16))
+            seen = _Cache(*joined).attended(q, own, c.D**-0.5, 0.0, 0).to(_BF16)
+            y = onto(1, seen, (x.double() + (seen.double() @ out.dense.T + b_out.double()).to(_BF16)).to(_BF16))
+            h = F.rms_norm(y.double(), (dim,), after.double(), 1e-5).to(_BF16)
+            gate, up = onto(2, h, (h.double() @ gate_up.dense.T).to(_BF16)).double().chunk(2, -1)
+            act = (F.silu(gate) * up).to(_BF16)
+            want = onto(3, act, (y.double() + (act.double() @ down.dense.T).to(_BF16)).to(_BF16))
             yield Same(got, want, 2**-4, 2**-2)

@@ -41,8 +41,6 @@ from torch import nn
 
 from veneer.ops.cpu import compiled
 
-__all__ = ["Neighbours", "forwards", "shared", "worked"]
-
 _OWN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
 _COMES, _GOES = 0.35, 0.15
 """Processors that others have to use until they count as neighbours, and to fall below until they do not."""

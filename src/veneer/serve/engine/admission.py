@@ -23,11 +23,9 @@ from typing import Any, TypeVar
 
 from veneer.serve.request import Refused
 
-__all__ = ["Admission", "AdmittedRequest", "FairPool", "SharedQuantity"]
-
 T = TypeVar("T")
 
-LONG = 64 << 10
+_LONG = 64 << 10
 """Size from which work counts as long: long work has a thread of its own, so that short never waits for it."""
 LEAST, MOST = 0.5, 4.0
 """A weight counts as one of these at least and at most here: a small share is still room for a whole request."""
@@ -135,7 +133,7 @@ class Admission:
         return AdmittedRequest(self, tenant, weight)
 
     def pool(self, size: int) -> FairPool:
-        return self._short if size < LONG else self._long
+        return self._short if size < _LONG else self._long
 
     def close(self) -> None:
         self._short.close()

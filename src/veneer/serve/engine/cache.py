@@ -19,8 +19,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["BlockTable", "Cache", "chain"]
-
 
 def chain(before: bytes, tokens: Sequence[int]) -> bytes:
     """The key of a full block, given the key of the one before it."""

@@ -17,9 +17,7 @@ from typing import Any, Literal, Protocol
 
 from veneer.serve.request import Sampling
 
-__all__ = ["AnswerText", "Decoder", "Piece", "Pieces"]
-
-BROKEN = "�"
+_BROKEN = "�"
 """What bytes that are no character, or not yet one, decode to."""
 WINDOW = 16
 """Tokens that are decoded again with each new one, or a few more."""
@@ -57,7 +55,7 @@ class Pieces:
     def add(self, token: int) -> str:
         self.window.append(token)
         now = self._decode(self.window)
-        stable = now.rstrip(BROKEN)
+        stable = now.rstrip(_BROKEN)
         if len(self.window) >= 4 * WINDOW:
             stable = now[: max(len(stable), len(now) - 3)]  # no character has so many bytes: they stay broken
         new, self.sent = stable[self.sent :], max(self.sent, len(stable))
@@ -76,9 +74,9 @@ class Pieces:
         held = max(len(now) - self.sent, 0)
         for n in range(8, 3, -1):
             text = self._decode(self.window[-n:])
-            if len(self.window) < 4 * WINDOW and text.startswith(BROKEN):
+            if len(self.window) < 4 * WINDOW and text.startswith(_BROKEN):
                 continue
-            if len(text) >= held and now.endswith(text.lstrip(BROKEN)):
+            if len(text) >= held and now.endswith(text.lstrip(_BROKEN)):
                 self.window, self.sent = self.window[-n:], len(text) - held
                 return
 

@@ -51,16 +51,14 @@ from veneer.serve.request import (
 )
 from veneer.serve.settings import EngineSettings
 
-__all__ = ["TextEngine"]
-
 log = logging.getLogger(__name__)
 
-SCORED = 64
+_SCORED = 64
 """Tokens of a prompt whose logprobs are taken at once: each holds its row of logits in float32."""
 
-LOST = 3
+_LOST = 3
 """Steps in a row that failed for everybody in them, after which the engine says so."""
-STEPS = 64
+_STEPS = 64
 """Steps from which the engine learns how long steps take."""
 
 
@@ -129,7 +127,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._state: Literal["new", "open", "draining", "closed"] = "new"
         self._counts = _Counts()
         self._texts: dict[int, str] = {}
-        self._took: deque[tuple[float, float, float, float]] = deque(maxlen=STEPS)
+        self._took: deque[tuple[float, float, float, float]] = deque(maxlen=_STEPS)
         self._compiles, self._masks = FairPool(2, "grammar"), ThreadPoolExecutor(2, thread_name_prefix="mask")
         self._beat, self._lost = time.monotonic(), 0
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -182,7 +180,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             return "the engine's thread has ended"
         if (seconds := time.monotonic() - self._beat) > self.settings.stuck_seconds:
             return f"the engine's step has not ended for {seconds:.0f} s"
-        return f"the last {self._lost} steps failed for everybody in them" if self._lost >= LOST else ""
+        return f"the last {self._lost} steps failed for everybody in them" if self._lost >= _LOST else ""
 
     def stats(self) -> EngineStats:
         c, memory = self._counts, self.residents.stats()
@@ -400,8 +398,8 @@ class TextEngine(Engine[Request, EngineEvent]):
             live = self._live[chunk.sequence]
             following = live.request.prompt[chunk.start + 1 : chunk.end + 1]
             count = live.request.sampling.logprobs or 0
-            for k in range(0, len(following), SCORED) if live.request.sampling.prompt_logprobs else ():
-                ids = torch.tensor(following[k : k + SCORED], device=logits.device)
+            for k in range(0, len(following), _SCORED) if live.request.sampling.prompt_logprobs else ():
+                ids = torch.tensor(following[k : k + _SCORED], device=logits.device)
                 found = scored(logits[at + k : at + k + len(ids)], ids, [count] * len(ids))
                 live.prompt |= dict(enumerate(found, chunk.start + 1 + k))
             at += row.wants

@@ -30,15 +30,13 @@ from veneer.serve.request import Refused
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-__all__ = ["Grammar", "GrammarKind", "Matcher", "compile_grammar", "matcher"]
-
 GrammarKind = Literal["json_schema", "json_object", "regex"]
 
 MAX_TEXT = 256 << 10
-MAX_PARTS = 2000
+_MAX_PARTS = 2000
 """Objects and lists in a JSON schema: half a second to compile, and 40 ms a mask where all are properties of one."""
 CACHED = 256
-ANY_OBJECT = '{"type": "object"}'
+_ANY_OBJECT = '{"type": "object"}'
 
 _lock = threading.Lock()
 _tokenizers: weakref.WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], LLTokenizer]]
@@ -104,8 +102,8 @@ def compile_grammar(
     compile, MissingExtraError without llguidance."""
     if len(text) > MAX_TEXT:
         raise _refused(f"{len(text):,} characters; at most {MAX_TEXT:,}")
-    if kind == "json_schema" and (parts := text.count("{") + text.count("[")) > MAX_PARTS:
-        raise _refused(f"a schema of {parts:,} objects and lists; at most {MAX_PARTS:,}")
+    if kind == "json_schema" and (parts := text.count("{") + text.count("[")) > _MAX_PARTS:
+        raise _refused(f"a schema of {parts:,} objects and lists; at most {_MAX_PARTS:,}")
     own = _tokenizer(tokenizer, vocabulary or len(tokenizer), tuple(sorted(ends)))
     key = (own, kind, "" if kind == "json_object" else text)
     with _lock:
@@ -140,7 +138,7 @@ def _compiled(kind: GrammarKind, text: str, tokenizer: LLTokenizer, vocabulary: 
         if kind == "regex":
             grammar = LLMatcher.grammar_from_regex(text)
         else:
-            grammar = LLMatcher.grammar_from_json_schema(ANY_OBJECT if kind == "json_object" else text)
+            grammar = LLMatcher.grammar_from_json_schema(_ANY_OBJECT if kind == "json_object" else text)
     except ValueError as error:
         raise _refused(str(error)) from error
     wrong, said = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)

@@ -25,8 +25,6 @@ from veneer.serve.forward.lowrank import low_rank_problems
 from veneer.serve.request import Finished, Request, Sampling, Token, make_mix
 from veneer.serve.settings import EngineSettings
 
-__all__ = ["AnswerFunction", "EngineAnswers", "answering"]
-
 
 class AnswerFunction(Protocol):
     def __call__(

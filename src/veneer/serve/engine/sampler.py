@@ -29,8 +29,6 @@ from torch import Tensor
 from veneer.serve.outage import fault
 from veneer.serve.request import Refused, Sampling
 
-__all__ = ["Constraint", "SampledRow", "SampledToken", "sample", "scored"]
-
 NUCLEUS = 1024
 """Best tokens that top-p looks at first; where they do not hold its share, it looks at all."""
 

@@ -32,18 +32,16 @@ from math import inf
 from veneer.serve.engine.cache import BlockTable, Cache
 from veneer.serve.request import Request, cache_root
 
-__all__ = ["Chunk", "Scheduler", "Sequence", "StepCost"]
-
-LOOK_AHEAD = 64
+_LOOK_AHEAD = 64
 """How many of a tenant's waiting requests are asked whether they can run."""
-PIECE = 32
+_PIECE = 32
 """Tokens below which it is not worth while to begin with a prompt."""
-SHORT = 64
+_SHORT = 64
 """Tokens of other tenants' prompts that a step may always have beside one whose first token it brings."""
-GENERATED = 2.0
-CREDIT = 512
+_GENERATED = 2.0
+_CREDIT = 512
 """Tokens of prompts that a tenant is charged for when they have brought a first token, and not before."""
-DEAREST = 32.0
+_DEAREST = 32.0
 """What a generated token counts beside one of a prompt, at least and at most: a step of its own, nearly (the paper's
 weights are 1 and 2; on a processor a row of a step may take as long as a dozen tokens of a prompt)."""
 
@@ -108,8 +106,8 @@ class StepCost:
 
     @property
     def generated(self) -> float:
-        """What a generated token counts beside one of a prompt: by the time it takes, from GENERATED to DEAREST."""
-        return min(max(GENERATED, self.row / self.token), DEAREST) if self.token else GENERATED
+        """What a generated token counts beside one of a prompt: by the time it takes, from _GENERATED to DEAREST."""
+        return min(max(_GENERATED, self.row / self.token), _DEAREST) if self.token else _GENERATED
 
 
 @dataclass
@@ -197,13 +195,13 @@ class Scheduler:
                     self._chunk(following, 1, chunks)
                 continue
             if first and following.request.tenant != first:
-                left = min(left, max(SHORT, used))
+                left = min(left, max(_SHORT, used))
                 first = ""
             room = left if spare == inf or not self.cost.token else min(left, int(spare / self.cost.token))
-            if room < max(1, min(PIECE, left, len(following.tokens) - following.computed)):
+            if room < max(1, min(_PIECE, left, len(following.tokens) - following.computed)):
                 if chunks or left <= 0:
                     continue
-                room = min(PIECE, left)
+                room = min(_PIECE, left)
             size = self._chunk(following, room, chunks)
             left, used, spare = left - size, used + size, spare - size * self.cost.token
             if size and chunks[-1].last and following.generated == 0:
@@ -220,7 +218,7 @@ class Scheduler:
         if new > 0:  # not for what is computed again after a pre-emption
             tenant.owed += new
             sequence.charged = max(sequence.charged, sequence.cached) + new
-        if chunk.last or tenant.owed > CREDIT:
+        if chunk.last or tenant.owed > _CREDIT:
             self._settle(tenant)
 
     def appended(self, sequence: Sequence, token: int) -> None:
@@ -283,7 +281,7 @@ class Scheduler:
     def _next(self) -> Sequence | None:
         """The first that can run of the tenant with the lowest counter that has one."""
         for tenant in sorted((t for t in self._tenants.values() if t.waiting), key=lambda t: (t.counter, t.running)):
-            for sequence in itertools.islice(tenant.waiting, LOOK_AHEAD):
+            for sequence in itertools.islice(tenant.waiting, _LOOK_AHEAD):
                 if self.loaded(sequence):
                     return sequence
         return None

@@ -21,9 +21,7 @@ from veneer.formats.servers import MAX_VLLM_RANKS
 from veneer.serve.fleet.folders import served_name
 from veneer.serve.request import make_mix
 
-__all__ = ["SERVERS", "Exported", "export"]
-
-SERVERS = ("vllm", "tgi")
+_SERVERS = ("vllm", "tgi")
 
 
 @dataclass(frozen=True)
@@ -59,9 +57,9 @@ def export(
     base: by default what the adapter says it belongs to; TGI needs it here, to know its layers. With `merge` the folder
     is a full model. dtype: rounds to it. Raises AdapterError for what the server cannot express, with every module and
     the way out; ConfigError where the base is needed and nobody names it."""
-    if server not in SERVERS:
-        raise ConfigError(f"there is no export for {server!r}", fix=" or ".join(SERVERS))
-    out, base = Path(folder), base or using.base_of(adapter)
+    if server not in _SERVERS:
+        raise ConfigError(f"there is no export for {server!r}", fix=" or ".join(_SERVERS))
+    out, base = Path(folder), base or using.stated_base(adapter)
     if (merge or server == "tgi") and not base:
         raise ConfigError("the adapter does not say which base it belongs to", where=adapter, fix="--base NAME")
     if merge:

@@ -14,7 +14,7 @@ adapter's name.
 | answers 5xx or 429                   | another one is tried; the third time in a row it rests too                    |
 | forgot an adapter (it was restarted) | the adapter is loaded again, there or elsewhere, before the first token       |
 | fails after the first token          | Finished with an error: what was sent cannot be taken back                    |
-| refuses an adapter                   | its reason goes to the client, and is remembered for `REFUSED_FOR` seconds    |
+| refuses an adapter                   | its reason goes to the client, and is remembered for `_REFUSED_FOR` seconds   |
 | has more than `capacity` adapters    | those longest unused are unloaded, never one with a request running           |
 
 An adapter as it is goes to all replicas, or to `copies` of them; a mix that a client made up of strengths to
@@ -58,16 +58,14 @@ from veneer.serve.request import (
     Usage,
 )
 
-__all__ = ["Fleet", "FleetAdapters", "Replica"]
-
 log = logging.getLogger("veneer.serve.fleet.fleet")
 
 REST = (1.0, 30.0)
 """Seconds that a replica rests after a failure: the first time, and at most, doubling in between."""
 FAULTS = 3
 """Failed answers in a row after which a replica rests. One alone may be the fault of what was asked."""
-REFUSED_FOR = 30.0
-WATCH_EVERY = 5.0
+_REFUSED_FOR = 30.0
+_WATCH_EVERY = 5.0
 
 
 @dataclass
@@ -184,7 +182,7 @@ class Fleet(Engine[Request, EngineEvent]):
 
     async def _watching(self) -> None:
         while True:
-            await asyncio.sleep(WATCH_EVERY)
+            await asyncio.sleep(_WATCH_EVERY)
             now = time.monotonic()
             await asyncio.gather(*(self._check(r) for r in self.replicas if now >= r.rest_until))
 
@@ -353,7 +351,7 @@ class Fleet(Engine[Request, EngineEvent]):
             await self._make_room(replica)
             await server.load(name, folder)
         except Refused as refusal:
-            self.refused[replica.place, name] = (time.monotonic() + REFUSED_FOR, refusal)
+            self.refused[replica.place, name] = (time.monotonic() + _REFUSED_FOR, refusal)
             self.making.pop(name, None)  # the files may have moved: looked up again the next time
             log.warning("%s", refusal.what)
             return refusal

@@ -34,25 +34,14 @@ from pathlib import Path
 
 from veneer.core.adapter import Adapter, scale_of
 from veneer.core.mix import mix as mixed
-from veneer.formats import peft
 from veneer.formats.card import CARD_FILE
 from veneer.formats.comparison import Refusals
 from veneer.formats.convert import write
+from veneer.formats.folder import CONFIG_FILE, TENSOR_FILE
 from veneer.formats.leaves import leaves_of
 from veneer.formats.read import read
 from veneer.formats.servers import refuse_unservable
 from veneer.serve.request import DigestMix, Refused, mix_digest
-
-__all__ = [
-    "Folders",
-    "Servable",
-    "is_made",
-    "rendezvous",
-    "servable",
-    "served_name",
-    "serves_as_it_is",
-    "vllm_problems",
-]
 
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
 
@@ -78,10 +67,10 @@ def servable(parts: Sequence[tuple[Path, float]], name: str, cache: Path) -> Ser
     Raises AdapterError with every module that vLLM has no place for, and the way out."""
     own, made = parts[0][0], cache / name
     if (made / CARD_FILE).is_file():  # written last, so the folder is whole
-        return Servable(made, int(json.loads((made / peft.CONFIG_FILE).read_text(encoding="utf-8"))["r"]), True)
+        return Servable(made, int(json.loads((made / CONFIG_FILE).read_text(encoding="utf-8"))["r"]), True)
     read_in = [(read(path).adapter, strength) for path, strength in parts]
     adapter = read_in[0][0]
-    if len(parts) == 1 and parts[0][1] == 1 and serves_as_it_is(own, adapter):
+    if len(parts) == 1 and parts[0][1] == 1 and _serves_as_it_is(own, adapter):
         return Servable(own, max(p.rank for p in adapter.pairs.values()), False)
     if len(parts) > 1 or parts[0][1] != 1:
         adapter = mixed(read_in).adapter
@@ -97,13 +86,13 @@ def vllm_problems(adapter: Adapter) -> list[str]:
     return [f"{reason}: {', '.join(sorted(modules)[:3])}" for reason, modules in refused.items()]
 
 
-def serves_as_it_is(folder: Path, adapter: Adapter) -> bool:
+def _serves_as_it_is(folder: Path, adapter: Adapter) -> bool:
     """Whether any vLLM gets exactly this adapter from its own folder: one scale, by the formula that it knows.
 
     What vLLM cannot have in any layout is an AdapterError where it is written, with the reasons."""
-    if not (folder / peft.CONFIG_FILE).is_file() or not (folder / peft.TENSOR_FILE).is_file():
+    if not (folder / CONFIG_FILE).is_file() or not (folder / TENSOR_FILE).is_file():
         return False
-    config = json.loads((folder / peft.CONFIG_FILE).read_text(encoding="utf-8"))
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     init = config.get("init_lora_weights", True)
     if config.get("peft_type") != "LORA" or (isinstance(init, str) and init.lower() not in _PLAIN_INITS):
         return False

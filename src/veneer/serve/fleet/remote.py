@@ -32,9 +32,7 @@ from veneer.serve.request import Finished, Refused, Request, Sampling, Token, Us
 
 log = logging.getLogger("veneer.serve.fleet.fleet")
 
-__all__ = ["Decode", "Failed", "NotThere", "Remote", "parse_upstream", "recognise"]
-
-SOON = 10.0
+_SOON = 10.0
 """Seconds in which a server that is well says how it is."""
 
 Decode = Callable[[Sequence[int]], str]
@@ -112,10 +110,10 @@ async def recognise(text: str, client: httpx.AsyncClient, decode: Decode) -> Rem
 
 
 async def _kind(url: str, client: httpx.AsyncClient) -> str:
-    models = await _ask(client, "GET", f"{url}/v1/models", accept=range(600), timeout=SOON)
+    models = await _ask(client, "GET", f"{url}/v1/models", accept=range(600), timeout=_SOON)
     if any(m.get("owned_by") == "vllm" for m in _json(models).get("data") or []):
         return "vllm"
-    info = await _ask(client, "GET", f"{url}/info", accept=range(600), timeout=SOON)
+    info = await _ask(client, "GET", f"{url}/info", accept=range(600), timeout=_SOON)
     return "tgi" if {"model_id", "max_total_tokens", "router"} <= set(_json(info)) else "openai"
 
 
@@ -135,7 +133,7 @@ class Completions:
         return self.vllm
 
     async def check(self) -> set[str]:
-        cards = _json(await _ask(self.client, "GET", f"{self.url}/v1/models", timeout=SOON)).get("data") or []
+        cards = _json(await _ask(self.client, "GET", f"{self.url}/v1/models", timeout=_SOON)).get("data") or []
         if not cards:
             raise Failed(f"{self.url}/v1/models lists nothing")
         first = next((c for c in cards if not c.get("parent")), cards[0])
@@ -262,7 +260,7 @@ class TextGeneration:
         return False
 
     async def check(self) -> set[str]:
-        info = _json(await _ask(self.client, "GET", f"{self.url}/info", timeout=SOON))
+        info = _json(await _ask(self.client, "GET", f"{self.url}/info", timeout=_SOON))
         self.base, self.room = str(info.get("model_id", "")), int(info.get("max_total_tokens") or 0)
         for name in set(self.adapters) - self.believed:
             if await self._probe(name) != await self._probe(None):

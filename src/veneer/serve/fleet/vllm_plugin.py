@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
     from veneer.library.queries import Version
 
-__all__ = ["register", "resolve_name"]
-
 log = logging.getLogger("vllm.veneer")  # vLLM shows what is logged under its own name
 
 _Found = tuple[str, Path]

@@ -26,11 +26,9 @@ from veneer.serve.forward.lowrank import BaseLayout, Group, Segments
 from veneer.serve.forward.packed import PackedWeight, Panels, in_blocks, invariant
 from veneer.serve.forward.paged import PackedRows, Pages, Rotary
 
-__all__ = ["Block", "JoinedWeights", "LlamaForward", "layout_of", "llama_forward", "static_positions"]
-
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
-JoinedWeights = Callable[[tuple[str, ...]], PackedWeight]
+_JoinedWeights = Callable[[tuple[str, ...]], PackedWeight]
 """The weights of some linear modules, below one another, by the modules' names."""
 
 
@@ -183,7 +181,7 @@ def layout_of(base: TextBase) -> BaseLayout:
 
 
 def llama_forward(
-    base: TextBase, layout: BaseLayout, own_weights: JoinedWeights, embedding: Tensor, context: int, pages: Pages
+    base: TextBase, layout: BaseLayout, own_weights: _JoinedWeights, embedding: Tensor, context: int, pages: Pages
 ) -> LlamaForward:
     """Where `layout.rows` is above 0 its products are batch-invariant (packed.in_blocks). Raises NotImplementedError
     where the base is of another kind; whether it is of this one, a probe tells."""

@@ -26,8 +26,6 @@ from veneer.core.merge import adapted_norm
 from veneer.ops.choice import chosen
 from veneer.serve.forward.packed import in_blocks
 
-__all__ = ["BaseLayout", "Group", "PackedAdapter", "Segments", "low_rank_problems", "pack_adapter"]
-
 _PARTS, _RECORD = 3, 17  # of ops/cpu/serving.c
 
 

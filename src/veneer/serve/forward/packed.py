@@ -14,25 +14,6 @@ from torch import Tensor
 from veneer.ops.choice import chosen
 from veneer.ops.cpu import compiled
 
-__all__ = [
-    "ROWS",
-    "Blocks",
-    "Dense",
-    "Int4",
-    "Int4Panels",
-    "Int8",
-    "Int8Panels",
-    "PackedWeight",
-    "Panels",
-    "QuantisedPacking",
-    "Reordered",
-    "best_packing",
-    "in_blocks",
-    "invariant",
-    "pack_weight",
-    "quantised_packing",
-]  # fmt: skip
-
 
 class PackedWeight(Protocol):
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

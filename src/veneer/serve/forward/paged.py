@@ -19,8 +19,6 @@ from torch.nn import functional as F
 
 from veneer.ops.cpu import compiled
 
-__all__ = ["BLOCK", "PackedRows", "Pages", "Rotary"]
-
 BLOCK = 16
 
 

@@ -49,8 +49,6 @@ from veneer.serve.forward.paged import BLOCK, PackedRows, Pages
 from veneer.serve.forward.threads import ThreadTuner
 from veneer.serve.settings import WeightKind
 
-__all__ = ["Prepared", "Runner", "RunnerRow"]
-
 
 @dataclass(eq=False)
 class Prepared:

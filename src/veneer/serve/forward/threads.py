@@ -18,8 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
-__all__ = ["ALWAYS_ALL", "ThreadTuner"]
-
 ALWAYS_ALL = 64
 """Tokens from which a step always gets all threads."""
 _TRIALS, _AGAIN = 4, 2000

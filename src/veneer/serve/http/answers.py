@@ -26,21 +26,6 @@ from veneer.serve.http.mixes import ChosenMix
 from veneer.serve.http.service import Service
 from veneer.serve.request import EngineEvent, Finished, Refused, Request, Sampling, Started, Token, Usage
 
-__all__ = [
-    "ClientLeft",
-    "IndexedEvent",
-    "OpenStream",
-    "TextAnswer",
-    "TextJob",
-    "collect",
-    "finite_logprob",
-    "open_stream",
-    "run",
-    "seed_of",
-    "total",
-    "unless_left",
-]
-
 T = TypeVar("T")
 IndexedEvent = tuple[int, EngineEvent]
 """An event, and which of a request's answers it is of."""
@@ -262,25 +247,25 @@ async def _left(request: HttpRequest) -> None:
         pass
 
 
-Sent = tuple[str, Usage]
+_Sent = tuple[str, Usage]
 """The answer that a client got, and what it took."""
 
 
 # -- shadows -----------------------------------------------------------------------------------------------------------
 
 
-def _shadow(service: Service, job: TextJob, request: Request) -> asyncio.Future[Sent] | None:
+def _shadow(service: Service, job: TextJob, request: Request) -> asyncio.Future[_Sent] | None:
     """Starts the shadow's answer to the first prompt behind the request; told the sent text, it reports both."""
     if job.chosen.served.shadow is None:
         return None
     name, mix = job.chosen.served.shadow
-    sent: asyncio.Future[Sent] = asyncio.get_running_loop().create_future()
+    sent: asyncio.Future[_Sent] = asyncio.get_running_loop().create_future()
     own: dict[str, Any] = {"tenant": BEHIND, "weight": SHADOWS.weight, "name": name}
     behind = replace(request, mix=() if isinstance(mix, Refused) else mix, id=f"{request.id}-shadow", **own)
     return sent if service.shadows.follow(lambda: _follow(service, job, behind, name, sent)) else None
 
 
-async def _follow(service: Service, job: TextJob, request: Request, shadow: str, sent: asyncio.Future[Sent]) -> None:
+async def _follow(service: Service, job: TextJob, request: Request, shadow: str, sent: asyncio.Future[_Sent]) -> None:
     answer, error = TextAnswer(), ""
     prompt, most = len(request.prompt), request.sampling.max_tokens
     try:

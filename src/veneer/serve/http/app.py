@@ -32,9 +32,7 @@ from veneer.serve.http.surfaces.vllm import sglang_routes, vllm_routes
 from veneer.serve.request import Refused
 from veneer.serve.settings import HttpSettings
 
-__all__ = ["create_app"]
-
-STRANGERS = "?"
+_STRANGERS = "?"
 """Whose the requests are that need no key, where room is shared out; no tenant can have this name."""
 OPEN = ("/health", "/ping", "/ready", "/version", "/docs", "/openapi.json", "/redoc")
 """Paths that need no key."""
@@ -116,7 +114,7 @@ class Door:
         size = int(length) if length.isdigit() and len(length) < 16 else 0
         if size > service.settings.max_body or len(length) >= 16:
             raise _too_large(service.settings.max_body)
-        request.scope["veneer.place"] = place = service.admission.enter(STRANGERS)
+        request.scope["veneer.place"] = place = service.admission.enter(_STRANGERS)
         if path in OPEN or path.startswith(tuple(f"{prefix}/" for prefix in self.unguarded)) or path in self.unguarded:
             place.take("bodies", size)
             return

@@ -33,26 +33,6 @@ from veneer.errors import nearest
 from veneer.serve.http.errors import invalid
 from veneer.serve.request import Refused
 
-__all__ = [
-    "FAIL_FAST",
-    "ITEMS",
-    "KEYS",
-    "LARGE_BODY",
-    "Body",
-    "BodyRoute",
-    "MixField",
-    "Neutral",
-    "Objects",
-    "Strict",
-    "at_most",
-    "body_error",
-    "checked",
-    "count_values",
-    "keys_of_bodies",
-    "read_body",
-    "read_json",
-]
-
 Neutral = tuple[Any, ...]
 
 VALUES = 1 << 18

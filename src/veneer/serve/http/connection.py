@@ -24,8 +24,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from veneer.serve.settings import HttpSettings
 
-__all__ = ["connection_of", "many_files"]
-
 _PATIENCE = 0.25
 _BEYOND = 256
 

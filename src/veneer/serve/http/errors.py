@@ -18,8 +18,6 @@ from veneer.errors import VeneerError
 from veneer.serve.outage import fault
 from veneer.serve.request import Refused
 
-__all__ = ["Json", "answer_error", "as_refused", "error_body", "invalid", "json_bytes", "message_of", "problem_of"]
-
 log = logging.getLogger("veneer.serve")
 
 

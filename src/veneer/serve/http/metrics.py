@@ -18,8 +18,6 @@ from prometheus_client.registry import Collector
 from veneer.serve.access import LedgerState
 from veneer.serve.request import EngineStats, Usage
 
-__all__ = ["Meter", "Metrics"]
-
 _SECONDS: tuple[float, ...] = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75)
 _SECONDS += (1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)

@@ -14,8 +14,6 @@ from veneer.serve.access import Caller, Catalog, ModelCard, Served
 from veneer.serve.http.errors import invalid
 from veneer.serve.request import Refused
 
-__all__ = ["AdapterNumbers", "ChosenMix", "MixChooser"]
-
 
 @dataclass(frozen=True)
 class ChosenMix:

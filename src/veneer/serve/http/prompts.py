@@ -24,8 +24,6 @@ from veneer.serve.request import Refused
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
-__all__ = ["Prompts", "TokenizedBase"]
-
 T = TypeVar("T")
 
 

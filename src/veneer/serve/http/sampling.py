@@ -20,31 +20,11 @@ from veneer.serve.http.prompts import Prompts
 from veneer.serve.http.service import Service
 from veneer.serve.request import GrammarSpec, Sampling
 
-__all__ = [
-    "Bias",
-    "Biases",
-    "Ids",
-    "LoraScale",
-    "Paths",
-    "Seed",
-    "Stop",
-    "TextOrIds",
-    "Texts",
-    "TokenId",
-    "bias_of",
-    "choices_regex",
-    "limited",
-    "one_grammar",
-    "sampling_of",
-    "schema_text",
-    "stops_of",
-]
-
 _LONGEST_GRAMMAR = 200_000
 
 # -- values ------------------------------------------------------------------------------------------------------------
 
-TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+_TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Bias = Annotated[dict[str, float], at_most(1024)]
 
@@ -61,7 +41,7 @@ def _one_or_several(value: Any) -> str:
     return "=several" if isinstance(value, list) else "=one"
 
 
-Ids = Annotated[list[TokenId], FAIL_FAST]
+Ids = Annotated[list[_TokenId], FAIL_FAST]
 Texts = Annotated[
     Annotated[str, Tag("=text")]
     | Annotated[Ids, Tag("=ids")]
@@ -81,7 +61,7 @@ Paths = Annotated[
 ]
 """SGLang's lora_path: one name, or one for each prompt."""
 TextOrIds = Annotated[
-    Annotated[str, Tag("=one")] | Annotated[list[TokenId | str], FAIL_FAST, Tag("=several")],
+    Annotated[str, Tag("=one")] | Annotated[list[_TokenId | str], FAIL_FAST, Tag("=several")],
     Discriminator(_one_or_several),
 ]
 """llama.cpp's prompt: a text, or ids and texts in a row."""

@@ -23,17 +23,6 @@ from veneer.serve.outage import is_outage
 from veneer.serve.request import Engine, EngineEvent, Refused, Request
 from veneer.serve.settings import HttpSettings
 
-__all__ = [
-    "Service",
-    "admission_of",
-    "caller_of",
-    "client_key",
-    "load_named",
-    "need_admin",
-    "service_of",
-    "unload_named",
-]
-
 
 @dataclass(eq=False)
 class Service:

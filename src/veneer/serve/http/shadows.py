@@ -15,8 +15,6 @@ from veneer.serve.access import SHADOWS, Bill, Served, ShadowAnswer, Tenancy
 from veneer.serve.http.metrics import Metrics
 from veneer.serve.request import Refused
 
-__all__ = ["Shadows"]
-
 log = logging.getLogger("veneer.serve")
 
 

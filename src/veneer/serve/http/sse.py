@@ -15,8 +15,6 @@ from starlette.types import Receive, Scope, Send
 from veneer.serve.http.errors import as_refused, json_bytes, log
 from veneer.serve.request import Refused
 
-__all__ = ["EventStream", "data"]
-
 
 class Closable(Protocol):
     async def aclose(self) -> None: ...

@@ -33,9 +33,7 @@ from veneer.serve.access import Caller, Catalog, ModelCard, Routes, Served
 from veneer.serve.names.shelf import AdapterPlace, Problems, Shelf, unusable
 from veneer.serve.request import DigestMix, Refused, make_mix
 
-__all__ = ["AdapterMemory", "LocalCatalog"]
-
-MAX_NAME = 200
+_MAX_NAME = 200
 MAX_MIX = 64
 
 _log = logging.getLogger(__name__)
@@ -132,7 +130,7 @@ class LocalCatalog(Catalog):
         word = self._word(model)
         if word == self.base:
             return self.base, None, False
-        if len(word) > MAX_NAME or not word.isprintable():
+        if len(word) > _MAX_NAME or not word.isprintable():
             raise _missing(model)
         target = self.routes.choose(word, caller) if self.routes is not None else None
         if target is None and not caller.sees(word) and not caller.sees(name_of(word)):

@@ -34,8 +34,6 @@ from veneer.core.adapter import Adapter
 from veneer.serve.outage import fault
 from veneer.serve.request import DigestMix, Refused
 
-__all__ = ["Lease", "ResidentStats", "Residents", "Sized"]
-
 
 class Sized(Protocol):
     """What a runner makes of an adapter. `bytes`: what it takes of the memory that is limited."""
@@ -79,7 +77,7 @@ class Lease(Generic[T]):
             release(self.mix)
 
 
-Ready = Callable[[Lease[T] | Refused], None]
+_Ready = Callable[[Lease[T] | Refused], None]
 
 
 @dataclass(eq=False)
@@ -108,7 +106,7 @@ class _Group(Generic[T]):
     """Requests that wait for the same adapters. `blocked`: since when, where it is memory that they wait for."""
 
     entries: list[_Entry[T]]
-    members: list[tuple[DigestMix, Ready[T]]] = field(default_factory=list)
+    members: list[tuple[DigestMix, _Ready[T]]] = field(default_factory=list)
     blocked: float | None = None
 
 
@@ -144,7 +142,7 @@ class Residents(Generic[T]):
 
     # -- for the engine's step: none of these waits --------------------------------------------------------------------
 
-    def acquire(self, mix: DigestMix, ready: Ready[T]) -> Lease[T] | None:
+    def acquire(self, mix: DigestMix, ready: _Ready[T]) -> Lease[T] | None:
         """The lease, where everything is there; else None, and `ready` is called once with a lease or the reason why
         there is none: from another thread, or within a later call of this object, so it only leaves a note."""
         with self._changing():
@@ -157,7 +155,7 @@ class Residents(Generic[T]):
             self._join(mix, ready)
         return None
 
-    def withdraw(self, ready: Ready[T]) -> bool:
+    def withdraw(self, ready: _Ready[T]) -> bool:
         """Stop waiting. Returns False where `ready` was called or is about to be: release its lease then."""
         with self._changing():
             found = [(k, g, m) for k, g in self._groups.items() for m in g.members if m[1] == ready]
@@ -284,7 +282,7 @@ class Residents(Generic[T]):
             if self._groups:
                 self._advance()
 
-    def _join(self, mix: DigestMix, ready: Ready[T]) -> None:
+    def _join(self, mix: DigestMix, ready: _Ready[T]) -> None:
         if self._closed:
             self._calls.append(partial(ready, _shutting_down()))
             return

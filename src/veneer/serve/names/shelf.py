@@ -45,8 +45,6 @@ from veneer.library.snapshot import NamedVersion, Snapshot
 from veneer.serve.outage import fault, is_outage, outage
 from veneer.serve.request import Refused
 
-__all__ = ["AdapterPlace", "KnownAdapter", "Problems", "Shelf", "unusable"]
-
 Problems = Callable[[Adapter], list[str]]
 """Why an adapter cannot be served with its full effect, one line each: the engine's to say."""
 

@@ -43,9 +43,7 @@ if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
     from veneer.models.image.generate import GeneratedPicture
 
-__all__ = ["PictureEngine", "PictureTurns"]
-
-MAX_STEPS = 150
+_MAX_STEPS = 150
 _LOST = 3
 """Pictures in a row that failed by a fault of ours, after which the engine says so."""
 
@@ -81,7 +79,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         window: float = 0.03,
         max_waiting: int = 64,
         max_pixels: int | None = None,
-        max_steps: int = MAX_STEPS,
+        max_steps: int = _MAX_STEPS,
         adapter_bytes: int = 1 << 30,
         stuck_seconds: float = 600.0,
     ) -> None:

@@ -18,16 +18,6 @@ from veneer.serve.request import BASE, DigestMix, Refused, Usage
 if TYPE_CHECKING:
     from veneer.imaging.make import RecordedPicture
 
-__all__ = [
-    "FinishedPicture",
-    "PartialPicture",
-    "PictureEvent",
-    "PictureRequest",
-    "PictureStep",
-    "Queued",
-    "picture_error",
-]
-
 _numbers = itertools.count()
 
 

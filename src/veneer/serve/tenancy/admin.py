@@ -30,8 +30,6 @@ from veneer.serve.tenancy.ledger import BY, as_csv, usage
 from veneer.serve.tenancy.store import ALL, Limit, Price, Store, UnknownName
 from veneer.serve.tenancy.tenants import Tenants
 
-__all__ = ["admin_router"]
-
 _WHO = "admin"
 
 

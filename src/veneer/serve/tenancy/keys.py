@@ -17,8 +17,6 @@ import secrets
 from veneer.errors import ConfigError
 from veneer.models.home import veneer_home
 
-__all__ = ["admin_hash", "default_database", "hash_key", "key_id", "make_admin_key", "make_key", "same"]
-
 _KEY = re.compile(r"vnr-([0-9a-f]{10})-[A-Za-z0-9_-]{43}")
 
 

@@ -73,29 +73,15 @@ from veneer.serve.tenancy.outbox import (
 )
 from veneer.serve.tenancy.store import ALL, Price, Store, line_table, server_table, slot_table, sum_table
 
-__all__ = [
-    "BY",
-    "FIGURES",
-    "SLOT_WIDTHS",
-    "Ledger",
-    "LedgerEntry",
-    "LedgerLine",
-    "add_figures",
-    "as_csv",
-    "open_entries",
-    "post",
-    "usage",
-]
-
 _log = logging.getLogger("veneer.serve.tenancy")
 
 # -- from the outbox into the database ---------------------------------------------------------------------------------
 
 
-SLOT_WIDTHS = {1: 60.0, 1440: 86400.0}
+_SLOT_WIDTHS = {1: 60.0, 1440: 86400.0}
 """Seconds of a slot -> of its window: sixty to a window."""
 _FIGURES = ("prompt", "cached", "completion", "queued", "prefill", "decode")
-Deltas = dict[tuple[Any, ...], list[Any]]
+_Deltas = dict[tuple[Any, ...], list[Any]]
 
 
 def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> int:
@@ -105,8 +91,8 @@ def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> i
     known = _known(c, server, [each.entry.request for each in owed])
     fresh: list[dict[str, Any]] = []
     changed: list[dict[str, Any]] = []
-    by_day: Deltas = defaultdict(lambda: [0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0])
-    by_slot: Deltas = defaultdict(lambda: [0, 0])
+    by_day: _Deltas = defaultdict(lambda: [0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0])
+    by_slot: _Deltas = defaultdict(lambda: [0, 0])
     done = 0
     for each in owed:
         before = known.get(each.entry.request)
@@ -121,12 +107,12 @@ def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> i
         c.execute(insert(line_table), fresh)
     if changed:
         c.execute(_CHANGE, [{f"_{name}": row[name] for name in (*_KEY, *_CHANGING)} for row in changed])
-    add_figures(c, sum_table, by_day)
-    add_figures(c, slot_table, by_slot)
+    _add_figures(c, sum_table, by_day)
+    _add_figures(c, slot_table, by_slot)
     return done
 
 
-def open_entries(c: Connection, server: str, requests: Iterable[str] | None = None) -> list[LedgerEntry]:
+def _open_entries(c: Connection, server: str, requests: Iterable[str] | None = None) -> list[LedgerEntry]:
     """The requests of a server that are open in the database: all of them, or those of `requests`."""
     here = (line_table.c.server == server) & (line_table.c.state == "open")
     if requests is not None:
@@ -145,7 +131,7 @@ def open_entries(c: Connection, server: str, requests: Iterable[str] | None = No
     return found
 
 
-def add_figures(c: Connection, table: Table, deltas: Mapping[tuple[Any, ...], Sequence[Any]]) -> None:
+def _add_figures(c: Connection, table: Table, deltas: Mapping[tuple[Any, ...], Sequence[Any]]) -> None:
     """Add figures to the rows of a table by their keys; in the keys' order, so that two who add cannot wait for each
     other."""
     if not deltas:
@@ -206,7 +192,7 @@ def _rows(server: str, owed: OwedEntry) -> list[dict[str, Any]]:
     ]
 
 
-def _count_day(by_day: Deltas, owed: OwedEntry, before: str | None) -> None:
+def _count_day(by_day: _Deltas, owed: OwedEntry, before: str | None) -> None:
     """The request as a whole, and each of its adapters."""
     if owed.state == "open":
         return
@@ -222,11 +208,11 @@ def _count_day(by_day: Deltas, owed: OwedEntry, before: str | None) -> None:
             row[i] += change
 
 
-def _count_slots(by_slot: Deltas, server: str, owed: OwedEntry, before: str | None, now: float) -> None:
+def _count_slots(by_slot: _Deltas, server: str, owed: OwedEntry, before: str | None, now: float) -> None:
     """The request as a whole, and each adapter that a limit may name."""
     entry = owed.entry
     tokens = owed.tokens() - (OwedEntry(entry).tokens() if before == "open" else 0)
-    for width, window in SLOT_WIDTHS.items():
+    for width, window in _SLOT_WIDTHS.items():
         if entry.opened > now - window - width:
             for adapter in {ALL, *(name_of(line.adapter) for line in entry.lines)}:
                 row = by_slot[(width, int(entry.opened // width), server, entry.tenant, adapter)]
@@ -390,7 +376,7 @@ class Ledger:
                 self._recover_outbox(path, counts)
         for server, notes in settle_old_journals(self._folder):
             with write_transaction(self.store.engine) as c:
-                entries = {entry.request: entry for entry in open_entries(c, server, notes)}
+                entries = {entry.request: entry for entry in _open_entries(c, server, notes)}
                 owed = [
                     OwedEntry(entries[r], "done", closed, usage) for r, (closed, usage) in notes.items() if r in entries
                 ]
@@ -429,7 +415,7 @@ class Ledger:
 
     def _interrupt_all(self, server: str) -> int:
         with write_transaction(self.store.engine) as c:
-            owed = [self._interrupted(entry) for entry in open_entries(c, server)]
+            owed = [self._interrupted(entry) for entry in _open_entries(c, server)]
             post(c, server, owed, self.wall())
             c.execute(delete(server_table).where(server_table.c.server == server))
         return len(owed)
@@ -456,7 +442,7 @@ class Ledger:
                 )
                 here = old if last is None else old & (line_table.c.opened <= last)
                 gone += c.execute(delete(line_table).where(here)).rowcount
-                for width, window in SLOT_WIDTHS.items():
+                for width, window in _SLOT_WIDTHS.items():
                     late = int((self.wall() - window) // width) - 1
                     c.execute(delete(slot_table).where(slot_table.c.width == width, slot_table.c.slot < late))
             if last is None:
@@ -468,7 +454,7 @@ class Ledger:
         """What other servers, and this one's earlier runs, admitted in the last `window` seconds, in sixty slots:
         (tenant, adapter or "" for whole requests, seconds ago, requests, tokens). `adapters`: of these alone."""
         now, s = self.wall(), slot_table.c
-        (width,) = (w for w, seconds in SLOT_WIDTHS.items() if seconds == window)
+        (width,) = (w for w, seconds in _SLOT_WIDTHS.items() if seconds == window)
         query = (
             select(s.tenant, s.adapter, s.slot, func.sum(s.requests).label("n"), func.sum(s.tokens).label("tokens"))
             .where(s.width == width, s.slot >= int((now - window) // width), s.server != self.server)
@@ -515,7 +501,7 @@ def _now(store: Store) -> ColumnElement[float]:
 
 
 BY = ("tenant", "adapter", "day")
-FIGURES = (
+_SUMMED = (
     "requests", "done", "interrupted", "open", "prompt", "cached", "completion", "queued", "prefill", "decode", "cost",
 )  # fmt: skip
 """`requests` is done + interrupted + open; tokens, seconds and cost (in millionths) are of those that are done. Where
@@ -558,17 +544,17 @@ def usage(
                     raise ConfigError(f"{value!r} is not a date", where=name, fix="as in 2026-11-25, in UTC")
                 query = query.where(t.day >= value if name == "since" else t.day <= value)
         for row in c.execute(query):
-            kind = found.setdefault(tuple(row[: len(by)]), dict.fromkeys(FIGURES, 0))
+            kind = found.setdefault(tuple(row[: len(by)]), dict.fromkeys(_SUMMED, 0))
             for name, value in zip(columns, row[len(by) :], strict=True):
                 kind[name] += float(value or 0) if name in _SECONDS else int(value or 0)
 
     # PostgreSQL sums bigint as numeric, exactly; SQLite as 64-bit integers, or it raises.
-    summed = {name: func.sum(sum_table.c[name]) for name in FIGURES if name not in ("requests", "open")}
+    summed = {name: func.sum(sum_table.c[name]) for name in _SUMMED if name not in ("requests", "open")}
     ask(sum_table, summed, sum_table.c.adapter != ALL if apart else sum_table.c.adapter == ALL)
     ask(line_table, {"open": func.count()}, line_table.c.state == "open", *(() if apart else (line_table.c.part == 0,)))
     out = []
     for key in sorted(found) if by or found else [()]:
-        figures = found.get(key) or dict.fromkeys(FIGURES, 0)
+        figures = found.get(key) or dict.fromkeys(_SUMMED, 0)
         figures["requests"] = figures["done"] + figures["interrupted"] + figures["open"]
         figures |= {name: float(figures[name]) for name in _SECONDS}
         out.append({**dict(zip(by, key, strict=True)), **figures})
@@ -578,7 +564,7 @@ def usage(
 def as_csv(rows: Sequence[dict[str, Any]], by: Sequence[str] = BY) -> str:
     """Rows of `usage` as CSV with a header. Names that a spreadsheet would take for a formula are quoted."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*by, *FIGURES], lineterminator="\n")
+    writer = csv.DictWriter(text, [*by, *_SUMMED], lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow(

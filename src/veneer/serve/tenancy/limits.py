@@ -24,8 +24,6 @@ from dataclasses import dataclass, field
 from veneer.serve.request import Refused
 from veneer.serve.tenancy.store import ALL, EACH, Limit
 
-__all__ = ["DAY", "MINUTE", "LimitHold", "Limits", "Scope", "ScopeUsage", "Window", "scopes"]
-
 MINUTE, DAY = 60.0, 86400.0
 _SLOTS = 60
 _WINDOWS = (
@@ -34,7 +32,7 @@ _WINDOWS = (
     ("tokens_per_minute", MINUTE, "tokens a minute"),
     ("tokens_per_day", DAY, "tokens a day"),
 )
-Scope = tuple[str, str]
+_Scope = tuple[str, str]
 """(tenant, adapter), either of them ALL."""
 
 
@@ -116,7 +114,7 @@ class LimitHold:
                     counter.running -= 1
 
 
-def scopes(tenant: str, adapters: Iterable[str]) -> list[Scope]:
+def _scopes(tenant: str, adapters: Iterable[str]) -> list[_Scope]:
     """The scopes that a request counts in: the server, the tenant, and each adapter over all tenants and in this."""
     of_tenant = [ALL] if tenant == ALL else [ALL, tenant]
     return [(t, a) for a in dict.fromkeys((ALL, *adapters)) for t in of_tenant]
@@ -127,17 +125,17 @@ class Limits:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock, self._lock = clock, threading.Lock()
-        self.counters: dict[Scope, ScopeUsage] = {}
+        self.counters: dict[_Scope, ScopeUsage] = {}
 
     def take(
-        self, limits: Mapping[Scope, Limit], tenant: str, adapters: Iterable[str], prompt: int, completion: int
+        self, limits: Mapping[_Scope, Limit], tenant: str, adapters: Iterable[str], prompt: int, completion: int
     ) -> LimitHold:
         """Room for one request in every scope, or nothing is taken and Refused(rate_limited) says when to come back."""
         tokens = prompt + completion
         with self._lock:
             now = self.clock()
             checked = []
-            for scope in scopes(tenant, adapters) if limits else ():
+            for scope in _scopes(tenant, adapters) if limits else ():
                 if limit := _limit(limits, scope):  # what nothing limits is not counted
                     checked.append(self._counter(scope))
                     _check(scope, limit, checked[-1], tokens, now)
@@ -149,11 +147,11 @@ class Limits:
         return LimitHold(self, taken, tokens)
 
     def elsewhere(
-        self, limits: Mapping[Scope, Limit], window: float, seen: Iterable[tuple[str, str, float, int, int]]
+        self, limits: Mapping[_Scope, Limit], window: float, seen: Iterable[tuple[str, str, float, int, int]]
     ) -> None:
         """What other servers used, anew, for the windows that are so long: (tenant, adapter or ALL for whole requests,
         seconds ago, requests, tokens)."""
-        found: dict[Scope, dict[str, Window]] = {}
+        found: dict[_Scope, dict[str, Window]] = {}
         now = self.clock()
         for tenant, adapter, ago, requests, tokens in sorted(seen, key=lambda row: -row[2]):
             for scope in [(ALL, adapter)] if tenant == ALL else [(ALL, adapter), (tenant, adapter)]:
@@ -167,16 +165,16 @@ class Limits:
                     if length == window:
                         counter.elsewhere[name] = found.get(scope, {}).get(name) or Window(window)
 
-    def _counter(self, scope: Scope) -> ScopeUsage:
+    def _counter(self, scope: _Scope) -> ScopeUsage:
         return self.counters.setdefault(scope, ScopeUsage())
 
 
-def _limit(limits: Mapping[Scope, Limit], scope: Scope) -> Limit | None:
+def _limit(limits: Mapping[_Scope, Limit], scope: _Scope) -> Limit | None:
     own = limits.get(scope)
     return own if own is not None or scope[0] == ALL else limits.get((EACH, scope[1]))
 
 
-def _check(scope: Scope, limit: Limit, counter: ScopeUsage, tokens: int, now: float) -> None:
+def _check(scope: _Scope, limit: Limit, counter: ScopeUsage, tokens: int, now: float) -> None:
     whose = f"tenant {scope[0]}" if scope[0] else "the server"
     whose += f" with adapter {scope[1]}" if scope[1] else ""
     if limit.concurrency is not None and counter.running >= limit.concurrency:

@@ -55,28 +55,6 @@ from veneer.serve.tenancy.store import (
     unknown_name,
 )
 
-__all__ = [
-    "FIRST_HASH",
-    "add_tenant",
-    "append_audit",
-    "audit_faults",
-    "audit_lines",
-    "change_tenant",
-    "get_tenant",
-    "let_see",
-    "list_keys",
-    "make_tenant_key",
-    "note",
-    "remove_tenant",
-    "revoke_key",
-    "rotate_key",
-    "set_limit",
-    "set_price",
-    "share_prefixes",
-    "show_key",
-    "when",
-]
-
 # -- the audit log -----------------------------------------------------------------------------------------------------
 
 

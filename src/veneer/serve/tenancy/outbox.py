@@ -44,24 +44,6 @@ from veneer.serve.outage import is_outage
 from veneer.serve.request import Usage
 from veneer.serve.tenancy.store import Price
 
-__all__ = [
-    "EntryState",
-    "LedgerEntry",
-    "LedgerLine",
-    "NoRoom",
-    "Outbox",
-    "OwedEntry",
-    "Writer",
-    "day_of",
-    "end_text",
-    "entry_of",
-    "entry_text",
-    "left_behind",
-    "outboxes",
-    "owed_of",
-    "settle_old_journals",
-]
-
 _log = logging.getLogger("veneer.serve.tenancy")
 
 # -- a request as the ledger knows it ----------------------------------------------------------------------------------
@@ -120,11 +102,11 @@ def day_of(opened: float) -> str:
     return datetime.fromtimestamp(opened, UTC).strftime("%Y-%m-%d")
 
 
-def entry_text(entry: LedgerEntry) -> str:
+def _entry_text(entry: LedgerEntry) -> str:
     return json.dumps(asdict(entry), ensure_ascii=False, separators=(",", ":"))
 
 
-def entry_of(text: str) -> LedgerEntry:
+def _entry_of(text: str) -> LedgerEntry:
     found: dict[str, Any] = json.loads(text)
     lines = tuple(LedgerLine(**{**line, "price": Price(**line["price"])}) for line in found.pop("lines"))
     return LedgerEntry(**found, lines=lines)
@@ -134,7 +116,7 @@ def end_text(state: EntryState, closed: float, usage: Usage) -> str:
     return json.dumps([state, closed, *asdict(usage).values()], separators=(",", ":"))
 
 
-def owed_of(entry: LedgerEntry, end: str) -> OwedEntry:
+def _owed_of(entry: LedgerEntry, end: str) -> OwedEntry:
     """The entry with its end. `end`: a text of `end_text`, blank while the request is open."""
     if not end.strip():
         return OwedEntry(entry)
@@ -283,7 +265,7 @@ class Outbox:
                 raise NoRoom("the ends of requests cannot be written")
             if c.execute("PRAGMA freelist_count").fetchone()[0] < _SPARE_PAGES:
                 raise NoRoom("there is no room for one more")
-            row = (entry.request, entry_text(entry), " " * _END_CHARACTERS)
+            row = (entry.request, _entry_text(entry), " " * _END_CHARACTERS)
             c.execute("INSERT INTO owed (request, entry, ending, closed, told) VALUES (?, ?, ?, 0, 0)", row)
 
         opened = self.writer.put(write)
@@ -316,7 +298,7 @@ class Outbox:
             marks = ", ".join("?" * len(late))
             query = f"SELECT request, entry, ending FROM owed WHERE told = 0 OR closed = 1 OR request IN ({marks})"
             rows = self._c.execute(f"{query} ORDER BY number LIMIT ?", (*late, most)).fetchall()
-        return [owed_of(entry_of(entry), late.get(request, end)) for request, entry, end in rows]
+        return [_owed_of(_entry_of(entry), late.get(request, end)) for request, entry, end in rows]
 
     def told(self, owed: Iterable[OwedEntry]) -> None:
         """Note that the ledger has these; those that ended are deleted here."""
@@ -415,7 +397,7 @@ def left_behind(path: Path) -> Iterator[Iterator[list[OwedEntry]]]:
 def _batches(c: sqlite3.Connection) -> Iterator[list[OwedEntry]]:
     cursor = c.execute("SELECT entry, ending FROM owed ORDER BY number")
     while rows := cursor.fetchmany(500):
-        yield [owed_of(entry_of(entry), end) for entry, end in rows]
+        yield [_owed_of(_entry_of(entry), end) for entry, end in rows]
 
 
 def _connect(path: Path, wait: float) -> sqlite3.Connection:

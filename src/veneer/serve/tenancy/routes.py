@@ -46,21 +46,6 @@ from veneer.serve.tenancy.store import (
     unknown_name,
 )
 
-__all__ = [
-    "BUCKETS",
-    "TenantRoutes",
-    "bucket",
-    "owner",
-    "remove_route",
-    "rollback_route",
-    "route_history",
-    "route_shown",
-    "set_route",
-    "shadow_log",
-    "shadow_summary",
-    "share_out",
-]
-
 BUCKETS = 10_000
 Runs = tuple[tuple[str, int], ...]
 

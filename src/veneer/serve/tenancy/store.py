@@ -57,50 +57,11 @@ from veneer.library.database import PATIENCE, URL_FIX, Key, open_engine, reading
 from veneer.library.migrate import Schema, bring_up
 from veneer.library.names import check_name, check_namespace, name_of, parse_reference
 
-__all__ = [
-    "ALL",
-    "COMMON",
-    "EACH",
-    "LIMITS",
-    "TENANT_SCHEMA",
-    "TENANT_TABLES",
-    "KeyRow",
-    "Limit",
-    "Price",
-    "Route",
-    "Store",
-    "Tenant",
-    "TenantSettings",
-    "UnknownName",
-    "alias_table",
-    "audit_table",
-    "check_pattern",
-    "check_reference",
-    "check_route_name",
-    "check_tenant",
-    "grant_table",
-    "key_table",
-    "limit_table",
-    "line_table",
-    "meta_table",
-    "move_table",
-    "price_table",
-    "route_of",
-    "seeing",
-    "server_table",
-    "shadow_table",
-    "slot_table",
-    "sum_table",
-    "tenant_row",
-    "tenant_table",
-    "unknown_name",
-]
-
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
 LIMITS = ("requests_per_minute", "requests_per_day", "tokens_per_minute", "tokens_per_day", "concurrency")
-TENANT_TABLES = MetaData()
+_TENANT_TABLES = MetaData()
 
 
 def _tenant() -> Column[Any]:
@@ -108,11 +69,11 @@ def _tenant() -> Column[Any]:
 
 
 meta_table = Table(
-    "tenant_meta", TENANT_TABLES, Column("key", Key(), primary_key=True), Column("value", Text, nullable=False)
+    "tenant_meta", _TENANT_TABLES, Column("key", Key(), primary_key=True), Column("value", Text, nullable=False)
 )
 tenant_table = Table(
     "tenants",
-    TENANT_TABLES,
+    _TENANT_TABLES,
     Column("name", Key(), primary_key=True),
     Column("weight", Float, nullable=False),
     Column("enabled", Boolean, nullable=False),
@@ -120,7 +81,7 @@ tenant_table = Table(
 )
 key_table = Table(
     "tenant_keys",
-    TENANT_TABLES,
+    _TENANT_TABLES,
     Column("id", Key(), primary_key=True),
     Column("tenant", Key(), ForeignKey(tenant_table.c.name, ondelete="CASCADE"), nullable=False, index=True),
     Column("hash", Text, nullable=False),
@@ -131,27 +92,27 @@ key_table = Table(
 )
 grant_table = Table(
     "tenant_grants",
-    TENANT_TABLES,
+    _TENANT_TABLES,
     _tenant(),  # ALL: shared with everybody
     Column("pattern", Key(), primary_key=True),
 )
 limit_table = Table(
     "tenant_limits",
-    TENANT_TABLES,
+    _TENANT_TABLES,
     _tenant(),
     Column("adapter", Key(), primary_key=True),
     *(Column(name, BigInteger) for name in LIMITS),
 )
 price_table = Table(
     "tenant_prices",
-    TENANT_TABLES,
+    _TENANT_TABLES,
     _tenant(),
     Column("adapter", Key(), primary_key=True),
     *(Column(name, BigInteger, nullable=False) for name in ("prompt", "cached", "completion")),
 )
 move_table = Table(
     "tenant_moves",
-    TENANT_TABLES,
+    _TENANT_TABLES,
     _tenant(),
     Column("alias", Key(), primary_key=True),
     Column("move", Integer, primary_key=True),
@@ -162,14 +123,14 @@ move_table = Table(
 )
 alias_table = Table(
     "tenant_aliases",
-    TENANT_TABLES,
+    _TENANT_TABLES,
     _tenant(),
     Column("alias", Key(), primary_key=True),
     Column("current", Integer, nullable=False),
 )
 line_table = Table(
     "tenant_lines",
-    TENANT_TABLES,
+    _TENANT_TABLES,
     Column("server", Key(), primary_key=True),  # one run of one process
     Column("request", Key(), primary_key=True),
     Column("part", Integer, primary_key=True),  # of the request's mix, from 0
@@ -192,7 +153,7 @@ line_table = Table(
 )
 sum_table = Table(
     "tenant_sums",  # lines that are closed, by day; kept when the lines are gone
-    TENANT_TABLES,
+    _TENANT_TABLES,
     Column("day", Key(), primary_key=True),
     _tenant(),
     Column("adapter", Key(), primary_key=True),  # "": whole requests, whatever their mixes
@@ -202,7 +163,7 @@ sum_table = Table(
 )
 slot_table = Table(
     "tenant_slots",  # what was admitted lately, for limits that hold over several servers
-    TENANT_TABLES,
+    _TENANT_TABLES,
     Column("width", Integer, primary_key=True, autoincrement=False),  # seconds: a sixtieth of a window
     Column("slot", BigInteger, primary_key=True, autoincrement=False),  # opened // width
     Column("server", Key(), primary_key=True),
@@ -213,13 +174,13 @@ slot_table = Table(
 )
 server_table = Table(
     "tenant_servers",  # who is there
-    TENANT_TABLES,
+    _TENANT_TABLES,
     Column("server", Key(), primary_key=True),
     Column("seen", Float, nullable=False),  # seconds since 1970 by the database's clock
 )
 shadow_table = Table(
     "tenant_shadows",
-    TENANT_TABLES,
+    _TENANT_TABLES,
     Column("id", Integer, primary_key=True, autoincrement=True),
     Column("at", Float, nullable=False),
     Column("tenant", Key(), nullable=False),
@@ -236,7 +197,7 @@ shadow_table = Table(
 )
 audit_table = Table(
     "tenant_audit",
-    TENANT_TABLES,
+    _TENANT_TABLES,
     Column("number", Integer, primary_key=True, autoincrement=False),
     Column("at", Text, nullable=False),
     Column("who", Text, nullable=False),
@@ -534,7 +495,13 @@ def _first(c: Connection) -> None:
 
 
 TENANT_SCHEMA = Schema(
-    "the tenants' database", TENANT_TABLES, Path(__file__).parent / "versions", "tenant_version", _LOCK, _before, _first
+    "the tenants' database",
+    _TENANT_TABLES,
+    Path(__file__).parent / "versions",
+    "tenant_version",
+    _LOCK,
+    _before,
+    _first,
 )
 
 

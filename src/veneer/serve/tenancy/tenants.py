@@ -34,12 +34,11 @@ from veneer.serve.access import Caller, LedgerState, Served, ShadowAnswer, Tenan
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy.keys import admin_hash, hash_key, key_id, same
-from veneer.serve.tenancy.ledger import Ledger, LedgerEntry, LedgerLine
+from veneer.serve.tenancy.ledger import Ledger
 from veneer.serve.tenancy.limits import DAY, MINUTE, LimitHold, Limits
+from veneer.serve.tenancy.outbox import LedgerEntry, LedgerLine
 from veneer.serve.tenancy.routes import TenantRoutes
 from veneer.serve.tenancy.store import Store, TenantSettings
-
-__all__ = ["Tenants"]
 
 _log = logging.getLogger("veneer.serve.tenancy")
 _PATIENCE = 5.0

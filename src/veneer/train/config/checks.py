@@ -10,8 +10,6 @@ from collections.abc import Collection, Iterator
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.text import PREFERENCE_KEYS, Section, TrainConfig, layer_indices
 
-__all__ = ["image_problems", "text_problems"]
-
 
 def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
     """What a configuration for text cannot mean."""

@@ -27,8 +27,6 @@ from veneer.train.config.text import (
     setting,
 )
 
-__all__ = ["PRESETS", "TARGET_WORDS", "ImageDataSection", "ImageTrainConfig", "Preset", "image_reference"]
-
 _NAMED = {"white": "#ffffff", "black": "#000000", "grey": "#808080"}
 _BLOCK = r"re:.*transformer_blocks\.\d+\."
 _FEED_FORWARD = r"(attn\w*|ff\w*|img_mlp|txt_mlp|proj_mlp|proj_out)(\..*)?"

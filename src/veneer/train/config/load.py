@@ -34,16 +34,6 @@ from veneer.train.config.checks import image_problems, text_problems
 from veneer.train.config.image import PRESETS, ImageTrainConfig
 from veneer.train.config.text import TrainConfig, config_keys, sections, why
 
-__all__ = [
-    "ImageTrainConfig",
-    "RunConfig",
-    "SettingSource",
-    "TrainConfig",
-    "config_from",
-    "load_config",
-    "parse_yaml",
-]
-
 RunConfig = TrainConfig | ImageTrainConfig
 
 

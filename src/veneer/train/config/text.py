@@ -18,29 +18,6 @@ if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
 
 
-__all__ = [
-    "PREFERENCE_KEYS",
-    "SECTIONS",
-    "AdapterSection",
-    "BaseSection",
-    "CheckpointSection",
-    "OptimizerSection",
-    "OutputSection",
-    "PairsSection",
-    "PreferenceSection",
-    "ScheduleSection",
-    "Section",
-    "TrainConfig",
-    "config_keys",
-    "file_name",
-    "layer_indices",
-    "reference",
-    "sections",
-    "setting",
-    "why",
-]
-
-
 def setting(default: Any, doc: str, why: str = "", **limits: Any) -> Any:
     """A field: default, one line of meaning, and the reason for the default where it is a choice."""
     return Field(default, description=doc, json_schema_extra={"why": why}, **limits)

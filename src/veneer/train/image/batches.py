@@ -27,8 +27,6 @@ from veneer.train.image.views import PictureRow, View, draw_row, place
 from veneer.train.loop import LazySteps, Micro, Step
 from veneer.train.split import hold_out
 
-__all__ = ["ImageBatch", "PlannedRow", "plan_image_steps", "planned_rows", "split_pictures", "validation_rows"]
-
 
 @dataclass(frozen=True)
 class PlannedRow:

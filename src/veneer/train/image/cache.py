@@ -32,9 +32,7 @@ from veneer.train.config.image import ImageDataSection
 from veneer.train.image.pictures import TrainingPicture
 from veneer.train.image.views import View, ViewTensors, latent_mask, prepare
 
-__all__ = ["CacheEntry", "LatentCache", "LatentRow", "TextCache"]
-
-VERSION = 1  # of what is stored and how pixels are made; a change makes every older entry unknown
+_VERSION = 1  # of what is stored and how pixels are made; a change makes every older entry unknown
 _CHECKSUM = "veneer.sha256"
 _TEXTS = "veneer.texts"
 
@@ -69,7 +67,7 @@ class _Store:
         self._entries: dict[str, CacheEntry] = {}
 
     def _key(self, *parts: Any) -> str:
-        return hashlib.sha256(json.dumps([VERSION, self.fingerprint, *parts]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([_VERSION, self.fingerprint, *parts]).encode()).hexdigest()
 
     def _path(self, key: str) -> Path | None:
         return None if self.folder is None else self.folder / key[:2] / f"{key}.safetensors"

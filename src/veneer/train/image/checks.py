@@ -17,8 +17,6 @@ from veneer.train.image.pictures import AboutPictures, TrainingPicture
 from veneer.train.image.views import PicturePlan, place, prepare
 from veneer.train.preflight import Finding, share
 
-__all__ = ["check_held_out", "check_pictures"]
-
 _NAMED = 5
 _MUCH = 0.25  # share of a picture outside its bucket that is worth a warning
 _CONVERTED_BADLY = ("a colour profile that cannot be used", "EXIF that cannot be read", "first frame")

@@ -20,8 +20,6 @@ from veneer.files.atomic import atomic_write
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.views import PictureRow, View, ViewTensors, draw_row, prepare
 
-__all__ = ["contact_sheet", "shaded"]
-
 _FONT = 12
 _LINES = 4
 _RED = np.array([220.0, 30.0, 30.0])

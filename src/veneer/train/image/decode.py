@@ -29,10 +29,8 @@ try:
 except ImportError as error:
     raise MissingExtraError("pictures need Pillow", where=str(error), fix="pip install 'veneer[image]'") from None
 
-__all__ = ["DECODERS", "SUFFIXES", "DecodedPicture", "UnreadablePicture", "decode_picture", "mask_of", "read_bytes"]
-
 Image.init()
-DECODERS = tuple(f for f in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF") if f in Image.OPEN)
+_DECODERS = tuple(f for f in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF") if f in Image.OPEN)
 """Decoders that may run. Others (EPS starts Ghostscript, PSD and ICO hold several pictures) are not asked."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _ORIENTATION = 274
@@ -105,7 +103,7 @@ def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image
         # Pillow's own limit warns at 89 and stops at 179 megapixels; ours is stated, and asked before unpacking.
         warnings.simplefilter("ignore")
         try:
-            image: Image.Image = Image.open(io.BytesIO(data), formats=DECODERS)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=_DECODERS)
             width, height = image.size
             if width * height > most:
                 raise UnreadablePicture(

@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
     from veneer.train.config.image import ImageTrainConfig
 
-__all__ = ["Encoders", "ImageLoss", "noise_of", "times_of"]
-
 
 class Encoders:
     """Latents and conditionings of one base. `live`: prompts go through text encoders each time, for they learn."""
@@ -146,7 +144,7 @@ def times_of(base: ImageBase, config: ImageTrainConfig) -> Times:
     return Times(kind, loss.logit_mean, loss.logit_std, shift, steps, patch * patch)
 
 
-def noise_of(config: ImageTrainConfig) -> Noise:
+def _noise_of(config: ImageTrainConfig) -> Noise:
     """How the run draws its noise."""
     return Noise(config.loss.noise_offset, config.loss.pyramid_iterations, config.loss.pyramid_discount)
 
@@ -162,7 +160,7 @@ class ImageLoss:
     bare: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
-        self.times, self.noise = times_of(self.base, self.config), noise_of(self.config)
+        self.times, self.noise = times_of(self.base, self.config), _noise_of(self.config)
         self.alphas = None if self.base.prediction == "flow" else alphas_cumprod(self.base)
         kept = self.config.loss.keep_guidance
         distilled = self.base.denoiser.config.get("guidance_embeds")

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from veneer.train.image.encode import ImageLoss
     from veneer.train.image.preflight import ImageData
 
-__all__ = ["training_facts"]
-
 
 def training_facts(
     config: ImageTrainConfig, base: ImageBase, data: ImageData, loss: ImageLoss, *, kept: int, recompute: bool,

@@ -23,23 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = [
-    "Noise",
-    "Prediction",
-    "Times",
-    "draw",
-    "flux_shift",
-    "generator",
-    "min_snr_weight",
-    "mu_of_tokens",
-    "noised",
-    "pyramid_noise",
-    "quantile_times",
-    "row_losses",
-    "shifted",
-]
-
-Prediction = Literal["epsilon", "v", "flow"]
+_Prediction = Literal["epsilon", "v", "flow"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +60,7 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 def draw(
-    shape: Sequence[int], keys: Sequence[tuple[int | str, ...]], prediction: Prediction, times: Times, noise: Noise
+    shape: Sequence[int], keys: Sequence[tuple[int | str, ...]], prediction: _Prediction, times: Times, noise: Noise
 ) -> tuple[Tensor, Tensor]:
     """Noise (n, c, h, w) and times (n,), one row for each key; `shape`: of one row of latents, (c, h, w).
 
@@ -89,7 +73,7 @@ def draw(
     return torch.stack(drawn), torch.stack(moments)
 
 
-def _time(shape: Sequence[int], prediction: Prediction, times: Times, g: torch.Generator) -> Tensor:
+def _time(shape: Sequence[int], prediction: _Prediction, times: Times, g: torch.Generator) -> Tensor:
     if prediction != "flow":
         return torch.randint(times.steps, (), generator=g)
     if times.kind == "uniform":
@@ -136,7 +120,7 @@ def pyramid_noise(noise: Tensor, iterations: int, discount: float, g: torch.Gene
 
 
 def noised(
-    latents: Tensor, noise: Tensor, times: Tensor, prediction: Prediction, alphas_cumprod: Tensor | None = None
+    latents: Tensor, noise: Tensor, times: Tensor, prediction: _Prediction, alphas_cumprod: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(noisy latents, target), as the table above says; in the dtype of `latents`. `alphas_cumprod`: ᾱ by time."""
     if prediction == "flow":
@@ -149,7 +133,7 @@ def noised(
     return signal * latents + spread * noise, target
 
 
-def min_snr_weight(times: Tensor, prediction: Prediction, alphas_cumprod: Tensor, gamma: float) -> Tensor:
+def min_snr_weight(times: Tensor, prediction: _Prediction, alphas_cumprod: Tensor, gamma: float) -> Tensor:
     """min(SNR, γ) / SNR for epsilon, / (SNR + 1) for v, with SNR = ᾱ / (1 − ᾱ) (arXiv 2303.09556, section 3.4).
 
     At SNR 0 (a schedule with zero terminal SNR) epsilon's weight is its limit, 1. (n,) in float32."""
@@ -169,7 +153,7 @@ def row_losses(predicted: Tensor, target: Tensor, mask: Tensor | None = None) ->
     return (error * weights).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3)).clamp_min(1e-6)
 
 
-def quantile_times(count: int, prediction: Prediction, steps: int = 1000) -> Tensor:
+def quantile_times(count: int, prediction: _Prediction, steps: int = 1000) -> Tensor:
     """`count` times in the middle of equal parts of the whole range, for a validation that never draws any."""
     middle = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     return middle.float() if prediction == "flow" else (middle * steps).floor().long()

@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-__all__ = ["PerceptualHash", "near_duplicates", "perceptual_hash"]
-
 _SIDE = 16
 _MOST_BITS = 20  # of 256 that may differ
 _MOST_COLOUR = 0.03  # root mean square over the thumbnail, of 0 to 1

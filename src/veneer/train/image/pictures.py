@@ -32,15 +32,13 @@ from veneer.train.image.decode import SUFFIXES, UnreadablePicture, decode_pictur
 from veneer.train.image.near_duplicates import PerceptualHash, perceptual_hash
 from veneer.train.records import bullets, read_data_files
 
-__all__ = ["AboutPictures", "TrainingPicture", "pictures_digest", "read_pictures", "with_trigger"]
-
-PLACEHOLDER = "[trigger]"
+_PLACEHOLDER = "[trigger]"
 _SAME_SHAPE = 0.01  # how far a mask's aspect ratio may be from its picture's
-CAPTIONS = (".txt", ".caption")
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-COLUMNS = ("text", "caption", "prompt")
+_CAPTIONS = (".txt", ".caption")
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_COLUMNS = ("text", "caption", "prompt")
 # pictures that no allowed decoder reads: named as broken, not passed over
-UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".exr", ".cr2", ".nef", ".arw", ".dng")
+_UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".exr", ".cr2", ".nef", ".arw", ".dng")
 _NOT_CAPTIONS = ("readme", "license", "licence", "notice", "attribution", "copying", "classes")
 _KOHYA = re.compile(r"(\d+)_(.+)")
 _MOST_REPEATS = 1000
@@ -155,11 +153,11 @@ def with_trigger(caption: str, trigger: str | None) -> tuple[str, str]:
     `[trigger]` is replaced wherever it stands; a caption that lacks the word gets it in front, as a tag of its own.
     ValueError for a placeholder with nothing to put there."""
     if trigger is None:
-        if PLACEHOLDER in caption:
-            raise ValueError(f"holds {PLACEHOLDER}, and data.trigger is not set")
+        if _PLACEHOLDER in caption:
+            raise ValueError(f"holds {_PLACEHOLDER}, and data.trigger is not set")
         return caption, ""
-    if PLACEHOLDER in caption:
-        return caption.replace(PLACEHOLDER, trigger), "replaced"
+    if _PLACEHOLDER in caption:
+        return caption.replace(_PLACEHOLDER, trigger), "replaced"
     if _has_word(caption, trigger):
         return caption, "already there"
     return f"{trigger}, {caption}" if caption else trigger, "added"
@@ -235,7 +233,7 @@ def _captions(
         try:
             captions.append(with_trigger(f.caption or "", trigger))
         except ValueError as error:
-            bad.append(f"{f.name}: {error}" if not is_class else f"{f.name}: holds {PLACEHOLDER}: the class has none")
+            bad.append(f"{f.name}: {error}" if not is_class else f"{f.name}: holds {_PLACEHOLDER}: the class has none")
     if missing:
         key = "class_prompt" if is_class else "prompt"
         raise DataError(
@@ -375,13 +373,13 @@ def _walk(root: Path, settings: ImageDataSection) -> tuple[list[Path], list[Path
         for name in sorted(files):
             path = here / name
             suffix = path.suffix.lower()
-            if name.startswith(".") or name in METADATA or name.lower() == "thumbs.db":
+            if name.startswith(".") or name in _METADATA or name.lower() == "thumbs.db":
                 continue
             if suffix in SUFFIXES and Path(path.stem).suffix.lower() == ".mask":
                 masks.append(path)
-            elif suffix in SUFFIXES or suffix in UNREAD:
+            elif suffix in SUFFIXES or suffix in _UNREAD:
                 pictures.append(path)
-            elif suffix in CAPTIONS and path.stem.lower() not in _NOT_CAPTIONS:
+            elif suffix in _CAPTIONS and path.stem.lower() not in _NOT_CAPTIONS:
                 captions.append(path)
             else:
                 listing.ignored[suffix or name] += 1
@@ -450,14 +448,14 @@ def _metadata(root: Path, pictures: list[Path], settings: ImageDataSection, list
     rows: dict[Path, str] = {}
     bad: list[str] = []
     for folder in sorted({root, *(p.parent for p in pictures)}):
-        for file in (folder / name for name in METADATA):
+        for file in (folder / name for name in _METADATA):
             if not file.is_file():
                 continue
             records, _ = read_data_files([str(file)])
             columns = list(dict.fromkeys(c for record in records for c in record.values))
-            column = settings.caption_column or next((c for c in COLUMNS if c in columns), None)
+            column = settings.caption_column or next((c for c in _COLUMNS if c in columns), None)
             if column not in columns or "file_name" not in columns:
-                missing = "file_name" if "file_name" not in columns else column or " or ".join(COLUMNS)
+                missing = "file_name" if "file_name" not in columns else column or " or ".join(_COLUMNS)
                 raise DataError(
                     f"the metadata has no column {missing}; the columns are {', '.join(columns)}",
                     where=str(file),

@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
     from veneer.train.config.image import ImageTrainConfig
 
-__all__ = ["ImageData", "image_preflight", "memory_numbers", "parts_of"]
-
 
 @dataclass(frozen=True)
 class ImageData:

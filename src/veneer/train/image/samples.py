@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
     from veneer.train.config.image import ImageTrainConfig
 
-__all__ = ["class_folder", "draw_class_pictures", "draw_samples", "sheet_of", "thumbnail", "training_layers"]
-
 _THUMBNAIL = 256
 _MOST_THUMBNAIL = 65_536  # bytes: it stands in every header that is read
 

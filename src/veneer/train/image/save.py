@@ -34,15 +34,6 @@ if TYPE_CHECKING:
     from veneer.train.config.image import ImageTrainConfig
     from veneer.train.image.preflight import ImageData
 
-__all__ = [
-    "ImageResult",
-    "image_report",
-    "layout_findings",
-    "output_of",
-    "prove_image_adapter",
-    "save_image_adapter",
-]
-
 
 @dataclass
 class ImageResult(Outcome):

@@ -71,8 +71,6 @@ from veneer.train.save import Outcome, ReportParts
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["AttachedPictures", "ImageTask", "run_images"]
-
 
 def run_images(
     config: ImageTrainConfig,

@@ -29,22 +29,7 @@ from veneer.train.config.image import ImageDataSection
 from veneer.train.image.decode import UnreadablePicture, decode_picture, mask_of, read_bytes
 from veneer.train.image.pictures import TrainingPicture
 
-__all__ = [
-    "PicturePlan",
-    "PictureRow",
-    "View",
-    "ViewTensors",
-    "bucket_for",
-    "buckets",
-    "draw_caption",
-    "draw_row",
-    "latent_mask",
-    "place",
-    "plan_rows",
-    "prepare",
-]
-
-Bucket = tuple[int, int]
+_Bucket = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -52,7 +37,7 @@ class PictureRow:
     """A picture at one bucket; `repeat` numbers the copies that repeats ask for, each drawn for itself."""
 
     picture: TrainingPicture
-    bucket: Bucket
+    bucket: _Bucket
     repeat: int = 0
 
 
@@ -67,7 +52,7 @@ class PicturePlan:
     step: int = 1
 
     @property
-    def sizes(self) -> dict[Bucket, int]:
+    def sizes(self) -> dict[_Bucket, int]:
         """Rows in each bucket, the most used first."""
         counts = Counter(row.bucket for row in self.rows)
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
@@ -111,7 +96,7 @@ class ViewTensors:
 
 
 @lru_cache(maxsize=64)
-def buckets(resolution: int, step: int, ratio: float) -> tuple[Bucket, ...]:
+def buckets(resolution: int, step: int, ratio: float) -> tuple[_Bucket, ...]:
     """All (width, height) that are as large as allowed: multiples of `step`, width * height <= resolution², the longer
     side at most `ratio` times the shorter. The square is always there, the longest may be cut to the ratio if it keeps
     three quarters of the area, and no other has room for one more step of its longer side.
@@ -119,7 +104,7 @@ def buckets(resolution: int, step: int, ratio: float) -> tuple[Bucket, ...]:
     ConfigError when there is none."""
     area = resolution * resolution
     side = resolution // step * step
-    found: set[Bucket] = {(side, side)} if side else set()
+    found: set[_Bucket] = {(side, side)} if side else set()
     last = (side, side)
     for short in range(side, 0, -step):
         fits, allowed = area // short // step * step, int(ratio * short) // step * step
@@ -141,7 +126,7 @@ def buckets(resolution: int, step: int, ratio: float) -> tuple[Bucket, ...]:
 
 def bucket_for(
     size: tuple[int, int], resolution: int, step: int, settings: ImageDataSection
-) -> tuple[Bucket | None, bool]:
+) -> tuple[_Bucket | None, bool]:
     """(bucket of a picture of (width, height), whether the picture is below it). None: it is left out.
 
     Among all buckets the one whose aspect ratio is nearest in logarithm; of equal ones the larger."""
@@ -178,7 +163,7 @@ def plan_rows(pictures: Sequence[TrainingPicture], settings: ImageDataSection, *
         )
     plan = PicturePlan(step=step)
     for picture in pictures:
-        taken: set[Bucket] = set()
+        taken: set[_Bucket] = set()
         small = False
         for resolution in settings.resolutions(size):
             bucket, below = bucket_for(picture.size, resolution, step, settings)
@@ -214,7 +199,7 @@ def draw_row(row: PictureRow, settings: ImageDataSection, *, seed: int, epoch: i
     return view, draw_caption(row, settings, seed=seed, epoch=epoch)
 
 
-def place(size: tuple[int, int], bucket: Bucket, *, flip: bool = False, at: tuple[float, float] | None = None) -> View:
+def place(size: tuple[int, int], bucket: _Bucket, *, flip: bool = False, at: tuple[float, float] | None = None) -> View:
     """The view of a picture of `size` in `bucket`: resized by max(bucket / size) so that it covers it, and cropped.
 
     `at`: where the crop lies in what is left over, (vertical, horizontal), each in [0, 1); None for the middle."""

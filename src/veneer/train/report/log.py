@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
 
-__all__ = ["ConsoleView", "JsonLog", "TensorBoardLog", "duration", "read_log", "short", "size"]
-
-
 _MEASURED = ("reward_accuracy", "reward_margin", "logp_chosen")
 """Which of an evaluation's further numbers the terminal shows; the log has them all."""
 

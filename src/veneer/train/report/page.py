@@ -19,9 +19,7 @@ from veneer.errors import shown
 from veneer.train.checkpoint import write_atomically
 from veneer.train.report.log import duration, short, size
 
-__all__ = ["Page", "Series", "chart", "render_page", "write_page"]
-
-Point = tuple[float, float]
+_Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Series:
     """One line of a chart. `kind`: "line", "faint" (thin and pale) or "dots" (with a mark at each point)."""
 
     name: str
-    points: Sequence[Point]
+    points: Sequence[_Point]
     kind: str = "line"
     colour: str = "a"
 
@@ -132,7 +130,7 @@ _MEASURED = {
 """What a preference run measures in each step beside the loss -> the title of its chart."""
 
 
-def smooth(points: Sequence[Point], weights: Sequence[float]) -> list[Point]:
+def smooth(points: Sequence[_Point], weights: Sequence[float]) -> list[_Point]:
     """The token-weighted mean over a window of about a fiftieth of the run that ends at each point."""
     window = max(1, len(points) // 50)
     out = []
@@ -148,7 +146,7 @@ def chart(
     series: Sequence[Series],
     *,
     wide: bool = True,
-    mark: Point | None = None,
+    mark: _Point | None = None,
     label: str = "",
     from_zero: bool = False,
 ) -> str:
@@ -165,7 +163,7 @@ def chart(
     y0, y1 = min(y0, ticks[0]), max(y1, ticks[-1])
     x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)
 
-    def at(p: Point) -> Point:
+    def at(p: _Point) -> _Point:
         return (
             left + (p[0] - x0) / (x1 - x0) * (width - left - right),
             top + (y1 - p[1]) / (y1 - y0) * (height - top - bottom),
@@ -219,7 +217,7 @@ def _number(value: float) -> str:
     return f"{digits.removesuffix('.0')}e{int(power)}"
 
 
-def _every_nth(points: Sequence[Point], most: int) -> Sequence[Point]:
+def _every_nth(points: Sequence[_Point], most: int) -> Sequence[_Point]:
     """At most about `most` points: a chart is no wider than that many pixels. The last one always stays."""
     if len(points) <= most:
         return points

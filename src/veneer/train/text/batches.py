@@ -23,8 +23,6 @@ from veneer.train.config.text import BatchingSection
 from veneer.train.devices import shares
 from veneer.train.text.encode import Example
 
-__all__ = ["Batch", "collate", "grouped", "plan_steps", "step_rows"]
-
 
 @dataclass
 class Batch:
@@ -46,12 +44,12 @@ class Batch:
         return int(self.trained.sum())
 
 
-Steps = list[list[list[int]]]
+_Steps = list[list[list[int]]]
 
 
 def plan_steps(
     examples: Sequence[Example] | Sequence[int], batching: BatchingSection, *, seed: int, epoch: int, pieces: int = 1
-) -> Steps:
+) -> _Steps:
     """One epoch: step -> micro-batch -> indices into `examples` (or lengths), each index exactly once.
 
     Pure: the same arguments give the same plan on every machine, so a resumed run recomputes it.

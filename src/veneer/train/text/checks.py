@@ -13,8 +13,6 @@ from veneer.train.text.encode import EncodedRows, Example
 from veneer.train.text.preference import Item
 from veneer.train.text.rows import About, Row, leakage
 
-__all__ = ["DATA_CHECKS", "TextSubject"]
-
 _SAMPLED = 200  # rows whose prompts are tokenised again; templates err on all rows or on none
 
 
@@ -73,7 +71,7 @@ class TextSubject(RunSubject):
         return found
 
 
-def something_is_learned(s: TextSubject) -> Iterator[Finding]:
+def _something_is_learned(s: TextSubject) -> Iterator[Finding]:
     """Failure class 1 of the field: the loss is masked to nothing and the run "succeeds"."""
     c = s.encoded.counts
     s.numbers.update(rows=c.rows, rows_kept=c.kept, rows_untrained=c.untrained, tokens=c.tokens)
@@ -120,7 +118,7 @@ def long_rows(s: TextSubject) -> Iterator[Finding]:
         )
 
 
-def the_end_is_learned(s: TextSubject) -> Iterator[Finding]:
+def _the_end_is_learned(s: TextSubject) -> Iterator[Finding]:
     """Failure class 2: a model that never stops, because its end-of-turn token is never a target."""
     examples, ends = s.encoded.examples, s.encoded.end_ids
     if not examples:
@@ -156,7 +154,7 @@ def the_end_is_learned(s: TextSubject) -> Iterator[Finding]:
         yield Finding("ok", "padding", text)
 
 
-def begins_once(s: TextSubject) -> Iterator[Finding]:
+def _begins_once(s: TextSubject) -> Iterator[Finding]:
     """BOS twice, when text and tokenizer both write it; or never, when neither does."""
     c, tokenizer, examples = s.encoded.counts, s.base.tokenizer, s.encoded.examples
     bos = tokenizer.bos_token_id
@@ -176,7 +174,7 @@ def begins_once(s: TextSubject) -> Iterator[Finding]:
         yield Finding("warn", "begin", text, "begin the chat template with {{ bos_token }}")
 
 
-def inference_agrees(s: TextSubject) -> Iterator[Finding]:
+def _inference_agrees(s: TextSubject) -> Iterator[Finding]:
     """Failure class 6: the prompt that inference builds must be, token for token, how the training row begins."""
     data, renderer = s.config.data, s.encoded.renderer
     own = s.base.tokenizer.chat_template
@@ -219,7 +217,7 @@ def inference_agrees(s: TextSubject) -> Iterator[Finding]:
         )
 
 
-def turns_and_control_tokens(s: TextSubject) -> Iterator[Finding]:
+def _turns_and_control_tokens(s: TextSubject) -> Iterator[Finding]:
     c = s.encoded.counts
     if c.changed_turns:
         text = (
@@ -236,7 +234,7 @@ def turns_and_control_tokens(s: TextSubject) -> Iterator[Finding]:
         yield Finding("warn", "boundary", text, "end prompts without a space and begin completions with it")
 
 
-def answers_compare(s: TextSubject) -> Iterator[Finding]:
+def _answers_compare(s: TextSubject) -> Iterator[Finding]:
     """What a preference run compares, and with which reference."""
     loss, c = s.config.preference.loss, s.encoded.counts
     items = [item for item in s.items if isinstance(item, Item)]
@@ -288,7 +286,7 @@ def _judged(s: TextSubject, items: Sequence[Item]) -> Iterator[Finding]:
     yield Finding("warn", "preferences", f"{text}: weighted {ratio:.2f} to 1, where 1 to 1.33 is advised", raised)
 
 
-def rows_are_apart(s: TextSubject) -> Iterator[Finding]:
+def _rows_are_apart(s: TextSubject) -> Iterator[Finding]:
     """Held-out rows that are also trained on make the validation loss a lie."""
     about = s.about
     if about is not None:
@@ -326,12 +324,12 @@ def rows_are_apart(s: TextSubject) -> Iterator[Finding]:
 
 
 DATA_CHECKS: tuple[Callable[[TextSubject], Iterator[Finding]], ...] = (
-    something_is_learned,
+    _something_is_learned,
     long_rows,
-    the_end_is_learned,
-    begins_once,
-    inference_agrees,
-    turns_and_control_tokens,
-    answers_compare,
-    rows_are_apart,
+    _the_end_is_learned,
+    _begins_once,
+    _inference_agrees,
+    _turns_and_control_tokens,
+    _answers_compare,
+    _rows_are_apart,
 )

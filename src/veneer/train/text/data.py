@@ -22,8 +22,6 @@ from veneer.train.text.rows import About, Row, read_rows, split_rows
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
-__all__ = ["DataSplit", "TextData", "part_of", "planned_steps", "read_data"]
-
 
 @dataclass
 class DataSplit:

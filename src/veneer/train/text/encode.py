@@ -22,8 +22,6 @@ from veneer.train.text.rows import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Counts", "EncodedRows", "Example", "encode_rows"]
-
 _CHUNK = 1024  # rows tokenised per call: keeps the tokenizer's own structures small
 
 

@@ -47,12 +47,10 @@ if TYPE_CHECKING:
     from veneer.core.attach import Attachment
     from veneer.models.text.base import TextBase
 
-__all__ = ["Scores", "answers_of", "score_answers", "score_examples", "score_mixes"]
-
-Mixes = Mapping[str, Sequence[str | tuple[str, float]]]
+_Mixes = Mapping[str, Sequence[str | tuple[str, float]]]
 """A name for the table -> adapters acting together: "NAME_OR_PATH[:strength]" or (name, strength); none: the base."""
 
-Answering = Callable[..., AbstractContextManager[Callable[..., list[Completion]]]]
+_Answering = Callable[..., AbstractContextManager[Callable[..., list[Completion]]]]
 """(base, adapters by name, rows=) -> a context manager of (prompts, mix=, max_new_tokens=) -> completions. The mix is
 selected on the model while that is called. `veneer.serve.engine.offline.answering` is one."""
 
@@ -89,7 +87,7 @@ class Scores:
 def score_mixes(
     base: TextBase,
     rows: Sequence[Row],
-    mixes: Mixes,
+    mixes: _Mixes,
     *,
     data: DataSection | None = None,
     max_new_tokens: int = 256,
@@ -97,14 +95,14 @@ def score_mixes(
     generate: bool = True,
     attachment: Attachment | None = None,
     allow_other_base: bool = False,
-    answering: Answering | None = None,
+    answering: _Answering | None = None,
     on_progress: Callable[[str, int, int], None] = lambda mix, done, rows: None,
 ) -> dict[str, Scores]:
     """Scores of each mix on `rows`. All adapters are attached once; a mix is then one assignment.
 
     `data`: how rows become tokens (max_length, train_on, chat_template); by default as in training, rows that are too
     long for the base cut. `generate=False`: loss and perplexity alone. `attachment`: the one the base has already.
-    `answering`: used in place of models.text.generate.complete; see `Answering`.
+    `answering`: used in place of models.text.generate.complete; see `_Answering`.
     `on_progress(mix, done, rows)` counts answered rows. Raises DataError when no row can be scored."""
     from veneer.adapters.use import attach_adapters, parse_spec
 

@@ -53,18 +53,6 @@ if TYPE_CHECKING:
     from veneer.core.attach import Attachment
     from veneer.models.text.base import TextBase
 
-__all__ = [
-    "AnswerBatch",
-    "Item",
-    "Preference",
-    "answer_logps",
-    "answer_rows",
-    "cached_logps",
-    "collate_items",
-    "items_of",
-    "mismatched",
-]
-
 
 @dataclass
 class Item:

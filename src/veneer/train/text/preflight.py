@@ -15,7 +15,7 @@ from veneer.core.adapter import Adapter
 from veneer.core.targets import base_modules, expert_parameters, matches_per_pattern, resolve_targets, target_matches
 from veneer.errors import TargetError
 from veneer.plan.plan import Plan
-from veneer.plan.render import duration
+from veneer.plan.render import rough_duration
 from veneer.train.config.text import TrainConfig
 from veneer.train.planning import plan_of_run, still_needed, to_be_set
 from veneer.train.preflight import (
@@ -36,8 +36,6 @@ from veneer.train.text.batches import plan_steps
 from veneer.train.text.checks import DATA_CHECKS, TextSubject
 from veneer.train.text.data import TextData
 from veneer.train.text.encode import Example
-
-__all__ = ["text_preflight"]
 
 _GUESSED = (
     "elsewhere such guesses were right within a tenth of the peak, and runs took 1.2 to 3.3 times as long "
@@ -80,7 +78,7 @@ def _marked(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     return [(str(tokenizer.decode(ids)), trained) for ids, trained in pieces]
 
 
-def what_is_trained(s: TextSubject) -> Iterator[Finding]:
+def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
     """Failure classes 3 and 12: an adapter that reaches nothing, and one that is huge because it holds full copies."""
     model, spec = s.base.model, s.config.adapter.spec()
     if s.start is not None:
@@ -125,7 +123,7 @@ def _going_on(s: TextSubject, start: Adapter) -> Iterator[Finding]:
     yield Finding("ok", "targets", f"{text}, a file of {gigabytes(size)}")
 
 
-def experts_are_reached(s: TextSubject) -> Iterator[Finding]:
+def _experts_are_reached(s: TextSubject) -> Iterator[Finding]:
     """Failure class 4: experts, most of a mixture model's weights, silently frozen."""
     if s.start is not None:
         return  # it trains what it was made for
@@ -191,7 +189,7 @@ def vocabulary(s: TextSubject) -> Iterator[Finding]:
         yield Finding("warn", "vocabulary", text, "train their rows: adapter.token_rows: {embed_tokens: [IDS]}")
 
 
-def it_fits(s: TextSubject) -> Iterator[Finding]:
+def _it_fits(s: TextSubject) -> Iterator[Finding]:
     """Failure class 8: out of memory hours in, when the longest rows come."""
     model, config = s.base.model, s.config
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
@@ -244,7 +242,8 @@ def _predicted(plan: Plan) -> Iterator[Finding]:
     """The plan in short: what the process will hold at its peak, and how long training takes."""
     if plan.seconds is None or plan.changes:
         return
-    text = f"plan: a peak of {gigabytes(plan.memory.peak)}, {duration(plan.seconds)} of training ({plan.rates.source})"
+    takes = f"{rough_duration(plan.seconds)} of training ({plan.rates.source})"
+    text = f"plan: a peak of {gigabytes(plan.memory.peak)}, {takes}"
     if not plan.rates.measured:
         text += "; not calibrated here"
         if plan.device.kind == "cpu":
@@ -253,12 +252,12 @@ def _predicted(plan: Plan) -> Iterator[Finding]:
 
 
 _BASE_CHECKS: tuple[Callable[[TextSubject], Iterator[Finding]], ...] = (
-    what_is_trained,
-    experts_are_reached,
+    _what_is_trained,
+    _experts_are_reached,
     learning_rate,
     shared_out,
     precision,
     vocabulary,
-    it_fits,
+    _it_fits,
     where_it_goes,
 )

@@ -25,13 +25,11 @@ from veneer.train.text.rows import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Rendered", "Renderer"]
-
-ALPACA = (
+_ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-ALPACA_INPUT = (
+_ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
@@ -98,7 +96,7 @@ class Renderer:
         """The prompt of a row without a chat template. Raises BaseError for conversations, which need one."""
         if row.instruction is not None:
             system, instruction, inp, _ = row.instruction
-            text = (ALPACA_INPUT if inp else ALPACA).format(instruction=instruction, input=inp)
+            text = (_ALPACA_INPUT if inp else _ALPACA).format(instruction=instruction, input=inp)
             return f"{system}\n\n{text}" if system else text
         if row.format == "prompt-completion":
             return str(row.messages[0]["content"])

@@ -28,8 +28,6 @@ from veneer.errors import DataError, nearest
 from veneer.train.records import Record, bullets, read_data_files
 from veneer.train.split import hold_out
 
-__all__ = ["About", "Leak", "Row", "data_digest", "leakage", "read_rows", "split_rows", "unlearned"]
-
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT = {
     "human": "user",

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.core.adapter import Adapter
 from veneer.formats import peft
+from veneer.formats.folder import CONFIG_FILE, TENSOR_FILE
 from veneer.train.report.log import duration
 from veneer.train.save import Outcome, ReportParts, base_facts
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
-
-__all__ = ["RunResult", "text_metrics", "text_report", "write_adapter"]
 
 
 @dataclass
@@ -55,15 +54,15 @@ def text_report(
     remark += "" if predicted is None else f" · {duration(predicted)} predicted"
     share = f"{result.trained_tokens / max(1, result.tokens):.0%} of all"
     parts = ReportParts(
-        base=base.name, weights=folder / peft.TENSOR_FILE, facts=base_facts(base), usage=_usage(folder, base),
+        base=base.name, weights=folder / TENSOR_FILE, facts=base_facts(base), usage=_usage(folder, base),
         cards=[
             *_preference_cards(result), ("Steps", f"{result.steps:,}", result.stopped),
             ("Speed", f"{result.tokens_per_second:,.0f} tokens/s", remark),
             ("Trained tokens", f"{result.trained_tokens:,}", share),
         ],
         files={
-            peft.TENSOR_FILE: "the weights, in PEFT's format",
-            peft.CONFIG_FILE: "ranks, scales and modules, in PEFT's format",
+            TENSOR_FILE: "the weights, in PEFT's format",
+            CONFIG_FILE: "ranks, scales and modules, in PEFT's format",
         },
     )  # fmt: skip
     if preference is None:

@@ -56,8 +56,6 @@ from veneer.train.text.save import RunResult, text_metrics, text_report, write_a
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
-__all__ = ["AttachedPreferences", "AttachedText", "TextTask", "run_text"]
-
 _LOOKED_AT = 1024
 """Tokens of the first rows by which a base is told from one that is broken."""
 _OVER_CHANCE = 2.0

@@ -57,8 +57,6 @@ if TYPE_CHECKING:
 
     from veneer.models.image.base import ImageBase
 
-__all__ = ["DrawingPlan", "EditBody", "ImageBody", "images_routes"]
-
 images_routes = APIRouter(tags=["OpenAI"])
 
 Indexed = tuple[int, PictureEvent]

@@ -48,8 +48,6 @@ from veneer.serve.http.service import Service, admission_of, caller_of, need_adm
 from veneer.serve.http.sse import EventStream, data
 from veneer.serve.request import Finished, GrammarSpec, Refused, Sampling, Token
 
-__all__ = ["llama_cpp_routes"]
-
 llama_cpp_routes = APIRouter(tags=["llama.cpp"], route_class=BodyRoute)
 
 _ANOTHER = "it would draw from another distribution; temperature, top_k, top_p, min_p and the penalties are there"

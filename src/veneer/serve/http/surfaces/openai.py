@@ -75,19 +75,6 @@ from veneer.serve.http.service import Service, admission_of, caller_of, service_
 from veneer.serve.http.sse import EventStream, data
 from veneer.serve.request import EngineEvent, Finished, GrammarSpec, Refused, Sampling, Started, Token, Usage
 
-__all__ = [
-    "ChatBody",
-    "CompletionBody",
-    "Message",
-    "StreamOptions",
-    "ToolCall",
-    "ToolReader",
-    "ToolUse",
-    "grammar_of",
-    "openai_routes",
-    "tool_use",
-]
-
 openai_routes = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
 

@@ -34,8 +34,6 @@ from veneer.serve.http.service import Service, admission_of, caller_of, service_
 from veneer.serve.http.sse import EventStream, data
 from veneer.serve.request import Finished, GrammarSpec, Refused, Token
 
-__all__ = ["tgi_routes"]
-
 tgi_routes = APIRouter(tags=["TGI"], route_class=BodyRoute)
 
 

@@ -22,8 +22,6 @@ from veneer.serve.http.service import Service, admission_of, caller_of, load_nam
 from veneer.serve.http.surfaces.openai import Message
 from veneer.serve.request import Refused
 
-__all__ = ["sglang_routes", "vllm_routes"]
-
 vllm_routes = APIRouter(tags=["vLLM"], route_class=BodyRoute)
 sglang_routes = APIRouter(tags=["SGLang"], route_class=BodyRoute)
 

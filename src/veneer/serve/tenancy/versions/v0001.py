@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["down_revision", "revision", "upgrade"]
-
 revision = "0001"
 down_revision = None
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from alembic import op
 from sqlalchemy import Column, Float
 
-__all__ = ["down_revision", "revision", "upgrade"]
-
 revision = "0002"
 down_revision = "0001"
 

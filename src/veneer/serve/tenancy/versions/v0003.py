@@ -12,8 +12,6 @@ from sqlalchemy import BigInteger, Column, Float, Integer, text
 
 from veneer.library.database import Key
 
-__all__ = ["down_revision", "revision", "upgrade"]
-
 revision = "0003"
 down_revision = "0002"
 
