@@ -79,9 +79,61 @@ def test_a_mix_merges_by_strength() -> None:
             attachment.merged(("c", 0.5))
 
 
-def loaded_base(model: nn.Module, state: dict[str, Tensor]) -> Tensor:
+ROWS = LoraSpec(targets=(), token_rows={"embed_tokens": (3, 5, 77)})
+BESIDE_ROWS = {
+    "a pair on the embedding": LoraSpec(rank=2, targets=("embed_tokens",)),
+    "a pair on the tied head": LoraSpec(rank=2, targets=("lm_head",)),
+    "DoRA on the head": LoraSpec(rank=2, targets=("lm_head",), dora=True),
+    "both": LoraSpec(rank=2, targets=("embed_tokens", "lm_head")),
+    "other rows": LoraSpec(targets=(), token_rows={"embed_tokens": (5, 9)}),
+}
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("beside", BESIDE_ROWS)
+def test_token_rows_add_up_with_what_else_changes_their_weight(beside: str, strength: float) -> None:
+    """W + s·(rows − W) + ΔW, attached on every row, attached by rows, and merged."""
+    model = FAMILIES["llama3"]()
+    ids = IDS.clone()
+    ids[:, :4] = torch.tensor([5, 77, 9, 3])
+    with attach(model) as attachment, torch.no_grad():
+        attachment.add("rows", trained(model, ROWS, 1))
+        attachment.add("other", trained(model, BESIDE_ROWS[beside], 2))
+        mix = (("rows", strength), ("other", 0.7))
+        attachment.use(*mix)
+        y = model(ids).logits
+        attachment.use_rows([mix, ()])
+        torch.testing.assert_close(model(ids).logits[0], y[0], rtol=0, atol=1e-5 * y.abs().max().item())
+        z = loaded_base(model, attachment.merged(*mix), ids)
+        attachment.use(("rows", strength))
+        assert (model(ids).logits - y).abs().max() > 0.01 * y.abs().max(), "the other one acts too"
+    torch.testing.assert_close(y, z, rtol=0, atol=2e-5 * y.abs().max().item())
+
+
+def test_one_adapter_with_token_rows_and_a_pair_on_the_tied_head() -> None:
+    model = FAMILIES["llama3"]()
+    spec = LoraSpec(rank=2, targets=("q_proj", "lm_head"), token_rows={"embed_tokens": (5, 77)})
+    with attach(model) as attachment, torch.no_grad():
+        attachment.add("a", trained(model, spec, 1))
+        attachment.use("a")
+        y = model(IDS).logits
+        z = loaded_base(model, attachment.merged("a"))
+    torch.testing.assert_close(y, z, rtol=0, atol=2e-5 * y.abs().max().item())
+
+
+def test_rows_alone_are_their_own_values_bit_for_bit() -> None:
+    model = FAMILIES["llama3"]()
+    adapter = trained(model, ROWS, 1)
+    rows = adapter.token_rows["model.embed_tokens"]
+    with attach(model) as attachment, torch.no_grad():
+        attachment.add("rows", adapter)
+        attachment.use("rows")
+        assert torch.equal(model.model.embed_tokens(torch.tensor(rows.indices)), rows.rows)
+
+
+def loaded_base(model: nn.Module, state: dict[str, Tensor], ids: Tensor = IDS) -> Tensor:
     fresh = FAMILIES["llama3"]()
-    out: Tensor = loaded(fresh, state)(IDS).logits
+    out: Tensor = loaded(fresh, state)(ids).logits
     return out
 
 

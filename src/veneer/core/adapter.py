@@ -107,7 +107,9 @@ class Pair:
 
 @dataclass
 class TokenRows:
-    """Rows of an embedding that are replaced, not added to: weight[indices] = rows. rows: (len(indices), dim)."""
+    """Rows of an embedding that are replaced, not added to: weight[indices] = rows. rows: (len(indices), dim).
+
+    In a mix, beside other changes of the same weight, they are the change rows − W[indices], and all add up."""
 
     indices: tuple[int, ...]
     rows: Tensor

@@ -253,7 +253,7 @@ class _Lora(Layer):
             made = parameter_delta(self.base, key, delta) * strength
             wide = x.to(made.dtype) if x.is_floating_point() else x
             out = out + (self.channels(made) if key == "bias" else self.product(wide, made))
-        return self.replaced(x, out.to(y.dtype), self.rows(mix))
+        return self.replaced(x, y, out, self.rows(mix)).to(y.dtype)
 
     def by_rows(self, rows: RowMixes, *args: Any, **kwargs: Any) -> Any:
         """The base once for all rows, each adapter's products once for all its rows; other rows cost nothing more."""
@@ -275,13 +275,12 @@ class _Lora(Layer):
                 at = rows.index(share.rows, len(x), x.device)
                 for change in self.changes(x.index_select(0, at), y.index_select(0, at), share.adapter):
                     out = _added(out, at, change * rows.strengths(share, change), own=out is not y)
-        out = out.to(y.dtype)
         for mix, own in rows.segments(lambda adapter: self.rows_name in adapter.token_rows):
             if mix:
                 at = rows.index(own, len(x), x.device)
-                new = self.replaced(x.index_select(0, at), out.index_select(0, at), self.rows(mix))
+                new = self.replaced(*(t.index_select(0, at) for t in (x, y, out)), self.rows(mix))
                 out = out.index_copy(0, at, new)
-        return out
+        return out.to(y.dtype)
 
     def changes(self, x: Tensor, y: Tensor, adapter: Adapter) -> Iterator[Tensor]:
         """What one adapter at strength 1 adds to y = base(x), in y's shape."""
@@ -298,8 +297,10 @@ class _Lora(Layer):
         """How many dimensions an input with rows has at least."""
         return 2
 
-    def replaced(self, x: Tensor, y: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
-        return y
+    def replaced(self, x: Tensor, y: Tensor, out: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
+        """`out` with the token rows' own change of y = base(x), in out's dtype: out + Σ strength·(new − y), where a row
+        is replaced. What else changes the weight adds up with it, as in a merge."""
+        return out
 
 
 def _added(y: Tensor, at: Tensor, change: Tensor, own: bool) -> Tensor:
@@ -309,6 +310,12 @@ def _added(y: Tensor, at: Tensor, change: Tensor, own: bool) -> Tensor:
     if own and y.dtype == wide and not (y.requires_grad or change.requires_grad):
         return y.index_add_(0, at, change)
     return y.to(wide).index_add(0, at, change)
+
+
+def _moved(new: Tensor, old: Tensor, out: Tensor, strength: float) -> Tensor:
+    """out + strength·(new − old) in out's dtype: `new` itself, bit for bit, at strength 1 where out is `old` yet."""
+    new, old = new.to(out.dtype), old.to(out.dtype)
+    return new + (out - old) if strength == 1.0 else out + (new - old) * strength
 
 
 class LoraLinear(_Lora):
@@ -370,16 +377,14 @@ class LoraLinear(_Lora):
         stored = weight_of(self.base) if weight is None else weight
         return F.linear(x, to_matrix(self.base, "linear", stored).to(x.dtype))
 
-    def replaced(self, x: Tensor, y: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
-        """The logits of replaced rows: y[…, i] moves from x·W_i to x·row_i by the strength."""
-        out = y
+    def replaced(self, x: Tensor, y: Tensor, out: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
+        """The logits of replaced rows: out[…, i] moves by strength·(x·row_i − x·W_i)."""
         for token_rows, strength in rows:
             index = torch.tensor(token_rows.indices, device=y.device)
             bias = getattr(self.base, "bias", None)
             new = F.linear(x, token_rows.rows.to(x.dtype), None if bias is None else bias[index]).to(y.dtype)
-            if strength == 1.0 and len(rows) == 1:
-                return y.index_copy(-1, index, new)
-            out = out.index_add(-1, index, (new - y.index_select(-1, index)) * strength)
+            old, beside = y.index_select(-1, index), out.index_select(-1, index)
+            out = out.index_copy(-1, index, _moved(new, old, beside, strength))
         return out
 
 
@@ -405,17 +410,14 @@ class LoraEmbedding(_Lora):
     def change(self, x: Tensor, y: Tensor, pair: Pair, dropout: float = 0.0) -> Tensor:
         return super().change(x, y, pair)  # there is no input to drop from
 
-    def replaced(self, x: Tensor, y: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
-        out = y
+    def replaced(self, x: Tensor, y: Tensor, out: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
         for token_rows, strength in rows:
             index, order = torch.tensor(token_rows.indices, device=x.device).sort()
             at = torch.searchsorted(index, x).clamp_max_(len(index) - 1)
             hit = (index[at] == x).unsqueeze(-1)
             new = F.embedding(order[at], token_rows.rows.to(y.dtype))
             new = new if self._scale is None else new * self._scale.to(y.dtype)
-            if strength == 1.0 and len(rows) == 1:
-                return torch.where(hit, new, y)
-            out = out + torch.where(hit, new - y, torch.zeros_like(y)) * strength
+            out = torch.where(hit, _moved(new, y, out, strength), out)
         return out
 
 
