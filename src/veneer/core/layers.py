@@ -278,8 +278,8 @@ class _Lora(Layer):
         for mix, own in rows.segments(lambda adapter: self.rows_name in adapter.token_rows):
             if mix:
                 at = rows.index(own, len(x), x.device)
-                new = self.replaced(*(t.index_select(0, at) for t in (x, y, out)), self.rows(mix))
-                out = out.index_copy(0, at, new)
+                own_x, own_y, own_out = (t.index_select(0, at) for t in (x, y, out))
+                out = out.index_copy(0, at, self.replaced(own_x, own_y, own_out, self.rows(mix)))
         return out.to(y.dtype)
 
     def changes(self, x: Tensor, y: Tensor, adapter: Adapter) -> Iterator[Tensor]:
