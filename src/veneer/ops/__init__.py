@@ -6,6 +6,6 @@
     norms, loss, dropout, conv
     quantised     frozen weights in 4 and 8 bits; quantisation_formats: how their values are kept
 
-Which implementation runs is decided in choice.py; cpu/ has the compiled ones. Knows raw tensors; does not know modules,
-adapters by name, or models.
+Which implementation runs is decided in choice.py; cpu/ and cuda/ have the compiled ones. transfer.py knows tensors that
+have no values. Knows raw tensors; does not know modules, adapters by name, or models.
 """

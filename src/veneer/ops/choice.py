@@ -15,13 +15,18 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-HOMES = {"cpu": "veneer.ops.cpu.implementations"}
+HOMES = {"cpu": "veneer.ops.cpu.implementations", "cuda": "veneer.ops.cuda.implementations"}
 """Device type -> the module whose IMPLEMENTATIONS are its own: op -> Implementation."""
+
+PINNED = os.environ.get("VENEER_OPS", "")
+"""A device type whose implementations run on every tensor, whatever device it is on. "cuda" beside TRITON_INTERPRET=1
+runs the kernels of GPUs on the CPU, to check them."""
 
 OPS = {
     "attend": "attention of tokens over all others: softmax(q·kᵀ/√d)·v",
@@ -74,7 +79,7 @@ def chosen(op: str, first: Tensor, *given: Any) -> Callable[..., Any] | None:
     """What runs `op` on these tensors (and whatever else decides it), by the device of the first; None: the reference.
 
     Called on every product, so it costs a look into two dicts and `takes`."""
-    own = _implementations(first.device.type).get(op)
+    own = _implementations(PINNED or first.device.type).get(op)
     return own.run if own is not None and own.takes(first, *given) else None
 
 

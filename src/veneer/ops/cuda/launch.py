@@ -1,0 +1,268 @@
+"""How the kernels of this folder are written, run, and compiled for a GPU that is not there.
+
+    @kernel
+    def _double(x, y, n, BLOCK: tl.constexpr):
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(y + at, 2 * tl.load(x + at, mask=at < n), mask=at < n)
+
+    y = torch.empty_like(x)
+    run_kernel(_double, (blocks(n, 1024),), x, y, n, BLOCK=1024)
+
+A function of this folder allocates what it returns and launches; on a fake or meta tensor the launch is left out, and
+the result has the right shape. Three checks need no GPU:
+
+    TRITON_INTERPRET=1 and VENEER_OPS=cuda   kernels run on tensors of the CPU, as numpy operations
+    with recorded() as launches              what a step on fake CUDA tensors would launch, with its constants …
+    resources(launch, target)                … compiled for a GPU: its registers, stack and shared memory
+
+Triton is imported with this module, which only ops that were given a CUDA tensor import; without it there are no
+kernels, and the references in torch run.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.ops.choice import Implementation
+from veneer.ops.transfer import made_up
+
+try:
+    import triton
+    from triton import language as tl
+except ImportError:  # of a torch without CUDA
+    triton = tl = None
+
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+"""Whether kernels run in triton's interpreter (TRITON_INTERPRET=1 when triton was first imported)."""
+
+KERNELS: list[Any] = []
+"""Every kernel of this folder, as `kernel` made it."""
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """`triton.jit`, where there is triton. For a function that is launched; `device_function` is for their parts."""
+    if triton is None:
+        return function
+    KERNELS.append(triton.jit(function))
+    return KERNELS[-1]
+
+
+def device_function(function: Callable[..., Any]) -> Any:
+    """`triton.jit` for what kernels call."""
+    return function if triton is None else triton.jit(function)
+
+
+def why_missing() -> str:
+    """Why no kernel can run at all; "" where they can."""
+    return "triton is not installed" if triton is None else ""
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether kernels can run on these: all on one GPU (or, interpreted, on the CPU)."""
+    if triton is None:
+        return False
+    devices = {t.device for t in tensors if t is not None}
+    return len(devices) == 1 and (devices.pop().type == "cuda" or INTERPRETED)
+
+
+def contiguous(*tensors: Tensor | None) -> bool:
+    """`takes`, of tensors whose elements lie in order."""
+    return takes(*tensors) and all(t is None or t.is_contiguous() for t in tensors)
+
+
+def implements(
+    table: dict[str, Implementation],
+    op: str,
+    takes: Callable[..., bool] = contiguous,
+    wants: str = "contiguous tensors",
+) -> Callable[[Any], Any]:
+    """Puts what it decorates into `table` as what runs `op`."""
+
+    def put(run: Any) -> Any:
+        table[op] = Implementation(run, takes, wants, why_missing)
+        return run
+
+    return put
+
+
+def blocks(n: int, block: int) -> int:
+    """⌈n / block⌉"""
+    return -(-n // block)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of 2 that is not below n: blocks of kernels have such sizes."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+# -- launching ---------------------------------------------------------------------------------------------------------
+
+_recording: list[list[Launch]] = []
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with the types of its arguments, its constants and its options: what is compiled once.
+
+    `signature`: name -> triton's type; "constexpr" for what is in `constants`. `aligned`: places of arguments that are
+    multiples of 16."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[int, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__).lstrip("_")
+
+
+def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+    """Runs a kernel on `grid` programs. `settings`: its constants by name, and options of triton's: num_warps,
+    num_stages, enable_fp_fusion (a·b + c rounded once: by default yes)."""
+    settings.setdefault("enable_fp_fusion", True)
+    first = next(a for a in arguments if isinstance(a, Tensor))
+    if _recording:
+        _recording[-1].append(_launch_of(kernel, arguments, settings))
+    if made_up(first) or not all(grid):
+        return
+    if first.device.type != "cuda":
+        kernel[grid](*arguments, **settings)
+        return
+    with torch.cuda.device(first.device):
+        kernel[grid](*arguments, **settings)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """What is launched within the block, each time that it is: also on fake tensors, where nothing runs."""
+    launches: list[Launch] = []
+    _recording.append(launches)
+    try:
+        yield launches
+    finally:
+        _recording.remove(launches)
+
+
+_TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int8: "i8",
+    torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+}  # fmt: skip
+
+
+def _launch_of(kernel: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Launch:
+    names = kernel.arg_names
+    given = dict(zip(names, arguments, strict=False)) | {n: v for n, v in settings.items() if n in names}
+    signature, constants, aligned = {}, {}, []
+    annotations = kernel.fn.__annotations__
+    for at, name in enumerate(names):
+        value = given.get(name)
+        if "constexpr" in str(annotations.get(name, "")) or value is None or value is True or value is False:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            aligned.append(at)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:  # as triton does when it launches
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned += [] if value % 16 else [at]
+    options = {n: v for n, v in settings.items() if n not in names}
+    return Launch(kernel, signature, constants, tuple(aligned), options)
+
+
+# -- compiled for a GPU that is not there ------------------------------------------------------------------------------
+
+SHARED_LIMITS = {
+    "sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10
+}  # fmt: skip
+"""Target -> bytes of shared memory that a block may have (CUDA C programming guide, table "Technical specifications
+per compute capability"; AMD CDNA 3 ISA, LDS)."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes. `stack`: bytes a thread has in memory because registers did not do: 0 unless it
+    spills. `shared`: bytes of shared memory a block."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+def resources(launch: Launch, target: str) -> Resources:
+    """Compiles a launch for one of SHARED_LIMITS. Raises what triton raises where it cannot be."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    attributes = {(at,): [["tt.divisibility", 16]] for at in launch.aligned}
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, attributes)
+    if target.startswith("sm_"):
+        binary = triton.compile(source, GPUTarget("cuda", int(target[3:]), 32), options=launch.options)
+        registers, stack = _of_cubin(binary.asm["cubin"])
+    else:
+        options = {k: v for k, v in launch.options.items() if k != "num_stages"}
+        binary = triton.compile(source, GPUTarget("hip", target, 64), options=options)
+        registers, stack = _of_amdgcn(binary.asm["amdgcn"])
+    return Resources(registers, stack, binary.metadata.shared)
+
+
+_FRAME_SIZE, _REGISTER_COUNT, _WORDS = 0x11, 0x2F, 4  # of .nv.info: what `cuobjdump -elf` names EIATTR_… and EIFMT_SVAL
+
+
+def _of_cubin(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, bytes of its stack) from the .nv.info section of a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    found = {_FRAME_SIZE: 0, _REGISTER_COUNT: 0}
+    for name, _, _, _, at, length in headers:
+        start = headers[names][4] + name
+        if cubin[start : cubin.index(b"\0", start)] != b".nv.info":
+            continue
+        end = at + length
+        while at < end:
+            form, attribute, bytes_ = struct.unpack_from("<BBH", cubin, at)
+            at += 4
+            if form != _WORDS:
+                continue
+            if attribute in found:
+                found[attribute] = max(found[attribute], struct.unpack_from("<I", cubin, at + 4)[0])
+            at += bytes_
+    return found[_REGISTER_COUNT], found[_FRAME_SIZE]
+
+
+def _of_amdgcn(text: str) -> tuple[int, int]:
+    """(vector registers, bytes of scratch a thread) from the metadata at an assembly's end."""
+    values = {
+        name: int(value) for name, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)
+    }
+    return values["vgpr_count"], values["private_segment_fixed_size"]
+
+
+# -- what kernels share ------------------------------------------------------------------------------------------------
+
+
+@device_function
+def product(a, b, WIDE: tl.constexpr, sums=None):
+    """a·b (+ sums) summed in float32. WIDE: of factors made float32 first: float32 itself, and all that is interpreted,
+    where triton multiplies bfloat16 as if its bits were a whole number's."""
+    if WIDE:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
+    return tl.dot(a, b, sums)
+
+
+def wide(dtype: torch.dtype) -> bool:
+    """Of `product`."""
+    return INTERPRETED or dtype == torch.float32

@@ -1,0 +1,139 @@
+"""Every kernel compiled for GPUs that are not there: it fits their registers and shared memory.
+
+`python -m tests.ops.cuda.test_launch` writes the table of docs/notes/cuda.md anew. What compiles runs in a process of
+its own, as triton compiles nothing in one where it interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.ops.cuda.steps import STEPS
+from veneer.ops.choice import choices, chosen
+from veneer.ops.cuda import launch, norms
+from veneer.ops.cuda.launch import KERNELS, SHARED_LIMITS, Launch, recorded, resources
+from veneer.ops.transfer import made_up
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGE = ROOT / "docs" / "notes" / "cuda.md"
+BEGIN, END = "<!-- compiled: begin -->\n", "<!-- compiled: end -->\n"
+
+
+def launches() -> dict[str, list[Launch]]:
+    """Step -> what it launches that no step before it does."""
+    seen: set[str] = set()
+    out: dict[str, list[Launch]] = {}
+    for name, step in STEPS.items():
+        with FakeTensorMode(), torch.no_grad(), recorded() as found:
+            step()
+        for each in found:
+            if repr(each) not in seen:
+                seen.add(repr(each))
+                out.setdefault(name, []).append(each)
+    return out
+
+
+def compiled(targets: Iterable[str], whole: bool) -> list[list[object]]:
+    """[step, kernel, constants, target, registers, stack, shared] of every kernel, or of all its launches."""
+    rows: list[list[object]] = []
+    kernels: set[str] = set()
+    for step, found in launches().items():
+        for each in found:
+            if not whole and each.name in kernels:
+                continue
+            kernels.add(each.name)
+            for target in targets:
+                got = resources(each, target)
+                constants = ", ".join(f"{n}={v}" for n, v in each.constants.items() if v is not None and n.isupper())
+                rows.append([step, each.name, constants, target, got.registers, got.stack, got.shared])
+    return rows
+
+
+def compiled_elsewhere(targets: Iterable[str], whole: bool, cache: Path) -> list[list[object]]:
+    code = (
+        f"import json; from tests.ops.cuda import test_launch as t; print(json.dumps(t.compiled({targets!r}, {whole})))"
+    )
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(cache),
+        "PYTHONPATH": f"{ROOT / 'src'}",
+    }
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    rows: list[list[object]] = json.loads(ran.stdout.splitlines()[-1])
+    return rows
+
+
+def wrong(rows: list[list[object]]) -> list[str]:
+    out = []
+    for step, kernel, constants, target, _, stack, shared in rows:
+        if stack:
+            out.append(f"{kernel} ({constants}; {step}) spills {stack} bytes a thread on {target}")
+        if int(str(shared)) > SHARED_LIMITS[str(target)]:
+            out.append(f"{kernel} ({constants}; {step}) wants {shared} bytes of shared memory on {target}")
+    return out
+
+
+def test_every_kernel_is_in_a_step() -> None:
+    names = {each.name for found in launches().values() for each in found}
+    assert {k.__name__.lstrip("_") for k in KERNELS} == names
+
+
+def test_every_kernel_compiles_for_an_h100_without_spilling(tmp_path: Path) -> None:
+    rows = compiled_elsewhere(["sm_90"], False, tmp_path)
+    assert {row[1] for row in rows} == {k.__name__.lstrip("_") for k in KERNELS}
+    assert all(int(str(row[4])) > 0 for row in rows)
+    assert not wrong(rows), "\n".join(wrong(rows))
+
+
+@pytest.mark.slow
+def test_every_launch_compiles_for_every_target_without_spilling(tmp_path: Path) -> None:
+    rows = compiled_elsewhere(list(SHARED_LIMITS), True, tmp_path)
+    assert not wrong(rows), "\n".join(wrong(rows))
+
+
+def test_a_fake_tensor_gives_the_right_shape_and_launches_nothing() -> None:
+    with FakeTensorMode(), torch.no_grad():
+        x, w = torch.empty(3, 5, 64, device="cuda", dtype=torch.bfloat16), torch.empty(64, device="cuda")
+        assert made_up(x)
+        run = chosen("rms_norm", x, w)
+        assert run is norms.rms_norm_forward
+        y = run(x, w, 1e-5)
+        assert (y.shape, y.dtype, y.device.type) == (x.shape, x.dtype, "cuda")
+    assert not made_up(torch.empty(2))
+
+
+def test_without_triton_it_is_torch_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "triton", None)
+    assert chosen("rms_norm", torch.ones(3, 16), torch.ones(16)) is None
+    assert choices("cuda")["rms_norm"] == "torch: triton is not installed"
+    assert launch.kernel(wrong) is launch.device_function(wrong) is wrong
+
+
+def table() -> str:
+    rows = compiled(SHARED_LIMITS, True)
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for _, kernel, constants, target, registers, stack, shared in rows:
+        spilled = f" +{stack} B" if stack else ""
+        cells.setdefault((str(kernel), str(constants)), {})[str(target)] = f"{registers}{spilled} / {shared}"
+    lines = [f"| kernel | constants | {' | '.join(SHARED_LIMITS)} |", "| --- " * (len(SHARED_LIMITS) + 2) + "|"]
+    for (kernel, constants), found in sorted(cells.items()):
+        lines.append(f"| {kernel} | {constants} | {' | '.join(found[t] for t in SHARED_LIMITS)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    PAGE.write_text(before + BEGIN + table() + END + after, encoding="utf-8")
