@@ -40,6 +40,21 @@ def reference(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
     return torch.cat(out)
 
 
+def test_idle_tokens_get_nothing_and_give_nothing() -> None:
+    lengths, idle, gen = [5, 3], 4, torch.Generator().manual_seed(0)
+    n = sum(lengths) + idle
+    x, cos, sin, g = (torch.randn(n, *shape, generator=gen) for shape in ((4, 8), (4,), (4,), (2, 8)))
+    plain, padded = (x[:-idle].clone().requires_grad_(), x.clone().requires_grad_())
+    out = rotary_attention(plain, cos[:-idle], sin[:-idle], 1, RowLayout(lengths), 0.5)
+    more = rotary_attention(padded, cos, sin, 1, RowLayout(lengths, idle=idle), 0.5)
+    out.backward(g[:-idle])
+    more.backward(g)
+    for short, long in ((out, more), (plain.grad, padded.grad)):
+        assert long is not None
+        torch.testing.assert_close(long[:-idle], short)
+        assert not long[-idle:].any()
+
+
 def check(
     dtype: torch.dtype, lengths: list[int], heads: int, kv: int, dim: int, window: int | None, slack: float = 1.0
 ) -> None:

@@ -52,21 +52,23 @@ class RowLayout:
     Rows of similar length go through together (a row is at most `waste` shorter than its group's longest); padding at a
     row's end is harmless under causality, since no real token looks at a later one, and its output is dropped.
     `step`: a group's length is rounded up to a multiple of it: rows of many lengths then make products of few shapes.
+    `idle`: tokens after the rows that are in none: they attend to nothing, and their output is zero.
     `keep`: the tokens whose output is wanted at the end of a model, None for all; for whoever can use it.
     `attended`: which layers went by it so far."""
 
     keep: Tensor | None = None
 
     def __init__(
-        self, lengths: Sequence[int], device: torch.device | str = "cpu", waste: float = 0.25, step: int = 1
-    ) -> None:
-        self.lengths = list(lengths)
+        self, lengths: Sequence[int], device: torch.device | str = "cpu", waste: float = 0.25, step: int = 1,
+        idle: int = 0,
+    ) -> None:  # fmt: skip
+        self.lengths, self.idle = list(lengths), idle
         self.attended: set[int] = set()
         starts = [0]
         for n in self.lengths:
             starts.append(starts[-1] + n)
-        self.total = starts[-1]
-        self.positions = torch.cat([torch.arange(n, device=device) for n in self.lengths])
+        places = [torch.arange(n, device=device) for n in self.lengths]
+        self.positions = torch.cat([*places, torch.zeros(idle, dtype=torch.int64, device=device)])
         self._tables: tuple[Tensor, Tensor, Tensor] | None = None
         self.groups: list[_Group] = []
         for length, taken in grouped_rows(self.lengths, waste=waste, step=step):
@@ -186,6 +188,7 @@ class _Attention(torch.autograd.Function):
         heads = qkv.shape[1] - 2 * kv
         q, k, v = qkv.split([heads, kv, kv], dim=1)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out[len(out) - layout.idle :] = 0
         saved: list[Tensor] = []
         for group in layout.groups:
             qg = _gather(q, group, kv, scale, cos, sin)
@@ -204,6 +207,7 @@ class _Attention(torch.autograd.Function):
         cos, sin, *saved = ctx.saved_tensors
         grad = grad.contiguous()
         d_qkv = grad.new_empty(grad.shape[0], heads + 2 * kv, grad.shape[2])
+        d_qkv[len(d_qkv) - ctx.layout.idle :] = 0
         dq, dk, dv = d_qkv.split([heads, kv, kv], dim=1)
         for group in ctx.layout.groups:
             blocks = len(key_ranges(group.length, ctx.window))

@@ -30,6 +30,14 @@ def few_sizes(n: int) -> int:
     return n + -n % step
 
 
+def padded_tokens(tokens: int, wanted: int) -> int:
+    """Tokens of a batch, padding included, of which the outputs of `wanted` are used.
+
+    Always more than `few_sizes(wanted)`: whether a layer gave all of them or those that are used is told by their
+    number."""
+    return max(few_sizes(tokens), few_sizes(few_sizes(wanted) + 1))
+
+
 def grouped_rows(lengths: Sequence[int], *, waste: float = 0.25, step: int = 1) -> list[tuple[int, list[int]]]:
     """Rows that are attended to together, from long to short: (places of each, the rows' indices).
 

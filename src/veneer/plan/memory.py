@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from veneer.ops.sizes import LOGITS_CHUNK, ROW_STEP, SMALL_INPUT, few_sizes, grouped_rows, key_ranges
+from veneer.ops.sizes import LOGITS_CHUNK, ROW_STEP, SMALL_INPUT, few_sizes, grouped_rows, key_ranges, padded_tokens
 from veneer.plan.shape import LayerShape, TextShape, layer_ranks, pair_parameters
 from veneer.plan.tables import Device
 
@@ -76,12 +76,15 @@ class Load:
 
     def computed(self, device: Device) -> int:
         """Tokens that layers work on, padding included."""
-        return few_sizes(self.tokens) if self.rounds(device) else self.tokens
+        return padded_tokens(self.tokens, self._trained) if self.rounds(device) else self.tokens
 
     def wanted(self, device: Device) -> int:
         """Tokens that the head works on, padding included."""
-        trained = max(1, round(self.trained * self.tokens))
-        return few_sizes(trained) if self.rounds(device) else trained
+        return few_sizes(self._trained) if self.rounds(device) else self._trained
+
+    @property
+    def _trained(self) -> int:
+        return max(1, round(self.trained * self.tokens))
 
     def attended(self, device: Device) -> tuple[int, ...]:
         """Places of each row in attention, its padding included."""

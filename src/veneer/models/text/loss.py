@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from veneer.models.swap import projection_of, report_of
 from veneer.ops.attention import RowLayout
 from veneer.ops.loss import token_nll
-from veneer.ops.sizes import ROW_STEP, few_sizes
+from veneer.ops.sizes import ROW_STEP, few_sizes, padded_tokens
 
 _HEAD_CHUNK = 128
 """Positions whose logits exist at once where the head has to be called."""
@@ -73,14 +73,10 @@ def rows_nll(
     if rounded is None:
         rounded = layout is None and _rounds(model.get_input_embeddings().weight)
     if rounded:
-        size = few_sizes(len(input_ids))
-        if few_sizes(count) == size:  # there are always more tokens than wanted ones: see below
-            size = few_sizes(size + 1)
-        missing, longest = size - len(input_ids), max(lengths)
-        lengths = [*lengths, *[longest] * (missing // longest), *([missing % longest] if missing % longest else [])]
-        input_ids = torch.cat([input_ids, input_ids[:1].expand(missing)])
+        idle = padded_tokens(len(input_ids), count) - len(input_ids)
+        input_ids = torch.cat([input_ids, input_ids[:1].expand(idle)])
         at = torch.cat([at, at[-1:].expand(few_sizes(count) - count)]) if count else at
-        layout = RowLayout(lengths, device, step=ROW_STEP)
+        layout = RowLayout(lengths, device, step=ROW_STEP, idle=idle)
     layout = RowLayout(lengths, device) if layout is None else layout
     layout.keep = at - 1 if report_of(model).keeps else None
     # A 4-d mask is passed on untouched by transformers; it keeps an N × N one from being made. The attention interface
