@@ -1,4 +1,4 @@
-"""`veneer serve --weights int8|int4`: the answers of a base whose projections are rounded as the page says."""
+"""`veneer serve --weights int8|int4` and `--quantise`: the answers of a base whose weights are what the pages say."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from tests.families import llama3
 from tests.serve.whole import CONTEXT, Shop, prompt, served
 from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
 from veneer.core.attach import attach
+from veneer.errors import ConfigError
 from veneer.formats import peft
+from veneer.models.quantise import quantised_weights
 from veneer.models.text.base import load_text
+from veneer.ops.quantised import dequantised
 from veneer.serve.settings import HttpSettings
 
 
@@ -44,9 +47,11 @@ def int4(w: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def wanted(shop: Shop, ids: list[int], rounded: Any) -> dict[str, Tensor]:
-    """Log-probabilities of the prompt's own tokens, of the base and of the adapter, in float64."""
-    model = load_text(str(shop.base_dir), dtype="float32").model.double()
+def wanted(shop: Shop, ids: list[int], rounded: Any, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Log-probabilities of the prompt's own tokens, of the base and of the adapter, in float64. `values`: weights
+    by name that stand in the place of the base's own."""
+    model: Any = load_text(str(shop.base_dir), dtype="float32").model.double()
+    model.load_state_dict(values or {}, strict=False)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and (name.endswith("_proj") or name == "lm_head"):
             module.weight = nn.Parameter(rounded(module.weight), requires_grad=False)  # a tied embedding keeps its own
@@ -65,7 +70,7 @@ def wanted(shop: Shop, ids: list[int], rounded: Any) -> dict[str, Tensor]:
 
 def scored(shop: Shop, ids: list[int], **settings: Any) -> dict[str, Tensor]:
     """What a server says of the prompt's own tokens, of the base and of the adapter."""
-    with served(shop, dtype="bfloat16", **settings) as server:
+    with served(shop, **({"dtype": "bfloat16"} | settings)) as server:
         asked = {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 0}
         answers = {name: server.client.completions.create(model=name, **asked) for name in ("tiny", "plain")}
     return {n: torch.tensor(a.choices[0].logprobs.token_logprobs[1:40]).double() for n, a in answers.items()}
@@ -83,6 +88,28 @@ def test_a_server_with_rounded_weights_answers_by_them_and_adapters_act_whole(sh
         assert off <= 2 * (dense[name] - plain[name]).norm(), name
         assert off <= 0.7 * (rounded[name] - plain[name]).norm(), name
     assert (own["tiny"] - own["plain"]).abs().max() > 0.1  # the adapter has its effect
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_server_over_a_quantised_base_answers_as_the_library_does_over_it(shop: Shop, kind: str) -> None:
+    """The weights are `load_text(quantise=…)`'s, which are QLoRA's own; computed in float32 on both sides."""
+    ids = prompt(40)
+    quantised = load_text(str(shop.base_dir), dtype="float32", quantise=kind).model
+    values = {name: dequantised(quantised.get_parameter(name)) for name in quantised_weights(quantised)}
+    own = wanted(shop, ids, lambda w: w, values)
+    got = scored(shop, ids, dtype="float32", quantise=kind)
+    for name in own:
+        assert (got[name] - own[name]).abs().max() < 1e-4, name
+    assert (own["tiny"] - wanted(shop, ids, lambda w: w)["tiny"]).abs().max() > 1e-3  # quantising has its effect
+
+
+def test_two_ways_to_keep_the_weights_are_refused_before_anything_loads(shop: Shop) -> None:
+    with (
+        pytest.raises(ConfigError, match="--quantise and --weights both say") as caught,
+        served(shop, quantise="nf4", weights="int8"),
+    ):
+        pass
+    assert "leave one out" in str(caught.value)
 
 
 def test_what_is_in_memory_and_what_went_out_of_it_is_in_the_metrics(shop: Shop) -> None:

@@ -116,6 +116,9 @@ def serve(
         str,
         typer.Option("--weights", help="dense; int8 or int4: projections in that alone, for small machines."),
     ] = EngineSettings.weights,
+    quantise: Annotated[
+        str | None, typer.Option("--quantise", help="The base in 4 or 8 bits: nf4, fp4, int8; or keep, as a GGUF is.")
+    ] = None,
     batch_invariant: Annotated[
         bool,
         typer.Option("--batch-invariant", help="An answer is bit for bit that of the request alone; slower."),
@@ -184,6 +187,7 @@ def serve(
         open=open_to_all,
         dtype=dtype,
         device=device,
+        quantise=quantise,
         drain=drain_seconds,
         engine=EngineSettings(
             rows=max_batch,

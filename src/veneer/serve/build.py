@@ -69,6 +69,7 @@ _OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = 
     ("--cache-memory", lambda s: s.engine.cache_bytes, "texts", _HERE),
     ("--max-tokens", lambda s: s.http.max_tokens, "texts fleet", "texts"),
     ("--adapter-memory", lambda s: s.engine.adapter_bytes, "texts pictures", "what is computed here"),
+    ("--quantise", lambda s: s.quantise, "texts", _HERE),
     ("--dtype", lambda s: s.dtype, "texts pictures", "what is computed here"),
     ("--device", lambda s: s.device, "texts pictures", "what is computed here"),
     ("--tenant-mixes", lambda s: s.fleet.mixes, "fleet", "mixes on the servers of --upstream"),
@@ -106,9 +107,19 @@ def _build_texts(settings: ServeSettings, say: Callable[[str], None]) -> Applica
     from veneer.models.text.base import load_text
     from veneer.serve.engine.engine import TextEngine
 
+    if settings.quantise is not None and settings.engine.weights != "dense":
+        raise ConfigError(
+            "--quantise and --weights both say how the base's weights are kept",
+            where=f"--quantise {settings.quantise} --weights {settings.engine.weights}",
+            fix="leave one out: --quantise is what QLoRA trains beside, --weights rounds a 16-bit base",
+        )
     tenancy = tenancy_of(settings, say)
-    base = load_text(settings.base, dtype=settings.dtype, device=settings.device, say=say)
+    base = load_text(
+        settings.base, dtype=settings.dtype, device=settings.device, quantise=settings.quantise, say=say
+    )  # fmt: skip
     say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
+    for note in base.notes:
+        say(f"note: {note}")
     library = open_library(settings.library)
     shelf = Shelf(base, library=library, folders=settings.folders)
     engine = TextEngine(base, shelf.read, replace(settings.engine, queue=settings.http.queue))

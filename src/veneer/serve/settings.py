@@ -102,7 +102,7 @@ class ServeSettings:
     """`folders`: where load requests may name files. `tenants`: a database of tenants; without it `keys` are all the
     server's keys; without these it is the tenants.sqlite of the veneer home, if there is one, unless the server is to
     be `open`; and else nobody needs a key. With a fleet the base is read for its names and its tokenizer alone.
-    `drain`: seconds."""
+    `quantise`: see models.text.base.load_text. `drain`: seconds."""
 
     base: str
     host: str = "127.0.0.1"
@@ -117,6 +117,7 @@ class ServeSettings:
     open: bool = False
     dtype: str = "auto"
     device: str = "auto"
+    quantise: str | None = None
     drain: float = 30.0
     engine: EngineSettings = field(default_factory=EngineSettings)
     http: HttpSettings = field(default_factory=HttpSettings)

@@ -19,7 +19,6 @@ from veneer.core.adapter import Adapter
 from veneer.models.swap import without_dropout
 from veneer.models.text.base import TextBase
 from veneer.models.text.generate import Completion, Prompt, complete, completion_of, encode_prompts
-from veneer.ops.quantised import Quantised
 from veneer.serve.engine.engine import TextEngine
 from veneer.serve.forward.lowrank import low_rank_problems
 from veneer.serve.request import Finished, Request, Sampling, Token, make_mix
@@ -42,8 +41,7 @@ def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32
     def plain(prompts: Sequence[Prompt], mix: Sequence[tuple[str, float]], *, max_new_tokens: int) -> list[Completion]:
         return complete(base, prompts, max_new_tokens=max_new_tokens, batch_size=rows)
 
-    quantised = any(isinstance(weight, Quantised) for weight in base.model.parameters())
-    if base.device.type != "cpu" or quantised:  # the engine would make its own, dense copy
+    if base.device.type != "cpu":
         yield plain
         return
     settings = EngineSettings(rows=rows, queue=1 << 30)

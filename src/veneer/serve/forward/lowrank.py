@@ -24,6 +24,7 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.merge import adapted_norm
 from veneer.ops.choice import chosen
+from veneer.ops.quantised import dequantised
 from veneer.serve.forward.packed import in_blocks
 
 _PARTS, _RECORD = 3, 17  # of ops/cpu/serving.c
@@ -204,7 +205,7 @@ def _gain(pair: Pair, weight: Tensor) -> Tensor:
     assert pair.magnitude is not None
     whole = pair.collapsed()
     moved = Pair(whole.A.to(weight.device).float(), whole.B.to(weight.device).float(), whole.scale, whole.kind)
-    return pair.magnitude.to(weight.device).float() / adapted_norm(weight.float(), moved).float()
+    return pair.magnitude.to(weight.device).float() / adapted_norm(dequantised(weight).float(), moved).float()
 
 
 @dataclass(eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from veneer.ops.choice import chosen
 from veneer.ops.cpu import compiled
+from veneer.ops.quantised import dequantised
 
 
 class PackedWeight(Protocol):
@@ -67,8 +68,27 @@ class Blocks:
         y.add_(self(x, bias))
 
 
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """Weights of a quantised base below one another, some may be plain. They stay as the base has them, and the
+    dequantised one lives for the length of a product, which all rows of a step share. `rows`: see `in_blocks`."""
+
+    parts: tuple[Tensor, ...]
+    rows: int = 0
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        parts = [dequantised(part) for part in self.parts]
+        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return in_blocks(lambda part: F.linear(part, weight, bias), x, self.rows)
+
+    def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        y.add_(self(x, bias))
+
+
 def invariant(weight: PackedWeight, rows: int) -> PackedWeight:
     """A weight by which a row's product has the same bits whoever shares its batch. Panels are so by themselves."""
+    if isinstance(weight, Coded):  # dequantised once and not for each block
+        return replace(weight, rows=rows)
     return weight if isinstance(weight, Panels) or not rows else Blocks(weight, rows)
 
 

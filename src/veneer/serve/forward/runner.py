@@ -34,10 +34,12 @@ from veneer.models.text.base import TextBase
 from veneer.models.text.probe import LENGTHS, WINDOW, OwnForward, short_windows
 from veneer.ops.cpu import compiled, memory
 from veneer.ops.cpu.sharing import shared
+from veneer.ops.quantised import Quantised
 from veneer.serve.forward.llama import LlamaForward, layout_of, llama_forward, static_positions
 from veneer.serve.forward.lowrank import Group, PackedAdapter, Segments, low_rank_problems, pack_adapter
 from veneer.serve.forward.packed import (
     ROWS,
+    Coded,
     Dense,
     PackedWeight,
     QuantisedPacking,
@@ -83,6 +85,8 @@ class Runner:
     `batch_invariant`: an answer's bits do not depend on who shares its steps, nor on how its prompt is cut, at a price;
     for bases of Llama's kind, and adapters with a low-rank form.
 
+    The weights of a quantised base stay as they are: each is dequantised for its products.
+
     `weights`: dense, or int8 or int4 for machines with little memory: projections and head are then kept in that alone,
     and the model is an outline of itself from then on. `how` and `why`: the way that was taken. `shares`: whether
     sequences can share blocks. Close it to put a base with dense weights back as it was."""
@@ -99,6 +103,12 @@ class Runner:
         self.pack_bytes, self.weights, self.batch_invariant = pack_bytes, weights, batch_invariant
         self.base = base
         self.model: Any = base.model
+        if weights != "dense" and any(isinstance(p, Quantised) for p in self.model.parameters()):
+            raise ConfigError(
+                f"the base is quantised already ({base.quantised or 'some of it'}); its weights rounded to {weights} "
+                "would be worse",
+                fix="leave out --weights, or serve the 16-bit base with it",
+            )
         self._undo = ExitStack()
         self._attachment: Attachment | None = None
         config: Any = self.model.config.get_text_config()
@@ -347,21 +357,25 @@ class Runner:
 
         def joined(names: tuple[str, ...]) -> PackedWeight:
             parts = [modules[n] for n in names]
+            weights = tuple(m.weight.detach() for m in parts)
+            if any(isinstance(w, Quantised) for w in weights):
+                return Coded(weights)
             if packs:
-                made = pack_weight(torch.cat([m.weight.detach() for m in parts]))
-                for module in parts:  # they are read again only by adapters with no low-rank form
-                    memory.page_out(module.weight.detach())
+                made = pack_weight(torch.cat(weights))
+                for weight in weights:  # they are read again only by adapters with no low-rank form
+                    memory.page_out(weight)
                 return made
-            weight = Join(parts, self._undo).weight if len(parts) > 1 else parts[0].weight.detach()
-            if weight is None:
+            whole = Join(parts, self._undo).weight if len(parts) > 1 else weights[0]
+            if whole is None:
                 raise NotImplementedError(f"{', '.join(names)} cannot be joined")
-            return Dense(weight)
+            return Dense(whole)
 
         embedding = self.model.get_input_embeddings().weight.detach()
         self._llama = llama_forward(self.base, self.layout, joined, embedding, self.context, self.pages)
 
     def _projection_bytes(self) -> int:
-        return sum(group.weight(i).nbytes for group in self.layout.groups for i in range(len(group.modules)))
+        weights = (group.weight(i) for group in self.layout.groups for i in range(len(group.modules)))
+        return sum(weight.nbytes for weight in weights if not isinstance(weight, Quantised))
 
     @torch.no_grad()
     def _quantise(self, kind: type[QuantisedPacking]) -> None:

@@ -1,0 +1,148 @@
+"""The runner over a quantised base: each row as if alone, over the weights that the codes stand for and no others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.families import FAMILIES, MOE_FAMILIES
+from tests.serve.forward.test_runner import WAYS, base_of, loha, prompts, reference, same, serve, trained
+from veneer.core.adapter import Adapter
+from veneer.core.merge import merged_state
+from veneer.errors import ConfigError
+from veneer.models.quantise import quantised_weights
+from veneer.ops.quantisation_formats import GgmlBlocks
+from veneer.ops.quantised import Quantised, dequantised, quantise
+from veneer.serve.forward.packed import Coded
+from veneer.serve.forward.runner import Runner
+
+KINDS = ("nf4", "fp4", "int8", "Q8_0")
+
+
+def coded(weight: Tensor, kind: str) -> Quantised:
+    if kind in ("nf4", "fp4", "int8"):
+        return quantise(weight, kind)
+    raw = gguf.quants.quantize(weight.float().numpy().reshape(-1, weight.shape[-1]), gguf.GGMLQuantizationType[kind])
+    return Quantised(GgmlBlocks(kind, tuple(weight.shape), torch.from_numpy(np.ascontiguousarray(raw))), weight.dtype)
+
+
+def model_in(kind: str, family: str = "llama3", dtype: torch.dtype = torch.float32) -> Any:
+    """A model as a quantised load leaves it: linear layers and experts in codes, the rest as it was."""
+    model: Any = FAMILIES[family](hidden_size=64, intermediate_size=96).to(dtype)
+    for name in quantised_weights(model):
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(module, key, nn.Parameter(coded(getattr(module, key).detach(), kind), requires_grad=False))
+    if family in MOE_FAMILIES:
+        model.set_experts_implementation("eager")
+    return model
+
+
+def plain_of(model: Any, family: str = "llama3") -> Any:
+    """transformers' own model with the weights that the codes stand for."""
+    plain: Any = FAMILIES[family](hidden_size=64, intermediate_size=96).to(next(model.parameters()).dtype)
+    with torch.no_grad():
+        for name, own in model.named_parameters():
+            plain.get_parameter(name).copy_(dequantised(own))
+    return plain
+
+
+def adapters_of(model: Any, family: str) -> dict[str, Adapter]:
+    return {
+        "a": trained(model, 1, rank=3),
+        "b": trained(model, 2, rank=5, rslora=True),
+        "c": trained(model, 3, dora=True, exclude=("*.experts",) if family in MOE_FAMILIES else ()),
+    }
+
+
+MIXES: list[list[tuple[str, float]]] = [
+    [], [("a", 1.0)], [("b", -0.5)], [("a", 0.7), ("b", 0.4)], [("c", 1.0)], [("c", 0.5), ("a", 1.0)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [*(("llama3", kind) for kind in KINDS), ("qwen3", "nf4"), ("gemma3", "nf4"), ("mixtral", "nf4")],
+)
+def test_every_row_as_if_it_were_alone_over_the_dequantised_weights(family: str, kind: str) -> None:
+    model = model_in(kind, family)
+    plain = plain_of(model, family)
+    adapters = adapters_of(plain, family)
+    ids = prompts([1, 20, 33, 17, 40, 16])
+    want = [reference(plain, adapters, mix, p) for mix, p in zip(MIXES, ids, strict=True)]
+    codes = {n: [t.clone() for t in p.stored.tensors().values()] for n, p in quantised_of(model)}
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    assert runner.how == WAYS.get(family, "fused"), runner.why
+    assert not any(runner.problems(a) for a in adapters.values())
+    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
+    work = [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, MIXES, strict=True)]
+    for g, w in zip(serve(runner, work, [7, 16, 1, 30]), want, strict=True):
+        same(g, w)
+    runner.close()
+    for name, weight in quantised_of(model):  # the base is what it was, and nothing dense was kept of it
+        assert weight.kept is None
+        assert all(map(torch.equal, codes[name], weight.stored.tensors().values()))
+
+
+def quantised_of(model: Any) -> list[tuple[str, Quantised]]:
+    return [(n, p) for n, p in model.named_parameters() if isinstance(p, Quantised)]
+
+
+def test_no_projection_has_a_dense_copy() -> None:
+    model = model_in("nf4", dtype=torch.bfloat16)
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    assert runner._llama is not None
+    held = [w for b in runner._llama.blocks for w in (b.qkv, b.out, b.gate_up, b.down)]
+    assert all(isinstance(w, Coded) and all(isinstance(p, Quantised) for p in w.parts) for w in held)
+    runner.close()
+
+
+def test_what_has_no_thin_form_runs_beside_what_has() -> None:
+    model = model_in("nf4")
+    plain = plain_of(model)
+    q = "model.layers.1.self_attn.q_proj"
+    adapters = {"a": trained(plain, 1), "loha": Adapter(deltas={f"{q}.weight": loha(plain.get_submodule(q), 7)})}
+    mixes = [[("a", 1.0)], [("loha", -0.8)], [("a", 0.5), ("loha", 0.5)], []]
+    ids = prompts([17, 20, 3, 30])
+    want = [reference(plain, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
+    work = [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)]
+    for g, w in zip(serve(runner, work, [9, 2, 16]), want, strict=True):
+        same(g, w)
+    runner.close()
+
+
+def test_merged_into_the_dequantised_weights_is_what_is_served_beside_the_codes() -> None:
+    model = model_in("int8")
+    plain = plain_of(model)
+    adapter = trained(plain, 3, dora=True)
+    (ids,) = prompts([25])
+    merged = merged_state(plain, [(adapter, 0.7)])
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    got = serve(runner, [(ids, [(runner.prepare(adapter, "c"), 0.7)])], [9, 2, 16])[0]
+    runner.close()
+    plain.load_state_dict(merged, strict=False)
+    same(got, reference(plain, {}, [], ids))
+
+
+def test_batch_invariant_over_codes_too() -> None:
+    model = model_in("nf4", dtype=torch.bfloat16)
+    runner = Runner(base_of(model), cache_bytes=1 << 20, batch_invariant=True)
+    a = runner.prepare(trained(plain_of(model), 1), "a")
+    work = [(ids, mix) for ids, mix in zip(prompts([41, 5, 17]), ([(a, 1.0)], [], [(a, 0.3)]), strict=True)]
+    alone = [serve(runner, [one], [100])[0] for one in work]
+    for got, want in zip(serve(runner, work, [7, 3, 20]), alone, strict=True):
+        assert torch.equal(got, want)
+    runner.close()
+
+
+def test_quantised_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="quantised already") as caught:
+        Runner(base_of(model_in("nf4", dtype=torch.bfloat16)), cache_bytes=1 << 20, weights="int8")
+    assert "leave out --weights" in str(caught.value)
