@@ -76,12 +76,8 @@ _OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = 
     ("--mix-disk", lambda s: s.fleet.mix_bytes, "fleet", "mixes on the servers of --upstream"),
 )
 """An option, where it is in the settings, the kinds of servers on which it acts, and what it is for."""
-_LEDGER_OPTIONS: tuple[tuple[str, Callable[[LedgerSettings], object]], ...] = (
-    ("--ledger-days", lambda s: s.days),
-    ("--ledger-room", lambda s: s.room),
-    ("--ledger-folder", lambda s: s.folder),
-    ("--ledger-sync", lambda s: s.synced),
-)
+_LEDGER_OPTIONS = {"days": "--ledger-days", "room": "--ledger-room", "folder": "--ledger-folder"}
+_LEDGER_OPTIONS["synced"] = "--ledger-sync"
 
 
 def _refuse_idle(settings: ServeSettings, kind: Literal["texts", "pictures", "fleet"]) -> None:
@@ -97,8 +93,8 @@ def _refuse_idle(settings: ServeSettings, kind: Literal["texts", "pictures", "fl
 def _refuse_ledger(ledger: LedgerSettings) -> None:
     """Raises ConfigError for what is said of a ledger on a server without tenants, which has none."""
     usual = LedgerSettings()
-    for option, of in _LEDGER_OPTIONS:
-        if of(ledger) != of(usual):
+    for name, option in _LEDGER_OPTIONS.items():
+        if getattr(ledger, name) != getattr(usual, name):
             what = f"{option} is for the ledger of tenants, and this server has none"
             raise ConfigError(what, where=option, fix="leave it out, or name a database with --tenants")
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
 from veneer.serve.engine import grammar as grammars
 from veneer.serve.engine.detokenize import AnswerText
-from veneer.serve.engine.grammar import Grammar, GrammarKind, compile_grammar
+from veneer.serve.engine.grammar import GrammarKind, Matcher, compile_grammar
 from veneer.serve.engine.sampler import SampledRow, SampledToken, sample
 from veneer.serve.request import Refused, Sampling
 
@@ -28,14 +28,14 @@ PADDED = VOCAB_SIZE + 64
 """Logits of models are often more than their tokenizer has tokens."""
 
 
-def compiled(kind: GrammarKind, text: str = "") -> Grammar:
+def compiled(kind: GrammarKind, text: str = "") -> Matcher:
     return compile_grammar(kind, text, TOKENIZER, vocabulary=PADDED, ends=(EOS,))
 
 
-def answer(grammar: Grammar, seed: int = 0, heat: float = 1.0, steps: int = 400) -> tuple[str, bool]:
+def answer(grammar: Matcher, seed: int = 0, heat: float = 1.0, steps: int = 400) -> tuple[str, bool]:
     """(text, whether it came to its end) of a model that has no idea, but closes what it opened sooner or later."""
     generator = torch.Generator().manual_seed(seed)
-    matcher = grammar.matcher()
+    matcher = grammar.copy()
     row = SampledRow(Sampling(seed=seed, temperature=heat), vocabulary=PADDED, ends=(EOS,), grammar=matcher)
     told = AnswerText(TOKENIZER, Sampling(max_tokens=steps), ends=(EOS,))
     text = ""
@@ -130,7 +130,7 @@ def test_regular_expressions(pattern: str) -> None:
 
 
 def test_the_end_comes_only_where_the_answer_is_complete() -> None:
-    matcher = compiled("regex", "ab?").matcher()
+    matcher = compiled("regex", "ab?").copy()
     a, b = TOKENIZER.convert_tokens_to_ids(["a", "b"])
     assert not matcher.mask()[EOS]
     assert not matcher.complete
@@ -147,18 +147,18 @@ def test_the_end_comes_only_where_the_answer_is_complete() -> None:
 
 def test_every_id_that_ends_an_answer_may_end_it() -> None:
     grammar = compile_grammar("regex", "a", TOKENIZER, vocabulary=PADDED, ends=(0, EOS))
-    matcher = grammar.matcher()
+    matcher = grammar.copy()
     assert not matcher.mask()[[0, EOS]].any()
     matcher.advance(TOKENIZER.convert_tokens_to_ids("a"))
     assert matcher.mask().nonzero().flatten().tolist() == sorted([0, EOS])
-    alone = compile_grammar("regex", "a", TOKENIZER).matcher()
+    alone = compile_grammar("regex", "a", TOKENIZER).copy()
     assert alone.mask().shape == (VOCAB_SIZE,)
     alone.advance(TOKENIZER.convert_tokens_to_ids("a"))
     assert alone.mask().nonzero().flatten().tolist() == [EOS]
 
 
 def test_what_the_tokenizer_does_not_have_is_never_allowed() -> None:
-    mask = compiled("json_object").matcher().mask()
+    mask = compiled("json_object").copy().mask()
     assert mask.shape == (PADDED,)
     assert mask.dtype == torch.bool
     assert not mask[VOCAB_SIZE:].any()
@@ -166,7 +166,7 @@ def test_what_the_tokenizer_does_not_have_is_never_allowed() -> None:
 
 
 def test_a_token_that_the_mask_forbids_is_refused() -> None:
-    matcher = compiled("regex", "a").matcher()
+    matcher = compiled("regex", "a").copy()
     with pytest.raises(Refused):
         matcher.advance(TOKENIZER.convert_tokens_to_ids("b"))
 
@@ -197,7 +197,7 @@ def test_a_grammar_is_compiled_once() -> None:
     text = '{"type": "object", "title": "once"}'
     assert compiled("json_schema", text) is compiled("json_schema", text)
     assert compiled("json_object", "x") is compiled("json_object", "y")
-    got: list[Grammar] = []
+    got: list[Matcher] = []
     threads = [threading.Thread(target=lambda: got.append(compiled("regex", "(one|two)+"))) for _ in range(6)]
     for thread in threads:
         thread.start()
@@ -217,7 +217,7 @@ def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_matchers_do_not_know_each_other() -> None:
     grammar = compiled("regex", "ab")
     a, b = TOKENIZER.convert_tokens_to_ids(["a", "b"])
-    one, two = grammar.matcher(), grammar.matcher()
+    one, two = grammar.copy(), grammar.copy()
     one.advance(a)
     assert one.mask()[b]
     assert two.mask()[a]
@@ -225,7 +225,7 @@ def test_matchers_do_not_know_each_other() -> None:
 
 
 def test_a_matcher_by_what_a_request_asks() -> None:
-    here = grammars.matcher(("regex", "a"), TOKENIZER, PADDED, (EOS,))
+    here = compiled("regex", "a").copy()
     assert here.mask().shape == (PADDED,)
     here.advance(TOKENIZER.convert_tokens_to_ids("a"))
     assert here.done

@@ -12,7 +12,8 @@ from hypothesis import strategies as some
 
 from veneer.errors import ConfigError
 from veneer.library.database import reading
-from veneer.serve.access import Caller
+from veneer.serve.access import Caller, ShadowAnswer
+from veneer.serve.request import Usage
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.routes import BUCKETS, TenantRoutes, bucket, owner, share_out
 from veneer.serve.tenancy.store import Store, UnknownName
@@ -151,9 +152,8 @@ def test_a_shadow_gets_its_fraction_and_the_log_keeps_the_newest_without_texts(t
     texts = [("Paris.", "Paris."), ("Paris.", "Parma"), ("abc", "abcd"), ("", "x")]
     for n in range(8):
         one, other = texts[n % 4]
-        asked.log_shadow(
-            "support", request=f"r{n}", tenant="acme", target=("v1", one, 3, 0.5), shadow=("v2", other, 4, 0.7)
-        ).result(10)
+        took = Usage(9, 0, 3, prefill=0.1, decode=0.4), Usage(9, 0, 4, prefill=0.1, decode=0.6)
+        asked.note_shadow(ShadowAnswer(f"r{n}", "acme", "support", "v2", "v1", one, other, *took)).result(10)
     with reading(store.engine) as c:
         log = routes.shadow_log(c, route="support")
     assert [row["request"] for row in log] == ["r7", "r6", "r5", "r4", "r3"]
@@ -167,9 +167,8 @@ def test_a_shadow_gets_its_fraction_and_the_log_keeps_the_newest_without_texts(t
 def test_pictures_are_logged_by_how_far_their_pixels_are_apart(tenants: Tenants) -> None:
     asked = TenantRoutes(tenants.store, tenants.ledger.writer.put)
     for other, apart in (("ab", 0.125), ("aa", 0.0)):
-        asked.log_shadow(
-            "look", request="r", target=("v1", "aa", 16, 0.5), shadow=("v2", other, 16, 0.7), distance=apart
-        ).result(10)
+        took = Usage(9, 0, 16)
+        asked.note_shadow(ShadowAnswer("r", "", "look", "v2", "v1", "aa", other, took, took, distance=apart)).result(10)
     with reading(tenants.store.engine) as c:
         same, other_one = routes.shadow_log(c, route="look")
     assert (other_one["distance"], other_one["same"], other_one["first_difference"]) == (0.125, False, None)

@@ -11,6 +11,8 @@ from sqlalchemy import select
 
 from tests.old_databases import made
 from veneer.library.database import reading
+from veneer.serve.access import ShadowAnswer
+from veneer.serve.request import Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy.ledger import usage
 from veneer.serve.tenancy.outbox import day_of
@@ -69,8 +71,8 @@ def test_a_ledger_of_before_keeps_every_figure_and_its_journals_are_settled(
     seen = {(tenant, adapter): n for tenant, adapter, _, n, _ in tenants.ledger.seen_elsewhere(86400.0)}
     assert seen[("acme", "")] == 6  # windows of a day forget nothing
     assert seen[("acme", "big")] == 5
-    TenantRoutes(tenants.store, tenants.ledger.writer.put).log_shadow(
-        "a", request="r", target=("v1", "x", 1, 0.1), shadow=("v2", "y", 1, 0.1), distance=0.5
+    TenantRoutes(tenants.store, tenants.ledger.writer.put).note_shadow(
+        ShadowAnswer("r", "", "a", "v2", "v1", "x", "y", Usage(1, 0, 1), Usage(1, 0, 1), distance=0.5)
     ).result(10)
     with reading(tenants.store.engine) as c:
         assert shadow_log(c)[0]["distance"] == 0.5

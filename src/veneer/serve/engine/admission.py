@@ -121,13 +121,15 @@ class Admission:
     """Limits of one server. `bodies`: bytes of request bodies in memory; `answers`: answers that run or wait; `texts`:
     characters that wait to be tokenised."""
 
-    def __init__(self, *, bodies: int, answers: int, texts: int, threads: int = 2) -> None:
+    def __init__(self, *, bodies: int, answers: int, texts: int) -> None:
         self.shares: Mapping[str, SharedQuantity] = {
             "bodies": SharedQuantity("bytes of requests", bodies),
             "answers": SharedQuantity("requests", answers),
             "texts": SharedQuantity("characters to be tokenised", texts),
         }
-        self._short, self._long = FairPool(threads, "short"), FairPool(1, "long")
+        # One thread each: it tokenises megabytes a second, and a second one would keep the interpreter's lock from the
+        # engine, whose step takes it dozens of times, for twice as long.
+        self._short, self._long = FairPool(1, "short"), FairPool(1, "long")
 
     def enter(self, tenant: str = "", weight: float = 1.0) -> AdmittedRequest:
         return AdmittedRequest(self, tenant, weight)

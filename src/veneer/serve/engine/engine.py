@@ -86,13 +86,6 @@ class _Live:
     """Place in the prompt -> its token's logprobs, where they are asked for."""
 
 
-@dataclass
-class _Counts:
-    steps: int = 0
-    prompt: int = 0
-    generated: int = 0
-
-
 class TextEngine(Engine[Request, EngineEvent]):
     """Serves a text base. `read`: (digest, problems) -> adapter, from disk, refused where `problems` finds any. Start
     it before use and stop it at the end."""
@@ -125,7 +118,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._box: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._outbox: dict[asyncio.AbstractEventLoop, list[_Note]] = defaultdict(list)
         self._state: Literal["new", "open", "draining", "closed"] = "new"
-        self._counts = _Counts()
+        self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._texts: dict[int, str] = {}
         self._took: deque[tuple[float, float, float, float]] = deque(maxlen=_STEPS)
         self._compiles, self._masks = FairPool(2, "grammar"), ThreadPoolExecutor(2, thread_name_prefix="mask")
@@ -183,7 +176,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         return f"the last {self._lost} steps failed for everybody in them" if self._lost >= _LOST else ""
 
     def stats(self) -> EngineStats:
-        c, memory = self._counts, self.residents.stats()
+        memory = self.residents.stats()
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=self.scheduler.waiting,
@@ -191,9 +184,9 @@ class TextEngine(Engine[Request, EngineEvent]):
             prefix_hits=self.scheduler.found,
             prefix_lookups=self.scheduler.looked_for,
             preemptions=self.scheduler.preemptions,
-            steps=c.steps,
-            prompt_tokens=c.prompt,
-            generated_tokens=c.generated,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
             adapters=memory.adapters,
             adapter_bytes=memory.bytes,
             evictions=memory.evictions,
@@ -207,13 +200,14 @@ class TextEngine(Engine[Request, EngineEvent]):
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue[EngineEvent]()
         grammar: Constraint | None = None
         if request.sampling.grammar is not None:
-            from veneer.serve.engine.grammar import matcher
+            from veneer.serve.engine.grammar import compile_grammar
 
-            asked, base = request.sampling.grammar, self.base
-            grammar = await self._compiles.run(
-                request.tenant, request.weight, len(asked[1]),
-                lambda: matcher(asked, base.tokenizer, self.vocabulary, base.stop_ids),
+            (kind, text), base = request.sampling.grammar, self.base
+            start = await self._compiles.run(
+                request.tenant, request.weight, len(text),
+                lambda: compile_grammar(kind, text, base.tokenizer, vocabulary=self.vocabulary, ends=base.stop_ids),
             )  # fmt: skip
+            grammar = start.copy()
         live = self._admit(request, grammar, inbox.put_nowait, loop)
         try:
             while True:
@@ -325,9 +319,9 @@ class TextEngine(Engine[Request, EngineEvent]):
             live = self._live[chunk.sequence]
             if live.began is None:
                 live.began = time.monotonic()
-                self._counts.prompt += len(live.request.prompt)
+                self._prompt_tokens += len(live.request.prompt)
                 self._tell(live, Started(chunk.sequence.cached))
-        self._counts.steps += 1
+        self._steps += 1
         began = time.monotonic()
         wanted = [c for c in chunks if c.last]
         choices = dict(zip(map(id, wanted), self._choose(chunks, wanted), strict=True))
@@ -343,7 +337,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         """Fit what steps cost by least squares over the last ones: seconds = fixed + row · rows + token · tokens."""
         rows = sum(chunk.end - chunk.start == 1 for chunk in chunks)
         self._took.append((1.0, rows, sum(chunk.end - chunk.start for chunk in chunks) - rows, seconds))
-        if self._counts.steps % 8 == 0:
+        if self._steps % 8 == 0:
             table = np.array(self._took)
             fixed, row, token = np.linalg.lstsq(table[:, :3], table[:, 3], rcond=None)[0].clip(min=0.0).tolist()
             self.scheduler.cost = StepCost(fixed, row, token, self.settings.step_seconds)
@@ -413,7 +407,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             self._end(live, "error", error=choice)
             return
         assert choice is not None
-        self._counts.generated += 1
+        self._generated_tokens += 1
         prompt = self._prompt(live) if live.first is None else ()
         live.first, live.last = live.first or now, now
         self.scheduler.appended(sequence, choice.id)

@@ -1,6 +1,7 @@
 """What an answer must match, as masks of tokens: a JSON schema, any JSON object, a regular expression.
 
-    here = matcher(sampling.grammar, tokenizer, vocabulary, stop_ids)      once a request, in a thread
+    start = compile_grammar(*sampling.grammar, tokenizer, …)               once a request, in a thread
+    here = start.copy()
     here.mask()    here.advance(token)    here.done                        the sampler, each step
 
 llguidance compiles and matches; a mask takes it well under a millisecond. Compiling may take a second, with the
@@ -41,17 +42,7 @@ _ANY_OBJECT = '{"type": "object"}'
 _lock = threading.Lock()
 _tokenizers: weakref.WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], LLTokenizer]]
 _tokenizers = weakref.WeakKeyDictionary()
-_cache: OrderedDict[tuple[LLTokenizer, GrammarKind, str], Future[Grammar]] = OrderedDict()
-
-
-class Grammar:
-    """A compiled grammar for one tokenizer. `matcher()` is cheap: it copies a state."""
-
-    def __init__(self, start: LLMatcher, vocabulary: int) -> None:
-        self._start, self.vocabulary = start, vocabulary
-
-    def matcher(self) -> Matcher:
-        return Matcher(self._start.deep_copy(), self.vocabulary)
+_cache: OrderedDict[tuple[LLTokenizer, GrammarKind, str], Future[Matcher]] = OrderedDict()
 
 
 class Matcher:
@@ -59,6 +50,10 @@ class Matcher:
 
     def __init__(self, state: LLMatcher, vocabulary: int) -> None:
         self._state, self.vocabulary = state, vocabulary
+
+    def copy(self) -> Matcher:
+        """Another answer's, that is as far as this one; cheap."""
+        return Matcher(self._state.deep_copy(), self.vocabulary)
 
     def mask(self) -> Tensor:
         """bool, (vocabulary,): what may come next. What ends an answer may only where the answer is complete, and where
@@ -94,8 +89,9 @@ class Matcher:
 
 def compile_grammar(
     kind: GrammarKind, text: str, tokenizer: Any, *, vocabulary: int | None = None, ends: Collection[int] = ()
-) -> Grammar:
-    """The grammar of `text` for a fast tokenizer of transformers. Blocks: call it in a thread.
+) -> Matcher:
+    """Where an answer to the grammar of `text` begins, to be copied for each; of a fast tokenizer of transformers.
+    Blocks: call it in a thread.
 
     `vocabulary`: how many logits the model gives, where it is not the tokenizer's number. `ends`: the ids that end an
     answer; the tokenizer's eos where there are none. Raises Refused (400) with llguidance's words for what it cannot
@@ -124,14 +120,7 @@ def compile_grammar(
     return future.result()
 
 
-def matcher(
-    asked: tuple[GrammarKind, str], tokenizer: Any, vocabulary: int | None = None, ends: Collection[int] = ()
-) -> Matcher:
-    """The start of one answer to `Sampling.grammar`; blocks and raises as `compile_grammar`."""
-    return compile_grammar(*asked, tokenizer, vocabulary=vocabulary, ends=ends).matcher()
-
-
-def _compiled(kind: GrammarKind, text: str, tokenizer: LLTokenizer, vocabulary: int) -> Grammar:
+def _compiled(kind: GrammarKind, text: str, tokenizer: LLTokenizer, vocabulary: int) -> Matcher:
     from llguidance import LLMatcher
 
     try:
@@ -144,12 +133,9 @@ def _compiled(kind: GrammarKind, text: str, tokenizer: LLTokenizer, vocabulary: 
     wrong, said = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
     if wrong:
         raise _refused(said[0])
-    start = LLMatcher(tokenizer, grammar, log_level=0)
-    if start.is_error():
-        raise _refused(start.get_error())
-    made = Grammar(start, vocabulary)
-    made.matcher().mask()
-    return made
+    start = Matcher(LLMatcher(tokenizer, grammar, log_level=0), vocabulary)
+    start.copy().mask()
+    return start
 
 
 def _tokenizer(tokenizer: Any, vocabulary: int, ends: tuple[int, ...]) -> LLTokenizer:

@@ -2,6 +2,7 @@
 
     run        (index, event) of all its answers, as they come
     collect    whole answers
+    stream     server-sent events
 
 An answer's events are taken from the engine as fast as they come and wait in a queue here, so that a client that reads
 slowly holds nobody up; the queue holds at most the answers' own tokens. Closing `run` cancels what still runs.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
@@ -24,6 +25,7 @@ from veneer.serve.http.errors import as_refused, message_of, problem_of
 from veneer.serve.http.metrics import Meter
 from veneer.serve.http.mixes import ChosenMix
 from veneer.serve.http.service import Service
+from veneer.serve.http.sse import EventStream, client_left
 from veneer.serve.request import EngineEvent, Finished, Refused, Request, Sampling, Started, Token, Usage
 
 T = TypeVar("T")
@@ -195,12 +197,30 @@ async def _pump(
         meter.end(reason, usages[i])
 
 
-async def collect(service: Service, job: TextJob) -> list[TextAnswer]:
+async def collect(request: HttpRequest, service: Service, job: TextJob) -> list[TextAnswer]:
+    """Raises as `run`, and ClientLeft."""
     answers = [TextAnswer() for _ in range(len(job.prompts) * job.choices)]
-    async with aclosing(run(service, job)) as events:
-        async for i, event in events:
-            answers[i].add(event)
+
+    async def read() -> None:
+        async with aclosing(run(service, job)) as events:
+            async for i, event in events:
+                answers[i].add(event)
+
+    await unless_left(request, read())
     return answers
+
+
+async def stream(
+    request: HttpRequest,
+    service: Service,
+    job: TextJob,
+    lines: Callable[[OpenStream[IndexedEvent]], AsyncIterator[bytes]],
+    told: Callable[[Refused], bytes],
+    headers: Mapping[str, str],
+) -> EventStream:
+    """`lines`: writes the events; `told`: an error behind the first. Raises as `collect` until that one is there."""
+    events = await open_stream(request, run(service, job))
+    return EventStream(lines(events), events, told, service.settings.stall, headers)
 
 
 class OpenStream(Generic[T]):
@@ -220,17 +240,13 @@ class OpenStream(Generic[T]):
 
 async def open_stream(request: HttpRequest, events: AsyncGenerator[T, None]) -> OpenStream[T]:
     """Waits for the first event. Raises what it raises, and ClientLeft."""
-    return OpenStream(await unless_left(request, _next(events)), events)
+    return OpenStream(await unless_left(request, anext(events)), events)
 
 
-async def _next(events: AsyncGenerator[T, None]) -> T:
-    return await anext(events)
-
-
-async def unless_left(request: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
+async def unless_left(request: HttpRequest, work: Awaitable[T]) -> T:
     """The result of `work`; ClientLeft, with the work cancelled, when the client leaves before."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.create_task(_left(request))
+    gone = asyncio.create_task(client_left(request.receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -240,11 +256,6 @@ async def unless_left(request: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
         for each in (task, gone):
             each.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _left(request: HttpRequest) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 _Sent = tuple[str, Usage]

@@ -84,15 +84,9 @@ class Metrics:
             "veneer:requests_refused", "Requests answered with an error.", ("code",), registry=self.registry
         )
 
-    def label(self, adapter: str) -> str:
-        """The adapter's own name while there is room for it, else "other"."""
-        return self._within(adapter, self._named)
-
-    def tenant(self, tenant: str) -> str:
-        """The tenant's own name while there is room for it, else "other"."""
-        return self._within(tenant, self._tenants)
-
-    def _within(self, name: str, known: set[str]) -> str:
+    def label(self, name: str, *, tenant: bool = False) -> str:
+        """The own name of an adapter, or of a tenant, while there is room for one more; else "other"."""
+        known = self._tenants if tenant else self._named
         if name not in known:
             if len(known) >= self.limit:
                 return "other"
@@ -114,7 +108,7 @@ class Meter:
         self.metrics, self.adapter = metrics, metrics.label(adapter)
         self.counters = [(self.adapter, metrics.by_adapter)]
         if tenant:
-            self.counters.append((metrics.tenant(tenant), metrics.by_tenant))
+            self.counters.append((metrics.label(tenant, tenant=True), metrics.by_tenant))
         self.arrived = self.last = time.perf_counter()
         self.first: float | None = None
         self.tokens = 0

@@ -47,7 +47,8 @@ class Prompts:
         self.size = len(base.tokenizer)
         self._special = frozenset(map(int, base.tokenizer.all_special_ids))
         self._lock = threading.Lock()
-        self._piece = cache(self._make_piece)
+        self.piece = cache(self._piece)
+        """(text, bytes) of one token by itself; the text of half a character is "�", its bytes are right."""
         self._reader = _reader(base.tokenizer)
         self.most = self.context * max(map(len, base.tokenizer.get_vocab()))
         """Characters that a context could hold, were each of its tokens the longest of all."""
@@ -89,7 +90,7 @@ class Prompts:
         """Blocks: for a thread of admission's."""
         text = _clean(text)
         if self._reader is not None:
-            return tuple(self._reader.encode(text, add_special_tokens=special).ids)
+            return tuple(_ids(self._reader, text, special))
         with self._lock:
             return tuple(map(int, self.base.tokenizer(text, add_special_tokens=special)["input_ids"]))
 
@@ -97,7 +98,7 @@ class Prompts:
         """(token id, start, stop) in characters of the text. Blocks, as `encode`."""
         if self._reader is None:
             raise invalid("this base's tokenizer does not say which characters a token covers", "inputs")
-        made = self._reader.encode(_clean(text), add_special_tokens=special)
+        (made,) = self._reader.encode_batch([_clean(text)], add_special_tokens=special)
         return [(i, *span) for i, span in zip(made.ids, made.offsets, strict=True)]
 
     def of_ids(self, ids: Sequence[int], param: str = "prompt") -> tuple[int, ...]:
@@ -167,14 +168,10 @@ class Prompts:
         settings = {"skip_special_tokens": skip_special, "clean_up_tokenization_spaces": False}
         return str(await self.work(len(ids), lambda: read(list(ids), **settings), place))
 
-    def piece(self, token: int) -> tuple[str, tuple[int, ...]]:
-        """(text, bytes) of one token by itself; the text of half a character is "�", its bytes are right."""
-        return self._piece(token)
-
     def special(self, token: int) -> bool:
         return token in self._special
 
-    def _make_piece(self, token: int) -> tuple[str, tuple[int, ...]]:
+    def _piece(self, token: int) -> tuple[str, tuple[int, ...]]:
         tokenizer = self.base.tokenizer
         text = str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         raw = str(tokenizer.convert_ids_to_tokens(token) or "")
@@ -191,7 +188,7 @@ class Prompts:
 @cache
 def _anybody() -> AdmittedRequest:
     """For texts that no request brings: nothing is counted against anybody."""
-    return Admission(bodies=0, answers=0, texts=1 << 40, threads=1).enter()
+    return Admission(bodies=0, answers=0, texts=1 << 40).enter()
 
 
 _PROBES = (
@@ -203,8 +200,15 @@ _PROBES = (
 )
 
 
+def _ids(reader: Any, text: str, special: bool) -> list[int]:
+    """Token ids of a text. As a batch of one: only a batch is tokenised without the interpreter's lock, which a long
+    text would otherwise keep from the engine for a twentieth of a second; and this one takes no note of places."""
+    ids: list[int] = reader.encode_batch_fast([text], add_special_tokens=special)[0].ids
+    return ids
+
+
 def _reader(tokenizer: Any) -> Any:
-    """A copy of a fast tokenizer's machine that neither pads nor cuts, whose `encode` any number of threads may use at
+    """A copy of a fast tokenizer's machine that neither pads nor cuts, by which any number of threads may encode at
     once; None where it does not give what the tokenizer gives."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not tokenizer.is_fast:
@@ -214,9 +218,7 @@ def _reader(tokenizer: Any) -> Any:
     made.no_truncation()
     for text in _PROBES:
         for special in (False, True):
-            if made.encode(text, add_special_tokens=special).ids != list(
-                tokenizer(text, add_special_tokens=special)["input_ids"]
-            ):
+            if _ids(made, text, special) != list(tokenizer(text, add_special_tokens=special)["input_ids"]):
                 return None
     return made
 

@@ -6,7 +6,7 @@ However it ends, the source is closed, and with it what still ran for it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any, Protocol
 
 from starlette.responses import Response
@@ -31,9 +31,14 @@ class EventStream(Response):
     `stall`: seconds that the client may leave the stream unread."""
 
     def __init__(
-        self, lines: AsyncIterator[bytes], source: Closable, told: Callable[[Refused], bytes], stall: float
+        self,
+        lines: AsyncIterator[bytes],
+        source: Closable,
+        told: Callable[[Refused], bytes],
+        stall: float,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(media_type="text/event-stream")
+        super().__init__(media_type="text/event-stream", headers=headers)
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"  # nginx would collect the events
         del self.headers["content-length"]
@@ -41,7 +46,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writing = asyncio.create_task(self._write(send))
-        leaving = asyncio.create_task(_left(receive))
+        leaving = asyncio.create_task(client_left(receive))
         try:
             await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if writing.done():
@@ -75,6 +80,7 @@ class EventStream(Response):
             pass  # the client is gone
 
 
-async def _left(receive: Receive) -> None:
+async def client_left(receive: Receive) -> None:
+    """Returns when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -23,14 +23,13 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, quoted
 from veneer.library.names import check_name, name_of
 from veneer.serve.access import Caller, Catalog, ModelCard, Routes, Served
-from veneer.serve.names.shelf import AdapterPlace, Problems, Shelf, unusable
+from veneer.serve.names.shelf import Problems, Shelf, unusable
 from veneer.serve.request import DigestMix, Refused, make_mix
 
 _MAX_NAME = 200
@@ -50,12 +49,6 @@ class AdapterMemory(Protocol):
     def drop(self, digest: str) -> None: ...
 
     def unpin(self, digest: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    card: ModelCard
-    place: AdapterPlace
 
 
 class LocalCatalog(Catalog):
@@ -78,7 +71,7 @@ class LocalCatalog(Catalog):
         self._started = int(time.time())
         self._lock = threading.Lock()
         self._reading = threading.Semaphore(2)  # loads at a time, so that many cannot fill the memory
-        self._loaded: dict[str, _Loaded] = {}
+        self._loaded: dict[str, ModelCard] = {}
         self._library_models: tuple[object, list[ModelCard]] = (None, [])
 
     # -- what names mean ----------------------------------------------------------------------------------------------
@@ -143,7 +136,7 @@ class LocalCatalog(Catalog):
             return None
         loaded = self._loaded.get(name)
         if loaded is not None:
-            return loaded.card.digest, name
+            return loaded.digest, name
         found = self.shelf.look(name)
         if found is None:
             raise _missing(model)
@@ -166,7 +159,7 @@ class LocalCatalog(Catalog):
         """The base, then everything that the caller sees: what was loaded, routes, what the library has for this
         base."""
         cards = {card.id: card for card in self._library_cards()}
-        cards |= {name: loaded.card for name, loaded in dict(self._loaded).items()}
+        cards |= dict(self._loaded)
         out = [ModelCard(self.base, self.base, None, self._started)]
         out += [card for name, card in sorted(cards.items()) if caller.sees(name)]
         for route in self.routes.names(caller) if self.routes is not None else []:
@@ -218,12 +211,12 @@ class LocalCatalog(Catalog):
             old = self._loaded.get(name)
             taken = old is not None and not replace
             if not taken:
-                self._loaded[name] = _Loaded(card, place)
+                self._loaded[name] = card
         if taken:
             self._forget(digest)
             self._check_free(name, replace)
         if old is not None:
-            self._forget(old.card.digest)
+            self._forget(old.digest)
         return card
 
     def unload(self, name: str) -> None:
@@ -231,7 +224,7 @@ class LocalCatalog(Catalog):
             gone = self._loaded.pop(name, None)
         if gone is None:
             raise _missing(name)
-        self._forget(gone.card.digest)
+        self._forget(gone.digest)
 
     def _check_free(self, name: str, replace: bool) -> None:
         if name in self._loaded and not replace:
@@ -254,7 +247,7 @@ class LocalCatalog(Catalog):
     def _forget(self, digest: str) -> None:
         """A name means this no more: free it, unless another name does, and unpin it, unless another pins it."""
         with self._lock:
-            others = [loaded.card for loaded in self._loaded.values() if loaded.card.digest == digest]
+            others = [card for card in self._loaded.values() if card.digest == digest]
         if not others:
             self.residents.drop(digest)
         elif not any(card.pinned for card in others):

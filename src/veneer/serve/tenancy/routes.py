@@ -28,7 +28,7 @@ from sqlalchemy import Connection, case, delete, func, insert, select
 
 from veneer.errors import ConfigError, VeneerError
 from veneer.library.database import reading
-from veneer.serve.access import Caller
+from veneer.serve.access import Caller, ShadowAnswer
 from veneer.serve.outage import is_outage
 from veneer.serve.tenancy.manage import append_audit
 from veneer.serve.tenancy.store import (
@@ -93,29 +93,20 @@ class TenantRoutes:
             return None
         return found.shadow
 
-    def log_shadow(
-        self,
-        route: str,
-        *,
-        request: str,
-        tenant: str = "",
-        target: tuple[str, str, int, float],
-        shadow: tuple[str, str, int, float],
-        distance: float | None = None,
-        failed: bool = False,
-    ) -> Future[None]:
-        """Keep how two answers differ, without the answers. `target`, `shadow`: (adapter, text, tokens, seconds). Of
-        pictures the texts are the digests of their pixels, and `distance` is how far apart these are. `failed`: the
-        shadow gave no answer to compare."""
-        row: dict[str, Any] = {"at": time.time(), "tenant": tenant, "alias": route, "request": request}
-        for side, (adapter, text, tokens, seconds) in (("target", target), ("shadow", shadow)):
-            digest = text
-            if distance is None:
-                digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-            row |= {side: adapter, f"{side}_sha256": digest, f"{side}_tokens": tokens, f"{side}_seconds": seconds}
-        plain = distance is None and not failed
-        row["first_difference"] = _first_difference(target[1], shadow[1]) if plain else None
-        row |= {"same": target[1] == shadow[1] and not failed, "distance": distance}
+    def note_shadow(self, answer: ShadowAnswer) -> Future[None]:
+        """Keep how two answers differ, without the answers."""
+        texts, failed = answer.distance is None, answer.outcome == "failed"
+        row: dict[str, Any] = {
+            "at": time.time(), "tenant": answer.tenant, "alias": answer.name, "request": answer.request,
+            "same": answer.outcome == "same", "distance": answer.distance,
+            "first_difference": _first_difference(answer.sent, answer.answer) if texts and not failed else None,
+        }  # fmt: skip
+        sides = [("target", answer.target, answer.sent, answer.sent_usage)]
+        sides.append(("shadow", answer.shadow, answer.answer, answer.usage))
+        for side, adapter, text, usage in sides:
+            digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() if texts else text
+            row |= {side: adapter, f"{side}_sha256": digest, f"{side}_tokens": usage.completion}
+            row[f"{side}_seconds"] = usage.prefill + usage.decode
         row |= {"shadow_sha256": ""} if failed else {}
         keep = self._keep
 

@@ -183,12 +183,7 @@ class Tenants(Tenancy):
         return self._routes
 
     def note_shadow(self, answer: ShadowAnswer) -> None:
-        sides = [(answer.target, answer.sent, answer.sent_usage), (answer.shadow, answer.answer, answer.usage)]
-        target, shadow = ((name, text, u.completion, u.prefill + u.decode) for name, text, u in sides)
-        self._routes.log_shadow(
-            answer.name, request=answer.request, tenant=answer.tenant, target=target, shadow=shadow,
-            distance=answer.distance, failed=bool(answer.error),
-        )  # fmt: skip
+        self._routes.note_shadow(answer)
 
     # -- what others do ------------------------------------------------------------------------------------------------
 

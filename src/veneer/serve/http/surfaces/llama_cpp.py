@@ -8,6 +8,7 @@ request that names none. A request's own `lora` replaces them.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from itertools import chain
 from typing import Annotated, Any, ClassVar
 
@@ -18,16 +19,7 @@ from starlette.responses import Response
 
 from veneer import __version__
 from veneer.serve.engine.admission import AdmittedRequest
-from veneer.serve.http.answers import (
-    IndexedEvent,
-    OpenStream,
-    TextAnswer,
-    TextJob,
-    collect,
-    open_stream,
-    run,
-    unless_left,
-)
+from veneer.serve.http.answers import IndexedEvent, OpenStream, TextAnswer, TextJob, collect, finite_logprob, stream
 from veneer.serve.http.bodies import FAIL_FAST, Body, BodyRoute, MixField, Neutral, at_most
 from veneer.serve.http.errors import Json, error_body, invalid
 from veneer.serve.http.sampling import (
@@ -45,7 +37,7 @@ from veneer.serve.http.sampling import (
     stops_of,
 )
 from veneer.serve.http.service import Service, admission_of, caller_of, need_admin, service_of
-from veneer.serve.http.sse import EventStream, data
+from veneer.serve.http.sse import data
 from veneer.serve.request import Finished, GrammarSpec, Refused, Sampling, Token
 
 llama_cpp_routes = APIRouter(tags=["llama.cpp"], route_class=BodyRoute)
@@ -167,16 +159,13 @@ async def completion(request: HttpRequest, body: Completion) -> Response:
     settings = body.sampling(service, service.prompts.fits(prompt))
     job = TextJob(caller, chosen, [prompt], settings, id=f"cmpl-{request.scope['veneer.id']}")
     if not body.stream:
-        answer = (await unless_left(request, collect(service, job)))[0]
+        (answer,) = await collect(request, service, job)
         return Json(await _last(service, job, body, answer, answer.text, answer.tokens), headers=body.headers)
-    events = await open_stream(request, run(service, job))
 
     def told(error: Refused) -> bytes:
         return data(error_body(error, "llama.cpp")[1])
 
-    stream = EventStream(_lines(service, job, body, events), events, told, service.settings.stall)
-    stream.headers.update(body.headers)
-    return stream
+    return await stream(request, service, job, partial(_lines, service, job, body), told, body.headers)
 
 
 async def _prompt(service: Service, given: str | list[int | str], place: AdmittedRequest) -> tuple[int, ...]:
@@ -254,8 +243,7 @@ def _timings(prompt: int, prefill: float, made: int, decode: float) -> dict[str,
 def _probabilities(service: Service, token: Token, wanted: int) -> dict[str, Any]:
     def entry(id: int, logprob: float | None) -> dict[str, Any]:
         text, raw = service.prompts.piece(id)
-        known = logprob is not None and logprob > -9999.0
-        return {"id": id, "token": text, "bytes": list(raw), "logprob": logprob if known else -9999.0}
+        return {"id": id, "token": text, "bytes": list(raw), "logprob": finite_logprob(logprob)}
 
     best = sorted(token.top, key=lambda t: -t[2])[:wanted]
     return entry(token.id, token.logprob) | {"top_logprobs": [entry(id, logprob) for id, _, logprob in best]}

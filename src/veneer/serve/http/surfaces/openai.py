@@ -20,7 +20,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
@@ -31,15 +31,14 @@ from starlette.responses import Response
 from veneer import __version__
 from veneer.serve.access import ModelCard
 from veneer.serve.http.answers import (
+    IndexedEvent,
     OpenStream,
     TextAnswer,
     TextJob,
     collect,
     finite_logprob,
-    open_stream,
-    run,
+    stream,
     total,
-    unless_left,
 )
 from veneer.serve.http.bodies import (
     FAIL_FAST,
@@ -72,7 +71,7 @@ from veneer.serve.http.sampling import (
     stops_of,
 )
 from veneer.serve.http.service import Service, admission_of, caller_of, service_of
-from veneer.serve.http.sse import EventStream, data
+from veneer.serve.http.sse import data
 from veneer.serve.request import EngineEvent, Finished, GrammarSpec, Refused, Sampling, Started, Token, Usage
 
 openai_routes = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
@@ -414,20 +413,13 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
 
 async def _answered(request: HttpRequest, service: Service, job: TextJob, body: Shared, form: _Form) -> Response:
     if not body.stream:
-        answers = await unless_left(request, collect(service, job))
-        return Json(form.whole(answers), headers=body.headers)
-    events = await open_stream(request, run(service, job))
-    options = body.stream_options
-    lines = form.stream(
-        events, bool(options and options.include_usage), bool(options and options.continuous_usage_stats)
-    )
+        return Json(form.whole(await collect(request, service, job)), headers=body.headers)
+    options = body.stream_options or StreamOptions()
 
     def told(error: Refused) -> bytes:
         return data(error_body(error, "OpenAI")[1]) + data("[DONE]")
 
-    stream = EventStream(lines, events, told, service.settings.stall)
-    stream.headers.update(body.headers)
-    return stream
+    return await stream(request, service, job, lambda events: form.stream(events, options), told, body.headers)
 
 
 # -- forms -------------------------------------------------------------------------------------------------------------
@@ -460,8 +452,9 @@ class _Form:
         usage = total([answer.finished.usage for answer in answers], self.job.choices)
         return {**self.head, "object": self.whole_kind, "choices": choices, "usage": _usage(usage)}
 
-    async def stream(self, events: OpenStream, usage_last: bool, usage_always: bool) -> AsyncIterator[bytes]:
+    async def stream(self, events: OpenStream[IndexedEvent], options: StreamOptions) -> AsyncIterator[bytes]:
         usages = [Usage(0, 0, 0) for _ in range(self.count)]
+        usage_last, usage_always = options.include_usage, options.continuous_usage_stats
 
         def chunk(choices: list[dict[str, Any]], usage: Usage | None) -> bytes:
             body: dict[str, Any] = {**self.head, "choices": choices}
@@ -479,8 +472,7 @@ class _Form:
             if isinstance(event, Started):
                 usages[i] = Usage(len(self.job.prompts[i // self.job.choices]), event.cached, 0)
             elif isinstance(event, Token):
-                old = usages[i]
-                usages[i] = Usage(old.prompt, old.cached, old.completion + 1)
+                usages[i] = replace(usages[i], completion=usages[i].completion + 1)
             else:
                 usages[i] = event.usage
             for choice in self.pieces(i, event):
@@ -518,7 +510,7 @@ class _ChatForm(_Form):
     def __init__(self, prompts: Prompts, job: TextJob, use: ToolUse) -> None:
         super().__init__(prompts, job)
         self.use = use
-        self.readers = [use.reader() for _ in range(self.count)]
+        self.readers = [ToolReader(use) for _ in range(self.count)]
 
     def choice(self, i: int, answer: TextAnswer) -> dict[str, Any]:
         reader = self.readers[i]
@@ -536,7 +528,7 @@ class _ChatForm(_Form):
 
     def ending(self, i: int, end: Finished) -> dict[str, Any]:
         called = self.readers[i].calls and self.use.mode != "named" and end.reason == "stop"
-        return {"finish_reason": "tool_calls" if called else end.reason, "stop_reason": _stop_text(end)}
+        return {"finish_reason": "tool_calls" if called else end.reason, "stop_reason": end.stop}
 
     def first(self, i: int) -> list[dict[str, Any]]:
         return [self.piece(i, {"role": "assistant", "content": ""})]
@@ -587,7 +579,7 @@ class _TextForm(_Form):
         return {"index": i, "text": text, "logprobs": logprobs, **self.ending(answer.finished)}
 
     def ending(self, end: Finished) -> dict[str, Any]:
-        return {"finish_reason": end.reason, "stop_reason": _stop_text(end)}
+        return {"finish_reason": end.reason, "stop_reason": end.stop}
 
     def first(self, i: int) -> list[dict[str, Any]]:
         echo = self.echo(i)
@@ -633,11 +625,6 @@ def _is_visible(token: Token) -> bool:
     return not (token.special and not token.text)
 
 
-def _stop_text(end: Finished) -> str | int | None:
-    """vLLM's stop_reason: the stop text, or the id of a token other than the usual one."""
-    return end.stop
-
-
 # -- tools -------------------------------------------------------------------------------------------------------------
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
@@ -669,9 +656,6 @@ class ToolUse:
     shown: tuple[Mapping[str, Any], ...] = ()
     name: str = ""
     grammar: GrammarSpec | None = None
-
-    def reader(self) -> ToolReader:
-        return ToolReader(self)
 
 
 def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, takes_tools: bool) -> ToolUse:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
@@ -21,17 +22,15 @@ from veneer.serve.http.answers import (
     TextJob,
     collect,
     finite_logprob,
-    open_stream,
-    run,
     seed_of,
-    unless_left,
+    stream,
 )
 from veneer.serve.http.bodies import FAIL_FAST, ITEMS, Body, BodyRoute, Neutral, Strict, at_most
 from veneer.serve.http.errors import Json, error_body, invalid
 from veneer.serve.http.mixes import ChosenMix
 from veneer.serve.http.sampling import Seed, limited, sampling_of, schema_text, stops_of
 from veneer.serve.http.service import Service, admission_of, caller_of, service_of
-from veneer.serve.http.sse import EventStream, data
+from veneer.serve.http.sse import data
 from veneer.serve.request import Finished, GrammarSpec, Refused, Token
 
 tgi_routes = APIRouter(tags=["TGI"], route_class=BodyRoute)
@@ -120,7 +119,7 @@ class Generate(Body):
 async def generate(request: HttpRequest, body: Generate) -> Response:
     service = service_of(request)
     job = await _ask(request, service, body)
-    answers = await unless_left(request, collect(service, job))
+    answers = await collect(request, service, job)
     return Json(_whole(service, job, body, answers), headers=body.parameters.headers)
 
 
@@ -132,14 +131,12 @@ async def generate_stream(request: HttpRequest, body: Generate) -> Response:
     if body.parameters.decoder_input_details:
         raise invalid("decoder_input_details with a stream", "decoder_input_details", "use /generate")
     job = await _ask(request, service, body)
-    events = await open_stream(request, run(service, job))
 
     def told(error: Refused) -> bytes:
         return data(error_body(error, "TGI")[1], tight=True)
 
-    stream = EventStream(_lines(service, job, body, events), events, told, service.settings.stall)
-    stream.headers.update(body.parameters.headers)
-    return stream
+    lines = partial(_lines, service, job, body)
+    return await stream(request, service, job, lines, told, body.parameters.headers)
 
 
 @tgi_routes.post("/", summary="/generate_stream where `stream` is true, else /generate's answer in a list.")
@@ -148,7 +145,7 @@ async def compatible(request: HttpRequest, body: Generate) -> Response:
         return await generate_stream(request, body)
     service = service_of(request)
     job = await _ask(request, service, body)
-    return Json([_whole(service, job, body, await unless_left(request, collect(service, job)))])
+    return Json([_whole(service, job, body, await collect(request, service, job))])
 
 
 @tgi_routes.get("/info", summary="What this server is.")
