@@ -17,8 +17,9 @@
     ├── UnavailableError        a store or a database that does not answer now, whatever was asked of it
     └── MissingExtraError       an optional dependency that is not installed
 
-And `shown`, through which every text of a file goes before a person sees it, and `lacks_memory`, by which everybody
-tells that memory ran out. Imports nothing of veneer.
+And what messages are made with: `shown`, through which every text of a file goes before a person sees it, `quoted`,
+`bullets`, `gigabytes`, `nearest`; and `lacks_memory`, by which everybody tells that memory ran out. Imports nothing of
+veneer.
 """
 
 from __future__ import annotations
@@ -45,6 +46,18 @@ def shown(text: object, *, lines: bool = False) -> str:
 def quoted(text: str, most: int = 100) -> str:
     """Somebody's own word in a message: in quotes, and no longer than a line has room for."""
     return repr(text if len(text) <= most else text[:most] + "…")
+
+
+def bullets(lines: Iterable[str], most: int | None = 20) -> str:
+    """A line of a message for each; of more than `most` the first, and how many more there are. None: every one."""
+    lines = list(lines)
+    more = [] if most is None or len(lines) <= most else [f"  … and {len(lines) - most} more"]
+    return "\n".join([*(f"  - {line}" for line in lines[:most]), *more])
+
+
+def gigabytes(count: float) -> str:
+    """Bytes as GB (10⁹), or MB."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 class VeneerError(Exception):

@@ -28,7 +28,7 @@ from veneer.core.adapter import Adapter
 from veneer.core.merge import change_problem, exact_weights, parameter_changes
 from veneer.core.rounding import DTYPES, Rounding, seeded, stochastic
 from veneer.core.targets import base_modules
-from veneer.errors import AdapterError, BaseError, ConfigError, ResourceError, nearest
+from veneer.errors import AdapterError, BaseError, ConfigError, ResourceError, bullets, nearest
 from veneer.files.atomic import as_veneer_errors, atomic_write, new_folder
 from veneer.files.safetensors import strict_json
 from veneer.files.weights import Checkpoint, checkpoint_parts
@@ -448,8 +448,9 @@ def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]], names:
             else:
                 plan[component].setdefault(tensor, []).append((make, strength))
     if problems:
-        shown = "\n".join(f"  - {p}" for p in problems)
-        raise AdapterError(f"the mix does not fit the files of this base ({len(problems)} problems):\n{shown}")
+        raise AdapterError(
+            f"the mix does not fit the files of this base ({len(problems)} problems):\n{bullets(problems, None)}"
+        )
     return plan
 
 

@@ -119,7 +119,7 @@ def _show(found: dict[str, Any]) -> None:
         for key in cut_list(coverage[what]):
             print(f"{what}: {key}")
     told = set(verdict["why"].splitlines())
-    for note in cut_list([n for n in found["notes"] if f"    {n}" not in told]):
+    for note in cut_list([n for n in found["notes"] if f"  - {n}" not in told]):
         print(f"note: {note}")
 
 

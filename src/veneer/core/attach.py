@@ -26,7 +26,7 @@ from veneer.core.merge import merged_state, parameter_shape, to_matrix, weight_o
 from veneer.core.mix_cache import MixCache
 from veneer.core.selection import RowMixes, Selection
 from veneer.core.targets import base_modules, expert_parameters, kind_of
-from veneer.errors import AdapterError, nearest
+from veneer.errors import AdapterError, bullets, nearest
 
 _LAYERS: dict[str | None, type[Layer]] = {"linear": LoraLinear, "embedding": LoraEmbedding, "conv": LoraConv}
 _SPARE_BYTES = 256 << 20
@@ -85,8 +85,9 @@ class Attachment:
         if trainable and adapter.deltas:
             problems.append(f"{next(iter(adapter.deltas))}: only pairs, full copies and token rows are trained")
         if problems:
-            shown = "\n".join(f"  - {p}" for p in problems)
-            raise AdapterError(f"adapter {name!r} does not fit this base ({len(problems)} problems):\n{shown}")
+            raise AdapterError(
+                f"adapter {name!r} does not fit this base ({len(problems)} problems):\n{bullets(problems, None)}"
+            )
         own = _placed(adapter, self._base_modules, trainable)
         try:
             self._wrap(self._wrapped_for(adapter))

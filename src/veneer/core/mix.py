@@ -43,7 +43,7 @@ from veneer.core.truncate import (
     thin_svd,
     truncated,
 )
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, bullets
 
 METHODS = ("sum", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties", "orthogonal")
 _ENTRYWISE = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
@@ -267,8 +267,9 @@ class _Mix:
                 except AdapterError as error:
                     self.problems.append(f"{name}: {error.what}" + (f" ({error.fix})" if error.fix else ""))
         if self.problems:
-            shown = "\n".join(f"  - {p}" for p in self.problems)
-            raise AdapterError(f"these adapters do not mix ({len(self.problems)} problems):\n{shown}")
+            raise AdapterError(
+                f"these adapters do not mix ({len(self.problems)} problems):\n{bullets(self.problems, None)}"
+            )
         return self.out
 
     def _weight(self, name: str, why: str) -> Tensor:
@@ -484,6 +485,7 @@ def strengthened(adapter: Adapter, by: Callable[[str], float]) -> Adapter:
             elif factor:
                 getattr(out, kind)[name] = thing
     if problems:
-        shown = "\n".join(f"  - {p}" for p in problems)
-        raise AdapterError(f"these have no exact multiple without the base:\n{shown}", fix="use 0 or 1 there")
+        raise AdapterError(
+            f"these have no exact multiple without the base:\n{bullets(problems, None)}", fix="use 0 or 1 there"
+        )
     return out

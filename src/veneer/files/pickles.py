@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.errors import AdapterError, UnsafeFileError
+from veneer.errors import AdapterError, UnsafeFileError, bullets
 from veneer.files.safetensors import name_problem
 
 MAX_TENSORS, MAX_DEPTH = 100_000, 6
@@ -63,9 +63,7 @@ def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         else:
             problems.append(f"{name[:80]!r}: {type(value).__name__} is neither a tensor, a text nor a number")
     if problems:
-        shown = "\n".join(f"    {p}" for p in problems[:20])
-        more = f"\n    … and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise AdapterError(f"the pickle holds what no adapter does:\n{shown}{more}", where=where)
+        raise AdapterError(f"the pickle holds what no adapter does:\n{bullets(problems)}", where=where)
     if not found:
         raise AdapterError("the pickle holds no tensors", where=where)
     return {name: t.contiguous() for name, t in sorted(found.items())}, metadata

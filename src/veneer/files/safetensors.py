@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from veneer.errors import AdapterError, UnsafeFileError
+from veneer.errors import AdapterError, UnsafeFileError, bullets
 from veneer.files.atomic import atomic_write
 
 if TYPE_CHECKING:
@@ -262,10 +262,8 @@ def _check_table(table: Any, bits: Mapping[str, int], *, data_start: int, size: 
             problems.append(f"{name[:80]!r}: {problem or entry}")
     problems += _coverage_problems(entries, size - data_start) if not problems else []
     if problems:
-        shown = "\n".join(f"    {p}" for p in problems[:20])
-        more = f"\n    … and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise UnsafeFileError(
-            f"the header does not add up, so nothing of it is trusted:\n{shown}{more}",
+            f"the header does not add up, so nothing of it is trusted:\n{bullets(problems)}",
             where=where,
             fix="download or copy the file again; if that does not help, it was written wrongly",
         )
@@ -373,7 +371,7 @@ def encode_tensors(
             or (kind := NAMES.get(str(flat.dtype)[6:])) is None
             or name == "__metadata__"
         ):
-            problems.append(f"    {name[:80]!r}: {problem or f'dtype {flat.dtype} or name cannot be stored'}")
+            problems.append(f"{name[:80]!r}: {problem or f'dtype {flat.dtype} or name cannot be stored'}")
             continue
         end = at + flat.numel() * flat.dtype.itemsize
         table[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [at, end]}
@@ -381,7 +379,7 @@ def encode_tensors(
             chunks.append(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
         at = end
     if problems:
-        raise AdapterError("tensors that safetensors cannot hold:\n" + "\n".join(problems))
+        raise AdapterError(f"tensors that safetensors cannot hold:\n{bullets(problems, None)}")
     header = packed_header(table)
     return [struct.pack("<Q", len(header)), header, *chunks]
 

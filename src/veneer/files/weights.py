@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from veneer.errors import AdapterError, BaseError
+from veneer.errors import AdapterError, BaseError, bullets
 from veneer.files.gguf import read_gguf_file
 from veneer.files.safetensors import BITS, PICKLE_FIX, Header, HeaderEntry, read_header
 
@@ -202,7 +202,7 @@ class Checkpoint:
                 self.entries[name], self._place[name] = entry, file
         if twice:
             raise BaseError(
-                f"{len(twice)} tensors are in two files:\n" + "\n".join(f"  - {t}" for t in twice[:10]),
+                f"{len(twice)} tensors are in two files:\n{bullets(twice, 10)}",
                 where=str(path),
                 fix="give the file, or remove the copies that do not belong to the model",
             )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.core.adapter import Adapter, Card
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, bullets
 from veneer.files.safetensors import strict_json
 
 CARD_FILE = "veneer.json"
@@ -89,8 +89,9 @@ def read_card(folder: str | Path) -> CardFile:
             else:
                 setattr(card, f.name, raw[f.name])
     if problems:
-        shown = "\n".join(f"  - {p}" for p in problems)
-        raise AdapterError(f"the card cannot be read:\n{shown}", where=where, fix="correct it, or delete it")
+        raise AdapterError(
+            f"the card cannot be read:\n{bullets(problems, None)}", where=where, fix="correct it, or delete it"
+        )
     card.alpha = float(card.alpha)
     card.extra = {**card.extra, **{key: raw[key] for key in unknown}}
     return CardFile(card, digest, dict(files), unknown)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair, alpha_of
 from veneer.core.rounding import DTYPES
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, bullets
 from veneer.files.atomic import Staged, atomic_write
 from veneer.files.gguf import read_gguf_file
 from veneer.files.hashes import Hashes, hashes, sealed
@@ -330,7 +330,7 @@ def _raise(refused: Refusals, to: str, meant: Adapter) -> None:
 
 def _compare(meant: Adapter, back: Adapter, to: str) -> None:
     if problems := differences(meant, back):
-        shown = "\n".join(f"  - {p}" for p in problems)
+        shown = bullets(problems, None)
         raise AdapterError(f"written as {to}, the adapter would not come back the same; nothing was written:\n{shown}")
 
 
@@ -338,8 +338,9 @@ def _reach(meant: Adapter, tensors: Mapping[str, Tensor], to: str, family: Famil
     modules = {*leaves_of(meant), *meant.token_rows}
     owners = {n.rpartition(".")[0] if n in meant.pairs and meant.pairs[n].kind == "experts" else n for n in modules}
     if problems := unreachable(owners, tensors, to, family):
-        shown = "\n".join(f"  - {p}" for p in problems)
-        raise AdapterError(f"written as {to}, it would not be loaded whole; nothing was written:\n{shown}")
+        raise AdapterError(
+            f"written as {to}, it would not be loaded whole; nothing was written:\n{bullets(problems, None)}"
+        )
 
 
 def _for_one_model(adapter: Adapter, refused: Refusals) -> Adapter:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from veneer.core.adapter import Adapter, Card, Pair, alpha_of, scale_of
-from veneer.errors import AdapterError, nearest
+from veneer.errors import AdapterError, bullets, nearest
 from veneer.files.gguf import read_gguf_file, write_gguf_file
 from veneer.formats.tensors import check_finite
 
@@ -155,9 +155,7 @@ def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
     if problems:
         heads = any("size of a head" in p for p in problems)
         raise AdapterError(
-            f"the GGUF adapter cannot be read as it is ({len(problems)} problem(s)):\n"
-            + "\n".join(f"    {p}" for p in problems[:20])
-            + (f"\n    … and {len(problems) - 20} more" if len(problems) > 20 else ""),
+            f"the GGUF adapter cannot be read as it is ({len(problems)} problem(s)):\n{bullets(problems)}",
             where=where,
             fix="give the base it was made for" if heads else None,
         )
@@ -197,7 +195,7 @@ def write_gguf(
     problems += [f"{m}: a {d.form} change {tuple(d.shape)}" for m, d in sorted(adapter.deltas.items())]
     if problems or not pairs:
         raise AdapterError(
-            "llama.cpp's adapters have no place for:\n" + "\n".join(f"    {p}" for p in problems or ["nothing at all"]),
+            f"llama.cpp's adapters have no place for:\n{bullets(problems or ['nothing at all'], None)}",
             where=str(path),
             fix="merge the adapter into the base, and convert that",
         )

@@ -188,7 +188,7 @@ def _suffixed(
             parts = write_leaf(leaf, "kohya")
         except AdapterError as error:
             for line in error.what.splitlines()[1:]:
-                refused[f"there are no tensors for {line.strip()}; merge it into the base"] += modules
+                refused[f"there are no tensors for {line.removeprefix('  - ')}; merge it into the base"] += modules
             continue
         for suffix, tensor in parts.items():
             suffix = _COMFY.get(suffix, suffix) if to == "comfyui" else suffix

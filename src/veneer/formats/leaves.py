@@ -32,7 +32,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair, PairKind, alpha_of, scale_of
 from veneer.core.forms import Delta, part_problems
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, bullets
 from veneer.formats.keys import REFUSED, ROLES
 
 MAX_RANK = 1 << 16
@@ -133,9 +133,7 @@ class _Reader:
         for name, delta in leaf.deltas.items():
             self.problems += [f"{name}: {p}" for p in part_problems(delta)]
         if self.problems:
-            raise AdapterError(
-                "tensors that cannot be read:\n" + "\n".join(f"    {p}" for p in self.problems), where=where or None
-            )
+            raise AdapterError(f"tensors that cannot be read:\n{bullets(self.problems, None)}", where=where or None)
         return leaf
 
     def _change(self, leaf: Leaf, name: str, delta: Delta) -> None:
@@ -411,7 +409,7 @@ def write_leaf(leaf: Leaf, naming: str) -> dict[str, Tensor]:
         else:
             problems.append(f"a whole new {name} {tuple(value.shape)}")
     if problems:
-        raise AdapterError(f"the {naming} naming has no tensors for:\n" + "\n".join(f"    {p}" for p in problems))
+        raise AdapterError(f"the {naming} naming has no tensors for:\n{bullets(problems, None)}")
     return out
 
 

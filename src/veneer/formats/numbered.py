@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, bullets
 from veneer.formats.metadata import json_value
 from veneer.formats.topology import Family, families
 
@@ -73,8 +73,9 @@ def _order(component: str, shapes: Sequence[tuple[int, int]], metadata: Mapping[
                 problems.append(f"{label}: {misfit}")
             else:
                 return order
-    listed = "\n".join(f"    {p}" for p in dict.fromkeys(problems))
-    raise AdapterError(f"no order of {component}'s modules fits the file:\n{listed}", where=where)
+    raise AdapterError(
+        f"no order of {component}'s modules fits the file:\n{bullets(dict.fromkeys(problems), None)}", where=where
+    )
 
 
 def _orders(family: Family, component: str, metadata: Mapping[str, str], where: str) -> list[tuple[str, list[str]]]:

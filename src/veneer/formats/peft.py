@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Card, Pair, PairKind, TokenRows, alpha_of, scale_of
 from veneer.core.forms import Delta
-from veneer.errors import AdapterError, nearest
+from veneer.errors import AdapterError, bullets, nearest
 from veneer.files.atomic import put_folder
 from veneer.files.safetensors import encode_tensors
 from veneer.formats import card as cards
@@ -151,8 +151,9 @@ def interpret(
         except cfg.PatternError as error:
             problems.append(str(error))
     if problems:
-        shown = "\n".join(f"  - {p}" for p in problems)
-        raise AdapterError(f"the adapter cannot be used as it is ({len(problems)} problem(s)):\n{shown}", where=where)
+        raise AdapterError(
+            f"the adapter cannot be used as it is ({len(problems)} problem(s)):\n{bullets(problems, None)}", where=where
+        )
     adapter = Adapter(
         reader.pairs,
         reader.modules,
@@ -829,8 +830,7 @@ def _encode(adapter: Adapter, *, base_name: str, base: BaseLike, task_type: str 
         except AdapterError as error:
             problems = [f"PEFT would not read it back: {error.what}"]
     if problems:
-        shown = "\n".join(f"  - {p}" for p in problems)
-        raise AdapterError(f"the adapter cannot be written as a PEFT folder:\n{shown}", where=where)
+        raise AdapterError(f"the adapter cannot be written as a PEFT folder:\n{bullets(problems, None)}", where=where)
     return _Encoded(config, tensors, read, notes)
 
 

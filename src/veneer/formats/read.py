@@ -21,7 +21,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.forms import Delta
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, bullets
 from veneer.formats import peft
 from veneer.formats import peft_config as cfg
 from veneer.formats.folder import CONFIG_FILE, tensor_file
@@ -347,7 +347,7 @@ def _refusal(problems: list[str], where: str, some: bool = True) -> AdapterError
         return AdapterError("no tensor of the file is an adapter's", where=where)
     partial = "`veneer adapter convert --allow-partial` (allow_partial=True) goes on with the rest and lists the others"
     return AdapterError(
-        f"the adapter cannot be read whole ({len(problems)} problem(s)):\n" + "\n".join(f"    {p}" for p in problems),
+        f"the adapter cannot be read whole ({len(problems)} problem(s)):\n{bullets(problems, None)}",
         where=where,
         fix=partial if some else None,
     )

@@ -25,7 +25,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from veneer.errors import ConfigError, nearest
+from veneer.errors import ConfigError, bullets, nearest
 
 _INDEX = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 
@@ -60,9 +60,9 @@ def parse_blocks(text: str, modules: Sequence[str]) -> dict[str, float]:
             out[module] = _block_number(number)
     if problems:
         blocks = sorted({block_of(m) for m in modules})
-        shown = "\n".join(f"  - {p}" for p in problems)
         raise ConfigError(
-            f"the strengths by block do not fit:\n{shown}", fix=f"the blocks are {', '.join(blocks[:40])}"
+            f"the strengths by block do not fit:\n{bullets(problems, None)}",
+            fix=f"the blocks are {', '.join(blocks[:40])}",
         )
     return out
 

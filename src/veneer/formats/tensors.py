@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from veneer.core.adapter import all_finite
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, bullets
 from veneer.files.pickles import read_pickle
 from veneer.files.safetensors import PICKLE_SUFFIXES, read_tensors
 
@@ -34,10 +34,10 @@ def check_finite(tensors: Mapping[str, Tensor], *, where: str | None = None) -> 
             continue
         wide = tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.float32)
         count = int((~torch.isfinite(wide)).sum())
-        bad.append(f"    {name} {tuple(tensor.shape)}: {count:,} of {tensor.numel():,} values")
+        bad.append(f"{name} {tuple(tensor.shape)}: {count:,} of {tensor.numel():,} values")
     if bad:
         raise AdapterError(
-            f"{len(bad)} tensor(s) hold NaN or infinity:\n" + "\n".join(bad),
+            f"{len(bad)} tensor(s) hold NaN or infinity:\n{bullets(bad, None)}",
             where=where,
             fix="the run that wrote them diverged; take an earlier checkpoint",
         )

@@ -14,12 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import DataError, VeneerError, nearest
+from veneer.errors import DataError, VeneerError, bullets, nearest
 from veneer.imaging.adapters import parse_use
 from veneer.imaging.make import Ask
 
 _BATCH_KEYS = ("prompt", "adapters", "seed", "negative")
-_MOST_SHOWN = 20
 
 
 def read_batch(path: str | Path, shared: Ask | None = None) -> list[Ask]:
@@ -47,10 +46,8 @@ def read_batch(path: str | Path, shared: Ask | None = None) -> list[Ask]:
             else:
                 bad += [f"line {number}: {problem}" for problem in found]
     if bad:
-        shown = "\n".join(f"  - {problem}" for problem in bad[:_MOST_SHOWN])
-        more = f"\n  … and {len(bad) - _MOST_SHOWN} more" if len(bad) > _MOST_SHOWN else ""
         faults = f"{len(bad)} fault{'s' * (len(bad) > 1)}"
-        raise DataError(f"the batch has {faults}:\n{shown}{more}", where=str(path), fix=f"lines like {_EXAMPLE}")
+        raise DataError(f"the batch has {faults}:\n{bullets(bad)}", where=str(path), fix=f"lines like {_EXAMPLE}")
     if not asks:
         raise DataError("the batch has no lines", where=str(path), fix=f"a line for each picture: {_EXAMPLE}")
     return asks

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import BaseError
+from veneer.errors import BaseError, bullets
 
 _one_load = threading.RLock()
 _lock = threading.Lock()
@@ -94,10 +94,8 @@ def check_loaded(path: Path, info: Mapping[str, Any]) -> tuple[str, ...]:
     problems = [f"missing: {name}" for name in sorted(info.get("missing_keys", ()))]
     problems += [f"misshapen: {item}" for item in sorted(map(str, info.get("mismatched_keys", ())))]
     if problems:
-        shown = "\n".join(f"  - {p}" for p in problems[:20])
-        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise BaseError(
-            f"the weights do not match the config ({len(problems)} problems):\n{shown}{more}",
+            f"the weights do not match the config ({len(problems)} problems):\n{bullets(problems)}",
             where=str(path),
             fix="use config and weights of one model; a text base is a causal language model, not an encoder",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from veneer.errors import gigabytes
 from veneer.plan.memory import Memory
 from veneer.plan.plan import Plan
 
@@ -31,13 +32,13 @@ def _lines(plan: Plan) -> Iterator[str]:
     for name in given.parts:
         if any(memory.parts[name] for _, memory in columns):
             word = "CUDA context" if name == "context" and plan.device.kind == "cuda" else _WORDS[name]
-            yield f"  {word:<26}" + "".join(f"{_gb(memory.parts[name]):>12}" for _, memory in columns)
-    yield f"  {'peak':<26}" + "".join(f"{_gb(memory.peak):>12}" for _, memory in columns)
+            yield f"  {word:<26}" + "".join(f"{gigabytes(memory.parts[name]):>12}" for _, memory in columns)
+    yield f"  {'peak':<26}" + "".join(f"{gigabytes(memory.peak):>12}" for _, memory in columns)
     if plan.device.count > 1:
-        yield f"  {'of each device':<26}{_gb(plan.peak):>12}"
-    yield f"  {'may be taken':<26}{_gb(plan.room):>12}"
+        yield f"  {'of each device':<26}{gigabytes(plan.peak):>12}"
+    yield f"  {'may be taken':<26}{gigabytes(plan.room):>12}"
     if plan.keeps:
-        yield f"  {'may stay dequantised':<26}{_gb(plan.keeps):>12}   faster, in what is left over"
+        yield f"  {'may stay dequantised':<26}{gigabytes(plan.keeps):>12}   faster, in what is left over"
     if len(plan.changes) > 1:
         yield ""
         yield "also makes it fit"
@@ -53,13 +54,13 @@ def _lines(plan: Plan) -> Iterator[str]:
 def _answer(plan: Plan) -> Iterator[str]:
     where = plan.device.name if plan.device.count == 1 else f"{plan.device.count} × {plan.device.name}"
     if plan.fits:
-        yield f"It fits: {_gb(plan.peak)} of the {_gb(plan.room)} that may be taken on {where}."
+        yield f"It fits: {gigabytes(plan.peak)} of the {gigabytes(plan.room)} that may be taken on {where}."
     elif plan.changes:
         change = plan.changes[0]
-        yield f"It does not fit as given: {_gb(plan.peak)}, and {_gb(plan.room)} may be taken on {where}."
+        yield f"It does not fit as given: {gigabytes(plan.peak)}, and {gigabytes(plan.room)} may be taken on {where}."
         yield f"It fits with {change.text}."
     else:
-        yield f"It does not fit: {_gb(plan.peak)}, and {_gb(plan.room)} may be taken on {where};"
+        yield f"It does not fit: {gigabytes(plan.peak)}, and {gigabytes(plan.room)} may be taken on {where};"
         yield "no three changes together make it fit."
     if plan.seconds is not None:
         money = "" if plan.cost is None else f", ${plan.cost:,.2f} at ${plan.device.price:g} an hour"
@@ -73,8 +74,8 @@ def _serving(plan: Plan) -> Iterator[str]:
     devices = "it" if s.devices == 1 else f"{s.devices} of them"
     yield ""
     yield f"served on {devices}, {t.together} requests at once of {t.prompt} + {t.answer} tokens"
-    beside = f"the base and {_gb(s.cache_bytes)} of keys and values"
-    yield f"  {s.adapters:,} adapters of {_gb(s.adapter_bytes)} fit beside {beside}"
+    beside = f"the base and {gigabytes(s.cache_bytes)} of keys and values"
+    yield f"  {s.adapters:,} adapters of {gigabytes(s.adapter_bytes)} fit beside {beside}"
     yield f"  {s.tokens_per_second:,.0f} tokens/s, {s.requests_per_second:,.1f} requests/s at best"
     if s.cents is not None and s.shared is not None and s.dedicated is not None:
         yield f"  {s.cents:,.2f} cents per thousand requests at full load"
@@ -90,7 +91,3 @@ def rough_duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

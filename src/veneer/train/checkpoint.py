@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.errors import AdapterError, CheckpointError, ResourceError
+from veneer.errors import AdapterError, CheckpointError, ResourceError, bullets
 from veneer.files.atomic import flush_folder, replace_file
 from veneer.files.safetensors import encode_tensors, read_tensors
 
@@ -168,7 +168,7 @@ def restore(
     differences = _differences(state["identity"], json.loads(json.dumps(dict(identity))))
     if differences:
         raise CheckpointError(
-            "the checkpoint belongs to another run:\n" + "\n".join(f"    {line}" for line in differences),
+            f"the checkpoint belongs to another run:\n{bullets(differences, None)}",
             where=str(path),
             fix="resume with the settings and data that the run began with, or choose a new output directory",
         )
@@ -353,7 +353,7 @@ def _read_into(path: Path, parameters: Mapping[str, Tensor]) -> None:
     ]
     if wrong:
         raise CheckpointError(
-            "the checkpoint's parameters are not the run's:\n" + "\n".join(f"    {line}" for line in wrong),
+            f"the checkpoint's parameters are not the run's:\n{bullets(wrong, None)}",
             where=str(path),
         )
     with torch.no_grad():

@@ -23,7 +23,7 @@ from torch import nn
 
 from veneer.core.adapter import LoraSpec
 from veneer.core.targets import Target, base_modules, full_modules, target_matches, token_embeddings
-from veneer.errors import PreflightError
+from veneer.errors import PreflightError, gigabytes
 from veneer.train.config.load import RunConfig
 from veneer.train.config.text import TrainConfig
 
@@ -141,11 +141,6 @@ def share(part: float, whole: float) -> str:
         if percent >= 1 or not part
         else f"{part:,} of {whole:,} ({percent:.2g}%)"
     )
-
-
-def gigabytes(count: float) -> str:
-    """Bytes as GB (10^9) or MB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 # --- checks that all runs share ---------------------------------------------------------------------------------------

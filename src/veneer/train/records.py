@@ -12,14 +12,13 @@ import glob
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import DataError, nearest
+from veneer.errors import DataError, bullets, nearest
 
-_MOST_SHOWN = 20
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -44,13 +43,6 @@ def read_data_files(names: Sequence[str], limit: int | None = None) -> tuple[lis
         if len(records) == before:
             raise DataError("there are no rows in this file", where=file, fix="remove it from data.train, or fill it")
     return records, files
-
-
-def bullets(lines: Iterable[str]) -> str:
-    """One line each for a message, at most 20 of them, and how many more there are."""
-    lines = list(lines)
-    more = f"\n  and {len(lines) - _MOST_SHOWN} more" if len(lines) > _MOST_SHOWN else ""
-    return "\n".join(f"  - {line}" for line in lines[:_MOST_SHOWN]) + more
 
 
 def _expand(name: str) -> list[str]:

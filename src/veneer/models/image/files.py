@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from veneer.errors import BaseError, MissingExtraError, lacks_memory
+from veneer.errors import BaseError, MissingExtraError, bullets, lacks_memory
 from veneer.files.weights import COMPONENT_STEMS, StoredTensor, component_files, file_table, stored_dtype
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.device import check_memory, choose_device, choose_dtype
@@ -739,7 +739,7 @@ def _flux_model(tensors: Mapping[str, Tensor], own: Mapping[str, Any], dtype: to
         if name in state and state[name].shape != t.shape
     ]
     if bad:
-        shown = "\n".join(f"  - {line}" for line in bad[:20]) + (f"\n  … and {len(bad) - 20} more" * (len(bad) > 20))
+        shown = bullets(bad)
         raise BaseError(f"some of its weights are not in the file ({len(bad)} faults):\n{shown}", where=where)
     # Copies: parts of a fused projection would share its memory, and all of them the file's.
     model.load_state_dict({name: state[name].to(dtype, copy=True) for name in want}, assign=True)

@@ -29,7 +29,7 @@ from typing import Any, Literal, NoReturn
 import pydantic
 import yaml
 
-from veneer.errors import ConfigError, nearest
+from veneer.errors import ConfigError, bullets, nearest
 from veneer.train.config.checks import image_problems, text_problems
 from veneer.train.config.image import PRESETS, ImageTrainConfig
 from veneer.train.config.text import TrainConfig, config_keys, sections, why
@@ -327,8 +327,7 @@ def _raise(problems: list[str], kind: _Kind) -> NoReturn:
     fix = f"docs/reference/{kind.page} lists every key"
     if len(problems) == 1:
         raise ConfigError(problems[0], fix=fix)
-    listed = "\n".join(f"  - {p}" for p in problems)
-    raise ConfigError(f"{len(problems)} things are wrong:\n{listed}", fix=fix)
+    raise ConfigError(f"{len(problems)} things are wrong:\n{bullets(problems, None)}", fix=fix)
 
 
 class _Loader(yaml.SafeLoader):

@@ -26,11 +26,11 @@ from itertools import count
 from pathlib import Path
 from typing import Literal
 
-from veneer.errors import DataError, nearest
+from veneer.errors import DataError, bullets, nearest
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.decode import SUFFIXES, UnreadablePicture, decode_picture, mask_of, read_bytes
 from veneer.train.image.near_duplicates import PerceptualHash, perceptual_hash
-from veneer.train.records import bullets, read_data_files
+from veneer.train.records import read_data_files
 
 _PLACEHOLDER = "[trigger]"
 _SAME_SHAPE = 0.01  # how far a mask's aspect ratio may be from its picture's

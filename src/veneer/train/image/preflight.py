@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from veneer.core.targets import matches_per_pattern, resolve_targets
-from veneer.errors import TargetError
+from veneer.errors import TargetError, gigabytes
 from veneer.train.config.image import PRESETS
 from veneer.train.image.batches import PlannedRow
 from veneer.train.image.checks import check_held_out, check_pictures
@@ -29,7 +29,6 @@ from veneer.train.preflight import (
     Report,
     RunSubject,
     available_memory,
-    gigabytes,
     held_memory,
     learning_rate,
     precision,

@@ -13,9 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import DataError
+from veneer.errors import DataError, bullets
 from veneer.train.config.text import DataSection
-from veneer.train.records import bullets
 from veneer.train.text.render import Rendered, Renderer
 from veneer.train.text.rows import Row
 

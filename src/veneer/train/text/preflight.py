@@ -13,7 +13,7 @@ from typing import Any
 
 from veneer.core.adapter import Adapter
 from veneer.core.targets import base_modules, expert_parameters, matches_per_pattern, resolve_targets, target_matches
-from veneer.errors import TargetError
+from veneer.errors import TargetError, gigabytes
 from veneer.plan.plan import Plan
 from veneer.plan.render import rough_duration
 from veneer.train.config.text import TrainConfig
@@ -22,7 +22,6 @@ from veneer.train.preflight import (
     Finding,
     Report,
     available_memory,
-    gigabytes,
     learning_rate,
     memory_finding,
     precision,

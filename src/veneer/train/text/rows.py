@@ -24,8 +24,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from veneer.errors import DataError, nearest
-from veneer.train.records import Record, bullets, read_data_files
+from veneer.errors import DataError, bullets, nearest
+from veneer.train.records import Record, read_data_files
 from veneer.train.split import hold_out
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
