@@ -2,8 +2,9 @@
 
     y_i = x_i / (1 − p) where hash(seed, i) ≥ p·2³², else 0
 
-On the CPU in bfloat16 one pass of a compiled kernel; elsewhere torch's generator with that seed draws the mask, another
-one. A step uses one of the two throughout, for what decides is x's dtype and device.
+The same mask on every device and in every dtype: one pass of a compiled kernel, or torch's operations on whole numbers.
+The hash is Wellons' lowbias32 of i ⊕ the seed's low word, with its high word before the second product: two seeds'
+masks are no rearrangement of each other.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from veneer.ops.choice import chosen
 
+_WORD = 0xFFFFFFFF
+_CHUNK = 1 << 20  # places that the reference works on at once: its temporaries are several times as large
+
 
 class Dropout(NamedTuple):
     """`p`: share of values dropped, below 1. `seed`: below 2⁶²."""
@@ -25,7 +29,7 @@ class Dropout(NamedTuple):
     @classmethod
     def drawn(cls, p: float) -> Dropout:
         """With a seed from torch's own generator of the CPU: who fixes or keeps its state fixes the mask."""
-        return cls(p, int(torch.randint(1 << 62, ()).item()))
+        return cls(p, int(torch.randint(1 << 62, (), device="cpu").item()))
 
     def __call__(self, x: Tensor) -> Tensor:
         """A new tensor of x's shape. The gradient of x is what this makes of the gradient of y."""
@@ -34,6 +38,17 @@ class Dropout(NamedTuple):
         if run is not None:
             y: Tensor = run(x, self.p, self.seed)
             return y
-        generator = torch.Generator(x.device).manual_seed(self.seed)
-        kept = torch.empty_like(x).bernoulli_(1 - self.p, generator=generator)
-        return kept.mul_(x).div_(1 - self.p)
+        y, flat = torch.empty_like(x), x.view(-1)
+        for start in range(0, len(flat), _CHUNK):
+            part = flat[start : start + _CHUNK]
+            y.view(-1)[start : start + _CHUNK] = (part / (1 - self.p)).where(self._kept(start, part), 0)
+        return y
+
+    def _kept(self, start: int, part: Tensor) -> Tensor:
+        """Which places stay, of those of `part` from `start` on."""
+        h = torch.arange(start, start + len(part), device=part.device).bitwise_and_(_WORD)
+        h ^= self.seed & _WORD
+        h = ((h ^ (h >> 16)) * 0x7FEB352D + (self.seed >> 32)) & _WORD
+        h = ((h ^ (h >> 15)) * 0x846CA68B) & _WORD
+        h ^= h >> 16
+        return h >= round(self.p * 2**32)

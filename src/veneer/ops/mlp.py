@@ -34,7 +34,7 @@ def _activate(x: Tensor, act: str) -> Tensor:
 
 def gated(both: Tensor, act: str) -> Tensor:
     """act(gate) ⊙ up from [gate | up]: (N, 2f) → (N, f)."""
-    run = chosen("silu_gate", both) if act == "silu" else None
+    run = chosen(f"{act}_gate", both)
     if run is not None:
         h: Tensor = run(both)
         return h
@@ -44,7 +44,7 @@ def gated(both: Tensor, act: str) -> Tensor:
 
 def _gated_backward(dh: Tensor, both: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """[d_gate | d_up] and act(gate) ⊙ up again."""
-    run = chosen("silu_gate_backward", dh, both) if act == "silu" else None
+    run = chosen(f"{act}_gate_backward", dh, both)
     if run is not None:
         made: tuple[Tensor, Tensor] = run(dh, both)
         return made

@@ -58,15 +58,14 @@ def compiled(targets: Iterable[str], whole: bool) -> list[list[object]]:
     return rows
 
 
-def compiled_elsewhere(targets: Iterable[str], whole: bool, cache: Path) -> list[list[object]]:
+def compiled_elsewhere(targets: list[str], whole: bool, cache: Path) -> list[list[object]]:
     code = (
-        f"import json; from tests.ops.cuda import test_launch as t; print(json.dumps(t.compiled({targets!r}, {whole})))"
+        f"import json; from tests.ops.cuda import test_launch as t; print(json.dumps(t.compiled({targets}, {whole})))"
     )
-    environment = {
-        **os.environ,
+    environment = os.environ | {
         "TRITON_INTERPRET": "0",
         "TRITON_CACHE_DIR": str(cache),
-        "PYTHONPATH": f"{ROOT / 'src'}",
+        "PYTHONPATH": str(ROOT / "src"),
     }
     command = [sys.executable, "-c", code]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

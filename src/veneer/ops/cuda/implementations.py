@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 
 from veneer.ops.choice import Implementation
-from veneer.ops.cuda import launch, norms
+from veneer.ops.cuda import activations, launch, loss, norms
 
 IMPLEMENTATIONS: dict[str, Implementation] = {}
 """op -> how it is done on a GPU."""
@@ -27,3 +28,27 @@ def _takes_norm(*tensors: Tensor) -> bool:
 _WANTS_NORM = f"contiguous rows of up to {_NORM_WIDTH:,} values"
 _implements("rms_norm", _takes_norm, _WANTS_NORM)(norms.rms_norm_forward)
 _implements("rms_norm_backward", _takes_norm, _WANTS_NORM)(norms.rms_norm_backward)
+
+# -- gates, activations, gains, dropout --------------------------------------------------------------------------------
+
+for _act in ("silu", "gelu", "gelu_tanh"):
+    _implements(f"{_act}_gate")(functools.partial(activations.gate_forward, act=_act))
+    _implements(f"{_act}_gate_backward")(functools.partial(activations.gate_backward, act=_act))
+_implements("geglu")(functools.partial(activations.gate_forward, act="gelu", up_first=True))
+_implements("geglu_backward")(activations.geglu_backward)
+_implements("gelu_tanh")(activations.gelu_tanh_forward)
+_implements("gelu_tanh_backward")(activations.gelu_tanh_backward)
+_implements("dropout")(activations.dropout)
+
+
+def _takes_gain(gain: Tensor, *tensors: Tensor) -> bool:
+    return gain.dtype == torch.float32 and launch.contiguous(gain, *tensors)
+
+
+_WANTS_GAIN = "a float32 gain beside contiguous tensors"
+_implements("gain", _takes_gain, _WANTS_GAIN)(activations.gain)
+_implements("gain_backward", _takes_gain, _WANTS_GAIN)(activations.gain_backward)
+
+# -- loss --------------------------------------------------------------------------------------------------------------
+
+_implements("token_nll")(loss.token_nll)

@@ -6,7 +6,7 @@
         tl.store(y + at, 2 * tl.load(x + at, mask=at < n), mask=at < n)
 
     y = torch.empty_like(x)
-    run_kernel(_double, (blocks(n, 1024),), x, y, n, BLOCK=1024)
+    run_kernel(_double, (block_count(n, 1024),), x, y, n, BLOCK=1024)
 
 A function of this folder allocates what it returns and launches; on a fake or meta tensor the launch is left out, and
 the result has the right shape. Three checks need no GPU:
@@ -47,11 +47,16 @@ KERNELS: list[Any] = []
 """Every kernel of this folder, as `kernel` made it."""
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, where there is triton. For a function that is launched; `device_function` is for their parts."""
+def kernel(function: Callable[..., Any] | None = None, *, varying: tuple[str, ...] = ()) -> Any:
+    """`triton.jit`, where there is triton. For a function that is launched; `device_function` is for their parts.
+
+    `varying`: whole numbers that are new at each launch, for whose values nothing is compiled anew."""
+    if function is None:
+        return lambda function: kernel(function, varying=varying)
     if triton is None:
         return function
-    KERNELS.append(triton.jit(function))
+    function.__dict__["varying"] = varying
+    KERNELS.append(triton.jit(function, do_not_specialize=list(varying)))
     return KERNELS[-1]
 
 
@@ -66,11 +71,15 @@ def why_missing() -> str:
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Whether kernels can run on these: all on one GPU (or, interpreted, on the CPU)."""
+    """Whether kernels can run on these: all on one GPU (or, interpreted, on the CPU), none in float64, which they would
+    round to float32."""
     if triton is None:
         return False
-    devices = {t.device for t in tensors if t is not None}
-    return len(devices) == 1 and (devices.pop().type == "cuda" or INTERPRETED)
+    given = [t for t in tensors if t is not None]
+    device = given[0].device
+    if device.type != "cuda" and not INTERPRETED:
+        return False
+    return all(t.device == device and t.dtype != torch.float64 for t in given)
 
 
 def contiguous(*tensors: Tensor | None) -> bool:
@@ -93,7 +102,7 @@ def implements(
     return put
 
 
-def blocks(n: int, block: int) -> int:
+def block_count(n: int, block: int) -> int:
     """⌈n / block⌉"""
     return -(-n // block)
 
@@ -173,6 +182,8 @@ def _launch_of(kernel: Any, arguments: tuple[Any, ...], settings: dict[str, Any]
             aligned.append(at)
         elif isinstance(value, float):
             signature[name] = "fp32"
+        elif name in kernel.fn.varying:
+            signature[name] = "i32"
         elif value == 1:  # as triton does when it launches
             signature[name], constants[name] = "constexpr", 1
         else:
