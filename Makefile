@@ -16,8 +16,9 @@ ATTACKS := tests/attack $(addprefix tests/serve/,test_whole_bad.py test_whole_ki
 AT_ONCE := -n 2 --dist loadfile
 BENCH ?= text_training
 BENCH_FLAGS ?=
+GPU_FLAGS ?=
 
-.PHONY: help quickstart image-quickstart test test-slow test-random test-peers test-gpu attack check format bench clean distclean
+.PHONY: help quickstart image-quickstart test test-slow test-random test-peers test-gpu gpu attack check format bench clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -45,6 +46,9 @@ attack: $(VENV)/.ready-dev ## every attack on real server processes: floods, kil
 
 test-gpu: $(VENV)/.ready-dev ## the same laws on a CUDA device
 	@$(RUN) -m pytest -m gpu $(TEST_FLAGS)
+
+gpu: $(VENV)/.ready-peers ## on a machine with a GPU: its tests, and every measurement, in ten minutes (GPU_FLAGS="--only train")
+	@$(RUN) benchmarks/gpu.py $(GPU_FLAGS)
 
 check: $(VENV)/.ready-dev ## formatting, lint, types
 	@$(RUN) -m ruff format --check .

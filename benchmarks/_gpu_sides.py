@@ -1,0 +1,792 @@
+"""The sides of gpu.py: what one process measures on a card, veneer's own and its peers'.
+
+A side is given a `Task` and gives back {"figures": [...], "notes": [...]}, or {"left_out": why}. Weights are random and
+made on the device, tensor by tensor, from a config alone: nothing is read, and nothing comes over the network. In a dry
+run the same lines work on sizes that a CPU does in a moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from _report import peak_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
+RANK, ALPHA, RATE = 16, 32.0, 1e-4
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Every attention of FLUX.1, which is what `adapter.targets: attention` means."""
+MIX = (0.8, 0.6, 0.5)
+LONG = 15.0
+"""Seconds after which no further step is timed."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured. `text`, `large`, `denoiser`: names of bases in the plan's table, or configs. `rows`, `length`:
+    of a micro-batch. `large_row`, `large_tokens`: tokens of a row and of a micro-batch of the large base. `picture`:
+    pixels of a side. `square`, `copied`: of the probe, rows and bytes. `requests`, `prompt`, `new`: what is served,
+    under 8 adapters and under `many`; `cache`: bytes of keys and values."""
+
+    device: str = "cuda"
+    text: Any = "meta-llama/Meta-Llama-3-8B"
+    large: Any = "meta-llama/Llama-3.1-70B"
+    denoiser: Any = "black-forest-labs/FLUX.1-dev"
+    rows: int = 2
+    length: int = 4096
+    large_row: int = 600
+    large_tokens: int = 2048
+    recomputes: bool = False
+    picture: int = 1024
+    steps: int = 6
+    square: int = 8192
+    copied: int = 1 << 31
+    requests: int = 128
+    prompt: int = 256
+    new: int = 64
+    many: int = 1000
+    cache: int = 8 << 30
+    more: dict[str, Any] = field(default_factory=dict)
+    """Of the denoiser's class, what the plan's table does not have."""
+
+
+CARD = Sizes()
+_TINY = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256, "tie_word_embeddings": False,
+    "max_position_embeddings": 256,
+}  # fmt: skip
+DRY = Sizes(
+    device="cpu", text=_TINY, large={**_TINY, "num_hidden_layers": 3}, rows=2, length=16, large_row=12,
+    large_tokens=24, recomputes=True, picture=64, steps=2, square=64, copied=1 << 16, requests=4, prompt=6, new=3,
+    many=6, cache=1 << 22,
+    denoiser={
+        "model_type": "flux", "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
+        "num_attention_heads": 2, "joint_attention_dim": 16, "pooled_projection_dim": 16, "in_channels": 16,
+        "guidance_embeds": True, "text_tokens": 8,
+    },
+    more={"axes_dims_rope": (4, 6, 6)},
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a side is told. `probe`: what the card was measured to do just before, None where that failed. `work`: a
+    folder of the run. `dry`: sizes of a dry run."""
+
+    work: str
+    dry: bool = False
+    probe: Mapping[str, float] | None = None
+
+    @property
+    def sizes(self) -> Sizes:
+        return DRY if self.dry else CARD
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measurement. `roofline`: the most that the probed card allows; `planned`: what `veneer plan` says of it, both
+    in `unit`."""
+
+    metric: str
+    value: float
+    unit: str
+    roofline: float | None = None
+    planned: float | None = None
+
+
+def _result(figures: Sequence[Figure], *notes: str) -> dict[str, Any]:
+    return {"figures": [asdict(f) for f in figures], "notes": list(notes)}
+
+
+# -- the card ----------------------------------------------------------------------------------------------------------
+
+
+def probe(task: Task) -> dict[str, Any]:
+    """The rate of one large bfloat16 product and the bandwidth of one large copy, the best of ten: the roofline."""
+    import torch
+
+    s = task.sizes
+    a, b = (torch.randn(s.square, s.square, device=s.device).bfloat16() for _ in range(2))
+    rate = 2 * s.square**3 / min(_seconds(lambda: a @ b, s.device, 10, warm=3))
+    source = torch.zeros(s.copied, dtype=torch.uint8, device=s.device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * s.copied / min(_seconds(lambda: target.copy_(source), s.device, 10, warm=3))
+    name, memory, about = "a CPU, dry run", 0, dict[str, str]()
+    if s.device == "cuda":
+        name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        about = {"compute capability": capability, "CUDA": str(torch.version.cuda), "driver": _driver()}
+    figures = [
+        Figure("bfloat16 product", rate / 1e12, "TFLOP/s"), Figure("memory bandwidth", bandwidth / 1e9, "GB/s"),
+    ]  # fmt: skip
+    card = {"card": name, "memory": f"{memory / 1e9:.1f} GB", **about}
+    return _result(figures) | {"probe": {"operations": rate, "bandwidth": bandwidth}, "card": card}
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def _seconds(run: Callable[[], Any], device: str, times: int, warm: int = 1) -> list[float]:
+    """Seconds of each of up to `times` runs, after `warm` ones; at least one however long it takes."""
+    import torch
+
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    seconds: list[float] = []
+    began = time.perf_counter()
+    for i in range(warm + times):
+        wait()
+        start = time.perf_counter()
+        run()
+        wait()
+        seconds.append(time.perf_counter() - start)
+        if i >= warm and time.perf_counter() - began > LONG:
+            break
+    return seconds[warm:]
+
+
+def _planned_for(task: Task) -> tuple[Any, Any, Any]:
+    """(the card as the plan knows it, the plan's rates for it, the probe's)."""
+    from veneer.plan.tables import Device, device_of_card
+    from veneer.plan.time import Rates, rates_of
+
+    device = Device("a dry run", "cpu", 64 << 30, 1e12, 20e9)
+    if task.sizes.device == "cuda":
+        import torch
+
+        device = device_of_card(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
+    probed = None if task.probe is None else Rates(**task.probe, source="the probe")
+    return device, rates_of(device), probed
+
+
+def _at_most(work: Any, probed: Any) -> float | None:
+    """Pieces of `work` a second that the probed card allows: its products and its bytes, whichever takes longer."""
+    if probed is None:
+        return None
+    return 1 / max(work.operations / probed.operations, work.bytes / probed.bandwidth)
+
+
+def _scaled(by: float, value: float | None) -> float | None:
+    return None if value is None else by * value
+
+
+def _peak(device: str, planned: Any) -> Figure:
+    """What was allocated at most, beside what the plan counts without context and holes of the allocator."""
+    import torch
+
+    if device == "cuda":
+        counted = planned.peak - planned.context - planned.rounding
+        return Figure("peak memory", torch.cuda.max_memory_allocated() / 1e9, "GB", planned=counted / 1e9)
+    return Figure("peak memory", peak_bytes() / 1e9, "GB", planned=planned.peak / 1e9)
+
+
+def gpu_tests(task: Task) -> dict[str, Any]:
+    """The tests marked `gpu`, in pytest's own process; in a dry run one of a file of its own."""
+    report, env = Path(task.work) / "gpu-tests.xml", dict(os.environ)
+    files = [str(f) for f in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in f.read_text(encoding="utf-8")]
+    if task.dry:
+        one = Path(task.work) / "test_dry.py"
+        one.write_text("import pytest\n\n\n@pytest.mark.gpu\ndef test_one() -> None:\n    pass\n", encoding="utf-8")
+        files = [str(one)]
+        env = {k: v for k, v in env.items() if not k.startswith("PYTEST_")} | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}", *files]
+    where = Path(task.work) if task.dry else ROOT
+    ran = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True)
+    if ran.returncode not in (0, 1) or not report.exists():
+        raise RuntimeError(f"pytest ended with {ran.returncode}:\n{ran.stdout[-2000:]}\n{ran.stderr[-1000:]}")
+    suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
+    count = {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
+    bad = [
+        f"{case.get('classname')}.{case.get('name')}: {' '.join(str(found.get('message')).split())[:200]}"
+        for case in suite.iter("testcase") for found in case if found.tag in ("failure", "error")
+    ]  # fmt: skip
+    failed = count["failures"] + count["errors"]
+    figures = [
+        Figure("passed", count["tests"] - failed - count["skipped"], "tests"), Figure("failed", failed, "tests"),
+        Figure("skipped", count["skipped"], "tests"),
+    ]  # fmt: skip
+    return _result(figures, *bad)
+
+
+# -- random bases, on the device ---------------------------------------------------------------------------------------
+
+
+def _config(base: Any) -> dict[str, Any]:
+    from veneer.plan.tables import base_config
+
+    return dict(base) if isinstance(base, dict) else base_config(base)
+
+
+def _bare_text(base: Any) -> Any:
+    """A language model with its weights on the meta device."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given = _config(base)
+    config = AutoConfig.for_model(given.pop("model_type"), **given)
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def _bare_denoiser(base: Any, more: Mapping[str, Any]) -> Any:
+    from accelerate import init_empty_weights
+    from diffusers import FluxTransformer2DModel
+
+    about = ("model_type", "encoders", "vae", "text_tokens")
+    config = {k: v for k, v in _config(base).items() if k not in about}
+    with init_empty_weights(include_buffers=False):
+        return FluxTransformer2DModel(patch_size=1, **config, **more).eval()
+
+
+def _filled(model: Any, device: str, kept_as: Callable[[str, Any], Any] = lambda name, weight: weight) -> Any:
+    """The model with random bfloat16 weights, made one by one: norms 1, biases 0, matrices normal with std 0.02.
+    `kept_as`: (parameter's name, weight) -> what is kept of it."""
+    import torch
+
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in list(model.named_parameters()):
+        weight = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+        if weight.ndim > 1:
+            weight.normal_(0, 0.02, generator=generator)
+        else:
+            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+        owner, _, key = name.rpartition(".")
+        kept = kept_as(name, weight)
+        if not isinstance(kept, torch.nn.Parameter):
+            kept = torch.nn.Parameter(kept, requires_grad=False)
+        setattr(model.get_submodule(owner), key, kept)
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = None if buffer is None else buffer.to(device)
+    return model
+
+
+def _quantiser(model: Any, kind: str | None) -> Callable[[str, Any], Any]:
+    """What `_filled` keeps of a weight where the base is to be in 4 or 8 bits."""
+    from veneer.models.quantise import quantised_weights
+    from veneer.ops.quantised import quantise
+
+    names = set(quantised_weights(model)) if kind else set()
+    return lambda name, weight: quantise(weight, str(kind)) if name in names else weight
+
+
+# -- training text -----------------------------------------------------------------------------------------------------
+
+
+def settled(plan: Any) -> tuple[Any, str]:
+    """(the load that a plan settles on for this one card, "") or (None, why there is none)."""
+    if plan.planned is None:
+        return None, f"{plan.peak / 1e9:.1f} GB are needed, and {plan.room / 1e9:.1f} GB may be taken"
+    load, device = plan.planned
+    if device.count > 1 or load.offload:
+        return None, f"on one such card it wants {plan.changes[0].text}"
+    return load, ""
+
+
+def _described(plan: Any, load: Any) -> str:
+    """What ran, in a line."""
+    changed = "" if plan.fits else f"; as the plan changes it: {', '.join(plan.changes[0].settings)}"
+    rows = f"{len(load.lengths)} × {load.longest} tokens" if hasattr(load, "lengths") else f"{load.pictures} picture"
+    kept = "made again" if load.checkpointing else "kept"
+    return f"{rows}, rank {load.rank}, {load.quantise or load.dtype}, activations {kept}{changed}"
+
+
+def _train(task: Task, base: Any, load: Any, steps: int) -> dict[str, Any]:
+    """Steps on random tokens of rows in which everything is learned, as a run takes them: fast paths, AdamW."""
+    import torch
+
+    import veneer
+    from veneer.models.text.fast import fast
+    from veneer.models.text.loss import text_loss
+    from veneer.plan.memory import text_memory
+    from veneer.plan.plan import TrainingJob, text_plan
+    from veneer.plan.shape import text_shape
+    from veneer.plan.time import text_work
+
+    where, (device, rates, probed) = task.sizes.device, _planned_for(task)
+    shape = text_shape(_config(base))
+    plan = text_plan("", shape, load, device, rates, TrainingJob(len(load.lengths), load.longest))
+    load, why = settled(plan)
+    if load is None:
+        return {"left_out": why}
+    bare = _bare_text(base)
+    model = _filled(bare, where, _quantiser(bare, load.quantise))
+    attachment = veneer.attach(model)
+    spec = veneer.LoraSpec(rank=load.rank, alpha=ALPHA, targets="all-linear")
+    attachment.add("a", veneer.create(model, spec, seed=0), trainable=True)
+    attachment.use("a")
+    parameters = list(attachment.parameters("a").values())
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
+    model.train()
+    if load.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(3, shape.vocabulary, (load.tokens,), generator=torch.Generator().manual_seed(0)).to(where)
+    trained = torch.ones(len(load.lengths), load.longest, dtype=torch.bool, device=where)
+    trained[:, 0] = False  # nothing predicts a row's first token
+    trained, count = trained.flatten(), load.tokens - len(load.lengths)
+    last = torch.zeros((), device=where)
+
+    def step() -> None:
+        nonlocal last
+        loss = text_loss(model, ids, list(load.lengths), trained) / count
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        last = loss.detach()
+
+    if where == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with fast(model, keep=8 * plan.keeps // 10) as how:  # as a run keeps them
+        one = statistics.median(_seconds(step, where, steps, warm=min(2, steps)))
+    if not torch.isfinite(last):
+        raise RuntimeError(f"the loss is {float(last)}")
+    work, memory = text_work(shape, load, device), text_memory(shape, load, device)
+    figures = [
+        Figure("training", load.tokens / one, "tokens/s", _scaled(load.tokens, _at_most(work, probed)),
+               load.tokens / rates.seconds(work)),
+        Figure("arithmetic", work.operations / one / 1e12, "TFLOP/s",
+               None if probed is None else probed.operations / 1e12, rates.operations / 1e12),
+        _peak(where, memory),
+    ]  # fmt: skip
+    return _result(figures, _described(plan, load), how.summary())
+
+
+def _load_8b(task: Task, quantise: str | None = None) -> Any:
+    from veneer.plan.memory import Load
+
+    return Load((task.sizes.length,) * task.sizes.rows, rank=RANK, quantise=quantise)
+
+
+def train(task: Task) -> dict[str, Any]:
+    return _train(task, task.sizes.text, _load_8b(task), task.sizes.steps)
+
+
+def qlora(task: Task) -> dict[str, Any]:
+    return _train(task, task.sizes.text, _load_8b(task, "nf4"), task.sizes.steps)
+
+
+def large(task: Task) -> dict[str, Any]:
+    """One step beside the first, as `veneer plan --base meta-llama/Llama-3.1-70B --rows 5000 --tokens-per-row 600`
+    settles it."""
+    from veneer.plan.memory import Load
+
+    s = task.sizes
+    load = Load.of(s.large_row, s.large_tokens, 16, rank=RANK, quantise="nf4", checkpointing=s.recomputes)
+    return _train(task, s.large, replace(load, micros=1), 1)
+
+
+def _peer_steps(task: Task, model: Any, *notes: str) -> dict[str, Any]:
+    """The same steps by a model of transformers' kind that carries its own adapter."""
+    import torch
+
+    s = task.sizes
+    vocabulary = _config(s.text)["vocab_size"]
+    ids = torch.randint(3, vocabulary, (s.rows, s.length), generator=torch.Generator().manual_seed(0)).to(s.device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
+    model.train()
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if s.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    one = statistics.median(_seconds(step, s.device, s.steps, warm=min(2, s.steps)))
+    peak = torch.cuda.max_memory_allocated() if s.device == "cuda" else peak_bytes()
+    figures = [
+        Figure("training", s.rows * s.length / one, "tokens/s"), Figure("peak memory", peak / 1e9, "GB"),
+    ]  # fmt: skip
+    return _result(figures, *notes)
+
+
+def bitsandbytes_peft(task: Task) -> dict[str, Any]:
+    """bitsandbytes' Linear4bit under PEFT's layers; activations made again where they do not fit."""
+    import bitsandbytes
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model = _bare_text(task.sizes.text)
+    blocks = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear and n != "lm_head"}
+    for name, module in blocks.items():
+        owner, _, key = name.rpartition(".")
+        four = bitsandbytes.nn.Linear4bit(
+            module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
+            device="meta",
+        )  # fmt: skip
+        setattr(model.get_submodule(owner), key, four)
+
+    def four_bits(name: str, weight: Any) -> Any:
+        if name.removesuffix(".weight") not in blocks:
+            return weight
+        return bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to(task.sizes.device)
+
+    _filled(model, task.sizes.device, four_bits)
+    model.is_loaded_in_4bit = True
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=list(LINEARS)))
+    try:
+        return _peer_steps(task, model, "activations kept")
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    return _peer_steps(task, model, "activations made again: kept, they do not fit")
+
+
+def unsloth(task: Task) -> dict[str, Any]:
+    """Unsloth by its own loader, from a checkpoint that is written first: it has no other way in."""
+    from unsloth import FastLanguageModel  # before transformers, which it changes
+
+    import torch  # isort: skip
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    s, folder = task.sizes, Path(task.work) / "unsloth"
+    plain = _filled(_bare_text(s.text), s.device)
+    plain.save_pretrained(folder)
+    words = models.WordLevel({str(i): i for i in range(plain.config.vocab_size)}, unk_token="0")
+    ends = {"bos_token": "1", "eos_token": "2", "pad_token": "0"}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **ends).save_pretrained(folder)
+    del plain
+    torch.cuda.empty_cache()
+    model, _ = FastLanguageModel.from_pretrained(str(folder), max_seq_length=s.length, load_in_4bit=True)
+    model = FastLanguageModel.get_peft_model(
+        model, r=RANK, lora_alpha=int(ALPHA), lora_dropout=0, target_modules=list(LINEARS),
+        use_gradient_checkpointing="unsloth",
+    )  # fmt: skip
+    return _peer_steps(task, model, "use_gradient_checkpointing='unsloth', as its notebooks have it")
+
+
+# -- serving -----------------------------------------------------------------------------------------------------------
+
+
+def _prompts(task: Task) -> list[tuple[int, ...]]:
+    words = _config(task.sizes.text)["vocab_size"] - 3
+    return [tuple((i * 37 + j * 11) % words + 3 for j in range(task.sizes.prompt)) for i in range(task.sizes.requests)]
+
+
+class _Numbers:
+    """What the engine needs of a tokenizer."""
+
+    def decode(self, token_ids: Any, **settings: Any) -> str:
+        return "".join(f" {int(i)}" for i in token_ids)
+
+
+def serve(task: Task) -> dict[str, Any]:
+    """Generated tokens a second, prompts' time in it: the base, 8 adapters of rank 16 on all seven projections, and
+    many of rank 8 on q and v, asked for by Zipf's law."""
+    import torch
+
+    import veneer
+    from veneer.models.text.base import TextBase
+    from veneer.plan.fit import usable_memory
+    from veneer.plan.memory import weight_bytes
+    from veneer.plan.serving import Traffic, serving
+    from veneer.plan.shape import text_shape
+    from veneer.serve.engine.engine import TextEngine
+    from veneer.serve.request import BASE, Finished, Request, Sampling
+    from veneer.serve.settings import EngineSettings
+
+    s, (device, rates, probed) = task.sizes, _planned_for(task)
+    shape = text_shape(_config(s.text))
+    model = _bare_text(s.text)
+    prompts, where = _prompts(task), torch.device(s.device)
+
+    def adapter(seed: int, rank: int, targets: Any) -> Any:
+        made = veneer.create(model, veneer.LoraSpec(rank=rank, alpha=2.0 * rank, targets=targets), seed=seed)
+        generator = torch.Generator(where).manual_seed(seed)
+        for pair in made.pairs.values():
+            pair.B = torch.empty(pair.B.shape, device=where).normal_(0, 0.005, generator=generator)
+        return made.mapped(lambda t: t.bfloat16())
+
+    # one card holds the base, keys and values, and each adapter twice: as it came and in the order of products
+    heads = shape.layers[0]
+    pairs = 2 * 8 * shape.hidden * len(shape.layers) * 4  # of rank 8 on q and v, in bfloat16, at most
+    shelves = 2 * (s.many * pairs + 8 * 8 * pairs)
+    needs = sum(weight_bytes(shape, "bfloat16", None)) + s.cache + shelves
+    if needs > usable_memory(device):
+        return {"left_out": f"about {needs / 1e9:.0f} GB are needed, and {device.memory / 1e9:.0f} GB are there"}
+    _filled(model, s.device)
+    eight = {f"{i:064x}": adapter(i, RANK, "all-linear") for i in range(8)}
+    first = adapter(100, 8, ("q_proj", "v_proj"))
+    many = {f"{100 + i:064x}": first.mapped(lambda t, i=i: t * (1 + i / s.many)) for i in range(s.many)}
+    shelf = {**eight, **many}
+    base = TextBase(
+        "random", model, _Numbers(), Path(task.work), "", torch.bfloat16, where, "as asked for",  # type: ignore[arg-type]
+        context=_config(s.text)["max_position_embeddings"],
+    )  # fmt: skip
+    settings = EngineSettings(rows=s.requests, budget=8192, cache_bytes=s.cache, adapter_bytes=2 * shelves)
+    sampling = Sampling(max_tokens=s.new, temperature=0.0, ignore_eos=True)
+
+    def rate(engine: TextEngine, digests: Sequence[str | None], times: int = 2) -> float:
+        """The best of `times`, nothing of them in the cache."""
+
+        async def answer(prompt: tuple[int, ...], digest: str | None) -> None:
+            mix = BASE if digest is None else ((digest, 1.0),)
+            async for event in engine.events(Request(prompt, sampling, mix)):
+                if isinstance(event, Finished) and event.reason != "length":
+                    raise RuntimeError(f"a request ended with {event.reason}: {event.error}")
+
+        async def all_of_them() -> None:
+            given = zip(prompts, digests, strict=False)
+            await asyncio.gather(*(answer(p, d) for p, d in given))
+
+        def run() -> None:
+            engine.cache.forget()
+            asyncio.run(all_of_them())
+
+        return min(len(prompts), len(digests)) * s.new / min(_seconds(run, s.device, times, warm=0))
+
+    def beside(metric: str, value: float, rank: int, adapters: int) -> Figure:
+        traffic = Traffic(s.prompt, s.new, s.requests, adapters)
+        said = [
+            None if r is None else serving(shape, device, r, traffic, rank=rank).tokens_per_second
+            for r in (probed, rates)
+        ]  # fmt: skip
+        return Figure(metric, value, "tokens/s", *said)
+
+    n, names = s.requests, list(eight)
+    dice = random.Random(0)
+    zipf = dice.choices(list(many), [1 / (i + 1) for i in range(s.many)], k=n)
+    with TextEngine(base, lambda digest, _: shelf[digest], settings) as engine:
+        rate(engine, [None] * min(n, 8), 1)
+        figures = [beside("base", rate(engine, [None] * n), 1, 0)]
+        under = [names[i % 8] for i in range(n)]
+        rate(engine, under[:8], 1)
+        figures.append(beside("8 adapters", rate(engine, under), RANK, 8))
+        for digest in many:
+            engine.residents.load(digest, shelf[digest])
+        figures.append(Figure(f"{s.many:,} adapters", rate(engine, zipf, 1), "tokens/s"))
+        alone = s.new / min(_seconds(lambda: rate(engine, [None], 1), s.device, 1, warm=0))
+        figures.append(Figure("one request alone", alone, "tokens/s"))
+        how = f"the engine runs {engine.runner.how}"
+    shape_of = f"{n} requests of {s.prompt} + {s.new} tokens; {heads.kv_heads} heads of keys and values"
+    return _result(figures, shape_of, how)
+
+
+def vllm(task: Task) -> dict[str, Any]:
+    """vLLM as it comes, with weights of its own dummy loader and adapters of files."""
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    s, folder = task.sizes, Path(task.work) / "vllm"
+    model = _bare_text(s.text)
+    model.config.save_pretrained(folder)
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random_matrix(*shape: int) -> Any:
+        return torch.empty(*shape, device="cuda").normal_(0, 0.005, generator=generator).bfloat16().cpu()
+
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "bias": "none"}
+    blocks = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear and n != "lm_head"}
+    for i in range(8):
+        (own := folder / f"a{i}").mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for name, m in blocks.items():
+            tensors[f"base_model.model.{name}.lora_A.weight"] = random_matrix(RANK, m.in_features)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = random_matrix(m.out_features, RANK)
+        save_file(tensors, own / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = {**about, "target_modules": list(LINEARS), "base_model_name_or_path": str(folder)}
+        (own / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    del model
+    torch.cuda.empty_cache()
+    engine = LLM(
+        str(folder), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_num_seqs=s.requests,
+        max_model_len=s.prompt + s.new + 16, enable_lora=True, max_loras=8, max_cpu_loras=8, max_lora_rank=RANK,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+    sampling = SamplingParams(max_tokens=s.new, temperature=0, ignore_eos=True, detokenize=False)
+    prompts: Any = [{"prompt_token_ids": list(p)} for p in _prompts(task)]
+    under = [LoRARequest(f"a{i % 8}", i % 8 + 1, str(folder / f"a{i % 8}")) for i in range(s.requests)]
+
+    def rate(requests: Any) -> float:
+        run = lambda: engine.generate(prompts, sampling, lora_request=requests, use_tqdm=False)  # noqa: E731
+        return s.requests * s.new / min(_seconds(run, s.device, 2, warm=1))
+
+    return _result([
+        Figure("base", rate(None), "tokens/s"), Figure("8 adapters", rate(under), "tokens/s"),
+    ], "enable_lora, its own compilation and graphs")  # fmt: skip
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def flux(task: Task) -> dict[str, Any]:
+    """A training step of rank 16 on every attention, and calls of the denoiser as drawing makes them: the base, and
+    three stacked adapters."""
+    import torch
+
+    from veneer.plan.image import ImageLoad, image_counts
+    from veneer.plan.plan import TrainingJob, image_plan
+
+    s, (device, rates, _) = task.sizes, _planned_for(task)
+    config = _config(s.denoiser)
+    load = ImageLoad(pictures=1, height=s.picture, width=s.picture, rank=RANK)
+    plan = image_plan("", config, load, device, rates, TrainingJob(1))
+    load, why = settled(plan)
+    if load is None:
+        return {"left_out": why}
+    if load.height != s.picture:
+        return {"left_out": f"pictures of {s.picture} × {s.picture} do not fit: {plan.changes[0].text}"}
+    bare = _bare_denoiser(s.denoiser, s.more)
+    model = _filled(bare, s.device, _quantiser(bare, load.quantise))
+    given = _flux_inputs(config, s.picture, s.device)
+    t = torch.full((1,), 0.5, device=s.device).bfloat16()
+
+    def call(x: Any) -> Any:
+        return model(hidden_states=x, timestep=t, return_dict=False, **given)[0]
+
+    places = (s.picture // 16) ** 2
+    clean, noise = (torch.randn(1, places, config["in_channels"], device=s.device).bfloat16() for _ in range(2))
+    counts = image_counts(config, height=s.picture, width=s.picture, rank=load.rank, cuda=s.device == "cuda")
+    trained, how = _train_flux(task, model, call, clean, noise, load, counts)
+    figures = [*trained, *_draw_flux(task, model, call, clean, counts)]
+    return _result(figures, f"{s.picture} × {s.picture}: {_described(plan, load)}", how)
+
+
+_OF_FLUX: dict[str, Any] = {"rank": RANK, "alpha": ALPHA, "targets": JOINT}
+
+
+def _train_flux(
+    task: Task, model: Any, call: Callable[[Any], Any], clean: Any, noise: Any, load: Any, counts: Any
+) -> tuple[list[Figure], str]:
+    import torch
+
+    import veneer
+    from veneer.models.image.fast import fast_denoiser
+    from veneer.plan.image import image_memory, image_work
+
+    s, (device, rates, probed) = task.sizes, _planned_for(task)
+    last = torch.zeros((), device=s.device)
+    with veneer.attach(model) as attachment:
+        attachment.add("a", veneer.create(model, veneer.LoraSpec(**_OF_FLUX), seed=0), trainable=True)
+        attachment.use("a")
+        parameters = list(attachment.parameters("a").values())
+        optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=True)
+        if load.checkpointing:
+            model.enable_gradient_checkpointing()
+        model.train()
+
+        def step() -> None:
+            nonlocal last
+            loss = (call(0.5 * clean + 0.5 * noise).float() - (noise - clean).float()).square().mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            last = loss.detach()
+
+        if s.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with fast_denoiser(model) as how:
+            one = statistics.median(_seconds(step, s.device, s.steps, warm=min(2, s.steps)))
+    if not torch.isfinite(last):
+        raise RuntimeError(f"the loss is {float(last)}")
+    work = image_work(counts, load, device)
+    figure = Figure("training", 1 / one, "steps/s", _at_most(work, probed), 1 / rates.seconds(work))
+    return [figure, _peak(s.device, image_memory(counts, load, device))], how.summary()
+
+
+def _draw_flux(task: Task, model: Any, call: Callable[[Any], Any], x: Any, counts: Any) -> list[Figure]:
+    import torch
+
+    import veneer
+    from veneer.plan.time import Work
+
+    s, (_, rates, probed) = task.sizes, _planned_for(task)
+    # a forward is half of a step's products and a third of its attention, and reads each weight once
+    forward = Work(counts.products / 2, counts.attention / 3, moved=2.0 * counts.parameters)
+    model.eval()
+    with veneer.attach(model) as attachment, torch.no_grad():
+        for i in range(len(MIX)):
+            adapter = veneer.create(model, veneer.LoraSpec(**_OF_FLUX), seed=i)
+            generator = torch.Generator(s.device).manual_seed(i)
+            for pair in adapter.pairs.values():
+                pair.B = torch.empty(pair.B.shape, device=s.device).normal_(0, 0.02, generator=generator)
+            attachment.add(f"a{i}", adapter.mapped(lambda t: t.bfloat16()))
+        rate = {}
+        for name, mix in (("base", ()), ("three adapters", [(f"a{i}", strength) for i, strength in enumerate(MIX)])):
+            attachment.use(*mix)
+            rate[name] = 1 / statistics.median(_seconds(lambda: call(x), s.device, s.steps, warm=1))
+    alone, mixed = rate.values()
+    return [
+        Figure("drawing, base", alone, "calls/s", _at_most(forward, probed), 1 / rates.seconds(forward)),
+        Figure("drawing, three adapters", mixed, "calls/s"),
+        Figure("three adapters over the base", 100 * (alone / mixed - 1), "%"),
+    ]
+
+
+def _flux_inputs(config: Mapping[str, Any], picture: int, device: str) -> dict[str, Any]:
+    """What a call of FLUX.1 for one picture takes beside latents and time."""
+    import torch
+
+    side, text = picture // 16, config["text_tokens"]
+
+    def noise(*shape: int) -> Any:
+        return torch.randn(*shape, generator=torch.Generator(device).manual_seed(1), device=device).bfloat16()
+
+    places = torch.zeros(side * side, 3, device=device)
+    places[:, 1] = torch.arange(side, device=device).repeat_interleave(side)
+    places[:, 2] = torch.arange(side, device=device).repeat(side)
+    return {
+        "encoder_hidden_states": noise(1, text, config["joint_attention_dim"]),
+        "pooled_projections": noise(1, config["pooled_projection_dim"]),
+        "guidance": torch.full((1,), 3.5, device=device).bfloat16() if config.get("guidance_embeds") else None,
+        "img_ids": places.bfloat16(),
+        "txt_ids": torch.zeros(text, 3, device=device).bfloat16(),
+    }
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Side:
+    """`limit`: seconds it may take. `needs`: the package of a peer, which may be installed in another environment."""
+
+    part: str
+    name: str
+    limit: float
+    run: Callable[[Task], dict[str, Any]]
+    needs: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"{self.part}: {self.name}"
+
+
+SIDES = [
+    Side("tests", "marked gpu", 120, gpu_tests),
+    Side("train", "veneer, Llama 3 8B, bf16", 75, train),
+    Side("qlora", "veneer, Llama 3 8B, nf4", 60, qlora),
+    Side("large", "veneer, Llama 3.1 70B, nf4", 90, large),
+    Side("serve", "veneer, Llama 3 8B", 90, serve),
+    Side("flux", "veneer, FLUX.1 dev", 75, flux),
+    Side("qlora", "bitsandbytes + PEFT", 75, bitsandbytes_peft, "bitsandbytes"),
+    Side("serve", "vLLM", 150, vllm, "vllm"),
+    Side("qlora", "Unsloth", 120, unsloth, "unsloth"),
+]
+"""In the order they run: veneer's own first, so that a slow peer costs none of them."""
+PROBE = Side("probe", "the card", 40, probe)
+PARTS = list(dict.fromkeys(side.part for side in [PROBE, *SIDES]))

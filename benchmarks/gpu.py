@@ -1,0 +1,321 @@
+"""One command for a machine with a GPU: its tests, then training, serving and pictures at real sizes, in ten minutes.
+
+    python benchmarks/gpu.py [--only PART,PART] [--minutes 10] [--out docs/gpu] [--python vllm=PATH] [--json]
+    python benchmarks/gpu.py --dry          every line of it, in a moment, on a CPU; writes nothing without --out
+
+probe    one bfloat16 product and one copy: what the card does at most, which each figure stands beside as its roofline
+tests    the tests marked `gpu`
+train    Llama 3 8B, rank 16 on all linears, bfloat16, micro-batches of 2 × 4,096 tokens, all learned
+qlora    the same over nf4; beside bitsandbytes with PEFT, and Unsloth
+large    Llama 3.1 70B in nf4, a step at the settings of `veneer plan`
+serve    Llama 3 8B, 128 requests of 256 + 64 tokens: the base, 8 adapters, 1,000; beside vLLM
+flux     FLUX.1 dev at 1,024²: a training step, and calls with three stacked adapters
+
+Weights are random, made on the card from a config alone. Each side is a process of its own with a limit of its own, one
+after another: one that fails, is not installed or takes too long is reported, and the rest goes on. Peers come last.
+Writes CARD.md and CARD.json, in which a part that was not run this time keeps what it had. `--python` names the
+environment of a peer: vllm, unsloth, bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from _gpu_sides import PARTS, PROBE, ROOT, SIDES, Side, Task
+from _report import bar, lines_of, report, row
+
+PUBLISHED = (12_473, 402)
+"""Tokens and TFLOP a second of Llama 3 8B with LoRA, micro-batches of 2 × 4,096 tokens, on one H100: what NVIDIA
+publishes for NeMo AutoModel, not measured by us."""
+OVER_UNSLOTH = 1.2
+MARK = "RESULT "
+LEAST = 5.0
+"""Seconds that have to be left for a side to be begun."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a side. `status`: ran, or in two words why not: failed, timed out, not installed, does not fit, no
+    time left, left out of a dry run; `why` has the rest. `more`: what the probe found. `at`: when, `command`: of the
+    whole run."""
+
+    status: str
+    seconds: float = 0.0
+    why: str = ""
+    figures: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    more: dict[str, Any] = field(default_factory=dict)
+    at: str = ""
+    command: str = ""
+
+    @property
+    def bad(self) -> bool:
+        return self.status in ("failed", "timed out")
+
+    def value(self, metric: str) -> float | None:
+        return next((f["value"] for f in self.figures if f["metric"] == metric), None)
+
+
+def outcome_of(result: Mapping[str, Any], seconds: float) -> Outcome:
+    if "left_out" in result:
+        return Outcome("does not fit", seconds, result["left_out"])
+    more = {k: v for k, v in result.items() if k not in ("figures", "notes")}
+    return Outcome("ran", seconds, "", list(result["figures"]), list(result["notes"]), more)
+
+
+# -- a side in a process of its own ------------------------------------------------------------------------------------
+
+
+def watched(command: Sequence[str], limit: float, work: Path) -> Outcome:
+    """Run a side's command for at most `limit` seconds; then it ends with all that it started."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    out, err = work / "out.txt", work / "err.txt"  # files: a pipe would wait for whoever still holds it
+    start = time.monotonic()
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        process = subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr, start_new_session=True)
+        code: int | None = None
+        try:
+            code = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if process.returncode is None:  # out of time, or stopped from the keyboard
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    seconds = time.monotonic() - start
+    said, wrong = (f.read_text(encoding="utf-8", errors="replace") for f in (out, err))
+    if code is None:
+        return Outcome("timed out", seconds, f"after {limit:.0f} s; its last words: {_tail(wrong)}")
+    found = [line for line in said.splitlines() if line.startswith(MARK)]
+    if code or not found:
+        return Outcome("failed", seconds, f"exit code {code}: {_tail(wrong or said)}")
+    return outcome_of(json.loads(found[-1].removeprefix(MARK)), seconds)
+
+
+def _tail(text: str) -> str:
+    return text.strip()[-1500:] or "nothing"
+
+
+def in_a_process(pythons: Mapping[str, str]) -> Callable[[Side, Task, float], Outcome]:
+    """How sides are run. `pythons`: package of a peer -> the interpreter of its environment."""
+
+    def launch(side: Side, task: Task, limit: float) -> Outcome:
+        python = pythons.get(side.needs, sys.executable)
+        if side.needs:
+            looks = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({side.needs!r}) is None)"
+            try:
+                there = subprocess.run([python, "-c", looks], capture_output=True, timeout=60).returncode == 0
+            except (OSError, subprocess.SubprocessError) as error:
+                return Outcome("not installed", why=f"{python} does not run: {error}")
+            if not there:
+                return Outcome("not installed", why=f"{python} has no {side.needs}")
+        given = json.dumps([side.key, asdict(task)])
+        return watched([python, "-W", "ignore", str(Path(__file__).resolve()), "--side", given], limit, Path(task.work))
+
+    return launch
+
+
+def run(
+    sides: Iterable[Side], launch: Callable[[Side, Task, float], Outcome], work: Path, *, dry: bool, minutes: float,
+    command: str, say: Callable[[str], None],
+) -> dict[str, Outcome]:  # fmt: skip
+    """Every side's outcome, by its key; the probe's first. Whatever becomes of one, the others have their turn."""
+    end = time.monotonic() + 60 * minutes
+    done: dict[str, Outcome] = {}
+    probe = None
+    for side in [PROBE, *sides]:
+        left = end - time.monotonic()
+        if dry and side.needs:
+            outcome = Outcome("left out of a dry run")
+        elif left < LEAST:
+            outcome = Outcome("no time left", why=f"{minutes:g} minutes were given")
+        else:
+            outcome = launch(side, Task(str(work), dry, probe), min(side.limit, left))
+        if side is PROBE:
+            probe = outcome.more.get("probe")
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+        done[side.key] = Outcome(**{**vars(outcome), "at": now, "command": command})
+        told = ", ".join(f"{f['metric']} {f['value']:,.4g} {f['unit']}" for f in outcome.figures) or outcome.why
+        say(f"{side.key}: {outcome.status}, {outcome.seconds:.0f} s{told and f': {told}'}")
+    return done
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def result_of(done: Mapping[str, Outcome], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The report that every benchmark prints, and under "sides" everything of each, for the page and the next run."""
+    rows = []
+    for key, outcome in done.items():
+        for f in outcome.figures:
+            rows.append(row(key, f["metric"], f["value"], f["unit"]))
+            rows += [row(key, f"{f['metric']}: {k}", f[k], f["unit"]) for k in ("roofline", "planned") if f[k]]
+    return {**report(rows, bars_of(done, str(about.get("card", ""))), dict(about)),
+            "sides": {key: asdict(outcome) for key, outcome in done.items()}}  # fmt: skip
+
+
+def bars_of(done: Mapping[str, Outcome], card: str) -> list[dict[str, Any]]:
+    """What was wanted of what ran; the published figure is one H100's, and is asked of such a card alone."""
+
+    def value(part: str, name: str, metric: str) -> float | None:
+        return next((o.value(metric) for k, o in done.items() if k.startswith(f"{part}: {name}")), None)
+
+    bars = []
+    failed = value("tests", "", "failed")
+    if failed is not None:
+        bars.append(bar("gpu tests that fail", 0, failed, at_least=False))
+    mine = value("train", "veneer", "training")
+    if mine is not None and "H100" in card:
+        bars.append(bar("Llama 3 8B, bf16, tokens/s (NeMo AutoModel's as published)", PUBLISHED[0], mine))
+    for part, peer, metric, wanted in (
+        ("qlora", "Unsloth", "training", OVER_UNSLOTH),
+        ("serve", "vLLM", "8 adapters", 1.0),
+    ):
+        mine, theirs = value(part, "veneer", metric), value(part, peer, metric)
+        if mine is not None and theirs:
+            bars.append(bar(f"{metric} over {peer}'s", wanted, mine / theirs))
+    return bars
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """CARD.md: what was measured, beside the most that the card allows and what the plan said."""
+    machine, sides = result["machine"], {k: Outcome(**v) for k, v in result["sides"].items()}
+    lines = [f"# {machine.get('card', 'a card')}", "", "[What this is, and how to read it](../how-to/gpu.md).", ""]
+    lines += ["| part | what | measured | at most | of it | planned | measured over planned |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for key, outcome in sides.items():
+        for f in outcome.figures:
+            value, most, said = f["value"], f["roofline"], f["planned"]
+            cells = [
+                key,
+                f["metric"],
+                f"{_number(value)} {f['unit']}",
+                _number(most),
+                f"{value / most:.0%}" if most else "",
+            ]
+            cells += [_number(said), f"{value / said:.2f}" if said else ""]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"| published: NVIDIA NeMo AutoModel, one H100 | training | {PUBLISHED[0]:,} tokens/s | | | | |"]
+    lines += [f"| | arithmetic | {PUBLISHED[1]} TFLOP/s | | | | |", ""]
+    if result["bars"]:
+        lines += ["| wanted | | got | |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| {b['name']} | {b['want']} | {b['got']} | {'met' if b['ok'] else '**missed**'} |" for b in result["bars"]
+        ]
+        lines.append("")
+    lines += ["## What ran, and what did not", "", "| side | | seconds | when | |", "| --- | --- | --- | --- | --- |"]
+    for key, outcome in sides.items():
+        text = _cell("; ".join(outcome.notes) or outcome.why)
+        lines.append(f"| {key} | {outcome.status} | {outcome.seconds:.0f} | {outcome.at} | {text} |")
+    lines += ["", "## With what", ""]
+    lines += [f"- {name}: {value}" for name, value in machine.items() if name != "card"]
+    lines += [f"- command: `{command}`" for command in dict.fromkeys(o.command for o in sides.values())]
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "/").split())[:400]
+
+
+def slug(card: str) -> str:
+    """NVIDIA H100 80GB HBM3 -> nvidia-h100-80gb-hbm3"""
+    return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-") or "card"
+
+
+def written(result: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Writes CARD.md and CARD.json; returns the page and the result with what earlier runs had of other parts."""
+    card = str(result["machine"].get("card", "card"))
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{slug(card)}.json"
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        sides = {**before["sides"], **result["sides"]}
+        done = {key: Outcome(**values) for key, values in sides.items()}
+        result = result_of(done, {**before["machine"], **result["machine"]})
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (where := file.with_suffix(".md")).write_text(page(result), encoding="utf-8")
+    return where, result
+
+
+def about_of(done: Mapping[str, Outcome]) -> dict[str, Any]:
+    """The card, as the probe found it; the commit and the packages that count on one."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    commit, packages = "", {}
+    with suppress(OSError):  # without git
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    for name in ("triton", "diffusers", "bitsandbytes", "unsloth", "vllm"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    card = done[PROBE.key].more.get("card", {"card": "a card that could not be probed"})
+    return {**card, "commit": commit or "unknown", **packages}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), metavar="PART,PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all of it; what is left decides (%(default)s)")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU, no peers: does it run, not how fast")
+    parser.add_argument("--out", type=Path, help="where CARD.md goes (docs/gpu)")
+    parser.add_argument("--python", action="append", default=[], metavar="PEER=PATH", help="a peer's environment")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.side:
+        key, task = json.loads(args.side)
+        side = next(s for s in [PROBE, *SIDES] if s.key == key)
+        print(MARK + json.dumps(side.run(Task(**task))))
+        return 0
+    wanted = args.only.split(",")
+    if unknown := [p for p in wanted if p not in PARTS]:
+        parser.error(f"--only has no {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if not args.dry and not _has_a_card():
+        parser.error("there is no CUDA device here; --dry tries every line on the CPU")
+    pythons = dict(each.split("=", 1) for each in args.python if "=" in each)
+    command = " ".join(["benchmarks/gpu.py", *(sys.argv[1:] if arguments is None else arguments)])
+    with tempfile.TemporaryDirectory() as folder:
+        done = run(
+            [s for s in SIDES if s.part in wanted], in_a_process(pythons), Path(folder), dry=args.dry,
+            minutes=args.minutes, command=command, say=lambda line: print(line, file=sys.stderr, flush=True),
+        )  # fmt: skip
+    result = result_of(done, about_of(done))
+    out = args.out or (None if args.dry else ROOT / "docs" / "gpu")
+    if out is not None:
+        where, result = written(result, out)
+        print(f"written: {where}", file=sys.stderr)
+    print(json.dumps(result) if args.json else "\n".join(lines_of(result)) if out is not None else page(result))
+    return int(any(done[s.key].bad for s in [PROBE, *SIDES] if s.key in done and not s.needs))
+
+
+def _has_a_card() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""`make gpu`, tried where there is no GPU: every line of veneer's own sides, the limits, what fails, and the page.
+
+No peer runs here, nothing is timed, and nothing is asked of the processor: what a side says when it fails is what the
+assertion prints.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from veneer.plan.memory import Load
+from veneer.plan.plan import TrainingJob, text_plan
+from veneer.plan.shape import text_shape
+from veneer.plan.tables import base_config, device_named
+from veneer.plan.time import rates_of
+
+ROOT = Path(__file__).resolve().parents[2]
+FIGURE = {"metric": "training", "value": 100.0, "unit": "tokens/s", "roofline": 400.0, "planned": 80.0}
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks" / "gpu.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, "gpu_benchmark", module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def run(gpu: Any, sides: Any, launch: Any, work: Path, minutes: float = 10.0, dry: bool = False) -> dict[str, Any]:
+    found: dict[str, Any] = gpu.run(
+        sides, launch, work, dry=dry, minutes=minutes, command="the command", say=lambda line: None
+    )
+    return found
+
+
+def ran(gpu: Any, value: float = 100.0, metric: str = "training") -> Any:
+    return gpu.Outcome("ran", 1.0, figures=[{**FIGURE, "metric": metric, "value": value}])
+
+
+# -- every side, in this process: importing everything in one for each would be most of the time ----------------------
+
+
+@pytest.fixture(scope="module")
+def dry(gpu: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    def here(side: Any, task: Any, limit: float) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # as a side's own process runs
+                return gpu.outcome_of(json.loads(json.dumps(side.run(task))), 0.0)
+        except Exception:
+            return gpu.Outcome("failed", why=traceback.format_exc())
+
+    return run(gpu, gpu.SIDES, here, tmp_path_factory.mktemp("dry"), dry=True)
+
+
+def test_every_side_of_ours_runs_and_no_peer_does(gpu: Any, dry: dict[str, Any]) -> None:
+    for side in [gpu.PROBE, *gpu.SIDES]:
+        outcome = dry[side.key]
+        assert outcome.status == ("left out of a dry run" if side.needs else "ran"), outcome.why
+    for part in gpu.PARTS:
+        values = [f["value"] for key, o in dry.items() if key.startswith(f"{part}:") for f in o.figures]
+        assert values, part
+        assert all(isinstance(v, int | float) for v in values), values
+
+
+def test_each_speed_stands_beside_what_the_card_allows_and_what_the_plan_says(dry: dict[str, Any]) -> None:
+    for key, metric in {
+        "train": "training", "qlora": "training", "large": "training", "serve": "8 adapters", "flux": "training",
+    }.items():  # fmt: skip
+        figures = next(o.figures for k, o in dry.items() if k.startswith(f"{key}: veneer"))
+        speed = next(f for f in figures if f["metric"] == metric)
+        assert speed["value"] > 0
+        assert speed["roofline"] > 0
+        assert speed["planned"] > 0
+
+
+def test_the_page_says_what_was_measured_with_what_and_by_which_command(gpu: Any, dry: dict[str, Any]) -> None:
+    result = gpu.result_of(dry, gpu.about_of(dry))
+    assert set(result) == {"machine", "rows", "bars", "sides"}
+    assert all(set(r) == {"name", "metric", "value", "unit"} for r in result["rows"])
+    assert list(gpu.lines_of(result))
+    page = gpu.page(json.loads(json.dumps(result)))
+    assert page.startswith("# a CPU, dry run\n")
+    for text in ("| train: veneer, Llama 3 8B, bf16 | training |", "12,473 tokens/s", "- torch: ", "`the command`"):
+        assert text in page
+    for line in page.splitlines():
+        assert "None" not in line or "| failed |" in line
+
+
+# -- limits and failures -----------------------------------------------------------------------------------------------
+
+
+def test_one_that_fails_costs_the_others_nothing(gpu: Any, tmp_path: Path) -> None:
+    def launch(side: Any, task: Any, limit: float) -> Any:
+        return gpu.Outcome("failed", 1.0, "exit code 1: it | broke\nhere") if side.part == "train" else ran(gpu)
+
+    done = run(gpu, gpu.SIDES, launch, tmp_path)
+    assert [key for key, o in done.items() if o.bad] == ["train: veneer, Llama 3 8B, bf16"]
+    assert {o.status for key, o in done.items() if not key.startswith("train")} == {"ran"}
+    page = gpu.page(gpu.result_of(done, {"card": "a card"}))
+    assert re.search(r"^\| train: veneer.* \| failed \| 1 \| .* \| exit code 1: it / broke here \|$", page, flags=re.M)
+
+
+def test_no_side_has_more_than_its_limit_or_than_is_left(gpu: Any, tmp_path: Path) -> None:
+    limits = {}
+
+    def launch(side: Any, task: Any, limit: float) -> Any:
+        limits[side.key] = limit
+        return ran(gpu)
+
+    run(gpu, gpu.SIDES, launch, tmp_path)
+    assert limits == {side.key: side.limit for side in [gpu.PROBE, *gpu.SIDES]}
+    run(gpu, gpu.SIDES, launch, tmp_path, minutes=0.5)
+    assert max(limits.values()) <= 30
+    done = run(gpu, gpu.SIDES, launch, tmp_path, minutes=0)
+    assert {o.status for o in done.values()} == {"no time left"}
+    own = [side for side in gpu.SIDES if not side.needs]
+    assert sum(side.limit for side in [gpu.PROBE, *own]) <= 600
+    assert gpu.SIDES[: len(own)] == own  # peers come last
+
+
+def test_the_probe_is_what_others_are_held_against(gpu: Any, tmp_path: Path) -> None:
+    told = {}
+
+    def launch(side: Any, task: Any, limit: float) -> Any:
+        told[side.key] = task.probe
+        return replace(ran(gpu), more={"probe": {"operations": 4e14, "bandwidth": 3e12}})
+
+    run(gpu, gpu.SIDES[:1], launch, tmp_path)
+    assert told == {"probe: the card": None, "tests: marked gpu": {"operations": 4e14, "bandwidth": 3e12}}
+
+
+def test_a_process_says_its_result_or_why_there_is_none(gpu: Any, tmp_path: Path) -> None:
+    def watched(code: str, limit: float = 100.0) -> Any:
+        return gpu.watched([sys.executable, "-S", "-c", code], limit, tmp_path)
+
+    result = {"figures": [FIGURE], "notes": ["a note"], "card": {"card": "X"}}
+    good = watched(f"print('words'); print('RESULT ' + {json.dumps(json.dumps(result))}); print('more words')")
+    assert (good.status, good.figures, good.notes, good.more) == ("ran", [FIGURE], ["a note"], {"card": {"card": "X"}})
+    out = watched('print(\'RESULT {"left_out": "too large"}\')')
+    assert (out.status, out.why) == ("does not fit", "too large")
+    bad = watched("raise SystemExit('no such card')")
+    assert (bad.status, bad.why) == ("failed", "exit code 1: no such card")
+    silent = watched("print('words')")
+    assert (silent.status, silent.why) == ("failed", "exit code 0: words")
+    late = watched("import time; time.sleep(600)", 0.2)
+    assert late.status == "timed out"
+    assert late.bad
+
+
+def test_a_peer_that_is_not_there_is_told_as_that(gpu: Any, tmp_path: Path) -> None:
+    peer = gpu.Side("qlora", "nobody", 60, lambda task: {}, "no_such_package")
+    outcome = gpu.in_a_process({})(peer, gpu.Task(str(tmp_path)), 60)
+    assert (outcome.status, outcome.why) == ("not installed", f"{sys.executable} has no no_such_package")
+    missing = str(tmp_path / "python")
+    outcome = gpu.in_a_process({"no_such_package": missing})(peer, gpu.Task(str(tmp_path)), 60)
+    assert outcome.status == "not installed"
+    assert missing in outcome.why
+
+
+def test_the_whole_command_with_a_side_in_its_own_process(gpu: Any, tmp_path: Path, capfd: Any) -> None:
+    code = gpu.main(["--dry", "--only", "probe", "--out", str(tmp_path), "--json"])
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    assert json.loads(out)["sides"]["probe: the card"]["status"] == "ran"
+    assert {f.name for f in tmp_path.iterdir()} == {"a-cpu-dry-run.md", "a-cpu-dry-run.json"}
+    with pytest.raises(SystemExit):
+        gpu.main(["--only", "training"])
+    assert "--only has no training; there are probe, tests, train, qlora, large" in capfd.readouterr().err
+
+
+# -- what is wanted, and what is kept ----------------------------------------------------------------------------------
+
+
+def test_bars_are_of_what_ran(gpu: Any) -> None:
+    done = {
+        "tests: marked gpu": ran(gpu, 0, "failed"), "train: veneer, Llama 3 8B, bf16": ran(gpu, 13_000),
+        "qlora: veneer, Llama 3 8B, nf4": ran(gpu, 9000), "qlora: Unsloth": ran(gpu, 8000),
+        "serve: veneer, Llama 3 8B": ran(gpu, 5000, "8 adapters"), "serve: vLLM": gpu.Outcome("not installed"),
+    }  # fmt: skip
+    bars = {b["name"]: (b["want"], b["ok"]) for b in gpu.bars_of(done, "NVIDIA H100 80GB HBM3")}
+    assert bars == {
+        "gpu tests that fail": ("≤ 0", True),
+        "Llama 3 8B, bf16, tokens/s (NeMo AutoModel's as published)": ("≥ 1.25e+04", True),
+        "training over Unsloth's": ("≥ 1.2", False),
+    }
+    done["serve: vLLM"] = ran(gpu, 4000, "8 adapters")
+    bars = {b["name"]: b["ok"] for b in gpu.bars_of(done, "NVIDIA L4")}
+    assert bars == {"gpu tests that fail": True, "training over Unsloth's": False, "8 adapters over vLLM's": True}
+
+
+def test_a_part_that_was_not_run_again_keeps_what_it_had(gpu: Any, tmp_path: Path) -> None:
+    about = {"card": "NVIDIA X 80GB"}
+    gpu.written(gpu.result_of({"train: veneer": ran(gpu, 1), "flux: veneer": ran(gpu, 2)}, about), tmp_path)
+    where, result = gpu.written(gpu.result_of({"flux: veneer": ran(gpu, 3)}, about), tmp_path)
+    assert where.name == "nvidia-x-80gb.md"
+    values = {key: side["figures"][0]["value"] for key, side in result["sides"].items()}
+    assert values == {"train: veneer": 1, "flux: veneer": 3}
+    assert json.loads(where.with_suffix(".json").read_text(encoding="utf-8")) == json.loads(json.dumps(result))
+    assert where.read_text(encoding="utf-8") == gpu.page(result)
+
+
+# -- the plan's settings -----------------------------------------------------------------------------------------------
+
+
+def plan_of(base: str, card: str, load: Load) -> Any:
+    device = device_named(card)
+    return text_plan("", text_shape(base_config(base)), load, device, rates_of(device), TrainingJob(1))
+
+
+def test_what_runs_is_what_the_plan_settles_on(gpu: Any) -> None:
+    sides = sys.modules["_gpu_sides"]
+    s = sides.CARD
+    load = Load((s.length,) * s.rows)
+    settled, why = sides.settled(plan_of(s.text, "h100-80gb", load))
+    assert (settled, why) == (load, "")
+    seventy = Load.of(s.large_row, s.large_tokens, 16, quantise="nf4")
+    assert sides.settled(plan_of(s.large, "h100-80gb", seventy)) == (seventy, "")
+    changed = plan_of(s.text, "rtx-4090", load)
+    settled, why = sides.settled(changed)
+    assert (settled is None) == bool(why)
+    none, why = sides.settled(plan_of(s.large, "rtx-4090", seventy))
+    assert none is None
+    assert "GB" in why
+
+
+# -- what a person types -----------------------------------------------------------------------------------------------
+
+
+def test_the_makefile_and_the_page_know_every_part(gpu: Any) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(
+        r"^gpu: \$\(VENV\)/\.ready-peers ## .+\n\t@\$\(RUN\) benchmarks/gpu\.py \$\(GPU_FLAGS\)$", makefile, re.M
+    )
+    assert re.search(r"^\.PHONY:.* gpu ", makefile, re.M)
+    page = (ROOT / "docs" / "how-to" / "gpu.md").read_text(encoding="utf-8")
+    for part in gpu.PARTS:
+        assert f"| `{part}` |" in page
