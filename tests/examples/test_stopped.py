@@ -1,6 +1,7 @@
 """Both quickstarts and `veneer train` stopped by Ctrl-C or SIGTERM while they train: one message, a shell's exit code.
 
-Real processes, and real signals."""
+Real processes, and real signals. Of the six, two run by default: a quickstart under SIGTERM here, and `veneer train`
+under Ctrl-C in tests/cli/test_train.py."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def text_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return roomy(tiny_base_dir(tmp_path_factory.mktemp("text")))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_the_quickstart(text_base: Path, tmp_path: Path, number: int) -> None:
     (tmp_path / "config.yaml").write_text(endless(), encoding="utf-8")
     command = [str(ROOT / "examples" / "quickstart.py"), "--base", str(text_base), "--config", "config.yaml"]
@@ -66,7 +67,8 @@ def test_the_quickstart(text_base: Path, tmp_path: Path, number: int) -> None:
     check(*stopped_after([*command, "--output", str(out)], out / "log.jsonl", number, tmp_path), number)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_image_quickstart(tmp_path: Path, number: int) -> None:
     base, out = tiny_image_base(tmp_path / "base", "flux1"), tmp_path / "run"
     command = [str(ROOT / "examples" / "image_quickstart.py"), "--base", str(base), "--output", str(out)]
@@ -75,6 +77,7 @@ def test_the_image_quickstart(tmp_path: Path, number: int) -> None:
     check(*stopped_after(command, out / "adapter" / "log.jsonl", number, tmp_path), number)
 
 
+@pytest.mark.slow
 def test_train_from_the_command_line_says_sigterm_by_its_exit_code(text_base: Path, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(endless(), encoding="utf-8")
     settings = ["config.yaml", f"base={text_base}", "output=run"]

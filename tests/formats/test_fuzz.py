@@ -144,18 +144,18 @@ def changed(tensors: dict[str, Tensor], how: list[tuple[str, int, Any]]) -> dict
 
 
 def used(path: Path, **how: Any) -> None:
-    """Read, looked at, checked, and written in every layout that is one file, and as PEFT's folder."""
+    """Read, looked at, checked, and (what of it is read) written in every layout that is one file, and as PEFT's
+    folder."""
     for action in (inspect, verify_adapter):
         with contextlib.suppress(VeneerError):
             action(str(path))
-    for partial in (False, True):
-        try:
+    reading = None
+    for partial in (True, False):
+        with contextlib.suppress(VeneerError):
             reading = read(path, allow_partial=partial, **how)
-        except VeneerError:
-            continue
-        for to in ("peft", "kohya", "comfyui", "diffusers"):
-            with contextlib.suppress(VeneerError):
-                convert.encode(reading.adapter, to, family=reading.family if to != "peft" else None)
+    for to in ("peft", "kohya", "comfyui", "diffusers") if reading else ():
+        with contextlib.suppress(VeneerError):
+            convert.encode(reading.adapter, to, family=reading.family if to != "peft" else None)
 
 
 @fuzzing

@@ -22,7 +22,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from veneer.formats.topology import DENOISERS, Family, ModulePlace, families, flat, strangers
 
@@ -267,6 +267,7 @@ def _claimed(names: Sequence[str], claim: str | None) -> list[str]:
     return [n for n in names if n == claim] or [n for n in names if claim == "sd3" and n == "sd3-large"]
 
 
+@lru_cache(maxsize=1 << 16)
 def _kind(text: str) -> str:
     return re.sub(r"\d+", "#", text)
 
@@ -348,13 +349,18 @@ def _ratio(name: str, text: str, shape: _Shape | None) -> bool | None:
 
 def _depth(family: Family, found: Iterable[tuple[ModulePlace, ...]]) -> bool:
     """Whether every run of blocks from the first one on is as long as the family's. Some blocks alone are any's."""
-    ours, theirs = (_blocks(names) for names in (family.modules, [p.module for places in found for p in places]))
-    for group, have in theirs.items():
+    ours = _family_blocks(family.name)
+    for group, have in _blocks(p.module for places in found for p in places).items():
         count = len(ours.get(group, ()))
         depths = {count, *_OTHER_DEPTHS.get(family.name, {}).get(group.partition(".")[2], ())}
         if len(have) > 1 and have == set(range(len(have))) and len(have) not in depths:
             return False
     return True
+
+
+@cache
+def _family_blocks(name: str) -> dict[str, set[int]]:
+    return _blocks(_all()[name].modules)
 
 
 def _blocks(modules: Iterable[str]) -> dict[str, set[int]]:

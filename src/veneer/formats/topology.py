@@ -36,7 +36,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain
 from types import MappingProxyType
 from typing import NamedTuple
@@ -404,11 +404,11 @@ class Family:
     modules: Mapping[str, str]
     originals: Mapping[str, tuple[ModulePlace, ...]]
 
-    @property
+    @cached_property
     def components(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name.partition(".")[0] for name in self.modules))
 
-    @property
+    @cached_property
     def denoiser(self) -> str:
         return next(c for c in self.components if c in DENOISERS)
 
