@@ -98,13 +98,17 @@ def _pair(
     rank, alpha = _rank_and_alpha(spec, target.name)
     scale = scale_of(alpha, rank, spec.rslora)
     weight = weight_of(module, target.parameter)
-    matrix = to_matrix(module, target.kind, dequantised(weight)).float()
+    drawn = spec.init not in ("pissa", "olora", "loftq")
+    if drawn and not spec.dora:  # its shape is all that is needed
+        matrix = to_matrix(module, target.kind, torch.empty(weight.shape, device="meta"))
+    else:
+        matrix = to_matrix(module, target.kind, dequantised(weight)).float()
     if spec.dora and target.kind == "experts":
         raise TargetError(
             f"DoRA is not defined for the fused experts {target.name}",
             fix="exclude them (`exclude: ['*.experts']`) or train without DoRA",
         )
-    if spec.init in ("pissa", "olora", "loftq"):
+    if not drawn:
         if rank > min(matrix.shape[-2:]):
             raise TargetError(
                 f"{spec.init} of rank {rank} on {target.name}, whose weight has rank {min(matrix.shape[-2:])} at most",

@@ -41,6 +41,10 @@ class FastReport:
     keeps: bool = False
     """Whether the last layer, after its attention, works on the tokens of `RowLayout.keep` alone."""
     active: bool = False
+    norms: dict[str, float] = field(default_factory=dict, repr=False)
+    """Kind of norm that was swapped -> what its formula adds to the weight, 0 or 1."""
+    gates: dict[str, str] = field(default_factory=dict, repr=False)
+    """Kind of MLP that was swapped -> its activation."""
 
     def summary(self) -> str:
         """One line for a person: what was swapped, and what was left as it is and why."""
@@ -104,6 +108,11 @@ def projection_of(module: nn.Module) -> LinearMap | None:
     return LinearMap(module.weight, module.bias)
 
 
+def start_of(tensor: Tensor) -> tuple[int, int]:
+    """Which storage a tensor begins in and at which element of it: where it lies, whether it has values or not."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+
+
 class Join:
     """The weights of linear modules that share an input, laid below one another in one tensor; `undo` parts them.
 
@@ -122,7 +131,7 @@ class Join:
         if len(quantised) == len(parameters):
             self.weight = stacked_rows(quantised)
             return
-        if len(modules) < 2 or quantised or len({p.data_ptr() for p in parameters}) != len(parameters):
+        if len(modules) < 2 or quantised or len({start_of(p) for p in parameters}) != len(parameters):
             return
         whole = torch.cat([p.detach() for p in parameters])
         at = 0
@@ -149,7 +158,8 @@ class Join:
                 return None
             at = 0
             for p in known:
-                if p.weight.data_ptr() != self.weight[at:].data_ptr():
+                storage, offset = start_of(p.weight)
+                if storage != start_of(self.weight)[0] or offset != at * self.weight.shape[1]:
                     return None
                 at += len(p.weight)
         return join_maps(known, self.weight)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -233,6 +233,20 @@ def _rows8(weight: Tensor) -> Rows8:
 def to_format(weight: Tensor, kind: str, double: bool) -> QuantisationFormat:
     """A float32 or bfloat16 weight in the format of `kind`; see `quantised.quantise`."""
     return _rows8(weight) if kind == "int8" else _blocks4(weight, kind, double)
+
+
+def empty_format(shape: Sequence[int], kind: str, device: torch.device) -> QuantisationFormat:
+    """What `to_format` makes, doubly, of a weight of this shape, its values not set."""
+    n, columns = math.prod(shape), shape[-1]
+    if kind == "int8":
+        codes = torch.empty(n // columns, columns, dtype=torch.int8, device=device)
+        return Rows8(tuple(shape), codes, torch.empty(n // columns, device=device))
+    blocks = -(-n // BLOCK)
+    return Blocks4(
+        kind, tuple(shape), torch.empty((n + 1) // 2, dtype=torch.uint8, device=device),
+        torch.empty(blocks, dtype=torch.uint8, device=device), torch.empty(-(-blocks // NESTED), device=device),
+        torch.empty((), device=device),
+    )  # fmt: skip
 
 
 # -- blocks of a GGUF file ---------------------------------------------------------------------------------------------

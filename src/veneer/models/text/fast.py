@@ -16,9 +16,9 @@ that share an input lie in one tensor, of which each is a view: same parameters,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from veneer.models.swap import (
     without_dropout,
 )
 from veneer.models.text.loss import padded_nll, rows_nll
-from veneer.models.text.probe import LENGTHS, OtherKind, OwnForward, gate_of, gate_parts, norm_of, short_windows
+from veneer.models.text.probe import LENGTHS, OtherKind, OwnForward, gate_of, gate_parts, norm_of, norm_parts, short_windows
 from veneer.ops.attention import RowLayout, rotary_attention, row_attention
 from veneer.ops.cpu import memory
 from veneer.ops.linear import linear
@@ -48,12 +48,15 @@ _ATTENTION = "veneer_rows"
 
 
 @contextmanager
-def fast(model: Any, *, keep: int = 0, hold: bool = True) -> Iterator[FastReport]:
+def fast(
+    model: Any, *, keep: int = 0, hold: bool = True, like: FastReport | None = None
+) -> Iterator[FastReport]:
     """Swaps what can be swapped, as the module says, for the length of the with-block. It may be entered again inside.
 
     `keep`: bytes that dequantised weights of a quantised base may take while the block lasts; the others are
     dequantised at each use. `hold`: whether a path may keep references to weights. Sharded weights come and go, so
-    there it may not: rows lie without padding, and norms, MLPs and projections are called as they are."""
+    there it may not: rows lie without padding, and norms, MLPs and projections are called as they are. `like`: what was
+    found of a model of the same kinds of modules; this one has no values to try, and is believed to be the same."""
     if (already := report_of(model)).active:
         yield already
         return
@@ -63,59 +66,75 @@ def fast(model: Any, *, keep: int = 0, hold: bool = True) -> Iterator[FastReport
         with without_dropout(model):
             undo.enter_context(marked(model, report))
             try:
-                own = OwnForward.of(model)
+                own = OwnForward.of(model) if like is None else None
             except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
                 report.left["model"] = f"its own forward over padded rows fails: {type(error).__name__}: {error}"
             else:
-                _swap(model, own, hold, report, undo)
+                _swap(model, own, hold, report, undo, like)
             if keep:
                 keep_dequantised(report, keep, undo)
         yield report
 
 
-def _swap(model: Any, own: OwnForward, hold: bool, report: FastReport, undo: ExitStack) -> None:
+def _swap(
+    model: Any, own: OwnForward | None, hold: bool, report: FastReport, undo: ExitStack, like: FastReport | None
+) -> None:
     """Modules and rows; or modules alone where rows are not the model's own; or nothing."""
     modules = [(name, module) for name, module in model.named_modules() if not isinstance(module, LoraLinear)]
     if not hold:
         report.left["every module"] = "its weights come and go"
         modules = []
     with ExitStack() as swapped:
-        _swap_norms(modules, report, swapped)
-        _swap_mlps(modules, report, swapped)
+        _swap_norms(modules, report, swapped, like)
+        _swap_mlps(modules, report, swapped, like)
         with ExitStack() as attempt:
             before = dict(report.swapped), len(report.joins)
-            problem = _swap_attention(model, modules, report, attempt) or _rows_problem(model, own)
+            problem = _swap_attention(model, modules, report, attempt) or _rows_problem(model, own, like)
             if not problem:
                 report.rows = True
                 swapped.push(attempt.pop_all())
-                _swap_last_layer(model, own, report, swapped)
+                _swap_last_layer(model, own, report, swapped, like)
         if problem:
             report.left["rows"] = problem
             report.swapped, report.joins = before[0], report.joins[: before[1]]
-            if report.swapped and (problem := own.nll_problem(_nll(model, own))):
+            problem = "" if own is None else own.nll_problem(_nll(model, own))
+            if report.swapped and problem:
                 report.left["every module"] = problem
                 report.swapped, report.joins = {}, []
                 return
         undo.push(swapped.pop_all())
 
 
+_Found = TypeVar("_Found")
+
+
+def _as(like: FastReport, found: Mapping[str, _Found], kind: str) -> _Found:
+    """What was found of this kind. Raises OtherKind with the reason why nothing was."""
+    if kind not in found:
+        raise OtherKind(like.left.get(kind, "there was none"))
+    return found[kind]
+
+
 # -- norms -------------------------------------------------------------------------------------------------------------
 
 
-def _swap_norms(modules: list[tuple[str, nn.Module]], report: FastReport, undo: ExitStack) -> None:
+def _swap_norms(
+    modules: list[tuple[str, nn.Module]], report: FastReport, undo: ExitStack, like: FastReport | None
+) -> None:
     for _, module in modules:
         kind = type(module).__name__
         if not kind.endswith("RMSNorm"):
             continue
         try:
-            weight, eps = norm_of(module)
+            plus = norm_of(module) if like is None else _as(like, like.norms, kind)
         except OtherKind as why:
             report.left[kind] = str(why)
             continue
         if any(p.requires_grad for p in module.parameters()):
             report.left[kind] = "it is trained"
             continue
-        replace_forward(module, _norm_forward(weight, eps), undo)
+        replace_forward(module, _norm_forward(*norm_parts(module, plus)), undo)
+        report.norms[kind] = plus
         report.swapped[kind] = report.swapped.get(kind, 0) + 1
 
 
@@ -129,7 +148,9 @@ def _norm_forward(weight: Tensor, eps: float) -> Callable[..., Tensor]:
 # -- gated MLPs --------------------------------------------------------------------------------------------------------
 
 
-def _swap_mlps(modules: list[tuple[str, nn.Module]], report: FastReport, undo: ExitStack) -> None:
+def _swap_mlps(
+    modules: list[tuple[str, nn.Module]], report: FastReport, undo: ExitStack, like: FastReport | None
+) -> None:
     """down(act(gate(x)) ⊙ up(x)) with gate_proj and up_proj apart, or joined in gate_up_proj."""
     for _, module in modules:
         found = gate_parts(module)
@@ -137,12 +158,13 @@ def _swap_mlps(modules: list[tuple[str, nn.Module]], report: FastReport, undo: E
             continue
         kind, (parts, last) = type(module).__name__, found
         try:
-            act = gate_of(module)
+            act = gate_of(module) if like is None else _as(like, like.gates, kind)
         except OtherKind as why:
             report.left[kind] = str(why)
             continue
         join, down = Join(parts, undo), Join([last], undo)
         replace_forward(module, _mlp_forward(type(module).forward, join, down, act), undo)
+        report.gates[kind] = act
         report.swapped[kind] = report.swapped.get(kind, 0) + 1
         report.joins += [join, down]
 
@@ -271,7 +293,9 @@ _PRE_NORM_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLay
 """h + attention(norm(h)), then h + mlp(norm(h)), and nothing else; checked on the model at hand."""
 
 
-def _swap_last_layer(model: Any, own: OwnForward, report: FastReport, undo: ExitStack) -> None:
+def _swap_last_layer(
+    model: Any, own: OwnForward | None, report: FastReport, undo: ExitStack, like: FastReport | None
+) -> None:
     """Of the last layer's output only the tokens that predict a trained one are read: with a quarter of the tokens
     trained, 63% of one layer's work falls away."""
     layers = getattr(getattr(model, "model", None), "layers", None)
@@ -284,7 +308,7 @@ def _swap_last_layer(model: Any, own: OwnForward, report: FastReport, undo: Exit
         replace_forward(layer, _kept_forward(type(layer).forward), attempt)
         report.keeps = True
         attempt.callback(setattr, report, "keeps", False)
-        if not _rows_problem(model, own):
+        if not _rows_problem(model, own, like) and (like is None or like.keeps):
             undo.push(attempt.pop_all())
 
 
@@ -314,8 +338,10 @@ def _nll(model: Any, own: OwnForward, layout: RowLayout | None = None) -> Tensor
         return padded_nll(model, own.ids, LENGTHS, own.trained)
 
 
-def _rows_problem(model: Any, own: OwnForward) -> str:
+def _rows_problem(model: Any, own: OwnForward | None, like: FastReport | None = None) -> str:
     """Why rows without padding are not what this model gives by itself; "" where they are."""
+    if like is not None or own is None:
+        return "" if like is None else like.left.get("rows", "")
     layout = RowLayout(LENGTHS, own.ids.device)
     try:
         nll = _nll(model, own, layout)

@@ -30,7 +30,7 @@ _HEAD_CHUNK = 128
 def text_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
     """Summed negative log-likelihood, float32. input_ids: (N,) with N = Σ lengths, trained: (N,) bool.
 
-    Raises ValueError if the lengths do not add up, or a row's first token is to be trained: nothing predicts it."""
+    `trained` is read by the host: on the CPU, wherever the model is, nobody waits for the device. Raises ValueError if the lengths do not add up, or a row's first token is to be trained: nothing predicts it."""
     return _text_nll(model, input_ids, lengths, trained).sum()
 
 
@@ -45,8 +45,8 @@ def _text_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
     """(M,): one for each trained token, in order."""
     if sum(lengths) != len(input_ids) or len(trained) != len(input_ids):
         raise ValueError(f"lengths add up to {sum(lengths)}, input_ids {len(input_ids)}, trained {len(trained)}")
-    starts = torch.tensor([0, *lengths[:-1]], device=trained.device).cumsum(0)
-    if trained[starts].any():
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    if trained[starts.to(trained.device)].any():
         raise ValueError("the first token of a row is marked as trained, but no token before it predicts it")
     if report_of(model).rows and not _beyond(model, lengths):
         return rows_nll(model, input_ids, lengths, trained)
@@ -68,7 +68,7 @@ def rows_nll(
     `rounded`: padding makes the tokens, and those of them whose output is wanted, one of `few_sizes`; None: where that
     pays. Real tokens come first, so neither their dropout nor anything else of them changes."""
     device = input_ids.device
-    at = trained.nonzero()[:, 0]
+    at = trained.nonzero()[:, 0].to(device, non_blocking=True)
     count = len(at)
     if rounded is None:
         rounded = layout is None and _rounds(model.get_input_embeddings().weight)
@@ -104,11 +104,11 @@ def padded_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: T
     """−log p of each trained token, (M,), by the reference: padded rows, the model's own forward, float32."""
     rows = nn.utils.rnn.pad_sequence(list(input_ids.split(list(lengths))), batch_first=True)
     wanted = nn.utils.rnn.pad_sequence(list(trained.split(list(lengths))), batch_first=True)
-    place = torch.arange(rows.shape[1], device=rows.device)
-    mask = place[None] < torch.tensor(list(lengths), device=rows.device)[:, None]
-    logits = model(input_ids=rows, attention_mask=mask.long(), use_cache=False).logits
-    at = wanted[:, 1:]
-    return F.cross_entropy(logits[:, :-1][at].float(), rows[:, 1:][at], reduction="none")
+    mask = torch.arange(rows.shape[1])[None] < torch.tensor(list(lengths))[:, None]
+    mask = mask.long().to(rows.device, non_blocking=True)
+    logits = model(input_ids=rows, attention_mask=mask, use_cache=False).logits
+    row, place = (at.to(rows.device, non_blocking=True) for at in wanted[:, 1:].nonzero(as_tuple=True))
+    return F.cross_entropy(logits[row, place].float(), rows[row, place + 1], reduction="none")
 
 
 def _head_nll(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:

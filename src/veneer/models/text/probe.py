@@ -3,7 +3,7 @@
     own = OwnForward.of(model)           before anything of the model is replaced
     own.nll_problem(nll)                 "" or which token is off, and by how much
     own.logits_problem(logits)           the same for whole rows of logits
-    norm_of(module)                      w and ε of an RMS norm  y = w ⊙ x / √(mean x² + ε), or why it is none
+    norm_of(module)                      0 or 1 of an RMS norm  y = (0 + w or 1 + w) ⊙ x / √(mean x² + ε), or why none
     gate_of(module)                      act of a gated MLP      y = down(act(gate(x)) ⊙ up(x)), or why it is none
 
 A whole model is run over a few rows of random tokens, padded, through its own forward; another way of running it may
@@ -145,9 +145,17 @@ class OtherKind(Exception):
     """Why a module is not of the kind that was asked for."""
 
 
-def norm_of(module: nn.Module) -> tuple[Tensor, float]:
-    """(w, ε), w in the dtype of the module's weight: the weight itself, or 1 + it where that is the convention and
-    fits. Raises OtherKind."""
+def norm_parts(module: nn.Module, plus: float) -> tuple[Tensor, float]:
+    """(w, ε) of an RMS norm, w in the dtype of the module's weight: the weight itself, or `plus` it."""
+    weight: Any = module.weight
+    eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    own = weight.detach()
+    return (own if not plus else (own.double() + plus).to(own.dtype)), eps
+
+
+def norm_of(module: nn.Module) -> float:
+    """What the formula of an RMS norm adds to the weight: 0, or 1 where that is the convention and 1 + w fits the
+    weight's dtype. Raises OtherKind."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float):
@@ -171,7 +179,7 @@ def norm_of(module: nn.Module) -> tuple[Tensor, float]:
             raise OtherKind("its result differs from both conventions")
         own = weight.detach()
         wide = own.double() + plus
-        scale = own if not plus else wide.to(own.dtype)
+        scale, _ = norm_parts(module, plus)
         # float32 is what such a norm itself adds 1 in; fewer bits are another weight
         if own.dtype != torch.float32 and not torch.equal(scale.double(), wide):
             raise OtherKind(f"1 + w does not fit {own.dtype}")
@@ -180,7 +188,7 @@ def norm_of(module: nn.Module) -> tuple[Tensor, float]:
         normed = x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
         if y.dtype != x.dtype or not _close(y, scale.double() * normed, 4 * torch.finfo(own.dtype).eps):
             raise OtherKind(f"in {own.dtype} its result differs")
-    return scale, eps
+    return plus
 
 
 def _called_with(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:

@@ -32,27 +32,33 @@ def build_kernels(compiler: str, sources: Sequence[Path], headers: Sequence[Path
     texts = [path.read_text() for path in (*sources, *headers, Path(__file__).parent / "selftest.py")]
     key = hashlib.sha256("\0".join([*texts, *_machine(compiler), *_FLAGS]).encode()).hexdigest()[:16]
     notes: list[str] = []
+    folder = trusted_folder(notes)
+    library, record = folder / f"native-{key}.so", folder / f"native-{key}.json"
+    for path in (library, record):
+        if path.exists() and (why := distrusted(path)):
+            notes.append(f"{path.name} was made anew: {why}")
+            library.unlink(missing_ok=True)
+            record.unlink(missing_ok=True)
+    if not library.exists():
+        record.unlink(missing_ok=True)
+        compile_kernels(compiler, sources, library)
+    if not record.exists():
+        replace_file(record, [json.dumps(left_out(library)).encode()], mode=0o600)
+    return BuiltKernels(library, json.loads(record.read_text()), notes)
+
+
+def trusted_folder(notes: list[str]) -> Path:
+    """The first folder for what is compiled that nobody else can write to; `notes` is told of those before it. Raises
+    OSError where there is none."""
     for folder in _folders():
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             notes.append(f"{folder} cannot be used ({error.strerror})")
             continue
-        if why := distrusted(folder):
-            notes.append(f"{folder} is not used: {why}")
-            continue
-        library, record = folder / f"native-{key}.so", folder / f"native-{key}.json"
-        for path in (library, record):
-            if path.exists() and (why := distrusted(path)):
-                notes.append(f"{path.name} was made anew: {why}")
-                library.unlink(missing_ok=True)
-                record.unlink(missing_ok=True)
-        if not library.exists():
-            record.unlink(missing_ok=True)
-            compile_kernels(compiler, sources, library)
-        if not record.exists():
-            replace_file(record, [json.dumps(left_out(library)).encode()], mode=0o600)
-        return BuiltKernels(library, json.loads(record.read_text()), notes)
+        if not (why := distrusted(folder)):
+            return folder
+        notes.append(f"{folder} is not used: {why}")
     raise OSError("; ".join(["there is no folder to keep them in that only you can write to", *notes]))
 
 
@@ -69,10 +75,15 @@ def distrusted(path: Path) -> str:
 
 def compile_kernels(compiler: str, sources: Sequence[Path], target: Path, more: Sequence[str] = ()) -> None:
     """Compile to `target`, which appears whole or not at all. `more`: further arguments."""
+    compile_library([compiler, *_FLAGS, *more], sources, target, ["-lm"])
+
+
+def compile_library(command: Sequence[str], sources: Sequence[Path], target: Path, links: Sequence[str]) -> None:
+    """Compile to `target`, which appears whole or not at all. `command`: the compiler and its flags."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
         subprocess.run(
-            [compiler, *_FLAGS, *more, *map(str, sources), "-o", str(made), "-lm"],
+            [*command, *map(str, sources), "-o", str(made), *links],
             capture_output=True,
             text=True,
             check=True,

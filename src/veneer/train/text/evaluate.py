@@ -197,7 +197,7 @@ def score_examples(
                 if interrupted():
                     return None
                 batch = collate([examples[i] for i in groups[number]])
-                value = loss(model, batch.input_ids.to(device), batch.lengths, batch.trained.to(device))
+                value = loss(model, batch.input_ids.to(device), batch.lengths, batch.trained)
                 if counts:
                     total += float(value)
                     trained += batch.trained_tokens

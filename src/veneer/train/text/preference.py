@@ -240,8 +240,7 @@ class Preference:
     def loss(self, batch: AnswerBatch) -> Tensor:
         """Σ loss over the items of the batch. Before `know` the reference is the policy itself, as at the start."""
         device = self.base.device
-        ids, trained = batch.input_ids.to(device), batch.trained.to(device)
-        return self.call(self._loss, ids, batch, trained)
+        return self.call(self._loss, batch.input_ids.to(device, non_blocking=True), batch, batch.trained)
 
     def _loss(self, ids: Tensor, batch: AnswerBatch, trained: Tensor) -> Tensor:
         logps = row_logps(self.base.model, ids, batch.lengths, trained)
@@ -346,8 +345,7 @@ def answer_logps(
                 if stopped := interrupted():
                     break
                 batch = collate([examples[i] for i in groups[number]])
-                ids, trained = batch.input_ids.to(base.device), batch.trained.to(base.device)
-                logps = call(row_logps, model, ids, batch.lengths, trained)
+                logps = call(row_logps, model, batch.input_ids.to(base.device), batch.lengths, batch.trained)
                 own.update(zip(groups[number], logps.tolist(), strict=True))
     finally:
         model.train(was_training)

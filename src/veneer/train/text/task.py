@@ -160,7 +160,7 @@ class TextTask(Task[TextData, RunResult]):
             model.train()
             if recompute:
                 undo.callback(model.activation_checkpointing_disable)
-                _recompute_activations(model)
+                recompute_activations(model)
             run.note(undo.enter_context(fast(model, hold=not sharded, keep=keep)).summary())
             call = call_whole
             if sharded:
@@ -220,7 +220,7 @@ class TextTask(Task[TextData, RunResult]):
                     yield f"preference.{key}", getattr(settled, key), f"what {config.preference.loss} takes"
 
 
-def _recompute_activations(model: Any) -> None:
+def recompute_activations(model: Any) -> None:
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
@@ -229,6 +229,11 @@ def _recompute_activations(model: Any) -> None:
             where="memory.activation_checkpointing",
             fix="set it to off, and batching.micro_rows lower",
         ) from error
+
+
+def batch_loss(model: Any, batch: Batch, device: torch.device, call: CallWithWeights = call_whole) -> Tensor:
+    """Σ NLL over the trained tokens of a batch, whose rows are on the CPU: the host waits for no device."""
+    return call(text_loss, model, batch.input_ids.to(device, non_blocking=True), batch.lengths, batch.trained)
 
 
 class AttachedText(AttachedTask[RunResult]):
@@ -273,7 +278,7 @@ class AttachedText(AttachedTask[RunResult]):
         device, vocabulary = self.base.device, self.base.model.get_input_embeddings().weight.shape[0]
         looked_at = loop.Micro(len(known), 0, tuple(range(len(rows))), lambda: None)
         with torch.no_grad(), without_dropout(self.base.model), loop.memory_errors(looked_at):
-            nll = self.call(text_loss, self.base.model, torch.cat(rows).to(device), lengths, known.to(device))
+            nll = self.call(text_loss, self.base.model, torch.cat(rows).to(device), lengths, known)
         mean, chance = float(nll) / int(known.sum()), math.log(vocabulary)
         if mean <= chance + _OVER_CHANCE:
             return
@@ -290,9 +295,7 @@ class AttachedText(AttachedTask[RunResult]):
         )  # fmt: skip
 
     def loss(self, batch: Batch) -> Tensor:
-        device = self.base.device
-        ids, trained = batch.input_ids.to(device), batch.trained.to(device)
-        return self.call(text_loss, self.base.model, ids, batch.lengths, trained)
+        return batch_loss(self.base.model, batch, self.base.device, self.call)
 
     def score(self, interrupted: Callable[[], bool]) -> Score | None:
         return score_examples(

@@ -1,0 +1,112 @@
+"""A language model without weights: of its config alone, on any device, "meta" or a made-up one too, and how it runs.
+
+    model = bare_text(config, dtype=torch.bfloat16, quantise="nf4", device="cuda")      as load_text would leave it
+    how = twin(config, dtype)                 what `fast` does with a small model of the same config, tried for real
+    with fast(model, like=how): …             the same on the one that has no values to try it with
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from veneer.core.targets import expert_parameters
+from veneer.errors import ConfigError
+from veneer.models.loading import loading
+from veneer.models.quantise import quantised_weights
+from veneer.models.swap import FastReport
+from veneer.models.text.fast import fast
+from veneer.ops.quantisation_formats import empty_format
+from veneer.ops.quantised import Quantised
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def config_of(fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """transformers' config of a config.json's fields: of the language part, where the model sees pictures too. Raises
+    ConfigError for a family that transformers does not know."""
+    from transformers import AutoConfig
+
+    fields = dict(fields)
+    kind = fields.pop("model_type", None)
+    fields.pop("quantization_config", None)
+    try:
+        return AutoConfig.for_model(kind, **fields).get_text_config()
+    except ValueError:
+        raise ConfigError(f"transformers knows no model family {kind!r}", where="model_type") from None
+
+
+def bare_text(
+    config: PreTrainedConfig, *, dtype: torch.dtype, device: str = "meta", quantise: str | None = None
+) -> Any:
+    """The causal language model of `config`, frozen, in eval mode, with weights that were never read.
+
+    `quantise`: the linear weights are in codes, doubly quantised, as `load_text` would make them."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with loading(), no_init_weights(), torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        for name in quantised_weights(model) if quantise else ():
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
+            code = empty_format(module.get_parameter(key).shape, quantise, torch.device(device))
+            module._parameters[key] = nn.Parameter(Quantised(code, dtype), requires_grad=False)
+    if quantise and any(expert_parameters(m) for m in model.modules()):
+        model.set_experts_implementation("eager")
+    return model.eval().requires_grad_(False)
+
+
+def twin(config: PreTrainedConfig, dtype: torch.dtype, quantise: str | None = None) -> FastReport:
+    """What `fast` swaps on a small model of this config, with random weights on the CPU, and what it leaves and why.
+
+    Small: few and narrow layers and experts, one of each kind; the rest of the config is the base's own."""
+    from transformers import AutoModelForCausalLM
+
+    small = type(config).from_dict({**config.to_dict(), **_small(config)})
+    with torch.random.fork_rng(devices=[]), loading():
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(small, dtype=dtype).eval().requires_grad_(False)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1 and "norm" in name:  # 1 + w fits no 16 bits for weights that were trained
+                    parameter.normal_(1.0, 0.3)
+        if any(expert_parameters(m) for m in model.modules()) and quantise:
+            model.set_experts_implementation("eager")
+    with fast(model) as how:
+        return how
+
+
+_NARROW = {
+    "hidden_size": 64, "intermediate_size": 48, "intermediate_size_mlp": 48, "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "vocab_size": 160, "num_local_experts": 4, "num_experts": 4, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+_PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
+
+
+def _small(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields that make `config` small."""
+    own = config.to_dict()
+    out: dict[str, Any] = {k: v for k, v in _NARROW.items() if own.get(k) is not None}
+    if own.get("num_key_value_heads") == own.get("num_attention_heads"):
+        out["num_key_value_heads"] = out["num_attention_heads"]
+    if isinstance(own.get("num_experts_per_tok"), int):
+        out["num_experts_per_tok"] = min(own["num_experts_per_tok"], 2)
+    kinds = [own[k] for k in _PER_LAYER if isinstance(own.get(k), list)]
+    # layers up to the last one that is the first of its kind
+    seen = list(zip(*kinds, strict=False)) if kinds else []
+    layers = max((seen.index(kind) + 1 for kind in set(seen)), default=2)
+    layers = max(2, layers, own.get("decoder_sparse_step") or 1, own.get("interleave_moe_layer_step") or 1)
+    out["num_hidden_layers"] = min(layers, config.num_hidden_layers)
+    for key in _PER_LAYER:
+        if isinstance(own.get(key), list):
+            out[key] = own[key][: out["num_hidden_layers"]]
+    if isinstance(own.get("moe_layers"), list):
+        out["moe_layers"] = [i for i in own["moe_layers"] if i < out["num_hidden_layers"]]
+    return out
