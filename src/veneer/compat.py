@@ -73,6 +73,7 @@ TORCH = Internals(
     ">=2.9",
     (
         "torch._disable_dynamo",
+        "torch._grouped_mm",
         "torch._softmax_backward_data",
         "torch._C._disabled_torch_function_impl",
         "torch.Tensor._make_wrapper_subclass",

@@ -13,6 +13,7 @@ from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.plan.plan import Plan
+    from veneer.plan.traced import TracedStep
 
 app = typer.Typer(add_completion=False)
 
@@ -65,6 +66,9 @@ def plan(
     together: Annotated[int, typer.Option("--together", min=1, help="Requests served at once.")] = 32,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Take short real steps here first, and keep what they show.")
+    ] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Follow a whole step on a GPU that is not there: bytes, waits, float32.")
     ] = False,
     list_: Annotated[bool, typer.Option("--list", help="The bases and GPUs that are known, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -126,7 +130,16 @@ def plan(
             made = text_plan(base, shape, load, device, rates, job, process=process, traffic=traffic)
     else:
         raise ConfigError("nothing to plan", fix=f"give a CONFIG.yaml, or {_EXAMPLE.removeprefix('Example: ')}")
-    print(json.dumps(made.to_dict()) if as_json else plan_text(made))
+    step: TracedStep | None = None
+    if trace:
+        from veneer.train.planning import base_fields, traced_plan
+
+        fields = base_config(base) if base is not None else base_fields(config, overrides or [])  # type: ignore[arg-type]
+        step = traced_plan(made, fields)
+    if as_json:
+        print(json.dumps(made.to_dict() | ({} if step is None else {"trace": step.to_dict()})))
+    else:
+        print(plan_text(made) + ("" if step is None else "\n\n" + step.text()))
 
 
 def _refuse(context: typer.Context, names: set[str], why: str) -> None:

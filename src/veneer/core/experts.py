@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.compat import TORCH
 from veneer.ops.lowrank import LowRank
 
 
@@ -75,8 +76,10 @@ class AdaptedWeight:
                 return _add(func(x, weight.weight, *rest, **kwargs), x, weight.parts, torch.matmul)
             if name in ("_grouped_mm", "grouped_mm", "grouped_mm_fallback"):
                 offsets = kwargs["offs"] if "offs" in kwargs else rest[0]
-                y = func(x, weight.weight, *rest, **kwargs)
-                return _add(y, x, weight.parts, lambda u, v: _by_expert(u, v, offsets))
+                y, parts = func(x, weight.weight, *rest, **kwargs), list(weight.parts)
+                if _has_grouped(x):  # as ops.linear has them: in the dtype of x, gradients in their own
+                    parts = [replace(p, A=p.A.to(x.dtype), B=p.B.to(x.dtype)) for p in parts]
+                return _add(y, x, parts, lambda u, v: _by_expert(u, v, offsets))
         if name in ("matmul", "bmm", "mm") and isinstance(args[0], AdaptedWeight) and isinstance(args[1], Tensor):
             return _left(func, args[0], args[1])
         dense = [a.dense() if isinstance(a, AdaptedWeight) else a for a in args]
@@ -89,7 +92,7 @@ def _add(y: Tensor, x: Tensor, parts: Sequence[LowRank], mul: Callable[[Tensor, 
     for p in parts:
         u = x.to(p.B.dtype)
         u = F.dropout(u, p.dropout) if p.dropout else u
-        out = out + mul(mul(u, p.B), p.A) * p.scale
+        out = torch.add(out, mul(mul(u, p.B), p.A), alpha=p.scale)
     return out.to(y.dtype)
 
 
@@ -102,9 +105,26 @@ def _left(product: Callable, weight: AdaptedWeight, v: Tensor) -> Tensor:
 def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Rows of x up to offsets[e] times weight[e]: the grouped product, for any rank and dtype. Rows after the last
     offset belong to no expert and give zero."""
+    if _has_grouped(x):
+        return _grouped(x, weight, offsets)
     out, start = [], 0
     for end, w in zip(offsets.tolist(), weight.unbind(0), strict=True):
         out.append(x[start:end] @ w)
         start = end
     joined: Tensor = torch.cat([*out, x.new_zeros(len(x) - start, weight.shape[-1])])
     return joined
+
+
+def _has_grouped(x: Tensor) -> bool:
+    """Whether the device has a grouped product: its host need not know how many rows an expert has."""
+    return x.device.type == "cuda" and x.dtype == torch.bfloat16
+
+
+def _grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """`_by_expert` by the device's own product, whose rows have to begin at multiples of 16 bytes: of 8 values."""
+    short, narrow = -x.shape[-1] % 8, -weight.shape[-1] % 8
+    if short or narrow:
+        x, weight = F.pad(x, (0, short)), F.pad(weight, (0, narrow, 0, short))
+    product = getattr(F, "grouped_mm", None) or TORCH("torch._grouped_mm")
+    y: Tensor = product(x, weight, offs=offsets.to(torch.int32))
+    return y[:, : y.shape[-1] - narrow] if narrow else y

@@ -47,7 +47,11 @@ class FastReport:
     """Kind of MLP that was swapped -> its activation."""
 
     def summary(self) -> str:
-        """One line for a person: what was swapped, and what was left as it is and why."""
+        """One line for a person: what was swapped, what was left as it is and why, and which CPU kernels there are."""
+        return f"{self.ways()}; {compiled.status()}"
+
+    def ways(self) -> str:
+        """What was swapped, and what was left as it is and why."""
         parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
         text = "fast paths: " + (", ".join(parts) if parts else "none")
         text += "; rows without padding" if self.rows else "; padded rows"
@@ -55,7 +59,7 @@ class FastReport:
         text += f"; {self.kept / 1e6:,.0f} MB of weights kept dequantised" if self.kept else ""
         for kind, why in sorted(self.left.items()):
             text += f"; {kind} as transformers has it ({why})"
-        return text + f"; {compiled.status()}"
+        return text
 
 
 def report_of(model: nn.Module) -> FastReport:
@@ -110,7 +114,7 @@ def projection_of(module: nn.Module) -> LinearMap | None:
 
 def start_of(tensor: Tensor) -> tuple[int, int]:
     """Which storage a tensor begins in and at which element of it: where it lies, whether it has values or not."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 class Join:

@@ -74,18 +74,20 @@ def _attention(
 ) -> Tensor:  # fmt: skip
     """What torch runs on a GPU, where a build without CUDA would take the formula: flash attention for 16 bits without
     a mask, the memory-efficient one with a mask (which has no grouped heads), the formula for the rest."""
-    aten, dim = torch.ops.aten, query.shape[-1]
-    given = query, key, value
+    aten: Any = torch.ops.aten
+    dim, given = query.shape[-1], (query, key, value)
     if query.device.type == "cuda" and query.dtype != torch.float32 and dim == value.shape[-1] and dim % 8 == 0:
         if attn_mask is None and dim <= 256:
-            out, *_ = aten._scaled_dot_product_flash_attention(*given, dropout_p, is_causal, scale=scale)
+            out: Tensor = aten._scaled_dot_product_flash_attention(*given, dropout_p, is_causal, scale=scale)[0]
             return out
         if attn_mask is not None and not enable_gqa:
             bias = attn_mask
             if bias.dtype == torch.bool:
                 bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, -torch.inf)
             bias = bias.expand(*query.shape[:2], query.shape[2], key.shape[2])
-            out, *_ = aten._scaled_dot_product_efficient_attention(*given, bias, True, dropout_p, is_causal, scale=scale)
+            out, *_ = aten._scaled_dot_product_efficient_attention(
+                *given, bias, True, dropout_p, is_causal, scale=scale
+            )
             return out
     return _own_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
@@ -94,7 +96,9 @@ def _attention(
 def _switch() -> Any:
     """The compiled function. Raises ResourceError where it cannot be had."""
     compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
-    what = "a step on CUDA cannot be traced here: this torch is built for CPUs, and what autograd asks of CUDA is missing"
+    what = (
+        "a step on CUDA cannot be traced here: this torch is built for CPUs, and what autograd asks of CUDA is missing"
+    )
     if compiler is None:
         raise ResourceError(what, fix="install a C++ compiler (g++ or clang++), or trace where torch has CUDA")
     home = Path(torch.__file__).parent

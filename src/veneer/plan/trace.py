@@ -45,7 +45,7 @@ def rounded(count: int) -> int:
 
 @dataclass
 class _Storage:
-    """One allocation. `born`, `died`: when, on the trace's clock; 0: it lives. `made_by`: the operation and the line."""
+    """One allocation. `born`, `died`: when, on the trace's clock; 0: it lives. `made_by`: operation and line."""
 
     size: int
     born: int
@@ -184,7 +184,7 @@ class _Following(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(issubclass(t, Quantised) for t in types):
             return NotImplemented  # it makes operations on its codes of this, and those come here
-        given = [t for t in _tensors((*args, *kwargs.values()))]
+        given = list(_tensors((*args, *kwargs.values())))
         device = kwargs.get("device")
         target = None if device is None else torch.device(device).type
         fakes = [t for t in given if isinstance(t, FakeTensor) and t.device.type == "cuda"]

@@ -10,8 +10,7 @@ comes with the first; the second is what is told of.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,34 +21,15 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.models.text.bare import bare_text, config_of, twin
 from veneer.models.text.fast import fast
-from veneer.plan.memory import Load, Memory, text_memory
+from veneer.plan.memory import Load, text_memory
 from veneer.plan.shape import model_shape
 from veneer.plan.tables import Device
 from veneer.plan.trace import Trace, traced
+from veneer.plan.traced import TracedStep
 from veneer.train.loop import Learner, Micro, Step, TrainingPlan, train
 from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.text.batches import Batch
 from veneer.train.text.task import batch_loss, recompute_activations
-
-
-@dataclass(frozen=True)
-class TracedStep:
-    """`trace`: of one step. `counted`: the plan's memory for the same. `ways`: what runs, in a line (fast paths)."""
-
-    trace: Trace
-    counted: Memory
-    ways: str
-
-    @property
-    def counted_peak(self) -> int:
-        """What the plan counts of what a trace can see: all but CUDA's own memory and what the allocator cannot
-        place."""
-        return self.counted.peak - self.counted.context - self.counted.rounding
-
-    @property
-    def off(self) -> float:
-        """counted / traced − 1"""
-        return self.counted_peak / self.trace.peak - 1
 
 
 def traced_training(fields: Mapping[str, Any], load: Load, device: Device) -> TracedStep:
@@ -75,12 +55,12 @@ def traced_training(fields: Mapping[str, Any], load: Load, device: Device) -> Tr
             optimizer.register_step_pre_hook(lambda *_: _name(trace, parameters))
             with fast(model, like=how) as report:
                 trace.hold("weights", model.parameters())  # some lie together now
-                steps = [Step(tuple(_micro(load, config.vocab_size) for _ in range(load.micros)))] * 2
+                steps = [Step(tuple(_micro(load, config.vocab_size) for _ in range(min(load.micros, 2))))] * 2
                 learner = _Traced(model, parameters, optimizer, trace)
                 train(learner, TrainingPlan(steps, Schedule.of("constant", 2)), optimizer)
-                ways = report.summary()
+                ways = report.ways()
         shape = model_shape(model)
-    return TracedStep(trace, text_memory(shape, load, device), ways)
+    return TracedStep(trace, text_memory(shape, load, device), ways, ends=("veneer/train/loop.py",))
 
 
 def _name(trace: Trace, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -102,6 +82,10 @@ class _Traced(Learner):
 
     def loss(self, batch: Batch) -> Tensor:
         return batch_loss(self.model, batch, torch.device("cuda"))
+
+    def score(self, interrupted: Callable[[], bool]) -> None:
+        """There is nothing held out."""
+        return None
 
     def end_step(self, number: int) -> None:
         """After the first step the optimizer's state is there."""

@@ -1,8 +1,8 @@
 """A language model without weights: of its config alone, on any device, "meta" or a made-up one too, and how it runs.
 
-    model = bare_text(config, dtype=torch.bfloat16, quantise="nf4", device="cuda")      as load_text would leave it
-    how = twin(config, dtype)                 what `fast` does with a small model of the same config, tried for real
-    with fast(model, like=how): …             the same on the one that has no values to try it with
+model = bare_text(config, dtype=torch.bfloat16, quantise="nf4", device="cuda")      as load_text would leave it
+how = twin(config, dtype)                 what `fast` does with a small model of the same config, tried for real
+with fast(model, like=how): …             the same on the one that has no values to try it with
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ def bare_text(
 
     with loading(), no_init_weights(), torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        for name in quantised_weights(model) if quantise else ():
+        model.tie_weights()
+        for name in [] if quantise is None else quantised_weights(model):
             owner, _, key = name.rpartition(".")
             module = model.get_submodule(owner)
-            code = empty_format(module.get_parameter(key).shape, quantise, torch.device(device))
+            code = empty_format(module.get_parameter(key).shape, str(quantise), torch.device(device))
             module._parameters[key] = nn.Parameter(Quantised(code, dtype), requires_grad=False)
     if quantise and any(expert_parameters(m) for m in model.modules()):
         model.set_experts_implementation("eager")

@@ -37,7 +37,16 @@ from veneer.models.swap import (
     without_dropout,
 )
 from veneer.models.text.loss import padded_nll, rows_nll
-from veneer.models.text.probe import LENGTHS, OtherKind, OwnForward, gate_of, gate_parts, norm_of, norm_parts, short_windows
+from veneer.models.text.probe import (
+    LENGTHS,
+    OtherKind,
+    OwnForward,
+    gate_of,
+    gate_parts,
+    norm_of,
+    norm_parts,
+    short_windows,
+)
 from veneer.ops.attention import RowLayout, rotary_attention, row_attention
 from veneer.ops.cpu import memory
 from veneer.ops.linear import linear
@@ -48,9 +57,7 @@ _ATTENTION = "veneer_rows"
 
 
 @contextmanager
-def fast(
-    model: Any, *, keep: int = 0, hold: bool = True, like: FastReport | None = None
-) -> Iterator[FastReport]:
+def fast(model: Any, *, keep: int = 0, hold: bool = True, like: FastReport | None = None) -> Iterator[FastReport]:
     """Swaps what can be swapped, as the module says, for the length of the with-block. It may be entered again inside.
 
     `keep`: bytes that dequantised weights of a quantised base may take while the block lasts; the others are

@@ -30,7 +30,8 @@ _HEAD_CHUNK = 128
 def text_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
     """Summed negative log-likelihood, float32. input_ids: (N,) with N = Σ lengths, trained: (N,) bool.
 
-    `trained` is read by the host: on the CPU, wherever the model is, nobody waits for the device. Raises ValueError if the lengths do not add up, or a row's first token is to be trained: nothing predicts it."""
+    `trained` is read by the host: on the CPU, wherever the model is, nobody waits for the device. Raises ValueError if
+    the lengths do not add up, or a row's first token is to be trained: nothing predicts it."""
     return _text_nll(model, input_ids, lengths, trained).sum()
 
 

@@ -1,0 +1,77 @@
+"""A traced step beside the plan of the same step, and how a person reads the two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.plan.memory import Memory
+from veneer.errors import gigabytes
+from veneer.plan.trace import Trace
+
+_PARTS = {
+    "forward": "made going forward", "backward": "made going back", "constants": "quantisation constants",
+    "optimizer": "optimizer",
+}  # fmt: skip
+_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """`trace`: of one step. `counted`: the plan's memory for the same, None where nothing is counted. `ways`: what
+    runs, in a line. `ends`: files in which a step, at its end, reads what it was for: those waits are no fault."""
+
+    trace: Trace
+    counted: Memory | None
+    ways: str
+    ends: tuple[str, ...] = ()
+
+    @property
+    def counted_peak(self) -> int:
+        """What the plan counts of what a trace can see: all but CUDA's own memory and what its allocator cannot
+        place."""
+        return 0 if self.counted is None else self.counted.peak - self.counted.context - self.counted.rounding
+
+    @property
+    def off(self) -> float:
+        """counted / traced − 1"""
+        return self.counted_peak / self.trace.peak - 1
+
+    @property
+    def waits(self) -> dict[str, int]:
+        """Where the host waits for the device inside the step -> how often."""
+        return {place: n for place, n in self.trace.waits.items() if not any(end in place for end in self.ends)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, in bytes."""
+        return {
+            "peak_bytes": self.trace.peak, "parts": self.trace.at_peak, "counted_bytes": self.counted_peak,
+            "waits": self.waits, "float32": self.trace.wide, "casts": dict(self.trace.casts),
+            "operations": self.trace.operations, "ways": self.ways,
+        }  # fmt: skip
+
+    def text(self) -> str:
+        """As `veneer plan --trace` prints it."""
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        trace = self.trace
+        beside = f", {gigabytes(self.counted_peak)} counted ({self.off:+.1%})" if self.counted is not None else ""
+        yield f"traced: {gigabytes(trace.peak)} at the peak of {trace.operations:,} operations{beside}"
+        for part, size in trace.at_peak.items():
+            yield f"  {_PARTS.get(part, part):<26}{gigabytes(size):>12}"
+            if part in ("forward", "backward"):
+                yield from self._most(trace.makers(part))
+        yield f"the host waits inside the step: {'never' if not self.waits else ''}".rstrip()
+        yield from (f"    {n:>9,} ×  {place}" for place, n in self.waits.items())
+        yield f"float32 of {trace.wide_from:,} elements and more: {'none' if not trace.wide else ''}".rstrip()
+        yield from self._most(dict(sorted(trace.wide.items(), key=lambda item: -item[1])))
+        yield f"ways      {self.ways}"
+
+    def _most(self, sizes: Mapping[str, int]) -> Iterator[str]:
+        shown = list(sizes.items())[:_SHOWN]
+        yield from (f"    {gigabytes(size):>10}  {place}" for place, size in shown)
+        if len(sizes) > _SHOWN:
+            rest = sum(sizes.values()) - sum(size for _, size in shown)
+            yield f"    {gigabytes(rest):>10}  of {len(sizes) - _SHOWN} more"
