@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.plan.memory import Memory
 from veneer.errors import gigabytes
+from veneer.plan.memory import Memory
 from veneer.plan.trace import Trace
 
 _PARTS = {
