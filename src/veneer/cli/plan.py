@@ -132,7 +132,8 @@ def plan(
         raise ConfigError("nothing to plan", fix=f"give a CONFIG.yaml, or {_EXAMPLE.removeprefix('Example: ')}")
     step: TracedStep | None = None
     if trace:
-        from veneer.train.planning import base_fields, traced_plan
+        from veneer.train.planning import base_fields
+        from veneer.train.traced import traced_plan
 
         fields = base_config(base) if base is not None else base_fields(config, overrides or [])  # type: ignore[arg-type]
         step = traced_plan(made, fields)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import ConfigError, DataError
+from veneer.errors import DataError
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import CPU_LATER, CPU_PROCESS, Load, weight_bytes
 from veneer.plan.plan import Plan, TrainingJob, image_plan, text_plan
@@ -21,7 +21,6 @@ from veneer.train.config.text import BaseSection, TrainConfig
 from veneer.train.preflight import held_memory
 
 if TYPE_CHECKING:
-    from veneer.plan.traced import TracedStep
     from veneer.train.config.image import ImageTrainConfig
 
 _CHARACTERS = 4
@@ -155,20 +154,6 @@ def plan_of_config(
     )
     job = _job(config, rows, mean, 0)
     return text_plan(config.base.name, shape, load, device, rates, job, process=process, traffic=traffic, notes=notes)
-
-
-def traced_plan(made: Plan, fields: Mapping[str, Any]) -> TracedStep:
-    """A step of a plan, with the change that makes it fit, followed on its GPU. `fields`: the base's config.json."""
-    from veneer.train.traced import traced_training
-
-    if made.device.kind != "cuda":
-        raise ConfigError("a trace is of a step on a GPU", fix="--gpu h100-80gb, or another of --list")
-    if made.planned is None or made.planned[0].offload:
-        raise ConfigError("what does not fit on one GPU is not traced", fix="a smaller base, or quantise it")
-    load, device = made.planned
-    if not isinstance(load, Load):
-        raise ConfigError("steps on pictures are not traced yet", fix="leave --trace out")
-    return traced_training(fields, load, device)
 
 
 def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device: Device, rows: int | None) -> Plan:

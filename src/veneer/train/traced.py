@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
+from veneer.errors import ConfigError
 from veneer.models.text.bare import bare_text, config_of, twin
 from veneer.models.text.fast import fast
 from veneer.plan.memory import Load, text_memory
+from veneer.plan.plan import Plan
 from veneer.plan.shape import model_shape
 from veneer.plan.tables import Device
 from veneer.plan.trace import Trace, traced
@@ -30,6 +32,18 @@ from veneer.train.loop import Learner, Micro, Step, TrainingPlan, train
 from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.text.batches import Batch
 from veneer.train.text.task import batch_loss, recompute_activations
+
+
+def traced_plan(made: Plan, fields: Mapping[str, Any]) -> TracedStep:
+    """A step of a plan, with the change that makes it fit, followed on its GPU. `fields`: the base's config.json."""
+    if made.device.kind != "cuda":
+        raise ConfigError("a trace is of a step on a GPU", fix="--gpu h100-80gb, or another of --list")
+    if made.planned is None or made.planned[0].offload:
+        raise ConfigError("what does not fit on one GPU is not traced", fix="a smaller base, or quantise it")
+    load, device = made.planned
+    if not isinstance(load, Load):
+        raise ConfigError("steps on pictures are not traced yet", fix="leave --trace out")
+    return traced_training(fields, load, device)
 
 
 def traced_training(fields: Mapping[str, Any], load: Load, device: Device) -> TracedStep:
