@@ -112,7 +112,7 @@ def projection_of(module: nn.Module) -> LinearMap | None:
     return LinearMap(module.weight, module.bias)
 
 
-def start_of(tensor: Tensor) -> tuple[int, int]:
+def _start_of(tensor: Tensor) -> tuple[int, int]:
     """Which storage a tensor begins in and at which element of it: where it lies, whether it has values or not."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
@@ -135,7 +135,7 @@ class Join:
         if len(quantised) == len(parameters):
             self.weight = stacked_rows(quantised)
             return
-        if len(modules) < 2 or quantised or len({start_of(p) for p in parameters}) != len(parameters):
+        if len(modules) < 2 or quantised or len({_start_of(p) for p in parameters}) != len(parameters):
             return
         whole = torch.cat([p.detach() for p in parameters])
         at = 0
@@ -162,8 +162,8 @@ class Join:
                 return None
             at = 0
             for p in known:
-                storage, offset = start_of(p.weight)
-                if storage != start_of(self.weight)[0] or offset != at * self.weight.shape[1]:
+                storage, offset = _start_of(p.weight)
+                if storage != _start_of(self.weight)[0] or offset != at * self.weight.shape[1]:
                     return None
                 at += len(p.weight)
         return join_maps(known, self.weight)
