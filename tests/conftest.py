@@ -25,8 +25,9 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A file's own, so that what one publishes changes no message in another, in whatever order they run. Compiled
     kernels are shared: they are named by what they were compiled from."""
     home = tmp_path_factory.mktemp("veneer-home")
-    kernels = tmp_path_factory.getbasetemp() / "kernels"
-    kernels.mkdir(exist_ok=True)
+    base = tmp_path_factory.getbasetemp()
+    kernels = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"  # of all processes
+    kernels.mkdir(mode=0o700, exist_ok=True)
     (home / "kernels").symlink_to(kernels)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VENEER_HOME", str(home))

@@ -80,18 +80,15 @@ def test_random_generators_come_back() -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_killed_at_random_points_also_inside_a_write_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    def run(folder: Path, *kill_at: str) -> int:
-        folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "tests.train.killable", str(folder), *kill_at]
-        return subprocess.run(command, cwd=ROOT, timeout=120, check=False).returncode
-
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(whole) == 0
+    whole.mkdir()
+    killed.mkdir()
     kills = random.Random(5)
     points = [1, 5, 12, *(kills.randrange(8, 30) for _ in range(3))]
-    for point in points:
-        assert run(killed, str(point)) == -signal.SIGKILL
-    assert run(killed) == 0
+    runs = [str(whole), *(f"{killed}@{point}" for point in points), str(killed)]
+    command = [sys.executable, "-m", "tests.train.killable", *runs]
+    ended = subprocess.run(command, cwd=ROOT, timeout=120, check=True, capture_output=True, text=True).stdout
+    assert json.loads(ended) == [0, *[-signal.SIGKILL] * len(points), 0]
     assert (killed / "final.bin").read_bytes() == (whole / "final.bin").read_bytes()
 
     def logged(folder: Path) -> list[tuple[str, int, float | None]]:

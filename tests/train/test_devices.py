@@ -305,7 +305,10 @@ main.main(["train", str(config), *sys.argv[4:]])
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 @pytest.mark.parametrize(
     ("fault", "shard"),
-    [("error", False), ("kill", False), *(pytest.param(f, True, marks=pytest.mark.slow) for f in ("error", "kill"))],
+    [
+        ("kill", False),
+        *(pytest.param(*f, marks=pytest.mark.slow) for f in (("error", False), ("error", True), ("kill", True))),
+    ],
 )
 def test_a_process_that_fails_ends_all_with_one_message(
     fault: str, shard: bool, runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str]

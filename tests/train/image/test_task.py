@@ -192,6 +192,7 @@ run(Path(sys.argv[1]), Path(sys.argv[2]), resume=True, **WITH_ALL)
 """
 
 
+@pytest.mark.slow  # stopped by a signal it is below, and killed in the middle of a write in test_checkpoint
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads which file is synced from /proc")
 def test_killed_and_resumed_it_ends_in_the_same_bits(whole: Whole, shared: Path, tmp_path: Path) -> None:
     """With dropout, a moving average and sheets; killed while the checkpoint of step 3 is written."""

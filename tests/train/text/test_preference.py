@@ -283,6 +283,7 @@ train(Path(sys.argv[1]), Path(sys.argv[2]), resume=True)
 """
 
 
+@pytest.mark.slow  # stopped by a signal it is above, and killed it is in test_task
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_killed_and_resumed_it_ends_in_the_same_bytes(
     whole: dict[str, tuple[Path, RunResult, list[Event]]], shared: Path, base: TextBase, tmp_path: Path
