@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -23,10 +24,12 @@ settings.register_profile("fresh", max_examples=60, deadline=None)
 @pytest.fixture(autouse=True, scope="module")
 def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A file's own, so that what one publishes changes no message in another, in whatever order they run. Compiled
-    kernels are shared: they are named by what they were compiled from."""
+    kernels are shared: they are named by what they were compiled from. VENEER_TEST_KERNELS: a folder to keep them
+    in from one session to the next."""
     home = tmp_path_factory.mktemp("veneer-home")
     base = tmp_path_factory.getbasetemp()
-    kernels = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"  # of all processes
+    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # of all processes
+    kernels = Path(os.environ.get("VENEER_TEST_KERNELS") or session / "kernels")
     kernels.mkdir(mode=0o700, exist_ok=True)
     (home / "kernels").symlink_to(kernels)
     with pytest.MonkeyPatch.context() as patch:
