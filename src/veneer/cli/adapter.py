@@ -4,7 +4,6 @@ mix|resize|extract|diff|strength in adapter_mix.py."""
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,33 +12,20 @@ import typer
 from veneer.cli import adapter_mix
 from veneer.cli.adapter_convert import convert_command
 from veneer.cli.adapter_merge import merge_command
-from veneer.cli.output import cut_list, everything, field
+from veneer.cli.options import AdapterArgument, AdapterName, AsJson, FromPickle, MoeLayout, ShowAll
+from veneer.cli.output import cut_list, everything, field, print_json, print_table, say
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Inspect, verify, convert, mix and merge adapters.")
-
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-_Pickle = Annotated[
-    bool, typer.Option("--from-pickle", help="Read a .bin or .pt too, through torch's weights-only loader.")
-]
-_Layout = Annotated[
-    str,
-    typer.Option("--moe-layout", help="rank_major or grouped_by_expert: of experts' B, where Unsloth's file asks."),
-]
-_Named = Annotated[str, typer.Option("--adapter-name", help="The one to take of several adapters in one file.")]
-_All = Annotated[bool, typer.Option("--all", help="Show lists whole, however long.")]
-_Name = Annotated[
-    str, typer.Argument(help="An adapter's folder or file, or its name in the library.", show_default=False)
-]
 
 
 @app.command(epilog="Example: veneer adapter inspect style.safetensors")
 def inspect(
-    name: _Name,
-    from_pickle: _Pickle = False,
-    moe_layout: _Layout = "",
-    adapter_name: _Named = "",
-    show_all: _All = False,
-    as_json: _Json = False,
+    name: AdapterArgument,
+    from_pickle: FromPickle = False,
+    moe_layout: MoeLayout = "",
+    adapter_name: AdapterName = "",
+    show_all: ShowAll = False,
+    as_json: AsJson = False,
 ) -> None:
     """What is in an adapter of any format: whether it can be used, what it is and why, ranks, scales, hashes, trigger
     words. Needs no base.
@@ -54,7 +40,7 @@ def inspect(
 
         found = look(name, from_pickle=from_pickle, moe_layout=moe_layout, adapter_name=adapter_name)
     if as_json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print_json(found)
     else:
         _show(found)
     if not found["verdict"]["use"]:
@@ -111,10 +97,8 @@ def _show(found: dict[str, Any]) -> None:
         print(f"{form:<12} {row['count']} changes that are no pair, {row['bytes']:,} bytes{dense}")
     if found["targets"]:
         print()
-        _table(
-            ("target", "kind", "pairs", "rank", "scale", "A", "B", "‖ΔW‖"),
-            [_row(field(leaf), group) for leaf, group in found["targets"].items()],
-        )
+        head = ("target", "kind", "pairs", "rank", "scale", "A", "B", "‖ΔW‖")
+        print_table(head, [_row(leaf, group) for leaf, group in found["targets"].items()])
     for what in ("unused", "unpaired"):
         for key in cut_list(coverage[what]):
             print(f"{what}: {key}")
@@ -141,23 +125,17 @@ def _row(leaf: str, group: dict[str, Any]) -> tuple[str, ...]:
     return (leaf, group["kind"], str(group["count"]), *values, f"{group['delta_norm']:.4g}")
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
 @app.command(epilog="Example: veneer adapter verify runs/tickets --base smollm2-135m")
 def verify(
-    name: _Name,
+    name: AdapterArgument,
     base: Annotated[
         str | None, typer.Option("--base", help="Also check that it fits this base and has an effect on it.")
     ] = None,
-    from_pickle: _Pickle = False,
-    moe_layout: _Layout = "",
-    adapter_name: _Named = "",
-    show_all: _All = False,
-    as_json: _Json = False,
+    from_pickle: FromPickle = False,
+    moe_layout: MoeLayout = "",
+    adapter_name: AdapterName = "",
+    show_all: ShowAll = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check an adapter's files against its card, its configuration against its tensors, and both against a base.
 
@@ -171,12 +149,12 @@ def verify(
     if base is not None:
         from veneer.models.text.base import load_text
 
-        loaded = load_text(base, say=_say)
+        loaded = load_text(base, say=say)
     checks = check(name, loaded, from_pickle=from_pickle, moe_layout=moe_layout, adapter_name=adapter_name)
     good = all(c.ok is not False for c in checks)
     if as_json:
         rows = [{"check": c.name, "ok": c.ok, "detail": c.detail} for c in checks]
-        print(json.dumps({"adapter": name, "ok": good, "checks": rows}, indent=2, ensure_ascii=False))
+        print_json({"adapter": name, "ok": good, "checks": rows})
     else:
         for c in checks:
             mark = {True: "ok", False: "FAILED", None: "-"}[c.ok]
@@ -192,10 +170,6 @@ _MERGE = "Example: veneer adapter merge runs/tickets:0.8 --base smollm2-135m -o 
 _CONVERT = "Example: veneer adapter convert style.safetensors --to diffusers -o style-diffusers.safetensors"
 app.command("merge", epilog=_MERGE)(merge_command)
 app.command("convert", epilog=_CONVERT)(convert_command)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 adapter_mix.register_commands(app)

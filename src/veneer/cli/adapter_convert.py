@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from veneer.cli.output import cut_list, everything
+from veneer.cli.options import AdapterName, AsJson, FromPickle, MoeLayout, ShowAll, WrittenDtype
+from veneer.cli.output import cut_list, everything, print_json, say
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,28 +40,19 @@ def convert_command(
         str | None,
         typer.Option("--base", help="For gguf and tgi: the base, of which they need head size or number of layers."),
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default each tensor keeps its own.")
-    ] = None,
+    dtype: WrittenDtype = None,
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Convert what can be read, and list what was left.")
     ] = False,
-    from_pickle: Annotated[
-        bool, typer.Option("--from-pickle", help="Read .bin and .pt files, through torch's weights-only loader.")
-    ] = False,
-    moe_layout: Annotated[
-        str,
-        typer.Option("--moe-layout", help="rank_major or grouped_by_expert: of experts' B, where Unsloth's file asks."),
-    ] = "",
-    adapter_name: Annotated[
-        str, typer.Option("--adapter-name", help="The one to take of several adapters in one file.")
-    ] = "",
+    from_pickle: FromPickle = False,
+    moe_layout: MoeLayout = "",
+    adapter_name: AdapterName = "",
     without_words: Annotated[
         bool,
         typer.Option("--without-words", help="Leave learned words (textual inversion) out, which few layouts hold."),
     ] = False,
-    show_all: Annotated[bool, typer.Option("--all", help="Show lists whole, however long.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    show_all: ShowAll = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write an adapter in another tool's layout: exactly, or not at all.
 
@@ -89,7 +79,7 @@ def convert_command(
     done = write(adapter, output, to, family=family, dtype=dtype, head_dim=head_dim, layers=layers)
     left = [*reading.unused, *reading.unpaired]
     if as_json:
-        print(json.dumps(_facts(name, reading, done), indent=2, ensure_ascii=False))
+        print_json(_facts(name, reading, done))
         return
     of = f" of {done.family}" if done.family else ""
     print(f"read {name}: {reading.format}; wrote {done.path}: {done.to}{of}")
@@ -103,9 +93,9 @@ def convert_command(
     for note in cut_list([*reading.notes, *done.notes]):
         print(f"note: {note}")
     if left:
-        print(f"left out: {len(left)} tensors of {name}: {', '.join(cut_list(left))}", file=sys.stderr)
+        say(f"left out: {len(left)} tensors of {name}: {', '.join(cut_list(left))}")
     if words:
-        print(f"left out: {len(words)} learned words: {', '.join(cut_list(words))}", file=sys.stderr)
+        say(f"left out: {len(words)} learned words: {', '.join(cut_list(words))}")
 
 
 def _of_base(name: str) -> tuple[str, int, int]:
@@ -113,7 +103,7 @@ def _of_base(name: str) -> tuple[str, int, int]:
     from veneer.models.sources import find_base
     from veneer.models.text.base import read_base_config
 
-    config = read_base_config(find_base(name, say=lambda line: print(line, file=sys.stderr))).get_text_config()
+    config = read_base_config(find_base(name, say=say)).get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     architecture = _ARCHITECTURES.get(config.model_type, config.model_type)
     return architecture, int(head_dim), int(config.num_hidden_layers)

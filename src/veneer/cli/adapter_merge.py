@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from veneer.cli.options import AdapterArguments, AsJson
+from veneer.cli.output import print_json, say
 from veneer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 
 def merge_command(
-    adapters: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER[:STRENGTH]...", help="One or more adapters.", show_default=False)
-    ],
+    adapters: AdapterArguments,
     base: Annotated[str, typer.Option("--base", help="The base to fold them into; it is not changed.")],
     output: Annotated[
         str | None, typer.Option("-o", "--output", help="A new folder for the merged model.", show_default=False)
@@ -56,7 +54,7 @@ def merge_command(
     seed: Annotated[
         int | None, typer.Option("--stochastic", metavar="SEED", help="With --by-shard: round by chance, unbiased.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a new full model with adapters folded in: summed in float32, rounded once.
 
@@ -98,13 +96,13 @@ def merge_command(
     for spec in adapters:
         adapter_path(parse_spec(spec)[0])
     stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(
-        stored_dtype(tensor_table(find_base(base, say=_say))), "float16"
+        stored_dtype(tensor_table(find_base(base, say=say))), "float16"
     )
     want = dtype or stored
     # Loaded as stored if that is what is written, else in float32, which holds every stored weight exactly.
     exact = want if want == stored else "float32"
-    original = load_text(base, dtype=exact, say=_say) if seen and check else None
-    first = load_text(base, dtype=exact, quantise=seen or None, say=_say)
+    original = load_text(base, dtype=exact, say=say) if seen and check else None
+    first = load_text(base, dtype=exact, quantise=seen or None, say=say)
     found: dict[str, Difference] = {}
     if check:
         found = _compared(first, original, adapters, check, check_rows, requantise, want, allow_other_base)
@@ -112,7 +110,7 @@ def merge_command(
             _table(found, seen)
     if output is None or (requantise is not None and not accept_loss):
         if as_json:
-            print(json.dumps({name: d.__dict__ | {"kept": d.kept} for name, d in found.items()}, indent=2))
+            print_json({name: d.__dict__ | {"kept": d.kept} for name, d in found.items()})
         elif output is not None:
             print(f"nothing was written: {requantise} loses what the table shows; --accept-loss writes it")
         return
@@ -159,7 +157,7 @@ def _compared(
     rows, about = read_rows(files, limit=most)
     if not rows:
         raise DataError("there are no rows to check on", where=", ".join(files))
-    _say(f"{len(rows)} rows in `{about.format}` format: {about.why}")
+    say(f"{len(rows)} rows in `{about.format}` format: {about.why}")
     data = DataSection(train="-", max_length=base.context, long_rows="cut")
     examples = encode_rows(rows, base.tokenizer, data).examples
     kinds = [requantise] if requantise else []
@@ -200,7 +198,7 @@ def _merge_shards(
 
 def _say_merged(report: MergeReport, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        print_json(report.to_dict())
         return
     print(f"wrote {report.folder}: {report.bytes:,} bytes of {report.dtype} weights, {report.tensors} of them changed")
     print(
@@ -213,7 +211,3 @@ def _say_merged(report: MergeReport, as_json: bool) -> None:
         print(f"folded into the dequantised {report.seen} weights that it was trained on")
     if report.untied:
         print("note: the head no longer shares the embedding's weight, so the model is larger than its base")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)

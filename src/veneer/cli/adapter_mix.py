@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from veneer.cli.options import AdapterArgument, AsJson
+from veneer.cli.output import print_json
+
 if TYPE_CHECKING:
     from veneer.adapters.mix import MixReport
 
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-_Name = Annotated[
-    str, typer.Argument(help="An adapter's folder or file, or its name in the library.", show_default=False)
-]
 _Output = Annotated[
     str, typer.Option("-o", "--output", help="A new folder for the adapter, or a file by its ending: .safetensors.")
 ]
@@ -59,7 +57,7 @@ def mix(
     base: _Base = None,
     dtype: _Dtype = "float32",
     to: _To = None,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make one adapter of several: the exact sum of strength·ΔW, or another method and its distance from the sum."""
     from veneer.adapters import mix as mixing
@@ -72,7 +70,7 @@ def mix(
 
 
 def resize(
-    name: _Name,
+    name: AdapterArgument,
     output: _Output,
     rank: _Rank = None,
     energy: _Energy = None,
@@ -80,7 +78,7 @@ def resize(
     base: _Base = None,
     dtype: _Dtype = "float32",
     to: _To = None,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make the best adapter of a rank, a share of energy, or an error: give one of the three."""
     from veneer.adapters import mix as mixing
@@ -102,7 +100,7 @@ def extract(
     prefix: Annotated[str, typer.Option("--prefix", help="Put before every module's name, such as unet.")] = "",
     dtype: _Dtype = "float32",
     to: _To = None,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make an adapter of the difference between two full models, a weight at a time."""
     from veneer.adapters import mix as mixing
@@ -113,13 +111,13 @@ def extract(
     _say_made(made, as_json)
 
 
-def diff(a: _Name, b: _Name, as_json: _Json = False) -> None:
+def diff(a: AdapterArgument, b: AdapterArgument, as_json: AsJson = False) -> None:
     """Compare two adapters: for each module the norms of their changes and the cosine between them."""
     from veneer.adapters import mix as mixing
 
     found = mixing.diff(a, b)
     if as_json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print_json(found)
         return
     width = max((len(n) for n in found["modules"]), default=3)
     print(f"{'module':<{width}}  {'‖a‖':>10}  {'‖b‖':>10}  {'cosine':>7}  {'‖a−b‖/‖a‖':>10}")
@@ -133,18 +131,18 @@ def diff(a: _Name, b: _Name, as_json: _Json = False) -> None:
 
 
 def strength(
-    name: _Name,
+    name: AdapterArgument,
     blocks: _Blocks = "",
     output: Annotated[str | None, typer.Option("-o", "--output", help="Write the adapter with them.")] = None,
     to: _To = None,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show ‖ΔW‖ of each block, and write the adapter with another strength for each."""
     from veneer.adapters import mix as mixing
 
     report: dict[str, Any] = mixing.strength(name, output, blocks=blocks, to=to)
     if as_json:
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        print_json(report)
         return
     width = max((len(n) for n in report["blocks"]), default=5)
     print(f"{'block':<{width}}  modules  {'strength':>8}  {'‖ΔW‖':>10}   share")
@@ -158,7 +156,7 @@ def strength(
 
 def _say_made(made: MixReport, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(made.to_dict(), indent=2, ensure_ascii=False))
+        print_json(made.to_dict())
         return
     ranks = ", ".join(f"{n} of rank {r}" for r, n in sorted(made.ranks.items(), key=lambda item: int(item[0])))
     print(f"wrote {made.path}: {made.bytes:,} bytes, pairs: {ranks or 'none'}")

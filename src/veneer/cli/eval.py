@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.output import field
+from veneer.cli.options import AllowOtherBase, Device, LoadedDtype, Quantise
+from veneer.cli.output import field, say
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,14 +44,10 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Answers at once.", min=1)] = 32,
     loss_only: Annotated[bool, typer.Option("--loss-only", help="Loss and perplexity alone: no answers.")] = False,
     answers: Annotated[bool, typer.Option("--answers", help="With --json: every answer as well.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    quantise: Annotated[
-        str | None, typer.Option("--quantise", help="The base in 4 or 8 bits: nf4, fp4, int8; or keep, as a GGUF is.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Use an adapter of another base if every shape fits.")
-    ] = False,
+    dtype: LoadedDtype = "auto",
+    quantise: Quantise = None,
+    device: Device = "auto",
+    allow_other_base: AllowOtherBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: base and each mix.")] = False,
 ) -> None:
     """Score the base and each adapter on held-out rows: exact match, valid JSON, loss, perplexity, ROUGE-L, BLEU; of
@@ -77,11 +73,9 @@ def evaluate(
     for spec in named:
         adapter_path(parse_spec(spec)[0])  # a name that does not exist should not wait for a base to load
     rows, about = read_rows(files, limit=limit)
-    print(f"{len(rows)} rows in `{about.format}` format: {about.why}", file=sys.stderr)
+    say(f"{len(rows)} rows in `{about.format}` format: {about.why}")
     with errors_only():
-        found = load_text(
-            name, dtype=dtype, device=device, quantise=quantise, say=lambda line: print(line, file=sys.stderr)
-        )
+        found = load_text(name, dtype=dtype, device=device, quantise=quantise, say=say)
         results = score_mixes(
             found, rows, mixes, max_new_tokens=max_new_tokens, batch_size=batch_size, generate=not loss_only,
             allow_other_base=allow_other_base, on_progress=_progress, answering=answering,
@@ -102,7 +96,7 @@ def _base_of(specs: list[str]) -> str:
 
 
 def _progress(mix: str, done: int, rows: int) -> None:
-    print(f"  {mix}: {done} of {rows} answered", file=sys.stderr)
+    say(f"  {mix}: {done} of {rows} answered")
 
 
 def _table(results: dict[str, Scores]) -> None:
@@ -139,4 +133,4 @@ def _table(results: dict[str, Scores]) -> None:
                 )
     Console().print(table)
     if all(s.rouge_l is None and s.answers for s in results.values()):
-        print("ROUGE-L and BLEU are there with: pip install 'veneer[metrics]'", file=sys.stderr)
+        say("ROUGE-L and BLEU are there with: pip install 'veneer[metrics]'")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Annotated
 
 import typer
+
+from veneer.cli.options import AsJson, WrittenDtype
+from veneer.cli.output import print_json, say
 
 
 def command(
@@ -19,10 +20,8 @@ def command(
     merge: Annotated[
         bool, typer.Option("--merge", help="A full model with the adapter folded in, for what pairs cannot express.")
     ] = False,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default each tensor keeps its own.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    dtype: WrittenDtype = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write an adapter as a directory that vLLM or TGI serves with its full effect, or say why it cannot.
 
@@ -31,12 +30,9 @@ def command(
     Example: veneer export support@prod --for vllm served/support"""
     from veneer.serve.fleet.export import export
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr)
-
     done = export(name, server, folder, base=base, merge=merge, dtype=dtype, say=say)
     if as_json:
-        print(json.dumps(done.to_dict(), indent=2, ensure_ascii=False))
+        print_json(done.to_dict())
         return
     print(f"wrote {done.folder} for {done.server}: {done.name}")
     for note in done.notes:

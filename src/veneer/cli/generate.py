@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.output import own
+from veneer.cli.options import AllowOtherBase, Device, LoadedDtype, Quantise
+from veneer.cli.output import own, print_json, say
 from veneer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -49,14 +50,10 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0: all.")] = 0,
     seed: Annotated[int, typer.Option(help="Makes sampling repeatable.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 8,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    quantise: Annotated[
-        str | None, typer.Option("--quantise", help="The base in 4 or 8 bits: nf4, fp4, int8; or keep, as a GGUF is.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Use an adapter of another base if every shape fits.")
-    ] = False,
+    dtype: LoadedDtype = "auto",
+    quantise: Quantise = None,
+    device: Device = "auto",
+    allow_other_base: AllowOtherBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; nothing is streamed.")] = False,
 ) -> None:
     """Generate text with a base and any adapters; several adapters are mixed by strength."""
@@ -73,13 +70,13 @@ def generate(
 
     for spec in specs:
         adapter_path(parse_spec(spec)[0])  # a name that does not exist should not wait for a base to load
-    found = load_text(_base_name(base, specs), dtype=dtype, device=device, quantise=quantise, say=_say)
-    _say(f"{found.name} in {str(found.dtype).removeprefix('torch.')} on {found.device}: {found.dtype_reason}")
+    found = load_text(_base_name(base, specs), dtype=dtype, device=device, quantise=quantise, say=say)
+    say(f"{found.name} in {str(found.dtype).removeprefix('torch.')} on {found.device}: {found.dtype_reason}")
     for note in found.notes:
-        _say(f"note: {note}")
+        say(f"note: {note}")
     with attach_adapters(found, specs, allow_other_base=allow_other_base) as attachment:
         for name, strength in map(parse_spec, specs):
-            _say(f"adapter {name} at strength {strength:g}")
+            say(f"adapter {name} at strength {strength:g}")
         if chat:
             _chat(found, system, settings)
             return
@@ -96,10 +93,6 @@ def generate(
                 _say_cut(done)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _base_name(base: str | None, specs: list[str]) -> str:
     if base:
         return base
@@ -110,9 +103,9 @@ def _base_name(base: str | None, specs: list[str]) -> str:
         stated = stated_base(name)
         if not stated:
             raise ConfigError(f"adapter {name!r} does not say which base it belongs to", fix="add --base NAME")
-        _say(f"base {stated}: the adapter's own")
+        say(f"base {stated}: the adapter's own")
         return stated
-    _say(f"base {_FALLBACK}: none was named")
+    say(f"base {_FALLBACK}: none was named")
     return _FALLBACK
 
 
@@ -199,7 +192,7 @@ def _streamed(base: TextBase, framed: list[Prompt], settings: dict[str, Any]) ->
 
 def _say_cut(done: Completion) -> None:
     if done.finish == "length":
-        _say(f"(stopped at {len(done.ids)} tokens; --max-new-tokens allows more)")
+        say(f"(stopped at {len(done.ids)} tokens; --max-new-tokens allows more)")
 
 
 def _print_json(
@@ -229,14 +222,14 @@ def _print_json(
         "seconds": round(seconds, 4),
         "tokens_per_second": round(tokens / seconds, 2),
     }
-    print(json.dumps(record, ensure_ascii=False, indent=2))
+    print_json(record)
 
 
 def _chat(base: TextBase, system: str | None, settings: dict[str, Any]) -> None:
     """A conversation until the end of input. An answer that Ctrl-C stops is not kept."""
     opening = [] if system is None else [{"role": "system", "content": system}]
     turns: list[dict[str, str]] = []
-    _say(_CHAT_HELP)
+    say(_CHAT_HELP)
     while True:
         try:
             said = input("> ").strip()
@@ -250,7 +243,7 @@ def _chat(base: TextBase, system: str | None, settings: dict[str, Any]) -> None:
         elif said == "/undo":
             del turns[-2:]
         elif said.startswith("/"):
-            _say(_CHAT_HELP)
+            say(_CHAT_HELP)
         elif said:
             _answer(base, opening, turns, said, settings)
 
@@ -268,13 +261,13 @@ def _answer(
         del turns[:2]
         dropped += 1
     if dropped:
-        _say(f"(the context is full: the oldest {dropped} exchange{'s' * (dropped > 1)} left it)")
+        say(f"(the context is full: the oldest {dropped} exchange{'s' * (dropped > 1)} left it)")
     try:
         done = _streamed(base, [[*opening, *turns, asked]], settings)
     except KeyboardInterrupt:
         print(" […]")
         return
     except DataError as error:
-        _say(str(error))
+        say(str(error))
         return
     turns += [asked, {"role": "assistant", "content": done.text}]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from veneer.cli.options import AsJson, Device
+from veneer.cli.output import print_json, say
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,8 +79,6 @@ BatchOption = Annotated[
     int | None, typer.Option("--batch-size", help="Pictures at once; their mixes may differ. Default: 4.")
 ]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="The PNG to write; several are numbered.")]
 
 
@@ -118,8 +117,8 @@ def make_pictures(
         Path | None, typer.Option("--from", help="Make the picture in this PNG again; other options change it.")
     ] = None,
     dtype: DtypeOption = None,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Make pictures with a base and any adapters and ControlNets. A PNG says how it was made: `--from` makes it again.
 
@@ -190,8 +189,8 @@ def grid(
     size: SizeOption = None,
     batch_size: BatchOption = None,
     dtype: DtypeOption = None,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Draw a labelled sheet: strength × seed, adapter × prompt, or the base against a mix.
 
@@ -228,21 +227,15 @@ def grid(
 
         record = {"version": 1, "sheet": sheet, "pictures": [m.record for m in drawn.made]}
         atomic_write(file, [png_bytes(drawn.image, f"{sheet} sheet of {len(drawn.made)} pictures", {"grid": record})])
-        _say(f"{file}: {len(plan.rows)} × {len(plan.columns)} pictures")
+        say(f"{file}: {len(plan.rows)} × {len(plan.columns)} pictures")
         if as_json:
-            told = {"file": str(file), "sheet": sheet, "rows": plan.rows, "columns": plan.columns}
-            _print(told | {"seconds": round(time.perf_counter() - start, 3), "infotexts": [m.text for m in drawn.made]})
+            told: dict[str, Any] = {"file": str(file), "sheet": sheet, "rows": plan.rows, "columns": plan.columns}
+            print_json(
+                told | {"seconds": round(time.perf_counter() - start, 3), "infotexts": [m.text for m in drawn.made]}
+            )
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _print(told: dict[str, Any]) -> None:
-    print(json.dumps(told, ensure_ascii=False, indent=2))
 
 
 def _size(text: str | None) -> tuple[int | None, int | None]:
@@ -298,7 +291,7 @@ def _find(uses: tuple[Any, ...], options: Options) -> None:
             hashed_picture(picture)
     for name, strength in uses:
         adapter_path(name)
-        _say(f"adapter {name} at strength {strength}")
+        say(f"adapter {name} at strength {strength}")
 
 
 def _base_name(base: str | None, uses: tuple[Any, ...]) -> str:
@@ -308,9 +301,9 @@ def _base_name(base: str | None, uses: tuple[Any, ...]) -> str:
     from veneer.adapters.use import stated_base
 
     if uses and (stated := stated_base(uses[0][0])):
-        _say(f"base {stated}: the adapter's own")
+        say(f"base {stated}: the adapter's own")
         return stated
-    _say(f"base {_FALLBACK}: none was named")
+    say(f"base {_FALLBACK}: none was named")
     return _FALLBACK
 
 
@@ -318,11 +311,11 @@ def _mixer(name: str, loading: dict[str, Any]) -> Mixer:
     from veneer.imaging.adapters import Mixer
     from veneer.models.image.base import load_image
 
-    base: ImageBase = load_image(name, say=_say, **loading)
-    _say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
+    base: ImageBase = load_image(name, say=say, **loading)
+    say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
     for note in base.notes:
-        _say(f"note: {note}")
-    return Mixer(base, say=_say)
+        say(f"note: {note}")
+    return Mixer(base, say=say)
 
 
 def _progress() -> Callable[[int, int], None] | None:
@@ -347,7 +340,7 @@ def _write(mixer: Mixer, asks: list[Ask], options: Options, files: list[Path], a
 
 def _save(made: RecordedPicture, file: Path) -> None:
     made.save(file)
-    _say(f"{file}: seed {made.infotext.fields['Seed']}")
+    say(f"{file}: seed {made.infotext.fields['Seed']}")
 
 
 def _print_made(made: list[RecordedPicture], files: list[Path], seconds: float) -> None:
@@ -355,7 +348,7 @@ def _print_made(made: list[RecordedPicture], files: list[Path], seconds: float) 
         {"file": str(f), "seed": int(m.infotext.fields["Seed"]), "infotext": m.text, "cut": m.cut, "record": m.record}
         for m, f in zip(made, files, strict=True)
     ]
-    _print({"pictures": results, "seconds": round(seconds, 3)})
+    print_json({"pictures": results, "seconds": round(seconds, 3)})
 
 
 def _remake(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.output import cut_list, field
+from veneer.cli.options import AsJson
+from veneer.cli.output import cut_list, field, print_json, print_table, say
 
 if TYPE_CHECKING:
     from veneer.library.library import Added, Library
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Keep adapters under names, in one place.")
 
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _Reference = Annotated[
     str,
     typer.Argument(
@@ -54,21 +52,13 @@ def _open() -> Library:
     return open_library(_place["location"], _place["index"])
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def _print(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
 @app.command(epilog="Example: veneer library add runs/quickstart support --tag routing")
 def add(
     path: Annotated[Path, typer.Argument(help="A PEFT folder, a run's folder, or a file.", show_default=False)],
     name: _Name,
     tag: _Tags = None,
     alias: Annotated[str | None, typer.Option("--alias", help="Point this alias to it.")] = None,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Keep an adapter as the next version of a name. What is there already is not stored twice."""
     with _open() as library:
@@ -80,7 +70,7 @@ def add(
 
 def _added(added: Added, as_json: bool) -> None:
     if as_json:
-        _print({"new": added.new, "left_out": added.left_out, "version": added.version.to_dict()})
+        print_json({"new": added.new, "left_out": added.left_out, "version": added.version.to_dict()})
         return
     v = added.version
     print(f"{v.reference}  {v.digest or 'sha256:' + v.entry}  {v.size:,} bytes")
@@ -97,7 +87,7 @@ def list_(
     ] = False,
     limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 50,
     after: Annotated[int, typer.Option("--skip", min=0, help="Leave out so many first.")] = 0,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """The adapters in the library, by name."""
     _listing(as_json, limit, after, "", all_versions=all_versions)
@@ -116,7 +106,7 @@ def search(
     ] = False,
     limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 50,
     after: Annotated[int, typer.Option("--skip", min=0, help="Leave out so many first.")] = 0,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find adapters by words, name, tag, base, trigger word or parent; all that is given has to fit."""
     filters = {"name": name, "tags": tag or (), "base": base, "trigger": trigger, "parent": parent}
@@ -131,7 +121,7 @@ def _listing(as_json: bool, limit: int, after: int, text: str, **filters: Any) -
             older = len(library.search(text, **{**filters, "all_versions": True}))
     more, found = len(found) > limit, found[:limit]
     if as_json:
-        _print({"versions": [v.to_dict() for v in found], "more": more})
+        print_json({"versions": [v.to_dict() for v in found], "more": more})
         return
     if not found:
         asked = bool(text or after or any(v for k, v in filters.items() if k != "all_versions"))
@@ -141,23 +131,20 @@ def _listing(as_json: bool, limit: int, after: int, text: str, **filters: Any) -
     rows = [
         (v.reference, ",".join(v.aliases), v.base, v.format, f"{v.size / 1e6:,.1f} MB", " ".join(v.tags)) for v in found
     ]
-    head = ("adapter", "aliases", "base", "format", "size", "tags")
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        print("  ".join(field(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(("adapter", "aliases", "base", "format", "size", "tags"), rows)
     if more:
         print(f"… and more: --skip {after + limit}")
 
 
 @app.command(epilog="Example: veneer library show support@prod")
-def show(reference: _Reference, as_json: _Json = False) -> None:
+def show(reference: _Reference, as_json: AsJson = False) -> None:
     """What is known of an adapter, and where its files are on this machine."""
     with _open() as library:
         version = library.find(reference)
         path, files = library.resolve(version.reference), library.files(version.entry)
     if as_json:
         kept = {n: {"sha256": sha256, "size": size} for n, (sha256, size) in files.items()}
-        _print({**version.to_dict(), "path": str(path), "files": kept})
+        print_json({**version.to_dict(), "path": str(path), "files": kept})
         return
     _show(version, {"path": path, **{f"file {n}": f"sha256:{h}, {size:,} bytes" for n, (h, size) in files.items()}})
 
@@ -174,7 +161,7 @@ def _show(version: Version, more: dict[str, Any]) -> None:
 def tag(
     reference: _Reference,
     tags: Annotated[list[str], typer.Argument(help="Tags, without spaces.", show_default=False)],
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Put tags on a version."""
     with _open() as library:
@@ -185,7 +172,7 @@ def tag(
 def untag(
     reference: _Reference,
     tags: Annotated[list[str], typer.Argument(help="Tags that it has.", show_default=False)],
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Take tags off a version."""
     with _open() as library:
@@ -196,7 +183,7 @@ def untag(
 def alias(
     reference: _Reference,
     alias: Annotated[str, typer.Argument(help="The alias, as in support@prod.", show_default=False)],
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Let name@alias mean this version from now on. `veneer library remove name@alias` takes an alias away."""
     with _open() as library:
@@ -205,7 +192,7 @@ def alias(
 
 def _changed(version: Version, as_json: bool) -> None:
     if as_json:
-        _print(version.to_dict())
+        print_json(version.to_dict())
     else:
         aliases = ", ".join(f"{version.name}@{a}" for a in version.aliases) or "none"
         print(f"{version.reference}  aliases: {aliases}  tags: {' '.join(version.tags) or 'none'}")
@@ -217,12 +204,12 @@ def remove(
     with_aliases: Annotated[
         bool, typer.Option("--with-aliases", help="Also take away the aliases that point to what is removed.")
     ] = False,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Remove a name with all its versions, one version, or an alias. `veneer library gc` frees the space later."""
     with _open() as library:
         gone = library.remove(reference, with_aliases=with_aliases)
-    _print({"removed": gone}) if as_json else print(f"removed {', '.join(gone)}")
+    print_json({"removed": gone}) if as_json else print(f"removed {', '.join(gone)}")
 
 
 @app.command(epilog="Example: veneer library verify --json")
@@ -231,7 +218,7 @@ def verify(
         bool, typer.Option("--repair", help="Remove corrupt files, and write the names' records anew.")
     ] = False,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="First make the index again from the files.")] = False,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Read every file and compare it with its sha256, and the names' records with the index.
 
@@ -240,10 +227,10 @@ def verify(
 
     made = upkeep.rebuild(_place["location"], _place["index"]) if rebuild else None
     with _open() as library:
-        found = upkeep.verify_library(library, repair=repair, say=_say)
+        found = upkeep.verify_library(library, repair=repair, say=say)
     ok = found.ok and not (made and made.lost)
     if as_json:
-        _print({"ok": ok, **vars(found), "rebuilt": vars(made) if made else None})
+        print_json({"ok": ok, **vars(found), "rebuilt": vars(made) if made else None})
     else:
         if made:
             print(f"made the index again: {made.versions:,} versions of {made.names:,} names")
@@ -265,7 +252,7 @@ def gc(
         float, typer.Option("--grace", min=0, help="Seconds for which what was removed or begun stays.")
     ] = 3600.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count only.")] = False,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Remove the files that no name leads to any more. Safe while others add, move aliases or collect."""
     from veneer.library import upkeep
@@ -273,7 +260,7 @@ def gc(
     with _open() as library:
         done = upkeep.gc(library, grace=grace, dry_run=dry_run)
     if as_json:
-        _print({**vars(done), "dry_run": dry_run})
+        print_json({**vars(done), "dry_run": dry_run})
         return
     would = "would remove" if dry_run else "removed"
     print(f"{would} {done.entries:,} adapters, {done.files:,} files, {done.bytes:,} bytes; debris: {done.debris:,}")
@@ -284,7 +271,7 @@ def pull(
     place: Annotated[str, typer.Argument(help="hf:owner/name[@revision], a URL or a path.", show_default=False)],
     name: Annotated[str, typer.Argument(help="The name to keep it under; by default the place's last part.")] = "",
     tag: _Tags = None,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Add an adapter from the Hugging Face hub, or from a URL such as s3://bucket/folder."""
     from veneer.library import transfer
@@ -298,14 +285,14 @@ def push(
     reference: _Reference,
     place: Annotated[str, typer.Argument(help="hf:owner/name[@branch], a URL or a path.", show_default=False)],
     public: Annotated[bool, typer.Option("--public", help="Make a new hub repository public, not private.")] = False,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Copy an adapter to the Hugging Face hub, or to a URL such as s3://bucket/folder."""
     from veneer.library import transfer
 
     with _open() as library:
         where = transfer.push(library, reference, place, public=public)
-    _print({"reference": reference, "place": where}) if as_json else print(where)
+    print_json({"reference": reference, "place": where}) if as_json else print(where)
 
 
 @app.command(epilog="Example: veneer library export adapters.tar support billing@prod")
@@ -314,7 +301,7 @@ def export(
     references: Annotated[
         list[str] | None, typer.Argument(help="Names or versions; none: everything.", show_default=False)
     ] = None,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write adapters with their names, tags and aliases to one file or folder. Equal content gives equal bytes."""
     from veneer.library import transfer
@@ -322,7 +309,7 @@ def export(
     with _open() as library:
         done = transfer.export_to(library, target, references or ())
     if as_json:
-        _print({**vars(done), "path": str(done.path)})
+        print_json({**vars(done), "path": str(done.path)})
     else:
         print(f"{done.path}: {len(done.versions):,} versions, {done.files:,} files, {done.bytes:,} bytes")
 
@@ -330,7 +317,7 @@ def export(
 @app.command("import", epilog="Example: veneer library import adapters.tar")
 def import_(
     source: Annotated[Path, typer.Argument(help="What `veneer library export` wrote.", show_default=False)],
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Add what an export holds, each file checked."""
     from veneer.library import transfer
@@ -338,7 +325,7 @@ def import_(
     with _open() as library:
         done = transfer.import_from(library, source)
     if as_json:
-        _print(vars(done))
+        print_json(vars(done))
         return
     print(f"new: {', '.join(done.new) or 'none'}; here already: {len(done.known):,}")
     for note in done.notes:

@@ -8,6 +8,7 @@ progress line pass. What makes its own sequences and has escaped its texts, as r
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,24 @@ def field(value: object) -> str:
     """A text out of a file as part of one line: its own line ends are written out too, so that it cannot pretend to be
     a line of ours."""
     return shown(value)
+
+
+def say(line: str) -> None:
+    """A line beside the result: on stderr, at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """The result, for programs."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """`rows` under `head`, in columns."""
+    cells = [list(head), *([field(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 MOST = 20

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from veneer.cli.options import AsJson
+from veneer.cli.output import say
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def plan(
         bool, typer.Option("--trace", help="Follow a whole step on a GPU that is not there: bytes, waits, float32.")
     ] = False,
     list_: Annotated[bool, typer.Option("--list", help="The bases and GPUs that are known, and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What a run needs before it runs: memory by part, whether it fits, what makes it fit, hours and dollars.
 
@@ -156,9 +157,9 @@ def _calibrate(base: str, dtype: str) -> None:
     from veneer.plan.calibration import calibrate, write_calibration
 
     with errors_only():
-        record = calibrate(base, dtype=dtype, say=lambda line: print(line, file=sys.stderr))
+        record = calibrate(base, dtype=dtype, say=say)
     file = write_calibration(record)
-    print(f"{record.rates().source}; process {record.process / 1e9:.2f} GB: kept in {file}", file=sys.stderr)
+    say(f"{record.rates().source}; process {record.process / 1e9:.2f} GB: kept in {file}")
 
 
 def _list(as_json: bool) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
 
+from veneer.cli.options import Device, LoadedDtype
+from veneer.cli.output import say
 from veneer.errors import ConfigError
 from veneer.serve.settings import (
     EngineSettings,
@@ -126,8 +127,8 @@ def serve(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=0, help="Tokens an answer may have at most; 0: what the context leaves.")
     ] = HttpSettings.max_tokens,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = ServeSettings.dtype,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = ServeSettings.device,
+    dtype: LoadedDtype = ServeSettings.dtype,
+    device: Device = ServeSettings.device,
     cors: Annotated[
         list[str] | None, typer.Option("--cors", help="An origin whose pages may ask; any number of times.")
     ] = None,
@@ -220,14 +221,10 @@ def serve(
             mix_bytes=bytes_of(mix_disk, "--mix-disk"),
         ),
     )
-    server.serve(settings, _say)
+    server.serve(settings, say)
 
 
 def _weights(text: str) -> WeightKind:
     if text not in ("dense", "int8", "int4"):
         raise ConfigError(f"{text!r} is not a kind of weights", where="--weights", fix="dense, int8 or int4")
     return cast(WeightKind, text)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

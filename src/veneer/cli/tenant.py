@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.output import field
+from veneer.cli.options import AsJson
+from veneer.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from veneer.serve.tenancy.store import Store
@@ -27,7 +28,6 @@ app.add_typer(key_app, name="key")
 route_app = typer.Typer(**_PLAIN, help="Routes: weighted versions, shadows, rollback.")
 app.add_typer(route_app, name="route")
 
-_AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _place: dict[str, str | None] = {"at": None}
 """The database that the command was given."""
 
@@ -55,19 +55,9 @@ def _who() -> str:
         return f"cli:{os.getuid()}"
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> None:
     """`rows` under `head` in columns, or what to say where there are none."""
-    if not rows:
-        print(empty)
-        return
-    cells = [list(head), *([field(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(head, rows) if rows else print(empty)
 
 
 def _day(at: float | None) -> str:
@@ -106,23 +96,23 @@ def add(
     tenant: _Tenant,
     see: Annotated[list[str] | None, typer.Option("--see", help="Names it sees, as 'acme/*'; repeatable.")] = None,
     weight: Annotated[float, typer.Option("--weight", help="Its share where requests wait.")] = 1.0,
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Add a tenant. It sees the adapters that its patterns match, and those that are shared."""
     from veneer.serve.tenancy import manage
 
     with _opened() as store:
         made = manage.add_tenant(store, tenant, weight=weight, adapters=see or (), who=_who())
-    _print_json(asdict(made)) if as_json else print(f"{tenant}: veneer tenant key add {tenant}")
+    print_json(asdict(made)) if as_json else print(f"{tenant}: veneer tenant key add {tenant}")
 
 
 @app.command("list", epilog="Example: veneer tenant list")
-def list_(as_json: _AsJson = False) -> None:
+def list_(as_json: AsJson = False) -> None:
     """All tenants, and what is shared with all of them."""
     with _opened() as store:
         settings = store.settings
     if as_json:
-        _print_json({"tenants": [asdict(t) for t in settings.tenants.values()], "shared": settings.shared})
+        print_json({"tenants": [asdict(t) for t in settings.tenants.values()], "shared": settings.shared})
         return
     keys = [k.tenant for k in settings.keys.values() if k.state(time.time()) == "active"]
     rows = [
@@ -139,7 +129,7 @@ def change(
     tenant: _Tenant,
     weight: Annotated[float | None, typer.Option("--weight", help="Its share where requests wait.")] = None,
     enabled: Annotated[bool | None, typer.Option("--enable/--disable", help="Whether its keys work.")] = None,
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Change a tenant's weight, or shut it out and let it in again."""
     from veneer.serve.tenancy import manage
@@ -147,27 +137,27 @@ def change(
     with _opened() as store:
         made = manage.change_tenant(store, tenant, weight=weight, enabled=enabled, who=_who())
     state = "enabled" if made.enabled else "disabled"
-    _print_json(asdict(made)) if as_json else print(f"{tenant}: weight {made.weight:g}, {state}")
+    print_json(asdict(made)) if as_json else print(f"{tenant}: weight {made.weight:g}, {state}")
 
 
 @app.command(epilog="Example: veneer tenant remove acme")
-def remove(tenant: _Tenant, as_json: _AsJson = False) -> None:
+def remove(tenant: _Tenant, as_json: AsJson = False) -> None:
     """Remove a tenant with its keys, limits, prices and routes. What it used stays in the ledger."""
     from veneer.serve.tenancy import manage
 
     with _opened() as store:
         manage.remove_tenant(store, tenant, who=_who())
-    _print_json({"removed": tenant}) if as_json else print(f"removed {tenant}")
+    print_json({"removed": tenant}) if as_json else print(f"removed {tenant}")
 
 
 @app.command(epilog="Example: veneer tenant see acme 'acme/*' support")
-def see(tenant: _Tenant, patterns: _Patterns, remove: _Remove = False, as_json: _AsJson = False) -> None:
+def see(tenant: _Tenant, patterns: _Patterns, remove: _Remove = False, as_json: AsJson = False) -> None:
     """Let a tenant see adapters. To everybody else they do not exist."""
     _let_see(tenant, patterns, remove, as_json)
 
 
 @app.command(epilog="Example: veneer tenant share 'public/*'")
-def share(patterns: _Patterns, remove: _Remove = False, as_json: _AsJson = False) -> None:
+def share(patterns: _Patterns, remove: _Remove = False, as_json: AsJson = False) -> None:
     """Let every tenant see adapters. The base is there for everybody."""
     _let_see("", patterns, remove, as_json)
 
@@ -179,7 +169,7 @@ def _let_see(tenant: str, patterns: list[str], remove: bool, as_json: bool) -> N
         more = {"remove": patterns} if remove else {"add": patterns}
         after = manage.let_see(store, tenant, **more, who=_who())
     if as_json:
-        _print_json({"adapters": after})
+        print_json({"adapters": after})
     else:
         print(f"{tenant or 'everybody'} sees: {' '.join(after) or 'nothing'}")
 
@@ -188,7 +178,7 @@ def _let_see(tenant: str, patterns: list[str], remove: bool, as_json: bool) -> N
 def cache(
     patterns: Annotated[list[str] | None, typer.Argument(help="Adapters, or the base; by default show them.")] = None,
     remove: _Remove = False,
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Let tenants share what was computed of prompts that begin alike, under these adapters; else each has its own.
     It is faster, and whoever may use them can find out by a prompt of its own what others have asked."""
@@ -199,17 +189,17 @@ def cache(
         if patterns:
             more = {"remove": patterns} if remove else {"add": patterns}
             after = manage.share_prefixes(store, **more, who=_who())
-    _print_json({"shared": after}) if as_json else print(f"shared between tenants: {' '.join(after) or 'nothing'}")
+    print_json({"shared": after}) if as_json else print(f"shared between tenants: {' '.join(after) or 'nothing'}")
 
 
 @app.command("admin-key", epilog="Example: veneer tenant admin-key")
-def admin_key(as_json: _AsJson = False) -> None:
+def admin_key(as_json: AsJson = False) -> None:
     """Make a key for what is under /admin, and its hash, which is all that the server needs to know."""
     from veneer.serve.tenancy.keys import hash_key, make_admin_key
 
     key = make_admin_key()
     kept = f"sha256:{hash_key(key)}"
-    _print_json({"key": key, "hash": kept}) if as_json else print(
+    print_json({"key": key, "hash": kept}) if as_json else print(
         f"VENEER_ADMIN_KEY={key}\nVENEER_ADMIN_KEY_HASH={kept}"
     )
 
@@ -222,7 +212,7 @@ def key_add(
     tenant: _Tenant,
     label: Annotated[str, typer.Option("--label", help="What it is for.")] = "",
     expires: Annotated[str, typer.Option("--expires", help="90d, 12h, or a day: 2027-01-31.")] = "",
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a key. It is shown now and never again."""
     from veneer.serve.tenancy import manage
@@ -230,13 +220,13 @@ def key_add(
     with _opened() as store:
         until = manage.when(expires, time.time()) if expires else None
         row, key = manage.make_tenant_key(store, tenant, label=label, expires=until, who=_who())
-    _print_json({**manage.show_key(row), "key": key}) if as_json else print(key)
+    print_json({**manage.show_key(row), "key": key}) if as_json else print(key)
 
 
 @key_app.command("list", epilog="Example: veneer tenant key list acme")
 def key_list(
     tenant: Annotated[str | None, typer.Argument(help="The tenant; by default all.", show_default=False)] = None,
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Keys by id, without what is secret in them."""
     from veneer.serve.tenancy import manage
@@ -245,34 +235,34 @@ def key_list(
     with _opened() as store:
         found = manage.list_keys(store, tenant)
     if as_json:
-        _print_json({"keys": [manage.show_key(k) | {"state": k.state(now)} for k in found]})
+        print_json({"keys": [manage.show_key(k) | {"state": k.state(now)} for k in found]})
         return
     rows = [(k.id, k.tenant, k.label, k.state(now), _day(k.created), _day(k.expires)) for k in found]
     _table(("id", "tenant", "label", "state", "made", "expires"), rows, "no keys: veneer tenant key add NAME")
 
 
 @key_app.command("revoke", epilog="Example: veneer tenant key revoke 3f9a0c21d4")
-def key_revoke(key: _KeyId, as_json: _AsJson = False) -> None:
+def key_revoke(key: _KeyId, as_json: AsJson = False) -> None:
     """Refuse a key from the next request on."""
     from veneer.serve.tenancy import manage
 
     with _opened() as store:
         row = manage.revoke_key(store, key, who=_who())
-    _print_json(manage.show_key(row)) if as_json else print(f"revoked {key} of {row.tenant}")
+    print_json(manage.show_key(row)) if as_json else print(f"revoked {key} of {row.tenant}")
 
 
 @key_app.command("rotate", epilog="Example: veneer tenant key rotate 3f9a0c21d4 --grace 24h")
 def key_rotate(
     key: _KeyId,
     grace: Annotated[str, typer.Option("--grace", help="How long the old one still works: 24h, 30m.")] = "0m",
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a key in the place of another. It is shown now and never again."""
     from veneer.serve.tenancy import manage
 
     with _opened() as store:
         row, secret = manage.rotate_key(store, key, grace=manage.when(grace, 0.0), who=_who())
-    _print_json({**manage.show_key(row), "key": secret}) if as_json else print(secret)
+    print_json({**manage.show_key(row), "key": secret}) if as_json else print(secret)
 
 
 # -- limits and prices -------------------------------------------------------------------------------------------------
@@ -290,7 +280,7 @@ def limit(
     tokens_per_minute: _Count = None,
     tokens_per_day: _Count = None,
     concurrency: _Count = None,
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Set limits, those that are named; without any, show what is set."""
     from veneer.serve.tenancy import manage
@@ -305,7 +295,7 @@ def limit(
             manage.set_limit(store, "" if tenant == "all" else tenant, adapter, values, who=_who())
         found = store.look().limits
     if as_json:
-        _print_json({"limits": [{"tenant": t, "adapter": a, **asdict(row)} for (t, a), row in found.items()]})
+        print_json({"limits": [{"tenant": t, "adapter": a, **asdict(row)} for (t, a), row in found.items()]})
         return
     rows = [
         (t or "all", a or "all", *("" if v is None else f"{v:,}" for v in asdict(row).values()))
@@ -322,7 +312,7 @@ def price(
     cached: Annotated[str, typer.Option(help="For a million of the prompt that were there already.")] = "",
     completion: Annotated[str | None, typer.Option(help="For a million tokens of answers.")] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Take this price away.")] = False,
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Set what a million tokens cost, to a millionth; without any price, show what is set. `--cached` is as `--prompt`
     unless it is given."""
@@ -336,7 +326,7 @@ def price(
             manage.set_price(store, "" if tenant == "all" else tenant, adapter, made, who=_who())
         found = store.look().prices
     if as_json:
-        _print_json({"prices": [{"tenant": t, "adapter": a, **asdict(row)} for (t, a), row in found.items()]})
+        print_json({"prices": [{"tenant": t, "adapter": a, **asdict(row)} for (t, a), row in found.items()]})
         return
     rows = [(t or "all", a or "all", *map(_money, asdict(row).values())) for (t, a), row in sorted(found.items())]
     _table(("tenant", "adapter", "prompt", "cached", "completion"), rows, "no prices: everything is free")
@@ -372,7 +362,7 @@ def usage_(
     since: Annotated[str, typer.Option("--since", help="The first day, in UTC.")] = "",
     until: Annotated[str, typer.Option("--until", help="The last day, in UTC.")] = "",
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """What the ledger says: requests, tokens, seconds and cost. `cost` is in millionths in JSON and CSV."""
     from veneer.library.database import reading
@@ -384,7 +374,7 @@ def usage_(
     if as_csv:
         print(ledger.as_csv(rows, names), end="")
     elif as_json:
-        _print_json({"usage": rows})
+        print_json({"usage": rows})
     else:
         figures = ("requests", "interrupted", "open", "prompt", "cached", "completion")
         shown = [[*(r[n] for n in names), *(f"{r[f]:,}" for f in figures), _money(r["cost"])] for r in rows]
@@ -398,7 +388,7 @@ def audit_(
     limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 50,
     verify: Annotated[bool, typer.Option("--verify", help="Check the chain of hashes; print its head.")] = False,
     expect: Annotated[str, typer.Option("--expect", help="With --verify: a head that was seen earlier.")] = "",
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Who changed what, the newest first. With --verify: exit code 0 if no line is missing or changed, else 2."""
     from veneer.library.database import reading
@@ -411,13 +401,13 @@ def audit_(
             head, count, wrong = manage.audit_faults(c, expect)
     if verify or expect:
         if as_json:
-            _print_json({"ok": not wrong, "head": head, "lines": count, "faults": wrong})
+            print_json({"ok": not wrong, "head": head, "lines": count, "faults": wrong})
         else:
             print("\n".join([f"{count:,} lines, head {head}", *wrong]))
         if wrong:
             raise typer.Exit(2)
     elif as_json:
-        _print_json({"lines": found})
+        print_json({"lines": found})
     else:
         for line in found:
             change = f"{json.dumps(line['before'])} -> {json.dumps(line['after'])}"
@@ -444,7 +434,7 @@ def route_set(
     fraction: Annotated[float, typer.Option("--fraction", help="Of the requests that the shadow gets.")] = 1.0,
     library: _Library = None,
     force: _Force = False,
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Point a route to adapters by weight. A user stays with one; moving weights moves as few as can be."""
     from veneer.serve.tenancy import routes
@@ -457,7 +447,7 @@ def route_set(
     with _opened() as store:
         more: dict[str, Any] = {"tenant": tenant, "fraction": fraction, "check": _kept_in(library, force)}
         made = routes.set_route(store, route, pairs, shadow=shadow, who=_who(), **more)
-    _print_json(routes.route_shown(made)) if as_json else print(_line(routes.route_shown(made)))
+    print_json(routes.route_shown(made)) if as_json else print(_line(routes.route_shown(made)))
 
 
 def _split(text: str) -> tuple[str, str, str]:
@@ -499,18 +489,18 @@ def _line(shown: dict[str, Any]) -> str:
 
 
 @route_app.command("list", epilog="Example: veneer tenant route list")
-def route_list(as_json: _AsJson = False) -> None:
+def route_list(as_json: AsJson = False) -> None:
     """Every route and where it leads."""
     from veneer.serve.tenancy import routes
 
     with _opened() as store:
         found = [routes.route_shown(route) for route in store.settings.routes.values()]
-    _print_json({"routes": found}) if as_json else print("\n".join(map(_line, found)) or "no routes")
+    print_json({"routes": found}) if as_json else print("\n".join(map(_line, found)) or "no routes")
 
 
 @route_app.command("rollback", epilog="Example: veneer tenant route rollback support")
 def route_rollback(
-    route: _Route, tenant: _Of = "", library: _Library = None, force: _Force = False, as_json: _AsJson = False
+    route: _Route, tenant: _Of = "", library: _Library = None, force: _Force = False, as_json: AsJson = False
 ) -> None:
     """Put back what the route led to before its last move, for the same users, from the next request on."""
     from veneer.serve.tenancy import routes
@@ -518,21 +508,21 @@ def route_rollback(
     with _opened() as store:
         check = _kept_in(library, force)
         after = routes.route_shown(routes.rollback_route(store, route, tenant=tenant, who=_who(), check=check))
-    _print_json(after) if as_json else print(_line(after))
+    print_json(after) if as_json else print(_line(after))
 
 
 @route_app.command("remove", epilog="Example: veneer tenant route remove support")
-def route_remove(route: _Route, tenant: _Of = "", as_json: _AsJson = False) -> None:
+def route_remove(route: _Route, tenant: _Of = "", as_json: AsJson = False) -> None:
     """Take a route away; `rollback` brings it back."""
     from veneer.serve.tenancy import routes
 
     with _opened() as store:
         routes.remove_route(store, route, tenant=tenant, who=_who())
-    _print_json({"removed": route}) if as_json else print(f"removed {route}")
+    print_json({"removed": route}) if as_json else print(f"removed {route}")
 
 
 @route_app.command("history", epilog="Example: veneer tenant route history support")
-def route_history(route: _Route, tenant: _Of = "", as_json: _AsJson = False) -> None:
+def route_history(route: _Route, tenant: _Of = "", as_json: AsJson = False) -> None:
     """Every move of a route, the newest first; * is the one that holds."""
     from veneer.library.database import reading
     from veneer.serve.tenancy import routes
@@ -540,7 +530,7 @@ def route_history(route: _Route, tenant: _Of = "", as_json: _AsJson = False) -> 
     with _opened() as store, reading(store.engine) as c:
         found = routes.route_history(c, route, tenant=tenant)
     if as_json:
-        _print_json({"moves": found})
+        print_json({"moves": found})
         return
     for move in found:
         line = _line({"route": route, **move})
@@ -551,7 +541,7 @@ def route_history(route: _Route, tenant: _Of = "", as_json: _AsJson = False) -> 
 def route_shadows(
     route: Annotated[str, typer.Argument(help="The route; by default all.", show_default=False)] = "",
     limit: Annotated[int, typer.Option("--limit", min=0, help="Show at most so many one by one.")] = 20,
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """How the answers of shadows differed: in sum, then the newest one by one."""
     from veneer.library.database import reading
@@ -561,7 +551,7 @@ def route_shadows(
         summary = routes.shadow_summary(c, route=route)
         found = routes.shadow_log(c, route=route, limit=limit)
     if as_json:
-        _print_json({"summary": summary, "comparisons": found})
+        print_json({"summary": summary, "comparisons": found})
         return
     for r in summary:
         print(_summary_line(r))

@@ -1,0 +1,41 @@
+"""Options and arguments that several commands have, each in one wording."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+ShowAll = Annotated[bool, typer.Option("--all", help="Show lists whole, however long.")]
+
+AdapterArgument = Annotated[
+    str, typer.Argument(help="An adapter's folder or file, or its name in the library.", show_default=False)
+]
+AdapterArguments = Annotated[
+    list[str], typer.Argument(metavar="ADAPTER[:STRENGTH]...", help="One or more adapters.", show_default=False)
+]
+FromPickle = Annotated[
+    bool, typer.Option("--from-pickle", help="Read a .bin or .pt too, through torch's weights-only loader.")
+]
+MoeLayout = Annotated[
+    str,
+    typer.Option("--moe-layout", help="rank_major or grouped_by_expert: of experts' B, where Unsloth's file asks."),
+]
+AdapterName = Annotated[str, typer.Option("--adapter-name", help="The one to take of several adapters in one file.")]
+AllowOtherBase = Annotated[
+    bool, typer.Option("--allow-other-base", help="Use an adapter of another base if every shape fits.")
+]
+
+BaseArgument = Annotated[
+    str,
+    typer.Argument(help="A built-in base, a directory, a .gguf or .safetensors file, or a hub id.", show_default=False),
+]
+LoadedDtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+WrittenDtype = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default each tensor keeps its own.")
+]
+Quantise = Annotated[
+    str | None, typer.Option("--quantise", help="The base in 4 or 8 bits: nf4, fp4, int8; or keep, as a GGUF is.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
