@@ -66,9 +66,11 @@ def test_it_trains_measures_and_shows(
     base = roomy(tiny_base_dir(tmp_path))
     config = (EXAMPLES / "tickets" / "preferences.yaml").read_text(encoding="utf-8")
     folder = EXAMPLES / "tickets"
+    held_out = (folder / "preferences-test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "test.jsonl").write_text("".join(held_out[:8]), encoding="utf-8")
     for old, new in (
         ("train: preferences-train.jsonl", f"limit: 12\n  train: {folder / 'preferences-train.jsonl'}"),
-        ("validation: preferences-test.jsonl", f"validation: {folder / 'preferences-test.jsonl'}"),
+        ("validation: preferences-test.jsonl", f"validation: {tmp_path / 'test.jsonl'}"),
         ("max_length: 512", "max_length: 1024"),
         ("rows: 40", "rows: 4"),
     ):

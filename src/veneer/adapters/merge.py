@@ -74,6 +74,15 @@ class MergeReport:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def count(self, rounding: Rounding) -> None:
+        """Take over what rounding left."""
+        self.weights, self.changed = rounding.weights, rounding.changed
+        self.delta_error, self.delta_kept = rounding.error, rounding.kept
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
+        atomic_write(folder / _MERGE_FILE, [text.encode() + b"\n"])
+
 
 def merge(
     base: TextBase,
@@ -119,8 +128,7 @@ def merge(
                 _save_state(model, state, temporary)
             base.tokenizer.save_pretrained(temporary)
             report.bytes = sum(f.stat().st_size for f in temporary.glob("*.safetensors"))
-            text = json.dumps(report.to_dict(), indent=2, sort_keys=True)
-            atomic_write(temporary / _MERGE_FILE, [text.encode() + b"\n"])
+            report.write(temporary)
     except Exception as error:
         if "No space left" in str(error):  # safetensors has an error of its own
             raise ResourceError("no room to write; nothing was changed", where=str(folder)) from error
@@ -213,7 +221,7 @@ def compare_merges(
         if original is not None:
             merged["original"] = partial(_merged_on, original, adapters, target, allow_other_base)
         for kind in requantise:
-            merged[kind] = partial(_merged_and_quantised, base, mix, target, kind)
+            merged[kind] = lambda kind=kind: requantised(merged_model(base.model, mix, target), kind)  # type: ignore[misc]
         for name, make in merged.items():
             model = make().eval()
             parts = [_apart(p, _log_probabilities(model, row, device), row) for p, row in zip(exact, rows, strict=True)]
@@ -229,10 +237,6 @@ def compare_merges(
                 base_loss=sum(plain) / tokens,
             )
     return found
-
-
-def _merged_and_quantised(base: TextBase, mix: Any, target: torch.dtype, kind: str) -> Any:
-    return requantised(merged_model(base.model, mix, target), kind)
 
 
 def _merged_on(
@@ -304,8 +308,8 @@ def merged_model(
         if not isinstance(own[name], Quantised):  # a tied weight is never quantised
             places.setdefault((own[name].data_ptr(), own[name].shape), []).append(name)
     report.untied = any(not torch.equal(new[names[0]], new[n]) for names in places.values() for n in names[1:])
-    report.tensors, report.weights = len(new), rounding.weights
-    report.changed, report.delta_error, report.delta_kept = rounding.changed, rounding.error, rounding.kept
+    report.tensors = len(new)
+    report.count(rounding)
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
@@ -381,13 +385,12 @@ def merge_shards(
                 chunks = _folded(part, file, plan[component], rounding, seed, component, (seen, quantised))
                 atomic_write(temporary / file.relative_to(base), chunks)
                 report.bytes += file.stat().st_size
-        report.tensors, report.weights = sum(map(len, plan.values())), rounding.weights
-        report.changed, report.delta_error, report.delta_kept = rounding.changed, rounding.error, rounding.kept
+        report.tensors = sum(map(len, plan.values()))
+        report.count(rounding)
         report.dtype = ", ".join(
             sorted({str(parts[c].entries[n].dtype).removeprefix("torch.") for c, own in plan.items() for n in own})
         )
-        text = json.dumps(report.to_dict(), indent=2, sort_keys=True)
-        atomic_write(temporary / _MERGE_FILE, [text.encode() + b"\n"])
+        report.write(temporary)
     return report
 
 

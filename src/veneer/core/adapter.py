@@ -79,6 +79,10 @@ class Pair:
     def rank(self) -> int:
         return self.A.shape[1] if self.kind == "experts" else self.A.shape[0]
 
+    def module(self, name: str) -> str:
+        """The module that the pair under this name hangs on."""
+        return name.rpartition(".")[0] if self.kind == "experts" else name
+
     def low_rank(self, strength: float = 1.0, dropout: float = 0.0) -> LowRank:
         """What is multiplied beside the base's weight: s·strength·B·A, with `origin` in it, without the magnitude.
 
@@ -256,22 +260,27 @@ class Adapter:
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Adapter:
         """A copy with `change` applied to every tensor."""
-        pairs = {}
+        return self.mapped_by_module(lambda module, t: change(t))
+
+    def mapped_by_module(self, change: Callable[[str, Tensor], Tensor]) -> Adapter:
+        """As `mapped`; `change` is told the module, too, that the tensor acts in."""
+
+        def every(named: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
+            return {key: change(module, t) for key, t in named.items()}
+
+        pairs, deltas = {}, {}
         for name, p in self.pairs.items():
-            magnitude = None if p.magnitude is None else change(p.magnitude)
-            origin = None if p.origin is None else (change(p.origin[0]), change(p.origin[1]))
-            pairs[name] = Pair(change(p.A), change(p.B), p.scale, p.kind, magnitude, origin)
-        modules = {name: {k: change(t) for k, t in tensors.items()} for name, tensors in self.modules.items()}
-        rows = {name: TokenRows(r.indices, change(r.rows)) for name, r in self.token_rows.items()}
-        deltas = {
-            name: replace(
-                d,
-                parts={k: change(t) for k, t in d.parts.items()},
-                magnitude=None if d.magnitude is None else change(d.magnitude),
-            )
-            for name, d in self.deltas.items()
-        }
-        words = {name: {k: change(t) for k, t in own.items()} for name, own in self.new_tokens.items()}
+            at = p.module(name)
+            magnitude = None if p.magnitude is None else change(at, p.magnitude)
+            origin = None if p.origin is None else (change(at, p.origin[0]), change(at, p.origin[1]))
+            pairs[name] = Pair(change(at, p.A), change(at, p.B), p.scale, p.kind, magnitude, origin)
+        for name, d in self.deltas.items():
+            at = name.rpartition(".")[0]
+            magnitude = None if d.magnitude is None else change(at, d.magnitude)
+            deltas[name] = replace(d, parts=every(d.parts, at), magnitude=magnitude)
+        modules = {name: every(tensors, name) for name, tensors in self.modules.items()}
+        rows = {name: TokenRows(r.indices, change(name, r.rows)) for name, r in self.token_rows.items()}
+        words = {name: every(own, name) for name, own in self.new_tokens.items()}
         return replace(self, pairs=pairs, modules=modules, token_rows=rows, deltas=deltas, new_tokens=words)
 
     def size_bytes(self) -> int:

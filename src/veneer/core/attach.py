@@ -261,13 +261,8 @@ def _slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return out
 
 
-def _owner(name: str, pair: Pair) -> str:
-    """The module a pair hangs on."""
-    return name.rpartition(".")[0] if pair.kind == "experts" else name
-
-
 def _touched(adapter: Adapter) -> set[str]:
-    owners = {_owner(n, p) for n, p in adapter.pairs.items()} | {n.rpartition(".")[0] for n in adapter.deltas}
+    owners = {p.module(n) for n, p in adapter.pairs.items()} | {n.rpartition(".")[0] for n in adapter.deltas}
     return owners | set(adapter.modules) | set(adapter.token_rows)
 
 
@@ -316,7 +311,7 @@ def _missing(modules: Mapping[str, nn.Module], name: str) -> str:
 
 
 def _pair_problems(modules: Mapping[str, nn.Module], name: str, pair: Pair) -> list[str]:
-    owner, parameter = _owner(name, pair), name.rpartition(".")[2] if pair.kind == "experts" else None
+    owner, parameter = pair.module(name), name.rpartition(".")[2] if pair.kind == "experts" else None
     if owner not in modules or not owner:
         return [_missing(modules, owner or name)]
     module = modules[owner]
@@ -425,30 +420,15 @@ def _rows_problems(modules: Mapping[str, nn.Module], name: str, rows: TokenRows)
 
 def _placed(adapter: Adapter, modules: Mapping[str, nn.Module], trainable: bool) -> Adapter:
     """The attachment's own copy of an adapter: on the base's device, as parameters if trainable."""
-
-    def device(name: str) -> torch.device | None:
-        module = modules[name]
-        return next((t.device for t in [*module.parameters(), *module.buffers()]), None)
-
-    def place(t: Tensor, name: str) -> Tensor:
-        t = t.detach().to(device(name))
-        return nn.Parameter(t.clone()) if trainable and t.is_floating_point() else t
-
-    out = Adapter(card=adapter.card, rslora=adapter.rslora, dropout=adapter.dropout)
-    for name, delta in adapter.deltas.items():
-        at = name.rpartition(".")[0]
-        parts = {k: t.detach().to(device(at)) for k, t in delta.parts.items()}
-        magnitude = None if delta.magnitude is None else delta.magnitude.detach().to(device(at))
-        out.deltas[name] = replace(delta, parts=parts, magnitude=magnitude)
-    for name, pair in adapter.pairs.items():
-        at = _owner(name, pair)
-        origin = None
-        if pair.origin is not None:
-            origin = (pair.origin[0].detach().to(device(at)), pair.origin[1].detach().to(device(at)))
-        magnitude = None if pair.magnitude is None else place(pair.magnitude, at)
-        out.pairs[name] = Pair(place(pair.A, at), place(pair.B, at), pair.scale, pair.kind, magnitude, origin)
-    for name, tensors in adapter.modules.items():
-        out.modules[name] = {k: place(t, name) for k, t in tensors.items()}
-    for name, rows in adapter.token_rows.items():
-        out.token_rows[name] = TokenRows(rows.indices, place(rows.rows, name))
+    own = adapter.mapped_by_module(
+        lambda name, t: t.detach().to(
+            next((own.device for own in [*modules[name].parameters(), *modules[name].buffers()]), None)
+        )
+    )
+    if not trainable:
+        return own
+    frozen = {name: pair.origin for name, pair in own.pairs.items()}
+    out = own.mapped(lambda t: nn.Parameter(t.clone()) if t.is_floating_point() else t)
+    for name, pair in out.pairs.items():
+        pair.origin = frozen[name]
     return out

@@ -238,26 +238,29 @@ def mix(
         raise AdapterError(f"there is no method {method!r}", fix=", ".join(METHODS))
     if not adapters:
         raise AdapterError("there is nothing to mix", fix="name at least one adapter")
-    work = _Mix(adapters, method, bound, density, seed, dtype, weights or (lambda name: None))
-    return work.run()
+    return _Mix(adapters, method, bound, density, seed, dtype, weights or (lambda name: None)).run()
 
 
+@dataclass
 class _Mix:
-    def __init__(
-        self, adapters: Sequence[tuple[Adapter, float]], method: str, bound: Bound | None, density: float, seed: int,
-        dtype: torch.dtype, weights: Weights,
-    ) -> None:  # fmt: skip
-        self.adapters, self.method, self.bound, self.weights = adapters, method, bound, weights
-        self.how: dict[str, Any] = {"density": density, "seed": seed, "dtype": dtype}
-        self.dtype = dtype
-        self.out = Mixed(Adapter())
-        self.problems: list[str] = []
-        self.folds = bound is not None or method in _ENTRYWISE
+    adapters: Sequence[tuple[Adapter, float]]
+    method: str
+    bound: Bound | None
+    density: float
+    seed: int
+    dtype: torch.dtype
+    weights: Weights
+    out: Mixed = field(default_factory=lambda: Mixed(Adapter()))
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def folds(self) -> bool:
+        """Whether every change of a weight becomes part of its module's pair."""
+        return self.bound is not None or self.method in _ENTRYWISE
 
     def run(self) -> Mixed:
-        every: dict[str, list[tuple[Any, float]]] = {}
         for kind in ("pairs", "deltas", "modules", "token_rows", "new_tokens"):
-            every = {}
+            every: dict[str, list[tuple[Any, float]]] = {}
             for adapter, strength in self.adapters:
                 for name, thing in getattr(adapter, kind).items():
                     every.setdefault(name, []).append((thing, strength))
@@ -305,7 +308,8 @@ class _Mix:
         if beside or any(p.magnitude is not None for p, _ in pairs):
             self._dense_pair(name, pairs, beside)
             return
-        out, part = mix_pairs(pairs, self.method, self.bound, name=name, **self.how)
+        how: dict[str, Any] = {"density": self.density, "seed": self.seed, "dtype": self.dtype}
+        out, part = mix_pairs(pairs, self.method, self.bound, name=name, **how)
         self.out.adapter.pairs[name], self.out.parts[name] = out, part
 
     def _dense_pair(self, name: str, pairs: list[tuple[Pair, float]], beside: list[tuple[Delta, float]]) -> None:
@@ -330,7 +334,7 @@ class _Mix:
             raise AdapterError("the method orthogonal takes low-rank changes only", fix="use sum with a bound, or ties")
         answer = truth
         if self.method in _ENTRYWISE:
-            answer = _trimmed(parts, self.method, self.how["density"], self.how["seed"], name)
+            answer = _trimmed(parts, self.method, self.density, self.seed, name)
         if self.bound is None and len(pairs) == 1 and self.method == "svd":
             bound = Bound(rank=pairs[0][0].rank)
         else:
@@ -389,10 +393,9 @@ class _Mix:
             return
         parts = [self._delta(name, d) * s for d, s in deltas]
         truth = _total(parts)
-        how = self.how
-        answer = truth if self.method not in _ENTRYWISE else _trimmed(
-            parts, self.method, how["density"], how["seed"], name
-        )  # fmt: skip
+        answer = truth
+        if self.method in _ENTRYWISE:
+            answer = _trimmed(parts, self.method, self.density, self.seed, name)
         value = answer.to(self.dtype)
         self.out.adapter.deltas[name] = Delta("dense", {"value": value}, tuple(value.shape))
         self.out.parts[name] = MixedModule(0, float(truth.norm()), float((value.double() - truth).norm()))

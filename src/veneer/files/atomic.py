@@ -21,16 +21,20 @@ from veneer.errors import AdapterError, ResourceError
 
 @dataclass
 class Staged:
-    """A file written in full beside its place, and flushed. `commit` renames it there, `discard` removes it."""
+    """A file that is written in full beside its place. `commit` renames it there, `discard` removes it."""
 
     temporary: Path
     path: Path
 
+    @classmethod
+    def beside(cls, path: Path, ending: str = ".tmp") -> Staged:
+        """Nothing is written yet."""
+        return cls(path.with_name(f".{path.name}.{secrets.token_hex(6)}{ending}"), path)
+
     def commit(self) -> None:
-        """Raises as `atomic_write`; the staged file is gone then too."""
+        """Raises OSError; the staged file is gone then too."""
         try:
-            with as_veneer_errors(self.path):
-                os.replace(self.temporary, self.path)
+            os.replace(self.temporary, self.path)
         except BaseException:
             self.discard()
             raise
@@ -41,35 +45,20 @@ class Staged:
             self.temporary.unlink()
 
 
-def _stage(path: str | Path, chunks: Iterable[bytes | memoryview]) -> Staged:
-    """Write a file's bytes beside `path` without touching it, so that several files can be staged (all the space they
-    need taken) before the first one is replaced. Errors as `atomic_write`."""
-    path = Path(path)
-    staged = Staged(_beside(path), path)
-    with as_veneer_errors(path):
-        _fill(staged.temporary, chunks, 0o666)
-    return staged
-
-
 def atomic_write(path: str | Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Write `path` whole or not at all: a temporary file beside it, flushed to the disk, then renamed over it.
 
     After any failure the old file is untouched and nothing is left behind. ResourceError when the disk is full,
     AdapterError for any other refusal."""
-    _stage(path, chunks).commit()
+    with as_veneer_errors(Path(path)):
+        replace_file(path, chunks)
 
 
 def replace_file(path: str | Path, chunks: Iterable[bytes | memoryview], *, mode: int = 0o666) -> None:
     """As `atomic_write`, with the system's own OSError. `mode`: the file's rights, before the umask."""
-    path = Path(path)
-    temporary = _beside(path)
-    _fill(temporary, chunks, mode)
-    try:
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    flush_folder(path.parent)
+    staged = Staged.beside(Path(path))
+    _fill(staged.temporary, chunks, mode)
+    staged.commit()
 
 
 def write_all(fd: int, chunks: Iterable[bytes | memoryview]) -> None:
@@ -92,10 +81,6 @@ def _fill(path: Path, chunks: Iterable[bytes | memoryview], mode: int) -> None:
         raise
     finally:
         os.close(fd)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 def flush_folder(folder: Path) -> None:
@@ -127,7 +112,7 @@ def as_veneer_errors(path: Path) -> Iterator[None]:
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill that takes the name `folder` in one rename at the end of the with-block, or leaves nothing
     behind. An empty folder may be there already. Raises OSError."""
-    temporary = _beside(folder)
+    temporary = Staged.beside(folder).temporary
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -141,8 +126,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def put_folder(folder: Path, contents: Mapping[str, list[bytes | memoryview]], *, last: str = "") -> None:
-    """Files under their names: a new folder appears by one rename. In one that exists every file is staged first, then
-    each replaces its old one, `last` (which speaks of the others) at the end. Errors as `atomic_write`."""
+    """Files under their names: a new folder appears by one rename. In one that exists every file is staged first, so
+    that all the space they need is taken; then each replaces its old one, `last` (which speaks of the others) at the
+    end. Errors as `atomic_write`."""
     if folder.exists() and not folder.is_dir():
         raise AdapterError("a file is in the way of the folder", where=str(folder))
     if not folder.is_dir():
@@ -150,12 +136,14 @@ def put_folder(folder: Path, contents: Mapping[str, list[bytes | memoryview]], *
             for name, chunks in contents.items():
                 atomic_write(temporary / name, chunks)
         return
-    staged: list[Staged] = []
+    staged = [Staged.beside(folder / name) for name in sorted(contents, key=lambda name: name == last)]
     try:
-        for name in contents:
-            staged.append(_stage(folder / name, contents[name]))
-        for one in sorted(staged, key=lambda s: s.path.name == last):
-            one.commit()
+        for one in staged:
+            with as_veneer_errors(one.path):
+                _fill(one.temporary, contents[one.path.name], 0o666)
+        for one in staged:
+            with as_veneer_errors(one.path):
+                one.commit()
     finally:
         for one in staged:
             one.discard()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,15 @@ class CardFile:
     unknown: list[str] = field(default_factory=list)
 
 
-def file_digest(data: Path | bytes) -> str:
-    """The sha256 of a file or of bytes, as `sha256:` and hexadecimal."""
-    if isinstance(data, bytes):
-        return "sha256:" + hashlib.sha256(data).hexdigest()
-    with data.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+def file_digest(data: Path | Iterable[bytes | memoryview]) -> str:
+    """The sha256 of a file, or of its bytes in chunks, as `sha256:` and hexadecimal."""
+    if isinstance(data, Path):
+        with data.open("rb") as file:
+            return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+    whole = hashlib.sha256()
+    for chunk in data:
+        whole.update(chunk)
+    return "sha256:" + whole.hexdigest()
 
 
 def card_bytes(card: Card, *, digest: str = "", files: Mapping[str, str] | None = None) -> bytes:

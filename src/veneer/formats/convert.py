@@ -18,7 +18,6 @@ that cannot be expressed is one AdapterError: every module, why, and the nearest
 
 from __future__ import annotations
 
-import secrets
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,7 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair, alpha_of
 from veneer.core.rounding import DTYPES
 from veneer.errors import AdapterError, bullets
-from veneer.files.atomic import Staged, atomic_write
+from veneer.files.atomic import Staged, as_veneer_errors, atomic_write
 from veneer.files.gguf import read_gguf_file
 from veneer.files.hashes import Hashes, hashes, sealed
 from veneer.files.safetensors import encode_tensors
@@ -122,7 +121,9 @@ def encode(
         with TemporaryDirectory() as folder:
             path = Path(folder) / "adapter.gguf"
             return _advised(meant, to, None, lambda: _gguf(meant, path, family, head_dim, "adapter", notes)).encoded
-    return _encode(meant, to, family, metadata or {}, "adapter", notes, layers).encoded
+    return _advised(
+        meant, to, family, lambda: _encoded(meant, to, family, metadata or {}, "adapter", notes, layers)
+    ).encoded
 
 
 def write(
@@ -144,15 +145,16 @@ def write(
     _check_name(path, to)
     name = path.name if to in _FOLDERS else path.stem
     if to == "gguf":
-        staged = Staged(path.with_name(f".{path.name}.{secrets.token_hex(6)}.gguf"), path)
+        staged = Staged.beside(path, ".gguf")
         try:
             at = staged.temporary
             done = _advised(meant, to, None, lambda: _gguf(meant, at, family, head_dim, name, notes))
-            staged.commit()
+            with as_veneer_errors(path):
+                staged.commit()
         finally:
             staged.discard()
     else:
-        done = _encode(meant, to, family, metadata or {}, name, notes, layers)
+        done = _advised(meant, to, family, lambda: _encoded(meant, to, family, metadata or {}, name, notes, layers))
         if to in _FOLDERS:
             folder = peft.write_folder(done.written, path, digest=_folder_digest(meant, done))
             files, notes = folder.files, [*done.encoded.notes, *folder.notes]
@@ -198,13 +200,6 @@ def _meant(adapter: Adapter, to: str, dtype: str | None) -> tuple[Adapter, list[
         raise AdapterError("the adapter is empty")
     check_finite(dict(meant.tensors()))
     return meant, notes
-
-
-def _encode(
-    meant: Adapter, to: str, family: str | None, metadata: Mapping[str, str], name: str, notes: list[str],
-    layers: int | None,
-) -> _Done:  # fmt: skip
-    return _advised(meant, to, family, lambda: _encoded(meant, to, family, metadata, name, notes, layers))
 
 
 def _advised(meant: Adapter, to: str, family: str | None, make: Callable[[], _Done]) -> _Done:

@@ -210,12 +210,17 @@ class _Reader:
             else:
                 self._pair(name, depths[0])
         experts.ask()
-        self._trained_biases(copies, rest)
+        found = _trained_biases(self.config, copies, rest, self.pairs, self.problems, self.notes)
+        self.problems += [f"{n}: lora_bias and a trained bias at once" for n in sorted(set(found) & set(self.deltas))]
+        self.deltas |= found
         self._full_modules(rest)
         self._tokens(tokens)
         self._copies(copies)
         self._check_targets()
-        self._check_patterns()
+        self.notes += [
+            f"{key} {pattern!r} matches no module of the adapter: it has no effect"
+            for key, pattern in cfg.idle_patterns(self.config, self.pairs)
+        ]
         self.pairs, notes, wrong = moe.fuse(self.pairs, self.base)
         self.notes += notes
         self.problems += wrong
@@ -338,11 +343,6 @@ class _Reader:
         return list(depths) == [0] and not self.base.detailed and ranked and cfg.selects(self.config, name)
 
     # -- biases, full copies, token rows, copies of embeddings ---------------------------------------------------------
-
-    def _trained_biases(self, copies: dict[str, Tensor], rest: dict[str, Tensor]) -> None:
-        found = _trained_biases(self.config, copies, rest, self.pairs, self.problems, self.notes)
-        self.problems += [f"{n}: lora_bias and a trained bias at once" for n in sorted(set(found) & set(self.deltas))]
-        self.deltas |= found
 
     def _full_modules(self, rest: dict[str, Tensor]) -> None:
         entries = self.config.modules_to_save
@@ -501,17 +501,13 @@ class _Reader:
                         f"{name}: modules_to_save selects this module, and there are no tensors for it"
                     )
 
-    def _check_patterns(self) -> None:
-        for key, pattern in cfg.idle_patterns(self.config, self.pairs):
-            self.notes.append(f"{key} {pattern!r} matches no module of the adapter: it has no effect")
-
     def _check_base(self) -> None:
         """Names against a list of names; names, kinds and shapes against a model."""
         if self.base.detailed:
             found = Adapter(self.pairs, self.modules, self.token_rows, deltas=self.deltas)
             self.problems += self.base.problems(found)
         elif self.base.kinds:
-            owners = {n.rpartition(".")[0] if p.kind == "experts" else n for n, p in self.pairs.items()}
+            owners = {p.module(n) for n, p in self.pairs.items()}
             for name in sorted((owners | set(self.modules) | set(self.token_rows)) - set(self.base.kinds)):
                 near = nearest(name, self.base.kinds, 1)
                 self.problems.append(f"{name}: no such module in the base" + (f"; nearest: {near[0]}" if near else ""))
@@ -718,7 +714,7 @@ class ExpertReader:
                 f"marks ({self.config.unsloth}) and without lora_B_layout: Unsloth before 2026-09-17 grouped B's "
                 "columns by expert, later versions and PEFT by rank, with the same shapes. Say which: "
                 f"--moe-layout {cfg.GROUPED} if that Unsloth trained it, --moe-layout {cfg.RANK_MAJOR} otherwise "
-                "(`veneer adapter convert --to peft` with it writes a file that needs no word)"
+                "(`veneer adapter convert --to peft` with it writes a file that says it itself)"
             )
 
 
@@ -784,7 +780,7 @@ def write_folder(
         )
     card = replace(card, base=card.base or name)
     digest = digest or done.adapter.digest()
-    hashes = {TENSOR_FILE: _hash(tensors), CONFIG_FILE: cards.file_digest(config)}
+    hashes = {TENSOR_FILE: cards.file_digest(tensors), CONFIG_FILE: cards.file_digest([config])}
     readme = cards.readme_bytes(replace(done.adapter, card=card), digest=digest, base_name=name, name=folder.name)
     contents: dict[str, list[bytes | memoryview]] = {
         TENSOR_FILE: tensors,
@@ -796,15 +792,6 @@ def write_folder(
         del contents[cards.README_FILE]
     put_folder(folder, contents, last=cards.CARD_FILE)
     return FolderReport(folder, digest, hashes, done.notes)
-
-
-def _hash(chunks: Iterable[bytes | memoryview]) -> str:
-    import hashlib
-
-    h = hashlib.sha256()
-    for chunk in chunks:
-        h.update(chunk)
-    return "sha256:" + h.hexdigest()
 
 
 def encode_folder(
@@ -868,7 +855,7 @@ def _problems(adapter: Adapter, base: Structure) -> list[str]:
     owners: dict[str, str] = {}
     for name, pair in adapter.pairs.items():
         out += _pair_problems(name, pair)
-        owners[name.rpartition(".")[0] if pair.kind == "experts" else name] = "a pair"
+        owners[pair.module(name)] = "a pair"
     owners |= dict.fromkeys(adapter.token_rows, "token rows")
     for name in sorted(adapter.modules):
         inside = [o for o in owners if o == name or o.startswith(f"{name}.")]

@@ -65,7 +65,7 @@ class _Placer:
         return Adapter(self.pairs, self.modules, deltas=self.deltas)
 
     def misfits(self) -> list[str]:
-        """ReadOptions what has been placed does not fit the base, where one is given."""
+        """Whatever of what has been placed does not fit the base, where one is given."""
         if not self.base.kinds:
             return []
         names = {name for name in self.used if name not in self.base.kinds}

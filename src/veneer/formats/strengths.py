@@ -67,12 +67,17 @@ def parse_blocks(text: str, modules: Sequence[str]) -> dict[str, float]:
     return out
 
 
-def _block_number(text: str) -> float:
+def _finite(text: str) -> float | None:
+    """The number that a text is; None for any other."""
     try:
         value = float(text)
     except ValueError:
-        value = float("nan")
-    if value != value or abs(value) == float("inf"):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _block_number(text: str) -> float:
+    if (value := _finite(text)) is None:
         raise ConfigError(f"{text.strip()!r} is not a strength", fix="a number, as in down_blocks.0=0.5")
     return value
 
@@ -238,11 +243,7 @@ def parse_strength(options: str, strength: float = 1.0) -> Strength:
 
 
 def _number(text: str, part: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
+    if (value := _finite(text)) is None:
         raise ConfigError(f"{part!r}: {text!r} is not a strength", fix=_EXAMPLE)
     return value
 

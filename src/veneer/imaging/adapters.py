@@ -124,7 +124,7 @@ class Mixer:
                 trained = f" ({adapter.card.base})" if adapter.card.base else ""
                 self.say(f"note: {name} was trained on another base of the family{trained}: {own}")
             self.attachment.add(name, adapter)
-            file = _file_of(path)
+            file = tensor_file(path)
             found = hashes(file)
             new = AdapterSource(name, str(path), adapter.digest(), found.sha256, found.autov3, short_hash(file, found))
             if same := next((s.name for s in self.sources.values() if s.digest == new.digest), None):
@@ -196,8 +196,3 @@ class Mixer:
 
 def _scaled(parts: Sequence[tuple[NamedMix, float]]) -> NamedMix:
     return tuple((name, factor * by) for mix, by in parts for name, factor in mix if factor * by)
-
-
-def _file_of(path: Path) -> Path:
-    """The file that was read: PEFT's, or the only one of the folder (`formats.read`)."""
-    return tensor_file(path)

@@ -35,12 +35,6 @@ _EXAMPLE = "KIND[@MODEL]=PICTURE[:weight][@FROM-TO], as in canny=sketch.png:0.7"
 _OWN = ("canny", "edges")
 CANNY = (100, 200)
 """The thresholds of the gradient below which there is no edge and above which there is one."""
-_CANNY_NETS = {
-    "sd15": "lllyasviel/control_v11p_sd15_canny",
-    "sdxl": "diffusers/controlnet-canny-sdxl-1.0",
-    "flux1": "InstantX/FLUX.1-dev-Controlnet-Canny",
-    "sd3": "InstantX/SD3-Controlnet-Canny",
-}
 
 
 @dataclass(frozen=True)
@@ -88,9 +82,9 @@ def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
     for folder in (base.directory / "controlnet-canny", base.directory.with_name(f"{base.directory.name}-canny")):
         if (folder / "config.json").is_file():
             return str(folder)
-    if base.family not in _CANNY_NETS:
+    if not base.row.canny:
         raise ConfigError(f"no canny ControlNet is known for {base.family}", fix=f"name one: {spec.kind}@NAME=…")
-    return _CANNY_NETS[base.family]
+    return base.row.canny
 
 
 def hashed_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:

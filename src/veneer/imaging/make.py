@@ -78,6 +78,10 @@ class Options:
         check_numbers(self)
 
 
+RECORDED = ("width", "height", "steps", "guidance", "true_guidance", "scheduler", "denoise")
+"""The options that a record has under `settings`."""
+
+
 @dataclass
 class RecordedPicture:
     """A picture, its infotext and its record. `cut`: the part of the prompt that the text encoder does not read."""
@@ -250,15 +254,9 @@ def shared_record(base: ImageBase, settings: PictureSettings) -> dict[str, Any]:
             "dtype": str(base.dtype).removeprefix("torch."),
             "device": base.device.type,
         },
-        "settings": {
-            "width": settings.width,
-            "height": settings.height,
-            "steps": settings.steps,
-            "guidance": settings.guidance,
-            "true_guidance": settings.true_guidance,
-            "scheduler": settings.scheduler or scheduler_name(base),
-            "denoise": settings.denoise if settings.image is not None else None,
-        },
+        "settings": {key: getattr(settings, key) for key in RECORDED}
+        | {"scheduler": settings.scheduler or scheduler_name(base)}
+        | {"denoise": settings.denoise if settings.image is not None else None},
     }
 
 
@@ -308,7 +306,7 @@ def _row(ask: Ask) -> dict[str, Any]:
 def _infotext(base: ImageBase, sources: Mapping[str, AdapterSource], ask: Ask, record: dict[str, Any]) -> Infotext:
     settings = record["settings"]
     sampler, schedule = SAMPLERS.get(settings["scheduler"], (settings["scheduler"], "Automatic"))
-    distilled = base.family in ("flux1", "flux2")
+    distilled = base.row.distilled
     fields = {"Steps": settings["steps"], "Sampler": sampler, "Schedule type": schedule}
     fields["CFG scale"] = _short(settings["true_guidance" if distilled else "guidance"])
     if distilled:

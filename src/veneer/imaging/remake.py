@@ -21,7 +21,7 @@ from veneer.formats.strengths import Strength
 from veneer.imaging.adapters import AdapterSource, Mixer, parse_use
 from veneer.imaging.controls import ControlSpec, hashed_picture
 from veneer.imaging.infotext import Infotext, lora_hashes, lora_tags, read_picture, sampler_of
-from veneer.imaging.make import Ask, Options, RecordedPicture, library_versions, make, model_hash
+from veneer.imaging.make import RECORDED, Ask, Options, RecordedPicture, library_versions, make, model_hash
 
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
@@ -87,17 +87,11 @@ def _of_record(path: str, record: dict[str, Any]) -> PictureRecipe:
         ControlSpec(c["kind"], c["path"], c["weight"], c["model"], c["begin"], c["end"]) for c in record["controls"]
     )
     options = Options(
-        width=settings["width"],
-        height=settings["height"],
-        steps=settings["steps"],
-        guidance=settings["guidance"],
-        true_guidance=settings["true_guidance"],
-        scheduler=settings["scheduler"],
         batch_size=len(asks),
         image=record["image"] and record["image"]["path"],
         mask=record["mask"] and record["mask"]["path"],
-        denoise=settings["denoise"],
         controls=controls,
+        **{key: settings[key] for key in RECORDED},
     )
     asks[record["index"]]  # it must be there
     return PictureRecipe(

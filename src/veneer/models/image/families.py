@@ -25,8 +25,9 @@ class ImageFamily:
 
     `pipelines` and `controlled`: kind -> diffusers class, without and with ControlNets; diffusers has no others.
     `encoders`: the text encoders that adapters of this family change. `readers`: the tokenizers whose tokens the
-    denoiser attends to, and how many of each at most. `patch`: latents per side that become one token. `settings`:
-    arguments of the pipelines' constructors."""
+    denoiser attends to, and how many of each at most. `patch`: latents per side that become one token. `distilled`:
+    guidance is an input of the denoiser. `shifted`: the pipeline shifts the schedule by the picture's size. `canny`:
+    the usual canny ControlNet on the hub. `settings`: arguments of the pipelines' constructors."""
 
     name: str
     label: str
@@ -39,6 +40,9 @@ class ImageFamily:
     readers: Mapping[str, int] = field(default_factory=lambda: {"tokenizer": 77})
     patch: int = 1
     flow: bool = True
+    distilled: bool = False
+    shifted: bool = False
+    canny: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -48,7 +52,7 @@ def _kinds(stem: str, image: str = "Img2Img", inpaint: str = "Inpaint") -> dict[
     return {kind: f"{stem}{infix}Pipeline" for kind, infix in given.items() if infix or kind == "text"}
 
 
-def _stable(name: str, label: str) -> ImageFamily:
+def _stable(name: str, label: str, canny: str = "") -> ImageFamily:
     stem = "StableDiffusion"
     return ImageFamily(
         name,
@@ -60,6 +64,7 @@ def _stable(name: str, label: str) -> ImageFamily:
         "ControlNetModel",
         encoders=("text_encoder",),
         flow=False,
+        canny=canny,
         settings={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     )
 
@@ -67,7 +72,7 @@ def _stable(name: str, label: str) -> ImageFamily:
 FAMILIES: Mapping[str, ImageFamily] = {
     f.name: f
     for f in [
-        _stable("sd15", "Stable Diffusion 1.x"),
+        _stable("sd15", "Stable Diffusion 1.x", "lllyasviel/control_v11p_sd15_canny"),
         _stable("sd2", "Stable Diffusion 2.x"),
         ImageFamily(
             "sdxl",
@@ -79,6 +84,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
             "ControlNetModel",
             encoders=("text_encoder", "text_encoder_2"),
             flow=False,
+            canny="diffusers/controlnet-canny-sdxl-1.0",
             settings={"add_watermarker": False},
         ),
         ImageFamily(
@@ -92,6 +98,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
             encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
             readers={"tokenizer_3": 256, "tokenizer": 77},
             patch=2,
+            canny="InstantX/SD3-Controlnet-Canny",
         ),
         ImageFamily(
             "flux1",
@@ -104,6 +111,9 @@ FAMILIES: Mapping[str, ImageFamily] = {
             encoders=("text_encoder", "text_encoder_2"),
             readers={"tokenizer_2": 512},
             patch=2,
+            distilled=True,
+            shifted=True,
+            canny="InstantX/FLUX.1-dev-Controlnet-Canny",
         ),
         ImageFamily(
             "flux2",
@@ -113,6 +123,8 @@ FAMILIES: Mapping[str, ImageFamily] = {
             {"text": "Flux2Pipeline"},
             readers={"tokenizer": 512},
             patch=2,
+            distilled=True,
+            shifted=True,
         ),
         ImageFamily(
             "qwen-image",
@@ -124,6 +136,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
             "QwenImageControlNetModel",
             readers={"tokenizer": 1024},
             patch=2,
+            shifted=True,
         ),
     ]
 }

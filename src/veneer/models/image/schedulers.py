@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _KARRAS = {"use_karras_sigmas": True}
 _MULTISTEP: dict[str, Any] = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False}
-_SHIFTED = ("flux1", "flux2", "qwen-image")
 _FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 NAMES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -56,7 +55,7 @@ def scheduler_names(base: ImageBase) -> list[str]:
     """The schedulers that can sample this base: of the flow matching ones, those whose class takes what the family's
     pipeline sets (FLUX' and Qwen-Image's give a shift by picture size, which not every class has)."""
     names = [name for name in NAMES if name.startswith("flow-") == (base.prediction == "flow")]
-    if base.family in _SHIFTED:
+    if base.row.shifted:
         names.remove("flow-heun")
         if not base.parts["scheduler"].config.get("use_dynamic_shifting"):
             names.remove("flow-dpm++2m")
