@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.options import AllowOtherBase, Device, LoadedDtype, Quantise
+from veneer.cli.options import AllowOtherBase, ChosenDevice, LoadedDtype, Quantise
 from veneer.cli.output import field, say
 from veneer.errors import ConfigError
 
@@ -46,7 +46,7 @@ def evaluate(
     answers: Annotated[bool, typer.Option("--answers", help="With --json: every answer as well.")] = False,
     dtype: LoadedDtype = "auto",
     quantise: Quantise = None,
-    device: Device = "auto",
+    device: ChosenDevice = "auto",
     allow_other_base: AllowOtherBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: base and each mix.")] = False,
 ) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.options import AllowOtherBase, Device, LoadedDtype, Quantise
+from veneer.cli.options import AllowOtherBase, ChosenDevice, LoadedDtype, Quantise
 from veneer.cli.output import own, print_json, say
 from veneer.errors import ConfigError, DataError
 
@@ -52,7 +52,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 8,
     dtype: LoadedDtype = "auto",
     quantise: Quantise = None,
-    device: Device = "auto",
+    device: ChosenDevice = "auto",
     allow_other_base: AllowOtherBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; nothing is streamed.")] = False,
 ) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from veneer.cli.options import AsJson, Device
+from veneer.cli.options import AsJson, ChosenDevice
 from veneer.cli.output import print_json, say
 from veneer.errors import ConfigError
 
@@ -117,7 +117,7 @@ def make_pictures(
         Path | None, typer.Option("--from", help="Make the picture in this PNG again; other options change it.")
     ] = None,
     dtype: DtypeOption = None,
-    device: Device = "auto",
+    device: ChosenDevice = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Make pictures with a base and any adapters and ControlNets. A PNG says how it was made: `--from` makes it again.
@@ -189,7 +189,7 @@ def grid(
     size: SizeOption = None,
     batch_size: BatchOption = None,
     dtype: DtypeOption = None,
-    device: Device = "auto",
+    device: ChosenDevice = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Draw a labelled sheet: strength × seed, adapter × prompt, or the base against a mix.

@@ -38,4 +38,4 @@ WrittenDtype = Annotated[
 Quantise = Annotated[
     str | None, typer.Option("--quantise", help="The base in 4 or 8 bits: nf4, fp4, int8; or keep, as a GGUF is.")
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+ChosenDevice = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]

@@ -7,7 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
-from veneer.cli.options import Device, LoadedDtype
+from veneer.cli.options import ChosenDevice, LoadedDtype
 from veneer.cli.output import say
 from veneer.errors import ConfigError
 from veneer.serve.settings import (
@@ -128,7 +128,7 @@ def serve(
         int, typer.Option("--max-tokens", min=0, help="Tokens an answer may have at most; 0: what the context leaves.")
     ] = HttpSettings.max_tokens,
     dtype: LoadedDtype = ServeSettings.dtype,
-    device: Device = ServeSettings.device,
+    device: ChosenDevice = ServeSettings.device,
     cors: Annotated[
         list[str] | None, typer.Option("--cors", help="An origin whose pages may ask; any number of times.")
     ] = None,
