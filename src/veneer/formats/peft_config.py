@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -364,13 +365,21 @@ def _regex_match(expression: str, name: str, *, full: bool = False) -> bool:
     import regex  # type: ignore[import-untyped]
 
     try:
-        return bool((regex.fullmatch if full else regex.match)(expression, name, timeout=PATTERN_SECONDS))
+        pattern = _compiled(expression)
+        return bool((pattern.fullmatch if full else pattern.match)(name, timeout=PATTERN_SECONDS))
     except TimeoutError:
         raise PatternError(
             f"the pattern {expression[:80]!r} takes longer than {PATTERN_SECONDS:g} s to match"
         ) from None
     except regex.error as error:
         raise PatternError(f"the pattern {expression[:80]!r} cannot be run: {error}") from None
+
+
+@lru_cache(maxsize=1 << 12)
+def _compiled(expression: str) -> Any:
+    import regex
+
+    return regex.compile(expression)
 
 
 def _is_or_ends(name: str, entries: Iterable[str]) -> bool:
