@@ -79,7 +79,16 @@ _SERVING: dict[str, list[Any]] = {
     ],
 }  # fmt: skip
 """What only a processor with AVX512-BF16 has."""
-SOURCES = ("native.c", "quantised.c", "serving.c", "decoder.c", "threads.c")
+_TILES: dict[str, list[Any]] = {
+    "rows_attend": [
+        _pointer, _int64, *[_pointer] * 3, *[_int64] * 4, _float, _int64, _int, _int, _pointer, _pointer, _int
+    ],
+    "rows_attend_backward": [
+        *[_pointer] * 4, _int64, *[_pointer] * 3, *[_int64] * 4, _float, _int64, _int, _int, _pointer, _int
+    ],
+}  # fmt: skip
+"""What multiplies by libtorch's own small products."""
+SOURCES = ("native.c", "quantised.c", "serving.c", "decoder.c", "threads.c", "tiles.c")
 HEADERS = ("bf16.h", "serving.h")
 _reason = "not looked for yet"
 
@@ -87,6 +96,9 @@ _reason = "not looked for yet"
 class Kernels:
     """The kernels that are to be used, each an attribute; `compiled` has all there are. A kernel that fails raises
     MemoryError, where it has no room, or IndexError, where a target is none."""
+
+    narrow = False
+    """Whether the small products of bfloat16 are fast here."""
 
     def __init__(self, compiled: ctypes.CDLL) -> None:
         self.compiled = compiled
@@ -100,7 +112,7 @@ class Kernels:
 
 _FALLIBLE = frozenset({
     "norm_silu", "norm_silu_backward", "causal_softmax", "token_nll", "attend", "attend_backward", "thin_add",
-    "thin_through", "thin_gradients", "paged_attend", "decode",
+    "thin_through", "thin_gradients", "paged_attend", "decode", "rows_attend", "rows_attend_backward",
 })  # fmt: skip
 """Those that say whether they could do their work (bf16.h)."""
 
@@ -109,7 +121,12 @@ def bound(path: str | Path, without: Iterable[str] = ()) -> Kernels:
     """The kernels of a compiled library but those named. Raises OSError for what is none."""
     compiled = ctypes.CDLL(str(path))
     library = Kernels(compiled)
-    for name, arguments in (_SIGNATURES | _PRODUCTS | _SERVING).items():
+    products = _small_products()
+    compiled.use_products.argtypes, compiled.use_products.restype = [_pointer] * 3, None
+    compiled.use_products(*products)
+    library.narrow = products[1] is not None
+    tiles = _TILES if products[0] is not None else {}
+    for name, arguments in (_SIGNATURES | _PRODUCTS | _SERVING | tiles).items():
         function = getattr(compiled, name, None)
         if function is None and name in _SIGNATURES:
             raise OSError(f"{path} has no {name}")
@@ -119,6 +136,36 @@ def bound(path: str | Path, without: Iterable[str] = ()) -> Kernels:
                 function.restype, function.errcheck = _int, _checked
             setattr(library, name, function)
     return library
+
+
+@functools.cache
+def _small_products() -> tuple[int | None, int | None, int | None]:
+    """Where at::native::cpublas::brgemm is for float32 and for bfloat16, and what lets the processor's tiles go, by the
+    names that C++ gives them in a library; None for what is not there, or would not be fast for bfloat16."""
+    at = "_ZN2at6native7cpublas"
+    folder = Path(torch.__file__).parent / "lib"
+    found = next((folder / name for name in _LIBTORCH if (folder / name).is_file()), None)
+    if found is None:
+        return None, None, None
+    library = ctypes.CDLL(str(found))
+
+    def place(*names: str) -> int | None:
+        there = next((getattr(library, at + name) for name in names if hasattr(library, at + name)), None)
+        return None if there is None else ctypes.cast(there, ctypes.c_void_p).value
+
+    # int64_t is a long on Linux and a long long on macOS
+    wide = place("6brgemmEllllllbPKfS3_Pfb", "6brgemmExxxxxxbPKfS3_Pfb")
+    narrow = place("6brgemmEllllllbPKN3c108BFloat16ES5_Pfb", "6brgemmExxxxxxbPKN3c108BFloat16ES5_Pfb")
+    packs = getattr(library, at + "10could_packEN3c1010ScalarTypeE", None)
+    if packs is not None:
+        packs.argtypes, packs.restype = [ctypes.c_int8], ctypes.c_bool
+    half = narrow
+    return wide, half, place("14brgemm_releaseEb")
+
+
+_LIBTORCH = ("libtorch_cpu.so", "libtorch_cpu.dylib")
+_BFLOAT16 = 15
+"""c10::ScalarType::BFloat16."""
 
 
 def _checked(result: int, function: Any, arguments: Any) -> int:

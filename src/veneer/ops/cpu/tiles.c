@@ -1,0 +1,484 @@
+/* Causal attention of rows that lie one after another, with its gradients, in tiles: neither scores nor probabilities are
+   ever in memory, only log sum exp, from which they are made again (arXiv 2205.14135, 2307.08691). The products are
+   libtorch's own small ones (at::native::cpublas::brgemm: oneDNN's kernels for AMX, AVX-512, AVX2 …), so no instruction is
+   named here; ops/cpu/compiled.py finds them and hands them over.
+
+   Tokens are (N, heads, dim) with the heads lying flat in each; row r has the tokens starts[r] ... starts[r + 1] - 1. The
+   queries of one key head, `per` of each token, go together: column c of a tile is query head c % per of token c / per.
+   Everything is transposed, S^T = K Q^T (keys, columns): then maxima, sums and masks run along vectors, and of
+
+       S^T = K Q^T     dP^T = V G^T     O^T += V^T P^T     dV += P^T G     dK += dS^T Q     dQ^T += K^T dS^T
+
+   no product needs a tile turned. A left factor is row-major; a right one, too, in float32, and for bf16 pairs of its rows
+   lie together (`vnni`), so either is made of 32-bit cells.
+
+   `half`: tokens are bf16, else float32. `narrow`: factors are bf16. Sums are float32. */
+
+#include "bf16.h"
+#include <omp.h>
+
+typedef void (*wide_product)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, _Bool, const float *, const float *, float *,
+                             _Bool);
+typedef void (*narrow_product)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, _Bool, const bf16 *, const bf16 *, float *,
+                               _Bool);
+static wide_product of_floats;
+static narrow_product of_halves;
+static void (*release)(_Bool);
+
+/* Where the products are. A missing one is NULL, and never asked for. */
+void use_products(void *floats, void *halves, void *done) {
+    of_floats = (wide_product)floats, of_halves = (narrow_product)halves, release = (void (*)(_Bool))done;
+}
+
+enum { KEYS = 64, STEP = 16 };
+#define LOG2E 1.44269504088896341f
+#define NONE (-1e30f) /* below every score, and finite: the exponential of a difference of two is no NaN */
+
+/* What a call is about. `chunks[r]`: how many blocks of KEYS keys rows before r have; `blocks[r]`: blocks of queries. */
+typedef struct {
+    const int64_t *starts, *chunks, *blocks;
+    int64_t rows, kv, per, dim, D, window, most;
+    float scale;
+    int half, narrow;
+} task;
+
+static inline int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+static inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t bytes_of(const task *t) { return t->narrow ? 2 : 4; }
+
+/* Tokens in a block of queries: about 192 columns. */
+static int64_t block_of(int64_t per) { return STEP * lesser(8, greater(2, (12 + per / 2) / per)); }
+
+/* c (m, n) (+)= a (m, k) b (k, n) */
+static void multiply(const task *t, int64_t m, int64_t n, int64_t k, const void *a, const void *b, float *c, int add) {
+    if (t->narrow) of_halves(m, n, k, k, n, n, add, a, b, c, 1);
+    else of_floats(m, n, k, k, n, n, add, a, b, c, 0);
+}
+
+static void end_thread(const task *t) {
+    if (t->narrow && release) release(1);
+}
+
+static inline void widened(const task *t, const void *x, int64_t at, int64_t n, float *y) {
+    if (t->half)
+        for (int64_t j = 0; j < n; j++) y[j] = up(((const bf16 *)x)[at + j]);
+    else memcpy(y, (const float *)x + at, n * sizeof *y);
+}
+
+/* dim values of one head, widened, turned by the angles of cs and sn (NULL: not turned) and multiplied by `by` */
+static void head_of(const task *t, const void *x, int64_t at, const void *cs, const void *sn, int64_t angle, float by, float *y) {
+    int64_t dim = t->dim, half = dim / 2;
+    float a[dim], c[half + 1], s[half + 1];
+    widened(t, x, at, dim, a);
+    if (!cs) {
+        for (int64_t j = 0; j < dim; j++) y[j] = a[j] * by;
+        return;
+    }
+    widened(t, cs, angle * half, half, c);
+    widened(t, sn, angle * half, half, s);
+    for (int64_t j = 0; j < half; j++) {
+        y[j] = (a[j] * c[j] - a[half + j] * s[j]) * by;
+        y[half + j] = (a[half + j] * c[j] + a[j] * s[j]) * by;
+    }
+}
+
+/* The transpose: turned back, multiplied, and rounded where it came from. */
+static void head_to(const task *t, const float *x, const void *cs, const void *sn, int64_t angle, float by, void *y, int64_t at) {
+    int64_t dim = t->dim, half = dim / 2;
+    float a[dim], c[half + 1], s[half + 1];
+    if (cs) {
+        widened(t, cs, angle * half, half, c);
+        widened(t, sn, angle * half, half, s);
+        for (int64_t j = 0; j < half; j++) {
+            a[j] = (x[j] * c[j] + x[half + j] * s[j]) * by;
+            a[half + j] = (x[half + j] * c[j] - x[j] * s[j]) * by;
+        }
+    } else
+        for (int64_t j = 0; j < dim; j++) a[j] = x[j] * by;
+    if (t->half)
+        for (int64_t j = 0; j < dim; j++) ((bf16 *)y)[at + j] = down(a[j]);
+    else memcpy((float *)y + at, a, dim * sizeof *a);
+}
+
+/* 2^x for x <= 0, within 2e-7 of it, and 2^-126 for what is below; NaN stays. x = n + f, then a polynomial in f (the one of
+   degree 5 whose largest relative error on -1/2 ... 1/2 is least). */
+static inline float power_of_two(float x) {
+    float clamped = x < -126.0f ? -126.0f : x, n = __builtin_rintf(clamped), f = clamped - n;
+    float p = 1.327647187e-3f;
+    p = p * f + 9.675541333e-3f;
+    p = p * f + 5.550713274e-2f;
+    p = p * f + 2.402211972e-1f;
+    p = p * f + 6.931469671e-1f;
+    p = p * f + 1.000000072f;
+    uint32_t bits;
+    memcpy(&bits, &p, 4);
+    bits += (uint32_t)(int32_t)n << 23;
+    memcpy(&p, &bits, 4);
+    return p;
+}
+
+/* -- factors ----------------------------------------------------------------------------------------------------------- */
+
+static inline uint32_t pair_of(float a, float b) {
+    uint32_t u, v;
+    memcpy(&u, &a, 4), memcpy(&v, &b, 4);
+    u += 0x7fffu + ((u >> 16) & 1u), v += 0x7fffu + ((v >> 16) & 1u);
+    return u >> 16 | (v & 0xffff0000u);
+}
+
+/* Row `r` of a left factor of `ld` columns. */
+static inline void put_left(const task *t, const float *x, int64_t n, void *a, int64_t r, int64_t ld) {
+    if (!t->narrow) memcpy((float *)a + r * ld, x, n * sizeof *x);
+    else
+        for (int64_t j = 0; j < n; j++) ((bf16 *)a)[r * ld + j] = down(x[j]);
+}
+
+/* Two rows of a narrow right factor. */
+static inline void put_pair(const float *x, const float *y, int64_t n, uint32_t *pairs) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) pairs[j] = pair_of(x[j], y[j]);
+}
+
+/* STEP rows of x (STEP, D) as rows c ... of a right factor of D columns. */
+static void put_right(const task *t, const float *x, void *b, int64_t c) {
+    if (!t->narrow) memcpy((float *)b + c * t->D, x, STEP * t->D * sizeof *x);
+    else
+        for (int64_t i = 0; i < STEP; i += 2) put_pair(x + i * t->D, x + (i + 1) * t->D, t->D, (uint32_t *)b + (c + i) / 2 * t->D);
+}
+
+/* The same rows as columns c ... of a right factor (D, ld). */
+static void put_right_columns(const task *t, const float *x, void *b, int64_t c, int64_t ld) {
+    int64_t D = t->D;
+    if (t->narrow)
+        for (int64_t j = 0; j < D; j += 2)
+            for (int i = 0; i < STEP; i++) ((uint32_t *)b)[j / 2 * ld + c + i] = pair_of(x[i * D + j], x[i * D + j + 1]);
+    else
+        for (int64_t j = 0; j < D; j++)
+            for (int i = 0; i < STEP; i++) ((float *)b)[j * ld + c + i] = x[i * D + j];
+}
+
+/* The same as columns c ... of a left factor (D, ld); c is even. */
+static void put_left_columns(const task *t, const float *x, void *a, int64_t c, int64_t ld) {
+    int64_t D = t->D;
+    for (int64_t j = 0; j < D; j++)
+        if (t->narrow)
+            for (int i = 0; i < STEP; i += 2) {
+                uint32_t both = pair_of(x[i * D + j], x[(i + 1) * D + j]);
+                memcpy((bf16 *)a + j * ld + c + i, &both, 4);
+            }
+        else
+            for (int i = 0; i < STEP; i++) ((float *)a)[j * ld + c + i] = x[i * D + j];
+}
+
+/* -- where things are -------------------------------------------------------------------------------------------------- */
+
+/* chunks (rows + 1) and blocks (rows + 1), counted from the first row. */
+static void count(const int64_t *starts, int64_t rows, int64_t block, int64_t *chunks, int64_t *blocks) {
+    chunks[0] = blocks[0] = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t n = starts[r + 1] - starts[r];
+        chunks[r + 1] = chunks[r] + (n + KEYS - 1) / KEYS;
+        blocks[r + 1] = blocks[r] + (n + block - 1) / block;
+    }
+}
+
+static int64_t row_of(const int64_t *sums, int64_t at) {
+    int64_t r = 0;
+    while (sums[r + 1] <= at) r++;
+    return r;
+}
+
+/* Keys of a chunk, from `key` on of row r and of its key head h: rows of a left factor (KEYS, D), or its columns (D, KEYS);
+   zero past the row's end and past dim. */
+static void pack_keys(const task *t, const void *x, int64_t ld, int64_t first_head, int64_t r, int64_t h, int64_t key,
+                      const void *cs, const void *sn, void *rows, void *columns) {
+    int64_t first = t->starts[r] + key, real = lesser(KEYS, t->starts[r + 1] - first), D = t->D;
+    float y[STEP * D];
+    for (int64_t at = 0; at < KEYS; at += STEP) {
+        memset(y, 0, sizeof y);
+        for (int64_t j = at; j < lesser(at + STEP, real); j++)
+            head_of(t, x, (first + j) * ld + (first_head + h) * t->dim, cs, sn, first + j, 1.0f, y + (j - at) * D);
+        for (int64_t j = 0; rows && j < STEP; j++) put_left(t, y + j * D, D, rows, at + j, D);
+        if (columns) put_left_columns(t, y, columns, at, KEYS);
+    }
+}
+
+/* Columns of one block of queries: tokens `from` ... of row r, all query heads of key head h. As a right factor summed over
+   dim, (D, M), and one summed over columns, (M, D); zero past the row's end. */
+static void pack_queries(const task *t, const void *x, int64_t ld, int64_t r, int64_t h, int64_t from, int64_t M, const void *cs,
+                         const void *sn, float by, void *over_dim, void *over_columns) {
+    int64_t first = t->starts[r] + from, real = lesser(M / t->per, t->starts[r + 1] - first) * t->per, D = t->D;
+    float y[STEP * D];
+    for (int64_t at = 0; at < M; at += STEP) {
+        memset(y, 0, sizeof y);
+        for (int64_t c = at; c < lesser(at + STEP, real); c++) {
+            int64_t token = first + c / t->per, head = h * t->per + c % t->per;
+            head_of(t, x, token * ld + head * t->dim, cs, sn, token, by, y + (c - at) * D);
+        }
+        put_right_columns(t, y, over_dim, at, M);
+        if (over_columns) put_right(t, y, over_columns, at);
+    }
+}
+
+/* Columns that see key `key` of the row, where the block's first token is `from`: [low, high). */
+static inline void seen(const task *t, int64_t key, int64_t from, int64_t M, int64_t *low, int64_t *high) {
+    *low = lesser(M, greater(0, (key - from) * t->per));
+    *high = t->window > 0 ? lesser(M, greater(0, (key + t->window - from) * t->per)) : M;
+    if (*high < *low) *high = *low;
+}
+
+static inline int64_t first_key(const task *t, int64_t from) {
+    return t->window > 0 ? greater(0, from - t->window + 1) / KEYS * KEYS : 0;
+}
+
+/* STEP columns of x (D, ld) as rows. */
+static void columns_of(const float *x, int64_t D, int64_t ld, float *y) {
+    for (int64_t d = 0; d < D; d++)
+        for (int i = 0; i < STEP; i++) y[i * D + d] = x[d * ld + i];
+}
+
+/* -- forward ----------------------------------------------------------------------------------------------------------- */
+
+/* One block of queries: out (token, heads, dim) and lse (token, heads). keys, values: of its row and key head, in chunks. */
+static void attend_block(const task *t, const char *keys, const char *values, const void *queries, int64_t r, int64_t h,
+                         int64_t from, int64_t M, float *s, void *p, float *o, float *line, void *out, float *lse) {
+    int64_t D = t->D, size = KEYS * D * bytes_of(t), first = t->starts[r] + from;
+    int64_t real = lesser(M / t->per, t->starts[r + 1] - first), end = from + real, heads = t->kv * t->per;
+    float *top = line, *sum = line + M, *less = line + 2 * M;
+    for (int64_t c = 0; c < M; c++) top[c] = NONE, sum[c] = 0.0f;
+    memset(o, 0, D * M * 4);
+    for (int64_t key = first_key(t, from); key < end; key += KEYS) {
+        multiply(t, KEYS, M, D, keys + key / KEYS * size, queries, s, 0);
+        memcpy(less, top, M * sizeof *top);
+        for (int64_t j = 0; j < KEYS; j++) {
+            int64_t low, high;
+            seen(t, key + j, from, M, &low, &high);
+            const float *x = s + j * M;
+#pragma omp simd
+            for (int64_t c = low; c < high; c++) top[c] = x[c] > top[c] || x[c] != x[c] ? x[c] : top[c];
+        }
+#pragma omp simd
+        for (int64_t c = 0; c < M; c++) {
+            less[c] = power_of_two((less[c] - top[c]) * LOG2E);
+            sum[c] *= less[c];
+        }
+        for (int64_t j = 0; j < KEYS; j++) {
+            int64_t low, high;
+            seen(t, key + j, from, M, &low, &high);
+            float *x = s + j * M;
+            for (int64_t c = 0; c < low; c++) x[c] = 0.0f;
+#pragma omp simd
+            for (int64_t c = low; c < high; c++) {
+                x[c] = power_of_two((x[c] - top[c]) * LOG2E);
+                sum[c] += x[c];
+            }
+            for (int64_t c = high; c < M; c++) x[c] = 0.0f;
+            if (t->narrow && j % 2) put_pair(x - M, x, M, (uint32_t *)p + j / 2 * M);
+        }
+        for (int64_t d = 0; d < D; d++)
+#pragma omp simd
+            for (int64_t c = 0; c < M; c++) o[d * M + c] *= less[c];
+        multiply(t, D, M, KEYS, values + key / KEYS * size, t->narrow ? p : s, o, 1);
+    }
+    float y[STEP * D];
+    for (int64_t from_c = 0; from_c < real * t->per; from_c += STEP) {
+        columns_of(o + from_c, D, M, y);
+        for (int64_t c = from_c; c < lesser(from_c + STEP, real * t->per); c++) {
+            int64_t at = (first + c / t->per) * heads + h * t->per + c % t->per;
+            head_to(t, y + (c - from_c) * D, NULL, NULL, 0, 1.0f / sum[c], out, at * t->dim);
+            lse[at] = top[c] + __builtin_logf(sum[c]);
+        }
+    }
+}
+
+/* qkv (N, kv * per + 2 kv, dim) with `ld` between tokens; cs, sn (N, dim / 2) turn q and k, NULL leaves them. out (N, heads,
+   dim), lse (N, heads) float32. A query sees itself and the window - 1 tokens before it; window <= 0: all before it. */
+int rows_attend(const void *qkv, int64_t ld, const void *cs, const void *sn, const int64_t *starts, int64_t rows, int64_t kv,
+                int64_t per, int64_t dim, float scale, int64_t window, int half, int narrow, void *out, float *lse, int threads) {
+    int64_t block = block_of(per), D = up_to(dim, STEP), failed_rows = 2 * (rows + 1);
+    int64_t *sums = aligned_room(failed_rows * 8), *chunks = sums, *blocks = sums ? sums + rows + 1 : NULL;
+    int failed = DONE;
+    if (!all_there(sums != NULL, &failed)) return failed;
+    count(starts, rows, block, chunks, blocks);
+    task t = {starts, chunks, blocks, rows, kv, per, dim, D, window, block * per, scale, half, narrow};
+    int64_t size = KEYS * D * bytes_of(&t), pieces = chunks[rows] * kv, heads = kv * per;
+    char *keys = aligned_room(pieces * size), *values = aligned_room(pieces * size);
+    if (!all_there(keys && values, &failed)) return free(sums), free(keys), free(values), failed;
+#pragma omp parallel num_threads(threads)
+    {
+        float *s = aligned_room(KEYS * t.most * 4), *o = aligned_room(D * t.most * 4), *line = aligned_room(3 * t.most * 4);
+        void *q = aligned_room(D * t.most * 4), *p = aligned_room(KEYS * t.most * 2);
+        int there = all_there(s && o && line && q && p, &failed);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < pieces; i++) {
+            if (!there) continue;
+            int64_t r = row_of(chunks, i / kv), n = chunks[r + 1] - chunks[r], own = i - chunks[r] * kv, h = own / n;
+            pack_keys(&t, qkv, ld, heads, r, h, own % n * KEYS, cs, sn, keys + i * size, NULL);
+            pack_keys(&t, qkv, ld, heads + kv, r, h, own % n * KEYS, NULL, NULL, NULL, values + i * size);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = blocks[rows] * kv - 1; i >= 0; i--) { /* the last block of a row sees the most keys */
+            if (!there) continue;
+            int64_t r = row_of(blocks, i / kv), own = i - blocks[r] * kv, h = own % kv, from = own / kv * block;
+            int64_t M = per * up_to(lesser(block, starts[r + 1] - starts[r] - from), STEP);
+            int64_t at = (chunks[r] * kv + h * (chunks[r + 1] - chunks[r])) * size;
+            pack_queries(&t, qkv, ld, r, h, from, M, cs, sn, scale, q, NULL);
+            attend_block(&t, keys + at, values + at, q, r, h, from, M, s, p, o, line, out, lse);
+        }
+        end_thread(&t);
+        free(s), free(o), free(line), free(q), free(p);
+    }
+    free(sums), free(keys), free(values);
+    return failed;
+}
+
+/* -- backward ---------------------------------------------------------------------------------------------------------- */
+
+/* What a thread works with in backward: factors of a block of queries, and tiles of a chunk. */
+typedef struct {
+    void *q, *q_along, *g, *g_along, *p, *ds, *pairs;
+    float *s, *dp, *dq, *line;
+} bench;
+
+static int make_bench(const task *t, bench *b) {
+    int64_t M = t->most, D = t->D, e = bytes_of(t);
+    void **factors[] = {&b->q, &b->q_along, &b->g, &b->g_along};
+    int there = 1;
+    for (int i = 0; i < 4; i++) there &= (*factors[i] = aligned_room(D * M * e)) != NULL;
+    b->p = aligned_room(KEYS * M * 2), b->ds = aligned_room(KEYS * M * 2), b->pairs = aligned_room(KEYS * M * 2);
+    b->s = aligned_room(KEYS * M * 4), b->dp = aligned_room(KEYS * M * 4), b->dq = aligned_room(D * M * 4);
+    b->line = aligned_room(2 * M * 4);
+    return there && b->p && b->ds && b->pairs && b->s && b->dp && b->dq && b->line;
+}
+
+static void free_bench(bench *b) {
+    free(b->q), free(b->q_along), free(b->g), free(b->g_along), free(b->p), free(b->ds), free(b->pairs);
+    free(b->s), free(b->dp), free(b->dq), free(b->line);
+}
+
+/* One block of queries: its dq into dqkv; dk and dv (keys, D) of its row and key head are added to. `turned`: its keys as
+   columns of left factors. */
+static void backward_block(const task *t, bench *b, const char *keys, const char *turned, const char *values, int64_t r, int64_t h,
+                           int64_t from, int64_t M, float *dk, float *dv, const void *cs, const void *sn, void *dqkv) {
+    int64_t D = t->D, size = KEYS * D * bytes_of(t), first = t->starts[r] + from, heads = t->kv * t->per;
+    int64_t real = lesser(M / t->per, t->starts[r + 1] - first), end = from + real;
+    const float *lse = b->line, *dot = b->line + M;
+    memset(b->dq, 0, D * M * 4);
+    for (int64_t key = first_key(t, from); key < end; key += KEYS) {
+        multiply(t, KEYS, M, D, keys + key / KEYS * size, b->q, b->s, 0);
+        multiply(t, KEYS, M, D, values + key / KEYS * size, b->g, b->dp, 0);
+        for (int64_t j = 0; j < KEYS; j++) {
+            int64_t low, high;
+            seen(t, key + j, from, M, &low, &high);
+            float *p = b->s + j * M, *ds = b->dp + j * M;
+            for (int64_t c = 0; c < low; c++) p[c] = ds[c] = 0.0f;
+#pragma omp simd
+            for (int64_t c = low; c < high; c++) {
+                p[c] = power_of_two((p[c] - lse[c]) * LOG2E);
+                ds[c] = p[c] * (ds[c] - dot[c]);
+            }
+            for (int64_t c = high; c < M; c++) p[c] = ds[c] = 0.0f;
+            if (!t->narrow) continue;
+            put_left(t, p, M, b->p, j, M);
+            put_left(t, ds, M, b->ds, j, M);
+            if (j % 2) put_pair(ds - M, ds, M, (uint32_t *)b->pairs + j / 2 * M);
+        }
+        multiply(t, KEYS, D, M, t->narrow ? b->p : b->s, b->g_along, dv + key * D, 1);
+        multiply(t, KEYS, D, M, t->narrow ? b->ds : b->dp, b->q_along, dk + key * D, 1);
+        multiply(t, D, M, KEYS, turned + key / KEYS * size, t->narrow ? b->pairs : b->dp, b->dq, 1);
+    }
+    float y[STEP * D];
+    for (int64_t from_c = 0; from_c < real * t->per; from_c += STEP) {
+        columns_of(b->dq + from_c, D, M, y);
+        for (int64_t c = from_c; c < lesser(from_c + STEP, real * t->per); c++) {
+            int64_t token = first + c / t->per, at = token * (heads + 2 * t->kv) + h * t->per + c % t->per;
+            head_to(t, y + (c - from_c) * D, cs, sn, token, t->scale, dqkv, at * t->dim);
+        }
+    }
+}
+
+/* In how many groups the queries of a row go where there are few rows and key heads: each has sums of dk and dv of its own. */
+static int64_t groups_of(const task *t) {
+    int64_t longest = 0;
+    for (int64_t r = 0; r < t->rows; r++) longest = greater(longest, t->starts[r + 1] - t->starts[r]);
+    return t->rows * t->kv >= 12 ? 1 : lesser(4, greater(1, longest / 512));
+}
+
+/* g, out: (N, heads, dim), the gradient of what rows_attend gave, and that. dqkv (N, heads + 2 kv, dim). */
+int rows_attend_backward(const void *g, const void *out, const float *lse, const void *qkv, int64_t ld, const void *cs,
+                         const void *sn, const int64_t *starts, int64_t rows, int64_t kv, int64_t per, int64_t dim, float scale,
+                         int64_t window, int half, int narrow, void *dqkv, int threads) {
+    int64_t block = block_of(per), D = up_to(dim, STEP), heads = kv * per;
+    int64_t *sums = aligned_room(2 * (rows + 1) * 8), *chunks = sums, *blocks = sums ? sums + rows + 1 : NULL;
+    int failed = DONE;
+    if (!all_there(sums != NULL, &failed)) return failed;
+    count(starts, rows, block, chunks, blocks);
+    task t = {starts, chunks, blocks, rows, kv, per, dim, D, window, block * per, scale, half, narrow};
+    int64_t size = KEYS * D * bytes_of(&t), pieces = chunks[rows] * kv, groups = groups_of(&t), cells = pieces * KEYS * D;
+    char *keys = aligned_room(pieces * size), *turned = aligned_room(pieces * size), *values = aligned_room(pieces * size);
+    float *dk = aligned_room(groups * cells * 4), *dv = aligned_room(groups * cells * 4);
+    if (!all_there(keys && turned && values && dk && dv, &failed))
+        return free(sums), free(keys), free(turned), free(values), free(dk), free(dv), failed;
+#pragma omp parallel num_threads(threads)
+    {
+        bench b;
+        int there = all_there(make_bench(&t, &b), &failed);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < pieces; i++) {
+            if (!there) continue;
+            int64_t r = row_of(chunks, i / kv), n = chunks[r + 1] - chunks[r], own = i - chunks[r] * kv, h = own / n;
+            pack_keys(&t, qkv, ld, heads, r, h, own % n * KEYS, cs, sn, keys + i * size, turned + i * size);
+            pack_keys(&t, qkv, ld, heads + kv, r, h, own % n * KEYS, NULL, NULL, values + i * size, NULL);
+            for (int64_t k = 0; k < groups; k++) {
+                memset(dk + k * cells + i * KEYS * D, 0, KEYS * D * 4);
+                memset(dv + k * cells + i * KEYS * D, 0, KEYS * D * 4);
+            }
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = rows * kv * groups - 1; i >= 0; i--) {
+            if (!there) continue;
+            int64_t k = i / (rows * kv), r = i / kv % rows, h = i % kv, n = blocks[r + 1] - blocks[r];
+            int64_t at = chunks[r] * kv + h * (chunks[r + 1] - chunks[r]);
+            for (int64_t one = k; one < n; one += groups) { /* every so many-th block, so that all groups have as much to do */
+                int64_t from = one * block, M = per * up_to(lesser(block, starts[r + 1] - starts[r] - from), STEP);
+                int64_t real = lesser(M / per, starts[r + 1] - starts[r] - from) * per;
+                pack_queries(&t, qkv, ld, r, h, from, M, cs, sn, scale, b.q, b.q_along);
+                pack_queries(&t, g, heads * dim, r, h, from, M, NULL, NULL, 1.0f, b.g, b.g_along);
+                for (int64_t c = 0; c < M; c++) {
+                    float sum = 0.0f, a[dim], e[dim];
+                    int64_t place = (starts[r] + from + c / per) * heads + h * per + c % per;
+                    b.line[c] = 0.0f, b.line[M + c] = 0.0f;
+                    if (c >= real) continue;
+                    head_of(&t, g, place * dim, NULL, NULL, 0, 1.0f, a);
+                    head_of(&t, out, place * dim, NULL, NULL, 0, 1.0f, e);
+#pragma omp simd reduction(+ : sum)
+                    for (int64_t j = 0; j < dim; j++) sum += a[j] * e[j];
+                    b.line[c] = lse[place], b.line[M + c] = sum;
+                }
+                backward_block(&t, &b, keys + at * size, turned + at * size, values + at * size, r, h, from, M,
+                               dk + k * cells + at * KEYS * D, dv + k * cells + at * KEYS * D, cs, sn, dqkv);
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < pieces; i++) {
+            if (!there) continue;
+            int64_t r = row_of(chunks, i / kv), n = chunks[r + 1] - chunks[r], own = i - chunks[r] * kv, h = own / n;
+            int64_t first = starts[r] + own % n * KEYS, real = lesser(KEYS, starts[r + 1] - first);
+            for (int64_t k = 1; k < groups; k++)
+                for (int64_t j = 0; j < KEYS * D; j++) {
+                    dk[i * KEYS * D + j] += dk[k * cells + i * KEYS * D + j];
+                    dv[i * KEYS * D + j] += dv[k * cells + i * KEYS * D + j];
+                }
+            for (int64_t j = 0; j < real; j++) {
+                int64_t token = (first + j) * (heads + 2 * kv), from = (i * KEYS + j) * D;
+                head_to(&t, dk + from, cs, sn, first + j, 1.0f, dqkv, (token + heads + h) * dim);
+                head_to(&t, dv + from, NULL, NULL, 0, 1.0f, dqkv, (token + heads + kv + h) * dim);
+            }
+        }
+        end_thread(&t);
+        free_bench(&b);
+    }
+    free(sums), free(keys), free(turned), free(values), free(dk), free(dv);
+    return failed;
+}
