@@ -20,7 +20,7 @@ from veneer.ops.attention import (
     rotate,
     row_attention,
 )
-from veneer.ops.choice import chosen
+from veneer.ops.choice import chosen, pinned
 from veneer.ops.sizes import ATTENTION_BLOCK as BLOCK
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
@@ -66,15 +66,19 @@ def check(
     )
     x.requires_grad_()
     scale = dim**-0.5
-    out = rotary_attention(x, cos, sin, kv, RowLayout(lengths), scale, window)
-    (dx,) = torch.autograd.grad(out, x, g)
+    made = []
+    for name in ("torch", "tiles", "tiles32"):
+        with pinned(rows_attend=name):
+            out = rotary_attention(x, cos, sin, kv, RowLayout(lengths), scale, window)
+            made.append((out, *torch.autograd.grad(out, x, g)))
     xd = x.detach().double().requires_grad_()
     q, k, v = xd.split([heads, kv, kv], 1)
     cd, sd = cos.double(), sin.double()
     wanted = reference(rotate(q, cd, sd), rotate(k, cd, sd), v, lengths, scale, window)
     (dxd,) = torch.autograd.grad(wanted, xd, g.double())
-    for a, b in ((out, wanted), (dx, dxd)):
-        assert (a.double() - b).norm() <= slack * TOLERANCE[dtype] * b.norm()
+    for out, dx in made:
+        for a, b in ((out, wanted), (dx, dxd)):
+            assert (a.double() - b).norm() <= slack * TOLERANCE[dtype] * b.norm()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
@@ -113,6 +117,56 @@ def test_no_row_sees_another_and_no_token_a_later_one() -> None:
     allowed = (row[:, None] == row[None]) & torch.ones(n, n, dtype=torch.bool).tril()
     assert (jacobian[~allowed] == 0).all()
     assert (jacobian[allowed] != 0).all()
+
+
+@pytest.mark.parametrize("name", ["torch", "tiles", "tiles32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_after_the_rows_attend_to_nothing(name: str, dtype: torch.dtype) -> None:
+    gen = torch.Generator().manual_seed(1)
+    qkv = torch.randn(24, 4, 16, generator=gen).to(dtype).requires_grad_()
+    q, k, v = qkv.split([2, 1, 1], 1)
+    with pinned(rows_attend=name):
+        out = row_attention(q, k, v, RowLayout([7, 12], idle=5), 0.25)
+        (grad,) = torch.autograd.grad(out, qkv, torch.ones_like(out))
+    assert (out[19:] == 0).all()
+    assert (grad[19:] == 0).all()
+    assert (out[:19] != 0).any(1).all()
+
+
+@pytest.mark.parametrize("name", ["tiles", "tiles32"])
+def test_scores_of_any_size_and_what_is_no_number_stays_visible(name: str) -> None:
+    """A key far above the others takes all, first or last; NaN and infinity come out as such where they are seen."""
+    q, k = torch.full((300, 1, 16), 8.0).bfloat16(), torch.full((300, 1, 16), -8.0).bfloat16()
+    v = torch.arange(300.0).bfloat16()[:, None, None].expand(300, 1, 16).contiguous()
+    with pinned(rows_attend=name):
+        for high in (0, 70, 299):
+            keys = k.clone()
+            keys[high] = 8.0
+            out = row_attention(q, keys, v, RowLayout([300]), 1.0)
+            assert torch.equal(out[high:], v[high].expand(300 - high, 1, 16))
+        for bad in (float("nan"), float("inf")):
+            keys = k.clone()
+            keys[100, 0, 3] = bad
+            out = row_attention(q, keys, v, RowLayout([300]), 1.0)
+            assert out[:100].isfinite().all()
+            assert not out[100:].isfinite().any()
+
+
+def test_rows_in_tiles_do_not_depend_on_threads() -> None:
+    gen = torch.Generator().manual_seed(0)
+    qkv = torch.randn(1201, 4, 16, generator=gen).bfloat16().requires_grad_()
+    cos, sin = torch.randn(2, 1201, 8, generator=gen).bfloat16()
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            with pinned(rows_attend="tiles"):
+                out = rotary_attention(qkv, cos, sin, 1, RowLayout([1201]), 0.25)
+                made.append((out.detach(), *torch.autograd.grad(out, qkv, torch.ones_like(out))))
+    finally:
+        torch.set_num_threads(before)
+    if chosen("rows_attend", qkv, cos, sin, 1, RowLayout([1201]), None) is not None:
+        assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 
 def test_every_token_has_one_place() -> None:

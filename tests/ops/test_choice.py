@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from veneer.ops import choice
+from veneer.ops import attention, choice, linear, loss, mlp, norms
 from veneer.ops.choice import HOMES, OPS, choices, chosen
 from veneer.ops.cpu import compiled
 from veneer.ops.cpu.implementations import IMPLEMENTATIONS
+from veneer.ops.measuring import Kept
 
 
 def test_every_implementation_is_of_a_known_op_and_every_op_has_an_answer() -> None:
@@ -31,12 +40,12 @@ def test_what_the_kernels_do_not_take_runs_the_reference() -> None:
     assert (chosen("rms_norm", x, w) is not None) == there
     assert chosen("rms_norm", x.float(), w.float()) is None
     assert chosen("rms_norm", x.t(), w) is None
-    assert choices("cpu")["rms_norm"].startswith("veneer.ops.cpu" if there else "torch: ")
+    assert choices("cpu")["rms_norm"].startswith("compiled (" if there else "torch: ")
 
 
 def test_without_compiled_kernels_it_is_torch_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "kernels", lambda: None)
-    assert all(line.startswith("torch: no compiled kernels: ") for line in choices("cpu").values())
+    assert all(choices("cpu")[op].startswith("torch: no compiled kernels: ") for op in IMPLEMENTATIONS)
     assert chosen("rms_norm", torch.ones(3, 16, dtype=torch.bfloat16), torch.ones(16, dtype=torch.bfloat16)) is None
 
 
@@ -46,4 +55,142 @@ def test_a_device_may_bring_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(HOMES, "meta", "a module")
     assert chosen("gelu_tanh", torch.empty(2, 2, device="meta")) is own.run
     assert chosen("gelu_tanh", torch.empty(2, device="meta")) is None
-    assert choices("meta")["gelu_tanh"] == "a module for matrices, torch for all else"
+    assert choices("meta")["gelu_tanh"] == "compiled (a module) for matrices, torch for all else"
+
+
+# -- measured ----------------------------------------------------------------------------------------------------------
+
+
+def _candidate(name: str, *others: choice.Implementation) -> choice.Implementation:
+    return choice.Implementation(lambda x: name, lambda x: x.ndim == 2, "matrices", lambda: "", name, others)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, float]]:
+    """gelu_tanh with two implementations beside its reference, and what each takes, in seconds of a clock of ours."""
+    taken = {"first": 1.0, "second": 1.0, "torch": 1.0}
+    table = {"gelu_tanh": _candidate("first", _candidate("second"))}
+
+    def seconds_of(works: dict[str, Callable[[], object]]) -> dict[str, float]:
+        for work in works.values():
+            work()
+        return {name: taken[name] for name in works}
+
+    def work(dtype: torch.dtype, n: int) -> Callable[[], object]:
+        return lambda: ran.append(chosen("gelu_tanh", torch.empty(n, 2, dtype=dtype)))
+
+    ran: list[Any] = []
+    monkeypatch.setattr(choice, "_implementations", lambda device: table)
+    monkeypatch.setattr(choice, "_TRIALS", {"gelu_tanh": choice._Trial(lambda x: (choice.size_class(len(x)),), work)})
+    monkeypatch.setattr(choice, "seconds_of", seconds_of)
+    monkeypatch.setattr(choice, "_listed", False)
+    monkeypatch.setattr(choice, "_pins", {})
+    monkeypatch.setattr(choice, "_decided", {})
+    monkeypatch.setattr(choice, "_followed", {})
+    kept = Kept(tmp_path / "measured.json", "here")
+    monkeypatch.setattr(choice, "_kept", lambda: kept)
+    # the clock of ours runs in this thread: what a trial is about must not outlive it
+    yield taken
+    choice._trying.__dict__.clear()
+
+
+def name_of(x: Tensor) -> str:
+    choice._trying.__dict__.clear()
+    run = chosen("gelu_tanh", x)
+    choice._trying.__dict__.clear()
+    return "torch" if run is None else str(run(x))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "runs"),
+    [((1.0, 1.0, 1.0), "first"), ((1.0, 0.95, 0.92), "first"), ((1.0, 0.5, 2.0), "second"), ((1.0, 0.9, 0.5), "torch")],
+)
+def test_the_first_runs_unless_another_is_clearly_faster(
+    bench: dict[str, float], seconds: tuple[float, ...], runs: str
+) -> None:
+    bench.update(zip(bench, seconds, strict=True))
+    assert name_of(torch.empty(40, 2)) == runs
+    (found,) = choice.settled().values()
+    assert found.runs == runs
+    assert found.ms == {name: pytest.approx(1e3 * s) for name, s in bench.items()}
+
+
+def test_what_was_measured_once_stays_and_classes_are_measured_apart(bench: dict[str, float]) -> None:
+    assert name_of(torch.empty(40, 2)) == "first"
+    bench["torch"] = 0.1
+    assert name_of(torch.empty(50, 2)) == "first"  # of the same class
+    assert name_of(torch.empty(400, 2)) == "torch"
+    assert name_of(torch.empty(40, 2, dtype=torch.bfloat16)) == "torch"
+    choice._decided.clear()  # as a later process
+    bench["torch"] = 10.0
+    assert name_of(torch.empty(400, 2)) == "torch"
+    assert name_of(torch.empty(40)) == "torch"  # nothing takes it
+
+
+def test_a_run_goes_on_with_what_it_recorded(bench: dict[str, float]) -> None:
+    assert name_of(torch.empty(40, 2)) == "first"
+    record = choice.recorded()
+    assert list(record.values()) == ["first"]
+    choice.follow(dict.fromkeys(record, "second"))
+    assert name_of(torch.empty(40, 2)) == "second"
+    assert list(choice.recorded().values()) == ["second"]
+
+
+def test_pins_come_before_everything(bench: dict[str, float]) -> None:
+    bench["torch"] = 0.1
+    with choice.pinned(gelu_tanh="second"):
+        assert name_of(torch.empty(40, 2)) == "second"
+        assert choices("cpu")["gelu_tanh"] == "second: pinned by VENEER_OPS"
+    assert not choice.recorded()
+    assert name_of(torch.empty(40, 2)) == "torch"
+
+
+def test_listed_measures_nothing(bench: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    bench["torch"] = 0.1
+    monkeypatch.setattr(choice, "_listed", True)
+    assert name_of(torch.empty(40, 2)) == "first"
+    assert not choice.recorded()
+
+
+OPS_OF = (attention, linear, loss, mlp, norms)
+"""The modules that bring trials: imported, so that all of them are known."""
+
+
+@pytest.mark.parametrize("op", sorted(choice._TRIALS))
+def test_every_trial_calls_its_op_and_runs_by_whatever_is_named(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At sizes of a few: what it does is the op, with the reference and with each implementation."""
+    asked: list[str] = []
+    plain = choice._name_of
+    monkeypatch.setattr(choice, "_name_of", lambda name, *more: asked.append(name) or plain(name, *more))
+    sizes = TRIAL_SIZES[op]
+    for name in ("torch", "compiled", "tiles", "tiles32"):
+        with choice.pinned(**{op: name}):
+            choice._TRIALS[op].work(torch.bfloat16, *sizes)()
+    own = IMPLEMENTATIONS[op]
+    assert own.missing() or op in asked
+
+
+TRIAL_SIZES = {
+    "low_rank": (16, 32, 64, 8, 2),
+    "rms_norm": (16,),
+    "rms_norm_backward": (16,),
+    "rows_attend": (2, 16, 4, 2, 16, 0),
+    "silu_gate": (16,),
+    "silu_gate_backward": (16,),
+    "token_nll": (40,),
+}
+"""The class of shapes that each trial is tried with."""
+
+
+def test_words_that_say_nothing_are_refused() -> None:
+    """Each in a process of its own: they are read when it begins."""
+    code = "from veneer.ops import choice; print(choice._pins, choice._listed, choice.PINNED)"
+    for words, said in (
+        ("listed,rms_norm=torch", "{'rms_norm': 'torch'} True "),
+        ("torch", "{'*': 'torch'} False "),
+        ("rms_nrm=torch", "ConfigError: VENEER_OPS has rms_nrm=torch"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "VENEER_OPS": words}, capture_output=True, text=True
+        )
+        assert said in done.stdout + done.stderr

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from veneer.errors import CheckpointError, ResourceError
+from veneer.ops import choice
 from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress
 from veneer.train.optim import make_optimizer, optimizer_names
@@ -62,6 +63,33 @@ def test_restoring_goes_on_bit_for_bit_with_every_optimizer(name: str, tmp_path:
     _move(b, other, 2)
     for name_, p in a.items():
         assert torch.equal(p, b[name_])
+
+
+def test_what_ran_is_kept_and_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run goes on with the implementations that it began with, whatever is measured later."""
+    key = ("rms_norm", torch.bfloat16, 2, 576)
+    monkeypatch.setattr(choice, "_decided", {key: "torch"})
+    monkeypatch.setattr(choice, "_followed", {})
+    a = _parameters()
+    optimizer = make_optimizer(a, learning_rate=0.1)
+    path = _save(tmp_path, 1, a, optimizer=optimizer)
+    assert checkpoint.read_checkpoint(path)["choices"] == {"rms_norm bfloat16 576, 2 threads": "torch"}
+    choice._decided[key] = "compiled"
+    with choice.followed_here():
+        checkpoint.restore(path, parameters=a, optimizer=optimizer, identity={})
+        assert choice._followed == {"rms_norm bfloat16 576, 2 threads": "torch"}
+        assert not choice._decided
+    assert not choice._followed
+
+
+def test_another_pin_of_ops_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = _parameters()
+    optimizer = make_optimizer(a, learning_rate=0.1)
+    path = _save(tmp_path, 1, a, optimizer=optimizer)
+    monkeypatch.setenv("VENEER_OPS", "rms_norm=torch")
+    _, notes = checkpoint.restore(path, parameters=a, optimizer=optimizer, identity={})
+    assert len(notes) == 1
+    assert "VENEER_OPS was" in notes[0]
 
 
 def test_random_generators_come_back() -> None:

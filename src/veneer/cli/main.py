@@ -47,6 +47,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "adapter": ("veneer.cli.adapter", "Inspect, verify, convert, mix and merge adapters."),
     "library": ("veneer.cli.library", "Keep adapters under names, share and check them."),
     "tenant": ("veneer.cli.tenant", "Tenants of a server: keys, limits, prices, routes, usage."),
+    "doctor": ("veneer.cli.doctor", "What this machine has for veneer, what runs on it, and why."),
     "export": ("veneer.cli.export", "Write an adapter as a directory that vLLM or TGI serves as it is."),
 }
 """Command -> (module, one line for `veneer --help`)."""

@@ -5,17 +5,18 @@
     cross_attention                    o = softmax(q·kᵀ/√d)·v over other tokens' keys
 
 Rows need no padding in anything but the attention itself; queries that share a key head are multiplied together
-(grouped-query attention without repeating keys), in blocks that leave out the keys after them. A denoiser's attention
-goes in tiles by the compiled kernel where there is one (half the time of torch's flash attention on the CPU), which
-keeps nothing but log Σ exp; else probabilities are kept if they are hardly more than q, k and v, or made again in
-backward some heads at a time. References: torch's own F.scaled_dot_product_attention, row by row for rows, and
-`joint_attention_reference`. Knows nothing of models.
+(grouped-query attention without repeating keys), in blocks that leave out the keys after them. Where the compiled tiles
+run (ops/cpu/tiles.c), rows need no padding at all, and log Σ exp is all that is kept beside qkv and the output. A
+denoiser's attention goes in tiles by the compiled kernel where there is one (half the time of torch's flash attention
+on the CPU), which keeps nothing but log Σ exp; else probabilities are kept if they are hardly more than q, k and v, or
+made again in backward some heads at a time. References: torch's own F.scaled_dot_product_attention, row by row for
+rows, and `joint_attention_reference`. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.compat import TORCH
-from veneer.ops.choice import chosen
+from veneer.ops.choice import chosen, measured, random_like, size_class
 from veneer.ops.sizes import grouped_rows, key_ranges
 
 # -- rows that lie one after another -----------------------------------------------------------------------------------
@@ -54,7 +55,7 @@ class RowLayout:
     `step`: a group's length is rounded up to a multiple of it: rows of many lengths then make products of few shapes.
     `idle`: tokens after the rows that are in none: they attend to nothing, and their output is zero.
     `keep`: the tokens whose output is wanted at the end of a model, None for all; for whoever can use it.
-    `attended`: which layers went by it so far."""
+    `attended`: which layers went by it so far. `starts`: (rows + 1,), where each row begins, and the end."""
 
     keep: Tensor | None = None
 
@@ -67,6 +68,7 @@ class RowLayout:
         starts = [0]
         for n in self.lengths:
             starts.append(starts[-1] + n)
+        self.starts = torch.tensor(starts, dtype=torch.int64)
         places = [torch.arange(n, device=device) for n in self.lengths]
         self.positions = torch.cat([*places, torch.zeros(idle, dtype=torch.int64, device=device)])
         self._tables: tuple[Tensor, Tensor, Tensor] | None = None
@@ -220,6 +222,73 @@ class _Attention(torch.autograd.Function):
         return d_qkv, None, None, None, None, None, None
 
 
+class _Tiled(torch.autograd.Function):
+    """The same by an implementation of "rows_attend": qkv, the output and log Σ exp are kept, no probabilities."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, kv: int, layout: RowLayout,
+        scale: float, window: int | None,
+    ) -> Tensor:  # fmt: skip
+        out, lse = run.forward(qkv, cos, sin, layout.starts, kv, scale, window)
+        ctx.save_for_backward(qkv, cos, sin, out, lse)
+        ctx.run, ctx.how = run, (layout.starts, kv, scale, window)
+        made: Tensor = out
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        qkv, cos, sin, out, lse = ctx.saved_tensors
+        d_qkv = ctx.run.backward(grad.contiguous(), out, lse, qkv, cos, sin, *ctx.how)
+        return None, d_qkv, *[None] * 6
+
+
+def _rows(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, kv: int, layout: RowLayout, scale: float, window: int | None
+) -> Tensor:
+    run = chosen("rows_attend", qkv, cos, sin, kv, layout, window)
+    if run is not None:
+        tiled: Tensor = _Tiled.apply(run, qkv, cos, sin, kv, layout, scale, window)
+        return tiled
+    out: Tensor = _Attention.apply(qkv, cos, sin, kv, layout, scale, window)
+    return out
+
+
+def _kind_of_rows(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, kv: int, layout: RowLayout, window: int | None
+) -> tuple[int, ...]:
+    longest = size_class(max(layout.lengths), 2048)
+    rows = min(size_class(len(layout.lengths), 16), max(1, 2048 // longest))
+    return rows, longest, qkv.shape[1] - 2 * kv, kv, qkv.shape[2], 0 if window is None else size_class(window)
+
+
+def goes_in_tiles(
+    dtype: torch.dtype, lengths: Sequence[int], heads: int, kv: int, dim: int, window: int | None = None
+) -> bool:
+    """Whether such rows go in tiles here, so that no probabilities are kept: for whoever counts memory."""
+    layout = RowLayout(lengths)
+    return (
+        chosen("rows_attend", torch.empty(1, heads + 2 * kv, dim, dtype=dtype), None, None, kv, layout, window)
+        is not None
+    )
+
+
+@measured("rows_attend", _kind_of_rows)
+def _rows_work(
+    dtype: torch.dtype, rows: int, longest: int, heads: int, kv: int, dim: int, window: int
+) -> Callable[[], object]:
+    n, layout = rows * longest, RowLayout([longest] * rows)
+    qkv = random_like(dtype, n, heads + 2 * kv, dim).requires_grad_()
+    angles = random_like(torch.float32, n, dim // 2)
+    cos, sin, g = angles.cos().to(dtype), angles.sin().to(dtype), random_like(dtype, n, heads, dim)
+
+    def work() -> object:
+        out = _rows(qkv, cos, sin, kv, layout, dim**-0.5, window or None)
+        return torch.autograd.grad(out, qkv, g)
+
+    return work
+
+
 def _sdpa(qkv: Tensor, kv: int, layout: RowLayout, scale: float, window: int | None) -> Tensor:
     """The same through torch's fused attention, which is the fast one on a GPU (flash attention for 16-bit heads)."""
     heads, dim = qkv.shape[1] - 2 * kv, qkv.shape[2]
@@ -247,13 +316,13 @@ def rotary_attention(
     """Attention of [q | k | v] heads with rotary positions in q and k. qkv: (N, heads + 2·kv, dim) → (N, heads, dim).
 
     cos, sin: (N, dim/2). `window`: a query sees itself and the window − 1 tokens before it; None: all before it.
-    Keeps the turned q, k, v and the probabilities in their dtype; off the CPU it is torch's fused attention."""
+    Keeps the turned q, k, v and the probabilities in their dtype, or in tiles qkv, the output and log Σ exp; off the
+    CPU it is torch's fused attention."""
     if qkv.device.type != "cpu":
         q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
         turned = torch.cat([_rotated(q, cos, sin, 1.0), _rotated(k, cos, sin, 1.0), v], dim=1)
         return _sdpa(turned, kv, layout, scale, window)
-    out: Tensor = _Attention.apply(qkv, cos, sin, kv, layout, scale, window)
-    return out
+    return _rows(qkv, cos, sin, kv, layout, scale, window)
 
 
 def row_attention(
@@ -263,8 +332,7 @@ def row_attention(
     qkv = torch.cat([q, k, v], 1)
     if qkv.device.type != "cpu":
         return _sdpa(qkv, k.shape[1], layout, scale, window)
-    out: Tensor = _Attention.apply(qkv, None, None, k.shape[1], layout, scale, window)
-    return out
+    return _rows(qkv, None, None, k.shape[1], layout, scale, window)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:

@@ -8,7 +8,17 @@ in the module that HOMES names, each with what it takes. The op asks `chosen` an
     run = chosen("rms_norm", x, weight)
     y = F.rms_norm(x, …) if run is None else run(x, weight, eps)
 
-`choices("cpu")` says what runs here, and why.
+Where an op has a trial (`measured`), which of its implementations runs is measured on the CPU at first use, for each
+class of shapes, dtype and number of threads, and kept beside the compiled kernels (ops/measuring.py); the first that
+takes what it was given is the default, which another has to beat clearly. Everything else runs the first that takes it.
+
+    VENEER_OPS=listed            nothing is measured: the first that takes it
+    VENEER_OPS=torch             references alone
+    VENEER_OPS=rows_attend=torch,rms_norm=compiled       these, and all else as ever
+    VENEER_OPS=cuda              the kernels of GPUs on every tensor (TRITON_INTERPRET=1 beside it), to check them
+
+`choices("cpu")` says what runs here, and why; `settled()` what was measured or pinned so far. `follow` takes what a
+run has recorded, so that it goes on as it began.
 """
 
 from __future__ import annotations
@@ -16,17 +26,26 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from veneer.errors import ConfigError
+from veneer.ops.measuring import Kept, Measured, fastest, seconds_of, this_machine
 
 HOMES = {"cpu": "veneer.ops.cpu.implementations", "cuda": "veneer.ops.cuda.implementations"}
 """Device type -> the module whose IMPLEMENTATIONS are its own: op -> Implementation."""
 
-PINNED = os.environ.get("VENEER_OPS", "")
+_WORDS = [word for word in os.environ.get("VENEER_OPS", "").split(",") if word]
+PINNED = next((word for word in _WORDS if word in HOMES), "")
 """A device type whose implementations run on every tensor, whatever device it is on. "cuda" beside TRITON_INTERPRET=1
 runs the kernels of GPUs on the CPU, to check them."""
+TORCH = "torch"
+"""The name of every op's reference."""
 
 OPS = {
     "attend": "attention of tokens over all others: softmax(q·kᵀ/√d)·v",
@@ -53,6 +72,7 @@ OPS = {
     "quantise_blocks4": "a weight into 4 bits",
     "rms_norm": "RMS norm",
     "rms_norm_backward": "its gradient",
+    "rows_attend": "causal attention of rows that lie one after another, and its gradients",
     "rows_low_rank": "s·(x·Aᵀ)·Bᵀ with another adapter for each row",
     "scatter_heads": "the inverse of gather_heads",
     "silu_gate": "silu(gate) ⊙ up",
@@ -64,13 +84,131 @@ OPS = {
 
 
 class Implementation(NamedTuple):
-    """`run`: what an op calls instead of its reference. `takes`: whether it runs on what the op was given. `wants`:
-    that in words. `missing`: why it cannot run here at all; "" where it can."""
+    """`run`: what an op calls instead of its reference, or an object of whose functions it calls. `takes`: whether it
+    runs on what the op was given. `wants`: that in words. `missing`: why it cannot run here at all; "" where it can.
+    `name`: how it is pinned and reported. `others`: further ones of the same op, in the order they are tried."""
 
-    run: Callable[..., Any]
+    run: Any
     takes: Callable[..., bool]
     wants: str
     missing: Callable[[], str]
+    name: str = "compiled"
+    others: tuple[Implementation, ...] = ()
+
+
+class _Trial(NamedTuple):
+    """`kind`: the class of shapes of what the op was given, as numbers. `work`: (dtype, *kind) -> a piece of work of
+    that class that calls the op."""
+
+    kind: Callable[..., tuple[int, ...]]
+    work: Callable[..., Callable[[], object]]
+
+
+_TRIALS: dict[str, _Trial] = {}
+
+
+def measured(op: str, kind: Callable[..., tuple[int, ...]]) -> Callable[[Any], Any]:
+    """Puts what it decorates, `work` of a trial, into the table: from now on `op` is measured."""
+
+    def put(work: Any) -> Any:
+        _TRIALS[op] = _Trial(kind, work)
+        return work
+
+    return put
+
+
+def is_measured(op: str) -> bool:
+    """Whether which implementation runs is measured on a CPU; known once the op's module is imported."""
+    return op in _TRIALS
+
+
+TRIAL_ROWS = 1024
+"""Rows of a trial whose op works row by row: which implementation runs must not depend on who shares a batch."""
+
+
+def size_class(n: int, most: int = 4096) -> int:
+    """n rounded up to a power of two, 16 … `most`: what is measured stands for all sizes near it."""
+    return min(most, max(16, 1 << max(0, n - 1).bit_length()))
+
+
+def random_like(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Numbers to measure with, the same at each call; torch's own generator does not move."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+# -- what was decided --------------------------------------------------------------------------------------------------
+
+_pins = dict(word.split("=", 1) for word in _WORDS if "=" in word)
+"""op -> name, for as long as the process lives; "*": all others."""
+if TORCH in _WORDS:
+    _pins["*"] = TORCH
+_listed = "listed" in _WORDS
+if _unknown := [word for word in _WORDS if word.split("=")[0] not in (*HOMES, *OPS, TORCH, "listed")]:
+    raise ConfigError(
+        f"VENEER_OPS has {', '.join(_unknown)}, which is neither an op nor listed, torch or cuda",
+        fix="an op is pinned as op=name, and the ops are in docs/reference/ops.md",
+    )
+_decided: dict[tuple[Any, ...], str] = {}
+"""What `chosen` asks, (op, dtype, threads, *kind) -> name."""
+_followed: dict[str, str] = {}
+_lock = threading.Lock()
+_trying = threading.local()
+"""`op`, `name`: what a trial is about, in the thread that measures."""
+
+
+@functools.cache
+def _kept() -> Kept:
+    """The measurements of this machine, beside the compiled library they belong to."""
+    from veneer.ops.cpu import compiled
+
+    library = compiled.kernels()
+    file = None if library is None else library.path.with_suffix(".choices.json")
+    return Kept(file, f"{this_machine()}, torch {torch.__version__}")
+
+
+def settled() -> dict[str, Measured]:
+    """What was measured and used so far in this process: "op dtype kind, threads" -> which runs, the milliseconds."""
+    return {key: found for key in map(_key, list(_decided)) if (found := _kept().get(key)) is not None}
+
+
+def recorded() -> dict[str, str]:
+    """The same for a run to keep, key -> name: `follow` it, and the run goes on bit for bit."""
+    return {_key(asked): name for asked, name in list(_decided.items())}
+
+
+def follow(record: Mapping[str, str]) -> None:
+    """From now on what a run has recorded runs, whatever was measured; what is not in the record is decided as ever."""
+    _followed.update(record)
+    _decided.clear()
+
+
+@contextmanager
+def followed_here() -> Iterator[None]:
+    """What is followed inside is followed to the end of the block: a run's record is of no other run."""
+    before = dict(_followed)
+    try:
+        yield
+    finally:
+        _followed.clear()
+        _followed.update(before)
+        _decided.clear()
+
+
+@contextmanager
+def pinned(**names: str) -> Iterator[None]:
+    """While inside, these ops run the implementations of these names, on what they take; for comparisons."""
+    before = dict(_pins)
+    _pins.update(names)
+    try:
+        yield
+    finally:
+        _pins.clear()
+        _pins.update(before)
+
+
+def _key(asked: tuple[Any, ...]) -> str:
+    op, dtype, threads, *kind = asked
+    return f"{op} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, kind))}, {threads} threads"
 
 
 @functools.cache
@@ -79,12 +217,73 @@ def _implementations(device: str) -> Mapping[str, Implementation]:
     return {} if home is None else importlib.import_module(home).IMPLEMENTATIONS
 
 
-def chosen(op: str, first: Tensor, *given: Any) -> Callable[..., Any] | None:
+def chosen(op: str, first: Tensor, *given: Any) -> Any:
     """What runs `op` on these tensors (and whatever else decides it), by the device of the first; None: the reference.
 
-    Called on every product, so it costs a look into two dicts and `takes`."""
+    Called on every product, so it costs a look into a few dicts and `takes`."""
     own = _implementations(PINNED or first.device.type).get(op)
-    return own.run if own is not None and own.takes(first, *given) else None
+    if own is None:
+        return None
+    if not own.others and op not in _TRIALS and not _pins:
+        return own.run if own.takes(first, *given) else None
+    able = [one for one in (own, *own.others) if one.takes(first, *given)]
+    if not able:
+        return None
+    name = _name_of(op, able, first, given)
+    return next((one.run for one in able if one.name == name), None if name == TORCH else able[0].run)
+
+
+def _name_of(op: str, able: list[Implementation], first: Tensor, given: tuple[Any, ...]) -> str:
+    """Which of `able`, or the reference: as pinned, as tried just now, as decided before, or as measured."""
+    if pin := _pins.get(op) or _pins.get("*"):
+        return pin
+    inside = getattr(_trying, "op", None)
+    if inside == op:
+        return str(_trying.name)
+    trial = _TRIALS.get(op)
+    if trial is None or PINNED or first.device.type != "cpu":
+        return able[0].name
+    kind = trial.kind(first, *given)
+    asked: tuple[Any, ...] = (op, first.dtype, torch.get_num_threads(), *kind)
+    if asked in _decided:
+        return _decided[asked]
+    key = _key(asked)
+    if key in _followed:
+        name = _followed[key]
+    elif _listed or inside or type(first) not in (Tensor, torch.nn.Parameter):  # a fake tensor's work takes no time
+        return able[0].name
+    else:
+        name = _measure(key, op, able, trial.work, first.dtype, kind).runs
+    return _decided.setdefault(asked, name)
+
+
+def _measure(
+    key: str, op: str, able: list[Implementation], work: Callable[..., Any], dtype: torch.dtype, kind: tuple[int, ...]
+) -> Measured:
+    with _lock:
+        found = _kept().get(key)
+        if found is not None and found.runs in (TORCH, *(one.name for one in able)):
+            return found
+
+        def tried(name: str) -> Callable[[], object]:
+            made: list[Callable[[], object]] = []
+
+            def run() -> None:
+                _trying.op, _trying.name = op, name
+                if not made:
+                    made.append(work(dtype, *kind))
+                made[0]()
+
+            return run
+
+        first, works = able[0].name, {name: tried(name) for name in (*(one.name for one in able), TORCH)}
+        seconds = seconds_of(works)
+        name = fastest(seconds) if first in seconds else first
+        if name != first and fastest(again := seconds_of(works)) != name:  # what noise has decided is not kept
+            seconds, name = again, first
+        if first not in seconds:  # it could not be measured: nothing is kept
+            return Measured(first, {})
+        return _kept().put(key, Measured(name, {name: s * 1e3 for name, s in seconds.items()}))
 
 
 def choices(device: str) -> dict[str, str]:
@@ -96,6 +295,10 @@ def choices(device: str) -> dict[str, str]:
             out[op] = f"torch: {device} has no implementation of its own"
         elif missing := own[op].missing():
             out[op] = f"torch: {missing}"
+        elif pin := _pins.get(op) or _pins.get("*"):
+            out[op] = f"{pin}: pinned by VENEER_OPS"
         else:
-            out[op] = f"{HOMES[device]} for {own[op].wants}, torch for all else"
+            names = ", ".join(one.name for one in (own[op], *own[op].others) if not one.missing())
+            how = "measured, " if op in _TRIALS and device == "cpu" else ""
+            out[op] = f"{names} ({HOMES[device]}) for {own[op].wants}, {how}torch for all else"
     return out

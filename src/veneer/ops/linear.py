@@ -7,7 +7,7 @@ products, and their gradients come back in float32. Knows nothing of modules, ad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.choice import chosen
+from veneer.ops.choice import chosen, measured, random_like, size_class
 from veneer.ops.dropout import Dropout
 from veneer.ops.lowrank import LowRank
 
@@ -148,6 +148,29 @@ def _products(x: Tensor, linear_map: LinearMap, y: Tensor) -> _Products:
     make = chosen("low_rank", x, y, linear_map.products) or LowRankProducts
     made: _Products = make(linear_map.products, linear_map.weight.shape[0], x.dtype)
     return _Dropped(made, linear_map.dropout) if linear_map.dropout else made
+
+
+@measured(
+    "low_rank",
+    lambda x, y, products: (size_class(len(x)), x.shape[1], y.shape[1], sum(len(p.A) for p in products), len(products)),
+)
+def _low_rank_work(dtype: torch.dtype, n: int, inputs: int, rows: int, ranks: int, count: int) -> Callable[[], object]:
+    each, rank = rows // count // 16 * 16, max(1, ranks // count)
+    single = torch.float32
+    parts = [LowRank(random_like(single, rank, inputs), random_like(single, each, rank)) for _ in range(count)]
+    products = tuple(part.below(i * each) for i, part in enumerate(parts))
+    x, g, own = (
+        random_like(dtype, n, inputs),
+        random_like(dtype, n, rows),
+        LinearMap(torch.empty(rows, 0), None, products),
+    )
+
+    def work() -> object:
+        made = _products(x, own, g)
+        u, du = made.add(x, torch.empty_like(g)), made.through(g, torch.empty_like(x))
+        return made.gradients(g, x, u, du)
+
+    return work
 
 
 def low_rank_tensors(linear_map: LinearMap) -> list[Tensor]:

@@ -15,13 +15,14 @@ All of shape (n,) and differentiable; nothing is summed or averaged here. Knows 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.choice import chosen
+from veneer.ops.choice import chosen, measured, random_like
 from veneer.ops.sizes import LOGITS_CHUNK
 
 _IGNORED = -100
@@ -67,6 +68,12 @@ def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
         slope = torch.softmax(wide, 1).scatter_(1, y, torch.expm1(-nll))
         logits.copy_(slope.masked_fill_(ignored[:, None], 0))
     return nll[:, 0].masked_fill_(ignored, 0)
+
+
+@measured("token_nll", lambda logits: (logits.shape[-1],))
+def _nll_work(dtype: torch.dtype, vocabulary: int) -> Callable[[], object]:
+    logits, targets = random_like(dtype, 64, vocabulary), torch.zeros(64, dtype=torch.int64)
+    return lambda: _row_nll_(logits.clone(), targets, True)
 
 
 def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = LOGITS_CHUNK) -> Tensor:

@@ -10,13 +10,14 @@ The reference of each is the same line in torch's own operations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.choice import chosen
+from veneer.ops.choice import TRIAL_ROWS, chosen, measured, random_like
 from veneer.ops.linear import (
     LinearMap,
     LinearOutput,
@@ -52,6 +53,19 @@ def _gated_backward(dh: Tensor, both: Tensor, act: str) -> tuple[Tensor, Tensor]
     gate, up = both.chunk(2, dim=1)
     d_gate, d_up = d.chunk(2, dim=1)
     return d, _gate_gradients(dh, gate, up, d_gate, d_up, act).mul_(up)
+
+
+@measured("silu_gate", lambda both: (both.shape[-1],))
+def _gate_work(dtype: torch.dtype, width: int) -> Callable[[], object]:
+    both = random_like(dtype, TRIAL_ROWS, width)
+    return lambda: gated(both, "silu")
+
+
+@measured("silu_gate_backward", lambda dh, both: (both.shape[-1],))
+def _gate_backward_work(dtype: torch.dtype, width: int) -> Callable[[], object]:
+    both = random_like(dtype, TRIAL_ROWS, width)
+    dh = both[:, : width // 2].contiguous()
+    return lambda: _gated_backward(dh, both, "silu")
 
 
 def _gate_gradients(dh: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor, act: str) -> Tensor:

@@ -8,13 +8,14 @@ The frozen weights never get a gradient, and each has its slow reference.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.choice import chosen
+from veneer.ops.choice import TRIAL_ROWS, chosen, measured, random_like
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -34,16 +35,32 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         x, weight = ctx.saved_tensors
-        g = g.contiguous()
-        run = chosen("rms_norm_backward", g, x, weight)
-        if run is not None:
-            return run(g, x, weight, ctx.eps), None, None
-        # dx = r·(w⊙g) − x·r³·mean(w⊙g⊙x) in at least float32
-        wide = torch.promote_types(x.dtype, torch.float32)
-        xf, gw = x.to(wide), (g * weight).to(wide)
-        r = (xf.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
-        c = torch.linalg.vecdot(gw, xf).unsqueeze(-1).mul_(r.square()).div_(x.shape[-1])
-        return gw.addcmul_(xf, c, value=-1).mul_(r).to(x.dtype), None, None
+        return _norm_gradient(g.contiguous(), x, weight, ctx.eps), None, None
+
+
+def _norm_gradient(g: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """dx = r·(w⊙g) − x·r³·mean(w⊙g⊙x), r = 1/√(mean x² + ε), in at least float32."""
+    run = chosen("rms_norm_backward", g, x, weight)
+    if run is not None:
+        dx: Tensor = run(g, x, weight, eps)
+        return dx
+    wide = torch.promote_types(x.dtype, torch.float32)
+    xf, gw = x.to(wide), (g * weight).to(wide)
+    r = (xf.square().mean(-1, keepdim=True) + eps).rsqrt()
+    c = torch.linalg.vecdot(gw, xf).unsqueeze(-1).mul_(r.square()).div_(x.shape[-1])
+    return gw.addcmul_(xf, c, value=-1).mul_(r).to(x.dtype)
+
+
+@measured("rms_norm", lambda x, weight: (x.shape[-1],))
+def _norm_work(dtype: torch.dtype, width: int) -> Callable[[], object]:
+    x, weight = random_like(dtype, TRIAL_ROWS, width), random_like(dtype, width)
+    return lambda: normed(x, weight, 1e-6)
+
+
+@measured("rms_norm_backward", lambda g, x, weight: (x.shape[-1],))
+def _norm_gradient_work(dtype: torch.dtype, width: int) -> Callable[[], object]:
+    x, weight = random_like(dtype, TRIAL_ROWS, width), random_like(dtype, width)
+    return lambda: _norm_gradient(x, x, weight, 1e-6)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

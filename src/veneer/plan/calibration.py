@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, ResourceError
 from veneer.files.atomic import replace_file
 from veneer.models.device import thread_count
 from veneer.models.home import veneer_home
 from veneer.plan.memory import Load, text_memory
-from veneer.plan.shape import model_shape
+from veneer.plan.shape import TextShape, model_shape
 from veneer.plan.tables import Device, device_of_card
 from veneer.plan.time import Rates, Work, rates_of, text_work
+
+if TYPE_CHECKING:
+    import torch
 
 _FILE = "plan-calibration.json"
 
@@ -84,11 +87,11 @@ def rates_here(device: Device, dtype: str) -> tuple[Rates, int | None]:
     return (rates_of(device, dtype), None) if record is None else (record.rates(), record.process)
 
 
-def cpu_device(*, native: bool = True, low_rank: bool | None = None) -> Device:
+def cpu_device(*, native: bool = True, low_rank: bool | None = None, tiles: bool | None = None) -> Device:
     """This machine's CPU. Where it is not calibrated its rate is a guess: 1 TFLOP/s per core at best.
 
-    `native`, `low_rank`: whether the compiled kernels run, and those of low-rank products; a plan that loads nothing
-    assumes the first, and the second where the processor has AVX512-BF16."""
+    `native`, `low_rank`, `tiles`: whether the compiled kernels run, those of low-rank products, and attention in
+    tiles; a plan that loads nothing assumes the first and last, and the second where there is AVX512-BF16."""
     import psutil
 
     cores = thread_count()
@@ -107,6 +110,7 @@ def cpu_device(*, native: bool = True, low_rank: bool | None = None) -> Device:
         1,
         native,
         native and (_has_bf16() if low_rank is None else low_rank),
+        native if tiles is None else tiles,
     )
 
 
@@ -115,6 +119,16 @@ def _has_bf16() -> bool:
         return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
+
+
+def in_tiles(shape: TextShape, dtype: torch.dtype, lengths: Sequence[int]) -> bool:
+    """Whether attention of such rows of a base goes in tiles on this CPU; measured now where it has not been."""
+    from veneer.ops.attention import goes_in_tiles
+
+    first = shape.layers[0] if shape.layers else None
+    return first is not None and goes_in_tiles(
+        dtype, lengths, first.heads, first.kv_heads, first.head_dim, first.window
+    )
 
 
 def device_key(device: Device, dtype: str) -> str:
@@ -154,7 +168,8 @@ def calibrate(
     cuda = base.device.type == "cuda"
     native = not cuda and compiled.kernels() is not None
     low_rank = not cuda and compiled.has("thin_add", "thin_through", "thin_gradients")
-    device = Device("cpu", "cpu", 0, 0.0, 0.0, native=native, low_rank=low_rank)
+    tiles = not cuda and in_tiles(shape, base.dtype, (512, 512))
+    device = Device("cpu", "cpu", 0, 0.0, 0.0, native=native, low_rank=low_rank, tiles=tiles)
     if cuda:
         total = torch.cuda.mem_get_info(base.device)[1]
         device = device_of_card(torch.cuda.get_device_name(base.device), int(total))

@@ -11,7 +11,8 @@ rows of a group are padded to its longest), hidden d, heads H and K of dim h, ga
                                   last layer where the fast paths leave the other tokens out, else N
     e·Σ rank·(N + in + out)       x·Aᵀ of each pair, and its factors as they were cast and stacked
     e·N·(2d + (H + 2K)·h)         with DoRA, what its gains multiply
-    e·H·Σ blocks                  probabilities (on the CPU alone: flash attention makes them again)
+    e·H·Σ blocks                  probabilities, on a CPU without the tiles of ops/cpu/tiles.c: those, and flash
+                                  attention, make them again from the output and log Σ exp (4·N·H bytes)
 
 The peak is where the backward pass begins: everything is kept, and the last layer's gradients are made. Gradients of
 the pairs come as activations go, so they count only where they are more, or where a step has several micro-batches.
@@ -189,7 +190,8 @@ def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | 
         working = 0 if largest is None else largest.kept + largest.working
         working = max(logits, working) - logits
     else:
-        kept = sum(one.kept for one in layers) + ends
+        first = e * shape.hidden * tokens if layers else 0  # the first norm's input: nothing before it is trained
+        kept = sum(one.kept for one in layers) - first + ends
         # The last layer's backward comes first; when another one's needs more, the last one's is gone already.
         most = layers[-1].working
         if len(layers) > 1:
@@ -263,9 +265,10 @@ class _LayerMemory:
         e = dtype_bytes(self.load.dtype)
         heads = (layer.heads + 2 * layer.kv_heads) * layer.head_dim
         out = layer.heads * layer.head_dim
-        values = n * 2 * d + sum(self.places) * heads + m * (out + 2 * d) + n * d * (layer.norms - 2)
-        if self.device.kind != "cpu":
-            values += n * out  # what flash attention gave, before rows are laid flat again
+        attended = n if self.device.tiles else sum(self.places)
+        values = n * 2 * d + attended * heads + m * (out + 2 * d) + n * d * (layer.norms - 2)
+        if self.device.kind != "cpu" or (self.device.tiles and m < n):
+            values += n * out  # what attention gave, before rows are laid flat again or the last layer's are picked
         if layer.head_norms:
             values += n * (layer.heads + layer.kv_heads) * layer.head_dim
         values += m * self._mlp()
@@ -321,6 +324,8 @@ class _LayerMemory:
     def _probabilities(self) -> int:
         if self.device.kind != "cpu":
             return 0
+        if self.device.tiles:
+            return 4 * self.tokens * self.layer.heads  # log Σ exp
         return dtype_bytes(self.load.dtype) * self.layer.heads * seen_keys(self.places, self.layer.window)
 
     @property

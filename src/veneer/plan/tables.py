@@ -27,7 +27,8 @@ _MIB = 1 << 20
 class Device:
     """Where a run is planned for. `memory`: bytes in all. `flops`: bfloat16 products a second at best. `bandwidth`:
     bytes a second. `price`: US dollars an hour of one device, None if it is not known. `count`: how many of them.
-    `native`: whether the compiled CPU kernels run; `low_rank`: those of low-rank products too, which want AVX512-BF16.
+    `native`: whether the compiled CPU kernels run; `low_rank`: those of low-rank products too, which want AVX512-BF16;
+    `tiles`: whether attention of rows goes in tiles, which keep no probabilities.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Device:
     count: int = 1
     native: bool = False
     low_rank: bool = False
+    tiles: bool = False
 
 
 @functools.cache

@@ -5,7 +5,8 @@
         adapter.safetensors      the trained parameters by name, in their own dtype
         optimizer.safetensors    every tensor of the optimizer, keyed "<parameter>|<entry>"
         random.safetensors       torch's, Python's and numpy's generators (and each CUDA device's)
-        state.json               the rest: progress, optimizer scalars, identity, and a sha256 of each file above
+        state.json               the rest: progress, optimizer scalars, identity, which implementations of ops ran, and
+                                 a sha256 of each file above
 
 A directory is written under a temporary name, synced and renamed, so it is there whole or not at all; an older one is
 renamed away before it is removed. No pickles: safetensors and JSON only.
@@ -32,6 +33,7 @@ from torch import Tensor
 from veneer.errors import AdapterError, CheckpointError, ResourceError, bullets
 from veneer.files.atomic import flush_folder, replace_file
 from veneer.files.safetensors import encode_tensors, read_tensors
+from veneer.ops.choice import follow, recorded
 
 _PREFIX = "step-"
 _VERSION = 1
@@ -106,6 +108,7 @@ def save(
                 "identity": dict(identity),
                 "about": dict(about or {}),
                 "environment": environment(devices),
+                "choices": recorded(),
                 "files": digests,
             }
             _write(temporary / "state.json", [(json.dumps(state, indent=1, sort_keys=True) + "\n").encode()])
@@ -161,6 +164,8 @@ def restore(
 ) -> tuple[Progress, list[str]]:
     """Puts parameters, optimizer and random generators into the state of `path`; nothing is changed on an error.
 
+    From now on the implementations of ops run that ran before (ops/choice.py), whatever is faster here.
+
     Returns the progress and one sentence for each difference of the environment (torch, threads, devices) that
     may cost bit-for-bit equality. Raises CheckpointError, listing the keys, when `identity` differs.
     """
@@ -175,6 +180,7 @@ def restore(
     _read_into(path, parameters)
     _optimizer_in(optimizer, parameters, _load(path / "optimizer.safetensors"), state["optimizer"])
     rng_restore(_load(path / "random.safetensors"))
+    follow(state.get("choices", {}))
     saved = state["progress"]
     progress = Progress(**{**saved, "recent": [tuple(pair) for pair in saved["recent"]]})
     here = environment(devices)
@@ -199,6 +205,7 @@ def environment(devices: int = 1) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "devices": devices,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "VENEER_OPS": os.environ.get("VENEER_OPS", ""),
     }
 
 

@@ -57,10 +57,11 @@ def plan_of_run(
     """The plan of a run about to start. `items`: what a step is made of. `trainable`: parameters. `held_out`: rows.
     `room`: bytes that are free beside what is in memory already."""
     from veneer.ops.cpu import compiled
-    from veneer.plan.calibration import cpu_device, rates_here
+    from veneer.plan.calibration import cpu_device, in_tiles, rates_here
 
     lengths = [item.tokens for item in items]
     tokens = sum(lengths)
+    shape = model_shape(base.model)
     weight = next(base.model.parameters())
     if weight.device.type == "cuda":
         import torch
@@ -69,9 +70,9 @@ def plan_of_run(
         device = device_of_card(name, int(total))
     else:
         low_rank = compiled.has("thin_add", "thin_through", "thin_gradients")
-        device = cpu_device(native=compiled.kernels() is not None, low_rank=low_rank)
+        tiles = in_tiles(shape, getattr(base, "dtype", weight.dtype), [max(lengths, default=1)])
+        device = cpu_device(native=compiled.kernels() is not None, low_rank=low_rank, tiles=tiles)
     dtype = str(getattr(base, "dtype", weight.dtype)).removeprefix("torch.")
-    shape = model_shape(base.model)
     a = config.adapter
     pairs = pair_parameters(shape, a.spec() if _special(config) else None, rank=a.rank)
     load = load_of(

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from veneer.errors import ConfigError, Interrupted, NoGain
 from veneer.models.sources import find_base
+from veneer.ops.choice import followed_here, settled
 from veneer.train import checkpoint, loop
 from veneer.train.checkpoint import Progress
 from veneer.train.config.load import RunConfig
@@ -150,7 +151,7 @@ def opened(
     any error too. Without `on_event` the run is shown in the terminal, speed in `unit`s a second. An interruption says
     how to go on. `lockstep`: as Devices has it; `options`: sources, resume, dry_run and force of the Run."""
     folder = Path(config.output.directory)
-    with joined(config.base.device, lockstep=lockstep) as devices:
+    with followed_here(), joined(config.base.device, lockstep=lockstep) as devices:
         listener = on_event if devices.first else silent
         view = ConsoleView(unit=unit) if listener is None else None
         early: list[Event] = []
@@ -241,6 +242,8 @@ def _finished(run: Run, task: AttachedTask[_R], report: Report, progress: Progre
     result = devices.gather(result)[0]
     if devices.first or devices.lockstep:
         tell(Note(task.prove()))
+    for op, found in settled().items():
+        tell(Note(f"measured: {op}: {found.line()}"))
     if predicted := was_predicted(report.numbers, result.peak_memory_bytes, progress.seconds):
         tell(Note(predicted))
     if devices.first:

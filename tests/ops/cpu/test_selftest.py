@@ -36,7 +36,7 @@ def torch_features() -> str:
 
 
 def test_every_exported_kernel_has_its_check() -> None:
-    assert set(selftest.CHECKS) == set(compiled._SIGNATURES | compiled._PRODUCTS | compiled._SERVING)
+    assert set(selftest.CHECKS) == set(compiled._SIGNATURES | compiled._PRODUCTS | compiled._SERVING | compiled._TILES)
 
 
 @pytest.mark.parametrize("name", sorted(selftest.CHECKS))
@@ -115,6 +115,8 @@ def test_kernels_that_fail_are_left_out_and_named_and_the_others_go_on(
 
 FAR = 1 << 48
 """Elements that no machine has."""
+_ROWS_OF_NONE = torch.tensor([0, 1])
+"""Where a row of one token begins and ends."""
 
 
 @pytest.mark.parametrize(
@@ -126,6 +128,11 @@ FAR = 1 << 48
         ("token_nll", [*[None] * 3, 0, FAR, 0, 2]),
         ("attend", [*[None] * 6, 0, 1, 1, FAR, 16, 1.0, 2]),
         ("attend_backward", [*[None] * 10, 0, 1, 1, FAR, 16, 1.0, 2]),
+        ("rows_attend", [None, 0, None, None, _ROWS_OF_NONE.data_ptr(), 1, FAR, 1, 16, 1.0, 0, 0, None, None, 2]),
+        (
+            "rows_attend_backward",
+            [*[None] * 3, None, 0, None, None, _ROWS_OF_NONE.data_ptr(), 1, FAR, 1, 16, 1.0, 0, 0, None, 2],
+        ),
         ("paged_attend", [None, 1, None, 2, 1, 16, *[None] * 2, 0, None, 1, *[None] * 2, 1.0, 0.0, 0, FAR, 2]),
     ],
 )

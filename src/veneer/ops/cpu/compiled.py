@@ -79,15 +79,14 @@ _SERVING: dict[str, list[Any]] = {
     ],
 }  # fmt: skip
 """What only a processor with AVX512-BF16 has."""
+_ROWS = [_pointer, _int64, *[_pointer] * 3, *[_int64] * 4, _float, _int64, _int]
 _TILES: dict[str, list[Any]] = {
-    "rows_attend": [
-        _pointer, _int64, *[_pointer] * 3, *[_int64] * 4, _float, _int64, _int, _int, _pointer, _pointer, _int
-    ],
-    "rows_attend_backward": [
-        *[_pointer] * 4, _int64, *[_pointer] * 3, *[_int64] * 4, _float, _int64, _int, _int, _pointer, _int
-    ],
-}  # fmt: skip
-"""What multiplies by libtorch's own small products."""
+    "rows_attend": [*_ROWS, _pointer, _pointer, _int],
+    "rows_attend_backward": [*[_pointer] * 3, *_ROWS, _pointer, _int],
+    "narrow_rows_attend": [*_ROWS, _pointer, _pointer, _int],
+    "narrow_rows_attend_backward": [*[_pointer] * 3, *_ROWS, _pointer, _int],
+}
+"""What multiplies by libtorch's own small products, of float32 and of bfloat16."""
 SOURCES = ("native.c", "quantised.c", "serving.c", "decoder.c", "threads.c", "tiles.c")
 HEADERS = ("bf16.h", "serving.h")
 _reason = "not looked for yet"
@@ -97,11 +96,8 @@ class Kernels:
     """The kernels that are to be used, each an attribute; `compiled` has all there are. A kernel that fails raises
     MemoryError, where it has no room, or IndexError, where a target is none."""
 
-    narrow = False
-    """Whether the small products of bfloat16 are fast here."""
-
-    def __init__(self, compiled: ctypes.CDLL) -> None:
-        self.compiled = compiled
+    def __init__(self, compiled: ctypes.CDLL, path: Path) -> None:
+        self.compiled, self.path = compiled, path
 
     def has(self, *names: str) -> bool:
         return all(hasattr(self, name) for name in names)
@@ -112,7 +108,7 @@ class Kernels:
 
 _FALLIBLE = frozenset({
     "norm_silu", "norm_silu_backward", "causal_softmax", "token_nll", "attend", "attend_backward", "thin_add",
-    "thin_through", "thin_gradients", "paged_attend", "decode", "rows_attend", "rows_attend_backward",
+    "thin_through", "thin_gradients", "paged_attend", "decode", *_TILES,
 })  # fmt: skip
 """Those that say whether they could do their work (bf16.h)."""
 
@@ -120,12 +116,11 @@ _FALLIBLE = frozenset({
 def bound(path: str | Path, without: Iterable[str] = ()) -> Kernels:
     """The kernels of a compiled library but those named. Raises OSError for what is none."""
     compiled = ctypes.CDLL(str(path))
-    library = Kernels(compiled)
+    library = Kernels(compiled, Path(path))
     products = _small_products()
     compiled.use_products.argtypes, compiled.use_products.restype = [_pointer] * 3, None
     compiled.use_products(*products)
-    library.narrow = products[1] is not None
-    tiles = _TILES if products[0] is not None else {}
+    tiles = {name: own for name, own in _TILES.items() if products[name.startswith("narrow")] is not None}
     for name, arguments in (_SIGNATURES | _PRODUCTS | _SERVING | tiles).items():
         function = getattr(compiled, name, None)
         if function is None and name in _SIGNATURES:
@@ -138,12 +133,15 @@ def bound(path: str | Path, without: Iterable[str] = ()) -> Kernels:
     return library
 
 
+_LIBTORCH = ("libtorch_cpu.so", "libtorch_cpu.dylib")
+
+
 @functools.cache
 def _small_products() -> tuple[int | None, int | None, int | None]:
-    """Where at::native::cpublas::brgemm is for float32 and for bfloat16, and what lets the processor's tiles go, by the
-    names that C++ gives them in a library; None for what is not there, or would not be fast for bfloat16."""
-    at = "_ZN2at6native7cpublas"
-    folder = Path(torch.__file__).parent / "lib"
+    """Where at::native::cpublas::brgemm is for float32 and for bfloat16, and what a thread calls when it is done with
+    it (CPUBlas.h), by the names that C++ gives them in a library; None for what is not there. Those of bfloat16 are
+    for AVX-512 and later: elsewhere libtorch has none, and says so by an exception that C cannot take."""
+    at, folder = "_ZN2at6native7cpublas", Path(torch.__file__).parent / "lib"
     found = next((folder / name for name in _LIBTORCH if (folder / name).is_file()), None)
     if found is None:
         return None, None, None
@@ -156,16 +154,8 @@ def _small_products() -> tuple[int | None, int | None, int | None]:
     # int64_t is a long on Linux and a long long on macOS
     wide = place("6brgemmEllllllbPKfS3_Pfb", "6brgemmExxxxxxbPKfS3_Pfb")
     narrow = place("6brgemmEllllllbPKN3c108BFloat16ES5_Pfb", "6brgemmExxxxxxbPKN3c108BFloat16ES5_Pfb")
-    packs = getattr(library, at + "10could_packEN3c1010ScalarTypeE", None)
-    if packs is not None:
-        packs.argtypes, packs.restype = [ctypes.c_int8], ctypes.c_bool
-    half = narrow
-    return wide, half, place("14brgemm_releaseEb")
-
-
-_LIBTORCH = ("libtorch_cpu.so", "libtorch_cpu.dylib")
-_BFLOAT16 = 15
-"""c10::ScalarType::BFloat16."""
+    has_narrow = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return wide, narrow if has_narrow else None, place("14brgemm_releaseEb")
 
 
 def _checked(result: int, function: Any, arguments: Any) -> int:
@@ -232,7 +222,8 @@ def why_missing(*names: str) -> str:
     if not gone:
         return ""
     failed = [name for name in gone if hasattr(library.compiled, name)]
-    why = "it failed its self-test" if failed else "this processor has no AVX512-BF16"
+    wants = "products of libtorch's own for it" if all(name in _TILES for name in gone) else "AVX512-BF16"
+    why = "it failed its self-test" if failed and wants == "AVX512-BF16" else f"this processor has no {wants}"
     return f"no compiled {', '.join(gone)}: {why}"
 
 

@@ -233,10 +233,10 @@ def _takes_tiles(*tensors: Tensor) -> bool:
     ) and compiled.has("attend", "attend_backward")
 
 
-_TILES_WANT = "bfloat16 whose last dimension is even and lies together"
+_HEADS_TOGETHER = "bfloat16 whose last dimension is even and lies together"
 
 
-@_implements("attend", "attend", "attend_backward", takes=_takes_tiles, wants=_TILES_WANT)
+@_implements("attend", "attend", "attend_backward", takes=_takes_tiles, wants=_HEADS_TOGETHER)
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     n, S, heads, d = q.shape
     out, lse = q.new_empty(n, S, heads, d), torch.empty(n, heads, S)
@@ -245,7 +245,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-@_implements("attend_backward", "attend", "attend_backward", takes=_takes_tiles, wants=_TILES_WANT)
+@_implements("attend_backward", "attend", "attend_backward", takes=_takes_tiles, wants=_HEADS_TOGETHER)
 def _attend_backward(
     g: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
 ) -> None:
@@ -253,6 +253,67 @@ def _attend_backward(
     tensors = q, k, v, out, g, dq, dk, dv
     sizes = n, heads, S, k.shape[1], d, d**-0.5, torch.get_num_threads()
     _kernel("attend_backward")(*_at(*tensors, lse), compiled.strides(*tensors), *sizes)
+
+
+class _Tiles:
+    """Forward and backward of tiles.c, with factors of float32, or of bfloat16 by `prefix`. `starts`: (rows + 1,);
+    tokens after the last are in no row: zero."""
+
+    def __init__(self, prefix: str) -> None:
+        self.names = f"{prefix}rows_attend", f"{prefix}rows_attend_backward"
+
+    def forward(
+        self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor, kv: int, scale: float,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Its output (N, heads, dim) and log Σ exp of its scores, (N, heads) float32."""
+        n, heads, dim = qkv.shape[0], qkv.shape[1] - 2 * kv, qkv.shape[2]
+        out, lse = qkv.new_empty(n, heads, dim), torch.empty(n, heads)
+        out[int(starts[-1]) :].zero_()
+        _kernel(self.names[0])(
+            *self._given(qkv, cos, sin, starts, kv, scale, window), *_at(out, lse), torch.get_num_threads()
+        )
+        return out, lse
+
+    def backward(
+        self, g: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor,
+        kv: int, scale: float, window: int | None,
+    ) -> Tensor:  # fmt: skip
+        d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        d_qkv[int(starts[-1]) :].zero_()
+        given = self._given(qkv, cos, sin, starts, kv, scale, window)
+        _kernel(self.names[1])(*_at(g, out, lse), *given, d_qkv.data_ptr(), torch.get_num_threads())
+        return d_qkv
+
+    @staticmethod
+    def _given(
+        qkv: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor, kv: int, scale: float, window: int | None
+    ) -> list[Any]:
+        per = (qkv.shape[1] - 2 * kv) // kv
+        half = int(qkv.dtype == torch.bfloat16)
+        sizes = len(starts) - 1, kv, per, qkv.shape[2], scale, window or 0, half
+        return [qkv.data_ptr(), qkv.stride(0), *_at(cos, sin, starts), *sizes]
+
+
+def _takes_rows_of(*dtypes: torch.dtype, names: tuple[str, ...]) -> Callable[..., bool]:
+    def takes(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, *_: Any) -> bool:
+        tables = [t for t in (cos, sin) if t is not None]
+        flat = qkv.stride(2) == 1 and qkv.stride(1) == qkv.shape[2] and qkv.shape[2] % 2 == 0 and qkv.dtype in dtypes
+        return flat and all(t.dtype == qkv.dtype and t.is_contiguous() for t in tables) and compiled.has(*names)
+
+    return takes
+
+
+def _tiles(name: str, prefix: str, *dtypes: torch.dtype, others: tuple[Implementation, ...] = ()) -> Implementation:
+    run = _Tiles(prefix)
+    wants = f"{' or '.join(str(d).removeprefix('torch.') for d in dtypes)} heads that lie flat in each token"
+    missing = lambda: compiled.why_missing(*run.names)  # noqa: E731
+    return Implementation(run, _takes_rows_of(*dtypes, names=run.names), wants, missing, name, others)
+
+
+IMPLEMENTATIONS["rows_attend"] = _tiles(
+    "tiles", "narrow_", torch.bfloat16, others=(_tiles("tiles32", "", torch.bfloat16, torch.float32),)
+)
 
 
 # -- low-rank products -------------------------------------------------------------------------------------------------

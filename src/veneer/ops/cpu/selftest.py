@@ -542,6 +542,87 @@ class _TwoProducts:
             yield i, A.bfloat16().double(), (s * B).bfloat16().double(), slice(first, last), own, s
 
 
+# -- rows in tiles -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _PackedRows:
+    """Rows of several lengths, six heads over two key heads, of a width that no tile divides; float64 beside them."""
+
+    dtype: torch.dtype
+    turned: bool
+    window: int
+
+    LENGTHS: ClassVar = (70, 1, 33)
+    HEADS: ClassVar = 6
+    KV: ClassVar = 2
+    DIM: ClassVar = 18
+
+    def draw(self, bench: Bench) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """qkv, cos, sin and the output's gradient."""
+        n, angles = sum(self.LENGTHS), bench.normal(sum(self.LENGTHS), self.DIM // 2, dtype=torch.float32)
+        tables = [f(angles).to(self.dtype) if self.turned else None for f in (torch.cos, torch.sin)]
+        qkv = bench.normal(n, self.HEADS + 2 * self.KV, self.DIM, dtype=self.dtype)
+        return qkv, tables[0], tables[1], bench.normal(n, self.HEADS, self.DIM, dtype=self.dtype)
+
+    def exact(self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The output, and log Σ exp of the scores, of qkv in float64."""
+        outputs, sums = [], []
+        q, k, v = qkv.split([self.HEADS, self.KV, self.KV], 1)
+        if cos is not None and sin is not None:
+            c, s, half = cos.double()[:, None], sin.double()[:, None], self.DIM // 2
+            q, k = (
+                torch.cat([t[..., :half] * c - t[..., half:] * s, t[..., half:] * c + t[..., :half] * s], -1)
+                for t in (q, k)
+            )
+        for a, b, d in zip(*(t.split(list(self.LENGTHS)) for t in (q, k, v)), strict=True):
+            b, d = (t.repeat_interleave(self.HEADS // self.KV, 1).transpose(0, 1) for t in (b, d))
+            scores = 0.3 * a.transpose(0, 1) @ b.mT
+            back = torch.arange(len(a))[:, None] - torch.arange(len(a))
+            hidden = (back < 0) | (back >= self.window) if self.window else back < 0
+            scores = scores.masked_fill(hidden, -math.inf)
+            outputs.append((scores.softmax(-1) @ d).transpose(0, 1))
+            sums.append(scores.logsumexp(-1).mT)
+        return torch.cat(outputs), torch.cat(sums)
+
+    def given(self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor) -> list[Any]:
+        sizes = len(self.LENGTHS), self.KV, self.HEADS // self.KV, self.DIM, 0.3, self.window
+        return [qkv.data_ptr(), qkv.stride(0), *at(cos, sin, starts), *sizes, int(self.dtype == _BF16)]
+
+
+def _tile_checks(prefix: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    def cases(bench: Bench) -> Iterator[tuple[_PackedRows, Tensor, tuple[Any, ...], float]]:
+        for dtype in dtypes:
+            for turned, window in ((True, 0), (False, 20)):
+                rows = _PackedRows(dtype, turned, window)
+                starts = torch.tensor([0, *rows.LENGTHS]).cumsum(0)
+                yield rows, starts, rows.draw(bench), 2**-6 if dtype == _BF16 else 1e-5
+
+    @_kernel_check(f"{prefix}rows_attend")
+    def _forward(bench: Bench) -> Iterator[Same]:
+        for rows, starts, (qkv, cos, sin, g), near in cases(bench):
+            out, lse = bench.room(like=g), bench.room(*g.shape[:2], dtype=torch.float32)
+            kernel = getattr(bench.library, f"{prefix}rows_attend")
+            kernel(*rows.given(qkv, cos, sin, starts), *at(out, lse), _THREADS)
+            want, sums = rows.exact(qkv.double(), cos, sin)
+            yield Same(out, want, near, near)
+            yield Same(lse, sums, near, near)
+
+    @_kernel_check(f"{prefix}rows_attend_backward")
+    def _backward(bench: Bench) -> Iterator[Same]:
+        for rows, starts, (qkv, cos, sin, g), near in cases(bench):
+            wide = qkv.double().requires_grad_()
+            out, sums = rows.exact(wide, cos, sin)
+            made, lse, d = out.detach().to(rows.dtype), sums.detach().float(), bench.room(like=qkv)
+            kernel = getattr(bench.library, f"{prefix}rows_attend_backward")
+            kernel(*at(g, made, lse), *rows.given(qkv, cos, sin, starts), d.data_ptr(), _THREADS)
+            yield Same(d, gradient(out, wide, g), near, 2 * near)
+
+
+_tile_checks("", (torch.float32, _BF16))
+_tile_checks("narrow_", (_BF16,))
+
+
 @_kernel_check("thin_add")
 def _thin_add(bench: Bench) -> Iterator[Same]:
     t = _TwoProducts.of(bench)

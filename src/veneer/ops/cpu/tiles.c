@@ -12,7 +12,8 @@
    no product needs a tile turned. A left factor is row-major; a right one, too, in float32, and for bf16 pairs of its rows
    lie together (`vnni`), so either is made of 32-bit cells.
 
-   `half`: tokens are bf16, else float32. `narrow`: factors are bf16. Sums are float32. */
+   `half`: tokens are bf16, else float32. `narrow`: factors are bf16, else float32. Sums are float32. Which thread does what
+   changes no result: each block of queries and each sum of a key head is one thread's, in one order. */
 
 #include "bf16.h"
 #include <omp.h>
@@ -101,7 +102,7 @@ static void head_to(const task *t, const float *x, const void *cs, const void *s
     else memcpy((float *)y + at, a, dim * sizeof *a);
 }
 
-/* 2^x for x <= 0, within 2e-7 of it, and 2^-126 for what is below; NaN stays. x = n + f, then a polynomial in f (the one of
+/* 2^x for x <= 0, within 3e-7 of it, and 0 below 2^-126; NaN stays. x = n + f, then a polynomial in f (the one of
    degree 5 whose largest relative error on -1/2 ... 1/2 is least). */
 static inline float power_of_two(float x) {
     float clamped = x < -126.0f ? -126.0f : x, n = __builtin_rintf(clamped), f = clamped - n;
@@ -115,7 +116,7 @@ static inline float power_of_two(float x) {
     memcpy(&bits, &p, 4);
     bits += (uint32_t)(int32_t)n << 23;
     memcpy(&p, &bits, 4);
-    return p;
+    return x < -126.0f ? 0.0f : p;
 }
 
 /* -- factors ----------------------------------------------------------------------------------------------------------- */
@@ -294,10 +295,10 @@ static void attend_block(const task *t, const char *keys, const char *values, co
 
 /* qkv (N, kv * per + 2 kv, dim) with `ld` between tokens; cs, sn (N, dim / 2) turn q and k, NULL leaves them. out (N, heads,
    dim), lse (N, heads) float32. A query sees itself and the window - 1 tokens before it; window <= 0: all before it. */
-int rows_attend(const void *qkv, int64_t ld, const void *cs, const void *sn, const int64_t *starts, int64_t rows, int64_t kv,
+static int forward(const void *qkv, int64_t ld, const void *cs, const void *sn, const int64_t *starts, int64_t rows, int64_t kv,
                 int64_t per, int64_t dim, float scale, int64_t window, int half, int narrow, void *out, float *lse, int threads) {
-    int64_t block = block_of(per), D = up_to(dim, STEP), failed_rows = 2 * (rows + 1);
-    int64_t *sums = aligned_room(failed_rows * 8), *chunks = sums, *blocks = sums ? sums + rows + 1 : NULL;
+    int64_t block = block_of(per), D = up_to(dim, STEP);
+    int64_t *sums = aligned_room(2 * (rows + 1) * 8), *chunks = sums, *blocks = sums ? sums + rows + 1 : NULL;
     int failed = DONE;
     if (!all_there(sums != NULL, &failed)) return failed;
     count(starts, rows, block, chunks, blocks);
@@ -406,7 +407,7 @@ static int64_t groups_of(const task *t) {
 }
 
 /* g, out: (N, heads, dim), the gradient of what rows_attend gave, and that. dqkv (N, heads + 2 kv, dim). */
-int rows_attend_backward(const void *g, const void *out, const float *lse, const void *qkv, int64_t ld, const void *cs,
+static int backward(const void *g, const void *out, const float *lse, const void *qkv, int64_t ld, const void *cs,
                          const void *sn, const int64_t *starts, int64_t rows, int64_t kv, int64_t per, int64_t dim, float scale,
                          int64_t window, int half, int narrow, void *dqkv, int threads) {
     int64_t block = block_of(per), D = up_to(dim, STEP), heads = kv * per;
@@ -482,3 +483,21 @@ int rows_attend_backward(const void *g, const void *out, const float *lse, const
     free(sums), free(keys), free(turned), free(values), free(dk), free(dv);
     return failed;
 }
+
+/* Each with factors of float32, and of bf16. */
+#define FORWARD(name, narrow)                                                                                                  \
+    int name(const void *qkv, int64_t ld, const void *cs, const void *sn, const int64_t *starts, int64_t rows, int64_t kv,     \
+             int64_t per, int64_t dim, float scale, int64_t window, int half, void *out, float *lse, int threads) {            \
+        return forward(qkv, ld, cs, sn, starts, rows, kv, per, dim, scale, window, half, narrow, out, lse, threads);           \
+    }
+FORWARD(rows_attend, 0)
+FORWARD(narrow_rows_attend, 1)
+
+#define BACKWARD(name, narrow)                                                                                                 \
+    int name(const void *g, const void *out, const float *lse, const void *qkv, int64_t ld, const void *cs, const void *sn,    \
+             const int64_t *starts, int64_t rows, int64_t kv, int64_t per, int64_t dim, float scale, int64_t window, int half, \
+             void *dqkv, int threads) {                                                                                        \
+        return backward(g, out, lse, qkv, ld, cs, sn, starts, rows, kv, per, dim, scale, window, half, narrow, dqkv, threads); \
+    }
+BACKWARD(rows_attend_backward, 0)
+BACKWARD(narrow_rows_attend_backward, 1)

@@ -96,7 +96,7 @@ def implements(
     """Puts what it decorates into `table` as what runs `op`."""
 
     def put(run: Any) -> Any:
-        table[op] = Implementation(run, takes, wants, why_missing)
+        table[op] = Implementation(run, takes, wants, why_missing, "cuda")
         return run
 
     return put

@@ -1,0 +1,87 @@
+"""`veneer doctor`: what this machine has for veneer, what runs on it and why, in ten lines."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    quick: Annotated[bool, typer.Option("--quick", help="Without the two-second probe; nothing is measured.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """The processor or card, what was compiled, which implementation of each op runs and why, and how far from its
+    floor a short probe gets."""
+    found = _findings(quick)
+    print(json.dumps(found, indent=1) if as_json else "\n".join(_lines(found)))
+
+
+def _findings(quick: bool) -> dict[str, Any]:
+    import torch
+
+    from veneer import __version__
+    from veneer.models.device import thread_count
+    from veneer.ops.choice import choices, settled
+    from veneer.ops.cpu import compiled, sharing
+    from veneer.ops.measuring import this_machine
+    from veneer.ops.probe import probe_layer
+
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    with sharing.shared() as neighbours:
+        layer = None if quick else probe_layer(_dtype())
+    return {
+        "veneer": __version__,
+        "torch": torch.__version__,
+        "processor": this_machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": thread_count(),
+        "cards": cards,
+        "compiled": compiled.status(),
+        "neighbours": neighbours,
+        "measured": {key: {"runs": one.runs, "ms": dict(one.ms)} for key, one in settled().items()},
+        "ops": {device: choices(device) for device in ("cpu", *(["cuda"] if cards else []))},
+        "probe": None if layer is None else {
+            "dtype": layer.dtype, "tokens": layer.tokens, "operations": layer.rate, "ms": 1e3 * layer.seconds,
+            "floor_ms": 1e3 * layer.floor, "share": layer.share,
+        },
+    }  # fmt: skip
+
+
+def _dtype() -> Any:
+    """That in which a base would be trained on this processor."""
+    import torch
+
+    from veneer.models.device import choose_dtype
+
+    return choose_dtype("auto", torch.device("cpu"), "BF16")[0]
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    from veneer.ops.measuring import Measured
+
+    groups: dict[str, list[str]] = {}
+    for op, line in found["ops"]["cpu"].items():
+        name, _, rest = line.partition(": " if line.startswith("torch") or "pinned by" in line else " (")
+        reason = rest if ": " in line and " (" not in line else "where it takes what it is given"
+        groups.setdefault(f"by {name}, {reason}", []).append(op)
+    lines = [
+        f"veneer      {found['veneer']}, torch {found['torch']}",
+        f"processor   {found['processor']}; {found['threads']} threads; torch's kernels for {found['instructions']}",
+        f"card        {', '.join(found['cards']) or 'none that torch can use'}",
+        f"compiled    {found['compiled']}",
+    ]
+    lines += [f"ops         {how}: {', '.join(ops)}" for how, ops in sorted(groups.items())]
+    measured = {key: Measured(one["runs"], one["ms"]).line() for key, one in found["measured"].items()}
+    lines += [f"measured    {key}: {line}" for key, line in measured.items()]
+    if not measured:
+        lines.append("measured    nothing: the first implementation that takes what an op is given runs")
+    if (probe := found["probe"]) is not None:
+        busy = "; other processes were busy" if found["neighbours"] else ""
+        lines.append(
+            f"probe       a layer with adapters, {probe['tokens']:,} tokens of {probe['dtype']}: {probe['ms']:.0f} ms, "
+            f"{probe['share']:.0%} of its floor of {probe['floor_ms']:.0f} ms at {probe['operations'] / 1e9:,.0f} "
+            f"GFLOP/s{busy}"
+        )
+    return lines

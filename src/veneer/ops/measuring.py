@@ -1,0 +1,120 @@
+"""Which of several implementations of one op is the fastest here: measured once, and kept for later runs.
+
+    timings = seconds_of({"compiled": work, "torch": work})      the least of a few interleaved runs of each
+    fastest(timings)                                             the first, unless another is clearly faster
+    Kept(file, machine).get(key) · .put(key, record)             a file beside the compiled library
+
+Kept, because a run must come out the same twice: what was measured once on a machine is not measured again. A file that
+is damaged, or of another machine, counts as none. Knows neither ops nor tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from veneer.files.atomic import replace_file
+
+CLEARLY = 1.1
+"""How many times as fast as the first another has to be to run instead of it: noise must not decide."""
+_ROUNDS, _SECONDS = 20, 0.1
+"""Rounds of all candidates, and the time after which (three being done) no other begins."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`runs`: the implementation that was chosen; `ms`: what each took, in milliseconds."""
+
+    runs: str
+    ms: Mapping[str, float]
+
+    def line(self) -> str:
+        """For a person: which runs, and against what."""
+        others = ", ".join(f"{name} {ms:.3g}" for name, ms in self.ms.items() if name != self.runs)
+        return f"{self.runs} {self.ms[self.runs]:.3g} ms" + (f" ({others})" if others else "")
+
+
+def seconds_of(works: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """The least seconds of each piece of work, in rounds so that what else the machine does meets all of them. What
+    raises RuntimeError or MemoryError is left out.
+
+    Runs in a thread of its own: no autograd mode, hook or dispatch mode of the caller's has a part in it."""
+    best: dict[str, float] = {}
+
+    def measure() -> None:
+        alive = dict(works)
+        began = time.perf_counter()
+        for turn in range(_ROUNDS + 1):  # the first is not counted: caches, compiled products
+            for name, work in list(alive.items()):
+                start = time.perf_counter()
+                try:
+                    work()
+                except (RuntimeError, MemoryError):
+                    del alive[name]
+                    best.pop(name, None)
+                    continue
+                if turn:
+                    best[name] = min(best.get(name, 1e9), time.perf_counter() - start)
+            if turn >= 3 and time.perf_counter() - began > _SECONDS:
+                return
+
+    thread = threading.Thread(target=measure, name="veneer-measuring")
+    thread.start()
+    thread.join()
+    return best
+
+
+def fastest(seconds: Mapping[str, float]) -> str:
+    """The first of them, unless another is clearly faster: then the fastest."""
+    first, best = next(iter(seconds)), min(seconds, key=lambda name: seconds[name])
+    return best if seconds[best] * CLEARLY < seconds[first] else first
+
+
+@cache
+def this_machine() -> str:
+    """What measurements belong to: the processor by name, and how many of it there are."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} processors"
+
+
+class Kept:
+    """Measurements in a file, each under a key; None: in memory alone. A file that cannot be written does no harm."""
+
+    def __init__(self, file: Path | None, machine: str) -> None:
+        self.file, self.machine = file, machine
+        self.here: dict[str, Measured] = self._read()
+
+    def get(self, key: str) -> Measured | None:
+        return self.here.get(key)
+
+    def put(self, key: str, found: Measured) -> Measured:
+        """What is kept under the key from now on: `found`, unless another process was first."""
+        self.here = {key: found, **self.here, **self._read()}
+        if self.file is not None:
+            content = {"machine": self.machine, "measured": {k: asdict(v) for k, v in sorted(self.here.items())}}
+            with contextlib.suppress(OSError):
+                replace_file(self.file, [(json.dumps(content, indent=1) + "\n").encode()], mode=0o600)
+        return self.here[key]
+
+    def _read(self) -> dict[str, Measured]:
+        try:
+            content = json.loads(self.file.read_text(encoding="utf-8")) if self.file is not None else {}
+            if content.get("machine") != self.machine:
+                return {}
+            found = {str(k): Measured(str(v["runs"]), dict(v["ms"])) for k, v in content["measured"].items()}
+            return {
+                k: v for k, v in found.items() if v.runs in v.ms and all(isinstance(ms, float) for ms in v.ms.values())
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}

@@ -1,0 +1,62 @@
+"""`veneer doctor`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cli.run import run
+from veneer.ops import choice, measuring, probe
+from veneer.ops.choice import OPS
+from veneer.ops.cpu import compiled
+
+
+def test_what_is_said_is_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(run(capsys, "doctor", "--quick", "--json").out)
+    assert found["torch"] == torch.__version__
+    assert found["compiled"] == compiled.status()
+    assert found["processor"] == measuring.this_machine()
+    assert set(found["ops"]["cpu"]) == set(OPS)
+    assert found["ops"]["cpu"] == choice.choices("cpu")
+    assert found["probe"] is None
+
+
+def test_about_ten_lines_name_every_op(capsys: pytest.CaptureFixture[str]) -> None:
+    ran = run(capsys, "doctor", "--quick")
+    assert ran.code == 0
+    lines = ran.out.splitlines()
+    assert 5 <= len(lines) <= 16
+    said = [name for line in lines if line.startswith("ops ") for name in line.rpartition(": ")[2].split(", ")]
+    assert sorted(said) == sorted(OPS)
+    assert any(line.startswith("compiled ") and compiled.status() in line for line in lines)
+
+
+def test_pinned_ops_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with choice.pinned(rms_norm="torch"):
+        out = run(capsys, "doctor", "--quick").out
+    assert compiled.kernels() is None or "pinned by VENEER_OPS: rms_norm" in out
+
+
+def test_the_probe_is_told_beside_its_floor(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = probe.LayerProbe("bfloat16", 2048, 4e11, 0.08, 0.06)
+    monkeypatch.setattr(probe, "probe_layer", lambda dtype: found)
+    assert "2,048 tokens of bfloat16: 80 ms, 75% of its floor of 60 ms at 400 GFLOP/s" in run(capsys, "doctor").out
+    told = json.loads(run(capsys, "doctor", "--json").out)["probe"]
+    assert told["share"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_runs_a_layer_and_its_products(dtype: torch.dtype) -> None:
+    found = probe.probe_layer(dtype, rows=2, length=16, seconds=0.0)
+    assert found.tokens == 32
+    assert min(found.rate, found.seconds, found.floor, found.share) > 0
+
+
+def test_the_page_shows_the_command() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "how-to" / "plan.md").read_text(encoding="utf-8")
+    assert "veneer doctor" in page

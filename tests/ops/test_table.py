@@ -1,0 +1,19 @@
+"""The page of ops is what the registry has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from veneer.ops.choice import OPS
+from veneer.ops.table import ops_page
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "ops.md"
+
+
+def test_the_page_is_what_the_registry_has() -> None:
+    assert PAGE.read_text(encoding="utf-8") == ops_page(), "run: python -m veneer.ops.table > docs/reference/ops.md"
+
+
+def test_every_op_has_a_line() -> None:
+    lines = [line for line in ops_page().splitlines() if line.startswith("| `")]
+    assert [line.split("`")[1] for line in lines] == list(OPS)
