@@ -44,7 +44,7 @@ _WORDS = [word for word in os.environ.get("VENEER_OPS", "").split(",") if word]
 PINNED = next((word for word in _WORDS if word in HOMES), "")
 """A device type whose implementations run on every tensor, whatever device it is on. "cuda" beside TRITON_INTERPRET=1
 runs the kernels of GPUs on the CPU, to check them."""
-TORCH = "torch"
+REFERENCE = "torch"
 """The name of every op's reference."""
 
 OPS = {
@@ -140,10 +140,10 @@ def random_like(dtype: torch.dtype, *shape: int) -> Tensor:
 
 _pins = dict(word.split("=", 1) for word in _WORDS if "=" in word)
 """op -> name, for as long as the process lives; "*": all others."""
-if TORCH in _WORDS:
-    _pins["*"] = TORCH
+if REFERENCE in _WORDS:
+    _pins["*"] = REFERENCE
 _listed = "listed" in _WORDS
-if _unknown := [word for word in _WORDS if word.split("=")[0] not in (*HOMES, *OPS, TORCH, "listed")]:
+if _unknown := [word for word in _WORDS if word.split("=")[0] not in (*HOMES, *OPS, REFERENCE, "listed")]:
     raise ConfigError(
         f"VENEER_OPS has {', '.join(_unknown)}, which is neither an op nor listed, torch or cuda",
         fix="an op is pinned as op=name, and the ops are in docs/reference/ops.md",
@@ -230,7 +230,7 @@ def chosen(op: str, first: Tensor, *given: Any) -> Any:
     if not able:
         return None
     name = _name_of(op, able, first, given)
-    return next((one.run for one in able if one.name == name), None if name == TORCH else able[0].run)
+    return next((one.run for one in able if one.name == name), None if name == REFERENCE else able[0].run)
 
 
 def _name_of(op: str, able: list[Implementation], first: Tensor, given: tuple[Any, ...]) -> str:
@@ -262,7 +262,7 @@ def _measure(
 ) -> Measured:
     with _lock:
         found = _kept().get(key)
-        if found is not None and found.runs in (TORCH, *(one.name for one in able)):
+        if found is not None and found.runs in (REFERENCE, *(one.name for one in able)):
             return found
 
         def tried(name: str) -> Callable[[], object]:
@@ -276,7 +276,7 @@ def _measure(
 
             return run
 
-        first, works = able[0].name, {name: tried(name) for name in (*(one.name for one in able), TORCH)}
+        first, works = able[0].name, {name: tried(name) for name in (*(one.name for one in able), REFERENCE)}
         seconds = seconds_of(works)
         name = fastest(seconds) if first in seconds else first
         if name != first and fastest(again := seconds_of(works)) != name:  # what noise has decided is not kept

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 
-from veneer.ops.choice import HOMES, OPS, TORCH, Implementation, is_measured
+from veneer.ops.choice import HOMES, OPS, REFERENCE, Implementation, is_measured
 
 _HEAD = """# Ops and their implementations
 
@@ -46,9 +46,9 @@ def ops_page() -> str:
 def _cell(own: Mapping[str, Implementation], op: str) -> str:
     """Its implementations in the order in which they are tried, and what each takes."""
     if op not in own:
-        return f"`{TORCH}`"
+        return f"`{REFERENCE}`"
     every = (own[op], *own[op].others)
-    return "; ".join([*(f"`{one.name}`: {_plain(one.wants)}" for one in every), f"`{TORCH}`: all else"])
+    return "; ".join([*(f"`{one.name}`: {_plain(one.wants)}" for one in every), f"`{REFERENCE}`: all else"])
 
 
 def _plain(text: str) -> str:
