@@ -81,7 +81,7 @@ def fastest(seconds: Mapping[str, float]) -> str:
 @cache
 def this_machine() -> str:
     """What measurements belong to: the processor by name, and how many of it there are."""
-    name = platform.processor() or platform.machine()
+    name = platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)

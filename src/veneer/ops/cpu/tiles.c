@@ -32,7 +32,6 @@ void use_products(void *floats, void *halves, void *done) {
 }
 
 enum { KEYS = 64, STEP = 16 };
-#define LOG2E 1.44269504088896341f
 #define NONE (-1e30f) /* below every score, and finite: the exponential of a difference of two is no NaN */
 
 /* What a call is about. `chunks[r]`: how many blocks of KEYS keys rows before r have; `blocks[r]`: blocks of queries. */
@@ -102,21 +101,22 @@ static void head_to(const task *t, const float *x, const void *cs, const void *s
     else memcpy((float *)y + at, a, dim * sizeof *a);
 }
 
-/* 2^x for x <= 0, within 3e-7 of it, and 0 below 2^-126; NaN stays. x = n + f, then a polynomial in f (the one of
-   degree 5 whose largest relative error on -1/2 ... 1/2 is least). */
-static inline float power_of_two(float x) {
-    float clamped = x < -126.0f ? -126.0f : x, n = __builtin_rintf(clamped), f = clamped - n;
-    float p = 1.327647187e-3f;
-    p = p * f + 9.675541333e-3f;
-    p = p * f + 5.550713274e-2f;
-    p = p * f + 2.402211972e-1f;
-    p = p * f + 6.931469671e-1f;
-    p = p * f + 1.000000072f;
+/* e^x for x <= 0 within 1e-7 of it, and 0 below -87; NaN stays. x = n ln 2 + r by Cody and Waite, then 1 + r + r^2 p(r), p the
+   polynomial of degree 4 whose largest relative error in e^r on -ln 2 / 2 ... ln 2 / 2 is least. */
+static inline float exponential(float x) {
+    float clamped = x < -87.0f ? -87.0f : x, n = __builtin_rintf(clamped * 1.44269504088896341f);
+    float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.381459853e-3f;
+    p = p * r + 8.368716882e-3f;
+    p = p * r + 4.166838805e-2f;
+    p = p * r + 1.666652063e-1f;
+    p = p * r + 4.999999345e-1f;
+    p = p * r * r + r + 1.0f;
     uint32_t bits;
     memcpy(&bits, &p, 4);
     bits += (uint32_t)(int32_t)n << 23;
     memcpy(&p, &bits, 4);
-    return x < -126.0f ? 0.0f : p;
+    return x < -87.0f ? 0.0f : p;
 }
 
 /* -- factors ----------------------------------------------------------------------------------------------------------- */
@@ -261,7 +261,7 @@ static void attend_block(const task *t, const char *keys, const char *values, co
         }
 #pragma omp simd
         for (int64_t c = 0; c < M; c++) {
-            less[c] = power_of_two((less[c] - top[c]) * LOG2E);
+            less[c] = exponential(less[c] - top[c]);
             sum[c] *= less[c];
         }
         for (int64_t j = 0; j < KEYS; j++) {
@@ -271,7 +271,7 @@ static void attend_block(const task *t, const char *keys, const char *values, co
             for (int64_t c = 0; c < low; c++) x[c] = 0.0f;
 #pragma omp simd
             for (int64_t c = low; c < high; c++) {
-                x[c] = power_of_two((x[c] - top[c]) * LOG2E);
+                x[c] = exponential(x[c] - top[c]);
                 sum[c] += x[c];
             }
             for (int64_t c = high; c < M; c++) x[c] = 0.0f;
@@ -376,7 +376,7 @@ static void backward_block(const task *t, bench *b, const char *keys, const char
             for (int64_t c = 0; c < low; c++) p[c] = ds[c] = 0.0f;
 #pragma omp simd
             for (int64_t c = low; c < high; c++) {
-                p[c] = power_of_two((p[c] - lse[c]) * LOG2E);
+                p[c] = exponential(p[c] - lse[c]);
                 ds[c] = p[c] * (ds[c] - dot[c]);
             }
             for (int64_t c = high; c < M; c++) p[c] = ds[c] = 0.0f;
