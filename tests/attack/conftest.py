@@ -1,4 +1,4 @@
-"""One server process for each file of attacks."""
+"""One server process for all attacks that it outlives as it was."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     return make_shop(tmp_path_factory.mktemp("shop"), ["plain", "dora"])
 
 
-@pytest.fixture(scope="module")
-def server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="package")
+def one_server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with target(shop, tmp_path_factory.mktemp("home")) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def server(one_server: Server) -> Server:
+    """It has done with what was asked of it before."""
+    one_server.wait(lambda: one_server.series("vllm:num_requests_running") == 0)
+    one_server.wait(lambda: one_server.series("vllm:num_requests_waiting") == 0)
+    return one_server

@@ -200,7 +200,7 @@ class Whole:
     def idle(self) -> None:
         """Wait until nothing runs, then: no request, no block, no reference is left."""
         engine = self.engine
-        wait_for(lambda: not engine._by_id and not engine._live)
+        wait_for(lambda: not engine.here)
         wait_for(lambda: not any(engine.residents.leases().values()))
         assert engine.cache.in_use == 0
         assert engine.residents.stats().waiting == 0

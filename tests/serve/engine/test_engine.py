@@ -250,10 +250,10 @@ def test_a_client_that_leaves_gives_everything_back() -> None:
         await asyncio.sleep(0)
         never.cancel()
         for _ in range(500):
-            if not engine._by_id and not engine._live:
+            if not engine.here:
                 break
             await asyncio.sleep(0.01)
-        assert not engine._by_id
+        assert engine.here == 0
         assert engine.cache.in_use == 0
         assert engine.stats().running == engine.stats().waiting == 0
 

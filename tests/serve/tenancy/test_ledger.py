@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -227,7 +228,7 @@ def test_what_else_lies_in_the_folder_is_left_alone(quick: Path) -> None:
 # -- a full disk -------------------------------------------------------------------------------------------------------
 
 FILLS = """
-import asyncio, contextlib, json, os, resource, signal, sys
+import asyncio, contextlib, json, os, resource, signal, sqlite3, sys
 from pathlib import Path
 from veneer.serve.access import Caller, Served
 from veneer.serve.request import Refused, Usage
@@ -236,7 +237,8 @@ from veneer.serve.tenancy.tenants import Tenants
 
 where, folder, how = sys.argv[1:]
 tenants = Tenants(where, ledger=LedgerSettings(folder=Path(folder), room=4 << 20), watch=False)
-tenants.ledger._post_some = lambda: False  # the database is away: what is owed stays owed
+busy = sqlite3.connect(where, isolation_level=None)
+busy.execute("BEGIN IMMEDIATE")  # somebody writes to the database for long: what is owed stays owed
 if how == "limit":  # no file grows any more
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     size = max(path.stat().st_size for path in Path(folder).iterdir())
@@ -333,11 +335,14 @@ def test_a_disk_that_is_full_at_the_start_is_said(quick: Path, small_disk: Path)
     Tenants(str(quick / "t.sqlite"), ledger=kept, watch=False).close()
 
 
-def test_a_request_for_which_there_is_no_room_takes_none_of_its_group_with_it(quick: Path) -> None:
+def test_a_request_for_which_there_is_no_room_takes_none_of_its_group_with_it(
+    quick: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Ends and admissions are written together; who is refused must not keep another's end off the disk."""
     kept = LedgerSettings(folder=quick / "outbox", room=128 << 10)
     tenants = Tenants(str(quick / "t.sqlite"), ledger=kept, watch=False)
-    tenants.ledger._post_some = lambda: False  # type: ignore[method-assign] # the database is away
+    busy = sqlite3.connect(quick / "t.sqlite", isolation_level=None)
+    busy.execute("BEGIN IMMEDIATE")  # somebody writes to the database for long
     outbox, gate = tenants.ledger.outbox, threading.Event()
 
     def entry(n: int) -> LedgerEntry:
@@ -354,8 +359,10 @@ def test_a_request_for_which_there_is_no_room_takes_none_of_its_group_with_it(qu
     gate.set()
     assert all(isinstance(future.exception(10), Refused) for future in asked)
     assert all(future.exception(10) is None for future in ends)
-    assert outbox._unwritten == {}
+    assert "in memory alone" not in caplog.text
     assert [owed.state for owed in outbox.take(1000)] == ["done"] * n
+    busy.close()
+    assert tenants.ledger.flush()
     tenants.close()
 
 

@@ -138,7 +138,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             return
         self._state = "draining"
         end = time.monotonic() + drain
-        while self._by_id and time.monotonic() < end:
+        while self.here and time.monotonic() < end:
             time.sleep(0.02)
         self._state = "closed"
         self._box.put(None)
@@ -174,6 +174,11 @@ class TextEngine(Engine[Request, EngineEvent]):
         if (seconds := time.monotonic() - self._beat) > self.settings.stuck_seconds:
             return f"the engine's step has not ended for {seconds:.0f} s"
         return f"the last {self._lost} steps failed for everybody in them" if self._lost >= _LOST else ""
+
+    @property
+    def here(self) -> int:
+        """Requests that were admitted and have not ended, whatever they wait for."""
+        return max(len(self._by_id), len(self._live))
 
     def stats(self) -> EngineStats:
         memory = self.residents.stats()
@@ -233,7 +238,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         if wrong := [t for t in request.prompt if not 0 <= t < self.vocabulary]:
             what = f"token {wrong[0]} is not in this base's vocabulary of {self.vocabulary:,}"
             raise Refused(what, status=400, code="invalid_request", param="prompt")
-        if len(self._by_id) - len(self.scheduler.running) >= self.settings.queue:
+        if self.here - len(self.scheduler.running) >= self.settings.queue:
             raise Refused("too many requests are waiting", status=429, code="overloaded", retry_after=1.0)
 
     def _admit(

@@ -21,6 +21,8 @@ from veneer.models.text.base import TextBase
 from veneer.models.text.generate import Completion, Prompt, complete, completion_of, encode_prompts
 from veneer.serve.engine.engine import TextEngine
 from veneer.serve.forward.lowrank import low_rank_problems
+from veneer.serve.forward.paged import BLOCK, Pages
+from veneer.serve.forward.runner import cache_shape
 from veneer.serve.request import Finished, Request, Sampling, Token, make_mix
 from veneer.serve.settings import EngineSettings
 
@@ -44,7 +46,7 @@ def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32
     if base.device.type != "cpu":
         yield plain
         return
-    settings = EngineSettings(rows=rows, queue=1 << 30)
+    settings = EngineSettings(rows=rows, queue=1 << 30, cache_bytes=_cache_bytes(base, rows))
     with without_dropout(base.model), TextEngine(base, lambda digest, _: adapters[digest], settings) as engine:
         whole = engine.runner.how == "fused"
         if whole and not any(low_rank_problems(adapter, engine.runner.layout) for adapter in adapters.values()):
@@ -52,6 +54,14 @@ def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32
                 yield EngineAnswers(base, engine, thread)
             return
     yield plain
+
+
+def _cache_bytes(base: TextBase, rows: int) -> int:
+    """No more than whole contexts of twice as many rows take: on a small base all of what a server has by default would
+    be filled with zeros at every evaluation, for nothing."""
+    layers, _, kv, d = cache_shape(base)
+    blocks = 2 * rows * (base.context // BLOCK + 1)
+    return min(EngineSettings.cache_bytes, blocks * Pages.bytes_of_a_block(layers, kv, d, base.dtype))
 
 
 class EngineAnswers:

@@ -78,6 +78,15 @@ class RunnerRow:
     sequence: int = 0
 
 
+def cache_shape(base: TextBase) -> tuple[int, int, int, int]:
+    """(layers, heads, heads of keys and values, size of a head)."""
+    config: Any = base.model.config.get_text_config()
+    heads = config.num_attention_heads
+    kv = getattr(config, "num_key_value_heads", None) or heads
+    d = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.num_hidden_layers, heads, kv, d
+
+
 class Runner:
     """A base made ready to serve. `cache_bytes`: memory for keys and values; `pack_bytes`: what a second copy of the
     projections may take, in the order they are multiplied in. `context`: tokens a sequence may have.
@@ -111,11 +120,7 @@ class Runner:
             )
         self._undo = ExitStack()
         self._attachment: Attachment | None = None
-        config: Any = self.model.config.get_text_config()
-        heads = config.num_attention_heads
-        kv = getattr(config, "num_key_value_heads", None) or heads
-        d = getattr(config, "head_dim", None) or config.hidden_size // heads
-        layers = config.num_hidden_layers
+        layers, heads, kv, d = cache_shape(base)
         self.layout = layout_of(base)
         if batch_invariant:
             self.layout = replace(self.layout, rows=ROWS)
