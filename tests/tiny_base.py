@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from tests.families import llama3
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VOCAB_SIZE = 384
 
@@ -58,6 +60,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_model() -> PreTrainedModel:
     """A two-layer llama whose vocabulary is the tiny tokenizer's."""
+    from transformers import GenerationConfig
+
+    from tests.families import llama3  # late: whoever wants the tokenizer alone need not wait for torch
+
     model = llama3(
         vocab_size=VOCAB_SIZE, bos_token_id=1, eos_token_id=2, pad_token_id=2, architectures=["LlamaForCausalLM"]
     )

@@ -24,14 +24,16 @@ from veneer.serve.settings import ServeSettings
 ROOT = Path(__file__).resolve().parents[2]
 TOY = """
 import sys, time
-from veneer.serve.build import Application
+from types import SimpleNamespace
 from veneer.serve.server import serve
 from veneer.serve.settings import ServeSettings
 
 def make():
     time.sleep(1)
     from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
-    return Application(toy_app(ToyEngine(ToyText()), ToyCatalog()))
+    app = toy_app(ToyEngine(ToyText()), ToyCatalog())
+    async def nothing(): pass
+    return SimpleNamespace(app=app, service=app.state.service, start=nothing, stop=nothing)
 
 serve(ServeSettings("toy", port=int(sys.argv[1]), drain=20), print, make)
 print("ended")

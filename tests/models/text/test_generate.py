@@ -20,7 +20,8 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import BaseError, ConfigError, DataError
 from veneer.models.text.base import TextBase
-from veneer.models.text.generate import TextPieces, complete, encode_prompt
+from veneer.models.text.generate import complete, encode_prompt
+from veneer.models.text.pieces import Pieces
 
 PROMPTS = [
     "The printer",
@@ -230,7 +231,7 @@ def test_streamed_pieces_make_up_each_text(base: TextBase, temperature: float) -
 @given(st.text(max_size=40))
 @settings(max_examples=60, deadline=None)
 def test_pieces_of_any_text_join_to_it_and_hold_no_broken_character(text: str) -> None:
-    pieces = TextPieces(TOKENIZER)
+    pieces = Pieces(TOKENIZER)
     told = [pieces.add(token) for token in TOKENIZER(text).input_ids]
     if "�" not in text:
         assert not any("�" in piece for piece in told)
@@ -240,7 +241,7 @@ def test_pieces_of_any_text_join_to_it_and_hold_no_broken_character(text: str) -
 @given(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=30))
 @settings(max_examples=100, deadline=None)
 def test_pieces_of_any_tokens_join_to_their_text(ids: list[int]) -> None:
-    pieces = TextPieces(TOKENIZER)
+    pieces = Pieces(TOKENIZER)
     told = [pieces.add(token) for token in ids]
     assert "".join([*told, pieces.rest()]) == TOKENIZER.decode(ids, skip_special_tokens=True)
 

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
-from veneer.serve.engine.detokenize import AnswerText, Pieces
+from veneer.models.text.pieces import Pieces
+from veneer.serve.engine.detokenize import AnswerText
 from veneer.serve.request import Sampling
 
 TOKENIZER = tiny_tokenizer()

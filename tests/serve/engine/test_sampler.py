@@ -163,7 +163,9 @@ def test_a_row_that_is_taken_up_elsewhere_goes_on_as_it_would_have() -> None:
     s = Sampling(seed=9, presence_penalty=0.7, repetition_penalty=1.2, top_p=0.95)
     first = SampledRow(s, (4, 5), vocabulary=V)
     made = [ids(logits(1, step), [first])[0] for step in range(20)]
-    later = SampledRow(s, (4, 5), vocabulary=V, made=made[:11])
+    later = SampledRow(s, (4, 5), vocabulary=V)
+    for token in made[:11]:
+        later.take(token)
     assert [ids(logits(1, step), [later])[0] for step in range(11, 20)] == made[11:]
 
 
@@ -212,7 +214,10 @@ def test_extreme_temperatures(heat: float) -> None:
 
 def adjusted(scores: Tensor, s: Sampling, prompt: tuple[int, ...] = (), made: tuple[int, ...] = ()) -> Tensor:
     out = scores.clone()
-    SampledRow(s, prompt, vocabulary=len(scores), made=made, ends=(V - 1,)).adjust(out)
+    row = SampledRow(s, prompt, vocabulary=len(scores), ends=(V - 1,))
+    for token in made:
+        row.take(token)
+    row.adjust(out)
     return out
 
 

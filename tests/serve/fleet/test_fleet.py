@@ -99,7 +99,7 @@ def test_an_adapter_is_loaded_on_every_replica_before_it_is_routed_there(shelf, 
             assert len(slow.asked("load")) == len(fast.asked("load")) == 1
             assert [len(f.asked("complete")) for f in (fast, slow)] == [2 + 1, 1]
             name = served_name(ONE)
-            assert all(r["adapters"] == [name] for r in it.residency())
+            assert all(set(r.resident) == {name} for r in it.replicas)
             # a plain adapter is served from the library's own files
             assert fast.adapters == {name: str(tmp_path / "adapter1")}
 
@@ -183,7 +183,7 @@ def test_another_replica_is_tried_before_the_first_token_and_none_after_it(shelf
             for _ in range(6):
                 assert "base" in said(await answer(it))
             assert len(ill.asked("complete")) == upstream.FAULTS  # then it rests
-            assert [r["up"] for r in it.residency()] == [False, True]
+            assert [r.up for r in it.replicas] == [False, True]
             well.breaks_after = 2
             events = await answer(it)
             assert [type(e) for e in events] == [Started, Token, Token, Finished]
@@ -221,7 +221,7 @@ def test_a_poisonous_request_does_not_take_the_fleet_down(shelf, tmp_path, caplo
                 await answer(it)
             assert "bad prompt" not in str(refusal.value)
             assert "bad prompt" in caplog.text
-            assert all(r["up"] for r in it.residency())
+            assert all(r.up for r in it.replicas)
             assert "base" in said(await answer(it))
 
     with running(*fakes) as urls:
@@ -285,14 +285,17 @@ def test_requests_go_where_fewest_run_and_where_the_adapter_is(shelf, tmp_path):
     fakes = [FakeVLLM(delay=0.05), FakeVLLM(delay=0.05)]
 
     async def work(urls: list[str]) -> None:
-        async with fleet(urls, shelf, tmp_path, copies=1) as it:
+        async with fleet(urls, shelf, tmp_path, mix_copies=1) as it:
             await asyncio.gather(*(answer(it) for _ in range(6)))
             assert [len(f.asked("complete")) for f in fakes] == [3, 3]
-            await asyncio.gather(*(answer(it, m) for m in (ONE, TWO)))
+            half, twice = (
+                make_mix([(digest, strength)]) for (digest, _), strength in zip(ONE + TWO, (0.5, 2.0), strict=True)
+            )
+            await asyncio.gather(*(answer(it, m) for m in (half, twice)))
             assert sum(len(f.adapters) for f in fakes) == 2
-            holder = next(f for f in fakes if served_name(ONE) in f.adapters)
+            holder = next(f for f in fakes if served_name(half) in f.adapters)
             before = len(holder.asked("complete"))
-            await asyncio.gather(*(answer(it, ONE) for _ in range(4)))
+            await asyncio.gather(*(answer(it, half) for _ in range(4)))
             assert len(holder.asked("complete")) == before + 4
             assert sum(len(f.asked("load")) for f in fakes) == 2
 
@@ -327,7 +330,7 @@ def test_what_an_earlier_front_door_loaded_is_known(shelf, tmp_path):
 
     async def work(urls: list[str]) -> None:
         async with fleet(urls, shelf, tmp_path) as it:
-            assert it.residency()[0]["adapters"] == [served_name(ONE)]
+            assert set(it.replicas[0].resident) == {served_name(ONE)}
             await answer(it, ONE)
             assert not fake.asked("load")
 

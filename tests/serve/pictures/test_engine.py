@@ -195,19 +195,6 @@ def test_a_full_queue_refuses_and_so_does_a_closed_one(base: ImageBase, shelf: S
         asyncio.run(collect(again, ask(1), ask(2), ask(3)))
 
 
-def test_closing_may_finish_what_waits(base: ImageBase, shelf: Shelf) -> None:
-    engine = PictureEngine(base, shelf.read, window=5.0)
-
-    async def run() -> list[FinishedPicture]:
-        first = asyncio.create_task(collect(engine, ask(1), ask(2)))
-        while engine.stats().waiting < 2:
-            await asyncio.sleep(0.001)
-        await asyncio.to_thread(engine.close, drain=True)
-        return await first
-
-    assert [one.batch for one in asyncio.run(run())] == [2, 2]
-
-
 def test_a_fault_is_of_the_picture_that_has_it(base: ImageBase, shelf: Shelf) -> None:
     first = next(iter(shelf.adapters.values()))
     name, pair = next((n, p) for n, p in first.pairs.items() if n.startswith("transformer"))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from veneer.errors import BaseError, ConfigError, DataError
 from veneer.models.text.base import TextBase
+from veneer.models.text.pieces import Pieces, decode_text
 from veneer.ops.cpu.sharing import forwards
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 Prompt = str | Sequence[Mapping[str, str]]
 """A text to go on from, taken as it is, or the messages of a conversation, put through the chat template."""
@@ -177,7 +178,7 @@ def _run(
         pad_token_id=base.pad_id,
         use_cache=True,
     )
-    texts = [TextPieces(base.tokenizer) for _ in rows]
+    texts = [Pieces(base.tokenizer) for _ in rows]
     stream = _Stream(list(rows), texts, set(base.stop_ids), on_token)
     with torch.no_grad(), forwards(base.model):
         made = base.model.generate(
@@ -196,11 +197,7 @@ def completion_of(base: TextBase, new: list[int], prompt_tokens: int) -> Complet
     end = next((k for k, token in enumerate(new) if token in base.stop_ids), None)
     ids = new if end is None else new[: end + 1]
     body = new if end is None else new[:end]
-    return Completion(_decode(base.tokenizer, body), tuple(ids), "length" if end is None else "stop", prompt_tokens)
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return Completion(decode_text(base.tokenizer, body), tuple(ids), "length" if end is None else "stop", prompt_tokens)
 
 
 class _RowSampler:
@@ -228,41 +225,13 @@ class _RowSampler:
         return scores + gumbel.to(scores)
 
 
-@dataclass
-class TextPieces:
-    """Turns the tokens of one row into text as they come.
-
-    A token may end within a character, and its text may depend on the one before it, so what is new is read off a
-    window of the last tokens, and held back while it ends in a broken character."""
-
-    tokenizer: PreTrainedTokenizerBase
-    ids: list[int] = field(default_factory=list)
-    start: int = 0
-    told: int = 0
-
-    def add(self, token: int) -> str:
-        self.ids.append(token)
-        return self._new(hold=True)
-
-    def rest(self) -> str:
-        return self._new(hold=False)
-
-    def _new(self, hold: bool) -> str:
-        before = _decode(self.tokenizer, self.ids[self.start : self.told])
-        now = _decode(self.tokenizer, self.ids[self.start :])
-        if len(now) <= len(before) or (hold and now.endswith("�")):
-            return ""
-        self.start, self.told = self.told, len(self.ids)
-        return now[len(before) :]
-
-
 class _Stream:
     """transformers' streamer protocol for a batch: `put` gets the prompts first, then one token a row."""
 
     def __init__(
         self,
         indices: list[int],
-        texts: list[TextPieces],
+        texts: list[Pieces],
         stops: set[int],
         on_token: Callable[[int, str], None] | None,
     ) -> None:

@@ -1,4 +1,4 @@
-"""Tokens to text as they come, and where an answer ends.
+"""Where an answer ends, and its text as it comes.
 
     answer = AnswerText(tokenizer, sampling, ends=base_stop_ids)
     piece = answer.add(token)            piece.text goes out; piece.reason ends the answer
@@ -12,21 +12,11 @@ Knows what a tokenizer decodes; no model, no HTTP.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal
 
+from veneer.models.text.pieces import Decoder, Pieces
 from veneer.serve.request import Sampling
-
-_BROKEN = "�"
-"""What bytes that are no character, or not yet one, decode to."""
-WINDOW = 16
-"""Tokens that are decoded again with each new one, or a few more."""
-
-
-class Decoder(Protocol):
-    """As transformers' tokenizers do it."""
-
-    def decode(self, token_ids: Any, **settings: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -36,52 +26,6 @@ class Piece:
     text: str
     reason: Literal["stop", "length"] | None = None
     stop: str | int | None = None
-
-
-@dataclass
-class Pieces:
-    """The tokens of one answer as text, piece by piece; the pieces joined are what all of them decode to.
-
-    A token may end within a character, and its text may depend on the tokens before it, so what is new is read off a
-    window of the last tokens. Broken characters at its end wait for what follows. One tokenizer cannot keep the whole
-    promise: with bytes as a fallback (Llama 2's), a byte that fits nothing turns characters before it into broken ones;
-    those that are out stay as they were."""
-
-    tokenizer: Decoder
-    window: list[int] = field(default_factory=list)
-    sent: int = 0
-    """Characters of the window's text that are out."""
-
-    def add(self, token: int) -> str:
-        self.window.append(token)
-        now = self._decode(self.window)
-        stable = now.rstrip(_BROKEN)
-        if len(self.window) >= 4 * WINDOW:
-            stable = now[: max(len(stable), len(now) - 3)]  # no character has so many bytes: they stay broken
-        new, self.sent = stable[self.sent :], max(self.sent, len(stable))
-        if len(self.window) >= WINDOW and len(self.window) % 8 == 0:
-            self._shorten(now)
-        return new
-
-    def rest(self) -> str:
-        now = self._decode(self.window)
-        new, self.sent = now[self.sent :], max(self.sent, len(now))
-        return new
-
-    def _shorten(self, now: str) -> None:
-        """Keep the last few tokens, from where a character begins, whose text is the end of the window's. Where every
-        token begins within a character, a window four times as long gives that up."""
-        held = max(len(now) - self.sent, 0)
-        for n in range(8, 3, -1):
-            text = self._decode(self.window[-n:])
-            if len(self.window) < 4 * WINDOW and text.startswith(_BROKEN):
-                continue
-            if len(text) >= held and now.endswith(text.lstrip(_BROKEN)):
-                self.window, self.sent = self.window[-n:], len(text) - held
-                return
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class AnswerText:

@@ -117,7 +117,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._by_id: dict[str, _Live] = {}
         self._box: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._outbox: dict[asyncio.AbstractEventLoop, list[_Note]] = defaultdict(list)
-        self._state: Literal["new", "open", "draining", "closed"] = "new"
+        self._state: Literal["new", "open", "closed"] = "new"
         self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._texts: dict[int, str] = {}
         self._took: deque[tuple[float, float, float, float]] = deque(maxlen=_STEPS)
@@ -132,14 +132,10 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._thread.start()
         return self
 
-    def stop(self, drain: float = 0.0) -> None:
-        """Take no more requests; let those that run go on for up to `drain` seconds, then cancel what is left."""
+    def stop(self) -> None:
+        """Take no more requests, and cancel those that run."""
         if self._state == "closed":
             return
-        self._state = "draining"
-        end = time.monotonic() + drain
-        while self.here and time.monotonic() < end:
-            time.sleep(0.02)
         self._state = "closed"
         self._box.put(None)
         if self._thread.is_alive():
@@ -167,7 +163,7 @@ class TextEngine(Engine[Request, EngineEvent]):
 
     def problem(self) -> str:
         """Why nobody is served, if nobody is: a step that does not end, a thread that has, a device that fails."""
-        if self._state not in ("open", "draining"):
+        if self._state != "open":
             return ""
         if not self._thread.is_alive():
             return "the engine's thread has ended"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -57,8 +57,8 @@ class SampledRow:
     """What one request brings to every draw: its settings, its seed, the tokens so far.
 
     `ends`: the ids that end an answer, which must not come before `min_tokens`; those of the base, to which the
-    request's own are added. `made`: tokens of an answer that was begun elsewhere. `seed`: the one that is used, also
-    where the request leaves it to the system. Raises Refused for ids that the vocabulary does not have."""
+    request's own are added. `seed`: the one that is used, also where the request leaves it to the system. Raises
+    Refused for ids that the vocabulary does not have."""
 
     def __init__(
         self,
@@ -68,7 +68,6 @@ class SampledRow:
         vocabulary: int,
         ends: Collection[int] = (),
         grammar: Constraint | None = None,
-        made: Iterable[int] = (),
     ) -> None:
         for param, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_ids)):
             if wrong := [i for i in ids if not 0 <= i < vocabulary]:
@@ -85,8 +84,6 @@ class SampledRow:
         self._seen = dict.fromkeys(prompt) if self._repeats else {}
         self._changes = bool(grammar or sampling.logit_bias or self._counted or self._repeats)
         self._mask: Future[Tensor] | None = None
-        for token in made:
-            self.take(token)
 
     @property
     def plain(self) -> bool:

@@ -17,8 +17,8 @@ adapter's name.
 | refuses an adapter                   | its reason goes to the client, and is remembered for `_REFUSED_FOR` seconds   |
 | has more than `capacity` adapters    | those longest unused are unloaded, never one with a request running           |
 
-An adapter as it is goes to all replicas, or to `copies` of them; a mix that a client made up of strengths to
-`mix_copies`. Which these are follows from the names alone (rendezvous hashing: the replicas whose hash with the mix is
+An adapter as it is goes to all replicas; a mix that a client made up of strengths to `mix_copies` of them. Which these
+are follows from the names alone (rendezvous hashing: the replicas whose hash with the mix is
 highest), so that every front door says the same, and a replica that leaves or comes moves only what was on it. What is
 kept of such mixes is bounded (`folders`).
 
@@ -35,7 +35,6 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Seque
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import httpx
@@ -93,23 +92,13 @@ class Replica:
     loading: dict[str, asyncio.Task[Refused | None]] = field(default_factory=dict)
     check: asyncio.Task[None] | None = None
 
-    def state(self) -> dict[str, Any]:
-        """For /metrics and admin pages."""
-        return {
-            "upstream": self.place,
-            "up": self.up,
-            "running": self.running,
-            "adapters": sorted(self.resident),
-            "loading": sorted(self.loading),
-        }
-
 
 class Fleet(Engine[Request, EngineEvent]):
     """`files`: digest -> the path of that adapter's files, as the library resolves it. `decode`: the base's tokenizer,
     special tokens included. `cache`: where folders for replicas are made; replicas read them by the same path, so it
-    and the library are on a disk that they share. `copies`: on how many replicas an adapter is loaded, None for all;
-    `mix_copies`: the same of a mix that a client made. `capacity`: adapters kept on one replica. `mixes`: of one tenant
-    at a time; `cache_bytes`: of all folders. `key`: sent to the replicas as a bearer token."""
+    and the library are on a disk that they share. `mix_copies`: on how many replicas a mix is loaded that a client
+    made. `capacity`: adapters kept on one replica. `mixes`: of one tenant at a time; `cache_bytes`: of all folders.
+    `key`: sent to the replicas as a bearer token."""
 
     def __init__(
         self,
@@ -118,7 +107,6 @@ class Fleet(Engine[Request, EngineEvent]):
         files: Callable[[str], Path],
         decode: Decode,
         cache: Path,
-        copies: int | None = None,
         mix_copies: int = 2,
         capacity: int = 256,
         mixes: int = 64,
@@ -133,7 +121,7 @@ class Fleet(Engine[Request, EngineEvent]):
             parse_upstream(place)
         self.replicas = [Replica(place) for place in upstreams]
         self.files, self.decode = files, decode
-        self.copies, self.mix_copies, self.capacity = copies, mix_copies, capacity
+        self.mix_copies, self.capacity = mix_copies, capacity
         self.folders = Folders(cache, limit_bytes=cache_bytes, each=mixes)
         self.client = client or httpx.AsyncClient(
             timeout=httpx.Timeout(timeout, connect=5.0),
@@ -155,17 +143,14 @@ class Fleet(Engine[Request, EngineEvent]):
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
-    async def __aenter__(self) -> Fleet:
+    async def begin(self) -> None:
         """Ask every replica once, and keep watching them."""
         self.loop = asyncio.get_running_loop()
         await asyncio.gather(*(self._check(r) for r in self.replicas))
         self._watch = asyncio.create_task(self._watching())
         self._collect()
-        return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def end(self) -> None:
         self.closing = True
         tasks: list[asyncio.Task[Any]] = [t for r in self.replicas for t in (*r.loading.values(), r.check) if t]
         tasks += [*self.making.values(), *self._spreading, *(t for t in (self._watch, self._collecting) if t)]
@@ -174,11 +159,12 @@ class Fleet(Engine[Request, EngineEvent]):
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.client.aclose()
 
-    async def begin(self) -> None:
-        await self.__aenter__()
+    async def __aenter__(self) -> Fleet:
+        await self.begin()
+        return self
 
-    async def end(self) -> None:
-        await self.__aexit__(None, None, None)
+    async def __aexit__(self, *_: object) -> None:
+        await self.end()
 
     async def _watching(self) -> None:
         while True:
@@ -313,7 +299,7 @@ class Fleet(Engine[Request, EngineEvent]):
         name = served_name(mix)
         able = [r for r in up if r.server is not None and r.server.loads]
         able.sort(key=lambda r: rendezvous(name, r.place), reverse=True)
-        return [r for r in able[: self.mix_copies if is_made(mix) else self.copies] if name not in r.resident]
+        return [r for r in able[: self.mix_copies if is_made(mix) else None] if name not in r.resident]
 
     async def _bring(self, mix: DigestMix, up: Sequence[Replica]) -> dict[Replica, asyncio.Task[Refused | None]]:
         """The loads of a mix on those of `up` that should have it, those under way included. Raises Refused where it
@@ -466,10 +452,6 @@ class Fleet(Engine[Request, EngineEvent]):
     def trouble(self) -> str:
         """Why no request can be answered now; "" where one can."""
         return "" if any(r.up for r in self.replicas) else "no replica answers"
-
-    def residency(self) -> list[dict[str, Any]]:
-        """The state of every replica, with the adapters on it by `served_name`."""
-        return [replica.state() for replica in self.replicas]
 
     def stats(self) -> EngineStats:
         """What the front door sees; the replicas' own /metrics have their caches and steps."""

@@ -48,11 +48,10 @@ _PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
 
 @dataclass(frozen=True)
 class Servable:
-    """`rank`: what the server's --max-lora-rank must reach. `copied`: whether the folder was made for serving."""
+    """`rank`: what the server's --max-lora-rank must reach."""
 
     folder: Path
     rank: int
-    copied: bool
 
 
 def served_name(mix: DigestMix) -> str:
@@ -67,15 +66,15 @@ def servable(parts: Sequence[tuple[Path, float]], name: str, cache: Path) -> Ser
     Raises AdapterError with every module that vLLM has no place for, and the way out."""
     own, made = parts[0][0], cache / name
     if (made / CARD_FILE).is_file():  # written last, so the folder is whole
-        return Servable(made, int(json.loads((made / CONFIG_FILE).read_text(encoding="utf-8"))["r"]), True)
+        return Servable(made, int(json.loads((made / CONFIG_FILE).read_text(encoding="utf-8"))["r"]))
     read_in = [(read(path).adapter, strength) for path, strength in parts]
     adapter = read_in[0][0]
     if len(parts) == 1 and parts[0][1] == 1 and _serves_as_it_is(own, adapter):
-        return Servable(own, max(p.rank for p in adapter.pairs.values()), False)
+        return Servable(own, max(p.rank for p in adapter.pairs.values()))
     if len(parts) > 1 or parts[0][1] != 1:
         adapter = mixed(read_in).adapter
     written = write(adapter, made, "vllm")
-    return Servable(made, max(written.ranks), True)
+    return Servable(made, max(written.ranks))
 
 
 def vllm_problems(adapter: Adapter) -> list[str]:

@@ -20,9 +20,9 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import zip_longest
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import httpx
@@ -52,34 +52,34 @@ class NotThere(Exception):
     """The server does not have the adapter that it was believed to have: it was restarted, or somebody unloaded it."""
 
 
-class Remote(Protocol):
+class Remote:
     """A server. `base`: what it calls its base; `room`: tokens of prompt and answer together, 0 where it does not say;
     `loads`: whether adapters can be brought to it."""
 
-    url: str
-    base: str
-    room: int
+    loads = False
 
-    @property
-    def loads(self) -> bool: ...
+    def __init__(self, url: str, client: httpx.AsyncClient, decode: Decode) -> None:
+        self.url, self.client, self.decode = url, client, decode
+        self.base, self.room = "", 0
 
     async def check(self) -> set[str]:
         """The adapters that it has. Raises Failed where it does not answer."""
-        ...
+        raise NotImplementedError
 
     async def load(self, name: str, folder: str) -> None:
         """Raises Refused where it says no, Failed where it says nothing."""
-        ...
+        raise NotImplementedError
 
-    async def unload(self, name: str) -> None: ...
+    async def unload(self, name: str) -> None:
+        """Nothing where adapters cannot be brought to it."""
 
     def refusal(self, sampling: Sampling) -> list[str]:
         """The settings that it has no way to honour."""
-        ...
+        raise NotImplementedError
 
     def stream(self, request: Request, model: str) -> AsyncGenerator[Token | Finished, None]:
         """Tokens and Finished. Raises Refused, Failed or NotThere before the first of them."""
-        ...
+        raise NotImplementedError
 
 
 def parse_upstream(text: str) -> tuple[str, str, tuple[str, ...]]:
@@ -117,20 +117,12 @@ async def _kind(url: str, client: httpx.AsyncClient) -> str:
     return "tgi" if {"model_id", "max_total_tokens", "router"} <= set(_json(info)) else "openai"
 
 
-@dataclass
-class Completions:
+class Completions(Remote):
     """A server of /v1/completions: vLLM with all it knows, any other with OpenAI's own fields."""
 
-    url: str
-    client: httpx.AsyncClient
-    decode: Decode
-    vllm: bool
-    base: str = ""
-    room: int = 0
-
-    @property
-    def loads(self) -> bool:
-        return self.vllm
+    def __init__(self, url: str, client: httpx.AsyncClient, decode: Decode, *, vllm: bool) -> None:
+        super().__init__(url, client, decode)
+        self.vllm = self.loads = vllm
 
     async def check(self) -> set[str]:
         cards = _json(await _ask(self.client, "GET", f"{self.url}/v1/models", timeout=_SOON)).get("data") or []
@@ -214,14 +206,12 @@ class Completions:
         if reason == "stop" and stop is None and self.vllm:
             stop = last
         details = usage.get("prompt_tokens_details") or {}
-        yield Finished(
-            "length" if reason == "length" else "stop" if reason == "stop" else "error",
-            clock.usage(len(request.prompt), usage.get("completion_tokens"), details.get("cached_tokens") or 0),
-            stop=stop,
-            error=None
-            if reason in ("length", "stop")
-            else Refused(f"a replica ended with {reason!r}", status=500, code="internal"),
-        )
+        took = clock.usage(len(request.prompt), usage.get("completion_tokens"), details.get("cached_tokens") or 0)
+        if reason in ("length", "stop"):
+            yield Finished(reason, took, stop)
+        else:
+            wrong = Refused(f"a replica ended with {reason!r}", status=500, code="internal")
+            yield Finished("error", took, stop, error=wrong)
 
     def _tokens(self, choice: dict[str, Any], sampling: Sampling) -> list[Token]:
         """The tokens of one piece of the stream; the text of several is on the last."""
@@ -242,22 +232,13 @@ _VLLM_ONLY = ("top_k", "min_p", "repetition_penalty", "min_tokens", "stop_ids", 
 """Of the last: OpenAI's tokens are texts, and a Token's alternatives have ids."""
 
 
-@dataclass
-class TextGeneration:
+class TextGeneration(Remote):
     """TGI. Its stop texts are part of what it sends, and are held back here; its log-probabilities are of the
     distribution after temperature and penalties, so they are given only where there are none."""
 
-    url: str
-    client: httpx.AsyncClient
-    decode: Decode
-    adapters: tuple[str, ...]
-    base: str = ""
-    room: int = 0
-    believed: set[str] = field(default_factory=set)
-
-    @property
-    def loads(self) -> bool:
-        return False
+    def __init__(self, url: str, client: httpx.AsyncClient, decode: Decode, adapters: tuple[str, ...]) -> None:
+        super().__init__(url, client, decode)
+        self.adapters, self.believed = adapters, set[str]()
 
     async def check(self) -> set[str]:
         info = _json(await _ask(self.client, "GET", f"{self.url}/info", timeout=_SOON))
@@ -282,18 +263,15 @@ class TextGeneration:
             f"behind its --upstream: ?adapters={name}",
         )  # fmt: skip
 
-    async def unload(self, name: str) -> None:
-        pass
-
     def refusal(self, sampling: Sampling) -> list[str]:
-        out = _asked(sampling, ("presence_penalty", "min_p", "logit_bias", "min_tokens", "ignore_eos", "stop_ids"))
-        out += _asked(sampling, ("prompt_logprobs",))
+        never = ("presence_penalty", "min_p", "logit_bias", "min_tokens", "ignore_eos", "stop_ids", "prompt_logprobs")
+        out = _asked(sampling, never)
         shaped = sampling.temperature not in (0, 1) or _asked(
             sampling, ("top_k", "top_p", "repetition_penalty", "frequency_penalty", "grammar")
         )
-        return (
-            [*out, "logprobs beside what changes the distribution"] if sampling.logprobs is not None and shaped else out
-        )
+        if sampling.logprobs is not None and shaped:
+            out.append("logprobs beside what changes the distribution")
+        return out
 
     def body(self, request: Request, model: str) -> dict[str, Any]:
         """The request as /generate_stream takes it; values that mean nothing there are not allowed, so they are left

@@ -38,13 +38,11 @@ OPEN = ("/health", "/ping", "/ready", "/version", "/docs", "/openapi.json", "/re
 """Paths that need no key."""
 
 
-def create_app(
-    service: Service, *, routers: Sequence[APIRouter] = (), unguarded: Sequence[str] = (), lifespan: Any = None
-) -> FastAPI:
+def create_app(service: Service, *, routers: Sequence[APIRouter] = (), unguarded: Sequence[str] = ()) -> FastAPI:
     """All surfaces over one engine, each of which finds `request.app.state.service`.
 
     `routers`: further routes behind the same door. `unguarded`: prefixes of paths that look after their own keys."""
-    app = FastAPI(title="veneer", version=__version__, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="veneer", version=__version__, redoc_url=None)
     app.state.service = service
     surfaces: dict[str, str] = {}
     own = [openai_routes, vllm_routes, sglang_routes, tgi_routes, llama_cpp_routes, _health()]

@@ -29,7 +29,7 @@ from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, quoted
 from veneer.library.names import check_name, name_of
 from veneer.serve.access import Caller, Catalog, ModelCard, Routes, Served
-from veneer.serve.names.shelf import Problems, Shelf, unusable
+from veneer.serve.names.shelf import Problems, Shelf, place_of, unusable
 from veneer.serve.request import DigestMix, Refused, make_mix
 
 _MAX_NAME = 200
@@ -144,8 +144,8 @@ class LocalCatalog(Catalog):
             raise unusable("corrupt", f"{quoted(name)} could not be read when it was added to the library")
         if found.fingerprint not in ("", self._fingerprint):
             raise unusable("wrong_base", f"{quoted(name)} belongs to {found.base or found.fingerprint}")
-        self.shelf.remember(found.digest, found.place)
-        return found.digest, found.place.root
+        self.shelf.remember(found.digest, place_of(found))
+        return found.digest, found.reference
 
     def check(self, name: str) -> None:
         """Read what a name means, as a request for it would, unless it is loaded already. Raises Refused as the request
@@ -242,7 +242,7 @@ class LocalCatalog(Catalog):
                 status=400, code="adapter_exists", param="lora_name", where="library",
                 fix="another name, or load it in place of the library's",
             )  # fmt: skip
-        _log.warning("%r now means what was loaded, and no longer the library's %s", name, known.place.root)
+        _log.warning("%r now means what was loaded, and no longer the library's %s", name, known.reference)
 
     def _forget(self, digest: str) -> None:
         """A name means this no more: free it, unless another name does, and unpin it, unless another pins it."""

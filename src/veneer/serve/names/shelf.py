@@ -65,20 +65,9 @@ class AdapterPlace:
     format: str = ""
 
 
-@dataclass(frozen=True)
-class KnownAdapter:
-    """What a library reference means now. `digest`: "" where the files could not be read."""
-
-    digest: str
-    fingerprint: str
-    base: str
-    place: AdapterPlace
-
-
-def _known(version: NamedVersion) -> KnownAdapter:
+def place_of(version: NamedVersion) -> AdapterPlace:
     reference = version.digest or f"sha256:{version.entry}"
-    place = AdapterPlace(version.reference, reference, entry=version.entry, format=version.format)
-    return KnownAdapter(version.digest, version.fingerprint, version.base, place)
+    return AdapterPlace(version.reference, reference, entry=version.entry, format=version.format)
 
 
 class Shelf:
@@ -100,7 +89,7 @@ class Shelf:
 
     # -- what a reference means --------------------------------------------------------------------------------------
 
-    def look(self, reference: str, *, sure: bool = False) -> KnownAdapter | None:
+    def look(self, reference: str, *, sure: bool = False) -> NamedVersion | None:
         """What the library has under a reference, from memory; None where it has nothing, or it is no reference. Reads
         no adapter and asks no database. `sure`: waits for a look at the index that begins now, for who may wait."""
         if self.names is None or len(reference) > 200:
@@ -109,8 +98,7 @@ class Shelf:
             wanted = parse_reference(reference)
         except ConfigError:
             return None
-        version = (self.names.looked() if sure else self.names.now).find(wanted)
-        return None if version is None else _known(version)
+        return (self.names.looked() if sure else self.names.now).find(wanted)
 
     async def fresh(self) -> None:
         """Wait until what was committed before this call is known, unless the index does not answer."""
@@ -136,7 +124,7 @@ class Shelf:
         """The place of a library reference, or of a path in an allowed folder. Raises Refused."""
         found = self.look(source, sure=True)
         if found is not None:
-            return found.place
+            return place_of(found)
         path = self._path(source)
         if path is None:
             hint = "a library reference" + (", or a path in an allowed folder" if self._folders else "")

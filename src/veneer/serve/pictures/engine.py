@@ -101,7 +101,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         self._waiting: list[_Job] = []
         self._running: list[_Job] = []
         self._turns = PictureTurns()
-        self._closing = self._dropping = False
+        self._closing = False
         self._steps = self._lost = 0
         self._beat = time.monotonic()
         self._thread = threading.Thread(target=self._loop, name="pictures", daemon=True)
@@ -113,11 +113,11 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self, *, drain: bool = False) -> None:
-        """Take no more; finish what waits (`drain`) or refuse it and stop after the step being taken. Then the base is
-        as it was. Blocks; safe to call again."""
+    def close(self) -> None:
+        """Take no more, refuse what waits, and stop after the step being taken. Then the base is as it was. Blocks;
+        safe to call again."""
         with self._wake:
-            self._closing, self._dropping = True, self._dropping or not drain
+            self._closing = True
             self._wake.notify_all()
         self._thread.join()
         self.residents.close()
@@ -296,11 +296,10 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
                 while not self._waiting and not self._closing:
                     self._wake.wait()
                     self._tidy()
-                if self._dropping:
+                if self._closing:
                     for job in self._waiting:
                         job.tell(_shutting_down())
                     self._waiting.clear()
-                if not self._waiting:
                     return
                 if (left := self._patience()) > 0:
                     self._wake.wait(left)
@@ -311,7 +310,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     def _patience(self) -> float:
         """Seconds that the oldest picture may still wait for company; none where its batch would be full."""
         oldest = self._waiting[0]
-        if self._closing or sum(job.kind == oldest.kind for job in self._waiting) >= self.max_batch:
+        if sum(job.kind == oldest.kind for job in self._waiting) >= self.max_batch:
             return 0.0
         return oldest.arrived + self.window - time.monotonic()
 
@@ -375,7 +374,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         return True
 
     def _watch(self, jobs: Sequence[_Job], moment: Moment) -> None:
-        if self._dropping or all(job.gone for job in jobs):
+        if self._closing or all(job.gone for job in jobs):
             raise _Left
         self._steps += 1
         self._beat = time.monotonic()

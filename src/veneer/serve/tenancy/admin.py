@@ -23,6 +23,7 @@ from veneer.errors import ConfigError, VeneerError, nearest
 from veneer.library.database import reading
 from veneer.serve.access import Catalog
 from veneer.serve.http.bodies import BodyRoute
+from veneer.serve.http.errors import invalid
 from veneer.serve.outage import fault, is_outage
 from veneer.serve.request import Refused
 from veneer.serve.tenancy import manage, routes
@@ -296,25 +297,23 @@ class _Route(BodyRoute):
         async def handle(request: Request) -> Response:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not self.is_admin(key.strip()):
-                return _error(401, "not the admin key (Authorization: Bearer ADMIN_KEY)", "unauthorized", None)
+                return _error(_ANOTHER_KEY)
             for name in request.query_params:
                 if name not in queries:
-                    return _error(400, _unknown(name, queries), "invalid_request", name)
+                    return _error(invalid(_unknown(name, queries), name))
             try:
                 return await inner(request)
             except RequestValidationError as error:
                 found = error.errors()
                 lines = [_line(e, self._fields()) for e in found]
-                return _error(400, "; ".join(lines), "invalid_request", str(found[0]["loc"][-1]))
+                return _error(invalid("; ".join(lines), str(found[0]["loc"][-1])))
+            except Refused as error:
+                return _error(error)
             except (VeneerError, SQLAlchemyError, OSError) as error:
-                if not isinstance(error, VeneerError) or is_outage(error) or isinstance(error, Refused):
-                    told = error if isinstance(error, Refused) else fault("the tenants' database", error)
-                    return _error(
-                        told.status, f"{told.what} ({told.fix})" if told.fix else told.what, told.code, told.param
-                    )
-                lost = isinstance(error, UnknownName)
-                message = f"{error.what} ({error.fix})" if error.fix else error.what
-                return _error(404 if lost else 400, message, "not_found" if lost else "invalid_request", error.where)
+                if not isinstance(error, VeneerError) or is_outage(error):
+                    return _error(fault("the tenants' database", error))
+                status, code = (404, "not_found") if isinstance(error, UnknownName) else (400, "invalid_request")
+                return _error(Refused(error.what, status=status, code=code, param=error.where, fix=error.fix))
 
         return handle
 
@@ -336,7 +335,12 @@ def _unknown(place: str, known: set[str]) -> str:
     return f"unknown key {place[:100]}: " + (f"did you mean {near[0]}?" if near else f"of {', '.join(sorted(known))}")
 
 
-def _error(status: int, message: str, code: str, param: str | None) -> JSONResponse:
+_ANOTHER_KEY = Refused("not the admin key", status=401, code="unauthorized", fix="Authorization: Bearer ADMIN_KEY")
+
+
+def _error(error: Refused) -> JSONResponse:
+    status, message = error.status, f"{error.what} ({error.fix})" if error.fix else error.what
     kind = "authentication_error" if status == 401 else "invalid_request_error" if status < 500 else "server_error"
     headers = {"Retry-After": "2"} if status == 503 else None
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status, headers)
+    body = {"message": message, "type": kind, "param": error.param, "code": error.code}
+    return JSONResponse({"error": body}, status, headers)

@@ -190,15 +190,11 @@ def let_see(
     store: Store, tenant: str, *, add: Iterable[str] = (), remove: Iterable[str] = (), who: str
 ) -> tuple[str, ...]:
     """Change the patterns of the names that a tenant sees; tenant ALL: those that every tenant sees. Returns them."""
-    more, fewer = sorted({check_pattern(p) for p in add}), sorted(set(remove))
     with store.change() as c:
         if tenant != ALL:
             tenant_row(c, tenant)
         before = list(c.scalars(select(grant_table.c.pattern).where(grant_table.c.tenant == tenant)))
-        for pattern in fewer:
-            if pattern not in before:
-                raise unknown_name("pattern", pattern, before)
-        after = sorted({*before, *more} - set(fewer))
+        after = _patterns(before, add, remove)
         c.execute(delete(grant_table).where(grant_table.c.tenant == tenant))
         for pattern in after:
             c.execute(insert(grant_table), {"tenant": tenant, "pattern": pattern})
@@ -209,18 +205,22 @@ def let_see(
 def share_prefixes(store: Store, *, add: Iterable[str] = (), remove: Iterable[str] = (), who: str) -> tuple[str, ...]:
     """Change the patterns of the adapters, and of the base, under which tenants share what was computed of prompts that
     begin alike. Whoever shares it can find out by a prompt of its own what others have asked. Returns them."""
-    more, fewer = sorted({check_pattern(p) for p in add}), sorted(set(remove))
     with store.change() as c:
         row = c.scalar(select(meta_table.c.value).where(meta_table.c.key == COMMON))
         before: list[str] = json.loads(row or "[]")
-        for pattern in fewer:
-            if pattern not in before:
-                raise unknown_name("pattern", pattern, before)
-        after = sorted({*before, *more} - set(fewer))
+        after = _patterns(before, add, remove)
         c.execute(delete(meta_table).where(meta_table.c.key == COMMON))
         c.execute(insert(meta_table), {"key": COMMON, "value": json.dumps(after)})
         append_audit(c, who, "cache.change", "everybody", before, after)
     return tuple(after)
+
+
+def _patterns(before: list[str], add: Iterable[str], remove: Iterable[str]) -> list[str]:
+    """Raises ConfigError for what is no pattern, or is to be removed and is not there."""
+    more, fewer = {check_pattern(p) for p in add}, set(remove)
+    for pattern in sorted(fewer - set(before)):
+        raise unknown_name("pattern", pattern, before)
+    return sorted({*before, *more} - fewer)
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------

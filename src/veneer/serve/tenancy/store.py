@@ -68,6 +68,10 @@ def _tenant() -> Column[Any]:
     return Column("tenant", Key(), primary_key=True)
 
 
+def _columns(kind: type[Any], *names: str) -> list[Column[Any]]:
+    return [Column(name, kind, nullable=False) for name in names]
+
+
 meta_table = Table(
     "tenant_meta", _TENANT_TABLES, Column("key", Key(), primary_key=True), Column("value", Text, nullable=False)
 )
@@ -108,7 +112,7 @@ price_table = Table(
     _TENANT_TABLES,
     _tenant(),
     Column("adapter", Key(), primary_key=True),
-    *(Column(name, BigInteger, nullable=False) for name in ("prompt", "cached", "completion")),
+    *_columns(BigInteger, "prompt", "cached", "completion"),
 )
 move_table = Table(
     "tenant_moves",
@@ -145,9 +149,9 @@ line_table = Table(
     Column("state", Key(), nullable=False),  # open, done, interrupted
     Column("asked_prompt", BigInteger, nullable=False),
     Column("asked_completion", BigInteger, nullable=False),
-    *(Column(name, BigInteger, nullable=False) for name in ("prompt", "cached", "completion")),
-    *(Column(name, Float, nullable=False) for name in ("queued", "prefill", "decode")),
-    *(Column(f"price_{name}", BigInteger, nullable=False) for name in ("prompt", "cached", "completion")),
+    *_columns(BigInteger, "prompt", "cached", "completion"),
+    *_columns(Float, "queued", "prefill", "decode"),
+    *_columns(BigInteger, "price_prompt", "price_cached", "price_completion"),
     Column("cost", BigInteger, nullable=False),  # millionths
     Index("tenant_lines_open", "server", sqlite_where=text("state = 'open'"), postgresql_where=text("state = 'open'")),
 )
@@ -157,8 +161,8 @@ sum_table = Table(
     Column("day", Key(), primary_key=True),
     _tenant(),
     Column("adapter", Key(), primary_key=True),  # "": whole requests, whatever their mixes
-    *(Column(name, BigInteger, nullable=False) for name in ("done", "interrupted", "prompt", "cached", "completion")),
-    *(Column(name, Float, nullable=False) for name in ("queued", "prefill", "decode")),
+    *_columns(BigInteger, "done", "interrupted", "prompt", "cached", "completion"),
+    *_columns(Float, "queued", "prefill", "decode"),
     Column("cost", BigInteger, nullable=False),
 )
 slot_table = Table(
