@@ -59,6 +59,15 @@ class Refused(VeneerError):
         self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
 
 
+def invalid(what: str, param: str | None = None, fix: str | None = None) -> Refused:
+    """A request that asks for what cannot be: 400."""
+    return Refused(what, status=400, code="invalid_request", param=param, fix=fix)
+
+
+def shutting_down() -> Refused:
+    return Refused("the server is shutting down", status=503, code="shutting_down")
+
+
 GrammarSpec = tuple[Literal["json_schema", "json_object", "regex"], str]
 """What an answer must match: a JSON schema as text, any JSON object, or a regular expression."""
 

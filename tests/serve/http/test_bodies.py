@@ -59,7 +59,7 @@ def test_a_text_that_spans_pieces_is_one_value() -> None:
     [
         (b"[" + b"1," * VALUES + b"1]", "more than"),
         (b"[" * (DEPTH + 1) + b"]" * (DEPTH + 1), "deep"),
-        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' is there twice"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' is given twice"),
         (b'{"a": NaN}', "NaN"),
         (b'{"a": ' + b"1" * 5000 + b"}", "too long"),
         (b'{"a": "\xff"}', "UTF-8"),
@@ -88,7 +88,7 @@ def test_a_key_that_is_there_twice_is_an_error(small: Live, path: str) -> None:
     value = b'[{"role": "user", "content": "Hi"}]' if key == "messages" else b'"Hi"'
     answer = sent(small, path, b'{"%s": %s, "stream": false, "%s": %s}' % (key.encode(), value, key.encode(), value))
     assert answer.status_code in (400, 422)
-    assert f"the key '{key}' is there twice" in answer.text
+    assert f"the key '{key}' is given twice" in answer.text
 
 
 @pytest.mark.parametrize(
@@ -155,10 +155,10 @@ def test_tokens_are_the_tokenizers_own(small: Live) -> None:
         ("/v1/completions", {"prompt": "Hi", "lora_path": [5]}, "lora_path.0: Input should be a valid string"),
         ("/completion", {"prompt": [1, []]}, "prompt.1"),
         ("/completion", {"prompt": "Hi", "logit_bias": {"1": "x"}}, "logit_bias.1: Input should be a valid number"),
-        ("/v1/completions", b"", "the request has no body: a JSON object is wanted"),
-        ("/v1/completions", b"null", "the body: a JSON object is wanted"),
-        ("/v1/completions", b"[]", "the body: a JSON object is wanted"),
-        ("/generate", {"inputs": "Hi", "parameters": None}, "parameters: a JSON object is wanted"),
+        ("/v1/completions", b"", "the request has no body: a JSON object is expected"),
+        ("/v1/completions", b"null", "the body: a JSON object is expected"),
+        ("/v1/completions", b"[]", "the body: a JSON object is expected"),
+        ("/generate", {"inputs": "Hi", "parameters": None}, "parameters: a JSON object is expected"),
         ("/generate", {"inputs": "Hi", "adapter_id": "a"}, "unknown key 'adapter_id'"),
         (
             "/v1/chat/completions",

@@ -146,7 +146,7 @@ def test_only_the_admin_key_opens_anything(call: Call, tenants: Tenants) -> None
         ("GET", "/audit", None, {"limit": 0}, "limit: "),
         ("POST", "/tenants/acme/keys", {"expires": "soon"}, {}, "not a time"),
         ("POST", "/tenants", {"name": "acme"}, {}, "already"),
-        ("POST", "/tenants", b'{"name": "b", "weight": Infinity}', {}, "Infinity is no number"),
+        ("POST", "/tenants", b'{"name": "b", "weight": Infinity}', {}, "Infinity is not a number there"),
     ],
 )
 def test_what_is_wrong_is_said(call: Call, method: str, path: str, body: Any, query: dict, words: str) -> None:

@@ -48,6 +48,8 @@ from veneer.serve.request import (
     Started,
     Token,
     Usage,
+    invalid,
+    shutting_down,
 )
 from veneer.serve.settings import EngineSettings
 
@@ -221,10 +223,10 @@ class TextEngine(Engine[Request, EngineEvent]):
 
     def _check(self, request: Request) -> None:
         if self._state != "open":
-            raise Refused("the server is shutting down", status=503, code="shutting_down")
+            raise shutting_down()
         prompt, most = len(request.prompt), request.sampling.max_tokens
         if not prompt:
-            raise Refused("the prompt is empty", status=400, code="invalid_request", param="prompt")
+            raise invalid("the prompt is empty", "prompt")
         if prompt + most > self.context:
             raise Refused(
                 f"This model's maximum context length is {self.context} tokens. However, you requested "
@@ -232,8 +234,7 @@ class TextEngine(Engine[Request, EngineEvent]):
                 status=400, code="context_exceeded", param="messages", fix="shorten the prompt or max_tokens",
             )  # fmt: skip
         if wrong := [t for t in request.prompt if not 0 <= t < self.vocabulary]:
-            what = f"token {wrong[0]} is not in this base's vocabulary of {self.vocabulary:,}"
-            raise Refused(what, status=400, code="invalid_request", param="prompt")
+            raise invalid(f"token {wrong[0]} is not in this base's vocabulary of {self.vocabulary:,}", "prompt")
         if self.here - len(self.scheduler.running) >= self.settings.queue:
             raise Refused("too many requests are waiting", status=429, code="overloaded", retry_after=1.0)
 
@@ -249,7 +250,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         answer = AnswerText(self.base.tokenizer, request.sampling, self.base.stop_ids)
         live = _Live(request, draws, answer, tell, loop, time.monotonic())
         if request.id in self._by_id:
-            raise Refused(f"a request {request.id!r} is running", status=400, code="invalid_request")
+            raise invalid(f"a request {request.id!r} is running")
         self._by_id[request.id] = live
         self._box.put(lambda: self._begin(live))
         return live

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import MissingExtraError
-from veneer.serve.request import Refused
+from veneer.serve.request import Refused, invalid
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -177,4 +177,4 @@ def _refused(what: str) -> Refused:
         first = f"a regular expression in it cannot be read{': ' + why[1][:200] if why else ''}"
     first = next((ours for theirs, ours in _WORDS.items() if theirs in what.partition("<grammar>")[0]), first)
     what = first.partition("<state>")[0].strip()
-    return Refused(f"the grammar cannot be used: {what}", status=400, code="invalid_request", param="response_format")
+    return invalid(f"the grammar cannot be used: {what}", "response_format")

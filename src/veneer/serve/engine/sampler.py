@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from veneer.serve.outage import fault
-from veneer.serve.request import Refused, Sampling
+from veneer.serve.request import Refused, Sampling, invalid
 
 NUCLEUS = 1024
 """Best tokens that top-p looks at first; where they do not hold its share, it looks at all."""
@@ -71,8 +71,7 @@ class SampledRow:
     ) -> None:
         for param, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_ids)):
             if wrong := [i for i in ids if not 0 <= i < vocabulary]:
-                what = f"{param} names token {wrong[0]}; this base has {vocabulary:,} tokens"
-                raise Refused(what, status=400, code="invalid_request", param=param)
+                raise invalid(f"{param} names token {wrong[0]}; this base has {vocabulary:,} tokens", param)
         self.sampling, self.grammar = sampling, grammar
         self.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self.made = 0

@@ -55,6 +55,8 @@ from veneer.serve.request import (
     Started,
     Token,
     Usage,
+    invalid,
+    shutting_down,
 )
 
 log = logging.getLogger("veneer.serve.fleet.fleet")
@@ -393,7 +395,7 @@ class Fleet(Engine[Request, EngineEvent]):
         """The engine's protocol: Started, Tokens, Finished. Started comes with the first token, because until then
         another replica may have to answer."""
         if self.closing:
-            raise Refused("the server is shutting down", status=503, code="shutting_down")
+            raise shutting_down()
         self._use(request.mix, request.tenant)
         began = time.monotonic()
         tried: set[Replica] = set()
@@ -469,7 +471,7 @@ class FleetAdapters:
     def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False) -> None:
         """Raises Refused where no replica has it in the end."""
         if pinned:
-            raise Refused("adapters cannot be pinned here", status=400, code="invalid_request", param="pinned")
+            raise invalid("adapters cannot be pinned here", "pinned")
         self._wait(self.fleet.load(((digest, 1.0),)))
 
     def drop(self, digest: str) -> None:
@@ -489,12 +491,7 @@ def _able(up: Sequence[Replica], request: Request) -> list[Replica]:
     if able := [r for r, names in wrong.items() if not names]:
         return able
     names = min(wrong.values(), key=len)
-    raise Refused(
-        f"no server behind this one supports {', '.join(names)}",
-        status=400,
-        code="invalid_request",
-        param=names[0],
-    )
+    raise invalid(f"no server behind this one supports {', '.join(names)}", names[0])
 
 
 def _fitted(request: Request, server: Remote) -> Request:

@@ -26,7 +26,7 @@ from veneer.serve.http.metrics import Meter
 from veneer.serve.http.mixes import ChosenMix
 from veneer.serve.http.service import Service
 from veneer.serve.http.sse import EventStream, client_left
-from veneer.serve.request import EngineEvent, Finished, Refused, Request, Sampling, Started, Token, Usage
+from veneer.serve.request import EngineEvent, Finished, Refused, Request, Sampling, Started, Token, Usage, shutting_down
 
 T = TypeVar("T")
 IndexedEvent = tuple[int, EngineEvent]
@@ -164,7 +164,7 @@ async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, No
 
 def _broken(event: Finished) -> Refused:
     if event.reason == "cancelled":
-        return Refused("the server is shutting down", status=503, code="shutting_down")
+        return shutting_down()
     return Refused("the answer failed", status=500, code="internal")
 
 

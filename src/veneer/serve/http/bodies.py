@@ -6,7 +6,7 @@
 
 Eight megabytes of text are one value; eight megabytes of `[],` are millions, each of them dearer in memory than its
 bytes by a factor of twenty. So values and depth are counted in the bytes (numpy, without the interpreter's lock), and
-large bodies are read in a thread. A key that is there twice is an error: which of the two was meant is anybody's guess.
+large bodies are read in a thread. A key that is given twice is an error: which of the two was meant is anybody's guess.
 
 A key is a field, and honoured; or in `ignored`, harmless, and named in the answer's `x-veneer-ignored` header; or in
 `refused`, where any value but its neutral ones is an error with the reason; or unknown, an error with the nearest name.
@@ -30,8 +30,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from veneer.errors import nearest
-from veneer.serve.http.errors import invalid
-from veneer.serve.request import Refused
+from veneer.serve.request import Refused, invalid
 
 Neutral = tuple[Any, ...]
 
@@ -100,7 +99,7 @@ def read_json(data: bytes) -> Any:
     if values > VALUES:
         raise invalid(f"the body holds more than {VALUES:,} values", fix="send less at once")
     if depth > DEPTH:
-        raise invalid(f"the body's lists and objects stand more than {DEPTH} deep in one another")
+        raise invalid(f"the body's lists and objects are nested more than {DEPTH} deep")
     try:
         return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_once, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
@@ -116,12 +115,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise invalid(f"the key {twice[:100]!r} is there twice", twice[:100], "keep one")
+        raise invalid(f"the key {twice[:100]!r} is given twice", twice[:100], "keep one")
     return made
 
 
 def _no_constant(name: str) -> Any:
-    raise invalid(f"the body is not JSON: {name} is no number")
+    raise invalid(f"the body is not JSON: {name} is not a number there")
 
 
 async def read_body(request: Request) -> Any:
@@ -163,7 +162,7 @@ def at_most(n: int) -> BeforeValidator:
 
     def counted(value: Any) -> Any:
         if isinstance(value, list | dict) and len(value) > n:
-            raise PydanticCustomError("too_long", "there are {have} of them, and at most {most} may be", {
+            raise PydanticCustomError("too_long", "there are {have} of them, and at most {most} are allowed", {
                 "have": len(value), "most": n
             })  # fmt: skip
         return value
@@ -275,11 +274,11 @@ def body_error(
             near = [name for name in nearest(str(problem["loc"][-1]), beside, n=1) if name != where]
             told.append(f"unknown key {where!r}" + (f", did you mean {near[0]!r}?" if near else ""))
         elif problem["type"] == "missing" and not where:
-            told.append("the request has no body: a JSON object is wanted")
+            told.append("the request has no body: a JSON object is expected")
         elif not where and isinstance(problem.get("input"), bytes):
             told.append("the body is not said to be JSON: send Content-Type: application/json")
         elif problem["type"] in ("model_attributes_type", "dict_type", "model_type"):
-            told.append(f"{where or 'the body'}: a JSON object is wanted")
+            told.append(f"{where or 'the body'}: a JSON object is expected")
         elif problem["type"] == "json_invalid":
             told.append(f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
         else:

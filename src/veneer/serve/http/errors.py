@@ -34,10 +34,6 @@ def json_bytes(content: Any) -> bytes:
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
-def invalid(what: str, param: str | None = None, fix: str | None = None) -> Refused:
-    return Refused(what, status=400, code="invalid_request", param=param, fix=fix)
-
-
 def message_of(error: VeneerError) -> str:
     """An error in one line."""
     return error.what + (f": {error.fix}" if error.fix else "")

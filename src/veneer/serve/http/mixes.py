@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from veneer.serve.access import Caller, Catalog, ModelCard, Served
-from veneer.serve.http.errors import invalid
-from veneer.serve.request import Refused
+from veneer.serve.request import Refused, invalid
 
 
 @dataclass(frozen=True)

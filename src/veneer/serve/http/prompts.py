@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from veneer.errors import VeneerError
 from veneer.serve.engine.admission import Admission, AdmittedRequest
-from veneer.serve.http.errors import invalid
-from veneer.serve.request import Refused
+from veneer.serve.request import Refused, invalid
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
@@ -161,11 +160,9 @@ class Prompts:
 
     # -- out
 
-    async def decode(
-        self, ids: Sequence[int], *, skip_special: bool = False, place: AdmittedRequest | None = None
-    ) -> str:
+    async def decode(self, ids: Sequence[int], *, place: AdmittedRequest | None = None) -> str:
         read = self.base.tokenizer.decode
-        settings = {"skip_special_tokens": skip_special, "clean_up_tokenization_spaces": False}
+        settings = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         return str(await self.work(len(ids), lambda: read(list(ids), **settings), place))
 
     def special(self, token: int) -> bool:

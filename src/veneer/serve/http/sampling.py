@@ -15,10 +15,9 @@ from pydantic import Discriminator, Field, Tag
 
 from veneer.errors import ConfigError
 from veneer.serve.http.bodies import FAIL_FAST, ITEMS, KEYS, Strict, at_most
-from veneer.serve.http.errors import invalid
 from veneer.serve.http.prompts import Prompts
 from veneer.serve.http.service import Service
-from veneer.serve.request import GrammarSpec, Sampling
+from veneer.serve.request import GrammarSpec, Sampling, invalid
 
 _LONGEST_GRAMMAR = 200_000
 

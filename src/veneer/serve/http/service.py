@@ -20,7 +20,7 @@ from veneer.serve.http.mixes import MixChooser
 from veneer.serve.http.prompts import Prompts, TokenizedBase
 from veneer.serve.http.shadows import Shadows
 from veneer.serve.outage import is_outage
-from veneer.serve.request import Engine, EngineEvent, Refused, Request
+from veneer.serve.request import Engine, EngineEvent, Refused, Request, invalid
 from veneer.serve.settings import HttpSettings
 
 
@@ -49,9 +49,7 @@ class Service:
     def texts(self, request: Request) -> AsyncIterator[EngineEvent]:
         """The events of a text's answer. Raises Refused (400) on a server that draws."""
         if self.engine.makes != "texts":
-            raise Refused(
-                "this server draws pictures", status=400, code="invalid_request", fix="ask /v1/images/generations"
-            )
+            raise invalid("this server draws pictures", fix="ask /v1/images/generations")
         return self.engine.events(request)
 
     def trouble(self) -> str:

@@ -30,7 +30,7 @@ from veneer.errors import ConfigError, quoted
 from veneer.library.names import check_name, name_of
 from veneer.serve.access import Caller, Catalog, ModelCard, Routes, Served
 from veneer.serve.names.shelf import Problems, Shelf, place_of, unusable
-from veneer.serve.request import DigestMix, Refused, make_mix
+from veneer.serve.request import DigestMix, Refused, invalid, make_mix
 
 _MAX_NAME = 200
 MAX_MIX = 64
@@ -93,15 +93,13 @@ class LocalCatalog(Catalog):
     def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Caller) -> Served:
         """The mix of several names with strengths. The strengths of an adapter that is named twice are added."""
         if len(parts) > MAX_MIX:
-            what = f"a mix of {len(parts)} adapters; at most {MAX_MIX}"
-            raise Refused(what, status=400, code="invalid_request", param="mix")
+            raise invalid(f"a mix of {len(parts)} adapters; at most {MAX_MIX}", "mix")
         pairs: list[tuple[str, float]] = []
         called: dict[str, str] = {}
         targets: dict[str, str] = {}
         for word, strength in parts:
             if not math.isfinite(strength):
-                what = f"the strength of {quoted(word)} is {strength}"
-                raise Refused(what, status=400, code="invalid_request", param="mix")
+                raise invalid(f"the strength of {quoted(word)} is {strength}", "mix")
             target, part, _ = self._mean(word, caller)
             if part is None:
                 continue
@@ -193,7 +191,7 @@ class LocalCatalog(Catalog):
             if name == self.base:
                 raise ConfigError(f"{quoted(name)} is the name of the base", fix="another name")
         except ConfigError as error:
-            raise Refused(error.what, status=400, code="invalid_request", param="lora_name", fix=error.fix) from None
+            raise invalid(error.what, "lora_name", error.fix) from None
         self._check_free(name, replace)
         place = self.shelf.locate(source)
         with self._reading:

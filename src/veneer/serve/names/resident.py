@@ -32,7 +32,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from veneer.core.adapter import Adapter
 from veneer.serve.outage import fault
-from veneer.serve.request import DigestMix, Refused
+from veneer.serve.request import DigestMix, Refused, shutting_down
 
 
 class Sized(Protocol):
@@ -223,7 +223,7 @@ class Residents(Generic[T]):
         with self._changing():
             self._closed = True
             for key in list(self._groups):
-                self._leave(key, _shutting_down())
+                self._leave(key, shutting_down())
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -284,7 +284,7 @@ class Residents(Generic[T]):
 
     def _join(self, mix: DigestMix, ready: _Ready[T]) -> None:
         if self._closed:
-            self._calls.append(partial(ready, _shutting_down()))
+            self._calls.append(partial(ready, shutting_down()))
             return
         key = tuple(digest for digest, _ in mix)
         if key not in self._groups:
@@ -420,10 +420,6 @@ class Residents(Generic[T]):
             del thing, adapter
             self._tidy([entry])
             self._advance()
-
-
-def _shutting_down() -> Refused:
-    return Refused("the server is shutting down", status=503, code="shutting_down")
 
 
 def _over_limit(need: int, pinned: int, limit: int) -> Refused:

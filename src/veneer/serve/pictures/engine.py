@@ -36,7 +36,7 @@ from veneer.serve.pictures.request import (
     Queued,
     picture_error,
 )
-from veneer.serve.request import DigestMix, Engine, EngineStats, Refused, Usage, make_mix
+from veneer.serve.request import DigestMix, Engine, EngineStats, Refused, Usage, invalid, make_mix, shutting_down
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
@@ -163,13 +163,13 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             if kind not in self._controls:
                 if kind not in self._control_names and kind not in ("canny", "edges"):
                     known = ", ".join(sorted({"canny", "edges", *self._control_names}))
-                    raise _invalid(f"there is no control of type {kind!r}; there are {known}", "control")
+                    raise invalid(f"there is no control of type {kind!r}; there are {known}", "control")
                 try:
                     name = self._control_names.get(kind) or control_model_of(self.base, ControlSpec(kind, ""))
                     same = next((model for known, model in self._controls.values() if known == name), None)
                     self._controls[kind] = name, same if same is not None else load_control(name, self.base)
                 except VeneerError as error:
-                    raise _invalid(error.what, "control") from error
+                    raise invalid(error.what, "control") from error
             return self._controls[kind]
 
     def tokens(self, *texts: str) -> int:
@@ -251,9 +251,9 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         for request in requests:
             s = request.settings
             if (s.width or 0) * (s.height or 0) > self.max_pixels:
-                raise _invalid(f"{s.width}×{s.height}: at most {self.max_pixels} pixels are drawn here", "size")
+                raise invalid(f"{s.width}×{s.height}: at most {self.max_pixels} pixels are drawn here", "size")
             if (s.steps or 0) > self.max_steps:
-                raise _invalid(f"{s.steps} steps: at most {self.max_steps} are taken here", "num_inference_steps")
+                raise invalid(f"{s.steps} steps: at most {self.max_steps} are taken here", "num_inference_steps")
             try:
                 with self._preparing:
                     check_rows(self.base, [replace(request.row(), plan=MixPlan())], s)
@@ -262,9 +262,9 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
 
     def _refuse_beyond(self, number: int) -> None:
         if self._closing:
-            raise _shutting_down()
+            raise shutting_down()
         if number > self.max_waiting:
-            raise _invalid(f"{number} pictures at once: at most {self.max_waiting} may wait here", "n")
+            raise invalid(f"{number} pictures at once: at most {self.max_waiting} may wait here", "n")
         if len(self._waiting) + number > self.max_waiting:
             raise Refused(
                 f"{len(self._waiting)} pictures wait already, and {self.max_waiting} may",
@@ -298,7 +298,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
                     self._tidy()
                 if self._closing:
                     for job in self._waiting:
-                        job.tell(_shutting_down())
+                        job.tell(shutting_down())
                     self._waiting.clear()
                     return
                 if (left := self._patience()) > 0:
@@ -345,7 +345,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             )
         except _Left:
             for job in jobs:
-                job.tell(_shutting_down())
+                job.tell(shutting_down())
             return
         except Exception as error:
             if len(jobs) > 1:  # one picture's fault is its own: each is drawn again by itself
@@ -459,11 +459,3 @@ class PictureTurns:
 def _preview_steps(previews: int, of: int) -> list[int]:
     """The steps after which a picture is shown, evenly spread; fewer than asked where there are fewer steps."""
     return sorted({min(of - 1, max(1, round(k * of / (previews + 1)))) for k in range(1, previews + 1)} - {0})
-
-
-def _invalid(what: str, param: str | None = None) -> Refused:
-    return Refused(what, status=400, code="invalid_request", param=param)
-
-
-def _shutting_down() -> Refused:
-    return Refused("the server is shutting down", status=503, code="shutting_down")

@@ -23,9 +23,8 @@ from veneer.errors import ConfigError, VeneerError, nearest
 from veneer.library.database import reading
 from veneer.serve.access import Catalog
 from veneer.serve.http.bodies import BodyRoute
-from veneer.serve.http.errors import invalid
 from veneer.serve.outage import fault, is_outage
-from veneer.serve.request import Refused
+from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.ledger import BY, as_csv, usage
 from veneer.serve.tenancy.store import ALL, Limit, Price, Store, UnknownName

@@ -57,7 +57,7 @@ from veneer.library.database import reading, write_transaction
 from veneer.library.names import name_of
 from veneer.serve.access import LedgerState
 from veneer.serve.outage import is_outage
-from veneer.serve.request import Refused, Usage
+from veneer.serve.request import Refused, Usage, invalid
 from veneer.serve.tenancy.outbox import (
     EntryState,
     LedgerEntry,
@@ -264,12 +264,8 @@ class Ledger:
                 self._wake.set()
                 opened.set_result(None)
             elif isinstance(error, sqlite3.IntegrityError):
-                opened.set_exception(
-                    Refused(
-                        f"the id {entry.request} was used by an earlier request", status=400, code="invalid_request",
-                        fix="a new id for each request",
-                    )
-                )  # fmt: skip
+                what = f"the id {entry.request} was used by an earlier request"
+                opened.set_exception(invalid(what, fix="a new id for each request"))
             else:
                 self._refuse(error)
                 opened.set_exception(

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from veneer.serve.request import Refused
+from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy.store import ALL, EACH, Limit
 
 MINUTE, DAY = 60.0, 86400.0
@@ -187,10 +187,8 @@ def _check(scope: _Scope, limit: Limit, counter: ScopeUsage, tokens: int, now: f
         if most is None:
             continue
         if amount > most:
-            raise Refused(
-                f"the prompt and max_tokens are {amount:,} tokens; {whose} has {most:,} {words}",
-                status=400, code="invalid_request", param="max_tokens", fix="a shorter prompt or a smaller max_tokens",
-            )  # fmt: skip
+            what = f"the prompt and max_tokens are {amount:,} tokens; {whose} has {most:,} {words}"
+            raise invalid(what, "max_tokens", "a shorter prompt or a smaller max_tokens")
         own, other = counter.windows[name], counter.elsewhere.get(name)
         over = own.used(now) + (other.used(now) if other else 0) + amount - most
         if over > 0:

@@ -34,7 +34,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -132,13 +132,9 @@ _MOST = 1000  # jobs in one transaction
 C = TypeVar("C")
 
 
-@dataclass(eq=False)
-class _Job(Generic[C]):
-    """`write` is called in a transaction, perhaps several times, of which one is committed; so it must be idempotent.
-    `done`: after the commit; or with the error that kept it from being committed."""
-
-    write: Callable[[C], Any]
-    done: Future[Any] = field(default_factory=Future)
+_Job = tuple[Callable[[C], Any], "Future[Any]"]
+"""What is called in a transaction, perhaps several times, of which one is committed; so it must be idempotent. And what
+has its result after the commit, or the error that kept it from being committed."""
 
 
 class Writer(Generic[C]):
@@ -154,13 +150,13 @@ class Writer(Generic[C]):
 
     def put(self, write: Callable[[C], Any]) -> Future[Any]:
         """The future's result, that of `write`, comes when the job is committed."""
-        job = _Job(write)
-        job.done.set_running_or_notify_cancel()  # from here on nobody can cancel it
+        done: Future[Any] = Future()
+        done.set_running_or_notify_cancel()  # from here on nobody can cancel it
         if self._closing:
-            job.done.set_exception(ResourceError("the ledger is closed"))
+            done.set_exception(ResourceError("the ledger is closed"))
         else:
-            self._jobs.put(job)
-        return job.done
+            self._jobs.put((write, done))
+        return done
 
     def close(self, seconds: float = 10.0) -> None:
         """Write what has come so far and stop."""
@@ -172,9 +168,8 @@ class Writer(Generic[C]):
         while (job := self._jobs.get()) is not None:
             self._commit([job, *self._more(_MOST - 1)])
         while not self._jobs.empty():  # came while it closed
-            late = self._jobs.get()
-            if late is not None:
-                late.done.set_exception(ResourceError("the ledger is closed"))
+            if (late := self._jobs.get()) is not None:
+                late[1].set_exception(ResourceError("the ledger is closed"))
 
     def _more(self, most: int) -> list[_Job[C]]:
         """What else has come, in its order."""
@@ -193,20 +188,18 @@ class Writer(Generic[C]):
     def _commit(self, batch: list[_Job[C]]) -> None:
         """All of it in one transaction; where that cannot be, one by one, so that a job fails for itself alone."""
         try:
-            self._together(batch)
+            with self.transaction() as c:
+                results = [write(c) for write, _ in batch]
         except Exception as error:
             if len(batch) > 1 and not is_outage(error):
                 for job in batch:
                     self._commit([job])
                 return
-            for job in batch:  # where the database is away, it is for all of them
-                job.done.set_exception(error)
-
-    def _together(self, batch: list[_Job[C]]) -> None:
-        with self.transaction() as c:
-            results = [job.write(c) for job in batch]
-        for job, result in zip(batch, results, strict=True):
-            job.done.set_result(result)
+            for _, done in batch:  # where the database is away, it is for all of them
+                done.set_exception(error)
+            return
+        for (_, done), result in zip(batch, results, strict=True):
+            done.set_result(result)
 
 
 # -- the outbox --------------------------------------------------------------------------------------------------------

@@ -43,14 +43,14 @@ from veneer.models.image.generate import SEEDS, Control, PictureSettings, defaul
 from veneer.serve.access import BEHIND, SHADOWS, Caller, Served, ShadowAnswer
 from veneer.serve.http.answers import ClientLeft, OpenStream, open_stream, unless_left
 from veneer.serve.http.bodies import FAIL_FAST, MixField, MixPart, Strict, at_most, body_error, read_body, read_json
-from veneer.serve.http.errors import Json, as_refused, error_body, invalid, problem_of
+from veneer.serve.http.errors import Json, as_refused, error_body, problem_of
 from veneer.serve.http.metrics import Meter
 from veneer.serve.http.mixes import ChosenMix
 from veneer.serve.http.service import Service, caller_of, service_of
 from veneer.serve.http.sse import EventStream
 from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.pictures.request import FinishedPicture, PartialPicture, PictureEvent, PictureRequest, PictureStep
-from veneer.serve.request import Refused, Usage
+from veneer.serve.request import Refused, Usage, invalid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -350,7 +350,7 @@ async def _fields(request: HttpRequest) -> dict[str, Any]:
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
         found = await read_body(request)
         if not isinstance(found, dict):
-            raise invalid("the body is no JSON object")
+            raise invalid("the body is not a JSON object")
         return found
     most = service_of(request).settings.max_body
     try:
@@ -377,7 +377,7 @@ def _unfolded(items: Sequence[tuple[str, Data]]) -> dict[str, Any]:
         elif listed or name == "image":
             out.setdefault(name, []).append(value)
         elif name in out:
-            raise invalid(f"{name} is there twice", name)
+            raise invalid(f"{name} is given twice", name)
         else:
             out[name] = value
     for name, own in columns.items():
@@ -566,7 +566,7 @@ def _bytes(data: Data, param: str) -> bytes:
     try:
         return base64.b64decode(rest if comma and head.startswith("data:") else data, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise invalid(f"{param} is no base64: {error}", param) from error
+        raise invalid(f"{param} is not base64: {error}", param) from error
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------

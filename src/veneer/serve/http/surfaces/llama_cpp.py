@@ -21,7 +21,7 @@ from veneer import __version__
 from veneer.serve.engine.admission import AdmittedRequest
 from veneer.serve.http.answers import IndexedEvent, OpenStream, TextAnswer, TextJob, collect, finite_logprob, stream
 from veneer.serve.http.bodies import FAIL_FAST, Body, BodyRoute, MixField, Neutral, at_most
-from veneer.serve.http.errors import Json, error_body, invalid
+from veneer.serve.http.errors import Json, error_body
 from veneer.serve.http.sampling import (
     Bias,
     Biases,
@@ -38,7 +38,7 @@ from veneer.serve.http.sampling import (
 )
 from veneer.serve.http.service import Service, admission_of, caller_of, need_admin, service_of
 from veneer.serve.http.sse import data
-from veneer.serve.request import Finished, GrammarSpec, Refused, Sampling, Token
+from veneer.serve.request import Finished, GrammarSpec, Refused, Sampling, Token, invalid
 
 llama_cpp_routes = APIRouter(tags=["llama.cpp"], route_class=BodyRoute)
 

@@ -52,7 +52,7 @@ from veneer.serve.http.bodies import (
     at_most,
     checked,
 )
-from veneer.serve.http.errors import Json, error_body, invalid
+from veneer.serve.http.errors import Json, error_body
 from veneer.serve.http.prompts import Prompts
 from veneer.serve.http.sampling import (
     Bias,
@@ -72,7 +72,7 @@ from veneer.serve.http.sampling import (
 )
 from veneer.serve.http.service import Service, admission_of, caller_of, service_of
 from veneer.serve.http.sse import data
-from veneer.serve.request import EngineEvent, Finished, GrammarSpec, Refused, Sampling, Started, Token, Usage
+from veneer.serve.request import EngineEvent, Finished, GrammarSpec, Refused, Sampling, Started, Token, Usage, invalid
 
 openai_routes = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 

@@ -26,12 +26,12 @@ from veneer.serve.http.answers import (
     stream,
 )
 from veneer.serve.http.bodies import FAIL_FAST, ITEMS, Body, BodyRoute, Neutral, Strict, at_most
-from veneer.serve.http.errors import Json, error_body, invalid
+from veneer.serve.http.errors import Json, error_body
 from veneer.serve.http.mixes import ChosenMix
 from veneer.serve.http.sampling import Seed, limited, sampling_of, schema_text, stops_of
 from veneer.serve.http.service import Service, admission_of, caller_of, service_of
 from veneer.serve.http.sse import data
-from veneer.serve.request import Finished, GrammarSpec, Refused, Token
+from veneer.serve.request import Finished, GrammarSpec, Refused, Token, invalid
 
 tgi_routes = APIRouter(tags=["TGI"], route_class=BodyRoute)
 

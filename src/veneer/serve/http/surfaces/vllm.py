@@ -15,12 +15,12 @@ from starlette.responses import PlainTextResponse, Response
 
 from veneer import __version__
 from veneer.serve.http.bodies import FAIL_FAST, ITEMS, Body, BodyRoute, Neutral, Objects, at_most
-from veneer.serve.http.errors import Json, invalid, json_bytes
+from veneer.serve.http.errors import Json, json_bytes
 from veneer.serve.http.prompts import Prompts
 from veneer.serve.http.sampling import Ids
-from veneer.serve.http.service import Service, admission_of, caller_of, load_named, need_admin, service_of, unload_named
+from veneer.serve.http.service import admission_of, caller_of, load_named, need_admin, service_of, unload_named
 from veneer.serve.http.surfaces.openai import Message
-from veneer.serve.request import Refused
+from veneer.serve.request import Refused, invalid
 
 vllm_routes = APIRouter(tags=["vLLM"], route_class=BodyRoute)
 sglang_routes = APIRouter(tags=["SGLang"], route_class=BodyRoute)
@@ -47,13 +47,8 @@ class Unload(Body):
 
 @vllm_routes.post("/v1/load_lora_adapter", summary="Make an adapter of the library servable under a name.")
 async def load(request: HttpRequest, body: Load) -> Response:
-    need_admin(request)
-    if not body.lora_name or not body.lora_path:
-        raise invalid("Both 'lora_name' and 'lora_path' must be provided.")
     try:
-        await load_named(
-            service_of(request), body.lora_name, body.lora_path, replace=body.load_inplace, pinned=body.pinned
-        )
+        await _load(request, body, "Both 'lora_name' and 'lora_path' must be provided.")
     except Refused as error:
         if error.code != "adapter_exists" or error.where:  # in vLLM's words, where it is what vLLM means
             raise
@@ -66,36 +61,40 @@ async def load(request: HttpRequest, body: Load) -> Response:
 
 @vllm_routes.post("/v1/unload_lora_adapter", summary="Forget a name; running requests end as they began.")
 async def unload(request: HttpRequest, body: Unload) -> Response:
-    need_admin(request)
-    if not body.lora_name:
-        raise invalid("'lora_name' must be provided.", "lora_name")
-    await unload_named(service_of(request), body.lora_name)
+    await _unload(request, body, invalid("'lora_name' must be provided.", "lora_name"))
     text = f"Success: LoRA adapter '{body.lora_name}' removed successfully."
     return PlainTextResponse(text, headers=body.headers)
 
 
 @sglang_routes.post("/load_lora_adapter", summary="The same in SGLang's words.")
 async def load_sglang(request: HttpRequest, body: Load) -> Response:
-    need_admin(request)
-    if not body.lora_name or not body.lora_path:
-        raise invalid("both lora_name and lora_path are needed")
-    service = service_of(request)
-    await load_named(service, body.lora_name, body.lora_path, replace=body.load_inplace, pinned=body.pinned)
-    return _loaded(request, service)
+    await _load(request, body, "both lora_name and lora_path are needed")
+    return _loaded(request)
 
 
 @sglang_routes.post("/unload_lora_adapter", summary="The same in SGLang's words.")
 async def unload_sglang(request: HttpRequest, body: Unload) -> Response:
+    await _unload(request, body, invalid("lora_name is needed"))
+    return _loaded(request)
+
+
+async def _load(request: HttpRequest, body: Load, missing: str) -> None:
+    need_admin(request)
+    if not body.lora_name or not body.lora_path:
+        raise invalid(missing)
+    given = {"replace": body.load_inplace, "pinned": body.pinned}
+    await load_named(service_of(request), body.lora_name, body.lora_path, **given)
+
+
+async def _unload(request: HttpRequest, body: Unload, missing: Refused) -> None:
     need_admin(request)
     if not body.lora_name:
-        raise invalid("lora_name is needed")
-    service = service_of(request)
-    await unload_named(service, body.lora_name)
-    return _loaded(request, service)
+        raise missing
+    await unload_named(service_of(request), body.lora_name)
 
 
-def _loaded(request: HttpRequest, service: Service) -> Response:
-    loaded = {card.id: card.root for card in service.mixes.adapters(caller_of(request))}
+def _loaded(request: HttpRequest) -> Response:
+    loaded = {card.id: card.root for card in service_of(request).mixes.adapters(caller_of(request))}
     return Json({"success": True, "error_message": None, "loaded_adapters": loaded})
 
 
