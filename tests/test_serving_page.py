@@ -1,4 +1,5 @@
-"""docs/how-to/serve.md does what it says: its commands and programs run against a server on a tiny base.
+"""docs/how-to/serve.md does what it says: its commands and programs run against a server on a tiny base; those about
+the library run in this process.
 
 The feature table names tests that exist."""
 
@@ -7,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from tests.adapters.test_use import adapter_for
 from tests.serve.http.toy import free_port
 from tests.test_readme import ROOT, blocks, roomy
 from tests.tiny_base import tiny_base_dir
+from veneer.cli.main import main
 from veneer.formats import peft
 from veneer.models.text.base import load_text
 
@@ -53,6 +56,17 @@ class Place:
         text = re.sub(r"--base smollm2-135m\b", "--base ./smollm2-135m", text)
         return text.replace("--port 8000", f"--port {self.port}").replace("localhost:8000", f"127.0.0.1:{self.port}")
 
+    def does(self, line: str) -> str:
+        if not line.startswith("veneer "):
+            return self.run("bash", "-c", self.here(line))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            patch.setenv("VENEER_LIBRARY", self.env["VENEER_LIBRARY"])
+            with pytest.raises(SystemExit) as end:
+                main(shlex.split(self.here(line))[1:])
+        assert not end.value.code
+        return ""
+
     def run(self, *command: str) -> str:
         ran = subprocess.run(command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=120)
         assert ran.returncode == 0, f"{command}: {ran.stdout}{ran.stderr}"
@@ -67,13 +81,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     assert len(first) == 5
     assert first[0] == 'pip install "veneer[serve]"'
     assert first[2] == START
-    made.run("bash", "-c", made.here(first[1]))
+    made.does(first[1])
     log = (made.folder / "log").open("w")
     server = subprocess.Popen(
         ["bash", "-c", f"exec {made.here(START).removesuffix('&')}"], cwd=made.folder, env=made.env, stderr=log
     )
     try:
-        made.run("bash", "-c", made.here(first[3]))
+        made.does(first[3])
         yield made
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
@@ -89,7 +103,7 @@ def test_every_command_answers(place: Place) -> None:
         command = line.partition("  #")[0]
         if not command or command.startswith("veneer serve") or "/v1/images/" in command:
             continue  # pictures: tests/serve/http/surfaces/test_images.py
-        out = place.run("bash", "-c", place.here(command).replace("curl -s ", "curl -s --fail-with-body "))
+        out = place.does(command.replace("curl -s ", "curl -s --fail-with-body "))
         ran += 1
         if "/v1/chat/completions" in command:
             assert json.loads(out)["model"] == "support@prod"

@@ -306,7 +306,7 @@ EDIT: list[tuple[dict[str, Any], str]] = [
     ({}, "no image to edit"),
     ({"image": [b64(noise()), b64(noise())]}, "2 images"),
     ({"image": "https://example.org/a.png"}, "not fetched"),
-    ({"image": "file:///etc/passwd"}, "no base64"),
+    ({"image": "file:///etc/passwd"}, "not base64"),
     ({"image": base64.b64encode(b"<svg/>").decode()}, "not a picture"),
     ({"image": b64(noise())[:200]}, "not a picture"),
     ({"image": bomb(3000, 3000)}, "at most 1048576 pixels"),
