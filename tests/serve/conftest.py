@@ -14,7 +14,7 @@ from veneer.core.attach import fit_problems
 from veneer.library.library import Library, open_library
 from veneer.models.text.base import TextBase, load_text
 from veneer.serve.access import Caller, ModelCard, Served
-from veneer.serve.names.catalog import LocalCatalog
+from veneer.serve.names.catalog import Catalog
 from veneer.serve.names.resident import Residents
 from veneer.serve.names.shelf import Shelf
 
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "adapters"
 
 
-class Prompt(LocalCatalog):
+class Prompt(Catalog):
     """A catalog whose names are those of this moment, as surfaces see to before each request."""
 
     def resolve(self, model: str, caller: Caller) -> Served:
@@ -59,9 +59,9 @@ class Prompt(LocalCatalog):
 @pytest.fixture
 def make(base: TextBase, library: Library, folder: Path) -> Iterator[Make]:
     made: list[Residents[Ready]] = []
-    catalogs: list[LocalCatalog] = []
+    catalogs: list[Catalog] = []
 
-    def build(limit: int = 1 << 30, servable: Any = None, **options: Any) -> LocalCatalog:
+    def build(limit: int = 1 << 30, servable: Any = None, **options: Any) -> Catalog:
         places = {"library": library, "folders": [folder]}
         places |= {k: options.pop(k) for k in ("library", "folders", "max_bytes") if k in options}
         shelf, problems = Shelf(base, **places), servable or (lambda a: fit_problems(base.model, a))

@@ -20,7 +20,7 @@ from veneer.core.adapter import Adapter
 from veneer.errors import MismatchError
 from veneer.models.image.base import ImageBase
 from veneer.models.image.generate import PictureSettings
-from veneer.serve.access import Caller, Catalog, ModelCard, OpenAccess, Served, Tenancy
+from veneer.serve.access import Caller, ModelCard, OpenAccess, Served, Tenancy
 from veneer.serve.http.app import create_app
 from veneer.serve.http.service import Service
 from veneer.serve.pictures.engine import PictureEngine
@@ -83,13 +83,16 @@ def drawn(engine: PictureEngine, *requests: PictureRequest) -> list[FinishedPict
     return [one for (one,) in asyncio.run(all_of())]
 
 
-class Names(Catalog):
+class Names:
     """A catalog of what is on a shelf, and of files that are tried when they are asked for."""
 
     base = "tiny"
 
     def __init__(self, base: ImageBase, shelf: Shelf, files: dict[str, str] | None = None) -> None:
         self.of, self.shelf, self.files = base, shelf, files or {}
+
+    async def fresh(self) -> None:
+        """Names mean what they say."""
 
     def resolve(self, model: str, caller: Caller) -> Served:
         name = model.removeprefix("tiny:")
@@ -110,12 +113,6 @@ class Names(Catalog):
 
     def models(self, caller: Caller) -> list[ModelCard]:
         return [ModelCard(name, name, self.base, 0, digest) for name, digest in self.shelf.digest.items()]
-
-    def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> ModelCard:
-        raise NotImplementedError
-
-    def unload(self, name: str) -> None:
-        raise NotImplementedError
 
 
 def picture_app(

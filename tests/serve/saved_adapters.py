@@ -13,7 +13,7 @@ from tests.adapters.test_use import adapter_for
 from veneer.core.adapter import Adapter
 from veneer.formats import peft
 from veneer.models.text.base import TextBase
-from veneer.serve.names.catalog import LocalCatalog
+from veneer.serve.names.catalog import Catalog
 from veneer.serve.request import Refused
 
 
@@ -23,7 +23,7 @@ class Ready:
     bytes: int
 
 
-Make = Callable[..., LocalCatalog]
+Make = Callable[..., Catalog]
 
 
 def saved(base: TextBase, folder: Path, seed: int = 0, **card: Any) -> str:

@@ -90,47 +90,6 @@ class Routes(Protocol):
         ...
 
 
-class Catalog(Protocol):
-    """The names of one server: its base, adapters that were loaded, what the library has, routes. Catalogs derive from
-    it, for its defaults.
-
-    Raises Refused: model_not_found (404), adapter_exists (400), adapter_unusable (400 or 422, with a `reason` in the
-    message) for one that cannot be served with full effect."""
-
-    base: str
-
-    async def fresh(self) -> None:
-        """What names mean at this moment is known when it returns; asked once before each request."""
-        return None
-
-    def resolve(self, model: str, caller: Caller) -> Served:
-        """`model`: "" or the base's name; an adapter, a route, a library reference; `base:adapter`."""
-        ...
-
-    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Caller) -> Served:
-        """Several names with strengths, as one mix."""
-        ...
-
-    def models(self, caller: Caller) -> list[ModelCard]: ...
-
-    def check(self, name: str) -> None:
-        """Raises Refused where a request for what a name means would be; reads the adapter for it, where it has to."""
-        return None
-
-    def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> ModelCard:
-        """Read, check against the base and keep in memory. `source`: a library reference; a path only where the
-        operator has allowed folders, and inside them. Blocks: surfaces call it in a thread."""
-        ...
-
-    def unload(self, name: str) -> None:
-        """The name is gone at once; memory is freed when the last running request with it has ended."""
-        ...
-
-    def close(self) -> None:
-        """What it runs ends."""
-        return None
-
-
 @dataclass(frozen=True)
 class ShadowAnswer:
     """What a shadow's answer was beside the one that was sent by `target`; for the log. `name`: the route. Of pictures

@@ -17,11 +17,11 @@ from fastapi import APIRouter, FastAPI
 
 from veneer.errors import ConfigError
 from veneer.library.library import Library, open_library
-from veneer.serve.access import Catalog, KeyAccess, OpenAccess, Tenancy
+from veneer.serve.access import KeyAccess, OpenAccess, Tenancy
 from veneer.serve.http.app import create_app
 from veneer.serve.http.prompts import TokenizedBase
 from veneer.serve.http.service import Service
-from veneer.serve.names.catalog import LocalCatalog
+from veneer.serve.names.catalog import Catalog
 from veneer.serve.names.shelf import Shelf
 from veneer.serve.settings import LedgerSettings, ServeSettings
 from veneer.serve.tenancy.admin import admin_router
@@ -120,7 +120,7 @@ def _build_texts(settings: ServeSettings, say: Callable[[str], None]) -> Applica
     shelf = Shelf(base, library=library, folders=settings.folders)
     engine = TextEngine(base, shelf.read, replace(settings.engine, queue=settings.http.queue))
     say(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
-    catalog = LocalCatalog(shelf, engine.problems, engine.residents, routes=tenancy.routes)
+    catalog = Catalog(shelf, engine.problems, engine.residents, routes=tenancy.routes)
     # The engine's cache may hold less than the base could take.
     reader = TokenizedBase(base.name, base.tokenizer, engine.context, base.has_chat_template)
     return _application(settings, Service(engine, catalog, tenancy, reader, settings.http), library, say)
@@ -137,7 +137,7 @@ def _build_pictures(settings: ServeSettings, say: Callable[[str], None]) -> Appl
     engine = PictureEngine(
         base, shelf.read, max_batch=min(settings.engine.rows, 8), adapter_bytes=settings.engine.adapter_bytes
     )
-    catalog = LocalCatalog(shelf, lambda adapter: [], engine.residents, routes=tenancy.routes)
+    catalog = Catalog(shelf, lambda adapter: [], engine.residents, routes=tenancy.routes)
     (tokenizer, limit), *_ = readers(base)
     reader = TokenizedBase(base.name, getattr(tokenizer, "tokenizer", tokenizer), limit)
     limits = replace(settings.http, max_body=max(settings.http.max_body, 64 << 20))  # pictures come in bodies
@@ -162,7 +162,7 @@ def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Applica
         mixes=settings.fleet.mixes, cache_bytes=settings.fleet.mix_bytes,
         decode=lambda ids: str(base.tokenizer.decode(ids, skip_special_tokens=False)),
     )  # fmt: skip
-    catalog = LocalCatalog(shelf, vllm_problems, FleetAdapters(fleet), routes=tenancy.routes)
+    catalog = Catalog(shelf, vllm_problems, FleetAdapters(fleet), routes=tenancy.routes)
     reader = TokenizedBase(base.name, base.tokenizer, base.context, base.has_chat_template)
     return _application(settings, Service(fleet, catalog, tenancy, reader, settings.http), library, say)
 

@@ -23,7 +23,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from tests.tiny_base import tiny_tokenizer
-from veneer.serve.access import Caller, Catalog, ModelCard, NoWait, OpenAccess, Served, ShadowAnswer, Tenancy
+from veneer.serve.access import Caller, ModelCard, NoWait, OpenAccess, Served, ShadowAnswer, Tenancy
 from veneer.serve.http.app import create_app
 from veneer.serve.http.prompts import TokenizedBase
 from veneer.serve.http.service import Service
@@ -188,7 +188,7 @@ def _instance(schema: Any) -> Any:
 
 
 @dataclass
-class ToyCatalog(Catalog):
+class ToyCatalog:
     """Adapters by name; a route with a shadow; loads that fail as their source says."""
 
     base: str = "toy"
@@ -198,6 +198,12 @@ class ToyCatalog(Catalog):
     def __post_init__(self) -> None:
         for name, source in {"sql": "lib/sql", "polite": "lib/polite"}.items():
             self.adapters[name] = ModelCard(name, source, self.base, 1700000000, f"d-{name}")
+
+    async def fresh(self) -> None:
+        """Names mean what they say."""
+
+    def check(self, name: str) -> None:
+        """Any may be served."""
 
     def resolve(self, model: str, caller: Caller) -> Served:
         name = model.removeprefix(f"{self.base}:")

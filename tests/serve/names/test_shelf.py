@@ -21,10 +21,10 @@ from veneer.formats import peft
 from veneer.library.library import Library
 from veneer.models.text.base import TextBase
 from veneer.serve.access import ANYBODY
-from veneer.serve.names.catalog import LocalCatalog
+from veneer.serve.names.catalog import Catalog
 
 
-def untouched(catalog: LocalCatalog) -> None:
+def untouched(catalog: Catalog) -> None:
     assert [c.id for c in catalog.models(ANYBODY)] == ["tiny"]
     assert catalog.residents.stats().bytes == 0
     assert not catalog.residents.leases()

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from veneer.models.text.base import TextBase
 from veneer.serve.engine.admission import FairPool
 from veneer.serve.engine.cache import Cache
 from veneer.serve.engine.detokenize import AnswerText
-from veneer.serve.engine.sampler import Constraint, SampledRow, SampledToken, sample, scored
+from veneer.serve.engine.sampler import SampledRow, SampledToken, sample, scored
 from veneer.serve.engine.scheduler import Chunk, Scheduler, Sequence, StepCost
 from veneer.serve.forward.paged import BLOCK
 from veneer.serve.forward.runner import Prepared, Runner, RunnerRow
@@ -52,6 +52,9 @@ from veneer.serve.request import (
     shutting_down,
 )
 from veneer.serve.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from veneer.serve.engine.grammar import Matcher
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +204,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         """Answer a request; see `request.Engine`."""
         self._check(request)
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue[EngineEvent]()
-        grammar: Constraint | None = None
+        grammar: Matcher | None = None
         if request.sampling.grammar is not None:
             from veneer.serve.engine.grammar import compile_grammar
 
@@ -241,7 +244,7 @@ class TextEngine(Engine[Request, EngineEvent]):
     def _admit(
         self,
         request: Request,
-        grammar: Constraint | None,
+        grammar: Matcher | None,
         tell: Callable[[EngineEvent], None],
         loop: asyncio.AbstractEventLoop,
     ) -> _Live:

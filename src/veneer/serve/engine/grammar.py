@@ -46,7 +46,7 @@ _cache: OrderedDict[tuple[LLTokenizer, GrammarKind, str], Future[Matcher]] = Ord
 
 
 class Matcher:
-    """How far one answer is in its grammar; a `sampler.Constraint`."""
+    """How far one answer is in its grammar. What goes wrong is Refused, and ends its own row alone."""
 
     def __init__(self, state: LLMatcher, vocabulary: int) -> None:
         self._state, self.vocabulary = state, vocabulary

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,18 +29,11 @@ from torch import Tensor
 from veneer.serve.outage import fault
 from veneer.serve.request import Refused, Sampling, invalid
 
+if TYPE_CHECKING:
+    from veneer.serve.engine.grammar import Matcher
+
 NUCLEUS = 1024
 """Best tokens that top-p looks at first; where they do not hold its share, it looks at all."""
-
-
-class Constraint(Protocol):
-    """What a grammar says of the next token. Both may raise Refused, which ends its own row alone."""
-
-    def mask(self) -> Tensor:
-        """bool, (vocabulary of the logits,): True for what may come."""
-        ...
-
-    def advance(self, token: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ class SampledRow:
         *,
         vocabulary: int,
         ends: Collection[int] = (),
-        grammar: Constraint | None = None,
+        grammar: Matcher | None = None,
     ) -> None:
         for param, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_ids)):
             if wrong := [i for i in ids if not 0 <= i < vocabulary]:

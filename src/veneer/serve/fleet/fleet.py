@@ -463,7 +463,7 @@ class Fleet(Engine[Request, EngineEvent]):
 
 
 class FleetAdapters:
-    """What is loaded on the replicas of a fleet that runs, for `LocalCatalog`: from any thread but the fleet's own."""
+    """What is loaded on the replicas of a fleet that runs, for `Catalog`: from any thread but the fleet's own."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet

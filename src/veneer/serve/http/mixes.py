@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from veneer.serve.access import Caller, Catalog, ModelCard, Served
+from veneer.serve.access import Caller, ModelCard, Served
 from veneer.serve.request import Refused, invalid
+
+if TYPE_CHECKING:
+    from veneer.serve.names.catalog import Catalog
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import ctypes
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.requests import Request as HttpRequest
 
 from veneer.errors import VeneerError
-from veneer.serve.access import Caller, Catalog, ModelCard, Tenancy
+from veneer.serve.access import Caller, ModelCard, Tenancy
 from veneer.serve.engine.admission import Admission, AdmittedRequest
 from veneer.serve.http.errors import as_refused, log, message_of
 from veneer.serve.http.metrics import Metrics
@@ -22,6 +22,9 @@ from veneer.serve.http.shadows import Shadows
 from veneer.serve.outage import is_outage
 from veneer.serve.request import Engine, EngineEvent, Refused, Request, invalid
 from veneer.serve.settings import HttpSettings
+
+if TYPE_CHECKING:
+    from veneer.serve.names.catalog import Catalog
 
 
 @dataclass(eq=False)

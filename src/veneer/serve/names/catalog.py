@@ -2,7 +2,7 @@
 
     shelf = Shelf(base, library=open_library())
     engine = TextEngine(base, shelf.read)
-    catalog = LocalCatalog(shelf, engine.problems, engine.residents, routes=…)
+    catalog = Catalog(shelf, engine.problems, engine.residents, routes=…)
     served = catalog.resolve("support@prod", caller)
 
 A word is looked up in this order: the base's name; a route (`routes`); a name that was loaded; a
@@ -28,7 +28,7 @@ from typing import Protocol
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, quoted
 from veneer.library.names import check_name, name_of
-from veneer.serve.access import Caller, Catalog, ModelCard, Routes, Served
+from veneer.serve.access import Caller, ModelCard, Routes, Served
 from veneer.serve.names.shelf import Problems, Shelf, place_of, unusable
 from veneer.serve.request import DigestMix, Refused, invalid, make_mix
 
@@ -51,10 +51,12 @@ class AdapterMemory(Protocol):
     def unpin(self, digest: str) -> None: ...
 
 
-class LocalCatalog(Catalog):
-    """Implements `access.Catalog`. `problems`: why an adapter cannot be served with its full effect, one line each.
-    `residents`: where loaded adapters are kept. `name`: what the base is called; by default the last part of its own
-    name. Everything may be called from any thread; only `load` and `check` read files."""
+class Catalog:
+    """`problems`: why an adapter cannot be served with its full effect, one line each. `residents`: where loaded
+    adapters are kept. `name`: what the base is called; by default the last part of its own name. Everything may be
+    called from any thread; only `load` and `check` read files.
+
+    Raises Refused: model_not_found (404), adapter_exists (400), adapter_unusable (see `shelf`)."""
 
     def __init__(
         self,
@@ -77,6 +79,7 @@ class LocalCatalog(Catalog):
     # -- what names mean ----------------------------------------------------------------------------------------------
 
     def resolve(self, model: str, caller: Caller) -> Served:
+        """`model`: "" or the base's name; an adapter, a route, a library reference; `base:adapter`."""
         target, part, routed = self._mean(model, caller)
         shadow: tuple[str, DigestMix | Refused] | None = None
         if self.routes is not None and routed:
@@ -184,8 +187,10 @@ class LocalCatalog(Catalog):
     # -- loading ------------------------------------------------------------------------------------------------------
 
     def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> ModelCard:
-        """As `access.Catalog` says; what is refused leaves no trace. With `replace` the name means the new weights from
-        one request to the next; requests that run keep the old ones, whose memory goes with the last of them."""
+        """Read, check against the base and keep in memory; what is refused leaves no trace. With `replace` the name
+        means the new weights from one request to the next; requests that run keep the old ones, whose memory goes with
+        the last of them. `source`: a library reference; a path only where the operator has allowed folders, and inside
+        them. Blocks: surfaces call it in a thread."""
         try:
             check_name(name, cased=True)
             if name == self.base:
@@ -218,6 +223,7 @@ class LocalCatalog(Catalog):
         return card
 
     def unload(self, name: str) -> None:
+        """The name is gone at once; memory is freed when the last running request with it has ended."""
         with self._lock:
             gone = self._loaded.pop(name, None)
         if gone is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -21,7 +21,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from veneer.errors import ConfigError, VeneerError, nearest
 from veneer.library.database import reading
-from veneer.serve.access import Catalog
 from veneer.serve.http.bodies import BodyRoute
 from veneer.serve.outage import fault, is_outage
 from veneer.serve.request import Refused, invalid
@@ -29,6 +28,9 @@ from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.ledger import BY, as_csv, usage
 from veneer.serve.tenancy.store import ALL, Limit, Price, Store, UnknownName
 from veneer.serve.tenancy.tenants import Tenants
+
+if TYPE_CHECKING:
+    from veneer.serve.names.catalog import Catalog
 
 _WHO = "admin"
 

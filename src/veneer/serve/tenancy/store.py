@@ -62,155 +62,96 @@ from veneer.library.names import check_name, check_namespace, name_of, parse_ref
 
 LIMITS = ("requests_per_minute", "requests_per_day", "tokens_per_minute", "tokens_per_day", "concurrency")
 _TENANT_TABLES = MetaData()
+_TOKENS, _SECONDS = ("prompt", "cached", "completion"), ("queued", "prefill", "decode")
 
 
-def _tenant() -> Column[Any]:
-    return Column("tenant", Key(), primary_key=True)
+def _keys(*names: str) -> list[Column[Any]]:
+    return [Column(name, Key(), primary_key=True) for name in names]
 
 
-def _columns(kind: type[Any], *names: str) -> list[Column[Any]]:
-    return [Column(name, kind, nullable=False) for name in names]
+def _columns(kind: Any, *names: str, nullable: bool = False) -> list[Column[Any]]:
+    return [Column(name, kind, nullable=nullable) for name in names]
 
 
-meta_table = Table(
-    "tenant_meta", _TENANT_TABLES, Column("key", Key(), primary_key=True), Column("value", Text, nullable=False)
+def _table(name: str, *columns: Any) -> Table:
+    return Table(name, _TENANT_TABLES, *columns)
+
+
+# Times are in seconds since 1970; tenant ALL is everybody.
+meta_table = _table("tenant_meta", *_keys("key"), *_columns(Text, "value"))
+tenant_table = _table(
+    "tenants", *_keys("name"), *_columns(Float, "weight"), *_columns(Boolean, "enabled"), *_columns(Float, "created")
 )
-tenant_table = Table(
-    "tenants",
-    _TENANT_TABLES,
-    Column("name", Key(), primary_key=True),
-    Column("weight", Float, nullable=False),
-    Column("enabled", Boolean, nullable=False),
-    Column("created", Float, nullable=False),  # seconds since 1970, as all times here
-)
-key_table = Table(
+key_table = _table(
     "tenant_keys",
-    _TENANT_TABLES,
-    Column("id", Key(), primary_key=True),
+    *_keys("id"),
     Column("tenant", Key(), ForeignKey(tenant_table.c.name, ondelete="CASCADE"), nullable=False, index=True),
-    Column("hash", Text, nullable=False),
-    Column("label", Text, nullable=False),
-    Column("created", Float, nullable=False),
-    Column("expires", Float),
-    Column("revoked", Float),
+    *_columns(Text, "hash", "label"),
+    *_columns(Float, "created"),
+    *_columns(Float, "expires", "revoked", nullable=True),
 )
-grant_table = Table(
-    "tenant_grants",
-    _TENANT_TABLES,
-    _tenant(),  # ALL: shared with everybody
-    Column("pattern", Key(), primary_key=True),
-)
-limit_table = Table(
-    "tenant_limits",
-    _TENANT_TABLES,
-    _tenant(),
-    Column("adapter", Key(), primary_key=True),
-    *(Column(name, BigInteger) for name in LIMITS),
-)
-price_table = Table(
-    "tenant_prices",
-    _TENANT_TABLES,
-    _tenant(),
-    Column("adapter", Key(), primary_key=True),
-    *_columns(BigInteger, "prompt", "cached", "completion"),
-)
-move_table = Table(
+grant_table = _table("tenant_grants", *_keys("tenant", "pattern"))
+limit_table = _table("tenant_limits", *_keys("tenant", "adapter"), *_columns(BigInteger, *LIMITS, nullable=True))
+price_table = _table("tenant_prices", *_keys("tenant", "adapter"), *_columns(BigInteger, *_TOKENS))
+move_table = _table(
     "tenant_moves",
-    _TENANT_TABLES,
-    _tenant(),
-    Column("alias", Key(), primary_key=True),
+    *_keys("tenant", "alias"),
     Column("move", Integer, primary_key=True),
     Column("before", Integer),  # the move that was current when this was made: where a rollback leads
-    Column("at", Float, nullable=False),
-    Column("who", Text, nullable=False),
-    Column("spec", Text, nullable=False),  # JSON of targets, runs, shadow, fraction; no targets: the route is gone
+    *_columns(Float, "at"),
+    *_columns(Text, "who", "spec"),  # spec: JSON of targets, runs, shadow, fraction; no targets: the route is gone
 )
-alias_table = Table(
-    "tenant_aliases",
-    _TENANT_TABLES,
-    _tenant(),
-    Column("alias", Key(), primary_key=True),
-    Column("current", Integer, nullable=False),
-)
-line_table = Table(
+alias_table = _table("tenant_aliases", *_keys("tenant", "alias"), *_columns(Integer, "current"))
+line_table = _table(
     "tenant_lines",
-    _TENANT_TABLES,
-    Column("server", Key(), primary_key=True),  # one run of one process
-    Column("request", Key(), primary_key=True),
+    *_keys("server", "request"),  # a server is one run of one process
     Column("part", Integer, primary_key=True),  # of the request's mix, from 0
-    Column("tenant", Key(), nullable=False),
-    Column("name", Key(), nullable=False),  # the client's word
-    Column("digest", Key(), nullable=False),  # of the part; "" for the base
-    Column("adapter", Key(), nullable=False),  # what the operator calls it
-    Column("strength", Float, nullable=False),
+    # name: the client's word; digest: of the part, "" for the base; adapter: what the operator calls it
+    *_columns(Key(), "tenant", "name", "digest", "adapter"),
+    *_columns(Float, "strength"),
     Column("opened", Float, nullable=False, index=True),
     Column("closed", Float),
-    Column("day", Key(), nullable=False),  # of `opened`, in UTC: 2026-11-25
-    Column("state", Key(), nullable=False),  # open, done, interrupted
-    Column("asked_prompt", BigInteger, nullable=False),
-    Column("asked_completion", BigInteger, nullable=False),
-    *_columns(BigInteger, "prompt", "cached", "completion"),
-    *_columns(Float, "queued", "prefill", "decode"),
-    *_columns(BigInteger, "price_prompt", "price_cached", "price_completion"),
-    Column("cost", BigInteger, nullable=False),  # millionths
+    *_columns(Key(), "day", "state"),  # of `opened`, in UTC: 2026-11-25; open, done, interrupted
+    *_columns(BigInteger, "asked_prompt", "asked_completion", *_TOKENS),
+    *_columns(Float, *_SECONDS),
+    *_columns(BigInteger, *(f"price_{name}" for name in _TOKENS), "cost"),  # cost: millionths
     Index("tenant_lines_open", "server", sqlite_where=text("state = 'open'"), postgresql_where=text("state = 'open'")),
 )
-sum_table = Table(
-    "tenant_sums",  # lines that are closed, by day; kept when the lines are gone
-    _TENANT_TABLES,
-    Column("day", Key(), primary_key=True),
-    _tenant(),
-    Column("adapter", Key(), primary_key=True),  # "": whole requests, whatever their mixes
-    *_columns(BigInteger, "done", "interrupted", "prompt", "cached", "completion"),
-    *_columns(Float, "queued", "prefill", "decode"),
-    Column("cost", BigInteger, nullable=False),
+sum_table = _table(  # lines that are closed, by day; kept when the lines are gone
+    "tenant_sums",
+    *_keys("day", "tenant", "adapter"),  # adapter "": whole requests, whatever their mixes
+    *_columns(BigInteger, "done", "interrupted", *_TOKENS),
+    *_columns(Float, *_SECONDS),
+    *_columns(BigInteger, "cost"),
 )
-slot_table = Table(
-    "tenant_slots",  # what was admitted lately, for limits that hold over several servers
-    _TENANT_TABLES,
+slot_table = _table(  # what was admitted lately, for limits that hold over several servers
+    "tenant_slots",
     Column("width", Integer, primary_key=True, autoincrement=False),  # seconds: a sixtieth of a window
     Column("slot", BigInteger, primary_key=True, autoincrement=False),  # opened // width
-    Column("server", Key(), primary_key=True),
-    _tenant(),
-    Column("adapter", Key(), primary_key=True),  # without its version; "": whole requests
-    Column("requests", BigInteger, nullable=False),
-    Column("tokens", BigInteger, nullable=False),
+    *_keys("server", "tenant", "adapter"),  # the adapter without its version; "": whole requests
+    *_columns(BigInteger, "requests", "tokens"),
 )
-server_table = Table(
-    "tenant_servers",  # who is there
-    _TENANT_TABLES,
-    Column("server", Key(), primary_key=True),
-    Column("seen", Float, nullable=False),  # seconds since 1970 by the database's clock
-)
-shadow_table = Table(
+server_table = _table("tenant_servers", *_keys("server"), *_columns(Float, "seen"))  # by the database's clock
+shadow_table = _table(
     "tenant_shadows",
-    _TENANT_TABLES,
     Column("id", Integer, primary_key=True, autoincrement=True),
-    Column("at", Float, nullable=False),
-    Column("tenant", Key(), nullable=False),
+    *_columns(Float, "at"),
+    *_columns(Key(), "tenant"),
     Column("alias", Key(), nullable=False, index=True),
-    Column("request", Key(), nullable=False),
-    Column("target", Key(), nullable=False),
-    Column("shadow", Key(), nullable=False),
-    Column("same", Boolean, nullable=False),
+    *_columns(Key(), "request", "target", "shadow"),
+    *_columns(Boolean, "same"),
     Column("first_difference", Integer),  # in characters; NULL where the texts are equal, and of pictures
     Column("distance", Float),  # mean difference of pixels, 0 to 1; NULL of texts
-    *(Column(f"{side}_sha256", Text, nullable=False) for side in ("target", "shadow")),
-    *(Column(f"{side}_tokens", Integer, nullable=False) for side in ("target", "shadow")),
-    *(Column(f"{side}_seconds", Float, nullable=False) for side in ("target", "shadow")),
+    *_columns(Text, "target_sha256", "shadow_sha256"),
+    *_columns(Integer, "target_tokens", "shadow_tokens"),
+    *_columns(Float, "target_seconds", "shadow_seconds"),
 )
-audit_table = Table(
+audit_table = _table(
     "tenant_audit",
-    _TENANT_TABLES,
     Column("number", Integer, primary_key=True, autoincrement=False),
-    Column("at", Text, nullable=False),
-    Column("who", Text, nullable=False),
-    Column("what", Key(), nullable=False),
-    Column("subject", Key(), nullable=False),
-    Column("before", Text, nullable=False),  # JSON
-    Column("after", Text, nullable=False),  # JSON
-    Column("previous", Text, nullable=False),
-    Column("hash", Text, nullable=False),
+    *_columns(Text, "at", "who"),
+    *_columns(Key(), "what", "subject"),
+    *_columns(Text, "before", "after", "previous", "hash"),  # before, after: JSON
 )
 _APPEND_ONLY = {
     "sqlite": [
