@@ -171,19 +171,9 @@ def _known(c: Connection, server: str, requests: Sequence[str]) -> dict[str, str
 
 def _rows(server: str, owed: OwedEntry) -> list[dict[str, Any]]:
     entry = owed.entry
-    whole = {
-        "server": server,
-        "request": entry.request,
-        "tenant": entry.tenant,
-        "name": entry.name,
-        "opened": entry.opened,
-        "closed": owed.closed,
-        "day": day_of(entry.opened),
-        "state": owed.state,
-        "asked_prompt": entry.asked_prompt,
-        "asked_completion": entry.asked_completion,
-        **{name: getattr(owed.usage, name) for name in _FIGURES},
-    }
+    whole = {name: value for name, value in vars(entry).items() if name != "lines"}
+    whole |= {"server": server, "closed": owed.closed, "day": day_of(entry.opened), "state": owed.state}
+    whole |= {name: getattr(owed.usage, name) for name in _FIGURES}
     return [
         whole
         | {"part": part, "digest": line.digest, "adapter": line.adapter, "strength": line.strength, "cost": cost}

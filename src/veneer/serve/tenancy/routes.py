@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from sqlalchemy import Connection, case, delete, func, insert, select
+from sqlalchemy import ColumnElement, Connection, Table, case, delete, func, insert, select
 
 from veneer.errors import ConfigError, VeneerError
 from veneer.library.database import reading
@@ -39,6 +39,7 @@ from veneer.serve.tenancy.store import (
     alias_table,
     check_reference,
     check_route_name,
+    current_moves,
     move_table,
     route_of,
     shadow_table,
@@ -203,12 +204,8 @@ def set_route(
         if tenant != ALL:
             tenant_row(c, tenant)
         before = _current(c, tenant, route)
-        spec = {
-            "targets": wanted,
-            "runs": share_out(wanted, before.runs if before else ()),
-            "shadow": shadow,
-            "fraction": fraction,
-        }
+        runs = share_out(wanted, before.runs if before else ())
+        spec = {"targets": wanted, "runs": runs, "shadow": shadow, "fraction": fraction}
         return _move(c, tenant, route, spec, before, "route.set", who)
 
 
@@ -242,9 +239,9 @@ def _before(c: Connection, tenant: str, route: str) -> tuple[Route, Route]:
     now = _current(c, tenant, route)
     if now is None:
         raise _lost(c, tenant, route)
-    here = (move_table.c.tenant == tenant) & (move_table.c.alias == route)
-    number = select(move_table.c.before).where(here, move_table.c.move == now.move).scalar_subquery()
-    row = c.execute(select(move_table).where(here, move_table.c.move == number)).first()
+    moves = _of(move_table, tenant, route)
+    number = select(move_table.c.before).where(moves, move_table.c.move == now.move).scalar_subquery()
+    row = c.execute(select(move_table).where(moves, move_table.c.move == number)).first()
     if row is None:
         raise ConfigError(f"{route} has no earlier move to go back to", where="route", fix="remove it, or set it")
     return now, route_of(row)
@@ -271,8 +268,7 @@ def route_history(c: Connection, route: str, *, tenant: str = ALL) -> list[dict[
     now = _current(c, tenant, route)
     if now is None:
         raise _lost(c, tenant, route)
-    here = (move_table.c.tenant == tenant) & (move_table.c.alias == route)
-    rows = c.execute(select(move_table).where(here).order_by(move_table.c.move.desc())).all()
+    rows = c.execute(select(move_table).where(_of(move_table, tenant, route)).order_by(move_table.c.move.desc())).all()
     return [
         {"move": r.move, "before": r.before, "current": r.move == now.move, "at": r.at, "who": r.who}
         | _shown(route_of(r))
@@ -315,32 +311,21 @@ def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
     return out
 
 
+def _of(table: Table, tenant: str, route: str) -> ColumnElement[bool]:
+    return (table.c.tenant == tenant) & (table.c.alias == route)
+
+
 def _current(c: Connection, tenant: str, route: str) -> Route | None:
-    here = (alias_table.c.tenant == tenant) & (alias_table.c.alias == route)
-    on = (
-        (move_table.c.tenant == alias_table.c.tenant)
-        & (move_table.c.alias == alias_table.c.alias)
-        & (move_table.c.move == alias_table.c.current)
-    )
-    row = c.execute(select(move_table).join(alias_table, on).where(here)).first()
+    row = c.execute(current_moves().where(_of(alias_table, tenant, route))).first()
     return None if row is None else route_of(row)
 
 
 def _move(
     c: Connection, tenant: str, route: str, spec: dict[str, Any], before: Route | None, what: str, who: str
 ) -> Route:
-    here = (move_table.c.tenant == tenant) & (move_table.c.alias == route)
-    number = (c.scalar(select(func.max(move_table.c.move)).where(here)) or 0) + 1
-    row = {
-        "tenant": tenant,
-        "alias": route,
-        "move": number,
-        "before": before.move if before else None,
-        "at": time.time(),
-        "who": who,
-        "spec": json.dumps(spec),
-    }
-    c.execute(insert(move_table), row)
+    number = (c.scalar(select(func.max(move_table.c.move)).where(_of(move_table, tenant, route))) or 0) + 1
+    row: dict[str, Any] = {"tenant": tenant, "alias": route, "move": number, "before": before.move if before else None}
+    c.execute(insert(move_table), row | {"at": time.time(), "who": who, "spec": json.dumps(spec)})
     _point(c, tenant, route, number)
     after = _current(c, tenant, route)
     assert after is not None
@@ -349,7 +334,7 @@ def _move(
 
 
 def _point(c: Connection, tenant: str, route: str, move: int) -> None:
-    c.execute(delete(alias_table).where((alias_table.c.tenant == tenant) & (alias_table.c.alias == route)))
+    c.execute(delete(alias_table).where(_of(alias_table, tenant, route)))
     c.execute(insert(alias_table), {"tenant": tenant, "alias": route, "current": move})
 
 

@@ -43,6 +43,7 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    Select,
     Table,
     Text,
     insert,
@@ -459,13 +460,8 @@ def _read(c: Connection) -> TenantSettings:
         Tenant(r.name, r.weight, r.enabled, r.created, tuple(granted.get(r.name, ())))
         for r in c.execute(select(tenant_table).order_by(tenant_table.c.name))
     ]
-    current = select(move_table).join(
-        alias_table,
-        (alias_table.c.tenant == move_table.c.tenant)
-        & (alias_table.c.alias == move_table.c.alias)
-        & (alias_table.c.current == move_table.c.move),
-    )
-    pointers = [route_of(row) for row in c.execute(current.order_by(move_table.c.tenant, move_table.c.alias))]
+    moves = current_moves().order_by(move_table.c.tenant, move_table.c.alias)
+    pointers = [route_of(row) for row in c.execute(moves)]
     return TenantSettings(
         revision,
         {t.name: t for t in found},
@@ -479,6 +475,12 @@ def _read(c: Connection) -> TenantSettings:
         {(a.tenant, a.name): a for a in pointers if a.targets},
         tuple(json.loads(c.scalar(select(meta_table.c.value).where(meta_table.c.key == COMMON)) or "[]")),
     )
+
+
+def current_moves() -> Select[Any]:
+    """The move of each route that holds."""
+    m, a = move_table.c, alias_table.c
+    return select(move_table).join(alias_table, (a.tenant == m.tenant) & (a.alias == m.alias) & (a.current == m.move))
 
 
 def route_of(row: Any) -> Route:
