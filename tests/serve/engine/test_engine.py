@@ -6,6 +6,7 @@ import asyncio
 import gc
 import sys
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
@@ -333,21 +334,31 @@ def test_what_is_known_at_once_is_refused_at_once() -> None:
     assert refused.value.code == "shutting_down"
 
 
-def test_stopping_lets_what_runs_go_on() -> None:
+def test_stopping_cancels_what_runs_and_says_so() -> None:
+    """Whoever drains a server waits before this: tests/serve/test_server.py."""
     model = fresh()
     engine = engine_of(model, Shelf()).start()
+    own = engine.runner.run
+
+    def slow(rows: Any) -> Any:
+        time.sleep(0.02)  # its answer would take seconds
+        return own(rows)
+
+    engine.runner.run = slow  # type: ignore[method-assign]
 
     async def late() -> Finished:
-        events = engine.events(Request(prompt(9), Sampling(max_tokens=100, temperature=0.0, ignore_eos=True)))
+        events = engine.events(Request(prompt(9), Sampling(max_tokens=240, temperature=0.0, ignore_eos=True)))
         first = await anext(events)
         assert isinstance(first, Started)
-        stopping = asyncio.create_task(asyncio.to_thread(engine.stop, 30.0))
+        stopping = asyncio.create_task(asyncio.to_thread(engine.stop))
         last = [e async for e in events][-1]
         await stopping
         assert isinstance(last, Finished)
         return last
 
-    assert run(late()).reason == "length"
+    assert run(late()).reason == "cancelled"
+    assert engine.here == 0
+    assert engine.cache.in_use == 0
 
 
 def test_sampled_answers_depend_on_their_seed_alone() -> None:
