@@ -241,7 +241,7 @@ def _bare_text(base: Any) -> Any:
 
     given = _config(base)
     config = AutoConfig.for_model(given.pop("model_type"), **given)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False):  # buffers have values that are computed, and no file has
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
@@ -374,6 +374,15 @@ def _load_8b(task: Task, quantise: str | None = None) -> Any:
     return Load((task.sizes.length,) * task.sizes.rows, rank=RANK, quantise=quantise)
 
 
+def _load_70b(task: Task) -> Any:
+    """As `veneer plan --base meta-llama/Llama-3.1-70B --rows 5000 --tokens-per-row 600` has it."""
+    from veneer.plan.memory import Load
+
+    s = task.sizes
+    load = Load.of(s.large_row, s.large_tokens, 16, rank=RANK, quantise="nf4", checkpointing=s.recomputes)
+    return replace(load, micros=1)
+
+
 def train(task: Task) -> dict[str, Any]:
     return _train(task, task.sizes.text, _load_8b(task), task.sizes.steps)
 
@@ -383,13 +392,38 @@ def qlora(task: Task) -> dict[str, Any]:
 
 
 def large(task: Task) -> dict[str, Any]:
-    """One step beside the first, as `veneer plan --base meta-llama/Llama-3.1-70B --rows 5000 --tokens-per-row 600`
-    settles it."""
-    from veneer.plan.memory import Load
+    """One step beside the first."""
+    return _train(task, task.sizes.large, _load_70b(task), 1)
 
-    s = task.sizes
-    load = Load.of(s.large_row, s.large_tokens, 16, rank=RANK, quantise="nf4", checkpointing=s.recomputes)
-    return _train(task, s.large, replace(load, micros=1), 1)
+
+def _traced(task: Task, base: Any, load: Any) -> dict[str, Any]:
+    """What `veneer plan --trace` says of the same step on this card, which it leaves alone."""
+    if task.dry:
+        return {"left_out": "a dry run has no card"}
+    from veneer.plan.plan import TrainingJob, text_plan
+    from veneer.plan.shape import text_shape
+    from veneer.train.traced import traced_plan
+
+    fields, (device, rates, _) = _config(base), _planned_for(task)
+    plan = text_plan("", text_shape(fields), load, device, rates, TrainingJob(len(load.lengths), load.longest))
+    load, why = settled(plan)
+    if load is None:
+        return {"left_out": why}
+    found = traced_plan(plan, fields)
+    figures = [
+        Figure("peak memory, traced", found.trace.peak / 1e9, "GB", planned=found.counted_peak / 1e9),
+        Figure("operations begun", found.trace.operations, "launches"),
+        Figure("waits of the host", sum(found.waits.values()), "waits"),
+    ]  # fmt: skip
+    return _result(figures, _described(plan, load), found.ways)
+
+
+def trace_8b(task: Task) -> dict[str, Any]:
+    return _traced(task, task.sizes.text, _load_8b(task))
+
+
+def trace_70b(task: Task) -> dict[str, Any]:
+    return _traced(task, task.sizes.large, _load_70b(task))
 
 
 def _peer_steps(task: Task, model: Any, *notes: str) -> dict[str, Any]:
@@ -777,16 +811,18 @@ class Side:
 
 
 SIDES = [
-    Side("tests", "marked gpu", 120, gpu_tests),
+    Side("tests", "marked gpu", 90, gpu_tests),
     Side("train", "veneer, Llama 3 8B, bf16", 75, train),
     Side("qlora", "veneer, Llama 3 8B, nf4", 60, qlora),
-    Side("large", "veneer, Llama 3.1 70B, nf4", 90, large),
-    Side("serve", "veneer, Llama 3 8B", 90, serve),
-    Side("flux", "veneer, FLUX.1 dev", 75, flux),
+    Side("large", "veneer, Llama 3.1 70B, nf4", 75, large),
+    Side("serve", "veneer, Llama 3 8B", 75, serve),
+    Side("flux", "veneer, FLUX.1 dev", 65, flux),
+    Side("train", "veneer plan --trace", 40, trace_8b),
+    Side("large", "veneer plan --trace", 90, trace_70b),
     Side("qlora", "bitsandbytes + PEFT", 75, bitsandbytes_peft, "bitsandbytes"),
     Side("serve", "vLLM", 150, vllm, "vllm"),
     Side("qlora", "Unsloth", 120, unsloth, "unsloth"),
 ]
 """In the order they run: veneer's own first, so that a slow peer costs none of them."""
-PROBE = Side("probe", "the card", 40, probe)
+PROBE = Side("probe", "the card", 30, probe)
 PARTS = list(dict.fromkeys(side.part for side in [PROBE, *SIDES]))

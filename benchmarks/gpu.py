@@ -49,9 +49,8 @@ LEAST = 5.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a side. `status`: ran, or in two words why not: failed, timed out, not installed, does not fit, no
-    time left, left out of a dry run; `why` has the rest. `more`: what the probe found. `at`: when, `command`: of the
-    whole run."""
+    """What became of a side. `status`: ran, or in two words why not: failed, timed out, not installed, left out, no
+    time left; `why` has the rest. `more`: what the probe found. `at`: when, `command`: of the whole run."""
 
     status: str
     seconds: float = 0.0
@@ -72,7 +71,7 @@ class Outcome:
 
 def outcome_of(result: Mapping[str, Any], seconds: float) -> Outcome:
     if "left_out" in result:
-        return Outcome("does not fit", seconds, result["left_out"])
+        return Outcome("left out", seconds, result["left_out"])
     more = {k: v for k, v in result.items() if k not in ("figures", "notes")}
     return Outcome("ran", seconds, "", list(result["figures"]), list(result["notes"]), more)
 
@@ -141,7 +140,7 @@ def run(
     for side in [PROBE, *sides]:
         left = end - time.monotonic()
         if dry and side.needs:
-            outcome = Outcome("left out of a dry run")
+            outcome = Outcome("left out", why="peers are no part of a dry run")
         elif left < LEAST:
             outcome = Outcome("no time left", why=f"{minutes:g} minutes were given")
         else:
