@@ -258,7 +258,7 @@ def test_two_replicas_answer_as_veneer_does_each_with_what_was_loaded_there_befo
 
 def test_a_weighted_mix_that_vllm_cannot_batch_is_one_adapter_there(shop):
     async def work() -> None:
-        async with fleet(shop, copies=1) as it:
+        async with fleet(shop, mix_copies=1) as it:
             strengths = {"plain": 0.75, "stable": -0.5, "patterns": 0.5}
             shop.check(*await answer(it, shop, shop.mix(**strengths)), **strengths)
 
@@ -270,7 +270,7 @@ def test_a_weighted_mix_that_vllm_cannot_batch_is_one_adapter_there(shop):
 )
 def test_the_base_beside_adapters_in_one_batch_is_the_base(shop):
     async def work() -> None:
-        async with fleet(shop, copies=1) as it:
+        async with fleet(shop) as it:
             it.replicas = it.replicas[:1]
             mixes = [{"plain": 1.0}, {"stable": 1.0}, {"plain": 0.5}, {"stable": 0.5}]
             for strengths in mixes:  # every one of its --max-loras slots is filled

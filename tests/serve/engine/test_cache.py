@@ -91,6 +91,10 @@ class Blocks(RuleBasedStateMachine):
         self.cache.close(entry[0])
         self.open_tables.remove(entry)
 
+    @rule()
+    def forget(self) -> None:
+        self.cache.forget()
+
     @invariant()
     def every_block_is_counted_once(self) -> None:
         held = {b for table, _ in self.open_tables for b in table.blocks}

@@ -101,6 +101,13 @@ class Cache:
                     self._evictable[block] = None
         table.blocks, table.keys = [], []
 
+    def forget(self) -> None:
+        """No block can be found any more; what is in use stays so. For whoever measures."""
+        self._known.clear()
+        self._key = [None] * self.size
+        self._free += self._evictable
+        self._evictable.clear()
+
     def _hold(self, block: int) -> None:
         if not self._holders[block]:
             del self._evictable[block]
