@@ -152,6 +152,17 @@ def test_scores_of_any_size_and_what_is_no_number_stays_visible(name: str) -> No
             assert not out[100:].isfinite().any()
 
 
+def test_without_onednn_rows_go_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libtorch then has no small products of bfloat16."""
+    qkv = torch.randn(40, 4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    q, k, v = qkv.split([2, 1, 1], 1)
+    want = row_attention(q, k, v, RowLayout([40]), 0.25)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    with pinned(rows_attend="tiles"):
+        got = row_attention(q, k, v, RowLayout([40]), 0.25)
+    assert (got.double() - want.double()).norm() <= 1e-2 * want.double().norm()
+
+
 def test_rows_in_tiles_do_not_depend_on_threads() -> None:
     gen = torch.Generator().manual_seed(0)
     qkv = torch.randn(1201, 4, 16, generator=gen).bfloat16().requires_grad_()

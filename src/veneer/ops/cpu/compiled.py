@@ -140,7 +140,7 @@ _LIBTORCH = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 def _small_products() -> tuple[int | None, int | None, int | None]:
     """Where at::native::cpublas::brgemm is for float32 and for bfloat16, and what a thread calls when it is done with
     it (CPUBlas.h), by the names that C++ gives them in a library; None for what is not there. Those of bfloat16 are
-    for AVX-512 and later: elsewhere libtorch has none, and says so by an exception that C cannot take."""
+    for processors that multiply it: elsewhere libtorch says by an exception, which C cannot take, that it has none."""
     at, folder = "_ZN2at6native7cpublas", Path(torch.__file__).parent / "lib"
     found = next((folder / name for name in _LIBTORCH if (folder / name).is_file()), None)
     if found is None:
@@ -154,7 +154,8 @@ def _small_products() -> tuple[int | None, int | None, int | None]:
     # int64_t is a long on Linux and a long long on macOS
     wide = place("6brgemmEllllllbPKfS3_Pfb", "6brgemmExxxxxxbPKfS3_Pfb")
     narrow = place("6brgemmEllllllbPKN3c108BFloat16ES5_Pfb", "6brgemmExxxxxxbPKN3c108BFloat16ES5_Pfb")
-    has_narrow = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    has_narrow = torch.backends.mkldnn.is_available() and any(getattr(torch.cpu, probe, bool)() for probe in probes)
     return wide, narrow if has_narrow else None, place("14brgemm_releaseEb")
 
 
