@@ -67,6 +67,7 @@ OPS = {
     "gelu_tanh_gate": "gelu(gate) ⊙ up, gelu by tanh",
     "gelu_tanh_gate_backward": "its gradients",
     "low_rank": "s·(x·Aᵀ)·Bᵀ of all pairs of a product, with their gradients",
+    "mixed_rows": "rows_low_rank and DoRA's gain in one pass, by rows under one mix",
     "norm_silu": "silu of a group norm, with its gradient",
     "packed_product": "x·Wᵀ + b by a weight in the kernel's own order",
     "quantise_blocks4": "a weight into 4 bits",

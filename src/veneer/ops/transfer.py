@@ -1,7 +1,10 @@
-"""What is known of a tensor before its values are: whether it has any."""
+"""Between the CPU and a device: whether a tensor has values at all, and how numbers get there without waiting."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -11,3 +14,21 @@ def made_up(tensor: Tensor) -> bool:
 
     A kernel is not launched on it; what its host function allocated is the result, of the right shape."""
     return isinstance(tensor, FakeTensor) or tensor.is_meta
+
+
+def put_numbers(device: torch.device, *lists: Sequence[int]) -> list[Tensor]:
+    """Each list as a tensor of int64 on a device, all in one copy that nobody waits for: what a step has to tell it."""
+    flat = [n for each in lists for n in each]
+    return list(sent(torch.tensor(flat, dtype=torch.int64), device).split([len(each) for each in lists]))
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device. To a GPU it goes from pinned memory, so that the copy is queued behind the work
+    before it and the CPU goes on; torch keeps pinned memory until its copy is done."""
+    if device.type == "cpu":
+        return tensor
+    if made_up(tensor):
+        return torch.empty_like(tensor, device=device)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

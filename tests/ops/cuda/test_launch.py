@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.ops.cuda import serving_steps  # noqa: F401 - its steps are in STEPS then
 from tests.ops.cuda.steps import STEPS
 from veneer.ops.choice import choices, chosen
 from veneer.ops.cuda import launch, norms

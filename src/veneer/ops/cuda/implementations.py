@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from veneer.ops.choice import Implementation
-from veneer.ops.cuda import activations, launch, loss, norms
+from veneer.ops.cuda import activations, launch, loss, mixed_rows, norms
 
 IMPLEMENTATIONS: dict[str, Implementation] = {}
 """op -> how it is done on a GPU."""
@@ -52,3 +52,7 @@ _implements("gain_backward", _takes_gain, _WANTS_GAIN)(activations.gain_backward
 # -- loss --------------------------------------------------------------------------------------------------------------
 
 _implements("token_nll")(loss.token_nll)
+
+# -- serving -----------------------------------------------------------------------------------------------------------
+
+_implements("mixed_rows")(mixed_rows.mixed_rows)

@@ -5,8 +5,9 @@
 
 Projections that share an input (q, k, v; gate, up) are one *group*: their A lie below one another, so each adapter
 takes two products a group for all of its rows, whatever its ranks. Rows without an adapter are not touched. `add`
-is the fast form (ops/cpu/serving.c) where it runs and `add_reference` everywhere else; a row's result depends on nobody
-in its batch (bit for bit by the first; by the second where the layout has `rows`, else within rounding).
+is the fast form (ops/cpu/serving.c, ops/cuda/mixed_rows.py) where it runs and `add_reference` everywhere else; a row's
+result depends on nobody in its batch (bit for bit by the first; by the others where the layout has `rows`, else within
+rounding).
 
 What is no pair on a projection, the embedding or the head (full copies, token rows, LoHa …) has no low-rank form:
 `low_rank_problems` says so, and the runner then takes the base through its own modules with core's attachment.
@@ -15,7 +16,7 @@ What is no pair on a projection, the embedding or the head (full copies, token r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -24,10 +25,13 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.merge import adapted_norm
 from veneer.ops.choice import chosen
+from veneer.ops.mixed_rows import RECORD, MixTiles
 from veneer.ops.quantised import dequantised
+from veneer.ops.transfer import made_up, put_numbers, sent
 from veneer.serve.forward.packed import in_blocks
 
-_PARTS, _RECORD = 3, 17  # of ops/cpu/serving.c
+_RECORD = 17  # of ops/cpu/serving.c: those of ops/mixed_rows.py without gains
+_TILE, _TILE_OF_MANY = 16, 64  # rows of MixTiles: few for a step of single tokens, many for prompts
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +100,9 @@ class _PackedB:
 class PackedAdapter:
     """An adapter as a batch of rows is multiplied by it. `groups`: group -> (A, parts), laid out for whoever multiplies
     by them: the kernel, or torch, which would have to turn every one of them in every step. `gains`: group -> (g - 1
-    (columns), bias or None). `embedding`: (Aᵀ (rows, rank), (s·B)ᵀ (rank, dim)). `records`: the same for the kernel.
-    `key`: its digest; a row adds up its adapters in the order of their keys, whoever shares its batch."""
+    (columns), bias or None). `embedding`: (Aᵀ (rows, rank), (s·B)ᵀ (rank, dim)). `records`: of the groups, for the
+    kernel, on the CPU. `rank`: the largest of a group's sums of ranks. `key`: its digest; a row adds up its adapters in
+    the order of their keys, whoever shares its batch."""
 
     adapter: Adapter
     key: str
@@ -131,7 +136,7 @@ def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedA
     multiplies by it; scales are multiplied in and rounded once."""
     groups: dict[int, tuple[Tensor, list[_PackedB]]] = {}
     gains: dict[int, tuple[Tensor, Tensor | None]] = {}
-    records = torch.zeros(len(layout.groups), _RECORD, dtype=torch.int64)
+    records = [[0] * RECORD for _ in layout.groups]
     device, dtype = layout.device, layout.dtype
     probe = torch.empty(0, 2, dtype=dtype, device=device)
     native = chosen("rows_low_rank", probe, probe) is not None
@@ -162,15 +167,17 @@ def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedA
         whole = torch.cat(rows)
         if native and whole.shape[1] % 2 == 0:
             whole = _sixteens(whole)
-            widest = max(widest, 16 * len(whole))
-            flat = [whole.data_ptr(), 16 * len(whole)]
-            for part in parts:
-                flat += [part.B.data_ptr(), part.column, part.B.shape[1], part.rank_from, part.rank]
-            records[g, : len(flat)] = torch.tensor(flat)
+        ranks = len(whole) * (16 if whole.ndim == 4 else 1)
+        widest = max(widest, ranks)
+        flat = [_address(whole), ranks]
+        for part in parts:
+            flat += [_address(part.B), part.column, part.B.shape[1], part.rank_from, part.rank]
+        records[g][: len(flat)] = flat
         groups[g] = whole, parts
         held += whole.nbytes + sum(p.B.nbytes for p in parts)
         if gain is not None:
             gains[g] = gain, group.bias
+            records[g][_RECORD:] = map(_address, gains[g])
             held += gain.nbytes
     embedding = None
     if (pair_e := adapter.pairs.get(layout.embedding)) is not None and pair_e.kind == "embedding":
@@ -178,7 +185,14 @@ def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedA
         A, B = product.A.to(device), product.B.to(device).float() * product.scale
         embedding = A.t().to(device, dtype).contiguous(), B.t().to(device, dtype).contiguous()
         held += embedding[0].nbytes + embedding[1].nbytes
-    return PackedAdapter(adapter, key, groups, gains, embedding, records, widest, held)
+    table = torch.tensor(records, dtype=torch.int64)
+    return PackedAdapter(
+        adapter, key, groups, gains, embedding, table[:, :_RECORD] if native else table, widest, held
+    )  # fmt: skip
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or made_up(tensor) else tensor.data_ptr()
 
 
 def _add_rows(y: Tensor, rows: Tensor | slice, more: Tensor) -> None:
@@ -213,7 +227,7 @@ class _Tables:
     """The records of some adapters side by side, for all groups; made again only when who takes part changes."""
 
     adapters: tuple[PackedAdapter, ...]
-    records: Tensor  # (groups, adapters, RECORD)
+    records: Tensor  # (groups, adapters, RECORD), on the layout's device
 
 
 @dataclass(eq=False)
@@ -222,12 +236,37 @@ class Segments:
 
     layout: BaseLayout
     adapters: tuple[PackedAdapter, ...]
-    starts: Tensor  # (adapters + 1)
-    rows: Tensor
-    strengths: Tensor
+    spans: Sequence[tuple[int, int, Sequence[tuple[PackedAdapter, float]]]]
+    _rows: list[int]
+    _strengths: list[float]
+    _bounds: list[int]
     tables: _Tables | None = None
     scratch: Tensor | None = None
-    _bounds: list[int] = field(default_factory=list)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """(adapters + 1,) of each adapter in `rows` and `strengths`."""
+        return put_numbers(self.layout.device, self._bounds)[0]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        return put_numbers(self.layout.device, self._rows)[0]
+
+    @cached_property
+    def strengths(self) -> Tensor:
+        return sent(torch.tensor(self._strengths, dtype=torch.float32), self.layout.device)
+
+    @cached_property
+    def tiles(self) -> MixTiles:
+        """The rows by their mixes, for "mixed_rows"."""
+        places = {id(adapter): i for i, adapter in enumerate(self.adapters)}
+        mixes: dict[tuple[tuple[int, float], ...], list[int]] = {}
+        for first, end, mix in self.spans:
+            own = sorted((places[id(adapter)], strength) for adapter, strength in mix)
+            mixes.setdefault(tuple(own), []).extend(range(first, end))
+        most = max(map(len, mixes.values()))
+        block = _TILE if self.layout.rows or most <= _TILE else _TILE_OF_MANY
+        return MixTiles.of(list(mixes.items()), self.layout.device, block)
 
     @classmethod
     def of(
@@ -251,14 +290,9 @@ class Segments:
         for _, rows, _ in entries:
             bounds.append(bounds[-1] + len(rows))
         tables = before.tables if before else None
-        out = cls(
-            layout,
-            adapters,
-            torch.tensor(bounds),
-            torch.tensor([r for e in entries for r in e[1]], device=layout.device),
-            torch.tensor([s for e in entries for s in e[2]], device=layout.device, dtype=torch.float32),
-            _bounds=bounds,
-        )
+        all_rows = [row for _, rows, _ in entries for row in rows]
+        strengths = [strength for _, _, own in entries for strength in own]
+        out = cls(layout, adapters, spans, all_rows, strengths, bounds)
         if tables is not None and tables.adapters == adapters:
             out.tables = tables
         return out
@@ -266,6 +300,11 @@ class Segments:
     def add(self, group: int, x: Tensor, y: Tensor, own: Tensor | None = None) -> None:
         """The group's low-rank products onto y (rows, columns), in place; x (rows, in), both contiguous. `own`: the
         base's product, where y is more than that."""
+        if (mixed := chosen("mixed_rows", x, y)) is not None:
+            tables, ranks = self._tables(), max(a.rank for a in self.adapters)
+            sixteens = not any(size % 16 for size in self.layout.groups[group].sizes)
+            mixed(x, y, y if own is None else own, self.tiles, tables.records[group], ranks, sixteens)
+            return
         before = self._before_gains(group, y) if own is None else own
         run = chosen("rows_low_rank", x, y)
         if run is None:
@@ -276,14 +315,19 @@ class Segments:
 
     def pointers(self, x: Tensor, group: int = 0) -> tuple[int, ...]:
         """What ops/cpu/serving.c reads of these rows from this group on, scratch with it, for an x of that dtype."""
-        if self.tables is None:
-            self.tables = _Tables(self.adapters, torch.stack([a.records for a in self.adapters], 1).contiguous())
+        tables = self._tables()
         if self.scratch is None:
             self.scratch = x.new_empty(len(self.rows), max(a.rank for a in self.adapters))
         return (
-            self.tables.records[group].data_ptr(), len(self.adapters), self.starts.data_ptr(), self.rows.data_ptr(),
+            tables.records[group].data_ptr(), len(self.adapters), self.starts.data_ptr(), self.rows.data_ptr(),
             self.strengths.data_ptr(), self.scratch.data_ptr(), self.scratch.shape[1],
         )  # fmt: skip
+
+    def _tables(self) -> _Tables:
+        if self.tables is None:
+            records = torch.stack([a.records for a in self.adapters], 1).contiguous()
+            self.tables = _Tables(self.adapters, sent(records, self.layout.device))
+        return self.tables
 
     def add_reference(self, group: int, x: Tensor, y: Tensor) -> None:
         """What `add` does, in torch's own operations."""
@@ -313,7 +357,7 @@ class Segments:
         """Each adapter, its rows (a slice where they lie together, which torch adds to several times faster) and their
         strengths (rows, 1)."""
         out: list[tuple[PackedAdapter, Tensor | slice, Tensor]] = []
-        numbers = self.rows.tolist()
+        numbers = self._rows
         for adapter, i, j in zip(self.adapters, self._bounds, self._bounds[1:], strict=False):
             first, together = numbers[i], numbers[i:j] == list(range(numbers[i], numbers[i] + j - i))
             rows = slice(first, first + j - i) if together else self.rows[i:j]
