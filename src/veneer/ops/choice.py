@@ -1,6 +1,5 @@
 """Which implementation of an op runs: the one place where that is decided, and where it can be asked for.
-(Pages and panels, memory as serving lays it out, belong to kernels with no twin in torch: serve/forward asks
-`compiled` for those.)
+(Pages and panels as the CPU's kernels lay them out have no twin in torch: serve/forward asks `compiled` for those.)
 
 Every op of this folder has its reference in torch beside it. A device may bring faster implementations of parts of it,
 in the module that HOMES names, each with what it takes. The op asks `chosen` and runs its reference where that is None.
@@ -70,6 +69,7 @@ OPS = {
     "mixed_rows": "rows_low_rank and DoRA's gain in one pass, by rows under one mix",
     "norm_silu": "silu of a group norm, with its gradient",
     "packed_product": "x·Wᵀ + b by a weight in the kernel's own order",
+    "paged_attention": "attention over pages of keys and values",
     "quantise_blocks4": "a weight into 4 bits",
     "rms_norm": "RMS norm",
     "rms_norm_backward": "its gradient",
@@ -80,6 +80,7 @@ OPS = {
     "silu_gate_backward": "its gradients",
     "softmax_backward": "p ⊙ (dp − Σ p⊙dp)",
     "token_nll": "−log softmax at the targets, and its gradient",
+    "turn_and_store": "heads normed and turned, keys and values put into pages",
 }
 """The parts of ops that a device may have an implementation of, and what each computes."""
 

@@ -1,4 +1,4 @@
-"""In which pieces a training step's work is done: numbers alone, for whoever does the work and whoever counts it.
+"""In which pieces a step's work is done: numbers alone, for whoever does the work and whoever counts it.
 
 Loads no torch: a plan reads these before anything is loaded.
 """
@@ -58,3 +58,10 @@ def key_ranges(length: int, window: int | None = None) -> list[tuple[int, int, i
     to the block's end, no further back than `window`."""
     size = min(ATTENTION_BLOCK, length)
     return [(q, min(q + size, length), 0 if window is None else max(0, q - window + 1)) for q in range(0, length, size)]
+
+
+def tile_tokens(heads: int, kv: int, most: int) -> int:
+    """Tokens of a tile of attention over pages, where a sequence asks for `most` at once: with the query heads of one
+    key head they make 16 rows of a product where they fit in these (single tokens), and 64 else (prompts)."""
+    group = 1 << (heads // kv - 1).bit_length()
+    return max(1, (16 if most * group <= 16 else 64) // group)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from tests.ops.cuda.steps import empty, step
-from veneer.ops.cuda import mixed_rows
+from veneer.ops.cuda import mixed_rows, paged
 from veneer.ops.mixed_rows import RECORD, MixTiles
+from veneer.ops.sizes import tile_tokens
 
 
 def _mixed_rows(inputs: int, columns: int, rows: int, block: int, ranks: int) -> None:
@@ -29,3 +30,32 @@ def _served_8b() -> None:
 @step("Llama 3.1 70B served, rank 64: 256 tokens")
 def _served_70b() -> None:
     _mixed_rows(8192, 57344, 256, 64, 128)
+
+
+def _paged(heads: int, kv: int, d: int, sequences: int, asked: int, longest: int, cap: float = 0.0) -> None:
+    """A layer's attention over pages of 16."""
+    places = sequences * longest
+    K, V = (empty(places, kv, d) for _ in range(2))
+    qkv, at = empty(sequences * asked, (heads + 2 * kv) * d), empty(sequences * asked, dtype=torch.int64)
+    cos = empty(longest, d // 2, dtype=torch.float32)
+    norm = empty(d) if cap == 0 else None
+    paged.turn_and_store(qkv, K, V, cos, cos, norm, norm, 1e-6, at, at)
+    tokens = tile_tokens(heads, kv, asked)
+    tiles = empty(sequences * -(-asked // tokens), 4, dtype=torch.int64)
+    tables = empty(sequences, longest // 16, dtype=torch.int64)
+    q = qkv.view(len(qkv), -1, d)[:, :heads]
+    paged.paged_attention(q, K, V, tiles, tables, longest, tokens, 16, d**-0.5, cap, 0)
+
+
+@step("Attention of servers: Llama 3.1 8B and 70B, Qwen 3 32B, Gemma 2 27B")
+def _attention() -> None:
+    for heads, kv, d, cap in ((32, 8, 128, 0.0), (64, 8, 128, 0.0), (32, 16, 128, 50.0)):
+        _paged(heads, kv, d, 8, 1, 4096, cap)
+        _paged(heads, kv, d, 64, 1, 4096, cap)
+        _paged(heads, kv, d, 4, 512, 4096, cap)
+
+
+@step("Attention of servers: Gemma 3 27B's wide heads")
+def _attention_of_gemma() -> None:
+    _paged(16, 8, 256, 8, 1, 4096)
+    _paged(16, 8, 256, 4, 512, 4096)

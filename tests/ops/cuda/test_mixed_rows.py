@@ -116,6 +116,6 @@ def test_a_server_s_step_goes_through_them() -> None:
     with recorded() as launches:
         got = test_runner.serve(runner, work, [7, 1])
     runner.close()
-    assert {"shrink", "expand"} <= {each.name for each in launches}
+    assert {"shrink", "expand", "paged_attention", "turn_and_store"} <= {each.name for each in launches}
     for g, w in zip(got, want, strict=True):
         test_runner.same(g, w)

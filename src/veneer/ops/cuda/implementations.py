@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from veneer.ops.choice import Implementation
-from veneer.ops.cuda import activations, launch, loss, mixed_rows, norms
+from veneer.ops.cuda import activations, launch, loss, mixed_rows, norms, paged
 
 IMPLEMENTATIONS: dict[str, Implementation] = {}
 """op -> how it is done on a GPU."""
@@ -56,3 +56,12 @@ _implements("token_nll")(loss.token_nll)
 # -- serving -----------------------------------------------------------------------------------------------------------
 
 _implements("mixed_rows")(mixed_rows.mixed_rows)
+
+
+def _takes_pages(q: Tensor, K: Tensor) -> bool:
+    return launch.takes(q, K) and q.dtype == K.dtype and q.shape[-1] % 2 == 0 and q.stride(-1) == 1
+
+
+_WANTS_PAGES = "heads that lie together, in the pages' dtype"
+_implements("paged_attention", _takes_pages, _WANTS_PAGES)(paged.paged_attention)
+_implements("turn_and_store", _takes_pages, _WANTS_PAGES)(paged.turn_and_store)

@@ -2,22 +2,25 @@
 
     out[t] = softmax(scale · q[t]·Kᵀ) · V      over the positions of t's own sequence up to its own, window at most
 
-On a CPU with AVX512-BF16 the pages are laid out for ops/cpu/serving.c, elsewhere as (block, place, head, d) for torch.
-Both give a token the same result whoever shares its batch: the first bit for bit, the second too with `tiles`, else
-within what rounding leaves, for torch adds up by the shape. A block is 16 tokens.
+On a CPU with AVX512-BF16 the pages are laid out for ops/cpu/serving.c, elsewhere as (block, place, head, d) for
+ops/cuda/paged.py and torch. All give a token the same result whoever shares its batch: the first bit for bit, torch too
+with `tiles`, else within what rounding leaves, for they add up by the shape. A block is 16 tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.ops.choice import chosen
 from veneer.ops.cpu import compiled
+from veneer.ops.sizes import tile_tokens
+from veneer.ops.transfer import put_numbers
 
 BLOCK = 16
 
@@ -33,6 +36,7 @@ class PackedRows:
     tables: Tensor
     bounds: list[int]
     lengths: list[int]
+    _tiles: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rows: Sequence[tuple[int, int, Sequence[int]]], device: torch.device) -> PackedRows:
@@ -40,22 +44,32 @@ class PackedRows:
         positions: list[int] = []
         slots: list[int] = []
         bounds = [0]
+        tables: list[int] = []
         widest = max(-(-end // BLOCK) for _, end, _ in rows)
-        tables = torch.zeros(len(rows), widest, dtype=torch.int64)
-        for r, (first, end, blocks) in enumerate(rows):
+        for first, end, blocks in rows:
             positions.extend(range(first, end))
             slots.extend(blocks[p // BLOCK] * BLOCK + p % BLOCK for p in range(first, end))
             used = -(-end // BLOCK)
-            tables[r, :used] = torch.tensor(blocks[:used])
+            tables += [*blocks[:used], *[0] * (widest - used)]
             bounds.append(bounds[-1] + end - first)
-        return cls(
-            torch.tensor(positions, device=device),
-            torch.tensor(slots, device=device),
-            torch.tensor(bounds, device=device),
-            tables.to(device),
-            bounds,
-            [end for _, end, _ in rows],
-        )
+        put = put_numbers(device, positions, slots, bounds, tables)
+        return cls(put[0], put[1], put[2], put[3].view(len(rows), widest), bounds, [end for _, end, _ in rows])
+
+    def tiles(self, tokens: int) -> Tensor:
+        """(tiles, 4): sequence, first row, rows (at most `tokens`), position of the first. Made once a step."""
+        if tokens not in self._tiles:
+            out: list[int] = []
+            for s, length in enumerate(self.lengths):
+                first, end = self.bounds[s], self.bounds[s + 1]
+                for at in range(first, end, tokens):
+                    out += [s, at, min(tokens, end - at), length - (end - at)]
+            self._tiles[tokens] = put_numbers(self.positions.device, out)[0].view(-1, 4)
+        return self._tiles[tokens]
+
+    @cached_property
+    def asked(self) -> int:
+        """The most tokens of any sequence in this step."""
+        return max(b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False))
 
     @cached_property
     def groups(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -122,7 +136,14 @@ class Pages:
                 len(batch.lengths), self.K[layer].data_ptr(), self.V[layer].data_ptr(), torch.get_num_threads(),
             )  # fmt: skip
             return
-        q, k, v = qkv.view(len(qkv), -1, self.d).split([self.heads, self.kv, self.kv], dim=1)
+        by_head = qkv.view(len(qkv), -1, self.d)
+        if (turn := chosen("turn_and_store", by_head, self.K[layer])) is not None:
+            turn(
+                qkv, self.K[layer], self.V[layer], rotary.cos, rotary.sin, rotary.q_norm, rotary.k_norm, rotary.eps,
+                batch.positions, batch.slots,
+            )  # fmt: skip
+            return
+        q, k, v = by_head.split([self.heads, self.kv, self.kv], dim=1)
         cos, sin = rotary.cos[batch.positions][:, None], rotary.sin[batch.positions][:, None]
         for part, weight in ((q, rotary.q_norm), (k, rotary.k_norm)):
             x = part.float() if weight is None else F.rms_norm(part.float(), (self.d,), weight.float(), rotary.eps)
@@ -150,6 +171,12 @@ class Pages:
         if self.native is None and self.tiles:
             return self._attend_tiles(layer, q[:, : self.heads * self.d], batch, scale, cap, window)
         if self.native is None:
+            by_head = q[:, : self.heads * self.d].unflatten(1, (self.heads, self.d))
+            if (run := chosen("paged_attention", by_head, self.K[layer])) is not None:
+                tokens = tile_tokens(self.heads, self.kv, batch.asked)
+                tiles, longest, pages = batch.tiles(tokens), max(batch.lengths), (self.K[layer], self.V[layer])
+                made: Tensor = run(by_head, *pages, tiles, batch.tables, longest, tokens, BLOCK, scale, cap, window)
+                return made.flatten(1)
             return self._attend_reference(layer, q[:, : self.heads * self.d], batch, scale, cap, window)
         out = q.new_empty(len(q), self.heads * self.d)
         self.native.paged_attend(

@@ -35,6 +35,7 @@ from veneer.models.text.probe import LENGTHS, WINDOW, OwnForward, short_windows
 from veneer.ops.cpu import compiled, memory
 from veneer.ops.cpu.sharing import shared
 from veneer.ops.quantised import Quantised
+from veneer.ops.transfer import put_numbers
 from veneer.serve.forward.llama import LlamaForward, layout_of, llama_forward, static_positions
 from veneer.serve.forward.lowrank import Group, PackedAdapter, Segments, low_rank_problems, pack_adapter
 from veneer.serve.forward.packed import (
@@ -231,7 +232,7 @@ class Runner:
 
     def _batch(self, rows: Sequence[RunnerRow]) -> tuple[PackedRows, Tensor]:
         batch = PackedRows.of([(r.first, r.first + len(r.tokens), r.blocks) for r in rows], self.base.device)
-        return batch, torch.tensor([t for r in rows for t in r.tokens], device=self.base.device)
+        return batch, put_numbers(self.base.device, [t for r in rows for t in r.tokens])[0]
 
     def _packed(self, rows: Sequence[RunnerRow]) -> Tensor:
         """Fused experts see the tokens of all rows together: rows whose mixes differ there go one mix after another."""
@@ -449,7 +450,7 @@ def _part(weight: QuantisedPacking, columns: list[tuple[int, int]], i: int) -> T
 def _wanted(rows: Sequence[RunnerRow], batch: PackedRows) -> Tensor:
     """The places in a batch after which logits are wanted."""
     places = [k for i, row in enumerate(rows) for k in range(batch.bounds[i + 1] - row.wants, batch.bounds[i + 1])]
-    return torch.tensor(places, dtype=torch.int64, device=batch.positions.device)
+    return put_numbers(batch.positions.device, places)[0]
 
 
 def _has_experts(adapter: Adapter) -> bool:
