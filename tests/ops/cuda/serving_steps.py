@@ -43,7 +43,7 @@ def _paged(heads: int, kv: int, d: int, sequences: int, asked: int, longest: int
     tokens = tile_tokens(heads, kv, asked)
     tiles = empty(sequences * -(-asked // tokens), 4, dtype=torch.int64)
     tables = empty(sequences, longest // 16, dtype=torch.int64)
-    q = qkv.view(len(qkv), -1, d)[:, :heads]
+    q = qkv.view(len(qkv), -1, d).narrow(1, 0, heads)
     paged.paged_attention(q, K, V, tiles, tables, longest, tokens, 16, d**-0.5, cap, 0)
 
 

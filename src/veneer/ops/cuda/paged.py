@@ -20,7 +20,7 @@ from veneer.ops.cuda.launch import block_count, kernel, power_of_2, product, run
 _SPAN, _ENOUGH = 512, 256  # keys of a part; programs that need no parts
 
 
-@kernel(varying=("q_stride", "table_width", "count", "span"))
+@kernel(varying=("table_width", "count", "span"))
 def _paged_attention(
     q, K, V, out, sums, tiles, tables, q_stride, table_width, count, span, kv, heads, scale, cap, window,
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -110,7 +110,7 @@ def paged_attention(
         part = torch.empty(parts, count, heads, d, dtype=torch.float32, device=q.device)
         sums = torch.full((parts, count, heads), -torch.inf, dtype=torch.float32, device=q.device)
         span = _SPAN
-    N = 32 if D * q.element_size() > 256 else 64
+    N = 32 if block > 16 or D * q.element_size() > 256 else 64
     run_kernel(
         _paged_attention, (len(tiles), kv, parts), q, K, V, part, sums, tiles, tables, q.stride(0), tables.shape[1],
         count, span, kv, heads, scale, cap or 1.0, window or 2**31 - 1, PAGE=page, D=d, BLOCK_D=D, GROUP=group,
