@@ -115,7 +115,7 @@ def paged_attention(
         _paged_attention, (len(tiles), kv, parts), q, K, V, part, sums, tiles, tables, q.stride(0), tables.shape[1],
         count, span, kv, heads, scale, cap or 1.0, window or 2**31 - 1, PAGE=page, D=d, BLOCK_D=D, GROUP=group,
         BLOCK_G=power_of_2(group), BLOCK_M=block, BLOCK_N=N, CAPPED=cap > 0, WHOLE=parts == 1, WIDE=wide(q.dtype),
-        num_warps=4, num_stages=2,
+        num_warps=8 if block > 16 and D > 128 else 4, num_stages=2,
     )  # fmt: skip
     if parts > 1:
         run_kernel(_join_parts, (count * heads,), part, sums, out, count, parts, heads, D=d, BLOCK_D=D, num_warps=1)
