@@ -32,6 +32,8 @@ def test_the_same_codes_stand_for_the_same_weights(kind: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"])
 def test_a_run_in_4_bits_learns_and_resumes(optimizer: str, tmp_path: Path) -> None:
+    if optimizer != "adamw":
+        pytest.importorskip("bitsandbytes")  # whose they are; `make gpu` has it
     with (tmp_path / "rows.jsonl").open("w") as file:
         for i in range(24):
             asked = {"role": "user", "content": f"The printer number {i} does not work."}
