@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.families import FAMILIES
+from veneer.plan.image import ImageLoad
 from veneer.plan.memory import Load
 from veneer.plan.tables import base_config, device_named
-from veneer.train.traced import traced_training
+from veneer.train.traced import traced_pictures, traced_training
 
 GPU = device_named("h100-80gb")
 
@@ -20,6 +21,36 @@ def test_a_step_of_every_family_waits_for_nothing(family: str) -> None:
     assert "rows without padding" in found.ways
     assert found.trace.at_peak["weights"] > 0
     assert found.trace.at_peak["optimizer"] >= 2 * found.trace.at_peak["adapter"]
+
+
+SMALL = {
+    "flux.1-dev": {
+        "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": [4, 6, 6],
+    },
+    "sdxl": {
+        "block_out_channels": [32, 64, 64], "transformer_layers_per_block": [1, 1, 1], "attention_head_dim": [2, 4, 4],
+        "cross_attention_dim": 32, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("quantise", [None, "int8"])
+@pytest.mark.parametrize("name", SMALL)
+def test_a_step_on_pictures_waits_for_nothing(name: str, quantise: str | None) -> None:
+    load = ImageLoad(pictures=2, height=64, width=64, rank=4, quantise=quantise)
+    found = traced_pictures({**base_config(name), **SMALL[name]}, load, GPU)
+    assert not found.waits
+    assert "Attention" in found.ways
+    assert found.trace.at_peak["optimizer"] >= 2 * found.trace.at_peak["adapter"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "off"), [("sdxl", 0.07), ("flux.1-dev", 0.05)])
+def test_pictures_at_true_size_are_as_they_are_counted(name: str, off: float) -> None:
+    found = traced_pictures(base_config(name), ImageLoad(), GPU)
+    assert not found.waits
+    assert abs(found.off) < off, (found.trace.at_peak, found.counted)
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ class ImageCounts:
     """The counts of one picture. `matrices`: parameters that a quantised base holds in 4 bits. `kept`: values of the
     base's dtype kept for the backward pass, `kept32`: bytes of float32 beside them; `inputs`: values that recomputing
     keeps; `block`: values of the largest block. `products`, `attention`, `low_rank`: operations, forward and backward.
-    `encoders`: parameters of text encoders and VAE."""
+    `encoders`: parameters of text encoders and VAE. `text`: tokens of a caption."""
 
     targets: frozenset[str]
     rank: int
@@ -79,6 +79,7 @@ class ImageCounts:
     attention: float = 0.0
     low_rank: float = 0.0
     encoders: int = 0
+    text: int = 0
     _learned: bool = field(default=False, repr=False)
     _before: float = field(default=0.0, repr=False)
 
@@ -167,8 +168,8 @@ def image_counts(
         raise ConfigError(f"veneer plan does not know the targets {targets!r}", fix=f"use {' or '.join(near)}")
     c = ImageCounts(frozenset(_TARGET_ENDINGS[targets]), rank, cuda)
     c.encoders = sum(config.get("encoders", {}).values()) + int(config.get("vae", 0))
-    tokens = text_tokens or int(config.get("text_tokens", 77 if kind == "sdxl" else 512))
-    IMAGE_FAMILIES[kind](c, config, height, width, tokens)
+    c.text = text_tokens or int(config.get("text_tokens", 77 if kind == "sdxl" else 512))
+    IMAGE_FAMILIES[kind](c, config, height, width, c.text)
     return c
 
 
@@ -358,8 +359,6 @@ def _transformer(counts: ImageCounts, n: int, d: int, cross: int, heads: int, de
         counts.linear("net.0.proj", n, d, 8 * d)
         counts.keep(n * 8 * d)
         counts.linear("net.2", n, 4 * d, d)
-        if counts.cuda:
-            counts.keep(n * 8 * d)  # torch's GEGLU keeps gelu's input and output apart
         counts.ends_block(n * d)
     counts.linear("proj_out_of_transformer", n, d, d)
 

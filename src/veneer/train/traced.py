@@ -1,16 +1,19 @@
-"""A training step of a text run followed on a GPU that is not there, beside what the plan counts for it.
+"""A training step followed on a GPU that is not there, beside what the plan counts for it.
 
-    found = traced_training(config, load, device)
+    found = traced_training(config, load, device)            of a language model
+    found = traced_pictures(config, load, device)            of a denoiser
     found.trace.peak, found.counted.peak · found.trace.waits
 
-The base is made of its config alone (models/text/bare.py); the step is the run's own: the loop's forward, loss,
-backward pass, clipping and optimizer over micro-batches of `load`. Two steps are taken, since the optimizer's state
-comes with the first; the second is what is told of.
+The base is made of its config alone (models/text/bare.py, models/image/bare.py); the step is the run's own: the loop's
+forward, loss, backward pass, clipping and optimizer over micro-batches of `load`. Two steps are taken, since the
+optimizer's state comes with the first; the second is what is told of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,14 +23,26 @@ from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import ConfigError
+from veneer.models.image.bare import bare_image, twin_denoiser
+from veneer.models.image.base import ImageBase
+from veneer.models.image.fast import fast_denoiser
+from veneer.models.image.memory import recomputing
+from veneer.models.image.predict import Conditioning
 from veneer.models.text.bare import bare_text, config_of, twin
 from veneer.models.text.fast import fast
+from veneer.plan.image import ImageLoad, image_counts, image_memory
 from veneer.plan.memory import Load, text_memory
 from veneer.plan.plan import Plan
 from veneer.plan.shape import model_shape
 from veneer.plan.tables import Device
 from veneer.plan.trace import Trace, traced
 from veneer.plan.traced import TracedStep
+from veneer.train.config.image import ImageTrainConfig
+from veneer.train.config.load import config_from
+from veneer.train.image.batches import ImageBatch, PlannedRow
+from veneer.train.image.encode import ImageLoss
+from veneer.train.image.preflight import parts_of
+from veneer.train.image.samples import training_layers
 from veneer.train.loop import Learner, Micro, Step, TrainingPlan, train
 from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.text.batches import Batch
@@ -41,9 +56,7 @@ def traced_plan(made: Plan, fields: Mapping[str, Any]) -> TracedStep:
     if made.planned is None or made.planned[0].offload:
         raise ConfigError("what does not fit on one GPU is not traced", fix="a smaller base, or quantise it")
     load, device = made.planned
-    if not isinstance(load, Load):
-        raise ConfigError("steps on pictures are not traced yet", fix="leave --trace out")
-    return traced_training(fields, load, device)
+    return traced_training(fields, load, device) if isinstance(load, Load) else traced_pictures(fields, load, device)
 
 
 def traced_training(fields: Mapping[str, Any], load: Load, device: Device) -> TracedStep:
@@ -70,7 +83,9 @@ def traced_training(fields: Mapping[str, Any], load: Load, device: Device) -> Tr
             with fast(model, like=how) as report:
                 trace.hold("weights", model.parameters())  # some lie together now
                 steps = [Step(tuple(_micro(load, config.vocab_size) for _ in range(min(load.micros, 2))))] * 2
-                learner = _Traced(model, parameters, optimizer, trace)
+                learner = _Traced(
+                    lambda batch: batch_loss(model, batch, torch.device("cuda")), parameters, optimizer, trace
+                )
                 train(learner, TrainingPlan(steps, Schedule.of("constant", 2)), optimizer)
                 ways = report.ways()
         shape = model_shape(model)
@@ -88,14 +103,79 @@ def _micro(load: Load, vocabulary: int) -> Micro:
     return Micro(load.tokens, batch.trained_tokens, (0,), lambda: batch)
 
 
+class _Told:
+    """What encoders say of captions, as it comes out of the caches: on the CPU."""
+
+    def __init__(self, base: ImageBase, tokens: int) -> None:
+        own, self.base = base.denoiser.config, base
+        wide = own.get("joint_attention_dim") or own.get("cross_attention_dim")
+        pooled = own.get("pooled_projection_dim")
+        if base.row.name == "sdxl":
+            pooled = own["projection_class_embeddings_input_dim"] - 6 * own["addition_time_embed_dim"]
+        vector = None if pooled is None else torch.zeros(1, pooled, dtype=base.dtype)
+        self.one = Conditioning(torch.zeros(1, tokens, wide, dtype=base.dtype), vector)
+
+    def text(self, captions: Sequence[str]) -> Conditioning:
+        return Conditioning.cat([self.one] * len(captions)).to(self.base.device)
+
+
+def traced_pictures(fields: Mapping[str, Any], load: ImageLoad, device: Device) -> TracedStep:
+    """One step of `load` on a denoiser of this config, with cached latents and texts. Raises as `traced_training`."""
+    dtype: torch.dtype = getattr(torch, load.dtype)
+    counts = image_counts(
+        fields, height=load.height, width=load.width, rank=load.rank, targets=load.targets, cuda=True
+    )  # fmt: skip
+    config, _ = config_from({"base": "traced", "data": {"pictures": "."}, "output": "traced", "adapter": {
+        "rank": load.rank, "targets": load.targets}})  # fmt: skip
+    assert isinstance(config, ImageTrainConfig)
+    how = twin_denoiser(fields, dtype)
+    with traced() as trace:
+        base = bare_image(fields, dtype=dtype, device="cuda", quantise=load.quantise)
+        trace.hold("weights", [*base.denoiser.parameters(), *base.denoiser.buffers()])
+        with attach(base.model) as attachment:
+            with torch.device("cuda"):
+                module, spec = parts_of(base, config)[base.row.denoiser]
+                made = create(module, spec, seed=0)
+                pairs = {f"{base.row.denoiser}.{name}": pair for name, pair in made.pairs.items()}
+                attachment.add("traced", replace(made, pairs=pairs), trainable=True)
+                del made, pairs
+            attachment.use("traced")
+            parameters = attachment.parameters("traced")
+            trace.hold("adapter", parameters.values())
+            optimizer = make_optimizer(parameters, learning_rate=1e-4)
+            optimizer.register_step_pre_hook(lambda *_: _name(trace, parameters))
+            loss = ImageLoss(base, config, _Told(base, counts.text))  # type: ignore[arg-type]
+            with training_layers(base, True), fast_denoiser(base.denoiser, like=how) as report:
+                trace.hold("weights", base.denoiser.parameters())
+                with recomputing(base) if load.checkpointing else nullcontext():
+                    steps = [Step(tuple(_pictures(base, load) for _ in range(min(load.micros, 2))))] * 2
+                    learner = _Traced(loss, parameters, optimizer, trace)
+                    train(learner, TrainingPlan(steps, Schedule.of("constant", 2)), optimizer)
+                    ways = report.summary()
+    return TracedStep(trace, image_memory(counts, load, device), ways, ends=("veneer/train/loop.py",))
+
+
+def _pictures(base: ImageBase, load: ImageLoad) -> Micro:
+    """A micro-batch of `load`."""
+    n, channels = load.pictures, int(base.denoiser.config["in_channels"])
+    side = base.vae_scale * (2 if base.row.name == "flux2" else 1)
+    channels = channels // base.row.patch**2 if base.row.name == "flux1" else channels
+    latents = torch.zeros(n, channels, load.height // side, load.width // side)
+    view: Any = None
+    rows = [PlannedRow(view, view, "", 1.0, (0, 0, slot)) for slot in range(n)]
+    batch = ImageBatch(latents, None, torch.zeros(n, 6), torch.ones(n), rows)
+    return Micro(n, n, (0,), lambda: batch, "pictures")
+
+
 class _Traced(Learner):
     def __init__(
-        self, model: Any, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, trace: Trace
-    ) -> None:
-        self.model, self.parameters, self.optimizer, self.trace = model, parameters, optimizer, trace
+        self, loss: Callable[[Any], Tensor], parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer, trace: Trace,
+    ) -> None:  # fmt: skip
+        self._loss, self.parameters, self.optimizer, self.trace = loss, parameters, optimizer, trace
 
-    def loss(self, batch: Batch) -> Tensor:
-        return batch_loss(self.model, batch, torch.device("cuda"))
+    def loss(self, batch: Any) -> Tensor:
+        return self._loss(batch)
 
     def score(self, interrupted: Callable[[], bool]) -> None:
         """There is nothing held out."""

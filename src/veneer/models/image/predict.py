@@ -53,8 +53,9 @@ class Conditioning:
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         """The same on another device and in another dtype (the mask keeps its own)."""
-        mask = None if self.mask is None else self.mask.to(device=device)
-        return replace(self._each(lambda t: t.to(device=device, dtype=dtype)), mask=mask)
+        later = device is not None and torch.device(device).type != "cpu"  # what comes from there has to be waited for
+        mask = None if self.mask is None else self.mask.to(device=device, non_blocking=later)
+        return replace(self._each(lambda t: t.to(device=device, dtype=dtype, non_blocking=later)), mask=mask)
 
     def detach(self) -> Conditioning:
         return self._each(lambda t: t.detach())
@@ -324,7 +325,8 @@ def predict(
         return out
     more |= {"timestep": t / 1000, "encoder_hidden_states": text.embeds}
     if takes:
-        g = torch.as_tensor(1.0 if guidance is None else guidance, dtype=torch.float32, device=latents.device)
+        g = torch.as_tensor(1.0 if guidance is None else guidance, dtype=torch.float32)
+        g = g.to(latents.device, non_blocking=True)
         more["guidance"] = g.expand(n)
     elif base.row.name in ("flux1", "qwen-image"):
         more["guidance"] = None

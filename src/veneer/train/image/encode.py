@@ -161,7 +161,8 @@ class ImageLoss:
 
     def __post_init__(self) -> None:
         self.times, self.noise = times_of(self.base, self.config), _noise_of(self.config)
-        self.alphas = None if self.base.prediction == "flow" else alphas_cumprod(self.base)
+        # beside the times, which are drawn on the CPU, so that nobody waits for the device
+        self.alphas = None if self.base.prediction == "flow" else alphas_cumprod(self.base).cpu()
         kept = self.config.loss.keep_guidance
         distilled = self.base.denoiser.config.get("guidance_embeds")
         self.guidance = (self.config.loss.guidance if kept is None else kept) if distilled else None
@@ -170,19 +171,23 @@ class ImageLoss:
         shape = batch.latents.shape[1:]
         noise, times = draw(shape, [row.key for row in batch.rows], self.base.prediction, self.times, self.noise)
         losses = self._rows(batch, noise, times)
-        weights = batch.weights.to(losses.device)
+        weights = batch.weights
         gamma = self.config.loss.snr_gamma
         if gamma is not None and self.alphas is not None:
-            weights = weights * min_snr_weight(times.to(losses.device), self.base.prediction, self.alphas, gamma)
-        return (weights * losses).sum()
+            weights = weights * min_snr_weight(times, self.base.prediction, self.alphas, gamma)
+        return (weights.to(losses.device, non_blocking=True) * losses).sum()
 
     def _rows(self, batch: ImageBatch, noise: Tensor, times: Tensor) -> Tensor:
         """The mean squared error of each row, (n,) in float32."""
         base = self.base
-        x, noise, times = batch.latents.to(base.device), noise.to(base.device), times.to(base.device)
-        noisy, target = noised(x, noise, times, base.prediction, self.alphas)
+
+        def there(t: Tensor) -> Tensor:
+            return t.to(base.device, non_blocking=True)
+
+        noisy, target = noised(there(batch.latents), there(noise), times, base.prediction, self.alphas)
+        times = there(times)
         text = self.encoders.text([row.caption for row in batch.rows])
-        sizes = batch.sizes.to(base.device) if base.family == "sdxl" else None
+        sizes = there(batch.sizes) if base.family == "sdxl" else None
         predicted = predict(base, noisy, times, text, sizes=sizes, guidance=self.guidance)
         if self.config.loss.keep_guidance is not None:
             # Pictures have no guidance in them: at g > 1 a distilled base predicts past what they say, and an adapter
@@ -191,7 +196,7 @@ class ImageLoss:
                 for guidance, sign in ((self.guidance, 1), (1.0, -1)):
                     own = predict(base, noisy, times, text, sizes=sizes, guidance=guidance)
                     target = target + sign * own.to(target.dtype)
-        return row_losses(predicted, target, None if batch.masks is None else batch.masks.to(base.device))
+        return row_losses(predicted, target, None if batch.masks is None else there(batch.masks))
 
     @torch.no_grad()
     def score(

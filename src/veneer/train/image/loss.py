@@ -124,10 +124,10 @@ def noised(
 ) -> tuple[Tensor, Tensor]:
     """(noisy latents, target), as the table above says; in the dtype of `latents`. `alphas_cumprod`: ᾱ by time."""
     if prediction == "flow":
-        sigma = times.to(latents.dtype).view(-1, 1, 1, 1)
+        sigma = times.to(latents.device, latents.dtype, non_blocking=True).view(-1, 1, 1, 1)
         return (1 - sigma) * latents + sigma * noise, noise - latents
     assert alphas_cumprod is not None
-    a = alphas_cumprod.to(latents.device, torch.float32)[times.to(latents.device)]
+    a = alphas_cumprod.float()[times.to(alphas_cumprod.device)].to(latents.device, non_blocking=True)
     signal, spread = a.sqrt().view(-1, 1, 1, 1).to(latents.dtype), (1 - a).sqrt().view(-1, 1, 1, 1).to(latents.dtype)
     target = noise if prediction == "epsilon" else signal * noise - spread * latents
     return signal * latents + spread * noise, target
@@ -137,7 +137,7 @@ def min_snr_weight(times: Tensor, prediction: _Prediction, alphas_cumprod: Tenso
     """min(SNR, γ) / SNR for epsilon, / (SNR + 1) for v, with SNR = ᾱ / (1 − ᾱ) (arXiv 2303.09556, section 3.4).
 
     At SNR 0 (a schedule with zero terminal SNR) epsilon's weight is its limit, 1. (n,) in float32."""
-    a = alphas_cumprod.to(times.device, torch.float32)[times]
+    a = alphas_cumprod.float()[times.to(alphas_cumprod.device)]
     snr = a / (1 - a)
     least = snr.clamp(max=gamma)
     return least / (snr + 1) if prediction == "v" else torch.where(snr > 0, least / snr.clamp_min(1e-38), 1.0)

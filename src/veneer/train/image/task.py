@@ -187,6 +187,7 @@ class ImageTask(Task[ImageData, ImageResult]):
             created = self._created()
             report.add(*layout_findings(created, base, config))
             attachment.add(NAME, created, trainable=True)
+            del created  # the attachment has its own copy
             attachment.use(NAME)
             undo.enter_context(training_layers(base, True))
             if not config.memory.offload_blocks:  # the fast paths hold on to weights

@@ -155,6 +155,7 @@ class TextTask(Task[TextData, RunResult]):
             if fresh is None:
                 fresh = create(model, config.adapter.spec(), seed=config.seed, original=base.original)
             attachment.add(NAME, fresh, trainable=True)
+            del fresh  # the attachment has its own copy
             attachment.use(NAME)
             undo.callback(model.train, model.training)
             model.train()
