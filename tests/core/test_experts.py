@@ -45,3 +45,4 @@ def test_low_rank_weights_answer_torchs_products(flipped: bool) -> None:
     torch.testing.assert_close(grouped[:2], flat[:2] @ dense[0])
     torch.testing.assert_close(grouped[2:5], flat[2:5] @ dense[2])
     assert not grouped[5:].any()
+    torch.testing.assert_close(experts.expert_product(flat, right, offsets), grouped, rtol=1e-4, atol=1e-5)

@@ -76,10 +76,7 @@ class AdaptedWeight:
                 return _add(func(x, weight.weight, *rest, **kwargs), x, weight.parts, torch.matmul)
             if name in ("_grouped_mm", "grouped_mm", "grouped_mm_fallback"):
                 offsets = kwargs["offs"] if "offs" in kwargs else rest[0]
-                y, parts = func(x, weight.weight, *rest, **kwargs), list(weight.parts)
-                if _has_grouped(x):  # as ops.linear has them: in the dtype of x, gradients in their own
-                    parts = [replace(p, A=p.A.to(x.dtype), B=p.B.to(x.dtype)) for p in parts]
-                return _add(y, x, parts, lambda u, v: _by_expert(u, v, offsets))
+                return _add_by_expert(func(x, weight.weight, *rest, **kwargs), x, weight.parts, offsets)
         if name in ("matmul", "bmm", "mm") and isinstance(args[0], AdaptedWeight) and isinstance(args[1], Tensor):
             return _left(func, args[0], args[1])
         dense = [a.dense() if isinstance(a, AdaptedWeight) else a for a in args]
@@ -96,6 +93,20 @@ def _add(y: Tensor, x: Tensor, parts: Sequence[LowRank], mul: Callable[[Tensor, 
     return out.to(y.dtype)
 
 
+def _add_by_expert(y: Tensor, x: Tensor, parts: Sequence[LowRank], offsets: Tensor) -> Tensor:
+    if _has_grouped(x):  # as ops.linear has them: in the dtype of x, gradients in their own
+        parts = [replace(p, A=p.A.to(x.dtype), B=p.B.to(x.dtype)) for p in parts]
+    return _add(y, x, parts, lambda u, v: _by_expert(u, v, offsets))
+
+
+def expert_product(x: Tensor, weight: Tensor | AdaptedWeight, offsets: Tensor) -> Tensor:
+    """Rows of x, sorted by expert, each times its expert's weight (experts, in, out): those up to offsets[0] times
+    weight[0], from there up to offsets[1] times weight[1], …"""
+    if isinstance(weight, AdaptedWeight):
+        return _add_by_expert(_by_expert(x, weight.weight, offsets), x, weight.parts, offsets)
+    return _by_expert(x, weight, offsets)
+
+
 def _left(product: Callable, weight: AdaptedWeight, v: Tensor) -> Tensor:
     """W·v + Σ s·B·(A·v)"""
     parts = [replace(p, A=p.B, B=p.A) for p in weight.parts]
@@ -109,7 +120,8 @@ def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         return _grouped(x, weight, offsets)
     out, start = [], 0
     for end, w in zip(offsets.tolist(), weight.unbind(0), strict=True):
-        out.append(x[start:end] @ w)
+        if end > start:
+            out.append(x[start:end] @ w)
         start = end
     joined: Tensor = torch.cat([*out, x.new_zeros(len(x) - start, weight.shape[-1])])
     return joined

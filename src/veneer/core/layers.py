@@ -475,13 +475,24 @@ class LoraExperts(Layer):
         return super().by_rows(rows, *args, **kwargs)
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
+        return _stand_in(self.base, self._adapted(mix))(*args, **kwargs)
+
+    def weights(self) -> dict[str, Any] | None:
+        """The base's parameters as they are under what is selected now, for who multiplies by them; None where that is
+        more than pairs on them: a mix for each row, full copies, deltas."""
+        mix = self.owner.selection.mix
+        if self.owner.selection.rows is not None or self.deltas(mix) or any(self.name in a.modules for a, _ in mix):
+            return None
+        return {**dict(self.base.named_parameters(recurse=False)), **self._adapted(mix)}
+
+    def _adapted(self, mix: Sequence[tuple[Adapter, float]]) -> dict[str, AdaptedWeight]:
         flipped = bool(getattr(self.base, "is_transposed", False))
         weights: dict[str, AdaptedWeight] = {}
         for parameter, weight in self.base.named_parameters(recurse=False):
             if pairs := self.pairs(mix, f"{self.name}.{parameter}"):
                 parts = [part for pair in pairs for part in _parts(*pair)]
                 weights[parameter] = AdaptedWeight(weight, [p.transposed() for p in parts] if flipped else parts)
-        return _stand_in(self.base, weights)(*args, **kwargs)
+        return weights
 
 
 def _parts(pair: Pair, strength: float, dropout: float) -> list[LowRank]:

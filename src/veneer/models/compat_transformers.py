@@ -29,6 +29,7 @@ TRANSFORMERS = Internals(
         "transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING",
         "transformers.quantizers.base.HfQuantizer._process_model_before_weight_loading",
         "transformers.quantizers.base.HfQuantizer.get_quantize_ops",
+        "transformers.quantizers.base.HfQuantizer.param_element_size",
         "transformers.quantizers.base.HfQuantizer.param_needs_quantization",
         "transformers.utils.chat_template_utils.render_jinja_template",
         "transformers.utils.quantization_config.QuantizationConfigMixin",

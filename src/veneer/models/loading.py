@@ -15,9 +15,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veneer.errors import BaseError, bullets
+
+if TYPE_CHECKING:
+    import torch
 
 _one_load = threading.RLock()
 _lock = threading.Lock()
@@ -56,6 +59,12 @@ def errors_only() -> Iterator[None]:
             _inside -= 1
             if _inside == 0:
                 _before.close()
+
+
+def straight_to(device: torch.device | None) -> dict[str, torch.device] | None:
+    """transformers' device_map for a model whose tensors go to `device` one by one as they are read, so that the host
+    needs the memory of a few; None for the CPU, where they are."""
+    return None if device is None or device.type == "cpu" else {"": device}
 
 
 def _matters(record: logging.LogRecord) -> bool:

@@ -27,7 +27,7 @@ from veneer.core.targets import expert_parameters
 from veneer.errors import BaseError, ConfigError, nearest
 from veneer.files.weights import StoredTensor
 from veneer.models.compat_transformers import TRANSFORMERS, register_quantiser
-from veneer.models.loading import loading
+from veneer.models.loading import loading, straight_to
 from veneer.ops.cpu import memory
 from veneer.ops.quantisation_formats import KINDS, SAVED_KINDS, Blocks4, Rows8, dynamic_map, four_bit_values
 from veneer.ops.quantised import Quantised, quantise
@@ -95,11 +95,12 @@ def _read(stored: StoredTensor) -> Tensor:
 
 
 def load_quantised(
-    path: Path, config: PreTrainedConfig, table: list[StoredTensor], kind: str, dtype: torch.dtype
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+    path: Path, config: PreTrainedConfig, table: list[StoredTensor], kind: str, dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> tuple[PreTrainedModel, dict[str, Any]]:  # fmt: skip
     """(the model of a base directory with its linear weights as `kind`, computing in `dtype`; transformers' loading
     info). `kind`: one of ops.quantisation_formats.KINDS, or "" for a checkpoint that is quantised already and kept as
-    it is."""
+    it is. `device`: where each weight goes as it is read, and is quantised; the CPU by default."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
@@ -108,24 +109,32 @@ def load_quantised(
     except KeyError:
         what = f"{config.model_type} is no causal language model that transformers knows"
         raise BaseError(what, where=str(path)) from None
-    return load_state(cls, config, lazy_state(table), kind, dtype)
+    return load_state(cls, config, lazy_state(table), kind, dtype, device)
 
 
 def load_state(
-    cls: Any, config: PreTrainedConfig, state: Mapping[str, LazyTensor], kind: str, dtype: torch.dtype
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+    cls: Any, config: PreTrainedConfig, state: Mapping[str, LazyTensor], kind: str, dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> tuple[PreTrainedModel, dict[str, Any]]:  # fmt: skip
     """(a model of transformers' class `cls` with these tensors, transformers' loading info). Those of
-    `quantised_weights` are quantised as `kind`; "": they come as they are to be, quantised or not."""
+    `quantised_weights` are quantised as `kind`; "": they come as they are to be, quantised or not. `device`: as
+    `load_quantised` has it."""
     with loading(), memory.returned_memory():
         model, info = cls.from_pretrained(
             None, config=config, state_dict=dict(state), dtype=dtype, quantization_config=_quantiser(kind),
-            output_loading_info=True,
+            output_loading_info=True, device_map=straight_to(device),
         )  # fmt: skip
     forget_quantiser(model)
-    # a loop over the experts that are asked for: batched products would dequantise all of them at once
-    if any(expert_parameters(m) for m in model.modules()):
-        model.set_experts_implementation("eager")
+    loop_over_experts(model, device)
     return model, info
+
+
+def loop_over_experts(model: Any, device: torch.device | None) -> None:
+    """How quantised experts are multiplied. On the CPU a loop over those that are asked for: batched products would
+    dequantise all of a layer at once. A GPU does that, for its host would have to wait to know which are asked for."""
+    if any(expert_parameters(m) for m in model.modules()):
+        there = device is not None and device.type == "cuda"
+        model.set_experts_implementation("grouped_mm" if there else "eager")
 
 
 def load_part(
@@ -189,7 +198,12 @@ def _quantiser_classes() -> tuple[Any, Any]:
     several loads may run at the same time."""
     operation: Any = TRANSFORMERS("transformers.core_model_loading.ConversionOps")
     mixin: Any = TRANSFORMERS("transformers.utils.quantization_config.QuantizationConfigMixin")
-    for name in ("_process_model_before_weight_loading", "get_quantize_ops", "param_needs_quantization"):
+    for name in (
+        "_process_model_before_weight_loading",
+        "get_quantize_ops",
+        "param_needs_quantization",
+        "param_element_size",
+    ):
         TRANSFORMERS(f"transformers.quantizers.base.HfQuantizer.{name}")
     from transformers.quantizers.base import HfQuantizer
 
@@ -222,6 +236,14 @@ def _quantiser_classes() -> tuple[Any, Any]:
         def get_quantize_ops(self) -> Any:
             config: Any = self.quantization_config
             return Quantise(config.kind)
+
+        def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
+            """Bytes a value, by which transformers asks a GPU for all of its memory at once."""
+            config: Any = self.quantization_config
+            if param_name in self.names and config.kind:
+                return quantised_bytes(param.shape, config.kind) / float(math.prod(param.shape))
+            plain: float = super().param_element_size(model, param_name, param)
+            return plain
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
             return False

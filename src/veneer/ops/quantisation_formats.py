@@ -24,6 +24,7 @@ from torch import Tensor
 
 from veneer.compat import BITSANDBYTES
 from veneer.ops.choice import chosen
+from veneer.ops.transfer import made_up
 
 KINDS = ("nf4", "fp4", "int8")
 SAVED_KINDS = ("nf4", "fp4")
@@ -115,6 +116,8 @@ class Blocks4:
     def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
         columns = self.shape[-1]
         start, count = first * columns, (last - first) * columns
+        if made_up(self.packed):  # the tables below are kept by device, and nobody else could use made-up ones
+            return torch.empty(last - first, columns, dtype=dtype, device=self.packed.device)
         library = _gpu_library(self.kind, self.block, self.packed.device.type)
         if library is not None and not start % self.block:
             return self._by_bitsandbytes(library, dtype, start, count).view(-1, columns)

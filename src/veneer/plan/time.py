@@ -71,7 +71,7 @@ def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
     quarter on a CPU and a fourteenth on a card (H100: 67 of 989 TFLOP/s)."""
     best = device.flops / (1 if dtype != "float32" else 4 if device.kind == "cpu" else 14)
     said = f"{_EFFICIENCY:.0%} of {best / 1e12:,.3g} TFLOP/s, {_BANDWIDTH:.0%} of {device.bandwidth / 1e9:,.0f} GB/s"
-    how = "a guess; veneer plan --calibrate measures it" if device.kind == "cpu" else "not measured"
+    how = "a guess; veneer plan --calibrate measures it" if device.kind == "cpu" else "both assumed"
     return Rates(_EFFICIENCY * best, _BANDWIDTH * device.bandwidth, f"{said}, {how}")
 
 

@@ -64,7 +64,7 @@ def traced_training(fields: Mapping[str, Any], load: Load, device: Device) -> Tr
     torch raises where two devices meet."""
     config = config_of(fields)
     dtype: torch.dtype = getattr(torch, load.dtype)
-    how = twin(config, dtype, load.quantise)
+    how = twin(config, dtype)
     with traced() as trace:
         model = bare_text(config, dtype=dtype, device="cuda", quantise=load.quantise)
         trace.hold("weights", [*model.parameters(), *model.buffers()])

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from veneer.core.targets import expert_parameters
 from veneer.errors import ConfigError
 from veneer.models.loading import loading
-from veneer.models.quantise import quantised_weights
+from veneer.models.quantise import loop_over_experts, quantised_weights
 from veneer.models.swap import FastReport
 from veneer.models.text.fast import fast
 from veneer.ops.quantisation_formats import empty_format
@@ -57,12 +56,12 @@ def bare_text(
             module = model.get_submodule(owner)
             code = empty_format(module.get_parameter(key).shape, str(quantise), torch.device(device))
             module._parameters[key] = nn.Parameter(Quantised(code, dtype), requires_grad=False)
-    if quantise and any(expert_parameters(m) for m in model.modules()):
-        model.set_experts_implementation("eager")
+    if quantise:
+        loop_over_experts(model, torch.device(device))
     return model.eval().requires_grad_(False)
 
 
-def twin(config: PreTrainedConfig, dtype: torch.dtype, quantise: str | None = None) -> FastReport:
+def twin(config: PreTrainedConfig, dtype: torch.dtype) -> FastReport:
     """What `fast` swaps on a small model of this config, with random weights on the CPU, and what it leaves and why.
 
     Small: few and narrow layers and experts, one of each kind; the rest of the config is the base's own."""
@@ -76,8 +75,6 @@ def twin(config: PreTrainedConfig, dtype: torch.dtype, quantise: str | None = No
             for name, parameter in model.named_parameters():
                 if parameter.ndim == 1 and "norm" in name:  # 1 + w fits no 16 bits for weights that were trained
                     parameter.normal_(1.0, 0.3)
-        if any(expert_parameters(m) for m in model.modules()) and quantise:
-            model.set_experts_implementation("eager")
     with fast(model) as how:
         return how
 

@@ -19,7 +19,7 @@ from veneer.errors import AdapterError, BaseError, ConfigError, lacks_memory
 from veneer.files.weights import StoredTensor, stored_dtype, tensor_table
 from veneer.models.device import check_memory, choose_device, choose_dtype, settle_threads
 from veneer.models.fingerprint import fingerprint
-from veneer.models.loading import check_loaded, errors_only, loading
+from veneer.models.loading import check_loaded, errors_only, loading, straight_to
 from veneer.models.quantise import check_kind, load_quantised, original_weight, quantised_bytes, saved_kind
 from veneer.models.sources import find_base, is_image_base
 from veneer.models.text.gguf import fast_headers, load_gguf, read_gguf_tokenizer
@@ -97,7 +97,7 @@ def load_text(
     kind, reason = choose_dtype(dtype, where, "BF16" if quantised else stored_dtype(table))
     check_memory(path, _bytes(table, kind, quantised), kind, where)
     digest = fingerprint(path, config, table)
-    model, notes = _load_model(path, config, kind, table, quantised, saved=quantise is None)
+    model, notes = _load_model(path, config, kind, table, quantised, where, saved=quantise is None)
     model.to(where)  # type: ignore[arg-type]
     model.eval()
     model.requires_grad_(False)
@@ -223,7 +223,13 @@ def _bytes(table: list[StoredTensor], dtype: torch.dtype, quantised: str) -> int
 
 
 def _load_model(
-    path: Path, config: PreTrainedConfig, dtype: torch.dtype, table: list[StoredTensor], quantised: str, saved: bool
+    path: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    table: list[StoredTensor],
+    quantised: str,
+    device: torch.device,
+    saved: bool,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     from transformers import AutoModelForCausalLM
 
@@ -234,7 +240,7 @@ def _load_model(
             if path.is_file():
                 return load_gguf(path, dtype), ("the weights come from a GGUF file, dequantised",)
             if quantised:
-                model, info = load_quantised(path, config, table, "" if saved else quantised, dtype)
+                model, info = load_quantised(path, config, table, "" if saved else quantised, dtype, device)
                 return model, (*check_loaded(path, info), _size_note(model, quantised))
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -244,6 +250,7 @@ def _load_model(
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                device_map=straight_to(device),
             )
         except Exception as error:
             if lacks_memory(error):

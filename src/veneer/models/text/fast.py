@@ -23,7 +23,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.layers import LoraLinear
+from veneer.core.experts import expert_product
+from veneer.core.layers import LoraExperts, LoraLinear
 from veneer.core.targets import base_of
 from veneer.models.compat_transformers import register_attention
 from veneer.models.swap import (
@@ -94,6 +95,7 @@ def _swap(
     with ExitStack() as swapped:
         _swap_norms(modules, report, swapped, like)
         _swap_mlps(modules, report, swapped, like)
+        _swap_experts(modules, report, swapped)
         with ExitStack() as attempt:
             before = dict(report.swapped), len(report.joins)
             problem = _swap_attention(model, modules, report, attempt) or _rows_problem(model, own, like)
@@ -193,6 +195,39 @@ def _mlp_forward(original: Callable[..., Any], join: Join, down: Join, act: str)
             out: Tensor = original(self, x)
             return out
         return gated_mlp(x, first, last, act)
+
+    return forward
+
+
+# -- experts -----------------------------------------------------------------------------------------------------------
+
+
+def _swap_experts(modules: list[tuple[str, nn.Module]], report: FastReport, undo: ExitStack) -> None:
+    """Llama 4's experts, each of which transformers gives every token, most of them as zeros."""
+    for _, module in modules:
+        kind = type(module).__name__
+        if kind == "Llama4TextMoe":
+            replace_forward(module, _routed_forward(type(module).forward), undo)
+            report.swapped[kind] = report.swapped.get(kind, 0) + 1
+
+
+def _routed_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, hidden_states: Tensor) -> Any:
+        experts = self.experts
+        own = experts.weights() if isinstance(experts, LoraExperts) else dict(experts.named_parameters(recurse=False))
+        x = hidden_states.reshape(-1, self.hidden_dim)
+        if own is None or torch.is_autocast_enabled(x.device.type):
+            return original(self, hidden_states)
+        scores, logits = self.router(x)
+        chosen = logits.topk(self.top_k, dim=1).indices
+        expert, order = chosen.flatten().sort(stable=True)
+        counts = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device)
+        ends = counts.index_add_(0, expert, torch.ones_like(expert)).cumsum(0)
+        token = order // self.top_k
+        given = x[token] * scores.gather(1, chosen).flatten()[order, None]  # what Llama 4 weighs is what experts read
+        gate, up = expert_product(given, own["gate_up_proj"], ends).chunk(2, dim=-1)
+        made = expert_product(up * experts.act_fn(gate), own["down_proj"], ends)
+        return self.shared_expert(x).index_add(0, token, made), logits
 
     return forward
 
