@@ -23,12 +23,13 @@ def put_numbers(device: torch.device, *lists: Sequence[int]) -> list[Tensor]:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device. To a GPU it goes from pinned memory, so that the copy is queued behind the work
-    before it and the CPU goes on; torch keeps pinned memory until its copy is done."""
+    """A tensor on a device. To a GPU it goes from pinned memory, so that the copy is queued behind the work before it
+    and the CPU goes on; torch keeps pinned memory until its copy is done. What comes from there has to be waited
+    for."""
     if device.type == "cpu":
-        return tensor
+        return tensor.to(device)
     if made_up(tensor):
-        return torch.empty_like(tensor, device=device)
-    if device.type == "cuda":
+        return tensor if tensor.device.type == device.type else torch.empty_like(tensor, device=device)
+    if device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

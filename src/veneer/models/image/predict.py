@@ -23,6 +23,7 @@ from veneer.errors import BaseError
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.image.base import ImageBase, pipeline, readers, text_settings
 from veneer.models.loading import errors_only
+from veneer.ops.transfer import sent
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,9 +54,12 @@ class Conditioning:
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         """The same on another device and in another dtype (the mask keeps its own)."""
-        later = device is not None and torch.device(device).type != "cpu"  # what comes from there has to be waited for
-        mask = None if self.mask is None else self.mask.to(device=device, non_blocking=later)
-        return replace(self._each(lambda t: t.to(device=device, dtype=dtype, non_blocking=later)), mask=mask)
+
+        def moved(t: Tensor) -> Tensor:
+            return t if device is None else sent(t, torch.device(device))
+
+        mask = None if self.mask is None else moved(self.mask)
+        return replace(self._each(lambda t: moved(t).to(dtype=dtype)), mask=mask)
 
     def detach(self) -> Conditioning:
         return self._each(lambda t: t.detach())
@@ -326,7 +330,7 @@ def predict(
     more |= {"timestep": t / 1000, "encoder_hidden_states": text.embeds}
     if takes:
         g = torch.as_tensor(1.0 if guidance is None else guidance, dtype=torch.float32)
-        g = g.to(latents.device, non_blocking=True)
+        g = sent(g, latents.device)
         more["guidance"] = g.expand(n)
     elif base.row.name in ("flux1", "qwen-image"):
         more["guidance"] = None

@@ -22,6 +22,7 @@ from veneer.models.swap import projection_of, report_of
 from veneer.ops.attention import RowLayout
 from veneer.ops.loss import token_nll
 from veneer.ops.sizes import ROW_STEP, few_sizes, padded_tokens
+from veneer.ops.transfer import sent
 
 _HEAD_CHUNK = 128
 """Positions whose logits exist at once where the head has to be called."""
@@ -69,7 +70,7 @@ def rows_nll(
     `rounded`: padding makes the tokens, and those of them whose output is wanted, one of `few_sizes`; None: where that
     pays. Real tokens come first, so neither their dropout nor anything else of them changes."""
     device = input_ids.device
-    at = trained.nonzero()[:, 0].to(device, non_blocking=True)
+    at = sent(trained.nonzero()[:, 0], device)
     count = len(at)
     if rounded is None:
         rounded = layout is None and _rounds(model.get_input_embeddings().weight)
@@ -106,9 +107,9 @@ def padded_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: T
     rows = nn.utils.rnn.pad_sequence(list(input_ids.split(list(lengths))), batch_first=True)
     wanted = nn.utils.rnn.pad_sequence(list(trained.split(list(lengths))), batch_first=True)
     mask = torch.arange(rows.shape[1])[None] < torch.tensor(list(lengths))[:, None]
-    mask = mask.long().to(rows.device, non_blocking=True)
+    mask = sent(mask.long(), rows.device)
     logits = model(input_ids=rows, attention_mask=mask, use_cache=False).logits
-    row, place = (at.to(rows.device, non_blocking=True) for at in wanted[:, 1:].nonzero(as_tuple=True))
+    row, place = (sent(at, rows.device) for at in wanted[:, 1:].nonzero(as_tuple=True))
     return F.cross_entropy(logits[row, place].float(), rows[row, place + 1], reduction="none")
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from veneer.models.image.base import text_length
 from veneer.models.image.predict import Conditioning, alphas_cumprod, embed_prompts, encode_pictures, predict
+from veneer.ops.transfer import sent
 from veneer.train.devices import ALONE, Devices
 from veneer.train.image.batches import ImageBatch, PlannedRow
 from veneer.train.image.cache import CacheEntry, LatentCache, TextCache
@@ -175,14 +176,14 @@ class ImageLoss:
         gamma = self.config.loss.snr_gamma
         if gamma is not None and self.alphas is not None:
             weights = weights * min_snr_weight(times, self.base.prediction, self.alphas, gamma)
-        return (weights.to(losses.device, non_blocking=True) * losses).sum()
+        return (sent(weights, losses.device) * losses).sum()
 
     def _rows(self, batch: ImageBatch, noise: Tensor, times: Tensor) -> Tensor:
         """The mean squared error of each row, (n,) in float32."""
         base = self.base
 
         def there(t: Tensor) -> Tensor:
-            return t.to(base.device, non_blocking=True)
+            return sent(t, base.device)
 
         noisy, target = noised(there(batch.latents), there(noise), times, base.prediction, self.alphas)
         times = there(times)

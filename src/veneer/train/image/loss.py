@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.ops.transfer import sent
+
 _Prediction = Literal["epsilon", "v", "flow"]
 
 
@@ -124,10 +126,10 @@ def noised(
 ) -> tuple[Tensor, Tensor]:
     """(noisy latents, target), as the table above says; in the dtype of `latents`. `alphas_cumprod`: ᾱ by time."""
     if prediction == "flow":
-        sigma = times.to(latents.device, latents.dtype, non_blocking=True).view(-1, 1, 1, 1)
+        sigma = sent(times, latents.device).to(latents.dtype).view(-1, 1, 1, 1)
         return (1 - sigma) * latents + sigma * noise, noise - latents
     assert alphas_cumprod is not None
-    a = alphas_cumprod.float()[times.to(alphas_cumprod.device)].to(latents.device, non_blocking=True)
+    a = sent(alphas_cumprod.float()[times.to(alphas_cumprod.device)], latents.device)
     signal, spread = a.sqrt().view(-1, 1, 1, 1).to(latents.dtype), (1 - a).sqrt().view(-1, 1, 1, 1).to(latents.dtype)
     target = noise if prediction == "epsilon" else signal * noise - spread * latents
     return signal * latents + spread * noise, target

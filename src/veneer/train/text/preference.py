@@ -40,6 +40,7 @@ from torch import Tensor
 from veneer.models.shard import CallWithWeights, call_whole
 from veneer.models.text.loss import row_logps
 from veneer.ops import loss as formulas
+from veneer.ops.transfer import sent
 from veneer.train.checkpoint import disk_errors
 from veneer.train.config.text import PreferenceSection, TrainConfig
 from veneer.train.devices import ALONE, Devices
@@ -240,7 +241,7 @@ class Preference:
     def loss(self, batch: AnswerBatch) -> Tensor:
         """Σ loss over the items of the batch. Before `know` the reference is the policy itself, as at the start."""
         device = self.base.device
-        return self.call(self._loss, batch.input_ids.to(device, non_blocking=True), batch, batch.trained)
+        return self.call(self._loss, sent(batch.input_ids, device), batch, batch.trained)
 
     def _loss(self, ids: Tensor, batch: AnswerBatch, trained: Tensor) -> Tensor:
         logps = row_logps(self.base.model, ids, batch.lengths, trained)

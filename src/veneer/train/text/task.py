@@ -35,6 +35,7 @@ from veneer.models.swap import without_dropout
 from veneer.models.text.base import load_text
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import text_loss
+from veneer.ops.transfer import sent
 from veneer.train import loop
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig
@@ -234,7 +235,7 @@ def recompute_activations(model: Any) -> None:
 
 def batch_loss(model: Any, batch: Batch, device: torch.device, call: CallWithWeights = call_whole) -> Tensor:
     """Σ NLL over the trained tokens of a batch, whose rows are on the CPU: the host waits for no device."""
-    return call(text_loss, model, batch.input_ids.to(device, non_blocking=True), batch.lengths, batch.trained)
+    return call(text_loss, model, sent(batch.input_ids, device), batch.lengths, batch.trained)
 
 
 class AttachedText(AttachedTask[RunResult]):
