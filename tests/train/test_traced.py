@@ -29,14 +29,14 @@ SMALL = {
         "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": [4, 6, 6],
     },
     "sdxl": {
-        "block_out_channels": [32, 64, 64], "transformer_layers_per_block": [1, 1, 1], "attention_head_dim": [2, 4, 4],
-        "cross_attention_dim": 32, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
+        "block_out_channels": [32, 64], "transformer_layers_per_block": [1, 1], "attention_head_dim": [2, 4],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "layers_per_block": 1,
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "cross_attention_dim": 32, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
     },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("quantise", [None, "int8"])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(("name", "quantise"), [("sdxl", None), ("flux.1-dev", None), ("flux.1-dev", "int8")])
 def test_a_step_on_pictures_waits_for_nothing(name: str, quantise: str | None) -> None:
     load = ImageLoad(pictures=2, height=64, width=64, rank=4, quantise=quantise)
     found = traced_pictures({**base_config(name), **SMALL[name]}, load, GPU)

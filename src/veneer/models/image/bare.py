@@ -32,8 +32,7 @@ _OWN = {"sdxl": {"addition_embed_type": "text_time", "use_linear_projection": Tr
 """What makes SDXL's U-Net one, and is no size."""
 _SMALL: dict[str, dict[str, Any]] = {
     "sdxl": {
-        "block_out_channels": [32, 64, 64], "transformer_layers_per_block": [1, 1, 1], "attention_head_dim": [2, 4, 4],
-        "cross_attention_dim": 32, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
+        "layers_per_block": 1, "cross_attention_dim": 32, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
     },
     "flux1": {
         "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
@@ -107,6 +106,11 @@ def twin_denoiser(fields: Mapping[str, Any], dtype: torch.dtype) -> DenoiserRepo
     row, fields = _family(fields)
     with torch.random.fork_rng(devices=[]), loading():
         torch.manual_seed(0)
-        denoiser = _denoiser(row, {**fields, **_SMALL.get(row.name, {})}, dtype)
+        small = {**fields, **_SMALL.get(row.name, {})}
+        if row.name == "sdxl":  # as many levels, each narrow and shallow
+            deep = len(small["block_out_channels"]) - 1
+            small |= {"block_out_channels": [32, *[64] * deep], "attention_head_dim": [2, *[4] * deep]}
+            small |= {"transformer_layers_per_block": [1] * (deep + 1)}
+        denoiser = _denoiser(row, small, dtype)
     with fast_denoiser(denoiser) as how:
         return how
