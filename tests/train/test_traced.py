@@ -31,7 +31,8 @@ SMALL = {
     "sdxl": {
         "block_out_channels": [32, 64], "transformer_layers_per_block": [1, 1], "attention_head_dim": [2, 4],
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "layers_per_block": 1,
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "cross_attention_dim": 32, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "cross_attention_dim": 32,
+        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
     },
 }  # fmt: skip
 

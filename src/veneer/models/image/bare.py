@@ -32,7 +32,8 @@ _OWN = {"sdxl": {"addition_embed_type": "text_time", "use_linear_projection": Tr
 """What makes SDXL's U-Net one, and is no size."""
 _SMALL: dict[str, dict[str, Any]] = {
     "sdxl": {
-        "layers_per_block": 1, "cross_attention_dim": 32, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
+        "layers_per_block": 1, "cross_attention_dim": 32, "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 80,
     },
     "flux1": {
         "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
