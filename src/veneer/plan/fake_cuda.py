@@ -54,7 +54,8 @@ def fake_cuda(*, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
         )  # fmt: skip
         answers: dict[str, Any] = {
             "get_device_capability": capability, "get_device_properties": about, "current_device": 0,
-            "get_device_name": "fake", "is_bf16_supported": True,
+            "get_device_name": "fake", "is_bf16_supported": True, "mem_get_info": (80 << 30, 80 << 30),
+            "memory_reserved": 0, "memory_allocated": 0,
         }  # fmt: skip
         for name, answer in answers.items():
             undo.enter_context(mock.patch.object(torch.cuda, name, lambda *_, _a=answer, **__: _a))
