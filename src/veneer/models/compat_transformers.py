@@ -36,6 +36,10 @@ TRANSFORMERS = Internals(
     ),
 )
 
+PRE_NORM_LAYERS = {"llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer", "qwen2": "Qwen2DecoderLayer"}
+"""Family -> its layer's class, where that is h + attention(norm(h)), then h + mlp(norm(h)), and nothing else: the last
+one may then work on trained tokens alone. models/text/fast.py checks it on the model at hand; plans count with it."""
+
 _lock = threading.Lock()
 _registered: set[str] = set()
 

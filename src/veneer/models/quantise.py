@@ -107,7 +107,7 @@ def load_quantised(
     try:
         cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError:
-        what = f"{config.model_type} is no causal language model that transformers knows"
+        what = f"{config.model_type} is not a causal language model that transformers knows"
         raise BaseError(what, where=str(path)) from None
     return load_state(cls, config, lazy_state(table), kind, dtype, device)
 
@@ -311,8 +311,8 @@ def _rows_of(codes: StoredTensor, scale: StoredTensor) -> Callable[[], Tensor]:
 
 
 def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> Callable[[], Tensor]:
-    """A 4-bit weight of bitsandbytes: codes in `weight`, constants in weight.absmax and so on, and what is no tensor as
-    JSON in the bytes of one."""
+    """A 4-bit weight of bitsandbytes: codes in `weight`, constants in weight.absmax and so on, and what is not a tensor
+    as JSON in the bytes of one."""
     kind = state.rpartition("__")[2]
 
     def read() -> Tensor:

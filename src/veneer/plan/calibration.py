@@ -1,7 +1,7 @@
 """What this machine was measured to do, kept under the veneer home: one record a device.
 
-    record = measured("smollm2-135m")      short real steps of two sizes: achieved rate, bandwidth, process
-    keep(record) · kept(device_key)        plan-calibration.json
+    record = calibrate("smollm2-135m")                         short real steps of two sizes: rate, bandwidth, process
+    write_calibration(record) · read_calibration(device_key)   plan-calibration.json
 
 Two steps of different sizes give two equations in 1/rate and 1/bandwidth; peak memory less what is counted gives the
 process itself.
@@ -121,7 +121,7 @@ def _has_bf16() -> bool:
         return False
 
 
-def in_tiles(shape: TextShape, dtype: torch.dtype, lengths: Sequence[int]) -> bool:
+def _in_tiles(shape: TextShape, dtype: torch.dtype, lengths: Sequence[int]) -> bool:
     """Whether attention of such rows of a base goes in tiles on this CPU; measured now where it has not been."""
     from veneer.ops.attention import goes_in_tiles
 
@@ -129,6 +129,19 @@ def in_tiles(shape: TextShape, dtype: torch.dtype, lengths: Sequence[int]) -> bo
     return first is not None and goes_in_tiles(
         dtype, lengths, first.heads, first.kv_heads, first.head_dim, first.window
     )
+
+
+def device_here(where: torch.device, dtype: torch.dtype, shape: TextShape, lengths: Sequence[int]) -> Device:
+    """The device that torch computes on: a card, or this CPU with the kernels that run for a base and for such rows."""
+    import torch
+
+    from veneer.ops.cpu import compiled
+
+    if where.type == "cuda":
+        return device_of_card(torch.cuda.get_device_name(where), int(torch.cuda.mem_get_info(where)[1]))
+    low_rank = compiled.has("thin_add", "thin_through", "thin_gradients")
+    tiles = _in_tiles(shape, dtype, lengths)
+    return cpu_device(native=compiled.kernels() is not None, low_rank=low_rank, tiles=tiles)
 
 
 def device_key(device: Device, dtype: str) -> str:
@@ -157,22 +170,13 @@ def calibrate(
     """Takes short training steps of two sizes on the device that training would choose, and measures them.
 
     Raises what loading the base raises, and ResourceError where there is no memory for 1,024 tokens."""
-    import torch
-
     from veneer.models.text.base import load_text
-    from veneer.ops.cpu import compiled
 
     base = load_text(name, dtype=dtype, say=say)
     shape = model_shape(base.model)
     dtype = str(base.dtype).removeprefix("torch.")
     cuda = base.device.type == "cuda"
-    native = not cuda and compiled.kernels() is not None
-    low_rank = not cuda and compiled.has("thin_add", "thin_through", "thin_gradients")
-    tiles = not cuda and in_tiles(shape, base.dtype, (512, 512))
-    device = Device("cpu", "cpu", 0, 0.0, 0.0, native=native, low_rank=low_rank, tiles=tiles)
-    if cuda:
-        total = torch.cuda.mem_get_info(base.device)[1]
-        device = device_of_card(torch.cuda.get_device_name(base.device), int(total))
+    device = device_here(base.device, base.dtype, shape, (512, 512))
     loads = [Load((512, 512), 0.25, rank=rank, dtype=dtype), Load((64, 64), 0.25, rank=rank, dtype=dtype)]
     timed: list[tuple[Work, float]] = []
     peak = 0
@@ -191,7 +195,7 @@ def calibrate(
     return Calibration(device_key(device, dtype), rate, bandwidth, max(0, peak - counted), name, dtype)
 
 
-def _steps(base: Any, load: Load, rank: int, thread_count: int = 6) -> float:
+def _steps(base: Any, load: Load, rank: int, count: int = 6) -> float:
     """The shortest of the steps after the first, in seconds: what else the machine does only adds to a step."""
     import torch
 
@@ -212,7 +216,7 @@ def _steps(base: Any, load: Load, rank: int, thread_count: int = 6) -> float:
         model.train()
         try:
             with fast(model):
-                for _ in range(thread_count):
+                for _ in range(count):
                     ids, trained = _random_rows(base, load, generator)
                     began = time.perf_counter()
                     loss = text_loss(model, ids, load.lengths, trained)

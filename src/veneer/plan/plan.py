@@ -117,24 +117,15 @@ _MemoryOf = Callable[[Any, Device], Memory]
 _WorkOf = Callable[[Any, Device], Work]
 
 
-@dataclass(frozen=True)
-class _Fitted:
-    memory: Memory
-    peak: int
-    changes: tuple[Change, ...]
-    planned: tuple[Any, Device] | None
-    planned_memory: Memory | None
-
-
 def _fitted(
     load: AnyLoad, device: Device, rates: Rates, limit: int, memory_of: _MemoryOf, work_of: _WorkOf,
     units: Callable[[Any], int],
-) -> _Fitted:  # fmt: skip
-    """Whether it fits, and what makes it. `units`: tokens or pictures of a load."""
+) -> tuple[Memory, int, tuple[Change, ...], tuple[Any, Device] | None, Memory | None]:  # fmt: skip
+    """(memory, peak, changes, planned, planned_memory), as a Plan has them. `units`: tokens or pictures of a load."""
     memory = memory_of(load, device)
     peak = each_holds(memory, device)
     if peak <= limit:
-        return _Fitted(memory, peak, (), (load, device), memory)
+        return memory, peak, (), (load, device), memory
 
     def need(load: AnyLoad, device: Device) -> tuple[int, float]:
         seconds = rates.seconds(work_of(load, device), device.count)
@@ -142,9 +133,9 @@ def _fitted(
 
     changes = tuple(cheapest(load, device, need, limit))
     if not changes:
-        return _Fitted(memory, peak, (), None, None)
+        return memory, peak, (), None, None
     planned = changes[0].load, changes[0].device
-    return _Fitted(memory, peak, changes, planned, memory_of(*planned))
+    return memory, peak, changes, planned, memory_of(*planned)
 
 
 def text_plan(
@@ -154,22 +145,22 @@ def text_plan(
     """The plan of a run on text. `room`: bytes that may be used of each device, by default what is usable of it.
     `process`: bytes of the process, as calibrated."""
     limit = usable_memory(device) if room is None else room
-    found = _fitted(
+    memory, peak, changes, planned, planned_memory = _fitted(
         load, device, rates, limit, lambda load, device: text_memory(shape, load, device, process=process),
         lambda load, device: text_work(shape, load, device), lambda load: load.tokens,
     )  # fmt: skip
     rank = load.spec.rank if load.spec is not None else load.rank
     seconds = served = None
     keeps = 0
-    if found.planned is not None and found.planned_memory is not None:
+    if planned is not None and planned_memory is not None:
         seconds = run_seconds(
-            shape, *found.planned, rates, rows=job.rows, epochs=job.passes, held_out=job.held_out,
-            tokens_per_row=min(job.tokens_per_row, found.planned[0].longest), evaluations=job.evaluations,
+            shape, *planned, rates, rows=job.rows, epochs=job.passes, held_out=job.held_out,
+            tokens_per_row=min(job.tokens_per_row, planned[0].longest), evaluations=job.evaluations,
         )  # fmt: skip
-        if found.planned[0].quantise:
-            keeps = kept_dequantised(shape, found.planned_memory, limit)
+        if planned[0].quantise:
+            keeps = kept_dequantised(shape, planned_memory, limit)
     if traffic is not None:
-        quantise = load.quantise if found.planned is None else found.planned[0].quantise
+        quantise = load.quantise if planned is None else planned[0].quantise
         served = serving(shape, device, rates, traffic, rank=rank, dtype=load.dtype, quantise=quantise)
     trainable = pair_parameters(shape, load.spec, rank=load.rank) + load.whole
     times = f"{job.rows:,} rows of {job.tokens_per_row:,.0f} tokens, {job.passes:.3g} times"
@@ -182,8 +173,8 @@ def text_plan(
         *(("note", note) for note in notes),
     )
     return Plan(
-        base, shape.parameters, trainable, device, job, found.memory, found.peak, limit, found.changes, found.planned,
-        found.planned_memory, seconds, rates, facts, keeps, served, traffic,
+        base, shape.parameters, trainable, device, job, memory, peak, limit, changes, planned,
+        planned_memory, seconds, rates, facts, keeps, served, traffic,
     )  # fmt: skip
 
 
@@ -204,13 +195,13 @@ def image_plan(
     def of(load: ImageLoad) -> ImageCounts:
         return counts(load.height, load.width, load.rank)
 
-    found = _fitted(
+    memory, peak, changes, planned, planned_memory = _fitted(
         load, device, rates, limit, lambda load, device: image_memory(of(load), load, device, process=process),
         lambda load, device: image_work(of(load), load, device), lambda load: load.pictures,
     )  # fmt: skip
     seconds = None
-    if found.planned is not None:
-        own, where = found.planned
+    if planned is not None:
+        own, where = planned
         one = rates.seconds(image_work(of(own), own, where), where.count)
         seconds = one / own.pictures * job.rows * job.passes
     c = of(load)
@@ -226,8 +217,8 @@ def image_plan(
         text += f"captions are encoded, before step one; with the whole denoiser beside them {encoding / 1e9:.1f} GB"
         facts.append(("note", text))
     return Plan(
-        base, c.parameters, c.trainable, device, job, found.memory, found.peak, limit, found.changes, found.planned,
-        found.planned_memory, seconds, rates, tuple(facts),
+        base, c.parameters, c.trainable, device, job, memory, peak, limit, changes, planned,
+        planned_memory, seconds, rates, tuple(facts),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, nearest
+from veneer.models.compat_transformers import PRE_NORM_LAYERS
 
 if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
@@ -178,16 +179,12 @@ def text_shape(config: Config) -> TextShape:
         tied = bool(values.get("tie_word_embeddings", family.startswith("gemma")))
         return TextShape(
             family, values["hidden_size"], values.get("vocab_size", _GEMMA["vocab_size"]), layers, tied,
-            values.get("max_position_embeddings"), keeps=family in _KEEPS,
+            values.get("max_position_embeddings"), keeps=family in PRE_NORM_LAYERS,
         )  # fmt: skip
     except KeyError as error:
         raise ConfigError(
             f"the config of this {family} has no {error.args[0]!r}", fix="give the whole config.json"
         ) from None
-
-
-_KEEPS = {"llama", "mistral", "qwen2"}
-"""Families whose last layer models/text/fast.py runs on trained tokens alone."""
 
 
 def _attention(c: Config, *, biases: bool = False, head_norms: bool = False, window: int | None = None) -> LayerShape:
@@ -363,5 +360,5 @@ def module_shape(model: Any) -> TextShape:
     tied = head is None or head.weight is embedding.weight
     return TextShape(
         str(config.model_type), hidden, rows, built, tied, getattr(config, "max_position_embeddings", None),
-        keeps=str(config.model_type) in _KEEPS,
+        keeps=str(config.model_type) in PRE_NORM_LAYERS,
     )  # fmt: skip

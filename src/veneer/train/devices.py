@@ -15,7 +15,7 @@ job or Ray start such processes and say in the environment who each is (RANK, WO
 MASTER_PORT); `launch` starts them on one machine.
 
 When one fails, all end: it leaves its error in the store they share and goes; whoever waits for it finds the error
-there and raises the same one, marked as `told`, so that a person reads it once.
+there and raises the same one, marked as `already_shown`, so that a person reads it once.
 """
 
 from __future__ import annotations

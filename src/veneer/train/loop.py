@@ -395,7 +395,7 @@ def _evaluate_if_due(loop: _Loop) -> bool:
             f"the validation loss after step {progress.step} is not finite",
             fix="lower optimizer.learning_rate, or look at the validation rows; no later state was saved",
         )
-    # What the run began with is in the contest: an adapter that is no better than that is not the best of anything.
+    # What the run began with counts too: an adapter that is not better than that is not the best.
     if progress.step == 0:
         progress.first_loss = score.loss
     to_beat = [loss for loss in (progress.first_loss, progress.best_loss) if loss is not None]

@@ -7,6 +7,7 @@ plan_of_config(file, …)      neither: rows are counted, tokens guessed by thei
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,12 @@ from veneer.plan.memory import CPU_LATER, CPU_PROCESS, Load, weight_bytes
 from veneer.plan.plan import Plan, TrainingJob, image_plan, text_plan
 from veneer.plan.serving import Traffic
 from veneer.plan.shape import model_shape, pair_parameters, text_shape
-from veneer.plan.tables import Device, base_config, device_of_card
-from veneer.train.config.text import BaseSection, TrainConfig
+from veneer.plan.tables import Device, base_config
+from veneer.train.config.text import TrainConfig
 from veneer.train.preflight import held_memory
 
 if TYPE_CHECKING:
+    from veneer.core.adapter import LoraSpec
     from veneer.train.config.image import ImageTrainConfig
 
 _CHARACTERS = 4
@@ -37,17 +39,16 @@ def load_of(
     micros = [[lengths[i] for i in micro] for step in steps for micro in step]
     return Load(
         tuple(max(micros, key=sum, default=[1])), trained, max((len(step) for step in steps), default=1),
-        config.adapter.rank, config.adapter.spec() if _special(config) else None, dtype,
-        getattr(config.base, "quantise", None), checkpointing=checkpointing, optimizer=config.optimizer.name,
-        whole=whole,
+        config.adapter.rank, _special_pairs(config), dtype, config.base.quantise, checkpointing=checkpointing,
+        optimizer=config.optimizer.name, whole=whole,
     )  # fmt: skip
 
 
-def _special(config: TrainConfig) -> bool:
-    """Whether the pairs are others than one of the same rank on every linear, or begin as a part of the base."""
+def _special_pairs(config: TrainConfig) -> LoraSpec | None:
+    """The pairs where they are others than one of the same rank on every linear, or begin as a part of the base."""
     a = config.adapter
     other = a.exclude or a.rank_pattern or a.layers is not None or a.dora or a.init in ("pissa", "olora")
-    return a.targets != "all-linear" or bool(other)
+    return a.spec() if other or a.targets != "all-linear" else None
 
 
 def plan_of_run(
@@ -56,25 +57,16 @@ def plan_of_run(
 ) -> Plan:  # fmt: skip
     """The plan of a run about to start. `items`: what a step is made of. `trainable`: parameters. `held_out`: rows.
     `room`: bytes that are free beside what is in memory already."""
-    from veneer.ops.cpu import compiled
-    from veneer.plan.calibration import cpu_device, in_tiles, rates_here
+    from veneer.plan.calibration import device_here, rates_here
 
     lengths = [item.tokens for item in items]
     tokens = sum(lengths)
     shape = model_shape(base.model)
     weight = next(base.model.parameters())
-    if weight.device.type == "cuda":
-        import torch
-
-        name, total = torch.cuda.get_device_name(weight.device), torch.cuda.mem_get_info(weight.device)[1]
-        device = device_of_card(name, int(total))
-    else:
-        low_rank = compiled.has("thin_add", "thin_through", "thin_gradients")
-        tiles = in_tiles(shape, getattr(base, "dtype", weight.dtype), [max(lengths, default=1)])
-        device = cpu_device(native=compiled.kernels() is not None, low_rank=low_rank, tiles=tiles)
-    dtype = str(getattr(base, "dtype", weight.dtype)).removeprefix("torch.")
-    a = config.adapter
-    pairs = pair_parameters(shape, a.spec() if _special(config) else None, rank=a.rank)
+    kind = getattr(base, "dtype", weight.dtype)
+    device = device_here(weight.device, kind, shape, [max(lengths, default=1)])
+    dtype = str(kind).removeprefix("torch.")
+    pairs = pair_parameters(shape, _special_pairs(config), rank=config.adapter.rank)
     load = load_of(
         config, lengths, trained=sum(item.learned for item in items) / max(1, tokens), checkpointing=checkpointing,
         dtype=dtype, whole=max(0, trainable - pairs),
@@ -97,18 +89,18 @@ def still_needed(memory: Any, device: Device) -> int:
 def _job(config: TrainConfig, rows: int, tokens: float, held_out: int) -> TrainingJob:
     batching = config.batching
     batch = batching.rows if batching.mode == "bucket" else max(1, round((batching.tokens or 1) / max(1.0, tokens)))
-    scored = min(held_out, config.evaluation.rows or held_out)
-    epochs = float(config.epochs or 1)
-    job = TrainingJob(rows, tokens, epochs, batch, config.steps)
+    job = TrainingJob(rows, tokens, float(config.epochs or 1), batch, config.steps)
     every = config.evaluation.every
     times = job.passes if every == "epoch" else job.total_steps / int(every)
-    return TrainingJob(rows, tokens, epochs, batch, config.steps, scored, int(times) + config.evaluation.at_start)
+    scored = min(held_out, config.evaluation.rows or held_out)
+    return replace(job, held_out=scored, evaluations=int(times) + config.evaluation.at_start)
 
 
 def to_be_set(plan: Plan) -> str:
     """The first change that a text configuration can say, as settings; nothing where there is none."""
-    known = {"memory.activation_checkpointing", "batching.micro_rows", "data.max_length", "adapter.rank"}
-    known |= {"base.quantise"} if "quantise" in BaseSection.model_fields else set()
+    known = {
+        "memory.activation_checkpointing", "batching.micro_rows", "data.max_length", "adapter.rank", "base.quantise"
+    }  # fmt: skip
     for change in plan.changes:
         if all(setting.partition("=")[0] in known for setting in change.settings):
             cut = any(setting.startswith("data.max_length=") for setting in change.settings)

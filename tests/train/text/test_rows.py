@@ -127,7 +127,7 @@ def test_unusable_rows_of_other_formats(tmp_path: Path, row: dict[str, Any], say
 
 def test_columns_that_fit_nothing(tmp_path: Path) -> None:
     file = jsonl(tmp_path, [{"frage": "a", "antwort": "b"}])
-    assert "the format cannot be told: the columns are frage, antwort" in wrong(file)
+    assert "the format cannot be recognised: the columns are frage, antwort" in wrong(file)
     assert "did you mean `frage`?" in wrong(file, columns={"prompt": "frag", "completion": "antwort"})
     assert "data.columns names `promt`, which no format has; did you mean `prompt`?" in wrong(
         file, columns={"promt": "frage"}

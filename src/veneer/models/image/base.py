@@ -81,6 +81,11 @@ class ImageBase:
         return self.parts[self.row.denoiser]
 
     @property
+    def few_steps(self) -> bool:
+        """Whether it was distilled to few steps without guidance: FLUX.1 schnell."""
+        return self.row.name == "flux1" and not self.denoiser.config.guidance_embeds
+
+    @property
     def vae_scale(self) -> int:
         """Pixels per side of one latent."""
         return self._scale
@@ -301,7 +306,7 @@ def text_settings(base: ImageBase) -> dict[str, int]:
 
 def _limit(base: ImageBase, name: str) -> int:
     length = base.row.readers[name]
-    if base.row.name == "flux1" and not base.denoiser.config.guidance_embeds:
+    if base.few_steps:
         length = 256
     return int(min(length, getattr(base.parts.get(name), "model_max_length", None) or length))
 

@@ -25,9 +25,11 @@ class ImageFamily:
 
     `pipelines` and `controlled`: kind -> diffusers class, without and with ControlNets; diffusers has no others.
     `encoders`: the text encoders that adapters of this family change. `readers`: the tokenizers whose tokens the
-    denoiser attends to, and how many of each at most. `patch`: latents per side that become one token. `distilled`:
-    guidance is an input of the denoiser. `shifted`: the pipeline shifts the schedule by the picture's size. `canny`:
-    the usual canny ControlNet on the hub. `settings`: arguments of the pipelines' constructors."""
+    denoiser attends to, and how many of each at most. `patch`: latents per side that become one token; `patched`: the
+    VAE's are patches already; `frames`: the VAE is one of films. `distilled`: guidance is an input of the denoiser;
+    `guidance`: the pipeline's argument for it. `time_ids`: the denoiser reads sizes. `shifted`: the pipeline shifts the
+    schedule by the picture's size. `canny`: the usual canny ControlNet on the hub. `settings`: arguments of the
+    pipelines' constructors; `encoding`: of their encode_prompt, where `pooled` and `mask` stand in what it returns."""
 
     name: str
     label: str
@@ -39,17 +41,27 @@ class ImageFamily:
     encoders: tuple[str, ...] = ()
     readers: Mapping[str, int] = field(default_factory=lambda: {"tokenizer": 77})
     patch: int = 1
+    patched: bool = False
+    frames: bool = False
     flow: bool = True
     distilled: bool = False
+    guidance: str = "guidance_scale"
+    time_ids: bool = False
     shifted: bool = False
     canny: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    encoding: Mapping[str, Any] = field(default_factory=dict)
+    pooled: int | None = None
+    mask: int | None = None
 
 
 def _kinds(stem: str, image: str = "Img2Img", inpaint: str = "Inpaint") -> dict[str, str]:
     """Classes by kind of names like StableDiffusion…Pipeline; those with an empty infix are left out."""
     given = {"text": "", "image": image, "inpaint": inpaint}
     return {kind: f"{stem}{infix}Pipeline" for kind, infix in given.items() if infix or kind == "text"}
+
+
+_ONE_PROMPT = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1}
 
 
 def _stable(name: str, label: str, canny: str = "") -> ImageFamily:
@@ -66,6 +78,7 @@ def _stable(name: str, label: str, canny: str = "") -> ImageFamily:
         flow=False,
         canny=canny,
         settings={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+        encoding=_ONE_PROMPT,
     )
 
 
@@ -86,6 +99,9 @@ FAMILIES: Mapping[str, ImageFamily] = {
             flow=False,
             canny="diffusers/controlnet-canny-sdxl-1.0",
             settings={"add_watermarker": False},
+            encoding=_ONE_PROMPT,
+            pooled=2,
+            time_ids=True,
         ),
         ImageFamily(
             "sd3",
@@ -98,6 +114,8 @@ FAMILIES: Mapping[str, ImageFamily] = {
             encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
             readers={"tokenizer_3": 256, "tokenizer": 77},
             patch=2,
+            encoding={**_ONE_PROMPT, "prompt_2": None, "prompt_3": None},
+            pooled=2,
             canny="InstantX/SD3-Controlnet-Canny",
         ),
         ImageFamily(
@@ -111,6 +129,8 @@ FAMILIES: Mapping[str, ImageFamily] = {
             encoders=("text_encoder", "text_encoder_2"),
             readers={"tokenizer_2": 512},
             patch=2,
+            encoding={"prompt_2": None},
+            pooled=1,
             distilled=True,
             shifted=True,
             canny="InstantX/FLUX.1-dev-Controlnet-Canny",
@@ -123,6 +143,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
             {"text": "Flux2Pipeline"},
             readers={"tokenizer": 512},
             patch=2,
+            patched=True,
             distilled=True,
             shifted=True,
         ),
@@ -136,6 +157,9 @@ FAMILIES: Mapping[str, ImageFamily] = {
             "QwenImageControlNetModel",
             readers={"tokenizer": 1024},
             patch=2,
+            frames=True,
+            guidance="true_cfg_scale",
+            mask=1,
             shifted=True,
         ),
     ]

@@ -150,11 +150,10 @@ class Moment:
 
 def default_settings(base: ImageBase) -> tuple[int, float]:
     """(steps, guidance) by default: diffusers' own for the family; 4 and 0 for a base distilled to few steps."""
-    if base.family == "flux1" and not base.denoiser.config.guidance_embeds:
+    if base.few_steps:
         return 4, 0.0
     call = inspect.signature(type(pipeline(base)).__call__).parameters
-    own = "true_cfg_scale" if base.family == "qwen-image" else "guidance_scale"
-    return 28 if base.prediction == "flow" else 30, float(call[own].default)
+    return 28 if base.prediction == "flow" else 30, float(call[base.row.guidance].default)
 
 
 def fitted_picture(picture: Image, width: int, height: int, what: str) -> tuple[Image, str]:
@@ -235,8 +234,8 @@ class _Run:
     def _guidance(self) -> tuple[bool, dict[str, float]]:
         """Whether negative prompts act, and the pipeline's arguments that say how strongly."""
         guidance, true = self.guidance, self.settings.true_guidance
-        if self.base.family == "qwen-image":
-            return guidance > 1, {"true_cfg_scale": guidance}
+        if (own := self.base.row.guidance) == "true_cfg_scale":
+            return guidance > 1, {own: guidance}
         if self.base.family == "flux1" and true > 1:
             if "true_cfg_scale" not in self.accepts:
                 fix = "leave true guidance and negative prompts out"
@@ -432,7 +431,7 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
                 f"the {what} is {picture.width}×{picture.height}, the pictures are {width}×{height}",
                 fix="resize it (models.image.generate.fitted_picture)",
             )
-    if base.family == "flux1" and not base.denoiser.config.guidance_embeds and settings.guidance:
+    if base.few_steps and settings.guidance:
         raise ConfigError(
             f"{base.name} was distilled to work without guidance and takes none", fix="guidance 0, or none"
         )

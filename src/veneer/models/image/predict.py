@@ -98,23 +98,11 @@ def embed_prompts(base: ImageBase, prompts: Sequence[str]) -> Conditioning:
     encoder was released."""
     texts = list(prompts)
     pipe = pipeline(base)
-    given: dict[str, Any] = {"prompt": texts, "device": base.device, **text_settings(base)}
-    if base.row.name in ("sd15", "sd2", "sdxl", "sd3"):
-        given |= {"do_classifier_free_guidance": False, "num_images_per_prompt": 1}
-    if base.row.name == "sd3":
-        given |= {"prompt_2": None, "prompt_3": None}
-    elif base.row.name == "flux1":
-        given |= {"prompt_2": None}
+    row = base.row
     with errors_only():
-        found = pipe.encode_prompt(**given)
-    cut = [cut_of(base, text) for text in texts]
-    if base.row.name in ("sdxl", "sd3"):
-        return Conditioning(found[0], found[2], None, cut)
-    if base.row.name == "flux1":
-        return Conditioning(found[0], found[1], None, cut)
-    if base.row.name == "qwen-image":
-        return Conditioning(found[0], None, found[1], cut)
-    return Conditioning(found[0], None, None, cut)
+        found = pipe.encode_prompt(prompt=texts, device=base.device, **text_settings(base), **row.encoding)
+    pooled, mask = (None if at is None else found[at] for at in (row.pooled, row.mask))
+    return Conditioning(found[0], pooled, mask, [cut_of(base, text) for text in texts])
 
 
 def cut_of(base: ImageBase, prompt: str) -> str:
@@ -186,7 +174,7 @@ def encode_pictures(base: ImageBase, pixels: Tensor, generator: torch.Generator 
         raise BaseError(f"pictures of shape {tuple(pixels.shape)}: want (n, 3, h, w), sides multiples of {base.unit}")
     with _vae_of(base) as vae:
         x = pixels.to(base.device, vae.dtype)
-        if base.row.name == "qwen-image":
+        if base.row.frames:
             x = x[:, :, None]
         posterior = vae.encode(x).latent_dist
         z = posterior.mode() if generator is None else posterior.sample(generator)
@@ -199,44 +187,32 @@ def decode_latents(base: ImageBase, latents: Tensor) -> Tensor:
     with _vae_of(base) as vae:
         z = _denormalise(base, vae, latents.to(base.device, vae.dtype))
         out: Tensor = vae.decode(z, return_dict=False)[0]
-        return out[:, :, 0] if base.row.name == "qwen-image" else out
+        return out[:, :, 0] if base.row.frames else out
 
 
 def _normalise(base: ImageBase, vae: Any, z: Tensor) -> Tensor:
-    if base.row.name == "flux2":
-        mean, std = _batch_norm(vae, z)
-        return (_patches(z) - mean) / std
-    if base.row.name == "qwen-image":
-        mean, std = _per_channel(vae, z)
-        return ((z - mean) / std)[:, :, 0]
-    if _has_mean(vae):
-        mean, std = _per_channel(vae, z)
-        return (z - mean) * _shift_and_scale(vae)[1] / std
-    shift, scale = _shift_and_scale(vae)
-    return (z - shift) * scale
+    mean, scale, std = _statistics(base, vae, z)
+    x = ((_patches(z) if base.row.patched else z) - mean) * scale / std
+    return x[:, :, 0] if base.row.frames else x
 
 
 def _denormalise(base: ImageBase, vae: Any, x: Tensor) -> Tensor:
-    if base.row.name == "flux2":
-        mean, std = _batch_norm(vae, x)
-        return _whole(x * std + mean)
-    if base.row.name == "qwen-image":
-        x = x[:, :, None]
-        mean, std = _per_channel(vae, x)
-        return x * std + mean
-    if _has_mean(vae):
-        mean, std = _per_channel(vae, x)
-        return x * std / _shift_and_scale(vae)[1] + mean
-    shift, scale = _shift_and_scale(vae)
-    return x / scale + shift
+    x = x[:, :, None] if base.row.frames else x
+    mean, scale, std = _statistics(base, vae, x)
+    z = x * std / scale + mean
+    return _whole(z) if base.row.patched else z
 
 
-def _shift_and_scale(vae: Any) -> tuple[float, float]:
-    return float(vae.config.get("shift_factor") or 0.0), float(vae.config.scaling_factor)
-
-
-def _has_mean(vae: Any) -> bool:
-    return vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None
+def _statistics(base: ImageBase, vae: Any, like: Tensor) -> tuple[Tensor | float, float, Tensor | float]:
+    """(mean, scale, std): a denoiser's latents are (z − mean)·scale / std of its VAE's."""
+    if base.row.patched:
+        mean, std = _batch_norm(vae, like)
+        return mean, 1.0, std
+    scale = 1.0 if base.row.frames else float(vae.config.scaling_factor)
+    if base.row.frames or (vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None):
+        mean, std = _per_channel(vae, like)
+        return mean, scale, std
+    return float(vae.config.get("shift_factor") or 0.0), scale, 1.0
 
 
 def _per_channel(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,7 +246,7 @@ def _unpacked_latents(base: ImageBase, latents: Tensor, width: int, height: int)
         return latents
     side = 2 * base.vae_scale
     x = latents.transpose(1, 2).unflatten(2, (height // side, width // side))
-    return x if base.row.name == "flux2" else _whole(x)
+    return x if base.row.patched else _whole(x)
 
 
 # -- the denoiser ----------------------------------------------------------------------------------------------------
@@ -308,7 +284,7 @@ def predict(
     x = latents.to(dtype)
     text = text.to(latents.device, dtype)
     t = timesteps.to(latents.device).expand(n)
-    if (sizes is None) == (base.row.name == "sdxl"):
+    if (sizes is None) == base.row.time_ids:
         raise BaseError(
             "SDXL needs sizes, its time ids (n, 6)" if sizes is None else f"{base.row.label} takes no sizes"
         )

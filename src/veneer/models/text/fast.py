@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from veneer.core.experts import expert_product
 from veneer.core.layers import LoraExperts, LoraLinear
 from veneer.core.targets import base_of
-from veneer.models.compat_transformers import register_attention
+from veneer.models.compat_transformers import PRE_NORM_LAYERS, register_attention
 from veneer.models.swap import (
     FastReport,
     Join,
@@ -331,17 +331,13 @@ def _attention_forward(original: Callable[..., Any], join: Join, out: Join) -> C
     return forward
 
 
-_PRE_NORM_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
-"""h + attention(norm(h)), then h + mlp(norm(h)), and nothing else; checked on the model at hand."""
-
-
 def _swap_last_layer(
     model: Any, own: OwnForward | None, report: FastReport, undo: ExitStack, like: FastReport | None
 ) -> None:
     """Of the last layer's output only the tokens that predict a trained one are read: with a quarter of the tokens
     trained, 63% of one layer's work falls away."""
     layers = getattr(getattr(model, "model", None), "layers", None)
-    if not layers or type(layers[-1]).__name__ not in _PRE_NORM_LAYERS:
+    if not layers or type(layers[-1]).__name__ not in PRE_NORM_LAYERS.values():
         return
     layer = layers[-1]
     if "forward" not in layer.self_attn.__dict__:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import BaseError, ConfigError, DataError
+from veneer.models.swap import without_dropout
 from veneer.models.text.base import TextBase
 from veneer.models.text.pieces import Pieces, decode_text
 from veneer.ops.cpu.sharing import forwards
@@ -145,14 +146,12 @@ def _settled(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode, and a bare generation config: transformers fills what a call leaves open from the model's own."""
     from transformers import GenerationConfig
 
-    training, kept = model.training, model.generation_config
-    model.eval()
-    model.generation_config = GenerationConfig()
+    kept, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        yield
+        with without_dropout(model):
+            yield
     finally:
         model.generation_config = kept
-        model.train(training)
 
 
 def _run(

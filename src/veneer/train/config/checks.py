@@ -13,7 +13,9 @@ from veneer.train.config.text import PREFERENCE_KEYS, Section, TrainConfig, laye
 
 def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
     """What a configuration for text cannot mean."""
-    yield from _text_data(config)
+    if not config.data.files("train"):
+        yield "`data.train` is an empty list: name at least one file"
+    yield from _held_out(config, "rows")
     yield from _batching(config, given)
     yield from _preference(config)
     named = [f"`adapter.{key}`" for key in _changed(config.adapter) if key not in ("start", "dropout")]
@@ -33,13 +35,6 @@ def image_problems(config: ImageTrainConfig, given: Collection[str]) -> Iterator
                 yield f"`{key}` needs `adapter.text_encoders`: which of them get pairs"
     yield from _idle(config, given)
     yield from _run(config)
-
-
-def _text_data(config: TrainConfig) -> Iterator[str]:
-    data = config.data
-    if not data.files("train"):
-        yield "`data.train` is an empty list: name at least one file"
-    yield from _held_out(config, "rows")
 
 
 def _held_out(config: TrainConfig | ImageTrainConfig, what: str) -> Iterator[str]:

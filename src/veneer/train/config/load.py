@@ -150,11 +150,7 @@ def _preset(raw: dict[str, Any], given: dict[str, SettingSource]) -> None:
     """Fills in the preset's value for every key that is not given."""
     name = raw.get("preset")
     for key, (value, because) in PRESETS[name].settings.items() if isinstance(name, str) and name in PRESETS else ():
-        section, _, leaf = key.partition(".")
-        values = raw[section] = {} if raw.get(section) is None else raw[section]
-        if key not in given and isinstance(values, dict):
-            values[leaf] = value
-            given[key] = SettingSource("preset", str(name), because)
+        _fill(raw, given, key, value, SettingSource("preset", str(name), because))
 
 
 _PREFERENCE_RATE = (
@@ -165,12 +161,18 @@ _PREFERENCE_RATE = (
 
 def _preference_rate(raw: dict[str, Any], given: dict[str, SettingSource]) -> None:
     """The learning rate of a preference run, where none is given."""
-    preference, key = raw.get("preference"), "optimizer.learning_rate"
-    if isinstance(preference, dict) and preference.get("loss") is not None and key not in given:
-        values = raw["optimizer"] = {} if raw.get("optimizer") is None else raw["optimizer"]
-        if isinstance(values, dict):
-            values["learning_rate"], because = _PREFERENCE_RATE
-            given[key] = SettingSource("default", why=because)
+    preference = raw.get("preference")
+    if isinstance(preference, dict) and preference.get("loss") is not None:
+        rate, because = _PREFERENCE_RATE
+        _fill(raw, given, "optimizer.learning_rate", rate, SettingSource("default", why=because))
+
+
+def _fill(raw: dict[str, Any], given: dict[str, SettingSource], key: str, value: Any, source: SettingSource) -> None:
+    section, _, leaf = key.partition(".")
+    values = raw[section] = {} if raw.get(section) is None else raw[section]
+    if key not in given and isinstance(values, dict):
+        values[leaf] = value
+        given[key] = source
 
 
 def _override(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class _Store:
     def _path(self, key: str) -> Path | None:
         return None if self.folder is None else self.folder / key[:2] / f"{key}.safetensors"
 
-    def _get(self, key: str, make: Callable[[], CacheEntry]) -> CacheEntry:
+    def _get(self, key: str, what: object, make: Callable[[], CacheEntry]) -> CacheEntry:
         if key in self._entries:
             return self._entries[key]
         path = self._path(key)
@@ -82,7 +82,7 @@ class _Store:
             entry = CacheEntry(
                 {n: t.detach().to("cpu").contiguous() for n, t in entry.tensors.items()}, dict(entry.texts)
             )
-            _refuse_not_finite(entry)
+            _refuse_not_finite(entry, what)
             if path is not None:
                 _write(path, key, entry)
             self.made += 1
@@ -123,8 +123,7 @@ class LatentCache(_Store):
         def make() -> CacheEntry:
             return CacheEntry(_encoded(prepare(picture, view, settings), encode))
 
-        with _named(picture.path):
-            tensors = self._get(key, make).tensors
+        tensors = self._get(key, picture.path, make).tensors
         sizes = torch.tensor(view.time_ids, dtype=torch.float32)
         return LatentRow(tensors["latents"], tensors.get("mask"), sizes)
 
@@ -134,8 +133,7 @@ class TextCache(_Store):
 
     def get(self, prompt: str, encode: Callable[[str], CacheEntry]) -> CacheEntry:
         """What `encode` makes of the prompt. Errors as LatentCache.get."""
-        with _named(f"the prompt {prompt!r}"):
-            return self._get(self._key("text", prompt), lambda: encode(prompt))
+        return self._get(self._key("text", prompt), f"the prompt {prompt!r}", lambda: encode(prompt))
 
 
 def _encoded(tensors: ViewTensors, encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -147,26 +145,14 @@ def _encoded(tensors: ViewTensors, encode: Callable[[Tensor], Tensor]) -> dict[s
     return out
 
 
-class _NotFinite(Exception):
-    pass
-
-
-def _refuse_not_finite(entry: CacheEntry) -> None:
+def _refuse_not_finite(entry: CacheEntry, what: object) -> None:
     for name, tensor in entry.tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise _NotFinite(name)
-
-
-@contextlib.contextmanager
-def _named(what: object) -> Iterator[None]:
-    try:
-        yield
-    except _NotFinite as error:
-        raise DataError(
-            f"the encoder's `{error}` are not finite numbers",
-            where=str(what),
-            fix="encode in bfloat16 or float32: SDXL's own VAE overflows in float16",
-        ) from None
+            raise DataError(
+                f"the encoder's `{name}` are not finite numbers",
+                where=str(what),
+                fix="encode in bfloat16 or float32: SDXL's own VAE overflows in float16",
+            )
 
 
 def _checksum(key: str, entry: CacheEntry) -> str:

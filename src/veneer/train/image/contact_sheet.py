@@ -8,7 +8,6 @@ Latin letters; others appear as boxes on the sheet, and only there.
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from veneer.files.atomic import atomic_write
+from veneer.files.pictures import picture_bytes
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.views import PictureRow, View, ViewTensors, draw_row, prepare
 
@@ -64,9 +64,7 @@ def contact_sheet(
         ]
         for n, words_of_line in enumerate(words):
             pen.text((x, y + cell + 4 + line * (n + 2)), words_of_line, fill="black", font=font)
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG")
-    atomic_write(path, [buffer.getvalue()])
+    atomic_write(path, [picture_bytes(sheet)])
     return len(chosen)
 
 

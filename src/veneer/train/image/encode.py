@@ -53,7 +53,7 @@ class Encoders:
         self.base, self.config = base, config
         self.live = bool(config.adapter.text_encoders)
         # SDXL's pipelines take zeros for no text, which is another thing than the text of no words; unless told not to.
-        self.zeros = base.row.name == "sdxl" and bool(base.settings.get("force_zeros_for_empty_prompt", True))
+        self.zeros = base.row.time_ids and bool(base.settings.get("force_zeros_for_empty_prompt", True))
         mark = f"{base.fingerprint}|{str(base.dtype).removeprefix('torch.')}"
         self.latents = LatentCache(folder and folder / "latents", fingerprint=mark)
         # Quantised text encoders say other things, and a tokenizer is no part of the base's fingerprint.
@@ -141,7 +141,7 @@ def times_of(base: ImageBase, config: ImageTrainConfig) -> Times:
     else:
         shift = float(loss.shift)
     steps = 1000 if base.prediction == "flow" else len(alphas_cumprod(base))
-    patch = 1 if base.row.name == "flux2" else base.row.patch  # FLUX.2's latents are patched before the denoiser
+    patch = 1 if base.row.patched else base.row.patch
     return Times(kind, loss.logit_mean, loss.logit_std, shift, steps, patch * patch)
 
 
@@ -188,7 +188,7 @@ class ImageLoss:
         noisy, target = noised(there(batch.latents), there(noise), times, base.prediction, self.alphas)
         times = there(times)
         text = self.encoders.text([row.caption for row in batch.rows])
-        sizes = there(batch.sizes) if base.family == "sdxl" else None
+        sizes = there(batch.sizes) if base.row.time_ids else None
         predicted = predict(base, noisy, times, text, sizes=sizes, guidance=self.guidance)
         if self.config.loss.keep_guidance is not None:
             # Pictures have no guidance in them: at g > 1 a distilled base predicts past what they say, and an adapter

@@ -117,20 +117,20 @@ def read_pictures(
     folders = settings.folders if which == "train" else (settings.validation,) if settings.validation else ()
     about = AboutPictures()
     pictures: list[TrainingPicture] = []
-    listings = [(f, _list_folder(f, settings, prompt=settings.prompt, masks=settings.masks), False) for f in folders]
+    found = [(f, _list_folder(f, settings, about, settings.prompt, settings.masks), False) for f in folders]
     if which == "train" and settings.class_folder is not None:
         masks = "auto" if settings.masks not in ("off", "alpha") else settings.masks
-        listing = _list_folder(settings.class_folder, settings, prompt=settings.class_prompt, masks=masks)
-        listings.append((settings.class_folder, listing, True))
-    total, done = sum(len(listing.pictures) for _, listing, _ in listings), count(1)
+        classes = _list_folder(settings.class_folder, settings, about, settings.class_prompt, masks)
+        found.append((settings.class_folder, classes, True))
+    total, done = sum(len(files) for _, files, _ in found), count(1)
 
     def tick() -> None:
         n = next(done)
         if progress is not None:
             progress(n, total)
 
-    for folder, listing, is_class in listings:
-        read = _read(listing, folder, settings, about, tick, is_class=is_class)
+    for folder, files, is_class in found:
+        read = _read(files, folder, settings, about, tick, is_class=is_class)
         pictures += read
         about.class_pictures += len(read) if is_class else 0
         about.pictures += 0 if is_class else len(read)
@@ -168,7 +168,7 @@ def _has_word(caption: str, word: str) -> bool:
 
 
 def _read(
-    listing: _Folder,
+    files: Sequence[_PictureFile],
     folder: str,
     settings: ImageDataSection,
     about: AboutPictures,
@@ -176,19 +176,14 @@ def _read(
     *,
     is_class: bool,
 ) -> list[TrainingPicture]:
-    about.repeats |= listing.repeats
-    about.ignored += listing.ignored
-    about.unused += [c for c in listing.unused if c not in about.unused]
-    about.several_lines += listing.several_lines
-    about.shared += listing.shared
     trigger = None if is_class else settings.trigger
-    captions = _captions(listing.pictures, folder, trigger, is_class=is_class)
+    captions = _captions(files, folder, trigger, is_class=is_class)
     if is_class and settings.trigger:
         about.class_triggers += [
-            f.name for f, (c, _) in zip(listing.pictures, captions, strict=True) if _has_word(c, settings.trigger)
+            f.name for f, (c, _) in zip(files, captions, strict=True) if _has_word(c, settings.trigger)
         ]
     pictures, broken, wrong_masks = [], [], []
-    for found, (caption, did) in zip(listing.pictures, captions, strict=True):
+    for found, (caption, did) in zip(files, captions, strict=True):
         tick()
         try:
             picture = _open(found, caption, settings, is_class=is_class)
@@ -214,7 +209,7 @@ def _read(
         )
     if broken and settings.broken == "refuse":
         raise DataError(
-            f"{len(broken)} of {len(listing.pictures)} pictures cannot be used:\n{bullets(broken)}",
+            f"{len(broken)} of {len(files)} pictures cannot be used:\n{bullets(broken)}",
             where=folder,
             fix="repair or remove them, or leave them out with data.broken=drop",
         )
@@ -298,51 +293,37 @@ class _PictureFile:
     repeats: int
 
 
-@dataclass
-class _Folder:
-    """All that lies in a folder. `repeats`: kohya folder -> times; `ignored`: ending -> files of no kind that is read;
-    `unused`: metadata columns that nothing uses; `several_lines`: caption files whose lines were joined."""
-
-    pictures: list[_PictureFile] = field(default_factory=list)
-    repeats: dict[str, int] = field(default_factory=dict)
-    ignored: Counter[str] = field(default_factory=Counter)
-    unused: list[str] = field(default_factory=list)
-    several_lines: int = 0
-    shared: int = 0
-
-
-def _list_folder(folder: str, settings: ImageDataSection, *, prompt: str | None, masks: str = "auto") -> _Folder:
-    """Everything in `folder` and below it, sorted by name. `masks` as the setting of that name. Raises DataError."""
+def _list_folder(
+    folder: str, settings: ImageDataSection, about: AboutPictures, prompt: str | None, masks: str
+) -> list[_PictureFile]:
+    """The pictures in `folder` and below it, sorted by name; what else there is goes into `about`. `prompt`, `masks` as
+    the settings of those names. Raises DataError."""
     root = Path(folder).expanduser()
     if not root.is_dir():
         _missing(root)
-    pictures, captions, beside, listing = _walk(root, settings)
+    pictures, captions, beside, ignored = _walk(root, settings)
+    about.ignored += ignored
     if not pictures:
-        others = ", ".join(f"{n} {suffix}" for suffix, n in sorted(listing.ignored.items())) or "nothing"
+        others = ", ".join(f"{n} {suffix}" for suffix, n in sorted(ignored.items())) or "nothing"
         raise DataError(
             "there is no picture in this folder",
             where=str(root),
             fix=f"pictures end in {', '.join(SUFFIXES)}; the folder holds {others}",
         )
-    captioned = _caption_files(root, pictures, captions, listing)
-    rows = _metadata(root, pictures, settings, listing)
+    captioned = _caption_files(root, pictures, captions, about)
+    rows = _metadata(root, pictures, settings, about)
     covers = _mask_files(root, pictures, beside, masks)
+    out = []
     for path in pictures:
         name = path.relative_to(root).as_posix()
-        repeats, words = _kohya(path, root, listing)
-        caption, source = next(
-            (c, s)
-            for c, s in (
-                (captioned.get(path), "caption files"),
-                (rows.get(path), "metadata"),
-                (words, "folder names"),
-                (prompt, "the prompt"),
-                (None, "nothing"),
-            )
-            if c is not None or s == "nothing"
-        )
-        listing.pictures.append(_PictureFile(path, name, caption, source, covers.get(path), repeats))
-    return listing
+        repeats, words = _kohya(path, root, about)
+        sources = {
+            "caption files": captioned.get(path), "metadata": rows.get(path), "folder names": words,
+            "the prompt": prompt,
+        }  # fmt: skip
+        source = next((source for source, caption in sources.items() if caption is not None), "nothing")
+        out.append(_PictureFile(path, name, sources.get(source), source, covers.get(path), repeats))
+    return out
 
 
 def _missing(root: Path) -> None:
@@ -359,17 +340,17 @@ def _missing(root: Path) -> None:
     )
 
 
-def _walk(root: Path, settings: ImageDataSection) -> tuple[list[Path], list[Path], list[Path], _Folder]:
-    """(pictures, caption files, masks beside them, what else there is). Hidden files are passed over."""
-    pictures, captions, masks = [], [], []
-    listing = _Folder()
+def _walk(root: Path, settings: ImageDataSection) -> tuple[list[Path], list[Path], list[Path], Counter[str]]:
+    """(pictures, caption files, masks beside them, ending -> files of no kind that is read). Hidden files are passed
+    over."""
+    pictures, captions, masks, ignored = [], [], [], Counter[str]()
     apart = [settings.class_folder, settings.validation, settings.cache, str(root / "masks")]
     apart += [] if settings.masks in ("auto", "off", "alpha") else [settings.masks]
     others = {Path(folder).expanduser().resolve() for folder in apart if folder} - {root.resolve()}
     for place, folders, files in os.walk(root):
         here = Path(place)
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__")) and (here / f).resolve() not in others)
-        listing.ignored["link to a folder"] += sum((here / f).is_symlink() for f in folders)
+        ignored["link to a folder"] += sum((here / f).is_symlink() for f in folders)
         for name in sorted(files):
             path = here / name
             suffix = path.suffix.lower()
@@ -382,9 +363,8 @@ def _walk(root: Path, settings: ImageDataSection) -> tuple[list[Path], list[Path
             elif suffix in _CAPTIONS and path.stem.lower() not in _NOT_CAPTIONS:
                 captions.append(path)
             else:
-                listing.ignored[suffix or name] += 1
-    listing.ignored = +listing.ignored
-    return pictures, captions, masks, listing
+                ignored[suffix or name] += 1
+    return pictures, captions, masks, +ignored
 
 
 def _by_name(pictures: Iterable[Path]) -> dict[Path, list[Path]]:
@@ -396,7 +376,7 @@ def _by_name(pictures: Iterable[Path]) -> dict[Path, list[Path]]:
     return names
 
 
-def _caption_files(root: Path, pictures: list[Path], captions: list[Path], listing: _Folder) -> dict[Path, str]:
+def _caption_files(root: Path, pictures: list[Path], captions: list[Path], about: AboutPictures) -> dict[Path, str]:
     """picture -> caption. All lines of a file are one caption, white space drawn together."""
     names = _by_name(pictures)
     captioned: dict[Path, tuple[str, Path]] = {}
@@ -412,8 +392,8 @@ def _caption_files(root: Path, pictures: list[Path], captions: list[Path], listi
             why = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error.strerror)
             bad.append(f"{file.relative_to(root)}: {why}")
             continue
-        listing.several_lines += sum(bool(line.strip()) for line in text.splitlines()) > 1
-        listing.shared += len(owners) > 1
+        about.several_lines += sum(bool(line.strip()) for line in text.splitlines()) > 1
+        about.shared += len(owners) > 1
         for owner in owners:
             text = " ".join(text.split())
             if owner in captioned and captioned[owner][0] != text:
@@ -442,7 +422,7 @@ def _nearest(file: Path, pictures: Iterable[Path], root: Path) -> str:
     return f"; the nearest is {elsewhere[near[0]].relative_to(root)}" if near else ""
 
 
-def _metadata(root: Path, pictures: list[Path], settings: ImageDataSection, listing: _Folder) -> dict[Path, str]:
+def _metadata(root: Path, pictures: list[Path], settings: ImageDataSection, about: AboutPictures) -> dict[Path, str]:
     """picture -> caption, of every metadata file in the tree; `file_name` is relative to the file's own folder."""
     known = set(pictures)
     rows: dict[Path, str] = {}
@@ -461,7 +441,7 @@ def _metadata(root: Path, pictures: list[Path], settings: ImageDataSection, list
                     where=str(file),
                     fix="name the caption's with data.caption_column",
                 )
-            listing.unused += [c for c in columns if c not in (column, "file_name") and c not in listing.unused]
+            about.unused += [c for c in columns if c not in (column, "file_name") and c not in about.unused]
             for record in records:
                 name, caption = record.values.get("file_name"), record.values.get(column)
                 problem = _row_problem(name, caption, column, folder, known, rows, root)
@@ -535,7 +515,7 @@ def _mask_files(root: Path, pictures: list[Path], beside: list[Path], masks: str
     return covers
 
 
-def _kohya(path: Path, root: Path, listing: _Folder) -> tuple[int, str | None]:
+def _kohya(path: Path, root: Path, about: AboutPictures) -> tuple[int, str | None]:
     """(repeats, words) of the nearest folder named `N_words`, the root included."""
     for folder in path.parents:
         match = _KOHYA.fullmatch(folder.name)
@@ -547,7 +527,7 @@ def _kohya(path: Path, root: Path, listing: _Folder) -> tuple[int, str | None]:
                     where=str(folder),
                     fix="rename the folder",
                 )
-            listing.repeats[folder.name] = repeats
+            about.repeats[folder.name] = repeats
             return repeats, match[2].strip()
         if folder == root:
             break

@@ -179,7 +179,7 @@ def _loss(s: RunSubject) -> Iterator[Finding]:
         yield Finding("stop", "loss", text, "leave it out")
         return
     if len(given) == 2:
-        yield Finding("stop", "loss", f"{' and '.join(given)}: the base is told one of them", "leave one out")
+        yield Finding("stop", "loss", f"{' and '.join(given)}: the base can be given only one of them", "leave one out")
         return
     weights = f", min-SNR {loss.snr_gamma:g}" if loss.snr_gamma else ""
     yield Finding("ok", "loss", f"{label}: mean squared error{weights}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from veneer.core.layers import Layer
 from veneer.files.atomic import atomic_write
+from veneer.files.pictures import picture_bytes
 from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, generate_images
 from veneer.models.image.sheet import sheet
 from veneer.train import checkpoint
@@ -83,9 +83,7 @@ def sheet_of(cells: Sequence[Sequence[Image]], config: ImageTrainConfig, path: P
     columns = [f"seed {seed}" for seed in samples.seeds]
     made = sheet(cells, rows=list(samples.prompts), columns=columns, title=title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    made.save(buffer, format="PNG")
-    atomic_write(path, [buffer.getvalue()])
+    atomic_write(path, [picture_bytes(made)])
 
 
 def thumbnail(image: Image) -> str:
@@ -93,11 +91,15 @@ def thumbnail(image: Image) -> str:
     small = image.convert("RGB")
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     for quality in (90, 75, 50, 25):
-        buffer = io.BytesIO()
-        small.save(buffer, format="JPEG", quality=quality)
-        if buffer.tell() <= _MOST_THUMBNAIL:
+        data = picture_bytes(small, "JPEG", quality=quality)
+        if len(data) <= _MOST_THUMBNAIL:
             break
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return jpeg_address(data)
+
+
+def jpeg_address(data: bytes) -> str:
+    """A JPEG file as an address that holds it."""
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 
 
 def class_folder(config: ImageTrainConfig, base: ImageBase, cache: Path) -> Path:
@@ -122,7 +124,5 @@ def draw_class_pictures(base: ImageBase, config: ImageTrainConfig, folder: Path,
                 rows.append(ImageRow(prompt, "", seed))
             seed += 1
         for row, cells in zip(rows, _drawn(base, None, config, rows, 1, config.data.class_steps), strict=True):
-            buffer = io.BytesIO()
-            cells[0].save(buffer, format="PNG")
-            atomic_write(folder / f"class-{row.seed:05d}.png", [buffer.getvalue()])
+            atomic_write(folder / f"class-{row.seed:05d}.png", [picture_bytes(cells[0])])
         missing -= len(rows)

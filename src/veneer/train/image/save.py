@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import datetime
-import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -17,12 +15,14 @@ from torch import Tensor
 from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment
 from veneer.errors import AdapterError
+from veneer.files.pictures import picture_bytes
 from veneer.formats import convert
 from veneer.formats.card import CARD_FILE, README_FILE, card_bytes, readme_bytes
 from veneer.formats.metadata import training_metadata
 from veneer.formats.read import read
 from veneer.models.image.predict import Conditioning, predict
 from veneer.train.checkpoint import write_atomically
+from veneer.train.image.samples import jpeg_address
 from veneer.train.preflight import Finding
 from veneer.train.report.log import duration
 from veneer.train.run import NAME
@@ -124,7 +124,7 @@ def prove_image_adapter(
     if config.output.layout == "peft":
         again = _under(again, base.row.denoiser)
     time = torch.tensor([0.5 if base.prediction == "flow" else 500])
-    given = sizes if base.family == "sdxl" else None
+    given = sizes if base.row.time_ids else None
     # One rounding of the file's and of the base's dtype, through a few layers.
     rounding = 64 * max(torch.finfo(getattr(torch, config.output.dtype)).eps, torch.finfo(base.dtype).eps)
     return prove(
@@ -177,9 +177,7 @@ def _address(path: Path) -> str:
 
     image = Image.open(path).convert("RGB")
     image.thumbnail((1600, 1600))
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return jpeg_address(picture_bytes(image, "JPEG", quality=85))
 
 
 def _usage(result: ImageResult, base: ImageBase, config: ImageTrainConfig) -> list[tuple[str, str]]:

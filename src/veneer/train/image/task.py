@@ -228,7 +228,7 @@ class ImageTask(Task[ImageData, ImageResult]):
         damaged = latents.damaged + texts.damaged
         text = f"{views} views of pictures and {captions} captions ready: {latents.made + texts.made} encoded, "
         text += f"{latents.found + texts.found} from {self._cache(run)}, {time.perf_counter() - began:.1f} s"
-        run.note(text + (f"; {damaged} damaged entries were made anew" if damaged else ""))
+        run.note(text + (f"; {damaged} damaged entries were made again" if damaged else ""))
 
     def _free_encoders(self, run: Run) -> _Memory:
         """What made the caches dropped, or parked on the CPU, or why it stays."""

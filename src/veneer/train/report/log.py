@@ -23,7 +23,6 @@ from veneer.train.events import (
     Probed,
     Resolved,
     Sampled,
-    Saved,
     Stepped,
     Stopped,
     to_record,
@@ -155,13 +154,11 @@ class ConsoleView:
                 self.console.print(shown(text, lines=True), markup=coloured, soft_wrap=True)
                 self.console.print()
             case Note():
-                self.console.print(shown(event.text, lines=True), markup=False, soft_wrap=True)
+                self._line(shown(event.text, lines=True))
             case Probed():
-                self.console.print(
+                self._line(
                     f"longest batch, {event.tokens:,} {self.unit}, run first: {event.seconds:.1f} s, "
-                    f"peak memory {size(event.peak_memory_bytes)}",
-                    markup=False,
-                    soft_wrap=True,
+                    f"peak memory {size(event.peak_memory_bytes)}"
                 )
             case Stepped():
                 self._step(event)
@@ -171,20 +168,16 @@ class ConsoleView:
                 perplexity = "" if event.perplexity is None else f", perplexity {event.perplexity:.3f}"
                 rows = "pictures" if self.unit == "pictures" else "rows"
                 extra = "".join(f", {n.replace('_', ' ')} {event.extra[n]:.3f}" for n in _MEASURED if n in event.extra)
-                self.console.print(
+                self._line(
                     f"step {event.step}: validation loss {event.loss:.4f}{perplexity}{extra} "
-                    f"on {event.rows} {rows}{mark}",
-                    markup=False,
-                    soft_wrap=True,
+                    f"on {event.rows} {rows}{mark}"
                 )
             case Sampled():
-                self.console.print(f"step {event.step}: samples in {shown(event.path)}", markup=False, soft_wrap=True)
-            case Saved():
-                pass
+                self._line(f"step {event.step}: samples in {shown(event.path)}")
             case Stopped():
                 self.close()
                 if event.reason != "finished":
-                    self.console.print(f"stopped after step {event.step}: {shown(event.reason)}", markup=False)
+                    self._line(f"stopped after step {event.step}: {shown(event.reason)}")
 
     def close(self) -> None:
         """Removes the progress bar. Call it however the run ends."""
@@ -212,7 +205,7 @@ class ConsoleView:
 
     def _line(self, what: Any) -> None:
         """One line, however long: a terminal wraps it, a pipe gets it whole."""
-        self.console.print(what, soft_wrap=True)
+        self.console.print(what, markup=False, soft_wrap=True)
 
     def _step(self, event: Stepped) -> None:
         self._recent = [*self._recent, (event.tokens, event.seconds)][-20:]
@@ -223,11 +216,9 @@ class ConsoleView:
             every = max(1, event.steps // 20)
             if event.step == 1 or event.step == event.steps or event.step - self._shown >= every:
                 self._shown = event.step
-                self.console.print(
+                self._line(
                     f"step {event.step}/{event.steps}  loss {event.loss:.4f}  {self._speed(speed)}  "
-                    f"memory {size(event.memory_bytes)}  {duration(left)} left",
-                    markup=False,
-                    soft_wrap=True,
+                    f"memory {size(event.memory_bytes)}  {duration(left)} left"
                 )
             return
         if self._bar is None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from veneer.core.adapter import Adapter
 from veneer.train.config.text import TrainConfig
 from veneer.train.preflight import Finding, Level, RunSubject, share
 from veneer.train.text.data import TextData
-from veneer.train.text.encode import EncodedRows, Example
+from veneer.train.text.encode import EncodedRows
 from veneer.train.text.preference import Item
-from veneer.train.text.rows import About, Row, leakage
+from veneer.train.text.rows import leakage
 
 _SAMPLED = 200  # rows whose prompts are tokenised again; templates err on all rows or on none
 
@@ -25,32 +24,9 @@ class TextSubject(RunSubject):
     data: TextData
 
     @property
-    def rows(self) -> Sequence[Row]:
-        return self.data.train.texts
-
-    @property
     def encoded(self) -> EncodedRows:
+        """Of preferences, that of each answer."""
         return self.data.train.encoded
-
-    @property
-    def items(self) -> Sequence[Example] | Sequence[Item]:
-        return self.data.train.items
-
-    @property
-    def held_out_rows(self) -> Sequence[Row]:
-        return self.data.held.texts
-
-    @property
-    def held_out(self) -> EncodedRows | None:
-        return self.data.held.encoded if self.data.held.rows else None
-
-    @property
-    def about(self) -> About | None:
-        return self.data.about
-
-    @property
-    def start(self) -> Adapter | None:
-        return self.data.start
 
     @property
     def longest(self) -> int:
@@ -186,13 +162,13 @@ def _inference_agrees(s: TextSubject) -> Iterator[Finding]:
     ):
         text = f"rows use {renderer.source}, not the base's own: prompt the adapter with the same template"
         yield Finding("warn", "template", text, "data.chat_template=auto uses the base's own")
-    if own and not s.encoded.chat and s.rows and s.rows[0].messages:
+    if own and not s.encoded.chat and s.data.train.texts and s.data.train.texts[0].messages:
         text = "the base has a chat template and rows do not use it: give the adapter plain prompts, not messages"
         yield Finding("warn", "template", text, "data.chat_template=auto")
     wrong: list[str] = []
     seen = 0
     for example in s.encoded.examples[:: max(1, len(s.encoded.examples) // _SAMPLED)]:
-        row = s.rows[example.row]
+        row = s.data.train.texts[example.row]
         if row.format == "text" or data.train_on == "all" or row.last_assistant() in (0, len(row.messages)):
             continue
         prompt = s.base.tokenizer(renderer.prompt(row), add_special_tokens=not s.encoded.chat, verbose=False)[
@@ -237,7 +213,7 @@ def _turns_and_control_tokens(s: TextSubject) -> Iterator[Finding]:
 def _answers_compare(s: TextSubject) -> Iterator[Finding]:
     """What a preference run compares, and with which reference."""
     loss, c = s.config.preference.loss, s.encoded.counts
-    items = [item for item in s.items if isinstance(item, Item)]
+    items = [item for item in s.data.train.items if isinstance(item, Item)]
     if loss is None or not items:
         return
     if loss == "kto":
@@ -258,7 +234,7 @@ def _answers_compare(s: TextSubject) -> Iterator[Finding]:
         text = f"the two prompts of {share(c.other_prompts, len(items))} pairs are not the same tokens: {where}"
         fix = "end prompts without a space and begin answers with it, so that no token spans both"
         yield Finding("stop" if c.other_prompts > len(items) / 2 else "warn", "preferences", text, fix)
-    reference = "the base with the adapter off" if s.start is None else f"{s.config.adapter.start} as it is now"
+    reference = "the base with the adapter off" if s.data.start is None else f"{s.config.adapter.start} as it is now"
     if loss in ("orpo", "simpo"):
         reference = f"none, {loss} has none"
     yield Finding("ok", "reference", f"compared with: {reference}")
@@ -288,7 +264,7 @@ def _judged(s: TextSubject, items: Sequence[Item]) -> Iterator[Finding]:
 
 def _rows_are_apart(s: TextSubject) -> Iterator[Finding]:
     """Held-out rows that are also trained on make the validation loss a lie."""
-    about = s.about
+    about = s.data.about
     if about is not None:
         yield Finding("ok", "format", f"{about.rows:,} rows in `{about.format}` format: {about.why}")
         if about.unused:
@@ -298,19 +274,19 @@ def _rows_are_apart(s: TextSubject) -> Iterator[Finding]:
             yield Finding(
                 "warn", "duplicates", f"{share(about.duplicates, about.rows)} rows repeat an earlier one exactly"
             )
-    s.numbers.update(held_out=len(s.held_out_rows))
-    if not s.held_out_rows:
+    s.numbers.update(held_out=len(s.data.held.texts))
+    if not s.data.held.texts:
         if s.config.evaluation.patience is not None:
             text = "`evaluation.patience` is set, but no row is held out to stop by"
             yield Finding("stop", "held out", text, "give data.validation or data.split, or more rows")
         else:
             yield Finding("warn", "held out", "no rows are held out: over-fitting cannot be seen", "data.split=0.05")
         return
-    if s.held_out is not None and s.held_out.counts.trained_tokens == 0:
+    if s.data.held.encoded.counts.trained_tokens == 0:
         yield Finding("stop", "held out", "the held-out rows have no token to score", "check data.validation's format")
-    leak = leakage(s.rows, s.held_out_rows)
+    leak = leakage(s.data.train.texts, s.data.held.texts)
     s.numbers.update(leaked=leak.identical, same_prompt=leak.same_prompt)
-    total = len(s.held_out_rows)
+    total = len(s.data.held.texts)
     pairs = "; ".join(f"{a} is {b}" for a, b in leak.examples)
     if leak.identical:
         text = f"{share(leak.identical, total)} held-out rows are also trained on: {pairs}"

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import DataError
+from veneer.models.swap import without_dropout
 from veneer.models.text.fast import fast
 from veneer.models.text.generate import Completion, Prompt, complete
 from veneer.models.text.loss import text_loss
@@ -189,21 +190,17 @@ def score_examples(
     trained token is left out. With several `devices`: of this process's share alone."""
     examples = [e for e in examples if e.learned]
     groups = grouped([e.tokens for e in examples], micro_tokens)
-    was_training, total, trained, rows = model.training, 0.0, 0, 0
-    model.eval()
-    try:
-        with torch.no_grad():
-            for number, counts in devices.deal([sum(examples[i].tokens for i in group) for group in groups]):
-                if interrupted():
-                    return None
-                batch = collate([examples[i] for i in groups[number]])
-                value = loss(model, batch.input_ids.to(device), batch.lengths, batch.trained)
-                if counts:
-                    total += float(value)
-                    trained += batch.trained_tokens
-                    rows += len(batch.lengths)
-    finally:
-        model.train(was_training)
+    total, trained, rows = 0.0, 0, 0
+    with torch.no_grad(), without_dropout(model):
+        for number, counts in devices.deal([sum(examples[i].tokens for i in group) for group in groups]):
+            if interrupted():
+                return None
+            batch = collate([examples[i] for i in groups[number]])
+            value = loss(model, batch.input_ids.to(device), batch.lengths, batch.trained)
+            if counts:
+                total += float(value)
+                trained += batch.trained_tokens
+                rows += len(batch.lengths)
     return Score(total, trained, rows)
 
 

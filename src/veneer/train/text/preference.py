@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from veneer.models.shard import CallWithWeights, call_whole
+from veneer.models.swap import without_dropout
 from veneer.models.text.loss import row_logps
 from veneer.ops import loss as formulas
 from veneer.ops.transfer import sent
@@ -338,18 +339,14 @@ def answer_logps(
     any of the devices, which share the work and have all of it. The model is in its own mode again afterwards."""
     model = base.model
     groups = grouped([e.tokens for e in examples], micro_tokens)
-    was_training, own, stopped = model.training, dict[int, float](), False
-    model.eval()
-    try:
-        with torch.no_grad():
-            for number, _ in devices.deal([sum(examples[i].tokens for i in group) for group in groups]):
-                if stopped := interrupted():
-                    break
-                batch = collate([examples[i] for i in groups[number]])
-                logps = call(row_logps, model, batch.input_ids.to(base.device), batch.lengths, batch.trained)
-                own.update(zip(groups[number], logps.tolist(), strict=True))
-    finally:
-        model.train(was_training)
+    own, stopped = dict[int, float](), False
+    with torch.no_grad(), without_dropout(model):
+        for number, _ in devices.deal([sum(examples[i].tokens for i in group) for group in groups]):
+            if stopped := interrupted():
+                break
+            batch = collate([examples[i] for i in groups[number]])
+            logps = call(row_logps, model, batch.input_ids.to(base.device), batch.lengths, batch.trained)
+            own.update(zip(groups[number], logps.tolist(), strict=True))
     parts = devices.gather(None if stopped else own)
     found = {i: value for part in parts if part is not None for i, value in part.items()}
     return None if None in parts else [found[i] for i in range(len(examples))]

@@ -80,8 +80,8 @@ def _marked(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
 def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
     """Failure classes 3 and 12: an adapter that reaches nothing, and one that is huge because it holds full copies."""
     model, spec = s.base.model, s.config.adapter.spec()
-    if s.start is not None:
-        yield from _going_on(s, s.start)
+    if s.data.start is not None:
+        yield from _going_on(s, s.data.start)
         return
     try:
         found = matches_per_pattern(model, spec)
@@ -114,7 +114,7 @@ def _going_on(s: TextSubject, start: Adapter) -> Iterator[Finding]:
     s.numbers.update(pairs=len(start.pairs), base_parameters=total, trainable=count, adapter_bytes=size)
     if start.deltas:
         kinds = ", ".join(sorted({d.form for d in start.deltas.values()}))
-        text = f"adapter.start holds deltas that are no pairs ({kinds}), which cannot be trained"
+        text = f"adapter.start holds deltas that are not pairs ({kinds}), which cannot be trained"
         yield Finding("stop", "targets", text, "go on from a LoRA adapter")
     text = (
         f"goes on from {s.config.adapter.start}: {len(start.pairs)} pairs; trainable: {share(count, total)} parameters"
@@ -124,7 +124,7 @@ def _going_on(s: TextSubject, start: Adapter) -> Iterator[Finding]:
 
 def _experts_are_reached(s: TextSubject) -> Iterator[Finding]:
     """Failure class 4: experts, most of a mixture model's weights, silently frozen."""
-    if s.start is not None:
+    if s.data.start is not None:
         return  # it trains what it was made for
     model, spec = s.base.model, s.config.adapter.spec()
     experts: dict[str, int] = {}
@@ -198,11 +198,10 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     device = next(model.parameters()).device
     free = available_memory(config, device, s.free_memory)
     mode = config.memory.activation_checkpointing
-    held_out = len(s.held_out.examples) if s.held_out is not None else 0
     plain, again = (
         plan_of_run(
-            config, s.base, s.items, trainable=int(s.numbers.get("trainable", 0)), held_out=held_out,
-            checkpointing=recomputed, room=free,
+            config, s.base, s.data.train.items, trainable=int(s.numbers.get("trainable", 0)),
+            held_out=len(s.data.held.encoded.examples), checkpointing=recomputed, room=free,
         )
         for recomputed in (False, True)
     )  # fmt: skip

@@ -148,7 +148,7 @@ def read_rows(
     would learn whatever their label.
 
     Raises DataError for a missing or empty file, for a row that cannot be read (all of them, up to 20, with line
-    numbers), and when the format cannot be told from the columns."""
+    numbers), and when the format cannot be recognised by the columns."""
     names = [sources] if isinstance(sources, str) else list(sources)
     records, files = read_data_files(names, limit)
     columns = dict(columns or {})
@@ -250,7 +250,7 @@ def _choose(
         if "preference" in formats and "text" not in formats:
             also = " (kto: or prompt, completion and label)" if "unpaired-preference" in formats else ""
             fix = f"this run needs columns prompt, chosen and rejected{also}; data.columns names yours"
-        raise DataError(f"the format cannot be told: {have}", where=records[0].where, fix=fix)
+        raise DataError(f"the format cannot be recognised: {have}", where=records[0].where, fix=fix)
     name, mapping, words = fits[0]
     renamed = [f"`{theirs}` as {ours}" for ours, theirs in mapping.items() if ours != theirs]
     why = (words if format == "auto" else "set by data.format") + (f" ({', '.join(renamed)})" if renamed else "")

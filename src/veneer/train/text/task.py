@@ -348,12 +348,11 @@ class AttachedPreferences(AttachedText):
     """The same for rows with answers to compare: the loss is of pairs (kto: of answers) and has a reference, which is
     the base alone, or, beside the trained adapter, the one it began as."""
 
-    def __init__(
-        self, config: TrainConfig, base: TextBase, run: Run, data: TextData, attachment: Attachment,
-        call: CallWithWeights,
-    ) -> None:  # fmt: skip
-        super().__init__(config, base, run, data, attachment, call)
-        self.preference = Preference.of(config, base, attachment, start=data.start, call=call, devices=run.devices)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.preference = Preference.of(
+            self.config, self.base, self.attachment, start=self.data.start, call=self.call, devices=self.run.devices
+        )  # fmt: skip
 
     def begin(self, progress: Progress, tell: Listener) -> None:
         """The reference's log-probabilities of every pair; a stop on the way keeps what is done."""
