@@ -110,7 +110,8 @@ def paged_attention(
         part = torch.empty(parts, count, heads, d, dtype=torch.float32, device=q.device)
         sums = torch.full((parts, count, heads), -torch.inf, dtype=torch.float32, device=q.device)
         span = _SPAN
-    N = 32 if block > 16 or D * q.element_size() > 256 else 64
+    large = block > 16, D * q.element_size() > 256  # what takes registers
+    N = 64 >> sum(large)
     run_kernel(
         _paged_attention, (len(tiles), kv, parts), q, K, V, part, sums, tiles, tables, q.stride(0), tables.shape[1],
         count, span, kv, heads, scale, cap or 1.0, window or 2**31 - 1, PAGE=page, D=d, BLOCK_D=D, GROUP=group,
