@@ -45,7 +45,9 @@ def test_what_the_kernels_do_not_take_runs_the_reference() -> None:
 
 def test_without_compiled_kernels_it_is_torch_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "kernels", lambda: None)
-    assert all(choices("cpu")[op].startswith("torch: no compiled kernels: ") for op in IMPLEMENTATIONS)
+    told = choices("cpu")
+    assert all(told[op].startswith("torch: no compiled kernels: ") for op in IMPLEMENTATIONS)
+    assert all(told[op] == "torch: cpu has no implementation of its own" for op in set(OPS) - set(IMPLEMENTATIONS))
     assert chosen("rms_norm", torch.ones(3, 16, dtype=torch.bfloat16), torch.ones(16, dtype=torch.bfloat16)) is None
 
 

@@ -15,6 +15,8 @@ rows, and `joint_attention_reference`. Knows nothing of models.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,6 +49,11 @@ class _Group:
         return len(self.tokens) < self.rows * self.length
 
 
+def _sent(t: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the CPU on the device, without waiting for what runs there."""
+    return t if torch.device(device).type == "cpu" else t.to(device, non_blocking=True)
+
+
 class RowLayout:
     """How rows of the given lengths, lying one after another in N = Σ lengths tokens, are attended to.
 
@@ -55,7 +62,9 @@ class RowLayout:
     `step`: a group's length is rounded up to a multiple of it: rows of many lengths then make products of few shapes.
     `idle`: tokens after the rows that are in none: they attend to nothing, and their output is zero.
     `keep`: the tokens whose output is wanted at the end of a model, None for all; for whoever can use it.
-    `attended`: which layers went by it so far. `starts`: (rows + 1,), where each row begins, and the end."""
+    `attended`: which layers went by it so far. `starts`: (rows + 1,), where each row begins, and the end, on the CPU;
+    `ends`: the same as int32 where the tokens are. `groups`: the rows that go through together, worked out where an
+    implementation needs them."""
 
     keep: Tensor | None = None
 
@@ -65,20 +74,21 @@ class RowLayout:
     ) -> None:  # fmt: skip
         self.lengths, self.idle = list(lengths), idle
         self.attended: set[int] = set()
-        starts = [0]
-        for n in self.lengths:
-            starts.append(starts[-1] + n)
-        self.starts = torch.tensor(starts, dtype=torch.int64)
-        places = [torch.arange(n, device=device) for n in self.lengths]
-        self.positions = torch.cat([*places, torch.zeros(idle, dtype=torch.int64, device=device)])
+        self.device, self._waste, self._step = device, waste, step
+        self.starts = torch.tensor(list(itertools.accumulate(self.lengths, initial=0)), dtype=torch.int64)
+        self.ends = _sent(self.starts.int(), device)
+        places = [torch.arange(n) for n in self.lengths]
+        self.positions = _sent(torch.cat([*places, torch.zeros(idle, dtype=torch.int64)]), device)
         self._tables: tuple[Tensor, Tensor, Tensor] | None = None
-        self.groups: list[_Group] = []
-        for length, taken in grouped_rows(self.lengths, waste=waste, step=step):
-            tokens = torch.cat([torch.arange(starts[i], starts[i + 1], device=device) for i in taken])
-            slots = torch.cat(
-                [torch.arange(self.lengths[i], device=device) + at * length for at, i in enumerate(taken)]
-            )
-            self.groups.append(_Group(len(taken), length, tokens, slots))
+
+    @functools.cached_property
+    def groups(self) -> list[_Group]:
+        out, starts = [], self.starts.tolist()
+        for length, taken in grouped_rows(self.lengths, waste=self._waste, step=self._step):
+            tokens = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in taken])
+            slots = torch.cat([torch.arange(self.lengths[i]) + at * length for at, i in enumerate(taken)])
+            out.append(_Group(len(taken), length, _sent(tokens, self.device), _sent(slots, self.device)))
+        return out
 
     def tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """cos and sin of (1, N, dim) whose halves are equal, as (N, dim/2); made once for all layers of a forward."""
@@ -316,8 +326,11 @@ def rotary_attention(
     """Attention of [q | k | v] heads with rotary positions in q and k. qkv: (N, heads + 2·kv, dim) → (N, heads, dim).
 
     cos, sin: (N, dim/2). `window`: a query sees itself and the window − 1 tokens before it; None: all before it.
-    Keeps the turned q, k, v and the probabilities in their dtype, or in tiles qkv, the output and log Σ exp; off the
-    CPU it is torch's fused attention."""
+    Keeps the turned q, k, v and the probabilities in their dtype, or in tiles qkv, the output and log Σ exp; on a GPU,
+    what flash attention keeps."""
+    run = chosen("split_turned", qkv, cos, sin)
+    if run is not None:
+        return _attended(*run(qkv, cos, sin, kv), layout, scale, window)
     if qkv.device.type != "cpu":
         q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
         turned = torch.cat([_rotated(q, cos, sin, 1.0), _rotated(k, cos, sin, 1.0), v], dim=1)
@@ -326,13 +339,57 @@ def rotary_attention(
 
 
 def row_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, scale: float, window: int | None = None
-) -> Tensor:
-    """The same without rotation. q: (N, heads, dim), k, v: (N, kv heads, dim) → (N, heads, dim)."""
+    q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, scale: float, window: int | None = None, cap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The same without rotation. q: (N, heads, dim), k, v: (N, kv heads, dim) → (N, heads, dim).
+
+    `cap`: scores are cap·tanh(score/cap), 0 leaves them. sinks: (heads,), a score of each head that takes its share of
+    the softmax and adds nothing. Where there is no kernel these two are `scored_attention_reference`."""
+    if chosen("attend_rows", q, k, v, sinks) is not None:
+        return _attended(q, k, v, layout, scale, window, cap, sinks)
+    if cap or sinks is not None:
+        return scored_attention_reference(q, k, v, layout, scale, window, cap, sinks)
     qkv = torch.cat([q, k, v], 1)
     if qkv.device.type != "cpu":
         return _sdpa(qkv, k.shape[1], layout, scale, window)
     return _rows(qkv, None, None, k.shape[1], layout, scale, window)
+
+
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, scale: float, window: int | None, cap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """By the device's own kernel, which knows nothing of idle tokens."""
+    run = chosen("attend_rows", q, k, v, sinks)
+    assert run is not None
+    if layout.idle:
+        q, k, v = (t[: -layout.idle] for t in (q, k, v))
+    out: Tensor = run(q, k, v, layout.ends, max(layout.lengths, default=0), scale, window, cap, sinks)
+    return F.pad(out, (0, 0, 0, 0, 0, layout.idle)) if layout.idle else out
+
+
+def scored_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, scale: float, window: int | None, cap: float,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`row_attention` line by line, a row at a time."""
+    per, out = q.shape[1] // k.shape[1], [q.new_zeros(layout.idle, *q.shape[1:])]
+    lengths = [*layout.lengths, layout.idle]
+    rows = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    for one, keys, values in list(rows)[:-1][::-1]:
+        keys, values = (t.repeat_interleave(per, 1).transpose(0, 1) for t in (keys, values))
+        scores = (one.transpose(0, 1) @ keys.transpose(1, 2)) * scale
+        scores = cap * torch.tanh(scores / cap) if cap else scores
+        place = torch.arange(len(one), device=q.device)
+        back = place[:, None] - place
+        hidden = back < 0 if window is None else (back < 0) | (back >= window)
+        scores = scores.masked_fill(hidden, -math.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(-1, len(one), 1)], -1)
+        p = torch.softmax(scores, -1)[..., : len(one)]
+        out.insert(0, (p @ values).transpose(0, 1))
+    return torch.cat(out)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:

@@ -49,6 +49,7 @@ REFERENCE = "torch"
 OPS = {
     "attend": "attention of tokens over all others: softmax(q·kᵀ/√d)·v",
     "attend_backward": "its gradients",
+    "attend_rows": "attention of rows beside one another, with windows, capped scores and sinks, and its gradients",
     "causal_softmax": "softmax of scores over the keys that a query may see",
     "dequantise_blocks4": "a weight of 4 bits, in blocks",
     "dequantise_ggml": "a weight in the blocks of a GGUF file",
@@ -79,6 +80,7 @@ OPS = {
     "silu_gate": "silu(gate) ⊙ up",
     "silu_gate_backward": "its gradients",
     "softmax_backward": "p ⊙ (dp − Σ p⊙dp)",
+    "split_turned": "q, k and v apart, q and k turned by their positions, and its gradient",
     "token_nll": "−log softmax at the targets, and its gradient",
     "turn_and_store": "heads normed and turned, keys and values put into pages",
 }

@@ -7,8 +7,8 @@
 
 Products and sums in float32, each rounded by itself, and one rounding at the end: codes, constants and values of the
 first three are the same bits as bitsandbytes' (QLoRA, arXiv 2305.14314; blocks and the 8-bit map, arXiv 2110.02861).
-Compiled kernels on the CPU, bitsandbytes' own on CUDA where it is installed, torch's operations elsewhere, which are
-the reference.
+Compiled kernels on the CPU and on CUDA, there bitsandbytes' own where ours cannot run, torch's operations elsewhere,
+which are the reference.
 """
 
 from __future__ import annotations
@@ -118,20 +118,20 @@ class Blocks4:
         start, count = first * columns, (last - first) * columns
         if made_up(self.packed):  # the tables below are kept by device, and nobody else could use made-up ones
             return torch.empty(last - first, columns, dtype=dtype, device=self.packed.device)
+        run = chosen("dequantise_blocks4", self.packed, dtype)
+        if run is not None:
+            out = torch.empty(last - first, columns, dtype=dtype, device=self.packed.device)
+            constants = dynamic_map(out.device), four_bit_values(self.kind, out.device)
+            own = self.absmax, self.absmax2, self.mean
+            run(self.packed, *own, *constants, start, count, self.block, self.nested, out)
+            return out
         library = _gpu_library(self.kind, self.block, self.packed.device.type)
         if library is not None and not start % self.block:
             return self._by_bitsandbytes(library, dtype, start, count).view(-1, columns)
-        run = chosen("dequantise_blocks4", self.packed, dtype)
-        if run is None:
-            parts = [
-                self._reference(at, min(_CHUNK, start + count - at)).to(dtype)
-                for at in range(start, start + count, _CHUNK)
-            ]
-            return torch.cat(parts).view(-1, columns)
-        out = torch.empty(last - first, columns, dtype=dtype)
-        constants = self.absmax, self.absmax2, self.mean, dynamic_map(), four_bit_values(self.kind)
-        run(self.packed, *constants, start, count, self.block, self.nested, out)
-        return out
+        parts = [
+            self._reference(at, min(_CHUNK, start + count - at)).to(dtype) for at in range(start, start + count, _CHUNK)
+        ]
+        return torch.cat(parts).view(-1, columns)
 
     def _reference(self, start: int, count: int) -> Tensor:
         """Weights start … start + count in float32, by torch's own operations."""
@@ -217,7 +217,7 @@ class Rows8:
         run = chosen("dequantise_rows8", codes, dtype)
         if run is None:
             return (codes.float() * absmax[:, None] * 7.874015718698502e-3).to(dtype)
-        out = torch.empty(codes.shape, dtype=dtype)
+        out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
         run(codes, absmax, out)
         return out
 
@@ -279,7 +279,7 @@ class GgmlBlocks:
         run = chosen("dequantise_ggml", rows, dtype, self.type)
         if run is None:
             return self._reference(rows).to(rows.device, dtype)
-        out = torch.empty(last - first, self.shape[-1], dtype=dtype)
+        out = torch.empty(last - first, self.shape[-1], dtype=dtype, device=rows.device)
         run(rows, self.type, out)
         return out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.ops.cuda.launch import block_count, device_function, kernel, power_of_2, run_kernel, tl
+from veneer.ops.cuda.launch import block_count, device_function, kernel, power_of_2, rounded, run_kernel, tl
 
 _SILU, _GELU, _GELU_TANH = 0, 1, 2
 _ACTS = {"silu": _SILU, "gelu": _GELU, "gelu_tanh": _GELU_TANH}
@@ -45,7 +45,7 @@ def _gate(both, h, width, gate, up, ACT: tl.constexpr, BLOCK: tl.constexpr):
     start = both + row * 2 * width + at
     z = tl.load(start + gate, mask=there, other=0.0).to(tl.float32)
     u = tl.load(start + up, mask=there, other=0.0).to(tl.float32)
-    tl.store(h + row * width + at, _activated(z, ACT) * u, mask=there)
+    tl.store(h + row * width + at, rounded(_activated(z, ACT) * u, h), mask=there)
 
 
 @kernel
@@ -59,10 +59,10 @@ def _gate_backward(dh, both, d, h, width, gate, up, ACT: tl.constexpr, AGAIN: tl
     u = tl.load(both + places + up, mask=there, other=0.0).to(tl.float32)
     g = tl.load(dh + row * width + at, mask=there, other=0.0).to(tl.float32)
     a = _activated(z, ACT)
-    tl.store(d + places + up, g * a, mask=there)
-    tl.store(d + places + gate, g * u * _slope(z, ACT), mask=there)
+    tl.store(d + places + up, rounded(g * a, d), mask=there)
+    tl.store(d + places + gate, rounded(g * u * _slope(z, ACT), d), mask=there)
     if AGAIN:
-        tl.store(h + row * width + at, a * u, mask=there)
+        tl.store(h + row * width + at, rounded(a * u, h), mask=there)
 
 
 _GATE_BLOCK = 1024
@@ -109,7 +109,7 @@ _BLOCK = 1024
 def _gelu_tanh(x, y, n, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)
-    tl.store(y + at, _activated(z, 2), mask=at < n)
+    tl.store(y + at, rounded(_activated(z, 2), y), mask=at < n)
 
 
 @kernel
@@ -117,7 +117,7 @@ def _gelu_tanh_backward(g, x, dx, n, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)
     slope = _slope(z, 2) * tl.load(g + at, mask=at < n, other=0.0).to(tl.float32)
-    tl.store(dx + at, slope, mask=at < n)
+    tl.store(dx + at, rounded(slope, dx), mask=at < n)
 
 
 def gelu_tanh_forward(x: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def _dropped(x, y, n, low, high, least, scale, BLOCK: tl.constexpr):
     h = (h ^ (h >> 15)) * 0x846CA68B
     h = h ^ (h >> 16)
     v = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32) * scale
-    tl.store(y + at, tl.where(h >= least.to(tl.uint32), v, 0.0), mask=at < n)
+    tl.store(y + at, rounded(tl.where(h >= least.to(tl.uint32), v, 0.0), y), mask=at < n)
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
@@ -162,7 +162,7 @@ def _gained(y, gain, bias, out, n, width, BIASED: tl.constexpr, BLOCK: tl.conste
     v = tl.load(y + at, mask=at < n, other=0.0).to(tl.float32) * tl.load(gain + column)
     if BIASED:
         v += tl.load(bias + column).to(tl.float32)
-    tl.store(out + at, v, mask=at < n)
+    tl.store(out + at, rounded(v, out), mask=at < n)
 
 
 @kernel
@@ -177,7 +177,7 @@ def _gained_backward(g, y, gain, dy, sums, rows, width, share, BLOCK: tl.constex
         at = tl.cast(row, tl.int64) * width + column
         v = tl.load(g + at, mask=there, other=0.0).to(tl.float32)
         total += v * tl.load(y + at, mask=there, other=0.0).to(tl.float32)
-        tl.store(dy + at, v * by, mask=there)
+        tl.store(dy + at, rounded(v * by, dy), mask=there)
     tl.store(sums + part * width + column, total, mask=there)
 
 

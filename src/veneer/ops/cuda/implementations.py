@@ -5,12 +5,14 @@ from on a GPU. All round once where their reference does; references and formula
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from veneer.ops.choice import Implementation
-from veneer.ops.cuda import activations, launch, loss, mixed_rows, norms, paged
+from veneer.ops.cuda import activations, attention, launch, loss, lowrank, mixed_rows, norms, paged, quantised
+from veneer.ops.lowrank import LowRank
 
 IMPLEMENTATIONS: dict[str, Implementation] = {}
 """op -> how it is done on a GPU."""
@@ -65,3 +67,40 @@ def _takes_pages(q: Tensor, K: Tensor) -> bool:
 _WANTS_PAGES = "heads that lie together, in the pages' dtype"
 _implements("paged_attention", _takes_pages, _WANTS_PAGES)(paged.paged_attention)
 _implements("turn_and_store", _takes_pages, _WANTS_PAGES)(paged.turn_and_store)
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def _takes_heads(q: Tensor, *others: Tensor | None) -> bool:
+    return launch.takes(q, *others) and 0 < q.shape[-1] <= 256
+
+
+@_implements("split_turned", _takes_heads, "heads of up to 256 values")
+def _split_turned(qkv: Tensor, cos: Tensor, sin: Tensor, kv: int) -> tuple[Tensor, Tensor, Tensor]:
+    made: tuple[Tensor, Tensor, Tensor] = attention.TurnedHeads.apply(qkv, cos, sin, kv)
+    return made
+
+
+_implements("attend_rows", _takes_heads, "heads of up to 256 values")(attention.attend_rows)
+
+# -- low-rank products -------------------------------------------------------------------------------------------------
+
+
+def _takes_low_rank(x: Tensor, y: Tensor, products: Sequence[LowRank]) -> bool:
+    return y.dtype == x.dtype
+
+
+IMPLEMENTATIONS["low_rank"] = Implementation(
+    lowrank.ShadowedProducts, _takes_low_rank, "every low-rank product, by torch's own products", lambda: ""
+)
+
+# -- quantised weights -------------------------------------------------------------------------------------------------
+
+
+def _takes_bytes(stored: Tensor, dtype: torch.dtype, *kind: str) -> bool:
+    return launch.contiguous(stored) and dtype != torch.float64 and all(k in quantised.GGML for k in kind)
+
+
+_implements("dequantise_blocks4", _takes_bytes, "contiguous bytes")(quantised.dequantise_blocks4)
+_implements("dequantise_rows8", _takes_bytes, "contiguous bytes")(quantised.dequantise_rows8)
+_implements("dequantise_ggml", _takes_bytes, ", ".join(quantised.GGML))(quantised.dequantise_ggml)

@@ -277,3 +277,17 @@ def product(a, b, WIDE: tl.constexpr, sums=None):
 def wide(dtype: torch.dtype) -> bool:
     """Of `product`."""
     return INTERPRETED or dtype == torch.float32
+
+
+_BY_HAND = tl.constexpr(INTERPRETED) if tl is not None else INTERPRETED
+
+
+@device_function
+def rounded(value, to):
+    """A float32 value in the type that `to` points to, rounded to the nearest. Of bfloat16 bit by bit where it is
+    interpreted: triton's interpreter cuts the last bits off, and makes a small number of −0."""
+    if _BY_HAND and to.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+        up = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
+        return (up >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return value.to(to.dtype.element_ty)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.ops.cuda.launch import kernel, power_of_2, run_kernel, tl
+from veneer.ops.cuda.launch import kernel, power_of_2, rounded, run_kernel, tl
 
 
 @kernel
@@ -38,7 +38,7 @@ def _token_nll(logits, targets, nll, width, IGNORED: tl.constexpr, GRADIENT: tl.
             at = start + tl.arange(0, BLOCK)
             z = tl.load(row + at, mask=at < width, other=-float("inf")).to(tl.float32)
             p = tl.where(at == target, below, tl.exp(z - most) * slope)
-            tl.store(row + at, p, mask=at < width)
+            tl.store(row + at, rounded(p, row), mask=at < width)
 
 
 def token_nll(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:

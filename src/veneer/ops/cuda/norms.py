@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.ops.cuda.launch import kernel, power_of_2, run_kernel, tl
+from veneer.ops.cuda.launch import kernel, power_of_2, rounded, run_kernel, tl
 
 
 @kernel
@@ -16,7 +16,7 @@ def _rms_norm(x, weight, y, width, eps, BLOCK: tl.constexpr):
     v = tl.load(x + row + at, mask=there, other=0.0).to(tl.float32)
     r = tl.rsqrt(tl.sum(v * v, 0) / width + eps)
     w = tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
-    tl.store(y + row + at, v * r * w, mask=there)
+    tl.store(y + row + at, rounded(v * r * w, y), mask=there)
 
 
 @kernel
@@ -30,7 +30,7 @@ def _rms_norm_backward(g, x, weight, dx, width, eps, BLOCK: tl.constexpr):
     gw *= tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
     r = tl.rsqrt(tl.sum(v * v, 0) / width + eps)
     mean = tl.sum(gw * v, 0) / width
-    tl.store(dx + row + at, r * (gw - v * (r * r * mean)), mask=there)
+    tl.store(dx + row + at, rounded(r * (gw - v * (r * r * mean)), dx), mask=there)
 
 
 def _warps(width: int) -> int:

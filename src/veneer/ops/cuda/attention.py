@@ -1,0 +1,348 @@
+"""Attention of rows that lie one after another, causal: o = softmax(cap(scale·q·kᵀ))·v inside each row.
+
+    turned heads    rotary positions in q and k on the way out of [q | k | v], one pass each way
+    attend_rows     torch's own varlen_attn (flash attention) where it does what is asked; else the kernels below, which
+                    also have what it has not: cap·tanh(score/cap) of Gemma 2, and sinks, a score of each head that
+                    takes its share of the softmax and adds nothing (gpt-oss)
+
+The kernels are flash attention (arXiv 2307.08691) with a row's keys from its window on alone: probabilities exist in
+tiles, and only log Σ exp is kept. Queries that share a key head read its keys where they lie.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.ops.cuda.launch import (
+    block_count,
+    device_function,
+    kernel,
+    power_of_2,
+    product,
+    rounded,
+    run_kernel,
+    tl,
+    wide,
+)
+from veneer.ops.transfer import made_up
+
+# -- rotary positions --------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _turn(
+    x, y, cos, sin, x_token, x_head, y_token, y_head, heads, half, sign, HEADS: tl.constexpr, HALF: tl.constexpr
+):  # fmt: skip
+    """y₁ = x₁·cos − sign·x₂·sin, y₂ = x₂·cos + sign·x₁·sin: all heads of a token a program."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    at = tl.arange(0, HALF)[None]
+    there = (head < heads) & (at < half)
+    c = tl.load(cos + token * half + at, mask=at < half, other=0.0).to(tl.float32)
+    s = tl.load(sin + token * half + at, mask=at < half, other=0.0).to(tl.float32) * sign
+    start = x + token * x_token + head * x_head + at
+    one = tl.load(start, mask=there, other=0.0).to(tl.float32)
+    two = tl.load(start + half, mask=there, other=0.0).to(tl.float32)
+    into = y + token * y_token + head * y_head + at
+    tl.store(into, rounded(one * c - two * s, y), mask=there)
+    tl.store(into + half, rounded(two * c + one * s, y), mask=there)
+
+
+def _turn_heads(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
+    n, heads, dim = x.shape
+    strides = x.stride(0), x.stride(1), y.stride(0), y.stride(1)
+    constants = {"HEADS": power_of_2(heads), "HALF": power_of_2(dim // 2)}
+    run_kernel(_turn, (n,), x, y, cos, sin, *strides, heads, dim // 2, sign, **constants)
+
+
+class TurnedHeads(torch.autograd.Function):
+    """q, k and v of qkv (N, heads + 2·kv, dim), q and k turned by cos, sin (N, dim/2)."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, kv: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        n, both, dim = qkv.shape[0], qkv.shape[1] - kv, qkv.shape[2]
+        turned, values = qkv.new_empty(n, both, dim), qkv.new_empty(n, kv, dim)
+        x, v = qkv.split([both, kv], dim=1)
+        _turn_heads(x, turned, cos, sin, 1.0)
+        values.copy_(v)  # so that nothing keeps what was not turned
+        q, k = turned.split([both - kv, kv], dim=1)
+        return q, k, values
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
+        cos, sin = ctx.saved_tensors
+        heads, kv = dq.shape[1], dk.shape[1]
+        d = dq.new_empty(len(dq), heads + 2 * kv, dq.shape[2])
+        into = d.split([heads, kv, kv], dim=1)
+        _turn_heads(_lying(dq), into[0], cos, sin, -1.0)
+        _turn_heads(_lying(dk), into[1], cos, sin, -1.0)
+        into[2].copy_(dv)
+        return d, None, None, None
+
+
+def _lying(x: Tensor) -> Tensor:
+    """x where a head's values lie one after another."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+@device_function
+def _scores(q, k, query, key, length, scale, cap, window, CAP: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr):
+    """(cap(scale·q·kᵀ), −∞ where a query does not see a key; tanh of the capped)."""
+    s = product(q, tl.trans(k), WIDE) * scale
+    t = s
+    if CAP:
+        t = 2.0 * tl.sigmoid(2.0 * s / cap) - 1.0
+        s = cap * t
+    seen = (key[None] <= query[:, None]) & (query[:, None] < length)
+    if WINDOW:
+        seen = seen & (query[:, None] - key[None] < window)
+    return tl.where(seen, s, -float("inf")), t
+
+
+@kernel
+def _attend(
+    q, k, v, out, lse, starts, sinks, q_token, q_head, k_token, k_head, v_token, v_head, total, heads, per, dim, scale,
+    cap, window, CAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """A block of queries of one head and row a program. out: (total, heads, dim), lse: (heads, total)."""
+    head = tl.program_id(1) % heads
+    begin = tl.load(starts + tl.program_id(1) // heads)
+    length = tl.load(starts + tl.program_id(1) // heads + 1) - begin
+    first = tl.program_id(0) * QUERIES
+    if first >= length:
+        return
+    at = tl.arange(0, D)
+    query = first + tl.arange(0, QUERIES)
+    token = (begin + query).to(tl.int64)
+    there = (query < length)[:, None] & (at < dim)[None]
+    qs = tl.load(q + token[:, None] * q_token + head * q_head + at[None], mask=there, other=0.0)
+    most = tl.full([QUERIES], -float("inf"), tl.float32)
+    total_exp = tl.zeros([QUERIES], tl.float32)
+    if SINKS:
+        most = tl.zeros([QUERIES], tl.float32) + tl.load(sinks + head).to(tl.float32)
+        total_exp += 1.0
+    o = tl.zeros([QUERIES, D], tl.float32)
+    low = 0
+    if WINDOW:
+        low = tl.maximum(first - window + 1, 0) // KEYS * KEYS
+    for start in range(low, tl.minimum(first + QUERIES, length), KEYS):
+        key = start + tl.arange(0, KEYS)
+        place = (begin + key).to(tl.int64)[:, None]
+        known = (key < length)[:, None] & (at < dim)[None]
+        ks = tl.load(k + place * k_token + head // per * k_head + at[None], mask=known, other=0.0)
+        vs = tl.load(v + place * v_token + head // per * v_head + at[None], mask=known, other=0.0)
+        s, _ = _scores(qs, ks, query, key, length, scale, cap, window, CAP, WINDOW, WIDE)
+        higher = tl.maximum(most, tl.max(s, 1))
+        base = tl.where(higher == -float("inf"), 0.0, higher)  # of a query that has seen no key yet
+        p = tl.exp(s - base[:, None])
+        shrink = tl.exp(most - base)
+        total_exp = total_exp * shrink + tl.sum(p, 1)
+        o = product(rounded(p, v), vs, WIDE, o * shrink[:, None])
+        most = higher
+    o = o / tl.where(total_exp == 0.0, 1.0, total_exp)[:, None]
+    tl.store(out + (token[:, None] * heads + head) * dim + at[None], rounded(o, out), mask=there)
+    tl.store(lse + head * total + token, most + tl.log(tl.where(total_exp == 0.0, 1.0, total_exp)), mask=query < length)
+
+
+@kernel
+def _attend_of_q(
+    g, out, q, k, v, lse, delta, dq, starts, q_token, q_head, k_token, k_head, v_token, v_head, total, heads, per, dim,
+    scale, cap, window, CAP: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a block of queries, and delta = Σ g ⊙ out of each: (heads, total). g, out, dq: (total, heads,
+    dim)."""
+    head = tl.program_id(1) % heads
+    begin = tl.load(starts + tl.program_id(1) // heads)
+    length = tl.load(starts + tl.program_id(1) // heads + 1) - begin
+    first = tl.program_id(0) * QUERIES
+    if first >= length:
+        return
+    at = tl.arange(0, D)
+    query = first + tl.arange(0, QUERIES)
+    token = (begin + query).to(tl.int64)
+    there = (query < length)[:, None] & (at < dim)[None]
+    flat = (token[:, None] * heads + head) * dim + at[None]
+    qs = tl.load(q + token[:, None] * q_token + head * q_head + at[None], mask=there, other=0.0)
+    gs = tl.load(g + flat, mask=there, other=0.0)
+    own = tl.load(out + flat, mask=there, other=0.0).to(tl.float32)
+    inner = tl.sum(gs.to(tl.float32) * own, 1)
+    tl.store(delta + head * total + token, inner, mask=query < length)
+    logs = tl.load(lse + head * total + token, mask=query < length, other=0.0)
+    d = tl.zeros([QUERIES, D], tl.float32)
+    low = 0
+    if WINDOW:
+        low = tl.maximum(first - window + 1, 0) // KEYS * KEYS
+    for start in range(low, tl.minimum(first + QUERIES, length), KEYS):
+        key = start + tl.arange(0, KEYS)
+        place = (begin + key).to(tl.int64)[:, None]
+        known = (key < length)[:, None] & (at < dim)[None]
+        ks = tl.load(k + place * k_token + head // per * k_head + at[None], mask=known, other=0.0)
+        vs = tl.load(v + place * v_token + head // per * v_head + at[None], mask=known, other=0.0)
+        s, t = _scores(qs, ks, query, key, length, scale, cap, window, CAP, WINDOW, WIDE)
+        ds = tl.exp(s - logs[:, None]) * (product(gs, tl.trans(vs), WIDE) - inner[:, None])
+        if CAP:
+            ds *= 1.0 - t * t
+        d = product(rounded(ds, k), ks, WIDE, d)
+    tl.store(dq + flat, rounded(d * scale, dq), mask=there)
+
+
+@kernel
+def _attend_of_kv(
+    g, q, k, v, lse, delta, dk, dv, starts, q_token, q_head, k_token, k_head, v_token, v_head, total, heads, per, dim,
+    scale, cap, window, CAP: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a block of keys and values of one key head, from all queries that see them. dk, dv: (total, kv,
+    dim)."""
+    kv = heads // per
+    head = tl.program_id(1) % kv
+    begin = tl.load(starts + tl.program_id(1) // kv)
+    length = tl.load(starts + tl.program_id(1) // kv + 1) - begin
+    first = tl.program_id(0) * KEYS
+    if first >= length:
+        return
+    at = tl.arange(0, D)
+    key = first + tl.arange(0, KEYS)
+    token = (begin + key).to(tl.int64)
+    known = (key < length)[:, None] & (at < dim)[None]
+    ks = tl.load(k + token[:, None] * k_token + head * k_head + at[None], mask=known, other=0.0)
+    vs = tl.load(v + token[:, None] * v_token + head * v_head + at[None], mask=known, other=0.0)
+    of_k = tl.zeros([KEYS, D], tl.float32)
+    of_v = tl.zeros([KEYS, D], tl.float32)
+    high = length
+    if WINDOW:
+        high = tl.minimum(length, first + KEYS + window - 1)
+    low = first // QUERIES * QUERIES
+    steps = (high - low + QUERIES - 1) // QUERIES
+    for step in range(0, steps * per):
+        own = head * per + step // steps
+        query = low + step % steps * QUERIES + tl.arange(0, QUERIES)
+        place = (begin + query).to(tl.int64)
+        there = (query < length)[:, None] & (at < dim)[None]
+        qs = tl.load(q + place[:, None] * q_token + own * q_head + at[None], mask=there, other=0.0)
+        gs = tl.load(g + (place[:, None] * heads + own) * dim + at[None], mask=there, other=0.0)
+        logs = tl.load(lse + own * total + place, mask=query < length, other=0.0)
+        inner = tl.load(delta + own * total + place, mask=query < length, other=0.0)
+        s, t = _scores(qs, ks, query, key, length, scale, cap, window, CAP, WINDOW, WIDE)
+        p = tl.exp(s - logs[:, None])
+        of_v = product(tl.trans(rounded(p, g)), gs, WIDE, of_v)
+        ds = p * (product(gs, tl.trans(vs), WIDE) - inner[:, None])
+        if CAP:
+            ds *= 1.0 - t * t
+        of_k = product(tl.trans(rounded(ds, q)), qs, WIDE, of_k)
+    flat = (token[:, None] * kv + head) * dim + at[None]
+    tl.store(dk + flat, rounded(of_k * scale, dk), mask=known)
+    tl.store(dv + flat, rounded(of_v, dv), mask=known)
+
+
+def _tiles(dim: int, backward: bool = False) -> dict[str, int]:
+    """Queries and keys of a block, and the warps that work on it, so that all of it stays in registers."""
+    if dim <= 64:
+        return {"QUERIES": 64, "KEYS": 64, "num_warps": 4, "num_stages": 2}
+    if dim <= 128:
+        return {"QUERIES": 32 if backward else 64, "KEYS": 64, "num_warps": 8, "num_stages": 2}
+    return {"QUERIES": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1}
+
+
+class _ScoredAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, starts: Tensor, longest: int, scale: float,
+        window: int | None, cap: float,
+    ) -> Tensor:  # fmt: skip
+        q, k, v = (_lying(t) for t in (q, k, v))
+        total, heads, dim = q.shape
+        out = q.new_empty(total, heads, dim)
+        lse = torch.empty(heads, total, dtype=torch.float32, device=q.device)
+        sizes, constants = _sizes(q, k, v, scale, window, cap)
+        tiles = _tiles(dim)
+        grid = block_count(longest, tiles["QUERIES"]), (len(starts) - 1) * heads
+        given = q, k, v, out, lse, starts, sinks
+        run_kernel(_attend, grid, *given, *sizes, **constants, SINKS=sinks is not None, **tiles)
+        ctx.save_for_backward(q, k, v, sinks, starts, out, lse)
+        ctx.how = longest, scale, window, cap
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        q, k, v, sinks, starts, out, lse = ctx.saved_tensors
+        longest, *how = ctx.how
+        g = g.contiguous()
+        total, heads, dim = q.shape
+        kv, rows = k.shape[1], len(starts) - 1
+        dq, delta = q.new_empty(total, heads, dim), torch.empty_like(lse)
+        dk, dv = k.new_empty(total, kv, dim), v.new_empty(total, kv, dim)
+        sizes, constants = _sizes(q, k, v, *how)
+        tiles = _tiles(dim, backward=True)
+        grid = block_count(longest, tiles["QUERIES"]), rows * heads
+        run_kernel(_attend_of_q, grid, g, out, q, k, v, lse, delta, dq, starts, *sizes, **constants, **tiles)
+        grid = block_count(longest, tiles["KEYS"]), rows * kv
+        run_kernel(_attend_of_kv, grid, g, q, k, v, lse, delta, dk, dv, starts, *sizes, **constants, **tiles)
+        d_sinks = None
+        if sinks is not None and ctx.needs_input_grad[3]:  # a sink's share of the softmax adds nothing: −p·Σ g⊙o
+            d_sinks = -((sinks.float()[:, None] - lse).exp() * delta).sum(1).to(sinks.dtype)
+        return dq, dk, dv, d_sinks, None, None, None, None, None
+
+
+def _sizes(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, cap: float
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    total, heads, dim = q.shape
+    strides = q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)
+    sizes = *strides, total, heads, heads // k.shape[1], dim, float(scale), float(cap), window or 0
+    constants = {"CAP": cap > 0, "WINDOW": window is not None, "WIDE": wide(q.dtype), "D": max(16, power_of_2(dim))}
+    return sizes, constants
+
+
+def scored_attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float, window: int | None = None,
+    cap: float = 0.0, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """By the kernels of this file. q: (N, heads, dim), k, v: (N, kv heads, dim) → (N, heads, dim).
+
+    starts: (rows + 1,) int32, where each row begins, and N. `longest`: of the rows. `cap`: 0 for none. sinks:
+    (heads,)."""
+    out: Tensor = _ScoredAttention.apply(q, k, v, sinks, starts, longest, scale, window, cap)
+    return out
+
+
+@functools.cache
+def _varlen() -> Any:
+    """torch's own, or None where this torch has none (it came with 2.10)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+def _takes_varlen(q: Tensor) -> bool:
+    """Flash attention: 16 bits, heads of up to 256 in multiples of 8, cards from Ampere on."""
+    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] > 256 or q.shape[2] % 8 or q.device.type != "cuda":
+        return False
+    return _varlen() is not None and (made_up(q) or torch.cuda.get_device_capability(q.device) >= (8, 0))
+
+
+def attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float, window: int | None, cap: float,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """As `scored_attention`, by torch's where it does what is asked."""
+    if cap or sinks is not None or not _takes_varlen(q):
+        return scored_attention(q, k, v, starts, longest, scale, window, cap, sinks)
+    back = -1 if window is None else window - 1
+    grouped = q.shape[1] != k.shape[1]
+    out: Tensor = _varlen()(
+        q, k, v, starts, starts, longest, longest, scale=scale, window_size=(back, 0), enable_gqa=grouped
+    )
+    return out

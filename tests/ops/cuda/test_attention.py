@@ -1,0 +1,100 @@
+"""Laws of attention over rows against the reference in float64, by the ops that run the kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.ops.cuda.laws import DTYPES, FEW, SEEDS, close, drawn
+from veneer.ops.attention import RowLayout, rotary_attention, rotate, row_attention, scored_attention_reference
+from veneer.ops.choice import chosen
+
+LENGTHS = st.sampled_from([[1], [5, 1, 9], [70], [64, 3], [33, 66]])
+WINDOWS = st.sampled_from([None, 1, 7, 40, 200])
+HEADS = st.sampled_from([(1, 1), (2, 1), (4, 2)])
+
+
+def gradients(y: Tensor, given: list[Tensor], g: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(y, given, g))
+
+
+@FEW
+@given(
+    DTYPES, LENGTHS, HEADS, st.sampled_from([8, 16, 40, 64]), WINDOWS, st.sampled_from([0.0, 2.0]), st.booleans(),
+    st.sampled_from([0, 3]), SEEDS,
+)  # fmt: skip
+def test_rows(
+    dtype: torch.dtype, lengths: list[int], counts: tuple[int, int], dim: int, window: int | None, cap: float,
+    sunk: bool, idle: int, seed: int,
+) -> None:  # fmt: skip
+    (heads, kv), n = counts, sum(lengths) + idle
+    q, g = drawn(seed, n, heads, dim, dtype=dtype), drawn(seed + 1, n, heads, dim, dtype=dtype)
+    k, v = drawn(seed + 2, 2, n, kv, dim, dtype=dtype)
+    sinks = drawn(seed + 3, heads, dtype=torch.float32) if sunk else None
+    layout = RowLayout(lengths, idle=idle)
+    given = [t.requires_grad_() for t in (q, k, v, sinks) if t is not None]
+    wide = [t.detach().double().requires_grad_() for t in given]
+    assert chosen("attend_rows", q, k, v, sinks) is not None
+    got = row_attention(q, k, v, layout, dim**-0.5, window, cap, sinks)
+    want = scored_attention_reference(
+        wide[0], wide[1], wide[2], layout, dim**-0.5, window, cap, wide[3] if sunk else None
+    )
+    close(got, want, dtype)
+    for a, b in zip(gradients(got, given, g), gradients(want, wide, g.double()), strict=True):
+        assert a.shape == b.shape
+        # relative to all gradients: of a row of one token those of q and k are zero but for rounding
+        assert (a.double() - b).norm() <= 3e-2 * g.double().norm() if dtype != torch.float32 else True
+        if dtype == torch.float32:
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5)
+
+
+@settings(max_examples=5)
+@given(DTYPES, LENGTHS, HEADS, st.sampled_from([8, 16, 40, 64]), WINDOWS, SEEDS)
+def test_rotary_rows(
+    dtype: torch.dtype, lengths: list[int], counts: tuple[int, int], dim: int, window: int | None, seed: int
+) -> None:
+    (heads, kv), n = counts, sum(lengths)
+    qkv, g = drawn(seed, n, heads + 2 * kv, dim, dtype=dtype), drawn(seed + 1, n, heads, dim, dtype=dtype)
+    angles = drawn(seed + 2, n, dim // 2, dtype=torch.float32)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    layout = RowLayout(lengths)
+    qkv.requires_grad_()
+    got = rotary_attention(qkv, cos, sin, kv, layout, dim**-0.5, window)
+    wide = qkv.detach().double().requires_grad_()
+    q, k, v = wide.split([heads, kv, kv], dim=1)
+    turned = [rotate(t, cos.double(), sin.double()) for t in (q, k)]
+    want = scored_attention_reference(*turned, v, layout, dim**-0.5, window, 0.0, None)
+    close(got, want, dtype, 2)
+    close(gradients(got, [qkv], g)[0], gradients(want, [wide], g.double())[0], dtype, 3)
+
+
+def test_a_row_sees_no_other() -> None:
+    """A change in one row changes no bit of another's output or gradient."""
+    layout, dim = RowLayout([70, 30]), 16
+    q, k, v, g = drawn(0, 4, 100, 2, dim, dtype=torch.float32)
+
+    def results(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        given = [t.clone().requires_grad_() for t in (q, k, v)]
+        y = row_attention(given[0], given[1], given[2], layout, 0.25, 20, 5.0)
+        return [y.detach(), *gradients(y, given, g)]
+
+    before = results(q, k, v)
+    q[70:] += 1
+    k[70:] *= -3
+    v[70:] = 0
+    for a, b in zip(before, results(q, k, v), strict=True):
+        assert torch.equal(a[:70], b[:70])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_heads_that_lie_apart(turned: bool) -> None:
+    """q, k and v as views of what a projection gave, and of what transformers turned."""
+    qkv = drawn(5, 40, 4, 16, dtype=torch.float32)
+    qkv = qkv.transpose(0, 1).contiguous().transpose(0, 1) if turned else qkv
+    q, k, v = qkv.split([2, 1, 1], dim=1)
+    layout = RowLayout([25, 15])
+    want = scored_attention_reference(q, k, v, layout, 0.25, None, 0.0, None)
+    torch.testing.assert_close(row_attention(q, k, v, layout, 0.25), want)

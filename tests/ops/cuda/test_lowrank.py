@@ -1,0 +1,81 @@
+"""Laws of low-rank products as a GPU makes them, against float64, by the ops that use them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.ops.cuda.laws import DTYPES, FEW, SEEDS, close, drawn
+from veneer.ops.choice import chosen
+from veneer.ops.cuda import lowrank
+from veneer.ops.linear import LinearMap, linear
+from veneer.ops.lowrank import LowRank
+
+
+def products_of(seed: int, ranks: list[int], inputs: int, each: int, first: int, apart: int) -> list[LowRank]:
+    out = []
+    for i, rank in enumerate(ranks):
+        A = drawn(seed + 2 * i, rank, inputs, dtype=torch.float32).requires_grad_()
+        B = drawn(seed + 2 * i + 1, each, rank, dtype=torch.float32).requires_grad_()
+        out.append(LowRank(A, B, scale=0.5 + i, first=first + i * (each + apart)))
+    return out
+
+
+@FEW
+@given(
+    DTYPES, st.integers(0, 9), st.lists(st.integers(1, 20), min_size=1, max_size=3), st.integers(0, 3), st.booleans(),
+    SEEDS,
+)  # fmt: skip
+def test_linear(dtype: torch.dtype, n: int, ranks: list[int], apart: int, gain: bool, seed: int) -> None:
+    inputs, each = 24, 10
+    products = products_of(seed, ranks, inputs, each, apart, apart)
+    rows = products[-1].last + apart
+    W, b = drawn(seed + 50, rows, inputs, dtype=dtype), drawn(seed + 51, rows, dtype=dtype)
+    x, g = drawn(seed + 52, n, inputs, dtype=dtype).requires_grad_(), drawn(seed + 53, n, rows, dtype=dtype)
+    by = (drawn(seed + 54, rows, dtype=torch.float32) + 1).requires_grad_() if gain else None
+    given = [x, *(t for p in products for t in (p.A, p.B)), *([by] if by is not None else [])]
+    assert chosen("low_rank", x, x, products) is lowrank.ShadowedProducts
+    y = linear(x, LinearMap(W, b, tuple(products), by))
+    wide = [t.detach().double().requires_grad_() for t in given]
+    plain = wide[0] @ W.double().t()
+    for i, p in enumerate(products):
+        own = p.scale * (wide[0] @ wide[1 + 2 * i].t()) @ wide[2 + 2 * i].t()
+        plain = plain + torch.nn.functional.pad(own, (p.first, rows - p.last))
+    want = (plain if by is None else plain * wide[-1]) + b.double()
+    close(y, want, dtype, 3)
+    got, wanted = torch.autograd.grad(y, given, g), torch.autograd.grad(want, wide, g.double())
+    for a, b in zip(got, wanted, strict=True):
+        close(a, b, dtype, 3)
+
+
+def test_copies_are_made_once_and_again_after_a_step() -> None:
+    (p,) = products_of(0, [4], 8, 6, 0, 0)
+    A, (B,) = lowrank._shadows([p], torch.bfloat16)
+    again, _ = lowrank._shadows([LowRank(p.A, p.B, scale=7.0)], torch.bfloat16)
+    assert again is A
+    with torch.no_grad():
+        p.A.add_(1)
+    new, _ = lowrank._shadows([p], torch.bfloat16)
+    assert new is not A
+    assert torch.equal(new, p.A.bfloat16())
+    p.B.data = p.B.data * 2
+    assert torch.equal(lowrank._shadows([p], torch.bfloat16)[1][0], p.B.bfloat16())
+    assert torch.equal(B, (p.B / 2).bfloat16())
+
+
+def test_copies_go_with_what_they_are_copies_of() -> None:
+    before = len(lowrank._kept)
+    products = products_of(0, [4, 2], 8, 6, 0, 0)
+    lowrank._shadows(products, torch.bfloat16)
+    assert len(lowrank._kept) == before + 1
+    del products
+    assert len(lowrank._kept) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_is_in_the_dtype_already_is_not_copied(dtype: torch.dtype) -> None:
+    A, B = torch.ones(2, 3, dtype=dtype), torch.ones(4, 2, dtype=dtype)
+    own, (other,) = lowrank._shadows([LowRank(A, B)], dtype)
+    assert (own.data_ptr(), other.data_ptr()) == (A.data_ptr(), B.data_ptr())
