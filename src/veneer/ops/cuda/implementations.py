@@ -91,7 +91,7 @@ def _takes_low_rank(x: Tensor, y: Tensor, products: Sequence[LowRank]) -> bool:
 
 
 IMPLEMENTATIONS["low_rank"] = Implementation(
-    lowrank.ShadowedProducts, _takes_low_rank, "every low-rank product, by torch's own products", lambda: ""
+    lowrank.ShadowedProducts, _takes_low_rank, "every low-rank product, by torch's own products", lambda: "", "cuda"
 )
 
 # -- quantised weights -------------------------------------------------------------------------------------------------
