@@ -330,7 +330,8 @@ def rotary_attention(
     what flash attention keeps."""
     run = chosen("split_turned", qkv, cos, sin)
     if run is not None:
-        return _attended(*run(qkv, cos, sin, kv), layout, scale, window)
+        q, k, v = run(qkv, cos, sin, kv)
+        return _attended(q, k, v, layout, scale, window)
     if qkv.device.type != "cpu":
         q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
         turned = torch.cat([_rotated(q, cos, sin, 1.0), _rotated(k, cos, sin, 1.0), v], dim=1)
