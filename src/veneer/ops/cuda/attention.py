@@ -304,7 +304,7 @@ def _sizes(
     return sizes, constants
 
 
-def scored_attention(
+def _scored_attention(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float, window: int | None = None,
     cap: float = 0.0, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
@@ -337,9 +337,9 @@ def attend_rows(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float, window: int | None, cap: float,
     sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """As `scored_attention`, by torch's where it does what is asked."""
+    """As `_scored_attention`, by torch's where it does what is asked."""
     if cap or sinks is not None or not _takes_varlen(q):
-        return scored_attention(q, k, v, starts, longest, scale, window, cap, sinks)
+        return _scored_attention(q, k, v, starts, longest, scale, window, cap, sinks)
     back = -1 if window is None else window - 1
     grouped = q.shape[1] != k.shape[1]
     out: Tensor = _varlen()(
