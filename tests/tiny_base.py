@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -58,15 +58,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_model() -> PreTrainedModel:
-    """A two-layer llama whose vocabulary is the tiny tokenizer's."""
+def tiny_model(**more: Any) -> PreTrainedModel:
+    """A two-layer llama whose vocabulary is the tiny tokenizer's. `more`: of its configuration."""
     from transformers import GenerationConfig
 
     from tests.families import llama3  # late: whoever wants the tokenizer alone need not wait for torch
 
     model = llama3(
-        vocab_size=VOCAB_SIZE, bos_token_id=1, eos_token_id=2, pad_token_id=2, architectures=["LlamaForCausalLM"]
-    )
+        vocab_size=VOCAB_SIZE, bos_token_id=1, eos_token_id=2, pad_token_id=2, architectures=["LlamaForCausalLM"],
+        **more,
+    )  # fmt: skip
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     return model
 
