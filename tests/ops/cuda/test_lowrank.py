@@ -12,6 +12,7 @@ from veneer.ops.choice import chosen
 from veneer.ops.cuda import lowrank
 from veneer.ops.linear import LinearMap, linear
 from veneer.ops.lowrank import LowRank
+from veneer.train.optim import make_optimizer, optimizer_names
 
 
 def products_of(seed: int, ranks: list[int], inputs: int, each: int, first: int, apart: int) -> list[LowRank]:
@@ -63,6 +64,25 @@ def test_copies_are_made_once_and_again_after_a_step() -> None:
     p.B.data = p.B.data * 2
     assert torch.equal(lowrank._shadows([p], torch.bfloat16)[1][0], p.B.bfloat16())
     assert torch.equal(B, (p.B / 2).bfloat16())
+
+
+@pytest.mark.parametrize("name", optimizer_names())
+def test_copies_follow_every_optimizer(name: str) -> None:
+    """A fused one changes a parameter without a new version of it."""
+    (p,) = products_of(0, [4], 8, 6, 0, 0)
+    parameters = {"A": torch.nn.Parameter(p.A.detach()), "B": torch.nn.Parameter(p.B.detach())}
+    product = LowRank(parameters["A"], parameters["B"])
+    optimizer = make_optimizer(parameters, name=name, learning_rate=0.1)
+    for _ in range(2):
+        lowrank._shadows([product], torch.bfloat16)
+        for t in parameters.values():
+            t.grad = torch.ones_like(t)
+        before = product.B.detach().clone()
+        optimizer.step()
+        assert not torch.equal(product.B, before)
+        A, (B,) = lowrank._shadows([product], torch.bfloat16)
+        assert torch.equal(A, product.A.bfloat16())
+        assert torch.equal(B, product.B.bfloat16())
 
 
 def test_copies_go_with_what_they_are_copies_of() -> None:

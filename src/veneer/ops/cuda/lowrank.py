@@ -12,25 +12,39 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from veneer.ops.lowrank import LowRank
 
 
 class _Shadows(NamedTuple):
     """A of all products below one another, and each B, in the dtype of the products; `of`: (weak reference, version,
-    address) of each tensor that they are copies of."""
+    address, optimizers' steps till then) of each tensor that they are copies of."""
 
     A: Tensor
     B: list[Tensor]
-    of: list[tuple[weakref.ref[Tensor], int, int]]
+    of: list[tuple[weakref.ref[Tensor], int, int, int]]
 
 
 _kept: dict[tuple[object, ...], _Shadows] = {}
 """By the tensors' identity. A copy goes with its first A."""
 
 
-def _state(t: Tensor) -> tuple[weakref.ref[Tensor], int, int]:
-    return weakref.ref(t), t._version, t.data_ptr()
+_steps = 0
+"""Steps of any optimizer so far. A tensor's version does not tell: fused optimizers and bitsandbytes' change a parameter
+and leave its version as it was."""
+
+
+def _count_step(*_: object) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def _state(t: Tensor) -> tuple[weakref.ref[Tensor], int, int, int]:
+    return weakref.ref(t), t._version, t.data_ptr(), _steps
 
 
 def _shadows(products: Sequence[LowRank], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -41,8 +55,8 @@ def _shadows(products: Sequence[LowRank], dtype: torch.dtype) -> tuple[Tensor, l
     key = (dtype, *map(id, tensors))
     found = _kept.get(key)
     if found is not None and all(
-        ref() is t and version == t._version and at == t.data_ptr()
-        for t, (ref, version, at) in zip(tensors, found.of, strict=True)
+        ref() is t and (version, at, steps) == (t._version, t.data_ptr(), _steps)
+        for t, (ref, version, at, steps) in zip(tensors, found.of, strict=True)
     ):
         return found.A, found.B
     if found is None:
