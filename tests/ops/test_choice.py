@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from veneer.errors import ConfigError
 from veneer.ops import attention, choice, linear, loss, mlp, norms
 from veneer.ops.choice import HOMES, OPS, choices, chosen
 from veneer.ops.cpu import compiled
@@ -147,6 +148,15 @@ def test_pins_come_before_everything(bench: dict[str, float]) -> None:
     assert name_of(torch.empty(40, 2)) == "torch"
 
 
+@pytest.mark.parametrize("name", ["secnd", ""])
+def test_a_name_that_no_implementation_has_is_refused(bench: dict[str, float], name: str) -> None:
+    with choice.pinned(gelu_tanh=name):
+        for ask in (lambda: name_of(torch.empty(40, 2)), lambda: choices("cpu")["gelu_tanh"]):
+            with pytest.raises(ConfigError, match="no implementation of that name") as caught:
+                ask()
+            assert "second, torch" in str(caught.value)
+
+
 def test_listed_measures_nothing(bench: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     bench["torch"] = 0.1
     monkeypatch.setattr(choice, "_listed", True)
@@ -160,16 +170,22 @@ OPS_OF = (attention, linear, loss, mlp, norms)
 
 @pytest.mark.parametrize("op", sorted(choice._TRIALS))
 def test_every_trial_calls_its_op_and_runs_by_whatever_is_named(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At sizes of a few: what it does is the op, with the reference and with each implementation."""
-    asked: list[str] = []
+    """At sizes of a few: what it does is the op, with the reference and with each implementation that runs here."""
+    took: list[tuple[str, set[str]]] = []
     plain = choice._name_of
-    monkeypatch.setattr(choice, "_name_of", lambda name, *more: asked.append(name) or plain(name, *more))
-    sizes = TRIAL_SIZES[op]
-    for name in ("torch", "compiled", "tiles", "tiles32"):
-        with choice.pinned(**{op: name}):
-            choice._TRIALS[op].work(torch.bfloat16, *sizes)()
+
+    def name_of(name: str, able: list[choice.Implementation], *more: Any) -> str:
+        took.append((name, {one.name for one in able}))
+        return plain(name, able, *more)
+
+    monkeypatch.setattr(choice, "_name_of", name_of)
     own = IMPLEMENTATIONS[op]
-    assert own.missing() or op in asked
+    here = {one.name for one in (own, *own.others) if not one.missing()}
+    for dtype in (torch.float32, torch.bfloat16):
+        for name in ("torch", *here):
+            with choice.pinned(**{op: name}):
+                choice._TRIALS[op].work(dtype, *TRIAL_SIZES[op])()
+    assert here <= set().union(*(able for name, able in took if name == op))
 
 
 TRIAL_SIZES = {
@@ -191,6 +207,9 @@ def test_words_that_say_nothing_are_refused() -> None:
         ("listed,rms_norm=torch", "{'rms_norm': 'torch'} True "),
         ("torch", "{'*': 'torch'} False "),
         ("rms_nrm=torch", "ConfigError: VENEER_OPS has rms_nrm=torch"),
+        ("rms_norm", "ConfigError: VENEER_OPS has rms_norm"),
+        ("torch=x", "ConfigError: VENEER_OPS has torch=x"),
+        ("cpu", "ConfigError: VENEER_OPS has cpu"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, "VENEER_OPS": words}, capture_output=True, text=True

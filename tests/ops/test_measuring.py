@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def test_kept_for_the_next_process_and_the_first_one_wins(tmp_path: Path) -> Non
     file = tmp_path / "measured.json"
     one, two = Kept(file, "here"), Kept(file, "here")
     assert one.put("a", FOUND) == FOUND
-    assert two.put("a", Measured("torch", {"torch": 1.0})) == FOUND  # another process was first
+    assert two.put("a", Measured("torch", {"torch": 1.0, "tiles": 9.0})) == FOUND  # another process was first
     two.put("b", Measured("torch", {"torch": 1.0}))
     assert {k: Kept(file, "here").get(k) is not None for k in "abc"} == {"a": True, "b": True, "c": False}
     assert file.stat().st_mode & 0o777 == 0o600
@@ -69,6 +70,7 @@ def test_kept_for_the_next_process_and_the_first_one_wins(tmp_path: Path) -> Non
         "[]",
         "null",
         "{}",
+        "[" * 200_000,
         '{"machine": "here"}',
         '{"machine": "here", "measured": {"a": 3}}',
         '{"machine": "here", "measured": {"a": {"runs": "x", "ms": {"x": "fast"}}}}',
@@ -83,6 +85,19 @@ def test_a_damaged_file_or_another_machines_is_none_and_is_replaced(tmp_path: Pa
     assert kept.get("a") is None
     kept.put("a", FOUND)
     assert Kept(file, "here").get("a") == FOUND
+
+
+def test_a_record_of_what_is_no_longer_there_gives_way(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "measured.json", "here")
+    kept.put("a", Measured("gone", {"gone": 0.1, "torch": 1.0}))
+    assert kept.put("a", FOUND) == FOUND
+    assert Kept(kept.file, "here").get("a") == FOUND
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "measured.json")
+    assert Kept(tmp_path / "measured.json", "here").get("a") is None
 
 
 def test_without_a_place_it_is_kept_in_memory(tmp_path: Path) -> None:

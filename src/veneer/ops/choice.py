@@ -40,7 +40,7 @@ HOMES = {"cpu": "veneer.ops.cpu.implementations", "cuda": "veneer.ops.cuda.imple
 """Device type -> the module whose IMPLEMENTATIONS are its own: op -> Implementation."""
 
 _WORDS = [word for word in os.environ.get("VENEER_OPS", "").split(",") if word]
-PINNED = next((word for word in _WORDS if word in HOMES), "")
+PINNED = "cuda" if "cuda" in _WORDS else ""
 """A device type whose implementations run on every tensor, whatever device it is on. "cuda" beside TRITON_INTERPRET=1
 runs the kernels of GPUs on the CPU, to check them."""
 REFERENCE = "torch"
@@ -147,7 +147,8 @@ _pins = dict(word.split("=", 1) for word in _WORDS if "=" in word)
 if REFERENCE in _WORDS:
     _pins["*"] = REFERENCE
 _listed = "listed" in _WORDS
-if _unknown := [word for word in _WORDS if word.split("=")[0] not in (*HOMES, *OPS, REFERENCE, "listed")]:
+_words = {"cuda", "listed", REFERENCE, *(f"{op}={name}" for op, name in _pins.items() if op in OPS)}
+if _unknown := [word for word in _WORDS if word not in _words]:
     raise ConfigError(
         f"VENEER_OPS has {', '.join(_unknown)}, which is neither an op nor listed, torch or cuda",
         fix="an op is pinned as op=name, and the ops are in docs/reference/ops.md",
@@ -221,6 +222,18 @@ def _implementations(device: str) -> Mapping[str, Implementation]:
     return {} if home is None else importlib.import_module(home).IMPLEMENTATIONS
 
 
+@functools.cache
+def _check_pin(op: str, pin: str) -> None:
+    """Raises ConfigError where no device has an implementation of the op by this name."""
+    homes = [_implementations(device).get(op) for device in HOMES]
+    names = {REFERENCE} | {one.name for own in homes if own is not None for one in (own, *own.others)}
+    if pin not in names:
+        raise ConfigError(
+            f"VENEER_OPS pins {op} to {pin!r}, and it has no implementation of that name",
+            fix=f"it has: {', '.join(sorted(names))}",
+        )
+
+
 def chosen(op: str, first: Tensor, *given: Any) -> Any:
     """What runs `op` on these tensors (and whatever else decides it), by the device of the first; None: the reference.
 
@@ -228,6 +241,8 @@ def chosen(op: str, first: Tensor, *given: Any) -> Any:
     own = _implementations(PINNED or first.device.type).get(op)
     if own is None:
         return None
+    if op in _pins:
+        _check_pin(op, _pins[op])
     if not own.others and op not in _TRIALS and not _pins:
         return own.run if own.takes(first, *given) else None
     able = [one for one in (own, *own.others) if one.takes(first, *given)]
@@ -239,7 +254,7 @@ def chosen(op: str, first: Tensor, *given: Any) -> Any:
 
 def _name_of(op: str, able: list[Implementation], first: Tensor, given: tuple[Any, ...]) -> str:
     """Which of `able`, or the reference: as pinned, as tried just now, as decided before, or as measured."""
-    if pin := _pins.get(op) or _pins.get("*"):
+    if (pin := _pins.get(op, _pins.get("*"))) is not None:
         return pin
     inside = getattr(_trying, "op", None)
     if inside == op:
@@ -299,7 +314,9 @@ def choices(device: str) -> dict[str, str]:
             out[op] = f"torch: {device} has no implementation of its own"
         elif missing := own[op].missing():
             out[op] = f"torch: {missing}"
-        elif pin := _pins.get(op) or _pins.get("*"):
+        elif (pin := _pins.get(op, _pins.get("*"))) is not None:
+            if op in _pins:
+                _check_pin(op, pin)
             out[op] = f"{pin}: pinned by VENEER_OPS"
         else:
             names = ", ".join(one.name for one in (own[op], *own[op].others) if not one.missing())

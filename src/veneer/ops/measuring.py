@@ -99,8 +99,10 @@ class Kept:
         return self.here.get(key)
 
     def put(self, key: str, found: Measured) -> Measured:
-        """What is kept under the key from now on: `found`, unless another process was first."""
-        self.here = {key: found, **self.here, **self._read()}
+        """What is kept under the key from now on: `found`, unless another process was first, among the same."""
+        self.here |= self._read()
+        if key not in self.here or self.here[key].runs not in found.ms:
+            self.here[key] = found
         if self.file is not None:
             content = {"machine": self.machine, "measured": {k: asdict(v) for k, v in sorted(self.here.items())}}
             with contextlib.suppress(OSError):
@@ -109,12 +111,14 @@ class Kept:
 
     def _read(self) -> dict[str, Measured]:
         try:
-            content = json.loads(self.file.read_text(encoding="utf-8")) if self.file is not None else {}
+            if self.file is None or not self.file.is_file():
+                return {}
+            content = json.loads(self.file.read_text(encoding="utf-8"))
             if content.get("machine") != self.machine:
                 return {}
             found = {str(k): Measured(str(v["runs"]), dict(v["ms"])) for k, v in content["measured"].items()}
             return {
                 k: v for k, v in found.items() if v.runs in v.ms and all(isinstance(ms, float) for ms in v.ms.values())
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}

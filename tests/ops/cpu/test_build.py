@@ -68,6 +68,20 @@ def test_a_library_that_is_not_ours_is_not_loaded(tmp_path: Path, monkeypatch: p
     assert build.distrusted(first.library) == "it belongs to another user"
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"a": 1}', "[" * 200_000])
+def test_a_damaged_record_of_the_self_test_is_made_anew(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(build, "left_out", lambda library: {"one": "is wrong"})
+    monkeypatch.setattr(build, "compile_kernels", lambda compiler, sources, target: target.write_bytes(b"") or None)
+    made = build.build_kernels(COMPILER, [HERE / "native.c"], [])
+    record = made.library.with_suffix(".json")
+    record.write_text(content)
+    assert build.build_kernels(COMPILER, [HERE / "native.c"], []).wrong == {"one": "is wrong"}
+    assert record.read_text() == '{"one": "is wrong"}'
+
+
 def test_each_kind_of_processor_has_a_library_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what the compiler resolves -march=native to: ARM's /proc/cpuinfo has no line of flags."""
     compiler = tmp_path / "cc"

@@ -42,9 +42,21 @@ def build_kernels(compiler: str, sources: Sequence[Path], headers: Sequence[Path
     if not library.exists():
         record.unlink(missing_ok=True)
         compile_kernels(compiler, sources, library)
-    if not record.exists():
-        replace_file(record, [json.dumps(left_out(library)).encode()], mode=0o600)
-    return BuiltKernels(library, json.loads(record.read_text()), notes)
+    wrong = _recorded(record)
+    if wrong is None:
+        wrong = left_out(library)
+        replace_file(record, [json.dumps(wrong).encode()], mode=0o600)
+    return BuiltKernels(library, wrong, notes)
+
+
+def _recorded(record: Path) -> dict[str, str] | None:
+    """What an earlier process left out; None where there is no whole record, so that all are tried again."""
+    try:
+        wrong = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(wrong, dict) and all(isinstance(why, str) for why in wrong.values())
+    return wrong if whole else None
 
 
 def trusted_folder(notes: list[str]) -> Path:

@@ -31,8 +31,8 @@ _kept: dict[tuple[object, ...], _Shadows] = {}
 
 
 _steps = 0
-"""Steps of any optimizer so far. A tensor's version does not tell: fused optimizers and bitsandbytes' change a parameter
-and leave its version as it was."""
+"""Steps of any optimizer so far. A tensor's version does not tell: a fused optimizer, or bitsandbytes', changes it
+and leaves its version as it was."""
 
 
 def _count_step(*_: object) -> None:
