@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from veneer.ops.cpu import compiled
-from veneer.ops.quantisation_formats import GgmlBlocks
+from veneer.ops.quantisation_formats import GgmlBlocks, QuantisationFormat, StackedRows, to_format
 
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2),
@@ -42,3 +42,25 @@ def test_values_are_ggufs(kind: str, native: bool, monkeypatch: pytest.MonkeyPat
     assert torch.equal(code.dense(torch.bfloat16, 0, 6), want.bfloat16())
     assert torch.equal(code.dense(torch.float32, 2, 5), want[2:5])
     assert torch.equal(code.dense(torch.float16, 1, 2), want[1:2].half())
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "Q4_0"])
+def test_rows_of_stacked_weights_are_those_of_each(kind: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(compiled, "kernels", lambda: None)
+
+    def weight(rows: int) -> QuantisationFormat:
+        if kind == "Q4_0":
+            return GgmlBlocks(kind, (rows, 192), torch.from_numpy(blocks(kind, rows, 192)))
+        return to_format(torch.randn(rows, 192, generator=torch.Generator().manual_seed(rows)), kind, True)
+
+    parts = [(weight(rows), rows) for rows in (5, 1, 8)]
+    want = torch.cat([part.dense(torch.bfloat16, 0, rows) for part, rows in parts])
+    stacked = StackedRows(tuple(part for part, _ in parts))
+    for first, last in ((0, 14), (0, 5), (3, 6), (5, 6), (7, 13), (4, 4)):
+        assert torch.equal(stacked.dense(torch.bfloat16, first, last), want[first:last])
+    room = torch.full((14, 192), 7.0, dtype=torch.bfloat16)
+    assert stacked.dense(torch.bfloat16, 2, 12, room[1:11]).data_ptr() == room[1:].data_ptr()
+    assert torch.equal(room[1:11], want[2:12])
+    assert bool((room[[0, 11, 12, 13]] == 7).all())

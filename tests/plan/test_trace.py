@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from veneer.ops.quantisation_formats import empty_format
-from veneer.ops.quantised import Quantised
+from veneer.ops.quantised import Quantised, stacked_rows
 from veneer.plan.fake_cuda import fake_cuda
 from veneer.plan.trace import rounded, traced
 
@@ -152,3 +152,14 @@ def test_the_attention_of_a_gpu_keeps_no_probabilities() -> None:
         (o.sum() + masked.sum()).backward()
         assert q.grad is not None
         assert q.grad.shape == q.shape
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_joined_codes_are_dequantised_into_one_piece_of_memory(kind: str) -> None:
+    with traced() as trace:
+        parts = [Quantised(empty_format((rows, 512), kind, torch.device("cuda")), torch.bfloat16) for rows in (128, 64)]
+        before = trace.live
+        trace.begin()
+        dense = stacked_rows(parts).dense()
+        assert dense.shape == (192, 512)
+        assert trace.peak - before == rounded(2 * 192 * 512)

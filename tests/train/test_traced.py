@@ -23,6 +23,26 @@ def test_a_step_of_every_family_waits_for_nothing(family: str) -> None:
     assert found.trace.at_peak["optimizer"] >= 2 * found.trace.at_peak["adapter"]
 
 
+NARROW = {
+    "num_hidden_layers": 12, "hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4096,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("trained", "quantise"), [(1.0, None), (1.0, "nf4"), (0.3, None)])
+def test_what_comes_beside_the_base_is_as_it_is_counted(trained: float, quantise: str | None) -> None:
+    """Flash attention's q, k, v and output are kept, nothing of them is copied, and the last layer goes on with the
+    tokens that are read."""
+    load = Load((1024, 1024), trained, quantise=quantise)
+    found = traced_training({**base_config("meta-llama/Llama-3.1-8B"), **NARROW}, load, GPU)
+    assert found.counted is not None
+    base = found.counted.weights + found.counted.constants
+    assert found.counted_peak - base == pytest.approx(found.trace.peak - found.trace.at_peak["weights"], rel=0.05)
+    made = " ".join(found.trace.makers("forward"))
+    assert "_varlen_attn" in made
+    assert "index_copy" not in made
+
+
 SMALL = {
     "flux.1-dev": {
         "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,

@@ -41,8 +41,8 @@ class QuantisationFormat(Protocol):
     def kind(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
-    def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
-        """The dequantised rows first … last: (last − first, columns)."""
+    def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
+        """The dequantised rows first … last: (last − first, columns); written to `into`, where there is one."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is kept."""
@@ -113,25 +113,26 @@ class Blocks4:
         changed: dict[str, Any] = {name: change(t) for name, t in self.tensors().items()}
         return replace(self, **changed)
 
-    def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
+    def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
         columns = self.shape[-1]
         start, count = first * columns, (last - first) * columns
-        if made_up(self.packed):  # the tables below are kept by device, and nobody else could use made-up ones
-            return torch.empty(last - first, columns, dtype=dtype, device=self.packed.device)
-        run = chosen("dequantise_blocks4", self.packed, dtype)
-        if run is not None:
-            out = torch.empty(last - first, columns, dtype=dtype, device=self.packed.device)
+        run, made = chosen("dequantise_blocks4", self.packed, dtype), made_up(self.packed)
+        if made or run is not None:
+            device = self.packed.device
+            out = torch.empty(last - first, columns, dtype=dtype, device=device) if into is None else into
+            if made:  # the tables below are kept by device, and nobody else could use made-up ones
+                return out
             constants = dynamic_map(out.device), four_bit_values(self.kind, out.device)
             own = self.absmax, self.absmax2, self.mean
             run(self.packed, *own, *constants, start, count, self.block, self.nested, out)
             return out
         library = _gpu_library(self.kind, self.block, self.packed.device.type)
         if library is not None and not start % self.block:
-            return self._by_bitsandbytes(library, dtype, start, count).view(-1, columns)
+            return _put(self._by_bitsandbytes(library, dtype, start, count).view(-1, columns), into)
         parts = [
             self._reference(at, min(_CHUNK, start + count - at)).to(dtype) for at in range(start, start + count, _CHUNK)
         ]
-        return torch.cat(parts).view(-1, columns)
+        return _put(torch.cat(parts).view(-1, columns), into)
 
     def _reference(self, start: int, count: int) -> Tensor:
         """Weights start … start + count in float32, by torch's own operations."""
@@ -212,12 +213,12 @@ class Rows8:
     def moved(self, change: Callable[[Tensor], Tensor]) -> Rows8:
         return replace(self, codes=change(self.codes), absmax=change(self.absmax))
 
-    def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
+    def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
         codes, absmax = self.codes[first:last], self.absmax[first:last]
         run = chosen("dequantise_rows8", codes, dtype)
         if run is None:
-            return (codes.float() * absmax[:, None] * 7.874015718698502e-3).to(dtype)
-        out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+            return _put((codes.float() * absmax[:, None] * 7.874015718698502e-3).to(dtype), into)
+        out = torch.empty(codes.shape, dtype=dtype, device=codes.device) if into is None else into
         run(codes, absmax, out)
         return out
 
@@ -274,12 +275,12 @@ class GgmlBlocks:
     def moved(self, change: Callable[[Tensor], Tensor]) -> GgmlBlocks:
         return replace(self, raw=change(self.raw))
 
-    def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
+    def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
         rows = self.raw[first:last]
         run = chosen("dequantise_ggml", rows, dtype, self.type)
         if run is None:
-            return self._reference(rows).to(rows.device, dtype)
-        out = torch.empty(last - first, self.shape[-1], dtype=dtype, device=rows.device)
+            return _put(self._reference(rows).to(rows.device, dtype), into)
+        out = torch.empty(last - first, self.shape[-1], dtype=dtype, device=rows.device) if into is None else into
         run(rows, self.type, out)
         return out
 
@@ -313,14 +314,21 @@ class StackedRows:
     def moved(self, change: Callable[[Tensor], Tensor]) -> StackedRows:
         return StackedRows(tuple(p.moved(change) for p in self.parts))
 
-    def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
-        found, at = [], 0
+    def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
+        if into is None:  # one piece of memory: parts joined afterwards would be there twice
+            device = next(iter(self.tensors().values())).device
+            into = torch.empty(last - first, self.shape[-1], dtype=dtype, device=device)
+        at = 0
         for part in self.parts:
             low, high = max(first - at, 0), min(last - at, row_count(part))
             if low < high:
-                found.append(part.dense(dtype, low, high))
+                part.dense(dtype, low, high, into[at + low - first : at + high - first])
             at += row_count(part)
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return into
+
+
+def _put(made: Tensor, into: Tensor | None) -> Tensor:
+    return made if into is None else into.copy_(made)
 
 
 def with_tensors(stored: QuantisationFormat, tensors: Iterable[Tensor]) -> QuantisationFormat:

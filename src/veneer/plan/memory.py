@@ -14,6 +14,8 @@ rows of a group are padded to its longest), hidden d, heads H and K of dim h, ga
     e·H·Σ blocks                  probabilities, on a CPU without the tiles of ops/cpu/tiles.c: those, and flash
                                   attention, make them again from the output and log Σ exp (4·N·H bytes)
 
+On a GPU the pairs' factors are cast once a step, are nobody's zeros and stay: they are counted with the adapter.
+
 The peak is where the backward pass begins: everything is kept, and the last layer's gradients are made. Gradients of
 the pairs come as activations go, so they count only where they are more, or where a step has several micro-batches.
 """
@@ -25,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from veneer.ops.sizes import LOGITS_CHUNK, ROW_STEP, SMALL_INPUT, few_sizes, grouped_rows, key_ranges, padded_tokens
-from veneer.plan.shape import LayerShape, TextShape, layer_ranks, pair_parameters
+from veneer.plan.shape import LayerShape, LinearShape, TextShape, layer_ranks, pair_parameters
 from veneer.plan.tables import Device
 
 if TYPE_CHECKING:
@@ -198,6 +200,7 @@ def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | 
             most = max(most, max(one.working for one in layers[:-1]) - layers[-1].kept)
         working = max(0, most - logits)
     adapter, states = 4 * trainable * (1 + load.begins_in_base), _STATES.get(load.optimizer, 8) * trainable
+    adapter += sum(one.cast for one in layers)
     moving = kept + logits + working
     gradients = 4 * trainable if load.micros > 1 else max(0, 4 * trainable - moving)
     dequantised = _dequantised(shape, load)
@@ -267,8 +270,8 @@ class _LayerMemory:
         out = layer.heads * layer.head_dim
         attended = n if self.device.tiles else sum(self.places)
         values = n * 2 * d + attended * heads + m * (out + 2 * d) + n * d * (layer.norms - 2)
-        if self.device.kind != "cpu" or (self.device.tiles and m < n):
-            values += n * out  # what attention gave, before rows are laid flat again or the last layer's are picked
+        if self.device.tiles and m < n:
+            values += n * out  # what attention gave, before the last layer's are picked
         if layer.head_norms:
             values += n * (layer.heads + layer.kv_heads) * layer.head_dim
         values += m * self._mlp()
@@ -298,13 +301,24 @@ class _LayerMemory:
                 values += 2 * width + 2 * sum(part.active * part.inputs for part in parts)
         return round(values)
 
+    def _pairs(self, parts: Sequence[LinearShape]) -> list[tuple[LinearShape, int]]:
+        """Those of the parts that have a pair, with its rank; what pairs began with is another one beside."""
+        twice = 1 + self.load.begins_in_base
+        return [(part, twice * self.ranks[part.name]) for part in parts if part.name in self.ranks]
+
+    @property
+    def cast(self) -> int:
+        """Bytes of the pairs' factors in the base's dtype, where they outlive the layer (ops/cuda/lowrank.py)."""
+        if self.device.kind == "cpu" or self.load.dtype == "float32":
+            return 0
+        every = (pair for parts in self.layer.products.values() for pair in self._pairs(parts))
+        return dtype_bytes(self.load.dtype) * sum(r * (p.inputs + p.outputs) for p, r in every if p.times == 1)
+
     def _low_rank(self) -> int:
-        """Values of x·Aᵀ for each pair, and of the pairs' factors as they were cast and stacked."""
+        """Values of x·Aᵀ for each pair, and of the pairs' factors as they were cast and stacked on a CPU."""
         values = 0
         for name, parts in self.layer.products.items():
-            n = self.tokens if name == "qkv" else self.after
-            twice = 1 + self.load.begins_in_base
-            own = [(part, twice * self.ranks[part.name]) for part in parts if part.name in self.ranks]
+            n, own = self.tokens if name == "qkv" else self.after, self._pairs(parts)
             if not own:
                 continue
             if any(part.times > 1 for part, _ in own):
@@ -315,6 +329,8 @@ class _LayerMemory:
                 values += n * sum(-(-r // 16) * 16 for _, r in own)
                 continue
             values += n * total
+            if self.device.kind != "cpu":
+                continue
             rows = sum(part.outputs for part in parts)
             if self.load.dtype != "float32" or len(parts) > 1:
                 values += total * own[0][0].inputs
@@ -322,8 +338,6 @@ class _LayerMemory:
         return values
 
     def _probabilities(self) -> int:
-        if self.device.kind != "cpu":
-            return 0
         if self.device.tiles:
             return 4 * self.tokens * self.layer.heads  # log Σ exp
         return dtype_bytes(self.load.dtype) * self.layer.heads * seen_keys(self.places, self.layer.window)

@@ -27,9 +27,9 @@ _MIB = 1 << 20
 class Device:
     """Where a run is planned for. `memory`: bytes in all. `flops`: bfloat16 products a second at best. `bandwidth`:
     bytes a second. `price`: US dollars an hour of one device, None if it is not known. `count`: how many of them.
-    `native`: whether the compiled CPU kernels run; `low_rank`: those of low-rank products too, which want AVX512-BF16;
-    `tiles`: whether attention of rows goes in tiles, which keep no probabilities.
-    """
+    `native`: whether kernels of our own run, on a GPU Triton's; `low_rank`: the CPU's of low-rank products too, which
+    want AVX512-BF16; `tiles`: whether attention of rows goes in tiles (flash attention's are some), which keep no
+    probabilities."""
 
     name: str
     kind: str
@@ -156,7 +156,7 @@ def device_of_card(name: str, memory: int) -> Device:
             return row
     near = [device_named(n) for n in gpu_names() if n.split("-")[0] in name.lower()]
     same = [row for row in near if abs(row.memory - memory) < 0.1 * memory]
-    return same[0] if same else Device(name, "cuda", memory, 100e12, 800e9, name)
+    return same[0] if same else Device(name, "cuda", memory, 100e12, 800e9, name, native=True, tiles=True)
 
 
 def _key(name: str) -> str:
@@ -167,4 +167,5 @@ def _device(name: str, row: Mapping[str, Any], count: int, price: float | None) 
     return Device(
         name, "cuda", int(row["memory_mib"] * _MIB), row["bf16_tflops"] * 1e12, row["bandwidth_gb"] * 1e9,
         row.get("label", name), row.get("price") if price is None else price, count,
+        native=True, tiles=True,
     )  # fmt: skip

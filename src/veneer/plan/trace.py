@@ -68,6 +68,7 @@ class Trace:
     wide: dict[str, int] = field(default_factory=dict)
     casts: Counter[str] = field(default_factory=Counter)
     operations: int = 0
+    _over: bool = False
     _clock: int = 0
     _peak_at: int = 0
     _all: list[_Storage] = field(default_factory=list, repr=False)
@@ -89,6 +90,10 @@ class Trace:
         self.peak, self._peak_at = self.live, self._clock
         self.waits, self.wide, self.casts, self.operations = Counter(), {}, Counter(), 0
         self._all = [storage for storage, _ in self._living.values()]
+
+    def end(self) -> None:
+        """What is noted ends here: undoing a step's swaps makes tensors too."""
+        self._over = True
 
     @property
     def at_peak(self) -> dict[str, int]:
@@ -117,7 +122,7 @@ class Trace:
         """`tensor` came out of an operation."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._living:
+        if self._over or key in self._living:
             return
         self._clock += 1
         node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
@@ -138,7 +143,8 @@ class Trace:
         self.live -= storage.size
 
     def waited(self, operation: str) -> None:
-        self.waits[f"{operation} {place()}"] += 1
+        if not self._over:
+            self.waits[f"{operation} {place()}"] += 1
 
 
 def _kept(tensor: Tensor | None) -> list[Tensor]:
@@ -192,7 +198,7 @@ class _Following(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         trace, packet, name = self.trace, func.overloadpacket, func.overloadpacket.__name__
-        trace.operations += 1
+        trace.operations += not trace._over
         answer = _ANSWERS.get(packet)
         if answer is not None:
             trace.waited(name)
@@ -210,7 +216,7 @@ class _Following(TorchDispatchMode):
             with unset_fake_temporarily():
                 return torch.ones(given[0].shape, dtype=kwargs.get("dtype") or given[0].dtype)
         out = func(*args, **kwargs)
-        if packet is _aten._to_copy and fakes and out.dtype != fakes[0].dtype:
+        if packet is _aten._to_copy and fakes and out.dtype != fakes[0].dtype and not trace._over:
             trace.casts[f"{fakes[0].dtype} to {out.dtype} {place()}".replace("torch.", "")] += out.nbytes
         for tensor in _tensors((out,)):
             if isinstance(tensor, FakeTensor) and tensor.device.type == "cuda":

@@ -182,8 +182,10 @@ class _Traced(Learner):
         return None
 
     def end_step(self, number: int) -> None:
-        """After the first step the optimizer's state is there."""
+        """After the first step the optimizer's state is there, after the second it is over."""
         if number == 1:
             states = (t for state in self.optimizer.state.values() for t in state.values())
             self.trace.hold("optimizer", (t for t in states if isinstance(t, Tensor)))
             self.trace.begin()
+        else:
+            self.trace.end()

@@ -345,8 +345,8 @@ def _swap_last_layer(
     with ExitStack() as attempt:
         replace_forward(layer, _kept_forward(type(layer).forward), attempt)
         report.keeps = True
-        attempt.callback(setattr, report, "keeps", False)
-        if not _rows_problem(model, own, like) and (like is None or like.keeps):
+        report.keeps = not _rows_problem(model, own, like) and (like is None or like.keeps)
+        if report.keeps:
             undo.push(attempt.pop_all())
 
 
