@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from veneer.errors import ConfigError, Interrupted, NoGain
 from veneer.models.sources import find_base
-from veneer.ops.choice import followed_here, settled
+from veneer.ops.choice import followed_here, recorded
 from veneer.train import checkpoint, loop
 from veneer.train.checkpoint import Progress
 from veneer.train.config.load import RunConfig
@@ -242,14 +242,22 @@ def _finished(run: Run, task: AttachedTask[_R], report: Report, progress: Progre
     result = devices.gather(result)[0]
     if devices.first or devices.lockstep:
         tell(Note(task.prove()))
-    for op, found in settled().items():
-        tell(Note(f"measured: {op}: {found.line()}"))
+    if ran := _implementations():
+        tell(Note(f"which ran, as measured here (veneer doctor): {ran}"))
     if predicted := was_predicted(report.numbers, result.peak_memory_bytes, progress.seconds):
         tell(Note(predicted))
     if devices.first:
         page = write_report(run.folder, result, task.report(result, progress))
         result = replace(result, report=str(page))
     return devices.gather(result)[0]
+
+
+def _implementations() -> str:
+    """What measured ops ran by: `rms_norm compiled; rows_attend tiles, torch`."""
+    by: dict[str, set[str]] = {}
+    for key, name in recorded().items():
+        by.setdefault(key.partition(" ")[0], set()).add(name)
+    return "; ".join(f"{op} {', '.join(sorted(names))}" for op, names in sorted(by.items()))
 
 
 # --- parts of it ------------------------------------------------------------------------------------------------------
