@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 import types
 from importlib.metadata import version
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from veneer.compat import TORCH, Internals, MissingInternalError
+from veneer.compat import TORCH, Internals, MissingInternalError, varlen_attention
 from veneer.errors import VeneerError
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.compat_transformers import TRANSFORMERS
@@ -77,3 +78,24 @@ def test_a_name_that_no_list_has_is_a_mistake_of_ours() -> None:
     with pytest.raises(KeyError, match="in no list"):
         TORCH("torch.nothing_that_is_listed")
     assert torch.__version__
+
+
+def test_attention_over_rows_is_only_relied_on_with_all_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2.10's lacks the scale, the window and grouped heads."""
+
+    def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):  # type: ignore[no-untyped-def]
+        raise AssertionError("not to be called")
+
+    def newer(query, scale=None, window_size=(-1, -1), enable_gqa=False):  # type: ignore[no-untyped-def]
+        return query
+
+    module = types.ModuleType("torch.nn.attention.varlen")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for given, wanted in ((of_2_10, None), (newer, newer)):
+        module.varlen_attn = given  # type: ignore[attr-defined]
+        varlen_attention.cache_clear()
+        assert varlen_attention() is wanted
+    varlen_attention.cache_clear()
+    monkeypatch.setitem(sys.modules, module.__name__, None)
+    assert varlen_attention() is None
+    varlen_attention.cache_clear()

@@ -6,7 +6,9 @@ The lists of torch and bitsandbytes are here; those of transformers and diffuser
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -86,3 +88,15 @@ TORCH = Internals(
     ),
 )
 BITSANDBYTES = Internals("bitsandbytes", ">=0.46", ("torch.ops.bitsandbytes.dequantize_4bit",))
+
+
+@functools.cache
+def varlen_attention() -> Any:
+    """`torch.nn.attention.varlen.varlen_attn`, or None where this torch has none that takes all that is relied on: it
+    came with 2.10, its scale and window after that, its grouped heads with 2.12."""
+    try:
+        varlen = importlib.import_module("torch.nn.attention.varlen")
+    except ImportError:
+        return None
+    known = inspect.signature(varlen.varlen_attn).parameters
+    return varlen.varlen_attn if {"scale", "window_size", "enable_gqa"} <= known.keys() else None

@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.ops.cuda.laws import DTYPES, FEW, SEEDS, close, drawn
 from veneer.ops.attention import RowLayout, rotary_attention, rotate, row_attention, scored_attention_reference
 from veneer.ops.choice import chosen
+from veneer.ops.cuda import attention
 
 LENGTHS = st.sampled_from([[1], [5, 1, 9], [70], [64, 3], [33, 66]])
 WINDOWS = st.sampled_from([None, 1, 7, 40, 200])
@@ -98,3 +99,13 @@ def test_heads_that_lie_apart(turned: bool) -> None:
     layout = RowLayout([25, 15])
     want = scored_attention_reference(q, k, v, layout, 0.25, None, 0.0, None)
     torch.testing.assert_close(row_attention(q, k, v, layout, 0.25), want)
+
+
+def test_a_grid_has_few_programs_on_its_second_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's first axis ends at 2³¹ − 1, the others at 65,535."""
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(attention, "run_kernel", lambda kernel, grid, *_, **__: grids.append(grid))
+    lengths, heads = [3] * 1024, 64
+    q = torch.zeros(sum(lengths), heads, 8, requires_grad=True)
+    row_attention(q, q, q, RowLayout(lengths), 1.0, None, 2.0).sum().backward()
+    assert grids == [(1024 * heads, 1)] * 3

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,81 @@ def test_without_triton_it_is_torch_and_the_reason_is_told(monkeypatch: pytest.M
     assert chosen("rms_norm", torch.ones(3, 16), torch.ones(16)) is None
     assert choices("cuda")["rms_norm"] == "torch: triton is not installed"
     assert launch.kernel(wrong) is launch.device_function(wrong) is wrong
+
+
+class _Card:
+    """A GPU for `launch.takes`: what torch says of it, and what the first kernel does there."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), hip: str | None = None) -> None:
+        self.tries, self.times, self.error = 0, 2.0, ""
+        launch._trouble.cache_clear()
+        patch.setattr(torch.version, "hip", hip)
+        patch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        patch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        patch.setattr(launch, "_double", {(2,): self._run})
+
+    def _run(self, x: torch.Tensor, y: torch.Tensor, n: int, BLOCK: int) -> None:
+        self.tries += 1
+        if self.error:
+            raise RuntimeError(self.error)
+        y[:n] = self.times * x[:n]
+
+    def trouble(self) -> str:
+        return launch._trouble(torch.device("cpu"))
+
+
+def test_kernels_run_where_a_first_small_one_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = _Card(monkeypatch)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    assert (card.trouble(), card.trouble(), card.tries) == ("", "", 1)
+    launch._trouble.cache_clear()
+    card.times = 3.0
+    assert card.trouble() == "a small kernel gave wrong numbers"
+    launch._trouble.cache_clear()
+    card.error = "Failed to find C compiler.\nPlease specify one"
+    assert card.trouble() == "a small kernel could not run: RuntimeError: Failed to find C compiler."
+    launch._trouble.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "why"),
+    [
+        ((7, 5), None, "kernels want compute capability 8.0, this GPU has 7.5"),
+        ((9, 4), "6.4", "kernels are cut for GPUs of NVIDIA"),
+    ],
+)
+def test_no_kernel_is_tried_on_a_card_that_is_too_old_or_not_nvidias(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, why: str
+) -> None:
+    card = _Card(monkeypatch, capability, hip)
+    assert (card.trouble(), card.tries) == (why, 0)
+    launch._trouble.cache_clear()
+
+
+def test_where_the_first_kernel_fails_the_reference_runs_and_the_reason_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.empty(3, 16, device="meta")  # stands for a tensor of the GPU
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "made_up", lambda _: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: x)
+    monkeypatch.setattr(launch, "_trouble", lambda device: f"it would not on {device}")
+    assert launch.why_missing() == "it would not on cuda:0"
+    assert choices("cuda")["rms_norm"] == "torch: it would not on cuda:0"
+    with FakeTensorMode():
+        y = torch.zeros(3, 16, device="cuda")
+        assert not launch.takes(y)
+        monkeypatch.setattr(launch, "made_up", made_up)
+        assert launch.takes(y)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_kernels_are_compiled() -> None:
+    assert not launch.INTERPRETED
+    assert launch.why_missing() == ""
+    assert launch.takes(torch.ones(3, device="cuda"))
 
 
 def table() -> str:

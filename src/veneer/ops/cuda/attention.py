@@ -11,12 +11,12 @@ tiles, and only log Σ exp is kept. Queries that share a key head read its keys 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from veneer.compat import varlen_attention
 from veneer.ops.cuda.launch import (
     block_count,
     device_function,
@@ -28,7 +28,6 @@ from veneer.ops.cuda.launch import (
     tl,
     wide,
 )
-from veneer.ops.transfer import made_up
 
 # -- rotary positions --------------------------------------------------------------------------------------------------
 
@@ -114,10 +113,10 @@ def _attend(
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head and row a program. out: (total, heads, dim), lse: (heads, total)."""
-    head = tl.program_id(1) % heads
-    begin = tl.load(starts + tl.program_id(1) // heads)
-    length = tl.load(starts + tl.program_id(1) // heads + 1) - begin
-    first = tl.program_id(0) * QUERIES
+    head = tl.program_id(0) % heads
+    begin = tl.load(starts + tl.program_id(0) // heads)
+    length = tl.load(starts + tl.program_id(0) // heads + 1) - begin
+    first = tl.program_id(1) * QUERIES
     if first >= length:
         return
     at = tl.arange(0, D)
@@ -161,10 +160,10 @@ def _attend_of_q(
 ):  # fmt: skip
     """The gradient of a block of queries, and delta = Σ g ⊙ out of each: (heads, total). g, out, dq: (total, heads,
     dim)."""
-    head = tl.program_id(1) % heads
-    begin = tl.load(starts + tl.program_id(1) // heads)
-    length = tl.load(starts + tl.program_id(1) // heads + 1) - begin
-    first = tl.program_id(0) * QUERIES
+    head = tl.program_id(0) % heads
+    begin = tl.load(starts + tl.program_id(0) // heads)
+    length = tl.load(starts + tl.program_id(0) // heads + 1) - begin
+    first = tl.program_id(1) * QUERIES
     if first >= length:
         return
     at = tl.arange(0, D)
@@ -205,10 +204,10 @@ def _attend_of_kv(
     """The gradients of a block of keys and values of one key head, from all queries that see them. dk, dv: (total, kv,
     dim)."""
     kv = heads // per
-    head = tl.program_id(1) % kv
-    begin = tl.load(starts + tl.program_id(1) // kv)
-    length = tl.load(starts + tl.program_id(1) // kv + 1) - begin
-    first = tl.program_id(0) * KEYS
+    head = tl.program_id(0) % kv
+    begin = tl.load(starts + tl.program_id(0) // kv)
+    length = tl.load(starts + tl.program_id(0) // kv + 1) - begin
+    first = tl.program_id(1) * KEYS
     if first >= length:
         return
     at = tl.arange(0, D)
@@ -266,7 +265,7 @@ class _ScoredAttention(torch.autograd.Function):
         lse = torch.empty(heads, total, dtype=torch.float32, device=q.device)
         sizes, constants = _sizes(q, k, v, scale, window, cap)
         tiles = _tiles(dim)
-        grid = block_count(longest, tiles["QUERIES"]), (len(starts) - 1) * heads
+        grid = (len(starts) - 1) * heads, block_count(longest, tiles["QUERIES"])
         given = q, k, v, out, lse, starts, sinks
         run_kernel(_attend, grid, *given, *sizes, **constants, SINKS=sinks is not None, **tiles)
         ctx.save_for_backward(q, k, v, sinks, starts, out, lse)
@@ -284,9 +283,9 @@ class _ScoredAttention(torch.autograd.Function):
         dk, dv = k.new_empty(total, kv, dim), v.new_empty(total, kv, dim)
         sizes, constants = _sizes(q, k, v, *how)
         tiles = _tiles(dim, backward=True)
-        grid = block_count(longest, tiles["QUERIES"]), rows * heads
+        grid = rows * heads, block_count(longest, tiles["QUERIES"])
         run_kernel(_attend_of_q, grid, g, out, q, k, v, lse, delta, dq, starts, *sizes, **constants, **tiles)
-        grid = block_count(longest, tiles["KEYS"]), rows * kv
+        grid = rows * kv, block_count(longest, tiles["KEYS"])
         run_kernel(_attend_of_kv, grid, g, q, k, v, lse, delta, dk, dv, starts, *sizes, **constants, **tiles)
         d_sinks = None
         if sinks is not None and ctx.needs_input_grad[3]:  # a sink's share of the softmax adds nothing: −p·Σ g⊙o
@@ -316,21 +315,10 @@ def _scored_attention(
     return out
 
 
-@functools.cache
-def _varlen() -> Any:
-    """torch's own, or None where this torch has none (it came with 2.10)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
-
-
 def _takes_varlen(q: Tensor) -> bool:
-    """Flash attention: 16 bits, heads of up to 256 in multiples of 8, cards from Ampere on."""
-    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] > 256 or q.shape[2] % 8 or q.device.type != "cuda":
-        return False
-    return _varlen() is not None and (made_up(q) or torch.cuda.get_device_capability(q.device) >= (8, 0))
+    """Flash attention: 16 bits, heads of up to 256 in multiples of 8; of cards what `launch.takes` wants as well."""
+    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] <= 256 and q.shape[2] % 8 == 0
+    return fits and q.device.type == "cuda" and varlen_attention() is not None
 
 
 def attend_rows(
@@ -342,7 +330,7 @@ def attend_rows(
         return _scored_attention(q, k, v, starts, longest, scale, window, cap, sinks)
     back = -1 if window is None else window - 1
     grouped = q.shape[1] != k.shape[1]
-    out: Tensor = _varlen()(
+    out: Tensor = varlen_attention()(
         q, k, v, starts, starts, longest, longest, scale=scale, window_size=(back, 0), enable_gqa=grouped
     )
     return out

@@ -15,12 +15,13 @@ the result has the right shape. Three checks need no GPU:
     with recorded() as launches              what a step on fake CUDA tensors would launch, with its constants …
     resources(launch, target)                … compiled for a GPU: its registers, stack and shared memory
 
-Triton is imported with this module, which only ops that were given a CUDA tensor import; without it there are no
-kernels, and the references in torch run.
+Triton is imported with this module, which only ops that were given a CUDA tensor import; without it, and on a GPU where
+a first small kernel does not run, there are none, and the references in torch run.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -65,21 +66,59 @@ def device_function(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
+_OLDEST = (8, 0)
+"""Compute capability from which kernels run: bfloat16 and asynchronous copies came with it."""
+
+
+@device_function
+def _double(x, y, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, 2 * tl.load(x + at, mask=at < n), mask=at < n)
+
+
+@functools.cache
+def _trouble(device: torch.device) -> str:
+    """Why kernels cannot run on this GPU; "" where they can: a small one was compiled, launched, and right."""
+    if torch.version.hip is not None:
+        return "kernels are cut for GPUs of NVIDIA"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST:
+        found, wanted = (".".join(map(str, pair)) for pair in (capability, _OLDEST))
+        return f"kernels want compute capability {wanted}, this GPU has {found}"
+    try:
+        n = 100
+        x = torch.arange(n, dtype=torch.float32, device=device)
+        y = torch.zeros_like(x)
+        with torch.cuda.device(device):
+            _double[(2,)](x, y, n, BLOCK=64)
+        right = torch.equal(y, x + x)
+    except Exception as error:  # of triton's, of the C compiler that it calls, of the driver
+        said = str(error).strip().splitlines() or [""]
+        return f"a small kernel could not run: {type(error).__name__}: {said[0]}"
+    return "" if right else "a small kernel gave wrong numbers"
+
+
 def why_missing() -> str:
-    """Why no kernel can run at all; "" where they can."""
-    return "triton is not installed" if triton is None else ""
+    """Why no kernel can run at all, on the current GPU if there is one; "" where they can."""
+    if triton is None:
+        return "triton is not installed"
+    if INTERPRETED or not torch.cuda.is_available() or made_up(torch.empty(0, device="cuda")):
+        return ""
+    return _trouble(torch.device("cuda", torch.cuda.current_device()))
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Whether kernels can run on these: all on one GPU (or, interpreted, on the CPU), none in float64, which they would
-    round to float32."""
+    """Whether kernels can run on these: all on one GPU that they run on (or, interpreted, on the CPU), none in float64,
+    which they would round to float32."""
     if triton is None:
         return False
     given = [t for t in tensors if t is not None]
     device = given[0].device
     if device.type != "cuda" and not INTERPRETED:
         return False
-    return all(t.device == device and t.dtype != torch.float64 for t in given)
+    if not all(t.device == device and t.dtype != torch.float64 for t in given):
+        return False
+    return INTERPRETED or made_up(given[0]) or not _trouble(device)
 
 
 def contiguous(*tensors: Tensor | None) -> bool:
