@@ -94,13 +94,13 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str,
     monkeypatch.setattr(choice, "_kept", lambda: kept)
     # the clock of ours runs in this thread: what a trial is about must not outlive it
     yield taken
-    choice._trying.__dict__.clear()
+    choice._here.__dict__.clear()
 
 
 def name_of(x: Tensor) -> str:
-    choice._trying.__dict__.clear()
+    choice._here.__dict__.clear()
     run = chosen("gelu_tanh", x)
-    choice._trying.__dict__.clear()
+    choice._here.__dict__.clear()
     return "torch" if run is None else str(run(x))
 
 
@@ -162,6 +162,17 @@ def test_listed_measures_nothing(bench: dict[str, float], monkeypatch: pytest.Mo
     monkeypatch.setattr(choice, "_listed", True)
     assert name_of(torch.empty(40, 2)) == "first"
     assert not choice.recorded()
+
+
+def test_inside_of_listed_no_measurement_is_made_or_followed(bench: dict[str, float]) -> None:
+    bench["torch"] = 0.1
+    with choice.listed():
+        assert chosen("gelu_tanh", torch.empty(40, 2))(None) == "first"
+        assert not choice.recorded()
+    assert name_of(torch.empty(40, 2)) == "torch"
+    choice.follow(choice.recorded())
+    with choice.listed(), choice.listed():
+        assert chosen("gelu_tanh", torch.empty(40, 2))(None) == "first"
 
 
 OPS_OF = (attention, linear, loss, mlp, norms)

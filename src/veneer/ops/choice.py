@@ -16,6 +16,8 @@ takes what it was given is the default, which another has to beat clearly. Every
     VENEER_OPS=rows_attend=torch,rms_norm=compiled       these, and all else as ever
     VENEER_OPS=cuda              the kernels of GPUs on every tensor (TRITON_INTERPRET=1 beside it), to check them
 
+Serving measures nothing (`listed`): an answer's bits depend on no clock.
+
 `choices("cpu")` says what runs here, and why; `settled()` what was measured or pinned so far. `follow` takes what a
 run has recorded, so that it goes on as it began.
 """
@@ -157,8 +159,8 @@ _decided: dict[tuple[Any, ...], str] = {}
 """What `chosen` asks, (op, dtype, threads, *kind) -> name."""
 _followed: dict[str, str] = {}
 _lock = threading.Lock()
-_trying = threading.local()
-"""`op`, `name`: what a trial is about, in the thread that measures."""
+_here = threading.local()
+"""Of a thread. `op`, `name`: what a trial is about, where it measures. `listed`: whether nothing is measured there."""
 
 
 @functools.cache
@@ -211,6 +213,18 @@ def pinned(**names: str) -> Iterator[None]:
         _pins.update(before)
 
 
+@contextmanager
+def listed() -> Iterator[None]:
+    """While inside, this thread measures nothing and follows no measurement: the first that takes what it is given
+    runs. For serving, whose bits must depend on no clock, and on nothing else that is done beside it."""
+    before = getattr(_here, "listed", False)
+    _here.listed = True
+    try:
+        yield
+    finally:
+        _here.listed = before
+
+
 def _key(asked: tuple[Any, ...]) -> str:
     op, dtype, threads, *kind = asked
     return f"{op} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, kind))}, {threads} threads"
@@ -256,11 +270,11 @@ def _name_of(op: str, able: list[Implementation], first: Tensor, given: tuple[An
     """Which of `able`, or the reference: as pinned, as tried just now, as decided before, or as measured."""
     if (pin := _pins.get(op, _pins.get("*"))) is not None:
         return pin
-    inside = getattr(_trying, "op", None)
+    inside = getattr(_here, "op", None)
     if inside == op:
-        return str(_trying.name)
+        return str(_here.name)
     trial = _TRIALS.get(op)
-    if trial is None or PINNED or first.device.type != "cpu":
+    if trial is None or PINNED or first.device.type != "cpu" or getattr(_here, "listed", False):
         return able[0].name
     kind = trial.kind(first, *given)
     asked: tuple[Any, ...] = (op, first.dtype, torch.get_num_threads(), *kind)
@@ -288,7 +302,7 @@ def _measure(
             made: list[Callable[[], object]] = []
 
             def run() -> None:
-                _trying.op, _trying.name = op, name
+                _here.op, _here.name = op, name
                 if not made:
                     made.append(work(dtype, *kind))
                 made[0]()

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tests.families import FAMILIES
 from tests.serve.forward.test_runner import base_of, prompts, serve, trained
+from veneer.ops import choice
+from veneer.ops.measuring import Measured
 from veneer.serve.forward.llama import LlamaForward
 from veneer.serve.forward.packed import Panels, best_packing
 from veneer.serve.forward.runner import Prepared, Runner, _use_threads
@@ -77,6 +79,24 @@ def test_a_dora_in_the_batch_changes_nobody_elses_bits() -> None:
     ]
     mixed = serve(runner, work, [7, 40, 1, 30])
     assert all(torch.equal(alone[i], mixed[i]) for i in (0, 1, 3))
+
+
+def test_what_was_measured_changes_no_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """decoder.c rounds as the compiled kernels do, so layers line by line must run them, whatever is faster here."""
+    runner, llama, adapters = runner_of("llama")
+    together = answers(runner, adapters)
+    monkeypatch.setattr(choice, "_listed", False)
+    monkeypatch.setattr(choice, "_pins", {})
+    monkeypatch.setattr(choice, "_decided", {})
+    monkeypatch.setattr(choice, "_measure", lambda *_: Measured("torch", {"torch": 1.0}))
+    x = torch.ones(3, 64, dtype=torch.bfloat16)
+    assert choice.chosen("rms_norm", x, x[0]) is None  # torch has won
+    assert choice.chosen("silu_gate", x) is None
+    decided = choice.recorded()
+    llama.__dict__["_table"] = None
+    apart = answers(runner, adapters)
+    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+    assert choice.recorded() == decided
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:

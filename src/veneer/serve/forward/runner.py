@@ -32,6 +32,7 @@ from veneer.models.swap import Join
 from veneer.models.text.attention import AttentionSettings, attending, divert_attention, new_cache
 from veneer.models.text.base import TextBase
 from veneer.models.text.probe import LENGTHS, WINDOW, OwnForward, short_windows
+from veneer.ops.choice import listed
 from veneer.ops.cpu import compiled, memory
 from veneer.ops.cpu.sharing import shared
 from veneer.ops.quantised import Quantised
@@ -186,7 +187,7 @@ class Runner:
     @torch.no_grad()
     def run(self, rows: Sequence[RunnerRow]) -> Tensor:
         """Logits (Σ wants, vocabulary), in the order of the rows and their tokens."""
-        with shared(), self._threads.step(sum(len(row.tokens) for row in rows)):
+        with listed(), shared(), self._threads.step(sum(len(row.tokens) for row in rows)):
             return self._run(rows)
 
     def _run(self, rows: Sequence[RunnerRow]) -> Tensor:
