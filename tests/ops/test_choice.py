@@ -18,7 +18,7 @@ from veneer.ops import attention, choice, linear, loss, mlp, norms
 from veneer.ops.choice import HOMES, OPS, choices, chosen
 from veneer.ops.cpu import compiled
 from veneer.ops.cpu.implementations import IMPLEMENTATIONS
-from veneer.ops.measuring import Kept
+from veneer.ops.measuring import Kept, Measured
 
 
 def test_every_implementation_is_of_a_known_op_and_every_op_has_an_answer() -> None:
@@ -137,6 +137,48 @@ def test_a_run_goes_on_with_what_it_recorded(bench: dict[str, float]) -> None:
     choice.follow(dict.fromkeys(record, "second"))
     assert name_of(torch.empty(40, 2)) == "second"
     assert list(choice.recorded().values()) == ["second"]
+
+
+def test_what_is_followed_stays_recorded_though_it_does_not_come_again(bench: dict[str, float]) -> None:
+    name_of(torch.empty(40, 2))
+    name_of(torch.empty(400, 2))
+    record = dict.fromkeys(choice.recorded(), "second")
+    assert len(record) == 2
+    choice.follow(record)
+    assert name_of(torch.empty(40, 2)) == "second"
+    assert choice.recorded() == record
+    assert name_of(torch.empty(4000, 2)) == "first"
+    assert choice.recorded().items() > record.items()
+
+
+def test_what_is_settled_is_what_ran_in_this_run(bench: dict[str, float]) -> None:
+    name_of(torch.empty(40, 2))
+    name_of(torch.empty(400, 2))
+    (key, *_) = choice.recorded()
+    with choice.followed_here():
+        choice.follow({key: "second"})
+        assert name_of(torch.empty(40, 2)) == "second"
+        (found,) = choice.settled().values()
+        assert found.runs == "second"
+        assert found.ms == {name: pytest.approx(1e3) for name in bench}
+    assert not choice.settled()
+
+
+def test_what_another_process_has_measured_meanwhile_is_taken(
+    bench: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record is there once the lock is ours: nothing is measured again."""
+    name_of(torch.empty(40, 2))
+    (key,) = choice.recorded()
+    kept = choice._kept()
+    assert kept.file is not None
+    kept.file.unlink()
+    choice._decided.clear()
+    ours, theirs = Kept(kept.file, "here"), Kept(kept.file, "here")
+    theirs.put(key, Measured("second", {"second": 0.5, "first": 1.0}))
+    monkeypatch.setattr(choice, "_kept", lambda: ours)
+    assert ours.get(key) is None
+    assert name_of(torch.empty(40, 2)) == "second"
 
 
 def test_pins_come_before_everything(bench: dict[str, float]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,8 @@ def test_kept_for_the_next_process_and_the_first_one_wins(tmp_path: Path) -> Non
     assert {k: Kept(file, "here").get(k) is not None for k in "abc"} == {"a": True, "b": True, "c": False}
     assert file.stat().st_mode & 0o777 == 0o600
     assert FOUND.line() == "tiles 1.5 ms (torch 4)"
+    assert Measured("blocks", FOUND.ms).line() == "blocks (tiles 1.5, torch 4)"
+    assert Measured("torch", {}).line() == "torch"
 
 
 @pytest.mark.parametrize(
@@ -98,6 +101,35 @@ def test_a_record_of_what_is_no_longer_there_gives_way(tmp_path: Path) -> None:
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "measured.json")
     assert Kept(tmp_path / "measured.json", "here").get("a") is None
+
+
+def test_one_process_at_a_time_and_the_next_knows_what_it_found(tmp_path: Path) -> None:
+    file = tmp_path / "measured.json"
+    one, two = Kept(file, "here"), Kept(file, "here")
+    seen: list[Measured | None] = []
+    began = threading.Event()
+
+    def second() -> None:
+        began.set()
+        with two.alone():
+            seen.append(two.get("a"))
+
+    thread = threading.Thread(target=second)
+    with one.alone():
+        thread.start()
+        began.wait()
+        assert not seen
+        one.put("a", FOUND)
+    thread.join()
+    assert seen == [FOUND]
+
+
+def test_where_no_lock_can_be_made_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    for kept in (Kept(None, "here"), Kept(tmp_path / "a file" / "measured.json", "here")):
+        with kept.alone():
+            kept.put("a", FOUND)
+        assert kept.get("a") == FOUND
 
 
 def test_without_a_place_it_is_kept_in_memory(tmp_path: Path) -> None:

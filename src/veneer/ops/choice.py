@@ -174,13 +174,17 @@ def _kept() -> Kept:
 
 
 def settled() -> dict[str, Measured]:
-    """What was measured and used so far in this process: "op dtype kind, threads" -> which runs, the milliseconds."""
-    return {key: found for key in map(_key, list(_decided)) if (found := _kept().get(key)) is not None}
+    """What ran so far in this process, or in this run (`followed_here`), of all that is measured: "op dtype kind,
+    threads" -> its name, and the milliseconds that are kept of each, if any."""
+    names = {_key(asked): name for asked, name in list(_decided.items())}
+    kept = {key: _kept().get(key) for key in names}
+    return {key: Measured(name, {} if (found := kept[key]) is None else found.ms) for key, name in names.items()}
 
 
 def recorded() -> dict[str, str]:
-    """The same for a run to keep, key -> name: `follow` it, and the run goes on bit for bit."""
-    return {_key(asked): name for asked, name in list(_decided.items())}
+    """The same for a run to keep, key -> name: `follow` it, and the run goes on bit for bit. What is followed and did
+    not come again stays in it."""
+    return _followed | {_key(asked): name for asked, name in list(_decided.items())}
 
 
 def follow(record: Mapping[str, str]) -> None:
@@ -193,6 +197,7 @@ def follow(record: Mapping[str, str]) -> None:
 def followed_here() -> Iterator[None]:
     """What is followed inside is followed to the end of the block: a run's record is of no other run."""
     before = dict(_followed)
+    _decided.clear()
     try:
         yield
     finally:
@@ -293,30 +298,42 @@ def _name_of(op: str, able: list[Implementation], first: Tensor, given: tuple[An
 def _measure(
     key: str, op: str, able: list[Implementation], work: Callable[..., Any], dtype: torch.dtype, kind: tuple[int, ...]
 ) -> Measured:
-    with _lock:
+    """What is kept, or else measured now: by one thread of one process at a time, so that all agree."""
+    names = (*(one.name for one in able), REFERENCE)
+
+    def known() -> Measured | None:
         found = _kept().get(key)
-        if found is not None and found.runs in (REFERENCE, *(one.name for one in able)):
+        return found if found is not None and found.runs in names else None
+
+    with _lock:
+        if (found := known()) is not None:
             return found
+        with _kept().alone():
+            return known() or _measure_now(key, op, names, work, dtype, kind)
 
-        def tried(name: str) -> Callable[[], object]:
-            made: list[Callable[[], object]] = []
 
-            def run() -> None:
-                _here.op, _here.name = op, name
-                if not made:
-                    made.append(work(dtype, *kind))
-                made[0]()
+def _measure_now(
+    key: str, op: str, names: tuple[str, ...], work: Callable[..., Any], dtype: torch.dtype, kind: tuple[int, ...]
+) -> Measured:
+    def tried(name: str) -> Callable[[], object]:
+        made: list[Callable[[], object]] = []
 
-            return run
+        def run() -> None:
+            _here.op, _here.name = op, name
+            if not made:
+                made.append(work(dtype, *kind))
+            made[0]()
 
-        first, works = able[0].name, {name: tried(name) for name in (*(one.name for one in able), REFERENCE)}
-        seconds = seconds_of(works)
-        name = fastest(seconds) if first in seconds else first
-        if name != first and fastest(again := seconds_of(works)) != name:  # what noise has decided is not kept
-            seconds, name = again, first
-        if first not in seconds:  # it could not be measured: nothing is kept
-            return Measured(first, {})
-        return _kept().put(key, Measured(name, {name: s * 1e3 for name, s in seconds.items()}))
+        return run
+
+    first, works = names[0], {name: tried(name) for name in names}
+    seconds = seconds_of(works)
+    name = fastest(seconds) if first in seconds else first
+    if name != first and fastest(again := seconds_of(works)) != name:  # what noise has decided is not kept
+        seconds, name = again, first
+    if first not in seconds:  # it could not be measured: nothing is kept
+        return Measured(first, {})
+    return _kept().put(key, Measured(name, {name: s * 1e3 for name, s in seconds.items()}))
 
 
 def choices(device: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,8 @@ CLEARLY = 1.1
 """How many times as fast as the first another has to be to run instead of it: noise must not decide."""
 _ROUNDS, _SECONDS = 20, 0.1
 """Rounds of all candidates, and the time after which (three being done) no other begins."""
+_PATIENCE = 30.0
+"""Seconds to wait for another process that measures."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Measured:
     def line(self) -> str:
         """For a person: which runs, and against what."""
         others = ", ".join(f"{name} {ms:.3g}" for name, ms in self.ms.items() if name != self.runs)
-        return f"{self.runs} {self.ms[self.runs]:.3g} ms" + (f" ({others})" if others else "")
+        own = f" {self.ms[self.runs]:.3g} ms" if self.runs in self.ms else ""
+        return f"{self.runs}{own}" + (f" ({others})" if others else "")
 
 
 def seconds_of(works: Mapping[str, Callable[[], object]]) -> dict[str, float]:
@@ -94,9 +97,25 @@ class Kept:
     def __init__(self, file: Path | None, machine: str) -> None:
         self.file, self.machine = file, machine
         self.here: dict[str, Measured] = self._read()
+        self._locks = True
 
     def get(self, key: str) -> Measured | None:
         return self.here.get(key)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other process of this machine is, and what they have put is known: processes of one run do not
+        measure under one another's load, and come to the same. A folder that cannot be written to has no lock."""
+        from filelock import FileLock
+
+        with contextlib.ExitStack() as held:
+            if self.file is not None and self._locks:
+                try:
+                    held.enter_context(FileLock(f"{self.file}.lock", timeout=_PATIENCE, mode=0o600))
+                except (OSError, NotImplementedError):  # Timeout is an OSError: what another holds so long has stopped
+                    self._locks = False
+                self.here |= self._read()
+            yield
 
     def put(self, key: str, found: Measured) -> Measured:
         """What is kept under the key from now on: `found`, unless another process was first, among the same."""
