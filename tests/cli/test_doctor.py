@@ -20,14 +20,15 @@ def test_what_is_said_is_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["compiled"] == compiled.status()
     assert found["processor"] == measuring.this_machine()
     assert set(found["ops"]["cpu"]) == set(OPS)
-    assert found["ops"]["cpu"] == choice.choices("cpu")
+    assert found["ops"]["cpu"] == {op: one._asdict() for op, one in choice.choices("cpu").items()}
+    assert found["threads"] == torch.get_num_threads()
     assert found["probe"] is None
 
 
 def test_about_ten_lines_name_every_op(capsys: pytest.CaptureFixture[str]) -> None:
     ran = run(capsys, "doctor", "--quick")
     assert ran.code == 0
-    lines = ran.out.splitlines()
+    lines = [line for line in ran.out.splitlines() if not line.startswith("measured ")]
     assert 5 <= len(lines) <= 16
     said = [name for line in lines if line.startswith("ops ") for name in line.rpartition(": ")[2].split(", ")]
     assert sorted(said) == sorted(OPS)
@@ -37,7 +38,29 @@ def test_about_ten_lines_name_every_op(capsys: pytest.CaptureFixture[str]) -> No
 def test_pinned_ops_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     with choice.pinned(rms_norm="torch"):
         out = run(capsys, "doctor", "--quick").out
-    assert compiled.kernels() is None or "pinned by VENEER_OPS: rms_norm" in out
+    assert compiled.kernels() is None or "by torch (pinned by VENEER_OPS): rms_norm" in out
+
+
+def test_every_device_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "a card")
+    lines = run(capsys, "doctor", "--quick").out.splitlines()
+    for device in ("cpu", "cuda"):
+        ours = [line for line in lines if line.startswith(f"ops {device} ")]
+        assert sorted(name for line in ours for name in line.rpartition(": ")[2].split(", ")) == sorted(OPS)
+
+
+def test_quick_tells_what_is_kept(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept = measuring.Kept(tmp_path / "choices.json", "here")
+    monkeypatch.setattr(choice, "_kept", lambda: kept)
+    assert "measured    nothing yet" in run(capsys, "doctor", "--quick").out
+    key = f"rms_norm bfloat16 64, {torch.get_num_threads()} threads"
+    kept.put(key, measuring.Measured("torch", {"torch": 1.0, "compiled": 2.0}))
+    out = run(capsys, "doctor", "--quick").out
+    assert f"measured    {key}: torch 1 ms (compiled 2)" in out
+    assert "nothing" not in out
 
 
 def test_the_probe_is_told_beside_its_floor(

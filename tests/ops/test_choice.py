@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import ConfigError
-from veneer.ops import attention, choice, linear, loss, mlp, norms
+from veneer.ops import choice
 from veneer.ops.choice import HOMES, OPS, choices, chosen
 from veneer.ops.cpu import compiled
 from veneer.ops.cpu.implementations import IMPLEMENTATIONS
@@ -26,13 +26,13 @@ def test_every_implementation_is_of_a_known_op_and_every_op_has_an_answer() -> N
     for device in (*HOMES, "cuda", "mps"):
         told = choices(device)
         assert set(told) == set(OPS)
-        assert all(told.values())
+        assert all(one.name and one.reason and one.line() for one in told.values())
 
 
 def test_a_device_without_implementations_runs_the_reference() -> None:
     x = torch.empty(2, 16, dtype=torch.bfloat16, device="meta")
     assert all(chosen(op, x) is None for op in OPS)
-    assert set(choices("meta").values()) == {"torch: meta has no implementation of its own"}
+    assert {one.line() for one in choices("meta").values()} == {"torch: meta has no implementation of its own"}
 
 
 def test_what_the_kernels_do_not_take_runs_the_reference() -> None:
@@ -41,24 +41,38 @@ def test_what_the_kernels_do_not_take_runs_the_reference() -> None:
     assert (chosen("rms_norm", x, w) is not None) == there
     assert chosen("rms_norm", x.float(), w.float()) is None
     assert chosen("rms_norm", x.t(), w) is None
-    assert choices("cpu")["rms_norm"].startswith("compiled (" if there else "torch: ")
+    assert choices("cpu")["rms_norm"].name == ("compiled" if there else "torch")
 
 
 def test_without_compiled_kernels_it_is_torch_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "kernels", lambda: None)
     told = choices("cpu")
-    assert all(told[op].startswith("torch: no compiled kernels: ") for op in IMPLEMENTATIONS)
-    assert all(told[op] == "torch: cpu has no implementation of its own" for op in set(OPS) - set(IMPLEMENTATIONS))
+    assert all(told[op].line().startswith("torch: no compiled kernels: ") for op in IMPLEMENTATIONS)
+    others = set(OPS) - set(IMPLEMENTATIONS)
+    assert all(told[op].line() == "torch: cpu has no implementation of its own" for op in others)
     assert chosen("rms_norm", torch.ones(3, 16, dtype=torch.bfloat16), torch.ones(16, dtype=torch.bfloat16)) is None
 
 
 def test_a_device_may_bring_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     own = choice.Implementation(lambda x: x, lambda x: x.ndim == 2, "matrices", lambda: "")
     monkeypatch.setattr(choice, "_implementations", lambda device: {"gelu_tanh": own} if device == "meta" else {})
-    monkeypatch.setitem(HOMES, "meta", "a module")
     assert chosen("gelu_tanh", torch.empty(2, 2, device="meta")) is own.run
     assert chosen("gelu_tanh", torch.empty(2, device="meta")) is None
-    assert choices("meta")["gelu_tanh"] == "compiled (a module) for matrices, torch for all else"
+    assert choices("meta")["gelu_tanh"] == ("compiled", "the first that takes what it is given", "matrices")
+
+
+def test_the_first_that_is_here_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first cannot run at all, as tiles in bfloat16 without AVX512-BF16, another does."""
+    second = choice.Implementation(lambda x: x, lambda x: True, "anything", lambda: "", "second")
+    first = choice.Implementation(lambda x: x, lambda x: False, "nothing", lambda: "no first here", "first", (second,))
+    monkeypatch.setattr(choice, "_implementations", lambda device: {"gelu_tanh": first})
+    monkeypatch.setattr(choice, "_pins", {})
+    assert choices("cpu")["gelu_tanh"].name == "second"
+    with choice.pinned(gelu_tanh="first"):
+        assert choices("cpu")["gelu_tanh"][:2] == ("second", "pinned to first by VENEER_OPS, which is not here")
+    gone = second._replace(missing=lambda: "no second here")
+    monkeypatch.setattr(choice, "_implementations", lambda device: {"gelu_tanh": first._replace(others=(gone,))})
+    assert choices("cpu")["gelu_tanh"] == ("torch", "no first here", "")
 
 
 # -- measured ----------------------------------------------------------------------------------------------------------
@@ -185,7 +199,7 @@ def test_pins_come_before_everything(bench: dict[str, float]) -> None:
     bench["torch"] = 0.1
     with choice.pinned(gelu_tanh="second"):
         assert name_of(torch.empty(40, 2)) == "second"
-        assert choices("cpu")["gelu_tanh"] == "second: pinned by VENEER_OPS"
+        assert choices("cpu")["gelu_tanh"] == ("second", "pinned by VENEER_OPS", "matrices")
     assert not choice.recorded()
     assert name_of(torch.empty(40, 2)) == "torch"
 
@@ -197,6 +211,7 @@ def test_a_name_that_no_implementation_has_is_refused(bench: dict[str, float], n
             with pytest.raises(ConfigError, match="no implementation of that name") as caught:
                 ask()
             assert "second, torch" in str(caught.value)
+            assert caught.value.where == "VENEER_OPS"
 
 
 def test_listed_measures_nothing(bench: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +219,20 @@ def test_listed_measures_nothing(bench: dict[str, float], monkeypatch: pytest.Mo
     monkeypatch.setattr(choice, "_listed", True)
     assert name_of(torch.empty(40, 2)) == "first"
     assert not choice.recorded()
+    assert "measured" not in choices("cpu")["gelu_tanh"].reason
+
+
+def test_what_this_machine_keeps_can_be_asked_for(bench: dict[str, float]) -> None:
+    name_of(torch.empty(40, 2))
+    (key,) = choice.recorded()
+    kept = choice._kept()
+    kept.put("gelu_tanh float32 64, 999 threads", Measured("first", {"first": 1.0}))
+    kept.put(key.replace(" 64", " 128"), Measured("nobody's", {"nobody's": 1.0}))
+    kept.put(key.replace("gelu_tanh", "no_op"), Measured("first", {"first": 1.0}))
+    choice._decided.clear()  # as in a later process
+    assert set(choice.measured_here()) == {key}
+    assert choices("cpu")["gelu_tanh"].reason.startswith("measured")
+    assert choices("cpu")["gelu_tanh"].name == "first, second, torch"
 
 
 def test_inside_of_listed_no_measurement_is_made_or_followed(bench: dict[str, float]) -> None:
@@ -217,11 +246,14 @@ def test_inside_of_listed_no_measurement_is_made_or_followed(bench: dict[str, fl
         assert chosen("gelu_tanh", torch.empty(40, 2))(None) == "first"
 
 
-OPS_OF = (attention, linear, loss, mlp, norms)
-"""The modules that bring trials: imported, so that all of them are known."""
+def test_every_module_that_brings_trials_is_listed() -> None:
+    """What is measured must not depend on what happens to be imported."""
+    files = Path(choice.__file__).parent.glob("*.py")
+    brings = {file.stem for file in files if "\n@measured(" in file.read_text(encoding="utf-8")}
+    assert brings == set(choice._TRIED_IN)
 
 
-@pytest.mark.parametrize("op", sorted(choice._TRIALS))
+@pytest.mark.parametrize("op", [op for op in OPS if choice.is_measured(op)])
 def test_every_trial_calls_its_op_and_runs_by_whatever_is_named(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At sizes of a few: what it does is the op, with the reference and with each implementation that runs here."""
     took: list[tuple[str, set[str]]] = []

@@ -22,12 +22,13 @@ def _findings(quick: bool) -> dict[str, Any]:
     import torch
 
     from veneer import __version__
-    from veneer.models.device import thread_count
-    from veneer.ops.choice import choices, settled
+    from veneer.models.device import settle_threads
+    from veneer.ops.choice import choices, measured_here
     from veneer.ops.cpu import compiled, sharing
     from veneer.ops.measuring import this_machine
     from veneer.ops.probe import probe_layer
 
+    settle_threads()  # as training does: what is measured is kept by the number of threads
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     with sharing.shared() as neighbours:
         layer = None if quick else probe_layer(_dtype())
@@ -36,12 +37,15 @@ def _findings(quick: bool) -> dict[str, Any]:
         "torch": torch.__version__,
         "processor": this_machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": thread_count(),
+        "threads": torch.get_num_threads(),
         "cards": cards,
         "compiled": compiled.status(),
         "neighbours": neighbours,
-        "measured": {key: {"runs": one.runs, "ms": dict(one.ms)} for key, one in settled().items()},
-        "ops": {device: choices(device) for device in ("cpu", *(["cuda"] if cards else []))},
+        "measured": {key: {"runs": one.runs, "ms": dict(one.ms)} for key, one in measured_here().items()},
+        "ops": {
+            device: {op: one._asdict() for op, one in choices(device).items()}
+            for device in ("cpu", *(["cuda"] if cards else []))
+        },
         "probe": None if layer is None else {
             "dtype": layer.dtype, "tokens": layer.tokens, "operations": layer.rate, "ms": 1e3 * layer.seconds,
             "floor_ms": 1e3 * layer.floor, "share": layer.share,
@@ -61,22 +65,21 @@ def _dtype() -> Any:
 def _lines(found: dict[str, Any]) -> list[str]:
     from veneer.ops.measuring import Measured
 
-    groups: dict[str, list[str]] = {}
-    for op, line in found["ops"]["cpu"].items():
-        name, _, rest = line.partition(": " if line.startswith("torch") or "pinned by" in line else " (")
-        reason = rest if ": " in line and " (" not in line else "where it takes what it is given"
-        groups.setdefault(f"by {name}, {reason}", []).append(op)
     lines = [
         f"veneer      {found['veneer']}, torch {found['torch']}",
         f"processor   {found['processor']}; {found['threads']} threads; torch's kernels for {found['instructions']}",
         f"card        {', '.join(found['cards']) or 'none that torch can use'}",
         f"compiled    {found['compiled']}",
     ]
-    lines += [f"ops         {how}: {', '.join(ops)}" for how, ops in sorted(groups.items())]
+    for device, ops in found["ops"].items():
+        groups: dict[str, list[str]] = {}
+        for op, one in ops.items():
+            groups.setdefault(f"by {one['name']} ({one['reason']})", []).append(op)
+        lines += [f"{f'ops {device}':<12}{how}: {', '.join(names)}" for how, names in sorted(groups.items())]
     measured = {key: Measured(one["runs"], one["ms"]).line() for key, one in found["measured"].items()}
     lines += [f"measured    {key}: {line}" for key, line in measured.items()]
     if not measured:
-        lines.append("measured    nothing: the first implementation that takes what an op is given runs")
+        lines.append("measured    nothing yet: a run measures at first use, and keeps it")
     if (probe := found["probe"]) is not None:
         busy = "; other processes were busy" if found["neighbours"] else ""
         lines.append(

@@ -18,7 +18,7 @@ takes what it was given is the default, which another has to beat clearly. Every
 
 Serving measures nothing (`listed`): an answer's bits depend on no clock.
 
-`choices("cpu")` says what runs here, and why; `settled()` what was measured or pinned so far. `follow` takes what a
+`choices("cpu")` says what runs here, and why; `settled()` what ran so far of what is measured. `follow` takes what a
 run has recorded, so that it goes on as it began.
 """
 
@@ -124,8 +124,14 @@ def measured(op: str, kind: Callable[..., tuple[int, ...]]) -> Callable[[Any], A
 
 
 def is_measured(op: str) -> bool:
-    """Whether which implementation runs is measured on a CPU; known once the op's module is imported."""
+    """Whether which implementation runs is measured on a CPU."""
+    for name in _TRIED_IN:
+        importlib.import_module(f"veneer.ops.{name}")
     return op in _TRIALS
+
+
+_TRIED_IN = ("attention", "linear", "loss", "mlp", "norms")
+"""The modules of this folder that bring trials."""
 
 
 TRIAL_ROWS = 1024
@@ -153,6 +159,7 @@ _words = {"cuda", "listed", REFERENCE, *(f"{op}={name}" for op, name in _pins.it
 if _unknown := [word for word in _WORDS if word not in _words]:
     raise ConfigError(
         f"VENEER_OPS has {', '.join(_unknown)}, which is neither an op nor listed, torch or cuda",
+        where="VENEER_OPS",
         fix="an op is pinned as op=name, and the ops are in docs/reference/ops.md",
     )
 _decided: dict[tuple[Any, ...], str] = {}
@@ -179,6 +186,13 @@ def settled() -> dict[str, Measured]:
     names = {_key(asked): name for asked, name in list(_decided.items())}
     kept = {key: _kept().get(key) for key in names}
     return {key: Measured(name, {} if (found := kept[key]) is None else found.ms) for key, name in names.items()}
+
+
+def measured_here() -> dict[str, Measured]:
+    """What is kept of this machine for the number of threads that there is now, whoever measured it; key -> record."""
+    ours = f", {torch.get_num_threads()} threads"
+    every = sorted(_kept().here.items())
+    return {key: found for key, found in every if key.endswith(ours) and found.runs in _names(key.split()[0])}
 
 
 def recorded() -> dict[str, str]:
@@ -241,14 +255,20 @@ def _implementations(device: str) -> Mapping[str, Implementation]:
     return {} if home is None else importlib.import_module(home).IMPLEMENTATIONS
 
 
+def _names(op: str) -> set[str]:
+    """Of all implementations of an op, on whatever device, and its reference."""
+    homes = [_implementations(device).get(op) for device in HOMES]
+    return {REFERENCE} | {one.name for own in homes if own is not None for one in (own, *own.others)}
+
+
 @functools.cache
 def _check_pin(op: str, pin: str) -> None:
     """Raises ConfigError where no device has an implementation of the op by this name."""
-    homes = [_implementations(device).get(op) for device in HOMES]
-    names = {REFERENCE} | {one.name for own in homes if own is not None for one in (own, *own.others)}
+    names = _names(op)
     if pin not in names:
         raise ConfigError(
             f"VENEER_OPS pins {op} to {pin!r}, and it has no implementation of that name",
+            where="VENEER_OPS",
             fix=f"it has: {', '.join(sorted(names))}",
         )
 
@@ -336,21 +356,41 @@ def _measure_now(
     return _kept().put(key, Measured(name, {name: s * 1e3 for name, s in seconds.items()}))
 
 
-def choices(device: str) -> dict[str, str]:
-    """op -> what runs it on a device of this type ("cpu", "cuda"), and why, in a line for a report."""
-    own = _implementations(device)
-    out = {}
-    for op in OPS:
-        if op not in own:
-            out[op] = f"torch: {device} has no implementation of its own"
-        elif missing := own[op].missing():
-            out[op] = f"torch: {missing}"
-        elif (pin := _pins.get(op, _pins.get("*"))) is not None:
-            if op in _pins:
-                _check_pin(op, pin)
-            out[op] = f"{pin}: pinned by VENEER_OPS"
-        else:
-            names = ", ".join(one.name for one in (own[op], *own[op].others) if not one.missing())
-            how = "measured, " if op in _TRIALS and device == "cpu" else ""
-            out[op] = f"{names} ({HOMES[device]}) for {own[op].wants}, {how}torch for all else"
-    return out
+class Choice(NamedTuple):
+    """What runs an op. `name`: the implementation, or all that are tried, in their order. `reason`: why. `wants`: what
+    they take, where it is not everything; the reference runs all else."""
+
+    name: str
+    reason: str
+    wants: str = ""
+
+    def line(self) -> str:
+        return f"{self.name}: {self.reason}" + (f"; for {self.wants}, {REFERENCE} for all else" if self.wants else "")
+
+
+def choices(device: str) -> dict[str, Choice]:
+    """op -> what runs it on a device of this type ("cpu", "cuda"), and why."""
+    return {op: _choice(op, PINNED or device) for op in OPS}
+
+
+def _choice(op: str, device: str) -> Choice:
+    own = _implementations(device).get(op)
+    if own is None:
+        return Choice(REFERENCE, f"{device} has no implementation of its own")
+    here = [one for one in (own, *own.others) if not one.missing()]
+    if not here:
+        return Choice(REFERENCE, own.missing())
+    names, wants = [one.name for one in here], "; ".join(one.wants for one in here)
+    if (pin := _pins.get(op, _pins.get("*"))) is not None:
+        if op in _pins:
+            _check_pin(op, pin)
+        if pin == REFERENCE:
+            return Choice(pin, "pinned by VENEER_OPS")
+        if pin in names:
+            return Choice(pin, "pinned by VENEER_OPS", here[names.index(pin)].wants)
+        return Choice(names[0], f"pinned to {pin} by VENEER_OPS, which is not here", here[0].wants)
+    if PINNED:
+        return Choice(", ".join(names), f"VENEER_OPS={PINNED}", wants)
+    if device == "cpu" and is_measured(op) and not _listed:
+        return Choice(", ".join([*names, REFERENCE]), "measured, the first unless another is clearly faster", wants)
+    return Choice(", ".join(names), "the first that takes what it is given", wants)

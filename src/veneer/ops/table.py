@@ -27,14 +27,10 @@ implementations of its own, each for what it takes. Which one runs:
 (`rms_norm=torch`), several with commas between them. `veneer doctor` says what runs on this machine, and why; a run
 says it at its end, `veneer plan --calibrate` where it has measured.
 """
-_MODULES = ("attention", "linear", "loss", "mlp", "norms")
-"""Whose trials make an op a measured one."""
 
 
 def ops_page() -> str:
     """The page."""
-    for name in _MODULES:
-        importlib.import_module(f"veneer.ops.{name}")
     homes = {device: importlib.import_module(home).IMPLEMENTATIONS for device, home in HOMES.items()}
     lines = [_HEAD, "| op | computes | on a CPU | on CUDA | measured on a CPU |", "| --- | --- | --- | --- | --- |"]
     for op, what in OPS.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import stat
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from veneer.ops.cpu import build, compiled
 
@@ -76,10 +78,34 @@ def test_a_damaged_record_of_the_self_test_is_made_anew(
     monkeypatch.setattr(build, "left_out", lambda library: {"one": "is wrong"})
     monkeypatch.setattr(build, "compile_kernels", lambda compiler, sources, target: target.write_bytes(b"") or None)
     made = build.build_kernels(COMPILER, [HERE / "native.c"], [])
-    record = made.library.with_suffix(".json")
+    (record,) = made.library.parent.glob("*.json")
     record.write_text(content)
     assert build.build_kernels(COMPILER, [HERE / "native.c"], []).wrong == {"one": "is wrong"}
     assert record.read_text() == '{"one": "is wrong"}'
+
+
+def test_another_torch_is_tried_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels call libtorch: what they gave with one says nothing of another. The library stays."""
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    compiled_now: list[Path] = []
+    monkeypatch.setattr(
+        build, "compile_kernels", lambda c, s, target: compiled_now.append(target.write_bytes(b"") or target)
+    )
+    for version in ("2.13.0", "2.14.0", "2.13.0"):
+        monkeypatch.setattr(torch, "__version__", version)
+        monkeypatch.setattr(build, "left_out", lambda library, version=version: {"one": f"is wrong in {version}"})
+        assert build.build_kernels(COMPILER, [HERE / "native.c"], []).wrong == {"one": f"is wrong in {version}"}
+    assert len(compiled_now) == 1
+
+
+def test_a_kernel_that_failed_is_not_said_to_be_the_processors_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = compiled.Kernels(ctypes.CDLL(None), Path("kernels"))
+    monkeypatch.setattr(compiled, "kernels", lambda: library)
+    assert "this processor" in compiled.why_missing("narrow_rows_attend")
+    assert "no AVX512-BF16" in compiled.why_missing("decode")
+    library.wrong = {"narrow_rows_attend": "is off by 3", "decode": "ends its process (-11)"}
+    assert compiled.why_missing("narrow_rows_attend").endswith("the self-test failed (narrow_rows_attend is off by 3)")
+    assert compiled.why_missing("decode").endswith("the self-test failed (decode ends its process (-11))")
 
 
 def test_each_kind_of_processor_has_a_library_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

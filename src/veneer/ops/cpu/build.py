@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from veneer.files.atomic import replace_file
 
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
@@ -33,7 +35,8 @@ def build_kernels(compiler: str, sources: Sequence[Path], headers: Sequence[Path
     key = hashlib.sha256("\0".join([*texts, *_machine(compiler), *_FLAGS]).encode()).hexdigest()[:16]
     notes: list[str] = []
     folder = trusted_folder(notes)
-    library, record = folder / f"native-{key}.so", folder / f"native-{key}.json"
+    library = folder / f"native-{key}.so"
+    record = folder / f"native-{key}-{torch.__version__}.json"  # some call libtorch
     for path in (library, record):
         if path.exists() and (why := distrusted(path)):
             notes.append(f"{path.name} was made anew: {why}")

@@ -93,11 +93,13 @@ _reason = "not looked for yet"
 
 
 class Kernels:
-    """The kernels that are to be used, each an attribute; `compiled` has all there are. A kernel that fails raises
+    """The kernels that are to be used, each an attribute; `compiled` has all there are. `wrong`: of those that failed
+    their self-test, how. A kernel that fails raises
     MemoryError, where it has no room, or IndexError, where a target is none."""
 
     def __init__(self, compiled: ctypes.CDLL, path: Path) -> None:
         self.compiled, self.path = compiled, path
+        self.wrong: dict[str, str] = {}
 
     def has(self, *names: str) -> bool:
         return all(hasattr(self, name) for name in names)
@@ -182,6 +184,7 @@ def kernels() -> Kernels | None:
     try:
         made = build_kernels(compiler, [here / name for name in SOURCES], [here / name for name in HEADERS])
         library = bound(made.library, made.wrong)
+        library.wrong = made.wrong
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         lines = str(getattr(error, "stderr", None) or error).strip().splitlines() or [repr(error)]
         _reason = f"{compiler} could not build them: {lines[-1]}"
@@ -222,9 +225,12 @@ def why_missing(*names: str) -> str:
     gone = [name for name in names if not library.has(name)]
     if not gone:
         return ""
-    failed = [name for name in gone if hasattr(library.compiled, name)]
-    wants = "products of libtorch's own for it" if all(name in _TILES for name in gone) else "AVX512-BF16"
-    why = "it failed its self-test" if failed and wants == "AVX512-BF16" else f"this processor has no {wants}"
+    if failed := [f"{name} {library.wrong[name]}" for name in gone if name in library.wrong]:
+        why = f"the self-test failed ({', '.join(failed)})"
+    elif all(name in _TILES for name in gone):
+        why = "there are no products of libtorch's own for it on this processor"
+    else:
+        why = "this processor has no AVX512-BF16"
     return f"no compiled {', '.join(gone)}: {why}"
 
 
