@@ -36,3 +36,16 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VENEER_HOME", str(home))
         yield
+
+
+@pytest.fixture(scope="session")
+def gpu_that_is_not_there() -> None:
+    """For tests that follow a step on one: skipped where torch is for CPUs and there is no C++ compiler."""
+    from veneer.errors import ResourceError
+    from veneer.plan.fake_cuda import fake_cuda
+
+    try:
+        with fake_cuda():
+            pass
+    except ResourceError as error:
+        pytest.skip(str(error))

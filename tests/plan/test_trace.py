@@ -9,10 +9,14 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from veneer.ops import transfer
 from veneer.ops.quantisation_formats import empty_format
 from veneer.ops.quantised import Quantised, stacked_rows
+from veneer.ops.transfer import sent
 from veneer.plan.fake_cuda import fake_cuda
 from veneer.plan.trace import rounded, traced
+
+pytestmark = pytest.mark.usefixtures("gpu_that_is_not_there")
 
 MB = 1 << 20
 
@@ -101,6 +105,8 @@ def test_codes_of_a_quantised_weight_are_bytes_and_its_values_a_moment() -> None
         (lambda x: x.cpu(), "copy to the host"),
         (lambda x: torch.ones(4).to(x.device), "copy to the device"),
         (lambda x: x.copy_(torch.ones(4)), "copy to the device"),
+        (lambda x: x.copy_(torch.ones(4), non_blocking=True), "copy to the device"),
+        (lambda x: torch.ones(4).to(x.device, non_blocking=True), "copy to the device"),
         (lambda x: torch.tensor([1, 2], device=x.device), "copy to the device"),
     ],
 )
@@ -114,8 +120,8 @@ def test_what_makes_the_host_wait_is_noted_with_its_line(wait: Any, said: str) -
 
 def test_what_does_not_wait_is_not_noted() -> None:
     with traced() as trace:
-        x = torch.ones(4).to("cuda", non_blocking=True)
-        x.copy_(torch.ones(4), non_blocking=True)
+        x = sent(torch.ones(4), torch.device("cuda"))
+        x.copy_(transfer.pinned(torch.ones(4)), non_blocking=True)
         x = x[torch.arange(2, device="cuda")].bfloat16()
         torch.cat([x, x]).sum()
     assert not trace.waits

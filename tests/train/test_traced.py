@@ -10,6 +10,8 @@ from veneer.plan.memory import Load
 from veneer.plan.tables import base_config, device_named
 from veneer.train.traced import traced_pictures, traced_training
 
+pytestmark = pytest.mark.usefixtures("gpu_that_is_not_there")
+
 GPU = device_named("h100-80gb")
 
 
@@ -87,3 +89,13 @@ def test_at_true_size_counted_and_traced_agree(name: str, load: Load) -> None:
     found = traced_training(base_config(name), load, GPU)
     assert not found.waits
     assert abs(found.off) < 0.05, (found.trace.at_peak, found.counted)
+
+
+@pytest.mark.parametrize("micros", [1, 2])
+def test_at_its_end_a_step_reads_its_losses_and_its_norm_and_no_more(micros: int) -> None:
+    found = traced_training(FAMILIES["llama3"]().config.to_dict(), Load((24, 17), rank=4, micros=micros), GPU)
+    assert sum(found.trace.waits.values()) == micros + 1, found.trace.waits
+    assert not found.waits
+    place = next(place for place in found.trace.waits if place.endswith(" _share"))
+    found.trace.waits[place] += 1
+    assert list(found.waits) == [place]

@@ -29,6 +29,7 @@ from torch import Tensor
 from veneer.compat import TORCH
 from veneer.ops.choice import chosen, measured, random_like, size_class
 from veneer.ops.sizes import grouped_rows, key_ranges
+from veneer.ops.transfer import sent
 
 # -- rows that lie one after another -----------------------------------------------------------------------------------
 
@@ -47,11 +48,6 @@ class _Group:
     @property
     def padded(self) -> bool:
         return len(self.tokens) < self.rows * self.length
-
-
-def _sent(t: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the CPU on the device, without waiting for what runs there."""
-    return t if torch.device(device).type == "cpu" else t.to(device, non_blocking=True)
 
 
 class RowLayout:
@@ -74,11 +70,11 @@ class RowLayout:
     ) -> None:  # fmt: skip
         self.lengths, self.idle = list(lengths), idle
         self.attended: set[int] = set()
-        self.device, self._waste, self._step = device, waste, step
+        self.device, self._waste, self._step = torch.device(device), waste, step
         self.starts = torch.tensor(list(itertools.accumulate(self.lengths, initial=0)), dtype=torch.int64)
-        self.ends = _sent(self.starts.int(), device)
+        self.ends = sent(self.starts.int(), self.device)
         places = [torch.arange(n) for n in self.lengths]
-        self.positions = _sent(torch.cat([*places, torch.zeros(idle, dtype=torch.int64)]), device)
+        self.positions = sent(torch.cat([*places, torch.zeros(idle, dtype=torch.int64)]), self.device)
         self._tables: tuple[Tensor, Tensor, Tensor] | None = None
 
     @functools.cached_property
@@ -87,7 +83,7 @@ class RowLayout:
         for length, taken in grouped_rows(self.lengths, waste=self._waste, step=self._step):
             tokens = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in taken])
             slots = torch.cat([torch.arange(self.lengths[i]) + at * length for at, i in enumerate(taken)])
-            out.append(_Group(len(taken), length, _sent(tokens, self.device), _sent(slots, self.device)))
+            out.append(_Group(len(taken), length, sent(tokens, self.device), sent(slots, self.device)))
         return out
 
     def tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,11 @@ def put_numbers(device: torch.device, *lists: Sequence[int]) -> list[Tensor]:
     return list(sent(torch.tensor(flat, dtype=torch.int64), device).split([len(each) for each in lists]))
 
 
+def pinned(tensor: Tensor) -> Tensor:
+    """A tensor of the CPU in memory from which a GPU copies by itself; as it is where torch can use no GPU."""
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device. To a GPU it goes from pinned memory, so that the copy is queued behind the work before it
     and the CPU goes on; torch keeps pinned memory until its copy is done. What comes from there has to be waited
@@ -30,6 +35,6 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
         return tensor.to(device)
     if made_up(tensor):
         return tensor if tensor.device.type == device.type else torch.empty_like(tensor, device=device)
-    if device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available():
-        tensor = tensor.pin_memory()
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = pinned(tensor)
     return tensor.to(device, non_blocking=True)

@@ -10,9 +10,10 @@ Bytes are those of storages, from the operation that makes one to when the last 
 512 as CUDA's caching allocator does. What an operation takes for itself while it runs (workspaces of cuBLAS) is not
 seen, nor what the allocator cannot place between blocks.
 
-A value that the host reads, a copy to the host, and one from it that is not `non_blocking` make the host wait for the
-device: each is noted with the line that asked for it, and answered (with 1, or with as many as there can be), so that
-the trace goes on. Two devices that meet in an operation raise what torch raises.
+A value that the host reads, a copy to the host, and one from it that is not `non_blocking`, or not from pinned memory
+(`transfer.sent`), make the host wait for the device: each is noted with the line that asked for it, and answered (with
+1, or with as many as there can be), so that the trace goes on. Two devices that meet in an operation raise what torch
+raises.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from veneer.ops import transfer
 from veneer.ops.quantised import Quantised
 from veneer.plan.fake_cuda import fake_cuda
 
@@ -173,8 +176,18 @@ def place() -> str:
 def traced(*, wide_from: int = 1 << 22, capability: tuple[int, int] = (9, 0)) -> Iterator[Trace]:
     """A trace of the with-block, in which CUDA tensors are made up (see `fake_cuda`)."""
     trace = Trace(wide_from)
-    with fake_cuda(capability=capability), _Following(trace):
+    with fake_cuda(capability=capability), mock.patch.object(transfer, "pinned", _pinned), _Following(trace):
         yield trace
+
+
+_PINNED = "pinned_for_a_trace"
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """Of `transfer.pinned`, where there is no GPU to copy from it."""
+    tensor = tensor.detach()
+    setattr(tensor, _PINNED, True)
+    return tensor
 
 
 class _Following(TorchDispatchMode):
@@ -207,7 +220,11 @@ class _Following(TorchDispatchMode):
         if packet is _aten.index and any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1:])):
             trace.waited("index by a mask")
             args = (args[0], [_every(i) for i in args[1]])
-        if packet in _COPIES and not kwargs.get("non_blocking", len(args) > 2 and args[2] is True):
+        queued = kwargs.get("non_blocking", len(args) > 2 and args[2] is True)
+        if queued and packet in _COPIES:  # from pageable memory nobody but the host copies
+            source = given[0 if packet is _aten._to_copy else 1]
+            queued = source.device.type != "cpu" or hasattr(source, _PINNED)
+        if packet in _COPIES and not queued:
             ends = {t.device.type for t in given} | ({target} if target else set())
             if len(ends) > 1:
                 there = (target or given[0].device.type) == "cuda"

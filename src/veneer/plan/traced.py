@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from veneer.errors import gigabytes
@@ -17,15 +18,22 @@ _PARTS = {
 _SHOWN = 6
 
 
+def _function(place: str) -> str:
+    """ "file function" of "operation file:line function"."""
+    at, _, name = place.rpartition(" ")
+    return f"{at.rpartition(' ')[2].rpartition(':')[0]} {name}"
+
+
 @dataclass(frozen=True)
 class TracedStep:
     """`trace`: of one step. `counted`: the plan's memory for the same, None where nothing is counted. `ways`: what
-    runs, in a line. `ends`: files in which a step, at its end, reads what it was for: those waits are no fault."""
+    runs, in a line. `ends`: "file function" where a step, at its end, reads what it was for -> how often: so many waits
+    are no fault."""
 
     trace: Trace
     counted: Memory | None
     ways: str
-    ends: tuple[str, ...] = ()
+    ends: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def counted_peak(self) -> int:
@@ -41,7 +49,14 @@ class TracedStep:
     @property
     def waits(self) -> dict[str, int]:
         """Where the host waits for the device inside the step -> how often."""
-        return {place: n for place, n in self.trace.waits.items() if not any(end in place for end in self.ends)}
+        by_end: Counter[str] = Counter()
+        for place, n in self.trace.waits.items():
+            by_end[_function(place)] += n
+        return {
+            place: n
+            for place, n in self.trace.waits.items()
+            if by_end[_function(place)] > self.ends.get(_function(place), 0)
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, in bytes."""

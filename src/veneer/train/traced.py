@@ -52,9 +52,15 @@ from veneer.train.text.task import batch_loss, recompute_activations
 def traced_plan(made: Plan, fields: Mapping[str, Any]) -> TracedStep:
     """A step of a plan, with the change that makes it fit, followed on its GPU. `fields`: the base's config.json."""
     if made.device.kind != "cuda":
-        raise ConfigError("a trace is of a step on a GPU", fix="--gpu h100-80gb, or another of --list")
+        raise ConfigError(
+            "a trace is of a step on a GPU",
+            where=f"device {made.device.name}",
+            fix="--gpu h100-80gb, or another of --list",
+        )
     if made.planned is None or made.planned[0].offload:
-        raise ConfigError("what does not fit on one GPU is not traced", fix="a smaller base, or quantise it")
+        raise ConfigError(
+            "what does not fit on one GPU is not traced", where=made.device.name, fix="a smaller base, or quantise it"
+        )
     load, device = made.planned
     return traced_training(fields, load, device) if isinstance(load, Load) else traced_pictures(fields, load, device)
 
@@ -89,7 +95,12 @@ def traced_training(fields: Mapping[str, Any], load: Load, device: Device) -> Tr
                 train(learner, TrainingPlan(steps, Schedule.of("constant", 2)), optimizer)
                 ways = report.ways()
         shape = model_shape(model)
-    return TracedStep(trace, text_memory(shape, load, device), ways, ends=("veneer/train/loop.py",))
+    return TracedStep(trace, text_memory(shape, load, device), ways, ends=_ends(load))
+
+
+def _ends(load: Load | ImageLoad) -> dict[str, int]:
+    """What the loop reads at a step's end: the loss of each micro-batch, and the norm of the gradient."""
+    return {"veneer/train/loop.py _share": min(load.micros, 2), "veneer/train/loop.py _one_step": 1}
 
 
 def _name(trace: Trace, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -152,7 +163,7 @@ def traced_pictures(fields: Mapping[str, Any], load: ImageLoad, device: Device) 
                     learner = _Traced(loss, parameters, optimizer, trace)
                     train(learner, TrainingPlan(steps, Schedule.of("constant", 2)), optimizer)
                     ways = report.summary()
-    return TracedStep(trace, image_memory(counts, load, device), ways, ends=("veneer/train/loop.py",))
+    return TracedStep(trace, image_memory(counts, load, device), ways, ends=_ends(load))
 
 
 def _pictures(base: ImageBase, load: ImageLoad) -> Micro:

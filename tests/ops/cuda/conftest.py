@@ -1,5 +1,5 @@
 """Tests of this folder run the kernels of GPUs on tensors of the CPU, in triton's interpreter (tests/conftest.py turns
-it on, which has to be before anything imports triton)."""
+it on, which has to be before anything imports triton); laws that take a `device` also compiled, by `make test-gpu`."""
 
 from __future__ import annotations
 
@@ -23,3 +23,9 @@ def _on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choice, "PINNED", "cuda")
         yield
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a law's tensors are: interpreted on a CPU, compiled on a GPU."""
+    return str(request.param)

@@ -15,9 +15,9 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SEEDS = st.integers(0, 2**31)
 
 
-def drawn(seed: int, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+def drawn(seed: int, *shape: int, dtype: torch.dtype, scale: float = 1.0, device: str = "cpu") -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, dtype=torch.float64, generator=generator) * scale).to(dtype)
+    return (torch.randn(*shape, dtype=torch.float64, generator=generator) * scale).to(device, dtype)
 
 
 def close(got: Tensor, wanted: Tensor, dtype: torch.dtype, times: float = 1.0) -> None:

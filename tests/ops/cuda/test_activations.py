@@ -26,8 +26,11 @@ def activated(z: Tensor, act: str) -> Tensor:
 
 @FEW
 @given(DTYPES, ACTS, st.integers(0, 4), st.integers(1, 1100), SEEDS)
-def test_a_gate(dtype: torch.dtype, act: str, rows: int, width: int, seed: int) -> None:
-    both, dh = drawn(seed, rows, 2 * width, dtype=dtype), drawn(seed + 1, rows, width, dtype=dtype)
+def test_a_gate(device: str, dtype: torch.dtype, act: str, rows: int, width: int, seed: int) -> None:
+    both, dh = (
+        drawn(seed, rows, 2 * width, dtype=dtype, device=device),
+        drawn(seed + 1, rows, width, dtype=dtype, device=device),
+    )
     wide = both.double().requires_grad_()
     gate, up = wide.chunk(2, dim=1)
     want = activated(gate, act) * up
@@ -41,8 +44,11 @@ def test_a_gate(dtype: torch.dtype, act: str, rows: int, width: int, seed: int) 
 
 @FEW
 @given(DTYPES, st.integers(0, 3), st.integers(1, 300), SEEDS)
-def test_geglu_and_gelu(dtype: torch.dtype, rows: int, width: int, seed: int) -> None:
-    both, g = drawn(seed, 2, rows, 2 * width, dtype=dtype), drawn(seed + 1, 2, rows, width, dtype=dtype)
+def test_geglu_and_gelu(device: str, dtype: torch.dtype, rows: int, width: int, seed: int) -> None:
+    both, g = (
+        drawn(seed, 2, rows, 2 * width, dtype=dtype, device=device),
+        drawn(seed + 1, 2, rows, width, dtype=dtype, device=device),
+    )
     wide = both.double().requires_grad_()
     up, gate = wide.chunk(2, dim=-1)
     for got, want in (
@@ -68,10 +74,13 @@ def test_activations_far_from_zero_stay_finite() -> None:
 
 @FEW
 @given(DTYPES, st.integers(0, 150), st.integers(1, 300), SEEDS, st.booleans())
-def test_a_gain(dtype: torch.dtype, rows: int, width: int, seed: int, biased: bool) -> None:
-    y, g = drawn(seed, rows, width, dtype=dtype), drawn(seed + 1, rows, width, dtype=dtype)
-    gain = drawn(seed + 2, width, dtype=torch.float32) + 1
-    bias = drawn(seed + 3, width, dtype=dtype) if biased else None
+def test_a_gain(device: str, dtype: torch.dtype, rows: int, width: int, seed: int, biased: bool) -> None:
+    y, g = (
+        drawn(seed, rows, width, dtype=dtype, device=device),
+        drawn(seed + 1, rows, width, dtype=dtype, device=device),
+    )
+    gain = drawn(seed + 2, width, dtype=torch.float32, device=device) + 1
+    bias = drawn(seed + 3, width, dtype=dtype, device=device) if biased else None
     want = y.double() * gain.double() + (0 if bias is None else bias.double())
     close(gained(y, gain, bias), want, dtype)
     run = chosen("gain_backward", gain, g, y)
@@ -83,12 +92,14 @@ def test_a_gain(dtype: torch.dtype, rows: int, width: int, seed: int, biased: bo
 
 @FEW
 @given(DTYPES, st.integers(0, 3000), st.floats(0.0, 0.99), st.integers(0, 2**62 - 1), SEEDS)
-def test_dropout_is_the_reference_bit_for_bit(dtype: torch.dtype, n: int, p: float, seed: int, values: int) -> None:
-    x = drawn(values, n, dtype=dtype)
+def test_dropout_is_the_reference_bit_for_bit(
+    device: str, dtype: torch.dtype, n: int, p: float, seed: int, values: int
+) -> None:
+    x = drawn(values, n, dtype=dtype, device=device)
     got = Dropout(p, seed)(x)
     assert n == 0 or chosen("dropout", x) is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choice, "PINNED", "torch")
-        kept = Dropout(p, seed)(torch.ones(n)) != 0
+        kept = Dropout(p, seed)(torch.ones(n, device=device)) != 0
     assert torch.equal(got != 0, kept & (x != 0))
     close(got, torch.where(kept, x.double() / (1 - p), 0.0), dtype)

@@ -28,14 +28,17 @@ def gradients(y: Tensor, given: list[Tensor], g: Tensor) -> list[Tensor]:
     st.sampled_from([0, 3]), SEEDS,
 )  # fmt: skip
 def test_rows(
-    dtype: torch.dtype, lengths: list[int], counts: tuple[int, int], dim: int, window: int | None, cap: float,
-    sunk: bool, idle: int, seed: int,
+    device: str, dtype: torch.dtype, lengths: list[int], counts: tuple[int, int], dim: int, window: int | None,
+    cap: float, sunk: bool, idle: int, seed: int,
 ) -> None:  # fmt: skip
     (heads, kv), n = counts, sum(lengths) + idle
-    q, g = drawn(seed, n, heads, dim, dtype=dtype), drawn(seed + 1, n, heads, dim, dtype=dtype)
-    k, v = drawn(seed + 2, 2, n, kv, dim, dtype=dtype)
-    sinks = drawn(seed + 3, heads, dtype=torch.float32) if sunk else None
-    layout = RowLayout(lengths, idle=idle)
+    q, g = (
+        drawn(seed, n, heads, dim, dtype=dtype, device=device),
+        drawn(seed + 1, n, heads, dim, dtype=dtype, device=device),
+    )
+    k, v = drawn(seed + 2, 2, n, kv, dim, dtype=dtype, device=device)
+    sinks = drawn(seed + 3, heads, dtype=torch.float32, device=device) if sunk else None
+    layout = RowLayout(lengths, device, idle=idle)
     given = [t.requires_grad_() for t in (q, k, v, sinks) if t is not None]
     wide = [t.detach().double().requires_grad_() for t in given]
     assert chosen("attend_rows", q, k, v, sinks) is not None
@@ -55,13 +58,22 @@ def test_rows(
 @settings(max_examples=5)
 @given(DTYPES, LENGTHS, HEADS, st.sampled_from([8, 16, 40, 64]), WINDOWS, SEEDS)
 def test_rotary_rows(
-    dtype: torch.dtype, lengths: list[int], counts: tuple[int, int], dim: int, window: int | None, seed: int
+    device: str,
+    dtype: torch.dtype,
+    lengths: list[int],
+    counts: tuple[int, int],
+    dim: int,
+    window: int | None,
+    seed: int,
 ) -> None:
     (heads, kv), n = counts, sum(lengths)
-    qkv, g = drawn(seed, n, heads + 2 * kv, dim, dtype=dtype), drawn(seed + 1, n, heads, dim, dtype=dtype)
-    angles = drawn(seed + 2, n, dim // 2, dtype=torch.float32)
+    qkv, g = (
+        drawn(seed, n, heads + 2 * kv, dim, dtype=dtype, device=device),
+        drawn(seed + 1, n, heads, dim, dtype=dtype, device=device),
+    )
+    angles = drawn(seed + 2, n, dim // 2, dtype=torch.float32, device=device)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    layout = RowLayout(lengths)
+    layout = RowLayout(lengths, device)
     qkv.requires_grad_()
     got = rotary_attention(qkv, cos, sin, kv, layout, dim**-0.5, window)
     wide = qkv.detach().double().requires_grad_()

@@ -15,10 +15,13 @@ from veneer.ops.loss import token_nll
 
 @FEW
 @given(DTYPES, st.integers(0, 6), st.integers(2, 300), st.integers(1, 4), SEEDS)
-def test_token_nll(dtype: torch.dtype, tokens: int, vocabulary: int, chunk: int, seed: int) -> None:
-    hidden = drawn(seed, tokens, 24, dtype=dtype).requires_grad_()
-    weight, g = drawn(seed + 1, vocabulary, 24, dtype=dtype), drawn(seed + 2, tokens, dtype=torch.float32)
-    targets = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed))
+def test_token_nll(device: str, dtype: torch.dtype, tokens: int, vocabulary: int, chunk: int, seed: int) -> None:
+    hidden = drawn(seed, tokens, 24, dtype=dtype, device=device).requires_grad_()
+    weight, g = (
+        drawn(seed + 1, vocabulary, 24, dtype=dtype, device=device),
+        drawn(seed + 2, tokens, dtype=torch.float32, device=device),
+    )
+    targets = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed)).to(device)
     targets[::3] = -100
     nll = token_nll(hidden, weight, targets, chunk)
     (dx,) = torch.autograd.grad(nll, hidden, g)

@@ -15,11 +15,13 @@ from veneer.ops.lowrank import LowRank
 from veneer.train.optim import make_optimizer, optimizer_names
 
 
-def products_of(seed: int, ranks: list[int], inputs: int, each: int, first: int, apart: int) -> list[LowRank]:
+def products_of(
+    seed: int, ranks: list[int], inputs: int, each: int, first: int, apart: int, device: str = "cpu"
+) -> list[LowRank]:
     out = []
     for i, rank in enumerate(ranks):
-        A = drawn(seed + 2 * i, rank, inputs, dtype=torch.float32).requires_grad_()
-        B = drawn(seed + 2 * i + 1, each, rank, dtype=torch.float32).requires_grad_()
+        A = drawn(seed + 2 * i, rank, inputs, dtype=torch.float32, device=device).requires_grad_()
+        B = drawn(seed + 2 * i + 1, each, rank, dtype=torch.float32, device=device).requires_grad_()
         out.append(LowRank(A, B, scale=0.5 + i, first=first + i * (each + apart)))
     return out
 
@@ -29,13 +31,19 @@ def products_of(seed: int, ranks: list[int], inputs: int, each: int, first: int,
     DTYPES, st.integers(0, 9), st.lists(st.integers(1, 20), min_size=1, max_size=3), st.integers(0, 3), st.booleans(),
     SEEDS,
 )  # fmt: skip
-def test_linear(dtype: torch.dtype, n: int, ranks: list[int], apart: int, gain: bool, seed: int) -> None:
+def test_linear(device: str, dtype: torch.dtype, n: int, ranks: list[int], apart: int, gain: bool, seed: int) -> None:
     inputs, each = 24, 10
-    products = products_of(seed, ranks, inputs, each, apart, apart)
+    products = products_of(seed, ranks, inputs, each, apart, apart, device)
     rows = products[-1].last + apart
-    W, b = drawn(seed + 50, rows, inputs, dtype=dtype), drawn(seed + 51, rows, dtype=dtype)
-    x, g = drawn(seed + 52, n, inputs, dtype=dtype).requires_grad_(), drawn(seed + 53, n, rows, dtype=dtype)
-    by = (drawn(seed + 54, rows, dtype=torch.float32) + 1).requires_grad_() if gain else None
+    W, b = (
+        drawn(seed + 50, rows, inputs, dtype=dtype, device=device),
+        drawn(seed + 51, rows, dtype=dtype, device=device),
+    )
+    x, g = (
+        drawn(seed + 52, n, inputs, dtype=dtype, device=device).requires_grad_(),
+        drawn(seed + 53, n, rows, dtype=dtype, device=device),
+    )
+    by = (drawn(seed + 54, rows, dtype=torch.float32, device=device) + 1).requires_grad_() if gain else None
     given = [x, *(t for p in products for t in (p.A, p.B)), *([by] if by is not None else [])]
     assert chosen("low_rank", x, x, products) is lowrank.ShadowedProducts
     y = linear(x, LinearMap(W, b, tuple(products), by))

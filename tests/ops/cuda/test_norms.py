@@ -15,9 +15,17 @@ from veneer.ops.norms import rms_norm
 
 @FEW
 @given(DTYPES, st.integers(0, 5), st.integers(1, 300), SEEDS, st.booleans())
-def test_rms_norm(dtype: torch.dtype, rows: int, width: int, seed: int, turned: bool) -> None:
-    x = drawn(seed, 2, width, rows, dtype=dtype).transpose(1, 2) if turned else drawn(seed, 2, rows, width, dtype=dtype)
-    x, w, g = x.requires_grad_(), drawn(seed + 1, width, dtype=dtype), drawn(seed + 2, 2, rows, width, dtype=dtype)
+def test_rms_norm(device: str, dtype: torch.dtype, rows: int, width: int, seed: int, turned: bool) -> None:
+    x = (
+        drawn(seed, 2, width, rows, dtype=dtype, device=device).transpose(1, 2)
+        if turned
+        else drawn(seed, 2, rows, width, dtype=dtype, device=device)
+    )
+    x, w, g = (
+        x.requires_grad_(),
+        drawn(seed + 1, width, dtype=dtype, device=device),
+        drawn(seed + 2, 2, rows, width, dtype=dtype, device=device),
+    )
     assert chosen("rms_norm", x.contiguous(), w) is norms.rms_norm_forward
     y = rms_norm(x, w, 1e-5)
     (dx,) = torch.autograd.grad(y, x, g)

@@ -30,9 +30,9 @@ def referred(stored: QuantisationFormat, dtype: torch.dtype, first: int, last: i
     st.floats(0, 1), SEEDS,
 )  # fmt: skip
 def test_weights_of_4_and_8_bits(
-    kind: str, double: bool, dtype: torch.dtype, rows: int, columns: int, share: float, seed: int
+    device: str, kind: str, double: bool, dtype: torch.dtype, rows: int, columns: int, share: float, seed: int
 ) -> None:
-    stored = to_format(drawn(seed, rows, columns, dtype=torch.float32, scale=0.02), kind, double)
+    stored = to_format(drawn(seed, rows, columns, dtype=torch.float32, device=device, scale=0.02), kind, double)
     op, held = ("dequantise_rows8", "codes") if kind == "int8" else ("dequantise_blocks4", "packed")
     assert chosen(op, stored.tensors()[held], dtype) is not None
     first = int(share * (rows - 1))
@@ -42,7 +42,7 @@ def test_weights_of_4_and_8_bits(
 
 
 @pytest.mark.parametrize("kind", GGML)
-def test_blocks_of_a_gguf_file(kind: str) -> None:
+def test_blocks_of_a_gguf_file(device: str, kind: str) -> None:
     """Of random bytes, where a half is not a number of its own accord never."""
     weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     generator = np.random.default_rng(0)
@@ -51,7 +51,7 @@ def test_blocks_of_a_gguf_file(kind: str) -> None:
     for at in halves.get(kind, (0, 2)):
         for block in range(3):
             raw[:, block * size + at + 1] &= 0xBB  # an exponent below the highest, which is for infinities
-    stored = GgmlBlocks(kind, (5, 3 * weights), torch.from_numpy(raw))
+    stored = GgmlBlocks(kind, (5, 3 * weights), torch.from_numpy(raw).to(device))
     for dtype in (torch.float32, torch.bfloat16):
         assert chosen("dequantise_ggml", stored.raw, dtype, kind) is not None
         got = stored.dense(dtype, 1, 5)
