@@ -19,6 +19,7 @@ from torch import nn
 
 from veneer.errors import CheckpointError, ResourceError
 from veneer.ops import choice
+from veneer.ops.cpu import compiled
 from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress
 from veneer.train.optim import make_optimizer, optimizer_names
@@ -80,6 +81,16 @@ def test_what_ran_is_kept_and_runs_again(tmp_path: Path, monkeypatch: pytest.Mon
         assert choice._followed == {"rms_norm bfloat16 576, 2 threads": "torch"}
         assert not choice._decided
     assert not choice._followed
+
+
+def test_compiled_kernels_that_came_or_went_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = _parameters()
+    optimizer = make_optimizer(a, learning_rate=0.1)
+    path = _save(tmp_path, 1, a, optimizer=optimizer)
+    there = compiled.kernels() is not None
+    monkeypatch.setattr(compiled, "kernels", lambda: None if there else object())
+    _, notes = checkpoint.restore(path, parameters=a, optimizer=optimizer, identity={})
+    assert any(note.startswith(f"compiled kernels was {there} and is {not there}") for note in notes)
 
 
 def test_another_pin_of_ops_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from veneer.errors import AdapterError, CheckpointError, ResourceError, bullets
 from veneer.files.atomic import flush_folder, replace_file
 from veneer.files.safetensors import encode_tensors, read_tensors
 from veneer.ops.choice import follow, recorded
+from veneer.ops.cpu import compiled
 
 _PREFIX = "step-"
 _VERSION = 1
@@ -205,6 +206,7 @@ def environment(devices: int = 1) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "devices": devices,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "compiled kernels": compiled.kernels() is not None,
         "VENEER_OPS": os.environ.get("VENEER_OPS", ""),
     }
 
