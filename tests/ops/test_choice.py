@@ -104,6 +104,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str,
     monkeypatch.setattr(choice, "_pins", {})
     monkeypatch.setattr(choice, "_decided", {})
     monkeypatch.setattr(choice, "_followed", {})
+    monkeypatch.setattr(choice, "_following", False)
     kept = Kept(tmp_path / "measured.json", "here")
     monkeypatch.setattr(choice, "_kept", lambda: kept)
     # the clock of ours runs in this thread: what a trial is about must not outlive it
@@ -163,6 +164,18 @@ def test_what_is_followed_stays_recorded_though_it_does_not_come_again(bench: di
     assert choice.recorded() == record
     assert name_of(torch.empty(4000, 2)) == "first"
     assert choice.recorded().items() > record.items()
+
+
+def test_once_a_record_is_followed_nothing_more_is_measured(bench: dict[str, float]) -> None:
+    """Else a shape that comes late in a run would be decided by whichever process met it first."""
+    bench["second"] = 0.1
+    name_of(torch.empty(40, 2))
+    with choice.followed_here():
+        assert list(choice.known().values()) == ["second"]  # measured by another run
+        choice.follow(choice.known())
+        assert name_of(torch.empty(400, 2)) == "first"
+        assert name_of(torch.empty(40, 2)) == "second"
+    assert name_of(torch.empty(400, 2)) == "second"
 
 
 def test_what_is_settled_is_what_ran_in_this_run(bench: dict[str, float]) -> None:

@@ -18,8 +18,8 @@ takes what it was given is the default, which another has to beat clearly. Every
 
 Serving measures nothing (`listed`): an answer's bits depend on no clock.
 
-`choices("cpu")` says what runs here, and why; `settled()` what ran so far of what is measured. `follow` takes what a
-run has recorded, so that it goes on as it began.
+`choices("cpu")` says what runs here, and why; `settled()` what ran so far of what is measured. A run takes what is
+`known` once its longest batch has run, and follows it from its first step to its last, through every resume.
 """
 
 from __future__ import annotations
@@ -165,6 +165,7 @@ if _unknown := [word for word in _WORDS if word not in _words]:
 _decided: dict[tuple[Any, ...], str] = {}
 """What `chosen` asks, (op, dtype, threads, *kind) -> name."""
 _followed: dict[str, str] = {}
+_following = False
 _lock = threading.Lock()
 _here = threading.local()
 """Of a thread. `op`, `name`: what a trial is about, where it measures. `listed`: whether nothing is measured there."""
@@ -196,27 +197,36 @@ def measured_here() -> dict[str, Measured]:
 
 
 def recorded() -> dict[str, str]:
-    """The same for a run to keep, key -> name: `follow` it, and the run goes on bit for bit. What is followed and did
-    not come again stays in it."""
+    """What is followed, and what ran beside it, key -> name, for a run to keep."""
     return _followed | {_key(asked): name for asked, name in list(_decided.items())}
 
 
+def known() -> dict[str, str]:
+    """`recorded`, and all that was ever measured on this machine: what a run that begins is to follow."""
+    return {key: found.runs for key, found in _kept().here.items()} | recorded()
+
+
 def follow(record: Mapping[str, str]) -> None:
-    """From now on what a run has recorded runs, whatever was measured; what is not in the record is decided as ever."""
+    """From now on this record decides, and nothing more is measured: where it has no word, the first implementation
+    runs. So a run that was stopped and one that was not come out bit for bit the same, whatever else was measured."""
+    global _following
     _followed.update(record)
+    _following = True
     _decided.clear()
 
 
 @contextmanager
 def followed_here() -> Iterator[None]:
     """What is followed inside is followed to the end of the block: a run's record is of no other run."""
-    before = dict(_followed)
+    global _following
+    before = dict(_followed), _following
     _decided.clear()
     try:
         yield
     finally:
         _followed.clear()
-        _followed.update(before)
+        _followed.update(before[0])
+        _following = before[1]
         _decided.clear()
 
 
@@ -308,6 +318,8 @@ def _name_of(op: str, able: list[Implementation], first: Tensor, given: tuple[An
     key = _key(asked)
     if key in _followed:
         name = _followed[key]
+    elif _following:
+        name = able[0].name
     elif _listed or inside or type(first) not in (Tensor, torch.nn.Parameter):  # a fake tensor's work takes no time
         return able[0].name
     else:

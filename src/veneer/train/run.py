@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from veneer.errors import ConfigError, Interrupted, NoGain
 from veneer.models.sources import find_base
-from veneer.ops.choice import followed_here, recorded
+from veneer.ops.choice import follow, followed_here, known, settled
 from veneer.train import checkpoint, loop
 from veneer.train.checkpoint import Progress
 from veneer.train.config.load import RunConfig
@@ -214,6 +214,8 @@ def _trained(run: Run, task: AttachedTask[_R], report: Report, newest: Path | No
     devices.agree("settings, data and base", digest_of({}, config.recipe(), identity, progress.step))
     _agree(run, task)
     _probe(run, task)
+    if newest is None:  # else what the checkpoint has recorded is followed already
+        follow(devices.gather(known())[0])
     plan = TrainingPlan(
         task.steps, Schedule.of(config.schedule.name, total, config.schedule.warmup, config.schedule.floor), o.clip,
         due(e.every, task.ends, total, start=e.at_start) if task.scored else None, e.patience or 0,
@@ -255,8 +257,8 @@ def _finished(run: Run, task: AttachedTask[_R], report: Report, progress: Progre
 def _implementations() -> str:
     """What measured ops ran by: `rms_norm compiled; rows_attend tiles, torch`."""
     by: dict[str, set[str]] = {}
-    for key, name in recorded().items():
-        by.setdefault(key.partition(" ")[0], set()).add(name)
+    for key, found in settled().items():
+        by.setdefault(key.partition(" ")[0], set()).add(found.runs)
     return "; ".join(f"{op} {', '.join(sorted(names))}" for op, names in sorted(by.items()))
 
 
