@@ -208,7 +208,6 @@ def environment(devices: int = 1) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "compiled kernels": compiled.kernels() is not None,
         "VENEER_OPS": os.environ.get("VENEER_OPS", ""),
-        "compiled kernels": "used" if compiled.kernels() is not None else "not used",
     }
 
 
