@@ -29,7 +29,15 @@ from veneer.files.weights import StoredTensor
 from veneer.models.compat_transformers import TRANSFORMERS, register_quantiser
 from veneer.models.loading import loading, straight_to
 from veneer.ops.cpu import memory
-from veneer.ops.quantisation_formats import KINDS, SAVED_KINDS, Blocks4, Rows8, dynamic_map, four_bit_values
+from veneer.ops.quantisation_formats import (
+    KINDS,
+    SAVED_KINDS,
+    Blocks4,
+    Rows8,
+    dynamic_map,
+    empty_format,
+    four_bit_values,
+)
 from veneer.ops.quantised import Quantised, quantise
 
 if TYPE_CHECKING:
@@ -51,6 +59,15 @@ def quantised_weights(model: nn.Module) -> list[str]:
             found.append(f"{name}.weight")
         found += [f"{name}.{key}" for key in expert_parameters(module)]
     return found
+
+
+def put_empty_codes(model: nn.Module, kind: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Codes that were never read in place of the weights that a quantised load quantises."""
+    for name in quantised_weights(model):
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        code = empty_format(module.get_parameter(key).shape, kind, device)
+        module._parameters[key] = nn.Parameter(Quantised(code, dtype), requires_grad=False)
 
 
 def quantised_bytes(shape: Iterable[int], kind: str) -> int:

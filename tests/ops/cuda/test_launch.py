@@ -94,6 +94,11 @@ def test_every_kernel_is_in_a_step() -> None:
     assert {k.__name__.lstrip("_") for k in KERNELS} == names
 
 
+def test_every_kernel_has_a_row_in_the_page_s_table() -> None:
+    rows = PAGE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].splitlines()[2:]
+    assert {row.split("|")[1].strip() for row in rows} == {k.__name__.lstrip("_") for k in KERNELS}
+
+
 def test_every_kernel_compiles_for_an_h100_without_spilling(tmp_path: Path) -> None:
     rows = compiled_elsewhere(["sm_90"], False, tmp_path)
     assert {row[1] for row in rows} == {k.__name__.lstrip("_") for k in KERNELS}

@@ -22,9 +22,7 @@ from veneer.models.image.families import FAMILIES, ImageFamily, denoiser_family,
 from veneer.models.image.fast import DenoiserReport, fast_denoiser
 from veneer.models.image.files import require_diffusers
 from veneer.models.loading import loading
-from veneer.models.quantise import quantised_weights
-from veneer.ops.quantisation_formats import empty_format
-from veneer.ops.quantised import Quantised
+from veneer.models.quantise import put_empty_codes
 
 _ROWS = {"sdxl": "sdxl", "flux": "flux1", "flux2": "flux2"}
 """What the plan's table calls a denoiser -> its family."""
@@ -81,11 +79,8 @@ def bare_image(
     row, fields = _family(fields)
     with loading(), torch.device(device):
         denoiser = _denoiser(row, fields, dtype)
-        for name in [] if quantise is None else quantised_weights(denoiser):
-            owner, _, key = name.rpartition(".")
-            module = denoiser.get_submodule(owner)
-            code = empty_format(module.get_parameter(key).shape, str(quantise), torch.device(device))
-            module._parameters[key] = nn.Parameter(Quantised(code, dtype), requires_grad=False)
+        if quantise:
+            put_empty_codes(denoiser, quantise, dtype, torch.device(device))
     scheduler = _scheduler(row)
     parts = {row.denoiser: denoiser, "scheduler": scheduler}
     return ImageBase(

@@ -11,15 +11,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from veneer.errors import ConfigError
 from veneer.models.loading import loading
-from veneer.models.quantise import loop_over_experts, quantised_weights
+from veneer.models.quantise import loop_over_experts, put_empty_codes
 from veneer.models.swap import FastReport
 from veneer.models.text.fast import fast
-from veneer.ops.quantisation_formats import empty_format
-from veneer.ops.quantised import Quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -51,11 +48,8 @@ def bare_text(
     with loading(), no_init_weights(), torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.tie_weights()
-        for name in [] if quantise is None else quantised_weights(model):
-            owner, _, key = name.rpartition(".")
-            module = model.get_submodule(owner)
-            code = empty_format(module.get_parameter(key).shape, str(quantise), torch.device(device))
-            module._parameters[key] = nn.Parameter(Quantised(code, dtype), requires_grad=False)
+        if quantise:
+            put_empty_codes(model, quantise, dtype, torch.device(device))
     if quantise:
         loop_over_experts(model, torch.device(device))
     return model.eval().requires_grad_(False)
