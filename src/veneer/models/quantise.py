@@ -392,7 +392,7 @@ def saved_config(kind: str, dtype: torch.dtype) -> dict[str, Any]:
 def check_kind(kind: str) -> None:
     """Raises ConfigError for an unknown kind of quantisation."""
     if kind not in KINDS:
-        near = nearest(kind, [*KINDS, "keep"])
+        near = nearest(kind.lower(), [*KINDS, "keep"])
         raise ConfigError(
             f"{kind!r} is not a known quantisation" + (f"; nearest: {near[0]}" if near else ""),
             fix=f"{', '.join(KINDS)}, or keep",

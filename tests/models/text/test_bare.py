@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.families import FAMILIES
+from veneer.errors import ConfigError
 from veneer.models.quantise import quantised_weights
 from veneer.models.text.bare import bare_text, config_of, twin
 from veneer.models.text.fast import fast
@@ -49,3 +50,10 @@ def test_a_twin_finds_what_the_model_itself_would(family: str) -> None:
 def test_the_part_for_text_is_taken_of_a_model_that_sees_pictures() -> None:
     text = {"model_type": "gemma3_text", "hidden_size": 32, "num_hidden_layers": 2}
     assert config_of({"model_type": "gemma3", "text_config": text}).hidden_size == 32
+
+
+def test_fields_that_transformers_refuses_are_a_users_mistake() -> None:
+    with pytest.raises(ConfigError, match=r"transformers makes no configuration of this: .*number of attention heads"):
+        config_of({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 7})
+    with pytest.raises(ConfigError, match="knows no model family 'lama'"):
+        config_of({"model_type": "lama"})

@@ -24,16 +24,19 @@ if TYPE_CHECKING:
 
 def config_of(fields: Mapping[str, Any]) -> PreTrainedConfig:
     """transformers' config of a config.json's fields: of the language part, where the model sees pictures too. Raises
-    ConfigError for a family that transformers does not know."""
-    from transformers import AutoConfig
+    ConfigError for a family that transformers does not know, and for fields that it refuses."""
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     fields = dict(fields)
     kind = fields.pop("model_type", None)
     fields.pop("quantization_config", None)
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(f"transformers knows no model family {kind!r}", where="model_type")
     try:
         return AutoConfig.for_model(kind, **fields).get_text_config()
-    except ValueError:
-        raise ConfigError(f"transformers knows no model family {kind!r}", where="model_type") from None
+    except Exception as error:  # of any kind: huggingface-hub checks fields by classes of its own
+        why = " ".join(str(error).split())
+        raise ConfigError(f"transformers makes no configuration of this: {why}", where=f"a {kind} model") from error
 
 
 def bare_text(

@@ -196,7 +196,7 @@ def _choose_quantisation(quantise: str | None, path: Path, config: PreTrainedCon
             raise ConfigError(
                 "the weights of this base are not quantised, so there is nothing to keep",
                 where=str(path),
-                fix="quantise=nf4 puts them in 4 bits while they are read",
+                fix="nf4 instead of keep puts them in 4 bits while they are read",
             )
         return saved or "gguf"
     if quantise is None:
