@@ -72,10 +72,10 @@ def tiny_model(**more: Any) -> PreTrainedModel:
     return model
 
 
-def tiny_base_dir(tmp_path: Path) -> Path:
-    """Writes the tiny base into `tmp_path / "tiny-base"` (once) and returns that directory."""
+def tiny_base_dir(tmp_path: Path, **more: Any) -> Path:
+    """Writes the tiny base into `tmp_path / "tiny-base"` (once) and returns that directory. `more`: as `tiny_model`."""
     folder = tmp_path / "tiny-base"
     if not (folder / "model.safetensors").exists():
-        tiny_model().save_pretrained(folder)
+        tiny_model(**more).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
     return folder

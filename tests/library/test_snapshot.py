@@ -18,6 +18,7 @@ from sqlalchemy import event
 from tests.library.conftest import postgres_server
 from tests.library.made import made, open_made, read_made
 from veneer.library import index as ix
+from veneer.library.database import reading
 from veneer.library.library import Library
 from veneer.library.names import parse_reference
 from veneer.library.queries import find_versions
@@ -43,7 +44,7 @@ def test_every_reference_means_what_the_index_says(library: Library, tmp_path: P
     library.alias("acme/a@1", "prod")
     library.remove("a@3")
     library.remove("z")
-    with ix.reading(library.engine) as c:
+    with reading(library.engine) as c:
         entries = list(c.execute(ix.entries.select()))
     words = ["a", "a@1", "a@2", "a@3", "a@latest", "a@prod", "a@stable", "b", "b@1", "b@prod", "c", "z", "z@1"]
     words += ["acme/a", "acme/a@prod", "acme/a@2", "globex/a"]
@@ -51,7 +52,7 @@ def test_every_reference_means_what_the_index_says(library: Library, tmp_path: P
     words += [e.digest[: 7 + n] for e in entries if e.digest for n in (4, 12, 64)] + ["sha256:0000"]
     with Snapshot(library) as names:
         for word in words:
-            with ix.reading(library.engine) as c:
+            with reading(library.engine) as c:
                 wanted = find_versions(c, parse_reference(word))
             assert meaning(names.now, word) == (wanted[0].reference if len(wanted) == 1 else None), word
         listed = [v for v in library.search() if v.fingerprint]
