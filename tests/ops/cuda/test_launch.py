@@ -126,7 +126,7 @@ def test_a_fake_tensor_gives_the_right_shape_and_launches_nothing() -> None:
 def test_without_triton_it_is_torch_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "triton", None)
     assert chosen("rms_norm", torch.ones(3, 16), torch.ones(16)) is None
-    assert choices("cuda")["rms_norm"] == "torch: triton is not installed"
+    assert choices("cuda")["rms_norm"][:2] == ("torch", "triton is not installed")
     assert launch.kernel(wrong) is launch.device_function(wrong) is wrong
 
 
@@ -190,7 +190,7 @@ def test_where_the_first_kernel_fails_the_reference_runs_and_the_reason_is_told(
     monkeypatch.setattr(torch, "empty", lambda *_, **__: x)
     monkeypatch.setattr(launch, "_trouble", lambda device: f"it would not on {device}")
     assert launch.why_missing() == "it would not on cuda:0"
-    assert choices("cuda")["rms_norm"] == "torch: it would not on cuda:0"
+    assert choices("cuda")["rms_norm"][:2] == ("torch", "it would not on cuda:0")
     with FakeTensorMode():
         y = torch.zeros(3, 16, device="cuda")
         assert not launch.takes(y)

@@ -88,6 +88,8 @@ def test_what_was_measured_changes_no_bits(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(choice, "_listed", False)
     monkeypatch.setattr(choice, "_pins", {})
     monkeypatch.setattr(choice, "_decided", {})
+    monkeypatch.setattr(choice, "_followed", {})
+    monkeypatch.setattr(choice, "_following", False)
     monkeypatch.setattr(choice, "_measure", lambda *_: Measured("torch", {"torch": 1.0}))
     x = torch.ones(3, 64, dtype=torch.bfloat16)
     assert choice.chosen("rms_norm", x, x[0]) is None  # torch has won
