@@ -178,6 +178,18 @@ def test_once_a_record_is_followed_nothing_more_is_measured(bench: dict[str, flo
     assert name_of(torch.empty(400, 2)) == "second"
 
 
+def test_listed_follows_nothing_that_was_measured_before(
+    bench: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench["second"] = 0.1
+    assert name_of(torch.empty(40, 2)) == "second"
+    monkeypatch.setattr(choice, "_decided", {})  # another process
+    monkeypatch.setattr(choice, "_listed", True)
+    with choice.followed_here():
+        choice.follow(choice.known())
+        assert name_of(torch.empty(40, 2)) == "first"
+
+
 def test_what_is_settled_is_what_ran_in_this_run(bench: dict[str, float]) -> None:
     name_of(torch.empty(40, 2))
     name_of(torch.empty(400, 2))

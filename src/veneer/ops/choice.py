@@ -202,8 +202,9 @@ def recorded() -> dict[str, str]:
 
 
 def known() -> dict[str, str]:
-    """`recorded`, and all that was ever measured on this machine: what a run that begins is to follow."""
-    return {key: found.runs for key, found in _kept().here.items()} | recorded()
+    """`recorded`, and all that was ever measured on this machine: what a run that begins is to follow. Not under
+    VENEER_OPS=listed, which asks for the first of each whatever was measured."""
+    return recorded() if _listed else {key: found.runs for key, found in _kept().here.items()} | recorded()
 
 
 def follow(record: Mapping[str, str]) -> None:
