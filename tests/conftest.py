@@ -4,7 +4,6 @@ examples of a property at every run; `make test-random` draws new ones."""
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,9 +36,6 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VENEER_HOME", str(home))
         yield
-    if (choice := sys.modules.get("veneer.ops.choice")) is not None:  # what a restored checkpoint has left followed
-        choice._followed.clear()
-        choice._following = False
 
 
 @pytest.fixture(scope="session")

@@ -50,15 +50,13 @@ def test_every_device_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: p
         assert sorted(name for line in ours for name in line.rpartition(": ")[2].split(", ")) == sorted(OPS)
 
 
-def test_quick_tells_what_is_kept(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_quick_tells_what_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     kept = measuring.Kept(tmp_path / "choices.json", "here")
-    monkeypatch.setattr(choice, "_kept", lambda: kept)
-    assert "measured    nothing yet" in run(capsys, "doctor", "--quick").out
     key = f"rms_norm bfloat16 64, {torch.get_num_threads()} threads"
-    kept.put(key, measuring.Measured("torch", {"torch": 1.0, "compiled": 2.0}))
-    out = run(capsys, "doctor", "--quick").out
+    with choice.own_choices(kept=lambda: kept):
+        assert "measured    nothing yet" in run(capsys, "doctor", "--quick").out
+        kept.put(key, measuring.Measured("torch", {"torch": 1.0, "compiled": 2.0}))
+        out = run(capsys, "doctor", "--quick").out
     assert f"measured    {key}: torch 1 ms (compiled 2)" in out
     assert "nothing" not in out
 

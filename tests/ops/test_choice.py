@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from veneer.errors import ConfigError
 from veneer.ops import choice
-from veneer.ops.choice import HOMES, OPS, choices, chosen
+from veneer.ops.choice import HOMES, OPS, choices, chosen, own_choices
 from veneer.ops.cpu import compiled
 from veneer.ops.cpu.implementations import IMPLEMENTATIONS
 from veneer.ops.measuring import Kept, Measured
@@ -53,26 +54,26 @@ def test_without_compiled_kernels_it_is_torch_and_the_reason_is_told(monkeypatch
     assert chosen("rms_norm", torch.ones(3, 16, dtype=torch.bfloat16), torch.ones(16, dtype=torch.bfloat16)) is None
 
 
-def test_a_device_may_bring_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_may_bring_its_own() -> None:
     own = choice.Implementation(lambda x: x, lambda x: x.ndim == 2, "matrices", lambda: "")
-    monkeypatch.setattr(choice, "_implementations", lambda device: {"gelu_tanh": own} if device == "meta" else {})
-    assert chosen("gelu_tanh", torch.empty(2, 2, device="meta")) is own.run
-    assert chosen("gelu_tanh", torch.empty(2, device="meta")) is None
-    assert choices("meta")["gelu_tanh"] == ("compiled", "the first that takes what it is given", "matrices")
+    with own_choices(implementations=lambda device: {"gelu_tanh": own} if device == "meta" else {}):
+        assert chosen("gelu_tanh", torch.empty(2, 2, device="meta")) is own.run
+        assert chosen("gelu_tanh", torch.empty(2, device="meta")) is None
+        assert choices("meta")["gelu_tanh"] == ("compiled", "the first that takes what it is given", "matrices")
+    assert chosen("gelu_tanh", torch.empty(2, 2, device="meta")) is None
 
 
-def test_the_first_that_is_here_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_that_is_here_is_said() -> None:
     """Where the first cannot run at all, as tiles in bfloat16 without AVX512-BF16, another does."""
     second = choice.Implementation(lambda x: x, lambda x: True, "anything", lambda: "", "second")
     first = choice.Implementation(lambda x: x, lambda x: False, "nothing", lambda: "no first here", "first", (second,))
-    monkeypatch.setattr(choice, "_implementations", lambda device: {"gelu_tanh": first})
-    monkeypatch.setattr(choice, "_pins", {})
-    assert choices("cpu")["gelu_tanh"].name == "second"
-    with choice.pinned(gelu_tanh="first"):
-        assert choices("cpu")["gelu_tanh"][:2] == ("second", "pinned to first by VENEER_OPS, which is not here")
-    gone = second._replace(missing=lambda: "no second here")
-    monkeypatch.setattr(choice, "_implementations", lambda device: {"gelu_tanh": first._replace(others=(gone,))})
-    assert choices("cpu")["gelu_tanh"] == ("torch", "no first here", "")
+    with own_choices(implementations=lambda device: {"gelu_tanh": first}, pins={}):
+        assert choices("cpu")["gelu_tanh"].name == "second"
+        with choice.pinned(gelu_tanh="first"):
+            assert choices("cpu")["gelu_tanh"][:2] == ("second", "pinned to first by VENEER_OPS, which is not here")
+    gone = first._replace(others=(second._replace(missing=lambda: "no second here"),))
+    with own_choices(implementations=lambda device: {"gelu_tanh": gone}, pins={}):
+        assert choices("cpu")["gelu_tanh"] == ("torch", "no first here", "")
 
 
 # -- measured ----------------------------------------------------------------------------------------------------------
@@ -83,39 +84,34 @@ def _candidate(name: str, *others: choice.Implementation) -> choice.Implementati
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, float]]:
+def kept(tmp_path: Path) -> Kept:
+    return Kept(tmp_path / "measured.json", "here")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, kept: Kept) -> Iterator[dict[str, float]]:
     """gelu_tanh with two implementations beside its reference, and what each takes, in seconds of a clock of ours."""
     taken = {"first": 1.0, "second": 1.0, "torch": 1.0}
     table = {"gelu_tanh": _candidate("first", _candidate("second"))}
 
     def seconds_of(works: dict[str, Callable[[], object]]) -> dict[str, float]:
-        for work in works.values():
-            work()
+        thread = threading.Thread(target=lambda: [work() for work in works.values()])  # what a trial is about is of one
+        thread.start()
+        thread.join()
         return {name: taken[name] for name in works}
 
     def work(dtype: torch.dtype, n: int) -> Callable[[], object]:
         return lambda: ran.append(chosen("gelu_tanh", torch.empty(n, 2, dtype=dtype)))
 
     ran: list[Any] = []
-    monkeypatch.setattr(choice, "_implementations", lambda device: table)
-    monkeypatch.setattr(choice, "_TRIALS", {"gelu_tanh": choice._Trial(lambda x: (choice.size_class(len(x)),), work)})
+    trials = {"gelu_tanh": choice.Trial(lambda x: (choice.size_class(len(x)),), work)}
     monkeypatch.setattr(choice, "seconds_of", seconds_of)
-    monkeypatch.setattr(choice, "_listed", False)
-    monkeypatch.setattr(choice, "_pins", {})
-    monkeypatch.setattr(choice, "_decided", {})
-    monkeypatch.setattr(choice, "_followed", {})
-    monkeypatch.setattr(choice, "_following", False)
-    kept = Kept(tmp_path / "measured.json", "here")
-    monkeypatch.setattr(choice, "_kept", lambda: kept)
-    # the clock of ours runs in this thread: what a trial is about must not outlive it
-    yield taken
-    choice._here.__dict__.clear()
+    with own_choices(implementations=lambda device: table, trials=trials, kept=lambda: kept, pins={}, listed=False):
+        yield taken
 
 
 def name_of(x: Tensor) -> str:
-    choice._here.__dict__.clear()
     run = chosen("gelu_tanh", x)
-    choice._here.__dict__.clear()
     return "torch" if run is None else str(run(x))
 
 
@@ -139,10 +135,10 @@ def test_what_was_measured_once_stays_and_classes_are_measured_apart(bench: dict
     assert name_of(torch.empty(50, 2)) == "first"  # of the same class
     assert name_of(torch.empty(400, 2)) == "torch"
     assert name_of(torch.empty(40, 2, dtype=torch.bfloat16)) == "torch"
-    choice._decided.clear()  # as a later process
     bench["torch"] = 10.0
-    assert name_of(torch.empty(400, 2)) == "torch"
-    assert name_of(torch.empty(40)) == "torch"  # nothing takes it
+    with own_choices():  # as a later process
+        assert name_of(torch.empty(400, 2)) == "torch"
+        assert name_of(torch.empty(40)) == "torch"  # nothing takes it
 
 
 def test_a_run_goes_on_with_what_it_recorded(bench: dict[str, float]) -> None:
@@ -170,7 +166,7 @@ def test_once_a_record_is_followed_nothing_more_is_measured(bench: dict[str, flo
     """Else a shape that comes late in a run would be decided by whichever process met it first."""
     bench["second"] = 0.1
     name_of(torch.empty(40, 2))
-    with choice.followed_here():
+    with own_choices():
         assert list(choice.known().values()) == ["second"]  # measured by another run
         choice.follow(choice.known())
         assert name_of(torch.empty(400, 2)) == "first"
@@ -178,14 +174,10 @@ def test_once_a_record_is_followed_nothing_more_is_measured(bench: dict[str, flo
     assert name_of(torch.empty(400, 2)) == "second"
 
 
-def test_listed_follows_nothing_that_was_measured_before(
-    bench: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_listed_follows_nothing_that_was_measured_before(bench: dict[str, float]) -> None:
     bench["second"] = 0.1
     assert name_of(torch.empty(40, 2)) == "second"
-    monkeypatch.setattr(choice, "_decided", {})  # another process
-    monkeypatch.setattr(choice, "_listed", True)
-    with choice.followed_here():
+    with own_choices(listed=True), own_choices():  # another process, and a run in it
         choice.follow(choice.known())
         assert name_of(torch.empty(40, 2)) == "first"
 
@@ -193,31 +185,28 @@ def test_listed_follows_nothing_that_was_measured_before(
 def test_what_is_settled_is_what_ran_in_this_run(bench: dict[str, float]) -> None:
     name_of(torch.empty(40, 2))
     name_of(torch.empty(400, 2))
-    (key, *_) = choice.recorded()
-    with choice.followed_here():
+    (key, *_) = before = choice.recorded()
+    with own_choices():
+        assert not choice.settled()
         choice.follow({key: "second"})
         assert name_of(torch.empty(40, 2)) == "second"
         (found,) = choice.settled().values()
         assert found.runs == "second"
         assert found.ms == {name: pytest.approx(1e3) for name in bench}
-    assert not choice.settled()
+    assert {key: found.runs for key, found in choice.settled().items()} == choice.recorded() == before
 
 
-def test_what_another_process_has_measured_meanwhile_is_taken(
-    bench: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_another_process_has_measured_meanwhile_is_taken(bench: dict[str, float], kept: Kept) -> None:
     """Its record is there once the lock is ours: nothing is measured again."""
     name_of(torch.empty(40, 2))
     (key,) = choice.recorded()
-    kept = choice._kept()
     assert kept.file is not None
     kept.file.unlink()
-    choice._decided.clear()
     ours, theirs = Kept(kept.file, "here"), Kept(kept.file, "here")
     theirs.put(key, Measured("second", {"second": 0.5, "first": 1.0}))
-    monkeypatch.setattr(choice, "_kept", lambda: ours)
-    assert ours.get(key) is None
-    assert name_of(torch.empty(40, 2)) == "second"
+    with own_choices(kept=lambda: ours):
+        assert ours.get(key) is None
+        assert name_of(torch.empty(40, 2)) == "second"
 
 
 def test_pins_come_before_everything(bench: dict[str, float]) -> None:
@@ -239,25 +228,24 @@ def test_a_name_that_no_implementation_has_is_refused(bench: dict[str, float], n
             assert caught.value.where == "VENEER_OPS"
 
 
-def test_listed_measures_nothing(bench: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listed_measures_nothing(bench: dict[str, float]) -> None:
     bench["torch"] = 0.1
-    monkeypatch.setattr(choice, "_listed", True)
-    assert name_of(torch.empty(40, 2)) == "first"
-    assert not choice.recorded()
-    assert "measured" not in choices("cpu")["gelu_tanh"].reason
+    with own_choices(listed=True):
+        assert name_of(torch.empty(40, 2)) == "first"
+        assert not choice.recorded()
+        assert "measured" not in choices("cpu")["gelu_tanh"].reason
 
 
-def test_what_this_machine_keeps_can_be_asked_for(bench: dict[str, float]) -> None:
+def test_what_this_machine_keeps_can_be_asked_for(bench: dict[str, float], kept: Kept) -> None:
     name_of(torch.empty(40, 2))
     (key,) = choice.recorded()
-    kept = choice._kept()
     kept.put("gelu_tanh float32 64, 999 threads", Measured("first", {"first": 1.0}))
     kept.put(key.replace(" 64", " 128"), Measured("nobody's", {"nobody's": 1.0}))
     kept.put(key.replace("gelu_tanh", "no_op"), Measured("first", {"first": 1.0}))
-    choice._decided.clear()  # as in a later process
-    assert set(choice.measured_here()) == {key}
-    assert choices("cpu")["gelu_tanh"].reason.startswith("measured")
-    assert choices("cpu")["gelu_tanh"].name == "first, second, torch"
+    with own_choices():  # as in a later process
+        assert set(choice.measured_here()) == {key}
+        assert choices("cpu")["gelu_tanh"].reason.startswith("measured")
+        assert choices("cpu")["gelu_tanh"].name == "first, second, torch"
 
 
 def test_inside_of_listed_no_measurement_is_made_or_followed(bench: dict[str, float]) -> None:
@@ -275,27 +263,31 @@ def test_every_module_that_brings_trials_is_listed() -> None:
     """What is measured must not depend on what happens to be imported."""
     files = Path(choice.__file__).parent.glob("*.py")
     brings = {file.stem for file in files if "\n@measured(" in file.read_text(encoding="utf-8")}
-    assert brings == set(choice._TRIED_IN)
+    assert brings == set(choice.TRIED_IN)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if choice.is_measured(op)])
-def test_every_trial_calls_its_op_and_runs_by_whatever_is_named(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("op", [op for op in OPS if choice.trial_of(op) is not None])
+def test_every_trial_calls_its_op_and_runs_by_whatever_is_named(op: str) -> None:
     """At sizes of a few: what it does is the op, with the reference and with each implementation that runs here."""
-    took: list[tuple[str, set[str]]] = []
-    plain = choice._name_of
+    took: set[str] = set()
 
-    def name_of(name: str, able: list[choice.Implementation], *more: Any) -> str:
-        took.append((name, {one.name for one in able}))
-        return plain(name, able, *more)
+    def told(one: choice.Implementation) -> choice.Implementation:
+        def takes(*given: Any) -> bool:
+            if able := one.takes(*given):
+                took.add(one.name)
+            return able
 
-    monkeypatch.setattr(choice, "_name_of", name_of)
-    own = IMPLEMENTATIONS[op]
+        return one._replace(takes=takes, others=tuple(map(told, one.others)))
+
+    own, trial = IMPLEMENTATIONS[op], choice.trial_of(op)
+    assert trial is not None
     here = {one.name for one in (own, *own.others) if not one.missing()}
+    table = {**IMPLEMENTATIONS, op: told(own)}
     for dtype in (torch.float32, torch.bfloat16):
         for name in ("torch", *here):
-            with choice.pinned(**{op: name}):
-                choice._TRIALS[op].work(dtype, *TRIAL_SIZES[op])()
-    assert here <= set().union(*(able for name, able in took if name == op))
+            with own_choices(implementations=lambda device: table if device == "cpu" else {}, pins={op: name}):
+                trial.work(dtype, *TRIAL_SIZES[op])()
+    assert here <= took
 
 
 TRIAL_SIZES = {
@@ -310,16 +302,31 @@ TRIAL_SIZES = {
 """The class of shapes that each trial is tried with."""
 
 
-def test_words_that_say_nothing_are_refused() -> None:
-    """Each in a process of its own: they are read when it begins."""
-    code = "from veneer.ops import choice; print(choice._pins, choice._listed, choice.PINNED)"
+def test_words_are_read() -> None:
+    assert choice.words_of("listed,rms_norm=torch") == ({"rms_norm": "torch"}, True, "")
+    assert choice.words_of("torch") == ({"*": "torch"}, False, "")
+    assert choice.words_of(",cuda,") == ({}, False, "cuda")
+    assert choice.words_of("") == ({}, False, "")
+
+
+@pytest.mark.parametrize("words", ["rms_nrm=torch", "rms_norm", "torch=x", "cpu"])
+def test_words_that_say_nothing_are_refused(words: str) -> None:
+    with pytest.raises(ConfigError, match=f"VENEER_OPS has {words}, which is neither"):
+        choice.words_of(f"listed,{words}")
+
+
+def test_words_are_those_of_the_environment_when_a_process_begins() -> None:
+    code = """
+from veneer.ops import choice
+own = choice.Implementation(None, None, "", lambda: "")
+with choice.own_choices(implementations=lambda device: {"rms_norm": own}):
+    print(choice.PINNED, choice.choices("cpu")["rms_norm"].line())
+"""
     for words, said in (
-        ("listed,rms_norm=torch", "{'rms_norm': 'torch'} True "),
-        ("torch", "{'*': 'torch'} False "),
+        ("listed", " compiled: the first that takes what it is given"),
+        ("torch", " torch: pinned by VENEER_OPS"),
+        ("cuda,rms_norm=compiled", "cuda compiled: pinned by VENEER_OPS"),
         ("rms_nrm=torch", "ConfigError: VENEER_OPS has rms_nrm=torch"),
-        ("rms_norm", "ConfigError: VENEER_OPS has rms_norm"),
-        ("torch=x", "ConfigError: VENEER_OPS has torch=x"),
-        ("cpu", "ConfigError: VENEER_OPS has cpu"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, "VENEER_OPS": words}, capture_output=True, text=True

@@ -59,28 +59,26 @@ def test_restoring_goes_on_bit_for_bit_with_every_optimizer(name: str, tmp_path:
 
     b = _parameters(seed=9)
     other = make_optimizer(b, name=name, learning_rate=0.1, loraplus_ratio=3.0, weight_decay=0.1)
-    progress, notes = checkpoint.restore(path, parameters=b, optimizer=other, identity={})
-    assert (progress.step, notes) == (1, [])
+    restored = checkpoint.restore(path, parameters=b, optimizer=other, identity={})
+    assert (restored.progress.step, restored.notes) == (1, [])
     _move(b, other, 2)
     for name_, p in a.items():
         assert torch.equal(p, b[name_])
 
 
-def test_what_ran_is_kept_and_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resumed run goes on with the implementations that it began with, whatever is measured later."""
-    key = ("rms_norm", torch.bfloat16, 2, 576)
-    monkeypatch.setattr(choice, "_decided", {key: "torch"})
-    monkeypatch.setattr(choice, "_followed", {})
+def test_what_ran_is_kept_for_the_run_to_follow(tmp_path: Path) -> None:
+    """A resumed run goes on with the implementations that it began with (tests/train/test_run.py); what only looks at a
+    checkpoint follows nothing."""
+    record = {"rms_norm bfloat16 576, 2 threads": "torch"}
     a = _parameters()
     optimizer = make_optimizer(a, learning_rate=0.1)
-    path = _save(tmp_path, 1, a, optimizer=optimizer)
-    assert checkpoint.read_checkpoint(path)["choices"] == {"rms_norm bfloat16 576, 2 threads": "torch"}
-    choice._decided[key] = "compiled"
-    with choice.followed_here():
-        checkpoint.restore(path, parameters=a, optimizer=optimizer, identity={})
-        assert choice._followed == {"rms_norm bfloat16 576, 2 threads": "torch"}
-        assert not choice._decided
-    assert not choice._followed
+    with choice.own_choices():
+        choice.follow(record)
+        path = _save(tmp_path, 1, a, optimizer=optimizer)
+    assert checkpoint.read_checkpoint(path)["choices"] == record
+    with choice.own_choices():
+        assert checkpoint.restore(path, parameters=a, optimizer=optimizer, identity={}).choices == record
+        assert not choice.recorded()
 
 
 def test_compiled_kernels_that_came_or_went_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +87,7 @@ def test_compiled_kernels_that_came_or_went_are_said(tmp_path: Path, monkeypatch
     path = _save(tmp_path, 1, a, optimizer=optimizer)
     there = compiled.kernels() is not None
     monkeypatch.setattr(compiled, "kernels", lambda: None if there else object())
-    _, notes = checkpoint.restore(path, parameters=a, optimizer=optimizer, identity={})
+    notes = checkpoint.restore(path, parameters=a, optimizer=optimizer, identity={}).notes
     assert any(note.startswith(f"compiled kernels was {there} and is {not there}") for note in notes)
 
 
@@ -98,7 +96,7 @@ def test_another_pin_of_ops_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     optimizer = make_optimizer(a, learning_rate=0.1)
     path = _save(tmp_path, 1, a, optimizer=optimizer)
     monkeypatch.setenv("VENEER_OPS", "rms_norm=torch")
-    _, notes = checkpoint.restore(path, parameters=a, optimizer=optimizer, identity={})
+    notes = checkpoint.restore(path, parameters=a, optimizer=optimizer, identity={}).notes
     assert len(notes) == 1
     assert "VENEER_OPS was" in notes[0]
 
@@ -261,10 +259,10 @@ def test_another_environment_is_said_not_refused(tmp_path: Path, monkeypatch: py
     path = _save(tmp_path, 1)
     monkeypatch.setattr(checkpoint, "environment", lambda devices: {"torch": "9", "threads": 1, "device": "cpu"})
     parameters = _parameters()
-    _, notes = checkpoint.restore(
+    restored = checkpoint.restore(
         path, parameters=parameters, optimizer=make_optimizer(parameters, learning_rate=0.1), identity={}
     )
-    assert any("torch was" in note for note in notes)
+    assert any("torch was" in note for note in restored.notes)
 
 
 def test_there_is_no_pickle_in_a_checkpoint(tmp_path: Path) -> None:

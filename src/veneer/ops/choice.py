@@ -19,7 +19,8 @@ takes what it was given is the default, which another has to beat clearly. Every
 Serving measures nothing (`listed`): an answer's bits depend on no clock.
 
 `choices("cpu")` says what runs here, and why; `settled()` what ran so far of what is measured. A run takes what is
-`known` once its longest batch has run, and follows it from its first step to its last, through every resume.
+`known` once its longest batch has run, and follows it from its first step to its last, through every resume; all that
+is decided or followed in it is its own (`own_choices`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -41,10 +43,6 @@ from veneer.ops.measuring import Kept, Measured, fastest, seconds_of, this_machi
 HOMES = {"cpu": "veneer.ops.cpu.implementations", "cuda": "veneer.ops.cuda.implementations"}
 """Device type -> the module whose IMPLEMENTATIONS are its own: op -> Implementation."""
 
-_WORDS = [word for word in os.environ.get("VENEER_OPS", "").split(",") if word]
-PINNED = "cuda" if "cuda" in _WORDS else ""
-"""A device type whose implementations run on every tensor, whatever device it is on. "cuda" beside TRITON_INTERPRET=1
-runs the kernels of GPUs on the CPU, to check them."""
 REFERENCE = "torch"
 """The name of every op's reference."""
 
@@ -102,7 +100,7 @@ class Implementation(NamedTuple):
     others: tuple[Implementation, ...] = ()
 
 
-class _Trial(NamedTuple):
+class Trial(NamedTuple):
     """`kind`: the class of shapes of what the op was given, as numbers. `work`: (dtype, *kind) -> a piece of work of
     that class that calls the op."""
 
@@ -110,28 +108,28 @@ class _Trial(NamedTuple):
     work: Callable[..., Callable[[], object]]
 
 
-_TRIALS: dict[str, _Trial] = {}
+_TRIALS: dict[str, Trial] = {}
 
 
 def measured(op: str, kind: Callable[..., tuple[int, ...]]) -> Callable[[Any], Any]:
     """Puts what it decorates, `work` of a trial, into the table: from now on `op` is measured."""
 
     def put(work: Any) -> Any:
-        _TRIALS[op] = _Trial(kind, work)
+        _TRIALS[op] = Trial(kind, work)
         return work
 
     return put
 
 
-def is_measured(op: str) -> bool:
-    """Whether which implementation runs is measured on a CPU."""
-    for name in _TRIED_IN:
-        importlib.import_module(f"veneer.ops.{name}")
-    return op in _TRIALS
-
-
-_TRIED_IN = ("attention", "linear", "loss", "mlp", "norms")
+TRIED_IN = ("attention", "linear", "loss", "mlp", "norms")
 """The modules of this folder that bring trials."""
+
+
+def trial_of(op: str) -> Trial | None:
+    """By what it is measured on a CPU which implementation runs; None: it is not."""
+    for name in TRIED_IN:
+        importlib.import_module(f"veneer.ops.{name}")
+    return _state.trials.get(op)
 
 
 TRIAL_ROWS = 1024
@@ -148,27 +146,43 @@ def random_like(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-# -- what was decided --------------------------------------------------------------------------------------------------
+# -- what decides, and what was decided --------------------------------------------------------------------------------
 
-_pins = dict(word.split("=", 1) for word in _WORDS if "=" in word)
-"""op -> name, for as long as the process lives; "*": all others."""
-if REFERENCE in _WORDS:
-    _pins["*"] = REFERENCE
-_listed = "listed" in _WORDS
-_words = {"cuda", "listed", REFERENCE, *(f"{op}={name}" for op, name in _pins.items() if op in OPS)}
-if _unknown := [word for word in _WORDS if word not in _words]:
-    raise ConfigError(
-        f"VENEER_OPS has {', '.join(_unknown)}, which is neither an op nor listed, torch or cuda",
-        where="VENEER_OPS",
-        fix="an op is pinned as op=name, and the ops are in docs/reference/ops.md",
-    )
-_decided: dict[tuple[Any, ...], str] = {}
-"""What `chosen` asks, (op, dtype, threads, *kind) -> name."""
-_followed: dict[str, str] = {}
-_following = False
-_lock = threading.Lock()
-_here = threading.local()
-"""Of a thread. `op`, `name`: what a trial is about, where it measures. `listed`: whether nothing is measured there."""
+
+class Words(NamedTuple):
+    """What VENEER_OPS asks for. `pins`: op -> name; "*": all others. `listed`: whether nothing is measured. `device`:
+    a device type whose implementations run on every tensor; "": each tensor's own."""
+
+    pins: Mapping[str, str]
+    listed: bool
+    device: str
+
+
+def words_of(text: str) -> Words:
+    """VENEER_OPS, read. Raises ConfigError where a word means nothing."""
+    words = [word for word in text.split(",") if word]
+    pins = dict(word.split("=", 1) for word in words if "=" in word)
+    known = {"cuda", "listed", REFERENCE, *(f"{op}={name}" for op, name in pins.items() if op in OPS)}
+    if unknown := [word for word in words if word not in known]:
+        raise ConfigError(
+            f"VENEER_OPS has {', '.join(unknown)}, which is neither an op nor listed, torch or cuda",
+            where="VENEER_OPS",
+            fix="an op is pinned as op=name, and the ops are in docs/reference/ops.md",
+        )
+    every = {"*": REFERENCE} if REFERENCE in words else {}
+    return Words(pins | every, "listed" in words, "cuda" if "cuda" in words else "")
+
+
+_words = words_of(os.environ.get("VENEER_OPS", ""))
+PINNED = _words.device
+"""A device type whose implementations run on every tensor, whatever device it is on. "cuda" beside TRITON_INTERPRET=1
+runs the kernels of GPUs on the CPU, to check them."""
+
+
+@functools.cache
+def _implementations(device: str) -> Mapping[str, Implementation]:
+    home = HOMES.get(device)
+    return {} if home is None else importlib.import_module(home).IMPLEMENTATIONS
 
 
 @functools.cache
@@ -181,66 +195,60 @@ def _kept() -> Kept:
     return Kept(file, f"{this_machine()}, torch {torch.__version__}")
 
 
-def settled() -> dict[str, Measured]:
-    """What ran so far in this process, or in this run (`followed_here`), of all that is measured: "op dtype kind,
-    threads" -> its name, and the milliseconds that are kept of each, if any."""
-    names = {_key(asked): name for asked, name in list(_decided.items())}
-    kept = {key: _kept().get(key) for key in names}
-    return {key: Measured(name, {} if (found := kept[key]) is None else found.ms) for key, name in names.items()}
+@dataclass
+class _Decisions:
+    """Of a run, or of what is outside of any. `made`: what `chosen` asks, (op, dtype, threads, *kind) -> name.
+    `followed`: key -> name of the record that decides, once there is one (`following`)."""
+
+    made: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    followed: dict[str, str] = field(default_factory=dict)
+    following: bool = False
 
 
-def measured_here() -> dict[str, Measured]:
-    """What is kept of this machine for the number of threads that there is now, whoever measured it; key -> record."""
-    ours = f", {torch.get_num_threads()} threads"
-    every = sorted(_kept().here.items())
-    return {key: found for key, found in every if key.endswith(ours) and found.runs in _names(key.split()[0])}
+@dataclass(frozen=True)
+class _State:
+    """All that decides (`own_choices` says what each is). A process has one, and a block may have its own."""
+
+    implementations: Callable[[str], Mapping[str, Implementation]]
+    trials: Mapping[str, Trial]
+    kept: Callable[[], Kept]
+    pins: Mapping[str, str]
+    listed: bool
+    decisions: _Decisions
 
 
-def recorded() -> dict[str, str]:
-    """What is followed, and what ran beside it, key -> name, for a run to keep."""
-    return _followed | {_key(asked): name for asked, name in list(_decided.items())}
-
-
-def known() -> dict[str, str]:
-    """`recorded`, and all that was ever measured on this machine: what a run that begins is to follow. Not under
-    VENEER_OPS=listed, which asks for the first of each whatever was measured."""
-    return recorded() if _listed else {key: found.runs for key, found in _kept().here.items()} | recorded()
-
-
-def follow(record: Mapping[str, str]) -> None:
-    """From now on this record decides, and nothing more is measured: where it has no word, the first implementation
-    runs. So a run that was stopped and one that was not come out bit for bit the same, whatever else was measured."""
-    global _following
-    _followed.update(record)
-    _following = True
-    _decided.clear()
+_state = _State(_implementations, _TRIALS, _kept, _words.pins, _words.listed, _Decisions())
+_lock = threading.Lock()
+_here = threading.local()
+"""Of a thread. `op`, `name`: what a trial is about, where it measures. `listed`: whether nothing is measured there."""
 
 
 @contextmanager
-def followed_here() -> Iterator[None]:
-    """What is followed inside is followed to the end of the block: a run's record is of no other run."""
-    global _following
-    before = dict(_followed), _following
-    _decided.clear()
+def _while_inside(state: _State) -> Iterator[None]:
+    global _state
+    before, _state = _state, state
     try:
         yield
     finally:
-        _followed.clear()
-        _followed.update(before[0])
-        _following = before[1]
-        _decided.clear()
+        _state = before
+
+
+@contextmanager
+def own_choices(**given: Any) -> Iterator[None]:
+    """Inside, nothing was decided yet and nothing is followed; after it, all is as it was. Around a run, since what is
+    decided or followed there is of no other run; and around what looks at how a choice is made.
+
+    `given`: what else decides there instead of what did. `implementations`: a device type -> op -> Implementation;
+    `trials`: op -> Trial; `kept`: () -> the measurements; `pins`: op -> name; `listed`: whether nothing is measured."""
+    with _while_inside(replace(_state, decisions=_Decisions(), **given)):
+        yield
 
 
 @contextmanager
 def pinned(**names: str) -> Iterator[None]:
     """While inside, these ops run the implementations of these names, on what they take; for comparisons."""
-    before = dict(_pins)
-    _pins.update(names)
-    try:
+    with _while_inside(replace(_state, pins={**_state.pins, **names})):
         yield
-    finally:
-        _pins.clear()
-        _pins.update(before)
 
 
 @contextmanager
@@ -255,27 +263,67 @@ def listed() -> Iterator[None]:
         _here.listed = before
 
 
+def settled() -> dict[str, Measured]:
+    """What ran so far in this process, or in this run (`own_choices`), of all that is measured: "op dtype kind,
+    threads" -> its name, and the milliseconds that are kept of each, if any."""
+    names = _made()
+    kept = {key: _state.kept().get(key) for key in names}
+    return {key: Measured(name, {} if (found := kept[key]) is None else found.ms) for key, name in names.items()}
+
+
+def measured_here() -> dict[str, Measured]:
+    """What is kept of this machine for the number of threads that there is now, whoever measured it; key -> record."""
+    ours = f", {torch.get_num_threads()} threads"
+    every = sorted(_state.kept().here.items())
+    return {key: found for key, found in every if key.endswith(ours) and found.runs in _names_of(key.split()[0])}
+
+
+def recorded() -> dict[str, str]:
+    """What is followed, and what ran beside it, key -> name, for a run to keep."""
+    return _state.decisions.followed | _made()
+
+
+def known() -> dict[str, str]:
+    """`recorded`, and all that was ever measured on this machine: what a run that begins is to follow. Not under
+    VENEER_OPS=listed, which asks for the first of each whatever was measured."""
+    if _state.listed:
+        return recorded()
+    return {key: found.runs for key, found in _state.kept().here.items()} | recorded()
+
+
+def follow(record: Mapping[str, str]) -> None:
+    """From now on this record decides, and nothing more is measured: where it has no word, the first implementation
+    runs. So a run that was stopped and one that was not come out bit for bit the same, whatever else was measured.
+    It holds to the end of `own_choices`."""
+    decisions = _state.decisions
+    decisions.followed.update(record)
+    decisions.following = True
+    decisions.made.clear()
+
+
+def _made() -> dict[str, str]:
+    return {_key(asked): name for asked, name in list(_state.decisions.made.items())}
+
+
 def _key(asked: tuple[Any, ...]) -> str:
     op, dtype, threads, *kind = asked
     return f"{op} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, kind))}, {threads} threads"
 
 
 @functools.cache
-def _implementations(device: str) -> Mapping[str, Implementation]:
-    home = HOMES.get(device)
-    return {} if home is None else importlib.import_module(home).IMPLEMENTATIONS
+def _names(implementations: Callable[[str], Mapping[str, Implementation]], op: str) -> frozenset[str]:
+    homes = [implementations(device).get(op) for device in HOMES]
+    return frozenset({REFERENCE} | {one.name for own in homes if own is not None for one in (own, *own.others)})
 
 
-def _names(op: str) -> set[str]:
+def _names_of(op: str) -> frozenset[str]:
     """Of all implementations of an op, on whatever device, and its reference."""
-    homes = [_implementations(device).get(op) for device in HOMES]
-    return {REFERENCE} | {one.name for own in homes if own is not None for one in (own, *own.others)}
+    return _names(_state.implementations, op)
 
 
-@functools.cache
 def _check_pin(op: str, pin: str) -> None:
     """Raises ConfigError where no device has an implementation of the op by this name."""
-    names = _names(op)
+    names = _names_of(op)
     if pin not in names:
         raise ConfigError(
             f"VENEER_OPS pins {op} to {pin!r}, and it has no implementation of that name",
@@ -288,66 +336,72 @@ def chosen(op: str, first: Tensor, *given: Any) -> Any:
     """What runs `op` on these tensors (and whatever else decides it), by the device of the first; None: the reference.
 
     Called on every product, so it costs a look into a few dicts and `takes`."""
-    own = _implementations(PINNED or first.device.type).get(op)
+    state = _state
+    own = state.implementations(PINNED or first.device.type).get(op)
     if own is None:
         return None
-    if op in _pins:
-        _check_pin(op, _pins[op])
-    if not own.others and op not in _TRIALS and not _pins:
+    if op in state.pins:
+        _check_pin(op, state.pins[op])
+    if not own.others and op not in state.trials and not state.pins:
         return own.run if own.takes(first, *given) else None
     able = [one for one in (own, *own.others) if one.takes(first, *given)]
     if not able:
         return None
-    name = _name_of(op, able, first, given)
+    name = _name_of(state, op, able, first, given)
     return next((one.run for one in able if one.name == name), None if name == REFERENCE else able[0].run)
 
 
-def _name_of(op: str, able: list[Implementation], first: Tensor, given: tuple[Any, ...]) -> str:
+def _name_of(state: _State, op: str, able: list[Implementation], first: Tensor, given: tuple[Any, ...]) -> str:
     """Which of `able`, or the reference: as pinned, as tried just now, as decided before, or as measured."""
-    if (pin := _pins.get(op, _pins.get("*"))) is not None:
+    if (pin := state.pins.get(op, state.pins.get("*"))) is not None:
         return pin
     inside = getattr(_here, "op", None)
     if inside == op:
         return str(_here.name)
-    trial = _TRIALS.get(op)
+    trial = state.trials.get(op)
     if trial is None or PINNED or first.device.type != "cpu" or getattr(_here, "listed", False):
         return able[0].name
     kind = trial.kind(first, *given)
     asked: tuple[Any, ...] = (op, first.dtype, torch.get_num_threads(), *kind)
-    if asked in _decided:
-        return _decided[asked]
+    decisions = state.decisions
+    if asked in decisions.made:
+        return decisions.made[asked]
     key = _key(asked)
-    if key in _followed:
-        name = _followed[key]
-    elif _following:
+    if key in decisions.followed:
+        name = decisions.followed[key]
+    elif decisions.following:
         name = able[0].name
-    elif _listed or inside or type(first) not in (Tensor, torch.nn.Parameter):  # a fake tensor's work takes no time
+    elif (
+        state.listed or inside or type(first) not in (Tensor, torch.nn.Parameter)
+    ):  # a fake tensor's work takes no time
         return able[0].name
     else:
-        name = _measure(key, op, able, trial.work, first.dtype, kind).runs
-    return _decided.setdefault(asked, name)
+        name = _measure(state.kept(), key, op, able, trial.work, first.dtype, kind).runs
+    return decisions.made.setdefault(asked, name)
 
 
 def _measure(
-    key: str, op: str, able: list[Implementation], work: Callable[..., Any], dtype: torch.dtype, kind: tuple[int, ...]
-) -> Measured:
+    kept: Kept, key: str, op: str, able: list[Implementation], work: Callable[..., Any], dtype: torch.dtype,
+    kind: tuple[int, ...],
+) -> Measured:  # fmt: skip
     """What is kept, or else measured now: by one thread of one process at a time, so that all agree."""
     names = (*(one.name for one in able), REFERENCE)
 
     def known() -> Measured | None:
-        found = _kept().get(key)
+        found = kept.get(key)
         return found if found is not None and found.runs in names else None
 
     with _lock:
         if (found := known()) is not None:
             return found
-        with _kept().alone():
-            return known() or _measure_now(key, op, names, work, dtype, kind)
+        with kept.alone():
+            return known() or _measure_now(kept, key, op, names, work, dtype, kind)
 
 
 def _measure_now(
-    key: str, op: str, names: tuple[str, ...], work: Callable[..., Any], dtype: torch.dtype, kind: tuple[int, ...]
-) -> Measured:
+    kept: Kept, key: str, op: str, names: tuple[str, ...], work: Callable[..., Any], dtype: torch.dtype,
+    kind: tuple[int, ...],
+) -> Measured:  # fmt: skip
     def tried(name: str) -> Callable[[], object]:
         made: list[Callable[[], object]] = []
 
@@ -366,7 +420,7 @@ def _measure_now(
         seconds, name = again, first
     if first not in seconds:  # it could not be measured: nothing is kept
         return Measured(first, {})
-    return _kept().put(key, Measured(name, {name: s * 1e3 for name, s in seconds.items()}))
+    return kept.put(key, Measured(name, {name: s * 1e3 for name, s in seconds.items()}))
 
 
 class Choice(NamedTuple):
@@ -387,15 +441,15 @@ def choices(device: str) -> dict[str, Choice]:
 
 
 def _choice(op: str, device: str) -> Choice:
-    own = _implementations(device).get(op)
+    own = _state.implementations(device).get(op)
     if own is None:
         return Choice(REFERENCE, f"{device} has no implementation of its own")
     here = [one for one in (own, *own.others) if not one.missing()]
     if not here:
         return Choice(REFERENCE, own.missing())
     names, wants = [one.name for one in here], "; ".join(one.wants for one in here)
-    if (pin := _pins.get(op, _pins.get("*"))) is not None:
-        if op in _pins:
+    if (pin := _state.pins.get(op, _state.pins.get("*"))) is not None:
+        if op in _state.pins:
             _check_pin(op, pin)
         if pin == REFERENCE:
             return Choice(pin, "pinned by VENEER_OPS")
@@ -404,6 +458,6 @@ def _choice(op: str, device: str) -> Choice:
         return Choice(names[0], f"pinned to {pin} by VENEER_OPS, which is not here", here[0].wants)
     if PINNED:
         return Choice(", ".join(names), f"VENEER_OPS={PINNED}", wants)
-    if device == "cpu" and is_measured(op) and not _listed:
+    if device == "cpu" and not _state.listed and trial_of(op) is not None:
         return Choice(", ".join([*names, REFERENCE]), "measured, the first unless another is clearly faster", wants)
     return Choice(", ".join(names), "the first that takes what it is given", wants)

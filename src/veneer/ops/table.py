@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 
-from veneer.ops.choice import HOMES, OPS, REFERENCE, Implementation, is_measured
+from veneer.ops.choice import HOMES, OPS, REFERENCE, Implementation, trial_of
 
 _HEAD = """# Ops and their implementations
 
@@ -35,7 +35,8 @@ def ops_page() -> str:
     lines = [_HEAD, "| op | computes | on a CPU | on CUDA | measured on a CPU |", "| --- | --- | --- | --- | --- |"]
     for op, what in OPS.items():
         cells = [_cell(homes[device], op) for device in ("cpu", "cuda")]
-        lines.append(f"| `{op}` | {_plain(what)} | {cells[0]} | {cells[1]} | {'yes' if is_measured(op) else ''} |")
+        tried = "" if trial_of(op) is None else "yes"
+        lines.append(f"| `{op}` | {_plain(what)} | {cells[0]} | {cells[1]} | {tried} |")
     return "\n".join(lines) + "\n"
 
 

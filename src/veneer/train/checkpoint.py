@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from torch import Tensor
 from veneer.errors import AdapterError, CheckpointError, ResourceError, bullets
 from veneer.files.atomic import flush_folder, replace_file
 from veneer.files.safetensors import encode_tensors, read_tensors
-from veneer.ops.choice import follow, recorded
+from veneer.ops.choice import recorded
 from veneer.ops.cpu import compiled
 
 _PREFIX = "step-"
@@ -155,6 +155,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+class Restored(NamedTuple):
+    """What a checkpoint says of the run beside its state. `notes`: a sentence for each difference of the environment
+    (torch, threads, devices) that may cost bit-for-bit equality. `choices`: which implementations of ops ran, for the
+    run to follow (ops/choice.py)."""
+
+    progress: Progress
+    notes: list[str]
+    choices: Mapping[str, str]
+
+
 def restore(
     path: Path,
     *,
@@ -162,13 +172,10 @@ def restore(
     optimizer: torch.optim.Optimizer,
     identity: Mapping[str, Any],
     devices: int = 1,
-) -> tuple[Progress, list[str]]:
+) -> Restored:
     """Puts parameters, optimizer and random generators into the state of `path`; nothing is changed on an error.
 
-    From now on the implementations of ops run that ran before (ops/choice.py), whatever is faster here.
-
-    Returns the progress and one sentence for each difference of the environment (torch, threads, devices) that
-    may cost bit-for-bit equality. Raises CheckpointError, listing the keys, when `identity` differs.
+    Raises CheckpointError, listing the keys, when `identity` differs.
     """
     state = read_checkpoint(path)
     differences = _differences(state["identity"], json.loads(json.dumps(dict(identity))))
@@ -181,7 +188,6 @@ def restore(
     _read_into(path, parameters)
     _optimizer_in(optimizer, parameters, _load(path / "optimizer.safetensors"), state["optimizer"])
     rng_restore(_load(path / "random.safetensors"))
-    follow(state.get("choices", {}))
     saved = state["progress"]
     progress = Progress(**{**saved, "recent": [tuple(pair) for pair in saved["recent"]]})
     here = environment(devices)
@@ -190,7 +196,7 @@ def restore(
         for key, value in ({"devices": 1} | state["environment"]).items()
         if here.get(key) != value
     ]
-    return progress, notes
+    return Restored(progress, notes, state.get("choices", {}))
 
 
 def read_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:

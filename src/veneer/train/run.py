@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from veneer.errors import ConfigError, Interrupted, NoGain
 from veneer.models.sources import find_base
-from veneer.ops.choice import follow, followed_here, known, settled
+from veneer.ops.choice import follow, known, own_choices, settled
 from veneer.train import checkpoint, loop
 from veneer.train.checkpoint import Progress
 from veneer.train.config.load import RunConfig
@@ -151,7 +151,7 @@ def opened(
     any error too. Without `on_event` the run is shown in the terminal, speed in `unit`s a second. An interruption says
     how to go on. `lockstep`: as Devices has it; `options`: sources, resume, dry_run and force of the Run."""
     folder = Path(config.output.directory)
-    with followed_here(), joined(config.base.device, lockstep=lockstep) as devices:
+    with own_choices(), joined(config.base.device, lockstep=lockstep) as devices:
         listener = on_event if devices.first else silent
         view = ConsoleView(unit=unit) if listener is None else None
         early: list[Event] = []
@@ -273,13 +273,14 @@ def _probe(run: Run, task: AttachedTask[Any]) -> None:
 def _restored(
     run: Run, task: AttachedTask[Any], optimizer: Optimizer, identity: Mapping[str, Any], newest: Path
 ) -> Progress:
-    progress, notes = checkpoint.restore(
+    restored = checkpoint.restore(
         newest, parameters=task.state, optimizer=optimizer, identity=identity, devices=run.devices.count
     )  # fmt: skip
-    run.note(f"resuming after step {progress.step} of {len(task.steps)}")
-    for note in notes:
+    follow(restored.choices)
+    run.note(f"resuming after step {restored.progress.step} of {len(task.steps)}")
+    for note in restored.notes:
         run.note(note)
-    return progress
+    return restored.progress
 
 
 @contextmanager

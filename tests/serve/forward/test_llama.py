@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.families import FAMILIES
 from tests.serve.forward.test_runner import base_of, prompts, serve, trained
 from veneer.ops import choice
-from veneer.ops.measuring import Measured
+from veneer.ops.measuring import Kept
 from veneer.serve.forward.llama import LlamaForward
 from veneer.serve.forward.packed import Panels, best_packing
 from veneer.serve.forward.runner import Prepared, Runner, _use_threads
@@ -85,20 +85,18 @@ def test_what_was_measured_changes_no_bits(monkeypatch: pytest.MonkeyPatch) -> N
     """decoder.c rounds as the compiled kernels do, so layers line by line must run them, whatever is faster here."""
     runner, llama, adapters = runner_of("llama")
     together = answers(runner, adapters)
-    monkeypatch.setattr(choice, "_listed", False)
-    monkeypatch.setattr(choice, "_pins", {})
-    monkeypatch.setattr(choice, "_decided", {})
-    monkeypatch.setattr(choice, "_followed", {})
-    monkeypatch.setattr(choice, "_following", False)
-    monkeypatch.setattr(choice, "_measure", lambda *_: Measured("torch", {"torch": 1.0}))
+    monkeypatch.setattr(choice, "seconds_of", lambda works: {name: 1.0 + (name != "torch") for name in works})
     x = torch.ones(3, 64, dtype=torch.bfloat16)
-    assert choice.chosen("rms_norm", x, x[0]) is None  # torch has won
-    assert choice.chosen("silu_gate", x) is None
-    decided = choice.recorded()
-    llama.__dict__["_table"] = None
-    apart = answers(runner, adapters)
-    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
-    assert choice.recorded() == decided
+    kept = Kept(None, "here")
+    with choice.own_choices(listed=False, pins={}, kept=lambda: kept):
+        assert choice.chosen("rms_norm", x, x[0]) is None  # torch has won
+        assert choice.chosen("silu_gate", x) is None
+        decided = choice.recorded()
+        assert set(decided.values()) == {"torch"}
+        llama.__dict__["_table"] = None
+        apart = answers(runner, adapters)
+        assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+        assert choice.recorded() == decided
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:
