@@ -18,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from veneer.plan.trace import traced
 from veneer.serve.engine import sampler
 from veneer.serve.engine.sampler import SampledRow, SampledToken, sample
 from veneer.serve.request import Refused, Sampling
@@ -217,7 +218,7 @@ def adjusted(scores: Tensor, s: Sampling, prompt: tuple[int, ...] = (), made: tu
     row = SampledRow(s, prompt, vocabulary=len(scores), ends=(V - 1,))
     for token in made:
         row.take(token)
-    row.adjust(out)
+    assert not sampler._adjust(out[None], [row])
     return out
 
 
@@ -338,6 +339,53 @@ def test_ids_that_the_vocabulary_does_not_have() -> None:
         with pytest.raises(Refused, match=f"{V} tokens") as caught:
             SampledRow(s, vocabulary=V)
         assert (caught.value.status, caught.value.param) == (400, param)
+
+
+KINDS = [
+    Sampling(temperature=0),
+    Sampling(),
+    Sampling(top_p=0.9, logprobs=3),
+    Sampling(top_k=7, min_p=0.01, presence_penalty=0.5),
+    Sampling(temperature=0, logit_bias={3: 2.0}, frequency_penalty=0.2),
+    Sampling(temperature=0.7, top_p=0.5, top_k=20, repetition_penalty=1.2, min_tokens=9),
+]
+
+
+def test_a_device_draws_the_same_without_being_asked_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs where a read would wait: noise for all tokens, and a nucleus out of all of them in order."""
+    rows = [
+        [SampledRow(replace(k, seed=i), (1, 2), vocabulary=V, ends=(5,)) for i in range(4) for k in KINDS]
+        for _ in range(2)
+    ]
+    scores = logits(len(rows[0]), 11)
+    want = [sample(scores.roll(step, 0), rows[0]) for step in range(4)]
+    monkeypatch.setattr(sampler, "_asks", lambda _: False)
+    assert [sample(scores.roll(step, 0), rows[1]) for step in range(4)] == want
+
+
+@pytest.mark.usefixtures("gpu_that_is_not_there")
+def test_a_step_reads_from_a_gpu_once() -> None:
+    """Whatever its rows ask for, and where they ask for nothing."""
+    for kinds in (KINDS, KINDS[:1]):
+        with traced() as trace:
+            rows = [SampledRow(replace(k, seed=1), (1, 2), vocabulary=5000, ends=(5,)) for k in kinds]
+            rows += [SampledRow(Sampling(seed=1), vocabulary=5000, grammar=Wide())] if kinds is KINDS else []
+            scores = torch.empty(len(rows), 5000, dtype=torch.bfloat16, device="cuda")
+            for _ in range(2):
+                trace.begin()
+                made = sample(scores, rows)
+                assert sum(trace.waits.values()) == 1, trace.waits
+        assert all(isinstance(m, SampledToken) for m in made)
+
+
+class Wide:
+    """A grammar that allows everything."""
+
+    def mask(self) -> Tensor:
+        return torch.ones(5000, dtype=torch.bool)
+
+    def advance(self, token: int) -> None:
+        pass
 
 
 @pytest.mark.gpu

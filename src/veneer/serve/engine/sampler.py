@@ -10,6 +10,8 @@ when it is taken up again elsewhere. The draw is Gumbel's: argmax(score − log 
 softmax(score). Beside inverting the distribution function it has the merit that rounding in the scores seldom changes
 the token.
 
+Settings go to the device in a few copies that nobody waits for, and what was chosen comes back in one read a step.
+
 Knows torch and the words of `request`; no tokenizer, no model.
 """
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,6 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from veneer.ops.transfer import put_numbers, sent
 from veneer.serve.outage import fault
 from veneer.serve.request import Refused, Sampling, invalid
 
@@ -97,29 +100,27 @@ class SampledRow:
         if self.grammar is not None:
             self.grammar.advance(token)
 
-    def adjust(self, scores: Tensor) -> None:
-        """Everything before the temperature, in place. scores: (vocabulary,), float32."""
-        s = self.sampling
-        if self.grammar is not None:
-            begun, self._mask = self._mask, None
-            mask = self.grammar.mask() if begun is None else begun.result()
-            scores.masked_fill_(~mask.to(scores.device), -math.inf)
-        if self._ends and self.made < s.min_tokens:
-            kept = scores[self._ends]
-            scores[self._ends] = -math.inf
-            if self.grammar is not None and scores.max() == -math.inf:  # the grammar is at its end: so is the answer
-                scores[self._ends] = kept
-        if s.logit_bias:
-            ids, bias = list(s.logit_bias), list(s.logit_bias.values())
-            scores[ids] += torch.tensor(bias, dtype=scores.dtype, device=scores.device)
-        if self._seen:
-            seen = torch.tensor(list(self._seen), device=scores.device)
-            x = scores[seen]
-            scores[seen] = torch.where(x > 0, x / s.repetition_penalty, x * s.repetition_penalty)
-        if self._counts:
-            made = torch.tensor(list(self._counts), device=scores.device)
-            often = torch.tensor(list(self._counts.values()), dtype=scores.dtype, device=scores.device)
-            scores[made] -= s.frequency_penalty * often + s.presence_penalty
+    def mask(self) -> Tensor | None:
+        """Which tokens the grammar allows next, on the CPU; None without one. Raises what the grammar raises."""
+        if self.grammar is None:
+            return None
+        begun, self._mask = self._mask, None
+        return self.grammar.mask() if begun is None else begun.result()
+
+    @property
+    def forbidden(self) -> Sequence[int]:
+        """What must not come next, unless the grammar allows nothing else."""
+        return self._ends if self.made < self.sampling.min_tokens else ()
+
+    @property
+    def seen(self) -> Collection[int]:
+        """The tokens that a repetition penalty acts on."""
+        return self._seen
+
+    @property
+    def counts(self) -> Mapping[int, int]:
+        """Token -> how often it was made, where a penalty asks."""
+        return self._counts
 
 
 def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Refused]:
@@ -131,30 +132,39 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Re
         raise ValueError(f"{len(rows)} rows for logits {tuple(logits.shape)}")
     if not rows:
         return []
+    device = logits.device
     best, ids = logits.max(-1)
+    finite = best.isfinite()
     failed: dict[int, Exception] = {}
     changed = [i for i, row in enumerate(rows) if not row.plain]
     if changed:
-        scores = logits[changed].float()
-        for own, i in zip(scores, changed, strict=True):
-            try:
-                rows[i].adjust(own)
-            except Exception as error:
-                failed[i] = error
-        best[changed], ids[changed] = (t.to(u.dtype) for t, u in zip(scores.max(-1), (best, ids), strict=True))
-        warm = [k for k, i in enumerate(changed) if rows[i].sampling.temperature]
+        own = [rows[i] for i in changed]
+        at = put_numbers(device, changed)[0]
+        scores = logits.index_select(0, at).float()
+        failed = {changed[k]: error for k, error in _adjust(scores, own).items()}
+        top, chosen = scores.max(-1)
+        finite.index_copy_(0, at, top.isfinite())
+        warm = [k for k, row in enumerate(own) if row.sampling.temperature]
         if warm:
-            drawing = [rows[changed[k]] for k in warm]
-            ids[[changed[k] for k in warm]] = _draw(scores if len(warm) == len(changed) else scores[warm], drawing)
+            some = put_numbers(device, warm)[0]
+            chosen.index_copy_(0, some, _draw(scores.index_select(0, some), [own[k] for k in warm]))
+        ids.index_copy_(0, at, chosen)
+    ids = torch.where(finite, ids, -1)
     asking = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
     counts = [rows[i].sampling.logprobs or 0 for i in asking]
-    told = dict(zip(asking, scored(logits[asking], ids[asking], counts), strict=True)) if asking else {}
+    told_of: tuple[Tensor, ...] = ()
+    if asking:
+        some = put_numbers(device, asking)[0]
+        told_of = _logprobs(logits.index_select(0, some), ids.index_select(0, some).clamp_min(0), max(counts))
+    numbers, *parts = _read(ids, *told_of)
+    made = [int(n) for n in numbers]
+    told = dict(zip(asking, _sampled([made[i] for i in asking], counts, *parts), strict=True)) if asking else {}
     out: list[SampledToken | Refused] = []
-    for i, (row, token, top) in enumerate(zip(rows, ids.tolist(), best.tolist(), strict=True)):
+    for i, (row, token) in enumerate(zip(rows, made, strict=True)):
         try:
             if i in failed:
                 raise failed[i]
-            if not math.isfinite(top):
+            if token < 0:
                 raise Refused("no token has a finite score", status=500, code="internal")
             row.take(token)
             out.append(told[i] if i in told else SampledToken(token))
@@ -163,46 +173,148 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Re
     return out
 
 
+def _adjust(scores: Tensor, rows: Sequence[SampledRow]) -> dict[int, Exception]:
+    """Everything before the temperature, in place. scores: (rows, vocabulary), float32. Places of the rows whose
+    grammar has failed, and how."""
+    failed: dict[int, Exception] = {}
+    masks: dict[int, Tensor] = {}
+    for k, row in enumerate(rows):
+        try:
+            if (mask := row.mask()) is not None:
+                masks[k] = mask
+        except Exception as error:
+            failed[k] = error
+    if masks:
+        held = put_numbers(scores.device, list(masks))[0]
+        allowed = sent(torch.stack(list(masks.values())), scores.device)
+        scores.index_copy_(0, held, scores.index_select(0, held).masked_fill_(~allowed, -math.inf))
+    first = _Entries(scores)
+    for k, row in enumerate(rows):
+        first.add(k, row.forbidden)
+    if (there := first.there) is not None:
+        kept = scores[there]
+        scores[there] = -math.inf
+        if masks:  # a grammar that is at its end goes before: so is the answer
+            over = (scores.amax(-1) == -math.inf).index_select(0, there[0])
+            scores[there] = torch.where(over, kept, -math.inf)
+    bias = _Entries(scores)
+    for k, row in enumerate(rows):
+        bias.add(k, row.sampling.logit_bias, row.sampling.logit_bias.values())
+    if (there := bias.there) is not None:
+        scores[there] += bias.values
+    repeated = _Entries(scores)
+    for k, row in enumerate(rows):
+        repeated.add(k, row.seen, [row.sampling.repetition_penalty] * len(row.seen))
+    if (there := repeated.there) is not None:
+        x, penalty = scores[there], repeated.values
+        scores[there] = torch.where(x > 0, x / penalty, x * penalty)
+    often = _Entries(scores)
+    for k, row in enumerate(rows):
+        s = row.sampling
+        often.add(k, row.counts, [s.frequency_penalty * n + s.presence_penalty for n in row.counts.values()])
+    if (there := often.there) is not None:
+        scores[there] -= often.values
+    return failed
+
+
+class _Entries:
+    """Some entries of a matrix, gathered row by row, each with a number of its own."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.like = matrix
+        self._rows: list[int] = []
+        self._columns: list[int] = []
+        self._values: list[float] = []
+
+    def add(self, row: int, columns: Collection[int], values: Collection[float] = ()) -> None:
+        self._rows += [row] * len(columns)
+        self._columns += columns
+        self._values += values
+
+    @property
+    def there(self) -> tuple[Tensor, Tensor] | None:
+        """Their rows and columns on the matrix's device; None where there are none."""
+        if not self._rows:
+            return None
+        rows, columns = put_numbers(self.like.device, self._rows, self._columns)
+        return rows, columns
+
+    @property
+    def values(self) -> Tensor:
+        return _numbers(self.like, self._values)
+
+
+def _numbers(like: Tensor, values: Sequence[float]) -> Tensor:
+    """Numbers in the dtype and on the device of a tensor."""
+    return sent(torch.tensor(values, dtype=like.dtype), like.device)
+
+
 def _draw(scores: Tensor, rows: Sequence[SampledRow]) -> Tensor:
     """A token for each row, from softmax(scores / temperature) within top-k, min-p and top-p. scores: (rows,
     vocabulary), float32."""
-    heat = scores.new_tensor([[r.sampling.temperature] for r in rows]).clamp_min(1e-20)
+    heat = _numbers(scores, [r.sampling.temperature for r in rows])[:, None].clamp_min(1e-20)
     scores = (scores - scores.amax(-1, keepdim=True)) / heat  # the best is 0, so that no heat makes it infinite
     cut = [k for k, r in enumerate(rows) if r.sampling.top_k or r.sampling.top_p < 1 or r.sampling.min_p]
-    keys = torch.tensor([_key(r.seed, r.made) for r in rows], dtype=torch.int32, device=scores.device)
-    if not cut:
-        tokens = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
-        return (scores - _exponential(tokens, keys[:, None]).log_()).argmax(-1)
-    floor = scores.new_full((len(rows), 1), -math.inf)
-    floor[cut] = _floor(scores[cut], [rows[k].sampling for k in cut])
+    keys = sent(torch.tensor([_key(r.seed, r.made) for r in rows], dtype=torch.int32), scores.device)
+    floor = None
+    if cut:
+        at = put_numbers(scores.device, cut)[0]
+        floor = scores.new_full((len(rows), 1), -math.inf)
+        floor.index_copy_(0, at, _floor(scores.index_select(0, at), [rows[k].sampling for k in cut]))
+    if floor is not None and _asks(scores):
+        return _some_noisy(scores, floor, keys).argmax(-1)
+    return _noisy(scores, floor, keys).argmax(-1)
+
+
+def _asks(scores: Tensor) -> bool:
+    """Whether what a tensor holds may be asked for on the way: a device would make its host wait."""
+    return scores.device.type == "cpu"
+
+
+def _noisy(scores: Tensor, floor: Tensor | None, keys: Tensor) -> Tensor:
+    """score − log e where a score is not below its row's floor, else −∞."""
+    tokens = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
+    noisy = scores - _exponential(tokens, keys[:, None]).log_()
+    return noisy if floor is None else noisy.masked_fill_(scores < floor, -math.inf)
+
+
+def _some_noisy(scores: Tensor, floor: Tensor, keys: Tensor) -> Tensor:
+    """The same, e made where it is asked for alone: how many that are a device would have to tell its host first."""
     row, token = ((scores >= floor) & (scores > -math.inf)).nonzero(as_tuple=True)
     noisy = torch.full_like(scores, -math.inf)
     noisy[row, token] = scores[row, token] - _exponential(token.to(torch.int32), keys[row]).log_()
-    return noisy.argmax(-1)
+    return noisy
 
 
 def _floor(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
     """(rows, 1): the lowest score that stays. As a bound on the score, not a place in an order, equal scores share
     their fate, and the outcome does not depend on how a sort settles ties. scores: (rows, vocabulary), the best 0."""
     vocabulary = scores.shape[-1]
+    floor = _numbers(scores, [math.log(s.min_p) if s.min_p else -math.inf for s in settings])[:, None]
     ks = [min(s.top_k or vocabulary, vocabulary) for s in settings]
-    nucleus = any(s.top_p < 1 for s in settings)
-    wanted = max([k for k in ks if k < vocabulary] + ([min(NUCLEUS, vocabulary)] if nucleus else [1]))
+    nucleus = [r for r, s in enumerate(settings) if s.top_p < 1]
+    wanted = max([k for k in ks if k < vocabulary] + ([min(NUCLEUS, vocabulary)] if nucleus and _asks(scores) else [1]))
     best = scores.topk(wanted).values
-    floor = scores.new_tensor([[math.log(s.min_p) if s.min_p else -math.inf] for s in settings])
-    for r, k in enumerate(ks):
-        if k < vocabulary:
-            floor[r] = torch.maximum(floor[r], best[r, k - 1])
+    if few := [r for r, k in enumerate(ks) if k < vocabulary]:
+        at, place = put_numbers(scores.device, few, [ks[r] - 1 for r in few])
+        lowest = best.index_select(0, at).gather(1, place[:, None])
+        floor.index_copy_(0, at, torch.maximum(floor.index_select(0, at), lowest))
     if not nucleus:
         return floor
-    total = scores.masked_fill(scores < floor, -math.inf).logsumexp(-1, keepdim=True)
-    share = torch.tensor([[s.top_p] for s in settings], dtype=torch.float64, device=scores.device)
-    lowest, held = _nucleus(best, floor, total, share)
-    if wanted < vocabulary and not held.all():
-        some = (~held).nonzero().flatten()
-        order = scores[some].sort(descending=True).values
-        lowest[some] = _nucleus(order, floor[some], total[some], share[some])[0]
-    return torch.maximum(floor, lowest)
+    at = put_numbers(scores.device, nucleus)[0]
+    own, least = scores.index_select(0, at), floor.index_select(0, at)
+    total = own.masked_fill(own < least, -math.inf).logsumexp(-1, keepdim=True)
+    share = sent(torch.tensor([[settings[r].top_p] for r in nucleus], dtype=torch.float64), scores.device)
+    if _asks(scores):  # most nuclei are small, and whether one is not costs nothing to ask
+        lowest, held = _nucleus(best.index_select(0, at), least, total, share)
+        if wanted < vocabulary and not held.all():
+            some = (~held).nonzero().flatten()
+            order = own[some].sort(descending=True).values
+            lowest[some] = _nucleus(order, least[some], total[some], share[some])[0]
+    else:
+        lowest, _ = _nucleus(own.sort(descending=True).values, least, total, share)
+    floor.index_copy_(0, at, torch.maximum(least, lowest))
+    return floor
 
 
 def _nucleus(order: Tensor, floor: Tensor, total: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,13 +331,39 @@ def _nucleus(order: Tensor, floor: Tensor, total: Tensor, share: Tensor) -> tupl
 
 def scored(logits: Tensor, ids: Tensor, counts: Sequence[int]) -> list[SampledToken]:
     """The logprobs of given tokens, each with its count of alternatives. logits: (n, vocabulary), n > 0; ids: (n,)."""
+    numbers, *parts = _read(ids, *_logprobs(logits, ids, max(counts)))
+    return _sampled([int(n) for n in numbers], counts, *parts)
+
+
+def _logprobs(logits: Tensor, ids: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs of the tokens (n,), those of the `most` best and which these are, both (n, most))"""
     p = logits.float().log_softmax(-1)
-    own = p.gather(-1, ids[:, None])[:, 0].tolist()
-    values, tokens = (t.tolist() for t in p.topk(min(max(counts), p.shape[-1])))
-    return [
-        SampledToken(token, logprob, tuple(zip(t[:n], v[:n], strict=True)))
-        for token, logprob, n, t, v in zip(ids.tolist(), own, counts, tokens, values, strict=True)
-    ]
+    values, tokens = p.topk(min(most, p.shape[-1]))
+    return p.gather(-1, ids[:, None])[:, 0], values, tokens
+
+
+def _read(*tensors: Tensor) -> list[list[float]]:
+    """The values of tensors one after another, in one read: as float64, which holds every token and every float32."""
+    flat: list[float] = torch.cat([t.flatten().double() for t in tensors]).cpu().tolist()
+    out, at = [], 0
+    for tensor in tensors:
+        out.append(flat[at : at + tensor.numel()])
+        at += tensor.numel()
+    return out
+
+
+def _sampled(
+    ids: Sequence[int], counts: Sequence[int], own: Sequence[float], values: Sequence[float], tokens: Sequence[float]
+) -> list[SampledToken]:
+    """`values` and `tokens`: of all rows, as many of each."""
+    each = len(values) // max(1, len(ids))
+    out = []
+    for r, (token, n, logprob) in enumerate(zip(ids, counts, own, strict=True)):
+        best = slice(r * each, r * each + min(n, each))
+        out.append(
+            SampledToken(token, logprob, tuple((int(t), v) for t, v in zip(tokens[best], values[best], strict=True)))
+        )
+    return out
 
 
 # -- randomness: a hash of (seed, position, token) -------------------------------------------------------------------
