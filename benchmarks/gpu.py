@@ -22,8 +22,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -289,12 +291,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         side = next(s for s in [PROBE, *SIDES] if s.key == key)
         print(MARK + json.dumps(side.run(Task(**task))))
         return 0
-    wanted = args.only.split(",")
+    wanted = [part.strip() for part in args.only.split(",")]
     if unknown := [p for p in wanted if p not in PARTS]:
-        parser.error(f"--only has no {', '.join(unknown)}; there are {', '.join(PARTS)}")
+        parser.error(f"--only has no {', '.join(map(repr, unknown))}; there are {', '.join(PARTS)}")
+    if not math.isfinite(args.minutes) or args.minutes <= 0:
+        parser.error(f"--minutes {args.minutes:g} is no time to run in: a number above 0, as 10")
+    try:
+        pythons = pythons_of(args.python)
+    except ValueError as error:
+        parser.error(str(error))
+    out = args.out or (None if args.dry else ROOT / "docs" / "gpu")
+    if out is not None and (why := not_writable(out)):
+        parser.error(f"--out {out}: {why}")
     if not args.dry and not _has_a_card():
         parser.error("there is no CUDA device here; --dry tries every line on the CPU")
-    pythons = dict(each.split("=", 1) for each in args.python if "=" in each)
     command = " ".join(["benchmarks/gpu.py", *(sys.argv[1:] if arguments is None else arguments)])
     with tempfile.TemporaryDirectory() as folder:
         done = run(
@@ -302,12 +312,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
             minutes=args.minutes, command=command, say=lambda line: print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
     result = result_of(done, about_of(done))
-    out = args.out or (None if args.dry else ROOT / "docs" / "gpu")
     if out is not None:
         where, result = written(result, out)
         print(f"written: {where}", file=sys.stderr)
     print(json.dumps(result) if args.json else "\n".join(lines_of(result)) if out is not None else page(result))
     return int(any(done[s.key].bad for s in [PROBE, *SIDES] if s.key in done and not s.needs))
+
+
+def pythons_of(given: Sequence[str]) -> dict[str, str]:
+    """PEER=PATH, each -> package of a peer -> its interpreter. Raises ValueError for a peer that no side needs, and for
+    what does not run."""
+    peers = sorted({side.needs for side in SIDES if side.needs})
+    found: dict[str, str] = {}
+    for each in given:
+        peer, _, path = each.partition("=")
+        if peer not in peers or not path:
+            raise ValueError(f"--python {each!r}: PEER=PATH is wanted, with a PEER of {', '.join(peers)}")
+        if peer in found:
+            raise ValueError(f"--python names {peer} twice")
+        if shutil.which(path) is None:
+            raise ValueError(f"--python {each!r}: there is no program {path}; give the environment's bin/python")
+        found[peer] = path
+    return found
+
+
+def not_writable(folder: Path) -> str:
+    """Why no page can be written there, found out before any work; "" where it can. What is missing is not made yet."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists() or p.is_symlink())
+    if not there.is_dir():
+        return f"{there} is no folder"
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return ""
+    except OSError as error:
+        return f"nothing can be written to {there} ({error.strerror})"
 
 
 def _has_a_card() -> bool:

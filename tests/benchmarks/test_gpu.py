@@ -255,3 +255,39 @@ def test_the_makefile_and_the_page_know_every_part(gpu: Any) -> None:
     page = (ROOT / "docs" / "how-to" / "gpu.md").read_text(encoding="utf-8")
     for part in gpu.PARTS:
         assert f"| `{part}` |" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--minutes", "nan"], "--minutes nan is no time"),
+        (["--minutes", "-5"], "--minutes -5 is no time"),
+        (["--minutes", "0"], "--minutes 0 is no time"),
+        (["--minutes", "inf"], "--minutes inf is no time"),
+        (["--python", "vllm"], "PEER=PATH is wanted"),
+        (["--python", "vllm="], "PEER=PATH is wanted"),
+        (["--python", "vlm=python3"], "a PEER of bitsandbytes, unsloth, vllm"),
+        (["--python", "vllm=/no/such/python"], "there is no program /no/such/python"),
+        (["--python", f"vllm={sys.executable}", "--python", f"vllm={sys.executable}"], "names vllm twice"),
+        (["--only", "train,serv"], "--only has no 'serv'"),
+        (["--only", ""], "--only has no ''"),
+        (["--out", "{file}"], "is no folder"),
+        (["--out", "{file}/inside"], "is no folder"),
+    ],
+)
+def test_what_is_asked_wrongly_is_said_before_any_work(
+    gpu: Any, arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(gpu, "run", lambda *_, **__: pytest.fail("work has begun"))
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(SystemExit) as end:
+        gpu.main(["--dry", *(each.format(file=tmp_path / "file") for each in arguments)])
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_for_the_page_is_tried_and_not_made(gpu: Any, tmp_path: Path) -> None:
+    assert gpu.not_writable(tmp_path / "new" / "folder") == ""
+    assert not list(tmp_path.iterdir())
+    assert gpu.pythons_of([f"vllm={sys.executable}"]) == {"vllm": sys.executable}

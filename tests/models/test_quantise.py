@@ -299,6 +299,7 @@ def test_two_kinds_loaded_at_a_time_do_not_mix(tmp_path: Path) -> None:
     assert PreTrainedModel.tie_weights is tie  # transformers takes it off while it loads
 
 
+@pytest.mark.usefixtures("gpu_that_is_not_there")
 def test_on_a_gpu_each_weight_is_quantised_there_as_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Followed on a made-up GPU: codes are made there, one weight in full beside them at a time."""
     from veneer.ops import quantisation_formats

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from veneer.errors import ResourceError
 from veneer.ops import transfer
 from veneer.ops.quantisation_formats import empty_format
 from veneer.ops.quantised import Quantised, stacked_rows
 from veneer.ops.transfer import sent
-from veneer.plan.fake_cuda import fake_cuda
+from veneer.plan.fake_cuda import _switch, fake_cuda
 from veneer.plan.trace import rounded, traced
 
 pytestmark = pytest.mark.usefixtures("gpu_that_is_not_there")
@@ -169,3 +172,16 @@ def test_joined_codes_are_dequantised_into_one_piece_of_memory(kind: str) -> Non
         dense = stacked_rows(parts).dense()
         assert dense.shape == (192, 512)
         assert trace.peak - before == rounded(2 * 192 * 512)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is compiled where torch has CUDA")
+def test_a_compiler_that_does_not_work_is_named_without_its_whole_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", shutil.which("false") or "false")
+    with pytest.raises(ResourceError) as found:
+        _switch.__wrapped__()
+    assert "exit code 1; it printed nothing" in str(found.value.where)
+    assert "CXX" in str(found.value.fix)
+    assert len(str(found.value)) < 500

@@ -13,8 +13,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -29,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.errors import ResourceError
-from veneer.ops.cpu.build import compile_library, distrusted, trusted_folder
+from veneer.ops.cpu.build import compile_library, distrusted, find_compiler, trusted_folder, why_not_compiled
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _one = threading.RLock()
@@ -96,12 +94,13 @@ def _attention(
 @functools.cache
 def _switch() -> Any:
     """The compiled function. Raises ResourceError where it cannot be had."""
-    compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
+    compiler, note = find_compiler("CXX", ("c++", "g++", "clang++"))
     what = (
         "a step on CUDA cannot be traced here: this torch is built for CPUs, and what autograd asks of CUDA is missing"
     )
     if compiler is None:
-        raise ResourceError(what, fix="install a C++ compiler (g++ or clang++), or trace where torch has CUDA")
+        way = "install a C++ compiler (g++ or clang++), or trace where torch has CUDA"
+        raise ResourceError(what, where=note or None, fix=way)
     home = Path(torch.__file__).parent
     flags = ["-O1", "-std=c++20", "-shared", "-fPIC", f"-I{home / 'include'}"]
     links = [f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
@@ -114,7 +113,7 @@ def _switch() -> Any:
             compile_library([compiler, *flags], [_SOURCE], library, links)
         function = ctypes.CDLL(str(library)).fake_cuda
     except (OSError, subprocess.SubprocessError) as error:
-        lines = str(getattr(error, "stderr", None) or error).strip().splitlines() or [repr(error)]
-        raise ResourceError(what, where=f"{compiler}: {lines[-1]}", fix="trace where torch has CUDA") from error
+        way = "a C++ compiler that works (g++ or clang++), named by CXX or on the path; or trace where torch has CUDA"
+        raise ResourceError(what, where=why_not_compiled(compiler, error), fix=way) from error
     function.argtypes, function.restype = [ctypes.c_int], None
     return function

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,29 @@ def distrusted(path: Path) -> str:
     if found.st_uid not in (0, os.geteuid()):
         return "it belongs to another user"
     return "others may write to it" if found.st_mode & 0o022 else ""
+
+
+def find_compiler(variable: str, names: Sequence[str]) -> tuple[str | None, str]:
+    """(the first compiler on the path, what a person should know of it). `variable`: of the environment, which goes
+    before `names`."""
+    own = os.environ.get(variable, "")
+    found = next((c for c in (own, *names) if c and shutil.which(c)), None)
+    return found, f"{variable}={own} is not on the path" if own and found != own else ""
+
+
+def why_not_compiled(compiler: str, error: Exception) -> str:
+    """In a line: how the compiler ended, and the last lines that it printed. The command itself is pages long."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"{compiler} was stopped after {error.timeout:.0f} s"
+    if not isinstance(error, subprocess.CalledProcessError):
+        return " ".join(str(error).split()) or repr(error)
+    printed = [line.strip()[:_WIDE] for line in str(error.stderr or error.stdout or "").splitlines() if line.strip()]
+    said = f"its last words: {' | '.join(printed[-_LAST:])}" if printed else "it printed nothing"
+    return f"{compiler} ended with exit code {error.returncode}; {said}"
+
+
+_LAST, _WIDE = 3, 200
+"""Lines of a compiler that are told, and characters of each."""
 
 
 def compile_kernels(compiler: str, sources: Sequence[Path], target: Path, more: Sequence[str] = ()) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.ops.cpu.build import build_kernels
+from veneer.ops.cpu.build import build_kernels, find_compiler, why_not_compiled
 from veneer.ops.lowrank import LowRank
 
 _pointer, _int64, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
@@ -180,9 +179,9 @@ def kernels() -> Kernels | None:
     if os.environ.get("VENEER_NATIVE", "1") == "0":
         _reason = "turned off by VENEER_NATIVE=0"
         return None
-    compiler = next((c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)), None)
+    compiler, note = find_compiler("CC", ("cc", "gcc", "clang"))
     if compiler is None:
-        _reason = "no C compiler (cc, gcc or clang) on the path"
+        _reason = "; ".join(["no C compiler (cc, gcc or clang) on the path", *([note] if note else []), "install one"])
         return None
     here = Path(__file__).parent
     try:
@@ -190,11 +189,14 @@ def kernels() -> Kernels | None:
         library = bound(made.library, made.wrong)
         library.wrong = made.wrong
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        lines = str(getattr(error, "stderr", None) or error).strip().splitlines() or [repr(error)]
-        _reason = f"{compiler} could not build them: {lines[-1]}"
+        unset = ", or unset CC" if os.environ.get("CC") == compiler else ""
+        way = f"; install a C compiler that works (gcc or clang){unset}"
+        failed = isinstance(error, subprocess.SubprocessError)  # and not a folder, or what was built
+        _reason = f"they could not be built: {why_not_compiled(compiler, error)}{way if failed else ''}"
         return None
-    wrong = [f"{name} {why}" for name, why in made.wrong.items()]
-    _reason = "; ".join([f"compiled by {compiler}", *(["left out: " + ", ".join(wrong)] if wrong else []), *made.notes])
+    wrong = ", ".join(f"{name} {why}" for name, why in made.wrong.items())
+    parts = [f"compiled by {compiler}", f"left out: {wrong}" if wrong else "", note, *made.notes]
+    _reason = "; ".join(part for part in parts if part)
     return library
 
 
