@@ -319,7 +319,7 @@ def test_on_a_gpu_each_weight_is_quantised_there_as_it_is_read(tmp_path: Path, m
             assert loaded.config._experts_implementation == "grouped_mm"
     finally:  # tables that are kept by device are made up now
         for kept in (
-            quantisation_formats._places,
+            quantisation_formats.code_bounds,
             quantisation_formats.four_bit_values,
             quantisation_formats.dynamic_map,
         ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +14,8 @@ from torch import Tensor
 from veneer.ops import attention
 from veneer.ops.attention import (
     RowLayout,
-    _sdpa,
     cross_attention,
+    fused_row_attention,
     joint_attention,
     joint_attention_reference,
     rotary_attention,
@@ -192,10 +194,10 @@ def test_every_token_has_one_place() -> None:
 
 @pytest.mark.parametrize("window", [None, 4, 500])
 def test_what_runs_on_a_gpu_is_the_same_attention(window: int | None) -> None:
-    """The path through torch's fused attention, which picks its own kernel on each device, here on the CPU."""
+    """Through torch's fused attention, here on the CPU."""
     lengths, gen = [5, 9, 40, 41, 9], torch.Generator().manual_seed(0)
     qkv = torch.randn(104, 6 + 4, 8, dtype=torch.float64, generator=gen, requires_grad=True)
-    out = _sdpa(qkv, 2, RowLayout(lengths), 0.3, window)
+    out = fused_row_attention(qkv, 2, RowLayout(lengths), 0.3, window)
     wanted = reference(*qkv.split([6, 2, 2], 1), lengths, 0.3, window)
     torch.testing.assert_close(out, wanted)
     g = torch.randn(104, 6, 8, dtype=torch.float64, generator=gen)
@@ -237,7 +239,7 @@ def test_probabilities_made_again(chunk: int, monkeypatch: pytest.MonkeyPatch) -
     turn = torch.polar(torch.ones(9, 4), torch.linspace(0, 3, 36).view(9, 4))
     out = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(4))
     kept = torch.autograd.grad(joint_attention(qkv, turn=turn), qkv, out)[0]
-    monkeypatch.setattr(attention, "_keeps", lambda *_: False)
+    monkeypatch.setattr(attention, "KEPT_TOKENS", 0)
     assert near(torch.autograd.grad(joint_attention(qkv, turn=turn), qkv, out)[0], kept, 1e-5)
 
 
@@ -270,9 +272,18 @@ def test_attention_over_other_tokens(most: int, monkeypatch: pytest.MonkeyPatch)
 
 def test_too_many_probabilities_to_keep_go_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     qkv = torch.randn(1, 6, 3, 2, 8, requires_grad=True)
-    assert type(joint_attention(qkv).grad_fn).__name__ == "_JointBackward"
+    through: list[Tensor] = []
+
+    def reference_seen(x: Tensor, *how: Any) -> Tensor:
+        through.append(x)
+        return joint_attention_reference(x, *how)
+
+    monkeypatch.setattr(attention, "joint_attention_reference", reference_seen)
+    joint_attention(qkv)
+    assert not through
     monkeypatch.setattr(attention, "CHUNK_BYTES", 6 * 6 * 4 - 1)
-    assert type(joint_attention(qkv).grad_fn).__name__ != "_JointBackward"
+    joint_attention(qkv)
+    assert len(through) == 1
 
 
 tiled = pytest.mark.skipif(
@@ -300,10 +311,9 @@ def test_tiles_against_float64(n: int, S: int, T: int, heads: int, d: int, toget
     scores = exact[0] @ exact[1].mT * d**-0.5
     want = scores.softmax(-1) @ exact[2]
     gradients = torch.autograd.grad(want, exact, out_gradient.double().transpose(1, 2))
-    out, lse, _ = attention._attend_all(q, k, v, keep=False)
-    assert lse is not None
+    out, lse = chosen("attend", q, k, v)(q, k, v)
     made = torch.full_like(q, torch.nan), *torch.full((n, T, 2, heads, d), torch.nan).bfloat16().unbind(2)
-    attention._attend_all_backward(out_gradient.flatten(2), out, q, k, v, lse, None, *made)
+    chosen("attend_backward", out_gradient)(out_gradient, out, q, k, v, lse, *made)
     assert torch.allclose(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
     for got, exactly in zip([out.view_as(q), *made], [want, *gradients], strict=True):
         assert near(got, exactly.transpose(1, 2), 6e-3)
@@ -315,9 +325,9 @@ def test_tiles_bear_scores_of_any_size() -> None:
     q, k = torch.full((1, 50, 1, 16), 8.0).bfloat16(), torch.full((1, 600, 1, 16), -8.0).bfloat16()
     k[0, 500] = 8.0
     v = torch.arange(600.0).bfloat16()[None, :, None, None].expand(1, 600, 1, 16).contiguous()
-    out, _, _ = attention._attend_all(q, k, v, keep=False)
+    out, _ = chosen("attend", q, k, v)(q, k, v)
     assert torch.equal(out, v[0, 500].expand_as(out))
-    out, _, _ = attention._attend_all(q, torch.zeros_like(k), v, keep=False)
+    out, _ = chosen("attend", q, k, v)(q, torch.zeros_like(k), v)
     assert torch.allclose(out.float(), v.float().mean(), rtol=1e-2)
 
 
@@ -325,8 +335,8 @@ def test_tiles_bear_scores_of_any_size() -> None:
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("norms", [False, True])
 def test_joint_attention_of_many_tokens_in_tiles(norms: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_keeps", lambda *_: False)
-    monkeypatch.setattr(attention, "_chunks", None)  # what runs without a kernel
+    monkeypatch.setattr(attention, "KEPT_TOKENS", 0)
+    monkeypatch.setattr(torch, "bmm", None)  # what runs without a kernel
     monkeypatch.setattr(attention, "CHUNK_BYTES", 0)
     g = torch.Generator().manual_seed(5)
     qkv = torch.randn(rows, 70, 3, 3, 16, generator=g).bfloat16()
@@ -350,7 +360,7 @@ def test_tiles_do_not_depend_on_the_number_of_threads() -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            made.append(attention._attend_all(q, k, v, keep=False)[0])
+            made.append(chosen("attend", q, k, v)(q, k, v)[0])
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*made)

@@ -182,7 +182,10 @@ def test_where_constants_differ_from_bitsandbytes_ours_are_nearer() -> None:
     absmax = weight(50_000, seed=1).abs()
     x = absmax - absmax.mean()
     theirs, state = bnb.quantize_blockwise(x, blocksize=256)
-    ours, most = blocks._blocks8(x)
+    code = quantise(torch.nn.functional.pad(absmax[:, None], (0, blocks.BLOCK - 1)), "nf4").stored  # a block a row
+    assert isinstance(code, Blocks4)
+    assert code.absmax2 is not None
+    ours, most = code.absmax, code.absmax2
     assert torch.equal(most, state.absmax)
     exact = x.double() / most.double().repeat_interleave(256)[: len(x)]
     values = dynamic_map().double()
@@ -372,11 +375,11 @@ def test_a_state_dict_is_not_copied_over_a_quantised_weight_in_silence() -> None
 
 def test_only_what_bitsandbytes_has_is_left_to_its_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """dequantize_4bit on CUDA takes whatever is not fp4 for nf4."""
-    monkeypatch.setattr(blocks, "_bitsandbytes", lambda: "bitsandbytes")
-    asked = {kind: blocks._gpu_library(kind, 64, "cuda") for kind in KINDS}
+    monkeypatch.setattr(blocks, "bitsandbytes_operators", lambda: "bitsandbytes")
+    asked = {kind: blocks.gpu_library(kind, 64, "cuda") for kind in KINDS}
     assert asked == {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "int8": None}
-    assert blocks._gpu_library("nf4", 48, "cuda") is None
-    assert blocks._gpu_library("nf4", 64, "cpu") is None
+    assert blocks.gpu_library("nf4", 48, "cuda") is None
+    assert blocks.gpu_library("nf4", 64, "cpu") is None
 
 
 @pytest.mark.gpu

@@ -295,8 +295,9 @@ def _rows_work(
     return work
 
 
-def _sdpa(qkv: Tensor, kv: int, layout: RowLayout, scale: float, window: int | None) -> Tensor:
-    """The same through torch's fused attention, which is the fast one on a GPU (flash attention for 16-bit heads)."""
+def fused_row_attention(qkv: Tensor, kv: int, layout: RowLayout, scale: float, window: int | None) -> Tensor:
+    """`row_attention` of [q | k | v] heads, (N, heads + 2·kv, dim) → (N, heads, dim), through torch's fused attention,
+    which is the fast one on a GPU (flash attention for 16-bit heads) and picks its own kernel on each device."""
     heads, dim = qkv.shape[1] - 2 * kv, qkv.shape[2]
     out = qkv.new_zeros(len(qkv), heads, dim)
     for group in layout.groups:
@@ -331,7 +332,7 @@ def rotary_attention(
     if qkv.device.type != "cpu":
         q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
         turned = torch.cat([_rotated(q, cos, sin, 1.0), _rotated(k, cos, sin, 1.0), v], dim=1)
-        return _sdpa(turned, kv, layout, scale, window)
+        return fused_row_attention(turned, kv, layout, scale, window)
     return _rows(qkv, cos, sin, kv, layout, scale, window)
 
 
@@ -349,7 +350,7 @@ def row_attention(
         return scored_attention_reference(q, k, v, layout, scale, window, cap, sinks)
     qkv = torch.cat([q, k, v], 1)
     if qkv.device.type != "cpu":
-        return _sdpa(qkv, k.shape[1], layout, scale, window)
+        return fused_row_attention(qkv, k.shape[1], layout, scale, window)
     return _rows(qkv, None, None, k.shape[1], layout, scale, window)
 
 
@@ -408,6 +409,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 KEPT_BYTES = 64 << 20
 """Bytes of probabilities that one call of `cross_attention` may keep."""
 
+KEPT_TOKENS = 8
+"""Tokens, for each number of a head, that `joint_attention` keeps the probabilities of for backward: of so many they
+are hardly more than q, k and v themselves."""
+
 CHUNK_BYTES = 8 << 20
 """Bytes of probabilities at one time where `joint_attention` does not keep them; a head that needs more is torch's,
 unless there is a kernel, which needs no more for a thousand tokens than for ten."""
@@ -416,11 +421,6 @@ unless there is a kernel, which needs no more for a thousand tokens than for ten
 def _turned(x: Tensor, turn: Tensor) -> Tensor:
     """Neighbouring pairs of x, float32 (…, S, d), as complex numbers times turn: (S, d/2)."""
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
-
-
-def _keeps(tokens: int, d: int) -> bool:
-    """Whether probabilities are kept for backward: where they are hardly more than q, k and v themselves."""
-    return tokens <= 8 * d
 
 
 def _chunks(q: Tensor) -> list[slice]:
@@ -541,7 +541,7 @@ class _Joint(torch.autograd.Function):
             x = x if turn is None else _turned(x.contiguous(), turn)
             both = x.to(qkv.dtype).transpose(2, 3)
             q, k = both.unbind(0)
-        out, lse, p = _attend_all(q, k, v, _keeps(S, d))
+        out, lse, p = _attend_all(q, k, v, keep=KEPT_TOKENS * d >= S)
         ctx.save_for_backward(qkv, weight, turn, r, both, out, lse, p)
         return out
 

@@ -72,7 +72,7 @@ def four_bit_values(kind: str, device: torch.device | None = None) -> Tensor:
 
 
 @functools.cache
-def _places(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def code_bounds(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """(bounds, order): a value above k of the 15 bounds has the code order[k]."""
     values, order = four_bit_values(kind).sort(stable=True)
     return ((values[:-1] + values[1:]) / 2).to(device), order.to(device, torch.int32)
@@ -126,7 +126,7 @@ class Blocks4:
             own = self.absmax, self.absmax2, self.mean
             run(self.packed, *own, *constants, start, count, self.block, self.nested, out)
             return out
-        library = _gpu_library(self.kind, self.block, self.packed.device.type)
+        library = gpu_library(self.kind, self.block, self.packed.device.type)
         if library is not None and not start % self.block:
             return _put(self._by_bitsandbytes(library, dtype, start, count).view(-1, columns), into)
         parts = [
@@ -166,7 +166,7 @@ def _blocks4(weight: Tensor, kind: str, double: bool) -> Blocks4:
     n = flat.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=flat.device)
-    bounds, order = _places(kind, flat.device)
+    bounds, order = code_bounds(kind, flat.device)
     run = chosen("quantise_blocks4", packed, flat.dtype)
     if run is not None:
         run(packed, absmax, flat, bounds, order, BLOCK)
@@ -342,15 +342,15 @@ def row_count(stored: QuantisationFormat) -> int:
     return math.prod(stored.shape[:-1])
 
 
-def _gpu_library(kind: str, block: int, device: str) -> Any:
+def gpu_library(kind: str, block: int, device: str) -> Any:
     """bitsandbytes' operators where they decode this: on CUDA, nf4 and fp4 alone (it takes anything that is not fp4 for
     nf4), in blocks that its kernels have."""
     theirs = device == "cuda" and kind in SAVED_KINDS and block in (64, 128, 256, 512, 1024, 2048, 4096)
-    return _bitsandbytes() if theirs else None
+    return bitsandbytes_operators() if theirs else None
 
 
 @functools.cache
-def _bitsandbytes() -> Any:
+def bitsandbytes_operators() -> Any:
     """Its operators, or None where it is not installed."""
     try:
         import bitsandbytes  # noqa: F401

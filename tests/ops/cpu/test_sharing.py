@@ -90,7 +90,7 @@ from veneer.ops.cpu import sharing
 torch.set_num_threads(2)
 x = torch.ones(1 << 18)
 def act(present):
-    there = sharing._sharing()
+    there = sharing.sharing_here()
     there.neighbours.look = lambda threads: present
     return sharing.shared()
 """
@@ -175,14 +175,14 @@ def test_somebodys_own_setting_rules(name: str, monkeypatch: pytest.MonkeyPatch)
 
     for other in OWN:
         monkeypatch.delenv(other, raising=False)
-    sharing._sharing.cache_clear()
+    sharing.sharing_here.cache_clear()
     try:
-        assert sharing._sharing() is not None
-        sharing._sharing.cache_clear()
+        assert sharing.sharing_here() is not None
+        sharing.sharing_here.cache_clear()
         monkeypatch.setenv(name, "0")
-        assert sharing._sharing() is None
+        assert sharing.sharing_here() is None
     finally:
-        sharing._sharing.cache_clear()
+        sharing.sharing_here.cache_clear()
 
 
 @able

@@ -50,8 +50,8 @@ def _attention(heads: int, kv: int, dim: int, window: int | None = None, cap: fl
     sinks = empty(heads) if sunk else None
     given = q, k, k, sinks, ends, 4096, dim**-0.5, window, cap
     ctx = Context()
-    out = attention._ScoredAttention.forward(ctx, *given)
-    attention._ScoredAttention.backward(ctx, out)
+    out = attention.ScoredAttention.forward(ctx, *given)
+    attention.ScoredAttention.backward(ctx, out)
 
 
 def _turn(heads: int, kv: int, dim: int) -> None:

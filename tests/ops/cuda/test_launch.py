@@ -135,11 +135,11 @@ class _Card:
 
     def __init__(self, patch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), hip: str | None = None) -> None:
         self.tries, self.times, self.error = 0, 2.0, ""
-        launch._trouble.cache_clear()
+        launch.trouble_on.cache_clear()
         patch.setattr(torch.version, "hip", hip)
         patch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         patch.setattr(torch.cuda, "device", lambda _: nullcontext())
-        patch.setattr(launch, "_double", {(2,): self._run})
+        patch.setattr(launch, "double", {(2,): self._run})
 
     def _run(self, x: torch.Tensor, y: torch.Tensor, n: int, BLOCK: int) -> None:
         self.tries += 1
@@ -148,20 +148,20 @@ class _Card:
         y[:n] = self.times * x[:n]
 
     def trouble(self) -> str:
-        return launch._trouble(torch.device("cpu"))
+        return launch.trouble_on(torch.device("cpu"))
 
 
 def test_kernels_run_where_a_first_small_one_did(monkeypatch: pytest.MonkeyPatch) -> None:
     card = _Card(monkeypatch)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     assert (card.trouble(), card.trouble(), card.tries) == ("", "", 1)
-    launch._trouble.cache_clear()
+    launch.trouble_on.cache_clear()
     card.times = 3.0
     assert card.trouble() == "a small kernel gave wrong numbers"
-    launch._trouble.cache_clear()
+    launch.trouble_on.cache_clear()
     card.error = "Failed to find C compiler.\nPlease specify one"
     assert card.trouble() == "a small kernel could not run: RuntimeError: Failed to find C compiler."
-    launch._trouble.cache_clear()
+    launch.trouble_on.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_no_kernel_is_tried_on_a_card_that_is_too_old_or_not_nvidias(
 ) -> None:
     card = _Card(monkeypatch, capability, hip)
     assert (card.trouble(), card.tries) == (why, 0)
-    launch._trouble.cache_clear()
+    launch.trouble_on.cache_clear()
 
 
 def test_where_the_first_kernel_fails_the_reference_runs_and_the_reason_is_told(
@@ -188,7 +188,7 @@ def test_where_the_first_kernel_fails_the_reference_runs_and_the_reason_is_told(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: x)
-    monkeypatch.setattr(launch, "_trouble", lambda device: f"it would not on {device}")
+    monkeypatch.setattr(launch, "trouble_on", lambda device: f"it would not on {device}")
     assert launch.why_missing() == "it would not on cuda:0"
     assert choices("cuda")["rms_norm"][:2] == ("torch", "it would not on cuda:0")
     with FakeTensorMode():

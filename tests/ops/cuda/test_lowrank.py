@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.ops.cuda.laws import DTYPES, FEW, SEEDS, close, drawn
 from veneer.ops.choice import chosen
-from veneer.ops.cuda import lowrank
+from veneer.ops.cuda.lowrank import ShadowedProducts
 from veneer.ops.linear import LinearMap, linear
 from veneer.ops.lowrank import LowRank
 from veneer.train.optim import make_optimizer, optimizer_names
@@ -45,7 +47,7 @@ def test_linear(device: str, dtype: torch.dtype, n: int, ranks: list[int], apart
     )
     by = (drawn(seed + 54, rows, dtype=torch.float32, device=device) + 1).requires_grad_() if gain else None
     given = [x, *(t for p in products for t in (p.A, p.B)), *([by] if by is not None else [])]
-    assert chosen("low_rank", x, x, products) is lowrank.ShadowedProducts
+    assert chosen("low_rank", x, x, products) is ShadowedProducts
     y = linear(x, LinearMap(W, b, tuple(products), by))
     wide = [t.detach().double().requires_grad_() for t in given]
     plain = wide[0] @ W.double().t()
@@ -59,19 +61,22 @@ def test_linear(device: str, dtype: torch.dtype, n: int, ranks: list[int], apart
         close(a, b, dtype, 3)
 
 
+def copies_of(*products: LowRank) -> ShadowedProducts:
+    return ShadowedProducts(products, 5, torch.bfloat16)
+
+
 def test_copies_are_made_once_and_again_after_a_step() -> None:
     (p,) = products_of(0, [4], 8, 6, 0, 0)
-    A, (B,) = lowrank._shadows([p], torch.bfloat16)
-    again, _ = lowrank._shadows([LowRank(p.A, p.B, scale=7.0)], torch.bfloat16)
-    assert again is A
+    first = copies_of(p)
+    assert copies_of(LowRank(p.A, p.B, scale=7.0)).A is first.A
     with torch.no_grad():
         p.A.add_(1)
-    new, _ = lowrank._shadows([p], torch.bfloat16)
-    assert new is not A
-    assert torch.equal(new, p.A.bfloat16())
+    new = copies_of(p)
+    assert new.A is not first.A
+    assert torch.equal(new.A, p.A.bfloat16())
     p.B.data = p.B.data * 2
-    assert torch.equal(lowrank._shadows([p], torch.bfloat16)[1][0], p.B.bfloat16())
-    assert torch.equal(B, (p.B / 2).bfloat16())
+    assert torch.equal(copies_of(p).B[0], p.B.bfloat16())
+    assert torch.equal(first.B[0], (p.B / 2).bfloat16())
 
 
 @pytest.mark.parametrize("name", optimizer_names())
@@ -82,28 +87,27 @@ def test_copies_follow_every_optimizer(name: str) -> None:
     product = LowRank(parameters["A"], parameters["B"])
     optimizer = make_optimizer(parameters, name=name, learning_rate=0.1)
     for _ in range(2):
-        lowrank._shadows([product], torch.bfloat16)
+        copies_of(product)
         for t in parameters.values():
             t.grad = torch.ones_like(t)
         before = product.B.detach().clone()
         optimizer.step()
         assert not torch.equal(product.B, before)
-        A, (B,) = lowrank._shadows([product], torch.bfloat16)
-        assert torch.equal(A, product.A.bfloat16())
-        assert torch.equal(B, product.B.bfloat16())
+        made = copies_of(product)
+        assert torch.equal(made.A, product.A.bfloat16())
+        assert torch.equal(made.B[0], product.B.bfloat16())
 
 
 def test_copies_go_with_what_they_are_copies_of() -> None:
-    before = len(lowrank._kept)
     products = products_of(0, [4, 2], 8, 6, 0, 0)
-    lowrank._shadows(products, torch.bfloat16)
-    assert len(lowrank._kept) == before + 1
+    copies = [weakref.ref(t) for t in (copies_of(*products).A, *copies_of(*products).B)]
+    assert all(copy() is not None for copy in copies)
     del products
-    assert len(lowrank._kept) == before
+    assert all(copy() is None for copy in copies)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_what_is_in_the_dtype_already_is_not_copied(dtype: torch.dtype) -> None:
     A, B = torch.ones(2, 3, dtype=dtype), torch.ones(4, 2, dtype=dtype)
-    own, (other,) = lowrank._shadows([LowRank(A, B)], dtype)
-    assert (own.data_ptr(), other.data_ptr()) == (A.data_ptr(), B.data_ptr())
+    made = ShadowedProducts([LowRank(A, B)], 5, dtype)
+    assert (made.A.data_ptr(), made.B[0].data_ptr()) == (A.data_ptr(), B.data_ptr())

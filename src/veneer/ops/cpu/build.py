@@ -33,7 +33,7 @@ def build_kernels(compiler: str, sources: Sequence[Path], headers: Sequence[Path
     """The kernels, compiled and tried unless they have been. Raises OSError or subprocess.SubprocessError where they
     cannot be, or where there is no folder to trust."""
     texts = [path.read_text() for path in (*sources, *headers, Path(__file__).parent / "selftest.py")]
-    key = hashlib.sha256("\0".join([*texts, *_machine(compiler), *_FLAGS]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([*texts, *machine_of(compiler), *_FLAGS]).encode()).hexdigest()[:16]
     notes: list[str] = []
     folder = trusted_folder(notes)
     library = folder / f"native-{key}.so"
@@ -157,7 +157,7 @@ def _folders() -> list[Path]:
     return [home / "kernels", cache / "veneer" / "kernels"]
 
 
-def _machine(compiler: str) -> list[str]:
+def machine_of(compiler: str) -> list[str]:
     """What decides which instructions are made: what the compiler itself takes -march=native for, and the processor's
     own list. On one with unlike cores, the lists of all of them."""
     resolve = [compiler, "-march=native"]

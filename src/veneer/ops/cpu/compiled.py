@@ -25,7 +25,7 @@ from veneer.ops.lowrank import LowRank
 
 _pointer, _int64, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _HEADS = [_pointer, _int64, *[_pointer] * 4, *[_int64] * 5, _float, _pointer, _int]
-_SIGNATURES: dict[str, list[Any]] = {
+_EVERYWHERE: dict[str, list[Any]] = {
     "use_threads": [_int],
     "stay": [_pointer, _int, _int],
     "meet_asleep": [_int, _pointer],
@@ -86,6 +86,8 @@ _TILES: dict[str, list[Any]] = {
     "narrow_rows_attend_backward": [*[_pointer] * 3, *_ROWS, _pointer, _int],
 }
 """What multiplies by libtorch's own small products, of float32 and of bfloat16."""
+SIGNATURES = _EVERYWHERE | _PRODUCTS | _SERVING | _TILES
+"""Every kernel that there may be, by the name of its C function -> the types of its arguments."""
 SOURCES = ("native.c", "quantised.c", "serving.c", "decoder.c", "threads.c", "tiles.c")
 HEADERS = ("bf16.h", "serving.h")
 _reason = "not looked for yet"
@@ -121,12 +123,12 @@ def bound(path: str | Path, without: Iterable[str] = ()) -> Kernels:
     products = _small_products()
     compiled.use_products.argtypes, compiled.use_products.restype = [_pointer] * 3, None
     compiled.use_products(*products)
-    tiles = {name: own for name, own in _TILES.items() if products[name.startswith("narrow")] is not None}
-    for name, arguments in (_SIGNATURES | _PRODUCTS | _SERVING | tiles).items():
+    not_here = {name for name in _TILES if products[name.startswith("narrow")] is None}.union(without)
+    for name, arguments in SIGNATURES.items():
         function = getattr(compiled, name, None)
-        if function is None and name in _SIGNATURES:
+        if function is None and name in _EVERYWHERE:
             raise OSError(f"{path} has no {name}")
-        if function is not None and name not in without:
+        if function is not None and name not in not_here:
             function.argtypes, function.restype = arguments, None
             if name in _FALLIBLE:
                 function.restype, function.errcheck = _int, _checked

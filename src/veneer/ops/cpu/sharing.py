@@ -91,7 +91,7 @@ def worked(processors: Sequence[int], stat: Path = Path("/proc/stat")) -> list[f
     return [found.get(f"cpu{n}", 0.0) for n in processors]
 
 
-class _Sharing:
+class Sharing:
     """What this process does about its neighbours."""
 
     def __init__(self, native: Any) -> None:
@@ -143,7 +143,7 @@ class _Sharing:
 def shared() -> Iterator[bool]:
     """A piece of work on the CPU, of some milliseconds at least; whether it runs beside neighbours. See the module."""
     threads = torch.get_num_threads()
-    sharing = _sharing() if threads > 1 else None
+    sharing = sharing_here() if threads > 1 else None
     if sharing is None:
         yield False
         return
@@ -172,9 +172,10 @@ def forwards(model: nn.Module) -> Iterator[None]:
 
 
 @cache
-def _sharing() -> _Sharing | None:
+def sharing_here() -> Sharing | None:
+    """What this process does about its neighbours; None: nothing, by somebody's own setting or for want of a part."""
     if sys.platform != "linux" or os.environ.get("VENEER_SHARING") == "0" or any(os.environ.get(n) for n in _OWN):
         return None
     native = compiled.usable(("stay", "meet_asleep"))
     gnu = "libgomp" in Path("/proc/self/maps").read_text(encoding="utf-8")
-    return _Sharing(native) if native is not None and gnu and len(os.sched_getaffinity(0)) > 1 else None
+    return Sharing(native) if native is not None and gnu and len(os.sched_getaffinity(0)) > 1 else None

@@ -253,7 +253,7 @@ def _tiles(dim: int, backward: bool = False) -> dict[str, int]:
     return {"QUERIES": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1}
 
 
-class _ScoredAttention(torch.autograd.Function):
+class ScoredAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, starts: Tensor, longest: int, scale: float,
@@ -311,7 +311,7 @@ def _scored_attention(
 
     starts: (rows + 1,) int32, where each row begins, and N. `longest`: of the rows. `cap`: 0 for none. sinks:
     (heads,)."""
-    out: Tensor = _ScoredAttention.apply(q, k, v, sinks, starts, longest, scale, window, cap)
+    out: Tensor = ScoredAttention.apply(q, k, v, sinks, starts, longest, scale, window, cap)
     return out
 
 

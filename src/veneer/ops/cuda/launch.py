@@ -71,13 +71,14 @@ _OLDEST = (8, 0)
 
 
 @device_function
-def _double(x, y, n, BLOCK: tl.constexpr):
+def double(x, y, n, BLOCK: tl.constexpr):
+    """y = 2·x: the small kernel that is tried before any other."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y + at, 2 * tl.load(x + at, mask=at < n), mask=at < n)
 
 
 @functools.cache
-def _trouble(device: torch.device) -> str:
+def trouble_on(device: torch.device) -> str:
     """Why kernels cannot run on this GPU; "" where they can: a small one was compiled, launched, and right."""
     if torch.version.hip is not None:
         return "kernels are cut for GPUs of NVIDIA"
@@ -90,7 +91,7 @@ def _trouble(device: torch.device) -> str:
         x = torch.arange(n, dtype=torch.float32, device=device)
         y = torch.zeros_like(x)
         with torch.cuda.device(device):
-            _double[(2,)](x, y, n, BLOCK=64)
+            double[(2,)](x, y, n, BLOCK=64)
         right = torch.equal(y, x + x)
     except Exception as error:  # of triton's, of the C compiler that it calls, of the driver
         said = str(error).strip().splitlines() or [""]
@@ -104,7 +105,7 @@ def why_missing() -> str:
         return "triton is not installed"
     if INTERPRETED or not torch.cuda.is_available() or made_up(torch.empty(0, device="cuda")):
         return ""
-    return _trouble(torch.device("cuda", torch.cuda.current_device()))
+    return trouble_on(torch.device("cuda", torch.cuda.current_device()))
 
 
 def takes(*tensors: Tensor | None) -> bool:
@@ -118,7 +119,7 @@ def takes(*tensors: Tensor | None) -> bool:
         return False
     if not all(t.device == device and t.dtype != torch.float64 for t in given):
         return False
-    return INTERPRETED or made_up(given[0]) or not _trouble(device)
+    return INTERPRETED or made_up(given[0]) or not trouble_on(device)
 
 
 def contiguous(*tensors: Tensor | None) -> bool:
