@@ -38,7 +38,7 @@ from transformers import (
 VOCAB = 160
 MOE_FAMILIES = ("llama4", "mixtral", "qwen3_moe")
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -81,7 +81,7 @@ def large_norms(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def llama3(**changes: Any) -> PreTrainedModel:
-    return build(LlamaConfig(**(_COMMON | {"tie_word_embeddings": True} | changes)))
+    return build(LlamaConfig(**(COMMON | {"tie_word_embeddings": True} | changes)))
 
 
 def llama4(**changes: Any) -> PreTrainedModel:
@@ -96,20 +96,20 @@ def llama4(**changes: Any) -> PreTrainedModel:
         "no_rope_layers": [1, 0],
         "attention_chunk_size": 64,
     }
-    return build(Llama4TextConfig(**(_COMMON | own | changes)))
+    return build(Llama4TextConfig(**(COMMON | own | changes)))
 
 
 def mistral(**changes: Any) -> PreTrainedModel:
-    return build(MistralConfig(**(_COMMON | {"sliding_window": 16, "head_dim": 8} | changes)))
+    return build(MistralConfig(**(COMMON | {"sliding_window": 16, "head_dim": 8} | changes)))
 
 
 def mixtral(**changes: Any) -> PreTrainedModel:
     own = {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
-    return build(MixtralConfig(**(_COMMON | own | changes)))
+    return build(MixtralConfig(**(COMMON | own | changes)))
 
 
 def qwen3(**changes: Any) -> PreTrainedModel:
-    return build(Qwen3Config(**(_COMMON | {"head_dim": 8, "tie_word_embeddings": True} | changes)))
+    return build(Qwen3Config(**(COMMON | {"head_dim": 8, "tie_word_embeddings": True} | changes)))
 
 
 def qwen3_moe(**changes: Any) -> PreTrainedModel:
@@ -122,7 +122,7 @@ def qwen3_moe(**changes: Any) -> PreTrainedModel:
         "mlp_only_layers": [0],
         "norm_topk_prob": True,
     }
-    return build(Qwen3MoeConfig(**(_COMMON | own | changes)))
+    return build(Qwen3MoeConfig(**(COMMON | own | changes)))
 
 
 def gemma3(**changes: Any) -> PreTrainedModel:
@@ -133,12 +133,12 @@ def gemma3(**changes: Any) -> PreTrainedModel:
         "sliding_window": 16,
         "layer_types": ["sliding_attention", "full_attention"],
     }
-    return build(Gemma3TextConfig(**(_COMMON | own | changes)))
+    return build(Gemma3TextConfig(**(COMMON | own | changes)))
 
 
 def phi3(**changes: Any) -> PreTrainedModel:
     """Fused qkv_proj and gate_up_proj."""
-    return build(Phi3Config(**(_COMMON | {"original_max_position_embeddings": 256} | changes)))
+    return build(Phi3Config(**(COMMON | {"original_max_position_embeddings": 256} | changes)))
 
 
 def gemma2(**changes: Any) -> PreTrainedModel:
@@ -147,7 +147,7 @@ def gemma2(**changes: Any) -> PreTrainedModel:
         "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16, "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 3.0, "layer_types": ["sliding_attention", "full_attention"],
     }  # fmt: skip
-    return build(Gemma2Config(**(_COMMON | own | changes)))
+    return build(Gemma2Config(**(COMMON | own | changes)))
 
 
 def gpt_oss(**changes: Any) -> PreTrainedModel:
@@ -156,7 +156,7 @@ def gpt_oss(**changes: Any) -> PreTrainedModel:
         "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16,
         "layer_types": ["sliding_attention", "full_attention"],
     }  # fmt: skip
-    return build(GptOssConfig(**(_COMMON | own | changes)))
+    return build(GptOssConfig(**(COMMON | own | changes)))
 
 
 def qwen3_next(**changes: Any) -> PreTrainedModel:
@@ -166,12 +166,12 @@ def qwen3_next(**changes: Any) -> PreTrainedModel:
         "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4,
         "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
     }  # fmt: skip
-    return build(Qwen3NextConfig(**(_COMMON | own | changes)))
+    return build(Qwen3NextConfig(**(COMMON | own | changes)))
 
 
 def phi(**changes: Any) -> PreTrainedModel:
     """Layer norms with biases, rotary positions in half of each head, an MLP without a gate."""
-    return build(PhiConfig(**(_COMMON | {"partial_rotary_factor": 0.5} | changes)))
+    return build(PhiConfig(**(COMMON | {"partial_rotary_factor": 0.5} | changes)))
 
 
 def ministral3(**changes: Any) -> PreTrainedModel:
@@ -181,7 +181,7 @@ def ministral3(**changes: Any) -> PreTrainedModel:
         "llama_4_scaling_beta": 0.5,
     }  # fmt: skip
     return build(
-        Ministral3Config(**(_COMMON | {"head_dim": 16, "sliding_window": None, "rope_parameters": rope} | changes))
+        Ministral3Config(**(COMMON | {"head_dim": 16, "sliding_window": None, "rope_parameters": rope} | changes))
     )
 
 
@@ -192,7 +192,7 @@ def deepseek_v3(**changes: Any) -> PreTrainedModel:
         "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
         "moe_intermediate_size": 24, "first_k_dense_replace": 1,
     }  # fmt: skip
-    return build(DeepseekV3Config(**(_COMMON | own | changes)))
+    return build(DeepseekV3Config(**(COMMON | own | changes)))
 
 
 OTHERS: dict[str, Callable[..., PreTrainedModel]] = {

@@ -44,9 +44,8 @@ def test_what_is_asked_for_is_what_the_package_asks_for(library: str) -> None:
 )
 def test_a_version_without_it_is_named(internals: Internals, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(internals.library)
+    Internals(internals.library, internals.versions, internals.names)(name)
     fresh = Internals(internals.library, internals.versions, internals.names)
-    fresh(name)
-    fresh._found.clear()
     owner, _, key = name.rpartition(".")
     monkeypatch.delattr(f"{owner}.{key}")
     with pytest.raises(MissingInternalError) as caught:
@@ -65,7 +64,7 @@ def test_an_attention_that_misses_its_internal_says_so(monkeypatch: pytest.Monke
     from veneer.models import compat_transformers as compat
     from veneer.models.text.attention import divert_attention
 
-    monkeypatch.setattr(compat, "_registered", set())
+    monkeypatch.setattr(compat, "registered", set())
     monkeypatch.setattr(compat, "TRANSFORMERS", Internals("transformers", TRANSFORMERS.versions, TRANSFORMERS.names))
     monkeypatch.delattr("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS")
     model = types.SimpleNamespace(config=types.SimpleNamespace(_attn_implementation="sdpa"))

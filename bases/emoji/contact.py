@@ -37,7 +37,7 @@ def main() -> None:
         names = _spread([n for n in complete if is_held_out(n)])
         x = real[[where[n, "noto"] for n in names]]
         lines = edges(x)
-        made = [(f"at {w:g}", _controlled(pipeline, base, names, lines, w)) for w in (0.0, 0.5, 1.0)]
+        made = [(f"at {w:g}", controlled(pipeline, base, names, lines, w)) for w in (0.0, 0.5, 1.0)]
         sheet([("lines", lines), *made, ("real", x)], names, SHIPPED / f"{base}-canny" / "lines.png")
 
 
@@ -46,7 +46,8 @@ def _spread(names: list[str], count: int = 12) -> list[str]:
 
 
 @torch.no_grad()
-def _controlled(pipeline: Any, base: str, names: list[str], lines: Tensor, weight: float) -> Tensor:
+def controlled(pipeline: Any, base: str, names: list[str], lines: Tensor, weight: float) -> Tensor:
+    """Pictures of these emoji by their lines, as the ControlNet beside the base takes them. lines: in -1 … 1."""
     flux = base == "emoji-flux"
     cls: Any = FluxControlNetModel if flux else ControlNetModel
     control = cls.from_pretrained(SHIPPED / f"{base}-canny", torch_dtype=torch.float32)

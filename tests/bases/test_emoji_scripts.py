@@ -233,6 +233,6 @@ def test_a_sheet_gives_each_pipeline_its_lines_as_the_controlnet_learned_them(
         monkeypatch.setattr(contact, name, Control)
     lines = torch.full((1, 3, 64, 64), -1.0)
     lines[:, :, 20] = 1.0
-    contact._controlled(Pipeline(), base, ["grinning face"], lines, 1.0)
+    contact.controlled(Pipeline(), base, ["grinning face"], lines, 1.0)
     told = given["control_image" if base == "emoji-flux" else "image"]
     assert sorted(told.unique().tolist()) == [least, 1.0]

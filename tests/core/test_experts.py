@@ -41,7 +41,7 @@ def test_low_rank_weights_answer_torchs_products(flipped: bool) -> None:
         (right.sum(), dense.sum()),
     ]:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    grouped = experts._by_expert(flat, dense, offsets)
+    grouped = experts.expert_product(flat, dense, offsets)
     torch.testing.assert_close(grouped[:2], flat[:2] @ dense[0])
     torch.testing.assert_close(grouped[2:5], flat[2:5] @ dense[2])
     assert not grouped[5:].any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tests.core.test_rows import NAMES, STRENGTHS, Net, adapters, close
 from veneer.core import Adapter, Attachment, LoraSpec, Pair, attach, create
+from veneer.core.mix_cache import MixCache
 
 IDS = torch.randint(0, 12, (2, 4), generator=torch.Generator().manual_seed(0))
 MIXES = st.lists(st.tuples(st.sampled_from(NAMES), STRENGTHS), min_size=1, max_size=4)
@@ -36,10 +39,6 @@ def outputs(attachment: Attachment, limit: int, *inputs: Tensor) -> Tensor:
     return out
 
 
-def hows(attachment: Attachment) -> set[str]:
-    return {table.how for table in attachment.cache._tables.values()}
-
-
 @settings(max_examples=60, deadline=None)
 @given(mix=MIXES)
 def test_copies_equal_the_reference(net: Attachment, mix: list[tuple[str, float]]) -> None:
@@ -60,7 +59,7 @@ def test_stacks_equal_the_reference(strengths: list[float]) -> None:
         x = torch.randn(3, 40)
         limit = 4 * (6 * (40 + 50 + 18 + 90))
         got = outputs(attachment, limit, x)
-        assert hows(attachment) <= {"stack"}
+        assert set(attachment.cache.hows()) <= {"stack"}
         close(got, outputs(attachment, 0, x))
 
 
@@ -81,7 +80,7 @@ def test_in_bf16_copies_and_stacks_are_as_near_to_exact_as_the_reference(wide: b
         error = {}
         for name, limit in (("copy", 1 << 20), ("stack", 2 * 48 * 512), ("", 0)):
             got = outputs(attachment, limit, x)
-            assert hows(attachment) == {name}
+            assert set(attachment.cache.hows()) == {name}
             error[name] = float((got.double() - exact).norm() / exact.norm())
     assert error["copy"] < 1.25 * error[""] + 1e-4
     assert error["stack"] < 1.25 * error[""] + 1e-4
@@ -136,10 +135,15 @@ def test_copies_made_together_are_those_made_one_by_one(
                 return [model[name](x[name[0]]) for name in model]
 
         together = run()
-        attachment.cache.clear()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("veneer.core.mix_cache._copied_together", lambda *given: {})
-            apart = run()
+        assert attachment.cache.hows() == ["copy"]
+        mix = tuple(zip((one, two), strengths, strict=True))
+        apart = []
+        for name, base in attachment.cache.modules.items():
+            alone = MixCache({name: base}, 1 << 30).get(name, mix)  # no other module to be made with
+            assert alone is not None
+            assert alone.weight is not None
+            own = {key: t for key, t in (("weight", alone.weight), ("bias", alone.bias)) if t is not None}
+            apart.append(functional_call(base, own, x[name[0]]))
     tolerance = 1e-5 if dtype is torch.float32 else 2**-7
     for a, b in zip(together, apart, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
@@ -249,24 +253,34 @@ def test_training_mode_with_dropout_hooks_and_autocast_go_the_ordinary_way(small
             assert small.model(X).dtype == torch.bfloat16
 
 
+class Strength(float):
+    """One of which it can be seen whether anybody holds it still."""
+
+
 def test_memory_is_bounded_over_many_mixes(small: Attachment) -> None:
     one = 2 * 24 * 4
     small.cache.limit = 3 * one
+    strengths: list[weakref.ref[Strength]] = []
     with torch.no_grad():
         for i in range(100):
-            small.use(("a0", 1 + i / 100), "a1")
+            strength = Strength(1 + i / 100)
+            strengths.append(weakref.ref(strength))
+            small.use(("a0", strength), "a1")
             small.model(X)
             assert small.cache.bytes <= 3 * one
-    assert len(small.cache._tables) == 3
-    assert len(small.cache._seen) <= 65
+    assert small.cache.hows() == ["copy"] * 3
+    assert sum(each() is not None for each in strengths) <= 65
 
 
 def test_a_mix_that_comes_back_is_not_made_again(small: Attachment) -> None:
+    mix = tuple((small.adapters[name], 1.0) for name in ("a0", "a1"))
     check(small)
-    (table,) = small.cache._tables.values()
-    made = dict(table.made)
+    assert small.cache.hows() == ["copy"]
+    made = {name: small.cache.get(name, mix) for name in small.cache.modules}
+    assert all(made.values())
+    assert small.cache.hows() == ["copy"]
     small.use("a2")
     check(small)
     small.use("a0", "a1")
     check(small)
-    assert all(table.made[name] is ready for name, ready in made.items())
+    assert all(small.cache.get(name, mix) is ready for name, ready in made.items())

@@ -59,8 +59,7 @@ def test_they_are_no_image_models(tmp_path, to):
 def test_a_level_that_was_lost_on_the_way_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     """The reader itself takes both spellings, so only the loader's rule tells them apart."""
     adapter = linear_pairs(["transformer.h.0.attn.c_attn"])
-    lost = Adapter({"h.0.attn.c_attn": next(iter(adapter.pairs.values()))})
-    monkeypatch.setattr(convert, "_for_one_model", lambda meant, refused: lost)
+    monkeypatch.setattr(convert, "component_of", lambda name: "transformer")  # as if it were a denoiser's
     with pytest.raises(AdapterError, match=r"transformer\.h\.0\.attn\.c_attn: PEFT would find nothing for it"):
         convert.write(adapter, tmp_path / "out", "peft")
     assert not (tmp_path / "out").exists()

@@ -38,7 +38,7 @@ def model(name: str) -> nn.Module:
     if name != "gpt_oss":
         return twins.model(name)
     own = {"intermediate_size": 24, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
-    net = families.build(GptOssConfig(**(families._COMMON | own))).double().eval()
+    net = families.build(GptOssConfig(**(families.COMMON | own))).double().eval()
     net.config._experts_implementation = "eager"
     return net
 

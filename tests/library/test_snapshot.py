@@ -18,6 +18,7 @@ from sqlalchemy import event
 from tests.library.conftest import postgres_server
 from tests.library.made import made, open_made, read_made
 from veneer.library import index as ix
+from veneer.library import snapshot
 from veneer.library.database import reading
 from veneer.library.library import Library
 from veneer.library.names import parse_reference
@@ -144,13 +145,15 @@ def test_a_thread_that_meets_anything_goes_on(library: Library, tmp_path: Path, 
     with Snapshot(library) as names:
         with monkeypatch.context() as patch:
 
-            def fails(driver: Any) -> Any:
+            def fails(connection: Any) -> Any:
                 raise RuntimeError("whatever a driver says")
 
-            patch.setattr(names, "_version", fails)
+            patch.setattr(snapshot, "read", fails)
+            library.add(made(tmp_path, 2), "a", describe=read_made)
             until(lambda: (names.looked() and names.away) is True)
             began = time.monotonic()
             assert meaning(asyncio.run(names.fresh()), "a") == "a@1"
             assert time.monotonic() - began < 0.2, "while it is away nobody waits"
-        library.add(made(tmp_path, 2), "a", describe=read_made)
         until(lambda: meaning(names.now, "a") == "a@2")
+        library.add(made(tmp_path, 3), "a", describe=read_made)
+        until(lambda: meaning(names.now, "a") == "a@3")

@@ -92,6 +92,10 @@ class MixCache:
     def bytes(self) -> int:
         return sum(t.bytes for t in self._tables.values())
 
+    def hows(self) -> list[str]:
+        """How each mix for which there is a table is kept, the oldest first: "copy", "stack", or "" for neither."""
+        return [table.how for table in self._tables.values()]
+
     def clear(self, having: Adapter | None = None) -> None:
         """Drop every table, or those of mixes with one adapter."""
         for key, table in list(self._tables.items()):

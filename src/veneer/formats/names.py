@@ -156,7 +156,7 @@ def near(family: Family | None, text: str) -> str | None:
     if family is None:
         return None
     text = text.removeprefix("base_model.model.")
-    known = _sorted(family.name)
+    known = texts_of(family.name)
     at = bisect_left(known, text)
     common, best = max((_common(text, t), t) for t in known[max(at - 1, 0) : at + 1])
     return best if common >= 8 else None
@@ -168,7 +168,8 @@ def _common(a: str, b: str) -> int:
 
 
 @cache
-def _sorted(name: str) -> list[str]:
+def texts_of(name: str) -> list[str]:
+    """Every text that a file may have for a module of this family, without the prefixes that `lookup` takes off."""
     return sorted(_table(name))
 
 

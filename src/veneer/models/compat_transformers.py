@@ -41,15 +41,16 @@ PRE_NORM_LAYERS = {"llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer
 one may then work on trained tokens alone. models/text/fast.py checks it on the model at hand; plans count with it."""
 
 _lock = threading.Lock()
-_registered: set[str] = set()
+registered: set[str] = set()
+"""What this process has registered with transformers so far."""
 
 
 def _once(name: str, register: Callable[[], None]) -> None:
     """Calls `register` the first time this name comes; two threads may load two bases at the same time."""
     with _lock:
-        if name not in _registered:
+        if name not in registered:
             register()
-            _registered.add(name)
+            registered.add(name)
 
 
 def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None = None) -> None:
