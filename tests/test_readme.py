@@ -41,7 +41,7 @@ def parse(line: str) -> list[str]:
     """Let the real command line parse `line` without running it. Returns the names of the commands on the way."""
     from veneer.cli import main
 
-    command, path = main._program(), []
+    command, path = main.program(), []
     try:
         context = command.make_context("veneer", shlex.split(line)[1:])
         while hasattr(command, "resolve_command"):

@@ -141,7 +141,7 @@ def test_a_full_disk_before_the_first_checkpoint_promises_none(tmp_path: Path, m
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(checkpoint, "replace_file", full)
     with pytest.raises(ResourceError, match="disk is full") as error:
         _save(tmp_path / "checkpoints", 1)
     assert "no checkpoint" in str(error.value.fix)
@@ -159,7 +159,7 @@ def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stays(
 
     with monkeypatch.context() as patch:
         if function == "write":
-            patch.setattr(checkpoint, "_write", full)
+            patch.setattr(checkpoint, "replace_file", full)
         elif function == "mkdir":
             patch.setattr(Path, "mkdir", full)
         else:

@@ -258,23 +258,23 @@ def test_a_signal_to_the_launcher_reaches_each_once(capfd: pytest.CaptureFixture
 def test_those_that_do_not_notice_a_failure_are_ended(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(devices, "_PATIENCE", 0.3)
+    monkeypatch.setattr(devices, "PATIENCE", 0.3)
     code = "import os, sys, time; time.sleep(60) if os.environ['RANK'] == '0' else sys.exit(3)"
     assert launch(2, [sys.executable, "-c", code]) == 3
     assert "process 0 of 2 was ended by SIGTERM" in capfd.readouterr().err
 
 
 def test_devices_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert devices._own_device("cpu", 5, 6) == "cpu"
+    assert devices.own_device("cpu", 5, 6) == "cpu"
     with pytest.raises(ConfigError, match="takes a device of its own"):
-        devices._own_device("cuda:1", 0, 2)
+        devices.own_device("cuda:1", 0, 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError, match="no CUDA device"):
-        devices._own_device("cuda", 0, 2)
+        devices.own_device("cuda", 0, 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match="4 processes were started on a machine with 2"):
-        devices._own_device("cuda", 3, 4)
+        devices.own_device("cuda", 3, 4)
 
 
 # --- one of them fails --------------------------------------------------------------------------------------------

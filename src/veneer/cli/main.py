@@ -97,13 +97,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else list(argv)
     with guard():
         try:
-            _program()(args=given, prog_name="veneer")
+            program()(args=given, prog_name="veneer")
         except Exception as error:
             print(fault.report(error, given, {name: module for name, (module, _) in COMMANDS.items()}), file=sys.stderr)
             raise SystemExit(fault.EXIT_CODE) from None
 
 
-def _program() -> Any:
+def program() -> Any:
+    """The whole command line, as click has it; a command's own file is imported when it is asked for."""
     app = typer.Typer(
         cls=LazyGroup,
         no_args_is_help=True,

@@ -44,7 +44,7 @@ T = TypeVar("T")
 _ERROR = "veneer/error"
 _TIMEOUT = timedelta(hours=3)
 """How long one waits for the others, who may be drawing samples; a process that has ended is noticed at once."""
-_PATIENCE = 20.0
+PATIENCE = 20.0
 """Seconds in which the others notice by themselves that a process is gone, before `launch` ends them."""
 
 
@@ -168,7 +168,7 @@ def joined(device: str = "auto", *, lockstep: bool = False) -> Iterator[Devices]
     rank, count, local = dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0"))
     store = dist.distributed_c10d._get_default_store()
     try:
-        yield Devices(rank, count, local, _own_device(device, local, count), lockstep)
+        yield Devices(rank, count, local, own_device(device, local, count), lockstep)
     except Exception as error:
         raise _shared(error, store, rank) from error
     finally:
@@ -176,7 +176,9 @@ def joined(device: str = "auto", *, lockstep: bool = False) -> Iterator[Devices]
             dist.destroy_process_group()
 
 
-def _own_device(asked: str, local: int, count: int) -> str:
+def own_device(asked: str, local: int, count: int) -> str:
+    """The device of one of `count` processes, the `local`th of its machine, by what base.device asks for: "cpu", or a
+    CUDA device of its own, current from now on. Raises ConfigError where there is none."""
     if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
         return "cpu"
     if asked not in ("auto", "cuda"):
@@ -274,7 +276,7 @@ def launch(count: int, command: Sequence[str]) -> int:
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Until all have ended. From the first failure on the others have their time, then SIGTERM, then SIGKILL."""
     failed: float | None = None
-    ways = [(2 * _PATIENCE, signal.SIGKILL), (_PATIENCE, signal.SIGTERM)]
+    ways = [(2 * PATIENCE, signal.SIGKILL), (PATIENCE, signal.SIGTERM)]
     while None in (codes := [process.poll() for process in processes]):
         if failed is None and any(codes):
             failed = time.monotonic()

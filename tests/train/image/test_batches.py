@@ -259,9 +259,9 @@ def test_a_mask_confines_the_loss_to_what_is_white(shared: Path, tmp_path: Path,
     assert batch.masks[..., half:].max() == 0
     noise, sigma = draw(batch.latents.shape[1:], [masked.key], "flow", loss.times, loss.noise)
     with torch.no_grad():
-        own = loss._rows(batch, noise, sigma)
+        own = loss.row_errors(batch, noise, sigma)
         batch.masks = None
-        whole = loss._rows(batch, noise, sigma)
+        whole = loss.row_errors(batch, noise, sigma)
     assert own != whole
 
 
@@ -294,7 +294,7 @@ def test_held_out_pictures_are_chosen_by_content_and_scored_alike_in_every_run(s
             batch = loss.encoders.batch([row])
             for k, sigma in enumerate((0.125, 0.375, 0.625, 0.875)):
                 noise = torch.randn(batch.latents.shape[1:], generator=generator("validation", *row.key, k))[None]
-                errors.append(float(loss._rows(batch, noise, torch.tensor([sigma]))))
+                errors.append(float(loss.row_errors(batch, noise, torch.tensor([sigma]))))
     assert scores[0].loss == pytest.approx(sum(errors) / len(errors), rel=1e-5)
 
 
@@ -326,12 +326,14 @@ def test_guidance_that_is_kept(shared: Path, base: ImageBase) -> None:
     base.denoiser.forward = adapted
     try:
         with torch.no_grad():
-            want = plain._rows(batch, noise, sigma)
+            want = plain.row_errors(batch, noise, sigma)
             loss = ImageLoss(base, kept, encoders, bare=bare)
-            assert torch.allclose(loss._rows(batch, noise, sigma), want, rtol=1e-4)
-            assert not torch.allclose(ImageLoss(base, told, encoders)._rows(batch, noise, sigma), want, rtol=1e-3)
+            assert torch.allclose(loss.row_errors(batch, noise, sigma), want, rtol=1e-4)
+            assert not torch.allclose(ImageLoss(base, told, encoders).row_errors(batch, noise, sigma), want, rtol=1e-3)
             moved[0] = 0.5
-            assert torch.allclose(loss._rows(batch, noise, sigma), plain._rows(batch, noise, sigma), rtol=1e-4)
+            assert torch.allclose(
+                loss.row_errors(batch, noise, sigma), plain.row_errors(batch, noise, sigma), rtol=1e-4
+            )
         assert loss.guidance == 4.0
         assert moves == [0.0, 0.5]
     finally:

@@ -21,7 +21,7 @@ from veneer.formats import convert, peft
 from veneer.formats.read import read
 from veneer.models.image.base import load_image, pipeline
 from veneer.models.image.memory import blocks_of, fetched, measured_activations, offloading, park, recomputing
-from veneer.train.checkpoint import _load, latest
+from veneer.train.checkpoint import latest
 from veneer.train.events import Event, Note, Resolved
 from veneer.train.image import save as image_save
 
@@ -93,7 +93,7 @@ def test_every_layout_holds_the_trained_adapter(
     assert "read back and compared: predictions equal" in _notes(seen)
     newest = latest(tmp_path / "out" / "checkpoints")
     assert newest is not None
-    trained = _load(newest / "adapter.safetensors")
+    trained, _ = read_tensors(newest / "adapter.safetensors")
     back = read(Path(result.adapter)).adapter
     assert {f"{n}.A" for n in back.pairs} == {n for n in trained if n.endswith(".A")}
     assert any(n.startswith("text_encoder.") for n in back.pairs) == bool(encoders)
@@ -170,7 +170,7 @@ def test_the_average_is_what_is_saved(shared: Path, tmp_path: Path) -> None:
     result = run(shared, tmp_path / "out", ema={"decay": 0.9}, **STRONG)
     newest = latest(tmp_path / "out" / "checkpoints")
     assert newest is not None
-    state = _load(newest / "adapter.safetensors")
+    state, _ = read_tensors(newest / "adapter.safetensors")
     for name, pair in read(Path(result.adapter)).adapter.pairs.items():
         torch.testing.assert_close(pair.B, state[f"{name}.B@ema"], rtol=0, atol=0)
         assert not torch.equal(pair.B, state[f"{name}.B"])

@@ -29,6 +29,7 @@ from veneer.errors import (
     ResourceError,
     TrainingError,
 )
+from veneer.files.safetensors import read_tensors
 from veneer.formats import peft
 from veneer.formats.card import read_card
 from veneer.models.text.base import TextBase, load_text
@@ -291,7 +292,7 @@ def test_the_state_that_is_asked_for_is_what_is_kept(
     assert (result.kept_step, result.validation, result.validation_before) == (kept, loss, 9.0)
     assert any(isinstance(e, Note) and "kept the adapter of step 3" in e.text for e in seen) == (keep == "best")
     saved = peft.read_folder(tmp_path / "out", base.model)
-    state = checkpoint._load(tmp_path / "out" / "checkpoints" / f"step-{kept:08d}" / "adapter.safetensors")
+    state, _ = read_tensors(tmp_path / "out" / "checkpoints" / f"step-{kept:08d}" / "adapter.safetensors")
     assert all(torch.equal(pair.A, state[f"{name}.A"]) for name, pair in saved.pairs.items())
 
 
@@ -444,15 +445,15 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint_and_can_be_resumed(
     whole: tuple[Path, RunResult, list[Event]], shared: Path, base: TextBase, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    output, real = tmp_path / "full", checkpoint._write
+    output, real = tmp_path / "full", checkpoint.replace_file
 
-    def write(path: Path, chunks: Any) -> str:
+    def write(path: Path, chunks: Any) -> None:
         if "step-00000006" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(path, chunks)
+        real(path, chunks)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write", write)
+        patch.setattr(checkpoint, "replace_file", write)
         with pytest.raises(ResourceError, match="disk is full"):
             _train(shared, output, base)
     assert not (output / TENSORS).exists()

@@ -171,14 +171,14 @@ class ImageLoss:
     def __call__(self, batch: ImageBatch) -> Tensor:
         shape = batch.latents.shape[1:]
         noise, times = draw(shape, [row.key for row in batch.rows], self.base.prediction, self.times, self.noise)
-        losses = self._rows(batch, noise, times)
+        losses = self.row_errors(batch, noise, times)
         weights = batch.weights
         gamma = self.config.loss.snr_gamma
         if gamma is not None and self.alphas is not None:
             weights = weights * min_snr_weight(times, self.base.prediction, self.alphas, gamma)
         return (sent(weights, losses.device) * losses).sum()
 
-    def _rows(self, batch: ImageBatch, noise: Tensor, times: Tensor) -> Tensor:
+    def row_errors(self, batch: ImageBatch, noise: Tensor, times: Tensor) -> Tensor:
         """The mean squared error of each row, (n,) in float32."""
         base = self.base
 
@@ -219,7 +219,7 @@ class ImageLoss:
                     return None
                 fixed = [generator("validation", *row.key, k) for row in group]
                 noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=g) for g in fixed])
-                sums[k] += float(self._rows(batch, noise, time.expand(len(group))).double().sum())
+                sums[k] += float(self.row_errors(batch, noise, time.expand(len(group))).double().sum())
         extra = {f"loss at {time:g}": s / max(1, count) for time, s in zip(times.tolist(), sums.tolist(), strict=True)}
         return Score(float(sums.mean()), count, count, extra, likelihood=False)
 
