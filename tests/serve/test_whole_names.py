@@ -133,8 +133,7 @@ def test_unload_drains_and_frees(whole: Whole, shop: Shop, kind: str) -> None:
     while (left := alive(watched)) and time.monotonic() < end:
         time.sleep(0.05)
     assert left == 0
-    attachment = whole.engine.runner._attachment
-    assert attachment is None or digest not in attachment.adapters  # whose adapters share memory with ours
+    assert digest not in whole.engine.runner.attached  # whose adapters share memory with ours
 
 
 def test_names_that_change_under_many_clients_never_mean_something_else(whole: Whole, shop: Shop) -> None:

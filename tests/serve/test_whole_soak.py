@@ -164,9 +164,8 @@ def left_over(whole: Whole) -> dict[str, int]:
     engine, service = whole.engine, whole.built.service
     wait_for(lambda: engine.residents.stats().waiting == 0)
     assert not service.shadows.running
-    assert not engine.runner._pasts
-    attached = engine.runner._attachment.adapters if engine.runner._attachment is not None else ()
-    assert set(attached) <= set(engine.residents.resident())
+    assert not engine.runner.sequences
+    assert engine.runner.attached <= set(engine.residents.resident())
     assert engine.residents.stats().bytes == sum(engine.residents.resident().values()) <= engine.residents.limit
     process = psutil.Process()
     time.sleep(2)  # connections that were closed, threads of pools

@@ -7,6 +7,7 @@ import gc
 import sys
 import threading
 import time
+import types
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
@@ -20,6 +21,7 @@ from tests.serve.forward.test_runner import base_of, trained
 from veneer.core.adapter import Adapter
 from veneer.core.attach import attach
 from veneer.errors import AdapterError
+from veneer.serve.engine import grammar
 from veneer.serve.engine.engine import TextEngine
 from veneer.serve.forward.paged import Pages
 from veneer.serve.names.shelf import Problems
@@ -462,12 +464,29 @@ def test_an_engine_says_when_it_serves_nobody() -> None:
 
         run(stuck())
         assert engine.problem() == ""
-        engine._box.put(sys.exit)  # whatever ends it
-        engine._thread.join(10)
+
+        def ends(rows: Any) -> Any:
+            sys.exit()  # whatever ends it
+
+        async def asked_in_vain() -> None:
+            asked, end = asyncio.create_task(ask()), time.monotonic() + 10
+            while not engine.problem() and time.monotonic() < end:
+                await asyncio.sleep(0.01)
+            asked.cancel()
+
+        engine.runner.run = ends  # type: ignore[method-assign]
+        run(asked_in_vain())
         assert "has ended" in engine.problem()
 
 
-def test_a_grammar_that_breaks_ends_its_own_row_and_the_others_take_their_tokens_once() -> None:
+def grammar_is(patch: pytest.MonkeyPatch, matcher: Callable[[], Any]) -> None:
+    """Whatever grammar is asked for, it is this one."""
+    patch.setattr(grammar, "compile_grammar", lambda *_, **__: types.SimpleNamespace(copy=matcher))
+
+
+def test_a_grammar_that_breaks_ends_its_own_row_and_the_others_take_their_tokens_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = fresh()
     with engine_of(model, Shelf()) as engine:
 
@@ -478,27 +497,28 @@ def test_a_grammar_that_breaks_ends_its_own_row_and_the_others_take_their_tokens
             def advance(self, token: int) -> None:
                 raise RuntimeError("a bug")
 
-        async def both() -> list[Any]:
-            loop, inbox = asyncio.get_running_loop(), asyncio.Queue[EngineEvent]()
-            engine._admit(Request(prompt(9, 1), GREEDY), Broken(), inbox.put_nowait, loop)
-            good = await answer(engine, Request(prompt(9), replace(GREEDY, seed=3, temperature=1.0)))
-            while not isinstance(event := await inbox.get(), Finished):
-                pass
-            return [good, event]
+        async def both() -> tuple[Any, Any]:
+            breaks = Request(prompt(9, 1), replace(GREEDY, grammar=("regex", "a")))
+            steady = Request(prompt(9), replace(GREEDY, seed=3, temperature=1.0))
+            (_, _, bad), good = await asyncio.gather(answer(engine, breaks), answer(engine, steady))
+            return good, bad
 
+        grammar_is(monkeypatch, Broken)
         good, bad = run(both())
         assert (bad.reason, bad.error.code) == ("error", "internal")
         alone = run(answer(engine, Request(prompt(9), replace(GREEDY, seed=3, temperature=1.0))))
         assert good[0] == alone[0]
 
 
-def test_masks_are_made_while_the_model_computes() -> None:
+def test_masks_are_made_while_the_model_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     with engine_of(fresh(), Shelf()) as engine:
         own: Callable[..., Any] = engine.runner.run
         computing, masked = threading.Event(), threading.Event()
         beside: list[bool] = []
+        steppers: set[threading.Thread] = set()
 
         def run_slowly(rows: Any) -> Any:
+            steppers.add(threading.current_thread())
             computing.set()
             assert masked.wait(10)
             computing.clear()
@@ -507,7 +527,7 @@ def test_masks_are_made_while_the_model_computes() -> None:
 
         class Watched:
             def mask(self) -> Any:
-                beside.append(computing.wait(10) and threading.current_thread() is not engine._thread)
+                beside.append(computing.wait(10) and threading.current_thread() not in steppers)
                 masked.set()
                 allowed = torch.zeros(engine.vocabulary, dtype=torch.bool)
                 allowed[7] = True
@@ -518,14 +538,8 @@ def test_masks_are_made_while_the_model_computes() -> None:
 
         engine.runner.run = run_slowly  # type: ignore[method-assign]
 
-        async def ask() -> Finished:
-            inbox = asyncio.Queue[EngineEvent]()
-            request = Request(prompt(9), Sampling(max_tokens=3, temperature=0.0, ignore_eos=True))
-            engine._admit(request, Watched(), inbox.put_nowait, asyncio.get_running_loop())
-            while not isinstance(event := await inbox.get(), Finished):
-                pass
-            return event
-
-        end = run(ask())
+        grammar_is(monkeypatch, Watched)
+        sampling = Sampling(max_tokens=3, temperature=0.0, ignore_eos=True, grammar=("regex", "a"))
+        _, _, end = run(answer(engine, Request(prompt(9), sampling)))
         assert (end.reason, end.usage.completion) == ("length", 3)
         assert beside == [True] * 3

@@ -209,9 +209,9 @@ def test_a_grammar_is_compiled_once() -> None:
 
 def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammars, "CACHED", 3)
-    for i in range(9):
-        compiled("regex", f"kept{i}")
-    assert len(grammars._cache) <= 3
+    made = [compiled("regex", f"kept{i}") for i in range(9)]
+    assert all(compiled("regex", f"kept{i}") is made[i] for i in (6, 7, 8))
+    assert compiled("regex", "kept5") is not made[5]
 
 
 def test_matchers_do_not_know_each_other() -> None:

@@ -114,7 +114,7 @@ def test_what_stays_is_what_transformers_keeps(seed: int, k: int, p: float, min_
         if use:
             warped = warp({TopKLogitsWarper: k, MinPLogitsWarper: min_p, TopPLogitsWarper: p}[warp])(None, warped)
     own = (scores - scores.max()) / heat
-    stays = own >= sampler._floor(own, [s])
+    stays = own >= sampler.lowest_kept(own, [s])
     other = (stays != (warped > -math.inf)).nonzero()[:, 1].tolist()
     if other:  # only where the sum stops within rounding of its share
         order = own.masked_fill(own < own.max() + (math.log(min_p) if min_p else -math.inf), -math.inf)
@@ -124,19 +124,19 @@ def test_what_stays_is_what_transformers_keeps(seed: int, k: int, p: float, min_
 
 def test_equal_scores_share_their_fate() -> None:
     scores = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0, -9.0]])
-    assert (scores - 3 >= sampler._floor(scores - 3, [Sampling(top_k=2)])).tolist() == [
+    assert (scores - 3 >= sampler.lowest_kept(scores - 3, [Sampling(top_k=2)])).tolist() == [
         [False, True, True, True, False, False]
     ]
-    assert (scores - 3 >= sampler._floor(scores - 3, [Sampling(top_p=0.5)])).sum() == 3
+    assert (scores - 3 >= sampler.lowest_kept(scores - 3, [Sampling(top_p=0.5)])).sum() == 3
 
 
 def test_a_nucleus_beyond_the_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = logits(4, seed=8, spread=0.3)
     scores = scores - scores.amax(-1, keepdim=True)
     s = [Sampling(top_p=p) for p in (0.2, 0.9, 0.99, 1.0)]
-    want = sampler._floor(scores, s)
+    want = sampler.lowest_kept(scores, s)
     monkeypatch.setattr(sampler, "NUCLEUS", 4)
-    assert torch.equal(sampler._floor(scores, s), want)
+    assert torch.equal(sampler.lowest_kept(scores, s), want)
 
 
 def test_a_row_draws_the_same_whoever_shares_its_batch() -> None:
@@ -192,8 +192,8 @@ def test_draws_of_one_row_are_independent_from_step_to_step() -> None:
 
 def test_neighbouring_seeds_and_tokens_are_unrelated() -> None:
     tokens = torch.arange(512, dtype=torch.int32)
-    keys = torch.tensor([sampler._key(s, p) for s in range(16) for p in range(16)], dtype=torch.int32)
-    e = sampler._exponential(tokens, keys[:, None]).double()
+    keys = torch.tensor([sampler.draw_key(s, p) for s in range(16) for p in range(16)], dtype=torch.int32)
+    e = sampler.exponential(tokens, keys[:, None]).double()
     assert abs(float(e.mean()) - 1) < 0.01
     assert abs(float(e.var()) - 1) < 0.03
     for other in (e.roll(1, 0), e.roll(1, 1), e.roll(16, 0)):
@@ -218,7 +218,7 @@ def adjusted(scores: Tensor, s: Sampling, prompt: tuple[int, ...] = (), made: tu
     row = SampledRow(s, prompt, vocabulary=len(scores), ends=(V - 1,))
     for token in made:
         row.take(token)
-    assert not sampler._adjust(out[None], [row])
+    assert not sampler.adjust(out[None], [row])
     return out
 
 
@@ -359,7 +359,7 @@ def test_a_device_draws_the_same_without_being_asked_how_many(monkeypatch: pytes
     ]
     scores = logits(len(rows[0]), 11)
     want = [sample(scores.roll(step, 0), rows[0]) for step in range(4)]
-    monkeypatch.setattr(sampler, "_asks", lambda _: False)
+    monkeypatch.setattr(sampler, "free_to_ask", lambda _: False)
     assert [sample(scores.roll(step, 0), rows[1]) for step in range(4)] == want
 
 

@@ -42,8 +42,7 @@ def test_mixes_that_clients_make_are_bounded_for_each_tenant_on_replicas_and_on_
 async def settled(it: Fleet) -> None:
     """What goes on behind requests has ended."""
     for _ in range(100):
-        behind = [it._collecting, *it._spreading, *(t for r in it.replicas for t in r.loading.values())]
-        if all(t is None or t.done() for t in behind):
+        if all(task.done() for task in it.behind()):
             return
         await asyncio.sleep(0.05)
 
@@ -94,7 +93,7 @@ def test_a_folder_that_another_front_door_collected_is_made_again(shelf, tmp_pat
         async with fleet(urls, shelf, tmp_path) as it, fleet(urls, shelf, tmp_path) as other:
             mix = blends(1)[0]
             await answer(it, mix)
-            other._collect([served_name(mix)])
+            other.collect([served_name(mix)])
             await settled(other)
             fake.adapters.clear()
             assert not list(it.folders.cache.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from torch import Tensor
 from tests.families import FAMILIES
 from tests.serve.forward.test_runner import base_of, prompts, serve, trained
 from veneer.ops import choice
+from veneer.ops.cpu import compiled
 from veneer.ops.measuring import Kept
 from veneer.serve.forward.llama import LlamaForward
 from veneer.serve.forward.packed import Panels, best_packing
-from veneer.serve.forward.runner import Prepared, Runner, _use_threads
+from veneer.serve.forward.runner import Prepared, Runner, use_threads
 from veneer.serve.settings import WeightKind
 
 pytestmark = pytest.mark.skipif(
@@ -44,8 +46,17 @@ def runner_of(name: str, weights: WeightKind = "dense") -> tuple[Runner, LlamaFo
     adapters["dora"] = trained(model, 7, dora=True)
     runner = Runner(base_of(model), cache_bytes=1 << 20, weights=weights)
     assert runner.how == "fused", runner.why
-    assert runner._llama is not None
-    return runner, runner._llama, {n: runner.prepare(a, n) for n, a in adapters.items()}
+    assert runner.llama is not None
+    return runner, runner.llama, {n: runner.prepare(a, n) for n, a in adapters.items()}
+
+
+def line_by_line(runner: Runner, patch: pytest.MonkeyPatch) -> None:
+    """From now on its layers run one after another, as where decoder.c is not there."""
+    usable = compiled.usable
+    patch.setattr(compiled, "usable", lambda names, *tensors: None if names == "decode" else usable(names, *tensors))
+    assert runner.llama is not None
+    runner.llama = replace(runner.llama)
+    assert not runner.llama.in_one_call
 
 
 def answers(runner: Runner, adapters: dict[str, Prepared], lengths: tuple[int, ...] = (1, 20, 33, 70)) -> list[Tensor]:
@@ -57,11 +68,11 @@ def answers(runner: Runner, adapters: dict[str, Prepared], lengths: tuple[int, .
 @pytest.mark.parametrize(
     ("name", "weights"), [*((name, "dense") for name in BASES), ("llama", "int8"), ("norms of q and k", "int4")]
 )
-def test_the_same_bits_as_layer_by_layer(name: str, weights: WeightKind) -> None:
+def test_the_same_bits_as_layer_by_layer(name: str, weights: WeightKind, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, llama, adapters = runner_of(name, weights)
-    assert llama._table is not None
+    assert llama.in_one_call
     together = answers(runner, adapters)
-    llama.__dict__["_table"] = None
+    line_by_line(runner, monkeypatch)
     apart = answers(runner, adapters)
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
 
@@ -83,7 +94,7 @@ def test_a_dora_in_the_batch_changes_nobody_elses_bits() -> None:
 
 def test_what_was_measured_changes_no_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """decoder.c rounds as the compiled kernels do, so layers line by line must run them, whatever is faster here."""
-    runner, llama, adapters = runner_of("llama")
+    runner, _, adapters = runner_of("llama")
     together = answers(runner, adapters)
     monkeypatch.setattr(choice, "seconds_of", lambda works: {name: 1.0 + (name != "torch") for name in works})
     x = torch.ones(3, 64, dtype=torch.bfloat16)
@@ -93,7 +104,7 @@ def test_what_was_measured_changes_no_bits(monkeypatch: pytest.MonkeyPatch) -> N
         assert choice.chosen("silu_gate", x) is None
         decided = choice.recorded()
         assert set(decided.values()) == {"torch"}
-        llama.__dict__["_table"] = None
+        line_by_line(runner, monkeypatch)
         apart = answers(runner, adapters)
         assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
         assert choice.recorded() == decided
@@ -104,7 +115,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
     found: dict[int, list[Tensor]] = {}
 
     def run(threads: int) -> None:
-        _use_threads(threads)
+        use_threads(threads)
         found[threads] = answers(runner, adapters)
 
     for n in (1, 2, 5):
@@ -119,8 +130,8 @@ def test_bases_whose_shapes_have_no_panels_go_layer_by_layer() -> None:
     model = FAMILIES["llama3"](**(SHAPE | {"intermediate_size": 90})).bfloat16()
     runner = Runner(base_of(model), cache_bytes=1 << 20)
     assert runner.how == "fused", runner.why
-    assert runner._llama is not None
-    assert runner._llama._table is None
+    assert runner.llama is not None
+    assert not runner.llama.in_one_call
     (got,) = serve(runner, [(prompts((20,))[0], [])], [20])
     with torch.no_grad():
         want = model(input_ids=torch.tensor(prompts((20,)))).logits[0, -1]

@@ -151,10 +151,10 @@ def test_what_has_no_thin_form_runs_beside_what_has(family: str) -> None:
     got = serve(runner, prepared_ones, [9, 2, 16])
     for g_, w in zip(got, want, strict=True):
         same(g_, w)
+    assert runner.attached == set(ready)
     for name in ready:
         runner.let_go(name)
-    assert runner._attachment is not None
-    assert not runner._attachment.adapters
+    assert not runner.attached
     runner.close()
 
 

@@ -96,8 +96,8 @@ def quantised_of(model: Any) -> list[tuple[str, Quantised]]:
 def test_no_projection_has_a_dense_copy() -> None:
     model = model_in("nf4", dtype=torch.bfloat16)
     runner = Runner(base_of(model), cache_bytes=1 << 20)
-    assert runner._llama is not None
-    held = [w for b in runner._llama.blocks for w in (b.qkv, b.out, b.gate_up, b.down)]
+    assert runner.llama is not None
+    held = [w for b in runner.llama.blocks for w in (b.qkv, b.out, b.gate_up, b.down)]
     assert all(isinstance(w, Coded) and all(isinstance(p, Quantised) for p in w.parts) for w in held)
     runner.close()
 

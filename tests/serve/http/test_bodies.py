@@ -138,12 +138,12 @@ def test_a_prompt_that_no_context_could_hold_is_not_tokenised(small: Live) -> No
 
 def test_tokens_are_the_tokenizers_own(small: Live) -> None:
     prompts, tokenizer = small.service.prompts, small.service.reader.tokenizer
-    assert prompts._reader is not None  # the copy that threads share
     for text in ("", "Hello, the printer!", "<|im_start|>user\nHi<|im_end|>", "naïve 東京 🙂", " a  b\t\n"):
         for special in (True, False):
-            assert (
-                list(prompts.encode(text, special=special)) == tokenizer(text, add_special_tokens=special)["input_ids"]
-            )
+            wanted = tokenizer(text, add_special_tokens=special)["input_ids"]
+            assert list(prompts.encode(text, special=special)) == wanted
+            spans = prompts.spans(text, special=special)  # which the copy alone gives that threads share
+            assert [token for token, _, _ in spans] == wanted
 
 
 @pytest.mark.parametrize(

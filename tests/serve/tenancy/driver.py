@@ -178,7 +178,7 @@ def scenario(url: str, folder: Path, told: int, step: int) -> None:
             return getattr(self.c, name)
 
     outbox: Any = tenants.ledger.outbox
-    outbox._c = Statements(outbox._c)
+    outbox.connection = Statements(outbox.connection)
     Connection.commit = stepping(Connection.commit)  # type: ignore[method-assign]
     for name in ("write", "unlink"):
         setattr(os, name, stepping(getattr(os, name)))

@@ -189,8 +189,8 @@ def test_a_server_whose_disk_is_gone_is_interrupted_and_has_the_last_word_if_it_
 def test_in_the_systems_hands_or_on_the_disk_is_a_setting(quick: Path, synced: bool, expected: int) -> None:
     kept = LedgerSettings(folder=quick / "outbox", synced=synced)
     tenants = Tenants(str(quick / "t.sqlite"), ledger=kept, watch=False)
-    assert tenants.ledger.outbox._c.execute("PRAGMA synchronous").fetchone() == (expected,)
-    assert tenants.ledger.outbox._c.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert tenants.ledger.outbox.connection.execute("PRAGMA synchronous").fetchone() == (expected,)
+    assert tenants.ledger.outbox.connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     tenants.close()
 
 
@@ -308,7 +308,7 @@ def test_a_full_disk_refuses_who_comes_and_loses_nothing_of_who_is_there(
     tenants = Tenants(where, ledger=LedgerSettings(folder=quick / "next"), watch=False)
     with reading(tenants.store.engine) as c:
         assert c.scalar(select(func.count()).select_from(line_table)) == 0  # nothing had come so far
-    tenants.ledger._folder = folder
+    tenants.ledger.folder = folder
     assert tenants.ledger.recover() == {"done": admitted, "interrupted": 0}
     with reading(tenants.store.engine) as c:
         kept = c.execute(

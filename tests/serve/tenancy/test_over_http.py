@@ -81,6 +81,6 @@ def test_the_ledgers_settings_reach_it(tmp_path: Path, sync: bool) -> None:
     ledger = LedgerSettings(3.0, tmp_path / "here", 1 << 20, sync)
     with served(shop, tenants=where, ledger=ledger) as server:
         tenants: Any = server.built.service.tenancy
-        assert tenants._keep_days == 3.0
+        assert tenants.keep_days == 3.0
         (file,) = (tmp_path / "here").glob("*.sqlite")
         assert 1 << 20 <= file.stat().st_size < 3 << 19

@@ -141,7 +141,7 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Re
         own = [rows[i] for i in changed]
         at = put_numbers(device, changed)[0]
         scores = logits.index_select(0, at).float()
-        failed = {changed[k]: error for k, error in _adjust(scores, own).items()}
+        failed = {changed[k]: error for k, error in adjust(scores, own).items()}
         top, chosen = scores.max(-1)
         finite.index_copy_(0, at, top.isfinite())
         warm = [k for k, row in enumerate(own) if row.sampling.temperature]
@@ -173,7 +173,7 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Re
     return out
 
 
-def _adjust(scores: Tensor, rows: Sequence[SampledRow]) -> dict[int, Exception]:
+def adjust(scores: Tensor, rows: Sequence[SampledRow]) -> dict[int, Exception]:
     """Everything before the temperature, in place. scores: (rows, vocabulary), float32. Places of the rows whose
     grammar has failed, and how."""
     failed: dict[int, Exception] = {}
@@ -255,18 +255,18 @@ def _draw(scores: Tensor, rows: Sequence[SampledRow]) -> Tensor:
     heat = _numbers(scores, [r.sampling.temperature for r in rows])[:, None].clamp_min(1e-20)
     scores = (scores - scores.amax(-1, keepdim=True)) / heat  # the best is 0, so that no heat makes it infinite
     cut = [k for k, r in enumerate(rows) if r.sampling.top_k or r.sampling.top_p < 1 or r.sampling.min_p]
-    keys = sent(torch.tensor([_key(r.seed, r.made) for r in rows], dtype=torch.int32), scores.device)
+    keys = sent(torch.tensor([draw_key(r.seed, r.made) for r in rows], dtype=torch.int32), scores.device)
     floor = None
     if cut:
         at = put_numbers(scores.device, cut)[0]
         floor = scores.new_full((len(rows), 1), -math.inf)
-        floor.index_copy_(0, at, _floor(scores.index_select(0, at), [rows[k].sampling for k in cut]))
-    if floor is not None and _asks(scores):
+        floor.index_copy_(0, at, lowest_kept(scores.index_select(0, at), [rows[k].sampling for k in cut]))
+    if floor is not None and free_to_ask(scores):
         return _some_noisy(scores, floor, keys).argmax(-1)
     return _noisy(scores, floor, keys).argmax(-1)
 
 
-def _asks(scores: Tensor) -> bool:
+def free_to_ask(scores: Tensor) -> bool:
     """Whether what a tensor holds may be asked for on the way: a device would make its host wait."""
     return scores.device.type == "cpu"
 
@@ -274,7 +274,7 @@ def _asks(scores: Tensor) -> bool:
 def _noisy(scores: Tensor, floor: Tensor | None, keys: Tensor) -> Tensor:
     """score − log e where a score is not below its row's floor, else −∞."""
     tokens = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
-    noisy = scores - _exponential(tokens, keys[:, None]).log_()
+    noisy = scores - exponential(tokens, keys[:, None]).log_()
     return noisy if floor is None else noisy.masked_fill_(scores < floor, -math.inf)
 
 
@@ -282,18 +282,20 @@ def _some_noisy(scores: Tensor, floor: Tensor, keys: Tensor) -> Tensor:
     """The same, e made where it is asked for alone: how many that are a device would have to tell its host first."""
     row, token = ((scores >= floor) & (scores > -math.inf)).nonzero(as_tuple=True)
     noisy = torch.full_like(scores, -math.inf)
-    noisy[row, token] = scores[row, token] - _exponential(token.to(torch.int32), keys[row]).log_()
+    noisy[row, token] = scores[row, token] - exponential(token.to(torch.int32), keys[row]).log_()
     return noisy
 
 
-def _floor(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
+def lowest_kept(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
     """(rows, 1): the lowest score that stays. As a bound on the score, not a place in an order, equal scores share
     their fate, and the outcome does not depend on how a sort settles ties. scores: (rows, vocabulary), the best 0."""
     vocabulary = scores.shape[-1]
     floor = _numbers(scores, [math.log(s.min_p) if s.min_p else -math.inf for s in settings])[:, None]
     ks = [min(s.top_k or vocabulary, vocabulary) for s in settings]
     nucleus = [r for r, s in enumerate(settings) if s.top_p < 1]
-    wanted = max([k for k in ks if k < vocabulary] + ([min(NUCLEUS, vocabulary)] if nucleus and _asks(scores) else [1]))
+    wanted = max(
+        [k for k in ks if k < vocabulary] + ([min(NUCLEUS, vocabulary)] if nucleus and free_to_ask(scores) else [1])
+    )
     best = scores.topk(wanted).values
     if few := [r for r, k in enumerate(ks) if k < vocabulary]:
         at, place = put_numbers(scores.device, few, [ks[r] - 1 for r in few])
@@ -305,7 +307,7 @@ def _floor(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
     own, least = scores.index_select(0, at), floor.index_select(0, at)
     total = own.masked_fill(own < least, -math.inf).logsumexp(-1, keepdim=True)
     share = sent(torch.tensor([[settings[r].top_p] for r in nucleus], dtype=torch.float64), scores.device)
-    if _asks(scores):  # most nuclei are small, and whether one is not costs nothing to ask
+    if free_to_ask(scores):  # most nuclei are small, and whether one is not costs nothing to ask
         lowest, held = _nucleus(best.index_select(0, at), least, total, share)
         if wanted < vocabulary and not held.all():
             some = (~held).nonzero().flatten()
@@ -369,7 +371,7 @@ def _sampled(
 # -- randomness: a hash of (seed, position, token) -------------------------------------------------------------------
 
 
-def _key(seed: int, position: int) -> tuple[int, int]:
+def draw_key(seed: int, position: int) -> tuple[int, int]:
     """Two 32-bit words, signed, by splitmix64 (Steele and others 2014) of the seed, then of that and the position."""
     z = _splitmix(_splitmix(seed) + position)
     low, high = z & 0xFFFFFFFF, z >> 32
@@ -383,7 +385,7 @@ def _splitmix(x: int) -> int:
     return z ^ (z >> 31)
 
 
-def _exponential(tokens: Tensor, keys: Tensor) -> Tensor:
+def exponential(tokens: Tensor, keys: Tensor) -> Tensor:
     """Exp(1), float32, one for each token under its key. tokens: (…), int32; keys: (…, 2), int32."""
     x = _mix(tokens ^ keys[..., 0])
     x = _mix(x + keys[..., 1]) & 0x7FFFFFFF

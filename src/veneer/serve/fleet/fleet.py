@@ -150,16 +150,20 @@ class Fleet(Engine[Request, EngineEvent]):
         self.loop = asyncio.get_running_loop()
         await asyncio.gather(*(self._check(r) for r in self.replicas))
         self._watch = asyncio.create_task(self._watching())
-        self._collect()
+        self.collect()
 
     async def end(self) -> None:
         self.closing = True
-        tasks: list[asyncio.Task[Any]] = [t for r in self.replicas for t in (*r.loading.values(), r.check) if t]
-        tasks += [*self.making.values(), *self._spreading, *(t for t in (self._watch, self._collecting) if t)]
+        tasks = self.behind() + [t for t in (self._watch, *(r.check for r in self.replicas)) if t]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.client.aclose()
+
+    def behind(self) -> list[asyncio.Task[Any]]:
+        """What goes on behind requests: mixes that are made, loaded, brought to more replicas, and let go of."""
+        loading = [task for r in self.replicas for task in r.loading.values()]
+        return [*loading, *self.making.values(), *self._spreading, *([self._collecting] if self._collecting else [])]
 
     async def __aenter__(self) -> Fleet:
         await self.begin()
@@ -260,7 +264,7 @@ class Fleet(Engine[Request, EngineEvent]):
             if not isinstance(error, VeneerError) or is_outage(error):
                 raise fault("the adapter", error) from error
             raise Refused(error.what, status=422, code="adapter_unusable", fix=error.fix) from error
-        self._collect()
+        self.collect()
         return folder
 
     def _make(self, mix: DigestMix, name: str) -> Path:
@@ -270,13 +274,13 @@ class Fleet(Engine[Request, EngineEvent]):
     def _use(self, mix: DigestMix, tenant: str) -> None:
         """Note who asks for a mix that was made, and let go of what that tenant has for it. Raises Refused(429)."""
         if is_made(mix) and (names := self.folders.use(served_name(mix), tenant, self._busy)):
-            self._collect(names)
+            self.collect(names)
 
     def _busy(self, name: str) -> bool:
         here = [r.resident[name] for r in self.replicas if name in r.resident]
         return any(a.running for a in here) or any(name in r.loading for r in self.replicas)
 
-    def _collect(self, names: Sequence[str] = ()) -> None:
+    def collect(self, names: Sequence[str] = ()) -> None:
         """Let go of `names`, and of folders beyond the limit, behind the requests."""
         self._unwanted += names
         if self._collecting is None or self._collecting.done():

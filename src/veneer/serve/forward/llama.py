@@ -91,6 +91,11 @@ class LlamaForward:
         """The same weights with windows of `longest` tokens at most."""
         return replace(self, blocks=[replace(b, window=min(b.window, longest)) for b in self.blocks])
 
+    @property
+    def in_one_call(self) -> bool:
+        """Whether all layers are one call of ops/cpu/decoder.c, wherever no adapter has a gain."""
+        return self._table is not None
+
     @cached_property
     def _table(self) -> _Table | None:
         """What ops/cpu/decoder.c reads of every layer; None where it does not run."""

@@ -99,8 +99,9 @@ class Runner:
     The weights of a quantised base stay as they are: each is dequantised for its products.
 
     `weights`: dense, or int8 or int4 for machines with little memory: projections and head are then kept in that alone,
-    and the model is an outline of itself from then on. `how` and `why`: the way that was taken. `shares`: whether
-    sequences can share blocks. Close it to put a base with dense weights back as it was."""
+    and the model is an outline of itself from then on. `how` and `why`: the way that was taken. `llama`: the
+    base as tensors where that is "fused", else None. `shares`: whether sequences can share blocks. Close it to put a
+    base with dense weights back as it was."""
 
     def __init__(
         self,
@@ -137,14 +138,14 @@ class Runner:
         self.pages = Pages(layers, self.blocks, heads, kv, d, base.dtype, base.device)
         self.pages.tiles = batch_invariant
         self._segments: Segments | None = None
-        self._llama: LlamaForward | None = None
+        self.llama: LlamaForward | None = None
         self._pasts: dict[int, Any] = {}
         self._attended: set[int] = set()
         same_bits = (
             base.device.type == "cpu" and base.dtype == torch.bfloat16 and compiled.usable("use_threads") is not None
         )
         same_bits = same_bits and not batch_invariant  # of oneDNN's products some have not
-        self._threads = ThreadTuner(_use_threads if same_bits else None, torch.get_num_threads())
+        self._threads = ThreadTuner(use_threads if same_bits else None, torch.get_num_threads())
         self.how, self.why = self._choose()
         self.shares = self.how != "alone"
         if batch_invariant and self.how != "fused":
@@ -173,8 +174,19 @@ class Runner:
 
     def prepare(self, adapter: Adapter, key: str) -> Prepared:
         """Make an adapter without `problems` ready; may be called from any thread."""
-        fits = self._llama is not None and not low_rank_problems(adapter, self.layout)
+        fits = self.llama is not None and not low_rank_problems(adapter, self.layout)
         return Prepared(key, adapter, pack_adapter(adapter, self.layout, key) if fits else None)
+
+    @property
+    def attached(self) -> frozenset[str]:
+        """Keys of the adapters that are on the model itself: those that have no low-rank form, or that do not run
+        "fused"."""
+        return frozenset() if self._attachment is None else frozenset(self._attachment.adapters)
+
+    @property
+    def sequences(self) -> frozenset[int]:
+        """Those whose state the model keeps by itself, where it runs "alone"."""
+        return frozenset(self._pasts)
 
     def let_go(self, key: str) -> None:
         """An adapter has left the memory: keep nothing that was made of it. Between two steps."""
@@ -194,7 +206,7 @@ class Runner:
         if self.how == "alone":
             return torch.cat([self._alone(row) for row in rows])
         unpacked = [any(p.packed is None for p, _ in row.mix) for row in rows]
-        if self._llama is None or all(unpacked):
+        if self.llama is None or all(unpacked):
             return self._packed(rows)
         if not any(unpacked):
             return self._fused(rows)
@@ -210,7 +222,7 @@ class Runner:
         self._pasts.pop(sequence, None)
 
     def _fused(self, rows: Sequence[RunnerRow]) -> Tensor:
-        llama, mixes = self._llama, [row.mix for row in rows]
+        llama, mixes = self.llama, [row.mix for row in rows]
         assert llama is not None
         batch, ids = self._batch(rows)
         spans = [
@@ -319,7 +331,7 @@ class Runner:
                     if name == "fused":  # adapters with no low-rank form need the second way too
                         self._make_packed()
                     return name, why
-                self._llama = None
+                self.llama = None
                 why += f"{'; ' if why else ''}not {name} ({problem})"
         return "alone", why
 
@@ -332,9 +344,9 @@ class Runner:
         if self.blocks < used:
             return f"a cache of {self.blocks} blocks is too small to try it"
         starts = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
-        parts, places, llama = [], [], self._llama
+        parts, places, llama = [], [], self.llama
         if llama is not None:
-            self._llama = llama.with_windows(WINDOW)
+            self.llama = llama.with_windows(WINDOW)
         with short_windows(self.model):
             for step in range(3):
                 ends = [(0, n // 4, n - 1, n)[step : step + 2] for n in LENGTHS]
@@ -343,7 +355,7 @@ class Runner:
                     self.run([RunnerRow(rows[i][a:b].tolist(), a, blocks[i], (), b - a) for i, a, b in pieces])
                 )
                 places += [starts[i] + t for i, a, b in pieces for t in range(a, b)]
-        self._llama = llama
+        self.llama = llama
         layers = self.model.config.get_text_config().num_hidden_layers
         if llama is None and len(self._attended) < layers:  # the others keep a state of their own
             return f"{layers - len(self._attended)} of its {layers} layers have no attention"
@@ -378,7 +390,7 @@ class Runner:
             return Dense(whole)
 
         embedding = self.model.get_input_embeddings().weight.detach()
-        self._llama = llama_forward(self.base, self.layout, joined, embedding, self.context, self.pages)
+        self.llama = llama_forward(self.base, self.layout, joined, embedding, self.context, self.pages)
 
     def _projection_bytes(self) -> int:
         weights = (group.weight(i) for group in self.layout.groups for i in range(len(group.modules)))
@@ -394,7 +406,7 @@ class Runner:
                 f"{self.how} in {str(base.dtype).removeprefix('torch.')} on {base.device}",
                 fix="use dense weights",
             )
-        self._llama = None
+        self.llama = None
         self._undo.close()
         made: dict[tuple[str, ...], QuantisedPacking] = {}
         groups = []
@@ -413,7 +425,7 @@ class Runner:
             groups.append(Group(group.modules, group.sizes, group.biases, weight))
         self.layout = replace(self.layout, groups=tuple(groups))
         embedding = self.model.get_input_embeddings().weight.detach()
-        self._llama = llama_forward(base, self.layout, made.__getitem__, embedding, self.context, self.pages)
+        self.llama = llama_forward(base, self.layout, made.__getitem__, embedding, self.context, self.pages)
 
     def _make_packed(self) -> None:
         config = self.model.config.get_text_config()
@@ -458,7 +470,8 @@ def _has_experts(adapter: Adapter) -> bool:
     return any(p.kind == "experts" for p in adapter.pairs.values())
 
 
-def _use_threads(n: int) -> None:
+def use_threads(n: int) -> None:
+    """Gives the calling thread's work n threads, and nobody else's. Needs the compiled kernels."""
     native = compiled.usable("use_threads")
     assert native is not None
     torch.get_num_threads()  # a thread's first call sets torch's own number

@@ -228,7 +228,7 @@ class Ledger:
         dead left there. Raises ResourceError where the disk is full."""
         self.store, self.wall = store, wall
         self.server = secrets.token_hex(8)
-        self._folder = folder
+        self.folder = folder
         self.outbox = Outbox(folder, self.server, synced=synced, room=room)
         self._wake, self._closing = threading.Event(), False
         self._ended: dict[str, float] = {}  # when requests ended that the database does not have, the oldest first
@@ -357,10 +357,10 @@ class Ledger:
     def recover(self) -> dict[str, int]:
         """Settle what dead servers left: {"done": as their outboxes say, "interrupted": the rest}."""
         counts = {"done": 0, "interrupted": 0}
-        for path in outboxes(self._folder):
+        for path in outboxes(self.folder):
             if path != self.outbox.path:
                 self._recover_outbox(path, counts)
-        for server, notes in settle_old_journals(self._folder):
+        for server, notes in settle_old_journals(self.folder):
             with write_transaction(self.store.engine) as c:
                 entries = {entry.request: entry for entry in _open_entries(c, server, notes)}
                 owed = [

@@ -235,7 +235,7 @@ class Outbox:
         self._mutex = threading.RLock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._c = _connect(self.path, wait=5.0)
+            self.connection = _connect(self.path, wait=5.0)
             self._make(synced, room)
         except (OSError, sqlite3.Error) as error:
             for path in _files(self.path):
@@ -290,7 +290,7 @@ class Outbox:
             late = dict(self._unwritten)
             marks = ", ".join("?" * len(late))
             query = f"SELECT request, entry, ending FROM owed WHERE told = 0 OR closed = 1 OR request IN ({marks})"
-            rows = self._c.execute(f"{query} ORDER BY number LIMIT ?", (*late, most)).fetchall()
+            rows = self.connection.execute(f"{query} ORDER BY number LIMIT ?", (*late, most)).fetchall()
         return [_owed_of(_entry_of(entry), late.get(request, end)) for request, entry, end in rows]
 
     def told(self, owed: Iterable[OwedEntry]) -> None:
@@ -318,15 +318,15 @@ class Outbox:
         """What is still owed stays in its file."""
         self.writer.close()
         with self._mutex:
-            empty = not self._unwritten and not self._c.execute("SELECT 1 FROM owed LIMIT 1").fetchone()
-            self._c.close()
+            empty = not self._unwritten and not self.connection.execute("SELECT 1 FROM owed LIMIT 1").fetchone()
+            self.connection.close()
         if empty:
             for path in _files(self.path):
                 path.unlink(missing_ok=True)
 
     def _make(self, synced: bool, room: int) -> None:
         """The table, and pages that are free in it; its log is as long as the first step of these."""
-        c = self._c
+        c = self.connection
         c.execute("PRAGMA journal_mode = WAL")
         c.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
         c.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
@@ -347,13 +347,13 @@ class Outbox:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._mutex:
-            self._c.execute("BEGIN IMMEDIATE")
+            self.connection.execute("BEGIN IMMEDIATE")
             try:
-                yield self._c
-                self._c.execute("COMMIT")
+                yield self.connection
+                self.connection.execute("COMMIT")
             except BaseException:
-                if self._c.in_transaction:
-                    self._c.execute("ROLLBACK")
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK")
                 raise
 
     def _count(self, change: int) -> None:

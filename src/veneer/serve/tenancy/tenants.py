@@ -66,7 +66,7 @@ class Tenants(Tenancy):
         ledger = ledger or LedgerSettings()
         self.admin_hash = None if admin_key is None else admin_hash(admin_key)
         self.store = Store(where, patience=_PATIENCE)
-        self._wall, self._keep_days = wall, ledger.days
+        self._wall, self.keep_days = wall, ledger.days
         self.limits = Limits(clock)
         folder = ledger.folder or _outbox_folder(where)
         try:
@@ -198,7 +198,7 @@ class Tenants(Tenancy):
                     self.look_elsewhere(DAY)
                     self.ledger.recover()
                 if rounds % 3600 == 60:
-                    self.ledger.prune(self._keep_days)
+                    self.ledger.prune(self.keep_days)
             except (SQLAlchemyError, ResourceError) as error:
                 self._lost(error)
 
