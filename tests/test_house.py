@@ -134,6 +134,40 @@ def test_what_no_other_file_uses_begins_with_an_underscore() -> None:
     assert not alone, "\n".join(alone)
 
 
+NOT_OURS = {"_version": "of a tensor, torch's", "_replace": "of a named tuple"}
+"""Names that private things of ours have too, by which tests mean others'."""
+
+
+def private_names() -> set[str]:
+    """Every private function, class, variable of a module and attribute of an object that the package defines."""
+    names = re.compile(r"(?:\b(?:def|class) |\b(?:self|cls)\.|^ *)(_[a-zA-Z]\w*)(?= *[:=(\[])", re.MULTILINE)
+    return {name for path in MODULES for name in names.findall(path.read_text(encoding="utf-8"))} - NOT_OURS.keys()
+
+
+def names_taken(node: ast.AST) -> set[str]:
+    """What is imported of this project, reached through a module or an object, or named to be set; also in a text,
+    which may be code for another process or the place of a patch."""
+    if isinstance(node, ast.ImportFrom) and str(node.module).startswith("veneer"):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.Attribute):
+        return set() if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") else {node.attr}
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "getattr", "delattr")):
+        return {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return set(re.findall(r"(?<!self)(?<!cls)\.(_[a-zA-Z]\w*)", node.value))
+    return set()
+
+
+def test_tests_use_no_private_name() -> None:
+    """They hold what others may rely on, so that the inside can be built anew under them."""
+    ours, found = private_names(), []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if taken := names_taken(node) & ours:
+                found.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}: {', '.join(sorted(taken))}")
+    assert not found, "\n".join(found)
+
+
 @pytest.mark.parametrize("path", MODULES, ids=ids)
 def test_a_heavy_package_is_imported_only_where_it_belongs(path: Path) -> None:
     """transformers is known to models (and to train for its types); peers are never imported."""
