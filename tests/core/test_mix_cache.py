@@ -135,14 +135,16 @@ def test_copies_made_together_are_those_made_one_by_one(
                 return [model[name](x[name[0]]) for name in model]
 
         together = run()
-        assert attachment.cache.hows() == ["copy"]
-        mix = tuple(zip((one, two), strengths, strict=True))
+        mix = tuple((adapter, s) for adapter, s in zip((one, two), strengths, strict=True) if s)
+        assert attachment.cache.hows() == (["copy"] if mix else [])
         apart = []
-        for name, base in attachment.cache.modules.items():
-            alone = MixCache({name: base}, 1 << 30).get(name, mix)  # no other module to be made with
-            assert alone is not None
-            assert alone.weight is not None
-            own = {key: t for key, t in (("weight", alone.weight), ("bias", alone.bias)) if t is not None}
+        for name in model:
+            base, own = attachment.cache.modules[name], {}
+            if any(name in adapter.pairs for adapter, _ in mix):
+                alone = MixCache({name: base}, 1 << 30).get(name, mix)  # no other module to be made with
+                assert alone is not None
+                assert alone.weight is not None
+                own = {"weight": alone.weight} | ({} if alone.bias is None else {"bias": alone.bias})
             apart.append(functional_call(base, own, x[name[0]]))
     tolerance = 1e-5 if dtype is torch.float32 else 2**-7
     for a, b in zip(together, apart, strict=True):
@@ -253,23 +255,31 @@ def test_training_mode_with_dropout_hooks_and_autocast_go_the_ordinary_way(small
             assert small.model(X).dtype == torch.bfloat16
 
 
+def test_memory_is_bounded_over_many_mixes(small: Attachment) -> None:
+    one = 2 * 24 * 4
+    small.cache.limit = 3 * one
+    with torch.no_grad():
+        for i in range(100):
+            small.use(("a0", 1 + i / 100), "a1")
+            small.model(X)
+            assert small.cache.bytes <= 3 * one
+    assert small.cache.hows() == ["copy"] * 3
+
+
 class Strength(float):
     """One of which it can be seen whether anybody holds it still."""
 
 
-def test_memory_is_bounded_over_many_mixes(small: Attachment) -> None:
-    one = 2 * 24 * 4
-    small.cache.limit = 3 * one
+def test_only_so_many_selections_of_one_mix_are_remembered(small: Attachment) -> None:
+    """By the tuple that each is, so that it is found at once."""
     strengths: list[weakref.ref[Strength]] = []
-    with torch.no_grad():
-        for i in range(100):
-            strength = Strength(1 + i / 100)
-            strengths.append(weakref.ref(strength))
-            small.use(("a0", strength), "a1")
-            small.model(X)
-            assert small.cache.bytes <= 3 * one
-    assert small.cache.hows() == ["copy"] * 3
-    assert sum(each() is not None for each in strengths) <= 65
+    for _ in range(100):
+        strength = Strength(2.0)
+        strengths.append(weakref.ref(strength))
+        assert small.cache.get("0", ((small.adapters["a0"], strength),)) is not None
+    del strength
+    assert small.cache.hows() == ["copy"]
+    assert 0 < sum(each() is not None for each in strengths) <= 66
 
 
 def test_a_mix_that_comes_back_is_not_made_again(small: Attachment) -> None:

@@ -16,7 +16,7 @@ from veneer.ops import transfer
 from veneer.ops.quantisation_formats import empty_format
 from veneer.ops.quantised import Quantised, stacked_rows
 from veneer.ops.transfer import sent
-from veneer.plan.fake_cuda import _switch, fake_cuda
+from veneer.plan.fake_cuda import cuda_switch, fake_cuda
 from veneer.plan.trace import rounded, traced
 
 pytestmark = pytest.mark.usefixtures("gpu_that_is_not_there")
@@ -181,7 +181,7 @@ def test_a_compiler_that_does_not_work_is_named_without_its_whole_command(
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", shutil.which("false") or "false")
     with pytest.raises(ResourceError) as found:
-        _switch.__wrapped__()
+        cuda_switch.__wrapped__()
     assert "exit code 1; it printed nothing" in str(found.value.where)
     assert "CXX" in str(found.value.fix)
     assert len(str(found.value)) < 500

@@ -43,7 +43,7 @@ def fake_cuda(*, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
 
     with _one, ExitStack() as undo:
         if not torch.cuda.is_available():
-            switch = _switch()
+            switch = cuda_switch()
             switch(1)
             undo.callback(switch, 0)
         about = SimpleNamespace(
@@ -92,8 +92,8 @@ def _attention(
 
 
 @functools.cache
-def _switch() -> Any:
-    """The compiled function. Raises ResourceError where it cannot be had."""
+def cuda_switch() -> Any:
+    """The compiled function by which autograd takes CUDA to be there. Raises ResourceError where it cannot be had."""
     compiler, note = find_compiler("CXX", ("c++", "g++", "clang++"))
     what = (
         "a step on CUDA cannot be traced here: this torch is built for CPUs, and what autograd asks of CUDA is missing"
