@@ -158,7 +158,7 @@ def names_taken(node: ast.AST) -> set[str]:
     return set()
 
 
-def test_tests_use_no_private_name() -> None:
+def test_tests_use_no_name_that_begins_with_an_underscore() -> None:
     """They hold what others may rely on, so that the inside can be built anew under them."""
     ours, found = private_names(), []
     for path in sorted((ROOT / "tests").rglob("*.py")):
