@@ -27,6 +27,7 @@ def _findings(quick: bool) -> dict[str, Any]:
     from veneer.ops.cpu import compiled, sharing
     from veneer.ops.measuring import this_machine
     from veneer.ops.probe import probe_layer
+    from veneer.serve.forward.graphs import graph_problem
 
     settle_threads()  # as training does: what is measured is kept by the number of threads
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -39,6 +40,7 @@ def _findings(quick: bool) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "cards": cards,
+        "graphs": graph_problem() if cards else None,
         "compiled": compiled.status(),
         "neighbours": neighbours,
         "measured": {key: {"runs": one.runs, "ms": dict(one.ms)} for key, one in measured_here().items()},
@@ -71,6 +73,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"card        {', '.join(found['cards']) or 'none that torch can use'}",
         f"compiled    {found['compiled']}",
     ]
+    if (problem := found["graphs"]) is not None:
+        lines.append(f"graphs      {f'decoding runs without: {problem}' if problem else 'decoding steps are recorded'}")
     for device, ops in found["ops"].items():
         groups: dict[str, list[str]] = {}
         for op, one in ops.items():

@@ -110,6 +110,10 @@ def serve(
     cache_memory: Annotated[
         str, typer.Option("--cache-memory", help="For keys and values, as 512M or 4G.")
     ] = size_text(EngineSettings.cache_bytes),
+    context: Annotated[
+        int,
+        typer.Option("--context", min=0, help="Tokens of a sequence at most; 0: what base and cache have room for."),
+    ] = EngineSettings.context,
     adapter_memory: Annotated[str, typer.Option("--adapter-memory", help="For adapters, as 512M or 4G.")] = size_text(
         EngineSettings.adapter_bytes
     ),
@@ -196,6 +200,7 @@ def serve(
             adapter_bytes=bytes_of(adapter_memory, "--adapter-memory"),
             weights=_weights(weights),
             batch_invariant=batch_invariant,
+            context=context,
         ),
         http=HttpSettings(
             max_tokens=max_tokens,

@@ -71,17 +71,18 @@ class Attachment:
 
     # -- adapters ----------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, adapter: Adapter, trainable: bool = False) -> None:
+    def add(self, name: str, adapter: Adapter, trainable: bool = False, *, finite: bool = False) -> None:
         """Put `adapter` on the base as `name`, without selecting it.
 
         Tensors go to the device of their module. `trainable`: they become parameters of their own, copied; otherwise
-        they are used as they are, without gradient. Raises one AdapterError that lists every module that does not
+        they are used as they are, without gradient. `finite`: they are known to be; to find out is to wait for a
+        device that they are on. Raises one AdapterError that lists every module that does not
         exist and every shape that does not fit; then nothing has changed."""
         if not self._open:
             raise AdapterError("this attachment is detached", fix="call attach(model) again")
         if name in self.adapters:
             raise AdapterError(f"an adapter named {name!r} is attached already", fix="remove it or choose another name")
-        problems = _problems(self._base_modules, adapter) or _overlaps([*self.adapters.values(), adapter])
+        problems = _problems(self._base_modules, adapter, finite) or _overlaps([*self.adapters.values(), adapter])
         if trainable and adapter.deltas:
             problems.append(f"{next(iter(adapter.deltas))}: only pairs, full copies and token rows are trained")
         if problems:
@@ -285,8 +286,9 @@ def fit_problems(model: nn.Module, adapter: Adapter) -> list[str]:
     return _problems(dict(base_modules(model)), adapter)
 
 
-def _problems(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
-    """Everything that keeps `adapter` from fitting these modules, one line each."""
+def _problems(modules: Mapping[str, nn.Module], adapter: Adapter, finite: bool = False) -> list[str]:
+    """Everything that keeps `adapter` from fitting these modules, one line each. `finite`: its tensors are known to
+    be."""
     out: list[str] = []
     for name, pair in adapter.pairs.items():
         out += _pair_problems(modules, name, pair)
@@ -301,7 +303,8 @@ def _problems(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
             f"{name}: the learned words {', '.join(sorted(words)[:3])} have no token ids yet; "
             "veneer.core.adapter.with_token_ids gives them some"
         )
-    out += [f"{n}: not finite" for n, t in adapter.tensors() if not t.is_meta and not all_finite(t)]
+    if not finite:
+        out += [f"{n}: not finite" for n, t in adapter.tensors() if not t.is_meta and not all_finite(t)]
     return out
 
 

@@ -30,6 +30,7 @@ from veneer.core.merge import delta, parameter_delta
 from veneer.core.selection import Acting
 from veneer.errors import AdapterError
 from veneer.ops.lowrank import LowRank
+from veneer.ops.transfer import sent
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
 _VERSION = attrgetter("_version")
@@ -197,7 +198,7 @@ def _stack(pairs: Iterable[tuple[Pair, float]], dtype: torch.dtype) -> LowRank:
 @lru_cache(maxsize=64)
 def _by_row(scales: tuple[tuple[float, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Each scale once for each of its rank's rows."""
-    return torch.tensor([s for s, rank in scales for _ in range(rank)], device=device, dtype=dtype)
+    return sent(torch.tensor([s for s, rank in scales for _ in range(rank)], dtype=dtype), device)
 
 
 def _wide(t: Tensor) -> torch.dtype:
@@ -232,7 +233,7 @@ def _copied_together(modules: dict[str, nn.Module], mix: Acting) -> dict[str, Ca
         A = torch.cat([torch.stack([pairs[k][0].A for _, _, pairs, _ in group]) for k in each], dim=1).flatten(2)
         B = torch.cat([torch.stack([pairs[k][0].B for _, _, pairs, _ in group]) for k in each], dim=2).flatten(2)
         scales = [[p.scale * s for p, s in pairs for _ in range(p.rank)] for _, _, pairs, _ in group]
-        A = A * torch.tensor(scales, dtype=precise, device=A.device)[:, :, None]
+        A = A * sent(torch.tensor(scales, dtype=precise), A.device)[:, :, None]
         # As in `_copied`: the product sums in float32 and rounds once. In place, so nothing is held twice.
         weight.baddbmm_(B.to(weight.dtype), A.to(weight.dtype))
         for copy, (name, base, _, sources) in zip(weight, group, strict=True):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError
+from veneer.ops.transfer import put_numbers, sent
 
 Acting = tuple[tuple[Adapter, float], ...]
 """(adapter, strength) in order; the adapters are the attachment's own."""
@@ -105,7 +106,7 @@ class RowMixes:
         key = (tuple(rows), batch, device)
         if key not in self._indices:
             places = [row + at for at in range(0, batch, n) for row in rows]
-            self._indices[key] = torch.tensor(places, device=device)
+            self._indices[key] = put_numbers(device, places)[0]
         return self._indices[key]
 
     def strengths(self, share: AdapterRows, change: Tensor) -> float | Tensor:
@@ -115,7 +116,8 @@ class RowMixes:
         repeats = len(change) // len(share.rows)
         key = ("strengths", share.strengths, repeats, change.dtype, change.device)
         if key not in self._indices:
-            self._indices[key] = torch.tensor(share.strengths * repeats, dtype=change.dtype, device=change.device)
+            numbers = torch.tensor(share.strengths * repeats, dtype=change.dtype)
+            self._indices[key] = sent(numbers, change.device)
         return self._indices[key].view(-1, *[1] * (change.ndim - 1))
 
 

@@ -43,17 +43,25 @@ class MixTiles:
         cls, mixes: Sequence[tuple[Sequence[tuple[int, float]], Sequence[int]]], device: torch.device, block: int
     ) -> MixTiles:
         """`mixes`: of each its (adapter, strength)s and its rows."""
-        rows: list[int] = []
-        tiles: list[int] = []
-        starts, adapters, strengths = [0], [], []
-        for m, (mix, own) in enumerate(mixes):
-            for at in range(0, len(own), block):
-                tiles += [m, len(rows) + at, len(rows) + min(at + block, len(own))]
-            rows += own
-            adapters += [adapter for adapter, _ in mix]
-            strengths += [strength for _, strength in mix]
-            starts.append(len(adapters))
-        put = put_numbers(device, rows, tiles, starts, adapters)
+        *lists, strengths = mix_lists(mixes, block)
+        put = put_numbers(device, *lists)
         longest = max((len(mix) for mix, _ in mixes), default=0)
         own_strengths = sent(torch.tensor(strengths, dtype=torch.float32), device)
         return cls(put[0], put[1].view(-1, 3), put[2], put[3], own_strengths, longest, block)
+
+
+def mix_lists(
+    mixes: Sequence[tuple[Sequence[tuple[int, float]], Sequence[int]]], block: int
+) -> tuple[list[int], list[int], list[int], list[int], list[float]]:
+    """The numbers of `MixTiles`, one after another: rows, tiles, starts, adapters, strengths."""
+    rows: list[int] = []
+    tiles: list[int] = []
+    starts, adapters, strengths = [0], [], []
+    for m, (mix, own) in enumerate(mixes):
+        for at in range(0, len(own), block):
+            tiles += [m, len(rows) + at, len(rows) + min(at + block, len(own))]
+        rows += own
+        adapters += [adapter for adapter, _ in mix]
+        strengths += [strength for _, strength in mix]
+        starts.append(len(adapters))
+    return rows, tiles, starts, adapters, strengths

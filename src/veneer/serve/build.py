@@ -67,6 +67,7 @@ _OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = 
     ("--weights", lambda s: s.engine.weights, "texts", _HERE),
     ("--batch-invariant", lambda s: s.engine.batch_invariant, "texts", _HERE),
     ("--cache-memory", lambda s: s.engine.cache_bytes, "texts", _HERE),
+    ("--context", lambda s: s.engine.context, "texts", _HERE),
     ("--max-tokens", lambda s: s.http.max_tokens, "texts fleet", "texts"),
     ("--adapter-memory", lambda s: s.engine.adapter_bytes, "texts pictures", "what is computed here"),
     ("--quantise", lambda s: s.quantise, "texts", _HERE),
@@ -120,6 +121,8 @@ def _build_texts(settings: ServeSettings, say: Callable[[str], None]) -> Applica
     shelf = Shelf(base, library=library, folders=settings.folders)
     engine = TextEngine(base, shelf.read, replace(settings.engine, queue=settings.http.queue))
     say(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
+    if (graphs := engine.runner.graphs) is not None:
+        say(f"decoding: {f'without CUDA graphs ({graphs.problem})' if graphs.problem else 'by CUDA graphs'}")
     catalog = Catalog(shelf, engine.problems, engine.residents, routes=tenancy.routes)
     # The engine's cache may hold less than the base could take.
     reader = TokenizedBase(base.name, base.tokenizer, engine.context, base.has_chat_template)

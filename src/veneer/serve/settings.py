@@ -60,7 +60,7 @@ class EngineSettings:
     adapters in memory, which is the only limit to how many are loaded; `queue`: requests that may wait. `weights`,
     `batch_invariant`: see Runner. `step_seconds`: how long a step may take where there are tenants, so that whoever
     comes need not wait long for it to end; `stuck_seconds`: how long it takes until one that does not end is a
-    fault."""
+    fault. `context`: tokens a sequence may have, 0 for as many as the base and the cache have room for."""
 
     rows: int = 32
     budget: int = 512
@@ -69,6 +69,7 @@ class EngineSettings:
     queue: int = HttpSettings.queue
     weights: WeightKind = "dense"
     batch_invariant: bool = False
+    context: int = 0
     step_seconds: float = 0.2
     stuck_seconds: float = 120.0
 

@@ -85,6 +85,24 @@ def same(got: Tensor, want: Tensor, tolerance: float = 2e-5) -> None:
     assert (got.double() - want.double()).abs().max() <= tolerance * want.double().abs().max()
 
 
+def test_llama_4_runs_packed_where_no_sequence_is_longer_than_a_chunk() -> None:
+    """Its experts get the tokens that are routed to them, those of rows under one mix together."""
+    model, other = FAMILIES["llama4"](), FAMILIES["llama4"]()
+    for one in (model, other):
+        one.config.get_text_config().attention_chunk_size = 256
+    adapters = {"a": trained(model, 1), "b": trained(model, 2, exclude=("*.experts",))}
+    mixes: list[list[tuple[str, float]]] = [[], [("a", 1.0)], [("b", 0.5)], [("a", 0.7), ("b", 0.4)]]
+    ids = prompts([1, 20, 33, 17])
+    want = [reference(other, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
+    runner = Runner(base_of(model), cache_bytes=1 << 18)
+    assert runner.how == "packed", runner.why
+    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
+    got = serve(runner, [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)], [7, 16])
+    for g, w in zip(got, want, strict=True):
+        same(g, w)
+    runner.close()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_row_as_if_it_were_alone(family: str) -> None:
     model = FAMILIES[family]()

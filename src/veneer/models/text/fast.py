@@ -16,7 +16,7 @@ that share an input lie in one tensor, of which each is a view: same parameters,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -95,7 +95,8 @@ def _swap(
     with ExitStack() as swapped:
         _swap_norms(modules, report, swapped, like)
         _swap_mlps(modules, report, swapped, like)
-        _swap_experts(modules, report, swapped)
+        for kind in route_experts((module for _, module in modules), swapped):
+            report.swapped[kind] = report.swapped.get(kind, 0) + 1
         with ExitStack() as attempt:
             before = dict(report.swapped), len(report.joins)
             problem = _swap_attention(model, modules, report, attempt) or _rows_problem(model, own, like)
@@ -202,13 +203,13 @@ def _mlp_forward(original: Callable[..., Any], join: Join, down: Join, act: str)
 # -- experts -----------------------------------------------------------------------------------------------------------
 
 
-def _swap_experts(modules: list[tuple[str, nn.Module]], report: FastReport, undo: ExitStack) -> None:
-    """Llama 4's experts, each of which transformers gives every token, most of them as zeros."""
-    for _, module in modules:
-        kind = type(module).__name__
-        if kind == "Llama4TextMoe":
-            replace_forward(module, _routed_forward(type(module).forward), undo)
-            report.swapped[kind] = report.swapped.get(kind, 0) + 1
+def route_experts(modules: Iterable[nn.Module], undo: ExitStack) -> list[str]:
+    """Llama 4's experts, each of which transformers gives every token, most of them as zeros, get those that are routed
+    to them. The class of each module that was changed."""
+    found = [module for module in modules if type(module).__name__ == "Llama4TextMoe"]
+    for module in found:
+        replace_forward(module, _routed_forward(type(module).forward), undo)
+    return [type(module).__name__ for module in found]
 
 
 def _routed_forward(original: Callable[..., Any]) -> Callable[..., Any]:

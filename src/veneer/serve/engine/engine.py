@@ -105,6 +105,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             cache_bytes=settings.cache_bytes,
             weights=settings.weights,
             batch_invariant=settings.batch_invariant,
+            context=settings.context,
         )
         self.residents: Residents[Prepared] = Residents(
             lambda digest: read(digest, self.problems),

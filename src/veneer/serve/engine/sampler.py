@@ -323,8 +323,8 @@ def _nucleus(order: Tensor, floor: Tensor, total: Tensor, share: Tensor) -> tupl
     """The score of the last token that those before it leave below `share` of all above `floor`; and whether `order`,
     the best scores in falling order, reaches that far."""
     order = order.masked_fill(order < floor, -math.inf)
-    p = (order - total).double().exp()
-    stays = p.cumsum(-1) - p < share
+    p = (order - total).double().exp_()
+    stays = p.cumsum(-1).sub_(p) < share
     stays[:, 0] = True
     all_of_it = share >= 1
     lowest = order.masked_fill(~stays, math.inf).amin(-1, keepdim=True).masked_fill(all_of_it, -math.inf)

@@ -22,7 +22,7 @@ from veneer.models.text.base import TextBase
 from veneer.ops.cpu import compiled
 from veneer.ops.mlp import gated
 from veneer.ops.norms import normed
-from veneer.serve.forward.lowrank import BaseLayout, Group, Segments
+from veneer.serve.forward.lowrank import BaseLayout, Group, RowProducts, Segments
 from veneer.serve.forward.packed import PackedWeight, Panels, in_blocks, invariant
 from veneer.serve.forward.paged import PackedRows, Pages, Rotary
 
@@ -73,12 +73,12 @@ class LlamaForward:
     rows: int = 0
     """That a function of single rows is taken of at a time (packed.in_blocks); 0: of all at once."""
 
-    def hidden(self, ids: Tensor, batch: PackedRows, segments: Segments | None) -> Tensor:
+    def hidden(self, ids: Tensor, batch: PackedRows, segments: RowProducts | None) -> Tensor:
         """The normed output of the last layer, (tokens, dim)."""
         x = F.embedding(ids, self.embedding)
         if segments is not None:
             segments.embed(ids, x)
-        if self._table is not None and not (segments is not None and segments.gains):
+        if self._table is not None and (segments is None or (isinstance(segments, Segments) and not segments.gains)):
             self._decode(x, self._table, batch, segments)
         else:
             self._layer_by_layer(x, batch, segments)
@@ -133,7 +133,7 @@ class LlamaForward:
             room.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
 
-    def _layer_by_layer(self, x: Tensor, batch: PackedRows, segments: Segments | None) -> None:
+    def _layer_by_layer(self, x: Tensor, batch: PackedRows, segments: RowProducts | None) -> None:
         pages = self.pages
         for i, block in enumerate(self.blocks):
             h = self._normed(x, block.norm)
@@ -150,7 +150,7 @@ class LlamaForward:
             h = in_blocks(lambda part: gated(part, "silu"), both, self.rows)
             _add_onto(x, h, block.down, None, segments, 4 * i + 3)
 
-    def logits(self, x: Tensor, segments: Segments | None) -> Tensor:
+    def logits(self, x: Tensor, segments: RowProducts | None) -> Tensor:
         out = self.head(x, self.head_bias)
         if segments is not None:
             segments.add(4 * len(self.blocks), x, out)
@@ -231,7 +231,7 @@ def llama_forward(
 
 
 def _add_onto(
-    x: Tensor, h: Tensor, weight: PackedWeight, bias: Tensor | None, segments: Segments | None, g: int
+    x: Tensor, h: Tensor, weight: PackedWeight, bias: Tensor | None, segments: RowProducts | None, g: int
 ) -> None:
     """x += h·Wᵀ + b and its low-rank products, in place."""
     y = None

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -220,6 +221,16 @@ def _gain(pair: Pair, weight: Tensor) -> Tensor:
     whole = pair.collapsed()
     moved = Pair(whole.A.to(weight.device).float(), whole.B.to(weight.device).float(), whole.scale, whole.kind)
     return pair.magnitude.to(weight.device).float() / adapted_norm(dequantised(weight).float(), moved).float()
+
+
+class RowProducts(Protocol):
+    """Low-rank products of the rows of a step; see `Segments`."""
+
+    @property
+    def gains(self) -> bool: ...
+    def gained(self, group: int) -> bool: ...
+    def embed(self, ids: Tensor, x: Tensor) -> None: ...
+    def add(self, group: int, x: Tensor, y: Tensor, own: Tensor | None = None) -> None: ...
 
 
 @dataclass(eq=False)

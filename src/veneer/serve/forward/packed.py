@@ -13,7 +13,7 @@ from torch import Tensor
 
 from veneer.ops.choice import chosen
 from veneer.ops.cpu import compiled
-from veneer.ops.quantised import dequantised
+from veneer.ops.quantised import Quantised, dequantised, stacked_rows
 
 
 class PackedWeight(Protocol):
@@ -77,8 +77,11 @@ class Coded:
     rows: int = 0
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        parts = [dequantised(part) for part in self.parts]
-        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+        whole = [part for part in self.parts if isinstance(part, Quantised)]
+        if len(whole) == len(self.parts):  # into one piece of memory
+            weight = stacked_rows(whole).dense()
+        else:
+            weight = torch.cat([dequantised(part) for part in self.parts])
         return in_blocks(lambda part: F.linear(part, weight, bias), x, self.rows)
 
     def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:

@@ -31,12 +31,14 @@ from veneer.errors import ConfigError, ResourceError
 from veneer.models.swap import Join
 from veneer.models.text.attention import AttentionSettings, attending, divert_attention, new_cache
 from veneer.models.text.base import TextBase
+from veneer.models.text.fast import route_experts
 from veneer.models.text.probe import LENGTHS, WINDOW, OwnForward, short_windows
 from veneer.ops.choice import listed
 from veneer.ops.cpu import compiled, memory
 from veneer.ops.cpu.sharing import shared
 from veneer.ops.quantised import Quantised
 from veneer.ops.transfer import put_numbers
+from veneer.serve.forward.graphs import Capture, DecodeGraphs, cuda_graph, records_here
 from veneer.serve.forward.llama import LlamaForward, layout_of, llama_forward, static_positions
 from veneer.serve.forward.lowrank import Group, PackedAdapter, Segments, low_rank_problems, pack_adapter
 from veneer.serve.forward.packed import (
@@ -91,7 +93,8 @@ def cache_shape(base: TextBase) -> tuple[int, int, int, int]:
 
 class Runner:
     """A base made ready to serve. `cache_bytes`: memory for keys and values; `pack_bytes`: what a second copy of the
-    projections may take, in the order they are multiplied in. `context`: tokens a sequence may have.
+    projections may take, in the order they are multiplied in. `context`: tokens a sequence may have, 0 for as many as
+    the base and the cache allow; families whose attention goes by chunks run packed where that is one chunk at most.
 
     `batch_invariant`: an answer's bits do not depend on who shares its steps, nor on how its prompt is cut, at a price;
     for bases of Llama's kind, and adapters with a low-rank form.
@@ -99,9 +102,11 @@ class Runner:
     The weights of a quantised base stay as they are: each is dequantised for its products.
 
     `weights`: dense, or int8 or int4 for machines with little memory: projections and head are then kept in that alone,
-    and the model is an outline of itself from then on. `how` and `why`: the way that was taken. `llama`: the
-    base as tensors where that is "fused", else None. `shares`: whether sequences can share blocks. Close it to put a
-    base with dense weights back as it was."""
+    and the model is an outline of itself from then on. `like`: the `how` and `why` of a runner of a model of this kind,
+    for one that has no values to try it with. `capture`: how a step of single tokens is recorded (see graphs.py); by
+    default as a CUDA graph where there is CUDA. `how` and `why`: the way that was taken. `llama`: the base as tensors
+    where that is "fused", else None. `shares`: whether sequences can share blocks. Close it to put a base with dense
+    weights back as it was."""
 
     def __init__(
         self,
@@ -111,6 +116,9 @@ class Runner:
         pack_bytes: int = 4 << 30,
         weights: WeightKind = "dense",
         batch_invariant: bool = False,
+        context: int = 0,
+        like: tuple[str, str] | None = None,
+        capture: Capture | None = None,
     ) -> None:
         self.pack_bytes, self.weights, self.batch_invariant = pack_bytes, weights, batch_invariant
         self.base = base
@@ -129,16 +137,20 @@ class Runner:
             self.layout = replace(self.layout, rows=ROWS)
         size = Pages.bytes_of_a_block(layers, kv, d, base.dtype)
         self.blocks = cache_bytes // size
-        self.context = min(base.context, self.blocks * BLOCK)
+        self.context = min(base.context, self.blocks * BLOCK, context or base.context)
         if self.blocks < 2:
             raise ResourceError(
                 f"a cache of {cache_bytes / 1e6:.1f} MB holds {self.blocks} blocks of {BLOCK} tokens ({size:,} bytes)",
                 fix="give it more memory",
             )
-        self.pages = Pages(layers, self.blocks, heads, kv, d, base.dtype, base.device)
+        if capture is None and records_here(base.device, self.model.get_input_embeddings().weight):
+            capture = cuda_graph
+        held = self.blocks + (capture is not None)  # one for rows that stand in for nobody
+        self.pages = Pages(layers, held, heads, kv, d, base.dtype, base.device)
         self.pages.tiles = batch_invariant
         self._segments: Segments | None = None
         self.llama: LlamaForward | None = None
+        self.graphs: DecodeGraphs | None = None
         self._pasts: dict[int, Any] = {}
         self._attended: set[int] = set()
         same_bits = (
@@ -146,7 +158,7 @@ class Runner:
         )
         same_bits = same_bits and not batch_invariant  # of oneDNN's products some have not
         self._threads = ThreadTuner(use_threads if same_bits else None, torch.get_num_threads())
-        self.how, self.why = self._choose()
+        self.how, self.why = self._choose() if like is None else self._follow(*like)
         self.shares = self.how != "alone"
         if batch_invariant and self.how != "fused":
             self.close()
@@ -156,6 +168,8 @@ class Runner:
             )
         if weights != "dense":
             self._quantise(quantised_packing(weights))
+        if capture is not None and self.llama is not None:
+            self.graphs = DecodeGraphs(self.llama, self.layout, self.blocks, capture)
 
     def close(self) -> None:
         if self._attachment is not None:
@@ -175,7 +189,19 @@ class Runner:
     def prepare(self, adapter: Adapter, key: str) -> Prepared:
         """Make an adapter without `problems` ready; may be called from any thread."""
         fits = self.llama is not None and not low_rank_problems(adapter, self.layout)
-        return Prepared(key, adapter, pack_adapter(adapter, self.layout, key) if fits else None)
+        if fits:
+            return Prepared(key, adapter, pack_adapter(adapter, self.layout, key))
+        return Prepared(key, adapter if self.base.device.type == "cpu" else self._there(adapter), None)
+
+    def _there(self, adapter: Adapter) -> Adapter:
+        """On the base's device, plain pairs in its dtype: a step that meets an adapter for the first time waits for
+        nothing, and its products are not float32's."""
+        device, dtype = self.base.device, self.base.dtype
+        pairs = {
+            name: replace(pair, A=pair.A.to(device, dtype), B=pair.B.to(device, dtype))
+            for name, pair in adapter.pairs.items() if pair.magnitude is None and pair.origin is None
+        }  # fmt: skip
+        return replace(adapter, pairs={**adapter.pairs, **pairs}).mapped(lambda t: t.to(device))
 
     @property
     def attached(self) -> frozenset[str]:
@@ -191,6 +217,8 @@ class Runner:
     def let_go(self, key: str) -> None:
         """An adapter has left the memory: keep nothing that was made of it. Between two steps."""
         self._segments = None
+        if self.graphs is not None:
+            self.graphs.let_go(key)
         if self._attachment is not None and key in self._attachment.adapters:
             self._attachment.remove(key)
 
@@ -222,6 +250,13 @@ class Runner:
         self._pasts.pop(sequence, None)
 
     def _fused(self, rows: Sequence[RunnerRow]) -> Tensor:
+        if self.graphs is None:
+            return self._fused_step(rows)
+        mixes = [[(p.packed, s) for p, s in row.mix if p.packed is not None] for row in rows]
+        made = self.graphs.run(rows, mixes, lambda: self._fused_step(rows))
+        return self._fused_step(rows) if made is None else made
+
+    def _fused_step(self, rows: Sequence[RunnerRow]) -> Tensor:
         llama, mixes = self.llama, [row.mix for row in rows]
         assert llama is not None
         batch, ids = self._batch(rows)
@@ -293,9 +328,11 @@ class Runner:
             return
         if self._attachment is None:
             self._attachment = attach(self.model)
+            if self.base.device.type != "cpu":  # what a GPU holds is what it was told to hold
+                self._attachment.cache.limit = 0
         for key, prepared in acting.items():
             if key not in self._attachment.adapters:
-                self._attachment.add(key, prepared.adapter)
+                self._attachment.add(key, prepared.adapter, finite=True)  # `problems` has looked
         named = [([(p.key, s) for p, s in mix], n) for mix, n in mixes]
         if all(mix == named[0][0] for mix, _ in named):
             self._attachment.use(*named[0][0])
@@ -334,6 +371,14 @@ class Runner:
                 self.llama = None
                 why += f"{'; ' if why else ''}not {name} ({problem})"
         return "alone", why
+
+    def _follow(self, how: str, why: str) -> tuple[str, str]:
+        """The way that a model of this kind was seen to run. Raises what it raises where this one is not for it."""
+        if how == "fused":
+            self._make_fused()
+        if how != "alone":
+            self._make_packed()
+        return how, why
 
     def _problem(self, own: OwnForward) -> str:
         """How the logits of any token differ from the base's own; "" where they do not. In pieces of different length,
@@ -433,6 +478,7 @@ class Runner:
         chunk = getattr(config, "attention_chunk_size", None)
         if chunk is not None and self.context > chunk:  # pages know windows, and no chunks
             raise NotImplementedError(f"its attention goes by chunks of {chunk} tokens, and a sequence may have more")
+        route_experts(self.model.modules(), self._undo)
         self._undo.callback(divert_attention(self.model))
 
     def _attend(self, batch: PackedRows, layer: int, q: Tensor, k: Tensor, v: Tensor, how: AttentionSettings) -> Tensor:
