@@ -18,8 +18,8 @@
     └── MissingExtraError       an optional dependency that is not installed
 
 And what messages are made with: `shown`, through which every text of a file goes before a person sees it, `quoted`,
-`bullets`, `gigabytes`, `nearest`; and `lacks_memory`, by which everybody tells that memory ran out. Imports nothing of
-veneer.
+`bullets`, `gigabytes`, `nearest`; `one_of`, which checks a word; and `lacks_memory`, by which everybody tells that
+memory ran out. Imports nothing of veneer.
 """
 
 from __future__ import annotations
@@ -148,6 +148,16 @@ class MissingExtraError(VeneerError):
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
     """The up to `n` entries of `known` that look most like `name`, best first, for "did you mean" hints."""
     return difflib.get_close_matches(name, list(known), n=n, cutoff=0.4)
+
+
+def one_of(value: str, known: Iterable[str], what: str, where: str) -> None:
+    """Raises ConfigError, with the nearest, where `value` is none of the words in `known`: 'nf5' is not a quantisation.
+    `what`: with its article. `where`: the option or key."""
+    words = list(known)
+    if value not in words:
+        near = nearest(value.lower(), words, 1)
+        meant = f"did you mean {near[0]}? " if near and len(words) > 1 else ""
+        raise ConfigError(f"{quoted(value)} is not {what}", where=where, fix=f"{meant}There are {', '.join(words)}")
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -14,6 +14,11 @@ from veneer.ops.choice import OPS
 from veneer.ops.cpu import compiled
 
 
+def unwrapped(out: str) -> list[str]:
+    """The lines before they were broken."""
+    return out.replace("\n" + " " * 12, " ").splitlines()
+
+
 def test_what_is_said_is_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(run(capsys, "doctor", "--quick", "--json").out)
     assert found["torch"] == torch.__version__
@@ -28,7 +33,7 @@ def test_what_is_said_is_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_about_ten_lines_name_every_op(capsys: pytest.CaptureFixture[str]) -> None:
     ran = run(capsys, "doctor", "--quick")
     assert ran.code == 0
-    lines = [line for line in ran.out.splitlines() if not line.startswith("measured ")]
+    lines = [line for line in unwrapped(ran.out) if not line.startswith("measured ")]
     assert 5 <= len(lines) <= 16
     said = [name for line in lines if line.startswith("ops ") for name in line.rpartition(": ")[2].split(", ")]
     assert sorted(said) == sorted(OPS)
@@ -37,14 +42,44 @@ def test_about_ten_lines_name_every_op(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_pinned_ops_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     with choice.pinned(rms_norm="torch"):
-        out = run(capsys, "doctor", "--quick").out
-    assert compiled.kernels() is None or "by torch (pinned by VENEER_OPS): rms_norm" in out
+        lines = unwrapped(run(capsys, "doctor", "--quick").out)
+    assert compiled.kernels() is None or any("by torch (pinned by VENEER_OPS): rms_norm" in line for line in lines)
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_no_line_is_wider_than_the_terminal_or_a_hundred(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(compiled, "status", lambda: "a reason " * 40)
+    out = run(capsys, "doctor", "--quick").out
+    assert max(map(len, out.splitlines())) <= min(columns, 100)
+    assert all(line[:12].strip() or line.startswith(" " * 12) for line in out.splitlines())
+
+
+@pytest.mark.parametrize(("threads", "said"), [(1, "; 1 thread; "), (2, "; 2 threads; ")])
+def test_one_thread_is_no_threads(
+    threads: int, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert said in " ".join(run(capsys, "doctor", "--quick").out.split())
+
+
+def test_what_is_measured_is_said_to_be(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "rows_attend": choice.Choice("tiles, tiles32, torch", "measured, the first unless another is clearly faster"),
+        "dropout": choice.Choice("compiled", "the first that takes what it is given"),
+    }
+    monkeypatch.setattr(choice, "choices", lambda device: found)
+    lines = unwrapped(run(capsys, "doctor", "--quick").out)
+    assert "ops cpu     by the fastest of tiles, tiles32 and torch (measured at first use): rows_attend" in lines
+    assert "ops cpu     by compiled (the first that takes what it is given): dropout" in lines
 
 
 def test_every_device_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "a card")
-    lines = run(capsys, "doctor", "--quick").out.splitlines()
+    lines = unwrapped(run(capsys, "doctor", "--quick").out)
     for device in ("cpu", "cuda"):
         ours = [line for line in lines if line.startswith(f"ops {device} ")]
         assert sorted(name for line in ours for name in line.rpartition(": ")[2].split(", ")) == sorted(OPS)
@@ -56,9 +91,9 @@ def test_quick_tells_what_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: 
     with choice.own_choices(kept=lambda: kept):
         assert "measured    nothing yet" in run(capsys, "doctor", "--quick").out
         kept.put(key, measuring.Measured("torch", {"torch": 1.0, "compiled": 2.0}))
-        out = run(capsys, "doctor", "--quick").out
-    assert f"measured    {key}: torch 1 ms (compiled 2)" in out
-    assert "nothing" not in out
+        lines = unwrapped(run(capsys, "doctor", "--quick").out)
+    assert f"measured    {key}: torch 1 ms (compiled 2)" in lines
+    assert not any("nothing yet" in line for line in lines)
 
 
 def test_the_probe_is_told_beside_its_floor(
@@ -66,7 +101,8 @@ def test_the_probe_is_told_beside_its_floor(
 ) -> None:
     found = probe.LayerProbe("bfloat16", 2048, 4e11, 0.08, 0.06)
     monkeypatch.setattr(probe, "probe_layer", lambda dtype: found)
-    assert "2,048 tokens of bfloat16: 80 ms, 75% of its floor of 60 ms at 400 GFLOP/s" in run(capsys, "doctor").out
+    said = " ".join(run(capsys, "doctor").out.split())
+    assert "2,048 tokens of bfloat16: 80 ms, 75% of its floor of 60 ms at 400 GFLOP/s" in said
     told = json.loads(run(capsys, "doctor", "--json").out)["probe"]
     assert told["share"] == pytest.approx(0.75)
 

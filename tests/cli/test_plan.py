@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.tiny_base import tiny_base_dir
 
 ONE_COMMAND = ["plan", "--base", "meta-llama/Llama-3.1-70B", "--gpu", "h100-80gb", "--rows", "5000"]
 ONE_COMMAND += ["--tokens-per-row", "600", "--epochs", "3", "--price", "2.5"]
+SMALL = ["plan", "--base", "smollm2-135m", "--rows", "5", "--tokens-per-row", "9"]
 
 
 @pytest.fixture(autouse=True)
@@ -88,14 +90,32 @@ def test_a_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
             "--size: the base is for text",
         ),
         (["plan", "--base", "sdxl", "--gpu", "rtx-4091", "--rows", "5"], "no GPU 'rtx-4091'"),
+        ([*SMALL, "--gpu", ""], "no GPU ''"),
+        ([*SMALL, "--quantise", "nf5"], "'nf5' is not a quantisation"),
+        ([*SMALL, "--quantise", "keep"], "'keep' is not a quantisation"),
+        ([*SMALL, "--dtype", "float61"], "'float61' is not a precision"),
+        ([*SMALL, "--gpus", "2"], "--gpus: the plan is for this machine's processor"),
+        ([*SMALL, "--price", "3"], "--price: the plan is for this machine's processor"),
+        ([*SMALL, "--trace"], "--trace: the plan is for this machine's processor"),
+        ([*SMALL, "--longest", "5"], "the longest row has 5 tokens, and rows have 9 on average"),
+        ([*SMALL, "--longest", "99999999999"], "--longest"),
+        ([*SMALL, "--epochs", "inf"], "inf is no number to reckon with"),
+        ([*SMALL, "--epochs", "nan"], "--epochs"),
+        ([*SMALL, "base.dtype=float32"], "base.dtype=float32 changes a configuration, and there is none"),
+        (["plan", "--base", "./nowhere", "--rows", "5"], "there is no ./nowhere"),
+        (["plan", "--base", ".", "--rows", "5"], "there is no config.json in ."),
+        (["plan", "--base", "", "--rows", "5"], "no base '' is in the table"),
+        (["plan", "--bas", "smollm2-135m"], "No such option: --bas"),
     ],
 )
 def test_what_is_missing_or_unknown_is_said(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     ran = run(capsys, *arguments)
     assert ran.code == 2
     assert said in ran.err
+    assert not ran.out
 
 
 def test_the_tables_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,3 +132,59 @@ def test_a_calibration_is_taken_kept_and_used(capsys: pytest.CaptureFixture[str]
     assert ran.code == 0, ran.err
     assert "measured here with" in ran.out
     assert (home / "plan-calibration.json").is_file()
+
+
+def test_a_trace_goes_on_below_the_plan(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, gpu_that_is_not_there: None
+) -> None:
+    base = tiny_base_dir(tmp_path)
+    asked = ["plan", "--base", str(base), "--gpu", "h100-80gb", "--rows", "8", "--tokens-per-row", "16", "--batch", "2"]
+    plain, ran = run(capsys, *asked), run(capsys, *asked, "--trace")
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith(plain.out + "\ntraced: ")
+    phases = [line for line in ran.err.splitlines() if line.startswith("trace: step")]
+    assert [line.split(" (")[0] for line in phases] == [
+        f"trace: step {step} of 2: {way}" for step in (1, 2) for way in ("forward", "backward")
+    ]
+    found = json.loads(run(capsys, *asked, "--trace", "--json").out)
+    assert found["trace"]["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize(("signals", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_trace_that_is_stopped_leaves_the_plan(
+    signals: str, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        signal.raise_signal(getattr(signal, signals))
+        pytest.fail("nothing has stopped it")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("veneer.train.traced.traced_plan", stopped)
+    whole = run(capsys, *ONE_COMMAND)
+    ran = run(capsys, *ONE_COMMAND, "--trace")
+    assert ran.code == code
+    assert ran.out == whole.out
+    assert "the plan is whole" in ran.err
+    ran = run(capsys, *ONE_COMMAND, "--trace", "--json")
+    assert ran.code == code
+    assert json.loads(ran.out) == json.loads(run(capsys, *ONE_COMMAND, "--json").out) | {"trace": None}
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_plan_is_on_the_screen_while_the_trace_goes_on() -> None:
+    """A pipe has it before the trace ends, which here never does."""
+    code = (
+        "import time\nimport veneer.train.traced as traced\nfrom veneer.cli.main import main\n"
+        f"traced.traced_plan = lambda *_: time.sleep(600)\nmain({[*ONE_COMMAND, '--trace']!r})"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            assert process.stdout.readline().startswith("It does not fit as given")
+            assert "a step is traced now" in process.stderr.readline()
+        finally:
+            process.kill()

@@ -24,7 +24,7 @@ def test_preload(text: str, wanted: Preload) -> None:
 
 
 def test_settings_that_are_wrong(tmp_path: Path) -> None:
-    for text in ("", "=x", "a:1.2.3"):
+    for text in ("", "=x", "a:1.2.3", "a:1e999"):
         with pytest.raises(ConfigError):
             parse_preload(text)
     assert bytes_of("1.5G", "") == 3 << 29

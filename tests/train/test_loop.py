@@ -252,6 +252,18 @@ def test_ctrl_c_during_an_evaluation_saves_too(tmp_path: Path) -> None:
     assert saved == [(0, -1)]
 
 
+def test_a_signal_stops_steps_of_which_nothing_is_kept_at_once() -> None:
+    def loss(rows: list[int]) -> Tensor:
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the step went on")
+
+    problem = Other(loss)
+    optimizer = make_optimizer(problem.parameters, learning_rate=0.1)
+    plan = TrainingPlan([problem.step([[0]])], Schedule.of("constant", 1))
+    with pytest.raises(KeyboardInterrupt):
+        train(problem, plan, optimizer, signals_wait=False)
+
+
 def test_runs_in_a_thread_where_signals_cannot_be_set() -> None:
     problem, out = Problem(), []
     thread = threading.Thread(target=lambda: out.append(_train(problem, [problem.step([[0, 1]])])))

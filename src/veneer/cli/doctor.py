@@ -1,8 +1,10 @@
-"""`veneer doctor`: what this machine has for veneer, what runs on it and why, in ten lines."""
+"""`veneer doctor`: what this machine has for veneer, what runs on it and why, in about ten lines."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import textwrap
 from typing import Annotated, Any
 
 import typer
@@ -64,12 +66,24 @@ def _dtype() -> Any:
     return choose_dtype("auto", torch.device("cpu"), "BF16")[0]
 
 
+_WIDEST, _INDENT = 100, 12
+
+
+def _wrapped(line: str) -> str:
+    """A line as wide as the terminal and no wider than is pleasant to read; it goes on below its text."""
+    width = max(2 * _INDENT, min(_WIDEST, shutil.get_terminal_size().columns))
+    return textwrap.fill(
+        line, width, subsequent_indent=" " * _INDENT, break_long_words=False, break_on_hyphens=False
+    )  # fmt: skip
+
+
 def _lines(found: dict[str, Any]) -> list[str]:
     from veneer.ops.measuring import Measured
 
+    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
     lines = [
         f"veneer      {found['veneer']}, torch {found['torch']}",
-        f"processor   {found['processor']}; {found['threads']} threads; torch's kernels for {found['instructions']}",
+        f"processor   {found['processor']}; {threads}; torch's kernels for {found['instructions']}",
         f"card        {', '.join(found['cards']) or 'none that torch can use'}",
         f"compiled    {found['compiled']}",
     ]
@@ -78,12 +92,12 @@ def _lines(found: dict[str, Any]) -> list[str]:
     for device, ops in found["ops"].items():
         groups: dict[str, list[str]] = {}
         for op, one in ops.items():
-            groups.setdefault(f"by {one['name']} ({one['reason']})", []).append(op)
-        lines += [f"{f'ops {device}':<12}{how}: {', '.join(names)}" for how, names in sorted(groups.items())]
+            groups.setdefault(_how(one["name"], one["reason"]), []).append(op)
+        lines += [f"{f'ops {device}':<{_INDENT}}{how}: {', '.join(names)}" for how, names in sorted(groups.items())]
     measured = {key: Measured(one["runs"], one["ms"]).line() for key, one in found["measured"].items()}
     lines += [f"measured    {key}: {line}" for key, line in measured.items()]
     if not measured:
-        lines.append("measured    nothing yet: a run measures at first use, and keeps it")
+        lines.append("measured    nothing yet: the first run measures what it needs, and keeps it")
     if (probe := found["probe"]) is not None:
         busy = "; other processes were busy" if found["neighbours"] else ""
         lines.append(
@@ -91,4 +105,12 @@ def _lines(found: dict[str, Any]) -> list[str]:
             f"{probe['share']:.0%} of its floor of {probe['floor_ms']:.0f} ms at {probe['operations'] / 1e9:,.0f} "
             f"GFLOP/s{busy}"
         )
-    return lines
+    return [_wrapped(line) for line in lines]
+
+
+def _how(name: str, reason: str) -> str:
+    """What runs and why. `name`: of several that are measured, all."""
+    *others, last = name.split(", ")
+    if reason.startswith("measured") and others:
+        return f"by the fastest of {', '.join(others)} and {last} (measured at first use)"
+    return f"by {name} ({reason})"

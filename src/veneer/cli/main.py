@@ -21,10 +21,12 @@ stdout and stderr are guarded on the way (cli/output.py): no text of a file reac
 from __future__ import annotations
 
 import errno
+import functools
 import importlib
+import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -145,11 +147,35 @@ def _imported(name: str) -> Any:
     if app is None:
         app = typer.Typer(add_completion=False)
         app.command(name)(module.command)
+    _finite_alone(app)
     # Plain text in help and errors of every command, as of the group.
     app.pretty_exceptions_enable = False
     command = typer.main.get_command(app)
     command.name = name
     return command
+
+
+def _finite_alone(app: typer.Typer) -> None:
+    """nan and infinity are refused as numbers of every command in `app`: a range lets nan through."""
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            _finite_alone(group.typer_instance)
+    for command in app.registered_commands:
+        if command.callback is not None and not hasattr(command.callback, "__wrapped__"):  # once a process
+            command.callback = _finite(command.callback)
+
+
+def _finite(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def checked(*args: Any, **given: Any) -> Any:
+        for name, value in given.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise typer.BadParameter(
+                    f"{value} is no number to reckon with.", param_hint=f"--{name.replace('_', '-')}"
+                )
+        return call(*args, **given)
+
+    return checked
 
 
 def _known(error: Exception) -> VeneerError | None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +14,7 @@ import typer
 
 from veneer.cli.options import AsJson
 from veneer.cli.output import say
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, Interrupted, one_of
 
 if TYPE_CHECKING:
     from veneer.plan.plan import Plan
@@ -26,6 +30,9 @@ _OF_TEXT = _OF_DATA | {"micro_tokens"}
 _OF_PICTURES = {"size", "micro_pictures", "targets"}
 _OF_BOTH = {"epochs", "batch", "rank", "dtype", "quantise", "checkpointing"}
 _SERVED = {"tenants", "prompt", "answer", "together"}
+_OF_CARDS = {"gpus", "price"}
+_ROWS, _TOKENS, _MANY = 10**12, 1 << 20, 1 << 16
+"""What is more is a slip of the keyboard, and would be counted for ever."""
 
 
 @app.command(epilog=_EXAMPLE)
@@ -38,40 +45,59 @@ def plan(
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that replace the file's.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", help="A base by its hub id, or a folder or config.json of one.")
+        str | None, typer.Option("--base", help="A base: its hub id (--list), folder, config.json or GGUF file.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", help="A GPU of the table (--list), cpu for this machine's.")
+        str | None, typer.Option("--gpu", help="A GPU of --list; cpu or nothing: this machine's processor.")
     ] = None,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many of them.")] = 1,
-    rows: Annotated[int | None, typer.Option("--rows", min=1, help="Rows (of pictures: pictures).")] = None,
-    tokens_per_row: Annotated[float | None, typer.Option("--tokens-per-row", min=2, help="Tokens of a row.")] = None,
-    longest: Annotated[int | None, typer.Option("--longest", min=2, help="Tokens of the longest row.")] = None,
-    trained: Annotated[float, typer.Option("--trained", min=0.001, max=1, help="Share of tokens learned.")] = 1.0,
-    epochs: Annotated[float, typer.Option("--epochs", min=0.001, help="Times over the data.")] = 3,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows in a step.")] = 16,
-    micro_tokens: Annotated[int, typer.Option("--micro-tokens", min=1, help="Tokens in memory at once.")] = 2048,
-    size: Annotated[int | None, typer.Option("--size", min=64, help="Side of a picture, in pixels.")] = None,
-    micro_pictures: Annotated[int, typer.Option("--micro-pictures", min=1, help="Pictures in memory at once.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, max=_MANY, help="How many GPUs.")] = 1,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=1, max=_ROWS, help="Rows of the data, or its pictures.")
+    ] = None,
+    tokens_per_row: Annotated[
+        float | None, typer.Option("--tokens-per-row", min=2, max=_TOKENS, help="Tokens of a row, on average.")
+    ] = None,
+    longest: Annotated[
+        int | None, typer.Option("--longest", min=2, max=_TOKENS, help="Tokens of the longest row.")
+    ] = None,
+    trained: Annotated[
+        float, typer.Option("--trained", min=0.001, max=1, help="Share of the tokens that are learned.")
+    ] = 1.0,
+    epochs: Annotated[float, typer.Option("--epochs", min=0.001, help="Passes over the data.")] = 3,
+    batch: Annotated[int, typer.Option("--batch", min=1, max=_MANY, help="Rows in a step.")] = 16,
+    micro_tokens: Annotated[
+        int, typer.Option("--micro-tokens", min=1, max=_TOKENS, help="Tokens in memory at once.")
+    ] = 2048,
+    size: Annotated[
+        int | None, typer.Option("--size", min=64, max=1 << 14, help="Side of a picture, in pixels.")
+    ] = None,
+    micro_pictures: Annotated[
+        int, typer.Option("--micro-pictures", min=1, max=_MANY, help="Pictures in memory at once.")
+    ] = 1,
     targets: Annotated[
-        str, typer.Option("--targets", help="Of pictures: attention, attention+ff or attention+ff+conv.")
+        str, typer.Option("--targets", help="Layers of an image base: attention, attention+ff or attention+ff+conv.")
     ] = "attention",
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of every pair.")] = 16,
+    rank: Annotated[int, typer.Option("--rank", min=1, max=_MANY, help="Rank of every pair.")] = 16,
     dtype: Annotated[str, typer.Option("--dtype", help="Precision of the base: bfloat16 or float32.")] = "bfloat16",
-    quantise: Annotated[str | None, typer.Option("--quantise", help="nf4, fp4 or int8.")] = None,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Activations are made again.")] = False,
+    quantise: Annotated[
+        str | None, typer.Option("--quantise", help="The base in 4 or 8 bits: nf4, fp4 or int8.")
+    ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute activations: less memory, more time.")
+    ] = False,
     price: Annotated[float | None, typer.Option("--price", min=0, help="US dollars an hour of one GPU.")] = None,
     tenants: Annotated[int, typer.Option("--tenants", min=1, help="Adapters to serve.")] = 100,
     prompt: Annotated[int | None, typer.Option("--prompt", min=1, help="Tokens a request reads.")] = None,
     answer: Annotated[int, typer.Option("--answer", min=1, help="Tokens a request writes.")] = 100,
     together: Annotated[int, typer.Option("--together", min=1, help="Requests served at once.")] = 32,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Take short real steps here first, and keep what they show.")
+        bool, typer.Option("--calibrate", help="Measure this machine with short real steps first, and keep the rates.")
     ] = False,
     trace: Annotated[
-        bool, typer.Option("--trace", help="Follow a whole step on a GPU that is not there: bytes, waits, float32.")
+        bool,
+        typer.Option("--trace", help="Then follow a whole step on that GPU, without having it: bytes, waits, float32."),
     ] = False,
-    list_: Annotated[bool, typer.Option("--list", help="The bases and GPUs that are known, and stop.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the GPUs and bases that are known, and exit.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """What a run needs before it runs: memory by part, whether it fits, what makes it fit, hours and dollars.
@@ -93,8 +119,21 @@ def plan(
         _calibrate(base or "smollm2-135m", dtype)
         if config is None and base is None:
             return
-    device = cpu_device() if gpu is None or gpu == "cpu" else device_named(gpu, count=gpus, price=price)
+    if quantise is not None:
+        one_of(quantise, ("nf4", "fp4", "int8"), "a quantisation that can be planned", "--quantise")
+    one_of(dtype, ("bfloat16", "float32", "float16"), "a precision that can be planned", "--dtype")
+    if gpu is None or gpu == "cpu":
+        _refuse(context, {*_OF_CARDS, "trace"}, "the plan is for this machine's processor", "name a card with --gpu")
+        device = cpu_device()
+    else:
+        device = device_named(gpu, count=gpus, price=price)
+    if longest is not None and tokens_per_row is not None and longest < tokens_per_row:
+        what = f"the longest row has {longest} tokens, and rows have {tokens_per_row:g} on average"
+        raise ConfigError(what, where="--longest, --tokens-per-row", fix="leave --longest out, or give the greatest")
     made: Plan
+    if config is not None and base is not None and "=" in config.name and not config.exists():
+        what = f"{config} changes a configuration, and there is none"
+        raise ConfigError(what, fix="with --base say it by an option, as --dtype or --rank; see --help")
     if config is not None:
         _refuse(context, {"base", *_OF_TEXT - _OF_DATA, *_OF_PICTURES, *_OF_BOTH}, "the configuration says it")
         from veneer.train.planning import plan_of_config
@@ -109,7 +148,7 @@ def plan(
         found = base_config(base)
         rates, process = rates_here(device, dtype)
         if is_denoiser(found):
-            _refuse(context, _OF_TEXT | _SERVED, "the base is for pictures")
+            _refuse(context, _OF_TEXT | _SERVED, "the base is for pictures", "leave it out")
             side = size or int(found.get("picture", 1024))
             load: Any = ImageLoad(
                 micro_pictures, side, side, -(-batch // micro_pictures), rank, dtype, quantise, checkpointing,
@@ -120,7 +159,7 @@ def plan(
         elif tokens_per_row is None:
             raise ConfigError("a plan of text needs --tokens-per-row", fix=_EXAMPLE.removeprefix("Example: "))
         else:
-            _refuse(context, _OF_PICTURES, "the base is for text")
+            _refuse(context, _OF_PICTURES, "the base is for text", "leave it out")
             load = Load.of(
                 longest or round(tokens_per_row), micro_tokens, batch, rank=rank, dtype=dtype, quantise=quantise,
                 checkpointing=checkpointing, trained=trained,
@@ -131,25 +170,64 @@ def plan(
             made = text_plan(base, shape, load, device, rates, job, process=process, traffic=traffic)
     else:
         raise ConfigError("nothing to plan", fix=f"give a CONFIG.yaml, or {_EXAMPLE.removeprefix('Example: ')}")
-    step: TracedStep | None = None
+    fields: dict[str, Any] = {}
     if trace:
         from veneer.train.planning import base_fields
-        from veneer.train.traced import traced_plan
 
         fields = base_config(base) if base is not None else base_fields(config, overrides or [])  # type: ignore[arg-type]
-        step = traced_plan(made, fields)
+    if not as_json:
+        print(plan_text(made), flush=True)  # before a trace, which takes minutes
+    step, stopped = _traced(made, fields) if trace else (None, None)
     if as_json:
-        print(json.dumps(made.to_dict() | ({} if step is None else {"trace": step.to_dict()})))
-    else:
-        print(plan_text(made) + ("" if step is None else "\n\n" + step.text()))
+        print(json.dumps(made.to_dict() | ({"trace": step and step.to_dict()} if trace else {})))
+    elif step is not None:
+        print("\n" + step.text())
+    if stopped is not None:
+        raise typer.Exit(stopped.exit_code)
 
 
-def _refuse(context: typer.Context, names: set[str], why: str) -> None:
+def _traced(made: Plan, fields: dict[str, Any]) -> tuple[TracedStep | None, Interrupted | None]:
+    """The plan's step followed, or what stopped it."""
+    say("a step is traced now, a minute or two for a large base; Ctrl-C stops it, and the plan stays")
+    try:
+        with _sigterm_interrupts():
+            from veneer.train.traced import traced_plan
+
+            return traced_plan(made, fields, lambda line: say(f"trace: {line}")), None
+    except KeyboardInterrupt:
+        stopped = Interrupted("stopped")
+    except Interrupted as error:
+        stopped = error
+    say("the trace was stopped before its end; the plan is whole")
+    return None, stopped
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM raises Interrupted, as Ctrl-C does KeyboardInterrupt."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Interrupted("stopped", signal=number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+_SAID_THERE = "leave it out, or say it as section.key=value of a configuration"
+
+
+def _refuse(context: typer.Context, names: set[str], why: str, fix: str = _SAID_THERE) -> None:
     """ConfigError where one of these options was given, which would be without effect."""
     given = [n for n in sorted(names) if str(context.get_parameter_source(n)).endswith("COMMANDLINE")]
     if given:
         said = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ConfigError(f"{said}: {why}", fix="leave it out, or say it as section.key=value of a configuration")
+        raise ConfigError(f"{said}: {why}", fix=fix)
 
 
 def _calibrate(base: str, dtype: str) -> None:
@@ -171,11 +249,12 @@ def _list(as_json: bool) -> None:
     if as_json:
         print(json.dumps({"bases": base_names(), "gpus": gpu_names()}))
         return
+    print("for --gpu: memory, bandwidth, products in bfloat16, price as assumed (--price replaces it)")
     for name in gpu_names():
         d = device_named(name)
-        cost = "" if d.price is None else f"${d.price:g}/h"
+        cost = "" if d.price is None else f"${d.price:.2f}/h"
         rates = f"{d.bandwidth / 1e9:>6,.0f} GB/s {d.flops / 1e12:>6,.0f} TFLOP/s"
         print(f"{name:<18} {d.memory / 1e9:>6.1f} GB {rates} {cost:>8}")
-    print()
+    print("\nfor --base; others by their folder or config.json")
     for name in base_names():
         print(name)

@@ -9,7 +9,7 @@ import typer
 
 from veneer.cli.options import ChosenDevice, LoadedDtype
 from veneer.cli.output import say
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, one_of
 from veneer.serve.settings import (
     EngineSettings,
     FleetSettings,
@@ -72,21 +72,29 @@ def serve(
         bool, typer.Option("--open", help="Serve whoever asks, although there are tenants in the veneer home.")
     ] = False,
     ledger_days: Annotated[
-        float, typer.Option("--ledger-days", min=1, help="With --tenants: lines are kept so long; sums by day stay.")
+        float,
+        typer.Option(
+            "--ledger-days", min=1, help="With --tenants: days that the ledger keeps its lines; sums by day stay."
+        ),
     ] = LedgerSettings.days,
     ledger_room: Annotated[
         str,
         typer.Option(
-            "--ledger-room", help="Of the local disk, for what the tenants' database is owed while it is away, as 64M."
+            "--ledger-room", help="With --tenants: disk for the bills that wait while the database is away, as 64M."
         ),
     ] = size_text(LedgerSettings.room),
     ledger_folder: Annotated[
         Path | None,
-        typer.Option("--ledger-folder", help="Where that is, on a local disk. Default: beside the SQLite file."),
+        typer.Option(
+            "--ledger-folder",
+            help="With --tenants: where these bills wait, on a local disk. Default: beside the SQLite file.",
+        ),
     ] = None,
     ledger_sync: Annotated[
         bool,
-        typer.Option("--ledger-sync", help="A bill waits for the disk: it outlives a loss of power, not a kill alone."),
+        typer.Option(
+            "--ledger-sync", help="With --tenants: a bill waits for the disk, so that it outlives a loss of power too."
+        ),
     ] = False,
     engine: Annotated[
         str, typer.Option("--engine", help="embedded: this process computes; openai: the servers of --upstream do.")
@@ -96,30 +104,33 @@ def serve(
         typer.Option("--upstream", help="A vLLM, TGI or OpenAI-compatible server's URL; any number of times."),
     ] = None,
     upstream_key: Annotated[
-        str | None, typer.Option("--upstream-key", envvar="VENEER_UPSTREAM_KEY", help="Their bearer token.")
+        str | None,
+        typer.Option(
+            "--upstream-key", envvar="VENEER_UPSTREAM_KEY", help="The bearer token for the servers of --upstream."
+        ),
     ] = None,
     mix_disk: Annotated[
-        str, typer.Option("--mix-disk", help="With --upstream: for mixes that clients make of strengths, as 16G.")
+        str, typer.Option("--mix-disk", help="With --upstream: disk for the mixes that clients make, as 16G.")
     ] = size_text(FleetSettings.mix_bytes),
     tenant_mixes: Annotated[
-        int, typer.Option("--tenant-mixes", min=1, help="With --upstream: such mixes of one tenant at a time.")
+        int, typer.Option("--tenant-mixes", min=1, help="With --upstream: mixes that one tenant may have at a time.")
     ] = FleetSettings.mixes,
     max_batch: Annotated[
-        int, typer.Option("--max-batch", min=1, help="Requests computed at once.")
+        int, typer.Option("--max-batch", min=1, max=1 << 16, help="Requests computed at once.")
     ] = EngineSettings.rows,
     cache_memory: Annotated[
-        str, typer.Option("--cache-memory", help="For keys and values, as 512M or 4G.")
+        str, typer.Option("--cache-memory", help="Memory for keys and values, as 512M or 4G.")
     ] = size_text(EngineSettings.cache_bytes),
     context: Annotated[
         int,
         typer.Option("--context", min=0, help="Tokens of a sequence at most; 0: what base and cache have room for."),
     ] = EngineSettings.context,
-    adapter_memory: Annotated[str, typer.Option("--adapter-memory", help="For adapters, as 512M or 4G.")] = size_text(
-        EngineSettings.adapter_bytes
-    ),
+    adapter_memory: Annotated[
+        str, typer.Option("--adapter-memory", help="Memory for adapters, as 512M or 4G.")
+    ] = size_text(EngineSettings.adapter_bytes),
     weights: Annotated[
         str,
-        typer.Option("--weights", help="dense; int8 or int4: projections in that alone, for small machines."),
+        typer.Option("--weights", help="dense, or int8 or int4: projections are rounded to that, for small machines."),
     ] = EngineSettings.weights,
     quantise: Annotated[
         str | None, typer.Option("--quantise", help="The base in 4 or 8 bits: nf4, fp4, int8; or keep, as a GGUF is.")
@@ -140,7 +151,10 @@ def serve(
         int, typer.Option("--queue", min=2, help="Answers that may run or wait at once; a tenant may have half.")
     ] = HttpSettings.queue,
     max_connections: Annotated[
-        int, typer.Option("--max-connections", min=2, help="Beyond so many the one that was idle longest is closed.")
+        int,
+        typer.Option(
+            "--max-connections", min=2, help="Connections at a time; beyond them the one idle longest is closed."
+        ),
     ] = HttpSettings.connections,
     head_seconds: Annotated[
         float, typer.Option("--head-seconds", min=0.1, help="How long a request's first lines may take to come.")
@@ -166,10 +180,13 @@ def serve(
     for folder in allow_folder or []:
         if not folder.expanduser().is_dir():
             raise ConfigError(f"there is no folder {folder}", where="--allow-folder", fix="make it, or leave it out")
-    if engine not in ("embedded", "openai") or (engine == "openai") != bool(upstream):
-        raise ConfigError(
-            f"--engine {engine} with {len(upstream or [])} upstreams", fix="--engine openai --upstream URL"
-        )
+    one_of(engine, ("embedded", "openai"), "a way to compute", "--engine")
+    if engine == "openai" and not upstream:
+        what = "--engine openai asks servers that run elsewhere, and none is named"
+        raise ConfigError(what, where="--engine", fix="--upstream http://host:port for each of them")
+    if engine == "embedded" and upstream:
+        what = "--upstream names servers that compute, and --engine embedded computes here"
+        raise ConfigError(what, where="--upstream", fix="add --engine openai, or leave --upstream out")
     try:
         import uvicorn  # noqa: F401
     except ImportError as error:
@@ -198,7 +215,7 @@ def serve(
             rows=max_batch,
             cache_bytes=bytes_of(cache_memory, "--cache-memory"),
             adapter_bytes=bytes_of(adapter_memory, "--adapter-memory"),
-            weights=_weights(weights),
+            weights=cast(WeightKind, weights),
             batch_invariant=batch_invariant,
             context=context,
         ),
@@ -227,9 +244,3 @@ def serve(
         ),
     )
     server.serve(settings, say)
-
-
-def _weights(text: str) -> WeightKind:
-    if text not in ("dense", "int8", "int4"):
-        raise ConfigError(f"{text!r} is not a kind of weights", where="--weights", fix="dense, int8 or int4")
-    return cast(WeightKind, text)

@@ -39,7 +39,7 @@ def train(
         bool, typer.Option("--tensorboard", help="Write scalars to OUTPUT/tensorboard as well.")
     ] = False,
     devices: Annotated[
-        int | None, typer.Option("--devices", min=1, help="Share the work of each step among so many, on this machine.")
+        int | None, typer.Option("--devices", min=1, help="Share each step among so many processes on this machine.")
     ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show the settings that nobody gave, with the reason for each.")

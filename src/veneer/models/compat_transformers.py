@@ -14,6 +14,7 @@ TRANSFORMERS = Internals(
     (
         "transformers.MODEL_FOR_CAUSAL_LM_MAPPING",
         "transformers.PreTrainedModel.set_attn_implementation",
+        "transformers.activations.ACT2FN",
         "transformers.core_model_loading.ConversionOps",
         "transformers.integrations.gguf.gguf_tokenizer_mapping.generate_merges",
         "transformers.integrations.gguf.reader._mapped",
@@ -24,6 +25,7 @@ TRANSFORMERS = Internals(
         "transformers.modeling_gguf_pytorch_utils.TensorProcessor",
         "transformers.modeling_gguf_pytorch_utils.get_gguf_hf_weights_map",
         "transformers.modeling_gguf_pytorch_utils.tqdm",
+        "transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS",
         "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.register",
         "transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING",
         "transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING",

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from veneer.errors import ConfigError, ResourceError
+from veneer.errors import ConfigError, ResourceError, nearest, one_of, quoted
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,29 @@ _DTYPES = {
     "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16",
     "fp16": "float16",
 }  # fmt: skip
+
+
+_NAMES = ("auto", "float32", "bfloat16", "float16")
+_DEVICE_NAME = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,3})?")
+
+
+def check_dtype_name(dtype: str, where: str) -> None:
+    """Raises ConfigError for what no base can be loaded in. `where`: the option."""
+    if dtype not in _DTYPES:
+        one_of(dtype, _NAMES, "a dtype", where)
+
+
+def check_device_name(device: str, where: str) -> None:
+    """Raises ConfigError for what names no device, and for one that this machine does not have. `where`: the option.
+    Imports torch where a device is asked for that may not be there."""
+    if not _DEVICE_NAME.fullmatch(device):
+        near = nearest(device.lower(), ("auto", "cpu", "cuda", "mps"), 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"{quoted(device)} is not a device", where=where, fix=f"{meant}There are auto, cpu, cuda, cuda:1 and mps"
+        )
+    if device not in ("auto", "cpu"):
+        choose_device(device)
 
 
 def choose_device(device: str | torch.device) -> torch.device:

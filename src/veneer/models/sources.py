@@ -69,6 +69,27 @@ def find_base(name: str, *, source: Path | None = None, say: Callable[[str], Non
         return get_builtin(BUILTIN[name], source=source, say=say)
     if source is not None:
         raise BaseError(f"{name!r} is not a built-in base", fix=f"made from a file: {', '.join(BUILTIN)}")
+    here = base_here(name)
+    if here is not None:
+        return here
+    if say is not None:
+        say(f"looking for {name} on the hub")
+    hints = nearest(name, [k.name for k in known_bases()], 1)
+    ways = (f"did you mean {hints[0]}? " if hints else "") + f"Without a hub: {_WAYS}"
+    looked = f"{Path(name).absolute()}, {bases_home() / name}"
+    return _local(hub_snapshot(name, looked=looked, ways=ways))
+
+
+def base_here(name: str) -> Path | None:
+    """The directory or file of a base that is on this machine; None where it has to be fetched: a built-in base that
+    was not made yet, a hub id. Raises BaseError for what is neither, and for a file or directory that is no base."""
+    if not name.strip():
+        raise BaseError("the base has no name", fix=_WAYS)
+    if name.removesuffix("-canny") in PACKAGED:
+        return packaged(name)
+    if name in BUILTIN:
+        place = builtin_place(BUILTIN[name])
+        return place if (place / "base.json").exists() else None
     path = Path(name).expanduser()
     if path.exists():
         return _local(path)
@@ -77,11 +98,7 @@ def find_base(name: str, *, source: Path | None = None, say: Callable[[str], Non
         return kept
     if name.startswith((".", "/", "~")) or name.endswith(_FILES) or not _HUB_ID.fullmatch(name):
         raise _not_found(name, path)
-    if say is not None:
-        say(f"looking for {name} on the hub")
-    hints = nearest(name, [k.name for k in known_bases()], 1)
-    ways = (f"did you mean {hints[0]}? " if hints else "") + f"Without a hub: {_WAYS}"
-    return _local(hub_snapshot(name, looked=f"{path.absolute()}, {bases_home() / name}", ways=ways))
+    return None
 
 
 def _not_found(name: str, path: Path) -> BaseError:

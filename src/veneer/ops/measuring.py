@@ -88,7 +88,8 @@ def this_machine() -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} processors"
+    count = os.cpu_count()
+    return f"{name}, {count} {'processor' if count == 1 else 'processors'}"
 
 
 class Kept:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from veneer.errors import ConfigError, nearest
+from veneer.errors import ConfigError, nearest, quoted
+from veneer.models.config import PLANNED_DENOISERS
 from veneer.plan.memory import CPU_PROCESS, CPU_ROUNDING, CUDA_CONTEXT, CUDA_ROUNDING, Memory, dtype_bytes
 from veneer.plan.tables import Device
 from veneer.plan.time import Work
@@ -144,7 +145,7 @@ Config = Mapping[str, Any]
 def kind_of(config: Config) -> str:
     """The family of a denoiser's config: veneer's name, or diffusers' class if there is none."""
     named = str(config.get("_class_name"))
-    return str(config.get("model_type") or _CLASSES.get(named, named))
+    return str(config.get("model_type") or PLANNED_DENOISERS.get(named, named))
 
 
 def is_denoiser(config: Config) -> bool:
@@ -161,15 +162,21 @@ def image_counts(
     Raises ConfigError for an unknown denoiser and for unknown targets."""
     kind = kind_of(config)
     if kind not in IMAGE_FAMILIES:
-        known = ", ".join(sorted(IMAGE_FAMILIES))
-        raise ConfigError(f"veneer plan does not know the denoiser {kind!r}", fix=f"known: {known}")
+        what = f"veneer plan does not know the denoiser {quoted(kind)}"
+        raise ConfigError(what, fix=f"it knows {', '.join(sorted(IMAGE_FAMILIES))}")
     if targets not in _TARGET_ENDINGS:
         near = nearest(targets, _TARGET_ENDINGS) or sorted(_TARGET_ENDINGS)
-        raise ConfigError(f"veneer plan does not know the targets {targets!r}", fix=f"use {' or '.join(near)}")
+        raise ConfigError(f"veneer plan does not know the targets {targets!r}", fix=f"use {', '.join(near)}")
     c = ImageCounts(frozenset(_TARGET_ENDINGS[targets]), rank, cuda)
-    c.encoders = sum(config.get("encoders", {}).values()) + int(config.get("vae", 0))
-    c.text = text_tokens or int(config.get("text_tokens", 77 if kind == "sdxl" else 512))
-    IMAGE_FAMILIES[kind](c, config, height, width, c.text)
+    c.encoders = sum((config.get("encoders") or {}).values()) + int(config.get("vae") or 0)
+    c.text = text_tokens or int(config.get("text_tokens") or (77 if kind == "sdxl" else 512))
+    try:
+        IMAGE_FAMILIES[kind](c, {k: v for k, v in config.items() if v is not None}, height, width, c.text)
+    except KeyError as error:
+        raise ConfigError(
+            f"the config of this {kind} denoiser has no {error.args[0]!r}",
+            fix="give the whole config.json; of U-Nets those of SDXL can be planned",
+        ) from None
     return c
 
 
@@ -366,7 +373,6 @@ def _transformer(counts: ImageCounts, n: int, d: int, cross: int, heads: int, de
 IMAGE_FAMILIES: dict[str, Callable[[ImageCounts, Config, int, int, int], None]] = {
     "flux": _flux, "flux2": _flux2, "sdxl": _sdxl
 }  # fmt: skip
-_CLASSES = {"UNet2DConditionModel": "sdxl", "FluxTransformer2DModel": "flux", "Flux2Transformer2DModel": "flux2"}
 
 
 # -- memory and time ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import ConfigError, nearest
+from veneer.errors import ConfigError, nearest, quoted
 from veneer.models.compat_transformers import PRE_NORM_LAYERS
 
 if TYPE_CHECKING:
@@ -162,23 +162,33 @@ def text_shape(config: Config) -> TextShape:
     Raises ConfigError for a family that is not in the table."""
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
-        own = {**inner, "tie_word_embeddings": inner.get("tie_word_embeddings", config.get("tie_word_embeddings"))}
+        own = {
+            **inner,
+            "text_config": None,
+            "tie_word_embeddings": inner.get("tie_word_embeddings", config.get("tie_word_embeddings")),
+        }
         kind = str(own.get("model_type") or f"{config.get('model_type')}_text")
         return text_shape({**own, "model_type": kind})
-    family = str(config.get("model_type"))
+    if config.get("model_type") is None:
+        raise ConfigError("this config.json names no model family", where="model_type", fix="give the base's own")
+    family = str(config["model_type"])
     if family not in TEXT_FAMILIES:
-        near = nearest(family, TEXT_FAMILIES) or sorted(TEXT_FAMILIES)
+        near = nearest(family, TEXT_FAMILIES, 1)
+        meant = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(
-            f"veneer plan does not know the model family {family!r}",
+            f"veneer plan does not know the model family {quoted(family)}",
             where="model_type",
-            fix=f"known: {', '.join(near)}",
+            fix=f"{meant}It knows {', '.join(sorted(TEXT_FAMILIES))}; for others `veneer train CONFIG.yaml --dry-run` "
+            "plans from the base itself",
         )
     values = {k: v for k, v in config.items() if v is not None}
     try:
         layers = TEXT_FAMILIES[family](values)
         tied = bool(values.get("tie_word_embeddings", family.startswith("gemma")))
+        if family == "gemma3_text":
+            values = {**_GEMMA, **values}
         return TextShape(
-            family, values["hidden_size"], values.get("vocab_size", _GEMMA["vocab_size"]), layers, tied,
+            family, values["hidden_size"], values["vocab_size"], layers, tied,
             values.get("max_position_embeddings"), keeps=family in PRE_NORM_LAYERS,
         )  # fmt: skip
     except KeyError as error:

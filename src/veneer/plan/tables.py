@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError, nearest
+from veneer.errors import ConfigError, nearest, quoted
+from veneer.models.config import read_config_json
 from veneer.models.home import veneer_home
 
 _MIB = 1 << 20
@@ -61,18 +62,14 @@ def base_names() -> list[str]:
 def base_config(name: str) -> dict[str, Any]:
     """The config of a base (of an image base its denoiser's): of the table, a directory, a config.json or a GGUF file.
 
-    Raises ConfigError with near names, BaseError for a GGUF file that cannot be read."""
+    Raises ConfigError with near names, and for values that are no sizes (models/config.py); BaseError for a GGUF file
+    that cannot be read."""
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return _gguf_config(path)
     for file in (path / "config.json", path / "transformer" / "config.json", path / "unet" / "config.json", path):
         if file.is_file() and file.suffix == ".json":
-            try:
-                config = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ConfigError(f"this is not JSON: {error}", where=str(file)) from None
-            if not isinstance(config, dict):
-                raise ConfigError("config.json must hold a JSON object", where=str(file))
+            config = read_config_json(file)
             return {**_picture(path, config), **config}
     if len(inside := sorted(path.glob("*.gguf"))) == 1:
         return _gguf_config(inside[0])
@@ -82,9 +79,14 @@ def base_config(name: str) -> dict[str, Any]:
         ends = {n.rpartition("/")[2]: n for n in names}
         known = names.get(ends.get(name.lower(), ""))
     if known is None:
-        near = nearest(name, [*table, *(n.rpartition("/")[2] for n in table)]) or ["a folder that has a config.json"]
+        if (name and path.is_dir()) or name.startswith((".", "/", "~")) or path.suffix in (".json", ".gguf"):
+            what = f"there is no config.json in {name}" if path.is_dir() else f"there is no {name}"
+            raise ConfigError(what, where=str(path.absolute()), fix="the folder, config.json or GGUF file of a base")
+        near = nearest(name, [*table, *(n.rpartition("/")[2] for n in table)])
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
         raise ConfigError(
-            f"no base {name!r} is in the table", fix=f"{', '.join(near)}; or --base PATH/config.json of the base"
+            f"no base {quoted(name)} is in the table",
+            fix=f"{meant}`veneer plan --list` names them; any other by its folder or config.json",
         )
     return dict(table[known]["config"])
 
@@ -92,8 +94,7 @@ def base_config(name: str) -> dict[str, Any]:
 def _gguf_config(file: Path) -> dict[str, Any]:
     from veneer.models.text.base import read_base_config
 
-    found: dict[str, Any] = read_base_config(file).to_dict()
-    return found
+    return dict(read_base_config(file).to_dict())
 
 
 def _picture(base: Path, config: Mapping[str, Any]) -> dict[str, int]:
@@ -102,9 +103,14 @@ def _picture(base: Path, config: Mapping[str, Any]) -> dict[str, int]:
     file = base / "vae" / "config.json"
     if "_class_name" not in config or not file.is_file():
         return {}
-    vae = json.loads(file.read_text(encoding="utf-8"))
-    scale = 2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1)
-    own = config.get("sample_size")
+    vae = read_config_json(file)
+    levels, own = vae.get("block_out_channels", [0] * 4), config.get("sample_size")
+    sides = [side for side in (own, vae.get("sample_size")) if side is not None]
+    if not isinstance(levels, list) or not 0 < len(levels) < 10 or not all(type(n) is int and n > 0 for n in sides):
+        raise ConfigError(
+            "block_out_channels has to be a list of widths, and sample_size a number of pixels or null", where=str(file)
+        )
+    scale = 2 ** (len(levels) - 1)
     return {"vae_scale": scale, "picture": scale * int(own) if own else int(vae.get("sample_size") or 1024)}
 
 
@@ -139,7 +145,7 @@ def device_named(name: str, *, count: int = 1, price: float | None = None) -> De
     table = _gpus()
     key = _key(name)
     found = next((n for n in table if _key(n) == key), None)
-    found = found or next((n for n in table if _key(n).startswith(key)), None)
+    found = found or next((n for n in table if key and _key(n).startswith(key)), None)
     if found is None:
         near = nearest(name, table) or list(table)
         raise ConfigError(f"no GPU {name!r} is in the table", where="--gpu", fix=f"one of {', '.join(near)}")

@@ -11,19 +11,19 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 
-from veneer.errors import ConfigError
 from veneer.library.library import Library, open_library
 from veneer.serve.access import KeyAccess, OpenAccess, Tenancy
+from veneer.serve.checks import refuse_idle, refuse_ledger
 from veneer.serve.http.app import create_app
 from veneer.serve.http.prompts import TokenizedBase
 from veneer.serve.http.service import Service
 from veneer.serve.names.catalog import Catalog
 from veneer.serve.names.shelf import Shelf
-from veneer.serve.settings import LedgerSettings, ServeSettings
+from veneer.serve.settings import ServeSettings
 from veneer.serve.tenancy.admin import admin_router
 from veneer.serve.tenancy.keys import default_database
 from veneer.serve.tenancy.tenants import Tenants
@@ -49,67 +49,24 @@ class Application:
 
 
 def build(settings: ServeSettings, say: Callable[[str], None]) -> Application:
-    """Everything that `settings` ask for. Blocks while the base loads. Raises ConfigError and what loading raises."""
+    """Everything that `settings` (checked: checks.py) ask for. Blocks while the base loads. Raises ConfigError and what
+    loading raises."""
     from veneer.models.sources import find_base, is_image_base
 
     if settings.fleet.upstreams:
-        _refuse_idle(settings, "fleet")
+        refuse_idle(settings, "fleet")
         return _build_fleet(settings, say)
     if is_image_base(find_base(settings.base, say=say)):
-        _refuse_idle(settings, "pictures")
+        refuse_idle(settings, "pictures")
         return _build_pictures(settings, say)
-    _refuse_idle(settings, "texts")
+    refuse_idle(settings, "texts")
     return _build_texts(settings, say)
-
-
-_HERE = "texts that are computed here"
-_OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = (
-    ("--weights", lambda s: s.engine.weights, "texts", _HERE),
-    ("--batch-invariant", lambda s: s.engine.batch_invariant, "texts", _HERE),
-    ("--cache-memory", lambda s: s.engine.cache_bytes, "texts", _HERE),
-    ("--context", lambda s: s.engine.context, "texts", _HERE),
-    ("--max-tokens", lambda s: s.http.max_tokens, "texts fleet", "texts"),
-    ("--adapter-memory", lambda s: s.engine.adapter_bytes, "texts pictures", "what is computed here"),
-    ("--quantise", lambda s: s.quantise, "texts", _HERE),
-    ("--dtype", lambda s: s.dtype, "texts pictures", "what is computed here"),
-    ("--device", lambda s: s.device, "texts pictures", "what is computed here"),
-    ("--tenant-mixes", lambda s: s.fleet.mixes, "fleet", "mixes on the servers of --upstream"),
-    ("--mix-disk", lambda s: s.fleet.mix_bytes, "fleet", "mixes on the servers of --upstream"),
-)
-"""An option, where it is in the settings, the kinds of servers on which it acts, and what it is for."""
-_LEDGER_OPTIONS = {"days": "--ledger-days", "room": "--ledger-room", "folder": "--ledger-folder"}
-_LEDGER_OPTIONS["synced"] = "--ledger-sync"
-
-
-def _refuse_idle(settings: ServeSettings, kind: Literal["texts", "pictures", "fleet"]) -> None:
-    """Raises ConfigError for an option that would do nothing on a server of that kind."""
-    usual = ServeSettings("")
-    why = {"fleet": "the servers of --upstream compute", "pictures": "this base draws pictures"}
-    for option, of, kinds, what in _OPTIONS:
-        if kind not in kinds.split() and of(settings) != of(usual):
-            reason = why.get(kind, "this server computes by itself")
-            raise ConfigError(f"{option} is for {what}, and {reason}", where=option, fix="leave it out")
-
-
-def _refuse_ledger(ledger: LedgerSettings) -> None:
-    """Raises ConfigError for what is said of a ledger on a server without tenants, which has none."""
-    usual = LedgerSettings()
-    for name, option in _LEDGER_OPTIONS.items():
-        if getattr(ledger, name) != getattr(usual, name):
-            what = f"{option} is for the ledger of tenants, and this server has none"
-            raise ConfigError(what, where=option, fix="leave it out, or name a database with --tenants")
 
 
 def _build_texts(settings: ServeSettings, say: Callable[[str], None]) -> Application:
     from veneer.models.text.base import load_text
     from veneer.serve.engine.engine import TextEngine
 
-    if settings.quantise is not None and settings.engine.weights != "dense":
-        raise ConfigError(
-            "--quantise and --weights both say how the base's weights are kept",
-            where=f"--quantise {settings.quantise} --weights {settings.engine.weights}",
-            fix="leave one out: --quantise is what QLoRA trains beside, --weights rounds a 16-bit base",
-        )
     tenancy = tenancy_of(settings, say)
     base = load_text(
         settings.base, dtype=settings.dtype, device=settings.device, quantise=settings.quantise, say=say
@@ -154,8 +111,6 @@ def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Applica
     from veneer.serve.fleet.fleet import Fleet, FleetAdapters
     from veneer.serve.fleet.folders import vllm_problems
 
-    if settings.folders:
-        raise ConfigError("replicas read the library, not folders", where="--allow-folder", fix="veneer library add")
     tenancy = tenancy_of(settings, say)
     base, library = text_without_weights(settings.base, say=say), open_library(settings.library)
     shelf = Shelf(base, library=library)
@@ -215,7 +170,7 @@ def tenancy_of(settings: ServeSettings, say: Callable[[str], None]) -> Tenancy:
         if place is not None:
             say(f"tenants: {place}, so requests need a key; --open serves whoever asks")
     if place is None:
-        _refuse_ledger(settings.ledger)
+        refuse_ledger(settings.ledger)
         if not settings.keys and (settings.open or settings.admin_key is None):
             if settings.host not in ("127.0.0.1", "localhost", "::1"):
                 at = f"{settings.host}:{settings.port}"

@@ -21,6 +21,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from veneer.errors import ResourceError
+from veneer.serve.checks import check_settings
 from veneer.serve.http.connection import connection_of, many_files
 from veneer.serve.http.errors import Json, answer_error
 from veneer.serve.request import Refused
@@ -129,7 +130,10 @@ class _Server(uvicorn.Server):
 
 
 def serve(settings: ServeSettings, say: Callable[[str], None], make: Callable[[], Application] | None = None) -> None:
-    """Serve until a signal says to stop. Raises what kept the server from being built."""
+    """Serve until a signal says to stop. Raises what is wrong with the settings before it listens, and what kept the
+    server from being built."""
+    if make is None:
+        check_settings(settings)
     front = _Front(make or (lambda: _build(settings, say)))
     config = uvicorn.Config(
         front, host=settings.host, port=settings.port, log_level="warning", ws="none", lifespan="on",

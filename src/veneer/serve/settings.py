@@ -5,12 +5,13 @@ Needs nothing heavy, so that the command line may take its defaults from here.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, quoted
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Preload:
 
 
 WeightKind = Literal["dense", "int8", "int4"]
+QuantiseKind = Literal["nf4", "fp4", "int8", "keep"]
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,10 @@ def parse_preload(text: str) -> Preload:
         )
     name, strength = found["name"], found["strength"]
     try:
-        return Preload(name, found["reference"] or name, None if strength is None else float(strength))
+        number = None if strength is None else float(strength)
+        if number is not None and not math.isfinite(number):
+            raise ValueError
+        return Preload(name, found["reference"] or name, number)
     except ValueError:
         raise ConfigError(
             f"{strength!r} is not a strength", where=f"--adapter {text}", fix="a number, as 0.8"
@@ -152,9 +157,12 @@ def bytes_of(text: str, where: str) -> int:
     found = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)i?b?", text.strip(), re.I)
     try:
         assert found is not None
-        return int(float(found[1]) * 1024 ** " kmgt".index(found[2].lower() or " "))
-    except (AssertionError, ValueError):
-        raise ConfigError(f"{text!r} is not a size", where=where, fix="as 512M or 2G") from None
+        size = int(float(found[1]) * 1024 ** " kmgt".index(found[2].lower() or " "))
+    except (AssertionError, ValueError, OverflowError):
+        raise ConfigError(f"{quoted(text)} is not a size", where=where, fix="as 512M or 2G") from None
+    if size < 1:
+        raise ConfigError(f"{quoted(text)} is no room for anything", where=where, fix="as 512M or 2G")
+    return size
 
 
 def size_text(size: int) -> str:
@@ -171,5 +179,6 @@ def keys_of(file: Path) -> list[str]:
         raise ConfigError(f"cannot read the keys: {error}", where=str(file)) from error
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys or min(map(len, keys)) < 16:
-        raise ConfigError("a key has fewer than 16 characters, or there is none", where=str(file))
+        what = "there is no key in this file" if not keys else "a key in this file has fewer than 16 characters"
+        raise ConfigError(what, where=str(file), fix="a line for each key, 16 characters or more")
     return keys

@@ -20,7 +20,7 @@ import time
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -251,6 +251,7 @@ def train(
     save: Callable[[Progress], Path] | None = None,
     on_event: Listener = silent,
     devices: Devices = ALONE,
+    signals_wait: bool = True,
 ) -> Progress:
     """Runs the steps of `plan` after `progress.step` and returns how far the run is.
 
@@ -259,11 +260,12 @@ def train(
     arguments and makes the same steps; the learner's loss runs on its own micro-batches.
 
     Ctrl-C or SIGTERM (the first; a second one kills): the step that is under way is dropped, the random state put
-    back to its beginning, the state saved, and Interrupted raised. Raises TrainingError naming step and rows when a
+    back to its beginning, the state saved, and Interrupted raised. Without `signals_wait` a signal does at once what
+    it does elsewhere, for steps of which nothing is to be kept. Raises TrainingError naming step and rows when a
     loss or a gradient is not finite, before the optimizer moves: nothing is saved over the good checkpoint.
     """
     progress = progress if progress is not None else Progress()
-    with _signals() as interrupted:
+    with _signals() if signals_wait else nullcontext(_Asked()) as interrupted:
         loop = _Loop(learner, plan, optimizer, progress, save, on_event, devices, interrupted)
         _evaluate_if_due(loop)
         while progress.step < len(plan.steps) and not progress.stopped:

@@ -4,6 +4,8 @@
     found = traced_pictures(config, load, device)            of a denoiser
     found.trace.peak, found.counted.peak · found.trace.waits
 
+Large bases take minutes, so `say` is told of each phase as it begins. A signal stops it at once.
+
 The base is made of its config alone (models/text/bare.py, models/image/bare.py); the step is the run's own: the loop's
 forward, loss, backward pass, clipping and optimizer over micro-batches of `load`. Two steps are taken, since the
 optimizer's state comes with the first; the second is what is told of.
@@ -23,6 +25,7 @@ from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import ConfigError
+from veneer.models.config import check_words
 from veneer.models.image.bare import bare_image, twin_denoiser
 from veneer.models.image.base import ImageBase
 from veneer.models.image.fast import fast_denoiser
@@ -48,8 +51,14 @@ from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.text.batches import Batch
 from veneer.train.text.task import batch_loss, recompute_activations
 
+_Say = Callable[[str], None]
 
-def traced_plan(made: Plan, fields: Mapping[str, Any]) -> TracedStep:
+
+def _unsaid(line: str) -> None:
+    """For who need not know how far it is."""
+
+
+def traced_plan(made: Plan, fields: Mapping[str, Any], say: _Say = _unsaid) -> TracedStep:
     """A step of a plan, with the change that makes it fit, followed on its GPU. `fields`: the base's config.json."""
     if made.device.kind != "cuda":
         raise ConfigError(
@@ -62,16 +71,20 @@ def traced_plan(made: Plan, fields: Mapping[str, Any]) -> TracedStep:
             "what does not fit on one GPU is not traced", where=made.device.name, fix="a smaller base, or quantise it"
         )
     load, device = made.planned
-    return traced_training(fields, load, device) if isinstance(load, Load) else traced_pictures(fields, load, device)
+    check_words(fields, made.base)
+    of = traced_training if isinstance(load, Load) else traced_pictures
+    return of(fields, load, device, say)  # type: ignore[arg-type]
 
 
-def traced_training(fields: Mapping[str, Any], load: Load, device: Device) -> TracedStep:
+def traced_training(fields: Mapping[str, Any], load: Load, device: Device, say: _Say = _unsaid) -> TracedStep:
     """One step of `load` on a base of this config.json. Raises ConfigError for a family that is not known, and what
     torch raises where two devices meet."""
     config = config_of(fields)
     dtype: torch.dtype = getattr(torch, load.dtype)
+    say("a small model of this family is tried, to know what runs")
     how = twin(config, dtype)
     with traced() as trace:
+        say("the base is made of its configuration, without weights")
         model = bare_text(config, dtype=dtype, device="cuda", quantise=load.quantise)
         trace.hold("weights", [*model.parameters(), *model.buffers()])
         spec = load.spec or LoraSpec(rank=load.rank)
@@ -90,9 +103,9 @@ def traced_training(fields: Mapping[str, Any], load: Load, device: Device) -> Tr
                 trace.hold("weights", model.parameters())  # some lie together now
                 steps = [Step(tuple(_micro(load, config.vocab_size) for _ in range(min(load.micros, 2))))] * 2
                 learner = _Traced(
-                    lambda batch: batch_loss(model, batch, torch.device("cuda")), parameters, optimizer, trace
+                    lambda batch: batch_loss(model, batch, torch.device("cuda")), parameters, optimizer, trace, say
                 )
-                train(learner, TrainingPlan(steps, Schedule.of("constant", 2)), optimizer)
+                train(learner, TrainingPlan(steps, Schedule.of("constant", 2)), optimizer, signals_wait=False)
                 ways = report.ways()
         shape = model_shape(model)
     return TracedStep(trace, text_memory(shape, load, device), ways, ends=_ends(load))
@@ -130,7 +143,7 @@ class _Told:
         return Conditioning.cat([self.one] * len(captions)).to(self.base.device)
 
 
-def traced_pictures(fields: Mapping[str, Any], load: ImageLoad, device: Device) -> TracedStep:
+def traced_pictures(fields: Mapping[str, Any], load: ImageLoad, device: Device, say: _Say = _unsaid) -> TracedStep:
     """One step of `load` on a denoiser of this config, with cached latents and texts. Raises as `traced_training`."""
     dtype: torch.dtype = getattr(torch, load.dtype)
     counts = image_counts(
@@ -139,8 +152,10 @@ def traced_pictures(fields: Mapping[str, Any], load: ImageLoad, device: Device) 
     config, _ = config_from({"base": "traced", "data": {"pictures": "."}, "output": "traced", "adapter": {
         "rank": load.rank, "targets": load.targets}})  # fmt: skip
     assert isinstance(config, ImageTrainConfig)
+    say("a small denoiser of this family is tried, to know what runs")
     how = twin_denoiser(fields, dtype)
     with traced() as trace:
+        say("the denoiser is made of its configuration, without weights")
         base = bare_image(fields, dtype=dtype, device="cuda", quantise=load.quantise)
         trace.hold("weights", [*base.denoiser.parameters(), *base.denoiser.buffers()])
         with attach(base.model) as attachment:
@@ -160,8 +175,8 @@ def traced_pictures(fields: Mapping[str, Any], load: ImageLoad, device: Device) 
                 trace.hold("weights", base.denoiser.parameters())
                 with recomputing(base) if load.checkpointing else nullcontext():
                     steps = [Step(tuple(_pictures(base, load) for _ in range(min(load.micros, 2))))] * 2
-                    learner = _Traced(loss, parameters, optimizer, trace)
-                    train(learner, TrainingPlan(steps, Schedule.of("constant", 2)), optimizer)
+                    learner = _Traced(loss, parameters, optimizer, trace, say)
+                    train(learner, TrainingPlan(steps, Schedule.of("constant", 2)), optimizer, signals_wait=False)
                     ways = report.summary()
     return TracedStep(trace, image_memory(counts, load, device), ways, ends=_ends(load))
 
@@ -181,12 +196,21 @@ def _pictures(base: ImageBase, load: ImageLoad) -> Micro:
 class _Traced(Learner):
     def __init__(
         self, loss: Callable[[Any], Tensor], parameters: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer, trace: Trace,
+        optimizer: torch.optim.Optimizer, trace: Trace, say: _Say,
     ) -> None:  # fmt: skip
-        self._loss, self.parameters, self.optimizer, self.trace = loss, parameters, optimizer, trace
+        self._loss, self.parameters, self.optimizer, self.trace, self._say = loss, parameters, optimizer, trace, say
+        self._step, self._micros, self._at = 0, 1, 0
+
+    def begin_step(self, step: Step) -> None:
+        self._step, self._micros, self._at = self._step + 1, len(step.micros), 0
 
     def loss(self, batch: Any) -> Tensor:
-        return self._loss(batch)
+        self._at += 1
+        one = "" if self._micros == 1 else f", micro-batch {self._at} of {self._micros}"
+        self._say(f"step {self._step} of 2{one}: forward")
+        out = self._loss(batch)
+        self._say(f"step {self._step} of 2{one}: backward ({self.trace.operations:,} operations so far)")
+        return out
 
     def score(self, interrupted: Callable[[], bool]) -> None:
         """There is nothing held out."""

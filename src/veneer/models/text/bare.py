@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, lacks_memory
 from veneer.models.loading import loading
 from veneer.models.quantise import loop_over_experts, put_empty_codes
 from veneer.models.swap import FastReport
@@ -45,11 +45,10 @@ def bare_text(
     """The causal language model of `config`, frozen, in eval mode, with weights that were never read.
 
     `quantise`: the linear weights are in codes, doubly quantised, as `load_text` would make them."""
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with loading(), no_init_weights(), torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = _built(config, dtype)
         model.tie_weights()
         if quantise:
             put_empty_codes(model, quantise, dtype, torch.device(device))
@@ -58,16 +57,30 @@ def bare_text(
     return model.eval().requires_grad_(False)
 
 
+def _built(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """transformers' model of a config. Raises ConfigError where it makes none of these fields."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # of any kind: each class reads its fields by itself
+        if lacks_memory(error):
+            raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"transformers makes no model of this configuration: {why:.300}", where=f"a {config.model_type} model",
+            fix="take the base's own config.json again",
+        ) from error  # fmt: skip
+
+
 def twin(config: PreTrainedConfig, dtype: torch.dtype) -> FastReport:
     """What `fast` swaps on a small model of this config, with random weights on the CPU, and what it leaves and why.
 
     Small: few and narrow layers and experts, one of each kind; the rest of the config is the base's own."""
-    from transformers import AutoModelForCausalLM
-
     small = type(config).from_dict({**config.to_dict(), **_small(config)})
     with torch.random.fork_rng(devices=[]), loading():
         torch.manual_seed(0)
-        model: Any = AutoModelForCausalLM.from_config(small, dtype=dtype).eval().requires_grad_(False)
+        model: Any = _built(small, dtype).eval().requires_grad_(False)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.ndim == 1 and "norm" in name:  # 1 + w fits no 16 bits for weights that were trained

@@ -17,6 +17,7 @@ import torch
 
 from veneer.errors import AdapterError, BaseError, ConfigError, lacks_memory
 from veneer.files.weights import StoredTensor, stored_dtype, tensor_table
+from veneer.models.config import check_config, check_words, read_config_json
 from veneer.models.device import check_memory, choose_device, choose_dtype, settle_threads
 from veneer.models.fingerprint import fingerprint
 from veneer.models.loading import check_loaded, errors_only, loading, straight_to
@@ -152,10 +153,13 @@ def text_without_weights(name: str, *, say: Callable[[str], None] | None = None)
 
 
 def read_base_config(path: Path) -> PreTrainedConfig:
-    """The config of a base directory or GGUF file. Raises BaseError if transformers cannot read it."""
+    """The config of a base directory or GGUF file. Raises ConfigError for a value that cannot be one, BaseError if
+    transformers cannot read it."""
     from transformers import AutoConfig
 
     config: Any
+    if (file := path / "config.json").is_file():
+        check_words(read_config_json(file), str(file))
     with errors_only():
         try:
             if path.is_file():
@@ -165,6 +169,8 @@ def read_base_config(path: Path) -> PreTrainedConfig:
                 config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as error:
             raise _unreadable("config", path, error) from error
+    if path.is_file():
+        check_config(config.to_dict(), str(path))
     if getattr(config, "is_encoder_decoder", False):
         raise BaseError(
             f"{config.model_type} is an encoder-decoder model; veneer adapts causal language models", where=str(path)

@@ -1,0 +1,226 @@
+"""A base's config.json, checked where it is read: what is no size is said with its file, key, value and what is wanted.
+
+    fields = read_config_json(folder / "config.json")     the file's object, checked
+    check_config(fields, where)                      the same of one that was read
+    check_words(fields, where)                       activations and rotary scalings, which transformers alone knows
+
+Of the families and denoisers that are named here; others are transformers' and diffusers' business. A key that is null
+is as one that is not there. `check_config` needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import BaseError, ConfigError, nearest, quoted
+from veneer.models.compat_transformers import TRANSFORMERS
+
+_Fields = Mapping[str, Any]
+
+TEXT_TYPES = (
+    "gemma3_text", "llama", "llama4_text", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe",
+)  # fmt: skip
+"""transformers' model_type of the language models whose sizes are checked."""
+PLANNED_DENOISERS = {
+    "UNet2DConditionModel": "sdxl", "FluxTransformer2DModel": "flux", "Flux2Transformer2DModel": "flux2",
+}  # fmt: skip
+"""diffusers' class -> what the plan's table calls it."""
+
+_MOST, _MOST_LAYERS = (1 << 31) - 1, 10_000
+_SIZES = (
+    "hidden_size", "intermediate_size", "intermediate_size_mlp", "moe_intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "num_hidden_layers", "vocab_size", "num_local_experts", "num_experts",
+    "num_experts_per_tok", "max_position_embeddings", "sliding_window", "sliding_window_pattern",
+    "decoder_sparse_step", "interleave_moe_layer_step",
+)  # fmt: skip
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "guidance_embeds")
+_POSITIVE = ("rope_theta", "rms_norm_eps", "rope_local_base_freq")
+_ACTIVATIONS = ("hidden_act", "hidden_activation")
+_ROTARY = ("rope_scaling", "rope_parameters")
+_LAYER_LISTS = ("mlp_only_layers", "moe_layers", "no_rope_layers")
+_LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+_OWN_HEAD_DIM = ("gemma3_text", "qwen3", "qwen3_moe")
+"""Families whose heads have a width of their own where none is given."""
+_DENOISER_SIZES = (
+    "num_layers", "num_single_layers", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim",
+    "in_channels", "cross_attention_dim", "layers_per_block", "projection_class_embeddings_input_dim",
+    "addition_time_embed_dim", "timestep_guidance_channels", "vae_scale", "picture", "text_tokens",
+)  # fmt: skip
+_LEVELS: tuple[tuple[str, type, str], ...] = (
+    ("transformer_layers_per_block", int, "[1, 2, 10]"), ("attention_head_dim", int, "[5, 10, 20]"),
+    ("down_block_types", str, '["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]'),
+)  # fmt: skip
+"""Of a U-Net: a value for each level."""
+
+
+def read_config_json(file: Path) -> dict[str, Any]:
+    """The object of a config.json. Raises BaseError where it cannot be read, ConfigError where it cannot be used."""
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BaseError(f"the config of this base cannot be read as JSON: {error}", where=str(file)) from None
+    if not isinstance(fields, dict):
+        raise BaseError("the config of this base is not a JSON object", where=str(file))
+    check_config(fields, str(file))
+    return fields
+
+
+def check_config(fields: _Fields, where: str) -> None:
+    """Raises ConfigError for the first value that cannot be one. `where`: the file, or the base's name."""
+    if (inner := _text_part(fields)) is not None:
+        check_config(inner, f"{where}: text_config")
+        return
+    kind = fields.get("model_type") or PLANNED_DENOISERS.get(str(fields.get("_class_name")))
+    check = _Check({key: value for key, value in fields.items() if value is not None}, where)
+    if kind in TEXT_TYPES:
+        check.text(str(kind))
+    elif kind in PLANNED_DENOISERS.values():
+        check.denoiser(str(kind))
+
+
+def _text_part(fields: _Fields) -> dict[str, Any] | None:
+    """The language model's fields of one that sees pictures too."""
+    inner = fields.get("text_config")
+    if not isinstance(inner, Mapping):
+        return None
+    return {**inner, "model_type": inner.get("model_type") or f"{fields.get('model_type')}_text", "text_config": None}
+
+
+class _Check:
+    def __init__(self, fields: _Fields, where: str) -> None:
+        self.fields, self.where = fields, where
+
+    def text(self, kind: str) -> None:
+        get = self.fields.get
+        for key in _SIZES:
+            self.size(key, _MOST_LAYERS if key == "num_hidden_layers" else _MOST)
+        for key in _SWITCHES:
+            self.switch(key)
+        for key in _POSITIVE:
+            self.positive(key, get(key))
+        for key in _ACTIVATIONS:
+            if not isinstance(get(key, ""), str):
+                self.refuse(key, "the name of an activation, as silu")
+        for key in _ROTARY:
+            self.rotary(key)
+        for key in _LAYER_LISTS:
+            self.list_of(key, int, "the numbers of layers, as [0, 4]")
+        self.list_of("layer_types", str, f"a list of {', '.join(_LAYER_KINDS)}")
+        layers, kinds = get("num_hidden_layers"), get("layer_types")
+        if kinds is not None and layers is not None and len(kinds) != layers:
+            self.refuse("layer_types", f"a kind for each of num_hidden_layers = {layers} layers, not {len(kinds)}")
+        heads, groups, hidden = get("num_attention_heads"), get("num_key_value_heads"), get("hidden_size")
+        if heads is not None and groups is not None and heads % groups:
+            self.refuse("num_key_value_heads", f"a number that divides num_attention_heads = {heads}")
+        own = get("head_dim") is not None or kind in _OWN_HEAD_DIM
+        if heads is not None and hidden is not None and not own and hidden % heads:
+            self.refuse("num_attention_heads", f"a number that divides hidden_size = {hidden}, or head_dim beside it")
+        experts = get("num_local_experts", get("num_experts"))
+        if experts is not None and get("num_experts_per_tok", 1) > experts:
+            self.refuse("num_experts_per_tok", f"no more than the {experts} experts that there are")
+
+    def denoiser(self, kind: str) -> None:
+        get = self.fields.get
+        for key in _DENOISER_SIZES:
+            self.size(key, _MOST_LAYERS if key.endswith(("_layers", "_block")) else _MOST)
+        self.switch("guidance_embeds")
+        self.positive("mlp_ratio", get("mlp_ratio"))
+        self.size("vae", _MOST, least=0)
+        encoders = get("encoders", {})
+        if not isinstance(encoders, Mapping) or not all(_is_size(n, 0, 1 << 50) for n in encoders.values()):
+            self.refuse("encoders", "an object of numbers of parameters")
+        if kind != "sdxl":
+            self.size("attention_head_dim")
+            return
+        if "model_type" not in self.fields and get("addition_embed_type") != "text_time":
+            raise ConfigError(
+                "this U-Net is not SDXL's, and of U-Nets that one alone can be planned", where=self.where,
+                fix="--base sdxl, flux.1-dev, or another of `veneer plan --list`",
+            )  # fmt: skip
+        widths = get("block_out_channels")
+        self.list_of("block_out_channels", int, "a width for each level, as [320, 640, 1280]", least=1, some=True)
+        for key, kind_of_it, example in _LEVELS:
+            self.list_of(key, kind_of_it, f"a value for each level, as {example}", some=True)
+            if widths is not None and key in self.fields and len(self.fields[key]) != len(widths):
+                self.refuse(key, f"a value for each of the {len(widths)} widths of block_out_channels")
+
+    def refuse(self, key: str, wanted: str, value: Any = None) -> None:
+        text = json.dumps(self.fields[key] if value is None else value, ensure_ascii=False, default=str)
+        text = text if len(text) <= 60 else text[:60] + "…"
+        raise ConfigError(
+            f"{key} is {text}, where {wanted} is wanted", where=f"{self.where}: {key}",
+            fix="correct the file, or take the base's own config.json again",
+        )  # fmt: skip
+
+    def size(self, key: str, most: int = _MOST, least: int = 1) -> None:
+        if key in self.fields and not _is_size(self.fields[key], least, most):
+            self.refuse(key, f"a whole number from {least:,} to {most:,}")
+
+    def switch(self, key: str) -> None:
+        if not isinstance(self.fields.get(key, False), bool):
+            self.refuse(key, "true or false")
+
+    def positive(self, key: str, value: Any) -> None:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < math.inf):
+            self.refuse(key, "a number above 0", value)
+
+    def rotary(self, key: str, own: Any = None) -> None:
+        """`own`: the object of one kind of layer, where there is one for each."""
+        whole, own = own is None, self.fields.get(key) if own is None else own
+        if own is None:
+            return
+        if not isinstance(own, Mapping):
+            self.refuse(key, 'an object, as {"rope_type": "linear", "factor": 2.0}, or null')
+        for name in ("rope_type", "type"):
+            if not isinstance(own.get(name) or "", str):
+                self.refuse(key, f"a name as its {name}, as linear")
+        self.positive(f"{key}.factor", own.get("factor"))
+        for each in own.values() if whole else ():
+            if isinstance(each, Mapping):
+                self.rotary(key, each)
+
+    def list_of(self, key: str, kind: type, wanted: str, *, least: int = 0, some: bool = False) -> None:
+        value = self.fields.get(key, [])
+        fits = isinstance(value, list | tuple) and all(
+            isinstance(each, kind) if kind is str else _is_size(each, least, _MOST) for each in value
+        )
+        if not fits or (some and key in self.fields and not value):
+            self.refuse(key, wanted)
+
+
+def _is_size(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def check_words(fields: _Fields, where: str) -> None:
+    """Raises ConfigError for an activation or a rotary scaling that transformers does not have. Imports it."""
+    if (inner := _text_part(fields)) is not None:
+        check_words(inner, f"{where}: text_config")
+    if fields.get("model_type") not in TEXT_TYPES:
+        return
+    for key in _ACTIVATIONS:
+        if fields.get(key) is not None:
+            _one_of(fields[key], TRANSFORMERS("transformers.activations.ACT2FN"), key, where)
+    known = {"default", "mrope", "su", *TRANSFORMERS("transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS")}
+    for key in _ROTARY:
+        value = fields.get(key)
+        if isinstance(value, Mapping):
+            for own in (value, *(each for each in value.values() if isinstance(each, Mapping))):
+                name = own.get("rope_type") or own.get("type")
+                if name is not None:
+                    _one_of(name, known, f"{key}.rope_type", where)
+
+
+def _one_of(value: Any, known: Iterable[str], key: str, where: str) -> None:
+    words = sorted(known)
+    if value not in words:
+        near = nearest(str(value), words) or words
+        raise ConfigError(
+            f"{key} is {quoted(str(value))}, and transformers has none of that name", where=f"{where}: {key}",
+            fix=f"as {', '.join(near[:6])}",
+        )  # fmt: skip

@@ -1,0 +1,174 @@
+"""What is wrong with a server's settings, found before it listens and before anything heavy is imported.
+
+    check_settings(settings)         words that mean nothing, what excludes each other, what is nowhere
+    refuse_idle(settings, kind)      an option that would do nothing on such a server
+
+What only a base that was read can tell (that it is not on the hub, memory, adapters of another base) is said while the
+server is built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, get_args
+
+from veneer.errors import ConfigError, one_of, quoted
+from veneer.library.library import Library, open_library
+from veneer.library.names import check_name, parse_reference
+from veneer.models.config import read_config_json
+from veneer.models.device import check_device_name, check_dtype_name
+from veneer.models.sources import base_here, is_image_base
+from veneer.serve.settings import LedgerSettings, QuantiseKind, ServeSettings, WeightKind
+from veneer.serve.tenancy.keys import admin_hash, default_database
+from veneer.serve.tenancy.store import Store
+
+_ServerKind = Literal["texts", "pictures", "fleet"]
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#@\s]+", re.I)
+
+
+def check_settings(settings: ServeSettings) -> None:
+    """Raises ConfigError, BaseError or AdapterError for settings with which no server can be built, and what opening
+    the library and the tenants' database raises."""
+    one_of(settings.engine.weights, get_args(WeightKind), "a kind of weights", "--weights")
+    if settings.quantise is not None:
+        one_of(settings.quantise, get_args(QuantiseKind), "a quantisation", "--quantise")
+    check_dtype_name(settings.dtype, "--dtype")
+    check_device_name(settings.device, "--device")
+    for origin in settings.http.cors:
+        if not _ORIGIN.fullmatch(origin):
+            what = f"{quoted(origin)} is not an origin of pages"
+            raise ConfigError(
+                what, where="--cors", fix="as https://app.example.com, without a path; or * for every one"
+            )
+    if settings.admin_key is not None:
+        admin_hash(settings.admin_key)
+    _refuse_both(settings)
+    _check_fleet(settings)
+    kind = _kind_here(settings)
+    if kind is not None:
+        refuse_idle(settings, kind)
+    if settings.tenants is not None:
+        Store(settings.tenants).close()
+    if not _has_tenants(settings):
+        refuse_ledger(settings.ledger)
+    _check_preload(settings)
+
+
+def _kind_here(settings: ServeSettings) -> _ServerKind | None:
+    """What the server will be, None where the base is to be fetched first. Raises BaseError for a base that is
+    nowhere."""
+    base = base_here(settings.base)
+    if base is not None and (file := base / "config.json").is_file():
+        read_config_json(file)
+    if settings.fleet.upstreams:
+        return "fleet"
+    if base is None:
+        return None
+    return "pictures" if is_image_base(base) else "texts"
+
+
+def _has_tenants(settings: ServeSettings) -> bool:
+    if settings.tenants is not None:
+        return True
+    return not settings.keys and not settings.open and Path(default_database()).is_file()
+
+
+_HERE = "texts that are computed here"
+_OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = (
+    ("--weights", lambda s: s.engine.weights, "texts", _HERE),
+    ("--batch-invariant", lambda s: s.engine.batch_invariant, "texts", _HERE),
+    ("--cache-memory", lambda s: s.engine.cache_bytes, "texts", _HERE),
+    ("--context", lambda s: s.engine.context, "texts", _HERE),
+    ("--max-tokens", lambda s: s.http.max_tokens, "texts fleet", "texts"),
+    ("--adapter-memory", lambda s: s.engine.adapter_bytes, "texts pictures", "what is computed here"),
+    ("--quantise", lambda s: s.quantise, "texts", _HERE),
+    ("--dtype", lambda s: s.dtype, "texts pictures", "what is computed here"),
+    ("--device", lambda s: s.device, "texts pictures", "what is computed here"),
+    ("--tenant-mixes", lambda s: s.fleet.mixes, "fleet", "mixes on the servers of --upstream"),
+    ("--mix-disk", lambda s: s.fleet.mix_bytes, "fleet", "mixes on the servers of --upstream"),
+)
+"""An option, where it is in the settings, the kinds of servers on which it acts, and what it is for."""
+_LEDGER_OPTIONS = {"days": "--ledger-days", "room": "--ledger-room", "folder": "--ledger-folder"}
+_LEDGER_OPTIONS["synced"] = "--ledger-sync"
+
+
+def refuse_idle(settings: ServeSettings, kind: _ServerKind) -> None:
+    """Raises ConfigError for an option that would do nothing on a server of that kind."""
+    usual = ServeSettings("")
+    why = {"fleet": "the servers of --upstream compute", "pictures": "this base draws pictures"}
+    for option, of, kinds, what in _OPTIONS:
+        if kind not in kinds.split() and of(settings) != of(usual):
+            reason = why.get(kind, "this server computes by itself")
+            raise ConfigError(f"{option} is for {what}, and {reason}", where=option, fix="leave it out")
+
+
+def refuse_ledger(ledger: LedgerSettings) -> None:
+    """Raises ConfigError for what is said of a ledger on a server without tenants, which has none."""
+    usual = LedgerSettings()
+    for name, option in _LEDGER_OPTIONS.items():
+        if getattr(ledger, name) != getattr(usual, name):
+            what = f"{option} is for the ledger of tenants, and this server has none"
+            raise ConfigError(what, where=option, fix="leave it out, or name a database with --tenants")
+
+
+def _refuse_both(settings: ServeSettings) -> None:
+    if settings.quantise is not None and settings.engine.weights != "dense":
+        raise ConfigError(
+            "--quantise and --weights both say how the base's weights are kept",
+            where=f"--quantise {settings.quantise} --weights {settings.engine.weights}",
+            fix="leave one out: --quantise is what QLoRA trains beside, --weights rounds a 16-bit base",
+        )
+    if settings.pin and not settings.preload:
+        raise ConfigError(
+            "--pin keeps the adapters of --adapter, and there are none", where="--pin", fix="leave it out"
+        )
+
+
+def _check_fleet(settings: ServeSettings) -> None:
+    """Raises ConfigError for upstreams that are no addresses, and for what servers elsewhere cannot read."""
+    from veneer.serve.fleet.remote import parse_upstream  # httpx comes with it
+
+    given = settings.fleet.upstreams
+    for place in given:
+        parse_upstream(place)
+    if twice := [place for place in dict.fromkeys(given) if given.count(place) > 1]:
+        raise ConfigError(f"{', '.join(twice)} is named twice", where="--upstream", fix="name each server once")
+    if given and settings.folders:
+        raise ConfigError("replicas read the library, not folders", where="--allow-folder", fix="veneer library add")
+
+
+def _check_preload(settings: ServeSettings) -> None:
+    """Raises ConfigError for names that no adapter can have here, NotInLibrary for references to nothing, and what
+    opening the library raises. Whether adapters fit the base is known when they are loaded."""
+    names = [each.name for each in settings.preload]
+    own = settings.base.rstrip("/").rpartition("/")[2]
+    for name in names:
+        if name.startswith((".", "/", "~")):
+            what = f"{quoted(name)} is a path, and requests need a name for it"
+            raise ConfigError(what, where=f"--adapter {name}", fix=f"--adapter NAME={name}")
+        check_name(name, cased=True)
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"{quoted(name)} is named twice", where="--adapter", fix="NAME=REFERENCE with another name"
+            )
+        if name == own:
+            what = f"{quoted(name)} is the name of the base"
+            raise ConfigError(what, where=f"--adapter {name}", fix=f"--adapter NAME={name} with another name")
+    with open_library(settings.library) as library:
+        for each in settings.preload:
+            if not any((Path(folder).expanduser() / each.reference).exists() for folder in settings.folders):
+                _find(library, each.reference)
+
+
+def _find(library: Library, reference: str) -> None:
+    """Raises ConfigError or NotInLibrary where a reference leads nowhere."""
+    try:
+        parse_reference(reference)
+    except ConfigError:
+        way = "keep it with `veneer library add`, or name a folder above it with --allow-folder"
+        there = f"{reference} is a path outside of --allow-folder"
+        what = there if Path(reference).expanduser().exists() else f"there is no adapter {quoted(reference)}"
+        raise ConfigError(what, where="--adapter", fix=way) from None
+    library.find(reference)

@@ -1,0 +1,164 @@
+"""A config.json is used or refused in words, whatever a key of it holds."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.cli.run import run
+from tests.families import FAMILIES
+from tests.tiny_base import tiny_base_dir
+from veneer.errors import BaseError, ConfigError, VeneerError
+from veneer.models.config import PLANNED_DENOISERS, TEXT_TYPES, check_config, check_words
+from veneer.models.text.base import load_text, read_base_config
+from veneer.plan.image import IMAGE_FAMILIES, ImageLoad
+from veneer.plan.memory import Load
+from veneer.plan.plan import TrainingJob, image_plan, text_plan
+from veneer.plan.render import plan_text
+from veneer.plan.serving import Traffic
+from veneer.plan.shape import TEXT_FAMILIES, text_shape
+from veneer.plan.tables import base_config, base_names, device_named
+from veneer.plan.time import rates_of
+
+GPU = device_named("h100-80gb")
+TEXTS = {str(base_config(name).get("model_type")): base_config(name) for name in base_names()}
+BASES = [config for kind, config in sorted(TEXTS.items())]
+KEYS = sorted({key for config in BASES for key in [*config, *config.get("text_config", {})]} | {
+    "head_dim", "hidden_act", "rope_scaling", "rope_parameters", "layer_types", "mlp_only_layers", "moe_layers",
+    "num_key_value_heads", "text_config", "vae", "encoders", "_class_name",
+})  # fmt: skip
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.integers(-3, 130), st.floats(), st.text(max_size=8),
+    st.sampled_from(["big", "", "4096", 1e308, float("nan"), 1 << 80, [], {}, [1], [-1], ["x"], {"factor": "x"}, [[]]]),
+)  # fmt: skip
+
+
+def planned(config: dict[str, Any]) -> str:
+    """What `veneer plan` does with a config.json's fields."""
+    check_config(config, "a/config.json")
+    job, rates = TrainingJob(100, 50.0, 1.0, 4), rates_of(GPU)
+    kind = str(config.get("model_type"))
+    if kind in IMAGE_FAMILIES or config.get("_class_name") in PLANNED_DENOISERS:
+        return plan_text(image_plan("base", config, ImageLoad(height=64, width=64), GPU, rates, job))
+    shape = text_shape(config)
+    return plan_text(text_plan("base", shape, Load((50,)), GPU, rates, job, traffic=Traffic(50, 10, 4, 3)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(base=st.sampled_from(BASES), changes=st.dictionaries(st.sampled_from(KEYS), SCALARS, min_size=1, max_size=3))
+@example(base=TEXTS["llama"], changes={"hidden_size": "big"})
+@example(base=TEXTS["llama"], changes={"num_hidden_layers": 0})
+@example(base=TEXTS["llama"], changes={"num_hidden_layers": 1 << 40})
+@example(base=TEXTS["sdxl"], changes={"attention_head_dim": 8})
+def test_whatever_a_key_holds_there_is_a_plan_or_words(base: dict[str, Any], changes: dict[str, Any]) -> None:
+    inner = "text_config" in base and "text_config" not in changes
+    config = {**base, "text_config": {**base["text_config"], **changes}} if inner else {**base, **changes}
+    with suppress(VeneerError):
+        assert "memory of one device" in planned(config)
+
+
+@pytest.mark.parametrize("name", base_names())
+def test_every_base_of_the_table_passes(name: str) -> None:
+    assert "memory of one device" in planned(base_config(name))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_as_transformers_writes_it_passes(family: str) -> None:
+    config = FAMILIES[family]().config.to_dict()
+    check_config(config, "here")
+    check_words(config, "here")
+
+
+def test_what_is_checked_is_what_is_planned() -> None:
+    assert set(TEXT_TYPES) == set(TEXT_FAMILIES)
+    assert set(PLANNED_DENOISERS.values()) == set(IMAGE_FAMILIES)
+
+
+WRONG = [
+    ({"hidden_size": "big"}, 'hidden_size is "big", where a whole number from 1 to'),
+    ({"hidden_size": -1}, "hidden_size is -1, where a whole number from 1 to"),
+    ({"hidden_size": True}, "hidden_size is true, where a whole number"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0, where a whole number from 1 to 10,000 is wanted"),
+    ({"num_attention_heads": -4}, "num_attention_heads is -4"),
+    ({"num_attention_heads": 7, "num_key_value_heads": 7}, "num_attention_heads is 7, where a number that divides"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads is 3, where a number that divides num_attention_heads ="),
+    ({"rope_parameters": "linear"}, 'rope_parameters is "linear", where an object'),
+    ({"rope_parameters": {"rope_type": "linear", "factor": -2}}, "rope_parameters.factor is -2, where a number above"),
+    ({"tie_word_embeddings": "yes"}, 'tie_word_embeddings is "yes", where true or false is wanted'),
+    ({"rms_norm_eps": "small"}, 'rms_norm_eps is "small", where a number above 0'),
+]  # fmt: skip
+WORDS = [
+    ({"hidden_act": "foo"}, "hidden_act is 'foo', and transformers has none of that name"),
+    ({"rope_parameters": {"rope_type": "liner", "factor": 2.0}}, "rope_parameters.rope_type is 'liner'"),
+]
+
+
+def broken(folder: Path, changes: dict[str, Any]) -> Path:
+    base = tiny_base_dir(folder)
+    file = base / "config.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**fields, "head_dim": None, **changes}), encoding="utf-8")
+    return base
+
+
+@pytest.mark.parametrize(("changes", "said"), WRONG)
+def test_a_wrong_value_is_named_with_its_file_and_key(
+    changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = broken(tmp_path, changes)
+    ran = run(capsys, "plan", "--base", str(base), "--rows", "5", "--tokens-per-row", "9", "--gpu", "h100-80gb")
+    served = run(capsys, "serve", "--base", str(base))
+    for each in (ran, served):
+        assert each.code == 2
+        assert said in each.err
+        assert f"where: {base / 'config.json'}: {next(iter(changes))}" in each.err
+    assert "listening" not in served.err
+    with pytest.raises(ConfigError) as error:
+        load_text(str(base))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("changes", "said"), WORDS)
+def test_what_transformers_alone_knows_is_said_where_it_is_used(
+    changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], gpu_that_is_not_there: None
+) -> None:
+    base = broken(tmp_path, changes)
+    asked = ["plan", "--base", str(base), "--rows", "5", "--tokens-per-row", "9", "--gpu", "h100-80gb", "--trace"]
+    ran = run(capsys, *asked)
+    assert ran.code == 2, ran.err
+    assert said in ran.err
+    with pytest.raises(ConfigError) as error:
+        read_base_config(base)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", "[" * 100_000])
+def test_a_file_that_is_no_object_is_named(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny_base_dir(tmp_path)
+    (base / "config.json").write_text(text, encoding="utf-8")
+    ran = run(capsys, "plan", "--base", str(base), "--rows", "5", "--tokens-per-row", "9")
+    assert ran.code == 2
+    assert str(base / "config.json") in ran.err
+    with pytest.raises(BaseError, match="the config of this base"):
+        read_base_config(base)
+
+
+def test_a_u_net_of_another_base_is_told_from_a_broken_one(tmp_path: Path) -> None:
+    other = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768, "attention_head_dim": 8}
+    with pytest.raises(ConfigError, match="not SDXL's"):
+        planned(other)
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(ConfigError, match="has no 'vocab_size'"):
+        planned({key: value for key, value in TEXTS["llama"].items() if key != "vocab_size"})
+    with pytest.raises(ConfigError, match="has no 'num_layers'"):
+        planned({key: value for key, value in TEXTS["flux"].items() if key != "num_layers"})
+    with pytest.raises(ConfigError, match="names no model family"):
+        planned({})

@@ -1,0 +1,126 @@
+"""What is wrong with a server's settings is said before it listens, and before torch is there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from tests.cli.run import run
+from tests.tiny_base import tiny_base_dir
+from veneer.errors import VeneerError
+from veneer.ops.quantisation_formats import KINDS
+from veneer.serve.checks import check_settings
+from veneer.serve.settings import Preload, QuantiseKind, ServeSettings
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "an-adapter").mkdir()
+    (tmp_path / "a-file").write_text("", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--quantise", "nf5"], "'nf5' is not a quantisation | --quantise | did you mean nf4? There are nf4, fp4"),
+        (["--quantise", "NF4"], "'NF4' is not a quantisation | did you mean nf4?"),
+        (["--quantise", ""], "'' is not a quantisation"),
+        (["--weights", "int5"], "'int5' is not a kind of weights | --weights | did you mean int"),
+        (["--dtype", "bfloat61"], "'bfloat61' is not a dtype | --dtype | did you mean bfloat16?"),
+        (["--device", "cudda"], "'cudda' is not a device | --device | did you mean cuda?"),
+        (["--device", "cuda:99"], "there is no CUDA device cuda:99"),
+        (["--quantise", "nf4", "--weights", "int8"], "--quantise and --weights both say"),
+        (["--engine", "opanai"], "'opanai' is not a way to compute | --engine | did you mean openai?"),
+        (["--engine", "openai"], "none is named | --upstream http://host:port"),
+        (["--upstream", "http://there"], "--engine embedded computes here | add --engine openai"),
+        (["--engine", "openai", "--upstream", "there"], "'there' is not the address of a server"),
+        (["--engine", "openai", *["--upstream", "http://there"] * 2], "http://there is named twice"),
+        (["--cache-memory", "lots"], "'lots' is not a size | --cache-memory"),
+        (["--cache-memory", "0"], "'0' is no room for anything | --cache-memory"),
+        (["--adapter-memory", "-1G"], "'-1G' is not a size | --adapter-memory"),
+        (["--mix-disk", "4M"], "--mix-disk is for mixes on the servers of --upstream"),
+        (["--ledger-days", "3"], "--ledger-days is for the ledger of tenants"),
+        (["--adapter", "a b"], "'a b' cannot name an adapter"),
+        (["--adapter", "none-such"], "the library has no"),
+        (["--adapter", "mine=./an-adapter"], "is a path outside of --allow-folder | veneer library add"),
+        (["--adapter", "mine=../nowhere"], "there is no adapter '../nowhere'"),
+        (["--adapter", "mine=a", "--adapter", "mine=b"], "'mine' is named twice"),
+        (["--adapter", "base=a"], "'base' is the name of the base"),
+        (["--adapter", "./an-adapter"], "'./an-adapter' is a path | --adapter NAME=./an-adapter"),
+        (["--adapter", "mine:1e999"], "'1e999' is not a strength"),
+        (["--library", "a-file/inside"], "a-file"),
+        (["--tenants", "nonsense://x"], "this is not an address of the tenants' database"),
+        (["--tenants", "."], "the tenants' database cannot be opened"),
+        (["--pin"], "--pin keeps the adapters of --adapter"),
+        (["--cors", "app.example.com"], "'app.example.com' is not an origin of pages"),
+        (["--admin-key", "sha256:12"], "the admin key's hash is not a SHA-256 digest"),
+        (["--api-keys", "no-such-file"], "cannot read the keys"),
+        (["--idle-seconds", "nan"], "Invalid value for '--idle-seconds'"),
+        (["--drain-seconds", "inf"], "inf is no number to reckon with"),
+        (["--queue", "1"], "Invalid value for '--queue'"),
+        (["--max-batch", "many"], "Invalid value for '--max-batch'"),
+    ],
+)
+def test_a_bad_value_is_said_before_it_listens(
+    options: list[str], words: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_base_dir(home).rename(home / "base")
+    ran = run(capsys, "serve", "--base", "./base", *options)
+    assert ran.code == 2
+    said = " ".join(ran.err.replace("│", " ").split())
+    assert all(part in said for part in words.split(" | ")), said
+    assert "listening" not in ran.err
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        ("./nowhere", "there is no base './nowhere'"),
+        ("an-adapter", "this directory has no config.json"),
+        ("what is this?", "there is no base 'what is this?'"),
+        ("", "the base has no name"),
+    ],
+)
+def test_a_base_that_is_nowhere_is_said_before_it_listens(
+    base: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = run(capsys, "serve", "--base", base)
+    assert ran.code == 2
+    assert words in ran.err
+    assert "listening" not in ran.err
+
+
+def test_what_is_well_passes_and_what_is_not_known_yet_too(home: Path) -> None:
+    base = str(tiny_base_dir(home))
+    for each in (
+        ServeSettings(base),
+        ServeSettings("smollm2-135m", quantise="keep"),  # not made yet
+        ServeSettings("somebody/some-base"),
+        ServeSettings(base, dtype="bf16", device="cpu"),
+        ServeSettings(base, preload=(Preload("mine", "an-adapter"),), folders=(str(home),)),
+    ):
+        check_settings(each)
+    with pytest.raises(VeneerError):
+        check_settings(ServeSettings(base, preload=(Preload("mine", "an-adapter"),)))
+
+
+def test_the_words_are_those_that_loading_knows() -> None:
+    assert get_args(QuantiseKind) == (*KINDS, "keep")
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys, json\nfrom veneer.serve.checks import check_settings\n"
+        "from veneer.serve.settings import ServeSettings\ncheck_settings(ServeSettings('smollm2-135m'))\n"
+        "print(json.dumps(sorted({'torch', 'transformers', 'diffusers'} & set(sys.modules))))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(ran.stdout) == []
