@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from veneer.ops import attention
 from veneer.ops.attention import (
+    HeadNorms,
     RowLayout,
     cross_attention,
     fused_row_attention,
@@ -180,6 +183,48 @@ def test_rows_in_tiles_do_not_depend_on_threads() -> None:
         torch.set_num_threads(before)
     if chosen("rows_attend", qkv, cos, sin, 1, RowLayout([1201]), None) is not None:
         assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+def test_heads_that_are_normed_before_they_are_turned(dtype: torch.dtype) -> None:
+    lengths, heads, kv, dim, gen = [5, 70], 4, 2, 16, torch.Generator().manual_seed(0)
+    shapes = (75, heads + 2 * kv, dim), (75, dim // 2), (75, heads, dim), (2, dim)
+    x, angles, g, weight = (torch.randn(*shape, dtype=torch.float64, generator=gen) for shape in shapes)
+    cos, sin, weight = angles.cos().to(dtype), angles.sin().to(dtype), (1 + weight / 3).to(dtype)
+    x = x.to(dtype).requires_grad_()
+    out = rotary_attention(x, cos, sin, kv, RowLayout(lengths), 0.25, 30, HeadNorms(weight, 1e-3))
+    xd = x.detach().double().requires_grad_()
+    *both, v = xd.split([heads, kv, kv], 1)
+    normed = [F.rms_norm(t, (dim,), w.double(), 1e-3) for t, w in zip(both, weight, strict=True)]
+    wanted = reference(*(rotate(t, cos.double(), sin.double()) for t in normed), v, lengths, 0.25, 30)
+    pairs = (out, wanted), (*torch.autograd.grad(out, x, g.to(dtype)), *torch.autograd.grad(wanted, xd, g))
+    assert all((a.double() - b).norm() <= TOLERANCE[dtype] * b.norm() for a, b in pairs)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_caps_and_sinks_are_those_of_transformers(family: str, window: int | None) -> None:
+    """Its eager attention, row by row: values and all gradients."""
+    eager = importlib.import_module(f"transformers.models.{family}.modeling_{family}").eager_attention_forward
+    heads, kv, dim, lengths, gen = 4, 2, 8, [5, 9, 1], torch.Generator().manual_seed(0)
+    shapes = (15, heads, dim), (15, kv, dim), (15, kv, dim), (heads,), (15, heads, dim)
+    q, k, v, sinks, g = (torch.randn(*shape, dtype=torch.float64, generator=gen) for shape in shapes)
+    cap = {"gemma2": 2.0, "gpt_oss": 0.0}[family]
+    given = [t.requires_grad_() for t in (q, k, v, *([] if cap else [sinks]))]
+    module = SimpleNamespace(num_key_value_groups=heads // kv, head_dim=dim, training=False, sinks=sinks)
+    out = []
+    for rows in zip(*(t.split(lengths) for t in (q, k, v)), strict=True):
+        n = len(rows[0])
+        seen = torch.ones(n, n, dtype=torch.bool).tril().triu(1 - (window or n))
+        added = torch.zeros(n, n, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+        padded = (t.transpose(0, 1)[None] for t in rows)
+        out.append(eager(module, *padded, added, scaling=0.5, softcap=cap or None)[0][0])
+    wanted = torch.cat(out)
+    got = row_attention(q, k, v, RowLayout(lengths), 0.5, window, cap, None if cap else sinks)
+    pairs = [(got, wanted)]
+    pairs += zip(torch.autograd.grad(got, given, g), torch.autograd.grad(wanted, given, g), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # Gemma's softmax is in float32
 
 
 def test_every_token_has_one_place() -> None:

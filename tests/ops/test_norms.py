@@ -22,6 +22,19 @@ def test_rms_norm(dtype: torch.dtype) -> None:
 
 
 @DTYPES
+def test_a_norm_whose_weight_has_more_bits_than_x(dtype: torch.dtype) -> None:
+    """Rounded once: 1 + w of Gemma's norms, which 16 bits do not hold."""
+    weight = torch.promote_types(dtype, torch.float32)
+    x, w, g = draw(9, 72, dtype=dtype).requires_grad_(), 1 + draw(72, dtype=weight), draw(9, 72, dtype=dtype)
+    y = rms_norm(x, w, 1e-5)
+    assert y.dtype == dtype
+    xd = wide(x)
+    yd = F.rms_norm(xd, (72,), w.double(), 1e-5)
+    wanted = [yd, *torch.autograd.grad(yd, xd, g.double())]
+    same([y, *torch.autograd.grad(y, x, g)], wanted, TOLERANCE[dtype])
+
+
+@DTYPES
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("places", [(3, 3), (4, 8), (40,)])
 def test_norm_silu(dtype: torch.dtype, shifted: bool, places: tuple[int, ...]) -> None:

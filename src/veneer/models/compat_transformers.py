@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ TRANSFORMERS = Internals(
         "transformers.integrations.gguf.reader._mapped",
         "transformers.integrations.sdpa_attention.sdpa_attention_forward",
         "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.register",
+        "transformers.masking_utils.eager_mask",
         "transformers.masking_utils.sdpa_mask",
         "transformers.modeling_gguf_pytorch_utils.TENSOR_PROCESSORS",
         "transformers.modeling_gguf_pytorch_utils.TensorProcessor",
@@ -55,16 +57,27 @@ def _once(name: str, register: Callable[[], None]) -> None:
             registered.add(name)
 
 
-def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None = None) -> None:
+def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | str = "sdpa") -> None:
     """Registers an attention implementation for `model.set_attn_implementation(name)`, once. `mask`: the function that
-    makes its masks; SDPA's by default."""
+    makes its masks, or whose: "sdpa"'s (booleans, none where it is causal) or "eager"'s (what is added to scores)."""
 
     def register() -> None:
-        own_mask = TRANSFORMERS("transformers.masking_utils.sdpa_mask") if mask is None else mask
+        own_mask = TRANSFORMERS(f"transformers.masking_utils.{mask}_mask") if isinstance(mask, str) else mask
         TRANSFORMERS("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.register")(name, attention)
         TRANSFORMERS("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.register")(name, own_mask)
 
     _once(f"attention {name}", register)
+
+
+def own_attention(module: Any, name: str) -> Callable[..., Any]:
+    """What transformers calls by the names "sdpa" and "eager" for a family's attention: the latter stands beside it."""
+    if name == "eager":
+        for kind in type(module).__mro__:
+            found: Any = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+            if found is not None:
+                return found  # type: ignore[no-any-return]
+    own: Callable[..., Any] = TRANSFORMERS("transformers.integrations.sdpa_attention.sdpa_attention_forward")
+    return own
 
 
 def register_quantiser(name: str, quantiser: type, config: type) -> None:

@@ -1,6 +1,7 @@
 """Attention: causal, over rows that lie one after another; and of denoisers, where every token sees every other.
 
     row_attention, rotary_attention    o = softmax(scale·q·kᵀ + causal)·v inside each row    q: (N, heads, dim)
+    with head_norms                    of q̂ = rope(w_q ⊙ q/rms(q)) and k̂ alike, as Qwen 3 and Gemma 3 have it
     joint_attention                    o = softmax(q̂·k̂ᵀ/√d)·v    q̂ = rope(w_q ⊙ q/rms(q)), k̂ alike; both optional
     cross_attention                    o = softmax(q·kᵀ/√d)·v over other tokens' keys
 
@@ -20,7 +21,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from veneer.compat import TORCH
 from veneer.ops.choice import chosen, measured, random_like, size_class
+from veneer.ops.norms import rms_norm
 from veneer.ops.sizes import grouped_rows, key_ranges
 from veneer.ops.transfer import sent
 
@@ -75,7 +77,7 @@ class RowLayout:
         self.ends = sent(self.starts.int(), self.device)
         places = [torch.arange(n) for n in self.lengths]
         self.positions = sent(torch.cat([*places, torch.zeros(idle, dtype=torch.int64)]), self.device)
-        self._tables: tuple[Tensor, Tensor, Tensor] | None = None
+        self._tables: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     @functools.cached_property
     def groups(self) -> list[_Group]:
@@ -87,12 +89,14 @@ class RowLayout:
         return out
 
     def tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """cos and sin of (1, N, dim) whose halves are equal, as (N, dim/2); made once for all layers of a forward."""
-        if self._tables is None or self._tables[0] is not position_embeddings[0]:
+        """cos and sin of (1, N, dim) whose halves are equal, as (N, dim/2); made once for all layers of a forward that
+        are given the same."""
+        key = id(position_embeddings[0])
+        if key not in self._tables:
             half = position_embeddings[0].shape[-1] // 2
             cos, sin = (t[0, :, :half].contiguous() for t in position_embeddings)
-            self._tables = position_embeddings[0], cos, sin
-        return self._tables[1], self._tables[2]
+            self._tables[key] = position_embeddings[0], cos, sin  # held, so that its id is nobody else's
+        return self._tables[key][1], self._tables[key][2]
 
 
 def _gather(x: Tensor, group: _Group, kv: int, scale: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
@@ -317,23 +321,40 @@ def fused_row_attention(qkv: Tensor, kv: int, layout: RowLayout, scale: float, w
     return out
 
 
+class HeadNorms(NamedTuple):
+    """RMS norms of each head of q and k before they are turned. weight: w_q, w_k, frozen, as (2, dim)."""
+
+    weight: Tensor
+    eps: float
+
+
 def rotary_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, kv: int, layout: RowLayout, scale: float, window: int | None = None
-) -> Tensor:
+    qkv: Tensor, cos: Tensor, sin: Tensor, kv: int, layout: RowLayout, scale: float, window: int | None = None,
+    norms: HeadNorms | None = None,
+) -> Tensor:  # fmt: skip
     """Attention of [q | k | v] heads with rotary positions in q and k. qkv: (N, heads + 2·kv, dim) → (N, heads, dim).
 
     cos, sin: (N, dim/2). `window`: a query sees itself and the window − 1 tokens before it; None: all before it.
     Keeps the turned q, k, v and the probabilities in their dtype, or in tiles qkv, the output and log Σ exp; on a GPU,
-    what flash attention keeps."""
+    what flash attention keeps; with norms q and k as they were before, too. Reference of norms: `normed_heads`."""
     run = chosen("split_turned", qkv, cos, sin)
     if run is not None:
-        q, k, v = run(qkv, cos, sin, kv)
+        q, k, v = run(qkv, cos, sin, kv, norms)
         return _attended(q, k, v, layout, scale, window)
+    if norms is not None:
+        qkv = normed_heads(qkv, kv, norms)
     if qkv.device.type != "cpu":
         q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
         turned = torch.cat([_rotated(q, cos, sin, 1.0), _rotated(k, cos, sin, 1.0), v], dim=1)
         return fused_row_attention(turned, kv, layout, scale, window)
     return _rows(qkv, cos, sin, kv, layout, scale, window)
+
+
+def normed_heads(qkv: Tensor, kv: int, norms: HeadNorms) -> Tensor:
+    """[w_q ⊙ q/rms(q) | w_k ⊙ k/rms(k) | v] of [q | k | v], (N, heads + 2·kv, dim)."""
+    q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
+    q, k = (rms_norm(x, w, norms.eps) for x, w in zip((q, k), norms.weight, strict=True))
+    return torch.cat([q, k, v], dim=1)
 
 
 def row_attention(

@@ -21,8 +21,13 @@ from veneer.ops.choice import TRIAL_ROWS, chosen, measured, random_like
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm` where no gradient is wanted; x contiguous."""
     run = chosen("rms_norm", x, weight)
-    y: Tensor = F.rms_norm(x, x.shape[-1:], weight, eps) if run is None else run(x, weight, eps)
+    y: Tensor = _norm_reference(x, weight, eps) if run is None else run(x, weight, eps)
     return y
+
+
+def _norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """By torch's own, rounded once: in the weight's dtype where that is the wider one."""
+    return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, eps).to(x.dtype)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -64,7 +69,8 @@ def _norm_gradient_work(dtype: torch.dtype, width: int) -> Callable[[], object]:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """y = w ⊙ x / √(mean x² + ε) over the last dimension, keeping x alone; the frozen w gets no gradient.
+    """y = w ⊙ x / √(mean x² + ε) over the last dimension, keeping x alone; the frozen w gets no gradient. w is in the
+    dtype of x, or float32 where fewer bits would be another weight (Gemma's 1 + w); y is in the dtype of x.
 
     Reference: F.rms_norm."""
     out: Tensor = _RmsNorm.apply(x.contiguous(), weight, eps)

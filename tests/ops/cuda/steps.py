@@ -60,6 +60,13 @@ def _turn(heads: int, kv: int, dim: int) -> None:
     attention.TurnedHeads.backward(ctx, q, k, v)
 
 
+def _norm_turn(heads: int, kv: int, dim: int, weight: torch.dtype = torch.bfloat16) -> None:
+    ctx, cos = Context(), empty(8192, dim // 2)
+    qkv = empty(8192, heads + 2 * kv, dim)
+    made = attention.NormedTurnedHeads.forward(ctx, qkv, empty(2, dim, dtype=weight), 1e-6, cos, cos, kv)
+    attention.NormedTurnedHeads.backward(ctx, *made)
+
+
 class Context:
     """What torch gives to a Function."""
 
@@ -96,6 +103,7 @@ def _llama_70b() -> None:
 def _qwen_32b() -> None:
     _norms(5120)
     _norms(128)
+    _norm_turn(64, 8, 128)
     _gate(25600, "silu")
     _head(151936)
 
@@ -105,7 +113,9 @@ def _gemma_27b() -> None:
     _norms(5376)
     _gate(21504, "gelu_tanh")
     _attention(32, 16, 128, window=1024)
+    _norm_turn(32, 16, 128, torch.float32)
     _attention(8, 4, 256, window=1024)  # its 4B's
+    _norm_turn(8, 4, 256, torch.float32)
 
 
 @step("Gemma 2 27B and 9B, 8,192 tokens")

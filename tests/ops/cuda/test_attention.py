@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.cuda.laws import DTYPES, FEW, SEEDS, close, drawn
-from veneer.ops.attention import RowLayout, rotary_attention, rotate, row_attention, scored_attention_reference
+from veneer.ops.attention import (
+    HeadNorms,
+    RowLayout,
+    normed_heads,
+    rotary_attention,
+    rotate,
+    row_attention,
+    scored_attention_reference,
+)
 from veneer.ops.choice import chosen
 from veneer.ops.cuda import attention
 
@@ -82,6 +91,48 @@ def test_rotary_rows(
     want = scored_attention_reference(*turned, v, layout, dim**-0.5, window, 0.0, None)
     close(got, want, dtype, 2)
     close(gradients(got, [qkv], g)[0], gradients(want, [wide], g.double())[0], dtype, 3)
+
+
+@settings(max_examples=5)
+@given(
+    DTYPES, st.booleans(), st.sampled_from([[1], [5, 1, 9]]), HEADS, st.sampled_from([8, 40, 64]), WINDOWS, SEEDS
+)  # fmt: skip
+def test_rotary_rows_of_normed_heads(
+    device: str, dtype: torch.dtype, wide_weight: bool, lengths: list[int], counts: tuple[int, int], dim: int,
+    window: int | None, seed: int,
+) -> None:  # fmt: skip
+    """Heads of 40 values do not fill a block; weights may have more bits than what they norm."""
+    (heads, kv), n = counts, sum(lengths)
+    qkv = drawn(seed, n, heads + 2 * kv, dim, dtype=dtype, device=device)
+    g = drawn(seed + 1, n, heads, dim, dtype=dtype, device=device)
+    angles = drawn(seed + 2, n, dim // 2, dtype=torch.float32, device=device)
+    weight = 1 + drawn(seed + 3, 2, dim, dtype=torch.float32 if wide_weight else dtype, device=device, scale=0.3)
+    cos, sin, layout = angles.cos().to(dtype), angles.sin().to(dtype), RowLayout(lengths, device)
+    qkv.requires_grad_()
+    got = rotary_attention(qkv, cos, sin, kv, layout, dim**-0.5, window, HeadNorms(weight, 1e-3))
+    wide = qkv.detach().double().requires_grad_()
+    *both, v = wide.split([heads, kv, kv], dim=1)
+    normed = [F.rms_norm(t, (dim,), w.double(), 1e-3) for t, w in zip(both, weight, strict=True)]
+    turned = [rotate(t, cos.double(), sin.double()) for t in normed]
+    want = scored_attention_reference(*turned, v, layout, dim**-0.5, window, 0.0, None)
+    close(got, want, dtype, 2)
+    close(gradients(got, [qkv], g)[0], gradients(want, [wide], g.double())[0], dtype, 3)
+
+
+def test_many_heads_take_several_programs_a_token() -> None:
+    """33 heads of 128 in blocks of 16: each is normed by its own kind's weight, and its gradient has its own place."""
+    heads, kv, dim, n = 30, 3, 128, 2
+    qkv = drawn(0, n, heads + 2 * kv, dim, dtype=torch.float32).requires_grad_()
+    angles, norms = drawn(1, n, dim // 2, dtype=torch.float32), HeadNorms(drawn(2, 2, dim, dtype=torch.float32), 1e-6)
+    run = chosen("split_turned", qkv, angles, angles)
+    got = run(qkv, angles.cos(), angles.sin(), kv, norms)
+    q, k, v = normed_heads(qkv, kv, norms).split([heads, kv, kv], dim=1)
+    want = [*(rotate(t, angles.cos(), angles.sin()) for t in (q, k)), v]
+    g = [drawn(3 + i, *t.shape, dtype=torch.float32) for i, t in enumerate(want)]
+    for a, b in zip(
+        [*got, *torch.autograd.grad(got, qkv, g)], [*want, *torch.autograd.grad(want, qkv, g)], strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_sees_no_other() -> None:

@@ -14,8 +14,10 @@ from veneer.ops.norms import rms_norm
 
 
 @FEW
-@given(DTYPES, st.integers(0, 5), st.integers(1, 300), SEEDS, st.booleans())
-def test_rms_norm(device: str, dtype: torch.dtype, rows: int, width: int, seed: int, turned: bool) -> None:
+@given(DTYPES, st.integers(0, 5), st.integers(1, 300), SEEDS, st.booleans(), st.booleans())
+def test_rms_norm(
+    device: str, dtype: torch.dtype, rows: int, width: int, seed: int, turned: bool, wide_weight: bool
+) -> None:
     x = (
         drawn(seed, 2, width, rows, dtype=dtype, device=device).transpose(1, 2)
         if turned
@@ -23,7 +25,7 @@ def test_rms_norm(device: str, dtype: torch.dtype, rows: int, width: int, seed: 
     )
     x, w, g = (
         x.requires_grad_(),
-        drawn(seed + 1, width, dtype=dtype, device=device),
+        drawn(seed + 1, width, dtype=torch.float32 if wide_weight else dtype, device=device),
         drawn(seed + 2, 2, rows, width, dtype=dtype, device=device),
     )
     assert chosen("rms_norm", x.contiguous(), w) is norms.rms_norm_forward

@@ -16,6 +16,7 @@ that share an input lie in one tensor, of which each is a view: same parameters,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from veneer.core.experts import expert_product
 from veneer.core.layers import LoraExperts, LoraLinear
 from veneer.core.targets import base_of
-from veneer.models.compat_transformers import PRE_NORM_LAYERS, register_attention
+from veneer.models.compat_transformers import PRE_NORM_LAYERS, own_attention, register_attention
 from veneer.models.swap import (
     FastReport,
     Join,
@@ -48,7 +49,7 @@ from veneer.models.text.probe import (
     norm_parts,
     short_windows,
 )
-from veneer.ops.attention import RowLayout, rotary_attention, row_attention
+from veneer.ops.attention import HeadNorms, RowLayout, rotary_attention, row_attention
 from veneer.ops.cpu import memory
 from veneer.ops.linear import linear
 from veneer.ops.mlp import gated_mlp
@@ -239,13 +240,16 @@ _LLAMA_LIKE = ("LlamaAttention", "MistralAttention", "MixtralAttention", "Qwen2A
 """Attention whose forward is q, k, v projections, rotary positions in halves, causal softmax, o projection, and nothing
 else; `_rows_problem` checks the claim on the model at hand."""
 
+_WITH_HEAD_NORMS = ("Gemma3Attention", "Qwen3Attention", "Qwen3MoeAttention")
+"""The same with RMS norms q_norm and k_norm of each head before its positions."""
+
 
 _KNOWN = {
-    "scaling", "dropout", "sliding_window", "is_causal", "position_ids", "kept_alone",
+    "scaling", "dropout", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids", "kept_alone",
     "use_cache", "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
 }  # fmt: skip
 """What a layer may ask of attention and get from ours; the last line is not for attention, which gets whatever a model
-is called with. Anything else that is not None (softcap, s_aux, position_bias …) would be lost."""
+is called with. Anything else that is not None (position_bias …) would be lost."""
 
 
 class _OwnAttention(Exception):
@@ -253,18 +257,17 @@ class _OwnAttention(Exception):
 
 
 def _interface(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: rows where a layout is passed down, torch's own attention elsewhere."""
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, own: str, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """transformers' attention interface: rows where a layout is passed down, elsewhere what the model came with: `own`,
+    "sdpa" or "eager"."""
     layout: RowLayout | None = kwargs.pop("row_layout", None)
     asked = sorted(k for k, v in kwargs.items() if v is not None and k not in _KNOWN)
     if asked:
         raise _OwnAttention(f"{type(module).__name__} asks for {', '.join(asked)}")
     if layout is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return out, None
+        padded: tuple[Tensor, Any] = own_attention(module, own)(module, query, key, value, attention_mask, **kwargs)
+        return padded
     causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         raise _OwnAttention(f"{type(module).__name__} looks ahead")
@@ -276,7 +279,8 @@ def _interface(
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    return row_attention(q, k, v, layout, scale, kwargs.get("sliding_window"))[None], None
+    window, cap, sinks = (kwargs.get(name) for name in ("sliding_window", "softcap", "s_aux"))
+    return row_attention(q, k, v, layout, scale, window, cap or 0.0, sinks)[None], None
 
 
 def _drops(module: nn.Module) -> bool:
@@ -290,30 +294,58 @@ def _swap_attention(model: Any, modules: list[tuple[str, nn.Module]], report: Fa
     before = getattr(model.config, "_attn_implementation", None)
     if before not in ("sdpa", "eager"):
         return f"its attention runs on {before}"
-    register_attention(_ATTENTION, _interface)
-    model.set_attn_implementation(_ATTENTION)
+    name = f"{_ATTENTION}_{before}"
+    register_attention(name, functools.partial(_interface, own=before), before)
+    model.set_attn_implementation(name)
     undo.callback(model.set_attn_implementation, before)
-    if model.config._attn_implementation != _ATTENTION:
+    if model.config._attn_implementation != name:
         return "its attention does not go through transformers' interface"
     for _, module in modules:
         kind = type(module).__name__
-        if kind not in _LLAMA_LIKE:
+        normed = kind in _WITH_HEAD_NORMS
+        norms = _head_norms(module, report) if normed else None
+        if kind not in _LLAMA_LIKE and norms is None:
             continue
         children = dict(module.named_children())
         parts = [children.get(n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")]
         if all(p is not None and _is_linear(p) for p in parts):
             join, out = Join([p for p in parts[:3] if p is not None], undo), Join([p for p in parts[3:] if p], undo)
-            replace_forward(module, _attention_forward(type(module).forward, join, out), undo)
+            replace_forward(module, _attention_forward(type(module).forward, join, out, norms), undo)
             report.swapped[kind] = report.swapped.get(kind, 0) + 1
             report.joins += [join, out]
     return ""
 
 
-def _attention_forward(original: Callable[..., Any], join: Join, out: Join) -> Callable[..., Any]:
+def _head_norms(module: Any, report: FastReport) -> tuple[list[nn.Module], HeadNorms] | None:
+    """q_norm and k_norm, and what they compute, where both are norms that were swapped."""
+    own = [module.q_norm, module.k_norm]
+    kinds = [type(norm).__name__ for norm in own]
+    if not all(kind in report.norms and "forward" in norm.__dict__ for kind, norm in zip(kinds, own, strict=True)):
+        return None
+    parts = [norm_parts(norm, report.norms[kind]) for kind, norm in zip(kinds, own, strict=True)]
+    if parts[0][1] != parts[1][1]:
+        return None
+    return own, HeadNorms(torch.stack([weight for weight, _ in parts]), parts[0][1])
+
+
+def _attention_forward(
+    original: Callable[..., Any], join: Join, out: Join, norms: tuple[list[nn.Module], HeadNorms] | None
+) -> Callable[..., Any]:
+    head_norms = None if norms is None else norms[1]
+
+    def untouched(self: Any) -> bool:
+        """Whether the norms that were found are those that would be called."""
+        own = [] if norms is None else norms[0]
+        return all(
+            norm is now and not norm._forward_hooks and not norm._forward_pre_hooks
+            for norm, now in zip(own, (self.q_norm, self.k_norm) if own else (), strict=True)
+        )
+
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layout: RowLayout | None = kwargs.get("row_layout")
         kept_alone = kwargs.pop("kept_alone", False)
-        first, last = (None, None) if layout is None or args else (join.linear_map(), out.linear_map())
+        ours = layout is not None and not args and untouched(self)
+        first, last = (join.linear_map(), out.linear_map()) if ours else (None, None)
         if first is None or last is None or layout is None or not same_dtype(hidden_states, first.weight):
             return original(self, hidden_states, *args, **kwargs)
         if _drops(self):
@@ -324,7 +356,7 @@ def _attention_forward(original: Callable[..., Any], join: Join, out: Join) -> C
         kv = len(_weight(join.modules[1])) // self.head_dim
         window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
         qkv = linear(hidden_states, first).view(n, -1, self.head_dim)
-        heads = rotary_attention(qkv, cos, sin, kv, layout, self.scaling, window)
+        heads = rotary_attention(qkv, cos, sin, kv, layout, self.scaling, window, head_norms)
         if kept_alone:
             heads = heads[layout.keep]
         return linear(heads.view(1, len(heads), -1), last), None

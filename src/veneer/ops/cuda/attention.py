@@ -1,6 +1,7 @@
 """Attention of rows that lie one after another, causal: o = softmax(cap(scale·q·kᵀ))·v inside each row.
 
-    turned heads    rotary positions in q and k on the way out of [q | k | v], one pass each way
+    turned heads    rotary positions in q and k on the way out of [q | k | v], one pass each way; with RMS norms of
+                    heads before them (Qwen 3, Gemma 3) the same
     attend_rows     torch's own varlen_attn (flash attention) where it does what is asked; else the kernels below, which
                     also have what it has not: cap·tanh(score/cap) of Gemma 2, and sinks, a score of each head that
                     takes its share of the softmax and adds nothing (gpt-oss)
@@ -82,6 +83,98 @@ class TurnedHeads(torch.autograd.Function):
         _turn_heads(_lying(dk), into[1], cos, sin, -1.0)
         into[2].copy_(dv)
         return d, None, None, None
+
+
+@kernel
+def _norm_turn(
+    x, y, weight, cos, sin, x_token, x_head, y_token, y_head, heads, queries, half, eps, HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    """y = turned(w ⊙ x/rms(x)), w the first row of weight: (2, 2·half) for the first `queries` heads, else the second.
+    Some heads of a token a program."""
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    at = tl.arange(0, HALF)[None]
+    there = (head < heads) & (at < half)
+    c = tl.load(cos + token * half + at, mask=at < half, other=0.0).to(tl.float32)
+    s = tl.load(sin + token * half + at, mask=at < half, other=0.0).to(tl.float32)
+    start = x + token * x_token + head * x_head + at
+    one = tl.load(start, mask=there, other=0.0).to(tl.float32)
+    two = tl.load(start + half, mask=there, other=0.0).to(tl.float32)
+    own = weight + tl.where(head < queries, 0, 2 * half) + at
+    r = tl.rsqrt(tl.sum(one * one + two * two, 1) / (2 * half) + eps)[:, None]
+    one = one * r * tl.load(own, mask=there, other=0.0).to(tl.float32)
+    two = two * r * tl.load(own + half, mask=there, other=0.0).to(tl.float32)
+    into = y + token * y_token + head * y_head + at
+    tl.store(into, rounded(one * c - two * s, y), mask=there)
+    tl.store(into + half, rounded(two * c + one * s, y), mask=there)
+
+
+@kernel
+def _norm_turn_backward(
+    g, x, dx, weight, cos, sin, g_token, g_head, x_token, x_head, heads, half, eps, HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    """dx = r·a − x·r³·mean(a⊙x), a = w ⊙ (g turned back). weight: (2·half,); dx lies as x does."""
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    at = tl.arange(0, HALF)[None]
+    there = (head < heads) & (at < half)
+    c = tl.load(cos + token * half + at, mask=at < half, other=0.0).to(tl.float32)
+    s = tl.load(sin + token * half + at, mask=at < half, other=0.0).to(tl.float32)
+    given = g + token * g_token + head * g_head + at
+    one = tl.load(given, mask=there, other=0.0).to(tl.float32)
+    two = tl.load(given + half, mask=there, other=0.0).to(tl.float32)
+    a = (one * c + two * s) * tl.load(weight + at, mask=at < half, other=0.0).to(tl.float32)
+    b = (two * c - one * s) * tl.load(weight + half + at, mask=at < half, other=0.0).to(tl.float32)
+    start = token * x_token + head * x_head + at
+    one = tl.load(x + start, mask=there, other=0.0).to(tl.float32)
+    two = tl.load(x + start + half, mask=there, other=0.0).to(tl.float32)
+    r = tl.rsqrt(tl.sum(one * one + two * two, 1) / (2 * half) + eps)[:, None]
+    by = tl.sum(a * one + b * two, 1)[:, None] / (2 * half) * r * r
+    tl.store(dx + start, rounded(r * (a - one * by), dx), mask=there)
+    tl.store(dx + start + half, rounded(r * (b - two * by), dx), mask=there)
+
+
+def _head_blocks(heads: int, dim: int) -> tuple[int, dict[str, int]]:
+    """Blocks of heads and their sizes: up to 2,048 values a program, which four warps hold in registers."""
+    block = min(power_of_2(heads), max(1, 2048 // power_of_2(dim)))
+    return block_count(heads, block), {"HEADS": block, "HALF": power_of_2(dim // 2)}
+
+
+class NormedTurnedHeads(torch.autograd.Function):
+    """As TurnedHeads, of q and k under RMS norms of each head: weight (2, dim), frozen. Keeps qkv, of which v is a
+    view."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, kv: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = _lying(qkv)
+        ctx.save_for_backward(qkv, weight, cos, sin)
+        ctx.eps = eps
+        n, both, dim = qkv.shape[0], qkv.shape[1] - kv, qkv.shape[2]
+        turned = qkv.new_empty(n, both, dim)
+        blocks, constants = _head_blocks(both, dim)
+        strides = qkv.stride(0), qkv.stride(1), turned.stride(0), turned.stride(1)
+        sizes = both, both - kv, dim // 2, float(eps)
+        run_kernel(_norm_turn, (n, blocks), qkv, turned, weight, cos, sin, *strides, *sizes, **constants)
+        q, k = turned.split([both - kv, kv], dim=1)
+        return q, k, qkv[:, both:]
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
+        qkv, weight, cos, sin = ctx.saved_tensors
+        n, dim, parts = len(dq), dq.shape[2], [dq.shape[1], dk.shape[1], dk.shape[1]]
+        d = torch.empty_like(qkv)
+        into, x = d.split(parts, dim=1), qkv.split(parts, dim=1)
+        for at, g in enumerate((_lying(dq), _lying(dk))):
+            blocks, constants = _head_blocks(parts[at], dim)
+            strides = g.stride(0), g.stride(1), x[at].stride(0), x[at].stride(1)
+            given = g, x[at], into[at], weight[at], cos, sin, *strides, parts[at], dim // 2, float(ctx.eps)
+            run_kernel(_norm_turn_backward, (n, blocks), *given, **constants)
+        into[2].copy_(dv)
+        return d, None, None, None, None, None
 
 
 def _lying(x: Tensor) -> Tensor:
@@ -245,12 +338,16 @@ def _attend_of_kv(
 
 
 def _tiles(dim: int, backward: bool = False) -> dict[str, int]:
-    """Queries and keys of a block, and the warps that work on it, so that all of it stays in registers."""
+    """Queries and keys of a block, and the warps that work on it, so that all of it stays in registers.
+
+    maxnreg: a thread may have all the registers that there are for one. Left to itself the assembler takes 128 of them
+    where a second block then fits beside the first, and puts the few values that are too many in memory."""
     if dim <= 64:
-        return {"QUERIES": 64, "KEYS": 64, "num_warps": 4, "num_stages": 2}
+        most = {"KEYS": 32, "num_warps": 8} if backward else {"KEYS": 64, "num_warps": 4}
+        return {"QUERIES": 64, **most, "num_stages": 2, "maxnreg": 255}
     if dim <= 128:
-        return {"QUERIES": 32 if backward else 64, "KEYS": 64, "num_warps": 8, "num_stages": 2}
-    return {"QUERIES": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1}
+        return {"QUERIES": 32 if backward else 64, "KEYS": 64, "num_warps": 8, "num_stages": 2, "maxnreg": 255}
+    return {"QUERIES": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1, "maxnreg": 255}
 
 
 class ScoredAttention(torch.autograd.Function):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from veneer.ops.attention import HeadNorms
 from veneer.ops.choice import Implementation
 from veneer.ops.cuda import activations, attention, launch, loss, lowrank, mixed_rows, norms, paged, quantised
 from veneer.ops.lowrank import LowRank
@@ -76,8 +77,14 @@ def _takes_heads(q: Tensor, *others: Tensor | None) -> bool:
 
 
 @_implements("split_turned", _takes_heads, "heads of up to 256 values")
-def _split_turned(qkv: Tensor, cos: Tensor, sin: Tensor, kv: int) -> tuple[Tensor, Tensor, Tensor]:
-    made: tuple[Tensor, Tensor, Tensor] = attention.TurnedHeads.apply(qkv, cos, sin, kv)
+def _split_turned(
+    qkv: Tensor, cos: Tensor, sin: Tensor, kv: int, norms: HeadNorms | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    made: tuple[Tensor, Tensor, Tensor]
+    if norms is None:
+        made = attention.TurnedHeads.apply(qkv, cos, sin, kv)
+    else:
+        made = attention.NormedTurnedHeads.apply(qkv, norms.weight, norms.eps, cos, sin, kv)
     return made
 
 
