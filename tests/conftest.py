@@ -3,6 +3,7 @@ examples of a property at every run; `make test-random` draws new ones."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,10 @@ settings.register_profile("fresh", max_examples=60, deadline=None)
 def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A file's own, so that what one publishes changes no message in another, in whatever order they run. Compiled
     kernels are shared: they are named by what they were compiled from. VENEER_TEST_KERNELS: a folder to keep them
-    in from one session to the next."""
+    in from one session to the next. What is alive when a file begins (thousands of modules, in the end) is put out of
+    the collector's sight: a run collects at its end, and walking all of that took seconds each time."""
+    gc.collect()
+    gc.freeze()
     home = tmp_path_factory.mktemp("veneer-home")
     base = tmp_path_factory.getbasetemp()
     session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # of all processes

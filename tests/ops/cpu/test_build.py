@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -22,8 +23,24 @@ HERE = Path(compiled.__file__).parent
 pytestmark = pytest.mark.skipif(not COMPILER or not hasattr(os, "geteuid"), reason="no C compiler, or no owners")
 
 
-def said(home: Path, cache: Path) -> str:
-    env = {**os.environ, "VENEER_HOME": str(home), "XDG_CACHE_HOME": str(cache)}
+@pytest.fixture(scope="module")
+def copying(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A compiler that hands out what the real one made before: compiling takes seconds each time."""
+    made = compiled.kernels()
+    assert made is not None
+    script = tmp_path_factory.mktemp("compiler") / "cc"
+    script.write_text(
+        f"""#!/bin/sh
+while [ $# -gt 1 ] && [ "$1" != -o ]; do shift; done
+if [ "$1" = -o ]; then cp {shlex.quote(str(made.path))} "$2"; else echo what a processor is; fi
+"""
+    )
+    script.chmod(0o700)
+    return str(script)
+
+
+def said(home: Path, cache: Path, compiler: str = COMPILER) -> str:
+    env = {**os.environ, "VENEER_HOME": str(home), "XDG_CACHE_HOME": str(cache), "CC": compiler}
     return subprocess.run([sys.executable, "-c", SAY], env=env, capture_output=True, text=True, check=True).stdout
 
 
@@ -39,30 +56,34 @@ def test_what_is_made_is_ours_alone_whatever_the_umask(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
-def test_a_folder_that_others_may_write_to_is_not_used_and_that_is_said(tmp_path: Path, mode: int) -> None:
+def test_a_folder_that_others_may_write_to_is_not_used_and_that_is_said(
+    tmp_path: Path, copying: str, mode: int
+) -> None:
     open_to_all = tmp_path / "home" / "kernels"
     open_to_all.mkdir(parents=True)
     open_to_all.chmod(mode)
-    status = said(tmp_path / "home", tmp_path / "cache")
+    status = said(tmp_path / "home", tmp_path / "cache", copying)
     assert f"{open_to_all} is not used: others may write to it" in status
     assert "compiled by" in status
     assert not list(open_to_all.iterdir())
     assert list((tmp_path / "cache" / "veneer" / "kernels").glob("*.so"))
     (tmp_path / "cache" / "veneer" / "kernels").chmod(mode)
-    status = said(tmp_path / "home", tmp_path / "cache")
+    status = said(tmp_path / "home", tmp_path / "cache", copying)
     assert status.startswith("torch's own operations")
     assert "no folder to keep them in that only you can write to" in status
 
 
-def test_a_library_that_is_not_ours_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_is_not_ours_is_not_loaded(
+    tmp_path: Path, copying: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     sources, headers = ([HERE / n for n in names] for names in (compiled.SOURCES, compiled.HEADERS))
     monkeypatch.setattr(build, "left_out", lambda library: {})
-    first = build.build_kernels(COMPILER, sources, headers)
+    first = build.build_kernels(copying, sources, headers)
     good = first.library.read_bytes()
     first.library.write_bytes(b"somebody else's")
     first.library.chmod(0o777)
-    again = build.build_kernels(COMPILER, sources, headers)
+    again = build.build_kernels(copying, sources, headers)
     assert again.library.read_bytes()[:4] == good[:4]
     assert any("made anew: others may write to it" in note for note in again.notes)
     owner = os.stat_result((0o100700, 0, 0, 1, os.geteuid() + 1, 0, 0, 0, 0, 0))
