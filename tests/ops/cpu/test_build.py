@@ -56,18 +56,32 @@ def test_what_is_made_is_ours_alone_whatever_the_umask(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
-def test_a_folder_that_others_may_write_to_is_not_used_and_that_is_said(
-    tmp_path: Path, copying: str, mode: int
+def test_a_folder_that_others_may_write_to_is_not_used(
+    tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_to_all = tmp_path / "home" / "kernels"
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    open_to_all, other = tmp_path / "home" / "kernels", tmp_path / "cache" / "veneer" / "kernels"
     open_to_all.mkdir(parents=True)
     open_to_all.chmod(mode)
+    notes: list[str] = []
+    assert build.trusted_folder(notes) == other
+    assert notes == [f"{open_to_all} is not used: others may write to it"]
+    other.chmod(mode)
+    with pytest.raises(OSError, match="no folder to keep them in that only you can write to"):
+        build.trusted_folder([])
+
+
+def test_that_a_folder_is_not_used_is_said(tmp_path: Path, copying: str) -> None:
+    open_to_all = tmp_path / "home" / "kernels"
+    open_to_all.mkdir(parents=True)
+    open_to_all.chmod(0o777)
     status = said(tmp_path / "home", tmp_path / "cache", copying)
     assert f"{open_to_all} is not used: others may write to it" in status
     assert "compiled by" in status
     assert not list(open_to_all.iterdir())
     assert list((tmp_path / "cache" / "veneer" / "kernels").glob("*.so"))
-    (tmp_path / "cache" / "veneer" / "kernels").chmod(mode)
+    (tmp_path / "cache" / "veneer" / "kernels").chmod(0o777)
     status = said(tmp_path / "home", tmp_path / "cache", copying)
     assert status.startswith("torch's own operations")
     assert "no folder to keep them in that only you can write to" in status
