@@ -517,7 +517,8 @@ def _attend_all_backward(
         _scaled(ds, k[at], d**-0.5, out=dq[at])
         _scaled(ds.transpose(1, 2), q[at], d**-0.5, out=dk[at])
     for into, flat in ((of_q, dq), (of_k, dk), (of_v, dv)):
-        into.copy_(flat.unflatten(0, (n, heads)).transpose(1, 2))
+        if into.data_ptr() != flat.data_ptr():  # of one token `_apart` is the place itself
+            into.copy_(flat.unflatten(0, (n, heads)).transpose(1, 2))
 
 
 class _Cross(torch.autograd.Function):
@@ -542,8 +543,7 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     n, S, heads, _ = q.shape
     keep = n * S * heads * k.shape[1] * q.element_size() <= KEPT_BYTES
     if q.device.type != "cpu" or not torch.is_grad_enabled() or not (keep or _has_tiles(q)):
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return _over_all(q, k, v)
     out: Tensor = _Cross.apply(q, k, v, keep)
     return out
 
@@ -594,7 +594,10 @@ def joint_attention(qkv: Tensor, weight: Tensor | None = None, eps: float = 1e-6
 
     `weight`: frozen w_q, w_k as (2, 1, 1, S or 1, d) float32, None without norms. `turn`: rotary positions (S, d/2)
     complex64, on neighbouring pairs as FLUX has them; None without."""
-    S = qkv.shape[1]
+    S, plain = qkv.shape[1], weight is None and turn is None
+    run = None if plain else chosen("joint_heads", qkv, weight, turn)
+    if run is not None:
+        return _over_all(*run(qkv, weight, eps, turn))
     if qkv.device.type != "cpu" or not (S * S * qkv.element_size() <= CHUNK_BYTES or _has_tiles(qkv)):
         return joint_attention_reference(qkv, weight, eps, turn)
     out: Tensor = _Joint.apply(qkv, weight, eps, turn)
@@ -605,11 +608,17 @@ def joint_attention_reference(
     qkv: Tensor, weight: Tensor | None = None, eps: float = 1e-6, turn: Tensor | None = None
 ) -> Tensor:
     """The same line by line through torch's own operations."""
-    n, S, _, heads, d = qkv.shape
-    x = qkv[:, :, :2].permute(2, 0, 3, 1, 4).float()
-    if weight is not None:
-        x = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
-    x = x if turn is None else _turned(x.contiguous(), turn)
-    q, k = x.to(qkv.dtype).unbind(0)
-    out = F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2))
-    return out.transpose(1, 2).reshape(n, S, heads * d)
+    q, k, v = qkv.unbind(2)
+    if weight is not None or turn is not None:
+        x = qkv[:, :, :2].permute(2, 0, 3, 1, 4).float()
+        if weight is not None:
+            x = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+        x = x if turn is None else _turned(x.contiguous(), turn)
+        q, k = x.to(qkv.dtype).transpose(2, 3).unbind(0)
+    return _over_all(q, k, v)
+
+
+def _over_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√d)·v by torch's own, in the dtype that it is given. (n, tokens, heads, d) → (n, S, heads·d)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

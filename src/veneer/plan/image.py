@@ -204,7 +204,7 @@ def _flux(counts: ImageCounts, config: Config, height: int, width: int, text: in
             counts.linear("net.0.proj", tokens, d, 4 * d)
             counts.keep(tokens * 4 * d)  # gelu's input
             counts.linear("net.2", tokens, 4 * d, d)
-        _joint(counts, n, d, heads)
+        _joint(counts, n, d, heads, fused=True)
         counts.ends_block(n * d)
     for _ in range(config["num_single_layers"]):
         counts.starts_block()
@@ -214,7 +214,7 @@ def _flux(counts: ImageCounts, config: Config, height: int, width: int, text: in
         counts.linear("proj_mlp", n, d, 4 * d, new=False)
         counts.keep(n * (d + 4 * d))  # the layer norm's input, gelu's input
         counts.linear("proj_out", n, 5 * d, d)
-        _joint(counts, n, d, heads)
+        _joint(counts, n, d, heads, fused=True)
         counts.ends_block(n * d)
     counts.linear("norm_out.linear", 1, d, 2 * d)
     counts.linear("final", places, d, channels)
@@ -233,12 +233,13 @@ def _qkv(counts: ImageCounts, tokens: float, d: int, first: str, *, bias: bool =
         counts.linear(name, tokens, d, d, bias=bias, new=False)
 
 
-def _joint(counts: ImageCounts, n: float, d: int, heads: int) -> None:
-    """Attention of all tokens with normed and turned q, k: q, k, v as they came, q and k turned, and what came out."""
+def _joint(counts: ImageCounts, n: float, d: int, heads: int, *, fused: bool) -> None:
+    """Attention of all tokens with normed and turned q, k: q, k, v as they came, q and k turned, and what came out.
+    `fused`: whether it is one of `fast_denoiser`'s, whose norms' gradient wants no more than that."""
     counts.attend(n, n, d, heads)
     counts.keep(n * 6 * d)
-    if counts.cuda:
-        counts.kept32 += 8 * n * d  # q and k in float32, for the norms' gradient
+    if counts.cuda and not fused:
+        counts.kept32 += 8 * n * d  # q and k in float32
 
 
 def _flux2(counts: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
@@ -264,7 +265,7 @@ def _flux2(counts: ImageCounts, config: Config, height: int, width: int, text: i
             counts.linear("linear_in", tokens, d, 2 * wide, bias=False)
             counts.keep(tokens * 3 * wide)  # both halves, and silu of one
             counts.linear("linear_out", tokens, wide, d, bias=False)
-        _joint(counts, n, d, heads)
+        _joint(counts, n, d, heads, fused=False)
         counts.ends_block(n * d)
     for _ in range(config["num_single_layers"]):
         counts.starts_block()
@@ -272,7 +273,7 @@ def _flux2(counts: ImageCounts, config: Config, height: int, width: int, text: i
         counts.small(2 * dim)
         counts.keep(n * (d + 3 * wide))
         counts.linear("to_out", n, d + wide, d, bias=False)
-        _joint(counts, n, d, heads)
+        _joint(counts, n, d, heads, fused=False)
         counts.ends_block(n * d)
     counts.linear("norm_out.linear", 1, d, 2 * d, bias=False)
     counts.linear("final", places, d, channels, bias=False)

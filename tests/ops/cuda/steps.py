@@ -67,6 +67,20 @@ def _norm_turn(heads: int, kv: int, dim: int, weight: torch.dtype = torch.bfloat
     attention.NormedTurnedHeads.backward(ctx, *made)
 
 
+def _joint(tokens: int, heads: int, dim: int, streams: bool) -> None:
+    ctx, qkv = Context(), empty(1, tokens, 3, heads, dim)
+    weight = empty(2, 1, 1, tokens if streams else 1, dim, dtype=torch.float32)
+    made = attention.JointHeads.forward(ctx, qkv, weight, 1e-6, empty(tokens, dim // 2, dtype=torch.complex64))
+    attention.JointHeads.backward(ctx, *made)
+
+
+def _norm_silu(n: int, channels: int, side: int, shifted: bool) -> None:
+    x, w = empty(n, channels, side, side), empty(channels)
+    shift = empty(n, channels) if shifted else None
+    norms.NormSilu.forward(x, shift, w, w, 32, 1e-5)
+    norms.NormSilu.backward(x, x, shift, w, w, 32, 1e-5)
+
+
 class Context:
     """What torch gives to a Function."""
 
@@ -147,6 +161,9 @@ def _quantised() -> None:
 
 @step("SDXL at 1,024²")
 def _sdxl() -> None:
+    for channels, side in ((320, 128), (960, 128), (1280, 32)):
+        _norm_silu(2, channels, side, False)
+        _norm_silu(2, channels, side, True)
     both = empty(2, 4096, 5120)
     activations.gate_forward(both, "gelu", up_first=True)
     activations.geglu_backward(empty(2, 4096, 2560), both)
@@ -157,3 +174,5 @@ def _flux() -> None:
     x = empty(1, 4608, 12288)
     activations.gelu_tanh_forward(x)
     activations.gelu_tanh_backward(x, x)
+    _joint(4608, 24, 128, True)
+    _joint(4608, 24, 128, False)

@@ -13,6 +13,7 @@ from tests.ops.cuda.laws import DTYPES, FEW, SEEDS, close, drawn
 from veneer.ops.attention import (
     HeadNorms,
     RowLayout,
+    joint_attention,
     normed_heads,
     rotary_attention,
     rotate,
@@ -133,6 +134,48 @@ def test_many_heads_take_several_programs_a_token() -> None:
         [*got, *torch.autograd.grad(got, qkv, g)], [*want, *torch.autograd.grad(want, qkv, g)], strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def exactly_joint(qkv: Tensor, weight: Tensor | None, turn: Tensor | None) -> Tensor:
+    """`joint_attention` in float64."""
+    *both, v = qkv.double().unbind(2)
+    for i, x in enumerate(both):
+        if weight is not None:
+            x = x * (x.square().mean(-1, keepdim=True) + 1e-3).rsqrt() * weight[i].double().transpose(1, 2)
+        if turn is not None:
+            pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+            x = torch.view_as_real(pairs * turn.to(torch.complex128)[:, None]).flatten(-2)
+        both[i] = x
+    out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (*both, v)))
+    return out.transpose(1, 2).flatten(2)
+
+
+@FEW
+@given(
+    DTYPES, st.integers(1, 2), st.sampled_from([1, 5, 9]), st.sampled_from([1, 3, 24]), st.sampled_from([8, 40, 128]),
+    st.sampled_from([("none", True), ("one", False), ("one", True), ("by token", True)]), SEEDS,
+)  # fmt: skip
+def test_joint_attention(
+    device: str, dtype: torch.dtype, n: int, S: int, heads: int, d: int, how: tuple[str, bool], seed: int
+) -> None:
+    """With the norms and positions of FLUX, and with either; weights by token are those of two streams."""
+    norms, turned = how
+    qkv, g = (
+        drawn(seed, n, S, 3, heads, d, dtype=dtype, device=device),
+        drawn(seed + 1, n, S, heads * d, dtype=dtype, device=device),
+    )
+    shape = 2, 1, 1, S if norms == "by token" else 1, d
+    weight = None if norms == "none" else 1 + drawn(seed + 2, *shape, dtype=torch.float32, device=device, scale=0.3)
+    angles = drawn(seed + 3, S, d // 2, dtype=torch.float32, device=device)
+    turn = torch.polar(torch.ones_like(angles), angles) if turned else None
+    assert chosen("joint_heads", qkv, weight, turn) is not None
+    qkv.requires_grad_()
+    got = joint_attention(qkv, weight, 1e-3, turn)
+    wide = qkv.detach().double().requires_grad_()
+    want = exactly_joint(wide, weight, turn)
+    close(got, want, dtype, 2)
+    given, expected = gradients(got, [qkv], g)[0], gradients(want, [wide], g.double())[0]
+    close(given, expected, dtype, 3 + 10 * (S == 1))
 
 
 def test_a_row_sees_no_other() -> None:

@@ -2,6 +2,7 @@
 
     turned heads    rotary positions in q and k on the way out of [q | k | v], one pass each way; with RMS norms of
                     heads before them (Qwen 3, Gemma 3) the same
+    joint heads     the same of a denoiser's q and k, whose positions turn neighbouring pairs
     attend_rows     torch's own varlen_attn (flash attention) where it does what is asked; else the kernels below, which
                     also have what it has not: cap·tanh(score/cap) of Gemma 2, and sinks, a score of each head that
                     takes its share of the softmax and adds nothing (gpt-oss)
@@ -180,6 +181,112 @@ class NormedTurnedHeads(torch.autograd.Function):
 def _lying(x: Tensor) -> Tensor:
     """x where a head's values lie one after another."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# -- heads of denoisers ------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _norm_pairs(
+    x, y, weight, turn, tokens, heads, dim, w_kind, w_token, eps, NORMED: tl.constexpr, TURNED: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """y = turned(w ⊙ x/rms(x)) of some heads of q and k of a token. x: (rows·tokens, 3·heads, dim), y: (…, 2·heads,
+    dim), turn: (tokens, dim/2, 2) cos and sin."""
+    token = tl.program_id(0).to(tl.int64)
+    place = token % tokens
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    at = tl.arange(0, D)[None]
+    there = (head < 2 * heads) & (at < dim)
+    v = tl.load(x + (token * 3 * heads + head) * dim + at, mask=there, other=0.0).to(tl.float32)
+    if NORMED:
+        own = weight + tl.where(head < heads, 0, w_kind) + place * w_token + at
+        r = tl.rsqrt(tl.sum(v * v, 1) / dim + eps)[:, None]
+        v = v * r * tl.load(own, mask=there, other=0.0)
+    if TURNED:
+        v = _turned_pairs(v, turn + place * dim, dim, 1.0, HEADS, D)
+    tl.store(y + (token * 2 * heads + head) * dim + at, rounded(v, y), mask=there)
+
+
+@device_function
+def _turned_pairs(v, turn, dim, sign, HEADS: tl.constexpr, D: tl.constexpr):
+    """Neighbouring pairs (a, b) as (a·cos − sign·b·sin, b·cos + sign·a·sin). v: (HEADS, D)."""
+    pair = tl.arange(0, D // 2)[None]
+    c = tl.load(turn + 2 * pair, mask=2 * pair < dim, other=0.0)
+    s = tl.load(turn + 2 * pair + 1, mask=2 * pair < dim, other=0.0) * sign
+    a, b = tl.split(tl.reshape(v, [HEADS, D // 2, 2]))
+    return tl.reshape(tl.join(a * c - b * s, b * c + a * s), [HEADS, D])
+
+
+@kernel
+def _norm_pairs_backward(
+    g, x, dx, weight, turn, g_row, g_token, g_head, tokens, heads, dim, w_token, eps, NORMED: tl.constexpr,
+    TURNED: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """dx = r·a − x·r³·mean(a⊙x), a = w ⊙ (g turned back), of some heads of one kind. x, dx: where the kind begins."""
+    token = tl.program_id(0).to(tl.int64)
+    place = token % tokens
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    at = tl.arange(0, D)[None]
+    there = (head < heads) & (at < dim)
+    given = g + token // tokens * g_row + place * g_token + head * g_head + at
+    a = tl.load(given, mask=there, other=0.0).to(tl.float32)
+    if TURNED:
+        a = _turned_pairs(a, turn + place * dim, dim, -1.0, HEADS, D)
+    start = (token * 3 * heads + head) * dim + at
+    if NORMED:
+        a *= tl.load(weight + place * w_token + at, mask=at < dim, other=0.0)
+        v = tl.load(x + start, mask=there, other=0.0).to(tl.float32)
+        r = tl.rsqrt(tl.sum(v * v, 1) / dim + eps)[:, None]
+        a = r * (a - v * (tl.sum(a * v, 1)[:, None] / dim * r * r))
+    tl.store(dx + start, rounded(a, dx), mask=there)
+
+
+class JointHeads(torch.autograd.Function):
+    """q, k, v (n, S, heads, d) of qkv (n, S, 3, heads, d), q and k normed by `weight`, (2, 1, 1, S or 1, d) float32 and
+    frozen, and turned by `turn`, (S, d/2) complex64; either may be None. Keeps qkv, of which v is a view."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, weight: Tensor | None, eps: float, turn: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n, S, _, heads, d = qkv.shape
+        angles = None if turn is None else torch.view_as_real(turn)
+        ctx.save_for_backward(qkv, weight, angles)
+        ctx.eps = eps
+        both = qkv.new_empty(n, S, 2, heads, d)
+        blocks, constants = _pair_blocks(2 * heads, weight, turn, d)
+        kind, token = (0, 0) if weight is None else _weight_strides(weight)
+        sizes = S, heads, d, kind, token, float(eps)
+        run_kernel(_norm_pairs, (n * S, blocks), qkv, both, weight, angles, *sizes, **constants)
+        q, k = both.unbind(2)
+        return q, k, qkv[:, :, 2]
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
+        qkv, weight, angles = ctx.saved_tensors
+        n, S, _, heads, d = qkv.shape
+        dqkv = torch.empty_like(qkv)
+        blocks, constants = _pair_blocks(heads, weight, angles, d)
+        for kind, g in enumerate((_lying(dq), _lying(dk))):
+            own, token = (None, 0) if weight is None else (weight[kind], _weight_strides(weight)[1])
+            strides = g.stride(0), g.stride(1), g.stride(2)
+            given = g, qkv[:, :, kind], dqkv[:, :, kind], own, angles
+            sizes = *strides, S, heads, d, token, float(ctx.eps)
+            run_kernel(_norm_pairs_backward, (n * S, blocks), *given, *sizes, **constants)
+        dqkv[:, :, 2].copy_(dv)
+        return dqkv, None, None, None
+
+
+def _pair_blocks(heads: int, weight: Tensor | None, turn: Tensor | None, dim: int) -> tuple[int, dict[str, Any]]:
+    block = min(power_of_2(heads), max(1, 2048 // power_of_2(dim)))
+    flags = {"NORMED": weight is not None, "TURNED": turn is not None}
+    return block_count(heads, block), {**flags, "HEADS": block, "D": max(2, power_of_2(dim))}
+
+
+def _weight_strides(weight: Tensor) -> tuple[int, int]:
+    """From w_q to w_k, and from token to token."""
+    return weight.stride(0), weight.stride(3) if weight.shape[3] > 1 else 0
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------

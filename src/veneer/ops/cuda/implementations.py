@@ -31,6 +31,7 @@ def _takes_norm(*tensors: Tensor) -> bool:
 _WANTS_NORM = f"contiguous rows of up to {_NORM_WIDTH:,} values"
 _implements("rms_norm", _takes_norm, _WANTS_NORM)(norms.rms_norm_forward)
 _implements("rms_norm_backward", _takes_norm, _WANTS_NORM)(norms.rms_norm_backward)
+_implements("norm_silu")(norms.NormSilu)
 
 # -- gates, activations, gains, dropout --------------------------------------------------------------------------------
 
@@ -85,6 +86,16 @@ def _split_turned(
         made = attention.TurnedHeads.apply(qkv, cos, sin, kv)
     else:
         made = attention.NormedTurnedHeads.apply(qkv, norms.weight, norms.eps, cos, sin, kv)
+    return made
+
+
+def _takes_joint(qkv: Tensor, weight: Tensor | None, turn: Tensor | None) -> bool:
+    return launch.contiguous(qkv, weight, turn) and qkv.shape[-1] % 2 == 0 and qkv.shape[-1] <= 256
+
+
+@_implements("joint_heads", _takes_joint, "contiguous heads of up to 256 values")
+def _joint_heads(qkv: Tensor, weight: Tensor | None, eps: float, turn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    made: tuple[Tensor, Tensor, Tensor] = attention.JointHeads.apply(qkv, weight, eps, turn)
     return made
 
 
