@@ -17,7 +17,7 @@ from tests.tiny_base import tiny_base_dir
 from veneer.errors import BaseError, ConfigError, VeneerError
 from veneer.models.config import PLANNED_DENOISERS, TEXT_TYPES, check_config, check_words
 from veneer.models.text.base import load_text, read_base_config
-from veneer.plan.image import IMAGE_FAMILIES, ImageLoad
+from veneer.plan.image import IMAGE_FAMILIES, ImageLoad, is_denoiser
 from veneer.plan.memory import Load
 from veneer.plan.plan import TrainingJob, image_plan, text_plan
 from veneer.plan.render import plan_text
@@ -43,8 +43,7 @@ def planned(config: dict[str, Any]) -> str:
     """What `veneer plan` does with a config.json's fields."""
     check_config(config, "a/config.json")
     job, rates = TrainingJob(100, 50.0, 1.0, 4), rates_of(GPU)
-    kind = str(config.get("model_type"))
-    if kind in IMAGE_FAMILIES or config.get("_class_name") in PLANNED_DENOISERS:
+    if is_denoiser(config):
         return plan_text(image_plan("base", config, ImageLoad(height=64, width=64), GPU, rates, job))
     shape = text_shape(config)
     return plan_text(text_plan("base", shape, Load((50,)), GPU, rates, job, traffic=Traffic(50, 10, 4, 3)))
@@ -153,6 +152,8 @@ def test_a_u_net_of_another_base_is_told_from_a_broken_one(tmp_path: Path) -> No
     other = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768, "attention_head_dim": 8}
     with pytest.raises(ConfigError, match="not SDXL's"):
         planned(other)
+    with pytest.raises(ConfigError, match="does not know the model 'SD3Transformer2DModel'"):
+        planned({"_class_name": "SD3Transformer2DModel"})
 
 
 def test_what_is_missing_is_named() -> None:

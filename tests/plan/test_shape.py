@@ -138,8 +138,9 @@ def test_an_unknown_family_is_refused_with_near_ones() -> None:
 
 
 def test_a_config_without_what_is_needed_says_so() -> None:
-    with pytest.raises(ConfigError, match="has no 'hidden_size'"):
-        text_shape({"model_type": "llama"})
+    with pytest.raises(ConfigError, match="has no 'hidden_size'") as caught:
+        text_shape({"model_type": "llama"}, "my/base")
+    assert caught.value.where == "my/base"
 
 
 def test_a_folder_and_a_file_are_read_as_well(tmp_path: Path) -> None:

@@ -156,9 +156,10 @@ def plan(
             )  # fmt: skip
             job = TrainingJob(rows, 1.0, epochs, batch)
             made = image_plan(base, found, load, device, rates, job, process=process)
-        elif tokens_per_row is None:
-            raise ConfigError("a plan of text needs --tokens-per-row", fix=_EXAMPLE.removeprefix("Example: "))
         else:
+            shape = text_shape(found, base)
+            if tokens_per_row is None:
+                raise ConfigError("a plan of text needs --tokens-per-row", fix=_EXAMPLE.removeprefix("Example: "))
             _refuse(context, _OF_PICTURES, "the base is for text", "leave it out")
             load = Load.of(
                 longest or round(tokens_per_row), micro_tokens, batch, rank=rank, dtype=dtype, quantise=quantise,
@@ -166,7 +167,6 @@ def plan(
             )  # fmt: skip
             traffic = Traffic(prompt or round(tokens_per_row), answer, together, tenants)
             job = TrainingJob(rows, tokens_per_row, epochs, batch)
-            shape = text_shape(found)
             made = text_plan(base, shape, load, device, rates, job, process=process, traffic=traffic)
     else:
         raise ConfigError("nothing to plan", fix=f"give a CONFIG.yaml, or {_EXAMPLE.removeprefix('Example: ')}")

@@ -156,10 +156,11 @@ def layer_ranks(shape: TextShape, spec: LoraSpec | None, rank: int) -> list[dict
 Config = Mapping[str, Any]
 
 
-def text_shape(config: Config) -> TextShape:
+def text_shape(config: Config, where: str = "config.json") -> TextShape:
     """The shape of a language model (of its language part, where it also sees pictures). config: as in config.json.
+    `where`: the base, for errors.
 
-    Raises ConfigError for a family that is not in the table."""
+    Raises ConfigError for a family that is not in the table, and for a config that lacks what its shape needs."""
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
         own = {
@@ -168,16 +169,19 @@ def text_shape(config: Config) -> TextShape:
             "tie_word_embeddings": inner.get("tie_word_embeddings", config.get("tie_word_embeddings")),
         }
         kind = str(own.get("model_type") or f"{config.get('model_type')}_text")
-        return text_shape({**own, "model_type": kind})
+        return text_shape({**own, "model_type": kind}, f"{where}: text_config")
     if config.get("model_type") is None:
-        raise ConfigError("this config.json names no model family", where="model_type", fix="give the base's own")
+        named = config.get("_class_name")  # of diffusers'
+        other = f"veneer plan does not know the model {quoted(str(named))}"
+        what = other if named else "this config.json names no model family"
+        raise ConfigError(what, where=f"{where}: model_type", fix="give the config.json of the base's language model")
     family = str(config["model_type"])
     if family not in TEXT_FAMILIES:
         near = nearest(family, TEXT_FAMILIES, 1)
         meant = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(
             f"veneer plan does not know the model family {quoted(family)}",
-            where="model_type",
+            where=f"{where}: model_type",
             fix=f"{meant}It knows {', '.join(sorted(TEXT_FAMILIES))}; for others `veneer train CONFIG.yaml --dry-run` "
             "plans from the base itself",
         )
@@ -193,7 +197,7 @@ def text_shape(config: Config) -> TextShape:
         )  # fmt: skip
     except KeyError as error:
         raise ConfigError(
-            f"the config of this {family} has no {error.args[0]!r}", fix="give the whole config.json"
+            f"the config of this {family} has no {error.args[0]!r}", where=where, fix="give the whole config.json"
         ) from None
 
 

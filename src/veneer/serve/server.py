@@ -1,5 +1,6 @@
-"""A server's life: it listens, is built, drains, and ends.
+"""A server's life: it is checked, listens, is built, drains, and ends.
 
+checked     settings with which no server can be built end it here (checks.py)
 listening   /health answers, /ready says 503 loading, everything else is turned away
 built       base, engine, catalog, tenants, adapters to preload; then /ready says 200
 SIGTERM     /ready says 503 draining, new work is turned away (503, Retry-After), running answers end

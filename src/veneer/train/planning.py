@@ -127,7 +127,7 @@ def plan_of_config(
     found = _config_named(config.base.name)
     if not isinstance(config, TrainConfig):
         return _plan_of_pictures(config, found, device, rows)
-    shape = text_shape(found)
+    shape = text_shape(found, config.base.name)
     notes: tuple[str, ...] = ()
     lengths: list[int] = []
     if rows is None or tokens_per_row is None:
