@@ -116,8 +116,8 @@ class Load:
 class Memory:
     """Bytes at the peak of one device. `constants`: of quantisation. `dequantised`: the one weight that is in full
     precision at a time, and those kept so. `working`: gradients of activations on their way. `context`: the process
-    (CPU) or CUDA itself. `rounding`: what the allocator cannot place. `host`: bytes in the CPU's memory, not in the
-    sum."""
+    (CPU) or CUDA itself. `rounding`: what the allocator cannot place. `cache`: keys and values of a server. `host`:
+    bytes in the CPU's memory, not in the sum."""
 
     weights: int = 0
     constants: int = 0
@@ -130,6 +130,7 @@ class Memory:
     dequantised: int = 0
     context: int = 0
     rounding: int = 0
+    cache: int = field(default=0, kw_only=True)
     host: int = field(default=0, kw_only=True)
 
     @property

@@ -12,7 +12,7 @@ _WORDS = {
     "weights": "weights", "constants": "quantisation constants", "adapter": "adapter", "gradients": "gradients",
     "optimizer": "optimizer", "activations": "activations", "logits": "logits",
     "working": "gradients of activations", "dequantised": "temporary dequantisation", "context": "process",
-    "rounding": "allocator",
+    "rounding": "allocator", "cache": "keys and values",
 }  # fmt: skip
 
 

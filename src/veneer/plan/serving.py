@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from veneer.plan.memory import CUDA_CONTEXT, dtype_bytes, weight_bytes
-from veneer.plan.shape import TextShape, pair_parameters
+from veneer.plan.memory import CUDA_CONTEXT, Memory, dtype_bytes, weight_bytes
+from veneer.plan.shape import LayerShape, LinearShape, TextShape, pair_parameters
 from veneer.plan.tables import Device
 from veneer.plan.time import Rates
 
@@ -75,6 +75,54 @@ def serving(
     return Serving(
         adapter, cache, adapters, traffic.answer / seconds, 1 / seconds, cents, shared, dedicated, devices
     )  # fmt: skip
+
+
+_PAGE = 16
+"""Tokens of a block of keys and values (serve/forward/paged.py)."""
+_SAMPLED = 38
+"""Bytes that a sampler holds of each score that it draws from: float32 copies, a nucleus in order and its sums."""
+
+
+def serving_memory(
+    shape: TextShape, traffic: Traffic, *, rank: int = 16, dtype: str = "bfloat16", quantise: str | None = None,
+    budget: int = 512,
+) -> Memory:  # fmt: skip
+    """Bytes of a server on a GPU at the peak of a step of `budget` tokens, by part: keys and values of all requests
+    that are served together, and an adapter of its own for each as far as there are tenants. Nothing of a layer
+    outlives it, so the most is in the widest one, beside its weights where they are dequantised, or after all of them
+    in the logits and what a sampler makes of these."""
+    e, tokens = dtype_bytes(dtype), max(budget, traffic.together)
+    weights, constants = weight_bytes(shape, dtype, quantise)
+    adapters = min(traffic.together, traffic.tenants) * e * pair_parameters(shape, rank=rank)
+    places = traffic.together * -(-(traffic.prompt + traffic.answer) // _PAGE) * _PAGE
+    cache = places * sum(2 * layer.kv_heads * layer.head_dim * e for layer in shape.layers)
+    kinds = set(shape.layers)
+    layer = e * tokens * max((_widest(one, shape.hidden) for one in kinds), default=0)
+    products = [parts for one in kinds for parts in one.products.values()]
+    largest = max((sum(part.parameters for part in parts) for parts in products), default=0)
+    dequantised = e * largest if quantise else 0
+    logits = traffic.together * shape.vocabulary * (e + _SAMPLED)
+    if logits > layer + dequantised:
+        layer = dequantised = 0
+    else:
+        logits = 0
+    return Memory(
+        weights, constants, adapters, activations=layer, logits=logits, dequantised=dequantised, context=CUDA_CONTEXT,
+        cache=cache,
+    )  # fmt: skip
+
+
+def _widest(layer: LayerShape, hidden: int) -> int:
+    """Values a token that are in memory at once: the residual and a norm's output, beside q, k, v and what attention
+    gives, or beside gate, up and their product; of experts also what was gathered for them and what they give."""
+    attention = (2 * layer.heads + 2 * layer.kv_heads) * layer.head_dim
+    mlp = max((_mlp(parts) for name, parts in layer.products.items() if name.endswith("gate_up")), default=0.0)
+    return 2 * hidden + max(attention, round(mlp))
+
+
+def _mlp(parts: tuple[LinearShape, ...]) -> float:
+    values = sum(1.5 * part.outputs * part.active for part in parts)
+    return values + sum(2 * part.inputs * part.active for part in parts if part.times > 1)
 
 
 def _read(shape: TextShape, e: int, weights: int, together: int) -> float:

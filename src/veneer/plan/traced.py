@@ -28,12 +28,13 @@ def _function(place: str) -> str:
 class TracedStep:
     """`trace`: of one step. `counted`: the plan's memory for the same, None where nothing is counted. `ways`: what
     runs, in a line. `ends`: "file function" where a step, at its end, reads what it was for -> how often: so many waits
-    are no fault."""
+    are no fault. `what`: was traced, as its first line says."""
 
     trace: Trace
     counted: Memory | None
     ways: str
     ends: Mapping[str, int] = field(default_factory=dict)
+    what: str = "traced"
 
     @property
     def counted_peak(self) -> int:
@@ -73,7 +74,7 @@ class TracedStep:
     def _lines(self) -> Iterator[str]:
         trace = self.trace
         beside = f", {gigabytes(self.counted_peak)} counted ({self.off:+.1%})" if self.counted is not None else ""
-        yield f"traced: {gigabytes(trace.peak)} at the peak of {trace.operations:,} operations{beside}"
+        yield f"{self.what}: {gigabytes(trace.peak)} at the peak of {trace.operations:,} operations{beside}"
         for part, size in trace.at_peak.items():
             yield f"  {_PARTS.get(part, part):<26}{gigabytes(size):>12}"
             if part in ("forward", "backward"):

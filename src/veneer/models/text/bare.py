@@ -74,7 +74,13 @@ def _built(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
 
 
 def twin(config: PreTrainedConfig, dtype: torch.dtype) -> FastReport:
-    """What `fast` swaps on a small model of this config, with random weights on the CPU, and what it leaves and why.
+    """What `fast` swaps on a small model of this config, and what it leaves and why."""
+    with fast(small_text(config, dtype)) as how:
+        return how
+
+
+def small_text(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """A small model of this config with random weights on the CPU, to find out by trying how the large one runs.
 
     Small: few and narrow layers and experts, one of each kind; the rest of the config is the base's own."""
     small = type(config).from_dict({**config.to_dict(), **_small(config)})
@@ -85,8 +91,7 @@ def twin(config: PreTrainedConfig, dtype: torch.dtype) -> FastReport:
             for name, parameter in model.named_parameters():
                 if parameter.ndim == 1 and "norm" in name:  # 1 + w fits no 16 bits for weights that were trained
                     parameter.normal_(1.0, 0.3)
-    with fast(model) as how:
-        return how
+    return model
 
 
 _NARROW = {
