@@ -84,6 +84,7 @@ def test_pictures_at_true_size_are_as_they_are_counted(name: str, off: float) ->
         ("meta-llama/Llama-3.1-8B", Load((600,) * 3)),
         ("meta-llama/Llama-3.1-8B", Load((2048,) * 8, checkpointing=True)),
         ("meta-llama/Llama-3.1-70B", Load((600,) * 3, quantise="nf4")),
+        ("google/gemma-3-27b-it", Load((600,) * 3, quantise="nf4")),
     ],
 )
 def test_at_true_size_counted_and_traced_agree(name: str, load: Load) -> None:
