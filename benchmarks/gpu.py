@@ -293,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     wanted = [part.strip() for part in args.only.split(",")]
     if unknown := [p for p in wanted if p not in PARTS]:
-        parser.error(f"--only has no {', '.join(map(repr, unknown))}; there are {', '.join(PARTS)}")
+        parser.error(f"--only has no {', '.join(p or repr(p) for p in unknown)}; there are {', '.join(PARTS)}")
     if not math.isfinite(args.minutes) or args.minutes <= 0:
         parser.error(f"--minutes {args.minutes:g} is no time to run in: a number above 0, as 10")
     try:

@@ -269,7 +269,7 @@ def test_the_makefile_and_the_page_know_every_part(gpu: Any) -> None:
         (["--python", "vlm=python3"], "a PEER of bitsandbytes, unsloth, vllm"),
         (["--python", "vllm=/no/such/python"], "there is no program /no/such/python"),
         (["--python", f"vllm={sys.executable}", "--python", f"vllm={sys.executable}"], "names vllm twice"),
-        (["--only", "train,serv"], "--only has no 'serv'"),
+        (["--only", "train,serv"], "--only has no serv;"),
         (["--only", ""], "--only has no ''"),
         (["--out", "{file}"], "is no folder"),
         (["--out", "{file}/inside"], "is no folder"),

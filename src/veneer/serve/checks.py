@@ -44,7 +44,7 @@ def check_settings(settings: ServeSettings) -> None:
             )
     if settings.admin_key is not None:
         admin_hash(settings.admin_key)
-    _refuse_both(settings)
+    refuse_both(settings)
     _check_fleet(settings)
     kind = _kind_here(settings)
     if kind is not None:
@@ -113,16 +113,13 @@ def refuse_ledger(ledger: LedgerSettings) -> None:
             raise ConfigError(what, where=option, fix="leave it out, or name a database with --tenants")
 
 
-def _refuse_both(settings: ServeSettings) -> None:
+def refuse_both(settings: ServeSettings) -> None:
+    """Raises ConfigError where two options say how a base's weights are kept."""
     if settings.quantise is not None and settings.engine.weights != "dense":
         raise ConfigError(
             "--quantise and --weights both say how the base's weights are kept",
             where=f"--quantise {settings.quantise} --weights {settings.engine.weights}",
             fix="leave one out: --quantise is what QLoRA trains beside, --weights rounds a 16-bit base",
-        )
-    if settings.pin and not settings.preload:
-        raise ConfigError(
-            "--pin keeps the adapters of --adapter, and there are none", where="--pin", fix="leave it out"
         )
 
 
@@ -142,6 +139,10 @@ def _check_fleet(settings: ServeSettings) -> None:
 def _check_preload(settings: ServeSettings) -> None:
     """Raises ConfigError for names that no adapter can have here, NotInLibrary for references to nothing, and what
     opening the library raises. Whether adapters fit the base is known when they are loaded."""
+    if settings.pin and not settings.preload:
+        raise ConfigError(
+            "--pin keeps the adapters of --adapter, and there are none", where="--pin", fix="leave it out"
+        )
     names = [each.name for each in settings.preload]
     own = settings.base.rstrip("/").rpartition("/")[2]
     for name in names:
