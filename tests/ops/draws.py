@@ -1,15 +1,19 @@
-"""What the tests of fused products draw: adapters' factors, and the mask of the next dropout."""
+"""What the tests of fused products draw: adapters' factors, weights in codes, and the mask of the next dropout."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import gguf
+import numpy as np
 import torch
 from torch import Tensor
 
 from tests.core.exact import draw
 from veneer.ops.dropout import Dropout
 from veneer.ops.lowrank import LowRank
+from veneer.ops.quantisation_formats import KINDS, GgmlBlocks
+from veneer.ops.quantised import Quantised, quantise
 
 
 def factors(dtype: torch.dtype, *shapes: tuple[int, int]) -> list[Tensor]:
@@ -28,3 +32,23 @@ def mask_of_next(p: float, *shape: int, dtype: torch.dtype) -> Tensor:
     drop = Dropout.drawn(p)
     torch.random.set_rng_state(state)
     return (drop(torch.ones(*shape, dtype=dtype)) != 0).double() / (1 - p)
+
+
+def coded(weight: Tensor, kind: str) -> Quantised:
+    """A weight in codes of a kind; in the K-quants of ggml, which its package reads and does not write, a weight of
+    codes that are drawn, and scales of about its size."""
+    if kind in KINDS:
+        return quantise(weight, kind)
+    rows, columns = weight.reshape(-1, weight.shape[-1]).shape
+    if not kind.endswith("_K"):
+        raw = gguf.quants.quantize(weight.float().numpy().reshape(rows, columns), gguf.GGMLQuantizationType[kind])
+        made = torch.from_numpy(np.ascontiguousarray(raw))
+    else:
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+        g = torch.Generator().manual_seed(rows)
+        made = torch.randint(0, 256, (rows, columns // block, size), generator=g, dtype=torch.uint8)
+        for at in (208,) if kind == "Q6_K" else (0, 2):  # scales in float16
+            halves = torch.rand(rows, columns // block, 1, generator=g) * float(weight.abs().amax()) / 1024
+            made[..., at : at + 2] = halves.half().view(torch.uint8)
+        made = made.flatten(1)
+    return Quantised(GgmlBlocks(kind, tuple(weight.shape), made), weight.dtype)

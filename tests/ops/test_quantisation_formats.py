@@ -64,3 +64,33 @@ def test_rows_of_stacked_weights_are_those_of_each(kind: str, native: bool, monk
     assert stacked.dense(torch.bfloat16, 2, 12, room[1:11]).data_ptr() == room[1:].data_ptr()
     assert torch.equal(room[1:11], want[2:12])
     assert bool((room[[0, 11, 12, 13]] == 7).all())
+
+
+@pytest.mark.parametrize("kind", [*(k for k in HALVES if k not in ("Q2_K", "Q3_K", "IQ4_NL")), "nf4", "fp4", "int8"])
+def test_a_weight_code_by_code_is_the_dequantised_one(kind: str) -> None:
+    """Of int8 but for the last bit: its scale is one number there, and two, one after another, here."""
+    for columns in (512,) if kind in HALVES else (512, 96, 40):
+        if kind in HALVES:
+            code: QuantisationFormat = GgmlBlocks(kind, (7, columns), torch.from_numpy(blocks(kind, 7, columns)))
+        else:
+            code = to_format(torch.randn(7, columns, generator=torch.Generator().manual_seed(columns)), kind, True)
+        groups = code.groups(2, 6)
+        assert groups is not None
+        want, near = code.dense(torch.float32, 2, 6), 2**-22 if kind == "int8" else 0
+        assert ((groups.dense() - want).abs() <= near * want.abs()).all()
+        if groups.size % 16 == 0:
+            assert torch.equal(groups.split(8).dense(), groups.dense())
+
+
+def test_codes_of_several_types_are_joined_where_their_values_are_whole_numbers() -> None:
+    whole = [GgmlBlocks(k, (4, 256), torch.from_numpy(blocks(k, 4, 256))) for k in ("Q4_K", "Q6_K", "Q8_0", "Q4_0")]
+    joined = StackedRows(tuple(whole)).groups(1, 15)
+    assert joined is not None
+    assert joined.size == 16
+    assert torch.equal(joined.dense(), torch.cat([w.dense(torch.float32, 0, 4) for w in whole])[1:15])
+    four = to_format(torch.randn(4, 256, generator=torch.Generator().manual_seed(1)), "nf4", True)
+    assert StackedRows((four, whole[0])).groups(0, 8) is None
+    assert GgmlBlocks("Q2_K", (4, 256), torch.from_numpy(blocks("Q2_K", 4, 256))).groups(0, 4) is None
+    both = StackedRows((four, four)).groups(2, 7)
+    assert both is not None
+    assert torch.equal(both.dense(), torch.cat([four.dense(torch.float32, 2, 4), four.dense(torch.float32, 0, 3)]))

@@ -50,6 +50,64 @@ class QuantisationFormat(Protocol):
     def moved(self, change: Callable[[Tensor], Tensor]) -> QuantisationFormat:
         """The same with each of its tensors changed (copied, moved to a device)."""
 
+    def groups(self, first: int, last: int) -> Groups | None:
+        """Rows first … last code by code; None where the format has no such form."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A weight (rows, columns) code by code, the form that all formats share, for those who lay codes out anew:
+
+        w = values[code]·scale + zero
+
+    codes: (rows, columns) uint8, places in `values` (16,) float32; or int8, each its own value, where that is None.
+    scales, and zeros where there are any: (rows, columns / size), one for every `size` columns of a row."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    values: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        return self.codes.shape[1] // self.scales.shape[1]
+
+    def dense(self) -> Tensor:
+        """(rows, columns) float32; product and sum are rounded one by one."""
+        values = self.codes.float() if self.values is None else self.values[self.codes.int()]
+        out: Tensor = values.unflatten(1, (-1, self.size)) * self.scales[..., None].float()
+        return (out if self.zeros is None else out + self.zeros[..., None].float()).flatten(1)
+
+    def split(self, size: int) -> Groups:
+        """The same with a scale for every `size` columns, which divides its own."""
+        times = self.size // size
+        zeros = None if self.zeros is None else self.zeros.repeat_interleave(times, 1)
+        return replace(self, scales=self.scales.repeat_interleave(times, 1), zeros=zeros)
+
+    def _widened(self) -> Groups | None:
+        """The same with codes that are their own values; None where the values are no whole numbers."""
+        if self.values is None:
+            return self
+        if not torch.equal(self.values, self.values.round()):
+            return None
+        return replace(self, codes=self.values.to(torch.int8)[self.codes.int()], values=None)
+
+    @staticmethod
+    def joined(parts: Sequence[Groups | None]) -> Groups | None:
+        """Weights of one width below one another; None where they have no common form."""
+        there = [p for p in parts if p is not None]
+        tables = [p.values for p in there]
+        if any(v is None or not torch.equal(v, there[0].values) for v in tables):  # type: ignore[arg-type]
+            there = [wide for p in there if (wide := p._widened()) is not None]
+        if not there or len(there) < len(parts):
+            return None
+        size = math.gcd(*(p.size for p in there))
+        there = [p.split(size) for p in there]
+        zeros = [torch.zeros_like(p.scales) if p.zeros is None else p.zeros for p in there]
+        whole = None if all(p.zeros is None for p in there) else torch.cat(zeros)
+        codes, scales = torch.cat([p.codes for p in there]), torch.cat([p.scales for p in there])
+        return Groups(codes, scales, whole, there[0].values)
+
 
 # -- 4 bits ------------------------------------------------------------------------------------------------------------
 
@@ -149,6 +207,18 @@ class Blocks4:
         out: Tensor = library.dequantize_4bit(packed[:, None], absmax, self.block, self.kind, (1, count), dtype)
         return out.flatten()
 
+    def groups(self, first: int, last: int) -> Groups | None:
+        columns = self.shape[-1]
+        if columns % 2:
+            return None
+        size, start, count = math.gcd(columns, self.block), first * columns, (last - first) * columns
+        both = self.packed[start // 2 : (start + count) // 2]
+        codes = torch.stack([both >> 4, both & 15], 1).view(-1, columns)
+        low, high = self._blocks(start, count)
+        of = torch.arange(start, start + count, size, device=both.device) // self.block - low
+        scales = self._absmax(low, high)[of].view(len(codes), -1)
+        return Groups(codes, scales, None, four_bit_values(self.kind, both.device))
+
     def _blocks(self, start: int, count: int) -> tuple[int, int]:
         return start // self.block, -(-(start + count) // self.block)
 
@@ -222,6 +292,10 @@ class Rows8:
         run(codes, absmax, out)
         return out
 
+    def groups(self, first: int, last: int) -> Groups:
+        """Its scales are rounded once more than `dense` has them."""
+        return Groups(self.codes[first:last], self.absmax[first:last, None] * 7.874015718698502e-3)
+
 
 def _rows8(weight: Tensor) -> Rows8:
     rows = weight.reshape(-1, weight.shape[-1])
@@ -290,6 +364,65 @@ class GgmlBlocks:
 
         return torch.from_numpy(dequantize(rows.cpu().numpy(), GGMLQuantizationType[self.type]))
 
+    def groups(self, first: int, last: int) -> Groups | None:
+        read = _GGML_GROUPS.get(self.type)
+        return None if read is None else read(self.type, self.raw[first:last])
+
+
+def _half(blocks: Tensor, at: int) -> Tensor:
+    """The float16 at a byte of each block: (rows, blocks, 1) float32."""
+    return blocks[..., at : at + 2].contiguous().view(torch.float16).float()
+
+
+def _bits(words: Tensor, width: int, count: int) -> Tensor:
+    """(…, n) bytes -> (…, n, count): `width` bits each, the lowest first."""
+    return words[..., None] >> torch.arange(0, width * count, width, dtype=torch.uint8) & (1 << width) - 1
+
+
+def _groups_of_32(kind: str, raw: Tensor) -> Groups:
+    """Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0: a scale, in the second of a name also a zero, then codes."""
+    five, zero = kind[1] == "5", kind.endswith("1")
+    blocks = raw.unflatten(1, (-1, {"Q4": 18, "Q5": 22, "Q8": 34}[kind[:2]] + 2 * zero))
+    scales, zeros = _half(blocks, 0).flatten(1), _half(blocks, 2).flatten(1) if zero else None
+    if kind == "Q8_0":
+        return Groups(blocks[..., 2:].flatten(1).view(torch.int8), scales)
+    codes = _bits(blocks[..., -16:], 4, 2).mT.flatten(-2)
+    if five:
+        codes = codes | _bits(blocks[..., -20:-16], 1, 8).flatten(-2) << 4
+        return Groups((codes.to(torch.int8) - (0 if zero else 16)).flatten(1), scales, zeros)
+    return Groups(codes.flatten(1), scales, zeros, torch.arange(16.0) - (0 if zero else 8))
+
+
+def _groups_of_256(kind: str, raw: Tensor) -> Groups:
+    """Q4_K and Q5_K: eight scales and minima of 6 bits, themselves scaled, for 32 codes each."""
+    blocks = raw.unflatten(1, (-1, 144 if kind == "Q4_K" else 176))
+    low, middle, high = blocks[..., 4:16].split(4, -1)
+    scale = torch.cat([low & 63, high & 15 | low >> 6 << 4], -1).float()
+    least = torch.cat([middle & 63, high >> 4 | middle >> 6 << 4], -1).float()
+    scales, zeros = (_half(blocks, 0) * scale).flatten(1), -(_half(blocks, 2) * least).flatten(1)
+    codes = _bits(blocks[..., -128:].unflatten(-1, (4, 32)), 4, 2).mT.flatten(-3, -2)
+    if kind == "Q4_K":
+        return Groups(codes.flatten(1), scales, zeros, torch.arange(16.0))
+    codes = codes | _bits(blocks[..., 16:48], 1, 8).mT << 4
+    return Groups(codes.flatten(1).to(torch.int8), scales, zeros)
+
+
+def _groups_of_16(kind: str, raw: Tensor) -> Groups:
+    """Q6_K: sixteen scales of 8 bits, themselves scaled; codes in 4 bits and 2."""
+    blocks = raw.unflatten(1, (-1, 210))
+    four = _bits(blocks[..., :128].unflatten(-1, (2, 64)), 4, 2).mT.unflatten(-1, (2, 32)).flatten(-3, -2)
+    two = _bits(blocks[..., 128:192].unflatten(-1, (2, 32)), 2, 4).mT
+    codes = (four | two << 4).to(torch.int8) - 32
+    scales = _half(blocks, 208) * blocks[..., 192:208].contiguous().view(torch.int8).float()
+    return Groups(codes.flatten(1), scales.flatten(1))
+
+
+_GGML_GROUPS: dict[str, Callable[[str, Tensor], Groups]] = {
+    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), _groups_of_32),
+    **dict.fromkeys(("Q4_K", "Q5_K"), _groups_of_256),
+    "Q6_K": _groups_of_16,
+}
+
 
 # -- several of one width below one another ----------------------------------------------------------------------------
 
@@ -325,6 +458,15 @@ class StackedRows:
                 part.dense(dtype, low, high, into[at + low - first : at + high - first])
             at += row_count(part)
         return into
+
+    def groups(self, first: int, last: int) -> Groups | None:
+        parts, at = [], 0
+        for part in self.parts:
+            low, high = max(first - at, 0), min(last - at, row_count(part))
+            if low < high:
+                parts.append(part.groups(low, high))
+            at += row_count(part)
+        return Groups.joined(parts)
 
 
 def _put(made: Tensor, into: Tensor | None) -> Tensor:

@@ -16,7 +16,8 @@ from veneer.ops import choice
 from veneer.ops.cpu import compiled
 from veneer.ops.measuring import Kept
 from veneer.serve.forward.llama import LlamaForward
-from veneer.serve.forward.packed import Panels, best_packing
+from veneer.serve.forward.packed import best_packing
+from veneer.serve.forward.panels import Panels
 from veneer.serve.forward.runner import Prepared, Runner, use_threads
 from veneer.serve.settings import WeightKind
 

@@ -4,31 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.families import FAMILIES, MOE_FAMILIES
+from tests.ops.draws import coded
 from tests.serve.forward.test_runner import WAYS, base_of, loha, prompts, reference, same, serve, trained
 from veneer.core.adapter import Adapter
 from veneer.core.merge import merged_state
 from veneer.errors import ConfigError
 from veneer.models.quantise import quantised_weights
-from veneer.ops.quantisation_formats import GgmlBlocks
-from veneer.ops.quantised import Quantised, dequantised, quantise
+from veneer.ops.cpu import compiled
+from veneer.ops.quantised import Quantised, dequantised
 from veneer.serve.forward.packed import Coded
-from veneer.serve.forward.runner import Runner
+from veneer.serve.forward.panels import PanelRows, Panels
+from veneer.serve.forward.runner import Runner, RunnerRow
 
 KINDS = ("nf4", "fp4", "int8", "Q8_0")
-
-
-def coded(weight: Tensor, kind: str) -> Quantised:
-    if kind in ("nf4", "fp4", "int8"):
-        return quantise(weight, kind)
-    raw = gguf.quants.quantize(weight.float().numpy().reshape(-1, weight.shape[-1]), gguf.GGMLQuantizationType[kind])
-    return Quantised(GgmlBlocks(kind, tuple(weight.shape), torch.from_numpy(np.ascontiguousarray(raw))), weight.dtype)
 
 
 def model_in(kind: str, family: str = "llama3", dtype: torch.dtype = torch.float32) -> Any:
@@ -94,12 +87,63 @@ def quantised_of(model: Any) -> list[tuple[str, Quantised]]:
 
 
 def test_no_projection_has_a_dense_copy() -> None:
+    """Nor a second one of its codes."""
     model = model_in("nf4", dtype=torch.bfloat16)
     runner = Runner(base_of(model), cache_bytes=1 << 20)
     assert runner.llama is not None
-    held = [w for b in runner.llama.blocks for w in (b.qkv, b.out, b.gate_up, b.down)]
-    assert all(isinstance(w, Coded) and all(isinstance(p, Quantised) for p in w.parts) for w in held)
+    for layer, block in zip(model.model.layers, runner.llama.blocks, strict=True):
+        own = (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.up_proj, layer.mlp.down_proj)
+        for module, held in zip(own, (block.qkv, block.out, block.gate_up, block.down), strict=True):
+            if compiled.has("panel_product"):
+                assert isinstance(held, Panels)
+                assert isinstance(module.weight.stored, PanelRows)
+                assert module.weight.stored.panels is held
+            else:
+                assert isinstance(held, Coded)
+                assert all(isinstance(p, Quantised) for p in held.parts)
     runner.close()
+
+
+def continued(runner: Runner, mixes: list[Any], texts: list[list[int]], tokens: Tensor | None = None) -> Tensor:
+    """Logits of twelve steps that continue prompts by rows of one batch, each under its mix: the likeliest tokens
+    follow, or those of another's logits (12, rows, vocabulary)."""
+    rows = [RunnerRow(t, 0, range(4 * i, 4 * i + 4), mix) for i, (t, mix) in enumerate(zip(texts, mixes, strict=True))]
+    out = []
+    for step in range(12):
+        out.append(runner.run(rows))
+        chosen = (out[-1] if tokens is None else tokens[step]).argmax(1).tolist()
+        rows = [RunnerRow([t], r.first + len(r.tokens), r.blocks, r.mix) for t, r in zip(chosen, rows, strict=True)]
+    return torch.stack(out)
+
+
+@pytest.mark.skipif(not compiled.has("decode"), reason="no kernels for a decoder on this processor")
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "Q8_0", "Q4_0"])
+def test_from_codes_as_by_the_slow_path(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One compiled step over codes, and modules that dequantise them: the same answers at temperature 0, wherever the
+    likeliest token is one by more than roundings of bfloat16. The base's weights stay the same to the bit."""
+    model = model_in(kind, dtype=torch.bfloat16)
+    adapter = trained(plain_of(model), 1, rank=3)
+    before, texts = {n: p.dense() for n, p in quantised_of(model)}, prompts([9, 20, 5, 33])
+    found: list[Tensor] = []
+    for laid in (False, True):
+        with monkeypatch.context() as patch:
+            if not laid:
+                patch.setattr(compiled, "has", lambda *names: False)
+            runner = Runner(base_of(model), cache_bytes=1 << 20)
+        assert runner.how == "fused", runner.why
+        assert runner.llama is not None
+        assert runner.llama.in_one_call == laid
+        ready = runner.prepare(adapter, "a")
+        mixes = [[], [(ready, 1.0)], [], [(ready, -0.5)]]
+        found.append(continued(runner, mixes, texts, found[0] if laid else None).double())
+        runner.close()
+    slow, fast = found
+    assert ((fast - slow).norm(dim=-1) <= 0.04 * slow.norm(dim=-1)).all()
+    best = slow.topk(2).values
+    clear = best[..., 0] - best[..., 1] > 0.1 * slow.abs().max()
+    assert clear.any()
+    assert torch.equal(fast.argmax(-1)[clear], slow.argmax(-1)[clear])
+    assert all(torch.equal(before[n], p.dense()) for n, p in quantised_of(model))
 
 
 def test_what_has_no_thin_form_runs_beside_what_has() -> None:

@@ -71,7 +71,7 @@ _SERVING: dict[str, list[Any]] = {
         _pointer, _int64, _pointer, *[_int64] * 3, _pointer, _pointer, _int64, _pointer, _int64, _pointer, _pointer,
         _float, _float, _int64, _int64, _int
     ],
-    "panel_product": [_pointer, *[_int64] * 3, *[_pointer] * 4, _int64, _int, _int],
+    "panel_product": [_pointer, *[_int64] * 2, *[_pointer] * 3, _int64, _int, _int],
     "decode": [
         _pointer, _int64, _pointer, _int64, *[_pointer] * 7, _int64, _pointer, _int64, _int64, _pointer, _int64,
         *[_pointer] * 4, _int64, _pointer, _int

@@ -11,19 +11,30 @@
 
 const int has_decoder = 1;
 
-enum { PANEL = 64, ROWS = 64, DEEP = 1024, CHUNK = 64, GROUP = 16 };
-/* Pairs along the inputs: DEEP to a sum in registers, CHUNK that are made again of codes at once, GROUP under one scale. */
+enum { PANEL = 64, ROWS = 64, DEEP = 1024, CHUNK = 512, FEW = 8, SOON = 4096 };
+/* Pairs along the inputs: DEEP to a sum in registers, CHUNK that are made again of codes at once, for the second cache. Up to
+   FEW rows multiply by codes as they are made; for more, the next ones are made between the products of a tile, and codes
+   SOON bytes on are asked for. */
 
 /* W (out, in) in panels of 64 rows, by what its numbers are:
-     DENSE   bf16                              (out / 64, in / 2, 64, 2)
-     INT8    scale q                           q like that; a scale a row, float32
-     INT4    scale (q - 8) + zero, rounded     16 bytes for each (64 / 16) of a pair's columns: low halves the first eight
-                                               columns' two inputs, high halves the other eight's; scale and zero in bf16 for
-                                               each 32 inputs of a row, (out / 64, in / 32, 64, 2) */
-enum { DENSE, INT8, INT4 };
+     DENSE   bf16                             (out / 64, in / 2, 64, 2)
+     ROWS8   q scale                          int8, -127 … 127, (out / 64, in / 4, 4, 4, 2, 4, 2): sixteen columns, by fours, of
+                                              each the two pairs; a scale a row, (out / 64, 64) float32, in the sums at the end;
+                                              table: the low bytes of bfloat16 0 … 127, then the high ones
+     EIGHT   q scale + zero, to bf16          int8 q as DENSE has them
+     FOUR    table[q] scale + zero, to bf16   32 bits for eight inputs of every second column, (out / 64, in / 8, 4, 16): lane
+                                              2 c + e of the j-th sixteen has, in its half byte 2 i + h, input 2 i + e of
+                                              column 16 j + 8 h + c. table: sixteen float32
+   Of EIGHT and FOUR `size` inputs of a row, 8, 16, 32 or 64, share scale and zero, which lie by `constants`:
+     ONE     scale, float32                   (out / 64, in / size, 64); zero is 0
+     TWO     scale, then zero, float32        (out / 64, in / size, 2, 64)
+     PAIR    scale and zero in bf16           (out / 64, in / size, 64, 2) */
+enum { DENSE, ROWS8, EIGHT, FOUR };
+enum { ONE, TWO, PAIR };
 typedef struct {
-    i64 kind;
+    i64 kind, size, constants;
     const void *codes, *scales;
+    const void *table;
 } matrix;
 
 /* c[r][16 J] (+)= sum over p of a_r[p] . b[p][.] for R rows; a and b in pairs of bf16, b a panel's columns. */
@@ -60,42 +71,263 @@ static inline __m512 wide(const bf16 *x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
 }
 
-/* `count` pairs of codes from pair k on, 16 J columns of a panel, as bf16: out (count, 64, 2). */
-static void widen_codes(const matrix *w, i64 panel, i64 half, i64 k, i64 count, i64 within, int J, uint32_t *out) {
-    if (w->kind == INT8) {
-        const int8_t *q = (const int8_t *)w->codes + ((panel * half + k) * PANEL + within) * 2;
-        for (i64 p = 0; p < count; p++, q += 2 * PANEL, out += PANEL)
-            for (int j = 0; j < J; j++) {
-                __m512 two[2];
-                for (int e = 0; e < 2; e++) {
-                    __m128i eight = _mm_loadu_si128((const __m128i *)(q + 32 * j + 16 * e));
-                    two[e] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(eight));
-                }
-                _mm512_store_si512(out + 16 * j, narrow_two(two[0], two[1]));
-            }
-        return;
+/* Scale and zero of a group of sixteen columns from `column` on, each twice: the first eight columns', then the others'. */
+static inline void constants_of(const matrix *w, i64 group, i64 column, __m512 *scale, __m512 *zero) {
+    const __m512i twice[2] = {_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
+                              _mm512_setr_epi32(8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15)};
+    __m512 s, z = _mm512_setzero_ps();
+    if (w->constants == PAIR) {
+        __m512i both_of = _mm512_loadu_si512((const uint32_t *)w->scales + group * PANEL + column);
+        s = _mm512_castsi512_ps(_mm512_slli_epi32(both_of, 16));
+        z = _mm512_castsi512_ps(_mm512_and_si512(both_of, _mm512_set1_epi32((int)0xffff0000)));
+    } else {
+        const float *from = (const float *)w->scales + (w->constants == TWO ? 2 : 1) * group * PANEL + column;
+        s = _mm512_loadu_ps(from);
+        if (w->constants == TWO) z = _mm512_loadu_ps(from + PANEL);
     }
-    const uint8_t *q = (const uint8_t *)w->codes + ((panel * half + k) * PANEL + within);
-    const uint32_t *scales = (const uint32_t *)w->scales + (panel * (half / GROUP) + k / GROUP) * PANEL + within;
-    const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-    for (i64 p = 0; p < count; p += GROUP, scales += PANEL, q += GROUP * PANEL, out += GROUP * PANEL)
+    for (int h = 0; h < 2; h++) scale[h] = _mm512_permutexvar_ps(twice[h], s), zero[h] = _mm512_permutexvar_ps(twice[h], z);
+}
+
+/* Four pairs of codes of sixteen columns. */
+typedef struct {
+    const int8_t *eight;
+    __m512i words[2], both[2];
+    __m512 scale[2], zero[2];
+} unit;
+
+/* `at`: the panel's number times the pairs of a row, and the pair in it; the constants are there already. */
+static inline __attribute__((always_inline)) void begin(const i64 kind, const matrix *w, i64 at, i64 column, unit *u) {
+    if (kind == FOUR) u->words[0] = _mm512_loadu_si512((const uint32_t *)w->codes + at / 4 * PANEL + column);
+    else if (kind == ROWS8)
+        for (int i = 0; i < 2; i++)
+            u->words[i] = _mm512_loadu_si512((const uint8_t *)w->codes + (at / 2 + i) * 4 * PANEL + 4 * column);
+    else u->eight = (const int8_t *)w->codes + (at * PANEL + column) * 2;
+}
+
+static inline __m512 eight_bits(__m128i q) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)); }
+
+/* Both pairs of 64 codes of ROWS8 in bf16. */
+static inline __attribute__((always_inline)) void made_of_rows8(__m512i q, const matrix *w, __m512i *out) {
+#if defined(__AVX512VBMI__)
+    const uint8_t *table = w->table;
+    __asm__("" : "+r"(table)); /* read again each time: in registers it would take those of a tile's sums */
+    __m512i size = _mm512_abs_epi8(q), low, high;
+    low = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), size, _mm512_loadu_si512(table + 64));
+    high = _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), size, _mm512_loadu_si512(table + 192));
+    high = _mm512_ternarylogic_epi32(high, q, _mm512_set1_epi8((char)0x80), 0xf8); /* the sign */
+    out[0] = _mm512_unpacklo_epi8(low, high), out[1] = _mm512_unpackhi_epi8(low, high);
+#else
+    (void)w;
+    q = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), q);
+    out[0] = narrow_two(eight_bits(_mm512_extracti32x4_epi32(q, 0)), eight_bits(_mm512_extracti32x4_epi32(q, 1)));
+    out[1] = narrow_two(eight_bits(_mm512_extracti32x4_epi32(q, 2)), eight_bits(_mm512_extracti32x4_epi32(q, 3)));
+#endif
+}
+
+/* Pair e of a unit in bf16, asked for in their order. */
+static inline __attribute__((always_inline)) __m512i made_of(const i64 kind, const matrix *w, unit *u, __m512 table,
+                                                             const int e) {
+    __m512 low, high;
+    if (kind == ROWS8) {
+        if (e % 2 == 0) made_of_rows8(u->words[e / 2], w, u->both);
+        return u->both[e % 2];
+    }
+    if (kind == FOUR) { /* of a place only the low four bits count */
+        low = _mm512_permutexvar_ps(_mm512_srli_epi32(u->words[0], 8 * e), table);
+        high = _mm512_permutexvar_ps(_mm512_srli_epi32(u->words[0], 8 * e + 4), table);
+    } else {
+        const __m128i *q = (const __m128i *)(u->eight + 2 * PANEL * e);
+        low = eight_bits(_mm_loadu_si128(q)), high = eight_bits(_mm_loadu_si128(q + 1));
+    }
+    return narrow_two(_mm512_fmadd_ps(low, u->scale[0], u->zero[0]), _mm512_fmadd_ps(high, u->scale[1], u->zero[1]));
+}
+
+static inline int pairs_shift(const matrix *w) { return __builtin_ctzll((unsigned long long)w->size) - 1; }
+
+/* `count` pairs of codes from `at` on (see `begin`), 16 J columns of a panel from `within` on, as bf16: out (count, 64, 2). */
+static inline __attribute__((always_inline)) void widen(const i64 kind, const int J, const matrix *w, i64 at, i64 count,
+                                                        i64 within, uint32_t *out) {
+    const __m512 table = kind == FOUR ? _mm512_loadu_ps(w->table) : _mm512_setzero_ps();
+    i64 of = kind == ROWS8 ? 2 : w->size / 2;
+    for (i64 p = 0; p < count; p += of)
         for (int j = 0; j < J; j++) {
-            __m512 by[2], plus[2];
-            for (int e = 0; e < 2; e++) { /* eight columns' scale and zero, each for both inputs */
-                __m256i eight = _mm256_loadu_si256((const __m256i *)(scales + 16 * j + 8 * e));
-                __m512i own = _mm512_permutexvar_epi32(twice, _mm512_castsi256_si512(eight));
-                by[e] = _mm512_castsi512_ps(_mm512_slli_epi32(own, 16));
-                __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(own, _mm512_set1_epi32((int)0xffff0000)));
-                plus[e] = _mm512_fnmadd_ps(by[e], _mm512_set1_ps(8.0f), zero);
+            unit u;
+            if (kind == ROWS8) { /* two pairs are the fewest there may be */
+                __m512i q = _mm512_loadu_si512((const uint8_t *)w->codes + (at + p) * 2 * PANEL + 4 * (within + 16 * j));
+                made_of_rows8(q, w, u.both);
+                for (int e = 0; e < 2; e++) _mm512_store_si512(out + PANEL * (p + e) + 16 * j, u.both[e]);
+                continue;
             }
-            for (i64 g = 0; g < GROUP; g++) {
-                __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(q + g * PANEL + 16 * j)));
-                __m512 low = _mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(15)));
-                __m512 high = _mm512_cvtepi32_ps(_mm512_srli_epi32(codes, 4));
-                low = _mm512_fmadd_ps(low, by[0], plus[0]);
-                high = _mm512_fmadd_ps(high, by[1], plus[1]);
-                _mm512_store_si512(out + g * PANEL + 16 * j, narrow_two(low, high));
+            constants_of(w, (at + p) >> pairs_shift(w), within + 16 * j, u.scale, u.zero);
+            for (i64 i = p; i < p + of; i += 4) {
+                begin(kind, w, at + i, within + 16 * j, &u);
+#pragma GCC unroll 4
+                for (int e = 0; e < 4; e++) _mm512_store_si512(out + PANEL * (i + e) + 16 * j, made_of(kind, w, &u, table, e));
             }
+        }
+}
+
+#define BY_KIND(f, kind, ...) \
+    switch (kind) { \
+    case ROWS8: f(ROWS8, __VA_ARGS__); break; \
+    case EIGHT: f(EIGHT, __VA_ARGS__); break; \
+    default: f(FOUR, __VA_ARGS__); \
+    }
+
+static void widen_codes(int J, const matrix *w, i64 at, i64 count, i64 within, uint32_t *out) {
+    if (J == 4) BY_KIND(widen, w->kind, 4, w, at, count, within, out)
+    else BY_KIND(widen, w->kind, J, w, at, count, within, out)
+}
+
+/* c[r][64] of R rows, all of a panel's columns, 16 J at a time, by codes as they are made: the sums of `tile` in its order. */
+static inline __attribute__((always_inline)) void few_rows(const i64 kind, const int R, const int J, const uint32_t *a, i64 lda,
+                                                           const matrix *w, i64 at, i64 half, float *c) {
+    const __m512 table = kind == FOUR ? _mm512_loadu_ps(w->table) : _mm512_setzero_ps();
+    i64 of = kind == ROWS8 ? 2 : w->size / 2;
+    for (int first = 0; first < 4; first += J) {
+        __m512 s[FEW][4];
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < J; j++) s[r][j] = _mm512_setzero_ps();
+        for (i64 p = 0; p < half; p += of) {
+            if (kind == ROWS8) {
+#pragma GCC unroll 4
+                for (int j = 0; j < J; j++) {
+                    __m512i q = _mm512_loadu_si512((const uint8_t *)w->codes + (at + p) * 2 * PANEL + 64 * (first + j));
+                    __m512i y_of[2];
+                    made_of_rows8(q, w, y_of);
+#pragma GCC unroll 2
+                    for (int e = 0; e < 2; e++) {
+                        __m512bh y = (__m512bh)y_of[e];
+#pragma GCC unroll 8
+                        for (int r = 0; r < R; r++) s[r][j] = _mm512_dpbf16_ps(s[r][j], both(a[r * lda + p + e]), y);
+                    }
+                }
+                continue;
+            }
+            const int T = R < 4 ? 2 : 1; /* units at once: a sum waits for the one before it */
+#pragma GCC unroll 4
+            for (int j = 0; j < J; j += T) {
+                unit u[2];
+#pragma GCC unroll 2
+                for (int t = 0; t < T; t++)
+                    constants_of(w, (at + p) >> pairs_shift(w), 16 * (first + j + t), u[t].scale, u[t].zero);
+                for (i64 i = p; i < p + of; i += 4) {
+#pragma GCC unroll 2
+                    for (int t = 0; t < T; t++) begin(kind, w, at + i, 16 * (first + j + t), &u[t]);
+#pragma GCC unroll 4
+                    for (int e = 0; e < 4; e++)
+#pragma GCC unroll 2
+                        for (int t = 0; t < T; t++) {
+                            __m512bh y = (__m512bh)made_of(kind, w, &u[t], table, e);
+#pragma GCC unroll 8
+                            for (int r = 0; r < R; r++)
+                                s[r][j + t] = _mm512_dpbf16_ps(s[r][j + t], both(a[r * lda + i + e]), y);
+                        }
+                }
+            }
+        }
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < J; j++) _mm512_store_ps(c + r * PANEL + 16 * (first + j), s[r][j]);
+    }
+}
+
+#define FEW_ROWS(R, J) \
+    static void few_rows##R(const uint32_t *a, i64 lda, const matrix *w, i64 at, i64 half, float *c) { \
+        BY_KIND(few_rows, w->kind, R, J, a, lda, w, at, half, c) \
+    }
+FEW_ROWS(1, 4)
+FEW_ROWS(2, 4)
+FEW_ROWS(3, 4)
+FEW_ROWS(4, 4)
+FEW_ROWS(5, 2)
+FEW_ROWS(6, 2)
+FEW_ROWS(7, 2)
+FEW_ROWS(8, 2)
+static void (*const few_rows_of[FEW + 1])(const uint32_t *, i64, const matrix *, i64, i64, float *) = {
+    NULL, few_rows1, few_rows2, few_rows3, few_rows4, few_rows5, few_rows6, few_rows7, few_rows8};
+
+/* What is to be made of codes meanwhile: units next … last of a panel's chunk, four beside one another. */
+typedef struct {
+    const matrix *w;
+    i64 at, next, last;
+    uint32_t *out;
+} ahead;
+
+static inline __attribute__((always_inline)) void begin_next(const i64 kind, const ahead *j, unit *u) {
+    i64 at = j->at + j->next / 4 * 4, column = j->next % 4 * 16;
+    if (kind != ROWS8) constants_of(j->w, at >> pairs_shift(j->w), column, u->scale, u->zero);
+    begin(kind, j->w, at, column, u);
+    const char *here = (const char *)j->w->codes + (kind == FOUR ? at * PANEL + 4 * column : 2 * at * PANEL + 8 * column);
+    for (int i = 0; i < (kind == FOUR ? 1 : 2); i++) _mm_prefetch(here + SOON + 64 * i, _MM_HINT_T0);
+}
+
+static inline __attribute__((always_inline)) void store_next(const i64 kind, const ahead *j, unit *u, __m512 table,
+                                                             const int e) {
+    _mm512_store_si512(j->out + PANEL * (j->next / 4 * 4 + e) + j->next % 4 * 16, made_of(kind, j->w, u, table, e));
+}
+
+/* tile(4, 4, …) with a unit for every four pairs: the processor makes codes on what the products leave idle. */
+static inline __attribute__((always_inline)) void tile_ahead(const i64 kind, const uint32_t *a, i64 lda, const uint32_t *b,
+                                                             i64 pairs_in, float *c, int add, ahead *job) {
+    const __m512 table = kind == FOUR ? _mm512_loadu_ps(job->w->table) : _mm512_setzero_ps();
+    i64 p = 0;
+    __m512 s[4][4];
+    for (int r = 0; r < 4; r++)
+        for (int j = 0; j < 4; j++) s[r][j] = add ? _mm512_load_ps(c + r * PANEL + 16 * j) : _mm512_setzero_ps();
+#define STEP(p) \
+    { \
+        __m512bh y[4]; \
+        for (int j = 0; j < 4; j++) y[j] = pairs(b + (p) * PANEL + 16 * j); \
+        for (int r = 0; r < 4; r++) { \
+            __m512bh x = both(a[r * lda + (p)]); \
+            for (int j = 0; j < 4; j++) s[r][j] = _mm512_dpbf16_ps(s[r][j], x, y[j]); \
+        } \
+    }
+    for (; p + 4 <= pairs_in && job->next < job->last; p += 4, job->next++) {
+        unit u;
+        begin_next(kind, job, &u);
+#pragma GCC unroll 4
+        for (int e = 0; e < 4; e++) {
+            STEP(p + e)
+            store_next(kind, job, &u, table, e);
+        }
+    }
+    for (; p < pairs_in; p++) STEP(p)
+#undef STEP
+    for (int r = 0; r < 4; r++)
+        for (int j = 0; j < 4; j++) _mm512_store_ps(c + r * PANEL + 16 * j, s[r][j]);
+}
+
+static void tile4_ahead(const uint32_t *a, i64 lda, const uint32_t *b, i64 n, float *c, int add, ahead *job) {
+    BY_KIND(tile_ahead, job->w->kind, a, lda, b, n, c, add, job)
+}
+
+static inline __attribute__((always_inline)) void rest_ahead(const i64 kind, ahead *job) {
+    const __m512 table = kind == FOUR ? _mm512_loadu_ps(job->w->table) : _mm512_setzero_ps();
+    for (; job->next < job->last; job->next++) {
+        unit u;
+        begin_next(kind, job, &u);
+#pragma GCC unroll 4
+        for (int e = 0; e < 4; e++) store_next(kind, job, &u, table, e);
+    }
+}
+
+static void finish_ahead(ahead *job) { BY_KIND(rest_ahead, job->w->kind, job) }
+
+/* y, or what is added to it, of sums of m rows and 16 J columns. */
+static void put_sums(const float *c, i64 m, int J, const matrix *w, const bf16 *bias, bf16 *y, i64 ldy, int onto, i64 at) {
+    for (i64 r = 0; r < m; r++)
+        for (int j = 0; j < J; j++) {
+            bf16 *o = y + r * ldy + at + 16 * j;
+            __m512 v = _mm512_load_ps(c + r * PANEL + 16 * j);
+            if (w->kind == ROWS8) v = _mm512_mul_ps(v, _mm512_loadu_ps((const float *)w->scales + at + 16 * j));
+            if (bias) v = _mm512_add_ps(v, wide(bias + at + 16 * j));
+            if (onto) { /* the product is rounded before it is added, as where it is a tensor of its own */
+                __m256i whole = (__m256i)_mm512_cvtneps_pbh(v);
+                v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(whole), 16));
+                v = _mm512_add_ps(v, wide(o));
+            }
+            _mm256_storeu_si256((__m256i *)o, (__m256i)_mm512_cvtneps_pbh(v));
         }
 }
 
@@ -104,20 +336,36 @@ static void widen_codes(const matrix *w, i64 panel, i64 half, i64 k, i64 count, 
 static void columns(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *bias, bf16 *y, i64 ldy, int onto, i64 from,
                     i64 to) {
     float c[ROWS * PANEL] __attribute__((aligned(64)));
-    uint32_t made[CHUNK * PANEL] __attribute__((aligned(64)));
+    uint32_t made[2][CHUNK * PANEL] __attribute__((aligned(64)));
     const uint32_t *xs = (const uint32_t *)x;
     i64 half = in / 2, most = w->kind == DENSE ? DEEP : CHUNK;
+    int turn = 0, ready = 0; /* whether made[turn] has the next chunk */
     for (i64 at = from, width; at < to; at += width) {
-        i64 within = at % PANEL;
+        i64 within = at % PANEL, row = at / PANEL * half;
         width = PANEL - within < to - at ? PANEL - within : to - at;
         int J = (int)(width / 16);
+        if (w->kind != DENSE && J == 4 && n > 0 && n <= FEW) {
+            i64 first = w->kind == ROWS8 && n > 4 ? 4 : n; /* its table leaves room for no more sums */
+            few_rows_of[first](xs, half, w, row, half, c);
+            if (first < n) few_rows_of[n - first](xs + first * half, half, w, row, half, c + first * PANEL);
+            put_sums(c, n, J, w, bias, y, ldy, onto, at);
+            continue;
+        }
         for (i64 r0 = 0; r0 < n; r0 += ROWS) {
             i64 m = n - r0 < ROWS ? n - r0 : ROWS;
             for (i64 k = 0; k < half; k += most) {
                 i64 deep = half - k < most ? half - k : most;
-                const uint32_t *b = made;
-                if (w->kind == DENSE) b = (const uint32_t *)w->codes + (at / PANEL * half + k) * PANEL + within;
-                else widen_codes(w, at / PANEL, half, k, deep, within, J, made);
+                const uint32_t *b = made[turn];
+                ahead job = {0};
+                if (w->kind == DENSE) b = (const uint32_t *)w->codes + (row + k) * PANEL + within;
+                else {
+                    if (!ready) widen_codes(J, w, row + k, deep, within, made[turn]);
+                    turn = !turn;
+                    i64 after = k + deep < half ? k + deep : 0, then = after || r0 + ROWS < n ? at : at + width;
+                    i64 long_ = half - after < most ? half - after : most;
+                    ready = J == 4 && m > FEW && then + PANEL <= to && long_ % 4 == 0;
+                    if (ready) job = (ahead){w, then / PANEL * half + after, 0, long_, made[turn]};
+                }
                 for (i64 r = 0; r < m; r += 4) {
                     const uint32_t *a = xs + (r0 + r) * half + k;
                     float *sums = c + r * PANEL;
@@ -125,38 +373,29 @@ static void columns(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *b
                     case 1: tile1(J, a, half, b, deep, sums, k > 0); break;
                     case 2: tile2(J, a, half, b, deep, sums, k > 0); break;
                     case 3: tile3(J, a, half, b, deep, sums, k > 0); break;
-                    default: tile4(J, a, half, b, deep, sums, k > 0);
+                    default:
+                        if (job.next < job.last) tile4_ahead(a, half, b, deep, sums, k > 0, &job);
+                        else tile4(J, a, half, b, deep, sums, k > 0);
                     }
                 }
+                if (ready) finish_ahead(&job);
             }
-            for (i64 r = 0; r < m; r++)
-                for (int j = 0; j < J; j++) {
-                    bf16 *o = y + (r0 + r) * ldy + at + 16 * j;
-                    __m512 v = _mm512_load_ps(c + r * PANEL + 16 * j);
-                    if (w->kind == INT8) v = _mm512_mul_ps(v, _mm512_loadu_ps((const float *)w->scales + at + 16 * j));
-                    if (bias) v = _mm512_add_ps(v, wide(bias + at + 16 * j));
-                    if (onto) { /* the product is rounded before it is added, as where it is a tensor of its own */
-                        __m256i whole = (__m256i)_mm512_cvtneps_pbh(v);
-                        v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(whole), 16));
-                        v = _mm512_add_ps(v, wide(o));
-                    }
-                    _mm256_storeu_si256((__m256i *)o, (__m256i)_mm512_cvtneps_pbh(v));
-                }
+            put_sums(c, m, J, w, bias, y + r0 * ldy, ldy, onto, at);
         }
     }
 }
 
-static void product_inside(const bf16 *x, i64 n, i64 in, matrix w, const bf16 *bias, bf16 *y, i64 out, int onto) {
+static void product_inside(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *bias, bf16 *y, i64 out, int onto) {
     i64 from, to;
     share(out, 16, omp_get_thread_num(), omp_get_num_threads(), &from, &to);
-    columns(x, n, in, &w, bias, y, out, onto, from, to);
+    columns(x, n, in, w, bias, y, out, onto, from, to);
 }
 
-/* y (n, out) = x Wᵀ + bias, or y += …: `columns` for all of them. `out` a multiple of 16, `in` even, of 32 for INT4. */
-void panel_product(const bf16 *x, i64 n, i64 in, i64 kind, const void *codes, const void *scales, const bf16 *bias, bf16 *y,
-                   i64 out, int onto, int threads) {
+/* y (n, out) = x Wᵀ + bias, or y += …: `columns` for all of them. `out` a multiple of 16, `in` even, of ROWS8 a
+   multiple of 4, of EIGHT and FOUR of w's size. */
+void panel_product(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *bias, bf16 *y, i64 out, int onto, int threads) {
 #pragma omp parallel num_threads(threads)
-    product_inside(x, n, in, (matrix){kind, codes, scales}, bias, y, out, onto);
+    product_inside(x, n, in, w, bias, y, out, onto);
 }
 
 static void norm_inside(const bf16 *x, const bf16 *w, bf16 *y, i64 n, i64 dim, float eps) {
@@ -166,19 +405,18 @@ static void norm_inside(const bf16 *x, const bf16 *w, bf16 *y, i64 n, i64 dim, f
 }
 
 enum {
-    NORM, QKV, QKV_SCALES, QKV_BIAS, Q_NORM, K_NORM, OUT, OUT_SCALES, OUT_BIAS, NORM_AFTER, GATE_UP, GATE_UP_SCALES, DOWN,
-    DOWN_SCALES, WINDOW, KEYS, VALUES, FIELDS
+    NORM, QKV, QKV_BIAS, Q_NORM, K_NORM, OUT, OUT_BIAS, NORM_AFTER, GATE_UP, DOWN, WINDOW, KEYS, VALUES, FIELDS
 };
 
 /* x (n, dim) through all layers, in place: serve/forward/llama.py's LlamaForward.hidden up to the last norm.
-   layers: FIELDS numbers each, pointers in the main; sizes: dim, heads, kv, d, ffn, the kind of all matrices; numbers: eps, scale. positions … longest:
-   as paged_attend has them. thin: thin_rows' tables of groups 4 layer … 4 layer + 3 one after another, or none; nseg … ldu: as
-   there. room: n (dim + (heads + 2 kv) d + heads d + 3 ffn) elements. */
+   layers: FIELDS numbers each, pointers in the main, to a `matrix` where it is one; sizes: dim, heads, kv, d, ffn; numbers:
+   eps, scale. positions … longest: as paged_attend has them. thin: thin_rows' tables of groups 4 layer … 4 layer + 3 one
+   after another, or none; nseg … ldu: as there. room: n (dim + (heads + 2 kv) d + heads d + 3 ffn) elements. */
 int decode(bf16 *x, i64 n, const i64 *layers, i64 count, const i64 *sizes, const float *numbers, const float *cs,
             const float *sn, const i64 *positions, const i64 *slots, const i64 *starts, i64 nseq, const i64 *tables, i64 ldt,
             i64 longest, const i64 *thin, i64 nseg, const i64 *segments, const i64 *rows, const float *strengths, bf16 *u,
             i64 ldu, bf16 *room, int threads) {
-    i64 dim = sizes[0], heads = sizes[1], kv = sizes[2], d = sizes[3], ffn = sizes[4], kind = sizes[5], wide_qkv = (heads + 2 * kv) * d;
+    i64 dim = sizes[0], heads = sizes[1], kv = sizes[2], d = sizes[3], ffn = sizes[4], wide_qkv = (heads + 2 * kv) * d;
     float eps = numbers[0], scale = numbers[1];
     bf16 *h = room, *qkv = h + n * dim, *seen = qkv + n * wide_qkv, *gates = seen + n * heads * d, *act = gates + n * 2 * ffn;
     i64 record = THIN_RECORD * nseg;
@@ -188,7 +426,7 @@ int decode(bf16 *x, i64 n, const i64 *layers, i64 count, const i64 *sizes, const
     for (i64 i = 0; i < count; i++) {
         const i64 *of = layers + i * FIELDS;
 #define AT(field) ((const bf16 *)of[field])
-#define MATRIX(field) ((matrix){kind, (const void *)of[field], (const void *)of[field##_SCALES]})
+#define MATRIX(field) ((const matrix *)of[field])
 #define THIN(group, from, in, onto, out) \
     if (thin) { \
         thin_rows_inside(from, in, onto, out, thin + (4 * i + group) * record, nseg, segments, rows, strengths, u, ldu, &m); \

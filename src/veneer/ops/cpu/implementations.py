@@ -453,9 +453,8 @@ def _rows_low_rank(x: Tensor, y: Tensor, pointers: Sequence[int]) -> None:
 
 
 @_implements("packed_product", "panel_product")
-def _packed_product(
-    x: Tensor, y: Tensor, kind: int, codes: Tensor, scales: Tensor | None, bias: Tensor | None, onto: bool
-) -> None:
+def _packed_product(x: Tensor, y: Tensor, matrix: Tensor, bias: Tensor | None, onto: bool) -> None:
+    """`matrix`: what decoder.c reads of a weight."""
     _kernel("panel_product")(
-        x.data_ptr(), *x.shape, kind, *_at(codes, scales, bias, y), y.shape[1], int(onto), torch.get_num_threads()
+        x.data_ptr(), *x.shape, *_at(matrix, bias, y), y.shape[1], int(onto), torch.get_num_threads()
     )

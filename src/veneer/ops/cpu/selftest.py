@@ -846,32 +846,66 @@ def _paged_attend(bench: Bench) -> Iterator[Same]:
         yield Same(out, c.attended(wide, own, 0.25, cap, window), far=2**-7)
 
 
-class _Matrix(NamedTuple):
-    """W as panel_product takes it, and W (out, in) in float64 as it multiplies."""
+_MATRICES = ((0, 0, 0), (1, 0, 0), (2, 16, 0), (2, 32, 1), (3, 8, 0), (3, 64, 0), (3, 32, 1), (3, 32, 2))
+"""Kind, inputs that share a scale, and how scales lie, of all that decoder.c multiplies by."""
 
-    kind: int
-    codes: Tensor
-    scales: Tensor | None
+
+class _Matrix(NamedTuple):
+    """W as decoder.c has it: numbers and pointers to what is held; and W (out, in) in float64 as it multiplies."""
+
+    pointers: Tensor
+    held: list[Tensor]
     dense: Tensor
 
     @classmethod
-    def of(cls, bench: Bench, kind: int, out: int, inputs: int) -> _Matrix:
+    def of(cls, bench: Bench, how: tuple[int, int, int], out: int, inputs: int) -> _Matrix:
+        kind, size, constants = how
         if kind == 0:
             W = bench.normal(out, inputs) / 8
-            return cls(0, _panels(W), None, W.double())
+            return cls._made(0, 0, 0, [_panels(W)], W)
         if kind == 1:
-            q, row = (
-                bench.whole(-127, 128, out, inputs, dtype=torch.int8),
-                bench.normal(out, dtype=torch.float32).abs() / 500,
-            )
-            return cls(1, _panels(q), F.pad(row, (0, -out % 64)), q.double() * row.double()[:, None])
-        q = bench.whole(0, 16, out, inputs, dtype=torch.uint8)
-        scale, zero = bench.normal(out, inputs // 32).abs() / 50, bench.normal(out, inputs // 32) / 50
-        low, high = _panels(q).unflatten(2, (4, 2, 8)).flatten(4).unbind(3)
-        both = F.pad(torch.stack([scale, zero], -1), (0, 0, 0, 0, 0, -out % 64))
-        dense = (q.view(out, -1, 32).float() - 8) * scale[..., None].float() + zero[..., None].float()
-        scales = both.unflatten(0, (-1, 64)).transpose(1, 2).contiguous()
-        return cls(2, low | high << 4, scales, dense.flatten(1).to(_BF16).double())
+            q, row = bench.whole(-127, 128, out, inputs, dtype=torch.int8), _scales(bench, out, 1) / 10
+            fours = _panels(q).unflatten(1, (-1, 2)).unflatten(3, (4, 4, 4)).permute(0, 1, 3, 4, 2, 5, 6)
+            table = torch.arange(128.0).bfloat16().view(torch.uint8).view(128, 2).t().contiguous()
+            return cls._made(1, 0, 0, [fours.contiguous(), _of_panels(row), table], q.double() * row.double())
+        table = bench.normal(16, dtype=torch.float32)
+        if kind == 2:
+            q = bench.whole(-127, 128, out, inputs, dtype=torch.int8)
+            codes, values, shrink = _panels(q), q.float(), 10
+        else:
+            q = bench.whole(0, 16, out, inputs, dtype=torch.uint8)
+            low, high = _of_sixteens(q)
+            codes, values, shrink = (low | high << 4).contiguous(), table[q.int()], 1
+        scale, zero = _scales(bench, out, inputs // size) / shrink, _scales(bench, out, inputs // size)
+        if constants == 2:
+            scale, zero = scale.to(_BF16).float(), zero.to(_BF16).float()
+            scales = torch.stack([_of_panels(scale), _of_panels(zero)], 3).to(_BF16)
+        else:
+            scales = torch.stack([_of_panels(scale), _of_panels(zero)], 2) if constants else _of_panels(scale)
+        W = values.view(out, -1, size) * scale[..., None] + (zero[..., None] if constants else 0)
+        return cls._made(kind, size, constants, [codes, scales, table], W.flatten(1).to(_BF16))
+
+    @classmethod
+    def _made(cls, kind: int, size: int, constants: int, held: list[Tensor], dense: Tensor) -> _Matrix:
+        own = [*at(*held), None, None][:3]
+        return cls(torch.tensor([kind, size, constants, *(p or 0 for p in own)]), held, dense.double())
+
+
+def _scales(bench: Bench, out: int, groups: int) -> Tensor:
+    return bench.normal(out, groups, dtype=torch.float32).abs() / 50
+
+
+def _of_panels(t: Tensor) -> Tensor:
+    """(out, groups) -> (out / 64, groups, 64)"""
+    whole: Tensor = F.pad(t, (0, 0, 0, -len(t) % 64)).unflatten(0, (-1, 64))
+    return whole.transpose(1, 2).contiguous()
+
+
+def _of_sixteens(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Low and high half bytes of (out, in) codes, (out / 64, in / 8, 4, 16, 4)."""
+    pairs = _panels(q).unflatten(1, (-1, 4)).unflatten(3, (4, 2, 8))  # panel, eight, pair, sixteen, half, column, input
+    low, high = pairs.permute(0, 1, 3, 5, 6, 2, 4).unbind(-1)
+    return low.flatten(3, 4), high.flatten(3, 4)
 
 
 def _panels(W: Tensor) -> Tensor:
@@ -881,15 +915,15 @@ def _panels(W: Tensor) -> Tensor:
 
 @_kernel_check("panel_product")
 def _panel_product(bench: Bench) -> Iterator[Same]:
-    for kind in (0, 1, 2):
-        w = _Matrix.of(bench, kind, 80, 160)
-        for rows in (1, 2, 3, 70):
-            x, y = bench.normal(rows, 160), bench.normal(rows, 80)
+    for kind in _MATRICES:
+        w = _Matrix.of(bench, kind, 80, 192)
+        for rows in (0, 1, 2, 3, 7, 70):
+            x, y = bench.normal(rows, 192), bench.normal(rows, 80)
             for bias, onto in ((None, 0), (bench.normal(80), 0), (None, 1)):
                 got = bench.room(like=y)
                 bench.library.panel_product(
-                    x.data_ptr(), rows, 160, kind, *at(w.codes, w.scales, bias, got), 80, onto, _THREADS
-                )
+                    x.data_ptr(), rows, 192, *at(w.pointers, bias, got), 80, onto, _THREADS
+                )  # fmt: skip
                 want = x.double() @ w.dense.T + (0 if bias is None else bias.double())
                 yield Same(got, want.to(_BF16).double() + y.double() if onto else want, 2**-6, 2**-6)
 
@@ -897,36 +931,34 @@ def _panel_product(bench: Bench) -> Iterator[Same]:
 @_kernel_check("decode")
 def _decode(bench: Bench) -> Iterator[Same]:
     """A layer over the last tokens of two sequences whose others are in the cache, under two adapters."""
-    c, dim, ffn, own = _Cache.of(bench), 64, 96, [6, 1]
+    c, dim, ffn, own = _Cache.of(bench), 64, 192, [6, 1]
     heads, wide = c.HEADS * c.D, (c.HEADS + 2 * c.KV) * c.D
     before = [n - m for n, m in zip(c.LENGTHS, own, strict=True)]
     positions = torch.cat([torch.arange(n - m, n) for n, m in zip(c.LENGTHS, own, strict=True)])
     places = torch.cat([c.slots()[:35][before[0] :], c.slots()[35:][before[1] :]])
     starts, tables, (cos, sin) = torch.tensor([0, 6, 7]), c.tables(), _tables(bench, c.D)
     norm, after, q_norm, k_norm, b_qkv, b_out = (bench.normal(n) for n in (dim, dim, c.D, c.D, wide, dim))
-    sizes, numbers = [dim, c.HEADS, c.KV, c.D, ffn], torch.tensor([1e-5, c.D**-0.5])
+    sizes, numbers = torch.tensor([dim, c.HEADS, c.KV, c.D, ffn]), torch.tensor([1e-5, c.D**-0.5])
     adapters = [_Adapters.of(bench, *size) for size in ((dim, wide), (heads, dim), (dim, 2 * ffn), (ffn, dim))]
     for adapter in adapters[1:]:
         adapter.strengths.copy_(adapters[0].strengths)
     records, u = torch.stack([a.table for a in adapters]).contiguous(), bench.room(7, 16)
-    for kind in (0, 1, 2):
-        qkv, out, gate_up, down = (
-            _Matrix.of(bench, kind, *size) for size in ((wide, dim), (dim, heads), (2 * ffn, dim), (dim, ffn))
-        )
+    shapes = (wide, dim), (dim, heads), (2 * ffn, dim), (dim, ffn)
+    for first in range(len(_MATRICES)):
+        kinds = (_MATRICES * 2)[first : first + 4]
+        qkv, out, gate_up, down = (_Matrix.of(bench, kind, *of) for kind, of in zip(kinds, shapes, strict=True))
         x = bench.normal(7, dim)
         for adapted in (False, True):
             K, V = (bench.room(like=t) for t in c.pages(torch.cat(c.k), torch.cat(c.v)))
             fields = at(
-                norm, qkv.codes, qkv.scales, b_qkv, q_norm, k_norm, out.codes, out.scales, b_out, after, gate_up.codes,
-                gate_up.scales, down.codes, down.scales,
+                norm, qkv.pointers, b_qkv, q_norm, k_norm, out.pointers, b_out, after, gate_up.pointers, down.pointers
             )  # fmt: skip
             layer = torch.tensor([f or 0 for f in (*fields, 0, *at(K, V))])
             got, room = bench.room(like=x), bench.room(7 * (dim + wide + heads + 3 * ffn))
-            own_sizes = torch.tensor([*sizes, kind])
             a = adapters[0]
             segments = [*at(records), 2, *at(a.starts, a.rows, a.strengths, u), 16] if adapted else [0] * 7
             bench.library.decode(
-                got.data_ptr(), 7, layer.data_ptr(), 1, *at(own_sizes, numbers, cos, sin, positions, places, starts), 2,
+                got.data_ptr(), 7, layer.data_ptr(), 1, *at(sizes, numbers, cos, sin, positions, places, starts), 2,
                 tables.data_ptr(), tables.shape[1], 35, *segments, room.data_ptr(), _THREADS,
             )  # fmt: skip
 

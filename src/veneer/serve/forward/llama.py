@@ -23,8 +23,9 @@ from veneer.ops.cpu import compiled
 from veneer.ops.mlp import gated
 from veneer.ops.norms import normed
 from veneer.serve.forward.lowrank import BaseLayout, Group, RowProducts, Segments
-from veneer.serve.forward.packed import PackedWeight, Panels, in_blocks, invariant
+from veneer.serve.forward.packed import PackedWeight, in_blocks, invariant
 from veneer.serve.forward.paged import PackedRows, Pages, Rotary
+from veneer.serve.forward.panels import Panels
 
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -110,16 +111,16 @@ class LlamaForward:
             return None
         rows = []
         for i, (b, own) in enumerate(zip(self.blocks, panels, strict=True)):
-            qkv_w, out_w, gate_up_w, down_w = ((m.codes, m.scales) for m in own)
+            qkv_w, out_w, gate_up_w, down_w = (m.pointers for m in own)
             given = [b.norm, b.qkv_bias, b.rotary.q_norm, b.rotary.k_norm, b.out_bias, b.norm_after]
             if any(t is not None and compiled.usable("decode", t) is None for t in given):
                 return None
             fields = [
-                b.norm, *qkv_w, b.qkv_bias, b.rotary.q_norm, b.rotary.k_norm, *out_w, b.out_bias, b.norm_after,
-                *gate_up_w, *down_w, b.window, pages.K[i], pages.V[i],
+                b.norm, qkv_w, b.qkv_bias, b.rotary.q_norm, b.rotary.k_norm, out_w, b.out_bias, b.norm_after,
+                gate_up_w, down_w, b.window, pages.K[i], pages.V[i],
             ]  # fmt: skip
             rows.append([f.data_ptr() if isinstance(f, Tensor) else f or 0 for f in fields])
-        sizes = torch.tensor([out.out, pages.heads, pages.kv, pages.d, ffn, qkv.KIND])
+        sizes = torch.tensor([out.out, pages.heads, pages.kv, pages.d, ffn])
         wide = out.out + (2 * pages.heads + 2 * pages.kv) * pages.d + 3 * ffn
         return _Table(library.decode, torch.tensor(rows), sizes, torch.tensor([self.eps, self.scale]), wide)
 

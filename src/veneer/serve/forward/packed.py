@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.choice import chosen
 from veneer.ops.cpu import compiled
 from veneer.ops.quantised import Quantised, dequantised, stacked_rows
+from veneer.serve.forward.panels import GROUP, Panels, rounded4, rounded8
 
 
 class PackedWeight(Protocol):
@@ -96,48 +96,6 @@ def invariant(weight: PackedWeight, rows: int) -> PackedWeight:
 
 
 @dataclass(frozen=True, eq=False)
-class Panels:
-    """A copy in the order in which ops/cpu/decoder.c multiplies by it, 64 rows of W side by side:
-    (⌈out/64⌉, in/2, 64, 2), zeros where W has no row. Beside `Reordered` a row takes half as long, 512 the same."""
-
-    codes: Tensor
-    out: int
-    scales: Tensor | None = None
-
-    KIND = 0  # of ops/cpu/decoder.c
-
-    @classmethod
-    def of(cls, weight: Tensor) -> Panels:
-        """Raises ValueError where `out` is no multiple of 16 or `in` is odd."""
-        return cls(_panels(weight), len(weight))
-
-    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = x.new_empty(len(x), self.out)
-        self._into(y, x, bias, onto=False)
-        return y
-
-    def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
-        self._into(y, x, bias, onto=True)
-
-    def _into(self, y: Tensor, x: Tensor, bias: Tensor | None, onto: bool) -> None:
-        run = chosen("packed_product", x, y)
-        assert run is not None
-        run(x, y, self.KIND, self.codes, self.scales, bias, onto)
-
-
-def _panels(weight: Tensor) -> Tensor:
-    out, n = weight.shape
-    if out % 16 or n % 2:
-        raise ValueError(f"a weight {tuple(weight.shape)} has no panels")
-    return F.pad(weight, (0, 0, 0, -out % 64)).view(-1, 64, n // 2, 2).permute(0, 2, 1, 3).contiguous()
-
-
-def _rows(panels: Tensor, out: int) -> Tensor:
-    """The inverse of `_panels`."""
-    return panels.permute(0, 2, 1, 3).reshape(-1, 2 * panels.shape[1])[:out]
-
-
-@dataclass(frozen=True, eq=False)
 class Reordered:
     """A copy in the order in which oneDNN multiplies by it. Plain weights are put into that order at every call, which
     takes most of the time where few rows share it: one row takes half as long, 32 two thirds, 256 nearly the same."""
@@ -192,7 +150,7 @@ def _reorders(dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Int8:
-    """W ≈ scale ⊙ q, one scale a row: max|row| / 127. q (out, in) int8, scale (out,) in the base's dtype.
+    """W ≈ scale ⊙ q, see `rounded8`.
 
     torch's own kernel multiplies by q as it is; from FEW rows on, making W again and multiplying by that is faster."""
 
@@ -203,14 +161,7 @@ class Int8:
 
     @classmethod
     def of(cls, weight: Tensor) -> Int8:
-        return cls(*cls.rounded(weight))
-
-    @staticmethod
-    def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-        """q and scale."""
-        scale = (weight.float().abs().amax(1) / 127).clamp_min(1e-12).to(weight.dtype)
-        q = (weight.float() / scale.float()[:, None]).round_().clamp_(-127, 127)
-        return q.to(torch.int8), scale
+        return cls(*rounded8(weight))
 
     def dense(self) -> Tensor:
         return self.q.to(self.scale.dtype).mul_(self.scale[:, None])
@@ -227,91 +178,41 @@ class Int8:
 
 @dataclass(frozen=True, eq=False)
 class Int4:
-    """W ≈ scale·(q - 8) + zero over GROUP inputs of a row, q in 0 … 15; scale = (max - min)/15, zero = min + 8 scale.
-    `packed`: as torch's own kernel wants q; `scales`: (in / GROUP, out, 2), scale and zero."""
+    """W ≈ scale·(q - 8) + zero, see `rounded4`. `packed`: as torch's own kernel wants q; `scales`:
+    (in / GROUP, out, 2), scale and zero."""
 
     packed: Tensor
     scales: Tensor
 
-    GROUP = 32
-
     @classmethod
     def of(cls, weight: Tensor) -> Int4:
-        """Raises what `rounded` does."""
-        q, scales = cls.rounded(weight)
+        """Raises what `rounded4` does."""
+        q, scales = rounded4(weight)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
         return cls(packed, scales.transpose(0, 1).contiguous())
 
-    @classmethod
-    def rounded(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """q (out, in) and scale and zero (out, in / GROUP, 2). Raises ValueError where `in` is no multiple of GROUP or
-        `out` none of 16."""
-        rows, n = weight.shape
-        if n % cls.GROUP or rows % 16:
-            raise ValueError(f"a weight {tuple(weight.shape)} has no int4 form")
-        grouped = weight.float().view(rows, -1, cls.GROUP)
-        low, high = grouped.aminmax(dim=-1)
-        scale = ((high - low) / 15).clamp_min(1e-8).to(weight.dtype).float()
-        zero = (low + 8 * scale).to(weight.dtype).float()
-        q = ((grouped - zero[..., None]) / scale[..., None] + 8).round_().clamp_(0, 15).to(torch.uint8).view(rows, n)
-        return q, torch.stack([scale, zero], -1).to(weight.dtype)
-
     def dense(self) -> Tensor:
         """What the kernel multiplies by: its answers to the rows of the identity."""
-        n = len(self.scales) * self.GROUP
+        n = len(self.scales) * GROUP
         return self(torch.eye(n, dtype=self.scales.dtype)).t().contiguous()
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self.packed, self.GROUP, self.scales)
+        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self.packed, GROUP, self.scales)
         return out if bias is None else out.add_(bias)
 
     def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
         y.add_(self(x, bias))
 
 
-class Int8Panels(Panels):
-    """Int8's q in panels, its scales as float32: codes become numbers a few at a time, in the first cache."""
-
-    KIND = 1
-
-    @classmethod
-    def of(cls, weight: Tensor) -> Int8Panels:
-        """Raises what Panels.of does."""
-        q, scale = Int8.rounded(weight)
-        return cls(_panels(q), len(weight), F.pad(scale.float(), (0, -len(weight) % 64)))
-
+class QuantisedWeight(PackedWeight, Protocol):
     def dense(self) -> Tensor:
-        assert self.scales is not None
-        return (_rows(self.codes, self.out).float() * self.scales[: self.out, None]).bfloat16()
+        """The weight that it multiplies by, (out, in), in the base's dtype."""
+        ...
 
 
-class Int4Panels(Panels):
-    """Int4's q in panels, two to a byte: (⌈out/64⌉, in/2, 4, 16), sixteen columns' 32 codes one half low, one high."""
-
-    KIND = 2
-
-    @classmethod
-    def of(cls, weight: Tensor) -> Int4Panels:
-        """Raises what Int4.rounded does."""
-        q, scales = Int4.rounded(weight)
-        low, high = _panels(q).unflatten(2, (4, 2, 8)).flatten(4).unbind(3)
-        padded = F.pad(scales, (0, 0, 0, 0, 0, -len(weight) % 64))
-        return cls(low | high << 4, len(weight), padded.unflatten(0, (-1, 64)).transpose(1, 2).contiguous())
-
-    def dense(self) -> Tensor:
-        assert self.scales is not None
-        halves = torch.stack([self.codes & 15, self.codes >> 4], 3).unflatten(4, (8, 2)).flatten(2, 4)
-        scale, zero = self.scales.transpose(1, 2).flatten(0, 1).float().unbind(-1)
-        q = _rows(halves, len(scale)).unflatten(1, (-1, Int4.GROUP)).float()
-        whole: Tensor = ((q - 8) * scale[..., None] + zero[..., None]).flatten(1)[: self.out]
-        return whole.bfloat16()
-
-
-QuantisedPacking = Int8 | Int4 | Int8Panels | Int4Panels
-
-
-def quantised_packing(kind: str) -> type[QuantisedPacking]:
-    """How "int8" and "int4" weights are best kept here."""
-    if best_packing(torch.bfloat16, torch.device("cpu")) is Panels:
-        return Int8Panels if kind == "int8" else Int4Panels
-    return Int8 if kind == "int8" else Int4
+def quantised_packing(kind: str) -> Callable[[Tensor], QuantisedWeight]:
+    """What makes "int8" and "int4" weights as they are best kept here: panels also where oneDNN multiplies bfloat16,
+    for it has no product of codes."""
+    if compiled.has("panel_product"):
+        return Panels.int8 if kind == "int8" else Panels.int4
+    return Int8.of if kind == "int8" else Int4.of

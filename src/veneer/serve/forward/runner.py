@@ -46,12 +46,13 @@ from veneer.serve.forward.packed import (
     Coded,
     Dense,
     PackedWeight,
-    QuantisedPacking,
+    QuantisedWeight,
     best_packing,
     pack_weight,
     quantised_packing,
 )
 from veneer.serve.forward.paged import BLOCK, PackedRows, Pages
+from veneer.serve.forward.panels import panels_of_codes
 from veneer.serve.forward.threads import ThreadTuner
 from veneer.serve.settings import WeightKind
 
@@ -99,7 +100,9 @@ class Runner:
     `batch_invariant`: an answer's bits do not depend on who shares its steps, nor on how its prompt is cut, at a price;
     for bases of Llama's kind, and adapters with a low-rank form.
 
-    The weights of a quantised base stay as they are: each is dequantised for its products.
+    The codes of a quantised base of Llama's kind in bfloat16 are laid anew, for the compiled step to multiply by, and
+    lie there alone: the model has them from there. Elsewhere they stay as they are, each weight dequantised for its
+    products.
 
     `weights`: dense, or int8 or int4 for machines with little memory: projections and head are then kept in that alone,
     and the model is an outline of itself from then on. `like`: the `how` and `why` of a runner of a model of this kind,
@@ -151,6 +154,7 @@ class Runner:
         self._segments: Segments | None = None
         self.llama: LlamaForward | None = None
         self.graphs: DecodeGraphs | None = None
+        self._weights: dict[tuple[str, ...], PackedWeight] = {}  # of the fused way, by the modules they are joined of
         self._pasts: dict[int, Any] = {}
         self._attended: set[int] = set()
         same_bits = (
@@ -367,8 +371,12 @@ class Runner:
                     self._undo.push(attempt.pop_all())
                     if name == "fused":  # adapters with no low-rank form need the second way too
                         self._make_packed()
-                    return name, why
+                        problem = self._problem(own) if self._lay_codes() else ""
+                    if not problem:
+                        return name, why
+                    name = f"{name} over its codes"
                 self.llama = None
+                self._weights.clear()
                 why += f"{'; ' if why else ''}not {name} ({problem})"
         return "alone", why
 
@@ -434,15 +442,39 @@ class Runner:
                 raise NotImplementedError(f"{', '.join(names)} cannot be joined")
             return Dense(whole)
 
+        def kept(names: tuple[str, ...]) -> PackedWeight:
+            self._weights[names] = made = joined(names)
+            return made
+
+        self._put_together(kept)
+
+    def _put_together(self, weights: Callable[[tuple[str, ...]], PackedWeight]) -> None:
         embedding = self.model.get_input_embeddings().weight.detach()
-        self.llama = llama_forward(self.base, self.layout, joined, embedding, self.context, self.pages)
+        self.llama = llama_forward(self.base, self.layout, weights, embedding, self.context, self.pages)
+
+    def _lay_codes(self) -> bool:
+        """Codes of the fused way into panels, group by group, so that never both copies are whole; whether there were
+        any that have them."""
+        base, modules = self.base, dict(base_modules(self.model))
+        if base.dtype != torch.bfloat16 or base.device.type != "cpu" or not compiled.has("panel_product"):
+            return False
+        self.llama, any_laid = None, False
+        with memory.returned_memory():
+            for names, weight in self._weights.items():
+                if isinstance(weight, Coded) and (laid := panels_of_codes(weight.parts)) is not None:
+                    self._weights[names], any_laid = laid[0], True
+                    for name, own in zip(names, laid[1], strict=True):
+                        modules[name].weight = nn.Parameter(own, requires_grad=False)
+                    del weight, laid
+        self._put_together(self._weights.__getitem__)
+        return any_laid
 
     def _projection_bytes(self) -> int:
         weights = (group.weight(i) for group in self.layout.groups for i in range(len(group.modules)))
         return sum(weight.nbytes for weight in weights if not isinstance(weight, Quantised))
 
     @torch.no_grad()
-    def _quantise(self, kind: type[QuantisedPacking]) -> None:
+    def _quantise(self, pack: Callable[[Tensor], QuantisedWeight]) -> None:
         """Once the base has shown that it is of Llama's kind: group by group, so that never both copies are whole."""
         base, modules = self.base, dict(base_modules(self.model))
         if self.how != "fused" or base.dtype != torch.bfloat16 or base.device.type != "cpu":
@@ -453,12 +485,12 @@ class Runner:
             )
         self.llama = None
         self._undo.close()
-        made: dict[tuple[str, ...], QuantisedPacking] = {}
+        self._weights.clear()
         groups = []
         for group in self.layout.groups:
             whole = torch.cat([group.weight(i) for i in range(len(group.modules))])
             try:
-                matrix = made[group.modules] = kind.of(whole)
+                matrix = self._weights[group.modules] = pack(whole)
             except ValueError as error:
                 where = ", ".join(group.modules)
                 raise ConfigError(str(error), where=where, fix="use int8 or dense weights") from error
@@ -469,8 +501,7 @@ class Runner:
             weight = partial(_part, matrix, columns)
             groups.append(Group(group.modules, group.sizes, group.biases, weight))
         self.layout = replace(self.layout, groups=tuple(groups))
-        embedding = self.model.get_input_embeddings().weight.detach()
-        self.llama = llama_forward(base, self.layout, made.__getitem__, embedding, self.context, self.pages)
+        self._put_together(self._weights.__getitem__)
 
     def _make_packed(self) -> None:
         config = self.model.config.get_text_config()
@@ -500,7 +531,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _part(weight: QuantisedPacking, columns: list[tuple[int, int]], i: int) -> Tensor:
+def _part(weight: QuantisedWeight, columns: list[tuple[int, int]], i: int) -> Tensor:
     """The i-th module's own rows of a quantised group, as they are multiplied by."""
     first, size = columns[i]
     return weight.dense()[first : first + size]

@@ -1,0 +1,278 @@
+"""Weights in the order in which ops/cpu/decoder.c multiplies by them: 64 rows of W side by side, bfloat16 or codes.
+
+Codes become bfloat16 a few at a time, in the first cache, once for all rows of a step, so that a step reads from memory
+what the codes take. They are the values that the codes stand for, rounded once as `Quantised` rounds them, but where a
+scale is of a whole row of int8: there codes are multiplied exactly, and the sum by the scale.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from veneer.ops.choice import chosen
+from veneer.ops.quantisation_formats import Groups, QuantisationFormat, Rows8
+from veneer.ops.quantised import Quantised
+
+WIDTH = 64
+"""Rows of W in a panel."""
+GROUP = 32
+"""Inputs that share a scale and a zero in `Panels.int4`."""
+_DENSE, _ROWS8, _EIGHT, _FOUR = range(4)
+_ONE, _TWO, _PAIR = range(3)
+_SIZES = (8, 16, 32, 64)
+"""decoder.c's kinds and constants, and inputs that may share a scale there."""
+
+
+@dataclass(frozen=True, eq=False)
+class Panels:
+    """W (out, in), of decoder.c's `kind`; `size` inputs share a scale, whose layout `constants` is. The last panel has
+    zeros where W has no row. codes: bfloat16 or int8 (⌈out/64⌉, in/2, 64, 2), int8 with a scale a row
+    (⌈out/64⌉, in/4, 256), 4 bits (⌈out/64⌉, in/8, 4, 16, 4) uint8.
+
+    A row's product does not depend on the rows beside it."""
+
+    out: int
+    kind: int
+    codes: Tensor
+    scales: Tensor | None = None
+    size: int = 0
+    constants: int = _ONE
+    table: Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Panels:
+        """In bfloat16. Raises ValueError where `out` is no multiple of 16 or `in` is odd."""
+        return cls(len(weight), _DENSE, _panels(weight))
+
+    @classmethod
+    def int8(cls, weight: Tensor) -> Panels:
+        """W ≈ scale ⊙ q, see `rounded8`. Raises what `of` does."""
+        q, scale = rounded8(weight)
+        return cls.of_groups(Groups(q, scale.float()[:, None]))
+
+    @classmethod
+    def int4(cls, weight: Tensor) -> Panels:
+        """W ≈ scale·(q - 8) + zero, see `rounded4`. Raises what that does."""
+        q, scales = rounded4(weight)
+        return cls.of_groups(Groups(q, scales[..., 0], scales[..., 1], torch.arange(-8.0, 8.0)))
+
+    @classmethod
+    def of_groups(cls, groups: Groups) -> Panels:
+        """The codes of a weight. Raises ValueError where they have no panels."""
+        rows, columns = groups.codes.shape
+        by_row = groups.values is None and groups.zeros is None and groups.size == columns
+        if by_row and int(groups.codes.min()) > -128:
+            return cls(rows, _ROWS8, _fours(groups.codes), _constants(groups.scales).flatten(), table=_bytes_of_bf16())
+        if groups.size % 8:
+            raise ValueError(f"{groups.size} inputs under one scale")
+        groups = groups.split(next(size for size in _SIZES[::-1] if not groups.size % size))
+        kind, codes = (_EIGHT, _panels(groups.codes)) if groups.values is None else (_FOUR, _halves(groups.codes))
+        scales, constants = _constants(groups.scales), _ONE
+        if groups.zeros is not None:
+            pair = groups.scales.dtype == torch.bfloat16 == groups.zeros.dtype
+            constants = _PAIR if pair else _TWO
+            scales = torch.stack([scales, _constants(groups.zeros)], 3 if pair else 2)
+        scales = scales if constants == _PAIR else scales.float()
+        return cls(rows, kind, codes, scales.contiguous(), groups.size, constants, groups.values)
+
+    @cached_property
+    def pointers(self) -> Tensor:
+        """decoder.c's `matrix`."""
+        own = [0 if t is None else t.data_ptr() for t in (self.codes, self.scales, self.table)]
+        return torch.tensor([self.kind, self.size, self.constants, *own])
+
+    @property
+    def columns(self) -> int:
+        return self.codes.shape[1] * {_FOUR: 8, _ROWS8: 4}.get(self.kind, 2)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for t in (self.codes, self.scales) if t is not None)
+
+    def groups(self, first: int, last: int) -> Groups:
+        """Rows first … last, code by code; not of bfloat16."""
+        assert self.scales is not None
+        panels = slice(first // WIDTH, -(-last // WIDTH))
+        own = slice(first % WIDTH, first % WIDTH + last - first)
+        back = {_FOUR: _of_halves, _ROWS8: _of_fours}.get(self.kind, _rows)
+        codes = back(self.codes[panels])[own]
+        if self.kind == _ROWS8:
+            return Groups(codes, self.scales[first:last, None])
+        scales = self.scales[panels]
+        if self.constants == _ONE:
+            return Groups(codes, _by_row(scales)[own], None, self.table)
+        scale, zero = scales.unbind(3 if self.constants == _PAIR else 2)
+        return Groups(codes, _by_row(scale)[own], _by_row(zero)[own], self.table)
+
+    def dense(self) -> Tensor:
+        """(out, in) bfloat16."""
+        if self.kind == _DENSE:
+            return _rows(self.codes)[: self.out]
+        return self.groups(0, self.out).dense().bfloat16()
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = x.new_empty(len(x), self.out)
+        self._into(y, x, bias, onto=False)
+        return y
+
+    def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        self._into(y, x, bias, onto=True)
+
+    def _into(self, y: Tensor, x: Tensor, bias: Tensor | None, onto: bool) -> None:
+        run = chosen("packed_product", x, y)
+        assert run is not None
+        run(x, y, self.pointers, bias, onto)
+
+
+def _padded(t: Tensor) -> Tensor:
+    """(rows, …) -> (⌈rows/64⌉, 64, …)."""
+    whole: Tensor = F.pad(t, (*(0, 0) * (t.ndim - 1), 0, -len(t) % WIDTH)).unflatten(0, (-1, WIDTH))
+    return whole
+
+
+def _panels(weight: Tensor) -> Tensor:
+    out, n = weight.shape
+    if out % 16 or n % 2:
+        raise ValueError(f"a weight {tuple(weight.shape)} has no panels")
+    return _padded(weight).view(-1, WIDTH, n // 2, 2).transpose(1, 2).contiguous()
+
+
+def _rows(panels: Tensor) -> Tensor:
+    """The inverse of `_panels`, with the rows that were added."""
+    return panels.transpose(1, 2).reshape(-1, 2 * panels.shape[1])
+
+
+def _halves(codes: Tensor) -> Tensor:
+    """(out, in) of 4 bits as decoder.c has FOUR."""
+    out, n = codes.shape
+    if out % 16 or n % 8:
+        raise ValueError(f"a weight {tuple(codes.shape)} has no panels of 4 bits")
+    split = _padded(codes).view(-1, 4, 2, 8, n // 8, 4, 2)  # sixteen, half, column, eight inputs, pair, input
+    low, high = split.permute(0, 4, 1, 3, 6, 5, 2).unbind(-1)
+    return (low | high << 4).flatten(3, 4)
+
+
+def _of_halves(halves: Tensor) -> Tensor:
+    """The inverse of `_halves`, with the rows that were added."""
+    both: Tensor = torch.stack([halves & 15, halves >> 4], -1).unflatten(3, (8, 2))
+    return both.permute(0, 2, 6, 3, 1, 5, 4).flatten(4).flatten(0, 3)
+
+
+def _fours(codes: Tensor) -> Tensor:
+    """(out, in) of int8 as decoder.c has ROWS8."""
+    out, n = codes.shape
+    if out % 16 or n % 4:
+        raise ValueError(f"a weight {tuple(codes.shape)} has no panels of 8 bits")
+    split = _padded(codes).view(-1, 4, 4, 4, n // 4, 2, 2)  # sixteen, four, column, four inputs, pair, input
+    return split.permute(0, 4, 1, 2, 5, 3, 6).flatten(2)
+
+
+def _of_fours(fours: Tensor) -> Tensor:
+    """The inverse of `_fours`, with the rows that were added."""
+    split: Tensor = fours.unflatten(2, (4, 4, 2, 4, 2))
+    return split.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(0, 3)
+
+
+@functools.cache
+def _bytes_of_bf16() -> Tensor:
+    """The low bytes of bfloat16 0 … 127, then the high ones, (256,)."""
+    return torch.arange(128.0).bfloat16().view(torch.uint8).view(128, 2).t().flatten()
+
+
+def _constants(t: Tensor) -> Tensor:
+    """(out, groups) -> (⌈out/64⌉, groups, 64)"""
+    return _padded(t).transpose(1, 2).contiguous()
+
+
+def _by_row(t: Tensor) -> Tensor:
+    """The inverse of `_constants`, with the rows that were added."""
+    return t.transpose(1, 2).flatten(0, 1)
+
+
+def rounded8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """q (out, in) int8 and scale (out,) in the weight's dtype, max|row| / 127: W ≈ scale ⊙ q."""
+    scale = (weight.float().abs().amax(1) / 127).clamp_min(1e-12).to(weight.dtype)
+    q = (weight.float() / scale.float()[:, None]).round_().clamp_(-127, 127)
+    return q.to(torch.int8), scale
+
+
+def rounded4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """q (out, in), 0 … 15, and scale and zero (out, in / GROUP, 2): W ≈ scale·(q - 8) + zero over GROUP inputs of a
+    row, scale = (max - min)/15, zero = min + 8 scale. Raises ValueError where `in` is no multiple of GROUP or `out`
+    none of 16."""
+    rows, n = weight.shape
+    if n % GROUP or rows % 16:
+        raise ValueError(f"a weight {tuple(weight.shape)} has no int4 form")
+    grouped = weight.float().view(rows, -1, GROUP)
+    low, high = grouped.aminmax(dim=-1)
+    scale = ((high - low) / 15).clamp_min(1e-8).to(weight.dtype).float()
+    zero = (low + 8 * scale).to(weight.dtype).float()
+    q = ((grouped - zero[..., None]) / scale[..., None] + 8).round_().clamp_(0, 15).to(torch.uint8).view(rows, n)
+    return q, torch.stack([scale, zero], -1).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class PanelRows:
+    """Weights of a quantised base that lie in panels alone, as a format of `Quantised`: the same values, bit for bit,
+    for whoever asks for them. `absmax`: of a base in int8."""
+
+    panels: Panels
+    kind: str
+    absmax: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.panels.out, self.panels.columns
+
+    def tensors(self) -> dict[str, Tensor]:
+        own = {"codes": self.panels.codes, "scales": self.panels.scales, "absmax": self.absmax}
+        return {name: t for name, t in own.items() if t is not None}
+
+    def moved(self, change: Callable[[Tensor], Tensor]) -> PanelRows:
+        own = {name: change(t) for name, t in self.tensors().items()}
+        panels = replace(self.panels, codes=own["codes"], scales=own["scales"])
+        return PanelRows(panels, self.kind, own.get("absmax"))
+
+    def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
+        groups = self.groups(first, last)
+        if self.absmax is None:
+            made = groups.dense().to(dtype)
+        else:
+            made = Rows8(tuple(groups.codes.shape), groups.codes, self.absmax[first:last]).dense(dtype, 0, last - first)
+        return made if into is None else into.copy_(made)
+
+    def groups(self, first: int, last: int) -> Groups:
+        return self.panels.groups(first, last)
+
+
+def panels_of_codes(weights: Sequence[Tensor]) -> tuple[Panels, list[Quantised]] | None:
+    """Weights of a quantised base, each a matrix, below one another, and each again over the codes that lie there; None
+    where they have no panels."""
+    codes = [w for w in weights if isinstance(w, Quantised) and not w.turned and w.ndim == 2]
+    if len(codes) < len(weights):
+        return None
+    groups = Groups.joined([w.stored.groups(w.first, w.last) for w in codes])
+    if groups is None:
+        return None
+    try:
+        panels = Panels.of_groups(groups)
+    except ValueError:
+        return None
+    rows8 = [absmax[w.first : w.last] for w in codes if (absmax := _absmax(w.stored)) is not None]
+    absmax = torch.cat(rows8) if len(rows8) == len(codes) else None
+    views, at = [], 0
+    for w in codes:
+        stored = PanelRows(panels, w.stored.kind, absmax)
+        views.append(Quantised(stored, w.dtype, tuple(w.shape), at, at := at + len(w)))
+    return panels, views
+
+
+def _absmax(stored: QuantisationFormat) -> Tensor | None:
+    return stored.absmax if isinstance(stored, Rows8 | PanelRows) else None
