@@ -93,8 +93,8 @@ def rounding(x: Tensor, w: Tensor, kind: str) -> Tensor:
 @pytest.mark.parametrize(("out", "n"), [(16, 256), (80, 512), (208, 1280)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_by_codes_are_those_of_the_dequantised_weight(kind: str, out: int, n: int) -> None:
-    """Of float64, one row or forty, in int8 before it is rounded to bfloat16; a row by itself has the same bits; and the
-    codes are there as they were."""
+    """Of float64, one row or forty, in int8 before it is rounded to bfloat16; a row by itself has the same bits, and
+    the codes are as they were."""
     g = torch.Generator().manual_seed(1)
     first, second = (coded(torch.randn(k, n, generator=g).bfloat16() / 8, kind) for k in (out, 32))
     dense = torch.cat([first.dense(), second.dense()])
