@@ -20,7 +20,7 @@ from veneer.ops.choice import chosen
 from veneer.ops.quantisation_formats import Groups, QuantisationFormat, Rows8
 from veneer.ops.quantised import Quantised
 
-WIDTH = 64
+_WIDTH = 64
 """Rows of W in a panel."""
 GROUP = 32
 """Inputs that share a scale and a zero in `Panels.int4`."""
@@ -99,8 +99,8 @@ class Panels:
     def groups(self, first: int, last: int) -> Groups:
         """Rows first … last, code by code; not of bfloat16."""
         assert self.scales is not None
-        panels = slice(first // WIDTH, -(-last // WIDTH))
-        own = slice(first % WIDTH, first % WIDTH + last - first)
+        panels = slice(first // _WIDTH, -(-last // _WIDTH))
+        own = slice(first % _WIDTH, first % _WIDTH + last - first)
         back = {_FOUR: _of_halves, _ROWS8: _of_fours}.get(self.kind, _rows)
         codes = back(self.codes[panels])[own]
         if self.kind == _ROWS8:
@@ -133,7 +133,7 @@ class Panels:
 
 def _padded(t: Tensor) -> Tensor:
     """(rows, …) -> (⌈rows/64⌉, 64, …)."""
-    whole: Tensor = F.pad(t, (*(0, 0) * (t.ndim - 1), 0, -len(t) % WIDTH)).unflatten(0, (-1, WIDTH))
+    whole: Tensor = F.pad(t, (*(0, 0) * (t.ndim - 1), 0, -len(t) % _WIDTH)).unflatten(0, (-1, _WIDTH))
     return whole
 
 
@@ -141,7 +141,7 @@ def _panels(weight: Tensor) -> Tensor:
     out, n = weight.shape
     if out % 16 or n % 2:
         raise ValueError(f"a weight {tuple(weight.shape)} has no panels")
-    return _padded(weight).view(-1, WIDTH, n // 2, 2).transpose(1, 2).contiguous()
+    return _padded(weight).view(-1, _WIDTH, n // 2, 2).transpose(1, 2).contiguous()
 
 
 def _rows(panels: Tensor) -> Tensor:
