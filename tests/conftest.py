@@ -53,3 +53,7 @@ def gpu_that_is_not_there() -> None:
             pass
     except ResourceError as error:
         pytest.skip(str(error))
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or what a library looks for at its end is told as leaked

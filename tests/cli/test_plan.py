@@ -99,7 +99,7 @@ def test_a_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
         ([*SMALL, "--trace"], "--trace: the plan is for this machine's processor"),
         ([*SMALL, "--longest", "5"], "the longest row has 5 tokens, and rows have 9 on average"),
         ([*SMALL, "--longest", "99999999999"], "--longest"),
-        ([*SMALL, "--epochs", "inf"], "inf is no number to reckon with"),
+        ([*SMALL, "--epochs", "inf"], "inf is not a finite number"),
         ([*SMALL, "--epochs", "nan"], "--epochs"),
         ([*SMALL, "base.dtype=float32"], "base.dtype=float32 changes a configuration, and there is none"),
         (["plan", "--base", "./nowhere", "--rows", "5"], "there is no ./nowhere"),

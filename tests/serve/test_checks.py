@@ -64,7 +64,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--admin-key", "sha256:12"], "the admin key's hash is not a SHA-256 digest"),
         (["--api-keys", "no-such-file"], "cannot read the keys"),
         (["--idle-seconds", "nan"], "Invalid value for '--idle-seconds'"),
-        (["--drain-seconds", "inf"], "inf is no number to reckon with"),
+        (["--drain-seconds", "inf"], "inf is not a finite number"),
         (["--queue", "1"], "Invalid value for '--queue'"),
         (["--max-batch", "many"], "Invalid value for '--max-batch'"),
     ],

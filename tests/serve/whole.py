@@ -37,6 +37,7 @@ from veneer.formats import peft
 from veneer.library.library import open_library
 from veneer.models.text.base import TextBase, load_text
 from veneer.serve.build import Application, build
+from veneer.serve.checks import check_settings
 from veneer.serve.engine.engine import TextEngine
 from veneer.serve.settings import EngineSettings, ServeSettings
 
@@ -229,7 +230,9 @@ def served(shop: Shop, **settings: Any) -> Iterator[Whole]:
     small = {"folders": (str(shop.adapters),), "dtype": "float32", "device": "cpu", "library": shop.library.location}
     mine = {key: settings.pop(key) for key in list(settings) if key in EngineSettings.__dataclass_fields__}
     engine = EngineSettings(**({"cache_bytes": 16 << 20} | mine))
-    built = build(ServeSettings(str(shop.base_dir), engine=engine, **(small | settings)), print)
+    asked = ServeSettings(str(shop.base_dir), engine=engine, **(small | settings))
+    check_settings(asked)
+    built = build(asked, print)
     asyncio.run(built.start())
     config = uvicorn.Config(built.app, port=0, log_level="critical", ws="none", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)

@@ -176,7 +176,7 @@ def _finite(call: Callable[..., Any]) -> Callable[..., Any]:
         for name, value in given.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise typer.BadParameter(
-                    f"{value} is no number to reckon with.", param_hint=f"--{name.replace('_', '-')}"
+                    f"{value} is not a finite number.", param_hint=f"--{name.replace('_', '-')}"
                 )
         return call(*args, **given)
 

@@ -241,6 +241,11 @@ def mix(
     return _Mix(adapters, method, bound, density, seed, dtype, weights or (lambda name: None)).run()
 
 
+def _some(names: Sequence[str], most: int = 3) -> str:
+    """The first of these names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 @dataclass
 class _Mix:
     adapters: Sequence[tuple[Adapter, float]]
@@ -251,7 +256,8 @@ class _Mix:
     dtype: torch.dtype
     weights: Weights
     out: Mixed = field(default_factory=lambda: Mixed(Adapter()))
-    problems: list[str] = field(default_factory=list)
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    """Why something does not mix -> the names of what."""
 
     @property
     def folds(self) -> bool:
@@ -268,11 +274,11 @@ class _Mix:
                 try:
                     getattr(self, f"_{kind}")(name, every[name])
                 except AdapterError as error:
-                    self.problems.append(f"{name}: {error.what}" + (f" ({error.fix})" if error.fix else ""))
+                    why = error.what + (f" ({error.fix})" if error.fix else "")
+                    self.problems.setdefault(why, []).append(name)
         if self.problems:
-            raise AdapterError(
-                f"these adapters do not mix ({len(self.problems)} problems):\n{bullets(self.problems, None)}"
-            )
+            lines = [f"{_some(names)}: {why}" for why, names in self.problems.items()]
+            raise AdapterError(f"these adapters do not mix:\n{bullets(lines, None)}")
         return self.out
 
     def _weight(self, name: str, why: str) -> Tensor:
