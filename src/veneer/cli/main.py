@@ -175,9 +175,7 @@ def _finite(call: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args: Any, **given: Any) -> Any:
         for name, value in given.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise typer.BadParameter(
-                    f"{value} is not a finite number.", param_hint=f"--{name.replace('_', '-')}"
-                )
+                raise typer.BadParameter(f"{value} is not a finite number.", param_hint=f"--{name.replace('_', '-')}")
         return call(*args, **given)
 
     return checked
