@@ -147,17 +147,12 @@ def _imported(name: str) -> Any:
     if app is None:
         app = typer.Typer(add_completion=False)
         app.command(name)(module.command)
-    if name not in _OWN_WORDS:
-        _finite_alone(app)
+    _finite_alone(app)
     # Plain text in help and errors of every command, as of the group.
     app.pretty_exceptions_enable = False
     command = typer.main.get_command(app)
     command.name = name
     return command
-
-
-_OWN_WORDS = {"image"}
-"""Commands that say themselves what is wrong with a number that is nan or infinite."""
 
 
 def _finite_alone(app: typer.Typer) -> None:
