@@ -55,6 +55,7 @@ OPS = {
     "dequantise_ggml": "a weight in the blocks of a GGUF file",
     "dequantise_rows8": "a weight of 8 bits, by rows",
     "dropout": "dropout whose mask is made again",
+    "frozen_product": "x·Wᵀ + b by a frozen weight, and the gradient of x",
     "gain": "gain ⊙ y + b, DoRA's",
     "gain_backward": "its gradients",
     "gather_heads": "heads of rows laid side by side, turned",
@@ -89,7 +90,8 @@ OPS = {
 
 
 class Implementation(NamedTuple):
-    """`run`: what an op calls instead of its reference, or an object of whose functions it calls. `takes`: whether it
+    """`run`: what an op calls instead of its reference, or an object of whose functions it calls; None, by the name of
+    the reference: that is the default there. `takes`: whether it
     runs on what the op was given. `wants`: that in words. `missing`: why it cannot run here at all; "" where it can.
     `name`: how it is pinned and reported. `others`: further ones of the same op, in the order they are tried."""
 
@@ -460,5 +462,7 @@ def _choice(op: str, device: str) -> Choice:
     if PINNED:
         return Choice(", ".join(names), f"VENEER_OPS={PINNED}", wants)
     if device == "cpu" and not _state.listed and trial_of(op) is not None:
-        return Choice(", ".join([*names, REFERENCE]), "measured, the first unless another is clearly faster", wants)
+        return Choice(
+            ", ".join(dict.fromkeys([*names, REFERENCE])), "measured, the first unless another is clearly faster", wants
+        )
     return Choice(", ".join(names), "the first that takes what it is given", wants)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.choice import chosen, measured, random_like, size_class
+from veneer.ops.choice import TRIAL_ROWS, chosen, measured, random_like, size_class
 from veneer.ops.dropout import Dropout
 from veneer.ops.lowrank import LowRank
 
@@ -188,24 +188,43 @@ class LinearOutput(NamedTuple):
     products: _Products | None = None
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, turned: bool = True) -> Tensor:
+    """x·Wᵀ + b, or, not `turned`, x·W; x: (N, in) or (N, out)."""
+    run = chosen("frozen_product", x, weight, bias, turned)
+    if run is not None:
+        made: Tensor = run(x, weight, bias, turned)
+        return made
+    return F.linear(x, weight, bias) if turned else x @ weight
+
+
+_MOST = 4096
+"""Rows and columns of a weight in a trial: tiles of larger ones are no different."""
+
+
+@measured("frozen_product", lambda x, weight, bias, turned: (*(min(_MOST, n) for n in weight.shape), int(turned)))
+def _product_work(dtype: torch.dtype, rows: int, columns: int, turned: int) -> Callable[[], object]:
+    x, weight = random_like(dtype, TRIAL_ROWS, columns if turned else rows), random_like(dtype, rows, columns)
+    return lambda: _product(x, weight, None, bool(turned))
+
+
 def linear_forward(x: Tensor, linear_map: LinearMap) -> LinearOutput:
     """`linear` of x (N, in), for functions that have a backward pass of their own."""
     W, b, gain = linear_map.weight, linear_map.bias, linear_map.gain
     if gain is None:
-        y = F.linear(x, W, b)
+        y = _product(x, W, b)
         products = _products(x, linear_map, y) if linear_map.products else None
         return LinearOutput(y, None if products is None else products.add(x, y), None, products)
     if not linear_map.dropout:
-        plain = F.linear(x, W)
+        plain = _product(x, W)
         products = _products(x, linear_map, plain)
         u = products.add(x, plain)
         return LinearOutput(gained(plain, gain, b), u, plain, products)
     # PEFT's DoRA with dropout: x·Wᵀ + b + (gain − 1) ⊙ d·Wᵀ + gain ⊙ s·(d·Aᵀ)·Bᵀ, d what dropout leaves of x
-    y = F.linear(x, W, b)
+    y = _product(x, W, b)
     products = _products(x, linear_map, y)
     assert isinstance(products, _Dropped)
     left = products.drop(x)
-    plain, own = F.linear(left, W), torch.zeros_like(y)
+    plain, own = _product(left, W), torch.zeros_like(y)
     u = products.own.add(left, own)
     y = (plain * (gain - 1)).add_(own * gain).add_(y).to(y.dtype)
     return LinearOutput(y, u, plain.add_(own), products)
@@ -217,13 +236,13 @@ def linear_backward(
     """dx, and for the products' own gradients that of what they are added to, du = that·s·B, and the gain's."""
     products, plain = made.products, made.plain
     if gain is None or plain is None or products is None:
-        dx = g @ weight if need_dx else None
+        dx = _product(g, weight, turned=False) if need_dx else None
         return dx, g, None if products is None else products.through(g, dx), None
     inner, d_gain = _gain_gradient(g, plain, gain)
     if not isinstance(products, _Dropped):
-        dx = inner @ weight if need_dx else None
+        dx = _product(inner, weight, turned=False) if need_dx else None
         return dx, inner, products.through(inner, dx), d_gain
-    dx, back = (g @ weight, (inner - g) @ weight) if need_dx else (None, None)
+    dx, back = (_product(t, weight, turned=False) for t in (g, inner - g)) if need_dx else (None, None)
     du = products.own.through(inner, back)
     if dx is not None and back is not None:
         dx.add_(products.drop(back))

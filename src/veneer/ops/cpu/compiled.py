@@ -84,8 +84,11 @@ _TILES: dict[str, list[Any]] = {
     "rows_attend_backward": [*[_pointer] * 3, *_ROWS, _pointer, _int],
     "narrow_rows_attend": [*_ROWS, _pointer, _pointer, _int],
     "narrow_rows_attend_backward": [*[_pointer] * 3, *_ROWS, _pointer, _int],
+    "frozen_product": [_pointer, *[_int64] * 3, _pointer, _int, _pointer, _pointer, _int],
 }
 """What multiplies by libtorch's own small products, of float32 and of bfloat16."""
+_WIDE = ("rows_attend", "rows_attend_backward")
+"""Those of float32."""
 SIGNATURES = _EVERYWHERE | _PRODUCTS | _SERVING | _TILES
 """Every kernel that there may be, by the name of its C function -> the types of its arguments."""
 SOURCES = ("native.c", "quantised.c", "serving.c", "decoder.c", "threads.c", "tiles.c")
@@ -123,7 +126,7 @@ def bound(path: str | Path, without: Iterable[str] = ()) -> Kernels:
     products = _small_products()
     compiled.use_products.argtypes, compiled.use_products.restype = [_pointer] * 3, None
     compiled.use_products(*products)
-    not_here = {name for name in _TILES if products[name.startswith("narrow")] is None}.union(without)
+    not_here = {name for name in _TILES if products[name not in _WIDE] is None}.union(without)
     for name, arguments in SIGNATURES.items():
         function = getattr(compiled, name, None)
         if function is None and name in _EVERYWHERE:

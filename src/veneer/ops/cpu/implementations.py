@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.ops.choice import Implementation
+from veneer.ops.choice import REFERENCE, Implementation
 from veneer.ops.cpu import compiled
 from veneer.ops.lowrank import LowRank
 from veneer.ops.sizes import SMALL_INPUT
@@ -316,6 +316,41 @@ def _tiles(name: str, prefix: str, *dtypes: torch.dtype, others: tuple[Implement
 IMPLEMENTATIONS["rows_attend"] = _tiles(
     "tiles", "narrow_", torch.bfloat16, others=(_tiles("tiles32", "", torch.bfloat16, torch.float32),)
 )
+
+
+# -- products with a frozen weight -------------------------------------------------------------------------------------
+
+_LEAST = 256
+"""Rows, columns and terms of a sum from which a product is worth the packing of its weight."""
+
+
+def _takes_product(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> bool:
+    """`turned`: by Wᵀ, as `_frozen_product` is told."""
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, weight))
+    if not plain or min(len(x), *weight.shape) < _LEAST or x.shape[1] % 2:
+        return False
+    given = (x, weight) if bias is None else (x, weight, bias)
+    # without oneDNN libtorch refuses small products of bfloat16 by an exception that C cannot take
+    return compiled.usable("frozen_product", *given) is not None and bool(torch.backends.mkldnn.enabled)  # type: ignore[attr-defined]
+
+
+def _frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> Tensor:
+    columns = weight.shape[0 if turned else 1]
+    y = x.new_empty(len(x), columns)
+    at = _at(weight)[0], int(turned), *_at(bias, y)
+    _kernel("frozen_product")(x.data_ptr(), *x.shape, columns, *at, torch.get_num_threads())
+    return y
+
+
+def _frozen(run: Any, name: str, *others: Implementation) -> Implementation:
+    wants = f"contiguous bfloat16, {_LEAST} rows and more, a weight of {_LEAST} rows and columns and more"
+    return Implementation(
+        run, _takes_product, wants, lambda: compiled.why_missing("frozen_product"), name, others
+    )  # fmt: skip
+
+
+IMPLEMENTATIONS["frozen_product"] = _frozen(None, REFERENCE, _frozen(_frozen_product, "tiles"))
+"""torch's own comes first: tiles have to be clearly faster."""
 
 
 # -- low-rank products -------------------------------------------------------------------------------------------------

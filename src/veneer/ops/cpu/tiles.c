@@ -501,3 +501,61 @@ FORWARD(narrow_rows_attend, 1)
     }
 BACKWARD(rows_attend_backward, 0)
 BACKWARD(narrow_rows_attend_backward, 1)
+
+/* -- products with a frozen weight --------------------------------------------------------------------------------------- */
+
+enum { PANEL = 64, ROWS = 128 };
+
+/* Columns p PANEL ... of a right factor (K, O) of bf16, pairs of its rows side by side; zero past O. `turned`: it lies as
+   (O, K), so that its pairs lie together already. K is even. */
+static void pack_panel(const bf16 *w, int64_t K, int64_t O, int turned, int64_t p, uint32_t *panel) {
+    int64_t real = lesser(PANEL, O - p * PANEL);
+    if (real < PANEL) memset(panel, 0, K / 2 * PANEL * sizeof *panel);
+    if (turned)
+        for (int64_t k = 0; k < K / 2; k += STEP)
+            for (int64_t c = 0; c < real; c++) {
+                const bf16 *row = w + (p * PANEL + c) * K;
+                uint32_t pairs[STEP];
+                int64_t n = lesser(STEP, K / 2 - k);
+                memcpy(pairs, row + 2 * k, n * sizeof *pairs);
+                for (int64_t j = 0; j < n; j++) panel[(k + j) * PANEL + c] = pairs[j];
+            }
+    else
+        for (int64_t k = 0; k < K / 2; k++) {
+            const bf16 *a = w + 2 * k * O + p * PANEL, *b = a + O;
+#pragma omp simd
+            for (int64_t c = 0; c < real; c++) panel[k * PANEL + c] = (uint32_t)a[c] | (uint32_t)b[c] << 16;
+        }
+}
+
+/* y (N, O) = x (N, K) w + bias, w (K, O), or (O, K) if `turned`; bias (O) or NULL. A thread packs the panel of w that it is
+   at, which stays in its cache for all its rows: no copy of a weight is kept or written. */
+int frozen_product(const bf16 *x, int64_t N, int64_t K, int64_t O, const bf16 *w, int turned, const bf16 *bias, bf16 *y,
+                   int threads) {
+    int64_t deep = (N + ROWS - 1) / ROWS, all = deep * ((O + PANEL - 1) / PANEL);
+    int failed = DONE;
+#pragma omp parallel num_threads(threads)
+    {
+        uint32_t *panel = aligned_room(K / 2 * PANEL * sizeof *panel);
+        float *tile = aligned_room(ROWS * PANEL * sizeof *tile);
+        if (all_there(panel && tile, &failed)) {
+            int64_t mine = omp_get_thread_num(), count = omp_get_num_threads(), packed = -1;
+            for (int64_t t = all * mine / count; t < all * (mine + 1) / count; t++) {
+                int64_t p = t / deep, first = t % deep * ROWS, m = lesser(ROWS, N - first), n = lesser(PANEL, O - p * PANEL);
+                if (p != packed) pack_panel(w, K, O, turned, packed = p, panel);
+                of_halves(m, PANEL, K, K, PANEL, PANEL, 0, x + first * K, (const bf16 *)panel, tile, 1);
+                for (int64_t r = 0; r < m; r++) {
+                    bf16 *to = y + (first + r) * O + p * PANEL;
+                    const float *from = tile + r * PANEL;
+                    if (bias)
+                        for (int64_t c = 0; c < n; c++) to[c] = down(from[c] + up(bias[p * PANEL + c]));
+                    else
+                        for (int64_t c = 0; c < n; c++) to[c] = down(from[c]);
+                }
+            }
+            if (release) release(1);
+        }
+        free(panel), free(tile);
+    }
+    return failed;
+}
