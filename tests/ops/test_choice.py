@@ -291,6 +291,7 @@ def test_every_trial_calls_its_op_and_runs_by_whatever_is_named(op: str) -> None
 
 
 TRIAL_SIZES = {
+    "frozen_product": (256, 258, 1),
     "low_rank": (16, 32, 64, 8, 2),
     "rms_norm": (16,),
     "rms_norm_backward": (16,),

@@ -40,7 +40,7 @@ def _in_tiles(bias: bool, gain: bool) -> tuple[list[Tensor], list[Tensor]]:
     that no tile divides."""
     x = draw(259, 262, dtype=torch.bfloat16).requires_grad_()
     W, b = draw(326, 262, dtype=torch.bfloat16), draw(326, dtype=torch.bfloat16) if bias else None
-    gains = draw(326).requires_grad_() if gain else None
+    gains = (1 + draw(326, dtype=torch.float32, scale=0.1)).requires_grad_() if gain else None
     A, B = ab = factors(torch.bfloat16, (4, 262), (326, 4))
     of = [x, *ab, *([] if gains is None else [gains])]
     with pinned(frozen_product="tiles"):
