@@ -150,6 +150,46 @@ def test_a_trace_goes_on_below_the_plan(
     assert found["trace"]["peak_bytes"] > 0
 
 
+def test_a_trace_follows_the_server_that_is_planned_too(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, gpu_that_is_not_there: None
+) -> None:
+    base = tiny_base_dir(tmp_path)
+    asked = ["plan", "--base", str(base), "--gpu", "h100-80gb", "--rows", "8", "--tokens-per-row", "16", "--batch", "2"]
+    asked += ["--prompt", "20", "--answer", "12", "--together", "5", "--tenants", "3", "--rank", "4", "--trace"]
+    ran = run(capsys, *asked)
+    assert ran.code == 0, ran.err
+    trained, served = ran.out.index("\ntraced: "), ran.out.index("\nserved, traced: ")
+    assert trained < served
+    assert "the host waits inside the step: never" in ran.out[served:]
+    assert ran.err.count("trace: a server's step") == 2
+    found = json.loads(run(capsys, *asked, "--json").out)
+    assert found["serving_trace"]["parts"]["adapters"] > 0
+    assert not found["serving_trace"]["waits"]
+
+
+def test_a_server_s_trace_that_is_stopped_leaves_the_run_s(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Step:
+        def to_dict(self) -> dict[str, int]:
+            return {"peak_bytes": 5}
+
+        def text(self) -> str:
+            return "traced: the run's"
+
+    def stopped(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("nothing has stopped it")
+
+    monkeypatch.setattr("veneer.train.traced.traced_plan", lambda *_: Step())
+    monkeypatch.setattr("veneer.serve.traced.traced_traffic", stopped)
+    ran = run(capsys, *ONE_COMMAND, "--trace")
+    assert ran.code == 143
+    assert ran.out == run(capsys, *ONE_COMMAND).out + "\ntraced: the run's\n"
+    found = json.loads(run(capsys, *ONE_COMMAND, "--trace", "--json").out)
+    assert (found["trace"], found["serving_trace"]) == ({"peak_bytes": 5}, None)
+
+
 @pytest.mark.parametrize(("signals", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_trace_that_is_stopped_leaves_the_plan(
     signals: str, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -167,7 +207,10 @@ def test_a_trace_that_is_stopped_leaves_the_plan(
     assert "the plan is whole" in ran.err
     ran = run(capsys, *ONE_COMMAND, "--trace", "--json")
     assert ran.code == code
-    assert json.loads(ran.out) == json.loads(run(capsys, *ONE_COMMAND, "--json").out) | {"trace": None}
+    assert json.loads(ran.out) == json.loads(run(capsys, *ONE_COMMAND, "--json").out) | {
+        "trace": None,
+        "serving_trace": None,
+    }
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -6,8 +6,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from transformers import AutoConfig
 
 from tests.families import FAMILIES
+from veneer.errors import ConfigError
 from veneer.plan.serving import Traffic
 from veneer.plan.tables import base_config
 from veneer.serve.traced import traced_serving
@@ -46,6 +48,14 @@ def test_fewer_tenants_than_requests_share_their_adapters() -> None:
     config = FAMILIES["llama3"]().config.to_dict()
     some, all_own = (traced_serving(config, replace(FEW, tenants=n), rank=4).trace.at_peak for n in (2, 9))
     assert all_own["adapters"] == 3 * some["adapters"]
+
+
+def test_a_base_whose_sequences_run_alone_is_not_traced() -> None:
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small |= {"head_dim": 16, "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model("gpt_oss", vocab_size=300, pad_token_id=0, **small).to_dict()
+    with pytest.raises(ConfigError, match="each sequence of this base alone"):
+        traced_serving(config, FEW)
 
 
 @pytest.mark.slow

@@ -177,29 +177,50 @@ def plan(
         fields = base_config(base) if base is not None else base_fields(config, overrides or [])  # type: ignore[arg-type]
     if not as_json:
         print(plan_text(made), flush=True)  # before a trace, which takes minutes
-    step, stopped = _traced(made, fields) if trace else (None, None)
+    steps, stopped = _traced(made, fields, not as_json) if trace else ({}, None)
     if as_json:
-        print(json.dumps(made.to_dict() | ({"trace": step and step.to_dict()} if trace else {})))
-    elif step is not None:
-        print("\n" + step.text())
+        print(json.dumps(made.to_dict() | {name: step and step.to_dict() for name, step in steps.items()}))
     if stopped is not None:
         raise typer.Exit(stopped.exit_code)
 
 
-def _traced(made: Plan, fields: dict[str, Any]) -> tuple[TracedStep | None, Interrupted | None]:
-    """The plan's step followed, or what stopped it."""
+def _traced(
+    made: Plan, fields: dict[str, Any], show: bool
+) -> tuple[dict[str, TracedStep | None], Interrupted | None]:  # fmt: skip
+    """The plan's step followed, and where it serves those of a server, by their names in JSON; None for what a signal
+    came before, with that signal. `show`: each is printed as it is there."""
     say("a step is traced now, a minute or two for a large base; Ctrl-C stops it, and the plan stays")
+    found: dict[str, TracedStep | None] = {"trace": None, **({"serving_trace": None} if made.traffic else {})}
+
+    def progress(line: str) -> None:
+        say(f"trace: {line}")
+
     try:
         with _sigterm_interrupts():
             from veneer.train.traced import traced_plan
 
-            return traced_plan(made, fields, lambda line: say(f"trace: {line}")), None
+            found["trace"] = traced_plan(made, fields, progress)
+            _show(found["trace"], show)
+            if made.traffic is not None:
+                from veneer.serve.traced import traced_traffic
+
+                try:
+                    found["serving_trace"] = traced_traffic(made, fields, progress)
+                except ConfigError as error:
+                    say(str(error))  # the run's trace is worth having without it
+                _show(found["serving_trace"], show)
+            return found, None
     except KeyboardInterrupt:
         stopped = Interrupted("stopped")
     except Interrupted as error:
         stopped = error
     say("the trace was stopped before its end; the plan is whole")
-    return None, stopped
+    return found, stopped
+
+
+def _show(step: TracedStep | None, show: bool) -> None:
+    if show and step is not None:
+        print("\n" + step.text(), flush=True)
 
 
 @contextmanager

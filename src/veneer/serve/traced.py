@@ -11,7 +11,7 @@ adapter, one, or two; but for one that is greedy, each draws from a nucleus, whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -21,8 +21,11 @@ import torch
 
 from veneer.core.adapter import Adapter, LoraSpec
 from veneer.core.init import create
+from veneer.errors import ConfigError
 from veneer.models.text.bare import bare_text, config_of, small_text
 from veneer.models.text.base import TextBase
+from veneer.plan.memory import Load
+from veneer.plan.plan import Plan
 from veneer.plan.serving import Traffic, serving_memory
 from veneer.plan.shape import model_shape
 from veneer.plan.trace import Trace, traced
@@ -44,17 +47,33 @@ _WISHES = (
 )
 
 
+def traced_traffic(made: Plan, fields: Mapping[str, Any], say: Callable[[str], None]) -> TracedStep | None:
+    """The steps of a server with a plan's traffic, its base as the planned run has it; None where the plan serves
+    nothing. `fields`: the base's config.json."""
+    if made.traffic is None or made.planned is None or not isinstance(made.planned[0], Load):
+        return None
+    load = made.planned[0]
+    rank = load.rank if load.spec is None else load.spec.rank
+    return traced_serving(fields, made.traffic, rank=rank, dtype=load.dtype, quantise=load.quantise, say=say)
+
+
 def traced_serving(
-    fields: Mapping[str, Any], traffic: Traffic, *, rank: int = 16, dtype: str = "bfloat16", quantise: str | None = None
-) -> TracedStep:
-    """Two steps of a server of a base of this config.json. Raises ConfigError for a family that is not known, and what
-    torch raises where two devices meet."""
+    fields: Mapping[str, Any], traffic: Traffic, *, rank: int = 16, dtype: str = "bfloat16",
+    quantise: str | None = None, say: Callable[[str], None] = lambda line: None,
+) -> TracedStep:  # fmt: skip
+    """Two steps of a server of a base of this config.json. Raises ConfigError for a family that is not known or whose
+    sequences run alone, and what torch raises where two devices meet."""
     config = config_of(fields)
     kind: torch.dtype = getattr(torch, dtype)
     length = traffic.prompt + traffic.answer
+    say("a small server of this family is tried, to know what runs")
     how = _way(config, length)
+    if how[0] == "alone":
+        what = f"a server runs each sequence of this base alone, which is not traced: {how[1]}"
+        raise ConfigError(what, fix="trace the training step, or another base")
     budget = max(EngineSettings.budget, traffic.together)
     with traced() as trace, torch.no_grad():
+        say("the served base is made of its configuration, without weights")
         model = bare_text(config, dtype=kind, device="cuda", quantise=quantise)
         trace.hold("weights", [*model.parameters(), *model.buffers()])
         base = _base(model, kind, torch.device("cuda"), length, quantise or "")
@@ -65,7 +84,7 @@ def traced_serving(
         trace.hold("weights", [*model.parameters(), *model.buffers()])  # some lie together now
         trace.hold("keys and values", [runner.pages.K, runner.pages.V])
         adapters = [_adapter(runner, model, rank, str(i)) for i in range(min(traffic.tenants, traffic.together))]
-        _steps(runner, traffic, budget, adapters, trace)
+        _steps(runner, traffic, budget, adapters, trace, say)
         shape = model_shape(model)
         runner.close()
     counted = serving_memory(shape, traffic, rank=rank, dtype=dtype, quantise=quantise, budget=budget)
@@ -95,7 +114,9 @@ def _adapter(runner: Runner, model: Any, rank: int, key: str) -> Prepared:
     return ready
 
 
-def _steps(runner: Runner, traffic: Traffic, budget: int, adapters: list[Prepared], trace: Trace) -> None:
+def _steps(
+    runner: Runner, traffic: Traffic, budget: int, adapters: list[Prepared], trace: Trace, say: Callable[[str], None]
+) -> None:
     context, vocabulary = traffic.prompt + traffic.answer, runner.base.model.config.get_text_config().vocab_size
     own = -(-context // BLOCK)
     rows, draws = [], []
@@ -114,7 +135,8 @@ def _steps(runner: Runner, traffic: Traffic, budget: int, adapters: list[Prepare
         trace.hold("adapters", [t for A, parts in packed for t in (A, *(p.B for p in parts))])
         trace.hold("adapters", [t for _, t in one.adapter.tensors()])
     trace.begin()
-    for step in (rows, [*prompts, *rows[reads:]]):
+    for step, what in ((rows, "requests that decode"), ([*prompts, *rows[reads:]], "prompts beside them")):
+        say(f"a server's step: {what} ({trace.operations:,} operations so far)")
         logits = runner.run(step)
         sample(logits, draws)
         del logits
