@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from veneer.errors import Interrupted, PreflightError, ResourceError, TrainingError, lacks_memory
 from veneer.ops.cpu.memory import peak_resident
 from veneer.ops.cpu.sharing import shared
+from veneer.train.ahead import Ahead
 from veneer.train.checkpoint import Progress, rng_restore, rng_state, seed_all
 from veneer.train.devices import ALONE, Devices
 from veneer.train.events import Evaluated, Listener, Probed, Saved, Stepped, Stopped, silent
@@ -195,6 +196,12 @@ class Learner(Protocol):
     def loss(self, batch: Any) -> Tensor:
         """Σ NLL in nats over the trained tokens of what `Micro.make` made, a scalar with a graph."""
 
+    def ahead(self) -> Callable[[Any], Any] | None:
+        """How what `Micro.make` made goes to a device that computes by itself, so that the next batch is made and sent
+        by a thread meanwhile: a function that nothing random is drawn in. None, as on a CPU: batches are made when
+        their turn comes."""
+        return None
+
     def score(self, interrupted: Callable[[], bool]) -> Score | None:
         """Scores the held-out rows, of several processes this one's share; None as soon as `interrupted()`."""
         raise NotImplementedError
@@ -240,6 +247,7 @@ class _Loop:
     tell: Listener
     devices: Devices
     interrupted: _Asked
+    ahead: Ahead | None
 
 
 def train(
@@ -265,8 +273,12 @@ def train(
     loss or a gradient is not finite, before the optimizer moves: nothing is saved over the good checkpoint.
     """
     progress = progress if progress is not None else Progress()
-    with _signals() if signals_wait else nullcontext(_Asked()) as interrupted:
-        loop = _Loop(learner, plan, optimizer, progress, save, on_event, devices, interrupted)
+    send = learner.ahead()
+    with (
+        _signals() if signals_wait else nullcontext(_Asked()) as interrupted,
+        nullcontext() if send is None else Ahead(send) as ahead,
+    ):
+        loop = _Loop(learner, plan, optimizer, progress, save, on_event, devices, interrupted, ahead)
         _evaluate_if_due(loop)
         while progress.step < len(plan.steps) and not progress.stopped:
             _one_step(loop, plan.steps[progress.step])
@@ -337,7 +349,8 @@ def _share(loop: _Loop, number: int, counted: int, micros: Sequence[Micro]) -> _
     parts: dict[int, Tensor] = {}
     means: Means | None = None
     stopped = loop.interrupted()
-    for index, counts in loop.devices.deal([micro.tokens for micro in micros]):
+    dealt = _dealt(loop, micros)
+    for place, (index, counts) in enumerate(dealt):
         stopped = stopped or loop.interrupted()
         if stopped and not loop.devices.lockstep:
             return None
@@ -346,7 +359,7 @@ def _share(loop: _Loop, number: int, counted: int, micros: Sequence[Micro]) -> _
             means = _measured(loop)
         seed_all(loop.plan.seed, number, index)
         with shared(), memory_errors(micro):
-            nll = loop.learner.loss(micro.make())
+            nll = loop.learner.loss(_batch(loop, micro, [micros[later] for later, _ in dealt[place + 1 :]], number))
             (nll / counted if counts else nll * 0.0).backward()  # type: ignore[no-untyped-call]
         if counts:
             parts[index] = nll.detach()
@@ -355,6 +368,21 @@ def _share(loop: _Loop, number: int, counted: int, micros: Sequence[Micro]) -> _
     reached = [i for i, parameter in enumerate(loop.learner.parameters.values()) if parameter.grad is not None]
     values = torch.stack(list(parts.values())).tolist() if parts else []
     return _Share(dict(zip(parts, values, strict=True)), reached, _measured(loop) if means is None else means)
+
+
+def _dealt(loop: _Loop, micros: Sequence[Micro]) -> list[tuple[int, bool]]:
+    """Which micro-batches of a step are this process's, in order."""
+    return loop.devices.deal([micro.tokens for micro in micros])
+
+
+def _batch(loop: _Loop, micro: Micro, later: Sequence[Micro], number: int) -> Any:
+    """What the loss takes of a micro-batch of step `number`. `later`: those that come after it in this step."""
+    if loop.ahead is None:
+        return micro.make()
+    if not later and number < len(loop.plan.steps):
+        coming = [micro for micro in loop.plan.steps[number].micros if micro.trained]
+        later = [coming[index] for index, _ in _dealt(loop, coming)]
+    return loop.ahead.take(micro.make, later[0].make if later else None)
 
 
 def _measured(loop: _Loop) -> Means:

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 
 import torch
 from torch import Tensor
 
+from veneer.ops.transfer import sent
 from veneer.train.config.image import ImageDataSection, ImageTrainConfig
 from veneer.train.image.pictures import TrainingPicture
 from veneer.train.image.views import PictureRow, View, draw_row, place
@@ -65,6 +66,11 @@ class ImageBatch:
             torch.tensor([row.weight for row in rows]),
             rows,
         )
+
+    def sent(self, device: torch.device) -> ImageBatch:
+        """The same with latents and masks on a device, on their way there."""
+        masks = None if self.masks is None else sent(self.masks, device)
+        return replace(self, latents=sent(self.latents, device), masks=masks)
 
 
 def split_pictures(

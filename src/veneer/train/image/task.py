@@ -384,6 +384,11 @@ class AttachedPictures(AttachedTask[ImageResult]):
     def loss(self, batch: ImageBatch) -> Tensor:
         return self.image_loss(batch)
 
+    def ahead(self) -> Callable[[ImageBatch], ImageBatch] | None:
+        """Latents were made before step one: a thread only reads them."""
+        device = self.base.device
+        return None if device.type == "cpu" else lambda batch: batch.sent(device)
+
     def end_step(self, number: int) -> None:
         if self.ema is not None:
             self.ema.update(number)

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from veneer.ops.transfer import sent
 from veneer.train.config.text import BatchingSection
 from veneer.train.devices import shares
 from veneer.train.text.encode import Example
@@ -42,6 +44,10 @@ class Batch:
     @property
     def trained_tokens(self) -> int:
         return int(self.trained.sum())
+
+    def sent(self, device: torch.device) -> Self:
+        """The same with its tokens on a device, on their way there; `trained` is the host's, wherever the model is."""
+        return replace(self, input_ids=sent(self.input_ids, device))
 
 
 _Steps = list[list[list[int]]]

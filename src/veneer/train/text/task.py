@@ -299,6 +299,10 @@ class AttachedText(AttachedTask[RunResult]):
     def loss(self, batch: Batch) -> Tensor:
         return batch_loss(self.base.model, batch, self.base.device, self.call)
 
+    def ahead(self) -> Callable[[Batch], Batch] | None:
+        device = self.base.device
+        return None if device.type == "cpu" else lambda batch: batch.sent(device)
+
     def score(self, interrupted: Callable[[], bool]) -> Score | None:
         return score_examples(
             self.base.model, self.held_out, self.base.device, loss=lambda *args: self.call(text_loss, *args),

@@ -1,0 +1,51 @@
+"""The next batch is made, and on its way to the device, while the step before it runs there.
+
+    with Ahead(send) as ahead:
+        batch = ahead.take(make, following)     what make() gives, sent; following() is begun in the thread
+
+A thread makes one batch at a time, in the order in which they are asked for: beside the one that was taken there is
+never more than one. What it raises is raised where its batch is taken. It draws nothing at random, so a run's numbers
+do not depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+_Make = Callable[[], Any]
+
+
+class Ahead:
+    """`send`: what is done with each batch in the thread as soon as it is made: a copy to the device that nobody waits
+    for. On CUDA a thread's stream is the same as every other's, so the copy is queued behind the step that runs, and
+    what is computed of it behind the copy."""
+
+    def __init__(self, send: Callable[[Any], Any]) -> None:
+        self._send = send
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="next batch")
+        self._begun: tuple[_Make, Future[Any]] | None = None
+
+    def take(self, make: _Make, following: _Make | None = None) -> Any:
+        """The batch of `make`, which may have been begun as `following` of the call before; it is waited for."""
+        begun, self._begun = self._begun, None
+        if begun is not None and begun[0] is not make:  # another turn was taken than was foreseen
+            begun[1].cancel()
+            begun = None
+        batch = (self._begin(make) if begun is None else begun[1]).result()
+        if following is not None:
+            self._begun = following, self._begin(following)
+        return batch
+
+    def _begin(self, make: _Make) -> Future[Any]:
+        return self._thread.submit(lambda: self._send(make()))
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Ends the thread, after the batch that it is at; that one is nobody's."""
+        self._begun = None
+        self._thread.shutdown(wait=True, cancel_futures=True)
