@@ -334,6 +334,26 @@ def test_logprobs_are_the_models_whatever_was_asked_of_the_draw() -> None:
         assert [x for _, x in choice.top] == pytest.approx(p[r].topk(n).values.tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("asks", [True, False])
+def test_alternatives_that_are_equally_likely_do_not_depend_on_the_batch(
+    asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 16 bits many are. The best of them is the one that a greedy row takes."""
+    monkeypatch.setattr(sampler, "free_to_ask", lambda scores: asks)
+    scores = logits(6, seed=3, spread=2.0).round().bfloat16()
+    scores[0, 5:9] = 0.0
+    scores[0, 6] = -0.0
+    kinds = [Sampling(temperature=0, logprobs=n) for n in (1, 2, 5, 20, 0, 3)]
+    together = sample(scores, [SampledRow(k, vocabulary=V) for k in kinds])
+    for i, kind in enumerate(kinds):
+        (alone,) = sample(scores[i : i + 1], [SampledRow(kind, vocabulary=V)])
+        assert alone == together[i]
+        assert isinstance(alone, SampledToken)
+        order = sorted(range(V), key=lambda t: (-float(scores[i, t]), t))
+        assert [t for t, _ in alone.top] == order[: kind.logprobs]
+        assert not alone.top or alone.top[0] == (alone.id, alone.logprob)
+
+
 def test_ids_that_the_vocabulary_does_not_have() -> None:
     for s, param in ((Sampling(logit_bias={V: 1.0}), "logit_bias"), (Sampling(stop_ids=(-1,)), "stop_token_ids")):
         with pytest.raises(Refused, match=f"{V} tokens") as caught:

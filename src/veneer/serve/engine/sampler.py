@@ -339,9 +339,28 @@ def scored(logits: Tensor, ids: Tensor, counts: Sequence[int]) -> list[SampledTo
 
 def _logprobs(logits: Tensor, ids: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs of the tokens (n,), those of the `most` best and which these are, both (n, most))"""
-    p = logits.float().log_softmax(-1)
-    values, tokens = p.topk(min(most, p.shape[-1]))
-    return p.gather(-1, ids[:, None])[:, 0], values, tokens
+    logits = logits.float()
+    p, tokens = logits.log_softmax(-1), _best(logits, min(most, logits.shape[-1]))
+    return p.gather(-1, ids[:, None])[:, 0], p.gather(-1, tokens), tokens
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """The tokens of the best scores, best first; of equal ones, which 16 bits have many of, the first of the vocabulary
+    comes first, as argmax has it. `topk` alone takes any, others where more are asked for. scores: (n, vocabulary),
+    float32."""
+    least = scores.topk(max(1, count)).values[:, -1:]
+    if free_to_ask(scores):
+        row, token = (~(scores < least)).nonzero(as_tuple=True)  # `count` or more of each row, nan among them
+        order = scores[row, token].argsort(descending=True, stable=True)
+        order = order[row[order].argsort(stable=True)]
+        many = row.bincount(minlength=len(scores))
+        first = (many.cumsum(0) - many)[:, None]
+        return token[order][first + torch.arange(count)]
+    vocabulary = scores.shape[-1]
+    token = torch.arange(vocabulary, dtype=torch.int32, device=scores.device)
+    place = torch.where(scores > least, token - vocabulary, token).masked_fill_(scores < least, vocabulary)
+    token = place.topk(count, largest=False, sorted=False).indices.sort().values
+    return token.gather(-1, scores.gather(-1, token).argsort(descending=True, stable=True))
 
 
 def _read(*tensors: Tensor) -> list[list[float]]:
