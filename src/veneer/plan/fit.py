@@ -4,7 +4,8 @@
 
 Kinds, in this order: recompute activations, one row (or picture) at a time, shorter rows (smaller pictures), a lower
 rank, a 4-bit base, weights on the CPU, more devices. One change is better than two: pairs and triples are looked at
-only where no single one suffices.
+only where no single one suffices. More devices are another machine, so they do not end the search before two or three
+settings of this one were tried.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ _KINDS: Mapping[str, Callable[[AnyLoad, Device], Iterator[Step]]] = {
 
 def cheapest(load: AnyLoad, device: Device, need: _Need, limit: int) -> list[Change]:
     """The changes that bring the peak of each device to `limit` bytes, in order of kind; each the smallest of its kind
-    that suffices. Empty where three of them together do not."""
+    that suffices. What needs more devices comes last, where settings do as well. Empty where three of them together do
+    not."""
     _, before = need(load, device)
 
     def tried(steps: list[Step]) -> Change | None:
@@ -136,11 +138,14 @@ def cheapest(load: AnyLoad, device: Device, need: _Need, limit: int) -> list[Cha
                 return found
         return None
 
+    elsewhere: list[Change] = []
     for together in (1, 2, 3):
         found = [c for kinds in itertools.combinations(_KINDS, together) if (c := search(kinds, [])) is not None]
-        if found:
-            return found
-    return []
+        here = [c for c in found if c.device == device]
+        if here:
+            return [*here, *elsewhere] if elsewhere else found
+        elsewhere = elsewhere or found
+    return elsewhere
 
 
 def each_holds(memory: Memory, device: Device) -> int:
