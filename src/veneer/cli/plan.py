@@ -15,6 +15,7 @@ import typer
 from veneer.cli.options import AsJson
 from veneer.cli.output import say
 from veneer.errors import ConfigError, Interrupted, one_of
+from veneer.ops.sizes import MICRO_TOKENS
 
 if TYPE_CHECKING:
     from veneer.plan.plan import Plan
@@ -67,7 +68,7 @@ def plan(
     batch: Annotated[int, typer.Option("--batch", min=1, max=_MANY, help="Rows in a step.")] = 16,
     micro_tokens: Annotated[
         int, typer.Option("--micro-tokens", min=1, max=_TOKENS, help="Tokens in memory at once.")
-    ] = 2048,
+    ] = MICRO_TOKENS,
     size: Annotated[
         int | None, typer.Option("--size", min=64, max=1 << 14, help="Side of a picture, in pixels.")
     ] = None,

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.ops.choice import chosen, measured, random_like
-from veneer.ops.sizes import LOGITS_CHUNK
+from veneer.ops.sizes import logits_chunk
 
 _IGNORED = -100
 _CERTAIN = -1e-7  # the largest mean log p that float32 can tell from 0, whose odds are infinite
@@ -40,6 +40,7 @@ class _TokenNll(torch.autograd.Function):
             nll[part] = _row_nll_(logits, targets[part], grad is not None)
             if grad is not None:
                 torch.mm(logits, weight, out=grad[part])
+            del logits  # before the next chunk's are made beside them
         ctx.save_for_backward(grad)
         return nll
 
@@ -76,14 +77,15 @@ def _nll_work(dtype: torch.dtype, vocabulary: int) -> Callable[[], object]:
     return lambda: _row_nll_(logits.clone(), targets, True)
 
 
-def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = LOGITS_CHUNK) -> Tensor:
+def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
     """−log softmax(hidden_i·Wᵀ)[target_i] of each i, (M,) float32. hidden: (M, d), weight: (vocabulary, d) frozen.
 
     A target of −100 is none: 0, and no gradient. Raises IndexError for any other that is no token (on a GPU, an error
     of its own). The gradient is made in the forward pass, chunk by chunk, so that no more than chunk × vocabulary
-    logits exist: that of token i is a row of its own, which the backward pass only has to scale by what it is given
-    for i. Reference: F.cross_entropy((hidden @ W.T).float(), targets, reduction="none")."""
-    out: Tensor = _TokenNll.apply(hidden, weight, targets, chunk)
+    logits exist (None: as many positions as `sizes.logits_chunk` says of the device): that of token i is a row of its
+    own, which the backward pass only has to scale by what it is given for i. Reference:
+    F.cross_entropy((hidden @ W.T).float(), targets, reduction="none")."""
+    out: Tensor = _TokenNll.apply(hidden, weight, targets, chunk or logits_chunk(hidden.device.type))
     return out
 
 

@@ -26,7 +26,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from veneer.ops.sizes import LOGITS_CHUNK, ROW_STEP, SMALL_INPUT, few_sizes, grouped_rows, key_ranges, padded_tokens
+from veneer.ops.sizes import (
+    ROW_STEP,
+    SMALL_INPUT,
+    few_sizes,
+    grouped_rows,
+    key_ranges,
+    logits_chunk,
+    padded_tokens,
+)
 from veneer.plan.shape import LayerShape, LinearShape, TextShape, layer_ranks, pair_parameters
 from veneer.plan.tables import Device
 
@@ -240,7 +248,7 @@ def kept_dequantised(shape: TextShape, memory: Memory, room: int) -> int:
 def _logits(shape: TextShape, trained: int, e: int, device: Device) -> int:
     """A chunk's logits, and beside them the float32 softmax where no kernel makes it in place."""
     each = e if device.native and e == 2 else 8 if e == 4 else 12
-    return each * min(trained, LOGITS_CHUNK) * shape.vocabulary
+    return each * min(trained, logits_chunk(device.kind)) * shape.vocabulary
 
 
 @dataclass(frozen=True)

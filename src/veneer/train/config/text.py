@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from veneer.ops.sizes import MICRO_TOKENS
+
 if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
 
@@ -220,7 +222,7 @@ class BatchingSection(Section):
         None, "most rows in a micro-batch; changes memory and speed, never the result", gt=0
     )
     micro_tokens: int = setting(
-        2048,
+        MICRO_TOKENS,
         "most tokens in a micro-batch (a longer row is one of its own); changes memory and speed, never the result",
         "products are as fast as they get from about this size",
         gt=0,

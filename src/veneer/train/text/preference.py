@@ -41,6 +41,7 @@ from veneer.models.shard import CallWithWeights, call_whole
 from veneer.models.swap import without_dropout
 from veneer.models.text.loss import row_logps
 from veneer.ops import loss as formulas
+from veneer.ops.sizes import MICRO_TOKENS
 from veneer.ops.transfer import sent
 from veneer.train.checkpoint import disk_errors
 from veneer.train.config.text import PreferenceSection, TrainConfig
@@ -183,7 +184,7 @@ class Preference:
     attachment: Attachment
     reference: tuple[str, ...] = ()
     whose: str = ""
-    micro_tokens: int = 2048
+    micro_tokens: int = MICRO_TOKENS
     max_length: int = 2048
     call: CallWithWeights = call_whole
     devices: Devices = ALONE
