@@ -38,7 +38,7 @@ def test_every_row_as_if_it_were_alone(family: str) -> None:
     runner.close()
 
 
-def test_decoding_that_is_recorded_gives_what_it_gives_as_ever() -> None:
+def test_decoding_that_is_recorded_gives_what_it_gives_otherwise() -> None:
     model = FAMILIES["qwen3"]()
     adapters = {"a": trained(model, 1), "b": trained(model, 2, rank=5)}
     model.to("cuda")

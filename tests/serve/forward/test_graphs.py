@@ -4,6 +4,7 @@ what a step that is not recorded gives, whatever changes between two of them. Ke
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -205,6 +206,33 @@ def test_prompts_and_large_steps_are_not_recorded(monkeypatch: pytest.MonkeyPatc
     recorded.step([(0, [5, 9, 11], []), (1, [4], [])])
     recorded.step([(0, [5], []), (1, [4], [])])
     assert again.recorded == 0
+
+
+def test_an_adapter_that_overflows_does_not_end_recording() -> None:
+    """Its logits are nothing to compare with; the steps of others are recorded."""
+    again = Again()
+    model, recorded, plain = both(capture=again)
+    (own,) = ready(recorded, {"a": trained(model, 1)}).values()
+    for served in (recorded, plain):
+        served.step([(0, [5, 9, 11], [])])
+        served.step([(1, [7, 2], [])])
+    assert not recorded.step([(0, [3], [(own, math.nan)])])[0].isfinite().any()
+    assert again.recorded == 0
+    same(recorded.step([(1, [3], [])])[0], plain.step([(1, [3], [])])[0])
+    assert again.recorded == 1
+
+
+def test_sizes_beyond_the_last_that_there_is_room_for_run_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs_module, "RECORDINGS", 1)
+    again = Again()
+    _, recorded, plain = both(capture=again)
+    for served in (recorded, plain):
+        for sequence in range(2):
+            served.step([(sequence, [5, 9, 11], [])])
+    for work in ([(0, [3], [])], [(0, [4], []), (1, [4], [])], [(1, [3], [])]):
+        for g, w in zip(recorded.step(work), plain.step(work), strict=True):
+            same(g, w)
+    assert (again.recorded, again.replayed) == (1, 2)
 
 
 def test_without_kernels_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

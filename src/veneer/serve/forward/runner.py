@@ -148,7 +148,7 @@ class Runner:
             )
         if capture is None and records_here(base.device, self.model.get_input_embeddings().weight):
             capture = cuda_graph
-        held = self.blocks + (capture is not None)  # one for rows that stand in for nobody
+        held = self.blocks + (capture is not None)  # one for padding rows
         self.pages = Pages(layers, held, heads, kv, d, base.dtype, base.device)
         self.pages.tiles = batch_invariant
         self._segments: Segments | None = None
@@ -230,7 +230,7 @@ class Runner:
 
     @torch.no_grad()
     def run(self, rows: Sequence[RunnerRow]) -> Tensor:
-        """Logits (Σ wants, vocabulary), in the order of the rows and their tokens."""
+        """Logits (Σ wants, vocabulary), in the order of the rows and their tokens. The next call may overwrite them."""
         with listed(), shared(), self._threads.step(sum(len(row.tokens) for row in rows)):
             return self._run(rows)
 
