@@ -34,6 +34,12 @@ def test_a_norm_whose_weight_has_more_bits_than_x(dtype: torch.dtype) -> None:
     same([y, *torch.autograd.grad(y, x, g)], wanted, TOLERANCE[dtype])
 
 
+def test_x_keeps_its_bits_beside_a_weight_of_fewer() -> None:
+    x, w = draw(9, 72, dtype=torch.float32), draw(72, dtype=torch.bfloat16)
+    wanted = F.rms_norm(x.double(), (72,), w.double(), 1e-5)
+    same([rms_norm(x, w, 1e-5)], [wanted], TOLERANCE[torch.float32])
+
+
 @DTYPES
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("places", [(3, 3), (4, 8), (40,)])

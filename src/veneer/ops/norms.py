@@ -26,8 +26,9 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """By torch's own, rounded once: in the weight's dtype where that is the wider one."""
-    return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, eps).to(x.dtype)
+    """By torch's own, rounded once: in the wider of the two dtypes."""
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    return F.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps).to(x.dtype)
 
 
 class _RmsNorm(torch.autograd.Function):

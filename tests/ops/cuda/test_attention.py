@@ -121,9 +121,10 @@ def test_rotary_rows_of_normed_heads(
 
 
 def test_many_heads_take_several_programs_a_token() -> None:
-    """33 heads of 128 in blocks of 16: each is normed by its own kind's weight, and its gradient has its own place."""
+    """33 heads of 128 in blocks of 16: each is normed by its own kind's weight, and its gradient has its own place,
+    also where tokens do not lie one after another."""
     heads, kv, dim, n = 30, 3, 128, 2
-    qkv = drawn(0, n, heads + 2 * kv, dim, dtype=torch.float32).requires_grad_()
+    qkv = drawn(0, n, 1 + heads + 2 * kv, dim, dtype=torch.float32)[:, 1:].requires_grad_()
     angles, norms = drawn(1, n, dim // 2, dtype=torch.float32), HeadNorms(drawn(2, 2, dim, dtype=torch.float32), 1e-6)
     run = chosen("split_turned", qkv, angles, angles)
     got = run(qkv, angles.cos(), angles.sin(), kv, norms)

@@ -151,7 +151,7 @@ class NormedTurnedHeads(torch.autograd.Function):
     def forward(
         ctx: Any, qkv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, kv: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = _lying(qkv)
+        qkv = qkv.contiguous()  # its gradient lies as it does
         ctx.save_for_backward(qkv, weight, cos, sin)
         ctx.eps = eps
         n, both, dim = qkv.shape[0], qkv.shape[1] - kv, qkv.shape[2]
