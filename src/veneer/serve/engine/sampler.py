@@ -364,8 +364,8 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 
 def _read(*tensors: Tensor) -> list[list[float]]:
-    """The values of tensors one after another, in one read: as float64, which holds every token and every float32."""
-    flat: list[float] = torch.cat([t.flatten().double() for t in tensors]).cpu().tolist()
+    """The values of tensors one after another, in one read: as float32, which holds every token below 2²⁴."""
+    flat: list[float] = torch.cat([t.flatten().float() for t in tensors]).cpu().tolist()
     out, at = [], 0
     for tensor in tensors:
         out.append(flat[at : at + tensor.numel()])
