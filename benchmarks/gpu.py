@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [p for p in wanted if p not in PARTS]:
         parser.error(f"--only has no {', '.join(p or repr(p) for p in unknown)}; there are {', '.join(PARTS)}")
     if not math.isfinite(args.minutes) or args.minutes <= 0:
-        parser.error(f"--minutes {args.minutes:g} is no time to run in: a number above 0, as 10")
+        parser.error(f"--minutes has to be a number above 0, as 10, and is {args.minutes:g}")
     try:
         pythons = pythons_of(args.python)
     except ValueError as error:
@@ -340,7 +340,7 @@ def not_writable(folder: Path) -> str:
     """Why no page can be written there, found out before any work; "" where it can. What is missing is not made yet."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists() or p.is_symlink())
     if not there.is_dir():
-        return f"{there} is no folder"
+        return f"{there} is not a folder"
     try:
         with tempfile.TemporaryFile(dir=there):
             return ""

@@ -260,10 +260,10 @@ def test_the_makefile_and_the_page_know_every_part(gpu: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--minutes", "nan"], "--minutes nan is no time"),
-        (["--minutes", "-5"], "--minutes -5 is no time"),
-        (["--minutes", "0"], "--minutes 0 is no time"),
-        (["--minutes", "inf"], "--minutes inf is no time"),
+        (["--minutes", "nan"], "above 0, as 10, and is nan"),
+        (["--minutes", "-5"], "above 0, as 10, and is -5"),
+        (["--minutes", "0"], "above 0, as 10, and is 0"),
+        (["--minutes", "inf"], "above 0, as 10, and is inf"),
         (["--python", "vllm"], "PEER=PATH is wanted"),
         (["--python", "vllm="], "PEER=PATH is wanted"),
         (["--python", "vlm=python3"], "a PEER of bitsandbytes, unsloth, vllm"),
@@ -271,8 +271,8 @@ def test_the_makefile_and_the_page_know_every_part(gpu: Any) -> None:
         (["--python", f"vllm={sys.executable}", "--python", f"vllm={sys.executable}"], "names vllm twice"),
         (["--only", "train,serv"], "--only has no serv;"),
         (["--only", ""], "--only has no ''"),
-        (["--out", "{file}"], "is no folder"),
-        (["--out", "{file}/inside"], "is no folder"),
+        (["--out", "{file}"], "is not a folder"),
+        (["--out", "{file}/inside"], "is not a folder"),
     ],
 )
 def test_what_is_asked_wrongly_is_said_before_any_work(

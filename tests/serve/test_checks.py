@@ -44,7 +44,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--engine", "openai", "--upstream", "there"], "'there' is not the address of a server"),
         (["--engine", "openai", *["--upstream", "http://there"] * 2], "http://there is named twice"),
         (["--cache-memory", "lots"], "'lots' is not a size | --cache-memory"),
-        (["--cache-memory", "0"], "'0' is no room for anything | --cache-memory"),
+        (["--cache-memory", "0"], "'0' is too small | --cache-memory"),
         (["--adapter-memory", "-1G"], "'-1G' is not a size | --adapter-memory"),
         (["--mix-disk", "4M"], "--mix-disk is for mixes on the servers of --upstream"),
         (["--ledger-days", "3"], "--ledger-days is for the ledger of tenants"),

@@ -33,7 +33,7 @@ _OF_BOTH = {"epochs", "batch", "rank", "dtype", "quantise", "checkpointing"}
 _SERVED = {"tenants", "prompt", "answer", "together"}
 _OF_CARDS = {"gpus", "price"}
 _ROWS, _TOKENS, _MANY = 10**12, 1 << 20, 1 << 16
-"""What is more is a slip of the keyboard, and would be counted for ever."""
+"""The most that is planned: more is a slip of the keyboard, and would be counted for hours."""
 
 
 @app.command(epilog=_EXAMPLE)

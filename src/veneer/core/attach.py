@@ -75,9 +75,9 @@ class Attachment:
         """Put `adapter` on the base as `name`, without selecting it.
 
         Tensors go to the device of their module. `trainable`: they become parameters of their own, copied; otherwise
-        they are used as they are, without gradient. `finite`: they are known to be; to find out is to wait for a
-        device that they are on. Raises one AdapterError that lists every module that does not
-        exist and every shape that does not fit; then nothing has changed."""
+        they are used as they are, without gradient. `finite`: they are known to be, which would take a wait for their
+        device to check. Raises one AdapterError that lists every module that does not exist and every shape that does
+        not fit; then nothing has changed."""
         if not self._open:
             raise AdapterError("this attachment is detached", fix="call attach(model) again")
         if name in self.adapters:

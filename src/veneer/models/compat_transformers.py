@@ -59,7 +59,8 @@ def _once(name: str, register: Callable[[], None]) -> None:
 
 def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | str = "sdpa") -> None:
     """Registers an attention implementation for `model.set_attn_implementation(name)`, once. `mask`: the function that
-    makes its masks, or whose: "sdpa"'s (booleans, none where it is causal) or "eager"'s (what is added to scores)."""
+    makes its masks, or the name of transformers' own: "sdpa" (booleans, none where it is causal) or "eager" (what is
+    added to scores)."""
 
     def register() -> None:
         own_mask = TRANSFORMERS(f"transformers.masking_utils.{mask}_mask") if isinstance(mask, str) else mask

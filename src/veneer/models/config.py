@@ -1,11 +1,11 @@
-"""A base's config.json, checked where it is read: what is no size is said with its file, key, value and what is wanted.
+"""A base's config.json, checked where it is read: an error names the file, the key, its value and what is wanted.
 
     fields = read_config_json(folder / "config.json")     the file's object, checked
     check_config(fields, where)                      the same of one that was read
     check_words(fields, where)                       activations and rotary scalings, which transformers alone knows
 
 Of the families and denoisers that are named here; others are transformers' and diffusers' business. A key that is null
-is as one that is not there. `check_config` needs neither torch nor transformers.
+counts as missing. `check_config` needs neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def find_base(name: str, *, source: Path | None = None, say: Callable[[str], Non
 
 def base_here(name: str) -> Path | None:
     """The directory or file of a base that is on this machine; None where it has to be fetched: a built-in base that
-    was not made yet, a hub id. Raises BaseError for what is neither, and for a file or directory that is no base."""
+    was not made yet, a hub id. Raises BaseError for what is neither, and for a file or directory that is not a base."""
     if not name.strip():
         raise BaseError("the base has no name", fix=_WAYS)
     if name.removesuffix("-canny") in PACKAGED:

@@ -90,10 +90,10 @@ OPS = {
 
 
 class Implementation(NamedTuple):
-    """`run`: what an op calls instead of its reference, or an object of whose functions it calls; None, by the name of
-    the reference: that is the default there. `takes`: whether it
-    runs on what the op was given. `wants`: that in words. `missing`: why it cannot run here at all; "" where it can.
-    `name`: how it is pinned and reported. `others`: further ones of the same op, in the order they are tried."""
+    """`run`: what an op calls instead of its reference, or an object of whose functions it calls; None for the
+    reference itself, named REFERENCE, where it is tried first. `takes`: whether it runs on what the op was given.
+    `wants`: that in words. `missing`: why it cannot run here at all; "" where it can. `name`: how it is pinned and
+    reported. `others`: further ones of the same op, in the order they are tried."""
 
     run: Any
     takes: Callable[..., bool]
@@ -374,10 +374,8 @@ def _name_of(state: _State, op: str, able: list[Implementation], first: Tensor, 
         name = decisions.followed[key]
     elif decisions.following:
         name = able[0].name
-    elif (
-        state.listed or inside or type(first) not in (Tensor, torch.nn.Parameter)
-    ):  # a fake tensor's work takes no time
-        return able[0].name
+    elif state.listed or inside or type(first) not in (Tensor, torch.nn.Parameter):
+        return able[0].name  # of a fake tensor, too: its work takes no time
     else:
         name = _measure(state.kept(), key, op, able, trial.work, first.dtype, kind).runs
     return decisions.made.setdefault(asked, name)
@@ -450,7 +448,7 @@ def _choice(op: str, device: str) -> Choice:
     here = [one for one in (own, *own.others) if not one.missing()]
     if not here:
         return Choice(REFERENCE, own.missing())
-    names, wants = [one.name for one in here], "; ".join(one.wants for one in here)
+    names, wants = [one.name for one in here], "; ".join(dict.fromkeys(one.wants for one in here))
     if (pin := _state.pins.get(op, _state.pins.get("*"))) is not None:
         if op in _state.pins:
             _check_pin(op, pin)

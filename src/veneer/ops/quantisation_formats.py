@@ -85,7 +85,7 @@ class Groups:
         return replace(self, scales=self.scales.repeat_interleave(times, 1), zeros=zeros)
 
     def _widened(self) -> Groups | None:
-        """The same with codes that are their own values; None where the values are no whole numbers."""
+        """The same with codes that are their own values; None where the values are not whole numbers."""
         if self.values is None:
             return self
         if not torch.equal(self.values, self.values.round()):

@@ -62,7 +62,7 @@ def base_names() -> list[str]:
 def base_config(name: str) -> dict[str, Any]:
     """The config of a base (of an image base its denoiser's): of the table, a directory, a config.json or a GGUF file.
 
-    Raises ConfigError with near names, and for values that are no sizes (models/config.py); BaseError for a GGUF file
+    Raises ConfigError with near names, and for bad values (models/config.py); BaseError for a GGUF file
     that cannot be read."""
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():

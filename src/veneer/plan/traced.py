@@ -27,8 +27,8 @@ def _function(place: str) -> str:
 @dataclass(frozen=True)
 class TracedStep:
     """`trace`: of one step. `counted`: the plan's memory for the same, None where nothing is counted. `ways`: what
-    runs, in a line. `ends`: "file function" where a step, at its end, reads what it was for -> how often: so many waits
-    are no fault. `what`: was traced, as its first line says."""
+    runs, in a line. `ends`: "file function" where a step, at its end, reads what it was for -> how often: these waits
+    are not counted as faults. `what`: the first words of its text."""
 
     trace: Trace
     counted: Memory | None

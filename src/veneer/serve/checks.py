@@ -1,10 +1,9 @@
 """What is wrong with a server's settings, found before it listens and before anything heavy is imported.
 
-    check_settings(settings)         words that mean nothing, what excludes each other, what is nowhere
+    check_settings(settings)         bad values, options that exclude each other, bases and adapters that do not exist
     refuse_idle(settings, kind)      an option that would do nothing on such a server
 
-What only a base that was read can tell (that it is not on the hub, memory, adapters of another base) is said while the
-server is built.
+What needs the base (whether the hub has it, memory, adapters of another base) is checked while the server is built.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def check_settings(settings: ServeSettings) -> None:
             )
     if settings.admin_key is not None:
         admin_hash(settings.admin_key)
-    refuse_both(settings)
+    refuse_twice_rounded(settings)
     _check_fleet(settings)
     kind = _kind_here(settings)
     if kind is not None:
@@ -57,8 +56,8 @@ def check_settings(settings: ServeSettings) -> None:
 
 
 def _kind_here(settings: ServeSettings) -> _ServerKind | None:
-    """What the server will be, None where the base is to be fetched first. Raises BaseError for a base that is
-    nowhere."""
+    """What the server will be, None where the base is to be fetched first. Raises BaseError for a base that does not
+    exist."""
     base = base_here(settings.base)
     if base is not None and (file := base / "config.json").is_file():
         read_config_json(file)
@@ -105,7 +104,7 @@ def refuse_idle(settings: ServeSettings, kind: _ServerKind) -> None:
 
 
 def refuse_ledger(ledger: LedgerSettings) -> None:
-    """Raises ConfigError for what is said of a ledger on a server without tenants, which has none."""
+    """Raises ConfigError for an option of the ledger on a server without tenants, which has none."""
     usual = LedgerSettings()
     for name, option in _LEDGER_OPTIONS.items():
         if getattr(ledger, name) != getattr(usual, name):
@@ -113,7 +112,7 @@ def refuse_ledger(ledger: LedgerSettings) -> None:
             raise ConfigError(what, where=option, fix="leave it out, or name a database with --tenants")
 
 
-def refuse_both(settings: ServeSettings) -> None:
+def refuse_twice_rounded(settings: ServeSettings) -> None:
     """Raises ConfigError where two options say how a base's weights are kept."""
     if settings.quantise is not None and settings.engine.weights != "dense":
         raise ConfigError(
@@ -124,7 +123,7 @@ def refuse_both(settings: ServeSettings) -> None:
 
 
 def _check_fleet(settings: ServeSettings) -> None:
-    """Raises ConfigError for upstreams that are no addresses, and for what servers elsewhere cannot read."""
+    """Raises ConfigError for upstreams that are not addresses, and for what servers elsewhere cannot read."""
     from veneer.serve.fleet.remote import parse_upstream  # httpx comes with it
 
     given = settings.fleet.upstreams

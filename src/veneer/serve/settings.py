@@ -161,7 +161,7 @@ def bytes_of(text: str, where: str) -> int:
     except (AssertionError, ValueError, OverflowError):
         raise ConfigError(f"{quoted(text)} is not a size", where=where, fix="as 512M or 2G") from None
     if size < 1:
-        raise ConfigError(f"{quoted(text)} is no room for anything", where=where, fix="as 512M or 2G")
+        raise ConfigError(f"{quoted(text)} is too small", where=where, fix="as 512M or 2G")
     return size
 
 

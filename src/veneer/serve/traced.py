@@ -105,7 +105,7 @@ def _base(model: Any, dtype: torch.dtype, device: torch.device, length: int, qua
 
 
 def _adapter(runner: Runner, model: Any, rank: int, key: str) -> Prepared:
-    """As the runner keeps one, which was read to the CPU and is not there any more where it was packed."""
+    """As the runner keeps one: what was packed is kept in that form alone."""
     with torch.device("cuda"):
         made = create(model, LoraSpec(rank=rank), seed=0)
     ready = runner.prepare(made, key)

@@ -55,7 +55,7 @@ _Say = Callable[[str], None]
 
 
 def _unsaid(line: str) -> None:
-    """For who need not know how far it is."""
+    """For callers that show no progress."""
 
 
 def traced_plan(made: Plan, fields: Mapping[str, Any], say: _Say = _unsaid) -> TracedStep:

@@ -302,8 +302,7 @@ def _swap_attention(model: Any, modules: list[tuple[str, nn.Module]], report: Fa
         return "its attention does not go through transformers' interface"
     for _, module in modules:
         kind = type(module).__name__
-        normed = kind in _WITH_HEAD_NORMS
-        norms = _head_norms(module, report) if normed else None
+        norms = _head_norms(module, report) if kind in _WITH_HEAD_NORMS else None
         if kind not in _LLAMA_LIKE and norms is None:
             continue
         children = dict(module.named_children())
