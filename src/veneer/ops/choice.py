@@ -39,6 +39,7 @@ from torch import Tensor
 
 from veneer.errors import ConfigError
 from veneer.ops.measuring import Kept, Measured, fastest, seconds_of, this_machine
+from veneer.ops.sizes import power_of_2
 
 HOMES = {"cpu": "veneer.ops.cpu.implementations", "cuda": "veneer.ops.cuda.implementations"}
 """Device type -> the module whose IMPLEMENTATIONS are its own: op -> Implementation."""
@@ -141,7 +142,7 @@ TRIAL_ROWS = 1024
 
 def size_class(n: int, most: int = 4096) -> int:
     """n rounded up to a power of two, 16 … `most`: what is measured stands for all sizes near it."""
-    return min(most, max(16, 1 << max(0, n - 1).bit_length()))
+    return min(most, max(16, power_of_2(n)))
 
 
 def random_like(dtype: torch.dtype, *shape: int) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.ops.cuda.launch import block_count, device_function, kernel, power_of_2, rounded, run_kernel, tl
+from veneer.ops.cuda.launch import block_count, device_function, kernel, rounded, run_kernel, tl
+from veneer.ops.sizes import power_of_2
 
 _SILU, _GELU, _GELU_TANH = 0, 1, 2
 _ACTS = {"silu": _SILU, "gelu": _GELU, "gelu_tanh": _GELU_TANH}

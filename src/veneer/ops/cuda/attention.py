@@ -23,13 +23,13 @@ from veneer.ops.cuda.launch import (
     block_count,
     device_function,
     kernel,
-    power_of_2,
     product,
     rounded,
     run_kernel,
     tl,
     wide,
 )
+from veneer.ops.sizes import power_of_2
 
 # -- rotary positions --------------------------------------------------------------------------------------------------
 

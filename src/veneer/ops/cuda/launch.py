@@ -147,11 +147,6 @@ def block_count(n: int, block: int) -> int:
     return -(-n // block)
 
 
-def power_of_2(n: int) -> int:
-    """The least power of 2 that is not below n: blocks of kernels have such sizes."""
-    return 1 << max(0, n - 1).bit_length()
-
-
 # -- launching ---------------------------------------------------------------------------------------------------------
 
 _recording: list[list[Launch]] = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.ops.cuda.launch import kernel, power_of_2, rounded, run_kernel, tl
+from veneer.ops.cuda.launch import kernel, rounded, run_kernel, tl
+from veneer.ops.sizes import power_of_2
 
 
 @kernel

@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.ops.cuda.launch import block_count, kernel, power_of_2, product, run_kernel, tl, wide
+from veneer.ops.cuda.launch import block_count, kernel, product, run_kernel, tl, wide
 from veneer.ops.mixed_rows import PARTS, RECORD, MixTiles
+from veneer.ops.sizes import power_of_2
 
 _SHARE = 1024
 """Inputs of a program."""

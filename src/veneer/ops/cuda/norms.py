@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.ops.cuda.launch import block_count, device_function, kernel, power_of_2, rounded, run_kernel, tl
+from veneer.ops.cuda.launch import block_count, device_function, kernel, rounded, run_kernel, tl
+from veneer.ops.sizes import power_of_2
 
 
 @kernel

@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.ops.cuda.launch import block_count, kernel, power_of_2, product, run_kernel, tl, wide
+from veneer.ops.cuda.launch import block_count, kernel, product, run_kernel, tl, wide
+from veneer.ops.sizes import power_of_2
 
 _SPAN, _ENOUGH = 512, 256  # keys of a part; programs that need no parts
 

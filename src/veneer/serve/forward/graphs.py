@@ -26,7 +26,7 @@ from torch import Tensor
 
 from veneer.ops.choice import chosen
 from veneer.ops.mixed_rows import RECORD, MixTiles, mix_lists
-from veneer.ops.sizes import tile_tokens
+from veneer.ops.sizes import power_of_2, tile_tokens
 from veneer.ops.transfer import made_up, pinned
 from veneer.serve.forward.lowrank import BaseLayout, PackedAdapter
 from veneer.serve.forward.paged import BLOCK, PackedRows
@@ -80,18 +80,15 @@ class StepSize:
     @classmethod
     def of(cls, rows: Sequence[DecodeRow], mixes: Sequence[_Mix], head_group: int) -> StepSize:
         """The size that takes them. `head_group`: the number of the head's group."""
-        blocks = max(_BLOCKS, _power(max(row.first // BLOCK + 1 for row in rows)))
+        blocks = max(_BLOCKS, power_of_2(max(row.first // BLOCK + 1 for row in rows)))
         acting = {id(adapter): adapter for mix in mixes for adapter, _ in mix}.values()
         if not acting:
-            return cls(_power(len(rows)), blocks)
+            return cls(power_of_2(len(rows)), blocks)
+        longest, rank = max(map(len, mixes)), max(a.rank for a in acting)
         return cls(
-            _power(len(rows)), blocks, _power(max(map(len, mixes))), max(16, _power(max(a.rank for a in acting))),
+            power_of_2(len(rows)), blocks, power_of_2(longest), max(16, power_of_2(rank)),
             any(a.gains for a in acting), any(head_group in a.groups for a in acting),
         )  # fmt: skip
-
-
-def _power(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 class _Slots:
