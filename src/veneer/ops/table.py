@@ -44,8 +44,11 @@ def _cell(own: Mapping[str, Implementation], op: str) -> str:
     """Its implementations in the order in which they are tried, and what each takes."""
     if op not in own:
         return f"`{REFERENCE}`"
-    every = (own[op], *own[op].others)
-    return "; ".join([*(f"`{one.name}`: {_plain(one.wants)}" for one in every), f"`{REFERENCE}`: all else"])
+    names: dict[str, list[str]] = {}
+    for one in (own[op], *own[op].others):
+        names.setdefault(one.wants, []).append(f"`{one.name}`")
+    taken = [f"{', '.join(of)}: {_plain(wants)}" for wants, of in names.items()]
+    return "; ".join([*taken, f"`{REFERENCE}`: all else"])
 
 
 def _plain(text: str) -> str:
