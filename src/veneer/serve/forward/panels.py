@@ -1,8 +1,8 @@
 """Weights in the order in which ops/cpu/decoder.c multiplies by them: 64 rows of W side by side, bfloat16 or codes.
 
 Codes become bfloat16 a few at a time, in the first cache, once for all rows of a step, so that a step reads from memory
-what the codes take. They are the values that the codes stand for, rounded once as `Quantised` rounds them, but where a
-scale is of a whole row of int8: there codes are multiplied exactly, and the sum by the scale.
+what the codes take. They are the values that the codes stand for, rounded once to bfloat16, but where a scale is of a
+whole row of int8: there codes are multiplied exactly, and the sum by the scale.
 """
 
 from __future__ import annotations
