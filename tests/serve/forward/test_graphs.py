@@ -20,7 +20,7 @@ from veneer.core.adapter import Adapter
 from veneer.ops import choice
 from veneer.serve.engine import engine as engine_module
 from veneer.serve.forward import graphs as graphs_module
-from veneer.serve.forward.graphs import DecodeGraphs, StepSize
+from veneer.serve.forward.graphs import Capture, DecodeGraphs, StepSize
 from veneer.serve.forward.paged import BLOCK
 from veneer.serve.forward.runner import Prepared, Runner, RunnerRow
 from veneer.serve.request import BASE, DigestMix, Request, Sampling
@@ -63,7 +63,7 @@ def small() -> Any:
 class Served:
     """Sequences side by side in a runner, each given tokens that do not depend on its answers."""
 
-    def __init__(self, model: Any, capture: Again | None = None) -> None:
+    def __init__(self, model: Any, capture: Capture | None = None) -> None:
         self.device = "" if capture is None else "cuda"
         self.runner = Runner(base_of(model), cache_bytes=1 << 14, like=("fused", ""), capture=capture)
         self.at, self.free = dict[int, int](), list(range(self.runner.blocks))
@@ -88,7 +88,7 @@ class Served:
         del self.at[sequence]
 
 
-def both(capture: Again | None = None) -> tuple[Any, Served, Served]:
+def both(capture: Capture | None = None) -> tuple[Any, Served, Served]:
     """A model; a runner that records its steps; one of torch's operations that does not."""
     model = small()
     return model, Served(model, capture or Again()), Served(small())
@@ -206,6 +206,17 @@ def test_prompts_and_large_steps_are_not_recorded(monkeypatch: pytest.MonkeyPatc
     recorded.step([(0, [5, 9, 11], []), (1, [4], [])])
     recorded.step([(0, [5], []), (1, [4], [])])
     assert again.recorded == 0
+
+
+def test_a_recording_that_does_nothing_is_not_believed() -> None:
+    """As one is of another device's stream."""
+    _, recorded, plain = both(capture=lambda step: (lambda: None, step()))
+    for served in (recorded, plain):
+        served.step([(0, [5, 9, 11], [])])
+    for token in (3, 4):
+        same(recorded.step([(0, [token], [])])[0], plain.step([(0, [token], [])])[0])
+    assert recorded.runner.graphs is not None
+    assert "other logits" in recorded.runner.graphs.problem
 
 
 def test_an_adapter_that_overflows_does_not_end_recording() -> None:

@@ -268,6 +268,7 @@ class DecodeGraphs:
             buffers = _Buffers(size, self.layout, self._slots.records, self._tile)
             buffers.write(rows, mixes, places, self.spare)
             replay, logits = self._capture(lambda: self._step(buffers, size.head))
+            logits.fill_(float("nan"))  # or one that does nothing would be believed
             replay()
             if not _near(logits[: len(rows)], wanted):
                 raise RuntimeError("a recorded step gave other logits than the step itself")
@@ -298,19 +299,20 @@ _pool: list[Any] = []
 """Memory that all recordings take their tensors from: one runs at a time."""
 
 
-def cuda_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """`step` recorded as a CUDA graph. Other threads may use the device meanwhile: they read adapters."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):  # what is made at a first call is made here
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    if not _pool:
-        _pool.append(torch.cuda.graph_pool_handle())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool[0], capture_error_mode="thread_local"):
-        out = step()
+def cuda_graph(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """`step` recorded as a CUDA graph of its device. Other threads may use that meanwhile: they read adapters."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # what is made at a first call is made here
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        if not _pool:
+            _pool.append(torch.cuda.graph_pool_handle())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=_pool[0], capture_error_mode="thread_local"):
+            out = step()
     return graph.replay, out
 
 
@@ -318,7 +320,7 @@ def graph_problem() -> str:
     """Why no step can be recorded on the current GPU; "" where a small one was, and gave what it should."""
     try:
         x = torch.ones(8, device="cuda")
-        replay, y = cuda_graph(lambda: x * 2)
+        replay, y = cuda_graph(lambda: x * 2, x.device)
         x.fill_(3.0)
         replay()
         right = bool((y == 6).all())

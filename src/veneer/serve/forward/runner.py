@@ -147,7 +147,7 @@ class Runner:
                 fix="give it more memory",
             )
         if capture is None and records_here(base.device, self.model.get_input_embeddings().weight):
-            capture = cuda_graph
+            capture = partial(cuda_graph, device=base.device)
         held = self.blocks + (capture is not None)  # one for padding rows
         self.pages = Pages(layers, held, heads, kv, d, base.dtype, base.device)
         self.pages.tiles = batch_invariant
