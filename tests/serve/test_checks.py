@@ -15,7 +15,7 @@ from tests.tiny_base import tiny_base_dir
 from veneer.errors import VeneerError
 from veneer.ops.quantisation_formats import KINDS
 from veneer.serve.checks import check_settings
-from veneer.serve.settings import Preload, QuantiseKind, ServeSettings
+from veneer.serve.settings import HttpSettings, Preload, QuantiseKind, ServeSettings
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "an-adapter").mkdir()
+    (tmp_path / "folder" / "one").mkdir(parents=True)
     (tmp_path / "a-file").write_text("", encoding="utf-8")
     return tmp_path
 
@@ -60,7 +61,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--tenants", "nonsense://x"], "this is not an address of the tenants' database"),
         (["--tenants", "."], "the tenants' database cannot be opened"),
         (["--pin"], "--pin keeps the adapters of --adapter"),
+        (
+            ["--adapter", "mine=folder/one", "--allow-folder", "folder"],
+            "folder/one is named from the folder of --allow-folder | --adapter mine=one",
+        ),
+        (
+            ["--adapter", "mine=./folder/one", "--allow-folder", "folder"],
+            "./folder/one is named from the folder of --allow-folder | --adapter mine=one",
+        ),
         (["--cors", "app.example.com"], "'app.example.com' is not an origin of pages"),
+        (["--cors", "https://*.example.com"], "'https://*.example.com' is not an origin of pages"),
         (["--admin-key", "sha256:12"], "the admin key's hash is not a SHA-256 digest"),
         (["--api-keys", "no-such-file"], "cannot read the keys"),
         (["--idle-seconds", "nan"], "Invalid value for '--idle-seconds'"),
@@ -106,6 +116,7 @@ def test_what_is_well_passes_and_what_is_not_known_yet_too(home: Path) -> None:
         ServeSettings("somebody/some-base"),
         ServeSettings(base, dtype="bf16", device="cpu"),
         ServeSettings(base, preload=(Preload("mine", "an-adapter"),), folders=(str(home),)),
+        ServeSettings(base, http=HttpSettings(cors=("null", "http://localhost:3000", "*"))),
     ):
         check_settings(each)
     with pytest.raises(VeneerError):

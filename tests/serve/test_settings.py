@@ -16,6 +16,8 @@ from veneer.serve.settings import Preload, bytes_of, keys_of, parse_preload, siz
         ("support", Preload("support", "support")),
         ("support=acme/support@3", Preload("support", "acme/support@3")),
         ("support=acme/support:0.8", Preload("support", "acme/support", 0.8)),
+        ("support=sha256:12345678", Preload("support", "sha256:12345678")),  # no strength, although a number
+        ("support=sha256:3fa9:0.8", Preload("support", "sha256:3fa9", 0.8)),
         ("support:-0.5", Preload("support", "support", -0.5)),
     ],
 )

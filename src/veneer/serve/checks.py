@@ -9,22 +9,23 @@ What needs the base (whether the hub has it, memory, adapters of another base) i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 from veneer.errors import ConfigError, one_of, quoted
-from veneer.library.library import Library, open_library
+from veneer.library.library import Library, NotInLibrary, open_library
 from veneer.library.names import check_name, parse_reference
 from veneer.models.config import read_config_json
 from veneer.models.device import check_device_name, check_dtype_name
 from veneer.models.sources import base_here, is_image_base
-from veneer.serve.settings import LedgerSettings, QuantiseKind, ServeSettings, WeightKind
+from veneer.serve.settings import LedgerSettings, Preload, QuantiseKind, ServeSettings, WeightKind
 from veneer.serve.tenancy.keys import admin_hash, default_database
 from veneer.serve.tenancy.store import Store
 
 _ServerKind = Literal["texts", "pictures", "fleet"]
-_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#@\s]+", re.I)
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@*\s]+", re.I)
+"""As browsers send it; `null` is that of a page in a file."""
 
 
 def check_settings(settings: ServeSettings) -> None:
@@ -159,16 +160,26 @@ def _check_preload(settings: ServeSettings) -> None:
     with open_library(settings.library) as library:
         for each in settings.preload:
             if not any((Path(folder).expanduser() / each.reference).exists() for folder in settings.folders):
-                _find(library, each.reference)
+                _find(library, each, settings.folders)
 
 
-def _find(library: Library, reference: str) -> None:
+def _find(library: Library, wanted: Preload, folders: Sequence[str]) -> None:
     """Raises ConfigError or NotInLibrary where a reference leads nowhere."""
+    reference = wanted.reference
     try:
         parse_reference(reference)
-    except ConfigError:
+        library.find(reference)
+    except (ConfigError, NotInLibrary) as error:
+        path = Path(reference).expanduser()
+        for folder in (Path(folder).expanduser().resolve() for folder in folders):
+            if path.exists() and (real := path.resolve()).is_relative_to(folder):
+                fix = f"--adapter {wanted.name}={real.relative_to(folder)}"
+                raise ConfigError(
+                    f"{reference} is named from the folder of --allow-folder", where="--adapter", fix=fix
+                ) from None
+        if isinstance(error, NotInLibrary):
+            raise
         way = "keep it with `veneer library add`, or name a folder above it with --allow-folder"
         there = f"{reference} is a path outside of --allow-folder"
-        what = there if Path(reference).expanduser().exists() else f"there is no adapter {quoted(reference)}"
+        what = there if path.exists() else f"there is no adapter {quoted(reference)}"
         raise ConfigError(what, where="--adapter", fix=way) from None
-    library.find(reference)

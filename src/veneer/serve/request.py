@@ -108,7 +108,7 @@ class Sampling:
         self._need(0 <= self.min_p <= 1, "min_p", "from 0 to 1")
         self._need(-2 <= self.presence_penalty <= 2, "presence_penalty", "from -2 to 2")
         self._need(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "from -2 to 2")
-        self._need(0 < self.repetition_penalty <= 10, "repetition_penalty", "above 0, at most 10")
+        self._need(0.01 <= self.repetition_penalty <= 10, "repetition_penalty", "from 0.01 to 10")
         self._need(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "from 0 to 20")
 
     def _need(self, fine: bool, name: str, wanted: str) -> None:

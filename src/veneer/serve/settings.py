@@ -130,7 +130,9 @@ class ServeSettings:
 
 # -- as people write them ----------------------------------------------------------------------------------------------
 
-_PRELOAD = re.compile(r"(?P<name>[^=]+?)(=(?P<reference>.+?))?(:(?P<strength>[-+]?[0-9.]+(e[-+]?[0-9]+)?))?", re.I)
+_PRELOAD = re.compile(
+    r"(?P<name>[^=]+?)(=(?P<reference>sha256:[0-9a-f]+|.+?))?(:(?P<strength>[-+]?[0-9.]+(e[-+]?[0-9]+)?))?", re.I
+)
 
 
 def parse_preload(text: str) -> Preload:

@@ -18,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from veneer.errors import ConfigError
 from veneer.plan.trace import traced
 from veneer.serve.engine import sampler
 from veneer.serve.engine.sampler import SampledRow, SampledToken, sample
@@ -226,6 +227,14 @@ def test_repetition_penalty_is_transformers() -> None:
     scores, prompt, made = logits(1, 2), (3, 9, 9, 11), (5, 3, 5)
     want = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([[*prompt, *made]]), scores.clone())
     assert torch.allclose(adjusted(scores[0], Sampling(repetition_penalty=1.4), prompt, made), want[0])
+
+
+def test_a_repetition_penalty_by_which_scores_overflow_is_refused() -> None:
+    for penalty in (0.0, 1e-300, 1e-39, math.nan, math.inf):
+        with pytest.raises(ConfigError, match="repetition_penalty must be from"):
+            Sampling(repetition_penalty=penalty)
+    scores, row = torch.full((1, V), 3e4), SampledRow(Sampling(repetition_penalty=0.01), (1, 2), vocabulary=V)
+    assert ids(scores, [row])[0] in (1, 2)
 
 
 def test_presence_and_frequency_count_what_was_made_and_not_the_prompt() -> None:
