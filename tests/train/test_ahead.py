@@ -200,3 +200,18 @@ def test_a_sent_batch_has_its_tokens_there_and_the_host_s_part_here() -> None:
     moved = pairs.sent(there)
     assert isinstance(moved, AnswerBatch)
     assert moved.items == pairs.items
+
+
+@pytest.mark.gpu
+def test_on_a_card_what_is_computed_of_a_sent_batch_is_of_its_own_tokens() -> None:
+    """The card is kept busy, so that copies wait behind products and batches are let go of while they do."""
+    device, n = torch.device("cuda"), 4096
+    makers = [lambda i=i: collate([Example([i] * n, [False] + [True] * (n - 1), 0)]) for i in range(30)]
+    busy, sums = torch.randn(4096, 4096, device=device), []
+    with Ahead(lambda batch: batch.sent(device)) as ahead:
+        for i, make in enumerate(makers):
+            batch = ahead.take(make, makers[i + 1] if i + 1 < len(makers) else None)
+            busy = (busy @ busy).clamp(-1, 1)
+            sums.append(batch.input_ids.sum())
+            del batch
+    assert torch.stack(sums).tolist() == [i * n for i in range(30)]
