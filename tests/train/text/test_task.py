@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from veneer.train.config.load import config_from
 from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolved, Saved, Stepped
 from veneer.train.report.log import read_log
 from veneer.train.text import task as run
+from veneer.train.text.batches import Batch
 from veneer.train.text.save import RunResult
 from veneer.train.text.task import run_text
 
@@ -230,6 +232,30 @@ def test_ctrl_c_saves_and_resuming_ends_in_the_same_bytes(
     assert checkpoint.latest(output / "checkpoints") == output / "checkpoints" / "step-00000005"
     _train(shared, output, base, resume=True)
     assert (output / TENSORS).read_bytes() == (whole[0] / TENSORS).read_bytes()
+
+
+def test_batches_that_a_thread_sends_ahead_end_in_the_same_bytes_stopped_and_resumed_too(
+    whole: tuple[Path, RunResult, list[Event]], shared: Path, base: TextBase, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As on a GPU, with the CPU for the device that they are sent to."""
+    threads: set[str] = set()
+
+    def send(batch: Batch) -> Batch:
+        threads.add(threading.current_thread().name)
+        return batch.sent(base.device)
+
+    def press(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(run.AttachedText, "ahead", lambda self: send)
+    output = tmp_path / "ahead"
+    with pytest.raises(Interrupted):
+        _train(shared, output, base, on_event=press)
+    _train(shared, output, base, resume=True)
+    assert (output / TENSORS).read_bytes() == (whole[0] / TENSORS).read_bytes()
+    assert threads == {"next batch_0"}
 
 
 def test_resuming_a_finished_run_changes_nothing(
