@@ -63,11 +63,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--pin"], "--pin keeps the adapters of --adapter"),
         (
             ["--adapter", "mine=folder/one", "--allow-folder", "folder"],
-            "folder/one is named from the folder of --allow-folder | --adapter mine=one",
+            "folder/one is a path from here | inside of --allow-folder | --adapter mine=one",
         ),
         (
             ["--adapter", "mine=./folder/one", "--allow-folder", "folder"],
-            "./folder/one is named from the folder of --allow-folder | --adapter mine=one",
+            "./folder/one is a path from here | inside of --allow-folder | --adapter mine=one",
         ),
         (["--cors", "app.example.com"], "'app.example.com' is not an origin of pages"),
         (["--cors", "https://*.example.com"], "'https://*.example.com' is not an origin of pages"),

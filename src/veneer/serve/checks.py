@@ -174,9 +174,8 @@ def _find(library: Library, wanted: Preload, folders: Sequence[str]) -> None:
         for folder in (Path(folder).expanduser().resolve() for folder in folders):
             if path.exists() and (real := path.resolve()).is_relative_to(folder):
                 fix = f"--adapter {wanted.name}={real.relative_to(folder)}"
-                raise ConfigError(
-                    f"{reference} is named from the folder of --allow-folder", where="--adapter", fix=fix
-                ) from None
+                what = f"{reference} is a path from here, and paths have to be those inside of --allow-folder"
+                raise ConfigError(what, where="--adapter", fix=fix) from None
         if isinstance(error, NotInLibrary):
             raise
         way = "keep it with `veneer library add`, or name a folder above it with --allow-folder"
