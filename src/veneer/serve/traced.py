@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -35,9 +35,6 @@ from veneer.serve.forward.paged import BLOCK, Pages
 from veneer.serve.forward.runner import Prepared, Runner, RunnerRow, cache_shape
 from veneer.serve.request import Sampling
 from veneer.serve.settings import EngineSettings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 _WISHES = (
     Sampling(seed=1, top_p=0.95),
@@ -92,7 +89,7 @@ def traced_serving(
     return TracedStep(trace, counted, ways, ends={"veneer/serve/engine/sampler.py _read": 2}, what="served, traced")
 
 
-def _way(config: PreTrainedConfig, length: int) -> tuple[str, str]:
+def _way(config: Any, length: int) -> tuple[str, str]:
     small = small_text(config, torch.float32)
     runner = Runner(_base(small, torch.float32, torch.device("cpu"), length), cache_bytes=1 << 22)
     runner.close()
