@@ -21,6 +21,7 @@ from veneer.serve.forward.packed import (
     Reordered,
     best_packing,
     pack_weight,
+    quantised_packing,
 )
 from veneer.serve.forward.panels import PanelRows, Panels, panels_of_codes
 from veneer.serve.forward.runner import Runner
@@ -144,6 +145,21 @@ def test_weights_without_panels_are_kept_as_they_can_be() -> None:
         Panels.of(weight(41, 96))
     w, x = weight(41, 96), torch.ones(3, 96).bfloat16()
     assert (pack_weight(w)(x).double() - x.double() @ w.double().t()).abs().max() <= 0.05
+    eight = quantised_packing("int8")(w)
+    assert (eight(x).double() - x.double() @ eight.dense().double().t()).abs().max() <= 0.05
+    with pytest.raises(ValueError, match="no int8 form"):
+        Int8.of(weight(48, 40))
+
+
+def test_a_vocabulary_of_any_size_is_served_in_int8() -> None:
+    model = FAMILIES["llama3"](hidden_size=64, intermediate_size=96, vocab_size=161).bfloat16()
+    ((ids,), rows) = prompts([20]), []
+    for weights in ("dense", "int8"):
+        runner = Runner(base_of(model), cache_bytes=1 << 20, weights=weights)  # type: ignore[arg-type]
+        rows.append(serve(runner, [(ids, [])], [7, 16])[0].double())
+        runner.close()
+    assert len(rows[1]) == 161
+    assert (rows[1] - rows[0]).norm() <= 0.1 * rows[0].norm()
 
 
 @pytest.mark.parametrize(("of8", "of4"), [(Int8.of, Int4.of), (Panels.int8, Panels.int4)])

@@ -161,6 +161,9 @@ class Int8:
 
     @classmethod
     def of(cls, weight: Tensor) -> Int8:
+        """Raises ValueError where `in` is no multiple of 16: torch's kernel reads beyond its rows there."""
+        if weight.shape[1] % 16:
+            raise ValueError(f"a weight {tuple(weight.shape)} has no int8 form")
         return cls(*rounded8(weight))
 
     def dense(self) -> Tensor:
@@ -214,5 +217,13 @@ def quantised_packing(kind: str) -> Callable[[Tensor], QuantisedWeight]:
     """What makes "int8" and "int4" weights as they are best kept here: panels also where oneDNN multiplies bfloat16,
     for it has no product of codes."""
     if compiled.has("panel_product"):
-        return Panels.int8 if kind == "int8" else Panels.int4
+        return _int8 if kind == "int8" else Panels.int4
     return Int8.of if kind == "int8" else Int4.of
+
+
+def _int8(weight: Tensor) -> QuantisedWeight:
+    """In panels; what has none (a vocabulary of 32,001) as it can be."""
+    try:
+        return Panels.int8(weight)
+    except ValueError:
+        return Int8.of(weight)

@@ -493,7 +493,8 @@ class Runner:
                 matrix = self._weights[group.modules] = pack(whole)
             except ValueError as error:
                 where = ", ".join(group.modules)
-                raise ConfigError(str(error), where=where, fix="use int8 or dense weights") from error
+                fix = "use int8 or dense weights" if self.weights == "int4" else "use dense weights"
+                raise ConfigError(str(error), where=where, fix=fix) from error
             for name in group.modules:
                 outline = modules[name].get_parameter("weight").detach().to("meta")
                 modules[name].weight = nn.Parameter(outline, requires_grad=False)
