@@ -17,15 +17,15 @@ from veneer.ops.measuring import CLEARLY, Kept, Measured, fastest, seconds_of, t
 FOUND = Measured("tiles", {"tiles": 1.5, "torch": 4.0})
 
 
-@given(st.lists(st.floats(1e-6, 10), min_size=1, max_size=5))
-def test_the_first_is_left_only_for_what_is_clearly_faster(seconds: list[float]) -> None:
+@given(st.lists(st.floats(1e-6, 10), min_size=1, max_size=5), st.sampled_from([CLEARLY, 1.3]))
+def test_the_first_is_left_only_for_what_is_clearly_faster(seconds: list[float], clearly: float) -> None:
     table = {f"{i}": s for i, s in enumerate(seconds)}
-    name = fastest(table)
+    name = fastest(table, clearly)
     if name != "0":
         assert table[name] == min(seconds)
-        assert table[name] * CLEARLY < seconds[0]
+        assert table[name] * clearly < seconds[0]
     else:
-        assert min(seconds) * CLEARLY >= seconds[0]
+        assert min(seconds) * clearly >= seconds[0]
 
 
 def test_what_fails_is_left_out_and_the_others_are_measured() -> None:

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import ConfigError
-from veneer.ops.measuring import Kept, Measured, fastest, seconds_of, this_machine
+from veneer.ops.measuring import CLEARLY, Kept, Measured, fastest, seconds_of, this_machine
 from veneer.ops.sizes import power_of_2
 
 HOMES = {"cpu": "veneer.ops.cpu.implementations", "cuda": "veneer.ops.cuda.implementations"}
@@ -106,20 +106,21 @@ class Implementation(NamedTuple):
 
 class Trial(NamedTuple):
     """`kind`: the class of shapes of what the op was given, as numbers. `work`: (dtype, *kind) -> a piece of work of
-    that class that calls the op."""
+    that class that calls the op. `clearly`: how many times faster than the first another has to be."""
 
     kind: Callable[..., tuple[int, ...]]
     work: Callable[..., Callable[[], object]]
+    clearly: float = CLEARLY
 
 
 _TRIALS: dict[str, Trial] = {}
 
 
-def measured(op: str, kind: Callable[..., tuple[int, ...]]) -> Callable[[Any], Any]:
+def measured(op: str, kind: Callable[..., tuple[int, ...]], clearly: float = CLEARLY) -> Callable[[Any], Any]:
     """Puts what it decorates, `work` of a trial, into the table: from now on `op` is measured."""
 
     def put(work: Any) -> Any:
-        _TRIALS[op] = Trial(kind, work)
+        _TRIALS[op] = Trial(kind, work, clearly)
         return work
 
     return put
@@ -378,12 +379,12 @@ def _name_of(state: _State, op: str, able: list[Implementation], first: Tensor, 
     elif state.listed or inside or type(first) not in (Tensor, torch.nn.Parameter):
         return able[0].name  # of a fake tensor, too: its work takes no time
     else:
-        name = _measure(state.kept(), key, op, able, trial.work, first.dtype, kind).runs
+        name = _measure(state.kept(), key, op, able, trial, first.dtype, kind).runs
     return decisions.made.setdefault(asked, name)
 
 
 def _measure(
-    kept: Kept, key: str, op: str, able: list[Implementation], work: Callable[..., Any], dtype: torch.dtype,
+    kept: Kept, key: str, op: str, able: list[Implementation], trial: Trial, dtype: torch.dtype,
     kind: tuple[int, ...],
 ) -> Measured:  # fmt: skip
     """What is kept, or else measured now: by one thread of one process at a time, so that all agree."""
@@ -397,12 +398,11 @@ def _measure(
         if (found := known()) is not None:
             return found
         with kept.alone():
-            return known() or _measure_now(kept, key, op, names, work, dtype, kind)
+            return known() or _measure_now(kept, key, op, names, trial, dtype, kind)
 
 
 def _measure_now(
-    kept: Kept, key: str, op: str, names: tuple[str, ...], work: Callable[..., Any], dtype: torch.dtype,
-    kind: tuple[int, ...],
+    kept: Kept, key: str, op: str, names: tuple[str, ...], trial: Trial, dtype: torch.dtype, kind: tuple[int, ...],
 ) -> Measured:  # fmt: skip
     def tried(name: str) -> Callable[[], object]:
         made: list[Callable[[], object]] = []
@@ -410,15 +410,17 @@ def _measure_now(
         def run() -> None:
             _here.op, _here.name = op, name
             if not made:
-                made.append(work(dtype, *kind))
+                made.append(trial.work(dtype, *kind))
             made[0]()
 
         return run
 
     first, works = names[0], {name: tried(name) for name in names}
     seconds = seconds_of(works)
-    name = fastest(seconds) if first in seconds else first
-    if name != first and fastest(again := seconds_of(works)) != name:  # what noise has decided is not kept
+    name = fastest(seconds, trial.clearly) if first in seconds else first
+    if (
+        name != first and fastest(again := seconds_of(works), trial.clearly) != name
+    ):  # what noise has decided is not kept
         seconds, name = again, first
     if first not in seconds:  # it could not be measured: nothing is kept
         return Measured(first, {})
