@@ -27,7 +27,8 @@ pytestmark = pytest.mark.skipif(not COMPILER or not hasattr(os, "geteuid"), reas
 def copying(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A compiler that hands out what the real one made before: compiling takes seconds each time."""
     made = compiled.kernels()
-    assert made is not None
+    if made is None:
+        pytest.skip(compiled.status())  # VENEER_NATIVE=0
     script = tmp_path_factory.mktemp("compiler") / "cc"
     script.write_text(
         f"""#!/bin/sh
