@@ -185,7 +185,7 @@ def test_the_whole_command_with_a_side_in_its_own_process(gpu: Any, tmp_path: Pa
     assert {f.name for f in tmp_path.iterdir()} == {"a-cpu-dry-run.md", "a-cpu-dry-run.json"}
     with pytest.raises(SystemExit):
         gpu.main(["--only", "training"])
-    assert "--only has no 'training'; there are probe, tests, train, qlora, large" in capfd.readouterr().err
+    assert "--only has no training; there are probe, tests, train, qlora, large" in capfd.readouterr().err
 
 
 # -- what is wanted, and what is kept ----------------------------------------------------------------------------------
