@@ -34,17 +34,24 @@ from veneer.ops.sizes import power_of_2
 # -- rotary positions --------------------------------------------------------------------------------------------------
 
 
+@device_function
+def _place(cos, sin, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """Some heads of a token a program: (token, heads, places in half a head, which of them there are, cos, sin)."""
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    at = tl.arange(0, HALF)[None]
+    c = tl.load(cos + token * half + at, mask=at < half, other=0.0).to(tl.float32)
+    s = tl.load(sin + token * half + at, mask=at < half, other=0.0).to(tl.float32)
+    return token, head, at, (head < heads) & (at < half), c, s
+
+
 @kernel
 def _turn(
     x, y, cos, sin, x_token, x_head, y_token, y_head, heads, half, sign, HEADS: tl.constexpr, HALF: tl.constexpr
 ):  # fmt: skip
     """y₁ = x₁·cos − sign·x₂·sin, y₂ = x₂·cos + sign·x₁·sin: all heads of a token a program."""
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, HEADS)[:, None]
-    at = tl.arange(0, HALF)[None]
-    there = (head < heads) & (at < half)
-    c = tl.load(cos + token * half + at, mask=at < half, other=0.0).to(tl.float32)
-    s = tl.load(sin + token * half + at, mask=at < half, other=0.0).to(tl.float32) * sign
+    token, head, at, there, c, s = _place(cos, sin, heads, half, HEADS, HALF)
+    s = s * sign
     start = x + token * x_token + head * x_head + at
     one = tl.load(start, mask=there, other=0.0).to(tl.float32)
     two = tl.load(start + half, mask=there, other=0.0).to(tl.float32)
@@ -93,12 +100,7 @@ def _norm_turn(
 ):  # fmt: skip
     """y = turned(w ⊙ x/rms(x)), w the first row of weight: (2, 2·half) for the first `queries` heads, else the second.
     Some heads of a token a program."""
-    token = tl.program_id(0).to(tl.int64)
-    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
-    at = tl.arange(0, HALF)[None]
-    there = (head < heads) & (at < half)
-    c = tl.load(cos + token * half + at, mask=at < half, other=0.0).to(tl.float32)
-    s = tl.load(sin + token * half + at, mask=at < half, other=0.0).to(tl.float32)
+    token, head, at, there, c, s = _place(cos, sin, heads, half, HEADS, HALF)
     start = x + token * x_token + head * x_head + at
     one = tl.load(start, mask=there, other=0.0).to(tl.float32)
     two = tl.load(start + half, mask=there, other=0.0).to(tl.float32)
@@ -117,12 +119,7 @@ def _norm_turn_backward(
     HALF: tl.constexpr,
 ):  # fmt: skip
     """dx = r·a − x·r³·mean(a⊙x), a = w ⊙ (g turned back). weight: (2·half,); dx lies as x does."""
-    token = tl.program_id(0).to(tl.int64)
-    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
-    at = tl.arange(0, HALF)[None]
-    there = (head < heads) & (at < half)
-    c = tl.load(cos + token * half + at, mask=at < half, other=0.0).to(tl.float32)
-    s = tl.load(sin + token * half + at, mask=at < half, other=0.0).to(tl.float32)
+    token, head, at, there, c, s = _place(cos, sin, heads, half, HEADS, HALF)
     given = g + token * g_token + head * g_head + at
     one = tl.load(given, mask=there, other=0.0).to(tl.float32)
     two = tl.load(given + half, mask=there, other=0.0).to(tl.float32)
@@ -137,10 +134,10 @@ def _norm_turn_backward(
     tl.store(dx + start + half, rounded(r * (b - two * by), dx), mask=there)
 
 
-def _head_blocks(heads: int, dim: int) -> tuple[int, dict[str, int]]:
-    """Blocks of heads and their sizes: up to 2,048 values a program, which four warps hold in registers."""
+def _head_blocks(heads: int, dim: int) -> tuple[int, int]:
+    """Blocks of heads, and heads of one: up to 2,048 values a program, which four warps hold in registers."""
     block = min(power_of_2(heads), max(1, 2048 // power_of_2(dim)))
-    return block_count(heads, block), {"HEADS": block, "HALF": power_of_2(dim // 2)}
+    return block_count(heads, block), block
 
 
 class NormedTurnedHeads(torch.autograd.Function):
@@ -156,9 +153,10 @@ class NormedTurnedHeads(torch.autograd.Function):
         ctx.eps = eps
         n, both, dim = qkv.shape[0], qkv.shape[1] - kv, qkv.shape[2]
         turned = qkv.new_empty(n, both, dim)
-        blocks, constants = _head_blocks(both, dim)
+        blocks, block = _head_blocks(both, dim)
         strides = qkv.stride(0), qkv.stride(1), turned.stride(0), turned.stride(1)
         sizes = both, both - kv, dim // 2, float(eps)
+        constants = {"HEADS": block, "HALF": power_of_2(dim // 2)}
         run_kernel(_norm_turn, (n, blocks), qkv, turned, weight, cos, sin, *strides, *sizes, **constants)
         q, k = turned.split([both - kv, kv], dim=1)
         return q, k, qkv[:, both:]
@@ -170,7 +168,8 @@ class NormedTurnedHeads(torch.autograd.Function):
         d = torch.empty_like(qkv)
         into, x = d.split(parts, dim=1), qkv.split(parts, dim=1)
         for at, g in enumerate((_lying(dq), _lying(dk))):
-            blocks, constants = _head_blocks(parts[at], dim)
+            blocks, block = _head_blocks(parts[at], dim)
+            constants = {"HEADS": block, "HALF": power_of_2(dim // 2)}
             strides = g.stride(0), g.stride(1), x[at].stride(0), x[at].stride(1)
             given = g, x[at], into[at], weight[at], cos, sin, *strides, parts[at], dim // 2, float(ctx.eps)
             run_kernel(_norm_turn_backward, (n, blocks), *given, **constants)
@@ -279,9 +278,9 @@ class JointHeads(torch.autograd.Function):
 
 
 def _pair_blocks(heads: int, weight: Tensor | None, turn: Tensor | None, dim: int) -> tuple[int, dict[str, Any]]:
-    block = min(power_of_2(heads), max(1, 2048 // power_of_2(dim)))
+    blocks, block = _head_blocks(heads, dim)
     flags = {"NORMED": weight is not None, "TURNED": turn is not None}
-    return block_count(heads, block), {**flags, "HEADS": block, "D": max(2, power_of_2(dim))}
+    return blocks, {**flags, "HEADS": block, "D": max(2, power_of_2(dim))}
 
 
 def _weight_strides(weight: Tensor) -> tuple[int, int]:

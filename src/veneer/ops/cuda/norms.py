@@ -86,14 +86,21 @@ def _moments(parts, group, size, chunks, eps, BLOCK: tl.constexpr, CHUNKS: tl.co
 
 
 @device_function
-def _slopes(g, v, channel, there, weight, bias, mean, r, of_group):
-    """(x̂, a): a = w ⊙ silu'(z) ⊙ g, z = w ⊙ x̂ + b. of_group: the group's first channel."""
+def _slopes(
+    g, x, shift, weight, bias, parts, group, size, places, per, groups, chunks, eps, SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """(places in the group, which of them there are, x̂, a, 1/√(variance + ε)): a = w ⊙ silu'(z) ⊙ g, z = w ⊙ x̂ + b."""
+    at, there, v, channel = _chunk(x, shift, group, size, places, per, SHIFTED, BLOCK)
+    mean, r = _moments(parts, group, size, chunks, eps, BLOCK, CHUNKS)
+    gs = tl.load(g + group * size + at, mask=there, other=0.0).to(tl.float32)
+    of_group = group % groups * per
     w = tl.load(weight + of_group + channel, mask=there, other=0.0).to(tl.float32)
     b = tl.load(bias + of_group + channel, mask=there, other=0.0).to(tl.float32)
     normed = tl.where(there, (v - mean) * r, 0.0)
     z = normed * w + b
     s = tl.sigmoid(z)
-    return normed, g * w * s * (1.0 + z * (1.0 - s))
+    return at, there, normed, gs * w * s * (1.0 + z * (1.0 - s)), r
 
 
 @kernel
@@ -129,10 +136,9 @@ def _norm_silu_sums(
 ):  # fmt: skip
     """Σ a and Σ a ⊙ x̂ of a chunk."""
     group = tl.program_id(0).to(tl.int64)
-    at, there, v, channel = _chunk(x, shift, group, size, places, per, SHIFTED, BLOCK)
-    mean, r = _moments(parts, group, size, chunks, eps, BLOCK, CHUNKS)
-    gs = tl.load(g + group * size + at, mask=there, other=0.0).to(tl.float32)
-    normed, a = _slopes(gs, v, channel, there, weight, bias, mean, r, group % groups * per)
+    _, _, normed, a, _ = _slopes(
+        g, x, shift, weight, bias, parts, group, size, places, per, groups, chunks, eps, SHIFTED, BLOCK, CHUNKS
+    )
     into = sums + (group * chunks + tl.program_id(1)) * 2
     tl.store(into, tl.sum(a, 0))
     tl.store(into + 1, tl.sum(a * normed, 0))
@@ -145,10 +151,9 @@ def _norm_silu_backward(
 ):  # fmt: skip
     """dx = r·(a − mean(a) − x̂·mean(a ⊙ x̂))"""
     group = tl.program_id(0).to(tl.int64)
-    at, there, v, channel = _chunk(x, shift, group, size, places, per, SHIFTED, BLOCK)
-    mean, r = _moments(parts, group, size, chunks, eps, BLOCK, CHUNKS)
-    gs = tl.load(g + group * size + at, mask=there, other=0.0).to(tl.float32)
-    normed, a = _slopes(gs, v, channel, there, weight, bias, mean, r, group % groups * per)
+    at, there, normed, a, r = _slopes(
+        g, x, shift, weight, bias, parts, group, size, places, per, groups, chunks, eps, SHIFTED, BLOCK, CHUNKS
+    )
     part = tl.arange(0, CHUNKS)
     start = sums + (group * chunks + part) * 2
     plain = tl.sum(tl.load(start, mask=part < chunks, other=0.0), 0) / size
@@ -166,9 +171,8 @@ class NormSilu:
     @staticmethod
     def forward(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
         y = torch.empty_like(x)
-        grid, sizes, parts = _grouped(x, shift, groups)
-        constants = {"SHIFTED": shift is not None, "BLOCK": CHUNK, "CHUNKS": power_of_2(grid[1]), "num_warps": 8}
-        run_kernel(_norm_silu, grid, x, shift, weight, bias, parts, y, *sizes, groups, grid[1], float(eps), **constants)
+        grid, parts, sizes, constants = _grouped(x, shift, groups)
+        run_kernel(_norm_silu, grid, x, shift, weight, bias, parts, y, *sizes, float(eps), **constants)
         return y
 
     @staticmethod
@@ -176,22 +180,22 @@ class NormSilu:
         g: Tensor, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
     ) -> Tensor:
         dx = torch.empty_like(x)
-        grid, sizes, parts = _grouped(x, shift, groups)
-        sums = torch.empty_like(parts)
-        constants = {"SHIFTED": shift is not None, "BLOCK": CHUNK, "CHUNKS": power_of_2(grid[1]), "num_warps": 8}
-        given, rest = (g, x, shift, weight, bias, parts, sums), (*sizes, groups, grid[1], float(eps))
-        run_kernel(_norm_silu_sums, grid, *given, *rest, **constants)
-        run_kernel(_norm_silu_backward, grid, *given, dx, *rest, **constants)
+        grid, parts, sizes, constants = _grouped(x, shift, groups)
+        given = g, x, shift, weight, bias, parts, torch.empty_like(parts)
+        run_kernel(_norm_silu_sums, grid, *given, *sizes, float(eps), **constants)
+        run_kernel(_norm_silu_backward, grid, *given, dx, *sizes, float(eps), **constants)
         return dx
 
 
-def _grouped(x: Tensor, shift: Tensor | None, groups: int) -> tuple[tuple[int, int], tuple[int, int, int], Tensor]:
-    """(groups of all pictures, chunks of each), (values of a group, of a channel, channels of a group), and what
-    `_moments` reads, made."""
+def _grouped(
+    x: Tensor, shift: Tensor | None, groups: int
+) -> tuple[tuple[int, int], Tensor, tuple[int, int, int, int, int], dict[str, int]]:
+    """(groups of all pictures, chunks of each), what `_moments` reads, made, (values of a group, of a channel, channels
+    of a group, groups of a picture, chunks), and constants."""
     n, channels = x.shape[:2]
     places, per = x.numel() // max(n * channels, 1), channels // groups
-    grid = n * groups, block_count(places * per, CHUNK)
-    parts = torch.empty(*grid, 2, dtype=torch.float32, device=x.device)
+    size, chunks = places * per, block_count(places * per, CHUNK)
+    parts = torch.empty(n * groups, chunks, 2, dtype=torch.float32, device=x.device)
     constants = {"SHIFTED": shift is not None, "BLOCK": CHUNK, "num_warps": 8}
-    run_kernel(_group_parts, grid, x, shift, parts, places * per, places, per, grid[1], **constants)
-    return grid, (places * per, places, per), parts
+    run_kernel(_group_parts, (n * groups, chunks), x, shift, parts, size, places, per, chunks, **constants)
+    return (n * groups, chunks), parts, (size, places, per, groups, chunks), {**constants, "CHUNKS": power_of_2(chunks)}
