@@ -17,7 +17,7 @@ from fastapi import APIRouter, FastAPI
 
 from veneer.library.library import Library, open_library
 from veneer.serve.access import KeyAccess, OpenAccess, Tenancy
-from veneer.serve.checks import refuse_idle, refuse_ledger, refuse_twice_rounded
+from veneer.serve.checks import refuse_idle, refuse_ledger
 from veneer.serve.http.app import create_app
 from veneer.serve.http.prompts import TokenizedBase
 from veneer.serve.http.service import Service
@@ -67,7 +67,6 @@ def _build_texts(settings: ServeSettings, say: Callable[[str], None]) -> Applica
     from veneer.models.text.base import load_text
     from veneer.serve.engine.engine import TextEngine
 
-    refuse_twice_rounded(settings)
     tenancy = tenancy_of(settings, say)
     base = load_text(
         settings.base, dtype=settings.dtype, device=settings.device, quantise=settings.quantise, say=say

@@ -44,7 +44,7 @@ def check_settings(settings: ServeSettings) -> None:
             )
     if settings.admin_key is not None:
         admin_hash(settings.admin_key)
-    refuse_twice_rounded(settings)
+    _refuse_twice_rounded(settings)
     _check_fleet(settings)
     kind = _kind_here(settings)
     if kind is not None:
@@ -113,7 +113,7 @@ def refuse_ledger(ledger: LedgerSettings) -> None:
             raise ConfigError(what, where=option, fix="leave it out, or name a database with --tenants")
 
 
-def refuse_twice_rounded(settings: ServeSettings) -> None:
+def _refuse_twice_rounded(settings: ServeSettings) -> None:
     """Raises ConfigError where two options say how a base's weights are kept."""
     if settings.quantise is not None and settings.engine.weights != "dense":
         raise ConfigError(
