@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 # C0 and C1 controls and DEL; the overrides, embeddings and isolates of direction; the line and paragraph separators;
 # halves of surrogate pairs, which no terminal can print. The marks that right-to-left text needs (U+200E, 200F, 061C)
@@ -53,6 +53,11 @@ def bullets(lines: Iterable[str], most: int | None = 20) -> str:
     lines = list(lines)
     more = [] if most is None or len(lines) <= most else [f"  … and {len(lines) - most} more"]
     return "\n".join([*(f"  - {line}" for line in lines[:most]), *more])
+
+
+def first_few(items: Sequence[object], most: int) -> str:
+    """The first of them, with commas between, and how many more there are."""
+    return ", ".join(map(str, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def gigabytes(count: float) -> str:

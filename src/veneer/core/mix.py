@@ -43,7 +43,7 @@ from veneer.core.truncate import (
     thin_svd,
     truncated,
 )
-from veneer.errors import AdapterError, bullets
+from veneer.errors import AdapterError, bullets, first_few
 
 METHODS = ("sum", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties", "orthogonal")
 _ENTRYWISE = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
@@ -241,11 +241,6 @@ def mix(
     return _Mix(adapters, method, bound, density, seed, dtype, weights or (lambda name: None)).run()
 
 
-def _some(names: Sequence[str], most: int = 3) -> str:
-    """The first of these names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 @dataclass
 class _Mix:
     adapters: Sequence[tuple[Adapter, float]]
@@ -277,7 +272,7 @@ class _Mix:
                     why = error.what + (f" ({error.fix})" if error.fix else "")
                     self.problems.setdefault(why, []).append(name)
         if self.problems:
-            lines = [f"{_some(names)}: {why}" for why, names in self.problems.items()]
+            lines = [f"{first_few(names, 3)}: {why}" for why, names in self.problems.items()]
             raise AdapterError(f"these adapters do not mix:\n{bullets(lines, None)}")
         return self.out
 

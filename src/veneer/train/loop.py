@@ -30,7 +30,7 @@ from typing import Any, Protocol, overload
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import Interrupted, PreflightError, ResourceError, TrainingError, lacks_memory
+from veneer.errors import Interrupted, PreflightError, ResourceError, TrainingError, first_few, lacks_memory
 from veneer.ops.cpu.memory import peak_resident
 from veneer.ops.cpu.sharing import shared
 from veneer.train.ahead import Ahead
@@ -40,6 +40,7 @@ from veneer.train.events import Evaluated, Listener, Probed, Saved, Stepped, Sto
 from veneer.train.optim import Schedule
 
 _RECENT = 20
+_SHOWN = 12  # rows that a message names
 _LENGTHS = {"tokens": "data.max_length", "pictures": "data.resolution"}
 
 
@@ -299,7 +300,7 @@ def _one_step(loop: _Loop, step: Step) -> None:
     progress, began = loop.progress, time.perf_counter()
     number, before = progress.step + 1, rng_state()
     if step.trained == 0:
-        raise TrainingError(f"step {number} has no trained token", where=f"rows {_some(step.rows)}")
+        raise TrainingError(f"step {number} has no trained token", where=f"rows {first_few(step.rows, _SHOWN)}")
     loop.optimizer.zero_grad(set_to_none=True)
     loop.learner.begin_step(step)
     micros = [micro for micro in step.micros if micro.trained]
@@ -397,7 +398,7 @@ def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micr
     rows = tuple(row for micro in (bad or micros) for row in micro.rows)
     raise TrainingError(
         what,
-        where=f"rows {_some(rows)}",
+        where=f"rows {first_few(rows, _SHOWN)}",
         fix="look at these rows; lower optimizer.learning_rate, or lengthen schedule.warmup. "
         f"Steps 1 to {progress.step} were good; no later state was saved",
     )
@@ -476,7 +477,7 @@ def probe(learner: Learner, micros: Iterable[Micro], on_event: Listener) -> Prob
             if not math.isfinite(value.item()):
                 raise PreflightError(
                     f"the loss of the longest batch is {value.item()} before any training",
-                    where=f"rows {_some(longest.rows)}",
+                    where=f"rows {first_few(longest.rows, _SHOWN)}",
                     fix="look at these rows, or load the base in float32 (base.dtype=float32)",
                 )
             if value.requires_grad:
@@ -507,7 +508,7 @@ def memory_errors(micro: Micro) -> Iterator[None]:
             raise
         raise ResourceError(
             f"out of memory on a batch of {micro.tokens} {micro.unit}",
-            where=f"rows {_some(micro.rows)}",
+            where=f"rows {first_few(micro.rows, _SHOWN)}",
             fix=f"lower {_LENGTHS[micro.unit]} or batching.micro_rows, or set memory.activation_checkpointing=on",
         ) from error
 
@@ -550,8 +551,3 @@ def _signals() -> Iterator[_Asked]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _some(rows: Sequence[int | str], most: int = 12) -> str:
-    shown = ", ".join(map(str, rows[:most]))
-    return shown + (f" and {len(rows) - most} more" if len(rows) > most else "")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from veneer.errors import BaseError, MissingExtraError, bullets, lacks_memory
+from veneer.errors import BaseError, MissingExtraError, bullets, first_few, lacks_memory
 from veneer.files.weights import COMPONENT_STEMS, StoredTensor, component_files, file_table, stored_dtype
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.device import check_memory, choose_device, choose_dtype
@@ -433,7 +433,7 @@ def read_single_file(
     with errors_only():
         unused = _unused(table, {name: parts[name] for name in held})
     if unused:
-        shown = ", ".join(unused[:6]) + (f" and {len(unused) - 6} more" if len(unused) > 6 else "")
+        shown = first_few(unused, 6)
         notes.append(f"{len(unused)} of the file's {len(table)} tensors have no place and are left out: {shown}")
     fields = {n: _fields_of(p) for n, p in parts.items() if isinstance(p, nn.Module)}
     digest = fingerprint_parts({"file": (fields, table), **{n: ({}, t) for n, t in tables.items() if n != "file"}})

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from veneer.errors import first_few
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.near_duplicates import near_duplicates
 from veneer.train.image.pictures import AboutPictures, TrainingPicture
@@ -110,8 +111,7 @@ def _buckets(
     pictures: Sequence[TrainingPicture], about: AboutPictures, plan: PicturePlan, settings: ImageDataSection
 ) -> Iterator[Finding]:
     sizes = [f"{w} x {h}: {count:,}" for (w, h), count in plan.sizes.items()]
-    more = f" and {len(sizes) - 12} more" if len(sizes) > 12 else ""
-    text = f"{len(sizes):,} in steps of {plan.step} pixels (width x height: rows) {', '.join(sizes[:12])}{more}"
+    text = f"{len(sizes):,} in steps of {plan.step} pixels (width x height: rows) {first_few(sizes, 12)}"
     yield Finding("ok", "buckets", text)
     if plan.small:
         what = {"keep": "kept at their own size", "upscale": "enlarged", "drop": "left out"}[settings.small]
