@@ -10,21 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from veneer.ops.cpu import build, compiled, selftest
 from veneer.ops.lowrank import LowRank
+from veneer.serve.forward.panels import Panels
 
 HERE = Path(compiled.__file__).parent
 SOURCES = [HERE / name for name in compiled.SOURCES]
 COMPILER = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), "")
-EMULATED = ["-D_GNU_SOURCE", "-include", str(Path(__file__).parent / "avx512_bf16.h")]
+EMULATED = ["-D_GNU_SOURCE", "-include", str(Path(__file__).parent / "avx512_bf16.h"), "-DVENEER_EMULATE_AMX"]
 
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C compiler")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All kernels, AVX512-BF16's made of plain AVX-512 where the processor has no more; as many as there can be."""
+    """All kernels, AVX512-BF16's made of plain AVX-512 where the processor has no more, AMX's of C; as many as there
+    can be."""
     target = tmp_path_factory.mktemp("whole") / "native.so"
     build.compile_kernels(COMPILER, SOURCES, target, EMULATED if "AVX512BW" in torch_features() else [])
     return target
@@ -54,6 +57,36 @@ def test_a_check_sees_a_kernel_that_does_nothing(whole: Path, name: str) -> None
         pytest.skip("not compiled for this processor")
     setattr(library, name, lambda *arguments: 0)
     assert selftest.wrong(library, name) == "disagrees with torch on this machine"
+
+
+@pytest.mark.parametrize("name", ["panel_product", "amx_panel_product"])
+@pytest.mark.parametrize(
+    ("out", "n", "pack"),
+    [(112, 326, Panels.of), (80, 1120, Panels.of), (80, 1120, Panels.int8), (80, 1120, Panels.int4)],
+)
+def test_a_row_has_the_same_bits_in_any_batch(
+    whole: Path, name: str, out: int, n: int, pack: Callable[[Tensor], Panels]
+) -> None:
+    """Last panels and tiles that are not full, sums of several pieces of codes; one, two and more tiles of rows."""
+    library = compiled.bound(whole)
+    if not library.has(name):
+        pytest.skip("not compiled for this processor")
+    g = torch.Generator().manual_seed(0)
+    w, x = torch.randn(out, n, generator=g).bfloat16(), torch.randn(70, n, generator=g).bfloat16()
+    matrix = pack(w)
+
+    def product(rows: Tensor, threads: int) -> Tensor:
+        y = rows.new_empty(len(rows), out)
+        at = rows.data_ptr(), len(rows), n, matrix.pointers.data_ptr(), None, y.data_ptr(), out, 0, threads
+        getattr(library, name)(*at)
+        return y
+
+    whole_batch = product(x, 1)
+    want = x.double() @ matrix.dense().double().t()
+    assert (whole_batch.double() - want).abs().max() <= 0.006 * want.abs().max()
+    for first, count in ((0, 1), (3, 2), (5, 7), (9, 16), (20, 17), (11, 32), (30, 40)):
+        part = product(x[first : first + count].contiguous(), 2)
+        assert torch.equal(part, whole_batch[first : first + count])
 
 
 def test_a_check_sees_a_kernel_that_writes_past_its_end(whole: Path) -> None:

@@ -59,6 +59,7 @@ _PRODUCTS: dict[str, list[Any]] = {
     "thin_through": [_pointer, _int, *[_pointer] * 3, *[_int64] * 3, _int],
     "thin_gradients": [_pointer, _int, *[_pointer] * 6, *[_int64] * 3, _int],
 }
+_PANELS = [_pointer, *[_int64] * 2, *[_pointer] * 3, _int64, _int, _int]
 _SERVING: dict[str, list[Any]] = {
     "thin_rows": [
         _pointer, _int64, _pointer, _int64, _pointer, _int64, _pointer, _pointer, _pointer, _pointer, _int64, _int
@@ -71,13 +72,16 @@ _SERVING: dict[str, list[Any]] = {
         _pointer, _int64, _pointer, *[_int64] * 3, _pointer, _pointer, _int64, _pointer, _int64, _pointer, _pointer,
         _float, _float, _int64, _int64, _int
     ],
-    "panel_product": [_pointer, *[_int64] * 2, *[_pointer] * 3, _int64, _int, _int],
+    "panel_product": _PANELS,
+    "amx_panel_product": _PANELS,
     "decode": [
         _pointer, _int64, _pointer, _int64, *[_pointer] * 7, _int64, _pointer, _int64, _int64, _pointer, _int64,
         *[_pointer] * 4, _int64, _pointer, _int
     ],
 }  # fmt: skip
 """What only a processor with AVX512-BF16 has."""
+_AMX = ("amx_panel_product",)
+"""What wants AMX beside it, which the system grants a process that asks."""
 _ROWS = [_pointer, _int64, *[_pointer] * 3, *[_int64] * 4, _float, _int64, _int]
 _TILES: dict[str, list[Any]] = {
     "rows_attend": [*_ROWS, _pointer, _pointer, _int],
@@ -92,7 +96,7 @@ _WIDE = ("rows_attend", "rows_attend_backward")
 SIGNATURES = _EVERYWHERE | _PRODUCTS | _SERVING | _TILES
 """Every kernel that there may be, by the name of its C function -> the types of its arguments."""
 SOURCES = ("native.c", "quantised.c", "serving.c", "decoder.c", "threads.c", "tiles.c")
-HEADERS = ("bf16.h", "serving.h")
+HEADERS = ("bf16.h", "serving.h", "amx.h")
 _reason = "not looked for yet"
 
 
@@ -127,6 +131,8 @@ def bound(path: str | Path, without: Iterable[str] = ()) -> Kernels:
     compiled.use_products.argtypes, compiled.use_products.restype = [_pointer] * 3, None
     compiled.use_products(*products)
     not_here = {name for name in _TILES if products[name not in _WIDE] is None}.union(without)
+    if not compiled.amx_granted():
+        not_here.update(_AMX)
     for name, arguments in SIGNATURES.items():
         function = getattr(compiled, name, None)
         if function is None and name in _EVERYWHERE:
@@ -240,6 +246,8 @@ def why_missing(*names: str) -> str:
         why = f"the self-test failed ({', '.join(failed)})"
     elif all(name in _TILES for name in gone):
         why = "there are no products of libtorch's own for it on this processor"
+    elif all(name in _AMX for name in gone):
+        why = "this processor has no AMX, or the system keeps it"
     else:
         why = "this processor has no AVX512-BF16"
     return f"no compiled {', '.join(gone)}: {why}"

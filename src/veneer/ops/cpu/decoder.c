@@ -5,16 +5,17 @@
    waking the other threads than into the products; here they meet at barriers, and nobody sleeps. Arithmetic is float32
    inside and rounded where plan.py rounds. A row's result depends neither on the other rows nor on the number of threads. */
 
+#include "amx.h"
 #include "serving.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
 const int has_decoder = 1;
 
-enum { PANEL = 64, ROWS = 64, DEEP = 1024, CHUNK = 512, FEW = 8, SOON = 4096 };
+enum { PANEL = 64, ROWS = 64, DEEP = 1024, CHUNK = 512, NEAR = 128, FEW = 8, SOON = 4096 };
 /* Pairs along the inputs: DEEP to a sum in registers, CHUNK that are made again of codes at once, for the second cache. Up to
    FEW rows multiply by codes as they are made; for more, the next ones are made between the products of a tile, and codes
-   SOON bytes on are asked for. */
+   SOON bytes on are asked for. In tiles sums stay where they are, and few rows have NEAR pairs at once, for the first cache. */
 
 /* W (out, in) in panels of 64 rows, by what its numbers are:
      DENSE   bf16                             (out / 64, in / 2, 64, 2)
@@ -28,11 +29,12 @@ enum { PANEL = 64, ROWS = 64, DEEP = 1024, CHUNK = 512, FEW = 8, SOON = 4096 };
    Of EIGHT and FOUR `size` inputs of a row, 8, 16, 32 or 64, share scale and zero, which lie by `constants`:
      ONE     scale, float32                   (out / 64, in / size, 64); zero is 0
      TWO     scale, then zero, float32        (out / 64, in / size, 2, 64)
-     PAIR    scale and zero in bf16           (out / 64, in / size, 64, 2) */
+     PAIR    scale and zero in bf16           (out / 64, in / size, 64, 2)
+   `tiles`: whether AMX multiplies. Its sums are in another order, so all rows go one way or the other. */
 enum { DENSE, ROWS8, EIGHT, FOUR };
 enum { ONE, TWO, PAIR };
 typedef struct {
-    i64 kind, size, constants;
+    i64 kind, size, constants, tiles;
     const void *codes, *scales;
     const void *table;
 } matrix;
@@ -314,6 +316,138 @@ static inline __attribute__((always_inline)) void rest_ahead(const i64 kind, ahe
 
 static void finish_ahead(ahead *job) { BY_KIND(rest_ahead, job->w->kind, job) }
 
+#if HAS_TILES
+enum { TILE = 16, TWO_TILES = 32 };
+
+/* Tiles for `m` rows of x. Up to sixteen: 0 … 3 sums of sixteen columns each, 4 x, 5 … 7 W. Up to 32: 0 and 1 sums of
+   the first sixteen rows by 32 columns, 2 and 3 of the others, 4 and 5 x, 6 and 7 W. */
+static void shape_tiles(i64 m) {
+    tile_shapes shapes = {.palette = 1};
+    int low = m <= TILE;
+    for (int t = 0; t < 8; t++) shapes.bytes[t] = 64, shapes.rows[t] = TILE;
+    for (int t = low ? 0 : 2; t < 4; t++) shapes.rows[t] = (uint8_t)(low ? m : m - TILE);
+    shapes.rows[low ? 4 : 5] = shapes.rows[3];
+    tile_configure(&shapes);
+}
+
+/* What is two products on is asked for: nobody sees that a tile's rows, 256 bytes apart, are those of a stream. */
+static inline void ask_ahead(const uint32_t *b, int J) {
+    for (int p = 0; p < TILE; p++)
+        for (int j = 0; j < J; j++) _mm_prefetch((const char *)(b + p * PANEL + 16 * j) + 2 * SOON, _MM_HINT_T0);
+}
+
+static inline void step_low(const uint32_t *a, i64 lda, const uint32_t *b, int J) {
+    const i64 ldb = PANEL * 4;
+    tile_load(4, a, lda * 4);
+    tile_load(5, b, ldb);
+    tile_product(0, 4, 5);
+    if (J > 1) {
+        tile_load(6, b + 16, ldb);
+        tile_product(1, 4, 6);
+    }
+    if (J > 2) {
+        tile_load(7, b + 32, ldb);
+        tile_product(2, 4, 7);
+    }
+    if (J > 3) {
+        tile_load(5, b + 48, ldb);
+        tile_product(3, 4, 5);
+    }
+}
+
+static inline void step_high(const uint32_t *a, i64 lda, const uint32_t *b, int both_columns) {
+    const i64 ldb = PANEL * 4;
+    tile_load(6, b, ldb);
+    tile_load(4, a, lda * 4);
+    tile_load(5, a + TILE * lda, lda * 4);
+    tile_product(0, 4, 6);
+    tile_product(2, 5, 6);
+    if (both_columns) {
+        tile_load(7, b + 16, ldb);
+        tile_product(1, 4, 7);
+        tile_product(3, 5, 7);
+    }
+}
+
+/* `tile` for m rows, up to 32, of tiles shaped for them: sixteen pairs at a time, the last ones beside zeros. */
+static void product_in_tiles(i64 m, int J, const uint32_t *a, i64 lda, const uint32_t *b, i64 pairs_in, float *c, int add,
+                             int from_memory) {
+    const i64 ldc = PANEL * 4;
+    i64 whole = pairs_in / TILE * TILE, rest = pairs_in - whole;
+    uint32_t a_rest[TWO_TILES * TILE], b_rest[TILE * PANEL];
+    if (rest) {
+        memset(a_rest, 0, sizeof a_rest), memset(b_rest, 0, sizeof b_rest);
+        for (i64 r = 0; r < m; r++) memcpy(a_rest + r * TILE, a + r * lda + whole, rest * sizeof *a);
+        for (i64 p = 0; p < rest; p++) memcpy(b_rest + p * PANEL, b + (whole + p) * PANEL, 16 * J * sizeof *b);
+    }
+    if (m <= TILE) {
+        if (add) {
+            tile_load(0, c, ldc);
+            if (J > 1) tile_load(1, c + 16, ldc);
+            if (J > 2) tile_load(2, c + 32, ldc);
+            if (J > 3) tile_load(3, c + 48, ldc);
+        } else {
+            tile_zero(0);
+            tile_zero(1);
+            tile_zero(2);
+            tile_zero(3);
+        }
+        for (i64 p = 0; p < whole; p += TILE) {
+            if (from_memory) ask_ahead(b + p * PANEL, J);
+            step_low(a + p, lda, b + p * PANEL, J);
+        }
+        if (rest) step_low(a_rest, TILE, b_rest, J);
+        tile_store(0, c, ldc);
+        if (J > 1) tile_store(1, c + 16, ldc);
+        if (J > 2) tile_store(2, c + 32, ldc);
+        if (J > 3) tile_store(3, c + 48, ldc);
+        return;
+    }
+    float *below = c + TILE * PANEL;
+    for (int j = 0; j < J; j += 2) {
+        int both_columns = j + 1 < J;
+        if (add) {
+            tile_load(0, c + 16 * j, ldc);
+            tile_load(2, below + 16 * j, ldc);
+            if (both_columns) {
+                tile_load(1, c + 16 * j + 16, ldc);
+                tile_load(3, below + 16 * j + 16, ldc);
+            }
+        } else {
+            tile_zero(0);
+            tile_zero(1);
+            tile_zero(2);
+            tile_zero(3);
+        }
+        for (i64 p = 0; p < whole; p += TILE) {
+            if (from_memory && j == 0) ask_ahead(b + p * PANEL, J);
+            step_high(a + p, lda, b + p * PANEL + 16 * j, both_columns);
+        }
+        if (rest) step_high(a_rest, TILE, b_rest + 16 * j, both_columns);
+        tile_store(0, c + 16 * j, ldc);
+        tile_store(2, below + 16 * j, ldc);
+        if (both_columns) {
+            tile_store(1, c + 16 * j + 16, ldc);
+            tile_store(3, below + 16 * j + 16, ldc);
+        }
+    }
+}
+
+/* The same for up to ROWS rows. A row's sums do not depend on how many there are. */
+static void rows_in_tiles(i64 m, int J, const uint32_t *a, i64 lda, const uint32_t *b, i64 pairs_in, float *c, int add,
+                          int from_memory) {
+    for (i64 r = 0, own; r < m; r += own) {
+        own = m - r < TWO_TILES ? m - r : TWO_TILES;
+        shape_tiles(own);
+        product_in_tiles(own, J, a + r * lda, lda, b, pairs_in, c + r * PANEL, add, from_memory && r == 0);
+    }
+}
+
+int amx_granted(void) { return tiles_granted(); }
+#else
+int amx_granted(void) { return 0; }
+#endif
+
 /* y, or what is added to it, of sums of m rows and 16 J columns. */
 static void put_sums(const float *c, i64 m, int J, const matrix *w, const bf16 *bias, bf16 *y, i64 ldy, int onto, i64 at) {
     for (i64 r = 0; r < m; r++)
@@ -339,12 +473,15 @@ static void columns(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *b
     uint32_t made[2][CHUNK * PANEL] __attribute__((aligned(64)));
     const uint32_t *xs = (const uint32_t *)x;
     i64 half = in / 2, most = w->kind == DENSE ? DEEP : CHUNK;
+#if HAS_TILES
+    if (w->tiles) most = w->kind == DENSE ? half : n <= TWO_TILES ? NEAR : CHUNK;
+#endif
     int turn = 0, ready = 0; /* whether made[turn] has the next chunk */
     for (i64 at = from, width; at < to; at += width) {
         i64 within = at % PANEL, row = at / PANEL * half;
         width = PANEL - within < to - at ? PANEL - within : to - at;
         int J = (int)(width / 16);
-        if (w->kind != DENSE && J == 4 && n > 0 && n <= FEW) {
+        if (w->kind != DENSE && !w->tiles && J == 4 && n > 0 && n <= FEW) {
             i64 first = w->kind == ROWS8 && n > 4 ? 4 : n; /* its table leaves room for no more sums */
             few_rows_of[first](xs, half, w, row, half, c);
             if (first < n) few_rows_of[n - first](xs + first * half, half, w, row, half, c + first * PANEL);
@@ -363,9 +500,15 @@ static void columns(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *b
                     turn = !turn;
                     i64 after = k + deep < half ? k + deep : 0, then = after || r0 + ROWS < n ? at : at + width;
                     i64 long_ = half - after < most ? half - after : most;
-                    ready = J == 4 && m > FEW && then + PANEL <= to && long_ % 4 == 0;
+                    ready = !w->tiles && J == 4 && m > FEW && then + PANEL <= to && long_ % 4 == 0;
                     if (ready) job = (ahead){w, then / PANEL * half + after, 0, long_, made[turn]};
                 }
+#if HAS_TILES
+                if (w->tiles) {
+                    rows_in_tiles(m, J, xs + r0 * half + k, half, b, deep, c, k > 0, w->kind == DENSE && r0 == 0);
+                    continue;
+                }
+#endif
                 for (i64 r = 0; r < m; r += 4) {
                     const uint32_t *a = xs + (r0 + r) * half + k;
                     float *sums = c + r * PANEL;
@@ -383,6 +526,9 @@ static void columns(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *b
             put_sums(c, m, J, w, bias, y + r0 * ldy, ldy, onto, at);
         }
     }
+#if HAS_TILES
+    if (w->tiles) tile_release();
+#endif
 }
 
 static void product_inside(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *bias, bf16 *y, i64 out, int onto) {
@@ -397,6 +543,16 @@ void panel_product(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *bi
 #pragma omp parallel num_threads(threads)
     product_inside(x, n, in, w, bias, y, out, onto);
 }
+
+#if HAS_TILES
+/* The same in tiles, whatever `w` says. */
+void amx_panel_product(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *bias, bf16 *y, i64 out, int onto,
+                       int threads) {
+    matrix own = *w;
+    own.tiles = 1;
+    panel_product(x, n, in, &own, bias, y, out, onto, threads);
+}
+#endif
 
 static void norm_inside(const bf16 *x, const bf16 *w, bf16 *y, i64 n, i64 dim, float eps) {
     i64 from, to;
@@ -468,4 +624,5 @@ int decode(bf16 *x, i64 n, const i64 *layers, i64 count, const i64 *sizes, const
 
 #else
 const int has_decoder = 0;
+int amx_granted(void) { return 0; }
 #endif

@@ -8,10 +8,11 @@ formula element by element; results are made between two margins that must be as
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -899,7 +900,12 @@ class _Matrix(NamedTuple):
     @classmethod
     def _made(cls, kind: int, size: int, constants: int, held: list[Tensor], dense: Tensor) -> _Matrix:
         own = [*at(*held), None, None][:3]
-        return cls(torch.tensor([kind, size, constants, *(p or 0 for p in own)]), held, dense.double())
+        return cls(torch.tensor([kind, size, constants, 0, *(p or 0 for p in own)]), held, dense.double())
+
+    def in_tiles(self, tiles: bool) -> _Matrix:
+        pointers = self.pointers.clone()
+        pointers[3] = tiles
+        return self._replace(pointers=pointers)
 
 
 def _scales(bench: Bench, out: int, groups: int) -> Tensor:
@@ -924,19 +930,28 @@ def _panels(W: Tensor) -> Tensor:
     return F.pad(W, (0, 0, 0, -out % 64)).view(-1, 64, n // 2, 2).permute(0, 2, 1, 3).contiguous()
 
 
-@_kernel_check("panel_product")
-def _panel_product(bench: Bench) -> Iterator[Same]:
-    for kind in _MATRICES:
-        w = _Matrix.of(bench, kind, 80, 192)
-        for rows in (0, 1, 2, 3, 7, 70):
-            x, y = bench.normal(rows, 192), bench.normal(rows, 80)
+def _panel_products(bench: Bench, product: Any, inputs: int, kinds: Sequence[tuple[int, int, int]]) -> Iterator[Same]:
+    for kind in kinds:
+        w = _Matrix.of(bench, kind, 80, inputs)
+        for rows in (0, 1, 2, 3, 7, 17, 70):
+            x, y = bench.normal(rows, inputs), bench.normal(rows, 80)
             for bias, onto in ((None, 0), (bench.normal(80), 0), (None, 1)):
                 got = bench.room(like=y)
-                bench.library.panel_product(
-                    x.data_ptr(), rows, 192, *at(w.pointers, bias, got), 80, onto, _THREADS
-                )  # fmt: skip
+                product(x.data_ptr(), rows, inputs, *at(w.pointers, bias, got), 80, onto, _THREADS)
                 want = x.double() @ w.dense.T + (0 if bias is None else bias.double())
                 yield Same(got, want.to(_BF16).double() + y.double() if onto else want, 2**-6, 2**-6)
+
+
+@_kernel_check("panel_product")
+def _panel_product(bench: Bench) -> Iterator[Same]:
+    yield from _panel_products(bench, bench.library.panel_product, 192, _MATRICES)
+
+
+@_kernel_check("amx_panel_product")
+def _amx_panel_product(bench: Bench) -> Iterator[Same]:
+    """Of inputs that are more than one piece of codes, and of some that do not fill their last tile."""
+    for inputs, kinds in ((320, _MATRICES), (200, (_MATRICES[0], _MATRICES[1], (3, 8, 0)))):
+        yield from _panel_products(bench, bench.library.amx_panel_product, inputs, kinds)
 
 
 @_kernel_check("decode")
@@ -959,7 +974,10 @@ def _decode(bench: Bench) -> Iterator[Same]:
         kinds = (_MATRICES * 2)[first : first + 4]
         qkv, out, gate_up, down = (_Matrix.of(bench, kind, *of) for kind, of in zip(kinds, shapes, strict=True))
         x = bench.normal(7, dim)
-        for adapted in (False, True):
+        for adapted, tiles in itertools.product((False, True), (False, True)):
+            if tiles and not bench.library.has("amx_panel_product"):
+                continue
+            qkv, out, gate_up, down = (w.in_tiles(tiles) for w in (qkv, out, gate_up, down))
             K, V = (bench.room(like=t) for t in c.pages(torch.cat(c.k), torch.cat(c.v)))
             fields = at(
                 norm, qkv.pointers, b_qkv, q_norm, k_norm, out.pointers, b_out, after, gate_up.pointers, down.pointers

@@ -86,7 +86,7 @@ class Panels:
     def pointers(self) -> Tensor:
         """decoder.c's `matrix`."""
         own = [0 if t is None else t.data_ptr() for t in (self.codes, self.scales, self.table)]
-        return torch.tensor([self.kind, self.size, self.constants, *own])
+        return torch.tensor([self.kind, self.size, self.constants, 0, *own])
 
     @property
     def columns(self) -> int:
