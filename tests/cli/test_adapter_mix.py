@@ -75,3 +75,14 @@ def test_what_is_wrong_is_said_without_a_traceback(here, capsys):
         assert words in ran.err
         assert "Traceback" not in ran.err
         assert not (here / "m").exists()
+
+
+def test_a_strength_and_a_mix_that_no_number_holds_are_said_by_name(here, capsys):
+    ran = run(capsys, "adapter", "mix", "runs/style:1e300", "runs/product", "-o", "m")
+    assert ran.code == 2
+    assert "the strength of 'runs/style' is 1e+300" in ran.err
+    peft.write_folder(linear_pairs(NAMES, width=8, scale=1e4), here / "runs" / "loud")
+    ran = run(capsys, "adapter", "mix", "runs/loud:9999", "runs/product", "-o", "m", "--dtype", "float16")
+    assert ran.code == 2
+    assert "the mix of runs/loud:9999 + runs/product:1 does not fit into float16: model.layers" in ran.err
+    assert not (here / "m").exists()

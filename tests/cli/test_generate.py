@@ -212,3 +212,22 @@ def test_impossible_wishes_are_refused(capsys: Any, folder: Path, options: list[
     assert ran.out == ""
     assert "error: " in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_a_result_that_is_no_number_is_said_by_the_adapter_that_made_it(
+    capsys: Any, folder: Path, base: TextBase, tmp_path: Path
+) -> None:
+    adapter = adapter_for(base)
+    for pair in adapter.pairs.values():
+        pair.B.mul_(1e36)  # within float32, and what comes of it is not
+    peft.write_folder(adapter, tmp_path / "loud")
+    asked = ("generate", "hi", "--base", str(folder), "-n", "4", "--adapter")
+    for spec, words in {
+        f"{tmp_path}/loud:9000": ["no token has a finite score under", "/loud:9000", "lower strengths"],
+        f"{tmp_path}/loud:1e200": ["the strength of", "/loud' is 1e+200", "from -10000 to 10000"],
+    }.items():
+        for more in ([], ["--json"], ["--temperature", "1"]):
+            ran = run(capsys, *asked, spec, *more)
+            assert ran.code == 2
+            assert ran.out == ""
+            assert all(word in ran.err for word in words), ran.err

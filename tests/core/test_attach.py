@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from tests.families import FAMILIES
 from veneer.core import Adapter, Attachment, LoraSpec, Pair, TokenRows, attach, create
 from veneer.core.layers import Layer
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, ConfigError
 
 IDS = torch.randint(3, 160, (2, 10), generator=torch.Generator().manual_seed(0))
 EVERYTHING = LoraSpec(
@@ -274,12 +274,15 @@ def test_mistakes_of_use(model: PreTrainedModel, attachment: Attachment) -> None
     attachment.add("norm", trained(model, LoraSpec(targets=(), modules_to_save=("model.norm",))))
     for mix, say in [
         (("pears",), "attached: norm, pairs, whole"),
-        ((("pairs", float("nan")),), "strength of 'pairs' is nan"),
         ((("whole", 0.5),), "strength 1.0"),
         (("whole", "pairs"), "use one of the two"),
     ]:
         with pytest.raises(AdapterError, match=say):
             attachment.use(*mix)
+        assert attachment.selection.mix == ()
+    for strength in (float("nan"), float("inf"), -10001.0):
+        with pytest.raises(ConfigError, match="strength of 'pairs' is"):
+            attachment.use(("pairs", strength))
         assert attachment.selection.mix == ()
     attachment.use("whole", "norm")
     attachment.use("norm", ("pairs", -0.5))

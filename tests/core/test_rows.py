@@ -16,7 +16,7 @@ from veneer.core import Adapter, Attachment, LoraSpec, Pair, TokenRows, attach, 
 from veneer.core.forms import Delta
 from veneer.core.layers import LoraLinear
 from veneer.core.selection import MAX_REPEATS
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, ConfigError
 
 Mix = tuple[tuple[str, float], ...]
 
@@ -302,12 +302,14 @@ def test_mistakes_of_use_rows(net: Attachment) -> None:
     for mixes, say in [
         ([], "no rows"),
         ([["linears"], ["lineals"]], "no adapter named 'lineals'"),
-        ([[], [("dora", float("inf"))]], "strength of 'dora'"),
         ([["whole", "forms"]], "use one of the two"),
     ]:
         with pytest.raises(AdapterError, match=say):
             net.use_rows(mixes)
         assert net.selection is before
+    with pytest.raises(ConfigError, match="strength of 'dora'"):
+        net.use_rows([[], [("dora", float("inf"))]])
+    assert net.selection is before
 
 
 def test_removing_an_adapter_takes_it_out_of_the_rows() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from veneer.errors import ConfigError
-from veneer.formats.strengths import Strength, factors_by_module, parse_strength
+from veneer.formats.strengths import Strength, factors_by_module, parse_blocks, parse_strength, split_strength
 from veneer.formats.topology import families
 
 SDXL = list(families()["sdxl"].modules)
@@ -44,6 +44,33 @@ def test_a_full_spec_is_read_and_written_back() -> None:
 def test_what_is_not_understood_is_refused(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parse_strength(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "strength"),
+    [("down=20000", 1), ("down=1000,text=0", 100), ("steps=0-1:1e6", 1), ("down=30,steps=0-1:-4", 100)],
+)
+def test_a_part_that_acts_too_strongly_is_refused(text: str, strength: float) -> None:
+    with pytest.raises(ConfigError, match=r"the strength of .* is .*\n.*from -10000 to 10000"):
+        parse_strength(text, strength)
+    assert parse_strength(text, strength / 1e3)
+
+
+def test_strengths_of_blocks_are_within_the_bound() -> None:
+    assert parse_blocks("down_blocks=1e4", ["unet.down_blocks.0.a"]) == {"unet.down_blocks.0.a": 1e4}
+    with pytest.raises(ConfigError, match="the strength of a block is 1e\\+300"):
+        parse_blocks("down_blocks=1e300", ["unet.down_blocks.0.a"])
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a", ("a", None)), ("a:0.5", ("a", 0.5)), ("a:b", ("a:b", None)), ("sha256:12", ("sha256:12", None)),
+        ("sha256:12:2", ("sha256:12", 2.0)), ("a@prod:-1", ("a@prod", -1.0)), ("a:", ("a:", None)),
+    ],
+)  # fmt: skip
+def test_a_name_and_its_strength(text: str, wanted: tuple[str, float | None]) -> None:
+    assert split_strength(text) == wanted
 
 
 def test_steps_act_within_their_ranges() -> None:

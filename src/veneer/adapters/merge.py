@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters import use as using
-from veneer.core.adapter import Adapter
+from veneer.core.adapter import Adapter, mix_text
+from veneer.core.attach import acting_on
 from veneer.core.merge import change_problem, exact_weights, parameter_changes
 from veneer.core.rounding import DTYPES, Rounding, seeded, stochastic
 from veneer.core.targets import base_modules
-from veneer.errors import AdapterError, BaseError, ConfigError, ResourceError, bullets, nearest
+from veneer.errors import AdapterError, BaseError, ConfigError, ResourceError, bullets, first_few, nearest
 from veneer.files.atomic import as_veneer_errors, atomic_write, new_folder
 from veneer.files.safetensors import strict_json
 from veneer.files.weights import Checkpoint, checkpoint_parts
@@ -297,8 +298,9 @@ def merged_model(
         rounding.add(before, exact, after)
         new[name] = after
     if bad:
+        under = mix_text(acting_on(model)) or "the mix"
         raise AdapterError(
-            f"{len(bad)} merged weights do not fit into {dtype}: {', '.join(bad[:3])}",
+            f"{len(bad)} merged weights do not fit into {dtype} under {under}: {first_few(bad, 3)}",
             fix="use dtype bfloat16 or float32, or a smaller strength",
         )
     own = model.state_dict()
@@ -382,7 +384,9 @@ def merge_shards(
                 shutil.copyfile(file, target)
         for component, part in parts.items():
             for file in part.files:
-                chunks = _folded(part, file, plan[component], rounding, seed, component, (seen, quantised))
+                chunks = _folded(
+                    part, file, plan[component], rounding, seed, component, (seen, quantised), mix_text(tuple(chosen))
+                )
                 atomic_write(temporary / file.relative_to(base), chunks)
                 report.bytes += file.stat().st_size
         report.tensors = sum(map(len, plan.values()))
@@ -471,8 +475,10 @@ def _folded(
     seed: int | None,
     component: str,
     seen: tuple[str, frozenset[str]],
+    under: str,
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of a shard with its changes, in the order of the file. `seen`: (kind, what is quantised in it)."""
+    """The bytes of a shard with its changes, in the order of the file. `seen`: (kind, what is quantised in it).
+    `under`: the mix, in words."""
     header = part.files[file]
     with file.open("rb") as source:
         yield source.read(header.data_start)
@@ -491,7 +497,10 @@ def _folded(
             else:
                 after = stochastic(exact, weight.dtype, seeded(seed, f"{component}/{name}"))
             if not torch.isfinite(after).all():
-                raise AdapterError(f"{name}: the merged weight does not fit into {weight.dtype}", where=str(file))
+                what = f"{name}: the merged weight does not fit into {weight.dtype} under {under}"
+                raise AdapterError(
+                    what, where=str(file), fix="use a smaller strength, or a base in bfloat16 or float32"
+                )
             rounding.add(weight, exact, after)
         if after.numel():
             yield memoryview(after.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

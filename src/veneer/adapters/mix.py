@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from veneer.adapters import use as using
-from veneer.core.adapter import Adapter, Card
+from veneer.core.adapter import Adapter, Card, all_finite, mix_text
 from veneer.core.forms import BASED, product_of
 from veneer.core.mix import Mixed, MixedModule, Weights, mix, strengthened
 from veneer.core.rounding import DTYPES
 from veneer.core.truncate import Bound, distance, factors, inner, like, low_rank, rebuilt
-from veneer.errors import AdapterError, BaseError, ConfigError
+from veneer.errors import AdapterError, BaseError, ConfigError, first_few
 from veneer.files.weights import Checkpoint, checkpoint_parts
 from veneer.formats import convert
 from veneer.formats.convert import target_of
@@ -96,6 +96,11 @@ def mix_adapters(
         parts, method, _bound(rank, energy, error), density=density, seed=seed, dtype=_dtype(dtype),
         weights=_weights(base),
     )  # fmt: skip
+    if bad := [name for name, tensor in mixed.adapter.tensors() if not all_finite(tensor)]:
+        raise AdapterError(
+            f"the mix of {mix_text(tuple(chosen))} does not fit into {dtype}: {first_few(bad, 3)}",
+            fix="smaller strengths, or a dtype that holds more",
+        )
     recipe: dict[str, Any] = {"made": "mix", "method": method, **_given(rank=rank, energy=energy, error_bound=error)}
     if method not in ("sum", "svd", "orthogonal"):
         recipe |= {"density": density} | ({"seed": seed} if method.startswith("dare") else {})

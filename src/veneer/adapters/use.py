@@ -15,19 +15,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Unpack
 
+from veneer.core.adapter import check_strength
 from veneer.core.attach import Attachment, attach
-from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileError, nearest
+from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileError, nearest, quoted
 from veneer.formats import peft
 from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, read_card
 from veneer.formats.folder import CONFIG_FILE
 from veneer.formats.reading import Reading
+from veneer.formats.strengths import split_strength
 from veneer.models.image.families import family_label, is_image_family, same_family
 
 if TYPE_CHECKING:
@@ -54,24 +55,19 @@ class AnyBase(Protocol):
 
 def parse_spec(spec: AdapterSpec) -> tuple[str, float]:
     """(name or path, strength) of "NAME_OR_PATH[:strength]". A text that is the path of something that
-    exists is a path as a whole. Raises ConfigError for a text that names no adapter."""
+    exists is a path as a whole. Raises ConfigError for a text that names no adapter, and for a strength that there is
+    not (`check_strength`)."""
+    strength: float | None
     if isinstance(spec, tuple):
-        name, strength = os.fspath(spec[0]), spec[1]
+        name, strength = os.fspath(spec[0]), check_strength(quoted(os.fspath(spec[0])), spec[1])
     else:
         spec = os.fspath(spec)
-        name, colon, number = spec.rpartition(":")
-        colon = "" if name == "sha256" else colon  # a digest's prefix may look like a number
-        try:
-            strength = float(number) if colon and not Path(spec).expanduser().exists() else math.nan
-        except ValueError:
-            strength = math.nan
-        if math.isnan(strength) and number.strip().lower() != "nan":
-            name, strength = spec, 1.0
-    if not math.isfinite(strength) or not name:
+        name, strength = (spec, None) if Path(spec).expanduser().exists() else split_strength(spec)
+    if not name:
         raise ConfigError(
             f"{spec!r} does not name an adapter", fix="NAME_OR_PATH or NAME_OR_PATH:strength, as in runs/a:0.8"
         )
-    return name, float(strength)
+    return name, 1.0 if strength is None else strength
 
 
 def adapter_path(name: str | os.PathLike[str]) -> Path:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from veneer.core.forms import Delta
+from veneer.errors import ConfigError
 from veneer.ops.lowrank import LowRank
 
 if TYPE_CHECKING:
@@ -36,6 +37,27 @@ def scale_of(alpha: float, rank: int, rslora: bool = False) -> float:
 def alpha_of(scale: float, rank: int, rslora: bool = False) -> float:
     """The inverse of `scale_of`, for writers of formats that store alpha."""
     return scale * math.sqrt(rank) if rslora else scale * rank
+
+
+MOST_STRENGTH = 1e4
+"""The largest |strength|: far beyond any use, and times an adapter's own scale still a number in float16, which ends at
+65,504, as it is in float32 and bfloat16. Where a product leaves a dtype all the same, whoever made it says so."""
+
+
+def check_strength(of: str, strength: float) -> float:
+    """`strength`, as a float. Raises ConfigError where it is no number from −MOST_STRENGTH to MOST_STRENGTH, NaN among
+    them. `of`: what has it, as a message names it. The only place that says which strengths there are."""
+    number = float(strength)
+    if not abs(number) <= MOST_STRENGTH:
+        raise ConfigError(
+            f"the strength of {of} is {number:g}", fix=f"a number from -{MOST_STRENGTH:.0f} to {MOST_STRENGTH:.0f}"
+        )
+    return number
+
+
+def mix_text(mix: NamedMix) -> str:
+    """A mix as a message names it: "brand:0.8 + product:1"."""
+    return " + ".join(f"{name}:{strength:g}" for name, strength in mix)
 
 
 def all_finite(t: Tensor) -> bool:

@@ -8,7 +8,6 @@ Knows modules, not files; does not know about training or models by name.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from veneer.core.adapter import Adapter, Pair, TokenRows, all_finite
+from veneer.core.adapter import Adapter, NamedMix, Pair, TokenRows, all_finite, check_strength
 from veneer.core.forms import Delta, part_problems
 from veneer.core.layers import FullModule, Layer, LoraConv, LoraEmbedding, LoraExperts, LoraLinear
 from veneer.core.merge import merged_state, parameter_shape, to_matrix, weight_of
@@ -33,7 +32,7 @@ _SPARE_BYTES = 256 << 20
 """What may be kept beside a base at least; larger bases get a 32nd of their size."""
 _BATCHES = ("input_ids", "inputs_embeds", "hidden_states", "sample", "pixel_values")
 """What models call their batch by; beside it they may be given positions or masks that have no rows."""
-_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
 
 
 def attach(model: nn.Module) -> Attachment:
@@ -46,8 +45,19 @@ def attach(model: nn.Module) -> Attachment:
             where=type(model).__name__,
             fix="add to the attachment it has, or detach that one first",
         )
-    _ATTACHED.add(model)
-    return Attachment(model)
+    attachment = Attachment(model)
+    _ATTACHED[model] = weakref.ref(attachment)
+    return attachment
+
+
+def acting_on(model: nn.Module) -> NamedMix:
+    """What acts on every row of a model now, whoever attached it; () for the base alone."""
+    found = _ATTACHED.get(model)
+    attachment = None if found is None else found()
+    if attachment is None:
+        return ()
+    names = {id(adapter): name for name, adapter in attachment.adapters.items()}
+    return tuple((names[id(adapter)], strength) for adapter, strength in attachment.selection.mix)
 
 
 class Attachment:
@@ -123,7 +133,8 @@ class Attachment:
 
         One assignment: the cost does not depend on how many adapters or modules there are. With activation
         checkpointing, do not change it between a forward and its backward: the recomputed part would see the new one.
-        Raises AdapterError for an unknown name, a strength that is not finite, or a mix of full copies."""
+        Raises AdapterError for an unknown name or a mix of full copies, ConfigError for a strength that there is not
+        (`check_strength`)."""
         self.selection = self._selection(mix)
 
     def use_rows(self, mixes: Sequence[Sequence[str | tuple[str, float]]]) -> None:
@@ -168,7 +179,7 @@ class Attachment:
         self._prune()
         while self._watched:
             self._watched.pop().remove()
-        _ATTACHED.discard(self.model)
+        _ATTACHED.pop(self.model, None)
         self._open = False
 
     def __enter__(self) -> Attachment:
@@ -193,10 +204,7 @@ class Attachment:
         return self.adapters[name]
 
     def _selection(self, mix: tuple[str | tuple[str, float], ...]) -> Selection:
-        named = [(m, 1.0) if isinstance(m, str) else (m[0], float(m[1])) for m in mix]
-        for name, strength in named:
-            if not math.isfinite(strength):
-                raise AdapterError(f"the strength of {name!r} is {strength}", fix="give a finite number")
+        named = [(m, 1.0) if isinstance(m, str) else (m[0], check_strength(repr(m[0]), m[1])) for m in mix]
         chosen = [(name, self._known(name), s) for name, s in named if s != 0.0]
         for name, adapter, strength in chosen:
             if not adapter.modules:

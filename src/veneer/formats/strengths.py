@@ -25,7 +25,23 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from veneer.errors import ConfigError, bullets, nearest
+from veneer.core.adapter import check_strength
+from veneer.errors import ConfigError, bullets, nearest, quoted
+
+
+def split_strength(text: str) -> tuple[str, float | None]:
+    """(name, strength) of "NAME[:STRENGTH]", the one grammar of it; None where none is said. What follows the last
+    colon is a strength where it reads as a number, but for `sha256:12`, which is a digest. Raises ConfigError for a
+    number that is no strength (`check_strength`)."""
+    name, colon, number = text.rpartition(":")
+    if not colon or name == "sha256":
+        return text, None
+    try:
+        strength = float(number)
+    except ValueError:
+        return text, None
+    return name, check_strength(quoted(name), strength)
+
 
 _INDEX = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 
@@ -79,7 +95,7 @@ def _finite(text: str) -> float | None:
 def _block_number(text: str) -> float:
     if (value := _finite(text)) is None:
         raise ConfigError(f"{text.strip()!r} is not a strength", fix="a number, as in down_blocks.0=0.5")
-    return value
+    return check_strength("a block", value)
 
 
 def _pattern(text: str) -> re.Pattern[str]:
@@ -174,9 +190,12 @@ class Strength:
     steps: tuple[tuple[float, float, float], ...] = ()
 
     def __post_init__(self) -> None:
-        numbers = [self.strength, *self.weights, *(f for _, f in self.blocks), *(f for _, _, f in self.steps)]
-        if not all(math.isfinite(n) for n in numbers):
-            raise ConfigError(f"a strength is not finite: {self}", fix="give finite numbers")
+        factors, shares = [*self.weights, *(f for _, f in self.blocks)], [f for _, _, f in self.steps]
+        for number in (self.strength, *factors, *shares):
+            if not math.isfinite(number):
+                check_strength(f"a part of {self}", number)
+        most = max(map(abs, (1.0, *factors))) * max(map(abs, shares or [1.0]))
+        check_strength(f"the strongest part of {self}" if factors or shares else "the whole", self.strength * most)
         if self.blocks and self.weights:
             raise ConfigError(
                 "factors by block and a list of block weights are two ways to say one thing", fix=_EXAMPLE

@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, TypeVar
 
-from veneer.errors import ConfigError, VeneerError
+from veneer.core.adapter import check_strength
+from veneer.errors import ConfigError, VeneerError, quoted
 
 DigestMix = tuple[tuple[str, float], ...]
 """(adapter digest, strength), sorted by digest, each digest once, no strength 0; () is the base alone."""
@@ -28,6 +29,15 @@ def make_mix(parts: Iterable[tuple[str, float]]) -> DigestMix:
     for digest, strength in parts:
         sums[digest] = sums.get(digest, 0.0) + float(strength)
     return tuple((digest, s) for digest, s in sorted(sums.items()) if s)
+
+
+def check_strengths(parts: Iterable[tuple[str, float]]) -> None:
+    """Raises Refused for a strength that there is not (`check_strength`); parts: (name, strength)."""
+    try:
+        for name, strength in parts:
+            check_strength(quoted(name), strength)
+    except ConfigError as error:
+        raise invalid(error.what, "mix", error.fix) from error
 
 
 def mix_digest(mix: DigestMix) -> bytes:

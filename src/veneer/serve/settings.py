@@ -5,13 +5,13 @@ Needs nothing heavy, so that the command line may take its defaults from here.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from veneer.errors import ConfigError, quoted
+from veneer.formats.strengths import split_strength
 
 
 @dataclass(frozen=True)
@@ -130,28 +130,23 @@ class ServeSettings:
 
 # -- as people write them ----------------------------------------------------------------------------------------------
 
-_PRELOAD = re.compile(
-    r"(?P<name>[^=]+?)(=(?P<reference>sha256:[0-9a-f]+|.+?))?(:(?P<strength>[-+]?[0-9.]+(e[-+]?[0-9]+)?))?", re.I
-)
-
 
 def parse_preload(text: str) -> Preload:
     """NAME[=REFERENCE][:STRENGTH]. Raises ConfigError."""
-    found = _PRELOAD.fullmatch(text)
-    if not found:
+    own, named, rest = text.partition("=")
+    try:
+        reference, strength = split_strength(rest if named else own)
+    except ConfigError as error:
+        raise ConfigError(error.what, where=f"--adapter {text}", fix=error.fix) from None
+    name = own if named else reference
+    if not name or not reference:
         raise ConfigError(
             f"{text!r} does not name an adapter", where="--adapter", fix="NAME, NAME=REFERENCE or NAME:0.8"
         )
-    name, strength = found["name"], found["strength"]
-    try:
-        number = None if strength is None else float(strength)
-        if number is not None and not math.isfinite(number):
-            raise ValueError
-        return Preload(name, found["reference"] or name, number)
-    except ValueError:
-        raise ConfigError(
-            f"{strength!r} is not a strength", where=f"--adapter {text}", fix="a number, as 0.8"
-        ) from None
+    name, colon, number = name.partition(":")
+    if colon:
+        raise ConfigError(f"{number!r} is not a strength", where=f"--adapter {text}", fix="a number, as 0.8")
+    return Preload(name, reference, strength)
 
 
 def bytes_of(text: str, where: str) -> int:

@@ -324,6 +324,11 @@ def test_scores_that_are_not_finite_fail_their_own_row_alone(bad: float, heat: f
     assert isinstance(third, SampledToken)
     assert isinstance(second, Refused)
     assert second.status == 500
+    rows[1] = SampledRow(Sampling(temperature=heat, seed=1), vocabulary=V, under="loud:9000+soft:1")
+    refused = sample(scores, rows)[1]
+    assert isinstance(refused, Refused)
+    assert (refused.status, refused.code) == (400, "adapter_unusable"), "what was asked for made it so"
+    assert "'loud:9000+soft:1'" in refused.what
 
 
 def test_nothing_allowed_is_refused() -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from veneer.core.adapter import NamedMix
+from veneer.core.adapter import NamedMix, mix_text
 from veneer.errors import BaseError, ConfigError
 from veneer.models.image.base import pipeline
 from veneer.models.image.predict import LatentPreview, embed_prompts
@@ -363,8 +363,11 @@ class _Run:
 
         if not np.isfinite(array).all():
             dtype = str(self.base.dtype).removeprefix("torch.")
+            mixes = dict.fromkeys([row.plan.text, *(mix for _, mix in row.plan.phases)])
+            under = ", then ".join(mix_text(mix) for mix in mixes if mix)
             raise BaseError(
-                f"the picture of seed {row.seed} is not finite: {self.base.name} overflowed in {dtype}",
+                f"the picture of seed {row.seed} is not finite{under and f' under {under}'}: "
+                f"{self.base.name} overflowed in {dtype}",
                 fix=("" if dtype == "float32" else "use --dtype float32, or ") + "lower strengths or guidance",
             )
         made = pil.fromarray((array * 255).round().astype("uint8"))

@@ -14,12 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from veneer.errors import BaseError, ConfigError, DataError
+from veneer.core.adapter import mix_text
+from veneer.core.attach import acting_on
+from veneer.errors import AdapterError, BaseError, ConfigError, DataError
 from veneer.models.swap import without_dropout
 from veneer.models.text.base import TextBase
 from veneer.models.text.pieces import Pieces, decode_text
@@ -63,7 +66,8 @@ def complete(
     joined, are its text. The model is in eval mode during the call and in its own mode after it.
 
     Raises ConfigError for a setting out of range, DataError for an empty prompt or one longer than the base's context,
-    BaseError for messages on a base without a chat template."""
+    BaseError for messages on a base without a chat template, and AdapterError, which names what acts, or of the base
+    alone BaseError, where no token has a finite score."""
     _check(max_new_tokens, temperature, top_p, top_k, batch_size)
     encoded = encode_prompts(base, prompts)
     out: dict[int, Completion] = {}
@@ -184,11 +188,26 @@ def _run(
             ids.to(base.device),
             attention_mask=mask.to(base.device),
             generation_config=settings,
-            logits_processor=LogitsProcessorList([sampler] if sampler else []),
+            logits_processor=LogitsProcessorList([partial(_check_scores, base), *([sampler] if sampler else [])]),
             streamer=stream if on_token else None,
         )
     new = made[:, width:].tolist()
     return {i: completion_of(base, new[r], len(rows[i])) for r, i in enumerate(rows)}
+
+
+def _check_scores(base: TextBase, input_ids: Tensor, scores: Tensor) -> Tensor:
+    """A logits processor that changes nothing: scores (rows, vocabulary) of which a row has no finite best are said to
+    be that; the first token of the vocabulary would be their answer."""
+    if bool(scores.amax(-1).isfinite().all()):
+        return scores
+    dtype, mix = str(base.dtype).removeprefix("torch."), acting_on(base.model)
+    wider = "" if dtype == "float32" else "use --dtype float32"
+    if not mix:
+        raise BaseError(f"no token has a finite score: {base.name} overflowed in {dtype}", fix=wider or None)
+    raise AdapterError(
+        f"no token has a finite score under {mix_text(mix)}: {base.name} overflowed in {dtype}",
+        fix=(f"{wider}, or " if wider else "") + "lower strengths",
+    )
 
 
 def completion_of(base: TextBase, new: list[int], prompt_tokens: int) -> Completion:

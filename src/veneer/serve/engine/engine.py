@@ -250,7 +250,10 @@ class TextEngine(Engine[Request, EngineEvent]):
         loop: asyncio.AbstractEventLoop,
     ) -> _Live:
         ends = () if request.sampling.ignore_eos else self.base.stop_ids
-        draws = SampledRow(request.sampling, request.prompt, vocabulary=self.vocabulary, ends=ends, grammar=grammar)
+        draws = SampledRow(
+            request.sampling, request.prompt, vocabulary=self.vocabulary, ends=ends, grammar=grammar,
+            under=request.name if request.mix else "",
+        )  # fmt: skip
         answer = AnswerText(self.base.tokenizer, request.sampling, self.base.stop_ids)
         live = _Live(request, draws, answer, tell, loop, time.monotonic())
         if request.id in self._by_id:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from veneer.errors import quoted
 from veneer.ops.transfer import put_numbers, sent
 from veneer.serve.outage import fault
 from veneer.serve.request import Refused, Sampling, invalid
@@ -53,8 +54,9 @@ class SampledRow:
     """What one request brings to every draw: its settings, its seed, the tokens so far.
 
     `ends`: the ids that end an answer, which must not come before `min_tokens`; those of the base, to which the
-    request's own are added. `seed`: the one that is used, also where the request leaves it to the system. Raises
-    Refused for ids that the vocabulary does not have."""
+    request's own are added. `seed`: the one that is used, also where the request leaves it to the system. `under`: the
+    mix of adapters that its scores come from, as the client named it. Raises Refused for ids that the vocabulary does
+    not have."""
 
     def __init__(
         self,
@@ -64,11 +66,12 @@ class SampledRow:
         vocabulary: int,
         ends: Collection[int] = (),
         grammar: Matcher | None = None,
+        under: str = "",
     ) -> None:
         for param, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_ids)):
             if wrong := [i for i in ids if not 0 <= i < vocabulary]:
                 raise invalid(f"{param} names token {wrong[0]}; this base has {vocabulary:,} tokens", param)
-        self.sampling, self.grammar = sampling, grammar
+        self.sampling, self.grammar, self.under = sampling, grammar, under
         self.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self.made = 0
         ending = {*sampling.stop_ids} | (set() if sampling.ignore_eos else {*ends})
@@ -123,6 +126,18 @@ class SampledRow:
         return self._counts
 
 
+_NOTHING_ALLOWED, _NOT_FINITE = -1, -2
+"""In the place of a token: why there is none."""
+
+
+def _no_token(row: SampledRow, why: int) -> Refused:
+    what = "no token has a finite score"
+    if why == _NOT_FINITE and row.under:  # by what was asked for: not worth a retry
+        what = f"{what} under {quoted(row.under)}: the base overflowed"
+        return Refused(what, status=400, code="adapter_unusable", param="model", fix="lower strengths")
+    return Refused(what, status=500, code="internal")
+
+
 def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Refused]:
     """Choose the next token of every row, and count it as made. logits: (rows, vocabulary), of any float type; not
     changed.
@@ -149,7 +164,8 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Re
             some = put_numbers(device, warm)[0]
             chosen.index_copy_(0, some, _draw(scores.index_select(0, some), [own[k] for k in warm]))
         ids.index_copy_(0, at, chosen)
-    ids = torch.where(finite, ids, -1)
+    ids = torch.where(finite, ids, _NOTHING_ALLOWED)
+    ids = torch.where(best.isfinite(), ids, _NOT_FINITE)
     asking = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
     counts = [rows[i].sampling.logprobs or 0 for i in asking]
     told_of: tuple[Tensor, ...] = ()
@@ -165,7 +181,7 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Re
             if i in failed:
                 raise failed[i]
             if token < 0:
-                raise Refused("no token has a finite score", status=500, code="internal")
+                raise _no_token(row, token)
             row.take(token)
             out.append(told[i] if i in told else SampledToken(token))
         except Exception as error:  # its own row's alone: the others have taken their tokens

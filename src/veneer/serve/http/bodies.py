@@ -29,7 +29,8 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from veneer.errors import nearest
+from veneer.errors import ConfigError, nearest
+from veneer.formats.strengths import split_strength
 from veneer.serve.request import Refused, invalid
 
 Neutral = tuple[Any, ...]
@@ -230,11 +231,11 @@ def _parts(value: Any) -> Any:
 
 
 def _part(text: str) -> dict[str, Any]:
-    name, colon, strength = text.rpartition(":")
     try:
-        return {"adapter": name, "strength": float(strength)} if colon and name else {"adapter": text}
-    except ValueError:
-        return {"adapter": text}
+        name, strength = split_strength(text)
+    except ConfigError as error:
+        raise ValueError(f"{error.what}: {error.fix}") from error
+    return {"adapter": name} if strength is None else {"adapter": name, "strength": strength}
 
 
 MixField = Annotated[

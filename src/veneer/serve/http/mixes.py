@@ -6,13 +6,12 @@ ways at once that mean different things are refused, and a name that is not ther
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from veneer.serve.access import Caller, ModelCard, Served
-from veneer.serve.request import Refused, invalid
+from veneer.serve.request import Refused, check_strengths, invalid
 
 if TYPE_CHECKING:
     from veneer.serve.names.catalog import Catalog
@@ -99,8 +98,6 @@ class MixChooser:
     def _several(self, parts: Sequence[tuple[str, float]], caller: Caller) -> ChosenMix:
         if not parts:
             return ChosenMix(self.catalog.resolve("", caller), self.catalog.base)
-        for name, strength in parts:
-            if not math.isfinite(strength) or abs(strength) > 1e4:
-                raise invalid(f"the strength of {name!r} is {strength}", "mix", "a number from -10000 to 10000")
+        check_strengths(parts)
         served = self.catalog.resolve_mix(parts, caller)
         return ChosenMix(served, "mix" if len(served.mix) > 1 else parts[0][0] if served.mix else self.catalog.base)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import calendar
 import logging
-import math
 import threading
 import time
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from veneer.errors import ConfigError, quoted
 from veneer.library.names import check_name, name_of
 from veneer.serve.access import Caller, ModelCard, Routes, Served
 from veneer.serve.names.shelf import Problems, Shelf, place_of, unusable
-from veneer.serve.request import DigestMix, Refused, invalid, make_mix
+from veneer.serve.request import DigestMix, Refused, check_strengths, invalid, make_mix
 
 _MAX_NAME = 200
 MAX_MIX = 64
@@ -101,8 +100,6 @@ class Catalog:
         called: dict[str, str] = {}
         targets: dict[str, str] = {}
         for word, strength in parts:
-            if not math.isfinite(strength):
-                raise invalid(f"the strength of {quoted(word)} is {strength}", "mix")
             target, part, _ = self._mean(word, caller)
             if part is None:
                 continue
@@ -111,6 +108,7 @@ class Catalog:
             called[digest] = min(own, called.get(digest, own))  # of two names of one adapter always the same
             targets.setdefault(digest, target)
         mix = make_mix(pairs)
+        check_strengths((called[digest], strength) for digest, strength in mix)  # sums of what a client gave
         name = "+".join(f"{word}:{strength:g}" for word, strength in parts) or self.base
         adapters = tuple(called[digest] for digest, _ in mix)
         target = self.base if not mix else targets[mix[0][0]] if len(mix) == 1 else name

@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from veneer.errors import DataError
+from veneer.core.adapter import mix_text
+from veneer.errors import AdapterError, DataError
 from veneer.models.swap import without_dropout
 from veneer.models.text.fast import fast
 from veneer.models.text.generate import Completion, Prompt, complete
@@ -149,6 +150,11 @@ def score_mixes(
             scores = out.setdefault(mix, Scores(len(rows)))
             scores.trained_tokens = score.trained
             if score.trained:
+                if not math.isfinite(score.loss):
+                    raise AdapterError(
+                        f"the loss is not finite under {mix_text(tuple(spec)) or 'the base alone'}",
+                        fix="lower strengths, or --dtype float32",
+                    )
                 scores.loss, scores.perplexity = score.loss, score.perplexity
             if pairs:
                 margins = _margins(base, pairs) if spec else bare
