@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 
 from tests.cli.run import run
 from tests.tiny_base import tiny_base_dir
-from veneer.errors import VeneerError
+from veneer.errors import ConfigError, VeneerError
 from veneer.ops.quantisation_formats import KINDS
 from veneer.serve.checks import check_settings
 from veneer.serve.settings import HttpSettings, Preload, QuantiseKind, ServeSettings
@@ -99,6 +100,8 @@ def test_a_bad_value_is_said_before_it_listens(
         ("an-adapter", "this directory has no config.json"),
         ("what is this?", "there is no base 'what is this?'"),
         ("", "the base has no name"),
+        ("somebody/no-such-base", "there is no base 'somebody/no-such-base' on this machine, and the hub cannot"),
+        ("smolm2-135m", "did you mean smollm2-135m?"),
     ],
 )
 def test_a_base_that_is_nowhere_is_said_before_it_listens(
@@ -110,12 +113,49 @@ def test_a_base_that_is_nowhere_is_said_before_it_listens(
     assert "listening" not in ran.err
 
 
+def test_a_base_that_the_hub_does_not_have_is_said_before_it_listens(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def answers(*_: object, **__: object) -> None:
+        reply: Any = SimpleNamespace(headers={}, request=None)
+        raise RepositoryNotFoundError("404", response=reply)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", answers)
+    (home / "home" / "bases").mkdir(parents=True)
+    tiny_base_dir(home).rename(home / "home" / "bases" / "some-base")
+    for more in ([], ["--upstream", "http://there", "--engine", "openai"]):
+        ran = run(capsys, "serve", "--base", "somebody/sme-base", *more)
+        assert ran.code == 2
+        assert "there is no base 'somebody/sme-base'" in ran.err
+        assert "did you mean some-base" in ran.err
+        assert "listening" not in ran.err
+
+
+def test_what_a_base_on_the_hub_is_is_known_before_its_weights_are_fetched(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[list[str]] = []
+
+    def download(repo: str, *, allow_patterns: list[str], **_: Any) -> str:
+        wanted.append(allow_patterns)
+        (home / "snap").mkdir(exist_ok=True)
+        (home / "snap" / "model_index.json").write_text("{}")
+        return str(home / "snap")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    check_settings(ServeSettings("somebody/pictures"))
+    with pytest.raises(ConfigError, match=r"--quantise is for texts .* this base draws pictures"):
+        check_settings(ServeSettings("somebody/pictures", quantise="nf4"))
+    assert not any("safetensors" in pattern for patterns in wanted for pattern in patterns)
+
+
 def test_what_is_well_passes_and_what_is_not_known_yet_too(home: Path) -> None:
     base = str(tiny_base_dir(home))
     for each in (
         ServeSettings(base),
         ServeSettings("smollm2-135m", quantise="keep"),  # not made yet
-        ServeSettings("somebody/some-base"),
         ServeSettings(base, dtype="bf16", device="cpu"),
         ServeSettings(base, preload=(Preload("mine", "an-adapter"),), folders=(str(home),)),
         ServeSettings(base, http=HttpSettings(cors=("null", "http://localhost:3000", "*"))),

@@ -39,18 +39,18 @@ def alpha_of(scale: float, rank: int, rslora: bool = False) -> float:
     return scale * math.sqrt(rank) if rslora else scale * rank
 
 
-MOST_STRENGTH = 1e4
+_MOST_STRENGTH = 1e4
 """The largest |strength|: far beyond any use, and times an adapter's own scale still a number in float16, which ends at
 65,504, as it is in float32 and bfloat16. Where a product leaves a dtype all the same, whoever made it says so."""
 
 
 def check_strength(of: str, strength: float) -> float:
-    """`strength`, as a float. Raises ConfigError where it is no number from −MOST_STRENGTH to MOST_STRENGTH, NaN among
-    them. `of`: what has it, as a message names it. The only place that says which strengths there are."""
+    """`strength`, as a float. Raises ConfigError where it is none: NaN, or beyond ±`_MOST_STRENGTH`. `of`: what
+    has it, as a message names it. The only place that says which strengths there are."""
     number = float(strength)
-    if not abs(number) <= MOST_STRENGTH:
+    if not abs(number) <= _MOST_STRENGTH:
         raise ConfigError(
-            f"the strength of {of} is {number:g}", fix=f"a number from -{MOST_STRENGTH:.0f} to {MOST_STRENGTH:.0f}"
+            f"the strength of {of} is {number:g}", fix=f"a number from -{_MOST_STRENGTH:.0f} to {_MOST_STRENGTH:.0f}"
         )
     return number
 

@@ -13,13 +13,13 @@ _VARIANTS = ["*.fp16.*", "*.bf16.*", "*.non_ema.*", "*.ema.*"]
 _NOT_DRAWN = ["safety_checker/*", "feature_extractor/*", "image_encoder/*", "vae_1_0/*"]
 
 
-def hub_snapshot(name: str, *, looked: str, ways: str) -> Path:
+def hub_snapshot(name: str, *, looked: str, ways: str, weights: bool = True) -> Path:
     """The directory of the snapshot of `org/name[@revision]` in the hub client's cache. Without a connection the cached
     copy is enough.
 
-    Of an image base the variants (fp16, EMA) are fetched only if there is nothing else. Raises BaseError if the hub
-    does not have it or cannot be reached; `looked`: where the base was looked for before, `ways`: how to get one
-    otherwise."""
+    `weights` False: only what is small, by which a base is known. Of an image base the variants (fp16, EMA) are fetched
+    only if there is nothing else. Raises BaseError if the hub does not have it or cannot be reached; `looked`: where
+    the base was looked for before, `ways`: how to get one otherwise."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -29,6 +29,8 @@ def hub_snapshot(name: str, *, looked: str, ways: str) -> Path:
         found = snapshot_download(
             repo, revision=revision or None, allow_patterns=_JSON, ignore_patterns=_NOT
         )  # fmt: skip
+        if not weights:
+            return Path(found)
         allow, ignore = _FILES, _NOT
         if (Path(found) / "model_index.json").exists():  # no single file at the top, nor what no picture needs
             allow, ignore = [*_JSON, "*/*.safetensors"], [*_NOT, *_VARIANTS, *_NOT_DRAWN]

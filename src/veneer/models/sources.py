@@ -69,18 +69,30 @@ def find_base(name: str, *, source: Path | None = None, say: Callable[[str], Non
         return get_builtin(BUILTIN[name], source=source, say=say)
     if source is not None:
         raise BaseError(f"{name!r} is not a built-in base", fix=f"made from a file: {', '.join(BUILTIN)}")
-    here = base_here(name)
+    here = _base_here(name)
     if here is not None:
         return here
+    return _from_hub(name, say)
+
+
+def base_outline(name: str, *, say: Callable[[str], None] | None = None) -> Path | None:
+    """As `find_base`, of a hub id without its weights: its configuration says what it is. None for a built-in base
+    that was not made yet."""
+    if (here := _base_here(name)) is not None or name in BUILTIN:
+        return here
+    return _from_hub(name, say, weights=False)
+
+
+def _from_hub(name: str, say: Callable[[str], None] | None, *, weights: bool = True) -> Path:
     if say is not None:
         say(f"looking for {name} on the hub")
-    hints = nearest(name, [k.name for k in known_bases()], 1)
-    ways = (f"did you mean {hints[0]}? " if hints else "") + f"Without a hub: {_WAYS}"
+    hints = nearest(name, [k.name for k in known_bases()])
+    ways = (f"did you mean {' or '.join(hints)}? " if hints else "") + f"Without a hub: {_WAYS}"
     looked = f"{Path(name).absolute()}, {bases_home() / name}"
-    return _local(hub_snapshot(name, looked=looked, ways=ways))
+    return _local(hub_snapshot(name, looked=looked, ways=ways, weights=weights))
 
 
-def base_here(name: str) -> Path | None:
+def _base_here(name: str) -> Path | None:
     """The directory or file of a base that is on this machine; None where it has to be fetched: a built-in base that
     was not made yet, a hub id. Raises BaseError for what is neither, and for a file or directory that is not a base."""
     if not name.strip():

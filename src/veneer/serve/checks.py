@@ -3,7 +3,8 @@
     check_settings(settings)         bad values, options that exclude each other, bases and adapters that do not exist
     refuse_idle(settings, kind)      an option that would do nothing on such a server
 
-What needs the base (whether the hub has it, memory, adapters of another base) is checked while the server is built.
+Of a base on the hub its configuration is fetched; what needs its weights (memory, adapters of another base) is checked
+while the server is built.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from veneer.library.library import Library, NotInLibrary, open_library
 from veneer.library.names import check_name, parse_reference
 from veneer.models.config import read_config_json
 from veneer.models.device import check_device_name, check_dtype_name
-from veneer.models.sources import base_here, is_image_base
+from veneer.models.sources import base_outline, is_image_base
 from veneer.serve.settings import LedgerSettings, Preload, QuantiseKind, ServeSettings, WeightKind
 from veneer.serve.tenancy.keys import admin_hash, default_database
 from veneer.serve.tenancy.store import Store
@@ -57,9 +58,9 @@ def check_settings(settings: ServeSettings) -> None:
 
 
 def _kind_here(settings: ServeSettings) -> _ServerKind | None:
-    """What the server will be, None where the base is to be fetched first. Raises BaseError for a base that does not
-    exist."""
-    base = base_here(settings.base)
+    """What the server will be, None where the base is to be made first. Raises BaseError for a base that does not
+    exist, here or on the hub."""
+    base = base_outline(settings.base)
     if base is not None and (file := base / "config.json").is_file():
         read_config_json(file)
     if settings.fleet.upstreams:

@@ -153,6 +153,8 @@ def test_a_mix(make: Make, base: TextBase, folder: Path) -> None:
     assert catalog.resolve_mix([("a", 1.0), ("a", -1.0)], ANYBODY).mix == ()
     assert refused(lambda: catalog.resolve_mix([("a", 1.0), ("nowhere", 1.0)], ANYBODY)).status == 404
     assert refused(lambda: catalog.resolve_mix([("a", float("nan"))], ANYBODY)).status == 400
+    summed = refused(lambda: catalog.resolve_mix([("a", 6000.0), ("b", 1.0), ("a", 6000.0)], ANYBODY))
+    assert (summed.status, summed.what) == (400, "the strength of 'a' is 12000")
     assert refused(lambda: catalog.resolve_mix([("a", 1.0)] * 65, ANYBODY)).status == 400
 
 
