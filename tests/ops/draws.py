@@ -47,7 +47,7 @@ def coded(weight: Tensor, kind: str) -> Quantised:
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
         g = torch.Generator().manual_seed(rows)
         made = torch.randint(0, 256, (rows, columns // block, size), generator=g, dtype=torch.uint8)
-        for at in (208,) if kind == "Q6_K" else (0, 2):  # scales in float16
+        for at in {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(kind, (0, 2)):  # scales in float16
             halves = torch.rand(rows, columns // block, 1, generator=g) * float(weight.abs().amax()) / 1024
             made[..., at : at + 2] = halves.half().view(torch.uint8)
         made = made.flatten(1)

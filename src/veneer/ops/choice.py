@@ -52,6 +52,7 @@ OPS = {
     "attend_backward": "its gradients",
     "attend_rows": "attention of rows beside one another, with windows, capped scores and sinks, and its gradients",
     "causal_softmax": "softmax of scores over the keys that a query may see",
+    "coded_product": "x·Wᵀ + b of a few rows, by the codes of a weight",
     "dequantise_blocks4": "a weight of 4 bits, in blocks",
     "dequantise_ggml": "a weight in the blocks of a GGUF file",
     "dequantise_rows8": "a weight of 8 bits, by rows",

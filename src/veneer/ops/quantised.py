@@ -3,9 +3,9 @@
 `quantise` makes a `Quantised` of an ordinary weight; quantisation_formats.py has how its values are kept. To the rest
 of torch a `Quantised` is a frozen weight of `dtype` whose values are the dequantised ones, rounded once to that dtype:
 every operation gives what it would give with that weight. Products make the dequantised weight for their own length and
-drop it; a product under autograd keeps the codes for backward and dequantises again. Views by rows, a transpose and a
-move to another device stay quantised; whatever else is asked of it is computed on the dequantised weight, and is a
-tensor of its own. It cannot be written to.
+drop it, but those of a few rows where the device multiplies by codes; a product under autograd keeps the codes for
+backward and dequantises again. Views by rows, a transpose and a move to another device stay quantised; whatever else is
+asked of it is computed on the dequantised weight, and is a tensor of its own. It cannot be written to.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from veneer.compat import TORCH
 from veneer.errors import BaseError
+from veneer.ops.choice import chosen
 from veneer.ops.quantisation_formats import (
     KINDS,
     QuantisationFormat,
@@ -239,12 +240,24 @@ def _embedding(w: Any, indices: Any, *args: Any) -> Any:
     return rows[place]
 
 
+def _mm(x: Any, w: Any, **kwargs: Any) -> Any:
+    return _addmm(None, x, w, **kwargs)
+
+
+def _addmm(bias: Any, x: Any, w: Any, **kwargs: Any) -> Any:
+    fits = isinstance(w, Quantised) and w.turned and w.ndim == 2 and (bias is None or bias.ndim == 1)
+    if kwargs or not fits or isinstance(x, Quantised) or isinstance(bias, Quantised):
+        return NotImplemented
+    out = product_of_codes(x, _turn(w), bias)
+    return NotImplemented if out is None else out
+
+
 _aten = torch.ops.aten
 _OWN: dict[Any, Callable[..., Any]] = {
     _aten.detach: _same, _aten.alias: _same, _aten.lift_fresh: _same, _aten.t: _turn, _aten.transpose: _turn,
     _aten.select: _select, _aten.slice: _slice, _aten.split: _split, _aten.split_with_sizes: _split,
     _aten.unbind: _unbind,
-    _aten._to_copy: _to_copy, _aten.clone: _clone, _aten.embedding: _embedding,
+    _aten.mm: _mm, _aten.addmm: _addmm, _aten._to_copy: _to_copy, _aten.clone: _clone, _aten.embedding: _embedding,
 }  # fmt: skip
 
 
@@ -269,6 +282,27 @@ def stacked_rows(parts: Sequence[Quantised]) -> Quantised:
     if len(parts) == 1:
         return parts[0]
     return Quantised(StackedRows(tuple(p.stored for p in parts)), parts[0].dtype)
+
+
+def product_of_codes(x: Tensor, weight: Quantised, bias: Tensor | None = None) -> Tensor | None:
+    """x·Wᵀ + b of a few rows x (n, in), rounded once, without the dequantised weight (out, in). None where the device
+    does not multiply by its codes, or the weight is kept dequantised."""
+    if weight.kept is not None:
+        return None
+    stored = weight.stored
+    parts: Sequence[QuantisationFormat] = stored.parts if isinstance(stored, StackedRows) else (stored,)
+    runs = [chosen("coded_product", x, part) for part in parts]
+    if any(run is None for run in runs):
+        return None
+    y, at = x.new_empty(len(x), weight.last - weight.first), -weight.first
+    for part, run in zip(parts, runs, strict=True):
+        rows = row_count(part)
+        low, high = max(-at, 0), min(y.shape[1] - at, rows)
+        if low < high:
+            own = slice(at + low, at + high)
+            run(x, part, low, high, None if bias is None else bias[own], y[:, own])
+        at += rows
+    return y
 
 
 def dequantised(weight: Tensor) -> Tensor:

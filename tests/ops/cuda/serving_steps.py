@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from tests.ops.cuda.steps import empty, step
-from veneer.ops.cuda import mixed_rows, paged
+from veneer.ops.cuda import mixed_rows, paged, quantised
 from veneer.ops.mixed_rows import RECORD, MixTiles
+from veneer.ops.quantisation_formats import Blocks4, GgmlBlocks, QuantisationFormat, empty_format
 from veneer.ops.sizes import tile_tokens
 
 
@@ -59,3 +60,22 @@ def _attention() -> None:
 def _attention_of_gemma() -> None:
     _paged(16, 8, 256, 8, 1, 4096)
     _paged(16, 8, 256, 4, 512, 4096)
+
+
+@step("Llama 3.1 8B in 4 and 8 bits and in a GGUF file's blocks, 1 to 64 rows")
+def _few_rows() -> None:
+    meta, width = torch.device("meta"), 4096
+    double = empty_format((width, width), "nf4", meta)
+    single = Blocks4(
+        "nf4",
+        (width, width),
+        empty(width * width // 2, dtype=torch.uint8),
+        empty(width * width // 64, dtype=torch.float32),
+    )
+    weights: list[QuantisationFormat] = [double, single, empty_format((width, width), "int8", meta)]
+    weights += [GgmlBlocks(kind, (width, width), empty(width, width, dtype=torch.uint8)) for kind in quantised.GGML]
+    for rows in (16, 32, 64):
+        x = empty(rows, width)
+        for weight in weights if rows != 32 else weights[:3]:
+            quantised.coded_product(x, weight, 0, width, None, x)
+    quantised.coded_product(x, double, 0, width, empty(width), x)

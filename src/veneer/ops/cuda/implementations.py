@@ -14,6 +14,7 @@ from veneer.ops.attention import HeadNorms
 from veneer.ops.choice import Implementation
 from veneer.ops.cuda import activations, attention, launch, loss, lowrank, mixed_rows, norms, paged, quantised
 from veneer.ops.lowrank import LowRank
+from veneer.ops.quantisation_formats import QuantisationFormat
 
 IMPLEMENTATIONS: dict[str, Implementation] = {}
 """op -> how it is done on a GPU."""
@@ -122,3 +123,12 @@ def _takes_bytes(stored: Tensor, dtype: torch.dtype, *kind: str) -> bool:
 _implements("dequantise_blocks4", _takes_bytes, "contiguous bytes")(quantised.dequantise_blocks4)
 _implements("dequantise_rows8", _takes_bytes, "contiguous bytes")(quantised.dequantise_rows8)
 _implements("dequantise_ggml", _takes_bytes, ", ".join(quantised.GGML))(quantised.dequantise_ggml)
+
+
+def _takes_few(x: Tensor, stored: QuantisationFormat) -> bool:
+    fits = x.ndim == 2 and 0 < len(x) <= quantised.FEW_ROWS and x.element_size() == 2 and quantised.takes_codes(stored)
+    return fits and launch.contiguous(x, *stored.tensors().values())
+
+
+_WANTS_FEW = f"up to {quantised.FEW_ROWS} rows of 16 bits, widths of 4-bit codes a multiple of 64"
+_implements("coded_product", _takes_few, _WANTS_FEW)(quantised.coded_product)

@@ -1,13 +1,26 @@
-"""Frozen weights out of 4 and 8 bits and out of a GGUF file's blocks: a weight a lane.
+"""Frozen weights out of 4 and 8 bits and out of a GGUF file's blocks: dequantised, a weight a lane; and multiplied by a
+few rows out of their codes, tile by tile, so that a weight is read in its codes alone.
 
-Each product and sum in float32 is rounded by itself (enable_fp_fusion=False), so that values are the reference's bits.
+Each product and sum of dequantising in float32 is rounded by itself (enable_fp_fusion=False), so that values are the
+reference's bits, in both.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from veneer.ops.cuda.launch import block_count, device_function, kernel, rounded, run_kernel, tl
+from veneer.ops.cuda.launch import block_count, device_function, kernel, product, rounded, run_kernel, tl, wide
+from veneer.ops.quantisation_formats import (
+    Blocks4,
+    GgmlBlocks,
+    QuantisationFormat,
+    Rows8,
+    dynamic_map,
+    four_bit_values,
+)
+from veneer.ops.sizes import power_of_2
+from veneer.ops.transfer import made_up
 
 _BLOCK = 1024
 
@@ -101,13 +114,9 @@ def _scale_min(scales, j, there):
     return scale.to(tl.float32), least.to(tl.float32)
 
 
-@kernel
-def _ggml(raw, out, n, TYPE: tl.constexpr, WEIGHTS: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr):
-    """Of each type what gguf-py's `quants` has, weight e of the block b."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = at < n
-    e = (at % WEIGHTS).to(tl.int32)
-    b = raw + at // WEIGHTS * BYTES
+@device_function
+def _ggml_value(b, e, there, TYPE: tl.constexpr):
+    """Weight e of the block at b, of each type what gguf-py's `quants` has."""
     if TYPE == "Q8_0":
         value = _signed(_byte(b + 2 + e, there)).to(tl.float32) * _half(b, there)
     elif TYPE == "Q4_0":
@@ -151,6 +160,14 @@ def _ggml(raw, out, n, TYPE: tl.constexpr, WEIGHTS: tl.constexpr, BYTES: tl.cons
         q |= ((_byte(b + 128 + e // 128 * 32 + e % 32, there) >> (e % 128 // 32 * 2)) & 3) << 4
         scale = _half(b + 208, there) * _signed(_byte(b + 192 + e // 16, there)).to(tl.float32)
         value = scale * (q - 32).to(tl.float32)
+    return value
+
+
+@kernel
+def _ggml(raw, out, n, TYPE: tl.constexpr, WEIGHTS: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < n
+    value = _ggml_value(raw + at // WEIGHTS * BYTES, (at % WEIGHTS).to(tl.int32), there, TYPE)
     tl.store(out + at, rounded(value, out), mask=there)
 
 
@@ -158,3 +175,146 @@ def dequantise_ggml(raw: Tensor, kind: str, out: Tensor) -> None:
     n, (weights, bytes_) = out.numel(), _SIZES[kind]
     constants = {"TYPE": kind, "WEIGHTS": weights, "BYTES": bytes_, "BLOCK": _BLOCK}
     run_kernel(_ggml, (block_count(n, _BLOCK),), raw, out, n, **constants, enable_fp_fusion=False)
+
+
+# -- a few rows by a weight in codes -----------------------------------------------------------------------------------
+
+FEW_ROWS = 64
+"""Rows of x up to which codes are multiplied as they are.
+
+A weight of 16 bits that is dequantised for a product is written and read again: 4.5 bytes a weight of nf4 beside the
+0.52 of its code and constants (int8: 5 beside 1, Q4_K: 4.56 beside 0.56), whatever shares it. 64 rows are one tile of
+the product, which decodes each weight once, as dequantising does; every 64 more would decode all of them again."""
+_GROUP = 64
+"""Weights of 4 bits that are scaled together: no block of theirs is smaller."""
+
+
+@kernel(varying=("count",))
+def _few_blocks4(
+    x, sums, packed, absmax, absmax2, mean, map8, table, first, count, outputs, half, share,
+    SIZE: tl.constexpr, NESTED: tl.constexpr, DOUBLE: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """sums[s, m, n] = Σ x[m, k]·W[first + n, k] over the s-th share of the inputs, 2·share of 2·half of them.
+
+    A byte's halves are weights of even and odd columns: two products, each with its half of x."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    group, byte = tl.arange(0, GROUPS), tl.arange(0, 32)
+    pair, parity = tl.arange(0, GROUPS * 32), tl.arange(0, 2)
+    row = (first + n).to(tl.int64)[:, None]
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    begin = tl.program_id(1) * share
+    for b0 in range(begin, min(begin + share, half), GROUPS * 32):
+        at = row * half + b0 + group[None] * 32  # of bytes: (BLOCK_N, GROUPS)
+        there = (n < outputs)[:, None] & (b0 + group * 32 < half)[None]
+        block = at * 2 // SIZE
+        if DOUBLE:
+            code = tl.load(absmax + block, mask=there, other=0).to(tl.int32)
+            by = tl.load(map8 + code) * tl.load(absmax2 + block // NESTED, mask=there, other=0.0) + tl.load(mean)
+        else:
+            by = tl.load(absmax + block, mask=there, other=0.0)
+        both = tl.load(packed + at[:, :, None] + byte[None, None], mask=there[:, :, None], other=0).to(tl.int32)
+        even = rounded(tl.load(table + (both >> 4)) * by[:, :, None], x)
+        odd = rounded(tl.load(table + (both & 15)) * by[:, :, None], x)
+        of = x + m[:, None, None] * (2 * half) + (2 * (b0 + pair)[None, :, None] + parity[None, None])
+        given = (m < count)[:, None, None] & (b0 + pair < half)[None, :, None]
+        left, right = tl.split(tl.load(of, mask=given & (parity < 2)[None, None], other=0.0))
+        total = product(tl.reshape(even, [BLOCK_N, GROUPS * 32]), tl.trans(left), WIDE, total)
+        total = product(tl.reshape(odd, [BLOCK_N, GROUPS * 32]), tl.trans(right), WIDE, total)
+    to = sums + (tl.program_id(1) * count + m).to(tl.int64)[None] * outputs + n[:, None]
+    tl.store(to, total, mask=(n < outputs)[:, None] & (m < count)[None])
+
+
+@kernel(varying=("count",))
+def _few_codes(
+    x, sums, raw, absmax, count, outputs, inputs, share, TYPE: tl.constexpr, WEIGHTS: tl.constexpr,
+    BYTES: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The same of int8, whose codes are multiplied exactly and the sum by the row's scale, and of a GGUF file's blocks.
+    raw, absmax: of the rows that are multiplied by."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    row = n.to(tl.int64)[:, None]
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    begin = tl.program_id(1) * share
+    for k0 in range(begin, min(begin + share, inputs), BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        there = (n < outputs)[:, None] & (k < inputs)[None]
+        if TYPE == "int8":
+            w = tl.load(raw + row * inputs + k[None], mask=there, other=0).to(x.dtype.element_ty)
+        else:
+            blocks = raw + row * (inputs // WEIGHTS * BYTES) + (k // WEIGHTS * BYTES)[None]
+            w = rounded(_ggml_value(blocks, (k % WEIGHTS)[None], there, TYPE), x)
+        xs = tl.load(x + m[None] * inputs + k[:, None], mask=(k < inputs)[:, None] & (m < count)[None], other=0.0)
+        total = product(w, xs, WIDE, total)
+    if TYPE == "int8":
+        total = total * (tl.load(absmax + n, mask=n < outputs, other=0.0) * 7.874015718698502e-3)[:, None]
+    to = sums + (tl.program_id(1) * count + m).to(tl.int64)[None] * outputs + n[:, None]
+    tl.store(to, total, mask=(n < outputs)[:, None] & (m < count)[None])
+
+
+@kernel(varying=("shares",))
+def _shares_added(sums, bias, y, n, outputs, y_row, shares, BIASED: tl.constexpr, BLOCK: tl.constexpr):
+    """y = Σ_s sums[s] + b, the shares in their order. sums: (shares, rows, outputs), n = rows·outputs."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < n
+    total = tl.zeros((BLOCK,), tl.float32)
+    for share in range(shares):
+        total += tl.load(sums + share * n + at, mask=there, other=0.0)
+    column = at % outputs
+    if BIASED:
+        total += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)
+    tl.store(y + at // outputs * y_row + column, rounded(total, y), mask=there)
+
+
+def takes_codes(stored: QuantisationFormat) -> bool:
+    """Whether `coded_product` multiplies by a weight that is kept so."""
+    if isinstance(stored, Blocks4):
+        return stored.shape[-1] % _GROUP == 0 == stored.block % _GROUP
+    return isinstance(stored, Rows8) or (isinstance(stored, GgmlBlocks) and stored.type in GGML)
+
+
+def coded_product(x: Tensor, stored: QuantisationFormat, first: int, last: int, bias: Tensor | None, y: Tensor) -> None:
+    """y = x·Wᵀ + b of rows first … last of a weight. x: (rows, columns) in order, up to FEW_ROWS of them; y: (rows,
+    last − first), whose rows may lie apart.
+
+    The inputs are cut into shares so that a narrow weight is work for 256 programs; a row's bits depend on the weight's
+    shape and on the size of its tile (16, 32 or 64) alone."""
+    (count, inputs), outputs = x.shape, last - first
+    M, N = max(16, power_of_2(count)), 64
+    tiles = block_count(outputs, N)
+    parts = max(1, min(256 // tiles, inputs // 1024))
+    share = block_count(inputs, 256 * parts) * 256  # whole steps of every kernel
+    parts = block_count(inputs, share)
+    sums = torch.empty(parts, count, outputs, dtype=torch.float32, device=x.device)
+    tile = {"WIDE": wide(x.dtype), "BLOCK_M": M, "BLOCK_N": N, "enable_fp_fusion": False}
+    if isinstance(stored, Blocks4):
+        map8, table = _tables(stored, x.device)
+        double = stored.absmax2 is not None and stored.mean is not None
+        run_kernel(
+            _few_blocks4, (tiles, parts), x, sums, stored.packed, stored.absmax, stored.absmax2, stored.mean, map8,
+            table, first, count, outputs, inputs // 2, share // 2, SIZE=stored.block, NESTED=stored.nested,
+            DOUBLE=double, GROUPS=2 if M < 64 else 1, num_warps=4 if M < 64 else 8, **tile,
+        )  # fmt: skip
+    else:
+        assert isinstance(stored, Rows8 | GgmlBlocks)
+        if isinstance(stored, Rows8):
+            raw, absmax, kind, (weights, bytes_) = stored.codes, stored.absmax[first:last], "int8", (1, 1)
+        else:
+            raw, absmax, kind, (weights, bytes_) = stored.raw, None, stored.type, _SIZES[stored.type]
+        run_kernel(
+            _few_codes, (tiles, parts), x, sums, raw[first:last], absmax, count, outputs, inputs, share, TYPE=kind,
+            WEIGHTS=weights, BYTES=bytes_, BLOCK_K=128 if kind == "int8" else 32, num_warps=4 if kind == "int8" else 8,
+            **tile,
+        )  # fmt: skip
+    n = count * outputs
+    settings = {"BIASED": bias is not None, "BLOCK": _BLOCK}
+    run_kernel(_shares_added, (block_count(n, _BLOCK),), sums, bias, y, n, outputs, y.stride(0), parts, **settings)
+
+
+def _tables(stored: Blocks4, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 8-bit map and the sixteen values; made-up ones are not kept for anyone else."""
+    if made_up(stored.packed):
+        return torch.empty(256, device=device), torch.empty(16, device=device)
+    return dynamic_map(device), four_bit_values(stored.kind, device)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.ops.cpu import compiled
-from veneer.ops.quantised import Quantised, dequantised, stacked_rows
+from veneer.ops.quantised import Quantised, dequantised, product_of_codes, stacked_rows
 from veneer.serve.forward.panels import GROUP, Panels, rounded4, rounded8
 
 
@@ -70,8 +70,9 @@ class Blocks:
 
 @dataclass(frozen=True, eq=False)
 class Coded:
-    """Weights of a quantised base below one another, some may be plain. They stay as the base has them, and the
-    dequantised one lives for the length of a product, which all rows of a step share. `rows`: see `in_blocks`."""
+    """Weights of a quantised base below one another, some may be plain. They stay as the base has them. A few rows are
+    multiplied by the codes where the device does that; else the dequantised weight lives for the length of a product,
+    which all rows of a step share. `rows`: see `in_blocks`, of which the codes' product is none."""
 
     parts: tuple[Tensor, ...]
     rows: int = 0
@@ -79,7 +80,11 @@ class Coded:
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         whole = [part for part in self.parts if isinstance(part, Quantised)]
         if len(whole) == len(self.parts):  # into one piece of memory
-            weight = stacked_rows(whole).dense()
+            stacked = stacked_rows(whole)
+            made = None if self.rows else product_of_codes(x, stacked, bias)
+            if made is not None:
+                return made
+            weight = stacked.dense()
         else:
             weight = torch.cat([dequantised(part) for part in self.parts])
         return in_blocks(lambda part: F.linear(part, weight, bias), x, self.rows)
