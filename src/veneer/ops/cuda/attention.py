@@ -23,6 +23,7 @@ from veneer.ops.cuda.launch import (
     block_count,
     device_function,
     kernel,
+    on_amd,
     product,
     rounded,
     run_kernel,
@@ -447,7 +448,10 @@ def _tiles(dim: int, backward: bool = False) -> dict[str, int]:
     """Queries and keys of a block, and the warps that work on it, so that all of it stays in registers.
 
     maxnreg: a thread may have all the registers that there are for one. Left to itself the assembler takes 128 of them
-    where a second block then fits beside the first, and puts the few values that are too many in memory."""
+    where a second block then fits beside the first, and puts the few values that are too many in memory. AMD's have 512
+    for a thread of four warps of 64, which the backward pass of wide heads needs; eight warps are left 256."""
+    if backward and dim > 64 and on_amd():
+        return {"QUERIES": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1}
     if dim <= 64:
         most = {"KEYS": 32, "num_warps": 8} if backward else {"KEYS": 64, "num_warps": 4}
         return {"QUERIES": 64, **most, "num_stages": 2, "maxnreg": 255}

@@ -77,10 +77,15 @@ def double(x, y, n, BLOCK: tl.constexpr):
     tl.store(y + at, 2 * tl.load(x + at, mask=at < n), mask=at < n)
 
 
+def on_amd() -> bool:
+    """Whether torch's GPUs are AMD's."""
+    return torch.version.hip is not None
+
+
 @functools.cache
 def trouble_on(device: torch.device) -> str:
     """Why kernels cannot run on this GPU; "" where they can: a small one was compiled, launched, and right."""
-    if torch.version.hip is not None:
+    if on_amd():
         return "kernels are cut for GPUs of NVIDIA"
     capability = torch.cuda.get_device_capability(device)
     if capability < _OLDEST:
