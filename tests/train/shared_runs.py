@@ -88,11 +88,14 @@ def main(folder: Path) -> None:
     seen: dict[str, Any] = {}
     held: list[int] = []
 
-    def measured(model: Any) -> int:
-        held.append(shard.local_bytes(model))
-        return held[-1]
+    def measured(of: Callable[[Any], int]) -> Callable[[Any], int]:
+        def bytes_of(model: Any) -> int:
+            held.append(of(model))
+            return held[-1]
 
-    run.local_bytes = measured
+        return bytes_of
+
+    run.whole_bytes, run.local_bytes = measured(shard.whole_bytes), measured(shard.local_bytes)
 
     def one(name: str, act: Callable[..., Any], *args: Any, **sections: Any) -> None:
         events: list[Event] = []

@@ -201,8 +201,13 @@ def test_resumed_on_another_number_it_is_that_run_but_for_rounding(runs: Runs, t
 
 def test_each_process_holds_its_part_of_the_frozen_weights(runs: Runs) -> None:
     for seen in runs.two:
-        whole, part = seen["shard"]["held"][:2]
+        whole, part = seen["shard"]["held"][-2:]
         assert part == pytest.approx(whole / 2, rel=0.02)
+    notes = runs.two[0]
+    for name in ("shard", "shard-nf4", "shard-int8", "dpo-shard"):
+        assert any("and read" in note for note in notes[name]["notes"])
+    for name in ("shard-dora", "shard-whole"):
+        assert any("each process reads all of the weights" in note for note in notes[name]["notes"])
 
 
 def test_a_loss_that_is_not_finite_on_one_ends_both_and_is_told_once(runs: Runs) -> None:

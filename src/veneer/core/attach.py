@@ -430,12 +430,14 @@ def _rows_problems(modules: Mapping[str, nn.Module], name: str, rows: TokenRows)
 
 
 def _placed(adapter: Adapter, modules: Mapping[str, nn.Module], trainable: bool) -> Adapter:
-    """The attachment's own copy of an adapter: on the base's device, as parameters if trainable."""
-    own = adapter.mapped_by_module(
-        lambda name, t: t.detach().to(
-            next((own.device for own in [*modules[name].parameters(), *modules[name].buffers()]), None)
-        )
-    )
+    """The attachment's own copy of an adapter: on the base's device, as parameters if trainable. Where the base has no
+    values yet (meta) it stays where it is."""
+
+    def device(name: str) -> torch.device | None:
+        own = [*modules[name].parameters(), *modules[name].buffers()]
+        return next((t.device for t in own if not t.is_meta), None)
+
+    own = adapter.mapped_by_module(lambda name, t: t.detach().to(device(name)))
     if not trainable:
         return own
     frozen = {name: pair.origin for name, pair in own.pairs.items()}

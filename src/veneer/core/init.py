@@ -40,7 +40,8 @@ def create(
     dtype: torch.dtype = torch.float32,
     original: Callable[[str], Tensor] | None = None,
 ) -> Adapter:
-    """The untrained adapter that `spec` describes: deterministic in `seed`, on the modules' devices.
+    """The untrained adapter that `spec` describes: deterministic in `seed`, on the modules' devices; on the CPU where
+    those have no values yet (meta).
 
     `original`: parameter name -> the weight before it was quantised, which loftq starts from.
     Full copies and token rows start as the base's own values in `dtype`. Raises ConfigError for impossible numbers
@@ -125,7 +126,8 @@ def _pair(
         pair = Pair(A, B, scale, target.kind, origin=None if spec.init == "loftq" else (A.clone(), B.clone()))
     else:
         A, B = _random(matrix, weight, target, rank, spec.init, generator)
-        pair = Pair(A.to(weight.device, dtype), B.to(weight.device, dtype), scale, target.kind)
+        where = torch.device("cpu") if weight.is_meta else weight.device  # a base whose weights come later
+        pair = Pair(A.to(where, dtype), B.to(where, dtype), scale, target.kind)
     if spec.dora:
         pair.magnitude = adapted_norm(matrix, pair).to(dtype)
     return pair

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from veneer.errors import AdapterError, BaseError, bullets
 from veneer.files.gguf import read_gguf_file
-from veneer.files.safetensors import BITS, PICKLE_FIX, Header, HeaderEntry, read_header
+from veneer.files.safetensors import BITS, DTYPES, PICKLE_FIX, Header, HeaderEntry, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,6 +125,27 @@ def file_table(files: Iterable[Path]) -> list[StoredTensor]:
         where = str(table[0].file.parent)
         raise BaseError(f"{len(twice)} tensors are stored in two files, {twice[0]!r} among them", where=where)
     return sorted(table, key=lambda t: t.name)
+
+
+def read_values(stored: StoredTensor, first: int = 0, last: int | None = None) -> Tensor:
+    """A tensor of safetensors in its shape; or its values first … last, flat, for which no other byte is read.
+
+    Read and not mapped: a mapped file counts as memory for as long as it is open. Raises BaseError for a dtype that
+    torch does not have, and for a file that became shorter."""
+    import torch
+
+    if stored.dtype not in DTYPES:
+        raise BaseError(f"the weights are stored in {stored.dtype}", where=f"{stored.file}: {stored.name}")
+    dtype: torch.dtype = getattr(torch, DTYPES[stored.dtype])
+    end = stored.elements if last is None else last
+    out = torch.empty((end - first) * dtype.itemsize, dtype=torch.uint8)
+    if len(out):
+        with stored.file.open("rb") as file:
+            file.seek(stored.start + first * dtype.itemsize)
+            if file.readinto(memoryview(out.numpy())) != len(out):  # type: ignore[arg-type]
+                raise BaseError("the file became shorter while it was read", where=str(stored.file))
+    flat = out.view(dtype)
+    return flat.view(stored.shape) if last is None and not first else flat
 
 
 def stored_dtype(table: Iterable[StoredTensor]) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from veneer.core.targets import expert_parameters
 from veneer.errors import BaseError, ConfigError, nearest
-from veneer.files.weights import StoredTensor
+from veneer.files.weights import StoredTensor, read_values
 from veneer.models.compat_transformers import TRANSFORMERS, register_quantiser
 from veneer.models.loading import loading, straight_to
 from veneer.ops.cpu import memory
@@ -42,12 +42,6 @@ from veneer.ops.quantised import Quantised, quantise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 
 
 def quantised_weights(model: nn.Module) -> list[str]:
@@ -96,19 +90,6 @@ class LazyTensor:
 
     def __getitem__(self, index: Any) -> Tensor:
         return self.read()
-
-
-def _read(stored: StoredTensor) -> Tensor:
-    """The tensor's own bytes, read and not mapped: a mapped file counts as memory for as long as it is open."""
-    if stored.dtype not in _DTYPES:
-        raise BaseError(f"the weights are stored in {stored.dtype}", where=f"{stored.file}: {stored.name}")
-    out = torch.empty(stored.size, dtype=torch.uint8)
-    with stored.file.open("rb") as f:
-        f.seek(stored.start)
-        view = memoryview(out.numpy())  # type: ignore[arg-type]
-        if f.readinto(view) != stored.size:
-            raise BaseError("the file became shorter while it was read", where=str(stored.file))
-    return out.view(_DTYPES[stored.dtype]).view(stored.shape)
 
 
 def load_quantised(
@@ -278,7 +259,7 @@ def original_weight(path: Path, stored: Mapping[str, StoredTensor], name: str) -
     found = stored.get(name)
     if found is None:
         raise BaseError(f"the files have no weight {name}", where=str(path), fix="use another init than loftq")
-    return _read(found)
+    return read_values(found)
 
 
 # -- bitsandbytes' checkpoints -----------------------------------------------------------------------------------------
@@ -319,12 +300,14 @@ def lazy_state(table: list[StoredTensor]) -> dict[str, Any]:
             extra |= {scale, f"{name}_format"}
             out[name] = LazyTensor("BF16", stored.shape, _rows_of(stored, by_name[scale]))
         else:
-            out[name] = LazyTensor(stored.dtype, stored.shape, lambda stored=stored: _read(stored))  # type: ignore[misc]
+            out[name] = LazyTensor(stored.dtype, stored.shape, lambda stored=stored: read_values(stored))  # type: ignore[misc]
     return {name: value for name, value in out.items() if name not in extra}
 
 
 def _rows_of(codes: StoredTensor, scale: StoredTensor) -> Callable[[], Tensor]:
-    return lambda: Quantised(Rows8(codes.shape, _read(codes), _read(scale).float().flatten()), torch.bfloat16)
+    return lambda: Quantised(
+        Rows8(codes.shape, read_values(codes), read_values(scale).float().flatten()), torch.bfloat16
+    )
 
 
 def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> Callable[[], Tensor]:
@@ -333,7 +316,7 @@ def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> C
     kind = state.rpartition("__")[2]
 
     def read() -> Tensor:
-        found = {p.name.removeprefix(f"{packed.name}."): _read(p) for p in parts}
+        found = {p.name.removeprefix(f"{packed.name}."): read_values(p) for p in parts}
         about = json.loads(bytes(found[state.removeprefix(f"{packed.name}.")].tolist()))
         where = f"{packed.file}: {packed.name}"
         if kind not in SAVED_KINDS:
@@ -345,8 +328,8 @@ def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> C
             raise BaseError("the constants are quantised with a map that is not bitsandbytes' own", where=where)
         mean = torch.tensor(float(about["nested_offset"])) if nested is not None else None
         code = Blocks4(
-            kind, tuple(about["shape"]), _read(packed).flatten(), found["absmax"], found.get("nested_absmax"), mean,
-            int(about["blocksize"]), int(about.get("nested_blocksize") or 256),
+            kind, tuple(about["shape"]), read_values(packed).flatten(), found["absmax"], found.get("nested_absmax"),
+            mean, int(about["blocksize"]), int(about.get("nested_blocksize") or 256),
         )  # fmt: skip
         return Quantised(code, torch.bfloat16)
 

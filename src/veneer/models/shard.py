@@ -15,13 +15,15 @@ There is no way back: the model is of use inside `call` alone from now on. Needs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from veneer.core.targets import base_modules
+from veneer.models.unread import Unread, read_buffers
 from veneer.ops.quantisation_formats import with_tensors
 from veneer.ops.quantised import Quantised
 
@@ -56,9 +58,13 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return max(lists, key=lambda own: sum(p.numel() for m in own for p in m.parameters()), default=[])
 
 
-def shard(model: nn.Module, parts: Sequence[nn.Module], device: torch.device) -> CallWithWeights:
+def shard(
+    model: nn.Module, parts: Sequence[nn.Module], device: torch.device, unread: Unread | None = None
+) -> CallWithWeights:
     """Splits every parameter of `model` along its first dimension and moves the parts to `device`, block by block, so
-    that no device ever holds the whole. Returns the function through which everything that uses the model is called."""
+    that no device ever holds the whole. Returns the function through which everything that uses the model is called.
+
+    `unread`: the model is on the meta device, and each process reads its own parts of the weights from there."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -66,13 +72,64 @@ def shard(model: nn.Module, parts: Sequence[nn.Module], device: torch.device) ->
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     whole = _Whole(model)
     inside: set[int] = set()
+    names: dict[int, str] = {}
+    for prefix, module in base_modules(model):
+        for key, p in module.named_parameters(recurse=False):
+            names.setdefault(id(p), f"{prefix}.{key}" if prefix else key)
     for group in [*parts, whole]:
         owned = [m for m in group.modules() if id(m) not in inside]
         inside.update(map(id, owned))
+        wanted = _wanted(owned, names) if unread else []
         apart = _taken_apart(owned)
         fully_shard(group, mesh=mesh, reshard_after_forward=True)
+        for each in wanted:
+            assert unread is not None
+            each.put(unread.part(each.name, each.weight, mesh.get_local_rank(), mesh.size(), device))
         _put_together(group, apart)
+    if unread:
+        read_buffers(model, unread, device)
     return whole
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A weight on the meta device that was not read yet. `places`: (module, name) of each that has it."""
+
+    name: str
+    weight: Tensor
+    places: list[tuple[nn.Module, str]]
+
+    def put(self, own: Sequence[Tensor]) -> None:
+        """Puts the parts of this process where `fully_shard` has left those on the meta device."""
+        from torch.distributed.tensor import DTensor
+
+        places = [self.places]
+        if isinstance(self.weight, Quantised):
+            module, key = self.places[0]
+            places = [[(module, name)] for name in _code_names(key, self.weight)]
+        for holders, local in zip(places, own, strict=True):
+            module, key = holders[0]
+            there = module._parameters[key]
+            assert isinstance(there, DTensor)
+            how = {"run_check": False, "shape": there.shape, "stride": there.stride()}
+            part = DTensor.from_local(local, there.device_mesh, there.placements, **how)
+            made = nn.Parameter(part, requires_grad=False)
+            for module, key in holders:
+                module._parameters[key] = made
+
+
+def _wanted(modules: Sequence[nn.Module], names: Mapping[int, str]) -> list[_Wanted]:
+    found: dict[int, _Wanted] = {}
+    for module in modules:
+        for key, weight in module._parameters.items():
+            if weight is not None:
+                found.setdefault(id(weight), _Wanted(names[id(weight)], weight, [])).places.append((module, key))
+    return list(found.values())
+
+
+def _code_names(key: str, weight: Quantised) -> tuple[str, ...]:
+    """What the tensors of a quantised parameter are called where they are parameters."""
+    return tuple(f"{key}_{name.replace('.', '_')}" for name in weight.stored.tensors())
 
 
 @dataclass(frozen=True)
@@ -105,7 +162,7 @@ def _taken_apart(modules: Sequence[nn.Module]) -> list[_Apart]:
                 continue
             if id(weight) not in found:
                 tensors = weight.stored.tensors()
-                names = tuple(f"{name}_{key.replace('.', '_')}" for key in tensors)
+                names = _code_names(name, weight)
                 for own, tensor in zip(names, tensors.values(), strict=True):
                     # A scalar cannot be split: it is one of a row.
                     module.register_parameter(own, nn.Parameter(tensor.reshape(tensor.shape or 1), requires_grad=False))
@@ -131,8 +188,16 @@ def _put_together(group: nn.Module, apart: Sequence[_Apart]) -> None:
         group.register_forward_pre_hook(gathered)
 
 
+def whole_bytes(model: nn.Module) -> int:
+    """Bytes of the model's parameters and buffers before it is split, read or not."""
+    return _bytes([*model.parameters(), *model.buffers()])
+
+
 def local_bytes(model: nn.Module) -> int:
     """Bytes of the model's parameters and buffers that this process holds."""
     tensors: list[Any] = [*model.parameters(), *model.buffers()]
-    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors if not t.is_meta]
-    return sum(t.bytes if isinstance(t, Quantised) else t.numel() * t.element_size() for t in local)
+    return _bytes([t.to_local() if hasattr(t, "to_local") else t for t in tensors if not t.is_meta])
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.bytes if isinstance(t, Quantised) else t.numel() * t.element_size() for t in tensors)

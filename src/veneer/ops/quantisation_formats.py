@@ -251,9 +251,13 @@ def _blocks4(weight: Tensor, kind: str, double: bool) -> Blocks4:
             packed[start // 2 :][: len(codes) // 2] = codes[::2] << 4 | codes[1::2]
     if not double:
         return Blocks4(kind, tuple(weight.shape), packed, absmax)
+    return Blocks4(kind, tuple(weight.shape), packed, *doubled(absmax))
+
+
+def doubled(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(absmax in 8 bits, absmax2, mean) of the absmax of all blocks of a weight, float32."""
     mean = absmax.mean()
-    codes8, absmax2 = _blocks8(absmax - mean)
-    return Blocks4(kind, tuple(weight.shape), packed, codes8, absmax2, mean)
+    return *_blocks8(absmax - mean), mean
 
 
 def _blocks8(x: Tensor) -> tuple[Tensor, Tensor]:

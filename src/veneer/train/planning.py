@@ -19,7 +19,7 @@ from veneer.plan.serving import Traffic
 from veneer.plan.shape import model_shape, pair_parameters, text_shape
 from veneer.plan.tables import Device, base_config
 from veneer.train.config.text import TrainConfig
-from veneer.train.preflight import held_memory
+from veneer.train.preflight import computes_on, held_memory
 
 if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
@@ -64,7 +64,8 @@ def plan_of_run(
     shape = model_shape(base.model)
     weight = next(base.model.parameters())
     kind = getattr(base, "dtype", weight.dtype)
-    device = device_here(weight.device, kind, shape, [max(lengths, default=1)])
+    here = computes_on(base)
+    device = device_here(here, kind, shape, [max(lengths, default=1)])
     dtype = str(kind).removeprefix("torch.")
     pairs = pair_parameters(shape, _special_pairs(config), rank=config.adapter.rank)
     load = load_of(
@@ -75,7 +76,7 @@ def plan_of_run(
     rates, process = rates_here(device, dtype)
     if device.kind == "cpu":  # libraries and rows are in memory already: what they take is known
         weights = sum(weight_bytes(shape, dtype, load.quantise))
-        process = max(process or CPU_PROCESS, held_memory(weight.device) - weights + CPU_LATER)
+        process = max(process or CPU_PROCESS, held_memory(here) - weights + CPU_LATER)
     held = text_plan("", shape, load, device, rates, job, process=process, room=1 << 62).memory
     limit = room + held.peak - still_needed(held, device)
     return text_plan(config.base.name, shape, load, device, rates, job, process=process, room=limit)

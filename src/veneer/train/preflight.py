@@ -198,7 +198,7 @@ def precision(s: RunSubject) -> Iterator[Finding]:
     """Failure class 10: dtypes that overflow or underflow without a word."""
     model = s.base.model
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})
-    device = next(model.parameters()).device
+    device = computes_on(s.base)
     s.numbers.update(dtype=kinds, device=str(device))
     if "float16" in kinds:
         text = (
@@ -210,6 +210,15 @@ def precision(s: RunSubject) -> Iterator[Finding]:
         yield Finding("warn", "precision", f"the base mixes {' and '.join(kinds)}", "base.dtype=bfloat16 (or float32)")
     else:
         yield Finding("ok", "precision", f"base in {', '.join(kinds)} on {device.type}, pairs and optimizer in float32")
+
+
+def computes_on(base: Any) -> torch.device:
+    """Where a base computes: where its weights are, or will be once they are read."""
+    if getattr(base, "unread", None) is not None:
+        there: torch.device = base.device
+        return there
+    own: torch.device = next(base.model.parameters()).device
+    return own
 
 
 def where_it_goes(s: RunSubject) -> Iterator[Finding]:

@@ -40,15 +40,20 @@ def config_of(fields: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def bare_text(
-    config: PreTrainedConfig, *, dtype: torch.dtype, device: str = "meta", quantise: str | None = None
-) -> Any:
+    config: PreTrainedConfig, *, dtype: torch.dtype, device: str = "meta", quantise: str | None = None,
+    buffers: bool = False,
+) -> Any:  # fmt: skip
     """The causal language model of `config`, frozen, in eval mode, with weights that were never read.
 
-    `quantise`: the linear weights are in codes, doubly quantised, as `load_text` would make them."""
+    `quantise`: the linear weights are in codes, doubly quantised, as `load_text` would make them. `buffers`: buffers
+    have their values, on the CPU, though the weights are on the meta device."""
+    from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    with loading(), no_init_weights(), torch.device(device):
-        model = _built(config, dtype)
+    made_on = init_empty_weights(include_buffers=False) if buffers else torch.device(device)
+    with loading(), no_init_weights():
+        with made_on:
+            model = _built(config, dtype)
         model.tie_weights()
         if quantise:
             put_empty_codes(model, quantise, dtype, torch.device(device))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,9 @@ from veneer.models.fingerprint import fingerprint
 from veneer.models.loading import check_loaded, errors_only, loading, straight_to
 from veneer.models.quantise import check_kind, load_quantised, original_weight, quantised_bytes, saved_kind
 from veneer.models.sources import find_base, is_image_base
+from veneer.models.text.bare import bare_text
 from veneer.models.text.gguf import fast_headers, load_gguf, read_gguf_tokenizer
+from veneer.models.unread import Unread
 from veneer.ops.quantisation_formats import KINDS
 from veneer.ops.quantised import Quantised
 
@@ -56,6 +59,8 @@ class TextBase:
     notes: tuple[str, ...] = ()
     quantised: str = ""
     """nf4, fp4, int8 or gguf where the linear weights are kept in 4 or 8 bits; "" in full."""
+    unread: Unread | None = None
+    """Where the weights of `model` are, which is on the meta device until `shard` reads each process's part."""
 
     @property
     def family(self) -> str:
@@ -82,13 +87,15 @@ def load_text(
     device: str | torch.device = "auto",
     quantise: str | None = None,
     say: Callable[[str], None] | None = None,
+    parts: int = 1,
 ) -> TextBase:
     """Find and load a base: eval mode, `requires_grad` False everywhere.
 
     `dtype`: auto, float32, bfloat16 or float16. `device`: auto, cpu, cuda, cuda:1, mps. `quantise`: nf4, fp4 or int8
     puts the linear weights in 4 or 8 bits while they are read; keep leaves those of a GGUF file in their blocks; None
     is what the files have, with GGUF's dequantised. A checkpoint of bitsandbytes is kept as it is. `say` is
-    called with a line before each step that takes time.
+    called with a line before each step that takes time. `parts`: processes that will hold a part each; the weights are
+    `unread` then, or on the CPU where this base has to be read whole, which a note says.
     Raises BaseError (not found, not whole, not a causal language model, weights that do not match the config),
     ConfigError (an unknown dtype, device or quantisation), ResourceError (not enough memory)."""
     path, table, config, tokenizer = _described(name, say)
@@ -96,10 +103,19 @@ def load_text(
     settle_threads()
     quantised = _choose_quantisation(quantise, path, config)
     kind, reason = choose_dtype(dtype, where, "BF16" if quantised else stored_dtype(table))
-    check_memory(path, _bytes(table, kind, quantised), kind, where)
+    unread: Unread | None = None
+    why = ""
+    if parts > 1:
+        model, unread, why = _unread_model(path, config, kind, table, quantised, saved=quantise is None)
+        where = where if unread else torch.device("cpu")
+    check_memory(path, _bytes(table, kind, quantised) // (parts if unread else 1), kind, where)
     digest = fingerprint(path, config, table)
-    model, notes = _load_model(path, config, kind, table, quantised, where, saved=quantise is None)
-    model.to(where)  # type: ignore[arg-type]
+    if unread is None:
+        model, notes = _load_model(path, config, kind, table, quantised, where, saved=quantise is None)
+        notes = (*notes, f"each process reads all of the weights: {why}") if why else notes
+        model.to(where)  # type: ignore[arg-type]
+    else:
+        notes = _without_a_place(unread, model)
     model.eval()
     model.requires_grad_(False)
     _check_vocabulary(path, model, tokenizer)
@@ -122,6 +138,7 @@ def load_text(
         context=_context(model.config),
         notes=(*notes, *more),
         quantised=quantised,
+        unread=unread,
     )
 
 
@@ -263,6 +280,29 @@ def _load_model(
                 raise
             raise _unreadable("model", path, error) from error
     return model, check_loaded(path, info)
+
+
+def _unread_model(
+    path: Path, config: PreTrainedConfig, dtype: torch.dtype, table: list[StoredTensor], quantised: str, saved: bool
+) -> tuple[Any, Unread | None, str]:
+    """(the model on the meta device, where its weights are, ""), or (None, None, why it has to be read whole)."""
+    from transformers import GenerationConfig
+
+    if path.is_file() or (quantised and saved):
+        return None, None, f"they are quantised in their files ({quantised or 'GGUF'})"
+    model = bare_text(config, dtype=dtype, quantise=quantised or None, buffers=True)
+    found = Unread.of(model, table, quantised, dtype)
+    if isinstance(found, str):
+        return None, None, found
+    if (path / "generation_config.json").is_file():
+        with errors_only(), suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return model, found, ""
+
+
+def _without_a_place(unread: Unread, model: PreTrainedModel) -> tuple[str, ...]:
+    """As `check_loaded` says it."""
+    return check_loaded(Path(), {"unexpected_keys": unread.stored.keys() - model.state_dict().keys()})
 
 
 def _size_note(model: PreTrainedModel, quantised: str) -> str:

@@ -28,6 +28,7 @@ from veneer.core.experts import expert_product
 from veneer.core.layers import LoraExperts, LoraLinear
 from veneer.core.targets import base_of
 from veneer.models.compat_transformers import PRE_NORM_LAYERS, own_attention, register_attention
+from veneer.models.shard import CallWithWeights, call_whole
 from veneer.models.swap import (
     FastReport,
     Join,
@@ -59,13 +60,16 @@ _ATTENTION = "veneer_rows"
 
 
 @contextmanager
-def fast(model: Any, *, keep: int = 0, hold: bool = True, like: FastReport | None = None) -> Iterator[FastReport]:
+def fast(
+    model: Any, *, keep: int = 0, hold: bool = True, like: FastReport | None = None, call: CallWithWeights = call_whole
+) -> Iterator[FastReport]:
     """Swaps what can be swapped, as the module says, for the length of the with-block. It may be entered again inside.
 
     `keep`: bytes that dequantised weights of a quantised base may take while the block lasts; the others are
     dequantised at each use. `hold`: whether a path may keep references to weights. Sharded weights come and go, so
     there it may not: rows lie without padding, and norms, MLPs and projections are called as they are. `like`: what was
-    found of a model of the same kinds of modules; this one has no values to try, and is believed to be the same."""
+    found of a model of the same kinds of modules; this one has no values to try, and is believed to be the same.
+    `call`: what the model is called through."""
     if (already := report_of(model)).active:
         yield already
         return
@@ -75,19 +79,20 @@ def fast(model: Any, *, keep: int = 0, hold: bool = True, like: FastReport | Non
         with without_dropout(model):
             undo.enter_context(marked(model, report))
             try:
-                own = OwnForward.of(model) if like is None else None
+                own = call(OwnForward.of, model) if like is None else None
             except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
                 report.left["model"] = f"its own forward over padded rows fails: {type(error).__name__}: {error}"
             else:
-                _swap(model, own, hold, report, undo, like)
+                _swap(model, own, hold, report, undo, like, call)
             if keep:
                 keep_dequantised(report, keep, undo)
         yield report
 
 
 def _swap(
-    model: Any, own: OwnForward | None, hold: bool, report: FastReport, undo: ExitStack, like: FastReport | None
-) -> None:
+    model: Any, own: OwnForward | None, hold: bool, report: FastReport, undo: ExitStack, like: FastReport | None,
+    call: CallWithWeights,
+) -> None:  # fmt: skip
     """Modules and rows; or modules alone where rows are not the model's own; or nothing."""
     modules = [(name, module) for name, module in model.named_modules() if not isinstance(module, LoraLinear)]
     if not hold:
@@ -100,15 +105,15 @@ def _swap(
             report.swapped[kind] = report.swapped.get(kind, 0) + 1
         with ExitStack() as attempt:
             before = dict(report.swapped), len(report.joins)
-            problem = _swap_attention(model, modules, report, attempt) or _rows_problem(model, own, like)
+            problem = _swap_attention(model, modules, report, attempt) or _rows_problem(model, own, call, like)
             if not problem:
                 report.rows = True
                 swapped.push(attempt.pop_all())
-                _swap_last_layer(model, own, report, swapped, like)
+                _swap_last_layer(model, own, report, swapped, like, call)
         if problem:
             report.left["rows"] = problem
             report.swapped, report.joins = before[0], report.joins[: before[1]]
-            problem = "" if own is None else own.nll_problem(_nll(model, own))
+            problem = "" if own is None else own.nll_problem(call(_nll, model, own))
             if report.swapped and problem:
                 report.left["every module"] = problem
                 report.swapped, report.joins = {}, []
@@ -364,8 +369,9 @@ def _attention_forward(
 
 
 def _swap_last_layer(
-    model: Any, own: OwnForward | None, report: FastReport, undo: ExitStack, like: FastReport | None
-) -> None:
+    model: Any, own: OwnForward | None, report: FastReport, undo: ExitStack, like: FastReport | None,
+    call: CallWithWeights,
+) -> None:  # fmt: skip
     """Of the last layer's output only the tokens that predict a trained one are read: with a quarter of the tokens
     trained, 63% of one layer's work falls away."""
     layers = getattr(getattr(model, "model", None), "layers", None)
@@ -377,7 +383,7 @@ def _swap_last_layer(
     with ExitStack() as attempt:
         replace_forward(layer, _kept_forward(type(layer).forward), attempt)
         report.keeps = True
-        report.keeps = not _rows_problem(model, own, like) and (like is None or like.keeps)
+        report.keeps = not _rows_problem(model, own, call, like) and (like is None or like.keeps)
         if report.keeps:
             undo.push(attempt.pop_all())
 
@@ -408,13 +414,13 @@ def _nll(model: Any, own: OwnForward, layout: RowLayout | None = None) -> Tensor
         return padded_nll(model, own.ids, LENGTHS, own.trained)
 
 
-def _rows_problem(model: Any, own: OwnForward | None, like: FastReport | None = None) -> str:
+def _rows_problem(model: Any, own: OwnForward | None, call: CallWithWeights, like: FastReport | None = None) -> str:
     """Why rows without padding are not what this model gives by itself; "" where they are."""
     if like is not None or own is None:
         return "" if like is None else like.left.get("rows", "")
     layout = RowLayout(LENGTHS, own.ids.device)
     try:
-        nll = _nll(model, own, layout)
+        nll = call(_nll, model, own, layout)
     except _OwnAttention as asked:
         return str(asked)
     except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:

@@ -22,6 +22,7 @@ from veneer.train.preflight import (
     Finding,
     Report,
     available_memory,
+    computes_on,
     learning_rate,
     memory_finding,
     precision,
@@ -176,8 +177,11 @@ def vocabulary(s: TextSubject) -> Iterator[Finding]:
     added = sorted((set(s.base.tokenizer.added_tokens_decoder) & used) - {getattr(embedding, "padding_idx", None)})
     if not added or not embedding.weight.is_floating_point():
         return
-    weight = embedding.weight.detach()
-    sample, norms = weight[:4096].float().norm(dim=1), weight[added].float().norm(dim=1)
+    weight, unread = embedding.weight.detach(), getattr(s.base, "unread", None)
+    name = next((n for n, p in s.base.model.named_parameters() if p is embedding.weight), "")
+    first = range(min(4096, rows))
+    some, those = (unread.rows(name, at) if unread else weight[list(at)] for at in (first, added))
+    sample, norms = some.float().norm(dim=1), those.float().norm(dim=1)
     dead = [t for t, norm in zip(added, norms.tolist(), strict=True) if norm < 0.05 * float(sample.median())]
     config = s.config.adapter
     learned = {i for ids in config.token_rows.values() for i in ids}
@@ -195,7 +199,7 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     if context and s.longest > context:
         text = f"the longest row has {s.longest:,} tokens and the base reads {context:,}"
         yield Finding("stop", "memory", text, f"data.max_length={context} with data.long_rows=cut or drop")
-    device = next(model.parameters()).device
+    device = computes_on(s.base)
     free = available_memory(config, device, s.free_memory)
     mode = config.memory.activation_checkpointing
     plain, again = (

@@ -30,7 +30,7 @@ from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
 from veneer.errors import ConfigError, Interrupted, PreflightError
 from veneer.formats import peft
-from veneer.models.shard import CallWithWeights, blocks, call_whole, local_bytes, shard
+from veneer.models.shard import CallWithWeights, blocks, call_whole, local_bytes, shard, whole_bytes
 from veneer.models.swap import without_dropout
 from veneer.models.text.base import load_text
 from veneer.models.text.fast import fast
@@ -100,7 +100,8 @@ def run_text(
 
 
 def _loaded(config: TrainConfig, base: TextBase | None, run: Run) -> TextBase:
-    """The base, on this process's device; on the CPU where it is going to be sharded."""
+    """The base, on this process's device. Where it is going to be sharded its weights are still in their files; or on
+    the CPU where the fresh adapter begins as a part of their values, or they cannot be read in parts."""
     sharded = config.memory.shard and run.devices.count > 1
     if base is not None:
         if sharded:
@@ -111,9 +112,14 @@ def _loaded(config: TrainConfig, base: TextBase | None, run: Run) -> TextBase:
             )
         return base
     run.fetch(config.base.name)
+    adapter = config.adapter
+    of_values = adapter.dora or adapter.init not in ("zero-b", "gaussian")
+    of_values = of_values or bool(adapter.modules_to_save or adapter.token_rows or adapter.start)
+    if sharded and of_values:
+        run.note("each process reads all of the weights: the adapter begins as a part of their values")
     return load_text(
-        config.base.name, dtype=config.base.dtype, device="cpu" if sharded else run.devices.device,
-        quantise=config.base.quantise, say=run.note,
+        config.base.name, dtype=config.base.dtype, device="cpu" if sharded and of_values else run.devices.device,
+        quantise=config.base.quantise, say=run.note, parts=1 if not sharded or of_values else run.devices.count,
     )  # fmt: skip
 
 
@@ -163,15 +169,16 @@ class TextTask(Task[TextData, RunResult]):
             if recompute:
                 undo.callback(model.activation_checkpointing_disable)
                 recompute_activations(model)
-            run.note(undo.enter_context(fast(model, hold=not sharded, keep=keep)).summary())
             call = call_whole
             if sharded:
-                whole, device = local_bytes(model), torch.device(devices.device)
-                call = shard(model, blocks(model), device)
+                whole, device = whole_bytes(model), torch.device(devices.device)
+                call = shard(model, blocks(model), device, base.unread)
                 attachment.adapters[NAME].move(device)
                 part = local_bytes(model)
-                run.note(f"sharded over {devices.count} devices: this one holds {size(part)} of {size(whole)}")
+                read = "" if base.unread is None else f", and read {size(base.unread.bytes_read)} for it"
+                run.note(f"sharded over {devices.count} devices: this one holds {size(part)} of {size(whole)}{read}")
                 base = replace(base, device=device)
+            run.note(undo.enter_context(fast(model, hold=not sharded, keep=keep, call=call)).summary())
             kind = AttachedText if config.preference.loss is None else AttachedPreferences
             attached = kind(config, base, run, data, attachment, call)
             attached.check_base()
@@ -185,8 +192,8 @@ class TextTask(Task[TextData, RunResult]):
         free = free_memory(device)
         if device.type == "cpu":  # whose memory the processes of a machine share
             free //= int(os.environ.get("LOCAL_WORLD_SIZE", devices.count))
-        elif self.base.device != device:  # the base comes there later, in parts
-            free -= local_bytes(self.base.model) // devices.count
+        if self.base.device != device or self.base.unread is not None:  # the base comes there later, in parts
+            free -= whole_bytes(self.base.model) // devices.count
         return free
 
     def _recomputes(self, devices: Devices, report: Report) -> tuple[bool, str]:

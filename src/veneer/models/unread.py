@@ -1,0 +1,153 @@
+"""Weights that are still in their files: a model on the meta device, and of each weight the part that a process reads.
+
+    unread = Unread.of(model, table, kind, dtype)      or, as text, why this model has to be read whole
+    unread.part("model.layers.0.mlp.up_proj.weight", rank, count, device)
+
+A process among `count` gets rows r·⌈n/N⌉ … (r + 1)·⌈n/N⌉ of the n along a tensor's first dimension, which is how
+torch.chunk and FSDP2 part it. Rows of safetensors lie one after another, so that a part is one stretch of a file; no
+other byte of it is read, and the host holds one part of one tensor at a time.
+
+In 4 bits the part is one of the bytes of codes, and may begin within a block of 64 weights: blocks at the edges are
+read by both neighbours. Their constants are quantised a second time over the whole weight, around its mean. So each
+process finds those of its own blocks, all get all (a thirty-second of the bytes of 16 bits), and codes and constants
+are bit for bit those of a weight that is quantised whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.targets import base_modules
+from veneer.files.safetensors import DTYPES
+from veneer.files.weights import StoredTensor, read_values
+from veneer.ops.quantisation_formats import BLOCK, Blocks4, doubled
+from veneer.ops.quantised import Quantised, quantise
+
+
+def rows_of(n: int, rank: int, count: int) -> tuple[int, int]:
+    """(first, last) of the n rows that are process `rank`'s of `count`; as many for the last ones as there are left."""
+    each = -(-n // count)
+    return min(rank * each, n), min((rank + 1) * each, n)
+
+
+@dataclass
+class Unread:
+    """Where the weights of a model on the meta device are. `stored`: by the model's names. `kind`: what its quantised
+    weights are made, "" where none are. `dtype`: of the others that are floats. `bytes_read`: so far, by this
+    process."""
+
+    stored: Mapping[str, StoredTensor]
+    kind: str
+    dtype: torch.dtype
+    bytes_read: int = 0
+
+    @classmethod
+    def of(cls, model: nn.Module, table: Sequence[StoredTensor], kind: str, dtype: torch.dtype) -> Unread | str:
+        """Why it has to be read whole: where its names and shapes are not those of the files (transformers renames and
+        joins the weights of some families), or weights of it are kept in another dtype."""
+        stored = {t.name: t for t in table}
+        own: dict[str, Tensor] = {**dict(model.named_parameters()), **_saved_buffers(model)}
+        for name, tensor in own.items():
+            found = stored.get(name)
+            if found is None:
+                return f"the files have no {name}"
+            if found.shape != tuple(tensor.shape):
+                return f"{name} has another shape in the files"
+            if found.dtype not in DTYPES:
+                return f"{name} is stored in {found.dtype}"
+        again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own.keys()
+        if both := sorted(again & stored.keys()):
+            return f"the files have {both[0]}, which the config ties to another"
+        for names in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            if getattr(model, names, None):
+                return "some of its weights stay in float32"
+        return cls(stored, kind, dtype)
+
+    def rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """These rows of a weight, as they are stored."""
+        stored = self.stored[name]
+        wide = stored.elements // stored.shape[0]
+        return torch.stack([self._values(name, row * wide, (row + 1) * wide) for row in rows])
+
+    def whole(self, name: str, device: torch.device) -> Tensor:
+        """All of a weight, in the dtype that it is kept in."""
+        stored = self.stored[name]
+        return self._cast(self._values(name, 0, stored.elements).view(stored.shape).to(device))
+
+    def part(self, name: str, weight: Tensor, rank: int, count: int, device: torch.device) -> list[Tensor]:
+        """This process's part of a weight on `device`; of a quantised one, that of each of its tensors, in order.
+        `weight`: the one on the meta device. All processes ask for the same weights in the same order: in 4 bits they
+        wait for each other."""
+        if not isinstance(weight, Quantised):
+            first, last = rows_of(weight.shape[0], rank, count) if weight.ndim else (0, int(rank == 0))
+            wide = weight.numel() // weight.shape[0] if weight.ndim else 1
+            values = self._values(name, first * wide, last * wide).to(device)
+            return [self._cast(values).view(last - first, *weight.shape[1:])]
+        if self.kind == "int8":
+            columns = weight.shape[-1]
+            first, last = rows_of(weight.numel() // columns, rank, count)
+            values = self._values(name, first * columns, last * columns).view(-1, columns).to(device)
+            if first == last:
+                return [torch.empty(0, columns, dtype=torch.int8, device=device), torch.empty(0, device=device)]
+            return list(quantise(self._cast(values), self.kind).stored.tensors().values())
+        return self._blocks(name, weight.numel(), rank, count, device)
+
+    def _blocks(self, name: str, n: int, rank: int, count: int, device: torch.device) -> list[Tensor]:
+        """packed, absmax, absmax2 and mean of a 4-bit weight of n values."""
+        bounds = [rows_of(-(-n // 2), each, count) for each in range(count)]  # bytes of codes, two a byte
+        starts = [min(-(-2 * first // BLOCK), -(-n // BLOCK)) for first, _ in bounds] + [-(-n // BLOCK)]
+        first, last = bounds[rank]
+        low, high = 2 * first // BLOCK, starts[rank + 1]  # blocks of which it needs codes
+        absmax = packed = torch.empty(0, device=device)
+        if first < last:
+            values = self._cast(self._values(name, low * BLOCK, min(high * BLOCK, n)).to(device))
+            own = quantise(values, self.kind, double=False).stored
+            assert isinstance(own, Blocks4)
+            packed, absmax = own.packed[first - low * BLOCK // 2 :][: last - first].clone(), own.absmax
+        else:
+            packed = packed.to(torch.uint8)
+        sizes = [end - start for start, end in itertools.pairwise(starts)]
+        mine = absmax[starts[rank] - low :][: sizes[rank]] if sizes[rank] else absmax[:0]
+        constants = doubled(_gathered(mine, sizes))
+        parts = (t.reshape(t.shape or 1) for t in constants)
+        return [packed, *(t[slice(*rows_of(len(t), rank, count))].clone() for t in parts)]
+
+    def _values(self, name: str, first: int, last: int) -> Tensor:
+        stored = self.stored[name]
+        values = read_values(stored, first, last)
+        self.bytes_read += values.nbytes
+        return values
+
+    def _cast(self, values: Tensor) -> Tensor:
+        return values.to(self.dtype) if values.is_floating_point() else values
+
+
+def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that a checkpoint has."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def _gathered(mine: Tensor, sizes: Sequence[int]) -> Tensor:
+    """What each process has of `sizes` values, one after another; the same on all."""
+    import torch.distributed as dist
+
+    padded = torch.zeros(max(sizes), dtype=mine.dtype, device=mine.device)
+    padded[: len(mine)] = mine
+    out = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(out, padded)
+    return torch.cat([each[:size] for each, size in zip(out, sizes, strict=True)])
+
+
+def read_buffers(model: nn.Module, unread: Unread, device: torch.device) -> None:
+    """Buffers that are in the files come from there, whole; all go to `device`."""
+    for prefix, module in base_modules(model):
+        for key, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                name = f"{prefix}.{key}" if prefix else key
+                module._buffers[key] = unread.whole(name, device) if name in unread.stored else buffer.to(device)
