@@ -38,7 +38,7 @@ _MAX_DIMENSIONS = 16
 _LONGEST_ENTRY = _MAX_NAME_LENGTH + 512
 """Bytes of JSON, about, that one tensor needs at most."""
 
-DTYPES = {
+STORED_DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -57,8 +57,8 @@ DTYPES = {
     "C64": "complex64",
 }
 """The file's word for a dtype -> torch's, of those that are read as tensors."""
-NAMES = {name: kind for kind, name in DTYPES.items()}
-BITS = {kind: 8 if kind == "BOOL" else int(re.search(r"\d+", kind)[0]) for kind in DTYPES}  # type: ignore[index]
+NAMES = {name: kind for kind, name in STORED_DTYPES.items()}
+BITS = {kind: 8 if kind == "BOOL" else int(re.search(r"\d+", kind)[0]) for kind in STORED_DTYPES}  # type: ignore[index]
 """Bits of one value, by the file's word for its dtype, of those that are read as tensors."""
 
 _OTHER_MAGIC = {
@@ -91,7 +91,7 @@ class HeaderEntry:
     def dtype(self) -> torch.dtype:
         import torch
 
-        dtype: torch.dtype = getattr(torch, DTYPES[self.kind])
+        dtype: torch.dtype = getattr(torch, STORED_DTYPES[self.kind])
         return dtype
 
 

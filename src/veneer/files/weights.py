@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from veneer.errors import AdapterError, BaseError, bullets
 from veneer.files.gguf import read_gguf_file
-from veneer.files.safetensors import BITS, DTYPES, PICKLE_FIX, Header, HeaderEntry, read_header
+from veneer.files.safetensors import BITS, PICKLE_FIX, STORED_DTYPES, Header, HeaderEntry, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,9 +134,9 @@ def read_values(stored: StoredTensor, first: int = 0, last: int | None = None) -
     torch does not have, and for a file that became shorter."""
     import torch
 
-    if stored.dtype not in DTYPES:
+    if stored.dtype not in STORED_DTYPES:
         raise BaseError(f"the weights are stored in {stored.dtype}", where=f"{stored.file}: {stored.name}")
-    dtype: torch.dtype = getattr(torch, DTYPES[stored.dtype])
+    dtype: torch.dtype = getattr(torch, STORED_DTYPES[stored.dtype])
     end = stored.elements if last is None else last
     out = torch.empty((end - first) * dtype.itemsize, dtype=torch.uint8)
     if len(out):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.targets import base_modules
-from veneer.files.safetensors import DTYPES
+from veneer.files.safetensors import STORED_DTYPES
 from veneer.files.weights import StoredTensor, read_values
 from veneer.ops.quantisation_formats import BLOCK, Blocks4, doubled
 from veneer.ops.quantised import Quantised, quantise
@@ -58,7 +58,7 @@ class Unread:
                 return f"the files have no {name}"
             if found.shape != tuple(tensor.shape):
                 return f"{name} has another shape in the files"
-            if found.dtype not in DTYPES:
+            if found.dtype not in STORED_DTYPES:
                 return f"{name} is stored in {found.dtype}"
         again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own.keys()
         if both := sorted(again & stored.keys()):
