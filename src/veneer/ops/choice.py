@@ -16,7 +16,7 @@ takes what it was given is the default, which another has to beat clearly. Every
     VENEER_OPS=rows_attend=torch,rms_norm=compiled       these, and all else as ever
     VENEER_OPS=cuda              the kernels of GPUs on every tensor (TRITON_INTERPRET=1 beside it), to check them
 
-Serving measures nothing (`listed`): an answer's bits depend on no clock.
+Serving measures nothing once its weights are laid out (`listed`): an answer's bits depend on no clock.
 
 `choices("cpu")` says what runs here, and why; `settled()` what ran so far of what is measured. A run takes what is
 `known` once its longest batch has run, and follows it from its first step to its last, through every resume; all that
@@ -73,7 +73,7 @@ OPS = {
     "low_rank": "s·(x·Aᵀ)·Bᵀ of all pairs of a product, with their gradients",
     "mixed_rows": "rows_low_rank and DoRA's gain in one pass, by rows under one mix",
     "norm_silu": "silu of a group norm, with its gradient",
-    "packed_product": "x·Wᵀ + b by a weight in the kernel's own order",
+    "packed_product": "x·Wᵀ + b by a weight in panels",
     "paged_attention": "attention over pages of keys and values",
     "quantise_blocks4": "a weight into 4 bits",
     "rms_norm": "RMS norm",
@@ -87,6 +87,7 @@ OPS = {
     "split_turned": "q, k and v apart, q and k turned by their positions, and its gradient",
     "token_nll": "−log softmax at the targets, and its gradient",
     "turn_and_store": "heads normed and turned, keys and values put into pages",
+    "weight_order": "the order in which serving keeps a weight",
 }
 """The parts of ops that a device may have an implementation of, and what each computes."""
 
@@ -127,7 +128,7 @@ def measured(op: str, kind: Callable[..., tuple[int, ...]], clearly: float = CLE
     return put
 
 
-TRIED_IN = ("attention", "linear", "loss", "mlp", "norms")
+TRIED_IN = ("attention", "linear", "loss", "mlp", "norms", "orders", "panels")
 """The modules of this folder that bring trials."""
 
 

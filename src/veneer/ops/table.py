@@ -20,9 +20,9 @@ implementations of its own, each for what it takes. Which one runs:
 - the reference, where no other takes what the op was given;
 - the first in the list that takes it, where the op is not measured;
 - where it is, on a CPU, the first as well, unless another (the reference among them) was clearly faster here: more than
-  1.1 times (`frozen_product`: 1.3), in a few milliseconds at first use, for a class of shapes, a dtype and a number of
-  threads. It is kept beside the compiled kernels and measured once. A run's checkpoint holds what ran, and a resumed
-  run goes on with that.
+  1.1 times (`frozen_product`, `weight_order`: 1.3), in a few milliseconds at first use, for a class of shapes, a dtype
+  and a number of threads. It is kept beside the compiled kernels and measured once. A run's checkpoint holds what ran,
+  and a resumed run goes on with that; serving measures two (`packed_product`, `weight_order`) as it lays weights out.
 
 `VENEER_OPS` decides instead: `listed` (nothing is measured), `torch` (references alone), `op=name` of the columns below
 (`rms_norm=torch`), several with commas between them. `veneer doctor` says what runs on this machine, and why; a run

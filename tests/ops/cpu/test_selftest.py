@@ -14,7 +14,7 @@ from torch import Tensor
 
 from veneer.ops.cpu import build, compiled, selftest
 from veneer.ops.lowrank import LowRank
-from veneer.serve.forward.panels import Panels
+from veneer.ops.panels import Panels
 
 HERE = Path(compiled.__file__).parent
 SOURCES = [HERE / name for name in compiled.SOURCES]

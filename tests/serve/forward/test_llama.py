@@ -15,15 +15,12 @@ from tests.serve.forward.test_runner import base_of, prompts, serve, trained
 from veneer.ops import choice
 from veneer.ops.cpu import compiled
 from veneer.ops.measuring import Kept
+from veneer.ops.panels import panels_here
 from veneer.serve.forward.llama import LlamaForward
-from veneer.serve.forward.packed import best_packing
-from veneer.serve.forward.panels import Panels
 from veneer.serve.forward.runner import Prepared, Runner, use_threads
 from veneer.serve.settings import WeightKind
 
-pytestmark = pytest.mark.skipif(
-    best_packing(torch.bfloat16, torch.device("cpu")) is not Panels, reason="no kernels for a decoder on this processor"
-)
+pytestmark = pytest.mark.skipif(not panels_here(16), reason="no kernels for a decoder on this processor")
 SHAPE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip

@@ -15,10 +15,11 @@ from veneer.core.adapter import Adapter
 from veneer.core.merge import merged_state
 from veneer.errors import ConfigError
 from veneer.models.quantise import quantised_weights
+from veneer.ops.choice import pinned
 from veneer.ops.cpu import compiled
+from veneer.ops.panels import PanelRows, Panels
 from veneer.ops.quantised import Quantised, dequantised
 from veneer.serve.forward.packed import Coded
-from veneer.serve.forward.panels import PanelRows, Panels
 from veneer.serve.forward.runner import Runner, RunnerRow
 
 KINDS = ("nf4", "fp4", "int8", "Q8_0")
@@ -118,7 +119,7 @@ def continued(runner: Runner, mixes: list[Any], texts: list[list[int]], tokens: 
 
 @pytest.mark.skipif(not compiled.has("decode"), reason="no kernels for a decoder on this processor")
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "Q8_0", "Q4_0"])
-def test_from_codes_as_by_the_slow_path(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_codes_as_by_the_slow_path(kind: str) -> None:
     """One compiled step over codes, and modules that dequantise them: the same answers at temperature 0, wherever the
     likeliest token is one by more than roundings of bfloat16. The base's weights stay the same to the bit."""
     model = model_in(kind, dtype=torch.bfloat16)
@@ -126,9 +127,7 @@ def test_from_codes_as_by_the_slow_path(kind: str, monkeypatch: pytest.MonkeyPat
     before, texts = {n: p.dense() for n, p in quantised_of(model)}, prompts([9, 20, 5, 33])
     found: list[Tensor] = []
     for laid in (False, True):
-        with monkeypatch.context() as patch:
-            if not laid:
-                patch.setattr(compiled, "has", lambda *names: False)
+        with pinned(packed_product="compiled" if laid else "torch"):
             runner = Runner(base_of(model), cache_bytes=1 << 20)
         assert runner.how == "fused", runner.why
         assert runner.llama is not None

@@ -16,6 +16,8 @@ from torch import Tensor
 from veneer.ops.choice import REFERENCE, Implementation
 from veneer.ops.cpu import compiled
 from veneer.ops.lowrank import LowRank
+from veneer.ops.orders import Reordered, reorders
+from veneer.ops.panels import Panels
 from veneer.ops.sizes import SMALL_INPUT
 
 IMPLEMENTATIONS: dict[str, Implementation] = {}
@@ -487,9 +489,35 @@ def _rows_low_rank(x: Tensor, y: Tensor, pointers: Sequence[int]) -> None:
     _kernel("thin_rows")(*at, *pointers, torch.get_num_threads())
 
 
-@_implements("packed_product", "panel_product")
-def _packed_product(x: Tensor, y: Tensor, matrix: Tensor, bias: Tensor | None, onto: bool) -> None:
-    """`matrix`: what decoder.c reads of a weight."""
-    _kernel("panel_product")(
-        x.data_ptr(), *x.shape, *_at(matrix, bias, y), y.shape[1], int(onto), torch.get_num_threads()
-    )
+def _product_of_panels(kernel: str, name: str, *others: Implementation) -> Implementation:
+    def takes(probe: Tensor, bits: int) -> bool:
+        return compiled.usable(kernel, probe) is not None
+
+    return Implementation(kernel, takes, "bfloat16", lambda: compiled.why_missing(kernel), name, others)
+
+
+IMPLEMENTATIONS["packed_product"] = _product_of_panels(
+    "panel_product", "compiled", _product_of_panels("amx_panel_product", "amx")
+)
+"""By the kernel's name, which a weight keeps from when it is laid out."""
+
+
+def _takes_panels(probe: Tensor, bits: int) -> bool:
+    return compiled.usable("panel_product", probe) is not None
+
+
+def _takes_reordered(probe: Tensor, bits: int) -> bool:
+    return bits == 16 and probe.dtype == torch.bfloat16 and reorders(probe.dtype)
+
+
+IMPLEMENTATIONS["weight_order"] = Implementation(
+    {16: Panels.of, 8: Panels.int8, 4: Panels.int4}, _takes_panels, "bfloat16, in 16, 8 or 4 bits a weight",
+    lambda: compiled.why_missing("panel_product"), "panels",
+    (
+        Implementation(
+            {16: Reordered.of}, _takes_reordered, "bfloat16 in 16 bits a weight",
+            lambda: "" if reorders(torch.bfloat16) else "this torch has no order of oneDNN's", "onednn",
+        ),
+    ),
+)  # fmt: skip
+"""Bits a weight -> what lays it out."""

@@ -22,10 +22,11 @@ from veneer.models.text.base import TextBase
 from veneer.ops.cpu import compiled
 from veneer.ops.mlp import gated
 from veneer.ops.norms import normed
+from veneer.ops.orders import PackedWeight
+from veneer.ops.panels import Panels
 from veneer.serve.forward.lowrank import BaseLayout, Group, RowProducts, Segments
-from veneer.serve.forward.packed import PackedWeight, in_blocks, invariant
+from veneer.serve.forward.packed import in_blocks, invariant
 from veneer.serve.forward.paged import PackedRows, Pages, Rotary
-from veneer.serve.forward.panels import Panels
 
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 

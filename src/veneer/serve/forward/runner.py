@@ -36,23 +36,15 @@ from veneer.models.text.probe import LENGTHS, WINDOW, OwnForward, short_windows
 from veneer.ops.choice import listed
 from veneer.ops.cpu import compiled, memory
 from veneer.ops.cpu.sharing import shared
+from veneer.ops.orders import Dense, PackedWeight, QuantisedWeight, pack_weight, packing, quantised_packing
+from veneer.ops.panels import panels_here, panels_of_codes
 from veneer.ops.quantised import Quantised
 from veneer.ops.transfer import put_numbers
 from veneer.serve.forward.graphs import Capture, DecodeGraphs, cuda_graph, records_here
 from veneer.serve.forward.llama import LlamaForward, layout_of, llama_forward, static_positions
 from veneer.serve.forward.lowrank import Group, PackedAdapter, Segments, low_rank_problems, pack_adapter
-from veneer.serve.forward.packed import (
-    ROWS,
-    Coded,
-    Dense,
-    PackedWeight,
-    QuantisedWeight,
-    best_packing,
-    pack_weight,
-    quantised_packing,
-)
+from veneer.serve.forward.packed import ROWS, Coded
 from veneer.serve.forward.paged import BLOCK, PackedRows, Pages
-from veneer.serve.forward.panels import panels_of_codes
 from veneer.serve.forward.threads import ThreadTuner
 from veneer.serve.settings import WeightKind
 
@@ -171,7 +163,7 @@ class Runner:
                 fix="serve it without --batch-invariant",
             )
         if weights != "dense":
-            self._quantise(quantised_packing(weights))
+            self._quantise(quantised_packing(8 if weights == "int8" else 4))
         if capture is not None and self.llama is not None:
             self.graphs = DecodeGraphs(self.llama, self.layout, self.blocks, capture)
 
@@ -423,9 +415,7 @@ class Runner:
 
     def _make_fused(self) -> None:
         modules: dict[str, Any] = dict(base_modules(self.model))
-        packs = (
-            best_packing(self.base.dtype, self.base.device) is not None and self._projection_bytes() <= self.pack_bytes
-        )
+        packs = self._projection_bytes() <= self.pack_bytes and packing(self.base.dtype, self.base.device) is not Dense
 
         def joined(names: tuple[str, ...]) -> PackedWeight:
             parts = [modules[n] for n in names]
@@ -456,7 +446,7 @@ class Runner:
         """Codes of the fused way into panels, group by group, so that never both copies are whole; whether there were
         any that have them."""
         base, modules = self.base, dict(base_modules(self.model))
-        if base.dtype != torch.bfloat16 or base.device.type != "cpu" or not compiled.has("panel_product"):
+        if base.dtype != torch.bfloat16 or base.device.type != "cpu" or not panels_here(8):
             return False
         self.llama, any_laid = None, False
         with memory.returned_memory():

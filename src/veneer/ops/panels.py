@@ -3,6 +3,9 @@
 Codes become bfloat16 a few at a time, in the first cache, once for all rows of a step, so that a step reads from memory
 what the codes take. They are the values that the codes stand for, rounded once to bfloat16, but where a scale is of a
 whole row of int8: there codes are multiplied exactly, and the sum by the scale.
+
+Two functions multiply by them, in AVX-512 and in AMX's tiles. Their sums are in different orders, so a weight has one
+of them for any number of rows, and a row's bits are its own. Which one is measured once a machine, op "packed_product".
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.choice import chosen
+from veneer.ops.choice import chosen, measured, random_like
+from veneer.ops.cpu import compiled
 from veneer.ops.quantisation_formats import Groups, QuantisationFormat, Rows8
 from veneer.ops.quantised import Quantised
 
@@ -26,6 +30,7 @@ GROUP = 32
 """Inputs that share a scale and a zero in `Panels.int4`."""
 _DENSE, _ROWS8, _EIGHT, _FOUR = range(4)
 _ONE, _TWO, _PAIR = range(3)
+_TILES = "amx_panel_product"
 _SIZES = (8, 16, 32, 64)
 """decoder.c's kinds and constants, and inputs that may share a scale there."""
 
@@ -36,7 +41,7 @@ class Panels:
     zeros where W has no row. codes: bfloat16 or int8 (⌈out/64⌉, in/2, 64, 2), int8 with a scale a row
     (⌈out/64⌉, in/4, 256), 4 bits (⌈out/64⌉, in/8, 4, 16, 4) uint8.
 
-    A row's product does not depend on the rows beside it."""
+    `kernel`: what multiplies by them. A row's product does not depend on the rows beside it."""
 
     out: int
     kind: int
@@ -45,11 +50,12 @@ class Panels:
     size: int = 0
     constants: int = _ONE
     table: Tensor | None = None
+    kernel: str = "panel_product"
 
     @classmethod
     def of(cls, weight: Tensor) -> Panels:
         """In bfloat16. Raises ValueError where `out` is no multiple of 16 or `in` is odd."""
-        return cls(len(weight), _DENSE, _panels(weight))
+        return cls(len(weight), _DENSE, _panels(weight), kernel=_kernel(16))
 
     @classmethod
     def int8(cls, weight: Tensor) -> Panels:
@@ -69,7 +75,8 @@ class Panels:
         rows, columns = groups.codes.shape
         by_row = groups.values is None and groups.zeros is None and groups.size == columns
         if by_row and int(groups.codes.min()) > -128:
-            return cls(rows, _ROWS8, _fours(groups.codes), _constants(groups.scales).flatten(), table=_bytes_of_bf16())
+            scales = _constants(groups.scales).flatten()
+            return cls(rows, _ROWS8, _fours(groups.codes), scales, table=_bytes_of_bf16(), kernel=_kernel(8))
         if groups.size % 8:
             raise ValueError(f"{groups.size} inputs under one scale")
         groups = groups.split(next(size for size in _SIZES[::-1] if not groups.size % size))
@@ -80,13 +87,14 @@ class Panels:
             constants = _PAIR if pair else _TWO
             scales = torch.stack([scales, _constants(groups.zeros)], 3 if pair else 2)
         scales = scales if constants == _PAIR else scales.float()
-        return cls(rows, kind, codes, scales.contiguous(), groups.size, constants, groups.values)
+        kernel = _kernel(8 if kind == _EIGHT else 4)
+        return cls(rows, kind, codes, scales.contiguous(), groups.size, constants, groups.values, kernel)
 
     @cached_property
     def pointers(self) -> Tensor:
         """decoder.c's `matrix`."""
         own = [0 if t is None else t.data_ptr() for t in (self.codes, self.scales, self.table)]
-        return torch.tensor([self.kind, self.size, self.constants, 0, *own])
+        return torch.tensor([self.kind, self.size, self.constants, int(self.kernel == _TILES), *own])
 
     @property
     def columns(self) -> int:
@@ -126,9 +134,33 @@ class Panels:
         self._into(y, x, bias, onto=True)
 
     def _into(self, y: Tensor, x: Tensor, bias: Tensor | None, onto: bool) -> None:
-        run = chosen("packed_product", x, y)
-        assert run is not None
-        run(x, y, self.pointers, bias, onto)
+        library = compiled.usable(self.kernel, x, y)
+        assert library is not None
+        at = (None if t is None else t.data_ptr() for t in (self.pointers, bias, y))
+        getattr(library, self.kernel)(x.data_ptr(), *x.shape, *at, self.out, int(onto), torch.get_num_threads())
+
+
+def panels_here(bits: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether anything multiplies by panels of so many bits a weight."""
+    return chosen("packed_product", torch.empty(0, dtype=dtype), bits) is not None
+
+
+def _kernel(bits: int) -> str:
+    return chosen("packed_product", torch.empty(0, dtype=torch.bfloat16), bits) or "panel_product"
+
+
+def decoding(pack: Callable[[Tensor], Callable[[Tensor], Tensor]], dtype: torch.dtype) -> Callable[[], object]:
+    """The products of some steps that decode, by weights so packed, of 4 MB in 16 bits: one row, four, 32."""
+    weights = [pack(random_like(dtype, 2048, 1024)) for _ in range(2)]
+    rows = [random_like(dtype, n, 1024) for n in (*[1] * 8, *[4] * 4, 32)]
+    return lambda: [weight(x) for x in rows for weight in weights]
+
+
+@measured("packed_product", lambda probe, bits: (bits,))
+def _work(dtype: torch.dtype, bits: int) -> Callable[[], object]:
+    if not panels_here(bits, dtype):
+        raise RuntimeError("torch has no product of panels")
+    return decoding({16: Panels.of, 8: Panels.int8, 4: Panels.int4}[bits], dtype)
 
 
 def _padded(t: Tensor) -> Tensor:

@@ -1,0 +1,116 @@
+"""Weights in the orders that serving multiplies by, and which of them is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from veneer.ops import choice
+from veneer.ops.cpu import compiled
+from veneer.ops.measuring import Kept
+from veneer.ops.orders import Dense, Int4, Int8, Reordered, pack_weight, packing, quantised_packing, reorders
+from veneer.ops.panels import Panels
+
+CPU = torch.device("cpu")
+
+
+def weight(rows: int = 48, n: int = 96) -> torch.Tensor:
+    return (torch.randn(rows, n, generator=torch.Generator().manual_seed(0)) * 0.1).bfloat16()
+
+
+has_panels = pytest.mark.skipif(not compiled.has("panel_product"), reason="no kernels for products here")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 15, 16, 17, 200])
+@pytest.mark.parametrize(
+    "pack",
+    [
+        Dense, Reordered.of, Int8.of, Int4.of,
+        *(pytest.param(of, marks=has_panels) for of in (Panels.of, Panels.int8, Panels.int4)),
+    ],
+)  # fmt: skip
+def test_products_are_those_of_the_dense_weight(pack: Callable[[Tensor], Any], rows: int) -> None:
+    if pack == Reordered.of and not reorders(torch.bfloat16):
+        pytest.skip("this torch packs no weights")
+    w = weight()
+    matrix = pack(w)
+    own = matrix.dense().double() if hasattr(matrix, "dense") else w.double()
+    x = torch.randn(rows, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+    bias = torch.randn(48, generator=torch.Generator().manual_seed(2)).bfloat16()
+    want = x.double() @ own.t()
+    size = float(want.abs().max())
+    assert (matrix(x).double() - want).abs().max() <= 0.01 * size
+    assert (matrix(x, bias).double() - (want + bias.double())).abs().max() <= 0.015 * size
+    y = bias.repeat(rows, 1)
+    matrix.add_onto(y, x)
+    assert (y.double() - (want + bias.double())).abs().max() <= 0.015 * size
+
+
+def test_weights_without_panels_are_kept_as_they_can_be() -> None:
+    with pytest.raises(ValueError, match="no panels"):
+        Panels.of(weight(41, 96))
+    w, x = weight(41, 96), torch.ones(3, 96).bfloat16()
+    assert (pack_weight(w)(x).double() - x.double() @ w.double().t()).abs().max() <= 0.05
+    eight = quantised_packing(8)(w)
+    assert (eight(x).double() - x.double() @ eight.dense().double().t()).abs().max() <= 0.05
+    with pytest.raises(ValueError, match="no int8 form"):
+        Int8.of(weight(48, 40))
+
+
+@pytest.mark.parametrize(("of8", "of4"), [(Int8.of, Int4.of), (Panels.int8, Panels.int4)])
+def test_rounding_is_as_fine_as_the_bits_allow(of8: Any, of4: Any) -> None:
+    w = weight()
+    eight = (of8(w).dense().float() - w.float()).abs()
+    assert (eight <= 0.55 * w.float().abs().amax(1, keepdim=True) / 127 + 0.005 * w.float().abs()).all()
+    groups = w.float().view(48, 3, 32)
+    step = (groups.amax(-1) - groups.amin(-1)) / 15
+    four = (of4(w).dense().float() - w.float()).abs().view(48, 3, 32)
+    assert (four <= 0.6 * step[..., None] + 0.01 * groups.abs().amax(-1, keepdim=True)).all()
+    with pytest.raises(ValueError, match="no int4 form"):
+        of4(weight(48, 40))
+
+
+def order_where(seconds: dict[str, float], patch: pytest.MonkeyPatch, bits: int = 16) -> Callable[[Tensor], Any]:
+    """How weights are kept on a machine where a trial takes so long by each."""
+    patch.setattr(choice, "seconds_of", lambda works: {name: seconds.get(name, 9.0) for name in works})
+    with choice.own_choices(listed=False, pins={}, kept=lambda: Kept(None, "here")):
+        return packing(torch.bfloat16, CPU, bits)
+
+
+@has_panels
+def test_which_order_is_kept_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert order_where({"panels": 1.0, "onednn": 1.1}, monkeypatch) == Panels.of
+    assert order_where({"panels": 1.2, "onednn": 1.0}, monkeypatch) == Panels.of  # not clearly
+    assert order_where({"panels": 1.4, "torch": 1.0}, monkeypatch) == Dense
+    assert order_where({"panels": 1.4, "torch": 1.0}, monkeypatch, 8) == Int8.of
+    assert order_where({"panels": 1.4, "onednn": 1.0}, monkeypatch, 4) == Panels.int4  # which oneDNN has no product of
+    if reorders(torch.bfloat16):
+        assert order_where({"panels": 1.4, "onednn": 1.0}, monkeypatch) == Reordered.of
+        with choice.pinned(weight_order="onednn"):
+            assert packing(torch.bfloat16, CPU) == Reordered.of
+
+
+def test_what_has_no_other_order_is_kept_as_it_is() -> None:
+    assert packing(torch.float32, CPU) is Dense
+    assert packing(torch.bfloat16, torch.device("meta")) is Dense
+    with choice.pinned(weight_order="torch"):
+        assert packing(torch.bfloat16, CPU) is Dense
+
+
+@has_panels
+def test_a_weight_keeps_the_kernel_that_was_measured_when_it_was_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is found later, the bits of its products stay."""
+    there = choice.Implementation("panel_product", lambda *_: True, "", lambda: "", "compiled")
+    other = there._replace(run="amx_panel_product", name="amx")
+    ops = {"packed_product": there._replace(others=(other,))}
+    monkeypatch.setattr(choice, "seconds_of", lambda works: {name: 1.0 + (name != "amx") for name in works})
+    with choice.own_choices(listed=False, pins={}, kept=lambda: Kept(None, "here"), implementations=lambda _: ops):
+        found = [pack(weight(64, 96)) for pack in (Panels.of, Panels.int8, Panels.int4)]
+    assert {p.kernel for p in found} == {"amx_panel_product"}
+    assert all(int(p.pointers[3]) for p in found)
+    assert Panels.of(weight()).kernel == "panel_product"
+    assert not int(Panels.of(weight()).pointers[3])
