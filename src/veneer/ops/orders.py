@@ -1,9 +1,9 @@
 """In which order serving keeps a weight: y = x·Wᵀ + b for few rows at a time, W (out, in).
 
 A plain weight is laid out anew by every product, which takes most of the time of a few rows. Which order is kept
-instead is measured once a machine (`packing`), by products of steps that decode: eight of one row, four of four rows
-and one of 32, which take about as long. A weight is kept once, and prompts, whose products are within a few percent of
-one another in every order, have no say.
+instead is measured once a machine (`packing`), by products of steps that decode: three of one row, two of four rows and
+one of 32. A weight is kept once, and prompts, whose products are within a few percent of one another in every order,
+have no say.
 """
 
 from __future__ import annotations
