@@ -150,8 +150,8 @@ def _kernel(bits: int) -> str:
 
 
 def decoding(pack: Callable[[Tensor], Callable[[Tensor], Tensor]], dtype: torch.dtype) -> Callable[[], object]:
-    """The products of steps that decode, three of one row, two of four rows and one of 32, by weights so packed: eight in
-    turn, of 4 MB in 16 bits, for a step's come from memory."""
+    """The products of steps that decode, three of one row, two of four rows and one of 32, by weights so packed: eight
+    in turn, of 4 MB in 16 bits, for a step's come from memory."""
     weight = random_like(dtype, 2048, 1024)
     weights = [pack(weight) for _ in range(8)]
     rows = [random_like(dtype, n, 1024) for n in (1, 1, 1, 4, 4, 32)]
