@@ -35,7 +35,7 @@ _LONG_ARRAY = 4096
 """Entries, more than any array has that is not a tokenizer's."""
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
-STORED_DTYPES = {0: "float32", 1: "float16", 28: "float64", 30: "bfloat16"}
+DTYPES = {0: "float32", 1: "float16", 28: "float64", 30: "bfloat16"}
 _NUMPY = {0: "f4", 1: "f2", 24: "i1", 25: "i2", 26: "i4", 27: "i8", 28: "f8"}
 """numpy's dtype of what is stored as plain numbers."""
 
@@ -86,8 +86,8 @@ class GgufFile:
         if entry.begin == entry.end:
             return torch.empty(entry.shape)
         raw = np.frombuffer(self.data, dtype=np.uint8, count=entry.end - entry.begin, offset=entry.begin)
-        if entry.type in STORED_DTYPES:
-            return torch.from_numpy(raw.copy()).view(getattr(torch, STORED_DTYPES[entry.type])).reshape(entry.shape)
+        if entry.type in DTYPES:
+            return torch.from_numpy(raw.copy()).view(getattr(torch, DTYPES[entry.type])).reshape(entry.shape)
         import gguf
 
         try:
@@ -276,7 +276,7 @@ def write_gguf_file(path: str | Path, fields: Mapping[str, str | float | int], t
     float16 and bfloat16 tensors. Equal contents give equal bytes."""
     import torch
 
-    types = {getattr(torch, name): number for number, name in STORED_DTYPES.items() if name != "float64"}
+    types = {getattr(torch, name): number for number, name in DTYPES.items() if name != "float64"}
     head = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(fields))]
     for key, value in fields.items():
         head.append(_text(key))
