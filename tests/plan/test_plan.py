@@ -15,7 +15,7 @@ from veneer.plan.image import ImageLoad
 from veneer.plan.memory import Load, dtype_bytes
 from veneer.plan.plan import Plan, TrainingJob, image_plan, text_plan
 from veneer.plan.render import plan_text, rough_duration
-from veneer.plan.serving import Traffic, serving
+from veneer.plan.serving import Traffic, recorded_bytes, serving
 from veneer.plan.shape import pair_parameters, text_shape
 from veneer.plan.tables import base_config, device_named, device_of_card, gpu_names
 from veneer.plan.time import Rates, Work, rates_of, run_seconds, text_work
@@ -183,6 +183,19 @@ def test_a_card_is_known_by_what_cuda_calls_it(name: str, mib: int, found: str) 
     assert device.memory == pytest.approx(mib << 20, rel=0.01)
 
 
+def test_a_plan_for_a_card_says_what_is_assumed() -> None:
+    shape, device = text_shape(base_config("meta-llama/Llama-3.1-70B")), device_named("h100-80gb")
+    made = text_plan("b", shape, Load((600,) * 3), device, rates_of(device), TrainingJob(5000, 600.0))
+    said = plan_text(made)
+    assert "both assumed" in said
+    assert "its allocator cannot place are assumed" in said
+    assert "from the CPU's memory, assumed" in said
+    assert any("weights on the CPU" in change.text for change in made.changes)
+    own = Rates(1e12, 1e12, "measured here", measured=True)
+    small = text_plan("b", shape, Load((600,), quantise="nf4"), device, own, TrainingJob(5000, 600.0))
+    assert "from the CPU's memory, assumed" not in plan_text(small)
+
+
 def test_float32_is_slower_than_bfloat16() -> None:
     for device in (device_named("h100-80gb"), cpu_device()):
         assert 3 * rates_of(device, "float32").operations < rates_of(device).operations
@@ -194,6 +207,7 @@ def test_adapters_fill_what_the_base_leaves() -> None:
     assert found.adapter_bytes == dtype_bytes("bfloat16") * pair_parameters(shape)
     assert found.cache_bytes == 2 * 32 * 8 * 128 * 2 * 700 * 32  # keys and values of every layer, context and request
     held = 2 * shape.parameters + found.cache_bytes + found.adapters * found.adapter_bytes
+    held += recorded_bytes(shape, Traffic())
     assert held <= device.memory < held + 0.1 * device.memory
     assert found.dedicated == 100 * found.shared  # type: ignore[operator]
     quantised = serving(shape, device, rates_of(device), Traffic(), quantise="nf4")

@@ -28,6 +28,7 @@ def test_a_step_reads_the_chosen_tokens_and_waits_for_nothing_else(family: str, 
     for part in ("weights", "keys and values", "adapters"):
         assert found.trace.at_peak[part] > 0
     assert "served, traced: " in found.text()
+    assert ("recorded steps, counted" in found.text()) == (family != "qwen3_moe")
 
 
 def test_what_comes_beside_the_base_is_as_it_is_counted() -> None:

@@ -5,6 +5,7 @@ Loads no torch: a plan reads these before anything is loaded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 ATTENTION_BLOCK = 64
@@ -12,14 +13,40 @@ ATTENTION_BLOCK = 64
 products. A whole step at 512 tokens a row: 64 takes 1.5% longer than 128 and 0.15 GB less; 256 and above lose on
 both."""
 MICRO_TOKENS = 2048
-"""Tokens of a micro-batch where nobody says it, on every device.
+"""Tokens of a micro-batch where nobody says it: all of them on a CPU, whose products are as fast as they get from about
+this n; the least on a GPU (`micro_tokens`)."""
+_MOST_MICRO_TOKENS = 16384
+_ABOVE_CORNER = 3.0
+"""Operations a byte, in corners of the roof, that a product is given: at the corner itself none is at its roof.
+Assumed; no card was timed."""
+_DEQUANTISING = 0.05
+"""Share of a product's time that dequantising its weight may take."""
 
-n tokens times a weight of a × b in 16 bits do 1 / (1/n + 1/a + 1/b) operations for a byte that is moved. A CPU's
-products are as fast as they get from about this n. An H100 wants 295 (989 TFLOP/s at 3.35 TB/s), an A100 153, and 2,048
-tokens give 1,024 at widths of 4,096 and 682 at 2,048: more would bring a dense base no nearer to the roof and take
-memory in proportion. Of narrow bases (1,024: 410) the width decides. Where more may pay is a base in 4 bits: to
-dequantise a weight moves 2.5 bytes beside its 2·n operations, 18% of a product's time at 2,048 tokens and 5% at 8,192
-(batching.micro_tokens)."""
+
+def micro_tokens(
+    device: str, corner: float, *, weights: float, operations: float, values: float, code_bytes: float | None = None
+) -> int:
+    """Tokens of a micro-batch from which more do not help, a power of 2. `device`: its type, as torch has it. `corner`:
+    operations a second over bytes a second, where its roof bends: 295 of an H100 (989 TFLOP/s at 3.35 TB/s), 153 of an
+    A100. Of a base's layers: `weights` W of all products; `operations` O, those that a token is multiplied with (fewer
+    where it picks experts); `values` A of inputs and outputs a token; `code_bytes` of a weight that is kept in codes.
+
+    n tokens do 2·n·O operations and move 2·(W + n·A) bytes in 16 bits, so they are k corners up the roof from
+
+        n = W / (O/(k·corner) − A)
+
+    which for one square weight is 1/(1/(k·corner) − 2/width). Where the width keeps products about there or
+    below, more tokens help until weights are a fifth of what is moved: n = 4·W/A. Codes are dequantised before a
+    product, which moves them and 2 bytes, and takes at most a twentieth of its time from n = 20·corner·(2 + code)/2·W/O.
+
+    Llama 3.1 8B on an H100: 1,233, so 2,048; in nf4 7,375, so 8,192. Memory may allow fewer (train/planning.py)."""
+    if device != "cuda":
+        return MICRO_TOKENS
+    reach = operations / (_ABOVE_CORNER * corner) - values
+    wanted = min(4 * weights / values, weights / reach if reach > 0 else math.inf)
+    if code_bytes is not None:
+        wanted = max(wanted, corner * (2 + code_bytes) / 2 / _DEQUANTISING * weights / operations)
+    return min(_MOST_MICRO_TOKENS, max(MICRO_TOKENS, power_of_2(math.ceil(wanted))))
 
 
 def logits_chunk(device: str) -> int:
@@ -32,6 +59,16 @@ def logits_chunk(device: str) -> int:
     return 1024 if device == "cuda" else 256
 
 
+RECORDED_ROWS = 64
+"""Rows of the largest decoding step that is recorded as a CUDA graph: from there on a step's own work is longer than
+its launches take."""
+RECORDED_BLOCKS = 32
+"""Blocks of keys, at least, of a recorded step's longest sequence: up to 512 keys attention is in one part, however few
+there are."""
+RECORDED_ADAPTERS = 256
+"""Adapters that recordings find at a time."""
+RECORDINGS = 64
+"""Sizes that are recorded: each keeps its logits (64 rows of 128k tokens: 16 MB) and its launches."""
 ROW_STEP = 16
 """Rows are attended to as if their lengths were multiples of this where `few_sizes` rounds a batch."""
 SMALL_INPUT = 1 << 18

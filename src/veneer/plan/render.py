@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from veneer.errors import gigabytes
-from veneer.plan.memory import Memory
+from veneer.plan.memory import CUDA_CONTEXT, CUDA_ROUNDING, Memory
 from veneer.plan.plan import Plan
+from veneer.plan.time import HOST_LINK
 
 _WORDS = {
     "weights": "weights", "constants": "quantisation constants", "adapter": "adapter", "gradients": "gradients",
     "optimizer": "optimizer", "activations": "activations", "logits": "logits",
     "working": "gradients of activations", "dequantised": "temporary dequantisation", "context": "process",
-    "rounding": "allocator", "cache": "keys and values",
+    "rounding": "allocator", "cache": "keys and values", "recordings": "recorded steps",
 }  # fmt: skip
 
 
@@ -48,7 +49,20 @@ def _lines(plan: Plan) -> Iterator[str]:
     for name, text in plan.facts:
         yield f"{name:<9} {text}"
     yield f"device    {plan.device.count} × {plan.device.label or plan.device.name}; {plan.rates.source}"
+    yield from _assumed(plan)
     yield from _serving(plan)
+
+
+def _assumed(plan: Plan) -> Iterator[str]:
+    """What of a plan for a card is neither counted nor measured."""
+    if plan.device.kind != "cuda":
+        return
+    yield (
+        f"memory    counted; CUDA's own {gigabytes(CUDA_CONTEXT)} and {CUDA_ROUNDING:.0%} that its allocator cannot "
+        "place are assumed; --trace follows a step"
+    )
+    if any("weights on the CPU" in name for change in plan.changes for name in change.names):
+        yield f"transfers {HOST_LINK / 1e9:g} GB/s from the CPU's memory, assumed"
 
 
 def _answer(plan: Plan) -> Iterator[str]:

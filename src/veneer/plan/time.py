@@ -24,7 +24,7 @@ _EFFICIENCY = 0.4
 """Share of a device's bfloat16 rate that training products are taken to reach where nothing was measured: an
 assumption, which --calibrate replaces."""
 _BANDWIDTH = 0.7
-_HOST_LINK = 20e9
+HOST_LINK = 20e9
 """Bytes a second between the CPU's memory and a card's: an assumption for PCIe 4.0 × 16."""
 
 
@@ -63,7 +63,7 @@ class Rates:
 
     def seconds(self, work: Work, count: int = 1) -> float:
         """Seconds for `work` spread over `count` devices."""
-        return (work.operations / self.operations + work.bytes / self.bandwidth) / count + work.fetched / _HOST_LINK
+        return (work.operations / self.operations + work.bytes / self.bandwidth) / count + work.fetched / HOST_LINK
 
 
 def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:

@@ -38,9 +38,10 @@ class TracedStep:
 
     @property
     def counted_peak(self) -> int:
-        """What the plan counts of what a trace can see: all but CUDA's own memory and what its allocator cannot
-        place."""
-        return 0 if self.counted is None else self.counted.peak - self.counted.context - self.counted.rounding
+        """What the plan counts of what a trace can see: all but CUDA's own memory, what its allocator cannot place, and
+        recordings of steps."""
+        own = self.counted
+        return 0 if own is None else own.peak - own.context - own.rounding - own.recordings
 
     @property
     def off(self) -> float:
@@ -63,6 +64,7 @@ class TracedStep:
         """As JSON values, in bytes."""
         return {
             "peak_bytes": self.trace.peak, "parts": self.trace.at_peak, "counted_bytes": self.counted_peak,
+            "recordings_bytes": 0 if self.counted is None else self.counted.recordings,
             "waits": self.waits, "float32": self.trace.wide, "casts": dict(self.trace.casts),
             "operations": self.trace.operations, "ways": self.ways,
         }  # fmt: skip
@@ -79,6 +81,8 @@ class TracedStep:
             yield f"  {_PARTS.get(part, part):<26}{gigabytes(size):>12}"
             if part in ("forward", "backward"):
                 yield from self._most(trace.makers(part))
+        if self.counted is not None and self.counted.recordings:
+            yield f"  {'recorded steps, counted':<26}{gigabytes(self.counted.recordings):>12}"
         yield f"the host waits inside the step: {'never' if not self.waits else ''}".rstrip()
         yield from (f"    {n:>9,} ×  {place}" for place, n in self.waits.items())
         yield f"float32 of {trace.wide_from:,} elements and more: {'none' if not trace.wide else ''}".rstrip()

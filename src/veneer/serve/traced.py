@@ -85,6 +85,8 @@ def traced_serving(
         shape = model_shape(model)
         runner.close()
     counted = serving_memory(shape, traffic, rank=rank, dtype=dtype, quantise=quantise, budget=budget)
+    if how[0] != "fused":  # the others' steps are not recorded
+        counted = replace(counted, recordings=0)
     ways = f"{how[0]}{f' ({how[1]})' if how[1] else ''}"
     return TracedStep(trace, counted, ways, ends={"veneer/serve/engine/sampler.py _read": 2}, what="served, traced")
 

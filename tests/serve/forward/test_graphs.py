@@ -7,6 +7,7 @@ import asyncio
 import math
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from tests.serve.engine.test_engine import Shelf, answer, engine_of, greedy, pro
 from tests.serve.forward.test_runner import base_of, prompts, same, trained
 from veneer.core.adapter import Adapter
 from veneer.ops import choice
+from veneer.ops.sizes import RECORDED_ROWS, RECORDINGS
+from veneer.plan.serving import Traffic, recorded_sizes
 from veneer.serve.engine import engine as engine_module
 from veneer.serve.forward import graphs as graphs_module
 from veneer.serve.forward.graphs import Capture, DecodeGraphs, StepSize
@@ -134,7 +137,7 @@ def test_rows_come_and_go_and_mixes_change_without_another_recording() -> None:
 
 
 def test_adapters_load_and_leave_and_their_slots_go_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs_module, "SLOTS", 2)
+    monkeypatch.setattr(graphs_module, "RECORDED_ADAPTERS", 2)
     model, recorded, plain = both()
     for served in (recorded, plain):
         served.step([(0, [5, 9, 11], [])])
@@ -200,7 +203,7 @@ def test_what_cannot_be_recorded_or_gives_other_logits_is_not_used(fails: bool) 
 
 
 def test_prompts_and_large_steps_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs_module, "ROWS", 1)
+    monkeypatch.setattr(graphs_module, "RECORDED_ROWS", 1)
     again = Again()
     _, recorded, _ = both(capture=again)
     recorded.step([(0, [5, 9, 11], []), (1, [4], [])])
@@ -244,6 +247,21 @@ def test_sizes_beyond_the_last_that_there_is_room_for_run_without(monkeypatch: p
         for g, w in zip(recorded.step(work), plain.step(work), strict=True):
             same(g, w)
     assert (again.recorded, again.replayed) == (1, 2)
+
+
+def test_a_plan_counts_the_sizes_that_are_recorded() -> None:
+    traffic = Traffic(prompt=700, answer=400, together=5, tenants=2)
+    adapter: Any = SimpleNamespace(rank=16, gains={}, groups={})
+    met = set()
+    for count in range(1, traffic.together + 1):
+        for first in (0, 511, 512, 1023, 1024, traffic.prompt + traffic.answer - 1):
+            for mix in ([], [(adapter, 1.0)]):
+                rows = [RunnerRow([0], first, range(first // BLOCK + 1), [], 1, i) for i in range(count)]
+                size = StepSize.of(rows, [mix] * count, 9)
+                met.add((size.rows, size.blocks, size.adapters))
+    assert sorted(met, reverse=True) == recorded_sizes(traffic)
+    assert len(recorded_sizes(Traffic(10, 100_000, together=500))) == RECORDINGS
+    assert recorded_sizes(Traffic(together=500))[0][0] == RECORDED_ROWS
 
 
 def test_without_kernels_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

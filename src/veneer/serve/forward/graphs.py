@@ -26,7 +26,14 @@ from torch import Tensor
 
 from veneer.ops.choice import chosen
 from veneer.ops.mixed_rows import RECORD, MixTiles, mix_lists
-from veneer.ops.sizes import power_of_2, tile_tokens
+from veneer.ops.sizes import (
+    RECORDED_ADAPTERS,
+    RECORDED_BLOCKS,
+    RECORDED_ROWS,
+    RECORDINGS,
+    power_of_2,
+    tile_tokens,
+)
 from veneer.ops.transfer import made_up, pinned
 from veneer.serve.forward.lowrank import BaseLayout, PackedAdapter
 from veneer.serve.forward.paged import BLOCK, PackedRows
@@ -39,13 +46,7 @@ log = logging.getLogger(__name__)
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """A function without arguments -> what runs it again, and the tensor that then holds its result."""
 
-ROWS = 64
-"""Rows from which a step's own work is longer than its launches take."""
-SLOTS = 256
-"""Adapters that recordings find at a time."""
-RECORDINGS = 64
-"""Sizes that are recorded: each keeps its logits (64 rows of 128k tokens: 16 MB) and its launches."""
-_TILE, _BLOCKS = 16, 32  # up to 512 keys attention is in one part, however few there are
+_TILE = 16
 
 
 class DecodeRow(Protocol):
@@ -80,7 +81,7 @@ class StepSize:
     @classmethod
     def of(cls, rows: Sequence[DecodeRow], mixes: Sequence[_Mix], head_group: int) -> StepSize:
         """The size that takes them. `head_group`: the number of the head's group."""
-        blocks = max(_BLOCKS, power_of_2(max(row.first // BLOCK + 1 for row in rows)))
+        blocks = max(RECORDED_BLOCKS, power_of_2(max(row.first // BLOCK + 1 for row in rows)))
         acting = {id(adapter): adapter for mix in mixes for adapter, _ in mix}.values()
         if not acting:
             return cls(power_of_2(len(rows)), blocks)
@@ -92,13 +93,13 @@ class StepSize:
 
 
 class _Slots:
-    """A table of adapters' records, (groups, SLOTS, RECORD) on the device: an adapter keeps its slot until another
+    """A table of adapters' records, (groups, slots, RECORD) on the device: an adapter keeps its slot until another
     needs it."""
 
     def __init__(self, groups: int, device: torch.device) -> None:
-        self.records = torch.zeros(groups, SLOTS, RECORD, dtype=torch.int64, device=device)
+        self.records = torch.zeros(groups, RECORDED_ADAPTERS, RECORD, dtype=torch.int64, device=device)
         self._held: dict[int, tuple[int, PackedAdapter]] = {}  # by id, the one used last at the end
-        self._free = list(range(SLOTS))
+        self._free = list(range(RECORDED_ADAPTERS))
 
     def places(self, adapters: Sequence[PackedAdapter]) -> dict[int, int] | None:
         """id -> slot of each, written where it is new; None where there are more than slots."""
@@ -245,7 +246,7 @@ class DecodeGraphs:
         """The logits of a step, (rows, vocabulary), which the next step overwrites; None for a step that is not
         recorded: prompts, too many rows or adapters, adapters of the embedding, one size too many. `unrecorded`: runs
         the step without a recording."""
-        if self.problem or len(rows) > ROWS or any(len(row.tokens) != 1 or row.wants != 1 for row in rows):
+        if self.problem or len(rows) > RECORDED_ROWS or any(len(row.tokens) != 1 or row.wants != 1 for row in rows):
             return None
         acting = [adapter for mix in mixes for adapter, _ in mix]
         if any(adapter.embedding is not None for adapter in acting):
@@ -296,7 +297,8 @@ def records_here(device: torch.device, probe: Tensor) -> bool:
 
 
 _pool: list[Any] = []
-"""Memory that all recordings take their tensors from: one runs at a time."""
+"""Memory that all recordings take their tensors from: one runs at a time, so that it is as large as the largest of them
+needs, and what outlives a step, its logits, is kept by each (plan/serving.py counts both)."""
 
 
 def cuda_graph(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
