@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import threading
@@ -15,7 +16,6 @@ import typer
 from veneer.cli.options import AsJson
 from veneer.cli.output import say
 from veneer.errors import ConfigError, Interrupted, one_of
-from veneer.ops.sizes import MICRO_TOKENS
 
 if TYPE_CHECKING:
     from veneer.plan.plan import Plan
@@ -67,8 +67,9 @@ def plan(
     epochs: Annotated[float, typer.Option("--epochs", min=0.001, help="Passes over the data.")] = 3,
     batch: Annotated[int, typer.Option("--batch", min=1, max=_MANY, help="Rows in a step.")] = 16,
     micro_tokens: Annotated[
-        int, typer.Option("--micro-tokens", min=1, max=_TOKENS, help="Tokens in memory at once.")
-    ] = MICRO_TOKENS,
+        int | None,
+        typer.Option("--micro-tokens", min=1, max=_TOKENS, help="Tokens in memory at once; by default the device's."),
+    ] = None,
     size: Annotated[
         int | None, typer.Option("--size", min=64, max=1 << 14, help="Side of a picture, in pixels.")
     ] = None,
@@ -105,6 +106,7 @@ def plan(
 
     Needs a base's configuration and never its weights."""
     from veneer.plan.calibration import cpu_device, rates_here
+    from veneer.plan.fit import beyond_base, fitting_micro_tokens
     from veneer.plan.image import ImageLoad, is_denoiser
     from veneer.plan.memory import Load
     from veneer.plan.plan import TrainingJob, image_plan, text_plan
@@ -162,10 +164,12 @@ def plan(
             if tokens_per_row is None:
                 raise ConfigError("a plan of text needs --tokens-per-row", fix=_EXAMPLE.removeprefix("Example: "))
             _refuse(context, _OF_PICTURES, "the base is for text", "leave it out")
-            load = Load.of(
-                longest or round(tokens_per_row), micro_tokens, batch, rank=rank, dtype=dtype, quantise=quantise,
+            of = functools.partial(
+                Load.of, longest or round(tokens_per_row), batch=batch, rank=rank, dtype=dtype, quantise=quantise,
                 checkpointing=checkpointing, trained=trained,
             )  # fmt: skip
+            room = beyond_base(shape, device, dtype, quantise)
+            load = of(micro_tokens or fitting_micro_tokens(shape, device, quantise, room, of))
             traffic = Traffic(prompt or round(tokens_per_row), answer, together, tenants)
             job = TrainingJob(rows, tokens_per_row, epochs, batch)
             made = text_plan(base, shape, load, device, rates, job, process=process, traffic=traffic)

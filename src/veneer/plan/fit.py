@@ -14,8 +14,10 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from veneer.ops.sizes import MICRO_TOKENS, micro_tokens
 from veneer.plan.image import ImageLoad
-from veneer.plan.memory import Load, Memory
+from veneer.plan.memory import CPU_PROCESS, CUDA_CONTEXT, Load, Memory, text_memory, weight_bytes
+from veneer.plan.shape import TextShape
 from veneer.plan.tables import Device
 
 AnyLoad = Load | ImageLoad
@@ -48,6 +50,29 @@ class Change:
 def usable_memory(device: Device) -> int:
     """Bytes of one device that a run may take."""
     return int(device.memory * (1 - _MARGIN))
+
+
+def fitting_micro_tokens(
+    shape: TextShape, device: Device, quantise: str | None, room: int, load: Callable[[int], Load]
+) -> int:
+    """Tokens of a micro-batch: those from which more do not help the products of this device (ops/sizes.py), or half as
+    many and so on, but not below MICRO_TOKENS, until `load` of them takes nine tenths of the `room` beside the base."""
+    products = [parts for layer in shape.layers for parts in layer.products.values()]
+    tokens = micro_tokens(
+        device.kind, device.flops / device.bandwidth, weights=shape.matrices,
+        operations=sum(linear.multiplied for parts in products for linear in parts),
+        values=sum(parts[0].active * parts[0].inputs + sum(p.active * p.outputs for p in parts) for parts in products),
+        code_bytes=None if quantise is None else 1.0 if quantise == "int8" else 0.5,
+    )  # fmt: skip
+    while tokens > MICRO_TOKENS and text_memory(shape, load(tokens), device).beyond_base > 0.9 * room:
+        tokens //= 2
+    return tokens
+
+
+def beyond_base(shape: TextShape, device: Device, dtype: str, quantise: str | None) -> int:
+    """Bytes of a device that are left beside a base."""
+    context = CUDA_CONTEXT if device.kind == "cuda" else CPU_PROCESS
+    return usable_memory(device) - sum(weight_bytes(shape, dtype, quantise)) - context
 
 
 Step = tuple[str, str, AnyLoad, Device]

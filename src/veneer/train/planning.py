@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import DataError
+from veneer.ops.sizes import MICRO_TOKENS
+from veneer.plan.fit import beyond_base, fitting_micro_tokens
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import CPU_LATER, CPU_PROCESS, Load, weight_bytes
 from veneer.plan.plan import Plan, TrainingJob, image_plan, text_plan
 from veneer.plan.serving import Traffic
-from veneer.plan.shape import model_shape, pair_parameters, text_shape
+from veneer.plan.shape import TextShape, model_shape, pair_parameters, text_shape
 from veneer.plan.tables import Device, base_config
 from veneer.train.config.text import TrainConfig
-from veneer.train.preflight import computes_on, held_memory
+from veneer.train.preflight import available_memory, computes_on, held_memory
 
 if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 _CHARACTERS = 4
 """Characters a token, where nothing is tokenised: about right for English."""
+_MANY = 1024
+"""Rows of one length that stand for all."""
 
 
 def load_of(
@@ -49,6 +53,38 @@ def _special_pairs(config: TrainConfig) -> LoraSpec | None:
     a = config.adapter
     other = a.exclude or a.rank_pattern or a.layers is not None or a.dora or a.init in ("pissa", "olora")
     return a.spec() if other or a.targets != "all-linear" else None
+
+
+def with_micro_tokens(config: TrainConfig, tokens: int) -> TrainConfig:
+    """The same configuration with `batching.micro_tokens`."""
+    batching = config.batching.model_copy(update={"micro_tokens": tokens})
+    return config.model_copy(update={"batching": batching})
+
+
+def micro_tokens_of_run(config: TrainConfig, base: Any, free: int | None) -> int:
+    """Tokens of a micro-batch of a run about to start, by its device and what is `free` there; None: it is measured."""
+    where = computes_on(base)
+    if where.type != "cuda":
+        return MICRO_TOKENS
+    from veneer.plan.calibration import device_here
+
+    shape = model_shape(base.model)
+    device = device_here(where, base.dtype, shape, [1])
+    room, dtype = available_memory(config, where, free), str(base.dtype).removeprefix("torch.")
+    return _micro_tokens_of(config, shape, device, room, dtype, base.quantised or None)
+
+
+def _micro_tokens_of(
+    config: TrainConfig, shape: TextShape, device: Device, room: int, dtype: str, quantise: str | None
+) -> int:
+    """By rows as long as they may become, all of them learned."""
+    on = config.memory.activation_checkpointing == "on"
+    rows = [config.data.max_length] * _MANY
+
+    def load(tokens: int) -> Load:
+        return load_of(with_micro_tokens(config, tokens), rows, trained=1.0, dtype=dtype, checkpointing=on)
+
+    return fitting_micro_tokens(shape, device, quantise, room, load)
 
 
 def plan_of_run(
@@ -129,6 +165,10 @@ def plan_of_config(
     if not isinstance(config, TrainConfig):
         return _plan_of_pictures(config, found, device, rows)
     shape = text_shape(found, config.base.name)
+    dtype = config.base.dtype if config.base.dtype != "auto" else "bfloat16"
+    if config.batching.micro_tokens is None:
+        room, quantise = beyond_base(shape, device, dtype, config.base.quantise), config.base.quantise
+        config = with_micro_tokens(config, _micro_tokens_of(config, shape, device, room, dtype, quantise))
     notes: tuple[str, ...] = ()
     lengths: list[int] = []
     if rows is None or tokens_per_row is None:
@@ -137,11 +177,10 @@ def plan_of_config(
     rows = rows or len(lengths)
     mean = tokens_per_row or sum(lengths) / max(1, len(lengths))
     if tokens_per_row is not None:
-        lengths = [round(tokens_per_row)] * min(rows, 1024)
+        lengths = [round(tokens_per_row)] * min(rows, _MANY)
     if longest is not None:
         lengths = [longest, *lengths[1:]]
     lengths = [min(n, config.data.max_length) for n in lengths]
-    dtype = config.base.dtype if config.base.dtype != "auto" else "bfloat16"
     rates, process = rates_here(device, dtype)
     load = load_of(
         config, lengths, trained=trained, dtype=dtype, checkpointing=config.memory.activation_checkpointing == "on"

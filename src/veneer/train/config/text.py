@@ -221,15 +221,20 @@ class BatchingSection(Section):
     micro_rows: int | None = setting(
         None, "most rows in a micro-batch; changes memory and speed, never the result", gt=0
     )
-    micro_tokens: int = setting(
-        MICRO_TOKENS,
+    micro_tokens: int | None = setting(
+        None,
         "most tokens in a micro-batch (a longer row is one of its own); changes memory and speed, never the result",
-        "products are as fast as they get from about this size",
+        "2,048 on a CPU; on a GPU as many as make its products faster (2,048 to 16,384) and fit",
         gt=0,
     )
     longest_first: bool = setting(
         True, "run the step with the longest row first", "if memory is short the run stops at once, not after hours"
     )
+
+    @property
+    def at_once(self) -> int:
+        """`micro_tokens`; before a run has settled it by its device, the least that it may become."""
+        return self.micro_tokens or MICRO_TOKENS
 
 
 class OptimizerSection(Section):

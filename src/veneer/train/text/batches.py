@@ -129,7 +129,7 @@ def _cut(rows: Sequence[int], lengths: Sequence[int], batching: BatchingSection,
         for i in sorted((rows[at] for at in piece), key=lambda i: (-lengths[i], i)):
             if lengths[i] > room or len(micro[-1]) == batching.micro_rows:
                 micro.append([])
-                room = batching.micro_tokens
+                room = batching.at_once
             micro[-1].append(i)
             room -= lengths[i]
     return sorted(micro, key=lambda own: (-lengths[own[0]], own[0]))

@@ -204,7 +204,7 @@ class Preference:
         a second time, as the reference, where the loss has one."""
         whose = f"{base.fingerprint}|{base.quantised}|{base.dtype}|{start.digest() if start is not None else 'base'}"
         preference = cls(
-            config.preference, base, attachment, whose=whose, micro_tokens=config.batching.micro_tokens,
+            config.preference, base, attachment, whose=whose, micro_tokens=config.batching.at_once,
             max_length=config.data.max_length, call=call, devices=devices,
         )  # fmt: skip
         if start is not None and preference.needs_reference:

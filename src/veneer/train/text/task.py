@@ -42,6 +42,7 @@ from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig
 from veneer.train.devices import Devices
 from veneer.train.events import Listener, Note
 from veneer.train.loop import Means, Score, Step
+from veneer.train.planning import micro_tokens_of_run, with_micro_tokens
 from veneer.train.preflight import CACHE, Report, free_memory, recomputes
 from veneer.train.report.log import read_log, size
 from veneer.train.run import NAME, AttachedTask, Run, Task, carry_out, opened
@@ -96,7 +97,7 @@ def run_text(
         base = _loaded(config, base, run)
         for note in base.notes:
             run.note(note)
-        return carry_out(run, TextTask(config, base))
+        return carry_out(run, TextTask(_cut_by_device(config, base, run), base))
 
 
 def _loaded(config: TrainConfig, base: TextBase | None, run: Run) -> TextBase:
@@ -123,6 +124,14 @@ def _loaded(config: TrainConfig, base: TextBase | None, run: Run) -> TextBase:
     )  # fmt: skip
 
 
+def _cut_by_device(config: TrainConfig, base: TextBase, run: Run) -> TrainConfig:
+    """The configuration with `batching.micro_tokens`, the same on every process, where it does not say it."""
+    if config.batching.micro_tokens is not None:
+        return config
+    free = TextTask(config, base).free_memory(run.devices)
+    return with_micro_tokens(config, min(run.devices.gather(micro_tokens_of_run(config, base, free))))
+
+
 @dataclass(frozen=True)
 class TextTask(Task[TextData, RunResult]):
     """Rows of text, learned from their answers or, with `preference.loss`, from how two answers compare."""
@@ -142,9 +151,9 @@ class TextTask(Task[TextData, RunResult]):
     def check(self, run: Run, data: TextData, previous: Mapping[str, Any] | None) -> Report:
         report = text_preflight(
             self.base, self.config, data, resume=run.resume, previous=previous,
-            free_memory=self._free_memory(run.devices), devices=run.devices.count, force=run.force,
+            free_memory=self.free_memory(run.devices), devices=run.devices.count, force=run.force,
         )  # fmt: skip
-        run.say(report, self._settled(run.devices, data, report))
+        run.say(report, self._settled(run, data, report))
         return report
 
     @contextmanager
@@ -184,7 +193,7 @@ class TextTask(Task[TextData, RunResult]):
             attached.check_base()
             yield attached
 
-    def _free_memory(self, devices: Devices) -> int | None:
+    def free_memory(self, devices: Devices) -> int | None:
         """Bytes for this process where several share the run; None to measure them."""
         if devices.count == 1:
             return None
@@ -201,9 +210,9 @@ class TextTask(Task[TextData, RunResult]):
         mode, numbers = self.config.memory.activation_checkpointing, report.numbers
         return devices.gather(recomputes(mode, numbers.get("memory_needed"), numbers.get("memory_free")))[0]
 
-    def _settled(self, devices: Devices, data: TextData, report: Report) -> Iterator[tuple[str, Any, str]]:
+    def _settled(self, run: Run, data: TextData, report: Report) -> Iterator[tuple[str, Any, str]]:
         """What was `auto` or left open, as it is now, with the reason."""
-        config, base = self.config, self.base
+        config, base, devices = self.config, self.base, run.devices
         recompute, reason = self._recomputes(devices, report)
         if config.base.dtype == "auto":
             yield "base.dtype", str(base.dtype).removeprefix("torch."), base.dtype_reason
@@ -220,6 +229,9 @@ class TextTask(Task[TextData, RunResult]):
         if base.quantised and config.memory.keep_dequantised_gb is None:
             because = "what the plan finds room for on a GPU; on a CPU dequantising costs next to nothing"
             yield "memory.keep_dequantised_gb", int(report.numbers.get("kept_dequantised", 0)) / 1e9, because
+        if run.config.batching != config.batching:
+            because = "what makes products faster on this device, where it fits"
+            yield "batching.micro_tokens", config.batching.at_once, because
         if config.memory.activation_checkpointing == "auto":
             yield "memory.activation_checkpointing", "on" if recompute else "off", reason
         if config.preference.loss is not None:
@@ -313,7 +325,7 @@ class AttachedText(AttachedTask[RunResult]):
     def score(self, interrupted: Callable[[], bool]) -> Score | None:
         return score_examples(
             self.base.model, self.held_out, self.base.device, loss=lambda *args: self.call(text_loss, *args),
-            interrupted=interrupted, micro_tokens=self.config.batching.micro_tokens, devices=self.run.devices,
+            interrupted=interrupted, micro_tokens=self.config.batching.at_once, devices=self.run.devices,
         )  # fmt: skip
 
     def facts(self, outcome: Outcome, progress: Progress) -> RunResult:
