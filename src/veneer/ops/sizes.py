@@ -37,7 +37,7 @@ def micro_tokens(
 
     which for one square weight is 1/(1/(k·corner) − 2/width). Where the width keeps products about there or
     below, more tokens help until weights are a fifth of what is moved: n = 4·W/A. Codes are dequantised before a
-    product, which moves them and 2 bytes, and takes at most a twentieth of its time from n = 20·corner·(2 + code)/2·W/O.
+    product, which moves them and 2 bytes; a twentieth of the product's time is n = 20·corner·(2 + code)/2·W/O.
 
     Llama 3.1 8B on an H100: 1,233, so 2,048; in nf4 7,375, so 8,192. Memory may allow fewer (train/planning.py)."""
     if device != "cuda":
