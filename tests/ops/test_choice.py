@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from veneer.ops.choice import HOMES, OPS, choices, chosen, own_choices
 from veneer.ops.cpu import compiled
 from veneer.ops.cpu.implementations import IMPLEMENTATIONS
 from veneer.ops.measuring import Kept, Measured
+from veneer.train.ahead import Ahead
 
 
 def test_every_implementation_is_of_a_known_op_and_every_op_has_an_answer() -> None:
@@ -258,6 +261,46 @@ def test_inside_of_listed_no_measurement_is_made_or_followed(bench: dict[str, fl
     choice.follow(choice.recorded())
     with choice.listed(), choice.listed():
         assert chosen("gelu_tanh", torch.empty(40, 2))(None) == "first"
+
+
+def test_two_runs_in_two_threads_keep_apart(bench: dict[str, float]) -> None:
+    """Each follows its own record, in its forward, its gradients and the thread that makes its batches, while the other
+    is in the middle of its own; what is outside of both is as it was."""
+    name_of(torch.empty(40, 2))
+    (key,) = before = choice.recorded()
+    together = threading.Barrier(2, timeout=60)
+    seen: dict[str, list[str]] = {}
+
+    class Named(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, names: list[str]) -> Tensor:
+            ctx.names = names
+            names.append(name_of(x))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Any:
+            ctx.names.append(name_of(torch.empty(40, 2)))
+            return gradient, None
+
+    def run(name: str) -> None:
+        with own_choices(), Ahead(lambda batch: batch) as ahead:
+            together.wait()
+            choice.follow({key: name})
+            together.wait()
+            names = seen[name] = [name_of(torch.empty(40, 2))]
+            made = Named.apply(torch.empty(40, 2, requires_grad=True), names)
+            together.wait()
+            made.sum().backward()
+            names.append(ahead.take(lambda: name_of(torch.empty(40, 2))))
+            together.wait()
+            assert choice.recorded() == {key: name}
+
+    with ThreadPoolExecutor(2) as threads:
+        for ended in [threads.submit(copy_context().run, run, name) for name in ("second", "torch")]:
+            ended.result(timeout=60)
+    assert seen == {name: [name] * 4 for name in ("second", "torch")}
+    assert choice.recorded() == before == {key: "first"}
 
 
 def test_every_module_that_brings_trials_is_listed() -> None:

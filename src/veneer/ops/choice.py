@@ -21,6 +21,11 @@ Serving measures nothing once its weights are laid out (`listed`): an answer's b
 `choices("cpu")` says what runs here, and why; `settled()` what ran so far of what is measured. A run takes what is
 `known` once its longest batch has run, and follows it from its first step to its last, through every resume; all that
 is decided or followed in it is its own (`own_choices`).
+
+What decides is of a context (contextvars), as a run is: two of them in two threads do not meet, and threads that one
+of them begins are given its context (`copy_context().run`). torch computes gradients on the CPU in the thread that asks
+for them, so they see it, too; on a GPU in threads of its own, which see the process's: VENEER_OPS, and never a
+measurement, which none of them needs, since nothing is measured there.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -136,7 +142,7 @@ def trial_of(op: str) -> Trial | None:
     """By what it is measured on a CPU which implementation runs; None: it is not."""
     for name in TRIED_IN:
         importlib.import_module(f"veneer.ops.{name}")
-    return _state.trials.get(op)
+    return _state().trials.get(op)
 
 
 TRIAL_ROWS = 1024
@@ -214,7 +220,8 @@ class _Decisions:
 
 @dataclass(frozen=True)
 class _State:
-    """All that decides (`own_choices` says what each is). A process has one, and a block may have its own."""
+    """All that decides (`own_choices` says what each is). A process has one, and a block may have its own. `trying`:
+    (op, name) of what a trial is about, where it measures."""
 
     implementations: Callable[[str], Mapping[str, Implementation]]
     trials: Mapping[str, Trial]
@@ -222,22 +229,25 @@ class _State:
     pins: Mapping[str, str]
     listed: bool
     decisions: _Decisions
+    trying: tuple[str, str] = ("", "")
 
 
-_state = _State(_implementations, _TRIALS, _kept, _words.pins, _words.listed, _Decisions())
+_OF_THE_PROCESS = _State(_implementations, _TRIALS, _kept, _words.pins, _words.listed, _Decisions())
+_OF_A_BLOCK: ContextVar[_State | None] = ContextVar("what decides", default=None)
 _lock = threading.Lock()
-_here = threading.local()
-"""Of a thread. `op`, `name`: what a trial is about, where it measures. `listed`: whether nothing is measured there."""
+
+
+def _state() -> _State:
+    return _OF_A_BLOCK.get() or _OF_THE_PROCESS
 
 
 @contextmanager
-def _while_inside(state: _State) -> Iterator[None]:
-    global _state
-    before, _state = _state, state
+def _while_inside(**changes: Any) -> Iterator[None]:
+    token = _OF_A_BLOCK.set(replace(_state(), **changes))
     try:
         yield
     finally:
-        _state = before
+        _OF_A_BLOCK.reset(token)
 
 
 @contextmanager
@@ -247,69 +257,65 @@ def own_choices(**given: Any) -> Iterator[None]:
 
     `given`: what else decides there instead of what did. `implementations`: a device type -> op -> Implementation;
     `trials`: op -> Trial; `kept`: () -> the measurements; `pins`: op -> name; `listed`: whether nothing is measured."""
-    with _while_inside(replace(_state, decisions=_Decisions(), **given)):
+    with _while_inside(decisions=_Decisions(), **given):
         yield
 
 
 @contextmanager
 def pinned(**names: str) -> Iterator[None]:
     """While inside, these ops run the implementations of these names, on what they take; for comparisons."""
-    with _while_inside(replace(_state, pins={**_state.pins, **names})):
+    with _while_inside(pins={**_state().pins, **names}):
         yield
 
 
 @contextmanager
 def listed() -> Iterator[None]:
-    """While inside, this thread measures nothing and follows no measurement: the first that takes what it is given
-    runs. For serving, whose bits must depend on no clock, and on nothing else that is done beside it."""
-    before = getattr(_here, "listed", False)
-    _here.listed = True
-    try:
+    """Inside, nothing is measured and no measurement followed: the first that takes what it is given runs. For serving,
+    whose bits must depend on no clock, and on nothing else that is done beside it."""
+    with _while_inside(listed=True, decisions=_Decisions()):
         yield
-    finally:
-        _here.listed = before
 
 
 def settled() -> dict[str, Measured]:
     """What ran so far in this process, or in this run (`own_choices`), of all that is measured: "op dtype kind,
     threads" -> its name, and the milliseconds that are kept of each, if any."""
     names = _made()
-    kept = {key: _state.kept().get(key) for key in names}
+    kept = {key: _state().kept().get(key) for key in names}
     return {key: Measured(name, {} if (found := kept[key]) is None else found.ms) for key, name in names.items()}
 
 
 def measured_here() -> dict[str, Measured]:
     """What is kept of this machine for the number of threads that there is now, whoever measured it; key -> record."""
     ours = f", {torch.get_num_threads()} threads"
-    every = sorted(_state.kept().here.items())
+    every = sorted(_state().kept().here.items())
     return {key: found for key, found in every if key.endswith(ours) and found.runs in _names_of(key.split()[0])}
 
 
 def recorded() -> dict[str, str]:
     """What is followed, and what ran beside it, key -> name, for a run to keep."""
-    return _state.decisions.followed | _made()
+    return _state().decisions.followed | _made()
 
 
 def known() -> dict[str, str]:
     """`recorded`, and all that was ever measured on this machine: what a run that begins is to follow. Not under
     VENEER_OPS=listed, which asks for the first of each whatever was measured."""
-    if _state.listed:
+    if _state().listed:
         return recorded()
-    return {key: found.runs for key, found in _state.kept().here.items()} | recorded()
+    return {key: found.runs for key, found in _state().kept().here.items()} | recorded()
 
 
 def follow(record: Mapping[str, str]) -> None:
     """From now on this record decides, and nothing more is measured: where it has no word, the first implementation
     runs. So a run that was stopped and one that was not come out bit for bit the same, whatever else was measured.
     It holds to the end of `own_choices`."""
-    decisions = _state.decisions
+    decisions = _state().decisions
     decisions.followed.update(record)
     decisions.following = True
     decisions.made.clear()
 
 
 def _made() -> dict[str, str]:
-    return {_key(asked): name for asked, name in list(_state.decisions.made.items())}
+    return {_key(asked): name for asked, name in list(_state().decisions.made.items())}
 
 
 def _key(asked: tuple[Any, ...]) -> str:
@@ -325,7 +331,7 @@ def _names(implementations: Callable[[str], Mapping[str, Implementation]], op: s
 
 def _names_of(op: str) -> frozenset[str]:
     """Of all implementations of an op, on whatever device, and its reference."""
-    return _names(_state.implementations, op)
+    return _names(_state().implementations, op)
 
 
 def _check_pin(op: str, pin: str) -> None:
@@ -343,7 +349,7 @@ def chosen(op: str, first: Tensor, *given: Any) -> Any:
     """What runs `op` on these tensors (and whatever else decides it), by the device of the first; None: the reference.
 
     Called on every product, so it costs a look into a few dicts and `takes`."""
-    state = _state
+    state = _state()
     own = state.implementations(PINNED or first.device.type).get(op)
     if own is None:
         return None
@@ -362,11 +368,10 @@ def _name_of(state: _State, op: str, able: list[Implementation], first: Tensor, 
     """Which of `able`, or the reference: as pinned, as tried just now, as decided before, or as measured."""
     if (pin := state.pins.get(op, state.pins.get("*"))) is not None:
         return pin
-    inside = getattr(_here, "op", None)
-    if inside == op:
-        return str(_here.name)
+    if state.trying[0] == op:
+        return state.trying[1]
     trial = state.trials.get(op)
-    if trial is None or PINNED or first.device.type != "cpu" or getattr(_here, "listed", False):
+    if trial is None or PINNED or first.device.type != "cpu":
         return able[0].name
     kind = trial.kind(first, *given)
     asked: tuple[Any, ...] = (op, first.dtype, torch.get_num_threads(), *kind)
@@ -378,19 +383,19 @@ def _name_of(state: _State, op: str, able: list[Implementation], first: Tensor, 
         name = decisions.followed[key]
     elif decisions.following:
         name = able[0].name
-    elif state.listed or inside or type(first) not in (Tensor, torch.nn.Parameter):
+    elif state.listed or state.trying[0] or type(first) not in (Tensor, torch.nn.Parameter):
         return able[0].name  # of a fake tensor, too: its work takes no time
     else:
-        name = _measure(state.kept(), key, op, able, trial, first.dtype, kind).runs
+        name = _measure(state, key, op, able, trial, first.dtype, kind).runs
     return decisions.made.setdefault(asked, name)
 
 
 def _measure(
-    kept: Kept, key: str, op: str, able: list[Implementation], trial: Trial, dtype: torch.dtype,
+    state: _State, key: str, op: str, able: list[Implementation], trial: Trial, dtype: torch.dtype,
     kind: tuple[int, ...],
 ) -> Measured:  # fmt: skip
     """What is kept, or else measured now: by one thread of one process at a time, so that all agree."""
-    names = (*(one.name for one in able), REFERENCE)
+    names, kept = (*(one.name for one in able), REFERENCE), state.kept()
 
     def known() -> Measured | None:
         found = kept.get(key)
@@ -400,20 +405,23 @@ def _measure(
         if (found := known()) is not None:
             return found
         with kept.alone():
-            return known() or _measure_now(kept, key, op, names, trial, dtype, kind)
+            return known() or _measure_now(state, key, op, names, trial, dtype, kind)
 
 
 def _measure_now(
-    kept: Kept, key: str, op: str, names: tuple[str, ...], trial: Trial, dtype: torch.dtype, kind: tuple[int, ...],
+    state: _State, key: str, op: str, names: tuple[str, ...], trial: Trial, dtype: torch.dtype, kind: tuple[int, ...],
 ) -> Measured:  # fmt: skip
     def tried(name: str) -> Callable[[], object]:
         made: list[Callable[[], object]] = []
 
-        def run() -> None:
-            _here.op, _here.name = op, name
-            if not made:
-                made.append(trial.work(dtype, *kind))
-            made[0]()
+        def run() -> None:  # in whatever thread
+            token = _OF_A_BLOCK.set(replace(state, trying=(op, name)))
+            try:
+                if not made:
+                    made.append(trial.work(dtype, *kind))
+                made[0]()
+            finally:
+                _OF_A_BLOCK.reset(token)
 
         return run
 
@@ -426,7 +434,7 @@ def _measure_now(
         seconds, name = again, first
     if first not in seconds:  # it could not be measured: nothing is kept
         return Measured(first, {})
-    return kept.put(key, Measured(name, {name: s * 1e3 for name, s in seconds.items()}))
+    return state.kept().put(key, Measured(name, {name: s * 1e3 for name, s in seconds.items()}))
 
 
 class Choice(NamedTuple):
@@ -447,15 +455,16 @@ def choices(device: str) -> dict[str, Choice]:
 
 
 def _choice(op: str, device: str) -> Choice:
-    own = _state.implementations(device).get(op)
+    state = _state()
+    own = state.implementations(device).get(op)
     if own is None:
         return Choice(REFERENCE, f"{device} has no implementation of its own")
     here = [one for one in (own, *own.others) if not one.missing()]
     if not here:
         return Choice(REFERENCE, own.missing())
     names, wants = [one.name for one in here], "; ".join(dict.fromkeys(one.wants for one in here))
-    if (pin := _state.pins.get(op, _state.pins.get("*"))) is not None:
-        if op in _state.pins:
+    if (pin := state.pins.get(op, state.pins.get("*"))) is not None:
+        if op in state.pins:
             _check_pin(op, pin)
         if pin == REFERENCE:
             return Choice(pin, "pinned by VENEER_OPS")
@@ -464,7 +473,7 @@ def _choice(op: str, device: str) -> Choice:
         return Choice(names[0], f"pinned to {pin} by VENEER_OPS, which is not here", here[0].wants)
     if PINNED:
         return Choice(", ".join(names), f"VENEER_OPS={PINNED}", wants)
-    if device == "cpu" and not _state.listed and trial_of(op) is not None:
+    if device == "cpu" and not state.listed and trial_of(op) is not None:
         return Choice(
             ", ".join(dict.fromkeys([*names, REFERENCE])), "measured, the first unless another is clearly faster", wants
         )

@@ -4,14 +4,15 @@
         batch = ahead.take(make, following)     what make() gives, sent; following() is begun in the thread
 
 A thread makes one batch at a time, in the order in which they are asked for: beside the one that was taken there is
-never more than one. What it raises is raised where its batch is taken. It draws nothing at random, so a run's numbers
-do not depend on it.
+never more than one. It has the context of whoever asks, with what decides in it (ops/choice.py); what it raises is
+raised where its batch is taken. It draws nothing at random, so a run's numbers do not depend on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from types import TracebackType
 from typing import Any
 
@@ -40,7 +41,7 @@ class Ahead:
         return batch
 
     def _begin(self, make: _Make) -> Future[Any]:
-        return self._thread.submit(lambda: self._send(make()))
+        return self._thread.submit(copy_context().run, lambda: self._send(make()))
 
     def __enter__(self) -> Ahead:
         return self

@@ -17,6 +17,7 @@ from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
@@ -129,7 +130,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._took: deque[tuple[float, float, float, float]] = deque(maxlen=_STEPS)
         self._compiles, self._masks = FairPool(2, "grammar"), ThreadPoolExecutor(2, thread_name_prefix="mask")
         self._beat, self._lost = time.monotonic(), 0
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread = threading.Thread(target=copy_context().run, args=(self._work,), name="engine", daemon=True)
 
     # -- for whoever runs it -------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -130,7 +131,7 @@ class Residents(Generic[T]):
         self._read, self._prepare, self._freed, self._clock = read, prepare, freed, clock
         self.limit, self.patience, self._ahead = limit_bytes, patience, threads
         self._pool = None if submit else ThreadPoolExecutor(threads, thread_name_prefix="adapters")
-        self._submit = submit or self._pool.submit  # type: ignore[union-attr]
+        self._submit = submit or self._in_pool
         self._lock = threading.Lock()
         self._calls: list[Callable[[], None]] = []
         self._entries: dict[str, _Entry[T]] = {}
@@ -139,6 +140,10 @@ class Residents(Generic[T]):
         self._ticks = itertools.count()
         self._bytes = self._hits = self._misses = self._evictions = self._failures = self._loads = 0
         self._closed = False
+
+    def _in_pool(self, job: Callable[[], None]) -> None:
+        assert self._pool is not None
+        self._pool.submit(copy_context().run, job)
 
     # -- for the engine's step: none of these waits --------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import copy
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +105,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         self._closing = False
         self._steps = self._lost = 0
         self._beat = time.monotonic()
-        self._thread = threading.Thread(target=self._loop, name="pictures", daemon=True)
+        self._thread = threading.Thread(target=copy_context().run, args=(self._loop,), name="pictures", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> PictureEngine:
