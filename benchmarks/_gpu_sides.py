@@ -1,6 +1,7 @@
 """The sides of gpu.py: what one process measures on a card, veneer's own and its peers'.
 
-A side is given a `Task` and gives back {"figures": [...], "notes": [...]}, or {"left_out": why}. Weights are random and
+A side is given a `Task` and gives back {"figures": [...], "notes": [...]}, or {"left_out": why}; what it has measured
+it tells as soon as it has (`tell`), so that one that fails or is stopped later keeps that. Weights are random and
 made on the device, tensor by tensor, from a config alone: nothing is read, and nothing comes over the network. In a dry
 run the same lines work on sizes that a CPU does in a moment.
 """
@@ -8,12 +9,15 @@ run the same lines work on sizes that a CPU does in a moment.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +32,8 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Every attention of FLUX.1, which is what `adapter.targets: attention` means."""
 MIX = (0.8, 0.6, 0.5)
+MARK = "RESULT "
+"""Begins a line of a side's output that has its result so far."""
 LONG = 15.0
 """Seconds after which no further step is timed."""
 
@@ -83,11 +89,12 @@ DRY = Sizes(
 @dataclass(frozen=True)
 class Task:
     """What a side is told. `probe`: what the card was measured to do just before, None where that failed. `work`: a
-    folder of the run. `dry`: sizes of a dry run."""
+    folder of the run. `dry`: sizes of a dry run. `limit`: seconds after which it is ended; 0: none."""
 
     work: str
     dry: bool = False
     probe: Mapping[str, float] | None = None
+    limit: float = 0.0
 
     @property
     def sizes(self) -> Sizes:
@@ -110,6 +117,11 @@ def _result(figures: Sequence[Figure], *notes: str) -> dict[str, Any]:
     return {"figures": [asdict(f) for f in figures], "notes": list(notes)}
 
 
+def tell(result: Mapping[str, Any]) -> None:
+    """What a side has so far: the last of such lines counts, whatever becomes of it."""
+    print(MARK + json.dumps(result), flush=True)
+
+
 # -- the card ----------------------------------------------------------------------------------------------------------
 
 
@@ -118,20 +130,21 @@ def probe(task: Task) -> dict[str, Any]:
     import torch
 
     s = task.sizes
-    a, b = (torch.randn(s.square, s.square, device=s.device).bfloat16() for _ in range(2))
-    rate = 2 * s.square**3 / min(_seconds(lambda: a @ b, s.device, 10, warm=3))
-    source = torch.zeros(s.copied, dtype=torch.uint8, device=s.device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * s.copied / min(_seconds(lambda: target.copy_(source), s.device, 10, warm=3))
     name, memory, about = "a CPU, dry run", 0, dict[str, str]()
     if s.device == "cuda":
         name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         about = {"compute capability": capability, "CUDA": str(torch.version.cuda), "driver": _driver()}
+    card = {"card": name, "memory": f"{memory / 1e9:.1f} GB", **about}
+    tell(_result([]) | {"card": card})
+    a, b = (torch.randn(s.square, s.square, device=s.device).bfloat16() for _ in range(2))
+    rate = 2 * s.square**3 / min(_seconds(lambda: a @ b, s.device, 10, warm=3))
+    source = torch.zeros(s.copied, dtype=torch.uint8, device=s.device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * s.copied / min(_seconds(lambda: target.copy_(source), s.device, 10, warm=3))
     figures = [
         Figure("bfloat16 product", rate / 1e12, "TFLOP/s"), Figure("memory bandwidth", bandwidth / 1e9, "GB/s"),
     ]  # fmt: skip
-    card = {"card": name, "memory": f"{memory / 1e9:.1f} GB", **about}
     return _result(figures) | {"probe": {"operations": rate, "bandwidth": bandwidth}, "card": card}
 
 
@@ -197,8 +210,9 @@ def _peak(device: str, planned: Any) -> Figure:
 
 
 def gpu_tests(task: Task) -> dict[str, Any]:
-    """The tests marked `gpu`, in pytest's own process; in a dry run one of a file of its own."""
-    report = Path(task.work) / "gpu-tests.xml"
+    """The tests marked `gpu`, in pytest's own process; in a dry run one of a file of its own. Where they take longer
+    than the limit, those that have ended count."""
+    report, said = Path(task.work) / "gpu-tests.xml", Path(task.work) / "gpu-tests.txt"
     env = dict(os.environ) | {"TRITON_INTERPRET": "0"}  # tests/conftest.py would have kernels interpreted
     files = [str(f) for f in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in f.read_text(encoding="utf-8")]
     if task.dry:
@@ -206,11 +220,18 @@ def gpu_tests(task: Task) -> dict[str, Any]:
         one.write_text("import pytest\n\n\n@pytest.mark.gpu\ndef test_one() -> None:\n    pass\n", encoding="utf-8")
         files = [str(one)]
         env = {k: v for k, v in env.items() if not k.startswith("PYTEST_")} | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}", *files]
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
     where = Path(task.work) if task.dry else ROOT
-    ran = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True)
-    if ran.returncode not in (0, 1) or not report.exists():
-        raise RuntimeError(f"pytest ended with {ran.returncode}:\n{ran.stdout[-2000:]}\n{ran.stderr[-1000:]}")
+    with said.open("wb") as out:
+        try:
+            code = subprocess.run(
+                [*command, *files], cwd=where, env=env, stdout=out, stderr=subprocess.STDOUT,
+                timeout=max(task.limit - _LAST, 1.0) if task.limit else None,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return ended_tests(said.read_text(encoding="utf-8", errors="replace"), task.limit)
+    if code not in (0, 1) or not report.exists():
+        raise RuntimeError(f"pytest ended with {code}:\n{said.read_text(encoding='utf-8', errors='replace')[-3000:]}")
     suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
     count = {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
     bad = [
@@ -223,6 +244,24 @@ def gpu_tests(task: Task) -> dict[str, Any]:
         Figure("skipped", count["skipped"], "tests"),
     ]  # fmt: skip
     return _result(figures, *bad)
+
+
+_LAST = 5.0
+"""Seconds before the limit at which tests are stopped, so that what they came to is told."""
+_ENDED = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.M)
+
+
+def ended_tests(said: str, limit: float) -> dict[str, Any]:
+    """Of pytest's own words (-v), where it was stopped: what has ended until then."""
+    ended = _ENDED.findall(said)
+    count = Counter(word for _, word in ended)
+    bad = [f"{name}: {word.lower()}" for name, word in ended if word in ("FAILED", "ERROR")]
+    last = f" after {ended[-1][0]}" if ended else ""
+    figures = [
+        Figure("passed", count["PASSED"], "tests"), Figure("failed", len(bad), "tests"),
+        Figure("skipped", count["SKIPPED"], "tests"),
+    ]  # fmt: skip
+    return _result(figures, f"stopped{last}: {limit:.0f} s were given; make test-gpu runs them all", *bad)
 
 
 # -- random bases, on the device ---------------------------------------------------------------------------------------
@@ -309,8 +348,9 @@ def _described(plan: Any, load: Any) -> str:
     return f"{rows}, rank {load.rank}, {load.quantise or load.dtype}, activations {kept}{changed}"
 
 
-def _train(task: Task, base: Any, load: Any, steps: int) -> dict[str, Any]:
-    """Steps on random tokens of rows in which everything is learned, as a run takes them: fast paths, AdamW."""
+def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[int, ...]] = ()) -> dict[str, Any]:
+    """Steps on random tokens of rows in which everything is learned, as a run takes them: fast paths, AdamW. `others`:
+    lengths of further micro-batches, which a run's setting is chosen by."""
     import torch
 
     import veneer
@@ -338,35 +378,51 @@ def _train(task: Task, base: Any, load: Any, steps: int) -> dict[str, Any]:
     model.train()
     if load.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    ids = torch.randint(3, shape.vocabulary, (load.tokens,), generator=torch.Generator().manual_seed(0)).to(where)
-    trained = torch.ones(len(load.lengths), load.longest, dtype=torch.bool, device=where)
-    trained[:, 0] = False  # nothing predicts a row's first token
-    trained, count = trained.flatten(), load.tokens - len(load.lengths)
     last = torch.zeros((), device=where)
 
-    def step() -> None:
-        nonlocal last
-        loss = text_loss(model, ids, list(load.lengths), trained) / count
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        last = loss.detach()
+    def step_on(lengths: tuple[int, ...]) -> Callable[[], None]:
+        tokens = sum(lengths)
+        ids = torch.randint(3, shape.vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).to(where)
+        trained = torch.ones(len(lengths), lengths[0], dtype=torch.bool, device=where)
+        trained[:, 0] = False  # nothing predicts a row's first token
+        trained, count = trained.flatten(), tokens - len(lengths)
+
+        def step() -> None:
+            nonlocal last
+            loss = text_loss(model, ids, list(lengths), trained) / count
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            last = loss.detach()
+
+        return step
+
+    def took(lengths: tuple[int, ...]) -> float:
+        one = statistics.median(_seconds(step_on(lengths), where, steps, warm=min(2, steps)))
+        if not torch.isfinite(last):
+            raise RuntimeError(f"the loss is {float(last)}")
+        return one
 
     if where == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with fast(model, keep=8 * plan.keeps // 10) as how:  # as a run keeps them
-        one = statistics.median(_seconds(step, where, steps, warm=min(2, steps)))
-    if not torch.isfinite(last):
-        raise RuntimeError(f"the loss is {float(last)}")
-    work, memory = text_work(shape, load, device), text_memory(shape, load, device)
-    figures = [
-        Figure("training", load.tokens / one, "tokens/s", _scaled(load.tokens, _at_most(work, probed)),
-               load.tokens / rates.seconds(work)),
-        Figure("arithmetic", work.operations / one / 1e12, "TFLOP/s",
-               None if probed is None else probed.operations / 1e12, rates.operations / 1e12),
-        _peak(where, memory),
-    ]  # fmt: skip
-    return _result(figures, _described(plan, load), how.summary())
+        one = took(load.lengths)
+        work, memory = text_work(shape, load, device), text_memory(shape, load, device)
+        figures = [
+            Figure("training", load.tokens / one, "tokens/s", _scaled(load.tokens, _at_most(work, probed)),
+                   load.tokens / rates.seconds(work)),
+            Figure("arithmetic", work.operations / one / 1e12, "TFLOP/s",
+                   None if probed is None else probed.operations / 1e12, rates.operations / 1e12),
+            _peak(where, memory),
+        ]  # fmt: skip
+        notes = [_described(plan, load), how.summary()]
+        tell(_result(figures, *notes))
+        for lengths in others:
+            tokens = sum(lengths)
+            name = f"training, micro-batches of {len(lengths)} × {lengths[0]:,}"
+            figures.append(Figure(name, tokens / took(lengths), "tokens/s"))
+            tell(_result(figures, *notes))
+    return _result(figures, *notes)
 
 
 def _load_8b(task: Task, quantise: str | None = None) -> Any:
@@ -385,7 +441,8 @@ def _load_70b(task: Task) -> Any:
 
 
 def train(task: Task) -> dict[str, Any]:
-    return _train(task, task.sizes.text, _load_8b(task), task.sizes.steps)
+    s, quarter = task.sizes, task.sizes.length // 4
+    return _train(task, s.text, _load_8b(task), s.steps, [(quarter,) * rows for rows in (1, 2, 4)])
 
 
 def qlora(task: Task) -> dict[str, Any]:
@@ -509,6 +566,43 @@ def unsloth(task: Task) -> dict[str, Any]:
     return _peer_steps(task, model, "use_gradient_checkpointing='unsloth', as its notebooks have it")
 
 
+# -- few rows ----------------------------------------------------------------------------------------------------------
+
+
+def products(task: Task) -> dict[str, Any]:
+    """x·Wᵀ of a few rows by the widest weight of a block, as decoding has it: in bfloat16, and from its codes."""
+    import torch
+    import torch.nn.functional as F
+
+    from veneer.ops.quantised import quantise
+
+    s, config = task.sizes, _config(task.sizes.text)
+    inputs, outputs = config["hidden_size"], config["intermediate_size"]
+    generator = torch.Generator(s.device).manual_seed(0)
+    weight = torch.empty(outputs, inputs, dtype=torch.bfloat16, device=s.device).normal_(0, 0.02, generator=generator)
+    copies = 2 if task.dry else 8  # more than the card's cache holds
+    figures: list[Figure] = []
+    for kind, a_weight in (("bfloat16", 2.0), ("nf4", 0.52), ("int8", 1.0)):
+        kept = [weight.clone() if kind == "bfloat16" else quantise(weight, kind) for _ in range(copies)]
+        for rows in (1, 8, 64):
+            x = torch.randn(rows, inputs, generator=generator, device=s.device).bfloat16()
+
+            def all_of_them(x: Any = x, kept: Any = kept) -> None:
+                for w in kept:
+                    F.linear(x, w)
+
+            with torch.no_grad():
+                one = min(_seconds(all_of_them, s.device, 10, warm=3)) / copies
+            most = None
+            if task.probe is not None:
+                moved = a_weight * weight.numel() + 2.0 * rows * (inputs + outputs)
+                most = 1 / max(2 * rows * weight.numel() / task.probe["operations"], moved / task.probe["bandwidth"])
+            figures.append(Figure(f"{kind}, {rows} row{'s' if rows > 1 else ''}", 1 / one, "products/s", most))
+            tell(_result(figures))
+        del kept
+    return _result(figures, f"a weight of {outputs:,} × {inputs:,}, {copies} of them in turn; without CUDA graphs")
+
+
 # -- serving -----------------------------------------------------------------------------------------------------------
 
 
@@ -603,14 +697,17 @@ def serve(task: Task) -> dict[str, Any]:
     with TextEngine(base, lambda digest, _: shelf[digest], settings) as engine:
         rate(engine, [None] * min(n, 8), 1)
         figures = [beside("base", rate(engine, [None] * n), 1, 0)]
+        tell(_result(figures))
         under = [names[i % 8] for i in range(n)]
         rate(engine, under[:8], 1)
         figures.append(beside("8 adapters", rate(engine, under), RANK, 8))
+        tell(_result(figures))
+        alone = s.new / min(_seconds(lambda: rate(engine, [None], 1), s.device, 1, warm=0))
+        figures.append(Figure("one request alone", alone, "tokens/s"))
+        tell(_result(figures))
         for digest in many:
             engine.residents.load(digest, shelf[digest])
         figures.append(Figure(f"{s.many:,} adapters", rate(engine, zipf, 1), "tokens/s"))
-        alone = s.new / min(_seconds(lambda: rate(engine, [None], 1), s.device, 1, warm=0))
-        figures.append(Figure("one request alone", alone, "tokens/s"))
         how = f"the engine runs {engine.runner.how}"
     shape_of = f"{n} requests of {s.prompt} + {s.new} tokens; {heads.kv_heads} heads of keys and values"
     return _result(figures, shape_of, how)
@@ -659,9 +756,9 @@ def vllm(task: Task) -> dict[str, Any]:
         run = lambda: engine.generate(prompts, sampling, lora_request=requests, use_tqdm=False)  # noqa: E731
         return s.requests * s.new / min(_seconds(run, s.device, 2, warm=1))
 
-    return _result([
-        Figure("base", rate(None), "tokens/s"), Figure("8 adapters", rate(under), "tokens/s"),
-    ], "enable_lora, its own compilation and graphs")  # fmt: skip
+    note, figures = "enable_lora, its own compilation and graphs", [Figure("8 adapters", rate(under), "tokens/s")]
+    tell(_result(figures, note))
+    return _result([*figures, Figure("base", rate(None), "tokens/s")], note)
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -696,6 +793,7 @@ def flux(task: Task) -> dict[str, Any]:
     clean, noise = (torch.randn(1, places, config["in_channels"], device=s.device).bfloat16() for _ in range(2))
     counts = image_counts(config, height=s.picture, width=s.picture, rank=load.rank, cuda=s.device == "cuda")
     trained, how = _train_flux(task, model, call, clean, noise, load, counts)
+    tell(_result(trained, how))
     figures = [*trained, *_draw_flux(task, model, call, clean, counts)]
     return _result(figures, f"{s.picture} × {s.picture}: {_described(plan, load)}", how)
 
@@ -818,8 +916,9 @@ SIDES = [
     Side("large", "veneer, Llama 3.1 70B, nf4", 75, large),
     Side("serve", "veneer, Llama 3 8B", 75, serve),
     Side("flux", "veneer, FLUX.1 dev", 65, flux),
-    Side("train", "veneer plan --trace", 40, trace_8b),
-    Side("large", "veneer plan --trace", 90, trace_70b),
+    Side("products", "veneer, few rows", 30, products),
+    Side("train", "veneer plan --trace", 35, trace_8b),
+    Side("large", "veneer plan --trace", 65, trace_70b),
     Side("qlora", "bitsandbytes + PEFT", 75, bitsandbytes_peft, "bitsandbytes"),
     Side("serve", "vLLM", 150, vllm, "vllm"),
     Side("qlora", "Unsloth", 120, unsloth, "unsloth"),

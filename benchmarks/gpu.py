@@ -9,12 +9,14 @@ train    Llama 3 8B, rank 16 on all linears, bfloat16, micro-batches of 2 × 4,0
 qlora    the same over nf4; beside bitsandbytes with PEFT, and Unsloth
 large    Llama 3.1 70B in nf4, a step at the settings of `veneer plan`
 serve    Llama 3 8B, 128 requests of 256 + 64 tokens: the base, 8 adapters, 1,000; beside vLLM
+products few rows times one of its weights, in bfloat16 and from codes of 4 and 8 bits
 flux     FLUX.1 dev at 1,024²: a training step, and calls with three stacked adapters
 
 Weights are random, made on the card from a config alone. Each side is a process of its own with a limit of its own, one
-after another: one that fails, is not installed or takes too long is reported, and the rest goes on. Peers come last.
-Writes CARD.md and CARD.json, in which a part that was not run this time keeps what it had. `--python` names the
-environment of a peer: vllm, unsloth, bitsandbytes.
+after another: one that fails, is not installed or takes too long is reported with what it had measured until then, and
+the rest goes on. Peers come last. Writes CARD.md and CARD.json after each of them, so that a kill at any time, or a
+machine that goes away, costs the side that ran; Ctrl-C, SIGTERM and SIGHUP end that one and what it began, too. A part
+that was not run this time keeps what it had. `--python` names the environment of a peer: vllm, unsloth, bitsandbytes.
 """
 
 from __future__ import annotations
@@ -31,28 +33,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from _gpu_sides import PARTS, PROBE, ROOT, SIDES, Side, Task
+from _gpu_sides import MARK, PARTS, PROBE, ROOT, SIDES, Side, Task, tell
 from _report import bar, lines_of, report, row
 
 PUBLISHED = (12_473, 402)
 """Tokens and TFLOP a second of Llama 3 8B with LoRA, micro-batches of 2 × 4,096 tokens, on one H100: what NVIDIA
 publishes for NeMo AutoModel, not measured by us."""
 OVER_UNSLOTH = 1.2
-MARK = "RESULT "
 LEAST = 5.0
 """Seconds that have to be left for a side to be begun."""
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NOT_TRIED = ("no time left", "not installed", "stopped")
+"""What becomes of a side without telling anything of it: what an earlier run had measured stays."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a side. `status`: ran, or in two words why not: failed, timed out, not installed, left out, no
-    time left; `why` has the rest. `more`: what the probe found. `at`: when, `command`: of the whole run."""
+    """What became of a side. `status`: ran, or in two words why not: failed, timed out, stopped, not installed, left
+    out, no time left; `why` has the rest. `figures`: also of one that went wrong later. `more`: what the probe found.
+    `at`: when, `command`: of the whole run."""
 
     status: str
     seconds: float = 0.0
@@ -82,30 +87,48 @@ def outcome_of(result: Mapping[str, Any], seconds: float) -> Outcome:
 
 
 def watched(command: Sequence[str], limit: float, work: Path) -> Outcome:
-    """Run a side's command for at most `limit` seconds; then it ends with all that it started."""
+    """Run a side's command for at most `limit` seconds; then it ends with all that it started, as it does where this
+    process is stopped. Whatever it had told until then is in the outcome."""
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     out, err = work / "out.txt", work / "err.txt"  # files: a pipe would wait for whoever still holds it
     start = time.monotonic()
     with out.open("wb") as stdout, err.open("wb") as stderr:
         process = subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr, start_new_session=True)
         code: int | None = None
+        stopped = False
         try:
             code = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
             pass
+        except KeyboardInterrupt:
+            stopped = True
         finally:
-            if process.returncode is None:  # out of time, or stopped from the keyboard
+            if process.returncode is None:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     seconds = time.monotonic() - start
     said, wrong = (f.read_text(encoding="utf-8", errors="replace") for f in (out, err))
+    told = _last_told(said)
+    if told is not None and code == 0:
+        return outcome_of(told, seconds)
+    so_far = Outcome("") if told is None else outcome_of(told, seconds)
+    if stopped:
+        return replace(so_far, status="stopped", seconds=seconds, why="before it was through")
     if code is None:
-        return Outcome("timed out", seconds, f"after {limit:.0f} s; its last words: {_tail(wrong)}")
-    found = [line for line in said.splitlines() if line.startswith(MARK)]
-    if code or not found:
-        return Outcome("failed", seconds, f"exit code {code}: {_tail(wrong or said)}")
-    return outcome_of(json.loads(found[-1].removeprefix(MARK)), seconds)
+        why = f"after {limit:.0f} s; its last words: {_tail(wrong)}"
+        return replace(so_far, status="timed out", seconds=seconds, why=why)
+    return replace(so_far, status="failed", seconds=seconds, why=f"exit code {code}: {_tail(wrong or said)}")
+
+
+def _last_told(said: str) -> dict[str, Any] | None:
+    """The last whole line of a result; a side may have been killed in the middle of one."""
+    for line in reversed(said.splitlines()):
+        if line.startswith(MARK):
+            with suppress(ValueError):
+                told: dict[str, Any] = json.loads(line.removeprefix(MARK))
+                return told
+    return None
 
 
 def _tail(text: str) -> str:
@@ -120,7 +143,7 @@ def in_a_process(pythons: Mapping[str, str]) -> Callable[[Side, Task, float], Ou
         if side.needs:
             looks = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({side.needs!r}) is None)"
             try:
-                there = subprocess.run([python, "-c", looks], capture_output=True, timeout=60).returncode == 0
+                there = subprocess.run([python, "-c", looks], capture_output=True, timeout=limit).returncode == 0
             except (OSError, subprocess.SubprocessError) as error:
                 return Outcome("not installed", why=f"{python} does not run: {error}")
             if not there:
@@ -133,9 +156,10 @@ def in_a_process(pythons: Mapping[str, str]) -> Callable[[Side, Task, float], Ou
 
 def run(
     sides: Iterable[Side], launch: Callable[[Side, Task, float], Outcome], work: Path, *, dry: bool, minutes: float,
-    command: str, say: Callable[[str], None],
+    command: str, say: Callable[[str], None], keep: Callable[[dict[str, Outcome]], None] = lambda done: None,
 ) -> dict[str, Outcome]:  # fmt: skip
-    """Every side's outcome, by its key; the probe's first. Whatever becomes of one, the others have their turn."""
+    """Every side's outcome, by its key; the probe's first. Whatever becomes of one, the others have their turn, but
+    where the run is stopped. `keep` is given all outcomes so far after each of them."""
     end = time.monotonic() + 60 * minutes
     done: dict[str, Outcome] = {}
     probe = None
@@ -146,14 +170,36 @@ def run(
         elif left < LEAST:
             outcome = Outcome("no time left", why=f"{minutes:g} minutes were given")
         else:
-            outcome = launch(side, Task(str(work), dry, probe), min(side.limit, left))
+            limit = min(side.limit, left)
+            try:
+                outcome = launch(side, Task(str(work), dry, probe, limit), limit)
+            except KeyboardInterrupt:
+                outcome = Outcome("stopped", why="before it was through")
         if side is PROBE:
             probe = outcome.more.get("probe")
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-        done[side.key] = Outcome(**{**vars(outcome), "at": now, "command": command})
+        done[side.key] = replace(outcome, at=now, command=command)
+        keep(done)
         told = ", ".join(f"{f['metric']} {f['value']:,.4g} {f['unit']}" for f in outcome.figures) or outcome.why
         say(f"{side.key}: {outcome.status}, {outcome.seconds:.0f} s{told and f': {told}'}")
+        if outcome.status == "stopped":
+            break
     return done
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, what asks a process to end is a KeyboardInterrupt, as Ctrl-C is: a closed terminal, `kill`."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
@@ -221,7 +267,7 @@ def page(result: Mapping[str, Any]) -> str:
         lines.append("")
     lines += ["## What ran, and what did not", "", "| side | | seconds | when | |", "| --- | --- | --- | --- | --- |"]
     for key, outcome in sides.items():
-        text = _cell("; ".join(outcome.notes) or outcome.why)
+        text = _cell("; ".join([*([outcome.why] if outcome.why else []), *outcome.notes]))
         lines.append(f"| {key} | {outcome.status} | {outcome.seconds:.0f} | {outcome.at} | {text} |")
     lines += ["", "## With what", ""]
     lines += [f"- {name}: {value}" for name, value in machine.items() if name != "card"]
@@ -245,18 +291,30 @@ def slug(card: str) -> str:
 
 
 def written(result: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Writes CARD.md and CARD.json; returns the page and the result with what earlier runs had of other parts."""
+    """Writes CARD.md and CARD.json, each whole or not at all; returns the page and the result, with what earlier runs
+    had of what was not tried now. A file that is no earlier run's is kept beside it as .unread."""
     card = str(result["machine"].get("card", "card"))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{slug(card)}.json"
     if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        sides = {**before["sides"], **result["sides"]}
-        done = {key: Outcome(**values) for key, values in sides.items()}
-        result = result_of(done, {**before["machine"], **result["machine"]})
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (where := file.with_suffix(".md")).write_text(page(result), encoding="utf-8")
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+            had = {key: Outcome(**values) for key, values in before["sides"].items()}
+            machine = {**before["machine"], **result["machine"]}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            file.replace(file.with_suffix(".json.unread"))
+        else:
+            now = {key: Outcome(**values) for key, values in result["sides"].items()}
+            stays = {key for key, o in now.items() if o.status in NOT_TRIED and not o.figures and key in had}
+            result = result_of({**had, **{key: o for key, o in now.items() if key not in stays}}, machine)
+    _write(file, json.dumps(result, indent=1) + "\n")
+    _write(where := file.with_suffix(".md"), page(result))
     return where, result
+
+
+def _write(file: Path, text: str) -> None:
+    (new := file.with_name(f".{file.name}.new")).write_text(text, encoding="utf-8")
+    os.replace(new, file)
 
 
 def about_of(done: Mapping[str, Outcome]) -> dict[str, Any]:
@@ -272,8 +330,17 @@ def about_of(done: Mapping[str, Outcome]) -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             continue
-    card = done[PROBE.key].more.get("card", {"card": "a card that could not be probed"})
+    card = done[PROBE.key].more.get("card", {"card": _card_by_name()})
     return {**card, "commit": commit or "unknown", **packages}
+
+
+def _card_by_name() -> str:
+    """Where the probe told nothing."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "a card that could not be probed"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -289,7 +356,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.side:
         key, task = json.loads(args.side)
         side = next(s for s in [PROBE, *SIDES] if s.key == key)
-        print(MARK + json.dumps(side.run(Task(**task))))
+        given = Task(**task)
+        if given.limit and hasattr(signal, "alarm"):
+            signal.alarm(math.ceil(given.limit) + 5)  # should whoever began it be gone
+        tell(side.run(given))
         return 0
     wanted = [part.strip() for part in args.only.split(",")]
     if unknown := [p for p in wanted if p not in PARTS]:
@@ -306,16 +376,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.dry and not _has_a_card():
         parser.error("there is no CUDA device here; --dry tries every line on the CPU")
     command = " ".join(["benchmarks/gpu.py", *(sys.argv[1:] if arguments is None else arguments)])
-    with tempfile.TemporaryDirectory() as folder:
+
+    def keep(done: dict[str, Outcome]) -> None:
+        if out is not None:
+            written(result_of(done, about_of(done)), out)
+
+    with tempfile.TemporaryDirectory() as folder, stoppable():
         done = run(
             [s for s in SIDES if s.part in wanted], in_a_process(pythons), Path(folder), dry=args.dry,
             minutes=args.minutes, command=command, say=lambda line: print(line, file=sys.stderr, flush=True),
+            keep=keep,
         )  # fmt: skip
     result = result_of(done, about_of(done))
     if out is not None:
         where, result = written(result, out)
         print(f"written: {where}", file=sys.stderr)
     print(json.dumps(result) if args.json else "\n".join(lines_of(result)) if out is not None else page(result))
+    if any(outcome.status == "stopped" for outcome in done.values()):
+        return 130
     return int(any(done[s.key].bad for s in [PROBE, *SIDES] if s.key in done and not s.needs))
 
 

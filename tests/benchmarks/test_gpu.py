@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -165,6 +167,104 @@ def test_a_process_says_its_result_or_why_there_is_none(gpu: Any, tmp_path: Path
     late = watched("import time; time.sleep(600)", 0.2)
     assert late.status == "timed out"
     assert late.bad
+
+
+def telling(tmp_path: Path) -> str:
+    """Code that tells a figure, and then that it has."""
+    result = {"figures": [FIGURE], "notes": ["a note"], "card": {"card": "X"}}
+    told = f"print('RESULT ' + {json.dumps(json.dumps(result))}, flush=True)"
+    return f"{told}; open({str(tmp_path / 'told')!r}, 'w').close()"
+
+
+@pytest.mark.parametrize(
+    ("then", "status"),
+    [
+        ("raise SystemExit('no more memory')", "failed"),
+        ("print('RESULT {\"figures', flush=True); import os; os._exit(9)", "failed"),  # in the middle of the next
+        ("import time; time.sleep(600)", "timed out"),
+    ],
+)
+def test_what_was_told_before_it_went_wrong_is_kept(
+    gpu: Any, then: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = subprocess.Popen.wait
+
+    def wait(self: Any, timeout: float | None = None) -> int:
+        if timeout is not None and status == "timed out":
+            while not (tmp_path / "told").exists():
+                time.sleep(0.01)
+            raise subprocess.TimeoutExpired("", timeout)
+        return real(self)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait)
+    found = gpu.watched([sys.executable, "-S", "-c", f"{telling(tmp_path)}; {then}"], 100.0, tmp_path)
+    assert (found.status, found.figures, found.notes) == (status, [FIGURE], ["a note"]), found.why
+    assert found.more == {"card": {"card": "X"}}
+    assert found.bad
+    page = gpu.page(gpu.result_of({"train: veneer": found}, {"card": "X"}))
+    assert "| train: veneer | training | 100 tokens/s |" in page
+    assert f"| train: veneer | {status} |" in page
+
+
+def test_tests_that_are_stopped_count_as_far_as_they_came(gpu: Any) -> None:
+    said = (
+        "collected 4 items\n\ntests/a.py::test_one PASSED [ 25%]\ntests/a.py::test_two[x y] FAILED [ 50%]\n"
+        "tests/b.py::test_three SKIPPED (why) [ 75%]\ntests/b.py::test_four "
+    )
+    found = sys.modules["_gpu_sides"].ended_tests(said, 90)
+    assert {f["metric"]: f["value"] for f in found["figures"]} == {"passed": 1, "failed": 1, "skipped": 1}
+    assert "after tests/b.py::test_three" in found["notes"][0]
+    assert found["notes"][1:] == ["tests/a.py::test_two[x y]: failed"]
+    assert sys.modules["_gpu_sides"].ended_tests("", 90)["figures"][0]["value"] == 0
+
+
+def test_the_page_is_there_after_each_side_and_a_stop_ends_the_run(gpu: Any, tmp_path: Path) -> None:
+    after: list[set[str]] = []
+
+    def launch(side: Any, task: Any, limit: float) -> Any:
+        if side.key == "qlora: veneer, Llama 3 8B, nf4":
+            raise KeyboardInterrupt
+        return replace(ran(gpu), more={"card": {"card": "Card 1"}} if side is gpu.PROBE else {})
+
+    def keep(done: dict[str, Any]) -> None:
+        where, _ = gpu.written(gpu.result_of(done, gpu.about_of(done)), tmp_path)
+        after.append({key for key in done if f"| {key} | {done[key].status} |" in where.read_text(encoding="utf-8")})
+
+    done = gpu.run(gpu.SIDES, launch, tmp_path, dry=False, minutes=10.0, command="", say=lambda line: None, keep=keep)
+    assert [o.status for o in done.values()] == ["ran", "ran", "ran", "stopped"]
+    assert [len(keys) for keys in after] == [1, 2, 3, 4]
+    assert {f.name for f in tmp_path.iterdir()} == {"card-1.md", "card-1.json"}
+
+
+def test_what_was_not_tried_this_time_keeps_what_was_measured_before(gpu: Any, tmp_path: Path) -> None:
+    about = {"card": "X"}
+    gpu.written(gpu.result_of({"serve: vLLM": ran(gpu, 1), "train: veneer": ran(gpu, 2)}, about), tmp_path)
+    for status in ("no time left", "not installed", "stopped"):
+        now = {"serve: vLLM": gpu.Outcome(status), "train: veneer": gpu.Outcome("failed", why="it broke")}
+        _, result = gpu.written(gpu.result_of(now, about), tmp_path)
+        assert result["sides"]["serve: vLLM"]["figures"][0]["value"] == 1
+        assert result["sides"]["train: veneer"]["status"] == "failed", "that was tried"
+    (tmp_path / "x.json").write_text('{"sides": ', encoding="utf-8")
+    where, result = gpu.written(gpu.result_of({"train: veneer": ran(gpu, 3)}, about), tmp_path)
+    assert set(result["sides"]) == {"train: veneer"}, "ten minutes are not lost to a file that cannot be read"
+    assert where.with_suffix(".json.unread").exists()
+
+
+def test_a_signal_ends_the_side_with_what_it_began_and_keeps_what_was_told(gpu: Any, tmp_path: Path) -> None:
+    """The side tells a figure, begins a process of its own and asks this one to end."""
+    begin = "import os, signal, subprocess, sys, time; own = subprocess.Popen([sys.executable, '-S', '-c', "
+    begin += f"'import time; time.sleep(600)']); open({str(tmp_path / 'own')!r}, 'w').write(str(own.pid)); "
+    code = f"{telling(tmp_path)}; {begin}os.kill(os.getppid(), signal.SIGTERM); time.sleep(600)"
+    with gpu.stoppable():
+        found = gpu.watched([sys.executable, "-S", "-c", code], 100.0, tmp_path)
+    assert (found.status, found.figures) == ("stopped", [FIGURE])
+    if not Path("/proc/self").exists():
+        return
+    own = Path(f"/proc/{(tmp_path / 'own').read_text(encoding='utf-8')}/stat")
+    deadline = time.monotonic() + 60
+    while own.exists() and own.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, "it is still there"
+        time.sleep(0.01)
 
 
 def test_a_peer_that_is_not_there_is_told_as_that(gpu: Any, tmp_path: Path) -> None:
