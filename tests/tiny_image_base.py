@@ -21,6 +21,19 @@ TINY_FAMILIES = ("sd15", "sdxl", "flux1", "schnell", "sd3", "klein", "flux2", "q
 SIZE, LENGTH = 32, 24
 WORDS = ["a", "red", "house", "cat", "dog", "tree", "in", "the", "style", "of", "flat", "with", "hat", "blue", "sks"]
 LATENT = 4
+SMALL_DENOISERS: dict[str, dict[str, Any]] = {
+    "flux.1-dev": {
+        "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": [4, 6, 6],
+    },
+    "sdxl": {
+        "block_out_channels": [32, 64], "transformer_layers_per_block": [1, 1], "attention_head_dim": [2, 4],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "layers_per_block": 1,
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "cross_attention_dim": 32,
+        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
+    },
+}  # fmt: skip
+"""By names of the plan's table: a few blocks, narrow, of what such a denoiser's config says."""
 
 
 def tiny_image_base(folder: Path, family: str, full: bool = False) -> Path:

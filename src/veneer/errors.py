@@ -162,7 +162,7 @@ def one_of(value: str, known: Iterable[str], what: str, where: str) -> None:
     if value not in words:
         near = nearest(value.lower(), words, 1)
         meant = f"did you mean {near[0]}? " if near and len(words) > 1 else ""
-        raise ConfigError(f"{quoted(value)} is not {what}", where=where, fix=f"{meant}There are {', '.join(words)}")
+        raise ConfigError(f"{quoted(value)} is not {what}", where=where, fix=f"{meant}There are {first_few(words, 20)}")
 
 
 def lacks_memory(error: BaseException) -> bool:

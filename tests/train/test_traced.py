@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.families import FAMILIES
+from tests.tiny_image_base import SMALL_DENOISERS
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import Load
 from veneer.plan.tables import base_config, device_named
@@ -45,24 +46,10 @@ def test_what_comes_beside_the_base_is_as_it_is_counted(trained: float, quantise
     assert "index_copy" not in made
 
 
-SMALL = {
-    "flux.1-dev": {
-        "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
-        "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": [4, 6, 6],
-    },
-    "sdxl": {
-        "block_out_channels": [32, 64], "transformer_layers_per_block": [1, 1], "attention_head_dim": [2, 4],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "layers_per_block": 1,
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "cross_attention_dim": 32,
-        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
-    },
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(("name", "quantise"), [("sdxl", None), ("flux.1-dev", None), ("flux.1-dev", "int8")])
 def test_a_step_on_pictures_waits_for_nothing(name: str, quantise: str | None) -> None:
     load = ImageLoad(pictures=2, height=64, width=64, rank=4, quantise=quantise)
-    found = traced_pictures({**base_config(name), **SMALL[name]}, load, GPU)
+    found = traced_pictures({**base_config(name), **SMALL_DENOISERS[name]}, load, GPU)
     assert not found.waits
     assert "Attention" in found.ways
     assert found.trace.at_peak["optimizer"] >= 2 * found.trace.at_peak["adapter"]

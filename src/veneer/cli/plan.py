@@ -5,9 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -194,6 +191,8 @@ def _traced(
 ) -> tuple[dict[str, TracedStep | None], Interrupted | None]:  # fmt: skip
     """The plan's step followed, and where it serves those of a server, by their names in JSON; None for what a signal
     came before, with that signal. `show`: each is printed as it is there."""
+    from veneer.train.signals import heard
+
     say("a step is traced now, a minute or two for a large base; Ctrl-C stops it, and the plan stays")
     found: dict[str, TracedStep | None] = {"trace": None, **({"serving_trace": None} if made.traffic else {})}
 
@@ -201,7 +200,7 @@ def _traced(
         say(f"trace: {line}")
 
     try:
-        with _sigterm_interrupts():
+        with heard(_interrupt, signal.SIGTERM):
             from veneer.train.traced import traced_plan
 
             found["trace"] = traced_plan(made, fields, progress)
@@ -228,21 +227,9 @@ def _show(step: TracedStep | None, show: bool) -> None:
         print("\n" + step.text(), flush=True)
 
 
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
+def _interrupt(number: int) -> None:
     """SIGTERM raises Interrupted, as Ctrl-C does KeyboardInterrupt."""
-
-    def stop(number: int, frame: object) -> None:
-        raise Interrupted("stopped", signal=number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    raise Interrupted("stopped", signal=number)
 
 
 _SAID_THERE = "leave it out, or say it as section.key=value of a configuration"

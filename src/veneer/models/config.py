@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import BaseError, ConfigError, nearest, quoted
+from veneer.errors import BaseError, ConfigError, one_of
 from veneer.models.compat_transformers import TRANSFORMERS
 
 _Fields = Mapping[str, Any]
@@ -205,22 +205,14 @@ def check_words(fields: _Fields, where: str) -> None:
         return
     for key in _ACTIVATIONS:
         if fields.get(key) is not None:
-            _one_of(fields[key], TRANSFORMERS("transformers.activations.ACT2FN"), key, where)
-    known = {"default", "mrope", "su", *TRANSFORMERS("transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS")}
+            known = sorted(TRANSFORMERS("transformers.activations.ACT2FN"))
+            one_of(str(fields[key]), known, "an activation that transformers has", f"{where}: {key}")
+    scalings = sorted({"default", "mrope", "su", *TRANSFORMERS("transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS")})
     for key in _ROTARY:
         value = fields.get(key)
         if isinstance(value, Mapping):
             for own in (value, *(each for each in value.values() if isinstance(each, Mapping))):
                 name = own.get("rope_type") or own.get("type")
                 if name is not None:
-                    _one_of(name, known, f"{key}.rope_type", where)
-
-
-def _one_of(value: Any, known: Iterable[str], key: str, where: str) -> None:
-    words = sorted(known)
-    if value not in words:
-        near = nearest(str(value), words) or words
-        raise ConfigError(
-            f"{key} is {quoted(str(value))}, and transformers has none of that name", where=f"{where}: {key}",
-            fix=f"as {', '.join(near[:6])}",
-        )  # fmt: skip
+                    what = "a rotary scaling that transformers has"
+                    one_of(str(name), scalings, what, f"{where}: {key}.rope_type")

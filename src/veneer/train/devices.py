@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from veneer import errors
 from veneer.errors import ConfigError, TrainingError, VeneerError
 from veneer.models import device as processors
+from veneer.train.signals import heard
 
 T = TypeVar("T")
 _ERROR = "veneer/error"
@@ -252,20 +253,16 @@ def launch(count: int, command: Sequence[str]) -> int:
     settings.setdefault("OMP_NUM_THREADS", str(max(1, processors.thread_count() // count)))
     processes: list[subprocess.Popen[bytes]] = []
 
-    def forward(number: int, frame: Any) -> None:
+    def forward(number: int) -> None:
         for process in processes:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with heard(forward, signal.SIGINT, signal.SIGTERM):
         for rank in range(count):
             own = settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             # A session of its own: a Ctrl-C in the terminal reaches it through `forward`, once.
             processes.append(subprocess.Popen(list(command), env=own, start_new_session=True))
         _wait(processes)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     codes = [process.returncode for process in processes]
     for rank, code in enumerate(codes):
         if code < 0:

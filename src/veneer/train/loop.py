@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
 from abc import abstractmethod
 from bisect import bisect_right
@@ -24,7 +23,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol, overload
 
 import torch
@@ -38,6 +36,7 @@ from veneer.train.checkpoint import Progress, rng_restore, rng_state, seed_all
 from veneer.train.devices import ALONE, Devices
 from veneer.train.events import Evaluated, Listener, Probed, Saved, Stepped, Stopped, silent
 from veneer.train.optim import Schedule
+from veneer.train.signals import heard
 
 _RECENT = 20
 _SHOWN = 12  # rows that a message names
@@ -534,20 +533,9 @@ class _Asked:
 def _signals() -> Iterator[_Asked]:
     """While inside, the first SIGINT or SIGTERM only makes the yielded function true; the second acts as usual."""
     asked = _Asked()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def ask(number: int) -> None:
         asked.signal = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
-    for number in before:
-        signal.signal(number, ask)
-    try:
+    with heard(ask, signal.SIGINT, signal.SIGTERM, once=True):
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

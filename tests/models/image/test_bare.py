@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_image_base import tiny_image_base
+from tests.tiny_image_base import SMALL_DENOISERS, tiny_image_base
 from veneer.models.image.bare import bare_image, twin_denoiser
 from veneer.models.image.base import load_image
 from veneer.models.image.fast import fast_denoiser
@@ -36,10 +36,7 @@ def test_a_bare_denoiser_has_the_shapes_of_a_real_one_and_no_bytes(
 
 
 def test_quantised_its_linears_are_codes() -> None:
-    fields = {
-        "_class_name": "FluxTransformer2DModel", "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
-        "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": [4, 6, 6],
-    }  # fmt: skip
+    fields = {"_class_name": "FluxTransformer2DModel", **SMALL_DENOISERS["flux.1-dev"]}
     bare = bare_image(fields, dtype=torch.bfloat16, quantise="nf4")
     names = [n for n, p in bare.denoiser.named_parameters() if isinstance(p, Quantised)]
     assert names

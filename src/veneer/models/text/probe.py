@@ -117,6 +117,13 @@ class OwnForward:
         )
 
 
+def near_rows(got: Tensor, wanted: Tensor, eps: float) -> bool:
+    """Whether each row is what rounding leaves of the other, ‖got − wanted‖ ≤ 16·eps·‖wanted‖: a product of another
+    number of rows adds up otherwise. `eps`: of the dtype in which both were computed."""
+    got, wanted = got.double(), wanted.double()
+    return bool(((got - wanted).norm(dim=-1) <= 16 * eps * wanted.norm(dim=-1)).all())
+
+
 @contextmanager
 def _moved_rounding(model: Any, first: int) -> Iterator[None]:
     """From row `first` of the batch on, every layer's output is off by a unit of its last place."""

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from veneer.models.text.probe import near_rows
 from veneer.ops.choice import chosen
 from veneer.ops.mixed_rows import RECORD, MixTiles, mix_lists
 from veneer.ops.sizes import (
@@ -271,7 +272,7 @@ class DecodeGraphs:
             replay, logits = self._capture(lambda: self._step(buffers, size.head))
             logits.fill_(float("nan"))  # or one that does nothing would be believed
             replay()
-            if not _near(logits[: len(rows)], wanted):
+            if not near_rows(logits[: len(rows)], wanted, torch.finfo(wanted.dtype).eps):
                 raise RuntimeError("a recorded step gave other logits than the step itself")
             self._recorded[size] = _Recording(buffers, replay, logits)
         except Exception as error:  # of CUDA's, of torch's, of triton's: decoding goes on without
@@ -283,12 +284,6 @@ class DecodeGraphs:
     def _step(self, buffers: _Buffers, head: bool) -> Tensor:
         hidden = self.llama.hidden(buffers.ids, buffers.batch, buffers.products)
         return self.llama.logits(hidden, buffers.products if head else None)
-
-
-def _near(got: Tensor, wanted: Tensor) -> bool:
-    """Whether each row is what rounding leaves of the other: a product of another number of rows adds up otherwise."""
-    off = (got.float() - wanted.float()).norm(dim=-1)
-    return bool((off <= 16 * torch.finfo(wanted.dtype).eps * wanted.float().norm(dim=-1)).all())
 
 
 def records_here(device: torch.device, probe: Tensor) -> bool:

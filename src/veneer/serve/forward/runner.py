@@ -32,7 +32,7 @@ from veneer.models.swap import Join
 from veneer.models.text.attention import AttentionSettings, attending, divert_attention, new_cache
 from veneer.models.text.base import TextBase
 from veneer.models.text.fast import route_experts
-from veneer.models.text.probe import LENGTHS, WINDOW, OwnForward, short_windows
+from veneer.models.text.probe import LENGTHS, WINDOW, OwnForward, near_rows, short_windows
 from veneer.ops.choice import listed
 from veneer.ops.cpu import compiled, memory
 from veneer.ops.cpu.sharing import shared
@@ -351,25 +351,24 @@ class Runner:
         for name, make in ways:
             with ExitStack() as attempt:
                 self._undo, kept = attempt, self._undo
+                self.how = trying = name
                 try:
                     make()
-                    self.how = name
                     problem = self._problem(own)
+                    if not problem and name == "fused":
+                        self._make_packed()  # adapters with no low-rank form need the second way too
+                        trying = "fused over its codes"
+                        problem = self._problem(own) if self._lay_codes() else ""
                 except _UNFIT as error:
                     problem = _first_line(error)
                 finally:
                     self._undo = kept
                 if not problem:
                     self._undo.push(attempt.pop_all())
-                    if name == "fused":  # adapters with no low-rank form need the second way too
-                        self._make_packed()
-                        problem = self._problem(own) if self._lay_codes() else ""
-                    if not problem:
-                        return name, why
-                    name = f"{name} over its codes"
+                    return name, why
                 self.llama = None
                 self._weights.clear()
-                why += f"{'; ' if why else ''}not {name} ({problem})"
+                why += f"{'; ' if why else ''}not {trying} ({problem})"
         return "alone", why
 
     def _follow(self, how: str, why: str) -> tuple[str, str]:
@@ -409,9 +408,8 @@ class Runner:
             return problem
         # Experts chosen otherwise by a rounding explain much, token by token: the last ones are near as a whole too.
         last = torch.isin(at, torch.tensor([*starts[1:], sum(LENGTHS)], device=at.device) - 1)
-        wanted = own.logits[at[last]].double()
-        far = (got[last].double() - wanted).norm(dim=1) > 16 * own.eps * wanted.norm(dim=1)
-        return "its logits differ from the base's own" if bool(far.any()) else ""
+        near = near_rows(got[last], own.logits[at[last]], own.eps)
+        return "" if near else "its logits differ from the base's own"
 
     def _make_fused(self) -> None:
         modules: dict[str, Any] = dict(base_modules(self.model))
