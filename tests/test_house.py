@@ -311,3 +311,12 @@ def test_no_public_name_is_hidden_by_a_room() -> None:
 
     rooms = {room(path) for path in MODULES}
     assert not rooms & set(veneer.__all__)
+
+
+def test_every_variable_of_the_environment_has_its_line_in_the_page() -> None:
+    code = "\n".join(path.read_text(encoding="utf-8") for path in MODULES)
+    rows = (ROOT / "docs/reference/environment.md").read_text(encoding="utf-8").splitlines()
+    told = {
+        name for row in rows if row.startswith("| `") for name in re.findall(r"`(VENEER_[A-Z_]+)`", row.split("|")[1])
+    }
+    assert told == set(re.findall(r"""["'](VENEER_[A-Z_]+)["']""", code))
