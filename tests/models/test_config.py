@@ -96,10 +96,7 @@ WORDS = [
     ({"hidden_act": "sillu"}, "'sillu' is not an activation that transformers has | : hidden_act | did you mean silu?"),
     (
         {"rope_parameters": {"rope_type": "liner", "factor": 2.0}},
-        (
-            {"rope_parameters": {"rope_type": "liner", "factor": 2.0}},
-            "'liner' is not a rotary scaling that transformers has | : rope_parameters.rope_type | mean linear?",
-        ),
+        "'liner' is not a rotary scaling that transformers has | : rope_parameters.rope_type | did you mean linear?",
     ),
 ]
 

@@ -13,6 +13,7 @@ from tests.tiny_base import tiny_base_dir
 from tests.tiny_image_base import tiny_image_base
 from veneer.errors import ConfigError
 from veneer.serve.build import build, operator_routes, tenancy_of
+from veneer.serve.checks import open_stores
 from veneer.serve.settings import EngineSettings, FleetSettings, HttpSettings, LedgerSettings, ServeSettings
 from veneer.serve.tenancy.store import Store
 
@@ -24,8 +25,10 @@ def test_a_server_that_finds_tenants_in_its_home_asks_for_keys(tmp_path: Path, m
     said: list[str] = []
 
     def kind(**settings: Any) -> str:
-        tenancy = tenancy_of((chosen := ServeSettings("toy", **settings)), said.append)
+        opened = open_stores(chosen := ServeSettings("toy", **settings))
+        tenancy = tenancy_of(chosen, said.append, opened.store)
         tenancy.close()
+        opened.close()
         return type(tenancy).__name__ + ("+admin" if operator_routes(chosen, tenancy, ToyCatalog()) else "")
 
     assert kind() == "OpenAccess"
@@ -95,6 +98,6 @@ def test_what_is_said_of_a_ledger_is_refused_without_tenants(
 ) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     with pytest.raises(ConfigError, match=f"--ledger-{option} is for the ledger of tenants") as caught:
-        tenancy_of(ServeSettings("toy", ledger=LedgerSettings(**more)), print)
+        tenancy_of(ServeSettings("toy", ledger=LedgerSettings(**more)), print, None)
     assert caught.value.fix is not None
-    tenancy_of(ServeSettings("toy"), print)
+    tenancy_of(ServeSettings("toy"), print, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from tests.cli.run import run
 from tests.tiny_base import tiny_base_dir
 from veneer.errors import ConfigError, VeneerError
 from veneer.ops.quantisation_formats import KINDS
+from veneer.serve.build import build
 from veneer.serve.checks import check_settings
 from veneer.serve.settings import HttpSettings, Preload, QuantiseKind, ServeSettings
+from veneer.serve.tenancy.tenants import Tenants
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +148,7 @@ def test_what_a_base_on_the_hub_is_is_known_before_its_weights_are_fetched(
         return str(home / "snap")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    check_settings(ServeSettings("somebody/pictures"))
+    check_settings(ServeSettings("somebody/pictures")).close()
     with pytest.raises(ConfigError, match=r"--quantise is for texts .* this base draws pictures"):
         check_settings(ServeSettings("somebody/pictures", quantise="nf4"))
     assert not any("safetensors" in pattern for patterns in wanted for pattern in patterns)
@@ -160,9 +163,32 @@ def test_what_is_well_passes_and_what_is_not_known_yet_too(home: Path) -> None:
         ServeSettings(base, preload=(Preload("mine", "an-adapter"),), folders=(str(home),)),
         ServeSettings(base, http=HttpSettings(cors=("null", "http://localhost:3000", "*"))),
     ):
-        check_settings(each)
+        check_settings(each).close()
     with pytest.raises(VeneerError):
         check_settings(ServeSettings(base, preload=(Preload("mine", "an-adapter"),)))
+
+
+def test_the_usual_database_of_tenants_is_looked_at_before_it_listens(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_base_dir(home).rename(home / "base")
+    (home / "home").mkdir()
+    (home / "home" / "tenants.sqlite").write_text("this is no database, " * 99, encoding="utf-8")
+    ran = run(capsys, "serve", "--base", "./base")
+    assert ran.code == 2
+    assert "tenants.sqlite" in ran.err
+    assert "listening" not in ran.err
+
+
+def test_what_checking_has_opened_is_what_the_server_is_built_with(home: Path) -> None:
+    asked = ServeSettings(str(tiny_base_dir(home)), tenants=str(home / "tenants.sqlite"), dtype="float32")
+    opened = check_settings(asked)
+    built = build(asked, lambda line: None, opened)
+    assert isinstance(built.service.tenancy, Tenants)
+    assert built.service.tenancy.store is opened.store
+    assert built.service.catalog.shelf.library is opened.library
+    asyncio.run(built.stop())
+    opened.close()
 
 
 def test_the_words_are_those_that_loading_knows() -> None:
@@ -172,7 +198,7 @@ def test_the_words_are_those_that_loading_knows() -> None:
 def test_nothing_heavy_is_imported() -> None:
     code = (
         "import sys, json\nfrom veneer.serve.checks import check_settings\n"
-        "from veneer.serve.settings import ServeSettings\ncheck_settings(ServeSettings('smollm2-135m'))\n"
+        "from veneer.serve.settings import ServeSettings\ncheck_settings(ServeSettings('smollm2-135m')).close()\n"
         "print(json.dumps(sorted({'torch', 'transformers', 'diffusers'} & set(sys.modules))))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -109,12 +109,15 @@ def test_a_server_that_cannot_be_built_says_why() -> None:
     assert "listening on http://127.0.0.1:" in said[0]  # until it is known
 
 
-def test_a_port_that_is_taken_is_said_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        result = run(capsys, "serve", "--base", "no-such-base", "--port", str(port))
+        result = run(capsys, "serve", "--base", "smollm2-135m", "--port", str(port))
     assert result.code == 2
     assert f"cannot listen at 127.0.0.1:{port}: Address already in use" in result.err
     assert "listening on" not in result.err

@@ -231,8 +231,7 @@ def served(shop: Shop, **settings: Any) -> Iterator[Whole]:
     mine = {key: settings.pop(key) for key in list(settings) if key in EngineSettings.__dataclass_fields__}
     engine = EngineSettings(**({"cache_bytes": 16 << 20} | mine))
     asked = ServeSettings(str(shop.base_dir), engine=engine, **(small | settings))
-    check_settings(asked)
-    built = build(asked, print)
+    built = build(asked, print, check_settings(asked))
     asyncio.run(built.start())
     config = uvicorn.Config(built.app, port=0, log_level="critical", ws="none", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)

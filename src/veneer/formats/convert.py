@@ -30,10 +30,10 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair, alpha_of
 from veneer.core.rounding import DTYPES
 from veneer.errors import AdapterError, bullets
-from veneer.files.atomic import Staged, as_veneer_errors, atomic_write
+from veneer.files.atomic import Staged, as_veneer_errors
 from veneer.files.gguf import read_gguf_file
 from veneer.files.hashes import Hashes, hashes, sealed
-from veneer.files.safetensors import encode_tensors
+from veneer.files.safetensors import write_tensors
 from veneer.formats import peft
 from veneer.formats.comparison import Refusals, differences, relative_error
 from veneer.formats.diffusers import diffusers_tensors
@@ -159,7 +159,7 @@ def write(
             folder = peft.write_folder(done.written, path, digest=_folder_digest(meant, done))
             files, notes = folder.files, [*done.encoded.notes, *folder.notes]
             return WriteReport(path, to, done.family, folder.digest, files, None, _ranks(done), notes)
-        atomic_write(path, encode_tensors(done.encoded.tensors, done.encoded.metadata))
+        write_tensors(path, done.encoded.tensors, done.encoded.metadata)
     found = hashes(path)
     files = {path.name: f"sha256:{found.sha256}"}
     return WriteReport(path, to, done.family, done.back.digest(), files, found, _ranks(done), done.encoded.notes)

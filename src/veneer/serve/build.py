@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 
-from veneer.library.library import Library, open_library
+from veneer.library.library import Library
 from veneer.serve.access import KeyAccess, OpenAccess, Tenancy
-from veneer.serve.checks import refuse_idle, refuse_ledger
+from veneer.serve.checks import Opened, ServerKind, open_stores, refuse_idle, refuse_ledger
 from veneer.serve.http.app import create_app
 from veneer.serve.http.prompts import TokenizedBase
 from veneer.serve.http.service import Service
@@ -25,7 +24,7 @@ from veneer.serve.names.catalog import Catalog
 from veneer.serve.names.shelf import Shelf
 from veneer.serve.settings import ServeSettings
 from veneer.serve.tenancy.admin import admin_router
-from veneer.serve.tenancy.keys import default_database
+from veneer.serve.tenancy.store import Store
 from veneer.serve.tenancy.tenants import Tenants
 
 
@@ -48,33 +47,35 @@ class Application:
         return service
 
 
-def build(settings: ServeSettings, say: Callable[[str], None]) -> Application:
-    """Everything that `settings` (checked: checks.py) ask for. Blocks while the base loads. Raises ConfigError and what
-    loading raises."""
+def build(settings: ServeSettings, say: Callable[[str], None], opened: Opened | None = None) -> Application:
+    """Everything that `settings` (checked: checks.py) ask for, over what checking has `opened`. Blocks while the base
+    loads. Raises ConfigError and what loading raises."""
     from veneer.models.sources import find_base, is_image_base
 
-    if settings.fleet.upstreams:
-        refuse_idle(settings, "fleet")
-        return _build_fleet(settings, say)
-    if is_image_base(find_base(settings.base, say=say)):
-        refuse_idle(settings, "pictures")
-        return _build_pictures(settings, say)
-    refuse_idle(settings, "texts")
-    return _build_texts(settings, say)
+    kind: ServerKind = "fleet"
+    if not settings.fleet.upstreams:
+        kind = "pictures" if is_image_base(find_base(settings.base, say=say)) else "texts"
+    refuse_idle(settings, kind)
+    make = {"fleet": _build_fleet, "pictures": _build_pictures, "texts": _build_texts}[kind]
+    opened = opened or open_stores(settings)
+    try:
+        return make(settings, say, opened)
+    except BaseException:
+        opened.close()
+        raise
 
 
-def _build_texts(settings: ServeSettings, say: Callable[[str], None]) -> Application:
+def _build_texts(settings: ServeSettings, say: Callable[[str], None], opened: Opened) -> Application:
     from veneer.models.text.base import load_text
     from veneer.serve.engine.engine import TextEngine
 
-    tenancy = tenancy_of(settings, say)
+    tenancy, library = tenancy_of(settings, say, opened.store), opened.library
     base = load_text(
         settings.base, dtype=settings.dtype, device=settings.device, quantise=settings.quantise, say=say
     )  # fmt: skip
     say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
     for note in base.notes:
         say(f"note: {note}")
-    library = open_library(settings.library)
     shelf = Shelf(base, library=library, folders=settings.folders)
     engine = TextEngine(base, shelf.read, replace(settings.engine, queue=settings.http.queue))
     say(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
@@ -86,13 +87,12 @@ def _build_texts(settings: ServeSettings, say: Callable[[str], None]) -> Applica
     return _application(settings, Service(engine, catalog, tenancy, reader, settings.http), library, say)
 
 
-def _build_pictures(settings: ServeSettings, say: Callable[[str], None]) -> Application:
+def _build_pictures(settings: ServeSettings, say: Callable[[str], None], opened: Opened) -> Application:
     from veneer.models.image.base import load_image, readers
     from veneer.serve.pictures.engine import PictureEngine
 
-    tenancy = tenancy_of(settings, say)
+    tenancy, library = tenancy_of(settings, say, opened.store), opened.library
     base = load_image(settings.base, dtype=settings.dtype, device=settings.device, say=say)
-    library = open_library(settings.library)
     shelf = Shelf(base, library=library, folders=settings.folders)
     engine = PictureEngine(
         base, shelf.read, max_batch=min(settings.engine.rows, 8), adapter_bytes=settings.engine.adapter_bytes
@@ -104,15 +104,15 @@ def _build_pictures(settings: ServeSettings, say: Callable[[str], None]) -> Appl
     return _application(settings, Service(engine, catalog, tenancy, reader, limits), library, say)
 
 
-def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Application:
+def _build_fleet(settings: ServeSettings, say: Callable[[str], None], opened: Opened) -> Application:
     """The same front door before servers that run elsewhere. They read the library's files by the same paths."""
     from veneer.models.home import veneer_home
     from veneer.models.text.base import text_without_weights
     from veneer.serve.fleet.fleet import Fleet, FleetAdapters
     from veneer.serve.fleet.folders import vllm_problems
 
-    tenancy = tenancy_of(settings, say)
-    base, library = text_without_weights(settings.base, say=say), open_library(settings.library)
+    tenancy, library = tenancy_of(settings, say, opened.store), opened.library
+    base = text_without_weights(settings.base, say=say)
     shelf = Shelf(base, library=library)
     fleet = Fleet(
         settings.fleet.upstreams, files=shelf.files, cache=veneer_home() / "cache" / "served",
@@ -162,14 +162,9 @@ def operator_routes(settings: ServeSettings, tenancy: Tenancy, catalog: Catalog)
     return [admin_router(tenancy, catalog)]
 
 
-def tenancy_of(settings: ServeSettings, say: Callable[[str], None]) -> Tenancy:
-    """Who may ask."""
-    place = settings.tenants
-    if place is None and not settings.keys and not settings.open:
-        place = default_database() if Path(default_database()).is_file() else None
-        if place is not None:
-            say(f"tenants: {place}, so requests need a key; --open serves whoever asks")
-    if place is None:
+def tenancy_of(settings: ServeSettings, say: Callable[[str], None], store: Store | None) -> Tenancy:
+    """Who may ask. `store`: the tenants', where there are any."""
+    if store is None:
         refuse_ledger(settings.ledger)
         if not settings.keys and (settings.open or settings.admin_key is None):
             if settings.host not in ("127.0.0.1", "localhost", "::1"):
@@ -177,7 +172,9 @@ def tenancy_of(settings: ServeSettings, say: Callable[[str], None]) -> Tenancy:
                 say(f"note: whoever can reach {at} may ask and load adapters; --api-keys or --tenants closes that")
             return OpenAccess()
         return KeyAccess(settings.keys, settings.admin_key)
-    tenants = Tenants(place, admin_key=settings.admin_key, ledger=settings.ledger)
+    if settings.tenants is None:
+        say(f"tenants: {store.where}, so requests need a key; --open serves whoever asks")
+    tenants = Tenants(store, admin_key=settings.admin_key, ledger=settings.ledger)
     if not tenants.store.settings.tenants:
         say("there are no tenants yet, so nobody has a key: veneer tenant add NAME, then veneer tenant key add NAME")
     return tenants

@@ -1,7 +1,7 @@
 """What is wrong with a server's settings, found before it listens and before anything heavy is imported.
 
-    check_settings(settings)         bad values, options that exclude each other, bases and adapters that do not exist
-    refuse_idle(settings, kind)      an option that would do nothing on such a server
+    opened = check_settings(settings)  bad values, options that exclude each other, bases and adapters that do not exist
+    refuse_idle(settings, kind)        an option that would do nothing on such a server
 
 Of a base on the hub its configuration is fetched; what needs its weights (memory, adapters of another base) is checked
 while the server is built.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -22,16 +23,51 @@ from veneer.models.device import check_device_name, check_dtype_name
 from veneer.models.sources import base_outline, is_image_base
 from veneer.serve.settings import LedgerSettings, Preload, QuantiseKind, ServeSettings, WeightKind
 from veneer.serve.tenancy.keys import admin_hash, default_database
-from veneer.serve.tenancy.store import Store
+from veneer.serve.tenancy.store import SERVING_PATIENCE, Store
 
-_ServerKind = Literal["texts", "pictures", "fleet"]
+ServerKind = Literal["texts", "pictures", "fleet"]
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@*\s]+", re.I)
 """As browsers send it; `null` is that of a page in a file."""
 
 
-def check_settings(settings: ServeSettings) -> None:
-    """Raises ConfigError, BaseError or AdapterError for settings with which no server can be built, and what opening
-    the library and the tenants' database raises."""
+@dataclass(frozen=True)
+class Opened:
+    """What a server keeps its things in: what was opened to check the settings, and is built with. `store`: of the
+    tenants, None on a server without any."""
+
+    library: Library
+    store: Store | None
+
+    def close(self) -> None:
+        """Safe to call again, and after those who were built with them have closed them."""
+        self.library.close()
+        if self.store is not None:
+            self.store.close()
+
+
+def open_stores(settings: ServeSettings) -> Opened:
+    """Raises what opening the library and the tenants' database raises."""
+    place = _tenants_place(settings)
+    store = None if place is None else Store(place, patience=SERVING_PATIENCE)
+    try:
+        return Opened(open_library(settings.library), store)
+    except BaseException:
+        if store is not None:
+            store.close()
+        raise
+
+
+def _tenants_place(settings: ServeSettings) -> str | None:
+    """The tenants' database: the one that was named, or the usual one, where it is there and nothing else says who may
+    ask."""
+    if settings.tenants is not None or settings.keys or settings.open:
+        return settings.tenants
+    return default_database() if Path(default_database()).is_file() else None
+
+
+def check_settings(settings: ServeSettings) -> Opened:
+    """What the settings are about, opened. Raises ConfigError, BaseError or AdapterError for settings with which no
+    server can be built, and what `open_stores` raises."""
     one_of(settings.engine.weights, get_args(WeightKind), "a kind of weights", "--weights")
     if settings.quantise is not None:
         one_of(settings.quantise, get_args(QuantiseKind), "a quantisation", "--quantise")
@@ -50,14 +86,21 @@ def check_settings(settings: ServeSettings) -> None:
     kind = _kind_here(settings)
     if kind is not None:
         refuse_idle(settings, kind)
-    if settings.tenants is not None:
-        Store(settings.tenants).close()
-    if not _has_tenants(settings):
+    if _tenants_place(settings) is None:
         refuse_ledger(settings.ledger)
-    _check_preload(settings)
+    _check_names(settings)
+    opened = open_stores(settings)
+    try:
+        for each in settings.preload:
+            if not any((Path(folder).expanduser() / each.reference).exists() for folder in settings.folders):
+                _find(opened.library, each, settings.folders)
+    except BaseException:
+        opened.close()
+        raise
+    return opened
 
 
-def _kind_here(settings: ServeSettings) -> _ServerKind | None:
+def _kind_here(settings: ServeSettings) -> ServerKind | None:
     """What the server will be, None where the base is to be made first. Raises BaseError for a base that does not
     exist, here or on the hub."""
     base = base_outline(settings.base)
@@ -68,12 +111,6 @@ def _kind_here(settings: ServeSettings) -> _ServerKind | None:
     if base is None:
         return None
     return "pictures" if is_image_base(base) else "texts"
-
-
-def _has_tenants(settings: ServeSettings) -> bool:
-    if settings.tenants is not None:
-        return True
-    return not settings.keys and not settings.open and Path(default_database()).is_file()
 
 
 _HERE = "texts that are computed here"
@@ -95,7 +132,7 @@ _LEDGER_OPTIONS = {"days": "--ledger-days", "room": "--ledger-room", "folder": "
 _LEDGER_OPTIONS["synced"] = "--ledger-sync"
 
 
-def refuse_idle(settings: ServeSettings, kind: _ServerKind) -> None:
+def refuse_idle(settings: ServeSettings, kind: ServerKind) -> None:
     """Raises ConfigError for an option that would do nothing on a server of that kind."""
     usual = ServeSettings("")
     why = {"fleet": "the servers of --upstream compute", "pictures": "this base draws pictures"}
@@ -137,9 +174,9 @@ def _check_fleet(settings: ServeSettings) -> None:
         raise ConfigError("replicas read the library, not folders", where="--allow-folder", fix="veneer library add")
 
 
-def _check_preload(settings: ServeSettings) -> None:
-    """Raises ConfigError for names that no adapter can have here, NotInLibrary for references to nothing, and what
-    opening the library raises. Whether adapters fit the base is known when they are loaded."""
+def _check_names(settings: ServeSettings) -> None:
+    """Raises ConfigError for names that no adapter can have here. Whether adapters fit the base is known when they are
+    loaded."""
     if settings.pin and not settings.preload:
         raise ConfigError(
             "--pin keeps the adapters of --adapter, and there are none", where="--pin", fix="leave it out"
@@ -158,10 +195,6 @@ def _check_preload(settings: ServeSettings) -> None:
         if name == own:
             what = f"{quoted(name)} is the name of the base"
             raise ConfigError(what, where=f"--adapter {name}", fix=f"--adapter NAME={name} with another name")
-    with open_library(settings.library) as library:
-        for each in settings.preload:
-            if not any((Path(folder).expanduser() / each.reference).exists() for folder in settings.folders):
-                _find(library, each, settings.folders)
 
 
 def _find(library: Library, wanted: Preload, folders: Sequence[str]) -> None:

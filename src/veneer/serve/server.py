@@ -22,7 +22,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from veneer.errors import ResourceError
-from veneer.serve.checks import check_settings
+from veneer.serve.checks import Opened, check_settings
 from veneer.serve.http.connection import connection_of, many_files
 from veneer.serve.http.errors import Json, answer_error
 from veneer.serve.request import Refused
@@ -133,9 +133,16 @@ class _Server(uvicorn.Server):
 def serve(settings: ServeSettings, say: Callable[[str], None], make: Callable[[], Application] | None = None) -> None:
     """Serve until a signal says to stop. Raises what is wrong with the settings before it listens, and what kept the
     server from being built."""
-    if make is None:
-        check_settings(settings)
-    front = _Front(make or (lambda: _build(settings, say)))
+    opened = check_settings(settings) if make is None else None
+    try:
+        _serve(settings, say, make or (lambda: _build(settings, say, opened)))
+    finally:
+        if opened is not None:
+            opened.close()
+
+
+def _serve(settings: ServeSettings, say: Callable[[str], None], make: Callable[[], Application]) -> None:
+    front = _Front(make)
     config = uvicorn.Config(
         front, host=settings.host, port=settings.port, log_level="warning", ws="none", lifespan="on",
         timeout_graceful_shutdown=2, timeout_keep_alive=ceil(settings.http.idle), http=connection_of(settings.http),
@@ -154,10 +161,10 @@ def serve(settings: ServeSettings, say: Callable[[str], None], make: Callable[[]
         raise front.failure
 
 
-def _build(settings: ServeSettings, say: Callable[[str], None]) -> Application:
+def _build(settings: ServeSettings, say: Callable[[str], None], opened: Opened | None) -> Application:
     from veneer.serve.build import build  # late: the server listens before torch is there
 
-    return build(settings, say)
+    return build(settings, say, opened)
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

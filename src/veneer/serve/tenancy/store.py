@@ -375,6 +375,10 @@ def tenant_row(c: Connection, name: str) -> dict[str, Any]:
     return dict(row._mapping)
 
 
+SERVING_PATIENCE = 5.0
+"""Seconds after which a server takes a statement for lost."""
+
+
 class Store:
     """The database of one server, or of several. Thread-safe."""
 

@@ -38,11 +38,9 @@ from veneer.serve.tenancy.ledger import Ledger
 from veneer.serve.tenancy.limits import DAY, MINUTE, LimitHold, Limits
 from veneer.serve.tenancy.outbox import LedgerEntry, LedgerLine
 from veneer.serve.tenancy.routes import TenantRoutes
-from veneer.serve.tenancy.store import Store, TenantSettings
+from veneer.serve.tenancy.store import SERVING_PATIENCE, Store, TenantSettings
 
 _log = logging.getLogger("veneer.serve.tenancy")
-_PATIENCE = 5.0
-"""Seconds after which a server takes a statement for lost."""
 _FRESH_SECONDS = 0.5
 """How long a request waits for the settings of this moment before it takes those that were read last."""
 _NOBODY = hash_key("")  # compared with where there is no such key, so that this takes as long
@@ -53,7 +51,7 @@ class Tenants(Tenancy):
 
     def __init__(
         self,
-        where: str,
+        where: str | Store,
         *,
         admin_key: str | None = None,
         ledger: LedgerSettings | None = None,
@@ -61,14 +59,15 @@ class Tenants(Tenancy):
         wall: Callable[[], float] = time.time,
         watch: bool = True,
     ) -> None:
-        """`where`: a SQLite file or postgresql:// URL. `admin_key`: see `admin_hash`; None: nobody is admin. `watch`:
-        look at what other servers did, and at who died, in a thread. Raises ConfigError, ResourceError."""
+        """`where`: a SQLite file, a postgresql:// URL, or the store of one, which is closed with this. `admin_key`: see
+        `admin_hash`; None: nobody is admin. `watch`: look at what other servers did, and at who died, in a thread.
+        Raises ConfigError, ResourceError."""
         ledger = ledger or LedgerSettings()
         self.admin_hash = None if admin_key is None else admin_hash(admin_key)
-        self.store = Store(where, patience=_PATIENCE)
+        self.store = Store(where, patience=SERVING_PATIENCE) if isinstance(where, str) else where
         self._wall, self.keep_days = wall, ledger.days
         self.limits = Limits(clock)
-        folder = ledger.folder or _outbox_folder(where)
+        folder = ledger.folder or _outbox_folder(self.store.where)
         try:
             self.ledger = Ledger(self.store, folder, wall, synced=ledger.synced, room=ledger.room)
         except BaseException:

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError, DataError, ResourceError
-from veneer.files.atomic import atomic_write
-from veneer.files.safetensors import encode_tensors, read_tensors
+from veneer.files.safetensors import read_tensors, write_tensors
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.pictures import TrainingPicture
 from veneer.train.image.views import View, ViewTensors, latent_mask, prepare
@@ -168,7 +167,7 @@ def _write(path: Path, key: str, entry: CacheEntry) -> None:
     metadata = {_CHECKSUM: _checksum(key, entry), _TEXTS: json.dumps(dict(entry.texts), sort_keys=True)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, encode_tensors(entry.tensors, metadata))
+        write_tensors(path, entry.tensors, metadata)
     except (OSError, AdapterError) as error:
         raise ResourceError(
             f"the cache cannot be written: {getattr(error, 'what', None) or getattr(error, 'strerror', error)}",
