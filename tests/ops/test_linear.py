@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.core.exact import DTYPES, TOLERANCE, draw, same, seeded, wide  # noqa: F401, seeded acts by itself
 from tests.ops.draws import factors, mask_of_next, with_dropout
 from veneer.ops.choice import chosen, pinned
-from veneer.ops.linear import LinearMap, LowRankProducts, join_maps, linear
+from veneer.ops.linear import LinearMap, LowRankProducts, join_maps, linear, split_map
 from veneer.ops.lowrank import LowRank
 
 
@@ -208,3 +208,27 @@ def test_low_rank_products_in_compiled_calls(rows: int) -> None:
         made.append([y, dx, *products.gradients(g_, x_, u, du)])
         assert torch.equal(products.through(g_, None), du)
     same(*made, 8e-3)
+
+
+@pytest.mark.parametrize("at", [8, 24, 30])
+def test_a_map_in_two_parts_is_the_map(at: int) -> None:
+    """A cut through a product, between two and through the other; values and every gradient. Weights are views."""
+    dtype = torch.float64
+    x = draw(3, 5, 32, dtype=dtype).requires_grad_()
+    W, b = draw(40, 32, dtype=dtype), draw(40, dtype=dtype)
+    A1, B1, A2, B2 = ab = factors(dtype, (4, 32), (24, 4), (2, 32), (10, 2))
+    gain = draw(40, dtype=torch.float32).requires_grad_()
+    for own in (None, gain):
+        whole = LinearMap(W, b, (LowRank(A1, B1, 2.0), LowRank(A2, B2, 0.3, first=26)), own)
+        parts = split_map(whole, at)
+        assert all(p.weight.untyped_storage().data_ptr() == W.untyped_storage().data_ptr() for p in parts)
+        given, wanted = [x, *ab, *([] if own is None else [own])], linear(x, whole)
+        y, g = torch.cat([linear(x, part) for part in parts], -1), draw(*wanted.shape, dtype=dtype)
+        grads = [torch.autograd.grad(out, given, g) for out in (y, wanted)]
+        same([y, *grads[0]], [wanted, *grads[1]], 1e-6)
+
+
+def test_a_map_whose_products_share_a_dropout_is_not_parted() -> None:
+    x, B = draw(2, 8, dtype=torch.float32), draw(6, 2, dtype=torch.float32)
+    with pytest.raises(ValueError, match="dropout"):
+        split_map(LinearMap(draw(6, 8, dtype=torch.float32), None, (LowRank(x, B, dropout=0.1),)), 3)

@@ -68,7 +68,7 @@ def test_what_is_kept_is_what_was_counted(word: str, name: str, size: int) -> No
         with fast_denoiser(model):
             kept = measured_activations(lambda: model(**inputs, return_dict=False)[0].float().sum(), known)
         trainable = sum(p.numel() for p in attachment.parameters("a").values())
-    counts = image_counts(config, height=size, width=size, text_tokens=TEXT, targets=word, cuda=False)
+    counts = image_counts(config, height=size, width=size, text_tokens=TEXT, targets=word)
     assert counts.trainable == trainable
     counted = PICTURES * (2 * counts.kept + counts.kept32)
     assert kept == pytest.approx(counted, rel=0.05, abs=700_000)  # and weights of norms, positions, modulations

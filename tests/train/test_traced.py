@@ -46,7 +46,10 @@ def test_what_comes_beside_the_base_is_as_it_is_counted(trained: float, quantise
     assert "index_copy" not in made
 
 
-@pytest.mark.parametrize(("name", "quantise"), [("sdxl", None), ("flux.1-dev", None), ("flux.1-dev", "int8")])
+@pytest.mark.parametrize(
+    ("name", "quantise"),
+    [("sdxl", None), ("flux.1-dev", None), ("flux.1-dev", "int8"), ("flux.2-dev", None)],
+)
 def test_a_step_on_pictures_waits_for_nothing(name: str, quantise: str | None) -> None:
     load = ImageLoad(pictures=2, height=64, width=64, rank=4, quantise=quantise)
     found = traced_pictures({**base_config(name), **SMALL_DENOISERS[name]}, load, GPU)
@@ -56,7 +59,9 @@ def test_a_step_on_pictures_waits_for_nothing(name: str, quantise: str | None) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "off"), [("sdxl", 0.07), ("flux.1-dev", 0.05)])
+@pytest.mark.parametrize(
+    ("name", "off"), [("sdxl", 0.07), ("flux.1-dev", 0.05), ("black-forest-labs/FLUX.2-klein-4B", 0.05)]
+)
 def test_pictures_at_true_size_are_as_they_are_counted(name: str, off: float) -> None:
     found = traced_pictures(base_config(name), ImageLoad(), GPU)
     assert not found.waits

@@ -17,6 +17,8 @@ DIFFUSERS = Internals(
         "diffusers.models.attention_processor.AttnProcessor2_0",
         "diffusers.models.controlnets",
         "diffusers.models.transformers.transformer_flux.FluxAttnProcessor",
+        "diffusers.models.transformers.transformer_flux2.Flux2AttnProcessor",
+        "diffusers.models.transformers.transformer_flux2.Flux2ParallelSelfAttnProcessor",
         "diffusers.pipelines.flux2.pipeline_flux2.format_input",
     ),
 )

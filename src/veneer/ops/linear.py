@@ -8,7 +8,7 @@ products, and their gradients come back in float32. Knows nothing of modules, ad
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -61,6 +61,25 @@ def join_maps(parts: Sequence[LinearMap], weight: Tensor | None = None) -> Linea
         ones = torch.ones(1, device=weight.device)
         gain = torch.cat([ones.expand(len(p.weight)) if p.gain is None else p.gain for p in parts])
     return LinearMap(weight, bias, tuple(products), gain)
+
+
+def split_map(linear_map: LinearMap, at: int) -> tuple[LinearMap, LinearMap]:
+    """Its outputs before row `at` and from there on, each with what of the products lies there. Weights are views.
+
+    Raises ValueError where there is dropout: each part would draw its own."""
+    if linear_map.dropout:
+        raise ValueError("low-rank products with dropout cannot be parted: they see one and the same of x")
+
+    def rows(first: int, last: int) -> LinearMap:
+        own = slice(first, last)
+        products = tuple(
+            replace(p, B=p.B[max(first - p.first, 0) : last - p.first], first=max(p.first - first, 0))
+            for p in linear_map.products if p.first < last and p.last > first
+        )  # fmt: skip
+        bias, gain = (None if t is None else t[own] for t in (linear_map.bias, linear_map.gain))
+        return LinearMap(linear_map.weight[own], bias, products, gain)
+
+    return rows(0, at), rows(at, len(linear_map.weight))
 
 
 class _Products(Protocol):

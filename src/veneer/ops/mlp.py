@@ -2,6 +2,7 @@
 
     gated_mlp    y = down(act(gate(x)) ⊙ up(x))
     gated        act(gate) ⊙ up from [gate | up], and its gradients
+    swiglu       silu(gate) ⊙ up from [gate | up], by itself
     geglu        up ⊙ gelu(gate) from [up | gate]
     gelu_tanh    gelu by tanh
 
@@ -77,6 +78,24 @@ def _gate_gradients(dh: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: 
     else:
         d_gate.copy_(torch.ops.aten.gelu_backward(dh * up, gate, approximate="tanh" if act == "gelu_tanh" else "none"))
     return a
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        return gated(both, "silu")
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        return _gated_backward(dh.contiguous(), both, "silu")[0]
+
+
+def swiglu(both: Tensor) -> Tensor:
+    """silu(gate) ⊙ up from [gate | up]. (…, 2f) → (…, f). Keeps what it is given."""
+    h: Tensor = _Swiglu.apply(both.reshape(-1, both.shape[-1]).contiguous())
+    return h.view(*both.shape[:-1], h.shape[-1])
 
 
 class _Geglu(torch.autograd.Function):

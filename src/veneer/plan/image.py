@@ -67,7 +67,6 @@ class ImageCounts:
 
     targets: frozenset[str]
     rank: int
-    cuda: bool
     parameters: int = 0
     matrices: int = 0
     largest: int = 0
@@ -155,7 +154,7 @@ def is_denoiser(config: Config) -> bool:
 
 def image_counts(
     config: Config, *, height: int = 1024, width: int = 1024, rank: int = 16, targets: str = "attention",
-    text_tokens: int | None = None, cuda: bool = True,
+    text_tokens: int | None = None,
 ) -> ImageCounts:  # fmt: skip
     """The counts of one picture. config: the denoiser's, with `model_type` sdxl, flux or flux2 or diffusers' class.
 
@@ -167,7 +166,7 @@ def image_counts(
     if targets not in _TARGET_ENDINGS:
         near = nearest(targets, _TARGET_ENDINGS) or sorted(_TARGET_ENDINGS)
         raise ConfigError(f"veneer plan does not know the targets {targets!r}", fix=f"use {', '.join(near)}")
-    c = ImageCounts(frozenset(_TARGET_ENDINGS[targets]), rank, cuda)
+    c = ImageCounts(frozenset(_TARGET_ENDINGS[targets]), rank)
     c.encoders = sum((config.get("encoders") or {}).values()) + int(config.get("vae") or 0)
     c.text = text_tokens or int(config.get("text_tokens") or (77 if kind == "sdxl" else 512))
     try:
@@ -204,7 +203,7 @@ def _flux(counts: ImageCounts, config: Config, height: int, width: int, text: in
             counts.linear("net.0.proj", tokens, d, 4 * d)
             counts.keep(tokens * 4 * d)  # gelu's input
             counts.linear("net.2", tokens, 4 * d, d)
-        _joint(counts, n, d, heads, fused=True)
+        _joint(counts, n, d, heads)
         counts.ends_block(n * d)
     for _ in range(config["num_single_layers"]):
         counts.starts_block()
@@ -214,7 +213,7 @@ def _flux(counts: ImageCounts, config: Config, height: int, width: int, text: in
         counts.linear("proj_mlp", n, d, 4 * d, new=False)
         counts.keep(n * (d + 4 * d))  # the layer norm's input, gelu's input
         counts.linear("proj_out", n, 5 * d, d)
-        _joint(counts, n, d, heads, fused=True)
+        _joint(counts, n, d, heads)
         counts.ends_block(n * d)
     counts.linear("norm_out.linear", 1, d, 2 * d)
     counts.linear("final", places, d, channels)
@@ -233,13 +232,10 @@ def _qkv(counts: ImageCounts, tokens: float, d: int, first: str, *, bias: bool =
         counts.linear(name, tokens, d, d, bias=bias, new=False)
 
 
-def _joint(counts: ImageCounts, n: float, d: int, heads: int, *, fused: bool) -> None:
-    """Attention of all tokens with normed and turned q, k: q, k, v as they came, q and k turned, and what came out.
-    `fused`: whether it is one of `fast_denoiser`'s, whose norms' gradient wants no more than that."""
+def _joint(counts: ImageCounts, n: float, d: int, heads: int) -> None:
+    """Attention of all tokens with normed and turned q, k: q, k, v as they came, q and k turned, and what came out."""
     counts.attend(n, n, d, heads)
     counts.keep(n * 6 * d)
-    if counts.cuda and not fused:
-        counts.kept32 += 8 * n * d  # q and k in float32
 
 
 def _flux2(counts: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
@@ -263,17 +259,17 @@ def _flux2(counts: ImageCounts, config: Config, height: int, width: int, text: i
             counts.linear(last, tokens, d, d, bias=False)
             counts.keep(tokens * 2 * d)
             counts.linear("linear_in", tokens, d, 2 * wide, bias=False)
-            counts.keep(tokens * 3 * wide)  # both halves, and silu of one
-            counts.linear("linear_out", tokens, wide, d, bias=False)
-        _joint(counts, n, d, heads, fused=False)
+            counts.keep(tokens * 2 * wide)  # gate and up, whose product is made again
+            counts.linear("linear_out", tokens, wide, d, bias=False, new=False)
+        _joint(counts, n, d, heads)
         counts.ends_block(n * d)
     for _ in range(config["num_single_layers"]):
         counts.starts_block()
         counts.linear("to_qkv_mlp_proj", n, d, 3 * d + 2 * wide, bias=False)
         counts.small(2 * dim)
-        counts.keep(n * (d + 3 * wide))
+        counts.keep(n * (d + 2 * wide))
         counts.linear("to_out", n, d + wide, d, bias=False)
-        _joint(counts, n, d, heads, fused=False)
+        _joint(counts, n, d, heads)
         counts.ends_block(n * d)
     counts.linear("norm_out.linear", 1, d, 2 * d, bias=False)
     counts.linear("final", places, d, channels, bias=False)

@@ -189,7 +189,6 @@ def image_plan(
     def counts(height: int, width: int, rank: int) -> ImageCounts:
         return image_counts(
             config, height=height, width=width, rank=rank, targets=load.targets, text_tokens=text_tokens,
-            cuda=device.kind == "cuda",
         )  # fmt: skip
 
     def of(load: ImageLoad) -> ImageCounts:

@@ -147,7 +147,7 @@ def traced_pictures(fields: Mapping[str, Any], load: ImageLoad, device: Device, 
     """One step of `load` on a denoiser of this config, with cached latents and texts. Raises as `traced_training`."""
     dtype: torch.dtype = getattr(torch, load.dtype)
     counts = image_counts(
-        fields, height=load.height, width=load.width, rank=load.rank, targets=load.targets, cuda=True
+        fields, height=load.height, width=load.width, rank=load.rank, targets=load.targets
     )  # fmt: skip
     config, _ = config_from({"base": "traced", "data": {"pictures": "."}, "output": "traced", "adapter": {
         "rank": load.rank, "targets": load.targets}})  # fmt: skip

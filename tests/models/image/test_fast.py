@@ -15,13 +15,20 @@ from torch import Tensor, nn
 from veneer.core import Attachment, LoraSpec, attach, create
 from veneer.models.image.fast import fast_denoiser
 
-TARGETS = (r"re:.*attn.*\.(to_q|to_k|to_v|to_out\.0|add_q_proj)",)
+TARGETS = (r"re:.*(attn|ff).*\.(to_q|to_k|to_v|to_out\.0|add_q_proj|to_qkv_mlp_proj|linear_in|linear_out)",)
 
 
 def flux() -> nn.Module:
     return diffusers.FluxTransformer2DModel(
         patch_size=1, in_channels=8, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=12, pooled_projection_dim=10, guidance_embeds=True, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+
+
+def flux2() -> nn.Module:
+    return diffusers.Flux2Transformer2DModel(
+        patch_size=1, in_channels=8, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, timestep_guidance_channels=16, axes_dims_rope=(2, 2, 2, 2),
     )  # fmt: skip
 
 
@@ -49,6 +56,15 @@ def call(model: Any) -> Tensor:
         out = model(
             hidden_states=r(2, 9, 8), encoder_hidden_states=r(2, 5, 12), pooled_projections=r(2, 10), timestep=t,
             img_ids=ids, txt_ids=torch.zeros(5, 3), guidance=t, return_dict=False,
+        )[0]  # fmt: skip
+    elif isinstance(model, diffusers.Flux2Transformer2DModel):
+        ids = torch.zeros(9, 4)
+        ids[:, 1:3] = torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0))
+        text = torch.zeros(5, 4)
+        text[:, 3] = torch.arange(5)
+        out = model(
+            hidden_states=r(2, 9, 8), encoder_hidden_states=r(2, 5, 12), timestep=t, img_ids=ids, txt_ids=text,
+            guidance=t, return_dict=False,
         )[0]  # fmt: skip
     else:
         added = {"text_embeds": r(2, 10), "time_ids": torch.ones(2, 6).to(dtype)}
@@ -78,7 +94,7 @@ def same(got: list[Tensor], want: list[Tensor], tolerance: float) -> bool:
     return max(apart) < tolerance
 
 
-MODELS = pytest.mark.parametrize("make", [flux, sdxl])
+MODELS = pytest.mark.parametrize("make", [flux, flux2, sdxl])
 
 
 @MODELS
@@ -103,10 +119,13 @@ def test_outputs_and_gradients(make: Callable[[], nn.Module]) -> None:
 def counted(model: nn.Module) -> dict[str, int]:
     kinds = Counter(type(m).__name__ for m in model.modules())
     swapped = (
-        "Attention", "CrossAttnUpBlock2D", "Dropout", "FluxAttention", "GEGLU", "GELU", "ResnetBlock2D", "UpBlock2D",
+        "Attention", "CrossAttnUpBlock2D", "Dropout", "Flux2Attention", "Flux2FeedForward",
+        "Flux2ParallelSelfAttention", "FluxAttention", "GEGLU", "GELU", "ResnetBlock2D", "UpBlock2D",
     )  # fmt: skip
     found = {k: kinds[k] for k in swapped if k in kinds}
-    assert len(found) == (6 if "Attention" in found else 3), "at least an attention, an activation and dropouts of 0"
+    assert len(found) == (6 if "Attention" in found else 4 if "Flux2Attention" in found else 3), (
+        "at least an attention, an activation and dropouts of 0"
+    )
     return found
 
 

@@ -8,18 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models.image.test_fast import attached, flux, same, sdxl, step
+from tests.models.image.test_fast import attached, flux, flux2, same, sdxl, step
 from veneer.models.image.fast import fast_denoiser
 from veneer.ops import choice
 from veneer.ops.cuda.launch import recorded
 
 RAN = {
     flux: {"norm_pairs", "norm_pairs_backward", "gelu_tanh"},
+    flux2: {"norm_pairs", "norm_pairs_backward", "gate", "gate_backward"},
     sdxl: {"norm_silu", "norm_silu_backward", "gate", "gate_backward"},
 }
 
 
-@pytest.mark.parametrize("make", [flux, pytest.param(sdxl, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("make", [flux, *(pytest.param(m, marks=pytest.mark.slow) for m in (flux2, sdxl))])
 def test_a_step(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = make()

@@ -3,12 +3,12 @@
     with fast_denoiser(base.denoiser) as how:        how.summary() says what was swapped, and what was left and why
         loss.backward()
 
-Swapped: the attention of FLUX.1's blocks (projections that share an input joined to one product, norms, rotation and
-attention one function) and of the UNets' transformers; GEGLU, and gelu with the tanh; in a UNet's residual blocks group
-norms with silu and with what time adds; dropout that drops nothing; on a UNet's way up the gradient of skip connections
-that nothing trained comes before, which torch makes and throws away. Every module is first run both ways on a small
-random input and swapped only where the two agree, and everything is put back bit for bit at the end. What a family does
-differently is left as diffusers has it.
+Swapped: the attention of FLUX.1's and FLUX.2's blocks (projections that share an input joined to one product, norms,
+rotation and attention one function) and of the UNets' transformers; FLUX.2's gated MLPs; GEGLU, and gelu with the tanh;
+in a UNet's residual blocks group norms with silu and with what time adds; dropout that drops nothing; on a UNet's way
+up the gradient of skip connections that nothing trained comes before, which torch makes and throws away. Every module
+is first run both ways on a small random input and swapped only where the two agree, and everything is put back bit for
+bit at the end. What a family does differently is left as diffusers has it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from veneer.models.swap import FastReport, Join, random_input, replace_forward, 
 from veneer.ops.attention import cross_attention, joint_attention
 from veneer.ops.conv import live_conv
 from veneer.ops.cpu import memory
-from veneer.ops.linear import linear
-from veneer.ops.mlp import geglu, gelu_tanh
+from veneer.ops.linear import LinearMap, linear, split_map
+from veneer.ops.mlp import gated_mlp, geglu, gelu_tanh, swiglu
 from veneer.ops.norms import norm_silu
 from veneer.ops.transfer import made_up
 
@@ -117,8 +117,14 @@ def _differs(module: nn.Module, forward: Callable[..., Any], undo: ExitStack, *a
 
 def _product(join: Join, x: Tensor) -> Tensor | None:
     """The joined projections of x, or None where a module has to be called or another dtype is asked for."""
+    joined = _map(join, x)
+    return None if joined is None else linear(x, joined)
+
+
+def _map(join: Join, x: Tensor) -> LinearMap | None:
+    """The joined projections, or None where they cannot be multiplied by x as it is."""
     joined = join.linear_map()
-    return None if joined is None or not same_dtype(x, joined.weight) else linear(x, joined)
+    return None if joined is None or not same_dtype(x, joined.weight) else joined
 
 
 # -- activations -------------------------------------------------------------------------------------------------------
@@ -159,12 +165,15 @@ def _dropout(module: Any, undo: ExitStack) -> str:
     return ""
 
 
-# -- FLUX.1 ------------------------------------------------------------------------------------------------------------
+# -- FLUX.1 and FLUX.2 -------------------------------------------------------------------------------------------------
 
 
 def _flux_attention(module: Any, undo: ExitStack) -> str:
-    own_processor = DIFFUSERS("diffusers.models.transformers.transformer_flux.FluxAttnProcessor")
-    if type(module.processor) is not own_processor or getattr(module, "fused_projections", False):
+    own_processors = (
+        DIFFUSERS("diffusers.models.transformers.transformer_flux.FluxAttnProcessor"),
+        DIFFUSERS("diffusers.models.transformers.transformer_flux2.Flux2AttnProcessor"),
+    )
+    if type(module.processor) not in own_processors or getattr(module, "fused_projections", False):
         return f"its processor is {type(module.processor).__name__}"
     two = module.added_kv_proj_dim is not None
     own, added = _parts(module, "to_q", "to_k", "to_v"), None
@@ -174,15 +183,13 @@ def _flux_attention(module: Any, undo: ExitStack) -> str:
         norms += [module.norm_added_q, module.norm_added_k]
     if own is None or (two and added is None):
         return "its projections are not plain linears"
-    weights = [getattr(norm, "weight", None) for norm in norms]
-    if any(w is None or w.requires_grad for w in weights) or len({norm.eps for norm in norms}) != 1:
-        return "its norms are trained, without weights or of different ε"
+    if not _frozen(norms):
+        return _NORMS
     joins = [Join(own, undo)] + ([Join(added, undo)] if added is not None else [])
     like = base_of(own[0]).weight
     assert isinstance(like, Tensor)
     x = random_input(2, 12, like.shape[1], like=like)
-    angles = random_input(15 if two else 12, module.head_dim // 2, like=like).float().repeat_interleave(2, -1)
-    given: dict[str, Any] = {"image_rotary_emb": (angles.cos(), angles.sin())}
+    given: dict[str, Any] = {"image_rotary_emb": _positions(15 if two else 12, module.head_dim, like)}
     if added is not None:
         other = base_of(added[0]).weight
         assert isinstance(other, Tensor)
@@ -191,16 +198,38 @@ def _flux_attention(module: Any, undo: ExitStack) -> str:
     return _differs(module, _flux_forward(original, joins, norms), undo, x, **given)
 
 
-def _flux_forward(original: Callable[..., Any], joins: list[Join], norms: list[Any]) -> Callable[..., Any]:
-    turns: dict[int, tuple[Tensor, Tensor]] = {}
-    eps = float(norms[0].eps)
+_NORMS = "its norms are trained, without weights or of different ε"
 
-    def turn_of(cos: Tensor, sin: Tensor) -> Tensor:
-        found = turns.get(id(cos))
-        if found is None or found[0] is not cos:
-            turns.clear()
-            found = turns[id(cos)] = cos, torch.complex(cos[:, ::2].float(), sin[:, ::2].float()).contiguous()
-        return found[1]
+
+def _frozen(norms: list[Any]) -> bool:
+    weights = [getattr(norm, "weight", None) for norm in norms]
+    return not any(w is None or w.requires_grad for w in weights) and len({norm.eps for norm in norms}) == 1
+
+
+def _positions(tokens: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin to try a module with."""
+    angles = random_input(tokens, dim // 2, like=like).float().repeat_interleave(2, -1)
+    return angles.cos(), angles.sin()
+
+
+class _Turns:
+    """Rotary positions as `joint_attention` takes them, made once of those that a model makes for all of its blocks."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def of(self, given: tuple[Tensor, Tensor] | None) -> Tensor | None:
+        if given is None:
+            return None
+        cos, sin = given
+        if self._last is None or self._last[0] is not cos:
+            self._last = cos, torch.complex(cos[:, ::2].float(), sin[:, ::2].float()).contiguous()
+        return self._last[1]
+
+
+def _flux_forward(original: Callable[..., Any], joins: list[Join], norms: list[Any]) -> Callable[..., Any]:
+    turns = _Turns()
+    eps = float(norms[0].eps)
 
     def weight_of(tokens: list[int]) -> Tensor:
         """w_q, w_k of every token: the text's first, as its queries and keys come first."""
@@ -225,7 +254,7 @@ def _flux_forward(original: Callable[..., Any], joins: list[Join], norms: list[A
         known = [p for p in products if p is not None]
         if len(known) != len(streams):
             return original(self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
-        turn = None if image_rotary_emb is None else turn_of(*image_rotary_emb)
+        turn = turns.of(image_rotary_emb)
         qkv = known[0] if len(known) == 1 else torch.cat(known, 1)
         heads = qkv.view(*qkv.shape[:2], 3, -1, self.head_dim)
         out = joint_attention(heads, weight_of([p.shape[1] for p in known]), eps, turn)
@@ -235,6 +264,62 @@ def _flux_forward(original: Callable[..., Any], joins: list[Join], norms: list[A
         return self.to_out[1](self.to_out[0](picture.contiguous())), self.to_add_out(text.contiguous())
 
     return forward
+
+
+def _flux2_feed_forward(module: Any, undo: ExitStack) -> str:
+    first, last = _parts(module, "linear_in"), _parts(module, "linear_out")
+    if first is None or last is None or type(module.act_fn).__name__ != "Flux2SwiGLU":
+        return "its projections are not plain linears"
+    gate_up, down = Join(first, undo), Join(last, undo)
+    original = type(module).forward
+
+    def forward(self: Any, x: Tensor) -> Any:
+        one, two = _map(gate_up, x), _map(down, x)
+        return original(self, x) if one is None or two is None else gated_mlp(x, one, two)
+
+    like = base_of(first[0]).weight
+    assert isinstance(like, Tensor)
+    return _differs(module, forward, undo, random_input(2, 12, like.shape[1], like=like))
+
+
+def _flux2_parallel(module: Any, undo: ExitStack) -> str:
+    """A block of one stream: [q; k; v; gate; up] of x, attention beside a gated MLP, one projection of both.
+
+    The product is taken in two, of q, k and v and of gate and up, so that each lies together as what reads it wants it,
+    and nothing is copied or filled with zeros for its gradient."""
+    processor = DIFFUSERS("diffusers.models.transformers.transformer_flux2.Flux2ParallelSelfAttnProcessor")
+    if type(module.processor) is not processor:
+        return f"its processor is {type(module.processor).__name__}"
+    first, last, norms = _parts(module, "to_qkv_mlp_proj"), _parts(module, "to_out"), [module.norm_q, module.norm_k]
+    if first is None or last is None or type(module.mlp_act_fn).__name__ != "Flux2SwiGLU":
+        return "its projections are not plain linears"
+    if not _frozen(norms):
+        return _NORMS
+    join, out, turns, eps = Join(first, undo), Join(last, undo), _Turns(), float(norms[0].eps)
+    original = type(module).forward
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        whole = _map(join, hidden_states) if attention_mask is None and not kwargs else None
+        if whole is None or whole.dropout:
+            return original(self, hidden_states, attention_mask, image_rotary_emb, **kwargs)
+        of_heads, of_mlp = split_map(whole, 3 * self.inner_dim)
+        heads = linear(hidden_states, of_heads).view(*hidden_states.shape[:2], 3, -1, self.head_dim)
+        weight = torch.stack([norm.weight.float() for norm in norms])[:, None, None, None]
+        attended = joint_attention(heads, weight, eps, turns.of(image_rotary_emb))
+        both = torch.cat([attended, swiglu(linear(hidden_states, of_mlp))], dim=-1)
+        made = _product(out, both)
+        return self.to_out(both) if made is None else made
+
+    like = base_of(first[0]).weight
+    assert isinstance(like, Tensor)
+    given = {"image_rotary_emb": _positions(12, module.head_dim, like)}
+    return _differs(module, forward, undo, random_input(2, 12, like.shape[1], like=like), **given)
 
 
 # -- UNets -------------------------------------------------------------------------------------------------------------
@@ -367,6 +452,9 @@ _SWAPS: dict[str, Callable[[Any, ExitStack], str]] = {
     "Attention": _unet_attention,
     "CrossAttnUpBlock2D": _up,
     "Dropout": _dropout,
+    "Flux2Attention": _flux_attention,
+    "Flux2FeedForward": _flux2_feed_forward,
+    "Flux2ParallelSelfAttention": _flux2_parallel,
     "FluxAttention": _flux_attention,
     "GEGLU": _geglu,
     "GELU": _gelu,

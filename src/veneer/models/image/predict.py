@@ -334,9 +334,9 @@ def _range(like: Tensor, n: int) -> Tensor:
 def _flux2(denoiser: Any, x: Tensor, text: Conditioning, more: dict[str, Any]) -> Tensor:
     """FLUX.2's latents are patched already; positions are (frame, row, column, token)."""
     n, _, h, w = x.shape
-    one = torch.arange(1)
-    image = torch.cartesian_prod(one, torch.arange(h), torch.arange(w), one).to(x.device)
-    words = torch.cartesian_prod(one, one, one, torch.arange(text.embeds.shape[1])).to(x.device)
+    one, rows, columns, tokens = (torch.arange(k, device=x.device) for k in (1, h, w, text.embeds.shape[1]))
+    image = torch.cartesian_prod(one, rows, columns, one)
+    words = torch.cartesian_prod(one, one, one, tokens)
     more = {"guidance": None, **more}
     out = denoiser(
         hidden_states=x.flatten(2).transpose(1, 2),
