@@ -51,7 +51,7 @@ def test_what_the_kernels_do_not_take_runs_the_reference() -> None:
 def test_without_compiled_kernels_it_is_torch_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "kernels", lambda: None)
     told = choices("cpu")
-    by_compiled = set(IMPLEMENTATIONS) - {"weight_order"}  # which oneDNN has a part in
+    by_compiled = set(IMPLEMENTATIONS) - {"kept_product", "weight_order"}  # which oneDNN has a part in
     assert all(told[op].line().startswith("torch: no compiled kernels: ") for op in by_compiled)
     others = set(OPS) - set(IMPLEMENTATIONS)
     assert all(told[op].line() == "torch: cpu has no implementation of its own" for op in others)
@@ -344,6 +344,7 @@ TRIAL_SIZES = {
     "packed_product": (4,),
     "weight_order": (16,),
     "frozen_product": (256, 258, 1),
+    "kept_product": (256, 258, 1),
     "low_rank": (16, 32, 64, 8, 2),
     "rms_norm": (16,),
     "rms_norm_backward": (16,),

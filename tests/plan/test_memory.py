@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +17,12 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import text_loss
+from veneer.ops.choice import pinned
 from veneer.ops.cpu import compiled
+from veneer.ops.linear import keeps_copy
 from veneer.plan.image import ImageLoad, image_counts, image_memory
-from veneer.plan.memory import Load, dtype_bytes, kept_dequantised, text_memory, weight_bytes
-from veneer.plan.shape import text_shape
+from veneer.plan.memory import Load, dtype_bytes, kept_dequantised, packed_weights, text_memory, weight_bytes
+from veneer.plan.shape import model_shape, text_shape
 from veneer.plan.tables import Device, base_config, device_named
 
 CPU = Device("cpu", "cpu", 16 << 30, 1e12, 2e10)
@@ -83,6 +86,41 @@ def test_what_is_kept_dequantised_fills_whole_layers_and_no_more_than_there_is()
     assert kept_dequantised(LLAMA, memory, memory.peak) == 0
     assert kept_dequantised(LLAMA, memory, memory.peak + 3 * layer + 5) == 3 * layer
     assert kept_dequantised(LLAMA, memory, memory.peak + 1000 * layer) == 32 * layer
+
+
+def test_packed_weights_are_two_copies_of_all_but_what_needs_no_gradient() -> None:
+    plain = LLAMA.matrices + LLAMA.vocabulary * LLAMA.hidden
+    first = sum(linear.parameters for linear in LLAMA.layers[0].product("qkv"))
+    assert packed_weights(LLAMA, "bfloat16", lambda *product: True) == 2 * (2 * plain - first)
+    assert packed_weights(LLAMA, "float32", lambda rows, columns, turned: turned) == 4 * plain
+    assert packed_weights(LLAMA, "float32", lambda *product: False) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_weights_are_what_a_step_keeps_and_change_nothing_else(dtype: torch.dtype) -> None:
+    """Of a model large enough for copies; those are gone after the block."""
+    config = LlamaConfig(**{**SMALL, "hidden_size": 256, "intermediate_size": 288, "vocab_size": 300},
+                         bos_token_id=1, eos_token_id=2)  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    adapter, ids = create(model, LoraSpec(rank=4), seed=0), torch.randint(3, 300, (40,))
+    for pair in adapter.pairs.values():
+        pair.B = torch.randn_like(pair.B) * 0.1
+    trained = torch.arange(40) % 20 > 2
+    results = []
+    with pinned(kept_product="onednn"), attach(model) as attachment:
+        attachment.add("a", adapter, trainable=True)
+        attachment.use("a")
+        counted = packed_weights(model_shape(model), str(dtype)[6:], functools.partial(keeps_copy, dtype))
+        for most in (0, counted + 1):
+            with fast(model, pack=most) as how:
+                loss = text_loss(model, ids, [20, 20], trained)
+                results.append([loss, *torch.autograd.grad(loss, list(attachment.parameters("a").values()))])
+                assert how.room.taken == (counted if most else 0)
+            assert how.head is None
+            assert all(join.kept is None for join in how.joins)
+    for plain, packed in zip(*results, strict=True):
+        assert (plain - packed).norm() <= (1e-5 if dtype == torch.float32 else 2e-2) * plain.norm()
 
 
 def kept_bytes(dtype: torch.dtype, lengths: list[int], share: float, spec: LoraSpec) -> int:

@@ -76,6 +76,7 @@ OPS = {
     "gelu_tanh_gate": "gelu(gate) ⊙ up, gelu by tanh",
     "gelu_tanh_gate_backward": "its gradients",
     "joint_heads": "q, k and v of a denoiser apart, q and k normed and turned, and its gradient",
+    "kept_product": "frozen_product by a weight kept in the order in which products read it",
     "low_rank": "s·(x·Aᵀ)·Bᵀ of all pairs of a product, with their gradients",
     "mixed_rows": "rows_low_rank and DoRA's gain in one pass, by rows under one mix",
     "norm_silu": "silu of a group norm, with its gradient",

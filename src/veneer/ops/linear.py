@@ -17,6 +17,7 @@ from torch import Tensor
 
 from veneer.ops.choice import TRIAL_ROWS, chosen, measured, random_like, size_class
 from veneer.ops.dropout import Dropout
+from veneer.ops.kept import KeptWeight, Room
 from veneer.ops.lowrank import LowRank
 
 
@@ -25,12 +26,13 @@ class LinearMap:
     """A frozen weight (out, in) with the low-rank products on its rows; one projection, or several of one x joined.
 
     `bias`: (out,). `gain`: (out,) float32, what DoRA multiplies each output by before the bias. All products see the
-    same of x: one dropout, as loralib's MergedLinear has it."""
+    same of x: one dropout, as loralib's MergedLinear has it. `kept`: the weight's copies, where it may have some."""
 
     weight: Tensor
     bias: Tensor | None = None
     products: tuple[LowRank, ...] = ()
     gain: Tensor | None = None
+    kept: KeptWeight | None = None
 
     @property
     def dropout(self) -> float:
@@ -198,17 +200,22 @@ def low_rank_tensors(linear_map: LinearMap) -> list[Tensor]:
 
 
 class LinearOutput(NamedTuple):
-    """`y`, and what its backward pass needs: u = x·Aᵀ, `plain`, what the gain multiplied, and its low-rank products,
-    which small layers pay more to make again than to keep."""
+    """`y`, and what its backward pass needs: u = x·Aᵀ, `plain`, what the gain multiplied, its low-rank products,
+    which small layers pay more to make again than to keep, and the weight's copies."""
 
     y: Tensor
     u: Tensor | None = None
     plain: Tensor | None = None
     products: _Products | None = None
+    kept: KeptWeight | None = None
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, turned: bool = True) -> Tensor:
-    """x·Wᵀ + b, or, not `turned`, x·W; x: (N, in) or (N, out)."""
+def frozen_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, turned: bool = True, kept: KeptWeight | None = None
+) -> Tensor:
+    """x·Wᵀ + b, or, not `turned`, x·W; x: (N, in) or (N, out). `kept`: copies of the weight. No autograd."""
+    if kept is not None and (by_copy := kept.product(x, weight, bias, turned)) is not None:
+        return by_copy
     run = chosen("frozen_product", x, weight, bias, turned)
     if run is not None:
         made: Tensor = run(x, weight, bias, turned)
@@ -227,30 +234,45 @@ _MOST = 4096
 )
 def _product_work(dtype: torch.dtype, rows: int, columns: int, turned: int) -> Callable[[], object]:
     x, weight = random_like(dtype, TRIAL_ROWS, columns if turned else rows), random_like(dtype, rows, columns)
-    return lambda: _product(x, weight, None, bool(turned))
+    return lambda: frozen_product(x, weight, None, bool(turned))
+
+
+@measured("kept_product", lambda x, weight, bias, turned: (*(min(_MOST, n) for n in weight.shape), int(turned)))
+def _kept_work(dtype: torch.dtype, rows: int, columns: int, turned: int) -> Callable[[], object]:
+    x, weight = random_like(dtype, TRIAL_ROWS, columns if turned else rows), random_like(dtype, rows, columns)
+    kept = KeptWeight(weight, Room(weight.nbytes))
+    return lambda: frozen_product(x, weight, None, bool(turned), kept)
+
+
+def keeps_copy(dtype: torch.dtype, rows: int, columns: int, turned: bool) -> bool:
+    """Whether a product of x by such a weight (`turned`: x·Wᵀ) goes by a copy of it here, measured now where it has not
+    been: for whoever counts memory."""
+    weight = torch.empty(1, dtype=dtype).expand(rows, columns)
+    x = torch.empty(1, columns if turned else rows, dtype=dtype)
+    return chosen("kept_product", x, weight, None, turned) is not None
 
 
 def linear_forward(x: Tensor, linear_map: LinearMap) -> LinearOutput:
     """`linear` of x (N, in), for functions that have a backward pass of their own."""
-    W, b, gain = linear_map.weight, linear_map.bias, linear_map.gain
+    W, b, gain, kept = linear_map.weight, linear_map.bias, linear_map.gain, linear_map.kept
     if gain is None:
-        y = _product(x, W, b)
+        y = frozen_product(x, W, b, kept=kept)
         products = _products(x, linear_map, y) if linear_map.products else None
-        return LinearOutput(y, None if products is None else products.add(x, y), None, products)
+        return LinearOutput(y, None if products is None else products.add(x, y), None, products, kept)
     if not linear_map.dropout:
-        plain = _product(x, W)
+        plain = frozen_product(x, W, kept=kept)
         products = _products(x, linear_map, plain)
         u = products.add(x, plain)
-        return LinearOutput(gained(plain, gain, b), u, plain, products)
+        return LinearOutput(gained(plain, gain, b), u, plain, products, kept)
     # PEFT's DoRA with dropout: x·Wᵀ + b + (gain − 1) ⊙ d·Wᵀ + gain ⊙ s·(d·Aᵀ)·Bᵀ, d what dropout leaves of x
-    y = _product(x, W, b)
+    y = frozen_product(x, W, b, kept=kept)
     products = _products(x, linear_map, y)
     assert isinstance(products, _Dropped)
     left = products.drop(x)
-    plain, own = _product(left, W), torch.zeros_like(y)
+    plain, own = frozen_product(left, W, kept=kept), torch.zeros_like(y)
     u = products.own.add(left, own)
     y = (plain * (gain - 1)).add_(own * gain).add_(y).to(y.dtype)
-    return LinearOutput(y, u, plain.add_(own), products)
+    return LinearOutput(y, u, plain.add_(own), products, kept)
 
 
 def linear_backward(
@@ -258,17 +280,21 @@ def linear_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """dx, and for the products' own gradients that of what they are added to, du = that·s·B, and the gain's."""
     products, plain = made.products, made.plain
+
+    def back(t: Tensor) -> Tensor:
+        return frozen_product(t, weight, turned=False, kept=made.kept)
+
     if gain is None or plain is None or products is None:
-        dx = _product(g, weight, turned=False) if need_dx else None
+        dx = back(g) if need_dx else None
         return dx, g, None if products is None else products.through(g, dx), None
     inner, d_gain = _gain_gradient(g, plain, gain)
     if not isinstance(products, _Dropped):
-        dx = _product(inner, weight, turned=False) if need_dx else None
+        dx = back(inner) if need_dx else None
         return dx, inner, products.through(inner, dx), d_gain
-    dx, back = (_product(t, weight, turned=False) for t in (g, inner - g)) if need_dx else (None, None)
-    du = products.own.through(inner, back)
-    if dx is not None and back is not None:
-        dx.add_(products.drop(back))
+    dx, dropped = (back(g), back(inner - g)) if need_dx else (None, None)
+    du = products.own.through(inner, dropped)
+    if dx is not None and dropped is not None:
+        dx.add_(products.drop(dropped))
     return dx, inner, du, d_gain
 
 
@@ -297,13 +323,13 @@ class _Linear(torch.autograd.Function):
         made = linear_forward(x, linear_map)
         # A and B too: autograd then notices if they change before backward
         ctx.save_for_backward(x, made.u, made.plain, gain, *flat)
-        ctx.products, ctx.weight = made.products, linear_map.weight
+        ctx.products, ctx.weight, ctx.kept = made.products, linear_map.weight, linear_map.kept
         return made.y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, u, plain, gain, *_ = ctx.saved_tensors
-        made, g = LinearOutput(g, u, plain, ctx.products), g.contiguous()
+        made, g = LinearOutput(g, u, plain, ctx.products, ctx.kept), g.contiguous()
         dx, inner, du, d_gain = linear_backward(g, ctx.weight, made, gain, ctx.needs_input_grad[0])
         return (dx, None, d_gain, *low_rank_gradients(made, inner, x, du))
 

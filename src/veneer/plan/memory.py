@@ -22,7 +22,7 @@ the pairs come as activations go, so they count only where they are more, or whe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -246,9 +246,25 @@ def kept_dequantised(shape: TextShape, memory: Memory, room: int) -> int:
     return 0 if each == 0 or spare <= 0 else min(spare // each, len(shape.layers)) * each
 
 
+def packed_weights(shape: TextShape, dtype: str, faster: Callable[[int, int, bool], bool]) -> int:
+    """Bytes of weights that a run keeps a second time, in the order of their products: a copy for x·Wᵀ and one for the
+    gradient of x, of those that are multiplied as one together. `faster`: (out, in, whether x·Wᵀ) -> whether it is
+    worth a copy. Nothing before the first layer is trained: its q, k and v need no gradient of x. Experts have none."""
+    count = 0
+    for i, layer in enumerate(shape.layers):
+        for name, parts in layer.products.items():
+            if any(part.times > 1 for part in parts):
+                continue
+            rows, columns = sum(part.outputs for part in parts), parts[0].inputs
+            ways = (True,) if i == 0 and name == "qkv" else (True, False)
+            count += sum(faster(rows, columns, turned) for turned in ways) * rows * columns
+    ways_of_head = sum(faster(shape.vocabulary, shape.hidden, turned) for turned in (True, False))
+    return dtype_bytes(dtype) * (count + ways_of_head * shape.vocabulary * shape.hidden)
+
+
 def _logits(shape: TextShape, trained: int, e: int, device: Device) -> int:
     """A chunk's logits, and beside them the float32 softmax where no kernel makes it in place."""
-    each = e if device.native and e == 2 else 8 if e == 4 else 12
+    each = e if device.native else 8 if e == 4 else 12
     return each * min(trained, logits_chunk(device.kind)) * shape.vocabulary
 
 

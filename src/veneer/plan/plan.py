@@ -17,7 +17,7 @@ from typing import Any
 
 from veneer.plan.fit import AnyLoad, Change, cheapest, each_holds, usable_memory
 from veneer.plan.image import ImageCounts, ImageLoad, image_counts, image_memory, image_work
-from veneer.plan.memory import Load, Memory, dtype_bytes, kept_dequantised, text_memory
+from veneer.plan.memory import Load, Memory, dtype_bytes, kept_dequantised, packed_weights, text_memory
 from veneer.plan.serving import Serving, Traffic, serving
 from veneer.plan.shape import TextShape, pair_parameters
 from veneer.plan.tables import Device
@@ -57,7 +57,8 @@ class Plan:
 
     `changes`: what makes it fit, where it does not; `planned`, `planned_memory`: the load and device of `seconds` and
     `cost`, which are as given or with the first of `changes`, None where nothing helps. `keeps`: bytes of a quantised
-    base's layers that may stay dequantised in what is left over. `facts`: what was planned, for a person."""
+    base's layers that may stay dequantised in what is left over; `packs`: bytes of a plain base's weights that may be
+    kept packed there, on a CPU on which all its products are faster so. `facts`: what was planned, for a person."""
 
     base: str
     parameters: int
@@ -74,6 +75,7 @@ class Plan:
     rates: Rates
     facts: tuple[tuple[str, str], ...] = ()
     keeps: int = 0
+    packs: int = 0
     serving: Serving | None = None
     traffic: Traffic | None = None
 
@@ -103,7 +105,8 @@ class Plan:
                 {"names": list(c.names), "settings": list(c.settings), "peak_bytes": c.peak,
                  "slower": round(c.slower, 3)} for c in self.changes
             ],
-            "kept_dequantised_bytes": self.keeps, "seconds": self.seconds, "cost": self.cost,
+            "kept_dequantised_bytes": self.keeps, "kept_packed_bytes": self.packs,
+            "seconds": self.seconds, "cost": self.cost,
             "tokens": self.job.tokens, "steps": self.job.total_steps,
             "device": {"name": self.device.name, "count": self.device.count, "price": self.device.price},
             "rates": {"operations": self.rates.operations, "bandwidth": self.rates.bandwidth,
@@ -151,7 +154,7 @@ def text_plan(
     )  # fmt: skip
     rank = load.spec.rank if load.spec is not None else load.rank
     seconds = served = None
-    keeps = 0
+    keeps = packs = 0
     if planned is not None and planned_memory is not None:
         seconds = run_seconds(
             shape, *planned, rates, rows=job.rows, epochs=job.passes, held_out=job.held_out,
@@ -159,6 +162,9 @@ def text_plan(
         )  # fmt: skip
         if planned[0].quantise:
             keeps = kept_dequantised(shape, planned_memory, limit)
+        elif planned[1].kind == "cpu":
+            every = packed_weights(shape, planned[0].dtype, lambda *product: True)
+            packs = min(every, max(0, limit - planned_memory.peak))
     if traffic is not None:
         quantise = load.quantise if planned is None else planned[0].quantise
         served = serving(shape, device, rates, traffic, rank=rank, dtype=load.dtype, quantise=quantise)
@@ -174,7 +180,7 @@ def text_plan(
     )
     return Plan(
         base, shape.parameters, trainable, device, job, memory, peak, limit, changes, planned,
-        planned_memory, seconds, rates, facts, keeps, served, traffic,
+        planned_memory, seconds, rates, facts, keeps, packs, served, traffic,
     )  # fmt: skip
 
 

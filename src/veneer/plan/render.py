@@ -40,6 +40,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"  {'may be taken':<26}{gigabytes(plan.room):>12}"
     if plan.keeps:
         yield f"  {'may stay dequantised':<26}{gigabytes(plan.keeps):>12}   faster, in what is left over"
+    if plan.packs:
+        yield f"  {'may be kept packed':<26}{gigabytes(plan.packs):>12}   where that is faster, in what is left over"
     if len(plan.changes) > 1:
         yield ""
         yield "also makes it fit"

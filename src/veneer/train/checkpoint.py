@@ -76,12 +76,14 @@ def save(
     keep: int = 2,
     about: Mapping[str, Any] | None = None,
     devices: int = 1,
+    beside: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the state after `progress.step` and removes all but the newest `keep` checkpoints and the best one.
 
     `parameters`: what is trained, and any other state of the adapter that is not the optimizer's (moving averages).
     `identity` is what a resumed run must have in common with this one (JSON values): data, base. `about` is kept
-    beside it and not compared. `devices`: on how many the run is, which a resumed one may change.
+    beside it and not compared. `devices`: on how many the run is, which a resumed one may change. `beside`: what else
+    than its environment bit-for-bit equality depends on.
     A checkpoint of this very step that is already there is left as it is: a run is a function of its step.
 
     Raises ResourceError on a full disk; the checkpoints that were there stay, and nothing half-written is left.
@@ -108,7 +110,7 @@ def save(
                 "optimizer": scalars,
                 "identity": dict(identity),
                 "about": dict(about or {}),
-                "environment": environment(devices),
+                "environment": environment(devices) | dict(beside or {}),
                 "choices": recorded(),
                 "files": digests,
             }
@@ -172,6 +174,7 @@ def restore(
     optimizer: torch.optim.Optimizer,
     identity: Mapping[str, Any],
     devices: int = 1,
+    beside: Mapping[str, Any] | None = None,
 ) -> Restored:
     """Puts parameters, optimizer and random generators into the state of `path`; nothing is changed on an error.
 
@@ -190,7 +193,7 @@ def restore(
     rng_restore(_load(path / "random.safetensors"))
     saved = state["progress"]
     progress = Progress(**{**saved, "recent": [tuple(pair) for pair in saved["recent"]]})
-    here = environment(devices)
+    here = environment(devices) | dict(beside or {})
     notes = [
         f"{key} was {value!r} and is {here.get(key)!r}: the run goes on, but may differ in the last bits"
         for key, value in ({"devices": 1} | state["environment"]).items()

@@ -103,6 +103,11 @@ class AttachedTask(Learner, Protocol[_R]):
         """What must be the same when the run is resumed, beside the settings, which the preflight compares."""
         return {}
 
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What bit-for-bit equality depends on beside that, and beside what every run's does (`checkpoint`)."""
+        return {}
+
     def begin(self, progress: Progress, tell: Listener) -> None:
         """Called once before the loop, on a dry run too; `tell` reaches the log."""
         return
@@ -274,7 +279,8 @@ def _restored(
     run: Run, task: AttachedTask[Any], optimizer: Optimizer, identity: Mapping[str, Any], newest: Path
 ) -> Progress:
     restored = checkpoint.restore(
-        newest, parameters=task.state, optimizer=optimizer, identity=identity, devices=run.devices.count
+        newest, parameters=task.state, optimizer=optimizer, identity=identity, devices=run.devices.count,
+        beside=task.environment,
     )  # fmt: skip
     follow(restored.choices)
     run.note(f"resuming after step {restored.progress.step} of {len(task.steps)}")
@@ -317,6 +323,7 @@ def _save(
         checkpoint.save(
             place, parameters=task.state, optimizer=optimizer, progress=progress, identity=identity,
             keep=run.config.checkpoint.keep, about={"recipe": run.config.recipe()}, devices=run.devices.count,
+            beside=task.environment,
         )  # fmt: skip
     run.devices.gather(None)
     return checkpoint.at_step(place, progress.step)

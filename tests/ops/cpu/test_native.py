@@ -93,13 +93,14 @@ def test_results_do_not_depend_on_the_number_of_threads(library: object) -> None
     assert torch.equal(results[0], results[2])
 
 
-def test_nan_and_infinity_stay_visible(library: object) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_nan_and_infinity_stay_visible(library: object, dtype: torch.dtype) -> None:
     """The loop stops a run whose loss is not finite: no kernel may turn one into a number."""
-    logits = torch.zeros(3, 40, dtype=torch.bfloat16)
+    logits = torch.zeros(3, 40, dtype=dtype)
     logits[0, 3], logits[1, 5] = float("nan"), float("inf")
     nll = torch.empty(3)
     targets = torch.tensor([0, 0, 0])
-    arguments = (t.data_ptr() for t in (logits, targets, nll))
+    arguments = logits.data_ptr(), int(dtype == torch.bfloat16), targets.data_ptr(), nll.data_ptr()
     library.token_nll(*arguments, 3, 40, 1, 1)  # type: ignore[attr-defined]
     assert not nll[0].isfinite()
     assert not nll[1].isfinite()

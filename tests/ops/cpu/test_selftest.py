@@ -197,7 +197,7 @@ def test_a_target_that_is_no_token_is_an_error_and_writes_nothing(whole: Path, t
     around = torch.ones(5, 40, dtype=torch.bfloat16)
     logits, nll = around[1:4], torch.full((3,), 7.0)
     targets = torch.tensor([1, target, 2])
-    arguments = (t.data_ptr() for t in (logits, targets, nll))
+    arguments = logits.data_ptr(), 1, targets.data_ptr(), nll.data_ptr()
     with pytest.raises(IndexError, match="no token of the vocabulary"):
         library.token_nll(*arguments, 3, 40, 1, 2)
     assert bool((around == 1).all())

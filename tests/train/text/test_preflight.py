@@ -19,8 +19,11 @@ from tests.tiny_base import tiny_model, tiny_tokenizer
 from tests.train import templates
 from veneer.errors import PreflightError
 from veneer.plan.calibration import Calibration, cpu_device, device_key, write_calibration
+from veneer.plan.memory import packed_weights
+from veneer.plan.shape import model_shape
 from veneer.train.config.load import config_from
 from veneer.train.preflight import Report
+from veneer.train.text import preflight
 from veneer.train.text.data import DataSplit, TextData
 from veneer.train.text.encode import encode_rows
 from veneer.train.text.preflight import text_preflight
@@ -312,6 +315,25 @@ def test_a_plan_by_guesses_says_so_and_how_far_off_they_were(run: Run, monkeypat
     plan = next(f.text for f in run().findings if f.text.startswith("plan:"))
     assert "100 GFLOP/s, 10.0 GB/s, measured here with tiny" in plan
     assert "not calibrated" not in plan
+
+
+def test_weights_are_kept_packed_where_that_is_faster_and_fits(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run().numbers["kept_packed"] == 0  # not faster: the tiny base's are too small to have any
+    monkeypatch.setattr(preflight, "keeps_copy", lambda dtype, rows, columns, turned: True)
+    every = packed_weights(model_shape(run.base.model), "float32", lambda *product: True)
+    report = run()
+    assert report.numbers["kept_packed"] == report.numbers["predicted_parts"]["packed"] == every
+    assert report.numbers["predicted_peak_bytes"] == sum(report.numbers["predicted_parts"].values())
+    assert "frozen weights kept a second time" in report.text()
+    needed = report.numbers["memory_needed"]
+    assert run(free_memory=int(1.05 * needed)).numbers["kept_packed"] == 0  # where activations are made again
+    off = "memory.activation_checkpointing=off"
+    assert run(off, free_memory=needed + every).numbers["kept_packed"] == 0  # some is left to what nobody counts
+    assert run(off, free_memory=needed + 2 * every).numbers["kept_packed"] == every
+    assert run(off, f"memory.limit_gb={(needed + every) / 1e9}").numbers["kept_packed"] == 0
+    assert run("memory.keep_packed_gb=0").numbers["kept_packed"] == 0
+    assert run(f"memory.keep_packed_gb={every / 2e9}").numbers["kept_packed"] == every // 2
+    assert "this run does not fit" in stopped(run("memory.keep_packed_gb=1", free_memory=needed), "memory")
 
 
 def test_recomputing_is_chosen_when_it_is_what_fits(run: Run) -> None:

@@ -33,6 +33,7 @@ from veneer.models.swap import (
     FastReport,
     Join,
     keep_dequantised,
+    keep_packed,
     marked,
     replace_forward,
     report_of,
@@ -61,15 +62,17 @@ _ATTENTION = "veneer_rows"
 
 @contextmanager
 def fast(
-    model: Any, *, keep: int = 0, hold: bool = True, like: FastReport | None = None, call: CallWithWeights = call_whole
-) -> Iterator[FastReport]:
+    model: Any, *, keep: int = 0, pack: int = 0, hold: bool = True, like: FastReport | None = None,
+    call: CallWithWeights = call_whole,
+) -> Iterator[FastReport]:  # fmt: skip
     """Swaps what can be swapped, as the module says, for the length of the with-block. It may be entered again inside.
 
     `keep`: bytes that dequantised weights of a quantised base may take while the block lasts; the others are
-    dequantised at each use. `hold`: whether a path may keep references to weights. Sharded weights come and go, so
-    there it may not: rows lie without padding, and norms, MLPs and projections are called as they are. `like`: what was
-    found of a model of the same kinds of modules; this one has no values to try, and is believed to be the same.
-    `call`: what the model is called through."""
+    dequantised at each use. `pack`: bytes that weights of any other base may take a second time, in the order of their
+    products, where those are clearly faster so (ops/kept.py). `hold`: whether a path may keep references to weights.
+    Sharded weights come and go, so there it may not: rows lie without padding, and norms, MLPs and projections are
+    called as they are. `like`: what was found of a model of the same kinds of modules; this one has no values to try,
+    and is believed to be the same. `call`: what the model is called through."""
     if (already := report_of(model)).active:
         yield already
         return
@@ -86,6 +89,8 @@ def fast(
                 _swap(model, own, hold, report, undo, like, call)
             if keep:
                 keep_dequantised(report, keep, undo)
+            if pack:
+                keep_packed(model, report, pack, undo)
         yield report
 
 

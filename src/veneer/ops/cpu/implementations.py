@@ -355,6 +355,25 @@ IMPLEMENTATIONS["frozen_product"] = _frozen(None, REFERENCE, _frozen(_frozen_pro
 """torch's own comes first: tiles have to be clearly faster."""
 
 
+def _takes_kept(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> bool:
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, weight))
+    fits = plain and min(weight.shape) >= _LEAST and x.dtype in (torch.bfloat16, torch.float32)
+    return fits and x.is_contiguous() and weight.dtype == x.dtype and reorders(x.dtype)
+
+
+def _no_order() -> str:
+    return "" if reorders(torch.float32) else "this torch has no order of oneDNN's"
+
+
+def _kept(run: Any, name: str, *others: Implementation) -> Implementation:
+    wants = f"contiguous bfloat16 or float32, a weight of {_LEAST} rows and columns and more"
+    return Implementation(run, _takes_kept, wants, _no_order, name, others)
+
+
+IMPLEMENTATIONS["kept_product"] = _kept(None, REFERENCE, _kept(Reordered, "onednn"))
+"""The weight as it is comes first: a copy's memory has to be worth it."""
+
+
 # -- low-rank products -------------------------------------------------------------------------------------------------
 
 _LOW_RANK = ("thin_add", "thin_through", "thin_gradients")
@@ -409,10 +428,16 @@ _implements(
 # -- loss --------------------------------------------------------------------------------------------------------------
 
 
-@_implements("token_nll")
+def _takes_logits(logits: Tensor) -> bool:
+    fits = logits.dtype in (torch.bfloat16, torch.float32) and logits.device.type == "cpu"
+    return fits and logits.is_contiguous() and compiled.has("token_nll")
+
+
+@_implements("token_nll", takes=_takes_logits, wants="contiguous bfloat16 or float32")
 def _token_nll(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
-    nll = torch.empty(len(logits), dtype=torch.float32)
-    _kernel("token_nll")(*_at(logits, targets, nll), *logits.shape, int(gradient), torch.get_num_threads())
+    nll, half = torch.empty(len(logits), dtype=torch.float32), int(logits.dtype == torch.bfloat16)
+    sizes = *logits.shape, int(gradient), torch.get_num_threads()
+    _kernel("token_nll")(logits.data_ptr(), half, *_at(targets, nll), *sizes)
     return nll
 
 

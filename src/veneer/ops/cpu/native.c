@@ -413,9 +413,11 @@ void softmax_backward(const bf16 *p, bf16 *dp, int64_t rows, int64_t keys, int t
 }
 
 /* nll[i] = logsumexp(logits[i]) - logits[i][target] (float32); if grad, logits become softmax - onehot in place. A row whose
-   target is IGNORED has nll 0 and no gradient. Any other target outside 0 ... v - 1 is an error, and nothing is written. */
-enum { IGNORED = -100 };
-int token_nll(bf16 *logits, const int64_t *targets, float *nll, int64_t n, int64_t v, int grad, int threads) {
+   target is IGNORED has nll 0 and no gradient. Any other target outside 0 ... v - 1 is an error, and nothing is written.
+   `half`: logits are bf16, else float32. Sums of PART terms are float32 and those of them double: over a vocabulary float32
+   alone would lose its last digits. */
+enum { IGNORED = -100, PART = 1024 };
+int token_nll(void *logits, int half, const int64_t *targets, float *nll, int64_t n, int64_t v, int grad, int threads) {
     int failed = DONE;
     for (int64_t i = 0; i < n; i++)
         if (targets[i] != IGNORED && (targets[i] < 0 || targets[i] >= v)) return BAD_TARGET;
@@ -426,29 +428,38 @@ int token_nll(bf16 *logits, const int64_t *targets, float *nll, int64_t n, int64
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < n; i++) {
             if (!there) continue;
-            bf16 *x = logits + i * v;
+            bf16 *narrow = (bf16 *)logits + i * v;
+            float *wide = (float *)logits + i * v;
             if (targets[i] == IGNORED) {
                 nll[i] = 0.0f;
-                if (grad) memset(x, 0, (size_t)v * sizeof *x);
+                if (grad) memset(half ? (void *)narrow : (void *)wide, 0, (size_t)v * (half ? 2 : 4));
                 continue;
             }
-            float top = -__builtin_inff(), sum = 0.0f, hit = up(x[targets[i]]);
+            if (half)
+                for (int64_t j = 0; j < v; j++) e[j] = up(narrow[j]);
+            else memcpy(e, wide, (size_t)v * 4);
+            float top = -__builtin_inff(), hit = e[targets[i]];
 #pragma omp simd reduction(max : top)
-            for (int64_t j = 0; j < v; j++) {
-                float y = up(x[j]);
-                top = y > top ? y : top;
+            for (int64_t j = 0; j < v; j++) top = e[j] > top ? e[j] : top;
+            double sum = 0.0;
+            for (int64_t from = 0; from < v; from += PART) {
+                int64_t end = from + PART < v ? from + PART : v;
+                float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+                for (int64_t j = from; j < end; j++) {
+                    e[j] = exp32(e[j] - top);
+                    part += e[j];
+                }
+                sum += part;
             }
-#pragma omp simd reduction(+ : sum)
-            for (int64_t j = 0; j < v; j++) {
-                e[j] = exp32(up(x[j]) - top);
-                sum += e[j];
-            }
-            nll[i] = __builtin_logf(sum) + top - hit;
+            nll[i] = (float)(__builtin_log(sum) + top - hit);
             if (!grad) continue;
-            float r = 1.0f / sum;
-            e[targets[i]] -= sum;
-#pragma omp simd
-            for (int64_t j = 0; j < v; j++) x[j] = down(e[j] * r);
+            float r = (float)(1.0 / sum);
+            e[targets[i]] = (float)(e[targets[i]] - sum);
+            if (half)
+                for (int64_t j = 0; j < v; j++) narrow[j] = down(e[j] * r);
+            else
+                for (int64_t j = 0; j < v; j++) wide[j] = e[j] * r;
         }
         free(e);
     }

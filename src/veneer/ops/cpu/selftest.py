@@ -358,15 +358,18 @@ def _softmax_backward(bench: Bench) -> Iterator[Same]:
 
 @_kernel_check("token_nll")
 def _token_nll(bench: Bench) -> Iterator[Same]:
-    logits, targets = 3 * bench.normal(6, 75), torch.tensor([0, 74, -100, 33, 7, 74])
-    wide = logits.double().requires_grad_()
-    want = F.cross_entropy(wide, targets, reduction="none")
-    (slope,) = torch.autograd.grad(want.sum(), wide)
-    for gradient, after in ((0, logits), (1, slope)):
-        got, nll = bench.room(like=logits), bench.room(6, dtype=torch.float32)
-        bench.library.token_nll(*at(got, targets, nll), 6, 75, gradient, _THREADS)
-        yield Same(nll, want.detach(), 1e-5, 1e-5)
-        yield Same(got, after, far=1e-5)
+    targets = torch.tensor([0, 2074, -100, 1033, 7, 2074])
+    for dtype, near, far in ((_BF16, 2**-7, 1e-5), (torch.float32, 1e-5, 1e-7)):
+        logits = 3 * bench.normal(6, 2075, dtype=dtype)
+        wide = logits.double().requires_grad_()
+        want = F.cross_entropy(wide, targets, reduction="none")
+        (slope,) = torch.autograd.grad(want.sum(), wide)
+        for gradient, after in ((0, logits), (1, slope)):
+            got, nll = bench.room(like=logits), bench.room(6, dtype=torch.float32)
+            half = int(dtype == _BF16)
+            bench.library.token_nll(got.data_ptr(), half, *at(targets, nll), 6, 2075, gradient, _THREADS)
+            yield Same(nll, want.detach(), 1e-5, 1e-5)
+            yield Same(got, after, near, far)
 
 
 # -- quantised weights -------------------------------------------------------------------------------------------------

@@ -323,6 +323,13 @@ class MemorySection(Section):
         "what the plan finds room for",
         ge=0,
     )
+    keep_packed_gb: float | None = setting(
+        None,
+        "memory for frozen weights kept a second time on a CPU, in the order of their products, where those are "
+        "measured faster so; 0 keeps none",
+        "what they take, where the plan finds room for it",
+        ge=0,
+    )
 
 
 class OutputSection(Section):

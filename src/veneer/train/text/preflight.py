@@ -7,6 +7,7 @@ The data's checks are in `checks`, those that all runs share in `train.preflight
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,8 +15,11 @@ from typing import Any
 from veneer.core.adapter import Adapter
 from veneer.core.targets import base_modules, expert_parameters, matches_per_pattern, resolve_targets, target_matches
 from veneer.errors import TargetError, gigabytes
+from veneer.ops.linear import keeps_copy
+from veneer.plan.memory import packed_weights
 from veneer.plan.plan import Plan
 from veneer.plan.render import rough_duration
+from veneer.plan.shape import model_shape
 from veneer.train.config.text import TrainConfig
 from veneer.train.planning import plan_of_run, still_needed, to_be_set
 from veneer.train.preflight import (
@@ -213,12 +217,13 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     on, _ = recomputes(mode, need, free)
     chosen = again if on else plain
     s.numbers.update(memory_needed=need, memory_checkpointed=less, memory_free=free)
-    keeps = _keeps(s, chosen, device.type)
-    s.numbers.update(predicted_peak_bytes=chosen.memory.peak + keeps, predicted_parts=chosen.memory.parts)
-    s.numbers.update(kept_dequantised=keeps)
+    keeps, packs = _keeps(s, chosen, device.type), _packs(s, chosen, on)
+    peak, parts = chosen.memory.peak + keeps + packs, {**chosen.memory.parts, "packed": packs}
+    s.numbers.update(predicted_peak_bytes=peak, predicted_parts=parts)
+    s.numbers.update(kept_dequantised=keeps, kept_packed=packs)
     if not chosen.changes and chosen.seconds is not None:
         s.numbers.update(predicted_seconds=round(chosen.seconds, 4))
-    wanted = less if on else need
+    wanted = (less if on else need) + packs
     longest = f"the largest micro-batch has {s.largest_micro:,} tokens, the longest row {s.longest:,}"
     fix = to_be_set(chosen) or "a smaller base, or a machine with more memory (veneer plan shows what it takes)"
     found = memory_finding(wanted, free, longest, fix=fix, force=s.force)
@@ -227,7 +232,10 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     elif wanted <= free and on and mode == "auto":
         found = replace(found, text=f"activations will be recomputed to save memory: {found.text}")
     yield found
-    yield from _predicted(chosen)
+    if packs:
+        text = f"{gigabytes(packs)} of it are frozen weights kept a second time, in the order of their products"
+        yield Finding("ok", "memory", text)
+    yield from _predicted(chosen, packs)
 
 
 def _keeps(s: TextSubject, plan: Plan, device: str) -> int:
@@ -240,12 +248,29 @@ def _keeps(s: TextSubject, plan: Plan, device: str) -> int:
     return 8 * plan.keeps // 10 if device == "cuda" else 0
 
 
-def _predicted(plan: Plan) -> Iterator[Finding]:
+def _packs(s: TextSubject, plan: Plan, recomputed: bool) -> int:
+    """Bytes of weights that are kept packed: what those take whose products are clearly faster so here, or as much of
+    it as was asked for; where nothing was, all of it if the plan finds room for that and no activations have to be
+    made again, and else none."""
+    asked = s.config.memory.keep_packed_gb
+    if plan.device.kind != "cpu" or s.config.memory.shard or bool(getattr(s.base, "quantised", "")):
+        return 0
+    if asked == 0 or (asked is None and (recomputed or not plan.packs)):
+        return 0
+    dtype = next(s.base.model.parameters()).dtype
+    shape = model_shape(s.base.model)
+    count = packed_weights(shape, str(dtype).removeprefix("torch."), functools.partial(keeps_copy, dtype))
+    if asked is not None:
+        return min(count, int(asked * 1e9))
+    return count if count <= 8 * (plan.room - plan.memory.peak) // 10 else 0
+
+
+def _predicted(plan: Plan, packs: int) -> Iterator[Finding]:
     """The plan in short: what the process will hold at its peak, and how long training takes."""
     if plan.seconds is None or plan.changes:
         return
     takes = f"{rough_duration(plan.seconds)} of training ({plan.rates.source})"
-    text = f"plan: a peak of {gigabytes(plan.memory.peak)}, {takes}"
+    text = f"plan: a peak of {gigabytes(plan.memory.peak + packs)}, {takes}"
     if not plan.rates.measured:
         text += "; not calibrated here"
         if plan.device.kind == "cpu":

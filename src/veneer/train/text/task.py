@@ -31,7 +31,7 @@ from veneer.core.init import create
 from veneer.errors import ConfigError, Interrupted, PreflightError
 from veneer.formats import peft
 from veneer.models.shard import CallWithWeights, blocks, call_whole, local_bytes, shard, whole_bytes
-from veneer.models.swap import without_dropout
+from veneer.models.swap import report_of, without_dropout
 from veneer.models.text.base import load_text
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import text_loss
@@ -187,7 +187,9 @@ class TextTask(Task[TextData, RunResult]):
                 read = "" if base.unread is None else f", and read {size(base.unread.bytes_read)} for it"
                 run.note(f"sharded over {devices.count} devices: this one holds {size(part)} of {size(whole)}{read}")
                 base = replace(base, device=device)
-            run.note(undo.enter_context(fast(model, hold=not sharded, keep=keep, call=call)).summary())
+            pack = int(report.numbers.get("kept_packed", 0))
+            how = undo.enter_context(fast(model, hold=not sharded, keep=keep, pack=pack, call=call))
+            run.note(how.summary())
             kind = AttachedText if config.preference.loss is None else AttachedPreferences
             attached = kind(config, base, run, data, attachment, call)
             attached.check_base()
@@ -232,6 +234,9 @@ class TextTask(Task[TextData, RunResult]):
         if run.config.batching != config.batching:
             because = "what makes products faster on this device, where it fits"
             yield "batching.micro_tokens", config.batching.at_once, because
+        if config.memory.keep_packed_gb is None:
+            because = "what weights take whose products are clearly faster so, where the plan finds room for it"
+            yield "memory.keep_packed_gb", int(report.numbers.get("kept_packed", 0)) / 1e9, because
         if config.memory.activation_checkpointing == "auto":
             yield "memory.activation_checkpointing", "on" if recompute else "off", reason
         if config.preference.loss is not None:
@@ -281,6 +286,10 @@ class AttachedText(AttachedTask[RunResult]):
             "base": {"fingerprint": base.fingerprint, "dtype": str(base.dtype)},
             "data": {"training rows": data_digest(data.train.rows), "held-out rows": data_digest(data.held.rows)},
         } | ({"start": data.start.digest()} if data.start is not None else {})
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        return {"bytes of weights kept packed": report_of(self.base.model).room.most}
 
     def check_base(self) -> None:
         """PreflightError where what the run begins with predicts its rows worse than chance, all their tokens counted:

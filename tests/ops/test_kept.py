@@ -1,0 +1,166 @@
+"""Products by copies of frozen weights against float64, and that no copy is read once its weight may have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.core.exact import TOLERANCE, draw, same, seeded, wide  # noqa: F401, seeded acts by itself
+from tests.ops.draws import factors
+from veneer.ops.choice import chosen, pinned
+from veneer.ops.kept import KeptWeight, Room
+from veneer.ops.linear import LinearMap, linear
+from veneer.ops.loss import token_nll
+from veneer.ops.lowrank import LowRank
+from veneer.ops.mlp import gated_mlp
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+"""Those that copies are of."""
+OUT, IN = 326, 262
+"""Large enough for a copy, and no multiple of a block."""
+
+
+@pytest.fixture(autouse=True)
+def copies() -> Iterator[None]:
+    """Where there are any: copies, whatever was measured."""
+    with pinned(kept_product="onednn"):
+        yield
+
+
+def kept_here(dtype: torch.dtype) -> bool:
+    W = torch.empty(256, 256, dtype=dtype)
+    return chosen("kept_product", W, W, None, True) is not None
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [259, 3, 0])
+@pytest.mark.parametrize(("bias", "gain"), [(False, False), (True, False), (True, True)])
+def test_a_map_by_copies_is_that_of_float64(dtype: torch.dtype, rows: int, bias: bool, gain: bool) -> None:
+    x, W = draw(rows, IN, dtype=dtype).requires_grad_(), draw(OUT, IN, dtype=dtype)
+    b = draw(OUT, dtype=dtype) if bias else None
+    gains = (1 + draw(OUT, dtype=torch.float32, scale=0.1)).requires_grad_() if gain else None
+    A, B = ab = factors(dtype, (4, IN), (OUT, 4))
+    of = [x, *ab, *([] if gains is None else [gains])]
+    room = Room(2 * W.nbytes)
+    y = linear(x, LinearMap(W, b, (LowRank(A, B, 0.5),), gains, KeptWeight(W, room)))
+    g = draw(*y.shape, dtype=dtype)
+    got = [y, *torch.autograd.grad(y, of, g)]
+    xd, A, B, *rest = ofd = [wide(t) for t in of]
+    yd = F.linear(xd, W.double()) + 0.5 * (xd @ A.T) @ B.T
+    yd = (rest[0] * yd if rest else yd) + (0 if b is None else b.double())
+    same(got, [yd, *torch.autograd.grad(yd, ofd, g.double())], TOLERANCE[dtype])
+    assert room.taken == (2 * W.nbytes if kept_here(dtype) else 0)
+
+
+@DTYPES
+def test_an_mlp_by_copies_is_that_of_float64(dtype: torch.dtype) -> None:
+    x, up, down = draw(17, IN, dtype=dtype).requires_grad_(), draw(2 * OUT, IN, dtype=dtype), draw(IN, OUT, dtype=dtype)
+    room = Room(2 * (up.nbytes + down.nbytes))
+    y = gated_mlp(x, *(LinearMap(W, kept=KeptWeight(W, room)) for W in (up, down)))
+    g = draw(*y.shape, dtype=dtype)
+    got = [y, *torch.autograd.grad(y, x, g)]
+    xd = wide(x)
+    gate, value = F.linear(xd, up.double()).chunk(2, -1)
+    yd = F.linear(F.silu(gate) * value, down.double())
+    same(got, [yd, *torch.autograd.grad(yd, xd, g.double())], 2 * TOLERANCE[dtype])
+    assert room.taken == (room.most if kept_here(dtype) else 0)
+
+
+@DTYPES
+def test_the_loss_by_copies_is_that_of_float64(dtype: torch.dtype) -> None:
+    hidden, W = draw(37, IN, dtype=dtype).requires_grad_(), draw(OUT, IN, dtype=dtype, scale=0.1)
+    targets = torch.randint(0, OUT, (37,))
+    targets[3] = -100
+    room = Room(2 * W.nbytes)
+    nll = token_nll(hidden, W, targets, chunk=16, kept=KeptWeight(W, room))
+    got = [nll, *torch.autograd.grad(nll.sum(), hidden)]
+    hd = wide(hidden)
+    nd = F.cross_entropy(hd @ W.double().T, targets, reduction="none", ignore_index=-100)
+    same(got, [nd, *torch.autograd.grad(nd.sum(), hd)], TOLERANCE[dtype])
+    assert room.taken == (room.most if kept_here(dtype) else 0)
+
+
+def test_copies_take_no_more_than_there_is_room_for() -> None:
+    x, weights = (
+        draw(5, IN, dtype=torch.float32).requires_grad_(),
+        [draw(OUT, IN, dtype=torch.float32) for _ in range(3)],
+    )
+    most = 3 * weights[0].nbytes + 1
+    room = Room(most)
+    kept = [KeptWeight(W, room) for W in weights]
+    for W, own in zip(weights, kept, strict=True):
+        y = linear(x, LinearMap(W, kept=own))
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        same([y, dx], [wide(x) @ W.double().T, W.double().sum(0).expand(5, -1)], TOLERANCE[torch.float32])
+    assert room.taken == (3 * weights[0].nbytes if kept_here(torch.float32) else 0)
+
+
+def _write(W: nn.Parameter) -> None:
+    with torch.no_grad():
+        W.mul_(2)
+
+
+def _load(W: nn.Parameter) -> None:
+    with torch.no_grad():
+        W.copy_(torch.ones_like(W))
+
+
+def _move(W: nn.Parameter) -> None:
+    W.data = W.data * 2
+
+
+def _there_and_back(W: nn.Parameter) -> None:
+    """As nn.Module.to does it; the freed values' place may be taken by the new ones."""
+    W.data = W.data.to(torch.float64) * 2
+    W.data = W.data.to(torch.float32)
+
+
+def _optimise(W: nn.Parameter) -> None:
+    W.requires_grad_()
+    W.grad = torch.ones_like(W)
+    torch.optim.SGD([W], lr=0.5).step()
+    W.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "joined"),
+    [(_write, False), (_load, False), (_move, False), (_there_and_back, False), (_optimise, False),
+     (_write, True), (_load, True), (_optimise, True)],
+)  # fmt: skip
+def test_no_copy_is_read_after_its_weight_was_changed(change: Callable[[nn.Parameter], None], joined: bool) -> None:
+    """`joined`: the parameter is a part of what is multiplied (that it lies elsewhere now models/swap.py sees)."""
+    x, W = draw(5, IN, dtype=torch.float32), nn.Parameter(draw(OUT, IN, dtype=torch.float32), requires_grad=False)
+    whole: Tensor = W
+    if joined:
+        whole = torch.cat([W.detach(), draw(OUT, IN, dtype=torch.float32)])
+        W.data = whole[:OUT]
+    room = Room(2 * whole.nbytes)
+    own = LinearMap(whole, kept=KeptWeight(whole, room, [W]))
+    before = linear(x, own)
+    change(W)
+    after = linear(x, own)
+    same([after], [x.double() @ whole.double().T], TOLERANCE[torch.float32])
+    assert not torch.allclose(before, after)
+    assert room.taken == 0  # and what they took is given back
+
+
+def test_a_change_between_forward_and_backward_is_seen() -> None:
+    x, W = draw(5, IN, dtype=torch.float32).requires_grad_(), draw(OUT, IN, dtype=torch.float32)
+    y = linear(x, LinearMap(W, kept=KeptWeight(W, Room(2 * W.nbytes))))
+    torch.autograd.grad(y.sum(), x, retain_graph=True)  # both copies are there
+    W.mul_(3)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    same([dx], [W.double().sum(0).expand(5, -1)], TOLERANCE[torch.float32])
+
+
+def test_nothing_is_kept_where_it_was_not_measured_faster() -> None:
+    """The tests run under VENEER_OPS=listed: the first, which is the weight as it is."""
+    x, W, room = draw(5, IN, dtype=torch.float32), draw(OUT, IN, dtype=torch.float32), Room(1 << 20)
+    with pinned(kept_product="torch"):
+        made: Tensor = linear(x, LinearMap(W, kept=KeptWeight(W, room)))
+    assert room.taken == 0
+    assert torch.equal(made, x @ W.t())
