@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.families import llama3
-from tests.serve.whole import CONTEXT, Shop, prompt, served
+from tests.serve.whole import CONTEXT, Shop, asking, prompt, served
 from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
 from veneer.core.attach import attach
 from veneer.errors import ConfigError
@@ -88,6 +88,20 @@ def test_a_server_with_rounded_weights_answers_by_them_and_adapters_act_whole(sh
         assert off <= 2 * (dense[name] - plain[name]).norm(), name
         assert off <= 0.7 * (rounded[name] - plain[name]).norm(), name
     assert (own["tiny"] - own["plain"]).abs().max() > 0.1  # the adapter has its effect
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_32_at_once_with_long_prompts_are_as_by_rounded_weights(shop: Shop, kind: str) -> None:
+    prompts = [prompt(n, n) for n in (150, 17, 131, 64)]
+    work = [(name, i) for _ in range(4) for i in range(4) for name in ("tiny", "plain")]
+    with served(shop, dtype="bfloat16", weights=kind) as server:
+        answers = server.together([asking(name, prompts[i], 1, echo=True) for name, i in work])
+        server.idle()
+    own = [wanted(shop, ids, {"int8": int8, "int4": int4}[kind]) for ids in prompts]
+    for (name, i), got in zip(work, answers, strict=True):
+        want = own[i][name]
+        off = torch.tensor(got.logprobs[1 : len(prompts[i])]).double() - want
+        assert off.norm() <= 0.008 * want.norm(), (name, i)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
