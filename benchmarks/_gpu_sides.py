@@ -34,6 +34,7 @@ JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_
 MIX = (0.8, 0.6, 0.5)
 MARK = "RESULT "
 """Begins a line of a side's output that has its result so far."""
+_BEGAN = time.monotonic()
 LONG = 15.0
 """Seconds after which no further step is timed."""
 
@@ -350,7 +351,8 @@ def _described(plan: Any, load: Any) -> str:
 
 def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[int, ...]] = ()) -> dict[str, Any]:
     """Steps on random tokens of rows in which everything is learned, as a run takes them: fast paths, AdamW. `others`:
-    lengths of further micro-batches, which a run's setting is chosen by."""
+    lengths of further micro-batches, which a run's own is chosen among (ops/sizes.py), as far as half of the limit
+    lasts."""
     import torch
 
     import veneer
@@ -418,6 +420,9 @@ def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[
         notes = [_described(plan, load), how.summary()]
         tell(_result(figures, *notes))
         for lengths in others:
+            if task.limit and not task.dry and time.monotonic() - _BEGAN > task.limit / 2:
+                notes.append(f"no time for micro-batches of {len(lengths)} × {lengths[0]:,}")
+                break
             tokens = sum(lengths)
             name = f"training, micro-batches of {len(lengths)} × {lengths[0]:,}"
             figures.append(Figure(name, tokens / took(lengths), "tokens/s"))
@@ -441,12 +446,16 @@ def _load_70b(task: Task) -> Any:
 
 
 def train(task: Task) -> dict[str, Any]:
-    s, quarter = task.sizes, task.sizes.length // 4
-    return _train(task, s.text, _load_8b(task), s.steps, [(quarter,) * rows for rows in (1, 2, 4)])
+    return _train(task, task.sizes.text, _load_8b(task), task.sizes.steps, _smaller(task))
+
+
+def _smaller(task: Task) -> list[tuple[int, ...]]:
+    """Micro-batches of a quarter, an eighth and half as many tokens as those of the measurement itself."""
+    return [(task.sizes.length // 4,) * rows for rows in (2, 1, 4)]
 
 
 def qlora(task: Task) -> dict[str, Any]:
-    return _train(task, task.sizes.text, _load_8b(task, "nf4"), task.sizes.steps)
+    return _train(task, task.sizes.text, _load_8b(task, "nf4"), task.sizes.steps, _smaller(task))
 
 
 def large(task: Task) -> dict[str, Any]:

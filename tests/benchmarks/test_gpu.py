@@ -91,6 +91,8 @@ def test_each_speed_stands_beside_what_the_card_allows_and_what_the_plan_says(dr
         assert speed["value"] > 0
         assert speed["roofline"] > 0
         assert speed["planned"] > 0
+        smaller = [f["metric"] for f in figures if f["metric"].startswith("training, micro-batches of ")]
+        assert len(smaller) == (3 if key in ("train", "qlora") else 0)
 
 
 def test_the_page_says_what_was_measured_with_what_and_by_which_command(gpu: Any, dry: dict[str, Any]) -> None:
