@@ -72,7 +72,7 @@ def test_parts_of_a_weight_are_the_pieces_of_the_whole_to_the_bit(
 
         def one(rank: int, group: Any = group, reads: Any = reads, count: int = count) -> list[Tensor]:
             group.here.rank = rank
-            parts: list[Tensor] = reads[rank].part("weight", absent, rank, count, torch.device("cpu"))
+            parts: list[Tensor] = reads[rank].part(["weight"], absent, rank, count, torch.device("cpu"))
             return parts
 
         with ThreadPoolExecutor(count) as pool:

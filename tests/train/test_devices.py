@@ -210,6 +210,17 @@ def test_each_process_holds_its_part_of_the_frozen_weights(runs: Runs) -> None:
         assert any("each process reads all of the weights" in note for note in notes[name]["notes"])
 
 
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_sharded_base_runs_on_the_fast_paths_of_a_whole_one(name: str, runs: Runs) -> None:
+    def ways(seen: dict[str, Any]) -> str:
+        (note,) = [note for note in seen[name]["notes"] if note.startswith("fast paths: ")]
+        return str(note)
+
+    assert ways(runs.two[0]) == ways(runs.one)
+    assert "LlamaMLP" in ways(runs.one)
+    assert "last layer at trained tokens alone" in ways(runs.one)
+
+
 def test_a_loss_that_is_not_finite_on_one_ends_both_and_is_told_once(runs: Runs) -> None:
     found = [seen["not-finite"] for seen in runs.two]
     assert {f["kind"] for f in found} == {"TrainingError"}

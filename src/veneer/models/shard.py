@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.targets import base_modules
+from veneer.core.targets import base_modules, base_of
 from veneer.models.unread import Unread, read_buffers
 from veneer.ops.quantisation_formats import with_tensors
 from veneer.ops.quantised import Quantised
@@ -52,6 +52,49 @@ class _Whole(nn.Module):
         return act(*args)
 
 
+class Sharded:
+    """The `CallWithWeights` of a sharded model. What looks at weights outside of a call asks for those of a module:
+
+        call.at(module)      from now on the weights of this module's block are there, and no other block's
+        call.let_go()        no block's are
+
+    both on every process, after a first call. A tensor of a gathered weight stays where it is: it may be kept, is empty
+    while the weight is parted, and has the weight's values again whenever that is gathered, in a backward pass too."""
+
+    def __init__(self, whole: _Whole, blocks: Mapping[int, _Block]) -> None:
+        self._whole, self._blocks = whole, blocks
+        self._now: _Block | None = None
+
+    def __call__(self, act: Callable[..., T], /, *args: Any) -> T:
+        out: T = self._whole(act, *args)
+        return out
+
+    def at(self, module: nn.Module) -> None:
+        block = self._blocks.get(id(base_of(module)))
+        if block is not None and block is not self._now:
+            self.let_go()
+            self._now = block
+            block.module.unshard()
+            block.put_together()
+
+    def let_go(self) -> None:
+        if self._now is not None:
+            self._now.module.reshard()
+        self._now = None
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What is gathered at once: an FSDP module, and what its parameters are put together to."""
+
+    module: Any
+    apart: Sequence[_Apart | _Joined]
+
+    def put_together(self, *_: Any) -> None:
+        for each in self.apart:
+            each.gather()
+
+
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The modules that are gathered one after another: those of the longest list of modules, a decoder's layers."""
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
@@ -59,12 +102,15 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def shard(
-    model: nn.Module, parts: Sequence[nn.Module], device: torch.device, unread: Unread | None = None
-) -> CallWithWeights:
+    model: nn.Module, parts: Sequence[nn.Module], device: torch.device, unread: Unread | None = None,
+    together: Sequence[Sequence[nn.Module]] = (),
+) -> Sharded:  # fmt: skip
     """Splits every parameter of `model` along its first dimension and moves the parts to `device`, block by block, so
     that no device ever holds the whole. Returns the function through which everything that uses the model is called.
 
-    `unread`: the model is on the meta device, and each process reads its own parts of the weights from there."""
+    `unread`: the model is on the meta device, and each process reads its own parts of the weights from there.
+    `together`: linear modules whose weights lie below one another whenever they are gathered, as products of one input
+    want them."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -72,30 +118,40 @@ def shard(
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     whole = _Whole(model)
     inside: set[int] = set()
-    names: dict[int, str] = {}
+    names: dict[int, tuple[str, ...]] = {}
+    there: dict[int, _Block] = {}
     for prefix, module in base_modules(model):
         for key, p in module.named_parameters(recurse=False):
-            names.setdefault(id(p), f"{prefix}.{key}" if prefix else key)
+            names.setdefault(id(p), (f"{prefix}.{key}" if prefix else key,))
     for group in [*parts, whole]:
         owned = [m for m in group.modules() if id(m) not in inside]
         inside.update(map(id, owned))
+        joined = _joined(owned, together, names)
         wanted = _wanted(owned, names) if unread else []
-        apart = _taken_apart(owned)
+        apart: list[_Apart | _Joined] = [*_taken_apart(owned), *joined]
         fully_shard(group, mesh=mesh, reshard_after_forward=True)
         for each in wanted:
             assert unread is not None
-            each.put(unread.part(each.name, each.weight, mesh.get_local_rank(), mesh.size(), device))
-        _put_together(group, apart)
+            each.put(unread.part(each.names, each.weight, mesh.get_local_rank(), mesh.size(), device))
+        block = _Block(group, apart)
+        for one in apart:
+            one.leave()
+        if apart:
+            # They stay: a backward pass gathers into the same place, for what autograd keeps of the weights and for a
+            # forward that is recomputed there, without hooks. In between they are empty.
+            group.register_forward_pre_hook(block.put_together)
+        there.update({id(m): block for m in owned})
     if unread:
         read_buffers(model, unread, device)
-    return whole
+    return Sharded(whole, there)
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A weight on the meta device that was not read yet. `places`: (module, name) of each that has it."""
+    """A weight on the meta device that was not read yet. `names`: of what lies below one another in it, in the files.
+    `places`: (module, name) of each that has it."""
 
-    name: str
+    names: tuple[str, ...]
     weight: Tensor
     places: list[tuple[nn.Module, str]]
 
@@ -118,7 +174,7 @@ class _Wanted:
                 module._parameters[key] = made
 
 
-def _wanted(modules: Sequence[nn.Module], names: Mapping[int, str]) -> list[_Wanted]:
+def _wanted(modules: Sequence[nn.Module], names: Mapping[int, tuple[str, ...]]) -> list[_Wanted]:
     found: dict[int, _Wanted] = {}
     for module in modules:
         for key, weight in module._parameters.items():
@@ -142,13 +198,19 @@ class _Apart:
     names: tuple[str, ...]
     places: list[tuple[nn.Module, str]]
 
-    def whole(self) -> Quantised:
+    def gather(self) -> None:
+        self._put(self._whole())
+
+    def leave(self) -> None:
+        self._put(self.absent)
+
+    def _whole(self) -> Quantised:
         codes = [getattr(self.owner, name) for name in self.names]
         shapes = [t.shape for t in self.absent.stored.tensors().values()]
         values = (code.detach().view(shape) for code, shape in zip(codes, shapes, strict=True))
         return self.absent.like(with_tensors(self.absent.stored, values))
 
-    def put(self, weight: Quantised) -> None:
+    def _put(self, weight: Quantised) -> None:
         for module, name in self.places:
             # Not by register_parameter: it is no parameter of its own, and changes with every forward pass.
             module._parameters[name] = weight  # type: ignore[assignment]
@@ -173,19 +235,51 @@ def _taken_apart(modules: Sequence[nn.Module]) -> list[_Apart]:
     return list(found.values())
 
 
-def _put_together(group: nn.Module, apart: Sequence[_Apart]) -> None:
-    """At each forward of `group`, once its codes are gathered, its quantised weights are made of them. They stay: a
-    backward pass gathers the codes into the same place, for what autograd keeps of the weights and for a forward that
-    is recomputed there, without hooks. In between they are empty."""
+@dataclass(frozen=True)
+class _Joined:
+    """Weights that are rows of one parameter, `_TOGETHER` of `owner`: those of `modules`, in order. `absent`: as it is
+    to be seen until it is gathered."""
 
-    def gathered(*_: Any) -> None:
-        for each in apart:
-            each.put(each.whole())
+    absent: Tensor
+    owner: nn.Module
+    modules: Sequence[nn.Module]
+    rows: Sequence[int]
 
-    for each in apart:
-        each.put(each.absent)
-    if apart:
-        group.register_forward_pre_hook(gathered)
+    def gather(self) -> None:
+        self._put(self.owner.get_parameter(_TOGETHER).detach())
+
+    def leave(self) -> None:
+        self._put(self.absent)
+
+    def _put(self, weight: Tensor) -> None:
+        for module, own in zip(self.modules, weight.split(list(self.rows)), strict=True):
+            module._parameters["weight"] = own  # type: ignore[assignment]
+
+
+_TOGETHER = "weights_together"
+
+
+def _joined(
+    owned: Sequence[nn.Module], together: Sequence[Sequence[nn.Module]], names: dict[int, tuple[str, ...]]
+) -> list[_Joined]:
+    """Plain frozen weights of one dtype and width, joined in the first module; quantised ones are not copied at all
+    when they are joined (ops.quantised.stacked_rows). `names` learns what the new parameters are."""
+    here, out = set(map(id, owned)), []
+    for group in together:
+        modules = [base_of(m) for m in group]
+        weights = [m._parameters.get("weight") for m in modules]
+        plain = [w for w in weights if w is not None and not isinstance(w, Quantised) and not w.requires_grad]
+        if len(plain) < len(modules) or len(modules) < 2 or not all(id(m) in here for m in modules):
+            continue
+        if len({(w.dtype, w.shape[1]) for w in plain}) > 1 or len({id(w) for w in plain}) < len(plain):
+            continue
+        whole = nn.Parameter(torch.cat([w.detach() for w in plain]), requires_grad=False)
+        names[id(whole)] = tuple(name for w in plain for name in names[id(w)])
+        for module in modules:
+            del module._parameters["weight"]
+        modules[0].register_parameter(_TOGETHER, whole)
+        out.append(_Joined(whole.detach().to("meta"), modules[0], modules, [len(w) for w in plain]))
+    return out
 
 
 def whole_bytes(model: nn.Module) -> int:

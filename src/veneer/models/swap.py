@@ -123,12 +123,24 @@ def _start_of(tensor: Tensor) -> tuple[int, int]:
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
+def _lying_together(weights: list[Tensor]) -> Tensor | None:
+    """The tensor whose rows these are, one weight's after another's; None where they are not."""
+    storage, first = _start_of(weights[0])
+    columns, rows = weights[0].shape[1], 0
+    for weight in weights:
+        if _start_of(weight) != (storage, first + rows * columns) or not weight.is_contiguous():
+            return None
+        rows += len(weight)
+    return weights[0].detach().as_strided((rows, columns), (columns, 1), first)
+
+
 class Join:
     """The weights of linear modules that share an input, laid below one another in one tensor; `undo` parts them.
 
-    Quantised weights stay where they are: the tensor is one over all their codes."""
+    Quantised weights stay where they are: the tensor is one over all their codes. So do those that lie so already.
+    `move`: whether others may be moved."""
 
-    def __init__(self, modules: list[nn.Module], undo: ExitStack) -> None:
+    def __init__(self, modules: list[nn.Module], undo: ExitStack, *, move: bool = True) -> None:
         self.modules = modules
         self.weight: Tensor | None = None
         self.kept: KeptWeight | None = None
@@ -143,6 +155,9 @@ class Join:
             self.weight = stacked_rows(quantised)
             return
         if len(modules) < 2 or quantised or len({_start_of(p) for p in parameters}) != len(parameters):
+            return
+        if not move:
+            self.weight = _lying_together(parameters)
             return
         whole = torch.cat([p.detach() for p in parameters])
         at = 0

@@ -79,15 +79,25 @@ class Unread:
         stored = self.stored[name]
         return self._cast(self._values(name, 0, stored.elements).view(stored.shape).to(device))
 
-    def part(self, name: str, weight: Tensor, rank: int, count: int, device: torch.device) -> list[Tensor]:
+    def part(
+        self, names: Sequence[str], weight: Tensor, rank: int, count: int, device: torch.device
+    ) -> list[Tensor]:  # fmt: skip
         """This process's part of a weight on `device`; of a quantised one, that of each of its tensors, in order.
-        `weight`: the one on the meta device. All processes ask for the same weights in the same order: in 4 bits they
-        wait for each other."""
+        `names`: of the weights in the files that lie below one another in it, of a quantised one it alone. `weight`:
+        the one on the meta device. All processes ask for the same weights in the same order: in 4 bits they wait for
+        each other."""
         if not isinstance(weight, Quantised):
-            first, last = rows_of(weight.shape[0], rank, count) if weight.ndim else (0, int(rank == 0))
-            wide = weight.numel() // weight.shape[0] if weight.ndim else 1
-            values = self._values(name, first * wide, last * wide).to(device)
+            first, last = rows_of(weight.shape[0], rank, count)
+            wide, at, parts = weight.shape[1:].numel(), 0, []
+            for one in names:
+                rows = self.stored[one].shape[0]
+                begin, end = max(first - at, 0), min(last - at, rows)
+                if begin < end:
+                    parts.append(self._values(one, begin * wide, end * wide).to(device))
+                at += rows
+            values = torch.cat(parts) if parts else torch.empty(0, dtype=weight.dtype, device=device)
             return [self._cast(values).view(last - first, *weight.shape[1:])]
+        (name,) = names
         if self.kind == "int8":
             columns = weight.shape[-1]
             first, last = rows_of(weight.numel() // columns, rank, count)

@@ -28,7 +28,7 @@ from veneer.core.experts import expert_product
 from veneer.core.layers import LoraExperts, LoraLinear
 from veneer.core.targets import base_of
 from veneer.models.compat_transformers import PRE_NORM_LAYERS, own_attention, register_attention
-from veneer.models.shard import CallWithWeights, call_whole
+from veneer.models.shard import CallWithWeights, Sharded, call_whole
 from veneer.models.swap import (
     FastReport,
     Join,
@@ -62,17 +62,16 @@ _ATTENTION = "veneer_rows"
 
 @contextmanager
 def fast(
-    model: Any, *, keep: int = 0, pack: int = 0, hold: bool = True, like: FastReport | None = None,
-    call: CallWithWeights = call_whole,
-) -> Iterator[FastReport]:  # fmt: skip
+    model: Any, *, keep: int = 0, pack: int = 0, like: FastReport | None = None, sharded: Sharded | None = None
+) -> Iterator[FastReport]:
     """Swaps what can be swapped, as the module says, for the length of the with-block. It may be entered again inside.
 
     `keep`: bytes that dequantised weights of a quantised base may take while the block lasts; the others are
     dequantised at each use. `pack`: bytes that weights of any other base may take a second time, in the order of their
-    products, where those are clearly faster so (ops/kept.py). `hold`: whether a path may keep references to weights.
-    Sharded weights come and go, so there it may not: rows lie without padding, and norms, MLPs and projections are
-    called as they are. `like`: what was found of a model of the same kinds of modules; this one has no values to try,
-    and is believed to be the same. `call`: what the model is called through."""
+    products, where those are clearly faster so (ops/kept.py). `like`: what was found of a model of the same kinds of
+    modules; this one has no values to try, and is believed to be the same. `sharded`: what the model is called through;
+    its weights are looked at a block at a time, in the same order on every process, and projections of one input are
+    joined where they were sharded together (`weights_together`)."""
     if (already := report_of(model)).active:
         yield already
         return
@@ -82,11 +81,11 @@ def fast(
         with without_dropout(model):
             undo.enter_context(marked(model, report))
             try:
-                own = call(OwnForward.of, model) if like is None else None
+                own = (sharded or call_whole)(OwnForward.of, model) if like is None else None
             except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
                 report.left["model"] = f"its own forward over padded rows fails: {type(error).__name__}: {error}"
             else:
-                _swap(model, own, hold, report, undo, like, call)
+                _swap(model, own, report, undo, like, sharded)
             if keep:
                 keep_dequantised(report, keep, undo)
             if pack:
@@ -95,22 +94,33 @@ def fast(
 
 
 def _swap(
-    model: Any, own: OwnForward | None, hold: bool, report: FastReport, undo: ExitStack, like: FastReport | None,
-    call: CallWithWeights,
+    model: Any, own: OwnForward | None, report: FastReport, undo: ExitStack, like: FastReport | None,
+    sharded: Sharded | None,
 ) -> None:  # fmt: skip
     """Modules and rows; or modules alone where rows are not the model's own; or nothing."""
-    modules = [(name, module) for name, module in model.named_modules() if not isinstance(module, LoraLinear)]
-    if not hold:
-        report.left["every module"] = "its weights come and go"
-        modules = []
+    call = sharded or call_whole
+    found = [module for module in model.modules() if not isinstance(module, LoraLinear)]
+
+    def modules() -> Iterator[nn.Module]:
+        """Each, with its weights there."""
+        try:
+            for module in found:
+                if sharded is not None:
+                    sharded.at(module)
+                yield module
+        finally:
+            if sharded is not None:
+                sharded.let_go()
+
     with ExitStack() as swapped:
-        _swap_norms(modules, report, swapped, like)
-        _swap_mlps(modules, report, swapped, like)
-        for kind in route_experts((module for _, module in modules), swapped):
+        _swap_norms(modules(), report, swapped, like)
+        _swap_mlps(modules(), report, swapped, like, move=sharded is None)
+        for kind in route_experts(found if sharded is None else (), swapped):
             report.swapped[kind] = report.swapped.get(kind, 0) + 1
         with ExitStack() as attempt:
             before = dict(report.swapped), len(report.joins)
-            problem = _swap_attention(model, modules, report, attempt) or _rows_problem(model, own, call, like)
+            problem = _swap_attention(model, modules(), report, attempt, move=sharded is None)
+            problem = problem or _rows_problem(model, own, call, like)
             if not problem:
                 report.rows = True
                 swapped.push(attempt.pop_all())
@@ -139,10 +149,8 @@ def _as(like: FastReport, found: Mapping[str, _Found], kind: str) -> _Found:
 # -- norms -------------------------------------------------------------------------------------------------------------
 
 
-def _swap_norms(
-    modules: list[tuple[str, nn.Module]], report: FastReport, undo: ExitStack, like: FastReport | None
-) -> None:
-    for _, module in modules:
+def _swap_norms(modules: Iterable[nn.Module], report: FastReport, undo: ExitStack, like: FastReport | None) -> None:
+    for module in modules:
         kind = type(module).__name__
         if not kind.endswith("RMSNorm"):
             continue
@@ -170,10 +178,10 @@ def _norm_forward(weight: Tensor, eps: float) -> Callable[..., Tensor]:
 
 
 def _swap_mlps(
-    modules: list[tuple[str, nn.Module]], report: FastReport, undo: ExitStack, like: FastReport | None
+    modules: Iterable[nn.Module], report: FastReport, undo: ExitStack, like: FastReport | None, *, move: bool
 ) -> None:
     """down(act(gate(x)) ⊙ up(x)) with gate_proj and up_proj apart, or joined in gate_up_proj."""
-    for _, module in modules:
+    for module in modules:
         found = gate_parts(module)
         if found is None:
             continue
@@ -183,7 +191,7 @@ def _swap_mlps(
         except OtherKind as why:
             report.left[kind] = str(why)
             continue
-        join, down = Join(parts, undo), Join([last], undo)
+        join, down = Join(parts, undo, move=move), Join([last], undo)
         replace_forward(module, _mlp_forward(type(module).forward, join, down, act), undo)
         report.gates[kind] = act
         report.swapped[kind] = report.swapped.get(kind, 0) + 1
@@ -299,7 +307,9 @@ def _drops(module: nn.Module) -> bool:
     return any(p > 0 for p in (getattr(f, "p", f) for f in found) if isinstance(p, float | int))
 
 
-def _swap_attention(model: Any, modules: list[tuple[str, nn.Module]], report: FastReport, undo: ExitStack) -> str:
+def _swap_attention(
+    model: Any, modules: Iterable[nn.Module], report: FastReport, undo: ExitStack, *, move: bool
+) -> str:
     """Why it cannot be swapped, or "" and it is, on trust: `_rows_problem` tells."""
     before = getattr(model.config, "_attn_implementation", None)
     if before not in ("sdpa", "eager"):
@@ -310,19 +320,37 @@ def _swap_attention(model: Any, modules: list[tuple[str, nn.Module]], report: Fa
     undo.callback(model.set_attn_implementation, before)
     if model.config._attn_implementation != name:
         return "its attention does not go through transformers' interface"
-    for _, module in modules:
+    for module in modules:
         kind = type(module).__name__
         norms = _head_norms(module, report) if kind in _WITH_HEAD_NORMS else None
         if kind not in _LLAMA_LIKE and norms is None:
             continue
-        children = dict(module.named_children())
-        parts = [children.get(n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")]
-        if all(p is not None and _is_linear(p) for p in parts):
-            join, out = Join([p for p in parts[:3] if p is not None], undo), Join([p for p in parts[3:] if p], undo)
+        parts = _attention_parts(module)
+        if parts is not None:
+            join, out = Join(parts[:3], undo, move=move), Join(parts[3:], undo)
             replace_forward(module, _attention_forward(type(module).forward, join, out, norms), undo)
             report.swapped[kind] = report.swapped.get(kind, 0) + 1
             report.joins += [join, out]
     return ""
+
+
+def _attention_parts(module: nn.Module) -> list[nn.Module] | None:
+    """The projections q, k, v and o of an attention that has them as linear maps."""
+    children = dict(module.named_children())
+    parts = [children[n] for n in ("q_proj", "k_proj", "v_proj", "o_proj") if n in children]
+    return parts if len(parts) == 4 and all(map(_is_linear, parts)) else None
+
+
+def weights_together(model: nn.Module) -> list[list[nn.Module]]:
+    """The projections that share an input and would be joined, for a model that is going to be sharded."""
+    out = []
+    for module in model.modules():
+        gate = gate_parts(module)
+        if gate is not None:
+            out.append(gate[0])
+        elif type(module).__name__ in (*_LLAMA_LIKE, *_WITH_HEAD_NORMS):
+            out.append((_attention_parts(module) or [])[:3])
+    return [parts for parts in out if len(parts) > 1]
 
 
 def _head_norms(module: Any, report: FastReport) -> tuple[list[nn.Module], HeadNorms] | None:
@@ -380,7 +408,7 @@ def _swap_last_layer(
     """Of the last layer's output only the tokens that predict a trained one are read: with a quarter of the tokens
     trained, 63% of one layer's work falls away."""
     layers = getattr(getattr(model, "model", None), "layers", None)
-    if not layers or type(layers[-1]).__name__ not in PRE_NORM_LAYERS.values():
+    if not layers or type(layers[-1]).__name__.removeprefix("FSDP") not in PRE_NORM_LAYERS.values():
         return
     layer = layers[-1]
     if "forward" not in layer.self_attn.__dict__:

@@ -30,10 +30,10 @@ from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
 from veneer.errors import ConfigError, Interrupted, PreflightError
 from veneer.formats import peft
-from veneer.models.shard import CallWithWeights, blocks, call_whole, local_bytes, shard, whole_bytes
+from veneer.models.shard import CallWithWeights, Sharded, blocks, call_whole, local_bytes, shard, whole_bytes
 from veneer.models.swap import report_of, without_dropout
 from veneer.models.text.base import load_text
-from veneer.models.text.fast import fast
+from veneer.models.text.fast import fast, weights_together
 from veneer.models.text.loss import text_loss
 from veneer.ops.transfer import sent
 from veneer.train import loop
@@ -178,17 +178,18 @@ class TextTask(Task[TextData, RunResult]):
             if recompute:
                 undo.callback(model.activation_checkpointing_disable)
                 recompute_activations(model)
-            call = call_whole
+            call: CallWithWeights = call_whole
+            parted: Sharded | None = None
             if sharded:
                 whole, device = whole_bytes(model), torch.device(devices.device)
-                call = shard(model, blocks(model), device, base.unread)
+                call = parted = shard(model, blocks(model), device, base.unread, weights_together(model))
                 attachment.adapters[NAME].move(device)
                 part = local_bytes(model)
                 read = "" if base.unread is None else f", and read {size(base.unread.bytes_read)} for it"
                 run.note(f"sharded over {devices.count} devices: this one holds {size(part)} of {size(whole)}{read}")
                 base = replace(base, device=device)
-            pack = int(report.numbers.get("kept_packed", 0))
-            how = undo.enter_context(fast(model, hold=not sharded, keep=keep, pack=pack, call=call))
+            pack = 0 if sharded else int(report.numbers.get("kept_packed", 0))
+            how = undo.enter_context(fast(model, keep=keep, pack=pack, sharded=parted))
             run.note(how.summary())
             kind = AttachedText if config.preference.loss is None else AttachedPreferences
             attached = kind(config, base, run, data, attachment, call)
