@@ -92,10 +92,10 @@ def test_32_at_once_under_many_mixes_are_as_by_the_dequantised_weights(shop: Sho
     asked = [asking("tiny.gguf", ids, 1, echo=True, extra_body={"mix": mix}) for mix, ids in work]
     for (mix, ids), got in zip(work, server.together(asked), strict=True):
         want = wanted(shop, list(mix.items()), ids)
-        assert (torch.tensor(got.logprobs[1 : len(ids)]).double() - want).norm() <= 0.008 * want.norm(), (mix, len(ids))
+        assert (torch.tensor(got.logprobs[1 : len(ids)]).double() - want).norm() <= 0.006 * want.norm(), (mix, len(ids))
     server.idle()
     base, plain = (wanted(shop, mix, prompt(LONG)) for mix in ([], [("a", 1.0)]))
-    assert (base - plain).norm() > 0.03 * base.norm()  # an adapter has its effect
+    assert (base - plain).norm() > 0.015 * base.norm()  # an adapter has its effect
 
 
 def test_a_prefix_in_the_cache_is_found_under_its_mix_alone_and_changes_nothing(shop: Shop, server: Whole) -> None:

@@ -285,6 +285,14 @@ def settled() -> dict[str, Measured]:
     return {key: Measured(name, {} if (found := kept[key]) is None else found.ms) for key, name in names.items()}
 
 
+def what_ran() -> str:
+    """By what measured ops ran so far, for a person: `rms_norm compiled; rows_attend tiles, torch`."""
+    by: dict[str, set[str]] = {}
+    for key, found in settled().items():
+        by.setdefault(key.partition(" ")[0], set()).add(found.runs)
+    return "; ".join(f"{op} {', '.join(sorted(names))}" for op, names in sorted(by.items()))
+
+
 def measured_here() -> dict[str, Measured]:
     """What is kept of this machine for the number of threads that there is now, whoever measured it; key -> record."""
     ours = f", {torch.get_num_threads()} threads"

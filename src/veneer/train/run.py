@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from veneer.errors import ConfigError, Interrupted, NoGain
 from veneer.models.sources import find_base
-from veneer.ops.choice import follow, known, own_choices, settled
+from veneer.ops.choice import follow, known, own_choices, what_ran
 from veneer.train import checkpoint, loop
 from veneer.train.checkpoint import Progress
 from veneer.train.config.load import RunConfig
@@ -249,7 +249,7 @@ def _finished(run: Run, task: AttachedTask[_R], report: Report, progress: Progre
     result = devices.gather(result)[0]
     if devices.first or devices.lockstep:
         tell(Note(task.prove()))
-    if ran := _implementations():
+    if ran := what_ran():
         tell(Note(f"which ran, as measured here (veneer doctor): {ran}"))
     if predicted := was_predicted(report.numbers, result.peak_memory_bytes, progress.seconds):
         tell(Note(predicted))
@@ -257,14 +257,6 @@ def _finished(run: Run, task: AttachedTask[_R], report: Report, progress: Progre
         page = write_report(run.folder, result, task.report(result, progress))
         result = replace(result, report=str(page))
     return devices.gather(result)[0]
-
-
-def _implementations() -> str:
-    """What measured ops ran by: `rms_norm compiled; rows_attend tiles, torch`."""
-    by: dict[str, set[str]] = {}
-    for key, found in settled().items():
-        by.setdefault(key.partition(" ")[0], set()).add(found.runs)
-    return "; ".join(f"{op} {', '.join(sorted(names))}" for op, names in sorted(by.items()))
 
 
 # --- parts of it ------------------------------------------------------------------------------------------------------
