@@ -285,6 +285,23 @@ def test_a_holder_of_models_has_the_rows_of_the_one_that_is_called() -> None:
             assert same == [False, True] * (len(x) // 2)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_rows_of_one_token_have_experts_of_their_own(implementation: str) -> None:
+    model = FAMILIES["mixtral"]()
+    model.set_experts_implementation(implementation)
+    ids = torch.arange(6)[:, None]
+    with attach(model) as attachment, torch.no_grad():
+        for seed, name in enumerate("ab"):
+            spec = LoraSpec(rank=2, targets=("experts.*", "q_proj"))
+            attachment.add(name, _noise(create(model, spec, seed=seed), seed))
+        mixes: list[list[str | tuple[str, float]]] = [["a"], [], [("b", 0.5)], ["a", "b"], ["a"], []]
+        attachment.use_rows(mixes)
+        got = model(ids).logits
+        for row, mix in enumerate(mixes):
+            with attachment.using(*mix):
+                torch.testing.assert_close(got[row], model(ids[row : row + 1]).logits[0], rtol=1e-4, atol=1e-5)
+
+
 def test_experts_refuse_and_say_so() -> None:
     model = FAMILIES["mixtral"]()
     with attach(model) as attachment:

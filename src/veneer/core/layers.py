@@ -466,24 +466,39 @@ class LoraExperts(Layer):
         return super().acts(adapter) or any(f"{self.name}.{key}" in adapter.pairs for key in self.base._parameters)
 
     def by_rows(self, rows: RowMixes, *args: Any, **kwargs: Any) -> Any:
-        if len(rows.segments(self.acts)) > 1:
+        """Where every row is one token, which is routed by itself, those under one mix go through the experts by
+        themselves."""
+        segments = rows.segments(self.acts)
+        if len(segments) == 1:
+            return self.under(segments[0].mix, *args, **kwargs)
+        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        if not given or {len(t) for t in given} != {rows.batch or len(rows.mixes)}:
             raise AdapterError(
                 "fused experts see the tokens of all rows together: no mix for each row there",
                 where=self.name,
                 fix="run the rows one after another with use(), or leave out the adapters that change the experts",
             )
-        return super().by_rows(rows, *args, **kwargs)
+        return run_apart(rows, segments, self.under, args, kwargs, self.name, all_rows=True)
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
         return _stand_in(self.base, self._adapted(mix))(*args, **kwargs)
 
-    def weights(self) -> dict[str, Any] | None:
-        """The base's parameters as they are under what is selected now, for who multiplies by them; None where that is
-        more than pairs on them: a mix for each row, full copies, deltas."""
-        mix = self.owner.selection.mix
-        if self.owner.selection.rows is not None or self.deltas(mix) or any(self.name in a.modules for a, _ in mix):
+    def weights(self, tokens: int) -> list[tuple[Tensor | None, dict[str, Any]]] | None:
+        """The base's parameters as they are under what is selected now, for who multiplies so many tokens by them:
+        which tokens (None: all), and the parameters. With a mix for each row every token is one. None where something
+        is more than pairs on them: full copies, deltas."""
+        selection = self.owner.selection
+        segments = None if selection.rows is None else selection.rows.segments(self.acts)
+        mixes = [selection.mix] if segments is None else [mix for mix, _ in segments]
+        if any(self.deltas(mix) or any(self.name in a.modules for a, _ in mix) for mix in mixes):
             return None
-        return {**dict(self.base.named_parameters(recurse=False)), **self._adapted(mix)}
+        places: list[Tensor | None] = [None]
+        if selection.rows is not None and segments is not None and len(segments) > 1:
+            rows, device = selection.rows, next(self.base.parameters()).device
+            rows.repeats(tokens, self.name)
+            places = [rows.index(own, tokens, device) for _, own in segments]
+        plain = dict(self.base.named_parameters(recurse=False))
+        return [(at, {**plain, **self._adapted(mix)}) for at, mix in zip(places, mixes, strict=True)]
 
     def _adapted(self, mix: Sequence[tuple[Adapter, float]]) -> dict[str, AdaptedWeight]:
         flipped = bool(getattr(self.base, "is_transposed", False))

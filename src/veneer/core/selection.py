@@ -140,11 +140,13 @@ def run_apart(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     where: str,
+    all_rows: bool = False,
 ) -> Any:
     """Each segment's rows by themselves: run(mix, *args, **kwargs), the results laid back in the batch's order.
 
     What is called with several tensors is run on all of them for each segment, as which of them have rows is its own
-    affair, and the segment's rows are taken from the result. Raises AdapterError where there are no rows."""
+    affair, and the segment's rows are taken from the result; unless `all_rows` of them have. Raises AdapterError where
+    there are no rows."""
     tensors = list(_tensors((args, kwargs)))
     if not tensors or not tensors[0].ndim:
         raise AdapterError("this module is called without a batch, so no row can have its own mix", where=where)
@@ -154,7 +156,7 @@ def run_apart(
     for mix, own in segments:
         at = rows.index(own, batch, device)
         take = partial(torch.index_select, dim=0, index=at)
-        if len(tensors) == 1:
+        if len(tensors) == 1 or all_rows:
             own_args, own_kwargs = _mapped((args, kwargs), take)
             parts.append(_mapped(run(mix, *own_args, **own_kwargs), partial(_with_rows, len(at), where)))
         else:

@@ -234,20 +234,35 @@ def route_experts(modules: Iterable[nn.Module], undo: ExitStack) -> list[str]:
 def _routed_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, hidden_states: Tensor) -> Any:
         experts = self.experts
-        own = experts.weights() if isinstance(experts, LoraExperts) else dict(experts.named_parameters(recurse=False))
         x = hidden_states.reshape(-1, self.hidden_dim)
-        if own is None or torch.is_autocast_enabled(x.device.type):
+        weights: list[tuple[Tensor | None, dict[str, Any]]] | None
+        if isinstance(experts, LoraExperts):
+            weights = experts.weights(len(x))
+        else:
+            weights = [(None, dict(experts.named_parameters(recurse=False)))]
+        if weights is None or torch.is_autocast_enabled(x.device.type):
             return original(self, hidden_states)
         scores, logits = self.router(x)
         chosen = logits.topk(self.top_k, dim=1).indices
+        out = self.shared_expert(x)
+        for at, own in weights:
+            token, made = routed(self, x, scores, chosen, at, own)
+            out = out.index_add(0, token, made)
+        return out, logits
+
+    def routed(
+        self: Any, x: Tensor, scores: Tensor, chosen: Tensor, at: Tensor | None, own: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """What experts make of some tokens, and of which."""
+        if at is not None:
+            scores, chosen = scores[at], chosen[at]
         expert, order = chosen.flatten().sort(stable=True)
         counts = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device)
         ends = counts.index_add_(0, expert, torch.ones_like(expert)).cumsum(0)
-        token = order // self.top_k
+        token = order // self.top_k if at is None else at[order // self.top_k]
         given = x[token] * scores.gather(1, chosen).flatten()[order, None]  # what Llama 4 weighs is what experts read
         gate, up = expert_product(given, own["gate_up_proj"], ends).chunk(2, dim=-1)
-        made = expert_product(up * experts.act_fn(gate), own["down_proj"], ends)
-        return self.shared_expert(x).index_add(0, token, made), logits
+        return token, expert_product(up * self.experts.act_fn(gate), own["down_proj"], ends)
 
     return forward
 

@@ -279,23 +279,7 @@ class Runner:
         return batch, put_numbers(self.base.device, [t for r in rows for t in r.tokens])[0]
 
     def _packed(self, rows: Sequence[RunnerRow]) -> Tensor:
-        """Fused experts see the tokens of all rows together: rows whose mixes differ there go one mix after another."""
-        apart: dict[tuple[tuple[str, float], ...], list[int]] = {
-            _key(row.mix): [] for row in rows if any(_has_experts(p.adapter) for p, _ in row.mix)
-        }
-        if not apart:
-            return self._packed_together(rows)
-        for i, row in enumerate(rows):
-            apart.setdefault(_key(row.mix) if _key(row.mix) in apart else (), []).append(i)
-        out: list[list[Tensor]] = [[] for _ in rows]
-        for own in apart.values():
-            logits = iter(self._packed_together([rows[i] for i in own]))
-            for i in own:
-                out[i] = [next(logits) for _ in range(rows[i].wants)]
-        wanted = [each for part in out for each in part]
-        return torch.stack(wanted) if wanted else torch.empty(0)
-
-    def _packed_together(self, rows: Sequence[RunnerRow]) -> Tensor:
+        """Every token is a row of the model's, so that each module has a mix for each of them, fused experts too."""
         batch, ids = self._batch(rows)
         with self._using([(row.mix, len(row.tokens)) for row in rows]), attending(partial(self._attend, batch)):
             out = self.model(input_ids=ids[:, None], position_ids=batch.positions[:, None], use_cache=False)
@@ -532,17 +516,9 @@ def _wanted(rows: Sequence[RunnerRow], batch: PackedRows) -> Tensor:
     return put_numbers(batch.positions.device, places)[0]
 
 
-def _has_experts(adapter: Adapter) -> bool:
-    return any(p.kind == "experts" for p in adapter.pairs.values())
-
-
 def use_threads(n: int) -> None:
     """Gives the calling thread's work n threads, and nobody else's. Needs the compiled kernels."""
     native = compiled.usable("use_threads")
     assert native is not None
     torch.get_num_threads()  # a thread's first call sets torch's own number
     native.use_threads(n)
-
-
-def _key(mix: Sequence[tuple[Prepared, float]]) -> tuple[tuple[str, float], ...]:
-    return tuple((p.key, s) for p, s in mix)
