@@ -153,7 +153,7 @@ def _small_products() -> tuple[int | None, int | None, int | None]:
     """Where at::native::cpublas::brgemm is for float32 and for bfloat16, and what a thread calls when it is done with
     it (CPUBlas.h), by the names that C++ gives them in a library; None for what is not there. Those of bfloat16 are
     for processors that multiply it: elsewhere libtorch says by an exception, which C cannot take, that it has none.
-    With AMX they have not run yet, so there they wait for VENEER_AMX=1."""
+    Where there is AMX they run in its tiles, which oneDNN asks the system for (docs/notes/amx.md)."""
     at, folder = "_ZN2at6native7cpublas", Path(torch.__file__).parent / "lib"
     found = next((folder / name for name in _LIBTORCH if (folder / name).is_file()), None)
     if found is None:
@@ -167,11 +167,8 @@ def _small_products() -> tuple[int | None, int | None, int | None]:
     # int64_t is a long on Linux and a long long on macOS
     wide = place("6brgemmEllllllbPKfS3_Pfb", "6brgemmExxxxxxbPKfS3_Pfb")
     narrow = place("6brgemmEllllllbPKN3c108BFloat16ES5_Pfb", "6brgemmExxxxxxbPKN3c108BFloat16ES5_Pfb")
-    has_amx, has_bf16 = (
-        getattr(torch.cpu, probe, bool)() for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    )
-    has_narrow = os.environ.get("VENEER_AMX") == "1" if has_amx else has_bf16
-    has_narrow = has_narrow and torch.backends.mkldnn.is_available()
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # wherever there is AMX, too
+    has_narrow = has_bf16 and torch.backends.mkldnn.is_available()
     return wide, narrow if has_narrow else None, place("14brgemm_releaseEb")
 
 
