@@ -93,3 +93,21 @@ def test_what_is_missing_is_said(
 ) -> None:  # fmt: skip
     assert call(*arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--loss-only"], ["-n", "2"]])
+def test_what_overflows_is_said_by_the_adapter_that_made_it(
+    more: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = load_text(str(folder / "tiny-base"))
+    adapter = create(base.model, LoraSpec(rank=2), seed=0)
+    for pair in adapter.pairs.values():
+        pair.B.fill_(1e36)  # within float32, and what comes of it is not
+    peft.write_folder(adapter, tmp_path / "loud", base_name=str(folder / "tiny-base"), base=base.model)
+    held = str(folder / "held.jsonl")
+    code = call("--base", str(folder / "tiny-base"), "--adapter", "loud:9000", "--data", held, *more)
+    said = capsys.readouterr().err
+    assert code == 2, said
+    assert "finite" in said
+    assert "loud:9000" in said

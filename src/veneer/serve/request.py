@@ -132,8 +132,8 @@ _numbers = itertools.count()
 @dataclass(eq=False)
 class Request:
     """One answer to one prompt. `prompt`: token ids, at least one. `tenant` and `weight`: whose it is and its share,
-    for fair queueing; `name`: what the client called the mix, for metrics alone, never for a cache. `salt`: prompts
-    that begin alike share what was computed where it is equal too."""
+    for fair queueing; `name`: what the client called the mix, for metrics and messages, never for a cache. `salt`:
+    prompts that begin alike share what was computed where it is equal too."""
 
     prompt: tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol
 
-from veneer.core.adapter import Adapter
+from veneer.core.adapter import Adapter, mix_text
 from veneer.models.swap import without_dropout
 from veneer.models.text.base import TextBase
 from veneer.models.text.generate import Completion, Prompt, complete, completion_of, encode_prompts
@@ -78,7 +78,8 @@ class EngineAnswers:
 
         async def one(ids: list[int]) -> Completion:
             room = min(max_new_tokens, self.engine.context - len(ids))
-            request = Request(tuple(ids), Sampling(max_tokens=room, temperature=0.0), named)
+            sampling = Sampling(max_tokens=room, temperature=0.0)
+            request = Request(tuple(ids), sampling, named, name=mix_text(tuple(mix)))
             new: list[int] = []
             async for event in self.engine.events(request):
                 if isinstance(event, Token):
