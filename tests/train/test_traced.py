@@ -58,6 +58,16 @@ def test_a_step_on_pictures_waits_for_nothing(name: str, quantise: str | None) -
     assert found.trace.at_peak["optimizer"] >= 2 * found.trace.at_peak["adapter"]
 
 
+def test_inputs_that_wait_on_the_host_are_not_on_the_device() -> None:
+    load = Load((2048,), checkpointing=True, inputs_on_host=True)
+    found = traced_training(base_config("meta-llama/Llama-3.1-8B") | NARROW, load, GPU)
+    assert not found.waits, found.waits
+    assert found.counted is not None
+    assert found.counted.host == 2 * 2048 * 512 * 12
+    assert abs(found.off) < 0.05, (found.trace.at_peak, found.counted)
+    assert found.trace.peak < 0.95 * (found.counted_peak + found.counted.host * 8 / 12)  # eight of twelve are away
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "off"), [("sdxl", 0.07), ("flux.1-dev", 0.05), ("black-forest-labs/FLUX.2-klein-4B", 0.05)]

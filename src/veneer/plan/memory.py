@@ -52,6 +52,9 @@ CPU_PROCESS = 480_000_000
 """Resident memory of Python, torch, transformers and oneDNN beside everything counted, where it is not calibrated."""
 CPU_LATER = 130_000_000
 """The part of that which comes with the first steps: oneDNN's compiled products and the heap around them."""
+_ON_THEIR_WAY = 4
+"""Inputs of layers on the device at once where they wait on the host: two that go, the layer's own and one more
+(models/text/offload.py)."""
 CPU_ROUNDING = 0.04
 """Share of activations that the C library's heap cannot place."""
 
@@ -60,7 +63,8 @@ CPU_ROUNDING = 0.04
 class Load:
     """What a run puts through a base. `lengths`: tokens of each row in the largest micro-batch; `trained`: the share
     of them with a loss. `micros`: micro-batches in a step. `dtype`: of the base. `quantise`: nf4, fp4, int8 or None;
-    `double`: its constants are quantised too. `offload`: share of the weights that waits in the CPU's memory. `kept`:
+    `double`: its constants are quantised too. `offload`: share of the weights that waits in the CPU's memory;
+    `inputs_on_host`: inputs of recomputed layers do. `kept`:
     bytes of layers that stay dequantised. `whole`: parameters trained beside the pairs (full copies, token rows)."""
 
     lengths: tuple[int, ...]
@@ -74,6 +78,7 @@ class Load:
     checkpointing: bool = False
     optimizer: str = "adamw"
     offload: float = 0.0
+    inputs_on_host: bool = False
     kept: int = 0
     whole: int = 0
 
@@ -196,8 +201,10 @@ def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | 
     ]
     ends = e * shape.hidden * (2 * meets(last) + trained)  # the last norm's input and output, and the head's gradient
     logits = _logits(shape, trained, e, device)
+    inputs = e * shape.hidden * tokens * len(layers) if load.checkpointing else 0
+    away = load.inputs_on_host and device.kind == "cuda"
     if load.checkpointing:
-        kept = e * shape.hidden * tokens * len(layers) + ends
+        kept = (min(inputs, e * shape.hidden * tokens * _ON_THEIR_WAY) if away else inputs) + ends
         largest = max(layers, key=lambda one: one.kept + one.working, default=None)
         working = 0 if largest is None else largest.kept + largest.working
         working = max(logits, working) - logits
@@ -214,9 +221,9 @@ def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | 
     moving = kept + logits + working
     gradients = 4 * trainable if load.micros > 1 else max(0, 4 * trainable - moving)
     dequantised = _dequantised(shape, load)
-    host = 0
+    host = inputs if away else 0
     if load.offload:
-        host = round(load.offload * (weights + constants))
+        host += round(load.offload * (weights + constants))
         share = 1 - load.offload
         weights, constants = round(weights * share), round(constants * share)
         dequantised += max((layer.matrices for layer in shape.layers), default=0) * e // 4

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from veneer.errors import gigabytes
 from veneer.plan.fit import AnyLoad, Change, cheapest, each_holds, usable_memory
 from veneer.plan.image import ImageCounts, ImageLoad, image_counts, image_memory, image_work
 from veneer.plan.memory import Load, Memory, dtype_bytes, kept_dequantised, packed_weights, text_memory
@@ -176,6 +177,7 @@ def text_plan(
         ("adapter", f"rank {rank}: {trainable:,} parameters, a file of {4 * trainable / 1e6:,.1f} MB"),
         ("data", f"{times}: {job.tokens:,} tokens, {job.total_steps:,} steps of {job.batch} rows"),
         ("at once", f"{load.tokens:,} tokens in {len(load.lengths)} rows{share}; activations {_kept(load)}"),
+        *((("host", f"{gigabytes(memory.host)} in the CPU's memory"),) if memory.host else ()),
         *(("note", note) for note in notes),
     )
     return Plan(

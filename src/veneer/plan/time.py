@@ -32,7 +32,7 @@ HOST_LINK = 20e9
 class Work:
     """Of one micro-batch, forward and backward. `products`, `attention`, `low_rank`, `head`: operations. `moved`: bytes
     of activations and weights that are read and written; `dequantised`: bytes written to dequantise; `fetched`: bytes
-    brought from the CPU's memory."""
+    brought from the CPU's memory, which is waited for; `copied`: to it and back, while something else is computed."""
 
     products: float = 0.0
     attention: float = 0.0
@@ -41,6 +41,7 @@ class Work:
     moved: float = 0.0
     dequantised: float = 0.0
     fetched: float = 0.0
+    copied: float = 0.0
 
     @property
     def operations(self) -> float:
@@ -63,7 +64,8 @@ class Rates:
 
     def seconds(self, work: Work, count: int = 1) -> float:
         """Seconds for `work` spread over `count` devices."""
-        return (work.operations / self.operations + work.bytes / self.bandwidth) / count + work.fetched / HOST_LINK
+        computing = (work.operations / self.operations + work.bytes / self.bandwidth) / count
+        return max(computing, work.copied / HOST_LINK / count) + work.fetched / HOST_LINK
 
 
 def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
@@ -101,7 +103,9 @@ def text_work(shape: TextShape, load: Load, device: Device) -> Work:
     moved = 4.0 * (kept.activations + kept.logits) + reads * (weights + constants)
     dequantised = reads * shape.matrices * dtype_bytes(load.dtype) if load.quantise else 0
     fetched = reads * load.offload * (weights + constants)
-    return Work(products, attention, low_rank, head, moved, dequantised, fetched)
+    inputs = dtype_bytes(load.dtype) * shape.hidden * tokens * len(shape.layers)
+    copied = 2.0 * inputs if load.checkpointing and load.inputs_on_host and device.kind == "cuda" else 0.0
+    return Work(products, attention, low_rank, head, moved, dequantised, fetched, copied)
 
 
 def run_seconds(

@@ -45,6 +45,7 @@ def load_of(
         tuple(max(micros, key=sum, default=[1])), trained, max((len(step) for step in steps), default=1),
         config.adapter.rank, _special_pairs(config), dtype, config.base.quantise, checkpointing=checkpointing,
         optimizer=config.optimizer.name, whole=whole,
+        inputs_on_host=checkpointing and config.memory.offload_activations,
     )  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def _micro_tokens_of(
     config: TrainConfig, shape: TextShape, device: Device, room: int, dtype: str, quantise: str | None
 ) -> int:
     """By rows as long as they may become, all of them learned."""
-    on = config.memory.activation_checkpointing == "on"
+    on = config.memory.recomputing == "on"
     rows = [config.data.max_length] * _MANY
 
     def load(tokens: int) -> Load:
@@ -182,9 +183,7 @@ def plan_of_config(
         lengths = [longest, *lengths[1:]]
     lengths = [min(n, config.data.max_length) for n in lengths]
     rates, process = rates_here(device, dtype)
-    load = load_of(
-        config, lengths, trained=trained, dtype=dtype, checkpointing=config.memory.activation_checkpointing == "on"
-    )
+    load = load_of(config, lengths, trained=trained, dtype=dtype, checkpointing=config.memory.recomputing == "on")
     job = _job(config, rows, mean, 0)
     return text_plan(config.base.name, shape, load, device, rates, job, process=process, traffic=traffic, notes=notes)
 

@@ -33,6 +33,7 @@ from veneer.models.image.memory import recomputing
 from veneer.models.image.predict import Conditioning
 from veneer.models.text.bare import bare_text, config_of, twin
 from veneer.models.text.fast import fast
+from veneer.models.text.offload import HostStore, lane_of
 from veneer.plan.image import ImageLoad, image_counts, image_memory
 from veneer.plan.memory import Load, text_memory
 from veneer.plan.plan import Plan
@@ -96,7 +97,8 @@ def traced_training(fields: Mapping[str, Any], load: Load, device: Device, say: 
             trace.hold("adapter", parameters.values())
             model.train()
             if load.checkpointing:
-                recompute_activations(model)
+                store = HostStore(lane_of(next(iter(parameters.values())))) if load.inputs_on_host else None
+                recompute_activations(model, store)
             optimizer = make_optimizer(parameters, name=load.optimizer, learning_rate=1e-4)
             optimizer.register_step_pre_hook(lambda *_: _name(trace, parameters))
             with fast(model, like=how) as report:

@@ -21,6 +21,8 @@ def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
     named = [f"`adapter.{key}`" for key in _changed(config.adapter) if key not in ("start", "dropout")]
     if config.adapter.start is not None and named:
         yield f"{', '.join(named)} cannot be set beside `adapter.start`, which brings its own"
+    if config.memory.offload_activations and config.memory.activation_checkpointing == "off":
+        yield "`memory.offload_activations` needs recomputing, and `memory.activation_checkpointing` is off"
     yield from _run(config)
 
 

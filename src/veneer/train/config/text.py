@@ -311,6 +311,12 @@ class MemorySection(Section):
         "recompute activations in the backward pass: less memory, a fifth to a third slower",
         "off when memory allows",
     )
+    offload_activations: bool = setting(
+        False,
+        "on a GPU, with recomputing: what layers are recomputed from waits in the CPU's memory, copied on a stream of "
+        "its own",
+        "for long rows and large micro-batches; the link to the card has to keep up",
+    )
     limit_gb: float | None = setting(None, "memory this run may use, in GB; nothing means what is free", gt=0)
     shard: bool = setting(
         False,
@@ -330,6 +336,11 @@ class MemorySection(Section):
         "what they take, where the plan finds room for it",
         ge=0,
     )
+
+    @property
+    def recomputing(self) -> Literal["auto", "on", "off"]:
+        """`activation_checkpointing`, which is on where its activations are to be offloaded."""
+        return "on" if self.offload_activations else self.activation_checkpointing
 
 
 class OutputSection(Section):

@@ -205,7 +205,7 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
         yield Finding("stop", "memory", text, f"data.max_length={context} with data.long_rows=cut or drop")
     device = computes_on(s.base)
     free = available_memory(config, device, s.free_memory)
-    mode = config.memory.activation_checkpointing
+    mode = config.memory.recomputing
     plain, again = (
         plan_of_run(
             config, s.base, s.data.train.items, trainable=int(s.numbers.get("trainable", 0)),

@@ -35,6 +35,7 @@ from veneer.models.swap import report_of, without_dropout
 from veneer.models.text.base import load_text
 from veneer.models.text.fast import fast, weights_together
 from veneer.models.text.loss import text_loss
+from veneer.models.text.offload import HostStore, lane_of
 from veneer.ops.transfer import sent
 from veneer.train import loop
 from veneer.train.checkpoint import Progress, seed_all
@@ -43,7 +44,7 @@ from veneer.train.devices import Devices
 from veneer.train.events import Listener, Note
 from veneer.train.loop import Means, Score, Step
 from veneer.train.planning import micro_tokens_of_run, with_micro_tokens
-from veneer.train.preflight import CACHE, Report, free_memory, recomputes
+from veneer.train.preflight import CACHE, Report, computes_on, free_memory, recomputes
 from veneer.train.report.log import read_log, size
 from veneer.train.run import NAME, AttachedTask, Run, Task, carry_out, opened
 from veneer.train.save import Outcome, ReportParts, prove
@@ -177,7 +178,10 @@ class TextTask(Task[TextData, RunResult]):
             model.train()
             if recompute:
                 undo.callback(model.activation_checkpointing_disable)
-                recompute_activations(model)
+                store = self._host_store(run)
+                if store is not None:
+                    undo.callback(store.let_go)
+                recompute_activations(model, store)
             call: CallWithWeights = call_whole
             parted: Sharded | None = None
             if sharded:
@@ -210,8 +214,17 @@ class TextTask(Task[TextData, RunResult]):
 
     def _recomputes(self, devices: Devices, report: Report) -> tuple[bool, str]:
         """Whether activations are recomputed, and why; the first process decides."""
-        mode, numbers = self.config.memory.activation_checkpointing, report.numbers
+        mode, numbers = self.config.memory.recomputing, report.numbers
         return devices.gather(recomputes(mode, numbers.get("memory_needed"), numbers.get("memory_free")))[0]
+
+    def _host_store(self, run: Run) -> HostStore | None:
+        """Where inputs of recomputed layers wait, if that is asked for and somewhere else than they are."""
+        if not self.config.memory.offload_activations:
+            return None
+        if computes_on(self.base).type != "cuda":
+            run.note("memory.offload_activations: this device has no other memory, so activations stay where they are")
+            return None
+        return HostStore(lane_of(torch.empty(0, device=run.devices.device)))
 
     def _settled(self, run: Run, data: TextData, report: Report) -> Iterator[tuple[str, Any, str]]:
         """What was `auto` or left open, as it is now, with the reason."""
@@ -247,7 +260,8 @@ class TextTask(Task[TextData, RunResult]):
                     yield f"preference.{key}", getattr(settled, key), f"what {config.preference.loss} takes"
 
 
-def recompute_activations(model: Any) -> None:
+def recompute_activations(model: Any, store: HostStore | None = None) -> None:
+    """Layers keep their inputs alone, in `store` where there is one. Raises ConfigError for a model that cannot."""
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
@@ -256,6 +270,10 @@ def recompute_activations(model: Any) -> None:
             where="memory.activation_checkpointing",
             fix="set it to off, and batching.micro_rows lower",
         ) from error
+    if store is not None:
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module._gradient_checkpointing_func = store.checkpoint
 
 
 def batch_loss(model: Any, batch: Batch, device: torch.device, call: CallWithWeights = call_whole) -> Tensor:

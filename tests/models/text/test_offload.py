@@ -1,0 +1,125 @@
+"""Inputs of layers that wait on the host: the same gradients to the bit, copies in an order that no stream can upset,
+and few tensors of the device on their way. A lane that runs late stands in for a GPU's stream."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from veneer.models.text.offload import OUT, HostStore, InOrder
+
+LAYERS, SIZE = 7, (5, 64)
+
+
+class Late:
+    """A lane whose copies run only when somebody waits for them, or for a later one: whoever forgets to wait reads
+    what was there before. Counts what is on its way."""
+
+    def __init__(self) -> None:
+        self.queue: list[Callable[[], Any]] = []
+        self.done = 0
+        self.most_back = self.back_open = 0
+        self.log: list[str] = []
+
+    def out(self, source: Tensor, into: Tensor) -> int:
+        self.queue.append(lambda: into.copy_(source))  # which holds its memory, as record_stream does
+        self.log.append("out")
+        return len(self.queue)
+
+    def back(self, source: Tensor, device: torch.device) -> tuple[Tensor, int]:
+        into = torch.full_like(source, float("nan"))
+        self.queue.append(lambda: into.copy_(source))
+        self.log.append("back")
+        self.back_open += 1
+        self.most_back = max(self.most_back, self.back_open)
+        return into, len(self.queue)
+
+    def wait(self, mark: int) -> None:
+        while self.done < mark:
+            self.queue[self.done]()
+            self.done += 1
+        self.log.append("wait")
+
+    def handed_over(self, tensor: Tensor) -> None:
+        assert tensor.isfinite().all(), "read before it came"
+        self.back_open -= 1
+
+
+class Layer(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.linear = nn.Linear(SIZE[1], SIZE[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(x))
+
+
+def gradients(layers: list[Layer], run: Callable[..., Tensor], x: Tensor) -> list[Tensor]:
+    for layer in layers:
+        layer.zero_grad()
+    y = x.clone().requires_grad_()
+    out = y
+    for layer in layers:
+        out = run(layer, out)
+    out.square().sum().backward()
+    assert y.grad is not None
+    found = [y.grad]
+    for layer in layers:
+        assert layer.linear.weight.grad is not None
+        found.append(layer.linear.weight.grad.clone())
+    return found
+
+
+@pytest.mark.parametrize("lane", [InOrder, Late])
+def test_gradients_are_those_of_layers_that_keep_everything_to_the_bit(lane: Callable[[], Any]) -> None:
+    layers, store = [Layer(i) for i in range(LAYERS)], HostStore(lane(), least=1)
+    for step in range(3):  # later steps use the buffers again
+        x = torch.randn(*SIZE, generator=torch.Generator().manual_seed(step))
+        plain = gradients(layers, lambda layer, x: layer(x), x)
+        assert all(map(torch.equal, gradients(layers, store.checkpoint, x), plain))
+
+
+def test_few_are_on_their_way_and_the_next_one_comes_ahead() -> None:
+    lane = Late()
+    layers, store = [Layer(i) for i in range(LAYERS)], HostStore(lane, least=1)
+    gradients(layers, store.checkpoint, torch.randn(*SIZE))
+    assert lane.log.count("out") == lane.log.count("back") == LAYERS
+    assert lane.most_back == 2  # the one that is wanted, and the one before it
+    forward = lane.log[: lane.log.index("back")]
+    assert forward.count("wait") == LAYERS - OUT  # the host never runs further ahead
+    first = lane.log.index("back")
+    assert lane.log[first : first + 3] == ["back", "back", "wait"], "the next copy is queued before this one is awaited"
+
+
+def test_buffers_are_used_again_and_only_when_nobody_asks_for_them() -> None:
+    class Seen(InOrder):
+        def __init__(self) -> None:
+            self.buffers: list[int] = []
+
+        def out(self, source: Tensor, into: Tensor) -> Any:
+            self.buffers.append(into.data_ptr())
+            return super().out(source, into)
+
+    lane = Seen()
+    layers, store = [Layer(i) for i in range(LAYERS)], HostStore(lane, least=1)
+    for _ in range(3):
+        gradients(layers, store.checkpoint, torch.randn(*SIZE))
+        gc.collect()
+    assert len(lane.buffers) == 3 * LAYERS
+    assert len(set(lane.buffers)) == LAYERS
+    x = torch.randn(*SIZE, requires_grad=True)
+    first, second = (store.checkpoint(layers[0], x) for _ in range(2))  # two that wait at once
+    assert lane.buffers[-1] != lane.buffers[-2]
+    (first.sum() + second.sum()).backward()
+
+
+def test_small_tensors_stay() -> None:
+    lane = Late()
+    gradients([Layer(0)], HostStore(lane).checkpoint, torch.randn(*SIZE))
+    assert not lane.log
