@@ -147,6 +147,27 @@ def test_from_codes_as_by_the_slow_path(kind: str) -> None:
     assert all(torch.equal(before[n], p.dense()) for n, p in quantised_of(model))
 
 
+def test_codes_that_cannot_be_laid_are_served_the_next_way_which_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_in("nf4", dtype=torch.bfloat16)
+    texts = prompts([9, 20])
+    with pinned(packed_product="torch"):
+        slow = Runner(base_of(model), cache_bytes=1 << 20)
+    wanted = continued(slow, [[], []], texts).double()
+    slow.close()
+
+    def fails(parts: Any) -> None:
+        raise RuntimeError("there is no room for panels")
+
+    monkeypatch.setattr("veneer.serve.forward.runner.panels_here", lambda bits: True)
+    monkeypatch.setattr("veneer.serve.forward.runner.panels_of_codes", fails)
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    assert runner.how == "packed"
+    assert runner.why == "not fused over its codes (RuntimeError: there is no room for panels)"
+    got = continued(runner, [[], []], texts, wanted).double()
+    runner.close()
+    assert (got - wanted).norm() <= 0.04 * wanted.norm()
+
+
 def test_what_has_no_thin_form_runs_beside_what_has() -> None:
     model = model_in("nf4")
     plain = plain_of(model)
