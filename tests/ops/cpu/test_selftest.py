@@ -158,7 +158,7 @@ _ROWS_OF_NONE = torch.tensor([0, 1])
         ("norm_silu", [*[None] * 5, 0, 1, 1, FAR, 1e-5, 2]),
         ("norm_silu_backward", [*[None] * 6, 0, 1, 1, FAR, 1e-5, 2]),
         ("causal_softmax", [None, 0, 0, 1, FAR, 0, 0, 0, 2]),
-        ("token_nll", [*[None] * 3, 0, FAR, 0, 2]),
+        ("token_nll", [None, 1, None, None, 0, FAR, 0, 2]),
         ("attend", [*[None] * 6, 0, 1, 1, FAR, 16, 1.0, 2]),
         ("attend_backward", [*[None] * 10, 0, 1, 1, FAR, 16, 1.0, 2]),
         ("rows_attend", [None, 0, None, None, _ROWS_OF_NONE.data_ptr(), 1, FAR, 1, 16, 1.0, 0, 0, None, None, 2]),
