@@ -800,7 +800,7 @@ def flux(task: Task) -> dict[str, Any]:
 
     places = (s.picture // 16) ** 2
     clean, noise = (torch.randn(1, places, config["in_channels"], device=s.device).bfloat16() for _ in range(2))
-    counts = image_counts(config, height=s.picture, width=s.picture, rank=load.rank, cuda=s.device == "cuda")
+    counts = image_counts(config, height=s.picture, width=s.picture, rank=load.rank)
     trained, how = _train_flux(task, model, call, clean, noise, load, counts)
     tell(_result(trained, how))
     figures = [*trained, *_draw_flux(task, model, call, clean, counts)]
