@@ -262,9 +262,7 @@ def predicted(run: dict[str, Any], record: Any) -> tuple[int, float]:
         part = "transformer" if run["base"] == "emoji-flux" else "unet"
         file = ROOT / "src" / "veneer" / "bases" / run["base"] / part / "config.json"
         config = {**json.loads(file.read_text(encoding="utf-8")), "vae_scale": SCALE}
-        counts = image_counts(
-            config, height=run["size"], width=run["size"], rank=run["rank"], text_tokens=20, cuda=False
-        )
+        counts = image_counts(config, height=run["size"], width=run["size"], rank=run["rank"], text_tokens=20)
         load = ImageLoad(run["pictures"], rank=run["rank"], checkpointing=run.get("checkpointing", False))
         memory = image_memory(counts, load, device, process=record.process)
         return memory.peak, rates.seconds(image_work(counts, load, device))
