@@ -23,6 +23,7 @@ from veneer.errors import (
     AdapterError,
     BaseError,
     CheckpointError,
+    ConfigError,
     DataError,
     Interrupted,
     NoGain,
@@ -34,6 +35,7 @@ from veneer.files.safetensors import read_tensors
 from veneer.formats import peft
 from veneer.formats.card import read_card
 from veneer.models.text.base import TextBase, load_text
+from veneer.models.text.offload import HostStore, InOrder
 from veneer.train import checkpoint, loop
 from veneer.train.config.load import config_from
 from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolved, Saved, Stepped
@@ -41,7 +43,7 @@ from veneer.train.report.log import read_log
 from veneer.train.text import task as run
 from veneer.train.text.batches import Batch
 from veneer.train.text.save import RunResult
-from veneer.train.text.task import run_text
+from veneer.train.text.task import recompute_activations, run_text
 
 ROOT = Path(__file__).resolve().parents[3]
 TENSORS = "adapter_model.safetensors"
@@ -561,3 +563,13 @@ def test_a_base_that_predicts_worse_than_chance_is_not_trained(shared: Path, tmp
     _train(shared, tmp_path / "forced", broken, force=True, on_event=notes.append, schedule={"steps": 1},
            evaluation={"keep": "last"})  # fmt: skip
     assert any(isinstance(e, Note) and "worse than chance" in e.text for e in notes)
+
+
+def test_activations_of_layers_that_keep_them_where_they_are_are_not_said_to_be_elsewhere() -> None:
+    class Keeps(torch.nn.Linear):
+        def activation_checkpointing_enable(self, how: dict[str, bool]) -> None:
+            """As of a model whose layers call torch's own function."""
+
+    with pytest.raises(ConfigError, match="another place") as error:
+        recompute_activations(Keeps(2, 2), HostStore(InOrder()))
+    assert error.value.where == "memory.offload_activations"

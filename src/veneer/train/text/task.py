@@ -261,7 +261,8 @@ class TextTask(Task[TextData, RunResult]):
 
 
 def recompute_activations(model: Any, store: HostStore | None = None) -> None:
-    """Layers keep their inputs alone, in `store` where there is one. Raises ConfigError for a model that cannot."""
+    """Layers keep their inputs alone, in `store` where there is one, which takes the place of the function that
+    transformers gives each of its `GradientCheckpointingLayer`s. Raises ConfigError for a model that cannot."""
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
@@ -270,10 +271,17 @@ def recompute_activations(model: Any, store: HostStore | None = None) -> None:
             where="memory.activation_checkpointing",
             fix="set it to off, and batching.micro_rows lower",
         ) from error
-    if store is not None:
-        for module in model.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                module._gradient_checkpointing_func = store.checkpoint
+    if store is None:
+        return
+    layers = [module for module in model.modules() if hasattr(module, "_gradient_checkpointing_func")]
+    if not layers:
+        raise ConfigError(
+            "this base's layers cannot be given another place for what they are recomputed from",
+            where="memory.offload_activations",
+            fix="set it to false",
+        )
+    for layer in layers:
+        layer._gradient_checkpointing_func = store.checkpoint
 
 
 def batch_loss(model: Any, batch: Batch, device: torch.device, call: CallWithWeights = call_whole) -> Tensor:
