@@ -191,15 +191,13 @@ def run(
 def stoppable() -> Iterator[None]:
     """Inside, what asks a process to end is a KeyboardInterrupt, as Ctrl-C is: a closed terminal, `kill`."""
 
-    def stop(number: int, frame: Any) -> None:
+    from veneer.train.signals import heard
+
+    def stop(number: int) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in STOPS}
-    try:
+    with heard(stop, *STOPS):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
@@ -293,6 +291,8 @@ def slug(card: str) -> str:
 def written(result: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]:
     """Writes CARD.md and CARD.json, each whole or not at all; returns the page and the result, with what earlier runs
     had of what was not tried now. A file that is no earlier run's is kept beside it as .unread."""
+    from veneer.files.atomic import replace_file  # late, here and above: a peer's Python, which runs its side, has none
+
     card = str(result["machine"].get("card", "card"))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{slug(card)}.json"
@@ -307,14 +307,9 @@ def written(result: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]
             now = {key: Outcome(**values) for key, values in result["sides"].items()}
             stays = {key for key, o in now.items() if o.status in NOT_TRIED and not o.figures and key in had}
             result = result_of({**had, **{key: o for key, o in now.items() if key not in stays}}, machine)
-    _write(file, json.dumps(result, indent=1) + "\n")
-    _write(where := file.with_suffix(".md"), page(result))
+    replace_file(file, [(json.dumps(result, indent=1) + "\n").encode()])
+    replace_file(where := file.with_suffix(".md"), [page(result).encode()])
     return where, result
-
-
-def _write(file: Path, text: str) -> None:
-    (new := file.with_name(f".{file.name}.new")).write_text(text, encoding="utf-8")
-    os.replace(new, file)
 
 
 def about_of(done: Mapping[str, Outcome]) -> dict[str, Any]:
