@@ -236,6 +236,24 @@ def test_ctrl_c_saves_and_resuming_ends_in_the_same_bytes(
     assert (output / TENSORS).read_bytes() == (whole[0] / TENSORS).read_bytes()
 
 
+def test_resumed_with_other_micro_batches_it_says_that_bits_may_differ(
+    shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    """Their size may be the device's own, which has more or less free than it had."""
+
+    def press(event: Event) -> None:
+        if isinstance(event, Stepped):
+            signal.raise_signal(signal.SIGINT)
+
+    seen: list[Event] = []
+    short = {"schedule": {"steps": 2}, "evaluation": {"every": 2}}
+    with pytest.raises(Interrupted):
+        _train(shared, tmp_path / "cut", base, on_event=press, **short)
+    _train(shared, tmp_path / "cut", base, resume=True, on_event=seen.append, batching={"micro_tokens": 64}, **short)
+    said = "tokens of a micro-batch was 2048 and is 64: the run goes on, but may differ in the last bits"
+    assert Note(said) in seen
+
+
 def test_batches_that_a_thread_sends_ahead_end_in_the_same_bytes_stopped_and_resumed_too(
     whole: tuple[Path, RunResult, list[Event]], shared: Path, base: TextBase, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -316,7 +316,8 @@ class AttachedText(AttachedTask[RunResult]):
 
     @property
     def environment(self) -> dict[str, Any]:
-        return {"bytes of weights kept packed": report_of(self.base.model).room.most}
+        packed = report_of(self.base.model).room.most
+        return {"tokens of a micro-batch": self.config.batching.at_once, "bytes of weights kept packed": packed}
 
     def check_base(self) -> None:
         """PreflightError where what the run begins with predicts its rows worse than chance, all their tokens counted:
