@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyText, live
+from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyText, live, toy_app
 from veneer.serve.http.bodies import CHUNK, DEPTH, VALUES, count_values, read_json
 from veneer.serve.request import Refused
 from veneer.serve.settings import HttpSettings
@@ -122,6 +123,35 @@ def test_a_body_with_many_faults_is_told_few(small: Live, path: str, body: Any) 
     assert answer.status_code in (400, 422)
     assert len(answer.content) < 1000
     assert " and " not in answer.text.partition("more")[0] or "and at most" in answer.text or "more than" in answer.text
+
+
+@pytest.mark.parametrize("path", SURFACES)
+def test_a_client_who_leaves_in_the_middle_of_a_body_is_nobodys_fault(path: str) -> None:
+    """Nothing is raised into the server's log, nothing counted as refused, and its place is free again."""
+    app = toy_app(ToyEngine(ToyText()), ToyCatalog())
+    service, answers = app.state.service, []
+    come = iter([{"type": "http.request", "body": b'{"model', "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(come)
+
+    async def send(message: Any) -> None:
+        answers.append(message)
+
+    head = [(b"content-type", b"application/json"), (b"content-length", b"100")]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "headers": head,
+        "query_string": b"",
+        "http_version": "1.1",
+    }
+    asyncio.run(app(scope, receive, send))
+    assert answers[0]["status"] == 499
+    assert service.inside == 0
+    refused = [each for metric in service.metrics.refused.collect() for each in metric.samples]
+    assert not refused
 
 
 def test_a_prompt_that_no_context_could_hold_is_not_tokenised(small: Live) -> None:

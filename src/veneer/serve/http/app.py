@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -191,6 +192,7 @@ def _tell_errors(app: FastAPI, surfaces: dict[str, str]) -> None:
     app.add_exception_handler(RequestValidationError, invalid_body)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(ClientLeft, left)
+    app.add_exception_handler(ClientDisconnect, left)  # before all of its body was here
     app.add_exception_handler(Exception, unexpected)
 
 
