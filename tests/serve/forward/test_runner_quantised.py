@@ -19,8 +19,8 @@ from veneer.ops.choice import pinned
 from veneer.ops.cpu import compiled
 from veneer.ops.panels import PanelRows, Panels
 from veneer.ops.quantised import Quantised, dequantised
-from veneer.serve.forward.packed import Coded
 from veneer.serve.forward.runner import Runner, RunnerRow
+from veneer.serve.forward.weights import Coded
 
 KINDS = ("nf4", "fp4", "int8", "Q8_0")
 

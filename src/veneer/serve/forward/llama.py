@@ -25,8 +25,8 @@ from veneer.ops.norms import normed
 from veneer.ops.orders import PackedWeight
 from veneer.ops.panels import Panels
 from veneer.serve.forward.lowrank import BaseLayout, Group, RowProducts, Segments
-from veneer.serve.forward.packed import in_blocks, invariant
 from veneer.serve.forward.paged import PackedRows, Pages, Rotary
+from veneer.serve.forward.weights import in_blocks, invariant
 
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 

@@ -29,7 +29,7 @@ from veneer.ops.choice import chosen
 from veneer.ops.mixed_rows import RECORD, MixTiles
 from veneer.ops.quantised import dequantised
 from veneer.ops.transfer import made_up, put_numbers, sent
-from veneer.serve.forward.packed import in_blocks
+from veneer.serve.forward.weights import in_blocks
 
 _RECORD = 17  # of ops/cpu/serving.c: those of ops/mixed_rows.py without gains
 _TILE, _TILE_OF_MANY = 16, 64  # rows of MixTiles: few for a step of single tokens, many for prompts

@@ -43,9 +43,9 @@ from veneer.ops.transfer import put_numbers
 from veneer.serve.forward.graphs import Capture, DecodeGraphs, cuda_graph, records_here
 from veneer.serve.forward.llama import LlamaForward, layout_of, llama_forward, static_positions
 from veneer.serve.forward.lowrank import Group, PackedAdapter, Segments, low_rank_problems, pack_adapter
-from veneer.serve.forward.packed import ROWS, Coded
 from veneer.serve.forward.paged import BLOCK, PackedRows, Pages
 from veneer.serve.forward.threads import ThreadTuner
+from veneer.serve.forward.weights import ROWS, Coded
 from veneer.serve.settings import WeightKind
 
 

@@ -1,4 +1,4 @@
-"""Bases whose weights serving rounds to codes."""
+"""A base whose weights serving rounds to 8 or 4 bits, with adapters beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Weights that serving makes of others: of a quantised base, and so that a row's bits are its own."""
+"""Weights that serving has beside those of ops/orders.py: a quantised base's codes as they are, and blocks of rows, so
+that a row's bits are its own."""
 
 from __future__ import annotations
 
