@@ -25,6 +25,17 @@ from veneer.ops.transfer import made_up
 _BLOCK = 1024
 
 
+@device_function
+def _scale_of_block(absmax, absmax2, mean, map8, block, there, NESTED: tl.constexpr, DOUBLE: tl.constexpr):
+    """What the weights of these blocks of 4 bits are multiplied by."""
+    if DOUBLE:
+        code = tl.load(absmax + block, mask=there, other=0).to(tl.int32)
+        scale = tl.load(map8 + code) * tl.load(absmax2 + block // NESTED, mask=there, other=0.0) + tl.load(mean)
+    else:
+        scale = tl.load(absmax + block, mask=there, other=0.0)
+    return scale
+
+
 @kernel
 def _blocks4(
     packed, absmax, absmax2, mean, map8, table, out, start, count,
@@ -37,12 +48,7 @@ def _blocks4(
     at = start + place
     both = tl.load(packed + at // 2, mask=there, other=0).to(tl.int32)
     value = tl.load(table + tl.where(at % 2 == 0, both >> 4, both & 15))
-    block = at // SIZE
-    if DOUBLE:
-        code = tl.load(absmax + block, mask=there, other=0).to(tl.int32)
-        by = tl.load(map8 + code) * tl.load(absmax2 + block // NESTED, mask=there, other=0.0) + tl.load(mean)
-    else:
-        by = tl.load(absmax + block, mask=there, other=0.0)
+    by = _scale_of_block(absmax, absmax2, mean, map8, at // SIZE, there, NESTED, DOUBLE)
     tl.store(out + place, rounded(value * by, out), mask=there)
 
 
@@ -208,12 +214,7 @@ def _few_blocks4(
     for b0 in range(begin, min(begin + share, half), GROUPS * 32):
         at = row * half + b0 + group[None] * 32  # of bytes: (BLOCK_N, GROUPS)
         there = (n < outputs)[:, None] & (b0 + group * 32 < half)[None]
-        block = at * 2 // SIZE
-        if DOUBLE:
-            code = tl.load(absmax + block, mask=there, other=0).to(tl.int32)
-            by = tl.load(map8 + code) * tl.load(absmax2 + block // NESTED, mask=there, other=0.0) + tl.load(mean)
-        else:
-            by = tl.load(absmax + block, mask=there, other=0.0)
+        by = _scale_of_block(absmax, absmax2, mean, map8, at * 2 // SIZE, there, NESTED, DOUBLE)
         both = tl.load(packed + at[:, :, None] + byte[None, None], mask=there[:, :, None], other=0).to(tl.int32)
         even = rounded(tl.load(table + (both >> 4)) * by[:, :, None], x)
         odd = rounded(tl.load(table + (both & 15)) * by[:, :, None], x)
