@@ -234,7 +234,7 @@ def _part(text: str) -> dict[str, Any]:
     try:
         name, strength = split_strength(text)
     except ConfigError as error:
-        raise ValueError(f"{error.what}: {error.fix}") from error
+        raise PydanticCustomError("strength", "{text}", {"text": f"{error.what}: {error.fix}"}) from error
     return {"adapter": name} if strength is None else {"adapter": name, "strength": strength}
 
 
