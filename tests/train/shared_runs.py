@@ -153,7 +153,8 @@ def broken(rank: int, folder: Path, factor: float | None) -> dict[str, Any]:
     try:
         _train(folder, folder / name, **ONE_ROW)
     except (Interrupted, TrainingError) as error:
-        return {"kind": type(error).__name__, "what": error.what, "where": error.where, "told": error.already_shown}
+        seen = {"kind": type(error).__name__, "what": error.what, "where": error.where, "told": error.already_shown}
+        return {**seen, "code": error.exit_code}
     finally:
         run.text_loss = real
     return {}

@@ -233,6 +233,7 @@ def test_a_loss_that_is_not_finite_on_one_ends_both_and_is_told_once(runs: Runs)
 def test_a_signal_to_one_stops_both_at_the_same_step_with_the_state_saved(runs: Runs) -> None:
     found = [seen["stopped"] for seen in runs.two]
     assert {f["kind"] for f in found} == {"Interrupted"}
+    assert {f["code"] for f in found} == {143}  # of the signal that came, wherever it did
     assert found[0]["what"] == found[1]["what"]
     assert sorted(f["told"] for f in found) == [False, True]
     assert checkpoint.latest(runs.folder / "stopped" / "checkpoints") is not None

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import errors
-from veneer.errors import ConfigError, TrainingError, VeneerError
+from veneer.errors import ConfigError, Interrupted, TrainingError, VeneerError
 from veneer.models import device as processors
 from veneer.train.signals import heard
 
@@ -216,6 +216,8 @@ def _shared(error: Exception, store: Any, rank: int) -> Exception:
     own = {"rank": rank, "kind": type(mine).__name__, "what": str(mine)}
     if isinstance(mine, VeneerError):
         own |= {"what": mine.what, "where": mine.where, "fix": mine.fix}
+    if isinstance(mine, Interrupted):
+        own["signal"] = mine.signal
     try:
         first = json.loads(store.compare_set(_ERROR, "", json.dumps(own)))
     except RuntimeError:  # whoever kept the store is gone too
@@ -226,7 +228,8 @@ def _shared(error: Exception, store: Any, rank: int) -> Exception:
     if kind is None:
         told = TrainingError(f"process {first['rank']} of this run stopped: {first['kind']}: {first['what']}")
     else:
-        told = kind(first["what"], where=first["where"], fix=first["fix"])
+        given = {key: first[key] for key in ("where", "fix", "signal") if key in first}
+        told = kind(first["what"], **given)
     told.already_shown = True
     return told
 

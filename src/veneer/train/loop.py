@@ -454,10 +454,11 @@ def _stop(loop: _Loop) -> None:
     """Saves the state after the last whole step and raises Interrupted."""
     _save(loop)
     loop.tell(Stopped(loop.progress.step, "interrupted"))
+    came = max(loop.devices.gather(loop.interrupted.signal))  # maybe to another process alone
     raise Interrupted(
         f"stopped after step {loop.progress.step} of {len(loop.plan.steps)}"
         + ("; the state is saved" if loop.save is not None else "; nothing was asked to be saved"),
-        signal=loop.interrupted.signal or signal.SIGINT,
+        signal=came or signal.SIGINT,
     )
 
 
