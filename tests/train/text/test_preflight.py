@@ -35,6 +35,7 @@ class TinyBase:
     model: Any
     tokenizer: Any
     end_of_turn_id: int | None = 2
+    quantised: str = ""
 
 
 def talk(question: str, answer: str, where: str, **extra: Any) -> Row:
@@ -333,7 +334,22 @@ def test_weights_are_kept_packed_where_that_is_faster_and_fits(run: Run, monkeyp
     assert run(off, f"memory.limit_gb={(needed + every) / 1e9}").numbers["kept_packed"] == 0
     assert run("memory.keep_packed_gb=0").numbers["kept_packed"] == 0
     assert run(f"memory.keep_packed_gb={every / 2e9}").numbers["kept_packed"] == every // 2
-    assert "this run does not fit" in stopped(run("memory.keep_packed_gb=1", free_memory=needed), "memory")
+    too_much = run("memory.keep_packed_gb=1", off, free_memory=needed)
+    assert "this run does not fit" in stopped(too_much, "memory")
+    assert "fix: memory.keep_packed_gb=0" in too_much.text()
+
+
+def test_what_is_to_be_kept_where_nothing_is_to_keep_is_said(run: Run) -> None:
+    """Packed: of small products none is faster so, of codes and parts of weights there are no products so."""
+    asked = "memory.keep_packed_gb=1"
+    assert "no product is measured faster so here" in warned(run(asked), "memory")
+    assert "it is sharded" in warned(run(asked, "memory.shard=true"), "memory")
+    run.base.quantised = "nf4"
+    assert "it is quantised" in warned(run(asked), "memory")
+    run.base.quantised = ""
+    assert "this base is not quantised" in warned(run("memory.keep_dequantised_gb=1"), "memory")
+    quiet = run("memory.keep_packed_gb=0", "memory.keep_dequantised_gb=0").text()
+    assert "memory.keep_" not in quiet
 
 
 def test_recomputing_is_chosen_when_it_is_what_fits(run: Run) -> None:

@@ -226,6 +226,8 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     wanted = (less if on else need) + packs
     longest = f"the largest micro-batch has {s.largest_micro:,} tokens, the longest row {s.longest:,}"
     fix = to_be_set(chosen) or "a smaller base, or a machine with more memory (veneer plan shows what it takes)"
+    if wanted - packs <= free < wanted:
+        fix = "memory.keep_packed_gb=0"
     found = memory_finding(wanted, free, longest, fix=fix, force=s.force)
     if wanted <= free and wanted > 0.9 * free and mode == "off":
         found = Finding("warn", "memory", f"this run may not fit: {found.text}", "memory.activation_checkpointing=auto")
@@ -235,7 +237,21 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     if packs:
         text = f"{gigabytes(packs)} of it are frozen weights kept a second time, in the order of their products"
         yield Finding("ok", "memory", text)
+    yield from _nothing_kept(s, device.type, packs)
     yield from _predicted(chosen, packs)
+
+
+def _nothing_kept(s: TextSubject, device: str, packs: int) -> Iterator[Finding]:
+    """What was asked to be kept where there is nothing to keep."""
+    memory, quantised = s.config.memory, bool(getattr(s.base, "quantised", ""))
+    if memory.keep_packed_gb and not packs:
+        reasons = {"it is quantised": quantised, "it is sharded": memory.shard, "it is not on a CPU": device != "cpu"}
+        why = next((reason for reason, holds in reasons.items() if holds), "no product is measured faster so here")
+        text = f"memory.keep_packed_gb: no weight of this base is kept in the order of its products: {why}"
+        yield Finding("warn", "memory", text, "leave it out")
+    if memory.keep_dequantised_gb and not quantised:
+        text = "memory.keep_dequantised_gb: this base is not quantised, so no weight is kept dequantised"
+        yield Finding("warn", "memory", text, "leave it out, or set base.quantise")
 
 
 def _keeps(s: TextSubject, plan: Plan, device: str) -> int:
