@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from veneer.ops.attention import RowLayout
 from veneer.ops.loss import token_nll
 from veneer.ops.sizes import MICRO_TOKENS, ROW_STEP, few_sizes, micro_tokens
-from veneer.plan.fit import beyond_base, fitting_micro_tokens
 from veneer.plan.memory import Load, text_memory
 from veneer.plan.shape import text_shape
 from veneer.plan.tables import Device, base_config, device_named
@@ -77,31 +76,6 @@ def test_a_gpu_s_micro_batch_is_above_the_corner_or_as_far_as_its_width_lets_it(
 
 def test_a_cpu_s_micro_batch_stays_what_it_was() -> None:
     assert micro_tokens("cpu", 50.0, weights=1e8, operations=1e6, values=1e4, code_bytes=0.5) == MICRO_TOKENS == 2048
-
-
-@pytest.mark.parametrize(
-    ("base", "quantise", "rank", "tokens"),
-    [
-        ("meta-llama/Llama-3.1-8B", None, 16, 2048),  # 1,233 are enough
-        ("meta-llama/Llama-3.1-8B", "nf4", 16, 8192),  # 7,375 are
-        ("meta-llama/Llama-3.1-70B", "nf4", 16, 2048),  # 8,192 would be, and neither they nor 4,096 fit
-    ],
-)
-def test_products_say_how_many_tokens_and_memory_how_many_there_can_be(
-    base: str, quantise: str | None, rank: int, tokens: int
-) -> None:
-    shape, device = text_shape(base_config(base)), device_named("h100-80gb")
-
-    def load(n: int) -> Load:
-        return Load.of(512, n, 1024, rank=rank, quantise=quantise)
-
-    room = beyond_base(shape, device, "bfloat16", quantise)
-    assert fitting_micro_tokens(shape, device, quantise, room, load) == tokens
-    assert tokens == MICRO_TOKENS or text_memory(shape, load(tokens), device).beyond_base <= 0.9 * room
-    assert fitting_micro_tokens(shape, device, quantise, 1 << 50, load) == (8192 if quantise else 2048)
-    if fitting_micro_tokens(shape, device, quantise, 1 << 50, load) > tokens:
-        assert text_memory(shape, load(2 * tokens), device).beyond_base > 0.9 * room
-    assert fitting_micro_tokens(shape, device, quantise, 0, load) == MICRO_TOKENS
 
 
 @pytest.mark.parametrize("rows", [255, 256, 257])

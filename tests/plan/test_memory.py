@@ -118,7 +118,7 @@ def test_packed_weights_are_what_a_step_keeps_and_change_nothing_else(dtype: tor
                 results.append([loss, *torch.autograd.grad(loss, list(attachment.parameters("a").values()))])
                 assert how.room.taken == (counted if most else 0)
             assert how.head is None
-            assert all(join.kept is None for join in how.joins)
+            assert all(join.copies is None for join in how.joins)
     for plain, packed in zip(*results, strict=True):
         assert (plain - packed).norm() <= (1e-5 if dtype == torch.float32 else 2e-2) * plain.norm()
 

@@ -194,6 +194,10 @@ def test_a_plan_for_a_card_says_what_is_assumed() -> None:
     own = Rates(1e12, 1e12, "measured here", measured=True)
     small = text_plan("b", shape, Load((600,), quantise="nf4"), device, own, TrainingJob(5000, 600.0))
     assert "from the CPU's memory, assumed" not in plan_text(small)
+    away = Load((600,), quantise="nf4", checkpointing=True, inputs_on_host=True)
+    assert "from the CPU's memory, assumed" in plan_text(
+        text_plan("b", shape, away, device, own, TrainingJob(5000, 600.0))
+    )
 
 
 def test_float32_is_slower_than_bfloat16() -> None:

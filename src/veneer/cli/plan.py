@@ -103,7 +103,7 @@ def plan(
 
     Needs a base's configuration and never its weights."""
     from veneer.plan.calibration import cpu_device, rates_here
-    from veneer.plan.fit import beyond_base, fitting_micro_tokens
+    from veneer.plan.fit import fitting_micro_tokens, left_beside_base
     from veneer.plan.image import ImageLoad, is_denoiser
     from veneer.plan.memory import Load
     from veneer.plan.plan import TrainingJob, image_plan, text_plan
@@ -165,7 +165,7 @@ def plan(
                 Load.of, longest or round(tokens_per_row), batch=batch, rank=rank, dtype=dtype, quantise=quantise,
                 checkpointing=checkpointing, trained=trained,
             )  # fmt: skip
-            room = beyond_base(shape, device, dtype, quantise)
+            room = left_beside_base(shape, device, dtype, quantise)
             load = of(micro_tokens or fitting_micro_tokens(shape, device, quantise, room, of))
             traffic = Traffic(prompt or round(tokens_per_row), answer, together, tenants)
             job = TrainingJob(rows, tokens_per_row, epochs, batch)

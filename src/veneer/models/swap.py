@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from veneer.core.layers import LoraLinear
 from veneer.core.targets import base_of
+from veneer.ops.copies import PackedCopies, Room
 from veneer.ops.cpu import compiled, memory
-from veneer.ops.kept import KeptWeight, Room
 from veneer.ops.linear import LinearMap, join_maps
 from veneer.ops.quantised import Quantised, stacked_rows
 
@@ -40,7 +40,7 @@ class FastReport:
     """Bytes of dequantised weights kept (`keep`)."""
     room: Room = field(default_factory=lambda: Room(0))
     """For copies of weights in the order of their products (`keep_packed`)."""
-    head: KeptWeight | None = field(default=None, repr=False)
+    head: PackedCopies | None = field(default=None, repr=False)
     """Those of the head's weight."""
     joins: list[Join] = field(default_factory=list, repr=False)
     keeps: bool = False
@@ -143,7 +143,7 @@ class Join:
     def __init__(self, modules: list[nn.Module], undo: ExitStack, *, move: bool = True) -> None:
         self.modules = modules
         self.weight: Tensor | None = None
-        self.kept: KeptWeight | None = None
+        self.copies: PackedCopies | None = None
         bases = [base_of(m) for m in modules]
         weights = [getattr(b, "weight", None) for b in bases]
         plain = all(type(b) is nn.Linear for b in bases)
@@ -189,7 +189,7 @@ class Join:
                     return None
                 at += len(p.weight)
         joined = join_maps(known, self.weight)
-        return joined if self.kept is None else replace(joined, kept=self.kept)
+        return joined if self.copies is None else replace(joined, copies=self.copies)
 
 
 def keep_dequantised(report: FastReport, most: int, undo: ExitStack) -> None:
@@ -211,11 +211,11 @@ def keep_packed(model: Any, report: FastReport, most: int, undo: ExitStack) -> N
         parts = [getattr(base_of(m), "weight", None) for m in join.modules]
         weight = join.weight if len(parts) > 1 else parts[0]
         if weight is not None and not isinstance(weight, Quantised) and not weight.is_inference():
-            join.kept = KeptWeight(weight, room, [part for part in parts if part is not None])
-            undo.callback(setattr, join, "kept", None)
+            join.copies = PackedCopies(weight, room, [part for part in parts if part is not None])
+            undo.callback(setattr, join, "copies", None)
     head = projection_of(model.get_output_embeddings())
     if head is not None and not isinstance(head.weight, Quantised) and not head.weight.is_inference():
-        report.head = KeptWeight(head.weight, room)
+        report.head = PackedCopies(head.weight, room)
         undo.callback(setattr, report, "head", None)
 
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.ops.choice import TRIAL_ROWS, chosen, measured, random_like, size_class
+from veneer.ops.copies import PackedCopies, Room
 from veneer.ops.dropout import Dropout
-from veneer.ops.kept import KeptWeight, Room
 from veneer.ops.lowrank import LowRank
 
 
@@ -26,13 +26,13 @@ class LinearMap:
     """A frozen weight (out, in) with the low-rank products on its rows; one projection, or several of one x joined.
 
     `bias`: (out,). `gain`: (out,) float32, what DoRA multiplies each output by before the bias. All products see the
-    same of x: one dropout, as loralib's MergedLinear has it. `kept`: the weight's copies, where it may have some."""
+    same of x: one dropout, as loralib's MergedLinear has it. `copies`: the weight's own, where it may have some."""
 
     weight: Tensor
     bias: Tensor | None = None
     products: tuple[LowRank, ...] = ()
     gain: Tensor | None = None
-    kept: KeptWeight | None = None
+    copies: PackedCopies | None = None
 
     @property
     def dropout(self) -> float:
@@ -207,14 +207,14 @@ class LinearOutput(NamedTuple):
     u: Tensor | None = None
     plain: Tensor | None = None
     products: _Products | None = None
-    kept: KeptWeight | None = None
+    copies: PackedCopies | None = None
 
 
 def frozen_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, turned: bool = True, kept: KeptWeight | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, turned: bool = True, copies: PackedCopies | None = None
 ) -> Tensor:
-    """x·Wᵀ + b, or, not `turned`, x·W; x: (N, in) or (N, out). `kept`: copies of the weight. No autograd."""
-    if kept is not None and (by_copy := kept.product(x, weight, bias, turned)) is not None:
+    """x·Wᵀ + b, or, not `turned`, x·W; x: (N, in) or (N, out). `copies`: the weight's own. No autograd."""
+    if copies is not None and (by_copy := copies.product(x, weight, bias, turned)) is not None:
         return by_copy
     run = chosen("frozen_product", x, weight, bias, turned)
     if run is not None:
@@ -240,8 +240,8 @@ def _product_work(dtype: torch.dtype, rows: int, columns: int, turned: int) -> C
 @measured("kept_product", lambda x, weight, bias, turned: (*(min(_MOST, n) for n in weight.shape), int(turned)))
 def _kept_work(dtype: torch.dtype, rows: int, columns: int, turned: int) -> Callable[[], object]:
     x, weight = random_like(dtype, TRIAL_ROWS, columns if turned else rows), random_like(dtype, rows, columns)
-    kept = KeptWeight(weight, Room(weight.nbytes))
-    return lambda: frozen_product(x, weight, None, bool(turned), kept)
+    copies = PackedCopies(weight, Room(weight.nbytes))
+    return lambda: frozen_product(x, weight, None, bool(turned), copies)
 
 
 def keeps_copy(dtype: torch.dtype, rows: int, columns: int, turned: bool) -> bool:
@@ -254,25 +254,25 @@ def keeps_copy(dtype: torch.dtype, rows: int, columns: int, turned: bool) -> boo
 
 def linear_forward(x: Tensor, linear_map: LinearMap) -> LinearOutput:
     """`linear` of x (N, in), for functions that have a backward pass of their own."""
-    W, b, gain, kept = linear_map.weight, linear_map.bias, linear_map.gain, linear_map.kept
+    W, b, gain, copies = linear_map.weight, linear_map.bias, linear_map.gain, linear_map.copies
     if gain is None:
-        y = frozen_product(x, W, b, kept=kept)
+        y = frozen_product(x, W, b, copies=copies)
         products = _products(x, linear_map, y) if linear_map.products else None
-        return LinearOutput(y, None if products is None else products.add(x, y), None, products, kept)
+        return LinearOutput(y, None if products is None else products.add(x, y), None, products, copies)
     if not linear_map.dropout:
-        plain = frozen_product(x, W, kept=kept)
+        plain = frozen_product(x, W, copies=copies)
         products = _products(x, linear_map, plain)
         u = products.add(x, plain)
-        return LinearOutput(gained(plain, gain, b), u, plain, products, kept)
+        return LinearOutput(gained(plain, gain, b), u, plain, products, copies)
     # PEFT's DoRA with dropout: x·Wᵀ + b + (gain − 1) ⊙ d·Wᵀ + gain ⊙ s·(d·Aᵀ)·Bᵀ, d what dropout leaves of x
-    y = frozen_product(x, W, b, kept=kept)
+    y = frozen_product(x, W, b, copies=copies)
     products = _products(x, linear_map, y)
     assert isinstance(products, _Dropped)
     left = products.drop(x)
-    plain, own = frozen_product(left, W, kept=kept), torch.zeros_like(y)
+    plain, own = frozen_product(left, W, copies=copies), torch.zeros_like(y)
     u = products.own.add(left, own)
     y = (plain * (gain - 1)).add_(own * gain).add_(y).to(y.dtype)
-    return LinearOutput(y, u, plain.add_(own), products, kept)
+    return LinearOutput(y, u, plain.add_(own), products, copies)
 
 
 def linear_backward(
@@ -282,7 +282,7 @@ def linear_backward(
     products, plain = made.products, made.plain
 
     def back(t: Tensor) -> Tensor:
-        return frozen_product(t, weight, turned=False, kept=made.kept)
+        return frozen_product(t, weight, turned=False, copies=made.copies)
 
     if gain is None or plain is None or products is None:
         dx = back(g) if need_dx else None
@@ -323,13 +323,13 @@ class _Linear(torch.autograd.Function):
         made = linear_forward(x, linear_map)
         # A and B too: autograd then notices if they change before backward
         ctx.save_for_backward(x, made.u, made.plain, gain, *flat)
-        ctx.products, ctx.weight, ctx.kept = made.products, linear_map.weight, linear_map.kept
+        ctx.products, ctx.weight, ctx.copies = made.products, linear_map.weight, linear_map.copies
         return made.y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, u, plain, gain, *_ = ctx.saved_tensors
-        made, g = LinearOutput(g, u, plain, ctx.products, ctx.kept), g.contiguous()
+        made, g = LinearOutput(g, u, plain, ctx.products, ctx.copies), g.contiguous()
         dx, inner, du, d_gain = linear_backward(g, ctx.weight, made, gain, ctx.needs_input_grad[0])
         return (dx, None, d_gain, *low_rank_gradients(made, inner, x, du))
 

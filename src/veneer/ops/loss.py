@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.ops.choice import chosen, measured, random_like
-from veneer.ops.kept import KeptWeight
+from veneer.ops.copies import PackedCopies
 from veneer.ops.sizes import logits_chunk
 
 _IGNORED = -100
@@ -33,17 +33,17 @@ _CERTAIN = -1e-7  # the largest mean log p that float32 can tell from 0, whose o
 class _TokenNll(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, kept: KeptWeight | None
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, copies: PackedCopies | None
     ) -> Tensor:
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for i in range(0, len(hidden), chunk):
             part = slice(i, i + chunk)
-            logits = None if kept is None else kept.product(hidden[part], weight)
+            logits = None if copies is None else copies.product(hidden[part], weight)
             logits = hidden[part] @ weight.t() if logits is None else logits
             nll[part] = _row_nll_(logits, targets[part], grad is not None)
             if grad is not None:
-                made = None if kept is None else kept.product(logits, weight, turned=False)
+                made = None if copies is None else copies.product(logits, weight, turned=False)
                 if made is None:
                     torch.mm(logits, weight, out=grad[part])
                 else:
@@ -86,16 +86,16 @@ def _nll_work(dtype: torch.dtype, vocabulary: int) -> Callable[[], object]:
 
 
 def token_nll(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, kept: KeptWeight | None = None
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, copies: PackedCopies | None = None
 ) -> Tensor:
     """−log softmax(hidden_i·Wᵀ)[target_i] of each i, (M,) float32. hidden: (M, d), weight: (vocabulary, d) frozen.
 
     A target of −100 is none: 0, and no gradient. Raises IndexError for any other that is no token (on a GPU, an error
     of its own). The gradient is made in the forward pass, chunk by chunk, so that no more than chunk × vocabulary
     logits exist (None: as many positions as `sizes.logits_chunk` says of the device): that of token i is a row of its
-    own, which the backward pass only has to scale by what it is given for i. `kept`: copies of the weight. Reference:
+    own, which the backward pass only has to scale by what it is given for i. `copies`: the weight's own. Reference:
     F.cross_entropy((hidden @ W.T).float(), targets, reduction="none")."""
-    out: Tensor = _TokenNll.apply(hidden, weight, targets, chunk or logits_chunk(hidden.device.type), kept)
+    out: Tensor = _TokenNll.apply(hidden, weight, targets, chunk or logits_chunk(hidden.device.type), copies)
     return out
 
 

@@ -162,15 +162,15 @@ class _GatedMlp(torch.autograd.Function):
         again = gain is not None and not gate_up.dropout  # [gate | up] is then a gain and a bias away from `plain`
         both = None if again else one.y
         ctx.save_for_backward(x, both, one.u, one.plain, gain, two.u, two.plain, gain_down, *flat)
-        ctx.products, ctx.kept = (one.products, two.products), (gate_up.kept, down.kept)
+        ctx.products, ctx.copies = (one.products, two.products), (gate_up.copies, down.copies)
         ctx.weights, ctx.bias, ctx.act = (gate_up.weight, down.weight), gate_up.bias, act
         return two.y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, both, u, plain, gain, u_down, plain_down, gain_down, *_ = ctx.saved_tensors
-        one = LinearOutput(g, u, plain, ctx.products[0], ctx.kept[0])
-        two = LinearOutput(g, u_down, plain_down, ctx.products[1], ctx.kept[1])
+        one = LinearOutput(g, u, plain, ctx.products[0], ctx.copies[0])
+        two = LinearOutput(g, u_down, plain_down, ctx.products[1], ctx.copies[1])
         dh, inner, du, d_gain_down = linear_backward(g.contiguous(), ctx.weights[1], two, gain_down, True)
         assert dh is not None
         d_both, h = _gated_backward(dh, gained(plain, gain, ctx.bias) if both is None else both, ctx.act)

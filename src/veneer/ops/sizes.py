@@ -39,7 +39,7 @@ def micro_tokens(
     below, more tokens help until weights are a fifth of what is moved: n = 4·W/A. Codes are dequantised before a
     product, which moves them and 2 bytes; a twentieth of the product's time is n = 20·corner·(2 + code)/2·W/O.
 
-    Llama 3.1 8B on an H100: 1,233, so 2,048; in nf4 7,375, so 8,192. Memory may allow fewer (train/planning.py)."""
+    Llama 3.1 8B on an H100: 1,233, so 2,048; in nf4 7,375, so 8,192. Memory may allow fewer (plan/fit.py)."""
     if device != "cuda":
         return MICRO_TOKENS
     reach = operations / (_ABOVE_CORNER * corner) - values

@@ -1,6 +1,7 @@
 """The cheapest change that makes a run fit, and what each change costs in time.
 
     cheapest(load, device, need, limit)      those that suffice, in the order of their kinds
+    fitting_micro_tokens(shape, device, …)   how many tokens a micro-batch has where nobody says it
 
 Kinds, in this order: recompute activations, one row (or picture) at a time, shorter rows (smaller pictures), a lower
 rank, a 4-bit base, weights on the CPU, more devices. One change is better than two: pairs and triples are looked at
@@ -69,7 +70,7 @@ def fitting_micro_tokens(
     return tokens
 
 
-def beyond_base(shape: TextShape, device: Device, dtype: str, quantise: str | None) -> int:
+def left_beside_base(shape: TextShape, device: Device, dtype: str, quantise: str | None) -> int:
     """Bytes of a device that are left beside a base."""
     context = CUDA_CONTEXT if device.kind == "cuda" else CPU_PROCESS
     return usable_memory(device) - sum(weight_bytes(shape, dtype, quantise)) - context

@@ -63,8 +63,8 @@ def _assumed(plan: Plan) -> Iterator[str]:
         f"memory    counted; CUDA's own {gigabytes(CUDA_CONTEXT)} and {CUDA_ROUNDING:.0%} that its allocator cannot "
         "place are assumed; --trace follows a step"
     )
-    if any("weights on the CPU" in name for change in plan.changes for name in change.names):
-        yield f"transfers {HOST_LINK / 1e9:g} GB/s from the CPU's memory, assumed"
+    if plan.memory.host or any(change.load.offload for change in plan.changes):
+        yield f"transfers {HOST_LINK / 1e9:g} GB/s to and from the CPU's memory, assumed"
 
 
 def _answer(plan: Plan) -> Iterator[str]:

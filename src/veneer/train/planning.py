@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import DataError
 from veneer.ops.sizes import MICRO_TOKENS
-from veneer.plan.fit import beyond_base, fitting_micro_tokens
+from veneer.plan.fit import fitting_micro_tokens, left_beside_base
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import CPU_LATER, CPU_PROCESS, Load, weight_bytes
 from veneer.plan.plan import Plan, TrainingJob, image_plan, text_plan
@@ -168,7 +168,7 @@ def plan_of_config(
     shape = text_shape(found, config.base.name)
     dtype = config.base.dtype if config.base.dtype != "auto" else "bfloat16"
     if config.batching.micro_tokens is None:
-        room, quantise = beyond_base(shape, device, dtype, config.base.quantise), config.base.quantise
+        room, quantise = left_beside_base(shape, device, dtype, config.base.quantise), config.base.quantise
         config = with_micro_tokens(config, _micro_tokens_of(config, shape, device, room, dtype, quantise))
     notes: tuple[str, ...] = ()
     lengths: list[int] = []

@@ -301,7 +301,7 @@ def _unread_model(
 
 
 def _without_a_place(unread: Unread, model: PreTrainedModel) -> tuple[str, ...]:
-    """As `check_loaded` says it."""
+    """What `check_loaded` says of weights in the files that the model has no place for."""
     return check_loaded(Path(), {"unexpected_keys": unread.stored.keys() - model.state_dict().keys()})
 
 

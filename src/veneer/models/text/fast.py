@@ -68,7 +68,7 @@ def fast(
 
     `keep`: bytes that dequantised weights of a quantised base may take while the block lasts; the others are
     dequantised at each use. `pack`: bytes that weights of any other base may take a second time, in the order of their
-    products, where those are clearly faster so (ops/kept.py). `like`: what was found of a model of the same kinds of
+    products, where those are clearly faster so (ops/copies.py). `like`: what was found of a model of the same kinds of
     modules; this one has no values to try, and is believed to be the same. `sharded`: what the model is called through;
     its weights are looked at a block at a time, in the same order on every process, and projections of one input are
     joined where they were sharded together (`weights_together`)."""

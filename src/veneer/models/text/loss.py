@@ -119,7 +119,7 @@ def _head_nll(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     plain = projection_of(head)
     weight = plain.weight if plain is not None and not plain.products and plain.bias is None else None
     if weight is not None and not _head_is_more(model.config) and weight.dtype == hidden.dtype:
-        return token_nll(hidden, weight, targets, kept=report_of(model).head)
+        return token_nll(hidden, weight, targets, copies=report_of(model).head)
     out = []
     for part, y in zip(hidden.split(_HEAD_CHUNK), targets.split(_HEAD_CHUNK), strict=True):
         if torch.is_grad_enabled():

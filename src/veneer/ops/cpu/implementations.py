@@ -361,13 +361,13 @@ def _takes_kept(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) ->
     return fits and x.is_contiguous() and weight.dtype == x.dtype and reorders(x.dtype)
 
 
-def _no_order() -> str:
-    return "" if reorders(torch.float32) else "this torch has no order of oneDNN's"
+def _no_order(dtype: torch.dtype) -> str:
+    return "" if reorders(dtype) else "this torch has no order of oneDNN's"
 
 
 def _kept(run: Any, name: str, *others: Implementation) -> Implementation:
     wants = f"contiguous bfloat16 or float32, a weight of {_LEAST} rows and columns and more"
-    return Implementation(run, _takes_kept, wants, _no_order, name, others)
+    return Implementation(run, _takes_kept, wants, lambda: _no_order(torch.float32), name, others)
 
 
 IMPLEMENTATIONS["kept_product"] = _kept(None, REFERENCE, _kept(Reordered, "onednn"))
@@ -541,7 +541,7 @@ IMPLEMENTATIONS["weight_order"] = Implementation(
     (
         Implementation(
             {16: Reordered.of}, _takes_reordered, "bfloat16 in 16 bits a weight",
-            lambda: "" if reorders(torch.bfloat16) else "this torch has no order of oneDNN's", "onednn",
+            lambda: _no_order(torch.bfloat16), "onednn",
         ),
     ),
 )  # fmt: skip

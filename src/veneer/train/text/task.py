@@ -129,8 +129,21 @@ def _cut_by_device(config: TrainConfig, base: TextBase, run: Run) -> TrainConfig
     """The configuration with `batching.micro_tokens`, the same on every process, where it does not say it."""
     if config.batching.micro_tokens is not None:
         return config
-    free = TextTask(config, base).free_memory(run.devices)
+    free = _free_memory(base, run.devices)
     return with_micro_tokens(config, min(run.devices.gather(micro_tokens_of_run(config, base, free))))
+
+
+def _free_memory(base: TextBase, devices: Devices) -> int | None:
+    """Bytes for this process where several share the run; None to measure them."""
+    if devices.count == 1:
+        return None
+    device = torch.device(devices.device)
+    free = free_memory(device)
+    if device.type == "cpu":  # whose memory the processes of a machine share
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", devices.count))
+    if base.device != device or base.unread is not None:  # the base comes there later, in parts
+        free -= whole_bytes(base.model) // devices.count
+    return free
 
 
 @dataclass(frozen=True)
@@ -152,7 +165,7 @@ class TextTask(Task[TextData, RunResult]):
     def check(self, run: Run, data: TextData, previous: Mapping[str, Any] | None) -> Report:
         report = text_preflight(
             self.base, self.config, data, resume=run.resume, previous=previous,
-            free_memory=self.free_memory(run.devices), devices=run.devices.count, force=run.force,
+            free_memory=_free_memory(self.base, run.devices), devices=run.devices.count, force=run.force,
         )  # fmt: skip
         run.say(report, self._settled(run, data, report))
         return report
@@ -192,25 +205,13 @@ class TextTask(Task[TextData, RunResult]):
                 read = "" if base.unread is None else f", and read {size(base.unread.bytes_read)} for it"
                 run.note(f"sharded over {devices.count} devices: this one holds {size(part)} of {size(whole)}{read}")
                 base = replace(base, device=device)
-            pack = 0 if sharded else int(report.numbers.get("kept_packed", 0))
+            pack = int(report.numbers.get("kept_packed", 0))
             how = undo.enter_context(fast(model, keep=keep, pack=pack, sharded=parted))
             run.note(how.summary())
             kind = AttachedText if config.preference.loss is None else AttachedPreferences
             attached = kind(config, base, run, data, attachment, call)
             attached.check_base()
             yield attached
-
-    def free_memory(self, devices: Devices) -> int | None:
-        """Bytes for this process where several share the run; None to measure them."""
-        if devices.count == 1:
-            return None
-        device = torch.device(devices.device)
-        free = free_memory(device)
-        if device.type == "cpu":  # whose memory the processes of a machine share
-            free //= int(os.environ.get("LOCAL_WORLD_SIZE", devices.count))
-        if self.base.device != device or self.base.unread is not None:  # the base comes there later, in parts
-            free -= whole_bytes(self.base.model) // devices.count
-        return free
 
     def _recomputes(self, devices: Devices, report: Report) -> tuple[bool, str]:
         """Whether activations are recomputed, and why; the first process decides."""
@@ -245,7 +246,7 @@ class TextTask(Task[TextData, RunResult]):
         if base.quantised and config.memory.keep_dequantised_gb is None:
             because = "what the plan finds room for on a GPU; on a CPU dequantising costs next to nothing"
             yield "memory.keep_dequantised_gb", int(report.numbers.get("kept_dequantised", 0)) / 1e9, because
-        if run.config.batching != config.batching:
+        if run.config.batching != config.batching:  # `_cut_by_device` settled it
             because = "what makes products faster on this device, where it fits"
             yield "batching.micro_tokens", config.batching.at_once, because
         if config.memory.keep_packed_gb is None:

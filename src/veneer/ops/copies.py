@@ -1,7 +1,7 @@
 """A frozen weight laid out a second time, in the order in which products read it, for as long as a run lasts.
 
 A library's product lays its weight out anew at each call, in blocks that fill a vector or a tile of AMX. Where that
-takes time worth its memory (the trial of the op "kept_product" says so), a `KeptWeight` has it done once for each
+takes time worth its memory (the trial of the op "kept_product" says so), `PackedCopies` have it done once for each
 direction. `linear` and `token_nll` ask it first.
 """
 
@@ -28,7 +28,7 @@ class Room:
         return fits
 
 
-class KeptWeight:
+class PackedCopies:
     """The copies of one weight (out, in), for x·Wᵀ and for g·W, each made at its first use if `room` has bytes for it.
 
     `parts`: the parameters whose values lie in the weight, where it is several of them joined. A copy is never read

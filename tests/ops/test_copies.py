@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.core.exact import TOLERANCE, draw, same, seeded, wide  # noqa: F401, seeded acts by itself
 from tests.ops.draws import factors
 from veneer.ops.choice import chosen, pinned
-from veneer.ops.kept import KeptWeight, Room
+from veneer.ops.copies import PackedCopies, Room
 from veneer.ops.linear import LinearMap, linear
 from veneer.ops.loss import token_nll
 from veneer.ops.lowrank import LowRank
@@ -46,7 +46,7 @@ def test_a_map_by_copies_is_that_of_float64(dtype: torch.dtype, rows: int, bias:
     A, B = ab = factors(dtype, (4, IN), (OUT, 4))
     of = [x, *ab, *([] if gains is None else [gains])]
     room = Room(2 * W.nbytes)
-    y = linear(x, LinearMap(W, b, (LowRank(A, B, 0.5),), gains, KeptWeight(W, room)))
+    y = linear(x, LinearMap(W, b, (LowRank(A, B, 0.5),), gains, PackedCopies(W, room)))
     g = draw(*y.shape, dtype=dtype)
     got = [y, *torch.autograd.grad(y, of, g)]
     xd, A, B, *rest = ofd = [wide(t) for t in of]
@@ -60,7 +60,7 @@ def test_a_map_by_copies_is_that_of_float64(dtype: torch.dtype, rows: int, bias:
 def test_an_mlp_by_copies_is_that_of_float64(dtype: torch.dtype) -> None:
     x, up, down = draw(17, IN, dtype=dtype).requires_grad_(), draw(2 * OUT, IN, dtype=dtype), draw(IN, OUT, dtype=dtype)
     room = Room(2 * (up.nbytes + down.nbytes))
-    y = gated_mlp(x, *(LinearMap(W, kept=KeptWeight(W, room)) for W in (up, down)))
+    y = gated_mlp(x, *(LinearMap(W, copies=PackedCopies(W, room)) for W in (up, down)))
     g = draw(*y.shape, dtype=dtype)
     got = [y, *torch.autograd.grad(y, x, g)]
     xd = wide(x)
@@ -76,7 +76,7 @@ def test_the_loss_by_copies_is_that_of_float64(dtype: torch.dtype) -> None:
     targets = torch.randint(0, OUT, (37,))
     targets[3] = -100
     room = Room(2 * W.nbytes)
-    nll = token_nll(hidden, W, targets, chunk=16, kept=KeptWeight(W, room))
+    nll = token_nll(hidden, W, targets, chunk=16, copies=PackedCopies(W, room))
     got = [nll, *torch.autograd.grad(nll.sum(), hidden)]
     hd = wide(hidden)
     nd = F.cross_entropy(hd @ W.double().T, targets, reduction="none", ignore_index=-100)
@@ -91,9 +91,9 @@ def test_copies_take_no_more_than_there_is_room_for() -> None:
     )
     most = 3 * weights[0].nbytes + 1
     room = Room(most)
-    kept = [KeptWeight(W, room) for W in weights]
-    for W, own in zip(weights, kept, strict=True):
-        y = linear(x, LinearMap(W, kept=own))
+    copies = [PackedCopies(W, room) for W in weights]
+    for W, own in zip(weights, copies, strict=True):
+        y = linear(x, LinearMap(W, copies=own))
         (dx,) = torch.autograd.grad(y.sum(), x)
         same([y, dx], [wide(x) @ W.double().T, W.double().sum(0).expand(5, -1)], TOLERANCE[torch.float32])
     assert room.taken == (3 * weights[0].nbytes if kept_here(torch.float32) else 0)
@@ -139,7 +139,7 @@ def test_no_copy_is_read_after_its_weight_was_changed(change: Callable[[nn.Param
         whole = torch.cat([W.detach(), draw(OUT, IN, dtype=torch.float32)])
         W.data = whole[:OUT]
     room = Room(2 * whole.nbytes)
-    own = LinearMap(whole, kept=KeptWeight(whole, room, [W]))
+    own = LinearMap(whole, copies=PackedCopies(whole, room, [W]))
     before = linear(x, own)
     change(W)
     after = linear(x, own)
@@ -150,7 +150,7 @@ def test_no_copy_is_read_after_its_weight_was_changed(change: Callable[[nn.Param
 
 def test_a_change_between_forward_and_backward_is_seen() -> None:
     x, W = draw(5, IN, dtype=torch.float32).requires_grad_(), draw(OUT, IN, dtype=torch.float32)
-    y = linear(x, LinearMap(W, kept=KeptWeight(W, Room(2 * W.nbytes))))
+    y = linear(x, LinearMap(W, copies=PackedCopies(W, Room(2 * W.nbytes))))
     torch.autograd.grad(y.sum(), x, retain_graph=True)  # both copies are there
     W.mul_(3)
     (dx,) = torch.autograd.grad(y.sum(), x)
@@ -161,6 +161,6 @@ def test_nothing_is_kept_where_it_was_not_measured_faster() -> None:
     """The tests run under VENEER_OPS=listed: the first, which is the weight as it is."""
     x, W, room = draw(5, IN, dtype=torch.float32), draw(OUT, IN, dtype=torch.float32), Room(1 << 20)
     with pinned(kept_product="torch"):
-        made: Tensor = linear(x, LinearMap(W, kept=KeptWeight(W, room)))
+        made: Tensor = linear(x, LinearMap(W, copies=PackedCopies(W, room)))
     assert room.taken == 0
     assert torch.equal(made, x @ W.t())
