@@ -217,7 +217,8 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     on, _ = recomputes(mode, need, free)
     chosen = again if on else plain
     s.numbers.update(memory_needed=need, memory_checkpointed=less, memory_free=free)
-    keeps, packs = _keeps(s, chosen, device.type), _packs(s, chosen, on)
+    unpacked = _why_unpacked(s, device.type)
+    keeps, packs = _keeps(s, chosen, device.type), 0 if unpacked else _packs(s, chosen, on)
     peak, parts = chosen.memory.peak + keeps + packs, {**chosen.memory.parts, "packed": packs}
     s.numbers.update(predicted_peak_bytes=peak, predicted_parts=parts)
     s.numbers.update(kept_dequantised=keeps, kept_packed=packs)
@@ -237,19 +238,26 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     if packs:
         text = f"{gigabytes(packs)} of it are frozen weights kept a second time, in the order of their products"
         yield Finding("ok", "memory", text)
-    yield from _nothing_kept(s, device.type, packs)
+    yield from _nothing_kept(s, packs, unpacked or "no product is measured faster so here")
     yield from _predicted(chosen, packs)
 
 
-def _nothing_kept(s: TextSubject, device: str, packs: int) -> Iterator[Finding]:
-    """What was asked to be kept where there is nothing to keep."""
-    memory, quantised = s.config.memory, bool(getattr(s.base, "quantised", ""))
+def _why_unpacked(s: TextSubject, device: str) -> str:
+    """Why no weight of this base can be kept packed, whatever its products; "" where some may."""
+    quantised = bool(getattr(s.base, "quantised", ""))
+    reasons = {
+        "it is quantised": quantised, "it is sharded": s.config.memory.shard, "it is not on a CPU": device != "cpu"
+    }  # fmt: skip
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _nothing_kept(s: TextSubject, packs: int, why: str) -> Iterator[Finding]:
+    """What was asked to be kept where there is nothing to keep; `why` nothing is packed."""
+    memory = s.config.memory
     if memory.keep_packed_gb and not packs:
-        reasons = {"it is quantised": quantised, "it is sharded": memory.shard, "it is not on a CPU": device != "cpu"}
-        why = next((reason for reason, holds in reasons.items() if holds), "no product is measured faster so here")
         text = f"memory.keep_packed_gb: no weight of this base is kept in the order of its products: {why}"
         yield Finding("warn", "memory", text, "leave it out")
-    if memory.keep_dequantised_gb and not quantised:
+    if memory.keep_dequantised_gb and not getattr(s.base, "quantised", ""):
         text = "memory.keep_dequantised_gb: this base is not quantised, so no weight is kept dequantised"
         yield Finding("warn", "memory", text, "leave it out, or set base.quantise")
 
@@ -265,12 +273,10 @@ def _keeps(s: TextSubject, plan: Plan, device: str) -> int:
 
 
 def _packs(s: TextSubject, plan: Plan, recomputed: bool) -> int:
-    """Bytes of weights that are kept packed: what those take whose products are clearly faster so here, or as much of
-    it as was asked for; where nothing was, all of it if the plan finds room for that and no activations have to be
-    made again, and else none."""
+    """Bytes of weights that are kept packed, where some may be: what those take whose products are clearly faster so
+    here, or as much of it as was asked for; where nothing was, all of it if the plan finds room for that and no
+    activations have to be made again, and else none."""
     asked = s.config.memory.keep_packed_gb
-    if plan.device.kind != "cpu" or s.config.memory.shard or bool(getattr(s.base, "quantised", "")):
-        return 0
     if asked == 0 or (asked is None and (recomputed or not plan.packs)):
         return 0
     dtype = next(s.base.model.parameters()).dtype
