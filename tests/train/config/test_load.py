@@ -162,6 +162,16 @@ def test_files_that_are_not_a_configuration(tmp_path: Path, text: str, says: str
     assert says in error(tmp_path, text)
 
 
+def test_a_base_in_place_of_a_configuration_is_told_where_bases_are_named(tmp_path: Path) -> None:
+    weights = tmp_path / "base.gguf"
+    weights.write_bytes(b"GGUF\xbd\x00")
+    for base in (tmp_path, weights):
+        with pytest.raises(ConfigError, match="the configuration file cannot be read") as caught:
+            load_config(base)
+        assert "`base:`" in str(caught.value.fix)
+        assert "Errno" not in str(caught.value)
+
+
 def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     write(tmp_path, MINIMAL, "support.yaml")
     with pytest.raises(ConfigError, match=r"did you mean .*support\.yaml\?"):

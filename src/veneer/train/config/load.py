@@ -90,7 +90,10 @@ def load_config(
         hint = f"did you mean {file.parent / near[0]}?" if near else "give the path of a YAML file"
         raise ConfigError("the configuration file does not exist", where=str(file), fix=hint) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the configuration file cannot be read: {error}", where=str(file)) from None
+        why = "it is no text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        what = f"the configuration file cannot be read: {why}"
+        fix = "give the path of a YAML file; a base's folder or file is named in it, as `base:`"
+        raise ConfigError(what, where=str(file), fix=fix) from None
     data, lines = parse_yaml(text, str(file))
     if data is not None and not isinstance(data, dict):
         raise ConfigError(
