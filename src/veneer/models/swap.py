@@ -37,7 +37,7 @@ class FastReport:
     rows: bool = False
     """Whether rows can lie one after another without padding (checked on this very model)."""
     kept: int = 0
-    """Bytes of dequantised weights kept (`keep`)."""
+    """Bytes of dequantised weights kept (`keep_dequantised`)."""
     room: Room = field(default_factory=lambda: Room(0))
     """For copies of weights in the order of their products (`keep_packed`)."""
     head: PackedCopies | None = field(default=None, repr=False)

@@ -1,0 +1,59 @@
+"""What a signal does inside, and that it does afterwards what it did before."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from veneer.train.signals import heard
+
+
+class Pressed(Exception):
+    """What the handler from before raises."""
+
+
+@pytest.fixture(autouse=True)
+def before() -> Iterator[object]:
+    def usual(number: int, frame: object) -> None:
+        raise Pressed
+
+    old = signal.signal(signal.SIGTERM, usual)
+    yield usual
+    signal.signal(signal.SIGTERM, old)
+
+
+def test_each_is_handled_inside_and_does_what_it_did_afterwards(before: object) -> None:
+    found: list[int] = []
+    with heard(found.append, signal.SIGTERM):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    assert found == [signal.SIGTERM] * 2
+    assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(KeyError), heard(found.append, signal.SIGTERM):
+        raise KeyError
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_once_the_second_acts_as_usual() -> None:
+    found: list[int] = []
+    with heard(found.append, signal.SIGTERM, once=True):
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Pressed):
+            signal.raise_signal(signal.SIGTERM)
+    assert found == [signal.SIGTERM]
+
+
+def test_outside_of_the_main_thread_nothing_changes(before: object) -> None:
+    seen: list[object] = []
+
+    def inside() -> None:
+        with heard(print, signal.SIGTERM):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join(timeout=60)
+    assert seen == [before]
