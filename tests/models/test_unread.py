@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.tiny_base import tiny_base_dir
+from veneer.errors import BaseError
 from veneer.files.safetensors import write_tensors
 from veneer.files.weights import read_values, tensor_table
 from veneer.models.quantise import load_quantised
@@ -50,6 +52,25 @@ class Together:
         for into, value in zip(out, self.given, strict=True):
             into.copy_(value)
         self.barrier.wait(60)
+
+
+def test_a_file_that_changes_before_it_is_read_is_no_base_any_more(tmp_path: Path) -> None:
+    """Another one in its place, of the same shapes and size, or written to where it is."""
+    file = tmp_path / "model.safetensors"
+    values = {"weight": torch.zeros(4, 4), "other": torch.zeros(4, 4)}
+    write_tensors(file, values)
+    for change in ("replaced", "written"):
+        unread = Unread({t.name: t for t in tensor_table(tmp_path)}, "", torch.float32)
+        assert torch.equal(unread.whole("weight", torch.device("cpu")), values["weight"])
+        if change == "replaced":
+            write_tensors(file, {name: value + 1 for name, value in values.items()})
+        else:
+            file.write_bytes(file.read_bytes())
+            before = file.stat()
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))  # clocks of files may be coarse
+        with pytest.raises(BaseError, match="has changed since the base was found"):
+            unread.whole("other", torch.device("cpu"))
+        values = {name: value + 1 for name, value in values.items()}
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", ""])

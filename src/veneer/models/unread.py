@@ -18,11 +18,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from veneer.core.targets import base_modules
+from veneer.errors import BaseError
 from veneer.files.safetensors import STORED_DTYPES
 from veneer.files.weights import StoredTensor, read_values
 from veneer.ops.quantisation_formats import BLOCK, Blocks4, doubled
@@ -38,13 +40,18 @@ def rows_of(n: int, rank: int, count: int) -> tuple[int, int]:
 @dataclass
 class Unread:
     """Where the weights of a model on the meta device are. `stored`: by the model's names. `kind`: what its quantised
-    weights are made, "" where none are. `dtype`: of the others that are floats. `bytes_read`: so far, by this
-    process."""
+    weights are made, "" where none are. `dtype`: of the others that are floats. `bytes_read`: so far, by this process.
+
+    They are read one after another, long after the base was found: BaseError where a file is another one by then, as
+    what processes have read of two files would be no base."""
 
     stored: Mapping[str, StoredTensor]
     kind: str
     dtype: torch.dtype
     bytes_read: int = 0
+
+    def __post_init__(self) -> None:
+        self._found = {t.file: _state(t.file) for t in self.stored.values()}
 
     @classmethod
     def of(cls, model: nn.Module, table: Sequence[StoredTensor], kind: str, dtype: torch.dtype) -> Unread | str:
@@ -130,11 +137,23 @@ class Unread:
     def _values(self, name: str, first: int, last: int) -> Tensor:
         stored = self.stored[name]
         values = read_values(stored, first, last)
+        if _state(stored.file) != self._found[stored.file]:
+            raise BaseError(
+                "the file has changed since the base was found, and parts of two files would be no base",
+                where=str(stored.file),
+                fix="begin again once nothing writes to it",
+            )
         self.bytes_read += values.nbytes
         return values
 
     def _cast(self, values: Tensor) -> Tensor:
         return values.to(self.dtype) if values.is_floating_point() else values
+
+
+def _state(file: Path) -> tuple[int, int, int]:
+    """What changes when a file is written to, or another one takes its place."""
+    now = file.stat()
+    return now.st_ino, now.st_size, now.st_mtime_ns
 
 
 def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
