@@ -427,5 +427,14 @@ def _has_a_card() -> bool:
     return torch.cuda.is_available()
 
 
+def ended() -> int:
+    """`main`, as a shell sees it: a Ctrl-C that comes while no side runs, a second one too, is no traceback."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("stopped; what was written before is whole", file=sys.stderr)
+        return 130
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended())

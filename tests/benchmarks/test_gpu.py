@@ -269,6 +269,15 @@ def test_a_signal_ends_the_side_with_what_it_began_and_keeps_what_was_told(gpu: 
         time.sleep(0.01)
 
 
+def test_a_signal_while_no_side_runs_is_no_traceback(gpu: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    def main() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "main", main)
+    assert gpu.ended() == 130
+    assert capfd.readouterr().err == "stopped; what was written before is whole\n"
+
+
 def test_a_peer_that_is_not_there_is_told_as_that(gpu: Any, tmp_path: Path) -> None:
     peer = gpu.Side("qlora", "nobody", 60, lambda task: {}, "no_such_package")
     outcome = gpu.in_a_process({})(peer, gpu.Task(str(tmp_path)), 60)
