@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +20,11 @@ from tests.serve.engine.test_engine import Shelf, answer, engine_of, greedy, pro
 from tests.serve.forward.test_runner import base_of, prompts, same, trained
 from veneer.core.adapter import Adapter
 from veneer.ops import choice
-from veneer.ops.sizes import RECORDED_ROWS, RECORDINGS
-from veneer.plan.serving import Traffic, recorded_sizes
+from veneer.ops.mixed_rows import RECORD
+from veneer.ops.sizes import RECORDED_ADAPTERS, RECORDED_ROWS, RECORDINGS
+from veneer.plan.serving import Traffic, recorded_bytes, recorded_sizes, serving_memory
+from veneer.plan.shape import text_shape
+from veneer.plan.tables import base_config
 from veneer.serve.engine import engine as engine_module
 from veneer.serve.forward import graphs as graphs_module
 from veneer.serve.forward.graphs import Capture, DecodeGraphs, StepSize
@@ -247,6 +251,17 @@ def test_sizes_beyond_the_last_that_there_is_room_for_run_without(monkeypatch: p
         for g, w in zip(recorded.step(work), plain.step(work), strict=True):
             same(g, w)
     assert (again.recorded, again.replayed) == (1, 2)
+
+
+def test_a_plan_counts_pages_and_records_of_the_size_that_they_have() -> None:
+    """It cannot ask who has them, which would load torch."""
+    shape = text_shape(base_config("smollm2-135m"))
+    one, two = (replace(shape, layers=shape.layers[:n]) for n in (1, 2))
+    layer, traffic = shape.layers[1], Traffic(1, 0, together=1, tenants=1)
+    more = recorded_bytes(two, traffic) - recorded_bytes(one, traffic)
+    assert more == len(layer.products) * RECORDED_ADAPTERS * RECORD * 8
+    cache = serving_memory(one, traffic, rank=4, dtype="bfloat16", quantise=None, budget=1).cache
+    assert cache == BLOCK * 2 * layer.kv_heads * layer.head_dim * 2
 
 
 def test_a_plan_counts_the_sizes_that_are_recorded() -> None:
