@@ -1,7 +1,7 @@
 """The cheapest change that makes a run fit, and what each change costs in time.
 
-    cheapest(load, device, need, limit)      those that suffice, in the order of their kinds
-    fitting_micro_tokens(shape, device, …)   how many tokens a micro-batch has where nobody says it
+    cheapest(load, device, peak, seconds, limit)   those that suffice, in the order of their kinds
+    fitting_micro_tokens(shape, device, …)         how many tokens a micro-batch has where nobody says it
 
 Kinds, in this order: recompute activations, one row (or picture) at a time, shorter rows (smaller pictures), a lower
 rank, a 4-bit base, weights on the CPU, more devices. One change is better than two: pairs and triples are looked at
@@ -22,8 +22,10 @@ from veneer.plan.shape import TextShape
 from veneer.plan.tables import Device
 
 AnyLoad = Load | ImageLoad
-_Need = Callable[[AnyLoad, Device], tuple[int, float]]
-"""(load, device) -> (bytes at the peak of each device, seconds of a token or picture)."""
+_PeakOf = Callable[[AnyLoad, Device], int]
+"""(load, device) -> bytes at the peak of each device."""
+_SecondsOf = Callable[[AnyLoad, Device], float]
+"""(load, device) -> seconds of a token or picture."""
 
 _MARGIN = 0.03
 """Share of a device's memory that a plan leaves free: other processes, and what a plan cannot see."""
@@ -141,19 +143,19 @@ _KINDS: Mapping[str, Callable[[AnyLoad, Device], Iterator[Step]]] = {
 }  # fmt: skip
 
 
-def cheapest(load: AnyLoad, device: Device, need: _Need, limit: int) -> list[Change]:
+def cheapest(load: AnyLoad, device: Device, peak: _PeakOf, seconds: _SecondsOf, limit: int) -> list[Change]:
     """The changes that bring the peak of each device to `limit` bytes, in order of kind; each the smallest of its kind
     that suffices. What needs more devices comes last, where settings do as well. Empty where three of them together do
     not."""
-    _, before = need(load, device)
 
     def tried(steps: list[Step]) -> Change | None:
         own_load, own_device = steps[-1][2:]
-        peak, after = need(own_load, own_device)
-        if peak > limit:
+        needed = peak(own_load, own_device)
+        if needed > limit:
             return None
+        slower = seconds(own_load, own_device) / seconds(load, device)
         names, settings = tuple(s[0] for s in steps), tuple(s[1] for s in steps)
-        return Change(names, settings, own_load, own_device, peak, after / before)
+        return Change(names, settings, own_load, own_device, needed, slower)
 
     def search(kinds: tuple[str, ...], done: list[Step]) -> Change | None:
         """The smallest of each kind, the last one varied first, that together suffice."""

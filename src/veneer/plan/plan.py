@@ -131,11 +131,13 @@ def _fitted(
     if peak <= limit:
         return memory, peak, (), (load, device), memory
 
-    def need(load: AnyLoad, device: Device) -> tuple[int, float]:
-        seconds = rates.seconds(work_of(load, device), device.count)
-        return each_holds(memory_of(load, device), device), seconds / max(1, units(load))
+    def peak_of(load: AnyLoad, device: Device) -> int:
+        return each_holds(memory_of(load, device), device)
 
-    changes = tuple(cheapest(load, device, need, limit))
+    def seconds_of(load: AnyLoad, device: Device) -> float:
+        return rates.seconds(work_of(load, device), device.count) / max(1, units(load))
+
+    changes = tuple(cheapest(load, device, peak_of, seconds_of, limit))
     if not changes:
         return memory, peak, (), None, None
     planned = changes[0].load, changes[0].device
