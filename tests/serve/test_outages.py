@@ -12,7 +12,8 @@ import fsspec  # type: ignore[import-untyped]
 import httpx
 import pytest
 from fastapi import FastAPI
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from tests.library.conftest import quick  # noqa: F401
 from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
@@ -128,6 +129,29 @@ def test_what_is_an_outage() -> None:
     for other in (AdapterError("x"), FileNotFoundError("x"), ValueError("x"), KeyError("x")):
         assert not is_outage(other)
         assert (fault("it", other).status, fault("it", other).code) == (500, "internal")
+
+
+def test_a_damaged_database_is_an_outage_and_what_breaks_a_rule_of_it_is_none(tmp_path: Path) -> None:
+    def failed(file: Path, statement: str) -> SQLAlchemyError:
+        engine = create_engine(f"sqlite:///{file}")
+        with pytest.raises(SQLAlchemyError) as caught, engine.begin() as connection:
+            connection.execute(text(statement))
+        engine.dispose()
+        return caught.value
+
+    garbage, cut, whole = (tmp_path / f"{name}.sqlite" for name in ("garbage", "cut", "whole"))
+    garbage.write_bytes(b"garbage!" * 4096)
+    engine = create_engine(f"sqlite:///{whole}")
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE kept (a TEXT UNIQUE)"))
+        connection.execute(text("INSERT INTO kept VALUES ('x')"))
+    engine.dispose()
+    cut.write_bytes(whole.read_bytes()[:4096] + b"\xff" * 8192)  # its pages, but for the first
+    for file in (garbage, cut):
+        error = failed(file, "SELECT * FROM kept")
+        assert is_outage(error), error
+        assert fault("it", error).status == 503
+    assert not is_outage(failed(whole, "INSERT INTO kept VALUES ('x')"))
 
 
 # -- over HTTP ---------------------------------------------------------------------------------------------------------

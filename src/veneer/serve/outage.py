@@ -13,7 +13,7 @@ import errno
 import logging
 import secrets
 
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from veneer.errors import ResourceError, UnavailableError, lacks_memory
@@ -36,6 +36,8 @@ def is_outage(error: BaseException | None) -> bool:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, _KINDS) or (isinstance(error, OSError) and error.errno in _ERRNO) or lacks_memory(error):
+            return True
+        if type(error) is DatabaseError:  # SQLite's of a damaged file; kinds of it are of what was asked of a database
             return True
         seen.add(id(error))
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
