@@ -226,7 +226,9 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
         s.numbers.update(predicted_seconds=round(chosen.seconds, 4))
     wanted = (less if on else need) + packs
     longest = f"the largest micro-batch has {s.largest_micro:,} tokens, the longest row {s.longest:,}"
-    fix = to_be_set(chosen) or "a smaller base, or a machine with more memory (veneer plan shows what it takes)"
+    limited = config.memory.limit_gb is not None and free == int(config.memory.limit_gb * 1e9)
+    more = "a higher memory.limit_gb" if limited else "a machine with more memory"
+    fix = to_be_set(chosen) or f"a smaller base, or {more} (veneer plan shows what it takes)"
     if wanted - packs <= free < wanted:
         fix = "memory.keep_packed_gb=0"
     found = memory_finding(wanted, free, longest, fix=fix, force=s.force)
