@@ -275,6 +275,7 @@ def test_a_run_that_cannot_fit(run: Run) -> None:
     text = stopped(run(free_memory=100_000_000), "memory")
     assert "this run does not fit: it needs about" in text
     assert "100.0 MB are free; the largest micro-batch has" in text
+    assert "does not fit" in stopped(run("memory.limit_gb=0.05"), "memory")
     limited = run("memory.limit_gb=0.001")
     assert "does not fit" in stopped(limited, "memory")
     assert "a higher memory.limit_gb" in limited.text()
