@@ -33,8 +33,8 @@ def test_what_is_said_is_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_about_ten_lines_name_every_op(capsys: pytest.CaptureFixture[str]) -> None:
     ran = run(capsys, "doctor", "--quick")
     assert ran.code == 0
-    lines = [line for line in unwrapped(ran.out) if not line.startswith("measured ")]
-    assert 5 <= len(lines) <= 16
+    lines = unwrapped(ran.out)
+    assert 6 <= len(lines) <= 17
     said = [name for line in lines if line.startswith("ops ") for name in line.rpartition(": ")[2].split(", ")]
     assert sorted(said) == sorted(OPS)
     assert any(line.startswith("compiled ") and compiled.status() in line for line in lines)
@@ -91,9 +91,13 @@ def test_quick_tells_what_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: 
     with choice.own_choices(kept=lambda: kept):
         assert "measured    nothing yet" in run(capsys, "doctor", "--quick").out
         kept.put(key, measuring.Measured("torch", {"torch": 1.0, "compiled": 2.0}))
+        kept.put(key.replace("64", "96"), measuring.Measured("compiled", {"torch": 2.0, "compiled": 1.0}))
+        kept.put(key.replace("64", "128"), measuring.Measured("compiled", {"torch": 2.0, "compiled": 1.0}))
         lines = unwrapped(run(capsys, "doctor", "--quick").out)
-    assert f"measured    {key}: torch 1 ms (compiled 2)" in lines
-    assert not any("nothing yet" in line for line in lines)
+        each = unwrapped(run(capsys, "doctor", "--quick", "--measured").out)
+    assert "measured    rms_norm compiled (2), torch (1); in as many classes of sizes: --measured shows each" in lines
+    assert f"measured    {key}: torch 1 ms (compiled 2)" in each
+    assert not any("nothing yet" in line for line in [*lines, *each])
 
 
 def test_the_probe_is_told_beside_its_floor(

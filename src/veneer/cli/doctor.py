@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import textwrap
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
@@ -12,12 +13,13 @@ import typer
 
 def command(
     quick: Annotated[bool, typer.Option("--quick", help="Without the two-second probe; nothing is measured.")] = False,
+    measured: Annotated[bool, typer.Option("--measured", help="Every measurement, with what each took.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """The processor or card, what was compiled, which implementation of each op runs and why, and how far from its
     floor a short probe gets."""
     found = _findings(quick)
-    print(json.dumps(found, indent=1) if as_json else "\n".join(_lines(found)))
+    print(json.dumps(found, indent=1) if as_json else "\n".join(_lines(found, measured)))
 
 
 def _findings(quick: bool) -> dict[str, Any]:
@@ -77,9 +79,7 @@ def _wrapped(line: str) -> str:
     )  # fmt: skip
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
-    from veneer.ops.measuring import Measured
-
+def _lines(found: dict[str, Any], measured: bool) -> list[str]:
     threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
     lines = [
         f"veneer      {found['veneer']}, torch {found['torch']}",
@@ -94,10 +94,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         for op, one in ops.items():
             groups.setdefault(_how(one["name"], one["reason"]), []).append(op)
         lines += [f"{f'ops {device}':<{_INDENT}}{how}: {', '.join(names)}" for how, names in sorted(groups.items())]
-    measured = {key: Measured(one["runs"], one["ms"]).line() for key, one in found["measured"].items()}
-    lines += [f"measured    {key}: {line}" for key, line in measured.items()]
-    if not measured:
-        lines.append("measured    nothing yet: the first run measures what it needs, and keeps it")
+    lines += _measured(found["measured"], measured)
     if (probe := found["probe"]) is not None:
         busy = "; other processes were busy" if found["neighbours"] else ""
         lines.append(
@@ -106,6 +103,23 @@ def _lines(found: dict[str, Any]) -> list[str]:
             f"GFLOP/s{busy}"
         )
     return [_wrapped(line) for line in lines]
+
+
+def _measured(found: dict[str, Any], each: bool) -> list[str]:
+    """What measuring chose: of each op how often what, or `each` measurement with its times."""
+    from veneer.ops.measuring import Measured
+
+    if not found:
+        return ["measured    nothing yet: the first run measures what it needs, and keeps it"]
+    if each:
+        return [f"measured    {key}: {Measured(one['runs'], one['ms']).line()}" for key, one in found.items()]
+    counts: dict[str, Counter[str]] = {}
+    for key, one in found.items():
+        counts.setdefault(key.partition(" ")[0], Counter())[one["runs"]] += 1
+    said = "; ".join(
+        f"{op} {', '.join(f'{name} ({n})' for name, n in runs.most_common())}" for op, runs in sorted(counts.items())
+    )
+    return [f"measured    {said}; in as many classes of sizes: --measured shows each"]
 
 
 def _how(name: str, reason: str) -> str:
