@@ -12,6 +12,9 @@ ATTENTION_BLOCK = 64
 """Queries a block of attention. Fewer skip more of the triangle, in work and in kept probabilities; more make larger
 products. A whole step at 512 tokens a row: 64 takes 1.5% longer than 128 and 0.15 GB less; 256 and above lose on
 both."""
+COPIES_OUT = 2
+"""Copies of activations to the host that are on their way at once: more only hold memory, where the link is what is
+waited for."""
 MICRO_TOKENS = 2048
 """Tokens of a micro-batch where nobody says it: all of them on a CPU, whose products are as fast as they get from about
 this n; the least on a GPU (`micro_tokens`)."""

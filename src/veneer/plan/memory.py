@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from veneer.ops.sizes import (
+    COPIES_OUT,
     ROW_STEP,
     SMALL_INPUT,
     few_sizes,
@@ -52,8 +53,8 @@ CPU_PROCESS = 480_000_000
 """Resident memory of Python, torch, transformers and oneDNN beside everything counted, where it is not calibrated."""
 CPU_LATER = 130_000_000
 """The part of that which comes with the first steps: oneDNN's compiled products and the heap around them."""
-_ON_THEIR_WAY = 4
-"""Inputs of layers on the device at once where they wait on the host: two that go, the layer's own and one more
+_ON_THEIR_WAY = COPIES_OUT + 2
+"""Inputs of layers on the device at once where they wait on the host: those that go, the layer's own and one more
 (models/text/offload.py)."""
 CPU_ROUNDING = 0.04
 """Share of activations that the C library's heap cannot place."""

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from veneer.models.text.offload import OUT, HostStore, InOrder
+from veneer.models.text.offload import HostStore, InOrder
+from veneer.ops.sizes import COPIES_OUT
 
 LAYERS, SIZE = 7, (5, 64)
 
@@ -92,7 +93,7 @@ def test_few_are_on_their_way_and_the_next_one_comes_ahead() -> None:
     assert lane.log.count("out") == lane.log.count("back") == LAYERS
     assert lane.most_back == 2  # the one that is wanted, and the one before it
     forward = lane.log[: lane.log.index("back")]
-    assert forward.count("wait") == LAYERS - OUT  # the host never runs further ahead
+    assert forward.count("wait") == LAYERS - COPIES_OUT  # the host never runs further ahead
     first = lane.log.index("back")
     assert lane.log[first : first + 3] == ["back", "back", "wait"], "the next copy is queued before this one is awaited"
 

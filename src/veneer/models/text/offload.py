@@ -5,9 +5,9 @@
 
 A layer that is recomputed keeps its input alone: e·tokens·hidden bytes, of all layers together what grows with a
 micro-batch (70B, 8,192 tokens: 10.7 GB). Each goes to the host while the next layer computes, on a stream of its own,
-and comes back while the layer after it computes backward. On the device are at most those on their way: `OUT` that go
-and the layer's own, the one that is wanted and the one before it. Buffers on the host are pinned, and used again by
-later steps once nothing of autograd's asks for what they hold.
+and comes back while the layer after it computes backward. On the device are at most those on their way: `COPIES_OUT`
+that go and the layer's own, the one that is wanted and the one before it. Buffers on the host are pinned, and used
+again by later steps once nothing of autograd's asks for what they hold.
 
 Copies of one stream follow one another, so a buffer is never written before it was read, and what comes back was there
 before. `mark`s (events) say where one stream waits for the other; memory of the device that the other stream reads is
@@ -24,10 +24,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from veneer.ops.sizes import COPIES_OUT
 from veneer.ops.transfer import made_up, sent
 
-OUT = 2
-"""Copies to the host that are on their way at once: more only hold memory, where the link is what is waited for."""
 _LEAST = 1 << 20
 """Bytes from which a tensor is worth a copy."""
 
@@ -125,7 +124,7 @@ class HostStore:
             return tensor
         free = self._free[tensor.shape, tensor.dtype]
         held = free.pop() if free else _on_host(tensor)
-        if len(self._out) == OUT:
+        if len(self._out) == COPIES_OUT:
             self._lane.wait(self._out.popleft())
         self._out.append(self._lane.out(tensor.detach(), held))
         waiting = _Waiting(held, tensor.device, self._last)
