@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, nearest, quoted
@@ -70,8 +71,8 @@ class LayerShape:
     def product(self, name: str) -> tuple[LinearShape, ...]:
         return tuple(linear for linear in self.linears if linear.product == name)
 
-    @property
-    def products(self) -> dict[str, tuple[LinearShape, ...]]:
+    @cached_property
+    def products(self) -> Mapping[str, tuple[LinearShape, ...]]:
         return {name: self.product(name) for name in dict.fromkeys(linear.product for linear in self.linears)}
 
 
