@@ -369,6 +369,14 @@ static inline void step_high(const uint32_t *a, i64 lda, const uint32_t *b, int 
     }
 }
 
+/* Tiles 0 to 3 hold the sums. */
+static inline void zero_sums(void) {
+    tile_zero(0);
+    tile_zero(1);
+    tile_zero(2);
+    tile_zero(3);
+}
+
 /* `tile` for m rows, up to 32, of tiles shaped for them: sixteen pairs at a time, the last ones beside zeros. */
 static void product_in_tiles(i64 m, int J, const uint32_t *a, i64 lda, const uint32_t *b, i64 pairs_in, float *c, int add,
                              int from_memory) {
@@ -387,10 +395,7 @@ static void product_in_tiles(i64 m, int J, const uint32_t *a, i64 lda, const uin
             if (J > 2) tile_load(2, c + 32, ldc);
             if (J > 3) tile_load(3, c + 48, ldc);
         } else {
-            tile_zero(0);
-            tile_zero(1);
-            tile_zero(2);
-            tile_zero(3);
+            zero_sums();
         }
         for (i64 p = 0; p < whole; p += TILE) {
             if (from_memory) ask_ahead(b + p * PANEL, J);
@@ -414,10 +419,7 @@ static void product_in_tiles(i64 m, int J, const uint32_t *a, i64 lda, const uin
                 tile_load(3, below + 16 * j + 16, ldc);
             }
         } else {
-            tile_zero(0);
-            tile_zero(1);
-            tile_zero(2);
-            tile_zero(3);
+            zero_sums();
         }
         for (i64 p = 0; p < whole; p += TILE) {
             if (from_memory && j == 0) ask_ahead(b + p * PANEL, J);
