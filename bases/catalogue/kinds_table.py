@@ -24,7 +24,7 @@ def _table_lamp(p: Product) -> None:
 @kind("wine bottle", "table")
 def _wine_bottle(p: Product) -> None:
     p.turned([(0.26, 0), (0.28, 0.05), (0.28, 0.85), (0.2, 1.05), (0.1, 1.18), (0.09, 1.5)])
-    p.turned([(0.285, 0.28), (0.285, 0.66)], "paper", bare=True, lift=1)
+    p.turned([(0.285, 0.28), (0.285, 0.66)], "paper", band=True, bare=True, lift=1)
     p.turned([(0.105, 1.36), (0.105, 1.54)], "second", lift=1)
 
 

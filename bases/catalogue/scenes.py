@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import resvg_py
@@ -83,7 +84,7 @@ def caption(scene: Scene) -> str:
     return ", ".join(parts)
 
 
-# -- colours ------------------------------------------------------------------------------------------------------------
+# -- colours -----------------------------------------------------------------------------------------------------------
 
 
 def _rgb(colour: str) -> tuple[float, float, float]:
@@ -254,7 +255,7 @@ def picture(scene: Scene, look: Look | None = None) -> Array:
     """(SIDE, SIDE, 3) bytes. `look` takes the place of the scene's own."""
     look = LOOKS[scene.look] if look is None else look
     svg = _Svg()
-    faces, foot = placed(scene)
+    faces, _ = placed(scene)
     _background(svg, scene, look)
     _shadow(svg, faces, scene, look)
     _product(svg, faces, scene, look)
@@ -298,7 +299,7 @@ def photographed(scene: Scene, seed: int = 0) -> Array:
 def depth(scene: Scene) -> Array:
     """(SIDE, SIDE) bytes, near is bright: what a depth ControlNet is given."""
     svg = _Svg()
-    faces, foot = placed(scene)
+    faces, _ = placed(scene)
     horizon = _horizon(scene)
     svg.rect(0, 0, SIDE, SIDE, "#181818")
     ground = svg.gradient((0, horizon, 0, SIDE), [(0, "#202020", 1), (1, "#b0b0b0", 1)])
@@ -327,7 +328,8 @@ def _shape(svg: _Svg, face: Face, fill: str, extra: str = "") -> None:
     if face.width:
         svg.draw(
             _path(face.points, face.closed), "none",
-            f'stroke="{fill}" stroke-width="{max(face.width, 0.7):.1f}" stroke-linecap="round" stroke-linejoin="round" {extra}',
+            f'stroke="{fill}" stroke-width="{max(face.width, 0.7):.1f}" stroke-linecap="round" '
+            f'stroke-linejoin="round" {extra}',
         )  # fmt: skip
     else:
         svg.draw(_path(face.points), fill, extra)
@@ -380,7 +382,9 @@ def _draw_face(svg: _Svg, f: Face, scene: Scene, look: Look, pattern: str) -> No
         if look.shaded and f.width > 1.2:
             side = f.width * 0.16 * (1 if scene.light in ("light from the right", "warm lamp light") else -1)
             slim = replace(
-                f, points=f.points + (side, -f.width * 0.16), width=f.width * (0.26 if finish != "metal" else 0.32)
+                f,
+                points=f.points + np.array([side, -f.width * 0.16]),
+                width=f.width * (0.26 if finish != "metal" else 0.32),
             )
             _shape(svg, replace(f, width=f.width), "#000000", 'opacity="0.16"')
             _shape(svg, slim, "#ffffff", f'opacity="{0.75 if finish in ("metal", "glossy") else 0.35}"')
@@ -609,7 +613,8 @@ def _sky(svg: _Svg, horizon: float, r: random.Random, look: Look) -> None:
         x, y, s = r.uniform(0, SIDE), r.uniform(6, 0.6 * horizon), r.uniform(5, 9)
         for dx, dy, k in ((-1, 0.2, 0.8), (0, 0, 1.1), (1.1, 0.25, 0.75)):
             svg.body.append(
-                f'<ellipse cx="{x + dx * s:.1f}" cy="{y + dy * s:.1f}" rx="{k * s:.1f}" ry="{0.6 * k * s:.1f}" fill="#ffffff" opacity="0.9"/>'
+                f'<ellipse cx="{x + dx * s:.1f}" cy="{y + dy * s:.1f}" rx="{k * s:.1f}" ry="{0.6 * k * s:.1f}" '
+                f'fill="#ffffff" opacity="0.9"/>'
             )
 
 
@@ -662,7 +667,7 @@ def _ground(svg: _Svg, horizon: float, colour: str, look: Look) -> None:
 def _planks(svg: _Svg, horizon: float, r: random.Random, look: Look) -> None:
     _ground(svg, horizon, "#b98150", look)
     rows = _rows(horizon, 6)
-    for a, b in zip(rows, rows[1:], strict=False):
+    for a, b in pairwise(rows):
         if look.shaded:
             svg.rect(0, a, SIDE, b - a, shift("#b98150", r.uniform(-0.12, 0.1)))
         svg.line([(0, b), (SIDE, b)], "#7d5230", 0.9)
@@ -700,13 +705,14 @@ def _cloth(svg: _Svg, horizon: float, r: random.Random, look: Look) -> None:
 def _squares(svg: _Svg, horizon: float, look: Look, light: str, dark: str) -> None:
     _ground(svg, horizon, light, look)
     rows = _rows(horizon, 7)
-    for i, (a, b) in enumerate(zip(rows, rows[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(rows)):
         wa, wb = (18.0, 18.0) if not horizon else (10 + 16 * (y - horizon) / (SIDE - horizon) for y in (a, b))
         for j in range(-8, 8):
             if (i + j) % 2:
                 m = SIDE / 2
                 svg.draw(
-                    f"M{m + j * wa:.1f} {a:.1f}L{m + (j + 1) * wa:.1f} {a:.1f}L{m + (j + 1) * wb:.1f} {b:.1f}L{m + j * wb:.1f} {b:.1f}Z",
+                    f"M{m + j * wa:.1f} {a:.1f}L{m + (j + 1) * wa:.1f} {a:.1f}"
+                    f"L{m + (j + 1) * wb:.1f} {b:.1f}L{m + j * wb:.1f} {b:.1f}Z",
                     dark,
                 )
 
@@ -735,7 +741,8 @@ def _stone(svg: _Svg, horizon: float, r: random.Random, look: Look) -> None:
         x, y = r.uniform(0, SIDE), r.uniform(horizon + 2, SIDE)
         s = 1 + 2.4 * (y - horizon) / (SIDE - horizon + 1)
         svg.body.append(
-            f'<ellipse cx="{x:.1f}" cy="{y:.1f}" rx="{1.5 * s:.1f}" ry="{0.8 * s:.1f}" fill="{r.choice(("#757b82", "#a9afb5"))}"/>'
+            f'<ellipse cx="{x:.1f}" cy="{y:.1f}" rx="{1.5 * s:.1f}" ry="{0.8 * s:.1f}" '
+            f'fill="{r.choice(("#757b82", "#a9afb5"))}"/>'
         )
 
 
@@ -758,7 +765,7 @@ SURFACES: dict[str, Drawer] = {
 }  # fmt: skip
 
 
-# -- drawing lots --------------------------------------------------------------------------------------------------------
+# -- drawing lots ------------------------------------------------------------------------------------------------------
 
 
 def any_scene(r: random.Random, kind: str | None = None) -> Scene:

@@ -163,11 +163,13 @@ class Product:
 
     def turned(
         self, profile: Sequence[Flat], paint: str = "main", *, at: Point = (0, 0, 0), axis: Point = UP,
-        hollow: bool = False, inside: str | None = None, bare: bool = False, lift: float = 0.0, sides: int = 22,
+        hollow: bool = False, inside: str | None = None, band: bool = False, bare: bool = False, lift: float = 0.0,
+        sides: int = 22,
     ) -> None:  # fmt: skip
         """A solid of revolution: `profile` is (radius, height along `axis`) from the foot `at` to the end.
 
-        `hollow`: its end is open, and one sees into it (painted `inside`, else the same paint)."""
+        `hollow`: its end is open, and one sees into it (painted `inside`, else the same paint). `band`: only its wall,
+        as of a label or a hoop around another solid."""
         m, u = self.view.matrix(), np.array(axis, dtype=float)
         u = u / np.linalg.norm(u)
         along, toward = m[:2] @ u, float(m[2] @ u)
@@ -179,6 +181,9 @@ class Product:
             side = -side
         angles = np.linspace(0, 2 * math.pi, sides, endpoint=False)
         circle = np.outer(np.cos(angles), side) + np.outer(np.sin(angles), abs(toward) * np.array([side[1], -side[0]]))
+        if band:  # the half that faces the viewer
+            turns = np.linspace(0, math.pi, sides // 2 + 2)
+            circle = np.outer(np.cos(turns), side) - np.outer(np.sin(turns), toward * along / max(length, 1e-6))
         base = m @ np.array(at, dtype=float)
         rings = [(r, base[:2] + h * along, base[:2] + h * along + r * circle) for r, h in profile]
         widest = max(r for r, _ in profile)
@@ -198,12 +203,13 @@ class Product:
             shade = 0.55 * math.sin(slope) * (1 if rise >= 0 else -1) * float(u @ lit)
             if r0 < 1e-3 and r1 < 1e-3:
                 continue
+            wall = np.concatenate([ring0, ring1[::-1]]) if band else _hull(np.concatenate([ring0, ring1]))
             faces.append(
-                Face(_hull(np.concatenate([ring0, ring1])), paint, shade, across((c0 + c1) / 2, max(r0, r1, 0.3 * widest)),
+                Face(wall, paint, shade, across((c0 + c1) / 2, max(r0, r1, 0.3 * widest)),
                      bare=bare, near=mid)
             )  # fmt: skip
         r, c, ring = rings[near_end]
-        if r > 1e-3 and abs(toward) > 0.02:
+        if r > 1e-3 and abs(toward) > 0.02 and not band:
             up = float(u @ lit) * (1 if toward >= 0 else -1)
             if hollow and near_end:
                 dark, light = across(c, r)
@@ -230,7 +236,7 @@ class Product:
     ) -> None:  # fmt: skip
         """`outline` pulled along its normal by `thick`, half to each side of `at` (plane `floor`: upwards from `at`).
 
-        `plane`: `front` (x right, y up), `side` (x towards the viewer, y up) or `floor` (x right, y towards the viewer).
+        `plane`: `front` (x right, y up), `side` (x to the viewer, y up) or `floor` (x right, y to the viewer).
         `turn`: degrees around y. `tilt`: degrees by which its top leans back. `cap`: another paint for the face;
         `side`: for the rim."""
         o = np.array(outline, dtype=float)
