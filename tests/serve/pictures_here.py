@@ -108,8 +108,9 @@ class Names:
         return Served(((self.shelf.digest[name], 1.0),), model, name)
 
     def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Caller) -> Served:
-        mix = [(d, s * own) for name, s in parts for d, own in self.resolve(name, caller).mix]
-        return Served(make_mix(mix), "mix", "mix")
+        found = [self.resolve(name, caller).mix for name, _ in parts]
+        mix = [(d, s * own) for one, (_, s) in zip(found, parts, strict=True) for d, own in one]
+        return Served(make_mix(mix), "mix", "mix", meant=tuple(one[0][0] if one else "" for one in found))
 
     def models(self, caller: Caller) -> list[ModelCard]:
         return [ModelCard(name, name, self.base, 0, digest) for name, digest in self.shelf.digest.items()]

@@ -43,6 +43,13 @@ def split_strength(text: str) -> tuple[str, float | None]:
     return name, check_strength(quoted(name), strength)
 
 
+def split_factors(text: str) -> tuple[str, str]:
+    """(NAME[:STRENGTH], FACTORS) of "NAME[:STRENGTH][@FACTORS]", "" where there are none. What follows the last `@` are
+    factors if it has a `=` or a `,`: `brand@2` and `brand@prod` are versions."""
+    head, at, factors = text.rpartition("@")
+    return (head, factors) if at and ("=" in factors or "," in factors) else (text, "")
+
+
 _INDEX = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 
 
@@ -69,7 +76,8 @@ def parse_blocks(text: str, modules: Sequence[str]) -> dict[str, float]:
         if not equals:
             problems.append(f"{part!r}: expected PATTERN=NUMBER")
             continue
-        hits = [m for m in modules if pattern == "*" or _pattern(pattern.strip()).search(m)]
+        wanted = _pattern(pattern.strip())
+        hits = [m for m in modules if pattern == "*" or wanted.search(m)]
         if not hits:
             problems.append(f"{pattern!r} fits no module")
         for module in hits:
@@ -98,12 +106,19 @@ def _block_number(text: str) -> float:
     return check_strength("a block", value)
 
 
+_LONGEST_RUN = 1000
+"""Numbers in a run of blocks: each is spelled out, and the text may be a stranger's."""
+
+
 def _pattern(text: str) -> re.Pattern[str]:
-    span = re.fullmatch(r"(.*?)(\d+)-(\d+)", text)
+    """Raises ConfigError for a run of numbers that is none."""
+    span = re.fullmatch(r"(.*?)(?<!\d)(\d{1,9})-(\d{1,9})", text)
     body = re.escape(text)
     if span:
-        numbers = "|".join(str(n) for n in range(int(span[2]), int(span[3]) + 1))
-        body = f"{re.escape(span[1])}(?:{numbers})"
+        first, last = int(span[2]), int(span[3])
+        if not 0 <= last - first < _LONGEST_RUN:
+            raise ConfigError(f"{text!r} is no run of blocks", fix=f"FROM-TO, at most {_LONGEST_RUN} of them")
+        body = f"{re.escape(span[1])}(?:{'|'.join(map(str, range(first, last + 1)))})"
     return re.compile(rf"(?:^|\.){body}(?:\.|$)")
 
 
@@ -219,6 +234,11 @@ class Strength:
         if not self.steps:
             return 1.0
         return next((f for begin, end, f in self.steps if begin <= share < end), 0.0)
+
+    @property
+    def by_block(self) -> Strength:
+        """The factors by block alone."""
+        return Strength(1.0, self.blocks, self.weights)
 
     @property
     def edges(self) -> tuple[float, ...]:

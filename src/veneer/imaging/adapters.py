@@ -23,12 +23,12 @@ from veneer.core.targets import base_modules
 from veneer.errors import ConfigError
 from veneer.files.hashes import hashes, short_hash
 from veneer.formats.folder import tensor_file
-from veneer.formats.strengths import Strength, factors_by_module, parse_strength
+from veneer.formats.strengths import Strength, factors_by_module, parse_strength, split_factors
 from veneer.models.image.base import load_control
 from veneer.models.image.generate import MixPlan
 
 if TYPE_CHECKING:
-    from veneer.core.adapter import NamedMix
+    from veneer.core.adapter import Adapter, NamedMix
     from veneer.models.image.base import ImageBase
 
 Use = tuple[str, Strength]
@@ -69,14 +69,12 @@ def label_of(name: str) -> str:
 
 
 def parse_use(spec: str | tuple[str, float | Strength]) -> Use:
-    """(name, strength) of "NAME[:strength][@BLOCK=factor,…,steps=FROM-TO]". Raises ConfigError for any other text.
-
-    What follows the last `@` are factors if it has a `=` or a `,`: `brand@2` and `brand@prod` are versions."""
+    """(name, strength) of "NAME[:strength][@BLOCK=factor,…,steps=FROM-TO]". Raises ConfigError for any other text."""
     if isinstance(spec, tuple):
         name, strength = spec
         return name, strength if isinstance(strength, Strength) else Strength(using.parse_spec((name, strength))[1])
-    head, at, options = spec.rpartition("@")
-    if not at or not ("=" in options or "," in options) or Path(using.parse_spec(spec)[0]).expanduser().exists():
+    head, options = split_factors(spec)
+    if not options or Path(using.parse_spec(spec)[0]).expanduser().exists():
         name, number = using.parse_spec(spec)
         return name, Strength(number)
     name, number = using.parse_spec(head)
@@ -139,14 +137,7 @@ class Mixer:
         names = [name for name, _ in parsed]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ConfigError(f"adapter {twice[0]!r} is named twice", fix="name it once, with the sum of the strengths")
-        parts = [(strength, self._divided(name, strength)) for name, strength in parsed]
-        edges = sorted({0.0, *(edge for strength, _ in parts for edge in strength.edges)})
-        phases: list[tuple[float, NamedMix]] = []
-        for edge in edges:
-            mix = _scaled([(part, strength.strength * strength.at(edge)) for strength, part in parts])
-            if not phases or phases[-1][1] != mix:
-                phases.append((edge, mix))
-        return MixPlan(_scaled([(part, strength.strength) for strength, part in parts]), tuple(phases))
+        return mix_plan([(strength, self._divided(name, strength)) for name, strength in parsed])
 
     def close(self) -> None:
         if self._owned:
@@ -167,31 +158,53 @@ class Mixer:
 
     def _divided(self, name: str, strength: Strength) -> NamedMix:
         """The adapter as attached parts with their factors."""
-        shape = Strength(1.0, strength.blocks, strength.weights)
-        if (name, shape) in self._parts:
-            return self._parts[name, shape]
-        self.add(name)
-        adapter = self.attachment.adapters[name]
-        own = {key.rpartition(".")[0] for key in adapter.deltas}
-        own |= {*adapter.pairs, *adapter.modules, *adapter.token_rows}
-        if strength.steps and any(key.startswith("text_encoder") for key in own):
-            self.say(f"note: {name}: its part on the text encoder acts throughout; steps= is about the denoiser")
-        if not (shape.blocks or shape.weights):
-            found: NamedMix = ((name, 1.0),)
-        else:
-            factors = factors_by_module(shape, self.modules)
-            for block in shape.blocks:
-                alone = factors_by_module(Strength(1.0, ((block[0], 0.0),)), self.modules)
-                if all(alone.get(key, 1.0) for key in own):
-                    self.say(f"note: {name} changes nothing in {block[0]!r}: that factor has no effect")
-            pieces = []
-            for factor, part in sorted(adapter.divided(lambda module: factors.get(module, 1.0)).items()):
-                piece = f"{name}|{shape}|{factor!r}"
-                self.attachment.add(piece, part)
-                pieces.append((piece, factor))
-            found = tuple(pieces)
-        self._parts[name, shape] = found
-        return found
+        shape = strength.by_block
+        if (name, shape) not in self._parts:
+            self.add(name)
+            for note in without_effect(self.attachment.adapters[name], strength, self.modules):
+                self.say(f"note: {name}{note}")
+            self._parts[name, shape] = add_divided(self.attachment, name, shape, self.modules)
+        return self._parts[name, shape]
+
+
+def add_divided(attachment: Attachment, name: str, shape: Strength, modules: Sequence[str]) -> NamedMix:
+    """An attached adapter in parts by its factors by block, each attached under a name of its own beside it, and the
+    mix of them that is the adapter under these factors; itself where there are none. `modules`: the base's.
+
+    Raises ConfigError for a block that the base does not have."""
+    if not (shape.blocks or shape.weights):
+        return ((name, 1.0),)
+    factors = factors_by_module(shape, modules)
+    pieces = []
+    for factor, part in sorted(attachment.adapters[name].divided(lambda module: factors.get(module, 1.0)).items()):
+        piece = f"{name}|{shape}|{factor!r}"
+        attachment.add(piece, part, finite=True)  # the whole was checked
+        pieces.append((piece, factor))
+    return tuple(pieces)
+
+
+def without_effect(adapter: Adapter, strength: Strength, modules: Sequence[str]) -> list[str]:
+    """What of the factors does not do what it seems to, as the ends of sentences about the adapter."""
+    own = {key.rpartition(".")[0] for key in adapter.deltas}
+    own |= {*adapter.pairs, *adapter.modules, *adapter.token_rows}
+    notes = []
+    if strength.steps and any(key.startswith("text_encoder") for key in own):
+        notes.append(": its part on the text encoder acts throughout; steps= is about the denoiser")
+    for block, _ in strength.blocks:
+        alone = factors_by_module(Strength(1.0, ((block, 0.0),)), modules)
+        if all(alone.get(key, 1.0) for key in own):
+            notes.append(f" changes nothing in {block!r}: that factor has no effect")
+    return notes
+
+
+def mix_plan(parts: Sequence[tuple[Strength, NamedMix]]) -> MixPlan:
+    """The plan of adapters, each as attached parts (`add_divided`) under its strength."""
+    phases: list[tuple[float, NamedMix]] = []
+    for edge in sorted({0.0, *(edge for strength, _ in parts for edge in strength.edges)}):
+        mix = _scaled([(part, strength.strength * strength.at(edge)) for strength, part in parts])
+        if not phases or phases[-1][1] != mix:
+            phases.append((edge, mix))
+    return MixPlan(_scaled([(part, strength.strength) for strength, part in parts]), tuple(phases))
 
 
 def _scaled(parts: Sequence[tuple[NamedMix, float]]) -> NamedMix:

@@ -97,10 +97,12 @@ class Catalog:
         if len(parts) > MAX_MIX:
             raise invalid(f"a mix of {len(parts)} adapters; at most {MAX_MIX}", "mix")
         pairs: list[tuple[str, float]] = []
+        meant: list[str] = []
         called: dict[str, str] = {}
         targets: dict[str, str] = {}
         for word, strength in parts:
             target, part, _ = self._mean(word, caller)
+            meant.append("" if part is None else part[0])
             if part is None:
                 continue
             digest, own = part
@@ -112,7 +114,7 @@ class Catalog:
         name = "+".join(f"{word}:{strength:g}" for word, strength in parts) or self.base
         adapters = tuple(called[digest] for digest, _ in mix)
         target = self.base if not mix else targets[mix[0][0]] if len(mix) == 1 else name
-        return Served(mix, name, target, adapters=adapters)
+        return Served(mix, name, target, adapters=adapters, meant=tuple(meant))
 
     def _word(self, model: str) -> str:
         return model.removeprefix(f"{self.base}:") or self.base

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.core.attach import attach
-from veneer.errors import VeneerError
-from veneer.formats.strengths import Strength
-from veneer.imaging.adapters import AdapterSource
+from veneer.core.targets import base_modules
+from veneer.errors import ConfigError, VeneerError
+from veneer.formats.strengths import Strength, factors_by_module
+from veneer.imaging.adapters import AdapterSource, add_divided, mix_plan, without_effect
 from veneer.imaging.controls import ControlSpec, control_model_of
 from veneer.imaging.make import Ask, recorded_picture, shared_record
 from veneer.models.image.base import load_control, readers
@@ -40,11 +41,15 @@ from veneer.serve.pictures.request import (
 from veneer.serve.request import DigestMix, Engine, EngineStats, Refused, Usage, invalid, make_mix, shutting_down
 
 if TYPE_CHECKING:
-    from veneer.core.adapter import Adapter
+    from veneer.core.adapter import Adapter, NamedMix
     from veneer.models.image.base import ImageBase
     from veneer.models.image.generate import GeneratedPicture
 
 _MAX_STEPS = 150
+_MOST_PARTS = 64
+"""Parts that the adapters of one picture may be divided into: one for each of an adapter's factors by block."""
+_KEPT_SHAPES = 16
+"""Adapters that stay attached in parts for the next picture with the same factors."""
 _LOST = 3
 """Pictures in a row that failed by a fault of ours, after which the engine says so."""
 
@@ -88,6 +93,8 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         self.max_batch, self.window, self.max_waiting, self.max_steps = max_batch, window, max_waiting, max_steps
         self.max_pixels = max_pixels or 4 * base.size**2
         self.attachment = attach(base.model)
+        self._modules = [name for name, _ in base_modules(base.model) if name]
+        self._divided: dict[tuple[str, Strength], NamedMix] = {}
         self.residents: Residents[_Held] = Residents(
             read, lambda adapter, digest: _Held(digest, adapter), limit_bytes=adapter_bytes, freed=self._freed
         )
@@ -143,6 +150,8 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         held = {thing.key: thing.adapter for thing, _ in lease.parts}
         jobs = [_Job(request, i, held, loop, inbox) for i, request in enumerate(requests)]
         try:
+            if requests[0].factors:
+                jobs[0].notes = await asyncio.to_thread(self._without_effect, requests[0], held)
             ahead = self._submit(jobs)
             for job in jobs:
                 yield job.index, Queued(ahead + job.index)
@@ -240,6 +249,10 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
 
     def _tidy(self) -> None:
         """Detach what has left the memory; under `_wake`, on the thread that draws."""
+        kept = list(self._divided)[-_KEPT_SHAPES:]
+        for shape in [s for s in self._divided if s[0] in self._gone or s not in kept]:
+            for part, _ in self._divided.pop(shape):
+                self.attachment.remove(part)
         for key in self._gone:
             if key in self.attachment.adapters:
                 self.attachment.remove(key)
@@ -257,9 +270,26 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
                 raise invalid(f"{s.steps} steps: at most {self.max_steps} are taken here", "num_inference_steps")
             try:
                 with self._preparing:
-                    check_rows(self.base, [replace(request.row(), plan=MixPlan())], s)
+                    check_rows(self.base, [request.row(MixPlan())], s)
             except VeneerError as error:
                 raise picture_error(error) from error
+        for request in {id(request.factors): request for request in requests}.values():
+            try:
+                self._check_factors(request)
+            except ConfigError as error:
+                raise invalid(error.what, "mix", error.fix) from error
+
+    def _without_effect(self, request: PictureRequest, held: Mapping[str, Adapter]) -> tuple[str, ...]:
+        named = [(request.labels.get(digest, digest), held[digest], strength) for digest, strength in request.uses()]
+        return tuple(n + note for n, adapter, s in named for note in without_effect(adapter, s, self._modules))
+
+    def _check_factors(self, request: PictureRequest) -> None:
+        parts = 0
+        for _, strength in request.uses():
+            if (shape := strength.by_block) != Strength():
+                parts += len({1.0, *factors_by_module(shape, self._modules).values()})
+        if parts > _MOST_PARTS:
+            raise ConfigError(f"the mix has {parts} different factors by block", fix=f"at most {_MOST_PARTS}")
 
     def _refuse_beyond(self, number: int) -> None:
         if self._closing:
@@ -339,7 +369,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         try:
             pictures = generate_images(
                 self.base,
-                [job.request.row() for job in jobs],
+                [job.request.row(job.plan) for job in jobs],
                 settings,
                 attachment=self.attachment,
                 watch=lambda moment: self._watch(jobs, moment),
@@ -369,10 +399,20 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             for digest, _ in job.request.mix:
                 if digest not in self.attachment.adapters:
                     self.attachment.add(digest, job.held[digest])
+            job.plan = mix_plan([(strength, self._parts(digest, strength)) for digest, strength in job.request.uses()])
         except Exception as error:
             job.tell(picture_error(error))
             return False
         return True
+
+    def _parts(self, digest: str, strength: Strength) -> NamedMix:
+        """An attached adapter under its factors by block; who was asked for last stays longest."""
+        key = digest, strength.by_block
+        if key[1] == Strength():
+            return ((digest, 1.0),)
+        found = self._divided.pop(key, None)
+        self._divided[key] = add_divided(self.attachment, *key, self._modules) if found is None else found
+        return self._divided[key]
 
     def _watch(self, jobs: Sequence[_Job], moment: Moment) -> None:
         if self._closing or all(job.gone for job in jobs):
@@ -390,22 +430,21 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     def _told(self, job: _Job, picture: GeneratedPicture, began: float) -> FinishedPicture:
         """The record is of this picture alone: what else was in its batch belongs to other callers."""
         request, now = job.request, time.monotonic()
-        uses = tuple((digest, Strength(strength)) for digest, strength in request.mix)
         sources = {
             digest: AdapterSource(digest, "", digest, "", "", "", called=request.labels.get(digest, ""))
             for digest, _ in request.mix
         }
-        ask = Ask(request.prompt, request.negative, request.seed, uses)
+        ask = Ask(request.prompt, request.negative, request.seed, request.uses())
         shared = shared_record(self.base, request.settings) | dict(request.inputs)
         shared["base"]["name"] = Path(self.base.name).name if Path(self.base.name).exists() else self.base.name
         made = recorded_picture(self.base, sources, picture, [ask], 0, shared)
         cuts = (("prompt", picture.cut), ("negative prompt", picture.negative_cut))
-        notes = tuple(f"the text encoder does not read the end of the {what}: …{cut}" for what, cut in cuts if cut)
+        notes = [f"the text encoder does not read the end of the {what}: …{cut}" for what, cut in cuts if cut]
         prompts = [text for text in (request.prompt, request.negative) if text]
         usage = Usage(
             self.tokens(*prompts), 0, self.places(request.settings), began - job.arrived, decode=now - began
         )  # fmt: skip
-        return FinishedPicture(made, usage, len(picture.batch), notes)
+        return FinishedPicture(made, usage, len(picture.batch), (*notes, *job.notes))
 
 
 class _Left(Exception):
@@ -425,6 +464,8 @@ class _Job:
     ) -> None:
         self.request, self.index, self.held, self._loop, self._inbox = request, index, held, loop, inbox
         self.kind = request.kind()
+        self.plan = MixPlan()
+        self.notes: tuple[str, ...] = ()
         self.arrived = time.monotonic()
         self.gone = False
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import AdapterError, BaseError, MismatchError, VeneerError
+from veneer.formats.strengths import Strength
 from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings
 from veneer.serve.outage import fault, is_outage
 from veneer.serve.request import BASE, DigestMix, Refused, Usage
 
 if TYPE_CHECKING:
+    from veneer.imaging.adapters import Use
     from veneer.imaging.make import RecordedPicture
 
 _numbers = itertools.count()
@@ -24,15 +26,16 @@ _numbers = itertools.count()
 @dataclass(eq=False)
 class PictureRequest:
     """One picture. `settings`: sizes and numbers, all stated but the scheduler, and its own `image`, `mask` and
-    controls' pictures. `labels`: what the client called the adapters, by digest, for the infotext alone; `inputs`: what
-    the record is to say of the pictures that went in. `previews`: how often to show it on its way; the rest is as in
-    `Request`."""
+    controls' pictures. `factors`: by digest, how an adapter's strength differs by block and step, at strength 1.
+    `labels`: what the client called the adapters, by digest, for the infotext alone; `inputs`: what the record is to
+    say of the pictures that went in. `previews`: how often to show it on its way; the rest is as in `Request`."""
 
     prompt: str
     settings: PictureSettings
     negative: str = ""
     seed: int = 0
     mix: DigestMix = BASE
+    factors: Mapping[str, Strength] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=lambda: {"image": None, "mask": None, "controls": []})
     previews: int = 0
@@ -40,11 +43,14 @@ class PictureRequest:
     weight: float = 1.0
     id: str = field(default_factory=lambda: f"p{next(_numbers)}")
 
-    def row(self) -> ImageRow:
-        mix = tuple(self.mix)
+    def uses(self) -> tuple[Use, ...]:
+        """The adapters by digest. Raises ConfigError where a factor makes a strength that there is not."""
+        return tuple((d, replace(self.factors.get(d, Strength()), strength=strength)) for d, strength in self.mix)
+
+    def row(self, plan: MixPlan) -> ImageRow:
         controls = tuple(control.picture for control in self.settings.controls)
         image, mask = self.settings.image, self.settings.mask
-        return ImageRow(self.prompt, self.negative, self.seed, MixPlan(mix, ((0.0, mix),)), image, mask, controls)
+        return ImageRow(self.prompt, self.negative, self.seed, plan, image, mask, controls)
 
     def kind(self) -> tuple[Any, ...]:
         """Equal where pictures can be drawn in one batch."""

@@ -8,7 +8,8 @@ import json
 import struct
 import time
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from tests.serve.pictures_here import Names, Shelf, picture_app, served, shelf_o
 from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer.core.adapter import Adapter, Pair
 from veneer.formats.convert import write
+from veneer.imaging.adapters import Mixer, parse_use
 from veneer.imaging.infotext import read_picture
+from veneer.imaging.make import Ask, Options, make
 from veneer.models.image.base import ImageBase, load_image
 from veneer.serve.access import ANYBODY, Caller, NoWait, OpenAccess, Served
 from veneer.serve.pictures.engine import PictureEngine
@@ -252,6 +255,93 @@ def test_controls_come_in_json_and_in_forms(client: openai.OpenAI, url: str) -> 
     assert "ControlNet 0" in held.info["parameters"]
 
 
+# -- by block and by step ----------------------------------------------------------------------------------------------
+
+FACTORS: list[tuple[str, dict[str, Any]]] = [
+    ("brand:0.8@double=0.3,single.0=0,text=2", {"strength": 0.8, "blocks": {"double": 0.3, "single.0": 0, "text": 2}}),
+    ("brand:1@steps=0-0.5", {"steps": [[0, 0.5]]}),
+    ("brand@double.0-1=0,steps=0-0.3:0.2+0.3-1", {"blocks": {"double.0-1": 0}, "steps": [[0, 0.3, 0.2], [0.3, 1]]}),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def by_hand(base: ImageBase, shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Image.Image]:
+    """What `veneer image` draws with the settings of `one`, on a base of its own."""
+    folder = tmp_path_factory.mktemp("by-hand")
+    for name in ("brand", "look"):
+        write(shelf.adapters[shelf.digest[name]], folder / f"{name}.safetensors", to="kohya", family="flux1")
+    own = load_image(str(base.directory))
+
+    def drawn(spec: str) -> Image.Image:
+        with Mixer(own) as mixer:
+            uses = (parse_use(f"{folder}/{spec.replace('brand', 'brand.safetensors')}"),)
+            return make(mixer, [Ask("a red cat", seed=7, uses=uses)], Options(steps=6))[0].image
+
+    return drawn
+
+
+@pytest.mark.parametrize(("spec", "part"), FACTORS, ids=[spec for spec, _ in FACTORS])
+def test_factors_by_block_and_step_are_those_of_veneer_image(
+    client: openai.OpenAI, url: str, by_hand: Callable[[str], Image.Image], spec: str, part: dict[str, Any]
+) -> None:
+    few = {"num_inference_steps": 6}
+    plain = one(client, mix=["brand"], **few)
+    found = one(client, mix=[{"adapter": "brand"} | part], **few)
+    assert levels(found, by_hand(spec)) == 0 < levels(found, plain)
+    assert levels(one(client, mix=[spec], **few), found) == 0
+    own = {"scale" if key == "strength" else key: value for key, value in part.items()}
+    assert levels(one(client, lora={"name": "brand"} | own, **few), found) == 0
+    fields = {"prompt": "a red cat", **few, "seed": "7"}
+    for mix in ({"mix": json.dumps([{"adapter": "brand"} | part])}, {"mix": spec}):
+        form = httpx.post(f"{url}/v1/images/generations", files={k: (None, str(v)) for k, v in (fields | mix).items()})
+        assert levels(picture(form.json()["data"][0]["b64_json"]), found) == 0
+    assert json.loads(found.info["veneer"])["rows"][0]["adapters"][0][1] == str(parse_use(spec)[1])
+
+
+def test_unlike_factors_share_a_batch(base: ImageBase, shelf: Shelf, names: Names) -> None:
+    mixes: list[Any] = [[spec] for spec, _ in FACTORS] + [["brand:0.8@double=0.3", "look@steps=0.5-1"]]
+    with (
+        PictureEngine(load_image(str(base.directory)), shelf.read, window=0.2) as engine,
+        served(picture_app(engine, names)) as at,
+        ThreadPoolExecutor(4) as pool,
+        httpx.Client(timeout=60) as http,
+    ):
+
+        def drawn(mix: Any) -> tuple[Image.Image, int]:
+            body = FEW | {"prompt": "a red cat", "num_inference_steps": 6, "mix": mix}
+            answer = http.post(f"{at}/v1/images/generations", json=body).json()
+            return picture(answer["data"][0]["b64_json"]), engine.stats().steps
+
+        together = list(pool.map(drawn, mixes))
+        assert {steps for _, steps in together} == {6}, "one batch"
+        for mix, (shared, _) in zip(mixes, together, strict=True):
+            assert levels(drawn(mix)[0], shared) <= 1
+        many = [[{"adapter": "brand", "blocks": {"single": 0.5, "double": i}}] for i in range(20)]
+        first, *_, last = pool.map(drawn, many)
+        assert levels(first[0], last[0]) > 0
+        assert len(engine.attachment.adapters) < 64, "what nobody asks for any more goes"
+    assert not engine.attachment.adapters
+
+
+def test_what_has_no_effect_here_is_said_in_notes(client: openai.OpenAI) -> None:
+    body = FEW | {"mix": [{"adapter": "brand", "blocks": {"proj_out": 0}, "steps": [[0, 0.5]]}]}
+    notes = client.images.generate(prompt="<lora:brand:1> a cat", extra_body=body).data[0].notes
+    for said in ("plain text", "brand changes nothing in 'proj_out'", "brand: its part on the text encoder"):
+        assert any(said in note for note in notes), notes
+
+
+def test_the_description_has_the_bodies(url: str) -> None:
+    paths = httpx.get(f"{url}/openapi.json").json()["paths"]
+    for path, key in (("generations", "mix"), ("edits", "mask")):
+        content = paths[f"/v1/images/{path}"]["post"]["requestBody"]["content"]
+        assert set(content) == {"application/json", "multipart/form-data"}
+        schema = content["application/json"]["schema"]
+        assert key in schema["properties"]
+        assert "$ref" not in json.dumps(schema)
+        part = next(kind for kind in schema["properties"]["mix"]["anyOf"] if "items" in kind)["items"]
+        assert set(part["properties"]) == {"adapter", "strength", "blocks", "steps"}
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +352,31 @@ def bomb(width: int, height: int) -> str:
     return base64.b64encode(data + b"\0\0\0\0IDAT").decode()
 
 
+WRONG_FACTORS: list[tuple[dict[str, Any], str]] = [
+    ({"blocks": {"douple": 1}}, "'douple' names no block of this base: did you mean double"),
+    ({"blocks": {"down": 1}}, "'down' names no block of this base"),
+    ({"blocks": {"double.0-999999999": 1}}, "names no block"),
+    ({"blocks": {"double.1-0": 1}}, "names no block"),
+    ({"blocks": {"double=0,single": 1}}, "match pattern"),
+    ({"blocks": {"a" * 129: 1}}, "at most 128"),
+    ({"blocks": {"double": 1e9}}, "less than or equal to 10000"),
+    ({"blocks": {"double": 101}, "strength": 100}, "is 10100"),
+    ({"blocks": {"double": "much"}}, "valid number"),
+    ({"blocks": {"double": True}}, "valid number"),
+    ({"blocks": {f"single.{i}": i / 100 for i in range(65)}}, "at most 64"),
+    ({"blocks": [1, 0, 1]}, "a list of 3 block weights"),
+    ({"blocks": [1] * 12}, "block weights in a list are a U-Net's"),
+    ({"blocks": 0.5}, "mix.0.blocks"),
+    ({"steps": [[0.5]]}, "at least 2"),
+    ({"steps": [[0, 0.5, 1, 1]]}, "at most 3"),
+    ({"steps": [[0.6, 0.2]]}, "0.6-0.2 is not a range of steps"),
+    ({"steps": [[-1, 2]]}, "-1-2 is not a range of steps"),
+    ({"steps": [[0, 0.6], [0.5, 1]]}, "overlap at 0.5"),
+    ({"steps": "0-0.6"}, "valid list"),
+    ({"steps": [[0, 1]] * 65}, "at most 64"),
+    ({"stpes": [[0, 1]]}, "did you mean 'steps'"),
+]
+
 GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
     ({"model": "nobody"}, 404, "model_not_found", "nobody"),
     ({"mix": [{"adapter": "nobody"}]}, 404, "model_not_found", "nobody"),
@@ -270,6 +385,13 @@ GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
     ({"lora": {"name": "brand"}, "mix": ["look"]}, 400, "invalid_request", "mix and lora both"),
     ({"lora": {"name": "brand", "path": "/etc"}}, 400, "invalid_request", "unknown key 'lora.0.path'"),
     ({"mix": [{"adapter": "brand", "strenght": 1}]}, 400, "invalid_request", "did you mean 'strength'"),
+    *(({"mix": [{"adapter": "brand"} | wrong]}, 400, "invalid_request", said) for wrong, said in WRONG_FACTORS),
+    ({"lora": [{"name": "brand", "scael": 1}]}, 400, "invalid_request", "did you mean 'scale'"),
+    ({"lora": [{"adapter": "brand"}]}, 400, "invalid_request", "lora.0.name"),
+    ({"mix": ["brand@double=x"]}, 400, "invalid_request", "'x' is not a strength"),
+    ({"mix": ["brand@double=0.5,steps=0.6-0.2"]}, 400, "invalid_request", "0.6-0.2 is not a range of steps"),
+    ({"mix": ["brand@/etc/passwd=1"]}, 400, "invalid_request", "mix.0.blocks"),
+    ({"mix": ["brand@double=0", "tiny:brand:0.5"]}, 400, "invalid_request", "named twice, with unlike blocks or steps"),
     ({"mix": 7}, 400, "invalid_request", "mix: Input should be a valid list"),
     ({"guidence_scale": 1}, 400, "invalid_request", "did you mean 'guidance_scale'"),
     ({"prompt": ""}, 400, "invalid_request", "prompt"),

@@ -25,29 +25,38 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from fastapi import APIRouter
-from pydantic import BeforeValidator, Field, ValidationError
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from veneer.errors import VeneerError
+from veneer.errors import VeneerError, quoted
+from veneer.formats.strengths import Strength
 from veneer.imaging.controls import ControlSpec, control_picture, decoded, flattened
 from veneer.imaging.infotext import encoded, png_bytes
 from veneer.imaging.make import size_for
 from veneer.models.image.generate import SEEDS, Control, PictureSettings, default_settings, fitted_picture
 from veneer.serve.access import BEHIND, SHADOWS, Caller, Served, ShadowAnswer
 from veneer.serve.http.answers import ClientLeft, OpenStream, open_stream, unless_left
-from veneer.serve.http.bodies import FAIL_FAST, MixField, MixPart, Strict, at_most, body_error, read_body, read_json
 from veneer.serve.http.errors import Json, as_refused, error_body, problem_of
 from veneer.serve.http.metrics import Meter
 from veneer.serve.http.mixes import ChosenMix
 from veneer.serve.http.service import Service, caller_of, service_of
 from veneer.serve.http.sse import EventStream
+from veneer.serve.http.surfaces.image_bodies import (
+    ControlBody,
+    Data,
+    EditBody,
+    ImageBody,
+    ImageReference,
+    NamedLora,
+    PictureMixPart,
+    checked_image_body,
+    described_body,
+    image_fields,
+)
 from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.pictures.request import FinishedPicture, PartialPicture, PictureEvent, PictureRequest, PictureStep
 from veneer.serve.request import Refused, Usage, invalid
@@ -62,17 +71,26 @@ images_routes = APIRouter(tags=["OpenAI"])
 Indexed = tuple[int, PictureEvent]
 """An event, and which of a request's pictures it is of."""
 
+FORMATS = ("PNG", "JPEG", "WEBP")
+_STEPS = {"low": 0.5, "high": 2.0, "hd": 2.0}
+"""Quality -> its share of the base's own number of steps."""
 _QUALITY = {"auto": "medium", "standard": "medium", "hd": "high"}
 
 # -- the two routes ----------------------------------------------------------------------------------------------------
 
 
-@images_routes.post("/v1/images/generations", summary="Draw pictures of a prompt.")
+@images_routes.post(
+    "/v1/images/generations", summary="Draw pictures of a prompt.", openapi_extra=described_body(ImageBody)
+)
 async def generations(request: HttpRequest) -> Response:
     return await _answered(request, ImageBody, "image_generation")
 
 
-@images_routes.post("/v1/images/edits", summary="Draw pictures from another one, where its mask is open or all over.")
+@images_routes.post(
+    "/v1/images/edits",
+    summary="Draw pictures from another one, where its mask is open or all over.",
+    openapi_extra=described_body(EditBody),
+)
 async def edits(request: HttpRequest) -> Response:
     return await _answered(request, EditBody, "image_edit")
 
@@ -80,12 +98,12 @@ async def edits(request: HttpRequest) -> Response:
 async def _answered(request: HttpRequest, kind: type[ImageBody], event: str) -> Response:
     try:
         service = service_of(request)
-        asked = _checked(kind, await _fields(request), service.settings.max_pictures)
+        asked = checked_image_body(kind, await image_fields(request), service.settings.max_pictures)
         caller = caller_of(request, asked.user or asked.safety_identifier)
-        chosen, labels = _chosen(service, asked, caller)
+        chosen, labels, factors = _chosen(service, asked, caller)
         engine = cast(PictureEngine, service.engine)
         most = service.settings.max_pixels
-        plan = await asyncio.to_thread(_planned, engine, asked, caller, chosen, labels, most)
+        plan = await asyncio.to_thread(_planned, engine, asked, caller, chosen, labels, factors, most)
         events = _run(service, engine, plan, caller, chosen, request.scope["veneer.id"])
         if not asked.stream:
             return Json(await unless_left(request, _collected(events, asked, plan)))
@@ -97,13 +115,13 @@ async def _answered(request: HttpRequest, kind: type[ImageBody], event: str) -> 
         raise as_refused(error) from error
 
 
-def _chosen(service: Service, asked: ImageBody, caller: Caller) -> tuple[ChosenMix, dict[str, str]]:
-    """What acts, and what the client calls each adapter. An empty `mix` or `lora` is the base."""
+def _chosen(
+    service: Service, asked: ImageBody, caller: Caller
+) -> tuple[ChosenMix, dict[str, str], dict[str, Strength]]:
+    """What acts, what the client calls each adapter, and the factors by block and step of those that have any. An empty
+    `mix` or `lora` is the base."""
     catalog, mixes = service.catalog, service.mixes
-    ways = {
-        "mix": None if asked.mix is None else [(part.adapter, part.strength) for part in asked.mix],
-        "lora": None if asked.lora is None else [(part.name, part.scale) for part in asked.lora],
-    }
+    ways: dict[str, list[PictureMixPart] | list[NamedLora] | None] = {"mix": asked.mix, "lora": asked.lora}
     given = [(way, parts) for way, parts in ways.items() if parts is not None]
     if len(given) > 1:
         raise invalid("mix and lora both name adapters", "lora", "leave one out")
@@ -111,13 +129,20 @@ def _chosen(service: Service, asked: ImageBody, caller: Caller) -> tuple[ChosenM
         (way, parts) = given[0]
         if catalog.resolve(asked.model, caller).mix:
             raise invalid(f"model and {way} both name adapters", way, f"model {catalog.base!r}, or none, beside {way}")
-        chosen, words = mixes.choose(caller, mix=parts), [name for name, _ in parts]
-    else:
-        chosen = mixes.choose(caller, model=asked.model)
-        if len(chosen.served.mix) == 1:
-            return chosen, {digest: chosen.served.target for digest, _ in chosen.served.mix}
-        words = list(mixes.default) if chosen.served.mix else []
-    return chosen, {digest: word for word in words for digest, _ in catalog.resolve(word, caller).mix}
+        chosen = mixes.choose(caller, mix=[(part.adapter, part.strength) for part in parts])
+        factors: dict[str, Strength] = {}
+        for part, digest in zip(parts, chosen.served.meant, strict=True):
+            if digest and factors.setdefault(digest, part.factors) != part.factors:
+                raise invalid(
+                    f"{quoted(part.adapter)} is named twice, with unlike blocks or steps", way, "name it once"
+                )
+        labels = {digest: part.adapter for part, digest in zip(parts, chosen.served.meant, strict=True)}
+        return chosen, labels, {digest: own for digest, own in factors.items() if own != Strength()}
+    chosen = mixes.choose(caller, model=asked.model)
+    if len(chosen.served.mix) == 1:
+        return chosen, {digest: chosen.served.target for digest, _ in chosen.served.mix}, {}
+    words = list(mixes.default) if chosen.served.mix else []
+    return chosen, {digest: word for word in words for digest, _ in catalog.resolve(word, caller).mix}, {}
 
 
 async def _run(
@@ -226,180 +251,6 @@ def _total(plan: DrawingPlan, usages: list[Usage]) -> Usage:
     )
 
 
-# -- bodies ------------------------------------------------------------------------------------------------------------
-
-FORMATS = ("PNG", "JPEG", "WEBP")
-_STEPS = {"low": 0.5, "high": 2.0, "hd": 2.0}
-"""Quality -> its share of the base's own number of steps."""
-
-
-class NamedLora(Strict):
-    """vLLM-Omni's way to name an adapter. It never is a path here."""
-
-    name: str = Field(min_length=1, max_length=512)
-    scale: float = Field(1.0, ge=-10_000, le=10_000)
-
-
-Data = bytes | str
-"""A picture: an uploaded file's bytes; in JSON base64 or a data: URL."""
-
-
-class ImageReference(Strict):
-    image_url: str
-
-
-class ControlBody(Strict):
-    """`begin`, `end`: shares of the steps in which it acts."""
-
-    type: str = Field(max_length=64)
-    image: Data
-    strength: float = Field(1.0, ge=-100, le=100)
-    begin: float = Field(0.0, ge=0, lt=1)
-    end: float = Field(1.0, gt=0, le=1)
-
-
-def _json(value: Any) -> Any:
-    """A form has lists and objects as JSON text."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return read_json(value.encode())
-        except (Refused, ValueError):
-            raise ValueError("this is not JSON") from None
-    return value
-
-
-def _listed(value: Any) -> Any:
-    value = _json(value)
-    return [value] if isinstance(value, dict | bytes | str) else value
-
-
-def _form_mix(value: Any) -> Any:
-    """A mix in a form: one part by itself, or JSON text."""
-    value = _json(value)
-    return value if isinstance(value, dict) and "adapter" not in value else _listed(value)
-
-
-class ImageBody(Strict):
-    prompt: str = Field(min_length=1, max_length=32_000)
-    model: str = Field("", max_length=512)
-    n: int = Field(1, ge=1)
-    size: str | None = Field("auto", pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")
-    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] = "auto"
-    background: Literal["auto", "opaque", "transparent"] = "auto"
-    moderation: Literal["auto", "low"] | None = None
-    output_format: Literal["png", "jpeg", "jpg", "webp"] = "png"
-    output_compression: int | None = Field(None, ge=0, le=100)
-    response_format: Literal["b64_json", "url"] = "b64_json"
-    stream: bool = False
-    partial_images: int = Field(0, ge=0, le=3)
-    user: str | None = Field(None, max_length=512)
-    safety_identifier: str | None = Field(None, max_length=512)
-    negative_prompt: str = Field("", max_length=32_000)
-    num_inference_steps: int | None = Field(None, ge=1)
-    guidance_scale: float | None = Field(None, ge=0, le=1000)
-    true_cfg_scale: float | None = Field(None, ge=1, le=1000)
-    scheduler: str | None = Field(None, max_length=64)
-    seed: int | None = Field(None, ge=0, lt=SEEDS)
-    lora: Annotated[list[NamedLora] | None, at_most(64), BeforeValidator(_listed)] = None
-    mix: Annotated[MixField | None, BeforeValidator(_form_mix)] = None
-    control: Annotated[list[ControlBody], at_most(4), BeforeValidator(_listed)] = Field(default_factory=list)
-
-    @property
-    def kind(self) -> str:
-        """The file's format."""
-        return "jpeg" if self.output_format == "jpg" else self.output_format
-
-
-class EditBody(ImageBody):
-    """`image`, or OpenAI's JSON form of it, `images`. `denoise`: how far from it, the share of the steps taken."""
-
-    image: Annotated[list[Data], FAIL_FAST, at_most(64), BeforeValidator(_listed)] = Field(default_factory=list)
-    images: Annotated[list[ImageReference], FAIL_FAST, at_most(64)] = Field(default_factory=list)
-    mask: Annotated[Data | ImageReference | None, BeforeValidator(_json)] = None
-    denoise: float | None = Field(None, gt=0, le=1)
-
-
-def _checked(kind: type[ImageBody], fields: dict[str, Any], most: int) -> ImageBody:
-    """The body, checked by itself; null is what is not there. Raises Refused that names everything wrong with it."""
-    try:
-        asked = kind.model_validate({key: value for key, value in fields.items() if value is not None})
-    except ValidationError as error:
-        raise _body_error(kind, error) from error
-    if asked.n > most:
-        raise invalid(f"n is {asked.n}", "n", f"at most {most}")
-    if asked.background == "transparent":
-        raise invalid("pictures are opaque here", "background", "leave it out, or auto or opaque")
-    if asked.moderation == "auto":
-        raise invalid("nothing is moderated here", "moderation", "leave it out, or low")
-    if asked.output_compression not in (None, 100) and asked.kind == "png":
-        raise invalid("a PNG is never compressed with loss", "output_compression", "output_format jpeg or webp")
-    if asked.partial_images and not asked.stream:
-        raise invalid("partial images come in a stream", "partial_images", "stream true")
-    return asked
-
-
-def _body_error(kind: type[ImageBody], error: ValidationError) -> Refused:
-    inner = {"lora": NamedLora.model_fields, "mix": MixPart.model_fields, "control": ControlBody.model_fields}
-    problems = error.errors(include_url=False, include_input=False)
-    return body_error([{**p, "loc": ("body", *p["loc"])} for p in problems], kind.model_fields, inner)
-
-
-async def _fields(request: HttpRequest) -> dict[str, Any]:
-    """The fields of a JSON body or a form; uploads are bytes. Raises Refused."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        found = await read_body(request)
-        if not isinstance(found, dict):
-            raise invalid("the body is not a JSON object")
-        return found
-    most = service_of(request).settings.max_body
-    try:
-        async with request.form(max_files=32, max_fields=200, max_part_size=most) as form:
-            items = [
-                (name, await value.read() if isinstance(value, UploadFile) else value)
-                for name, value in form.multi_items()
-            ]
-    except HTTPException as error:
-        raise invalid(f"the form cannot be read: {error.detail}") from error
-    return _unfolded(items)
-
-
-def _unfolded(items: Sequence[tuple[str, Data]]) -> dict[str, Any]:
-    """A form's fields as JSON has them: `image[]` is a list, and clients write a list of objects as
-    `mix[][adapter]`, `mix[][strength]`. A control's picture may be the name of an upload."""
-    out: dict[str, Any] = {}
-    columns: dict[str, dict[str, list[Data]]] = {}
-    for key, value in items:
-        found = re.fullmatch(r"(\w+)(\[\d*\])?(?:\[(\w+)\])?", key)
-        name, listed, inner = found.groups() if found else (key, None, None)
-        if inner:
-            columns.setdefault(name, {}).setdefault(inner, []).append(value)
-        elif listed or name == "image":
-            out.setdefault(name, []).append(value)
-        elif name in out:
-            raise invalid(f"{name} is given twice", name)
-        else:
-            out[name] = value
-    for name, own in columns.items():
-        if len({len(values) for values in own.values()}) > 1:
-            raise invalid(f"{name}: not every entry has every key", name, f"send {name} as JSON text")
-        out[name] = [dict(zip(own, row, strict=True)) for row in zip(*own.values(), strict=True)]
-    uploads = {key for key, value in out.items() if isinstance(value, bytes) and key not in ("mask", "image")}
-    if uploads:
-        try:
-            out["control"] = _listed(out.get("control", []))
-        except ValueError as error:
-            raise invalid(f"control: {error}", "control") from error
-        for control in out["control"]:
-            if isinstance(control, dict) and control.get("image") in uploads:
-                control["image"] = out[control["image"]]
-    return {key: value for key, value in out.items() if key not in uploads or not _used(out, value)}
-
-
-def _used(out: dict[str, Any], value: Any) -> bool:
-    return any(isinstance(control, dict) and control.get("image") is value for control in out.get("control", []))
-
-
 # -- what is drawn -----------------------------------------------------------------------------------------------------
 
 
@@ -417,11 +268,14 @@ class DrawingPlan:
 
 
 def _planned(
-    engine: PictureEngine, asked: ImageBody, caller: Caller, chosen: ChosenMix, labels: dict[str, str], most: int
-) -> DrawingPlan:
+    engine: PictureEngine, asked: ImageBody, caller: Caller, chosen: ChosenMix, labels: dict[str, str],
+    factors: dict[str, Strength], most: int,
+) -> DrawingPlan:  # fmt: skip
     """Decode, fit and check. `most`: pixels of a picture that is sent. Blocks. Raises Refused."""
     base = engine.base
     notes: list[str] = []
+    if "<lora:" in asked.prompt:
+        notes.append("<lora:…> in a prompt is read as plain text here; adapters are named in mix")
     sent = _Sent(most, notes)
     image, mask = sent.edited(asked) if isinstance(asked, EditBody) else (None, None)
     held = [(one, flattened(sent.opened(one.image, "control", f"the {one.type} picture"))) for one in asked.control]
@@ -443,6 +297,7 @@ def _planned(
         settings,
         asked.negative_prompt,
         mix=chosen.served.mix,
+        factors=factors,
         labels=labels,
         inputs={
             "image": sent.record(edit.image[0]) if edit and edit.image else None,

@@ -1,0 +1,256 @@
+"""What bodies of the images surface may say: JSON, or a form, as one model.
+
+    ImageBody, EditBody      the fields of docs/reference/serving-images.md, each checked by itself
+    PictureMixPart           an adapter with its factors by block and step
+
+Knows no base: whether a block or a scheduler is there is seen later.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+
+from veneer.errors import ConfigError
+from veneer.formats.strengths import Strength, parse_strength, split_factors, split_strength
+from veneer.models.image.generate import SEEDS
+from veneer.serve.http.bodies import FAIL_FAST, MixPart, Strict, at_most, body_error, read_body, read_json
+from veneer.serve.http.service import service_of
+from veneer.serve.request import Refused, invalid
+
+
+def _json(value: Any) -> Any:
+    """A form has lists and objects as JSON text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return read_json(value.encode())
+        except (Refused, ValueError):
+            raise ValueError("this is not JSON") from None
+    return value
+
+
+def _listed(value: Any) -> Any:
+    value = _json(value)
+    return [value] if isinstance(value, dict | bytes | str) else value
+
+
+def _mix(value: Any) -> Any:
+    """[{"adapter", "strength", …}], {"name": strength} or ["name:strength@FACTORS"], and in a form also one part by
+    itself or JSON text, as a list of parts."""
+    value = _json(value)
+    if isinstance(value, dict) and "adapter" not in value:
+        return [{"adapter": name, "strength": strength} for name, strength in value.items()]
+    listed = _listed(value)
+    return [_part(item) if isinstance(item, str) else item for item in listed] if isinstance(listed, list) else listed
+
+
+def _part(text: str) -> dict[str, Any]:
+    """A part from what `veneer image --adapter` takes; it is never looked for on this machine."""
+    head, factors = split_factors(text)
+    try:
+        name, strength = split_strength(head)
+        own = parse_strength(factors) if factors else Strength()
+    except ConfigError as error:
+        raise PydanticCustomError("strength", "{text}", {"text": f"{error.what}: {error.fix}"}) from error
+    given = {"strength": strength, "blocks": dict(own.blocks) or [*own.weights], "steps": [[*at] for at in own.steps]}
+    return {"adapter": name} | {key: value for key, value in given.items() if value not in (None, [])}
+
+
+_Factor = Annotated[float, Field(ge=-10_000, le=10_000, strict=True)]
+_Block = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^(\*|[\w.-]+)$")]
+_Range = Annotated[list[_Factor], Field(min_length=2, max_length=3)]
+
+
+class PictureMixPart(MixPart):
+    """An adapter, and how its strength differs within the picture, as `veneer image` has it behind an `@`. `blocks`:
+    block -> factor, the last that fits a module counts; or 12, 17, 20 or 26 numbers in kohya's order. `steps`:
+    [from, to] or [from, to, factor], shares of the steps; in none of them the adapter does not act."""
+
+    blocks: Annotated[dict[_Block, _Factor] | list[_Factor] | None, at_most(64), BeforeValidator(_json)] = None
+    steps: Annotated[Annotated[list[_Range], FAIL_FAST] | None, at_most(64), BeforeValidator(_json)] = None
+
+    @property
+    def factors(self) -> Strength:
+        """Beside a strength of 1. Raises ConfigError for factors that do not go together."""
+        blocks, weights = (self.blocks, ()) if isinstance(self.blocks, dict) else ({}, self.blocks or ())
+        ranges = [(at[0], at[1], at[2] if len(at) > 2 else 1.0) for at in self.steps or []]
+        return Strength(1.0, tuple(blocks.items()), tuple(weights), tuple(ranges))
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        try:
+            replace(self.factors, strength=self.strength)
+        except ConfigError as error:
+            raise PydanticCustomError("factors", "{text}", {"text": f"{error.what}: {error.fix}"}) from error
+        return self
+
+
+class NamedLora(PictureMixPart):
+    """vLLM-Omni's way to name an adapter. It never is a path here."""
+
+    adapter: str = Field(min_length=1, max_length=512, alias="name")
+    strength: float = Field(1.0, ge=-10_000, le=10_000, alias="scale")
+
+
+Data = bytes | str
+"""A picture: an uploaded file's bytes; in JSON base64 or a data: URL."""
+
+
+class ImageReference(Strict):
+    image_url: str
+
+
+class ControlBody(Strict):
+    """`begin`, `end`: shares of the steps in which it acts."""
+
+    type: str = Field(max_length=64)
+    image: Data
+    strength: float = Field(1.0, ge=-100, le=100)
+    begin: float = Field(0.0, ge=0, lt=1)
+    end: float = Field(1.0, gt=0, le=1)
+
+
+class ImageBody(Strict):
+    prompt: str = Field(min_length=1, max_length=32_000)
+    model: str = Field("", max_length=512)
+    n: int = Field(1, ge=1)
+    size: str | None = Field("auto", pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")
+    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] = "auto"
+    background: Literal["auto", "opaque", "transparent"] = "auto"
+    moderation: Literal["auto", "low"] | None = None
+    output_format: Literal["png", "jpeg", "jpg", "webp"] = "png"
+    output_compression: int | None = Field(None, ge=0, le=100)
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    stream: bool = False
+    partial_images: int = Field(0, ge=0, le=3)
+    user: str | None = Field(None, max_length=512)
+    safety_identifier: str | None = Field(None, max_length=512)
+    negative_prompt: str = Field("", max_length=32_000)
+    num_inference_steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=0, le=1000)
+    true_cfg_scale: float | None = Field(None, ge=1, le=1000)
+    scheduler: str | None = Field(None, max_length=64)
+    seed: int | None = Field(None, ge=0, lt=SEEDS)
+    lora: Annotated[Annotated[list[NamedLora], FAIL_FAST] | None, at_most(64), BeforeValidator(_listed)] = None
+    mix: Annotated[Annotated[list[PictureMixPart], FAIL_FAST] | None, BeforeValidator(_mix), at_most(64)] = None
+    control: Annotated[list[ControlBody], at_most(4), BeforeValidator(_listed)] = Field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        """The file's format."""
+        return "jpeg" if self.output_format == "jpg" else self.output_format
+
+
+class EditBody(ImageBody):
+    """`image`, or OpenAI's JSON form of it, `images`. `denoise`: how far from it, the share of the steps taken."""
+
+    image: Annotated[list[Data], FAIL_FAST, at_most(64), BeforeValidator(_listed)] = Field(default_factory=list)
+    images: Annotated[list[ImageReference], FAIL_FAST, at_most(64)] = Field(default_factory=list)
+    mask: Annotated[Data | ImageReference | None, BeforeValidator(_json)] = None
+    denoise: float | None = Field(None, gt=0, le=1)
+
+
+def checked_image_body(kind: type[ImageBody], fields: dict[str, Any], most: int) -> ImageBody:
+    """The body, checked by itself; null is what is not there. Raises Refused that names everything wrong with it."""
+    try:
+        asked = kind.model_validate({key: value for key, value in fields.items() if value is not None})
+    except ValidationError as error:
+        raise _body_error(kind, error) from error
+    if asked.n > most:
+        raise invalid(f"n is {asked.n}", "n", f"at most {most}")
+    if asked.background == "transparent":
+        raise invalid("pictures are opaque here", "background", "leave it out, or auto or opaque")
+    if asked.moderation == "auto":
+        raise invalid("nothing is moderated here", "moderation", "leave it out, or low")
+    if asked.output_compression not in (None, 100) and asked.kind == "png":
+        raise invalid("a PNG is never compressed with loss", "output_compression", "output_format jpeg or webp")
+    if asked.partial_images and not asked.stream:
+        raise invalid("partial images come in a stream", "partial_images", "stream true")
+    return asked
+
+
+def _body_error(kind: type[ImageBody], error: ValidationError) -> Refused:
+    parts: dict[str, type[Strict]] = {"lora": NamedLora, "mix": PictureMixPart, "control": ControlBody}
+    inner = {key: [about.alias or name for name, about in part.model_fields.items()] for key, part in parts.items()}
+    problems = error.errors(include_url=False, include_input=False)
+    return body_error([{**p, "loc": ("body", *p["loc"])} for p in problems], kind.model_fields, inner)
+
+
+async def image_fields(request: HttpRequest) -> dict[str, Any]:
+    """The fields of a JSON body or a form; uploads are bytes. Raises Refused."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        found = await read_body(request)
+        if not isinstance(found, dict):
+            raise invalid("the body is not a JSON object")
+        return found
+    most = service_of(request).settings.max_body
+    try:
+        async with request.form(max_files=32, max_fields=200, max_part_size=most) as form:
+            items = [
+                (name, await value.read() if isinstance(value, UploadFile) else value)
+                for name, value in form.multi_items()
+            ]
+    except HTTPException as error:
+        raise invalid(f"the form cannot be read: {error.detail}") from error
+    return _unfolded(items)
+
+
+def _unfolded(items: Sequence[tuple[str, Data]]) -> dict[str, Any]:
+    """A form's fields as JSON has them: `image[]` is a list, and clients write a list of objects as
+    `mix[][adapter]`, `mix[][strength]`. A control's picture may be the name of an upload."""
+    out: dict[str, Any] = {}
+    columns: dict[str, dict[str, list[Data]]] = {}
+    for key, value in items:
+        found = re.fullmatch(r"(\w+)(\[\d*\])?(?:\[(\w+)\])?", key)
+        name, listed, inner = found.groups() if found else (key, None, None)
+        if inner:
+            columns.setdefault(name, {}).setdefault(inner, []).append(value)
+        elif listed or name == "image":
+            out.setdefault(name, []).append(value)
+        elif name in out:
+            raise invalid(f"{name} is given twice", name)
+        else:
+            out[name] = value
+    for name, own in columns.items():
+        if len({len(values) for values in own.values()}) > 1:
+            raise invalid(f"{name}: not every entry has every key", name, f"send {name} as JSON text")
+        out[name] = [dict(zip(own, row, strict=True)) for row in zip(*own.values(), strict=True)]
+    uploads = {key for key, value in out.items() if isinstance(value, bytes) and key not in ("mask", "image")}
+    if uploads:
+        try:
+            out["control"] = _listed(out.get("control", []))
+        except ValueError as error:
+            raise invalid(f"control: {error}", "control") from error
+        for control in out["control"]:
+            if isinstance(control, dict) and control.get("image") in uploads:
+                control["image"] = out[control["image"]]
+    return {key: value for key, value in out.items() if key not in uploads or not _used(out, value)}
+
+
+def _used(out: dict[str, Any], value: Any) -> bool:
+    return any(isinstance(control, dict) and control.get("image") is value for control in out.get("control", []))
+
+
+def described_body(kind: type[ImageBody]) -> dict[str, Any]:
+    """A route's body for /openapi.json, since FastAPI reads none that may be JSON or a form."""
+    schema = kind.model_json_schema()
+    defined = schema.pop("$defs", {})
+
+    def whole(part: Any) -> Any:
+        if isinstance(part, dict):
+            named = str(part.get("$ref", "")).rpartition("/")[2]
+            return whole(defined[named]) if named else {key: whole(value) for key, value in part.items()}
+        return [whole(value) for value in part] if isinstance(part, list) else part
+
+    content = {"schema": whole(schema)}
+    kinds = ("application/json", "multipart/form-data")
+    return {"requestBody": {"required": True, "content": dict.fromkeys(kinds, content)}}
