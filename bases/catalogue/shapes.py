@@ -145,6 +145,12 @@ def star(x: float, y: float, outer: float, inner: float, tips: int = 5) -> list[
     return out
 
 
+def moved(outline: Sequence[Flat], x: float = 0.0, y: float = 0.0, degrees: float = 0.0) -> list[Flat]:
+    """An outline turned anticlockwise around the origin, then shifted."""
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return [(x + c * a - s * b, y + s * a + c * b) for a, b in outline]
+
+
 @dataclass
 class Product:
     """What a kind's function fills with solids. `random`: for the shape's own variety; use `vary` and `pick`."""
@@ -355,6 +361,22 @@ class Product:
         if float(self.view.matrix()[2] @ (turning @ np.array(normal))) <= 0.03:
             return
         self.prism(outline, 0.0, paint, at=at, plane=plane, turn=turn, tilt=tilt, bare=True, lift=lift)
+
+    def patch(
+        self, directions: Sequence[Point], radius: float, paint: str, *, at: Point, lift: float = 0.5
+    ) -> None:  # fmt: skip
+        """A region on a ball (radius, middle `at`) whose corners lie in `directions`; cut off where the ball ends."""
+        m = self.view.matrix()
+        d = np.array(directions, dtype=float)
+        p = (d / np.linalg.norm(d, axis=1, keepdims=True)) @ m.T
+        if float(p[:, 2].max()) < 0.05:
+            return
+        behind = p[:, 2] < 0
+        p[behind, :2] /= np.linalg.norm(p[behind, :2], axis=1, keepdims=True)
+        c = m @ np.array(at, dtype=float)
+        shade = _lambert(d.mean(0) / (np.linalg.norm(d.mean(0)) + 1e-9), self.view.light())
+        face = Face(c[:2] + 1.002 * radius * p[:, :2], paint, shade, bare=True, near=float(c[2]))
+        self.parts.append(Part([face], float(c[2]) + lift))
 
     # -- all of it ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,387 @@
+"""Tools and what lies about a workshop, a building site or a garden."""
+
+from __future__ import annotations
+
+import math
+
+from shapes import FRONT, RIGHT, Flat, Product, arc, disc, kind, moved, rounded, smooth
+
+
+def _rect(x: float, y: float, w: float, h: float) -> list[Flat]:
+    """By its middle."""
+    return [(x - w / 2, y - h / 2), (x + w / 2, y - h / 2), (x + w / 2, y + h / 2), (x - w / 2, y + h / 2)]
+
+
+@kind("hammer", "tools")
+def _hammer(p: Product) -> None:
+    h = p.vary(1.15, 1.3)
+    p.turned([(0.15, 0), (0.18, 0.05), (0.18, 0.5), (0.13, 0.75), (0.13, h)])
+    p.prism(
+        smooth([(-0.1, -0.13), (0.2, -0.11), (0.45, -0.17), (0.62, -0.28), (0.5, 0.0), (0.25, 0.12), (-0.1, 0.14)]),
+        0.2, "metal", at=(0, h, 0), lift=0.5
+    )  # fmt: skip
+    p.turned([(0.12, 0.05), (0.12, 0.28), (0.2, 0.3), (0.2, 0.48)], "metal", at=(0, h, 0), axis=(-1, 0, 0), lift=0.5)
+
+
+@kind("screwdriver", "tools")
+def _screwdriver(p: Product) -> None:
+    r = p.vary(0.21, 0.25)
+    p.turned([(r * 0.75, 0), (r, 0.06), (r, 0.55), (r * 0.65, 0.66), (r * 0.9, 0.76)])
+    for x in (-0.5, 0, 0.5):
+        p.prism(
+            rounded(r * x - 0.025, 0.1, r * x + 0.025, 0.5, 0.02), 0.02, "second", at=(0, 0, r * (0.95 - 0.5 *
+            abs(x))), lift=1
+        )  # fmt: skip
+    p.turned([(0.075, 0.76), (0.065, 1.25)], "metal", lift=0.3)
+    p.prism(
+        [(-0.065, 1.25), (0.065, 1.25), (0.1, 1.33), (0.08, 1.48), (-0.08, 1.48), (-0.1, 1.33)], 0.06, "metal",
+        lift=0.4
+    )  # fmt: skip
+
+
+@kind("saw", "tools")
+def _saw(p: Product) -> None:
+    w, teeth = p.vary(1.15, 1.3), 9
+    step = w / teeth
+    zigzag = [(-w * 0.5 + step * (i + k), 0.09 - 0.18 * k) for i in range(teeth) for k in (0.0, 0.5)]
+    p.prism([*zigzag, (w * 0.5, 0.09), (w * 0.5, 0.58), (-w * 0.5, 0.3)], 0.05)
+    grip = smooth(
+        [(w * 0.42, 0.05), (w * 0.72, -0.0), (w * 0.82, 0.14), (w * 0.78, 0.5), (w * 0.68, 0.64), (w * 0.44, 0.62)]
+    )  # fmt: skip
+    p.prism(grip, 0.16, "wood", lift=0.2)
+    p.mark(rounded(w * 0.53, 0.17, w * 0.69, 0.47, 0.09), "dark", at=(0, 0, 0.081), lift=0.5)
+
+
+@kind("wrench", "tools")
+def _wrench(p: Product) -> None:
+    h, k = p.vary(1.5, 1.65), p.vary(0.95, 1.1)
+    jaw = [(-0.09, 0.12), (-0.13, 0.28), (-0.27, 0.2), (-0.31, 0.0), (-0.22, -0.2), (-0.1, -0.3)]
+    upper = [(k * x, h - 0.3 + k * y) for x, y in jaw[::-1]]
+    mouth = [(-0.08 * k, h - 0.25), (0.08 * k, h - 0.25)]
+    upper_right = [(-x, y) for x, y in upper[::-1]]
+    eye = [(x, y) for x, y in arc(0, 0.24, 0.24, 70, -250, 20)]
+    p.prism(upper + mouth + upper_right + eye, 0.15)
+    p.mark(
+        [(0.13 * math.cos(a * math.pi / 3), 0.24 + 0.13 * math.sin(a * math.pi / 3)) for a in range(6)], "dark",
+        at=(0, 0, 0.076)
+    )  # fmt: skip
+    p.mark(rounded(-0.045, 0.55, 0.045, h - 0.65, 0.04), "second", at=(0, 0, 0.076))
+
+
+@kind("axe", "tools")
+def _axe(p: Product) -> None:
+    h = p.vary(1.2, 1.35)
+    handle = smooth([(-0.06, 0), (0.1, 0), (0.09, 0.5), (0.08, h), (-0.08, h), (-0.09, 0.5)])
+    p.prism(handle, 0.13, "wood")
+    blade = [
+        (0.16, h - 0.4), (0.16, h - 0.06), (-0.15, h - 0.08), *arc(-0.15, h - 0.25, 0.5, 140, 220, 9), (-0.15, h -
+        0.36)
+    ]  # fmt: skip
+    p.prism(blade, 0.2, lift=0.3)
+    edge = arc(-0.15, h - 0.25, 0.5, 140, 220, 9)
+    p.mark([*edge, *arc(-0.15, h - 0.25, 0.4, 218, 142, 9)], "metal", at=(0, 0, 0.101), lift=0.6)
+
+
+@kind("shovel", "tools")
+def _shovel(p: Product) -> None:
+    h, w = p.vary(1.5, 1.65), p.vary(0.34, 0.38)
+    blade = smooth(
+        [(0, 0), (0.2, 0.12), (w, 0.4), (w, 0.72), (0.1, 0.76), (-0.1, 0.76), (-w, 0.72), (-w, 0.4), (-0.2, 0.12)]
+    )  # fmt: skip
+    p.prism(blade, 0.09)
+    p.prism([(-0.03, 0.3), (0.03, 0.3), (0.06, 0.76), (-0.06, 0.76)], 0.04, at=(0, 0, 0.06), lift=0.3)
+    p.turned([(0.08, 0.68), (0.07, 0.9)], "main", lift=0.3)
+    p.turned([(0.055, 0.85), (0.055, h)], "wood", lift=0.1)
+    grip = [(0, h - 0.05), (-0.17, h + 0.08), (-0.17, h + 0.22), (0.17, h + 0.22), (0.17, h + 0.08)]
+    p.rod([(x, y, 0) for x, y in grip], 0.05, "main", closed=True, lift=0.2)
+
+
+@kind("paint brush", "tools")
+def _paint_brush(p: Product) -> None:
+    h = p.vary(0.62, 0.72)
+    handle = smooth(
+        [(-0.14, h + 0.5), (-0.15, 0.34), (-0.2, 0.14), (-0.34, 0.0), (0.34, 0.0), (0.2, 0.14), (0.15, 0.34), (0.14,
+        h + 0.5)]
+    )  # fmt: skip
+    p.prism([(x, y + 0.54) for x, y in handle], 0.2)
+    p.prism(_rect(0, 0.45, 0.74, 0.2), 0.24, "metal", lift=0.1)
+    p.prism(
+        [(-0.36, 0.36), (0.36, 0.36), (0.39, 0.08), (0.24, 0), (0.1, 0.05), (-0.06, 0), (-0.22, 0.05), (-0.38,
+        0.1)], 0.2, "second", lift=0.05
+    )  # fmt: skip
+    p.mark(disc(0, h + 0.9, 0.05), "dark", at=(0, 0, 0.101))
+
+
+@kind("paint roller", "tools")
+def _paint_roller(p: Product) -> None:
+    w, r = p.vary(0.85, 0.95), p.vary(0.23, 0.27)
+    path = [(0, 0.5, 0), (0, 0.72, 0), (w * 0.72, 0.8, 0), (w * 0.72, 1.15, 0), (w * 0.5, 1.15, 0)]
+    p.rod(path, 0.04, "metal", lift=-0.2)
+    p.turned([(r, 0), (r, w)], at=(-w / 2, 1.15, 0), axis=RIGHT, lift=0.1)
+    p.turned([(r * 0.5, w), (r * 0.5, w + 0.04)], "dark", at=(-w / 2, 1.15, 0), axis=RIGHT, lift=0.11)
+    p.turned([(0.11, 0), (0.13, 0.06), (0.11, 0.3), (0.13, 0.45), (0.08, 0.55)], "main", lift=0.1)
+
+
+@kind("toolbox", "tools")
+def _toolbox(p: Product) -> None:
+    w, h = p.vary(1.2, 1.35), p.vary(0.45, 0.52)
+    p.box((w, h, 0.6))
+    p.prism([(-0.32, h), (0.32, h), (0.14, h + 0.24), (-0.14, h + 0.24)], w + 0.04, "main", plane="side", lift=0.1)
+    p.mark(_rect(0, h, w, 0.05), "dark", at=(0, 0, 0.322), lift=0.5)
+    for x in (-0.3, 0.3):
+        p.box((0.13, 0.2, 0.05), "metal", at=(w * x, h - 0.12, 0.32), lift=0.6)
+    y = h + 0.2
+    p.rod(
+        [(-w * 0.24, y, 0), (-w * 0.24, y + 0.2, 0), (w * 0.24, y + 0.2, 0), (w * 0.24, y, 0)], 0.055, "dark",
+        lift=0.5
+    )  # fmt: skip
+
+
+@kind("drill", "tools")
+def _drill(p: Product) -> None:
+    w = p.vary(0.95, 1.05)
+    p.prism([(-0.02, 0.18), (0.28, 0.18), (0.34, 0.75), (0.02, 0.75)], 0.24)
+    p.prism(rounded(-0.2, 0, 0.4, 0.22, 0.05), 0.34, "dark", lift=0.1)
+    p.prism(moved(_rect(0, 0, 0.1, 0.2), -0.03, 0.58), 0.1, "#d62f2f")
+    p.turned([(0.19, 0), (0.24, 0.06), (0.24, 0.5), (0.19, w * 0.8)], at=(0.45, 0.9, 0), axis=(-1, 0, 0), lift=0.2)
+    p.turned([(0.17, 0), (0.15, 0.06), (0.09, 0.24)], "dark", at=(0.45 - w * 0.8, 0.9, 0), axis=(-1, 0, 0), lift=0.1)
+    p.turned([(0.05, 0.22), (0.05, 0.52), (0, 0.6)], "metal", at=(0.45 - w * 0.8, 0.9, 0), axis=(-1, 0, 0))
+    for x in (0.1, 0.2, 0.3):
+        p.mark(_rect(x, 0.92, 0.045, 0.16), "dark", at=(0, 0, 0.24), lift=1)
+
+
+@kind("anvil", "tools")
+def _anvil(p: Product) -> None:
+    w = p.vary(0.95, 1.1)
+    half = [(0.42, 0), (0.42, 0.12), (0.3, 0.18), (0.2, 0.36), (0.3, 0.48), (0.5, 0.56), (0.5, 0.78)]
+    horn = [
+        (-0.4, 0.78), (-0.85, 0.74), (-0.6, 0.62), (-0.3, 0.52), (-0.2, 0.36), (-0.3, 0.18), (-0.42, 0.12), (-0.42,
+        0)
+    ]  # fmt: skip
+    p.prism([(w * x, y) for x, y in half + horn], 0.44)
+    p.box((w * 0.88, 0.06, 0.46), "second", at=(w * 0.06, 0.77, 0), lift=0.2)
+
+
+@kind("magnet", "tools")
+def _magnet(p: Product) -> None:
+    r, k = p.vary(0.5, 0.56), 0.23
+    outline = [
+        (-r, 0.3), *arc(0, 0.62, r, 180, 0, 18), (r, 0.3), (r - k, 0.3), *arc(0, 0.62, r - k, 0, 180, 14), (k - r,
+        0.3)
+    ]  # fmt: skip
+    outline = [(x, 1.45 - y) for x, y in outline]
+    p.prism(outline, 0.28)
+    for s in (-1, 1):
+        p.prism(_rect(s * (r - k / 2), 1.26, k, 0.26), 0.28, "light", lift=0.05)
+
+
+@kind("bolt", "tools")
+def _bolt(p: Product) -> None:
+    r = p.vary(0.2, 0.24)
+    hexagon = [(0.46 * math.cos(a), 0.46 * math.sin(a)) for a in [math.pi * i / 3 for i in range(6)]]
+    thread = [(r - (0.05 if i % 2 else -0.02), 0.3 + 0.065 * i) for i in range(14)]
+    p.prism(hexagon, 0.3, plane="floor")
+    p.turned([(r, 0.3), *thread, (r - 0.06, 1.25)], lift=0.5)
+
+
+@kind("gear", "tools")
+def _gear(p: Product) -> None:
+    r, n = p.vary(0.48, 0.54), p.pick(8, 9, 10)
+    outline = []
+    for i in range(n):
+        for a, k in ((-0.3, 1.0), (-0.18, 1.25), (0.18, 1.25), (0.3, 1.0)):
+            t = 2 * math.pi * (i + a) / n - math.pi / 2
+            outline.append((k * r * math.cos(t), k * r * math.sin(t)))
+    y = r * 1.25
+    p.prism([(a, b + y) for a, b in outline], 0.22)
+    p.mark(disc(0, y, r * 0.62), "second", at=(0, 0, 0.111))
+    p.mark(disc(0, y, r * 0.48), "main", at=(0, 0, 0.112), lift=0.31)
+    p.mark(disc(0, y, r * 0.24), "dark", at=(0, 0, 0.113), lift=0.32)
+
+
+@kind("pickaxe", "tools")
+def _pickaxe(p: Product) -> None:
+    h, w = p.vary(1.15, 1.3), p.vary(0.66, 0.74)
+    p.turned([(0.09, 0), (0.075, 0.1), (0.075, h + 0.1)], "wood")
+    top = arc(0, -0.75, w * 1.45, 128, 52, 11)
+    low = arc(0, -1.12, w * 1.55, 60, 120, 11)
+    p.prism([(x, h + y - 0.28) for x, y in top] + [(x, h + y - 0.18) for x, y in low], 0.2, lift=0.4)
+    p.box((0.26, 0.3, 0.26), at=(0, h - 0.17, 0), lift=0.5)
+
+
+@kind("trowel", "tools")
+def _trowel(p: Product) -> None:
+    w = p.vary(0.3, 0.35)
+    p.prism([(0, 0.05), (w, 0.5), (w * 0.7, 0.68), (-w * 0.7, 0.68), (-w, 0.5)], 0.06, "metal")
+    p.rod([(0, 0.55, 0.06), (0, 0.78, 0.16), (0, 0.9, 0.06)], 0.045, "metal", lift=0.2)
+    p.turned([(0.15, 0.82), (0.17, 0.9), (0.21, 1.15), (0.18, 1.5), (0.12, 1.56)], lift=0.3)
+
+
+@kind("tape measure", "tools")
+def _tape_measure(p: Product) -> None:
+    r = p.vary(0.46, 0.52)
+    outline = [(-r, 0.06), (r, 0), (r, 0.3), *arc(0, r, r, 0, 180, 16), (-r, 0.2)]
+    p.prism([(x, max(y, 0)) for x, y in outline], 0.42)
+    p.mark(disc(-0.02, r, r * 0.62), "second", at=(0, 0, 0.211))
+    p.mark(disc(-0.02, r, r * 0.42), "main", at=(0, 0, 0.212), lift=0.31)
+    p.prism(_rect(r + 0.36, 0.1, 0.76, 0.17), 0.03, "#f5cf30", lift=0.2)
+    for i in range(4):
+        p.mark(_rect(r + 0.12 + 0.16 * i, 0.14, 0.03, 0.09), "dark", at=(0, 0, 0.016), lift=0.5)
+    p.box((0.05, 0.28, 0.1), "metal", at=(r + 0.74, 0, 0), lift=0.3)
+
+
+@kind("ladder", "tools")
+def _ladder(p: Product) -> None:
+    h, w = p.vary(1.4, 1.55), p.vary(0.3, 0.34)
+    for s in (-1, 1):
+        p.rod([(s * w * 1.2, 0.03, -0.55), (s * w * 0.8, h, 0)], 0.035, "second", lift=-0.5)
+    for i in range(4):
+        y = h * (0.18 + 0.21 * i)
+        k = 1.25 - 0.4 * y / h
+        p.box((2 * w * k, 0.07, 0.2), "main", at=(0, y, 0.45 * (1 - y / h)), lift=0.1)
+    for s in (-1, 1):
+        side = [(0.5, 0), (0.64, 0), (0.12, h), (-0.02, h)]
+        p.prism(side, 0.09, plane="side", at=(s * w, 0, 0), lift=0.3)
+    p.box((2 * w + 0.2, 0.1, 0.34), "main", at=(0, h - 0.03, 0), lift=0.5)
+
+
+@kind("thread spool", "tools")
+def _thread_spool(p: Product) -> None:
+    h, r = p.vary(0.95, 1.1), p.vary(0.35, 0.38)
+    p.turned([(0.44, 0), (0.44, 0.07), (r, 0.12)], "wood")
+    p.turned([(r, 0.13)] + [(r + (0.02 if i % 2 else -0.015), 0.15 + (h - 0.3) * i / 12) for i in range(13)], lift=0.2)
+    p.turned([(r, h - 0.12), (0.44, h - 0.07), (0.44, h)], "wood", lift=0.5)
+    p.mark(disc(0, 0, 0.12), "dark", at=(0, h + 0.001, 0), plane="floor", lift=1)
+    tail = smooth([(r, 0.4), (0.52, 0.3), (0.5, 0.05), (0.75, 0.03)], closed=False)
+    p.rod([(x, y, 0.05) for x, y in tail], 0.02, "main", lift=0.6)
+
+
+@kind("fire extinguisher", "tools")
+def _fire_extinguisher(p: Product) -> None:
+    r, h = p.vary(0.28, 0.32), p.vary(0.95, 1.05)
+    p.turned([(r, 0), (r, h - 0.12), (r * 0.85, h), (r * 0.35, h + 0.1)])
+    p.turned([(0.1, h + 0.08), (0.1, h + 0.22)], "metal", lift=0.2)
+    p.prism([(-0.05, h + 0.2), (0.32, h + 0.16), (0.34, h + 0.24), (-0.05, h + 0.3)], 0.12, "dark", lift=0.3)
+    p.prism([(-0.05, h + 0.32), (0.3, h + 0.42), (0.28, h + 0.5), (-0.08, h + 0.4)], 0.12, "dark", lift=0.31)
+    hose = smooth([(-0.08, h + 0.24), (-0.36, h + 0.16), (-0.46, 0.75), (-0.42, 0.5)], closed=False)
+    p.rod([(x, y, 0.05) for x, y in hose], 0.045, "dark", lift=0.3)
+    p.turned([(0.05, 0), (0.11, 0.3)], "dark", at=(-0.42, 0.55, 0.05), axis=(0.05, -1, 0), lift=0.3)
+    p.turned([(r + 0.004, 0.4), (r + 0.004, 0.6)], "paper", bare=True, lift=0.2)
+
+
+@kind("anchor", "tools")
+def _anchor(p: Product) -> None:
+    k = p.vary(0.94, 1.06)
+    p.ring(0.15, 0.05, "second", at=(0, 1.3, 0), lift=-0.1)
+    p.prism(_rect(0, 0.66, 0.16, 1.1), 0.16)
+    p.prism(rounded(-0.36, 0.92, 0.36, 1.06, 0.06), 0.18, lift=0.1)
+    bow = [*arc(0, 0.62, 0.62 * k, 200, 340, 17), *arc(0, 0.7, 0.5 * k, 332, 208, 15)]
+    p.prism(bow, 0.16, lift=0.05)
+    for s in (-1, 1):
+        p.prism([(s * 0.36 * k, 0.4), (s * 0.78 * k, 0.42), (s * 0.62 * k, 0.8)], 0.18, lift=0.08)
+
+
+@kind("traffic cone", "tools")
+def _traffic_cone(p: Product) -> None:
+    r, h = p.vary(0.36, 0.4), p.vary(1.05, 1.2)
+    p.prism(rounded(-0.5, -0.5, 0.5, 0.5, 0.1), 0.1, "main", plane="floor")
+    for i, (a, b) in enumerate(((0, 0.28), (0.28, 0.48), (0.48, 0.66), (0.66, 0.82), (0.82, 1))):
+        low, high = (r * (1 - 0.82 * t) for t in (a, b))
+        p.turned(
+            [(low, 0.1 + a * h), (high, 0.1 + b * h)], "paper" if i % 2 else "main", lift=0.5 + 0.1 * i, bare=bool(i
+            % 2)
+        )  # fmt: skip
+
+
+@kind("jerry can", "tools")
+def _jerry_can(p: Product) -> None:
+    w, h = p.vary(0.85, 0.95), p.vary(1.0, 1.1)
+    p.rod(
+        [(-w * 0.3, h - 0.02, 0), (-w * 0.3, h + 0.16, 0), (w * 0.2, h + 0.16, 0), (w * 0.2, h - 0.02, 0)], 0.05,
+        "main", lift=-0.2
+    )  # fmt: skip
+    p.prism(
+        [(-w / 2, 0.05), (-w / 2 + 0.05, 0), (w / 2 - 0.05, 0), (w / 2, 0.05), (w / 2, h - 0.2), (w / 2 - 0.2, h),
+        (-w / 2 + 0.05, h), (-w / 2, h - 0.05)], 0.42
+    )  # fmt: skip
+    p.turned([(0.1, 0), (0.1, 0.16)], "dark", at=(w / 2 - 0.1, h - 0.12, 0), axis=(0.7, 0.7, 0), lift=0.3)
+    for turn in (-1, 1):
+        stripe = moved(_rect(0, 0, 0.09, 0.85), 0, h * 0.45, 42 * turn)
+        p.mark(stripe, "second", at=(0, 0, 0.212), lift=0.4)
+
+
+@kind("rake", "tools")
+def _rake(p: Product) -> None:
+    h, w = p.vary(1.45, 1.6), p.vary(0.46, 0.52)
+    p.turned([(0.065, 0.4), (0.06, h)], "wood")
+    p.turned([(0.085, h - 0.3), (0.085, h)], "main", lift=0.1)
+    p.turned([(0.09, 0.4), (0.075, 0.6)], "main", lift=0.2)
+    p.prism(rounded(-w, 0.3, w, 0.48, 0.06), 0.14, lift=0.3)
+    for i in range(6):
+        x = w * (-0.88 + 0.352 * i)
+        p.prism([(x - 0.055, 0.34), (x + 0.055, 0.34), (x + 0.03, 0), (x - 0.03, 0)], 0.1, lift=0.1)
+
+
+@kind("pliers", "tools")
+def _pliers(p: Product) -> None:
+    k = p.vary(0.92, 1.05)
+    for s in (-1, 1):
+        jaw = [(0.02, 0.72), (0.2, 0.72), (0.2, 0.9), (0.1, 1.32), (0.015, 1.32)]
+        p.prism([(s * x, y) for x, y in jaw], 0.16, "metal")
+        grip = smooth(
+            [(0.02, 0.74), (0.17, 0.7), (0.42 * k, 0.4), (0.42 * k, 0.02), (0.25 * k, 0.0), (0.23 * k, 0.34), (0.02,
+            0.6)]
+        )  # fmt: skip
+        p.prism([(s * x, y) for x, y in grip], 0.22, lift=0.1)
+    p.turned([(0.17, -0.11), (0.17, 0.11)], "metal", at=(0, 0.76, 0), axis=FRONT, lift=0.4)
+    p.mark(disc(0, 0.76, 0.07), "dark", at=(0, 0, 0.112), lift=0.7)
+
+
+@kind("wheelbarrow", "tools")
+def _wheelbarrow(p: Product) -> None:
+    for z in (-0.25, 0.25):
+        p.rod([(-0.5, 0.24, z * 0.3), (0.1, 0.44, z), (0.95, 0.6, z)], 0.04, "wood", lift=0.3 if z > 0 else -0.4)
+        p.rod([(0.28, 0.45, z), (0.38, 0.03, z)], 0.045, "metal", lift=0.3 if z > 0 else -0.5)
+    p.turned([(0.24, 0), (0.24, 0.12)], "rubber", at=(-0.52, 0.24, -0.06), axis=FRONT, lift=0.2)
+    p.turned([(0.11, 0), (0.11, 0.03)], "light", at=(-0.52, 0.24, 0.06), axis=FRONT, lift=0.25)
+    k = p.vary(0.95, 1.05)
+    p.prism([(-0.3, 0.42), (0.36, 0.46), (0.58 * k, 0.9), (-0.72 * k, 0.9)], 0.72, lift=0.4)
+    p.mark(
+        [(-0.66 * k, -0.31), (0.53 * k, -0.31), (0.53 * k, 0.31), (-0.66 * k, 0.31)], "second", at=(0, 0.901, 0),
+        plane="floor", lift=1
+    )  # fmt: skip
+
+
+@kind("paint bucket", "tools")
+def _paint_bucket(p: Product) -> None:
+    r, h = p.vary(0.42, 0.47), p.vary(0.8, 0.9)
+    handle = [(x, y + h - 0.08, 0.0) for x, y in arc(0, 0, r + 0.03, 170, 10, 13, 1.15)]
+    p.rod(handle, 0.025, "metal", lift=-0.5)
+    p.turned([(r, 0), (r, h)], "main")
+    p.turned([(r + 0.02, h - 0.06), (r + 0.02, h)], "metal", hollow=True, inside="light", lift=0.2)
+    drip = smooth([(-0.8, 0), (-0.6, 0.36), (-0.4, 0.2), (-0.15, 0.55), (0.08, 0.2), (0.35, 0.4), (0.6, 0)])
+    ahead = math.radians(-p.view.yaw)
+    p.sheet(
+        [((r + 0.02) * math.sin(a + ahead), h - b, (r + 0.02) * math.cos(a + ahead)) for a, b in drip], "light",
+        bare=True, lift=1
+    )  # fmt: skip
+
+
+@kind("plunger", "tools")
+def _plunger(p: Product) -> None:
+    h, r = p.vary(1.2, 1.35), p.vary(0.44, 0.5)
+    p.turned([(0.07, 0.4), (0.07, h), (0.05, h + 0.04)], "wood")
+    p.turned([(r, 0), (r + 0.02, 0.08), (r * 0.9, 0.24), (r * 0.62, 0.4), (0.16, 0.48), (0.12, 0.6)], lift=0.3)
+
+
+@kind("broom", "tools")
+def _broom(p: Product) -> None:
+    h, w = p.vary(1.4, 1.55), p.vary(0.36, 0.42)
+    p.prism([(-w, 0), (w, 0), (w * 0.72, 0.5), (-w * 0.72, 0.5)], 0.24, "#e3c36c")
+    for x in (-0.5, 0, 0.5):
+        p.mark(
+            [(w * x * 1.25 - 0.015, 0.03), (w * x * 1.25 + 0.015, 0.03), (w * x + 0.015, 0.42), (w * x - 0.015,
+            0.42)], "#a8853c", at=(0, 0, 0.121)
+        )  # fmt: skip
+    p.prism([(-w * 0.9, 0.32), (w * 0.9, 0.32), (w * 0.6, 0.74), (-w * 0.6, 0.74)], 0.3, lift=0.3)
+    p.turned([(0.13, 0.7), (0.085, 0.9), (0.085, h)], lift=0.4)
