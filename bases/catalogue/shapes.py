@@ -151,6 +151,16 @@ def moved(outline: Sequence[Flat], x: float = 0.0, y: float = 0.0, degrees: floa
     return [(x + c * a - s * b, y + s * a + c * b) for a, b in outline]
 
 
+def twofold(half: Sequence[Flat]) -> list[Flat]:
+    """The outline of something symmetric from its right half, from the top to the bottom."""
+    return [*half, *[(-x, y) for x, y in reversed(half)]]
+
+
+def standing(points: Sequence[Flat], z: float = 0.0) -> list[Point]:
+    """Flat points as a path in the plane that faces the viewer."""
+    return [(x, y, z) for x, y in points]
+
+
 @dataclass
 class Product:
     """What a kind's function fills with solids. `random`: for the shape's own variety; use `vary` and `pick`."""
@@ -164,6 +174,10 @@ class Product:
 
     def pick(self, *options: Any) -> Any:
         return self.random.choice(options)
+
+    def sees(self, normal: Point, least: float = 0.15) -> bool:
+        """Whether a face with this normal is turned towards the viewer."""
+        return float(self.view.matrix()[2] @ np.array(normal)) > least * math.hypot(*normal)
 
     # -- solids ------------------------------------------------------------------------------------------------------
 
@@ -312,6 +326,24 @@ class Product:
         spot = c[:2] + 0.45 * glance * float(np.sqrt(values).mean())
         face = Face(points, paint, 0, ball=(float(spot[0]), float(spot[1]), 1.35 * size), bare=bare, near=float(c[2]))
         self.parts.append(Part([face], float(c[2]) + lift))
+
+    def blob(
+        self, balls: Sequence[tuple[Point, float]], paint: str = "main", *, at: Point = (0, 0, 0), bare: bool = False,
+        lift: float = 0.0,
+    ) -> None:  # fmt: skip
+        """The hull of balls, each a middle and a radius: a limb, a sausage, a toe cap."""
+        m = self.view.matrix()
+        c = (np.array([b for b, _ in balls], dtype=float) + np.array(at, dtype=float)) @ m.T
+        circle = np.array(disc(0, 0, 1))
+        points = _hull(np.concatenate([b[:2] + r * circle for b, (_, r) in zip(c, balls, strict=True)]))
+        middle = (points.min(0) + points.max(0)) / 2
+        _, axes = np.linalg.eigh(np.cov((points - middle).T))
+        side = axes[:, 0] * (1 if float(axes[:, 0] @ (m[:2] @ self.view.light())) > 0 else -1)
+        reach = max(r for _, r in balls)
+        a, b = middle + reach * side, middle - reach * side
+        near = float(c[:, 2].mean())
+        across = ((float(a[0]), float(a[1])), (float(b[0]), float(b[1])))
+        self.parts.append(Part([Face(points, paint, 0, across, bare=bare, near=near)], near + lift))
 
     def rod(
         self, path: Sequence[Point], radius: float, paint: str = "main", *, at: Point = (0, 0, 0), closed: bool = False,

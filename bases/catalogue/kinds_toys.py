@@ -1,0 +1,883 @@
+"""What children play with."""
+
+from __future__ import annotations
+
+import math
+
+from shapes import FRONT, Point, Product, arc, disc, kind, rounded, smooth, standing, star
+
+
+def _wheel(
+    p: Product, x: float, z: float, r: float, hub: str = "light", thick: float = 0.12, lift: float = 0.0
+) -> None:
+    """A wheel that rolls along x; its foot is on the ground."""
+    p.turned([(r, -thick / 2), (r, thick / 2)], "rubber", at=(x, r, z), axis=FRONT, lift=lift)
+    p.mark(disc(x, r, r * 0.5), hub, at=(0, 0, z + thick / 2 + 0.002), lift=lift + 0.1)
+
+
+def _wheels(p: Product, xs: tuple[float, ...], z: float, r: float, hub: str = "light") -> None:
+    for x in xs:
+        _wheel(p, x, -z, r, hub, lift=-0.6)
+        _wheel(p, x, z, r, hub, lift=0.6)
+
+
+def _face(p: Product, x: float, y: float, z: float, apart: float, eye: float) -> None:
+    for s in (-1, 1):
+        p.ball((eye, eye, eye * 0.6), "dark", at=(x + s * apart, y, z), lift=1.2)
+
+
+# -- animals and figures -----------------------------------------------------------------------------------------------
+
+
+@kind("teddy bear", "toys")
+def _teddy_bear(p: Product) -> None:
+    b = p.vary(0.36, 0.42)
+    for s in (-1, 1):
+        p.ball((0.14, 0.14, 0.08), at=(s * 0.24, 1.18, -0.02), lift=-0.2)
+        p.ball((0.08, 0.08, 0.04), "second", at=(s * 0.24, 1.18, 0.06), lift=-0.15)
+        p.blob([((s * b * 0.8, 0.66, 0.05), 0.12), ((s * (b + 0.16), 0.42, 0.2), 0.12)], lift=0.2)
+        p.blob([((s * 0.2, 0.14, 0.1), 0.15), ((s * 0.32, 0.16, 0.4), 0.16)], lift=0.3)
+        p.ball((0.1, 0.11, 0.04), "second", at=(s * 0.33, 0.17, 0.54), lift=0.4)
+    p.ball((b, 0.4, 0.32), at=(0, 0.4, 0))
+    p.ball((b * 0.6, 0.24, 0.06), "second", at=(0, 0.42, 0.28), lift=0.1)
+    p.ball((0.35, 0.32, 0.3), at=(0, 0.96, 0.04), lift=0.3)
+    p.ball((0.15, 0.12, 0.12), "second", at=(0, 0.87, 0.29), lift=0.7)
+    p.ball((0.06, 0.045, 0.03), "dark", at=(0, 0.92, 0.41), lift=1)
+    _face(p, 0, 1.03, 0.31, 0.13, 0.04)
+
+
+@kind("rubber duck", "toys")
+def _rubber_duck(p: Product) -> None:
+    s, h = p.pick(-1, 1), p.vary(0.3, 0.35)
+    p.ball((0.52, 0.34, 0.4), at=(0, 0.32, 0))
+    p.blob([((-s * 0.38, 0.4, 0), 0.2), ((-s * 0.62, 0.6, 0), 0.05)], lift=-0.1)
+    p.ball(h, at=(s * 0.24, 0.78, 0), lift=0.2)
+    p.ball((0.26, 0.16, 0.06), "main", at=(-s * 0.1, 0.36, 0.36), lift=0.3)
+    p.blob([((s * (0.26 + h), 0.74, 0), 0.07), ((s * (0.4 + h), 0.74, 0), 0.05)], "#f08a24", lift=0.1)
+    p.ball((0.05, 0.06, 0.03), "dark", at=(s * 0.36, 0.88, h * 0.86), lift=1)
+
+
+@kind("rocking horse", "toys")
+def _rocking_horse(p: Product) -> None:
+    s = p.pick(-1, 1)
+    for z in (-0.2, 0.2):
+        p.prism(
+            [(s * x, y) for x, y in arc(0, 1.16, 1.16, 232, 308, 9) + arc(0, 1.16, 1.06, 308, 232, 9)],
+            0.07,
+            "wood",
+            at=(0, 0, z),
+            lift=z * 2,
+        )
+        for x, foot in ((-0.3, -0.42), (0.3, 0.42)):
+            p.prism(
+                [(s * (x - 0.08), 0.6), (s * (x + 0.08), 0.6), (s * (foot + 0.05), 0.12), (s * (foot - 0.05), 0.12)],
+                0.1,
+                at=(0, 0, z * 0.9),
+                lift=z * 1.6,
+            )
+    p.blob([((-s * 0.32, 0.66, 0), 0.2), ((s * 0.3, 0.66, 0), 0.2)])
+    p.blob([((-s * 0.46, 0.74, 0), 0.07), ((-s * 0.66, 0.36, 0), 0.05)], "second", lift=-0.1)
+    head = smooth(
+        [
+            (0.2, 0.6),
+            (0.3, 0.9),
+            (0.38, 1.14),
+            (0.48, 1.26),
+            (0.54, 1.16),
+            (0.8, 0.98),
+            (0.78, 0.86),
+            (0.6, 0.9),
+            (0.5, 0.66),
+        ],
+        steps=3,
+    )
+    p.prism([(s * x, y) for x, y in head], 0.22, lift=0.2)
+    mane = [(0.14, 0.78), (0.2, 1.0), (0.32, 1.22), (0.44, 1.3), (0.4, 1.14), (0.34, 0.94)]
+    p.prism([(s * x, y) for x, y in mane], 0.26, "second", lift=0.3)
+    p.prism([(s * x, y) for x, y in ((-0.2, 0.9), (0.1, 0.88), (0.12, 0.6), (-0.16, 0.6))], 0.44, "second", lift=0.3)
+    p.mark(disc(s * 0.52, 1.08, 0.04), "dark", at=(0, 0, 0.112), lift=0.7)
+
+
+@kind("doll", "toys")
+def _doll(p: Product) -> None:
+    r = p.vary(0.4, 0.46)
+    for s in (-1, 1):
+        p.blob([((s * 0.1, 0.04, 0.02), 0.08), ((s * 0.1, 0.3, 0), 0.07)], "skin", lift=-0.2)
+        p.blob([((s * 0.2, 0.76, 0), 0.08), ((s * 0.42, 0.54, 0.08), 0.07)], "skin", lift=-0.1)
+        p.ball(0.13, at=(s * 0.2, 0.78, 0), lift=0.1)
+        p.ball((0.12, 0.2, 0.12), "#5b3a24", at=(s * 0.36, 1.0, -0.02), lift=-0.1)
+        p.ball(0.06, "main", at=(s * 0.32, 1.16, 0.06), lift=0.2)
+    p.turned([(r, 0.16), (r * 0.8, 0.36), (0.16, 0.66), (0.17, 0.84), (0.1, 0.88)])
+    p.turned([(r * 1.01, 0.16), (r * 0.95, 0.24)], "second", band=True, lift=0.2)
+    p.ball(0.3, "#5b3a24", at=(0, 1.14, -0.04), lift=0.2)
+    p.ball((0.26, 0.25, 0.2), "skin", at=(0, 1.08, 0.1), lift=0.5)
+    p.ball((0.07, 0.03, 0.03), "#d62f2f", at=(0, 0.98, 0.29), lift=1.2)
+    _face(p, 0, 1.1, 0.28, 0.1, 0.035)
+
+
+@kind("nesting doll", "toys")
+def _nesting_doll(p: Product) -> None:
+    w = p.vary(0.38, 0.44)
+    p.turned(
+        [
+            (w * 0.8, 0),
+            (w, 0.16),
+            (w * 1.04, 0.4),
+            (w * 0.9, 0.66),
+            (w * 0.68, 0.8),
+            (w * 0.72, 0.96),
+            (w * 0.68, 1.12),
+            (w * 0.5, 1.26),
+            (0.02, 1.34),
+        ]
+    )
+    p.ball((w * 0.52, w * 0.52, 0.1), "skin", at=(0, 1.0, w * 0.66), lift=0.5)
+    p.ball((w * 0.3, w * 0.14, 0.06), "#5b3a24", at=(0, 1.0 + w * 0.4, w * 0.72), lift=0.8)
+    p.ball((w * 0.56, 0.28, 0.1), "second", at=(0, 0.42, w * 0.92), lift=0.5)
+    p.mark(star(0, 0.42, 0.19, 0.1, 6), "#d62f2f", at=(0, 0, w * 0.98 + 0.06), lift=1)
+    p.mark(disc(0, 0.42, 0.06), "gold", at=(0, 0, w * 0.98 + 0.07), lift=1.1)
+    _face(p, 0, 1.01, w * 0.66 + 0.09, 0.08, 0.03)
+    p.ball((0.05, 0.025, 0.02), "#d62f2f", at=(0, 0.9, w * 0.66 + 0.08), lift=1)
+
+
+@kind("piggy bank", "toys")
+def _piggy_bank(p: Product) -> None:
+    s = p.pick(-1, 1)
+    for x in (-0.26, 0.26):
+        for z in (-0.18, 0.18):
+            p.turned([(0.09, 0), (0.11, 0.24)], at=(x, 0, z), lift=z - 0.2)
+    p.ball((0.54, 0.42, 0.42), at=(0, 0.52, 0))
+    p.blob([((s * 0.46, 0.5, 0.02), 0.17), ((s * 0.6, 0.5, 0.03), 0.14)], lift=0.2)
+    p.turned([(0.14, 0), (0.14, 0.05)], "second", at=(s * 0.7, 0.5, 0.03), axis=(s, 0, 0.15), lift=0.3)
+    for z in (-0.18, 0.2):
+        p.prism([(s * 0.22, 0.78), (s * 0.42, 0.78), (s * 0.42, 1.04)], 0.1, "second", at=(0, 0, z), lift=z)
+    p.rod(
+        standing(
+            smooth(
+                [
+                    (-s * 0.5, 0.6),
+                    (-s * 0.62, 0.7),
+                    (-s * 0.7, 0.6),
+                    (-s * 0.66, 0.54),
+                    (-s * 0.62, 0.64),
+                    (-s * 0.74, 0.74),
+                ],
+                closed=False,
+            )
+        ),
+        0.035,
+        lift=-0.2,
+    )
+    p.ball((0.045, 0.055, 0.03), "dark", at=(s * 0.4, 0.66, 0.28), lift=0.8)
+    p.box((0.26, 0.02, 0.06), "dark", at=(-s * 0.05, 0.93, 0), lift=0.3)
+    p.turned([(0.13, -0.02), (0.13, 0.02)], "gold", at=(-s * 0.05, 1.04, 0), axis=FRONT, lift=0.2)
+
+
+@kind("toy fish", "toys")
+def _toy_fish(p: Product) -> None:
+    s, h = p.pick(-1, 1), p.vary(0.3, 0.38)
+    y = 0.5
+    p.turned([(0.2, 0), (0.2, 0.05), (0.03, 0.08), (0.03, 0.3)], "wood", lift=-0.5)
+    p.prism(
+        [(s * a, y + b) for a, b in ((-0.36, 0.06), (-0.86, 0.32), (-0.74, 0), (-0.86, -0.32), (-0.36, -0.06))],
+        0.08,
+        "second",
+        lift=-0.1,
+    )
+    p.prism(
+        [
+            (s * a, y + b)
+            for a, b in smooth([(-0.3, h * 0.6), (-0.16, h + 0.18), (0.1, h + 0.16), (0.3, h * 0.7)], steps=3)
+        ],
+        0.08,
+        "second",
+        lift=-0.1,
+    )
+    p.ball((0.54, h, 0.2), at=(0, y, 0))
+    p.ball((0.16, 0.1, 0.04), "second", at=(-s * 0.08, y - 0.06, 0.2), lift=0.3)
+    p.ball((0.09, 0.09, 0.04), "light", at=(s * 0.32, y + 0.08, 0.15), lift=0.4)
+    p.ball((0.045, 0.045, 0.03), "dark", at=(s * 0.34, y + 0.08, 0.19), lift=0.5)
+
+
+@kind("toy whale", "toys")
+def _toy_whale(p: Product) -> None:
+    s = p.pick(-1, 1)
+    body = [
+        (0.66, 0.5),
+        (0.5, 0.72),
+        (0.1, 0.78),
+        (-0.3, 0.6),
+        (-0.56, 0.6),
+        (-0.7, 0.74),
+        (-0.86, 0.56),
+        (-0.7, 0.4),
+        (-0.4, 0.1),
+        (0, 0),
+        (0.5, 0.06),
+        (0.66, 0.24),
+    ]
+    p.prism([(s * x, y) for x, y in smooth(body, steps=3)], p.vary(0.4, 0.5))
+    belly = [(0.66, 0.3), (0.3, 0.24), (-0.1, 0.16), (-0.3, 0.06), (0, 0.0), (0.5, 0.05), (0.64, 0.2)]
+    p.mark([(s * x, y) for x, y in smooth(belly, steps=3)], "light", at=(0, 0, 0.24), lift=0.4)
+    p.prism(
+        [(s * x, y) for x, y in smooth([(-0.6, 0.5), (-0.94, 0.96), (-0.74, 0.86), (-0.5, 0.92)], steps=3)],
+        0.3,
+        lift=0.05,
+    )
+    p.ball((0.05, 0.06, 0.03), "dark", at=(s * 0.38, 0.42, 0.25), lift=0.7)
+    p.ball((0.14, 0.06, 0.08), "main", at=(s * 0.1, 0.2, 0.28), lift=0.6)
+    for k in (-1, 1):
+        p.rod(
+            standing(
+                smooth(
+                    [(s * 0.2, 0.76), (s * 0.2, 0.96), (s * 0.2 + k * 0.12, 1.08), (s * 0.2 + k * 0.22, 0.98)],
+                    closed=False,
+                )
+            ),
+            0.04,
+            "#7cc4ee",
+            lift=-0.1,
+        )
+
+
+@kind("dinosaur", "toys")
+def _dinosaur(p: Product) -> None:
+    s = p.pick(-1, 1)
+    for x in (-0.26, 0.18):
+        for z in (-0.14, 0.14):
+            p.turned([(0.09, 0), (0.11, 0.36)], at=(s * x, 0, z), lift=z * 2)
+    p.prism(
+        [
+            (s * x, y)
+            for x, y in smooth(
+                [
+                    (-0.4, 0.5),
+                    (-0.2, 0.68),
+                    (0.1, 0.66),
+                    (0.28, 0.8),
+                    (0.36, 1.1),
+                    (0.46, 1.24),
+                    (0.66, 1.22),
+                    (0.74, 1.12),
+                    (0.68, 1.04),
+                    (0.54, 1.02),
+                    (0.5, 0.8),
+                    (0.44, 0.46),
+                    (0.1, 0.24),
+                    (-0.3, 0.24),
+                    (-0.6, 0.26),
+                    (-1.0, 0.1),
+                    (-0.66, 0.42),
+                ],
+                steps=3,
+            )
+        ],
+        p.vary(0.3, 0.36),
+    )
+    for x, y, k in ((-0.62, 0.42, 0.12), (-0.36, 0.58, 0.16), (-0.08, 0.66, 0.17), (0.18, 0.72, 0.14)):
+        p.prism(
+            [(s * (x - k * 0.7), y - 0.02), (s * x, y + k), (s * (x + k * 0.7), y - 0.02)], 0.08, "second", lift=-0.05
+        )
+    p.ball((0.045, 0.05, 0.03), "dark", at=(s * 0.54, 1.14, 0.17), lift=0.8)
+
+
+@kind("snowman", "toys")
+def _snowman(p: Product) -> None:
+    r = p.vary(0.42, 0.46)
+    p.ball(r, at=(0, r * 0.94, 0))
+    p.ball(0.3, at=(0, 2 * r + 0.12, 0), lift=0.2)
+    for s in (-1, 1):
+        p.rod(standing([(s * 0.26, 0.98), (s * 0.62, 1.14), (s * 0.74, 1.3)]), 0.025, "#5b3a24", lift=-0.2)
+        p.rod(standing([(s * 0.62, 1.14), (s * 0.78, 1.14)]), 0.025, "#5b3a24", lift=-0.2)
+    p.turned([(0.29, 0.74), (0.27, 0.87)], "second", band=True, lift=0.6)
+    p.turned([(0.36, 1.22), (0.36, 1.27), (0.24, 1.27), (0.22, 1.56)], "dark", lift=0.6)
+    p.turned([(0.06, 0), (0.01, 0.26)], "#f08a24", at=(0, 1.02, 0.27), axis=(0.2, 0, 1), lift=1)
+    for y in (0.32, 0.5):
+        p.ball(0.04, "dark", at=(0, y, r - 0.02), lift=0.6)
+    _face(p, 0, 1.12, 0.26, 0.1, 0.04)
+
+
+# -- toys that roll and fly --------------------------------------------------------------------------------------------
+
+
+@kind("toy car", "toys")
+def _toy_car(p: Product) -> None:
+    h = p.vary(0.62, 0.7)
+    _wheels(p, (-0.38, 0.4), 0.24, 0.16)
+    p.prism([(-0.72, 0.14), (-0.72, 0.36), (-0.66, 0.42), (0.66, 0.4), (0.74, 0.32), (0.74, 0.14)], 0.48)
+    p.prism([(-0.54, 0.41), (-0.38, h), (0.12, h), (0.34, 0.41)], 0.42, lift=0.3)
+    for q in (
+        [(-0.44, 0.43), (-0.33, h - 0.05), (-0.13, h - 0.05), (-0.13, 0.43)],
+        [(-0.06, 0.43), (-0.06, h - 0.05), (0.09, h - 0.05), (0.24, 0.43)],
+    ):
+        p.mark(q, "glass", at=(0, 0, 0.215), lift=0.5)
+    p.mark(rounded(-0.18, 0.02, 0.18, 0.26, 0.04), "glass", at=(0.28, 0.38, 0), plane="side", tilt=38, lift=0.4)
+    for z in (-0.15, 0.15):
+        p.ball((0.03, 0.06, 0.06), "glow", at=(0.74, 0.3, z), lift=0.3)
+
+
+@kind("racing car", "toys")
+def _racing_car(p: Product) -> None:
+    s = p.pick(-1, 1)
+    for z, lift in ((-0.3, -0.5), (0.3, 0.5)):
+        _wheel(p, -s * 0.5, z, 0.2, "second", 0.2, lift)
+        _wheel(p, s * 0.5, z, 0.17, "second", 0.16, lift)
+    p.prism(
+        [
+            (s * x, y)
+            for x, y in ((-0.7, 0.12), (-0.7, 0.34), (-0.36, 0.46), (-0.1, 0.3), (0.2, 0.28), (0.86, 0.16), (0.86, 0.1))
+        ],
+        0.3,
+    )
+    p.prism([(s * x, y) for x, y in ((-0.84, 0.5), (-0.84, 0.62), (-0.54, 0.56), (-0.54, 0.5))], 0.7, lift=0.2)
+    p.box((0.06, 0.24, 0.1), "dark", at=(-s * 0.68, 0.28, 0))
+    p.box((0.18, 0.05, 0.66), "second", at=(s * 0.84, 0.06, 0))
+    p.ball(0.12, "second", at=(s * -0.02, 0.4, 0), lift=0.3)
+    p.mark(disc(s * -0.24, 0.26, 0.09), "light", at=(0, 0, 0.152), lift=0.2)
+
+
+@kind("toy train", "toys")
+def _toy_train(p: Product) -> None:
+    s = p.pick(-1, 1)
+    for x, r in ((-0.42, 0.18), (0.02, 0.14), (0.34, 0.14)):
+        for z in (-0.2, 0.2):
+            _wheel(p, s * x, z, r, "second", 0.1, 3 * z)
+    p.box((1.3, 0.12, 0.36), "second", at=(0, 0.2, 0))
+    p.turned([(0.22, -0.28), (0.22, 0.6), (0.17, 0.64)], at=(0, 0.54, 0), axis=(s, 0, 0), lift=0.1)
+    p.box((0.44, 0.64, 0.46), at=(-s * 0.42, 0.32, 0), lift=0.15)
+    p.box((0.54, 0.08, 0.54), "second", at=(-s * 0.42, 0.96, 0), lift=0.4)
+    p.mark(rounded(-s * 0.42 - 0.13, 0.6, -s * 0.42 + 0.13, 0.88, 0.03), "glass", at=(0, 0, 0.232), lift=0.6)
+    p.turned([(0.07, 0.74), (0.08, 0.9), (0.14, 1.06)], "dark", at=(s * 0.44, 0, 0), lift=0.2)
+    p.ball((0.1, 0.1, 0.1), "gold", at=(s * 0.1, 0.78, 0), lift=0.2)
+    p.prism([(s * 0.6, 0.04), (s * 0.82, 0.04), (s * 0.64, 0.26), (s * 0.6, 0.26)], 0.36, "dark", lift=0.1)
+
+
+@kind("rocket", "toys")
+def _rocket(p: Product) -> None:
+    w = p.vary(0.26, 0.32)
+    for a in (0, 90, 180, 270):
+        t = math.radians(a + 25)
+        c, s = math.cos(t), math.sin(t)
+        fin = [(w * 0.7, 0.56), (w + 0.26, 0.2), (w + 0.28, 0), (w * 0.6, 0.16)]
+        p.sheet([(r * c, y, r * s) for r, y in fin], "second", bare=True, lift=0.3 * s)
+    p.turned([(0.16, 0.08), (0.12, 0.2)], "dark", lift=-0.2)
+    p.turned([(w * 0.7, 0.16), (w, 0.44), (w * 1.04, 0.7), (w * 0.92, 1.0)])
+    p.turned([(w * 0.92, 1.0), (w * 0.62, 1.26), (w * 0.3, 1.44), (0.01, 1.56)], "second", lift=0.3)
+    p.turned([(0.14, 0), (0.13, 0.04)], "metal", at=(0, 0.76, w * 0.96), axis=FRONT, lift=0.5)
+    p.mark(disc(0, 0.76, 0.095), "screen", at=(0, 0, w * 0.96 + 0.05), lift=0.8)
+
+
+@kind("sailing boat", "toys")
+def _sailing_boat(p: Product) -> None:
+    s, h = p.pick(-1, 1), p.vary(1.3, 1.45)
+    p.rod([(0, 0.2, 0), (0, h, 0)], 0.03, "wood", lift=-0.05)
+    p.prism([(s * x, y) for x, y in ((0.06, 0.4), (0.06, h - 0.06), (0.3, h * 0.62), (0.62, 0.4))], 0.03)
+    p.prism([(s * x, y) for x, y in ((-0.05, 0.44), (-0.05, h - 0.16), (-0.5, 0.44))], 0.03, "light")
+    p.prism([(s * x, y) for x, y in ((-0.6, 0.32), (-0.46, 0), (0.4, 0), (0.74, 0.34))], 0.32)
+    p.prism(
+        [(s * x, y) for x, y in ((-0.6, 0.32), (-0.57, 0.25), (0.67, 0.26), (0.74, 0.34))], 0.34, "second", lift=0.1
+    )
+    p.prism([(s * x, h + y) for x, y in ((0, 0.14), (0, 0), (-0.2, 0.07))], 0.02, "second")
+
+
+@kind("toy plane", "toys")
+def _toy_plane(p: Product) -> None:
+    s, y = p.pick(-1, 1), 0.42
+    for z in (-0.16, 0.16):
+        _wheel(p, s * 0.24, z, 0.1, "light", 0.06, 2 * z - 0.3)
+        p.rod([(s * 0.24, 0.1, z), (s * 0.2, y, z * 0.5)], 0.025, "metal", lift=-0.4)
+    p.blob([((s * 0.4, y, 0), 0.19), ((s * 0.1, y, 0), 0.2), ((-s * 0.7, y + 0.1, 0), 0.06)])
+    p.turned([(0.2, -0.08), (0.17, 0.14), (0.06, 0.22)], "second", at=(s * 0.46, y, 0), axis=(s, 0, 0), lift=0.2)
+    wing = smooth([(0.2, 0.78), (0.24, -0.78), (-0.1, -0.78), (-0.1, 0.78)], steps=3)
+    p.prism([(s * (x + 0.1), z) for x, z in wing], 0.05, "second", at=(0, y - 0.06, 0), plane="floor", lift=-0.02)
+    p.prism(
+        [(s * (0.1 * x + 0.1), 0.4 * z + 0.4) for x, z in ()] or [(s * (x + 0.1), z) for x, z in wing if z > 0],
+        0.05,
+        "main",
+        at=(0, y - 0.06, 0.16),
+        plane="floor",
+        lift=0.5,
+    )
+    p.prism(
+        [(s * x, y + b) for x, b in ((-0.52, 0.1), (-0.66, 0.44), (-0.8, 0.44), (-0.76, 0.06))], 0.06, "main", lift=0.05
+    )
+    p.box((0.2, 0.04, 0.5), "second", at=(-s * 0.68, y + 0.1, 0))
+    p.ball((0.15, 0.13, 0.12), "glass", at=(s * 0.06, y + 0.18, 0), lift=0.3)
+    p.prism(
+        [(-0.03, -0.3), (0.03, -0.3), (0.05, 0), (0.03, 0.3), (-0.03, 0.3), (-0.05, 0)],
+        0.04,
+        "dark",
+        at=(s * 0.7, y, 0),
+        plane="side",
+        lift=0.2,
+    )
+
+
+@kind("helicopter", "toys")
+def _helicopter(p: Product) -> None:
+    s, y = p.pick(-1, 1), 0.5
+    for z in (-0.22, 0.22):
+        p.rod([(-s * 0.36, 0.04, z), (s * 0.4, 0.04, z), (s * 0.48, 0.1, z)], 0.035, "dark", lift=z)
+        for x in (-0.2, 0.24):
+            p.rod([(s * x, 0.04, z), (s * x, 0.26, z * 0.6)], 0.03, "dark", lift=z)
+    p.blob([((-s * 0.2, y + 0.04, 0), 0.12), ((-s * 0.98, y + 0.16, 0), 0.06)], lift=-0.1)
+    p.prism(
+        [(-s * x, y + b) for x, b in ((0.86, 0.14), (0.98, 0.42), (1.1, 0.42), (1.04, 0.1))], 0.06, "second", lift=0.05
+    )
+    p.ball((0.44, p.vary(0.29, 0.34), 0.3), at=(0, y, 0))
+    p.ball((0.24, 0.2, 0.24), "screen", at=(s * 0.2, y + 0.05, 0.08), lift=0.2)
+    p.turned([(0.06, y + 0.26), (0.05, y + 0.46)], "dark", lift=0.1)
+    for a in (12, 102):
+        c, q = math.cos(math.radians(a)), math.sin(math.radians(a))
+        p.prism(
+            [
+                (0.86 * c - 0.05 * q, 0.86 * q + 0.05 * c),
+                (0.86 * c + 0.05 * q, 0.86 * q - 0.05 * c),
+                (-0.86 * c + 0.05 * q, -0.86 * q - 0.05 * c),
+                (-0.86 * c - 0.05 * q, -0.86 * q + 0.05 * c),
+            ],
+            0.03,
+            "dark",
+            at=(0, y + 0.44, 0),
+            plane="floor",
+            lift=0.6,
+        )
+
+
+@kind("hot air balloon", "toys")
+def _hot_air_balloon(p: Product) -> None:
+    r = p.vary(0.5, 0.56)
+    for x in (-0.13, 0.13):
+        for z in (-0.1, 0.1):
+            p.rod([(x, 0.24, z), (x * 1.6, 0.56, z * 1.6)], 0.018, "dark", lift=z)
+    p.box((0.34, 0.28, 0.28), "wood", top="dark")
+    profile = [
+        (0.16, 0.5),
+        (r * 0.62, 0.72),
+        (r * 0.92, 0.96),
+        (r, 1.16),
+        (r * 0.92, 1.38),
+        (r * 0.66, 1.56),
+        (r * 0.3, 1.66),
+        (0.02, 1.68),
+    ]
+    p.turned(profile, lift=0.1)
+    for i in range(5):
+        a = 72 * i + 5
+        if p.sees(_at(a + 12, 1, 0.2), 0.3):
+            p.sheet(
+                [*[_at(a, q * 1.01, y) for q, y in profile], *[_at(a + 26, q * 1.01, y) for q, y in reversed(profile)]],
+                "second",
+                bare=True,
+                lift=0.6,
+            )
+    p.turned([(0.17, 0.48), (0.2, 0.54)], "dark", band=True, lift=0.7)
+
+
+def _at(angle: float, r: float, y: float) -> Point:
+    return r * math.sin(math.radians(angle)), y, r * math.cos(math.radians(angle))
+
+
+@kind("flying saucer", "toys")
+def _flying_saucer(p: Product) -> None:
+    for a in (30, 150, 270):
+        p.rod([_at(a, 0.3, 0.3), _at(a, 0.5, 0.05)], 0.035, "metal", lift=-0.3)
+        p.ball((0.08, 0.05, 0.08), "metal", at=_at(a, 0.5, 0.05), lift=-0.3)
+    r = p.vary(0.78, 0.86)
+    p.turned([(0.3, 0.24), (r, 0.42), (r, 0.47), (0.38, 0.62)])
+    p.ball((0.36, 0.32, 0.36), "glass", at=(0, 0.62, 0), lift=-0.01)
+    p.ball((0.16, 0.2, 0.16), "#7bc142", at=(0, 0.68, 0), lift=0.0)
+    for s in (-1, 1):
+        p.ball((0.05, 0.07, 0.03), "dark", at=(s * 0.07, 0.72, 0.14), lift=0.2)
+    for i in range(9):
+        if p.sees(_at(40 * i, 1, 0.5), 0):
+            p.ball(0.055, "glow", at=_at(40 * i, r * 0.78, 0.52), lift=0.4)
+
+
+@kind("submarine", "toys")
+def _submarine(p: Product) -> None:
+    s, y = p.pick(-1, 1), 0.34
+    p.prism(
+        [(-s * x, y + b) for x, b in ((0.6, 0.08), (0.9, 0.3), (0.9, -0.3), (0.6, -0.08))], 0.06, "second", lift=-0.1
+    )
+    p.box((0.4, 0.3, 0.26), at=(s * 0.06, y + 0.22, 0), top="second", lift=-0.02)
+    p.rod(standing([(s * 0.0, y + 0.5), (s * 0.0, y + 0.76), (s * 0.16, y + 0.76)]), 0.04, "dark", lift=0.1)
+    p.blob([((-s * 0.6, y, 0), 0.18), ((-s * 0.2, y, 0), 0.32), ((s * 0.4, y, 0), 0.32)], lift=0.1)
+    for x in (-0.22, 0.1, 0.42):
+        p.ball((0.1, 0.1, 0.04), "second", at=(s * x, y + 0.03, 0.28), lift=0.5)
+        p.ball((0.065, 0.065, 0.04), "screen", at=(s * x, y + 0.03, 0.31), lift=0.6)
+
+
+# -- games -------------------------------------------------------------------------------------------------------------
+
+
+@kind("spinning top", "toys")
+def _spinning_top(p: Product) -> None:
+    r = p.vary(0.52, 0.6)
+    p.turned([(0.02, 0), (0.05, 0.12), (r * 0.6, 0.34), (r, 0.56)], lift=-0.2)
+    p.turned([(r, 0.54), (r, 0.64)], "second")
+    p.turned([(r * 0.98, 0.64), (r * 0.72, 0.76), (0.12, 0.86)], lift=0.2)
+    p.turned([(r * 0.75, 0.755), (r * 0.5, 0.81)], "second", band=True, lift=0.3)
+    p.turned([(0.05, 0.84), (0.045, 1.1)], "wood", lift=0.5)
+    p.ball(0.1, at=(0, 1.14, 0), lift=0.7)
+
+
+@kind("yo-yo", "toys")
+def _yo_yo(p: Product) -> None:
+    r = p.vary(0.4, 0.46)
+    p.turned(
+        [(r * 0.86, -0.3), (r, -0.24), (r, -0.08), (0.12, -0.05), (0.12, 0.05), (r, 0.08), (r, 0.24), (r * 0.86, 0.3)],
+        at=(0, r, 0),
+        axis=FRONT,
+    )
+    p.turned([(r * 0.55, 0.29), (r * 0.5, 0.33)], "second", at=(0, r, 0), axis=FRONT, lift=0.3)
+    p.rod(
+        standing(smooth([(r * 0.95, r), (r + 0.1, 0.9), (r - 0.1, 1.2), (r + 0.02, 1.34)], closed=False)),
+        0.025,
+        "light",
+        lift=-0.3,
+    )
+    p.ring(0.09, 0.025, "light", at=(r + 0.02, 1.42, 0))
+
+
+@kind("stacking rings", "toys")
+def _stacking_rings(p: Product) -> None:
+    p.turned([(0.5, 0), (0.5, 0.06), (0.44, 0.1)], "wood", lift=-0.6)
+    p.turned([(0.06, 0.1), (0.06, 1.16)], "wood", lift=-0.3)
+    y = 0.1
+    for i, r in enumerate((0.46, 0.4, 0.34, 0.28, 0.22)):
+        p.turned(
+            [(r - 0.06, y), (r, y + 0.05), (r, y + 0.13), (r - 0.06, y + 0.18)],
+            "second" if i % 2 else "main",
+            lift=0.1 * i,
+        )
+        y += 0.18
+    p.ball(p.vary(0.12, 0.15), at=(0, y + 0.16, 0), lift=1)
+
+
+@kind("die", "toys")
+def _die(p: Product) -> None:
+    a = p.vary(0.78, 0.86)
+    turn, r = p.pick(-1, 1) * p.vary(8, 30), 0.085 * a
+    p.prism(rounded(-a / 2, -a / 2, a / 2, a / 2, 0.09), a, plane="floor", turn=turn)
+    t = math.radians(turn)
+    for spin, spots in (
+        (0, ((-1, -1), (1, 1), (0, 0))),
+        (90, ((-1, -1), (1, 1), (-1, 1), (1, -1), (0, 0))),
+        (-90, ((-1, -1), (1, 1))),
+    ):
+        q = t + math.radians(spin)
+        for u, v in spots:
+            at = (math.sin(q) * a * 0.502, a / 2, math.cos(q) * a * 0.502)
+            p.mark(disc(u * a * 0.26, v * a * 0.26, r), "second", at=at, turn=turn + spin, lift=0.6)
+    for u in (-1, 1):
+        for v in (-1, 0, 1):
+            p.mark(
+                disc(u * a * 0.24, v * a * 0.28, r), "second", at=(0, a + 0.003, 0), plane="floor", turn=turn, lift=0.6
+            )
+
+
+@kind("alphabet blocks", "toys")
+def _alphabet_blocks(p: Product) -> None:
+    a = 0.46
+    for x, y, turn, paint, letter in (
+        (-0.28, 0, 8, "main", "A"),
+        (0.27, 0, -10, "second", "B"),
+        (0.0, a, 4, "main", "C"),
+    ):
+        p.box((a, a, a), paint, at=(x, y, 0), turn=turn, lift=y)
+        t = math.radians(turn)
+        ink = "second" if paint == "main" else "main"
+
+        def line(points: list[tuple[float, float]], x: float = x, y: float = y, t: float = t, ink: str = ink) -> None:
+            q = [
+                (x + u * math.cos(t) + a * 0.53 * math.sin(t), y + a / 2 + v, -u * math.sin(t) + a * 0.53 * math.cos(t))
+                for u, v in points
+            ]
+            p.rod(q, 0.034, ink, lift=0.6 + y)
+
+        if letter == "A":
+            line([(-0.13, -0.15), (0, 0.16), (0.13, -0.15)])
+            line([(-0.07, -0.05), (0.07, -0.05)])
+        elif letter == "B":
+            line(
+                [
+                    (-0.09, -0.15),
+                    (-0.09, 0.15),
+                    (0.04, 0.15),
+                    (0.09, 0.08),
+                    (0.03, 0.01),
+                    (-0.09, 0),
+                    (0.05, 0),
+                    (0.12, -0.08),
+                    (0.05, -0.15),
+                    (-0.09, -0.15),
+                ]
+            )
+        else:
+            line(arc(0, 0, 0.14, 50, 310))
+
+
+@kind("puzzle piece", "toys")
+def _puzzle_piece(p: Product) -> None:
+    k, r = 0.4, p.vary(0.13, 0.15)
+    top = [(-k, k), (-0.08, k), *arc(0, k + r * 0.9, r, 230, -50, 10), (0.08, k), (k, k)]
+    right = [(k, 0.08), *arc(k + r * 0.9, 0, r, 140, -140, 10), (k, -0.08), (k, -k)]
+    low = [(0.08, -k), *arc(0, -k + r * 0.9, r, -50, 230, 10), (-0.08, -k), (-k, -k)]
+    left = [
+        (-k, -0.08),
+        *arc(-k + r * 0.9, 0, r, 220, -40 + 180 - 280 + 280, 10)[:0],
+        *arc(-k + r * 0.9, 0, r, 220, 500, 10),
+        (-k, 0.08),
+    ]
+    p.prism([(1.25 * x, 1.25 * (y + k)) for x, y in top + right + low + left], 0.22, side="second")
+
+
+@kind("kite", "toys")
+def _kite(p: Product) -> None:
+    w, y = p.vary(0.44, 0.52), 0.4
+    tail = smooth([(0, y), (0.12, 0.28), (-0.08, 0.16), (0.1, 0.06), (0.4, 0.04), (0.62, 0.1)], closed=False)
+    p.rod(standing(tail), 0.025, "dark", lift=-0.1)
+    for x, v in ((0.1, 0.26), (0.04, 0.1), (0.44, 0.06)):
+        p.prism(
+            [(x - 0.12, v + 0.07), (x, v), (x + 0.12, v + 0.07), (x + 0.12, v - 0.07), (x, v), (x - 0.12, v - 0.07)],
+            0.03,
+            "second",
+            lift=0.1,
+        )
+    p.prism([(0, y + 1.14), (w, y + 0.7), (0, y), (-w, y + 0.7)], 0.05)
+    p.mark([(0, y + 1.1), (w * 0.94, y + 0.71), (0, y + 0.7)], "second", at=(0, 0, 0.026))
+    p.mark([(0, y + 0.05), (-w * 0.94, y + 0.69), (0, y + 0.7)], "second", at=(0, 0, 0.026))
+
+
+@kind("pinwheel", "toys")
+def _pinwheel(p: Product) -> None:
+    y, r, a0 = 1.0, p.vary(0.5, 0.56), p.vary(-15, 15)
+    p.turned([(0.24, 0), (0.22, 0.06)], "wood", at=(0, 0, -0.05))
+    p.rod([(0, 0.05, -0.05), (0, y, -0.05)], 0.04, "wood", lift=-0.2)
+    for i in range(4):
+        c, s = math.cos(math.radians(90 * i + a0)), math.sin(math.radians(90 * i + a0))
+
+        def at(u: float, v: float, c: float = c, s: float = s) -> tuple[float, float]:
+            return u * c - v * s, y + u * s + v * c
+
+        p.prism([at(0, 0), at(r, 0.02), at(r * 0.72, r * 0.62), at(r * 0.2, r * 0.3)], 0.04, "main", at=(0, 0, 0.02))
+        p.mark([at(0, 0), at(r, 0.02), at(r * 0.56, r * 0.26)], "second", at=(0, 0, 0.05), lift=0.3)
+    p.ball(0.08, "gold", at=(0, y, 0.08), lift=1)
+
+
+@kind("balloon", "toys")
+def _balloon(p: Product) -> None:
+    r = p.vary(0.4, 0.46)
+    y = 0.72 + r
+    p.rod(
+        standing(smooth([(0, 0.74), (0.07, 0.56), (-0.06, 0.36), (0.05, 0.16), (0, 0.06)], closed=False)),
+        0.02,
+        "dark",
+        lift=-0.1,
+    )
+    p.turned([(0.16, 0), (0.15, 0.07)], "metal")
+    p.turned([(0.09, 0.68), (0.04, 0.78)], lift=-0.1)
+    p.turned(
+        [
+            (0.02, 0.72),
+            (r * 0.5, y - r * 0.84),
+            (r * 0.88, y - r * 0.4),
+            (r, y + 0.1),
+            (r * 0.9, y + r * 0.6),
+            (r * 0.6, y + r * 0.95),
+            (r * 0.25, y + r * 1.12),
+            (0.01, y + r * 1.15),
+        ]
+    )
+    p.ball((0.08, 0.14, 0.03), "light", at=(-r * 0.45, y + 0.22, r * 0.72), lift=0.6)
+
+
+@kind("gift box", "toys")
+def _gift_box(p: Product) -> None:
+    a, h = p.vary(0.72, 0.9), p.vary(0.56, 0.72)
+    p.box((a, h, a), lift=-0.4)
+    p.box((a + 0.1, 0.16, a + 0.1), at=(0, h - 0.02, 0), lift=-0.1)
+    e = a / 2
+    for y0, y1, z in ((0, h, e), (h - 0.02, h + 0.14, e + 0.05)):
+        p.mark([(-0.08, y0), (0.08, y0), (0.08, y1), (-0.08, y1)], "second", at=(0, 0, z + 0.002), lift=0.5)
+        for turn in (0, 180):
+            p.mark(
+                [(-0.08, y0), (0.08, y0), (0.08, y1), (-0.08, y1)],
+                "second",
+                at=((z + 0.002) * (1 - turn / 90), 0, 0),
+                plane="side",
+                turn=turn,
+                lift=0.5,
+            )
+    for q in (
+        [(-0.08, -e - 0.05), (0.08, -e - 0.05), (0.08, e + 0.05), (-0.08, e + 0.05)],
+        [(-e - 0.05, -0.08), (e + 0.05, -0.08), (e + 0.05, 0.08), (-e - 0.05, 0.08)],
+    ):
+        p.mark(q, "second", at=(0, h + 0.142, 0), plane="floor", lift=0.5)
+    for s in (-1, 1):
+        p.prism(
+            [(s * x, h + 0.14 + y) for x, y in smooth([(0, 0), (0.2, 0.22), (0.38, 0.2), (0.36, 0.04)], steps=4)],
+            0.14,
+            "second",
+            lift=0.8,
+        )
+    p.ball(0.09, "second", at=(0, h + 0.2, 0.04), lift=1.2)
+
+
+@kind("jack-in-the-box", "toys")
+def _jack_in_the_box(p: Product) -> None:
+    a = p.vary(0.62, 0.7)
+    p.box((a, a * 0.8, a), top="dark", lift=-0.3)
+    p.mark(star(0, a * 0.4, 0.2, 0.09), "second", at=(0, 0, a / 2 + 0.003), lift=0.2)
+    p.sheet(
+        [
+            (-a / 2, a * 0.8, -a / 2),
+            (a / 2, a * 0.8, -a / 2),
+            (a / 2, a * 1.6, -a / 2 - 0.2),
+            (-a / 2, a * 1.6, -a / 2 - 0.2),
+        ],
+        lift=-0.4,
+    )
+    for i in range(4):
+        p.ring(0.13, 0.035, "metal", at=(0, a * 0.82 + 0.08 * i, 0), axis="y", lift=0.1)
+    y = a * 0.8 + 0.5
+    p.ball(0.22, "skin", at=(0, y, 0.02), lift=0.3)
+    p.turned([(0.24, 0), (0.01, 0.4)], at=(0, y + 0.1, 0), lift=0.5)
+    p.ball(0.08, "second", at=(0, y + 0.52, 0), lift=0.6)
+    p.ball(0.06, "#d62f2f", at=(0, y - 0.02, 0.24), lift=1)
+    _face(p, 0, y + 0.06, 0.2, 0.09, 0.035)
+
+
+@kind("toy house", "toys")
+def _toy_house(p: Product) -> None:
+    w, h = p.vary(0.84, 0.96), p.vary(0.52, 0.6)
+    p.box((w, h, 0.66), lift=-0.2)
+    p.box((0.14, 0.34, 0.14), "second", at=(w * 0.26, h + 0.14, -0.12), lift=-0.1)
+    p.prism([(-0.44, h), (0, h + 0.42), (0.44, h)], w + 0.14, "second", plane="side")
+    for z in (-1, 1):
+        del z
+    p.mark([(-0.1, 0), (0.1, 0), (0.1, 0.32), (-0.1, 0.32)], "wood", at=(0, 0, 0.333))
+    for x in (-0.3, 0.3):
+        p.mark(rounded(x - 0.09, 0.22, x + 0.09, 0.42, 0), "glass", at=(0, 0, 0.333))
+    for turn in (0, 180):
+        p.mark(
+            rounded(-0.1, 0.2, 0.1, 0.42, 0),
+            "glass",
+            at=(w / 2 * (1 - turn / 90) * 1.005, 0, 0),
+            plane="side",
+            turn=turn,
+        )
+
+
+@kind("castle", "toys")
+def _castle(p: Product) -> None:
+    h, r = p.vary(0.86, 1.0), 0.17
+    p.box((0.9, 0.56, 0.5), lift=-0.3)
+    for i in range(4):
+        p.box((0.11, 0.1, 0.06), at=(-0.27 + 0.18 * i, 0.56, 0.22), lift=0.2)
+    for x, z in ((-0.45, -0.25), (0.45, -0.25), (-0.45, 0.25), (0.45, 0.25)):
+        t = h if z > 0 else h + 0.16
+        p.turned([(r, 0), (r, t), (r + 0.04, t), (r + 0.04, t + 0.08)], at=(x, 0, z), lift=z)
+        p.turned([(r + 0.07, t + 0.08), (0.01, t + 0.46)], "second", at=(x, 0, z), lift=z + 0.1)
+        p.mark(rounded(x - 0.035, t - 0.24, x + 0.035, t - 0.08, 0.03), "dark", at=(0, 0, z + r + 0.005), lift=z + 0.1)
+    p.mark([(-0.15, 0), (0.15, 0), *arc(0, 0.24, 0.15, 0, 180, 9)], "dark", at=(0, 0, 0.252), lift=0.3)
+
+
+@kind("sand bucket", "toys")
+def _sand_bucket(p: Product) -> None:
+    h = p.vary(0.6, 0.7)
+    p.blob([((0.12, h + 0.1, -0.05), 0.03), ((0.3, h + 0.5, -0.1), 0.04)], "second", lift=-0.3)
+    p.prism(
+        [(0.24, h + 0.46), (0.42, h + 0.4), (0.52, h + 0.66), (0.42, h + 0.78), (0.3, h + 0.72)],
+        0.06,
+        "second",
+        at=(0, 0, -0.1),
+        lift=-0.3,
+    )
+    p.turned([(0.3, 0), (0.44, h)], hollow=True, inside="#e3cd95")
+    p.turned([(0.445, h - 0.09), (0.46, h)], "second", band=True, lift=0.2)
+    p.ball((0.3, 0.14, 0.24), "#e3cd95", at=(-0.02, h - 0.01, -0.02), lift=0.1)
+    p.rod(standing(arc(0, h - 0.06, 0.46, 200, 340, squash=0.9), 0.3), 0.03, "light", lift=0.5)
+    p.mark(star(0, h * 0.4, 0.12, 0.055), "second", at=(0, 0, 0.42), tilt=-12, lift=0.4)
+
+
+@kind("lifebuoy", "toys")
+def _lifebuoy(p: Product) -> None:
+    r, k = p.vary(0.6, 0.66), p.vary(0.3, 0.34)
+    p.prism(arc(0, r, r, 0, 360, 40) + arc(0, r, k, 360, 0, 40), 0.22)
+    for a in (45, 135, 225, 315):
+        p.mark(arc(0, r, r, a - 14, a + 14, 6) + arc(0, r, k, a + 14, a - 14, 6), "second", at=(0, 0, 0.112))
+
+
+@kind("bowling pin", "toys")
+def _bowling_pin(p: Product) -> None:
+    w = p.vary(0.25, 0.29)
+    p.turned(
+        [
+            (w * 0.5, 0),
+            (w * 0.8, 0.2),
+            (w, 0.5),
+            (w * 0.84, 0.74),
+            (w * 0.46, 1.0),
+            (w * 0.42, 1.1),
+            (w * 0.58, 1.26),
+            (w * 0.52, 1.38),
+            (w * 0.28, 1.46),
+            (0.01, 1.48),
+        ]
+    )
+    p.turned([(w * 0.56, 0.93), (w * 0.47, 1.0)], "second", band=True, lift=0.4)
+    p.turned([(w * 0.42, 1.05), (w * 0.43, 1.12)], "second", band=True, lift=0.4)
+
+
+@kind("toy drum", "toys")
+def _toy_drum(p: Product) -> None:
+    h, r = p.vary(0.5, 0.58), 0.5
+    p.turned([(r, 0), (r, h)])
+    n = 12
+    for i in range(n):
+        a = 360 * i / n
+        if p.sees(_at(a, 1, 0), 0) and p.sees(_at(a + 30, 1, 0), 0):
+            y = (0.06, h - 0.06) if i % 2 else (h - 0.06, 0.06)
+            p.rod([_at(a, r + 0.01, y[0]), _at(a + 30, r + 0.01, y[1])], 0.02, "gold", lift=0.3)
+    for y in (0, h - 0.07):
+        p.turned([(r + 0.03, y), (r + 0.03, y + 0.09)], "second", band=True, lift=0.4)
+    p.mark(disc(0, 0, r), "paper", at=(0, h + 0.01, 0), plane="floor", lift=0.2)
+    for s in (-1, 1):
+        p.rod([(s * 0.46, h + 0.08, 0.2 - s * 0.1), (-s * 0.26, h + 0.08, -0.1)], 0.03, "wood", lift=0.7)
+        p.ball(0.065, "wood", at=(-s * 0.26, h + 0.08, -0.1), lift=0.8)
+
+
+@kind("abacus", "toys")
+def _abacus(p: Product) -> None:
+    w, h = p.vary(0.52, 0.6), 0.96
+    for y in (0.2, 0.4, 0.6, 0.8):
+        p.rod(standing([(-w, y), (w, y)]), 0.02, "metal", lift=-0.1)
+        split = p.pick(2, 3, 4)
+        for i in range(6):
+            x = -w + 0.12 + 0.13 * i + (0.16 if i >= split else 0)
+            p.ball((0.06, 0.085, 0.085), "second" if y in (0.4, 0.8) else "main", at=(x, y, 0))
+    for s in (-1, 1):
+        p.box((0.09, h + 0.06, 0.14), at=(s * w, 0, 0), lift=0.02)
+    for y in (0, h):
+        p.box((2 * w + 0.16, 0.09, 0.16), at=(0, y, 0), lift=0.2)
+
+
+@kind("toy tank", "toys")
+def _toy_tank(p: Product) -> None:
+    s = p.pick(-1, 1)
+    for z in (-0.27, 0.27):
+        p.prism(rounded(-0.7, 0, 0.7, 0.32, 0.16), 0.18, "dark", at=(0, 0, z), lift=2 * z)
+        for x in (-0.48, -0.16, 0.16, 0.48):
+            p.mark(disc(x, 0.16, 0.1), "second", at=(0, 0, z + 0.092), lift=2 * z + 0.1)
+    p.prism([(-0.66, 0.24), (-0.6, 0.46), (0.56, 0.46), (0.72, 0.24)], 0.7, lift=0.1)
+    p.turned(
+        [(0.06, 0), (0.06, 0.62), (0.085, 0.63), (0.085, 0.74)],
+        "main",
+        at=(s * 0.26, 0.6, 0),
+        axis=(s, 0.06, 0.0),
+        lift=0.3,
+    )
+    p.turned([(0.36, 0.46), (0.34, 0.6), (0.22, p.vary(0.72, 0.76))], lift=0.3)
+    p.turned([(0.12, 0.73), (0.11, 0.79)], "second", lift=0.6)

@@ -1,0 +1,910 @@
+"""What people wear and carry."""
+
+from __future__ import annotations
+
+import math
+
+from shapes import FRONT, Product, arc, disc, kind, rounded, smooth, standing, star, twofold
+
+
+def _around(angle: float, radius: float, y: float) -> tuple[float, float, float]:
+    a = math.radians(angle)
+    return radius * math.sin(a), y, radius * math.cos(a)
+
+
+# -- for the feet ------------------------------------------------------------------------------------------------------
+
+
+@kind("shoe", "wear")
+def _shoe(p: Product) -> None:
+    t, h = p.vary(0.36, 0.42), p.vary(0.5, 0.58)
+    p.prism(rounded(-0.6, 0, 0.68, 0.13, 0.06), t + 0.06, "light")
+    top = [(-0.54, 0.1), (-0.58, 0.3), (-0.55, h), (-0.38, h - 0.08), (-0.14, h - 0.06), (-0.06, h + 0.04)]
+    p.prism([*top, (0.04, h - 0.02), (0.3, 0.34), (0.55, 0.28), (0.65, 0.2), (0.65, 0.1)], t, lift=0.2)
+    p.prism([(0.38, 0.12), (0.44, 0.31), (0.56, 0.28), (0.66, 0.2), (0.66, 0.12)], t + 0.02, "second", lift=0.3)
+    p.mark(
+        rounded(-0.46, 0.06 - t / 2, -0.12, t / 2 - 0.06, 0.06), "dark", at=(0, h - 0.06, 0), plane="floor", lift=0.5
+    )
+    for x, y in ((0.05, h - 0.05), (0.14, h - 0.13), (0.23, h - 0.2)):
+        p.rod([(x, y, -t * 0.4), (x, y, t * 0.48), (x - 0.07, y - 0.1, t / 2)], 0.025, "light", lift=0.6)
+
+
+@kind("boot", "wear")
+def _boot(p: Product) -> None:
+    h = p.vary(0.95, 1.15)
+    p.prism(
+        [(-0.26, 0), (-0.02, 0), (0.02, 0.07), (0.12, 0.0), (0.66, 0), (0.68, 0.12), (-0.26, 0.14)],
+        0.36,
+        "dark",
+        lift=-0.2,
+    )
+    p.blob([((-0.06, 0.3, 0), 0.2), ((0.46, 0.24, 0), 0.16), ((0.5, 0.2, 0), 0.14), ((-0.1, 0.22, 0), 0.14)])
+    p.turned([(0.2, 0.26), (0.19, 0.5), (0.25, h)], at=(-0.06, 0, 0), hollow=True, inside="dark", lift=0.1)
+    p.turned([(0.262, h - 0.14), (0.265, h)], "second", at=(-0.06, 0, 0), hollow=True, inside="dark", lift=0.2)
+
+
+@kind("high heel", "wear")
+def _high_heel(p: Product) -> None:
+    h = p.vary(0.52, 0.62)
+    p.turned([(0.035, 0), (0.04, 0.1), (0.1, h)], "second", at=(-0.5, 0, 0), lift=-0.1)
+    sole = [(-0.6, h - 0.02), (-0.35, h - 0.04), (-0.1, 0.3), (0.15, 0.06), (0.3, 0.0), (0.66, 0.0)]
+    upper = [
+        (0.74, 0.06),
+        (0.6, 0.2),
+        (0.36, 0.3),
+        (0.2, 0.36),
+        (0.12, 0.34),
+        (-0.1, 0.5),
+        (-0.34, h + 0.12),
+        (-0.56, h + 0.36),
+        (-0.64, h + 0.3),
+        (-0.64, h + 0.1),
+    ]
+    p.prism(smooth(sole + upper, steps=3), 0.26)
+    if p.sees((0.5, 0.9, 0)):
+        bed = [(0.12, 0.35), (-0.1, 0.51), (-0.34, h + 0.14), (-0.5, h + 0.3)]
+        p.sheet(
+            [*[(x, y, 0.09) for x, y in bed], *[(x, y, -0.09) for x, y in reversed(bed)]], "dark", bare=True, lift=0.4
+        )
+
+
+@kind("sandal", "wear")
+def _sandal(p: Product) -> None:
+    h = p.vary(0.22, 0.3)
+    p.prism(
+        [(-0.6, 0), (-0.62, h), (-0.3, h), (0.1, 0.16), (0.62, 0.14), (0.68, 0.06), (0.64, 0), (0.2, 0), (-0.1, 0.02)],
+        0.42,
+    )
+    for x, y, r in ((0.42, 0.13, 0.2), (0.14, 0.16, 0.23)):
+        p.prism(
+            arc(0, y, r + 0.08, 0, 180) + arc(0, y, r - 0.02, 180, 0),
+            0.16,
+            "second",
+            at=(x, 0, 0),
+            plane="side",
+            lift=0.4,
+        )
+    p.rod(
+        [(-0.5, h, 0.2), (-0.48, h + 0.38, 0.12), (-0.48, h + 0.42, -0.12), (-0.5, h, -0.2)], 0.05, "second", lift=0.2
+    )
+    p.rod(
+        [(-0.48, h + 0.36, 0.15), (-0.2, h + 0.34, 0.2), (-0.16, h + 0.34, -0.16), (-0.48, h + 0.4, -0.12)],
+        0.05,
+        "second",
+        closed=True,
+        lift=0.3,
+    )
+
+
+@kind("slipper", "wear")
+def _slipper(p: Product) -> None:
+    foot = smooth(
+        [(-0.6, 0), (-0.5, 0.2), (0, 0.2), (0.4, 0.28), (0.66, 0), (0.4, -0.28), (0, -0.2), (-0.5, -0.2)], steps=3
+    )
+    p.prism(foot, 0.13, "light", plane="floor", lift=-0.3)
+    p.prism([(0.88 * x, 0.85 * z) for x, z in foot], 0.04, "second", at=(0, 0.13, 0), plane="floor", lift=-0.2)
+    p.turned(
+        [(0.29, 0), (0.29, 0.3), (0.27, 0.5), (0.18, 0.66), (0.02, 0.7)],
+        at=(-0.02, 0.24, 0),
+        axis=(1, -0.14, 0),
+        lift=0.3,
+    )
+    p.ball(p.vary(0.13, 0.16), "light", at=(0.22, 0.52, 0.04), lift=1)
+
+
+@kind("sock", "wear")
+def _sock(p: Product) -> None:
+    h = p.vary(1.0, 1.2)
+    leg = [
+        (-0.2, h),
+        (-0.2, 0.6),
+        (-0.25, 0.3),
+        (-0.2, 0.04),
+        (0, 0),
+        (0.45, 0),
+        (0.64, 0.06),
+        (0.66, 0.2),
+        (0.5, 0.32),
+        (0.26, 0.4),
+        (0.19, 0.6),
+        (0.2, h),
+    ]
+    p.prism([leg[0], *smooth(leg[1:-1], closed=False, steps=3), leg[-1]], 0.2)
+    p.prism(rounded(-0.22, h - 0.2, 0.22, h + 0.02, 0.03), 0.25, "second", lift=0.4)
+    p.prism(
+        smooth([(0.44, 0.0), (0.62, 0.04), (0.68, 0.14), (0.62, 0.25), (0.46, 0.33)], steps=3),
+        0.215,
+        "second",
+        lift=0.4,
+    )
+    p.prism(smooth([(-0.25, 0.34), (-0.22, 0.04), (0.06, -0.01), (-0.02, 0.2)], steps=3), 0.215, "second", lift=0.4)
+
+
+@kind("roller skate", "wear")
+def _roller_skate(p: Product) -> None:
+    h = p.vary(1.05, 1.2)
+    for x in (-0.28, 0.36):
+        for z in (-0.14, 0.14):
+            p.turned([(0.13, -0.06), (0.14, -0.04), (0.14, 0.04), (0.13, 0.06)], "second", at=(x, 0.14, z), axis=FRONT)
+            p.mark(disc(0, 0, 0.05), "dark", at=(x, 0.14, z + 0.061), lift=0.2)
+    p.prism(rounded(-0.38, 0.24, 0.56, 0.34, 0.04), 0.34, "dark", lift=0.2)
+    leg = [(-0.3, 0.33), (-0.34, 0.6), (-0.34, h), (0.06, h), (0.1, 0.72), (0.34, 0.62), (0.54, 0.54), (0.58, 0.33)]
+    p.prism([*leg[:4], *smooth(leg[4:], closed=False, steps=3)], 0.32, lift=0.4)
+    for y in (0.72, 0.84, 0.96):
+        p.rod([(0.1, y, -0.12), (0.11, y, 0.16), (-0.02, y, 0.17)], 0.022, "light", lift=0.7)
+
+
+# -- clothes -----------------------------------------------------------------------------------------------------------
+
+
+@kind("t-shirt", "wear")
+def _t_shirt(p: Product) -> None:
+    w = p.vary(0.33, 0.38)
+    neck = [(0, 0.98), (0.1, 1.0), (0.17, 1.1)]
+    p.prism(twofold([*neck, (w, 1.05), (w + 0.32, 0.74), (w + 0.13, 0.56), (w, 0.68), (w + 0.01, 0)]), 0.16)
+    p.rod(
+        standing([(-0.17, 1.08), *[(-x, y - 0.02) for x, y in reversed(neck[:2])], (0.1, 0.98), (0.17, 1.08)], 0.09),
+        0.025,
+        "second",
+        lift=0.4,
+    )
+    for s in (-1, 1):
+        p.mark(
+            [(s * (w + 0.31), 0.74), (s * (w + 0.13), 0.57), (s * (w + 0.09), 0.61), (s * (w + 0.27), 0.78)],
+            "second",
+            at=(0, 0, 0.081),
+        )
+    if p.pick(True, False):
+        p.mark(star(0, 0.62, 0.17, 0.08), "second", at=(0, 0, 0.081))
+
+
+@kind("sweater", "wear")
+def _sweater(p: Product) -> None:
+    w = p.vary(0.3, 0.34)
+    for s in (-1, 1):
+        arm = [
+            (s * w, 1.08),
+            (s * (w + 0.16), 0.96),
+            (s * (w + 0.36), 0.24),
+            (s * (w + 0.16), 0.18),
+            (s * (w - 0.04), 0.8),
+        ]
+        p.prism(arm, 0.18, lift=-0.1)
+        p.prism(
+            [(s * (w + 0.37), 0.25), (s * (w + 0.39), 0.12), (s * (w + 0.17), 0.06), (s * (w + 0.15), 0.19)],
+            0.2,
+            "second",
+        )
+    p.prism(twofold([(0.14, 1.1), (w, 1.08), (w + 0.02, 0.0)]), 0.22, lift=0.1)
+    p.prism(rounded(-w - 0.03, 0, w + 0.03, 0.14, 0.03), 0.25, "second", lift=0.4)
+    p.turned([(0.17, 0), (0.15, 0.16)], "second", at=(0, 1.04, 0), hollow=True, inside="dark", lift=0.4)
+    for i in range(-2, 3):
+        p.mark(
+            [(i * 0.12 - 0.06, 0.68), (i * 0.12, 0.78), (i * 0.12 + 0.06, 0.68), (i * 0.12, 0.58)],
+            "second",
+            at=(0, 0, 0.111),
+            lift=0.5,
+        )
+
+
+@kind("jacket", "wear")
+def _jacket(p: Product) -> None:
+    w = p.vary(0.32, 0.36)
+    for s in (-1, 1):
+        arm = [
+            (s * w, 1.12),
+            (s * (w + 0.17), 1.0),
+            (s * (w + 0.28), 0.22),
+            (s * (w + 0.07), 0.18),
+            (s * (w - 0.04), 0.8),
+        ]
+        p.prism(arm, 0.2, lift=-0.1)
+    p.prism(twofold([(0, 1.1), (0.16, 1.14), (w, 1.12), (w + 0.02, 0.0)]), 0.26, lift=0.1)
+    p.mark(
+        [(-0.13, 1.12), (0.13, 1.12), (0.05, 0.8), (0.05, 0), (-0.05, 0), (-0.05, 0.8)],
+        "light",
+        at=(0, 0, 0.131),
+        lift=0.4,
+    )
+    for s in (-1, 1):
+        p.prism(
+            [(s * 0.1, 1.2), (s * 0.26, 1.12), (s * 0.22, 0.84), (s * 0.05, 0.76)],
+            0.04,
+            "second",
+            at=(0, 0, 0.15),
+            lift=0.5,
+        )
+        p.mark(
+            [(s * 0.12, 0.4), (s * 0.28, 0.36), (s * 0.28, 0.29), (s * 0.12, 0.33)], "dark", at=(0, 0, 0.131), lift=0.5
+        )
+    for y in (0.14, 0.34, 0.54):
+        p.mark(disc(0.11, y, 0.03), "gold", at=(0, 0, 0.132), lift=0.6)
+
+
+@kind("kimono", "wear")
+def _kimono(p: Product) -> None:
+    w = p.vary(0.28, 0.34)
+    p.prism(twofold([(0.1, 1.3), (w, 1.28), (0.78, 1.2), (0.76, 0.66), (0.44, 0.7), (w, 0.84), (w + 0.04, 0)]), 0.2)
+    p.mark([(-0.1, 1.3), (0.1, 1.3), (0.0, 0.96)], "light", at=(0, 0, 0.101), lift=0.3)
+    for s in (-1, 1):
+        p.mark(
+            [(s * 0.08, 1.3), (s * 0.17, 1.3), (-s * 0.1, 0.66), (-s * 0.17, 0.72)],
+            "second",
+            at=(0, 0, 0.102),
+            lift=0.4 + 0.01 * s,
+        )
+        p.mark(
+            [(s * 0.78, 0.76), (s * 0.76, 0.66), (s * 0.44, 0.7), (s * 0.44, 0.78)],
+            "second",
+            at=(0, 0, 0.102),
+            lift=0.4,
+        )
+    p.mark([(-0.1, 0.7), (-0.03, 0.7), (0.08, 0), (0.01, 0)], "second", at=(0, 0, 0.102), lift=0.4)
+    p.prism(rounded(-w - 0.02, 0.58, w + 0.02, 0.78, 0.02), 0.24, "dark", lift=0.6)
+
+
+@kind("trousers", "wear")
+def _trousers(p: Product) -> None:
+    w, c = p.vary(0.3, 0.34), p.vary(0.74, 0.82)
+    p.prism(twofold([(w, 1.3), (w + 0.05, 1.0), (w + p.vary(-0.02, 0.08), 0), (0.09, 0), (0.03, c), (0, c)]), 0.2)
+    p.prism(rounded(-w - 0.02, 1.18, w + 0.02, 1.3, 0.02), 0.23, "second", lift=0.4)
+    p.mark(rounded(-0.05, 1.19, 0.05, 1.29, 0.01), "gold", at=(0, 0, 0.117), lift=0.6)
+    p.mark([(-0.015, 1.18), (0.015, 1.18), (0.015, c), (-0.015, c)], "second", at=(0, 0, 0.101))
+    for s in (-1, 1):
+        p.mark(
+            [(s * 0.16, 1.18), (s * 0.2, 1.18), (s * (w + 0.03), 1.02), (s * (w + 0.03), 0.96)],
+            "second",
+            at=(0, 0, 0.101),
+        )
+
+
+@kind("shorts", "wear")
+def _shorts(p: Product) -> None:
+    w = p.vary(0.4, 0.46)
+    p.prism(twofold([(w, 0.78), (w + 0.16, 0.06), (0.1, 0), (0.03, 0.34), (0, 0.34)]), 0.26)
+    p.prism(rounded(-w - 0.02, 0.68, w + 0.02, 0.8, 0.02), 0.29, "second", lift=0.4)
+    for s in (-1, 1):
+        p.mark(
+            [(s * (w + 0.01), 0.68), (s * (w - 0.07), 0.68), (s * (w + 0.05), 0.05), (s * (w + 0.15), 0.07)],
+            "second",
+            at=(0, 0, 0.131),
+        )
+        p.rod([(0, 0.72, 0.16), (s * 0.06, 0.6, 0.16), (s * 0.05, 0.5, 0.16)], 0.02, "light", lift=0.7)
+
+
+@kind("dress", "wear")
+def _dress(p: Product) -> None:
+    r, h = p.vary(0.5, 0.6), p.vary(1.25, 1.4)
+    for s in (-1, 1):
+        p.ball((0.15, 0.13, 0.15), at=(s * 0.25, h - 0.1, 0), lift=-0.1)
+    p.turned([(r, 0), (r * 0.82, 0.2), (0.27, 0.6), (0.17, 0.75)])
+    p.turned([(0.16, 0.75), (0.24, h - 0.14), (0.22, h), (0.14, h + 0.02)], lift=0.2)
+    p.mark(disc(0, h - 0.04, 0.13, 0.8), "light", at=(0, 0, 0.22), lift=0.5)
+    p.turned([(0.185, 0.71), (0.17, 0.82)], "second", band=True, lift=0.6)
+    p.turned([(r * 1.01, 0), (r * 0.96, 0.08)], "second", band=True, lift=0.3)
+
+
+@kind("skirt", "wear")
+def _skirt(p: Product) -> None:
+    r, h, n = p.vary(0.5, 0.58), p.vary(0.66, 0.78), 9
+    p.turned([(r, 0), (0.26, h)], lift=-0.3)
+    for i in range(n):
+        a = 360 * i / n
+        if p.sees(_around(a + 8, 1, 0.3)):
+            hem = [_around(a, r * 1.02, 0), _around(a + 17, r * 1.02, 0)]
+            p.sheet([*hem, _around(a + 14, 0.265, h), _around(a, 0.265, h)], "second", lift=0.5, bare=True)
+    p.turned([(0.28, h - 0.04), (0.27, h + 0.08)], "main", hollow=True, inside="dark", lift=1)
+    p.rod([(-0.34, h + 0.16, 0), (0.34, h + 0.16, 0)], 0.035, "wood", lift=1)
+    hook = standing([(0, h + 0.16), (0, h + 0.28), *arc(0, h + 0.36, 0.08, -90, 150, 8)])
+    p.rod(hook, 0.025, "metal", lift=1)
+    for x in (-0.24, 0.24):
+        p.box((0.07, 0.16, 0.06), "metal", at=(x, h + 0.02, 0.06), lift=1.5)
+
+
+@kind("apron", "wear")
+def _apron(p: Product) -> None:
+    w = p.vary(0.38, 0.44)
+    p.rod(standing([(-0.2, 1.1), *arc(0, 1.16, 0.18, 180, 0), (0.2, 1.1)]), 0.035, "second")
+    p.rod(standing(smooth([(-w, 0.72), (-w - 0.16, 0.6), (-w - 0.2, 0.4)], closed=False)), 0.03, "second")
+    p.rod(standing(smooth([(w, 0.72), (w + 0.16, 0.6), (w + 0.2, 0.4)], closed=False)), 0.03, "second")
+    p.prism(twofold([(0.22, 1.12), (0.24, 0.9), (w, 0.74), (w + 0.02, 0.1), (w - 0.08, 0)]), 0.12)
+    p.mark(
+        [(-0.22, 0.56), (0.22, 0.56), (0.22, 0.3), (0.16, 0.22), (-0.16, 0.22), (-0.22, 0.3)],
+        "second",
+        at=(0, 0, 0.062),
+    )
+
+
+# -- for the neck, hands and head --------------------------------------------------------------------------------------
+
+
+@kind("glove", "wear")
+def _glove(p: Product) -> None:
+    s = p.pick(-1, 1)
+    for x, y, lean in ((-0.24, 1.0, -0.06), (-0.08, 1.14, -0.02), (0.08, 1.1, 0.02), (0.23, 0.96, 0.07)):
+        p.blob([((s * x, 0.6, 0), 0.085), ((s * (x + lean), y, 0), 0.075)], lift=-0.1)
+    p.blob([((s * 0.22, 0.36, 0), 0.11), ((s * 0.5, 0.66, 0), 0.085)], lift=-0.1)
+    p.prism(smooth([(-0.32, 0.66), (0.32, 0.66), (0.33, 0.4), (0.24, 0.1), (-0.24, 0.1), (-0.33, 0.4)], steps=3), 0.18)
+    p.prism(rounded(-0.28, 0, 0.28, 0.2, 0.05), 0.24, "second", lift=0.3)
+
+
+@kind("scarf", "wear")
+def _scarf(p: Product) -> None:
+    long = p.vary(0.9, 1.0)
+    p.ring(0.3, 0.12, "main", at=(0, long + 0.06, 0), axis="y")
+    for x, z, foot in ((-0.12, 0.28, 0.12), (0.15, 0.32, 0.0)):
+        p.prism(
+            [(x - 0.13, long), (x + 0.13, long), (x + 0.17, foot), (x - 0.17, foot)],
+            0.08,
+            at=(0, 0, z - 0.1),
+            lift=0.4 + x,
+        )
+        for k, y in enumerate((0.14, 0.32, 0.5)):
+            p.mark(
+                [
+                    (x - 0.165 + 0.01 * k, foot + y),
+                    (x + 0.165 - 0.01 * k, foot + y),
+                    (x + 0.16, foot + y + 0.08),
+                    (x - 0.16, foot + y + 0.08),
+                ],
+                "second",
+                at=(0, 0, z - 0.058),
+                lift=0.6 + x,
+            )
+        for k in range(5):
+            p.rod(
+                standing([(x - 0.14 + 0.07 * k, foot), (x - 0.14 + 0.07 * k, foot - 0.1)], z - 0.1),
+                0.022,
+                "second",
+                lift=0.4 + x,
+            )
+    p.blob([((-0.06, long, 0.28), 0.13), ((0.08, long + 0.02, 0.28), 0.13)], lift=1)
+
+
+@kind("tie", "wear")
+def _tie(p: Product) -> None:
+    w = p.vary(0.2, 0.26)
+    p.rod(standing(arc(0, 1.52, 0.24, 200, -20, squash=0.7)), 0.07, "main", lift=-0.4)
+    p.prism([(0.09, 1.3), (w, 0.24), (0, 0), (-w, 0.24), (-0.09, 1.3)], 0.08)
+    for y in (0.3, 0.58, 0.86, 1.1):
+        half = w - (w - 0.09) * (y - 0.24) / 1.06
+        p.mark(
+            [(-half, y + 0.02), (half, y + 0.12), (half * 0.96, y + 0.21), (-half * 0.98, y + 0.11)],
+            "second",
+            at=(0, 0, 0.041),
+        )
+    p.prism([(-0.17, 1.52), (0.17, 1.52), (0.1, 1.28), (-0.1, 1.28)], 0.14, lift=0.5)
+
+
+@kind("bow tie", "wear")
+def _bow_tie(p: Product) -> None:
+    h = p.vary(0.3, 0.36)
+    for s in (-1, 1):
+        p.prism(
+            [
+                (s * x, y)
+                for x, y in smooth(
+                    [
+                        (0.06, h + 0.1),
+                        (0.34, 2 * h - 0.08),
+                        (0.68, 2 * h),
+                        (0.74, h),
+                        (0.68, 0),
+                        (0.34, 0.08),
+                        (0.06, h - 0.1),
+                    ],
+                    steps=3,
+                )
+            ],
+            0.16,
+        )
+        p.mark(
+            [(s * 0.1, h + 0.05), (s * 0.42, h + 0.04), (s * 0.42, h - 0.02), (s * 0.1, h - 0.05)],
+            "dark",
+            at=(0, 0, 0.081),
+        )
+    p.prism(rounded(-0.13, h - 0.16, 0.13, h + 0.16, 0.05), 0.24, "second", lift=0.5)
+
+
+@kind("cap", "wear")
+def _cap(p: Product) -> None:
+    s, h, r = p.pick(-1, 1), p.vary(0.42, 0.5), 0.46
+    tip = smooth([(0.2, 0.42), (0.6, 0.4), (0.98, 0.24), (1.06, 0), (0.98, -0.24), (0.6, -0.4), (0.2, -0.42)], steps=3)
+    p.prism([(s * x, z) for x, z in tip], 0.07, plane="floor", turn=-s * 25, lift=-0.3)
+    up = [0, 0.3, 0.6, 0.9, 1.2, 1.4, 1.57]
+    p.turned([(r, 0), *[(r * math.cos(a), 0.1 + h * math.sin(a)) for a in up]], lift=0.1)
+    for lap in range(-3, 3):
+        a = s * 65 + 60 * lap
+        if p.sees(_around(a, 1, 0.3), 0.1):
+            path = [_around(a, r * math.cos(t), 0.1 + h * math.sin(t)) for t in up]
+            p.rod([_around(a, r, 0), *path], 0.015, "second", lift=0.4)
+    p.ball((0.06, 0.03, 0.06), "second", at=(0, h + 0.1, 0), lift=0.5)
+
+
+@kind("top hat", "wear")
+def _top_hat(p: Product) -> None:
+    h, r = p.vary(0.75, 0.95), p.vary(0.36, 0.42)
+    p.turned([(r + 0.26, 0), (r + 0.28, 0.05), (r + 0.24, 0.07)], lift=-0.5)
+    p.turned([(r, 0.06), (r * 0.94, h * 0.5), (r * 1.08, h)])
+    p.turned([(r + 0.012, 0.07), (r - 0.005, 0.24)], "second", band=True, lift=0.4)
+
+
+@kind("sun hat", "wear")
+def _sun_hat(p: Product) -> None:
+    h, r = p.vary(0.32, 0.4), p.vary(0.82, 0.92)
+    p.turned([(r, 0), (r - 0.02, 0.04), (0.42, 0.14)], lift=-0.5)
+    p.turned([(0.41, 0.12), (0.4, 0.22), (0.36, h), (0.24, h + 0.11), (0.08, h + 0.14), (0.01, h + 0.14)])
+    p.turned([(0.425, 0.12), (0.415, 0.24)], "second", band=True, lift=0.4)
+    for dx, dy in ((-0.13, 0.04), (0.13, 0.04)):
+        p.ball((0.13, 0.09, 0.05), "second", at=(dx, 0.18 + dy, 0.44), lift=1)
+
+
+@kind("cowboy hat", "wear")
+def _cowboy_hat(p: Product) -> None:
+    w = p.vary(0.76, 0.84)
+    p.prism([(w * x, 0.46 * z) for x, z in disc(0, 0, 1)], 0.05, plane="floor", lift=-0.5)
+    for s in (-1, 1):
+        rim = [
+            (s * w * math.cos(a), w * 0.58 * math.sin(a), max(0.0, 0.3 * math.cos(a) - 0.1))
+            for a in (-1.2, -0.9, -0.6, -0.3, 0, 0.3, 0.6, 0.9, 1.2)
+        ]
+        low = [(x * 0.72, 0.04, z * 0.72) for x, z, _ in rim]
+        p.sheet([*[(x * 1.04, 0.05 + y, z) for x, z, y in rim], *reversed(low)], lift=-0.2)
+    crown = [(0, 0.5), (0.14, 0.56), (0.26, 0.62), (0.34, 0.54), (0.38, 0.06)]
+    p.prism(twofold([*smooth(crown[:-1], closed=False, steps=3), crown[-1]]), 0.46)
+    p.mark([(-0.38, 0.08), (-0.37, 0.2), (0.37, 0.2), (0.38, 0.08)], "second", at=(0, 0, 0.235), lift=0.5)
+    for k in (1, -1):
+        p.mark(
+            rounded(-0.23, 0.08, 0.23, 0.2, 0), "second", at=(0.38 * k, 0, 0), plane="side", turn=90 - 90 * k, lift=0.5
+        )
+
+
+@kind("beanie", "wear")
+def _beanie(p: Product) -> None:
+    h = p.vary(0.5, 0.6)
+    p.turned([(0.42, 0.1), *[(0.44 * math.cos(a), 0.2 + h * math.sin(a)) for a in (0, 0.3, 0.6, 0.9, 1.2, 1.45, 1.57)]])
+    p.turned([(0.45, 0), (0.48, 0.03), (0.48, 0.22), (0.45, 0.25)], "second", band=True, lift=0.4)
+    p.ball(p.vary(0.15, 0.19), "second", at=(0, h + 0.3, 0), lift=0.5)
+
+
+@kind("wizard hat", "wear")
+def _wizard_hat(p: Product) -> None:
+    h, s = p.vary(1.0, 1.15), p.pick(-1, 1)
+    p.turned([(0.66, 0), (0.67, 0.03), (0.36, 0.1)], lift=-0.5)
+    p.turned([(0.38, 0.08), (0.24, 0.5), (0.13, h * 0.78)])
+    p.turned([(0.135, 0), (0.02, h * 0.34)], at=(0, h * 0.77, 0), axis=(s * 0.55, 0.8, 0), lift=0.2)
+    p.turned([(0.395, 0.08), (0.36, 0.21)], "second", band=True, lift=0.4)
+    for x, y, r in ((-0.1, 0.36, 0.08), (0.1, 0.52, 0.07), (-0.03, 0.7, 0.055)):
+        p.mark(star(x, y, r, r * 0.45), "gold", at=(0, 0, 0.3 - 0.25 * y), tilt=18, lift=0.6)
+
+
+@kind("chef hat", "wear")
+def _chef_hat(p: Product) -> None:
+    h = p.vary(0.34, 0.42)
+    p.turned([(0.36, 0), (0.36, h)], "second", lift=-0.2)
+    for i in range(8):
+        x, y, z = _around(45 * i + 10, 0.28, h + 0.22)
+        p.ball((0.23, 0.27, 0.23), at=(x, y, z))
+    p.ball((0.34, 0.22, 0.34), at=(0, h + 0.36, 0), lift=0.15)
+
+
+@kind("motorcycle helmet", "wear")
+def _motorcycle_helmet(p: Product) -> None:
+    r = 0.5
+    p.turned([(0.36, 0), (0.4, 0.16)], "dark", lift=-0.4)
+    p.ball((r, r, r * 1.05), at=(0, r + 0.04, 0))
+    p.ball((0.36, 0.17, 0.2), "dark", at=(0, r + 0.06, 0.38), lift=0.5)
+    p.ball((0.3, 0.12, 0.12), "screen", at=(0, r + 0.07, 0.47), lift=0.6)
+    p.ball((0.28, 0.1, 0.12), "second", at=(0, 0.22, 0.42), lift=0.5)
+    p.prism(
+        [(-0.05, -0.46), (0.05, -0.46), (0.05, 0.3), (-0.05, 0.3)],
+        0.04,
+        "second",
+        plane="floor",
+        at=(0, 2 * r + 0.02, 0.1),
+        lift=0.3,
+    )
+
+
+@kind("hard hat", "wear")
+def _hard_hat(p: Product) -> None:
+    h = p.vary(0.42, 0.48)
+    p.prism(disc(0, 0.1, 0.6), 0.06, plane="floor", lift=-0.4)
+    p.turned([(0.5, 0.04), *[(0.5 * math.cos(a), 0.1 + h * math.sin(a)) for a in (0, 0.3, 0.6, 0.9, 1.2, 1.45, 1.57)]])
+    for x in (-0.17, 0, 0.17):
+        r = 0.5 if not x else 0.45
+        k = 1.06 if not x else 1.0
+        p.prism(
+            [(k * r * math.cos(a), 0.1 + k * h * math.sin(a)) for a in (0, 0.4, 0.8, 1.2, 1.57, 1.9, 2.4, 2.8, 3.14)],
+            0.08,
+            "main",
+            at=(x, 0, 0),
+            plane="side",
+            lift=0.4,
+        )
+    p.mark(rounded(-0.14, 0.08, 0.14, 0.26, 0.04), "second", at=(0, 0, 0.53), tilt=15, lift=1)
+
+
+@kind("crown", "wear")
+def _crown(p: Product) -> None:
+    n, h = 8, p.vary(0.62, 0.76)
+    for i in range(n):
+        a = 360 * i / n + 8
+        p.sheet([_around(a - 22, 0.47, 0.2), _around(a + 22, 0.47, 0.2), _around(a, 0.58, h)])
+        p.ball(0.065, "second", at=_around(a, 0.58, h), lift=0.05)
+    p.turned([(0.46, 0), (0.48, 0.26)], hollow=True, inside="dark", lift=-0.02)
+    p.turned([(0.48, 0), (0.485, 0.07)], "second", band=True, lift=0.4)
+    for i in range(n):
+        if p.sees(_around(45 * i + 8, 1, 0)):
+            p.ball((0.06, 0.06, 0.06), "second", at=_around(45 * i + 8, 0.47, 0.19), lift=0.6)
+
+
+# -- for the eyes, wrists and fingers ----------------------------------------------------------------------------------
+
+
+@kind("glasses", "wear")
+def _glasses(p: Product) -> None:
+    r = p.vary(0.27, 0.31)
+    for s in (-1, 1):
+        x = s * (r + 0.12)
+        p.prism(disc(x, r + 0.07, r), 0.02, "glass")
+        p.ring(r, 0.07, at=(x, r + 0.07, 0.02))
+        p.rod(
+            [
+                (s * (2 * r + 0.12), r + 0.16, 0),
+                (s * (2 * r + 0.18), r + 0.16, -0.1),
+                (s * (2 * r + 0.18), r + 0.12, -0.7),
+                (s * (2 * r + 0.16), r - 0.1, -0.9),
+            ],
+            0.05,
+            lift=-0.2,
+        )
+    p.rod(standing(arc(0, r + 0.06, 0.12, 160, 20)), 0.06)
+
+
+@kind("sunglasses", "wear")
+def _sunglasses(p: Product) -> None:
+    h = p.vary(0.46, 0.54)
+    half = [
+        (0.0, h - 0.02),
+        (0.3, h + 0.02),
+        (0.82, h + 0.06),
+        (0.84, h - 0.08),
+        (0.74, 0.1),
+        (0.6, 0),
+        (0.3, 0),
+        (0.14, 0.12),
+        (0.08, h - 0.2),
+        (0, h - 0.17),
+    ]
+    for s in (-1, 1):
+        p.prism(
+            [(-0.04, h - 0.16), (0, h - 0.06), (0.8, h - 0.06), (0.95, 0.12), (0.88, 0.08), (0.72, h - 0.2)],
+            0.06,
+            at=(s * 0.81, 0, 0),
+            plane="side",
+            turn=180,
+            lift=-0.2,
+        )
+    p.prism(twofold(half), 0.08)
+    for s in (-1, 1):
+        lens = [
+            (s * x, y)
+            for x, y in smooth(
+                [
+                    (0.16, h - 0.08),
+                    (0.5, h - 0.05),
+                    (0.74, h - 0.06),
+                    (0.72, 0.2),
+                    (0.58, 0.07),
+                    (0.34, 0.07),
+                    (0.19, 0.2),
+                ],
+                steps=3,
+            )
+        ]
+        p.mark(lens, "dark", at=(0, 0, 0.042))
+        p.mark(
+            [(s * 0.3 - 0.05, h - 0.12), (s * 0.3 + 0.04, h - 0.12), (s * 0.3 - 0.02, 0.2), (s * 0.3 - 0.09, 0.2)],
+            "screen",
+            at=(0, 0, 0.043),
+            lift=0.4,
+        )
+
+
+@kind("watch", "wear")
+def _watch(p: Product) -> None:
+    r, h = p.vary(0.34, 0.38), p.vary(0.7, 0.78)
+    p.prism([(-0.2, h), (-0.16, 2 * h), (0.16, 2 * h), (0.2, h), (0.16, 0.06), (0.1, 0), (-0.1, 0), (-0.16, 0.06)], 0.1)
+    p.mark(rounded(-0.17, 2 * h - 0.12, 0.17, 2 * h, 0.03), "metal", at=(0, 0, 0.06), lift=0.3)
+    for y in (0.1, 0.2, 0.3):
+        p.mark(disc(0, y, 0.025), "dark", at=(0, 0, 0.06))
+    p.rod([(r - 0.02, h, 0.06), (r + 0.07, h, 0.06)], 0.05, "metal", lift=0.3)
+    p.turned([(r, -0.08), (r, 0.1), (r * 0.9, 0.13)], "metal", at=(0, h, 0.04), axis=FRONT, lift=0.5)
+    p.mark(disc(0, h, r * 0.82), "paper", at=(0, 0, 0.175), lift=1)
+    for a in range(0, 360, 90):
+        x, y = r * 0.66 * math.cos(math.radians(a)), r * 0.66 * math.sin(math.radians(a))
+        p.mark(disc(x, h + y, 0.03), "dark", at=(0, 0, 0.176), lift=1.2)
+    p.rod(standing([(-0.1, h + 0.12), (0, h), (0.06, h + 0.2)], 0.19), 0.022, "dark", lift=1.3)
+
+
+@kind("ring", "wear")
+def _ring(p: Product) -> None:
+    r, g = p.vary(0.36, 0.42), p.vary(0.2, 0.25)
+    p.ring(r, 0.085, at=(0, r + 0.08, 0))
+    y = 2 * r + 0.1
+    p.turned([(0.06, y - 0.02), (g * 0.7, y + 0.1)], "main", lift=0.3, sides=8)
+    p.turned([(0.06, y), (g, y + 0.22), (g * 0.62, y + 0.33)], "glass", lift=0.5, sides=8)
+
+
+@kind("gem", "wear")
+def _gem(p: Product) -> None:
+    r = p.vary(0.52, 0.6)
+    for i in range(10):
+        a, b, mid = 36 * i, 36 * i + 36, 36 * i + 18
+        if p.sees(_around(mid, 1, -0.75), 0):
+            p.sheet([_around(a, r, 0.62), _around(b, r, 0.62), (0, 0, 0)])
+        if p.sees(_around(mid, 1, 0.95), 0):
+            p.sheet([_around(a, r, 0.62), _around(b, r, 0.62), _around(mid, r * 0.66, 0.86)], lift=0.3)
+            p.sheet([_around(a - 18, r * 0.66, 0.86), _around(mid, r * 0.66, 0.86), _around(a, r, 0.62)], lift=0.3)
+    p.prism(
+        [
+            (r * 0.66 * math.sin(math.radians(36 * i + 18)), r * 0.66 * math.cos(math.radians(36 * i + 18)))
+            for i in range(10)
+        ],
+        0.0,
+        at=(0, 0.86, 0),
+        plane="floor",
+        lift=1,
+    )
+
+
+@kind("necklace", "wear")
+def _necklace(p: Product) -> None:
+    n, b = 17, p.vary(0.075, 0.095)
+    for i in range(n):
+        a = math.radians(-90 + 360 * i / n + 10)
+        p.ball(b, at=(0.5 * math.cos(a) * (1 - 0.12 * math.sin(a)), 0.82 + 0.58 * math.sin(a), 0))
+    p.ball(0.07, "gold", at=(0, 0.2, 0.06), lift=0.3)
+    p.prism([(0, 0.24), (0.14, 0.12), (0, -0.12), (-0.14, 0.12)], 0.1, "second", at=(0, 0.02, 0.05), lift=0.5)
+
+
+# -- to carry ----------------------------------------------------------------------------------------------------------
+
+
+@kind("handbag", "wear")
+def _handbag(p: Product) -> None:
+    w, h = p.vary(0.52, 0.6), p.vary(0.6, 0.7)
+    for z in (-0.1, 0.1):
+        p.rod(
+            standing([(-0.26, h - 0.05), *arc(0, h + 0.16, 0.26, 170, 10), (0.26, h - 0.05)], z),
+            0.045,
+            "second",
+            lift=-0.2,
+        )
+    p.prism([(-w, 0.06), (-w + 0.06, 0), (w - 0.06, 0), (w, 0.06), (w - 0.1, h), (-w + 0.1, h)], 0.36)
+    p.prism(
+        [(-w + 0.08, h + 0.01), (w - 0.08, h + 0.01), (w - 0.12, h * 0.62), (0, h * 0.46), (-w + 0.12, h * 0.62)],
+        0.03,
+        at=(0, 0, 0.2),
+        lift=0.4,
+    )
+    p.mark(disc(0, h * 0.54, 0.08), "gold", at=(0, 0, 0.22), lift=0.7)
+
+
+@kind("backpack", "wear")
+def _backpack(p: Product) -> None:
+    w, h = p.vary(0.38, 0.44), p.vary(1.0, 1.15)
+    p.rod(standing(arc(0, h - 0.01, 0.12, 180, 0)), 0.04, "dark", lift=-0.2)
+    for s in (-1, 1):
+        p.rod(
+            [(s * 0.2, h - 0.12, -0.22), (s * 0.24, h * 0.62, -0.42), (s * 0.26, 0.12, -0.24)], 0.05, "dark", lift=-0.4
+        )
+        p.prism(rounded(-0.14, 0.06, 0.14, 0.46, 0.06), 0.12, "second", at=(s * (w + 0.04), 0, 0), plane="side")
+    p.prism([*rounded(-w, 0.5, w, h, 0.3)[:10], (-w, 0.08), (-w + 0.08, 0), (w - 0.08, 0), (w, 0.08)], 0.42)
+    p.prism(rounded(-w + 0.08, 0.05, w - 0.08, 0.5, 0.1), 0.14, at=(0, 0, 0.25), lift=0.4)
+    p.prism(
+        [(-w + 0.06, 0.5), (w - 0.06, 0.5), (w - 0.1, 0.34), (-w + 0.1, 0.34)],
+        0.17,
+        "second",
+        at=(0, 0, 0.26),
+        lift=0.6,
+    )
+    p.rod(
+        standing(
+            [
+                (-w + 0.06, 0.62),
+                (-w + 0.06, h - 0.22),
+                *arc(0, h - 0.24, w - 0.08, 160, 20, 7, 0.5),
+                (w - 0.06, h - 0.22),
+                (w - 0.06, 0.62),
+            ],
+            0.22,
+        ),
+        0.02,
+        "dark",
+        lift=0.4,
+    )
+
+
+@kind("suitcase", "wear")
+def _suitcase(p: Product) -> None:
+    w, h = p.vary(0.36, 0.44), p.vary(0.9, 1.05)
+    p.rod(standing([(-0.16, h), (-0.16, h + 0.36), (0.16, h + 0.36), (0.16, h)], -0.1), 0.035, "metal", lift=-0.3)
+    for x in (-w + 0.1, w - 0.1):
+        for z in (-0.12, 0.12):
+            p.turned([(0.07, -0.05), (0.07, 0.05)], "dark", at=(x, 0.07, z), axis=FRONT, lift=-0.2)
+    p.prism(rounded(-w, 0.1, w, h + 0.1, 0.1), 0.36)
+    for x in (-0.5, 0, 0.5):
+        p.prism(rounded(x * w - 0.04, 0.2, x * w + 0.04, h, 0.04), 0.02, "second", at=(0, 0, 0.19), lift=0.4)
+    p.rod(
+        standing([(-0.1, h + 0.1), (-0.08, h + 0.16), (0.08, h + 0.16), (0.1, h + 0.1)], 0.06), 0.03, "dark", lift=0.2
+    )
+
+
+@kind("purse", "wear")
+def _purse(p: Product) -> None:
+    w = p.vary(0.52, 0.6)
+    p.ball((w, 0.36, 0.3), at=(0, 0.36, 0))
+    p.prism(
+        smooth(
+            [
+                (-w * 0.86, 0.5),
+                (-w * 0.62, 0.68),
+                (0, 0.76),
+                (w * 0.62, 0.68),
+                (w * 0.86, 0.5),
+                (w * 0.6, 0.56),
+                (0, 0.64),
+                (-w * 0.6, 0.56),
+            ],
+            steps=3,
+        ),
+        0.2,
+        "gold",
+        lift=0.5,
+    )
+    for s in (-1, 1):
+        p.ball(0.085, "gold", at=(s * 0.06, 0.84, s * 0.03), lift=0.7)
+
+
+@kind("belt", "wear")
+def _belt(p: Product) -> None:
+    h, r = p.vary(0.24, 0.3), 0.55
+    p.turned([(r, 0), (r, h)], hollow=True, inside="second")
+    p.prism(rounded(-0.2, -0.06, 0.2, h + 0.06, 0.06), 0.05, "gold", at=(0.05, 0.04, r + 0.03), lift=0.5)
+    p.mark(rounded(-0.12, 0.02, 0.12, h - 0.02, 0.03), "dark", at=(0.05, 0.04, r + 0.06), lift=0.8)
+    p.rod(standing([(-0.08, h / 2 + 0.04), (0.24, h / 2 + 0.04)], r + 0.08), 0.03, "gold", lift=1)
+    for a in (-52, -40, -28):
+        if p.sees(_around(a, 1, 0)):
+            p.mark(disc(0, 0, 0.035), "dark", at=_around(a, r + 0.01, h / 2), turn=a, lift=0.6)
+
+
+@kind("umbrella", "wear")
+def _umbrella(p: Product) -> None:
+    r, y = p.vary(0.7, 0.8), 0.95
+    p.rod([(0, 0.16, 0), (0, 1.3, 0)], 0.03, "metal", lift=-0.6)
+    p.rod(standing([(0, 0.42), (0, 0.16), *arc(-0.12, 0.14, 0.12, 0, -180, 9)]), 0.055, "wood", lift=-0.5)
+    dome = [(r, 0), (r * 0.86, 0.2), (r * 0.6, 0.36), (r * 0.3, 0.45), (0.02, 0.48)]
+    p.turned([(a, y + b) for a, b in dome])
+    for i in range(4):
+        a = 90 * i + 30
+        if p.sees(_around(a, 1, 0.6), 0.1):
+            gore = [_around(a - 22, q, y + b) for q, b in dome] + [_around(a + 22, q, y + b) for q, b in reversed(dome)]
+            p.sheet(gore, "second", lift=0.5, bare=True)
+    p.turned([(0.03, y + 0.46), (0.02, y + 0.6)], "metal", lift=0.8)
+
+
+@kind("perfume bottle", "wear")
+def _perfume_bottle(p: Product) -> None:
+    w, h = p.vary(0.36, 0.42), p.vary(0.56, 0.66)
+    p.prism(
+        [
+            (-w, 0),
+            (w, 0),
+            (w + 0.06, 0.1),
+            (w - 0.04, h - 0.08),
+            (w * 0.5, h),
+            (-w * 0.5, h),
+            (-w + 0.04, h - 0.08),
+            (-w - 0.06, 0.1),
+        ],
+        0.4,
+    )
+    p.mark(rounded(-0.2, 0.16, 0.2, h * 0.66, 0.03), "paper", at=(0, 0, 0.202))
+    p.turned([(0.1, h), (0.1, h + 0.1)], "gold", lift=0.2)
+    p.rod(standing(smooth([(0, h + 0.16), (0.3, h + 0.2), (0.5, h + 0.02)], closed=False)), 0.035, "gold", lift=0.2)
+    p.turned([(0.12, h + 0.1), (0.14, h + 0.24), (0.08, h + 0.3)], "gold", lift=0.4)
+    p.ball((0.13, 0.17, 0.13), "second", at=(0.54, h - 0.12, 0), lift=0.3)
+    p.ball(0.05, "second", at=(0.58, h - 0.34, 0), lift=0.2)
+
+
+@kind("lipstick", "wear")
+def _lipstick(p: Product) -> None:
+    h = p.vary(0.5, 0.6)
+    p.turned([(0.27, 0), (0.27, h)], "main")
+    p.turned([(0.22, h), (0.22, h + 0.2)], "gold", lift=0.3)
+    p.turned([(0.17, h + 0.2), (0.17, h + 0.55)], "main", lift=0.5)
+    p.turned(
+        [(0.17, 0), (0.14, 0.14), (0.06, 0.28), (0.02, 0.3)], "main", at=(0, h + 0.54, 0), axis=(0.28, 1, 0), lift=0.6
+    )
+    p.turned([(0.275, h - 0.08), (0.275, h)], "gold", band=True, lift=0.6)
+
+
+@kind("hand fan", "wear")
+def _hand_fan(p: Product) -> None:
+    r, n = p.vary(0.9, 1.0), 9
+    for i in range(n):
+        a, b = (math.radians(18 + 144 * (i + k) / n) for k in (0, 1))
+        q = [
+            (0.34 * math.cos(a), 0.34 * math.sin(a)),
+            (r * math.cos(a), r * math.sin(a)),
+            (r * math.cos(b), r * math.sin(b)),
+            (0.34 * math.cos(b), 0.34 * math.sin(b)),
+        ]
+        zig = 0.025
+        p.sheet([(x, y + 0.06, zig * (1 if k in (0, 1) else -1)) for k, (x, y) in enumerate(q)])
+        mid = (a + b) / 2
+        p.rod(standing([(0, 0.06), (0.36 * math.cos(mid), 0.06 + 0.36 * math.sin(mid))]), 0.03, "wood", lift=-0.1)
+        e = [(k * math.cos(t), k * math.sin(t)) for k, t in ((r * 0.88, a), (r, a), (r, b), (r * 0.88, b))]
+        p.sheet([(x, y + 0.06, 0.06) for x, y in e], "second", lift=0.2, bare=True)
+    p.ball(0.06, "gold", at=(0, 0.06, 0.05), lift=0.5)
+
+
+@kind("rosette", "wear")
+def _rosette(p: Product) -> None:
+    r, y = p.vary(0.4, 0.46), 0.95
+    for s in (-1, 1):
+        p.prism(
+            [(s * 0.04, y - 0.1), (s * 0.2, y - 0.2), (s * 0.4, 0.04), (s * 0.24, 0.12), (s * 0.14, 0)], 0.05, lift=-0.3
+        )
+    p.prism(star(0, y, r + 0.06, r * 0.86, 14), 0.12)
+    p.turned([(r * 0.66, 0), (r * 0.62, 0.08)], "second", at=(0, y, 0.05), axis=FRONT, lift=0.4)
+    p.mark(star(0, y, r * 0.46, r * 0.2), "main", at=(0, 0, 0.14), lift=0.8)
+
+
+@kind("carnival mask", "wear")
+def _carnival_mask(p: Product) -> None:
+    h = p.vary(0.5, 0.56)
+    half = [
+        (0, h - 0.1),
+        (0.3, h),
+        (0.62, h + 0.02),
+        (0.86, h + 0.16),
+        (0.8, h * 0.6),
+        (0.62, 0.16),
+        (0.38, 0.06),
+        (0.18, 0.14),
+        (0, 0.3),
+    ]
+    for x, y in ((-0.2, 0.42), (0, 0.5), (0.2, 0.42)):
+        p.blob([((x * 0.3, h - 0.06, -0.04), 0.05), ((x, h + y - 0.1, -0.04), 0.11)], "second")
+    p.prism(twofold(smooth(half, closed=False, steps=3)), 0.12)
+    for s in (-1, 1):
+        eye = [
+            (s * x, y)
+            for x, y in smooth([(0.16, h * 0.56), (0.36, h * 0.78), (0.58, h * 0.74), (0.4, h * 0.46)], steps=3)
+        ]
+        p.mark([(1.0 * x, y) for x, y in eye], "dark", at=(0, 0, 0.062))
+        p.mark(disc(s * 0.66, h * 0.92, 0.05), "gold", at=(0, 0, 0.062), lift=0.4)
+    p.mark([(0, h - 0.14), (0.07, h - 0.24), (0, h - 0.36), (-0.07, h - 0.24)], "second", at=(0, 0, 0.062))
