@@ -1,0 +1,410 @@
+"""Things for washing, cleaning, warming and growing."""
+
+from __future__ import annotations
+
+import math
+
+from shapes import Product, arc, disc, kind, rounded, smooth, star
+
+
+def _around(radius: float, y: float, degrees: float) -> tuple[float, float, float]:
+    a = math.radians(degrees)
+    return radius * math.sin(a), y, radius * math.cos(a)
+
+
+@kind("basket", "house")
+def _basket(p: Product) -> None:
+    h = p.vary(0.46, 0.54)
+    p.rod([(x, y, 0) for x, y in arc(0, h - 0.05, 0.54, 0, 180, 16, squash=1.15)], 0.05, "main", bare=False, lift=-0.2)
+    p.turned([(0.42, 0), (0.6, h)], hollow=True, inside="wood")
+    for row in range(3):
+        y = 0.04 + row * h / 3
+        for k in range(-4, 5):
+            turn = 22 * (k + row % 2 / 2) - p.view.yaw
+            at = _around(0.425 + 0.18 * (y + h / 8) / h, y + h / 8, turn)
+            p.mark(rounded(-0.075, -0.045, 0.075, 0.045, 0.03), "second", at=at, turn=turn, tilt=-15)
+    p.ring(0.59, 0.045, "main", at=(0, h, 0), axis="y", lift=0.1)
+
+
+@kind("bucket", "house")
+def _bucket(p: Product) -> None:
+    h = p.vary(0.72, 0.84)
+    p.turned([(0.34, 0), (0.5, h)], hollow=True)
+    p.turned([(0.5, h - 0.1), (0.52, h)], "second", band=True, lift=0.1)
+    p.rod([(x, y, 0.06) for x, y in arc(0, h - 0.06, 0.52, 0, 180, 16, squash=0.95)], 0.03, "metal", lift=-0.8)
+    p.rod([(-0.13, h + 0.43, 0.06), (0.13, h + 0.43, 0.06)], 0.055, "wood", lift=0.3)
+
+
+@kind("watering can", "house")
+def _watering_can(p: Product) -> None:
+    h = p.vary(0.58, 0.68)
+    p.turned([(0.07, 0), (0.055, 0.72)], at=(-0.3, 0.14, 0), axis=(-0.85, 1, 0), lift=-0.1)
+    p.turned([(0.06, 0.68), (0.19, 0.82)], "second", at=(-0.3, 0.14, 0), axis=(-0.85, 1, 0), lift=0.1)
+    p.turned([(0.4, 0), (0.38, h), (0.3, h + 0.08)], hollow=True, inside="dark")
+    grip = [(-0.2, h + 0.06), (-0.1, h + 0.34), (0.25, h + 0.36), (0.55, h), (0.52, 0.3), (0.38, 0.2)]
+    p.rod([(x, y, 0) for x, y in grip], 0.05, "main", bare=False, lift=-0.05)
+
+
+@kind("spray bottle", "house")
+def _spray_bottle(p: Product) -> None:
+    h = p.vary(0.78, 0.9)
+    p.turned([(0.34, 0), (0.36, 0.06), (0.36, h * 0.6), (0.14, h), (0.13, h + 0.06)])
+    p.turned([(0.365, 0.16), (0.365, h * 0.52)], "paper", band=True, bare=True, lift=0.1)
+    p.turned([(0.15, h + 0.04), (0.15, h + 0.16)], "second", lift=0.1)
+    head = [(-0.4, h + 0.34), (-0.4, h + 0.46), (0.08, h + 0.48), (0.28, h + 0.38), (0.3, h + 0.26), (0.12, h + 0.16),
+            (-0.12, h + 0.16), (-0.16, h + 0.32)]  # fmt: skip
+    p.prism(head, 0.22, "second", lift=0.3)
+    p.box((0.1, 0.1, 0.16), "dark", at=(-0.44, h + 0.35, 0), lift=0.2)
+    p.rod([(-0.22, h + 0.32, 0), (-0.3, h + 0.16, 0), (-0.28, h + 0.04, 0)], 0.045, "dark", lift=0.25)
+
+
+@kind("soap dispenser", "house")
+def _soap_dispenser(p: Product) -> None:
+    h = p.vary(0.68, 0.78)
+    p.turned([(0.36, 0), (0.38, 0.06), (0.38, h - 0.1), (0.3, h), (0.15, h + 0.04)])
+    p.turned([(0.15, h + 0.02), (0.15, h + 0.12)], "metal", lift=0.1)
+    p.turned([(0.05, h + 0.12), (0.05, h + 0.32)], "metal", lift=0.15)
+    p.rod([(0.06, h + 0.36, 0), (-0.36, h + 0.36, 0), (-0.42, h + 0.28, 0)], 0.06, "metal", lift=0.3)
+    p.ball((0.16, 0.06, 0.12), "metal", at=(0.04, h + 0.4, 0), lift=0.4)
+    turn = -p.view.yaw
+    drop = smooth([(0, 0.26), (0.09, 0.06), (0.0, -0.08), (-0.09, 0.06)])
+    p.mark(drop, "second", at=_around(0.385, h * 0.42, turn), turn=turn)
+
+
+@kind("toothbrush cup", "house")
+def _toothbrush_cup(p: Product) -> None:
+    h = p.vary(0.6, 0.7)
+    for s, paint in ((-1, "#2f9ed6"), (1, "#f0653a")):
+        top = (s * 0.36, h + 0.58, 0.0)
+        p.rod([(s * 0.05, h - 0.25, 0), top], 0.045, paint, lift=0.05)
+        p.rod([(s * 0.35, h + 0.42, 0), (s * 0.41, h + 0.6, 0)], 0.05, paint, lift=0.1)
+        p.prism(
+            [(s * 0.42, h + 0.38), (s * 0.54, h + 0.33), (s * 0.61, h + 0.56), (s * 0.49, h + 0.61)],
+            0.12,
+            "light",
+            lift=0.1,
+        )
+    p.turned([(0.3, 0), (0.34, 0.04), (0.38, h)], band=True, lift=0.4)
+    p.turned([(0.38, h - 0.001), (0.38, h)], "main", hollow=True, lift=-0.6)
+    p.turned([(0.36, h * 0.4), (0.368, h * 0.6)], "second", band=True, lift=0.5)
+
+
+@kind("toilet roll", "house")
+def _toilet_roll(p: Product) -> None:
+    r, w = p.vary(0.42, 0.48), p.vary(0.36, 0.42)
+    p.turned([(r, -w), (r, w)], at=(0, r, 0), axis=(0, 0, 1), sides=40)
+    p.mark(disc(0, r, r * 0.68), "second", at=(0, 0, w + 0.001), lift=0.5)
+    p.mark(disc(0, r, r * 0.64), "main", at=(0, 0, w + 0.002), lift=0.6)
+    p.mark(disc(0, r, r * 0.38), "wood", at=(0, 0, w + 0.003), lift=0.7)
+    p.mark(disc(0, r, r * 0.3), "dark", at=(0, 0, w + 0.004), lift=0.8)
+    p.sheet([(r - 0.01, r, -w), (r - 0.01, r, w), (r + 0.03, 0.04, w), (r + 0.03, 0.04, -w)], lift=0.05)
+    p.sheet([(r + 0.03, 0.04, -w), (r + 0.03, 0.04, w), (r + 0.42, 0, w), (r + 0.42, 0, -w)], lift=0.05)
+
+
+@kind("bathtub", "house")
+def _bathtub(p: Product) -> None:
+    w = p.vary(0.72, 0.82)
+    for x in (-0.5, 0.5):
+        for z in (-0.24, 0.24):
+            p.ball((0.08, 0.1, 0.08), "gold", at=(x, 0.09, z), lift=-1)
+    body = [(-w * 0.7, 0.14), (w * 0.7, 0.14), (w * 0.94, 0.32), (w, 0.62), (-w, 0.62), (-w * 0.94, 0.32)]
+    p.prism(body, 0.72, lift=-0.2)
+    p.prism(rounded(-w - 0.07, -0.43, w + 0.07, 0.43, 0.3), 0.08, at=(0, 0.6, 0), plane="floor", lift=0.1)
+    p.mark(rounded(-w + 0.04, -0.33, w - 0.04, 0.33, 0.24), "#a9dcf0", at=(0, 0.682, 0), plane="floor", lift=0.2)
+    for x, z, r in ((-0.42, 0.05, 0.13), (-0.2, 0.12, 0.1), (-0.25, -0.08, 0.12), (0.02, 0.02, 0.08)):
+        p.ball(r, "paper", at=(x, 0.7, z), lift=0.4)
+    p.rod([(w - 0.08, 0.66, 0), (w - 0.08, 0.98, 0), (w - 0.3, 0.98, 0), (w - 0.3, 0.88, 0)], 0.045, "gold", lift=0.5)
+
+
+@kind("sink", "house")
+def _sink(p: Product) -> None:
+    h = p.vary(0.62, 0.72)
+    p.turned([(0.27, 0), (0.25, 0.05), (0.15, 0.14), (0.14, h)], at=(0, 0, -0.05), lift=-0.5)
+    p.prism([(-0.3, h), (0.3, h), (0.55, h + 0.2), (0.6, h + 0.3), (-0.6, h + 0.3), (-0.55, h + 0.2)], 0.62, lift=-0.1)
+    p.mark(disc(0, 0.05, 0.4, 0.5), "second", at=(0, h + 0.302, 0), plane="floor")
+    p.mark(disc(0, 0.05, 0.08, 0.6), "dark", at=(0, h + 0.303, 0), plane="floor", lift=0.4)
+    p.rod([(0, h + 0.3, -0.24), (0, h + 0.58, -0.24), (0, h + 0.6, -0.04), (0, h + 0.5, 0)], 0.05, "metal", lift=0.5)
+    for x in (-0.24, 0.24):
+        p.turned([(0.045, 0), (0.045, 0.12), (0.09, 0.13), (0.09, 0.19)], "metal", at=(x, h + 0.3, -0.22), lift=0.4)
+
+
+@kind("toilet", "house")
+def _toilet(p: Product) -> None:
+    h = p.vary(0.42, 0.48)
+    p.box((0.62, 0.52, 0.24), at=(0, h - 0.02, -0.42), lift=-0.6)
+    p.box((0.68, 0.08, 0.3), "second", at=(0, h + 0.5, -0.42), lift=-0.5)
+    p.mark(disc(0.2, h + 0.38, 0.05), "metal", at=(0, 0, -0.298), lift=-0.4)
+    p.prism(disc(0, h + 0.28, 0.29, 0.98), 0.07, "second", at=(0, 0, -0.22), tilt=8, lift=-0.3)
+    p.turned([(0.26, 0), (0.2, 0.12), (0.22, 0.22), (0.38, h)], at=(0, 0, 0.05), lift=-0.2)
+    p.prism(disc(0, 0, 0.4, 1.1), 0.07, "main", at=(0, h, 0.08), plane="floor", lift=0)
+    p.mark(disc(0, 0.02, 0.26, 1.1), "dark", at=(0, h + 0.072, 0.08), plane="floor", lift=0.1)
+
+
+@kind("trash can", "house")
+def _trash_can(p: Product) -> None:
+    h = p.vary(0.86, 0.98)
+    p.turned([(0.36, 0), (0.45, h)])
+    for a in range(-80, 81, 32):
+        t = a - p.view.yaw
+        p.rod([_around(0.375, 0.1, t), _around(0.44, h - 0.12, t)], 0.022, "second", lift=0.3)
+    p.turned([(0.5, h), (0.5, h + 0.08), (0.42, h + 0.16), (0.2, h + 0.22)], "main", lift=0.5)
+    p.rod([(-0.13, h + 0.2, 0), (-0.12, h + 0.32, 0), (0.12, h + 0.32, 0), (0.13, h + 0.2, 0)], 0.04, "dark", lift=0.8)
+    for s in (-1, 1):
+        p.rod(
+            [(s * 0.44, h - 0.3, 0), (s * 0.58, h - 0.28, 0), (s * 0.58, h - 0.1, 0), (s * 0.45, h - 0.08, 0)],
+            0.035,
+            "dark",
+            lift=-0.1,
+        )
+
+
+@kind("ironing board", "house")
+def _ironing_board(p: Product) -> None:
+    h = p.vary(0.68, 0.78)
+    for s in (-1, 1):
+        p.rod([(-s * 0.5, 0.04, s * 0.1), (s * 0.42, h, s * 0.1)], 0.04, "metal", lift=-1)
+        p.rod([(-s * 0.5, 0.04, -0.22), (-s * 0.5, 0.04, 0.22)], 0.045, "dark", lift=-1)
+    board = smooth(
+        [(-0.95, 0), (-0.7, 0.2), (-0.2, 0.27), (0.7, 0.27), (0.78, 0), (0.7, -0.27), (-0.2, -0.27), (-0.7, -0.2)]
+    )
+    p.prism(board, 0.12, at=(0, h, 0), plane="floor")
+    p.prism(
+        [(-0.26, 0), (0.16, 0), (0.2, 0.14), (0.0, 0.2), (-0.14, 0.14)], 0.2, "second", at=(0.3, h + 0.12, 0), lift=0.6
+    )
+    p.rod([(0.16, h + 0.28, 0), (0.22, h + 0.42, 0), (0.48, h + 0.4, 0), (0.48, h + 0.22, 0)], 0.035, "dark", lift=0.7)
+
+
+@kind("umbrella stand", "house")
+def _umbrella_stand(p: Product) -> None:
+    h = p.vary(0.72, 0.84)
+    for x, lean, paint in ((-0.14, -0.14, "second"), (0.12, 0.18, "#d9483b")):
+        p.turned(
+            [(0.03, -0.3), (0.12, 0.1), (0.1, 0.2), (0.03, 0.4)],
+            paint,
+            at=(x, h, 0),
+            axis=(lean, 1, 0),
+            bare=True,
+            lift=0.1,
+        )
+        hook = [(lean * 0.35, 0.38), *((lean * 0.55 + 0.11 + u, 0.58 + v) for u, v in arc(0, 0, 0.11, 180, 0, 8))]
+        p.rod([(x + u, h + v, 0) for u, v in hook], 0.04, "wood", lift=0.1)
+    p.turned([(0.36, 0), (0.4, h)], band=True, lift=0.5)
+    p.turned([(0.4, h - 0.001), (0.4, h)], "main", hollow=True, inside="dark", lift=-0.6)
+    for y in (0.05, h - 0.12):
+        p.turned([(0.37 + 0.04 * y / h, y), (0.374 + 0.04 * y / h, y + 0.08)], "gold", band=True, lift=0.6)
+
+
+@kind("flower pot", "house")
+def _flower_pot(p: Product) -> None:
+    h = p.vary(0.52, 0.6)
+    p.turned([(0.32, 0), (0.44, h - 0.15)], lift=-0.2)
+    p.turned([(0.52, h - 0.17), (0.52, h)], hollow=True, inside="#5a3d2b", lift=-0.1)
+    p.rod([(0, h - 0.06, 0), (0.02, h + 0.5, 0)], 0.035, "leaf", lift=0.1)
+    for s in (-1, 1):
+        leaf = smooth([(0, h + 0.02), (s * 0.2, h + 0.06), (s * 0.36, h + 0.28), (s * 0.14, h + 0.2)])
+        p.prism(leaf, 0.03, "leaf", lift=0.05)
+    turn = -p.view.yaw
+    for a in range(0, 360, 60):
+        x, y = 0.19 * math.cos(math.radians(a)), 0.19 * math.sin(math.radians(a))
+        p.mark(disc(0.02 + x, h + 0.58 + y, 0.12), "main", at=_around(0.03, 0, turn), turn=turn, lift=0.3)
+    p.mark(disc(0.02, h + 0.58, 0.12), "#f5cf30", at=_around(0.04, 0, turn), turn=turn, lift=0.5)
+
+
+@kind("cactus", "house")
+def _cactus(p: Product) -> None:
+    h = p.vary(0.85, 1.0)
+    p.turned([(0.28, 0), (0.36, 0.3)], "second", lift=-0.4)
+    p.turned([(0.41, 0.28), (0.41, 0.4)], "second", hollow=True, inside="#5a3d2b", lift=-0.3)
+    for s, y in ((-1, 0.68), (1, 0.84)):
+        p.rod([(0, y, 0), (s * 0.42, y, 0), (s * 0.42, y + 0.32, 0)], 0.115, "main", bare=False, lift=-0.1)
+    p.turned([(0.2, 0.36), (0.22, 0.5), (0.22, 0.3 + h * 0.9), (0.15, 0.3 + h), (0.04, 0.34 + h)])
+    for a in (-45, 0, 45):
+        t = a - p.view.yaw
+        for y in (0.55, 0.8, 1.05):
+            p.mark(star(0, 0, 0.06, 0.025, 4), "light", at=_around(0.225, y, t), turn=t, lift=0.4)
+    p.ball(0.1, "#ef5f97", at=(0, 0.38 + h, 0), lift=0.5)
+
+
+@kind("clothes iron", "house")
+def _clothes_iron(p: Product) -> None:
+    h = p.vary(0.4, 0.46)
+    sole = smooth(
+        [(-0.75, 0), (-0.3, 0.26), (0.2, 0.32), (0.6, 0.3), (0.62, 0), (0.6, -0.3), (0.2, -0.32), (-0.3, -0.26)]
+    )
+    p.prism(sole, 0.09, "metal", plane="floor", lift=-0.5)
+    p.prism([(-0.62, 0.09), (0.58, 0.09), (0.58, h), (0.1, h), (-0.3, h - 0.1)], 0.42)
+    grip = [(-0.14, -0.05), (-0.1, 0.24), (0.1, 0.3), (0.46, 0.28), (0.5, -0.02)]
+    p.rod([(x, h + y, 0) for x, y in grip], 0.085, "main", bare=False, lift=-0.1)
+    p.mark(disc(0.22, h * 0.6, 0.1), "second", at=(0, 0, 0.211))
+    p.turned([(0.08, 0), (0.05, 0.16)], "dark", at=(0.56, h + 0.16, 0), axis=(1, 0.3, 0), lift=-0.1)
+
+
+@kind("radiator", "house")
+def _radiator(p: Product) -> None:
+    n, h = p.pick(6, 7), p.vary(0.78, 0.9)
+    for i in range(n):
+        x = (i - (n - 1) / 2) * 0.2
+        far = -x * math.sin(math.radians(p.view.yaw))
+        p.prism(rounded(-0.14, 0.08, 0.14, h, 0.1), 0.15, at=(x, 0, 0), plane="side", lift=far)
+    for x in (-(n - 1) / 2 * 0.2, (n - 1) / 2 * 0.2):
+        p.box((0.12, 0.1, 0.2), "dark", at=(x, 0, 0), lift=-2)
+    p.rod(
+        [((n - 1) * 0.1, 0.22, 0), ((n - 1) * 0.1 + 0.22, 0.22, 0), ((n - 1) * 0.1 + 0.22, 0.03, 0)],
+        0.04,
+        "metal",
+        lift=-1,
+    )
+    p.turned([(0.08, 0), (0.08, 0.16)], "light", at=((n - 1) * 0.1 + 0.1, 0.22, 0), axis=(1, 0, 0), lift=0.1)
+
+
+@kind("fireplace", "house")
+def _fireplace(p: Product) -> None:
+    w, h = p.vary(1.15, 1.3), p.vary(0.9, 1.0)
+    p.box((w + 0.2, 0.08, 0.62), "second", lift=-1)
+    p.box((w, h, 0.44), at=(0, 0.06, 0), lift=-0.3)
+    p.box((w + 0.2, 0.1, 0.58), "second", at=(0, h + 0.06, 0), lift=0.4)
+    p.mark(
+        [(-0.36, 0.1), (0.36, 0.1), *arc(0, 0.42, 0.36, 0, 180, 12, squash=0.8)], "#2a2220", at=(0, 0, 0.222), lift=0.2
+    )
+    flame = smooth([(-0.24, 0.18), (0.24, 0.18), (0.26, 0.4), (0.13, 0.32), (0.02, 0.66), (-0.1, 0.36), (-0.24, 0.46)])
+    p.mark(flame, "#f2792b", at=(0, 0, 0.223), lift=0.5)
+    p.mark(
+        smooth([(-0.12, 0.18), (0.12, 0.18), (0.12, 0.3), (0.01, 0.46), (-0.11, 0.3)]),
+        "#ffd75e",
+        at=(0, 0, 0.224),
+        lift=0.6,
+    )
+    p.rod([(-0.26, 0.14, 0.24), (0.26, 0.17, 0.24)], 0.05, "#6b452b", lift=1)
+
+
+@kind("lantern", "house")
+def _lantern(p: Product) -> None:
+    h = p.vary(0.62, 0.72)
+    p.turned([(0.42, 0), (0.42, 0.14), (0.34, 0.18)], lift=-0.5)
+    p.turned([(0.3, 0.16), (0.3, 0.16 + h)], "#ffe08a", bare=True, lift=-0.2)
+    p.turned(smooth([(0.02, 0.2), (0.11, 0.34), (0.0, 0.6)], closed=False), "#f28a1e", bare=True, lift=0)
+    for a in (-50, 0, 50):
+        t = a + 20 - p.view.yaw
+        p.rod([_around(0.34, 0.16, t), _around(0.34, 0.18 + h, t)], 0.035, "main", bare=False, lift=0.2)
+    p.turned([(0.44, 0.14 + h), (0.42, 0.24 + h), (0.16, 0.46 + h), (0.14, 0.52 + h)], lift=0.5)
+    p.ring(0.15, 0.035, "metal", at=(0, 0.66 + h, 0), lift=0.1)
+
+
+@kind("lava lamp", "house")
+def _lava_lamp(p: Product) -> None:
+    h = p.vary(0.85, 1.0)
+    p.turned([(0.34, 0), (0.18, 0.24), (0.28, 0.46)], "metal", lift=-0.3)
+    p.turned([(0.28, 0.46), (0.32, 0.62), (0.18, 0.46 + h)], "main", lift=0)
+    for x, y, r in ((0.02, 0.62, 0.17), (-0.07, 0.9, 0.1), (0.05, 1.08, 0.11), (-0.02, 1.24, 0.06)):
+        p.ball((r, r * 1.2, r * 0.4), "second", at=(x, y, 0), bare=True, lift=0.6)
+    p.turned([(0.19, 0.46 + h), (0.1, 0.68 + h)], "metal", lift=0.7)
+
+
+@kind("barrel", "house")
+def _barrel(p: Product) -> None:
+    h = p.vary(1.0, 1.15)
+    r = [(0.36, 0), (0.43, 0.16), (0.47, 0.36), (0.48, 0.5), (0.47, 0.64), (0.43, 0.84), (0.36, 1.0)]
+    p.turned([(a, b * h) for a, b in r])
+    for lo, hi, a, b in (
+        (0.04, 0.13, 0.385, 0.425),
+        (0.27, 0.36, 0.463, 0.478),
+        (0.64, 0.73, 0.478, 0.463),
+        (0.87, 0.96, 0.425, 0.385),
+    ):
+        p.turned([(a + 0.01, lo * h), (b + 0.01, hi * h)], "dark", band=True, lift=0.2)
+    p.turned([(0.3, h), (0.3, h + 0.001)], "second", lift=0.3)
+
+
+@kind("crate", "house")
+def _crate(p: Product) -> None:
+    w, h = p.vary(0.95, 1.1), p.vary(0.72, 0.85)
+    p.box((w, h, 0.7), "dark", at=(0, 0, 0), lift=-0.3)
+    step = h / 3
+    for i in range(3):
+        p.box((w + 0.04, step - 0.06, 0.74), at=(0, i * step + 0.03, 0), lift=-0.1 + 0.1 * i)
+    for s in (-1, 1):
+        p.box((0.12, h + 0.02, 0.05), "second", at=(s * (w / 2 - 0.06), 0, 0.39), lift=0.8)
+    p.mark(rounded(-w / 2, -0.34, w / 2, 0.34, 0.01), "dark", at=(0, h - 0.025, 0), plane="floor", lift=0.5)
+    for x, z, c in (
+        (-0.26, 0.1, "#d62f2f"),
+        (0.02, 0.12, "#f0a02c"),
+        (0.28, 0.08, "#d62f2f"),
+        (-0.12, -0.14, "#7fb23f"),
+        (0.16, -0.14, "#d62f2f"),
+    ):
+        p.ball(0.16, c, at=(x, h + 0.02, z), bare=True, lift=0.6)
+
+
+@kind("hourglass", "house")
+def _hourglass(p: Product) -> None:
+    h = p.vary(1.0, 1.15)
+    p.turned([(0.44, 0), (0.44, 0.12)], lift=-0.6)
+    for a in (60, 180, 300):
+        x, _, z = _around(0.36, 0, a + 20)
+        p.rod([(x, 0.12, z), (x, h, z)], 0.045, "main", bare=False, lift=-0.5 if z < 0 else 0.5)
+    p.turned([(0.3, 0.12), (0.28, 0.3), (0.05, h / 2 + 0.05), (0.28, h - 0.2), (0.3, h - 0.01)], "glass", lift=-0.1)
+    p.turned([(0.28, 0.13), (0.26, 0.22), (0.03, 0.4)], "#e8b64c", bare=True, lift=0)
+    p.turned([(0.04, h / 2 + 0.06), (0.22, h - 0.26)], "#e8b64c", bare=True, lift=0.1)
+    p.turned([(0.44, h), (0.44, h + 0.12)], lift=0.7)
+
+
+@kind("dustpan", "house")
+def _dustpan(p: Product) -> None:
+    w = p.vary(0.46, 0.54)
+    p.prism([(-w, -0.3), (w, -0.3), (w * 1.1, 0.42), (-w * 1.1, 0.42)], 0.06, plane="floor", cap="second", lift=-0.4)
+    p.box((2 * w, 0.3, 0.1), at=(0, 0, -0.34), lift=-0.3)
+    for s in (-1, 1):
+        p.prism(
+            [(-0.34, 0), (0.42, 0), (-0.34, 0.3)],
+            0.07,
+            at=(s * w * 1.02, 0, 0),
+            plane="side",
+            lift=0.4 if s * p.view.yaw < 0 else -0.2,
+        )
+    p.rod([(0, 0.26, -0.38), (0, 0.5, -0.62), (0, 0.9, -0.8)], 0.085, "main", bare=False, lift=-0.6)
+
+
+@kind("faucet", "house")
+def _faucet(p: Product) -> None:
+    h = p.vary(0.7, 0.8)
+    p.turned([(0.28, 0), (0.26, 0.08), (0.17, 0.12), (0.16, h)], lift=-0.1)
+    p.rod(
+        [(0, h - 0.14, 0), (-0.42, h - 0.1, 0), (-0.6, h - 0.18, 0), (-0.62, h - 0.36, 0)],
+        0.11,
+        "main",
+        bare=False,
+        lift=0,
+    )
+    p.turned([(0.13, 0), (0.13, 0.08)], "dark", at=(-0.62, h - 0.5, 0), lift=0.1)
+    p.turned([(0.07, h), (0.07, h + 0.16)], "metal", lift=0.1)
+    p.rod([(-0.26, h + 0.2, 0), (0.26, h + 0.2, 0)], 0.07, "second", lift=0.2)
+    p.rod([(0, h + 0.2, -0.26), (0, h + 0.2, 0.26)], 0.07, "second", lift=0.2)
+    p.ball((0.06, 0.09, 0.06), "#5fb4e8", at=(-0.62, h - 0.62, 0), bare=True)
+
+
+@kind("bathroom scale", "house")
+def _bathroom_scale(p: Product) -> None:
+    w = p.vary(0.6, 0.68)
+    p.prism(rounded(-w, -0.5, w, 0.5, 0.16), 0.16, at=(0, 0.0, 0), plane="floor")
+    y = 0.162
+    p.mark(rounded(-0.2, -0.44, 0.2, -0.16, 0.13), "paper", at=(0, y, 0), plane="floor")
+    p.mark(
+        [(-0.015, -0.42), (0.015, -0.42), (0.015, -0.2), (-0.015, -0.2)],
+        "#d62f2f",
+        at=(0, y + 0.001, 0),
+        plane="floor",
+        lift=0.5,
+    )
+    for s in (-1, 1):
+        foot = smooth(
+            [
+                (s * 0.3, -0.1),
+                (s * 0.46, -0.02),
+                (s * 0.42, 0.22),
+                (s * 0.38, 0.38),
+                (s * 0.24, 0.38),
+                (s * 0.22, 0.2),
+                (s * 0.18, 0),
+            ]
+        )
+        p.mark(foot, "dark", at=(0, y, 0), plane="floor")
