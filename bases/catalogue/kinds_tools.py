@@ -266,7 +266,7 @@ def _fire_extinguisher(p: Product) -> None:
     hose = smooth([(-0.08, h + 0.24), (-0.36, h + 0.16), (-0.46, 0.75), (-0.42, 0.5)], closed=False)
     p.rod([(x, y, 0.05) for x, y in hose], 0.045, "dark", lift=0.3)
     p.turned([(0.05, 0), (0.11, 0.3)], "dark", at=(-0.42, 0.55, 0.05), axis=(0.05, -1, 0), lift=0.3)
-    p.turned([(r + 0.004, 0.4), (r + 0.004, 0.6)], "paper", bare=True, lift=0.2)
+    p.turned([(r + 0.004, 0.4), (r + 0.004, 0.62)], "paper", band=True, bare=True, lift=0.2)
 
 
 @kind("anchor", "tools")

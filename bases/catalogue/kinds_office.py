@@ -1,0 +1,382 @@
+"""What is on a desk, in a school bag or on an office's shelf."""
+
+from __future__ import annotations
+
+import math
+
+from shapes import Flat, Point, Product, arc, disc, kind, moved, rounded, smooth, star
+
+
+def _rect(x: float, y: float, w: float, h: float) -> list[Flat]:
+    """By its middle."""
+    return [(x - w / 2, y - h / 2), (x + w / 2, y - h / 2), (x + w / 2, y + h / 2), (x - w / 2, y + h / 2)]
+
+
+def _before(at: Point, tilt: float, by: float) -> Point:
+    """A point moved along the normal of a front that leans back."""
+    return at[0], at[1] + by * math.sin(math.radians(tilt)), at[2] + by * math.cos(math.radians(tilt))
+
+
+@kind("scissors", "office")
+def _scissors(p: Product) -> None:
+    y, lean = p.vary(0.6, 0.66), p.vary(11, 16)
+    for s in (-1, 1):
+        blade = [(-0.1, -0.1), (0.1, -0.1), (0.09, 0.5), (-0.03, 0.85), (-0.1, 0.5)]
+        p.prism(
+            moved([(s * a, b) for a, b in blade], 0, y, -s * lean), 0.06, "metal", at=(0, 0, 0.03 * s), lift=0.05 *
+            s
+        )  # fmt: skip
+        p.rod([(-s * 0.03, y + 0.05, 0), (s * 0.17, y - 0.2, 0)], 0.09, "main", lift=0.2 + 0.05 * s)
+        loop = disc(0, 0, 0.24, 1.2)
+        p.rod([(a, b, 0.0) for a, b in moved(loop, s * 0.31, 0.36, s * 14)], 0.085, "main", closed=True, lift=0.1)
+    p.mark(disc(0, y, 0.05), "dark", at=(0, 0, 0.1), lift=0.8)
+
+
+@kind("pencil", "office")
+def _pencil(p: Product) -> None:
+    r, h = p.vary(0.16, 0.19), p.vary(1.1, 1.25)
+    p.turned([(r, 0), (r, 0.15)], "#ef86b0")
+    p.turned([(r * 1.04, 0.13), (r * 1.04, 0.26)], "metal", lift=0.1)
+    p.turned([(r * 1.04, 0.25), (r * 1.04, h)], sides=6, lift=0.2)
+    p.turned([(r, h), (r * 0.32, h + 0.3)], "#e8c89a", lift=0.3)
+    p.turned([(r * 0.34, h + 0.28), (0, h + 0.42)], "dark", lift=0.4)
+
+
+@kind("pen holder", "office")
+def _pen_holder(p: Product) -> None:
+    r, h = p.vary(0.36, 0.42), p.vary(0.8, 0.9)
+    p.turned([(r, 0), (r, h)], hollow=True)
+    for i, (x, top, paint) in enumerate(((-0.2, 0.5, "#f5cf30"), (0.02, 0.68, "#2f6fd6"), (0.2, 0.45, "#d62f2f"))):
+        a, b = (x, h - 0.02, 0.02), (1.7 * x, h + top, -0.05)
+        p.rod([a, b], 0.065, paint, lift=1 + 0.01 * i)
+        p.rod([b, (b[0] * 1.03, b[1] + 0.07, b[2])], 0.03, "dark", lift=1.1)
+    p.turned([(r + 0.005, h * 0.25), (r + 0.005, h * 0.42)], "second", band=True, lift=2)
+
+
+@kind("book", "office")
+def _book(p: Product) -> None:
+    w, h, d = p.vary(0.8, 0.9), p.vary(1.08, 1.2), p.vary(0.24, 0.32)
+    p.box((w, h, 0.05), at=(0, 0, -d / 2))
+    p.box((w - 0.06, h - 0.08, d - 0.04), "paper", at=(-0.01, 0.03, 0))
+    p.box((0.05, h, d + 0.05), at=(-w / 2 + 0.025, 0, 0))
+    p.box((w, h, 0.05), at=(0, 0, d / 2), lift=0.05)
+    p.mark(_rect(-w * 0.38, h / 2, 0.05, h), "second", at=(0, 0, d / 2 + 0.026), lift=0.5)
+    p.mark(_rect(0.05, h * 0.68, w * 0.56, h * 0.2), "light", at=(0, 0, d / 2 + 0.026), lift=0.5)
+    for y, k in ((0.72, 0.44), (0.65, 0.3)):
+        p.mark(_rect(0.05, h * y, w * k, 0.04), "dark", at=(0, 0, d / 2 + 0.027), lift=0.6)
+
+
+@kind("notebook", "office")
+def _notebook(p: Product) -> None:
+    w, h, lean = p.vary(0.8, 0.9), p.vary(1.05, 1.15), 12.0
+    p.prism(rounded(-w / 2, 0, w / 2, h, 0.06), 0.05, at=(0, 0, -0.1), tilt=lean, lift=-0.1)
+    p.prism(rounded(-w / 2 + 0.02, 0.02, w / 2 - 0.02, h - 0.02, 0.04), 0.1, "paper", at=(0, 0, -0.03), tilt=lean)
+    p.prism(rounded(-w / 2, 0, w / 2, h, 0.06), 0.04, at=(0, 0, 0.04), tilt=lean, lift=0.1)
+    at = _before((0, 0, 0.04), lean, 0.022)
+    p.mark(rounded(-w * 0.28, h * 0.5, w * 0.34, h * 0.78, 0.04), "light", at=at, tilt=lean, lift=0.5)
+    for y in (0.58, 0.68):
+        p.mark(_rect(w * 0.03, h * y, w * 0.46, 0.03), "second", at=at, tilt=lean, lift=0.6)
+    for i in range(8):
+        y = h * (0.09 + 0.117 * i)
+        z = -y * math.tan(math.radians(lean))
+        ring = [(-w / 2 + 0.1 * math.cos(a), y, z + 0.14 * math.sin(a)) for a in (0.9, 1.6, 2.4, 3.2, 4.0)]
+        p.rod(ring, 0.026, "metal", lift=0.7)
+
+
+@kind("stapler", "office")
+def _stapler(p: Product) -> None:
+    k = p.vary(0.95, 1.08)
+    p.prism([(-0.78, 0), (0.66, 0), (0.66, 0.1), (-0.78, 0.1)], 0.36, "dark")
+    p.prism([(-0.7, 0.22), (0.6, 0.12), (0.62, 0.26), (-0.7, 0.34)], 0.22, "metal", lift=0.05)
+    p.prism(_rect(0.56, 0.16, 0.2, 0.22), 0.3, "dark", lift=0.06)
+    top = smooth(
+        [(-0.8, 0.3), (-0.84, 0.44), (-0.7, 0.56), (0.1, 0.54 * k), (0.62, 0.38), (0.7, 0.24), (0.55, 0.18), (-0.1,
+        0.25), (-0.7, 0.29)]
+    )  # fmt: skip
+    p.prism(top, 0.34, lift=0.3)
+    p.mark(rounded(-0.5, 0.38, 0.12, 0.45, 0.04), "second", at=(0, 0, 0.171), lift=0.7)
+
+
+@kind("set square", "office")
+def _set_square(p: Product) -> None:
+    w, h = p.vary(1.15, 1.3), p.vary(1.0, 1.12)
+    outer = [(-w / 2, 0), (w / 2, 0), (-w / 2, h)]
+    inner = [(-w / 2 + 0.22, 0.22), (-w / 2 + 0.22, h * 0.58), (w * 0.12, 0.22)]
+    p.prism([*outer, outer[0], inner[0], *inner[1:], inner[0]], 0.08, tilt=6)
+    at = _before((0, 0, 0), 6, 0.041)
+    for i in range(1, 12):
+        p.mark(_rect(-w / 2 + i * w / 13, 0.05 + 0.02 * (i % 2), 0.022, 0.1 + 0.04 * (i % 2)), "dark", at=at, tilt=6)
+    for i in range(2, 9):
+        p.mark(_rect(-w / 2 + 0.06, i * h / 11, 0.12, 0.022), "dark", at=at, tilt=6)
+
+
+@kind("envelope", "office")
+def _envelope(p: Product) -> None:
+    w, h, lean = p.vary(1.2, 1.35), p.vary(0.78, 0.88), 12.0
+    p.prism(_rect(0, h / 2, w, h), 0.08, tilt=lean)
+    at = _before((0, 0, 0), lean, 0.042)
+    for s in (-1, 1):
+        seam = [(s * w / 2, 0.01), (s * w / 2, 0.05), (s * 0.05, h * 0.47), (s * 0.02, h * 0.42)]
+        p.mark(seam, "second", at=at, tilt=lean)
+        flap = [(s * w / 2, h), (s * w / 2, h - 0.06), (0, h * 0.34), (0, h * 0.42)]
+        p.mark(flap, "second", at=at, tilt=lean, lift=0.4)
+    p.mark(disc(0, h * 0.4, 0.12), "#d62f2f", at=at, tilt=lean, lift=0.9)
+
+
+@kind("briefcase", "office")
+def _briefcase(p: Product) -> None:
+    w, h = p.vary(1.2, 1.35), p.vary(0.78, 0.88)
+    handle = [(-0.2, h - 0.02, 0), (-0.18, h + 0.17, 0), (0.18, h + 0.17, 0), (0.2, h - 0.02, 0)]
+    p.rod(handle, 0.05, "dark", lift=-0.2)
+    p.prism(rounded(-w / 2, 0, w / 2, h, 0.08), 0.38)
+    flap = [
+        (-w * 0.5, h - 0.08), (-w * 0.46, h * 0.42), (-w * 0.4, h * 0.36), (w * 0.4, h * 0.36), (w * 0.46, h *
+        0.42), (w * 0.5, h - 0.08)
+    ]  # fmt: skip
+    p.prism(flap, 0.05, at=(0, 0, 0.2), lift=0.3)
+    for x in (-0.27, 0.27):
+        p.mark(_rect(w * x, h * 0.62, 0.12, h * 0.56), "second", at=(0, 0, 0.226), lift=0.6)
+        p.mark(rounded(w * x - 0.1, h * 0.34, w * x + 0.1, h * 0.52, 0.03), "gold", at=(0, 0, 0.227), lift=0.7)
+        p.mark(_rect(w * x, h * 0.43, 0.08, 0.06), "dark", at=(0, 0, 0.228), lift=0.8)
+
+
+@kind("mailbox", "office")
+def _mailbox(p: Product) -> None:
+    turn = math.copysign(p.vary(22, 30), p.view.yaw)
+    c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+
+    def at(x: float, y: float, z: float) -> Point:
+        return c * x + s * z, y, c * z - s * x
+
+    p.box((0.16, 0.6, 0.16), "wood", lift=-0.5)
+    arch = [(-0.3, 0), (0.3, 0), *arc(0, 0.32, 0.3, 0, 180, 15)]
+    p.prism(arch, p.vary(0.85, 1.0), at=(0, 0.58, 0), turn=turn)
+    p.mark([(0.88 * a, 0.88 * b + 0.03) for a, b in arch], "second", at=at(0, 0.58, 0.51), turn=turn, lift=0.6)
+    p.mark(_rect(0, 0.42, 0.2, 0.06), "dark", at=at(0, 0.58, 0.511), turn=turn, lift=0.7)
+    side = -math.copysign(0.33, turn)
+    p.prism(
+        [(-0.04, 0), (0.04, 0), (0.04, 0.34), (0.28, 0.34), (0.28, 0.52), (-0.04, 0.52)], 0.04, "#d62f2f",
+        at=at(side, 0.82, -0.05), plane="side", turn=turn, lift=0.5
+    )  # fmt: skip
+
+
+@kind("trophy", "office")
+def _trophy(p: Product) -> None:
+    r, h = p.vary(0.36, 0.42), 0.62
+    p.box((0.6, 0.2, 0.6), "wood")
+    for s in (-1, 1):
+        ear = [(s * x, y + 0.93, 0.0) for x, y in arc(r + 0.03, 0, 0.22, -110, 100, 12)]
+        p.rod(ear, 0.05, "main", lift=-0.1)
+    p.turned([(0.24, 0.2), (0.1, 0.3), (0.07, 0.44), (0.12, 0.5)], lift=0.1)
+    p.turned([(0.1, 0.48), (r * 0.75, h), (r, h + 0.25), (r + 0.05, h + 0.62)], hollow=True, lift=0.2)
+    ahead = math.radians(-p.view.yaw)
+    at = (math.sin(ahead) * (r + 0.04), 0.98, math.cos(ahead) * (r + 0.04))
+    p.mark(star(0, 0, 0.18, 0.075), "light", at=at, turn=-p.view.yaw, lift=1)
+
+
+@kind("medal", "office")
+def _medal(p: Product) -> None:
+    r = p.vary(0.4, 0.46)
+    for s in (-1, 1):
+        band = [(s * 0.02, 2 * r - 0.05), (s * 0.22, 2 * r - 0.05), (s * 0.48, 2 * r + 0.7), (s * 0.22, 2 * r + 0.7)]
+        p.prism(band, 0.04, "second" if s > 0 else "#2f6fd6", lift=0.02 * s)
+    p.prism(_rect(0, 2 * r, 0.22, 0.14), 0.1, "metal", lift=0.1)
+    p.prism(disc(0, r, r), 0.12, lift=0.2)
+    p.mark(disc(0, r, r * 0.8), "second", at=(0, 0, 0.061), lift=0.6)
+    p.mark(disc(0, r, r * 0.73), "main", at=(0, 0, 0.062), lift=0.7)
+    p.mark(star(0, r, r * 0.5, r * 0.21), "light", at=(0, 0, 0.063), lift=0.8)
+
+
+@kind("bell", "office")
+def _bell(p: Product) -> None:
+    r = p.vary(0.46, 0.52)
+    p.ball(0.13, "dark", at=(0, 0.1, 0))
+    p.turned(
+        [(r, 0.1), (r * 0.96, 0.17), (r * 0.72, 0.36), (r * 0.6, 0.62), (r * 0.46, 0.8), (r * 0.2, 0.88)], lift=0.3
+    )  # fmt: skip
+    p.turned([(r * 0.86, 0.24), (r * 0.75, 0.34)], "second", band=True, lift=1)
+    p.turned([(0.06, 0.86), (0.08, 0.95), (0.12, 1.15), (0.09, 1.35), (0.11, 1.4), (0.05, 1.46)], "wood", lift=0.5)
+
+
+@kind("clipboard", "office")
+def _clipboard(p: Product) -> None:
+    w, h, lean = p.vary(0.92, 1.0), p.vary(1.2, 1.3), 10.0
+    p.prism(rounded(-w / 2, 0, w / 2, h, 0.08), 0.08, tilt=lean)
+    at = _before((0, 0, 0), lean, 0.042)
+    p.mark(_rect(0, h * 0.46, w * 0.66, h * 0.66), "paper", at=at, tilt=lean)
+    for i in range(4):
+        y = h * (0.26 + 0.13 * i)
+        p.mark(_rect(0.06, y, w * 0.38, 0.035), "dark", at=at, tilt=lean, lift=0.4)
+        p.mark(_rect(-w * 0.24, y, 0.07, 0.07), "main", at=at, tilt=lean, lift=0.4)
+    clip = [(-0.24, h - 0.18), (0.24, h - 0.18), (0.24, h - 0.06), (0.1, h + 0.06), (-0.1, h + 0.06), (-0.24, h - 0.06)]
+    p.prism(clip, 0.1, "metal", at=_before((0, 0, 0), lean, 0.06), tilt=lean, lift=0.6)
+
+
+@kind("push pin", "office")
+def _push_pin(p: Product) -> None:
+    r = p.vary(0.36, 0.42)
+    p.turned([(0.005, 0), (0.045, 0.14), (0.045, 0.5)], "metal")
+    p.turned([(r * 0.9, 0.46), (r, 0.5), (r * 0.95, 0.58), (r * 0.6, 0.68), (r * 0.5, 0.78)], lift=0.2)
+    p.turned([(r * 0.5, 0.76), (r * 0.58, 1.1), (r * 0.95, 1.2), (r * 0.95, 1.3), (r * 0.85, 1.34)], lift=0.4)
+
+
+@kind("paper clip", "office")
+def _paper_clip(p: Product) -> None:
+    k = p.vary(0.92, 1.05)
+    path = [
+        (-0.14, 0.42), (-0.14, 0.92), *arc(0.04, 0.95, 0.18, 180, 0, 8), (0.22, 0.34), *arc(0, 0.3, 0.22, 0, -180,
+        9)
+    ]  # fmt: skip
+    path += [(-0.34, 1.2), *arc(0.03, 1.23, 0.37, 180, 0, 10), (0.4, 0.45)]
+    path[15 + 3] = (-0.25, 0.5)
+    p.rod([(k * x, y, 0) for x, y in path], 0.055, "main")
+
+
+@kind("rubber stamp", "office")
+def _rubber_stamp(p: Product) -> None:
+    w = p.vary(0.75, 0.85)
+    p.box((w + 0.08, 0.1, 0.48), "dark")
+    p.box((w, 0.26, 0.42), at=(0, 0.1, 0), lift=0.1)
+    p.turned([(0.2, 0.36), (0.12, 0.45), (0.1, 0.62), (0.16, 0.72)], lift=0.3)
+    p.ball((0.24, 0.2, 0.24), "main", at=(0, 0.86, 0), lift=0.5)
+    p.mark(_rect(0, 0.23, w * 0.6, 0.13), "paper", at=(0, 0, 0.211), lift=0.6)
+    p.mark(_rect(0, 0.23, w * 0.44, 0.035), "dark", at=(0, 0, 0.212), lift=0.7)
+
+
+def _around(lon: float, lat: float) -> Point:
+    """The direction from a globe's middle, in degrees; (0, 0) is the front."""
+    a, b = math.radians(lon), math.radians(lat)
+    return math.cos(b) * math.sin(a), math.sin(b), math.cos(b) * math.cos(a)
+
+
+@kind("globe", "office")
+def _globe(p: Product) -> None:
+    r, y = 0.5, 0.86
+    p.turned([(0.36, 0), (0.34, 0.07), (0.1, 0.12), (0.07, 0.3)], "wood")
+    p.rod([(a, b + y, 0.0) for a, b in arc(0, 0, r + 0.08, 60, -110, 20)], 0.035, "gold", lift=-0.6)
+    p.ball(r, "main", at=(0, y, 0))
+    spin = p.vary(-30, 30) - p.view.yaw
+    america = [
+        (-60, 55), (-20, 60), (-12, 40), (-30, 22), (-14, 8), (-5, -10), (-18, -48), (-30, -20), (-44, 20), (-62,
+        38)
+    ]  # fmt: skip
+    africa = [(28, 30), (55, 34), (72, 10), (62, -30), (48, -34), (42, -2), (26, 8)]
+    europe = [(30, 42), (38, 66), (80, 70), (100, 40), (60, 42)]
+    for land in (america, africa, europe):
+        p.patch([_around(a + spin, b) for a, b in smooth(land)], r, "second", at=(0, y, 0), lift=0.3)
+
+
+@kind("hourglass", "office")
+def _hourglass(p: Product) -> None:
+    r, h = p.vary(0.42, 0.48), p.vary(1.1, 1.2)
+    p.turned([(r, 0), (r, 0.15)])
+    for a in (200, 340):
+        x, z = r * 0.82 * math.cos(math.radians(a)), r * 0.82 * math.sin(math.radians(a))
+        p.turned([(0.06, 0.14), (0.06, h)], at=(x, 0, z), lift=-0.1)
+    bulb = [(0.28, 0.15), (0.3, 0.25), (0.24, 0.42), (0.06, h * 0.5 + 0.05)]
+    p.turned(bulb, "glass", lift=0.1, bare=True)
+    p.turned([(0.05, h * 0.5 + 0.06), (0.24, h - 0.28), (0.3, h - 0.1), (0.28, h)], "glass", lift=0.1, bare=True)
+    p.turned([(0.27, 0.16), (0.27, 0.24), (0.03, 0.46)], "#e8b54a", lift=0.2, bare=True)
+    p.turned([(0.03, h * 0.5 + 0.08), (0.2, h - 0.3)], "#e8b54a", lift=0.2, bare=True)
+    for a in (40, 140):
+        x, z = r * 0.82 * math.cos(math.radians(a)), r * 0.82 * math.sin(math.radians(a))
+        p.turned([(0.06, 0.14), (0.06, h)], at=(x, 0, z), lift=0.4)
+    p.turned([(r, h), (r, h + 0.15)], lift=0.6)
+
+
+@kind("compass", "office")
+def _compass(p: Product) -> None:
+    r, lean = p.vary(0.5, 0.56), 35.0
+    axis = (0.0, math.sin(math.radians(lean)), math.cos(math.radians(lean)))
+    at = (0.0, r * 0.86, 0.0)
+    top = at[1] + r * 0.82
+    p.rod([(a, b + top + 0.15, -r * 0.6) for a, b in disc(0, 0, 0.11)], 0.045, "main", closed=True, lift=-0.4)
+    p.turned([(r, -0.1), (r, 0.1)], at=at, axis=axis)
+    front = _before(at, lean, 0.102)
+    p.mark(disc(0, 0, r * 0.74), "paper", at=front, tilt=lean, lift=0.5)
+    for i in range(8):
+        tick = moved(_rect(0, r * 0.64, 0.04, 0.1 if i % 2 else 0.14), 0, 0, 45 * i)
+        p.mark(tick, "dark", at=front, tilt=lean, lift=0.6)
+    way = p.vary(15, 60)
+    for half, paint in ((0, "#d62f2f"), (180, "#2f6fd6")):
+        p.mark(moved([(-0.09, 0), (0.09, 0), (0, r * 0.6)], 0, 0, half - way), paint, at=front, tilt=lean, lift=0.7)
+    p.mark(disc(0, 0, 0.05), "gold", at=front, tilt=lean, lift=0.8)
+
+
+@kind("magnifying glass", "office")
+def _magnifying_glass(p: Product) -> None:
+    r, y = p.vary(0.36, 0.41), 1.0
+    p.mark(disc(0, y, r), "glass", at=(0, 0, 0))
+    p.mark(arc(0, y, r * 0.7, 100, 170, 8) + arc(0, y, r * 0.52, 170, 100, 8), "paper", at=(0, 0, 0.01), lift=0.4)
+    p.rod([(a, b, 0.0) for a, b in disc(0, y, r)], 0.085, "main", closed=True, lift=0.6)
+    p.turned([(0.07, 0.48), (0.07, y - r)], "metal", lift=0.1)
+    p.turned([(0.1, 0), (0.14, 0.05), (0.13, 0.4), (0.1, 0.52)], lift=0.2)
+
+
+@kind("price tag", "office")
+def _price_tag(p: Product) -> None:
+    w, h, lean = p.vary(0.72, 0.82), p.vary(1.15, 1.3), 8.0
+    p.prism(
+        [(-w / 2, 0), (w / 2, 0), (w / 2, h - 0.28), (w * 0.2, h), (-w * 0.2, h), (-w / 2, h - 0.28)], 0.08,
+        tilt=lean
+    )  # fmt: skip
+    at = _before((0, 0, 0), lean, 0.042)
+    p.mark(disc(0, h - 0.2, 0.11), "light", at=at, tilt=lean)
+    p.mark(disc(0, h - 0.2, 0.06), "dark", at=at, tilt=lean, lift=0.4)
+    for x, y in ((-0.13, 0.58), (0.13, 0.3)):
+        p.mark(disc(x, h * y, 0.085), "light", at=at, tilt=lean)
+        p.mark(disc(x, h * y, 0.04), "main", at=at, tilt=lean, lift=0.4)
+    p.mark(moved(_rect(0, 0, 0.06, 0.5), 0, h * 0.44, -35), "light", at=at, tilt=lean)
+    string = smooth([(0, h - 0.2), (-0.1, h + 0.1), (0.1, h + 0.3), (0.3, h + 0.12), (0.08, h - 0.08)], closed=False)
+    p.rod([(x, y, -0.1) for x, y in string], 0.025, "second", lift=0.6)
+
+
+@kind("flag", "office")
+def _flag(p: Product) -> None:
+    h, w = p.vary(1.3, 1.45), p.vary(0.9, 1.05)
+    p.turned([(0.24, 0), (0.22, 0.08), (0.06, 0.12)], "dark", at=(-w / 2, 0, 0))
+    p.turned([(0.04, 0.1), (0.04, h)], "metal", at=(-w / 2, 0, 0))
+    p.ball(0.075, "gold", at=(-w / 2, h + 0.05, 0))
+    for i in range(6):
+        a, b = i / 6, (i + 1) / 6
+        corners = []
+        for t, y in ((a, 0.0), (b, 0.0), (b, 0.62), (a, 0.62)):
+            corners.append((-w / 2 + 0.04 + t * w, h - 0.67 + y + 0.05 * math.sin(5.5 * t), 0.14 * math.sin(6.3 * t)))
+        p.sheet(corners, lift=0.5)
+
+
+@kind("typewriter", "office")
+def _typewriter(p: Product) -> None:
+    w = p.vary(1.1, 1.2)
+    p.sheet([(-0.3, 0.7, -0.2), (0.3, 0.7, -0.2), (0.3, 1.2, -0.35), (-0.3, 1.2, -0.35)], "paper", lift=-0.3)
+    p.prism([(-0.4, 0), (0.55, 0), (0.55, 0.1), (0.1, 0.42), (0.0, 0.6), (-0.4, 0.6)], w, plane="side")
+    p.turned([(0.11, 0), (0.11, w * 1.16)], "dark", at=(-w * 0.58, 0.68, -0.18), axis=(1, 0, 0), lift=0.1)
+    for s in (-1, 1):
+        p.turned([(0.14, 0), (0.14, 0.08)], "metal", at=(s * w * 0.58, 0.68, -0.18), axis=(s, 0, 0), lift=0.12)
+    lean = math.degrees(math.atan2(0.45, 0.32))
+    at = _before((0, 0.26, 0.325), lean, 0.003)
+    for row in range(3):
+        for column in range(8):
+            x = (column - 3.5 + 0.15 * (row - 1)) * w * 0.105
+            p.mark(disc(x, 0.15 - 0.15 * row, 0.05), "light", at=at, tilt=lean, lift=0.5)
+    p.mark(rounded(-0.22, 0.49, 0.22, 0.57, 0.03), "second", at=(0, 0, 0.06), lift=0.6)
+
+
+@kind("folder", "office")
+def _folder(p: Product) -> None:
+    w, h, lean = p.vary(1.15, 1.25), p.vary(0.8, 0.88), 10.0
+    back = [
+        (-w / 2, 0), (w / 2, 0), (w / 2, h), (-w * 0.06, h), (-w * 0.13, h + 0.13), (-w * 0.45, h + 0.13), (-w / 2,
+        h)
+    ]  # fmt: skip
+    p.prism(back, 0.05, at=(0, 0, -0.12), tilt=lean)
+    p.prism(
+        moved(_rect(0.04, h / 2 + 0.06, w * 0.86, h), 0, 0, 1.5), 0.06, "paper", at=(0, 0, -0.05), tilt=lean,
+        lift=0.1
+    )  # fmt: skip
+    front = [(-w / 2, 0), (w / 2, 0), (w / 2 + 0.06, h * 0.84), (-w / 2 - 0.06, h * 0.84)]
+    p.prism(front, 0.05, at=(0, 0, 0.06), tilt=-4, lift=0.4)
+    p.mark(
+        rounded(w * 0.1, h * 0.5, w * 0.42, h * 0.68, 0.03), "light", at=_before((0, 0, 0.06), -4, 0.027), tilt=-4,
+        lift=0.8
+    )  # fmt: skip
