@@ -26,15 +26,6 @@ def _basket(p: Product) -> None:
     p.ring(0.59, 0.045, "main", at=(0, h, 0), axis="y", lift=0.1)
 
 
-@kind("bucket", "house")
-def _bucket(p: Product) -> None:
-    h = p.vary(0.72, 0.84)
-    p.turned([(0.34, 0), (0.5, h)], hollow=True)
-    p.turned([(0.5, h - 0.1), (0.52, h)], "second", band=True, lift=0.1)
-    p.rod([(x, y, 0.06) for x, y in arc(0, h - 0.06, 0.52, 0, 180, 16, squash=0.95)], 0.03, "metal", lift=-0.8)
-    p.rod([(-0.13, h + 0.43, 0.06), (0.13, h + 0.43, 0.06)], 0.055, "wood", lift=0.3)
-
-
 @kind("watering can", "house")
 def _watering_can(p: Product) -> None:
     h = p.vary(0.58, 0.68)
@@ -335,19 +326,6 @@ def _crate(p: Product) -> None:
         p.ball(0.16, c, at=(x, h + 0.02, z), bare=True, lift=0.6)
 
 
-@kind("hourglass", "house")
-def _hourglass(p: Product) -> None:
-    h = p.vary(1.0, 1.15)
-    p.turned([(0.44, 0), (0.44, 0.12)], lift=-0.6)
-    for a in (60, 180, 300):
-        x, _, z = _around(0.36, 0, a + 20)
-        p.rod([(x, 0.12, z), (x, h, z)], 0.045, "main", bare=False, lift=-0.5 if z < 0 else 0.5)
-    p.turned([(0.3, 0.12), (0.28, 0.3), (0.05, h / 2 + 0.05), (0.28, h - 0.2), (0.3, h - 0.01)], "glass", lift=-0.1)
-    p.turned([(0.28, 0.13), (0.26, 0.22), (0.03, 0.4)], "#e8b64c", bare=True, lift=0)
-    p.turned([(0.04, h / 2 + 0.06), (0.22, h - 0.26)], "#e8b64c", bare=True, lift=0.1)
-    p.turned([(0.44, h), (0.44, h + 0.12)], lift=0.7)
-
-
 @kind("dustpan", "house")
 def _dustpan(p: Product) -> None:
     w = p.vary(0.46, 0.54)
@@ -408,3 +386,72 @@ def _bathroom_scale(p: Product) -> None:
             ]
         )
         p.mark(foot, "dark", at=(0, y, 0), plane="floor")
+
+
+@kind("treasure chest", "house")
+def _treasure_chest(p: Product) -> None:
+    w, h = p.vary(1.0, 1.15), p.vary(0.4, 0.46)
+    lid = [(-0.35, h), (0.35, h), *arc(0, h, 0.35, 0, 180, 14)]
+    p.box((w, h, 0.68))
+    p.prism(lid, w, plane="side", lift=0.1)
+    for x in (-w / 2 + 0.1, w / 2 - 0.1):
+        p.box((0.12, h, 0.7), "gold", at=(x, 0, 0), lift=0.3)
+        p.prism([(z * 1.04, h + (y - h) * 1.04) for z, y in lid], 0.12, "gold", at=(x, 0, 0), plane="side", lift=0.4)
+    p.mark([(-w / 2, h - 0.025), (w / 2, h - 0.025), (w / 2, h + 0.025), (-w / 2, h + 0.025)], "dark", at=(0, 0, 0.352),
+           lift=0.6)  # fmt: skip
+    p.box((0.2, 0.22, 0.06), "gold", at=(0, h - 0.14, 0.37), lift=0.8)
+
+
+@kind("towel rack", "house")
+def _towel_rack(p: Product) -> None:
+    w, h = p.vary(0.5, 0.58), p.vary(1.05, 1.2)
+    for s in (-1, 1):
+        p.box((0.1, 0.06, 0.6), "metal", at=(s * w, 0, 0), lift=-1)
+        p.rod([(s * w, 0.05, 0), (s * w, h, 0)], 0.04, "metal", lift=-0.5)
+    p.rod([(-w, 0.25, 0), (w, 0.25, 0)], 0.035, "metal", lift=-0.6)
+    p.rod([(-w, h, 0), (w, h, 0)], 0.045, "metal", lift=-0.4)
+    p.prism(
+        [(-0.06, 0.45), (0.02, h - 0.1), (0.02, h + 0.05), (0.06, h + 0.05), (0.12, 0.3)],
+        1.6 * w,
+        plane="side",
+        lift=0.3,
+    )
+    for y in (0.42, 0.52):
+        p.mark(rounded(-0.8 * w, y - 0.03, 0.8 * w, y + 0.03, 0.001), "second", at=(0, 0, 0.125), lift=0.8)
+
+
+@kind("hot water bottle", "house")
+def _hot_water_bottle(p: Product) -> None:
+    w, h = p.vary(0.38, 0.44), p.vary(0.95, 1.05)
+    body = smooth([(-w * 0.9, 0.02), (w * 0.9, 0.02), (w, 0.3), (w * 0.98, h * 0.7), (0.14, h), (0.12, h + 0.08),
+                   (0.2, h + 0.2), (-0.2, h + 0.2), (-0.12, h + 0.08), (-0.14, h), (-w * 0.98, h * 0.7),
+                   (-w, 0.3)])  # fmt: skip
+    p.prism(body, 0.24, tilt=6)
+    p.turned([(0.07, h + 0.1), (0.11, h + 0.24), (0.11, h + 0.34)], "dark", at=(0, 0, -0.1), lift=-0.1)
+    for i in range(-2, 3):
+        x = 0.31 * w * i
+        p.mark(rounded(x - 0.022, 0.18, x + 0.022, h * 0.66, 0.02), "second", at=(0, 0, 0.122), tilt=6)
+
+
+@kind("tissue box", "house")
+def _tissue_box(p: Product) -> None:
+    w, h = p.vary(0.9, 1.05), p.vary(0.5, 0.62)
+    p.box((w, h, 0.62))
+    p.mark(disc(0, 0, 0.28, 0.55), "dark", at=(0, h + 0.002, 0), plane="floor")
+    paper = [(-0.12, 0), (0.12, 0), (0.18, 0.2), (0.34, 0.38), (0.08, 0.34), (-0.06, 0.48), (-0.12, 0.3), (-0.32, 0.34)]
+    p.prism(smooth([(x, h + y) for x, y in [*paper, (-0.18, 0.16)]]), 0.05, "paper", bare=True, lift=0.6)
+    p.mark(disc(0, h / 2, 0.15), "second", at=(0, 0, 0.311))
+
+
+@kind("matchbox", "house")
+def _matchbox(p: Product) -> None:
+    w, s = p.vary(0.78, 0.9), p.pick(-1, 1)
+    p.box((w, 0.3, 0.62), "paper", at=(s * 0.36, 0.02, 0), lift=-0.6)
+    p.mark(rounded(-0.2, -0.27, 0.2, 0.27, 0.01), "dark", at=(s * (0.16 + w / 2), 0.321, 0), plane="floor", lift=-0.4)
+    for z in (-0.18, -0.06, 0.06, 0.18):
+        x = s * (w / 2 + 0.02)
+        p.rod([(x - s * 0.06, 0.35, z), (x + s * 0.22, 0.35, z)], 0.028, "wood", lift=-0.2)
+        p.ball(0.055, "#c9302c", at=(x + s * 0.25, 0.36, z), bare=True, lift=-0.1)
+    p.box((w, 0.36, 0.7), at=(0, 0, 0))
+    p.mark(rounded(-w / 2 + 0.06, 0.05, w / 2 - 0.06, 0.31, 0.01), "#5b3a30", at=(0, 0, 0.351))
+    p.mark(star(0, 0, 0.24, 0.11, 8), "second", at=(0, 0.361, 0), plane="floor")

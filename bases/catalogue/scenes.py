@@ -400,8 +400,8 @@ def _draw_face(svg: _Svg, f: Face, scene: Scene, look: Look, pattern: str) -> No
             svg.draw(path, "#ffffff" if step > 0 else "#000000", f'opacity="{abs(step) * 0.8:.2f}"')
     if look.shaded:
         for fill in _shading(svg, f, finish, scene):
-            svg.draw(path, fill)
-    if look.line:
+            svg.draw(path, fill, _pen(fill, 0.5) if f.flowing and not clear else "")
+    if look.line and not f.flowing:
         svg.draw(path, "none", _pen(look.ink, look.line * 0.45))
 
 

@@ -18,6 +18,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,7 @@ class Face:
     closed: bool = True
     inside: bool = False
     bare: bool = False  # never patterned
+    flowing: bool = False  # goes over into its neighbours without an edge: line drawings draw none
     near: float = 0.0
 
 
@@ -212,6 +214,9 @@ class Product:
         order = range(len(rings) - 1) if toward >= 0 else range(len(rings) - 2, -1, -1)
         near_end = len(rings) - 1 if toward >= 0 else 0
 
+        slopes = [math.atan2(h1 - h0, r1 - r0) for (r0, h0), (r1, h1) in pairwise(profile)]
+        bends = [False, *(abs(b - a) > 0.45 for a, b in pairwise(slopes)), False]
+
         def across(center: Array, radius: float) -> tuple[Flat, Flat]:
             a, b = center + radius * side, center - radius * side
             return (float(a[0]), float(a[1])), (float(b[0]), float(b[1]))
@@ -226,7 +231,7 @@ class Product:
             wall = np.concatenate([ring0, ring1[::-1]]) if band else _hull(np.concatenate([ring0, ring1]))
             faces.append(
                 Face(wall, paint, shade, across((c0 + c1) / 2, max(r0, r1, 0.3 * widest)),
-                     bare=bare, near=mid)
+                     bare=bare, flowing=not (bends[i] or bends[i + 1]), near=mid)
             )  # fmt: skip
         r, c, ring = rings[near_end]
         if r > 1e-3 and abs(toward) > 0.02 and not band:
@@ -292,6 +297,7 @@ class Product:
         centre = low.mean(0)
         if float(((low - centre) * outward).sum()) < 0:
             outward = -outward
+        flows = (outward * np.roll(outward, 1, axis=0)).sum(1) > 0.87  # with the side before it
         sides = []
         for i in range(len(o)):
             j = (i + 1) % len(o)
@@ -301,9 +307,9 @@ class Product:
                 tone = side or paint
                 if side_front is not None and facing == max(float(n @ m[2]) for n in outward):
                     tone = side_front
-                sides.append(
-                    (quad[:, 2].mean(), Face(quad[:, :2], tone, _lambert(outward[i], lit), bare=bare, near=mid))
-                )
+                flowing = bool(flows[i] and flows[j])
+                face = Face(quad[:, :2], tone, _lambert(outward[i], lit), bare=bare, flowing=flowing, near=mid)
+                sides.append((quad[:, 2].mean(), face))
         faces += [f for _, f in sorted(sides, key=lambda s: s[0])]
         if abs(float(m[2] @ normal)) > 0.02:
             faces.append(Face(p1[:, :2], cap or paint, _lambert(normal, lit), bare=bare, near=mid))
