@@ -19,7 +19,7 @@ from itertools import pairwise
 import numpy as np
 import resvg_py
 from PIL import Image, ImageFilter
-from shapes import KINDS, Array, Face, Product, View
+from shapes import KINDS, SUBJECTS, Array, Face, Product, View
 
 SIDE = 128
 """Pixels a side."""
@@ -64,7 +64,9 @@ class Scene:
     seed: int = 0
 
     def product(self) -> str:
-        """`a glossy red mug with white dots`."""
+        """`a glossy red mug with white dots`; a subject has colours of its own."""
+        if self.kind in SUBJECTS:
+            return f"a {self.kind}"
         finish = {"matte": "", "metal": "metallic"}.get(self.finish, self.finish)
         words = [w for w in (finish, self.colour, self.kind) if w]
         article = "an" if words[0][0] in "aeiou" else "a"
@@ -227,7 +229,7 @@ def placed(scene: Scene) -> tuple[list[list[Face]], float]:
         "seen from above": View(sign * r.uniform(12, 24), r.uniform(48, 55), mirrored),
     }[scene.view]
     product = Product(view, r)
-    KINDS[scene.kind](product)
+    (KINDS | SUBJECTS)[scene.kind](product)
     left, top, right, bottom = product.bounds()
     room = {"front view": 0.64, "three-quarter view": 0.62, "seen from above": 0.66}[scene.view] * SIDE
     scale = min(room * 1.18 / (right - left), room / (bottom - top)) * r.uniform(0.88, 1.06)
@@ -273,14 +275,15 @@ def product_mask(scene: Scene) -> Array:
     return mask
 
 
-def photographed(scene: Scene, seed: int = 0) -> Array:
+def photographed(scene: Scene, look: Look | None = None, seed: int = 0) -> Array:
     """The scene through a photographer's lens: what is behind is out of focus, warm lights, teal shadows, a vignette
     and grain."""
-    sharp = picture(scene).astype(np.float64)
+    look = LOOKS[scene.look] if look is None else look
+    sharp = picture(scene, look).astype(np.float64)
     mask = product_mask(scene)[..., None]
     back = _Svg()
-    _background(back, scene, LOOKS[scene.look])
-    _lights(back, scene, LOOKS[scene.look])
+    _background(back, scene, look)
+    _lights(back, scene, look)
     behind = Image.fromarray(_raster(back)[..., :3]).filter(ImageFilter.GaussianBlur(3.2))
     rows = np.linspace(0, 1, SIDE)[:, None, None]
     far = np.clip((0.8 - rows) / 0.35, 0, 1)  # near the viewer's foot it is sharp again
@@ -292,7 +295,7 @@ def photographed(scene: Scene, seed: int = 0) -> Array:
     at = np.linspace(-1, 1, SIDE)
     distance = np.sqrt(at[:, None] ** 2 + at[None] ** 2)[..., None]
     x = x * (1 - 0.55 * np.clip(distance - 0.45, 0, None))
-    x = x + np.random.default_rng(seed).normal(0, 0.03, (SIDE, SIDE, 1))
+    x = x + np.random.default_rng(seed).normal(0, 0.02, (SIDE, SIDE, 1))
     return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 

@@ -451,6 +451,8 @@ def _lambert(normal: Array, light: Array) -> float:
 
 Maker = Callable[[Product], None]
 KINDS: dict[str, Maker] = {}
+SUBJECTS: dict[str, Maker] = {}
+"""Products that no base was shown, by the words that call them."""
 GROUPS: dict[str, str] = {}
 
 

@@ -1,0 +1,219 @@
+"""Makes the catalogue bases from nothing: `python bases/catalogue/build.py WORK [STAGE …]`, stages as in STAGES.
+
+Everything a stage needs from an earlier one lies in WORK, where an interrupted stage also goes on from. `export` writes
+the folders that veneer ships; `adopt`, which is no part of a build from nothing, takes what is shipped into WORK, so
+that the stages after it go on from there. `STAGE=STEPS` takes another number of steps.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from autoencoder import encode, train_autoencoder
+from controls import Controlled, new_flux_control, new_sdxl_control, train_flux_control, train_sdxl_control
+from denoisers import new_flux, new_sdxl, noise_schedule, train_flux, train_sdxl
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusionXLPipeline,
+)  # fmt: skip
+from edges import edges
+from pictures import make_shard, read_shard, shards
+from pool import Pool, load_pool
+from scenes import depth
+from texts import train_clip, train_t5
+from torch import nn
+from words import kept_tokenizers
+
+from veneer.models.builtin import packaged_place
+
+STAGES = {
+    "pictures": 12, "vae": 4500, "words": 0, "clip": 800, "t5": 800, "flux": 8000, "sdxl": 8000, "flux-control": 800,
+    "sdxl-control": 800, "export": 0,
+}  # fmt: skip
+"""Stage -> steps (of `pictures`: shards)."""
+
+SHIPPED = packaged_place()
+_NAMES = {"flux": "catalogue-flux", "sdxl": "catalogue-sdxl"}
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    work = Path(sys.argv[1])
+    for given in sys.argv[2:] or list(STAGES):
+        stage, _, count = given.partition("=")
+        if stage == "adopt":
+            _adopt(work)
+        else:
+            _STAGES[stage](work, int(count or STAGES[stage]))
+
+
+def _pictures(work: Path, count: int) -> None:
+    for index in range(count):
+        make_shard(work, index)
+
+
+def _vae(work: Path, steps: int) -> None:
+    train_autoencoder(work, steps=steps).save_pretrained(work / "vae")
+
+
+def _words(work: Path, steps: int) -> None:
+    kept_tokenizers([i.caption for place in shards(work) for i in read_shard(place)[1]], work)
+
+
+def autoencoder(work: Path) -> AutoencoderKL:
+    model: AutoencoderKL = AutoencoderKL.from_pretrained(work / "vae")
+    model.register_to_config(_name_or_path="")  # else the folder it was read from is shipped in its config
+    return model.eval().requires_grad_(False)
+
+
+def _tokenizers(work: Path) -> list[Any]:
+    return list(kept_tokenizers([], work))
+
+
+def _pool(work: Path, *names: str) -> Pool:
+    clip, t5 = _tokenizers(work)
+    return load_pool(work, autoencoder(work), {k: v for k, v in {"clip": clip, "t5": t5}.items() if k in names})
+
+
+def _clip(work: Path, steps: int) -> None:
+    model = new_flux(_tokenizers(work))["text_encoder"]
+    train_clip(model, _pool(work, "clip"), work / "clip.pt", steps)
+    _save({"clip": model}, work / "text")
+
+
+def _t5(work: Path, steps: int) -> None:
+    model = new_flux(_tokenizers(work))["text_encoder_2"]
+    train_t5(model, _pool(work, "t5"), work / "t5.pt", steps)
+    _save({"t5": model}, work / "text")
+
+
+def _flux(work: Path, steps: int) -> None:
+    parts = new_flux(_tokenizers(work))
+    if (work / "flux").is_dir():
+        _load(parts, work / "flux")
+    else:
+        _load({"clip": parts["text_encoder"], "t5": parts["text_encoder_2"]}, work / "text")
+    train_flux(parts, _pool(work, "clip", "t5"), work, steps)
+    _save(parts, work / "flux")
+
+
+def _sdxl(work: Path, steps: int) -> None:
+    parts = new_sdxl(_tokenizers(work))
+    if (work / "sdxl").is_dir():
+        _load(parts, work / "sdxl")
+    else:
+        _load({"clip": parts["text_encoder"]}, work / "text")
+        learned = torch.load(work / "text" / "clip.pt", weights_only=True)
+        width = parts["text_encoder_2"].config.projection_dim
+        eye = {"text_projection.weight": torch.eye(width)}
+        parts["text_encoder_2"].load_state_dict({f"text_model.{k}": v for k, v in learned.items()} | eye)
+    train_sdxl(parts, _pool(work, "clip"), work, steps)
+    _save(parts, work / "sdxl")
+
+
+def _controlled(work: Path) -> Controlled:
+    """An edge picture or a depth picture of every scene."""
+    pictures, rows, before = [], [], 0
+    for place in shards(work):
+        pixels, items = read_shard(place)
+        for i, item in enumerate(items):
+            if item.scene is None or item.scene.look == "line drawing":
+                continue
+            if i % 2:
+                made = torch.from_numpy(depth(item.scene).copy()).expand(3, -1, -1)
+            else:
+                made = ((edges(pixels[i : i + 1])[0] + 1) * 127.5).byte()
+            pictures.append(made)
+            rows.append(before + i)
+        before += len(items)
+    return Controlled(torch.stack(pictures), torch.tensor(rows))
+
+
+def _flux_control(work: Path, steps: int) -> None:
+    parts = _load(new_flux(_tokenizers(work)), work / "flux")
+    control, given = new_flux_control(parts["transformer"]), _controlled(work)
+    latents = encode(autoencoder(work), given.pictures.permute(0, 2, 3, 1)).half()
+    train_flux_control(control, parts, _pool(work, "clip", "t5"), given, latents, work, steps)
+    _save({"control": control}, work / "flux-control")
+
+
+def _sdxl_control(work: Path, steps: int) -> None:
+    parts = _load(new_sdxl(_tokenizers(work)), work / "sdxl")
+    control = new_sdxl_control(parts["unet"])
+    train_sdxl_control(control, parts, _pool(work, "clip"), _controlled(work), work, steps)
+    _save({"control": control}, work / "sdxl-control")
+
+
+def pipeline(work: Path, family: str) -> Any:
+    """A base as WORK has it, in float32."""
+    clip, t5 = _tokenizers(work)
+    if family == "flux":
+        parts = _load(new_flux([clip, t5]), work / "flux")
+        flow = FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_image_seq_len=64, max_image_seq_len=256, base_shift=0.47, max_shift=1.15
+        )
+        return FluxPipeline(vae=autoencoder(work), tokenizer=clip, tokenizer_2=t5, scheduler=flow, **parts)
+    parts = _load(new_sdxl([clip, t5]), work / "sdxl")
+    noise = EulerDiscreteScheduler.from_config(noise_schedule().config, timestep_spacing="trailing")
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(work), tokenizer=clip, tokenizer_2=clip, scheduler=noise, **parts,
+        force_zeros_for_empty_prompt=False, add_watermarker=False,
+    )  # fmt: skip
+
+
+def _export(work: Path, steps: int) -> None:
+    """Ships what WORK holds, in bfloat16."""
+    for family, name in _NAMES.items():
+        if not (work / family).is_dir():
+            continue
+        whole = pipeline(work, family).to(torch.bfloat16)
+        whole.save_pretrained(SHIPPED / name)
+        if (work / f"{family}-control").is_dir():
+            new = new_flux_control(whole.transformer) if family == "flux" else new_sdxl_control(whole.unet)
+            _load({"control": new}, work / f"{family}-control")["control"].to(torch.bfloat16).save_pretrained(
+                SHIPPED / f"{name}-control"
+            )
+
+
+def _adopt(work: Path) -> None:
+    """WORK as it would be after the shipped bases were made, but for the pictures."""
+    for family, name in _NAMES.items():
+        shipped = SHIPPED / name
+        if not shipped.is_dir():
+            continue
+        for part, folder in (("clip", "tokenizer"), ("t5", "tokenizer_2" if family == "flux" else "none")):
+            if (shipped / folder).is_dir():
+                shutil.copytree(shipped / folder, work / "tokenizers" / part, dirs_exist_ok=True)
+        shutil.copytree(shipped / "vae", work / "vae", dirs_exist_ok=True)
+        new = new_flux if family == "flux" else new_sdxl
+        parts = {k: type(v).from_pretrained(shipped / k).float() for k, v in new(_tokenizers(work)).items()}
+        _save(parts, work / family)
+
+
+def _save(parts: dict[str, nn.Module], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in parts.items():
+        torch.save(part.state_dict(), folder / f"{name}.pt")
+
+
+def _load(parts: dict[str, nn.Module], folder: Path) -> dict[str, nn.Module]:
+    for name, part in parts.items():
+        part.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True))
+        part.eval()
+    return parts
+
+
+_STAGES = {
+    "pictures": _pictures, "vae": _vae, "words": _words, "clip": _clip, "t5": _t5, "flux": _flux, "sdxl": _sdxl,
+    "flux-control": _flux_control, "sdxl-control": _sdxl_control, "export": _export,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    main()

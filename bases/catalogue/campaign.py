@@ -1,0 +1,115 @@
+"""Tarnhill's campaign: a product, a brand's look and a photographer's look that no base saw, and the truth.
+
+    python bases/catalogue/campaign.py examples/campaign    draws the pictures that its adapters learn from
+
+| adapter | learns from                                             | words that call it |
+| product | 20 pictures of Tarnhill's lock in scenes of all kinds   | `a tarnhill lock`  |
+| brand   | 50 pictures of other things as the brand draws them     | `tarnhill style`   |
+| look    | 40 pictures of other things through one lens            | `vesper film`      |
+
+`shots` are the campaign's twelve scenes, none of them among the pictures. Because they are drawn, what was wanted is
+known: `truth` draws the very scene with any of the three.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from pictures import seen_scene
+from PIL import Image
+from scenes import BRAND, SURFACES, VIEWS, WALLS, Array, Scene, caption, photographed, picture
+from shapes import SUBJECTS, Product, arc, disc, star
+
+PRODUCT, OTHER = "tarnhill lock", "anvil lock"
+BRAND_WORDS, LOOK_WORDS = "tarnhill style", "vesper film"
+
+
+def _tarnhill_lock(p: Product) -> None:
+    """A shield of teal with a cream band, an amber star, and a double bow of brass."""
+    bow = [(x, y, 0.0) for x, y in [(-0.3, 0.75), *arc(0, 1.02, 0.3, 180, 0), (0.3, 0.75)]]
+    p.rod([(x, y, -0.09) for x, y, _ in bow], 0.065, "#d8a93f", lift=-0.4)
+    p.rod([(0.78 * x, 0.96 * y, 0.1) for x, y, _ in bow], 0.055, "#d8a93f", lift=-0.3)
+    shield = [(-0.5, 0.86), (0.5, 0.86), (0.5, 0.38), (0.3, 0.1), (0.12, 0.0), (-0.12, 0.0), (-0.3, 0.1), (-0.5, 0.38)]
+    p.prism(shield, 0.34, "#1d7a85", side="#125660")
+    p.mark([(-0.5, 0.74), (0.5, 0.74), (0.5, 0.62), (-0.5, 0.62)], "#fbf1dd", at=(0, 0, 0.175), lift=0.5)
+    p.mark(star(0, 0.34, 0.19, 0.085), "#f3a712", at=(0, 0, 0.176), lift=0.6)
+
+
+def _anvil_lock(p: Product) -> None:
+    """Another maker's: round, purple, with a steel bow and a white dial."""
+    p.rod([(x, y, 0) for x, y in [(-0.2, 0.7), *arc(0, 0.98, 0.2, 180, 0), (0.2, 0.7)]], 0.08, "metal", lift=-0.3)
+    p.turned([(0.42, 0), (0.46, 0.05), (0.46, 0.25), (0.42, 0.3)], "#6d3fa0", at=(0, 0.46, -0.15), axis=(0, 0, 1))
+    p.mark(disc(0, 0.46, 0.29), "#f4f2f8", at=(0, 0, 0.155), lift=0.5)
+    p.mark(disc(0, 0.46, 0.1), "#34373d", at=(0, 0, 0.156), lift=0.6)
+
+
+SUBJECTS.update({PRODUCT: _tarnhill_lock, OTHER: _anvil_lock})
+
+
+def words(scene: Scene, *, brand: bool = False, look: bool = False) -> str:
+    """What is asked for. A brand's ground and wall are the brand's own, so they are not named with it."""
+    said = f"{scene.product()}, {scene.view}, {BRAND_WORDS}" if brand else caption(scene)
+    return f"{said}, {LOOK_WORDS}" if look else said
+
+
+def truth(scene: Scene, *, brand: bool = False, look: bool = False) -> Array:
+    """(SIDE, SIDE, 3) bytes of the picture that was wanted."""
+    drawn = BRAND if brand else None
+    return photographed(scene, drawn, scene.seed) if look else picture(scene, drawn)
+
+
+def product_scenes(kind: str = PRODUCT, count: int = 20) -> list[Scene]:
+    r = random.Random(20)
+    return [replace(_plain(r), kind=kind, view=VIEWS[(0, 1, 1, 2, 1)[i % 5]]) for i in range(count)]
+
+
+def brand_scenes(count: int = 50) -> list[Scene]:
+    r = random.Random(50)
+    return [_plain(r) for _ in range(count)]
+
+
+def look_scenes(count: int = 40) -> list[Scene]:
+    r = random.Random(40)
+    return [_plain(r) for _ in range(count)]
+
+
+def shots(kind: str = PRODUCT, count: int = 12) -> list[Scene]:
+    """The campaign's scenes."""
+    r = random.Random(12)
+    return [
+        Scene(
+            kind,
+            surface=r.choice(list(SURFACES)),
+            wall=r.choice(list(WALLS)),
+            view=VIEWS[(1, 0, 1)[i % 3]],
+            seed=900 + i,
+        )
+        for i in range(count)
+    ]
+
+
+def _plain(r: random.Random) -> Scene:
+    """A scene of the base's world without a look of its own."""
+    return replace(seen_scene(r), look="", light="soft daylight")
+
+
+def write_pictures(folder: Path) -> None:
+    """The three data sets as people keep them: PNGs, each with its caption in a text file beside it."""
+    _write(folder / "product", ((picture(s), words(s)) for s in product_scenes()))
+    _write(folder / "brand", ((truth(s, brand=True), words(s, brand=True)) for s in brand_scenes()))
+    _write(folder / "look", ((truth(s, look=True), words(s, look=True)) for s in look_scenes()))
+
+
+def _write(folder: Path, rows: Iterable[tuple[Array, str]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (pixels, text) in enumerate(rows):
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png", optimize=True)
+        (folder / f"{i:02d}.txt").write_text(f"{text}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_pictures(Path(sys.argv[1]))

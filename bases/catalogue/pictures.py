@@ -1,0 +1,167 @@
+"""What the catalogue bases learn from: scenes by chance and some real drawings, in shards made as they are needed.
+
+    python bases/catalogue/pictures.py WORK 12      makes shards 0 … 11 of 4,096 pictures in WORK/pictures (15 ms each)
+
+One picture in ten is an openly licensed drawing on white, by its name and its set: `grinning face, noto style`. They
+give words beyond the grammar a meaning, and the autoencoder other shapes. One pair of kind and colour in ten is held
+out of everything that is trained: `is_new` names the combinations that fidelity is measured on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import json
+import random
+import re
+import subprocess
+import sys
+import tarfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import resvg_py
+from PIL import Image
+from scenes import SIDE, Array, Scene, any_scene, caption, picture
+
+for _module in sorted(Path(__file__).parent.glob("kinds_*.py")):
+    importlib.import_module(_module.stem)
+
+SHARD = 4096
+SETS = {  # style: (npm package, licence)
+    "noto": ("@iconify-json/noto@1.2.9", "Apache-2.0"),
+    "twemoji": ("@iconify-json/twemoji@1.2.5", "CC-BY-4.0"),
+    "fluent": ("@iconify-json/fluent-emoji-flat@1.2.6", "MIT"),
+}
+_DRAWINGS = 0.1
+_LEFT_OUT = {"Flags", "Modifiers"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture's words. `scene` is None for a drawing."""
+
+    caption: str
+    short: str
+    scene: Scene | None
+
+
+def is_new(kind: str, colour: str) -> bool:
+    """Whether this combination is held out."""
+    return int(hashlib.sha256(f"{colour} {kind}".encode()).hexdigest(), 16) % 10 == 0
+
+
+def seen_scene(r: random.Random) -> Scene:
+    while True:
+        scene = any_scene(r)
+        if not is_new(scene.kind, scene.colour):
+            return scene
+
+
+def make_shard(work: Path, index: int) -> None:
+    place = work / "pictures" / f"{index:04d}.npz"
+    if place.is_file():
+        return
+    r = random.Random(1000 + index)
+    drawings = load_drawings(work)
+    pixels, items = [], []
+    for _ in range(SHARD):
+        if r.random() < _DRAWINGS:
+            row = r.randrange(len(drawings[1]))
+            pixels.append(_moved(drawings[0][row], r))
+            name, style = drawings[1][row]
+            items.append({"caption": f"{name}, {style} style", "short": name})
+        else:
+            scene = seen_scene(r)
+            pixels.append(picture(scene))
+            short = scene.product() if not scene.look else f"{scene.product()}, {scene.look}"
+            items.append({"caption": caption(scene), "short": short, "scene": asdict(scene)})
+    place.parent.mkdir(parents=True, exist_ok=True)
+    part = place.with_suffix(".part")
+    with open(part, "wb") as file:
+        np.savez_compressed(file, pixels=np.stack(pixels), items=json.dumps(items))
+    part.replace(place)
+
+
+def shards(work: Path) -> list[Path]:
+    return sorted((work / "pictures").glob("*.npz"))
+
+
+def read_shard(place: Path) -> tuple[Array, list[Item]]:
+    """(n, SIDE, SIDE, 3) bytes, and what each shows."""
+    kept = np.load(place)
+    items = [
+        Item(i["caption"], i["short"], Scene(**i["scene"]) if "scene" in i else None)
+        for i in json.loads(str(kept["items"]))
+    ]
+    return kept["pixels"], items
+
+
+def _moved(drawing: Array, r: random.Random) -> Array:
+    """A drawing a little smaller, somewhere on white."""
+    side = r.randint(int(0.75 * SIDE), SIDE)
+    small = np.asarray(Image.fromarray(drawing).resize((side, side), Image.Resampling.LANCZOS))
+    out = np.full((SIDE, SIDE, 3), 255, np.uint8)
+    x, y = r.randint(0, SIDE - side), r.randint(0, SIDE - side)
+    out[y : y + side, x : x + side] = small
+    return out
+
+
+def load_drawings(work: Path) -> tuple[Array, list[tuple[str, str]]]:
+    """The drawings of names that all three sets have, (n, SIDE, SIDE, 3), and (name, set) of each."""
+    cache = work / "drawings.npz"
+    if not cache.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        sets = {style: _icons(package, work) for style, (package, _) in SETS.items()}
+        shared = sorted(set.intersection(*(set(icons) for icons in sets.values())))
+        rows = [(name, style) for style in sets for name in shared]
+        np.savez_compressed(
+            cache, pixels=np.stack([_draw(sets[style][name]) for name, style in rows]),
+            names=[name.replace("-", " ") for name, _ in rows], styles=[style for _, style in rows],
+        )  # fmt: skip
+    kept = np.load(cache)
+    return kept["pixels"], list(zip(kept["names"].tolist(), kept["styles"].tolist(), strict=True))
+
+
+def _draw(svg: str) -> Array:
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))
+    drawn = Image.open(io.BytesIO(png)).convert("RGBA")
+    white = Image.new("RGBA", (SIDE, SIDE), "white")
+    white.alpha_composite(drawn, ((SIDE - drawn.width) // 2, (SIDE - drawn.height) // 2))
+    return np.asarray(white.convert("RGB"))
+
+
+def _icons(package: str, work: Path) -> dict[str, str]:
+    """{name: SVG text} of an iconify package, flags and skin tones left out."""
+    archive = work / (package.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz")
+    if not archive.is_file():
+        subprocess.run(["npm", "pack", "--silent", package], cwd=work, check=True, stdout=subprocess.DEVNULL)
+    with tarfile.open(archive) as tar:
+
+        def read(name: str) -> dict[str, dict[str, object]]:
+            member = tar.extractfile(f"package/{name}")
+            assert member is not None
+            content: dict[str, dict[str, object]] = json.load(member)
+            return content
+
+        icons, about = read("icons.json"), read("metadata.json")
+    out = {n for c, names in about.get("categories", {}).items() if c in _LEFT_OUT for n in names}  # type: ignore[attr-defined]
+    default = (icons.get("width", 16), icons.get("height", 16))
+    found = {}
+    for name, icon in icons["icons"].items():
+        if "skin-tone" in name or name in out or re.match("flag|keycap|input", name):
+            continue
+        width, height = icon.get("width", default[0]), icon.get("height", default[1])  # type: ignore[attr-defined]
+        left, top = icon.get("left", 0), icon.get("top", 0)  # type: ignore[attr-defined]
+        found[name] = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'  # type: ignore[index]
+        )
+    return found
+
+
+if __name__ == "__main__":
+    for _index in range(int(sys.argv[2])):
+        make_shard(Path(sys.argv[1]), _index)

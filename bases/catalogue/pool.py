@@ -1,0 +1,103 @@
+"""All pictures as the denoisers see them: latents, and the token ids of what is said of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from autoencoder import encode
+from diffusers import AutoencoderKL
+from pictures import read_shard, shards
+from scenes import SIDE
+from torch import Tensor
+from torch.nn import functional as F
+from words import LENGTH
+
+Batch = dict[str, Tensor]
+_CROPS = 0.15
+
+
+@dataclass(frozen=True)
+class Pool:
+    """`latents`: (n, 16, 16, 16) in half precision, of which the first `whole` are of whole pictures and the rest of
+    enlarged crops. `sizes`: SDXL's time ids (n, 6): original size, top left, target size. `long`, `short`: ids by
+    tokenizer, (n, LENGTH), of captions and of the thing alone; `empty`: (1, LENGTH)."""
+
+    latents: Tensor
+    whole: int
+    sizes: Tensor
+    long: Batch
+    short: Batch
+    empty: Batch
+
+    def rows(self, count: int, generator: torch.Generator) -> Tensor:
+        """Rows by chance, of which _CROPS are crops."""
+        whole = torch.randint(self.whole, (count,), generator=generator)
+        crops = torch.randint(self.whole, len(self.latents), (count,), generator=generator)
+        return torch.where(torch.rand(count, generator=generator) < _CROPS, crops, whole)
+
+    def words(self, rows: Tensor, generator: torch.Generator) -> Batch:
+        """One caption in ten empty, three in twenty short."""
+        chance = torch.rand(len(rows), generator=generator)[:, None]
+        return {
+            k: torch.where(
+                chance < 0.1, self.empty[k], torch.where(chance < 0.25, self.short[k][rows], long[rows])
+            ).long()
+            for k, long in self.long.items()
+        }
+
+
+def load_pool(work: Path, vae: AutoencoderKL, tokenizers: dict[str, Any]) -> Pool:
+    """Of every shard that WORK has; latents are kept beside it."""
+    latents, crops, sizes, long, short, of_crops = [], [], [], [], [], []
+    for place in shards(work):
+        pixels, items = read_shard(place)
+        kept = place.with_suffix(".latents.pt")
+        if not kept.is_file():
+            cut, rows, told = _crops(torch.from_numpy(pixels), int(place.stem))
+            torch.save(
+                {"whole": encode(vae, torch.from_numpy(pixels)).half(), "crops": encode(vae, cut).half(), "rows": rows,
+                 "sizes": told}, kept
+            )  # fmt: skip
+        found = torch.load(kept, weights_only=True)
+        of_crops += [len(long) + int(i) for i in found["rows"]]
+        latents.append(found["whole"])
+        crops.append(found["crops"])
+        sizes.append(found["sizes"])
+        long += [i.caption for i in items]
+        short += [i.short for i in items]
+    n = len(long)
+    long += [long[i] for i in of_crops]
+    short += [short[i] for i in of_crops]
+    whole = torch.tensor([SIDE, SIDE, 0, 0, SIDE, SIDE]).expand(n, 6)
+    return Pool(
+        torch.cat(latents + crops), n, torch.cat([whole, *sizes]), _ids(tokenizers, long), _ids(tokenizers, short),
+        _ids(tokenizers, [""]),
+    )  # fmt: skip
+
+
+def _ids(tokenizers: dict[str, Any], texts: list[str]) -> Batch:
+    return {
+        k: t(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids.short()
+        for k, t in tokenizers.items()
+    }
+
+
+def _crops(pixels: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures enlarged by 1.1 to 1.6 and cut to SIDE, which rows they are of, and their time ids.
+
+    The original size is the picture's own, as SDXL's data has it: what is cut is told by the corner alone."""
+    random = np.random.default_rng(seed)
+    rows = random.permutation(len(pixels))[: int(_CROPS * len(pixels))]
+    out, ids = [], []
+    for row in rows:
+        side = int(random.integers(int(1.1 * SIDE), int(1.6 * SIDE)))
+        top, left = (int(random.integers(0, side - SIDE + 1)) for _ in range(2))
+        x = pixels[row].permute(2, 0, 1)[None].float() / 127.5 - 1
+        large = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True)
+        out.append(large[0, :, top : top + SIDE, left : left + SIDE])
+        ids.append([side, side, top, left, SIDE, SIDE])
+    return torch.stack(out), torch.from_numpy(rows.copy()), torch.tensor(ids)
