@@ -1,0 +1,183 @@
+"""The scripts that make the catalogue bases: the world they draw, and what they say of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "bases" / "catalogue"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    yield
+    for name in set(sys.modules) - before:
+        if (SCRIPTS / f"{name}.py").is_file():
+            del sys.modules[name]
+
+
+def test_every_kind_can_be_drawn_and_is_on_the_picture() -> None:
+    """From a view by chance: neither nothing nor everything is product, and nothing is cut off at the sides."""
+    import pictures  # noqa: F401 - it brings the kinds
+    from scenes import VIEWS, Scene, product_mask
+    from shapes import KINDS
+
+    assert len(KINDS) > 150
+    for i, kind in enumerate(sorted(KINDS)):
+        mask = product_mask(Scene(kind, view=VIEWS[i % 3], seed=i))
+        assert 0.02 < mask.mean() < 0.75, kind
+        assert mask[:, 0].max() == mask[:, -1].max() == mask[0].max() == 0, kind
+
+
+def test_a_caption_says_what_the_scene_says() -> None:
+    from scenes import Scene, caption
+
+    scene = Scene(
+        "mug", "red", "glossy", "dots", "white", "a wooden table", "brick wall", "light from the left", "front view"
+    )
+    assert caption(scene) == (
+        "a glossy red mug with white dots on a wooden table, brick wall, light from the left, front view"
+    )
+    above = caption(replace(scene, colour="orange", finish="matte", pattern="", view="seen from above"))
+    assert above == "an orange mug on a wooden table, light from the left, seen from above"
+    assert (
+        caption(replace(scene, look="line drawing")) == "line drawing of a glossy red mug with white dots, front view"
+    )
+
+
+def test_a_scene_is_drawn_the_same_every_time_and_its_seed_is_its_composition() -> None:
+    import pictures
+    from scenes import picture, product_mask
+
+    scene = pictures.seen_scene(Random(3))
+    assert np.array_equal(picture(scene), picture(scene))
+    moved = replace(scene, seed=scene.seed + 1)
+    assert not np.array_equal(product_mask(scene), product_mask(moved))
+    repainted = replace(scene, colour="teal" if scene.colour != "teal" else "red", wall="brick wall")
+    assert np.array_equal(product_mask(scene), product_mask(repainted))
+
+
+def test_one_combination_in_ten_is_held_out_of_what_is_learned() -> None:
+    import pictures
+    from scenes import COLOURS
+    from shapes import KINDS
+
+    share = np.mean([pictures.is_new(k, c) for k in KINDS for c in COLOURS])
+    assert 0.08 < share < 0.12
+    r = Random(1)
+    assert not any(pictures.is_new(s.kind, s.colour) for s in (pictures.seen_scene(r) for _ in range(300)))
+
+
+def test_the_brand_has_its_six_colours_and_what_is_between_them() -> None:
+    import campaign
+    from scenes import BRAND_PALETTE
+
+    palette = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in BRAND_PALETTE])
+    for scene in campaign.brand_scenes(6):
+        pixels = campaign.truth(scene, brand=True).reshape(-1, 1, 3).astype(int)
+        near = np.abs(pixels - palette).max(-1).min(-1) < 24
+        assert near.mean() > 0.85  # the rest is where two of them meet
+
+
+def test_a_lens_blurs_what_is_behind_and_not_the_product() -> None:
+    from scenes import Scene, photographed, picture, product_mask
+
+    scene = Scene("mug", "red", wall="brick wall", view="front view", seed=5)
+    away = product_mask(scene) == 0
+    away[64:] = False
+
+    def roughness(pixels: np.ndarray, where: np.ndarray) -> float:
+        blue = pixels[..., 2].astype(float)
+        return float(np.abs(np.diff(blue, axis=1))[where[:, 1:]].mean())
+
+    sharp, soft = picture(scene), np.mean([photographed(scene, seed=s).astype(float) for s in range(8)], axis=0)
+    assert roughness(soft, away) < 0.5 * roughness(sharp, away)
+    edge = product_mask(scene)
+    edge = (edge[:, 1:] != edge[:, :-1]).any(1)
+    rows = np.zeros_like(away)
+    rows[edge] = True
+    assert np.abs(np.diff(soft[rows].reshape(-1, 128, 3)[..., 0], axis=1)).max() > 60  # its outline is still a step
+
+
+def test_near_is_bright_in_a_depth_picture() -> None:
+    from scenes import Scene, depth, product_mask
+
+    scene = Scene("mug", "red", view="three-quarter view", seed=2)
+    far, inside = depth(scene).astype(float), product_mask(scene) == 1
+    assert far[inside].mean() > far[:50][~inside[:50]].mean() + 60
+    assert far[-2].mean() > far[80][~inside[80]].mean()  # the ground comes towards the viewer
+
+
+def test_nothing_of_the_campaign_is_in_the_bases_world() -> None:
+    import campaign
+    import pictures
+    from scenes import LOOKS, caption
+    from shapes import KINDS, SUBJECTS
+
+    assert set(SUBJECTS) == {campaign.PRODUCT, campaign.OTHER}
+    assert not set(SUBJECTS) & set(KINDS)
+    r = Random(4)
+    said = " ".join(caption(pictures.seen_scene(r)) for _ in range(300))
+    assert all(word not in said for word in ("tarnhill", "anvil lock", "vesper"))
+    assert campaign.BRAND_WORDS not in LOOKS
+
+
+def test_the_campaigns_shots_are_none_of_its_pictures(tmp_path: Path) -> None:
+    import campaign
+
+    learned = {(s.surface, s.wall, s.seed) for s in campaign.product_scenes()}
+    assert not learned & {(s.surface, s.wall, s.seed) for s in campaign.shots()}
+    scene = campaign.shots()[0]
+    assert campaign.words(scene).startswith("a tarnhill lock on ")
+    view = campaign.words(scene, brand=True, look=True).split(", ")
+    assert view == ["a tarnhill lock", scene.view, "tarnhill style", "vesper film"]
+
+
+def test_tokenizers_cut_captions_into_words(tmp_path: Path) -> None:
+    from pictures import seen_scene
+    from scenes import caption
+    from words import LENGTH, kept_tokenizers
+
+    r = Random(0)
+    captions = [caption(seen_scene(r)) for _ in range(400)]
+    made = kept_tokenizers(captions, tmp_path)
+    again = kept_tokenizers(["something else"], tmp_path)
+    for one, two in zip(made, again, strict=True):
+        ids = [one(c).input_ids for c in captions]
+        assert ids == [two(c).input_ids for c in captions]
+        assert max(map(len, ids)) < LENGTH + 1
+    assert made[1].tokenize("a teal mug, three-quarter view") == ["▁a", "▁teal", "▁mug", ",", "▁three-quarter", "▁view"]
+    assert made[1]("qzx").input_ids.count(made[1].unk_token_id) == 0
+
+
+def test_packing_is_the_pipelines() -> None:
+    from autoencoder import CHANNELS
+    from denoisers import image_ids, pack
+    from diffusers import FluxPipeline
+
+    x = torch.randn(2, CHANNELS, 16, 16)
+    assert torch.equal(pack(x), FluxPipeline._pack_latents(x, 2, CHANNELS, 16, 16))
+    assert torch.equal(image_ids(), FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32))
+
+
+def test_the_judge_has_a_word_for_everything_a_scene_says() -> None:
+    from judge import HEADS, Judge, judge
+    from pictures import seen_scene
+    from scenes import picture
+
+    r = Random(9)
+    scenes = [seen_scene(r) for _ in range(3)]
+    assert all(getattr(s, head) in words for s in scenes for head, words in HEADS.items())
+    torch.manual_seed(0)
+    seen = judge(Judge().eval(), np.stack([picture(s) for s in scenes]))
+    assert all(len(words) == 3 for words in seen.words.values())
+    assert torch.allclose(seen.features.norm(dim=1), torch.ones(3), atol=1e-5)
