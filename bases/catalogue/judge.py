@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from kinds import KINDS
 from pictures import SHARD
 from scenes import COLOURS, FINISHES, LIGHTS, LOOKS, PATTERNS, SURFACES, VIEWS, WALLS, Array, Scene, any_scene, picture
-from shapes import KINDS
 from steps import optimise
 from torch import Tensor, nn
 from torch.nn import functional as F

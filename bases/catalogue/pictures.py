@@ -10,7 +10,6 @@ out of everything that is trained: `is_new` names the combinations that fidelity
 from __future__ import annotations
 
 import hashlib
-import importlib
 import io
 import json
 import random
@@ -25,9 +24,6 @@ import numpy as np
 import resvg_py
 from PIL import Image
 from scenes import SIDE, Array, Scene, any_scene, caption, picture
-
-for _module in sorted(Path(__file__).parent.glob("kinds_*.py")):
-    importlib.import_module(_module.stem)
 
 SHARD = 4096
 SETS = {  # style: (npm package, licence)

@@ -18,8 +18,9 @@ from itertools import pairwise
 
 import numpy as np
 import resvg_py
+from kinds import KINDS, SUBJECTS
 from PIL import Image, ImageFilter
-from shapes import KINDS, SUBJECTS, Array, Face, Product, View
+from shapes import Array, Face, Product, View
 
 SIDE = 128
 """Pixels a side."""
