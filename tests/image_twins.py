@@ -176,6 +176,7 @@ def original(base: ImageBase, encoder: bool = False, prefix: str = "model.diffus
                 out[f"{prefix}{name}.{'scale' if scale else part}"] = value.clone()
     if base.family == "sd3":
         out[f"{prefix}pos_embed"] = state.pop("transformer.pos_embed.pos_embed")
+    out |= {f"{prefix}{n.removeprefix('transformer.')}": state.pop(n) for n in [*state] if n.endswith("_pad_token")}
     if encoder:
         for name, tensor in base.parts["text_encoder"].state_dict().items():
             own = name if name.startswith("text_model.") else f"text_model.{name}"

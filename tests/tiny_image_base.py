@@ -17,7 +17,7 @@ import torch
 import transformers
 from tokenizers import pre_tokenizers
 
-TINY_FAMILIES = ("sd15", "sdxl", "flux1", "schnell", "sd3", "klein", "flux2", "qwen-image")
+TINY_FAMILIES = ("sd15", "sdxl", "flux1", "schnell", "sd3", "klein", "flux2", "qwen-image", "z-image")
 SIZE, LENGTH = 32, 24
 WORDS = ["a", "red", "house", "cat", "dog", "tree", "in", "the", "style", "of", "flat", "with", "hat", "blue", "sks"]
 LATENT = 4
@@ -405,6 +405,39 @@ def _qwen_image(full: bool) -> Any:
     )
 
 
+def _z_image(full: bool) -> Any:
+    tokens = chat_tokenizer()
+    text = transformers.Qwen3Config(
+        vocab_size=len(tokens),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=LATENT,
+        dim=24,
+        n_layers=30 if full else 2,
+        n_refiner_layers=2 if full else 1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 4, 4],
+    )
+    with torch.no_grad():
+        for token in (transformer.x_pad_token, transformer.cap_pad_token):
+            token.normal_()
+    return diffusers.ZImagePipeline(
+        scheduler=_flow(False),
+        vae=vae(shift_factor=0.1),
+        text_encoder=transformers.Qwen3Model(text),
+        tokenizer=tokens,
+        transformer=transformer,
+    )
+
+
 _BUILD: dict[str, Callable[[bool], Any]] = {
     "sd15": _sd15,
     "sdxl": _sdxl,
@@ -414,6 +447,7 @@ _BUILD: dict[str, Callable[[bool], Any]] = {
     "klein": _flux2(False),
     "flux2": _flux2(True),
     "qwen-image": _qwen_image,
+    "z-image": _z_image,
 }
 
 _CONTROL: dict[str, Callable[[], Any]] = {

@@ -28,6 +28,7 @@ TARGETS = {
     "sd3": "re:transformer.*attn\\.(to_q|add_k_proj)",
     "klein": "re:transformer.*(to_q|to_k|to_v|to_qkv_mlp_proj)",
     "qwen-image": "re:transformer.*(to_q|img_mod\\.1)",
+    "z-image": "re:transformer.*(to_q|to_out\\.0|w2|adaLN_modulation\\.0)",
 }
 ENCODERS = "re:text_encoder.*(q_proj|SelfAttention\\.q)"
 
@@ -88,6 +89,7 @@ def test_names_that_several_families_have_are_the_bases(load: Any, tmp_path: Pat
         ("flux1", "sdxl", r"this is a FLUX\.1 adapter, the base is SDXL"),
         ("flux1", "sd15", r"this is a FLUX\.1 adapter, the base is Stable Diffusion 1\.x"),
         ("klein", "flux1", r"this is a FLUX\.2 adapter, the base is FLUX\.1"),
+        ("z-image", "flux1", r"this is a Z-Image adapter, the base is FLUX\.1"),
         ("qwen-image", "sd3", r"this is a Qwen-Image adapter, the base is Stable Diffusion 3"),
     ],
 )

@@ -52,7 +52,7 @@ def test_list_shows_the_image_bases_of_the_package(capsys: Any) -> None:
     assert "emoji-sdxl" in run(capsys, "base", "list").out
 
 
-@pytest.mark.parametrize("family", ["sdxl", "flux1", "klein", "qwen-image"])
+@pytest.mark.parametrize("family", ["sdxl", "flux1", "klein", "qwen-image", "z-image"])
 def test_show_tells_of_an_image_base_what_loading_it_finds(capsys: Any, tmp_path: Path, family: str) -> None:
     from tests.tiny_image_base import tiny_image_base
     from veneer.models.image.base import load_image

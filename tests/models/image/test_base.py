@@ -183,7 +183,7 @@ def test_loading_writes_nothing_beside_the_base(bases: Path, load: Any) -> None:
 # -- pipelines and ControlNets -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux1", "sd3", "qwen-image"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux1", "sd3", "qwen-image", "z-image"])
 def test_every_kind_of_pipeline_draws(family: str, load: Any) -> None:
     from PIL import Image
 

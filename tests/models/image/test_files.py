@@ -37,6 +37,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("flux2", False, ""),
         ("klein", False, "model.diffusion_model."),
         ("qwen-image", False, ""),
+        ("z-image", False, ""),
+        ("z-image", False, "model.diffusion_model."),
     ],
 )
 def test_one_file_of_every_family_gives_the_same_denoiser(
@@ -156,7 +158,7 @@ def test_one_file_of_flux_1_at_its_real_width(bases: Path, tmp_path: Path) -> No
         assert [n for n, t in one.denoiser.state_dict().items() if not torch.equal(t, want[n])] == []
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux1", "klein", "qwen-image"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux1", "klein", "qwen-image", "z-image"])
 def test_tensors_of_a_file_that_no_component_took_are_named(family: str, bases: Path, tmp_path: Path) -> None:
     folder = tiny_image_base(bases, family, full=family in ("sd15", "sdxl", "sd3"))
     whole = load_image(str(folder))

@@ -68,7 +68,7 @@ def always(mix: Any) -> MixPlan:
 # -- the base alone ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "schnell", "klein", "flux2", "qwen-image"])
+@pytest.mark.parametrize("family", [*FAMILIES, "schnell", "klein", "flux2", "qwen-image", "z-image"])
 def test_the_base_alone_is_diffusers_pipeline(
     family: str, bases: dict[str, ImageBase], places: dict[str, Path]
 ) -> None:
@@ -192,7 +192,7 @@ def test_everything_at_once_is_diffusers_with_merged_weights(
 # -- mixes -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "z-image"])
 def test_a_mix_is_the_merged_weights(family: str, bases: dict[str, ImageBase], places: dict[str, Path]) -> None:
     base = bases[family]
     before = state_of(base.model)
@@ -233,7 +233,7 @@ def test_the_text_part_acts_when_the_prompt_is_read(
     assert min(levels(p, q) for i, p in enumerate(pictures) for q in pictures[:i]) > 2
 
 
-@pytest.mark.parametrize("family", ["sdxl", "flux1"])
+@pytest.mark.parametrize("family", ["sdxl", "flux1", "z-image"])
 def test_rows_of_one_batch_have_their_own_mixes(family: str, bases: dict[str, ImageBase]) -> None:
     base = bases[family]
     with attach(base.model) as attachment:

@@ -89,7 +89,7 @@ def by_hand(base: ImageBase, x: Tensor, text: Conditioning, empty: Conditioning 
         out = predict(base, scaled, when, text, sizes=sizes_for(base), guidance=guided)
         if empty is not None:
             other = predict(base, scaled, when, empty, sizes=sizes_for(base), guidance=guided)
-            out = other + scale * (out - other)
+            out = (out if base.family == "z-image" else other) + scale * (out - other)
         x = scheduler.step(out, t, x, return_dict=False)[0]
     return x
 
@@ -99,7 +99,7 @@ def by_hand(base: ImageBase, x: Tensor, text: Conditioning, empty: Conditioning 
 def test_a_loop_over_predict_draws_the_pipelines_picture(family: str, load: Any) -> None:
     base = load(family)
     takes_guidance = bool(base.denoiser.config.get("guidance_embeds"))
-    free = family in ("sd15", "sdxl", "sd3")
+    free = family in ("sd15", "sdxl", "sd3", "z-image")
     scale = 4.0
     given: dict[str, Any] = {
         "prompt": "a red house",
@@ -254,7 +254,7 @@ def test_one_training_step_reaches_every_pair(family: str, load: Any) -> None:
     base = load(family)
     attachment = attach(base.model)
     adapter = create(
-        base.model, LoraSpec(rank=2, alpha=2, targets=("re:(unet|transformer)\\..*attn.*to_(q|v)",)), seed=0
+        base.model, LoraSpec(rank=2, alpha=2, targets=("re:(unet|transformer)\\..*att(n|ention).*to_(q|v)",)), seed=0
     )
     if base.row.encoders:
         extra = create(
@@ -316,6 +316,29 @@ def test_an_adapter_on_the_tree_acts_in_the_pipeline(load: Any) -> None:
         attachment.use()
         assert torch.equal(draw(), before)
     assert torch.equal(draw(), before)
+
+
+@pytest.mark.parametrize("family", ["flux1", "sd3", "klein", "qwen-image", "z-image"])
+@torch.no_grad()
+def test_in_16_bits_the_denoiser_is_told_the_same_time_as_by_the_pipeline(family: str, bases: Path) -> None:
+    base = load_image(str(tiny_image_base(bases, family)), dtype="bfloat16")
+    told: list[Tensor] = []
+
+    def hear(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        told.append((kwargs["timestep"] if "timestep" in kwargs else args[1])[:1])
+
+    hook = base.denoiser.register_forward_pre_hook(hear, with_kwargs=True)
+    pipe = pipeline(base)
+    pipe(prompt="a red house", num_inference_steps=STEPS, height=SIZE, width=SIZE, output_type="pt",
+         **text_settings(base))  # fmt: skip
+    by_pipeline = told[:: len(told) // STEPS]
+    told.clear()
+    text = embed_prompts(base, ["a red house"])
+    for t in pipe.scheduler.timesteps:
+        predict(base, noise_for(base), t / 1000, text)
+    hook.remove()
+    assert [t.dtype for t in told] == [t.dtype for t in by_pipeline]
+    assert torch.allclose(torch.cat(told), torch.cat(by_pipeline), rtol=1e-6)
 
 
 # -- schedules and refusals --------------------------------------------------------------------------------------------

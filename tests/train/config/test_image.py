@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,13 @@ def test_the_words_for_targets_reach_every_block_of_every_family() -> None:
     for name, family in families().items():
         linear = [m for m, kind in family.modules.items() if kind == "linear" and m.startswith(family.denoiser)]
         chosen = [m for m in linear if target_matches(TARGET_WORDS["attention+ff"], m)]
-        inside = [m for m in linear if "transformer_blocks." in m and ".norm" not in m and "_mod." not in m]
+        blocks = [m for m in linear if re.search(r"(transformer_blocks|layers|_refiner)\.\d+\.", m)]
+        inside = [m for m in blocks if ".norm" not in m and "_mod." not in m]
         if inside:
             assert chosen == [m for m in inside if "adaln" not in m.lower()], name
         attention = [m for m in linear if target_matches(TARGET_WORDS["attention"], m)]
         assert set(attention) <= set(chosen)
-        assert all(".attn" in m for m in attention)
+        assert all(".attn" in m or ".attention." in m for m in attention)
         convolutions = [m for m, kind in family.modules.items() if kind == "conv" and m.startswith(family.denoiser)]
         every = (*linear, *convolutions)
         with_convolutions = {m for m in every if target_matches(TARGET_WORDS["attention+ff+conv"], m)}

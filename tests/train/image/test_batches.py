@@ -230,7 +230,7 @@ def test_a_base_that_reads_prompts_otherwise_shares_no_cached_text(shared: Path,
     assert cached() == (12, 0)
 
 
-@pytest.mark.parametrize("family", ["flux1", "sd3", "klein", "qwen-image"])
+@pytest.mark.parametrize("family", ["flux1", "sd3", "klein", "qwen-image", "z-image"])
 def test_the_shift_by_resolution_counts_the_tokens_that_the_denoiser_sees(family: str, shared: Path) -> None:
     base = load_image(str(tiny_image_base(shared, family)))
     times = times_of(base, _config(shared, loss={"shift": "resolution"}))

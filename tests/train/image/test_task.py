@@ -159,7 +159,8 @@ def test_it_learns(family: str, share: float, shared: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "family", ["sd15", "schnell", "sd3", "klein", "flux2", pytest.param("qwen-image", marks=pytest.mark.slow)]
+    "family",
+    ["sd15", "schnell", "sd3", "klein", "flux2", "z-image", pytest.param("qwen-image", marks=pytest.mark.slow)],
 )
 def test_every_family_trains_through_the_same_loop(family: str, shared: Path, tmp_path: Path) -> None:
     """On every linear module of the denoiser; flux1 and sdxl are in the other tests."""

@@ -7,6 +7,7 @@
 | flux1      | FluxTransformer2DModel (dev, schnell)        | T5; CLIP gives one pooled vector           | flow       |
 | flux2      | Flux2Transformer2DModel (dev, klein)         | Mistral (dev), Qwen3 (klein), as chat      | flow       |
 | qwen-image | QwenImageTransformer2DModel                  | Qwen2.5-VL, as chat                        | flow       |
+| z-image    | ZImageTransformer2DModel (base, Turbo)       | Qwen3, as chat                             | flow       |
 
 Names are those of `formats.topology`. One row a family: what a base is known by, and what it is. Knows
 class names alone; imports neither torch nor diffusers.
@@ -27,9 +28,10 @@ class ImageFamily:
     `encoders`: the text encoders that adapters of this family change. `readers`: the tokenizers whose tokens the
     denoiser attends to, and how many of each at most. `patch`: latents per side that become one token; `patched`: the
     VAE's are patches already; `frames`: the VAE is one of films. `distilled`: guidance is an input of the denoiser;
-    `guidance`: the pipeline's argument for it. `time_ids`: the denoiser reads sizes. `shifted`: the pipeline shifts the
-    schedule by the picture's size. `canny`: the usual canny ControlNet on the hub. `settings`: arguments of the
-    pipelines' constructors; `encoding`: of their encode_prompt, where `pooled` and `mask` stand in what it returns."""
+    `guidance`: the pipeline's argument for it; `unguided`: where it does nothing. `time_ids`: the denoiser reads sizes.
+    `shifted`: the pipeline shifts the schedule by the picture's size. `canny`: the usual canny ControlNet on the hub.
+    `settings`: arguments of the pipelines' constructors; `encoding`: of their encode_prompt, where `pooled` and `mask`
+    stand in what it returns."""
 
     name: str
     label: str
@@ -46,6 +48,7 @@ class ImageFamily:
     flow: bool = True
     distilled: bool = False
     guidance: str = "guidance_scale"
+    unguided: float = 1.0
     time_ids: bool = False
     shifted: bool = False
     canny: str = ""
@@ -160,6 +163,18 @@ FAMILIES: Mapping[str, ImageFamily] = {
             frames=True,
             guidance="true_cfg_scale",
             mask=1,
+            shifted=True,
+        ),
+        ImageFamily(
+            "z-image",
+            "Z-Image",
+            "transformer",
+            "ZImageTransformer2DModel",
+            _kinds("ZImage"),
+            readers={"tokenizer": 512},
+            patch=2,
+            unguided=0.0,  # pos + g·(pos − neg), where the others have neg + g·(pos − neg)
+            encoding={"do_classifier_free_guidance": False},
             shifted=True,
         ),
     ]

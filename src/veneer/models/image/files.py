@@ -41,7 +41,7 @@ _INDEX = "model_index.json"
 _LEFT_OUT = {"safety_checker", "feature_extractor", "image_encoder"}
 _LIBRARIES = ("diffusers", "transformers")
 _LARGE_ENCODERS = {
-    *("T5EncoderModel", "Mistral3ForConditionalGeneration", "Qwen3ForCausalLM"),
+    *("T5EncoderModel", "Mistral3ForConditionalGeneration", "Qwen3ForCausalLM", "Qwen3Model"),
     "Qwen2_5_VLForConditionalGeneration",
 }
 _NOT_SHAPE = {"sample_size", "force_upcast", "quantization_config"}

@@ -14,6 +14,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -191,13 +192,14 @@ def generate_images(
     settings = settings or PictureSettings()
     rows = check_rows(base, rows, settings, attachment)
     run = _Run(base, rows[0], settings, attachment, on_step, watch)
-    run.batches = -(-len(rows) // settings.batch_size)
+    batches = _batches(rows, settings.batch_size, attachment)
+    run.batches = len(batches)
     before = attachment.selection if attachment is not None else None
     out: list[GeneratedPicture] = []
     try:
         with torch.no_grad():
-            for start in range(0, len(rows), settings.batch_size):
-                for picture in run.batch(tuple(rows[start : start + settings.batch_size])):
+            for batch in batches:
+                for picture in run.batch(batch):
                     out.append(picture)
                     if on_picture is not None:
                         on_picture(len(out) - 1, picture)
@@ -205,6 +207,18 @@ def generate_images(
         if attachment is not None and before is not None:
             attachment.selection = before
     return out
+
+
+_TOGETHER = ("transformer.all_x_embedder.", "transformer.cap_embedder.")
+"""Of Z-Image: modules that are given the tokens of all rows in one line, so that no row can have a mix of its own."""
+
+
+def _batches(rows: Sequence[ImageRow], size: int, attachment: Attachment | None) -> list[tuple[ImageRow, ...]]:
+    """Neighbours, at most `size` of them; where an adapter changes what sees all rows together, those of one plan."""
+    adapters = attachment.adapters.values() if attachment is not None else ()
+    alike = any(name.startswith(_TOGETHER) for adapter in adapters for name in (*adapter.pairs, *adapter.deltas))
+    groups = [list(own) for _, own in groupby(rows, key=lambda row: row.plan)] if alike else [rows]
+    return [tuple(own[start : start + size]) for own in groups for start in range(0, len(own), size)]
 
 
 class _Run:
@@ -242,7 +256,8 @@ class _Run:
                 raise ConfigError(f"{type(self.pipe).__name__} has no true guidance", fix=fix)
             return True, {"guidance_scale": guidance, "true_cfg_scale": true}
         distilled = self.base.family == "flux1" or getattr(self.pipe.config, "is_distilled", False)
-        return guidance > 1 and "negative_prompt_embeds" in self.accepts and not distilled, {"guidance_scale": guidance}
+        free = guidance > self.base.row.unguided and not distilled
+        return free and "negative_prompt_embeds" in self.accepts, {"guidance_scale": guidance}
 
     def check_negatives(self, rows: Sequence[ImageRow]) -> None:
         if self.doubled or not any(row.negative for row in rows):
@@ -250,7 +265,7 @@ class _Run:
         if self.base.family == "flux1":
             fix = "true_guidance above 1 (--true-guidance 3), which takes twice the time"
         elif "negative_prompt_embeds" in self.accepts:
-            fix = f"guidance above 1; it is {self.guidance:g}"
+            fix = f"guidance above {self.base.row.unguided:g}; it is {self.guidance:g}"
         else:
             fix = "leave it out: this family reads none"
         raise ConfigError(f"a negative prompt has no effect on {self.base.name} as it is", fix=fix)
@@ -289,7 +304,7 @@ class _Run:
 
     def embeds(self, text: Conditioning, prefix: str) -> dict[str, Any]:
         found = {
-            f"{prefix}prompt_embeds": text.embeds,
+            f"{prefix}prompt_embeds": text.unpadded() if self.base.family == "z-image" else text.embeds,
             f"{prefix}pooled_prompt_embeds": text.pooled,
             f"{prefix}prompt_embeds_mask": text.mask,
         }

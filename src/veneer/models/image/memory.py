@@ -65,7 +65,7 @@ def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
     residual and the transformer blocks inside its down, mid and up blocks."""
     if hasattr(denoiser, "down_blocks"):
         return [m for m in denoiser.modules() if type(m).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")]
-    lists = [m for n, m in denoiser.named_children() if isinstance(m, nn.ModuleList) and "blocks" in n]
+    lists = [m for m in denoiser.children() if isinstance(m, nn.ModuleList)]
     return [block for blocks in lists for block in blocks]
 
 

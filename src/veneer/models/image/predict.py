@@ -61,6 +61,11 @@ class Conditioning:
         mask = None if self.mask is None else moved(self.mask)
         return replace(self._each(lambda t: moved(t).to(dtype=dtype)), mask=mask)
 
+    def unpadded(self) -> list[Tensor]:
+        """The embeddings of each prompt without padding, (L_i, d)."""
+        masks = [None] * len(self) if self.mask is None else self.mask.bool().unbind()
+        return [row if mask is None else row[mask] for row, mask in zip(self.embeds, masks, strict=True)]
+
     def detach(self) -> Conditioning:
         return self._each(lambda t: t.detach())
 
@@ -99,10 +104,13 @@ def embed_prompts(base: ImageBase, prompts: Sequence[str]) -> Conditioning:
     texts = list(prompts)
     pipe = pipeline(base)
     row = base.row
-    with errors_only():
-        found = pipe.encode_prompt(prompt=texts, device=base.device, **text_settings(base), **row.encoding)
+    with errors_only():  # a list of its own: Z-Image's pipeline writes its template into the one that it is given
+        found = pipe.encode_prompt(prompt=[*texts], device=base.device, **text_settings(base), **row.encoding)
+    cut = [cut_of(base, text) for text in texts]
+    if isinstance(found[0], list):  # Z-Image's: each as long as it is
+        return replace(Conditioning.cat([Conditioning(one[None]) for one in found[0]]), cut=cut)
     pooled, mask = (None if at is None else found[at] for at in (row.pooled, row.mask))
-    return Conditioning(found[0], pooled, mask, [cut_of(base, text) for text in texts])
+    return Conditioning(found[0], pooled, mask, cut)
 
 
 def cut_of(base: ImageBase, prompt: str) -> str:
@@ -134,12 +142,13 @@ def _around(base: ImageBase) -> tuple[str, str, bool]:
     if base.row.name == "qwen-image":
         before, _, after = pipe.prompt_template_encode.partition("{}")
         return before, after, False
-    if base.row.name != "flux2":
+    if base.row.name not in ("flux2", "z-image"):
         return "", "", True
     tokenizer = base.parts["tokenizer"]
-    if type(pipe).__name__ == "Flux2KleinPipeline":
+    if type(pipe).__name__ != "Flux2Pipeline":  # FLUX.2 klein's, which does without thinking, or Z-Image's
         turns: list[dict[str, Any]] = [{"role": "user", "content": mark}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        how = {"add_generation_prompt": True, "enable_thinking": base.row.name == "z-image"}
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **how)
     else:
         format_input = DIFFUSERS("diffusers.pipelines.flux2.pipeline_flux2.format_input")
         turns = format_input(prompts=[mark], system_message=pipe.system_message)[0]
@@ -297,12 +306,14 @@ def predict(
             more["added_cond_kwargs"] = {"text_embeds": text.pooled, "time_ids": sizes.to(latents.device, dtype)}
         out: Tensor = denoiser(x, t, encoder_hidden_states=text.embeds, **more)[0]
         return out
-    # The pipelines carry the timestep σ·1000 in the latents' dtype, and so does this.
-    t = (t * 1000).to(dtype)
+    if base.row.name == "z-image":
+        return _z_image(denoiser, x, t, text, more)
+    t = t * 1000
     if base.row.name == "sd3":
         given = {"encoder_hidden_states": text.embeds, "pooled_projections": text.pooled}
         out = denoiser(hidden_states=x, timestep=t, **given, **more)[0]
         return out
+    t = t.to(dtype)  # the other pipelines carry the timestep σ·1000 in the latents' dtype, and so does this
     more |= {"timestep": t / 1000, "encoder_hidden_states": text.embeds}
     if takes:
         g = torch.as_tensor(1.0 if guidance is None else guidance, dtype=torch.float32)
@@ -325,6 +336,12 @@ def predict(
         more |= {"img_shapes": [[(1, h, w)]] * n, "encoder_hidden_states_mask": mask}
     out = denoiser(hidden_states=tokens, **more)[0]
     return _whole(out.transpose(1, 2).unflatten(2, (h, w)))
+
+
+def _z_image(denoiser: Any, x: Tensor, t: Tensor, text: Conditioning, more: dict[str, Any]) -> Tensor:
+    """Z-Image counts time from noise to picture, 1 - σ, predicts x - ε, and takes films and texts each by itself."""
+    out = denoiser(list(x[:, :, None].unbind()), 1 - t, text.unpadded(), **more)[0]
+    return -torch.stack(out)[:, :, 0]
 
 
 def _range(like: Tensor, n: int) -> Tensor:

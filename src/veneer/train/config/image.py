@@ -28,17 +28,18 @@ from veneer.train.config.text import (
 )
 
 _NAMED = {"white": "#ffffff", "black": "#000000", "grey": "#808080"}
-_BLOCK = r"re:.*transformer_blocks\.\d+\."
-_FEED_FORWARD = r"(attn\w*|ff\w*|img_mlp|txt_mlp|proj_mlp|proj_out)(\..*)?"
+_BLOCK = r"re:.*(transformer_blocks|layers|\w+_refiner)\.\d+\."
+_ATTENTION = r"attn\w*|attention"
+_FEED_FORWARD = rf"({_ATTENTION}|ff\w*|feed_forward|img_mlp|txt_mlp|proj_mlp|proj_out)(\..*)?"
 _CONV = r".*(resnets\.\d+\.conv\d|samplers\.0\.conv|\bconv_in|\bconv_out)"
 TARGET_WORDS: dict[str, str] = {
-    "attention": _BLOCK + r"attn\w*\..*",
+    "attention": rf"{_BLOCK}({_ATTENTION})\..*",
     "attention+ff": _BLOCK + _FEED_FORWARD,
     "attention+ff+conv": f"{_BLOCK}{_FEED_FORWARD}|{_CONV}",
 }
 """Words for `adapter.targets` -> what they select in a denoiser of any family: inside the transformer blocks of a UNet,
-of FLUX, SD3 and Qwen-Image, the attention's projections, with them the feed-forward's, and with these the 3 × 3
-convolutions of a UNet (LoCon, arXiv 2309.14859)."""
+of FLUX, SD3, Qwen-Image and Z-Image (its refiners too), the attention's projections, with them the feed-forward's, and
+with these the 3 × 3 convolutions of a UNet (LoCon, arXiv 2309.14859)."""
 
 
 class ImageBaseSection(BaseSection):
