@@ -52,14 +52,14 @@ def _phone(p: Product) -> None:
     w, h = p.vary(0.62, 0.7), p.vary(1.15, 1.3)
     p.prism(rounded(-w / 2, 0, w / 2, h, 0.1), 0.13, tilt=6)
     front = _before((0, 0, 0), 6, 0.067)
-    p.mark(_rect(0, h / 2 + 0.03, w - 0.14, h - 0.3), "screen", at=front, tilt=6)
+    p.mark(_rect(0, h / 2 + 0.03, w - 0.14, h - 0.3), "screen", at=front, tilt=6, lift=0.8)
     for row in range(4):
         for column in (-1, 0, 1):
             icon = rounded(-0.06, -0.06, 0.06, 0.06, 0.02)
             paint = "main" if (row + column) % 2 else "light"
-            p.mark(moved(icon, column * w * 0.24, h * (0.25 + 0.17 * row)), paint, at=front, tilt=6, lift=0.32)
-    p.mark(disc(0, 0.065, 0.04), "second", at=front, tilt=6)
-    p.mark(_rect(0, h - 0.06, 0.2, 0.03), "dark", at=front, tilt=6)
+            p.mark(moved(icon, column * w * 0.24, h * (0.25 + 0.17 * row)), paint, at=front, tilt=6, lift=0.9)
+    p.mark(disc(0, 0.065, 0.04), "second", at=front, tilt=6, lift=0.8)
+    p.mark(_rect(0, h - 0.06, 0.2, 0.03), "dark", at=front, tilt=6, lift=0.8)
 
 
 @kind("telephone", "devices")
@@ -169,13 +169,16 @@ def _calculator(p: Product) -> None:
     w, h = p.vary(0.82, 0.9), p.vary(1.15, 1.25)
     p.prism(rounded(-w / 2, 0, w / 2, h, 0.08), 0.14, at=(0, 0, 0), tilt=12)
     front = _before((0, 0, 0), 12, 0.072)
-    p.mark(_rect(0, h * 0.84, w * 0.82, h * 0.17), "#c4d8b0", at=front, tilt=12)
-    p.mark(_rect(w * 0.25, h * 0.84, w * 0.2, h * 0.09), "dark", at=front, tilt=12, lift=0.31)
+    p.mark(_rect(0, h * 0.84, w * 0.82, h * 0.17), "#c4d8b0", at=front, tilt=12, lift=0.9)
+    p.mark(_rect(w * 0.25, h * 0.84, w * 0.2, h * 0.09), "dark", at=front, tilt=12, lift=0.95)
     for row in range(4):
         for column in range(4):
             x, y = w * (-0.31 + 0.207 * column), h * (0.11 + 0.165 * row)
             paint = "#f08a24" if column == 3 else "light" if row else "dark"
-            p.mark(rounded(x - w * 0.07, y - h * 0.05, x + w * 0.07, y + h * 0.05, 0.02), paint, at=front, tilt=12)
+            p.mark(
+                rounded(x - w * 0.07, y - h * 0.05, x + w * 0.07, y + h * 0.05, 0.02), paint, at=front, tilt=12,
+                lift=0.9
+            )  # fmt: skip
 
 
 @kind("keyboard", "devices")
@@ -186,10 +189,13 @@ def _keyboard(p: Product) -> None:
     for row, y in enumerate((0.29, 0.1, -0.09)):
         for column in range(9):
             x = (column - 4 + (0.12 if row % 2 else -0.12)) * w * 0.103
-            p.mark(rounded(x - 0.062, y - 0.07, x + 0.062, y + 0.07, 0.02), "light", at=at, tilt=lean)
-    p.mark(rounded(-w * 0.26, -0.34, w * 0.26, -0.21, 0.02), "light", at=at, tilt=lean)
+            p.mark(rounded(x - 0.062, y - 0.07, x + 0.062, y + 0.07, 0.02), "light", at=at, tilt=lean, lift=0.9)
+    p.mark(rounded(-w * 0.26, -0.34, w * 0.26, -0.21, 0.02), "light", at=at, tilt=lean, lift=0.9)
     for x in (-1, 1):
-        p.mark(rounded(x * w * 0.37 - 0.1, -0.34, x * w * 0.37 + 0.1, -0.21, 0.02), "second", at=at, tilt=lean)
+        p.mark(
+            rounded(x * w * 0.37 - 0.1, -0.34, x * w * 0.37 + 0.1, -0.21, 0.02), "second", at=at, tilt=lean,
+            lift=0.9
+        )  # fmt: skip
 
 
 @kind("microphone", "devices")

@@ -105,9 +105,12 @@ def _set_square(p: Product) -> None:
     p.prism([*outer, outer[0], inner[0], *inner[1:], inner[0]], 0.08, tilt=6)
     at = _before((0, 0, 0), 6, 0.041)
     for i in range(1, 12):
-        p.mark(_rect(-w / 2 + i * w / 13, 0.05 + 0.02 * (i % 2), 0.022, 0.1 + 0.04 * (i % 2)), "dark", at=at, tilt=6)
+        p.mark(
+            _rect(-w / 2 + i * w / 13, 0.05 + 0.02 * (i % 2), 0.022, 0.1 + 0.04 * (i % 2)), "dark", at=at, tilt=6,
+            lift=0.9
+        )  # fmt: skip
     for i in range(2, 9):
-        p.mark(_rect(-w / 2 + 0.06, i * h / 11, 0.12, 0.022), "dark", at=at, tilt=6)
+        p.mark(_rect(-w / 2 + 0.06, i * h / 11, 0.12, 0.022), "dark", at=at, tilt=6, lift=0.9)
 
 
 @kind("envelope", "office")

@@ -62,12 +62,12 @@ def _football(p: Product) -> None:
             ends = []
             for t, s in ((0.3, 1), (0.7, 1), (0.7, -1), (0.3, -1)):
                 ends.append(tuple(a[k] * (1 - t) + b[k] * t + s * 0.025 * across[k] for k in range(3)))
-            p.patch([(e[0], e[1], e[2]) for e in ends], r, "dark", at=(0, r, 0))
+            p.patch([(e[0], e[1], e[2]) for e in ends], r, "second", at=(0, r, 0))
     for c in corners:
         nearest = max((d for d in corners if d != c), key=lambda d: sum(x * y for x, y in zip(c, d, strict=True)))
         side = _round(c, 22, 60)
         start = max(range(60), key=lambda i: sum(x * y for x, y in zip(side[i], nearest, strict=True)))
-        p.patch([side[(start + 12 * i) % 60] for i in range(5)], r, "dark", at=(0, r, 0), lift=0.6)
+        p.patch([side[(start + 12 * i) % 60] for i in range(5)], r, "second", at=(0, r, 0), lift=0.6)
 
 
 @kind("basketball", "play")
@@ -77,7 +77,7 @@ def _basketball(p: Product) -> None:
     turn = math.radians(p.vary(-25, 25))
     x, y = (math.cos(turn), math.sin(turn), 0.0), (-math.sin(turn), math.cos(turn), 0.0)
     for pole, degrees in ((x, 90), (y, 90), (x, 48), ((-x[0], -x[1], 0.0), 48)):
-        _seam(p, pole, degrees, r, (0, r, 0), "dark")
+        _seam(p, pole, degrees, r, (0, r, 0), "second")
 
 
 @kind("bowling ball", "play")
@@ -149,14 +149,14 @@ def _skateboard(p: Product) -> None:
 def _racket(p: Product) -> None:
     k = p.vary(0.95, 1.05)
     y, rx, ry = 1.08, 0.4 * k, 0.5
-    for i in range(-2, 3):
-        x = i * rx / 3
+    for i in range(-1, 2):
+        x = i * rx / 2
         d = ry * math.sqrt(1 - (x / rx) ** 2)
-        p.rod([(x, y - d, 0), (x, y + d, 0)], 0.014, "light")
-    for i in range(-3, 4):
-        b = i * ry / 4
+        p.rod([(x, y - d, 0), (x, y + d, 0)], 0.016, "light")
+    for i in range(-2, 3):
+        b = i * ry / 3
         d = rx * math.sqrt(1 - (b / ry) ** 2)
-        p.rod([(-d, y + b, 0), (d, y + b, 0)], 0.014, "light")
+        p.rod([(-d, y + b, 0), (d, y + b, 0)], 0.016, "light")
     p.rod(
         [(rx * math.cos(a), y + ry * math.sin(a), 0) for a in [math.pi * i / 18 for i in range(36)]], 0.065, "main",
         closed=True, lift=0.1
@@ -452,14 +452,14 @@ def _domino(p: Product) -> None:
     w, h, lean = p.vary(0.62, 0.68), p.vary(1.2, 1.3), 5.0
     p.prism(rounded(-w / 2, 0, w / 2, h, 0.08), 0.2, tilt=lean)
     at = _before((0, 0, 0), lean, 0.101)
-    p.mark(_rect(0, h / 2, w * 0.8, 0.04), "second", at=at, tilt=lean)
+    p.mark(_rect(0, h / 2, w * 0.8, 0.04), "second", at=at, tilt=lean, lift=0.9)
     spots = {
         2: ((-1, -1), (1, 1)), 3: ((-1, -1), (0, 0), (1, 1)), 4: ((-1, -1), (1, 1), (-1, 1), (1, -1)), 5: ((-1, -1),
         (1, 1), (-1, 1), (1, -1), (0, 0))
     }  # fmt: skip
     for middle in (h * 0.25, h * 0.75):
         for x, y in spots[p.pick(2, 3, 4, 5)]:
-            p.mark(disc(x * w * 0.25, middle + y * w * 0.25, 0.07), "second", at=at, tilt=lean)
+            p.mark(disc(x * w * 0.25, middle + y * w * 0.25, 0.07), "second", at=at, tilt=lean, lift=0.9)
 
 
 @kind("surfboard", "play")

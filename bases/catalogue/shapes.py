@@ -80,6 +80,7 @@ class Part:
 
     faces: list[Face]
     near: float
+    plane: tuple[Array, float, float] | None = None  # of a mark: normal, distance from the origin, lift
 
 
 def _hull(points: Array) -> Array:
@@ -393,12 +394,21 @@ class Product:
 
     def mark(self, outline: Sequence[Flat], paint: str, *, at: Point, plane: str = "front", turn: float = 0.0,
              tilt: float = 0.0, lift: float = 0.3) -> None:  # fmt: skip
-        """Something flat on another solid's face (a dial, a screen, a label); not seen from behind."""
-        normal = {"front": FRONT, "side": RIGHT, "floor": UP}[plane]
-        turning = _around_y(turn) @ _around_x(-tilt)
-        if float(self.view.matrix()[2] @ (turning @ np.array(normal))) <= 0.03:
+        """Something flat on another solid's face (a dial, a screen, a label); not seen from behind.
+
+        It lies on the marks that the same plane already has, wherever their middles are."""
+        normal = _around_y(turn) @ _around_x(-tilt) @ np.array({"front": FRONT, "side": RIGHT, "floor": UP}[plane])
+        if float(self.view.matrix()[2] @ normal) <= 0.03:
             return
         self.prism(outline, 0.0, paint, at=at, plane=plane, turn=turn, tilt=tilt, bare=True, lift=lift)
+        mark = self.parts[-1]
+        mark.plane = (normal, float(normal @ np.array(at)), lift)
+        low, high = mark.faces[0].points.min(0), mark.faces[0].points.max(0)
+        for part in self.parts[:-1]:
+            if part.plane and np.allclose(part.plane[0], normal) and abs(part.plane[1] - mark.plane[1]) < 0.03:
+                points = part.faces[0].points
+                if lift >= part.plane[2] and (points.max(0) > low).all() and (points.min(0) < high).all():
+                    mark.near = max(mark.near, part.near + 1e-4)
 
     def patch(
         self, directions: Sequence[Point], radius: float, paint: str, *, at: Point, lift: float = 0.5

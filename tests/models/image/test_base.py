@@ -353,7 +353,7 @@ def test_only_the_fp16_variant_is_used_and_said(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("quantise", ["nf4", "int8"])
-@pytest.mark.parametrize("family", ["sdxl", "flux1"])
+@pytest.mark.parametrize("family", ["sdxl", "flux1", "sd3", "z-image"])
 def test_a_quantised_base_computes_what_its_dequantised_weights_do(family: str, quantise: Any, tmp_path: Path) -> None:
     folder = str(tiny_image_base(tmp_path, family))
     base, twin = (load_image(folder, dtype="float32", quantise=quantise) for _ in range(2))

@@ -47,7 +47,10 @@ def test_a_folder_of_pictures_makes_it_a_configuration_for_pictures(tmp_path: Pa
         ("snr_gamma: 5", "unknown key `snr_gamma`; did you mean `loss.snr_gamma`?"),
         ("adapter: {modules_to_save: [x]}", "unknown key `adapter.modules_to_save`"),
         ("preset: stile", "`preset` should be one of 'style', 'subject', 'product'"),
-        ("loss: {shift: much}", "`loss.shift` should be a number or one of 'resolution', found the text 'much'"),
+        (
+            "loss: {shift: much}",
+            "`loss.shift` should be a number or one of 'auto', 'resolution', found the text 'much'",
+        ),
         ("loss: {shift: -1.0}", "should be above 0"),
         ("loss: {timesteps: uniform, logit_std: 2.0}", "only used with `timesteps: logit-normal`"),
         ("samples: {every: 10}", "`samples.every` needs `samples.prompts`"),

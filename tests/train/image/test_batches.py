@@ -17,10 +17,11 @@ from tests.train.tiny_pictures import drawings, image_values, run
 from veneer.errors import DataError
 from veneer.formats.read import read
 from veneer.models.image.base import ImageBase, load_image, pipeline
+from veneer.models.image.schedulers import make_scheduler
 from veneer.train.config.load import config_from
 from veneer.train.image.batches import PlannedRow, plan_image_steps, planned_rows, split_pictures, validation_rows
 from veneer.train.image.encode import Encoders, ImageLoss, times_of
-from veneer.train.image.loss import Noise, draw, generator, noised
+from veneer.train.image.loss import Noise, draw, generator, noised, shifted
 from veneer.train.image.pictures import read_pictures
 from veneer.train.image.views import plan_rows
 
@@ -238,6 +239,18 @@ def test_the_shift_by_resolution_counts_the_tokens_that_the_denoiser_sees(family
     counting = replace(times, shift=lambda tokens: float(seen.append(tokens) or 1.0))
     draw(latent_shape(base, 64, 96), [(0, 0, 0)], "flow", counting, Noise())
     assert seen == [64 // base.unit * (96 // base.unit)]
+
+
+@pytest.mark.parametrize("family", ["flux1", "schnell", "sd3", "qwen-image", "z-image"])
+def test_times_are_shifted_as_diffusers_scripts_draw_them(family: str, shared: Path) -> None:
+    """They take one of the thousand of the base's own scheduler, which a fixed shift has moved."""
+    base = load_image(str(tiny_image_base(shared, family)))
+    scheduler = make_scheduler(base)
+    times = times_of(base, _config(shared))
+    assert not callable(times.shift)
+    even = torch.arange(1000, 0, -1, dtype=torch.float64) / 1000
+    torch.testing.assert_close(shifted(even, times.shift).float(), scheduler.timesteps / 1000, rtol=1e-5, atol=1e-6)
+    assert times_of(base, _config(shared, loss={"shift": 1.5})).shift == 1.5
 
 
 def test_a_mask_confines_the_loss_to_what_is_white(shared: Path, tmp_path: Path, base: ImageBase) -> None:

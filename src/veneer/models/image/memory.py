@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError
+from veneer.ops.quantised import Quantised
 
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
@@ -25,13 +26,11 @@ if TYPE_CHECKING:
 
 def measured_activations(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     """Bytes of all storages that autograd keeps after `forward()`, apart from those of `parameters`."""
-    known = {p.untyped_storage().data_ptr() for p in parameters}
+    known = {storage.data_ptr() for p in parameters for storage in _storages(p)}
     kept: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept.update({s.data_ptr(): s.nbytes() for s in _storages(t) if s.data_ptr() not in known})
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -39,6 +38,14 @@ def measured_activations(forward: Callable[[], Tensor], parameters: Iterable[Ten
     total = sum(kept.values())
     del result
     return total
+
+
+def _storages(t: Tensor) -> Iterator[torch.UntypedStorage]:
+    """What a tensor holds: of a quantised weight its codes and constants, and its dequantised copy."""
+    parts = [t]
+    if isinstance(t, Quantised):
+        parts = [*t.stored.tensors().values(), *([] if t.kept is None else [t.kept])]
+    return (part.untyped_storage() for part in parts)
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def _loss_and_samples(config: ImageTrainConfig, given: Collection[str]) -> Itera
     if "loss.pyramid_discount" in given and not loss.pyramid_iterations:
         yield "`loss.pyramid_discount` needs `loss.pyramid_iterations`"
     if isinstance(loss.shift, float) and loss.shift <= 0:
-        yield f"`loss.shift: {loss.shift}` should be above 0, or resolution"
+        yield f"`loss.shift: {loss.shift}` should be above 0, auto or resolution"
     if samples.every is not None and not samples.prompts:
         yield "`samples.every` needs `samples.prompts`: what to draw"
     if samples.prompts and not samples.seeds:

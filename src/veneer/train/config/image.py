@@ -236,10 +236,10 @@ class LossSection(Section):
     )
     logit_mean: float = setting(0.0, "logit-normal: mean before the sigmoid; above 0 draws more noise")
     logit_std: float = setting(1.0, "logit-normal: spread before the sigmoid", gt=0)
-    shift: float | Literal["resolution"] = setting(
-        1.0,
+    shift: float | Literal["auto", "resolution"] = setting(
+        "auto",
         "flow: moves times towards noise, s·u / (1 + (s − 1)·u); resolution: FLUX's exp(μ) of the picture's size",
-        "no shift, as diffusers' scripts",
+        "as diffusers' scripts: the fixed shift of the base's scheduler (SD3 3, Z-Image 6), 1 where it goes by size",
     )
     guidance: float = setting(
         1.0,

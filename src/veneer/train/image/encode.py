@@ -125,21 +125,24 @@ def _zeroed(text: Conditioning, empty: Sequence[bool]) -> Conditioning:
 
 
 def times_of(base: ImageBase, config: ImageTrainConfig) -> Times:
-    """How the run draws its times: `auto` is logit-normal for flow, uniform elsewhere; FLUX's shift by the numbers in
-    the base's scheduler."""
+    """How the run draws its times: `auto` is logit-normal for flow, uniform elsewhere, and the shift that the base's
+    scheduler has for pictures of all sizes; FLUX's shift by the numbers there."""
     loss = config.loss
     kind = loss.timesteps
     if kind == "auto":
         kind = "logit-normal" if base.prediction == "flow" else "uniform"
     shift: float | Callable[[int], float] = 1.0
+    own = base.parts["scheduler"].config
     if loss.shift == "resolution":
-        own = base.parts["scheduler"].config
         shift = flux_shift(
             int(own.get("base_image_seq_len", 256)), int(own.get("max_image_seq_len", 4096)),
             float(own.get("base_shift", 0.5)), float(own.get("max_shift", 1.15)),
         )  # fmt: skip
+    elif loss.shift == "auto":
+        fixed = base.prediction == "flow" and not own.get("use_dynamic_shifting")
+        shift = float(own.get("shift") or own.get("flow_shift") or 1.0) if fixed else 1.0
     else:
-        shift = float(loss.shift)
+        shift = loss.shift
     steps = 1000 if base.prediction == "flow" else len(alphas_cumprod(base))
     patch = 1 if base.row.patched else base.row.patch
     return Times(kind, loss.logit_mean, loss.logit_std, shift, steps, patch * patch)

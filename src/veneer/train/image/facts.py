@@ -50,7 +50,8 @@ def training_facts(
     if base.prediction == "flow":
         facts |= {
             "timestep_sampling": loss.times.kind, "logit_mean": drawn.logit_mean, "logit_std": drawn.logit_std,
-            "discrete_flow_shift": drawn.shift, "guidance_scale": loss.guidance,
+            "discrete_flow_shift": "resolution" if callable(loss.times.shift) else loss.times.shift,
+            "guidance_scale": loss.guidance,
         }  # fmt: skip
     return facts
 

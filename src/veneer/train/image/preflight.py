@@ -162,7 +162,7 @@ def _loss(s: RunSubject) -> Iterator[Finding]:
     wrong = [key for key in noise if getattr(loss, key)] if flow else []
     if not flow:
         wrong += ["timesteps"] if loss.timesteps == "logit-normal" else []
-        wrong += ["shift"] if loss.shift != 1.0 else []
+        wrong += ["shift"] if loss.shift not in ("auto", 1.0) else []
         wrong += ["logit_mean"] if loss.logit_mean != 0.0 else []
         wrong += ["logit_std"] if loss.logit_std != 1.0 else []
     if wrong:

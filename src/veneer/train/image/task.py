@@ -41,7 +41,7 @@ from veneer.train.events import Listener, Note, Sampled
 from veneer.train.image.batches import ImageBatch, plan_image_steps, planned_rows, split_pictures, validation_rows
 from veneer.train.image.contact_sheet import contact_sheet
 from veneer.train.image.decode import SUFFIXES
-from veneer.train.image.encode import Encoders, ImageLoss
+from veneer.train.image.encode import Encoders, ImageLoss, times_of
 from veneer.train.image.facts import training_facts
 from veneer.train.image.pictures import pictures_digest, read_pictures
 from veneer.train.image.preflight import ImageData, image_preflight, memory_numbers, parts_of
@@ -315,6 +315,8 @@ class ImageTask(Task[ImageData, ImageResult]):
         if config.loss.timesteps == "auto":
             kind = "logit-normal" if base.prediction == "flow" else "uniform"
             yield "loss.timesteps", kind, f"the base predicts {base.prediction}"
+        if config.loss.shift == "auto" and base.prediction == "flow":
+            yield "loss.shift", times_of(base, config).shift, "the base's scheduler; 1 where that goes by size"
         if config.schedule.epochs is None and config.schedule.steps is None:
             yield "schedule.steps", config.steps, "1000 when neither epochs nor steps are given"
         if config.memory.activation_checkpointing == "auto" and memory.because:
