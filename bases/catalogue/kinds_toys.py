@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from shapes import FRONT, Point, Product, arc, disc, kind, rounded, smooth, standing, star
+from shapes import FRONT, Product, arc, around, disc, kind, rounded, smooth, standing, star
 
 
 def _wheel(
@@ -13,12 +13,6 @@ def _wheel(
     """A wheel that rolls along x; its foot is on the ground."""
     p.turned([(r, -thick / 2), (r, thick / 2)], "rubber", at=(x, r, z), axis=FRONT, lift=lift)
     p.mark(disc(x, r, r * 0.5), hub, at=(0, 0, z + thick / 2 + 0.002), lift=lift + 0.1)
-
-
-def _wheels(p: Product, xs: tuple[float, ...], z: float, r: float, hub: str = "light") -> None:
-    for x in xs:
-        _wheel(p, x, -z, r, hub, lift=-0.6)
-        _wheel(p, x, z, r, hub, lift=0.6)
 
 
 def _face(p: Product, x: float, y: float, z: float, apart: float, eye: float) -> None:
@@ -303,7 +297,7 @@ def _snowman(p: Product) -> None:
 @kind("toy car", "toys")
 def _toy_car(p: Product) -> None:
     h = p.vary(0.62, 0.7)
-    _wheels(p, (-0.38, 0.4), 0.24, 0.16)
+    p.wheels((-0.38, 0.4), 0.24, 0.16)
     p.prism([(-0.72, 0.14), (-0.72, 0.36), (-0.66, 0.42), (0.66, 0.4), (0.74, 0.32), (0.74, 0.14)], 0.48)
     p.prism([(-0.54, 0.41), (-0.38, h), (0.12, h), (0.34, 0.41)], 0.42, lift=0.3)
     for q in (
@@ -362,7 +356,8 @@ def _rocket(p: Product) -> None:
         p.sheet([(r * c, y, r * s) for r, y in fin], "second", bare=True, lift=0.3 * s)
     p.turned([(0.16, 0.08), (0.12, 0.2)], "dark", lift=-0.2)
     p.turned([(w * 0.7, 0.16), (w, 0.44), (w * 1.04, 0.7), (w * 0.92, 1.0)])
-    p.turned([(w * 0.92, 1.0), (w * 0.62, 1.26), (w * 0.3, 1.44), (0.01, 1.56)], "second", lift=0.3)
+    p.turned([(w * 0.92, 1.0), (w * 0.62, 1.26), (w * 0.3, 1.44), (0.01, 1.56)], lift=0.3)
+    p.turned([(w * 0.93, 0.98), (w * 0.86, 1.06)], "second", band=True, lift=0.4)
     p.turned([(0.14, 0), (0.13, 0.04)], "metal", at=(0, 0.76, w * 0.96), axis=FRONT, lift=0.5)
     p.mark(disc(0, 0.76, 0.095), "screen", at=(0, 0, w * 0.96 + 0.05), lift=0.8)
 
@@ -425,7 +420,7 @@ def _helicopter(p: Product) -> None:
         [(-s * x, y + b) for x, b in ((0.86, 0.14), (0.98, 0.42), (1.1, 0.42), (1.04, 0.1))], 0.06, "second", lift=0.05
     )
     p.ball((0.44, p.vary(0.29, 0.34), 0.3), at=(0, y, 0))
-    p.ball((0.24, 0.2, 0.24), "screen", at=(s * 0.2, y + 0.05, 0.08), lift=0.2)
+    p.ball((0.2, 0.18, 0.2), "screen", at=(s * 0.22, y + 0.05, 0.08), lift=0.2)
     p.turned([(0.06, y + 0.26), (0.05, y + 0.46)], "dark", lift=0.1)
     for a in (12, 102):
         c, q = math.cos(math.radians(a)), math.sin(math.radians(a))
@@ -464,9 +459,12 @@ def _hot_air_balloon(p: Product) -> None:
     p.turned(profile, lift=0.1)
     for i in range(5):
         a = 72 * i + 5
-        if p.sees(_at(a + 12, 1, 0.2), 0.3):
+        if p.sees(around(a + 12, 1, 0.2), 0.3):
             p.sheet(
-                [*[_at(a, q * 1.01, y) for q, y in profile], *[_at(a + 26, q * 1.01, y) for q, y in reversed(profile)]],
+                [
+                    *[around(a, q * 1.01, y) for q, y in profile],
+                    *[around(a + 26, q * 1.01, y) for q, y in reversed(profile)],
+                ],
                 "second",
                 bare=True,
                 lift=0.6,
@@ -474,15 +472,11 @@ def _hot_air_balloon(p: Product) -> None:
     p.turned([(0.17, 0.48), (0.2, 0.54)], "dark", band=True, lift=0.7)
 
 
-def _at(angle: float, r: float, y: float) -> Point:
-    return r * math.sin(math.radians(angle)), y, r * math.cos(math.radians(angle))
-
-
 @kind("flying saucer", "toys")
 def _flying_saucer(p: Product) -> None:
     for a in (30, 150, 270):
-        p.rod([_at(a, 0.3, 0.3), _at(a, 0.5, 0.05)], 0.035, "metal", lift=-0.3)
-        p.ball((0.08, 0.05, 0.08), "metal", at=_at(a, 0.5, 0.05), lift=-0.3)
+        p.rod([around(a, 0.3, 0.3), around(a, 0.5, 0.05)], 0.035, "metal", lift=-0.3)
+        p.ball((0.08, 0.05, 0.08), "metal", at=around(a, 0.5, 0.05), lift=-0.3)
     r = p.vary(0.78, 0.86)
     p.turned([(0.3, 0.24), (r, 0.42), (r, 0.47), (0.38, 0.62)])
     p.ball((0.36, 0.32, 0.36), "glass", at=(0, 0.62, 0), lift=-0.01)
@@ -490,8 +484,8 @@ def _flying_saucer(p: Product) -> None:
     for s in (-1, 1):
         p.ball((0.05, 0.07, 0.03), "dark", at=(s * 0.07, 0.72, 0.14), lift=0.2)
     for i in range(9):
-        if p.sees(_at(40 * i, 1, 0.5), 0):
-            p.ball(0.055, "glow", at=_at(40 * i, r * 0.78, 0.52), lift=0.4)
+        if p.sees(around(40 * i, 1, 0.5), 0):
+            p.ball(0.055, "glow", at=around(40 * i, r * 0.78, 0.52), lift=0.4)
 
 
 @kind("submarine", "toys")
@@ -752,9 +746,9 @@ def _jack_in_the_box(p: Product) -> None:
 @kind("toy house", "toys")
 def _toy_house(p: Product) -> None:
     w, h = p.vary(0.84, 0.96), p.vary(0.52, 0.6)
-    p.box((w, h, 0.66), lift=-0.2)
+    p.box((w, h, 0.66), "second", lift=-0.2)
     p.box((0.14, 0.34, 0.14), "second", at=(w * 0.26, h + 0.14, -0.12), lift=-0.1)
-    p.prism([(-0.44, h), (0, h + 0.42), (0.44, h)], w + 0.14, "second", plane="side")
+    p.prism([(-0.44, h), (0, h + 0.42), (0.44, h)], w + 0.14, "main", plane="side")
     for z in (-1, 1):
         del z
     p.mark([(-0.1, 0), (0.1, 0), (0.1, 0.32), (-0.1, 0.32)], "wood", at=(0, 0, 0.333))
@@ -791,13 +785,13 @@ def _sand_bucket(p: Product) -> None:
     p.prism(
         [(0.24, h + 0.46), (0.42, h + 0.4), (0.52, h + 0.66), (0.42, h + 0.78), (0.3, h + 0.72)],
         0.06,
-        "second",
+        "main",
         at=(0, 0, -0.1),
         lift=-0.3,
     )
-    p.turned([(0.3, 0), (0.44, h)], hollow=True, inside="#e3cd95")
+    p.turned([(0.3, 0), (0.44, h)], hollow=True, inside="main")
     p.turned([(0.445, h - 0.09), (0.46, h)], "second", band=True, lift=0.2)
-    p.ball((0.3, 0.14, 0.24), "#e3cd95", at=(-0.02, h - 0.01, -0.02), lift=0.1)
+    p.ball((0.26, 0.1, 0.2), "#e3cd95", at=(-0.02, h - 0.01, -0.02), lift=0.1)
     p.rod(standing(arc(0, h - 0.06, 0.46, 200, 340, squash=0.9), 0.3), 0.03, "light", lift=0.5)
     p.mark(star(0, h * 0.4, 0.12, 0.055), "second", at=(0, 0, 0.42), tilt=-12, lift=0.4)
 
@@ -838,12 +832,12 @@ def _toy_drum(p: Product) -> None:
     n = 12
     for i in range(n):
         a = 360 * i / n
-        if p.sees(_at(a, 1, 0), 0) and p.sees(_at(a + 30, 1, 0), 0):
+        if p.sees(around(a, 1, 0), 0) and p.sees(around(a + 30, 1, 0), 0):
             y = (0.06, h - 0.06) if i % 2 else (h - 0.06, 0.06)
-            p.rod([_at(a, r + 0.01, y[0]), _at(a + 30, r + 0.01, y[1])], 0.02, "gold", lift=0.3)
+            p.rod([around(a, r + 0.01, y[0]), around(a + 30, r + 0.01, y[1])], 0.02, "second", lift=0.3)
     for y in (0, h - 0.07):
-        p.turned([(r + 0.03, y), (r + 0.03, y + 0.09)], "second", band=True, lift=0.4)
-    p.mark(disc(0, 0, r), "paper", at=(0, h + 0.01, 0), plane="floor", lift=0.2)
+        p.turned([(r + 0.03, y), (r + 0.03, y + 0.09)], "main", band=True, lift=0.4)
+    p.mark(disc(0, 0, r * 0.9), "paper", at=(0, h + 0.01, 0), plane="floor", lift=0.2)
     for s in (-1, 1):
         p.rod([(s * 0.46, h + 0.08, 0.2 - s * 0.1), (-s * 0.26, h + 0.08, -0.1)], 0.03, "wood", lift=0.7)
         p.ball(0.065, "wood", at=(-s * 0.26, h + 0.08, -0.1), lift=0.8)

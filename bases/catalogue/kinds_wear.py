@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import math
 
-from shapes import FRONT, Product, arc, disc, kind, rounded, smooth, standing, star, twofold
-
-
-def _around(angle: float, radius: float, y: float) -> tuple[float, float, float]:
-    a = math.radians(angle)
-    return radius * math.sin(a), y, radius * math.cos(a)
-
+from shapes import FRONT, Product, arc, around, disc, kind, rounded, smooth, standing, star, twofold
 
 # -- for the feet ------------------------------------------------------------------------------------------------------
 
@@ -310,9 +304,9 @@ def _skirt(p: Product) -> None:
     p.turned([(r, 0), (0.26, h)], lift=-0.3)
     for i in range(n):
         a = 360 * i / n
-        if p.sees(_around(a + 8, 1, 0.3)):
-            hem = [_around(a, r * 1.02, 0), _around(a + 17, r * 1.02, 0)]
-            p.sheet([*hem, _around(a + 14, 0.265, h), _around(a, 0.265, h)], "second", lift=0.5, bare=True)
+        if p.sees(around(a + 8, 1, 0.3)):
+            hem = [around(a, r * 1.02, 0), around(a + 17, r * 1.02, 0)]
+            p.sheet([*hem, around(a + 14, 0.265, h), around(a, 0.265, h)], "second", lift=0.5, bare=True)
     p.turned([(0.28, h - 0.04), (0.27, h + 0.08)], "main", hollow=True, inside="dark", lift=1)
     p.rod([(-0.34, h + 0.16, 0), (0.34, h + 0.16, 0)], 0.035, "wood", lift=1)
     hook = standing([(0, h + 0.16), (0, h + 0.28), *arc(0, h + 0.36, 0.08, -90, 150, 8)])
@@ -435,9 +429,9 @@ def _cap(p: Product) -> None:
     p.turned([(r, 0), *[(r * math.cos(a), 0.1 + h * math.sin(a)) for a in up]], lift=0.1)
     for lap in range(-3, 3):
         a = s * 65 + 60 * lap
-        if p.sees(_around(a, 1, 0.3), 0.1):
-            path = [_around(a, r * math.cos(t), 0.1 + h * math.sin(t)) for t in up]
-            p.rod([_around(a, r, 0), *path], 0.015, "second", lift=0.4)
+        if p.sees(around(a, 1, 0.3), 0.1):
+            path = [around(a, r * math.cos(t), 0.1 + h * math.sin(t)) for t in up]
+            p.rod([around(a, r, 0), *path], 0.015, "second", lift=0.4)
     p.ball((0.06, 0.03, 0.06), "second", at=(0, h + 0.1, 0), lift=0.5)
 
 
@@ -503,7 +497,7 @@ def _chef_hat(p: Product) -> None:
     h = p.vary(0.34, 0.42)
     p.turned([(0.36, 0), (0.36, h)], "second", lift=-0.2)
     for i in range(8):
-        x, y, z = _around(45 * i + 10, 0.28, h + 0.22)
+        x, y, z = around(45 * i + 10, 0.28, h + 0.22)
         p.ball((0.23, 0.27, 0.23), at=(x, y, z))
     p.ball((0.34, 0.22, 0.34), at=(0, h + 0.36, 0), lift=0.15)
 
@@ -550,13 +544,13 @@ def _crown(p: Product) -> None:
     n, h = 8, p.vary(0.62, 0.76)
     for i in range(n):
         a = 360 * i / n + 8
-        p.sheet([_around(a - 22, 0.47, 0.2), _around(a + 22, 0.47, 0.2), _around(a, 0.58, h)])
-        p.ball(0.065, "second", at=_around(a, 0.58, h), lift=0.05)
+        p.sheet([around(a - 22, 0.47, 0.2), around(a + 22, 0.47, 0.2), around(a, 0.58, h)])
+        p.ball(0.065, "second", at=around(a, 0.58, h), lift=0.05)
     p.turned([(0.46, 0), (0.48, 0.26)], hollow=True, inside="dark", lift=-0.02)
     p.turned([(0.48, 0), (0.485, 0.07)], "second", band=True, lift=0.4)
     for i in range(n):
-        if p.sees(_around(45 * i + 8, 1, 0)):
-            p.ball((0.06, 0.06, 0.06), "second", at=_around(45 * i + 8, 0.47, 0.19), lift=0.6)
+        if p.sees(around(45 * i + 8, 1, 0)):
+            p.ball((0.06, 0.06, 0.06), "second", at=around(45 * i + 8, 0.47, 0.19), lift=0.6)
 
 
 # -- for the eyes, wrists and fingers ----------------------------------------------------------------------------------
@@ -640,8 +634,8 @@ def _watch(p: Product) -> None:
     for y in (0.1, 0.2, 0.3):
         p.mark(disc(0, y, 0.025), "dark", at=(0, 0, 0.06))
     p.rod([(r - 0.02, h, 0.06), (r + 0.07, h, 0.06)], 0.05, "metal", lift=0.3)
-    p.turned([(r, -0.08), (r, 0.1), (r * 0.9, 0.13)], "metal", at=(0, h, 0.04), axis=FRONT, lift=0.5)
-    p.mark(disc(0, h, r * 0.82), "paper", at=(0, 0, 0.175), lift=1)
+    p.turned([(r, -0.08), (r, 0.1), (r * 0.9, 0.13)], "main", at=(0, h, 0.04), axis=FRONT, lift=0.5)
+    p.mark(disc(0, h, r * 0.76), "paper", at=(0, 0, 0.175), lift=1)
     for a in range(0, 360, 90):
         x, y = r * 0.66 * math.cos(math.radians(a)), r * 0.66 * math.sin(math.radians(a))
         p.mark(disc(x, h + y, 0.03), "dark", at=(0, 0, 0.176), lift=1.2)
@@ -662,11 +656,11 @@ def _gem(p: Product) -> None:
     r = p.vary(0.52, 0.6)
     for i in range(10):
         a, b, mid = 36 * i, 36 * i + 36, 36 * i + 18
-        if p.sees(_around(mid, 1, -0.75), 0):
-            p.sheet([_around(a, r, 0.62), _around(b, r, 0.62), (0, 0, 0)])
-        if p.sees(_around(mid, 1, 0.95), 0):
-            p.sheet([_around(a, r, 0.62), _around(b, r, 0.62), _around(mid, r * 0.66, 0.86)], lift=0.3)
-            p.sheet([_around(a - 18, r * 0.66, 0.86), _around(mid, r * 0.66, 0.86), _around(a, r, 0.62)], lift=0.3)
+        if p.sees(around(mid, 1, -0.75), 0):
+            p.sheet([around(a, r, 0.62), around(b, r, 0.62), (0, 0, 0)])
+        if p.sees(around(mid, 1, 0.95), 0):
+            p.sheet([around(a, r, 0.62), around(b, r, 0.62), around(mid, r * 0.66, 0.86)], lift=0.3)
+            p.sheet([around(a - 18, r * 0.66, 0.86), around(mid, r * 0.66, 0.86), around(a, r, 0.62)], lift=0.3)
     p.prism(
         [
             (r * 0.66 * math.sin(math.radians(36 * i + 18)), r * 0.66 * math.cos(math.radians(36 * i + 18)))
@@ -791,13 +785,13 @@ def _purse(p: Product) -> None:
 @kind("belt", "wear")
 def _belt(p: Product) -> None:
     h, r = p.vary(0.24, 0.3), 0.55
-    p.turned([(r, 0), (r, h)], hollow=True, inside="second")
+    p.turned([(r, 0), (r, h)], hollow=True, inside="main")
     p.prism(rounded(-0.2, -0.06, 0.2, h + 0.06, 0.06), 0.05, "gold", at=(0.05, 0.04, r + 0.03), lift=0.5)
     p.mark(rounded(-0.12, 0.02, 0.12, h - 0.02, 0.03), "dark", at=(0.05, 0.04, r + 0.06), lift=0.8)
     p.rod(standing([(-0.08, h / 2 + 0.04), (0.24, h / 2 + 0.04)], r + 0.08), 0.03, "gold", lift=1)
     for a in (-52, -40, -28):
-        if p.sees(_around(a, 1, 0)):
-            p.mark(disc(0, 0, 0.035), "dark", at=_around(a, r + 0.01, h / 2), turn=a, lift=0.6)
+        if p.sees(around(a, 1, 0)):
+            p.mark(disc(0, 0, 0.035), "dark", at=around(a, r + 0.01, h / 2), turn=a, lift=0.6)
 
 
 @kind("umbrella", "wear")
@@ -809,8 +803,8 @@ def _umbrella(p: Product) -> None:
     p.turned([(a, y + b) for a, b in dome])
     for i in range(4):
         a = 90 * i + 30
-        if p.sees(_around(a, 1, 0.6), 0.1):
-            gore = [_around(a - 22, q, y + b) for q, b in dome] + [_around(a + 22, q, y + b) for q, b in reversed(dome)]
+        if p.sees(around(a, 1, 0.6), 0.1):
+            gore = [around(a - 22, q, y + b) for q, b in dome] + [around(a + 22, q, y + b) for q, b in reversed(dome)]
             p.sheet(gore, "second", lift=0.5, bare=True)
     p.turned([(0.03, y + 0.46), (0.02, y + 0.6)], "metal", lift=0.8)
 

@@ -164,6 +164,12 @@ def standing(points: Sequence[Flat], z: float = 0.0) -> list[Point]:
     return [(x, y, z) for x, y in points]
 
 
+def around(angle: float, radius: float, y: float) -> Point:
+    """The point at this height and distance from the y axis; angles in degrees, 0 towards the viewer, 90 right."""
+    a = math.radians(angle)
+    return radius * math.sin(a), y, radius * math.cos(a)
+
+
 @dataclass
 class Product:
     """What a kind's function fills with solids. `random`: for the shape's own variety; use `vary` and `pick`."""
@@ -425,6 +431,16 @@ class Product:
         shade = _lambert(d.mean(0) / (np.linalg.norm(d.mean(0)) + 1e-9), self.view.light())
         face = Face(c[:2] + 1.002 * radius * p[:, :2], paint, shade, bare=True, near=float(c[2]))
         self.parts.append(Part([face], float(c[2]) + lift))
+
+    def wheels(
+        self, places: Sequence[float], z: float, radius: float, hub: str = "light", thick: float = 0.12
+    ) -> None:  # fmt: skip
+        """Pairs of wheels that roll along x, at these x and at ±z, on the ground: before and behind all else."""
+        for x in places:
+            for s in (-1, 1):
+                flat = [(radius, -thick / 2), (radius, thick / 2)]
+                self.turned(flat, "rubber", at=(x, radius, s * z), axis=FRONT, lift=0.6 * s)
+                self.mark(disc(x, radius, radius * 0.5), hub, at=(0, 0, s * z + thick / 2 + 0.002), lift=0.6 * s + 0.1)
 
     # -- all of it ---------------------------------------------------------------------------------------------------
 
