@@ -21,6 +21,7 @@ def names(spec: LoraSpec, family: str = "llama3") -> list[str]:
     [
         ("q_proj", "model.layers.0.self_attn.q_proj", True),
         ("q_proj", "q_proj", True),
+        (".q_proj", "model.layers.0.self_attn.q_proj", True),
         ("proj", "model.layers.0.self_attn.q_proj", False),
         ("self_attn.q_proj", "model.layers.0.self_attn.q_proj", True),
         ("*_proj", "model.layers.0.self_attn.q_proj", True),

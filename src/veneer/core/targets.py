@@ -1,7 +1,7 @@
 """Targets: which modules of a model can carry a pair, and which of them a spec names.
 
 | pattern      | selects                                                                                              |
-| name         | the module of exactly that name, or every module whose name ends in `.name` (as PEFT's lists do)     |
+| name, .name  | the module of exactly that name, or every module whose name ends in `.name` (as PEFT's lists do)     |
 | glob `*?[`   | every name that matches it, whole or after a dot; `*` crosses dots                                   |
 | `re:REGEX`   | every name that the expression matches in full                                                       |
 | `all-linear` | every linear module, quantised ones too, and every fused expert parameter, but not the output head   |
@@ -118,7 +118,7 @@ def target_matches(pattern: str, name: str) -> bool:
             raise TargetError(f"target {pattern!r} is not a regular expression: {error}") from None
     if any(c in pattern for c in "*?["):
         return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern)
-    return name == pattern or name.endswith("." + pattern)
+    return name == pattern or name.endswith("." + pattern.removeprefix("."))
 
 
 def _block(name: str) -> int | None:

@@ -1,0 +1,234 @@
+"""A step of each family is that of diffusers' own training script, with PEFT's adapter on diffusers' own transformer.
+
+The scripts (examples/dreambooth, train_dreambooth_lora_flux2.py, …_flux2_klein.py, …_qwen_image.py) are written by hand
+here, from the functions of the pipelines that they call. The bases have every block of the true ones and tiny widths.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.image_twins import diffusers_pipeline
+from tests.tiny_image_base import tiny_image_base
+from tests.train.tiny_pictures import drawings, image_values
+from veneer.core.adapter import Adapter, LoraSpec
+from veneer.core.attach import attach
+from veneer.core.init import create
+from veneer.core.targets import resolve_targets
+from veneer.errors import TargetError
+from veneer.models.image.base import ImageBase, load_image
+from veneer.models.image.fast import fast_denoiser
+from veneer.models.loading import errors_only
+from veneer.train.config.image import TARGET_WORDS
+from veneer.train.config.load import config_from
+from veneer.train.image.batches import ImageBatch, plan_image_steps, planned_rows
+from veneer.train.image.encode import Encoders, ImageLoss
+from veneer.train.image.loss import draw
+from veneer.train.image.pictures import read_pictures
+from veneer.train.image.preflight import parts_of
+from veneer.train.image.views import plan_rows
+
+FAMILIES = pytest.mark.parametrize("family", ["flux2", "klein", "qwen-image"])
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for bases, and in it two pictures that need no resizing, with captions of two lengths."""
+    folder = tmp_path_factory.mktemp("steps")
+    for path in sorted(drawings(folder / "squares", 2).glob("*.png")):
+        with Image.open(path) as image:
+            image.resize((SIDE, SIDE)).save(path)
+    (folder / "squares" / "1.txt").write_text("a blue cat with a hat in the red house")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def load(shared: Path) -> Callable[[str], ImageBase]:
+    return functools.cache(lambda family: load_image(str(tiny_image_base(shared, family, full=True))))
+
+
+def config_of(shared: Path, family: str, **sections: Any) -> Any:
+    data = {"pictures": str(shared / "squares"), "split": 0, "trigger": None}
+    return config_from(image_values(shared, shared / "out", family, **{"data": data, **sections}))[0]
+
+
+def step_of(base: ImageBase, config: Any) -> tuple[ImageLoss, ImageBatch]:
+    """The loss of a run, and its first batch."""
+    pictures, _ = read_pictures(config.data)
+    encoders = Encoders(base, config, None)
+    rows = plan_rows(pictures, config.data, size=SIDE, unit=base.unit).rows
+    steps = plan_image_steps(rows, config, encoders.batch)
+    first = [row for row in planned_rows(steps) if row.key[1] == 1]
+    return ImageLoss(base, config, encoders), encoders.batch(first)
+
+
+def moved(adapter: Adapter) -> Adapter:
+    """As if trained: no B is zero."""
+    g = torch.Generator().manual_seed(1)
+    return adapter.mapped(lambda t: t + 0.05 * torch.randn(t.shape, generator=g))
+
+
+def peft_twin(transformer: Any, adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+    """The same adapter by PEFT, added as the scripts do; module -> its A and B there."""
+    from peft import LoraConfig
+
+    pairs = adapter.pairs
+    rank = next(iter(pairs.values())).rank
+    transformer.requires_grad_(False)
+    with errors_only():
+        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(pairs)))
+    found = {}
+    for name, pair in pairs.items():
+        layer = transformer.get_submodule(name)
+        layer.scaling["default"] = pair.scale
+        found[name] = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        with torch.no_grad():
+            for theirs, ours in zip(found[name], (pair.A, pair.B), strict=True):
+                theirs.copy_(ours)
+    return found
+
+
+def pixels_of(batch: ImageBatch) -> Tensor:
+    """torchvision's ToTensor and Normalize([0.5], [0.5]), by hand."""
+    arrays = [np.asarray(Image.open(row.picture.path).convert("RGB"), dtype=np.float32) for row in batch.rows]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255 * 2 - 1
+
+
+def mean_of_means(predicted: Tensor, target: Tensor) -> Tensor:
+    return ((predicted.float() - target.float()) ** 2).reshape(target.shape[0], -1).mean(1).mean()
+
+
+def flux2_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, sigma: Tensor, g: float) -> Tensor:
+    """dev's and klein's: the VAE's latents in patches, by its batch norm's numbers; positions of four axes."""
+    with torch.no_grad():
+        x = pipe._patchify_latents(pipe.vae.encode(pixels).latent_dist.mode())
+        bn = pipe.vae.bn
+        std = torch.sqrt(bn.running_var.view(1, -1, 1, 1) + pipe.vae.config.batch_norm_eps)
+        x = (x - bn.running_mean.view(1, -1, 1, 1)) / std
+        text, text_ids = pipe.encode_prompt(prompt=prompts, max_sequence_length=512)
+    ids = pipe._prepare_latent_ids(x)
+    noisy = (1.0 - sigma.view(-1, 1, 1, 1)) * x + sigma.view(-1, 1, 1, 1) * noise
+    guided = torch.full([1], g).expand(len(x)) if pipe.transformer.config.guidance_embeds else None
+    out = pipe.transformer(
+        hidden_states=pipe._pack_latents(noisy), timestep=sigma * 1000 / 1000, guidance=guided,
+        encoder_hidden_states=text, txt_ids=text_ids, img_ids=ids, return_dict=False,
+    )[0]  # fmt: skip
+    out = pipe._unpack_latents_with_ids(out, ids)
+    return mean_of_means(out, noise - x)
+
+
+def qwen_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, sigma: Tensor, g: float) -> Tensor:
+    """Latents are those of a film of one frame, each channel by its own mean and spread; texts are masked."""
+    own = pipe.vae.config
+    mean = torch.tensor(own.latents_mean).view(1, own.z_dim, 1, 1, 1)
+    std = 1.0 / torch.tensor(own.latents_std).view(1, own.z_dim, 1, 1, 1)
+    with torch.no_grad():
+        x = (pipe.vae.encode(pixels[:, :, None]).latent_dist.mode() - mean) * std
+        text, mask = pipe.encode_prompt(prompt=prompts, max_sequence_length=1024)
+    assert mask is not None  # the captions are of two lengths
+    noise, s = noise[:, :, None], sigma.view(-1, 1, 1, 1, 1)
+    noisy = ((1.0 - s) * x + s * noise).permute(0, 2, 1, 3, 4)
+    n, c, h, w = x.shape[0], x.shape[1], x.shape[3], x.shape[4]
+    out = pipe.transformer(
+        hidden_states=pipe._pack_latents(noisy, n, c, h, w), encoder_hidden_states=text,
+        encoder_hidden_states_mask=mask, timestep=sigma * 1000 / 1000, img_shapes=[(1, h // 2, w // 2)] * n,
+        return_dict=False,
+    )[0]  # fmt: skip
+    out = pipe._unpack_latents(out, pixels.shape[2], pixels.shape[3], pipe.vae_scale_factor)
+    return mean_of_means(out, noise - x)
+
+
+SCRIPTS: dict[str, Callable[..., Tensor]] = {
+    "flux2": flux2_script, "klein": flux2_script, "qwen-image": qwen_script
+}  # fmt: skip
+
+
+LAST = "transformer_blocks.59."
+UNREAD: dict[str, tuple[str, ...]] = {
+    "flux2": (), "klein": (),
+    "qwen-image": (f"{LAST}attn.add_q_proj", f"{LAST}attn.to_add_out", f"{LAST}txt_mlp"),
+}  # fmt: skip
+"""Of the last block what becomes of the text, which nothing reads."""
+
+
+@FAMILIES
+def test_loss_and_every_gradient_are_those_of_diffusers_script_with_peft(
+    family: str, shared: Path, load: Callable[[str], ImageBase]
+) -> None:
+    """A pair on every linear module of the denoiser, by the fast paths, as runs go."""
+    base = load(family)
+    config = config_of(shared, family, adapter={"targets": "all-linear", "rank": 2, "dropout": 0.0})
+    loss, batch = step_of(base, config)
+    adapter = moved(create(*parts_of(base, config)["transformer"], seed=0))
+    pipe = diffusers_pipeline(base.directory)
+    twin = peft_twin(pipe.transformer, adapter)
+    noise, sigma = draw(batch.latents.shape[1:], [row.key for row in batch.rows], "flow", loss.times, loss.noise)
+    prompts = [row.caption for row in batch.rows]
+    wanted = SCRIPTS[family](pipe, pixels_of(batch), prompts, noise, sigma, config.loss.guidance)
+    wanted.backward()
+    named = Adapter({f"transformer.{n}": p for n, p in adapter.pairs.items()}, card=adapter.card)
+    with attach(base.model) as attachment:
+        attachment.add("a", named, trainable=True)
+        attachment.use("a")
+        with fast_denoiser(base.denoiser):
+            got = loss(batch) / len(batch.rows)
+            got.backward()
+        assert float(got.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+        own = attachment.parameters("a")
+        assert len(own) == 2 * len(twin)
+        for name, theirs in twin.items():
+            for which, tensor in zip("AB", theirs, strict=True):
+                grads = (own[f"transformer.{name}.{which}"].grad, tensor.grad)
+                a, b = (torch.zeros_like(tensor) if grad is None else grad for grad in grads)
+                assert bool(b.any()) != name.startswith(UNREAD[family]), name
+                assert (a - b).norm() < 1e-3 * b.norm() + 1e-7, (name, which, float((a - b).norm() / b.norm()))
+
+
+ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
+ADAPTED: dict[str, tuple[str, ...]] = {
+    "flux2": (*ATTENTION, "to_qkv_mlp_proj", *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(48))),
+    "klein": (*ATTENTION, "to_qkv_mlp_proj", *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(20))),
+    "qwen-image": ATTENTION,
+}
+"""`target_modules` of the scripts."""
+MODULATION = {
+    "flux2": ("*_modulation*.linear",), "klein": ("*_modulation*.linear",), "qwen-image": (".img_mod.1", ".txt_mod.1")
+}  # fmt: skip
+
+
+@FAMILIES
+def test_what_scripts_and_peers_adapt_is_reached_by_the_same_names(
+    family: str, shared: Path, load: Callable[[str], ImageBase]
+) -> None:
+    """The scripts' lists select what PEFT selects with them; `all-linear` is every nn.Linear, as ai-toolkit has it."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    transformer: Any = load(family).denoiser
+
+    def chosen(*targets: str) -> set[str]:
+        return {t.name for t in resolve_targets(transformer, LoraSpec(rank=2, targets=targets))}
+
+    linear = {n for n, m in transformer.named_modules() if type(m) is torch.nn.Linear}
+    theirs = LoraConfig(r=2, target_modules=list(ADAPTED[family]))
+    assert chosen(*ADAPTED[family]) == {n for n in linear if check_target_module_exists(theirs, n)}
+    assert chosen("all-linear") == linear
+    blocks = {n for n in linear if "transformer_blocks." in n}
+    modulation = chosen(*MODULATION[family])
+    assert modulation == {n for n in linear if "mod" in n}
+    assert chosen(TARGET_WORDS["attention+ff"]) == blocks - modulation
+    attention = chosen(TARGET_WORDS["attention"])
+    assert attention == {n for n in blocks if ".attn." in n}
+    assert chosen(*ADAPTED[family]) <= attention
+    with pytest.raises(TargetError, match="matches nothing in this model"):
+        chosen(*ADAPTED[family], "to_quuv")
