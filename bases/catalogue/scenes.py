@@ -775,7 +775,7 @@ SURFACES: dict[str, Drawer] = {
 def any_scene(r: random.Random, kind: str | None = None) -> Scene:
     """A scene by chance; nine in ten have no look."""
     colour = r.choice(list(COLOURS))
-    pattern = r.choice(PATTERNS) if r.random() < 0.25 else ""
+    pattern = r.choice(PATTERNS) if r.random() < 0.15 else ""
     chance = r.random()
     return Scene(
         kind=kind or r.choice(list(KINDS)),
