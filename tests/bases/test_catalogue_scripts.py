@@ -181,3 +181,43 @@ def test_the_judge_has_a_word_for_everything_a_scene_says() -> None:
     seen = judge(Judge().eval(), np.stack([picture(s) for s in scenes]))
     assert all(len(words) == 3 for words in seen.words.values())
     assert torch.allclose(seen.features.norm(dim=1), torch.ones(3), atol=1e-5)
+
+
+def test_a_measure_is_nothing_for_the_truth_and_grows_with_what_is_missing() -> None:
+    """Truth, half of it, none of it; the brand's also under the lens."""
+    import campaign
+    from measures import brand_distance, look_distance, share
+
+    scenes = campaign.brand_scenes(6)
+    plain, brand, look, both = (
+        np.stack([campaign.truth(s, brand=b, look=p) for s in scenes]) for b, p in ((0, 0), (1, 0), (0, 1), (1, 1))
+    )
+    half = (plain / 2 + look / 2).astype(np.uint8)
+    far, near = look_distance(plain, look, plain), look_distance(half, look, plain)
+    assert look_distance(look, look, plain) == 0
+    assert 0.3 < share(near, far) < 0.7
+    assert share(look_distance(both, both, brand), look_distance(brand, both, brand)) == 1
+    assert brand_distance(brand, brand) == 0
+    mended = np.where(np.arange(128)[:, None, None] < 64, brand, plain)  # half of every picture is the brand's
+    assert 0.3 < share(brand_distance(mended, brand), brand_distance(plain, brand)) < 0.7
+
+
+def test_agreement_of_edges_allows_for_a_pixel() -> None:
+    from measures import edge_agreement
+
+    line = np.zeros((1, 32, 32))
+    line[0, 10] = 1
+    assert edge_agreement(line, line) == 1
+    assert edge_agreement(np.roll(line, 1, 1), line) == 1
+    assert edge_agreement(np.roll(line, 5, 1), line) == 0
+    assert edge_agreement(np.concatenate([line, 0 * line]), np.concatenate([line, line])) == 0.5
+
+
+def test_pictures_that_are_alike_in_colour_have_little_spread() -> None:
+    import campaign
+    from measures import spread
+
+    scenes = campaign.shots(count=6)
+    brand, plain = (np.stack([campaign.truth(s, brand=b) for s in scenes]) for b in (True, False))
+    assert spread(np.repeat(plain[:1], 3, 0)) == 0
+    assert spread(brand) < 0.5 * spread(plain)
