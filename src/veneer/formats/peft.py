@@ -1038,10 +1038,13 @@ def _target_modules(names: set[str], known: set[str]) -> list[str] | str:
 
 def _targets(names: set[str], known: set[str], parts: int = 1) -> list[str]:
     """The shortest list whose entries, as suffixes, select exactly `names` among `known`; whole names where `known` is
-    empty or a suffix would select more. `parts`: how many parts a suffix has."""
+    empty or a suffix would select more. `parts`: how many parts a suffix has, besides those that are a number alone:
+    PEFT takes `2`, the end of `net.2`, for the block `layers.2` too, which is no module that `known` need have."""
     out: set[str] = set()
     for name in names:
-        suffix = ".".join(name.split(".")[-parts:])
+        split = name.split(".")
+        own = next((n for n in range(parts, len(split)) if re.search("[A-Za-z]", split[-n])), len(split))
+        suffix = ".".join(split[-own:])
         others = {k for k in known if k == suffix or k.endswith(f".{suffix}")}
         out.add(suffix if others and others <= names else name)
     return sorted(out)

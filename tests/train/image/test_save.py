@@ -50,20 +50,32 @@ STRONG: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.peers
+_CLIPS = ["text_encoder", "text_encoder_2"]
+
+
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers' Euler scheduler on numpy 2
 @pytest.mark.parametrize(
-    ("family", "encoders"), [("flux1", []), ("sdxl", ["text_encoder", "text_encoder_2"]), ("sd15", ["text_encoder"])]
+    ("family", "encoders", "targets", "layout"),
+    [
+        pytest.param("flux1", [], "attention+ff", "diffusers", marks=pytest.mark.peers),
+        pytest.param("sdxl", _CLIPS, "attention+ff", "diffusers", marks=pytest.mark.peers),
+        pytest.param("sd15", ["text_encoder"], "attention+ff", "diffusers", marks=pytest.mark.peers),
+        ("sd3", _CLIPS, "all-linear", "diffusers"),
+        ("z-image", [], "all-linear", "diffusers"),
+        ("z-image", [], "all-linear", "kohya"),
+    ],
 )
 def test_diffusers_draws_the_same_picture_with_the_file(
-    family: str, encoders: list[str], shared: Path, tmp_path: Path
+    family: str, encoders: list[str], targets: str, layout: str, shared: Path, tmp_path: Path
 ) -> None:
     import diffusers
 
     result = run(
-        shared, tmp_path / "out", family, **{**STRONG, "adapter": {"dropout": 0.0, "text_encoders": encoders}}
+        shared, tmp_path / "out", family,
+        **{**STRONG, "adapter": {"dropout": 0.0, "text_encoders": encoders, "targets": targets}},
+        output={"directory": str(tmp_path / "out"), "layout": layout},
     )  # fmt: skip
-    more = {"max_sequence_length": 24} if family == "flux1" else {}
+    more = {"max_sequence_length": 24} if family in ("flux1", "sd3") else {}
     theirs = diffusers.DiffusionPipeline.from_pretrained(tiny_image_base(shared, family), safety_checker=None)
     plain = _draw(theirs, **more)
     theirs.load_lora_weights(str(tmp_path / "out"), weight_name=Path(result.adapter).name)
