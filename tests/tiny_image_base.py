@@ -41,8 +41,8 @@ SMALL_DENOISERS: dict[str, dict[str, Any]] = {
 
 
 def tiny_image_base(folder: Path, family: str, full: bool = False) -> Path:
-    """Writes `folder / "tiny-<family>"` once. `family`: one of TINY_FAMILIES; schnell is flux1 without guidance, klein
-    flux2 without."""
+    """Writes `folder / "tiny-<family>"` once. `family`: one of TINY_FAMILIES, or sd3-large, which is always full;
+    schnell is flux1 without guidance, klein flux2 without."""
     place = Path(folder) / f"tiny-{family}{'-full' if full else ''}"
     if not (place / "model_index.json").exists():
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -257,28 +257,28 @@ def _flux1(guidance: bool) -> Callable[[bool], Any]:
     return make
 
 
-def _sd3_transformer(full: bool) -> Any:
+def _sd3_transformer(full: bool, large: bool = False) -> Any:
     return diffusers.SD3Transformer2DModel(
         sample_size=SIZE // 4,
         patch_size=2,
         in_channels=16,  # the inpainting pipeline takes no other number
         out_channels=16,
-        num_layers=24 if full else 2,
+        num_layers=38 if large else 24 if full else 2,
         attention_head_dim=8,
         num_attention_heads=2,
         joint_attention_dim=32,
         caption_projection_dim=16,
         pooled_projection_dim=32,
         pos_embed_max_size=16,
-        dual_attention_layers=tuple(range(13)) if full else (0,),
+        dual_attention_layers=() if large else tuple(range(13)) if full else (0,),
         qk_norm="rms_norm",
     )
 
 
-def _sd3(full: bool) -> Any:
+def _sd3(full: bool, large: bool = False) -> Any:
     tokens, pieces = clip_tokenizer(), t5_tokenizer()
     return diffusers.StableDiffusion3Pipeline(
-        transformer=_sd3_transformer(full),
+        transformer=_sd3_transformer(full, large),
         scheduler=_flow(False),
         vae=vae(shift_factor=0.1, latent_channels=16),
         text_encoder=clip(tokens, 16, True, 12 if full else 2),
@@ -444,6 +444,7 @@ _BUILD: dict[str, Callable[[bool], Any]] = {
     "flux1": _flux1(True),
     "schnell": _flux1(False),
     "sd3": _sd3,
+    "sd3-large": lambda full: _sd3(full, large=True),
     "klein": _flux2(False),
     "flux2": _flux2(True),
     "qwen-image": _qwen_image,

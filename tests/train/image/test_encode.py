@@ -1,7 +1,8 @@
 """A step of each family is that of diffusers' own training script, with PEFT's adapter on diffusers' own transformer.
 
-The scripts (examples/dreambooth, train_dreambooth_lora_flux2.py, …_flux2_klein.py, …_qwen_image.py) are written by hand
-here, from the functions of the pipelines that they call. The bases have every block of the true ones and tiny widths.
+The scripts (examples/dreambooth, train_dreambooth_lora_flux2.py, …_flux2_klein.py, …_qwen_image.py, …_sd3.py without
+precondition_outputs, …_z_image.py) are written by hand here, from the functions of the pipelines that they call. The
+bases have every block of the true ones and tiny widths.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.image_twins import diffusers_pipeline
-from tests.tiny_image_base import tiny_image_base
+from tests.tiny_image_base import LENGTH, tiny_image_base
 from tests.train.tiny_pictures import drawings, image_values
 from veneer.core.adapter import Adapter, LoraSpec
 from veneer.core.attach import attach
@@ -148,20 +149,52 @@ def qwen_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, si
     return mean_of_means(out, noise - x)
 
 
+def sd3_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, sigma: Tensor, g: float) -> Tensor:
+    """3.5 medium's and large's: text of two CLIPs and T5, the time up to 1000; the model itself makes patches."""
+    own, s = pipe.vae.config, sigma.view(-1, 1, 1, 1)
+    with torch.no_grad():
+        x = (pipe.vae.encode(pixels).latent_dist.mode() - own.shift_factor) * own.scaling_factor
+        text, _, pooled, _ = pipe.encode_prompt(
+            prompt=prompts, prompt_2=prompts, prompt_3=prompts, do_classifier_free_guidance=False,
+            max_sequence_length=LENGTH,
+        )  # fmt: skip
+    out = pipe.transformer(
+        hidden_states=(1.0 - s) * x + s * noise, timestep=sigma * 1000, encoder_hidden_states=text,
+        pooled_projections=pooled, return_dict=False,
+    )[0]  # fmt: skip
+    return mean_of_means(out, noise - x)
+
+
+def z_image_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, sigma: Tensor, g: float) -> Tensor:
+    """Time counts from noise, what comes out is turned, and pictures and texts go in one by one."""
+    own, s = pipe.vae.config, sigma.view(-1, 1, 1, 1)
+    with torch.no_grad():
+        x = (pipe.vae.encode(pixels).latent_dist.mode() - own.shift_factor) * own.scaling_factor
+        text, _ = pipe.encode_prompt(prompt=list(prompts), do_classifier_free_guidance=False)
+    assert len(text[0]) != len(text[1])  # the captions are of two lengths
+    noisy = ((1.0 - s) * x + s * noise).unsqueeze(2)
+    out = pipe.transformer(list(noisy.unbind(dim=0)), (1000 - sigma * 1000) / 1000, text, return_dict=False)[0]
+    return mean_of_means(-torch.stack(out, dim=0).squeeze(2), noise - x)
+
+
 SCRIPTS: dict[str, Callable[..., Tensor]] = {
-    "flux2": flux2_script, "klein": flux2_script, "qwen-image": qwen_script
+    "flux2": flux2_script, "klein": flux2_script, "qwen-image": qwen_script, "sd3": sd3_script,
+    "sd3-large": sd3_script, "z-image": z_image_script,
 }  # fmt: skip
 
 
 LAST = "transformer_blocks.59."
 UNREAD: dict[str, tuple[str, ...]] = {
-    "flux2": (), "klein": (),
+    "flux2": (), "klein": (), "z-image": (), "sd3": ("transformer_blocks.23.attn.add_q_proj",),
+    "sd3-large": ("transformer_blocks.37.attn.add_q_proj",),
     "qwen-image": (f"{LAST}attn.add_q_proj", f"{LAST}attn.to_add_out", f"{LAST}txt_mlp"),
 }  # fmt: skip
 """Of the last block what becomes of the text, which nothing reads."""
 
 
-@FAMILIES
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow) if f == "sd3-large" else f for f in SCRIPTS]
+)
 def test_loss_and_every_gradient_are_those_of_diffusers_script_with_peft(
     family: str, shared: Path, load: Callable[[str], ImageBase]
 ) -> None:
@@ -232,3 +265,44 @@ def test_what_scripts_and_peers_adapt_is_reached_by_the_same_names(
     assert chosen(*ADAPTED[family]) <= attention
     with pytest.raises(TargetError, match="matches nothing in this model"):
         chosen(*ADAPTED[family], "to_quuv")
+
+
+_SD3 = tuple(f"attn.{n}" for n in ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", *ATTENTION))
+
+
+@pytest.mark.parametrize(
+    ("family", "adapted", "attention", "groups"),
+    [
+        ("sd3", _SD3, ("attn", "attn2"), {"transformer_blocks": 24}),
+        ("sd3-large", _SD3, ("attn",), {"transformer_blocks": 38}),
+        ("z-image", ATTENTION, ("attention",), {"layers": 30, "noise_refiner": 2, "context_refiner": 2}),
+    ],
+)
+def test_words_and_scripts_names_reach_every_block(
+    family: str, adapted: tuple[str, ...], attention: tuple[str, ...], groups: dict[str, int], shared: Path,
+    load: Callable[[str], ImageBase],
+) -> None:  # fmt: skip
+    """Both attentions of SD3.5 medium's first blocks; Z-Image's layers and both of its refiners."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    transformer: Any = load(family).denoiser
+
+    def chosen(*targets: str) -> set[str]:
+        return {t.name for t in resolve_targets(transformer, LoraSpec(rank=2, targets=targets))}
+
+    linear = {n for n, m in transformer.named_modules() if type(m) is torch.nn.Linear}
+    theirs = LoraConfig(r=2, target_modules=list(adapted))
+    assert chosen(*adapted) == {n for n in linear if check_target_module_exists(theirs, n)}
+    assert chosen("all-linear") == linear
+    blocks = {n for n in linear if n.partition(".")[0] in groups}
+    found = chosen(TARGET_WORDS["attention"])
+    assert found == {n for n in blocks if n.split(".")[2] in attention}
+    assert {n.split(".")[2] for n in found} == set(attention)
+    for group, count in groups.items():
+        assert {n.split(".")[1] for n in found if n.startswith(f"{group}.")} == {str(i) for i in range(count)}
+        assert chosen(f"{group}.0.*") == {n for n in blocks if n.startswith(f"{group}.0.")}
+    both = chosen(TARGET_WORDS["attention+ff"])
+    assert both == {n for n in blocks if "norm1" not in n and "adaLN" not in n}
+    with pytest.raises(TargetError, match="matches nothing in this model"):
+        chosen(*adapted, "to_quuv")
