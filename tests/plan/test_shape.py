@@ -14,7 +14,8 @@ from veneer.core.adapter import LoraSpec
 from veneer.core.targets import resolve_targets
 from veneer.errors import ConfigError
 from veneer.plan.image import IMAGE_FAMILIES, image_counts
-from veneer.plan.shape import TEXT_FAMILIES, TextShape, layer_ranks, module_shape, pair_parameters, text_shape
+from veneer.plan.pairs import PairForm
+from veneer.plan.shape import TEXT_FAMILIES, TextShape, layer_pairs, module_shape, pair_parameters, text_shape
 from veneer.plan.tables import base_config, base_names
 from veneer.train.config.image import TARGET_WORDS
 from veneer.train.preflight import trainable_parameters
@@ -76,10 +77,11 @@ def test_every_image_base_of_the_table_counts_what_diffusers_builds(name: str, w
         own |= {"use_linear_projection": True, "addition_embed_type": "text_time"}
     with torch.device("meta"):
         model = getattr(diffusers, classes[config["model_type"]])(**own)
-    counts = image_counts(config, rank=4, targets=word)
-    assert counts.parameters == sum(p.numel() for p in model.parameters())
-    spec = LoraSpec(rank=4, targets=(TARGET_WORDS[word],))
-    assert counts.trainable == trainable_parameters(model, resolve_targets(model, spec), spec)[0]
+    for kind in ("lora", "loha", "lokr"):
+        spec = LoraSpec(rank=4, targets=(TARGET_WORDS[word],), kind=kind)  # type: ignore[arg-type]
+        counts = image_counts(config, rank=4, targets=word, form=PairForm.of(spec))
+        assert counts.parameters == sum(p.numel() for p in model.parameters())
+        assert counts.trainable == trainable_parameters(model, resolve_targets(model, spec), spec)[0]
 
 
 @pytest.mark.parametrize("name", ["emoji-sdxl/unet", "emoji-flux/transformer"])
@@ -110,8 +112,11 @@ def test_a_model_has_its_own_parameters_and_pairs(family: str, shape_of: Any) ->
         LoraSpec(rank=4, rank_pattern={"q_proj": 2}),
         LoraSpec(rank=4, dora=True),
         LoraSpec(rank=4, targets=("re:.*mlp.*",)),
+        LoraSpec(rank=3, kind="loha"),
+        LoraSpec(rank=2, kind="lokr"),
+        LoraSpec(rank=1, kind="lokr", factor=4, decompose_both=True, rank_pattern={"q_proj": 100}),
     ],
-    ids=["targets", "exclude", "layers", "pattern", "dora", "regex"],
+    ids=["targets", "exclude", "layers", "pattern", "dora", "regex", "loha", "lokr", "lokr by 4"],
 )
 def test_pairs_are_counted_as_training_makes_them(spec: LoraSpec) -> None:
     model = families.llama3()
@@ -121,8 +126,8 @@ def test_pairs_are_counted_as_training_makes_them(spec: LoraSpec) -> None:
 
 def test_ranks_are_told_by_layer_and_matrix() -> None:
     shape = text_shape(families.llama3().config.to_dict())
-    ranks = layer_ranks(shape, LoraSpec(rank=4, layers=(1,), targets=("q_proj",)), 4)
-    assert ranks == [{}, {"self_attn.q_proj": 4}]
+    pairs = layer_pairs(shape, LoraSpec(rank=4, layers=(1,), targets=("q_proj",)), 4)
+    assert [{name: costs.rank for name, costs in layer.items()} for layer in pairs] == [{}, {"self_attn.q_proj": 4}]
 
 
 def test_the_language_part_of_a_base_that_sees() -> None:

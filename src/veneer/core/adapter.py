@@ -172,6 +172,8 @@ class LoraSpec:
     `rank_pattern`, `alpha_pattern`: target pattern -> value, the first match wins.
     `init`: "zero-b" (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/rank, B zero), "pissa", "olora",
     "loftq" (from what quantising the base lost).
+    `kind`: "lora" makes pairs; "loha" and "lokr" make deltas of those forms (core.forms), for which `factor` and
+    `decompose_both` are as `trained_shapes` has them, and the one init is LyCORIS'.
     `modules_to_save`: modules trained whole as copies. `token_rows`: embedding name -> token ids trained alone.
     """
 
@@ -188,6 +190,9 @@ class LoraSpec:
     init: Literal["zero-b", "gaussian", "pissa", "olora", "loftq"] = "zero-b"
     modules_to_save: tuple[str, ...] = ()
     token_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    kind: Literal["lora", "loha", "lokr"] = "lora"
+    factor: int | None = None
+    decompose_both: bool = False
 
 
 @dataclass

@@ -93,8 +93,8 @@ class Attachment:
         if name in self.adapters:
             raise AdapterError(f"an adapter named {name!r} is attached already", fix="remove it or choose another name")
         problems = _problems(self._base_modules, adapter, finite) or _overlaps([*self.adapters.values(), adapter])
-        if trainable and adapter.deltas:
-            problems.append(f"{next(iter(adapter.deltas))}: only pairs, full copies and token rows are trained")
+        if trainable:
+            problems += _untrainable(self._base_modules, adapter)
         if problems:
             raise AdapterError(
                 f"adapter {name!r} does not fit this base ({len(problems)} problems):\n{bullets(problems, None)}"
@@ -116,7 +116,8 @@ class Attachment:
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The trainable tensors of an adapter under stable names: `module.A`, `module.B`, `module.magnitude`,
-        `module=parameter` for full copies, `embedding#rows`. Raises AdapterError if it was not added trainable."""
+        `module.weight~a1` and the like of a LoHa or LoKr, `module=parameter` for full copies, `embedding#rows`. Raises
+        AdapterError if it was not added trainable."""
         out = {key: t for key, t in self._known(name).tensors() if isinstance(t, nn.Parameter)}
         if not out:
             raise AdapterError(f"adapter {name!r} is not trainable", fix="add it with trainable=True")
@@ -398,6 +399,17 @@ def _delta_problems(modules: Mapping[str, nn.Module], name: str, delta: Delta) -
         return [] if by_output or by_input else [f"{name}: a gain of {tuple(value.shape)}, the base has {shape}"]
     out = [] if tuple(delta.shape) == shape else [f"{name} is {tuple(delta.shape)}, the base needs {shape}"]
     return out + _magnitude_problems(name, delta.magnitude, shape)
+
+
+def _untrainable(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
+    """Deltas that there is no gradient for: of other forms than LoHa and LoKr, in part, or decomposed as DoRA."""
+    out = []
+    for name, delta in adapter.deltas.items():
+        owner, _, key = name.rpartition(".")
+        plain = delta.form in ("hadamard", "kronecker") and delta.magnitude is None and delta.rows is None
+        if not plain or key != "weight" or kind_of(modules.get(owner, nn.Module())) not in ("linear", "conv"):
+            out.append(f"{name}: only a LoHa or LoKr of a whole linear or convolution, without DoRA, is trained")
+    return out
 
 
 def _magnitude_problems(name: str, magnitude: Tensor | None, shape: tuple[int, ...]) -> list[str]:

@@ -95,6 +95,63 @@ def _factor(p: Mapping[str, Tensor], n: str, shape: tuple[int, ...] | None = Non
     return out if shape is None else out.reshape(shape)
 
 
+def trained_shapes(
+    kind: Literal["loha", "lokr"], shape: tuple[int, ...], rank: int, factor: int | None = None, both: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parts of a LoHa or LoKr that is to be trained on a weight (out, in, k…), by PEFT's rule, which
+    is LyCORIS'; a kernel lies flat in b1 and b2, as in both without their options for cores.
+
+        loha    a1, a2 (out, r)    b1, b2 (r, in·k…)
+        lokr    out = l·k, in = m·n, `factor`: l and m where it divides them, else the largest divisor below it and √
+                w1 (l, m), with `both` and r < max(l, m)/2 a1 (l, r) and b1 (r, m)
+                w2 (k, n, k…), where r < max(k, n)/2 a2 (k, r) and b2 (r, n·k…)"""
+    rows, columns, kernel = shape[0], shape[1], shape[2:]
+    if kind == "loha":
+        a, b = (rows, rank), (rank, math.prod(shape[1:]))
+        return {"a1": a, "b1": b, "a2": a, "b2": b}
+    (l, k), (m, n) = _two_factors(rows, factor), _two_factors(columns, factor)
+    parted = {"a1": (l, rank), "b1": (rank, m)} if both and 2 * rank < max(l, m) else {"w1": (l, m)}
+    if 2 * rank < max(k, n):
+        return {**parted, "a2": (k, rank), "b2": (rank, n * math.prod(kernel))}
+    return {**parted, "w2": (k, n, *kernel)}
+
+
+def _two_factors(size: int, factor: int | None) -> tuple[int, int]:
+    """PEFT's `factorization`: two whole numbers whose product is `size`."""
+    if factor is not None and size % factor == 0:
+        return factor, size // factor
+    most = min(math.isqrt(size), factor or size)
+    first = next(d for d in range(most, 0, -1) if size % d == 0)
+    return first, size // first
+
+
+def is_trained(delta: Delta) -> bool:
+    """Whether a delta's parts learn."""
+    return any(t.requires_grad for t in delta.parts.values())
+
+
+def as_low_rank(delta: Delta) -> tuple[Tensor, Tensor] | None:
+    """A (r·r', in·k…) and B (out, r·r') whose product is a LoHa's (a1·b1) ⊙ (a2·b2), by
+
+        Σ_pq (a1_p ⊙ a2_q)·(b1_p ⊙ b2_q)
+
+    None for anything else, and where the two are more numbers than the weight has, so that it is less to make that."""
+    if delta.form != "hadamard" or set(delta.parts) != {"a1", "b1", "a2", "b2"} or delta.rows or delta.whole:
+        return None
+    a1, b1, a2, b2 = (delta.parts[name] for name in ("a1", "b1", "a2", "b2"))
+    rows, columns = len(a1), b1.shape[1]
+    if delta.magnitude is not None or a1.shape[1] * a2.shape[1] * (rows + columns) > rows * columns:
+        return None
+    return (b1[:, None] * b2).flatten(0, 1), (a1[:, :, None] * a2[:, None]).flatten(1)
+
+
+def kronecker_factors(delta: Delta) -> tuple[Tensor, Tensor] | None:
+    """w1 and w2 of a whole LoKr without DoRA, made of what they are in; None for anything else."""
+    if delta.form != "kronecker" or delta.magnitude is not None or delta.rows or delta.whole:
+        return None
+    return _factor(delta.parts, "1"), _factor(delta.parts, "2")
+
+
 def norm_along(weight: Tensor, magnitude: Tensor) -> Tensor:
     """‖weight‖ for each output where the magnitude is (out,), for each input where it is (1, in, …); shaped so that it
     divides the weight."""

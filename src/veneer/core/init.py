@@ -7,6 +7,8 @@
     loftq       W − W̃ = U·S·Vᵀ, W̃ what is left of W in a quantised base: A = √(S_r/s)·V_rᵀ, B = U_r·√(S_r/s)
                                                                                          arXiv 2310.08659
     DoRA        magnitude = ‖W + s·B·A‖, that is ‖W‖ at delta zero                       arXiv 2402.09353
+    LoHa        a1 ~ N(0, 0.1²), b1, b2 ~ N(0, 1), a2 = 0                                LyCORIS, arXiv 2309.14859
+    LoKr        w2 or b2 = 0; w1, a1, b1, a2 ~ U(−1/√n, 1/√n), n their columns           LyCORIS (PEFT: "lycoris")
 
 PiSSA and OLoRA as published subtract s·B·A from the base; here `origin` does it, so that the base stays what it is.
 LoftQ as published goes on to quantise W − s·B·A and fit again; here the base stays what it is and the first fit stands,
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Card, LoraSpec, Pair, TokenRows, scale_of
+from veneer.core.forms import Delta, trained_shapes
 from veneer.core.merge import adapted_norm, to_matrix, weight_of
 from veneer.core.targets import Target, base_modules, full_modules, resolve_targets, target_matches, token_embeddings
 from veneer.errors import ConfigError, TargetError
@@ -54,8 +57,11 @@ def create(
     card.targets = [spec.targets] if isinstance(spec.targets, str) else list(spec.targets)
     out = Adapter(card=card, rslora=spec.rslora, dropout=spec.dropout)
     for target in targets:
-        pair = _pair(modules[target.module_name], target, spec, generator, dtype, original)
-        out.pairs[target.name] = pair
+        module = modules[target.module_name]
+        if spec.kind == "lora":
+            out.pairs[target.name] = _pair(module, target, spec, generator, dtype, original)
+        else:
+            out.deltas[f"{target.name}.weight"] = _delta(module, target, spec, generator, dtype)
     for name in full_modules(model, spec):
         state = modules[name].state_dict()
         out.modules[name] = {
@@ -79,6 +85,13 @@ def _check(spec: LoraSpec) -> None:
         raise ConfigError(f"dropout {spec.dropout} is not possible", fix="give a share from 0 up to, not including, 1")
     if spec.init not in (known := ("zero-b", "gaussian", "pissa", "olora", "loftq")):
         raise ConfigError(f"no initialisation named {spec.init!r}", fix=f"choose one of {', '.join(known)}")
+    if spec.kind not in (kinds := ("lora", "loha", "lokr")):
+        raise ConfigError(f"no kind of adapter named {spec.kind!r}", fix=f"choose one of {', '.join(kinds)}")
+    if spec.factor is not None and spec.factor < 1:
+        raise ConfigError(f"factor {spec.factor} is not possible", fix="give 1 or more, or leave it out")
+    of_pairs = {"dora": spec.dora, "dropout": spec.dropout, f"init {spec.init!r}": spec.init != "zero-b"}
+    if spec.kind != "lora" and (given := [name for name, set_ in of_pairs.items() if set_]):
+        raise ConfigError(f"{' and '.join(given)}: of pairs alone, and this is {spec.kind}", fix="leave it out")
     if not (spec.targets or spec.modules_to_save or spec.token_rows):
         raise TargetError("nothing to train: no targets, no modules_to_save, no token_rows", fix="try all-linear")
 
@@ -131,6 +144,37 @@ def _pair(
     if spec.dora:
         pair.magnitude = adapted_norm(matrix, pair).to(dtype)
     return pair
+
+
+def _delta(
+    module: nn.Module, target: Target, spec: LoraSpec, generator: torch.Generator, dtype: torch.dtype
+) -> Delta:  # fmt: skip
+    """A fresh LoHa or LoKr. Where both factors of a LoKr are whole no rank is left, and the scale is 1, as LyCORIS has
+    it and readers of its files take it."""
+    assert spec.kind != "lora"
+    if target.kind not in ("linear", "conv"):
+        what = "fused experts" if target.kind == "experts" else "embedding"
+        raise TargetError(
+            f"{spec.kind} is not defined for the {what} {target.name}",
+            fix=f"exclude it (`exclude: ['*{target.name.rpartition('.')[2]}']`), or train with kind: lora",
+        )
+    rank, alpha = _rank_and_alpha(spec, target.name)
+    weight = weight_of(module)
+    shape = tuple(weight.shape)
+    if target.kind == "linear":
+        shape = tuple(to_matrix(module, "linear", torch.empty(shape, device="meta")).shape)
+    parts: dict[str, Tensor] = {}
+    for name, own in trained_shapes(spec.kind, shape, rank, spec.factor, spec.decompose_both).items():
+        t = torch.zeros(own)
+        if spec.kind == "loha" and name != "a2":
+            t.normal_(std=0.1 if name == "a1" else 1.0, generator=generator)
+        elif spec.kind == "lokr" and name not in ("w2", "b2"):
+            bound = 1 / math.sqrt(own[1])
+            t.uniform_(-bound, bound, generator=generator)
+        parts[name] = t.to("cpu" if weight.is_meta else weight.device, dtype)
+    ranked = "b1" in parts or "b2" in parts
+    scale = scale_of(alpha, rank, spec.rslora) if ranked else 1.0
+    return Delta("hadamard" if spec.kind == "loha" else "kronecker", parts, shape, scale)
 
 
 def _lost(

@@ -12,23 +12,26 @@
 A layer holds its base, its name and the attachment; with nothing selected its forward is the base's. Products with A
 and B run in A's dtype and the sum is cast back once, as PEFT does; one plain pair on a plain nn.Linear takes the fast
 path. A delta (LoHa, LoKr, …) is made as a matrix at each call and multiplied apart from W, so that nothing of it rounds
-away in a 16-bit base; that costs memory for one ΔW at a time. Does not know which adapters exist.
+away in a 16-bit base; that costs memory for one ΔW at a time. One that learns is multiplied by its parts where that is
+less: a LoHa of rank r as a pair of rank r², a LoKr factor by factor. Does not know which adapters exist.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from veneer.compat import TORCH
 from veneer.core.adapter import Adapter, Pair, TokenRows
 from veneer.core.experts import AdaptedWeight
-from veneer.core.forms import Delta, norm_along
+from veneer.core.forms import Delta, as_low_rank, is_trained, kronecker_factors, norm_along, product_of
 from veneer.core.merge import adapted_norm, low_rank_norm, pair_matrix, parameter_delta, to_matrix, weight_of
 from veneer.core.mix_cache import CachedModule, MixCache
 from veneer.core.selection import Acting, RowMixes, Selection, run_apart
@@ -250,9 +253,7 @@ class _Lora(Layer):
             change = self.change(x, y, pair, dropout)
             out = out + (change if strength == 1.0 else change * strength)
         for key, delta, strength in self.deltas(mix):
-            made = parameter_delta(self.base, key, delta) * strength
-            wide = x.to(made.dtype) if x.is_floating_point() else x
-            out = out + (self.channels(made) if key == "bias" else self.product(wide, made))
+            out = out + self.moved(x, key, delta) * strength
         return self.replaced(x, y, out, self.rows(mix)).to(y.dtype)
 
     def by_rows(self, rows: RowMixes, *args: Any, **kwargs: Any) -> Any:
@@ -287,11 +288,42 @@ class _Lora(Layer):
         for pair, _, dropout in self.pairs([(adapter, 1.0)]):
             yield self.change(x, y, pair, dropout)
         for key, delta, _ in self.deltas([(adapter, 1.0)]):
-            made = parameter_delta(self.base, key, delta)
-            if key == "bias":
-                yield self.channels(made).expand_as(y)
-            else:
-                yield self.product(x.to(made.dtype) if x.is_floating_point() else x, made)
+            moved = self.moved(x, key, delta)
+            yield moved.expand_as(y) if key == "bias" else moved
+
+    def moved(self, x: Tensor, key: str, delta: Delta) -> Tensor:
+        """What a delta of the parameter `key` adds to the output, at strength 1."""
+        if is_trained(delta):
+            return self.learned(x, delta) * delta.scale
+        made = parameter_delta(self.base, key, delta)
+        if key == "bias":
+            return self.channels(made)
+        return self.product(x.to(made.dtype) if x.is_floating_point() else x, made)
+
+    def learned(self, x: Tensor, delta: Delta) -> Tensor:
+        """P·x of a LoHa or LoKr whose parts learn, without its scale. Of what is made of the parts nothing is kept: the
+        backward pass makes it again, which is a product more of what is multiplied here."""
+        own = next(iter(delta.parts.values())).dtype
+        dtype = x.dtype if x.dtype.itemsize == 2 else own
+        x, kernel = x.to(dtype), delta.shape[2:]
+        if (low := as_low_rank(delta)) is not None:
+            A, B = (t.to(dtype) for t in low)
+            return self.low_rank(x, A.view(-1, *delta.shape[1:]), B.view(*B.shape, *[1] * len(kernel)))
+
+        def made() -> Tensor:
+            if (factors := kronecker_factors(delta)) is not None:
+                by_factors = self.kronecker(x, *(t.to(dtype) for t in factors))
+                if by_factors is not None:
+                    return by_factors
+            whole = product_of(replace(delta, scale=1.0)).to(dtype)
+            return self.product(x, whole if kernel else to_matrix(self.base, "linear", whole))
+
+        out: Tensor = checkpoint(made, use_reentrant=False, preserve_rng_state=False)
+        return out
+
+    def kronecker(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor | None:
+        """(w1 ⊗ w2)·x without that matrix; None where this layer has no such way."""
+        return None
 
     def least_dims(self) -> int:
         """How many dimensions an input with rows has at least."""
@@ -320,9 +352,10 @@ def _moved(new: Tensor, old: Tensor, out: Tensor, strength: float) -> Tensor:
 
 class LoraLinear(_Lora):
     def linear_map(self) -> LinearMap | None:
-        """What this layer is now as one product with a frozen weight and at most one pair, or None if it is more:
-        several pairs, a mix for each row, DoRA with an origin or at another strength than 1, an origin with dropout, a
-        full copy, replaced rows, a hooked or trained base."""
+        """What this layer is now as one product with a frozen weight and at most one pair, or a LoHa that learns and is
+        small enough to be one (`as_low_rank`); None if it is more: several of them, another delta, a mix for each row,
+        DoRA with an origin or at another strength than 1, an origin with dropout, a full copy, replaced rows, a hooked
+        or trained base."""
         base, selection = self.base, self.owner.selection
         mix: Sequence[tuple[Adapter, float]] = selection.mix
         if selection.rows is not None:
@@ -336,9 +369,13 @@ class LoraLinear(_Lora):
             return None
         if not mix:
             return LinearMap(base.weight, base.bias)
-        pairs = self.pairs(mix)
-        if len(pairs) > 1 or self.rows(mix) or self.deltas(mix) or any(self.name in a.modules for a, _ in mix):
+        pairs, deltas = self.pairs(mix), self.deltas(mix)
+        if len(pairs) + len(deltas) > 1 or self.rows(mix) or any(self.name in a.modules for a, _ in mix):
             return None
+        if deltas:
+            _, delta, strength = deltas[0]
+            low = as_low_rank(delta) if is_trained(delta) else None
+            return low and LinearMap(base.weight, base.bias, (LowRank(*low, delta.scale * strength),))
         if not pairs:
             return LinearMap(base.weight, base.bias)
         pair, strength, dropout = pairs[0]
@@ -376,6 +413,11 @@ class LoraLinear(_Lora):
     def product(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         stored = weight_of(self.base) if weight is None else weight
         return F.linear(x, to_matrix(self.base, "linear", stored).to(x.dtype))
+
+    def kronecker(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        """x as a matrix (m, n): w1·X·w2ᵀ, (l, k), of which an l-th of the operations of ΔW·x is left."""
+        parts = x.unflatten(-1, (w1.shape[1], w2.shape[1]))
+        return torch.matmul(w1, F.linear(parts, w2)).flatten(-2)
 
     def replaced(self, x: Tensor, y: Tensor, out: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
         """The logits of replaced rows: out[…, i] moves by strength·(x·row_i − x·W_i)."""
@@ -448,6 +490,17 @@ class LoraConv(_Lora):
 
     def channels(self, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * (weight_of(self.base).ndim - 2))
+
+    def kronecker(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor | None:
+        """Each of m parts of the channels by w2, the results mixed by w1; groups would cut through the parts."""
+        if self.base.groups > 1:
+            return None
+        if w2.ndim < weight_of(self.base).ndim:  # factors lie flat
+            w2 = w2.unflatten(1, (-1, *weight_of(self.base).shape[2:]))
+        parts = x.unflatten(1, (w1.shape[1], w2.shape[1])).flatten(0, 1)
+        each = self.base._conv_forward(parts, w2, None)
+        mixed = torch.matmul(w1, each.view(len(x), w1.shape[1], -1))
+        return mixed.view(len(x), -1, *each.shape[2:])
 
     def scaled(self, x: Tensor, v: Tensor) -> Tensor:
         dims = weight_of(self.base).ndim - 2

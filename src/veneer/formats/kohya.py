@@ -10,6 +10,7 @@
 | kohya: FLUX.2          | lora_unet_ + BFL's name, flat (musubi-tuner)      | none                              |
 | kohya: Qwen-, Z-Image  | lora_unet_ + diffusers' name, flat (musubi-tuner) | none                              |
 | kohya: Krea 2, Anima   | lora_unet_ + original name, flat                  | none; Anima's llm_adapter as well |
+| both: parts of a LoKr  | lycoris_ + diffusers' name, flat                  | as above                          |
 | ComfyUI: all           | diffusion_model. + original name                  | text_encoders.NAME.transformer. + |
 |                        |                                                   | transformers' name                |
 
@@ -37,6 +38,9 @@ T = TypeVar("T", bound=Pair | Delta)
 
 _DIFFUSERS_NAMED = ("sd15", "sd2", "qwen-image", "z-image")
 """Families that sd-scripts and musubi-tuner name as diffusers does."""
+
+LYCORIS = "lycoris_"
+"""Before diffusers' name of a denoiser's module, flat."""
 
 _CLIP_2 = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 _KOHYA_TEXT: dict[str, dict[str, str]] = {
@@ -94,7 +98,8 @@ def _foreign_leaves(
         out |= {"lora_unet_" + flat(m.partition(".")[2]): (leaf, (m,)) for m, leaf in denoiser.items()}
         return out
     for name, found in _originals(denoiser, family, refused).items():
-        out["lora_unet_" + flat(name) if to == "kohya" else f"diffusion_model.{name}"] = found
+        own = name.startswith(LYCORIS)
+        out[name if own else "lora_unet_" + flat(name) if to == "kohya" else f"diffusion_model.{name}"] = found
     return out
 
 
@@ -106,7 +111,8 @@ def _hint(module: str, family: Family) -> str:
 def _originals(
     leaves: Mapping[str, Leaf], family: Family, refused: Refusals
 ) -> dict[str, tuple[Leaf, tuple[str, ...]]]:
-    """The denoiser's leaves by original module, fused where it is."""
+    """The denoiser's leaves by original module, fused where it is. Several LoKr that are no one LoKr of a fused
+    projection stay apart, under the names that LyCORIS gives diffusers' modules: ComfyUI knows which rows those are."""
     owner: dict[str, str] = {}
     for name, places in family.originals.items():
         for place in places:
@@ -122,8 +128,16 @@ def _originals(
         try:
             out[name] = _fused(parts, places), used
         except AdapterError as error:
+            have = {place.module: part for place, part in zip(places, parts, strict=True) if part is not None}
+            if all(_is_lokr(part) for part in have.values()):
+                out |= {LYCORIS + flat(m.partition(".")[2]): (part, (m,)) for m, part in have.items()}
+                continue
             refused[f"one projection of the original, {name}, but {error.what}"] += used
     return out
+
+
+def _is_lokr(leaf: Leaf) -> bool:
+    return leaf.pair is None and not leaf.full and [d.form for d in leaf.deltas.values()] == ["kronecker"]
 
 
 def _fused(parts: Sequence[Leaf | None], places: Sequence[ModulePlace]) -> Leaf:

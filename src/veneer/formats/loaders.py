@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
 from veneer.formats.keys import split_key
+from veneer.formats.kohya import LYCORIS
 from veneer.formats.names import choose_family
 from veneer.formats.topology import Family, flat
 
@@ -94,6 +95,8 @@ def _asked(family: Family, to: str) -> Mapping[str, Collection[str]]:
         for original, places in family.originals.items():
             text = f"lora_unet_{flat(original)}" if to == "kohya" else f"diffusion_model.{original}"
             out[text] += [place.module for place in places]
+            for place in places if len(places) > 1 else ():  # LyCORIS' and ComfyUI's names for rows of it
+                out[LYCORIS + flat(place.module.partition(".")[2])].append(place.module)
     return out
 
 

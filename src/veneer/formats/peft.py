@@ -17,8 +17,9 @@ r"""PEFT's adapter folders: `adapter_config.json` and `adapter_model.safetensors
     scale = alpha/r, rsLoRA alpha/√r;  r and alpha from rank_pattern and alpha_pattern where the first key that matches
     `(.*\.)?(KEY)$` says so
 
-docs/formats/peft.md has the whole specification, numbered. What cannot be read with the same effect is refused with the
-reason; everything wrong with a folder is one AdapterError. Knows files and names; does not know what made the base.
+Folders of LOHA and LOKR: formats/peft_lycoris.py. docs/formats/peft.md has the whole specification, numbered. What
+cannot be read with the same effect is refused with the reason; everything wrong with a folder is one AdapterError.
+Knows files and names; does not know what made the base.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from veneer.formats.peft_config import (
     read_config,
     unsloth_marks,
 )
+from veneer.formats.peft_lycoris import can_be_lycoris, is_lycoris, read_lycoris, write_lycoris
 from veneer.formats.structure import Structure, structure_of
 from veneer.formats.tensors import check_finite, read_adapter_tensors
 from veneer.formats.wrappers import Renaming, renaming
@@ -138,6 +140,8 @@ def interpret(
 ) -> PeftAdapter:
     """What a configuration and tensors mean together. `moe_layout`: how expert pairs' B is laid out, where the file
     does not say (formats/peft.py). Raises as `read_folder` does."""
+    if is_lycoris(config):
+        return _lycoris(config, tensors, structure_of(base) if base is not None else Structure({}), where, card)
     parsed, problems = cfg.parse_config(config)
     if moe_layout and parsed.b_layout not in ("", moe_layout):
         problems.append(f"the file says lora_B_layout = {parsed.b_layout}, and the caller {moe_layout}")
@@ -170,6 +174,28 @@ def interpret(
         adapter.card.extra = {**adapter.card.extra, "adapter_config": parsed.stamps}
         reader.notes += [f"{key} = {str(value)[:60]}: a stamp, kept" for key, value in parsed.stamps.items()]
     return PeftAdapter(adapter, dict(config), reader.notes)
+
+
+def _lycoris(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Structure, where: str | None, card: Card | None
+) -> PeftAdapter:  # fmt: skip
+    """A folder of LOHA or LOKR; with a base each delta in its weight's shape, which flat parts do not tell."""
+    adapter, problems = read_lycoris(config, tensors)
+    for name, delta in adapter.deltas.items():
+        shape = base.shapes.get(name)
+        if shape is not None and math.prod(shape) == math.prod(delta.shape) and name not in _turned(base):
+            adapter.deltas[name] = replace(delta, shape=tuple(shape))
+    problems += base.problems(adapter) if base.detailed and not problems else []
+    if problems:
+        raise AdapterError(
+            f"the adapter cannot be used as it is ({len(problems)} problem(s)):\n{bullets(problems, None)}", where=where
+        )
+    return PeftAdapter(replace(adapter, card=card or adapter.card), dict(config))
+
+
+def _turned(base: Structure) -> set[str]:
+    """Weights that are stored (in, out)."""
+    return {f"{name}.weight" for name in base.fan_in_fan_out}
 
 
 @dataclass
@@ -806,12 +832,18 @@ def _encode(adapter: Adapter, *, base_name: str, base: BaseLike, task_type: str 
     outline = structure_of(base) if base is not None else Structure({})
     own = adapter.collapsed().mapped(lambda t: t.detach())
     own = replace(own, pairs={n: _regrouped(p, outline, n) for n, p in own.pairs.items()})
-    problems = _problems(own, outline)
+    lycoris = can_be_lycoris(own)
+    problems = [] if lycoris else _problems(own, outline)
     if not problems:
         check_finite(dict(own.tensors()), where=where)
-        tensors = _tensors(own, outline)
-        config, notes = _config(own, outline, base_name, task_type)
         try:
+            if lycoris:
+                names = {name.rpartition(".")[0] for name in own.deltas}
+                targets, notes = _target_modules(names, set(outline.kinds)), list[str]()
+                config, tensors = write_lycoris(own, base_name=base_name, task_type=task_type, targets=targets)
+            else:
+                tensors = _tensors(own, outline)
+                config, notes = _config(own, outline, base_name, task_type)
             read = interpret(config, tensors, base if outline.detailed else None).adapter
             problems = _differences(own, read)
         except AdapterError as error:

@@ -16,6 +16,7 @@ from typing import Any
 from veneer.errors import ConfigError, nearest, quoted
 from veneer.models.config import PLANNED_DENOISERS
 from veneer.plan.memory import CPU_PROCESS, CPU_ROUNDING, CUDA_CONTEXT, CUDA_ROUNDING, Memory, dtype_bytes
+from veneer.plan.pairs import PAIRS, PairCosts, PairForm
 from veneer.plan.tables import Device
 from veneer.plan.time import Work
 
@@ -42,7 +43,7 @@ _TARGET_ENDINGS = {
 class ImageLoad:
     """Pictures in a micro-batch, and how they are trained. `targets`: a key of TARGET_ENDINGS. `offload`: share of
     the weights that waits in the CPU's memory. `stays`: text encoders and VAE stay in memory. `references`: forwards
-    of the base alone in a step, beside the one that learns."""
+    of the base alone in a step, beside the one that learns. `form`: what stands beside a weight, of `rank`."""
 
     pictures: int = 1
     height: int = 1024
@@ -56,6 +57,7 @@ class ImageLoad:
     targets: str = "attention"
     stays: bool = False
     references: int = 0
+    form: PairForm = PAIRS
 
 
 @dataclass
@@ -63,7 +65,8 @@ class ImageCounts:
     """The counts of one picture. `matrices`: parameters that a quantised base holds in 4 bits. `kept`: values of the
     base's dtype kept for the backward pass, `kept32`: bytes of float32 beside them; `inputs`: values that recomputing
     keeps; `block`: values of the largest block. `products`, `attention`, `low_rank`: operations, forward and backward.
-    `encoders`: parameters of text encoders and VAE. `text`: tokens of a caption."""
+    `encoders`: parameters of text encoders and VAE. `text`: tokens of a caption. `made`: float32 values made
+    of an adapter's parts, beside its pictures."""
 
     targets: frozenset[str]
     rank: int
@@ -80,6 +83,8 @@ class ImageCounts:
     low_rank: float = 0.0
     encoders: int = 0
     text: int = 0
+    made: int = 0
+    form: PairForm = PAIRS
     _learned: bool = field(default=False, repr=False)
     _before: float = field(default=0.0, repr=False)
 
@@ -99,9 +104,8 @@ class ImageCounts:
         self.products += (4 if self._learned else 2) * n * a * b
         if pair:
             self._learned = True
-            self.trainable += self.rank * (a + b)
-            self.low_rank += 6 * self.rank * n * (a + b)
-            self.keep(n * self.rank + (n * a if new else 0))
+            costs = self._pair(n, (b, a))
+            self.keep(n * costs.rank + (n * a if new else 0))
 
     def conv(self, n: float, a: int, b: int, side: int = 3, *, new: bool = True, dead: int = 0) -> None:
         """n places of output. torch keeps a convolution's input though its frozen weight needs no gradient. `dead`:
@@ -109,13 +113,19 @@ class ImageCounts:
         self.parameters += a * b * side * side + b
         if side > 1 and _CONV in self.targets:
             self._learned = True
-            self.trainable += self.rank * (a * side * side + b)
-            self.low_rank += 6 * self.rank * n * (a * side * side + b)
-            self.kept32 += 4 * n * (a + self.rank)  # a pair's convolutions are in float32, their inputs copies
+            costs = self._pair(n, (b, a, side, side))
+            self.kept32 += 4 * n * (a + costs.rank)  # a pair's convolutions are in float32, their inputs copies
         back = a - dead if self._learned else 0
         self.products += 2 * n * (a + back) * b * side * side
         if new and not dead:
             self.keep(n * a)
+
+    def _pair(self, n: float, shape: tuple[int, ...]) -> PairCosts:
+        costs = self.form.beside(shape, self.rank)
+        self.trainable += costs.parameters
+        self.low_rank += costs.operations * n
+        self.made += costs.made
+        return costs
 
     def attend(self, n: float, m: float, width: int, heads: int) -> None:
         """n queries over m keys, of heads that are `width` wide together."""
@@ -154,7 +164,7 @@ def is_denoiser(config: Config) -> bool:
 
 def image_counts(
     config: Config, *, height: int = 1024, width: int = 1024, rank: int = 16, targets: str = "attention",
-    text_tokens: int | None = None,
+    text_tokens: int | None = None, form: PairForm = PAIRS,
 ) -> ImageCounts:  # fmt: skip
     """The counts of one picture. config: the denoiser's, with `model_type` sdxl, flux or flux2 or diffusers' class.
 
@@ -166,7 +176,7 @@ def image_counts(
     if targets not in _TARGET_ENDINGS:
         near = nearest(targets, _TARGET_ENDINGS) or sorted(_TARGET_ENDINGS)
         raise ConfigError(f"veneer plan does not know the targets {targets!r}", fix=f"use {', '.join(near)}")
-    c = ImageCounts(frozenset(_TARGET_ENDINGS[targets]), rank)
+    c = ImageCounts(frozenset(_TARGET_ENDINGS[targets]), rank, form=form)
     c.encoders = sum((config.get("encoders") or {}).values()) + int(config.get("vae") or 0)
     c.text = text_tokens or int(config.get("text_tokens") or (77 if kind == "sdxl" else 512))
     try:
@@ -383,7 +393,7 @@ def image_memory(counts: ImageCounts, load: ImageLoad, device: Device, *, proces
     if load.quantise in ("nf4", "fp4"):
         constants = round(counts.matrices * (8 / 64 + 32 / (64 * 256)) / 8)
     weights += counts.encoders * e if load.stays else 0
-    kept = load.pictures * (e * counts.kept + counts.kept32)
+    kept = load.pictures * (e * counts.kept + counts.kept32) + 4 * counts.made
     working = load.pictures * e * _WORKING * counts.block
     if load.checkpointing:
         kept, working = load.pictures * e * counts.inputs, load.pictures * e * (1 + _WORKING) * counts.block

@@ -36,7 +36,8 @@ from veneer.ops.sizes import (
     logits_chunk,
     padded_tokens,
 )
-from veneer.plan.shape import LayerShape, LinearShape, TextShape, layer_ranks, pair_parameters
+from veneer.plan.pairs import PairCosts
+from veneer.plan.shape import LayerShape, LinearShape, TextShape, layer_pairs, pair_parameters
 from veneer.plan.tables import Device
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | 
     e = dtype_bytes(load.dtype)
     weights, constants = weight_bytes(shape, load.dtype, load.quantise, load.double)
     trainable = pair_parameters(shape, load.spec, rank=load.rank) + load.whole
-    ranks = layer_ranks(shape, load.spec, load.rank)
+    pairs = layer_pairs(shape, load.spec, load.rank)
     trained, tokens = load.wanted(device), load.computed(device)
     last = len(shape.layers) - 1
 
@@ -198,7 +199,7 @@ def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | 
         return trained if i == last and shape.keeps else tokens
 
     layers = [
-        _LayerMemory(layer, ranks[i], shape.hidden, load, device, meets(i)) for i, layer in enumerate(shape.layers)
+        _LayerMemory(layer, pairs[i], shape.hidden, load, device, meets(i)) for i, layer in enumerate(shape.layers)
     ]
     ends = e * shape.hidden * (2 * meets(last) + trained)  # the last norm's input and output, and the head's gradient
     logits = _logits(shape, trained, e, device)
@@ -281,7 +282,7 @@ class _LayerMemory:
     """What one layer keeps between its forward and its backward pass, and what its backward pass makes on the way."""
 
     layer: LayerShape
-    ranks: dict[str, int]
+    pairs: dict[str, PairCosts]
     hidden: int
     load: Load
     device: Device
@@ -310,7 +311,7 @@ class _LayerMemory:
             values += n * (layer.heads + layer.kv_heads) * layer.head_dim
         values += m * self._mlp()
         values += self._low_rank() + self._dora()
-        return e * values + self._probabilities()
+        return e * values + self._probabilities() + 4 * sum(pair.made for pair in self.pairs.values())
 
     def _dora(self) -> int:
         """Values that DoRA keeps beside: what its gains multiply. Of gate and up it stands in for the output, which is
@@ -319,7 +320,7 @@ class _LayerMemory:
         if spec is None or not spec.dora:
             return 0
         for name, parts in self.layer.products.items():
-            own = any(part.name in self.ranks for part in parts)
+            own = any(part.name in self.pairs for part in parts)
             if own and (name != "gate_up" or spec.dropout):
                 values += (self.tokens if name == "qkv" else self.after) * sum(part.outputs for part in parts)
         return values
@@ -338,7 +339,8 @@ class _LayerMemory:
     def _pairs(self, parts: Sequence[LinearShape]) -> list[tuple[LinearShape, int]]:
         """Those of the parts that have a pair, with its rank; what pairs began with is another one beside."""
         twice = 1 + self.load.begins_in_base
-        return [(part, twice * self.ranks[part.name]) for part in parts if part.name in self.ranks]
+        having = [(part, self.pairs[part.name].rank) for part in parts if part.name in self.pairs]
+        return [(part, twice * rank) for part, rank in having if rank]
 
     @property
     def cast(self) -> int:
@@ -393,7 +395,12 @@ class _LayerMemory:
         heads = (self.layer.heads + 2 * self.layer.kv_heads) * self.layer.head_dim
         attention = self.tokens * (2 * heads + 2 * self.layer.heads * self.layer.head_dim + 2 * d)
         freed = m * self._mlp()
-        return round(e * max(mlp, attention - freed))
+        again = [p.outputs for parts in self.layer.products.values() for p in parts if self._is_made_again(p.name)]
+        return round(e * (max(mlp, attention - freed) + self.tokens * max(again, default=0)))
+
+    def _is_made_again(self, name: str) -> bool:
+        """Whether a backward pass makes what a LoHa or LoKr had on its way."""
+        return name in self.pairs and not self.pairs[name].rank
 
 
 def seen_keys(lengths: Sequence[int], window: int | None = None) -> int:

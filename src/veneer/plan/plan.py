@@ -19,6 +19,7 @@ from veneer.errors import gigabytes
 from veneer.plan.fit import AnyLoad, Change, cheapest, each_holds, usable_memory
 from veneer.plan.image import ImageCounts, ImageLoad, image_counts, image_memory, image_work
 from veneer.plan.memory import Load, Memory, dtype_bytes, kept_dequantised, packed_weights, text_memory
+from veneer.plan.pairs import PairForm
 from veneer.plan.serving import Serving, Traffic, serving
 from veneer.plan.shape import TextShape, pair_parameters
 from veneer.plan.tables import Device
@@ -174,9 +175,10 @@ def text_plan(
     trainable = pair_parameters(shape, load.spec, rank=load.rank) + load.whole
     times = f"{job.rows:,} rows of {job.tokens_per_row:,.0f} tokens, {job.passes:.3g} times"
     share = "" if load.trained == 1 else f", {load.trained:.0%} of them learned"
+    form = _form(PairForm.of(load.spec))
     facts = (
         ("base", f"{base}: {shape.parameters:,} parameters, {load.quantise or load.dtype}"),
-        ("adapter", f"rank {rank}: {trainable:,} parameters, a file of {4 * trainable / 1e6:,.1f} MB"),
+        ("adapter", f"{form}rank {rank}: {trainable:,} parameters, a file of {4 * trainable / 1e6:,.1f} MB"),
         ("data", f"{times}: {job.tokens:,} tokens, {job.total_steps:,} steps of {job.batch} rows"),
         ("at once", f"{load.tokens:,} tokens in {len(load.lengths)} rows{share}; activations {_kept(load)}"),
         *((("host", f"{gigabytes(memory.host)} in the CPU's memory"),) if memory.host else ()),
@@ -199,6 +201,7 @@ def image_plan(
     def counts(height: int, width: int, rank: int) -> ImageCounts:
         return image_counts(
             config, height=height, width=width, rank=rank, targets=load.targets, text_tokens=text_tokens,
+            form=load.form,
         )  # fmt: skip
 
     def of(load: ImageLoad) -> ImageCounts:
@@ -217,7 +220,7 @@ def image_plan(
     encoding = (c.parameters + c.encoders) * dtype_bytes(load.dtype)
     facts = [
         ("base", f"{base}: a denoiser of {c.parameters:,} parameters, {load.quantise or load.dtype}"),
-        ("adapter", f"rank {load.rank} on {load.targets}: {c.trainable:,} parameters"),
+        ("adapter", f"{_form(load.form)}rank {load.rank} on {load.targets}: {c.trainable:,} parameters"),
         ("data", f"{job.rows:,} pictures, {job.passes:.3g} times: {job.total_steps:,} steps of {job.batch}"),
         ("at once", f"{load.pictures} of {load.width} × {load.height}; activations {_kept(load)}"),
     ]
@@ -229,6 +232,11 @@ def image_plan(
         base, c.parameters, c.trainable, device, job, memory, peak, limit, changes, planned,
         planned_memory, seconds, rates, tuple(facts),
     )  # fmt: skip
+
+
+def _form(form: PairForm) -> str:
+    """What goes before the rank: nothing for plain pairs."""
+    return "" if form.kind == "lora" else f"{form.kind}, "
 
 
 def _kept(load: AnyLoad) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, nearest, quoted
 from veneer.models.compat_transformers import PRE_NORM_LAYERS
+from veneer.plan.pairs import PairCosts, PairForm
 
 if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
@@ -111,13 +112,14 @@ class TextShape:
 
 
 def pair_parameters(shape: TextShape, spec: LoraSpec | None = None, *, rank: int = 16) -> int:
-    """Trainable parameters of the pairs that `spec` (all-linear of `rank` where there is none) puts on the base.
+    """Trainable parameters of what `spec` (pairs of `rank` on all-linear where there is none) puts on the base.
 
     Raises TargetError where a pattern matches nothing."""
     return sum(count for _, _, count in _pairs(shape, spec, rank))
 
 
-def _pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> Iterator[tuple[str, int, int]]:
+def _pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> Iterator[tuple[str, PairCosts, int]]:
+    form = PairForm.of(spec)
     for i, layer in enumerate(shape.layers):
         if spec is not None and spec.layers is not None and i not in spec.layers:
             continue
@@ -126,7 +128,8 @@ def _pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> Iterator[tuple
             own = rank if spec is None else _rank(spec, name, linear)
             if own and (linear.pair or (spec is not None and spec.targets != "all-linear")):
                 magnitude = linear.outputs if spec is not None and spec.dora else 0
-                yield name, own, linear.times * (own * (linear.inputs + linear.outputs) + magnitude)
+                costs = form.beside((linear.outputs, linear.inputs), own)
+                yield name, costs, linear.times * (costs.parameters + magnitude)
 
 
 def _rank(spec: LoraSpec, name: str, linear: LinearShape) -> int:
@@ -143,12 +146,12 @@ def _rank(spec: LoraSpec, name: str, linear: LinearShape) -> int:
     return spec.rank if linear.pair else 0
 
 
-def layer_ranks(shape: TextShape, spec: LoraSpec | None, rank: int) -> list[dict[str, int]]:
-    """For each layer: name of a matrix -> rank of its pair; matrices without one are left out."""
-    out: list[dict[str, int]] = [{} for _ in shape.layers]
-    for name, own, _ in _pairs(shape, spec, rank):
+def layer_pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> list[dict[str, PairCosts]]:
+    """For each layer: name of a matrix -> what its pair costs; matrices without one are left out."""
+    out: list[dict[str, PairCosts]] = [{} for _ in shape.layers]
+    for name, costs, _ in _pairs(shape, spec, rank):
         _, _, index, leaf = name.split(".", 3)
-        out[int(index)][leaf] = own
+        out[int(index)][leaf] = costs
     return out
 
 

@@ -3,7 +3,7 @@
 forward       2 operations a weight and token                          products with frozen weights
 backward      2 more for the gradient of the input; frozen weights get none
 attention     2 products forward, 4 backward, over the keys that are multiplied
-low rank      6·rank·(in + out) a token and pair: 2 forward, 4 backward
+low rank      6·rank·(in + out) a token and pair: 2 forward, 4 backward; LoHa and LoKr: plan.pairs
 head          as a product, at trained tokens alone
 checkpointing the layers' forward once more
 dequantising  bytes written and read, forward and backward
@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass, replace
 
 from veneer.plan.memory import Load, dtype_bytes, seen_keys, text_memory, weight_bytes
-from veneer.plan.shape import TextShape, layer_ranks
+from veneer.plan.shape import TextShape, layer_pairs
 from veneer.plan.tables import Device
 
 _EFFICIENCY = 0.4
@@ -81,7 +81,7 @@ def text_work(shape: TextShape, load: Load, device: Device) -> Work:
     """Operations and bytes of a micro-batch of `load`."""
     tokens, trained = load.computed(device), load.wanted(device)
     again = 1 if load.checkpointing else 0
-    ranks = layer_ranks(shape, load.spec, load.rank)
+    pairs = layer_pairs(shape, load.spec, load.rank)
     twice = load.spec is not None and load.spec.dora and load.spec.dropout > 0
     products = attention = low_rank = 0.0
     for i, layer in enumerate(shape.layers):
@@ -90,10 +90,13 @@ def text_work(shape: TextShape, load: Load, device: Device) -> Work:
             n = tokens if linear.product == "qkv" else after
             first = i == 0 and linear.product == "qkv"  # nothing below it learns: no gradient of its input
             products += (2 * (1 + again) + (0 if first else 2)) * n * linear.multiplied
-            rank = ranks[i].get(linear.name, 0) * (1 + load.begins_in_base)
-            if twice and rank:  # the dropped input meets the weight too
+            pair = pairs[i].get(linear.name)
+            if pair is None:
+                continue
+            if twice:  # the dropped input meets the weight too
                 products += (4 + 2 * again) * n * linear.multiplied
-            low_rank += (6 + 2 * again) * rank * n * linear.active * (linear.inputs + linear.outputs)
+            each = (pair.operations + again * pair.forward) * (1 + load.begins_in_base)
+            low_rank += each * n * linear.active
         keys = seen_keys(load.attended(device), layer.window)
         attention += (12 + 4 * again) * layer.heads * layer.head_dim * keys
     head = 4.0 * trained * shape.vocabulary * shape.hidden

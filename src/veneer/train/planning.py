@@ -16,6 +16,7 @@ from veneer.ops.sizes import MICRO_TOKENS
 from veneer.plan.fit import fitting_micro_tokens, left_beside_base
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import CPU_LATER, CPU_PROCESS, Load, weight_bytes
+from veneer.plan.pairs import PairForm
 from veneer.plan.plan import Plan, TrainingJob, image_plan, text_plan
 from veneer.plan.serving import Traffic
 from veneer.plan.shape import TextShape, model_shape, pair_parameters, text_shape
@@ -53,6 +54,7 @@ def _special_pairs(config: TrainConfig) -> LoraSpec | None:
     """The pairs where they are others than one of the same rank on every linear, or begin as a part of the base."""
     a = config.adapter
     other = a.exclude or a.rank_pattern or a.layers is not None or a.dora or a.init in ("pissa", "olora")
+    other = other or a.kind != "lora"
     return a.spec() if other or a.targets != "all-linear" else None
 
 
@@ -209,7 +211,7 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
         at_once, side, side, -(-batch // at_once), config.adapter.rank,
         dtype, config.base.quantise,
         config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0, targets=words,
-        references=0 if config.loss.keep_guidance is None else 2,
+        references=0 if config.loss.keep_guidance is None else 2, form=PairForm.of(config.adapter.spec()),
     )  # fmt: skip
     job = TrainingJob(rows, 1.0, float(config.schedule.epochs or 1), batch, config.steps)
     return image_plan(config.base.name, found, load, device, rates, job, process=process)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -149,10 +148,13 @@ def traced_pictures(fields: Mapping[str, Any], load: ImageLoad, device: Device, 
     """One step of `load` on a denoiser of this config, with cached latents and texts. Raises as `traced_training`."""
     dtype: torch.dtype = getattr(torch, load.dtype)
     counts = image_counts(
-        fields, height=load.height, width=load.width, rank=load.rank, targets=load.targets
+        fields, height=load.height, width=load.width, rank=load.rank, targets=load.targets, form=load.form
     )  # fmt: skip
-    config, _ = config_from({"base": "traced", "data": {"pictures": "."}, "output": "traced", "adapter": {
-        "rank": load.rank, "targets": load.targets}})  # fmt: skip
+    form = {"kind": load.form.kind, "factor": load.form.factor, "decompose_both": load.form.both}
+    config, _ = config_from({
+        "base": "traced", "data": {"pictures": "."}, "output": {"directory": "traced", "layout": "kohya"},
+        "adapter": {"rank": load.rank, "targets": load.targets, **form},
+    })  # fmt: skip
     assert isinstance(config, ImageTrainConfig)
     say("a small denoiser of this family is tried, to know what runs")
     how = twin_denoiser(fields, dtype)
@@ -163,10 +165,9 @@ def traced_pictures(fields: Mapping[str, Any], load: ImageLoad, device: Device, 
         with attach(base.model) as attachment:
             with torch.device("cuda"):
                 module, spec = parts_of(base, config)[base.row.denoiser]
-                made = create(module, spec, seed=0)
-                pairs = {f"{base.row.denoiser}.{name}": pair for name, pair in made.pairs.items()}
-                attachment.add("traced", replace(made, pairs=pairs), trainable=True)
-                del made, pairs
+                made = create(module, spec, seed=0).renamed(lambda name: f"{base.row.denoiser}.{name}")
+                attachment.add("traced", made, trainable=True)
+                del made
             attachment.use("traced")
             parameters = attachment.parameters("traced")
             trace.hold("adapter", parameters.values())

@@ -46,6 +46,7 @@ def test_a_folder_of_pictures_makes_it_a_configuration_for_pictures(tmp_path: Pa
         ("loss: {snr_gama: 5}", "unknown key `loss.snr_gama`; did you mean `loss.snr_gamma`?"),
         ("snr_gamma: 5", "unknown key `snr_gamma`; did you mean `loss.snr_gamma`?"),
         ("adapter: {modules_to_save: [x]}", "unknown key `adapter.modules_to_save`"),
+        ("adapter: {kind: lokr}", "has no place in diffusers' files: set `output.layout` to kohya, or to peft"),
         ("preset: stile", "`preset` should be one of 'style', 'subject', 'product'"),
         (
             "loss: {shift: much}",
@@ -67,7 +68,7 @@ def test_a_folder_of_pictures_makes_it_a_configuration_for_pictures(tmp_path: Pa
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, line: str, says: str) -> None:
-    overrides = ["output.layout=peft"] if "layout" in says else []
+    overrides = ["output.layout=peft"] if "`output.layout: peft`" in says else []
     values = {"class_prompt": "a dog", "keep_tags": "2", "crops": "3", "class_weight": "0.5", "mask_floor": "0.1"}
     overrides += [f"data.{key}={value}" for key, value in values.items() if line == f"# {key}"]
     overrides += ["data.masks=off"] if "mask_floor" in line else []

@@ -18,6 +18,7 @@ def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
     yield from _held_out(config, "rows")
     yield from _batching(config, given)
     yield from _preference(config)
+    yield from _kind(config)
     named = [f"`adapter.{key}`" for key in _changed(config.adapter) if key not in ("start", "dropout")]
     if config.adapter.start is not None and named:
         yield f"{', '.join(named)} cannot be set beside `adapter.start`, which brings its own"
@@ -31,6 +32,7 @@ def image_problems(config: ImageTrainConfig, given: Collection[str]) -> Iterator
     yield from _pictures(config)
     yield from _loss_and_samples(config, given)
     yield from _memory_and_output(config)
+    yield from _kind(config)
     if not config.adapter.text_encoders:
         for key in ("optimizer.text_learning_rate", "adapter.text_targets"):
             if key in given:
@@ -90,6 +92,25 @@ def _preference(config: TrainConfig) -> Iterator[str]:
 def _changed(section: Section) -> list[str]:
     """The keys that are not at their default."""
     return [key for key, f in type(section).model_fields.items() if getattr(section, key) != f.default]
+
+
+def _kind(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
+    """What a LoHa or LoKr has not, and what a pair has not."""
+    adapter, kind = config.adapter, config.adapter.kind
+    changed = _changed(adapter)
+    if kind == "lora":
+        of_pairs: tuple[str, ...] = ("factor", "decompose_both")
+        yield from (f"`adapter.{key}` belongs to `adapter.kind: lokr`" for key in of_pairs if key in changed)
+        return
+    of_pairs = ("dora", "init", "dropout", "modules_to_save", "token_rows")
+    of_pairs += ("factor", "decompose_both") if kind == "loha" else ()
+    for key in of_pairs:
+        if key in changed:
+            yield f"`adapter.{key}` is not for `adapter.kind: {kind}`; leave it out, or train with `kind: lora`"
+    if config.optimizer.loraplus_ratio != 1:
+        yield f"`optimizer.loraplus_ratio` is the rate of B over that of A, which `adapter.kind: {kind}` does not have"
+    if isinstance(config, ImageTrainConfig) and config.output.layout == "diffusers":
+        yield f"`adapter.kind: {kind}` has no place in diffusers' files: set `output.layout` to kohya, or to peft"
 
 
 def _pictures(config: ImageTrainConfig) -> Iterator[str]:

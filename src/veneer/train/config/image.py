@@ -385,7 +385,7 @@ class ImageTrainConfig(Section):
 
     def recipe(self) -> dict[str, Any]:
         """What a card records: everything but the output folder, with paths reduced to file names."""
-        recipe = self.model_dump(mode="json", exclude={"output"})
+        recipe = self.model_dump(mode="json", exclude={"output"}) | {"adapter": self.adapter.recorded()}
         recipe["data"] = {k: file_name(v) if isinstance(v, str) else v for k, v in recipe["data"].items()}
         recipe["base"]["name"] = file_name(recipe["base"]["name"])
         return recipe

@@ -78,6 +78,24 @@ class PairsSection(Section):
     init: Literal["zero-b", "gaussian", "pissa", "olora", "loftq"] = setting(
         "zero-b", "how pairs start; loftq: with what quantising the base lost", "the base as it is, at step 0"
     )
+    kind: Literal["lora", "loha", "lokr"] = setting(
+        "lora",
+        "form of the change: lora B·A, loha (B·A) ⊙ (B'·A') (arXiv 2108.06098), lokr a Kronecker product (arXiv "
+        "2212.10650); where keys here say pair, these are meant too",
+        "what most tools read, and the quickest",
+    )
+    factor: int | None = setting(
+        None,
+        "lokr: rows and columns of the first of its two factors; a large rank leaves the second whole",
+        "as near to square as each size goes: the smallest file",
+        gt=0,
+    )
+    decompose_both: bool = setting(False, "lokr: the first factor as two thin matrices too, where rank is below half")
+
+    def recorded(self) -> dict[str, Any]:
+        """What a recipe has of it: of plain pairs no kind, as runs before there were others."""
+        form = {"kind", "factor", "decompose_both"} if self.kind == "lora" else set[str]()
+        return self.model_dump(mode="json", exclude=form)
 
     def spec(self) -> LoraSpec:
         """The same as core's LoraSpec, with `layers` as indices."""
@@ -377,7 +395,7 @@ class TrainConfig(Section):
 
     def recipe(self) -> dict[str, Any]:
         """What a card records: everything but the output folder, with paths reduced to file names."""
-        recipe = self.model_dump(mode="json", exclude={"output"})
+        recipe = self.model_dump(mode="json", exclude={"output"}) | {"adapter": self.adapter.recorded()}
         for key in ("train", "validation", "chat_template"):
             value = recipe["data"][key]
             recipe["data"][key] = [file_name(v) for v in value] if isinstance(value, list) else file_name(value)

@@ -120,7 +120,7 @@ def prove_image_adapter(
     """Reads the file again and compares its prediction with the trained adapter's, for the latents (1, c, h, w) and the
     sizes of one picture and the `text` of its caption; as `train.save.prove`."""
     path = output_of(config)
-    again = read(path).adapter
+    again = read(path, base=base.model).adapter
     if config.output.layout == "peft":
         again = _under(again, base.row.denoiser)
     time = torch.tensor([0.5 if base.prediction == "flow" else 500])
@@ -136,8 +136,7 @@ def prove_image_adapter(
 def _under(adapter: Adapter, component: str) -> Adapter:
     """A denoiser's own names, under its component's; canonical names stay as they are."""
     start = f"{component}."
-    pairs = {n if n.startswith(start) else start + n: p for n, p in adapter.pairs.items()}
-    return replace(adapter, pairs=pairs)
+    return adapter.renamed(lambda name: name if name.startswith(start) else start + name)
 
 
 def image_report(

@@ -255,15 +255,16 @@ class ImageTask(Task[ImageData, ImageResult]):
 
     def _created(self) -> Adapter:
         """One adapter over the denoiser and the text encoders asked for, under canonical names."""
-        pairs = {}
+        whole = Adapter()
         targets: list[str] = []
         spec = self.config.adapter.spec()
         for name, (module, own) in parts_of(self.base, self.config).items():
             made = create(module, own, seed=self.config.seed)
-            pairs.update({f"{name}.{key}": pair for key, pair in made.pairs.items()})
+            whole.pairs |= {f"{name}.{key}": pair for key, pair in made.pairs.items()}
+            whole.deltas |= {f"{name}.{key}": delta for key, delta in made.deltas.items()}
             targets += [f"{name}: {t}" for t in made.card.targets]
         card = Card(kind="image", rank=spec.rank, alpha=spec.alpha, targets=targets)
-        return Adapter(pairs, card=card, rslora=spec.rslora, dropout=spec.dropout)
+        return replace(whole, card=card, rslora=spec.rslora, dropout=spec.dropout)
 
     def _measured(self, run: Run, data: ImageData, loss: ImageLoss, report: Report, memory: _Memory) -> _Memory:
         """Measures what one picture of the largest shape keeps, decides whether activations are recomputed, and adds

@@ -1,0 +1,185 @@
+"""PEFT's folders of `peft_type` LOHA and LOKR: their configuration and tensors, and the deltas they stand for.
+
+    base_model.model.MODULE.hada_w1_a … hada_w2_b, hada_t1, hada_t2
+    base_model.model.MODULE.lokr_w1 or _w1_a, _w1_b; lokr_w2 or …, lokr_t2        scaled by alpha and r, ranks or none
+
+PEFT makes empty parts by its configuration before it fills them from the file: which factor of a LoKr is whole follows
+from r, `decompose_both` and `decompose_factor` (core.forms.trained_shapes), so what is written has to follow that rule.
+Knows a configuration and tensors; formats.peft reads and writes the files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from veneer.core.adapter import Adapter, Card, alpha_of, scale_of
+from veneer.core.forms import Delta, trained_shapes
+from veneer.errors import AdapterError
+from veneer.formats.leaves import Leaf as _Leaf
+from veneer.formats.leaves import read_leaf, write_leaf
+
+_TYPES: Mapping[str, Literal["loha", "lokr"]] = {"LOHA": "loha", "LOKR": "lokr"}
+_FORMS = {"hadamard": "LOHA", "kronecker": "LOKR"}
+_COMMON = {
+    "r", "alpha", "rank_pattern", "alpha_pattern", "peft_type", "target_modules", "base_model_name_or_path",
+    "task_type",
+}  # fmt: skip
+_NO_EFFECT = {
+    "auto_mapping", "exclude_modules", "inference_mode", "init_weights", "layers_pattern", "layers_to_transform",
+    "peft_version", "revision", "use_effective_conv2d", "rank_dropout", "module_dropout", "rank_dropout_scale",
+    "decompose_both", "decompose_factor",
+}  # fmt: skip
+_PREFIX = "base_model.model."
+
+
+def is_lycoris(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is of one of the two types."""
+    return config.get("peft_type") in _TYPES
+
+
+def read_lycoris(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Adapter, list[str]]:
+    """The adapter that they stand for, and everything wrong with them, each as one line."""
+    problems = [
+        f"{key} = {str(value)[:60]!r} is not understood in a folder of {config['peft_type']}"
+        for key, value in sorted(config.items())
+        if key not in _COMMON | _NO_EFFECT and value
+    ]
+    numbers = {key: config.get(key, 8) for key in ("r", "alpha")}
+    wrong = [k for k, v in numbers.items() if isinstance(v, bool) or not isinstance(v, int | float) or not v > 0]
+    patterns = [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
+    if wrong or not all(isinstance(p, dict) for p in patterns):
+        return Adapter(), [*problems, f"{', '.join(wrong) or 'rank_pattern, alpha_pattern'}: not as PEFT writes it"]
+    by_module: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        module, _, suffix = key.removeprefix(_PREFIX).rpartition(".")
+        if not key.startswith(_PREFIX) or not re.fullmatch(r"(hada|lokr)_\w+", suffix):
+            problems.append(f"{key}: not a tensor of a folder of {config['peft_type']}")
+        else:
+            by_module[module][suffix] = tensor
+    deltas: dict[str, Delta] = {}
+    for module, own in by_module.items():
+        rank, alpha = (_of(p, module, numbers[k]) for p, k in zip(patterns, ("r", "alpha"), strict=True))
+        try:
+            delta = read_leaf(own, where=module).deltas["weight"]
+        except AdapterError as error:
+            problems.append(f"{module}: {error.what}")
+            continue
+        deltas[f"{module}.weight"] = replace(delta, scale=scale_of(alpha, rank))
+    if not deltas and not problems:
+        problems.append("there is no tensor in it")
+    targets = config.get("target_modules")
+    card = Card(
+        base=str(config.get("base_model_name_or_path") or ""), rank=int(numbers["r"]), alpha=float(numbers["alpha"]),
+        kind="text" if config.get("task_type") else "", targets=sorted(targets) if isinstance(targets, list) else [],
+    )  # fmt: skip
+    return Adapter(deltas=deltas, card=card), problems
+
+
+def _of(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """PEFT's rule of matching: the first key that is the module's name, or its end after a dot."""
+    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def can_be_lycoris(adapter: Adapter) -> bool:
+    """Whether an adapter is LoHa, or LoKr, alone."""
+    forms = {d.form for d in adapter.deltas.values()}
+    others = adapter.pairs or adapter.modules or adapter.token_rows or adapter.new_tokens
+    return not others and len(forms) == 1 and forms <= set(_FORMS)
+
+
+def write_lycoris(
+    adapter: Adapter, *, base_name: str, task_type: str | None, targets: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:  # fmt: skip
+    """The configuration and the tensors. `targets`: what PEFT's target_modules are to say. Raises AdapterError that
+    lists each delta which PEFT would not make of any configuration."""
+    kind = _FORMS[next(iter(adapter.deltas.values())).form]
+    problems = [p for name, delta in adapter.deltas.items() for p in _problems(name, delta)]
+    both = any("a1" in d.parts for d in adapter.deltas.values()) and kind == "LOKR"
+    factor = _factor_of(adapter, both) if kind == "LOKR" and not problems else None
+    if kind == "LOKR" and not problems and factor is None:
+        problems.append("no decompose_factor gives the sizes of all factors of this LoKr; write it as kohya")
+    if problems:
+        raise AdapterError("\n".join(problems))
+    names = {name.removesuffix(".weight"): delta for name, delta in adapter.deltas.items()}
+    known = [r for d in names.values() if (r := _rank(d)) is not None]
+    rank = adapter.card.rank or (Counter(known).most_common(1)[0][0] if known else 8)
+    ranks = {name: _rank_for(delta, rank) for name, delta in names.items()}
+    alphas = {name: alpha_of(delta.scale, ranks[name]) for name, delta in names.items()}
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    config: dict[str, Any] = {
+        "alpha": _whole(alpha), "alpha_pattern": {_exactly(n): _whole(a) for n, a in alphas.items() if a != alpha},
+        "base_model_name_or_path": base_name or None, "inference_mode": True, "init_weights": True, "peft_type": kind,
+        "r": rank, "rank_pattern": {_exactly(n): r for n, r in ranks.items() if r != rank},
+        "target_modules": targets, "task_type": task_type, "use_effective_conv2d": _has_cores(adapter),
+    }  # fmt: skip
+    if kind == "LOKR":
+        config |= {"decompose_both": both, "decompose_factor": factor}
+    tensors: dict[str, Tensor] = {}
+    for name, delta in names.items():
+        for suffix, tensor in write_leaf(_Leaf(deltas={"weight": replace(delta, scale=1.0)}), "kohya").items():
+            if suffix != "alpha":
+                tensors[f"{_PREFIX}{name}.{suffix}"] = tensor.contiguous()
+    return config, tensors
+
+
+def _problems(name: str, delta: Delta) -> Iterator[str]:
+    if not name.endswith(".weight") or delta.magnitude is not None or delta.rows is not None:
+        yield f"{name}: PEFT's LoHa and LoKr are of whole weights, without DoRA; write it as kohya"
+    elif any(core in delta.parts for core in ("t1", "t2")) and len(delta.shape) != 4:
+        yield f"{name}: PEFT's cores are of 2-d convolutions; write it as kohya"
+    elif delta.form == "kronecker" and "w2" in delta.parts and len(delta.shape) == 3:
+        yield f"{name}: PEFT multiplies the whole second factor of a 1-d convolution another way; write it as kohya"
+
+
+def _has_cores(adapter: Adapter) -> bool:
+    return any("t1" in d.parts or "t2" in d.parts for d in adapter.deltas.values())
+
+
+def _rank(delta: Delta) -> int | None:
+    """The rank of its thin parts; None where there are none."""
+    return next((int(delta.parts[b].shape[0]) for b in ("b2", "b1") if b in delta.parts), None)
+
+
+def _rank_for(delta: Delta, rank: int) -> int:
+    """The rank to write: its own; of two whole factors the adapter's where that leaves them whole, else the least."""
+    own = _rank(delta)
+    if own is not None:
+        return own
+    sizes = [n for w in ("w1", "w2") for n in delta.parts[w].shape[:2]]
+    return rank if 2 * rank >= max(sizes) else -(-max(sizes) // 2)
+
+
+def _factor_of(adapter: Adapter, both: bool) -> int | None:
+    """The decompose_factor by which PEFT makes the parts that are there; -1 for none."""
+    firsts = {n for d in adapter.deltas.values() for n in _first_factor(d)}
+    for factor in (None, *sorted(firsts), *range(1, 2 * max(firsts) + 2)):
+        if all(_follows(delta, factor, both) for delta in adapter.deltas.values()):
+            return -1 if factor is None else factor
+    return None
+
+
+def _first_factor(delta: Delta) -> tuple[int, ...]:
+    parts = delta.parts
+    return tuple(parts["w1"].shape) if "w1" in parts else (parts["a1"].shape[0], parts["b1"].shape[1])
+
+
+def _follows(delta: Delta, factor: int | None, both: bool) -> bool:
+    want = trained_shapes("lokr", delta.shape, _rank_for(delta, 1), factor, both)
+    if "t2" in delta.parts:  # b2 is (r, n) beside a core
+        want = {**want, "b2": (want["b2"][0], delta.parts["b2"].shape[1])} if "b2" in want else want
+        return {k: tuple(t.shape) for k, t in delta.parts.items() if k != "t2"} == want
+    return {k: tuple(t.shape) for k, t in delta.parts.items()} == want
+
+
+def _exactly(name: str) -> str:
+    return f"^{re.escape(name)}"
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if value == int(value) else value

@@ -1,0 +1,258 @@
+"""LoHa and LoKr that learn: forward and gradients are PEFT's on the same numbers, and ΔW is kept nowhere."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.families import llama3, qwen3_moe
+from tests.models.test_quantise import dequantised_twin, quantised
+from veneer.core import Adapter, LoraSpec, attach, create, merged_state
+from veneer.core.forms import product_of
+from veneer.errors import AdapterError, ConfigError, TargetError
+
+_PARTS = {"a1": "w1_a", "b1": "w1_b", "a2": "w2_a", "b2": "w2_b", "w1": "w1", "w2": "w2"}
+WAYS: dict[str, dict[str, Any]] = {
+    "loha": {"kind": "loha", "rank": 2},
+    "loha of more numbers than the weight": {"kind": "loha", "rank": 20},
+    "lokr": {"kind": "lokr", "rank": 2},
+    "lokr, both in two": {"kind": "lokr", "rank": 1, "decompose_both": True},
+    "lokr by 4": {"kind": "lokr", "rank": 2, "factor": 4},
+    "lokr whole": {"kind": "lokr", "rank": 100, "factor": 4},
+    "lokr by what divides nothing": {"kind": "lokr", "rank": 1, "factor": 5},
+}
+
+
+class Sums(nn.Module):
+    """A linear, and convolutions of three kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.conv = nn.Linear(24, 36), nn.Conv2d(8, 12, 3, padding=1, stride=2)
+        self.point, self.grouped = nn.Conv2d(12, 16, 1), nn.Conv2d(8, 12, 3, groups=2, bias=False)
+
+    def forward(self, x: Tensor, pictures: Tensor) -> Tensor:
+        parts = self.lin(x), self.point(self.conv(pictures)), self.grouped(pictures)
+        return sum(part.square().sum() for part in parts)  # type: ignore[return-value]
+
+
+NAMES = ("lin", "conv", "point", "grouped")
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    return torch.randn(5, 7, 24, generator=g, dtype=dtype), torch.randn(2, 8, 9, 9, generator=g, dtype=dtype)
+
+
+def learned(model: nn.Module, dtype: torch.dtype = torch.float64, **spec: Any) -> Adapter:
+    """As if trained for long: every part drawn."""
+    made = create(model, LoraSpec(alpha=2.0 * spec["rank"], targets=NAMES, **spec), seed=0, dtype=dtype)
+    g = torch.Generator().manual_seed(1)
+    return made.mapped(lambda t: torch.randn(t.shape, generator=g, dtype=dtype))
+
+
+def peft_twin(model: nn.Module, adapter: Adapter, spec: dict[str, Any]) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """PEFT's model with the same numbers, and its parameters under our names."""
+    rank, both, factor = spec["rank"], spec.get("decompose_both", False), spec.get("factor") or -1
+    common: dict[str, Any] = {"r": rank, "alpha": 2 * rank, "target_modules": list(NAMES)}
+    config = (
+        peft.LoHaConfig(**common)
+        if spec["kind"] == "loha"
+        else peft.LoKrConfig(**common, decompose_both=both, decompose_factor=factor)
+    )
+    out = peft.get_peft_model(copy.deepcopy(model), config)
+    found = {}
+    for name, delta in adapter.deltas.items():
+        layer: Any = out.get_submodule("base_model.model." + name.removesuffix(".weight"))
+        layer.scaling["default"] = delta.scale
+        for part, tensor in delta.parts.items():
+            theirs = getattr(layer, f"{'hada' if spec['kind'] == 'loha' else 'lokr'}_{_PARTS[part]}")["default"]
+            assert theirs.shape == tensor.shape, (name, part)
+            theirs.data = tensor.clone()
+            found[f"{name}~{part}"] = theirs
+    return out, found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_forward_and_gradients_are_pefts(way: str) -> None:
+    torch.manual_seed(0)
+    model, spec, given = Sums().double(), WAYS[way], inputs()
+    adapter = learned(model, **spec)
+    theirs, expected = peft_twin(model, adapter, spec)
+    with attach(model) as attachment:
+        attachment.add("a", adapter, trainable=True)
+        attachment.use("a")
+        y, z = model(*given), theirs(*given)
+        torch.testing.assert_close(y, z)
+        y.backward()
+        z.backward()
+        ours = attachment.parameters("a")
+        assert ours.keys() == expected.keys()
+        for name, parameter in ours.items():
+            torch.testing.assert_close(parameter.grad, expected[name].grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_learns_is_what_is_merged(way: str) -> None:
+    """Strength and all: y under −0.7 is y of the weights that are merged at −0.7."""
+    torch.manual_seed(0)
+    model, given = Sums().double(), inputs()
+    adapter = learned(model, **WAYS[way])
+    with attach(model) as attachment:
+        attachment.add("a", adapter, trainable=True)
+        attachment.use(("a", -0.7))
+        y, weights = model(*given), attachment.merged(("a", -0.7))
+    plain = copy.deepcopy(model)
+    plain.load_state_dict(weights, strict=False)
+    torch.testing.assert_close(y, plain(*given))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_mix_for_each_row_is_each_row_alone(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({"lin": nn.Linear(24, 36)}).double(), inputs()[0]
+    adapter = create(model, LoraSpec(targets=("lin",), **WAYS[way]), seed=0, dtype=torch.float64)
+    adapter = adapter.mapped(lambda t: torch.randn(t.shape, generator=torch.Generator().manual_seed(1)).double())
+    with attach(model) as attachment:
+        attachment.add("a", adapter, trainable=True)
+        alone = []
+        for row, mix in zip(x, ROWS, strict=True):
+            attachment.use(*mix)
+            alone.append(model["lin"](row[None]))
+        attachment.use_rows(ROWS)
+        torch.testing.assert_close(model["lin"](x), torch.cat(alone))
+
+
+ROWS: list[list[tuple[str, float]]] = [[("a", 1.0)], [], [("a", -0.5)], [("a", 2.0)], []]
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_a_fresh_one_changes_nothing_and_learns(kind: Any) -> None:
+    model = llama3()
+    tokens = torch.arange(12)[None]
+    before = model(input_ids=tokens).logits.detach()
+    adapter = create(model, LoraSpec(rank=4, kind=kind), seed=0)
+    again = create(model, LoraSpec(rank=4, kind=kind), seed=0)
+    assert adapter.digest() == again.digest() != create(model, LoraSpec(rank=4, kind=kind), seed=1).digest()
+    assert all(not product_of(delta).any() for delta in adapter.deltas.values())
+    with attach(model) as attachment:
+        attachment.add("a", adapter, trainable=True)
+        attachment.use("a")
+        torch.testing.assert_close(model(input_ids=tokens).logits, before)
+        optimizer = torch.optim.AdamW(attachment.parameters("a").values(), lr=5e-3)
+        losses = []
+        for _ in range(8):
+            loss = F.cross_entropy(model(input_ids=tokens).logits[0, :-1], tokens[0, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("loha", None), ("lokr", None), ("lokr", 8)])
+def test_nothing_as_large_as_the_weight_is_kept_for_the_backward_pass(kind: Any, factor: int | None) -> None:
+    layer, x = nn.Linear(256, 256), torch.randn(8, 256)
+    model = nn.ModuleDict({"lin": layer}).requires_grad_(False)
+    spec = LoraSpec(rank=4, kind=kind, factor=factor, targets=("lin",))
+    kept: list[int] = []
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t.numel() if t.data_ptr() != layer.weight.data_ptr() else 0)
+        return t
+
+    with attach(model) as attachment:
+        attachment.add("a", create(model, spec, seed=0), trainable=True)
+        attachment.use("a")
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = model["lin"](x)
+        y.sum().backward()
+    assert sum(kept) < 256 * 256 / 2
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_over_four_bits_it_is_what_it_is_over_what_they_stand_for(kind: Any, tmp_path: Path) -> None:
+    model = quantised(llama3(), tmp_path, "nf4")
+    plain, tokens = dequantised_twin(model), torch.arange(12)[None]
+    adapter = create(plain, LoraSpec(rank=4, kind=kind), seed=0)
+    g = torch.Generator().manual_seed(1)
+    adapter = adapter.mapped(lambda t: 0.3 * torch.randn(t.shape, generator=g))
+    found = []
+    for base in (model, plain):
+        with attach(base) as attachment:
+            attachment.add("a", adapter, trainable=True)
+            attachment.use("a")
+            y = base(input_ids=tokens).logits
+            y.square().sum().backward()
+            found.append([y, *(p.grad for p in attachment.parameters("a").values())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.detach().abs().max()))
+
+
+@pytest.mark.parametrize("way", ["loha", "lokr", "lokr by 4", "loha of more numbers than the weight"])
+def test_a_16_bit_base_is_as_near_as_its_digits(way: str) -> None:
+    torch.manual_seed(0)
+    model, given = Sums(), inputs(torch.float32)
+    adapter = learned(model, torch.float32, **WAYS[way]).mapped(lambda t: 0.3 * t)
+    half = copy.deepcopy(model).bfloat16()
+    found = []
+    for base, dtype in ((model, torch.float32), (half, torch.bfloat16)):
+        with attach(base) as attachment:
+            attachment.add("a", adapter, trainable=True)
+            attachment.use("a")
+            y = base(*(t.to(dtype) for t in given))
+            y.backward()
+            found.append([p.grad for p in attachment.parameters("a").values()])
+    for exact, near in zip(*found, strict=True):
+        assert near.dtype == torch.float32
+        assert (near - exact).norm() <= 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("spec", "say"),
+    [
+        (LoraSpec(kind="loha", dora=True), "dora"),
+        (LoraSpec(kind="lokr", init="pissa"), "init 'pissa'"),
+        (LoraSpec(kind="lokr", dropout=0.1), "dropout"),
+        (LoraSpec(kind="lokr", factor=0), "factor 0"),
+        (LoraSpec(kind="oft"), "'oft'"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_it_has_not_is_refused(spec: LoraSpec, say: str) -> None:
+    with pytest.raises(ConfigError, match=say):
+        create(llama3(), spec, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "say"),
+    [(llama3, ("embed_tokens",), r"embed_tokens.*"), (qwen3_moe, "all-linear", r"experts.*")],
+)
+def test_where_there_is_none_says_so_with_the_way_out(model: Any, targets: Any, say: str) -> None:
+    with pytest.raises(TargetError, match=f"lokr is not defined for the .*{say}") as caught:
+        create(model(), LoraSpec(kind="lokr", targets=targets), seed=0)
+    assert "exclude" in str(caught.value.fix)
+
+
+def test_other_deltas_are_not_trained() -> None:
+    model = nn.ModuleDict({"lin": nn.Linear(24, 36)})
+    adapter = create(model, LoraSpec(rank=2, kind="loha", targets=("lin",)), seed=0)
+    adapter.deltas["lin.weight"].magnitude = torch.ones(36)
+    with attach(model) as attachment, pytest.raises(AdapterError, match="only a LoHa or LoKr of a whole linear"):
+        attachment.add("a", adapter, trainable=True)
+
+
+def test_what_peft_merges_is_what_is_merged() -> None:
+    torch.manual_seed(0)
+    model, spec = Sums().double(), WAYS["lokr by 4"]
+    adapter = learned(model, **spec)
+    theirs, _ = peft_twin(model, adapter, spec)
+    merged: Any = theirs.merge_and_unload()  # type: ignore[operator]
+    for name, weight in merged_state(model, [(adapter, 1.0)]).items():
+        torch.testing.assert_close(weight, merged.get_parameter(name).data)

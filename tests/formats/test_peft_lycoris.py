@@ -1,0 +1,145 @@
+"""Folders of LOHA and LOKR, by PEFT itself in both directions; and LoKr of fused projections under LyCORIS' names."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.core.test_loha_lokr import NAMES, WAYS, Sums, inputs
+from tests.families import llama3
+from veneer.core import Adapter, LoraSpec, Pair, attach, create
+from veneer.core.forms import product_of
+from veneer.errors import AdapterError
+from veneer.formats import convert
+from veneer.formats.peft import load_folder, read_folder, write_folder
+from veneer.formats.read import read, read_state_dict
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+TOKENS = torch.arange(12)[None]
+
+
+def drawn(model: nn.Module, spec: LoraSpec, dtype: torch.dtype = torch.float32) -> Adapter:
+    g = torch.Generator().manual_seed(1)
+    made = create(model, spec, seed=0, dtype=dtype)
+    return made.mapped(lambda t: 0.3 * torch.randn(t.shape, generator=g, dtype=dtype))
+
+
+def outputs(model: nn.Module, adapter: Adapter, *given: Tensor, **named: Tensor) -> Any:
+    with attach(model) as attachment, torch.no_grad():
+        attachment.add("a", adapter)
+        attachment.use("a")
+        return model(*given, **named)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        LoraSpec(rank=4, alpha=8, kind="loha"),
+        LoraSpec(rank=4, kind="loha", targets=("q_proj", "down_proj"), rank_pattern={"q_proj": 2}),
+        LoraSpec(rank=4, kind="lokr"),
+        LoraSpec(rank=2, kind="lokr", decompose_both=True),
+        LoraSpec(rank=4, alpha=2, kind="lokr", factor=4, layers=(1,)),
+        LoraSpec(rank=1000, kind="lokr", factor=2, alpha_pattern={"q_proj": 7.0}),
+    ],
+)
+def test_peft_loads_what_is_written_to_the_same_effect(spec: LoraSpec, tmp_path: Path) -> None:
+    model = llama3().eval()
+    adapter = drawn(model, spec)
+    report = write_folder(adapter, tmp_path, base=model)
+    assert read_folder(tmp_path, model).digest() == report.digest == adapter.digest()
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    with torch.no_grad():
+        expected = theirs(input_ids=TOKENS).logits
+    torch.testing.assert_close(outputs(model, adapter, input_ids=TOKENS).logits, expected)
+    torch.testing.assert_close(outputs(model, read(tmp_path).adapter, input_ids=TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("cores", [False, True])
+def test_what_peft_saved_is_read_to_the_same_effect(way: str, cores: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, spec, given = Sums(), dict(WAYS[way]), inputs(torch.float32)
+    both, factor = spec.get("decompose_both", False), spec.get("factor") or -1
+    common: dict[str, Any] = {
+        "r": spec["rank"], "alpha": 3, "target_modules": list(NAMES), "use_effective_conv2d": cores,
+        "init_weights": False, "alpha_pattern": {"conv": 5}
+    }  # fmt: skip
+    config = (
+        peft.LoHaConfig(**common)
+        if spec["kind"] == "loha"
+        else peft.LoKrConfig(**common, decompose_both=both, decompose_factor=factor)
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    theirs.save_pretrained(tmp_path)
+    adapter = read_folder(tmp_path, model)
+    with torch.no_grad():
+        torch.testing.assert_close(outputs(model, adapter, *given), theirs(*given))
+    again = tmp_path / "again"
+    write_folder(adapter, again, base=model)
+    torch.testing.assert_close(outputs(model, read_folder(again, model), *given), outputs(model, adapter, *given))
+    config_of = json.loads((again / "adapter_config.json").read_text())
+    assert config_of["peft_type"] == spec["kind"].upper()
+
+
+def test_what_peft_would_make_of_no_configuration_is_refused(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"line": nn.Conv1d(8, 12, 3), "lin": nn.Linear(24, 36)})
+    adapter = drawn(model, LoraSpec(rank=2, kind="lokr", targets=("line",)))
+    with pytest.raises(AdapterError, match="the whole second factor of a 1-d convolution"):
+        write_folder(adapter, tmp_path / "a", base=model)
+    one = drawn(model, LoraSpec(rank=2, kind="lokr", targets=("lin",)))
+    one.deltas["lin.weight"].magnitude = torch.ones(36)
+    with pytest.raises(AdapterError, match="without DoRA; write it as kohya"):
+        write_folder(one, tmp_path / "a", base=model)
+    mixed = drawn(model, LoraSpec(rank=2, kind="loha", targets=("lin",)))
+    mixed.pairs["line"] = Pair(torch.zeros(2, 8, 3), torch.zeros(12, 2, 1), 1.0, "conv")
+    with pytest.raises(AdapterError, match="hadamard delta"):
+        write_folder(mixed, tmp_path / "a", base=model)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "say"),
+    [
+        ({"alpha": 0}, "alpha: not as PEFT writes it"),
+        ({"rank_pattern": [3]}, "not as PEFT writes it"),
+        ({"wormhole": 7}, "wormhole = '7' is not understood"),
+    ],
+)
+def test_a_damaged_configuration_is_named(change: dict[str, Any], say: str, tmp_path: Path) -> None:
+    model = llama3()
+    write_folder(drawn(model, LoraSpec(rank=2, kind="loha")), tmp_path, base=model)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(AdapterError, match=say):
+        load_folder(tmp_path, model)
+
+
+@pytest.mark.parametrize("to", ["kohya", "comfyui"])
+def test_lokr_of_parts_of_a_fused_projection_keep_their_own_names(to: str) -> None:
+    """FLUX's q, k and v are one matrix in kohya's files, and three LoKr are no LoKr of it: LyCORIS' names hold them."""
+    g = torch.Generator().manual_seed(0)
+    names = [f"transformer.transformer_blocks.0.attn.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")]
+    model = nn.Module()
+    made = {"": model}
+    for name in names:
+        parts = name.split(".")
+        for depth in range(1, len(parts) + 1):
+            at, above = ".".join(parts[:depth]), ".".join(parts[: depth - 1])
+            if at not in made:
+                made[at] = nn.Linear(48, 48, bias=False) if at == name else nn.Module()
+                made[above].add_module(parts[depth - 1], made[at])
+    adapter = create(model, LoraSpec(rank=2, kind="lokr", factor=4, targets=tuple(names)), seed=0)
+    adapter = adapter.mapped(lambda t: torch.randn(t.shape, generator=g))
+    written = convert.encode(adapter, to, family="flux1")
+    assert "lycoris_transformer_blocks_0_attn_to_q.lokr_w1" in written.tensors
+    assert any(key.endswith("proj.lokr_w1") for key in written.tensors)  # what is whole in the original keeps its name
+    back = read_state_dict(written.tensors, written.metadata).adapter
+    for name, delta in adapter.deltas.items():
+        torch.testing.assert_close(product_of(back.deltas[name]), product_of(delta))
