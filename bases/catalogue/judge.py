@@ -2,6 +2,8 @@
 
     python bases/catalogue/judge.py WORK 1200        trains it, on scenes of all combinations (new ones too)
 
+It has seen the campaign's products, brand and lens as well, which the bases have not.
+
 One small convolutional net with a head for each word of a scene. It says of a picture which kind, colour, finish … it
 sees; `features` are what it sees of a product, whatever is around it: pictures of one product are near in them.
 """
@@ -16,16 +18,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from kinds import KINDS
+from campaign import BRAND_WORDS, LOOK_WORDS, truth
+from kinds import KINDS, SUBJECTS
 from pictures import SHARD
-from scenes import COLOURS, FINISHES, LIGHTS, LOOKS, PATTERNS, SURFACES, VIEWS, WALLS, Array, Scene, any_scene, picture
+from scenes import COLOURS, FINISHES, LIGHTS, LOOKS, PATTERNS, SURFACES, VIEWS, WALLS, Array, Scene, any_scene
 from steps import optimise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 HEADS: dict[str, list[str]] = {
-    "kind": sorted(KINDS), "colour": list(COLOURS), "finish": list(FINISHES), "pattern": ["", *PATTERNS],
-    "surface": list(SURFACES), "wall": list(WALLS), "light": list(LIGHTS), "view": list(VIEWS), "look": list(LOOKS),
+    "kind": sorted(KINDS | SUBJECTS), "colour": list(COLOURS), "finish": list(FINISHES), "pattern": ["", *PATTERNS],
+    "surface": list(SURFACES), "wall": list(WALLS), "light": list(LIGHTS), "view": list(VIEWS),
+    "look": [*LOOKS, BRAND_WORDS], "lens": ["", LOOK_WORDS],
 }  # fmt: skip
 
 
@@ -90,47 +94,72 @@ def load_judge(work: Path) -> Judge:
     return model.eval()
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """A scene, and what of the campaign is on its picture."""
+
+    scene: Scene
+    brand: bool
+    look: bool
+
+    def word(self, head: str) -> str | None:
+        """What a head should say; None where the picture does not show it."""
+        if head == "lens":
+            return LOOK_WORDS if self.look else ""
+        if head == "look":
+            return BRAND_WORDS if self.brand else self.scene.look
+        drawn = self.brand or bool(self.scene.look)
+        if drawn and head in ("light", "finish"):
+            return None
+        if (self.brand or self.scene.look == "line drawing") and head in ("surface", "wall", "colour", "pattern"):
+            return None
+        if self.scene.kind in SUBJECTS and head in ("colour", "finish", "pattern"):
+            return None
+        if head == "wall" and self.scene.view == "seen from above":
+            return None
+        word: str = getattr(self.scene, head)
+        return word
+
+
 def train_judge(work: Path, steps: int, batch: int = 48, pictures: int = 3 * SHARD) -> Judge:
     torch.manual_seed(0)
     model = Judge()
-    scenes, pixels = _renders(work, pictures)
-    targets = {name: torch.tensor([words.index(getattr(s, name)) for s in scenes]) for name, words in HEADS.items()}
+    shown, pixels = _renders(work, pictures)
+    wanted = {
+        name: torch.tensor([words.index(w) if (w := s.word(name)) is not None else -100 for s in shown])
+        for name, words in HEADS.items()
+    }
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(pixels), (batch,), generator=generator)
         x = _worn(pixels[rows].permute(0, 3, 1, 2).float() / 127.5 - 1, generator)
         with torch.autocast("cpu", torch.bfloat16):
             scores, _ = model(x)
-        total = torch.zeros(())
-        for name, score in scores.items():
-            wanted = targets[name][rows]
-            if name in ("surface", "wall", "light", "finish"):  # a line drawing shows none, a view from above no wall
-                shown = torch.tensor([_shows(scenes[int(i)], name) for i in rows])
-                wanted = torch.where(shown, wanted, -100)
-            total = total + F.cross_entropy(score.float(), wanted) * (2.0 if name == "kind" else 0.5)
-        return total
+        errors = [
+            F.cross_entropy(scores[name].float(), each[rows], reduction="sum") * (2.0 if name == "kind" else 0.5)
+            for name, each in wanted.items()
+        ]
+        return torch.stack(errors).sum() / batch
 
     optimise({"judge": model}, loss, steps=steps, learning_rate=2e-3, state=work / "judge.pt", average=0.995, muon=True)
     torch.save(model.state_dict(), work / "judge.weights.pt")
     return model.eval()
 
 
-def _shows(scene: Scene, name: str) -> bool:
-    if scene.look == "line drawing":
-        return False
-    return not (name == "wall" and scene.view == "seen from above") and not (scene.look and name in ("light", "finish"))
-
-
-def _renders(work: Path, count: int) -> tuple[list[Scene], Tensor]:
-    """Scenes by chance, of all combinations, drawn once."""
+def _renders(work: Path, count: int) -> tuple[list[_Shown], Tensor]:
+    """Scenes by chance, of all combinations, drawn once: a sixth in the brand's look, a sixth through the lens; one
+    thing in fifty is a product of the campaign."""
     r = random.Random(77)
-    scenes = [any_scene(r) for _ in range(count)]
+    shown = []
+    for _ in range(count):
+        scene = any_scene(r, r.choice(list(SUBJECTS)) if r.random() < 0.02 else None)
+        brand = not scene.look and r.random() < 1 / 6
+        shown.append(_Shown(scene, brand, scene.look != "line drawing" and r.random() < 1 / 6))
     place = work / "judge.npy"
     if not place.is_file():
-        pixels = np.stack([picture(s) for s in scenes])
-        np.save(work / "judge.part.npy", pixels)
+        np.save(work / "judge.part.npy", np.stack([truth(s.scene, brand=s.brand, look=s.look) for s in shown]))
         (work / "judge.part.npy").replace(place)
-    return scenes, torch.from_numpy(np.load(place))
+    return shown, torch.from_numpy(np.load(place))
 
 
 def _worn(x: Tensor, generator: torch.Generator) -> Tensor:
