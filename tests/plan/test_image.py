@@ -74,9 +74,59 @@ def test_what_is_kept_is_what_was_counted(word: str, name: str, size: int) -> No
     assert kept == pytest.approx(counted, rel=0.05, abs=700_000)  # and weights of norms, positions, modulations
 
 
+LARGER: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
+    "SD3Transformer2DModel": (
+        {"sample_size": 32, "num_layers": 4, "attention_head_dim": 32, "num_attention_heads": 8,
+         "joint_attention_dim": 64, "caption_projection_dim": 256, "pooled_projection_dim": 64,
+         "pos_embed_max_size": 32, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm", "out_channels": 16,
+         "in_channels": 16},
+        (64, 16),
+    ),
+    "ZImageTransformer2DModel": (
+        {"dim": 384, "n_layers": 4, "n_refiner_layers": 2, "n_heads": 4, "n_kv_heads": 4, "cap_feat_dim": 64,
+         "axes_dims": [32, 32, 32], "in_channels": 16},
+        (64, 16),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", ["attention", "attention+ff"])
+@pytest.mark.parametrize("kind", LARGER)
+def test_what_diffusers_own_attention_keeps_is_what_was_counted(kind: str, word: str) -> None:
+    import diffusers
+
+    torch.manual_seed(0)
+    config, (text, channels) = LARGER[kind]
+    model = getattr(diffusers, kind)(**config).to(torch.bfloat16).requires_grad_(False)
+    n, side, words = PICTURES, 32, 64
+    x, t = torch.randn(n, channels, side, side).bfloat16(), torch.full((n,), 0.5)
+    embeds = torch.randn(n, words, text).bfloat16()
+
+    def forward() -> torch.Tensor:
+        if kind.startswith("ZImage"):
+            made = torch.stack(model(list(x[:, :, None].unbind()), t, list(embeds.unbind()), return_dict=False)[0])
+        else:
+            pooled = torch.randn(n, 64).bfloat16()
+            made = model(x, embeds, pooled, t * 1000, return_dict=False)[0]
+        return made.float().sum()
+
+    spec = LoraSpec(rank=16, targets=(TARGET_WORDS[word],))
+    with attach(model) as attachment:
+        attachment.add("a", create(model, spec, seed=0), trainable=True)
+        attachment.use("a")
+        known = [*model.parameters(), *attachment.parameters("a").values()]
+        with fast_denoiser(model):
+            kept = measured_activations(forward, known)
+        trainable = sum(p.numel() for p in attachment.parameters("a").values())
+    fields = {**config, "_class_name": kind}
+    counts = image_counts(fields, height=8 * side, width=8 * side, text_tokens=words, targets=word)
+    assert counts.trainable == trainable
+    assert kept == pytest.approx(PICTURES * (2 * counts.kept + counts.kept32), rel=0.05)
+
+
 def test_other_denoisers_and_targets_are_refused() -> None:
-    assert not is_denoiser({"_class_name": "SD3Transformer2DModel"})
-    with pytest.raises(ConfigError, match="does not know the denoiser 'SD3Transformer2DModel'"):
-        image_counts({"_class_name": "SD3Transformer2DModel"})
+    assert not is_denoiser({"_class_name": "SanaTransformer2DModel"})
+    with pytest.raises(ConfigError, match="does not know the denoiser 'SanaTransformer2DModel'"):
+        image_counts({"_class_name": "SanaTransformer2DModel"})
     with pytest.raises(ConfigError, match="does not know the targets 'atention'"):
         image_counts(base_config("sdxl"), targets="atention")

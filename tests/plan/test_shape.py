@@ -13,6 +13,7 @@ from tests import families
 from veneer.core.adapter import LoraSpec
 from veneer.core.targets import resolve_targets
 from veneer.errors import ConfigError
+from veneer.models.config import PLANNED_DENOISERS
 from veneer.plan.image import IMAGE_FAMILIES, image_counts
 from veneer.plan.pairs import PairForm
 from veneer.plan.shape import TEXT_FAMILIES, TextShape, layer_pairs, module_shape, pair_parameters, text_shape
@@ -71,7 +72,7 @@ def test_every_image_base_of_the_table_counts_what_diffusers_builds(name: str, w
     import diffusers
 
     config = base_config(name)
-    classes = {"sdxl": "UNet2DConditionModel", "flux": "FluxTransformer2DModel", "flux2": "Flux2Transformer2DModel"}
+    classes = {kind: denoiser for denoiser, kind in PLANNED_DENOISERS.items()}
     own = {k: v for k, v in config.items() if k not in ("model_type", "encoders", "vae", "text_tokens")}
     if config["model_type"] == "sdxl":
         own |= {"use_linear_projection": True, "addition_embed_type": "text_time"}

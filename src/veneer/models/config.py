@@ -27,6 +27,7 @@ TEXT_TYPES = (
 """transformers' model_type of the language models whose sizes are checked."""
 PLANNED_DENOISERS = {
     "UNet2DConditionModel": "sdxl", "FluxTransformer2DModel": "flux", "Flux2Transformer2DModel": "flux2",
+    "SD3Transformer2DModel": "sd3", "ZImageTransformer2DModel": "z-image",
 }  # fmt: skip
 """diffusers' class -> what the plan's table calls it."""
 
@@ -49,6 +50,7 @@ _DENOISER_SIZES = (
     "num_layers", "num_single_layers", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim",
     "in_channels", "cross_attention_dim", "layers_per_block", "projection_class_embeddings_input_dim",
     "addition_time_embed_dim", "timestep_guidance_channels", "vae_scale", "picture", "text_tokens",
+    "caption_projection_dim", "pos_embed_max_size", "dim", "n_layers", "n_heads", "cap_feat_dim",
 )  # fmt: skip
 _LEVELS: tuple[tuple[str, type, str], ...] = (
     ("transformer_layers_per_block", int, "[1, 2, 10]"), ("attention_head_dim", int, "[5, 10, 20]"),
@@ -133,6 +135,7 @@ class _Check:
         encoders = get("encoders", {})
         if not isinstance(encoders, Mapping) or not all(_is_size(n, 0, 1 << 50) for n in encoders.values()):
             self.refuse("encoders", "an object of numbers of parameters")
+        self.list_of("dual_attention_layers", int, "the numbers of layers, as [0, 1, 2]")
         if kind != "sdxl":
             self.size("attention_head_dim")
             return

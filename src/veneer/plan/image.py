@@ -3,7 +3,7 @@
     counts = image_counts(config, height=1024, width=1024, rank=16)      parameters, pairs, kept values, operations
     image_memory(counts, load, device)                                   bytes by part
 
-SDXL's UNet, FLUX.1 and FLUX.2, from the fields of their config.json. What is kept for the backward pass is what the
+SDXL's UNet, FLUX.1, FLUX.2, SD3 and Z-Image, from the fields of their config.json. What is kept for the backward pass is what the
 functions of ops save on the CPU, and torch's on CUDA; nothing is kept before the first pair.
 """
 
@@ -24,7 +24,7 @@ _ATTENTION = {
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj",
     "to_out",
 }  # fmt: skip
-_FEED_FORWARD = {"net.0.proj", "net.2", "proj_mlp", "proj_out", "linear_in", "linear_out"}
+_FEED_FORWARD = {"net.0.proj", "net.2", "proj_mlp", "proj_out", "linear_in", "linear_out", "w1", "w2", "w3"}
 _WORKING = 2.0
 """What a block's backward pass makes on its way, over what the block kept: measured on the emoji bases, where q and k
 in float32 and the gradients of a feed-forward's halves come to that."""
@@ -166,7 +166,7 @@ def image_counts(
     config: Config, *, height: int = 1024, width: int = 1024, rank: int = 16, targets: str = "attention",
     text_tokens: int | None = None, form: PairForm = PAIRS,
 ) -> ImageCounts:  # fmt: skip
-    """The counts of one picture. config: the denoiser's, with `model_type` sdxl, flux or flux2 or diffusers' class.
+    """The counts of one picture. config: the denoiser's, with a `model_type` of IMAGE_FAMILIES or diffusers' class.
 
     Raises ConfigError for an unknown denoiser and for unknown targets."""
     kind = kind_of(config)
@@ -178,7 +178,7 @@ def image_counts(
         raise ConfigError(f"veneer plan does not know the targets {targets!r}", fix=f"use {', '.join(near)}")
     c = ImageCounts(frozenset(_TARGET_ENDINGS[targets]), rank, form=form)
     c.encoders = sum((config.get("encoders") or {}).values()) + int(config.get("vae") or 0)
-    c.text = text_tokens or int(config.get("text_tokens") or (77 if kind == "sdxl" else 512))
+    c.text = text_tokens or int(config.get("text_tokens") or _TEXT_TOKENS.get(kind, 512))
     try:
         IMAGE_FAMILIES[kind](c, {k: v for k, v in config.items() if v is not None}, height, width, c.text)
     except KeyError as error:
@@ -286,6 +286,105 @@ def _flux2(counts: ImageCounts, config: Config, height: int, width: int, text: i
     counts.keep(places * d)
 
 
+# -- SD3 and Z-Image, whose attention is as diffusers has it ----------------------------------------------------------
+
+
+def _sd3(counts: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
+    heads, dim = config["num_attention_heads"], config["attention_head_dim"]
+    d, patch = heads * dim, int(config.get("patch_size", 2))
+    places, dual = _places(config, height, width, patch), set(config.get("dual_attention_layers") or ())
+    norms = 2 * dim if config.get("qk_norm") else 0
+    counts.small(patch * patch * config["in_channels"] * d + d)
+    counts.linear("context_embedder", text, config["joint_attention_dim"], d)
+    for inputs in (256, config["pooled_projection_dim"]):
+        counts.linear("embedder", 1, inputs, d)
+        counts.linear("embedder", 1, d, d)
+    for i in range(config["num_layers"]):
+        last = i == config["num_layers"] - 1
+        counts.starts_block()
+        counts.linear("norm1.linear", 1, d, (9 if i in dual else 6) * d)
+        counts.linear("norm1_context.linear", 1, d, (2 if last else 6) * d)
+        for tokens, q, out in ((places, "to_q", "to_out.0"), (text, "add_q_proj", "to_add_out")):
+            counts.keep(tokens * d)  # the layer norm's input
+            _qkv(counts, tokens, d, q)
+            counts.small(norms)
+            _normed_heads(counts, tokens, d, norms)
+            if not last or q == "to_q":
+                counts.linear(out, tokens, d, d)
+        _attend(counts, places + text, d, heads)
+        if i in dual:
+            _qkv(counts, places, d, "to_q")
+            counts.small(norms)
+            _normed_heads(counts, places, d, norms)
+            _attend(counts, places, d, heads)
+            counts.linear("to_out.0", places, d, d)
+        for tokens in (places,) if last else (places, text):
+            counts.keep(tokens * d)  # the layer norm's input
+            counts.linear("net.0.proj", tokens, d, 4 * d)
+            counts.keep(tokens * 4 * d)  # gelu's input
+            counts.linear("net.2", tokens, 4 * d, d)
+        counts.ends_block((places + text) * d)
+    counts.linear("norm_out.linear", 1, d, 2 * d)
+    counts.linear("final", places, d, patch * patch * (config.get("out_channels") or config["in_channels"]))
+    counts.keep(places * d)
+
+
+def _normed_heads(counts: ImageCounts, tokens: float, d: int, norms: int) -> None:
+    """diffusers' RMS norms of q and k, which keep what they are given, and it again in float32."""
+    if norms:
+        for _ in "qk":
+            _rms_norm(counts, tokens, d)
+
+
+def _rms_norm(counts: ImageCounts, tokens: float, d: int) -> None:
+    counts.keep(tokens * d)
+    if counts.learned:
+        counts.kept32 += 4 * tokens * d
+
+
+def _attend(counts: ImageCounts, n: float, d: int, heads: int) -> None:
+    """q, k and v together, what comes out, and it again with its heads side by side."""
+    counts.attend(n, n, d, heads)
+    counts.keep(n * 4 * d)
+
+
+def _z_image(counts: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
+    d, heads, channels = config["dim"], config["n_heads"], config["in_channels"]
+    wide, time = int(d / 3 * 8), min(d, 256)
+    # pictures and texts are filled up to multiples of 32 tokens
+    places, words = (-(-n // 32) * 32 for n in (_places(config, height, width, 2), text))
+    counts.linear("x_embedder", places, 4 * channels, d)
+    counts.small(config["cap_feat_dim"] + 2 * d)
+    counts.linear("cap_embedder", words, config["cap_feat_dim"], d)
+    counts.linear("embedder", 1, 256, 1024)
+    counts.linear("embedder", 1, 1024, time)
+    refiners = config.get("n_refiner_layers", 2)
+    for tokens, blocks, modulated in (
+        (places, refiners, True), (words, refiners, False), (places + words, config["n_layers"], True)
+    ):  # fmt: skip
+        for _ in range(blocks):
+            counts.starts_block()
+            counts.small(4 * d + 2 * (d // heads))
+            if modulated:
+                counts.linear("adaLN_modulation", 1, time, 4 * d)
+            _rms_norm(counts, tokens, d)
+            _qkv(counts, tokens, d, "to_q", bias=False)
+            _normed_heads(counts, tokens, d, 1)
+            _attend(counts, tokens, d, heads)
+            counts.linear("to_out.0", tokens, d, d, bias=False)
+            _rms_norm(counts, tokens, d)
+            _rms_norm(counts, tokens, d)
+            counts.linear("w1", tokens, d, wide, bias=False)
+            counts.linear("w3", tokens, d, wide, bias=False, new=False)
+            counts.keep(tokens * 3 * wide)  # what silu is of, silu, and what it is multiplied by
+            counts.linear("w2", tokens, wide, d, bias=False)
+            _rms_norm(counts, tokens, d)
+            counts.ends_block(tokens * d)
+    counts.linear("norm_out", 1, time, d)
+    counts.linear("final", places, d, 4 * channels)
+    counts.keep((places + words) * d)
+
+
 # -- SDXL --------------------------------------------------------------------------------------------------------------
 
 
@@ -378,8 +477,10 @@ def _transformer(counts: ImageCounts, n: int, d: int, cross: int, heads: int, de
 
 
 IMAGE_FAMILIES: dict[str, Callable[[ImageCounts, Config, int, int, int], None]] = {
-    "flux": _flux, "flux2": _flux2, "sdxl": _sdxl
+    "flux": _flux, "flux2": _flux2, "sd3": _sd3, "sdxl": _sdxl, "z-image": _z_image
 }  # fmt: skip
+_TEXT_TOKENS = {"sdxl": 77, "sd3": 77 + 256}
+"""Tokens of a caption that the denoiser attends to at most, where it is not 512."""
 
 
 # -- memory and time ---------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ class _Told:
 
     def __init__(self, base: ImageBase, tokens: int) -> None:
         own, self.base = base.denoiser.config, base
-        wide = own.get("joint_attention_dim") or own.get("cross_attention_dim")
+        wide = next(own[key] for key in ("joint_attention_dim", "cross_attention_dim", "cap_feat_dim") if own.get(key))
         pooled = own.get("pooled_projection_dim")
         if base.row.name == "sdxl":
             pooled = own["projection_class_embeddings_input_dim"] - 6 * own["addition_time_embed_dim"]
