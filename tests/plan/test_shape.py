@@ -82,6 +82,7 @@ def test_every_image_base_of_the_table_counts_what_diffusers_builds(name: str, w
         spec = LoraSpec(rank=4, targets=(TARGET_WORDS[word],), kind=kind)  # type: ignore[arg-type]
         counts = image_counts(config, rank=4, targets=word, form=PairForm.of(spec))
         assert counts.parameters == sum(p.numel() for p in model.parameters())
+        assert counts.buffers == sum(b.numel() for n, b in model.named_buffers() if n in model.state_dict())
         assert counts.trainable == trainable_parameters(model, resolve_targets(model, spec), spec)[0]
 
 

@@ -48,8 +48,14 @@ def test_what_comes_beside_the_base_is_as_it_is_counted(trained: float, quantise
 
 @pytest.mark.parametrize(
     ("name", "quantise"),
-    [("sdxl", None), ("flux.1-dev", None), ("flux.1-dev", "int8"), ("flux.2-dev", None), ("sd3.5-medium", "nf4"),
-     ("z-image", "nf4")],
+    [
+        ("sdxl", None),
+        ("flux.1-dev", None),
+        ("flux.1-dev", "int8"),
+        ("flux.2-dev", None),
+        ("sd3.5-medium", "nf4"),
+        ("z-image", "nf4"),
+    ],
 )
 def test_a_step_on_pictures_waits_for_nothing(name: str, quantise: str | None) -> None:
     load = ImageLoad(pictures=2, height=64, width=64, rank=4, quantise=quantise)

@@ -65,8 +65,9 @@ class ImageCounts:
     """The counts of one picture. `matrices`: parameters that a quantised base holds in 4 bits. `kept`: values of the
     base's dtype kept for the backward pass, `kept32`: bytes of float32 beside them; `inputs`: values that recomputing
     keeps; `block`: values of the largest block. `products`, `attention`, `low_rank`: operations, forward and backward.
-    `encoders`: parameters of text encoders and VAE. `text`: tokens of a caption. `made`: float32 values made
-    of an adapter's parts, beside its pictures."""
+    `encoders`: parameters of text encoders and VAE. `text`: tokens of a caption. `buffers`: values that are no
+    parameters and stand in memory as they do. `made`: float32 values made of an adapter's parts, beside its
+    pictures."""
 
     targets: frozenset[str]
     rank: int
@@ -83,6 +84,7 @@ class ImageCounts:
     low_rank: float = 0.0
     encoders: int = 0
     text: int = 0
+    buffers: int = 0
     made: int = 0
     form: PairForm = PAIRS
     _learned: bool = field(default=False, repr=False)
@@ -295,6 +297,7 @@ def _sd3(counts: ImageCounts, config: Config, height: int, width: int, text: int
     places, dual = _places(config, height, width, patch), set(config.get("dual_attention_layers") or ())
     norms = 2 * dim if config.get("qk_norm") else 0
     counts.small(patch * patch * config["in_channels"] * d + d)
+    counts.buffers = d * int(config.get("pos_embed_max_size") or 0) ** 2  # of medium a tenth of the whole
     counts.linear("context_embedder", text, config["joint_attention_dim"], d)
     for inputs in (256, config["pooled_projection_dim"]):
         counts.linear("embedder", 1, inputs, d)
@@ -516,6 +519,7 @@ def _weight_bytes_of(counts: ImageCounts, load: ImageLoad) -> int:
     """The denoiser's weights in memory, without quantisation constants."""
     quantised = counts.matrices if load.quantise else 0
     plain = (counts.parameters - quantised) * dtype_bytes(load.dtype)
+    plain += counts.buffers * dtype_bytes(load.dtype)
     return plain + (quantised if load.quantise == "int8" else quantised // 2)
 
 
