@@ -3,8 +3,8 @@
     counts = image_counts(config, height=1024, width=1024, rank=16)      parameters, pairs, kept values, operations
     image_memory(counts, load, device)                                   bytes by part
 
-SDXL's UNet, FLUX.1, FLUX.2, SD3 and Z-Image, from the fields of their config.json. What is kept for the backward pass is what the
-functions of ops save on the CPU, and torch's on CUDA; nothing is kept before the first pair.
+SDXL's UNet, FLUX.1, FLUX.2, SD3 and Z-Image, from the fields of their config.json. What is kept for the backward pass
+is what the functions of ops save on the CPU, and torch's on CUDA; nothing is kept before the first pair.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.tiny_image_base import tiny_image_base
-from tests.train.tiny_pictures import run
+from tests.train.tiny_pictures import drawings, run
 from veneer.core.attach import attach
 from veneer.errors import CheckpointError, Interrupted, PreflightError
 from veneer.files.hashes import verify_hashes
@@ -22,6 +22,7 @@ from veneer.files.safetensors import read_tensors
 from veneer.formats.card import read_card
 from veneer.formats.read import read
 from veneer.models.image.base import ImageBase, load_image
+from veneer.models.image.predict import cut_of
 from veneer.ops.quantised import Quantised
 from veneer.train import checkpoint
 from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolved, Sampled, Stepped
@@ -242,6 +243,50 @@ def test_ctrl_c_saves_and_resuming_ends_in_the_same_bits(whole: Whole, shared: P
         run(shared, tmp_path / "whole", on_event=press, **WITH_ALL)
     run(shared, tmp_path / "whole", resume=True, **WITH_ALL)
     assert _bytes(tmp_path / "whole") == _bytes(whole[0])
+
+
+def test_z_image_stopped_and_resumed_ends_in_the_same_bits(shared: Path, tmp_path: Path) -> None:
+    """With captions of unlike lengths in a batch, dropout, sheets, and some captions left empty."""
+    folder = drawings(tmp_path / "drawings")
+    (folder / "0.txt").write_text("a blue cat with a hat in the red house, in the style of a flat tree")
+    more: dict[str, Any] = {
+        "data": {"pictures": str(folder), "caption_dropout": 0.4}, "schedule": {"steps": 4},
+        "samples": {"prompts": ["sks"], "every": 2, "steps": 2, "guidance": 0.0},
+    }  # fmt: skip
+
+    def press(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run(shared, tmp_path / "a" / "it", "z-image", **more)
+    with pytest.raises(Interrupted, match="after step 3 of 4"):
+        run(shared, tmp_path / "b" / "it", "z-image", on_event=press, **more)
+    run(shared, tmp_path / "b" / "it", "z-image", resume=True, **more)
+    assert _bytes(tmp_path / "a" / "it") == _bytes(tmp_path / "b" / "it")
+    sheets = [(tmp_path / n / "it" / "samples" / "step-00000004.png").read_bytes() for n in "ab"]
+    assert sheets[0] == sheets[1]
+
+
+def test_sd3_without_its_t5_trains_and_reads_what_clip_reads(shared: Path, tmp_path: Path) -> None:
+    import shutil
+
+    place = Path(shutil.copytree(tiny_image_base(shared, "sd3"), tmp_path / "two-encoders"))
+    index = json.loads((place / "model_index.json").read_text())
+    for name in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(place / name)
+        index[name] = [None, None]
+    (place / "model_index.json").write_text(json.dumps(index))
+    base = load_image(str(place))
+    result = run(
+        shared, tmp_path / "out", "sd3", base=base, schedule={"steps": 1}, optimizer={"learning_rate": 0.05},
+        adapter={"text_encoders": ["text_encoder", "text_encoder_2"]}, samples={"prompts": ["sks"], "steps": 1},
+    )  # fmt: skip
+    assert result.validation != result.validation_before
+    assert len(result.samples) == 1
+    long = "a red house " * 40
+    assert cut_of(base, long)
+    with pytest.raises(PreflightError, match="it has: text_encoder, text_encoder_2"):
+        run(shared, tmp_path / "no", "sd3", base=base, adapter={"text_encoders": ["text_encoder_3"]})
 
 
 def test_resuming_with_other_settings_or_pictures_is_refused(whole: Whole, shared: Path, tmp_path: Path) -> None:
