@@ -18,6 +18,7 @@ import transformers
 from tokenizers import pre_tokenizers
 
 TINY_FAMILIES = ("sd15", "sdxl", "flux1", "schnell", "sd3", "klein", "flux2", "qwen-image", "z-image")
+EDITING = ("kontext", "klein", "flux2")
 SIZE, LENGTH = 32, 24
 WORDS = ["a", "red", "house", "cat", "dog", "tree", "in", "the", "style", "of", "flat", "with", "hat", "blue", "sks"]
 LATENT = 4
@@ -50,7 +51,7 @@ SMALL_DENOISERS: dict[str, dict[str, Any]] = {
 
 def tiny_image_base(folder: Path, family: str, full: bool = False) -> Path:
     """Writes `folder / "tiny-<family>"` once. `family`: one of TINY_FAMILIES, or sd3-large, which is always full;
-    schnell is flux1 without guidance, klein flux2 without."""
+    schnell is flux1 without guidance, klein flux2 without; or of EDITING: kontext is flux1 that edits."""
     place = Path(folder) / f"tiny-{family}{'-full' if full else ''}"
     if not (place / "model_index.json").exists():
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -249,10 +250,10 @@ def _sdxl(full: bool) -> Any:
     )
 
 
-def _flux1(guidance: bool) -> Callable[[bool], Any]:
+def _flux1(guidance: bool, kind: Any = diffusers.FluxPipeline) -> Callable[[bool], Any]:
     def make(full: bool) -> Any:
         tokens, pieces = clip_tokenizer(), t5_tokenizer()
-        return diffusers.FluxPipeline(
+        return kind(
             scheduler=_flow(guidance),
             vae=vae(shift_factor=0.1),
             text_encoder=clip(tokens, 16, False, 12 if full else 2),
@@ -451,6 +452,7 @@ _BUILD: dict[str, Callable[[bool], Any]] = {
     "sdxl": _sdxl,
     "flux1": _flux1(True),
     "schnell": _flux1(False),
+    "kontext": _flux1(True, diffusers.FluxKontextPipeline),
     "sd3": _sd3,
     "sd3-large": lambda full: _sd3(full, large=True),
     "klein": _flux2(False),

@@ -182,8 +182,8 @@ def image(
 
     `adapters`: "brand:0.8@down=0.5,steps=0-0.6" or ("brand", Strength(…)), see formats.strengths. `controls`:
     "canny=sketch.png:0.7". `options`: width, height, steps, guidance, true_guidance, scheduler, batch_size, image,
-    mask, denoise (imaging.make.Options). `say` is called with notes on what was resized, cut or without effect. A
-    result has `image`, `infotext`, `record` and `save(path)`."""
+    mask, denoise, references (imaging.make.Options). `say` is called with notes on what was resized, cut or without
+    effect. A result has `image`, `infotext`, `record` and `save(path)`."""
     from veneer.imaging.adapters import Mixer, parse_use
     from veneer.imaging.controls import parse_control
     from veneer.imaging.make import Options, asks_of, make

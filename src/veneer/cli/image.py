@@ -106,6 +106,12 @@ def make_pictures(
         float | None, typer.Option("--denoise", help="How far from --image: share of the steps taken. Default: 0.6.")
     ] = None,
     mask: Annotated[Path | None, typer.Option("--mask", help="Of --image: white is made anew, black stays.")] = None,
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--reference", "-r", help="Picture that the prompt edits (FLUX.1 Kontext, FLUX.2; there several)."
+        ),
+    ] = None,
     batch_size: BatchOption = None,
     batch: Annotated[
         Path | None,
@@ -132,6 +138,7 @@ def make_pictures(
         "width": width, "height": height, "steps": steps, "guidance": guidance, "true_guidance": true_guidance,
         "scheduler": scheduler, "denoise": denoise, "image": image and str(image), "mask": mask and str(mask),
         "batch_size": batch_size, "controls": tuple(parse_control(spec) for spec in control or []) or None,
+        "references": [str(path) for path in reference or []] or None,
     }  # fmt: skip
     asked = {key: value for key, value in asked.items() if value is not None}
     loading = {"device": device, "dtype": dtype or "auto"}
@@ -286,7 +293,7 @@ def _find(uses: tuple[Any, ...], options: Options) -> None:
     from veneer.adapters.use import adapter_path
     from veneer.imaging.controls import hashed_picture
 
-    for picture in (options.image, options.mask, *(control.path for control in options.controls)):
+    for picture in (options.image, options.mask, *(control.path for control in options.controls), *options.references):
         if isinstance(picture, str | Path):
             hashed_picture(picture)
     for name, strength in uses:

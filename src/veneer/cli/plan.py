@@ -25,7 +25,7 @@ _EXAMPLE = (
 )
 _OF_DATA = {"tokens_per_row", "longest", "trained"}
 _OF_TEXT = _OF_DATA | {"micro_tokens"}
-_OF_PICTURES = {"size", "micro_pictures", "targets"}
+_OF_PICTURES = {"size", "micro_pictures", "before", "targets"}
 _OF_BOTH = {"epochs", "batch", "rank", "dtype", "quantise", "checkpointing"}
 _SERVED = {"tenants", "prompt", "answer", "together"}
 _OF_CARDS = {"gpus", "price"}
@@ -73,6 +73,9 @@ def plan(
     micro_pictures: Annotated[
         int, typer.Option("--micro-pictures", min=1, max=_MANY, help="Pictures in memory at once.")
     ] = 1,
+    before: Annotated[
+        int, typer.Option("--before", min=0, max=16, help="Of pairs: pictures that each is an edit of (FLUX).")
+    ] = 0,
     targets: Annotated[
         str, typer.Option("--targets", help="Layers of an image base: attention, attention+ff or attention+ff+conv.")
     ] = "attention",
@@ -152,7 +155,7 @@ def plan(
             side = size or int(found.get("picture", 1024))
             load: Any = ImageLoad(
                 micro_pictures, side, side, -(-batch // micro_pictures), rank, dtype, quantise, checkpointing,
-                targets=targets,
+                targets=targets, before=before,
             )  # fmt: skip
             job = TrainingJob(rows, 1.0, epochs, batch)
             made = image_plan(base, found, load, device, rates, job, process=process)

@@ -60,7 +60,8 @@ class Ask:
 class Options:
     """What all asks share; None: the base's own. See models.image.generate.PictureSettings.
 
-    `image`, `mask`: files or pictures. The default size is the base's, in the proportion of a given picture."""
+    `image`, `mask`, `references`: files or pictures. The default size is the base's, in the proportion of a given
+    picture, of several references the first."""
 
     width: int | None = None
     height: int | None = None
@@ -73,6 +74,7 @@ class Options:
     mask: str | Path | Image | None = None
     denoise: float | None = None
     controls: tuple[ControlSpec, ...] = ()
+    references: Sequence[str | Path | Image] = ()
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -161,7 +163,8 @@ def _prepared(mixer: Mixer, options: Options) -> tuple[PictureSettings, dict[str
         where = mask_from["path"] if mask_from else None
         raise DataError("the mask is black all over: nothing would be made anew", where=where, fix="white is made anew")
     held = [(spec, *hashed_picture(spec.path)) for spec in options.controls]
-    guide = image or next((picture for _, picture, _ in held), None)
+    shown = [(picture, said) for picture, said in map(_opened, options.references) if picture and said]
+    guide = image or next((picture for _, picture, _ in held), None) or next((picture for picture, _ in shown), None)
     width, height = size_for(base, options.width, options.height, guide)
     image = _fit(mixer, image, width, height, "picture")
     mask = _fit(mixer, mask, width, height, "mask")
@@ -191,8 +194,21 @@ def _prepared(mixer: Mixer, options: Options) -> tuple[PictureSettings, dict[str
         mask=mask,
         denoise=denoise,
         controls=tuple(controls),
+        references=tuple(_referred(mixer, picture, width, height) for picture, _ in shown),
     )
-    return settings, {"image": image_from, "mask": mask_from, "controls": said}
+    from_where = {"image": image_from, "mask": mask_from, "controls": said}
+    return settings, from_where | ({"references": [said for _, said in shown]} if shown else {})
+
+
+def _referred(mixer: Mixer, picture: Image, width: int, height: int) -> Image:
+    """A reference of the pictures' proportion in their size, as pairs are trained; another one in its own."""
+    base = mixer.base
+    if abs(picture.width / picture.height * height / width - 1) > 1 / 15:
+        width, height = size_for(base, None, None, picture)
+    out, said = fitted_picture(picture, width, height, "reference picture")
+    if said:
+        mixer.say(f"note: {said}")
+    return out
 
 
 def _opened(given: str | Path | Image | None, paper: str = "white") -> tuple[Image | None, dict[str, str] | None]:

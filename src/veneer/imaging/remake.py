@@ -80,7 +80,8 @@ def _of_record(path: str, record: dict[str, Any]) -> PictureRecipe:
         Ask(r["prompt"], r["negative"], int(r["seed"]), tuple(_use(name, text) for name, text in r["adapters"]))
         for r in record["rows"]
     ]
-    pictures = [record["image"], record["mask"], *record["controls"]]
+    references = record.get("references", [])
+    pictures = [record["image"], record["mask"], *record["controls"], *references]
     if any(p is not None and not p["path"] for p in pictures):
         raise DataError("it was made from a picture in memory, which was not saved", where=path)
     controls = tuple(
@@ -91,6 +92,7 @@ def _of_record(path: str, record: dict[str, Any]) -> PictureRecipe:
         image=record["image"] and record["image"]["path"],
         mask=record["mask"] and record["mask"]["path"],
         controls=controls,
+        references=[said["path"] for said in references],
         **{key: settings[key] for key in RECORDED},
     )
     asks[record["index"]]  # it must be there

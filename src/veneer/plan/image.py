@@ -31,6 +31,7 @@ in float32 and the gradients of a feed-forward's halves come to that."""
 _DIFFUSERS_BYTES = 45_000_000
 """Resident memory of diffusers, on top of the process that a calibration with text finds."""
 _CONV = "conv"
+_EDITING = ("flux", "flux2")
 _TARGET_ENDINGS = {
     "attention": _ATTENTION,
     "attention+ff": _ATTENTION | _FEED_FORWARD,
@@ -43,7 +44,8 @@ _TARGET_ENDINGS = {
 class ImageLoad:
     """Pictures in a micro-batch, and how they are trained. `targets`: a key of TARGET_ENDINGS. `offload`: share of
     the weights that waits in the CPU's memory. `stays`: text encoders and VAE stay in memory. `references`: forwards
-    of the base alone in a step, beside the one that learns. `form`: what stands beside a weight, of `rank`."""
+    of the base alone in a step, beside the one that learns. `before`: pictures that each is an edit of, of its size.
+    `form`: what stands beside a weight, of `rank`."""
 
     pictures: int = 1
     height: int = 1024
@@ -57,6 +59,7 @@ class ImageLoad:
     targets: str = "attention"
     stays: bool = False
     references: int = 0
+    before: int = 0
     form: PairForm = PAIRS
 
 
@@ -67,7 +70,7 @@ class ImageCounts:
     keeps; `block`: values of the largest block. `products`, `attention`, `low_rank`: operations, forward and backward.
     `encoders`: parameters of text encoders and VAE. `text`: tokens of a caption. `buffers`: values that are no
     parameters and stand in memory as they do. `made`: float32 values made of an adapter's parts, beside its
-    pictures."""
+    pictures. `pictures`: whose tokens go through together: what is learned, and what is before it."""
 
     targets: frozenset[str]
     rank: int
@@ -84,6 +87,7 @@ class ImageCounts:
     low_rank: float = 0.0
     encoders: int = 0
     text: int = 0
+    pictures: int = 1
     buffers: int = 0
     made: int = 0
     form: PairForm = PAIRS
@@ -166,11 +170,12 @@ def is_denoiser(config: Config) -> bool:
 
 def image_counts(
     config: Config, *, height: int = 1024, width: int = 1024, rank: int = 16, targets: str = "attention",
-    text_tokens: int | None = None, form: PairForm = PAIRS,
+    text_tokens: int | None = None, before: int = 0, form: PairForm = PAIRS,
 ) -> ImageCounts:  # fmt: skip
-    """The counts of one picture. config: the denoiser's, with a `model_type` of IMAGE_FAMILIES or diffusers' class.
+    """The counts of one picture, and of `before` others that it is an edit of. config: the denoiser's, with a
+    `model_type` of IMAGE_FAMILIES or diffusers' class.
 
-    Raises ConfigError for an unknown denoiser and for unknown targets."""
+    Raises ConfigError for an unknown denoiser, for unknown targets, and for edits of a family that is not planned so."""
     kind = kind_of(config)
     if kind not in IMAGE_FAMILIES:
         what = f"veneer plan does not know the denoiser {quoted(kind)}"
@@ -178,7 +183,9 @@ def image_counts(
     if targets not in _TARGET_ENDINGS:
         near = nearest(targets, _TARGET_ENDINGS) or sorted(_TARGET_ENDINGS)
         raise ConfigError(f"veneer plan does not know the targets {targets!r}", fix=f"use {', '.join(near)}")
-    c = ImageCounts(frozenset(_TARGET_ENDINGS[targets]), rank, form=form)
+    if before and kind not in _EDITING:
+        raise ConfigError(f"{kind} edits no pictures, and the plan is of pictures with others before them")
+    c = ImageCounts(frozenset(_TARGET_ENDINGS[targets]), rank, pictures=1 + before, form=form)
     c.encoders = sum((config.get("encoders") or {}).values()) + int(config.get("vae") or 0)
     c.text = text_tokens or int(config.get("text_tokens") or _TEXT_TOKENS.get(kind, 512))
     try:
@@ -197,7 +204,7 @@ def image_counts(
 def _flux(counts: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
     heads, dim = config["num_attention_heads"], config["attention_head_dim"]
     d, channels = heads * dim, config["in_channels"]
-    places = _places(config, height, width, 2)
+    places = _places(config, height, width, 2) * counts.pictures
     n = text + places
     counts.linear("x_embedder", places, channels, d)
     counts.linear("context_embedder", text, config["joint_attention_dim"], d)
@@ -254,7 +261,7 @@ def _flux2(counts: ImageCounts, config: Config, height: int, width: int, text: i
     heads, dim = config["num_attention_heads"], config["attention_head_dim"]
     d, channels = heads * dim, config["in_channels"]
     wide = int(config.get("mlp_ratio", 3.0) * d)
-    places = _places(config, height, width, 2)
+    places = _places(config, height, width, 2) * counts.pictures
     n = text + places
     counts.linear("x_embedder", places, channels, d, bias=False)
     counts.linear("context_embedder", text, config["joint_attention_dim"], d, bias=False)

@@ -201,7 +201,7 @@ def image_plan(
     def counts(height: int, width: int, rank: int) -> ImageCounts:
         return image_counts(
             config, height=height, width=width, rank=rank, targets=load.targets, text_tokens=text_tokens,
-            form=load.form,
+            before=load.before, form=load.form,
         )  # fmt: skip
 
     def of(load: ImageLoad) -> ImageCounts:
@@ -218,11 +218,12 @@ def image_plan(
         seconds = one / own.pictures * job.rows * job.passes
     c = of(load)
     encoding = (c.parameters + c.encoders) * dtype_bytes(load.dtype)
+    pairs = f", each with {load.before} before it" if load.before else ""
     facts = [
         ("base", f"{base}: a denoiser of {c.parameters:,} parameters, {load.quantise or load.dtype}"),
         ("adapter", f"{_form(load.form)}rank {load.rank} on {load.targets}: {c.trainable:,} parameters"),
         ("data", f"{job.rows:,} pictures, {job.passes:.3g} times: {job.total_steps:,} steps of {job.batch}"),
-        ("at once", f"{load.pictures} of {load.width} × {load.height}; activations {_kept(load)}"),
+        ("at once", f"{load.pictures} of {load.width} × {load.height}{pairs}; activations {_kept(load)}"),
     ]
     if c.encoders:
         text = f"text encoders and VAE take {c.encoders * dtype_bytes(load.dtype) / 1e9:.1f} GB while pictures and "

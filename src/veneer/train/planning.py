@@ -192,14 +192,14 @@ def plan_of_config(
 
 def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device: Device, rows: int | None) -> Plan:
     from veneer.plan.calibration import rates_here
-    from veneer.train.image.decode import SUFFIXES
+    from veneer.train.image.pictures import count_pictures
 
+    before = len(config.data.before_folders)
     if rows is None:
-        given = config.data.pictures
-        folders = [Path(folder) for folder in ((given,) if isinstance(given, str) else given)]
-        rows = sum(p.suffix.lower() in SUFFIXES for folder in folders for p in folder.rglob("*"))
-        if not rows:
-            raise DataError("no pictures to count", where=str(folders[0]), fix="or give --rows")
+        try:
+            rows, before = count_pictures(config.data)
+        except DataError as error:
+            raise DataError(error.what, where=error.where, fix=f"{error.fix}; or give --rows") from None
     batch = min(config.batching.rows, rows)
     at_once = config.batching.micro_rows or batch
     asked = config.data.resolution or int(found.get("picture", 1024))
@@ -211,7 +211,8 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
         at_once, side, side, -(-batch // at_once), config.adapter.rank,
         dtype, config.base.quantise,
         config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0, targets=words,
-        references=0 if config.loss.keep_guidance is None else 2, form=PairForm.of(config.adapter.spec()),
+        references=0 if config.loss.keep_guidance is None else 2, before=before,
+        form=PairForm.of(config.adapter.spec()),
     )  # fmt: skip
     job = TrainingJob(rows, 1.0, float(config.schedule.epochs or 1), batch, config.steps)
     return image_plan(config.base.name, found, load, device, rates, job, process=process)

@@ -148,7 +148,8 @@ def traced_pictures(fields: Mapping[str, Any], load: ImageLoad, device: Device, 
     """One step of `load` on a denoiser of this config, with cached latents and texts. Raises as `traced_training`."""
     dtype: torch.dtype = getattr(torch, load.dtype)
     counts = image_counts(
-        fields, height=load.height, width=load.width, rank=load.rank, targets=load.targets, form=load.form
+        fields, height=load.height, width=load.width, rank=load.rank, targets=load.targets, before=load.before,
+        form=load.form,
     )  # fmt: skip
     form = {"kind": load.form.kind, "factor": load.form.factor, "decompose_both": load.form.both}
     config, _ = config_from({
@@ -192,7 +193,7 @@ def _pictures(base: ImageBase, load: ImageLoad) -> Micro:
     latents = torch.zeros(n, channels, load.height // side, load.width // side)
     view: Any = None
     rows = [PlannedRow(view, view, "", 1.0, (0, 0, slot)) for slot in range(n)]
-    batch = ImageBatch(latents, None, torch.zeros(n, 6), torch.ones(n), rows)
+    batch = ImageBatch(latents, None, torch.zeros(n, 6), torch.ones(n), rows, [latents] * load.before)
     return Micro(n, n, (0,), lambda: batch, "pictures")
 
 

@@ -85,7 +85,7 @@ def test_metadata_that_does_not_fit(tmp_path: Path) -> None:
     assert "should be text, found int" in message
     assert "has a row already" in message
     metadata(tmp_path, [{"file_name": "cat.png", "words": "x"}])
-    assert "no column text or caption or prompt; the columns are file_name, words" in wrong(tmp_path)
+    assert "no column text or caption or prompt or instruction; the columns are file_name, words" in wrong(tmp_path)
 
 
 def test_kohya_folders_repeat_and_caption(tmp_path: Path) -> None:

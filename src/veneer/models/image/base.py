@@ -25,7 +25,7 @@ from veneer.errors import BaseError, ConfigError
 from veneer.models.builtin import BUILTIN, PACKAGED
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.device import settle_threads
-from veneer.models.image.families import FAMILIES, ImageFamily, topology_name
+from veneer.models.image.families import FAMILIES, REFERENCES, ImageFamily, topology_name
 from veneer.models.image.files import (
     LoadedParts,
     control_of,
@@ -36,7 +36,7 @@ from veneer.models.image.files import (
 from veneer.models.loading import errors_only
 from veneer.models.sources import find_base
 
-PipelineKind = Literal["text", "image", "inpaint"]
+PipelineKind = Literal["text", "image", "inpaint", "edit"]
 _ControlNet = nn.Module
 """A ControlNet of diffusers: ControlNetModel, FluxControlNetModel, SD3ControlNetModel or QwenImageControlNetModel."""
 
@@ -84,6 +84,16 @@ class ImageBase:
     def few_steps(self) -> bool:
         """Whether it was distilled to few steps without guidance: FLUX.1 schnell."""
         return self.row.name == "flux1" and not self.denoiser.config.guidance_embeds
+
+    @property
+    def references(self) -> int:
+        """The most reference pictures that it can be told of; 0 for a base that cannot edit."""
+        return REFERENCES[self.pipelines["edit"]] if "edit" in self.pipelines else 0
+
+    @property
+    def edits_alone(self) -> bool:
+        """Whether it was made for editing: FLUX.1 Kontext, and not FLUX.2, which draws from prompts as well."""
+        return "edit" in self.pipelines and "edit" not in self.row.pipelines
 
     @property
     def vae_scale(self) -> int:
@@ -235,7 +245,7 @@ def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_C
         return base._made[key]
     table = base.row.controlled if controls else base.pipelines
     if kind not in table:
-        what = {"text": "text-to-image", "image": "image-to-image", "inpaint": "inpainting"}.get(kind, kind)
+        what = {"text": "text-to-image", "image": "image-to-image", "inpaint": "inpainting", "edit": "editing"}[kind]
         having = ", ".join(table) or "none"
         raise BaseError(
             f"diffusers has no {what} pipeline for {base.row.label}" + (" with a ControlNet" if controls else ""),

@@ -24,7 +24,8 @@ from typing import Any
 class ImageFamily:
     """One family.
 
-    `pipelines` and `controlled`: kind -> diffusers class, without and with ControlNets; diffusers has no others.
+    `pipelines` and `controlled`: kind -> diffusers class, without and with ControlNets; diffusers has no others. `edit`
+    is told of reference pictures; a base whose index names such a pipeline has it too (`OWN_PIPELINES`).
     `encoders`: the text encoders that adapters of this family change. `readers`: the tokenizers whose tokens the
     denoiser attends to, and how many of each at most. `patch`: latents per side that become one token; `patched`: the
     VAE's are patches already; `frames`: the VAE is one of films. `distilled`: guidance is an input of the denoiser;
@@ -143,7 +144,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
             "FLUX.2",
             "transformer",
             "Flux2Transformer2DModel",
-            {"text": "Flux2Pipeline"},
+            {"text": "Flux2Pipeline", "edit": "Flux2Pipeline"},
             readers={"tokenizer": 512},
             patch=2,
             patched=True,
@@ -179,6 +180,20 @@ FAMILIES: Mapping[str, ImageFamily] = {
         ),
     ]
 }
+
+
+OWN_PIPELINES: Mapping[str, Mapping[str, str]] = {
+    "Flux2KleinPipeline": {
+        "text": "Flux2KleinPipeline",
+        "edit": "Flux2KleinPipeline",
+        "inpaint": "Flux2KleinInpaintPipeline",
+    },
+    "FluxKontextPipeline": {"edit": "FluxKontextPipeline"},
+}
+"""What a base's index calls its pipeline -> the kinds in which the base differs from its family."""
+
+REFERENCES: Mapping[str, int] = {"FluxKontextPipeline": 1, "Flux2Pipeline": 10, "Flux2KleinPipeline": 4}
+"""Pipelines that edit -> the most reference pictures that their models were trained with, by their cards."""
 
 
 def denoiser_family(classname: str, config: Mapping[str, Any]) -> ImageFamily | None:

@@ -32,7 +32,7 @@ from veneer.files.weights import COMPONENT_STEMS, StoredTensor, component_files,
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.device import check_memory, choose_device, choose_dtype
 from veneer.models.fingerprint import fingerprint_parts, shaping_fields
-from veneer.models.image.families import FAMILIES, ImageFamily, denoiser_family, family_label
+from veneer.models.image.families import FAMILIES, OWN_PIPELINES, ImageFamily, denoiser_family, family_label
 from veneer.models.loading import check_loaded, errors_only, loading
 from veneer.models.quantise import lazy_state, load_part, load_state, saved_kind
 from veneer.models.sources import find_base
@@ -104,7 +104,7 @@ def read_directory(
         reason,
         where,
         notes,
-        _own_pipelines(index, family),
+        _own_pipelines(index),
         _flags_of(index),
     )
 
@@ -172,11 +172,9 @@ def family_of_directory(path: Path, classes: Mapping[str, tuple[str, str]]) -> I
     return family
 
 
-def _own_pipelines(index: Mapping[str, Any], family: ImageFamily) -> dict[str, str]:
-    """FLUX.2 klein's pipelines are not dev's; the index says which it is."""
-    if family.name == "flux2" and index.get("_class_name") == "Flux2KleinPipeline":
-        return {"text": "Flux2KleinPipeline", "inpaint": "Flux2KleinInpaintPipeline"}
-    return {}
+def _own_pipelines(index: Mapping[str, Any]) -> dict[str, str]:
+    """FLUX.2 klein's pipelines are not dev's, Kontext is FLUX.1 dev's denoiser: the index says which it is."""
+    return dict(OWN_PIPELINES.get(str(index.get("_class_name")), {}))
 
 
 def _flags_of(index: Mapping[str, Any]) -> dict[str, Any]:
@@ -376,7 +374,7 @@ def read_single_file(
     held = components_in(table)
     if held and family.denoiser not in held:
         raise BaseError(f"this file holds no {family.denoiser}: {', '.join(sorted(held))}", where=str(path))
-    pipelines = {**family.pipelines, **_own_pipelines(index, family)}
+    pipelines = {**family.pipelines, **_own_pipelines(index)}
     whole = hasattr(getattr(diffusers, pipelines["text"]), "from_single_file")
     held = held & set(classes) | {family.denoiser} if whole else {family.denoiser}  # of the others the denoiser alone
     where = choose_device(device)
@@ -437,9 +435,7 @@ def read_single_file(
         notes.append(f"{len(unused)} of the file's {len(table)} tensors have no place and are left out: {shown}")
     fields = {n: _fields_of(p) for n, p in parts.items() if isinstance(p, nn.Module)}
     digest = fingerprint_parts({"file": (fields, table), **{n: ({}, t) for n, t in tables.items() if n != "file"}})
-    return LoadedParts(
-        family, parts, digest, kind, reason, where, notes, _own_pipelines(index, family), _flags_of(index)
-    )
+    return LoadedParts(family, parts, digest, kind, reason, where, notes, _own_pipelines(index), _flags_of(index))
 
 
 def _denoiser_of(path: Path, cls: Any, name: str, options: Mapping[str, Any]) -> Any:

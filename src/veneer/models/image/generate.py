@@ -51,8 +51,8 @@ class MixPlan:
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One picture to make. `image`, `mask`, `controls` (a picture for each of the settings' controls): its own, if
-    they are not those of the settings."""
+    """One picture to make. `image`, `mask`, `controls` (a picture for each of the settings' controls), `references`:
+    its own, if they are not those of the settings."""
 
     prompt: str
     negative: str = ""
@@ -61,6 +61,7 @@ class ImageRow:
     image: Image | None = field(default=None, compare=False, repr=False)
     mask: Image | None = field(default=None, compare=False, repr=False)
     controls: tuple[Image, ...] = field(default=(), compare=False, repr=False)
+    references: tuple[Image, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -85,7 +86,8 @@ class PictureSettings:
 
     `guidance`: classifier-free guidance, for FLUX the number it was distilled with. `true_guidance`: classifier-free
     guidance of a base that has its own; a negative prompt acts there from above 1. `image`: start from it instead of
-    noise, `denoise` (0, 1] is the share of the steps that are taken; with `mask` (white is made anew) black stays."""
+    noise, `denoise` (0, 1] is the share of the steps that are taken; with `mask` (white is made anew) black stays.
+    `references`: pictures that an edit base changes as the prompt says, or that FLUX.2 is shown."""
 
     width: int | None = None
     height: int | None = None
@@ -98,6 +100,7 @@ class PictureSettings:
     mask: Image | None = None
     denoise: float = 1.0
     controls: tuple[Control, ...] = ()
+    references: tuple[Image, ...] = ()
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -192,7 +195,8 @@ def generate_images(
     settings = settings or PictureSettings()
     rows = check_rows(base, rows, settings, attachment)
     run = _Run(base, rows[0], settings, attachment, on_step, watch)
-    batches = _batches(rows, settings.batch_size, attachment)
+    size = 1 if run.one_by_one else settings.batch_size
+    batches = _batches(rows, size, attachment)
     run.batches = len(batches)
     before = attachment.selection if attachment is not None else None
     out: list[GeneratedPicture] = []
@@ -236,6 +240,9 @@ class _Run:
         self.base, self.settings, self.attachment = base, settings, attachment
         self.on_step, self.watch = on_step, watch
         kind: PipelineKind = "text" if like.image is None else "image" if like.mask is None else "inpaint"
+        kind = "edit" if like.references else kind
+        # Those that take several references take them for all rows of a batch.
+        self.one_by_one = kind == "edit" and base.references > 1
         self.pipe: Any = pipeline(base, kind, [c.model for c in settings.controls])
         self.pipe.set_progress_bar_config(disable=True)
         self.accepts = inspect.signature(type(self.pipe).__call__).parameters
@@ -286,6 +293,8 @@ class _Run:
             given |= {"image": images, "strength": settings.denoise}
         if masks := [row.mask.convert("L") for row in rows if row.mask is not None]:
             given["mask_image"] = masks
+        if references := [picture.convert("RGB") for row in rows for picture in row.references]:
+            given |= {"image": references, **self.unresized(size["width"] * size["height"])}
         given |= {key: value for key, value in size.items() if key in self.accepts}
         given |= self.control_arguments(rows)
         self.pipe.scheduler = make_scheduler(base, settings.scheduler)
@@ -309,6 +318,10 @@ class _Run:
             f"{prefix}prompt_embeds_mask": text.mask,
         }
         return {key: value for key, value in found.items() if value is not None and key in self.accepts}
+
+    def unresized(self, area: int) -> dict[str, Any]:
+        """What keeps a pipeline from resizing what it is given: Kontext's to one of its sizes of a megapixel."""
+        return {k: v for k, v in {"max_area": area, "_auto_resize": False}.items() if k in self.accepts}
 
     def emptied(self, text: Conditioning, rows: Sequence[ImageRow]) -> Conditioning:
         """SDXL was trained with zeros for no text, which is another thing than the text of no words."""
@@ -404,7 +417,13 @@ def check_rows(
 ) -> list[ImageRow]:
     """The rows with the pictures that they start from, their own or the settings'. Raises ConfigError for what does not
     go together or with the base, as `generate_images` would."""
-    rows = [replace(row, image=row.image or settings.image, mask=row.mask or settings.mask) for row in rows]
+    rows = [
+        replace(
+            row, image=row.image or settings.image, mask=row.mask or settings.mask,
+            references=row.references or settings.references,
+        )
+        for row in rows
+    ]  # fmt: skip
     _check(base, rows, settings, attachment)
     make_scheduler(base, settings.scheduler)
     _Run(base, rows[0], settings).check_negatives(rows)
@@ -436,8 +455,9 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
         raise ConfigError(what, fix="give image too (--image in.png)")
     if any(row.mask is not None and row.image is None for row in rows):
         raise ConfigError("a mask needs the picture it belongs to", fix="give image too (--image in.png)")
-    if len({(row.image is None, row.mask is None, len(row.controls)) for row in rows}) > 1:
-        raise ConfigError("some rows have a picture, a mask or controls of their own, and others do not")
+    if len({(row.image is None, row.mask is None, len(row.controls), len(row.references)) for row in rows}) > 1:
+        raise ConfigError("some rows have a picture, a mask, controls or references of their own, and others do not")
+    _check_references(base, rows, settings)
     if rows[0].controls and len(rows[0].controls) != len(settings.controls):
         raise ConfigError(f"{len(settings.controls)} controls, and {len(rows[0].controls)} pictures for them a row")
     given: list[tuple[str, Image | None]] = [("control picture", control.picture) for control in settings.controls]
@@ -455,3 +475,26 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
         )
     if settings.true_guidance > 1 and base.family != "flux1":
         raise ConfigError(f"{base.name} has no guidance of its own beside which true guidance could act")
+
+
+def _check_references(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings) -> None:
+    given = len(rows[0].references)
+    if not given:
+        return
+    if given > base.references:
+        what = f"takes {base.references} reference pictures" if base.references else "is no base that edits"
+        fix = (
+            "leave some out"
+            if base.references
+            else "FLUX.1 Kontext or FLUX.2; a picture to start from is image (--image)"
+        )
+        raise ConfigError(f"{base.name} {what}, and {given} were given", fix=fix)
+    if settings.controls or rows[0].image is not None:
+        other = "controls" if settings.controls else "a picture to start from"
+        raise ConfigError(f"references and {other} do not go together", fix="leave one of them out")
+    for picture in (picture for row in rows for picture in row.references):
+        if picture.width % base.unit or picture.height % base.unit:
+            raise ConfigError(
+                f"a reference picture is {picture.width}×{picture.height}, and sides are multiples of {base.unit}",
+                fix="resize it",
+            )

@@ -272,6 +272,10 @@ def alphas_cumprod(base: ImageBase) -> Tensor:
     return cumulative.to(base.device)
 
 
+_READS_REFERENCES = ("flux1", "flux2")
+"""Families whose denoisers tell pictures apart by their positions."""
+
+
 def predict(
     base: ImageBase,
     latents: Tensor,
@@ -281,13 +285,16 @@ def predict(
     sizes: Tensor | None = None,
     guidance: float | Tensor | None = None,
     residuals: dict[str, Any] | None = None,
+    references: Sequence[Tensor] = (),
 ) -> Tensor:
     """The denoiser's prediction, of the latents' shape: ε or v, or for flow families ε - x.
 
     `timesteps`: (n,) or a scalar; 0..999 for noise families, σ in 0..1 for flow. `sizes`: SDXL's time ids (n, 6):
     original height and width, crop's top and left, target height and width. `guidance`: for the models that take it as
     an input (FLUX.1 dev, FLUX.2 dev), 1.0 where it is not given. `residuals`: a ControlNet's outputs, as the denoiser
-    calls them. Raises BaseError for sizes that are missing or not wanted, and for guidance that is not wanted."""
+    calls them. `references`: clean latents (n, c, h, w) of pictures that are edited or shown, each of any size: their
+    tokens follow the picture's, told apart by the frame in their positions. Raises BaseError for sizes that are
+    missing or not wanted, for guidance that is not wanted, and for references of a family that takes none."""
     denoiser, n = base.denoiser, len(latents)
     dtype = base.dtype
     x = latents.to(dtype)
@@ -300,6 +307,9 @@ def predict(
     takes = bool(denoiser.config.get("guidance_embeds"))
     if guidance is not None and not takes:
         raise BaseError(f"{base.name} does not take guidance as an input", fix="leave guidance out")
+    if references and base.row.name not in _READS_REFERENCES:
+        raise BaseError(f"{base.row.label} takes no reference pictures", fix="FLUX.1 Kontext or FLUX.2 does")
+    shown = [r.to(latents.device, dtype) for r in references]
     more: dict[str, Any] = {"return_dict": False, **(residuals or {})}
     if base.row.denoiser == "unet":
         if sizes is not None:
@@ -322,19 +332,17 @@ def predict(
     elif base.row.name in ("flux1", "qwen-image"):
         more["guidance"] = None
     if base.row.name == "flux2":
-        return _flux2(denoiser, x, text, more)
+        return _flux2(denoiser, x, shown, text, more)
     h, w = x.shape[2] // 2, x.shape[3] // 2
-    tokens = _patches(x).flatten(2).transpose(1, 2)
+    tokens = torch.cat([_patches(y).flatten(2).transpose(1, 2) for y in (x, *shown)], dim=1)
     if base.row.name == "flux1":
-        ids = torch.stack(
-            [x.new_zeros(h, w), *torch.meshgrid(_range(x, h), _range(x, w), indexing="ij")], dim=-1
-        )  # fmt: skip
-        more |= {"pooled_projections": text.pooled, "img_ids": ids.view(-1, 3)}
+        ids = [_flux_ids(y, frame) for frame, y in enumerate((x, *shown))]
+        more |= {"pooled_projections": text.pooled, "img_ids": torch.cat(ids)}
         more["txt_ids"] = x.new_zeros(text.embeds.shape[1], 3)
     else:
         mask = None if text.mask is None or bool(text.mask.all()) else text.mask
         more |= {"img_shapes": [[(1, h, w)]] * n, "encoder_hidden_states_mask": mask}
-    out = denoiser(hidden_states=tokens, **more)[0]
+    out = denoiser(hidden_states=tokens, **more)[0][:, : h * w]
     return _whole(out.transpose(1, 2).unflatten(2, (h, w)))
 
 
@@ -344,23 +352,36 @@ def _z_image(denoiser: Any, x: Tensor, t: Tensor, text: Conditioning, more: dict
     return -torch.stack(out)[:, :, 0]
 
 
-def _range(like: Tensor, n: int) -> Tensor:
-    return torch.arange(n, device=like.device, dtype=like.dtype)
+def _flux_ids(latents: Tensor, frame: int) -> Tensor:
+    """FLUX.1's positions of a picture's tokens, (tokens, 3): frame, row, column."""
+    h, w = latents.shape[2] // 2, latents.shape[3] // 2
+    rows, columns = (torch.arange(n, device=latents.device, dtype=latents.dtype) for n in (h, w))
+    grid = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack([latents.new_full((h, w), frame), *grid], dim=-1).view(-1, 3)
 
 
-def _flux2(denoiser: Any, x: Tensor, text: Conditioning, more: dict[str, Any]) -> Tensor:
+_FLUX2_FRAMES = 10
+"""FLUX.2's reference pictures are in the frames 10, 20, …"""
+
+
+def _flux2(denoiser: Any, x: Tensor, shown: Sequence[Tensor], text: Conditioning, more: dict[str, Any]) -> Tensor:
     """FLUX.2's latents are patched already; positions are (frame, row, column, token)."""
     n, _, h, w = x.shape
-    one, rows, columns, tokens = (torch.arange(k, device=x.device) for k in (1, h, w, text.embeds.shape[1]))
-    image = torch.cartesian_prod(one, rows, columns, one)
-    words = torch.cartesian_prod(one, one, one, tokens)
+
+    def positions(*counts: int, frame: int = 0) -> Tensor:
+        first = torch.tensor([frame], device=x.device)
+        return torch.cartesian_prod(first, *(torch.arange(k, device=x.device) for k in counts))
+
+    pictures = (x, *shown)
+    image = [positions(y.shape[2], y.shape[3], 1, frame=_FLUX2_FRAMES * i) for i, y in enumerate(pictures)]
+    words = positions(1, 1, text.embeds.shape[1])
     more = {"guidance": None, **more}
     out = denoiser(
-        hidden_states=x.flatten(2).transpose(1, 2),
-        img_ids=image.expand(n, -1, -1),
+        hidden_states=torch.cat([y.flatten(2).transpose(1, 2) for y in pictures], dim=1),
+        img_ids=torch.cat(image).expand(n, -1, -1),
         txt_ids=words.expand(n, -1, -1),
         **more,
-    )[0]
+    )[0][:, : h * w]
     return out.transpose(1, 2).unflatten(2, (h, w))  # type: ignore[no-any-return]
 
 

@@ -140,6 +140,8 @@ def _loss_and_samples(config: ImageTrainConfig, given: Collection[str]) -> Itera
         yield f"`loss.shift: {loss.shift}` should be above 0, auto or resolution"
     if samples.every is not None and not samples.prompts:
         yield "`samples.every` needs `samples.prompts`: what to draw"
+    if samples.before and len(samples.before) not in (1, len(samples.prompts)):
+        yield f"`samples.before`: {len(samples.before)} pictures for {len(samples.prompts)} prompts; give 1, or as many"
     if samples.prompts and not samples.seeds:
         yield "`samples.seeds` is empty: give at least one"
 
@@ -170,6 +172,7 @@ def _idle(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
         "data.crops": (data.crop == "random", "`data.crop: random`"),
         "data.mask_floor": (data.masks != "off", "`data.masks` other than off"),
         "data.bucket_ratio": (data.buckets, "`data.buckets`"),
+        "data.before_kind": (data.before != "off", "`data.before` other than off"),
     }
     for key, (used, what) in needs.items():
         if key in given and not used:

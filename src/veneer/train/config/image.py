@@ -115,6 +115,15 @@ class ImageDataSection(Section):
     mask_floor: float = setting(
         0.0, "weight of what a mask leaves out; white is always 1", "it is not learned", ge=0, le=1
     )
+    before: str | tuple[str, ...] = setting(
+        "auto",
+        "where the pictures are that an edit starts from: auto (NAME.before.png beside, a `before` folder, metadata's "
+        "`before`), off, or a folder of the same names; several folders: several references",
+        "an edit base learns from pairs, and captions are instructions; used where there are any, and reported",
+    )
+    before_kind: Literal["picture", "canny", "depth", "pose"] = setting(
+        "picture", "what they are; each is looked at, and one of another kind stops the run", "any picture"
+    )
     background: str = setting(
         "#ffffff", "colour behind transparent pixels: #rrggbb, white, black or grey", "as on paper"
     )
@@ -147,6 +156,11 @@ class ImageDataSection(Section):
     @property
     def folders(self) -> tuple[str, ...]:
         return (self.pictures,) if isinstance(self.pictures, str) else self.pictures
+
+    @property
+    def before_folders(self) -> tuple[str, ...]:
+        """The folders that `before` names; none with auto and off."""
+        return () if self.before in ("auto", "off") else (self.before,) if isinstance(self.before, str) else self.before
 
     @property
     def colour(self) -> tuple[int, int, int]:
@@ -193,6 +207,10 @@ class ImageDataSection(Section):
             raise ValueError("class_prompt holds the trigger: class pictures keep the class as it was without it")
         if self.masks not in ("auto", "off", "alpha") and len(self.folders) > 1:
             raise ValueError("a folder of masks goes with one folder of pictures; masks: auto looks in each")
+        if isinstance(self.before, tuple) and not self.before:
+            raise ValueError("before is an empty list: name the folders, or leave it out")
+        if self.before_folders and len(self.folders) > 1:
+            raise ValueError("folders of before pictures go with one folder of pictures; before: auto looks in each")
         if self.bucket_step is not None and self.bucket_step < 1:
             raise ValueError("bucket_step is at least 1")
         return self
@@ -304,6 +322,9 @@ class SamplesSection(Section):
         None, "steps between sheets, or `epoch`; nothing means only at the end, when there are prompts", gt=0
     )
     prompts: tuple[str, ...] = setting((), "prompts to draw; with the trigger word where it is wanted")
+    before: tuple[str, ...] = setting(
+        (), "of an edit base: the picture that each prompt edits; one: of all prompts. Shown beside what was drawn"
+    )
     negative: str = setting("", "negative prompt")
     seeds: tuple[int, ...] = setting((0,), "a picture of each prompt for each seed")
     steps: int = setting(20, "sampling steps", gt=0)
@@ -386,9 +407,16 @@ class ImageTrainConfig(Section):
     def recipe(self) -> dict[str, Any]:
         """What a card records: everything but the output folder, with paths reduced to file names."""
         recipe = self.model_dump(mode="json", exclude={"output"}) | {"adapter": self.adapter.recorded()}
-        recipe["data"] = {k: file_name(v) if isinstance(v, str) else v for k, v in recipe["data"].items()}
+        recipe["data"] = {k: _file_names(v) for k, v in recipe["data"].items()}
+        recipe["samples"]["before"] = _file_names(recipe["samples"]["before"])
         recipe["base"]["name"] = file_name(recipe["base"]["name"])
         return recipe
+
+
+def _file_names(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_file_names(v) for v in value]
+    return file_name(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,17 @@ _TEXT = _Kind(TrainConfig, "config.md", frozenset({"data.train", "data.validatio
 _IMAGE = _Kind(
     ImageTrainConfig,
     "image-config.md",
-    frozenset({"data.pictures", "data.validation", "data.class_folder", "data.masks", "data.cache"}),
+    frozenset(
+        {
+            "data.pictures",
+            "data.validation",
+            "data.class_folder",
+            "data.masks",
+            "data.before",
+            "data.cache",
+            "samples.before",
+        }
+    ),
     image_problems,
 )
 _SHORT = {"base": "name", "output": "directory"}
@@ -308,7 +318,9 @@ def _absolute(kind: _Kind, name: str, value: Any, folder: Path) -> Any:
     if kind is _TEXT and name in kind.paths:
         hub = _HUB.fullmatch(value) and not value.endswith(_SUFFIXES) and not glob.glob(resolved)
         return f"hub:{value}" if hub else resolved
-    words = {"data.chat_template": ("auto", "none"), "data.masks": ("auto", "off", "alpha")}
+    words = {
+        "data.chat_template": ("auto", "none"), "data.masks": ("auto", "off", "alpha"), "data.before": ("auto", "off"),
+    }  # fmt: skip
     if name == "output.directory" or ((name in kind.paths or name in words) and value not in words.get(name, ())):
         return resolved
     if name in ("base.name", "adapter.start") and (value.startswith((".", "~")) or os.path.exists(resolved)):

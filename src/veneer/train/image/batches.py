@@ -42,17 +42,24 @@ class PlannedRow:
 
 @dataclass
 class ImageBatch:
-    """latents: (n, c, h, w), masks: (n, 1, h, w) or None, sizes: (n, 6) time ids, weights: (n,); rows: the plan's."""
+    """latents: (n, c, h, w), masks: (n, 1, h, w) or None, sizes: (n, 6) time ids, weights: (n,); rows: the plan's.
+    `before`: for each picture that an edit starts from its latents, (n, c, h, w)."""
 
     latents: Tensor
     masks: Tensor | None
     sizes: Tensor
     weights: Tensor
     rows: Sequence[PlannedRow]
+    before: Sequence[Tensor] = ()
 
     @staticmethod
-    def of(rows: Sequence[PlannedRow], latents: Sequence[tuple[Tensor, Tensor | None, Tensor]]) -> ImageBatch:
-        """Rows of one shape and, for each, its (latents, mask, time ids). A row without a mask is learned whole."""
+    def of(
+        rows: Sequence[PlannedRow],
+        latents: Sequence[tuple[Tensor, Tensor | None, Tensor]],
+        before: Sequence[Sequence[Tensor]] = (),
+    ) -> ImageBatch:
+        """Rows of one shape and, for each, its (latents, mask, time ids), and the latents of what is before it. A row
+        without a mask is learned whole."""
         masks = [mask for _, mask, _ in latents]
         joined = None
         if any(mask is not None for mask in masks):
@@ -65,12 +72,14 @@ class ImageBatch:
             torch.stack([sizes for _, _, sizes in latents]),
             torch.tensor([row.weight for row in rows]),
             rows,
+            [torch.stack(each) for each in zip(*before, strict=True)],
         )
 
     def sent(self, device: torch.device) -> ImageBatch:
         """The same with latents and masks on a device, on their way there."""
         masks = None if self.masks is None else sent(self.masks, device)
-        return replace(self, latents=sent(self.latents, device), masks=masks)
+        before = [sent(x, device) for x in self.before]
+        return replace(self, latents=sent(self.latents, device), masks=masks, before=before)
 
 
 def split_pictures(

@@ -9,6 +9,7 @@ with names. Reads nothing from the disk but masks (are they empty where the crop
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from veneer.errors import first_few
@@ -155,6 +156,30 @@ def _masks(
         yield Finding("stop" if len(empty) > len(plan.rows) / 2 else "warn", "masks", text, "white is what is learned")
 
 
+def _pairs(
+    pictures: Sequence[TrainingPicture], about: AboutPictures, plan: PicturePlan, settings: ImageDataSection
+) -> Iterator[Finding]:
+    if not about.before:
+        return
+    kind = "pictures" if settings.before_kind == "picture" else f"{settings.before_kind} pictures"
+    each = "one picture before it" if about.before == 1 else f"{about.before} pictures before it"
+    yield Finding("ok", "pairs", f"each picture has {each} ({kind}); captions are instructions")
+    if about.resized_before:
+        text = f"{about.resized_before:,} before pictures have another size than what comes after: resized"
+        yield Finding("warn", "pairs", text)
+    same = [p.name for p in pictures if any(b.digest == p.digest for b in p.before)]
+    if same:
+        text = f"{share(len(same), len(pictures))} pictures are the same file before and after: {_some(same)}"
+        yield Finding(
+            "warn", "pairs", text, "remove them, unless the instruction is to change nothing: that is what they teach"
+        )
+    asked = Counter((tuple(b.digest for b in p.before), p.caption) for p in pictures)
+    unclear = [p.name for p in pictures if asked[tuple(b.digest for b in p.before), p.caption] > 1]
+    if unclear:
+        text = f"one picture, one instruction and several results: {_some(unclear)}"
+        yield Finding("warn", "pairs", text, "say in each instruction what differs")
+
+
 def _alike(
     pictures: Sequence[TrainingPicture], about: AboutPictures, plan: PicturePlan, settings: ImageDataSection
 ) -> Iterator[Finding]:
@@ -178,7 +203,7 @@ def _alike(
 
 
 _Check = Callable[[Sequence[TrainingPicture], AboutPictures, PicturePlan, ImageDataSection], Iterator[Finding]]
-_CHECKS: tuple[_Check, ...] = (_read, _captions, _buckets, _masks, _alike)
+_CHECKS: tuple[_Check, ...] = (_read, _captions, _buckets, _masks, _pairs, _alike)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -1,4 +1,5 @@
-"""A contact sheet of what the model will see: each view at its bucket's shape, its mask shaded, its caption below.
+"""A contact sheet of what the model will see: each view at its bucket's shape, its mask shaded, its caption below. Of a
+pair: what is before, and right of it what comes after.
 
     contact_sheet(plan.rows, settings, seed=0, path="pictures.png")
 
@@ -18,10 +19,11 @@ from PIL import Image, ImageDraw, ImageFont
 from veneer.files.atomic import atomic_write
 from veneer.files.pictures import picture_bytes
 from veneer.train.config.image import ImageDataSection
-from veneer.train.image.views import PictureRow, View, ViewTensors, draw_row, prepare
+from veneer.train.image.views import PictureRow, View, ViewTensors, draw_row, prepare, view_before
 
 _FONT = 12
 _LINES = 4
+_GAP = 4  # between the pictures of a pair
 _RED = np.array([220.0, 30.0, 30.0])
 
 
@@ -40,23 +42,27 @@ def contact_sheet(
 
     Small pictures are enlarged by whole factors without smoothing, so that every pixel that is learned can be seen."""
     chosen = [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else list(rows)
-    columns = max(1, min(columns, len(chosen)))
+    several = 1 + max((len(row.picture.before) for row in chosen), default=0)
+    columns = max(1, min(columns // several, len(chosen)))
+    wide_cell = (cell + _GAP) * several - _GAP
     font = ImageFont.load_default(size=_FONT)
     line = _FONT + 3
     height, margin = cell + line * (_LINES + 2) + 8, 8
     down = -(-len(chosen) // columns)
-    size = (columns * (cell + margin) + margin, down * (height + margin) + margin)
+    size = (columns * (wide_cell + margin) + margin, down * (height + margin) + margin)
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for number, row in enumerate(chosen):
-        x = margin + number % columns * (cell + margin)
+        x = margin + number % columns * (wide_cell + margin)
         y = margin + number // columns * (height + margin)
         view, caption = draw_row(row, settings, seed=seed, epoch=epoch)
-        picture = _fitted(shaded(prepare(row.picture, view, settings)), cell)
-        at = (x + (cell - picture.width) // 2, y + (cell - picture.height) // 2)
-        sheet.paste(picture, at)
-        pen.rectangle((at[0] - 1, at[1] - 1, at[0] + picture.width, at[1] + picture.height), outline="#888888")
-        wide = max(8, int(cell / (_FONT * 0.52)))
+        seen = [(before, view_before(view, before)) for before in row.picture.before] + [(row.picture, view)]
+        for place, (shown, part) in enumerate(seen):
+            picture = _fitted(shaded(prepare(shown, part, settings)), cell)
+            at = (x + (cell + _GAP) * place + (cell - picture.width) // 2, y + (cell - picture.height) // 2)
+            sheet.paste(picture, at)
+            pen.rectangle((at[0] - 1, at[1] - 1, at[0] + picture.width, at[1] + picture.height), outline="#888888")
+        wide = max(8, int(wide_cell / (_FONT * 0.52)))
         pen.text((x, y + cell + 4), _about(row, view), fill="#0044aa", font=font)
         pen.text((x, y + cell + 4 + line), _last(row.picture.name, wide), fill="#888888", font=font)
         words = textwrap.wrap(caption, wide, max_lines=_LINES, placeholder=" …") or [

@@ -38,7 +38,7 @@ from veneer.train.image.loss import (
     quantile_times,
     row_losses,
 )
-from veneer.train.image.views import View
+from veneer.train.image.views import View, view_before
 from veneer.train.loop import Score
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Encoders:
 
     def batch(self, rows: Sequence[PlannedRow]) -> ImageBatch:
         """The batch of rows of one shape."""
-        return ImageBatch.of(rows, [self._latents(row) for row in rows])
+        return ImageBatch.of(rows, [self._latents(row) for row in rows], [self._before(row) for row in rows])
 
     def text(self, captions: Sequence[str]) -> Conditioning:
         """What the denoiser is told of these captions, on the base's device. Of an empty one (a dropped caption) what
@@ -82,6 +82,7 @@ class Encoders:
             captions.setdefault(row.caption)
         for row in views.values():
             self._latents(row)
+            self._before(row)
         if not self.live:
             for caption in captions:
                 self._text(caption)
@@ -90,6 +91,14 @@ class Encoders:
     def _latents(self, row: PlannedRow) -> tuple[Tensor, Tensor | None, Tensor]:
         made = self.latents.get(row.picture, row.view, self.config.data, lambda x: encode_pictures(self.base, x))
         return made.latents.float(), made.mask, made.sizes
+
+    def _before(self, row: PlannedRow) -> list[Tensor]:
+        def encode(x: Tensor) -> Tensor:
+            return encode_pictures(self.base, x)
+
+        data, latents = self.config.data, self.latents
+        seen = [(b, view_before(row.view, b)) for b in row.picture.before]
+        return [latents.get(b, view, data, encode).latents.float() for b, view in seen]
 
     def _text(self, caption: str) -> Conditioning:
         def encode(prompt: str) -> CacheEntry:
@@ -192,13 +201,14 @@ class ImageLoss:
         times = there(times)
         text = self.encoders.text([row.caption for row in batch.rows])
         sizes = there(batch.sizes) if base.row.time_ids else None
-        predicted = predict(base, noisy, times, text, sizes=sizes, guidance=self.guidance)
+        told: dict[str, Any] = {"sizes": sizes, "references": [there(x) for x in batch.before]}
+        predicted = predict(base, noisy, times, text, guidance=self.guidance, **told)
         if self.config.loss.keep_guidance is not None:
             # Pictures have no guidance in them: at g > 1 a distilled base predicts past what they say, and an adapter
             # that is held to them there learns to take guidance back. So they are held to the base's own step past.
             with torch.no_grad(), self.bare():
                 for guidance, sign in ((self.guidance, 1), (1.0, -1)):
-                    own = predict(base, noisy, times, text, sizes=sizes, guidance=guidance)
+                    own = predict(base, noisy, times, text, guidance=guidance, **told)
                     target = target + sign * own.to(target.dtype)
         return row_losses(predicted, target, None if batch.masks is None else there(batch.masks))
 

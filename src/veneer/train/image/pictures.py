@@ -8,7 +8,12 @@ A caption comes from, first that is there: a `.txt` or `.caption` file beside th
 .csv, .parquet; Hugging Face's imagefolder), the words of a kohya folder `N_words` (each picture N times an epoch), the
 configured prompt. What belongs to nothing is an error that names the nearest picture.
 
-A picture's `key` is a hash of its bytes, its mask's bytes and its caption: where the file stands does not matter.
+For editing a picture has others before it: `NAME.before.png` beside it, a file of its name in a `before` folder or in
+each of the configured ones, or the `before` of its row of metadata, whose columns may then be before, instruction and
+after. Either every picture has as many of them, or none has any. A pair has one proportion.
+
+A picture's `key` is a hash of its bytes, its mask's bytes and its caption, and of those before it: where the file
+stands does not matter.
 Reads everything once, so that what cannot be used is known before step one. Knows neither buckets nor tensors.
 """
 
@@ -20,7 +25,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -28,6 +33,7 @@ from typing import Literal
 
 from veneer.errors import DataError, bullets, nearest
 from veneer.train.config.image import ImageDataSection
+from veneer.train.image.before_kinds import unlike_kind
 from veneer.train.image.decode import SUFFIXES, UnreadablePicture, decode_picture, mask_of, read_bytes
 from veneer.train.image.near_duplicates import PerceptualHash, perceptual_hash
 from veneer.train.records import read_data_files
@@ -36,7 +42,9 @@ _PLACEHOLDER = "[trigger]"
 _SAME_SHAPE = 0.01  # how far a mask's aspect ratio may be from its picture's
 _CAPTIONS = (".txt", ".caption")
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-_COLUMNS = ("text", "caption", "prompt")
+_COLUMNS = ("text", "caption", "prompt", "instruction")
+_FILE_COLUMNS = ("file_name", "after")
+_BEFORE = "before"
 # pictures that no allowed decoder reads: named as broken, not passed over
 _UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".exr", ".cr2", ".nef", ".arw", ".dng")
 _NOT_CAPTIONS = ("readme", "license", "licence", "notice", "attribution", "copying", "classes")
@@ -51,7 +59,7 @@ class TrainingPicture:
     `name`: its path in its folder. `caption`: with the trigger. `size`: (width, height) in pixels, upright.
     `digest`: sha256 of the file. `mask`: a mask file; `alpha`: its own transparency is the mask. `transparent`: some of
     it shows the background. `repeats`: times an epoch. `weight`: of its loss. `is_class`: one of the class pictures.
-    `notes`: what decoding converted."""
+    `notes`: what decoding converted. `before`: the pictures that an edit starts from, without captions."""
 
     path: Path
     name: str
@@ -67,11 +75,13 @@ class TrainingPicture:
     weight: float = 1.0
     is_class: bool = False
     notes: tuple[str, ...] = ()
+    before: tuple[TrainingPicture, ...] = ()
 
     @cached_property
     def key(self) -> str:
         """sha256 of all content that is learned from."""
         parts = [self.digest, self.caption, self.mask_digest, self.alpha, self.weight, self.is_class]
+        parts += [picture.digest for picture in self.before]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -81,7 +91,8 @@ class AboutPictures:
     `broken`: `name: reason` of files left out. `notes`: what decoding converted -> pictures. `repeats`: kohya folder ->
     times. `ignored`: ending -> files of no kind that is read. `unused`: metadata columns that nothing uses.
     `several_lines`: caption files whose lines were joined. `shared`: caption files that belong to several pictures.
-    `class_triggers`: class pictures whose caption holds the trigger."""
+    `class_triggers`: class pictures whose caption holds the trigger. `before`: pictures before each; `resized_before`:
+    those of another size than theirs."""
 
     pictures: int = 0
     class_pictures: int = 0
@@ -99,6 +110,8 @@ class AboutPictures:
     several_lines: int = 0
     shared: int = 0
     class_triggers: list[str] = field(default_factory=list)
+    before: int = 0
+    resized_before: int = 0
 
 
 def read_pictures(
@@ -112,16 +125,20 @@ def read_pictures(
     `progress` is called with (files read, files in all): a photograph of 12 megapixels takes about a fifth of a second.
 
     Raises DataError for a folder that is missing or holds no picture; a caption, mask or metadata row without a
-    picture; pictures without a caption (when there is no trigger to stand alone); a mask of another shape; and files
-    that cannot be read unless `settings.broken` is `drop`. Each lists all it found, up to 20."""
+    picture; pictures without a caption (when there is no trigger to stand alone); a mask of another shape; pairs that
+    lack one of the two, have two proportions, or do not begin with a picture of `settings.before_kind`; and files that
+    cannot be read unless `settings.broken` is `drop`. Each lists all it found, up to 20."""
     folders = settings.folders if which == "train" else (settings.validation,) if settings.validation else ()
     about = AboutPictures()
     pictures: list[TrainingPicture] = []
-    found = [(f, _list_folder(f, settings, about, settings.prompt, settings.masks), False) for f in folders]
+    elsewhere = settings.model_copy(update={"before": "off" if settings.before == "off" else "auto"})
+    own = settings if which == "train" else elsewhere
+    found = [(f, _list_folder(f, own, about, settings.prompt, settings.masks), False) for f in folders]
     if which == "train" and settings.class_folder is not None:
         masks = "auto" if settings.masks not in ("off", "alpha") else settings.masks
-        classes = _list_folder(settings.class_folder, settings, about, settings.class_prompt, masks)
+        classes = _list_folder(settings.class_folder, elsewhere, about, settings.class_prompt, masks)
         found.append((settings.class_folder, classes, True))
+    about.before = _each_before([file for _, files, _ in found for file in files], folders)
     total, done = sum(len(files) for _, files, _ in found), count(1)
 
     def tick() -> None:
@@ -137,6 +154,15 @@ def read_pictures(
     if folders and not about.pictures:
         raise DataError("no picture is left to train on", where=", ".join(folders), fix=bullets(about.broken))
     return pictures, about
+
+
+def count_pictures(settings: ImageDataSection) -> tuple[int, int]:
+    """(pictures in the settings' folders, how many are before each), by their names alone. Raises DataError as
+    `read_pictures` does of what lies in a folder."""
+    about, files = AboutPictures(), []
+    for folder in settings.folders:
+        files += _list_folder(folder, settings, about, settings.prompt, settings.masks)
+    return len(files), _each_before(files, settings.folders)
 
 
 def pictures_digest(pictures: Iterable[TrainingPicture]) -> str:
@@ -183,13 +209,19 @@ def _read(
             f.name for f, (c, _) in zip(files, captions, strict=True) if _has_word(c, settings.trigger)
         ]
     pictures, broken, wrong_masks = [], [], []
+    unlike: list[str] = []  # pairs of two proportions
+    others: list[str] = []  # before pictures of another kind
     for found, (caption, did) in zip(files, captions, strict=True):
         tick()
         try:
             picture = _open(found, caption, settings, is_class=is_class)
+            before = tuple(_open_before(path, picture, settings, others) for path in found.before)
         except UnreadablePicture as error:
             broken.append(f"{found.name}: {error}")
             continue
+        picture = replace(picture, before=before)
+        unlike += [f"{b.name}: {why}" for b in before if (why := _other_shape(b.size, picture))]
+        about.resized_before += sum(b.size != picture.size for b in before)
         try:
             about.resized_masks += picture.mask is not None and _mask_differs(picture, settings)
         except UnreadablePicture as error:
@@ -206,6 +238,18 @@ def _read(
             f"{len(wrong_masks)} mask(s) cannot be used:\n{bullets(wrong_masks)}",
             where=folder,
             fix="draw them at their picture's size, white where it is learned, or set data.masks: off",
+        )
+    if unlike:
+        raise DataError(
+            f"{len(unlike)} pair(s) are of unlike sizes:\n{bullets(unlike)}",
+            where=folder,
+            fix="crop both to one proportion: what is before and after has to lie in one place",
+        )
+    if others:
+        raise DataError(
+            f"{len(others)} picture(s) are not what data.before_kind: {settings.before_kind} says:\n{bullets(others)}",
+            where=folder,
+            fix="replace them, or set data.before_kind: picture, which takes any",
         )
     if broken and settings.broken == "refuse":
         raise DataError(
@@ -272,10 +316,32 @@ def _mask_differs(picture: TrainingPicture, settings: ImageDataSection) -> bool:
     """Whether the mask has another size than its picture; UnreadablePicture when it has another shape."""
     assert picture.mask is not None
     size = mask_of(read_bytes(picture.mask)[0], settings).size
-    (width, height), (w, h) = picture.size, size
-    if abs(w * height - h * width) > _SAME_SHAPE * w * height:
-        raise UnreadablePicture(f"{w} x {h} pixels, but {picture.name} has {width} x {height}")
+    if why := _other_shape(size, picture):
+        raise UnreadablePicture(why)
     return size != picture.size
+
+
+def _other_shape(size: tuple[int, int], picture: TrainingPicture) -> str:
+    """What is said of a file of `size` that has another proportion than its picture; else nothing."""
+    (width, height), (w, h) = picture.size, size
+    same = abs(w * height - h * width) <= _SAME_SHAPE * w * height
+    return "" if same else f"{w} x {h} pixels, but {picture.name} has {width} x {height}"
+
+
+def _open_before(path: Path, after: TrainingPicture, settings: ImageDataSection, others: list[str]) -> TrainingPicture:
+    """A picture that an edit starts from; what is not of the settings' kind goes into `others`."""
+    name = os.path.relpath(path, after.path.parents[len(Path(after.name).parts) - 1])
+    try:
+        data, digest = read_bytes(path)
+        opened = decode_picture(data, settings)
+    except UnreadablePicture as error:
+        raise UnreadablePicture(f"what is before it, {name}, {error}") from None
+    if why := unlike_kind(opened.colour, settings.before_kind):
+        others.append(f"{name}: {why}")
+    transparent = opened.alpha is not None
+    return TrainingPicture(
+        path, name, "", opened.size, digest, perceptual_hash(opened.colour), transparent=transparent, notes=opened.notes
+    )
 
 
 # --- what lies in a folder --------------------------------------------------------------------------------------
@@ -283,7 +349,8 @@ def _mask_differs(picture: TrainingPicture, settings: ImageDataSection) -> bool:
 
 @dataclass(frozen=True)
 class _PictureFile:
-    """A picture file and what belongs to it. `source`: where its caption is from; `caption`: None without one."""
+    """A picture file and what belongs to it. `source`: where its caption is from; `caption`: None without one.
+    `before`: the pictures that an edit starts from."""
 
     path: Path
     name: str
@@ -291,6 +358,7 @@ class _PictureFile:
     source: str
     mask: Path | None
     repeats: int
+    before: tuple[Path, ...] = ()
 
 
 def _list_folder(
@@ -301,8 +369,11 @@ def _list_folder(
     root = Path(folder).expanduser()
     if not root.is_dir():
         _missing(root)
-    pictures, captions, beside, ignored = _walk(root, settings)
+    pictures, captions, beside, starts, ignored = _walk(root, settings)
     about.ignored += ignored
+    rows, named = _metadata(root, pictures, settings, about)
+    shown = {path for paths in named.values() for path in paths}
+    pictures = [p for p in pictures if p not in shown or p in rows]
     if not pictures:
         others = ", ".join(f"{n} {suffix}" for suffix, n in sorted(ignored.items())) or "nothing"
         raise DataError(
@@ -311,8 +382,8 @@ def _list_folder(
             fix=f"pictures end in {', '.join(SUFFIXES)}; the folder holds {others}",
         )
     captioned = _caption_files(root, pictures, captions, about)
-    rows = _metadata(root, pictures, settings, about)
     covers = _mask_files(root, pictures, beside, masks)
+    before = _before_files(root, pictures, starts, named, settings)
     out = []
     for path in pictures:
         name = path.relative_to(root).as_posix()
@@ -322,8 +393,24 @@ def _list_folder(
             "the prompt": prompt,
         }  # fmt: skip
         source = next((source for source, caption in sources.items() if caption is not None), "nothing")
-        out.append(_PictureFile(path, name, sources.get(source), source, covers.get(path), repeats))
+        own = tuple(before.get(path, ()))
+        out.append(_PictureFile(path, name, sources.get(source), source, covers.get(path), repeats, own))
     return out
+
+
+def _each_before(files: Sequence[_PictureFile], folders: Sequence[str]) -> int:
+    """How many pictures are before each. DataError where some have fewer than others."""
+    most = max((len(file.before) for file in files), default=0)
+    fewer = [f"{f.name}: {len(f.before) or 'nothing'}" if most > 1 else f.name for f in files if len(f.before) < most]
+    if fewer:
+        what = "no picture before them" if most == 1 else f"fewer than {most} pictures before them"
+        raise DataError(
+            f"{len(fewer)} of {len(files)} pictures have {what}:\n{bullets(fewer)}",
+            where=", ".join(folders),
+            fix="give each its own (NAME.before.png beside it, or its name in the before folder), remove those that "
+            "have none, or set data.before: off to learn from captions alone",
+        )
+    return most
 
 
 def _missing(root: Path) -> None:
@@ -340,12 +427,15 @@ def _missing(root: Path) -> None:
     )
 
 
-def _walk(root: Path, settings: ImageDataSection) -> tuple[list[Path], list[Path], list[Path], Counter[str]]:
-    """(pictures, caption files, masks beside them, ending -> files of no kind that is read). Hidden files are passed
-    over."""
-    pictures, captions, masks, ignored = [], [], [], Counter[str]()
+def _walk(
+    root: Path, settings: ImageDataSection
+) -> tuple[list[Path], list[Path], list[Path], list[Path], Counter[str]]:
+    """(pictures, caption files, masks beside them, what is before them, ending -> files of no kind that is read).
+    Hidden files are passed over."""
+    pictures, captions, masks, before, ignored = [], [], [], [], Counter[str]()
     apart = [settings.class_folder, settings.validation, settings.cache, str(root / "masks")]
     apart += [] if settings.masks in ("auto", "off", "alpha") else [settings.masks]
+    apart += settings.before_folders or [str(root / _BEFORE)]
     others = {Path(folder).expanduser().resolve() for folder in apart if folder} - {root.resolve()}
     for place, folders, files in os.walk(root):
         here = Path(place)
@@ -358,13 +448,16 @@ def _walk(root: Path, settings: ImageDataSection) -> tuple[list[Path], list[Path
                 continue
             if suffix in SUFFIXES and Path(path.stem).suffix.lower() == ".mask":
                 masks.append(path)
+            elif suffix in SUFFIXES and Path(path.stem).suffix.lower() == f".{_BEFORE}":
+                before.append(path)
+                ignored["before pictures"] += settings.before != "auto"
             elif suffix in SUFFIXES or suffix in _UNREAD:
                 pictures.append(path)
             elif suffix in _CAPTIONS and path.stem.lower() not in _NOT_CAPTIONS:
                 captions.append(path)
             else:
                 ignored[suffix or name] += 1
-    return pictures, captions, masks, +ignored
+    return pictures, captions, masks, before, +ignored
 
 
 def _by_name(pictures: Iterable[Path]) -> dict[Path, list[Path]]:
@@ -412,7 +505,7 @@ def _caption_files(root: Path, pictures: list[Path], captions: list[Path], about
 def _nearest(file: Path, pictures: Iterable[Path], root: Path) -> str:
     """The nearest picture by name, in the same folder before others."""
     beside = {p.name: p for p in pictures if p.parent == file.parent}
-    stem = Path(file.stem).stem if Path(file.stem).suffix.lower() == ".mask" else file.stem
+    stem = Path(file.stem).stem if Path(file.stem).suffix.lower() in (".mask", f".{_BEFORE}") else file.stem
     near = nearest(stem, {Path(n).stem for n in beside}, 1)
     if near:
         name = next(n for n in sorted(beside) if Path(n).stem == near[0])
@@ -422,10 +515,14 @@ def _nearest(file: Path, pictures: Iterable[Path], root: Path) -> str:
     return f"; the nearest is {elsewhere[near[0]].relative_to(root)}" if near else ""
 
 
-def _metadata(root: Path, pictures: list[Path], settings: ImageDataSection, about: AboutPictures) -> dict[Path, str]:
-    """picture -> caption, of every metadata file in the tree; `file_name` is relative to the file's own folder."""
+def _metadata(
+    root: Path, pictures: list[Path], settings: ImageDataSection, about: AboutPictures
+) -> tuple[dict[Path, str], dict[Path, list[Path]]]:
+    """(picture -> caption, picture -> those before it), of every metadata file in the tree; `file_name` (or `after`)
+    and `before` are relative to the file's own folder."""
     known = set(pictures)
     rows: dict[Path, str] = {}
+    before: dict[Path, list[Path]] = {}
     bad: list[str] = []
     for folder in sorted({root, *(p.parent for p in pictures)}):
         for file in (folder / name for name in _METADATA):
@@ -434,36 +531,57 @@ def _metadata(root: Path, pictures: list[Path], settings: ImageDataSection, abou
             records, _ = read_data_files([str(file)])
             columns = list(dict.fromkeys(c for record in records for c in record.values))
             column = settings.caption_column or next((c for c in _COLUMNS if c in columns), None)
-            if column not in columns or "file_name" not in columns:
-                missing = "file_name" if "file_name" not in columns else column or " or ".join(_COLUMNS)
+            which = next((c for c in _FILE_COLUMNS if c in columns), None)
+            if column not in columns or which is None:
+                missing = " or ".join(_FILE_COLUMNS) if which is None else column or " or ".join(_COLUMNS)
                 raise DataError(
                     f"the metadata has no column {missing}; the columns are {', '.join(columns)}",
                     where=str(file),
                     fix="name the caption's with data.caption_column",
                 )
-            about.unused += [c for c in columns if c not in (column, "file_name") and c not in about.unused]
+            used = (column, which, _BEFORE) if settings.before == "auto" else (column, which)
+            about.unused += [c for c in columns if c not in used and c not in about.unused]
             for record in records:
-                name, caption = record.values.get("file_name"), record.values.get(column)
-                problem = _row_problem(name, caption, column, folder, known, rows, root)
+                name, caption = record.values.get(which), record.values.get(column)
+                problem = _row_problem(name, caption, column, folder, known, rows, root, which)
+                given = record.values.get(_BEFORE)
+                starts = given if isinstance(given, list) else [] if given is None else [given]
+                problem = problem or next((p for s in starts if (p := _start_problem(s, folder, root))), "")
                 if problem:
                     bad.append(f"{record.where}: {problem}")
-                else:
-                    rows[folder / str(name)] = " ".join(str(caption).split())
+                    continue
+                rows[folder / str(name)] = " ".join(str(caption).split())
+                if starts:
+                    before[folder / str(name)] = [folder / start for start in starts]
     if bad:
         raise DataError(f"{len(bad)} metadata row(s) cannot be used:\n{bullets(bad)}", where=str(root))
-    return rows
+    return rows, before
+
+
+def _start_problem(name: object, folder: Path, root: Path) -> str:
+    """What is wrong with a `before` of a row."""
+    if not isinstance(name, str) or not name:
+        return f"`{_BEFORE}` should be a picture's path, found {type(name).__name__}"
+    path = folder / name
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        return f"`{_BEFORE}`: `{name}` leaves the folder"
+    if path.suffix.lower() not in SUFFIXES or not path.is_file():
+        beside = [p for p in path.parent.iterdir() if p.suffix.lower() in SUFFIXES] if path.parent.is_dir() else []
+        return f"`{_BEFORE}`: there is no picture `{name}`" + _nearest(path, beside, root)
+    return ""
 
 
 def _row_problem(
-    name: object, caption: object, column: str, folder: Path, known: set[Path], rows: Mapping[Path, str], root: Path
-) -> str:
+    name: object, caption: object, column: str, folder: Path, known: set[Path], rows: Mapping[Path, str], root: Path,
+    which: str,
+) -> str:  # fmt: skip
     if not isinstance(name, str) or not name:
-        return "no file_name"
+        return f"no {which}"
     if not isinstance(caption, str):
         return f"`{column}` should be text, found {type(caption).__name__}"
     path = folder / name
     if os.path.isabs(name) or ".." in Path(name).parts:
-        return f"file_name `{name}` leaves the folder"
+        return f"{which} `{name}` leaves the folder"
     if path not in known:
         return f"there is no picture `{name}`" + _nearest(path, known, root)
     return f"`{name}` has a row already" if path in rows else ""
@@ -513,6 +631,49 @@ def _mask_files(root: Path, pictures: list[Path], beside: list[Path], masks: str
             fix="name a mask as its picture (cat.mask.png or masks/cat.png for cat.png), or set data.masks: off",
         )
     return covers
+
+
+def _before_files(
+    root: Path, pictures: list[Path], beside: list[Path], named: Mapping[Path, list[Path]], settings: ImageDataSection
+) -> dict[Path, list[Path]]:
+    """picture -> those before it, one of each source: its row of metadata, NAME.before.png beside it, and a file of its
+    name in each folder, which mirrors the pictures' paths. All that lies there has to belong to a picture."""
+    if settings.before == "off":
+        return {}
+    auto = settings.before == "auto"
+    found = {path: list(paths) for path, paths in named.items() if auto}
+    folders = [root / _BEFORE] if auto else [Path(folder).expanduser() for folder in settings.before_folders]
+    names = _by_name(pictures)
+    bad: list[str] = []
+    for file in beside if auto else ():
+        owners = names.get(file.with_suffix("").with_suffix("")) or []
+        if not owners:
+            bad.append(f"{file.relative_to(root)}: no picture of this name{_nearest(file, pictures, root)}")
+        for owner in owners:
+            found.setdefault(owner, []).append(file)
+    used = {path for paths in named.values() for path in paths}
+    for folder in folders:
+        if not auto and not folder.is_dir():
+            raise DataError(
+                "the folder of before pictures does not exist", where=str(folder), fix="correct data.before"
+            )
+        for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
+            if file.suffix.lower() not in SUFFIXES or file.name.startswith(".") or file in used:
+                continue
+            mirrored = root / file.relative_to(folder)
+            owners = names.get(mirrored.with_suffix("")) or []
+            if not owners:
+                where = file.relative_to(root) if file.is_relative_to(root) else file
+                bad.append(f"{where}: no picture of this name{_nearest(mirrored, pictures, root)}")
+            for owner in owners:
+                found.setdefault(owner, []).append(file)
+    if bad:
+        raise DataError(
+            f"{len(bad)} before picture(s) have no picture after them:\n{bullets(bad)}",
+            where=str(root),
+            fix="name both alike (before/cat.png or cat.before.png for cat.png), or set data.before: off",
+        )
+    return found
 
 
 def _kohya(path: Path, root: Path, about: AboutPictures) -> tuple[int, str | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,6 +119,7 @@ def image_preflight(
         findings += check_held_out(data.learned, data.held)
     for check in (_targets, learning_rate, shared_out, precision, _loss, _devices, where_it_goes):
         findings += check(subject)
+    findings += _pairs(base, config, data)
     findings += _prompts(cut)
     findings += _preset(config, sources or {})
     if data.missing_classes:
@@ -183,6 +185,34 @@ def _loss(s: RunSubject) -> Iterator[Finding]:
         return
     weights = f", min-SNR {loss.snr_gamma:g}" if loss.snr_gamma else ""
     yield Finding("ok", "loss", f"{label}: mean squared error{weights}")
+
+
+def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterator[Finding]:
+    """Whether the base edits, and the pictures are pairs, and the samples have something to edit."""
+    before, samples = data.about.before, config.samples
+    folder = ", ".join(config.data.folders)
+    if before > base.references:
+        text = f"{folder} has {before} pictures before each, and {base.name} "
+        text += f"takes {base.references} at most" if base.references else "is no base that edits"
+        fix = "train on FLUX.1 Kontext or FLUX.2, or learn from captions alone with data.before: off"
+        yield Finding("stop", "pairs", text, fix)
+    elif base.edits_alone and not before:
+        text = f"{base.name} edits pictures, and {folder} has captions alone, with no picture before any"
+        fix = "give each its own (NAME.before.png beside it, or data.before: FOLDER), or train on a base that draws"
+        yield Finding("stop", "pairs", text, fix)
+    elif before:
+        if config.data.class_count:
+            fix = "data.class_folder with pairs of its own, or none"
+            yield Finding("stop", "pairs", "class pictures that are drawn have no picture before them", fix)
+        if samples.prompts and not samples.before:
+            fix = "samples.before: the picture that each of the prompts edits, or one for all"
+            yield Finding("stop", "samples", "sample prompts are instructions here, and have no picture to edit", fix)
+    if lost := [path for path in samples.before if not Path(path).is_file()]:
+        yield Finding("stop", "samples", f"there is no picture {', '.join(lost)}", "correct samples.before")
+    if samples.before and not before:
+        yield Finding(
+            "stop", "samples", "samples.before is for pairs, and the pictures have none before them", "leave it out"
+        )
 
 
 def _devices(s: RunSubject) -> Iterator[Finding]:

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer.core.layers import Layer
+from veneer.errors import DataError
 from veneer.files.atomic import atomic_write
 from veneer.files.pictures import picture_bytes
 from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, generate_images
 from veneer.models.image.sheet import sheet
 from veneer.train import checkpoint
+from veneer.train.image.decode import UnreadablePicture, decode_picture, read_bytes
+from veneer.train.image.views import place, seen_part
 from veneer.train.run import NAME
 
 if TYPE_CHECKING:
@@ -53,8 +56,30 @@ def draw_samples(base: ImageBase, attachment: Attachment, config: ImageTrainConf
     samples = config.samples
     mix = ((NAME, 1.0),)
     plan = MixPlan(mix, ((0.0, mix),))
-    rows = [ImageRow(p, samples.negative, seed, plan) for p in samples.prompts for seed in samples.seeds]
+    starts = _starts(base, config)
+    rows = [
+        ImageRow(prompt, samples.negative, seed, plan, references=shown)
+        for prompt, shown in zip(samples.prompts, starts, strict=True)
+        for seed in samples.seeds
+    ]
     return _drawn(base, attachment, config, rows, len(samples.seeds), samples.steps)
+
+
+def _starts(base: ImageBase, config: ImageTrainConfig) -> list[tuple[Image, ...]]:
+    """What each prompt of the samples edits, cut as a picture that is learned. Raises DataError."""
+    samples = config.samples
+    side = samples.size or base.size
+    out: list[tuple[Image, ...]] = []
+    for path in samples.before:
+        try:
+            picture = decode_picture(read_bytes(Path(path))[0], config.data).colour
+        except UnreadablePicture as error:
+            raise DataError(
+                f"this picture cannot be edited: {error}", where=path, fix="correct samples.before"
+            ) from None
+        view = place(picture.size, (side, side))
+        out.append((seen_part(picture, view),))
+    return (out * len(samples.prompts) if len(out) == 1 else out) or [()] * len(samples.prompts)
 
 
 def _drawn(
@@ -77,10 +102,14 @@ def _drawn(
     return [images[i : i + wide] for i in range(0, len(images), wide)]
 
 
-def sheet_of(cells: Sequence[Sequence[Image]], config: ImageTrainConfig, path: Path, title: str) -> None:
-    """Writes the sheet of prompts by seeds."""
+def sheet_of(
+    cells: Sequence[Sequence[Image]], base: ImageBase, config: ImageTrainConfig, path: Path, title: str
+) -> None:
+    """Writes the sheet of prompts by seeds, with what each edits before them."""
     samples = config.samples
     columns = [f"seed {seed}" for seed in samples.seeds]
+    if starts := [shown for shown in _starts(base, config) if shown]:
+        columns, cells = ["before", *columns], [[*shown, *row] for shown, row in zip(starts, cells, strict=True)]
     made = sheet(cells, rows=list(samples.prompts), columns=columns, title=title)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, [picture_bytes(made)])

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from veneer.formats.convert import WriteReport
     from veneer.models.image.base import ImageBase
     from veneer.train.config.image import ImageTrainConfig
+    from veneer.train.image.batches import ImageBatch
     from veneer.train.image.preflight import ImageData
 
 
@@ -114,21 +114,21 @@ def _tags(data: ImageData) -> dict[str, dict[str, int]]:
 
 
 def prove_image_adapter(
-    attachment: Attachment, base: ImageBase, config: ImageTrainConfig, text: Conditioning, latents: Tensor,
-    sizes: Tensor,
-) -> str:  # fmt: skip
-    """Reads the file again and compares its prediction with the trained adapter's, for the latents (1, c, h, w) and the
-    sizes of one picture and the `text` of its caption; as `train.save.prove`."""
+    attachment: Attachment, base: ImageBase, config: ImageTrainConfig, text: Conditioning, batch: ImageBatch
+) -> str:
+    """Reads the file again and compares its prediction with the trained adapter's, for a batch of one picture and the
+    `text` of its caption; as `train.save.prove`."""
     path = output_of(config)
     again = read(path, base=base.model).adapter
     if config.output.layout == "peft":
         again = _under(again, base.row.denoiser)
     time = torch.tensor([0.5 if base.prediction == "flow" else 500])
-    given = sizes if base.row.time_ids else None
+    latents, given = batch.latents.to(base.device), batch.sizes if base.row.time_ids else None
     # One rounding of the file's and of the base's dtype, through a few layers.
     rounding = 64 * max(torch.finfo(getattr(torch, config.output.dtype)).eps, torch.finfo(base.dtype).eps)
     return prove(
-        attachment, NAME, again, lambda: predict(base, latents.to(base.device), time, text, sizes=given), path=path,
+        attachment, NAME, again,
+        lambda: predict(base, latents, time, text, sizes=given, references=batch.before), path=path,
         what="predictions", rounding=rounding,
     )  # fmt: skip
 

@@ -442,7 +442,7 @@ class AttachedPictures(AttachedTask[ImageResult]):
         with training_layers(self.base, False):
             batch = encoders.batch([row])
             text = encoders.text([row.caption])
-            return prove_image_adapter(self.attachment, self.base, self.config, text, batch.latents, batch.sizes)
+            return prove_image_adapter(self.attachment, self.base, self.config, text, batch)
 
     def report(self, result: ImageResult, progress: Progress) -> ReportParts:
         return image_report(result, self.run.folder, self.base, self.config, progress.seconds)
@@ -456,7 +456,7 @@ class AttachedPictures(AttachedTask[ImageResult]):
         self.drawn = cells[0][0]
         name = f"samples/step-{step:08d}.png"
         title = "the base, before training" if step == 0 else f"after step {step}"
-        sheet_of(cells, self.config, self.run.folder / name, title)
+        sheet_of(cells, self.base, self.config, self.run.folder / name, title)
         self.tell(Sampled(step, name, time.perf_counter() - began))
 
     def _draw(self, config: ImageTrainConfig) -> list[list[Image]]:
@@ -470,6 +470,8 @@ class AttachedPictures(AttachedTask[ImageResult]):
             return ""
         drawn = self.drawn
         if kept != last or drawn is None:  # another state than that of the last sheet, or a resumed end
-            first = samples.model_copy(update={"prompts": samples.prompts[:1], "seeds": samples.seeds[:1]})
+            first = samples.model_copy(
+                update={"prompts": samples.prompts[:1], "seeds": samples.seeds[:1], "before": samples.before[:1]}
+            )
             drawn = self._draw(self.config.model_copy(update={"samples": first}))[0][0]
         return thumbnail(drawn)

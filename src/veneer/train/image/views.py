@@ -15,7 +15,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -214,6 +214,11 @@ def place(size: tuple[int, int], bucket: _Bucket, *, flip: bool = False, at: tup
     return View(w, h, size, resized, top, left, flip)
 
 
+def view_before(view: View, before: TrainingPicture) -> View:
+    """What is seen of the picture before it, whatever its size: the same part, at the same place, mirrored alike."""
+    return replace(view, original=before.size)
+
+
 def draw_caption(row: PictureRow, settings: ImageDataSection, *, seed: int, epoch: int) -> str:
     """The caption of a row in an epoch: empty with probability `caption_dropout`, its tags shuffled if asked."""
     if _chance(seed, epoch, row, "dropout") < settings.caption_dropout:
@@ -247,13 +252,16 @@ def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(mask, (height, width))
 
 
-def _cropped(image: Image.Image, view: View, filter: Image.Resampling) -> np.ndarray:
+def seen_part(image: Image.Image, view: View, filter: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+    """The part of a picture that a view shows, as a picture."""
     if image.size != view.resized:
         image = image.resize(view.resized, filter)
     image = image.crop((view.left, view.top, view.left + view.width, view.top + view.height))
-    if view.flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.array(image, dtype=np.float32)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else image
+
+
+def _cropped(image: Image.Image, view: View, filter: Image.Resampling) -> np.ndarray:
+    return np.array(seen_part(image, view, filter), dtype=np.float32)
 
 
 def _unchanged(path: Path, digest: str) -> bytes:

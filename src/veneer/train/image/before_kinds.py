@@ -1,0 +1,53 @@
+"""Whether a picture can be the control picture that it is said to be, told from its colours alone.
+
+| kind  | what it is                                 | measured of the pixels                               |
+| canny | thin white lines on black (OpenCV's Canny) | grey, half of them black, few between dark and light |
+| depth | grey by distance                           | grey, and not two-valued                             |
+| pose  | a skeleton in colours on black (OpenPose)  | half of them black, the others mostly coloured       |
+
+The bounds leave room for JPEG and for having been made smaller. What passes may still be the wrong picture of its kind.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_BLACK, _DARK, _LIGHT, _WHITE = 16, 48, 208, 239
+_COLOURED = 48
+"""How far apart the channels of a pixel are, from which on it has a colour; 255 at most."""
+
+
+def unlike_kind(picture: Image, kind: str) -> str:
+    """Why an RGB picture is not of this `kind` (picture, canny, depth or pose), or nothing where it may be."""
+    if kind == "picture":
+        return ""
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.int16)
+    low, high = pixels.min(-1), pixels.max(-1)
+    coloured, black, white = float((high - low >= _COLOURED).mean()), float((high <= _BLACK).mean()), low >= _WHITE
+    if black == 1:
+        return "it is black all over"
+    if kind == "pose":
+        drawn = high > _BLACK
+        if black < 0.5:
+            return f"a skeleton is drawn on black, and {black:.0%} of it is black"
+        if float((high - low >= _COLOURED)[drawn].mean()) < 0.5:
+            return "a skeleton has coloured limbs, and its lines are grey"
+        return ""
+    if coloured > 0.02:
+        return f"it has colours ({coloured:.0%} of its pixels), and {_A[kind]} is grey"
+    between = float(((high > _DARK) & (high < _LIGHT)).mean())
+    if kind == "depth":
+        return "it is black and white alone, as edges are, and depth has greys" if between < 0.02 else ""
+    if float(white.mean()) > 0.5:
+        return "it is mostly white, and edges are white on black: invert it"
+    if black < 0.5 or between > 0.25:
+        return f"edges are thin white lines on black, and {black:.0%} of it is black, {between:.0%} grey"
+    return ""
+
+
+_A = {"canny": "a picture of edges", "depth": "a depth picture"}

@@ -1,0 +1,172 @@
+"""Bases that edit: what their denoisers are told of pictures beside the one that is made, and what they draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.image_twins import diffusers_pipeline, fold, latent_shape, levels, random_adapter
+from tests.tiny_image_base import EDITING, LENGTH, tiny_image_base
+from veneer.core.adapter import Adapter, Pair
+from veneer.core.attach import attach
+from veneer.errors import BaseError, ConfigError
+from veneer.models.image.base import ImageBase, load_image
+from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, generate_images
+from veneer.models.image.predict import Conditioning, embed_prompts, encode_pictures, predict
+
+pytest.importorskip("diffusers")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
+SIZE = 64  # FLUX.2's pipeline takes no smaller reference
+PIPELINES = {"kontext": "FluxKontextPipeline", "flux2": "Flux2Pipeline", "klein": "Flux2KleinPipeline"}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp() / "image-bases"
+
+
+@pytest.fixture(scope="module")
+def bases(places: Path) -> dict[str, ImageBase]:
+    return {family: load_image(str(tiny_image_base(places, family))) for family in EDITING}
+
+
+def noise(width: int = SIZE, height: int = SIZE, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def theirs(pipe: Any, references: list[Image.Image], seed: int, **more: Any) -> Image.Image:
+    """From diffusers' pipeline as anybody calls it; Kontext's would enlarge a tiny picture to a megapixel."""
+    whole = {"max_area": SIZE * SIZE, "_auto_resize": False} if "Kontext" in type(pipe).__name__ else {}
+    given = {"num_inference_steps": 3, "height": SIZE, "width": SIZE, "max_sequence_length": LENGTH} | whole | more
+    if type(pipe).__name__ != "FluxKontextPipeline":
+        given["max_sequence_length"] = 512
+    generator = torch.Generator().manual_seed(seed)
+    made: Image.Image = pipe(prompt="a red house", image=references, generator=generator, **given).images[0]
+    return made
+
+
+@pytest.mark.parametrize("family", EDITING)
+def test_an_edit_under_an_adapter_is_diffusers_with_its_weights(
+    family: str, bases: dict[str, ImageBase], places: Path
+) -> None:
+    base = bases[family]
+    guidance = {"guidance_scale": 1.0 if family == "klein" else 3.5}
+    pipe = diffusers_pipeline(tiny_image_base(places, family), PIPELINES[family])
+    adapter = random_adapter(base.model, seed=1)
+    several = [noise(seed=1), noise(96, 64, seed=2)][: base.references]
+    settings = PictureSettings(SIZE, SIZE, 3, guidance["guidance_scale"], references=tuple(several))
+    with attach(base.model) as attachment:
+        attachment.add("it", adapter)
+        plan = MixPlan((("it", 0.8),), ((0.0, (("it", 0.8),)),))
+        rows = [ImageRow("a red house", seed=5, plan=plan), ImageRow("a red house", seed=5)]
+        under, alone = (made.image for made in generate_images(base, rows, settings, attachment=attachment))
+    assert levels(alone, theirs(pipe, several, 5, **guidance)) <= 1
+    fold(pipe, [(adapter, 0.8)])
+    assert levels(under, theirs(pipe, several, 5, **guidance)) <= 1
+    plain = generate_images(base, [ImageRow("a red house", seed=5)], PictureSettings(SIZE, SIZE, 3))[0].image
+    assert levels(alone, plain) > 1  # it looked at them
+
+
+@pytest.mark.parametrize("family", EDITING)
+def test_rows_of_a_batch_edit_pictures_of_their_own(family: str, bases: dict[str, ImageBase]) -> None:
+    base, settings = bases[family], PictureSettings(SIZE, SIZE, 2)
+    rows = [ImageRow("a cat", seed=i, references=(noise(seed=i),)) for i in range(3)]
+    together = [made.image for made in generate_images(base, rows, settings)]
+    for row, image in zip(rows, together, strict=True):
+        assert levels(generate_images(base, [row], settings)[0].image, image) <= 1
+    assert levels(together[0], together[1]) > 1
+
+
+def by_diffusers(base: ImageBase, x: Tensor, shown: list[Tensor], t: Tensor, text: Conditioning) -> Tensor:
+    """The denoiser as the pipelines call it, by their own helpers."""
+    from diffusers import Flux2Pipeline, FluxKontextPipeline
+
+    given: dict[str, Any] = {"timestep": t, "encoder_hidden_states": text.embeds, "return_dict": False}
+    given["guidance"] = torch.ones(len(x)) if base.denoiser.config.get("guidance_embeds") else None
+    n, c, h, w = x.shape
+    if base.row.name == "flux1":
+        pack, ids_of = FluxKontextPipeline._pack_latents, FluxKontextPipeline._prepare_latent_image_ids
+        tokens = [pack(y, n, c, *y.shape[2:]) for y in (x, *shown)]
+        ids = [ids_of(n, y.shape[2] // 2, y.shape[3] // 2, "cpu", torch.float32) for y in (x, *shown)]
+        for other in ids[1:]:
+            other[..., 0] = 1
+        given |= {"pooled_projections": text.pooled, "txt_ids": torch.zeros(text.embeds.shape[1], 3)}
+        out = base.denoiser(hidden_states=torch.cat(tokens, 1), img_ids=torch.cat(ids), **given)[0]
+        made: Tensor = FluxKontextPipeline._unpack_latents(out[:, : tokens[0].shape[1]], h * 4, w * 4, 4)
+        return made
+    own, others = Flux2Pipeline._prepare_latent_ids(x), Flux2Pipeline._prepare_image_ids([y[:1] for y in shown])
+    tokens = [Flux2Pipeline._pack_latents(y) for y in (x, *shown)]
+    given |= {"txt_ids": Flux2Pipeline._prepare_text_ids(text.embeds)}
+    ids_all = torch.cat([own, others.expand(n, -1, -1)], 1)
+    out = base.denoiser(hidden_states=torch.cat(tokens, 1), img_ids=ids_all, **given)[0][:, : tokens[0].shape[1]]
+    whole: Tensor = out.transpose(1, 2).unflatten(2, (h, w))
+    return whole
+
+
+@pytest.mark.parametrize("family", EDITING)
+def test_predictions_and_gradients_are_those_of_diffusers_with_peft(family: str, places: Path) -> None:
+    """A and B of every block get PEFT's gradients, through the references' tokens too; Kontext's at its own depth."""
+    peft = pytest.importorskip("peft")
+    place = str(tiny_image_base(places, family, full=family == "kontext"))
+    ours, twin = load_image(place), load_image(place)
+    g = torch.Generator().manual_seed(0)
+    x, target = (torch.randn(2, *latent_shape(ours, 32, 32), generator=g) for _ in range(2))
+    sizes = [(32, 32), (32, 64)][: ours.references]
+    shown = [torch.randn(2, *latent_shape(ours, *size), generator=g) for size in sizes]
+    text, t = embed_prompts(ours, ["a red house", "a dog"]), torch.tensor([0.3, 0.8])
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(0)
+    twin.denoiser.add_adapter(config)
+    theirs_by_name = {n: p for n, p in twin.denoiser.named_parameters() if "lora_" in n}
+    start = f"{ours.row.denoiser}."
+    modules = sorted({n.rpartition(".lora_")[0] for n in theirs_by_name})
+    pairs = {
+        start + m: Pair(*(theirs_by_name[f"{m}.lora_{k}.default.weight"].detach().clone() for k in "AB"), 2.0)
+        for m in modules
+    }
+    with attach(ours.model) as attachment:
+        attachment.add("it", Adapter(pairs), trainable=True)
+        attachment.use("it")
+        got = predict(ours, x, t, text, references=shown)
+        (got - target).square().mean().backward()
+        want = by_diffusers(twin, x, shown, t, text)
+        (want - target).square().mean().backward()
+        assert torch.allclose(got, want, atol=1e-5)
+        trained = attachment.adapters["it"].pairs
+        for m in modules:
+            for k in "AB":
+                mine, other = getattr(trained[start + m], k).grad, theirs_by_name[f"{m}.lora_{k}.default.weight"].grad
+                assert mine is not None
+                assert other is not None
+                assert torch.allclose(mine, other, atol=1e-6 + 1e-4 * float(other.abs().max())), f"{m}.{k}"
+        without = predict(ours, x, t, text)
+        assert (without - got).abs().max() > 1e-3
+
+
+def test_what_cannot_be_edited_is_refused(bases: dict[str, ImageBase], places: Path) -> None:
+    dev = load_image(str(tiny_image_base(places, "flux1")))
+    sdxl = load_image(str(tiny_image_base(places, "sdxl")))
+    row, one = ImageRow("a cat"), (noise(),)
+    for base, settings, says in [
+        (dev, PictureSettings(SIZE, SIZE, references=one), "no base that edits, and 1 were given"),
+        (bases["kontext"], PictureSettings(SIZE, SIZE, references=one * 2), "takes 1 reference pictures, and 2"),
+        (bases["kontext"], PictureSettings(SIZE, SIZE, references=one, image=noise()), "do not go together"),
+        (bases["klein"], PictureSettings(SIZE, SIZE, references=(noise(60, 64),)), "60×64, and sides are multiples"),
+    ]:
+        with pytest.raises(ConfigError, match=says):
+            generate_images(base, [row], settings)
+    mixed = [ImageRow("a cat", references=one), row]
+    with pytest.raises(ConfigError, match="references of their own, and others do not"):
+        generate_images(bases["kontext"], mixed, PictureSettings(SIZE, SIZE))
+    latents = encode_pictures(sdxl, torch.zeros(1, 3, 32, 32))
+    text = embed_prompts(sdxl, ["a cat"])
+    with pytest.raises(BaseError, match="SDXL takes no reference pictures"):
+        predict(sdxl, latents, torch.tensor(5), text, sizes=torch.zeros(1, 6), references=[latents])

@@ -1,0 +1,203 @@
+"""Runs on pairs of pictures on tiny bases that edit: what is learned of what is before, and what bad pairs get."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.image_twins import levels
+from tests.tiny_image_base import LENGTH, tiny_image_base
+from tests.train.tiny_pictures import drawings, image_values, run
+from veneer.core.adapter import LoraSpec
+from veneer.core.attach import attach
+from veneer.core.init import create
+from veneer.errors import PreflightError
+from veneer.formats.read import read
+from veneer.models.image.base import load_image
+from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, generate_images
+from veneer.plan.image import image_counts
+from veneer.plan.tables import base_config
+from veneer.train.config.load import ImageTrainConfig, config_from
+from veneer.train.events import Event, Note
+from veneer.train.image.batches import ImageBatch, PlannedRow
+from veneer.train.image.encode import Encoders, ImageLoss
+from veneer.train.image.pictures import read_pictures
+from veneer.train.image.views import draw_row, place, plan_rows, view_before
+
+pytestmark = [pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("edits")
+
+
+@pytest.fixture(scope="module")
+def pairs(shared: Path) -> Path:
+    """Six drawings with their negatives before them."""
+    folder = drawings(shared / "pairs")
+    for path in folder.glob("?.png"):
+        negative = Image.fromarray(255 - np.asarray(Image.open(path)))
+        negative.save(path.with_suffix(".before.png"))
+    return folder
+
+
+def settings_of(pairs: Path, **sections: Any) -> dict[str, Any]:
+    return {"data": {"pictures": str(pairs)}, "adapter": {"dropout": 0.0}, **sections}
+
+
+def test_a_run_on_pairs_draws_as_diffusers_does_with_its_file(shared: Path, pairs: Path, tmp_path: Path) -> None:
+    import diffusers
+
+    seen: list[Event] = []
+    start, prompt = pairs / "0.before.png", "sks, a red house"
+    result = run(
+        shared, tmp_path / "out", "kontext", on_event=seen.append, **settings_of(pairs),
+        optimizer={"learning_rate": 0.05}, schedule={"steps": 3}, evaluation={"every": 3},
+        samples={"prompts": [prompt, "a cat"], "before": [str(start)], "steps": 2, "every": 3},
+    )  # fmt: skip
+    said = "\n".join(e.text for e in seen if isinstance(e, Note))
+    assert "read back and compared: predictions equal" in said
+    assert (result.pictures, result.validation is not None, len(result.samples)) == (12, True, 2)
+    with Image.open(result.samples[-1]) as sheet:
+        wide = sheet.width
+    assert wide > 2 * 128  # what is before, beside what was drawn
+    place = tiny_image_base(shared, "kontext")
+    pipe = diffusers.FluxKontextPipeline.from_pretrained(place)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(str(tmp_path / "out"), weight_name=Path(result.adapter).name)
+    theirs = pipe(
+        image=Image.open(start).resize((32, 32)), prompt=prompt, height=32, width=32, num_inference_steps=2,
+        max_area=32 * 32, _auto_resize=False, max_sequence_length=LENGTH, generator=torch.Generator().manual_seed(4),
+    ).images[0]  # fmt: skip
+    base = load_image(str(place))
+    plan = MixPlan((("it", 1.0),), ((0.0, (("it", 1.0),)),))
+    shown = (Image.open(start).resize((32, 32)),)
+    rows = [ImageRow(prompt, seed=4, plan=plan, references=shown), ImageRow(prompt, seed=4, references=shown)]
+    with attach(base.model) as attachment:
+        attachment.add("it", read(Path(result.adapter)).adapter)
+        ours, bare = (m.image for m in generate_images(base, rows, PictureSettings(steps=2), attachment=attachment))
+    assert levels(ours, theirs) <= 1
+    assert levels(ours, bare) > 5
+
+
+def test_latents_of_both_are_cached_once_and_only_the_target_is_in_the_loss(
+    shared: Path, pairs: Path, tmp_path: Path
+) -> None:
+    config, base = _config(shared, pairs, tmp_path), load_image(str(tiny_image_base(shared, "kontext")))
+    pictures = read_pictures(config.data)[0][:2]
+    rows = plan_rows(pictures, config.data, size=base.size, unit=base.unit).rows
+    planned = [
+        PlannedRow(r.picture, *draw_row(r, config.data, seed=0, epoch=0), 1.0, (0, 0, i)) for i, r in enumerate(rows)
+    ]
+    encoders = Encoders(base, config, tmp_path / "cache")
+    encoders.fill(planned)
+    assert (encoders.latents.made, encoders.latents.found) == (4, 0)
+    again = Encoders(base, config, tmp_path / "cache")
+    batch = again.batch(planned[:1])
+    assert (again.latents.made, again.latents.found) == (0, 2)
+    view, before = planned[0].view, planned[0].picture.before[0]
+    assert view_before(view, before).width == view.width
+    assert [x.shape for x in batch.before] == [batch.latents.shape]
+    loss = ImageLoss(base, config, again)
+    noise, times = torch.zeros_like(batch.latents), torch.tensor([0.4])
+    with torch.no_grad():
+        errors = loss.row_errors(batch, noise, times)
+        target = [(batch.latents[0], None, batch.sizes[0])]
+        moved = loss.row_errors(ImageBatch.of(planned[:1], target, [[-batch.before[0][0]]]), noise, times)
+    assert errors.shape == (1,)
+    assert not torch.equal(errors, moved)
+
+
+def _config(shared: Path, pairs: Path, tmp_path: Path, **sections: Any) -> ImageTrainConfig:
+    config, _ = config_from(image_values(shared, tmp_path / "out", "kontext", **settings_of(pairs, **sections)))
+    assert isinstance(config, ImageTrainConfig)
+    return config
+
+
+def test_an_edit_is_learned_from_what_is_before(shared: Path, pairs: Path, tmp_path: Path) -> None:
+    """To invert: latents of random signs, the inverse of what is before. The loss with the right
+    picture before is far below the base's, and below that with another picture before, which says nothing."""
+    base = load_image(str(tiny_image_base(shared, "kontext")))
+    config = _config(shared, pairs, tmp_path, loss={"logit_mean": 1.0})
+    loss = ImageLoss(base, config, Encoders(base, config, None))
+    picture = read_pictures(config.data)[0][0]
+    view = plan_rows([picture], config.data, size=base.size, unit=base.unit).rows[0]
+    g = torch.Generator().manual_seed(0)
+
+    def signs(n: int) -> Tensor:
+        return torch.randint(0, 2, (n, 4, 4, 4), generator=g) * 2.0 - 1.0
+
+    def batch_of(after: Tensor, before: Tensor, step: int) -> ImageBatch:
+        seen = place(picture.size, view.bucket)
+        rows = [PlannedRow(picture, seen, "a red house", 1.0, (0, step, i)) for i in range(len(after))]
+        return ImageBatch.of(rows, [(x, None, torch.zeros(6)) for x in after], [[x] for x in before])
+
+    with attach(base.model) as attachment:
+        spec = LoraSpec(rank=8, alpha=16, targets=("re:transformer\\..*",))
+        attachment.add("it", create(base.model, spec, seed=0), trainable=True)
+        attachment.use("it")
+        optimizer = torch.optim.AdamW(attachment.parameters("it").values(), lr=0.02)
+        test, others = signs(64), signs(64)
+
+        @torch.no_grad()
+        def scored(before: Tensor) -> float:
+            noise, times = torch.randn(test.shape, generator=torch.Generator().manual_seed(1)), torch.full((64,), 0.7)
+            return float(loss.row_errors(batch_of(test, before, 0), noise, times).mean())
+
+        untrained = scored(-test)
+        for step in range(130):
+            after = signs(32)
+            value = loss(batch_of(after, -after, step + 1)) / 32
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        assert scored(-test) < 0.85 * untrained
+        assert scored(-test) < 0.8 * scored(-others)
+
+
+def bad(shared: Path, out: Path, family: str, **sections: Any) -> str:
+    with pytest.raises(PreflightError) as error:
+        run(shared, out, family, **sections)
+    assert not out.exists()
+    return str(error.value)
+
+
+def test_bad_pairs_and_bases_stop_before_anything_is_trained(shared: Path, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    captions = drawings(shared / "captions")
+    said = bad(shared, out, "kontext", data={"pictures": str(captions)})
+    assert "tiny-kontext edits pictures, and" in said
+    assert f"{captions} has captions alone, with no picture before any" in said
+    assert "data.before: FOLDER" in said
+    said = bad(shared, out, "kontext", data={"pictures": str(pairs), "before": "off"})
+    assert "has captions alone" in said
+    said = bad(shared, out, "flux1", **settings_of(pairs))
+    assert "1 pictures before each, and" in said
+    assert "is no base that edits" in said
+    assert "data.before: off" in said
+    said = bad(shared, out, "kontext", **settings_of(pairs), samples={"prompts": ["sks"]})
+    assert "sample prompts are instructions here, and have no picture to edit" in said
+    lost = {"prompts": ["sks"], "before": [str(pairs / "none.png")]}
+    assert "there is no picture" in bad(shared, out, "kontext", **settings_of(pairs), samples=lost)
+    given = {"prompts": ["sks"], "before": [str(pairs / "0.png")]}
+    assert "samples.before is for pairs" in bad(shared, out, "flux1", samples=given)
+    drawn = {"class_count": 2, "class_prompt": "a house"}
+    said = bad(shared, out, "kontext", data={"pictures": str(pairs), **drawn})
+    assert "class pictures that are drawn have no picture before them" in said
+
+
+def test_the_plan_counts_the_tokens_of_what_is_before() -> None:
+    config = base_config("flux.1-dev")
+    alone, pair = (image_counts(config, height=512, width=512, targets="attention+ff", before=n) for n in (0, 1))
+    wide = image_counts(config, height=512, width=1024, targets="attention+ff")
+    assert (pair.parameters, pair.trainable) == (alone.parameters, alone.trainable)
+    assert pair.kept == wide.kept  # as of one picture twice as wide
+    assert pair.products == wide.products
+    assert pair.attention == wide.attention > 1.5 * alone.attention
