@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from tests.train.make_pictures import put, scene, settings
 from veneer.errors import DataError
 from veneer.train.image.before_kinds import unlike_kind
-from veneer.train.image.checks import check_pictures
+from veneer.train.image.checks import check_held_out, check_pictures
 from veneer.train.image.contact_sheet import contact_sheet
 from veneer.train.image.pictures import TrainingPicture, count_pictures, read_pictures
 from veneer.train.image.views import draw_row, plan_rows, prepare, view_before
@@ -158,6 +158,20 @@ def test_pairs_that_teach_nothing_or_two_things_are_warned_of(tmp_path: Path) ->
     said = [f.text for f in check_pictures(pictures, about, plan, keys) if f.check == "pairs" and f.level == "warn"]
     assert any("the same file before and after: c.png" in text for text in said)
     assert any("one instruction and several results: a.png, b.png" in text for text in said)
+
+
+def test_pairs_look_alike_only_where_both_halves_do(tmp_path: Path) -> None:
+    white = Image.new("RGB", (48, 32), "white")  # what an edit that empties pictures makes of all of them
+    for name, seed in (("a", 1), ("b", 2), ("c", 2)):
+        put(tmp_path, f"{name}.png", "empty it", white)
+        put(tmp_path, f"{name}.before.png", None, scene(seed=seed))
+    keys = settings(tmp_path)
+    pictures, about = read_pictures(keys)
+    found = check_pictures(pictures, about, plan_rows(pictures, keys, size=32, unit=8), keys)
+    said = next(f.text for f in found if f.check == "near-duplicates")
+    assert "in 1 pairs: b.png and c.png" in said
+    assert "1 held-out pictures, none" in check_held_out(pictures[1:], pictures[:1])[0].text
+    assert check_held_out(pictures[:2], pictures[2:])[0].level == "stop"
 
 
 def test_the_sheet_shows_what_is_before_left_of_what_comes_after(tmp_path: Path) -> None:

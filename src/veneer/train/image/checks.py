@@ -37,7 +37,7 @@ def check_pictures(
 def check_held_out(train: Sequence[TrainingPicture], held_out: Sequence[TrainingPicture]) -> list[Finding]:
     """Held-out pictures that are also trained on, as the same file or one that looks the same."""
     learned = [p for p in train if not p.is_class]
-    pairs = near_duplicates([p.perceptual_hash for p in held_out], [p.perceptual_hash for p in learned])
+    pairs = _looking_alike(held_out, learned)
     if not pairs:
         return [Finding("ok", "held out", f"{len(held_out):,} held-out pictures, none of them trained on")]
     count = len({i for i, _ in pairs})
@@ -183,7 +183,7 @@ def _pairs(
 def _alike(
     pictures: Sequence[TrainingPicture], about: AboutPictures, plan: PicturePlan, settings: ImageDataSection
 ) -> Iterator[Finding]:
-    pairs = near_duplicates([p.perceptual_hash for p in pictures])
+    pairs = _looking_alike(pictures)
     if not pairs:
         yield Finding("ok", "near-duplicates", "no two pictures look the same")
         return
@@ -200,6 +200,23 @@ def _alike(
     if crossing:
         text = f"{len(crossing):,} class pictures look like pictures of what is learned: prior preservation undoes it"
         yield Finding("warn", "near-duplicates", text, "take other class pictures")
+
+
+def _looking_alike(
+    pictures: Sequence[TrainingPicture], others: Sequence[TrainingPicture] | None = None
+) -> list[tuple[int, int]]:
+    """`near_duplicates` of pictures: of pairs those that look alike before and after, for one alone may be what the
+    edit is."""
+
+    def of(side: Callable[[TrainingPicture], TrainingPicture]) -> list[tuple[int, int]]:
+        left, right = ([side(p).perceptual_hash for p in group] for group in (pictures, others or ()))
+        return near_duplicates(left, None if others is None else right)
+
+    found = of(lambda p: p)
+    if found and all(p.before for p in (*pictures, *(others or ()))):
+        same = set(of(lambda p: p.before[0]))
+        found = [pair for pair in found if pair in same]
+    return found
 
 
 _Check = Callable[[Sequence[TrainingPicture], AboutPictures, PicturePlan, ImageDataSection], Iterator[Finding]]

@@ -1,0 +1,55 @@
+"""The example for edits runs from its file, on a tiny Kontext and a few pairs; the tiny result edits a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import veneer
+from tests.cli.run import run
+from tests.tiny_image_base import tiny_image_base
+from tests.train.tiny_pictures import drawings
+from veneer.errors import MismatchError
+from veneer.formats.read import read
+from veneer.imaging.adapters import Mixer
+from veneer.imaging.remake import read_recipe, remake
+from veneer.models.image.base import load_image
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "edits" / "config.yaml"
+
+
+def test_the_example_trains_and_its_file_edits_and_is_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs, place = drawings(tmp_path / "pairs", 12), tiny_image_base(tmp_path, "kontext")
+    for path in list(pairs.glob("*.png")):
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path.with_suffix(".before.png"))
+    start = tmp_path / "start.png"
+    Image.open(pairs / "1.png").resize((48, 32)).save(start)
+    result = veneer.train_image(
+        EXAMPLE, f"base={place}", f"data.pictures={pairs}", f"output={tmp_path / 'out'}", "schedule.steps=2",
+        "samples.every=2", "samples.steps=1", f"samples.before=[{start}]", on_event=lambda event: None,
+    )  # fmt: skip
+    assert read(Path(result.adapter)).adapter.digest() == result.digest
+    assert (result.validation is not None, len(result.samples)) == (True, 2)
+    out = tmp_path / "edited.png"
+    done = run(
+        capsys, "image", "--base", str(place), "-a", result.adapter, "--reference", str(start), "--steps", "2",
+        "-o", str(out), "invert it",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    with Image.open(out) as made:
+        made.load()
+        assert made.width > made.height  # in the proportion of what is edited
+        base = load_image(str(place))
+        by_python = veneer.image(base, "invert it", adapters=[result.adapter], references=[start], steps=2)[0]
+        assert np.array_equal(np.asarray(made), np.asarray(by_python.image))
+        with Mixer(base) as mixer:
+            again = remake(mixer, read_recipe(out))
+            assert np.array_equal(np.asarray(made), np.asarray(again.image))
+            Image.open(start).rotate(180).save(start)
+            with pytest.raises(MismatchError, match="not the picture that was used then"):
+                remake(mixer, read_recipe(out))
