@@ -175,7 +175,7 @@ def image_counts(
     """The counts of one picture, and of `before` others that it is an edit of. config: the denoiser's, with a
     `model_type` of IMAGE_FAMILIES or diffusers' class.
 
-    Raises ConfigError for an unknown denoiser, for unknown targets, and for edits of a family that is not planned so."""
+    Raises ConfigError for an unknown denoiser, for unknown targets, and for edits where they are not planned."""
     kind = kind_of(config)
     if kind not in IMAGE_FAMILIES:
         what = f"veneer plan does not know the denoiser {quoted(kind)}"
