@@ -40,6 +40,7 @@ from veneer.errors import ResourceError, VeneerError, lacks_memory
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "base": ("veneer.cli.base", "Get, list and look at base models."),
+    "data": ("veneer.cli.data", "Captions for pictures, by a vision-language model here."),
     "train": ("veneer.cli.train", "Train an adapter from a configuration file."),
     "plan": ("veneer.cli.plan", "Memory, time and money of a run, before it runs."),
     "eval": ("veneer.cli.eval", "Compare the base and adapters on held-out rows."),

@@ -14,6 +14,7 @@ TRANSFORMERS = Internals(
     ">=5.24,<6",
     (
         "transformers.MODEL_FOR_CAUSAL_LM_MAPPING",
+        "transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
         "transformers.PreTrainedModel.set_attn_implementation",
         "transformers.activations.ACT2FN",
         "transformers.core_model_loading.ConversionOps",

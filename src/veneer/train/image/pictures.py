@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,7 @@ _FILE_COLUMNS = ("file_name", "after")
 _BEFORE = "before"
 # pictures that no allowed decoder reads: named as broken, not passed over
 _UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".exr", ".cr2", ".nef", ".arw", ".dng")
+_OWN = ("caption files", "metadata")
 _NOT_CAPTIONS = ("readme", "license", "licence", "notice", "attribution", "copying", "classes")
 _KOHYA = re.compile(r"(\d+)_(.+)")
 _MOST_REPEATS = 1000
@@ -165,6 +167,22 @@ def count_pictures(settings: ImageDataSection) -> tuple[int, int]:
     return len(files), _each_before(files, settings.folders)
 
 
+@dataclass(frozen=True)
+class OwnCaption:
+    """A picture of a folder, its name there, and the caption of its own: None without one."""
+
+    path: Path
+    name: str
+    caption: str | None
+
+
+def own_captions(folder: str) -> list[OwnCaption]:
+    """The pictures of a folder, sorted by name, with what caption files and metadata say of each. Raises DataError for
+    a folder that `read_pictures` would refuse before it opens a picture."""
+    found = _list_folder(folder, ImageDataSection(pictures=folder, masks="off"), AboutPictures(), None, "off")
+    return [OwnCaption(f.path, f.name, f.caption if f.source in _OWN else None) for f in found]
+
+
 def pictures_digest(pictures: Iterable[TrainingPicture]) -> str:
     """sha256 over the pictures' keys and repeats, in order; the same wherever the folder is."""
     h = hashlib.sha256()
@@ -278,7 +296,8 @@ def _captions(
         raise DataError(
             f"{len(missing)} of {len(found)} pictures have no caption:\n{bullets(missing)}",
             where=folder,
-            fix=f"write NAME.txt beside each, or a metadata.jsonl, or set data.{key} for all that have none",
+            fix=f"write NAME.txt beside each, or a metadata.jsonl, or set data.{key} for all that have none; "
+            f"a vision-language model writes them: veneer data caption {shlex.quote(folder)} --model MODEL",
         )
     if bad:
         raise DataError(f"{len(bad)} caption(s) cannot be used:\n{bullets(bad)}", where=folder, fix="correct them")

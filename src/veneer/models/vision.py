@@ -1,0 +1,178 @@
+"""A vision-language model on this machine: a picture in, words out, through transformers' auto classes.
+
+    model = load_vision("Qwen/Qwen2.5-VL-3B-Instruct")
+    said = model.describe(picture)         said.text · said.cut
+
+One picture at a time and greedily: what is said of a picture depends on the model, the instruction and its pixels, and
+on nothing else. A model with a chat template is asked in a chat; one without (BLIP, Florence-2) in its own way. Code
+that comes with a model is never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.errors import BaseError, ConfigError, lacks_memory, quoted
+from veneer.files.weights import stored_dtype, tensor_table
+from veneer.models.config import check_words, read_config_json
+from veneer.models.device import check_memory, choose_device, choose_dtype, settle_threads
+from veneer.models.loading import check_loaded, errors_only, loading, straight_to
+from veneer.models.sources import base_outline, find_base
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+INSTRUCTION = (
+    "Describe this picture in one or two sentences, for training an image generator: its subject first, then how it "
+    "looks and where it is. Plain sentences, no introduction."
+)
+_OWN_WORDS = {"florence2": "<MORE_DETAILED_CAPTION>", "paligemma": "caption en"}
+"""What a family without a chat template is asked where nothing else is said; others are given the picture alone."""
+_SIDE = 1024
+"""Longer sides are scaled down to it before the model's own processor: some families read every pixel they get."""
+_ENDS = ".!?"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a model said. `cut`: it would have gone on; the text ends with its last whole sentence, if there is one."""
+
+    text: str
+    cut: bool = False
+
+
+@dataclass
+class VisionModel:
+    """A model that reads pictures, and its processor. `family`: transformers' name of the architecture."""
+
+    name: str
+    model: Any
+    processor: Any
+    directory: Path
+    dtype: torch.dtype
+    device: torch.device
+    dtype_reason: str
+
+    @property
+    def family(self) -> str:
+        return str(self.model.config.model_type)
+
+    def describe(self, picture: Image, instruction: str | None = None, *, max_tokens: int = 120) -> Description:
+        """Greedily, on one line, without what a terminal or a caption file could not show. `instruction`: what is
+        asked; by default INSTRUCTION in a chat, the family's own words elsewhere.
+
+        Raises BaseError where the model cannot read the picture or the instruction."""
+        import torch
+
+        picture = picture.convert("RGB")
+        picture.thumbnail((_SIDE, _SIDE))
+        try:
+            with errors_only(), torch.no_grad():
+                inputs = self._inputs(picture, instruction).to(self.device, self.dtype)
+                made = self.model.generate(
+                    **inputs, max_new_tokens=max_tokens, do_sample=False, num_beams=1, temperature=None, top_p=None,
+                    top_k=None,
+                )[0].tolist()  # fmt: skip
+                asked = inputs["input_ids"][0].tolist() if "input_ids" in inputs else []
+                new = made[len(asked) :] if made[: len(asked)] == asked else made
+                text = self.processor.decode(new, skip_special_tokens=True)
+        except Exception as error:
+            if lacks_memory(error):
+                raise
+            said = " ".join(str(error).split())[:300] or type(error).__name__
+            what = f"{self.name} ({self.family}) cannot describe this picture: {said}"
+            raise BaseError(what, fix="another --instruction, or another model") from error
+        return _described(text, cut=len(new) >= max_tokens and new[-1] not in self._stops)
+
+    @property
+    def _stops(self) -> set[int]:
+        stops = self.model.generation_config.eos_token_id
+        return set(stops) if isinstance(stops, list) else {stops}
+
+    def _inputs(self, picture: Image, instruction: str | None) -> Any:
+        if getattr(self.processor, "chat_template", None):
+            asked = {"type": "text", "text": INSTRUCTION if instruction is None else instruction}
+            chat = [{"role": "user", "content": [{"type": "image", "image": picture}, asked]}]
+            return self.processor.apply_chat_template(
+                chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+        words = _OWN_WORDS.get(self.family) if instruction is None else instruction
+        return self.processor(images=picture, return_tensors="pt", **({"text": words} if words else {}))
+
+
+def _described(text: str, cut: bool) -> Description:
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    if cut and (whole := max(line.rfind(end) for end in _ENDS) + 1):
+        line = line[:whole]
+    return Description(line, cut)
+
+
+def load_vision(
+    name: str, *, dtype: str = "auto", device: str = "auto", say: Callable[[str], None] | None = None
+) -> VisionModel:
+    """Find and load a vision-language model: a directory as transformers saves it, or a hub id. `dtype`, `device`,
+    `say`: as for `models.text.base.load_text`.
+
+    Raises BaseError (not found, not whole, no processor, no model that reads pictures and writes), ConfigError (an
+    unknown dtype or device), ResourceError (not enough memory)."""
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+    )
+
+    path = base_outline(name, say=say) or find_base(name, say=say)  # of a hub's, its weights come when it is known
+    file = path / "config.json"
+    if not file.is_file():
+        raise _no_model(path, "it has no config.json of transformers")
+    check_words(read_config_json(file), str(file))
+    config = _read("config", path, lambda: AutoConfig.from_pretrained(path, **_HERE))
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise _no_model(path, f"a {quoted(config.model_type)} reads no pictures")
+    processor = _read("processor", path, lambda: AutoProcessor.from_pretrained(path, **_HERE))
+    if getattr(processor, "image_processor", None) is None:
+        raise _no_model(path, "its processor reads no pictures")
+    path = find_base(name, say=say)
+    table = tensor_table(path)
+    where = choose_device(device)
+    settle_threads()
+    kind, reason = choose_dtype(dtype, where, stored_dtype(table))
+    check_memory(path, sum(t.elements * kind.itemsize for t in table), kind, where)
+    with loading():
+        model, info = _read(
+            "model", path,
+            lambda: AutoModelForImageTextToText.from_pretrained(
+                path, config=config, dtype=kind, use_safetensors=True, output_loading_info=True,
+                device_map=straight_to(where), **_HERE,
+            ),
+        )  # fmt: skip
+    check_loaded(path, info)
+    model.to(where).eval().requires_grad_(False)
+    return VisionModel(name, model, processor, path, kind, where, reason)
+
+
+_HERE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+def _read(what: str, path: Path, read: Callable[[], Any]) -> Any:
+    try:
+        with errors_only():
+            return read()
+    except Exception as error:
+        if lacks_memory(error) or isinstance(error, ConfigError):
+            raise
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        fix = "a newer transformers may know it: pip install -U transformers" if "architecture" in said else None
+        if isinstance(error, ImportError):  # torchvision, num2words, …
+            fix = "install what it asks for, or take a model that needs none of it"
+        raise BaseError(f"cannot read the {what} of this model: {said}", where=str(path), fix=fix) from error
+
+
+def _no_model(path: Path, why: str) -> BaseError:
+    fix = "one of transformers' AutoModelForImageTextToText: Qwen2.5-VL, SmolVLM, LLaVA, Florence-2, BLIP, …"
+    return BaseError(f"this is no model that says what is on a picture: {why}", where=str(path), fix=fix)

@@ -1,0 +1,148 @@
+"""Captions for pictures that have none, where `read_pictures` finds them.
+
+    report = write_captions("drawings", describe, trigger="sks")
+
+Each is written as soon as it is there, whole or not at all, so that a call that is stopped goes on where it was: what
+has a caption is passed over. `txt` is `NAME.txt` beside `NAME.png`; `jsonl` a row of the folder's metadata.jsonl. Knows
+pictures and files; what says what is on a picture is the caller's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from veneer.errors import DataError, bullets
+from veneer.files.atomic import atomic_write
+from veneer.train.config.image import ImageDataSection
+from veneer.train.image.decode import UnreadablePicture, decode_picture, read_bytes
+from veneer.train.image.pictures import OwnCaption, own_captions, with_trigger
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CaptionForm = Literal["txt", "jsonl"]
+
+
+@dataclass(frozen=True)
+class WrittenCaption:
+    """`picture`: its name in the folder. `file`: where the caption is."""
+
+    picture: str
+    file: Path
+    caption: str
+    cut: bool = False
+
+
+@dataclass
+class CaptionReport:
+    """`had`: pictures that were passed over, since they have a caption. `failed`: `name: reason`."""
+
+    written: list[WrittenCaption] = field(default_factory=list)
+    had: int = 0
+    failed: list[str] = field(default_factory=list)
+
+
+def uncaptioned(folder: str, *, to: CaptionForm = "txt", overwrite: bool = False) -> list[OwnCaption]:
+    """The pictures of a folder that are to get a caption: those that have none, with `overwrite` all.
+
+    Raises DataError for a folder that `read_pictures` would refuse, and where writing would be without effect or touch
+    another picture's caption; it lists all."""
+    found = own_captions(folder)
+    if not overwrite:
+        return [one for one in found if one.caption is None]
+    stems = Counter(one.path.with_suffix("") for one in found)
+    bad = []
+    for one in found:
+        files = _caption_files(one.path)
+        shared = [f.name for f in files if f.with_suffix("") != one.path and stems[one.path.with_suffix("")] > 1]
+        if to == "jsonl" and files:
+            bad.append(f"{one.name}: {files[0].name} counts before metadata.jsonl")
+        elif to == "jsonl" and one.caption is not None and one.name not in _rows(Path(folder).expanduser()):
+            bad.append(f"{one.name}: its caption is in other metadata")
+        elif to == "txt" and shared:
+            bad.append(f"{one.name}: {shared[0]} is the caption of other pictures too")
+    if bad:
+        raise DataError(
+            f"{len(bad)} caption(s) cannot be overwritten:\n{bullets(bad)}",
+            where=folder,
+            fix="write the others without --overwrite, the other form (--to), or move those away",
+        )
+    return found
+
+
+def write_captions(
+    folder: str,
+    describe: Callable[[Image], tuple[str, bool]],
+    *,
+    to: CaptionForm = "txt",
+    trigger: str | None = None,
+    overwrite: bool = False,
+    on_caption: Callable[[WrittenCaption], None] | None = None,
+) -> CaptionReport:
+    """A caption for each picture of `uncaptioned`, in the order of names. `describe`: (text, whether it is cut) of an
+    RGB picture. `trigger`: stands in front where the text does not have it.
+
+    What cannot be read, and what nothing is said of, is in the report. Raises what `uncaptioned` raises, ResourceError
+    for a full disk."""
+    root = Path(folder).expanduser()
+    wanted = uncaptioned(folder, to=to, overwrite=overwrite)
+    every = own_captions(folder)
+    stems = Counter(one.path.with_suffix("") for one in every)
+    settings = ImageDataSection(pictures=folder, animated="first")
+    report = CaptionReport(had=len(every) - len(wanted))
+    for one in wanted:
+        try:
+            text, cut = describe(decode_picture(read_bytes(one.path)[0], settings).colour)
+        except UnreadablePicture as error:
+            report.failed.append(f"{one.name}: {error}")
+            continue
+        if not text:
+            report.failed.append(f"{one.name}: the model says nothing of it")
+            continue
+        caption = text if trigger is None else with_trigger(text, trigger)[0]
+        if to == "jsonl":
+            files = [root / "metadata.jsonl"]
+            atomic_write(files[0], [_with_row(root, one.name, caption)])
+        else:
+            alone = stems[one.path.with_suffix("")] == 1
+            new = one.path.with_suffix(".txt") if alone else one.path.with_name(f"{one.path.name}.txt")
+            files = _caption_files(one.path) or [new]
+            for file in files:
+                atomic_write(file, [f"{caption}\n".encode()])
+        report.written.append(WrittenCaption(one.name, files[0], caption, cut))
+        if on_caption is not None:
+            on_caption(report.written[-1])
+    return report
+
+
+def _caption_files(picture: Path) -> list[Path]:
+    """The files beside a picture that are read as its caption."""
+    places = (picture.with_suffix(""), picture)
+    names = [place.with_name(place.name + suffix) for place in places for suffix in (".txt", ".caption")]
+    return [name for name in names if name.is_file()]
+
+
+def _lines(root: Path) -> list[str]:
+    file = root / "metadata.jsonl"
+    return [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()] if file.exists() else []
+
+
+def _rows(root: Path) -> dict[str, int]:
+    """Picture -> its line in the folder's metadata.jsonl, which `own_captions` has read."""
+    rows = map(json.loads, _lines(root))
+    return {str(row.get("file_name", row.get("after"))): i for i, row in enumerate(rows)}
+
+
+def _with_row(root: Path, name: str, caption: str) -> bytes:
+    """metadata.jsonl with this picture's caption in the column that it has for captions; other lines stay."""
+    lines, at = _lines(root), _rows(root).get(name)
+    rows = [json.loads(line) for line in lines]
+    column = next((c for c in ("text", "caption", "prompt", "instruction") if any(c in row for row in rows)), "text")
+    row = json.dumps((rows[at] if at is not None else {"file_name": name}) | {column: caption}, ensure_ascii=False)
+    lines = [*lines, row] if at is None else [*lines[:at], row, *lines[at + 1 :]]
+    return "".join(f"{line}\n" for line in lines).encode()
