@@ -25,7 +25,7 @@ from veneer.train.image.pictures import OwnCaption, own_captions, with_trigger
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-CaptionForm = Literal["txt", "jsonl"]
+_CaptionForm = Literal["txt", "jsonl"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class CaptionReport:
     failed: list[str] = field(default_factory=list)
 
 
-def uncaptioned(folder: str, *, to: CaptionForm = "txt", overwrite: bool = False) -> list[OwnCaption]:
+def uncaptioned(folder: str, *, to: _CaptionForm = "txt", overwrite: bool = False) -> list[OwnCaption]:
     """The pictures of a folder that are to get a caption: those that have none, with `overwrite` all.
 
     Raises DataError for a folder that `read_pictures` would refuse, and where writing would be without effect or touch
@@ -79,7 +79,7 @@ def write_captions(
     folder: str,
     describe: Callable[[Image], tuple[str, bool]],
     *,
-    to: CaptionForm = "txt",
+    to: _CaptionForm = "txt",
     trigger: str | None = None,
     overwrite: bool = False,
     on_caption: Callable[[WrittenCaption], None] | None = None,
