@@ -231,3 +231,43 @@ def test_the_plan_is_on_the_screen_while_the_trace_goes_on() -> None:
             assert "a step is traced now" in process.stderr.readline()
         finally:
             process.kill()
+
+
+def test_the_smallest_card_of_each_base_is_on_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "how-to" / "plan.md").read_text(encoding="utf-8")
+    shown = page.partition("veneer plan --smallest-card\n```")[2].partition("```text\n")[2].partition("```")[0]
+
+    def rows(text: str) -> dict[tuple[str, ...], tuple[str, ...]]:
+        """(base, side) -> card and settings."""
+        words = [line.split() for line in text.splitlines()[1:]]
+        return {(w[0], w[1]): (w[2], *w[8:]) for w in words}
+
+    printed = rows(run(capsys, "plan", "--smallest-card").out)
+    assert len(rows(shown)) >= 12
+    assert rows(shown).items() <= printed.items()
+    found = json.loads(run(capsys, "plan", "--smallest-card", "--base", "flux.1-dev", "--json").out)["cards"]
+    assert [(row["size"], f"{row['card_gb']}") for row in found] == [
+        (int(side), card[0]) for (name, side), card in printed.items() if name == "FLUX.1-dev"
+    ]
+    assert run(capsys, "plan", "--smallest-card", "--base", "flux.2-dev", "--size", "16384").out.endswith(
+        "no card of the table\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--gpu", "h100-80gb"], "--gpu: --smallest-card looks for the card"),
+        (["--base", "flux.1-dev", "--quantise", "nf4"], "--quantise"),
+        (["--base", "Qwen/Qwen3-8B"], "no image base that can be planned"),
+        (["--base", "flux.1-dve"], "did you mean"),
+        (["--base", "flux.1-dev", "--targets", "atention"], "does not know the targets"),
+        (["config.yaml"], "--config"),
+    ],
+)
+def test_the_smallest_card_takes_nothing_that_it_looks_for(
+    capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    ran = run(capsys, "plan", "--smallest-card", *options)
+    assert ran.code == 2
+    assert said in ran.err

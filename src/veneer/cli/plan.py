@@ -27,6 +27,7 @@ _OF_DATA = {"tokens_per_row", "longest", "trained"}
 _OF_TEXT = _OF_DATA | {"micro_tokens"}
 _OF_PICTURES = {"size", "micro_pictures", "before", "targets"}
 _OF_BOTH = {"epochs", "batch", "rank", "dtype", "quantise", "checkpointing"}
+_OF_SMALLEST = {"smallest", "base", "size", "rank", "targets", "as_json"}
 _SERVED = {"tenants", "prompt", "answer", "together"}
 _OF_CARDS = {"gpus", "price"}
 _ROWS, _TOKENS, _MANY = 10**12, 1 << 20, 1 << 16
@@ -99,6 +100,10 @@ def plan(
         bool,
         typer.Option("--trace", help="Then follow a whole step on that GPU, without having it: bytes, waits, float32."),
     ] = False,
+    smallest: Annotated[
+        bool,
+        typer.Option("--smallest-card", help="Of an image base, or of all: the smallest card that trains it, and how."),
+    ] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the GPUs and bases that are known, and exit.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -117,6 +122,11 @@ def plan(
 
     if list_:
         _list(as_json)
+        return
+    if smallest:
+        others = {name for name in context.params if name not in _OF_SMALLEST}
+        _refuse(context, others, "--smallest-card looks for the card and its settings", "leave it out")
+        _smallest(base, size, rank, targets, as_json)
         return
     if calibrate:
         _calibrate(base or "smollm2-135m", dtype)
@@ -257,6 +267,34 @@ def _calibrate(base: str, dtype: str) -> None:
         say(f"{op}: {found.line()}")
     file = write_calibration(record)
     say(f"{record.rates().source}; process {record.process / 1e9:.2f} GB: kept in {file}")
+
+
+def _smallest(base: str | None, size: int | None, rank: int, targets: str, as_json: bool) -> None:
+    """The table of `--smallest-card`: a row for each base and size."""
+    from veneer.plan.cards import CardFit, smallest_card
+    from veneer.plan.image import is_denoiser
+    from veneer.plan.tables import base_config, base_names
+
+    configs = {name: base_config(name) for name in ([base] if base else base_names())}
+    if base is not None and not is_denoiser(configs[base]):
+        raise ConfigError(f"{base} is no image base that can be planned", fix="veneer plan --base … --gpu … for text")
+    configs = {name: found for name, found in configs.items() if is_denoiser(found)}
+    rows: list[tuple[str, int, CardFit | None]] = []
+    for name, config in configs.items():
+        own = int(config.get("picture", 1024))
+        for side in [size] if size else sorted({own // 2, own}) if own >= 512 else [own]:
+            rows.append((name, side, smallest_card(config, side=side, rank=rank, targets=targets)))
+    if as_json:
+        print(json.dumps({"cards": [{"base": n, "size": s, **({} if f is None else f.to_dict())} for n, s, f in rows]}))
+        return
+    print(f"one picture at a time, rank {rank} on {targets}; GB while it trains, and while it is loaded and encodes")
+    for name, side, fit in rows:
+        head = f"{name.rpartition('/')[2]:<30} {side:>5}"
+        if fit is None:
+            print(f"{head}   no card of the table")
+            continue
+        used = f"{fit.training / 1e9:>6.1f} {fit.loading / 1e9:>6.1f} of {fit.room / 1e9:<5.1f}"
+        print(f"{head} {fit.card:>4} GB  {used}  {' '.join(fit.settings) or 'as it is'}")
 
 
 def _list(as_json: bool) -> None:

@@ -31,6 +31,10 @@ PLANNED_DENOISERS = {
 }  # fmt: skip
 """diffusers' class -> what the plan's table calls it."""
 
+LOADED_BYTES = {"nf4": 0.6, "int8": 1.1}
+"""Bytes that a weight of an image base is taken to need where it is quantised while it is read: with its constants, and
+those weights of its part that are not quantised."""
+
 _MOST, _MOST_LAYERS = (1 << 31) - 1, 10_000
 _SIZES = (
     "hidden_size", "intermediate_size", "intermediate_size_mlp", "moe_intermediate_size", "num_attention_heads",

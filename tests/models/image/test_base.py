@@ -412,6 +412,24 @@ def test_dtype_device_and_quantisation_are_checked(copy: Path, monkeypatch: pyte
         load_image(str(copy))
 
 
+def test_large_text_encoders_are_counted_as_they_will_be_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.6 bytes a weight of the denoiser and of T5, two of CLIP and of the VAE."""
+    folder = str(tiny_image_base(tmp_path, "flux1"))
+    parts = {name: part for name, part in load_image(folder).parts.items() if isinstance(part, torch.nn.Module)}
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    small = 2 * (sizes["text_encoder"] + sizes["vae"])
+    wanted = 0.6 * (sizes["transformer"] + sizes["text_encoder_2"]) + small
+
+    class Memory:
+        available = int(1.01 * wanted)
+
+    monkeypatch.setattr("psutil.virtual_memory", Memory)
+    assert load_image(folder, dtype="bfloat16", quantise="nf4").quantised == "nf4"
+    Memory.available = int(0.99 * wanted)
+    with pytest.raises(ResourceError, match="memory are free"):
+        load_image(folder, dtype="bfloat16", quantise="nf4")
+
+
 def test_names_of_built_ins_are_known_even_where_they_did_not_come(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from veneer.errors import BaseError, MissingExtraError, bullets, first_few, lacks_memory
 from veneer.files.weights import COMPONENT_STEMS, StoredTensor, component_files, file_table, stored_dtype
 from veneer.models.compat_diffusers import DIFFUSERS
+from veneer.models.config import LOADED_BYTES
 from veneer.models.device import check_memory, choose_device, choose_dtype
 from veneer.models.fingerprint import fingerprint_parts, shaping_fields
 from veneer.models.image.families import FAMILIES, OWN_PIPELINES, ImageFamily, denoiser_family, family_label
@@ -90,7 +91,8 @@ def read_directory(
                 notes.append(f"{name}: only the {variant} weights are there, and they are used")
     where = choose_device(device)
     kind, reason = choose_dtype(dtype, where, stored_dtype(tables[family.denoiser]))
-    _check_room(path, tables, kind, where, quantise, family)
+    held = {name for name in tables if quantise and (name == family.denoiser or classes[name][1] in _LARGE_ENCODERS)}
+    _check_room(path, tables, kind, where, quantise, held)
     parts: dict[str, Any] = {}
     for name, (library, classname) in classes.items():
         quant = quantise if name == family.denoiser or classname in _LARGE_ENCODERS else None
@@ -205,12 +207,13 @@ def _check_room(
     dtype: torch.dtype,
     device: torch.device,
     quantise: str | None,
-    family: ImageFamily,
+    held: set[str],
 ) -> None:
-    bytes_each = {"nf4": 0.6, "int8": 1.1}.get(quantise or "", dtype.itemsize)
+    """`held`: the components that will be quantised."""
+    bytes_each = LOADED_BYTES.get(quantise or "", dtype.itemsize)
     needs = 0.0
     for name, table in tables.items():
-        needs += sum(t.elements for t in table) * (bytes_each if name == family.denoiser else dtype.itemsize)
+        needs += sum(t.elements for t in table) * (bytes_each if name in held else dtype.itemsize)
     check_memory(path, int(needs), dtype, device)
 
 

@@ -1,0 +1,105 @@
+"""The smallest card that an image base trains on, by its plan, and the settings that make it so.
+
+    smallest_card(base_config("flux.1-dev"), side=1024)      the card, the settings, what smaller ones lack
+
+One picture at a time, text encoders and VAE freed once everything is cached. A card has to hold the run twice: while it
+trains, and before that, while the whole base is loaded and pictures and captions are encoded. Settings are tried from
+those that cost least time; which GPU stands for a size of memory is in CARDS.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from veneer.models.config import LOADED_BYTES
+from veneer.plan.fit import usable_memory
+from veneer.plan.image import ImageCounts, ImageLoad, image_counts, image_memory
+from veneer.plan.memory import CUDA_CONTEXT, dtype_bytes
+from veneer.plan.tables import Device, device_named
+
+CARDS = {
+    8: "rtx-4060-8gb", 10: "rtx-3080-10gb", 12: "rtx-4070-12gb", 16: "rtx-4080-16gb", 24: "rtx-4090-24gb",
+    32: "rtx-5090-32gb", 48: "rtx-a6000-48gb", 80: "h100-80gb", 141: "h200-141gb",
+}  # fmt: skip
+"""Gigabytes as cards are sold -> a GPU of the table that has them."""
+_LARGE = 10**9
+"""Parameters from which a text encoder is quantised with the denoiser: T5-XXL and language models, not CLIP."""
+_VAE_VALUES = 4 * 128
+"""Values a pixel that encoding a picture holds at once: some layers of the VAE's 128 channels at full size; assumed."""
+
+
+@dataclass(frozen=True)
+class CardFit:
+    """`settings`: keys of a configuration with their values; `training`, `loading`: bytes at the peak of either, of
+    `room` that may be taken. `lacking`: the next smaller card, and the bytes that the most frugal settings need."""
+
+    card: int
+    device: Device
+    load: ImageLoad
+    settings: tuple[str, ...]
+    training: int
+    loading: int
+    room: int
+    lacking: tuple[int, int] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, in gigabytes as cards are sold and in bytes."""
+        smaller = None if self.lacking is None else {"card_gb": self.lacking[0], "needs_bytes": self.lacking[1]}
+        return {
+            "card_gb": self.card, "gpu": self.device.name, "settings": list(self.settings),
+            "training_bytes": self.training, "loading_bytes": self.loading, "room_bytes": self.room,
+            "next_smaller": smaller,
+        }  # fmt: skip
+
+
+def image_settings(load: ImageLoad, offload: bool) -> Iterator[tuple[ImageLoad, tuple[str, ...]]]:
+    """Ways to train the same pictures in less and less memory, the faster ones first, with the keys that say them.
+    `offload`: whether blocks may wait on the CPU."""
+    kinds = (None, "int8", "nf4")
+    ways: list[tuple[str | None, bool, float]] = [(kind, again, 0.0) for kind in kinds for again in (False, True)]
+    ways += [(kind, True, share) for kind in kinds for share in (0.25, 0.5, 0.75, 0.9) if offload]
+    for rank in sorted({load.rank, min(load.rank, 4)}, reverse=True):
+        for kind, again, share in ways:
+            said = [f"base.quantise={kind}"] if kind else []
+            said += ["memory.activation_checkpointing=on"] if again else []
+            said += [f"memory.offload_blocks={share:.0%} of the blocks"] if share else []
+            said += [f"adapter.rank={rank}"] if rank != load.rank else []
+            yield replace(load, rank=rank, quantise=kind, checkpointing=again, offload=share), tuple(said)
+
+
+def loaded_bytes(counts: ImageCounts, config: Mapping[str, Any], load: ImageLoad) -> int:
+    """Bytes of a card while the base is loaded whole and one picture is encoded: what loading refuses to begin without,
+    the encoder of the VAE at work, and CUDA's own."""
+    e = dtype_bytes(load.dtype)
+    each = LOADED_BYTES.get(load.quantise or "", e)
+    encoders = (config.get("encoders") or {}).values()
+    held = each * counts.parameters + sum(n * (each if n >= _LARGE else e) for n in encoders)
+    held += e * (int(config.get("vae") or 0) + _VAE_VALUES * load.height * load.width)
+    return round(held) + CUDA_CONTEXT
+
+
+def smallest_card(
+    config: Mapping[str, Any], *, side: int = 1024, rank: int = 16, targets: str = "attention"
+) -> CardFit | None:
+    """The smallest of CARDS that trains this base on pictures of `side` squared, one at a time; None where none does.
+    `config`: of the denoiser, see `image_counts`, whose errors it raises."""
+
+    @functools.cache
+    def counts(rank: int) -> ImageCounts:
+        return image_counts(config, height=side, width=side, rank=rank, targets=targets)
+
+    lacking: tuple[int, int] | None = None
+    for card, name in CARDS.items():
+        device = device_named(name)
+        room, least = usable_memory(device), 0
+        for load, settings in image_settings(ImageLoad(1, side, side, rank=rank, targets=targets), offload=True):
+            own = counts(load.rank)
+            training, loading = image_memory(own, load, device).peak, loaded_bytes(own, config, load)
+            if max(training, loading) <= room:
+                return CardFit(card, device, load, settings, training, loading, room, lacking)
+            least = min(least or training + loading, max(training, loading))
+        lacking = card, least
+    return None
