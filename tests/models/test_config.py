@@ -152,11 +152,11 @@ def test_a_file_that_is_no_object_is_named(text: str, tmp_path: Path, capsys: py
 
 
 def test_a_u_net_of_another_base_is_told_from_a_broken_one(tmp_path: Path) -> None:
-    other = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768, "attention_head_dim": 8}
-    with pytest.raises(ConfigError, match="not SDXL's"):
+    other = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768, "addition_embed_type": "image"}
+    with pytest.raises(ConfigError, match=r"neither SD1\.5's nor SDXL's"):
         planned(other)
-    with pytest.raises(ConfigError, match="does not know the model 'SD3Transformer2DModel'"):
-        planned({"_class_name": "SD3Transformer2DModel"})
+    with pytest.raises(ConfigError, match="does not know the model 'PixArtTransformer2DModel'"):
+        planned({"_class_name": "PixArtTransformer2DModel"})
 
 
 def test_what_is_missing_is_named() -> None:

@@ -75,6 +75,12 @@ def test_what_is_kept_is_what_was_counted(word: str, name: str, size: int) -> No
 
 
 LARGER: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
+    "UNet2DConditionModel": (
+        {"block_out_channels": (64, 128, 128, 128), "layers_per_block": 1, "cross_attention_dim": 64,
+         "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "attention_head_dim": 8,
+         "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, "norm_num_groups": 8, "in_channels": 4},
+        (64, 4),
+    ),
     "SD3Transformer2DModel": (
         {"sample_size": 32, "num_layers": 4, "attention_head_dim": 32, "num_attention_heads": 8,
          "joint_attention_dim": 64, "caption_projection_dim": 256, "pooled_projection_dim": 64,
@@ -105,6 +111,8 @@ def test_what_diffusers_own_attention_keeps_is_what_was_counted(kind: str, word:
     def forward() -> torch.Tensor:
         if kind.startswith("ZImage"):
             made = torch.stack(model(list(x[:, :, None].unbind()), t, list(embeds.unbind()), return_dict=False)[0])
+        elif kind.startswith("UNet"):
+            made = model(x, t, embeds, return_dict=False)[0]
         else:
             pooled = torch.randn(n, 64).bfloat16()
             made = model(x, embeds, pooled, t * 1000, return_dict=False)[0]

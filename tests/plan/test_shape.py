@@ -73,8 +73,8 @@ def test_every_image_base_of_the_table_counts_what_diffusers_builds(name: str, w
 
     config = base_config(name)
     classes = {kind: denoiser for denoiser, kind in PLANNED_DENOISERS.items()}
-    own = {k: v for k, v in config.items() if k not in ("model_type", "encoders", "vae", "text_tokens")}
-    if config["model_type"] == "sdxl":
+    own = {k: v for k, v in config.items() if k not in ("model_type", "encoders", "vae", "text_tokens", "picture")}
+    if "projection_class_embeddings_input_dim" in config:
         own |= {"use_linear_projection": True, "addition_embed_type": "text_time"}
     with torch.device("meta"):
         model = getattr(diffusers, classes[config["model_type"]])(**own)

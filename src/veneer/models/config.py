@@ -29,7 +29,7 @@ PLANNED_DENOISERS = {
     "UNet2DConditionModel": "sdxl", "FluxTransformer2DModel": "flux", "Flux2Transformer2DModel": "flux2",
     "SD3Transformer2DModel": "sd3", "ZImageTransformer2DModel": "z-image",
 }  # fmt: skip
-"""diffusers' class -> what the plan's table calls it."""
+"""diffusers' class -> what the plan's table calls it; sdxl are the U-Nets, SD1.5's too."""
 
 LOADED_BYTES = {"nf4": 0.6, "int8": 1.1}
 """Bytes that a weight of an image base is taken to need where it is quantised while it is read: with its constants, and
@@ -143,14 +143,17 @@ class _Check:
         if kind != "sdxl":
             self.size("attention_head_dim")
             return
-        if "model_type" not in self.fields and get("addition_embed_type") != "text_time":
+        if "model_type" not in self.fields and get("addition_embed_type") not in ("text_time", None):
             raise ConfigError(
-                "this U-Net is not SDXL's, and of U-Nets that one alone can be planned", where=self.where,
+                "this U-Net is neither SD1.5's nor SDXL's, and of U-Nets those alone can be planned", where=self.where,
                 fix="--base sdxl, flux.1-dev, or another of `veneer plan --list`",
             )  # fmt: skip
         widths = get("block_out_channels")
         self.list_of("block_out_channels", int, "a width for each level, as [320, 640, 1280]", least=1, some=True)
         for key, kind_of_it, example in _LEVELS:
+            if kind_of_it is int and isinstance(get(key), int):  # one for all levels, as SD1.5 has it
+                self.size(key)
+                continue
             self.list_of(key, kind_of_it, f"a value for each level, as {example}", some=True)
             if widths is not None and key in self.fields and len(self.fields[key]) != len(widths):
                 self.refuse(key, f"a value for each of the {len(widths)} widths of block_out_channels")

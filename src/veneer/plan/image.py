@@ -3,8 +3,8 @@
     counts = image_counts(config, height=1024, width=1024, rank=16)      parameters, pairs, kept values, operations
     image_memory(counts, load, device)                                   bytes by part
 
-SDXL's UNet, FLUX.1, FLUX.2, SD3 and Z-Image, from the fields of their config.json. What is kept for the backward pass
-is what the functions of ops save on the CPU, and torch's on CUDA; nothing is kept before the first pair.
+SD1.5's and SDXL's UNets, FLUX.1, FLUX.2, SD3 and Z-Image, from the fields of their config.json. What is kept for the
+backward pass is what the functions of ops save on the CPU, and torch's on CUDA; nothing is kept before the first pair.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def image_counts(
     except KeyError as error:
         raise ConfigError(
             f"the config of this {kind} denoiser has no {error.args[0]!r}",
-            fix="give the whole config.json; of U-Nets those of SDXL can be planned",
+            fix="give the whole config.json; of U-Nets those of SD1.5 and SDXL can be planned",
         ) from None
     return c
 
@@ -398,22 +398,25 @@ def _z_image(counts: ImageCounts, config: Config, height: int, width: int, text:
 # -- SDXL --------------------------------------------------------------------------------------------------------------
 
 
-def _sdxl(counts: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
+def _unet(counts: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
     widths = list(config["block_out_channels"])
-    depth = list(config["transformer_layers_per_block"])
-    heads = list(config["attention_head_dim"])  # SDXL's name for the number of heads
+    depth = _levels(config.get("transformer_layers_per_block", 1), widths)
+    heads = _levels(config["attention_head_dim"], widths)  # the U-Nets' name for the number of heads
     cross, per = config["cross_attention_dim"], config["layers_per_block"]
     first, last = widths[0], len(widths) - 1
     time = 4 * first
     place = [_places(config, height, width, 1 << i) for i in range(len(widths))]
     attends = ["CrossAttn" in kind for kind in config["down_block_types"]]
     counts.conv(place[0], config["in_channels"], first)
-    for inputs in (first, config["projection_class_embeddings_input_dim"]):
+    pooled = config.get("projection_class_embeddings_input_dim")
+    for inputs in (first, *([pooled] if pooled else [])):
         counts.linear("embedder", 1, inputs, time)
         counts.linear("embedder", 1, time, time)
 
     def transformer(level: int) -> None:
         _transformer(counts, place[level], widths[level], cross, heads[level], depth[level], text)
+        if "transformer_layers_per_block" not in config:  # SD1.5's projections around it are 1 × 1 convolutions
+            counts.keep(2 * place[level] * widths[level])
 
     skips = [(first, counts.learned)]
     at = first
@@ -444,6 +447,11 @@ def _sdxl(counts: ImageCounts, config: Config, height: int, width: int, text: in
     counts.small(2 * first)
     counts.keep(place[0] * 2 * first)
     counts.conv(place[0], first, config["in_channels"], new=False)
+
+
+def _levels(value: Any, widths: list[int]) -> list[int]:
+    """A value for each level, where a config may have one for all."""
+    return list(value) if isinstance(value, list | tuple) else [value] * len(widths)
 
 
 def _resnet(counts: ImageCounts, n: int, a: int, b: int, time: int, dead: int = 0) -> None:
@@ -487,7 +495,7 @@ def _transformer(counts: ImageCounts, n: int, d: int, cross: int, heads: int, de
 
 
 IMAGE_FAMILIES: dict[str, Callable[[ImageCounts, Config, int, int, int], None]] = {
-    "flux": _flux, "flux2": _flux2, "sd3": _sd3, "sdxl": _sdxl, "z-image": _z_image
+    "flux": _flux, "flux2": _flux2, "sd3": _sd3, "sdxl": _unet, "z-image": _z_image
 }  # fmt: skip
 _TEXT_TOKENS = {"sdxl": 77, "sd3": 77 + 256}
 """Tokens of a caption that the denoiser attends to at most, where it is not 512."""
