@@ -76,7 +76,7 @@ def loaded_bytes(counts: ImageCounts, config: Mapping[str, Any], load: ImageLoad
     e = dtype_bytes(load.dtype)
     each = LOADED_BYTES.get(load.quantise or "", e)
     encoders = (config.get("encoders") or {}).values()
-    held = each * (counts.parameters + counts.buffers) + sum(n * (each if n >= _LARGE else e) for n in encoders)
+    held: float = each * (counts.parameters + counts.buffers) + sum(n * (each if n >= _LARGE else e) for n in encoders)
     held += e * (int(config.get("vae") or 0) + _VAE_VALUES * load.height * load.width)
     return round(held) + CUDA_CONTEXT
 
