@@ -183,13 +183,15 @@ def test_qwen_image(prefix: str) -> None:
     assert_same(ours(layout.tensors), peer("QwenImageLoraLoaderMixin", layout.tensors), 1e-6)
 
 
-@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model."])
-def test_z_image(prefix: str) -> None:
-    """Split projections; the fused qkv of the original diffusers reads only with `lora.down`."""
-    if prefix == "lora_unet_":
-        layout = kohya("z-image", original=False, only="layers.")
+@pytest.mark.parametrize("written", ["musubi-tuner", "kohya, original attention", "ai-toolkit"])
+def test_z_image(written: str) -> None:
+    """Layers, both refiners and what lies outside them; diffusers reads the original's fused qkv under flat names."""
+    if written == "ai-toolkit":
+        layout = dotted("z-image", "diffusion_model.", original=False, naming="peft")
+    elif written == "musubi-tuner":
+        layout = kohya("z-image", original=False)
     else:
-        layout = dotted("z-image", prefix, original=False, naming="peft")
+        layout = kohya("z-image", original=True, only="attention")
     assert_same(ours(layout.tensors), peer("ZImageLoraLoaderMixin", layout.tensors), 1e-6)
 
 

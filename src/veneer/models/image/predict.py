@@ -62,9 +62,11 @@ class Conditioning:
         return replace(self._each(lambda t: moved(t).to(dtype=dtype)), mask=mask)
 
     def unpadded(self) -> list[Tensor]:
-        """The embeddings of each prompt without padding, (L_i, d)."""
-        masks = [None] * len(self) if self.mask is None else self.mask.bool().unbind()
-        return [row if mask is None else row[mask] for row, mask in zip(self.embeds, masks, strict=True)]
+        """The embeddings of each prompt without the padding behind them, (L_i, d)."""
+        if self.mask is None:
+            return list(self.embeds.unbind())
+        lengths = self.mask.sum(1).tolist()  # the host waits once, not for each prompt
+        return [row[:length] for row, length in zip(self.embeds, lengths, strict=True)]
 
     def detach(self) -> Conditioning:
         return self._each(lambda t: t.detach())
