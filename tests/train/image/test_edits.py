@@ -201,3 +201,22 @@ def test_the_plan_counts_the_tokens_of_what_is_before() -> None:
     assert pair.kept == wide.kept  # as of one picture twice as wide
     assert pair.products == wide.products
     assert pair.attention == wide.attention > 1.5 * alone.attention
+
+
+@pytest.mark.parametrize("family", ["flux2", "klein"])
+def test_flux2_learns_and_draws_from_several_references(family: str, shared: Path, pairs: Path, tmp_path: Path) -> None:
+    starts = [tmp_path / "scenes", tmp_path / "products"]
+    for folder in starts:
+        drawings(folder)
+    captions = drawings(tmp_path / "after")
+    seen: list[Event] = []
+    result = run(
+        shared, tmp_path / "out", family, on_event=seen.append, adapter={"dropout": 0.0, "targets": "all-linear"},
+        data={"pictures": str(captions), "before": [str(folder) for folder in starts]}, schedule={"steps": 1},
+        optimizer={"learning_rate": 0.05},
+        samples={"prompts": ["sks"], "before": [str(starts[0] / "0.png")], "steps": 1, "size": 64},
+    )  # fmt: skip
+    assert result.validation != result.validation_before
+    said = "\n".join(e.text for e in seen if isinstance(e, Note))
+    assert "read back and compared: predictions equal" in said
+    assert len(result.samples) == 1
