@@ -58,7 +58,7 @@ class ImageLoad:
     offload: float = 0.0
     targets: str = "attention"
     stays: bool = False
-    references: int = 0
+    references: float = 0
     before: int = 0
     form: PairForm = PAIRS
 

@@ -193,6 +193,7 @@ def text_plan(
 def image_plan(
     base: str, config: Mapping[str, Any], load: ImageLoad, device: Device, rates: Rates, job: TrainingJob, *,
     process: int | None = None, room: int | None = None, text_tokens: int | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Plan:  # fmt: skip
     """The plan of a run on pictures: `job.rows` of them. `config`: of the denoiser, see `image_counts`."""
     limit = usable_memory(device) if room is None else room
@@ -229,6 +230,7 @@ def image_plan(
         text = f"text encoders and VAE take {c.encoders * dtype_bytes(load.dtype) / 1e9:.1f} GB while pictures and "
         text += f"captions are encoded, before step one; with the whole denoiser beside them {encoding / 1e9:.1f} GB"
         facts.append(("note", text))
+    facts += [("note", note) for note in notes]
     return Plan(
         base, c.parameters, c.trainable, device, job, memory, peak, limit, changes, planned,
         planned_memory, seconds, rates, tuple(facts),

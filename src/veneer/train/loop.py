@@ -13,6 +13,7 @@ devices share the work.
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 import time
@@ -106,6 +107,13 @@ class LazySteps(Sequence[Step]):
             self._starts.append(self._starts[-1] + len(planned))
         self._count = self._starts[-1] if steps is None else min(steps, self._starts[-1])
         self.ends = [end for end in self._starts[1:] if end <= self._count]
+
+    def mapped(self, change: Callable[[Step], Step]) -> LazySteps:
+        """The same steps, each changed when it is planned."""
+        out = copy.copy(self)
+        plan = self._plan
+        out._plan = lru_cache(maxsize=1)(lambda epoch: [change(step) for step in plan(epoch)])
+        return out
 
     def __len__(self) -> int:
         return self._count

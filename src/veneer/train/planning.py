@@ -195,6 +195,9 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
     from veneer.train.image.pictures import count_pictures
 
     before = len(config.data.before_folders)
+    slider = config.slider.wanted
+    if slider:
+        rows = config.slider.scenes
     if rows is None:
         try:
             rows, before = count_pictures(config.data)
@@ -207,15 +210,20 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
     dtype = config.base.dtype if config.base.dtype != "auto" else "bfloat16"
     rates, process = rates_here(device, dtype)
     words = config.adapter.targets if isinstance(config.adapter.targets, str) else "attention"
+    # A slider's pictures are learned at both signs; the three forwards of the base alone are for both.
+    signs, references = (2, 1.5) if slider else (1, 0 if config.loss.keep_guidance is None else 2)
     load = ImageLoad(
-        at_once, side, side, -(-batch // at_once), config.adapter.rank,
+        at_once, side, side, signs * -(-batch // at_once), config.adapter.rank,
         dtype, config.base.quantise,
         config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0, targets=words,
-        references=0 if config.loss.keep_guidance is None else 2, before=before,
-        form=PairForm.of(config.adapter.spec()),
+        references=references, before=before, form=PairForm.of(config.adapter.spec()),
     )  # fmt: skip
-    job = TrainingJob(rows, 1.0, float(config.schedule.epochs or 1), batch, config.steps)
-    return image_plan(config.base.name, found, load, device, rates, job, process=process)
+    job = TrainingJob(rows, 1.0, signs * float(config.schedule.epochs or 1), signs * batch, config.steps)
+    text = (
+        f"a slider: {rows} scenes that the base draws first, learned at both signs, three forwards of the base for both"
+    )
+    notes = (text,) if slider else ()
+    return image_plan(config.base.name, found, load, device, rates, job, process=process, notes=notes)
 
 
 def base_fields(file: Path, overrides: Iterable[str]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
 
 def image_problems(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
     """What a configuration for pictures cannot mean. `given`: without what a preset has filled in."""
-    yield from _pictures(config)
+    yield from (_slider(config, given) if config.slider.wanted else _pictures(config))
     yield from _loss_and_samples(config, given)
     yield from _memory_and_output(config)
     yield from _kind(config)
@@ -116,7 +116,7 @@ def _kind(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
 def _pictures(config: ImageTrainConfig) -> Iterator[str]:
     data = config.data
     if not data.folders:
-        yield "`data.pictures` is an empty list: name at least one folder"
+        yield "`data.pictures` is required: name at least one folder of pictures, or a slider's two prompts"
     yield from _held_out(config, "pictures")
     if data.class_count > 0 and data.class_prompt is None:
         yield (
@@ -129,6 +129,37 @@ def _pictures(config: ImageTrainConfig) -> Iterator[str]:
         )
 
 
+_OF_SLIDERS = ("resolution", "cache")
+"""Keys of `data` that a slider uses."""
+
+
+def _slider(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
+    """A slider's prompts, and what is of pictures alone."""
+    slider = config.slider
+    for key, other in (("positive", "negative"), ("negative", "positive")):
+        if getattr(slider, key) is None:
+            yield f"`slider.{key}` is required beside `slider.{other}`: a direction has two ends"
+    ends = [" ".join((end or "").lower().split()) for end in (slider.positive, slider.negative)]
+    if None not in (slider.positive, slider.negative) and ends[0] == ends[1]:
+        yield (
+            f"`slider.positive` and `slider.negative` say the same ({slider.positive!r}), so there is no direction "
+            "between them: say in one what more of it looks like, in the other what less of it does"
+        )
+    if not slider.strengths:
+        yield "`slider.strengths` is empty: give at least one, as [-1, 0, 1]"
+    if not isinstance(config.data.resolution, int | None):
+        yield "`data.resolution` is one number for a slider: the base draws its scenes in that size"
+    own = {f"data.{key}" for key in _OF_SLIDERS}
+    idle = sorted(key for key in given if key.startswith("data.") and key not in own)
+    if idle:
+        yield f"{', '.join(f'`{key}`' for key in idle)}: a slider learns from no pictures; leave it out"
+    for key in ("loss.guidance", "loss.keep_guidance", "evaluation.patience", "preset"):
+        if key in given:
+            yield f"`{key}` is for pictures that are learned, and a slider learns from none; leave it out"
+    if config.adapter.text_encoders:
+        yield "`adapter.text_encoders` beside a slider: its direction is of the denoiser alone; leave it out"
+
+
 def _loss_and_samples(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
     loss, samples = config.loss, config.samples
     normal = [key for key in ("loss.logit_mean", "loss.logit_std") if key in given]
@@ -138,7 +169,8 @@ def _loss_and_samples(config: ImageTrainConfig, given: Collection[str]) -> Itera
         yield "`loss.pyramid_discount` needs `loss.pyramid_iterations`"
     if isinstance(loss.shift, float) and loss.shift <= 0:
         yield f"`loss.shift: {loss.shift}` should be above 0, auto or resolution"
-    if samples.every is not None and not samples.prompts:
+    named = samples.prompts or config.slider.target  # what a slider moves is its prompt, where there is no other
+    if samples.every is not None and not named:
         yield "`samples.every` needs `samples.prompts`: what to draw"
     if samples.before and len(samples.before) not in (1, len(samples.prompts)):
         yield f"`samples.before`: {len(samples.before)} pictures for {len(samples.prompts)} prompts; give 1, or as many"
@@ -161,6 +193,9 @@ def _memory_and_output(config: ImageTrainConfig) -> Iterator[str]:
         yield f"`output.name: {output.name}` is a file's name, without folders"
 
 
+_SLIDER_KEYS = ("target", "preserve", "guidance", "scenes", "strengths")
+
+
 def _idle(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
     """Keys that somebody wrote and that do nothing, with what each needs."""
     data = config.data
@@ -173,6 +208,9 @@ def _idle(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
         "data.mask_floor": (data.masks != "off", "`data.masks` other than off"),
         "data.bucket_ratio": (data.buckets, "`data.buckets`"),
         "data.before_kind": (data.before != "off", "`data.before` other than off"),
+    }
+    needs |= {
+        f"slider.{key}": (config.slider.wanted, "`slider.positive` and `slider.negative`") for key in _SLIDER_KEYS
     }
     for key, (used, what) in needs.items():
         if key in given and not used:

@@ -1,4 +1,5 @@
-"""What a training configuration for pictures holds, and the presets. A configuration with `data.pictures` is one.
+"""What a training configuration for pictures holds, and the presets. A configuration with `data.pictures`, or
+with `slider`, is one.
 
 The sections that text has too are the same classes; what differs is below, with the reason for each default.
 `docs/reference/image-config.md` is made from this file. Does not know files, overrides, models or torch.
@@ -57,7 +58,9 @@ class ImageDataSection(Section):
     """Which pictures are learned, what is said of each, how they are cut, and which are held out."""
 
     pictures: str | tuple[str, ...] = setting(
-        ..., "folders of pictures, with captions beside them, a metadata.jsonl, or kohya's `N_words` folders"
+        (),
+        "folders of pictures, with captions beside them, a metadata.jsonl, or kohya's `N_words` folders; a slider "
+        "alone has none",
     )
     validation: str | None = setting(None, "a folder of pictures that are never trained on, read the same way")
     prompt: str | None = setting(None, "the caption of every picture that has none of its own")
@@ -373,8 +376,39 @@ class ImageOutputSection(OutputSection):
     licence: str = setting("", "licence in the file's metadata, as an SPDX id")
 
 
+class SliderSection(Section):
+    """A slider: a direction between two prompts, learned without pictures; the adapter's strength moves along it.
+
+    Of `data` only `resolution` and `cache` are used then."""
+
+    positive: str | None = setting(None, "what a strength of 1 moves towards, as: a very old person")
+    negative: str | None = setting(None, "what a strength of -1 moves towards, as: a very young person")
+    target: str = setting("", "the neutral prompt that is moved, as: a person", "whatever is drawn without a prompt")
+    preserve: tuple[str, ...] = setting(
+        (), "what the direction should not bring along: each is added to both prompts in turn, as [man, woman]"
+    )
+    guidance: float = setting(
+        3.0,
+        "how many times the difference of the two predictions a strength of 1 goes",
+        "ai-toolkit's; the paper's code has 4",
+        gt=0,
+    )
+    scenes: int = setting(
+        24,
+        "pictures that the base draws first, of the three prompts in turn: where the direction is learned",
+        "8 of each",
+        gt=0,
+    )
+    strengths: tuple[float, ...] = setting((-2.0, -1.0, 0.0, 1.0, 2.0), "columns of the sample sheets")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the run is of a slider."""
+        return self.positive is not None or self.negative is not None
+
+
 class ImageTrainConfig(Section):
-    """All of it. `base.name`, `data.pictures` and `output.directory` must be given."""
+    """All of it. `base.name`, `data.pictures` (or a slider's two prompts) and `output.directory` must be given."""
 
     base: ImageBaseSection
     data: ImageDataSection
@@ -389,6 +423,7 @@ class ImageTrainConfig(Section):
     ema: EmaSection = EmaSection()
     checkpoint: CheckpointSection = CheckpointSection()
     memory: ImageMemorySection = ImageMemorySection()
+    slider: SliderSection = SliderSection()
     preset: Literal["style", "subject", "product"] | None = setting(
         None, "settings for a kind of adapter, with their evidence; keys that are given win"
     )
@@ -410,6 +445,8 @@ class ImageTrainConfig(Section):
         recipe["data"] = {k: _file_names(v) for k, v in recipe["data"].items()}
         recipe["samples"]["before"] = _file_names(recipe["samples"]["before"])
         recipe["base"]["name"] = file_name(recipe["base"]["name"])
+        if not self.slider.wanted:
+            del recipe["slider"]
         return recipe
 
 

@@ -5,9 +5,9 @@
     sources["optimizer.learning_rate"]      override `optimizer.learning_rate=5e-4`
     sources["adapter.rank"]                 default (enough for thousands of rows; 2 x alpha keeps the scale at 2)
 
-A configuration with `data.pictures` is one for pictures (ImageTrainConfig), any other one for text (TrainConfig). A
-misspelt key, a value of the wrong kind and an impossible combination are one ConfigError that lists them all. Paths in
-the file are relative to the file's folder, paths in overrides to the current folder.
+A configuration with `data.pictures` or `slider` is one for pictures (ImageTrainConfig), any other for text
+(TrainConfig). A misspelt key, a value of the wrong kind and an impossible combination are one ConfigError that lists
+them all. Paths in the file are relative to the file's folder, paths in overrides to the current folder.
 
 YAML is read as people expect it, which differs from PyYAML's rules (YAML 1.1) where those surprise: `5e-4` is a number,
 only `true` and `false` are booleans (`on`, `off`, `yes`, `no` are text), `1:30` and dates are text, and a key that is
@@ -153,10 +153,10 @@ def config_from(
 
 
 def _kind_of(values: Mapping[str, Any], overrides: Iterable[str]) -> _Kind:
-    """Pictures where `data.pictures` is given, text elsewhere."""
+    """Pictures where `data.pictures` or `slider` is given, text elsewhere."""
     data = values.get("data")
-    named = isinstance(data, Mapping) and "pictures" in data
-    return _IMAGE if named or any(o.startswith("data.pictures=") for o in overrides) else _TEXT
+    named = (isinstance(data, Mapping) and "pictures" in data) or "slider" in values
+    return _IMAGE if named or any(o.startswith(("data.pictures=", "slider.")) for o in overrides) else _TEXT
 
 
 def _preset(raw: dict[str, Any], given: dict[str, SettingSource]) -> None:

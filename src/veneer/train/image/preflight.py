@@ -114,7 +114,8 @@ def image_preflight(
         largest_micro=config.batching.micro_rows or min(rows, own) * (2 if config.data.class_prompt else 1),
         unit="pictures", micros=[len(step.micros) for step in data.steps], devices=devices,
     )  # fmt: skip
-    findings = check_pictures(data.learned, data.about, data.plan, config.data)
+    slider = config.slider.wanted  # whose pictures are the base's own
+    findings = list(_direction(config)) if slider else check_pictures(data.learned, data.about, data.plan, config.data)
     if data.held:
         findings += check_held_out(data.learned, data.held)
     for check in (_targets, learning_rate, shared_out, precision, _loss, _devices, where_it_goes):
@@ -241,6 +242,13 @@ def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
 
 def _short(text: str, most: int = 40) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _direction(config: ImageTrainConfig) -> Iterator[Finding]:
+    slider = config.slider
+    kept = f", and is not to bring {', '.join(slider.preserve)} along" if slider.preserve else ""
+    text = f"slider: strength moves `{slider.target}` from `{slider.negative}` to `{slider.positive}`{kept}"
+    yield Finding("ok", "slider", f"{text}; {slider.scenes} scenes of the base's own, no pictures")
 
 
 def _preset(config: ImageTrainConfig, sources: Mapping[str, Any]) -> Iterator[Finding]:

@@ -52,17 +52,19 @@ def training_layers(base: ImageBase, on: bool) -> Iterator[None]:
 
 
 def draw_samples(base: ImageBase, attachment: Attachment, config: ImageTrainConfig) -> list[list[Image]]:
-    """prompts x seeds, with the adapter that trains."""
+    """prompts x seeds, with the adapter that trains; of a slider prompts and seeds x its strengths."""
     samples = config.samples
-    mix = ((NAME, 1.0),)
-    plan = MixPlan(mix, ((0.0, mix),))
+    strengths = config.slider.strengths if config.slider.wanted else (1.0,)
+    plans = [MixPlan(mix, ((0.0, mix),)) for s in strengths for mix in [((NAME, s),) if s else ()]]
     starts = _starts(base, config)
     rows = [
         ImageRow(prompt, samples.negative, seed, plan, references=shown)
         for prompt, shown in zip(samples.prompts, starts, strict=True)
         for seed in samples.seeds
+        for plan in plans
     ]
-    return _drawn(base, attachment, config, rows, len(samples.seeds), samples.steps)
+    wide = len(plans) if config.slider.wanted else len(samples.seeds)
+    return draw_rows(base, attachment, config, rows, wide, samples.steps)
 
 
 def _starts(base: ImageBase, config: ImageTrainConfig) -> list[tuple[Image, ...]]:
@@ -82,7 +84,7 @@ def _starts(base: ImageBase, config: ImageTrainConfig) -> list[tuple[Image, ...]
     return (out * len(samples.prompts) if len(out) == 1 else out) or [()] * len(samples.prompts)
 
 
-def _drawn(
+def draw_rows(
     base: ImageBase,
     attachment: Attachment | None,
     config: ImageTrainConfig,
@@ -90,6 +92,7 @@ def _drawn(
     wide: int,
     steps: int,
 ) -> list[list[Image]]:
+    """A picture of each row, in lines of `wide`."""
     size = config.samples.size
     settings = PictureSettings(width=size, height=size, steps=steps, guidance=config.samples.guidance)
     before = checkpoint.rng_state()
@@ -105,12 +108,17 @@ def _drawn(
 def sheet_of(
     cells: Sequence[Sequence[Image]], base: ImageBase, config: ImageTrainConfig, path: Path, title: str
 ) -> None:
-    """Writes the sheet of prompts by seeds, with what each edits before them."""
+    """Writes the sheet of prompts by seeds, or by a slider's strengths, with what each edits before them."""
     samples = config.samples
-    columns = [f"seed {seed}" for seed in samples.seeds]
-    if starts := [shown for shown in _starts(base, config) if shown]:
+    rows, columns = list(samples.prompts), [f"seed {seed}" for seed in samples.seeds]
+    starts = _starts(base, config)
+    if config.slider.wanted:
+        rows = [f"{prompt}, seed {seed}" for prompt in rows for seed in samples.seeds]
+        columns = [f"strength {strength:g}" for strength in config.slider.strengths]
+        starts = [shown for shown in starts for _ in samples.seeds]
+    if any(starts):
         columns, cells = ["before", *columns], [[*shown, *row] for shown, row in zip(starts, cells, strict=True)]
-    made = sheet(cells, rows=list(samples.prompts), columns=columns, title=title)
+    made = sheet(cells, rows=rows, columns=columns, title=title)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, [picture_bytes(made)])
 
@@ -152,6 +160,6 @@ def draw_class_pictures(base: ImageBase, config: ImageTrainConfig, folder: Path,
             if not (folder / f"class-{seed:05d}.png").exists():
                 rows.append(ImageRow(prompt, "", seed))
             seed += 1
-        for row, cells in zip(rows, _drawn(base, None, config, rows, 1, config.data.class_steps), strict=True):
+        for row, cells in zip(rows, draw_rows(base, None, config, rows, 1, config.data.class_steps), strict=True):
             atomic_write(folder / f"class-{row.seed:05d}.png", [picture_bytes(cells[0])])
         missing -= len(rows)

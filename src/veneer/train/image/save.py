@@ -76,7 +76,7 @@ def save_image_adapter(
     if base.prediction in ("epsilon", "v"):
         said["prediction_type"] = base.prediction
     words = [config.data.trigger] if config.data.trigger else []
-    extra = {k: v for k, v in said.items() if v} | {"tag_frequency": _tags(data)}
+    extra = {k: v for k, v in said.items() if v} | {"tag_frequency": {} if config.slider.wanted else _tags(data)}
     card = replace(
         adapter.card,
         created=created,

@@ -61,6 +61,7 @@ from veneer.train.image.save import (
     prove_image_adapter,
     save_image_adapter,
 )
+from veneer.train.image.slider import SliderLoss, same_ends, signed, slider_config, with_scenes
 from veneer.train.image.views import plan_rows
 from veneer.train.loop import Score
 from veneer.train.optim import Ema
@@ -95,6 +96,7 @@ def run_images(
     Random generators, the base's modules and weights are as before afterwards, after any error too. Raises DataError
     for pictures that cannot be used, PreflightError before step one for what would go wrong, TrainingError for a loss
     that is not finite, Interrupted on Ctrl-C with the state saved, and what the base and checkpoints raise."""
+    config = slider_config(config) if config.slider.wanted else config
     with opened(
         config, unit="pictures", on_event=on_event, sources=sources, resume=resume, dry_run=dry_run, force=force
     ) as run:
@@ -130,8 +132,11 @@ class ImageTask(Task[ImageData, ImageResult]):
     own: bool = False
 
     def read(self, run: Run) -> ImageData:
-        """Pictures, those held out, the rows of an epoch, all steps, and how many class pictures are missing."""
+        """Pictures, those held out, the rows of an epoch, all steps, and how many class pictures are missing. Of a
+        slider the base's own scenes, which are drawn where they are missing."""
         config, base = self.config, self.base
+        if config.slider.wanted:
+            config = with_scenes(base, config, run)
         settings = config.data
         missing = 0
         if settings.class_count:
@@ -150,6 +155,7 @@ class ImageTask(Task[ImageData, ImageResult]):
             scored = validation_rows(rows, settings, config.evaluation.rows)
         encoders = Encoders(base, config, None if run.dry_run else self._cache(run))
         steps = plan_image_steps(plan.rows, config, encoders.batch, run.devices.count)
+        steps = signed(steps) if config.slider.wanted else steps
         return ImageData(pictures, held, about, plan, encoders, steps, scored, missing)
 
     def check(self, run: Run, data: ImageData, previous: Mapping[str, Any] | None) -> Report:
@@ -165,6 +171,8 @@ class ImageTask(Task[ImageData, ImageResult]):
             self.base, self.config, data, cut=cut, resume=run.resume, previous=previous, sources=run.sources,
             devices=run.devices.count,
         )  # fmt: skip
+        if self.config.slider.wanted and not report.stops:
+            report.add(*same_ends(self.config, data.encoders))
         if report.stops:
             run.say(report, self._settled(data, _Memory()))
             if run.dry_run and run.devices.first:
@@ -192,7 +200,7 @@ class ImageTask(Task[ImageData, ImageResult]):
             undo.enter_context(training_layers(base, True))
             if not config.memory.offload_blocks:  # the fast paths hold on to weights
                 run.note(undo.enter_context(fast_denoiser(base.denoiser)).summary())
-            loss = ImageLoss(base, config, data.encoders, bare=attachment.using)
+            loss = self.loss_of(data, attachment)
             memory = self._measured(run, data, loss, report, memory)
             run.say(report, self._settled(data, memory))
             report.raise_if_stopped()
@@ -201,6 +209,12 @@ class ImageTask(Task[ImageData, ImageResult]):
                 moved = undo.enter_context(offloading(base, config.memory.offload_blocks))
                 run.note(f"{moved / 1e9:.2f} GB of frozen weights wait on the CPU for their turn")
             yield AttachedPictures(config, base, run, data, attachment, loss, memory)
+
+    def loss_of(self, data: ImageData, attachment: Attachment) -> ImageLoss:
+        """What is minimised."""
+        if self.config.slider.wanted:
+            return SliderLoss(self.base, self.config, data.encoders, bare=attachment.using, attachment=attachment)
+        return ImageLoss(self.base, self.config, data.encoders, bare=attachment.using)
 
     def _cache(self, run: Run) -> Path:
         return Path(self.config.data.cache) if self.config.data.cache else run.folder / CACHE
@@ -354,6 +368,7 @@ class AttachedPictures(AttachedTask[ImageResult]):
         if config.samples.prompts:
             self.sample_at |= {total}
         self.tell, self.sheet = run.tell, ""
+        self.shown = -1 if config.slider.wanted else 0  # of a slider's line of strengths the last
         self.drawn: Image | None = None
 
     @property
@@ -453,7 +468,7 @@ class AttachedPictures(AttachedTask[ImageResult]):
         began = time.perf_counter()
         with self.ema.acting() if self.ema and step else nullcontext():
             cells = self._draw(self.config)
-        self.drawn = cells[0][0]
+        self.drawn = cells[0][self.shown]
         name = f"samples/step-{step:08d}.png"
         title = "the base, before training" if step == 0 else f"after step {step}"
         sheet_of(cells, self.base, self.config, self.run.folder / name, title)
@@ -473,5 +488,5 @@ class AttachedPictures(AttachedTask[ImageResult]):
             first = samples.model_copy(
                 update={"prompts": samples.prompts[:1], "seeds": samples.seeds[:1], "before": samples.before[:1]}
             )
-            drawn = self._draw(self.config.model_copy(update={"samples": first}))[0][0]
+            drawn = self._draw(self.config.model_copy(update={"samples": first}))[0][self.shown]
         return thumbnail(drawn)

@@ -117,10 +117,10 @@ def _going_on(s: TextSubject, start: Adapter) -> Iterator[Finding]:
     count, size = sum(t.numel() for _, t in start.tensors()), start.size_bytes()
     total = sum(p.numel() for p in s.base.model.parameters())
     s.numbers.update(pairs=len(start.pairs), base_parameters=total, trainable=count, adapter_bytes=size)
-    if start.deltas:
-        kinds = ", ".join(sorted({d.form for d in start.deltas.values()}))
+    if wrong := {d.form for d in start.deltas.values()} - {"hadamard", "kronecker"}:
+        kinds = ", ".join(sorted(wrong))
         text = f"adapter.start holds deltas that are not pairs ({kinds}), which cannot be trained"
-        yield Finding("stop", "targets", text, "go on from a LoRA adapter")
+        yield Finding("stop", "targets", text, "go on from a LoRA, LoHa or LoKr")
     text = (
         f"goes on from {s.config.adapter.start}: {len(start.pairs)} pairs; trainable: {share(count, total)} parameters"
     )

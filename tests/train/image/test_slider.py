@@ -1,0 +1,242 @@
+"""Sliders: the loss by the paper's formula, an effect that follows the strength, runs without pictures, bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.tiny_image_base import tiny_image_base
+from tests.train.tiny_pictures import drawings
+from veneer.core.attach import Attachment, attach
+from veneer.core.init import create
+from veneer.errors import ConfigError, Interrupted, PreflightError, TargetError
+from veneer.formats.read import read
+from veneer.models.image.base import ImageBase, load_image
+from veneer.models.image.predict import alphas_cumprod, embed_prompts, predict
+from veneer.plan.tables import device_named
+from veneer.train.config.image import ImageTrainConfig
+from veneer.train.config.load import config_from, load_config
+from veneer.train.events import Event, Note, Resolved, Stepped
+from veneer.train.image.batches import PlannedRow
+from veneer.train.image.encode import Encoders
+from veneer.train.image.loss import draw, noised
+from veneer.train.image.preflight import parts_of
+from veneer.train.image.save import ImageResult
+from veneer.train.image.slider import SignedBatch, SliderLoss
+from veneer.train.image.task import run_images
+from veneer.train.planning import plan_of_config
+from veneer.train.run import NAME
+
+ROOT = Path(__file__).resolve().parents[3]
+WORDS = {"positive": "a red house", "negative": "a blue house", "target": "a house"}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sliders")
+
+
+def settings(folder: Path, output: Path, family: str, **sections: Any) -> tuple[ImageTrainConfig, Any]:
+    values: dict[str, Any] = {
+        "base": str(tiny_image_base(folder, family)), "output": str(output), "adapter": {"rank": 4, "alpha": 4.0},
+        "slider": {**WORDS, "scenes": 4}, "optimizer": {"learning_rate": 3e-3}, "batching": {"rows": 2},
+        "schedule": {"steps": 4}, "samples": {"steps": 2}, "checkpoint": {"every": 2},
+        "data": {"cache": str(folder / f"cache-{family}")},
+    }  # fmt: skip
+    for section, value in sections.items():
+        held = values.get(section, {})
+        values[section] = {**held, **value} if isinstance(value, dict) and isinstance(held, dict) else value
+    config, sources = config_from(values)
+    assert isinstance(config, ImageTrainConfig)
+    return config, sources
+
+
+def run(folder: Path, output: Path, family: str, *, on_event: Any = None, **given: Any) -> ImageResult:
+    options = {key: given.pop(key) for key in ("resume", "dry_run", "base") if key in given}
+    config, sources = settings(folder, output, family, **given)
+    return run_images(config, on_event=on_event or (lambda event: None), sources=sources, **options)
+
+
+def attached(base: ImageBase, config: ImageTrainConfig, attachment: Attachment, amount: float = 0.1) -> None:
+    """An adapter as if trained."""
+    name = base.row.denoiser
+    module, spec = parts_of(base, config)[name]
+    g = torch.Generator().manual_seed(5)
+    made = create(module, spec, seed=0).mapped(lambda t: t + amount * torch.randn(t.shape, generator=g))
+    attachment.add(NAME, made.renamed(lambda n: f"{name}.{n}"), trainable=True)
+
+
+@pytest.mark.parametrize("preserve", [(), ("tall", "flat")])
+@pytest.mark.parametrize("family", ["flux1", "sdxl"])
+def test_the_loss_is_the_papers(shared: Path, family: str, preserve: tuple[str, ...]) -> None:
+    """Each row by itself: ‖ε_θ(x_t, c) − ε(x_t, c) ∓ η·(ε(x_t, (c₊, p)) − ε(x_t, (c₋, p)))‖², arXiv 2311.12092, eq. 8,
+    with one p of those that are to be preserved."""
+    config, _ = settings(shared, shared / "unused", family, slider={"guidance": 2.5, "preserve": list(preserve)})
+    base = load_image(config.base.name)
+    view: Any = None
+    rows = [PlannedRow(view, view, "", 1.0, (0, 1, i)) for i in range(6)]
+    g = torch.Generator().manual_seed(1)
+    latents = torch.randn(6, base.part("vae").config.latent_channels, 4, 4, generator=g)
+    sizes, used = torch.tensor([[32.0, 32, 0, 0, 32, 32]]), set()
+    alphas = None if base.prediction == "flow" else alphas_cumprod(base).cpu()
+    with attach(base.model) as attachment:
+        attached(base, config, attachment)
+        loss = SliderLoss(base, config, Encoders(base, config, None), bare=attachment.using, attachment=attachment)
+        for i, row in enumerate(rows):
+            noise, time = draw(latents.shape[1:], [row.key], base.prediction, loss.times, loss.noise)
+            x = noised(latents[i : i + 1], noise, time, base.prediction, alphas)[0]
+            for sign in (1.0, -1.0):
+                found = loss(SignedBatch(latents[i : i + 1], None, sizes, torch.ones(1), [row], sign=sign))
+                now = said(base, attachment, ((NAME, sign),), x, time, "a house", sizes)
+                by_p = []
+                for p in preserve or ("",):
+                    prompts = ("a house", *(f"{end}, {p}".rstrip(", ") for end in ("a red house", "a blue house")))
+                    own, more, less = (said(base, attachment, (), x, time, prompt, sizes) for prompt in prompts)
+                    by_p.append((now - own - sign * 2.5 * (more - less)).square().mean())
+                nearest = min(range(len(by_p)), key=lambda n: abs(float((by_p[n] - found).detach())))
+                torch.testing.assert_close(found, by_p[nearest], rtol=1e-4, atol=1e-8)
+                used.add(nearest)
+    assert len(used) == max(1, len(preserve))
+
+
+def said(
+    base: ImageBase, attachment: Attachment, mix: Any, x: Tensor, time: Tensor, prompt: str, sizes: Tensor
+) -> Tensor:
+    """ε of one row by the denoiser under a mix, at the guidance that pictures are made with."""
+    guidance = 3.5 if base.denoiser.config.get("guidance_embeds") else None
+    with attachment.using(*mix):
+        text = embed_prompts(base, [prompt])
+        given = sizes[:1] if base.row.time_ids else None
+        return predict(base, x, time, text, sizes=given, guidance=guidance)
+
+
+@pytest.mark.parametrize("family", ["flux1", "sd15"])
+def test_the_effect_follows_the_strength_and_turns_with_its_sign(shared: Path, family: str, tmp_path: Path) -> None:
+    """The prediction moves along the direction, monotone in the strength; near 0 as far to either side."""
+    base = load_image(str(tiny_image_base(shared, family)))
+    result = run(
+        shared, tmp_path / "out", family, base=base, slider={"guidance": 2.0, "scenes": 6, "target": ""},
+        schedule={"steps": 30, "name": "constant"}, optimizer={"learning_rate": 1e-2},
+        adapter={"targets": "all-linear"},
+    )  # fmt: skip
+    g = torch.Generator().manual_seed(9)
+    x = torch.randn(4, base.part("vae").config.latent_channels, 4, 4, generator=g)
+    time = torch.tensor([0.6 if base.prediction == "flow" else 600])
+
+    def spoken(mix: Any, prompt: str) -> Tensor:
+        return torch.cat([said(base, attachment, mix, one[None], time, prompt, torch.zeros(1, 6)) for one in x])
+
+    with torch.no_grad(), attach(base.model) as attachment:
+        attachment.add(NAME, read(Path(result.adapter)).adapter)
+        direction = spoken((), WORDS["positive"]) - spoken((), WORDS["negative"])
+        still = spoken((), "")
+        strengths = (-2.0, -1.0, -0.25, 0.25, 1.0, 2.0)
+        moved = [spoken(((NAME, s),), "") - still for s in strengths]
+        effects = [float((m * direction).sum() / direction.square().sum()) for m in moved]
+    assert effects == sorted(effects)
+    assert effects[1] < -0.5 < 0.5 < effects[4]
+    assert abs(effects[2] + effects[3]) < 0.15 * effects[3]
+
+
+def test_a_run_needs_no_pictures_and_is_resumed_bit_for_bit(shared: Path, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    whole = run(shared, tmp_path / "whole", "flux1", on_event=seen.append)
+    assert (whole.steps, whole.pictures, whole.validation) == (4, 16, None)  # 2 rows at both signs
+    settled = next(e for e in seen if isinstance(e, Resolved))
+    assert settled.settings["slider.positive"] == "a red house"
+    with Image.open(whole.samples[-1]) as sheet:  # the target as its prompt, a column for each of five strengths
+        assert sheet.width > 5 * 32
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises((Interrupted, KeyboardInterrupt)):
+        run(shared, tmp_path / "cut", "flux1", on_event=stop)
+    seen.clear()
+    resumed = run(shared, tmp_path / "cut", "flux1", resume=True, on_event=seen.append)
+    assert resumed.digest == whole.digest
+    assert not any("drew" in e.text for e in seen if isinstance(e, Note))  # the scenes are there
+
+
+def test_a_dry_run_draws_one_scene_elsewhere(shared: Path, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    result = run(shared, tmp_path / "dry", "flux1", dry_run=True, on_event=seen.append)
+    assert result.dry_run
+    assert not (tmp_path / "dry").exists()
+    assert any("the base drew 1 scenes" in e.text for e in seen if isinstance(e, Note))
+
+
+def test_activations_that_are_made_again_see_the_same_strength(shared: Path, tmp_path: Path) -> None:
+    found = [
+        run(shared, tmp_path / mode, "flux1", memory={"activation_checkpointing": mode}, samples={"prompts": []})
+        for mode in ("off", "on")
+    ]
+    pairs = [read(Path(result.adapter)).adapter.pairs for result in found]
+    for name, pair in pairs[0].items():
+        torch.testing.assert_close(pairs[1][name].B, pair.B, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"slider": {"negative": " A  red house"}}, "say the same ('a red house'), so there is no direction"),
+        ({"slider": {"positive": None}}, "`slider.positive` is required beside `slider.negative`"),
+        ({"data": {"pictures": "x"}}, "`data.pictures`: a slider learns from no pictures"),
+        ({"slider": {"strengths": []}}, "`slider.strengths` is empty"),
+        ({"adapter": {"text_encoders": ["text_encoder"]}}, "its direction is of the denoiser alone"),
+        ({"loss": {"guidance": 2.0}}, "`loss.guidance` is for pictures that are learned"),
+        ({"data": {"resolution": [32, 64]}}, "`data.resolution` is one number for a slider"),
+    ],
+)
+def test_what_is_wrong_is_named(shared: Path, tmp_path: Path, given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings(shared, tmp_path, "flux1", **given)
+    assert says in str(caught.value)
+
+
+def test_keys_of_a_slider_without_its_prompts_do_nothing_and_say_so(tmp_path: Path) -> None:
+    values = {"base": "x", "output": str(tmp_path), "data": {"pictures": "y"}, "slider": {"guidance": 2.0}}
+    with pytest.raises(ConfigError, match=r"`slider.guidance` needs `slider.positive` and `slider.negative`"):
+        config_from(values)
+
+
+def test_prompts_that_are_the_same_to_the_base_are_named_before_step_one(shared: Path, tmp_path: Path) -> None:
+    long = "a house " * 200  # past what any encoder reads
+    with pytest.raises(PreflightError, match="the same to this base: there is no direction between them"):
+        run(shared, tmp_path / "out", "sd15", slider={"positive": f"{long} red", "negative": f"{long} blue"})
+
+
+def test_nothing_is_drawn_for_targets_that_do_not_exist(shared: Path, tmp_path: Path) -> None:
+    with pytest.raises(TargetError):
+        run(shared, tmp_path / "out", "flux1", adapter={"targets": "nowhere"}, data={"cache": str(tmp_path / "c")})
+    assert not (tmp_path / "c" / "scenes").exists()
+
+
+@pytest.mark.parametrize("name", ["slider", "lokr"])
+def test_the_examples_run(name: str, shared: Path, tmp_path: Path) -> None:
+    overrides = [f"base={tiny_image_base(shared, 'flux1')}", f"output={tmp_path / name}", "schedule.steps=2"]
+    if name == "slider":
+        overrides += ["slider.scenes=3", "samples.steps=2", "samples.every=null"]
+    else:
+        overrides += [f"data.pictures={drawings(tmp_path / 'drawings')}"]
+    config, sources = load_config(ROOT / "examples" / "images" / f"{name}.yaml", overrides)
+    assert isinstance(config, ImageTrainConfig)
+    result = run_images(config, on_event=lambda event: None, sources=sources)
+    found = read(Path(result.adapter)).adapter
+    assert bool(found.deltas) == (name == "lokr")
+    assert bool(result.samples) == (name == "slider")
+
+
+def test_a_plan_counts_scenes_both_signs_and_the_bases_own_forwards() -> None:
+    card = device_named("rtx-4090-24gb")
+    file = ROOT / "examples" / "images" / "slider.yaml"
+    made = plan_of_config(file, ["base=flux.1-dev", "base.quantise=nf4", "schedule.steps=10"], card)
+    assert (made.job.rows, made.job.total_steps, made.job.batch) == (24, 10, 8)
+    assert "at both signs" in dict(made.facts)["note"]
+    assert made.seconds is not None
