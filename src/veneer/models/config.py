@@ -55,6 +55,7 @@ _DENOISER_SIZES = (
     "in_channels", "cross_attention_dim", "layers_per_block", "projection_class_embeddings_input_dim",
     "addition_time_embed_dim", "timestep_guidance_channels", "vae_scale", "picture", "text_tokens",
     "caption_projection_dim", "pos_embed_max_size", "dim", "n_layers", "n_heads", "cap_feat_dim",
+    "patch_size", "out_channels", "n_refiner_layers",
 )  # fmt: skip
 _LEVELS: tuple[tuple[str, type, str], ...] = (
     ("transformer_layers_per_block", int, "[1, 2, 10]"), ("attention_head_dim", int, "[5, 10, 20]"),
