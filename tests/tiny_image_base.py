@@ -39,6 +39,10 @@ SMALL_DENOISERS: dict[str, dict[str, Any]] = {
         "n_layers": 1, "n_refiner_layers": 1, "dim": 24, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32,
         "axes_dims": [4, 4, 4],
     },
+    "qwen-image": {
+        "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32,
+        "axes_dims_rope": [4, 6, 6],
+    },
     "sdxl": {
         "block_out_channels": [32, 64], "transformer_layers_per_block": [1, 1], "attention_head_dim": [2, 4],
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "layers_per_block": 1,

@@ -204,7 +204,7 @@ def test_offloading_moves_weights_and_nothing_else() -> None:
     assert moved.activations == plain.activations
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux.1-dev", "black-forest-labs/FLUX.2-klein-4B"])
+@pytest.mark.parametrize("name", ["sdxl", "flux.1-dev", "black-forest-labs/FLUX.2-klein-4B", "qwen-image"])
 def test_pictures_take_memory_by_their_number_and_area(name: str) -> None:
     card, config = device_named("h100-80gb"), base_config(name)
     counts = image_counts(config)

@@ -11,7 +11,7 @@ import torch
 
 from tests import families
 from veneer.core.adapter import LoraSpec
-from veneer.core.targets import resolve_targets
+from veneer.core.targets import ALL_LINEAR, resolve_targets
 from veneer.errors import ConfigError
 from veneer.models.config import PLANNED_DENOISERS
 from veneer.plan.image import IMAGE_FAMILIES, image_counts
@@ -31,6 +31,7 @@ PUBLISHED = {
     "Qwen/Qwen3-8B": 8_190_735_360, "Qwen/Qwen3-30B-A3B": 30_532_122_624, "Qwen/Qwen3-235B-A22B": 235_093_634_560,
     "google/gemma-3-1b-it": 999_885_952, "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
     "stabilityai/stable-diffusion-xl-base-1.0": 2_567_463_684, "black-forest-labs/FLUX.1-dev": 11_901_408_320,
+    "Qwen/Qwen-Image": 20_430_401_088,
 }  # fmt: skip
 """Parameters as the hub shows them."""
 
@@ -66,7 +67,7 @@ def test_the_counts_are_the_published_ones(name: str) -> None:
     assert counted == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("word", TARGET_WORDS)
+@pytest.mark.parametrize("word", [*TARGET_WORDS, ALL_LINEAR])
 @pytest.mark.parametrize("name", IMAGE)
 def test_every_image_base_of_the_table_counts_what_diffusers_builds(name: str, word: str) -> None:
     import diffusers
@@ -79,7 +80,7 @@ def test_every_image_base_of_the_table_counts_what_diffusers_builds(name: str, w
     with torch.device("meta"):
         model = getattr(diffusers, classes[config["model_type"]])(**own)
     for kind in ("lora", "loha", "lokr"):
-        spec = LoraSpec(rank=4, targets=(TARGET_WORDS[word],), kind=kind)  # type: ignore[arg-type]
+        spec = LoraSpec(rank=4, targets=(TARGET_WORDS.get(word, word),), kind=kind)  # type: ignore[arg-type]
         counts = image_counts(config, rank=4, targets=word, form=PairForm.of(spec))
         assert counts.parameters == sum(p.numel() for p in model.parameters())
         assert counts.buffers == sum(b.numel() for n, b in model.named_buffers() if n in model.state_dict())

@@ -55,6 +55,7 @@ def test_what_comes_beside_the_base_is_as_it_is_counted(trained: float, quantise
         ("flux.2-dev", None),
         ("sd3.5-medium", "nf4"),
         ("z-image", "nf4"),
+        ("qwen-image", None),
     ],
 )
 def test_a_step_on_pictures_waits_for_nothing(name: str, quantise: str | None) -> None:
@@ -77,7 +78,8 @@ def test_inputs_that_wait_on_the_host_are_not_on_the_device() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "off"), [("sdxl", 0.07), ("flux.1-dev", 0.05), ("black-forest-labs/FLUX.2-klein-4B", 0.05)]
+    ("name", "off"),
+    [("sdxl", 0.07), ("flux.1-dev", 0.05), ("black-forest-labs/FLUX.2-klein-4B", 0.05), ("qwen-image", 0.05)],
 )
 def test_pictures_at_true_size_are_as_they_are_counted(name: str, off: float) -> None:
     found = traced_pictures(base_config(name), ImageLoad(), GPU)

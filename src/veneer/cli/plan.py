@@ -78,7 +78,10 @@ def plan(
         int, typer.Option("--before", min=0, max=16, help="Of pairs: pictures that each is an edit of (FLUX).")
     ] = 0,
     targets: Annotated[
-        str, typer.Option("--targets", help="Layers of an image base: attention, attention+ff or attention+ff+conv.")
+        str,
+        typer.Option(
+            "--targets", help="Layers of an image base: attention, attention+ff, attention+ff+conv, all-linear."
+        ),
     ] = "attention",
     rank: Annotated[int, typer.Option("--rank", min=1, max=_MANY, help="Rank of every pair.")] = 16,
     dtype: Annotated[str, typer.Option("--dtype", help="Precision of the base: bfloat16 or float32.")] = "bfloat16",

@@ -19,6 +19,7 @@ DIFFUSERS = Internals(
         "diffusers.models.transformers.transformer_flux.FluxAttnProcessor",
         "diffusers.models.transformers.transformer_flux2.Flux2AttnProcessor",
         "diffusers.models.transformers.transformer_flux2.Flux2ParallelSelfAttnProcessor",
+        "diffusers.models.transformers.transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0",
         "diffusers.pipelines.flux2.pipeline_flux2.format_input",
     ),
 )

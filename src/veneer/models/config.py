@@ -28,6 +28,7 @@ TEXT_TYPES = (
 PLANNED_DENOISERS = {
     "UNet2DConditionModel": "sdxl", "FluxTransformer2DModel": "flux", "Flux2Transformer2DModel": "flux2",
     "SD3Transformer2DModel": "sd3", "ZImageTransformer2DModel": "z-image",
+    "QwenImageTransformer2DModel": "qwen-image",
 }  # fmt: skip
 """diffusers' class -> what the plan's table calls it; sdxl are the U-Nets, SD1.5's too."""
 

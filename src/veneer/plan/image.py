@@ -3,8 +3,9 @@
     counts = image_counts(config, height=1024, width=1024, rank=16)      parameters, pairs, kept values, operations
     image_memory(counts, load, device)                                   bytes by part
 
-SD1.5's and SDXL's UNets, FLUX.1, FLUX.2, SD3 and Z-Image, from the fields of their config.json. What is kept for the
-backward pass is what the functions of ops save on the CPU, and torch's on CUDA; nothing is kept before the first pair.
+SD1.5's and SDXL's UNets, FLUX.1, FLUX.2, Qwen-Image, SD3 and Z-Image, from the fields of their config.json. What is
+kept for the backward pass is what the functions of ops save on the CPU, and torch's on CUDA; nothing is kept before the
+first pair.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ _WORKING = 2.0
 in float32 and the gradients of a feed-forward's halves come to that."""
 _DIFFUSERS_BYTES = 45_000_000
 """Resident memory of diffusers, on top of the process that a calibration with text finds."""
-_CONV = "conv"
+_CONV, _ALL_LINEAR = "conv", "all-linear"
 _EDITING = ("flux", "flux2")
 _TARGET_ENDINGS = {
     "attention": _ATTENTION,
     "attention+ff": _ATTENTION | _FEED_FORWARD,
     "attention+ff+conv": _ATTENTION | _FEED_FORWARD | {_CONV},
+    _ALL_LINEAR: {_ALL_LINEAR},
 }
 """The words of `adapter.targets`, by the ends of the modules' names; "conv" for all 3 × 3 convolutions."""
 
@@ -106,7 +108,7 @@ class ImageCounts:
         self.parameters += a * b + (b if bias else 0)
         self.matrices += a * b
         self.largest = max(self.largest, a * b)
-        pair = name in self.targets
+        pair = name in self.targets or _ALL_LINEAR in self.targets
         self.products += (4 if self._learned else 2) * n * a * b
         if pair:
             self._learned = True
@@ -212,18 +214,7 @@ def _flux(counts: ImageCounts, config: Config, height: int, width: int, text: in
         counts.linear("embedder", 1, inputs, d)
         counts.linear("embedder", 1, d, d)
     for _ in range(config["num_layers"]):
-        counts.starts_block()
-        for tokens, q, last in ((places, "to_q", "to_out.0"), (text, "add_q_proj", "to_add_out")):
-            counts.linear("norm1.linear", 1, d, 6 * d)
-            _qkv(counts, tokens, d, q)
-            counts.small(2 * dim)
-            counts.linear(last, tokens, d, d)
-            counts.keep(tokens * 2 * d)  # inputs of the two layer norms
-            counts.linear("net.0.proj", tokens, d, 4 * d)
-            counts.keep(tokens * 4 * d)  # gelu's input
-            counts.linear("net.2", tokens, 4 * d, d)
-        _joint(counts, n, d, heads)
-        counts.ends_block(n * d)
+        _two_streams(counts, places, text, d, heads)
     for _ in range(config["num_single_layers"]):
         counts.starts_block()
         counts.linear("norm.linear", 1, d, 3 * d)
@@ -237,6 +228,23 @@ def _flux(counts: ImageCounts, config: Config, height: int, width: int, text: in
     counts.linear("norm_out.linear", 1, d, 2 * d)
     counts.linear("final", places, d, channels)
     counts.keep(places * d)
+
+
+def _two_streams(counts: ImageCounts, places: int, text: int, d: int, heads: int) -> None:
+    """A block of FLUX.1 and of Qwen-Image: places and text each with projections and a feed-forward, attention over
+    both."""
+    counts.starts_block()
+    for tokens, q, last in ((places, "to_q", "to_out.0"), (text, "add_q_proj", "to_add_out")):
+        counts.linear("modulation", 1, d, 6 * d)
+        _qkv(counts, tokens, d, q)
+        counts.small(2 * (d // heads))
+        counts.linear(last, tokens, d, d)
+        counts.keep(tokens * 2 * d)  # inputs of the two layer norms
+        counts.linear("net.0.proj", tokens, d, 4 * d)
+        counts.keep(tokens * 4 * d)  # gelu's input
+        counts.linear("net.2", tokens, 4 * d, d)
+    _joint(counts, places + text, d, heads)
+    counts.ends_block((places + text) * d)
 
 
 def _places(config: Config, height: int, width: int, patch: int) -> int:
@@ -292,6 +300,22 @@ def _flux2(counts: ImageCounts, config: Config, height: int, width: int, text: i
         counts.ends_block(n * d)
     counts.linear("norm_out.linear", 1, d, 2 * d, bias=False)
     counts.linear("final", places, d, channels, bias=False)
+    counts.keep(places * d)
+
+
+def _qwen_image(counts: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
+    heads = config["num_attention_heads"]
+    d, patch = heads * config["attention_head_dim"], int(config.get("patch_size", 2))
+    places = _places(config, height, width, patch)
+    counts.linear("img_in", places, config["in_channels"], d)
+    counts.small(config["joint_attention_dim"])
+    counts.linear("txt_in", text, config["joint_attention_dim"], d)
+    counts.linear("embedder", 1, 256, d)
+    counts.linear("embedder", 1, d, d)
+    for _ in range(config["num_layers"]):
+        _two_streams(counts, places, text, d, heads)
+    counts.linear("norm_out.linear", 1, d, 2 * d)
+    counts.linear("final", places, d, patch * patch * (config.get("out_channels") or config["in_channels"]))
     counts.keep(places * d)
 
 
@@ -495,7 +519,7 @@ def _transformer(counts: ImageCounts, n: int, d: int, cross: int, heads: int, de
 
 
 IMAGE_FAMILIES: dict[str, Callable[[ImageCounts, Config, int, int, int], None]] = {
-    "flux": _flux, "flux2": _flux2, "sd3": _sd3, "sdxl": _unet, "z-image": _z_image
+    "flux": _flux, "flux2": _flux2, "qwen-image": _qwen_image, "sd3": _sd3, "sdxl": _unet, "z-image": _z_image
 }  # fmt: skip
 _TEXT_TOKENS = {"sdxl": 77, "sd3": 77 + 256}
 """Tokens of a caption that the denoiser attends to at most, where it is not 512."""

@@ -104,7 +104,8 @@ def _picture(base: Path, config: Mapping[str, Any]) -> dict[str, int]:
     if "_class_name" not in config or not file.is_file():
         return {}
     vae = read_config_json(file)
-    levels, own = vae.get("block_out_channels", [0] * 4), config.get("sample_size")
+    levels = vae.get("block_out_channels", vae.get("dim_mult", [0] * 4))  # Qwen-Image's has multiples of a width
+    own = config.get("sample_size")
     sides = [side for side in (own, vae.get("sample_size")) if side is not None]
     if not isinstance(levels, list) or not 0 < len(levels) < 10 or not all(type(n) is int and n > 0 for n in sides):
         raise ConfigError(

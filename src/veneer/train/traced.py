@@ -189,7 +189,7 @@ def _pictures(base: ImageBase, load: ImageLoad) -> Micro:
     """A micro-batch of `load`."""
     n, channels = load.pictures, int(base.denoiser.config["in_channels"])
     side = base.vae_scale * (2 if base.row.name == "flux2" else 1)
-    channels = channels // base.row.patch**2 if base.row.name == "flux1" else channels
+    channels = channels // base.row.patch**2 if base.row.name in ("flux1", "qwen-image") else channels
     latents = torch.zeros(n, channels, load.height // side, load.width // side)
     view: Any = None
     rows = [PlannedRow(view, view, "", 1.0, (0, 0, slot)) for slot in range(n)]

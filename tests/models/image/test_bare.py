@@ -14,7 +14,7 @@ from veneer.models.image.fast import fast_denoiser
 from veneer.models.quantise import quantised_weights
 from veneer.ops.quantised import Quantised
 
-KINDS = ("flux1", "sdxl", "sd3", "z-image")
+KINDS = ("flux1", "sdxl", "sd3", "z-image", "klein", "qwen-image")
 
 
 @pytest.mark.parametrize("family", KINDS)

@@ -24,7 +24,9 @@ from veneer.models.image.files import require_diffusers
 from veneer.models.loading import loading
 from veneer.models.quantise import put_empty_codes
 
-_ROWS = {"sdxl": "sdxl", "flux": "flux1", "flux2": "flux2", "sd3": "sd3", "z-image": "z-image"}
+_ROWS = {
+    "sdxl": "sdxl", "flux": "flux1", "flux2": "flux2", "sd3": "sd3", "z-image": "z-image", "qwen-image": "qwen-image",
+}  # fmt: skip
 """What the plan's table calls a denoiser -> its family."""
 _OWN = {"sdxl": {"addition_embed_type": "text_time", "use_linear_projection": True}}
 """What makes SDXL's U-Net one, and is no size."""
@@ -48,6 +50,10 @@ _SMALL: dict[str, dict[str, Any]] = {
     "z-image": {
         "n_layers": 1, "n_refiner_layers": 1, "dim": 24, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32,
         "axes_dims": [4, 4, 4],
+    },
+    "qwen-image": {
+        "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32,
+        "axes_dims_rope": [4, 6, 6],
     },
 }  # fmt: skip
 

@@ -3,8 +3,9 @@
     with fast_denoiser(base.denoiser) as how:        how.summary() says what was swapped, and what was left and why
         loss.backward()
 
-Swapped: the attention of FLUX.1's and FLUX.2's blocks (projections that share an input joined to one product, norms,
-rotation and attention one function) and of the UNets' transformers; FLUX.2's gated MLPs; GEGLU, and gelu with the tanh;
+Swapped: the attention of FLUX.1's, FLUX.2's and Qwen-Image's blocks (projections that share an input joined to one
+product, norms, rotation and attention one function; not where texts of unlike lengths are masked) and of the UNets'
+transformers; FLUX.2's gated MLPs; GEGLU, and gelu with the tanh;
 in a UNet's residual blocks group norms with silu and with what time adds; dropout that drops nothing; on a UNet's way
 up the gradient of skip connections that nothing trained comes before, which torch makes and throws away. Every module
 is first run both ways on a small random input and swapped only where the two agree, and everything is put back bit for
@@ -165,13 +166,14 @@ def _dropout(module: Any, undo: ExitStack) -> str:
     return ""
 
 
-# -- FLUX.1 and FLUX.2 -------------------------------------------------------------------------------------------------
+# -- FLUX.1, FLUX.2 and Qwen-Image -------------------------------------------------------------------------------------
 
 
 def _flux_attention(module: Any, undo: ExitStack) -> str:
     own_processors = (
         DIFFUSERS("diffusers.models.transformers.transformer_flux.FluxAttnProcessor"),
         DIFFUSERS("diffusers.models.transformers.transformer_flux2.Flux2AttnProcessor"),
+        _qwen_processor(),
     )
     if type(module.processor) not in own_processors or getattr(module, "fused_projections", False):
         return f"its processor is {type(module.processor).__name__}"
@@ -189,13 +191,21 @@ def _flux_attention(module: Any, undo: ExitStack) -> str:
     like = base_of(own[0]).weight
     assert isinstance(like, Tensor)
     x = random_input(2, 12, like.shape[1], like=like)
-    given: dict[str, Any] = {"image_rotary_emb": _positions(15 if two else 12, module.head_dim, like)}
+    size = getattr(module, "head_dim", None) or module.inner_dim // module.heads
+    given: dict[str, Any] = {"image_rotary_emb": _positions(15 if two else 12, size, like)}
+    if type(module.processor) is _qwen_processor():  # complex, and those of picture and text apart
+        cos, sin = given["image_rotary_emb"]
+        given["image_rotary_emb"] = torch.complex(cos[:, ::2], sin[:, ::2]).split([12, 3])
     if added is not None:
         other = base_of(added[0]).weight
         assert isinstance(other, Tensor)
         given["encoder_hidden_states"] = random_input(2, 3, other.shape[1], like=other)
     original = type(module).forward
-    return _differs(module, _flux_forward(original, joins, norms), undo, x, **given)
+    return _differs(module, _flux_forward(original, joins, norms, size), undo, x, **given)
+
+
+def _qwen_processor() -> type:
+    return DIFFUSERS("diffusers.models.transformers.transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0")  # type: ignore[no-any-return]
 
 
 _NORMS = "its norms are trained, without weights or of different ε"
@@ -221,13 +231,18 @@ class _Turns:
     def of(self, given: tuple[Tensor, Tensor] | None) -> Tensor | None:
         if given is None:
             return None
-        cos, sin = given
-        if self._last is None or self._last[0] is not cos:
-            self._last = cos, torch.complex(cos[:, ::2].float(), sin[:, ::2].float()).contiguous()
+        one, two = given
+        if self._last is None or self._last[0] is not one:
+            if one.is_complex():  # Qwen-Image's, of the picture and of the text, whose tokens come first
+                self._last = one, torch.cat([two, one])
+            else:
+                self._last = one, torch.complex(one[:, ::2].float(), two[:, ::2].float()).contiguous()
         return self._last[1]
 
 
-def _flux_forward(original: Callable[..., Any], joins: list[Join], norms: list[Any]) -> Callable[..., Any]:
+def _flux_forward(
+    original: Callable[..., Any], joins: list[Join], norms: list[Any], head_dim: int
+) -> Callable[..., Any]:  # fmt: skip
     turns = _Turns()
     eps = float(norms[0].eps)
 
@@ -247,16 +262,18 @@ def _flux_forward(original: Callable[..., Any], joins: list[Join], norms: list[A
         image_rotary_emb: Any = None,
         **kwargs: Any,
     ) -> Any:
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # as Qwen-Image's mask
         streams = [hidden_states] if encoder_hidden_states is None else [encoder_hidden_states, hidden_states]
         products: list[Tensor | None] = []
         if attention_mask is None and not kwargs and len(streams) == len(joins):
             products = [_product(join, x) for join, x in zip(reversed(joins), streams, strict=True)]
         known = [p for p in products if p is not None]
         if len(known) != len(streams):
-            return original(self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
+            kwargs["image_rotary_emb"] = image_rotary_emb
+            return original(self, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         turn = turns.of(image_rotary_emb)
         qkv = known[0] if len(known) == 1 else torch.cat(known, 1)
-        heads = qkv.view(*qkv.shape[:2], 3, -1, self.head_dim)
+        heads = qkv.view(*qkv.shape[:2], 3, -1, head_dim)
         out = joint_attention(heads, weight_of([p.shape[1] for p in known]), eps, turn)
         if encoder_hidden_states is None:
             return out
@@ -448,8 +465,13 @@ def _unet_forward(original: Callable[..., Any], joins: list[Join], last: Join) -
     return forward
 
 
+def _attention(module: Any, undo: ExitStack) -> str:
+    """diffusers' class of that name is the UNets' and Qwen-Image's."""
+    return (_flux_attention if type(module.processor) is _qwen_processor() else _unet_attention)(module, undo)
+
+
 _SWAPS: dict[str, Callable[[Any, ExitStack], str]] = {
-    "Attention": _unet_attention,
+    "Attention": _attention,
     "CrossAttnUpBlock2D": _up,
     "Dropout": _dropout,
     "Flux2Attention": _flux_attention,

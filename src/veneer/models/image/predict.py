@@ -342,8 +342,7 @@ def predict(
         more |= {"pooled_projections": text.pooled, "img_ids": torch.cat(ids)}
         more["txt_ids"] = x.new_zeros(text.embeds.shape[1], 3)
     else:
-        mask = None if text.mask is None or bool(text.mask.all()) else text.mask
-        more |= {"img_shapes": [[(1, h, w)]] * n, "encoder_hidden_states_mask": mask}
+        more |= {"img_shapes": [[(1, h, w)]] * n, "encoder_hidden_states_mask": text.mask}
     out = denoiser(hidden_states=tokens, **more)[0][:, : h * w]
     return _whole(out.transpose(1, 2).unflatten(2, (h, w)))
 
