@@ -100,6 +100,11 @@ class ImageCounts:
         if self._learned:
             self.kept += values
 
+    def modulated(self, values: float) -> None:
+        """What is scaled and gated by numbers that learn is kept for their gradient."""
+        if _ALL_LINEAR in self.targets:
+            self.keep(values)
+
     def small(self, parameters: int) -> None:
         self.parameters += parameters
 
@@ -223,6 +228,7 @@ def _flux(counts: ImageCounts, config: Config, height: int, width: int, text: in
         counts.linear("proj_mlp", n, d, 4 * d, new=False)
         counts.keep(n * (d + 4 * d))  # the layer norm's input, gelu's input
         counts.linear("proj_out", n, 5 * d, d)
+        counts.modulated(n * 2 * d)
         _joint(counts, n, d, heads)
         counts.ends_block(n * d)
     counts.linear("norm_out.linear", 1, d, 2 * d)
@@ -243,6 +249,7 @@ def _two_streams(counts: ImageCounts, places: int, text: int, d: int, heads: int
         counts.linear("net.0.proj", tokens, d, 4 * d)
         counts.keep(tokens * 4 * d)  # gelu's input
         counts.linear("net.2", tokens, 4 * d, d)
+        counts.modulated(tokens * 4 * d)  # two norms' outputs, the attention's and the feed-forward's
     _joint(counts, places + text, d, heads)
     counts.ends_block((places + text) * d)
 
@@ -288,6 +295,7 @@ def _flux2(counts: ImageCounts, config: Config, height: int, width: int, text: i
             counts.linear("linear_in", tokens, d, 2 * wide, bias=False)
             counts.keep(tokens * 2 * wide)  # gate and up, whose product is made again
             counts.linear("linear_out", tokens, wide, d, bias=False, new=False)
+            counts.modulated(tokens * 4 * d)
         _joint(counts, n, d, heads)
         counts.ends_block(n * d)
     for _ in range(config["num_single_layers"]):
@@ -296,6 +304,7 @@ def _flux2(counts: ImageCounts, config: Config, height: int, width: int, text: i
         counts.small(2 * dim)
         counts.keep(n * (d + 2 * wide))
         counts.linear("to_out", n, d + wide, d, bias=False)
+        counts.modulated(n * 2 * d)
         _joint(counts, n, d, heads)
         counts.ends_block(n * d)
     counts.linear("norm_out.linear", 1, d, 2 * d, bias=False)

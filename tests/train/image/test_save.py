@@ -63,6 +63,10 @@ _CLIPS = ["text_encoder", "text_encoder_2"]
         ("sd3", _CLIPS, "all-linear", "diffusers"),
         ("z-image", [], "all-linear", "diffusers"),
         ("z-image", [], "all-linear", "kohya"),
+        ("flux2", [], "all-linear", "diffusers"),
+        ("klein", [], "attention+ff", "kohya"),  # of which diffusers does not read modulations
+        ("qwen-image", [], "all-linear", "diffusers"),
+        ("qwen-image", [], "all-linear", "kohya"),
     ],
 )
 def test_diffusers_draws_the_same_picture_with_the_file(
@@ -262,7 +266,7 @@ def test_parked_components_come_for_a_while_and_go_again(shared: Path, monkeypat
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["flux1", "sdxl", "z-image"])
+@pytest.mark.parametrize("family", ["flux1", "sdxl", "z-image", "klein", "qwen-image"])
 def test_blocks_that_wait_elsewhere_give_the_same_gradients_and_come_home(
     family: str, shared: Path, tmp_path: Path
 ) -> None:

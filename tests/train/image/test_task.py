@@ -16,12 +16,13 @@ import torch
 from tests.tiny_image_base import tiny_image_base
 from tests.train.tiny_pictures import drawings, run
 from veneer.core.attach import attach
-from veneer.errors import CheckpointError, Interrupted, PreflightError
+from veneer.errors import CheckpointError, ConfigError, Interrupted, PreflightError
 from veneer.files.hashes import verify_hashes
 from veneer.files.safetensors import read_tensors
 from veneer.formats.card import read_card
 from veneer.formats.read import read
 from veneer.models.image.base import ImageBase, load_image
+from veneer.models.image.generate import ImageRow, PictureSettings, default_settings, generate_images
 from veneer.models.image.predict import cut_of
 from veneer.ops.quantised import Quantised
 from veneer.train import checkpoint
@@ -162,7 +163,7 @@ def test_it_learns(family: str, share: float, shared: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "family",
-    ["sd15", "schnell", "sd3", "klein", "flux2", "z-image", pytest.param("qwen-image", marks=pytest.mark.slow)],
+    ["sd15", "schnell", "sd3", "klein", "flux2", "z-image", "qwen-image"],
 )
 def test_every_family_trains_through_the_same_loop(family: str, shared: Path, tmp_path: Path) -> None:
     """On every linear module of the denoiser; flux1 and sdxl are in the other tests."""
@@ -170,14 +171,14 @@ def test_every_family_trains_through_the_same_loop(family: str, shared: Path, tm
     result = run(
         shared, tmp_path / "out", family, on_event=seen.append, adapter={"targets": "all-linear"},
         schedule={"steps": 1}, data={"resolution": 32}, optimizer={"learning_rate": 0.05},
-        samples={"prompts": ["sks"], "steps": 1},
+        samples={"prompts": ["sks"], "steps": 1, "size": 32},
     )  # fmt: skip
     assert result.validation != result.validation_before
     assert any("read back and compared: predictions equal" in e.text for e in seen if isinstance(e, Note))
     assert len(result.samples) == 1
 
 
-@pytest.mark.parametrize("family", ["sd3", "z-image"])
+@pytest.mark.parametrize("family", ["sd3", "z-image", "flux2", "klein", "qwen-image"])
 def test_a_run_over_a_base_in_4_bits_is_the_run_over_its_values(family: str, shared: Path, tmp_path: Path) -> None:
     """Computed in 16 bits, text encoders in 4 as well; every linear module learns."""
     for name in ("codes", "values"):
@@ -289,6 +290,28 @@ def test_sd3_without_its_t5_trains_and_reads_what_clip_reads(shared: Path, tmp_p
         run(shared, tmp_path / "no", "sd3", base=base, adapter={"text_encoders": ["text_encoder_3"]})
 
 
+@pytest.mark.parametrize("family", ["flux2", "qwen-image"])
+def test_a_run_on_a_later_family_is_resumed_to_the_same_bits(family: str, shared: Path, tmp_path: Path) -> None:
+    """With dropout, masked texts of two lengths, and sheets drawn on the way, which are the same pictures too."""
+
+    def press(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    shared_by_both: dict[str, Any] = {
+        "schedule": {"steps": 3}, "samples": {"prompts": ["a cat"], "every": 1, "steps": 2, "size": 32},
+    }  # fmt: skip
+    run(shared, tmp_path / "whole" / "run", family, **shared_by_both)
+    with pytest.raises(Interrupted, match="after step 2 of 3"):
+        run(shared, tmp_path / "parts" / "run", family, on_event=press, **shared_by_both)
+    run(shared, tmp_path / "parts" / "run", family, resume=True, **shared_by_both)
+    assert _bytes(tmp_path / "parts" / "run") == _bytes(tmp_path / "whole" / "run")
+    places = (tmp_path / one / "run" / "samples" for one in ("whole", "parts"))
+    whole, parts = ([p.read_bytes() for p in sorted(place.glob("*.png"))] for place in places)
+    assert len(set(whole)) == 4
+    assert whole == parts
+
+
 def test_resuming_with_other_settings_or_pictures_is_refused(whole: Whole, shared: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -350,6 +373,28 @@ def test_preflight_stops_before_anything_is_trained(
 def test_a_noise_base_refuses_what_is_for_flow(loss: dict[str, Any], says: str, shared: Path, tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match=says):
         run(shared, tmp_path / "out", "sdxl", loss=loss)
+
+
+def test_a_base_that_was_distilled_to_few_steps_says_what_training_does_to_it(shared: Path, tmp_path: Path) -> None:
+    """FLUX.2 klein as its index has it; its sheets are drawn in its way, without guidance."""
+    import shutil
+
+    folder = Path(shutil.copytree(tiny_image_base(shared, "klein"), tmp_path / "klein"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
+    base = load_image(str(folder))
+    assert default_settings(base) == (4, 0.0)
+    result = run(shared, tmp_path / "out", "klein", base=base, dry_run=True)
+    Path(result.sheet).unlink()
+    said = next(f for f in result.preflight["findings"] if f["check"] == "distilled")
+    assert said["level"] == "warn"
+    assert "unlearns" in said["text"]
+    assert "FLUX.2 klein-base" in said["fix"]
+    with pytest.raises(ConfigError, match="was distilled to work without guidance"):
+        generate_images(base, [ImageRow("a cat")], PictureSettings(guidance=4.0))
+    with pytest.raises(ConfigError, match="a negative prompt has no effect") as error:
+        generate_images(base, [ImageRow("a cat", "a dog")])
+    assert "reads none" in str(error.value)
 
 
 def test_a_dry_run_that_is_stopped_still_shows_what_the_model_would_see(

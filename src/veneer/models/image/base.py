@@ -82,8 +82,9 @@ class ImageBase:
 
     @property
     def few_steps(self) -> bool:
-        """Whether it was distilled to few steps without guidance: FLUX.1 schnell."""
-        return self.row.name == "flux1" and not self.denoiser.config.guidance_embeds
+        """Whether it was distilled to few steps without guidance: FLUX.1 schnell, and FLUX.2 klein if it is no base."""
+        schnell = self.row.name == "flux1" and not self.denoiser.config.guidance_embeds
+        return schnell or bool(self.settings.get("is_distilled"))
 
     @property
     def references(self) -> int:
@@ -316,7 +317,7 @@ def text_settings(base: ImageBase) -> dict[str, int]:
 
 def _limit(base: ImageBase, name: str) -> int:
     length = base.row.readers[name]
-    if base.few_steps:
+    if base.few_steps and base.row.name == "flux1":
         length = 256
     return int(min(length, getattr(base.parts.get(name), "model_max_length", None) or length))
 

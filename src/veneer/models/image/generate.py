@@ -271,10 +271,10 @@ class _Run:
             return
         if self.base.family == "flux1":
             fix = "true_guidance above 1 (--true-guidance 3), which takes twice the time"
-        elif "negative_prompt_embeds" in self.accepts:
+        elif "negative_prompt_embeds" in self.accepts and not self.base.few_steps:
             fix = f"guidance above {self.base.row.unguided:g}; it is {self.guidance:g}"
         else:
-            fix = "leave it out: this family reads none"
+            fix = "leave it out: it reads none"
         raise ConfigError(f"a negative prompt has no effect on {self.base.name} as it is", fix=fix)
 
     def batch(self, rows: tuple[ImageRow, ...]) -> list[GeneratedPicture]:
@@ -312,10 +312,11 @@ class _Run:
         ]
 
     def embeds(self, text: Conditioning, prefix: str) -> dict[str, Any]:
+        all_of = text.embeds.shape[:2]  # said, for Qwen-Image's pipeline warns where no mask is
         found = {
             f"{prefix}prompt_embeds": text.unpadded() if self.base.family == "z-image" else text.embeds,
             f"{prefix}pooled_prompt_embeds": text.pooled,
-            f"{prefix}prompt_embeds_mask": text.mask,
+            f"{prefix}prompt_embeds_mask": text.mask if text.mask is not None else text.embeds.new_ones(all_of).long(),
         }
         return {key: value for key, value in found.items() if value is not None and key in self.accepts}
 

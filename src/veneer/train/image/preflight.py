@@ -118,7 +118,7 @@ def image_preflight(
     findings = list(_direction(config)) if slider else check_pictures(data.learned, data.about, data.plan, config.data)
     if data.held:
         findings += check_held_out(data.learned, data.held)
-    for check in (_targets, learning_rate, shared_out, precision, _loss, _devices, where_it_goes):
+    for check in (_targets, learning_rate, shared_out, precision, _loss, _distilled, _devices, where_it_goes):
         findings += check(subject)
     findings += _pairs(base, config, data)
     findings += _prompts(cut)
@@ -214,6 +214,16 @@ def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterat
         yield Finding(
             "stop", "samples", "samples.before is for pairs, and the pictures have none before them", "leave it out"
         )
+
+
+def _distilled(s: RunSubject) -> Iterator[Finding]:
+    """A base that draws in few steps, which training on pictures takes back."""
+    if s.base.few_steps:
+        text = f"{s.base.name} was distilled to draw in few steps; what is trained on it unlearns that"
+        fix = (
+            "train on the base it was made from (FLUX.1 dev, FLUX.2 klein-base), and draw with the adapter on this one"
+        )
+        yield Finding("warn", "distilled", text, fix)
 
 
 def _devices(s: RunSubject) -> Iterator[Finding]:
