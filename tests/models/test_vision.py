@@ -106,7 +106,7 @@ class Says:
 )
 def test_a_caption_is_one_line_of_whole_sentences(text: str, length: int, caption: str, cut: bool) -> None:
     both = Says(text, length)
-    model = VisionModel("says", both, both, Path(), torch.float32, torch.device("cpu"), "")
+    model = VisionModel("says", both, both, torch.float32, torch.device("cpu"), "")
     found = model.describe(noise(1), max_tokens=8)
     assert (found.text, found.cut) == (caption, cut)
 

@@ -40,14 +40,14 @@ def test_the_settings_fit_the_card_and_nothing_fits_the_next_smaller(name: str, 
         assert fit.lacking is None
         return
     start = ImageLoad(1, side, side, rank=16)
-    least = min(needs(config, load, smaller[-1]) for load, _ in image_settings(start, offload=True))
+    least = min(needs(config, load, smaller[-1]) for load, _ in image_settings(start))
     assert least > usable_memory(device_named(CARDS[smaller[-1]]))
     assert fit.lacking == (smaller[-1], least)
 
 
 def test_ways_go_from_fast_to_frugal_and_say_what_they_set() -> None:
     start = ImageLoad(1, 1024, 1024, rank=16)
-    ways = list(image_settings(start, offload=True))
+    ways = list(image_settings(start))
     assert ways[0] == (start, ())
     assert len({load for load, _ in ways}) == len(ways)
     for load, said in ways:
@@ -57,7 +57,7 @@ def test_ways_go_from_fast_to_frugal_and_say_what_they_set() -> None:
         assert ("memory.offload_blocks" in words) == bool(load.offload)
         assert load.checkpointing or not load.offload, "blocks that wait on the CPU are recomputed"
         assert int(words.get("adapter.rank", 16)) == load.rank
-    assert {load.rank for load, _ in image_settings(replace(start, rank=2), offload=False)} == {2}
+    assert {load.rank for load, _ in image_settings(replace(start, rank=2))} == {2}
 
 
 def test_more_pixels_never_fit_a_smaller_card() -> None:

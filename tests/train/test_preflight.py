@@ -55,13 +55,15 @@ def test_a_limit_is_a_limit_of_what_is_free() -> None:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("extra", [[], ["adapter.dora=true"], ["adapter.targets=[q_proj, embed_tokens]"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["adapter.dora=true"], ["adapter.targets=[q_proj, embed_tokens]"], ["adapter.kind=lokr"]]
+)
 def test_trainable_parameters_are_those_that_core_creates(family: str, extra: list[str]) -> None:
     model = FAMILIES[family]()
     if family == "phi3":
         extra = [e.replace("q_proj", "qkv_proj") for e in extra]
-    if family in MOE_FAMILIES and "adapter.dora=true" in extra:
-        pytest.skip("DoRA is not for experts")
+    if family in MOE_FAMILIES and extra in (["adapter.dora=true"], ["adapter.kind=lokr"]):
+        pytest.skip("DoRA and LoKr are not for experts")
     values = {"base": "tiny", "data": {"train": "d.jsonl"}, "output": "o"}
     config, _ = config_from(
         values, [*extra, "adapter.rank_pattern={embed_tokens: 3}"] if "embed" in str(extra) else extra

@@ -27,7 +27,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Adapter, Card, Pair, PairKind, TokenRows, alpha_of, scale_of
+from veneer.core.adapter import Adapter, Card, Pair, PairKind, TokenRows, scale_of
 from veneer.core.forms import Delta
 from veneer.errors import AdapterError, bullets, nearest
 from veneer.files.atomic import put_folder
@@ -986,9 +986,10 @@ def _config(
     notes: list[str] = []
     pairs = adapter.pairs
     ranks = {n: p.rank for n, p in pairs.items()}
-    rslora = adapter.rslora and all(scale_of(_alpha(p, True), p.rank, True) == p.scale for p in pairs.values())
-    alphas = {n: _alpha(p, rslora) for n, p in pairs.items()}
-    rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8.0)
+    rooted = ((p.scale, scale_of(cfg.exact_alpha(p.scale, p.rank, True), p.rank, True)) for p in pairs.values())
+    rslora = adapter.rslora and all(scale == again for scale, again in rooted)
+    alphas = {n: cfg.exact_alpha(p.scale, p.rank, rslora) for n, p in pairs.items()}
+    rank, alpha = cfg.commonest(ranks.values(), 8), cfg.commonest(alphas.values(), 8.0)
     plain = {n for n, p in pairs.items() if p.kind != "experts"}
     fused = set(pairs) - plain
     dropout = adapter.dropout
@@ -997,19 +998,19 @@ def _config(
         dropout = 0.0
     linear = {n for n in plain if pairs[n].kind == "linear"}
     config: dict[str, Any] = {
-        "alpha_pattern": {k: _plain(v) for k, v in _patterns(alphas, alpha).items()},
+        "alpha_pattern": cfg.patterns_of(alphas, alpha),
         "base_model_name_or_path": base_name or None,
         "bias": _bias_switch(adapter),
         "fan_in_fan_out": bool(linear) and linear <= base.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": _plain(alpha),
+        "lora_alpha": alpha,
         "lora_dropout": dropout,
         "modules_to_save": sorted(adapter.modules) or None,
         "peft_type": "LORA",
         "peft_version": _LAYOUT,
         "r": rank,
-        "rank_pattern": _patterns(ranks, rank),
+        "rank_pattern": cfg.patterns_of(ranks, rank),
         "target_modules": _target_modules(plain, set(base.kinds)) if pairs else DUMMY_TARGETS,
         "task_type": task_type,
         "use_dora": any(p.magnitude is not None for p in pairs.values()),
@@ -1025,39 +1026,6 @@ def _config(
     if adapter.token_rows:
         config["trainable_token_indices"] = {n: list(r.indices) for n, r in sorted(adapter.token_rows.items())}
     return config, notes
-
-
-def _alpha(pair: Pair, rslora: bool) -> float:
-    """The alpha that gives the pair's scale back exactly, where there is one: whole or short if possible."""
-    alpha = alpha_of(pair.scale, pair.rank, rslora)
-    near = [float(round(alpha)), round(alpha, 6), alpha]
-    for step in (math.inf, -math.inf):
-        one = math.nextafter(alpha, step)
-        near += [one, math.nextafter(one, step)]
-    return next((a for a in near if scale_of(a, pair.rank, rslora) == pair.scale), alpha)
-
-
-def _plain(value: float) -> float | int:
-    return int(value) if value == int(value) and abs(value) < 1 << 53 else value
-
-
-def _commonest(values: Iterable[Any], default: Any) -> Any:
-    counts = Counter(values)
-    return min(counts, key=lambda v: (-counts[v], v)) if counts else default
-
-
-def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Keys for the names whose value is not the default, no name matched by two: the last part of the name where all
-    names that end in it agree, the whole name from its start otherwise."""
-    out: dict[str, Any] = {}
-    by_leaf: dict[str, set[Any]] = defaultdict(set)
-    for name, value in values.items():
-        by_leaf[name.rpartition(".")[2]].add(value)
-    for name, value in sorted(values.items()):
-        leaf = name.rpartition(".")[2]
-        if value != default:
-            out[re.escape(leaf) if len(by_leaf[leaf]) == 1 else f"^{re.escape(name)}"] = value
-    return out
 
 
 def _target_modules(names: set[str], known: set[str]) -> list[str] | str:

@@ -1,4 +1,5 @@
-"""`adapter_config.json`: the keys of PEFT 0.21 and of others, what veneer does with each, and PEFT's rules of matching.
+"""`adapter_config.json`: the keys of PEFT 0.21 and of others, what veneer does with each, and PEFT's rules of matching,
+by which values of many modules are read and written.
 
 Knows the configuration; nothing of tensors. `parse_config` never raises: it returns what it could read, and all
 problems.
@@ -6,14 +7,16 @@ problems.
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from veneer.core.adapter import Card
+from veneer.core.adapter import Card, alpha_of, scale_of
 from veneer.errors import AdapterError, UnsafeFileError, nearest, shown
 from veneer.files.safetensors import strict_json
 from veneer.formats.folder import CONFIG_FILE
@@ -466,3 +469,34 @@ def alpha_of_module(config: PeftConfig, name: str) -> float:
     """The alpha that the configuration gives to a module or parameter."""
     key = _first(config.alpha_pattern, name)
     return config.alpha if key is None else config.alpha_pattern[key]
+
+
+def exact_alpha(scale: float, rank: int, rslora: bool = False) -> float | int:
+    """The alpha that gives the scale back exactly, where there is one: whole or short if possible."""
+    alpha = alpha_of(scale, rank, rslora)
+    near = [float(round(alpha)), round(alpha, 6), alpha]
+    for step in (math.inf, -math.inf):
+        one = math.nextafter(alpha, step)
+        near += [one, math.nextafter(one, step)]
+    found = next((a for a in near if scale_of(a, rank, rslora) == scale), alpha)
+    return int(found) if found == int(found) and abs(found) < 1 << 53 else found
+
+
+def commonest(values: Iterable[Any], default: Any) -> Any:
+    """The value that is there most often, of several the smallest; the default of none."""
+    counts = Counter(values)
+    return min(counts, key=lambda v: (-counts[v], v)) if counts else default
+
+
+def patterns_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Keys for the names whose value is not the default, no name matched by two: the last part of the name where all
+    names that end in it agree, the whole name from its start otherwise."""
+    out: dict[str, Any] = {}
+    by_leaf: dict[str, set[Any]] = defaultdict(set)
+    for name, value in values.items():
+        by_leaf[name.rpartition(".")[2]].add(value)
+    for name, value in sorted(values.items()):
+        leaf = name.rpartition(".")[2]
+        if value != default:
+            out[re.escape(leaf) if len(by_leaf[leaf]) == 1 else f"^{re.escape(name)}"] = value
+    return out

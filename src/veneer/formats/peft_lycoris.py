@@ -11,20 +11,20 @@ Knows a configuration and tensors; formats.peft reads and writes the files.
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from veneer.core.adapter import Adapter, Card, alpha_of, scale_of
+from veneer.core.adapter import Adapter, scale_of
 from veneer.core.forms import Delta, trained_shapes
 from veneer.errors import AdapterError
+from veneer.formats import peft_config as cfg
 from veneer.formats.leaves import Leaf as _Leaf
 from veneer.formats.leaves import read_leaf, write_leaf
 
-_TYPES: Mapping[str, Literal["loha", "lokr"]] = {"LOHA": "loha", "LOKR": "lokr"}
 _FORMS = {"hadamard": "LOHA", "kronecker": "LOKR"}
 _COMMON = {
     "r", "alpha", "rank_pattern", "alpha_pattern", "peft_type", "target_modules", "base_model_name_or_path",
@@ -40,7 +40,7 @@ _PREFIX = "base_model.model."
 
 def is_lycoris(config: Mapping[str, Any]) -> bool:
     """Whether a configuration is of one of the two types."""
-    return config.get("peft_type") in _TYPES
+    return config.get("peft_type") in _FORMS.values()
 
 
 def read_lycoris(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Adapter, list[str]]:
@@ -50,11 +50,12 @@ def read_lycoris(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tu
         for key, value in sorted(config.items())
         if key not in _COMMON | _NO_EFFECT and value
     ]
-    numbers = {key: config.get(key, 8) for key in ("r", "alpha")}
-    wrong = [k for k, v in numbers.items() if isinstance(v, bool) or not isinstance(v, int | float) or not v > 0]
-    patterns = [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
-    if wrong or not all(isinstance(p, dict) for p in patterns):
-        return Adapter(), [*problems, f"{', '.join(wrong) or 'rank_pattern, alpha_pattern'}: not as PEFT writes it"]
+    # What a LoRA's configuration has too is read as one, with its checks.
+    shared = {"lora_alpha" if key == "alpha" else key: value for key, value in config.items() if key in _COMMON}
+    parsed, wrong = cfg.parse_config(shared | {"peft_type": "LORA"})
+    problems += [problem.removeprefix("lora_") for problem in wrong]
+    if wrong:
+        return Adapter(), problems
     by_module: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         module, _, suffix = key.removeprefix(_PREFIX).rpartition(".")
@@ -64,26 +65,16 @@ def read_lycoris(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tu
             by_module[module][suffix] = tensor
     deltas: dict[str, Delta] = {}
     for module, own in by_module.items():
-        rank, alpha = (_of(p, module, numbers[k]) for p, k in zip(patterns, ("r", "alpha"), strict=True))
         try:
             delta = read_leaf(own, where=module).deltas["weight"]
-        except AdapterError as error:
-            problems.append(f"{module}: {error.what}")
+            scale = scale_of(cfg.alpha_of_module(parsed, module), cfg.rank_of_module(parsed, module)[0])
+        except (AdapterError, cfg.PatternError) as error:
+            problems.append(f"{module}: {error.what if isinstance(error, AdapterError) else error}")
             continue
-        deltas[f"{module}.weight"] = replace(delta, scale=scale_of(alpha, rank))
+        deltas[f"{module}.weight"] = replace(delta, scale=scale)
     if not deltas and not problems:
         problems.append("there is no tensor in it")
-    targets = config.get("target_modules")
-    card = Card(
-        base=str(config.get("base_model_name_or_path") or ""), rank=int(numbers["r"]), alpha=float(numbers["alpha"]),
-        kind="text" if config.get("task_type") else "", targets=sorted(targets) if isinstance(targets, list) else [],
-    )  # fmt: skip
-    return Adapter(deltas=deltas, card=card), problems
-
-
-def _of(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule of matching: the first key that is the module's name, or its end after a dot."""
-    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return Adapter(deltas=deltas, card=cfg.card_from_config(parsed)), problems
 
 
 def can_be_lycoris(adapter: Adapter) -> bool:
@@ -108,15 +99,15 @@ def write_lycoris(
         raise AdapterError("\n".join(problems))
     names = {name.removesuffix(".weight"): delta for name, delta in adapter.deltas.items()}
     known = [r for d in names.values() if (r := _rank(d)) is not None]
-    rank = adapter.card.rank or (Counter(known).most_common(1)[0][0] if known else 8)
+    rank = adapter.card.rank or cfg.commonest(known, 8)
     ranks = {name: _rank_for(delta, rank) for name, delta in names.items()}
-    alphas = {name: alpha_of(delta.scale, ranks[name]) for name, delta in names.items()}
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    alphas = {name: cfg.exact_alpha(delta.scale, ranks[name]) for name, delta in names.items()}
+    alpha = cfg.commonest(alphas.values(), 8.0)
     config: dict[str, Any] = {
-        "alpha": _whole(alpha), "alpha_pattern": {_exactly(n): _whole(a) for n, a in alphas.items() if a != alpha},
-        "base_model_name_or_path": base_name or None, "inference_mode": True, "init_weights": True, "peft_type": kind,
-        "r": rank, "rank_pattern": {_exactly(n): r for n, r in ranks.items() if r != rank},
-        "target_modules": targets, "task_type": task_type, "use_effective_conv2d": _has_cores(adapter),
+        "alpha": alpha, "alpha_pattern": cfg.patterns_of(alphas, alpha), "base_model_name_or_path": base_name or None,
+        "inference_mode": True, "init_weights": True, "peft_type": kind, "r": rank,
+        "rank_pattern": cfg.patterns_of(ranks, rank), "target_modules": targets, "task_type": task_type,
+        "use_effective_conv2d": any("t1" in d.parts or "t2" in d.parts for d in names.values()),
     }  # fmt: skip
     if kind == "LOKR":
         config |= {"decompose_both": both, "decompose_factor": factor}
@@ -135,10 +126,6 @@ def _problems(name: str, delta: Delta) -> Iterator[str]:
         yield f"{name}: PEFT's cores are of 2-d convolutions; write it as kohya"
     elif delta.form == "kronecker" and "w2" in delta.parts and len(delta.shape) == 3:
         yield f"{name}: PEFT multiplies the whole second factor of a 1-d convolution another way; write it as kohya"
-
-
-def _has_cores(adapter: Adapter) -> bool:
-    return any("t1" in d.parts or "t2" in d.parts for d in adapter.deltas.values())
 
 
 def _rank(delta: Delta) -> int | None:
@@ -175,11 +162,3 @@ def _follows(delta: Delta, factor: int | None, both: bool) -> bool:
         want = {**want, "b2": (want["b2"][0], delta.parts["b2"].shape[1])} if "b2" in want else want
         return {k: tuple(t.shape) for k, t in delta.parts.items() if k != "t2"} == want
     return {k: tuple(t.shape) for k, t in delta.parts.items()} == want
-
-
-def _exactly(name: str) -> str:
-    return f"^{re.escape(name)}"
-
-
-def _whole(value: float) -> float | int:
-    return int(value) if value == int(value) else value

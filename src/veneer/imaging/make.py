@@ -200,10 +200,14 @@ def _prepared(mixer: Mixer, options: Options) -> tuple[PictureSettings, dict[str
     return settings, from_where | ({"references": [said for _, said in shown]} if shown else {})
 
 
+_SAME_PROPORTION = 1 / 15
+"""How far from the pictures' proportion a reference may be: what `size_for` loses of it in whole units."""
+
+
 def _referred(mixer: Mixer, picture: Image, width: int, height: int) -> Image:
     """A reference of the pictures' proportion in their size, as pairs are trained; another one in its own."""
     base = mixer.base
-    if abs(picture.width / picture.height * height / width - 1) > 1 / 15:
+    if abs(picture.width / picture.height * height / width - 1) > _SAME_PROPORTION:
         width, height = size_for(base, None, None, picture)
     out, said = fitted_picture(picture, width, height, "reference picture")
     if said:

@@ -52,7 +52,6 @@ class VisionModel:
     name: str
     model: Any
     processor: Any
-    directory: Path
     dtype: torch.dtype
     device: torch.device
     dtype_reason: str
@@ -153,7 +152,7 @@ def load_vision(
         )  # fmt: skip
     check_loaded(path, info)
     model.to(where).eval().requires_grad_(False)
-    return VisionModel(name, model, processor, path, kind, where, reason)
+    return VisionModel(name, model, processor, kind, where, reason)
 
 
 _HERE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}

@@ -55,12 +55,11 @@ class CardFit:
         }  # fmt: skip
 
 
-def image_settings(load: ImageLoad, offload: bool) -> Iterator[tuple[ImageLoad, tuple[str, ...]]]:
-    """Ways to train the same pictures in less and less memory, the faster ones first, with the keys that say them.
-    `offload`: whether blocks may wait on the CPU."""
+def image_settings(load: ImageLoad) -> Iterator[tuple[ImageLoad, tuple[str, ...]]]:
+    """Ways to train the same pictures in less and less memory, the faster ones first, with the keys that say them."""
     kinds = (None, "int8", "nf4")
     ways: list[tuple[str | None, bool, float]] = [(kind, again, 0.0) for kind in kinds for again in (False, True)]
-    ways += [(kind, True, share) for kind in kinds for share in (0.25, 0.5, 0.75, 0.9) if offload]
+    ways += [(kind, True, share) for kind in kinds for share in (0.25, 0.5, 0.75, 0.9)]
     for rank in sorted({load.rank, min(load.rank, 4)}, reverse=True):
         for kind, again, share in ways:
             said = [f"base.quantise={kind}"] if kind else []
@@ -94,12 +93,12 @@ def smallest_card(
     lacking: tuple[int, int] | None = None
     for card, name in CARDS.items():
         device = device_named(name)
-        room, least = usable_memory(device), 0
-        for load, settings in image_settings(ImageLoad(1, side, side, rank=rank, targets=targets), offload=True):
+        room, needed = usable_memory(device), list[int]()
+        for load, settings in image_settings(ImageLoad(1, side, side, rank=rank, targets=targets)):
             own = counts(load.rank)
             training, loading = image_memory(own, load, device).peak, loaded_bytes(own, config, load)
             if max(training, loading) <= room:
                 return CardFit(card, device, load, settings, training, loading, room, lacking)
-            least = min(least or training + loading, max(training, loading))
-        lacking = card, least
+            needed.append(max(training, loading))
+        lacking = card, min(needed)
     return None

@@ -16,6 +16,7 @@ from typing import Any
 
 from veneer.errors import ConfigError, nearest, quoted
 from veneer.models.config import PLANNED_DENOISERS
+from veneer.models.image.families import PLANNED_FAMILIES
 from veneer.plan.memory import CPU_PROCESS, CPU_ROUNDING, CUDA_CONTEXT, CUDA_ROUNDING, Memory, dtype_bytes
 from veneer.plan.pairs import PAIRS, PairCosts, PairForm
 from veneer.plan.tables import Device
@@ -32,7 +33,6 @@ in float32 and the gradients of a feed-forward's halves come to that."""
 _DIFFUSERS_BYTES = 45_000_000
 """Resident memory of diffusers, on top of the process that a calibration with text finds."""
 _CONV, _ALL_LINEAR = "conv", "all-linear"
-_EDITING = ("flux", "flux2")
 _TARGET_ENDINGS = {
     "attention": _ATTENTION,
     "attention+ff": _ATTENTION | _FEED_FORWARD,
@@ -45,8 +45,8 @@ _TARGET_ENDINGS = {
 @dataclass(frozen=True)
 class ImageLoad:
     """Pictures in a micro-batch, and how they are trained. `targets`: a key of TARGET_ENDINGS. `offload`: share of
-    the weights that waits in the CPU's memory. `stays`: text encoders and VAE stay in memory. `references`: forwards
-    of the base alone in a step, beside the one that learns. `before`: pictures that each is an edit of, of its size.
+    the weights that waits in the CPU's memory. `stays`: text encoders and VAE stay in memory. `bare`: forwards of
+    the base alone in a step, beside the one that learns. `before`: pictures that each is an edit of, of its size.
     `form`: what stands beside a weight, of `rank`."""
 
     pictures: int = 1
@@ -60,7 +60,7 @@ class ImageLoad:
     offload: float = 0.0
     targets: str = "attention"
     stays: bool = False
-    references: float = 0
+    bare: float = 0
     before: int = 0
     form: PairForm = PAIRS
 
@@ -190,11 +190,11 @@ def image_counts(
     if targets not in _TARGET_ENDINGS:
         near = nearest(targets, _TARGET_ENDINGS) or sorted(_TARGET_ENDINGS)
         raise ConfigError(f"veneer plan does not know the targets {targets!r}", fix=f"use {', '.join(near)}")
-    if before and kind not in _EDITING:
+    if before and not PLANNED_FAMILIES[kind].refers:
         raise ConfigError(f"{kind} edits no pictures, and the plan is of pictures with others before them")
     c = ImageCounts(frozenset(_TARGET_ENDINGS[targets]), rank, pictures=1 + before, form=form)
     c.encoders = sum((config.get("encoders") or {}).values()) + int(config.get("vae") or 0)
-    c.text = text_tokens or int(config.get("text_tokens") or _TEXT_TOKENS.get(kind, 512))
+    c.text = text_tokens or int(config.get("text_tokens") or sum(PLANNED_FAMILIES[kind].readers.values()))
     try:
         IMAGE_FAMILIES[kind](c, {k: v for k, v in config.items() if v is not None}, height, width, c.text)
     except KeyError as error:
@@ -428,7 +428,7 @@ def _z_image(counts: ImageCounts, config: Config, height: int, width: int, text:
     counts.keep((places + words) * d)
 
 
-# -- SDXL --------------------------------------------------------------------------------------------------------------
+# -- U-Nets: SD1.5 and SDXL --------------------------------------------------------------------------------------------
 
 
 def _unet(counts: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
@@ -530,8 +530,6 @@ def _transformer(counts: ImageCounts, n: int, d: int, cross: int, heads: int, de
 IMAGE_FAMILIES: dict[str, Callable[[ImageCounts, Config, int, int, int], None]] = {
     "flux": _flux, "flux2": _flux2, "qwen-image": _qwen_image, "sd3": _sd3, "sdxl": _unet, "z-image": _z_image
 }  # fmt: skip
-_TEXT_TOKENS = {"sdxl": 77, "sd3": 77 + 256}
-"""Tokens of a caption that the denoiser attends to at most, where it is not 512."""
 
 
 # -- memory and time ---------------------------------------------------------------------------------------------------
@@ -574,7 +572,7 @@ def _weight_bytes_of(counts: ImageCounts, load: ImageLoad) -> int:
 def image_work(counts: ImageCounts, load: ImageLoad, device: Device) -> Work:
     """Operations and bytes of a micro-batch, forward and backward."""
     e, n = dtype_bytes(load.dtype), load.pictures
-    forwards = load.references + bool(load.checkpointing)  # more than one; a forward is half of the products' work
+    forwards = load.bare + bool(load.checkpointing)  # more than one; a forward is half of the products' work
     again, reads = 1 + forwards / 2, 2 + forwards
     moved = 4.0 * n * (e * counts.kept + counts.kept32) + reads * e * counts.parameters
     dequantised = reads * e * counts.matrices if load.quantise else 0

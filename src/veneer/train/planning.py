@@ -211,12 +211,12 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
     rates, process = rates_here(device, dtype)
     words = config.adapter.targets if isinstance(config.adapter.targets, str) else "attention"
     # A slider's pictures are learned at both signs; the three forwards of the base alone are for both.
-    signs, references = (2, 1.5) if slider else (1, 0 if config.loss.keep_guidance is None else 2)
+    signs, bare = (2, 1.5) if slider else (1, 0 if config.loss.keep_guidance is None else 2)
     load = ImageLoad(
         at_once, side, side, signs * -(-batch // at_once), config.adapter.rank,
         dtype, config.base.quantise,
         config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0, targets=words,
-        references=references, before=before, form=PairForm.of(config.adapter.spec()),
+        bare=bare, before=before, form=PairForm.of(config.adapter.spec()),
     )  # fmt: skip
     job = TrainingJob(rows, 1.0, signs * float(config.schedule.epochs or 1), signs * batch, config.steps)
     text = (

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from veneer.core.adapter import LoraSpec
-from veneer.core.forms import trained_shapes
 from veneer.core.targets import Target, base_modules, full_modules, target_matches, token_embeddings
 from veneer.errors import PreflightError, gigabytes
+from veneer.plan.pairs import PairForm
 from veneer.train.config.load import RunConfig
 from veneer.train.config.text import TrainConfig
 
@@ -341,7 +341,7 @@ def held_memory(device: torch.device) -> int:
 def trainable_parameters(model: nn.Module, targets: list[Target], spec: LoraSpec) -> tuple[int, int]:
     """(in pairs, in full modules and token rows)."""
     modules = dict(base_modules(model))
-    pairs = sum(_pair_parameters(model, t, spec) for t in targets)
+    pairs = sum(_pair_parameters(modules[t.module_name], t, spec) for t in targets)
     whole = sum(p.numel() for name in full_modules(model, spec) for p in modules[name].parameters())
     for name, ids in token_embeddings(model, spec).items():
         weight: Any = modules[name].weight
@@ -349,29 +349,14 @@ def trainable_parameters(model: nn.Module, targets: list[Target], spec: LoraSpec
     return pairs, whole
 
 
-def _pair_parameters(model: nn.Module, target: Target, spec: LoraSpec) -> int:
-    """Parameters of the pair that `spec` puts on `target`: A, B, and DoRA's magnitude; or of the LoHa or LoKr."""
-    module = dict(base_modules(model))[target.module_name]
+def _pair_parameters(module: nn.Module, target: Target, spec: LoraSpec) -> int:
+    """Parameters of what `spec` puts on `target`: A, B and DoRA's magnitude, or the parts of a LoHa or LoKr."""
     rank = next((r for p, r in spec.rank_pattern.items() if target_matches(p, target.name)), spec.rank)
-    if spec.kind != "lora" and target.kind not in ("linear", "conv"):
-        return 0  # `create` refuses it by name
+    form = PairForm.of(spec)
     if target.kind == "experts":
-        shape = getattr(module, target.parameter or "").shape
-        return int(shape[0] * rank * (shape[1] + shape[2]))
-    weight: Any = getattr(module, "weight", None)
-    if target.kind == "conv":
-        if spec.kind != "lora":
-            return _delta_parameters(spec, tuple(weight.shape), rank)
-        return int(rank * weight[0].numel() + weight.shape[0] * rank) + spec.dora * int(weight.shape[0])
-    if hasattr(module, "in_features"):  # quantised weights have a shape of their own
-        rows, columns = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-    else:
-        rows, columns = (int(n) for n in weight.shape)
-    if spec.kind != "lora":
-        return _delta_parameters(spec, (rows, columns), rank)
-    return rank * (rows + columns) + spec.dora * rows
-
-
-def _delta_parameters(spec: LoraSpec, shape: tuple[int, ...], rank: int) -> int:
-    assert spec.kind != "lora"
-    return sum(map(math.prod, trained_shapes(spec.kind, shape, rank, spec.factor, spec.decompose_both).values()))
+        experts, *matrix = getattr(module, target.parameter or "").shape
+        return int(experts) * form.beside(tuple(matrix), rank).parameters
+    own: Any = module
+    # Quantised weights have a shape of their own.
+    shape = (own.out_features, own.in_features) if hasattr(own, "in_features") else tuple(own.weight.shape)
+    return form.beside(shape, rank).parameters + spec.dora * int(shape[0])

@@ -13,6 +13,7 @@ from veneer.models.image.base import load_image
 from veneer.models.image.fast import fast_denoiser
 from veneer.models.quantise import quantised_weights
 from veneer.ops.quantised import Quantised
+from veneer.plan.tables import base_config
 
 KINDS = ("flux1", "sdxl", "sd3", "z-image", "klein", "qwen-image")
 
@@ -33,6 +34,12 @@ def test_a_bare_denoiser_has_the_shapes_of_a_real_one_and_no_bytes(
         pass
     with fast_denoiser(real.denoiser, like=twin_denoiser(real.denoiser.config, torch.float32)) as believed:
         assert believed.swapped == tried.swapped
+
+
+def test_a_u_net_of_the_table_without_time_ids_is_sd15() -> None:
+    bare = bare_image(base_config("sd15"), dtype=torch.bfloat16)
+    assert bare.family == "sd15"
+    assert sum(p.numel() for p in bare.denoiser.parameters()) == 859_520_964  # as its card says
 
 
 def test_quantised_its_linears_are_codes() -> None:

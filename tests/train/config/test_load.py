@@ -75,7 +75,7 @@ def test_on_and_off_are_words(tmp_path: Path) -> None:
         ("adapter: {zzz: 4}", "unknown key `adapter.zzz`; known here: rank, alpha"),
         ("adapter: {factor: 4}", "`adapter.factor` belongs to `adapter.kind: lokr`"),
         ("adapter: {kind: loha, dora: true}", "`adapter.dora` is not for `adapter.kind: loha`"),
-        ("adapter: {kind: loha, factor: 8}", "`adapter.factor` is not for `adapter.kind: loha`"),
+        ("adapter: {kind: loha, factor: 8}", "`adapter.factor` belongs to `adapter.kind: lokr`"),
         ("adapter: {kind: lokr, modules_to_save: [x]}", "`adapter.modules_to_save` is not for `adapter.kind: lokr`"),
         ("adapter: {kind: lokr}\noptimizer: {loraplus_ratio: 4.0}", "the rate of B over that of A"),
         ("adapter: {rank: '16'}", "`adapter.rank` should be a whole number, found the text '16'"),

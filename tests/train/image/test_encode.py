@@ -26,9 +26,11 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.core.targets import resolve_targets
 from veneer.errors import TargetError
+from veneer.models.image.bare import bare_image
 from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.fast import fast_denoiser
 from veneer.models.loading import errors_only
+from veneer.plan.tables import base_config
 from veneer.train.config.image import TARGET_WORDS
 from veneer.train.config.load import config_from
 from veneer.train.image.batches import ImageBatch, plan_image_steps, planned_rows
@@ -271,22 +273,21 @@ _SD3 = tuple(f"attn.{n}" for n in ("add_k_proj", "add_q_proj", "add_v_proj", "to
 
 
 @pytest.mark.parametrize(
-    ("family", "adapted", "attention", "groups"),
+    ("name", "adapted", "attention", "groups"),
     [
-        ("sd3", _SD3, ("attn", "attn2"), {"transformer_blocks": 24}),
-        ("sd3-large", _SD3, ("attn",), {"transformer_blocks": 38}),
+        ("sd3.5-medium", _SD3, ("attn", "attn2"), {"transformer_blocks": 24}),
+        ("sd3.5-large", _SD3, ("attn",), {"transformer_blocks": 38}),
         ("z-image", ATTENTION, ("attention",), {"layers": 30, "noise_refiner": 2, "context_refiner": 2}),
     ],
 )
 def test_words_and_scripts_names_reach_every_block(
-    family: str, adapted: tuple[str, ...], attention: tuple[str, ...], groups: dict[str, int], shared: Path,
-    load: Callable[[str], ImageBase],
-) -> None:  # fmt: skip
+    name: str, adapted: tuple[str, ...], attention: tuple[str, ...], groups: dict[str, int]
+) -> None:
     """Both attentions of SD3.5 medium's first blocks; Z-Image's layers and both of its refiners."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    transformer: Any = load(family).denoiser
+    transformer: Any = bare_image(base_config(name), dtype=torch.bfloat16).denoiser
 
     def chosen(*targets: str) -> set[str]:
         return {t.name for t in resolve_targets(transformer, LoraSpec(rank=2, targets=targets))}

@@ -16,7 +16,7 @@ from veneer.errors import DataError
 from veneer.train.image.before_kinds import unlike_kind
 from veneer.train.image.checks import check_held_out, check_pictures
 from veneer.train.image.contact_sheet import contact_sheet
-from veneer.train.image.pictures import TrainingPicture, count_pictures, read_pictures
+from veneer.train.image.pictures import count_pictures, read_pictures
 from veneer.train.image.views import draw_row, plan_rows, prepare, view_before
 
 
@@ -234,4 +234,4 @@ def test_a_photo_where_edges_are_declared_is_named_with_the_way_out(tmp_path: Pa
     assert "1 picture(s) are not what data.before_kind: canny says" in message
     assert "dog.before.png: it has colours" in message
     assert "data.before_kind: picture, which takes any" in message
-    assert all(isinstance(p, TrainingPicture) for p in read_pictures(settings(tmp_path))[0])
+    assert len(read_pictures(settings(tmp_path))[0]) == 2

@@ -18,16 +18,12 @@ from torch import nn
 
 from veneer.errors import BaseError
 from veneer.models.image.base import Components, ImageBase, prediction_of
-from veneer.models.image.families import FAMILIES, ImageFamily, denoiser_family, topology_name
+from veneer.models.image.families import FAMILIES, PLANNED_FAMILIES, ImageFamily, denoiser_family, topology_name
 from veneer.models.image.fast import DenoiserReport, fast_denoiser
 from veneer.models.image.files import require_diffusers
 from veneer.models.loading import loading
 from veneer.models.quantise import put_empty_codes
 
-_ROWS = {
-    "sdxl": "sdxl", "flux": "flux1", "flux2": "flux2", "sd3": "sd3", "z-image": "z-image", "qwen-image": "qwen-image",
-}  # fmt: skip
-"""What the plan's table calls a denoiser -> its family."""
 _OWN = {"sdxl": {"addition_embed_type": "text_time", "use_linear_projection": True}}
 """What makes SDXL's U-Net one, and is no size."""
 _SMALL: dict[str, dict[str, Any]] = {
@@ -60,9 +56,11 @@ _SMALL: dict[str, dict[str, Any]] = {
 
 def _family(fields: Mapping[str, Any]) -> tuple[ImageFamily, dict[str, Any]]:
     """The family of a denoiser's config (of diffusers, or of the plan's table) and its fields. Raises BaseError."""
-    name = _ROWS.get(str(fields.get("model_type")))
-    fields = {**_OWN.get(name or "", {}), **fields}
-    row = FAMILIES[name] if name else denoiser_family(str(fields.get("_class_name")), fields)
+    row = PLANNED_FAMILIES.get(str(fields.get("model_type")))
+    if row and row.denoiser == "unet" and "projection_class_embeddings_input_dim" not in fields:
+        row = FAMILIES["sd15"]  # the plan's table has one word for U-Nets with and without time ids
+    fields = {**_OWN.get(row.name if row else "", {}), **fields}
+    row = row or denoiser_family(str(fields.get("_class_name")), fields)
     if row is None:
         raise BaseError(f"{fields.get('_class_name')!r} is no denoiser that veneer knows")
     return row, fields
@@ -117,7 +115,7 @@ def twin_denoiser(fields: Mapping[str, Any], dtype: torch.dtype) -> DenoiserRepo
     with torch.random.fork_rng(devices=[]), loading():
         torch.manual_seed(0)
         small = {**fields, **_SMALL.get(row.name, {})}
-        if row.name == "sdxl":  # as many levels, each narrow and shallow
+        if row.denoiser == "unet":  # as many levels, each narrow and shallow
             deep = len(small["block_out_channels"]) - 1
             small |= {"block_out_channels": [32, *[64] * deep], "attention_head_dim": [2, *[4] * deep]}
             small |= {"transformer_layers_per_block": [1] * (deep + 1)}

@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from veneer.models.config import PLANNED_DENOISERS
+
 
 @dataclass(frozen=True)
 class ImageFamily:
@@ -30,6 +32,7 @@ class ImageFamily:
     denoiser attends to, and how many of each at most. `patch`: latents per side that become one token; `patched`: the
     VAE's are patches already; `frames`: the VAE is one of films. `distilled`: guidance is an input of the denoiser;
     `guidance`: the pipeline's argument for it; `unguided`: where it does nothing. `time_ids`: the denoiser reads sizes.
+    `refers`: the denoiser tells reference pictures apart by their positions, though a base may not have learned to.
     `shifted`: the pipeline shifts the schedule by the picture's size. `canny`: the usual canny ControlNet on the hub.
     `settings`: arguments of the pipelines' constructors; `encoding`: of their encode_prompt, where `pooled` and `mask`
     stand in what it returns."""
@@ -51,6 +54,7 @@ class ImageFamily:
     guidance: str = "guidance_scale"
     unguided: float = 1.0
     time_ids: bool = False
+    refers: bool = False
     shifted: bool = False
     canny: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -136,6 +140,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
             encoding={"prompt_2": None},
             pooled=1,
             distilled=True,
+            refers=True,
             shifted=True,
             canny="InstantX/FLUX.1-dev-Controlnet-Canny",
         ),
@@ -149,6 +154,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
             patch=2,
             patched=True,
             distilled=True,
+            refers=True,
             shifted=True,
         ),
         ImageFamily(
@@ -181,6 +187,11 @@ FAMILIES: Mapping[str, ImageFamily] = {
     ]
 }
 
+
+PLANNED_FAMILIES: Mapping[str, ImageFamily] = {
+    PLANNED_DENOISERS[f.classname]: f for f in FAMILIES.values() if f.classname in PLANNED_DENOISERS
+}
+"""What the plan's table calls a denoiser -> its family; of U-Nets SDXL's, the last."""
 
 OWN_PIPELINES: Mapping[str, Mapping[str, str]] = {
     "Flux2KleinPipeline": {

@@ -482,14 +482,12 @@ def _check_references(base: ImageBase, rows: Sequence[ImageRow], settings: Pictu
     given = len(rows[0].references)
     if not given:
         return
+    if not base.references:
+        fix = "FLUX.1 Kontext or FLUX.2; a picture to start from is image (--image)"
+        raise ConfigError(f"{base.name} is no base that edits, and takes no reference pictures", fix=fix)
     if given > base.references:
-        what = f"takes {base.references} reference pictures" if base.references else "is no base that edits"
-        fix = (
-            "leave some out"
-            if base.references
-            else "FLUX.1 Kontext or FLUX.2; a picture to start from is image (--image)"
-        )
-        raise ConfigError(f"{base.name} {what}, and {given} were given", fix=fix)
+        what = f"{base.name} takes at most {base.references} reference picture(s), and {given} were given"
+        raise ConfigError(what, fix="leave some out")
     if settings.controls or rows[0].image is not None:
         other = "controls" if settings.controls else "a picture to start from"
         raise ConfigError(f"references and {other} do not go together", fix="leave one of them out")

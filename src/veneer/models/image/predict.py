@@ -274,10 +274,6 @@ def alphas_cumprod(base: ImageBase) -> Tensor:
     return cumulative.to(base.device)
 
 
-_READS_REFERENCES = ("flux1", "flux2")
-"""Families whose denoisers tell pictures apart by their positions."""
-
-
 def predict(
     base: ImageBase,
     latents: Tensor,
@@ -309,7 +305,7 @@ def predict(
     takes = bool(denoiser.config.get("guidance_embeds"))
     if guidance is not None and not takes:
         raise BaseError(f"{base.name} does not take guidance as an input", fix="leave guidance out")
-    if references and base.row.name not in _READS_REFERENCES:
+    if references and not base.row.refers:
         raise BaseError(f"{base.row.label} takes no reference pictures", fix="FLUX.1 Kontext or FLUX.2 does")
     shown = [r.to(latents.device, dtype) for r in references]
     more: dict[str, Any] = {"return_dict": False, **(residuals or {})}

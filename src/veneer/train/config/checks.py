@@ -98,13 +98,12 @@ def _kind(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
     """What a LoHa or LoKr has not, and what a pair has not."""
     adapter, kind = config.adapter, config.adapter.kind
     changed = _changed(adapter)
+    if kind != "lokr":
+        of_lokr = [key for key in ("factor", "decompose_both") if key in changed]
+        yield from (f"`adapter.{key}` belongs to `adapter.kind: lokr`" for key in of_lokr)
     if kind == "lora":
-        of_pairs: tuple[str, ...] = ("factor", "decompose_both")
-        yield from (f"`adapter.{key}` belongs to `adapter.kind: lokr`" for key in of_pairs if key in changed)
         return
-    of_pairs = ("dora", "init", "dropout", "modules_to_save", "token_rows")
-    of_pairs += ("factor", "decompose_both") if kind == "loha" else ()
-    for key in of_pairs:
+    for key in ("dora", "init", "dropout", "modules_to_save", "token_rows"):
         if key in changed:
             yield f"`adapter.{key}` is not for `adapter.kind: {kind}`; leave it out, or train with `kind: lora`"
     if config.optimizer.loraplus_ratio != 1:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _BLACK, _DARK, _LIGHT, _WHITE = 16, 48, 208, 239
 _COLOURED = 48
 """How far apart the channels of a pixel are, from which on it has a colour; 255 at most."""
+_GREY = {"canny": "a picture of edges", "depth": "a depth picture"}
 
 
 def unlike_kind(picture: Image, kind: str) -> str:
@@ -28,26 +29,23 @@ def unlike_kind(picture: Image, kind: str) -> str:
         return ""
     pixels = np.asarray(picture.convert("RGB"), dtype=np.int16)
     low, high = pixels.min(-1), pixels.max(-1)
-    coloured, black, white = float((high - low >= _COLOURED).mean()), float((high <= _BLACK).mean()), low >= _WHITE
+    coloured, black = high - low >= _COLOURED, float((high <= _BLACK).mean())
     if black == 1:
         return "it is black all over"
     if kind == "pose":
         drawn = high > _BLACK
         if black < 0.5:
             return f"a skeleton is drawn on black, and {black:.0%} of it is black"
-        if float((high - low >= _COLOURED)[drawn].mean()) < 0.5:
+        if coloured[drawn].mean() < 0.5:
             return "a skeleton has coloured limbs, and its lines are grey"
         return ""
-    if coloured > 0.02:
-        return f"it has colours ({coloured:.0%} of its pixels), and {_A[kind]} is grey"
+    if (share := float(coloured.mean())) > 0.02:
+        return f"it has colours ({share:.0%} of its pixels), and {_GREY[kind]} is grey"
     between = float(((high > _DARK) & (high < _LIGHT)).mean())
     if kind == "depth":
         return "it is black and white alone, as edges are, and depth has greys" if between < 0.02 else ""
-    if float(white.mean()) > 0.5:
+    if float((low >= _WHITE).mean()) > 0.5:
         return "it is mostly white, and edges are white on black: invert it"
     if black < 0.5 or between > 0.25:
         return f"edges are thin white lines on black, and {black:.0%} of it is black, {between:.0%} grey"
     return ""
-
-
-_A = {"canny": "a picture of edges", "depth": "a depth picture"}

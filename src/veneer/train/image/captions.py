@@ -20,7 +20,14 @@ from veneer.errors import DataError, bullets
 from veneer.files.atomic import atomic_write
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.decode import UnreadablePicture, decode_picture, read_bytes
-from veneer.train.image.pictures import OwnCaption, own_captions, with_trigger
+from veneer.train.image.pictures import (
+    CAPTION_COLUMNS,
+    CAPTION_SUFFIXES,
+    FILE_COLUMNS,
+    OwnCaption,
+    own_captions,
+    with_trigger,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -123,7 +130,7 @@ def write_captions(
 def _caption_files(picture: Path) -> list[Path]:
     """The files beside a picture that are read as its caption."""
     places = (picture.with_suffix(""), picture)
-    names = [place.with_name(place.name + suffix) for place in places for suffix in (".txt", ".caption")]
+    names = [place.with_name(place.name + suffix) for place in places for suffix in CAPTION_SUFFIXES]
     return [name for name in names if name.is_file()]
 
 
@@ -135,14 +142,14 @@ def _lines(root: Path) -> list[str]:
 def _rows(root: Path) -> dict[str, int]:
     """Picture -> its line in the folder's metadata.jsonl, which `own_captions` has read."""
     rows = map(json.loads, _lines(root))
-    return {str(row.get("file_name", row.get("after"))): i for i, row in enumerate(rows)}
+    return {str(next((row[c] for c in FILE_COLUMNS if c in row), "")): i for i, row in enumerate(rows)}
 
 
 def _with_row(root: Path, name: str, caption: str) -> bytes:
     """metadata.jsonl with this picture's caption in the column that it has for captions; other lines stay."""
     lines, at = _lines(root), _rows(root).get(name)
     rows = [json.loads(line) for line in lines]
-    column = next((c for c in ("text", "caption", "prompt", "instruction") if any(c in row for row in rows)), "text")
+    column = next((c for c in CAPTION_COLUMNS if any(c in row for row in rows)), "text")
     row = json.dumps((rows[at] if at is not None else {"file_name": name}) | {column: caption}, ensure_ascii=False)
     lines = [*lines, row] if at is None else [*lines[:at], row, *lines[at + 1 :]]
     return "".join(f"{line}\n" for line in lines).encode()

@@ -41,10 +41,11 @@ from veneer.train.records import read_data_files
 
 _PLACEHOLDER = "[trigger]"
 _SAME_SHAPE = 0.01  # how far a mask's aspect ratio may be from its picture's
-_CAPTIONS = (".txt", ".caption")
+CAPTION_SUFFIXES = (".txt", ".caption")
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-_COLUMNS = ("text", "caption", "prompt", "instruction")
-_FILE_COLUMNS = ("file_name", "after")
+CAPTION_COLUMNS = ("text", "caption", "prompt", "instruction")
+FILE_COLUMNS = ("file_name", "after")
+"""Columns of metadata; the first of each that is there counts."""
 _BEFORE = "before"
 # pictures that no allowed decoder reads: named as broken, not passed over
 _UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".exr", ".cr2", ".nef", ".arw", ".dng")
@@ -472,7 +473,7 @@ def _walk(
                 ignored["before pictures"] += settings.before != "auto"
             elif suffix in SUFFIXES or suffix in _UNREAD:
                 pictures.append(path)
-            elif suffix in _CAPTIONS and path.stem.lower() not in _NOT_CAPTIONS:
+            elif suffix in CAPTION_SUFFIXES and path.stem.lower() not in _NOT_CAPTIONS:
                 captions.append(path)
             else:
                 ignored[suffix or name] += 1
@@ -549,14 +550,14 @@ def _metadata(
                 continue
             records, _ = read_data_files([str(file)])
             columns = list(dict.fromkeys(c for record in records for c in record.values))
-            column = settings.caption_column or next((c for c in _COLUMNS if c in columns), None)
-            which = next((c for c in _FILE_COLUMNS if c in columns), None)
+            column = settings.caption_column or next((c for c in CAPTION_COLUMNS if c in columns), None)
+            which = next((c for c in FILE_COLUMNS if c in columns), None)
             if column not in columns or which is None:
-                missing = " or ".join(_FILE_COLUMNS) if which is None else column or " or ".join(_COLUMNS)
+                missing = " or ".join(FILE_COLUMNS) if which is None else column or " or ".join(CAPTION_COLUMNS)
                 raise DataError(
                     f"the metadata has no column {missing}; the columns are {', '.join(columns)}",
                     where=str(file),
-                    fix="name the caption's with data.caption_column",
+                    fix="name the picture's so" if which is None else "name the caption's with data.caption_column",
                 )
             used = (column, which, _BEFORE) if settings.before == "auto" else (column, which)
             about.unused += [c for c in columns if c not in used and c not in about.unused]

@@ -327,11 +327,11 @@ class ImageTask(Task[ImageData, ImageResult]):
             yield "data.resolution", base.size, "the base's size"
         if config.data.split is None and config.data.validation is None:
             yield "data.split", len(data.held), "a tenth from 20 pictures on, at most 50; none below"
+        times = times_of(base, config)
         if config.loss.timesteps == "auto":
-            kind = "logit-normal" if base.prediction == "flow" else "uniform"
-            yield "loss.timesteps", kind, f"the base predicts {base.prediction}"
+            yield "loss.timesteps", times.kind, f"the base predicts {base.prediction}"
         if config.loss.shift == "auto" and base.prediction == "flow":
-            yield "loss.shift", times_of(base, config).shift, "the base's scheduler; 1 where that goes by size"
+            yield "loss.shift", times.shift, "the base's scheduler; 1 where that goes by size"
         if config.schedule.epochs is None and config.schedule.steps is None:
             yield "schedule.steps", config.steps, "1000 when neither epochs nor steps are given"
         if config.memory.activation_checkpointing == "auto" and memory.because:
