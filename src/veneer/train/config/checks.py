@@ -192,9 +192,6 @@ def _memory_and_output(config: ImageTrainConfig) -> Iterator[str]:
         yield f"`output.name: {output.name}` is a file's name, without folders"
 
 
-_SLIDER_KEYS = ("target", "preserve", "guidance", "scenes", "strengths")
-
-
 def _idle(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
     """Keys that somebody wrote and that do nothing, with what each needs."""
     data = config.data
@@ -208,8 +205,11 @@ def _idle(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
         "data.bucket_ratio": (data.buckets, "`data.buckets`"),
         "data.before_kind": (data.before != "off", "`data.before` other than off"),
     }
+    ends = ("positive", "negative")
     needs |= {
-        f"slider.{key}": (config.slider.wanted, "`slider.positive` and `slider.negative`") for key in _SLIDER_KEYS
+        f"slider.{key}": (config.slider.wanted, "`slider.positive` and `slider.negative`")
+        for key in type(config.slider).model_fields
+        if key not in ends
     }
     for key, (used, what) in needs.items():
         if key in given and not used:

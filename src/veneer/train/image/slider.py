@@ -57,7 +57,8 @@ def slider_config(config: ImageTrainConfig) -> ImageTrainConfig:
     prompt where there is none."""
     slider, data = config.slider, config.data
     cache = Path(data.cache) if data.cache else Path(config.output.directory) / CACHE
-    made_of = [config.base.name, slider.model_dump(mode="json"), data.resolution, config.samples.guidance, config.seed]
+    prompts = slider.model_dump(mode="json", include={"positive", "negative", "target", "preserve"})
+    made_of = [config.base.name, prompts, data.resolution, config.samples.guidance, config.seed]
     scenes = cache / "scenes" / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     own = {"pictures": str(scenes), "prompt": slider.target, "split": 0}
     samples = config.samples

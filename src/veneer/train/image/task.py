@@ -200,7 +200,7 @@ class ImageTask(Task[ImageData, ImageResult]):
             undo.enter_context(training_layers(base, True))
             if not config.memory.offload_blocks:  # the fast paths hold on to weights
                 run.note(undo.enter_context(fast_denoiser(base.denoiser)).summary())
-            loss = self.loss_of(data, attachment)
+            loss = self._loss(data, attachment)
             memory = self._measured(run, data, loss, report, memory)
             run.say(report, self._settled(data, memory))
             report.raise_if_stopped()
@@ -210,7 +210,7 @@ class ImageTask(Task[ImageData, ImageResult]):
                 run.note(f"{moved / 1e9:.2f} GB of frozen weights wait on the CPU for their turn")
             yield AttachedPictures(config, base, run, data, attachment, loss, memory)
 
-    def loss_of(self, data: ImageData, attachment: Attachment) -> ImageLoss:
+    def _loss(self, data: ImageData, attachment: Attachment) -> ImageLoss:
         """What is minimised."""
         if self.config.slider.wanted:
             return SliderLoss(self.base, self.config, data.encoders, bare=attachment.using, attachment=attachment)
