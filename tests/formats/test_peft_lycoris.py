@@ -107,7 +107,7 @@ def test_what_peft_would_make_of_no_configuration_is_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "say"),
     [
-        ({"alpha": "8"}, "\nalpha = '8': a number is expected"),
+        ({"alpha": "8"}, "- alpha = '8': a number is expected"),
         ({"r": 0}, "r = '0': a whole number of at least 1"),
         ({"rank_pattern": [3]}, "a mapping from module names to numbers"),
         ({"rank_pattern": {"q_proj": 2.5}}, "a whole number of at least 1"),
