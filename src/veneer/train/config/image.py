@@ -65,7 +65,7 @@ class ImageDataSection(Section):
     validation: str | None = setting(None, "a folder of pictures that are never trained on, read the same way")
     prompt: str | None = setting(None, "the caption of every picture that has none of its own")
     caption_column: str | None = setting(
-        None, "metadata's column of captions", "the first of text, caption and prompt that is there"
+        None, "metadata's column of captions", "the first of text, caption, prompt, instruction that is there"
     )
     trigger: str | None = setting(
         None, "a word for what is learned: replaces `[trigger]` in captions, and is put before captions without it"
