@@ -81,6 +81,13 @@ def test_steps_act_within_their_ranges() -> None:
     assert Strength().edges == (0.0,)
 
 
+def test_a_range_between_two_steps_is_idle() -> None:
+    some = parse_strength("steps=0-0.2+0.4-0.45:2+0.7-1")
+    assert some.idle(3) == ["0.4-0.45", "0.7-1"]
+    assert some.idle(4) == ["0.4-0.45"]
+    assert some.idle(20) == Strength().idle(1) == []
+
+
 def test_blocks_become_modules() -> None:
     found = factors_by_module(parse_strength("down=0.5,down.1=0.3,mid=2,text=0,text_encoder_2=0.1"), SDXL)
     for module, factor in found.items():

@@ -115,6 +115,10 @@ def test_what_has_no_effect_is_said(base: ImageBase, files: Path, brand: Adapter
     assert len(said) == 2
     assert "changes nothing in 'text'" in said[0]
     assert "acts throughout" in said[1]
+    said.clear()
+    plain, late = one(base), one(base, "alone.safetensors@steps=0.9-1", say=said.append)
+    assert levels(plain, late) == 0
+    assert any("alone: steps=0.9-1 holds none of the" in text for text in said)
 
 
 def test_unknown_adapters_blocks_and_families_are_refused(base: ImageBase, files: Path) -> None:

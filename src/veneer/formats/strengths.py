@@ -235,6 +235,12 @@ class Strength:
             return 1.0
         return next((f for begin, end, f in self.steps if begin <= share < end), 0.0)
 
+    def idle(self, steps: int) -> list[str]:
+        """Ranges that hold no step of a run of so many: in a short run a narrow one may lie between two."""
+        shares = [i / steps for i in range(steps)]
+        ranges = [(begin, end) for begin, end, _ in self.steps if not any(begin <= share < end for share in shares)]
+        return [f"{_text(begin)}-{_text(end)}" for begin, end in ranges]
+
     @property
     def by_block(self) -> Strength:
         """The factors by block alone."""
@@ -306,7 +312,7 @@ def factors_by_module(strength: Strength, modules: Sequence[str]) -> dict[str, f
         if not any(_fits(p, modules) for p in patterns):
             names = {short for short, long in _SHORT.items() if any(f".{long}." in f".{m}." for m in modules)}
             names |= {"steps", *(["text"] if encoders else []), *(_short(block_of(m)) for m in modules)}
-            near = nearest(key, sorted(names))
+            near = nearest(key, sorted(names - {key}))
             raise ConfigError(
                 f"{key!r} names no block of this base",
                 fix=f"did you mean {' or '.join(near)}?" if near else f"its blocks: {', '.join(sorted(names)[:30])}",

@@ -197,6 +197,15 @@ def without_effect(adapter: Adapter, strength: Strength, modules: Sequence[str])
     return notes
 
 
+def idle_ranges(uses: Sequence[Use], steps: int) -> list[str]:
+    """What is to be said of ranges in which none of the steps that were taken lies."""
+    return [
+        f"{label_of(name)}: steps={at} holds none of the {steps} steps taken: it has no effect"
+        for name, strength in uses
+        for at in strength.idle(steps)
+    ]
+
+
 def mix_plan(parts: Sequence[tuple[Strength, NamedMix]]) -> MixPlan:
     """The plan of adapters, each as attached parts (`add_divided`) under its strength."""
     phases: list[tuple[float, NamedMix]] = []

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from veneer import __version__
 from veneer.errors import DataError
 from veneer.files.atomic import atomic_write
-from veneer.imaging.adapters import AdapterSource, Mixer, Use
+from veneer.imaging.adapters import AdapterSource, Mixer, Use, idle_ranges
 from veneer.imaging.controls import CANNY, ControlSpec, control_model_of, control_picture, flattened, hashed_picture
 from veneer.imaging.infotext import SAMPLERS, Infotext, png_bytes, render_infotext
 from veneer.models.fingerprint import file_sha256
@@ -136,11 +136,16 @@ def make(
     rows = [ImageRow(ask.prompt, ask.negative, ask.seed, plans[ask.uses]) for ask in asks]
     shared = shared_record(base, settings) | inputs
     out: list[RecordedPicture] = []
+    told: set[tuple[tuple[Use, ...], int]] = set()
 
     def finish(i: int, picture: GeneratedPicture) -> None:
         for what, cut in (("prompt", picture.cut), ("negative prompt", picture.negative_cut)):
             if cut:
                 mixer.say(f"note: the text encoder does not read the end of a {what}: …{cut}")
+        if (asks[i].uses, picture.steps) not in told:
+            told.add((asks[i].uses, picture.steps))
+            for note in idle_ranges(asks[i].uses, picture.steps):
+                mixer.say(f"note: {note}")
         start = i - picture.index
         batch = asks[start : start + len(picture.batch)]
         out.append(recorded_picture(base, mixer.sources, picture, batch, picture.index, shared))

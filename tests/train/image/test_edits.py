@@ -179,13 +179,17 @@ def test_bad_pairs_and_bases_stop_before_anything_is_trained(shared: Path, pairs
     said = bad(shared, out, "kontext", data={"pictures": str(pairs), "before": "off"})
     assert "has captions alone" in said
     said = bad(shared, out, "flux1", **settings_of(pairs))
-    assert "1 pictures before each, and" in said
+    assert "1 picture before each, and" in said
     assert "is no base that edits" in said
     assert "data.before: off" in said
     said = bad(shared, out, "kontext", **settings_of(pairs), samples={"prompts": ["sks"]})
     assert "sample prompts are instructions here, and have no picture to edit" in said
     lost = {"prompts": ["sks"], "before": [str(pairs / "none.png")]}
     assert "there is no picture" in bad(shared, out, "kontext", **settings_of(pairs), samples=lost)
+    torn = tmp_path / "torn.png"
+    torn.write_bytes((pairs / "0.png").read_bytes()[:60])
+    lost["before"] = [str(torn)]
+    assert f"{torn} cannot be edited: " in bad(shared, out, "kontext", **settings_of(pairs), samples=lost)
     given = {"prompts": ["sks"], "before": [str(pairs / "0.png")]}
     assert "samples.before is for pairs" in bad(shared, out, "flux1", samples=given)
     drawn = {"class_count": 2, "class_prompt": "a house"}

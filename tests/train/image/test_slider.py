@@ -21,7 +21,7 @@ from veneer.models.image.predict import alphas_cumprod, embed_prompts, predict
 from veneer.plan.tables import device_named
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.load import config_from, load_config
-from veneer.train.events import Event, Note, Resolved, Stepped
+from veneer.train.events import Checked, Event, Note, Resolved, Stepped
 from veneer.train.image.batches import PlannedRow
 from veneer.train.image.encode import Encoders
 from veneer.train.image.loss import draw, noised
@@ -166,10 +166,12 @@ def test_a_run_needs_no_pictures_and_is_resumed_bit_for_bit(shared: Path, tmp_pa
 
 def test_a_dry_run_draws_one_scene_elsewhere(shared: Path, tmp_path: Path) -> None:
     seen: list[Event] = []
-    result = run(shared, tmp_path / "dry", "flux1", dry_run=True, on_event=seen.append)
+    long = {"positive": "a red house " * 20}
+    result = run(shared, tmp_path / "dry", "flux1", dry_run=True, on_event=seen.append, slider=long)
     assert result.dry_run
     assert not (tmp_path / "dry").exists()
     assert any("the base drew 1 scenes" in e.text for e in seen if isinstance(e, Note))
+    assert any("1 slider prompts longer than the base reads" in e.text for e in seen if isinstance(e, Checked))
 
 
 def test_activations_that_are_made_again_see_the_same_strength(shared: Path, tmp_path: Path) -> None:
@@ -189,6 +191,7 @@ def test_activations_that_are_made_again_see_the_same_strength(shared: Path, tmp
         ({"slider": {"positive": None}}, "`slider.positive` is required beside `slider.negative`"),
         ({"data": {"pictures": "x"}}, "`data.pictures`: a slider learns from no pictures"),
         ({"slider": {"strengths": []}}, "`slider.strengths` is empty"),
+        ({"slider": {"strengths": [1, -20000]}}, "a column of the sample sheets is -20000"),
         ({"adapter": {"text_encoders": ["text_encoder"]}}, "its direction is of the denoiser alone"),
         ({"loss": {"guidance": 2.0}}, "`loss.guidance` is for pictures that are learned"),
         ({"data": {"resolution": [32, 64]}}, "`data.resolution` is one number for a slider"),

@@ -132,7 +132,8 @@ def check_numbers(settings: Any) -> None:
 @dataclass
 class GeneratedPicture:
     """`cut`, `negative_cut`: the ends of the prompts that the text encoder does not read, "" where it reads all.
-    `batch`, `index`: the rows it was made with, and its place there: the same batch, the same picture to the bit."""
+    `batch`, `index`: the rows it was made with, and its place there: the same batch, the same picture to the bit.
+    `steps`: how many were taken; with `denoise`, or a scheduler of two passes a step, not the number asked for."""
 
     image: Image
     row: ImageRow
@@ -140,6 +141,7 @@ class GeneratedPicture:
     negative_cut: str = ""
     batch: tuple[ImageRow, ...] = field(default=(), repr=False)
     index: int = 0
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,9 @@ class _Run:
             said = " ".join(str(error).split())[:300]
             raise ConfigError(f"{type(self.pipe).__name__} refuses these settings: {said}", where=base.name) from error
         return [
-            GeneratedPicture(self.finished(array, row), row, positive.cut[i], unread[i], rows, i)
+            GeneratedPicture(
+                self.finished(array, row), row, positive.cut[i], unread[i], rows, i, self.pipe.num_timesteps
+            )
             for i, (array, row) in enumerate(zip(images, rows, strict=True))
         ]
 

@@ -23,7 +23,7 @@ from veneer.core.attach import attach
 from veneer.core.targets import base_modules
 from veneer.errors import ConfigError, VeneerError
 from veneer.formats.strengths import Strength, factors_by_module
-from veneer.imaging.adapters import AdapterSource, add_divided, mix_plan, without_effect
+from veneer.imaging.adapters import AdapterSource, add_divided, idle_ranges, mix_plan, without_effect
 from veneer.imaging.controls import ControlSpec, control_model_of
 from veneer.imaging.make import Ask, recorded_picture, shared_record
 from veneer.models.image.base import load_control, readers
@@ -440,6 +440,8 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         made = recorded_picture(self.base, sources, picture, [ask], 0, shared)
         cuts = (("prompt", picture.cut), ("negative prompt", picture.negative_cut))
         notes = [f"the text encoder does not read the end of the {what}: …{cut}" for what, cut in cuts if cut]
+        named = [(request.labels.get(digest, digest), strength) for digest, strength in request.uses()]
+        notes += idle_ranges(named, picture.steps)
         prompts = [text for text in (request.prompt, request.negative) if text]
         usage = Usage(
             self.tokens(*prompts), 0, self.places(request.settings), began - job.arrived, decode=now - began

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from veneer.core.adapter import check_strength
+from veneer.errors import ConfigError
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.text import PREFERENCE_KEYS, Section, TrainConfig, layer_indices
 
@@ -146,6 +148,11 @@ def _slider(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
         )
     if not slider.strengths:
         yield "`slider.strengths` is empty: give at least one, as [-1, 0, 1]"
+    for strength in slider.strengths:
+        try:
+            check_strength("a column of the sample sheets", strength)
+        except ConfigError as error:
+            yield f"`slider.strengths`: {error.what}; give {error.fix}"
     if not isinstance(config.data.resolution, int | None):
         yield "`data.resolution` is one number for a slider: the base draws its scenes in that size"
     own = {f"data.{key}" for key in _OF_SLIDERS}

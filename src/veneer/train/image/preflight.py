@@ -21,6 +21,7 @@ from veneer.errors import TargetError, gigabytes
 from veneer.train.config.image import PRESETS
 from veneer.train.image.batches import PlannedRow
 from veneer.train.image.checks import check_held_out, check_pictures
+from veneer.train.image.decode import UnreadablePicture, decode_picture, read_bytes
 from veneer.train.image.encode import Encoders
 from veneer.train.image.pictures import AboutPictures, TrainingPicture
 from veneer.train.image.views import PicturePlan
@@ -193,7 +194,7 @@ def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterat
     before, samples = data.about.before, config.samples
     folder = ", ".join(config.data.folders)
     if before > base.references:
-        text = f"{folder} has {before} pictures before each, and {base.name} "
+        text = f"{folder} has {before} picture{'s' * (before > 1)} before each, and {base.name} "
         text += f"takes {base.references} at most" if base.references else "is no base that edits"
         fix = "train on FLUX.1 Kontext or FLUX.2, or learn from captions alone with data.before: off"
         yield Finding("stop", "pairs", text, fix)
@@ -210,6 +211,11 @@ def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterat
             yield Finding("stop", "samples", "sample prompts are instructions here, and have no picture to edit", fix)
     if lost := [path for path in samples.before if not Path(path).is_file()]:
         yield Finding("stop", "samples", f"there is no picture {', '.join(lost)}", "correct samples.before")
+    for path in dict.fromkeys(path for path in samples.before if path not in lost):
+        try:
+            decode_picture(read_bytes(Path(path))[0], config.data)
+        except UnreadablePicture as error:
+            yield Finding("stop", "samples", f"{path} cannot be edited: {error}", "correct samples.before")
     if samples.before and not before:
         yield Finding(
             "stop", "samples", "samples.before is for pairs, and the pictures have none before them", "leave it out"

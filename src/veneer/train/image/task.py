@@ -61,7 +61,7 @@ from veneer.train.image.save import (
     prove_image_adapter,
     save_image_adapter,
 )
-from veneer.train.image.slider import SliderLoss, same_ends, signed, slider_config, with_scenes
+from veneer.train.image.slider import SliderLoss, directions, same_ends, signed, slider_config, with_scenes
 from veneer.train.image.views import plan_rows
 from veneer.train.loop import Score
 from veneer.train.optim import Ema
@@ -160,10 +160,12 @@ class ImageTask(Task[ImageData, ImageResult]):
 
     def check(self, run: Run, data: ImageData, previous: Mapping[str, Any] | None) -> Report:
         samples = self.config.samples
+        ends = directions(self.config.slider) if self.config.slider.wanted else []
         texts = {
             "captions": [p.caption for p in (*data.learned, *data.held)],
             "sample prompts": [*samples.prompts, samples.negative],
             "class prompts": [self.config.data.class_prompt or ""] if data.missing_classes else [],
+            "slider prompts": [end for pair in ends for end in pair],
         }
         # A prompt is read for its length alone, so that a dry run and a wrong setting cost no forward passes.
         cut = {w: {c: rest for c in dict.fromkeys(said) if (rest := cut_of(self.base, c))} for w, said in texts.items()}

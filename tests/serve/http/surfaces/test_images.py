@@ -328,6 +328,28 @@ def test_what_has_no_effect_here_is_said_in_notes(client: openai.OpenAI) -> None
     notes = client.images.generate(prompt="<lora:brand:1> a cat", extra_body=body).data[0].notes
     for said in ("plain text", "brand changes nothing in 'proj_out'", "brand: its part on the text encoder"):
         assert any(said in note for note in notes), notes
+    alone = FEW | {"mix": [{"adapter": "tiny", "blocks": {"double": 2}}, "tiny@steps=0-0.5", "tiny:0.5"]}
+    notes = client.images.generate(prompt="a cat", extra_body=alone).data[0].notes
+    assert notes.count("tiny is the base: its blocks and steps have no effect") == 2
+    late = FEW | {"num_inference_steps": 3, "mix": ["brand@steps=0.7-1"]}
+    notes = client.images.generate(prompt="a cat", extra_body=late).data[0].notes
+    assert "brand: steps=0.7-1 holds none of the 3 steps taken: it has no effect" in notes
+
+
+@pytest.mark.parametrize(
+    ("blocks", "says"),
+    [
+        ({"*": 1e5}, "mix.0.blocks.*: Input should be less than or equal to 10000"),
+        (["x"], "mix.0.blocks.0: Input should be a valid number"),
+        (7, "mix.0.blocks: a JSON object is expected"),
+        ({"steps": 1}, "'steps' names no block of this base: did you mean text?"),
+    ],
+)
+def test_bad_blocks_are_told_in_the_clients_words(url: str, blocks: Any, says: str) -> None:
+    body = {"prompt": "a cat", "mix": [{"adapter": "brand", "blocks": blocks}]}
+    answer = httpx.post(f"{url}/v1/images/generations", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == says
 
 
 def test_the_description_has_the_bodies(url: str) -> None:

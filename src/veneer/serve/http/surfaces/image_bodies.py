@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -66,6 +66,10 @@ def _part(text: str) -> dict[str, Any]:
 
 _Factor = Annotated[float, Field(ge=-10_000, le=10_000, strict=True)]
 _Block = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^(\*|[\w.-]+)$")]
+_Blocks = Annotated[
+    Annotated[dict[_Block, _Factor], Tag("=names")] | Annotated[list[_Factor], Tag("=numbers")],
+    Discriminator(lambda value: "=numbers" if isinstance(value, list) else "=names"),
+]
 _Range = Annotated[list[_Factor], Field(min_length=2, max_length=3)]
 
 
@@ -74,7 +78,7 @@ class PictureMixPart(MixPart):
     block -> factor, the last that fits a module counts; or 12, 17, 20 or 26 numbers in kohya's order. `steps`:
     [from, to] or [from, to, factor], shares of the steps; in none of them the adapter does not act."""
 
-    blocks: Annotated[dict[_Block, _Factor] | list[_Factor] | None, at_most(64), BeforeValidator(_json)] = None
+    blocks: Annotated[_Blocks | None, at_most(64), BeforeValidator(_json)] = None
     steps: Annotated[Annotated[list[_Range], FAIL_FAST] | None, at_most(64), BeforeValidator(_json)] = None
 
     @property

@@ -274,6 +274,9 @@ def _planned(
     """Decode, fit and check. `most`: pixels of a picture that is sent. Blocks. Raises Refused."""
     base = engine.base
     notes: list[str] = []
+    for part, digest in zip(asked.mix or asked.lora or (), chosen.served.meant, strict=False):
+        if not digest and part.factors != Strength():
+            notes.append(f"{part.adapter} is the base: its blocks and steps have no effect")
     if "<lora:" in asked.prompt:
         notes.append("<lora:…> in a prompt is read as plain text here; adapters are named in mix")
     sent = _Sent(most, notes)
