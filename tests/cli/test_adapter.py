@@ -16,6 +16,7 @@ from tests.tiny_base import tiny_base_dir
 from veneer.cli.main import main
 from veneer.core.adapter import Adapter, Card, LoraSpec
 from veneer.core.attach import attach
+from veneer.core.forms import delta_of
 from veneer.core.init import create
 from veneer.formats import peft
 from veneer.models.text.base import load_text
@@ -119,6 +120,19 @@ def test_verify_sees_what_does_not_hang_together(capsys, made, tmp_path):
 def test_verify_sees_an_adapter_that_does_nothing(capsys, made, base):
     assert set(failures(capsys, str(made / "zero"))) == {"not zero"}
     assert set(failures(capsys, str(made / "zero"), "--base", str(base))) == {"not zero", "effect"}
+
+
+def test_verify_measures_a_lokr(capsys, base, tmp_path):
+    model = load_text(str(base)).model
+    made = create(model, LoraSpec(kind="lokr", rank=2), seed=0)
+    peft.write_folder(made, tmp_path / "untrained")
+    assert set(failures(capsys, str(tmp_path / "untrained"))) == {"not zero"}
+    for delta in made.deltas.values():
+        delta.parts["w2" if "w2" in delta.parts else "b2"].fill_(0.01)
+    peft.write_folder(made, tmp_path / "lokr")
+    checks = {c["check"]: c for c in json.loads(run(capsys, "verify", tmp_path / "lokr", "--json"))["checks"]}
+    whole = sum(float(delta_of(torch.zeros(d.shape), d).norm()) ** 2 for d in made.deltas.values()) ** 0.5
+    assert f"‖ΔW‖ = {whole:.4g} in all" in checks["not zero"]["detail"]
 
 
 def test_verify_sees_another_base(capsys, made, tmp_path):

@@ -15,6 +15,7 @@ import torch
 from veneer.adapters import use as using
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.attach import attach
+from veneer.core.forms import BASED, product_of
 from veneer.core.truncate import distance, factors
 from veneer.errors import AdapterError, UnsafeFileError, VeneerError
 from veneer.files.hashes import verify_hashes
@@ -137,12 +138,15 @@ def _hashes(folder: Path, card: CardFile | None) -> list[AdapterCheck]:
 
 def _not_zero(adapter: Adapter) -> AdapterCheck:
     norms = {n: _delta_norm(p) for n, p in adapter.pairs.items()}
-    alive = [n for n, norm in norms.items() if norm > 0 or adapter.pairs[n].magnitude is not None]
-    others = adapter.modules or adapter.token_rows or adapter.deltas or adapter.new_tokens
-    if adapter.pairs and not alive and not others:
-        return AdapterCheck("not zero", False, "every B·A is zero: an adapter that was never trained")
+    measured = {n: d for n, d in adapter.deltas.items() if d.form not in BASED and d.magnitude is None}
+    norms |= {n: float(product_of(d).norm()) for n, d in measured.items()}
+    scaled = {n for n, p in adapter.pairs.items() if p.magnitude is not None}
+    alive = [n for n, norm in norms.items() if norm > 0 or n in scaled]
+    others = adapter.modules or adapter.token_rows or adapter.new_tokens or len(measured) < len(adapter.deltas)
+    if norms and not alive and not others:
+        return AdapterCheck("not zero", False, "every ΔW is zero: an adapter that was never trained")
     zero = sorted(set(norms) - set(alive))
-    said = f"; {len(zero)} of {len(norms)} pairs are zero, {zero[0]} among them" if zero else ""
+    said = f"; {len(zero)} of {len(norms)} changes are zero, {zero[0]} among them" if zero else ""
     return AdapterCheck("not zero", True, f"‖ΔW‖ = {sum(n**2 for n in norms.values()) ** 0.5:.4g} in all{said}")
 
 
