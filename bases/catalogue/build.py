@@ -1,8 +1,9 @@
 """Makes the catalogue bases from nothing: `python bases/catalogue/build.py WORK [STAGE …]`, stages as in STAGES.
 
 Everything a stage needs from an earlier one lies in WORK, where an interrupted stage also goes on from. `export` writes
-the folders that veneer ships; `adopt`, which is no part of a build from nothing, takes what is shipped into WORK, so
-that the stages after it go on from there. `STAGE=STEPS` takes another number of steps.
+the folders that veneer ships; `adopt`, which is no part of a build from nothing, takes into WORK what is shipped and
+what `start` beside this file has of earlier stages, so that the stages after it go on from there. `STAGE=STEPS` takes
+another number of steps.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ STAGES = {
 """Stage -> steps (of `pictures`: shards)."""
 
 SHIPPED = packaged_place()
+START = Path(__file__).parent / "start"
+"""What is made and not shipped yet, in bfloat16."""
 _NAMES = {"flux": "catalogue-flux", "sdxl": "catalogue-sdxl"}
 
 
@@ -184,6 +187,7 @@ def _export(work: Path, steps: int) -> None:
 
 def _adopt(work: Path) -> None:
     """WORK as it would be after the shipped bases were made, but for the pictures."""
+    shutil.copytree(START / "vae", work / "vae", dirs_exist_ok=True)
     for family, name in _NAMES.items():
         shipped = SHIPPED / name
         if not shipped.is_dir():
