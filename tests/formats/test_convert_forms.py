@@ -47,9 +47,9 @@ def dora(module: str, axis: int) -> Adapter:
 
 
 HELD: dict[str, tuple[Adapter, set[str]]] = {
-    "loha": (Adapter(deltas={f"{TO_Q}.weight": loha()}), {"kohya", "comfyui"}),
+    "loha": (Adapter(deltas={f"{TO_Q}.weight": loha()}), {"kohya", "comfyui", "peft"}),
     "loha dora": (Adapter(deltas={f"{TO_Q}.weight": loha(magnitude=numbers((1, IN), "m"))}), {"kohya", "comfyui"}),
-    "lokr": (Adapter(deltas={f"{TO_Q}.weight": lokr()}), {"kohya", "comfyui"}),
+    "lokr": (Adapter(deltas={f"{TO_Q}.weight": lokr()}), {"kohya", "comfyui", "peft"}),
     "lokr dora": (Adapter(deltas={f"{TO_Q}.weight": lokr(magnitude=numbers((ROWS,), "m"))}), {"kohya"}),
     "diff": (Adapter(deltas={f"{TO_Q}.weight": dense(ROWS, IN, scale=0.5)}), {"kohya", "comfyui"}),
     "conv diff": (Adapter(deltas={f"{CONV}.weight": dense(ROWS, IN, 3, 3)}), {"kohya", "comfyui"}),

@@ -51,7 +51,7 @@ AdapterOption = Annotated[
     typer.Option(
         "--adapter",
         "-a",
-        help="NAME_OR_PATH[:strength]; by block and step behind @: brand:0.8@down=0.5,text=0,steps=0-0.6.",
+        help="NAME_OR_PATH[:strength]; by block and step behind @: brand:0.8@down=0.5,steps=0-0.6.",
     ),
 ]
 ControlOption = Annotated[

@@ -446,10 +446,10 @@ def _unet(counts: ImageCounts, config: Config, height: int, width: int, text: in
         counts.linear("embedder", 1, inputs, time)
         counts.linear("embedder", 1, time, time)
 
+    flat = "transformer_layers_per_block" in config  # SD1.5's projections around a transformer are 1 × 1 convolutions
+
     def transformer(level: int) -> None:
-        _transformer(counts, place[level], widths[level], cross, heads[level], depth[level], text)
-        if "transformer_layers_per_block" not in config:  # SD1.5's projections around it are 1 × 1 convolutions
-            counts.keep(2 * place[level] * widths[level])
+        _transformer(counts, place[level], widths[level], cross, heads[level], depth[level], text, flat)
 
     skips = [(first, counts.learned)]
     at = first
@@ -500,10 +500,12 @@ def _resnet(counts: ImageCounts, n: int, a: int, b: int, time: int, dead: int = 
     counts.ends_block(n * a)
 
 
-def _transformer(counts: ImageCounts, n: int, d: int, cross: int, heads: int, depth: int, text: int) -> None:
+def _transformer(
+    counts: ImageCounts, n: int, d: int, cross: int, heads: int, depth: int, text: int, flat: bool
+) -> None:
     counts.small(2 * d)
     counts.keep(n * d)
-    counts.linear("proj_in", n, d, d)
+    _around(counts, "proj_in", n, d, flat)
     for _ in range(depth):
         counts.starts_block()
         counts.small(6 * d)
@@ -524,7 +526,14 @@ def _transformer(counts: ImageCounts, n: int, d: int, cross: int, heads: int, de
         counts.keep(n * 8 * d)
         counts.linear("net.2", n, 4 * d, d)
         counts.ends_block(n * d)
-    counts.linear("proj_out_of_transformer", n, d, d)
+    _around(counts, "proj_out_of_transformer", n, d, flat)
+
+
+def _around(counts: ImageCounts, name: str, n: int, d: int, flat: bool) -> None:
+    if flat:
+        counts.linear(name, n, d, d)
+    else:
+        counts.conv(n, d, d, 1)
 
 
 IMAGE_FAMILIES: dict[str, Callable[[ImageCounts, Config, int, int, int], None]] = {

@@ -366,7 +366,7 @@ def _flux2(denoiser: Any, x: Tensor, shown: Sequence[Tensor], text: Conditioning
     n, _, h, w = x.shape
 
     def positions(*counts: int, frame: int = 0) -> Tensor:
-        first = torch.tensor([frame], device=x.device)
+        first = torch.full((1,), frame, device=x.device)  # not a tensor of a list: that waits for its copy
         return torch.cartesian_prod(first, *(torch.arange(k, device=x.device) for k in counts))
 
     pictures = (x, *shown)
