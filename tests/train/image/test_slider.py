@@ -115,7 +115,7 @@ def said(
         return predict(base, x, time, text, sizes=given, guidance=guidance)
 
 
-@pytest.mark.parametrize("family", ["flux1", "sd15"])
+@pytest.mark.parametrize("family", ["flux1", pytest.param("sd15", marks=pytest.mark.slow)])
 def test_the_effect_follows_the_strength_and_turns_with_its_sign(shared: Path, family: str, tmp_path: Path) -> None:
     """The prediction moves along the direction, monotone in the strength; near 0 as far to either side."""
     base = load_image(str(tiny_image_base(shared, family)))

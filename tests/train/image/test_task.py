@@ -178,7 +178,9 @@ def test_every_family_trains_through_the_same_loop(family: str, shared: Path, tm
     assert len(result.samples) == 1
 
 
-@pytest.mark.parametrize("family", ["sd3", "z-image", "flux2", "klein", "qwen-image"])
+@pytest.mark.parametrize(
+    "family", ["sd3", "z-image", "flux2", pytest.param("klein", marks=pytest.mark.slow), "qwen-image"]
+)
 def test_a_run_over_a_base_in_4_bits_is_the_run_over_its_values(family: str, shared: Path, tmp_path: Path) -> None:
     """Computed in 16 bits, text encoders in 4 as well; every linear module learns."""
     for name in ("codes", "values"):
