@@ -219,8 +219,8 @@ def _raster(svg: _Svg) -> Array:
     return np.asarray(image.convert("RGBA"))
 
 
-def placed(scene: Scene) -> tuple[list[list[Face]], float]:
-    """The product's faces in pixels, from the far ones to the near ones, and where its foot stands."""
+def placed(scene: Scene) -> list[list[Face]]:
+    """The product's faces in pixels, from the far ones to the near ones."""
     r = random.Random(scene.seed)
     sign = r.choice((-1, 1))
     mirrored = scene.light in ("light from the right", "warm lamp light")
@@ -251,14 +251,14 @@ def placed(scene: Scene) -> tuple[list[list[Face]], float]:
                 f.across = ((a * scale + dx, b * scale + dy), (c * scale + dx, d * scale + dy))
             if f.ball:
                 f.ball = (f.ball[0] * scale + dx, f.ball[1] * scale + dy, f.ball[2] * scale)
-    return faces, foot
+    return faces
 
 
 def picture(scene: Scene, look: Look | None = None) -> Array:
     """(SIDE, SIDE, 3) bytes. `look` takes the place of the scene's own."""
     look = LOOKS[scene.look] if look is None else look
     svg = _Svg()
-    faces, _ = placed(scene)
+    faces = placed(scene)
     _background(svg, scene, look)
     _shadow(svg, faces, scene, look)
     _product(svg, faces, scene, look)
@@ -269,7 +269,7 @@ def picture(scene: Scene, look: Look | None = None) -> Array:
 def product_mask(scene: Scene) -> Array:
     """(SIDE, SIDE) from 0 to 1: where the product is."""
     svg = _Svg()
-    for solid in placed(scene)[0]:
+    for solid in placed(scene):
         for f in solid:
             _shape(svg, f, "#ffffff")
     mask: Array = _raster(svg)[..., 3] / 255.0
@@ -303,7 +303,7 @@ def photographed(scene: Scene, look: Look | None = None, seed: int = 0) -> Array
 def depth(scene: Scene) -> Array:
     """(SIDE, SIDE) bytes, near is bright: what a depth ControlNet is given."""
     svg = _Svg()
-    faces, _ = placed(scene)
+    faces = placed(scene)
     horizon = _horizon(scene)
     svg.rect(0, 0, SIDE, SIDE, "#181818")
     ground = svg.gradient((0, horizon, 0, SIDE), [(0, "#202020", 1), (1, "#b0b0b0", 1)])
@@ -356,7 +356,7 @@ def _product(svg: _Svg, faces: list[list[Face]], scene: Scene, look: Look) -> No
         if look.line:
             for f in solid:
                 if f.width:
-                    _shape(svg, _wider(f, 2 * look.line), look.ink)
+                    _shape(svg, replace(f, width=f.width + 2 * look.line), look.ink)
                 else:
                     svg.draw(_path(f.points), look.ink, _pen(look.ink, 2 * look.line))
         for f in solid:
@@ -365,10 +365,6 @@ def _product(svg: _Svg, faces: list[list[Face]], scene: Scene, look: Look) -> No
 
 def _pen(colour: str, width: float) -> str:
     return f'stroke="{colour}" stroke-width="{width:.2f}" stroke-linejoin="round"'
-
-
-def _wider(face: Face, by: float) -> Face:
-    return replace(face, width=face.width + by)
 
 
 def _draw_face(svg: _Svg, f: Face, scene: Scene, look: Look, pattern: str) -> None:
@@ -390,7 +386,7 @@ def _draw_face(svg: _Svg, f: Face, scene: Scene, look: Look, pattern: str) -> No
                 points=f.points + np.array([side, -f.width * 0.16]),
                 width=f.width * (0.26 if finish != "metal" else 0.32),
             )
-            _shape(svg, replace(f, width=f.width), "#000000", 'opacity="0.16"')
+            _shape(svg, f, "#000000", 'opacity="0.16"')
             _shape(svg, slim, "#ffffff", f'opacity="{0.75 if finish in ("metal", "glossy") else 0.35}"')
         return
     path = _path(f.points)
