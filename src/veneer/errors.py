@@ -18,7 +18,7 @@
     └── MissingExtraError       an optional dependency that is not installed
 
 And what messages are made with: `shown`, through which every text of a file goes before a person sees it, `quoted`,
-`bullets`, `gigabytes`, `nearest`; `one_of`, which checks a word; and `lacks_memory`, by which everybody tells that
+`bullets`, `counted`, `gigabytes`, `nearest`; `one_of`, which checks a word; and `lacks_memory`, by which everybody tells that
 memory ran out. Imports nothing of veneer.
 """
 
@@ -58,6 +58,11 @@ def bullets(lines: Iterable[str], most: int | None = 20) -> str:
 def first_few(items: Sequence[object], most: int) -> str:
     """The first of them, with commas between, and how many more there are."""
     return ", ".join(map(str, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def counted(count: int, noun: str) -> str:
+    """How many there are of a thing whose plural ends in s: `1 step`, `1,200 steps`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def gigabytes(count: float) -> str:

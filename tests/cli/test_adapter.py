@@ -80,6 +80,13 @@ def test_verify_of_a_sound_adapter(capsys, made, base):
     assert "logits move by up to" in run(capsys, "verify", made / "a", "--base", base)
 
 
+def test_an_image_base_is_told_the_way_out(capsys, made, tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    assert "leave --base out" in run(capsys, "verify", made / "a", "--base", tmp_path, code=2)
+    said = run(capsys, "merge", made / "a", "--base", tmp_path, "-o", tmp_path / "out", code=2)
+    assert "--by-shard folds adapters" in said
+
+
 def test_verify_without_a_card_says_that_it_cannot_compare(capsys, made, tmp_path):
     copied = copy(made / "a", tmp_path)
     (copied / "veneer.json").unlink()

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from tests.image_twins import levels
-from tests.tiny_image_base import SIZE
+from tests.tiny_image_base import SIZE, tiny_image_base
 from veneer import api
 from veneer.errors import DataError
 from veneer.imaging.adapters import Mixer, parse_use
 from veneer.imaging.make import Ask, Options, RecordedPicture, make, size_for
-from veneer.models.image.base import ImageBase
+from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.generate import fitted_picture
 
 
@@ -116,3 +116,16 @@ def test_a_size_in_a_pictures_proportion_is_one_that_the_picture_fits(side: int,
         found = size_for(base, None, None, given)
         assert fitted_picture(given, *found, "picture")[0].size == found
         assert 0.5 < found[0] * found[1] / side**2 < 2
+
+
+def test_an_edit_base_that_is_given_nothing_to_edit_says_so_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    base = load_image(str(tiny_image_base(tmp_path_factory.getbasetemp(), "kontext")))
+    told: list[str] = []
+    with Mixer(base, say=told.append) as mixer:
+        for seed in range(2):
+            make(mixer, [Ask("a fox", seed=seed)], Options(steps=1))
+        assert len(told) == 1
+        assert "is made to edit, and draws from the prompt alone here" in told[0]
+        assert "--reference photo.png" in told[0]
+        make(mixer, [Ask("a fox")], Options(steps=1, references=[Image.new("RGB", (SIZE, SIZE))]))
+    assert len(told) == 1

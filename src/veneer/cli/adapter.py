@@ -14,6 +14,7 @@ from veneer.cli.adapter_convert import convert_command
 from veneer.cli.adapter_merge import merge_command
 from veneer.cli.options import AdapterArgument, AdapterName, AsJson, FromPickle, MoeLayout, ShowAll
 from veneer.cli.output import cut_list, everything, field, print_json, print_table, say
+from veneer.errors import BaseError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Inspect, verify, convert, mix and merge adapters.")
 
@@ -147,8 +148,12 @@ def verify(
     adapter_path(name)  # a name that does not exist should not wait for a base to load
     loaded = None
     if base is not None:
+        from veneer.models.sources import find_base, is_image_base
         from veneer.models.text.base import load_text
 
+        if is_image_base(place := find_base(base, say=say)):
+            fix = f"leave --base out; whether it fits, `veneer image --base {base} --adapter {name}` says before it draws"
+            raise BaseError("this is an image base, and effects are measured on texts", where=str(place), fix=fix)
         loaded = load_text(base, say=say)
     checks = check(name, loaded, from_pickle=from_pickle, moe_layout=moe_layout, adapter_name=adapter_name)
     good = all(c.ok is not False for c in checks)

@@ -9,7 +9,7 @@ import typer
 
 from veneer.cli.options import AdapterArguments, AsJson
 from veneer.cli.output import print_json, say
-from veneer.errors import ConfigError, DataError
+from veneer.errors import BaseError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from veneer.adapters.merge import Difference, MergeReport
@@ -81,7 +81,7 @@ def merge_command(
     from veneer.adapters.use import adapter_path, parse_spec
     from veneer.core.rounding import DTYPES
     from veneer.files.weights import stored_dtype, tensor_table
-    from veneer.models.sources import find_base
+    from veneer.models.sources import find_base, is_image_base
     from veneer.models.text.base import load_text
 
     if dtype is not None and dtype not in DTYPES:
@@ -95,9 +95,11 @@ def merge_command(
         )
     for spec in adapters:
         adapter_path(parse_spec(spec)[0])
-    stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(
-        stored_dtype(tensor_table(find_base(base, say=say))), "float16"
-    )
+    place = find_base(base, say=say)
+    if is_image_base(place):
+        fix = "--by-shard folds adapters into an image base's folder, a weight at a time"
+        raise BaseError("this is an image base, which is not loaded to be merged", where=str(place), fix=fix)
+    stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(stored_dtype(tensor_table(place)), "float16")
     want = dtype or stored
     # Loaded as stored if that is what is written, else in float32, which holds every stored weight exactly.
     exact = want if want == stored else "float32"

@@ -12,7 +12,7 @@ import typer
 
 from veneer.cli.options import AsJson, ChosenDevice, LoadedDtype
 from veneer.cli.output import say
-from veneer.errors import DataError, bullets, one_of
+from veneer.errors import DataError, bullets, counted, one_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,7 +83,7 @@ def caption(
         rows = [asdict(one) | {"file": str(one.file)} for one in report.written]
         print(json.dumps({"model": model, "written": rows, "had": report.had, "failed": report.failed}))
     else:
-        print(f"{len(report.written)} captions written, {report.had} were there")
+        print(f"{counted(len(report.written), 'caption')} written, {report.had} were there")
     if report.failed:
-        what = f"{len(report.failed)} pictures have no caption:\n{bullets(report.failed)}"
+        what = f"no caption was written of {counted(len(report.failed), 'picture')}:\n{bullets(report.failed)}"
         raise DataError(what, where=str(folder), fix="write NAME.txt beside each, repair or remove them")

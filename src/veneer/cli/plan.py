@@ -27,7 +27,7 @@ _OF_DATA = {"tokens_per_row", "longest", "trained"}
 _OF_TEXT = _OF_DATA | {"micro_tokens"}
 _OF_PICTURES = {"size", "micro_pictures", "before", "targets"}
 _OF_BOTH = {"epochs", "batch", "rank", "dtype", "quantise", "checkpointing"}
-_OF_SMALLEST = {"smallest", "base", "size", "rank", "targets", "as_json"}
+_OF_SMALLEST = {"smallest", "base", "size", "rank", "targets", "before", "as_json"}
 _SERVED = {"tenants", "prompt", "answer", "together"}
 _OF_CARDS = {"gpus", "price"}
 _ROWS, _TOKENS, _MANY = 10**12, 1 << 20, 1 << 16
@@ -129,7 +129,7 @@ def plan(
     if smallest:
         others = {name for name in context.params if name not in _OF_SMALLEST}
         _refuse(context, others, "--smallest-card looks for the card and its settings", "leave it out")
-        _smallest(base, size, rank, targets, as_json)
+        _smallest(base, size, rank, targets, before, as_json)
         return
     if calibrate:
         _calibrate(base or "smollm2-135m", dtype)
@@ -272,25 +272,27 @@ def _calibrate(base: str, dtype: str) -> None:
     say(f"{record.rates().source}; process {record.process / 1e9:.2f} GB: kept in {file}")
 
 
-def _smallest(base: str | None, size: int | None, rank: int, targets: str, as_json: bool) -> None:
-    """The table of `--smallest-card`: a row for each base and size."""
+def _smallest(base: str | None, size: int | None, rank: int, targets: str, before: int, as_json: bool) -> None:
+    """The table of `--smallest-card`: a row for each base and size; with pictures before, of bases that take them."""
     from veneer.plan.cards import CardFit, smallest_card
-    from veneer.plan.image import is_denoiser
+    from veneer.plan.image import edits_planned, is_denoiser
     from veneer.plan.tables import base_config, base_names
 
     configs = {name: base_config(name) for name in ([base] if base else base_names())}
     if base is not None and not is_denoiser(configs[base]):
         raise ConfigError(f"{base} is no image base that can be planned", fix="veneer plan --base … --gpu … for text")
-    configs = {name: found for name, found in configs.items() if is_denoiser(found)}
+    wanted = edits_planned if before and base is None else is_denoiser
+    configs = {name: found for name, found in configs.items() if wanted(found)}
     rows: list[tuple[str, int, CardFit | None]] = []
     for name, config in configs.items():
         own = int(config.get("picture", 1024))
         for side in [size] if size else sorted({own // 2, own}) if own >= 512 else [own]:
-            rows.append((name, side, smallest_card(config, side=side, rank=rank, targets=targets)))
+            rows.append((name, side, smallest_card(config, side=side, rank=rank, targets=targets, before=before)))
     if as_json:
         print(json.dumps({"cards": [{"base": n, "size": s, **({} if f is None else f.to_dict())} for n, s, f in rows]}))
         return
-    print(f"one picture at a time, rank {rank} on {targets}; GB while it trains, and while it is loaded and encodes")
+    each = f" with {before} before it" if before else ""
+    print(f"one picture{each} at a time, rank {rank} on {targets}; GB while it trains, and while it is loaded and encodes")
     for name, side, fit in rows:
         head = f"{name.rpartition('/')[2]:<30} {side:>5}"
         if fit is None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.adapters import use as using
 from veneer.core.attach import Attachment, attach
 from veneer.core.targets import base_modules
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, counted
 from veneer.files.hashes import hashes, short_hash
 from veneer.formats.folder import tensor_file
 from veneer.formats.strengths import Strength, factors_by_module, parse_strength, split_factors
@@ -200,7 +200,7 @@ def without_effect(adapter: Adapter, strength: Strength, modules: Sequence[str])
 def idle_ranges(uses: Sequence[Use], steps: int) -> list[str]:
     """What is to be said of ranges in which none of the steps that were taken lies."""
     return [
-        f"{label_of(name)}: steps={at} holds none of the {steps} steps taken: it has no effect"
+        f"{label_of(name)}: steps={at} holds none of the {counted(steps, 'step')} taken: it has no effect"
         for name, strength in uses
         for at in strength.idle(steps)
     ]

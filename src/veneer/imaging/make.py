@@ -201,6 +201,9 @@ def _prepared(mixer: Mixer, options: Options) -> tuple[PictureSettings, dict[str
         controls=tuple(controls),
         references=tuple(_referred(mixer, picture, width, height) for picture, _ in shown),
     )
+    if base.edits_alone and not shown and image is None:
+        usual = "usually it is given a picture to change, as references (--reference photo.png)"
+        mixer.say(f"note: {base.name} is made to edit, and draws from the prompt alone here; {usual}")
     from_where = {"image": image_from, "mask": mask_from, "controls": said}
     return settings, from_where | ({"references": [said for _, said in shown]} if shown else {})
 
@@ -209,12 +212,16 @@ _SAME_PROPORTION = 1 / 15
 """How far from the pictures' proportion a reference may be: what `size_for` loses of it in whole units."""
 
 
-def _referred(mixer: Mixer, picture: Image, width: int, height: int) -> Image:
-    """A reference of the pictures' proportion in their size, as pairs are trained; another one in its own."""
-    base = mixer.base
+def fitted_reference(base: ImageBase, picture: Image, width: int, height: int) -> tuple[Image, str]:
+    """A reference of the pictures' proportion in their size, as pairs are trained; another one in its own. And a
+    sentence if it was resized."""
     if abs(picture.width / picture.height * height / width - 1) > _SAME_PROPORTION:
         width, height = size_for(base, None, None, picture)
-    out, said = fitted_picture(picture, width, height, "reference picture")
+    return fitted_picture(picture, width, height, "reference picture")
+
+
+def _referred(mixer: Mixer, picture: Image, width: int, height: int) -> Image:
+    out, said = fitted_reference(mixer.base, picture, width, height)
     if said:
         mixer.say(f"note: {said}")
     return out

@@ -81,20 +81,20 @@ def loaded_bytes(counts: ImageCounts, config: Mapping[str, Any], load: ImageLoad
 
 
 def smallest_card(
-    config: Mapping[str, Any], *, side: int = 1024, rank: int = 16, targets: str = "attention"
+    config: Mapping[str, Any], *, side: int = 1024, rank: int = 16, targets: str = "attention", before: int = 0
 ) -> CardFit | None:
     """The smallest of CARDS that trains this base on pictures of `side` squared, one at a time; None where none does.
-    `config`: of the denoiser, see `image_counts`, whose errors it raises."""
+    `before`: pictures of the same size that each is an edit of. `config`: of the denoiser, see `image_counts`, whose errors it raises."""
 
     @functools.cache
     def counts(rank: int) -> ImageCounts:
-        return image_counts(config, height=side, width=side, rank=rank, targets=targets)
+        return image_counts(config, height=side, width=side, rank=rank, targets=targets, before=before)
 
     lacking: tuple[int, int] | None = None
     for card, name in CARDS.items():
         device = device_named(name)
         room, needed = usable_memory(device), list[int]()
-        for load, settings in image_settings(ImageLoad(1, side, side, rank=rank, targets=targets)):
+        for load, settings in image_settings(ImageLoad(1, side, side, rank=rank, targets=targets, before=before)):
             own = counts(load.rank)
             training, loading = image_memory(own, load, device).peak, loaded_bytes(own, config, load)
             if max(training, loading) <= room:

@@ -175,6 +175,11 @@ def is_denoiser(config: Config) -> bool:
     return kind_of(config) in IMAGE_FAMILIES
 
 
+def edits_planned(config: Config) -> bool:
+    """Whether this is the config of a denoiser that can be planned with pictures before those that are learned."""
+    return is_denoiser(config) and PLANNED_FAMILIES[kind_of(config)].refers
+
+
 def image_counts(
     config: Config, *, height: int = 1024, width: int = 1024, rank: int = 16, targets: str = "attention",
     text_tokens: int | None = None, before: int = 0, form: PairForm = PAIRS,

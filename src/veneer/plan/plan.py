@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from veneer.errors import gigabytes
+from veneer.errors import counted, gigabytes
 from veneer.plan.fit import AnyLoad, Change, cheapest, each_holds, usable_memory
 from veneer.plan.image import ImageCounts, ImageLoad, image_counts, image_memory, image_work
 from veneer.plan.memory import Load, Memory, dtype_bytes, kept_dequantised, packed_weights, text_memory
@@ -173,14 +173,14 @@ def text_plan(
         quantise = load.quantise if planned is None else planned[0].quantise
         served = serving(shape, device, rates, traffic, rank=rank, dtype=load.dtype, quantise=quantise)
     trainable = pair_parameters(shape, load.spec, rank=load.rank) + load.whole
-    times = f"{job.rows:,} rows of {job.tokens_per_row:,.0f} tokens, {job.passes:.3g} times"
+    times = f"{counted(job.rows, 'row')} of {job.tokens_per_row:,.0f} tokens, {job.passes:.3g} times"
     share = "" if load.trained == 1 else f", {load.trained:.0%} of them learned"
     form = _form(PairForm.of(load.spec))
     facts = (
         ("base", f"{base}: {shape.parameters:,} parameters, {load.quantise or load.dtype}"),
         ("adapter", f"{form}rank {rank}: {trainable:,} parameters, a file of {4 * trainable / 1e6:,.1f} MB"),
-        ("data", f"{times}: {job.tokens:,} tokens, {job.total_steps:,} steps of {job.batch} rows"),
-        ("at once", f"{load.tokens:,} tokens in {len(load.lengths)} rows{share}; activations {_kept(load)}"),
+        ("data", f"{times}: {job.tokens:,} tokens, {counted(job.total_steps, 'step')} of {counted(job.batch, 'row')}"),
+        ("at once", f"{load.tokens:,} tokens in {counted(len(load.lengths), 'row')}{share}; activations {_kept(load)}"),
         *((("host", f"{gigabytes(memory.host)} in the CPU's memory"),) if memory.host else ()),
         *(("note", note) for note in notes),
     )
@@ -220,10 +220,11 @@ def image_plan(
     c = of(load)
     encoding = (c.parameters + c.encoders) * dtype_bytes(load.dtype)
     pairs = f", each with {load.before} before it" if load.before else ""
+    steps = counted(job.total_steps, "step")
     facts = [
         ("base", f"{base}: a denoiser of {c.parameters:,} parameters, {load.quantise or load.dtype}"),
         ("adapter", f"{_form(load.form)}rank {load.rank} on {load.targets}: {c.trainable:,} parameters"),
-        ("data", f"{job.rows:,} pictures, {job.passes:.3g} times: {job.total_steps:,} steps of {job.batch}"),
+        ("data", f"{counted(job.rows, 'picture')}, {job.passes:.3g} times: {steps} of {job.batch}"),
         ("at once", f"{load.pictures} of {load.width} × {load.height}{pairs}; activations {_kept(load)}"),
     ]
     if c.encoders:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import DataError
+from veneer.errors import DataError, counted
 from veneer.ops.sizes import MICRO_TOKENS
 from veneer.plan.fit import fitting_micro_tokens, left_beside_base
 from veneer.plan.image import ImageLoad
@@ -220,7 +220,7 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
     )  # fmt: skip
     job = TrainingJob(rows, 1.0, signs * float(config.schedule.epochs or 1), signs * batch, config.steps)
     text = (
-        f"a slider: {rows} scenes that the base draws first, learned at both signs, three forwards of the base for both"
+        f"a slider: {counted(rows, 'scene')} that the base draws first, learned at both signs, three forwards of the base for both"
     )
     notes = (text,) if slider else ()
     return image_plan(config.base.name, found, load, device, rates, job, process=process, notes=notes)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from torch import nn
 
 from veneer.core.adapter import LoraSpec
 from veneer.core.targets import Target, base_modules, full_modules, target_matches, token_embeddings
-from veneer.errors import PreflightError, gigabytes
+from veneer.errors import PreflightError, counted, gigabytes
 from veneer.plan.pairs import PairForm
 from veneer.train.config.load import RunConfig
 from veneer.train.config.text import TrainConfig
@@ -116,7 +116,7 @@ class Report:
 class RunSubject:
     """A run about to start, whatever its data. Checks read it, and leave what they measured in `numbers`.
 
-    `largest_micro`: in `unit`s (tokens, pictures). `devices`: how many share the run. `micros`: how many micro-batches
+    `largest_micro`: in `unit`s (token, picture). `devices`: how many share the run. `micros`: how many micro-batches
     each step of an epoch has. `force`: what does not fit by the plan is tried all the same."""
 
     base: Any
@@ -127,7 +127,7 @@ class RunSubject:
     free_disk: int | None = None
     steps_per_epoch: int = 0
     largest_micro: int = 0
-    unit: str = "tokens"
+    unit: str = "token"
     devices: int = 1
     micros: Sequence[int] = ()
     force: bool = False
@@ -162,16 +162,16 @@ def learning_rate(s: RunSubject) -> Iterator[Finding]:
     s.numbers.update(steps=total, steps_per_epoch=s.steps_per_epoch, largest_micro_batch=s.largest_micro)
     warm = s.config.schedule.warmup
     if isinstance(warm, int) and 0 < total <= warm:
-        text = f"warm-up takes {warm} steps and the run has {total}: the learning rate never reaches its peak"
+        text = f"warm-up takes {counted(warm, 'step')} and the run has {total}: the learning rate never reaches its peak"
         yield Finding("stop", "schedule", text, "schedule.warmup as a share (0.03), or more steps")
     elif 0 < total < 10:
-        text = f"the whole run is {total} steps: too few to learn much"
+        text = f"the whole run is {counted(total, 'step')}: too few to learn much"
         fix = "more schedule.steps" if steps is not None else "fewer batching.rows, or more schedule.epochs"
         yield Finding("warn", "schedule", text, fix)
     elif total:
         passes = f"{total / s.steps_per_epoch:.3g} times over the data" if s.steps_per_epoch else ""
-        largest = f"the largest micro-batch is {s.largest_micro:,} {s.unit}"
-        yield Finding("ok", "schedule", f"{total:,} steps, {passes}; {largest}")
+        largest = f"the largest micro-batch is {counted(s.largest_micro, s.unit)}"
+        yield Finding("ok", "schedule", f"{counted(total, 'step')}, {passes}; {largest}")
 
 
 def shared_out(s: RunSubject) -> Iterator[Finding]:
@@ -349,6 +349,33 @@ def trainable_parameters(model: nn.Module, targets: list[Target], spec: LoraSpec
     return pairs, whole
 
 
+def undivided(parts: Iterable[tuple[nn.Module, Sequence[Target], LoraSpec]]) -> Iterator[Finding]:
+    """`adapter.factor` where it does not divide a weight's rows or columns: there PEFT's rule, which is kept, takes the
+    largest divisor below it. It stops a run where it divides none. `parts`: of the base, with what is trained there."""
+    factor, sides, other = None, 0, []
+    for model, targets, spec in parts:
+        modules = dict(base_modules(model))
+        factor = spec.factor if spec.kind == "lokr" else None
+        for target in targets if factor else ():
+            shape = _shape_of(modules[target.module_name])[:2]
+            missed = [size for size in shape if size % factor]
+            sides += len(shape) - len(missed)
+            other += [f"{target.name}, {shape[0]} × {shape[1]}"] if missed else []
+    if factor and other:
+        fix = "a divisor of both, as 2, 4 or 8; or leave it out: then both factors are as near in size as can be"
+        if sides:
+            text = f"adapter.factor {factor} does not divide both sides of {counted(len(other), 'module')} ({other[0]})"
+            yield Finding("warn", "factor", f"{text}: the largest divisor below it is taken there", fix)
+        else:
+            text = f"adapter.factor {factor} divides no side of what is trained, as {other[0]}"
+            yield Finding("stop", "factor", text, fix)
+
+
+def _shape_of(module: Any) -> tuple[int, ...]:
+    """Of a module's weight; quantised weights have a shape of their own."""
+    return (module.out_features, module.in_features) if hasattr(module, "in_features") else tuple(module.weight.shape)
+
+
 def _pair_parameters(module: nn.Module, target: Target, spec: LoraSpec) -> int:
     """Parameters of what `spec` puts on `target`: A, B and DoRA's magnitude, or the parts of a LoHa or LoKr."""
     rank = next((r for p, r in spec.rank_pattern.items() if target_matches(p, target.name)), spec.rank)
@@ -356,7 +383,5 @@ def _pair_parameters(module: nn.Module, target: Target, spec: LoraSpec) -> int:
     if target.kind == "experts":
         experts, *matrix = getattr(module, target.parameter or "").shape
         return int(experts) * form.beside(tuple(matrix), rank).parameters
-    own: Any = module
-    # Quantised weights have a shape of their own.
-    shape = (own.out_features, own.in_features) if hasattr(own, "in_features") else tuple(own.weight.shape)
+    shape = _shape_of(module)
     return form.beside(shape, rank).parameters + spec.dora * int(shape[0])

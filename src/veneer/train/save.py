@@ -13,7 +13,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, counted
 from veneer.plan.render import rough_duration
 from veneer.train.report.log import read_log, size
 from veneer.train.report.page import Page, write_page
@@ -162,7 +162,7 @@ def _loss_cards(result: Outcome) -> list[tuple[str, str, str]]:
         where = f" · kept from step {result.kept_step}" if result.kept_step != result.steps else ""
         cards.append(("Validation loss", f"{result.validation:.4f}", before + where))
     if result.loss is not None:
-        cards.append(("Training loss", f"{result.loss:.4f}", f"mean over the last {min(20, result.steps)} steps"))
+        cards.append(("Training loss", f"{result.loss:.4f}", f"mean over the last {counted(min(20, result.steps), 'step')}"))
     return cards
 
 

@@ -160,7 +160,7 @@ def test_what_cannot_be_edited_is_refused(bases: dict[str, ImageBase], places: P
         (
             bases["kontext"],
             PictureSettings(SIZE, SIZE, references=one * 2),
-            r"takes at most 1 reference picture\(s\), and 2",
+            "edits one reference picture, and 2 were given\n.*paste them beside each other",
         ),
         (bases["kontext"], PictureSettings(SIZE, SIZE, references=one, image=noise()), "do not go together"),
         (bases["klein"], PictureSettings(SIZE, SIZE, references=(noise(60, 64),)), "60×64, and sides are multiples"),

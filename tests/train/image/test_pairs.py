@@ -218,6 +218,16 @@ def test_a_control_picture_is_of_its_own_kind_alone(kind: str) -> None:
     assert "black all over" in unlike_kind(Image.new("RGB", (8, 8)), kind)
 
 
+def test_class_pictures_that_lack_one_before_are_said_to_be_there(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        put(tmp_path / "own", f"{name}.png", "make it red")
+        put(tmp_path / "own", f"{name}.before.png", None)
+        put(tmp_path / "class", f"{name}.png", "a photo")
+    message = wrong(tmp_path / "own", class_folder=str(tmp_path / "class"))
+    assert "2 of 4 pictures have no picture before them" in message
+    assert f"where: {tmp_path / 'class'}\n" in message
+
+
 def test_what_a_resized_jpeg_of_edges_is(tmp_path: Path) -> None:
     large = edges().resize((192, 192), Image.Resampling.NEAREST)
     large.resize((120, 120), Image.Resampling.LANCZOS).save(tmp_path / "edges.jpg", quality=80)

@@ -170,7 +170,7 @@ def test_a_dry_run_draws_one_scene_elsewhere(shared: Path, tmp_path: Path) -> No
     result = run(shared, tmp_path / "dry", "flux1", dry_run=True, on_event=seen.append, slider=long)
     assert result.dry_run
     assert not (tmp_path / "dry").exists()
-    assert any("the base drew 1 scenes" in e.text for e in seen if isinstance(e, Note))
+    assert any("the base drew 1 scene " in e.text for e in seen if isinstance(e, Note))
     assert any("1 slider prompts longer than the base reads" in e.text for e in seen if isinstance(e, Checked))
 
 

@@ -431,11 +431,11 @@ def test_the_preflight_says_what_is_not_read_and_what_the_preset_chose(shared: P
         return next(text for text in said if text.startswith(start))
 
     for what in ("captions", "sample prompts"):
-        text = one(f"warn {what} 1 {what} longer than the base reads")
+        text = one(f"warn {what} 1 {what[:-1]} longer than the base reads")
         assert "a red house, in the style" in text
         assert len(text) < 250
     assert "bad.png: not a picture" in one("warn broken 1 of 7")
-    assert "1.png" in one("warn captions 1 pictures have a class picture's caption")
+    assert "1.png" in one("warn captions 1 picture with a class picture's caption")
     chosen = one("ok preset `subject` (one character")
     assert "data.class_count=100" in chosen
     assert "adapter.rank=" not in chosen

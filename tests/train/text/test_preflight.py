@@ -435,6 +435,16 @@ def test_a_warm_up_that_never_ends(run: Run) -> None:
     assert "the learning rate never reaches its peak" in stopped(run("schedule.warmup=100"), "schedule")
 
 
+def test_a_lokr_factor_that_does_not_divide_is_said(run: Run) -> None:
+    kind = ("adapter.kind=lokr", "adapter.dropout=0")
+    none = stopped(run(*kind, "adapter.factor=1009"), "factor")
+    assert "adapter.factor 1009 divides no side of what is trained, as " in none
+    rows, columns = (int(size) for size in none.partition("\n")[0].rpartition(", ")[2].split(" × "))
+    some = warned(run(*kind, f"adapter.factor={max(rows, columns)}"), "factor")
+    assert "the largest divisor below it is taken there" in some
+    assert not [f for f in run(*kind, "adapter.factor=2").findings if f.check == "factor"]
+
+
 def test_a_run_of_few_steps(run: Run) -> None:
     assert "the whole run is 3 steps" in warned(run("schedule.epochs=1"), "schedule")
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from veneer.core.adapter import NamedMix, mix_text
-from veneer.errors import BaseError, ConfigError
+from veneer.errors import BaseError, ConfigError, counted
 from veneer.models.image.base import pipeline
 from veneer.models.image.predict import LatentPreview, embed_prompts
 from veneer.models.image.schedulers import make_scheduler
@@ -146,9 +146,11 @@ class GeneratedPicture:
 
 @dataclass(frozen=True)
 class Moment:
-    """A batch at the end of a step. `look(i)`: the picture of row i as far as it is; it costs a pass of the VAE."""
+    """A batch at the end of a step. `start`: the place of its first row among those of the call. `look(i)`: the picture
+    of its row i as far as it is; it costs a pass of the VAE."""
 
     rows: tuple[ImageRow, ...]
+    start: int
     done: int
     of: int
     look: Callable[[int], Image]
@@ -205,6 +207,7 @@ def generate_images(
     try:
         with torch.no_grad():
             for batch in batches:
+                run.start = len(out)
                 for picture in run.batch(batch):
                     out.append(picture)
                     if on_picture is not None:
@@ -248,7 +251,7 @@ class _Run:
         self.pipe: Any = pipeline(base, kind, [c.model for c in settings.controls])
         self.pipe.set_progress_bar_config(disable=True)
         self.accepts = inspect.signature(type(self.pipe).__call__).parameters
-        self.batches, self.done = 1, 0
+        self.batches, self.done, self.start = 1, 0, 0
         steps, guidance = default_settings(base)
         self.steps = steps if settings.steps is None else settings.steps
         self.guidance = guidance if settings.guidance is None else settings.guidance
@@ -384,7 +387,7 @@ class _Run:
                 self.on_step(self.done, of * self.batches)
             if self.watch is not None and preview is not None:
                 preview.step(pipe.scheduler, held["latents"])
-                self.watch(Moment(rows, i + 1, of, preview.look))
+                self.watch(Moment(rows, self.start, i + 1, of, preview.look))
             return held
 
         return callback
@@ -452,8 +455,8 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
     if steps * settings.denoise < 1:
         least = math.ceil(1 / settings.denoise)
         raise ConfigError(
-            f"denoise {settings.denoise:g} takes none of {steps} steps",
-            fix=f"{least} steps, or denoise {math.ceil(1000 / steps) / 1000:g}",
+            f"denoise {settings.denoise:g} takes none of {counted(steps, 'step')}",
+            fix=f"{counted(least, 'step')}, or denoise {math.ceil(1000 / steps) / 1000:g}",
         )
     if settings.denoise < 1 and any(row.image is None for row in rows):
         what = "denoise is the share of steps taken on a given picture, and there is none"
@@ -464,7 +467,7 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
         raise ConfigError("some rows have a picture, a mask, controls or references of their own, and others do not")
     _check_references(base, rows, settings)
     if rows[0].controls and len(rows[0].controls) != len(settings.controls):
-        raise ConfigError(f"{len(settings.controls)} controls, and {len(rows[0].controls)} pictures for them a row")
+        raise ConfigError(f"{counted(len(settings.controls), 'control')}, and {counted(len(rows[0].controls), 'picture')} for them a row")
     given: list[tuple[str, Image | None]] = [("control picture", control.picture) for control in settings.controls]
     for row in rows:
         given += [("picture", row.image), ("mask", row.mask), *(("control picture", p) for p in row.controls)]
@@ -490,8 +493,13 @@ def _check_references(base: ImageBase, rows: Sequence[ImageRow], settings: Pictu
         fix = "FLUX.1 Kontext or FLUX.2; a picture to start from is image (--image)"
         raise ConfigError(f"{base.name} is no base that edits, and takes no reference pictures", fix=fix)
     if given > base.references:
-        what = f"{base.name} takes at most {base.references} reference picture(s), and {given} were given"
-        raise ConfigError(what, fix="leave some out")
+        if base.references == 1:
+            what = f"{base.name} edits one reference picture, and {given} were given"
+            fix = "paste them beside each other into one picture, or take a base that is shown several, as FLUX.2"
+        else:
+            what = f"{base.name} takes at most {base.references} reference pictures, and {given} were given"
+            fix = "leave some out, or paste some beside each other into one"
+        raise ConfigError(what, fix=fix)
     if settings.controls or rows[0].image is not None:
         other = "controls" if settings.controls else "a picture to start from"
         raise ConfigError(f"references and {other} do not go together", fix="leave one of them out")

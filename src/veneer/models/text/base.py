@@ -146,7 +146,8 @@ def _described(name: str, say: Callable[[str], None] | None) -> tuple[Path, list
     """Where a language model is, its table of tensors, config and tokenizer. Raises BaseError."""
     path = find_base(name, say=say)
     if is_image_base(path):
-        raise BaseError("this is an image base, and a language model is wanted", where=str(path))
+        fix = "a language model's folder or hub id; `veneer image` and data.pictures of `veneer train` take image bases"
+        raise BaseError("this is an image base, and a language model is wanted", where=str(path), fix=fix)
     return path, tensor_table(path), read_base_config(path), read_tokenizer(path)
 
 

@@ -364,7 +364,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         jobs = [job for job in jobs if not job.gone and self._attached(job)]
         if not jobs:
             return
-        settings = replace(jobs[0].request.settings, image=None, mask=None, batch_size=len(jobs))
+        settings = replace(jobs[0].request.settings, image=None, mask=None, references=(), batch_size=len(jobs))
         began = self._beat = time.monotonic()
         try:
             pictures = generate_images(
@@ -419,7 +419,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             raise _Left
         self._steps += 1
         self._beat = time.monotonic()
-        for i, job in enumerate(jobs):
+        for i, job in enumerate(jobs[moment.start : moment.start + len(moment.rows)]):
             if job.gone:
                 continue
             job.tell(PictureStep(moment.done, moment.of))

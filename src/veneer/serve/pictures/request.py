@@ -25,8 +25,8 @@ _numbers = itertools.count()
 
 @dataclass(eq=False)
 class PictureRequest:
-    """One picture. `settings`: sizes and numbers, all stated but the scheduler, and its own `image`, `mask` and
-    controls' pictures. `factors`: by digest, how an adapter's strength differs by block and step, at strength 1.
+    """One picture. `settings`: sizes and numbers, all stated but the scheduler, and its own `image`, `mask`,
+    `references` and controls' pictures. `factors`: by digest, how an adapter's strength differs by block and step, at strength 1.
     `labels`: what the client called the adapters, by digest, for the infotext alone; `inputs`: what the record is to
     say of the pictures that went in. `previews`: how often to show it on its way; the rest is as in `Request`."""
 
@@ -49,15 +49,15 @@ class PictureRequest:
 
     def row(self, plan: MixPlan) -> ImageRow:
         controls = tuple(control.picture for control in self.settings.controls)
-        image, mask = self.settings.image, self.settings.mask
-        return ImageRow(self.prompt, self.negative, self.seed, plan, image, mask, controls)
+        s = self.settings
+        return ImageRow(self.prompt, self.negative, self.seed, plan, s.image, s.mask, controls, s.references)
 
     def kind(self) -> tuple[Any, ...]:
         """Equal where pictures can be drawn in one batch."""
         s = self.settings
         numbers = (s.width, s.height, s.steps, s.guidance, s.true_guidance, s.scheduler, s.denoise)
         controls = tuple((id(c.model), c.weight, c.begin, c.end) for c in s.controls)
-        return (*numbers, s.image is None, s.mask is None, controls)
+        return (*numbers, s.image is None, s.mask is None, len(s.references), controls)
 
 
 @dataclass(frozen=True)

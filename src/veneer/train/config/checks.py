@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from veneer.core.adapter import check_strength
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, counted
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.text import PREFERENCE_KEYS, Section, TrainConfig, layer_indices
 
@@ -179,7 +179,7 @@ def _loss_and_samples(config: ImageTrainConfig, given: Collection[str]) -> Itera
     if samples.every is not None and not named:
         yield "`samples.every` needs `samples.prompts`: what to draw"
     if samples.before and len(samples.before) not in (1, len(samples.prompts)):
-        yield f"`samples.before`: {len(samples.before)} pictures for {len(samples.prompts)} prompts; give 1, or as many"
+        yield f"`samples.before`: {len(samples.before)} for {counted(len(samples.prompts), 'prompt')}; give 1, or as many"
     if samples.prompts and not samples.seeds:
         yield "`samples.seeds` is empty: give at least one"
 

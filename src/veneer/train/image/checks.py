@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from veneer.errors import first_few
+from veneer.errors import counted, first_few
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.near_duplicates import near_duplicates
 from veneer.train.image.pictures import AboutPictures, TrainingPicture
@@ -39,7 +39,7 @@ def check_held_out(train: Sequence[TrainingPicture], held_out: Sequence[Training
     learned = [p for p in train if not p.is_class]
     pairs = _looking_alike(held_out, learned)
     if not pairs:
-        return [Finding("ok", "held out", f"{len(held_out):,} held-out pictures, none of them trained on")]
+        return [Finding("ok", "held out", f"{counted(len(held_out), 'held-out picture')}, none of them trained on")]
     count = len({i for i, _ in pairs})
     text = f"{share(count, len(held_out))} held-out pictures are, or look like, ones that are trained on: " + _some(
         f"{held_out[i].name} is {learned[j].name}" for i, j in pairs
@@ -51,14 +51,14 @@ def check_held_out(train: Sequence[TrainingPicture], held_out: Sequence[Training
 def _read(
     pictures: Sequence[TrainingPicture], about: AboutPictures, plan: PicturePlan, settings: ImageDataSection
 ) -> Iterator[Finding]:
-    text = f"{about.pictures:,} pictures" + (
-        f" and {about.class_pictures:,} class pictures (weight {settings.class_weight:g})"
+    text = counted(about.pictures, "picture") + (
+        f" and {counted(about.class_pictures, 'class picture')} (weight {settings.class_weight:g})"
         if about.class_pictures
         else ""
     )
     if about.repeats:
         text += ", repeated " + _some(f"{n} times in {folder}" for folder, n in sorted(about.repeats.items()))
-    yield Finding("ok", "pictures", f"{text}: {len(plan.rows):,} rows an epoch")
+    yield Finding("ok", "pictures", f"{text}: {counted(len(plan.rows), 'row')} an epoch")
     if about.broken:
         total = about.pictures + about.class_pictures + len(about.broken)
         text = f"{share(len(about.broken), total)} files cannot be read and are left out: {_some(about.broken)}"
@@ -87,7 +87,8 @@ def _captions(
     classes = {p.caption.lower() for p in pictures if p.is_class} | {(settings.class_prompt or "").lower()} - {""}
     same = [p.name for p in pictures if not p.is_class and p.caption.lower() in classes]
     if same:
-        text = f"{len(same):,} pictures have a class picture's caption, so both are learned by one name: {_some(same)}"
+        text = f"{counted(len(same), 'picture')} with a class picture's caption, so both are learned by one name: "
+        text += _some(same)
         yield Finding("warn", "captions", text, "set data.trigger, or name in each caption what makes it yours")
     if about.empty:
         names = _some(p.name for p in pictures if not p.caption)
@@ -95,7 +96,7 @@ def _captions(
             "warn", "captions", f"{about.empty:,} captions are empty: {names}", "write them, or set a trigger"
         )
     if about.several_lines:
-        text = f"{about.several_lines:,} caption files have several lines, which are joined to one caption"
+        text = f"{counted(about.several_lines, 'caption file')} of several lines, which are joined to one caption"
         yield Finding("warn", "captions", text)
     if about.shared:
         text = f"{about.shared:,} caption files speak for several pictures, whose names differ in their ending alone"

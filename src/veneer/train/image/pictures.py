@@ -141,7 +141,7 @@ def read_pictures(
         masks = "auto" if settings.masks not in ("off", "alpha") else settings.masks
         classes = _list_folder(settings.class_folder, elsewhere, about, settings.class_prompt, masks)
         found.append((settings.class_folder, classes, True))
-    about.before = _each_before([file for _, files, _ in found for file in files], folders)
+    about.before = _each_before({folder: files for folder, files, _ in found})
     total, done = sum(len(files) for _, files, _ in found), count(1)
 
     def tick() -> None:
@@ -162,10 +162,9 @@ def read_pictures(
 def count_pictures(settings: ImageDataSection) -> tuple[int, int]:
     """(pictures in the settings' folders, how many are before each), by their names alone. Raises DataError as
     `read_pictures` does of what lies in a folder."""
-    about, files = AboutPictures(), []
-    for folder in settings.folders:
-        files += _list_folder(folder, settings, about, settings.prompt, settings.masks)
-    return len(files), _each_before(files, settings.folders)
+    about = AboutPictures()
+    files = {f: _list_folder(f, settings, about, settings.prompt, settings.masks) for f in settings.folders}
+    return sum(map(len, files.values())), _each_before(files)
 
 
 @dataclass(frozen=True)
@@ -418,15 +417,17 @@ def _list_folder(
     return out
 
 
-def _each_before(files: Sequence[_PictureFile], folders: Sequence[str]) -> int:
+def _each_before(folders: Mapping[str, Sequence[_PictureFile]]) -> int:
     """How many pictures are before each. DataError where some have fewer than others."""
+    files = [file for own in folders.values() for file in own]
     most = max((len(file.before) for file in files), default=0)
     fewer = [f"{f.name}: {len(f.before) or 'nothing'}" if most > 1 else f.name for f in files if len(f.before) < most]
     if fewer:
+        short = [folder for folder, own in folders.items() if any(len(file.before) < most for file in own)]
         what = "no picture before them" if most == 1 else f"fewer than {most} pictures before them"
         raise DataError(
             f"{len(fewer)} of {len(files)} pictures have {what}:\n{bullets(fewer)}",
-            where=", ".join(folders),
+            where=", ".join(short),
             fix="give each its own (NAME.before.png beside it, or its name in the before folder), remove those that "
             "have none, or set data.before: off to learn from captions alone",
         )

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from veneer.core.targets import matches_per_pattern, resolve_targets
-from veneer.errors import TargetError, gigabytes
+from veneer.errors import TargetError, counted, gigabytes
 from veneer.train.config.image import PRESETS
 from veneer.train.image.batches import PlannedRow
 from veneer.train.image.checks import check_held_out, check_pictures
@@ -37,6 +37,7 @@ from veneer.train.preflight import (
     share,
     shared_out,
     trainable_parameters,
+    undivided,
     where_it_goes,
 )
 
@@ -113,7 +114,7 @@ def image_preflight(
     subject = RunSubject(
         base=base, config=config, resume=resume, previous=previous, steps_per_epoch=-(-own // rows),
         largest_micro=config.batching.micro_rows or min(rows, own) * (2 if config.data.class_prompt else 1),
-        unit="pictures", micros=[len(step.micros) for step in data.steps], devices=devices,
+        unit="picture", micros=[len(step.micros) for step in data.steps], devices=devices,
     )  # fmt: skip
     slider = config.slider.wanted  # whose pictures are the base's own
     findings = list(_direction(config)) if slider else check_pictures(data.learned, data.about, data.plan, config.data)
@@ -125,9 +126,8 @@ def image_preflight(
     findings += _prompts(cut)
     findings += _preset(config, sources or {})
     if data.missing_classes:
-        text = (
-            f"{data.missing_classes} class pictures are missing; the base draws them from `{config.data.class_prompt}`"
-        )
+        wanting = counted(data.missing_classes, "class picture")
+        text = f"{wanting} wanted and not there: the base draws from `{config.data.class_prompt}`"
         findings.append(Finding("ok", "class pictures", text))
     report = Report(numbers=subject.numbers)
     report.add(*findings)
@@ -139,6 +139,7 @@ def _targets(s: RunSubject) -> Iterator[Finding]:
     config: Any = s.config
     pairs, total = 0, sum(p.numel() for p in s.base.model.parameters())
     found: dict[str, int] = {}
+    trained = []
     name = s.base.row.denoiser
     try:
         for name, (module, spec) in parts_of(s.base, config).items():
@@ -146,15 +147,17 @@ def _targets(s: RunSubject) -> Iterator[Finding]:
             targets = resolve_targets(module, spec)
             pairs += trainable_parameters(module, targets, spec)[0]
             found[name] = len(targets)
+            trained.append((module, targets, spec))
             s.numbers.setdefault("matched", {}).update({f"{name} {p}": len(n) for p, n in matched.items()})
     except TargetError as error:
         key = "adapter.targets" if name == s.base.row.denoiser else "adapter.text_targets"
         yield Finding("stop", "targets", f"{error.what} ({error.where or key})", error.fix or "")
         return
     s.numbers.update(pairs=sum(found.values()), base_parameters=total, trainable=pairs, adapter_bytes=4 * pairs)
-    named = ", ".join(f"{count} modules of the {name}" for name, count in found.items())
+    named = ", ".join(f"{counted(count, 'module')} of the {name}" for name, count in found.items())
     size = gigabytes(4 * pairs if config.output.dtype == "float32" else 2 * pairs)
     yield Finding("ok", "targets", f"{named}; trainable: {share(pairs, total)} parameters, a file of about {size}")
+    yield from undivided(trained)
 
 
 def _loss(s: RunSubject) -> Iterator[Finding]:
@@ -194,7 +197,7 @@ def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterat
     before, samples = data.about.before, config.samples
     folder = ", ".join(config.data.folders)
     if before > base.references:
-        text = f"{folder} has {before} picture{'s' * (before > 1)} before each, and {base.name} "
+        text = f"{folder} has {counted(before, 'picture')} before each, and {base.name} "
         text += f"takes {base.references} at most" if base.references else "is no base that edits"
         fix = "train on FLUX.1 Kontext or FLUX.2, or learn from captions alone with data.before: off"
         yield Finding("stop", "pairs", text, fix)
@@ -251,7 +254,7 @@ def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
                 for caption, rest in list(long.items())[:3]
             )
             more = f" and {len(long) - 3} more" if len(long) > 3 else ""
-            text = f"{len(long)} {what} longer than the base reads; not read is of {shown}{more}"
+            text = f"{counted(len(long), what.removesuffix('s'))} longer than the base reads; not read is of {shown}{more}"
             fix = "shorten them: what is not read is not learned" if what == "captions" else "shorten them"
             yield Finding("warn", what, text, fix)
 
@@ -264,7 +267,7 @@ def _direction(config: ImageTrainConfig) -> Iterator[Finding]:
     slider = config.slider
     kept = f", and is not to bring {', '.join(slider.preserve)} along" if slider.preserve else ""
     text = f"slider: strength moves `{slider.target}` from `{slider.negative}` to `{slider.positive}`{kept}"
-    yield Finding("ok", "slider", f"{text}; {slider.scenes} scenes of the base's own, no pictures")
+    yield Finding("ok", "slider", f"{text}; {counted(slider.scenes, 'scene')} of the base's own, no pictures")
 
 
 def _preset(config: ImageTrainConfig, sources: Mapping[str, Any]) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ import torch
 
 from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, counted
 from veneer.files.pictures import picture_bytes
 from veneer.formats import convert
 from veneer.formats.card import CARD_FILE, README_FILE, card_bytes, readme_bytes
@@ -149,7 +149,7 @@ def image_report(
         base=base.name, weights=adapter if adapter.is_file() else adapter / "adapter_model.safetensors",
         cards=[
             ("Steps", f"{result.steps:,}", result.stopped),
-            ("Speed", speed, f"{result.pictures:,} pictures in {duration(seconds)}"),
+            ("Speed", speed, f"{counted(result.pictures, 'picture')} in {duration(seconds)}"),
         ],
         facts=[*(("hash", f"{kind}: {value}") for kind, value in result.hashes.items()), *base_facts(base)],
         usage=_usage(result, base, config),

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from veneer.core.attach import Attachment
 from veneer.core.targets import resolve_targets
+from veneer.errors import counted
 from veneer.files.atomic import atomic_write
 from veneer.files.pictures import picture_bytes
 from veneer.models.image.generate import ImageRow, default_settings
@@ -165,7 +166,7 @@ def with_scenes(base: ImageBase, config: ImageTrainConfig, run: Run) -> ImageTra
     drawn = _draw_scenes(base, config, folder, count) if run.devices.first else 0
     run.devices.gather(None)
     if drawn:
-        run.note(f"the base drew {drawn} scenes into {folder} in {time.perf_counter() - began:.0f} s")
+        run.note(f"the base drew {counted(drawn, 'scene')} into {folder} in {time.perf_counter() - began:.0f} s")
     return config.model_copy(update={"data": config.data.model_copy(update={"pictures": str(folder)})})
 
 

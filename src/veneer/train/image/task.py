@@ -30,6 +30,7 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Card
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
+from veneer.errors import counted
 from veneer.models.image.base import ImageBase, load_image, release
 from veneer.models.image.fast import fast_denoiser
 from veneer.models.image.memory import fetched, measured_activations, offloading, park, recomputing
@@ -230,7 +231,7 @@ class ImageTask(Task[ImageData, ImageResult]):
         if run.devices.first:
             draw_class_pictures(self.base, self.config, place, data.missing_classes)
         run.devices.gather(None)
-        run.note(f"drew {data.missing_classes} class pictures into {place} in {time.perf_counter() - began:.0f} s")
+        run.note(f"drew {counted(data.missing_classes, 'class picture')} into {place} in {time.perf_counter() - began:.0f} s")
         return self.read(run)
 
     def _encode(self, run: Run, data: ImageData) -> None:
@@ -242,7 +243,7 @@ class ImageTask(Task[ImageData, ImageResult]):
         views, captions = data.encoders.fill(chain(planned_rows(data.steps), data.scored))
         latents, texts = data.encoders.latents, data.encoders.texts
         damaged = latents.damaged + texts.damaged
-        text = f"{views} views of pictures and {captions} captions ready: {latents.made + texts.made} encoded, "
+        text = f"{counted(views, 'view')} of pictures and {counted(captions, 'caption')} ready: {latents.made + texts.made} encoded, "
         text += f"{latents.found + texts.found} from {self._cache(run)}, {time.perf_counter() - began:.1f} s"
         run.note(text + (f"; {damaged} damaged entries were made again" if damaged else ""))
 
@@ -307,7 +308,7 @@ class ImageTask(Task[ImageData, ImageResult]):
             kept = measure(True)
         checkpoint.rng_restore(before)
         report.numbers.update(memory_numbers(report.numbers, config, base.device, kept, pictures=largest.tokens))
-        count = "1 picture" if largest.tokens == 1 else f"{largest.tokens} pictures"
+        count = counted(largest.tokens, "picture")
         how = "with activations recomputed" if recompute else "all activations kept"
         less = "" if recompute else "memory.activation_checkpointing=on, "
         report.add(

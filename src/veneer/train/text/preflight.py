@@ -14,7 +14,7 @@ from typing import Any
 
 from veneer.core.adapter import Adapter
 from veneer.core.targets import base_modules, expert_parameters, matches_per_pattern, resolve_targets, target_matches
-from veneer.errors import TargetError, gigabytes
+from veneer.errors import TargetError, counted, gigabytes
 from veneer.ops.linear import keeps_copy
 from veneer.plan.memory import packed_weights
 from veneer.plan.plan import Plan
@@ -34,6 +34,7 @@ from veneer.train.preflight import (
     share,
     shared_out,
     trainable_parameters,
+    undivided,
     where_it_goes,
 )
 from veneer.train.text.batches import plan_steps
@@ -100,9 +101,10 @@ def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
     total = sum(p.numel() for p in model.parameters())
     s.numbers.update(matched={p: len(names) for p, names in found.items()}, pairs=len(targets), base_parameters=total)
     s.numbers.update(trainable=pairs + whole, adapter_bytes=4 * (pairs + whole))
-    matched = ", ".join(f"`{p}` {len(names)} modules" for p, names in found.items())
+    matched = ", ".join(f"`{p}` {counted(len(names), 'module')}" for p, names in found.items())
     size = gigabytes(4 * (pairs + whole))
     yield Finding("ok", "targets", f"{matched}; trainable: {share(pairs + whole, total)} parameters, a file of {size}")
+    yield from undivided([(model, targets, spec)])
     if whole > pairs:
         text = (
             f"full copies take {share(whole, pairs + whole)} of the adapter, a file of {size}: "

@@ -26,7 +26,7 @@ from tests.serve.pictures_here import Names, Shelf, picture_app, served, shelf_o
 from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer.core.adapter import Adapter, Pair
 from veneer.formats.convert import write
-from veneer.imaging.adapters import Mixer, parse_use
+from veneer.imaging.adapters import AdapterSource, Mixer, parse_use
 from veneer.imaging.infotext import read_picture
 from veneer.imaging.make import Ask, Options, make
 from veneer.models.image.base import ImageBase, load_image
@@ -253,6 +253,51 @@ def test_controls_come_in_json_and_in_forms(client: openai.OpenAI, url: str) -> 
     )
     assert levels(picture(form.json()["data"][0]["b64_json"]), held) == 0
     assert "ControlNet 0" in held.info["parameters"]
+
+
+@pytest.mark.parametrize("family", ["kontext", "klein"])
+def test_a_base_that_edits_edits_as_veneer_image_does(
+    family: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """To the same pixels with the same seed."""
+    base = load_image(str(tiny_image_base(tmp_path_factory.getbasetemp(), family)))
+    shelf = Shelf(brand=random_adapter(base.model, 1))
+    guidance = {"guidance_scale": 1.0}
+    given = [noise(2 * SIZE, 2 * SIZE), noise(4 * SIZE, 4 * SIZE)][: base.references]
+    with (
+        PictureEngine(base, shelf.read, window=0.3) as engine,
+        served(picture_app(engine, Names(base, shelf))) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client,
+    ):
+        size, more = f"{2 * SIZE}x{2 * SIZE}", FEW | guidance
+        files = [("in.png", file_of(image)) for image in given]
+        found = client.images.edit(model="brand", image=files, prompt="make it red", n=2, size=size, extra_body=more)
+        url_of = f"{url}/v1/images"
+        body = more | {"prompt": "make it red", "image": [b64(image) for image in given], "size": size}
+        streamed = httpx.post(f"{url_of}/edits", json=body | {"n": 2, "stream": True, "partial_images": 1}).text
+        drawn = httpx.post(f"{url_of}/generations", json=more | {"prompt": "make it red", "size": size}).json()
+        refused = [
+            httpx.post(f"{url_of}/edits", json=body | wrong).json()["error"]["message"]
+            for wrong in ({"denoise": 0.5}, {"image": body["image"][:1] * 11}, {"mask": b64(left_open())})
+        ]
+    with Mixer(base) as mixer:
+        mixer.attachment.add("brand", shelf.adapters[shelf.digest["brand"]])
+        mixer.sources["brand"] = AdapterSource("brand", "", "", "", "", "")
+        asks = [Ask("make it red", seed=seed, uses=(parse_use("brand"),)) for seed in (7, 8)]
+        made = make(mixer, asks, Options(2 * SIZE, 2 * SIZE, 2, 1.0, references=given))
+        alone = make(mixer, [Ask("make it red", seed=7)], Options(2 * SIZE, 2 * SIZE, 2, 1.0))[0]
+    for ours, data in zip(made, found.data, strict=True):
+        assert levels(ours.image, picture(data.b64_json)) == 0
+    assert levels(picture(found.data[0].b64_json), picture(found.data[1].b64_json)) > 0
+    assert levels(alone.image, picture(drawn["data"][0]["b64_json"])) == 0
+    assert found.usage.input_tokens_details.image_tokens >= 64 * len(given)
+    for index in (0, 1):  # each is shown on its way, whether they are drawn together or one by one
+        assert any(
+            f'"index": {index}' in line and "partial_image_index" in line for line in streamed.split("\n\n")
+        )
+    assert "takes all steps" in refused[0]
+    assert f"11 images, and {base.row.label} is shown at most {base.references}" in refused[1]
+    assert family == "klein" or "takes no mask" in refused[2]
 
 
 # -- by block and by step ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     POST /v1/images/generations      a picture of a prompt                    JSON, or a form where controls are files
     POST /v1/images/edits            a picture from another one, with a mask  a form, or JSON
+                                     on a base that edits: as the prompt says, from one or several
 
     a body's fields -> ImageBody, EditBody -> DrawingPlan: a PictureRequest for each picture -> the engine's events
 
@@ -36,7 +37,7 @@ from veneer.errors import VeneerError, quoted
 from veneer.formats.strengths import Strength
 from veneer.imaging.controls import ControlSpec, control_picture, decoded, flattened
 from veneer.imaging.infotext import encoded, png_bytes
-from veneer.imaging.make import size_for
+from veneer.imaging.make import fitted_reference, size_for
 from veneer.models.image.generate import SEEDS, Control, PictureSettings, default_settings, fitted_picture
 from veneer.serve.access import BEHIND, SHADOWS, Caller, Served, ShadowAnswer
 from veneer.serve.http.answers import ClientLeft, OpenStream, open_stream, unless_left
@@ -88,7 +89,7 @@ async def generations(request: HttpRequest) -> Response:
 
 @images_routes.post(
     "/v1/images/edits",
-    summary="Draw pictures from another one, where its mask is open or all over.",
+    summary="Edit pictures as the prompt says, or draw from another one, where its mask is open or all over.",
     openapi_extra=described_body(EditBody),
 )
 async def edits(request: HttpRequest) -> Response:
@@ -280,19 +281,21 @@ def _planned(
     if "<lora:" in asked.prompt:
         notes.append("<lora:…> in a prompt is read as plain text here; adapters are named in mix")
     sent = _Sent(most, notes)
-    image, mask = sent.edited(asked) if isinstance(asked, EditBody) else (None, None)
+    image, mask, shown = sent.edited(base, asked) if isinstance(asked, EditBody) else (None, None, [])
     held = [(one, flattened(sent.opened(one.image, "control", f"the {one.type} picture"))) for one in asked.control]
     size = None if asked.size in (None, "auto") else tuple(map(int, asked.size.split("x")))
-    guide = image or next((picture for _, picture in held), None)
+    guide = image or next((picture for _, picture in held), None) or next(iter(shown), None)
     width, height = size if size is not None else size_for(base, None, None, guide)
     if width * height > engine.max_pixels:
         raise invalid(f"{width}×{height}: at most {engine.max_pixels} pixels are drawn here", "size")
     image, mask = (sent.fitted(picture, width, height, what) for picture, what in ((image, "image"), (mask, "mask")))
     controls, said = sent.controls(engine, held, width, height)
+    references = tuple(sent.referred(base, picture, width, height) for picture in shown)
     pictures: dict[str, Any] = {"image": image, "mask": mask, "denoise": _denoise(asked, image, mask)}
     settings = PictureSettings(
-        width, height, *_numbers(base, asked), scheduler=asked.scheduler, controls=controls, **pictures
-    )
+        width, height, *_numbers(base, asked), scheduler=asked.scheduler, controls=controls, references=references,
+        **pictures,
+    )  # fmt: skip
     seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
     edit = asked if isinstance(asked, EditBody) else None
     first = PictureRequest(
@@ -303,10 +306,11 @@ def _planned(
         factors=factors,
         labels=labels,
         inputs={
-            "image": sent.record(edit.image[0]) if edit and edit.image else None,
+            "image": sent.record(edit.image[0]) if edit and image else None,
             "mask": sent.record(edit.mask) if edit and isinstance(edit.mask, bytes | str) else None,
             "controls": said,
-        },
+        }
+        | ({"references": [sent.record(one) for one in edit.image]} if edit and shown else {}),
         previews=asked.partial_images,
         tenant=caller.tenant,
         weight=caller.weight,
@@ -314,6 +318,7 @@ def _planned(
     requests = tuple(replace(first, seed=(seed + i) % SEEDS, id=f"{first.id}-{i}") for i in range(asked.n))
     texts = [text for text in (asked.prompt, asked.negative_prompt) if text]
     places = engine.places(settings) * ((image is not None) + len(controls))
+    places += sum(engine.places(replace(settings, width=one.width, height=one.height)) for one in references)
     return DrawingPlan(requests, tuple(notes), width, height, engine.tokens(*texts), places)
 
 
@@ -338,6 +343,19 @@ def _denoise(asked: ImageBody, image: Image | None, mask: Image | None) -> float
     return 0.6 if mask is None else 1.0
 
 
+def _check_edit(base: ImageBase, asked: EditBody) -> None:
+    """What a base that edits cannot do with the picture that it is sent."""
+    if asked.mask is not None and (base.edits_alone or "inpaint" not in base.pipelines):
+        what = f"{base.row.label} edits all of a picture, as the prompt says, and takes no mask"
+        raise invalid(what, "mask", "leave it out, and say in the prompt what is to change and what stays")
+    if asked.mask is None and asked.denoise is not None:
+        what = f"{base.row.label} edits from its own noise and takes all steps"
+        raise invalid(what, "denoise", "leave it out; strengths of adapters say how far an edit goes")
+    if asked.mask is None and len(asked.image) > base.references:
+        what = f"{len(asked.image)} images, and {base.row.label} is shown at most {base.references}"
+        raise invalid(what, "image", "leave some out, or paste some beside each other into one")
+
+
 def _public(name: str) -> str:
     """A ControlNet's name without the folders of this machine."""
     return Path(name).name if Path(name).exists() else name
@@ -349,21 +367,33 @@ class _Sent:
     def __init__(self, most: int, notes: list[str]) -> None:
         self.most, self.notes = most, notes
 
-    def edited(self, asked: EditBody) -> tuple[Image, Image | None]:
-        """(the picture, the mask in grey: white is made anew)."""
+    def edited(self, base: ImageBase, asked: EditBody) -> tuple[Image | None, Image | None, list[Image]]:
+        """(the picture to start from, its mask in grey: white is made anew, what a base that edits is shown): without a
+        mask such a base is shown them all, and starts from none."""
         asked.image += [reference.image_url for reference in asked.images]
         if isinstance(asked.mask, ImageReference):
             asked.mask = asked.mask.image_url
-        if len(asked.image) != 1:
-            what = "there is no image to edit" if not asked.image else f"{len(asked.image)} images"
-            raise invalid(what, "image", "send one; further ones can be controls")
-        image = flattened(self.opened(asked.image[0], "image", "the image"))
+        several = bool(base.references) and asked.mask is None
+        if not asked.image:
+            raise invalid("there is no image to edit", "image", "send one")
+        if len(asked.image) > 1 and not several:
+            raise invalid(f"{len(asked.image)} images", "image", "send one; further ones can be controls")
+        if base.references:
+            _check_edit(base, asked)
+        opened = [flattened(self.opened(one, "image", "the image")) for one in asked.image]
+        if several:
+            return None, None, opened
         if asked.mask is None:
-            return image, None
+            return opened[0], None, []
         mask = _opening(self.opened(asked.mask, "mask", "the mask"))
         if not mask.getbbox():
             raise invalid("the mask opens nothing: all would be kept", "mask", "make transparent what is to change")
-        return image, mask
+        return opened[0], mask, []
+
+    def referred(self, base: ImageBase, picture: Image, width: int, height: int) -> Image:
+        made, said = fitted_reference(base, picture, width, height)
+        self.notes += [said] if said else []
+        return made
 
     def opened(self, data: Data, param: str, what: str) -> Image:
         try:
