@@ -7,6 +7,7 @@ A picture is 32 × 32 pixels, a latent stands for 4 × 4, a prompt has 24 tokens
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import transformers
 from tokenizers import pre_tokenizers
 
 TINY_FAMILIES = ("sd15", "sdxl", "flux1", "schnell", "sd3", "klein", "flux2", "qwen-image", "z-image")
-EDITING = ("kontext", "klein", "flux2")
+EDITING = ("kontext", "klein", "flux2", "qwen-edit", "qwen-edit-plus")
 SIZE, LENGTH = 32, 24
 WORDS = ["a", "red", "house", "cat", "dog", "tree", "in", "the", "style", "of", "flat", "with", "hat", "blue", "sks"]
 LATENT = 4
@@ -55,7 +56,8 @@ SMALL_DENOISERS: dict[str, dict[str, Any]] = {
 
 def tiny_image_base(folder: Path, family: str, full: bool = False) -> Path:
     """Writes `folder / "tiny-<family>"` once. `family`: one of TINY_FAMILIES, or sd3-large, which is always full;
-    schnell is flux1 without guidance, klein flux2 without; or of EDITING: kontext is flux1 that edits."""
+    schnell is flux1 without guidance, klein flux2 without; or of EDITING: kontext is flux1 that edits, qwen-edit and
+    qwen-edit-plus are qwen-image that do, and see their pictures in a megapixel unless `small_references`."""
     place = Path(folder) / f"tiny-{family}{'-full' if full else ''}"
     if not (place / "model_index.json").exists():
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -117,10 +119,14 @@ _CHAT = (
 )
 
 
-def chat_tokenizer() -> Any:
+_CHAT_MARKS = ["<|im_start|>", "<|im_end|>"]
+_VISION = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+
+
+def chat_tokenizer(vision: bool = False) -> Any:
     vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     made = transformers.Qwen2Tokenizer(vocab=vocab, merges=[])
-    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    made.add_special_tokens({"additional_special_tokens": [*_CHAT_MARKS, *(_VISION if vision else [])]})
     made.chat_template = _CHAT
     return made
 
@@ -369,9 +375,11 @@ def _flux2(guidance: bool) -> Callable[[bool], Any]:
     return make
 
 
-def _qwen_image(full: bool) -> Any:
-    tokens = chat_tokenizer()
+def _qwen_image(full: bool, vision: bool = False) -> Any:
+    tokens = chat_tokenizer(vision)
+    names = {"image_token_id": 2, "video_token_id": 3, "vision_start_token_id": 0, "vision_end_token_id": 1}
     config = transformers.Qwen2_5_VLConfig(
+        **({name: tokens.convert_tokens_to_ids(_VISION[i]) for name, i in names.items()} if vision else {}),
         text_config={
             "vocab_size": len(tokens),
             "hidden_size": 16,
@@ -418,6 +426,52 @@ def _qwen_image(full: bool) -> Any:
     )
 
 
+class _QwenEdit:
+    """A pipeline whose processor, which wants torchvision, is put beside it as transformers saves it."""
+
+    def __init__(self, full: bool, name: str) -> None:
+        self.pipe, self.name = _qwen_image(full, vision=True), name
+
+    def save_pretrained(self, place: Path) -> None:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        self.pipe.save_pretrained(place)
+        Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 112 * 112}).save_pretrained(
+            place / "processor"
+        )
+        self.pipe.tokenizer.save_pretrained(place / "processor")
+        index = json.loads((place / "model_index.json").read_text())
+        index |= {"_class_name": self.name, "processor": ["transformers", "Qwen2VLProcessor"]}
+        (place / "model_index.json").write_text(json.dumps(index))
+
+
+def qwen_edit_pipeline(place: Path) -> Any:
+    """diffusers' own pipeline of a directory, its processor transformers' own class, whose constructor looks for
+    torchvision, over its two parts that need none."""
+    from transformers import AutoTokenizer, Qwen2VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    processor = object.__new__(Qwen2VLProcessor)
+    processor.image_processor = Qwen2VLImageProcessorPil.from_pretrained(place / "processor")
+    processor.tokenizer = AutoTokenizer.from_pretrained(place / "processor")
+    processor.image_token, processor.video_token = _VISION[2:]
+    processor.image_token_id, processor.video_token_id = processor.tokenizer.convert_tokens_to_ids(_VISION[2:])
+    parts = diffusers.QwenImagePipeline.from_pretrained(place).components
+    kind = getattr(diffusers, json.loads((place / "model_index.json").read_text())["_class_name"])
+    pipe = kind(**parts, processor=processor)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def small_references(patch: Any) -> None:
+    """Lets Qwen-Image-Edit's pipelines give references 64 × 64 pixels instead of a megapixel. `patch`: pytest's."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+        own = module.calculate_dimensions
+        patch.setattr(module, "calculate_dimensions", lambda area, ratio, own=own: own(area / 256, ratio))
+
+
 def _z_image(full: bool) -> Any:
     tokens = chat_tokenizer()
     text = transformers.Qwen3Config(
@@ -462,6 +516,8 @@ _BUILD: dict[str, Callable[[bool], Any]] = {
     "klein": _flux2(False),
     "flux2": _flux2(True),
     "qwen-image": _qwen_image,
+    "qwen-edit": lambda full: _QwenEdit(full, "QwenImageEditPipeline"),
+    "qwen-edit-plus": lambda full: _QwenEdit(full, "QwenImageEditPlusPipeline"),
     "z-image": _z_image,
 }
 

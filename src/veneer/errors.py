@@ -18,8 +18,8 @@
     └── MissingExtraError       an optional dependency that is not installed
 
 And what messages are made with: `shown`, through which every text of a file goes before a person sees it, `quoted`,
-`bullets`, `counted`, `gigabytes`, `nearest`; `one_of`, which checks a word; and `lacks_memory`, by which everybody tells that
-memory ran out. Imports nothing of veneer.
+`bullets`, `counted`, `gigabytes`, `nearest`; `one_of`, which checks a word; and `lacks_memory`, by which everybody
+tells that memory ran out. Imports nothing of veneer.
 """
 
 from __future__ import annotations

@@ -245,6 +245,11 @@ def test_the_smallest_card_of_each_base_is_on_the_page(capsys: pytest.CaptureFix
     printed = rows(run(capsys, "plan", "--smallest-card").out)
     assert len(rows(shown)) >= 12
     assert rows(shown).items() <= printed.items()
+    pairs = page.partition("one picture with 1 before it")[2].partition("```")[0]
+    with_before = rows(run(capsys, "plan", "--smallest-card", "--before", "1").out)
+    assert len(rows(pairs)) >= 8
+    assert rows(pairs).items() <= with_before.items()
+    assert with_before.keys() < printed.keys()  # of bases that edit alone
     found = json.loads(run(capsys, "plan", "--smallest-card", "--base", "flux.1-dev", "--json").out)["cards"]
     assert [(row["size"], f"{row['card_gb']}") for row in found] == [
         (int(side), card[0]) for (name, side), card in printed.items() if name == "FLUX.1-dev"

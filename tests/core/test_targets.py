@@ -81,7 +81,7 @@ def test_matches_per_pattern_counts_what_is_left() -> None:
         (LoraSpec(targets=("re:(",)), "not a regular expression"),
         (LoraSpec(exclude=("q_porj",)), "q_proj"),
         (LoraSpec(layers=(0, 7)), r"layers \[7\] do not exist"),
-        (LoraSpec(targets=("q_proj", "lm_head"), layers=(0,)), "'lm_head' selects 1 modules"),
+        (LoraSpec(targets=("q_proj", "lm_head"), layers=(0,)), "'lm_head' selects 1 module,"),
         (LoraSpec(targets=("q_proj",), exclude=("self_attn.*",)), "drop them all"),
         (LoraSpec(targets=("q_proj",), rank_pattern={"v_proj": 4}), "rank_pattern 'v_proj' matches nothing"),
         (LoraSpec(targets=("q_proj",), alpha_pattern={"v_proj": 4}), "alpha_pattern 'v_proj' matches nothing"),

@@ -39,7 +39,7 @@ def image_values(folder: Path, output: Path, family: str = "flux1", /, **section
         "batching": {"rows": 4}, "schedule": {"steps": 6}, "evaluation": {"every": 3}, "checkpoint": {"every": 2},
     }  # fmt: skip
     values["data"]["cache"] = str(folder / "cache")
-    if family == "qwen-image":  # nothing of its files says how small it is
+    if family.startswith("qwen"):  # nothing of its files says how small it is
         values["data"]["resolution"] = 32
     for section, value in sections.items():
         held = values.get(section, {})

@@ -109,7 +109,9 @@ def make_pictures(
     reference: Annotated[
         list[Path] | None,
         typer.Option(
-            "--reference", "-r", help="Picture that the prompt edits (FLUX.1 Kontext, FLUX.2; there several)."
+            "--reference",
+            "-r",
+            help="Picture that the prompt edits, on a base that does; FLUX.2 and Qwen-Image-Edit-Plus take several.",
         ),
     ] = None,
     batch_size: BatchOption = None,

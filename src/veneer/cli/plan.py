@@ -75,7 +75,7 @@ def plan(
         int, typer.Option("--micro-pictures", min=1, max=_MANY, help="Pictures in memory at once.")
     ] = 1,
     before: Annotated[
-        int, typer.Option("--before", min=0, max=16, help="Of pairs: pictures that each is an edit of (FLUX).")
+        int, typer.Option("--before", min=0, max=16, help="Of pairs: pictures that each is an edit of.")
     ] = 0,
     targets: Annotated[
         str,
@@ -292,7 +292,9 @@ def _smallest(base: str | None, size: int | None, rank: int, targets: str, befor
         print(json.dumps({"cards": [{"base": n, "size": s, **({} if f is None else f.to_dict())} for n, s, f in rows]}))
         return
     each = f" with {before} before it" if before else ""
-    print(f"one picture{each} at a time, rank {rank} on {targets}; GB while it trains, and while it is loaded and encodes")
+    print(
+        f"one picture{each} at a time, rank {rank} on {targets}; GB while it trains, and while it is loaded and encodes"
+    )
     for name, side, fit in rows:
         head = f"{name.rpartition('/')[2]:<30} {side:>5}"
         if fit is None:

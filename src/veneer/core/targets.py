@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from veneer.core.adapter import LoraSpec, PairKind
-from veneer.errors import TargetError, nearest
+from veneer.errors import TargetError, counted, nearest
 
 ALL_LINEAR = "all-linear"
 
@@ -179,8 +179,9 @@ def matches_per_pattern(model: nn.Module, spec: LoraSpec) -> dict[str, list[str]
             raise _unmatched("target", pattern, names, model)
         out[pattern] = [n for n in hits if n in kept]
         if not out[pattern]:
+            many = counted(len(hits), "module")
             raise TargetError(
-                f"target {pattern!r} selects {len(hits)} modules, and exclude, layers or modules_to_save drop them all",
+                f"target {pattern!r} selects {many}, and exclude, layers or modules_to_save drop them all",
                 where=", ".join(hits[:3]),
                 fix="drop the target, or widen `layers` or narrow `exclude`",
             )

@@ -23,6 +23,7 @@ from veneer.imaging.adapters import AdapterSource, Mixer, Use, idle_ranges
 from veneer.imaging.controls import CANNY, ControlSpec, control_model_of, control_picture, flattened, hashed_picture
 from veneer.imaging.infotext import SAMPLERS, Infotext, png_bytes, render_infotext
 from veneer.models.fingerprint import file_sha256
+from veneer.models.image.base import size_in_units
 from veneer.models.image.generate import (
     Control,
     GeneratedPicture,
@@ -214,7 +215,9 @@ _SAME_PROPORTION = 1 / 15
 
 def fitted_reference(base: ImageBase, picture: Image, width: int, height: int) -> tuple[Image, str]:
     """A reference of the pictures' proportion in their size, as pairs are trained; another one in its own. And a
-    sentence if it was resized."""
+    sentence if it was resized. Qwen-Image-Edit's pipelines want it as it is: they have a size for it."""
+    if base.reads_references:
+        return picture, ""
     if abs(picture.width / picture.height * height / width - 1) > _SAME_PROPORTION:
         width, height = size_for(base, None, None, picture)
     return fitted_picture(picture, width, height, "reference picture")
@@ -262,13 +265,7 @@ def size_for(base: ImageBase, width: int | None, height: int | None, guide: Imag
     whole_units = guide.width % base.unit == 0 == guide.height % base.unit
     if whole_units and base.size**2 / 4 <= guide.width * guide.height <= base.size**2:
         return guide.size  # a base draws far smaller pictures badly
-    long = max(ratio, 1 / ratio)
-    near = whole(base.size / long**0.5)
-    # Of the short sides near the one of this area, that whose long side is nearest to the proportion in whole units.
-    short = min(
-        (near, near + base.unit, max(base.unit, near - base.unit)), key=lambda s: abs(whole(s * long) / s / long - 1)
-    )
-    return (whole(short * ratio), short) if ratio >= 1 else (short, whole(short / ratio))
+    return size_in_units(base.unit, base.size, ratio)
 
 
 # -- what comes out ----------------------------------------------------------------------------------------------------

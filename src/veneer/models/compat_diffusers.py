@@ -21,5 +21,7 @@ DIFFUSERS = Internals(
         "diffusers.models.transformers.transformer_flux2.Flux2ParallelSelfAttnProcessor",
         "diffusers.models.transformers.transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0",
         "diffusers.pipelines.flux2.pipeline_flux2.format_input",
+        "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit",
+        "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus",
     ),
 )

@@ -30,6 +30,7 @@ TRANSFORMERS = Internals(
         "transformers.modeling_gguf_pytorch_utils.tqdm",
         "transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS",
         "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.register",
+        "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil",
         "transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING",
         "transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING",
         "transformers.quantizers.base.HfQuantizer._process_model_before_weight_loading",

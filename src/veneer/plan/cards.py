@@ -16,7 +16,7 @@ from typing import Any
 
 from veneer.models.config import LOADED_BYTES
 from veneer.plan.fit import usable_memory
-from veneer.plan.image import ImageCounts, ImageLoad, image_counts, image_memory
+from veneer.plan.image import ImageCounts, ImageLoad, encoded_pixels, image_counts, image_memory
 from veneer.plan.memory import CUDA_CONTEXT, dtype_bytes
 from veneer.plan.tables import Device, device_named
 
@@ -76,7 +76,7 @@ def loaded_bytes(counts: ImageCounts, config: Mapping[str, Any], load: ImageLoad
     each = LOADED_BYTES.get(load.quantise or "", e)
     encoders = (config.get("encoders") or {}).values()
     held: float = each * (counts.parameters + counts.buffers) + sum(n * (each if n >= _LARGE else e) for n in encoders)
-    held += e * (int(config.get("vae") or 0) + _VAE_VALUES * load.height * load.width)
+    held += e * (int(config.get("vae") or 0) + _VAE_VALUES * encoded_pixels(config, load))
     return round(held) + CUDA_CONTEXT
 
 
@@ -84,7 +84,7 @@ def smallest_card(
     config: Mapping[str, Any], *, side: int = 1024, rank: int = 16, targets: str = "attention", before: int = 0
 ) -> CardFit | None:
     """The smallest of CARDS that trains this base on pictures of `side` squared, one at a time; None where none does.
-    `before`: pictures of the same size that each is an edit of. `config`: of the denoiser, see `image_counts`, whose errors it raises."""
+    `before`: pictures that each is an edit of. `config`: of the denoiser; see `image_counts`, whose errors come."""
 
     @functools.cache
     def counts(rank: int) -> ImageCounts:

@@ -180,6 +180,12 @@ def edits_planned(config: Config) -> bool:
     return is_denoiser(config) and PLANNED_FAMILIES[kind_of(config)].refers
 
 
+def encoded_pixels(config: Config, load: ImageLoad) -> int:
+    """Of the largest picture whose latents are made: of a reference of Qwen-Image a megapixel, whatever is learned."""
+    pixels = load.height * load.width
+    return max(pixels, 1024 * 1024) if load.before and kind_of(config) == "qwen-image" else pixels
+
+
 def image_counts(
     config: Config, *, height: int = 1024, width: int = 1024, rank: int = 16, targets: str = "attention",
     text_tokens: int | None = None, before: int = 0, form: PairForm = PAIRS,
@@ -320,7 +326,11 @@ def _flux2(counts: ImageCounts, config: Config, height: int, width: int, text: i
 def _qwen_image(counts: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
     heads = config["num_attention_heads"]
     d, patch = heads * config["attention_head_dim"], int(config.get("patch_size", 2))
-    places = _places(config, height, width, patch)
+    before = (
+        counts.pictures - 1
+    )  # each of about a megapixel, whatever is drawn, and seen by Qwen2.5-VL, 28 pixels a token
+    places = _places(config, height, width, patch) + before * _places(config, 1024, 1024, patch)
+    text += before * (1024 // 28) ** 2
     counts.linear("img_in", places, config["in_channels"], d)
     counts.small(config["joint_attention_dim"])
     counts.linear("txt_in", text, config["joint_attention_dim"], d)

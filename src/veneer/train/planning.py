@@ -219,9 +219,8 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
         bare=bare, before=before, form=PairForm.of(config.adapter.spec()),
     )  # fmt: skip
     job = TrainingJob(rows, 1.0, signs * float(config.schedule.epochs or 1), signs * batch, config.steps)
-    text = (
-        f"a slider: {counted(rows, 'scene')} that the base draws first, learned at both signs, three forwards of the base for both"
-    )
+    text = f"a slider: {counted(rows, 'scene')} that the base draws first, learned at both signs, "
+    text += "three forwards of the base for both"
     notes = (text,) if slider else ()
     return image_plan(config.base.name, found, load, device, rates, job, process=process, notes=notes)
 

@@ -162,7 +162,9 @@ def learning_rate(s: RunSubject) -> Iterator[Finding]:
     s.numbers.update(steps=total, steps_per_epoch=s.steps_per_epoch, largest_micro_batch=s.largest_micro)
     warm = s.config.schedule.warmup
     if isinstance(warm, int) and 0 < total <= warm:
-        text = f"warm-up takes {counted(warm, 'step')} and the run has {total}: the learning rate never reaches its peak"
+        text = (
+            f"warm-up takes {counted(warm, 'step')} and the run has {total}: the learning rate never reaches its peak"
+        )
         yield Finding("stop", "schedule", text, "schedule.warmup as a share (0.03), or more steps")
     elif 0 < total < 10:
         text = f"the whole run is {counted(total, 'step')}: too few to learn much"
@@ -352,16 +354,17 @@ def trainable_parameters(model: nn.Module, targets: list[Target], spec: LoraSpec
 def undivided(parts: Iterable[tuple[nn.Module, Sequence[Target], LoraSpec]]) -> Iterator[Finding]:
     """`adapter.factor` where it does not divide a weight's rows or columns: there PEFT's rule, which is kept, takes the
     largest divisor below it. It stops a run where it divides none. `parts`: of the base, with what is trained there."""
-    factor, sides, other = None, 0, []
+    factor, sides, other = 0, 0, list[str]()
     for model, targets, spec in parts:
-        modules = dict(base_modules(model))
-        factor = spec.factor if spec.kind == "lokr" else None
-        for target in targets if factor else ():
+        if spec.kind != "lokr" or not spec.factor:
+            continue
+        factor, modules = spec.factor, dict(base_modules(model))
+        for target in targets:
             shape = _shape_of(modules[target.module_name])[:2]
             missed = [size for size in shape if size % factor]
             sides += len(shape) - len(missed)
             other += [f"{target.name}, {shape[0]} × {shape[1]}"] if missed else []
-    if factor and other:
+    if other:
         fix = "a divisor of both, as 2, 4 or 8; or leave it out: then both factors are as near in size as can be"
         if sides:
             text = f"adapter.factor {factor} does not divide both sides of {counted(len(other), 'module')} ({other[0]})"

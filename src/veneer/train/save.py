@@ -162,7 +162,8 @@ def _loss_cards(result: Outcome) -> list[tuple[str, str, str]]:
         where = f" · kept from step {result.kept_step}" if result.kept_step != result.steps else ""
         cards.append(("Validation loss", f"{result.validation:.4f}", before + where))
     if result.loss is not None:
-        cards.append(("Training loss", f"{result.loss:.4f}", f"mean over the last {counted(min(20, result.steps), 'step')}"))
+        last = counted(min(20, result.steps), "step")
+        cards.append(("Training loss", f"{result.loss:.4f}", f"mean over the last {last}"))
     return cards
 
 

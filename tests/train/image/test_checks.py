@@ -48,13 +48,13 @@ def test_what_is_wrong_is_counted_and_named(tmp_path: Path) -> None:
     found = findings(tmp_path, broken="drop", shuffle_tags=True)
     assert "warn 1 of 9 (11%) files cannot be read and are left out: bad.png: not a picture" in texts(found["broken"])
     assert "1 .mp4" in texts(found["ignored"])
-    same = "warn 2 of 8 (25%) pictures look like another one, in 1 pairs: 0.png and again.jpg"
+    same = "warn 2 of 8 (25%) pictures look like another one, in 1 pair: 0.png and again.jpg"
     assert same in texts(found["near-duplicates"])
     assert "1 of 8 (12%) pictures are smaller than a bucket and kept at their own size: tiny.png" in texts(
         found["small"]
     )
     assert "wide.png (" in texts(found["crops"])
-    assert "1 captions are empty: empty.png" in texts(found["captions"])
+    assert "1 caption left empty: empty.png" in texts(found["captions"])
     assert "nothing to shuffle" in texts(found["captions"])
     with_trigger = findings(tmp_path, broken="drop", trigger="sks")
     assert "`sks`: added in 8" in texts(with_trigger["trigger"]), "bad.png is not learned"
@@ -80,8 +80,8 @@ def test_triggers_and_class_pictures(tmp_path: Path) -> None:
     found = findings(tmp_path / "own", trigger="sks", class_folder=str(tmp_path / "class"), class_weight=0.5)
     assert "2 pictures and 2 class pictures (weight 0.5)" in texts(found["pictures"])
     assert "`sks`: added in 1, already there in 1" in texts(found["trigger"])
-    assert "1 class pictures' captions hold the trigger: c.png" in texts(found["trigger"])
-    assert "1 class pictures look like pictures of what is learned" in texts(found["near-duplicates"])
+    assert "1 class caption with the trigger: c.png" in texts(found["trigger"])
+    assert "1 class picture like pictures of what is learned" in texts(found["near-duplicates"])
 
 
 def test_masks(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_masks(tmp_path: Path) -> None:
     put(tmp_path, "b.png", "b", scene(32, 32, seed=2))
     found = findings(tmp_path, buckets=False)
     assert "1 of 2 (50%) pictures have a loss mask" in texts(found["masks"])
-    assert "1 masks are black all over their crop, so nothing is learned there: a.png" in texts(found["masks"])
+    assert "1 mask black all over the crop, so nothing is learned there: a.png" in texts(found["masks"])
     assert "stop data.masks is `alpha`, but no picture has transparency" in texts(
         findings(tmp_path, masks="alpha")["masks"]
     )

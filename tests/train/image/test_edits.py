@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.image_twins import levels
-from tests.tiny_image_base import LENGTH, tiny_image_base
+from tests.tiny_image_base import LENGTH, qwen_edit_pipeline, small_references, tiny_image_base
 from tests.train.tiny_pictures import drawings, image_values, run
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
@@ -21,11 +22,13 @@ from veneer.errors import PreflightError
 from veneer.formats.read import read
 from veneer.models.image.base import load_image
 from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, generate_images
+from veneer.models.image.predict import encode_pictures
 from veneer.plan.image import image_counts
 from veneer.plan.tables import base_config
 from veneer.train.config.load import ImageTrainConfig, config_from
 from veneer.train.events import Event, Note
 from veneer.train.image.batches import ImageBatch, PlannedRow
+from veneer.train.image.checks import check_pictures
 from veneer.train.image.encode import Encoders, ImageLoss
 from veneer.train.image.pictures import read_pictures
 from veneer.train.image.views import draw_row, place, plan_rows, view_before
@@ -52,15 +55,19 @@ def settings_of(pairs: Path, **sections: Any) -> dict[str, Any]:
     return {"data": {"pictures": str(pairs)}, "adapter": {"dropout": 0.0}, **sections}
 
 
-def test_a_run_on_pairs_draws_as_diffusers_does_with_its_file(shared: Path, pairs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["kontext", "qwen-edit", "qwen-edit-plus"])
+def test_a_run_on_pairs_draws_as_diffusers_does_with_its_file(
+    family: str, shared: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import diffusers
 
+    small_references(monkeypatch)
     seen: list[Event] = []
     start, prompt = pairs / "0.before.png", "sks, a red house"
     result = run(
-        shared, tmp_path / "out", "kontext", on_event=seen.append, **settings_of(pairs),
+        shared, tmp_path / "out", family, on_event=seen.append, **settings_of(pairs),
         optimizer={"learning_rate": 0.05}, schedule={"steps": 3}, evaluation={"every": 3},
-        samples={"prompts": [prompt, "a cat"], "before": [str(start)], "steps": 2, "every": 3},
+        samples={"prompts": [prompt, "a cat"], "before": [str(start)], "steps": 2, "every": 3, "size": 32},
     )  # fmt: skip
     said = "\n".join(e.text for e in seen if isinstance(e, Note))
     assert "read back and compared: predictions equal" in said
@@ -68,21 +75,27 @@ def test_a_run_on_pairs_draws_as_diffusers_does_with_its_file(shared: Path, pair
     with Image.open(result.samples[-1]) as sheet:
         wide = sheet.width
     assert wide > 2 * 128  # what is before, beside what was drawn
-    place = tiny_image_base(shared, "kontext")
-    pipe = diffusers.FluxKontextPipeline.from_pretrained(place)
-    pipe.set_progress_bar_config(disable=True)
+    place = tiny_image_base(shared, family)
+    if family == "kontext":
+        pipe = diffusers.FluxKontextPipeline.from_pretrained(place)
+        pipe.set_progress_bar_config(disable=True)
+        given = {"max_area": 32 * 32, "_auto_resize": False, "max_sequence_length": LENGTH}
+    else:
+        pipe, given = qwen_edit_pipeline(place), {"true_cfg_scale": 4.0, "negative_prompt": ""}
     pipe.load_lora_weights(str(tmp_path / "out"), weight_name=Path(result.adapter).name)
+    edited = Image.open(start).convert("RGB").resize((32, 32))
+    generator = torch.Generator().manual_seed(4)
     theirs = pipe(
-        image=Image.open(start).resize((32, 32)), prompt=prompt, height=32, width=32, num_inference_steps=2,
-        max_area=32 * 32, _auto_resize=False, max_sequence_length=LENGTH, generator=torch.Generator().manual_seed(4),
+        image=edited, prompt=prompt, height=32, width=32, num_inference_steps=2, generator=generator, **given
     ).images[0]  # fmt: skip
     base = load_image(str(place))
     plan = MixPlan((("it", 1.0),), ((0.0, (("it", 1.0),)),))
-    shown = (Image.open(start).resize((32, 32)),)
+    shown = (edited,)
     rows = [ImageRow(prompt, seed=4, plan=plan, references=shown), ImageRow(prompt, seed=4, references=shown)]
     with attach(base.model) as attachment:
         attachment.add("it", read(Path(result.adapter)).adapter)
-        ours, bare = (m.image for m in generate_images(base, rows, PictureSettings(steps=2), attachment=attachment))
+        settings = PictureSettings(32, 32, steps=2)
+        ours, bare = (m.image for m in generate_images(base, rows, settings, attachment=attachment))
     assert levels(ours, theirs) <= 1
     assert levels(ours, bare) > 5
 
@@ -115,8 +128,57 @@ def test_latents_of_both_are_cached_once_and_only_the_target_is_in_the_loss(
     assert not torch.equal(errors, moved)
 
 
-def _config(shared: Path, pairs: Path, tmp_path: Path, **sections: Any) -> ImageTrainConfig:
-    config, _ = config_from(image_values(shared, tmp_path / "out", "kontext", **settings_of(pairs, **sections)))
+def test_prompts_that_are_read_with_a_picture_are_cached_with_it(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_references(monkeypatch)
+    pairs = drawings(tmp_path / "pairs", 2)
+    for path in pairs.glob("?.png"):
+        path.with_suffix(".txt").write_text("make it red")
+        Image.open(path).rotate(180).save(path.with_suffix(".before.png"))
+    config = _config(shared, pairs, tmp_path, "qwen-edit")
+    base = load_image(str(tiny_image_base(shared, "qwen-edit")))
+    rows = plan_rows(read_pictures(config.data)[0], config.data, size=32, unit=base.unit).rows
+    planned = [
+        PlannedRow(r.picture, *draw_row(r, config.data, seed=0, epoch=0), 1.0, (0, 0, i)) for i, r in enumerate(rows)
+    ]
+    captions = [row.caption for row in planned]
+    assert len(set(captions)) == 1
+    encoders = Encoders(base, config, tmp_path / "cache")
+    assert encoders.fill(planned) == (2, 2)
+    again = Encoders(base, config, tmp_path / "cache")
+    text = again.text(captions, planned)
+    assert (again.texts.made, again.texts.found) == (0, 2)
+    one, other = text.unpadded()
+    assert one.shape != other.shape or not torch.equal(one, other)
+    Image.open(pairs / "1.before.png").rotate(180).save(pairs / "1.before.png")
+    moved = [replace(row, picture=p) for row, p in zip(planned, read_pictures(config.data)[0], strict=True)]
+    again.text(captions, moved)
+    assert (again.texts.made, again.texts.found) == (1, 2)
+
+
+def test_a_reference_of_another_shape_is_shown_whole(shared: Path, tmp_path: Path) -> None:
+    pairs = drawings(tmp_path / "pairs", 2)
+    for path in pairs.glob("?.png"):
+        Image.open(path).resize((64, 32)).save(path.with_suffix(".before.png"))
+    config, base = _config(shared, pairs, tmp_path), load_image(str(tiny_image_base(shared, "kontext")))
+    pictures, about = read_pictures(config.data)
+    plan = plan_rows(pictures, config.data, size=base.size, unit=base.unit)
+    said = [f.text for f in check_pictures(pictures, about, plan, config.data) if f.check == "pairs"]
+    assert "2 before pictures of another proportion than what comes after, shown whole, " in said[-1]
+    view, caption = draw_row(plan.rows[0], config.data, seed=0, epoch=0)
+    batch = Encoders(base, config, None).batch([PlannedRow(plan.rows[0].picture, view, caption, 1.0, (0, 0, 0))])
+    (found,) = batch.before
+    width, height = (base.vae_scale * side for side in (found.shape[3], found.shape[2]))
+    assert (width // height, width * height <= 1.5 * base.size**2) == (2, True)
+    with Image.open(pairs / "0.before.png") as whole:
+        array = np.asarray(whole.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
+    pixels = torch.from_numpy(array).permute(2, 0, 1)[None] / 127.5 - 1
+    assert torch.allclose(found, encode_pictures(base, pixels.flip(-1) if view.flip else pixels), atol=1e-5)
+
+
+def _config(shared: Path, pairs: Path, tmp_path: Path, family: str = "kontext", **sections: Any) -> ImageTrainConfig:
+    config, _ = config_from(image_values(shared, tmp_path / "out", family, **settings_of(pairs, **sections)))
     assert isinstance(config, ImageTrainConfig)
     return config
 
@@ -218,9 +280,10 @@ def test_flux2_learns_and_draws_from_several_references(family: str, shared: Pat
         shared, tmp_path / "out", family, on_event=seen.append, adapter={"dropout": 0.0, "targets": "all-linear"},
         data={"pictures": str(captions), "before": [str(folder) for folder in starts]}, schedule={"steps": 1},
         optimizer={"learning_rate": 0.05},
-        samples={"prompts": ["sks"], "before": [str(starts[0] / "0.png")], "steps": 1, "size": 64},
+        samples={"prompts": ["sks"], "before": [[str(s / "0.png") for s in starts]], "steps": 1, "size": 64},
     )  # fmt: skip
     assert result.validation != result.validation_before
     said = "\n".join(e.text for e in seen if isinstance(e, Note))
     assert "read back and compared: predictions equal" in said
-    assert len(result.samples) == 1
+    with Image.open(result.samples[-1]) as sheet:
+        assert sheet.width > 3 * 128  # both that were shown, beside what was drawn

@@ -114,7 +114,7 @@ def test_a_pair_without_its_partner_is_named(tmp_path: Path) -> None:
 def test_a_pair_of_unlike_sizes_is_named_and_one_proportion_is_enough(tmp_path: Path) -> None:
     put(tmp_path, "cat.png", image=scene(48, 32))
     put(tmp_path, "cat.before.png", None, scene(32, 32))
-    message = wrong(tmp_path)
+    message = wrong(tmp_path, before_kind="depth")
     assert "1 pair(s) are of unlike sizes" in message
     assert "cat.before.png: 32 x 32 pixels, but cat.png has 48 x 32" in message
     put(tmp_path, "cat.before.png", None, scene(96, 64))
@@ -169,8 +169,8 @@ def test_pairs_look_alike_only_where_both_halves_do(tmp_path: Path) -> None:
     pictures, about = read_pictures(keys)
     found = check_pictures(pictures, about, plan_rows(pictures, keys, size=32, unit=8), keys)
     said = next(f.text for f in found if f.check == "near-duplicates")
-    assert "in 1 pairs: b.png and c.png" in said
-    assert "1 held-out pictures, none" in check_held_out(pictures[1:], pictures[:1])[0].text
+    assert "in 1 pair: b.png and c.png" in said
+    assert "1 held-out picture, none" in check_held_out(pictures[1:], pictures[:1])[0].text
     assert check_held_out(pictures[:2], pictures[2:])[0].level == "stop"
 
 

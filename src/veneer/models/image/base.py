@@ -25,7 +25,7 @@ from veneer.errors import BaseError, ConfigError
 from veneer.models.builtin import BUILTIN, PACKAGED
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.device import settle_threads
-from veneer.models.image.families import FAMILIES, REFERENCES, ImageFamily, topology_name
+from veneer.models.image.families import FAMILIES, REFERENCE_AREAS, REFERENCES, ImageFamily, topology_name
 from veneer.models.image.files import (
     LoadedParts,
     control_of,
@@ -93,8 +93,14 @@ class ImageBase:
 
     @property
     def edits_alone(self) -> bool:
-        """Whether it was made for editing: FLUX.1 Kontext, and not FLUX.2, which draws from prompts as well."""
+        """Whether it was made for editing: FLUX.1 Kontext, Qwen-Image-Edit, and not FLUX.2, which draws from prompts as
+        well."""
         return "edit" in self.pipelines and "edit" not in self.row.pipelines
+
+    @property
+    def reads_references(self) -> bool:
+        """Whether its prompts are read together with the pictures that they edit: Qwen-Image-Edit's."""
+        return self.pipelines.get("edit") in REFERENCE_AREAS
 
     @property
     def vae_scale(self) -> int:
@@ -214,6 +220,19 @@ def default_size(denoiser: Any, vae: Any, scale: int) -> int:
     if own:
         return int(own if isinstance(own, int) else own[0]) * scale
     return int(vae.config.get("sample_size") or 1024)
+
+
+def size_in_units(unit: int, side: int, ratio: float) -> tuple[int, int]:
+    """(width, height) in multiples of `unit`, of about side² pixels, width over height as near to `ratio` as can be."""
+
+    def whole(length: float) -> int:
+        return max(unit, round(length / unit) * unit)
+
+    long = max(ratio, 1 / ratio)
+    near = whole(side / long**0.5)
+    # Of the short sides near the one of this area, that whose long side is nearest to the proportion in whole units.
+    short = min((near, near + unit, max(unit, near - unit)), key=lambda s: abs(whole(s * long) / s / long - 1))
+    return (whole(short * ratio), short) if ratio >= 1 else (short, whole(short / ratio))
 
 
 def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsilon", "v", "flow"]:

@@ -6,7 +6,7 @@
 | sd3        | SD3Transformer2DModel (3, 3.5 medium, large) | two CLIPs, T5 (which may be left out)      | flow       |
 | flux1      | FluxTransformer2DModel (dev, schnell)        | T5; CLIP gives one pooled vector           | flow       |
 | flux2      | Flux2Transformer2DModel (dev, klein)         | Mistral (dev), Qwen3 (klein), as chat      | flow       |
-| qwen-image | QwenImageTransformer2DModel                  | Qwen2.5-VL, as chat                        | flow       |
+| qwen-image | QwenImageTransformer2DModel (and Edit, Plus) | Qwen2.5-VL, as chat                        | flow       |
 | z-image    | ZImageTransformer2DModel (base, Turbo)       | Qwen3, as chat                             | flow       |
 
 Names are those of `formats.topology`. One row a family: what a base is known by, and what it is. Knows
@@ -170,6 +170,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
             frames=True,
             guidance="true_cfg_scale",
             mask=1,
+            refers=True,
             shifted=True,
         ),
         ImageFamily(
@@ -200,11 +201,26 @@ OWN_PIPELINES: Mapping[str, Mapping[str, str]] = {
         "inpaint": "Flux2KleinInpaintPipeline",
     },
     "FluxKontextPipeline": {"edit": "FluxKontextPipeline"},
+    "QwenImageEditPipeline": {"edit": "QwenImageEditPipeline"},
+    "QwenImageEditPlusPipeline": {"edit": "QwenImageEditPlusPipeline"},
 }
 """What a base's index calls its pipeline -> the kinds in which the base differs from its family."""
 
-REFERENCES: Mapping[str, int] = {"FluxKontextPipeline": 1, "Flux2Pipeline": 10, "Flux2KleinPipeline": 4}
+REFERENCES: Mapping[str, int] = {
+    "FluxKontextPipeline": 1,
+    "Flux2Pipeline": 10,
+    "Flux2KleinPipeline": 4,
+    "QwenImageEditPipeline": 1,
+    "QwenImageEditPlusPipeline": 3,
+}
 """Pipelines that edit -> the most reference pictures that their models were trained with, by their cards."""
+
+REFERENCE_AREAS: Mapping[str, tuple[int, int]] = {
+    "QwenImageEditPipeline": (1024 * 1024, 1024 * 1024),
+    "QwenImageEditPlusPipeline": (384 * 384, 1024 * 1024),
+}
+"""Pipelines whose prompts are read together with the references -> about how many pixels a reference has there, and
+where its latents are made. Both are theirs, whatever is drawn."""
 
 
 def denoiser_family(classname: str, config: Mapping[str, Any]) -> ImageFamily | None:

@@ -34,6 +34,7 @@ from veneer.models.config import LOADED_BYTES
 from veneer.models.device import check_memory, choose_device, choose_dtype
 from veneer.models.fingerprint import fingerprint_parts, shaping_fields
 from veneer.models.image.families import FAMILIES, OWN_PIPELINES, ImageFamily, denoiser_family, family_label
+from veneer.models.image.processor import PROCESSORS, read_processor
 from veneer.models.loading import check_loaded, errors_only, loading
 from veneer.models.quantise import lazy_state, load_part, load_state, saved_kind
 from veneer.models.sources import find_base
@@ -238,9 +239,12 @@ def _load_component(
         if not any((folder / f"{s}.safetensors{i}").exists() for s in COMPONENT_STEMS for i in ("", ".index.json")):
             options["variant"] = "fp16"
     saved = saved_kind(_config_of(folder), str(folder)) if weights else ""
+    made: Any
     with loading():
         try:
-            if saved or (quantise and weights):
+            if classname in PROCESSORS:
+                made = read_processor(folder)
+            elif saved or (quantise and weights):
                 made = _load_quantised(cls, folder, library, quantise or "", dtype)
             else:
                 made = cls.from_pretrained(folder, **options)

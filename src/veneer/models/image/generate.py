@@ -223,10 +223,15 @@ _TOGETHER = ("transformer.all_x_embedder.", "transformer.cap_embedder.")
 
 
 def _batches(rows: Sequence[ImageRow], size: int, attachment: Attachment | None) -> list[tuple[ImageRow, ...]]:
-    """Neighbours, at most `size` of them; where an adapter changes what sees all rows together, those of one plan."""
+    """Neighbours, at most `size` of them, with references of the same sizes, for pipelines resize all as the first;
+    where an adapter changes what sees all rows together, those of one plan."""
     adapters = attachment.adapters.values() if attachment is not None else ()
     alike = any(name.startswith(_TOGETHER) for adapter in adapters for name in (*adapter.pairs, *adapter.deltas))
-    groups = [list(own) for _, own in groupby(rows, key=lambda row: row.plan)] if alike else [rows]
+
+    def together(row: ImageRow) -> tuple[object, ...]:
+        return row.plan if alike else None, [picture.size for picture in row.references]
+
+    groups = [list(own) for _, own in groupby(rows, key=together)]
     return [tuple(own[start : start + size]) for own in groups for start in range(0, len(own), size)]
 
 
@@ -286,11 +291,12 @@ class _Run:
         settings, base = self.settings, self.base
         given: dict[str, Any] = {"num_inference_steps": self.steps, "output_type": "np", **self.scales}
         self.select([row.plan.text for row in rows])
-        positive = embed_prompts(base, [row.prompt for row in rows])
+        shown = [row.references for row in rows]
+        positive = embed_prompts(base, [row.prompt for row in rows], shown)
         given |= self.embeds(positive, "")
         unread = [""] * len(rows)
         if self.doubled:
-            negative = embed_prompts(base, [row.negative for row in rows])
+            negative = embed_prompts(base, [row.negative for row in rows], shown)
             unread = negative.cut
             given |= self.embeds(self.emptied(negative, rows), "negative_")
         size = {"width": settings.width or base.size, "height": settings.height or base.size}
@@ -467,7 +473,8 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
         raise ConfigError("some rows have a picture, a mask, controls or references of their own, and others do not")
     _check_references(base, rows, settings)
     if rows[0].controls and len(rows[0].controls) != len(settings.controls):
-        raise ConfigError(f"{counted(len(settings.controls), 'control')}, and {counted(len(rows[0].controls), 'picture')} for them a row")
+        pictures = counted(len(rows[0].controls), "picture")
+        raise ConfigError(f"{counted(len(settings.controls), 'control')}, and {pictures} for them a row")
     given: list[tuple[str, Image | None]] = [("control picture", control.picture) for control in settings.controls]
     for row in rows:
         given += [("picture", row.image), ("mask", row.mask), *(("control picture", p) for p in row.controls)]
@@ -490,7 +497,7 @@ def _check_references(base: ImageBase, rows: Sequence[ImageRow], settings: Pictu
     if not given:
         return
     if not base.references:
-        fix = "FLUX.1 Kontext or FLUX.2; a picture to start from is image (--image)"
+        fix = "FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit; a picture to start from is image (--image)"
         raise ConfigError(f"{base.name} is no base that edits, and takes no reference pictures", fix=fix)
     if given > base.references:
         if base.references == 1:
@@ -503,7 +510,7 @@ def _check_references(base: ImageBase, rows: Sequence[ImageRow], settings: Pictu
     if settings.controls or rows[0].image is not None:
         other = "controls" if settings.controls else "a picture to start from"
         raise ConfigError(f"references and {other} do not go together", fix="leave one of them out")
-    for picture in (picture for row in rows for picture in row.references):
+    for picture in (picture for row in rows for picture in row.references if not base.reads_references):
         if picture.width % base.unit or picture.height % base.unit:
             raise ConfigError(
                 f"a reference picture is {picture.width}×{picture.height}, and sides are multiples of {base.unit}",

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from veneer.errors import BaseError
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.image.base import ImageBase, pipeline, readers, text_settings
+from veneer.models.image.families import REFERENCE_AREAS
 from veneer.models.loading import errors_only
 from veneer.ops.transfer import sent
 
@@ -97,13 +98,19 @@ class Conditioning:
 # -- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def embed_prompts(base: ImageBase, prompts: Sequence[str]) -> Conditioning:
+def embed_prompts(
+    base: ImageBase, prompts: Sequence[str], references: Sequence[Sequence[Image]] = ()
+) -> Conditioning:  # fmt: skip
     """The text side of n prompts, as the pipeline encodes them; differentiable where adapters on encoders train.
+
+    `references`: of each prompt the pictures that it edits, for a base that reads them together; others do not look.
 
     Nothing is cut silently: `cut` has the part of each prompt that the denoiser's tokens leave out. (FLUX' pooled
     vector is of CLIP's 77 tokens whatever the prompt; that does not count as cut.) Raises BaseError where a text
     encoder was released."""
     texts = list(prompts)
+    if base.reads_references and any(references):
+        return Conditioning.cat([_seen(base, text, shown) for text, shown in zip(texts, references, strict=True)])
     pipe = pipeline(base)
     row = base.row
     with errors_only():  # a list of its own: Z-Image's pipeline writes its template into the one that it is given
@@ -113,6 +120,38 @@ def embed_prompts(base: ImageBase, prompts: Sequence[str]) -> Conditioning:
         return replace(Conditioning.cat([Conditioning(one[None]) for one in found[0]]), cut=cut)
     pooled, mask = (None if at is None else found[at] for at in (row.pooled, row.mask))
     return Conditioning(found[0], pooled, mask, cut)
+
+
+def _seen(base: ImageBase, prompt: str, references: Sequence[Image]) -> Conditioning:
+    """One prompt with its pictures, each in the size that the pipeline reads it in. Nothing of it is cut."""
+    base.part("processor")
+    pipe = pipeline(base, "edit")
+    area, _ = REFERENCE_AREAS[base.pipelines["edit"]]
+    sized = [
+        pipe.image_processor.resize(picture.convert("RGB"), *reversed(_calculated(base, picture.size, area)))
+        for picture in references
+    ]
+    with errors_only():
+        found = pipe.encode_prompt(
+            prompt=[prompt], image=sized if base.references > 1 else sized[0], device=base.device
+        )
+    return Conditioning(found[0], None, found[1], [""])
+
+
+def _calculated(base: ImageBase, size: tuple[int, int], area: int) -> tuple[int, int]:
+    """(width, height) that Qwen-Image-Edit's pipelines give a reference of that size: about `area` pixels."""
+    plus = "_plus" if base.references > 1 else ""
+    module = DIFFUSERS(f"diffusers.pipelines.qwenimage.pipeline_qwenimage_edit{plus}")
+    width, height = module.calculate_dimensions(area, size[0] / size[1])[:2]
+    return width, height
+
+
+def reference_size(base: ImageBase, width: int, height: int) -> tuple[int, int]:
+    """(width, height) in which a base is shown a reference in the proportion of these: in just these, but for
+    Qwen-Image-Edit, which is shown about a megapixel whatever it draws."""
+    if not base.reads_references:
+        return width, height
+    return _calculated(base, (width, height), REFERENCE_AREAS[base.pipelines["edit"]][1])
 
 
 def cut_of(base: ImageBase, prompt: str) -> str:
@@ -306,7 +345,8 @@ def predict(
     if guidance is not None and not takes:
         raise BaseError(f"{base.name} does not take guidance as an input", fix="leave guidance out")
     if references and not base.row.refers:
-        raise BaseError(f"{base.row.label} takes no reference pictures", fix="FLUX.1 Kontext or FLUX.2 does")
+        fix = "FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit does"
+        raise BaseError(f"{base.row.label} takes no reference pictures", fix=fix)
     shown = [r.to(latents.device, dtype) for r in references]
     more: dict[str, Any] = {"return_dict": False, **(residuals or {})}
     if base.row.denoiser == "unet":
@@ -338,7 +378,8 @@ def predict(
         more |= {"pooled_projections": text.pooled, "img_ids": torch.cat(ids)}
         more["txt_ids"] = x.new_zeros(text.embeds.shape[1], 3)
     else:
-        more |= {"img_shapes": [[(1, h, w)]] * n, "encoder_hidden_states_mask": text.mask}
+        shapes = [(1, y.shape[2] // 2, y.shape[3] // 2) for y in (x, *shown)]
+        more |= {"img_shapes": [shapes] * n, "encoder_hidden_states_mask": text.mask}
     out = denoiser(hidden_states=tokens, **more)[0][:, : h * w]
     return _whole(out.transpose(1, 2).unflatten(2, (h, w)))
 

@@ -179,7 +179,11 @@ def _loss_and_samples(config: ImageTrainConfig, given: Collection[str]) -> Itera
     if samples.every is not None and not named:
         yield "`samples.every` needs `samples.prompts`: what to draw"
     if samples.before and len(samples.before) not in (1, len(samples.prompts)):
-        yield f"`samples.before`: {len(samples.before)} for {counted(len(samples.prompts), 'prompt')}; give 1, or as many"
+        many = counted(len(samples.prompts), "prompt")
+        yield f"`samples.before`: {len(samples.before)} for {many}; give 1, or as many"
+    shown = {len(paths) for paths in samples.starts}
+    if samples.before and (len(shown) > 1 or 0 in shown):
+        yield "`samples.before`: every prompt is shown as many pictures as the others, one or more"
     if samples.prompts and not samples.seeds:
         yield "`samples.seeds` is empty: give at least one"
 

@@ -325,14 +325,22 @@ class SamplesSection(Section):
         None, "steps between sheets, or `epoch`; nothing means only at the end, when there are prompts", gt=0
     )
     prompts: tuple[str, ...] = setting((), "prompts to draw; with the trigger word where it is wanted")
-    before: tuple[str, ...] = setting(
-        (), "of an edit base: the picture that each prompt edits; one: of all prompts. Shown beside what was drawn"
+    before: tuple[str | tuple[str, ...], ...] = setting(
+        (),
+        "of an edit base: the picture that each prompt edits, or a list of those it is shown; one: of all prompts. "
+        "Shown beside what was drawn",
     )
     negative: str = setting("", "negative prompt")
     seeds: tuple[int, ...] = setting((0,), "a picture of each prompt for each seed")
     steps: int = setting(20, "sampling steps", gt=0)
     guidance: float | None = setting(None, "guidance scale; nothing means the pipeline's own", ge=0)
     size: int | None = setting(None, "side in pixels; nothing means the base's own", gt=0)
+
+    @property
+    def starts(self) -> tuple[tuple[str, ...], ...]:
+        """The files of `before`, those of each prompt."""
+        each = tuple((one,) if isinstance(one, str) else one for one in self.before)
+        return each * len(self.prompts) if len(each) == 1 else each or ((),) * len(self.prompts)
 
 
 class EmaSection(Section):

@@ -505,7 +505,7 @@ def _kind(annotation: Any) -> str:
             parts.append("mapping")
         else:
             parts.append(names.get(part, part))
-    return " or ".join(parts)
+    return " or ".join(dict.fromkeys(parts))
 
 
 def _default(f: pydantic.fields.FieldInfo) -> str:

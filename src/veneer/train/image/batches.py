@@ -24,7 +24,7 @@ from torch import Tensor
 from veneer.ops.transfer import sent
 from veneer.train.config.image import ImageDataSection, ImageTrainConfig
 from veneer.train.image.pictures import TrainingPicture
-from veneer.train.image.views import PictureRow, View, draw_row, place
+from veneer.train.image.views import PictureRow, View, draw_row, place, shapes_of
 from veneer.train.loop import LazySteps, Micro, Step
 from veneer.train.split import hold_out
 
@@ -157,12 +157,12 @@ def _micros(
     pieces: int,
 ) -> list[Micro]:
     """Rows of one shape together, the largest shape first, so that a step which does not fit fails at once."""
-    shapes: dict[tuple[int, int], list[PlannedRow]] = {}
+    shapes: dict[tuple[tuple[int, int], ...], list[PlannedRow]] = {}
     for row in rows:
-        shapes.setdefault((row.view.height, row.view.width), []).append(row)
+        shapes.setdefault(shapes_of(row.picture, row.view), []).append(row)
     most = min(config.batching.micro_rows or len(rows), -(-len(rows) // pieces))
     out = []
-    for (height, width), group in sorted(shapes.items(), key=lambda item: (-item[0][0] * item[0][1], item[0])):
+    for ((height, width), *_), group in sorted(shapes.items(), key=lambda s: (-s[0][0][0] * s[0][0][1], s[0])):
         for i in range(0, len(group), most):
             part = tuple(group[i : i + most])
             names = tuple(row.picture.name for row in part)

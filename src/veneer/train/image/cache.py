@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ class LatentCache(_Store):
         masked = picture.alpha or picture.mask is not None
         made_of: list[Any] = [picture.digest, settings.colour if picture.transparent else None]
         made_of += [picture.mask_digest, picture.alpha, settings.mask_floor if masked else None]
-        key = self._key("latents", made_of, view.resized, view.top, view.left, view.width, view.height, view.flip)
+        key = self._key("latents", made_of, *_of_view(view))
 
         def make() -> CacheEntry:
             return CacheEntry(_encoded(prepare(picture, view, settings), encode))
@@ -130,9 +130,23 @@ class LatentCache(_Store):
 class TextCache(_Store):
     """Text embeddings of prompts. `fingerprint`: the base's, with the dtype and length that prompts are encoded in."""
 
-    def get(self, prompt: str, encode: Callable[[str], CacheEntry]) -> CacheEntry:
-        """What `encode` makes of the prompt. Errors as LatentCache.get."""
-        return self._get(self._key("text", prompt), f"the prompt {prompt!r}", lambda: encode(prompt))
+    def get(
+        self,
+        prompt: str,
+        encode: Callable[[str], CacheEntry],
+        seen: Sequence[tuple[TrainingPicture, View]] = (),
+        settings: ImageDataSection | None = None,
+    ) -> CacheEntry:
+        """What `encode` makes of the prompt. `seen`: the pictures that it reads with it, decoded by `settings`. Errors
+        as LatentCache.get."""
+        colour = settings.colour if settings is not None else None
+        pictures = [[p.digest, colour if p.transparent else None, *_of_view(view)] for p, view in seen]
+        key = self._key("text", prompt, *([pictures] if pictures else []))
+        return self._get(key, f"the prompt {prompt!r}", lambda: encode(prompt))
+
+
+def _of_view(view: View) -> tuple[Any, ...]:
+    return view.resized, view.top, view.left, view.width, view.height, view.flip
 
 
 def _encoded(tensors: ViewTensors, encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

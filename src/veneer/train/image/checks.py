@@ -82,7 +82,7 @@ def _captions(
         did = ", ".join(f"{what} in {count:,}" for what, count in about.trigger.most_common())
         yield Finding("ok", "trigger", f"`{settings.trigger}`: {did}")
     if about.class_triggers:
-        text = f"{len(about.class_triggers):,} class pictures' captions hold the trigger: {_some(about.class_triggers)}"
+        text = f"{counted(len(about.class_triggers), 'class caption')} with the trigger: {_some(about.class_triggers)}"
         yield Finding("warn", "trigger", text, "remove it there: class pictures keep the class as it is without it")
     classes = {p.caption.lower() for p in pictures if p.is_class} | {(settings.class_prompt or "").lower()} - {""}
     same = [p.name for p in pictures if not p.is_class and p.caption.lower() in classes]
@@ -93,13 +93,13 @@ def _captions(
     if about.empty:
         names = _some(p.name for p in pictures if not p.caption)
         yield Finding(
-            "warn", "captions", f"{about.empty:,} captions are empty: {names}", "write them, or set a trigger"
+            "warn", "captions", f"{counted(about.empty, 'caption')} left empty: {names}", "write them, or set a trigger"
         )
     if about.several_lines:
         text = f"{counted(about.several_lines, 'caption file')} of several lines, which are joined to one caption"
         yield Finding("warn", "captions", text)
     if about.shared:
-        text = f"{about.shared:,} caption files speak for several pictures, whose names differ in their ending alone"
+        text = f"{counted(about.shared, 'caption file')} of several pictures, whose names differ in their ending alone"
         yield Finding("warn", "captions", text)
     if about.unused:
         yield Finding("warn", "captions", f"metadata columns that nothing uses: {', '.join(about.unused)}")
@@ -121,7 +121,7 @@ def _buckets(
         fix = "" if settings.small == "upscale" else "data.small: upscale enlarges them, or give larger files"
         yield Finding("warn", "small", text + _some(plan.small), fix)
     if plan.dropped and settings.small == "keep":
-        text = f"{len(plan.dropped):,} pictures are smaller than the step of {plan.step} pixels and left out: "
+        text = f"{counted(len(plan.dropped), 'picture')} smaller than the step of {plan.step} pixels, left out: "
         yield Finding("warn", "small", text + _some(plan.dropped))
     cuts = {row.picture.name: place(row.picture.size, row.bucket).cut for row in plan.rows}
     much = sorted((name for name, cut in cuts.items() if cut > _MUCH), key=lambda n: -cuts[n])
@@ -146,14 +146,15 @@ def _masks(
     floor = f"; what they leave out counts {settings.mask_floor:g}" if settings.mask_floor else ""
     yield Finding("ok", "masks", f"{share(total, len(pictures))} pictures have a loss mask{floor}")
     if about.resized_masks:
-        yield Finding("warn", "masks", f"{about.resized_masks:,} masks have another size than their picture: resized")
+        text = f"{counted(about.resized_masks, 'mask')} of another size than the picture: resized"
+        yield Finding("warn", "masks", text)
     empty = []
     for row in {(r.picture.key, r.bucket): r for r in plan.rows if r.picture.mask or r.picture.alpha}.values():
         seen = prepare(row.picture, place(row.picture.size, row.bucket), settings)
         if seen.mask is not None and not bool((seen.mask > settings.mask_floor).any()):
             empty.append(row.picture.name)
     if empty:
-        text = f"{len(empty):,} masks are black all over their crop, so nothing is learned there: {_some(empty)}"
+        text = f"{counted(len(empty), 'mask')} black all over the crop, so nothing is learned there: {_some(empty)}"
         yield Finding("stop" if len(empty) > len(plan.rows) / 2 else "warn", "masks", text, "white is what is learned")
 
 
@@ -165,9 +166,14 @@ def _pairs(
     kind = "pictures" if settings.before_kind == "picture" else f"{settings.before_kind} pictures"
     each = "one picture before it" if about.before == 1 else f"{about.before} pictures before it"
     yield Finding("ok", "pairs", f"each picture has {each} ({kind}); captions are instructions")
-    if about.resized_before:
-        text = f"{about.resized_before:,} before pictures have another size than what comes after: resized"
+    if resized := about.resized_before - len(about.own_shape):
+        text = f"{counted(resized, 'before picture')} of another size than what comes after: resized"
         yield Finding("warn", "pairs", text)
+    if about.own_shape:
+        text = f"{counted(len(about.own_shape), 'before picture')} of another proportion than what comes after, shown "
+        text += f"whole, in a size of its own: {_some(about.own_shape)}"
+        fix = "crop both to one proportion where it is the same scene: then both lie in one place"
+        yield Finding("warn", "pairs", text, fix)
     same = [p.name for p in pictures if any(b.digest == p.digest for b in p.before)]
     if same:
         text = f"{share(len(same), len(pictures))} pictures are the same file before and after: {_some(same)}"
@@ -194,12 +200,13 @@ def _alike(
         + (" (same file)" if pictures[i].digest == pictures[j].digest else "")
         for i, j in pairs
     )
-    text = f"{share(count, len(pictures))} pictures look like another one, in {len(pairs):,} pairs: {named}"
+    text = f"{share(count, len(pictures))} pictures look like another one, in {counted(len(pairs), 'pair')}: {named}"
     fix = "remove one of each, unless it should weigh more: what is there twice is learned twice as hard"
     yield Finding("warn", "near-duplicates", text, fix)
     crossing = [(i, j) for i, j in pairs if pictures[i].is_class != pictures[j].is_class]
     if crossing:
-        text = f"{len(crossing):,} class pictures look like pictures of what is learned: prior preservation undoes it"
+        many = counted(len(crossing), "class picture")
+        text = f"{many} like pictures of what is learned: prior preservation undoes it"
         yield Finding("warn", "near-duplicates", text, "take other class pictures")
 
 

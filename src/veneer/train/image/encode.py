@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from veneer.models.image.base import text_length
-from veneer.models.image.predict import Conditioning, alphas_cumprod, embed_prompts, encode_pictures, predict
+from veneer.models.image.predict import (
+    Conditioning,
+    alphas_cumprod,
+    embed_prompts,
+    encode_pictures,
+    predict,
+    reference_size,
+)
 from veneer.ops.transfer import sent
 from veneer.train.devices import ALONE, Devices
 from veneer.train.image.batches import ImageBatch, PlannedRow
@@ -38,12 +45,17 @@ from veneer.train.image.loss import (
     quantile_times,
     row_losses,
 )
-from veneer.train.image.views import View, view_before
+from veneer.train.image.pictures import TrainingPicture
+from veneer.train.image.views import View, shapes_of, view_before, whole_part
 from veneer.train.loop import Score
 
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
     from veneer.train.config.image import ImageTrainConfig
+
+
+_Seen = tuple[tuple[TrainingPicture, View], ...]
+"""Pictures before another one, and what is seen of each."""
 
 
 class Encoders:
@@ -62,52 +74,71 @@ class Encoders:
 
     def batch(self, rows: Sequence[PlannedRow]) -> ImageBatch:
         """The batch of rows of one shape."""
-        return ImageBatch.of(rows, [self._latents(row) for row in rows], [self._before(row) for row in rows])
+        before = [self._before_latents(row) for row in rows]
+        return ImageBatch.of(rows, [self._latents(row) for row in rows], before)
 
-    def text(self, captions: Sequence[str]) -> Conditioning:
+    def text(self, captions: Sequence[str], rows: Sequence[PlannedRow] = ()) -> Conditioning:
         """What the denoiser is told of these captions, on the base's device. Of an empty one (a dropped caption) what
-        the pipeline guides away from where there is no negative prompt: that is what dropping captions trains."""
+        the pipeline guides away from where there is no negative prompt: that is what dropping captions trains. `rows`:
+        of each caption its pair, for a base that reads what is before together with it."""
         if self.live:
             found = embed_prompts(self.base, captions)
         else:
-            found = Conditioning.cat([self._text(caption) for caption in captions]).to(self.base.device)
+            seen: list[_Seen] = [self._read(row) for row in rows] or [()] * len(captions)
+            each = [self._text(caption, shown) for caption, shown in zip(captions, seen, strict=True)]
+            found = Conditioning.cat(each).to(self.base.device)
         return _zeroed(found, [not caption for caption in captions]) if self.zeros and "" in captions else found
 
     def fill(self, rows: Iterable[PlannedRow]) -> tuple[int, int]:
         """Makes everything that these rows will need; (views of pictures, captions)."""
         views: dict[tuple[str, View], PlannedRow] = {}
-        captions: dict[str, None] = {}
+        captions: dict[tuple[str | View, ...], PlannedRow] = {}
         for row in rows:
             views.setdefault((row.picture.key, row.view), row)
-            captions.setdefault(row.caption)
+            together = (row.picture.key, row.view) if self.base.reads_references else ()
+            captions.setdefault((row.caption, *together), row)
         for row in views.values():
             self._latents(row)
-            self._before(row)
+            self._before_latents(row)
         if not self.live:
-            for caption in captions:
-                self._text(caption)
+            for row in captions.values():
+                self._text(row.caption, self._read(row))
         return len(views), len(captions)
 
     def _latents(self, row: PlannedRow) -> tuple[Tensor, Tensor | None, Tensor]:
         made = self.latents.get(row.picture, row.view, self.config.data, lambda x: encode_pictures(self.base, x))
         return made.latents.float(), made.mask, made.sizes
 
-    def _before(self, row: PlannedRow) -> list[Tensor]:
+    def _before(self, row: PlannedRow) -> _Seen:
+        """What is before it, as the base is shown it."""
+        base = self.base
+
+        def size(width: int, height: int) -> tuple[int, int]:
+            return reference_size(base, width, height)
+
+        return tuple((b, view_before(row.view, b, base.unit, size)) for b in row.picture.before)
+
+    def _read(self, row: PlannedRow) -> _Seen:
+        """What of it is read together with the caption."""
+        return self._before(row) if self.base.reads_references else ()
+
+    def _before_latents(self, row: PlannedRow) -> list[Tensor]:
         def encode(x: Tensor) -> Tensor:
             return encode_pictures(self.base, x)
 
         data, latents = self.config.data, self.latents
-        seen = [(b, view_before(row.view, b)) for b in row.picture.before]
-        return [latents.get(b, view, data, encode).latents.float() for b, view in seen]
+        return [latents.get(b, view, data, encode).latents.float() for b, view in self._before(row)]
 
-    def _text(self, caption: str) -> Conditioning:
+    def _text(self, caption: str, seen: _Seen = ()) -> Conditioning:
+        data = self.config.data
+
         def encode(prompt: str) -> CacheEntry:
             with torch.no_grad():
-                made = embed_prompts(self.base, [prompt])
+                made = embed_prompts(self.base, [prompt], [[whole_part(b, view, data) for b, view in seen]])
             tensors = {"embeds": made.embeds, "pooled": made.pooled, "mask": made.mask}
             return CacheEntry({k: t for k, t in tensors.items() if t is not None}, {"cut": (made.cut or [""])[0]})
 
-        entry = self.texts.get(caption, encode)
+        entry = self.texts.get(caption, encode, seen, data)
         t = entry.tensors
         return Conditioning(t["embeds"], t.get("pooled"), t.get("mask"), [entry.texts.get("cut", "")])
 
@@ -199,7 +230,7 @@ class ImageLoss:
 
         noisy, target = noised(there(batch.latents), there(noise), times, base.prediction, self.alphas)
         times = there(times)
-        text = self.encoders.text([row.caption for row in batch.rows])
+        text = self.encoders.text([row.caption for row in batch.rows], batch.rows)
         sizes = there(batch.sizes) if base.row.time_ids else None
         told: dict[str, Any] = {"sizes": sizes, "references": [there(x) for x in batch.before]}
         predicted = predict(base, noisy, times, text, guidance=self.guidance, **told)
@@ -238,9 +269,9 @@ class ImageLoss:
 
 
 def _same_shape(rows: Sequence[PlannedRow], most: int) -> Iterator[list[PlannedRow]]:
-    shapes: dict[tuple[int, int], list[PlannedRow]] = {}
+    shapes: dict[tuple[tuple[int, int], ...], list[PlannedRow]] = {}
     for row in rows:
-        shapes.setdefault((row.view.height, row.view.width), []).append(row)
+        shapes.setdefault(shapes_of(row.picture, row.view), []).append(row)
     for group in shapes.values():
         for i in range(0, len(group), most):
             yield group[i : i + most]

@@ -10,7 +10,7 @@ configured prompt. What belongs to nothing is an error that names the nearest pi
 
 For editing a picture has others before it: `NAME.before.png` beside it, a file of its name in a `before` folder or in
 each of the configured ones, or the `before` of its row of metadata, whose columns may then be before, instruction and
-after. Either every picture has as many of them, or none has any. A pair has one proportion.
+after. Either every picture has as many of them, or none has any. A control picture has its picture's proportion.
 
 A picture's `key` is a hash of its bytes, its mask's bytes and its caption, and of those before it: where the file
 stands does not matter.
@@ -95,7 +95,7 @@ class AboutPictures:
     times. `ignored`: ending -> files of no kind that is read. `unused`: metadata columns that nothing uses.
     `several_lines`: caption files whose lines were joined. `shared`: caption files that belong to several pictures.
     `class_triggers`: class pictures whose caption holds the trigger. `before`: pictures before each; `resized_before`:
-    those of another size than theirs."""
+    those of another size than theirs; `own_shape`: those of another proportion, `name: sizes`."""
 
     pictures: int = 0
     class_pictures: int = 0
@@ -115,6 +115,7 @@ class AboutPictures:
     class_triggers: list[str] = field(default_factory=list)
     before: int = 0
     resized_before: int = 0
+    own_shape: list[str] = field(default_factory=list)
 
 
 def read_pictures(
@@ -238,7 +239,9 @@ def _read(
             broken.append(f"{found.name}: {error}")
             continue
         picture = replace(picture, before=before)
-        unlike += [f"{b.name}: {why}" for b in before if (why := _other_shape(b.size, picture))]
+        odd = [f"{b.name}: {why}" for b in before if (why := _other_shape(b.size, picture))]
+        unlike += odd if settings.before_kind != "picture" else []
+        about.own_shape += odd
         about.resized_before += sum(b.size != picture.size for b in before)
         try:
             about.resized_masks += picture.mask is not None and _mask_differs(picture, settings)
@@ -261,7 +264,7 @@ def _read(
         raise DataError(
             f"{len(unlike)} pair(s) are of unlike sizes:\n{bullets(unlike)}",
             where=folder,
-            fix="crop both to one proportion: what is before and after has to lie in one place",
+            fix=f"crop both to one proportion: {settings.before_kind} pictures lie where their picture does",
         )
     if others:
         raise DataError(
@@ -340,11 +343,15 @@ def _mask_differs(picture: TrainingPicture, settings: ImageDataSection) -> bool:
     return size != picture.size
 
 
+def same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two (width, height) have one proportion, within a hundredth."""
+    return abs(size[0] * other[1] - size[1] * other[0]) <= _SAME_SHAPE * size[0] * other[1]
+
+
 def _other_shape(size: tuple[int, int], picture: TrainingPicture) -> str:
     """What is said of a file of `size` that has another proportion than its picture; else nothing."""
     (width, height), (w, h) = picture.size, size
-    same = abs(w * height - h * width) <= _SAME_SHAPE * w * height
-    return "" if same else f"{w} x {h} pixels, but {picture.name} has {width} x {height}"
+    return "" if same_shape(size, picture.size) else f"{w} x {h} pixels, but {picture.name} has {width} x {height}"
 
 
 def _open_before(path: Path, after: TrainingPicture, settings: ImageDataSection, others: list[str]) -> TrainingPicture:

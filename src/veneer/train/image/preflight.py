@@ -199,7 +199,7 @@ def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterat
     if before > base.references:
         text = f"{folder} has {counted(before, 'picture')} before each, and {base.name} "
         text += f"takes {base.references} at most" if base.references else "is no base that edits"
-        fix = "train on FLUX.1 Kontext or FLUX.2, or learn from captions alone with data.before: off"
+        fix = "train on FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit, or on captions alone with data.before: off"
         yield Finding("stop", "pairs", text, fix)
     elif base.edits_alone and not before:
         text = f"{base.name} edits pictures, and {folder} has captions alone, with no picture before any"
@@ -212,9 +212,13 @@ def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterat
         if samples.prompts and not samples.before:
             fix = "samples.before: the picture that each of the prompts edits, or one for all"
             yield Finding("stop", "samples", "sample prompts are instructions here, and have no picture to edit", fix)
-    if lost := [path for path in samples.before if not Path(path).is_file()]:
+    starts = list(dict.fromkeys(path for shown in samples.starts for path in shown))
+    if (most := max(map(len, samples.starts), default=0)) > base.references > 0:
+        text = f"samples.before shows {most} pictures at once, and {base.name} takes {base.references} at most"
+        yield Finding("stop", "samples", text, "leave some out")
+    if lost := [path for path in starts if not Path(path).is_file()]:
         yield Finding("stop", "samples", f"there is no picture {', '.join(lost)}", "correct samples.before")
-    for path in dict.fromkeys(path for path in samples.before if path not in lost):
+    for path in (path for path in starts if path not in lost):
         try:
             decode_picture(read_bytes(Path(path))[0], config.data)
         except UnreadablePicture as error:
@@ -254,7 +258,9 @@ def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
                 for caption, rest in list(long.items())[:3]
             )
             more = f" and {len(long) - 3} more" if len(long) > 3 else ""
-            text = f"{counted(len(long), what.removesuffix('s'))} longer than the base reads; not read is of {shown}{more}"
+            text = (
+                f"{counted(len(long), what.removesuffix('s'))} longer than the base reads; not read is of {shown}{more}"
+            )
             fix = "shorten them: what is not read is not learned" if what == "captions" else "shorten them"
             yield Finding("warn", what, text, fix)
 

@@ -18,11 +18,13 @@ from veneer.core.layers import Layer
 from veneer.errors import DataError
 from veneer.files.atomic import atomic_write
 from veneer.files.pictures import picture_bytes
+from veneer.models.image.base import size_in_units
 from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, generate_images
+from veneer.models.image.predict import reference_size
 from veneer.models.image.sheet import sheet
 from veneer.train import checkpoint
 from veneer.train.image.decode import UnreadablePicture, decode_picture, read_bytes
-from veneer.train.image.views import place, seen_part
+from veneer.train.image.views import View, place, seen_part
 from veneer.train.run import NAME
 
 if TYPE_CHECKING:
@@ -68,20 +70,23 @@ def draw_samples(base: ImageBase, attachment: Attachment, config: ImageTrainConf
 
 
 def _starts(base: ImageBase, config: ImageTrainConfig) -> list[tuple[Image, ...]]:
-    """What each prompt of the samples edits, cut as a picture that is learned. Raises DataError."""
+    """What each prompt of the samples edits, cut as a picture that is learned; of several each whole, in a size of its
+    own. Raises DataError."""
     samples = config.samples
     side = samples.size or base.size
-    out: list[tuple[Image, ...]] = []
-    for path in samples.before:
+
+    def start(path: str, alone: bool) -> Image:
         try:
             picture = decode_picture(read_bytes(Path(path))[0], config.data).colour
         except UnreadablePicture as error:
             raise DataError(
                 f"this picture cannot be edited: {error}", where=path, fix="correct samples.before"
             ) from None
-        view = place(picture.size, (side, side))
-        out.append((seen_part(picture, view),))
-    return (out * len(samples.prompts) if len(out) == 1 else out) or [()] * len(samples.prompts)
+        shape = (side, side) if alone else size_in_units(base.unit, side, picture.width / picture.height)
+        size = reference_size(base, *shape)
+        return seen_part(picture, place(picture.size, size) if alone else View(*size, picture.size, size))
+
+    return [tuple(start(path, len(shown) == 1) for path in shown) for shown in samples.starts]
 
 
 def draw_rows(
@@ -117,7 +122,8 @@ def sheet_of(
         columns = [f"strength {strength:g}" for strength in config.slider.strengths]
         starts = [shown for shown in starts for _ in samples.seeds]
     if any(starts):
-        columns, cells = ["before", *columns], [[*shown, *row] for shown, row in zip(starts, cells, strict=True)]
+        columns = ["before"] * len(starts[0]) + columns
+        cells = [[*shown, *row] for shown, row in zip(starts, cells, strict=True)]
     made = sheet(cells, rows=rows, columns=columns, title=title)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, [picture_bytes(made)])

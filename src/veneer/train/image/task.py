@@ -169,6 +169,8 @@ class ImageTask(Task[ImageData, ImageResult]):
             "slider prompts": [end for pair in ends for end in pair],
         }
         # A prompt is read for its length alone, so that a dry run and a wrong setting cost no forward passes.
+        if self.base.reads_references and data.about.before:  # with what is before: then nothing is cut
+            texts |= {"captions": [], "sample prompts": []}
         cut = {w: {c: rest for c in dict.fromkeys(said) if (rest := cut_of(self.base, c))} for w, said in texts.items()}
         report = image_preflight(
             self.base, self.config, data, cut=cut, resume=run.resume, previous=previous, sources=run.sources,
@@ -231,7 +233,9 @@ class ImageTask(Task[ImageData, ImageResult]):
         if run.devices.first:
             draw_class_pictures(self.base, self.config, place, data.missing_classes)
         run.devices.gather(None)
-        run.note(f"drew {counted(data.missing_classes, 'class picture')} into {place} in {time.perf_counter() - began:.0f} s")
+        run.note(
+            f"drew {counted(data.missing_classes, 'class picture')} into {place} in {time.perf_counter() - began:.0f} s"
+        )
         return self.read(run)
 
     def _encode(self, run: Run, data: ImageData) -> None:
@@ -243,7 +247,8 @@ class ImageTask(Task[ImageData, ImageResult]):
         views, captions = data.encoders.fill(chain(planned_rows(data.steps), data.scored))
         latents, texts = data.encoders.latents, data.encoders.texts
         damaged = latents.damaged + texts.damaged
-        text = f"{counted(views, 'view')} of pictures and {counted(captions, 'caption')} ready: {latents.made + texts.made} encoded, "
+        text = f"{counted(views, 'view')} of pictures and {counted(captions, 'caption')} ready: "
+        text += f"{latents.made + texts.made} encoded, "
         text += f"{latents.found + texts.found} from {self._cache(run)}, {time.perf_counter() - began:.1f} s"
         run.note(text + (f"; {damaged} damaged entries were made again" if damaged else ""))
 
@@ -459,7 +464,7 @@ class AttachedPictures(AttachedTask[ImageResult]):
         row, encoders = next(planned_rows(self.data.steps)), self.data.encoders
         with training_layers(self.base, False):
             batch = encoders.batch([row])
-            text = encoders.text([row.caption])
+            text = encoders.text([row.caption], [row])
             return prove_image_adapter(self.attachment, self.base, self.config, text, batch)
 
     def report(self, result: ImageResult, progress: Progress) -> ReportParts:

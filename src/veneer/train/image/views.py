@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,9 +25,10 @@ from PIL import Image
 from torch import Tensor
 
 from veneer.errors import ConfigError, DataError
+from veneer.models.image.base import size_in_units
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.decode import UnreadablePicture, decode_picture, mask_of, read_bytes
-from veneer.train.image.pictures import TrainingPicture
+from veneer.train.image.pictures import TrainingPicture, same_shape
 
 _Bucket = tuple[int, int]
 
@@ -214,9 +215,33 @@ def place(size: tuple[int, int], bucket: _Bucket, *, flip: bool = False, at: tup
     return View(w, h, size, resized, top, left, flip)
 
 
-def view_before(view: View, before: TrainingPicture) -> View:
-    """What is seen of the picture before it, whatever its size: the same part, at the same place, mirrored alike."""
-    return replace(view, original=before.size)
+def view_before(
+    view: View, before: TrainingPicture, unit: int = 1, size: Callable[[int, int], tuple[int, int]] | None = None
+) -> View:
+    """What is seen of the picture before one that is seen by `view`, whatever its size: the same part, at the same
+    place, mirrored alike. One of another proportion is seen whole, in about as many pixels, sides multiples of `unit`.
+
+    `size`: (width, height) that the base is shown it in, of what it would be."""
+    same = same_shape(before.size, view.original)
+    wanted = (view.width, view.height)
+    if not same:
+        wanted = size_in_units(unit, math.isqrt(view.width * view.height), before.size[0] / before.size[1])
+    width, height = wanted if size is None else size(*wanted)
+    if not same:
+        return View(width, height, before.size, (width, height), flip=view.flip)
+    if (width, height) == wanted:
+        return replace(view, original=before.size)
+    across, down = width / view.width, height / view.height
+    resized = max(width, round(view.resized[0] * across)), max(height, round(view.resized[1] * down))
+    top, left = min(round(view.top * down), resized[1] - height), min(round(view.left * across), resized[0] - width)
+    return View(width, height, before.size, resized, top, left, view.flip)
+
+
+def shapes_of(picture: TrainingPicture, view: View) -> tuple[tuple[int, int], ...]:
+    """(height, width) of what is seen, and of each that is before it its size if that has another proportion, else
+    zeros: rows of equal ones can be one batch."""
+    odd = ((0, 0) if same_shape(b.size, view.original) else b.size for b in picture.before)
+    return ((view.height, view.width), *odd)
 
 
 def draw_caption(row: PictureRow, settings: ImageDataSection, *, seed: int, epoch: int) -> str:
@@ -250,6 +275,16 @@ def prepare(picture: TrainingPicture, view: View, settings: ImageDataSection) ->
 def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
     """A mask (…, h, w) on the grid of the latents: each cell the mean of the pixels it stands for."""
     return torch.nn.functional.adaptive_avg_pool2d(mask, (height, width))
+
+
+def whole_part(picture: TrainingPicture, view: View, settings: ImageDataSection) -> Image.Image:
+    """What a view shows of a picture, in the picture's own pixels. Raises DataError as `prepare` does."""
+    image = decode_picture(_unchanged(picture.path, picture.digest), settings).colour
+    across, down = image.width / view.resized[0], image.height / view.resized[1]
+    left, right = (round(x * across) for x in (view.left, view.left + view.width))
+    top, bottom = (round(y * down) for y in (view.top, view.top + view.height))
+    image = image.crop((left, top, right, bottom))
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else image
 
 
 def seen_part(image: Image.Image, view: View, filter: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:

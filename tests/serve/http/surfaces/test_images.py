@@ -256,9 +256,7 @@ def test_controls_come_in_json_and_in_forms(client: openai.OpenAI, url: str) -> 
 
 
 @pytest.mark.parametrize("family", ["kontext", "klein"])
-def test_a_base_that_edits_edits_as_veneer_image_does(
-    family: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_base_that_edits_edits_as_veneer_image_does(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """To the same pixels with the same seed."""
     base = load_image(str(tiny_image_base(tmp_path_factory.getbasetemp(), family)))
     shelf = Shelf(brand=random_adapter(base.model, 1))
@@ -272,12 +270,15 @@ def test_a_base_that_edits_edits_as_veneer_image_does(
         size, more = f"{2 * SIZE}x{2 * SIZE}", FEW | guidance
         files = [("in.png", file_of(image)) for image in given]
         found = client.images.edit(model="brand", image=files, prompt="make it red", n=2, size=size, extra_body=more)
-        url_of = f"{url}/v1/images"
+
+        def post(route: str, body: dict[str, Any]) -> httpx.Response:
+            return httpx.post(f"{url}/v1/images/{route}", json=body, timeout=120)
+
         body = more | {"prompt": "make it red", "image": [b64(image) for image in given], "size": size}
-        streamed = httpx.post(f"{url_of}/edits", json=body | {"n": 2, "stream": True, "partial_images": 1}).text
-        drawn = httpx.post(f"{url_of}/generations", json=more | {"prompt": "make it red", "size": size}).json()
+        streamed = post("edits", body | {"n": 2, "stream": True, "partial_images": 1}).text
+        drawn = post("generations", more | {"prompt": "make it red", "size": size}).json()
         refused = [
-            httpx.post(f"{url_of}/edits", json=body | wrong).json()["error"]["message"]
+            post("edits", body | wrong).json()["error"]["message"]
             for wrong in ({"denoise": 0.5}, {"image": body["image"][:1] * 11}, {"mask": b64(left_open())})
         ]
     with Mixer(base) as mixer:
@@ -292,9 +293,7 @@ def test_a_base_that_edits_edits_as_veneer_image_does(
     assert levels(alone.image, picture(drawn["data"][0]["b64_json"])) == 0
     assert found.usage.input_tokens_details.image_tokens >= 64 * len(given)
     for index in (0, 1):  # each is shown on its way, whether they are drawn together or one by one
-        assert any(
-            f'"index": {index}' in line and "partial_image_index" in line for line in streamed.split("\n\n")
-        )
+        assert any(f'"index": {index}' in line and "partial_image_index" in line for line in streamed.split("\n\n"))
     assert "takes all steps" in refused[0]
     assert f"11 images, and {base.row.label} is shown at most {base.references}" in refused[1]
     assert family == "klein" or "takes no mask" in refused[2]
