@@ -94,7 +94,7 @@ def train_image(
     given keeps its text encoders and VAE."""
     from veneer.errors import ConfigError
     from veneer.train.config.image import ImageTrainConfig
-    from veneer.train.image.task import run_images
+    from veneer.train.image.run import run_images
 
     chosen, sources = _config(config, overrides)
     if not isinstance(chosen, ImageTrainConfig):

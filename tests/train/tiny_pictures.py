@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 
 from tests.tiny_image_base import tiny_image_base
 from veneer.train.config.load import ImageTrainConfig, config_from
+from veneer.train.image.run import run_images
 from veneer.train.image.save import ImageResult
-from veneer.train.image.task import run_images
 
 
 def drawings(folder: Path, count: int = 6) -> Path:

@@ -81,7 +81,7 @@ def train(
     try:
         with errors_only():
             if isinstance(chosen, ImageTrainConfig):
-                from veneer.train.image.task import run_images
+                from veneer.train.image.run import run_images
 
                 result = run_images(chosen, **options)
             else:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import DataError, counted
+from veneer.errors import DataError
 from veneer.ops.sizes import MICRO_TOKENS
 from veneer.plan.fit import fitting_micro_tokens, left_beside_base
 from veneer.plan.image import ImageLoad
@@ -194,11 +194,15 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
     from veneer.plan.calibration import rates_here
     from veneer.train.image.pictures import count_pictures
 
-    before = len(config.data.before_folders)
-    slider = config.slider.wanted
-    if slider:
-        rows = config.slider.scenes
-    if rows is None:
+    before, signs = len(config.data.before_folders), 1
+    bare: float = 0 if config.loss.keep_guidance is None else 2
+    notes: tuple[str, ...] = ()
+    if config.slider.wanted:
+        from veneer.train.image.slider import planned_slider
+
+        rows, signs, bare, note = planned_slider(config.slider)
+        notes = (note,)
+    elif rows is None:
         try:
             rows, before = count_pictures(config.data)
         except DataError as error:
@@ -210,8 +214,6 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
     dtype = config.base.dtype if config.base.dtype != "auto" else "bfloat16"
     rates, process = rates_here(device, dtype)
     words = config.adapter.targets if isinstance(config.adapter.targets, str) else "attention"
-    # A slider's pictures are learned at both signs; the three forwards of the base alone are for both.
-    signs, bare = (2, 1.5) if slider else (1, 0 if config.loss.keep_guidance is None else 2)
     load = ImageLoad(
         at_once, side, side, signs * -(-batch // at_once), config.adapter.rank,
         dtype, config.base.quantise,
@@ -219,9 +221,6 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
         bare=bare, before=before, form=PairForm.of(config.adapter.spec()),
     )  # fmt: skip
     job = TrainingJob(rows, 1.0, signs * float(config.schedule.epochs or 1), signs * batch, config.steps)
-    text = f"a slider: {counted(rows, 'scene')} that the base draws first, learned at both signs, "
-    text += "three forwards of the base for both"
-    notes = (text,) if slider else ()
     return image_plan(config.base.name, found, load, device, rates, job, process=process, notes=notes)
 
 

@@ -3,9 +3,9 @@
     with opened(config, unit="tokens", …) as run:            who takes part, who is told, everything back at the end
         result = carry_out(run, TextTask(config, base))      read → check → attach → train → save → prove → report
 
-A `Task` brings what differs: its data, its checks, its loss and score, the file it writes. `train.text.task` and
-`train.image.task` are the two that there are; tests/train/test_run.py has a third in a few lines. Knows configurations,
-parameters and steps; no rows, no pictures, no bases by kind.
+A `Task` brings what differs: its data, its checks, its loss and score, the file it writes. `train.text.task`,
+`train.image.task` and `train.image.slider` (made of the second) are those that there are; tests/train/test_run.py has
+one in a few lines. Knows configurations, parameters and steps; no rows, no pictures, no bases by kind.
 """
 
 from __future__ import annotations

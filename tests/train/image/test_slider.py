@@ -26,9 +26,9 @@ from veneer.train.image.batches import PlannedRow
 from veneer.train.image.encode import Encoders
 from veneer.train.image.loss import draw, noised
 from veneer.train.image.preflight import parts_of
+from veneer.train.image.run import run_images
 from veneer.train.image.save import ImageResult
 from veneer.train.image.slider import SignedBatch, SliderLoss
-from veneer.train.image.task import run_images
 from veneer.train.planning import plan_of_config
 from veneer.train.run import NAME
 

@@ -31,7 +31,7 @@ def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
 
 def image_problems(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
     """What a configuration for pictures cannot mean. `given`: without what a preset has filled in."""
-    yield from (_slider(config, given) if config.slider.wanted else _pictures(config))
+    yield from (_slider if config.slider.wanted else _pictures)(config, given)
     yield from _loss_and_samples(config, given)
     yield from _memory_and_output(config)
     yield from _kind(config)
@@ -114,7 +114,7 @@ def _kind(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
         yield f"`adapter.kind: {kind}` has no place in diffusers' files: set `output.layout` to kohya, or to peft"
 
 
-def _pictures(config: ImageTrainConfig) -> Iterator[str]:
+def _pictures(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
     data = config.data
     if not data.folders:
         yield "`data.pictures` is required: name at least one folder of pictures, or a slider's two prompts"
@@ -128,6 +128,9 @@ def _pictures(config: ImageTrainConfig) -> Iterator[str]:
         yield (
             "`data.class_prompt` needs class pictures: `data.class_folder`, or `data.class_count` for the base to draw"
         )
+    for key in type(config.slider).model_fields:
+        if f"slider.{key}" in given and key not in ("positive", "negative"):
+            yield _does_nothing(f"slider.{key}", "`slider.positive` and `slider.negative`")
 
 
 _OF_SLIDERS = ("resolution", "cache")
@@ -216,15 +219,13 @@ def _idle(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
         "data.bucket_ratio": (data.buckets, "`data.buckets`"),
         "data.before_kind": (data.before != "off", "`data.before` other than off"),
     }
-    ends = ("positive", "negative")
-    needs |= {
-        f"slider.{key}": (config.slider.wanted, "`slider.positive` and `slider.negative`")
-        for key in type(config.slider).model_fields
-        if key not in ends
-    }
     for key, (used, what) in needs.items():
         if key in given and not used:
-            yield f"`{key}` needs {what}; without it, it does nothing"
+            yield _does_nothing(key, what)
+
+
+def _does_nothing(key: str, needs: str) -> str:
+    return f"`{key}` needs {needs}; without it, it does nothing"
 
 
 def _run(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:

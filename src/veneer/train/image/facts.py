@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from veneer.train.image.pictures import TrainingPicture
@@ -54,6 +56,17 @@ def training_facts(
             "guidance_scale": loss.guidance,
         }  # fmt: skip
     return facts
+
+
+def tag_frequency(pictures: Iterable[TrainingPicture]) -> dict[str, dict[str, int]]:
+    """sd-scripts' ss_tag_frequency: folder -> tag -> in how many captions of an epoch."""
+    out: dict[str, Counter[str]] = {}
+    for picture in pictures:
+        folder, times = picture.path.parent.name, f"{picture.repeats}_"
+        folder = folder if folder.startswith(times) else times + folder  # kohya's folders have it in their names
+        tags = dict.fromkeys(t.strip() for t in picture.caption.split(",") if t.strip())
+        out.setdefault(folder, Counter()).update(list(tags))
+    return {folder: dict(counts.most_common()) for folder, counts in out.items()}
 
 
 def _folders(pictures: list[TrainingPicture]) -> dict[str, dict[str, int]]:

@@ -8,8 +8,8 @@ The data's checks are in checks, those that all runs share in train.preflight. C
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from veneer.core.targets import matches_per_pattern, resolve_targets
 from veneer.errors import TargetError, counted, gigabytes
 from veneer.train.config.image import PRESETS
 from veneer.train.image.batches import PlannedRow
-from veneer.train.image.checks import check_held_out, check_pictures
+from veneer.train.image.checks import check_held_out
 from veneer.train.image.decode import UnreadablePicture, decode_picture, read_bytes
 from veneer.train.image.encode import Encoders
 from veneer.train.image.pictures import AboutPictures, TrainingPicture
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 class ImageData:
     """What a run learns from. `learned` includes class pictures; `plan`: their rows of an epoch. `encoders`: what makes
     batches of them. `scored`: the rows of the pictures held out. `missing_classes`: class pictures that are still to be
-    drawn."""
+    drawn. `tags`: folder -> tag -> in how many captions of an epoch."""
 
     learned: list[TrainingPicture]
     held: list[TrainingPicture]
@@ -61,6 +61,7 @@ class ImageData:
     steps: LazySteps
     scored: list[PlannedRow]
     missing_classes: int = 0
+    tags: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def own(self) -> list[TrainingPicture]:
@@ -98,6 +99,7 @@ def image_preflight(
     base: ImageBase,
     config: ImageTrainConfig,
     data: ImageData,
+    found: Iterable[Finding],
     *,
     cut: Mapping[str, Mapping[str, str]],
     resume: bool = False,
@@ -105,10 +107,10 @@ def image_preflight(
     sources: Mapping[str, Any] | None = None,
     devices: int = 1,
 ) -> Report:
-    """Everything that can be seen before training. `cut`: captions, sample prompts, class prompt -> each that is too
-    long -> what the base does not read of it. `previous`: the recipe of the run that is resumed. `sources`: setting ->
-    where it came from. `devices`: how many share each step. Raises nothing of its own: see
-    `Report.raise_if_stopped`."""
+    """Everything that can be seen before training. `found`: what there is to say of the data. `cut`: captions, sample
+    prompts, class prompt -> each that is too long -> what the base does not read of it. `previous`: the recipe of the
+    run that is resumed. `sources`: setting -> where it came from. `devices`: how many share each step. Raises nothing
+    of its own: see `Report.raise_if_stopped`."""
     own = len([row for row in data.plan.rows if not row.picture.is_class])
     rows = config.batching.rows
     subject = RunSubject(
@@ -116,8 +118,7 @@ def image_preflight(
         largest_micro=config.batching.micro_rows or min(rows, own) * (2 if config.data.class_prompt else 1),
         unit="picture", micros=[len(step.micros) for step in data.steps], devices=devices,
     )  # fmt: skip
-    slider = config.slider.wanted  # whose pictures are the base's own
-    findings = list(_direction(config)) if slider else check_pictures(data.learned, data.about, data.plan, config.data)
+    findings = [*found]
     if data.held:
         findings += check_held_out(data.learned, data.held)
     for check in (_targets, learning_rate, shared_out, precision, _loss, _distilled, _devices, where_it_goes):
@@ -267,13 +268,6 @@ def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
 
 def _short(text: str, most: int = 40) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def _direction(config: ImageTrainConfig) -> Iterator[Finding]:
-    slider = config.slider
-    kept = f", and is not to bring {', '.join(slider.preserve)} along" if slider.preserve else ""
-    text = f"slider: strength moves `{slider.target}` from `{slider.negative}` to `{slider.positive}`{kept}"
-    yield Finding("ok", "slider", f"{text}; {counted(slider.scenes, 'scene')} of the base's own, no pictures")
 
 
 def _preset(config: ImageTrainConfig, sources: Mapping[str, Any]) -> Iterator[Finding]:

@@ -53,11 +53,12 @@ def training_layers(base: ImageBase, on: bool) -> Iterator[None]:
             layer.training = mode
 
 
-def draw_samples(base: ImageBase, attachment: Attachment, config: ImageTrainConfig) -> list[list[Image]]:
-    """prompts x seeds, with the adapter that trains; of a slider prompts and seeds x its strengths."""
+def draw_samples(
+    base: ImageBase, attachment: Attachment, config: ImageTrainConfig, strengths: Sequence[float] = ()
+) -> list[list[Image]]:
+    """prompts x seeds, with the adapter that trains; with `strengths` of it prompts and seeds x those."""
     samples = config.samples
-    strengths = config.slider.strengths if config.slider.wanted else (1.0,)
-    plans = [MixPlan(mix, ((0.0, mix),)) for s in strengths for mix in [((NAME, s),) if s else ()]]
+    plans = [MixPlan(mix, ((0.0, mix),)) for s in strengths or (1.0,) for mix in [((NAME, s),) if s else ()]]
     starts = _starts(base, config)
     rows = [
         ImageRow(prompt, samples.negative, seed, plan, references=shown)
@@ -65,8 +66,7 @@ def draw_samples(base: ImageBase, attachment: Attachment, config: ImageTrainConf
         for seed in samples.seeds
         for plan in plans
     ]
-    wide = len(plans) if config.slider.wanted else len(samples.seeds)
-    return draw_rows(base, attachment, config, rows, wide, samples.steps)
+    return draw_rows(base, attachment, config, rows, len(strengths) or len(samples.seeds), samples.steps)
 
 
 def _starts(base: ImageBase, config: ImageTrainConfig) -> list[tuple[Image, ...]]:
@@ -111,15 +111,16 @@ def draw_rows(
 
 
 def sheet_of(
-    cells: Sequence[Sequence[Image]], base: ImageBase, config: ImageTrainConfig, path: Path, title: str
-) -> None:
-    """Writes the sheet of prompts by seeds, or by a slider's strengths, with what each edits before them."""
+    cells: Sequence[Sequence[Image]], base: ImageBase, config: ImageTrainConfig, path: Path, title: str,
+    strengths: Sequence[float] = (),
+) -> None:  # fmt: skip
+    """Writes the sheet of prompts by seeds, or by strengths, as `draw_samples`, with what each edits before them."""
     samples = config.samples
     rows, columns = list(samples.prompts), [f"seed {seed}" for seed in samples.seeds]
     starts = _starts(base, config)
-    if config.slider.wanted:
+    if strengths:
         rows = [f"{prompt}, seed {seed}" for prompt in rows for seed in samples.seeds]
-        columns = [f"strength {strength:g}" for strength in config.slider.strengths]
+        columns = [f"strength {strength:g}" for strength in strengths]
         starts = [shown for shown in starts for _ in samples.seeds]
     if any(starts):
         columns = ["before"] * len(starts[0]) + columns

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
     from veneer.train.config.image import ImageTrainConfig
     from veneer.train.image.batches import ImageBatch
-    from veneer.train.image.preflight import ImageData
 
 
 @dataclass
@@ -65,18 +63,20 @@ def layout_findings(adapter: Adapter, base: ImageBase, config: ImageTrainConfig)
 
 
 def save_image_adapter(
-    adapter: Adapter, base: ImageBase, config: ImageTrainConfig, data: ImageData, facts: dict[str, Any], picture: str
-) -> WriteReport:
+    adapter: Adapter, base: ImageBase, config: ImageTrainConfig, facts: dict[str, Any], picture: str,
+    tags: dict[str, dict[str, int]],
+) -> WriteReport:  # fmt: skip
     """Writes the adapter in the configured layout with everything that readers of such files look for, and the card.
 
-    `facts`: what became of the run (steps, times), for sd-scripts' keys. `picture`: the thumbnail, a data address."""
+    `facts`: what became of the run (steps, times), for sd-scripts' keys. `picture`: the thumbnail, a data address.
+    `tags`: as `tag_frequency` counts them."""
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     output = config.output
     said = {"title": output.title, "author": output.author, "description": output.description, "thumbnail": picture}
     if base.prediction in ("epsilon", "v"):
         said["prediction_type"] = base.prediction
     words = [config.data.trigger] if config.data.trigger else []
-    extra = {k: v for k, v in said.items() if v} | {"tag_frequency": {} if config.slider.wanted else _tags(data)}
+    extra = {k: v for k, v in said.items() if v} | {"tag_frequency": tags}
     card = replace(
         adapter.card,
         created=created,
@@ -100,17 +100,6 @@ def save_image_adapter(
 def _family(base: ImageBase) -> str | None:
     """The name in formats.topology. SD3's two sizes are one family of bases and two of files: modules tell."""
     return None if base.family == "sd3" else base.family
-
-
-def _tags(data: ImageData) -> dict[str, dict[str, int]]:
-    """sd-scripts' ss_tag_frequency: folder -> tag -> in how many captions of an epoch."""
-    out: dict[str, Counter[str]] = {}
-    for picture in data.own:
-        folder, times = picture.path.parent.name, f"{picture.repeats}_"
-        folder = folder if folder.startswith(times) else times + folder  # kohya's folders have it in their names
-        tags = dict.fromkeys(t.strip() for t in picture.caption.split(",") if t.strip())
-        out.setdefault(folder, Counter()).update(list(tags))
-    return {folder: dict(counts.most_common()) for folder, counts in out.items()}
 
 
 def prove_image_adapter(

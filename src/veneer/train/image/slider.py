@@ -11,7 +11,8 @@ both see the same scene, noise and time, so that what is even in the strength ca
 opposite. Of flow families ε is the velocity, in which the same guidance is linear. A distilled base is asked at the
 guidance that pictures are made with.
 
-The run itself is one on pictures (train.image.task) whose pictures are the scenes, with this loss.
+The run is one on pictures (train.image.task) whose pictures are the scenes; all that it has of its own is here, but for
+its settings (`SliderSection`, train.config.checks).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -38,10 +39,11 @@ from veneer.models.image.generate import ImageRow, default_settings
 from veneer.models.image.predict import predict
 from veneer.ops.transfer import sent
 from veneer.train.image.batches import ImageBatch
-from veneer.train.image.encode import Encoders, ImageLoss
+from veneer.train.image.encode import ImageLoss
 from veneer.train.image.loss import generator, noised, row_losses
-from veneer.train.image.preflight import parts_of
+from veneer.train.image.preflight import ImageData, parts_of
 from veneer.train.image.samples import draw_rows
+from veneer.train.image.task import ImageTask
 from veneer.train.loop import LazySteps, Micro, Step
 from veneer.train.preflight import CACHE, Finding
 from veneer.train.run import NAME, Run
@@ -68,7 +70,49 @@ def slider_config(config: ImageTrainConfig) -> ImageTrainConfig:
     return config.model_copy(update={"data": data.model_copy(update=own), "samples": samples})
 
 
-def directions(slider: SliderSection) -> list[tuple[str, str]]:
+def planned_slider(slider: SliderSection) -> tuple[int, int, float, str]:
+    """What the plan of a run counts: (scenes, how often each is learned, forwards of the base alone for each of those,
+    what is to be said of it)."""
+    text = f"a slider: {counted(slider.scenes, 'scene')} that the base draws first, learned at both signs, "
+    return slider.scenes, 2, 1.5, text + "three forwards of the base for both"
+
+
+class SliderTask(ImageTask):
+    """Scenes of the base's own, learned at both signs of the strength. The configuration is `slider_config`'s."""
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        return self.config.slider.strengths
+
+    def read(self, run: Run) -> ImageData:
+        """The scenes, those drawn that are missing; their captions are nobody's tags."""
+        data = ImageTask(_with_scenes(self.base, self.config, run), self.base, self.own).read(run)
+        return replace(data, steps=_signed(data.steps), tags={})
+
+    def prompts(self, data: ImageData) -> dict[str, Iterable[str]]:
+        ends = [end for pair in _directions(self.config.slider) for end in pair]
+        return {**super().prompts(data), "slider prompts": ends}
+
+    def findings(self, data: ImageData) -> Iterable[Finding]:
+        slider = self.config.slider
+        kept = f", and is not to bring {', '.join(slider.preserve)} along" if slider.preserve else ""
+        text = f"slider: strength moves `{slider.target}` from `{slider.negative}` to `{slider.positive}`{kept}"
+        return [Finding("ok", "slider", f"{text}; {counted(slider.scenes, 'scene')} of the base's own, no pictures")]
+
+    def asked_last(self, data: ImageData) -> Iterator[Finding]:
+        """Prompts that read differently and are the same to the base; what is asked here is kept for the steps."""
+        data.encoders.text([self.config.slider.target])
+        for plus, minus in _directions(self.config.slider):
+            ends = [data.encoders.text([prompt]) for prompt in (plus, minus)]
+            if ends[0].embeds.shape == ends[1].embeds.shape and torch.equal(ends[0].embeds, ends[1].embeds):
+                text = f"`{plus}` and `{minus}` are the same to this base: there is no direction between them"
+                yield Finding("stop", "slider", text, "other words: it may not know these, or not read so far")
+
+    def loss(self, data: ImageData, attachment: Attachment) -> SliderLoss:
+        return SliderLoss(self.base, self.config, data.encoders, bare=attachment.using, attachment=attachment)
+
+
+def _directions(slider: SliderSection) -> list[tuple[str, str]]:
     """(positive, negative) prompt for each of `preserve`, or the two as they are."""
     ends = slider.positive or "", slider.negative or ""
     return [(_joined(ends[0], p), _joined(ends[1], p)) for p in slider.preserve or ("",)]
@@ -85,7 +129,7 @@ class SignedBatch(ImageBatch):
     sign: float = 1.0
 
 
-def signed(steps: LazySteps) -> LazySteps:
+def _signed(steps: LazySteps) -> LazySteps:
     """Each micro-batch twice, at +1 and at −1."""
 
     def both(step: Step) -> Step:
@@ -144,7 +188,7 @@ class SliderLoss(ImageLoss):
         whose batch comes next."""
         key = tuple(row.key for row in batch.rows)
         if self._last is None or self._last[0] != key:
-            pairs = directions(self.config.slider)
+            pairs = _directions(self.config.slider)
             drawn = [pairs[int(torch.randint(len(pairs), (), generator=generator("preserve", *k)))] for k in key]
             with torch.no_grad(), self.attachment.off():
                 plus, minus = ([pair[end] for pair in drawn] for end in (0, 1))
@@ -154,7 +198,7 @@ class SliderLoss(ImageLoss):
         return own, step
 
 
-def with_scenes(base: ImageBase, config: ImageTrainConfig, run: Run) -> ImageTrainConfig:
+def _with_scenes(base: ImageBase, config: ImageTrainConfig, run: Run) -> ImageTrainConfig:
     """The configuration with the folder of its scenes, those drawn that were missing; on a dry run a single one, in a
     folder for temporary files."""
     for module, spec in parts_of(base, config).values():
@@ -170,22 +214,12 @@ def with_scenes(base: ImageBase, config: ImageTrainConfig, run: Run) -> ImageTra
     return config.model_copy(update={"data": config.data.model_copy(update={"pictures": str(folder)})})
 
 
-def same_ends(config: ImageTrainConfig, encoders: Encoders) -> Iterator[Finding]:
-    """Prompts that read differently and are the same to the base; what is asked here is kept for the steps."""
-    encoders.text([config.slider.target])
-    for plus, minus in directions(config.slider):
-        ends = [encoders.text([prompt]) for prompt in (plus, minus)]
-        if ends[0].embeds.shape == ends[1].embeds.shape and torch.equal(ends[0].embeds, ends[1].embeds):
-            text = f"`{plus}` and `{minus}` are the same to this base: there is no direction between them"
-            yield Finding("stop", "slider", text, "other words: it may not know these, or not read so far")
-
-
 def _draw_scenes(base: ImageBase, config: ImageTrainConfig, folder: Path, count: int) -> int:
     """Draws the first `count` scenes that are not in `folder` yet, each by a seed of its own; how many they were."""
     folder.mkdir(parents=True, exist_ok=True)
     size = config.data.resolution if isinstance(config.data.resolution, int) else base.size
     sized = config.model_copy(update={"samples": config.samples.model_copy(update={"size": size})})
-    target, pairs = config.slider.target, directions(config.slider)
+    target, pairs = config.slider.target, _directions(config.slider)
     kept = config.slider.preserve or ("",)
     prompts = [p for (plus, minus), k in zip(pairs, kept, strict=True) for p in (_joined(target, k), plus, minus)]
     missing = [i for i in range(count) if not (folder / f"scene-{i:05d}.png").exists()]

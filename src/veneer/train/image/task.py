@@ -1,6 +1,4 @@
-"""A training run on an image base, from configuration to a saved and proven adapter.
-
-    result = train_image(config)                 result.adapter is the file (or, for peft, the folder)
+"""Pictures with their captions, learned by an image base: the task of a run, from the folder to a proven adapter.
 
 load the base → pictures → preflight → missing class pictures → latents and prompts cached → encoders freed → attach →
 memory measured → settings with their sources → largest batch first → loop → save → reload and compare predictions →
@@ -18,7 +16,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -31,7 +29,7 @@ from veneer.core.adapter import Adapter, Card
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
 from veneer.errors import counted
-from veneer.models.image.base import ImageBase, load_image, release
+from veneer.models.image.base import ImageBase, release
 from veneer.models.image.fast import fast_denoiser
 from veneer.models.image.memory import fetched, measured_activations, offloading, park, recomputing
 from veneer.models.image.predict import cut_of
@@ -40,10 +38,11 @@ from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.events import Listener, Note, Sampled
 from veneer.train.image.batches import ImageBatch, plan_image_steps, planned_rows, split_pictures, validation_rows
+from veneer.train.image.checks import check_pictures
 from veneer.train.image.contact_sheet import contact_sheet
 from veneer.train.image.decode import SUFFIXES
 from veneer.train.image.encode import Encoders, ImageLoss, times_of
-from veneer.train.image.facts import training_facts
+from veneer.train.image.facts import tag_frequency, training_facts
 from veneer.train.image.pictures import pictures_digest, read_pictures
 from veneer.train.image.preflight import ImageData, image_preflight, memory_numbers, parts_of
 from veneer.train.image.samples import (
@@ -62,55 +61,15 @@ from veneer.train.image.save import (
     prove_image_adapter,
     save_image_adapter,
 )
-from veneer.train.image.slider import SliderLoss, directions, same_ends, signed, slider_config, with_scenes
 from veneer.train.image.views import plan_rows
 from veneer.train.loop import Score
 from veneer.train.optim import Ema
-from veneer.train.preflight import CACHE, Report, available_memory, memory_finding, recomputes
-from veneer.train.run import NAME, AttachedTask, Run, Task, carry_out, due, opened
+from veneer.train.preflight import CACHE, Finding, Report, available_memory, memory_finding, recomputes
+from veneer.train.run import NAME, AttachedTask, Run, Task, due
 from veneer.train.save import Outcome, ReportParts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-def run_images(
-    config: ImageTrainConfig,
-    *,
-    resume: bool = False,
-    dry_run: bool = False,
-    force: bool = False,
-    on_event: Listener | None = None,
-    base: ImageBase | None = None,
-    sources: Mapping[str, Any] | None = None,
-) -> ImageResult:
-    """Trains one adapter as `config` says and returns what came out.
-
-    `resume` goes on from the newest checkpoint in the output folder, on the CPU bit for bit as if the run had never
-    stopped. `dry_run` stops after preflight and the largest batch. `force`: a run that does not fit is tried with a
-    warning. `on_event` hears everything that happens; without it the run is shown in the terminal (stderr). `base`: one
-    that is loaded already; its encoders are then not freed. `sources`: setting -> where it came from (`load_config`).
-
-    In processes that torchrun or the like started, each takes a device and a share of every step (train.devices); only
-    the first is heard, draws samples, and writes the adapter.
-
-    Random generators, the base's modules and weights are as before afterwards, after any error too. Raises DataError
-    for pictures that cannot be used, PreflightError before step one for what would go wrong, TrainingError for a loss
-    that is not finite, Interrupted on Ctrl-C with the state saved, and what the base and checkpoints raise."""
-    config = slider_config(config) if config.slider.wanted else config
-    with opened(
-        config, unit="pictures", on_event=on_event, sources=sources, resume=resume, dry_run=dry_run, force=force
-    ) as run:
-        own = base is None
-        if base is None:
-            run.fetch(config.base.name)
-            base = load_image(
-                config.base.name, dtype=config.base.dtype, device=run.devices.device, quantise=config.base.quantise,
-                say=run.note,
-            )  # fmt: skip
-        for note in base.notes:
-            run.note(note)
-        return carry_out(run, ImageTask(config, base, own))
 
 
 @dataclass(frozen=True)
@@ -126,18 +85,44 @@ class _Memory:
 @dataclass(frozen=True)
 class ImageTask(Task[ImageData, ImageResult]):
     """Pictures with their captions, learned by the denoiser, and by text encoders where that is asked for. `own`:
-    whether the base is this run's alone, so that its encoders may be freed."""
+    whether the base is this run's alone, so that its encoders may be freed.
+
+    What a run may have otherwise, and a slider has (train.image.slider): `strengths`, `prompts`, `findings`,
+    `asked_last`, `loss`."""
 
     config: ImageTrainConfig
     base: ImageBase
     own: bool = False
 
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """The columns of the sample sheets, where those are no seeds."""
+        return ()
+
+    def prompts(self, data: ImageData) -> dict[str, Iterable[str]]:
+        """All that the base's encoders will read, by what it is."""
+        samples = self.config.samples
+        return {
+            "captions": [p.caption for p in (*data.learned, *data.held)],
+            "sample prompts": [*samples.prompts, samples.negative],
+            "class prompts": [self.config.data.class_prompt or ""] if data.missing_classes else [],
+        }
+
+    def findings(self, data: ImageData) -> Iterable[Finding]:
+        """What there is to say of what is learned."""
+        return check_pictures(data.learned, data.about, data.plan, self.config.data)
+
+    def asked_last(self, data: ImageData) -> Iterable[Finding]:
+        """What takes forward passes to find out, and is asked only where nothing else stops the run."""
+        return ()
+
+    def loss(self, data: ImageData, attachment: Attachment) -> ImageLoss:
+        """What is minimised."""
+        return ImageLoss(self.base, self.config, data.encoders, bare=attachment.using)
+
     def read(self, run: Run) -> ImageData:
-        """Pictures, those held out, the rows of an epoch, all steps, and how many class pictures are missing. Of a
-        slider the base's own scenes, which are drawn where they are missing."""
+        """Pictures, those held out, the rows of an epoch, all steps, and how many class pictures are missing."""
         config, base = self.config, self.base
-        if config.slider.wanted:
-            config = with_scenes(base, config, run)
         settings = config.data
         missing = 0
         if settings.class_count:
@@ -156,28 +141,21 @@ class ImageTask(Task[ImageData, ImageResult]):
             scored = validation_rows(rows, settings, config.evaluation.rows)
         encoders = Encoders(base, config, None if run.dry_run else self._cache(run))
         steps = plan_image_steps(plan.rows, config, encoders.batch, run.devices.count)
-        steps = signed(steps) if config.slider.wanted else steps
-        return ImageData(pictures, held, about, plan, encoders, steps, scored, missing)
+        tags = tag_frequency(p for p in pictures if not p.is_class)
+        return ImageData(pictures, held, about, plan, encoders, steps, scored, missing, tags)
 
     def check(self, run: Run, data: ImageData, previous: Mapping[str, Any] | None) -> Report:
-        samples = self.config.samples
-        ends = directions(self.config.slider) if self.config.slider.wanted else []
-        texts = {
-            "captions": [p.caption for p in (*data.learned, *data.held)],
-            "sample prompts": [*samples.prompts, samples.negative],
-            "class prompts": [self.config.data.class_prompt or ""] if data.missing_classes else [],
-            "slider prompts": [end for pair in ends for end in pair],
-        }
+        texts = self.prompts(data)
         # A prompt is read for its length alone, so that a dry run and a wrong setting cost no forward passes.
         if self.base.reads_references and data.about.before:  # with what is before: then nothing is cut
             texts |= {"captions": [], "sample prompts": []}
         cut = {w: {c: rest for c in dict.fromkeys(said) if (rest := cut_of(self.base, c))} for w, said in texts.items()}
         report = image_preflight(
-            self.base, self.config, data, cut=cut, resume=run.resume, previous=previous, sources=run.sources,
-            devices=run.devices.count,
+            self.base, self.config, data, self.findings(data), cut=cut, resume=run.resume, previous=previous,
+            sources=run.sources, devices=run.devices.count,
         )  # fmt: skip
-        if self.config.slider.wanted and not report.stops:
-            report.add(*same_ends(self.config, data.encoders))
+        if not report.stops:
+            report.add(*self.asked_last(data))
         if report.stops:
             run.say(report, self._settled(data, _Memory()))
             if run.dry_run and run.devices.first:
@@ -205,7 +183,7 @@ class ImageTask(Task[ImageData, ImageResult]):
             undo.enter_context(training_layers(base, True))
             if not config.memory.offload_blocks:  # the fast paths hold on to weights
                 run.note(undo.enter_context(fast_denoiser(base.denoiser)).summary())
-            loss = self._loss(data, attachment)
+            loss = self.loss(data, attachment)
             memory = self._measured(run, data, loss, report, memory)
             run.say(report, self._settled(data, memory))
             report.raise_if_stopped()
@@ -213,13 +191,7 @@ class ImageTask(Task[ImageData, ImageResult]):
             if config.memory.offload_blocks:
                 moved = undo.enter_context(offloading(base, config.memory.offload_blocks))
                 run.note(f"{moved / 1e9:.2f} GB of frozen weights wait on the CPU for their turn")
-            yield AttachedPictures(config, base, run, data, attachment, loss, memory)
-
-    def _loss(self, data: ImageData, attachment: Attachment) -> ImageLoss:
-        """What is minimised."""
-        if self.config.slider.wanted:
-            return SliderLoss(self.base, self.config, data.encoders, bare=attachment.using, attachment=attachment)
-        return ImageLoss(self.base, self.config, data.encoders, bare=attachment.using)
+            yield AttachedPictures(self, run, data, attachment, loss, memory)
 
     def _cache(self, run: Run) -> Path:
         return Path(self.config.data.cache) if self.config.data.cache else run.folder / CACHE
@@ -363,10 +335,11 @@ class AttachedPictures(AttachedTask[ImageResult]):
     `sheet`: what the model sees, once it was drawn. `drawn`: the first picture of the last sample sheet."""
 
     def __init__(
-        self, config: ImageTrainConfig, base: ImageBase, run: Run, data: ImageData, attachment: Attachment,
-        image_loss: ImageLoss, memory: _Memory,
-    ) -> None:  # fmt: skip
-        self.config, self.base, self.run, self.data = config, base, run, data
+        self, task: ImageTask, run: Run, data: ImageData, attachment: Attachment, image_loss: ImageLoss, memory: _Memory
+    ) -> None:
+        config = task.config
+        self.config, self.base, self.strengths = config, task.base, task.strengths
+        self.run, self.data = run, data
         self.attachment, self.image_loss, self.memory = attachment, image_loss, memory
         self.parameters = attachment.parameters(NAME)
         self.steps, self.ends = data.steps, data.steps.ends
@@ -376,7 +349,7 @@ class AttachedPictures(AttachedTask[ImageResult]):
         if config.samples.prompts:
             self.sample_at |= {total}
         self.tell, self.sheet = run.tell, ""
-        self.shown = -1 if config.slider.wanted else 0  # of a slider's line of strengths the last
+        self.shown = -1 if self.strengths else 0  # of a line of strengths the last
         self.drawn: Image | None = None
 
     @property
@@ -451,7 +424,7 @@ class AttachedPictures(AttachedTask[ImageResult]):
             config, base, data, self.image_loss, kept=result.kept_step, recompute=self.memory.recompute,
             seconds=progress.seconds,
         )  # fmt: skip
-        written = save_image_adapter(replace(trained, card=card), base, config, data, facts, picture)
+        written = save_image_adapter(replace(trained, card=card), base, config, facts, picture, data.tags)
         for note in written.notes:
             tell(Note(note))
         found = {"AutoV2": written.hashes.autov2, "AutoV3": written.hashes.autov3} if written.hashes is not None else {}
@@ -479,12 +452,12 @@ class AttachedPictures(AttachedTask[ImageResult]):
         self.drawn = cells[0][self.shown]
         name = f"samples/step-{step:08d}.png"
         title = "the base, before training" if step == 0 else f"after step {step}"
-        sheet_of(cells, self.base, self.config, self.run.folder / name, title)
+        sheet_of(cells, self.base, self.config, self.run.folder / name, title, self.strengths)
         self.tell(Sampled(step, name, time.perf_counter() - began))
 
     def _draw(self, config: ImageTrainConfig) -> list[list[Image]]:
         with fetched(self.base, self.memory.parked):
-            return draw_samples(self.base, self.attachment, config)
+            return draw_samples(self.base, self.attachment, config, self.strengths)
 
     def _thumbnail(self, kept: int, last: int, tell: Listener) -> str:
         samples = self.config.samples

@@ -1,0 +1,58 @@
+"""A run on an image base by its configuration: of pictures, or of a slider.
+
+result = run_images(config)                  result.adapter is the file (or, for peft, the folder)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from veneer.models.image.base import ImageBase, load_image
+from veneer.train.config.image import ImageTrainConfig
+from veneer.train.events import Listener
+from veneer.train.image.save import ImageResult
+from veneer.train.image.slider import SliderTask, slider_config
+from veneer.train.image.task import ImageTask
+from veneer.train.run import carry_out, opened
+
+
+def run_images(
+    config: ImageTrainConfig,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    on_event: Listener | None = None,
+    base: ImageBase | None = None,
+    sources: Mapping[str, Any] | None = None,
+) -> ImageResult:
+    """Trains one adapter as `config` says and returns what came out.
+
+    `resume` goes on from the newest checkpoint in the output folder, on the CPU bit for bit as if the run had never
+    stopped. `dry_run` stops after preflight and the largest batch. `force`: a run that does not fit is tried with a
+    warning. `on_event` hears everything that happens; without it the run is shown in the terminal (stderr). `base`: one
+    that is loaded already; its encoders are then not freed. `sources`: setting -> where it came from (`load_config`).
+
+    In processes that torchrun or the like started, each takes a device and a share of every step (train.devices); only
+    the first is heard, draws samples, and writes the adapter.
+
+    Random generators, the base's modules and weights are as before afterwards, after any error too. Raises DataError
+    for pictures that cannot be used, PreflightError before step one for what would go wrong, TrainingError for a loss
+    that is not finite, Interrupted on Ctrl-C with the state saved, and what the base and checkpoints raise."""
+    kind: type[ImageTask] = ImageTask
+    if config.slider.wanted:
+        kind, config = SliderTask, slider_config(config)
+    with opened(
+        config, unit="pictures", on_event=on_event, sources=sources, resume=resume, dry_run=dry_run, force=force
+    ) as run:
+        own = base is None
+        if base is None:
+            run.fetch(config.base.name)
+            base = load_image(
+                config.base.name, dtype=config.base.dtype, device=run.devices.device, quantise=config.base.quantise,
+                say=run.note,
+            )  # fmt: skip
+        for note in base.notes:
+            run.note(note)
+        return carry_out(run, kind(config, base, own))
