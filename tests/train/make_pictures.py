@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from veneer.errors import DataError
 from veneer.train.config.image import ImageDataSection
+from veneer.train.image.pictures import read_pictures
 
 ADOBE_RGB = ((0.64, 0.33), (0.21, 0.71), (0.15, 0.06))  # chromaticities of red, green and blue; white is D65
 SRGB = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
@@ -46,6 +50,13 @@ def put(folder: Path, name: str, caption: str | None = "a thing", image: Image.I
 def settings(folder: Path | str | tuple[str, ...] = "pictures", **keys: object) -> ImageDataSection:
     where = folder if isinstance(folder, tuple) else str(folder)
     return ImageDataSection.model_validate({"pictures": where, **keys})
+
+
+def wrong(folder: Path | str, **keys: Any) -> str:
+    """What is said of a folder that cannot be read."""
+    with pytest.raises(DataError) as caught:
+        read_pictures(settings(folder, **keys))
+    return str(caught.value)
 
 
 def to_xyz(primaries: tuple[tuple[float, float], ...]) -> np.ndarray:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from veneer.errors import ConfigError
-from veneer.train.config.image import PRESETS, TARGET_WORDS, image_reference
+from veneer.train.config.image import PRESETS, TARGET_WORDS, ImageDataSection, image_reference
 from veneer.train.config.load import ImageTrainConfig, TrainConfig, config_from, load_config
 from veneer.train.config.text import config_keys, sections
 
@@ -153,3 +154,27 @@ def test_values_already_in_hand() -> None:
     assert isinstance(config, ImageTrainConfig)
     assert config.loss.snr_gamma is None
     assert sources["ema.decay"].kind == "preset"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"background": "mauve"},
+        {"resolution": 4},
+        {"resolution": ()},
+        {"trigger": "a, b"},
+        {"trigger": " "},
+        {"caption_dropout": 1.5},
+        {"class_prompt": "a sks dog", "trigger": "sks"},
+        {"pictures": ("a", "b"), "masks": "m"},
+        {"flips": True},
+    ],
+)
+def test_settings_are_strict(keys: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        ImageDataSection.model_validate({"pictures": "a", **keys})
+
+
+def test_every_setting_says_what_it_means() -> None:
+    for name, key in ImageDataSection.model_fields.items():
+        assert key.description, name

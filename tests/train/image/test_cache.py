@@ -15,7 +15,8 @@ from tests.train.make_pictures import put, scene, settings
 from veneer.errors import DataError, ResourceError
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.cache import CacheEntry, LatentCache, TextCache
-from veneer.train.image.pictures import TrainingPicture, read_pictures
+from veneer.train.image.pictures import read_pictures
+from veneer.train.image.training_picture import TrainingPicture
 from veneer.train.image.views import View, place, prepare
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from tests.train.make_pictures import corners, put, scene, settings
 from veneer.errors import ConfigError, DataError
-from veneer.train.image.pictures import TrainingPicture, read_pictures
+from veneer.train.image.pictures import read_pictures
+from veneer.train.image.training_picture import TrainingPicture
 from veneer.train.image.views import (
     PictureRow,
     View,

@@ -20,14 +20,9 @@ from veneer.errors import DataError, bullets
 from veneer.files.atomic import atomic_write
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.decode import UnreadablePicture, decode_picture, read_bytes
-from veneer.train.image.pictures import (
-    CAPTION_COLUMNS,
-    CAPTION_SUFFIXES,
-    FILE_COLUMNS,
-    OwnCaption,
-    own_captions,
-    with_trigger,
-)
+from veneer.train.image.folder import CAPTION_SUFFIXES
+from veneer.train.image.folder_captions import CAPTION_COLUMNS, FILE_COLUMNS, with_trigger
+from veneer.train.image.pictures import OwnCaption, own_captions
 
 if TYPE_CHECKING:
     from PIL.Image import Image

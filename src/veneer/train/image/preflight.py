@@ -23,7 +23,7 @@ from veneer.train.image.batches import PlannedRow
 from veneer.train.image.checks import check_held_out
 from veneer.train.image.decode import UnreadablePicture, decode_picture, read_bytes
 from veneer.train.image.encode import Encoders
-from veneer.train.image.pictures import AboutPictures, TrainingPicture
+from veneer.train.image.training_picture import AboutPictures, TrainingPicture
 from veneer.train.image.views import PicturePlan
 from veneer.train.loop import LazySteps, peak_memory_bytes
 from veneer.train.preflight import (

@@ -43,7 +43,7 @@ from veneer.train.image.contact_sheet import contact_sheet
 from veneer.train.image.decode import SUFFIXES
 from veneer.train.image.encode import Encoders, ImageLoss, times_of
 from veneer.train.image.facts import tag_frequency, training_facts
-from veneer.train.image.pictures import pictures_digest, read_pictures
+from veneer.train.image.pictures import read_pictures
 from veneer.train.image.preflight import ImageData, image_preflight, memory_numbers, parts_of
 from veneer.train.image.samples import (
     class_folder,
@@ -61,6 +61,7 @@ from veneer.train.image.save import (
     prove_image_adapter,
     save_image_adapter,
 )
+from veneer.train.image.training_picture import pictures_digest
 from veneer.train.image.views import plan_rows
 from veneer.train.loop import Score
 from veneer.train.optim import Ema

@@ -1,0 +1,117 @@
+"""The pictures that an edit starts from: the files before each picture, and whether they can be that.
+
+For editing a picture has others before it: `NAME.before.png` beside it, a file of its name in a `before` folder or in
+each of the configured ones, or the `before` of its row of metadata, whose columns may then be before, instruction and
+after. Either every picture has as many of them, or none has any. A control picture has its picture's proportion.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from veneer.errors import DataError, bullets
+from veneer.train.config.image import ImageDataSection
+from veneer.train.image.before_kinds import unlike_kind
+from veneer.train.image.decode import SUFFIXES, UnreadablePicture, decode_picture, read_bytes
+from veneer.train.image.folder import BEFORE, PictureFile, PictureFolder
+from veneer.train.image.near_duplicates import perceptual_hash
+from veneer.train.image.training_picture import AboutPictures, TrainingPicture
+
+
+def before_files(
+    folder: PictureFolder, named: Mapping[Path, Sequence[Path]], settings: ImageDataSection
+) -> dict[Path, list[Path]]:
+    """picture -> those before it, one of each source: its row of metadata (`named`), NAME.before.png beside it, and a
+    file of its name in each folder, which mirrors the pictures' paths. DataError for what belongs to no picture."""
+    if settings.before == "off":
+        return {}
+    auto, root = settings.before == "auto", folder.root
+    found = {path: list(paths) for path, paths in named.items() if auto}
+    bad: list[str] = []
+    for file in folder.befores if auto else ():
+        owners = folder.owners(file.with_suffix("").with_suffix(""))
+        if not owners:
+            bad.append(f"{file.relative_to(root)}: no picture of this name{folder.nearest(file)}")
+        for owner in owners:
+            found.setdefault(owner, []).append(file)
+    used = {path for paths in named.values() for path in paths}
+    for place in [root / BEFORE] if auto else [Path(given).expanduser() for given in settings.before_folders]:
+        if not auto and not place.is_dir():
+            raise DataError("the folder of before pictures does not exist", where=str(place), fix="correct data.before")
+        for file in sorted(place.rglob("*")) if place.is_dir() else ():
+            if file.suffix.lower() not in SUFFIXES or file.name.startswith(".") or file in used:
+                continue
+            mirrored = root / file.relative_to(place)
+            owners = folder.owners(mirrored.with_suffix(""))
+            if not owners:
+                shown = file.relative_to(root) if file.is_relative_to(root) else file
+                bad.append(f"{shown}: no picture of this name{folder.nearest(mirrored)}")
+            for owner in owners:
+                found.setdefault(owner, []).append(file)
+    if bad:
+        raise DataError(
+            f"{len(bad)} before picture(s) have no picture after them:\n{bullets(bad)}",
+            where=str(root),
+            fix="name both alike (before/cat.png or cat.before.png for cat.png), or set data.before: off",
+        )
+    return found
+
+
+def each_before(folders: Mapping[str, Sequence[PictureFile]]) -> int:
+    """How many pictures are before each. DataError where some have fewer than others."""
+    files = [file for own in folders.values() for file in own]
+    most = max((len(file.before) for file in files), default=0)
+    fewer = [f"{f.name}: {len(f.before) or 'nothing'}" if most > 1 else f.name for f in files if len(f.before) < most]
+    if fewer:
+        short = [folder for folder, own in folders.items() if any(len(file.before) < most for file in own)]
+        what = "no picture before them" if most == 1 else f"fewer than {most} pictures before them"
+        raise DataError(
+            f"{len(fewer)} of {len(files)} pictures have {what}:\n{bullets(fewer)}",
+            where=", ".join(short),
+            fix="give each its own (NAME.before.png beside it, or its name in the before folder), remove those that "
+            "have none, or set data.before: off to learn from captions alone",
+        )
+    return most
+
+
+def open_before(path: Path, after: TrainingPicture, settings: ImageDataSection, others: list[str]) -> TrainingPicture:
+    """A picture that an edit starts from; why it is not of the settings' kind goes into `others`. Raises
+    UnreadablePicture."""
+    name = os.path.relpath(path, after.path.parents[len(Path(after.name).parts) - 1])
+    try:
+        data, digest = read_bytes(path)
+        opened = decode_picture(data, settings)
+    except UnreadablePicture as error:
+        raise UnreadablePicture(f"what is before it, {name}, {error}") from None
+    if why := unlike_kind(opened.colour, settings.before_kind):
+        others.append(f"{name}: {why}")
+    transparent = opened.alpha is not None
+    return TrainingPicture(
+        path, name, "", opened.size, digest, perceptual_hash(opened.colour), transparent=transparent, notes=opened.notes
+    )
+
+
+def check_befores(
+    pictures: Iterable[TrainingPicture], others: Sequence[str], folder: str, settings: ImageDataSection,
+    about: AboutPictures,
+) -> None:  # fmt: skip
+    """What has another size or proportion than what comes after it goes into `about`. Raises DataError for control
+    pictures of another proportion, and for `others`, as `open_before` finds them."""
+    pairs = [(before, after) for after in pictures for before in after.before]
+    unlike = [f"{before.name}: {why}" for before, after in pairs if (why := after.unlike(before.size))]
+    about.own_shape += unlike
+    about.resized_before += sum(before.size != after.size for before, after in pairs)
+    if unlike and settings.before_kind != "picture":
+        raise DataError(
+            f"{len(unlike)} pair(s) are of unlike sizes:\n{bullets(unlike)}",
+            where=folder,
+            fix=f"crop both to one proportion: {settings.before_kind} pictures lie where their picture does",
+        )
+    if others:
+        raise DataError(
+            f"{len(others)} picture(s) are not what data.before_kind: {settings.before_kind} says:\n{bullets(others)}",
+            where=folder,
+            fix="replace them, or set data.before_kind: picture, which takes any",
+        )

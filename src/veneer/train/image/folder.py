@@ -1,0 +1,127 @@
+"""What lies in a folder of pictures, each kind of file by itself, and which picture a file belongs to.
+
+    folder = picture_folder("drawings", settings)
+    folder.owners(Path("drawings/cat"))          the pictures that go by this name
+
+Goes by names alone and opens no file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from veneer.errors import DataError, nearest
+from veneer.train.config.image import ImageDataSection
+from veneer.train.image.decode import SUFFIXES
+
+BEFORE = "before"
+CAPTION_SUFFIXES = (".txt", ".caption")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+# pictures that no allowed decoder reads: named as broken, not passed over
+_UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".exr", ".cr2", ".nef", ".arw", ".dng")
+_NOT_CAPTIONS = ("readme", "license", "licence", "notice", "attribution", "copying", "classes")
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """A picture file and what belongs to it. `source`: where its caption is from; `caption`: None without one.
+    `before`: the pictures that an edit starts from."""
+
+    path: Path
+    name: str
+    caption: str | None
+    source: str
+    mask: Path | None
+    repeats: int
+    before: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class PictureFolder:
+    """A folder and all below it. `masks`, `befores`: what is called NAME.mask and NAME.before. `ignored`: ending ->
+    files of no kind that is read."""
+
+    root: Path
+    pictures: list[Path]
+    captions: list[Path]
+    masks: list[Path]
+    befores: list[Path]
+    ignored: Counter[str]
+
+    @cached_property
+    def _names(self) -> dict[Path, list[Path]]:
+        names: dict[Path, list[Path]] = {}
+        for path in self.pictures:
+            names.setdefault(path.with_suffix(""), []).append(path)
+            names.setdefault(path, []).append(path)
+        return names
+
+    def owners(self, name: Path) -> list[Path]:
+        """The pictures of this path, without its ending or with it."""
+        return self._names.get(name, [])
+
+    def nearest(self, file: Path, pictures: Iterable[Path] | None = None) -> str:
+        """The nearest picture by name, in the same folder before others, as the end of a sentence."""
+        pictures = self.pictures if pictures is None else pictures
+        beside = {p.name: p for p in pictures if p.parent == file.parent}
+        stem = Path(file.stem).stem if Path(file.stem).suffix.lower() in (".mask", f".{BEFORE}") else file.stem
+        near = nearest(stem, {Path(n).stem for n in beside}, 1)
+        if near:
+            name = next(n for n in sorted(beside) if Path(n).stem == near[0])
+            return f"; the nearest is {name}"
+        elsewhere = {p.stem: p for p in pictures}
+        near = nearest(stem, elsewhere, 1)
+        return f"; the nearest is {elsewhere[near[0]].relative_to(self.root)}" if near else ""
+
+
+def picture_folder(folder: str, settings: ImageDataSection) -> PictureFolder:
+    """What is in `folder` and below it, in the order of names, but for hidden files and the settings' other folders.
+    Raises DataError where there is no such folder."""
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        _missing(root)
+    pictures, captions, masks, befores, ignored = [], [], [], [], Counter[str]()
+    apart = [settings.class_folder, settings.validation, settings.cache, str(root / "masks")]
+    apart += [] if settings.masks in ("auto", "off", "alpha") else [settings.masks]
+    apart += settings.before_folders or [str(root / BEFORE)]
+    others = {Path(folder).expanduser().resolve() for folder in apart if folder} - {root.resolve()}
+    for place, folders, files in os.walk(root):
+        here = Path(place)
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "__")) and (here / f).resolve() not in others)
+        ignored["link to a folder"] += sum((here / f).is_symlink() for f in folders)
+        for name in sorted(files):
+            path = here / name
+            suffix = path.suffix.lower()
+            if name.startswith(".") or name in METADATA_FILES or name.lower() == "thumbs.db":
+                continue
+            if suffix in SUFFIXES and Path(path.stem).suffix.lower() == ".mask":
+                masks.append(path)
+            elif suffix in SUFFIXES and Path(path.stem).suffix.lower() == f".{BEFORE}":
+                befores.append(path)
+                ignored["before pictures"] += settings.before != "auto"
+            elif suffix in SUFFIXES or suffix in _UNREAD:
+                pictures.append(path)
+            elif suffix in CAPTION_SUFFIXES and path.stem.lower() not in _NOT_CAPTIONS:
+                captions.append(path)
+            else:
+                ignored[suffix or name] += 1
+    return PictureFolder(root, pictures, captions, masks, befores, +ignored)
+
+
+def _missing(root: Path) -> None:
+    if root.is_file():
+        raise DataError(
+            "this is a file, and a folder of pictures is needed", where=str(root), fix=f"give its folder, {root.parent}"
+        )
+    beside = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
+    near = nearest(root.name, beside, 1)
+    raise DataError(
+        "the folder of pictures does not exist" + ("" if root.parent.is_dir() else f" (nor does {root.parent})"),
+        where=str(root),
+        fix=f"did you mean {root.parent / near[0]}?" if near else "give a folder that holds pictures",
+    )
