@@ -187,10 +187,10 @@ def original(base: ImageBase, encoder: bool = False, prefix: str = "model.diffus
 def latent_shape(base: ImageBase, height: int, width: int) -> tuple[int, int, int]:
     """(c, h, w) of the latents of a picture of that many pixels."""
     scale = base.vae_scale
-    if base.row.name == "flux2":
+    if base.family == "flux2":
         return int(base.denoiser.config.in_channels), height // scale // 2, width // scale // 2
     channels = base.denoiser.config.in_channels
-    if base.row.name in ("flux1", "qwen-image"):
+    if base.family in ("flux1", "qwen-image"):
         channels //= 4
     elif base.row.denoiser == "unet":
         channels = base.denoiser.config.out_channels  # an inpainting U-Net takes a mask and a picture as well

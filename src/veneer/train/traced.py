@@ -135,7 +135,7 @@ class _Told:
         own, self.base = base.denoiser.config, base
         wide = next(own[key] for key in ("joint_attention_dim", "cross_attention_dim", "cap_feat_dim") if own.get(key))
         pooled = own.get("pooled_projection_dim")
-        if base.row.name == "sdxl":
+        if base.row.time_ids:
             pooled = own["projection_class_embeddings_input_dim"] - 6 * own["addition_time_embed_dim"]
         vector = None if pooled is None else torch.zeros(1, pooled, dtype=base.dtype)
         self.one = Conditioning(torch.zeros(1, tokens, wide, dtype=base.dtype), vector)
@@ -188,8 +188,8 @@ def traced_pictures(fields: Mapping[str, Any], load: ImageLoad, device: Device, 
 def _pictures(base: ImageBase, load: ImageLoad) -> Micro:
     """A micro-batch of `load`."""
     n, channels = load.pictures, int(base.denoiser.config["in_channels"])
-    side = base.vae_scale * (2 if base.row.name == "flux2" else 1)
-    channels = channels // base.row.patch**2 if base.row.name in ("flux1", "qwen-image") else channels
+    side = base.vae_scale * (base.row.patch if base.row.patched else 1)
+    channels = channels // base.row.patch**2 if base.row.packed else channels
     latents = torch.zeros(n, channels, load.height // side, load.width // side)
     view: Any = None
     rows = [PlannedRow(view, view, "", 1.0, (0, 0, slot)) for slot in range(n)]

@@ -109,14 +109,14 @@ def by_diffusers(base: ImageBase, x: Tensor, shown: list[Tensor], t: Tensor, tex
     given: dict[str, Any] = {"timestep": t, "encoder_hidden_states": text.embeds, "return_dict": False}
     given["guidance"] = torch.ones(len(x)) if base.denoiser.config.get("guidance_embeds") else None
     n, c, h, w = x.shape
-    if base.row.name == "qwen-image":
+    if base.family == "qwen-image":
         tokens = [QwenImageEditPipeline._pack_latents(y, n, c, *y.shape[2:]) for y in (x, *shown)]
         shapes = [(1, y.shape[2] // 2, y.shape[3] // 2) for y in (x, *shown)]
         given |= {"img_shapes": [shapes] * n, "encoder_hidden_states_mask": text.mask}
         out = base.denoiser(hidden_states=torch.cat(tokens, 1), **given)[0][:, : tokens[0].shape[1]]
         unpacked: Tensor = QwenImageEditPipeline._unpack_latents(out, h * 4, w * 4, 4)
         return unpacked[:, :, 0]
-    if base.row.name == "flux1":
+    if base.family == "flux1":
         pack, ids_of = FluxKontextPipeline._pack_latents, FluxKontextPipeline._prepare_latent_image_ids
         tokens = [pack(y, n, c, *y.shape[2:]) for y in (x, *shown)]
         ids = [ids_of(n, y.shape[2] // 2, y.shape[3] // 2, "cpu", torch.float32) for y in (x, *shown)]

@@ -83,7 +83,7 @@ class ImageBase:
     @property
     def few_steps(self) -> bool:
         """Whether it was distilled to few steps without guidance: FLUX.1 schnell, and FLUX.2 klein if it is no base."""
-        schnell = self.row.name == "flux1" and not self.denoiser.config.guidance_embeds
+        schnell = self.row.schnell is not None and not self.denoiser.config.guidance_embeds
         return schnell or bool(self.settings.get("is_distilled"))
 
     @property
@@ -323,9 +323,7 @@ def load_control(name: str | Path, base: ImageBase) -> _ControlNet:
 
 
 def text_length(base: ImageBase) -> int:
-    """The most tokens of a prompt that the denoiser attends to.
-
-    schnell was trained on 256 (black-forest-labs/flux, t5_embedder); a tokenizer may state fewer."""
+    """The most tokens of a prompt that the denoiser attends to; a tokenizer may state fewer than the family has."""
     return _limit(base, next(iter(base.row.readers)))
 
 
@@ -336,8 +334,8 @@ def text_settings(base: ImageBase) -> dict[str, int]:
 
 def _limit(base: ImageBase, name: str) -> int:
     length = base.row.readers[name]
-    if base.few_steps and base.row.name == "flux1":
-        length = 256
+    if base.few_steps and base.row.schnell is not None:
+        length = base.row.schnell
     return int(min(length, getattr(base.parts.get(name), "model_max_length", None) or length))
 
 

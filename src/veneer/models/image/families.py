@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from veneer.models.config import PLANNED_DENOISERS
 
@@ -29,11 +29,15 @@ class ImageFamily:
     `pipelines` and `controlled`: kind -> diffusers class, without and with ControlNets; diffusers has no others. `edit`
     is told of reference pictures; a base whose index names such a pipeline has it too (`OWN_PIPELINES`).
     `encoders`: the text encoders that adapters of this family change. `readers`: the tokenizers whose tokens the
-    denoiser attends to, and how many of each at most. `patch`: latents per side that become one token; `patched`: the
-    VAE's are patches already; `frames`: the VAE is one of films. `distilled`: guidance is an input of the denoiser;
-    `guidance`: the pipeline's argument for it; `unguided`: where it does nothing. `time_ids`: the denoiser reads sizes.
-    `refers`: the denoiser tells reference pictures apart by their positions, though a base may not have learned to.
-    `shifted`: the pipeline shifts the schedule by the picture's size. `canny`: the usual canny ControlNet on the hub.
+    denoiser attends to, and how many of each at most; `schnell`: of that the first, in the family's models that take no
+    guidance, which were distilled to few steps. `template`: what is put around a prompt: the pipeline's own, or the
+    tokenizer's chat, with thinking or without. `patch`: latents per side that become one token; `patched`: the VAE's
+    are patches already; `packed`: the pipeline makes them; `frames`: the VAE is one of films. `apart`: the denoiser
+    takes each text and each picture by itself. `distilled`: guidance is an input of the denoiser; `guidance`: the
+    pipeline's argument for it; `unguided`: where it does nothing; `true_guidance`: the pipeline has one beside the
+    distilled. `time_ids`: the denoiser reads sizes. `refers`: the denoiser tells reference pictures apart by their
+    positions, though a base may not have learned to. `shifted`: the pipeline shifts the schedule by the picture's size;
+    `unfit`: schedulers that it cannot run. `canny`: the usual canny ControlNet on the hub.
     `settings`: arguments of the pipelines' constructors; `encoding`: of their encode_prompt, where `pooled` and `mask`
     stand in what it returns."""
 
@@ -46,16 +50,22 @@ class ImageFamily:
     control: str = ""
     encoders: tuple[str, ...] = ()
     readers: Mapping[str, int] = field(default_factory=lambda: {"tokenizer": 77})
+    schnell: int | None = None
+    template: Literal["", "pipeline", "chat", "thinking"] = ""
     patch: int = 1
     patched: bool = False
+    packed: bool = False
     frames: bool = False
+    apart: bool = False
     flow: bool = True
     distilled: bool = False
     guidance: str = "guidance_scale"
     unguided: float = 1.0
+    true_guidance: bool = False
     time_ids: bool = False
     refers: bool = False
     shifted: bool = False
+    unfit: tuple[str, ...] = ()
     canny: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     encoding: Mapping[str, Any] = field(default_factory=dict)
@@ -136,10 +146,13 @@ FAMILIES: Mapping[str, ImageFamily] = {
             "FluxControlNetModel",
             encoders=("text_encoder", "text_encoder_2"),
             readers={"tokenizer_2": 512},
+            schnell=256,  # black-forest-labs/flux, t5_embedder
             patch=2,
+            packed=True,
             encoding={"prompt_2": None},
             pooled=1,
             distilled=True,
+            true_guidance=True,
             refers=True,
             shifted=True,
             canny="InstantX/FLUX.1-dev-Controlnet-Canny",
@@ -151,6 +164,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
             "Flux2Transformer2DModel",
             {"text": "Flux2Pipeline", "edit": "Flux2Pipeline"},
             readers={"tokenizer": 512},
+            template="chat",
             patch=2,
             patched=True,
             distilled=True,
@@ -166,7 +180,9 @@ FAMILIES: Mapping[str, ImageFamily] = {
             {"text": "QwenImageControlNetPipeline", "inpaint": "QwenImageControlNetInpaintPipeline"},
             "QwenImageControlNetModel",
             readers={"tokenizer": 1024},
+            template="pipeline",
             patch=2,
+            packed=True,
             frames=True,
             guidance="true_cfg_scale",
             mask=1,
@@ -180,10 +196,13 @@ FAMILIES: Mapping[str, ImageFamily] = {
             "ZImageTransformer2DModel",
             _kinds("ZImage"),
             readers={"tokenizer": 512},
+            template="thinking",
             patch=2,
+            apart=True,
             unguided=0.0,  # pos + g·(pos − neg), where the others have neg + g·(pos − neg)
             encoding={"do_classifier_free_guidance": False},
             shifted=True,
+            unfit=("flow-unipc",),  # the pipeline's sigmas are a list, which UniPC multiplies
         ),
     ]
 }

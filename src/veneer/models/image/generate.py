@@ -267,19 +267,19 @@ class _Run:
         guidance, true = self.guidance, self.settings.true_guidance
         if (own := self.base.row.guidance) == "true_cfg_scale":
             return guidance > 1, {own: guidance}
-        if self.base.family == "flux1" and true > 1:
+        if self.base.row.true_guidance and true > 1:
             if "true_cfg_scale" not in self.accepts:
                 fix = "leave true guidance and negative prompts out"
                 raise ConfigError(f"{type(self.pipe).__name__} has no true guidance", fix=fix)
             return True, {"guidance_scale": guidance, "true_cfg_scale": true}
-        distilled = self.base.family == "flux1" or getattr(self.pipe.config, "is_distilled", False)
+        distilled = self.base.row.true_guidance or getattr(self.pipe.config, "is_distilled", False)
         free = guidance > self.base.row.unguided and not distilled
         return free and "negative_prompt_embeds" in self.accepts, {"guidance_scale": guidance}
 
     def check_negatives(self, rows: Sequence[ImageRow]) -> None:
         if self.doubled or not any(row.negative for row in rows):
             return
-        if self.base.family == "flux1":
+        if self.base.row.true_guidance:
             fix = "true_guidance above 1 (--true-guidance 3), which takes twice the time"
         elif "negative_prompt_embeds" in self.accepts and not self.base.few_steps:
             fix = f"guidance above {self.base.row.unguided:g}; it is {self.guidance:g}"
@@ -327,7 +327,7 @@ class _Run:
     def embeds(self, text: Conditioning, prefix: str) -> dict[str, Any]:
         all_of = text.embeds.shape[:2]  # said, for Qwen-Image's pipeline warns where no mask is
         found = {
-            f"{prefix}prompt_embeds": text.unpadded() if self.base.family == "z-image" else text.embeds,
+            f"{prefix}prompt_embeds": text.unpadded() if self.base.row.apart else text.embeds,
             f"{prefix}pooled_prompt_embeds": text.pooled,
             f"{prefix}prompt_embeds_mask": text.mask if text.mask is not None else text.embeds.new_ones(all_of).long(),
         }
@@ -488,7 +488,7 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
         raise ConfigError(
             f"{base.name} was distilled to work without guidance and takes none", fix="guidance 0, or none"
         )
-    if settings.true_guidance > 1 and base.family != "flux1":
+    if settings.true_guidance > 1 and not base.row.true_guidance:
         raise ConfigError(f"{base.name} has no guidance of its own beside which true guidance could act")
 
 

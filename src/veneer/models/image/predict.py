@@ -10,7 +10,7 @@ are always (n, c, h/f, w/f), shifted and scaled as the denoiser wants them; pack
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -162,7 +162,7 @@ def cut_of(base: ImageBase, prompt: str) -> str:
 def _unread(base: ImageBase, prompt: str, tokenizer: Any, limit: int) -> str:
     before, after, special = _around(base)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2's is a processor
-    if base.row.name == "qwen-image":
+    if base.row.template == "pipeline":
         limit += pipeline(base).prompt_template_encode_start_idx  # so many tokens of the template are dropped
     with errors_only():  # transformers warns of the length, which is what is asked here
         read = tokenizer(before + prompt + after, return_offsets_mapping=True, add_special_tokens=special)
@@ -180,15 +180,16 @@ def _around(base: ImageBase) -> tuple[str, str, bool]:
     """What the pipeline puts around a prompt, and whether the tokenizer adds its special tokens to that."""
     pipe = pipeline(base)
     mark = "\x00"
-    if base.row.name == "qwen-image":
+    template = base.row.template
+    if template == "pipeline":
         before, _, after = pipe.prompt_template_encode.partition("{}")
         return before, after, False
-    if base.row.name not in ("flux2", "z-image"):
+    if not template:
         return "", "", True
     tokenizer = base.parts["tokenizer"]
     if type(pipe).__name__ != "Flux2Pipeline":  # FLUX.2 klein's, which does without thinking, or Z-Image's
         turns: list[dict[str, Any]] = [{"role": "user", "content": mark}]
-        how = {"add_generation_prompt": True, "enable_thinking": base.row.name == "z-image"}
+        how = {"add_generation_prompt": True, "enable_thinking": template == "thinking"}
         text = tokenizer.apply_chat_template(turns, tokenize=False, **how)
     else:
         format_input = DIFFUSERS("diffusers.pipelines.flux2.pipeline_flux2.format_input")
@@ -349,45 +350,73 @@ def predict(
         raise BaseError(f"{base.row.label} takes no reference pictures", fix=fix)
     shown = [r.to(latents.device, dtype) for r in references]
     more: dict[str, Any] = {"return_dict": False, **(residuals or {})}
-    if base.row.denoiser == "unet":
-        if sizes is not None:
-            more["added_cond_kwargs"] = {"text_embeds": text.pooled, "time_ids": sizes.to(latents.device, dtype)}
-        out: Tensor = denoiser(x, t, encoder_hidden_states=text.embeds, **more)[0]
-        return out
-    if base.row.name == "z-image":
-        return _z_image(denoiser, x, t, text, more)
-    t = t * 1000
-    if base.row.name == "sd3":
-        given = {"encoder_hidden_states": text.embeds, "pooled_projections": text.pooled}
-        out = denoiser(hidden_states=x, timestep=t, **given, **more)[0]
-        return out
-    t = t.to(dtype)  # the other pipelines carry the timestep σ·1000 in the latents' dtype, and so does this
-    more |= {"timestep": t / 1000, "encoder_hidden_states": text.embeds}
+    if sizes is not None:
+        more["added_cond_kwargs"] = {"text_embeds": text.pooled, "time_ids": sizes.to(latents.device, dtype)}
+    told = None
     if takes:
         g = torch.as_tensor(1.0 if guidance is None else guidance, dtype=torch.float32)
-        g = sent(g, latents.device)
-        more["guidance"] = g.expand(n)
-    elif base.row.name in ("flux1", "qwen-image"):
-        more["guidance"] = None
-    if base.row.name == "flux2":
-        return _flux2(denoiser, x, shown, text, more)
-    h, w = x.shape[2] // 2, x.shape[3] // 2
-    tokens = torch.cat([_patches(y).flatten(2).transpose(1, 2) for y in (x, *shown)], dim=1)
-    if base.row.name == "flux1":
-        ids = [_flux_ids(y, frame) for frame, y in enumerate((x, *shown))]
-        more |= {"pooled_projections": text.pooled, "img_ids": torch.cat(ids)}
-        more["txt_ids"] = x.new_zeros(text.embeds.shape[1], 3)
-    else:
-        shapes = [(1, y.shape[2] // 2, y.shape[3] // 2) for y in (x, *shown)]
-        more |= {"img_shapes": [shapes] * n, "encoder_hidden_states_mask": text.mask}
-    out = denoiser(hidden_states=tokens, **more)[0][:, : h * w]
-    return _whole(out.transpose(1, 2).unflatten(2, (h, w)))
+        told = sent(g, latents.device).expand(n)
+    return _CALLS[base.row.classname](_Asked(denoiser, x, t, text, shown, told, more))
 
 
-def _z_image(denoiser: Any, x: Tensor, t: Tensor, text: Conditioning, more: dict[str, Any]) -> Tensor:
+@dataclass(frozen=True)
+class _Asked:
+    """What a denoiser is told. `t`: as `predict` takes it. `guidance`: None where it is no input. `more`: arguments
+    that all of them take."""
+
+    denoiser: Any
+    x: Tensor
+    t: Tensor
+    text: Conditioning
+    references: Sequence[Tensor]
+    guidance: Tensor | None
+    more: dict[str, Any]
+
+    @property
+    def sigma(self) -> Tensor:
+        """The pipelines of FLUX and Qwen-Image carry the timestep σ·1000 in the latents' dtype, and so does this."""
+        return (self.t * 1000).to(self.x.dtype) / 1000
+
+
+def _unet(asked: _Asked) -> Tensor:
+    out: Tensor = asked.denoiser(asked.x, asked.t, encoder_hidden_states=asked.text.embeds, **asked.more)[0]
+    return out
+
+
+def _sd3(asked: _Asked) -> Tensor:
+    given = {"encoder_hidden_states": asked.text.embeds, "pooled_projections": asked.text.pooled}
+    out: Tensor = asked.denoiser(hidden_states=asked.x, timestep=asked.t * 1000, **given, **asked.more)[0]
+    return out
+
+
+def _z_image(asked: _Asked) -> Tensor:
     """Z-Image counts time from noise to picture, 1 - σ, predicts x - ε, and takes films and texts each by itself."""
-    out = denoiser(list(x[:, :, None].unbind()), 1 - t, text.unpadded(), **more)[0]
+    films = list(asked.x[:, :, None].unbind())
+    out = asked.denoiser(films, 1 - asked.t, asked.text.unpadded(), **asked.more)[0]
     return -torch.stack(out)[:, :, 0]
+
+
+def _flux1(asked: _Asked) -> Tensor:
+    text, pictures = asked.text, (asked.x, *asked.references)
+    ids = [_flux_ids(y, frame) for frame, y in enumerate(pictures)]
+    given = {"pooled_projections": text.pooled, "img_ids": torch.cat(ids)}
+    return _packed(asked, **given, txt_ids=asked.x.new_zeros(text.embeds.shape[1], 3))
+
+
+def _qwen_image(asked: _Asked) -> Tensor:
+    shapes = [(1, y.shape[2] // 2, y.shape[3] // 2) for y in (asked.x, *asked.references)]
+    return _packed(asked, img_shapes=[shapes] * len(asked.x), encoder_hidden_states_mask=asked.text.mask)
+
+
+def _packed(asked: _Asked, **given: Any) -> Tensor:
+    """A denoiser of tokens, each a patch of 2 × 2 latents; those of the references follow the picture's."""
+    h, w = asked.x.shape[2] // 2, asked.x.shape[3] // 2
+    tokens = torch.cat([_patches(y).flatten(2).transpose(1, 2) for y in (asked.x, *asked.references)], dim=1)
+    out = asked.denoiser(
+        hidden_states=tokens, timestep=asked.sigma, encoder_hidden_states=asked.text.embeds, guidance=asked.guidance,
+        **given, **asked.more,
+    )[0]  # fmt: skip
+    return _whole(out[:, : h * w].transpose(1, 2).unflatten(2, (h, w)))
 
 
 def _flux_ids(latents: Tensor, frame: int) -> Tensor:
@@ -402,25 +431,34 @@ _FLUX2_FRAMES = 10
 """FLUX.2's reference pictures are in the frames 10, 20, …"""
 
 
-def _flux2(denoiser: Any, x: Tensor, shown: Sequence[Tensor], text: Conditioning, more: dict[str, Any]) -> Tensor:
+def _flux2(asked: _Asked) -> Tensor:
     """FLUX.2's latents are patched already; positions are (frame, row, column, token)."""
+    x, text, pictures = asked.x, asked.text, (asked.x, *asked.references)
     n, _, h, w = x.shape
 
     def positions(*counts: int, frame: int = 0) -> Tensor:
         first = torch.full((1,), frame, device=x.device)  # not a tensor of a list: that waits for its copy
         return torch.cartesian_prod(first, *(torch.arange(k, device=x.device) for k in counts))
 
-    pictures = (x, *shown)
     image = [positions(y.shape[2], y.shape[3], 1, frame=_FLUX2_FRAMES * i) for i, y in enumerate(pictures)]
     words = positions(1, 1, text.embeds.shape[1])
-    more = {"guidance": None, **more}
-    out = denoiser(
-        hidden_states=torch.cat([y.flatten(2).transpose(1, 2) for y in pictures], dim=1),
-        img_ids=torch.cat(image).expand(n, -1, -1),
-        txt_ids=words.expand(n, -1, -1),
-        **more,
-    )[0][:, : h * w]
+    out = asked.denoiser(
+        hidden_states=torch.cat([y.flatten(2).transpose(1, 2) for y in pictures], dim=1), timestep=asked.sigma,
+        encoder_hidden_states=text.embeds, guidance=asked.guidance, img_ids=torch.cat(image).expand(n, -1, -1),
+        txt_ids=words.expand(n, -1, -1), **asked.more,
+    )[0][:, : h * w]  # fmt: skip
     return out.transpose(1, 2).unflatten(2, (h, w))  # type: ignore[no-any-return]
+
+
+_CALLS: Mapping[str, Callable[[_Asked], Tensor]] = {
+    "UNet2DConditionModel": _unet,
+    "SD3Transformer2DModel": _sd3,
+    "FluxTransformer2DModel": _flux1,
+    "Flux2Transformer2DModel": _flux2,
+    "QwenImageTransformer2DModel": _qwen_image,
+    "ZImageTransformer2DModel": _z_image,
+}
+"""diffusers' class -> how it is called."""
 
 
 # -- previews ----------------------------------------------------------------------------------------------------------

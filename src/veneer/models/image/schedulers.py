@@ -54,13 +54,12 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
 def scheduler_names(base: ImageBase) -> list[str]:
     """The schedulers that can sample this base: of the flow matching ones, those whose class takes what the family's
     pipeline sets (FLUX', Qwen-Image's and Z-Image's give a shift by picture size, which not every class has)."""
-    names = [name for name in NAMES if name.startswith("flow-") == (base.prediction == "flow")]
+    flow = base.prediction == "flow"
+    names = [name for name in NAMES if name.startswith("flow-") == flow and name not in base.row.unfit]
     if base.row.shifted:
         names.remove("flow-heun")
         if not base.parts["scheduler"].config.get("use_dynamic_shifting"):
             names.remove("flow-dpm++2m")
-    if base.row.name == "z-image":
-        names.remove("flow-unipc")  # the pipeline's sigmas are a list, which UniPC multiplies
     return names
 
 

@@ -327,7 +327,7 @@ def _numbers(base: ImageBase, asked: ImageBody) -> tuple[int, float, float]:
     steps, guidance = default_settings(base)
     taken = asked.num_inference_steps or max(1, round(steps * _STEPS.get(asked.quality, 1.0)))
     given, true = asked.guidance_scale, asked.true_cfg_scale
-    if base.family == "qwen-image":
+    if base.row.guidance == "true_cfg_scale":
         if given is not None and true is not None:
             raise invalid("true_cfg_scale is this base's guidance_scale", "true_cfg_scale", "leave one out")
         given, true = true if given is None else given, None
