@@ -20,7 +20,7 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import PreflightError
 from veneer.formats.read import read
-from veneer.models.image.base import load_image
+from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, generate_images
 from veneer.models.image.predict import encode_pictures
 from veneer.plan.image import image_counts
@@ -49,6 +49,11 @@ def pairs(shared: Path) -> Path:
         negative = Image.fromarray(255 - np.asarray(Image.open(path)))
         negative.save(path.with_suffix(".before.png"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def kontext(shared: Path) -> ImageBase:
+    return load_image(str(tiny_image_base(shared, "kontext")))
 
 
 def settings_of(pairs: Path, **sections: Any) -> dict[str, Any]:
@@ -101,9 +106,9 @@ def test_a_run_on_pairs_draws_as_diffusers_does_with_its_file(
 
 
 def test_latents_of_both_are_cached_once_and_only_the_target_is_in_the_loss(
-    shared: Path, pairs: Path, tmp_path: Path
+    shared: Path, pairs: Path, kontext: ImageBase, tmp_path: Path
 ) -> None:
-    config, base = _config(shared, pairs, tmp_path), load_image(str(tiny_image_base(shared, "kontext")))
+    config, base = _config(shared, pairs, tmp_path), kontext
     pictures = read_pictures(config.data)[0][:2]
     rows = plan_rows(pictures, config.data, size=base.size, unit=base.unit).rows
     planned = [
@@ -183,11 +188,10 @@ def _config(shared: Path, pairs: Path, tmp_path: Path, family: str = "kontext", 
     return config
 
 
-def test_an_edit_is_learned_from_what_is_before(shared: Path, pairs: Path, tmp_path: Path) -> None:
+def test_an_edit_is_learned_from_what_is_before(shared: Path, pairs: Path, kontext: ImageBase, tmp_path: Path) -> None:
     """To invert: latents of random signs, the inverse of what is before. The loss with the right
     picture before is far below the base's, and below that with another picture before, which says nothing."""
-    base = load_image(str(tiny_image_base(shared, "kontext")))
-    config = _config(shared, pairs, tmp_path, loss={"logit_mean": 1.0})
+    base, config = kontext, _config(shared, pairs, tmp_path, loss={"logit_mean": 1.0})
     loss = ImageLoss(base, config, Encoders(base, config, None))
     picture = read_pictures(config.data)[0][0]
     view = plan_rows([picture], config.data, size=base.size, unit=base.unit).rows[0]
@@ -224,38 +228,41 @@ def test_an_edit_is_learned_from_what_is_before(shared: Path, pairs: Path, tmp_p
         assert scored(-test) < 0.8 * scored(-others)
 
 
-def bad(shared: Path, out: Path, family: str, **sections: Any) -> str:
-    with pytest.raises(PreflightError) as error:
-        run(shared, out, family, **sections)
-    assert not out.exists()
-    return str(error.value)
-
-
-def test_bad_pairs_and_bases_stop_before_anything_is_trained(shared: Path, pairs: Path, tmp_path: Path) -> None:
+def test_bad_pairs_and_bases_stop_before_anything_is_trained(
+    shared: Path, pairs: Path, kontext: ImageBase, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
+    bases = {"kontext": kontext, "flux1": load_image(str(tiny_image_base(shared, "flux1")))}
+
+    def bad(family: str, **sections: Any) -> str:
+        with pytest.raises(PreflightError) as error:
+            run(shared, out, family, base=bases[family], **sections)
+        assert not out.exists()
+        return str(error.value)
+
     captions = drawings(shared / "captions")
-    said = bad(shared, out, "kontext", data={"pictures": str(captions)})
+    said = bad("kontext", data={"pictures": str(captions)})
     assert "tiny-kontext edits pictures, and" in said
     assert f"{captions} has captions alone, with no picture before any" in said
     assert "data.before: FOLDER" in said
-    said = bad(shared, out, "kontext", data={"pictures": str(pairs), "before": "off"})
+    said = bad("kontext", data={"pictures": str(pairs), "before": "off"})
     assert "has captions alone" in said
-    said = bad(shared, out, "flux1", **settings_of(pairs))
+    said = bad("flux1", **settings_of(pairs))
     assert "1 picture before each, and" in said
     assert "is no base that edits" in said
     assert "data.before: off" in said
-    said = bad(shared, out, "kontext", **settings_of(pairs), samples={"prompts": ["sks"]})
+    said = bad("kontext", **settings_of(pairs), samples={"prompts": ["sks"]})
     assert "sample prompts are instructions here, and have no picture to edit" in said
     lost = {"prompts": ["sks"], "before": [str(pairs / "none.png")]}
-    assert "there is no picture" in bad(shared, out, "kontext", **settings_of(pairs), samples=lost)
+    assert "there is no picture" in bad("kontext", **settings_of(pairs), samples=lost)
     torn = tmp_path / "torn.png"
     torn.write_bytes((pairs / "0.png").read_bytes()[:60])
     lost["before"] = [str(torn)]
-    assert f"{torn} cannot be edited: " in bad(shared, out, "kontext", **settings_of(pairs), samples=lost)
+    assert f"{torn} cannot be edited: " in bad("kontext", **settings_of(pairs), samples=lost)
     given = {"prompts": ["sks"], "before": [str(pairs / "0.png")]}
-    assert "samples.before is for pairs" in bad(shared, out, "flux1", samples=given)
+    assert "samples.before is for pairs" in bad("flux1", samples=given)
     drawn = {"class_count": 2, "class_prompt": "a house"}
-    said = bad(shared, out, "kontext", data={"pictures": str(pairs), **drawn})
+    said = bad("kontext", data={"pictures": str(pairs), **drawn})
     assert "class pictures that are drawn have no picture before them" in said
 
 
