@@ -36,29 +36,8 @@ from veneer.formats.topology import DENOISERS, Family, ModulePlace, flat
 
 T = TypeVar("T", bound=Pair | Delta)
 
-_DIFFUSERS_NAMED = ("sd15", "sd2", "qwen-image", "z-image")
-"""Families that sd-scripts and musubi-tuner name as diffusers does."""
-
 LYCORIS = "lycoris_"
 """Before diffusers' name of a denoiser's module, flat."""
-
-_CLIP_2 = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-_KOHYA_TEXT: dict[str, dict[str, str]] = {
-    "sd15": {"text_encoder": "lora_te_"},
-    "sd2": {"text_encoder": "lora_te_"},
-    "sdxl": _CLIP_2,
-    "sd3": {**_CLIP_2, "text_encoder_3": "lora_te3_"},
-    "sd3-large": {**_CLIP_2, "text_encoder_3": "lora_te3_"},
-    "flux1": {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te3_"},
-}
-_COMFY_TEXT: dict[str, dict[str, str]] = {
-    "sd15": {"text_encoder": "clip_l"},
-    "sd2": {"text_encoder": "clip_h"},
-    "sdxl": {"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
-    "sd3": {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"},
-    "sd3-large": {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"},
-    "flux1": {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
-}
 
 
 def kohya_tensors(
@@ -79,7 +58,6 @@ def _foreign_leaves(
     """The leaves under the names of `to`, "kohya" or "comfyui", each with the canonical modules it is made of.
 
     What has no name there, or no one change of its fused projection, goes to `refused`."""
-    text = (_KOHYA_TEXT if to == "kohya" else _COMFY_TEXT).get(family.name, {})
     out: dict[str, tuple[Leaf, tuple[str, ...]]] = {}
     denoiser: dict[str, Leaf] = {}
     for module, leaf in leaves.items():
@@ -88,13 +66,11 @@ def _foreign_leaves(
             refused[f"{family.label} has no such module{_hint(module, family)}"].append(module)
         elif component in DENOISERS or component == "text_conditioner":
             denoiser[module] = leaf
-        elif component not in text:
-            refused[f"{to} has no names for this part of {family.label}"].append(module)
         elif to == "kohya":
-            out[text[component] + flat(rest)] = leaf, (module,)
+            out[family.kohya_encoder(component) + flat(rest)] = leaf, (module,)
         else:
-            out[f"text_encoders.{text[component]}.transformer.{rest}"] = leaf, (module,)
-    if to == "kohya" and family.name in _DIFFUSERS_NAMED:
+            out[f"text_encoders.{family.comfyui_encoder(component)}.transformer.{rest}"] = leaf, (module,)
+    if to == "kohya" and family.diffusers_named:
         out |= {"lora_unet_" + flat(m.partition(".")[2]): (leaf, (m,)) for m, leaf in denoiser.items()}
         return out
     for name, found in _originals(denoiser, family, refused).items():

@@ -33,9 +33,6 @@ _PEFT_KEY = re.compile(
     r"(?P<module>.+?)(\.base_layer)*\.(lora_[AB]\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?"
     r"|token_adapter\.trainable_tokens_delta|base_layer\.(weight|bias)|bias)"
 )
-_FLAT = {"sd15", "sd2", "qwen-image", "z-image"}
-"""Families whose network sd-scripts and musubi-tuner build under diffusers' names."""
-_T5 = {"flux1": "text_encoder_2", "sd3": "text_encoder_3", "sd3-large": "text_encoder_3"}
 
 
 def _own_names(modules: Iterable[str]) -> dict[str, str]:
@@ -79,31 +76,20 @@ def _module_of(key: str, asked: Mapping[str, Collection[str]]) -> str:
 def _asked(family: Family, to: str) -> Mapping[str, Collection[str]]:
     """Text -> the canonical modules that what is found under it changes."""
     out: dict[str, list[str]] = defaultdict(list)
-    encoders = [c for c in family.components if c != family.denoiser]
     for module in family.modules:
         component, _, own = module.partition(".")
         if to == "diffusers":
             out[module].append(module)
         elif component != family.denoiser and to == "kohya":
-            number = "" if len(encoders) == 1 else "3" if component == _T5.get(family.name) else component[13:] or "1"
-            out[f"lora_te{number}_{flat(own)}"].append(module)
+            out[family.kohya_encoder(component) + flat(own)].append(module)
         elif component != family.denoiser:
-            out[f"text_encoders.{_clip_name(family, component)}.transformer.{own}"].append(module)
-        elif to == "kohya" and family.name in _FLAT:
+            out[f"text_encoders.{family.comfyui_encoder(component)}.transformer.{own}"].append(module)
+        elif to == "kohya" and family.diffusers_named:
             out[f"lora_unet_{flat(own)}"].append(module)
-    if to != "diffusers" and not (to == "kohya" and family.name in _FLAT):
+    if to != "diffusers" and not (to == "kohya" and family.diffusers_named):
         for original, places in family.originals.items():
             text = f"lora_unet_{flat(original)}" if to == "kohya" else f"diffusion_model.{original}"
             out[text] += [place.module for place in places]
             for place in places if len(places) > 1 else ():  # LyCORIS' and ComfyUI's names for rows of it
                 out[LYCORIS + flat(place.module.partition(".")[2])].append(place.module)
     return out
-
-
-def _clip_name(family: Family, component: str) -> str:
-    """What ComfyUI's text encoders of a family are called in its model."""
-    if component == _T5.get(family.name):
-        return "t5xxl"
-    if component == "text_encoder_2":
-        return "clip_g"
-    return "clip_h" if family.name == "sd2" else "clip_l"

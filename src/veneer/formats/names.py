@@ -93,17 +93,10 @@ def _encoder_prefixes(family: Family, component: str) -> Iterator[str]:
     """The flat prefixes kohya and OneTrainer give a text encoder, and ComfyUI's dotted one."""
     if not component.startswith("text_encoder"):
         return
-    encoders = [c for c in family.components if c != family.denoiser]
-    if len(encoders) == 1:
-        yield "lora_te_"
-    else:
-        yield f"lora_te{encoders.index(component) + 1}_"
-    if family.name == "flux1" and component == "text_encoder_2":
-        yield "lora_te3_"
-    is_t5 = f"{component}.shared" in family.modules
-    first = "clip_h" if family.name == "sd2" else "clip_l"
-    comfy = "t5xxl" if is_t5 else "clip_g" if component == "text_encoder_2" else first
-    yield f"text_encoders.{comfy}.transformer."
+    if len(family.encoders) > 1:
+        yield f"lora_te{family.encoders.index(component) + 1}_"  # OneTrainer's of FLUX.1's T5 is the second
+    yield family.kohya_encoder(component)
+    yield f"text_encoders.{family.comfyui_encoder(component)}.transformer."
 
 
 def _xlabs(family: Family) -> Iterator[tuple[str, tuple[ModulePlace, ...]]]:

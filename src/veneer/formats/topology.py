@@ -39,7 +39,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 RowRange = tuple[int, int, int]
 """Rows [begin, end) of `total`, in equal units: q of a fused qkv is (0, 1, 3)."""
@@ -397,12 +397,15 @@ class ModulePlace:
 @dataclass(frozen=True)
 class Family:
     """`modules`: canonical name -> linear, conv, embedding or norm. `originals`: the original name of each module of
-    the denoiser, without a prefix -> where it lands."""
+    the denoiser, without a prefix -> where it lands. `diffusers_named`: sd-scripts and musubi-tuner name the denoiser's
+    modules as diffusers does. `clip`: what ComfyUI calls its first text encoder."""
 
     name: str
     label: str
     modules: Mapping[str, str]
     originals: Mapping[str, tuple[ModulePlace, ...]]
+    diffusers_named: bool = False
+    clip: str = "clip_l"
 
     @cached_property
     def components(self) -> tuple[str, ...]:
@@ -411,6 +414,25 @@ class Family:
     @cached_property
     def denoiser(self) -> str:
         return next(c for c in self.components if c in DENOISERS)
+
+    @cached_property
+    def encoders(self) -> tuple[str, ...]:
+        return tuple(c for c in self.components if c != self.denoiser)
+
+    def kohya_encoder(self, component: str) -> str:
+        """What sd-scripts puts before the names of a text encoder's modules; a T5 is always its third."""
+        if len(self.encoders) == 1:
+            return "lora_te_"
+        return "lora_te3_" if self._is_t5(component) else f"lora_te{component[13:] or 1}_"
+
+    def comfyui_encoder(self, component: str) -> str:
+        """What ComfyUI calls a text encoder."""
+        if self._is_t5(component):
+            return "t5xxl"
+        return "clip_g" if component == "text_encoder_2" else self.clip
+
+    def _is_t5(self, component: str) -> bool:
+        return f"{component}.shared" in self.modules
 
 
 def flat(name: str) -> str:
@@ -428,6 +450,7 @@ def families() -> Mapping[str, Family]:
             "Stable Diffusion 1.x",
             unet((1, 1, 1, 0), (1, 2, 4, 4), "conv", False),
             clip("text_encoder", 12, False),
+            diffusers_named=True,
         ),
         _family(
             "sdxl",
@@ -438,8 +461,8 @@ def families() -> Mapping[str, Family]:
         ),
         _family("flux1", "FLUX.1", flux1(19, 38, True), clip("text_encoder", 12, False), t5("text_encoder_2", 24)),
         _family("flux2", "FLUX.2", flux2(8, 48, True)),
-        _family("qwen-image", "Qwen-Image", qwen_image(60)),
-        _family("z-image", "Z-Image", z_image(30, 2)),
+        _family("qwen-image", "Qwen-Image", qwen_image(60), diffusers_named=True),
+        _family("z-image", "Z-Image", z_image(30, 2), diffusers_named=True),
         _family("krea2", "Krea 2", krea2(28, 2, 2)),
         _family("anima", "Anima", anima(28, 6)),
         _family("sd3", "Stable Diffusion 3 and 3.5 medium", sd3(24, range(13)), l_g_t5),
@@ -449,6 +472,8 @@ def families() -> Mapping[str, Family]:
             "Stable Diffusion 2.x",
             unet((1, 1, 1, 0), (1, 2, 4, 4), "linear", False),
             clip("text_encoder", 23, False),
+            diffusers_named=True,
+            clip="clip_h",
         ),
     ]
     return MappingProxyType({family.name: family for family in made})
@@ -464,7 +489,7 @@ def strangers() -> Mapping[str, Family]:
     return MappingProxyType({family.name: family for family in made})
 
 
-def _family(name: str, label: str, *components: Iterable[ModuleRow]) -> Family:
+def _family(name: str, label: str, *components: Iterable[ModuleRow], **facts: Any) -> Family:
     modules: dict[str, str] = {}
     originals: dict[str, list[ModulePlace]] = defaultdict(list)
     for row in chain(*components):
@@ -477,4 +502,5 @@ def _family(name: str, label: str, *components: Iterable[ModuleRow]) -> Family:
         label,
         MappingProxyType(modules),
         MappingProxyType({key: tuple(places) for key, places in originals.items()}),
+        **facts,
     )

@@ -72,7 +72,8 @@ def check_masks(pictures: Iterable[TrainingPicture], folder: str, settings: Imag
             wrong.append(f"{picture.mask}: {error}")
             continue
         resized += size != picture.size
-        wrong += [f"{picture.mask}: {why}"] if (why := picture.unlike(size)) else []
+        if why := picture.unlike(size):
+            wrong.append(f"{picture.mask}: {why}")
     if wrong:
         raise DataError(
             f"{len(wrong)} mask(s) cannot be used:\n{bullets(wrong)}",
