@@ -218,7 +218,7 @@ def test_an_edit_is_learned_from_what_is_before(shared: Path, pairs: Path, konte
             return float(loss.row_errors(batch_of(test, before, 0), noise, times).mean())
 
         untrained = scored(-test)
-        for step in range(130):
+        for step in range(100):
             after = signs(32)
             value = loss(batch_of(after, -after, step + 1)) / 32
             optimizer.zero_grad()

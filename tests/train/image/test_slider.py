@@ -123,8 +123,8 @@ def test_the_effect_follows_the_strength_and_turns_with_its_sign(shared: Path, f
     """The prediction moves along the direction, monotone in the strength; near 0 as far to either side."""
     base = load_image(str(tiny_image_base(shared, family)))
     result = run(
-        shared, tmp_path / "out", family, base=base, slider={"guidance": 2.0, "scenes": 6, "target": ""},
-        schedule={"steps": 30, "name": "constant"}, optimizer={"learning_rate": 1e-2},
+        shared, tmp_path / "out", family, base=base, slider={"guidance": 2.0, "target": ""},
+        schedule={"steps": 20, "name": "constant"}, optimizer={"learning_rate": 1e-2},
         adapter={"targets": "all-linear"},
     )  # fmt: skip
     g = torch.Generator().manual_seed(9)
