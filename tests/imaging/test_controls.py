@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+import veneer
+from tests.tiny_image_base import tiny_image_base
 from veneer.errors import ConfigError, DataError, MissingExtraError
-from veneer.imaging.controls import ControlSpec, canny, control_picture, flattened, hashed_picture, parse_control
+from veneer.imaging.controls import (
+    ControlSpec,
+    canny,
+    control_model_of,
+    control_picture,
+    flattened,
+    hashed_picture,
+    parse_control,
+)
 
 
 @pytest.mark.parametrize(
@@ -18,6 +28,7 @@ from veneer.imaging.controls import ControlSpec, canny, control_picture, flatten
         ("canny=sketch.png", ControlSpec("canny", "sketch.png")),
         ("canny=sketch.png:0.7", ControlSpec("canny", "sketch.png", 0.7)),
         ("edges=a/b.png:0.7@0-0.5", ControlSpec("edges", "a/b.png", 0.7, "", 0.0, 0.5)),
+        ("depth=d.png", ControlSpec("depth", "d.png")),
         ("depth@runs/depth=d.png:0.5", ControlSpec("depth", "d.png", 0.5, "runs/depth")),
         ("canny=C:\\a.png", ControlSpec("canny", "C:\\a.png")),
     ],
@@ -27,11 +38,26 @@ def test_a_spec_is_a_kind_a_picture_and_a_weight(text: str, spec: ControlSpec) -
 
 
 @pytest.mark.parametrize(
-    "text", ["sketch.png", "canny=", "canny=a.png:x", "canny=a.png:0.7@50%-60%", "canny=a.png@0.6-0.2", "depth=d.png"]
+    "text", ["sketch.png", "canny=", "canny=a.png:x", "canny=a.png:0.7@50%-60%", "canny=a.png@0.6-0.2", "pose=d.png"]
 )
 def test_what_is_no_control_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_control(text)
+
+
+def test_a_base_has_the_controlnets_beside_it_or_those_that_are_usual_for_its_family(tmp_path: Path) -> None:
+    base = veneer.load_image_base(str(tiny_image_base(tmp_path, "sdxl")))
+    depth = parse_control("depth=d.png")
+    assert control_model_of(base, depth) == "diffusers/controlnet-depth-sdxl-1.0"
+    beside = base.directory.with_name(f"{base.directory.name}-depth")
+    beside.mkdir()
+    (beside / "config.json").write_text("{}")
+    assert control_model_of(base, depth) == str(beside)
+    assert control_model_of(base, parse_control("edges=d.png")) == "diffusers/controlnet-canny-sdxl-1.0"
+    assert control_model_of(base, parse_control("depth@other=d.png")) == "other"
+    emoji = veneer.load_image_base("emoji-sdxl")
+    with pytest.raises(ConfigError, match="no depth ControlNet is known for emoji-sdxl"):
+        control_model_of(emoji, depth)
 
 
 def test_edges_are_opencvs_after_resizing() -> None:

@@ -59,7 +59,7 @@ ControlOption = Annotated[
     typer.Option(
         "--control",
         "-c",
-        help="canny=PICTURE:weight finds edges, edges=PICTURE has them; depth@MODEL=PICTURE: another ControlNet.",
+        help="canny=PICTURE:weight finds edges, edges= has them, depth= a depth picture; pose@MODEL= any ControlNet.",
     ),
 ]
 NegativeOption = Annotated[str | None, typer.Option("--negative", "-n", help="What the pictures should not show.")]

@@ -2,7 +2,8 @@
 
 canny=sketch.png:0.7             the edges of sketch.png, found by OpenCV's Canny, through the base's canny ControlNet
 edges=edges.png:0.7              the same ControlNet, the picture as it is (white edges on black)
-depth@runs/depth=d.png:0.5       another ControlNet by name or folder, the picture as it is
+depth=d.png:0.7                  the picture as it is (near is light), through the base's depth ControlNet
+pose@runs/pose=p.png:0.5         another ControlNet by name or folder, the picture as it is
 canny=sketch.png:0.7@0-0.5       in the first half of the steps
 """
 
@@ -32,15 +33,15 @@ _FORM = re.compile(
     r"(?::(?P<weight>[^:@/\\]+))?(?:@(?P<begin>[0-9.]+)-(?P<end>[0-9.]+))?"
 )
 _EXAMPLE = "KIND[@MODEL]=PICTURE[:weight][@FROM-TO], as in canny=sketch.png:0.7"
-_OWN = ("canny", "edges")
+OWN_KINDS = {"canny": "canny", "edges": "canny", "depth": "depth"}
+"""Kinds of control pictures for which bases have a ControlNet of their own -> the kind that it was trained on."""
 CANNY = (100, 200)
 """The thresholds of the gradient below which there is no edge and above which there is one."""
 
 
 @dataclass(frozen=True)
 class ControlSpec:
-    """One control of a picture. `model`: a ControlNet's name or folder; "", for the kinds `canny` and `edges`: the
-    base's own canny ControlNet."""
+    """One control of a picture. `model`: a ControlNet's name or folder; "", for one of OWN_KINDS: the base's own."""
 
     kind: str
     path: str
@@ -65,26 +66,31 @@ def parse_control(spec: str | ControlSpec) -> ControlSpec:
         weight = begin = end = math.nan
     if not math.isfinite(weight) or not 0 <= begin < end <= 1:
         raise ConfigError(f"{spec!r} has a weight or a range of steps that is not valid", fix=_EXAMPLE)
-    if found["kind"] not in _OWN and not found["model"]:
+    if found["kind"] not in OWN_KINDS and not found["model"]:
         raise ConfigError(
             f"control {found['kind']!r} needs a ControlNet",
-            fix=f"name it, as in {found['kind']}@FOLDER={found['path']}; canny and edges have the base's own",
+            fix=f"name it, as in {found['kind']}@FOLDER={found['path']}; {', '.join(OWN_KINDS)} take the base's own",
         )
     return ControlSpec(found["kind"], found["path"], weight, found["model"] or "", begin, end)
 
 
 def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
-    """The name to load the ControlNet by: the built-in base's, one in or beside the base's folder, or the hub's."""
+    """The name to load the ControlNet by: the built-in base's, one in or beside the base's folder, or the hub's. Raises
+    ConfigError if none is known."""
     if spec.model:
         return spec.model
-    if base.name in PACKAGED:
-        return f"{base.name}-canny"
-    for folder in (base.directory / "controlnet-canny", base.directory.with_name(f"{base.directory.name}-canny")):
-        if (folder / "config.json").is_file():
-            return str(folder)
-    if not base.row.canny:
-        raise ConfigError(f"no canny ControlNet is known for {base.family}", fix=f"name one: {spec.kind}@NAME=…")
-    return base.row.canny
+    kind = OWN_KINDS[spec.kind]
+    if base.name not in PACKAGED:
+        for folder in (
+            base.directory / f"controlnet-{kind}",
+            base.directory.with_name(f"{base.directory.name}-{kind}"),
+        ):
+            if (folder / "config.json").is_file():
+                return str(folder)
+    known = PACKAGED.get(base.name, base.row).controlnets
+    if kind not in known:
+        raise ConfigError(f"no {kind} ControlNet is known for {base.name}", fix=f"name one: {spec.kind}@NAME=…")
+    return known[kind]
 
 
 def hashed_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,11 +58,24 @@ BUILTIN = {
 }
 
 
+@dataclass(frozen=True)
+class Packaged:
+    """An image base that comes with the package. `controlnets`: kind of control picture -> the ControlNet for it."""
+
+    summary: str
+    controlnets: Mapping[str, str]
+
+
 PACKAGED = {
-    "emoji-flux": "text to pictures of 64 × 64, a small FLUX.1 trained on named emoji",
-    "emoji-sdxl": "text to pictures of 64 × 64, a small SDXL trained on named emoji",
+    "emoji-flux": Packaged(
+        "text to pictures of 64 × 64, a small FLUX.1 trained on named emoji", {"canny": "emoji-flux-canny"}
+    ),
+    "emoji-sdxl": Packaged(
+        "text to pictures of 64 × 64, a small SDXL trained on named emoji", {"canny": "emoji-sdxl-canny"}
+    ),
 }
-"""Image bases that come with the package, in its `bases` folder; `<name>-canny` beside each is its ControlNet."""
+"""They and their ControlNets are folders of the package's `bases`."""
+_FOLDERS = {*PACKAGED, *(net for base in PACKAGED.values() for net in base.controlnets.values())}
 
 
 def packaged_place() -> Path:
@@ -70,8 +83,11 @@ def packaged_place() -> Path:
     return Path(__file__).resolve().parents[1] / "bases"
 
 
-def packaged(name: str) -> Path:
-    """The directory of a base, or of a ControlNet, that comes with the package. Raises BaseError if it is missing."""
+def packaged(name: str) -> Path | None:
+    """The directory of a base, or of a ControlNet, that comes with the package; None for another name. Raises BaseError
+    if it is missing."""
+    if name not in _FOLDERS:
+        return None
     found = packaged_place() / name
     if not found.is_dir():
         raise BaseError(

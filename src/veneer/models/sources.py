@@ -49,7 +49,7 @@ def known_bases() -> list[KnownBase]:
         for b in BUILTIN.values()
     ]
     place = packaged_place()
-    out += [KnownBase(n, place / n, (place / n).is_dir(), summary) for n, summary in PACKAGED.items()]
+    out += [KnownBase(n, place / n, (place / n).is_dir(), base.summary) for n, base in PACKAGED.items()]
     home = bases_home()
     if home.is_dir():
         for folder in sorted(home.iterdir()):
@@ -63,8 +63,8 @@ def find_base(name: str, *, source: Path | None = None, say: Callable[[str], Non
 
     `source`: for a built-in base, a local wheel or GGUF file to make it from. `say` is called with a line before each
     step that takes time. Raises BaseError that says where it looked, and how to get a base without a hub."""
-    if name.removesuffix("-canny") in PACKAGED and source is None:
-        return packaged(name)
+    if source is None and (place := packaged(name)) is not None:
+        return place
     if name in BUILTIN:
         return get_builtin(BUILTIN[name], source=source, say=say)
     if source is not None:
@@ -97,8 +97,8 @@ def _base_here(name: str) -> Path | None:
     was not made yet, a hub id. Raises BaseError for what is neither, and for a file or directory that is not a base."""
     if not name.strip():
         raise BaseError("the base has no name", fix=_WAYS)
-    if name.removesuffix("-canny") in PACKAGED:
-        return packaged(name)
+    if (inside := packaged(name)) is not None:
+        return inside
     if name in BUILTIN:
         place = builtin_place(BUILTIN[name])
         return place if (place / "base.json").exists() else None

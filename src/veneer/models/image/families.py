@@ -37,7 +37,7 @@ class ImageFamily:
     pipeline's argument for it; `unguided`: where it does nothing; `true_guidance`: the pipeline has one beside the
     distilled. `time_ids`: the denoiser reads sizes. `refers`: the denoiser tells reference pictures apart by their
     positions, though a base may not have learned to. `shifted`: the pipeline shifts the schedule by the picture's size;
-    `unfit`: schedulers that it cannot run. `canny`: the usual canny ControlNet on the hub.
+    `unfit`: schedulers that it cannot run. `controlnets`: kind of control picture -> the usual ControlNet on the hub.
     `settings`: arguments of the pipelines' constructors; `encoding`: of their encode_prompt, where `pooled` and `mask`
     stand in what it returns."""
 
@@ -66,7 +66,7 @@ class ImageFamily:
     refers: bool = False
     shifted: bool = False
     unfit: tuple[str, ...] = ()
-    canny: str = ""
+    controlnets: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     encoding: Mapping[str, Any] = field(default_factory=dict)
     pooled: int | None = None
@@ -82,7 +82,7 @@ def _kinds(stem: str, image: str = "Img2Img", inpaint: str = "Inpaint") -> dict[
 _ONE_PROMPT = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1}
 
 
-def _stable(name: str, label: str, canny: str = "") -> ImageFamily:
+def _stable(name: str, label: str, controlnets: Mapping[str, str] | None = None) -> ImageFamily:
     stem = "StableDiffusion"
     return ImageFamily(
         name,
@@ -94,7 +94,7 @@ def _stable(name: str, label: str, canny: str = "") -> ImageFamily:
         "ControlNetModel",
         encoders=("text_encoder",),
         flow=False,
-        canny=canny,
+        controlnets=controlnets or {},
         settings={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
         encoding=_ONE_PROMPT,
     )
@@ -103,7 +103,11 @@ def _stable(name: str, label: str, canny: str = "") -> ImageFamily:
 FAMILIES: Mapping[str, ImageFamily] = {
     f.name: f
     for f in [
-        _stable("sd15", "Stable Diffusion 1.x", "lllyasviel/control_v11p_sd15_canny"),
+        _stable(
+            "sd15",
+            "Stable Diffusion 1.x",
+            {"canny": "lllyasviel/control_v11p_sd15_canny", "depth": "lllyasviel/control_v11f1p_sd15_depth"},
+        ),
         _stable("sd2", "Stable Diffusion 2.x"),
         ImageFamily(
             "sdxl",
@@ -115,7 +119,10 @@ FAMILIES: Mapping[str, ImageFamily] = {
             "ControlNetModel",
             encoders=("text_encoder", "text_encoder_2"),
             flow=False,
-            canny="diffusers/controlnet-canny-sdxl-1.0",
+            controlnets={
+                "canny": "diffusers/controlnet-canny-sdxl-1.0",
+                "depth": "diffusers/controlnet-depth-sdxl-1.0",
+            },
             settings={"add_watermarker": False},
             encoding=_ONE_PROMPT,
             pooled=2,
@@ -134,7 +141,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
             patch=2,
             encoding={**_ONE_PROMPT, "prompt_2": None, "prompt_3": None},
             pooled=2,
-            canny="InstantX/SD3-Controlnet-Canny",
+            controlnets={"canny": "InstantX/SD3-Controlnet-Canny", "depth": "InstantX/SD3-Controlnet-Depth"},
         ),
         ImageFamily(
             "flux1",
@@ -155,7 +162,10 @@ FAMILIES: Mapping[str, ImageFamily] = {
             true_guidance=True,
             refers=True,
             shifted=True,
-            canny="InstantX/FLUX.1-dev-Controlnet-Canny",
+            controlnets={
+                "canny": "InstantX/FLUX.1-dev-Controlnet-Canny",
+                "depth": "Shakker-Labs/FLUX.1-dev-ControlNet-Depth",
+            },
         ),
         ImageFamily(
             "flux2",

@@ -24,7 +24,7 @@ from veneer.core.targets import base_modules
 from veneer.errors import ConfigError, VeneerError
 from veneer.formats.strengths import Strength, factors_by_module
 from veneer.imaging.adapters import AdapterSource, add_divided, idle_ranges, mix_plan, without_effect
-from veneer.imaging.controls import ControlSpec, control_model_of
+from veneer.imaging.controls import OWN_KINDS, ControlSpec, control_model_of
 from veneer.imaging.make import Ask, recorded_picture, shared_record
 from veneer.models.image.base import load_control, readers
 from veneer.models.image.generate import MixPlan, Moment, PictureSettings, check_rows, generate_images
@@ -69,9 +69,9 @@ class _Held:
 class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     """Draws on one base until it is closed. A context manager.
 
-    `read`: digest -> adapter, checked against the base. `controls`: kind -> name or folder of a ControlNet; canny and
-    edges have the base's own. `window`: seconds that a first picture waits for company. `adapter_bytes`: what adapters
-    in memory may take up. `stuck_seconds`: how long it takes until a step that does not end is a fault."""
+    `read`: digest -> adapter, checked against the base. `controls`: kind -> name or folder of a ControlNet;
+    OWN_KINDS have the base's own. `window`: seconds that a first picture waits for company. `adapter_bytes`: what
+    adapters in memory may take up. `stuck_seconds`: how long it takes until a step that does not end is a fault."""
 
     makes = "pictures"
 
@@ -171,8 +171,8 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         that there is none for."""
         with self._preparing:
             if kind not in self._controls:
-                if kind not in self._control_names and kind not in ("canny", "edges"):
-                    known = ", ".join(sorted({"canny", "edges", *self._control_names}))
+                if kind not in self._control_names and kind not in OWN_KINDS:
+                    known = ", ".join(sorted({*OWN_KINDS, *self._control_names}))
                     raise invalid(f"there is no control of type {kind!r}; there are {known}", "control")
                 try:
                     name = self._control_names.get(kind) or control_model_of(self.base, ControlSpec(kind, ""))

@@ -472,7 +472,7 @@ GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
     ({"output_compression": 50}, 400, "invalid_request", "PNG"),
     ({"partial_images": 1}, 400, "invalid_request", "stream"),
     ({"scheduler": "eulr"}, 400, "invalid_request", "eulr"),
-    ({"control": {"type": "pose", "image": b64(noise())}}, 400, "invalid_request", "canny, edges"),
+    ({"control": {"type": "pose", "image": b64(noise())}}, 400, "invalid_request", "canny, depth, edges"),
     ({"control": {"type": "edges", "image": b64(noise(64, 32))}, "size": "32x32"}, 400, "invalid_request", "another p"),
     ({"control": {"type": "edges", "image": "bm90aGluZw=="}}, 400, "invalid_request", "not a picture"),
 ]  # fmt: skip
