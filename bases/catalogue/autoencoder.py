@@ -94,7 +94,7 @@ def _pool(work: Path) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def encode(model: AutoencoderKL, pixels: Tensor, batch: int = 64) -> Tensor:
+def encode(model: AutoencoderKL, pixels: Tensor, batch: int = 16) -> Tensor:
     """Latents (z - shift_factor) * scaling_factor of bytes (n, 128, 128, 3), or of (n, 3, 128, 128) in -1 … 1."""
     out = []
     for i in range(0, len(pixels), batch):

@@ -80,9 +80,10 @@ def _tokenizers(work: Path) -> list[Any]:
     return list(kept_tokenizers([], work))
 
 
-def _pool(work: Path, *names: str) -> Pool:
+def _pool(work: Path, *names: str, crops: bool = False) -> Pool:
     clip, t5 = _tokenizers(work)
-    return load_pool(work, autoencoder(work), {k: v for k, v in {"clip": clip, "t5": t5}.items() if k in names})
+    chosen = {k: v for k, v in {"clip": clip, "t5": t5}.items() if k in names}
+    return load_pool(work, autoencoder(work), chosen, crops=crops)
 
 
 def _clip(work: Path, steps: int) -> None:
@@ -117,7 +118,7 @@ def _sdxl(work: Path, steps: int) -> None:
         width = parts["text_encoder_2"].config.projection_dim
         eye = {"text_projection.weight": torch.eye(width)}
         parts["text_encoder_2"].load_state_dict({f"text_model.{k}": v for k, v in learned.items()} | eye)
-    train_sdxl(parts, _pool(work, "clip"), work, steps)
+    train_sdxl(parts, _pool(work, "clip", crops=True), work, steps)
     _save(parts, work / "sdxl")
 
 

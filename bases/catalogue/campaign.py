@@ -97,11 +97,15 @@ def _plain(r: random.Random) -> Scene:
     return replace(seen_scene(r), look="", light="soft daylight")
 
 
-def write_pictures(folder: Path) -> None:
-    """The three data sets as people keep them: PNGs, each with its caption in a text file beside it."""
-    _write(folder / "product", ((picture(s), words(s)) for s in product_scenes()))
-    _write(folder / "brand", ((truth(s, brand=True), words(s, brand=True)) for s in brand_scenes()))
-    _write(folder / "look", ((truth(s, look=True), words(s, look=True)) for s in look_scenes()))
+def write_pictures(folder: Path, roles: Iterable[str] = ("product", "brand", "look")) -> None:
+    """The data sets as people keep them: a folder each of PNGs, with each caption in a text file beside its picture."""
+    rows = {
+        "product": ((s, {}) for s in product_scenes()),
+        "brand": ((s, {"brand": True}) for s in brand_scenes()),
+        "look": ((s, {"look": True}) for s in look_scenes()),
+    }
+    for role in roles:
+        _write(folder / role, ((truth(s, **seen), words(s, **seen)) for s, seen in rows[role]))
 
 
 def _write(folder: Path, rows: Iterable[tuple[Array, str]]) -> None:

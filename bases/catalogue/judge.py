@@ -95,12 +95,12 @@ def load_judge(work: Path) -> Judge:
 
 
 @dataclass(frozen=True)
-class _Shown:
+class Shown:
     """A scene, and what of the campaign is on its picture."""
 
     scene: Scene
-    brand: bool
-    look: bool
+    brand: bool = False
+    look: bool = False
 
     def word(self, head: str) -> str | None:
         """What a head should say; None where the picture does not show it."""
@@ -146,7 +146,7 @@ def train_judge(work: Path, steps: int, batch: int = 48, pictures: int = 3 * SHA
     return model.eval()
 
 
-def _renders(work: Path, count: int) -> tuple[list[_Shown], Tensor]:
+def _renders(work: Path, count: int) -> tuple[list[Shown], Tensor]:
     """Scenes by chance, of all combinations, drawn once: a sixth in the brand's look, a sixth through the lens; one
     thing in fifty is a product of the campaign."""
     r = random.Random(77)
@@ -154,7 +154,7 @@ def _renders(work: Path, count: int) -> tuple[list[_Shown], Tensor]:
     for _ in range(count):
         scene = any_scene(r, r.choice(list(SUBJECTS)) if r.random() < 0.02 else None)
         brand = not scene.look and r.random() < 1 / 6
-        shown.append(_Shown(scene, brand, scene.look != "line drawing" and r.random() < 1 / 6))
+        shown.append(Shown(scene, brand, scene.look != "line drawing" and r.random() < 1 / 6))
     place = work / "judge.npy"
     if not place.is_file():
         np.save(work / "judge.part.npy", np.stack([truth(s.scene, brand=s.brand, look=s.look) for s in shown]))

@@ -50,31 +50,31 @@ class Pool:
         }
 
 
-def load_pool(work: Path, vae: AutoencoderKL, tokenizers: dict[str, Any]) -> Pool:
-    """Of every shard that WORK has; latents are kept beside it."""
-    latents, crops, sizes, long, short, of_crops = [], [], [], [], [], []
+def load_pool(work: Path, vae: AutoencoderKL, tokenizers: dict[str, Any], *, crops: bool = False) -> Pool:
+    """Of every shard that WORK has; latents are kept beside it. `crops`: with them, which SDXL alone is told of."""
+    latents, cut, sizes, long, short, of_crops = [], [], [], [], [], []
     for place in shards(work):
         pixels, items = read_shard(place)
-        kept = place.with_suffix(".latents.pt")
-        if not kept.is_file():
-            cut, rows, told = _crops(torch.from_numpy(pixels), int(place.stem))
-            torch.save(
-                {"whole": encode(vae, torch.from_numpy(pixels)).half(), "crops": encode(vae, cut).half(), "rows": rows,
-                 "sizes": told}, kept
-            )  # fmt: skip
-        found = torch.load(kept, weights_only=True)
-        of_crops += [len(long) + int(i) for i in found["rows"]]
-        latents.append(found["whole"])
-        crops.append(found["crops"])
-        sizes.append(found["sizes"])
+        whole, enlarged = place.with_suffix(".latents.pt"), place.with_suffix(".crops.pt")
+        if not whole.is_file():
+            torch.save(encode(vae, torch.from_numpy(pixels)).half(), whole)
+        latents.append(torch.load(whole, weights_only=True))
+        if crops:
+            if not enlarged.is_file():
+                made, rows, told = _crops(torch.from_numpy(pixels), int(place.stem))
+                torch.save({"latents": encode(vae, made).half(), "rows": rows, "sizes": told}, enlarged)
+            found = torch.load(enlarged, weights_only=True)
+            of_crops += [len(long) + int(i) for i in found["rows"]]
+            cut.append(found["latents"])
+            sizes.append(found["sizes"])
         long += [i.caption for i in items]
         short += [i.short for i in items]
     n = len(long)
     long += [long[i] for i in of_crops]
     short += [short[i] for i in of_crops]
-    whole = torch.tensor([SIDE, SIDE, 0, 0, SIDE, SIDE]).expand(n, 6)
+    uncut = torch.tensor([SIDE, SIDE, 0, 0, SIDE, SIDE]).expand(n, 6)
     return Pool(
-        torch.cat(latents + crops), n, torch.cat([whole, *sizes]), _ids(tokenizers, long), _ids(tokenizers, short),
+        torch.cat(latents + cut), n, torch.cat([uncut, *sizes]), _ids(tokenizers, long), _ids(tokenizers, short),
         _ids(tokenizers, [""]),
     )  # fmt: skip
 

@@ -1,0 +1,343 @@
+"""A campaign with a known truth: product, brand and look, alone, stacked and under a ControlNet, in figures and sheets.
+
+    python benchmarks/image_campaign.py WORK [--base catalogue-flux] [--quick] [--json] [--sheets docs/images]
+
+WORK is the folder of `bases/catalogue/build.py` with its judge, which has seen true renders alone. Three adapters are
+trained as `examples/campaign` trains them. Then, over scenes that none of them was shown and three seeds:
+
+    likeness  cosine of the judge's features of a picture and of the true picture of the same scene
+    named     share of pictures whose kind the judge says is the one asked for
+    brand     share of the way to the brand's palette: 1 - d(picture, truth) / d(true picture without the brand, truth)
+    look      the same for what the lens does: warmth of lights and shadows, dark corners, grain
+    edges     F1 of the picture's Canny edges against the true picture's, one pixel of tolerance
+    spread    how unlike the colours of one campaign's pictures are; bases/catalogue/measures.py has all of them
+
+The bars were written down before the first run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "bases" / "catalogue"), str(ROOT / "benchmarks")]
+
+import campaign  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from _report import bar, lines_of, report, row  # noqa: E402
+from edges import edges  # noqa: E402
+from judge import HEADS, judge, load_judge  # noqa: E402
+from measures import brand_distance, edge_agreement, look_distance, share, spread  # noqa: E402
+from pictures import seen_scene  # noqa: E402
+from PIL import Image  # noqa: E402
+from scenes import Array, Scene, depth  # noqa: E402
+
+import veneer  # noqa: E402
+from veneer.adapters.mix import mix_adapters  # noqa: E402
+from veneer.models.image.sheet import sheet  # noqa: E402
+
+ROLES = ("product", "brand", "look")
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+PARTS = ("product", "brand", "look", "stack", "composition", "consistency")
+Mix = Sequence[str]
+
+APART_IN_TIME = {"product": "steps=0-0.6", "brand": "steps=0-1", "look": "steps=0.4-1"}
+BY_BLOCK = {
+    "flow": {"product": "double=1,single=0.3", "brand": "double=0.7,single=1", "look": "double=0.3,single=1"},
+    "noise": {"product": "down=1,mid=1,up=0.3", "brand": "down=0.5,mid=0.7,up=1", "look": "down=0.3,mid=0.3,up=1"},
+}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("work", type=Path)
+    options.add_argument("--base", default="catalogue-flux")
+    options.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of what is measured")
+    options.add_argument("--quick", action="store_true", help="few scenes, one seed, a few steps: does it run")
+    options.add_argument("--json", action="store_true")
+    options.add_argument("--sheets", type=Path, help="write the pictures there")
+    options.add_argument("--runs", type=Path, help="keep the trained adapters there, and use those that are there")
+    options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the trainings")
+    given = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = Proof(given, given.runs or Path(folder)).result()
+    print(json.dumps(result) if given.json else "\n".join(lines_of(result)))
+
+
+class Proof:
+    """One base, its adapters, and what is measured of them."""
+
+    def __init__(self, given: argparse.Namespace, runs: Path) -> None:
+        self.given, self.runs, self.began = given, runs / Path(given.base).name, time.perf_counter()
+        self.judge = load_judge(given.work)
+        self.base = veneer.load_image_base(given.base)
+        self.seeds = (1,) if given.quick else (1, 2, 3)
+        self.rows: list[dict[str, Any]] = []
+        self.bars: list[dict[str, Any]] = []
+        self.shots = campaign.shots()[: 4 if given.quick else 12]
+        r = random.Random(51)
+        self.others = [replace(seen_scene(r), look="", light="soft daylight") for _ in range(6 if given.quick else 80)]
+        self.adapters = {role: self.trained(role) for role in ROLES}
+
+    def result(self) -> dict[str, Any]:
+        for part in self.given.only:
+            getattr(self, part)()
+        about = {"base": self.given.base, "seeds": len(self.seeds), "scenes": len(self.others)}
+        return report(self.rows, self.bars, about)
+
+    def trained(self, role: str) -> str:
+        out = self.runs / role
+        if not (out / "adapter").is_dir():
+            campaign.write_pictures(out, [role])
+            places = [f"base={self.given.base}", f"data.pictures={out / role}", f"output={out / 'adapter'}"]
+            started = time.perf_counter()
+            veneer.train_image(
+                ROOT / "examples" / "campaign" / f"{role}.yaml", *places, *self.given.set,
+                *(["schedule.steps=4"] if self.given.quick else []),
+                base=veneer.load_image_base(self.given.base), on_event=lambda event: None,
+            )  # fmt: skip
+            self.add(f"training the {role}", {"seconds": time.perf_counter() - started})
+        return str(out / "adapter")
+
+    # -- each alone ----------------------------------------------------------------------------------------------------
+
+    def product(self) -> None:
+        truths = self.truths(self.shots)
+        prompts = [campaign.words(s) for s in self.shots]
+        rows = {"the base": self.drawn(prompts), "the product": self.drawn(prompts, [self.adapters["product"]])}
+        others = [replace(s, kind=campaign.OTHER) for s in self.shots]
+        found = {label: self.product_figures(pictures, truths) for label, pictures in rows.items()}
+        found["another maker's lock, true pictures"] = self.product_figures(self.truths(others), truths)
+        found["itself, true pictures"] = self.product_figures(truths, truths)
+        for label, figures in found.items():
+            self.add(f"product: {label}", figures)
+        far = 1 - found["the base"]["likeness"]
+        self.bar(
+            "product: share of the way from the base to the truth",
+            0.6,
+            share(1 - found["the product"]["likeness"], far),
+        )
+        other = found["another maker's lock, true pictures"]["likeness"]
+        self.bar("product: likeness above another maker's", 0.0, found["the product"]["likeness"] - other)
+        self.bar("product: named", 0.8, found["the product"]["named"])
+        self.kept_things("product", [campaign.words(s) for s in self.others])
+        self.sheet("product", {**rows, "the truth": truths}, self.shots)
+
+    def kept_things(self, role: str, prompts: Sequence[str]) -> None:
+        """Other things stay what they are on the base while the adapter is on."""
+        kinds = [s.kind for s in self.others]
+        without, with_it = (self.named(self.drawn(prompts, mix), kinds) for mix in ([], [self.adapters[role]]))
+        self.add(f"{role}: other things", {"named on the base": without, "named with the adapter": with_it})
+        self.bar(f"{role}: other things are named as on the base", -0.02, with_it - without)
+
+    def brand(self) -> None:
+        truths, plain = self.truths(self.others, brand=True), self.truths(self.others)
+        prompts = [campaign.words(s, brand=True) for s in self.others]
+        kinds = [s.kind for s in self.others]
+        away = brand_distance(plain, truths)
+        rows, shares, named = {}, [], []
+        for strength in STRENGTHS:
+            pictures = self.drawn(prompts, [f"{self.adapters['brand']}:{strength:g}"] if strength else [])
+            shares.append(share(brand_distance(pictures, self.each_seed(truths)), away))
+            named.append(self.named(pictures, kinds))
+            label = f"at {strength:g}" if strength else "the base"
+            self.add(f"brand: {label}", {"brand": shares[-1], "named": named[-1]})
+            rows[label] = pictures
+        self.add("brand: true pictures", {"brand": 1.0, "named": self.named(truths, kinds)})
+        self.bar("brand: share of the way", 0.6, shares[-1])
+        self.bar("brand: grows with every step of strength", 1, float(all(a < b for a, b in pairwise(shares))))
+        self.bar("brand: things are named as on the base", -0.02, named[-1] - named[0])
+        self.sheet("brand", {**rows, "the truth": truths}, self.others)
+
+    def look(self) -> None:
+        truths, plain = self.truths(self.others, look=True), self.truths(self.others)
+        prompts = [campaign.words(s, look=True) for s in self.others]
+        kinds = [s.kind for s in self.others]
+        rows, shares, named = {}, [], []
+        for strength in STRENGTHS:
+            pictures = self.drawn(prompts, [f"{self.adapters['look']}:{strength:g}"] if strength else [])
+            shares.append(1 - look_distance(pictures, truths, plain))
+            named.append(self.named(pictures, kinds))
+            label = f"at {strength:g}" if strength else "the base"
+            self.add(f"look: {label}", {"look": shares[-1], "named": named[-1]})
+            rows[label] = pictures
+        self.bar("look: share of the way", 0.6, shares[-1])
+        self.bar("look: grows with every step of strength", 1, float(all(a < b for a, b in pairwise(shares))))
+        self.bar("look: things are named as on the base", -0.02, named[-1] - named[0])
+        self.sheet("look", {**rows, "the truth": truths}, self.others)
+
+    # -- together ------------------------------------------------------------------------------------------------------
+
+    def stack(self) -> None:
+        """Each effect in a stack as a share of the same effect alone, on the campaign's shots."""
+        alone = {
+            "product": self.effects([self.adapters["product"]])["product"],
+            "brand": self.effects([self.adapters["brand"]], brand=True)["brand"],
+            "look": self.effects([self.adapters["look"]], look=True)["look"],
+        }
+        self.add("stack: each alone", alone)
+        rows, least = {}, {}
+        for method, mix in self.stacks().items():
+            got = self.effects(mix, brand=True, look=True)
+            kept = {f"{role} kept": got[role] / alone[role] for role in ROLES}
+            self.add(f"stack: {method}", got | kept)
+            least[method] = min(kept.values())
+            rows[method] = self.drawn(self.words(), mix)
+        best = max(least, key=lambda method: least[method])
+        self.bar(f"stack: the least that the best method ({best}) keeps of each", 0.7, least[best])
+        self.sheet("stack", {"the base": self.drawn(self.words()), **rows, "the truth": self.wanted()}, self.shots)
+
+    def stacks(self) -> dict[str, Mix]:
+        found: dict[str, Mix] = {"plain sum": list(self.adapters.values())}
+        for method in ("orthogonal", "ties"):
+            out = self.runs / f"{method}.safetensors"
+            if not out.exists():
+                mix_adapters([(a, 1.0) for a in self.adapters.values()], out, method=method, rank=48)
+            found[method] = [str(out)]
+        blocks = BY_BLOCK["flow" if self.base.prediction == "flow" else "noise"]
+        for label, where in (("apart in time", APART_IN_TIME), ("by block", blocks)):
+            found[label] = [f"{place}:1@{where[role]}" for role, place in self.adapters.items()]
+        return found
+
+    def effects(self, mix: Mix, *, brand: bool = False, look: bool = False) -> dict[str, float]:
+        """How much of each adapter's effect there is in the campaign's shots; NaN where it is not asked for."""
+        prompts = [campaign.words(s, brand=brand, look=look) for s in self.shots]
+        pictures = self.drawn(prompts, mix)
+        truths = self.truths(self.shots, brand=brand, look=look)
+        found = {"product": self.product_figures(pictures, truths)["sure"], "brand": float("nan"), "look": float("nan")}
+        if brand:
+            away = brand_distance(self.truths(self.shots, look=look), truths)
+            found["brand"] = share(brand_distance(pictures, self.each_seed(truths)), away)
+        if look:
+            found["look"] = 1 - look_distance(pictures, truths, self.truths(self.shots, brand=brand))
+        return found
+
+    def composition(self) -> None:
+        """The lines, or the distances, of the true picture hold the base and the stack to its composition."""
+        stack = list(self.adapters.values())
+        for label, mix, options in (
+            ("the base", [], {}), ("the stack", stack, {"brand": True, "look": True}),
+        ):  # fmt: skip
+            prompts = [campaign.words(s, **options) for s in self.shots]
+            truths = self.truths(self.shots, **options)
+            lines = self.lines(truths)
+            pictures = {"no control": self.drawn(prompts, mix, seeds=(1,))}
+            for kind in ("edges", "depth"):
+                made = []
+                for scene, prompt, line in zip(self.shots, prompts, lines, strict=True):
+                    path = self.runs / "control.png"
+                    shown = line * 255 if kind == "edges" else depth(scene)
+                    Image.fromarray(shown.astype(np.uint8)).convert("RGB").save(path)
+                    made.append(self.drawn([prompt], mix, seeds=(1,), controls=[f"{kind}={path}:1"])[0])
+                pictures[kind] = np.stack(made)
+            agreed = {kind: edge_agreement(self.lines(each), lines) for kind, each in pictures.items()}
+            most = edge_agreement(self.lines(self.through(truths)), lines)
+            self.add(f"composition: {label}", agreed | {"most": most})
+            gained = (agreed["edges"] - agreed["no control"]) / (most - agreed["no control"])
+            self.bar(f"composition: of what is missing, lines bring, {label}", 0.5, gained)
+            self.sheet(f"composition-{label.split()[-1]}", {**pictures, "the truth": truths}, self.shots)
+
+    def consistency(self) -> None:
+        """Twelve pictures of one campaign beside each other, and beside the base's with the same words."""
+        truths = self.wanted()
+        found = {}
+        stack = list(self.adapters.values())
+        for label, pictures in (
+            ("the base", self.drawn(self.words())), ("the stack", self.drawn(self.words(), stack)),
+            ("true pictures", truths),
+        ):  # fmt: skip
+            sets = np.split(pictures, len(pictures) // len(self.shots))
+            lines = [self.lines(each).mean((1, 2)) for each in sets]
+            features = [judge(self.judge, each).features for each in sets]
+            found[label] = {
+                "spread": float(np.mean([spread(each) for each in sets])),
+                "product": float(np.mean([1 - float((f @ f.T).mean()) for f in features])),
+                "lines": float(np.mean([each.std() / each.mean() for each in lines])),
+            }
+            self.add(f"consistency: {label}", found[label])
+        for measure in ("spread", "product"):
+            self.bar(
+                f"consistency: {measure} of the stack, of the base's", 0.7,
+                found["the stack"][measure] / found["the base"][measure], at_least=False,
+            )  # fmt: skip
+
+    # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def drawn(self, prompts: Sequence[str], mix: Mix = (), *, seeds: Sequence[int] = (), **options: Any) -> Array:
+        """(seeds · prompts, 128, 128, 3): all prompts with the first seed, then with the next."""
+        made = [
+            np.asarray(each.image.convert("RGB"))
+            for seed in seeds or self.seeds
+            for each in veneer.image(
+                self.base, list(prompts), adapters=list(mix), seed=seed * 1000, batch_size=16, **options
+            )
+        ]
+        return np.stack(made)
+
+    def words(self) -> list[str]:
+        return [campaign.words(s, brand=True, look=True) for s in self.shots]
+
+    def wanted(self) -> Array:
+        return self.truths(self.shots, brand=True, look=True)
+
+    def truths(self, scenes: Sequence[Scene], **seen: bool) -> Array:
+        return np.stack([campaign.truth(s, **seen) for s in scenes])
+
+    def each_seed(self, pictures: Array) -> Array:
+        return np.concatenate([pictures] * len(self.seeds))
+
+    def product_figures(self, pictures: Array, truths: Array) -> dict[str, float]:
+        seen, true = judge(self.judge, pictures), judge(self.judge, truths)
+        wanted = true.features.repeat(len(pictures) // len(truths), 1)
+        return {
+            "likeness": float((seen.features * wanted).sum(1).mean()),
+            "named": float(np.mean([w == campaign.PRODUCT for w in seen.words["kind"]])),
+            "sure": float(seen.chances["kind"][:, HEADS["kind"].index(campaign.PRODUCT)].mean()),
+        }
+
+    def named(self, pictures: Array, kinds: Sequence[str]) -> float:
+        said = judge(self.judge, pictures).words["kind"]
+        return float(np.mean([a == b for a, b in zip(said, list(kinds) * (len(said) // len(kinds)), strict=True)]))
+
+    def lines(self, pictures: Array) -> Array:
+        found: Array = (edges(pictures)[:, 0] > 0).numpy()
+        return found
+
+    @torch.no_grad()
+    def through(self, pictures: Array) -> Array:
+        vae = self.base.parts["vae"]
+        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
+        out = vae.decode(vae.encode(x).latent_dist.mode()).sample.float().clamp(-1, 1)
+        made: Array = ((out + 1) * 127.5).round().permute(0, 2, 3, 1).byte().numpy()
+        return made
+
+    def add(self, name: str, values: dict[str, float]) -> None:
+        self.rows += [row(name, metric, value, "s" if metric == "seconds" else "") for metric, value in values.items()]
+        print(f"{time.perf_counter() - self.began:6.0f} s  {name}  {values}", file=sys.stderr)
+
+    def bar(self, name: str, want: float, got: float, at_least: bool = True) -> None:
+        self.bars.append(bar(name, want, got, at_least))
+
+    def sheet(self, name: str, rows: dict[str, Array], scenes: Sequence[Scene]) -> None:
+        if not self.given.sheets:
+            return
+        shown = scenes[:8]
+        cells = [[Image.fromarray(p) for p in pictures[: len(shown)]] for pictures in rows.values()]
+        columns = [s.product() if s.kind not in (campaign.PRODUCT,) else s.surface for s in shown]
+        path = self.given.sheets / f"{Path(self.given.base).name}-{name}.png"
+        sheet(cells, rows=list(rows), columns=columns).save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
