@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from shapes import FRONT, RIGHT, Flat, Point, Product, arc, disc, kind, moved, rounded, smooth
+from shapes import FRONT, Flat, Point, Product, arc, disc, kind, moved, rounded, smooth
 
 
 def _rect(x: float, y: float, w: float, h: float) -> list[Flat]:
@@ -276,19 +276,6 @@ def _hair_dryer(p: Product) -> None:
     p.turned([(0.23, 0.9), (0.17, 1.05), (0.19, 1.25)], "dark", at=(0.55, y, 0), axis=(-1, 0, 0), lift=0.05)
 
 
-@kind("vacuum cleaner", "devices")
-def _vacuum_cleaner(p: Product) -> None:
-    hose = smooth([(0.3, 0.5), (0.05, 0.95), (-0.3, 1.15), (-0.55, 0.95)], closed=False)
-    p.rod([(x, y, 0.1) for x, y in hose], 0.06, "dark", lift=0.2)
-    p.rod([(-0.52, 1.0, 0.1), (-0.85, 0.12, 0.1)], 0.055, "metal", lift=0.3)
-    p.box((0.5, 0.12, 0.34), "main", at=(-0.88, 0, 0.1), lift=0.4)
-    p.ball((0.55, 0.34, 0.4), "main", at=(0.45, 0.4, 0))
-    p.prism(rounded(-0.06, 0.06, 0.96, 0.3, 0.1), 0.5, "main", lift=0.1)
-    p.turned([(0.26, 0), (0.26, 0.1)], "dark", at=(0.72, 0.26, 0.28), axis=FRONT, lift=0.6)
-    p.turned([(0.13, 0), (0.13, 0.12)], "light", at=(0.72, 0.26, 0.28), axis=FRONT, lift=0.7)
-    p.turned([(0.13, 0), (0.13, 0.08)], "dark", at=(0.1, 0.13, 0.24), axis=FRONT, lift=0.6)
-
-
 @kind("washing machine", "devices")
 def _washing_machine(p: Product) -> None:
     w, h = p.vary(0.95, 1.05), p.vary(1.1, 1.25)
@@ -312,53 +299,6 @@ def _fan(p: Product) -> None:
         p.prism(moved([(1.1 * a, 1.1 * b) for a, b in blade], 0, y, 90 * i + 10), 0.04, at=(0, 0, 0.06), lift=0.1)
     p.turned([(0.12, 0), (0.1, 0.08)], "second", at=(0, y, 0.08), axis=FRONT, lift=0.4)
     p.ring(r, 0.035, "main", at=(0, y, 0.06), lift=0.6)
-
-
-@kind("sewing machine", "devices")
-def _sewing_machine(p: Product) -> None:
-    w = p.vary(1.2, 1.35)
-    p.box((w, 0.16, 0.5), "wood")
-    p.prism(
-        [(-w * 0.45, 0.46), (-w * 0.22, 0.46), (-w * 0.22, 0.68), (w * 0.14, 0.68), (w * 0.18, 0.16), (w * 0.45, 0.16),
-         (w * 0.45, 0.94), (w * 0.38, 1.0), (-w * 0.4, 1.0), (-w * 0.45, 0.94)], 0.34, lift=0.2,
-    )  # fmt: skip
-    p.rod([(-w * 0.335, 0.46, 0), (-w * 0.335, 0.17, 0)], 0.03, "metal")
-    p.box((0.18, 0.04, 0.12), "metal", at=(-w * 0.335, 0.16, 0.03), lift=0.1)
-    p.turned([(0.22, 0), (0.22, 0.1)], "second", at=(w * 0.45, 0.75, 0), axis=RIGHT, lift=0.25)
-    p.turned(
-        [(0.09, 0), (0.09, 0.03), (0.06, 0.04), (0.06, 0.17), (0.09, 0.18), (0.09, 0.21)], "#d62f2f", at=(w * 0.15,
-        1.0, 0), lift=0.1
-    )  # fmt: skip
-    p.mark(disc(w * 0.31, 0.7, 0.09), "light", at=(0, 0, 0.171), lift=0.6)
-    p.mark(rounded(-w * 0.14, 0.78, w * 0.1, 0.9, 0.03), "gold", at=(0, 0, 0.171), lift=0.6)
-
-
-@kind("telescope", "devices")
-def _telescope(p: Product) -> None:
-    axis, y = (-0.82, 0.42, 0.3), p.vary(0.78, 0.88)
-    for x, z in ((-0.36, 0.2), (0.36, 0.2), (0, -0.4)):
-        p.rod([(0, y, 0), (x, 0.03, z)], 0.045, "wood", lift=-0.3)
-    p.ball(0.12, "dark", at=(0, y, 0))
-    p.turned([(0.09, -0.75), (0.09, -0.55), (0.13, -0.5), (0.13, -0.3)], "dark", at=(0, y + 0.14, 0), axis=axis)
-    p.turned([(0.17, -0.35), (0.17, 0.25), (0.22, 0.3), (0.22, 0.75)], at=(0, y + 0.14, 0), axis=axis, lift=0.3)
-    p.turned(
-        [(0.25, 0.7), (0.25, 0.85)], "gold", at=(0, y + 0.14, 0), axis=axis, hollow=True, inside="screen", lift=0.6
-    )  # fmt: skip
-
-
-@kind("microscope", "devices")
-def _microscope(p: Product) -> None:
-    p.prism(rounded(-0.42, -0.3, 0.42, 0.3, 0.12), 0.14, plane="floor")
-    arm = smooth(
-        [(0.2, 0.12), (0.38, 0.4), (0.36, 0.75), (0.08, 1.0), (-0.02, 0.9), (0.18, 0.68), (0.2, 0.42), (0.04, 0.12)]
-    )  # fmt: skip
-    p.prism(arm, 0.24)
-    p.box((0.62, 0.07, 0.42), "dark", at=(-0.1, 0.42, 0), lift=0.1)
-    axis = (-0.34, -0.94, 0)
-    p.turned([(0.14, -0.35), (0.15, 0.28)], at=(0.0, 0.98, 0), axis=axis, lift=0.35)
-    p.turned([(0.11, 0.28), (0.07, 0.48)], "metal", at=(0.0, 0.98, 0), axis=axis, lift=0.3)
-    p.turned([(0.11, 0.33), (0.12, 0.52)], "dark", at=(0.0, 0.98, 0), axis=(0.34, 0.94, 0), lift=0.4)
-    p.turned([(0.11, 0), (0.1, 0.07)], "second", at=(0.29, 0.5, 0.12), axis=FRONT, lift=0.5)
 
 
 @kind("printer", "devices")
@@ -385,18 +325,6 @@ def _joystick(p: Product) -> None:
     p.turned([(0.1, 0), (0.1, 0.06)], "#d62f2f", at=(-0.28, 0.36, 0.26), lift=0.8)
 
 
-@kind("cassette", "devices")
-def _cassette(p: Product) -> None:
-    w, h = p.vary(1.25, 1.35), p.vary(0.8, 0.88)
-    p.prism(rounded(-w / 2, 0, w / 2, h, 0.06), 0.14)
-    p.mark(rounded(-w * 0.38, h * 0.33, w * 0.38, h * 0.85, 0.05), "light", at=(0, 0, 0.071))
-    p.mark(rounded(-w * 0.38, h * 0.33, w * 0.38, h * 0.43, 0.02), "second", at=(0, 0, 0.072), lift=0.31)
-    p.mark(rounded(-w * 0.28, h * 0.47, w * 0.28, h * 0.75, 0.1), "dark", at=(0, 0, 0.072), lift=0.31)
-    for x in (-0.18, 0.18):
-        p.mark(disc(w * x, h * 0.61, h * 0.1), "paper", at=(0, 0, 0.073), lift=0.32)
-    p.mark([(-w * 0.3, 0), (w * 0.3, 0), (w * 0.26, h * 0.19), (-w * 0.26, h * 0.19)], "second", at=(0, 0, 0.072))
-
-
 @kind("floppy disk", "devices")
 def _floppy_disk(p: Product) -> None:
     w = p.vary(1.05, 1.15)
@@ -406,19 +334,6 @@ def _floppy_disk(p: Product) -> None:
     p.mark(_rect(0, w * 0.27, w * 0.66, w * 0.46), "paper", at=(0, 0, 0.051))
     for y in (0.16, 0.27, 0.38):
         p.mark(_rect(0, w * y, w * 0.5, w * 0.03), "second", at=(0, 0, 0.052), lift=0.31)
-
-
-@kind("record player", "devices")
-def _record_player(p: Product) -> None:
-    w = p.vary(1.15, 1.3)
-    p.prism(rounded(-w / 2, -0.02, w / 2, 0.8, 0.05), 0.05, "main", at=(0, 0.3, -0.48), tilt=14, lift=-0.5)
-    p.box((w, 0.32, 0.95))
-    p.turned([(0.4, 0), (0.4, 0.05)], "dark", at=(-w * 0.1, 0.32, 0), lift=0.5, bare=True)
-    p.turned([(0.14, 0), (0.14, 0.055)], "#d62f2f", at=(-w * 0.1, 0.32, 0), lift=0.6, bare=True)
-    p.turned([(0.09, 0), (0.09, 0.12)], "metal", at=(w * 0.37, 0.32, -0.32), lift=0.7)
-    p.rod([(w * 0.37, 0.45, -0.32), (w * 0.37, 0.44, 0.1), (w * 0.16, 0.41, 0.2)], 0.03, "metal", lift=1)
-    for x in (-0.34, 0.34):
-        p.mark(disc(w * x, 0.15, 0.07), "light", at=(0, 0, 0.476), lift=0.5)
 
 
 @kind("megaphone", "devices")
@@ -440,42 +355,3 @@ def _binoculars(p: Product) -> None:
         p.turned([(0.35, 0), (0.35, 0.12)], "dark", at=(s * gap, 0, 0), lift=0.02)
     p.box((0.3, 0.2, 0.2), "second", at=(0, 0.5, 0), lift=-0.1)
     p.turned([(0.1, 0.62), (0.1, 0.82)], "metal", lift=-0.1)
-
-
-@kind("gramophone", "devices")
-def _gramophone(p: Product) -> None:
-    p.box((0.85, 0.34, 0.7), "wood")
-    p.turned([(0.3, 0), (0.3, 0.05)], "dark", at=(0, 0.34, 0.02), lift=0.3)
-    neck = smooth([(-0.3, 0.36), (-0.42, 0.6), (-0.3, 0.8), (0.0, 0.78)], closed=False)
-    p.rod([(x, y, -0.2) for x, y in neck], 0.055, "gold", lift=0.35)
-    horn = [(0.06, -0.15), (0.1, 0.15), (0.2, 0.38), (p.vary(0.42, 0.5), 0.62), (p.vary(0.56, 0.62), 0.7)]
-    p.turned(horn, at=(-0.08, 0.82, -0.15), axis=(0.85, 0.5, 0.12), hollow=True, lift=1)
-
-
-@kind("clapperboard", "devices")
-def _clapperboard(p: Product) -> None:
-    w, h = p.vary(1.15, 1.25), p.vary(0.75, 0.85)
-    p.prism(_rect(0, h / 2, w, h), 0.1)
-    p.mark(_rect(0, h * 0.26, w * 0.86, 0.035), "light", at=(0, 0, 0.051))
-    p.mark(_rect(0, h * 0.58, w * 0.86, 0.035), "light", at=(0, 0, 0.051))
-    for x in (-0.14, 0.14):
-        p.mark(_rect(w * x, h * 0.42, 0.035, h * 0.3), "light", at=(0, 0, 0.051))
-    for turn, y in ((0.0, h + 0.01), (p.vary(16, 24), h + 0.19)):
-        p.prism(moved(_rect(w / 2, 0.08, w, 0.16), -w / 2, y, turn), 0.1, "dark", lift=0.1)
-        for i in range(4):
-            x = w * (0.06 + 0.25 * i)
-            stripe = [(x, 0), (x + 0.13, 0), (x + 0.21, 0.16), (x + 0.08, 0.16)]
-            p.mark(moved(stripe, -w / 2, y, turn), "light", at=(0, 0, 0.051), lift=0.6)
-
-
-@kind("satellite dish", "devices")
-def _satellite_dish(p: Product) -> None:
-    axis = (0.3, 0.42, 0.85)
-    p.turned([(0.3, 0), (0.28, 0.08)], "second")
-    p.turned([(0.08, 0.05), (0.08, 0.65)], "metal", lift=-0.2)
-    bowl = [(0.12, 0), (0.36, 0.06), (0.56, 0.19), (p.vary(0.66, 0.72), 0.32)]
-    p.turned(bowl, at=(0, 0.75, -0.05), axis=axis, hollow=True, lift=0.3)
-    tip = (0.24, 1.08, 0.75)
-    for x, y in ((-0.5, 0.95), (0.5, 0.85), (0.0, 0.35)):
-        p.rod([(x, y, 0.25), tip], 0.028, "metal", lift=0.9)
-    p.ball(0.09, "#d62f2f", at=tip, lift=1)

@@ -387,25 +387,6 @@ def _popcorn_box(p: Product) -> None:
         p.ball(0.12, "#fbf1cf" if i % 2 else "#f6e3a1", at=at, lift=0.4 + at[1] - h)
 
 
-@kind("pretzel", "food")
-def _pretzel(p: Product) -> None:
-    k = p.vary(0.95, 1.05)
-    half = [(-0.28, 0.2), (0, 0.54), (0.12, 0.86), (0.34, 1.0), (0.58, 0.82), (0.54, 0.42), (0.3, 0.14)]
-    rope = [*half, (0, 0.1), *[(-x, y) for x, y in reversed(half)]]
-    p.rod([(k * x, y, 0) for x, y in smooth(rope, closed=False)], 0.095)
-    for x, y in (
-        (-0.46, 0.4),
-        (-0.2, 0.14),
-        (0.2, 0.14),
-        (0.46, 0.4),
-        (0.4, 0.92),
-        (-0.4, 0.92),
-        (-0.5, 0.7),
-        (0.5, 0.7),
-    ):
-        p.box((0.045, 0.045, 0.02), "paper", at=(k * x, y, 0.14), lift=0.6)
-
-
 @kind("cheese", "food")
 def _cheese(p: Product) -> None:
     h = p.vary(0.46, 0.54)
@@ -415,38 +396,3 @@ def _cheese(p: Product) -> None:
         p.mark(disc(0, 0, r), "second", at=(x, y * h / 0.5, 0.3 + (x + 0.7) * 0.12 / 1.32 + 0.004), turn=t, lift=0.5)
     for x, z, r in ((0.4, 0.2, 0.1), (0.1, 0.18, 0.07), (0.46, -0.1, 0.08)):
         p.mark(disc(x, z, r), "second", at=(0, h + 0.003, 0), plane="floor", lift=0.5)
-
-
-@kind("watermelon", "food")
-def _watermelon(p: Product) -> None:
-    r = p.vary(0.7, 0.78)
-    p.prism(arc(0, r, r, 180, 360, 24), 0.16, "leaf")
-    p.prism(arc(0, r, r * 0.93, 180, 360, 24), 0.165, "paper", lift=0.1)
-    p.prism(arc(0, r + 0.005, r * 0.85, 180, 360, 24), 0.17, "main", lift=0.2)
-    for x, y in ((-0.4, 0.16), (-0.2, 0.32), (0, 0.14), (0.2, 0.32), (0.4, 0.16), (0, 0.44)):
-        p.mark([(x + a, r - y + 1.6 * b) for a, b in disc(0, 0, 0.032)], "dark", at=(0, 0, 0.086), lift=0.5)
-
-
-@kind("sundae", "food")
-def _sundae(p: Product) -> None:
-    r = p.vary(0.23, 0.26)
-    p.turned([(0.28, 0), (0.26, 0.05), (0.06, 0.1), (0.05, 0.3)], "glass", lift=-0.6)
-    p.turned([(0.08, 0.28), (0.3, 0.46), (0.42, 0.66)], "glass", lift=-0.4)
-    for x, z, paint in ((-0.2, -0.05, "main"), (0.2, -0.05, "main"), (0.0, 0.14, "main")):
-        p.ball(r, paint, at=(x, 0.78 + abs(z), z), lift=z)
-    p.ball((0.2, 0.13, 0.2), "light", at=(0, 1.06, 0.02), lift=0.4)
-    p.turned([(0.16, 1.08), (0.02, 1.24)], "light", lift=0.5)
-    p.ball(0.085, _RED, at=(0, 1.28, 0.02), lift=0.7)
-    p.blob([((0.24, 0.9, -0.12), 0.045), ((0.42, 1.34, -0.16), 0.045)], "second", lift=-0.3)
-
-
-@kind("jelly", "food")
-def _jelly(p: Product) -> None:
-    r = p.vary(0.44, 0.5)
-    p.turned([(r + 0.22, 0), (r + 0.26, 0.06)], "light", lift=-1)
-    for k in range(9):
-        x, y, z = around(40 * k + 8, r * 0.7, 0.06)
-        p.turned([(r * 0.42, 0), (r * 0.34, 0.3), (r * 0.26, 0.4)], at=(x, y, z))
-    p.turned([(r * 0.74, 0.3), (r * 0.74, 0.48), (r * 0.62, 0.58)], lift=0.6)
-    p.turned([(r * 0.48, 0.57), (r * 0.46, 0.72), (r * 0.34, 0.8)], lift=0.9)
-    p.ball(0.09, _RED, at=(0, 0.86, 0), lift=1.3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 from shapes import Product, arc, disc, kind, rounded, smooth
 
@@ -46,16 +45,6 @@ def _stool(p: Product) -> None:
     p.turned([(r, h), (r + 0.03, h + 0.06), (r, h + 0.18)])
 
 
-@kind("bar stool", "furniture")
-def _bar_stool(p: Product) -> None:
-    h = p.vary(0.98, 1.12)
-    p.turned([(0.4, 0), (0.36, 0.06), (0.08, 0.1), (0.065, h)], "metal", lift=-0.6)
-    p.ring(0.24, 0.035, "metal", at=(0, h * 0.38, 0), axis="y", lift=-0.3)
-    p.turned([(0.38, h), (0.41, h + 0.06), (0.37, h + 0.18)])
-    back = [*arc(0, 0, 0.4, 200, 340, 12), *arc(0, 0, 0.32, 340, 200, 12)]
-    p.prism(back, 0.34, at=(0, h + 0.2, 0), plane="floor", lift=-0.5)
-
-
 @kind("armchair", "furniture")
 def _armchair(p: Product) -> None:
     h = p.vary(0.9, 1.02)
@@ -93,22 +82,6 @@ def _table(p: Product) -> None:
     p.box((w, 0.1, 0.92), at=(0, h, 0))
 
 
-@kind("desk", "furniture")
-def _desk(p: Product) -> None:
-    h = p.vary(0.68, 0.76)
-    _legs(p, 1.36, 0.66, h, 0.1, "metal")
-    p.box((0.52, h - 0.06, 0.66), at=(0.42, 0.06, 0), lift=-1)
-    for i in range(3):
-        y = 0.1 + i * (h - 0.1) / 3
-        p.mark(rounded(0.2, y, 0.64, y + (h - 0.1) / 3 - 0.05, 0.02), "second", at=(0, 0, 0.331), lift=-0.5)
-        p.mark(rounded(0.34, y + 0.07, 0.5, y + 0.12, 0.02), "dark", at=(0, 0, 0.332), lift=-0.4)
-    p.box((1.45, 0.1, 0.76), at=(0, h, 0))
-    p.box((0.36, 0.09, 0.26), "second", at=(0.4, h + 0.1, -0.05), turn=15, lift=0.5)
-    p.turned([(0.08, 0), (0.08, 0.2)], "second", at=(-0.5, h + 0.1, -0.1), hollow=True, inside="dark", lift=0.6)
-    for x, c in ((-0.53, "#f5cf30"), (-0.47, "#d62f2f")):
-        p.rod([(x, h + 0.25, -0.1), (x + 3 * (x + 0.5), h + 0.46, -0.1)], 0.025, c, lift=0.5)
-
-
 @kind("bed", "furniture")
 def _bed(p: Product) -> None:
     w, d, head = p.vary(1.5, 1.7), p.vary(0.78, 0.9), _far_side(p)
@@ -120,24 +93,6 @@ def _bed(p: Product) -> None:
     p.box((w - 0.1, 0.12, d - 0.02), "light", at=(0, 0.3, 0), lift=-0.2)
     p.box((w * 0.66, 0.26, d + 0.04), "main", at=(-head * w * 0.14, 0.2, 0), lift=0)
     p.ball((0.2, 0.1, d * 0.36), "light", at=(head * w * 0.33, 0.46, 0), lift=0.1)
-
-
-@kind("bunk bed", "furniture")
-def _bunk_bed(p: Product) -> None:
-    w, h = p.vary(1.15, 1.3), p.vary(1.2, 1.3)
-    for x in (-w / 2, w / 2):
-        p.box((0.09, h, 0.09), "main", at=(x, 0, -0.3), lift=-3)
-    for y, lift in ((0.2, -1.5), (0.82, 0.0)):
-        p.box((w, 0.16, 0.62), at=(0, y, 0), lift=lift)
-        p.box((w - 0.1, 0.1, 0.58), "light", at=(0, y + 0.16, 0), lift=lift + 0.1)
-        p.box((w * 0.55, 0.14, 0.6), "main", at=(w * 0.18, y + 0.15, 0), lift=lift + 0.2)
-        p.ball((0.14, 0.08, 0.22), "light", at=(-w * 0.36, y + 0.3, 0), lift=lift + 0.2)
-    for x in (-w / 2, w / 2):
-        p.box((0.09, h, 0.09), "main", at=(x, 0, 0.3), lift=1)
-    for x in (0.16, 0.44):
-        p.box((0.06, 1.05, 0.06), "main", at=(x, 0, 0.36), lift=1.2)
-    for y in (0.2, 0.42, 0.64, 0.86):
-        p.box((0.24, 0.06, 0.06), "main", at=(0.3, y, 0.36), lift=1.1)
 
 
 @kind("wardrobe", "furniture")
@@ -248,25 +203,6 @@ def _park_bench(p: Product) -> None:
         p.rod([(x, 0.44, 0.28), (x, 0.66, 0.24), (x, 0.68, -0.24)], 0.045, "dark", lift=0.5)
 
 
-@kind("rocking chair", "furniture")
-def _rocking_chair(p: Product) -> None:
-    h = p.vary(0.46, 0.52)
-    for s in (-1, 1):
-        lift = _beside(p, s) * 2 - 1
-        curve = arc(0, 0.98, 0.95, 232, 308, 12)
-        p.rod([(s * 0.34, y, x) for x, y in curve], 0.05, "wood", lift=lift)
-        for z in (-0.24, 0.26):
-            p.rod([(s * 0.34, 0.06, z), (s * 0.32, h, z)], 0.045, "wood", lift=lift)
-        p.rod(
-            [(s * 0.36, h, 0.26), (s * 0.37, h + 0.26, 0.24), (s * 0.36, h + 0.28, -0.28)],
-            0.045,
-            "wood",
-            lift=lift + 1.2,
-        )
-    p.box((0.7, 0.12, 0.64), at=(0, h, 0), lift=-0.2)
-    p.prism(rounded(-0.34, h + 0.05, 0.34, h + 0.92, 0.14), 0.1, at=(0, 0, -0.3), tilt=0, lift=-0.6)
-
-
 @kind("office chair", "furniture")
 def _office_chair(p: Product) -> None:
     h = p.vary(0.54, 0.6)
@@ -289,30 +225,6 @@ def _office_chair(p: Product) -> None:
         p.box((0.1, 0.06, 0.4), "dark", at=(s * 0.48, h + 0.32, 0), lift=_beside(p, s) + 0.3)
 
 
-@kind("deck chair", "furniture")
-def _deck_chair(p: Product) -> None:
-    w = p.vary(0.36, 0.42)
-    for s in (-1, 1):
-        lift = _beside(p, s)
-        p.rod([(s * w, 0.04, 0.55), (s * w, 1.12, -0.42)], 0.045, "wood", lift=lift - 0.5)
-        p.rod([(s * (w + 0.06), 0.04, -0.5), (s * (w + 0.06), 0.52, 0.56)], 0.045, "wood", lift=lift - 0.4)
-    sling = [(1.1, -0.42), (0.8, -0.25), (0.5, -0.04), (0.36, 0.12), (0.34, 0.3), (0.5, 0.54)]
-    for (y0, z0), (y1, z1) in pairwise(sling):
-        p.sheet([(-w, y0, z0), (w, y0, z0), (w, y1, z1), (-w, y1, z1)], lift=0.2)
-    p.rod([(-w - 0.06, 0.5, 0.55), (w + 0.06, 0.5, 0.55)], 0.045, "wood", lift=0.3)
-    p.rod([(-w, 1.1, -0.42), (w, 1.1, -0.42)], 0.045, "wood", lift=0.6)
-
-
-@kind("folding screen", "furniture")
-def _folding_screen(p: Product) -> None:
-    h, a = p.vary(1.15, 1.3), 26
-    for i, x in enumerate((-0.45, 0.0, 0.45)):
-        turn = a if i % 2 else -a
-        p.prism(_plank(-0.25, 0, 0.25, h), 0.05, "wood", at=(x, 0, 0), turn=turn, lift=-0.2)
-        for y0, y1 in ((0.08, h * 0.36), (h * 0.42, h - 0.08)):
-            p.prism(_plank(-0.2, y0, 0.2, y1), 0.055, "main", at=(x, 0, 0), turn=turn, lift=0.2)
-
-
 @kind("door", "furniture")
 def _door(p: Product) -> None:
     w, h = p.vary(0.7, 0.78), p.vary(1.4, 1.5)
@@ -324,101 +236,6 @@ def _door(p: Product) -> None:
             p.mark(_plank(x0, y0, x1, y1), "second", at=(0, 0, 0.112))
             p.mark(_plank(x0 + 0.03, y0 + 0.03, x1 - 0.03, y1 - 0.03), "main", at=(0, 0, 0.113), lift=0.4)
     p.ball(0.055, "gold", at=(w / 2 - 0.08, h * 0.48, 0.17), lift=0.8)
-
-
-@kind("dressing table", "furniture")
-def _dressing_table(p: Product) -> None:
-    h = p.vary(0.62, 0.7)
-    _legs(p, 1.1, 0.5, h, 0.09, "main")
-    p.box((1.14, 0.26, 0.54), at=(0, h - 0.24, 0), lift=-0.5)
-    for s in (-1, 1):
-        p.mark(rounded(s * 0.28 - 0.23, h - 0.2, s * 0.28 + 0.23, h - 0.02, 0.03), "second", at=(0, 0, 0.272))
-        p.mark(disc(s * 0.28, h - 0.11, 0.04), "gold", at=(0, 0, 0.273), lift=0.5)
-    p.prism(disc(0, h + 0.48, 0.42, 1.05), 0.08, at=(0, 0, -0.22), lift=-0.6)
-    p.mark(disc(0, h + 0.48, 0.33, 1.05), "#bcdcea", at=(0, 0, -0.178), lift=-0.4)
-    p.mark(
-        [(-0.2, h + 0.4), (0.1, h + 0.72), (0.0, h + 0.78), (-0.24, h + 0.52)], "paper", at=(0, 0, -0.176), lift=-0.3
-    )
-    p.box((1.22, 0.08, 0.6), at=(0, h, 0), lift=0)
-    p.turned([(0.07, 0), (0.07, 0.14), (0.03, 0.16), (0.03, 0.2)], "#e58fb3", at=(0.4, h + 0.08, 0.05), lift=0.5)
-
-
-@kind("filing cabinet", "furniture")
-def _filing_cabinet(p: Product) -> None:
-    w, h = p.vary(0.64, 0.7), p.vary(1.2, 1.35)
-    p.box((w, h, 0.6))
-    step = (h - 0.04) / 4
-    for i in range(4):
-        y = 0.04 + i * step
-        p.mark(_plank(-w / 2 + 0.03, y - 0.012, w / 2 - 0.03, y + 0.012), "dark", at=(0, 0, 0.301))
-        p.mark(_plank(-0.12, y + step * 0.62, 0.12, y + step * 0.86), "paper", at=(0, 0, 0.301))
-        p.box((0.24, 0.06, 0.06), "dark", at=(0, y + step * 0.3, 0.33), lift=0.5)
-
-
-@kind("cradle", "furniture")
-def _cradle(p: Product) -> None:
-    w, head = p.vary(1.0, 1.12), _far_side(p)
-    for s in (-1, 1):
-        p.rod(
-            [(s * w * 0.38, y, x) for x, y in arc(0, 0.78, 0.72, 230, 310, 12)], 0.055, "wood", lift=_beside(p, s) - 1
-        )
-        p.prism([(-0.24, 0.16), (0.24, 0.16), (0.34, 0.58), (-0.34, 0.58)], 0.08, at=(s * w / 2, 0, 0), plane="side",
-                lift=_beside(p, s))  # fmt: skip
-    p.box((w, 0.1, 0.48), at=(0, 0.16, 0), lift=-0.4)
-    p.box((w - 0.1, 0.3, 0.52), "light", at=(0, 0.2, 0), lift=-0.3)
-    p.box((w * 0.6, 0.1, 0.54), "second", at=(-head * w * 0.15, 0.44, 0), lift=-0.1)
-    p.ball((0.14, 0.09, 0.2), "light", at=(head * w * 0.22, 0.56, 0), lift=-0.1)
-    p.prism(arc(0, 0.58, 0.35, 0, 180, 14, squash=1.25), 0.4, at=(head * (w / 2 - 0.16), 0, 0), plane="side",
-            cap="dark", lift=-0.2)  # fmt: skip
-    p.prism(_plank(-w / 2, 0, w / 2, 0.42), 0.06, at=(0, 0.16, 0.27), tilt=-12, lift=0.2)
-
-
-@kind("high chair", "furniture")
-def _high_chair(p: Product) -> None:
-    h = p.vary(0.78, 0.88)
-    for x in (-1, 1):
-        for z in (-1, 1):
-            p.rod([(x * 0.4, 0.04, z * 0.36), (x * 0.24, h, z * 0.22)], 0.045, "wood", lift=-2)
-    p.rod([(-0.35, 0.32, 0.3), (0.35, 0.32, 0.3)], 0.045, "wood", lift=-1.8)
-    p.box((0.62, 0.14, 0.56), at=(0, h, 0), lift=-0.6)
-    p.prism(rounded(-0.32, h + 0.08, 0.32, h + 0.72, 0.14), 0.1, at=(0, 0, -0.26), lift=-0.7)
-    for s in (-1, 1):
-        p.box((0.08, 0.3, 0.5), "main", at=(s * 0.32, h + 0.06, 0), lift=_beside(p, s) - 0.3)
-    p.prism(rounded(-0.48, -0.22, 0.48, 0.22, 0.12), 0.07, "second", at=(0, h + 0.36, 0.26), plane="floor", lift=0.6)
-
-
-@kind("throne", "furniture")
-def _throne(p: Product) -> None:
-    h = p.vary(1.25, 1.4)
-    back = [(-0.4, 0), (0.4, 0), (0.42, h - 0.2), (0.42, h), (0.26, h - 0.16), (0, h + 0.16), (-0.26, h - 0.16),
-            (-0.42, h), (-0.42, h - 0.2)]  # fmt: skip
-    p.prism(back, 0.12, "gold", at=(0, 0, -0.3), lift=-1)
-    p.mark(rounded(-0.31, 0.4, 0.31, h - 0.2, 0.16), "main", at=(0, 0, -0.238), lift=-0.8)
-    for x, y in ((-0.42, h), (0, h + 0.16), (0.42, h)):
-        p.ball(0.075, "main", at=(x, y, -0.3), lift=-0.3)
-    p.box((1.1, 0.12, 0.9), "second", at=(0, 0, 0.04), lift=-1.2)
-    p.box((0.76, 0.34, 0.62), "main", at=(0, 0.12, 0.02), lift=-0.3)
-    p.box((0.76, 0.08, 0.64), "gold", at=(0, 0.37, 0.02), lift=-0.25)
-    p.prism(rounded(-0.36, 0.44, 0.36, 0.58, 0.06), 0.6, "main", at=(0, 0, 0.05), lift=-0.2)
-    for s in (-1, 1):
-        p.box((0.12, 0.6, 0.12), "gold", at=(s * 0.42, 0.12, 0.3), lift=_beside(p, s) + 0.2)
-        p.box((0.14, 0.1, 0.66), "gold", at=(s * 0.42, 0.66, 0.04), lift=_beside(p, s) + 0.3)
-
-
-@kind("grandfather clock", "furniture")
-def _grandfather_clock(p: Product) -> None:
-    w = p.vary(0.46, 0.52)
-    p.box((w + 0.14, 0.3, 0.46), lift=-0.6)
-    p.box((w, 0.75, 0.36), at=(0, 0.3, 0), lift=-0.3)
-    p.mark(rounded(-w * 0.3, 0.36, w * 0.3, 0.98, 0.04), "dark", at=(0, 0, 0.181))
-    p.mark(_plank(-0.015, 0.55, 0.015, 0.98), "gold", at=(0, 0, 0.182), lift=0.35)
-    p.mark(disc(0, 0.53, 0.09), "gold", at=(0, 0, 0.183), lift=0.4)
-    p.box((w + 0.14, 0.58, 0.46), at=(0, 1.05, 0), lift=0.2)
-    roof = [(-w / 2 - 0.12, 1.63), (w / 2 + 0.12, 1.63), *arc(0, 1.63, w / 2 + 0.04, 0, 180, 14, squash=0.8)]
-    p.prism(roof, 0.46, lift=0.3)
-    p.mark(disc(0, 1.34, 0.24), "paper", at=(0, 0, 0.232), lift=0.7)
-    p.mark([(-0.025, 1.32), (0.025, 1.32), (0.02, 1.52), (-0.02, 1.52)], "dark", at=(0, 0, 0.233), lift=0.8)
-    p.mark([(0, 1.315), (0.15, 1.4), (0.13, 1.44), (-0.01, 1.36)], "dark", at=(0, 0, 0.233), lift=0.8)
 
 
 @kind("alarm clock", "furniture")
@@ -437,20 +254,3 @@ def _alarm_clock(p: Product) -> None:
         p.mark(disc(x, y + 0.52, 0.024), "dark", at=(0, 0, d / 2 + 0.002), lift=0.5)
     p.mark([(-0.03, 0.5), (0.03, 0.5), (0.02, 0.78), (-0.02, 0.78)], "dark", at=(0, 0, d / 2 + 0.003), lift=0.6)
     p.mark([(0, 0.49), (0.2, 0.6), (0.18, 0.64), (-0.01, 0.55)], "dark", at=(0, 0, d / 2 + 0.003), lift=0.6)
-
-
-@kind("cuckoo clock", "furniture")
-def _cuckoo_clock(p: Product) -> None:
-    for x, y in ((-0.14, 0.1), (0.14, 0.14)):
-        p.rod([(x, y, 0), (x, 0.5, 0)], 0.02, "gold", lift=-1)
-        p.turned([(0.07, y - 0.1), (0.1, y), (0.07, y + 0.16)], "wood", at=(x, 0, 0), lift=-0.8)
-    p.box((0.72, 0.62, 0.34), at=(0, 0.44, 0), lift=-0.3)
-    p.prism([(-0.36, 1.06), (0.36, 1.06), (0, 1.42)], 0.34, lift=-0.2)
-    for s in (-1, 1):
-        p.prism([(s * 0.54, 0.9), (s * 0.48, 0.82), (0, 1.38), (0, 1.54)], 0.48, "second", lift=_beside(p, s) + 0.2)
-    p.mark(disc(0, 0.72, 0.22), "paper", at=(0, 0, 0.172), lift=0.5)
-    p.mark([(-0.025, 0.7), (0.025, 0.7), (0.02, 0.88), (-0.02, 0.88)], "dark", at=(0, 0, 0.173), lift=0.6)
-    p.mark([(0, 0.695), (0.14, 0.78), (0.12, 0.82), (-0.01, 0.74)], "dark", at=(0, 0, 0.173), lift=0.6)
-    p.mark(rounded(-0.12, 1.0, 0.12, 1.22, 0.1), "dark", at=(0, 0, 0.172), lift=0.5)
-    p.ball(0.07, "#f5cf30", at=(0, 1.09, 0.2), bare=True, lift=1)
-    p.prism([(-0.03, 1.06), (0.03, 1.06), (0, 1.02)], 0.02, "#e8762b", at=(0, 0.03, 0.28), lift=1.2)

@@ -49,49 +49,6 @@ def _spray_bottle(p: Product) -> None:
     p.rod([(-0.22, h + 0.32, 0), (-0.3, h + 0.16, 0), (-0.28, h + 0.04, 0)], 0.045, "dark", lift=0.25)
 
 
-@kind("soap dispenser", "house")
-def _soap_dispenser(p: Product) -> None:
-    h = p.vary(0.68, 0.78)
-    p.turned([(0.36, 0), (0.38, 0.06), (0.38, h - 0.1), (0.3, h), (0.15, h + 0.04)])
-    p.turned([(0.15, h + 0.02), (0.15, h + 0.12)], "metal", lift=0.1)
-    p.turned([(0.05, h + 0.12), (0.05, h + 0.32)], "metal", lift=0.15)
-    p.rod([(0.06, h + 0.36, 0), (-0.36, h + 0.36, 0), (-0.42, h + 0.28, 0)], 0.06, "metal", lift=0.3)
-    p.ball((0.16, 0.06, 0.12), "metal", at=(0.04, h + 0.4, 0), lift=0.4)
-    turn = -p.view.yaw
-    drop = smooth([(0, 0.26), (0.09, 0.06), (0.0, -0.08), (-0.09, 0.06)])
-    p.mark(drop, "second", at=_around(0.385, h * 0.42, turn), turn=turn)
-
-
-@kind("toothbrush cup", "house")
-def _toothbrush_cup(p: Product) -> None:
-    h = p.vary(0.6, 0.7)
-    for s, paint in ((-1, "#2f9ed6"), (1, "#f0653a")):
-        top = (s * 0.36, h + 0.58, 0.0)
-        p.rod([(s * 0.05, h - 0.25, 0), top], 0.045, paint, lift=0.05)
-        p.rod([(s * 0.35, h + 0.42, 0), (s * 0.41, h + 0.6, 0)], 0.05, paint, lift=0.1)
-        p.prism(
-            [(s * 0.42, h + 0.38), (s * 0.54, h + 0.33), (s * 0.61, h + 0.56), (s * 0.49, h + 0.61)],
-            0.12,
-            "light",
-            lift=0.1,
-        )
-    p.turned([(0.3, 0), (0.34, 0.04), (0.38, h)], band=True, lift=0.4)
-    p.turned([(0.38, h - 0.001), (0.38, h)], "main", hollow=True, lift=-0.6)
-    p.turned([(0.36, h * 0.4), (0.368, h * 0.6)], "second", band=True, lift=0.5)
-
-
-@kind("toilet roll", "house")
-def _toilet_roll(p: Product) -> None:
-    r, w = p.vary(0.42, 0.48), p.vary(0.36, 0.42)
-    p.turned([(r, -w), (r, w)], at=(0, r, 0), axis=(0, 0, 1), sides=40)
-    p.mark(disc(0, r, r * 0.68), "second", at=(0, 0, w + 0.001), lift=0.5)
-    p.mark(disc(0, r, r * 0.64), "main", at=(0, 0, w + 0.002), lift=0.6)
-    p.mark(disc(0, r, r * 0.38), "wood", at=(0, 0, w + 0.003), lift=0.7)
-    p.mark(disc(0, r, r * 0.3), "dark", at=(0, 0, w + 0.004), lift=0.8)
-    p.sheet([(r - 0.01, r, -w), (r - 0.01, r, w), (r + 0.03, 0.04, w), (r + 0.03, 0.04, -w)], lift=0.05)
-    p.sheet([(r + 0.03, 0.04, -w), (r + 0.03, 0.04, w), (r + 0.42, 0, w), (r + 0.42, 0, -w)], lift=0.05)
-
-
 @kind("bathtub", "house")
 def _bathtub(p: Product) -> None:
     w = p.vary(0.72, 0.82)
@@ -147,42 +104,6 @@ def _trash_can(p: Product) -> None:
             "dark",
             lift=-0.1,
         )
-
-
-@kind("ironing board", "house")
-def _ironing_board(p: Product) -> None:
-    h = p.vary(0.68, 0.78)
-    for s in (-1, 1):
-        p.rod([(-s * 0.5, 0.04, s * 0.1), (s * 0.42, h, s * 0.1)], 0.04, "metal", lift=-1)
-        p.rod([(-s * 0.5, 0.04, -0.22), (-s * 0.5, 0.04, 0.22)], 0.045, "dark", lift=-1)
-    board = smooth(
-        [(-0.95, 0), (-0.7, 0.2), (-0.2, 0.27), (0.7, 0.27), (0.78, 0), (0.7, -0.27), (-0.2, -0.27), (-0.7, -0.2)]
-    )
-    p.prism(board, 0.12, at=(0, h, 0), plane="floor")
-    p.prism(
-        [(-0.26, 0), (0.16, 0), (0.2, 0.14), (0.0, 0.2), (-0.14, 0.14)], 0.2, "second", at=(0.3, h + 0.12, 0), lift=0.6
-    )
-    p.rod([(0.16, h + 0.28, 0), (0.22, h + 0.42, 0), (0.48, h + 0.4, 0), (0.48, h + 0.22, 0)], 0.035, "dark", lift=0.7)
-
-
-@kind("umbrella stand", "house")
-def _umbrella_stand(p: Product) -> None:
-    h = p.vary(0.72, 0.84)
-    for x, lean, paint in ((-0.14, -0.14, "second"), (0.12, 0.18, "#d9483b")):
-        p.turned(
-            [(0.03, -0.3), (0.12, 0.1), (0.1, 0.2), (0.03, 0.4)],
-            paint,
-            at=(x, h, 0),
-            axis=(lean, 1, 0),
-            bare=True,
-            lift=0.1,
-        )
-        hook = [(lean * 0.35, 0.38), *((lean * 0.55 + 0.11 + u, 0.58 + v) for u, v in arc(0, 0, 0.11, 180, 0, 8))]
-        p.rod([(x + u, h + v, 0) for u, v in hook], 0.04, "wood", lift=0.1)
-    p.turned([(0.36, 0), (0.4, h)], band=True, lift=0.5)
-    p.turned([(0.4, h - 0.001), (0.4, h)], "main", hollow=True, inside="dark", lift=-0.6)
-    for y in (0.05, h - 0.12):
-        p.turned([(0.37 + 0.04 * y / h, y), (0.374 + 0.04 * y / h, y + 0.08)], "gold", band=True, lift=0.6)
 
 
 @kind("flower pot", "house")
@@ -281,16 +202,6 @@ def _lantern(p: Product) -> None:
     p.ring(0.15, 0.035, "metal", at=(0, 0.66 + h, 0), lift=0.1)
 
 
-@kind("lava lamp", "house")
-def _lava_lamp(p: Product) -> None:
-    h = p.vary(0.85, 1.0)
-    p.turned([(0.34, 0), (0.18, 0.24), (0.28, 0.46)], "metal", lift=-0.3)
-    p.turned([(0.28, 0.46), (0.32, 0.62), (0.18, 0.46 + h)], "main", lift=0)
-    for x, y, r in ((0.02, 0.62, 0.17), (-0.07, 0.9, 0.1), (0.05, 1.08, 0.11), (-0.02, 1.24, 0.06)):
-        p.ball((r, r * 1.2, r * 0.4), "second", at=(x, y, 0), bare=True, lift=0.6)
-    p.turned([(0.19, 0.46 + h), (0.1, 0.68 + h)], "metal", lift=0.7)
-
-
 @kind("barrel", "house")
 def _barrel(p: Product) -> None:
     h = p.vary(1.0, 1.15)
@@ -304,42 +215,6 @@ def _barrel(p: Product) -> None:
     ):
         p.turned([(a + 0.01, lo * h), (b + 0.01, hi * h)], "dark", band=True, lift=0.2)
     p.turned([(0.3, h), (0.3, h + 0.001)], "second", lift=0.3)
-
-
-@kind("crate", "house")
-def _crate(p: Product) -> None:
-    w, h = p.vary(0.95, 1.1), p.vary(0.72, 0.85)
-    p.box((w, h, 0.7), "dark", at=(0, 0, 0), lift=-0.3)
-    step = h / 3
-    for i in range(3):
-        p.box((w + 0.04, step - 0.06, 0.74), at=(0, i * step + 0.03, 0), lift=-0.1 + 0.1 * i)
-    for s in (-1, 1):
-        p.box((0.12, h + 0.02, 0.05), "second", at=(s * (w / 2 - 0.06), 0, 0.39), lift=0.8)
-    p.mark(rounded(-w / 2, -0.34, w / 2, 0.34, 0.01), "dark", at=(0, h - 0.025, 0), plane="floor", lift=0.5)
-    for x, z, c in (
-        (-0.26, 0.1, "#d62f2f"),
-        (0.02, 0.12, "#f0a02c"),
-        (0.28, 0.08, "#d62f2f"),
-        (-0.12, -0.14, "#7fb23f"),
-        (0.16, -0.14, "#d62f2f"),
-    ):
-        p.ball(0.16, c, at=(x, h + 0.02, z), bare=True, lift=0.6)
-
-
-@kind("dustpan", "house")
-def _dustpan(p: Product) -> None:
-    w = p.vary(0.46, 0.54)
-    p.prism([(-w, -0.3), (w, -0.3), (w * 1.1, 0.42), (-w * 1.1, 0.42)], 0.06, plane="floor", cap="second", lift=-0.4)
-    p.box((2 * w, 0.3, 0.1), at=(0, 0, -0.34), lift=-0.3)
-    for s in (-1, 1):
-        p.prism(
-            [(-0.34, 0), (0.42, 0), (-0.34, 0.3)],
-            0.07,
-            at=(s * w * 1.02, 0, 0),
-            plane="side",
-            lift=0.4 if s * p.view.yaw < 0 else -0.2,
-        )
-    p.rod([(0, 0.26, -0.38), (0, 0.5, -0.62), (0, 0.9, -0.8)], 0.085, "main", bare=False, lift=-0.6)
 
 
 @kind("faucet", "house")
@@ -360,34 +235,6 @@ def _faucet(p: Product) -> None:
     p.ball((0.06, 0.09, 0.06), "#5fb4e8", at=(-0.62, h - 0.62, 0), bare=True)
 
 
-@kind("bathroom scale", "house")
-def _bathroom_scale(p: Product) -> None:
-    w = p.vary(0.6, 0.68)
-    p.prism(rounded(-w, -0.5, w, 0.5, 0.16), 0.16, at=(0, 0.0, 0), plane="floor")
-    y = 0.162
-    p.mark(rounded(-0.2, -0.44, 0.2, -0.16, 0.13), "paper", at=(0, y, 0), plane="floor")
-    p.mark(
-        [(-0.015, -0.42), (0.015, -0.42), (0.015, -0.2), (-0.015, -0.2)],
-        "#d62f2f",
-        at=(0, y + 0.001, 0),
-        plane="floor",
-        lift=0.5,
-    )
-    for s in (-1, 1):
-        foot = smooth(
-            [
-                (s * 0.3, -0.1),
-                (s * 0.46, -0.02),
-                (s * 0.42, 0.22),
-                (s * 0.38, 0.38),
-                (s * 0.24, 0.38),
-                (s * 0.22, 0.2),
-                (s * 0.18, 0),
-            ]
-        )
-        p.mark(foot, "dark", at=(0, y, 0), plane="floor")
-
-
 @kind("treasure chest", "house")
 def _treasure_chest(p: Product) -> None:
     w, h = p.vary(1.0, 1.15), p.vary(0.4, 0.46)
@@ -400,58 +247,3 @@ def _treasure_chest(p: Product) -> None:
     p.mark([(-w / 2, h - 0.025), (w / 2, h - 0.025), (w / 2, h + 0.025), (-w / 2, h + 0.025)], "dark", at=(0, 0, 0.352),
            lift=0.6)  # fmt: skip
     p.box((0.2, 0.22, 0.06), "gold", at=(0, h - 0.14, 0.37), lift=0.8)
-
-
-@kind("towel rack", "house")
-def _towel_rack(p: Product) -> None:
-    w, h = p.vary(0.5, 0.58), p.vary(1.05, 1.2)
-    for s in (-1, 1):
-        p.box((0.1, 0.06, 0.6), "metal", at=(s * w, 0, 0), lift=-1)
-        p.rod([(s * w, 0.05, 0), (s * w, h, 0)], 0.04, "metal", lift=-0.5)
-    p.rod([(-w, 0.25, 0), (w, 0.25, 0)], 0.035, "metal", lift=-0.6)
-    p.rod([(-w, h, 0), (w, h, 0)], 0.045, "metal", lift=-0.4)
-    p.prism(
-        [(-0.06, 0.45), (0.02, h - 0.1), (0.02, h + 0.05), (0.06, h + 0.05), (0.12, 0.3)],
-        1.6 * w,
-        plane="side",
-        lift=0.3,
-    )
-    for y in (0.42, 0.52):
-        p.mark(rounded(-0.8 * w, y - 0.03, 0.8 * w, y + 0.03, 0.001), "second", at=(0, 0, 0.125), lift=0.8)
-
-
-@kind("hot water bottle", "house")
-def _hot_water_bottle(p: Product) -> None:
-    w, h = p.vary(0.38, 0.44), p.vary(0.95, 1.05)
-    body = smooth([(-w * 0.9, 0.02), (w * 0.9, 0.02), (w, 0.3), (w * 0.98, h * 0.7), (0.14, h), (0.12, h + 0.08),
-                   (0.2, h + 0.2), (-0.2, h + 0.2), (-0.12, h + 0.08), (-0.14, h), (-w * 0.98, h * 0.7),
-                   (-w, 0.3)])  # fmt: skip
-    p.prism(body, 0.24, tilt=6)
-    p.turned([(0.07, h + 0.1), (0.11, h + 0.24), (0.11, h + 0.34)], "dark", at=(0, 0, -0.1), lift=-0.1)
-    for i in range(-2, 3):
-        x = 0.31 * w * i
-        p.mark(rounded(x - 0.022, 0.18, x + 0.022, h * 0.66, 0.02), "second", at=(0, 0, 0.122), tilt=6)
-
-
-@kind("tissue box", "house")
-def _tissue_box(p: Product) -> None:
-    w, h = p.vary(0.9, 1.05), p.vary(0.5, 0.62)
-    p.box((w, h, 0.62))
-    p.mark(disc(0, 0, 0.28, 0.55), "dark", at=(0, h + 0.002, 0), plane="floor")
-    paper = [(-0.12, 0), (0.12, 0), (0.18, 0.2), (0.34, 0.38), (0.08, 0.34), (-0.06, 0.48), (-0.12, 0.3), (-0.32, 0.34)]
-    p.prism(smooth([(x, h + y) for x, y in [*paper, (-0.18, 0.16)]]), 0.05, "paper", bare=True, lift=0.6)
-    p.mark(disc(0, h / 2, 0.15), "second", at=(0, 0, 0.311))
-
-
-@kind("matchbox", "house")
-def _matchbox(p: Product) -> None:
-    w, s = p.vary(0.78, 0.9), p.pick(-1, 1)
-    p.box((w, 0.3, 0.62), "paper", at=(s * 0.36, 0.02, 0), lift=-0.6)
-    p.mark(rounded(-0.2, -0.27, 0.2, 0.27, 0.01), "dark", at=(s * (0.16 + w / 2), 0.321, 0), plane="floor", lift=-0.4)
-    for z in (-0.18, -0.06, 0.06, 0.18):
-        x = s * (w / 2 + 0.02)
-        p.rod([(x - s * 0.06, 0.35, z), (x + s * 0.22, 0.35, z)], 0.028, "wood", lift=-0.2)
-        p.ball(0.055, "#c9302c", at=(x + s * 0.25, 0.36, z), bare=True, lift=-0.1)
-    p.box((w, 0.36, 0.7), at=(0, 0, 0))
-    p.mark(rounded(-w / 2 + 0.06, 0.05, w / 2 - 0.06, 0.31, 0.01), "#5b3a30", at=(0, 0, 0.351))
-    p.mark(star(0, 0, 0.24, 0.11, 8), "second", at=(0, 0.361, 0), plane="floor")

@@ -85,15 +85,6 @@ def _wine_glass(p: Product) -> None:
     p.turned(_curve((0.06, 0.56), (r * 0.85, 0.7), (r, 0.92), (r * 0.8, 1.3)), hollow=True, inside="light", lift=0.2)
 
 
-@kind("martini glass", "kitchen")
-def _martini_glass(p: Product) -> None:
-    h = p.vary(0.95, 1.1)
-    p.turned([(0.32, 0), (0.3, 0.04), (0.06, 0.08), (0.045, h - 0.45)])
-    p.turned([(0.045, h - 0.48), (0.55, h)], hollow=True, inside="light", lift=0.2)
-    p.rod([(0.1, h - 0.16, 0.05), (-0.42, h + 0.2, 0.05)], 0.025, "wood", lift=0.5)
-    p.ball(0.085, "leaf", at=(-0.06, h - 0.04, 0.05), lift=0.6)
-
-
 @kind("candle", "kitchen")
 def _candle(p: Product) -> None:
     h, r = p.vary(0.85, 1.05), p.vary(0.24, 0.28)
@@ -104,17 +95,6 @@ def _candle(p: Product) -> None:
         _curve((0.03, h + 0.05), (0.11, h + 0.16), (0.07, h + 0.3), (0.0, h + 0.46)), "#f59a23", bare=True, lift=0.4
     )
     p.turned(_curve((0.02, h + 0.07), (0.06, h + 0.15), (0.0, h + 0.32)), "glow", bare=True, lift=0.6)
-
-
-@kind("candelabra", "kitchen")
-def _candelabra(p: Product) -> None:
-    w = p.vary(0.46, 0.54)
-    p.turned([(0.36, 0), (0.34, 0.06), (0.12, 0.16), (0.07, 0.3), (0.11, 0.4), (0.07, 0.5), (0.07, 0.9)])
-    p.rod([(x, y, 0) for x, y in arc(0, 0.82, w, 180, 360, squash=0.8)], 0.06, "main", bare=False, lift=-0.05)
-    for x, y in ((-w, 0.8), (0, 0.9), (w, 0.8)):
-        p.turned([(0.07, y), (0.15, y + 0.1)], at=(x, 0, 0), lift=0.1)
-        p.turned([(0.075, y + 0.1), (0.075, y + 0.42)], "light", at=(x, 0, 0), lift=0.2)
-        p.turned([(0.03, y + 0.43), (0.07, y + 0.5), (0.0, y + 0.66)], "#f7ae2e", at=(x, 0, 0), bare=True, lift=0.3)
 
 
 @kind("frying pan", "kitchen")
@@ -174,18 +154,6 @@ def _coffee_machine(p: Product) -> None:
     p.mark(disc(0.24, h - 0.22, 0.08), "second", at=(0, 0, 0.376), lift=1)
 
 
-@kind("moka pot", "kitchen")
-def _moka_pot(p: Product) -> None:
-    h = p.vary(1.1, 1.25)
-    p.turned([(0.4, 0), (0.27, 0.5)], sides=8)
-    p.turned([(0.3, 0.48), (0.3, 0.56)], "second", sides=8, lift=0.05)
-    p.turned([(0.26, 0.56), (0.36, h)], sides=8, lift=0.1)
-    p.turned([(0.37, h), (0.1, h + 0.14)], "main", sides=8, lift=0.2)
-    p.ball(0.07, "dark", at=(0, h + 0.18, 0), lift=0.4)
-    p.prism([(-0.28, h - 0.32), (-0.3, h), (-0.56, h)], 0.16, at=(0, 0, 0), lift=-0.1)
-    p.rod([(0.32, h - 0.06, 0), (0.62, h - 0.06, 0), (0.56, h - 0.5, 0)], 0.06, "dark", lift=-0.1)
-
-
 @kind("salt shaker", "kitchen")
 def _salt_shaker(p: Product) -> None:
     h = p.vary(0.78, 0.92)
@@ -209,15 +177,6 @@ def _salt_shaker(p: Product) -> None:
           "second", lift=0.4)  # fmt: skip
 
 
-@kind("pepper mill", "kitchen")
-def _pepper_mill(p: Product) -> None:
-    h = p.vary(1.2, 1.4)
-    p.turned(_curve((0.28, 0), (0.29, 0.12), (0.19, 0.3), (0.15, 0.5 * h), (0.22, 0.68 * h), (0.24, 0.72 * h)))
-    p.turned([(0.2, 0.72 * h), (0.2, 0.76 * h)], "metal", lift=0.1)
-    p.turned(_curve((0.23, 0.76 * h), (0.26, 0.82 * h), (0.22, 0.92 * h), (0.1, h)), "main", lift=0.2)
-    p.ball(0.07, "metal", at=(0, h + 0.04, 0), lift=0.4)
-
-
 @kind("cutting board", "kitchen")
 def _cutting_board(p: Product) -> None:
     w, h = p.vary(0.38, 0.46), p.vary(0.85, 1.0)
@@ -238,27 +197,6 @@ def _rolling_pin(p: Product) -> None:
     p.turned([(r - 0.03, -0.55), (r, -0.52), (r, 0.52), (r - 0.03, 0.55)], at=(0, r, 0), axis=(1, 0, 0))
 
 
-@kind("egg cup", "kitchen")
-def _egg_cup(p: Product) -> None:
-    h = p.vary(0.62, 0.72)
-    p.turned([(0.32, 0), (0.3, 0.06), (0.14, 0.16), (0.12, 0.24), (0.3, 0.36), (0.38, h)], hollow=True)
-    p.turned(
-        _curve((0.33, h - 0.01), (0.32, h + 0.12), (0.2, h + 0.36), (0.0, h + 0.45)), "#f1d9b8", bare=True, lift=0.3
-    )
-
-
-@kind("cake stand", "kitchen")
-def _cake_stand(p: Product) -> None:
-    h = p.vary(0.4, 0.48)
-    p.turned([(0.36, 0), (0.34, 0.05), (0.12, 0.12), (0.1, h)])
-    p.turned([(0.6, h), (0.66, h + 0.1)], "main", lift=0.1)
-    p.turned([(0.45, h + 0.1), (0.45, h + 0.3)], "second", lift=0.3)
-    p.turned([(0.46, h + 0.28), (0.46, h + 0.42), (0.42, h + 0.45)], "main", lift=0.4)
-    for a in range(0, 360, 60):
-        x, z = 0.3 * math.cos(math.radians(a)), 0.3 * math.sin(math.radians(a))
-        p.ball(0.075, "#d6334a", at=(x, h + 0.5, z), lift=0.7)
-
-
 @kind("teacup", "kitchen")
 def _teacup(p: Product) -> None:
     r, h = p.vary(0.4, 0.46), p.vary(0.42, 0.5)
@@ -276,21 +214,6 @@ def _thermos(p: Product) -> None:
     p.turned([(0.295, 0.02), (0.295, 0.12)], "metal", band=True, lift=0.05)
     p.turned([(0.25, h - 0.02), (0.25, h + 0.04)], "metal", lift=0.1)
     p.turned([(0.24, h + 0.04), (0.26, h + 0.32)], "second", lift=0.2)
-
-
-@kind("colander", "kitchen")
-def _colander(p: Product) -> None:
-    h = p.vary(0.46, 0.54)
-    for s in (-1, 1):
-        p.rod([(s * x, h - 0.03, z) for x, z in ((0.6, -0.14), (0.78, -0.12), (0.78, 0.12), (0.6, 0.14))], 0.045,
-              "main", lift=0.2 if s * p.view.yaw < 0 else -0.2)  # fmt: skip
-    p.turned([(0.28, 0), (0.26, 0.08), (0.46, 0.16), (0.6, 0.6 * h), (0.64, h)], hollow=True)
-    p.ring(0.64, 0.035, "main", at=(0, h, 0), axis="y", lift=0.1)
-    for row, y, r in ((0, 0.38, 0.605), (0.5, 0.27, 0.54), (0, 0.17, 0.46)):
-        for k in range(-3, 4):
-            turn = 25 * (k + row) - p.view.yaw
-            x, z = r * math.sin(math.radians(turn)), r * math.cos(math.radians(turn))
-            p.mark(disc(0, 0, 0.042), "dark", at=(x, y * h / 0.5, z), turn=turn, tilt=-25, lift=0.5)
 
 
 @kind("cheese grater", "kitchen")
@@ -339,107 +262,3 @@ def _stove(p: Product) -> None:
     p.box((0.74, 0.05, 0.06), "metal", at=(0, h - 0.3, 0.4), lift=0.4)
     for x in (-0.33, -0.11, 0.11, 0.33):
         p.mark(disc(x, h - 0.12, 0.065), "dark", at=(0, 0, 0.371))
-
-
-@kind("stand mixer", "kitchen")
-def _stand_mixer(p: Product) -> None:
-    p.box((1.05, 0.1, 0.5), at=(0.05, 0, 0), lift=-0.5)
-    p.prism([(0.22, 0.1), (0.56, 0.1), (0.5, 0.8), (0.26, 0.8)], 0.34, lift=-0.2)
-    p.turned([(0.14, 0.1), (0.26, 0.2), (0.33, 0.55)], "metal", at=(-0.15, 0, 0), hollow=True, lift=0)
-    p.turned([(0.03, 0.42), (0.06, 0.72)], "metal", at=(-0.15, 0, 0), lift=0.2)
-    p.turned([(0.1, 0), (0.18, 0.06), (0.24, 0.35), (0.24, 0.8), (0.17, 1.0), (0.05, 1.06)], at=(-0.5, 0.92, 0),
-             axis=(1, 0, 0), lift=0.6)  # fmt: skip
-    p.turned([(0.245, 0.5), (0.245, 0.57)], "second", band=True, at=(-0.5, 0.92, 0), axis=(1, 0, 0), lift=0.7)
-
-
-@kind("kitchen scale", "kitchen")
-def _kitchen_scale(p: Product) -> None:
-    h = p.vary(0.62, 0.72)
-    p.prism([(-0.42, 0), (0.42, 0), (0.3, h), (-0.3, h)], 0.5)
-    p.mark(disc(0, h * 0.48, 0.25), "paper", at=(0, 0, 0.252))
-    for a in range(0, 360, 45):
-        x, y = 0.19 * math.cos(math.radians(a)), 0.19 * math.sin(math.radians(a))
-        p.mark(disc(x, y + h * 0.48, 0.025), "dark", at=(0, 0, 0.254))
-    p.mark([(-0.03, h * 0.42), (0.03, h * 0.42), (0.1, h * 0.48 + 0.16)], "#d62f2f", at=(0, 0, 0.256))
-    p.turned([(0.1, h), (0.1, h + 0.1)], "metal", lift=0.2)
-    p.turned([(0.2, h + 0.08), (0.48, h + 0.14), (0.6, h + 0.26)], "second", hollow=True, lift=0.3)
-
-
-@kind("bread bin", "kitchen")
-def _bread_bin(p: Product) -> None:
-    w, h = p.vary(1.15, 1.3), p.vary(0.58, 0.66)
-    side = [(-0.36, 0), (0.36, 0), (0.36, 0.1), *arc(-0.02, 0.1, 0.38, 0, 90, 12, squash=(h - 0.1) / 0.38), (-0.36, h)]
-    p.prism(side, w, plane="side")
-    for s in (-1, 1):
-        p.prism(
-            side, 0.06, "wood", at=(s * (w / 2 + 0.03), 0, 0), plane="side", lift=0.2 if s * p.view.yaw < 0 else -0.2
-        )
-    p.box((0.36, 0.08, 0.1), "second", at=(0, 0.2, 0.38), lift=0.4)
-
-
-@kind("oven mitt", "kitchen")
-def _oven_mitt(p: Product) -> None:
-    s = p.pick(-1, 1)
-    hand = smooth([(-0.26, 0.1), (-0.28, 0.5), (-0.3, 0.85), (-0.2, 1.12), (0.02, 1.2), (0.24, 1.1), (0.3, 0.85),
-                   (0.29, 0.66), (0.4, 0.76), (0.54, 0.86), (0.64, 0.76), (0.56, 0.56), (0.36, 0.34),
-                   (0.26, 0.1)])  # fmt: skip
-    p.prism([(s * x, y) for x, y in hand], 0.2)
-    p.box((0.64, 0.22, 0.28), "second", lift=0.3)
-
-
-@kind("butter dish", "kitchen")
-def _butter_dish(p: Product) -> None:
-    h = p.vary(0.4, 0.48)
-    p.prism(rounded(-0.66, -0.4, 0.66, 0.4, 0.12), 0.08, "second", plane="floor", lift=-0.4)
-    p.prism(
-        [(-0.26, 0.08), (0.26, 0.08), (0.24, h), (0.16, h + 0.08), (-0.16, h + 0.08), (-0.24, h)], 1.0, plane="side"
-    )
-    p.turned([(0.05, h + 0.06), (0.1, h + 0.16), (0.07, h + 0.22)], "second", lift=0.4)
-
-
-@kind("water cooler", "kitchen")
-def _water_cooler(p: Product) -> None:
-    h = p.vary(0.85, 1.0)
-    p.box((0.56, h, 0.5))
-    p.mark(rounded(-0.18, h * 0.48, 0.18, h * 0.86, 0.05), "dark", at=(0, 0, 0.251))
-    for x, c in ((-0.09, "#d62f2f"), (0.09, "#2f6fd6")):
-        p.box((0.08, 0.1, 0.1), c, at=(x, h * 0.7, 0.28), lift=0.5)
-    p.turned(
-        _curve((0.12, h), (0.14, h + 0.06), (0.27, h + 0.16), (0.28, h + 0.5), (0.2, h + 0.6)),
-        "#7cc3ea",
-        bare=True,
-        lift=0.3,
-    )
-    p.turned([(0.285, h + 0.28), (0.285, h + 0.34)], "glass", band=True, lift=0.4)
-
-
-@kind("mortar", "kitchen")
-def _mortar(p: Product) -> None:
-    r = p.vary(0.44, 0.5)
-    p.turned([(0.34, 0), (0.34, 0.08), (0.22, 0.16), (0.34, 0.28), (r, 0.5), (r, 0.66)], hollow=True, inside="dark")
-    p.ring(r - 0.02, 0.05, "main", at=(0, 0.66, 0), axis="y", lift=0.1)
-    p.turned(
-        [(0.08, 0), (0.07, 0.5), (0.11, 0.75), (0.06, 0.82)], "second", at=(-0.08, 0.52, 0), axis=(0.75, 1, 0), lift=0.3
-    )
-
-
-@kind("french press", "kitchen")
-def _french_press(p: Product) -> None:
-    h = p.vary(0.88, 1.0)
-    p.rod([(0.28, h - 0.06, 0), (0.56, h - 0.08, 0), (0.56, 0.22, 0), (0.28, 0.18, 0)], 0.06, "dark", lift=-0.1)
-    p.turned([(0.32, 0.02), (0.32, h - 0.3)], "main", lift=0)
-    p.turned([(0.32, h - 0.3), (0.32, h)], "glass", lift=0.05)
-    for y in (0.02, h - 0.36):
-        p.turned([(0.33, y), (0.33, y + 0.08)], "metal", band=True, lift=0.1)
-    p.turned([(0.35, h), (0.34, h + 0.08), (0.1, h + 0.16)], "main", lift=0.2)
-    p.rod([(0, h + 0.14, 0), (0, h + 0.42, 0)], 0.03, "metal", lift=0.3)
-    p.ball(0.09, "dark", at=(0, h + 0.46, 0), lift=0.5)
-
-
-@kind("knife block", "kitchen")
-def _knife_block(p: Product) -> None:
-    h = p.vary(0.72, 0.82)
-    for i, x in enumerate((-0.22, 0.0, 0.22)):
-        for z, y in ((0.16, h * 0.72), (-0.12, h * 0.93)):
-            p.rod([(x, y - 0.1, z - 0.0), (x, y + 0.3 + 0.03 * i, z + 0.34)], 0.065, "dark", lift=0.3 + z)
-    p.prism([(-0.42, 0), (0.3, 0), (0.42, h * 0.55), (-0.2, h)], 0.74, plane="side")

@@ -83,36 +83,6 @@ def _notebook(p: Product) -> None:
         p.rod(ring, 0.026, "metal", lift=0.7)
 
 
-@kind("stapler", "office")
-def _stapler(p: Product) -> None:
-    k = p.vary(0.95, 1.08)
-    p.prism([(-0.78, 0), (0.66, 0), (0.66, 0.1), (-0.78, 0.1)], 0.36, "dark")
-    p.prism([(-0.7, 0.22), (0.6, 0.12), (0.62, 0.26), (-0.7, 0.34)], 0.22, "metal", lift=0.05)
-    p.prism(_rect(0.56, 0.16, 0.2, 0.22), 0.3, "dark", lift=0.06)
-    top = smooth(
-        [(-0.8, 0.3), (-0.84, 0.44), (-0.7, 0.56), (0.1, 0.54 * k), (0.62, 0.38), (0.7, 0.24), (0.55, 0.18), (-0.1,
-        0.25), (-0.7, 0.29)]
-    )  # fmt: skip
-    p.prism(top, 0.34, lift=0.3)
-    p.mark(rounded(-0.5, 0.38, 0.12, 0.45, 0.04), "second", at=(0, 0, 0.171), lift=0.7)
-
-
-@kind("set square", "office")
-def _set_square(p: Product) -> None:
-    w, h = p.vary(1.15, 1.3), p.vary(1.0, 1.12)
-    outer = [(-w / 2, 0), (w / 2, 0), (-w / 2, h)]
-    inner = [(-w / 2 + 0.22, 0.22), (-w / 2 + 0.22, h * 0.58), (w * 0.12, 0.22)]
-    p.prism([*outer, outer[0], inner[0], *inner[1:], inner[0]], 0.08, tilt=6)
-    at = _before((0, 0, 0), 6, 0.041)
-    for i in range(1, 12):
-        p.mark(
-            _rect(-w / 2 + i * w / 13, 0.05 + 0.02 * (i % 2), 0.022, 0.1 + 0.04 * (i % 2)), "dark", at=at, tilt=6,
-            lift=0.9
-        )  # fmt: skip
-    for i in range(2, 9):
-        p.mark(_rect(-w / 2 + 0.06, i * h / 11, 0.12, 0.022), "dark", at=at, tilt=6, lift=0.9)
-
-
 @kind("envelope", "office")
 def _envelope(p: Product) -> None:
     w, h, lean = p.vary(1.2, 1.35), p.vary(0.78, 0.88), 12.0
@@ -223,29 +193,6 @@ def _push_pin(p: Product) -> None:
     p.turned([(r * 0.5, 0.76), (r * 0.58, 1.1), (r * 0.95, 1.2), (r * 0.95, 1.3), (r * 0.85, 1.34)], lift=0.4)
 
 
-@kind("paper clip", "office")
-def _paper_clip(p: Product) -> None:
-    k = p.vary(0.92, 1.05)
-    path = [
-        (-0.14, 0.42), (-0.14, 0.92), *arc(0.04, 0.95, 0.18, 180, 0, 8), (0.22, 0.34), *arc(0, 0.3, 0.22, 0, -180,
-        9)
-    ]  # fmt: skip
-    path += [(-0.34, 1.2), *arc(0.03, 1.23, 0.37, 180, 0, 10), (0.4, 0.45)]
-    path[15 + 3] = (-0.25, 0.5)
-    p.rod([(k * x, y, 0) for x, y in path], 0.055, "main")
-
-
-@kind("rubber stamp", "office")
-def _rubber_stamp(p: Product) -> None:
-    w = p.vary(0.75, 0.85)
-    p.box((w + 0.08, 0.1, 0.48), "dark")
-    p.box((w, 0.26, 0.42), at=(0, 0.1, 0), lift=0.1)
-    p.turned([(0.2, 0.36), (0.12, 0.45), (0.1, 0.62), (0.16, 0.72)], lift=0.3)
-    p.ball((0.24, 0.2, 0.24), "main", at=(0, 0.86, 0), lift=0.5)
-    p.mark(_rect(0, 0.23, w * 0.6, 0.13), "paper", at=(0, 0, 0.211), lift=0.6)
-    p.mark(_rect(0, 0.23, w * 0.44, 0.035), "dark", at=(0, 0, 0.212), lift=0.7)
-
-
 def _around(lon: float, lat: float) -> Point:
     """The direction from a globe's middle, in degrees; (0, 0) is the front."""
     a, b = math.radians(lon), math.radians(lat)
@@ -285,25 +232,6 @@ def _hourglass(p: Product) -> None:
         x, z = r * 0.82 * math.cos(math.radians(a)), r * 0.82 * math.sin(math.radians(a))
         p.turned([(0.06, 0.14), (0.06, h)], at=(x, 0, z), lift=0.4)
     p.turned([(r, h), (r, h + 0.15)], lift=0.6)
-
-
-@kind("compass", "office")
-def _compass(p: Product) -> None:
-    r, lean = p.vary(0.5, 0.56), 35.0
-    axis = (0.0, math.sin(math.radians(lean)), math.cos(math.radians(lean)))
-    at = (0.0, r * 0.86, 0.0)
-    top = at[1] + r * 0.82
-    p.rod([(a, b + top + 0.15, -r * 0.6) for a, b in disc(0, 0, 0.11)], 0.045, "main", closed=True, lift=-0.4)
-    p.turned([(r, -0.1), (r, 0.1)], at=at, axis=axis)
-    front = _before(at, lean, 0.102)
-    p.mark(disc(0, 0, r * 0.74), "paper", at=front, tilt=lean, lift=0.5)
-    for i in range(8):
-        tick = moved(_rect(0, r * 0.64, 0.04, 0.1 if i % 2 else 0.14), 0, 0, 45 * i)
-        p.mark(tick, "dark", at=front, tilt=lean, lift=0.6)
-    way = p.vary(15, 60)
-    for half, paint in ((0, "#d62f2f"), (180, "#2f6fd6")):
-        p.mark(moved([(-0.09, 0), (0.09, 0), (0, r * 0.6)], 0, 0, half - way), paint, at=front, tilt=lean, lift=0.7)
-    p.mark(disc(0, 0, 0.05), "gold", at=front, tilt=lean, lift=0.8)
 
 
 @kind("magnifying glass", "office")
@@ -346,23 +274,6 @@ def _flag(p: Product) -> None:
         for t, y in ((a, 0.0), (b, 0.0), (b, 0.62), (a, 0.62)):
             corners.append((-w / 2 + 0.04 + t * w, h - 0.67 + y + 0.05 * math.sin(5.5 * t), 0.14 * math.sin(6.3 * t)))
         p.sheet(corners, lift=0.5)
-
-
-@kind("typewriter", "office")
-def _typewriter(p: Product) -> None:
-    w = p.vary(1.1, 1.2)
-    p.sheet([(-0.3, 0.7, -0.2), (0.3, 0.7, -0.2), (0.3, 1.2, -0.35), (-0.3, 1.2, -0.35)], "paper", lift=-0.3)
-    p.prism([(-0.4, 0), (0.55, 0), (0.55, 0.1), (0.1, 0.42), (0.0, 0.6), (-0.4, 0.6)], w, plane="side")
-    p.turned([(0.11, 0), (0.11, w * 1.16)], "dark", at=(-w * 0.58, 0.68, -0.18), axis=(1, 0, 0), lift=0.1)
-    for s in (-1, 1):
-        p.turned([(0.14, 0), (0.14, 0.08)], "metal", at=(s * w * 0.58, 0.68, -0.18), axis=(s, 0, 0), lift=0.12)
-    lean = math.degrees(math.atan2(0.45, 0.32))
-    at = _before((0, 0.26, 0.325), lean, 0.003)
-    for row in range(3):
-        for column in range(8):
-            x = (column - 3.5 + 0.15 * (row - 1)) * w * 0.105
-            p.mark(disc(x, 0.15 - 0.15 * row, 0.05), "light", at=at, tilt=lean, lift=0.5)
-    p.mark(rounded(-0.22, 0.49, 0.22, 0.57, 0.03), "second", at=(0, 0, 0.06), lift=0.6)
 
 
 @kind("folder", "office")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
-from shapes import FRONT, RIGHT, UP, Flat, Point, Product, arc, disc, kind, moved, rounded, smooth
+from shapes import FRONT, RIGHT, Flat, Point, Product, arc, disc, kind, rounded, smooth
 
 
 def _rect(x: float, y: float, w: float, h: float) -> list[Flat]:
@@ -166,25 +166,6 @@ def _racket(p: Product) -> None:
     p.ball(0.15, "#d9e84a", at=(0.36, 0.15, 0.1), lift=0.2)
 
 
-@kind("dart board", "play")
-def _dart_board(p: Product) -> None:
-    r, lean = p.vary(0.54, 0.6), 8.0
-    p.prism(disc(0, r, r), 0.12, tilt=lean)
-    at = _before((0, r, 0), lean, 0.062)
-    at = (0, at[1] - r + r * math.cos(math.radians(lean)), at[2] - r * math.sin(math.radians(lean)))
-    p.mark(disc(0, 0, r * 0.84), "light", at=at, tilt=lean)
-    for i in range(10):
-        wedge = [(0.0, 0.0), *arc(0, 0, r * 0.84, 36 * i, 36 * i + 18, 4)]
-        p.mark(wedge, "main", at=at, tilt=lean, lift=0.35)
-    ring = arc(0, 0, r * 0.56, 0, 360, 30) + arc(0, 0, r * 0.48, 360, 0, 30)
-    p.mark(ring, "second", at=at, tilt=lean, lift=0.4)
-    p.mark(disc(0, 0, r * 0.19), "main", at=at, tilt=lean, lift=0.45)
-    p.mark(disc(0, 0, r * 0.09), "#d62f2f", at=at, tilt=lean, lift=0.5)
-    tip = _before((at[0] + r * 0.22, at[1] + r * 0.26, at[2]), lean, 0.0)
-    p.turned([(0.02, 0), (0.03, 0.12), (0.03, 0.24)], "metal", at=tip, axis=(0.5, 0.35, 0.8), lift=1)
-    p.turned([(0.02, 0.22), (0.08, 0.38), (0.08, 0.46)], "#2f6fd6", at=tip, axis=(0.5, 0.35, 0.8), lift=1.1)
-
-
 def _bows(low: float, waist: float, high: float, h: float) -> list[Flat]:
     """The body of a guitar: half widths below, in the middle and above."""
     half = [(0.0, 0.0), (low * 0.7, h * 0.05), (low, h * 0.28), (waist, h * 0.58), (high, h * 0.82), (high * 0.6, h)]
@@ -224,27 +205,6 @@ def _electric_guitar(p: Product) -> None:
     for y in (0.28, 0.46):
         p.mark(_rect(0, y, 0.24, 0.07), "dark", at=(0, 0, 0.072), lift=0.6)
     p.mark(disc(0.22, 0.2, 0.05), "dark", at=(0, 0, 0.072), lift=0.6)
-
-
-@kind("violin", "play")
-def _violin(p: Product) -> None:
-    k = p.vary(0.95, 1.05)
-    half = [
-        (0.0, 0.0), (0.26, 0.03), (0.37, 0.18), (0.3, 0.33), (0.2, 0.4), (0.2, 0.52), (0.28, 0.58), (0.3, 0.7),
-        (0.2, 0.82), (0, 0.86)
-    ]  # fmt: skip
-    p.prism(smooth([(k * x, y) for x, y in half] + [(-k * x, y) for x, y in half[-2:0:-1]], steps=3), 0.18)
-    p.mark([(-0.05, 0.04), (0.05, 0.04), (0.08, 0.24), (-0.08, 0.24)], "dark", at=(0, 0, 0.091), lift=0.4)
-    for s in (-1, 1):
-        hole = [(s * 0.19, 0.26), (s * 0.12, 0.28), (s * 0.15, 0.38), (s * 0.12, 0.5), (s * 0.17, 0.52)]
-        p.rod([(x, y, 0.1) for x, y in hole], 0.022, "dark", lift=0.4)
-    p.prism([(-0.07, 0.46), (0.07, 0.46), (0.05, 1.3), (-0.05, 1.3)], 0.06, "dark", at=(0, 0, 0.12), lift=0.5)
-    p.prism(rounded(-0.06, 1.26, 0.06, 1.5, 0.06), 0.1, "main", at=(0, 0, 0.09), lift=0.4)
-    p.turned([(0.07, -0.07), (0.07, 0.07)], at=(0, 1.5, 0.08), axis=RIGHT, lift=0.5)
-    for s in (-1, 1):
-        p.rod([(s * 0.04, 1.38, 0.09), (s * 0.16, 1.4, 0.09)], 0.03, "dark", lift=0.3)
-    p.rod([(0.5, 0.02, 0.12), (0.6, 1.5, 0)], 0.03, "wood", lift=0.4)
-    p.rod([(0.44, 0.04, 0.14), (0.54, 1.46, 0.02)], 0.02, "light", lift=0.5)
 
 
 @kind("trumpet", "play")
@@ -288,107 +248,6 @@ def _piano(p: Product) -> None:
             p.mark(_rect(x, 0.07, 0.06, 0.26), "dark", at=at, tilt=lean, lift=0.7)
 
 
-@kind("accordion", "play")
-def _accordion(p: Product) -> None:
-    h, k = p.vary(0.85, 0.95), p.vary(0.9, 1.1)
-    folds = 5
-    for i in range(folds):
-        x = (i - (folds - 1) / 2) * 0.15 * k
-        p.box((0.11 * k, h * 0.92, 0.4), "second" if i % 2 else "dark", at=(x, 0.03, 0), lift=0.001 * i)
-    for s in (-1, 1):
-        p.box((0.42, h, 0.46), at=(s * (0.375 * k + 0.21), 0, 0), lift=0.2)
-    x = 0.375 * k + 0.21
-    p.mark(_rect(-x + 0.04, h / 2, 0.2, h * 0.86), "paper", at=(0, 0, 0.231), lift=0.6)
-    for i in range(5):
-        p.mark(_rect(-x, h * (0.18 + 0.16 * i), 0.12, 0.06), "dark", at=(0, 0, 0.232), lift=0.7)
-    for i in range(4):
-        for j in range(2):
-            p.mark(disc(x - 0.08 + 0.16 * j, h * (0.2 + 0.2 * i), 0.05), "light", at=(0, 0, 0.231), lift=0.6)
-
-
-@kind("harp", "play")
-def _harp(p: Product) -> None:
-    k = p.vary(0.95, 1.05)
-    for i in range(6):
-        x = -0.3 + 0.13 * i
-        p.rod([(x, 1.32 - 0.16 * math.sin(2.2 * (x + 0.5)), 0), (x, 0.36 + 1.0 * (x + 0.35), 0)], 0.014, "metal")
-    outer = [(-0.42, 0.1), (-0.28, 0.1), (-0.3, 1.3), (-0.42, 1.42)]
-    p.prism(outer, 0.16)
-    p.turned([(0.12, 0), (0.12, 0.06), (0.07, 0.1)], at=(-0.4, 1.38, 0), axis=UP, lift=0.1)
-    neck = smooth(
-        [(-0.46, 1.48), (-0.4, 1.3), (-0.1, 1.24), (0.2, 1.02), (0.42 * k, 1.02), (0.56 * k, 1.2), (0.3, 1.2),
-        (0.05, 1.38), (-0.25, 1.46)]
-    )  # fmt: skip
-    p.prism(neck, 0.18, lift=0.1)
-    p.prism([(-0.42, 0.1), (-0.12, 0.1), (0.58 * k, 1.14), (0.38 * k, 1.1), (-0.3, 0.36)], 0.26, lift=0.05)
-    p.box((0.6, 0.12, 0.4), "gold", at=(-0.25, 0, 0))
-
-
-@kind("xylophone", "play")
-def _xylophone(p: Product) -> None:
-    k, lean = p.vary(0.95, 1.05), 60.2
-    p.prism([(-0.46, 0), (0.5, 0), (0.5, 0.05), (-0.46, 0.6)], 1.45, "second", plane="side")
-    at = _before((0, 0.325, 0.02), lean, 0.03)
-    for i in range(7):
-        x = (i - 3) * 0.2
-        size = (1.02 - 0.08 * i) * k
-        p.prism(rounded(x - 0.08, -size / 2, x + 0.08, size / 2, 0.04), 0.06, at=at, tilt=lean, lift=0.5)
-        for y in (-0.36, 0.36):
-            p.mark(disc(x, y * size, 0.03), "dark", at=_before(at, lean, 0.032), tilt=lean, lift=1)
-    p.rod([(-0.5, 0.42, 0.4), (0.15, 0.62, 0.2)], 0.03, "wood", lift=1.5)
-    p.ball(0.09, "light", at=(0.2, 0.63, 0.18), lift=1.6)
-
-
-@kind("maracas", "play")
-def _maracas(p: Product) -> None:
-    r = p.vary(0.3, 0.34)
-    for s in (-1, 1):
-        axis = (s * 0.42, 1, 0)
-        at = (s * 0.1, 0.03, 0.03 * s)
-        p.turned([(0.08, 0), (0.06, 0.1), (0.07, 0.62)], "wood", at=at, axis=axis, lift=0.05 * s)
-        egg = [(r * math.sin(a), 0.95 - 0.4 * math.cos(a)) for a in [0.2 + 2.9 * i / 14 for i in range(15)]]
-        p.turned(egg, at=at, axis=axis, lift=0.1 + 0.05 * s)
-        p.turned(
-            [(r * 0.985 + 0.005, 0.88), (r + 0.006, 0.95), (r * 0.985 + 0.005, 1.02)], "second", at=at, axis=axis,
-            band=True, lift=0.4
-        )  # fmt: skip
-
-
-@kind("metronome", "play")
-def _metronome(p: Product) -> None:
-    w, h = p.vary(0.42, 0.48), p.vary(1.2, 1.3)
-    p.box((2 * w + 0.1, 0.1, 0.74), "dark")
-    low = [(-w, 0.1, -0.32), (w, 0.1, -0.32), (w, 0.1, 0.32), (-w, 0.1, 0.32)]
-    high = [(0.42 * x, h, 0.45 * z) for x, _, z in low]
-    for i in range(4):
-        j = (i + 1) % 4
-        p.sheet([low[i], low[j], high[j], high[i]], lift=0.1)
-    p.sheet(high, lift=0.4)
-    lean = math.degrees(math.atan2(0.32 * 0.55, h - 0.1))
-    at = (0.0, 0.1, 0.322)
-    p.mark([(-0.15, 0.15), (0.15, 0.15), (0.1, h * 0.84), (-0.1, h * 0.84)], "paper", at=at, tilt=lean, lift=0.6)
-    swing = p.pick(-1, 1) * p.vary(12, 20)
-    p.mark(moved(_rect(0, 0.46, 0.05, 0.92), 0, 0.12, swing), "dark", at=at, tilt=lean, lift=0.8)
-    p.mark(
-        moved([(-0.09, 0.62), (0.09, 0.62), (0.06, 0.8), (-0.06, 0.8)], 0, 0.12, swing), "gold", at=at, tilt=lean,
-        lift=0.9
-    )  # fmt: skip
-
-
-@kind("gong", "play")
-def _gong(p: Product) -> None:
-    r = p.vary(0.42, 0.47)
-    for s in (-1, 1):
-        p.box((0.1, 1.25, 0.12), "wood", at=(s * 0.62, 0.06, 0))
-        p.box((0.16, 0.09, 0.5), "wood", at=(s * 0.62, 0, 0))
-        p.rod([(s * 0.2, 1.25, 0.02), (s * 0.2, 0.98, 0.02)], 0.025, "dark")
-    p.box((1.5, 0.11, 0.14), "wood", at=(0, 1.26, 0), lift=0.1)
-    p.prism(disc(0, 0.66, r), 0.1, lift=0.1)
-    p.mark(disc(0, 0.66, r * 0.84), "second", at=(0, 0, 0.051), lift=0.5)
-    p.mark(disc(0, 0.66, r * 0.78), "main", at=(0, 0, 0.052), lift=0.6)
-    p.ball((r * 0.3, r * 0.3, 0.1), "main", at=(0, 0.66, 0.06), lift=0.8)
-
-
 @kind("tent", "play")
 def _tent(p: Product) -> None:
     w, h, d = p.vary(0.62, 0.7), p.vary(0.85, 0.95), p.vary(1.1, 1.3)
@@ -399,20 +258,6 @@ def _tent(p: Product) -> None:
         p.mark(flap, "second", at=(0, 0, d / 2 + 0.002), lift=0.4)
         p.rod([(s * w * 0.5, h * 0.5, d / 2), (s * w * 1.2, 0, d / 2 + 0.12)], 0.018, "light", lift=0.5)
     p.rod([(0, h - 0.03, d / 2), (0, h + 0.1, d / 2)], 0.035, "wood", lift=0.5)
-
-
-@kind("whistle", "play")
-def _whistle(p: Product) -> None:
-    r = p.vary(0.36, 0.4)
-    outline = [
-        (-0.02, 2 * r), *arc(0, r, r, 100, 355, 20), (r + 0.02, r + 0.04), (1.05, r + 0.16), (1.05, 2 * r), (0.34, 2
-        * r), (0.24, 2 * r - 0.2), (0.12, 2 * r)
-    ]  # fmt: skip
-    p.prism(outline, 0.42)
-    p.mark(disc(0, r, r * 0.6), "second", at=(0, 0, 0.211))
-    p.mark(disc(0, r, r * 0.42), "main", at=(0, 0, 0.212), lift=0.4)
-    p.rod([(x, y, 0.0) for x, y in disc(-r - 0.1, r + 0.1, 0.13)], 0.035, "metal", closed=True, lift=-0.1)
-    p.box((0.09, 0.31, 0.46), "second", at=(0.98, r + 0.16, 0), lift=0.3)
 
 
 @kind("chess pawn", "play")
@@ -462,36 +307,6 @@ def _domino(p: Product) -> None:
             p.mark(disc(x * w * 0.25, middle + y * w * 0.25, 0.07), "second", at=at, tilt=lean, lift=0.9)
 
 
-@kind("surfboard", "play")
-def _surfboard(p: Product) -> None:
-    w, h, lean = p.vary(0.25, 0.29), 1.6, 6.0
-    half = [(0.1, 0.0), (w * 0.8, 0.25), (w, 0.7), (w * 0.78, 1.2)]
-    outline = smooth([*half, (0, h), *[(-x, y) for x, y in half[::-1]]])
-    p.prism(outline, 0.08, tilt=lean)
-    at = _before((0, 0, 0), lean, 0.042)
-    p.mark(_rect(0, h * 0.46, 0.09, h * 0.84), "second", at=at, tilt=lean)
-    for low in (0.16, 0.25):
-        chevron = [
-            (-w * 0.9, h * low), (0, h * (low + 0.1)), (w * 0.9, h * low), (w * 0.93, h * (low + 0.045)), (0, h *
-            (low + 0.145)), (-w * 0.93, h * (low + 0.045))
-        ]  # fmt: skip
-        p.mark(chevron, "light", at=at, tilt=lean, lift=0.5)
-
-
-@kind("shuttlecock", "play")
-def _shuttlecock(p: Product) -> None:
-    r = p.vary(0.46, 0.52)
-    p.ball(0.2, "second", at=(0, 0.2, 0))
-    p.turned([(0.205, 0.2), (0.21, 0.32)], "dark", lift=0.1)
-    p.turned([(0.2, 0.3), (r, 1.05)], hollow=True, lift=0.3)
-    ahead = math.radians(-p.view.yaw)
-    for i in range(-3, 4):
-        a = ahead + i * 0.42
-        foot, top = (0.2 * math.sin(a), 0.32, 0.2 * math.cos(a)), (r * math.sin(a), 1.05, r * math.cos(a))
-        p.rod([foot, top], 0.014, "light", lift=0.8)
-    p.turned([(0.33, 0.62), (0.36, 0.7)], "second", band=True, lift=1.2)
-
-
 @kind("boxing glove", "play")
 def _boxing_glove(p: Product) -> None:
     k = p.vary(0.95, 1.06)
@@ -501,22 +316,6 @@ def _boxing_glove(p: Product) -> None:
     p.turned([(0.28, 0.34), (0.4, 0.7)], at=(0.03, 0, 0), lift=0.25)
     p.rod([(-0.12, 1.0, 0.3), (-0.1, 0.78, 0.34), (-0.16, 0.58, 0.3)], 0.03, "dark", lift=0.6)
     p.ball((0.17, 0.27, 0.18), "main", at=(-0.32, 0.76, 0.2), lift=0.7)
-
-
-@kind("sled", "play")
-def _sled(p: Product) -> None:
-    w = p.vary(0.75, 0.85)
-    for z in (-0.26, 0.26):
-        runner = smooth(
-            [(w, 0.05), (-w * 0.6, 0.05), (-w * 0.95, 0.16), (-w * 1.02, 0.36), (-w * 0.85, 0.46)], closed=False
-        )  # fmt: skip
-        p.rod([(x, y, z) for x, y in runner], 0.045, "metal", lift=0.2 if z > 0 else -0.4)
-        for x in (-0.45, 0.1, 0.62):
-            p.box((0.09, 0.27, 0.09), "second", at=(x * w, 0.06, z), lift=0.2 if z > 0 else -0.4)
-    for i, z in enumerate((-0.26, 0.0, 0.26)):
-        p.box((1.7 * w, 0.09, 0.23), at=(0.02, 0.33, z), lift=0.4 + 0.01 * i)
-    rope = smooth([(-w * 0.85, 0.46), (-w * 1.25, 0.3), (-w * 1.5, 0.04)], closed=False)
-    p.rod([(x, y, 0.1) for x, y in rope], 0.025, "light", lift=0.5)
 
 
 @kind("arcade machine", "play")
@@ -537,47 +336,3 @@ def _arcade_machine(p: Product) -> None:
     for x in (0.04, 0.17):
         p.ball((0.045, 0.03, 0.045), "light", at=(x, 0.85, 0.32), lift=0.8)
     p.mark(_rect(0, 0.3, w * 0.5, 0.32), "second", at=(0, 0, 0.301), lift=0.5)
-
-
-@kind("basketball hoop", "play")
-def _basketball_hoop(p: Product) -> None:
-    w = p.vary(0.52, 0.58)
-    p.box((0.6, 0.1, 0.5), "dark", at=(0, 0, -0.2))
-    p.box((0.11, 0.9, 0.11), "metal", at=(0, 0.08, -0.2))
-    p.box((2 * w, 0.74, 0.08), at=(0, 0.84, -0.12), lift=0.1)
-    frame = [(-0.21, 1.02), (0.21, 1.02), (0.21, 1.34), (-0.21, 1.34)]
-    p.rod([(x, y, -0.07) for x, y in frame], 0.025, "light", closed=True, lift=0.3)
-    y, r, z = 0.98, 0.2, 0.16
-    for i in range(7):
-        a = math.pi * (i + 0.5) / 7 + math.pi
-        x, b = r * math.cos(a), -r * math.sin(a)
-        p.rod([(x, y, z + b), (0.55 * x, y - 0.3, z + 0.55 * b)], 0.015, "light", lift=0.5)
-    p.ring(r, 0.035, "#f08a24", at=(0, y, z), axis="y", lift=0.8)
-
-
-@kind("trampoline", "play")
-def _trampoline(p: Product) -> None:
-    r, h = 0.72, p.vary(0.4, 0.48)
-    for a in range(30, 390, 60):
-        x, z = r * 0.9 * math.cos(math.radians(a)), r * 0.9 * math.sin(math.radians(a))
-        p.rod([(x, 0.03, z), (x, h, z)], 0.04, "metal", lift=-0.5)
-    p.turned([(r, h), (r, h + 0.1)], lift=0.5)
-    p.mark(disc(0, 0, r * 0.7), "dark", at=(0, h + 0.101, 0), plane="floor", lift=0.9)
-
-
-@kind("ice skate", "play")
-def _ice_skate(p: Product) -> None:
-    k = p.vary(0.95, 1.05)
-    p.prism([(-0.68, 0.1), (-0.6, 0.0), (0.58, 0.0), (0.62, 0.1), (-0.5, 0.11)], 0.06, "metal")
-    for x in (-0.32, 0.36):
-        p.prism([(x - 0.1, 0.22), (x + 0.1, 0.22), (x + 0.05, 0.08), (x - 0.05, 0.08)], 0.1, "metal")
-    p.prism(rounded(-0.62, 0.2, 0.56, 0.3, 0.04), 0.34, "dark", lift=0.05)
-    boot = smooth(
-        [(-0.58, 0.28), (-0.64, 0.4), (-0.5, 0.54), (-0.2, 0.62), (-0.04, 0.8), (-0.06, 1.2 * k), (0.48, 1.26 * k),
-        (0.44, 0.75), (0.54, 0.45), (0.52, 0.28)]
-    )  # fmt: skip
-    p.prism(boot, 0.34, lift=0.1)
-    for i in range(4):
-        y = 0.66 + 0.15 * i
-        p.mark(moved(_rect(0, 0, 0.2, 0.045), 0.0 if i else -0.1, y, -25), "second", at=(0, 0, 0.171), lift=0.5)
-    p.prism(rounded(-0.1, 1.16 * k, 0.5, 1.32 * k, 0.07), 0.38, "second", lift=0.2)

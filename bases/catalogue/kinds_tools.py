@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from shapes import FRONT, RIGHT, Flat, Product, arc, disc, kind, moved, rounded, smooth
+from shapes import FRONT, Flat, Product, arc, disc, kind, moved, rounded, smooth
 
 
 def _rect(x: float, y: float, w: float, h: float) -> list[Flat]:
@@ -112,16 +112,6 @@ def _paint_brush(p: Product) -> None:
     p.mark(disc(0, h + 0.9, 0.05), "dark", at=(0, 0, 0.101))
 
 
-@kind("paint roller", "tools")
-def _paint_roller(p: Product) -> None:
-    w, r = p.vary(0.85, 0.95), p.vary(0.23, 0.27)
-    path = [(0, 0.5, 0), (0, 0.72, 0), (w * 0.72, 0.8, 0), (w * 0.72, 1.15, 0), (w * 0.5, 1.15, 0)]
-    p.rod(path, 0.04, "metal", lift=-0.2)
-    p.turned([(r, 0), (r, w)], at=(-w / 2, 1.15, 0), axis=RIGHT, lift=0.1)
-    p.turned([(r * 0.5, w), (r * 0.5, w + 0.04)], "dark", at=(-w / 2, 1.15, 0), axis=RIGHT, lift=0.11)
-    p.turned([(0.11, 0), (0.13, 0.06), (0.11, 0.3), (0.13, 0.45), (0.08, 0.55)], "main", lift=0.1)
-
-
 @kind("toolbox", "tools")
 def _toolbox(p: Product) -> None:
     w, h = p.vary(1.2, 1.35), p.vary(0.45, 0.52)
@@ -150,18 +140,6 @@ def _drill(p: Product) -> None:
         p.mark(_rect(x, 0.92, 0.045, 0.16), "dark", at=(0, 0, 0.24), lift=1)
 
 
-@kind("anvil", "tools")
-def _anvil(p: Product) -> None:
-    w = p.vary(0.95, 1.1)
-    half = [(0.42, 0), (0.42, 0.12), (0.3, 0.18), (0.2, 0.36), (0.3, 0.48), (0.5, 0.56), (0.5, 0.78)]
-    horn = [
-        (-0.4, 0.78), (-0.85, 0.74), (-0.6, 0.62), (-0.3, 0.52), (-0.2, 0.36), (-0.3, 0.18), (-0.42, 0.12), (-0.42,
-        0)
-    ]  # fmt: skip
-    p.prism([(w * x, y) for x, y in half + horn], 0.44)
-    p.box((w * 0.88, 0.06, 0.46), "second", at=(w * 0.06, 0.77, 0), lift=0.2)
-
-
 @kind("magnet", "tools")
 def _magnet(p: Product) -> None:
     r, k = p.vary(0.5, 0.56), 0.23
@@ -175,30 +153,6 @@ def _magnet(p: Product) -> None:
         p.prism(_rect(s * (r - k / 2), 1.26, k, 0.26), 0.28, "light", lift=0.05)
 
 
-@kind("bolt", "tools")
-def _bolt(p: Product) -> None:
-    r = p.vary(0.2, 0.24)
-    hexagon = [(0.46 * math.cos(a), 0.46 * math.sin(a)) for a in [math.pi * i / 3 for i in range(6)]]
-    thread = [(r - (0.05 if i % 2 else -0.02), 0.3 + 0.065 * i) for i in range(14)]
-    p.prism(hexagon, 0.3, plane="floor")
-    p.turned([(r, 0.3), *thread, (r - 0.06, 1.25)], lift=0.5)
-
-
-@kind("gear", "tools")
-def _gear(p: Product) -> None:
-    r, n = p.vary(0.48, 0.54), p.pick(8, 9, 10)
-    outline = []
-    for i in range(n):
-        for a, k in ((-0.3, 1.0), (-0.18, 1.25), (0.18, 1.25), (0.3, 1.0)):
-            t = 2 * math.pi * (i + a) / n - math.pi / 2
-            outline.append((k * r * math.cos(t), k * r * math.sin(t)))
-    y = r * 1.25
-    p.prism([(a, b + y) for a, b in outline], 0.22)
-    p.mark(disc(0, y, r * 0.62), "second", at=(0, 0, 0.111))
-    p.mark(disc(0, y, r * 0.48), "main", at=(0, 0, 0.112), lift=0.31)
-    p.mark(disc(0, y, r * 0.24), "dark", at=(0, 0, 0.113), lift=0.32)
-
-
 @kind("pickaxe", "tools")
 def _pickaxe(p: Product) -> None:
     h, w = p.vary(1.15, 1.3), p.vary(0.66, 0.74)
@@ -207,53 +161,6 @@ def _pickaxe(p: Product) -> None:
     low = arc(0, -1.12, w * 1.55, 60, 120, 11)
     p.prism([(x, h + y - 0.28) for x, y in top] + [(x, h + y - 0.18) for x, y in low], 0.2, lift=0.4)
     p.box((0.26, 0.3, 0.26), at=(0, h - 0.17, 0), lift=0.5)
-
-
-@kind("trowel", "tools")
-def _trowel(p: Product) -> None:
-    w = p.vary(0.3, 0.35)
-    p.prism([(0, 0.05), (w, 0.5), (w * 0.7, 0.68), (-w * 0.7, 0.68), (-w, 0.5)], 0.06, "metal")
-    p.rod([(0, 0.55, 0.06), (0, 0.78, 0.16), (0, 0.9, 0.06)], 0.045, "metal", lift=0.2)
-    p.turned([(0.15, 0.82), (0.17, 0.9), (0.21, 1.15), (0.18, 1.5), (0.12, 1.56)], lift=0.3)
-
-
-@kind("tape measure", "tools")
-def _tape_measure(p: Product) -> None:
-    r = p.vary(0.46, 0.52)
-    outline = [(-r, 0.06), (r, 0), (r, 0.3), *arc(0, r, r, 0, 180, 16), (-r, 0.2)]
-    p.prism([(x, max(y, 0)) for x, y in outline], 0.42)
-    p.mark(disc(-0.02, r, r * 0.62), "second", at=(0, 0, 0.211))
-    p.mark(disc(-0.02, r, r * 0.42), "main", at=(0, 0, 0.212), lift=0.31)
-    p.prism(_rect(r + 0.36, 0.1, 0.76, 0.17), 0.03, "#f5cf30", lift=0.2)
-    for i in range(4):
-        p.mark(_rect(r + 0.12 + 0.16 * i, 0.14, 0.03, 0.09), "dark", at=(0, 0, 0.016), lift=0.5)
-    p.box((0.05, 0.28, 0.1), "metal", at=(r + 0.74, 0, 0), lift=0.3)
-
-
-@kind("ladder", "tools")
-def _ladder(p: Product) -> None:
-    h, w = p.vary(1.4, 1.55), p.vary(0.3, 0.34)
-    for s in (-1, 1):
-        p.rod([(s * w * 1.2, 0.03, -0.55), (s * w * 0.8, h, 0)], 0.035, "second", lift=-0.5)
-    for i in range(4):
-        y = h * (0.18 + 0.21 * i)
-        k = 1.25 - 0.4 * y / h
-        p.box((2 * w * k, 0.07, 0.2), "main", at=(0, y, 0.45 * (1 - y / h)), lift=0.1)
-    for s in (-1, 1):
-        side = [(0.5, 0), (0.64, 0), (0.12, h), (-0.02, h)]
-        p.prism(side, 0.09, plane="side", at=(s * w, 0, 0), lift=0.3)
-    p.box((2 * w + 0.2, 0.1, 0.34), "main", at=(0, h - 0.03, 0), lift=0.5)
-
-
-@kind("thread spool", "tools")
-def _thread_spool(p: Product) -> None:
-    h, r = p.vary(0.95, 1.1), p.vary(0.35, 0.38)
-    p.turned([(0.44, 0), (0.44, 0.07), (r, 0.12)], "wood")
-    p.turned([(r, 0.13)] + [(r + (0.02 if i % 2 else -0.015), 0.15 + (h - 0.3) * i / 12) for i in range(13)], lift=0.2)
-    p.turned([(r, h - 0.12), (0.44, h - 0.07), (0.44, h)], "wood", lift=0.5)
-    p.mark(disc(0, 0, 0.12), "dark", at=(0, h + 0.001, 0), plane="floor", lift=1)
-    tail = smooth([(r, 0.4), (0.52, 0.3), (0.5, 0.05), (0.75, 0.03)], closed=False)
-    p.rod([(x, y, 0.05) for x, y in tail], 0.02, "main", lift=0.6)
 
 
 @kind("fire extinguisher", "tools")
@@ -293,35 +200,6 @@ def _traffic_cone(p: Product) -> None:
         )  # fmt: skip
 
 
-@kind("jerry can", "tools")
-def _jerry_can(p: Product) -> None:
-    w, h = p.vary(0.85, 0.95), p.vary(1.0, 1.1)
-    p.rod(
-        [(-w * 0.3, h - 0.02, 0), (-w * 0.3, h + 0.16, 0), (w * 0.2, h + 0.16, 0), (w * 0.2, h - 0.02, 0)], 0.05,
-        "main", lift=-0.2
-    )  # fmt: skip
-    p.prism(
-        [(-w / 2, 0.05), (-w / 2 + 0.05, 0), (w / 2 - 0.05, 0), (w / 2, 0.05), (w / 2, h - 0.2), (w / 2 - 0.2, h),
-        (-w / 2 + 0.05, h), (-w / 2, h - 0.05)], 0.42
-    )  # fmt: skip
-    p.turned([(0.1, 0), (0.1, 0.16)], "dark", at=(w / 2 - 0.1, h - 0.12, 0), axis=(0.7, 0.7, 0), lift=0.3)
-    for turn in (-1, 1):
-        stripe = moved(_rect(0, 0, 0.09, 0.85), 0, h * 0.45, 42 * turn)
-        p.mark(stripe, "second", at=(0, 0, 0.212), lift=0.4)
-
-
-@kind("rake", "tools")
-def _rake(p: Product) -> None:
-    h, w = p.vary(1.45, 1.6), p.vary(0.46, 0.52)
-    p.turned([(0.065, 0.4), (0.06, h)], "wood")
-    p.turned([(0.085, h - 0.3), (0.085, h)], "main", lift=0.1)
-    p.turned([(0.09, 0.4), (0.075, 0.6)], "main", lift=0.2)
-    p.prism(rounded(-w, 0.3, w, 0.48, 0.06), 0.14, lift=0.3)
-    for i in range(6):
-        x = w * (-0.88 + 0.352 * i)
-        p.prism([(x - 0.055, 0.34), (x + 0.055, 0.34), (x + 0.03, 0), (x - 0.03, 0)], 0.1, lift=0.1)
-
-
 @kind("pliers", "tools")
 def _pliers(p: Product) -> None:
     k = p.vary(0.92, 1.05)
@@ -337,21 +215,6 @@ def _pliers(p: Product) -> None:
     p.mark(disc(0, 0.76, 0.07), "dark", at=(0, 0, 0.112), lift=0.7)
 
 
-@kind("wheelbarrow", "tools")
-def _wheelbarrow(p: Product) -> None:
-    for z in (-0.25, 0.25):
-        p.rod([(-0.5, 0.24, z * 0.3), (0.1, 0.44, z), (0.95, 0.6, z)], 0.04, "wood", lift=0.3 if z > 0 else -0.4)
-        p.rod([(0.28, 0.45, z), (0.38, 0.03, z)], 0.045, "metal", lift=0.3 if z > 0 else -0.5)
-    p.turned([(0.24, 0), (0.24, 0.12)], "rubber", at=(-0.52, 0.24, -0.06), axis=FRONT, lift=0.2)
-    p.turned([(0.11, 0), (0.11, 0.03)], "light", at=(-0.52, 0.24, 0.06), axis=FRONT, lift=0.25)
-    k = p.vary(0.95, 1.05)
-    p.prism([(-0.3, 0.42), (0.36, 0.46), (0.58 * k, 0.9), (-0.72 * k, 0.9)], 0.72, lift=0.4)
-    p.mark(
-        [(-0.66 * k, -0.31), (0.53 * k, -0.31), (0.53 * k, 0.31), (-0.66 * k, 0.31)], "second", at=(0, 0.901, 0),
-        plane="floor", lift=1
-    )  # fmt: skip
-
-
 @kind("paint bucket", "tools")
 def _paint_bucket(p: Product) -> None:
     r, h = p.vary(0.42, 0.47), p.vary(0.8, 0.9)
@@ -365,13 +228,6 @@ def _paint_bucket(p: Product) -> None:
         [((r + 0.02) * math.sin(a + ahead), h - b, (r + 0.02) * math.cos(a + ahead)) for a, b in drip], "light",
         bare=True, lift=1
     )  # fmt: skip
-
-
-@kind("plunger", "tools")
-def _plunger(p: Product) -> None:
-    h, r = p.vary(1.2, 1.35), p.vary(0.44, 0.5)
-    p.turned([(0.07, 0.4), (0.07, h), (0.05, h + 0.04)], "wood")
-    p.turned([(r, 0), (r + 0.02, 0.08), (r * 0.9, 0.24), (r * 0.62, 0.4), (0.16, 0.48), (0.12, 0.6)], lift=0.3)
 
 
 @kind("broom", "tools")

@@ -51,47 +51,6 @@ def _rubber_duck(p: Product) -> None:
     p.ball((0.05, 0.06, 0.03), "dark", at=(s * 0.36, 0.88, h * 0.86), lift=1)
 
 
-@kind("rocking horse", "toys")
-def _rocking_horse(p: Product) -> None:
-    s = p.pick(-1, 1)
-    for z in (-0.2, 0.2):
-        p.prism(
-            [(s * x, y) for x, y in arc(0, 1.16, 1.16, 232, 308, 9) + arc(0, 1.16, 1.06, 308, 232, 9)],
-            0.07,
-            "wood",
-            at=(0, 0, z),
-            lift=z * 2,
-        )
-        for x, foot in ((-0.3, -0.42), (0.3, 0.42)):
-            p.prism(
-                [(s * (x - 0.08), 0.6), (s * (x + 0.08), 0.6), (s * (foot + 0.05), 0.12), (s * (foot - 0.05), 0.12)],
-                0.1,
-                at=(0, 0, z * 0.9),
-                lift=z * 1.6,
-            )
-    p.blob([((-s * 0.32, 0.66, 0), 0.2), ((s * 0.3, 0.66, 0), 0.2)])
-    p.blob([((-s * 0.46, 0.74, 0), 0.07), ((-s * 0.66, 0.36, 0), 0.05)], "second", lift=-0.1)
-    head = smooth(
-        [
-            (0.2, 0.6),
-            (0.3, 0.9),
-            (0.38, 1.14),
-            (0.48, 1.26),
-            (0.54, 1.16),
-            (0.8, 0.98),
-            (0.78, 0.86),
-            (0.6, 0.9),
-            (0.5, 0.66),
-        ],
-        steps=3,
-    )
-    p.prism([(s * x, y) for x, y in head], 0.22, lift=0.2)
-    mane = [(0.14, 0.78), (0.2, 1.0), (0.32, 1.22), (0.44, 1.3), (0.4, 1.14), (0.34, 0.94)]
-    p.prism([(s * x, y) for x, y in mane], 0.26, "second", lift=0.3)
-    p.prism([(s * x, y) for x, y in ((-0.2, 0.9), (0.1, 0.88), (0.12, 0.6), (-0.16, 0.6))], 0.44, "second", lift=0.3)
-    p.mark(disc(s * 0.52, 1.08, 0.04), "dark", at=(0, 0, 0.112), lift=0.7)
-
-
 @kind("doll", "toys")
 def _doll(p: Product) -> None:
     r = p.vary(0.4, 0.46)
@@ -107,31 +66,6 @@ def _doll(p: Product) -> None:
     p.ball((0.26, 0.25, 0.2), "skin", at=(0, 1.08, 0.1), lift=0.5)
     p.ball((0.07, 0.03, 0.03), "#d62f2f", at=(0, 0.98, 0.29), lift=1.2)
     _face(p, 0, 1.1, 0.28, 0.1, 0.035)
-
-
-@kind("nesting doll", "toys")
-def _nesting_doll(p: Product) -> None:
-    w = p.vary(0.38, 0.44)
-    p.turned(
-        [
-            (w * 0.8, 0),
-            (w, 0.16),
-            (w * 1.04, 0.4),
-            (w * 0.9, 0.66),
-            (w * 0.68, 0.8),
-            (w * 0.72, 0.96),
-            (w * 0.68, 1.12),
-            (w * 0.5, 1.26),
-            (0.02, 1.34),
-        ]
-    )
-    p.ball((w * 0.52, w * 0.52, 0.1), "skin", at=(0, 1.0, w * 0.66), lift=0.5)
-    p.ball((w * 0.3, w * 0.14, 0.06), "#5b3a24", at=(0, 1.0 + w * 0.4, w * 0.72), lift=0.8)
-    p.ball((w * 0.56, 0.28, 0.1), "second", at=(0, 0.42, w * 0.92), lift=0.5)
-    p.mark(star(0, 0.42, 0.19, 0.1, 6), "#d62f2f", at=(0, 0, w * 0.98 + 0.06), lift=1)
-    p.mark(disc(0, 0.42, 0.06), "gold", at=(0, 0, w * 0.98 + 0.07), lift=1.1)
-    _face(p, 0, 1.01, w * 0.66 + 0.09, 0.08, 0.03)
-    p.ball((0.05, 0.025, 0.02), "#d62f2f", at=(0, 0.9, w * 0.66 + 0.08), lift=1)
 
 
 @kind("piggy bank", "toys")
@@ -165,73 +99,6 @@ def _piggy_bank(p: Product) -> None:
     p.ball((0.045, 0.055, 0.03), "dark", at=(s * 0.4, 0.66, 0.28), lift=0.8)
     p.box((0.26, 0.02, 0.06), "dark", at=(-s * 0.05, 0.93, 0), lift=0.3)
     p.turned([(0.13, -0.02), (0.13, 0.02)], "gold", at=(-s * 0.05, 1.04, 0), axis=FRONT, lift=0.2)
-
-
-@kind("toy fish", "toys")
-def _toy_fish(p: Product) -> None:
-    s, h = p.pick(-1, 1), p.vary(0.3, 0.38)
-    y = 0.5
-    p.turned([(0.2, 0), (0.2, 0.05), (0.03, 0.08), (0.03, 0.3)], "wood", lift=-0.5)
-    p.prism(
-        [(s * a, y + b) for a, b in ((-0.36, 0.06), (-0.86, 0.32), (-0.74, 0), (-0.86, -0.32), (-0.36, -0.06))],
-        0.08,
-        "second",
-        lift=-0.1,
-    )
-    p.prism(
-        [
-            (s * a, y + b)
-            for a, b in smooth([(-0.3, h * 0.6), (-0.16, h + 0.18), (0.1, h + 0.16), (0.3, h * 0.7)], steps=3)
-        ],
-        0.08,
-        "second",
-        lift=-0.1,
-    )
-    p.ball((0.54, h, 0.2), at=(0, y, 0))
-    p.ball((0.16, 0.1, 0.04), "second", at=(-s * 0.08, y - 0.06, 0.2), lift=0.3)
-    p.ball((0.09, 0.09, 0.04), "light", at=(s * 0.32, y + 0.08, 0.15), lift=0.4)
-    p.ball((0.045, 0.045, 0.03), "dark", at=(s * 0.34, y + 0.08, 0.19), lift=0.5)
-
-
-@kind("toy whale", "toys")
-def _toy_whale(p: Product) -> None:
-    s = p.pick(-1, 1)
-    body = [
-        (0.66, 0.5),
-        (0.5, 0.72),
-        (0.1, 0.78),
-        (-0.3, 0.6),
-        (-0.56, 0.6),
-        (-0.7, 0.74),
-        (-0.86, 0.56),
-        (-0.7, 0.4),
-        (-0.4, 0.1),
-        (0, 0),
-        (0.5, 0.06),
-        (0.66, 0.24),
-    ]
-    p.prism([(s * x, y) for x, y in smooth(body, steps=3)], p.vary(0.4, 0.5))
-    belly = [(0.66, 0.3), (0.3, 0.24), (-0.1, 0.16), (-0.3, 0.06), (0, 0.0), (0.5, 0.05), (0.64, 0.2)]
-    p.mark([(s * x, y) for x, y in smooth(belly, steps=3)], "light", at=(0, 0, 0.24), lift=0.4)
-    p.prism(
-        [(s * x, y) for x, y in smooth([(-0.6, 0.5), (-0.94, 0.96), (-0.74, 0.86), (-0.5, 0.92)], steps=3)],
-        0.3,
-        lift=0.05,
-    )
-    p.ball((0.05, 0.06, 0.03), "dark", at=(s * 0.38, 0.42, 0.25), lift=0.7)
-    p.ball((0.14, 0.06, 0.08), "main", at=(s * 0.1, 0.2, 0.28), lift=0.6)
-    for k in (-1, 1):
-        p.rod(
-            standing(
-                smooth(
-                    [(s * 0.2, 0.76), (s * 0.2, 0.96), (s * 0.2 + k * 0.12, 1.08), (s * 0.2 + k * 0.22, 0.98)],
-                    closed=False,
-                )
-            ),
-            0.04,
-            "#7cc4ee",
-            lift=-0.1,
-        )
 
 
 @kind("dinosaur", "toys")
@@ -310,26 +177,6 @@ def _toy_car(p: Product) -> None:
         p.ball((0.03, 0.06, 0.06), "glow", at=(0.74, 0.3, z), lift=0.3)
 
 
-@kind("racing car", "toys")
-def _racing_car(p: Product) -> None:
-    s = p.pick(-1, 1)
-    for z, lift in ((-0.3, -0.5), (0.3, 0.5)):
-        _wheel(p, -s * 0.5, z, 0.2, "second", 0.2, lift)
-        _wheel(p, s * 0.5, z, 0.17, "second", 0.16, lift)
-    p.prism(
-        [
-            (s * x, y)
-            for x, y in ((-0.7, 0.12), (-0.7, 0.34), (-0.36, 0.46), (-0.1, 0.3), (0.2, 0.28), (0.86, 0.16), (0.86, 0.1))
-        ],
-        0.3,
-    )
-    p.prism([(s * x, y) for x, y in ((-0.84, 0.5), (-0.84, 0.62), (-0.54, 0.56), (-0.54, 0.5))], 0.7, lift=0.2)
-    p.box((0.06, 0.24, 0.1), "dark", at=(-s * 0.68, 0.28, 0))
-    p.box((0.18, 0.05, 0.66), "second", at=(s * 0.84, 0.06, 0))
-    p.ball(0.12, "second", at=(s * -0.02, 0.4, 0), lift=0.3)
-    p.mark(disc(s * -0.24, 0.26, 0.09), "light", at=(0, 0, 0.152), lift=0.2)
-
-
 @kind("toy train", "toys")
 def _toy_train(p: Product) -> None:
     s = p.pick(-1, 1)
@@ -373,39 +220,6 @@ def _sailing_boat(p: Product) -> None:
         [(s * x, y) for x, y in ((-0.6, 0.32), (-0.57, 0.25), (0.67, 0.26), (0.74, 0.34))], 0.34, "second", lift=0.1
     )
     p.prism([(s * x, h + y) for x, y in ((0, 0.14), (0, 0), (-0.2, 0.07))], 0.02, "second")
-
-
-@kind("toy plane", "toys")
-def _toy_plane(p: Product) -> None:
-    s, y = p.pick(-1, 1), 0.42
-    for z in (-0.16, 0.16):
-        _wheel(p, s * 0.24, z, 0.1, "light", 0.06, 2 * z - 0.3)
-        p.rod([(s * 0.24, 0.1, z), (s * 0.2, y, z * 0.5)], 0.025, "metal", lift=-0.4)
-    p.blob([((s * 0.4, y, 0), 0.19), ((s * 0.1, y, 0), 0.2), ((-s * 0.7, y + 0.1, 0), 0.06)])
-    p.turned([(0.2, -0.08), (0.17, 0.14), (0.06, 0.22)], "second", at=(s * 0.46, y, 0), axis=(s, 0, 0), lift=0.2)
-    wing = smooth([(0.2, 0.78), (0.24, -0.78), (-0.1, -0.78), (-0.1, 0.78)], steps=3)
-    p.prism([(s * (x + 0.1), z) for x, z in wing], 0.05, "second", at=(0, y - 0.06, 0), plane="floor", lift=-0.02)
-    p.prism(
-        [(s * (0.1 * x + 0.1), 0.4 * z + 0.4) for x, z in ()] or [(s * (x + 0.1), z) for x, z in wing if z > 0],
-        0.05,
-        "main",
-        at=(0, y - 0.06, 0.16),
-        plane="floor",
-        lift=0.5,
-    )
-    p.prism(
-        [(s * x, y + b) for x, b in ((-0.52, 0.1), (-0.66, 0.44), (-0.8, 0.44), (-0.76, 0.06))], 0.06, "main", lift=0.05
-    )
-    p.box((0.2, 0.04, 0.5), "second", at=(-s * 0.68, y + 0.1, 0))
-    p.ball((0.15, 0.13, 0.12), "glass", at=(s * 0.06, y + 0.18, 0), lift=0.3)
-    p.prism(
-        [(-0.03, -0.3), (0.03, -0.3), (0.05, 0), (0.03, 0.3), (-0.03, 0.3), (-0.05, 0)],
-        0.04,
-        "dark",
-        at=(s * 0.7, y, 0),
-        plane="side",
-        lift=0.2,
-    )
 
 
 @kind("helicopter", "toys")
@@ -505,35 +319,6 @@ def _submarine(p: Product) -> None:
 # -- games -------------------------------------------------------------------------------------------------------------
 
 
-@kind("spinning top", "toys")
-def _spinning_top(p: Product) -> None:
-    r = p.vary(0.52, 0.6)
-    p.turned([(0.02, 0), (0.05, 0.12), (r * 0.6, 0.34), (r, 0.56)], lift=-0.2)
-    p.turned([(r, 0.54), (r, 0.64)], "second")
-    p.turned([(r * 0.98, 0.64), (r * 0.72, 0.76), (0.12, 0.86)], lift=0.2)
-    p.turned([(r * 0.75, 0.755), (r * 0.5, 0.81)], "second", band=True, lift=0.3)
-    p.turned([(0.05, 0.84), (0.045, 1.1)], "wood", lift=0.5)
-    p.ball(0.1, at=(0, 1.14, 0), lift=0.7)
-
-
-@kind("yo-yo", "toys")
-def _yo_yo(p: Product) -> None:
-    r = p.vary(0.4, 0.46)
-    p.turned(
-        [(r * 0.86, -0.3), (r, -0.24), (r, -0.08), (0.12, -0.05), (0.12, 0.05), (r, 0.08), (r, 0.24), (r * 0.86, 0.3)],
-        at=(0, r, 0),
-        axis=FRONT,
-    )
-    p.turned([(r * 0.55, 0.29), (r * 0.5, 0.33)], "second", at=(0, r, 0), axis=FRONT, lift=0.3)
-    p.rod(
-        standing(smooth([(r * 0.95, r), (r + 0.1, 0.9), (r - 0.1, 1.2), (r + 0.02, 1.34)], closed=False)),
-        0.025,
-        "light",
-        lift=-0.3,
-    )
-    p.ring(0.09, 0.025, "light", at=(r + 0.02, 1.42, 0))
-
-
 @kind("stacking rings", "toys")
 def _stacking_rings(p: Product) -> None:
     p.turned([(0.5, 0), (0.5, 0.06), (0.44, 0.1)], "wood", lift=-0.6)
@@ -571,47 +356,6 @@ def _die(p: Product) -> None:
             )
 
 
-@kind("alphabet blocks", "toys")
-def _alphabet_blocks(p: Product) -> None:
-    a = 0.46
-    for x, y, turn, paint, letter in (
-        (-0.28, 0, 8, "main", "A"),
-        (0.27, 0, -10, "second", "B"),
-        (0.0, a, 4, "main", "C"),
-    ):
-        p.box((a, a, a), paint, at=(x, y, 0), turn=turn, lift=y)
-        t = math.radians(turn)
-        ink = "second" if paint == "main" else "main"
-
-        def line(points: list[tuple[float, float]], x: float = x, y: float = y, t: float = t, ink: str = ink) -> None:
-            q = [
-                (x + u * math.cos(t) + a * 0.53 * math.sin(t), y + a / 2 + v, -u * math.sin(t) + a * 0.53 * math.cos(t))
-                for u, v in points
-            ]
-            p.rod(q, 0.034, ink, lift=0.6 + y)
-
-        if letter == "A":
-            line([(-0.13, -0.15), (0, 0.16), (0.13, -0.15)])
-            line([(-0.07, -0.05), (0.07, -0.05)])
-        elif letter == "B":
-            line(
-                [
-                    (-0.09, -0.15),
-                    (-0.09, 0.15),
-                    (0.04, 0.15),
-                    (0.09, 0.08),
-                    (0.03, 0.01),
-                    (-0.09, 0),
-                    (0.05, 0),
-                    (0.12, -0.08),
-                    (0.05, -0.15),
-                    (-0.09, -0.15),
-                ]
-            )
-        else:
-            line(arc(0, 0, 0.14, 50, 310))
-
-
 @kind("puzzle piece", "toys")
 def _puzzle_piece(p: Product) -> None:
     k, r = 0.4, p.vary(0.13, 0.15)
@@ -625,39 +369,6 @@ def _puzzle_piece(p: Product) -> None:
         (-k, 0.08),
     ]
     p.prism([(1.25 * x, 1.25 * (y + k)) for x, y in top + right + low + left], 0.22, side="second")
-
-
-@kind("kite", "toys")
-def _kite(p: Product) -> None:
-    w, y = p.vary(0.44, 0.52), 0.4
-    tail = smooth([(0, y), (0.12, 0.28), (-0.08, 0.16), (0.1, 0.06), (0.4, 0.04), (0.62, 0.1)], closed=False)
-    p.rod(standing(tail), 0.025, "dark", lift=-0.1)
-    for x, v in ((0.1, 0.26), (0.04, 0.1), (0.44, 0.06)):
-        p.prism(
-            [(x - 0.12, v + 0.07), (x, v), (x + 0.12, v + 0.07), (x + 0.12, v - 0.07), (x, v), (x - 0.12, v - 0.07)],
-            0.03,
-            "second",
-            lift=0.1,
-        )
-    p.prism([(0, y + 1.14), (w, y + 0.7), (0, y), (-w, y + 0.7)], 0.05)
-    p.mark([(0, y + 1.1), (w * 0.94, y + 0.71), (0, y + 0.7)], "second", at=(0, 0, 0.026))
-    p.mark([(0, y + 0.05), (-w * 0.94, y + 0.69), (0, y + 0.7)], "second", at=(0, 0, 0.026))
-
-
-@kind("pinwheel", "toys")
-def _pinwheel(p: Product) -> None:
-    y, r, a0 = 1.0, p.vary(0.5, 0.56), p.vary(-15, 15)
-    p.turned([(0.24, 0), (0.22, 0.06)], "wood", at=(0, 0, -0.05))
-    p.rod([(0, 0.05, -0.05), (0, y, -0.05)], 0.04, "wood", lift=-0.2)
-    for i in range(4):
-        c, s = math.cos(math.radians(90 * i + a0)), math.sin(math.radians(90 * i + a0))
-
-        def at(u: float, v: float, c: float = c, s: float = s) -> tuple[float, float]:
-            return u * c - v * s, y + u * s + v * c
-
-        p.prism([at(0, 0), at(r, 0.02), at(r * 0.72, r * 0.62), at(r * 0.2, r * 0.3)], 0.04, "main", at=(0, 0, 0.02))
-        p.mark([at(0, 0), at(r, 0.02), at(r * 0.56, r * 0.26)], "second", at=(0, 0, 0.05), lift=0.3)
-    p.ball(0.08, "gold", at=(0, y, 0.08), lift=1)
 
 
 @kind("balloon", "toys")
@@ -717,30 +428,6 @@ def _gift_box(p: Product) -> None:
             lift=0.8,
         )
     p.ball(0.09, "second", at=(0, h + 0.2, 0.04), lift=1.2)
-
-
-@kind("jack-in-the-box", "toys")
-def _jack_in_the_box(p: Product) -> None:
-    a = p.vary(0.62, 0.7)
-    p.box((a, a * 0.8, a), top="dark", lift=-0.3)
-    p.mark(star(0, a * 0.4, 0.2, 0.09), "second", at=(0, 0, a / 2 + 0.003), lift=0.2)
-    p.sheet(
-        [
-            (-a / 2, a * 0.8, -a / 2),
-            (a / 2, a * 0.8, -a / 2),
-            (a / 2, a * 1.6, -a / 2 - 0.2),
-            (-a / 2, a * 1.6, -a / 2 - 0.2),
-        ],
-        lift=-0.4,
-    )
-    for i in range(4):
-        p.ring(0.13, 0.035, "metal", at=(0, a * 0.82 + 0.08 * i, 0), axis="y", lift=0.1)
-    y = a * 0.8 + 0.5
-    p.ball(0.22, "skin", at=(0, y, 0.02), lift=0.3)
-    p.turned([(0.24, 0), (0.01, 0.4)], at=(0, y + 0.1, 0), lift=0.5)
-    p.ball(0.08, "second", at=(0, y + 0.52, 0), lift=0.6)
-    p.ball(0.06, "#d62f2f", at=(0, y - 0.02, 0.24), lift=1)
-    _face(p, 0, y + 0.06, 0.2, 0.09, 0.035)
 
 
 @kind("toy house", "toys")
@@ -823,55 +510,3 @@ def _bowling_pin(p: Product) -> None:
     )
     p.turned([(w * 0.56, 0.93), (w * 0.47, 1.0)], "second", band=True, lift=0.4)
     p.turned([(w * 0.42, 1.05), (w * 0.43, 1.12)], "second", band=True, lift=0.4)
-
-
-@kind("toy drum", "toys")
-def _toy_drum(p: Product) -> None:
-    h, r = p.vary(0.5, 0.58), 0.5
-    p.turned([(r, 0), (r, h)])
-    n = 12
-    for i in range(n):
-        a = 360 * i / n
-        if p.sees(around(a, 1, 0), 0) and p.sees(around(a + 30, 1, 0), 0):
-            y = (0.06, h - 0.06) if i % 2 else (h - 0.06, 0.06)
-            p.rod([around(a, r + 0.01, y[0]), around(a + 30, r + 0.01, y[1])], 0.02, "second", lift=0.3)
-    for y in (0, h - 0.07):
-        p.turned([(r + 0.03, y), (r + 0.03, y + 0.09)], "main", band=True, lift=0.4)
-    p.mark(disc(0, 0, r * 0.9), "paper", at=(0, h + 0.01, 0), plane="floor", lift=0.2)
-    for s in (-1, 1):
-        p.rod([(s * 0.46, h + 0.08, 0.2 - s * 0.1), (-s * 0.26, h + 0.08, -0.1)], 0.03, "wood", lift=0.7)
-        p.ball(0.065, "wood", at=(-s * 0.26, h + 0.08, -0.1), lift=0.8)
-
-
-@kind("abacus", "toys")
-def _abacus(p: Product) -> None:
-    w, h = p.vary(0.52, 0.6), 0.96
-    for y in (0.2, 0.4, 0.6, 0.8):
-        p.rod(standing([(-w, y), (w, y)]), 0.02, "metal", lift=-0.1)
-        split = p.pick(2, 3, 4)
-        for i in range(6):
-            x = -w + 0.12 + 0.13 * i + (0.16 if i >= split else 0)
-            p.ball((0.06, 0.085, 0.085), "second" if y in (0.4, 0.8) else "main", at=(x, y, 0))
-    for s in (-1, 1):
-        p.box((0.09, h + 0.06, 0.14), at=(s * w, 0, 0), lift=0.02)
-    for y in (0, h):
-        p.box((2 * w + 0.16, 0.09, 0.16), at=(0, y, 0), lift=0.2)
-
-
-@kind("toy tank", "toys")
-def _toy_tank(p: Product) -> None:
-    s = p.pick(-1, 1)
-    for z in (-0.27, 0.27):
-        p.prism(rounded(-0.7, 0, 0.7, 0.32, 0.16), 0.18, "dark", at=(0, 0, z), lift=2 * z)
-        for x in (-0.48, -0.16, 0.16, 0.48):
-            p.mark(disc(x, 0.16, 0.1), "second", at=(0, 0, z + 0.092), lift=2 * z + 0.1)
-    p.prism([(-0.66, 0.24), (-0.6, 0.46), (0.56, 0.46), (0.72, 0.24)], 0.7, lift=0.1)
-    p.turned(
-        [(0.06, 0), (0.06, 0.62), (0.085, 0.63), (0.085, 0.74)],
-        "main",
-        at=(s * 0.26, 0.6, 0),
-        axis=(s, 0.06, 0.0),
-        lift=0.3,
-    )
-    p.turned([(0.36, 0.46), (0.34, 0.6), (0.22, p.vary(0.72, 0.76))], lift=0.3)
-    p.turned([(0.12, 0.73), (0.11, 0.79)], "second", lift=0.6)

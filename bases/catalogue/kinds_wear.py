@@ -62,50 +62,6 @@ def _high_heel(p: Product) -> None:
         )
 
 
-@kind("sandal", "wear")
-def _sandal(p: Product) -> None:
-    h = p.vary(0.22, 0.3)
-    p.prism(
-        [(-0.6, 0), (-0.62, h), (-0.3, h), (0.1, 0.16), (0.62, 0.14), (0.68, 0.06), (0.64, 0), (0.2, 0), (-0.1, 0.02)],
-        0.42,
-    )
-    for x, y, r in ((0.42, 0.13, 0.2), (0.14, 0.16, 0.23)):
-        p.prism(
-            arc(0, y, r + 0.08, 0, 180) + arc(0, y, r - 0.02, 180, 0),
-            0.16,
-            "second",
-            at=(x, 0, 0),
-            plane="side",
-            lift=0.4,
-        )
-    p.rod(
-        [(-0.5, h, 0.2), (-0.48, h + 0.38, 0.12), (-0.48, h + 0.42, -0.12), (-0.5, h, -0.2)], 0.05, "second", lift=0.2
-    )
-    p.rod(
-        [(-0.48, h + 0.36, 0.15), (-0.2, h + 0.34, 0.2), (-0.16, h + 0.34, -0.16), (-0.48, h + 0.4, -0.12)],
-        0.05,
-        "second",
-        closed=True,
-        lift=0.3,
-    )
-
-
-@kind("slipper", "wear")
-def _slipper(p: Product) -> None:
-    foot = smooth(
-        [(-0.6, 0), (-0.5, 0.2), (0, 0.2), (0.4, 0.28), (0.66, 0), (0.4, -0.28), (0, -0.2), (-0.5, -0.2)], steps=3
-    )
-    p.prism(foot, 0.13, "light", plane="floor", lift=-0.3)
-    p.prism([(0.88 * x, 0.85 * z) for x, z in foot], 0.04, "second", at=(0, 0.13, 0), plane="floor", lift=-0.2)
-    p.turned(
-        [(0.29, 0), (0.29, 0.3), (0.27, 0.5), (0.18, 0.66), (0.02, 0.7)],
-        at=(-0.02, 0.24, 0),
-        axis=(1, -0.14, 0),
-        lift=0.3,
-    )
-    p.ball(p.vary(0.13, 0.16), "light", at=(0.22, 0.52, 0.04), lift=1)
-
-
 @kind("sock", "wear")
 def _sock(p: Product) -> None:
     h = p.vary(1.0, 1.2)
@@ -132,20 +88,6 @@ def _sock(p: Product) -> None:
         lift=0.4,
     )
     p.prism(smooth([(-0.25, 0.34), (-0.22, 0.04), (0.06, -0.01), (-0.02, 0.2)], steps=3), 0.215, "second", lift=0.4)
-
-
-@kind("roller skate", "wear")
-def _roller_skate(p: Product) -> None:
-    h = p.vary(1.05, 1.2)
-    for x in (-0.28, 0.36):
-        for z in (-0.14, 0.14):
-            p.turned([(0.13, -0.06), (0.14, -0.04), (0.14, 0.04), (0.13, 0.06)], "second", at=(x, 0.14, z), axis=FRONT)
-            p.mark(disc(0, 0, 0.05), "dark", at=(x, 0.14, z + 0.061), lift=0.2)
-    p.prism(rounded(-0.38, 0.24, 0.56, 0.34, 0.04), 0.34, "dark", lift=0.2)
-    leg = [(-0.3, 0.33), (-0.34, 0.6), (-0.34, h), (0.06, h), (0.1, 0.72), (0.34, 0.62), (0.54, 0.54), (0.58, 0.33)]
-    p.prism([*leg[:4], *smooth(leg[4:], closed=False, steps=3)], 0.32, lift=0.4)
-    for y in (0.72, 0.84, 0.96):
-        p.rod([(0.1, y, -0.12), (0.11, y, 0.16), (-0.02, y, 0.17)], 0.022, "light", lift=0.7)
 
 
 # -- clothes -----------------------------------------------------------------------------------------------------------
@@ -235,28 +177,6 @@ def _jacket(p: Product) -> None:
         p.mark(disc(0.11, y, 0.03), "gold", at=(0, 0, 0.132), lift=0.6)
 
 
-@kind("kimono", "wear")
-def _kimono(p: Product) -> None:
-    w = p.vary(0.28, 0.34)
-    p.prism(twofold([(0.1, 1.3), (w, 1.28), (0.78, 1.2), (0.76, 0.66), (0.44, 0.7), (w, 0.84), (w + 0.04, 0)]), 0.2)
-    p.mark([(-0.1, 1.3), (0.1, 1.3), (0.0, 0.96)], "light", at=(0, 0, 0.101), lift=0.3)
-    for s in (-1, 1):
-        p.mark(
-            [(s * 0.08, 1.3), (s * 0.17, 1.3), (-s * 0.1, 0.66), (-s * 0.17, 0.72)],
-            "second",
-            at=(0, 0, 0.102),
-            lift=0.4 + 0.01 * s,
-        )
-        p.mark(
-            [(s * 0.78, 0.76), (s * 0.76, 0.66), (s * 0.44, 0.7), (s * 0.44, 0.78)],
-            "second",
-            at=(0, 0, 0.102),
-            lift=0.4,
-        )
-    p.mark([(-0.1, 0.7), (-0.03, 0.7), (0.08, 0), (0.01, 0)], "second", at=(0, 0, 0.102), lift=0.4)
-    p.prism(rounded(-w - 0.02, 0.58, w + 0.02, 0.78, 0.02), 0.24, "dark", lift=0.6)
-
-
 @kind("trousers", "wear")
 def _trousers(p: Product) -> None:
     w, c = p.vary(0.3, 0.34), p.vary(0.74, 0.82)
@@ -272,20 +192,6 @@ def _trousers(p: Product) -> None:
         )
 
 
-@kind("shorts", "wear")
-def _shorts(p: Product) -> None:
-    w = p.vary(0.4, 0.46)
-    p.prism(twofold([(w, 0.78), (w + 0.16, 0.06), (0.1, 0), (0.03, 0.34), (0, 0.34)]), 0.26)
-    p.prism(rounded(-w - 0.02, 0.68, w + 0.02, 0.8, 0.02), 0.29, "second", lift=0.4)
-    for s in (-1, 1):
-        p.mark(
-            [(s * (w + 0.01), 0.68), (s * (w - 0.07), 0.68), (s * (w + 0.05), 0.05), (s * (w + 0.15), 0.07)],
-            "second",
-            at=(0, 0, 0.131),
-        )
-        p.rod([(0, 0.72, 0.16), (s * 0.06, 0.6, 0.16), (s * 0.05, 0.5, 0.16)], 0.02, "light", lift=0.7)
-
-
 @kind("dress", "wear")
 def _dress(p: Product) -> None:
     r, h = p.vary(0.5, 0.6), p.vary(1.25, 1.4)
@@ -296,37 +202,6 @@ def _dress(p: Product) -> None:
     p.mark(disc(0, h - 0.04, 0.13, 0.8), "light", at=(0, 0, 0.22), lift=0.5)
     p.turned([(0.185, 0.71), (0.17, 0.82)], "second", band=True, lift=0.6)
     p.turned([(r * 1.01, 0), (r * 0.96, 0.08)], "second", band=True, lift=0.3)
-
-
-@kind("skirt", "wear")
-def _skirt(p: Product) -> None:
-    r, h, n = p.vary(0.5, 0.58), p.vary(0.66, 0.78), 9
-    p.turned([(r, 0), (0.26, h)], lift=-0.3)
-    for i in range(n):
-        a = 360 * i / n
-        if p.sees(around(a + 8, 1, 0.3)):
-            hem = [around(a, r * 1.02, 0), around(a + 17, r * 1.02, 0)]
-            p.sheet([*hem, around(a + 14, 0.265, h), around(a, 0.265, h)], "second", lift=0.5, bare=True)
-    p.turned([(0.28, h - 0.04), (0.27, h + 0.08)], "main", hollow=True, inside="dark", lift=1)
-    p.rod([(-0.34, h + 0.16, 0), (0.34, h + 0.16, 0)], 0.035, "wood", lift=1)
-    hook = standing([(0, h + 0.16), (0, h + 0.28), *arc(0, h + 0.36, 0.08, -90, 150, 8)])
-    p.rod(hook, 0.025, "metal", lift=1)
-    for x in (-0.24, 0.24):
-        p.box((0.07, 0.16, 0.06), "metal", at=(x, h + 0.02, 0.06), lift=1.5)
-
-
-@kind("apron", "wear")
-def _apron(p: Product) -> None:
-    w = p.vary(0.38, 0.44)
-    p.rod(standing([(-0.2, 1.1), *arc(0, 1.16, 0.18, 180, 0), (0.2, 1.1)]), 0.035, "second")
-    p.rod(standing(smooth([(-w, 0.72), (-w - 0.16, 0.6), (-w - 0.2, 0.4)], closed=False)), 0.03, "second")
-    p.rod(standing(smooth([(w, 0.72), (w + 0.16, 0.6), (w + 0.2, 0.4)], closed=False)), 0.03, "second")
-    p.prism(twofold([(0.22, 1.12), (0.24, 0.9), (w, 0.74), (w + 0.02, 0.1), (w - 0.08, 0)]), 0.12)
-    p.mark(
-        [(-0.22, 0.56), (0.22, 0.56), (0.22, 0.3), (0.16, 0.22), (-0.16, 0.22), (-0.22, 0.3)],
-        "second",
-        at=(0, 0, 0.062),
-    )
 
 
 # -- for the neck, hands and head --------------------------------------------------------------------------------------
@@ -340,54 +215,6 @@ def _glove(p: Product) -> None:
     p.blob([((s * 0.22, 0.36, 0), 0.11), ((s * 0.5, 0.66, 0), 0.085)], lift=-0.1)
     p.prism(smooth([(-0.32, 0.66), (0.32, 0.66), (0.33, 0.4), (0.24, 0.1), (-0.24, 0.1), (-0.33, 0.4)], steps=3), 0.18)
     p.prism(rounded(-0.28, 0, 0.28, 0.2, 0.05), 0.24, "second", lift=0.3)
-
-
-@kind("scarf", "wear")
-def _scarf(p: Product) -> None:
-    long = p.vary(0.9, 1.0)
-    p.ring(0.3, 0.12, "main", at=(0, long + 0.06, 0), axis="y")
-    for x, z, foot in ((-0.12, 0.28, 0.12), (0.15, 0.32, 0.0)):
-        p.prism(
-            [(x - 0.13, long), (x + 0.13, long), (x + 0.17, foot), (x - 0.17, foot)],
-            0.08,
-            at=(0, 0, z - 0.1),
-            lift=0.4 + x,
-        )
-        for k, y in enumerate((0.14, 0.32, 0.5)):
-            p.mark(
-                [
-                    (x - 0.165 + 0.01 * k, foot + y),
-                    (x + 0.165 - 0.01 * k, foot + y),
-                    (x + 0.16, foot + y + 0.08),
-                    (x - 0.16, foot + y + 0.08),
-                ],
-                "second",
-                at=(0, 0, z - 0.058),
-                lift=0.6 + x,
-            )
-        for k in range(5):
-            p.rod(
-                standing([(x - 0.14 + 0.07 * k, foot), (x - 0.14 + 0.07 * k, foot - 0.1)], z - 0.1),
-                0.022,
-                "second",
-                lift=0.4 + x,
-            )
-    p.blob([((-0.06, long, 0.28), 0.13), ((0.08, long + 0.02, 0.28), 0.13)], lift=1)
-
-
-@kind("tie", "wear")
-def _tie(p: Product) -> None:
-    w = p.vary(0.2, 0.26)
-    p.rod(standing(arc(0, 1.52, 0.24, 200, -20, squash=0.7)), 0.07, "main", lift=-0.4)
-    p.prism([(0.09, 1.3), (w, 0.24), (0, 0), (-w, 0.24), (-0.09, 1.3)], 0.08)
-    for y in (0.3, 0.58, 0.86, 1.1):
-        half = w - (w - 0.09) * (y - 0.24) / 1.06
-        p.mark(
-            [(-half, y + 0.02), (half, y + 0.12), (half * 0.96, y + 0.21), (-half * 0.98, y + 0.11)],
-            "second",
-            at=(0, 0, 0.041),
-        )
-    p.prism([(-0.17, 1.52), (0.17, 1.52), (0.1, 1.28), (-0.1, 1.28)], 0.14, lift=0.5)
 
 
 @kind("bow tie", "wear")
@@ -451,26 +278,6 @@ def _sun_hat(p: Product) -> None:
     p.turned([(0.425, 0.12), (0.415, 0.24)], "second", band=True, lift=0.4)
     for dx, dy in ((-0.13, 0.04), (0.13, 0.04)):
         p.ball((0.13, 0.09, 0.05), "second", at=(dx, 0.18 + dy, 0.44), lift=1)
-
-
-@kind("cowboy hat", "wear")
-def _cowboy_hat(p: Product) -> None:
-    w = p.vary(0.76, 0.84)
-    p.prism([(w * x, 0.46 * z) for x, z in disc(0, 0, 1)], 0.05, plane="floor", lift=-0.5)
-    for s in (-1, 1):
-        rim = [
-            (s * w * math.cos(a), w * 0.58 * math.sin(a), max(0.0, 0.3 * math.cos(a) - 0.1))
-            for a in (-1.2, -0.9, -0.6, -0.3, 0, 0.3, 0.6, 0.9, 1.2)
-        ]
-        low = [(x * 0.72, 0.04, z * 0.72) for x, z, _ in rim]
-        p.sheet([*[(x * 1.04, 0.05 + y, z) for x, z, y in rim], *reversed(low)], lift=-0.2)
-    crown = [(0, 0.5), (0.14, 0.56), (0.26, 0.62), (0.34, 0.54), (0.38, 0.06)]
-    p.prism(twofold([*smooth(crown[:-1], closed=False, steps=3), crown[-1]]), 0.46)
-    p.mark([(-0.38, 0.08), (-0.37, 0.2), (0.37, 0.2), (0.38, 0.08)], "second", at=(0, 0, 0.235), lift=0.5)
-    for k in (1, -1):
-        p.mark(
-            rounded(-0.23, 0.08, 0.23, 0.2, 0), "second", at=(0.38 * k, 0, 0), plane="side", turn=90 - 90 * k, lift=0.5
-        )
 
 
 @kind("beanie", "wear")
@@ -673,16 +480,6 @@ def _gem(p: Product) -> None:
     )
 
 
-@kind("necklace", "wear")
-def _necklace(p: Product) -> None:
-    n, b = 17, p.vary(0.075, 0.095)
-    for i in range(n):
-        a = math.radians(-90 + 360 * i / n + 10)
-        p.ball(b, at=(0.5 * math.cos(a) * (1 - 0.12 * math.sin(a)), 0.82 + 0.58 * math.sin(a), 0))
-    p.ball(0.07, "gold", at=(0, 0.2, 0.06), lift=0.3)
-    p.prism([(0, 0.24), (0.14, 0.12), (0, -0.12), (-0.14, 0.12)], 0.1, "second", at=(0, 0.02, 0.05), lift=0.5)
-
-
 # -- to carry ----------------------------------------------------------------------------------------------------------
 
 
@@ -756,44 +553,6 @@ def _suitcase(p: Product) -> None:
     )
 
 
-@kind("purse", "wear")
-def _purse(p: Product) -> None:
-    w = p.vary(0.52, 0.6)
-    p.ball((w, 0.36, 0.3), at=(0, 0.36, 0))
-    p.prism(
-        smooth(
-            [
-                (-w * 0.86, 0.5),
-                (-w * 0.62, 0.68),
-                (0, 0.76),
-                (w * 0.62, 0.68),
-                (w * 0.86, 0.5),
-                (w * 0.6, 0.56),
-                (0, 0.64),
-                (-w * 0.6, 0.56),
-            ],
-            steps=3,
-        ),
-        0.2,
-        "gold",
-        lift=0.5,
-    )
-    for s in (-1, 1):
-        p.ball(0.085, "gold", at=(s * 0.06, 0.84, s * 0.03), lift=0.7)
-
-
-@kind("belt", "wear")
-def _belt(p: Product) -> None:
-    h, r = p.vary(0.24, 0.3), 0.55
-    p.turned([(r, 0), (r, h)], hollow=True, inside="main")
-    p.prism(rounded(-0.2, -0.06, 0.2, h + 0.06, 0.06), 0.05, "gold", at=(0.05, 0.04, r + 0.03), lift=0.5)
-    p.mark(rounded(-0.12, 0.02, 0.12, h - 0.02, 0.03), "dark", at=(0.05, 0.04, r + 0.06), lift=0.8)
-    p.rod(standing([(-0.08, h / 2 + 0.04), (0.24, h / 2 + 0.04)], r + 0.08), 0.03, "gold", lift=1)
-    for a in (-52, -40, -28):
-        if p.sees(around(a, 1, 0)):
-            p.mark(disc(0, 0, 0.035), "dark", at=around(a, r + 0.01, h / 2), turn=a, lift=0.6)
-
-
 @kind("umbrella", "wear")
 def _umbrella(p: Product) -> None:
     r, y = p.vary(0.7, 0.8), 0.95
@@ -831,74 +590,3 @@ def _perfume_bottle(p: Product) -> None:
     p.turned([(0.12, h + 0.1), (0.14, h + 0.24), (0.08, h + 0.3)], "gold", lift=0.4)
     p.ball((0.13, 0.17, 0.13), "second", at=(0.54, h - 0.12, 0), lift=0.3)
     p.ball(0.05, "second", at=(0.58, h - 0.34, 0), lift=0.2)
-
-
-@kind("lipstick", "wear")
-def _lipstick(p: Product) -> None:
-    h = p.vary(0.5, 0.6)
-    p.turned([(0.27, 0), (0.27, h)], "main")
-    p.turned([(0.22, h), (0.22, h + 0.2)], "gold", lift=0.3)
-    p.turned([(0.17, h + 0.2), (0.17, h + 0.55)], "main", lift=0.5)
-    p.turned(
-        [(0.17, 0), (0.14, 0.14), (0.06, 0.28), (0.02, 0.3)], "main", at=(0, h + 0.54, 0), axis=(0.28, 1, 0), lift=0.6
-    )
-    p.turned([(0.275, h - 0.08), (0.275, h)], "gold", band=True, lift=0.6)
-
-
-@kind("hand fan", "wear")
-def _hand_fan(p: Product) -> None:
-    r, n = p.vary(0.9, 1.0), 9
-    for i in range(n):
-        a, b = (math.radians(18 + 144 * (i + k) / n) for k in (0, 1))
-        q = [
-            (0.34 * math.cos(a), 0.34 * math.sin(a)),
-            (r * math.cos(a), r * math.sin(a)),
-            (r * math.cos(b), r * math.sin(b)),
-            (0.34 * math.cos(b), 0.34 * math.sin(b)),
-        ]
-        zig = 0.025
-        p.sheet([(x, y + 0.06, zig * (1 if k in (0, 1) else -1)) for k, (x, y) in enumerate(q)])
-        mid = (a + b) / 2
-        p.rod(standing([(0, 0.06), (0.36 * math.cos(mid), 0.06 + 0.36 * math.sin(mid))]), 0.03, "wood", lift=-0.1)
-        e = [(k * math.cos(t), k * math.sin(t)) for k, t in ((r * 0.88, a), (r, a), (r, b), (r * 0.88, b))]
-        p.sheet([(x, y + 0.06, 0.06) for x, y in e], "second", lift=0.2, bare=True)
-    p.ball(0.06, "gold", at=(0, 0.06, 0.05), lift=0.5)
-
-
-@kind("rosette", "wear")
-def _rosette(p: Product) -> None:
-    r, y = p.vary(0.4, 0.46), 0.95
-    for s in (-1, 1):
-        p.prism(
-            [(s * 0.04, y - 0.1), (s * 0.2, y - 0.2), (s * 0.4, 0.04), (s * 0.24, 0.12), (s * 0.14, 0)], 0.05, lift=-0.3
-        )
-    p.prism(star(0, y, r + 0.06, r * 0.86, 14), 0.12)
-    p.turned([(r * 0.66, 0), (r * 0.62, 0.08)], "second", at=(0, y, 0.05), axis=FRONT, lift=0.4)
-    p.mark(star(0, y, r * 0.46, r * 0.2), "main", at=(0, 0, 0.14), lift=0.8)
-
-
-@kind("carnival mask", "wear")
-def _carnival_mask(p: Product) -> None:
-    h = p.vary(0.5, 0.56)
-    half = [
-        (0, h - 0.1),
-        (0.3, h),
-        (0.62, h + 0.02),
-        (0.86, h + 0.16),
-        (0.8, h * 0.6),
-        (0.62, 0.16),
-        (0.38, 0.06),
-        (0.18, 0.14),
-        (0, 0.3),
-    ]
-    for x, y in ((-0.2, 0.42), (0, 0.5), (0.2, 0.42)):
-        p.blob([((x * 0.3, h - 0.06, -0.04), 0.05), ((x, h + y - 0.1, -0.04), 0.11)], "second")
-    p.prism(twofold(smooth(half, closed=False, steps=3)), 0.12)
-    for s in (-1, 1):
-        eye = [
-            (s * x, y)
-            for x, y in smooth([(0.16, h * 0.56), (0.36, h * 0.78), (0.58, h * 0.74), (0.4, h * 0.46)], steps=3)
-        ]
-        p.mark([(1.0 * x, y) for x, y in eye], "dark", at=(0, 0, 0.062))
-        p.mark(disc(s * 0.66, h * 0.92, 0.05), "gold", at=(0, 0, 0.062), lift=0.4)
-    p.mark([(0, h - 0.14), (0.07, h - 0.24), (0, h - 0.36), (-0.07, h - 0.24)], "second", at=(0, 0, 0.062))
