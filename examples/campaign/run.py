@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "bases" / "catalogue"))
 
 import campaign  # noqa: E402
+from kinds import KINDS  # noqa: E402
 from PIL import Image  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.markup import escape  # noqa: E402
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     roles = ROLES[:2] if args.small else ROLES
 
-    step(1, "The base: a small model that draws a catalogue of 363 kinds of things")
+    step(1, f"The base: a small model that draws a catalogue of {len(KINDS)} kinds of things")
     base = veneer.load_image_base(args.base, say=line)
     line(f"{base.name} on {base.device} in {str(base.dtype).removeprefix('torch.')}: {base.dtype_reason}")
 
