@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from autoencoder import encode, train_autoencoder
+from autoencoder import encode, sharpen_autoencoder, train_autoencoder
 from controls import Controlled, new_flux_control, new_sdxl_control, train_flux_control, train_sdxl_control
 from denoisers import new_flux, new_sdxl, noise_schedule, train_flux, train_sdxl
 from diffusers import (
@@ -25,7 +25,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )  # fmt: skip
 from edges import edges
-from pictures import make_shard, read_shard, shards
+from pictures import make_looks, make_shard, read_shard, shards
 from pool import Pool, load_pool
 from scenes import depth
 from texts import train_clip, train_t5
@@ -35,10 +35,10 @@ from words import kept_tokenizers
 from veneer.models.builtin import packaged_place
 
 STAGES = {
-    "pictures": 12, "vae": 4500, "words": 0, "clip": 800, "t5": 800, "flux": 8000, "sdxl": 8000, "flux-control": 800,
-    "sdxl-control": 800, "export": 0,
+    "pictures": 16, "looks": 4, "vae": 4500, "sharper": 5000, "words": 0, "clip": 800, "t5": 800, "flux": 8000,
+    "sdxl": 8000, "flux-control": 800, "sdxl-control": 800, "export": 0,
 }  # fmt: skip
-"""Stage -> steps (of `pictures`: shards)."""
+"""Stage -> steps (of `pictures` and `looks`: shards)."""
 
 SHIPPED = packaged_place()
 START = Path(__file__).parent / "start"
@@ -64,6 +64,20 @@ def _pictures(work: Path, count: int) -> None:
 
 def _vae(work: Path, steps: int) -> None:
     train_autoencoder(work, steps=steps).save_pretrained(work / "vae")
+
+
+def _looks(work: Path, count: int) -> None:
+    for index in range(count):
+        make_looks(work, index)
+
+
+def _sharper(work: Path, steps: int) -> None:
+    model = autoencoder(work)
+    sharpen_autoencoder(model, work, steps)
+    model.save_pretrained(work / "vae")
+    for place in shards(work):  # latents of the one before
+        place.with_suffix(".latents.pt").unlink(missing_ok=True)
+        place.with_suffix(".crops.pt").unlink(missing_ok=True)
 
 
 def _words(work: Path, steps: int) -> None:
@@ -216,8 +230,8 @@ def _load(parts: dict[str, nn.Module], folder: Path) -> dict[str, nn.Module]:
 
 
 _STAGES = {
-    "pictures": _pictures, "vae": _vae, "words": _words, "clip": _clip, "t5": _t5, "flux": _flux, "sdxl": _sdxl,
-    "flux-control": _flux_control, "sdxl-control": _sdxl_control, "export": _export,
+    "pictures": _pictures, "looks": _looks, "vae": _vae, "sharper": _sharper, "words": _words, "clip": _clip, "t5": _t5,
+    "flux": _flux, "sdxl": _sdxl, "flux-control": _flux_control, "sdxl-control": _sdxl_control, "export": _export,
 }  # fmt: skip
 
 if __name__ == "__main__":

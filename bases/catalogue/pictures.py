@@ -17,13 +17,13 @@ import re
 import subprocess
 import sys
 import tarfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import resvg_py
 from PIL import Image
-from scenes import SIDE, Array, Scene, any_scene, caption, picture
+from scenes import SIDE, Array, Look, Scene, any_scene, caption, nearest_tone, picture
 
 SHARD = 4096
 SETS = {  # style: (npm package, licence)
@@ -79,6 +79,49 @@ def make_shard(work: Path, index: int) -> None:
     with open(part, "wb") as file:
         np.savez_compressed(file, pixels=np.stack(pixels), items=json.dumps(items))
     part.replace(place)
+
+
+def make_looks(work: Path, index: int) -> None:
+    """A shard of scenes in looks by chance, through lenses by chance: what the autoencoder must be able to draw, though
+    no base is shown any of it. None is the campaign's."""
+    place = work / "looks" / f"{index:04d}.npz"
+    if place.is_file():
+        return
+    r = random.Random(5000 + index)
+    pixels = [graded(picture(replace(seen_scene(r), look=""), any_look(r)), r) for _ in range(SHARD // 2)]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    part = place.with_suffix(".part")
+    with open(part, "wb") as file:
+        np.savez_compressed(file, pixels=np.stack(pixels))
+    part.replace(place)
+
+
+def any_look(r: random.Random) -> Look:
+    """Few colours and a line, or one of both."""
+    palette = [f"#{r.randrange(1 << 24):06x}" for _ in range(r.randint(4, 9))]
+    few, line = r.random() < 0.6, r.uniform(0.7, 2.6) if r.random() < 0.7 else 0.0
+    flat = few or r.random() < 0.5
+    return Look(
+        shaded=not flat, tones=r.random() < 0.4, line=line, ink=r.choice(("#111111", "#ffffff", "#3a1d12", "#14233f")),
+        recolour=nearest_tone(palette) if few else lambda colour: colour, ground=r.choice(palette) if few else "",
+        back=r.choice(palette) if few else "", lights=not flat, cast=r.random() < 0.5,
+    )  # fmt: skip
+
+
+def graded(pixels: Array, r: random.Random) -> Array:
+    """Two pictures in five through a lens: tints of lights and shadows, contrast, dark or light corners, grain."""
+    if r.random() > 0.4:
+        return pixels
+    x = pixels / 255.0
+    grey = x.mean(-1, keepdims=True)
+    lights, darks = (np.array([r.uniform(-0.12, 0.12) for _ in range(3)]) for _ in range(2))
+    x = (x + grey * lights + (1 - grey) * darks - 0.5) * r.uniform(0.8, 1.25) + 0.5
+    at = np.linspace(-1, 1, SIDE)
+    distance = np.sqrt(at[:, None] ** 2 + at[None] ** 2)[..., None]
+    x = x * (1 - r.uniform(-0.2, 0.6) * np.clip(distance - 0.4, 0, None))
+    grain = r.choice((0.0, r.uniform(0, 0.04)))
+    x = x + np.random.default_rng(r.randrange(1 << 30)).normal(0, 1, (SIDE, SIDE, 1)) * grain
+    return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def shards(work: Path) -> list[Path]:
