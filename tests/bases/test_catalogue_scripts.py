@@ -179,6 +179,44 @@ def test_the_autoencoder_that_is_kept_gives_pictures_back() -> None:
     assert 10 * torch.log10(4 / error) > 30
 
 
+def test_looks_by_chance_are_looks_of_the_same_things() -> None:
+    from pictures import any_look, graded, seen_scene
+    from scenes import picture, product_mask
+
+    r = Random(2)
+    scene = replace(seen_scene(r), look="", finish="matte", pattern="")
+    inside = product_mask(scene) == 1
+    drawn = [graded(picture(scene, any_look(r)), r) for _ in range(12)]
+    assert all(x.shape == (128, 128, 3) and x.dtype == np.uint8 for x in drawn)
+    assert len({x.tobytes() for x in drawn}) == 12
+    ink = np.stack(drawn).astype(int)
+    assert any(np.abs(x - ink[0]).mean() > 40 for x in ink[1:])
+    assert np.median([x[inside].std() for x in ink]) > 5  # the thing is still a thing
+
+
+def test_the_autoencoder_goes_on_against_a_critic_and_its_latents_keep_their_scale(tmp_path: Path) -> None:
+    import json
+
+    from autoencoder import encode, new_autoencoder, sharpen_autoencoder
+    from pictures import seen_scene
+    from scenes import picture
+
+    r = Random(3)
+    pixels = np.stack([picture(seen_scene(r)) for _ in range(6)])
+    for folder in ("pictures", "looks"):
+        (tmp_path / folder).mkdir()
+        captions = [{"caption": "", "short": ""}] * 6
+        np.savez(tmp_path / folder / "0000.npz", pixels=pixels, items=json.dumps(captions))
+    torch.manual_seed(0)
+    model = new_autoencoder()
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    sharpen_autoencoder(model, tmp_path, 2, batch=4)
+    assert all(not torch.equal(w, before[n]) for n, w in model.state_dict().items() if n.endswith("conv1.weight"))
+    latents = encode(model, torch.from_numpy(pixels))
+    assert abs(float(latents.mean())) < 0.01
+    assert abs(float(latents.std()) - 1) < 0.01
+
+
 def test_packing_is_the_pipelines() -> None:
     from autoencoder import CHANNELS
     from denoisers import image_ids, pack
