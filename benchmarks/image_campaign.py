@@ -1,6 +1,6 @@
 """A campaign with a known truth: product, brand and look, alone, stacked and under a ControlNet, in figures and sheets.
 
-    python benchmarks/image_campaign.py WORK [--base catalogue-flux] [--quick] [--json] [--sheets docs/images]
+    python benchmarks/image_campaign.py WORK --base FOLDER [--quick] [--json] [--sheets docs/images]
 
 WORK is the folder of `bases/catalogue/build.py` with its judge, which has seen true renders alone. Three adapters are
 trained as `examples/campaign` trains them. Then, over scenes that none of them was shown and three seeds:
@@ -62,7 +62,7 @@ BY_BLOCK = {
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("work", type=Path)
-    options.add_argument("--base", default="catalogue-flux")
+    options.add_argument("--base", required=True, help="the folder of a catalogue base")
     options.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of what is measured")
     options.add_argument("--quick", action="store_true", help="few scenes, one seed, a few steps: does it run")
     options.add_argument("--json", action="store_true")
