@@ -141,7 +141,8 @@ def _seen(base: ImageBase, prompt: str, references: Sequence[Image]) -> Conditio
 def _calculated(base: ImageBase, size: tuple[int, int], area: int) -> tuple[int, int]:
     """(width, height) that Qwen-Image-Edit's pipelines give a reference of that size: about `area` pixels."""
     plus = "_plus" if base.references > 1 else ""
-    module = DIFFUSERS(f"diffusers.pipelines.qwenimage.pipeline_qwenimage_edit{plus}")
+    with errors_only():  # its import says what it falls back to without torchvision
+        module = DIFFUSERS(f"diffusers.pipelines.qwenimage.pipeline_qwenimage_edit{plus}")
     width, height = module.calculate_dimensions(area, size[0] / size[1])[:2]
     return width, height
 
