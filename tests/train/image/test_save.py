@@ -203,7 +203,7 @@ def test_missing_class_pictures_are_drawn_by_the_base_once(shared: Path, tmp_pat
     (folder / "class-00001.png").unlink()
     seen.clear()
     result = run(shared, tmp_path / "two", data=data, on_event=seen.append, schedule={"steps": 2})
-    assert "drew 1 class pictures" in _notes(seen)
+    assert "drew 1 class picture into" in _notes(seen)
     assert (folder / "class-00001.png").read_bytes() == first
     assert read_tensors(Path(result.adapter))[1]["ss_num_reg_images"] == "3"
     with Image.open(folder / "class-00000.png") as image:

@@ -174,7 +174,7 @@ def test_a_dry_run_draws_one_scene_elsewhere(shared: Path, tmp_path: Path) -> No
     assert result.dry_run
     assert not (tmp_path / "dry").exists()
     assert any("the base drew 1 scene " in e.text for e in seen if isinstance(e, Note))
-    assert any("1 slider prompts longer than the base reads" in e.text for e in seen if isinstance(e, Checked))
+    assert any("1 slider prompt longer than the base reads" in e.text for e in seen if isinstance(e, Checked))
 
 
 def test_activations_that_are_made_again_see_the_same_strength(shared: Path, tmp_path: Path) -> None:
