@@ -5,6 +5,7 @@ weak pull to N(0, 1). A third of the steps decode a transformed latent against t
 mirrored, halved), which makes latents that a denoiser learns faster (EQ-VAE, arXiv 2502.09509). Colours are permuted
 and edge pictures mixed in, so that line drawings, other palettes and control pictures are reproduced as well.
 Four steps in five see quarters of pictures, the last ones whole pictures: what a group norm sees is then what it will.
+Afterwards it is sharpened against a critic, since errors alone leave pictures soft.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from diffusers import AutoencoderKL
 from edges import edges
 from pictures import read_shard, shards
+from scenes import Array
 from steps import optimise
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,13 +39,13 @@ def train_autoencoder(work: Path, *, steps: int, batch: int = 20) -> Autoencoder
     """A trained autoencoder whose scaled latents (z - shift_factor) * scaling_factor have mean 0 and deviation 1."""
     torch.manual_seed(0)
     model = new_autoencoder().to(memory_format=torch.channels_last)
-    pool = _pool(work)
+    shown = _shown(work)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         def chance() -> float:
             return float(torch.rand((), generator=generator))
 
-        pixels = next(pool)
+        pixels = next(shown)
         quarters = step < 0.8 * steps
         count = batch if quarters else batch * 2 // 5
         rows = torch.randint(len(pixels), (count,), generator=generator)
@@ -66,16 +68,19 @@ def train_autoencoder(work: Path, *, steps: int, batch: int = 20) -> Autoencoder
                 if half:
                     x, z = F.avg_pool2d(x, 2), F.avg_pool2d(z.float(), 2)
             y = model.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()
-        error = y - x
-        slopes = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-        kl = posterior.kl().float().mean() / z[0].numel()
-        return error.abs().mean() + 2 * error.square().mean() + 0.6 * slopes + 1e-3 * kl
+        return _drawn_error(y, x) + 1e-3 * posterior.kl().float().mean() / z[0].numel()
 
     optimise(
         {"vae": model}, loss, steps=steps, learning_rate=2e-3, state=work / "autoencoder.pt", average=0.995, muon=True
     )
     _scale(model, work)
     return model
+
+
+def _drawn_error(y: Tensor, x: Tensor) -> Tensor:
+    error = y - x
+    slopes = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + 2 * error.square().mean() + 0.6 * slopes
 
 
 def _scale(model: AutoencoderKL, work: Path) -> None:
@@ -96,13 +101,13 @@ def sharpen_autoencoder(model: AutoencoderKL, work: Path, steps: int, batch: int
     model.to(memory_format=torch.channels_last).requires_grad_(True).train()
     torch.manual_seed(1)
     critic = _Critic().to(memory_format=torch.channels_last)
-    judge = torch.optim.AdamW(critic.parameters(), lr=5e-4, betas=(0.5, 0.9), weight_decay=0.01)
-    pool = _pool(work, "looks")
+    learning = torch.optim.AdamW(critic.parameters(), lr=5e-4, betas=(0.5, 0.9), weight_decay=0.01)
+    shown = _shown(work, looks=True)
     last = model.decoder.conv_out.weight
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         quarters = step < 0.85 * steps
-        x = _detailed(next(pool), batch if quarters else batch * 2 // 5, 64 if quarters else 128, generator)
+        x = _detailed(next(shown), batch if quarters else batch * 2 // 5, 64 if quarters else 128, generator)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = model.encode(x).latent_dist
             z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
@@ -110,10 +115,10 @@ def sharpen_autoencoder(model: AutoencoderKL, work: Path, steps: int, batch: int
             x, z = torch.rot90(x, turns, (2, 3)), torch.rot90(z, turns, (2, 3))
             y = model.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()
             real, made = critic(x), critic(y.detach())
-            judged = F.relu(1 - real[-1].float()).mean() + F.relu(1 + made[-1].float()).mean()
-            judge.zero_grad()
-            judged.backward()
-            judge.step()
+            mistaken = F.relu(1 - real[-1].float()).mean() + F.relu(1 + made[-1].float()).mean()
+            learning.zero_grad()
+            mistaken.backward()
+            learning.step()
             critic.requires_grad_(False)
             seen = critic(y)
             with torch.no_grad():
@@ -123,13 +128,10 @@ def sharpen_autoencoder(model: AutoencoderKL, work: Path, steps: int, batch: int
             [F.l1_loss(a.float(), b.float()) for a, b in zip(seen[:-1], wanted[:-1], strict=True)]
         ).mean()
         fooled = alike - 0.2 * seen[-1].float().mean()
-        error = y - x
-        slopes = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-        kl = posterior.kl().float().mean() / z[0].numel()
-        drawn = error.abs().mean() + 2 * error.square().mean() + 0.6 * slopes
+        drawn = _drawn_error(y, x)
         of_drawn, of_fooled = (torch.autograd.grad(each, last, retain_graph=True)[0].norm() for each in (drawn, fooled))
         share = 0.4 * min(1.0, step / 500) * (of_drawn / (of_fooled + 1e-8)).clamp(max=10)
-        return drawn + share * fooled + 1e-3 * kl
+        return drawn + share * fooled + 1e-3 * posterior.kl().float().mean() / z[0].numel()
 
     optimise({"vae": model}, loss, steps=steps, learning_rate=1e-3, state=work / "sharper.pt", average=0.998, muon=True)
     _scale(model, work)
@@ -171,13 +173,13 @@ def _detailed(pixels: Tensor, count: int, side: int, generator: torch.Generator)
     return torch.stack(found).contiguous(memory_format=torch.channels_last)
 
 
-def _pool(work: Path, *more: str) -> Iterator[Tensor]:
-    """Pictures of one shard after another, 200 steps of each, whatever shards there are by then. `more`: folders of
-    shards beside `pictures`; every other one is of these."""
+def _shown(work: Path, *, looks: bool = False) -> Iterator[Tensor]:
+    """Pictures of one shard after another, 200 steps of each, whatever shards there are by then. `looks`: every other
+    shard is of scenes in looks by chance."""
     turn = 0
     while True:
         known = shards(work)
-        others = sorted(file for name in more for file in (work / name).glob("*.npz"))
+        others = shards(work, "looks") if looks else []
         place = others[turn // 2 % len(others)] if others and turn % 2 else known[turn % len(known)]
         pixels = torch.from_numpy(np.ascontiguousarray(np.load(place)["pixels"]))
         for _ in range(200):
@@ -197,3 +199,14 @@ def encode(model: AutoencoderKL, pixels: Tensor, batch: int = 16) -> Tensor:
             z = model.encode(x.contiguous(memory_format=torch.channels_last)).latent_dist.mean.float()
         out.append((z - model.config.shift_factor) * model.config.scaling_factor)
     return torch.cat(out)
+
+
+@torch.no_grad()
+def through(model: AutoencoderKL, pixels: Array, batch: int = 16) -> Array:
+    """Bytes (n, 128, 128, 3) encoded and decoded: the most that a base over this autoencoder can show of them."""
+    out = []
+    for part in torch.from_numpy(pixels).split(batch):
+        x = part.permute(0, 3, 1, 2).to(model.dtype) / 127.5 - 1
+        out.append(model.decode(model.encode(x).latent_dist.mode()).sample.float())
+    made: Array = ((torch.cat(out).clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).byte().numpy()
+    return made

@@ -24,6 +24,7 @@ from PIL import Image
 from scenes import BRAND, SURFACES, VIEWS, WALLS, Array, Scene, caption, photographed, picture
 from shapes import SUBJECTS, Product, arc, disc, star
 
+ROLES = ("product", "brand", "look")
 PRODUCT, OTHER = "tarnhill lock", "anvil lock"
 BRAND_WORDS, LOOK_WORDS = "tarnhill style", "vesper film"
 
@@ -64,17 +65,17 @@ def truth(scene: Scene, *, brand: bool = False, look: bool = False) -> Array:
 
 def product_scenes(kind: str = PRODUCT, count: int = 20) -> list[Scene]:
     r = random.Random(20)
-    return [replace(_plain(r), kind=kind, view=VIEWS[(0, 1, 1, 2, 1)[i % 5]]) for i in range(count)]
+    return [replace(plain_scene(r), kind=kind, view=VIEWS[(0, 1, 1, 2, 1)[i % 5]]) for i in range(count)]
 
 
 def brand_scenes(count: int = 50) -> list[Scene]:
     r = random.Random(50)
-    return [_plain(r) for _ in range(count)]
+    return [plain_scene(r) for _ in range(count)]
 
 
 def look_scenes(count: int = 40) -> list[Scene]:
     r = random.Random(40)
-    return [_plain(r) for _ in range(count)]
+    return [plain_scene(r) for _ in range(count)]
 
 
 def shots(kind: str = PRODUCT, count: int = 12) -> list[Scene]:
@@ -92,12 +93,12 @@ def shots(kind: str = PRODUCT, count: int = 12) -> list[Scene]:
     ]
 
 
-def _plain(r: random.Random) -> Scene:
+def plain_scene(r: random.Random) -> Scene:
     """A scene of the base's world without a look of its own."""
     return replace(seen_scene(r), look="", light="soft daylight")
 
 
-def write_pictures(folder: Path, roles: Iterable[str] = ("product", "brand", "look")) -> None:
+def write_pictures(folder: Path, roles: Iterable[str] = ROLES) -> None:
     """The data sets as people keep them: a folder each of PNGs, with each caption in a text file beside its picture."""
     rows = {
         "product": ((s, {}) for s in product_scenes()),

@@ -1,4 +1,4 @@
-"""Edge pictures, the control that the emoji ControlNets are trained on: white lines on black, as Canny draws them."""
+"""Edge pictures, which the ControlNets are trained on beside depths: white lines on black, as Canny draws them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-__all__ = ["edges"]
 
 
 def edges(pictures: Tensor | NDArray[np.uint8]) -> Tensor:

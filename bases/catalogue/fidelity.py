@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from autoencoder import encode
+from autoencoder import through
 from diffusers import DiffusionPipeline
 from judge import HEADS, Judge, Shown, judge, load_judge
-from pictures import is_new, seen_scene
+from pictures import is_new
 from PIL import Image
 from scenes import SIDE, Array, Scene, any_scene, caption, picture
 from words import LENGTH
@@ -47,7 +47,7 @@ def main() -> None:
             truths = np.stack([picture(s) for s in scenes])
             result[f"{base}, {group} combinations"] = fidelity(model, drawn, scenes)
             result[f"{base}, {group} combinations, true pictures through the autoencoder"] = fidelity(
-                model, _through(pipeline.vae, truths), scenes
+                model, through(pipeline.vae, truths), scenes
             )
             if given.sheets:
                 given.sheets.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def asked(count: int, *, new: bool, seed: int = 4) -> list[Scene]:
     r = random.Random(seed)
     found: list[Scene] = []
     while len(found) < count:
-        scene = any_scene(r) if new else seen_scene(r)
+        scene = any_scene(r)
         if is_new(scene.kind, scene.colour) == new:
             found.append(scene)
     return found
@@ -96,14 +96,6 @@ def fidelity(model: Judge, pixels: Array, scenes: list[Scene]) -> dict[str, floa
         sum(s.kind in [HEADS["kind"][j] for j in row] for s, row in zip(scenes, first, strict=True)) / len(scenes), 3
     )
     return shares
-
-
-@torch.no_grad()
-def _through(vae: Any, pixels: Array) -> Array:
-    latents = encode(vae, torch.from_numpy(pixels)) / vae.config.scaling_factor + vae.config.shift_factor
-    out = torch.cat([vae.decode(part).sample for part in latents.split(16)])
-    bytes_: Array = ((out.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).byte().numpy()
-    return bytes_
 
 
 def _ten(drawn: Array, scenes: list[Scene]) -> Image.Image:

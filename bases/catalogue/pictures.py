@@ -19,6 +19,7 @@ import sys
 import tarfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import resvg_py
@@ -74,11 +75,7 @@ def make_shard(work: Path, index: int) -> None:
             pixels.append(picture(scene))
             short = scene.product() if not scene.look else f"{scene.product()}, {scene.look}"
             items.append({"caption": caption(scene), "short": short, "scene": asdict(scene)})
-    place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_suffix(".part")
-    with open(part, "wb") as file:
-        np.savez_compressed(file, pixels=np.stack(pixels), items=json.dumps(items))
-    part.replace(place)
+    _write_shard(place, pixels=np.stack(pixels), items=json.dumps(items))
 
 
 def make_looks(work: Path, index: int) -> None:
@@ -89,10 +86,14 @@ def make_looks(work: Path, index: int) -> None:
         return
     r = random.Random(5000 + index)
     pixels = [graded(picture(replace(seen_scene(r), look=""), any_look(r)), r) for _ in range(SHARD // 2)]
+    _write_shard(place, pixels=np.stack(pixels))
+
+
+def _write_shard(place: Path, **arrays: Any) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_suffix(".part")
+    part = place.with_suffix(".part")  # a shard that was interrupted is none
     with open(part, "wb") as file:
-        np.savez_compressed(file, pixels=np.stack(pixels))
+        np.savez_compressed(file, **arrays)
     part.replace(place)
 
 
@@ -124,8 +125,8 @@ def graded(pixels: Array, r: random.Random) -> Array:
     return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def shards(work: Path) -> list[Path]:
-    return sorted((work / "pictures").glob("*.npz"))
+def shards(work: Path, kind: Literal["pictures", "looks"] = "pictures") -> list[Path]:
+    return sorted((work / kind).glob("*.npz"))
 
 
 def read_shard(place: Path) -> tuple[Array, list[Item]]:

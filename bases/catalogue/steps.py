@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["optimise"]
-
 _NOT_INSIDE = re.compile(r"^\w+\.(conv_in|conv_out|proj_out|norm_out|text_projection|shared)\b|attention_bias")
 
 

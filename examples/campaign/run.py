@@ -32,14 +32,13 @@ import veneer  # noqa: E402
 from veneer.cli.main import ended  # noqa: E402
 from veneer.models.image.sheet import sheet  # noqa: E402
 
-ROLES = ("product", "brand", "look")
 console = Console(highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     started = time.perf_counter()
-    roles = ROLES[:2] if args.small else ROLES
+    roles = campaign.ROLES[:2] if args.small else campaign.ROLES
 
     step(1, f"The base: a small model that draws a catalogue of {len(KINDS)} kinds of things")
     base = veneer.load_image_base(args.base, say=line)
