@@ -34,12 +34,11 @@ sys.path[:0] = [str(ROOT / "bases" / "catalogue"), str(ROOT / "benchmarks")]
 
 import campaign  # noqa: E402
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 from _report import bar, lines_of, report, row  # noqa: E402
+from autoencoder import through  # noqa: E402
 from edges import edges  # noqa: E402
 from judge import HEADS, judge, load_judge  # noqa: E402
 from measures import brand_distance, edge_agreement, look_distance, share, spread  # noqa: E402
-from pictures import seen_scene  # noqa: E402
 from PIL import Image  # noqa: E402
 from scenes import Array, Scene, depth  # noqa: E402
 
@@ -47,9 +46,9 @@ import veneer  # noqa: E402
 from veneer.adapters.mix import mix_adapters  # noqa: E402
 from veneer.models.image.sheet import sheet  # noqa: E402
 
-ROLES = ("product", "brand", "look")
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-PARTS = ("product", "brand", "look", "stack", "composition", "consistency")
+PARTS = (*campaign.ROLES, "stack", "composition", "consistency")
+ALL = {"brand": True, "look": True}
 Mix = Sequence[str]
 
 APART_IN_TIME = {"product": "steps=0-0.6", "brand": "steps=0-1", "look": "steps=0.4-1"}
@@ -57,6 +56,23 @@ BY_BLOCK = {
     "flow": {"product": "double=1,single=0.3", "brand": "double=0.7,single=1", "look": "double=0.3,single=1"},
     "noise": {"product": "down=1,mid=1,up=0.3", "brand": "down=0.5,mid=0.7,up=1", "look": "down=0.3,mid=0.3,up=1"},
 }
+
+
+def brand_share(pictures: Array, truths: Array, plain: Array) -> float:
+    return share(brand_distance(pictures, repeated(truths, pictures)), brand_distance(plain, truths))
+
+
+def look_share(pictures: Array, truths: Array, plain: Array) -> float:
+    return 1 - look_distance(pictures, truths, plain)
+
+
+SHARES = {"brand": brand_share, "look": look_share}
+"""Role -> how much of it there is in pictures, from the true pictures with and without it: 1 and 0 there."""
+
+
+def repeated(truths: Array, pictures: Array) -> Array:
+    """The truths once for each seed that the pictures are of."""
+    return np.concatenate([truths] * (len(pictures) // len(truths)))
 
 
 def main() -> None:
@@ -87,8 +103,8 @@ class Proof:
         self.bars: list[dict[str, Any]] = []
         self.shots = campaign.shots()[: 4 if given.quick else 12]
         r = random.Random(51)
-        self.others = [replace(seen_scene(r), look="", light="soft daylight") for _ in range(6 if given.quick else 80)]
-        self.adapters = {role: self.trained(role) for role in ROLES}
+        self.others = [campaign.plain_scene(r) for _ in range(6 if given.quick else 80)]
+        self.adapters = {role: self.trained(role) for role in campaign.ROLES}
 
     def result(self) -> dict[str, Any]:
         for part in self.given.only:
@@ -114,7 +130,7 @@ class Proof:
 
     def product(self) -> None:
         truths = self.truths(self.shots)
-        prompts = [campaign.words(s) for s in self.shots]
+        prompts = self.words()
         rows = {"the base": self.drawn(prompts), "the product": self.drawn(prompts, [self.adapters["product"]])}
         others = [replace(s, kind=campaign.OTHER) for s in self.shots]
         found = {label: self.product_figures(pictures, truths) for label, pictures in rows.items()}
@@ -131,72 +147,57 @@ class Proof:
         other = found["another maker's lock, true pictures"]["likeness"]
         self.bar("product: likeness above another maker's", 0.0, found["the product"]["likeness"] - other)
         self.bar("product: named", 0.8, found["the product"]["named"])
-        self.kept_things("product", [campaign.words(s) for s in self.others])
         self.sheet("product", {**rows, "the truth": truths}, self.shots)
-
-    def kept_things(self, role: str, prompts: Sequence[str]) -> None:
-        """Other things stay what they are on the base while the adapter is on."""
-        kinds = [s.kind for s in self.others]
-        without, with_it = (self.named(self.drawn(prompts, mix), kinds) for mix in ([], [self.adapters[role]]))
-        self.add(f"{role}: other things", {"named on the base": without, "named with the adapter": with_it})
-        self.bar(f"{role}: other things are named as on the base", -0.02, with_it - without)
+        # Other things stay what they are on the base while the adapter is on.
+        prompts, kinds = [campaign.words(s) for s in self.others], [s.kind for s in self.others]
+        without, with_it = (self.named(self.drawn(prompts, mix), kinds) for mix in ([], [self.adapters["product"]]))
+        self.add("product: other things", {"named on the base": without, "named with the adapter": with_it})
+        self.bar("product: other things are named as on the base", -0.02, with_it - without)
 
     def brand(self) -> None:
-        truths, plain = self.truths(self.others, brand=True), self.truths(self.others)
-        prompts = [campaign.words(s, brand=True) for s in self.others]
-        kinds = [s.kind for s in self.others]
-        away = brand_distance(plain, truths)
-        rows, shares, named = {}, [], []
-        for strength in STRENGTHS:
-            pictures = self.drawn(prompts, [f"{self.adapters['brand']}:{strength:g}"] if strength else [])
-            shares.append(share(brand_distance(pictures, self.each_seed(truths)), away))
-            named.append(self.named(pictures, kinds))
-            label = f"at {strength:g}" if strength else "the base"
-            self.add(f"brand: {label}", {"brand": shares[-1], "named": named[-1]})
-            rows[label] = pictures
-        self.add("brand: true pictures", {"brand": 1.0, "named": self.named(truths, kinds)})
-        self.bar("brand: share of the way", 0.6, shares[-1])
-        self.bar("brand: grows with every step of strength", 1, float(all(a < b for a, b in pairwise(shares))))
-        self.bar("brand: things are named as on the base", -0.02, named[-1] - named[0])
-        self.sheet("brand", {**rows, "the truth": truths}, self.others)
+        self.by_strength("brand")
 
     def look(self) -> None:
-        truths, plain = self.truths(self.others, look=True), self.truths(self.others)
-        prompts = [campaign.words(s, look=True) for s in self.others]
+        self.by_strength("look")
+
+    def by_strength(self, role: str) -> None:
+        """The effect of an adapter by its strength, and whether things are still what they are."""
+        truths, plain = self.truths(self.others, **{role: True}), self.truths(self.others)
+        prompts = [campaign.words(s, **{role: True}) for s in self.others]
         kinds = [s.kind for s in self.others]
         rows, shares, named = {}, [], []
         for strength in STRENGTHS:
-            pictures = self.drawn(prompts, [f"{self.adapters['look']}:{strength:g}"] if strength else [])
-            shares.append(1 - look_distance(pictures, truths, plain))
+            pictures = self.drawn(prompts, [f"{self.adapters[role]}:{strength:g}"] if strength else [])
+            shares.append(SHARES[role](pictures, truths, plain))
             named.append(self.named(pictures, kinds))
             label = f"at {strength:g}" if strength else "the base"
-            self.add(f"look: {label}", {"look": shares[-1], "named": named[-1]})
+            self.add(f"{role}: {label}", {role: shares[-1], "named": named[-1]})
             rows[label] = pictures
-        self.bar("look: share of the way", 0.6, shares[-1])
-        self.bar("look: grows with every step of strength", 1, float(all(a < b for a, b in pairwise(shares))))
-        self.bar("look: things are named as on the base", -0.02, named[-1] - named[0])
-        self.sheet("look", {**rows, "the truth": truths}, self.others)
+        self.add(f"{role}: true pictures", {role: 1.0, "named": self.named(truths, kinds)})
+        self.bar(f"{role}: share of the way", 0.6, shares[-1])
+        self.bar(f"{role}: grows with every step of strength", 1, float(all(a < b for a, b in pairwise(shares))))
+        self.bar(f"{role}: things are named as on the base", -0.02, named[-1] - named[0])
+        self.sheet(role, {**rows, "the truth": truths}, self.others)
 
     # -- together ------------------------------------------------------------------------------------------------------
 
     def stack(self) -> None:
         """Each effect in a stack as a share of the same effect alone, on the campaign's shots."""
-        alone = {
-            "product": self.effects([self.adapters["product"]])["product"],
-            "brand": self.effects([self.adapters["brand"]], brand=True)["brand"],
-            "look": self.effects([self.adapters["look"]], look=True)["look"],
-        }
+        alone = {}
+        for role, place in self.adapters.items():
+            asked = {role: True} if role in SHARES else {}
+            alone[role] = self.effects(self.drawn(self.words(**asked), [place]), **asked)[role]
         self.add("stack: each alone", alone)
-        rows, least = {}, {}
+        rows, least = {"the base": self.drawn(self.words(**ALL))}, {}
         for method, mix in self.stacks().items():
-            got = self.effects(mix, brand=True, look=True)
-            kept = {f"{role} kept": got[role] / alone[role] for role in ROLES}
+            rows[method] = self.drawn(self.words(**ALL), mix)
+            got = self.effects(rows[method], **ALL)
+            kept = {f"{role} kept": got[role] / alone[role] for role in campaign.ROLES}
             self.add(f"stack: {method}", got | kept)
             least[method] = min(kept.values())
-            rows[method] = self.drawn(self.words(), mix)
         best = max(least, key=lambda method: least[method])
         self.bar(f"stack: the least that the best method ({best}) keeps of each", 0.7, least[best])
-        self.sheet("stack", {"the base": self.drawn(self.words()), **rows, "the truth": self.wanted()}, self.shots)
+        self.sheet("stack", {**rows, "the truth": self.truths(self.shots, **ALL)}, self.shots)
 
     def stacks(self) -> dict[str, Mix]:
         found: dict[str, Mix] = {"plain sum": list(self.adapters.values())}
@@ -210,27 +211,22 @@ class Proof:
             found[label] = [f"{place}:1@{where[role]}" for role, place in self.adapters.items()]
         return found
 
-    def effects(self, mix: Mix, *, brand: bool = False, look: bool = False) -> dict[str, float]:
-        """How much of each adapter's effect there is in the campaign's shots; NaN where it is not asked for."""
-        prompts = [campaign.words(s, brand=brand, look=look) for s in self.shots]
-        pictures = self.drawn(prompts, mix)
-        truths = self.truths(self.shots, brand=brand, look=look)
-        found = {"product": self.product_figures(pictures, truths)["sure"], "brand": float("nan"), "look": float("nan")}
-        if brand:
-            away = brand_distance(self.truths(self.shots, look=look), truths)
-            found["brand"] = share(brand_distance(pictures, self.each_seed(truths)), away)
-        if look:
-            found["look"] = 1 - look_distance(pictures, truths, self.truths(self.shots, brand=brand))
+    def effects(self, pictures: Array, **asked: bool) -> dict[str, float]:
+        """How much of the product there is in pictures of the campaign's shots, and of the brand and the look if they
+        were asked for."""
+        truths = self.truths(self.shots, **asked)
+        found = {"product": self.product_figures(pictures, truths)["sure"]}
+        for role in asked:
+            found[role] = SHARES[role](pictures, truths, self.truths(self.shots, **{**asked, role: False}))
         return found
 
     def composition(self) -> None:
         """The lines, or the distances, of the true picture hold the base and the stack to its composition."""
         stack = list(self.adapters.values())
-        for label, mix, options in (
-            ("the base", [], {}), ("the stack", stack, {"brand": True, "look": True}),
+        for label, mix, asked in (
+            ("the base", [], {}), ("the stack", stack, ALL),
         ):  # fmt: skip
-            prompts = [campaign.words(s, **options) for s in self.shots]
-            truths = self.truths(self.shots, **options)
+            prompts, truths = self.words(**asked), self.truths(self.shots, **asked)
             lines = self.lines(truths)
             pictures = {"no control": self.drawn(prompts, mix, seeds=(1,))}
             for kind in ("edges", "depth"):
@@ -242,7 +238,7 @@ class Proof:
                     made.append(self.drawn([prompt], mix, seeds=(1,), controls=[f"{kind}={path}:1"])[0])
                 pictures[kind] = np.stack(made)
             agreed = {kind: edge_agreement(self.lines(each), lines) for kind, each in pictures.items()}
-            most = edge_agreement(self.lines(self.through(truths)), lines)
+            most = edge_agreement(self.lines(through(self.base.parts["vae"], truths)), lines)
             self.add(f"composition: {label}", agreed | {"most": most})
             gained = (agreed["edges"] - agreed["no control"]) / (most - agreed["no control"])
             self.bar(f"composition: of what is missing, lines bring, {label}", 0.5, gained)
@@ -250,11 +246,11 @@ class Proof:
 
     def consistency(self) -> None:
         """Twelve pictures of one campaign beside each other, and beside the base's with the same words."""
-        truths = self.wanted()
+        truths = self.truths(self.shots, **ALL)
         found = {}
         stack = list(self.adapters.values())
         for label, pictures in (
-            ("the base", self.drawn(self.words())), ("the stack", self.drawn(self.words(), stack)),
+            ("the base", self.drawn(self.words(**ALL))), ("the stack", self.drawn(self.words(**ALL), stack)),
             ("true pictures", truths),
         ):  # fmt: skip
             sets = np.split(pictures, len(pictures) // len(self.shots))
@@ -285,17 +281,11 @@ class Proof:
         ]
         return np.stack(made)
 
-    def words(self) -> list[str]:
-        return [campaign.words(s, brand=True, look=True) for s in self.shots]
-
-    def wanted(self) -> Array:
-        return self.truths(self.shots, brand=True, look=True)
+    def words(self, **asked: bool) -> list[str]:
+        return [campaign.words(s, **asked) for s in self.shots]
 
     def truths(self, scenes: Sequence[Scene], **seen: bool) -> Array:
         return np.stack([campaign.truth(s, **seen) for s in scenes])
-
-    def each_seed(self, pictures: Array) -> Array:
-        return np.concatenate([pictures] * len(self.seeds))
 
     def product_figures(self, pictures: Array, truths: Array) -> dict[str, float]:
         seen, true = judge(self.judge, pictures), judge(self.judge, truths)
@@ -314,14 +304,6 @@ class Proof:
         found: Array = (edges(pictures)[:, 0] > 0).numpy()
         return found
 
-    @torch.no_grad()
-    def through(self, pictures: Array) -> Array:
-        vae = self.base.parts["vae"]
-        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
-        out = vae.decode(vae.encode(x).latent_dist.mode()).sample.float().clamp(-1, 1)
-        made: Array = ((out + 1) * 127.5).round().permute(0, 2, 3, 1).byte().numpy()
-        return made
-
     def add(self, name: str, values: dict[str, float]) -> None:
         self.rows += [row(name, metric, value, "s" if metric == "seconds" else "") for metric, value in values.items()]
         print(f"{time.perf_counter() - self.began:6.0f} s  {name}  {values}", file=sys.stderr)
@@ -334,7 +316,7 @@ class Proof:
             return
         shown = scenes[:8]
         cells = [[Image.fromarray(p) for p in pictures[: len(shown)]] for pictures in rows.values()]
-        columns = [s.product() if s.kind not in (campaign.PRODUCT,) else s.surface for s in shown]
+        columns = [s.surface if s.kind == campaign.PRODUCT else s.product() for s in shown]
         path = self.given.sheets / f"{Path(self.given.base).name}-{name}.png"
         sheet(cells, rows=list(rows), columns=columns).save(path, optimize=True)
 
