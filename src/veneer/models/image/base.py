@@ -25,7 +25,7 @@ from veneer.errors import BaseError, ConfigError
 from veneer.models.builtin import BUILTIN, PACKAGED
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.device import settle_threads
-from veneer.models.image.families import FAMILIES, REFERENCE_AREAS, REFERENCES, ImageFamily, topology_name
+from veneer.models.image.families import EDITING, FAMILIES, Editing, ImageFamily, topology_name
 from veneer.models.image.files import (
     LoadedParts,
     control_of,
@@ -87,9 +87,14 @@ class ImageBase:
         return schnell or bool(self.settings.get("is_distilled"))
 
     @property
+    def editing(self) -> Editing:
+        """How it edits; with no reference for a base that cannot."""
+        return EDITING[self.pipelines["edit"]] if "edit" in self.pipelines else Editing(0)
+
+    @property
     def references(self) -> int:
         """The most reference pictures that it can be told of; 0 for a base that cannot edit."""
-        return REFERENCES[self.pipelines["edit"]] if "edit" in self.pipelines else 0
+        return self.editing.references
 
     @property
     def edits_alone(self) -> bool:
@@ -100,7 +105,7 @@ class ImageBase:
     @property
     def reads_references(self) -> bool:
         """Whether its prompts are read together with the pictures that they edit: Qwen-Image-Edit's."""
-        return self.pipelines.get("edit") in REFERENCE_AREAS
+        return self.editing.read > 0
 
     @property
     def vae_scale(self) -> int:
@@ -302,9 +307,8 @@ def _several(base: ImageBase, controls: Sequence[_ControlNet]) -> Any:
     """ControlNets whose residuals are summed, in diffusers' own class."""
     import diffusers
 
-    names = {"ControlNetModel": "MultiControlNetModel"}
     own = type(controls[0]).__name__
-    if own in names:
+    if own == "ControlNetModel":
         return diffusers.MultiControlNetModel(list(controls))
     multi = getattr(DIFFUSERS("diffusers.models.controlnets"), own.replace("ControlNetModel", "MultiControlNetModel"))
     return multi(list(controls))

@@ -235,21 +235,27 @@ OWN_PIPELINES: Mapping[str, Mapping[str, str]] = {
 }
 """What a base's index calls its pipeline -> the kinds in which the base differs from its family."""
 
-REFERENCES: Mapping[str, int] = {
-    "FluxKontextPipeline": 1,
-    "Flux2Pipeline": 10,
-    "Flux2KleinPipeline": 4,
-    "QwenImageEditPipeline": 1,
-    "QwenImageEditPlusPipeline": 3,
-}
-"""Pipelines that edit -> the most reference pictures that their models were trained with, by their cards."""
 
-REFERENCE_AREAS: Mapping[str, tuple[int, int]] = {
-    "QwenImageEditPipeline": (1024 * 1024, 1024 * 1024),
-    "QwenImageEditPlusPipeline": (384 * 384, 1024 * 1024),
+@dataclass(frozen=True)
+class Editing:
+    """How a pipeline edits. `references`: the most pictures that its models were trained with, by their cards.
+
+    `read`: where prompts are read together with the references, about how many pixels a reference has there, and
+    `encoded`: where its latents are made. Both are the pipeline's, whatever is drawn; 0: it is shown as it is."""
+
+    references: int
+    read: int = 0
+    encoded: int = 0
+
+
+EDITING: Mapping[str, Editing] = {
+    "FluxKontextPipeline": Editing(1),
+    "Flux2Pipeline": Editing(10),
+    "Flux2KleinPipeline": Editing(4),
+    "QwenImageEditPipeline": Editing(1, read=1024 * 1024, encoded=1024 * 1024),
+    "QwenImageEditPlusPipeline": Editing(3, read=384 * 384, encoded=1024 * 1024),
 }
-"""Pipelines whose prompts are read together with the references -> about how many pixels a reference has there, and
-where its latents are made. Both are theirs, whatever is drawn."""
+"""The class of every pipeline of kind `edit` -> how it does."""
 
 
 def denoiser_family(classname: str, config: Mapping[str, Any]) -> ImageFamily | None:

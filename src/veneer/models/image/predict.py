@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from veneer.errors import BaseError
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.image.base import ImageBase, pipeline, readers, text_settings
-from veneer.models.image.families import REFERENCE_AREAS
 from veneer.models.loading import errors_only
 from veneer.ops.transfer import sent
 
@@ -126,10 +125,10 @@ def _seen(base: ImageBase, prompt: str, references: Sequence[Image]) -> Conditio
     """One prompt with its pictures, each in the size that the pipeline reads it in. Nothing of it is cut."""
     base.part("processor")
     pipe = pipeline(base, "edit")
-    area, _ = REFERENCE_AREAS[base.pipelines["edit"]]
+    sizes = [_calculated(base, picture.size, base.editing.read) for picture in references]
     sized = [
-        pipe.image_processor.resize(picture.convert("RGB"), *reversed(_calculated(base, picture.size, area)))
-        for picture in references
+        pipe.image_processor.resize(picture.convert("RGB"), height, width)
+        for picture, (width, height) in zip(references, sizes, strict=True)
     ]
     with errors_only():
         found = pipe.encode_prompt(
@@ -152,7 +151,7 @@ def reference_size(base: ImageBase, width: int, height: int) -> tuple[int, int]:
     Qwen-Image-Edit, which is shown about a megapixel whatever it draws."""
     if not base.reads_references:
         return width, height
-    return _calculated(base, (width, height), REFERENCE_AREAS[base.pipelines["edit"]][1])
+    return _calculated(base, (width, height), base.editing.encoded)
 
 
 def cut_of(base: ImageBase, prompt: str) -> str:
