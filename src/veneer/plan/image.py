@@ -326,9 +326,8 @@ def _flux2(counts: ImageCounts, config: Config, height: int, width: int, text: i
 def _qwen_image(counts: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
     heads = config["num_attention_heads"]
     d, patch = heads * config["attention_head_dim"], int(config.get("patch_size", 2))
-    before = (
-        counts.pictures - 1
-    )  # each of about a megapixel, whatever is drawn, and seen by Qwen2.5-VL, 28 pixels a token
+    before = counts.pictures - 1
+    # Each in about a megapixel, whatever is drawn; Qwen2.5-VL reads it too, in tokens of 28 × 28 pixels.
     places = _places(config, height, width, patch) + before * _places(config, 1024, 1024, patch)
     text += before * (1024 // 28) ** 2
     counts.linear("img_in", places, config["in_channels"], d)

@@ -10,9 +10,8 @@ Reads everything once, so that what cannot be used is known before step one. Kno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -30,19 +29,15 @@ _OWN = ("caption files", "metadata")
 
 
 def read_pictures(
-    settings: ImageDataSection,
-    which: Literal["train", "validation"] = "train",
-    *,
-    progress: Callable[[int, int], None] | None = None,
+    settings: ImageDataSection, which: Literal["train", "validation"] = "train"
 ) -> tuple[list[TrainingPicture], AboutPictures]:
     """The pictures of the settings' folders, sorted by name within each; with "train" the class pictures follow.
 
-    `progress` is called with (files read, files in all): a photograph of 12 megapixels takes about a fifth of a second.
-
     Raises DataError for a folder that is missing or holds no picture; a caption, mask or metadata row without a
     picture; pictures without a caption (when there is no trigger to stand alone); a mask of another shape; pairs that
-    lack one of the two, have two proportions, or do not begin with a picture of `settings.before_kind`; and files that
-    cannot be read unless `settings.broken` is `drop`. Each lists all it found, up to 20."""
+    lack one of the two, or do not begin with a picture of `settings.before_kind`, which if it is a control picture has
+    its picture's shape; and files that cannot be read unless `settings.broken` is `drop`. Each lists all that it found,
+    up to 20."""
     folders = settings.folders if which == "train" else (settings.validation,) if settings.validation else ()
     about = AboutPictures()
     pictures: list[TrainingPicture] = []
@@ -54,15 +49,8 @@ def read_pictures(
         classes = _list_folder(settings.class_folder, elsewhere, about, settings.class_prompt, masks)
         found.append((settings.class_folder, classes, True))
     about.before = each_before({folder: files for folder, files, _ in found})
-    total, done = sum(len(files) for _, files, _ in found), count(1)
-
-    def tick() -> None:
-        n = next(done)
-        if progress is not None:
-            progress(n, total)
-
     for folder, files, is_class in found:
-        read = _read(files, folder, settings, about, tick, is_class=is_class)
+        read = _read(files, folder, settings, about, is_class=is_class)
         pictures += read
         about.class_pictures += len(read) if is_class else 0
         about.pictures += 0 if is_class else len(read)
@@ -100,7 +88,6 @@ def _read(
     folder: str,
     settings: ImageDataSection,
     about: AboutPictures,
-    tick: Callable[[], None],
     *,
     is_class: bool,
 ) -> list[TrainingPicture]:
@@ -113,7 +100,6 @@ def _read(
     pictures, broken = [], []
     others: list[str] = []  # before pictures of another kind
     for found, (caption, did) in zip(files, captions, strict=True):
-        tick()
         try:
             picture = _open(found, caption, settings, is_class=is_class)
             before = tuple(open_before(path, picture, settings, others) for path in found.before)

@@ -172,17 +172,12 @@ class SliderLoss(ImageLoss):
             return predict(base, noisy, at, text, sizes=sizes, guidance=self.guidance)
 
         neutral = [slider.target] * len(batch.rows)
-        own, step = self._direction(batch, noisy, at, predicted, neutral)
+        own, step = self._direction(batch, neutral, predicted)
         self.attachment.use((NAME, sign))
         return row_losses(predicted(neutral), own + sign * slider.guidance * step)
 
     def _direction(
-        self,
-        batch: ImageBatch,
-        noisy: Tensor,
-        at: Tensor,
-        predicted: Callable[[Sequence[str]], Tensor],
-        neutral: Sequence[str],
+        self, batch: ImageBatch, neutral: Sequence[str], predicted: Callable[[Sequence[str]], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """(ε of the target, ε of positive − ε of negative) of the base alone, in float32; kept for the other sign,
         whose batch comes next."""
