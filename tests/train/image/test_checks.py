@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.train.make_pictures import put, scene, settings
+from tests.train.make_pictures import put, scene, settings, wrong
 from veneer.train.image.checks import check_held_out, check_pictures
 from veneer.train.image.pictures import read_pictures
 from veneer.train.image.views import plan_rows
@@ -111,3 +111,39 @@ def test_held_out_pictures_that_are_trained_on(tmp_path: Path) -> None:
     assert texts(found).startswith("warn 1 of 4 (25%) held-out pictures are, or look like")
     assert "again.jpg is 0.png" in found[0].text
     assert check_held_out(train, [again])[0].level == "stop"
+
+
+def pairs_of(found: dict[str, list[Finding]], level: str) -> list[str]:
+    return [f.text for f in found.get("pairs", []) if f.level == level]
+
+
+def test_pairs_of_unlike_sizes_are_named_and_one_proportion_is_enough(tmp_path: Path) -> None:
+    put(tmp_path, "cat.png", image=scene(48, 32))
+    put(tmp_path, "cat.before.png", None, scene(32, 32))
+    message = wrong(tmp_path, before_kind="depth")
+    assert "1 pair of unlike sizes" in message
+    assert "cat.before.png: 32 x 32 pixels, but cat.png has 48 x 32" in message
+    put(tmp_path, "cat.before.png", None, scene(96, 64))
+    found = findings(tmp_path)
+    assert [f.level for f in found["pairs"]] == ["ok", "warn"]
+    assert "another size than what comes after: resized" in pairs_of(found, "warn")[0]
+
+
+def test_pairs_that_teach_nothing_or_two_things_are_warned_of(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        put(tmp_path, f"{name}.png", "in ink", scene(seed=ord(name)))
+        put(tmp_path, f"{name}.before.png", None, scene(seed=ord("c") if name == "c" else 1))
+    said = pairs_of(findings(tmp_path), "warn")
+    assert any("the same file before and after: c.png" in text for text in said)
+    assert any("one instruction and several results: a.png, b.png" in text for text in said)
+
+
+def test_pairs_look_alike_only_where_both_halves_do(tmp_path: Path) -> None:
+    white = Image.new("RGB", (48, 32), "white")  # what an edit that empties pictures makes of all of them
+    for name, seed in (("a", 1), ("b", 2), ("c", 2)):
+        put(tmp_path, f"{name}.png", "empty it", white)
+        put(tmp_path, f"{name}.before.png", None, scene(seed=seed))
+    assert "in 1 pair: b.png and c.png" in texts(findings(tmp_path)["near-duplicates"])
+    pictures, _ = read_pictures(settings(tmp_path))
+    assert "1 held-out picture, none" in check_held_out(pictures[1:], pictures[:1])[0].text
+    assert check_held_out(pictures[:2], pictures[2:])[0].level == "stop"

@@ -42,3 +42,16 @@ def test_what_a_mask_leaves_out_is_red() -> None:
     red, green = pixels[:, 16:, 0], pixels[:, 16:, 1]
     assert (red - green).min() > 30
     assert len(np.unique(green)) > 1  # in stripes
+
+
+def test_the_sheet_shows_what_is_before_left_of_what_comes_after(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", image=Image.new("RGB", (32, 32), "red"))
+    put(tmp_path, "a.before.png", None, Image.new("RGB", (32, 32), "blue"))
+    keys = settings(tmp_path)
+    rows = plan_rows(read_pictures(keys)[0], keys, size=32, unit=8).rows
+    assert contact_sheet(rows, keys, seed=0, path=tmp_path / "sheet.png", cell=64) == 1
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
+    blue, red = (np.argwhere((sheet == colour).all(-1)) for colour in ((0, 0, 255), (255, 0, 0)))
+    assert len(blue) == len(red) == 64 * 64
+    assert blue[:, 1].max() < red[:, 1].min()
+    assert (blue[:, 0] == red[:, 0]).all()
