@@ -85,5 +85,5 @@ def caption(
     else:
         print(f"{counted(len(report.written), 'caption')} written, {report.had} were there")
     if report.failed:
-        what = f"no caption was written of {counted(len(report.failed), 'picture')}:\n{bullets(report.failed)}"
+        what = f"no caption was written for {counted(len(report.failed), 'picture')}:\n{bullets(report.failed)}"
         raise DataError(what, where=str(folder), fix="write NAME.txt beside each, repair or remove them")
