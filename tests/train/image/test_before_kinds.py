@@ -54,7 +54,7 @@ def test_a_photo_where_edges_are_declared_is_named_with_the_way_out(tmp_path: Pa
         put(tmp_path, f"{name}.png", image=scene(96, 96, seed=ord(name[0])))
         put(tmp_path, f"{name}.before.png", None, before)
     message = wrong(tmp_path, before_kind="canny")
-    assert "1 picture(s) are not what data.before_kind: canny says" in message
+    assert "1 picture not what data.before_kind: canny says" in message
     assert "dog.before.png: it has colours" in message
     assert "data.before_kind: picture, which takes any" in message
     assert len(read_pictures(settings(tmp_path))[0]) == 2

@@ -81,7 +81,7 @@ def test_a_pair_without_its_partner_is_named(tmp_path: Path) -> None:
     put(tmp_path, "dot.before.png", None)
     put(tmp_path / "before", "bird.png", None)
     message = wrong(tmp_path)
-    assert "2 before picture(s) have no picture after them" in message
+    assert "2 before pictures with no picture after" in message
     assert "dot.before.png: no picture of this name; the nearest is dog.png" in message
     assert "before/bird.png: no picture of this name" in message
     folder = tmp_path / "other"

@@ -68,7 +68,7 @@ def test_metadata_that_does_not_fit(tmp_path: Path) -> None:
     rows += [{"file_name": "cat.png", "text": 3}, {"text": "x"}, {"file_name": "cat.png", "text": "x"}]
     metadata(tmp_path, [*rows, {"file_name": "cat.png", "text": "y"}])
     message = wrong(tmp_path)
-    assert "5 metadata row(s)" in message
+    assert "5 metadata rows cannot be used" in message
     assert "metadata.jsonl:1: there is no picture `cats.png`; the nearest is cat.png" in message
     assert "leaves the folder" in message
     assert "should be text, found int" in message

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from veneer.errors import DataError, bullets
+from veneer.errors import DataError, bullets, counted
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.before_kinds import unlike_kind
 from veneer.train.image.decode import SUFFIXES, UnreadablePicture, decode_picture, read_bytes
@@ -33,7 +33,7 @@ def before_files(
     for file in folder.befores if auto else ():
         owners = folder.owners(file.with_suffix("").with_suffix(""))
         if not owners:
-            bad.append(f"{file.relative_to(root)}: no picture of this name{folder.nearest(file)}")
+            bad.append(folder.unowned(file))
         for owner in owners:
             found.setdefault(owner, []).append(file)
     used = {path for paths in named.values() for path in paths}
@@ -46,13 +46,12 @@ def before_files(
             mirrored = root / file.relative_to(place)
             owners = folder.owners(mirrored.with_suffix(""))
             if not owners:
-                shown = file.relative_to(root) if file.is_relative_to(root) else file
-                bad.append(f"{shown}: no picture of this name{folder.nearest(mirrored)}")
+                bad.append(folder.unowned(file, mirrored))
             for owner in owners:
                 found.setdefault(owner, []).append(file)
     if bad:
         raise DataError(
-            f"{len(bad)} before picture(s) have no picture after them:\n{bullets(bad)}",
+            f"{counted(len(bad), 'before picture')} with no picture after:\n{bullets(bad)}",
             where=str(root),
             fix="name both alike (before/cat.png or cat.before.png for cat.png), or set data.before: off",
         )
@@ -105,13 +104,14 @@ def check_befores(
     about.resized_before += sum(before.size != after.size for before, after in pairs)
     if unlike and settings.before_kind != "picture":
         raise DataError(
-            f"{len(unlike)} pair(s) are of unlike sizes:\n{bullets(unlike)}",
+            f"{counted(len(unlike), 'pair')} of unlike sizes:\n{bullets(unlike)}",
             where=folder,
             fix=f"crop both to one proportion: {settings.before_kind} pictures lie where their picture does",
         )
     if others:
+        many = counted(len(others), "picture")
         raise DataError(
-            f"{len(others)} picture(s) are not what data.before_kind: {settings.before_kind} says:\n{bullets(others)}",
+            f"{many} not what data.before_kind: {settings.before_kind} says:\n{bullets(others)}",
             where=folder,
             fix="replace them, or set data.before_kind: picture, which takes any",
         )

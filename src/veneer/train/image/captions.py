@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from veneer.errors import DataError, bullets
+from veneer.errors import DataError, bullets, counted
 from veneer.files.atomic import atomic_write
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.decode import UnreadablePicture, decode_picture, read_bytes
@@ -70,7 +70,7 @@ def uncaptioned(folder: str, *, to: _CaptionForm = "txt", overwrite: bool = Fals
             bad.append(f"{one.name}: {shared[0]} is the caption of other pictures too")
     if bad:
         raise DataError(
-            f"{len(bad)} caption(s) cannot be overwritten:\n{bullets(bad)}",
+            f"{counted(len(bad), 'caption')} cannot be overwritten:\n{bullets(bad)}",
             where=folder,
             fix="write the others without --overwrite, the other form (--to), or move those away",
         )

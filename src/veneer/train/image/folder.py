@@ -65,6 +65,11 @@ class PictureFolder:
         """The pictures of this path, without its ending or with it."""
         return self._names.get(name, [])
 
+    def unowned(self, file: Path, name: Path | None = None) -> str:
+        """What is said of a file that belongs to no picture. `name`: where its picture would be, if not beside it."""
+        shown = file.relative_to(self.root) if file.is_relative_to(self.root) else file
+        return f"{shown}: no picture of this name{self.nearest(name or file)}"
+
     def nearest(self, file: Path, pictures: Iterable[Path] | None = None) -> str:
         """The nearest picture by name, in the same folder before others, as the end of a sentence."""
         pictures = self.pictures if pictures is None else pictures
@@ -84,7 +89,7 @@ def picture_folder(folder: str, settings: ImageDataSection) -> PictureFolder:
     Raises DataError where there is no such folder."""
     root = Path(folder).expanduser()
     if not root.is_dir():
-        _missing(root)
+        raise _no_folder(root)
     pictures, captions, masks, befores, ignored = [], [], [], [], Counter[str]()
     apart = [settings.class_folder, settings.validation, settings.cache, str(root / "masks")]
     apart += [] if settings.masks in ("auto", "off", "alpha") else [settings.masks]
@@ -113,14 +118,14 @@ def picture_folder(folder: str, settings: ImageDataSection) -> PictureFolder:
     return PictureFolder(root, pictures, captions, masks, befores, +ignored)
 
 
-def _missing(root: Path) -> None:
+def _no_folder(root: Path) -> DataError:
     if root.is_file():
-        raise DataError(
+        return DataError(
             "this is a file, and a folder of pictures is needed", where=str(root), fix=f"give its folder, {root.parent}"
         )
     beside = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
     near = nearest(root.name, beside, 1)
-    raise DataError(
+    return DataError(
         "the folder of pictures does not exist" + ("" if root.parent.is_dir() else f" (nor does {root.parent})"),
         where=str(root),
         fix=f"did you mean {root.parent / near[0]}?" if near else "give a folder that holds pictures",

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from veneer.errors import DataError, bullets
+from veneer.errors import DataError, bullets, counted
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.decode import SUFFIXES
 from veneer.train.image.folder import BEFORE, METADATA_FILES, PictureFile, PictureFolder
@@ -35,7 +35,7 @@ def caption_files(folder: PictureFolder, about: AboutPictures) -> dict[Path, str
     for file in folder.captions:
         owners, shown = folder.owners(file.with_suffix("")), file.relative_to(folder.root)
         if not owners:
-            bad.append(f"{shown}: no picture of this name{folder.nearest(file)}")
+            bad.append(folder.unowned(file))
             continue
         try:
             text = file.read_bytes().decode("utf-8-sig")
@@ -52,7 +52,7 @@ def caption_files(folder: PictureFolder, about: AboutPictures) -> dict[Path, str
             captioned[owner] = (text, file)
     if bad:
         raise DataError(
-            f"{len(bad)} caption file(s) cannot be used:\n{bullets(bad)}",
+            f"{counted(len(bad), 'caption file')} cannot be used:\n{bullets(bad)}",
             where=str(folder.root),
             fix="name a caption as its picture (cat.txt beside cat.png), or move it elsewhere",
         )
@@ -96,7 +96,7 @@ def metadata_rows(
                 if starts:
                     before[place / str(name)] = [place / start for start in starts]
     if bad:
-        raise DataError(f"{len(bad)} metadata row(s) cannot be used:\n{bullets(bad)}", where=str(folder.root))
+        raise DataError(f"{counted(len(bad), 'metadata row')} cannot be used:\n{bullets(bad)}", where=str(folder.root))
     return rows, before
 
 
@@ -170,7 +170,9 @@ def triggered(
             f"a vision-language model writes them: veneer data caption {shlex.quote(folder)} --model MODEL",
         )
     if bad:
-        raise DataError(f"{len(bad)} caption(s) cannot be used:\n{bullets(bad)}", where=folder, fix="correct them")
+        raise DataError(
+            f"{counted(len(bad), 'caption')} cannot be used:\n{bullets(bad)}", where=folder, fix="correct them"
+        )
     return captions
 
 

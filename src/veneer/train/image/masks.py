@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from veneer.errors import DataError, bullets
+from veneer.errors import DataError, bullets, counted
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.decode import SUFFIXES, UnreadablePicture, mask_of, read_bytes
 from veneer.train.image.folder import PictureFolder
@@ -25,7 +25,7 @@ def mask_files(folder: PictureFolder, masks: str) -> dict[Path, Path]:
     for mask in folder.masks:
         owners = folder.owners(mask.with_suffix("").with_suffix(""))
         if not owners:
-            bad.append(f"{mask.relative_to(folder.root)}: no picture of this name{folder.nearest(mask)}")
+            bad.append(folder.unowned(mask))
         for owner in owners:
             covers[owner] = mask
     place = folder.root / "masks" if masks == "auto" else Path(masks).expanduser()
@@ -42,7 +42,7 @@ def mask_files(folder: PictureFolder, masks: str) -> dict[Path, Path]:
         mirrored = folder.root / relative.with_name(stem)
         owners = folder.owners(mirrored) or (by_stem.get(stem, []) if len(relative.parts) == 1 else [])
         if not owners:
-            bad.append(f"{mask}: no picture of this name{folder.nearest(mirrored)}")
+            bad.append(folder.unowned(mask, mirrored))
         elif len({o.parent for o in owners}) > 1:
             bad.append(
                 f"{mask}: pictures of this name are in {len(owners)} folders; repeat the folders among the masks"
@@ -52,7 +52,7 @@ def mask_files(folder: PictureFolder, masks: str) -> dict[Path, Path]:
                 covers.setdefault(owner, mask)
     if bad:
         raise DataError(
-            f"{len(bad)} mask(s) cannot be used:\n{bullets(bad)}",
+            f"{counted(len(bad), 'mask')} cannot be used:\n{bullets(bad)}",
             where=str(folder.root),
             fix="name a mask as its picture (cat.mask.png or masks/cat.png for cat.png), or set data.masks: off",
         )
@@ -76,7 +76,7 @@ def check_masks(pictures: Iterable[TrainingPicture], folder: str, settings: Imag
             wrong.append(f"{picture.mask}: {why}")
     if wrong:
         raise DataError(
-            f"{len(wrong)} mask(s) cannot be used:\n{bullets(wrong)}",
+            f"{counted(len(wrong), 'mask')} cannot be used:\n{bullets(wrong)}",
             where=folder,
             fix="draw them at their picture's size, white where it is learned, or set data.masks: off",
         )
