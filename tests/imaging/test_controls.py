@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 import veneer
 from tests.tiny_image_base import tiny_image_base
-from veneer.errors import ConfigError, DataError, MissingExtraError
+from veneer.errors import BaseError, ConfigError, DataError, MissingExtraError
 from veneer.imaging.controls import (
     ControlSpec,
     canny,
@@ -20,6 +20,7 @@ from veneer.imaging.controls import (
     hashed_picture,
     parse_control,
 )
+from veneer.models.image.base import load_control, load_image
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,11 @@ def test_a_base_has_the_controlnets_beside_it_or_those_that_are_usual_for_its_fa
     emoji = veneer.load_image_base("emoji-sdxl")
     with pytest.raises(ConfigError, match="no depth ControlNet is known for emoji-sdxl"):
         control_model_of(emoji, depth)
+    with pytest.raises(BaseError, match="this is not a ControlNet: its config says nothing"):
+        load_control(str(beside), base)
+    klein = load_image(str(tiny_image_base(tmp_path, "klein")))
+    with pytest.raises(ConfigError, match="diffusers has no ControlNet for FLUX"):
+        control_model_of(klein, depth)
 
 
 def test_edges_are_opencvs_after_resizing() -> None:

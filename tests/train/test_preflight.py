@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.families import FAMILIES, MOE_FAMILIES
+from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.core.targets import resolve_targets
@@ -19,7 +20,13 @@ from veneer.train.preflight import (
     memory_finding,
     recomputes,
     trainable_parameters,
+    undivided,
 )
+
+
+def test_a_factor_is_not_asked_of_experts_that_have_no_lokr() -> None:
+    model, spec = FAMILIES["mixtral"](), LoraSpec(targets=("experts.down_proj",), kind="lokr", factor=1009)
+    assert not list(undivided([(model, resolve_targets(model, spec), spec)]))
 
 
 def test_the_gravest_come_first_whenever_they_were_found() -> None:

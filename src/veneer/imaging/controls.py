@@ -80,6 +80,9 @@ def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
     if spec.model:
         return spec.model
     kind = OWN_KINDS[spec.kind]
+    if not base.row.control:
+        fix = "leave controls out" + ("; it takes pictures as references (--reference)" if base.references else "")
+        raise ConfigError(f"diffusers has no ControlNet for {base.row.label}", where=base.name, fix=fix)
     if base.name not in PACKAGED:
         for folder in (
             base.directory / f"controlnet-{kind}",

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer import __version__
-from veneer.errors import DataError
+from veneer.errors import ConfigError, DataError
 from veneer.files.atomic import atomic_write
 from veneer.imaging.adapters import AdapterSource, Mixer, Use, idle_ranges
 from veneer.imaging.controls import CANNY, ControlSpec, control_model_of, control_picture, flattened, hashed_picture
 from veneer.imaging.infotext import SAMPLERS, Infotext, png_bytes, render_infotext
 from veneer.models.fingerprint import file_sha256
-from veneer.models.image.base import size_in_units
+from veneer.models.image.base import size_in_units, too_long
 from veneer.models.image.generate import (
     Control,
     GeneratedPicture,
@@ -215,11 +215,19 @@ _SAME_PROPORTION = 1 / 15
 
 def fitted_reference(base: ImageBase, picture: Image, width: int, height: int) -> tuple[Image, str]:
     """A reference of the pictures' proportion in their size, as pairs are trained; another one in its own. And a
-    sentence if it was resized. Qwen-Image-Edit's pipelines want it as it is: they have a size for it."""
+    sentence if it was resized. Qwen-Image-Edit's pipelines want it as it is: they have a size for it. Raises
+    ConfigError for one that is too long."""
+    from PIL.Image import Resampling
+
+    if why := too_long(*picture.size):
+        raise ConfigError(f"a reference picture has {why}", fix="crop it")
     if base.reads_references:
         return picture, ""
     if abs(picture.width / picture.height * height / width - 1) > _SAME_PROPORTION:
-        width, height = size_for(base, None, None, picture)
+        size = size_for(base, None, None, picture)
+        was, now = (f"{width}×{height}" for width, height in (picture.size, size))
+        said = f"the reference picture was resized from {was} to {now}"
+        return (picture, "") if was == now else (picture.resize(size, Resampling.LANCZOS), said)
     return fitted_picture(picture, width, height, "reference picture")
 
 

@@ -177,7 +177,11 @@ def is_denoiser(config: Config) -> bool:
 
 def edits_planned(config: Config) -> bool:
     """Whether this is the config of a denoiser that can be planned with pictures before those that are learned."""
-    return is_denoiser(config) and PLANNED_FAMILIES[kind_of(config)].refers
+    if not is_denoiser(config):
+        return False
+    row = PLANNED_FAMILIES[kind_of(config)]
+    schnell = row.schnell is not None and not config.get("guidance_embeds")
+    return row.refers and not schnell
 
 
 def encoded_pixels(config: Config, load: ImageLoad) -> int:
@@ -202,7 +206,8 @@ def image_counts(
         near = nearest(targets, _TARGET_ENDINGS) or sorted(_TARGET_ENDINGS)
         raise ConfigError(f"veneer plan does not know the targets {targets!r}", fix=f"use {', '.join(near)}")
     if before and not PLANNED_FAMILIES[kind].refers:
-        raise ConfigError(f"{kind} edits no pictures, and the plan is of pictures with others before them")
+        what = f"{kind} edits no pictures, and the plan is of pictures with others before them"
+        raise ConfigError(what, fix="leave them out, or plan for FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit")
     c = ImageCounts(frozenset(_TARGET_ENDINGS[targets]), rank, pictures=1 + before, form=form)
     c.encoders = sum((config.get("encoders") or {}).values()) + int(config.get("vae") or 0)
     c.text = text_tokens or int(config.get("text_tokens") or sum(PLANNED_FAMILIES[kind].readers.values()))

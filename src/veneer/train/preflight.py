@@ -360,6 +360,8 @@ def undivided(parts: Iterable[tuple[nn.Module, Sequence[Target], LoraSpec]]) -> 
             continue
         factor, modules = spec.factor, dict(base_modules(model))
         for target in targets:
+            if target.kind not in ("linear", "conv"):  # there is no LoKr for it, which is said where it is made
+                continue
             shape = _shape_of(modules[target.module_name])[:2]
             missed = [size for size in shape if size % factor]
             sides += len(shape) - len(missed)

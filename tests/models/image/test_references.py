@@ -217,6 +217,7 @@ def test_what_cannot_be_edited_is_refused(bases: dict[str, ImageBase], places: P
         ),
         (bases["kontext"], PictureSettings(SIZE, SIZE, references=one, image=noise()), "do not go together"),
         (bases["klein"], PictureSettings(SIZE, SIZE, references=(noise(60, 64),)), "60×64, and sides are multiples"),
+        (bases["qwen-edit"], PictureSettings(SIZE, SIZE, references=(noise(9, 1),)), "one side is at most 8 times"),
     ]:
         with pytest.raises(ConfigError, match=says):
             generate_images(base, [row], settings)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.train.make_pictures import put, settings, wrong
+from tests.train.make_pictures import put, scene, settings, wrong
 from veneer.train.image.pictures import count_pictures, read_pictures
 
 
@@ -90,9 +90,29 @@ def test_a_pair_without_its_partner_is_named(tmp_path: Path) -> None:
     assert "`before`: there is no picture `cats/1.png`" in wrong(folder)
     (folder / "metadata.jsonl").write_text(json.dumps({"after": "cat.png", "before": "../cat.png", "text": "x"}))
     assert "leaves the folder" in wrong(folder)
-    assert "the folder of before pictures does not exist" in wrong(
-        tmp_path / "before", before=str(tmp_path / "nowhere")
-    )
+    (folder / "metadata.jsonl").write_text(json.dumps({"after": "cat.png", "before": "", "text": "x"}))
+    assert "should be a picture's path, found nothing" in wrong(folder)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for place, why in ((tmp_path / "no", "does not exist"), (tmp_path / "cat.png", "is a file"), (empty, "no picture")):
+        assert why in wrong(tmp_path / "before", before=str(place))
+
+
+def test_one_that_has_more_before_it_than_others_is_named(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "fox"):
+        put(tmp_path, f"{name}.png")
+        put(tmp_path, f"{name}.before.png", None)
+    put(tmp_path, "dog.before.jpg", None)
+    message = wrong(tmp_path)
+    assert "2 of 3 pictures have fewer than the 2 pictures that are before dog.png" in message
+    assert "remove what is too many" in message
+
+
+def test_a_line_is_not_shown_whole(tmp_path: Path) -> None:
+    put(tmp_path, "cat.png")
+    put(tmp_path, "cat.before.png", None, scene(90, 2))
+    message = wrong(tmp_path)
+    assert "cat.before.png: 90×2 pixels, and one side is at most 8 times the other" in message
 
 
 def test_class_pictures_that_lack_one_before_are_said_to_be_there(tmp_path: Path) -> None:

@@ -160,6 +160,10 @@ def test_prompts_that_are_read_with_a_picture_are_cached_with_it(
     moved = [replace(row, picture=p) for row, p in zip(planned, read_pictures(config.data)[0], strict=True)]
     again.text(captions, moved)
     assert (again.texts.made, again.texts.found) == (1, 2)
+    base.part("processor").pictures.do_convert_rgb = False
+    other = Encoders(base, config, tmp_path / "cache")
+    other.text(captions, moved)
+    assert (other.texts.made, other.texts.found) == (2, 0), "read otherwise"
 
 
 def test_a_reference_of_another_shape_is_shown_whole(shared: Path, tmp_path: Path) -> None:
@@ -261,6 +265,10 @@ def test_bad_pairs_and_bases_stop_before_anything_is_trained(
     assert f"{torn} cannot be edited: " in bad("kontext", **settings_of(pairs), samples=lost)
     given = {"prompts": ["sks"], "before": [str(pairs / "0.png")]}
     assert "samples.before is for pairs" in bad("flux1", samples=given)
+    said = bad("kontext", data={"pictures": str(pairs), "validation": str(captions), "split": None})
+    assert "held-out pictures have none before them, and those that are trained on have 1" in said
+    odd = given | {"size": kontext.unit + 1}
+    assert "samples cannot be drawn: the width is" in bad("kontext", **settings_of(pairs), samples=odd)
     drawn = {"class_count": 2, "class_prompt": "a house"}
     said = bad("kontext", data={"pictures": str(pairs), **drawn})
     assert "class pictures that are drawn have no picture before them" in said

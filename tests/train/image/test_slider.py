@@ -14,7 +14,7 @@ from tests.tiny_image_base import tiny_image_base
 from tests.train.tiny_pictures import drawings
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
-from veneer.errors import ConfigError, Interrupted, PreflightError, TargetError
+from veneer.errors import BaseError, ConfigError, Interrupted, PreflightError, TargetError
 from veneer.formats.read import read
 from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.predict import alphas_cumprod, embed_prompts, predict
@@ -218,6 +218,12 @@ def test_prompts_that_are_the_same_to_the_base_are_named_before_step_one(shared:
     given = {"positive": f"{long} red", "negative": f"{long} blue", "scenes": 1}
     with pytest.raises(PreflightError, match="the same to this base: there is no direction between them"):
         run(shared, tmp_path / "out", "flux1", slider=given)
+
+
+def test_nothing_is_drawn_on_a_base_that_edits(shared: Path, tmp_path: Path) -> None:
+    with pytest.raises(BaseError, match="edits pictures, and a slider is learned of what a base draws"):
+        run(shared, tmp_path / "out", "kontext")
+    assert not list(tmp_path.rglob("scene-*.png"))
 
 
 def test_nothing_is_drawn_for_targets_that_do_not_exist(shared: Path, tmp_path: Path) -> None:

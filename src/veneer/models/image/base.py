@@ -227,6 +227,17 @@ def default_size(denoiser: Any, vae: Any, scale: int) -> int:
     return int(vae.config.get("sample_size") or 1024)
 
 
+_LONGEST = 8
+
+
+def too_long(width: int, height: int) -> str:
+    """What is said of a reference that no base is shown as it is; else nothing. FLUX.2's pipelines take none longer
+    than 8 to 1, Qwen2.5-VL none beyond 200 to 1; and a line of single pixels would have millions in whole units."""
+    if max(width, height) <= _LONGEST * min(width, height):
+        return ""
+    return f"{width}×{height} pixels, and one side is at most {_LONGEST} times the other"
+
+
 def size_in_units(unit: int, side: int, ratio: float) -> tuple[int, int]:
     """(width, height) in multiples of `unit`, of about side² pixels, width over height as near to `ratio` as can be."""
 

@@ -350,7 +350,7 @@ def _control_family(classname: str, config: Mapping[str, Any]) -> str | None:
     if classname == "ControlNetModel":
         row = denoiser_family("UNet2DConditionModel", config)
         return row.name if row else None
-    return next((f.name for f in FAMILIES.values() if f.control == classname), None)
+    return next((f.name for f in FAMILIES.values() if f.control and f.control == classname), None)
 
 
 # -- one file of original weights --------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 
 from veneer.core.adapter import NamedMix, mix_text
 from veneer.errors import BaseError, ConfigError, counted
-from veneer.models.image.base import pipeline
+from veneer.models.image.base import pipeline, too_long
 from veneer.models.image.predict import LatentPreview, embed_prompts
 from veneer.models.image.schedulers import make_scheduler
 from veneer.ops.cpu.sharing import forwards
@@ -510,7 +510,11 @@ def _check_references(base: ImageBase, rows: Sequence[ImageRow], settings: Pictu
     if settings.controls or rows[0].image is not None:
         other = "controls" if settings.controls else "a picture to start from"
         raise ConfigError(f"references and {other} do not go together", fix="leave one of them out")
-    for picture in (picture for row in rows for picture in row.references if not base.reads_references):
+    for picture in (picture for row in rows for picture in row.references):
+        if why := too_long(*picture.size):
+            raise ConfigError(f"a reference picture has {why}", fix="crop it")
+        if base.reads_references:
+            continue
         if picture.width % base.unit or picture.height % base.unit:
             raise ConfigError(
                 f"a reference picture is {picture.width}×{picture.height}, and sides are multiples of {base.unit}",

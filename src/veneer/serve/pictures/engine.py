@@ -171,16 +171,26 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         that there is none for."""
         with self._preparing:
             if kind not in self._controls:
-                if kind not in self._control_names and kind not in OWN_KINDS:
-                    known = ", ".join(sorted({*OWN_KINDS, *self._control_names}))
-                    raise invalid(f"there is no control of type {kind!r}; there are {known}", "control")
+                name = self._control_name(kind)
+                if name is None:
+                    known = [k for k in sorted({*OWN_KINDS, *self._control_names}) if self._control_name(k)]
+                    there = f"there are {', '.join(known)}" if known else "this base has none here"
+                    raise invalid(f"there is no control of type {kind!r}; {there}", "control")
                 try:
-                    name = self._control_names.get(kind) or control_model_of(self.base, ControlSpec(kind, ""))
                     same = next((model for known, model in self._controls.values() if known == name), None)
                     self._controls[kind] = name, same if same is not None else load_control(name, self.base)
                 except VeneerError as error:
                     raise invalid(error.what, "control") from error
             return self._controls[kind]
+
+    def _control_name(self, kind: str) -> str | None:
+        """What the ControlNet for a kind is loaded by; None where there is none."""
+        if kind in self._control_names or kind not in OWN_KINDS:
+            return self._control_names.get(kind)
+        try:
+            return control_model_of(self.base, ControlSpec(kind, ""))
+        except ConfigError:
+            return None
 
     def tokens(self, *texts: str) -> int:
         """How many tokens these prompts are."""

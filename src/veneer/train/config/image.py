@@ -210,8 +210,8 @@ class ImageDataSection(Section):
             raise ValueError("class_prompt holds the trigger: class pictures keep the class as it was without it")
         if self.masks not in ("auto", "off", "alpha") and len(self.folders) > 1:
             raise ValueError("a folder of masks goes with one folder of pictures; masks: auto looks in each")
-        if isinstance(self.before, tuple) and not self.before:
-            raise ValueError("before is an empty list: name the folders, or leave it out")
+        if not self.before or not all(self.before):
+            raise ValueError("before is empty: name the folder, or the folders, or leave it out")
         if self.before_folders and len(self.folders) > 1:
             raise ValueError("folders of before pictures go with one folder of pictures; before: auto looks in each")
         if self.bucket_step is not None and self.bucket_step < 1:

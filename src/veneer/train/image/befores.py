@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from veneer.errors import DataError, bullets, counted
+from veneer.models.image.base import too_long
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.before_kinds import unlike_kind
 from veneer.train.image.decode import SUFFIXES, UnreadablePicture, decode_picture, read_bytes
@@ -38,10 +39,12 @@ def before_files(
             found.setdefault(owner, []).append(file)
     used = {path for paths in named.values() for path in paths}
     for place in [root / BEFORE] if auto else [Path(given).expanduser() for given in settings.before_folders]:
-        if not auto and not place.is_dir():
-            raise DataError("the folder of before pictures does not exist", where=str(place), fix="correct data.before")
-        for file in sorted(place.rglob("*")) if place.is_dir() else ():
-            if file.suffix.lower() not in SUFFIXES or file.name.startswith(".") or file in used:
+        files = [f for f in sorted(place.rglob("*")) if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
+        if not auto and not files:
+            what = "holds no picture" if place.is_dir() else "is a file" if place.exists() else "does not exist"
+            raise DataError(f"the folder of before pictures {what}", where=str(place), fix="correct data.before")
+        for file in files:
+            if file in used:
                 continue
             mirrored = root / file.relative_to(place)
             owners = folder.owners(mirrored.with_suffix(""))
@@ -65,12 +68,14 @@ def each_before(folders: Mapping[str, Sequence[PictureFile]]) -> int:
     fewer = [f"{f.name}: {len(f.before) or 'nothing'}" if most > 1 else f.name for f in files if len(f.before) < most]
     if fewer:
         short = [folder for folder, own in folders.items() if any(len(file.before) < most for file in own)]
-        what = "no picture before them" if most == 1 else f"fewer than {most} pictures before them"
+        example = next(file.name for file in files if len(file.before) == most)
+        rest = "those that have none" if most == 1 else "what is too many"
+        what = "no picture before them" if most == 1 else f"fewer than the {most} pictures that are before {example}"
         raise DataError(
             f"{len(fewer)} of {len(files)} pictures have {what}:\n{bullets(fewer)}",
             where=", ".join(short),
-            fix="give each its own (NAME.before.png beside it, or its name in the before folder), remove those that "
-            "have none, or set data.before: off to learn from captions alone",
+            fix="give each its own (NAME.before.png beside it, or its name in the before folder), remove "
+            f"{rest}, or set data.before: off to learn from captions alone",
         )
     return most
 
@@ -97,7 +102,7 @@ def check_befores(
     about: AboutPictures,
 ) -> None:  # fmt: skip
     """What has another size or proportion than what comes after it goes into `about`. Raises DataError for control
-    pictures of another proportion, and for `others`, as `open_before` finds them."""
+    pictures of another proportion, for those that are too long, and for `others`, as `open_before` finds them."""
     pairs = [(before, after) for after in pictures for before in after.before]
     unlike = [f"{before.name}: {why}" for before, after in pairs if (why := after.unlike(before.size))]
     about.own_shape += unlike
@@ -107,6 +112,12 @@ def check_befores(
             f"{counted(len(unlike), 'pair')} of unlike sizes:\n{bullets(unlike)}",
             where=folder,
             fix=f"crop both to one proportion: {settings.before_kind} pictures lie where their picture does",
+        )
+    if long := [f"{b.name}: {why}" for b, after in pairs if after.unlike(b.size) and (why := too_long(*b.size))]:
+        raise DataError(
+            f"{counted(len(long), 'before picture')} too long to be shown whole:\n{bullets(long)}",
+            where=folder,
+            fix="crop them",
         )
     if others:
         many = counted(len(others), "picture")

@@ -144,10 +144,12 @@ class Encoders:
 
 
 def _tokenizers(base: ImageBase) -> str:
-    """A digest of the base's tokenizers and of the template around a prompt."""
+    """A digest of the base's tokenizers, of the template around a prompt, and of how pictures in it are read."""
     h = hashlib.sha256()
     for name, part in sorted(base.parts.items()):
-        if name.startswith("tokenizer") and part is not None:
+        if name.startswith(("tokenizer", "processor")) and part is not None:
+            if pictures := getattr(part, "pictures", None):  # Qwen-Image-Edit's processor
+                h.update(pictures.to_json_string().encode())
             own = getattr(part, "tokenizer", part)  # FLUX.2's is a processor
             backend = getattr(own, "backend_tokenizer", None)
             said = json.loads(backend.to_str()) if backend is not None else own.get_vocab()

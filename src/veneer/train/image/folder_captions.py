@@ -120,7 +120,8 @@ def _row_problem(
 def _start_problem(name: object, place: Path, folder: PictureFolder) -> str:
     """What is wrong with a `before` of a row."""
     if not isinstance(name, str) or not name:
-        return f"`{BEFORE}` should be a picture's path, found {type(name).__name__}"
+        found = type(name).__name__ if name != "" else "nothing"
+        return f"`{BEFORE}` should be a picture's path, found {found}"
     path = place / name
     if os.path.isabs(name) or ".." in Path(name).parts:
         return f"`{BEFORE}`: `{name}` leaves the folder"

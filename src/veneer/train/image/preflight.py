@@ -17,12 +17,15 @@ import torch
 from torch import nn
 
 from veneer.core.targets import matches_per_pattern, resolve_targets
-from veneer.errors import TargetError, counted, gigabytes
+from veneer.errors import ConfigError, TargetError, counted, gigabytes
+from veneer.models.image.base import too_long
+from veneer.models.image.generate import ImageRow, check_rows
 from veneer.train.config.image import PRESETS
 from veneer.train.image.batches import PlannedRow
 from veneer.train.image.checks import check_held_out
 from veneer.train.image.decode import UnreadablePicture, decode_picture, read_bytes
 from veneer.train.image.encode import Encoders
+from veneer.train.image.samples import sample_settings
 from veneer.train.image.training_picture import AboutPictures, TrainingPicture
 from veneer.train.image.views import PicturePlan
 from veneer.train.loop import LazySteps, peak_memory_bytes
@@ -124,6 +127,7 @@ def image_preflight(
     for check in (_targets, learning_rate, shared_out, precision, _loss, _distilled, _devices, where_it_goes):
         findings += check(subject)
     findings += _pairs(base, config, data)
+    findings += _samples(base, config)
     findings += _prompts(cut)
     findings += _preset(config, sources or {})
     if data.missing_classes:
@@ -213,6 +217,11 @@ def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterat
         if samples.prompts and not samples.before:
             fix = "samples.before: the picture that each of the prompts edits, or one for all"
             yield Finding("stop", "samples", "sample prompts are instructions here, and have no picture to edit", fix)
+    if data.held and (other := next((len(p.before) for p in data.held if len(p.before) != before), None)) is not None:
+        text = f"held-out pictures have {other or 'none'} before them, and those that are trained on have "
+        text += str(before or "none")
+        fix = "give each as many (NAME.before.png beside it, or its name in a before folder), or data.before: off"
+        yield Finding("stop", "held out", text, fix)
     starts = list(dict.fromkeys(path for shown in samples.starts for path in shown))
     if (most := max(map(len, samples.starts), default=0)) > base.references > 0:
         text = f"samples.before shows {most} pictures at once, and {base.name} takes {base.references} at most"
@@ -221,13 +230,27 @@ def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterat
         yield Finding("stop", "samples", f"there is no picture {', '.join(lost)}", "correct samples.before")
     for path in (path for path in starts if path not in lost):
         try:
-            decode_picture(read_bytes(Path(path))[0], config.data)
+            size = decode_picture(read_bytes(Path(path))[0], config.data).size
         except UnreadablePicture as error:
             yield Finding("stop", "samples", f"{path} cannot be edited: {error}", "correct samples.before")
+            continue
+        if most > 1 and (why := too_long(*size)):  # one alone is cut
+            yield Finding("stop", "samples", f"{path} has {why}", "crop it")
     if samples.before and not before:
         yield Finding(
             "stop", "samples", "samples.before is for pairs, and the pictures have none before them", "leave it out"
         )
+
+
+def _samples(base: ImageBase, config: ImageTrainConfig) -> Iterator[Finding]:
+    """What this base cannot draw, said before a run that would end with it."""
+    samples = config.samples
+    if not samples.prompts:
+        return
+    try:
+        check_rows(base, [ImageRow(samples.prompts[0], samples.negative)], sample_settings(config, samples.steps))
+    except ConfigError as error:
+        yield Finding("stop", "samples", f"samples cannot be drawn: {error.what}", error.fix or "")
 
 
 def _distilled(s: RunSubject) -> Iterator[Finding]:

@@ -89,6 +89,12 @@ def _starts(base: ImageBase, config: ImageTrainConfig) -> list[tuple[Image, ...]
     return [tuple(start(path, len(shown) == 1) for path in shown) for shown in samples.starts]
 
 
+def sample_settings(config: ImageTrainConfig, steps: int) -> PictureSettings:
+    """How pictures are drawn in a run. Raises ConfigError."""
+    size = config.samples.size
+    return PictureSettings(width=size, height=size, steps=steps, guidance=config.samples.guidance)
+
+
 def draw_rows(
     base: ImageBase,
     attachment: Attachment | None,
@@ -98,8 +104,7 @@ def draw_rows(
     steps: int,
 ) -> list[list[Image]]:
     """A picture of each row, in lines of `wide`."""
-    size = config.samples.size
-    settings = PictureSettings(width=size, height=size, steps=steps, guidance=config.samples.guidance)
+    settings = sample_settings(config, steps)
     before = checkpoint.rng_state()
     try:
         with training_layers(base, False):

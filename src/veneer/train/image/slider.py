@@ -32,7 +32,7 @@ from torch import Tensor
 
 from veneer.core.attach import Attachment
 from veneer.core.targets import resolve_targets
-from veneer.errors import counted
+from veneer.errors import BaseError, counted
 from veneer.files.atomic import atomic_write
 from veneer.files.pictures import picture_bytes
 from veneer.models.image.generate import ImageRow, default_settings
@@ -196,6 +196,9 @@ class SliderLoss(ImageLoss):
 def _with_scenes(base: ImageBase, config: ImageTrainConfig, run: Run) -> ImageTrainConfig:
     """The configuration with the folder of its scenes, those drawn that were missing; on a dry run a single one, in a
     folder for temporary files."""
+    if base.edits_alone:
+        what = f"{base.name} edits pictures, and a slider is learned of what a base draws from prompts"
+        raise BaseError(what, where="base", fix="train on the base it was made from, as FLUX.1 dev or Qwen-Image")
     for module, spec in parts_of(base, config).values():
         resolve_targets(module, spec)  # nothing is drawn for targets that do not exist
     folder, count = Path(config.data.folders[0]), config.slider.scenes

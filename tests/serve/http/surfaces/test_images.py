@@ -279,7 +279,14 @@ def test_a_base_that_edits_edits_as_veneer_image_does(family: str, tmp_path_fact
         drawn = post("generations", more | {"prompt": "make it red", "size": size}).json()
         refused = [
             post("edits", body | wrong).json()["error"]["message"]
-            for wrong in ({"denoise": 0.5}, {"image": body["image"][:1] * 11}, {"mask": b64(left_open())})
+            for wrong in (
+                {"denoise": 0.5},
+                {"image": body["image"][:1] * 11},
+                {"mask": b64(left_open())},
+                {"image": b64(noise(90, 2))},
+                {"control": [{"type": "canny", "image": b64(noise())}]},
+                {"mask": b64(left_open()), "image": body["image"][:1] * 2},
+            )
         ]
     with Mixer(base) as mixer:
         mixer.attachment.add("brand", shelf.adapters[shelf.digest["brand"]])
@@ -297,6 +304,10 @@ def test_a_base_that_edits_edits_as_veneer_image_does(family: str, tmp_path_fact
     assert "takes all steps" in refused[0]
     assert f"11 images, and {base.row.label} is shown at most {base.references}" in refused[1]
     assert family == "klein" or "takes no mask" in refused[2]
+    assert "the image has 90×2 pixels" in refused[3]
+    assert "controls do not go together" in refused[4]
+    assert "leave the mask out" in refused[5] if family == "klein" else "takes no mask" in refused[5]
+    assert (family == "klein") != ("made to edit" in str(drawn["data"][0].get("notes")))
 
 
 # -- by block and by step ----------------------------------------------------------------------------------------------

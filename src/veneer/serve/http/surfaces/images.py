@@ -38,6 +38,7 @@ from veneer.formats.strengths import Strength
 from veneer.imaging.controls import ControlSpec, control_picture, decoded, flattened
 from veneer.imaging.infotext import encoded, png_bytes
 from veneer.imaging.make import fitted_reference, size_for
+from veneer.models.image.base import too_long
 from veneer.models.image.generate import SEEDS, Control, PictureSettings, default_settings, fitted_picture
 from veneer.serve.access import BEHIND, SHADOWS, Caller, Served, ShadowAnswer
 from veneer.serve.http.answers import ClientLeft, OpenStream, open_stream, unless_left
@@ -283,6 +284,8 @@ def _planned(
     sent = _Sent(most, notes)
     image, mask, shown = sent.edited(base, asked) if isinstance(asked, EditBody) else (None, None, [])
     held = [(one, flattened(sent.opened(one.image, "control", f"the {one.type} picture"))) for one in asked.control]
+    if base.edits_alone and not shown and image is None:
+        notes.append("this base is made to edit, and draws from the prompt alone here; /v1/images/edits takes pictures")
     size = None if asked.size in (None, "auto") else tuple(map(int, asked.size.split("x")))
     guide = image or next((picture for _, picture in held), None) or next(iter(shown), None)
     width, height = size if size is not None else size_for(base, None, None, guide)
@@ -351,6 +354,8 @@ def _check_edit(base: ImageBase, asked: EditBody) -> None:
     if asked.mask is None and asked.denoise is not None:
         what = f"{base.row.label} edits from its own noise and takes all steps"
         raise invalid(what, "denoise", "leave it out; strengths of adapters say how far an edit goes")
+    if asked.mask is None and asked.control:
+        raise invalid("pictures that are edited and controls do not go together", "control", "leave them out")
     if asked.mask is None and len(asked.image) > base.references:
         what = f"{len(asked.image)} images, and {base.row.label} is shown at most {base.references}"
         raise invalid(what, "image", "leave some out, or paste some beside each other into one")
@@ -376,12 +381,16 @@ class _Sent:
         several = bool(base.references) and asked.mask is None
         if not asked.image:
             raise invalid("there is no image to edit", "image", "send one")
-        if len(asked.image) > 1 and not several:
-            raise invalid(f"{len(asked.image)} images", "image", "send one; further ones can be controls")
         if base.references:
             _check_edit(base, asked)
+        if len(asked.image) > 1 and not several:
+            further = "; further ones can be controls" if base.row.control else ", or leave the mask out"
+            raise invalid(f"{len(asked.image)} images", "image", f"send one{further}")
         opened = [flattened(self.opened(one, "image", "the image")) for one in asked.image]
         if several:
+            for picture in opened:
+                if why := too_long(*picture.size):
+                    raise invalid(f"the image has {why}", "image", "crop it")
             return None, None, opened
         if asked.mask is None:
             return opened[0], None, []
