@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,6 @@ from words import kept_tokenizers
 
 from veneer.models.builtin import packaged_place
 
-STAGES = {
-    "pictures": 16, "looks": 4, "vae": 4500, "sharper": 5000, "words": 0, "clip": 800, "t5": 800, "flux": 8000,
-    "sdxl": 8000, "flux-control": 800, "sdxl-control": 800, "export": 0,
-}  # fmt: skip
-"""Stage -> steps (of `pictures` and `looks`: shards)."""
-
 SHIPPED = packaged_place()
 START = Path(__file__).parent / "start"
 """What is made and not shipped yet, in bfloat16."""
@@ -50,11 +45,12 @@ def main() -> None:
     torch.manual_seed(0)
     work = Path(sys.argv[1])
     for given in sys.argv[2:] or list(STAGES):
-        stage, _, count = given.partition("=")
-        if stage == "adopt":
+        name, _, count = given.partition("=")
+        if name == "adopt":
             _adopt(work)
         else:
-            _STAGES[stage](work, int(count or STAGES[stage]))
+            stage, usual = STAGES[name]
+            stage(work, int(count or usual))
 
 
 def _pictures(work: Path, count: int) -> None:
@@ -229,10 +225,21 @@ def _load(parts: dict[str, nn.Module], folder: Path) -> dict[str, nn.Module]:
     return parts
 
 
-_STAGES = {
-    "pictures": _pictures, "looks": _looks, "vae": _vae, "sharper": _sharper, "words": _words, "clip": _clip, "t5": _t5,
-    "flux": _flux, "sdxl": _sdxl, "flux-control": _flux_control, "sdxl-control": _sdxl_control, "export": _export,
-}  # fmt: skip
+STAGES: dict[str, tuple[Callable[[Path, int], None], int]] = {
+    "pictures": (_pictures, 16),
+    "looks": (_looks, 4),
+    "vae": (_vae, 4500),
+    "sharper": (_sharper, 4500),
+    "words": (_words, 0),
+    "clip": (_clip, 500),
+    "t5": (_t5, 500),
+    "flux": (_flux, 8000),
+    "sdxl": (_sdxl, 8000),
+    "flux-control": (_flux_control, 800),
+    "sdxl-control": (_sdxl_control, 800),
+    "export": (_export, 0),
+}
+"""Stage -> what it does, and how many steps it takes (of `pictures` and `looks`: shards)."""
 
 if __name__ == "__main__":
     main()
