@@ -191,7 +191,7 @@ def test_a_prompt_may_be_the_word_grid(capsys: Any, place: Path, folder: Path) -
         (["a", "-a", "brnd.safetensors"], "did you mean brand.safetensors"),
         (["a", "-a", "brand.safetensors@dwon=1"], "did you mean down"),
         (["a", "-a", "brand.safetensors@steps=1-3"], "not a range of steps"),
-        (["a", "-c", "depth=x.png"], "needs a ControlNet"),
+        (["a", "-c", "pose=x.png"], "needs a ControlNet"),
         (["a", "-c", "edges=none.png"], "no such picture"),
         (["a", "--scheduler", "eulr"], "did you mean euler"),
         (["a", "--count", "0"], "--count 0"),

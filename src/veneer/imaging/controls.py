@@ -92,7 +92,7 @@ def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
                 return str(folder)
     known = PACKAGED.get(base.name, base.row).controlnets
     if kind not in known:
-        raise ConfigError(f"no {kind} ControlNet is known for {base.name}", fix=f"name one: {spec.kind}@NAME=…")
+        raise ConfigError(f"no {kind} ControlNet is known for {base.short_name}", fix=f"name one: {spec.kind}@NAME=…")
     return known[kind]
 
 

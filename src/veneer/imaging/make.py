@@ -204,7 +204,7 @@ def _prepared(mixer: Mixer, options: Options) -> tuple[PictureSettings, dict[str
     )
     if base.edits_alone and not shown and image is None:
         usual = "usually it is given a picture to change, as references (--reference photo.png)"
-        mixer.say(f"note: {base.name} is made to edit, and draws from the prompt alone here; {usual}")
+        mixer.say(f"note: {base.short_name} is made to edit, and draws from the prompt alone here; {usual}")
     from_where = {"image": image_from, "mask": mask_from, "controls": said}
     return settings, from_where | ({"references": [said for _, said in shown]} if shown else {})
 

@@ -140,7 +140,7 @@ class _Told:
         vector = None if pooled is None else torch.zeros(1, pooled, dtype=base.dtype)
         self.one = Conditioning(torch.zeros(1, tokens, wide, dtype=base.dtype), vector)
 
-    def text(self, captions: Sequence[str]) -> Conditioning:
+    def text(self, captions: Sequence[str], rows: Sequence[PlannedRow] = ()) -> Conditioning:
         return Conditioning.cat([self.one] * len(captions)).to(self.base.device)
 
 

@@ -76,6 +76,11 @@ class ImageBase:
         return FAMILIES[self.family.removesuffix("-large")]
 
     @property
+    def short_name(self) -> str:
+        """Its name for messages, which strangers read too: of a path the last part."""
+        return Path(self.name).name if Path(self.name).exists() else self.name
+
+    @property
     def denoiser(self) -> Any:
         """The unet or the transformer."""
         return self.parts[self.row.denoiser]

@@ -285,7 +285,7 @@ class _Run:
             fix = f"guidance above {self.base.row.unguided:g}; it is {self.guidance:g}"
         else:
             fix = "leave it out: it reads none"
-        raise ConfigError(f"a negative prompt has no effect on {self.base.name} as it is", fix=fix)
+        raise ConfigError(f"a negative prompt has no effect on {self.base.short_name} as it is", fix=fix)
 
     def batch(self, rows: tuple[ImageRow, ...]) -> list[GeneratedPicture]:
         settings, base = self.settings, self.base
@@ -316,7 +316,9 @@ class _Run:
                 images = self.pipe(**given, generator=generators, callback_on_step_end=self.at_end_of_step(rows)).images
         except (ValueError, OverflowError) as error:
             said = " ".join(str(error).split())[:300]
-            raise ConfigError(f"{type(self.pipe).__name__} refuses these settings: {said}", where=base.name) from error
+            raise ConfigError(
+                f"{type(self.pipe).__name__} refuses these settings: {said}", where=base.short_name
+            ) from error
         return [
             GeneratedPicture(
                 self.finished(array, row), row, positive.cut[i], unread[i], rows, i, self.pipe.num_timesteps
@@ -409,7 +411,7 @@ class _Run:
             under = ", then ".join(mix_text(mix) for mix in mixes if mix)
             raise BaseError(
                 f"the picture of seed {row.seed} is not finite{under and f' under {under}'}: "
-                f"{self.base.name} overflowed in {dtype}",
+                f"{self.base.short_name} overflowed in {dtype}",
                 fix=("" if dtype == "float32" else "use --dtype float32, or ") + "lower strengths or guidance",
             )
         made = pil.fromarray((array * 255).round().astype("uint8"))
@@ -454,7 +456,7 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
         if value < base.unit or value % base.unit:
             low = max(base.unit, value // base.unit * base.unit)
             raise ConfigError(
-                f"the {name} is {value}, and {base.name} makes sides in multiples of {base.unit}",
+                f"the {name} is {value}, and {base.short_name} makes sides in multiples of {base.unit}",
                 fix=f"{low} or {low + base.unit}",
             )
     steps = default_settings(base)[0] if settings.steps is None else settings.steps
@@ -486,10 +488,10 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
             )
     if base.few_steps and settings.guidance:
         raise ConfigError(
-            f"{base.name} was distilled to work without guidance and takes none", fix="guidance 0, or none"
+            f"{base.short_name} was distilled to work without guidance and takes none", fix="guidance 0, or none"
         )
     if settings.true_guidance > 1 and not base.row.true_guidance:
-        raise ConfigError(f"{base.name} has no guidance of its own beside which true guidance could act")
+        raise ConfigError(f"{base.short_name} has no guidance of its own beside which true guidance could act")
 
 
 def _check_references(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings) -> None:
@@ -498,13 +500,13 @@ def _check_references(base: ImageBase, rows: Sequence[ImageRow], settings: Pictu
         return
     if not base.references:
         fix = "FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit; a picture to start from is image (--image)"
-        raise ConfigError(f"{base.name} is no base that edits, and takes no reference pictures", fix=fix)
+        raise ConfigError(f"{base.short_name} is no base that edits, and takes no reference pictures", fix=fix)
     if given > base.references:
         if base.references == 1:
-            what = f"{base.name} edits one reference picture, and {given} were given"
+            what = f"{base.short_name} edits one reference picture, and {given} were given"
             fix = "paste them beside each other into one picture, or take a base that is shown several, as FLUX.2"
         else:
-            what = f"{base.name} takes at most {base.references} reference pictures, and {given} were given"
+            what = f"{base.short_name} takes at most {base.references} reference pictures, and {given} were given"
             fix = "leave some out, or paste some beside each other into one"
         raise ConfigError(what, fix=fix)
     if settings.controls or rows[0].image is not None:

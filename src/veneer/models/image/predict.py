@@ -344,7 +344,7 @@ def predict(
         )
     takes = bool(denoiser.config.get("guidance_embeds"))
     if guidance is not None and not takes:
-        raise BaseError(f"{base.name} does not take guidance as an input", fix="leave guidance out")
+        raise BaseError(f"{base.short_name} does not take guidance as an input", fix="leave guidance out")
     if references and not base.row.refers:
         fix = "FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit does"
         raise BaseError(f"{base.row.label} takes no reference pictures", fix=fix)

@@ -86,7 +86,7 @@ def make_scheduler(base: ImageBase, name: str | None = None) -> Any:
     wanted = f"flow-{name}" if f"flow-{name}" in fits else name
     if wanted not in fits:
         near = nearest(name, fits)
-        why = f" for {base.name}, which predicts {base.prediction}" if name in NAMES else ""
+        why = f" for {base.short_name}, which predicts {base.prediction}" if name in NAMES else ""
         raise ConfigError(
             f"there is no scheduler {name!r}{why}",
             fix=(f"did you mean {near[0]}? " if near and name not in NAMES else "") + f"known: {', '.join(fits)}",

@@ -16,7 +16,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.core.attach import attach
@@ -446,7 +445,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         }
         ask = Ask(request.prompt, request.negative, request.seed, request.uses())
         shared = shared_record(self.base, request.settings) | dict(request.inputs)
-        shared["base"]["name"] = Path(self.base.name).name if Path(self.base.name).exists() else self.base.name
+        shared["base"]["name"] = self.base.short_name
         made = recorded_picture(self.base, sources, picture, [ask], 0, shared)
         cuts = (("prompt", picture.cut), ("negative prompt", picture.negative_cut))
         notes = [f"the text encoder does not read the end of the {what}: …{cut}" for what, cut in cuts if cut]
