@@ -101,6 +101,7 @@ class Proof:
         self.seeds = (1,) if given.quick else (1, 2, 3)
         self.rows: list[dict[str, Any]] = []
         self.bars: list[dict[str, Any]] = []
+        self.kept: dict[tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]], Array] = {}
         self.shots = campaign.shots()[: 4 if given.quick else 12]
         r = random.Random(51)
         self.others = [campaign.plain_scene(r) for _ in range(6 if given.quick else 80)]
@@ -271,7 +272,11 @@ class Proof:
     # -- helpers -------------------------------------------------------------------------------------------------------
 
     def drawn(self, prompts: Sequence[str], mix: Mix = (), *, seeds: Sequence[int] = (), **options: Any) -> Array:
-        """(seeds · prompts, 128, 128, 3): all prompts with the first seed, then with the next."""
+        """(seeds · prompts, 128, 128, 3): all prompts with the first seed, then with the next. Several parts look at
+        the same pictures, which are kept but for those under a ControlNet: its picture is another each time."""
+        key = (tuple(prompts), tuple(mix), tuple(seeds))
+        if not options and key in self.kept:
+            return self.kept[key]
         made = [
             np.asarray(each.image.convert("RGB"))
             for seed in seeds or self.seeds
@@ -279,7 +284,10 @@ class Proof:
                 self.base, list(prompts), adapters=list(mix), seed=seed * 1000, batch_size=16, **options
             )
         ]
-        return np.stack(made)
+        pictures = np.stack(made)
+        if not options:
+            self.kept[key] = pictures
+        return pictures
 
     def words(self, **asked: bool) -> list[str]:
         return [campaign.words(s, **asked) for s in self.shots]

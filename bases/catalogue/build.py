@@ -69,7 +69,10 @@ def _looks(work: Path, count: int) -> None:
 
 def _sharper(work: Path, steps: int) -> None:
     model = autoencoder(work)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
     sharpen_autoencoder(model, work, steps)
+    if all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items()):
+        return  # all steps were taken before; the latents are its own
     model.save_pretrained(work / "vae")
     for place in shards(work):  # latents of the one before
         place.with_suffix(".latents.pt").unlink(missing_ok=True)

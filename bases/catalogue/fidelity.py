@@ -27,7 +27,7 @@ from words import LENGTH
 from veneer.models.builtin import packaged_place
 from veneer.models.image.sheet import sheet
 
-GUIDANCE = {"FluxPipeline": 3.0, "StableDiffusionXLPipeline": 3.0}
+_GUIDANCE = 3.0
 
 
 def main() -> None:
@@ -70,13 +70,12 @@ def generate(pipeline: Any, prompts: list[str], *, seed: int = 0, steps: int = 2
     """Bytes (n, 128, 128, 3). Each picture has its own generator, seeded by `seed` and its place."""
     pictures = []
     pipeline.set_progress_bar_config(disable=True)
-    family = type(pipeline).__name__
-    extra = {"max_sequence_length": LENGTH} if family == "FluxPipeline" else {}
+    extra = {"max_sequence_length": LENGTH} if type(pipeline).__name__ == "FluxPipeline" else {}
     for i in range(0, len(prompts), 16):
         part = prompts[i : i + 16]
         noise = [torch.Generator().manual_seed(seed * 100_003 + i + j) for j in range(len(part))]
         made = pipeline(
-            part, height=SIDE, width=SIDE, num_inference_steps=steps, guidance_scale=GUIDANCE[family],
+            part, height=SIDE, width=SIDE, num_inference_steps=steps, guidance_scale=_GUIDANCE,
             output_type="np", generator=noise, **extra,
         )  # fmt: skip
         pictures.append((made.images * 255).round().astype(np.uint8))
