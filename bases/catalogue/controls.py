@@ -83,7 +83,8 @@ def train_flux_control(
 
         with torch.autocast("cpu", torch.bfloat16):
             x = pack(pool.latents[rows].float())
-            return flow_loss(parts, x, pool.words(rows, generator), pool.empty, False, generator, residuals)
+            ids = pool.words(rows, generator)
+            return flow_loss(parts, x, pool.things[rows], ids, pool.empty, False, generator, residuals)
 
     _train(control, parts, loss, work / "flux-control.pt", steps)
 
@@ -109,8 +110,8 @@ def train_sdxl_control(
             return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
         with torch.autocast("cpu", torch.bfloat16):
-            x = pool.latents[rows].float()
-            return noise_loss(parts, x, pool.words(rows, generator), pool.sizes[rows], generator, residuals)
+            x, ids = pool.latents[rows].float(), pool.words(rows, generator)
+            return noise_loss(parts, x, pool.things[rows], ids, pool.sizes[rows], generator, residuals)
 
     _train(control, parts, loss, work / "sdxl-control.pt", steps)
 

@@ -7,6 +7,9 @@
     flow   x_σ = (1 - σ) x + σ ε,   target ε - x,   σ logit-normal, shifted as the scheduler shifts it
     noise  x_t = √ᾱ_t x + √(1 - ᾱ_t) ε,   target ε,   weight min(SNR, 5) / SNR   (arXiv 2303.09556)
 
+What a picture is of fills a third of it, and is what is hard to draw: there errors count _THING times, once the noise
+is low enough to tell where that is (from there on the weight tells the model nothing that it cannot see).
+
 Guidance. One caption in ten is empty, so that catalogue-sdxl can be guided from outside. catalogue-flux takes guidance
 g as an input, as FLUX.1-dev does, and learns what it means from itself late in training: for half of a batch the target
 is v + (g - 1)(v(x, caption) - v(x, "")) with the model's own two predictions (as in arXiv 2504.20157).
@@ -31,6 +34,7 @@ from words import LENGTH
 SIDE = 16  # latents a side
 _TEXT = {"text_encoder": 0.5, "text_encoder_2": 0.5}  # they know their words already
 _SHIFT = 1.6  # what FLUX's dynamic shift gives for 64 tokens
+_THING, _TOLD = 3.0, 0.75  # up to the flow's σ = 0.75, or the same signal-to-noise
 
 
 # -- catalogue-flux --------------------------------------------------------------------------------------------------
@@ -74,10 +78,11 @@ def image_ids(side: int = SIDE // 2) -> Tensor:
 
 
 def flow_loss(
-    parts: dict[str, nn.Module], x: Tensor, ids: Batch, empty: Batch, guided: bool, generator: torch.Generator,
-    control: Callable[..., dict[str, Any]] | None = None,
+    parts: dict[str, nn.Module], x: Tensor, things: Tensor, ids: Batch, empty: Batch, guided: bool,
+    generator: torch.Generator, control: Callable[..., dict[str, Any]] | None = None,
 ) -> Tensor:  # fmt: skip
-    """`x`: packed latents (n, 64, 64). `guided`: the second half of the batch learns guidance from 1 to 5."""
+    """`x`: packed latents (n, 64, 64), of `things` (n, 16, 16). `guided`: the second half of the batch learns guidance
+    from 1 to 5."""
     n = len(x)
     s = torch.sigmoid(torch.randn(n, generator=generator))
     s = _SHIFT * s / (1 + (_SHIFT - 1) * s)
@@ -105,7 +110,9 @@ def flow_loss(
         guidance = torch.cat([torch.ones(n // 2), g])
         target = torch.cat([target[: n // 2], target[rows] + (g - 1)[:, None, None] * (with_text - without)])
     extra = control(noisy, s, guidance, tokens, pooled) if control is not None else {}
-    return F.mse_loss(velocity(slice(0, n), tokens, pooled, guidance, **extra), target)
+    errors = (velocity(slice(0, n), tokens, pooled, guidance, **extra) - target).square().mean(-1)
+    weights = _weights(F.avg_pool2d(things, 2).flatten(1), s < _TOLD)
+    return (errors * weights).sum() / weights.sum()
 
 
 def train_flux(parts: dict[str, nn.Module], pool: Pool, work: Path, steps: int, batch: int = 64) -> None:
@@ -113,7 +120,8 @@ def train_flux(parts: dict[str, nn.Module], pool: Pool, work: Path, steps: int, 
         rows = torch.randint(pool.whole, (batch,), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             ids = pool.words(rows, generator)
-            return flow_loss(parts, pack(pool.latents[rows].float()), ids, pool.empty, step > 0.7 * steps, generator)
+            x = pack(pool.latents[rows].float())
+            return flow_loss(parts, x, pool.things[rows], ids, pool.empty, step > 0.7 * steps, generator)
 
     with short_attention():
         optimise(
@@ -153,10 +161,10 @@ def noise_schedule() -> DDPMScheduler:
 
 
 def noise_loss(
-    parts: dict[str, nn.Module], x: Tensor, ids: Batch, sizes: Tensor, generator: torch.Generator,
+    parts: dict[str, nn.Module], x: Tensor, things: Tensor, ids: Batch, sizes: Tensor, generator: torch.Generator,
     control: Callable[..., dict[str, Any]] | None = None,
 ) -> Tensor:  # fmt: skip
-    """`x`: latents (n, 16, 16, 16). `sizes`: time ids (n, 6)."""
+    """`x`: latents (n, 16, 16, 16), of `things` (n, 16, 16). `sizes`: time ids (n, 6)."""
     n = len(x)
     cumulative = noise_schedule().alphas_cumprod
     t = torch.randint(1000, (n,), generator=generator)
@@ -168,17 +176,17 @@ def noise_loss(
     extra = control(noisy, t, tokens, added) if control is not None else {}
     out = parts["unet"](noisy, t, tokens, added_cond_kwargs=added, return_dict=False, **extra)[0].float()
     snr = cumulative[t] / (1 - cumulative[t])
-    errors = (out - noise).square().mean(dim=(1, 2, 3))
-    return (errors * snr.clamp(max=5) / snr).mean()
+    errors = (out - noise).square().mean(1).flatten(1)
+    weights = _weights(things.flatten(1), snr > ((1 - _TOLD) / _TOLD) ** 2)
+    return (errors * weights * (snr.clamp(max=5) / snr)[:, None]).sum() / weights.sum()
 
 
 def train_sdxl(parts: dict[str, nn.Module], pool: Pool, work: Path, steps: int, batch: int = 64) -> None:
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = pool.rows(batch, generator)
         with torch.autocast("cpu", torch.bfloat16):
-            return noise_loss(
-                parts, pool.latents[rows].float(), pool.words(rows, generator), pool.sizes[rows], generator
-            )
+            ids = pool.words(rows, generator)
+            return noise_loss(parts, pool.latents[rows].float(), pool.things[rows], ids, pool.sizes[rows], generator)
 
     with short_attention():
         optimise(
@@ -187,6 +195,11 @@ def train_sdxl(parts: dict[str, nn.Module], pool: Pool, work: Path, steps: int, 
 
 
 # -- both ------------------------------------------------------------------------------------------------------------
+
+
+def _weights(things: Tensor, told: Tensor) -> Tensor:
+    """`things`: (n, cells); `told`: (n,)."""
+    return 1 + (_THING - 1) * things * told[:, None]
 
 
 def _clip(tokenizer: Any, width: int, layers: int) -> CLIPTextConfig:

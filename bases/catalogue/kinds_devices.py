@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from shapes import FRONT, Flat, Point, Product, arc, disc, kind, moved, rounded, smooth
+from shapes import FRONT, Flat, Point, Product, arc, disc, kind, moved, rounded
 
 
 def _rect(x: float, y: float, w: float, h: float) -> list[Flat]:
@@ -36,17 +36,6 @@ def _laptop(p: Product) -> None:
     p.mark(_rect(-0.1, h / 2 + 0.02, 0.45, 0.28), "glass", at=front, tilt=lean, lift=0.01)
 
 
-@kind("computer screen", "devices")
-def _computer_screen(p: Product) -> None:
-    w, h = p.vary(1.3, 1.5), p.vary(0.82, 0.95)
-    p.prism(rounded(-0.36, -0.24, 0.36, 0.24, 0.1), 0.06, plane="floor")
-    p.box((0.2, 0.34, 0.1), "second", at=(0, 0.05, -0.06))
-    p.prism(rounded(-w / 2, 0, w / 2, h, 0.05), 0.12, at=(0, 0.28, 0.02), lift=0.5)
-    p.mark(_rect(0, 0.28 + h / 2 + 0.07, w - 0.2, h - 0.32), "screen", at=(0, 0, 0.085), lift=1)
-    p.mark(_rect(-0.2, 0.28 + h / 2 + 0.12, 0.5, 0.26), "glass", at=(0, 0, 0.086), lift=1.01)
-    p.mark(disc(0, 0.365, 0.035), "light", at=(0, 0, 0.085), lift=1)
-
-
 @kind("phone", "devices")
 def _phone(p: Product) -> None:
     w, h = p.vary(0.62, 0.7), p.vary(1.15, 1.3)
@@ -60,44 +49,6 @@ def _phone(p: Product) -> None:
             p.mark(moved(icon, column * w * 0.24, h * (0.25 + 0.17 * row)), paint, at=front, tilt=6, lift=0.9)
     p.mark(disc(0, 0.065, 0.04), "second", at=front, tilt=6, lift=0.8)
     p.mark(_rect(0, h - 0.06, 0.2, 0.03), "dark", at=front, tilt=6, lift=0.8)
-
-
-@kind("telephone", "devices")
-def _telephone(p: Product) -> None:
-    w = p.vary(0.95, 1.1)
-    p.prism([(-0.4, 0), (0.5, 0), (0.5, 0.1), (0.0, 0.55), (-0.4, 0.55)], w, plane="side")
-    at, lean = (0.0, 0.325, 0.25), 48.0
-    axis = (0.0, math.sin(math.radians(lean)), math.cos(math.radians(lean)))
-    p.turned([(0.3, 0), (0.28, 0.05)], "light", at=at, axis=axis, lift=1, bare=True)
-    face = _before(at, lean, 0.052)
-    for a in range(-60, 271, 36):
-        hole = disc(0.2 * math.cos(math.radians(a)), 0.2 * math.sin(math.radians(a)), 0.05)
-        p.mark(hole, "dark", at=face, tilt=lean, lift=1.1)
-    p.mark(disc(0, 0, 0.1), "main", at=face, tilt=lean, lift=1.1)
-    for x in (-0.2, 0.2):
-        p.box((0.12, 0.16, 0.3), "second", at=(x, 0.54, -0.2), lift=0.1)
-    bar = [(-0.58, 0.78, -0.2), (-0.4, 0.86, -0.2), (0, 0.88, -0.2), (0.4, 0.86, -0.2), (0.58, 0.78, -0.2)]
-    for x in (-0.58, 0.58):
-        p.turned([(0.2, -0.16), (0.17, 0), (0.1, 0.07)], "main", at=(x, 0.78, -0.2), lift=0.5)
-    p.rod(bar, 0.085, "main", lift=0.6)
-
-
-@kind("radio", "devices")
-def _radio(p: Product) -> None:
-    w, h = p.vary(1.2, 1.4), p.vary(0.68, 0.8)
-    p.rod([(w * 0.38, h, -0.1), (w * 0.52, h + 0.55, -0.1)], 0.025, "metal", lift=-0.3)
-    p.rod(
-        [(-w * 0.36, h - 0.05, 0), (-w * 0.3, h + 0.16, 0), (w * 0.2, h + 0.16, 0), (w * 0.26, h - 0.05, 0)], 0.04,
-        "dark", lift=-0.2
-    )  # fmt: skip
-    p.prism(rounded(-w / 2, 0, w / 2, h, 0.12), 0.4)
-    p.mark(disc(-w * 0.24, h * 0.48, h * 0.34), "second", at=(0, 0, 0.201))
-    for r in (0.24, 0.13):
-        p.mark(disc(-w * 0.24, h * 0.48, h * r), "dark" if r > 0.2 else "second", at=(0, 0, 0.202))
-    p.mark(_rect(w * 0.23, h * 0.72, w * 0.4, h * 0.2), "light", at=(0, 0, 0.201))
-    p.mark(_rect(w * 0.28, h * 0.72, 0.035, h * 0.2), "#d62f2f", at=(0, 0, 0.202))
-    for x in (0.12, 0.34):
-        p.turned([(0.09, 0), (0.08, 0.07)], "light", at=(w * x, h * 0.3, 0.2), axis=FRONT, lift=1)
 
 
 @kind("camera", "devices")
@@ -122,16 +73,6 @@ def _headphones(p: Product) -> None:
         p.turned([(0.31, 0), (0.31, 0.12), (0.2, 0.22)], "main", at=(s * (r - 0.04), 0.31, 0), axis=(s, 0, 0), lift=0.1)
 
 
-@kind("loudspeaker", "devices")
-def _loudspeaker(p: Product) -> None:
-    w, h = p.vary(0.75, 0.85), p.vary(1.2, 1.35)
-    p.box((w, h, 0.55))
-    for y, r in ((0.33, 0.3), (0.77, 0.17)):
-        p.mark(disc(0, h * y, r), "light", at=(0, 0, 0.276))
-        p.mark(disc(0, h * y, r - 0.05), "dark", at=(0, 0, 0.277), lift=0.31)
-        p.mark(disc(0, h * y, r * 0.35), "second", at=(0, 0, 0.278), lift=0.32)
-
-
 @kind("television", "devices")
 def _television(p: Product) -> None:
     w, h = p.vary(1.2, 1.35), p.vary(0.9, 1.0)
@@ -146,22 +87,6 @@ def _television(p: Product) -> None:
         p.turned([(0.1, 0), (0.09, 0.07)], "light", at=(w * 0.34, h * y + 0.08, 0.3), axis=FRONT, lift=1)
     for y in (0.2, 0.29):
         p.mark(_rect(w * 0.34, h * y + 0.1, 0.2, 0.04), "dark", at=(0, 0, 0.301))
-
-
-@kind("game controller", "devices")
-def _game_controller(p: Product) -> None:
-    half = [(0, 0.62), (0.4, 0.68), (0.66, 0.56), (0.8, 0.1), (0.72, -0.02), (0.58, 0.02), (0.4, 0.24), (0, 0.26)]
-    outline = smooth(half[:-1] + [(0, 0.25)] + [(-x, y) for x, y in half[-2:0:-1]])
-    p.prism(outline, 0.22, at=(0, 0.05, 0), tilt=25)
-    front = _before((0, 0.05, 0), 25, 0.112)
-    p.mark(_rect(-0.42, 0.47, 0.27, 0.09), "dark", at=front, tilt=25)
-    p.mark(_rect(-0.42, 0.47, 0.09, 0.27), "dark", at=front, tilt=25)
-    for i, paint in enumerate(("#d62f2f", "#f5cf30", "#3f9b4b", "#2f6fd6")):
-        dot = disc(0.42 + 0.11 * math.cos(i * math.pi / 2), 0.47 + 0.11 * math.sin(i * math.pi / 2), 0.055)
-        p.mark(dot, paint, at=front, tilt=25)
-    for x in (-0.17, 0.17):
-        p.mark(disc(x, 0.34, 0.09), "dark", at=front, tilt=25)
-        p.mark(disc(x, 0.34, 0.055), "second", at=front, tilt=25, lift=0.32)
 
 
 @kind("calculator", "devices")
@@ -179,23 +104,6 @@ def _calculator(p: Product) -> None:
                 rounded(x - w * 0.07, y - h * 0.05, x + w * 0.07, y + h * 0.05, 0.02), paint, at=front, tilt=12,
                 lift=0.9
             )  # fmt: skip
-
-
-@kind("keyboard", "devices")
-def _keyboard(p: Product) -> None:
-    w, lean = p.vary(1.5, 1.7), 60.0
-    p.prism([(-0.35, 0), (0.38, 0), (0.38, 0.05), (-0.35, 0.47)], w, plane="side")
-    at = _before((0, 0.26, 0.015), lean, 0.003)
-    for row, y in enumerate((0.29, 0.1, -0.09)):
-        for column in range(9):
-            x = (column - 4 + (0.12 if row % 2 else -0.12)) * w * 0.103
-            p.mark(rounded(x - 0.062, y - 0.07, x + 0.062, y + 0.07, 0.02), "light", at=at, tilt=lean, lift=0.9)
-    p.mark(rounded(-w * 0.26, -0.34, w * 0.26, -0.21, 0.02), "light", at=at, tilt=lean, lift=0.9)
-    for x in (-1, 1):
-        p.mark(
-            rounded(x * w * 0.37 - 0.1, -0.34, x * w * 0.37 + 0.1, -0.21, 0.02), "second", at=at, tilt=lean,
-            lift=0.9
-        )  # fmt: skip
 
 
 @kind("microphone", "devices")
@@ -232,31 +140,6 @@ def _robot(p: Product) -> None:
     p.ball(0.09, "#d62f2f", at=(0, 1.64, 0), lift=0.1)
 
 
-@kind("flashlight", "devices")
-def _flashlight(p: Product) -> None:
-    axis, r = (0.93, 0.05, 0.36), p.vary(0.2, 0.23)
-    p.turned([(r * 0.9, 0.02), (r, 0.06), (r, 0.16)], "dark", at=(-0.7, r, -0.35), axis=axis, lift=-1)
-    p.turned(
-        [(r, 0.16), (r, 0.85), (r + 0.11, 1.08), (r + 0.12, 1.25)], at=(-0.7, r, -0.35), axis=axis, hollow=True,
-        inside="glow",
-    )  # fmt: skip
-    p.turned(
-        [(r + 0.13, 1.18), (r + 0.13, 1.26)], "second", at=(-0.7, r, -0.35), axis=axis, hollow=True, inside="glow",
-        lift=1
-    )  # fmt: skip
-    p.ball((0.08, 0.05, 0.06), "#d62f2f", at=(-0.24, 2 * r + 0.04, -0.06), lift=1)
-
-
-@kind("battery", "devices")
-def _battery(p: Product) -> None:
-    r, h = p.vary(0.32, 0.37), p.vary(1.0, 1.2)
-    p.turned([(r, 0), (r, h)])
-    p.turned([(r + 0.004, h * 0.72), (r + 0.004, h), (r * 0.85, h + 0.03)], "gold", lift=0.4)
-    p.turned([(0.13, h + 0.02), (0.13, h + 0.14)], "metal", lift=1)
-    bolt = [(0.06, 0.24), (-0.14, -0.04), (-0.01, -0.04), (-0.06, -0.24), (0.14, 0.05), (0.01, 0.05)]
-    p.mark(moved(bolt, 0, h * 0.36), "light", at=_foremost(p, r), turn=-p.view.yaw, lift=1)
-
-
 @kind("light bulb", "devices")
 def _light_bulb(p: Product) -> None:
     r = p.vary(0.42, 0.48)
@@ -264,16 +147,6 @@ def _light_bulb(p: Product) -> None:
     p.turned(screw, "metal", bare=True)
     p.turned([(0.18, 0.35), (0.22, 0.48), (r * 0.74, 0.96 - r * 0.67), (r * 0.8, 0.96 - r * 0.6)], lift=0.2)
     p.ball(r, "main", at=(0, 0.96, 0), lift=0.3)
-
-
-@kind("hair dryer", "devices")
-def _hair_dryer(p: Product) -> None:
-    y = p.vary(0.85, 0.95)
-    p.prism([(0.16, y), (0.44, y), (0.36, 0), (0.14, 0)], 0.2, "main", lift=-0.2)
-    p.prism([(0.28, 0.55), (0.38, 0.55), (0.37, 0.42), (0.28, 0.42)], 0.02, "light", at=(-0.06, 0, 0.1), lift=0.2)
-    p.turned([(0.3, 0), (0.34, 0.12), (0.33, 0.35), (0.22, 0.95)], at=(0.55, y, 0), axis=(-1, 0, 0))
-    p.turned([(0.3, 0), (0.27, 0.08)], "second", at=(0.56, y, 0), axis=(1, 0, 0), lift=0.1)
-    p.turned([(0.23, 0.9), (0.17, 1.05), (0.19, 1.25)], "dark", at=(0.55, y, 0), axis=(-1, 0, 0), lift=0.05)
 
 
 @kind("washing machine", "devices")
@@ -286,72 +159,3 @@ def _washing_machine(p: Product) -> None:
     p.turned([(0.34, 0), (0.33, 0.07)], "metal", at=(0, h * 0.42, 0.425), axis=FRONT, lift=0.8)
     p.mark(disc(0, h * 0.42, 0.25), "screen", at=(0, 0, 0.5), lift=1)
     p.mark(disc(-0.07, h * 0.42 + 0.07, 0.09), "glass", at=(0, 0, 0.501), lift=1.1)
-
-
-@kind("fan", "devices")
-def _fan(p: Product) -> None:
-    r, y = p.vary(0.5, 0.56), p.vary(0.92, 1.0)
-    p.turned([(0.38, 0), (0.36, 0.08), (0.1, 0.14)], "main")
-    p.rod([(0, 0.1, 0), (0, y - 0.1, -0.05)], 0.065, "metal", lift=-0.3)
-    p.turned([(0.12, 0), (0.16, 0.2)], "second", at=(0, y, -0.22), axis=FRONT, lift=-0.1)
-    for i in range(4):
-        blade = smooth([(0, 0), (0.2, 0.02), (0.36, 0.16), (0.34, 0.36), (0.12, 0.42), (0.02, 0.2)])
-        p.prism(moved([(1.1 * a, 1.1 * b) for a, b in blade], 0, y, 90 * i + 10), 0.04, at=(0, 0, 0.06), lift=0.1)
-    p.turned([(0.12, 0), (0.1, 0.08)], "second", at=(0, y, 0.08), axis=FRONT, lift=0.4)
-    p.ring(r, 0.035, "main", at=(0, y, 0.06), lift=0.6)
-
-
-@kind("printer", "devices")
-def _printer(p: Product) -> None:
-    w = p.vary(1.15, 1.3)
-    p.sheet([(-0.34, 0.5, -0.15), (0.34, 0.5, -0.15), (0.34, 1.1, -0.4), (-0.34, 1.1, -0.4)], "paper", lift=-0.3)
-    p.prism([(-0.42, 0), (0.42, 0), (0.42, 0.34), (0.2, 0.58), (-0.42, 0.58)], w, plane="side")
-    p.mark(_rect(0, 0.23, w * 0.72, 0.13), "dark", at=(0, 0, 0.421))
-    p.sheet([(-0.34, 0.21, 0.42), (0.34, 0.21, 0.42), (0.34, 0.13, 0.85), (-0.34, 0.13, 0.85)], "paper", lift=1)
-    p.box((w * 0.7, 0.05, 0.3), "second", at=(0, 0.06, 0.55), lift=0.3)
-    at, lean = _before((0, 0.46, 0.31), 42.5, 0.003), 42.5
-    p.mark(_rect(w * 0.25, 0, w * 0.3, 0.18), "screen", at=at, tilt=lean, lift=0.5)
-    for i in range(2):
-        p.mark(disc(-w * 0.36 + 0.16 * i, 0, 0.05), ("#3f9b4b", "light")[i], at=at, tilt=lean, lift=0.5)
-
-
-@kind("joystick", "devices")
-def _joystick(p: Product) -> None:
-    w = p.vary(0.42, 0.48)
-    p.prism([(-w - 0.06, 0), (w + 0.06, 0), (w - 0.04, 0.36), (-w + 0.04, 0.36)], 0.85)
-    p.turned([(0.24, 0.36), (0.1, 0.46)], "dark", lift=0.5)
-    p.rod([(0, 0.42, 0), (0.05, 0.95, 0)], 0.075, "metal", lift=0.6)
-    p.ball(0.25, "main", at=(0.06, 1.1, 0), lift=0.8)
-    p.turned([(0.1, 0), (0.1, 0.06)], "#d62f2f", at=(-0.28, 0.36, 0.26), lift=0.8)
-
-
-@kind("floppy disk", "devices")
-def _floppy_disk(p: Product) -> None:
-    w = p.vary(1.05, 1.15)
-    p.prism([(-w / 2, 0), (w / 2, 0), (w / 2, w - 0.14), (w / 2 - 0.14, w), (-w / 2, w)], 0.1)
-    p.mark(_rect(0, w * 0.83, w * 0.56, w * 0.34), "metal", at=(0, 0, 0.051))
-    p.mark(_rect(w * 0.13, w * 0.83, w * 0.13, w * 0.24), "dark", at=(0, 0, 0.052), lift=0.31)
-    p.mark(_rect(0, w * 0.27, w * 0.66, w * 0.46), "paper", at=(0, 0, 0.051))
-    for y in (0.16, 0.27, 0.38):
-        p.mark(_rect(0, w * y, w * 0.5, w * 0.03), "second", at=(0, 0, 0.052), lift=0.31)
-
-
-@kind("megaphone", "devices")
-def _megaphone(p: Product) -> None:
-    axis, at = (0.9, 0.16, 0.4), (-0.4, 0.5, -0.1)
-    p.prism([(-0.05, 0.5), (0.12, 0.5), (0.2, 0.02), (0.02, 0.02)], 0.14, "dark", at=(-0.18, 0, -0.05), lift=-0.4)
-    p.turned([(0.16, -0.22), (0.13, -0.05)], "second", at=at, axis=axis, lift=-0.3)
-    p.turned([(0.14, -0.05), (0.17, 0.2), (0.26, 0.6), (0.5, 0.98)], at=at, axis=axis, hollow=True)
-    p.turned([(0.5, 0.96), (0.53, 1.03)], "light", at=at, axis=axis, hollow=True, inside="main", lift=0.5)
-    p.turned([(0.14, 0.5), (0.1, 0.75)], "dark", at=at, axis=axis, lift=0.8)
-
-
-@kind("binoculars", "devices")
-def _binoculars(p: Product) -> None:
-    gap = p.vary(0.34, 0.38)
-    for s in (-1, 1):
-        p.turned([(0.2, 0), (0.22, 0.12)], "dark", at=(s * gap, 0.92, 0))
-        p.turned([(0.31, 0), (0.33, 0.08), (0.32, 0.4), (0.23, 0.66), (0.2, 0.92)], at=(s * gap, 0.08, 0))
-        p.turned([(0.35, 0), (0.35, 0.12)], "dark", at=(s * gap, 0, 0), lift=0.02)
-    p.box((0.3, 0.2, 0.2), "second", at=(0, 0.5, 0), lift=-0.1)
-    p.turned([(0.1, 0.62), (0.1, 0.82)], "metal", lift=-0.1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from shapes import Product, arc, around, disc, kind, rounded, smooth, standing, twofold
+from shapes import Product, around, kind, smooth, standing
 
 _DOUGH = "#dba25c"
 _RED = "#d62f2f"
@@ -84,43 +84,6 @@ def _ice_cream_cone(p: Product) -> None:
     p.ball(0.08, _RED, at=(0, 1.36 + r * 0.9, 0), lift=0.6)
 
 
-@kind("ice lolly", "food")
-def _ice_lolly(p: Product) -> None:
-    w, h = p.vary(0.28, 0.33), p.vary(0.8, 0.95)
-    p.prism(rounded(-0.08, 0, 0.08, 0.5, 0.08), 0.07, "wood", lift=-0.1)
-    p.prism([(-w, 0.34), (w, 0.34), *arc(0, 0.34 + h - w, w, 0, 180, 12)], 0.24)
-    for x in (-0.14, 0.14):
-        p.prism(rounded(x - 0.045, 0.46, x + 0.045, 0.1 + h, 0.045), 0.02, "second", at=(0, 0, 0.12), lift=0.3)
-
-
-@kind("lollipop", "food")
-def _lollipop(p: Product) -> None:
-    r, y = p.vary(0.38, 0.44), 1.06
-    p.turned([(0.035, 0), (0.035, y)], "light", lift=-0.2)
-    p.prism(disc(0, y, r), 0.15)
-    spiral = [
-        (0.02 * r + r * 0.86 * t / 26 * math.cos(t * 0.62), y + r * 0.86 * t / 26 * math.sin(t * 0.62))
-        for t in range(27)
-    ]
-    p.rod(standing(spiral, 0.08), r * 0.085, "second", lift=0.4)
-
-
-@kind("candy", "food")
-def _candy(p: Product) -> None:
-    r = p.vary(0.32, 0.38)
-    for s in (-1, 1):
-        wing = [(s * r * 0.7, r), (s * (r + 0.42), r + 0.3), (s * (r + 0.34), r + 0.12), (s * (r + 0.44), r)]
-        p.prism([*wing, (s * (r + 0.34), r - 0.12), (s * (r + 0.42), r - 0.3)], 0.1, "second", lift=-0.1)
-    p.ball((r + 0.06, r, r), at=(0, r, 0))
-    for x in (-0.16, 0.08):
-        p.rod(
-            standing(smooth([(x - 0.03, r * 1.72), (x + 0.1, r), (x + 0.06, r * 0.24)], closed=False), r * 0.8),
-            0.05,
-            "second",
-            lift=0.3,
-        )
-
-
 @kind("hamburger", "food")
 def _hamburger(p: Product) -> None:
     r = p.vary(0.5, 0.56)
@@ -161,30 +124,6 @@ def _hamburger(p: Product) -> None:
     )
 
 
-@kind("hot dog", "food")
-def _hot_dog(p: Product) -> None:
-    w = p.vary(0.5, 0.58)
-    p.blob(
-        [((-w, 0.18, -0.14), 0.17), ((w, 0.18, -0.14), 0.17), ((-w, 0.28, -0.16), 0.16), ((w, 0.28, -0.16), 0.16)],
-        "main",
-        lift=-0.4,
-    )
-    p.blob([((-w - 0.14, 0.34, 0), 0.14), ((w + 0.14, 0.34, 0), 0.14)], "#b5522f", lift=0.1)
-    p.blob([((-w, 0.17, 0.16), 0.17), ((w, 0.17, 0.16), 0.17)], "main", lift=0.2)
-    wave = [(-w + 2 * w * t / 10, 0.44 + (0.06 if t % 2 else -0.02)) for t in range(11)]
-    p.rod(standing(smooth(wave, closed=False, steps=3), 0.08), 0.035, "#f5cf30", lift=0.7)
-
-
-@kind("pizza slice", "food")
-def _pizza_slice(p: Product) -> None:
-    w = p.vary(0.46, 0.54)
-    p.prism([(-w, 0.98), (w, 0.98), (0, 0)], 0.1, _DOUGH)
-    p.prism([(-w * 0.96, 0.96), (w * 0.96, 0.96), (0.02, 0.06), (-0.02, 0.06)], 0.04, "main", at=(0, 0, 0.06), lift=0.2)
-    p.blob([((-w, 1.0, 0), 0.085), ((w, 1.0, 0), 0.085)], "#b9762f", lift=0.4)
-    for x, y, r in ((-0.2, 0.76, 0.11), (0.2, 0.74, 0.11), (0.02, 0.46, 0.1)):
-        p.turned([(r, 0), (r * 0.9, 0.03)], "second", at=(x, y, 0.08), axis=(0, 0, 1), lift=0.6)
-
-
 @kind("apple", "food")
 def _apple(p: Product) -> None:
     s, r = p.pick(-1, 1), p.vary(0.46, 0.5)
@@ -194,40 +133,6 @@ def _apple(p: Product) -> None:
     p.prism(
         smooth([(s * 0.05, 0.9), (s * 0.16, 1.06), (s * 0.4, 1.06), (s * 0.3, 0.9)], steps=3), 0.03, "leaf", lift=0.7
     )
-
-
-@kind("pear", "food")
-def _pear(p: Product) -> None:
-    s, r = p.pick(-1, 1), p.vary(0.4, 0.45)
-    profile = [
-        (0.16, 0),
-        (r * 0.84, 0.12),
-        (r, 0.36),
-        (r * 0.82, 0.62),
-        (r * 0.5, 0.84),
-        (r * 0.42, 1.0),
-        (r * 0.24, 1.12),
-        (0.03, 1.14),
-    ]
-    p.turned([(q, y) for q, y in smooth(profile, closed=False, steps=2)])
-    p.rod(standing([(0, 1.12), (0.05, 1.32)]), 0.035, "#5b3a24", lift=0.4)
-    p.prism(
-        smooth([(s * 0.05, 1.18), (s * 0.16, 1.32), (s * 0.38, 1.3), (s * 0.26, 1.18)], steps=3), 0.03, "leaf", lift=0.5
-    )
-
-
-@kind("cherries", "food")
-def _cherries(p: Product) -> None:
-    r = p.vary(0.27, 0.31)
-    for s, h in ((-1, 0.0), (1, 0.0)):
-        p.ball(r, at=(s * (r + 0.03), r + h, 0))
-        p.rod(
-            standing(smooth([(s * (r + 0.03), 2 * r - 0.06), (s * 0.2, 0.8), (0.06, 1.1)], closed=False)),
-            0.028,
-            "leaf",
-            lift=0.3,
-        )
-    p.prism(smooth([(0.06, 1.08), (0.22, 1.24), (0.52, 1.14), (0.3, 1.02)], steps=3), 0.03, "leaf", lift=0.4)
 
 
 @kind("strawberry", "food")
@@ -303,96 +208,3 @@ def _mushroom(p: Product) -> None:
     p.turned(smooth(cap, closed=False, steps=2))
     for a, q, y in ((-55, 0.93, 0.68), (0, 0.93, 0.68), (55, 0.93, 0.68), (-28, 0.68, 0.88), (30, 0.68, 0.88)):
         p.ball((0.085, 0.07, 0.085), "light", at=around(a, r * q, y), lift=0.3)
-
-
-@kind("easter egg", "food")
-def _easter_egg(p: Product) -> None:
-    r = p.vary(0.42, 0.46)
-
-    def width(y: float) -> float:
-        t = y / 1.14
-        return r * math.sin(math.acos(1 - 2 * t)) * (1.08 - 0.3 * (t - 0.35))
-
-    p.turned([(0.2, 0), (0.22, 0.05)], "wood", lift=-0.5)
-    p.turned([(max(width(k * 1.14 / 14), 0.01), k * 1.14 / 14 + 0.03) for k in range(15)], sides=28)
-    for y in (0.36, 0.76):
-        p.turned(
-            [(width(y - 0.05) + 0.004, y - 0.02), (width(y + 0.05) + 0.004, y + 0.08)], "second", band=True, lift=0.3
-        )
-    zig = [
-        around(a, width(0.58) + 0.01, 0.6 + (0.06 if (a // 15) % 2 else -0.06))
-        for a in range(-180, 180, 15)
-        if p.sees(around(a, 1, 0), 0.05)
-    ]
-    p.rod(zig if len(zig) > 1 else [(0, 0.6, 0), (0, 0.61, 0)], 0.025, "light", lift=0.4)
-
-
-@kind("gingerbread man", "food")
-def _gingerbread_man(p: Product) -> None:
-    half = [
-        (0.0, 1.3),
-        (0.2, 1.24),
-        (0.27, 1.06),
-        (0.17, 0.88),
-        (0.52, 0.84),
-        (0.6, 0.72),
-        (0.5, 0.62),
-        (0.24, 0.6),
-        (0.26, 0.42),
-        (0.42, 0.12),
-        (0.34, 0.0),
-        (0.2, 0.02),
-        (0.06, 0.3),
-        (0, 0.32),
-    ]
-    p.prism(twofold(smooth(half, closed=False, steps=3)), p.vary(0.12, 0.16))
-    for s in (-1, 1):
-        p.rod(standing([(s * 0.46, 0.83), (s * 0.42, 0.74), (s * 0.46, 0.64)], 0.08), 0.025, "second", lift=0.4)
-        p.rod(standing([(s * 0.38, 0.14), (s * 0.28, 0.17), (s * 0.17, 0.12)], 0.08), 0.025, "second", lift=0.4)
-        p.mark(disc(s * 0.09, 1.1, 0.035), "second", at=(0, 0, 0.083))
-    p.rod(standing(arc(0, 1.04, 0.11, 205, 335, 8), 0.08), 0.022, "second", lift=0.4)
-    for y in (0.5, 0.64, 0.78):
-        p.ball((0.045, 0.045, 0.03), "second", at=(0, y, 0.09), lift=0.4)
-
-
-@kind("french fries", "food")
-def _french_fries(p: Product) -> None:
-    for i in range(11):
-        x = -0.34 + 0.068 * i
-        y = 0.9 + 0.22 * p.vary(0, 1) - 0.9 * abs(x) ** 2
-        p.box((0.085, y - 0.56, 0.085), "#f1c453", at=(x, 0.56, 0.08 * (i % 3 - 1)), turn=20 * (i % 3 - 1), lift=-0.2)
-    p.prism([(-0.3, 0), (0.3, 0), (0.44, 0.74), *arc(0, 0.82, 0.36, -20, -160, 9, 0.6), (-0.44, 0.74)], 0.3, lift=0.3)
-    p.mark(disc(0, 0.3, 0.15), "second", at=(0, 0, 0.152), lift=0.6)
-
-
-@kind("popcorn box", "food")
-def _popcorn_box(p: Product) -> None:
-    h = p.vary(0.76, 0.86)
-    p.turned([(0.3, 0), (0.46, h)], lift=-0.2)
-    for k in range(7):
-        a = 51.4 * k
-        if p.sees(around(a + 9, 1, -0.2), 0.1):
-            p.sheet(
-                [around(a, 0.305, 0), around(a + 14, 0.305, 0), around(a + 14, 0.465, h), around(a, 0.465, h)],
-                "paper",
-                bare=True,
-                lift=0.2,
-            )
-    spots = (
-        [around(45 * k, 0.34, h + 0.03) for k in range(8)]
-        + [around(60 * k + 20, 0.2, h + 0.14) for k in range(6)]
-        + [(0, h + 0.24, 0)]
-    )
-    for i, at in enumerate(spots):
-        p.ball(0.12, "#fbf1cf" if i % 2 else "#f6e3a1", at=at, lift=0.4 + at[1] - h)
-
-
-@kind("cheese", "food")
-def _cheese(p: Product) -> None:
-    h = p.vary(0.46, 0.54)
-    p.prism([(-0.7, 0.3), (0.62, 0.42), (0.62, -0.36)], h, plane="floor")
-    t = -5.2
-    for x, y, r in ((-0.3, 0.18, 0.07), (0.0, 0.32, 0.1), (0.3, 0.14, 0.09), (0.42, 0.36, 0.06)):
-        p.mark(disc(0, 0, r), "second", at=(x, y * h / 0.5, 0.3 + (x + 0.7) * 0.12 / 1.32 + 0.004), turn=t, lift=0.5)
-    for x, z, r in ((0.4, 0.2, 0.1), (0.1, 0.18, 0.07), (0.46, -0.1, 0.08)):
-        p.mark(disc(x, z, r), "second", at=(0, h + 0.003, 0), plane="floor", lift=0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from shapes import Product, arc, disc, kind, rounded, smooth
+from shapes import Product, arc, disc, kind, rounded
 
 
 def _beside(p: Product, side: int) -> float:
@@ -95,18 +95,6 @@ def _bed(p: Product) -> None:
     p.ball((0.2, 0.1, d * 0.36), "light", at=(head * w * 0.33, 0.46, 0), lift=0.1)
 
 
-@kind("wardrobe", "furniture")
-def _wardrobe(p: Product) -> None:
-    w, h = p.vary(0.95, 1.05), p.vary(1.3, 1.42)
-    _legs(p, w, 0.5, 0.1, 0.12, "wood")
-    p.box((w, h, 0.54), at=(0, 0.08, 0))
-    p.box((w + 0.1, 0.09, 0.62), "second", at=(0, h + 0.08, 0), lift=0.5)
-    for s in (-1, 1):
-        p.mark(_plank(s * 0.015, 0.14, s * (w / 2 - 0.05), h + 0.02), "second", at=(0, 0, 0.271))
-        p.mark(_plank(s * 0.045, 0.17, s * (w / 2 - 0.08), h - 0.01), "main", at=(0, 0, 0.272), lift=0.35)
-        p.ball(0.045, "gold", at=(s * 0.1, h * 0.52, 0.3), lift=0.7)
-
-
 @kind("chest of drawers", "furniture")
 def _chest_of_drawers(p: Product) -> None:
     w, h = p.vary(1.05, 1.2), p.vary(0.85, 0.95)
@@ -122,35 +110,6 @@ def _chest_of_drawers(p: Product) -> None:
             p.ball(0.05, "light", at=(x, y + step / 2 - 0.02, 0.3), lift=0.7)
 
 
-@kind("bookcase", "furniture")
-def _bookcase(p: Product) -> None:
-    w, h = p.vary(0.9, 1.0), p.vary(1.35, 1.5)
-    p.box((w, h, 0.4))
-    for i in range(3):
-        y, top = 0.3 + i * (h - 0.32) / 3, 0.3 + (i + 1) * (h - 0.32) / 3 - 0.09
-        p.mark(_plank(-w / 2 + 0.09, y, w / 2 - 0.09, top), "dark", at=(0, 0, 0.201))
-        x = -w / 2 + 0.1
-        while x < w / 2 - 0.2:
-            wide = p.vary(0.07, 0.11)
-            paint = p.pick("main", "second", "light", "#b5483a", "#3f7d8c", "#d9a93f")
-            p.mark(
-                _plank(x, y, x + wide - 0.015, y + (top - y) * p.vary(0.68, 0.92)), paint, at=(0, 0, 0.202), lift=0.4
-            )
-            x += wide
-    p.mark(_plank(-0.008, 0.06, 0.008, 0.24), "dark", at=(0, 0, 0.201))
-    for x in (-0.08, 0.08):
-        p.mark(disc(x, 0.16, 0.03), "light", at=(0, 0, 0.202))
-
-
-@kind("floor lamp", "furniture")
-def _floor_lamp(p: Product) -> None:
-    h = p.vary(1.15, 1.3)
-    for a in (90, 210, 330):
-        c, s = math.cos(math.radians(a)), math.sin(math.radians(a))
-        p.rod([(0.4 * c, 0.03, 0.4 * s), (0.05 * c, h, 0.05 * s)], 0.035, "wood", lift=-1)
-    p.turned([(0.42, h - 0.05), (0.36, h + 0.5)], hollow=True, inside="glow")
-
-
 @kind("desk lamp", "furniture")
 def _desk_lamp(p: Product) -> None:
     s = p.pick(-1, 1)
@@ -160,19 +119,6 @@ def _desk_lamp(p: Product) -> None:
     p.ball(0.075, "dark", at=(-0.32 * s, 0.62, 0), lift=0.1)
     p.ball(0.14, "glow", at=(0.44 * s, 0.8, 0), bare=True, lift=-0.1)
     p.turned([(0.1, -0.06), (0.16, 0.06), (0.36, 0.4)], at=(0.2 * s, 1.12, 0), axis=(0.62 * s, -0.8, 0.12), lift=0.2)
-
-
-@kind("mirror", "furniture")
-def _mirror(p: Product) -> None:
-    h = p.vary(0.5, 0.56)
-    for x in (-0.46, 0.46):
-        p.rod([(x, 0.05, 0), (x, 0.82, 0)], 0.04, "wood", lift=-0.3)
-        p.rod([(x, 0.04, -0.22), (x, 0.14, 0), (x, 0.04, 0.22)], 0.045, "wood", lift=-0.3)
-    p.rod([(-0.46, 0.16, 0), (0.46, 0.16, 0)], 0.04, "wood", lift=-0.3)
-    p.prism(disc(0, 0.8, 0.42, h / 0.42 * 1.05), 0.09, tilt=4)
-    p.mark(disc(0, 0.8, 0.3, h / 0.3), "#bcdcea", at=(0, 0, 0.05), tilt=4)
-    p.mark([(-0.2, 0.66), (0.12, 1.06), (0.02, 1.14), (-0.24, 0.84)], "paper", at=(0, 0, 0.052), tilt=4, lift=0.5)
-    p.mark([(-0.04, 0.5), (0.22, 0.84), (0.22, 0.96), (-0.12, 0.52)], "paper", at=(0, 0, 0.052), tilt=4, lift=0.5)
 
 
 @kind("picture frame", "furniture")
@@ -185,57 +131,6 @@ def _picture_frame(p: Product) -> None:
     p.mark(disc(w * 0.17, h - b - 0.17, 0.09), "#f5cf30", at=(0, 0, z + 0.002), tilt=10, lift=0.4)
     hills = [(w / 2 - b, b), (w / 2 - b, b + 0.2), (w * 0.12, b + 0.34), (0, b + 0.22), (-w * 0.16, b + 0.44)]
     p.mark([(-w / 2 + b, b), *hills, (-w / 2 + b, b + 0.16)], "#4f8a5b", at=(0, 0, z + 0.003), tilt=10, lift=0.5)
-
-
-@kind("park bench", "furniture")
-def _park_bench(p: Product) -> None:
-    w = p.vary(1.4, 1.6)
-    for s in (-1, 1):
-        x = s * (w / 2 - 0.14)
-        p.rod([(x, 0.04, -0.3), (x, 0.4, -0.22), (x, 0.95, -0.34)], 0.045, "dark", lift=-2)
-        p.rod([(x, 0.04, 0.3), (x, 0.42, 0.26)], 0.05, "dark", lift=-1.9)
-    for y in (0.56, 0.74, 0.92):
-        p.box((w, 0.13, 0.05), at=(0, y, -0.24 - 0.1 * (y - 0.5)), lift=-1)
-    for i in range(3):
-        p.box((w, 0.06, 0.16), at=(0, 0.42, -0.15 + 0.19 * i), lift=-0.5)
-    for s in (-1, 1):
-        x = s * (w / 2 - 0.14)
-        p.rod([(x, 0.44, 0.28), (x, 0.66, 0.24), (x, 0.68, -0.24)], 0.045, "dark", lift=0.5)
-
-
-@kind("office chair", "furniture")
-def _office_chair(p: Product) -> None:
-    h = p.vary(0.54, 0.6)
-    for a in (18, 90, 162, 234, 306):
-        c, s = math.cos(math.radians(a)), math.sin(math.radians(a))
-        p.rod([(0.04 * c, 0.16, 0.04 * s), (0.44 * c, 0.12, 0.44 * s)], 0.045, "dark", lift=-2)
-        p.ball(0.075, "dark", at=(0.44 * c, 0.075, 0.44 * s), lift=-2)
-    p.turned([(0.06, 0.1), (0.06, h)], "metal", lift=-1.5)
-    p.prism(rounded(-0.38, -0.36, 0.38, 0.36, 0.16), 0.14, at=(0, h, 0.02), plane="floor", lift=-0.2)
-    p.rod([(0, h + 0.05, -0.34), (0, h + 0.4, -0.42)], 0.05, "dark", lift=-1)
-    back = [(-0.3, 0.26), (0.3, 0.26), (0.38, 0.6), (0.3, 0.98), (-0.3, 0.98), (-0.38, 0.6)]
-    p.prism(smooth([(x, h + y) for x, y in back]), 0.12, at=(0, 0, -0.36), lift=-0.5)
-    for s in (-1, 1):
-        p.rod(
-            [(s * 0.38, h + 0.06, 0), (s * 0.48, h + 0.1, 0), (s * 0.48, h + 0.32, 0)],
-            0.035,
-            "dark",
-            lift=_beside(p, s),
-        )
-        p.box((0.1, 0.06, 0.4), "dark", at=(s * 0.48, h + 0.32, 0), lift=_beside(p, s) + 0.3)
-
-
-@kind("door", "furniture")
-def _door(p: Product) -> None:
-    w, h = p.vary(0.7, 0.78), p.vary(1.4, 1.5)
-    p.box((w + 0.24, 0.06, 0.24), "second", at=(0, 0, 0.02), lift=-1)
-    p.prism(_plank(-w / 2 - 0.12, 0, w / 2 + 0.12, h + 0.12), 0.14, "second", lift=-0.5)
-    p.prism(_plank(-w / 2, 0.06, w / 2, h), 0.06, "main", at=(0, 0, 0.08))
-    for x0, x1 in ((-w / 2 + 0.08, -0.04), (0.04, w / 2 - 0.08)):
-        for y0, y1 in ((0.16, h * 0.42), (h * 0.54, h - 0.1)):
-            p.mark(_plank(x0, y0, x1, y1), "second", at=(0, 0, 0.112))
-            p.mark(_plank(x0 + 0.03, y0 + 0.03, x1 - 0.03, y1 - 0.03), "main", at=(0, 0, 0.113), lift=0.4)
-    p.ball(0.055, "gold", at=(w / 2 - 0.08, h * 0.48, 0.17), lift=0.8)
 
 
 @kind("alarm clock", "furniture")

@@ -49,45 +49,6 @@ def _spray_bottle(p: Product) -> None:
     p.rod([(-0.22, h + 0.32, 0), (-0.3, h + 0.16, 0), (-0.28, h + 0.04, 0)], 0.045, "dark", lift=0.25)
 
 
-@kind("bathtub", "house")
-def _bathtub(p: Product) -> None:
-    w = p.vary(0.72, 0.82)
-    for x in (-0.5, 0.5):
-        for z in (-0.24, 0.24):
-            p.ball((0.08, 0.1, 0.08), "gold", at=(x, 0.09, z), lift=-1)
-    body = [(-w * 0.7, 0.14), (w * 0.7, 0.14), (w * 0.94, 0.32), (w, 0.62), (-w, 0.62), (-w * 0.94, 0.32)]
-    p.prism(body, 0.72, lift=-0.2)
-    p.prism(rounded(-w - 0.07, -0.43, w + 0.07, 0.43, 0.3), 0.08, at=(0, 0.6, 0), plane="floor", lift=0.1)
-    p.mark(rounded(-w + 0.04, -0.33, w - 0.04, 0.33, 0.24), "#a9dcf0", at=(0, 0.682, 0), plane="floor", lift=0.2)
-    for x, z, r in ((-0.42, 0.05, 0.13), (-0.2, 0.12, 0.1), (-0.25, -0.08, 0.12), (0.02, 0.02, 0.08)):
-        p.ball(r, "paper", at=(x, 0.7, z), lift=0.4)
-    p.rod([(w - 0.08, 0.66, 0), (w - 0.08, 0.98, 0), (w - 0.3, 0.98, 0), (w - 0.3, 0.88, 0)], 0.045, "gold", lift=0.5)
-
-
-@kind("sink", "house")
-def _sink(p: Product) -> None:
-    h = p.vary(0.62, 0.72)
-    p.turned([(0.27, 0), (0.25, 0.05), (0.15, 0.14), (0.14, h)], at=(0, 0, -0.05), lift=-0.5)
-    p.prism([(-0.3, h), (0.3, h), (0.55, h + 0.2), (0.6, h + 0.3), (-0.6, h + 0.3), (-0.55, h + 0.2)], 0.62, lift=-0.1)
-    p.mark(disc(0, 0.05, 0.4, 0.5), "second", at=(0, h + 0.302, 0), plane="floor")
-    p.mark(disc(0, 0.05, 0.08, 0.6), "dark", at=(0, h + 0.303, 0), plane="floor", lift=0.4)
-    p.rod([(0, h + 0.3, -0.24), (0, h + 0.58, -0.24), (0, h + 0.6, -0.04), (0, h + 0.5, 0)], 0.05, "metal", lift=0.5)
-    for x in (-0.24, 0.24):
-        p.turned([(0.045, 0), (0.045, 0.12), (0.09, 0.13), (0.09, 0.19)], "metal", at=(x, h + 0.3, -0.22), lift=0.4)
-
-
-@kind("toilet", "house")
-def _toilet(p: Product) -> None:
-    h = p.vary(0.42, 0.48)
-    p.box((0.62, 0.52, 0.24), at=(0, h - 0.02, -0.42), lift=-0.6)
-    p.box((0.68, 0.08, 0.3), "second", at=(0, h + 0.5, -0.42), lift=-0.5)
-    p.mark(disc(0.2, h + 0.38, 0.05), "metal", at=(0, 0, -0.298), lift=-0.4)
-    p.prism(disc(0, h + 0.28, 0.29, 0.98), 0.07, "second", at=(0, 0, -0.22), tilt=8, lift=-0.3)
-    p.turned([(0.26, 0), (0.2, 0.12), (0.22, 0.22), (0.38, h)], at=(0, 0, 0.05), lift=-0.2)
-    p.prism(disc(0, 0, 0.4, 1.1), 0.07, "main", at=(0, h, 0.08), plane="floor", lift=0)
-    p.mark(disc(0, 0.02, 0.26, 1.1), "dark", at=(0, h + 0.072, 0.08), plane="floor", lift=0.1)
-
-
 @kind("trash can", "house")
 def _trash_can(p: Product) -> None:
     h = p.vary(0.86, 0.98)
@@ -151,57 +112,6 @@ def _clothes_iron(p: Product) -> None:
     p.turned([(0.08, 0), (0.05, 0.16)], "dark", at=(0.56, h + 0.16, 0), axis=(1, 0.3, 0), lift=-0.1)
 
 
-@kind("radiator", "house")
-def _radiator(p: Product) -> None:
-    n, h = p.pick(6, 7), p.vary(0.78, 0.9)
-    for i in range(n):
-        x = (i - (n - 1) / 2) * 0.2
-        far = -x * math.sin(math.radians(p.view.yaw))
-        p.prism(rounded(-0.14, 0.08, 0.14, h, 0.1), 0.15, at=(x, 0, 0), plane="side", lift=far)
-    for x in (-(n - 1) / 2 * 0.2, (n - 1) / 2 * 0.2):
-        p.box((0.12, 0.1, 0.2), "dark", at=(x, 0, 0), lift=-2)
-    p.rod(
-        [((n - 1) * 0.1, 0.22, 0), ((n - 1) * 0.1 + 0.22, 0.22, 0), ((n - 1) * 0.1 + 0.22, 0.03, 0)],
-        0.04,
-        "metal",
-        lift=-1,
-    )
-    p.turned([(0.08, 0), (0.08, 0.16)], "light", at=((n - 1) * 0.1 + 0.1, 0.22, 0), axis=(1, 0, 0), lift=0.1)
-
-
-@kind("fireplace", "house")
-def _fireplace(p: Product) -> None:
-    w, h = p.vary(1.15, 1.3), p.vary(0.9, 1.0)
-    p.box((w + 0.2, 0.08, 0.62), "second", lift=-1)
-    p.box((w, h, 0.44), at=(0, 0.06, 0), lift=-0.3)
-    p.box((w + 0.2, 0.1, 0.58), "second", at=(0, h + 0.06, 0), lift=0.4)
-    p.mark(
-        [(-0.36, 0.1), (0.36, 0.1), *arc(0, 0.42, 0.36, 0, 180, 12, squash=0.8)], "#2a2220", at=(0, 0, 0.222), lift=0.2
-    )
-    flame = smooth([(-0.24, 0.18), (0.24, 0.18), (0.26, 0.4), (0.13, 0.32), (0.02, 0.66), (-0.1, 0.36), (-0.24, 0.46)])
-    p.mark(flame, "#f2792b", at=(0, 0, 0.223), lift=0.5)
-    p.mark(
-        smooth([(-0.12, 0.18), (0.12, 0.18), (0.12, 0.3), (0.01, 0.46), (-0.11, 0.3)]),
-        "#ffd75e",
-        at=(0, 0, 0.224),
-        lift=0.6,
-    )
-    p.rod([(-0.26, 0.14, 0.24), (0.26, 0.17, 0.24)], 0.05, "#6b452b", lift=1)
-
-
-@kind("lantern", "house")
-def _lantern(p: Product) -> None:
-    h = p.vary(0.62, 0.72)
-    p.turned([(0.42, 0), (0.42, 0.14), (0.34, 0.18)], lift=-0.5)
-    p.turned([(0.3, 0.16), (0.3, 0.16 + h)], "#ffe08a", bare=True, lift=-0.2)
-    p.turned(smooth([(0.02, 0.2), (0.11, 0.34), (0.0, 0.6)], closed=False), "#f28a1e", bare=True, lift=0)
-    for a in (-50, 0, 50):
-        t = a + 20 - p.view.yaw
-        p.rod([_around(0.34, 0.16, t), _around(0.34, 0.18 + h, t)], 0.035, "main", bare=False, lift=0.2)
-    p.turned([(0.44, 0.14 + h), (0.42, 0.24 + h), (0.16, 0.46 + h), (0.14, 0.52 + h)], lift=0.5)
-    p.ring(0.15, 0.035, "metal", at=(0, 0.66 + h, 0), lift=0.1)
-
-
 @kind("barrel", "house")
 def _barrel(p: Product) -> None:
     h = p.vary(1.0, 1.15)
@@ -215,35 +125,3 @@ def _barrel(p: Product) -> None:
     ):
         p.turned([(a + 0.01, lo * h), (b + 0.01, hi * h)], "dark", band=True, lift=0.2)
     p.turned([(0.3, h), (0.3, h + 0.001)], "second", lift=0.3)
-
-
-@kind("faucet", "house")
-def _faucet(p: Product) -> None:
-    h = p.vary(0.7, 0.8)
-    p.turned([(0.28, 0), (0.26, 0.08), (0.17, 0.12), (0.16, h)], lift=-0.1)
-    p.rod(
-        [(0, h - 0.14, 0), (-0.42, h - 0.1, 0), (-0.6, h - 0.18, 0), (-0.62, h - 0.36, 0)],
-        0.11,
-        "main",
-        bare=False,
-        lift=0,
-    )
-    p.turned([(0.13, 0), (0.13, 0.08)], "dark", at=(-0.62, h - 0.5, 0), lift=0.1)
-    p.turned([(0.07, h), (0.07, h + 0.16)], "metal", lift=0.1)
-    p.rod([(-0.26, h + 0.2, 0), (0.26, h + 0.2, 0)], 0.07, "second", lift=0.2)
-    p.rod([(0, h + 0.2, -0.26), (0, h + 0.2, 0.26)], 0.07, "second", lift=0.2)
-    p.ball((0.06, 0.09, 0.06), "#5fb4e8", at=(-0.62, h - 0.62, 0), bare=True)
-
-
-@kind("treasure chest", "house")
-def _treasure_chest(p: Product) -> None:
-    w, h = p.vary(1.0, 1.15), p.vary(0.4, 0.46)
-    lid = [(-0.35, h), (0.35, h), *arc(0, h, 0.35, 0, 180, 14)]
-    p.box((w, h, 0.68))
-    p.prism(lid, w, plane="side", lift=0.1)
-    for x in (-w / 2 + 0.1, w / 2 - 0.1):
-        p.box((0.12, h, 0.7), "gold", at=(x, 0, 0), lift=0.3)
-        p.prism([(z * 1.04, h + (y - h) * 1.04) for z, y in lid], 0.12, "gold", at=(x, 0, 0), plane="side", lift=0.4)
-    p.mark([(-w / 2, h - 0.025), (w / 2, h - 0.025), (w / 2, h + 0.025), (-w / 2, h + 0.025)], "dark", at=(0, 0, 0.352),
-           lift=0.6)  # fmt: skip
-    p.box((0.2, 0.22, 0.06), "gold", at=(0, h - 0.14, 0.37), lift=0.8)

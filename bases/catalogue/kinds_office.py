@@ -42,17 +42,6 @@ def _pencil(p: Product) -> None:
     p.turned([(r * 0.34, h + 0.28), (0, h + 0.42)], "dark", lift=0.4)
 
 
-@kind("pen holder", "office")
-def _pen_holder(p: Product) -> None:
-    r, h = p.vary(0.36, 0.42), p.vary(0.8, 0.9)
-    p.turned([(r, 0), (r, h)], hollow=True)
-    for i, (x, top, paint) in enumerate(((-0.2, 0.5, "#f5cf30"), (0.02, 0.68, "#2f6fd6"), (0.2, 0.45, "#d62f2f"))):
-        a, b = (x, h - 0.02, 0.02), (1.7 * x, h + top, -0.05)
-        p.rod([a, b], 0.065, paint, lift=1 + 0.01 * i)
-        p.rod([b, (b[0] * 1.03, b[1] + 0.07, b[2])], 0.03, "dark", lift=1.1)
-    p.turned([(r + 0.005, h * 0.25), (r + 0.005, h * 0.42)], "second", band=True, lift=2)
-
-
 @kind("book", "office")
 def _book(p: Product) -> None:
     w, h, d = p.vary(0.8, 0.9), p.vary(1.08, 1.2), p.vary(0.24, 0.32)
@@ -64,23 +53,6 @@ def _book(p: Product) -> None:
     p.mark(_rect(0.05, h * 0.68, w * 0.56, h * 0.2), "light", at=(0, 0, d / 2 + 0.026), lift=0.5)
     for y, k in ((0.72, 0.44), (0.65, 0.3)):
         p.mark(_rect(0.05, h * y, w * k, 0.04), "dark", at=(0, 0, d / 2 + 0.027), lift=0.6)
-
-
-@kind("notebook", "office")
-def _notebook(p: Product) -> None:
-    w, h, lean = p.vary(0.8, 0.9), p.vary(1.05, 1.15), 12.0
-    p.prism(rounded(-w / 2, 0, w / 2, h, 0.06), 0.05, at=(0, 0, -0.1), tilt=lean, lift=-0.1)
-    p.prism(rounded(-w / 2 + 0.02, 0.02, w / 2 - 0.02, h - 0.02, 0.04), 0.1, "paper", at=(0, 0, -0.03), tilt=lean)
-    p.prism(rounded(-w / 2, 0, w / 2, h, 0.06), 0.04, at=(0, 0, 0.04), tilt=lean, lift=0.1)
-    at = _before((0, 0, 0.04), lean, 0.022)
-    p.mark(rounded(-w * 0.28, h * 0.5, w * 0.34, h * 0.78, 0.04), "light", at=at, tilt=lean, lift=0.5)
-    for y in (0.58, 0.68):
-        p.mark(_rect(w * 0.03, h * y, w * 0.46, 0.03), "second", at=at, tilt=lean, lift=0.6)
-    for i in range(8):
-        y = h * (0.09 + 0.117 * i)
-        z = -y * math.tan(math.radians(lean))
-        ring = [(-w / 2 + 0.1 * math.cos(a), y, z + 0.14 * math.sin(a)) for a in (0.9, 1.6, 2.4, 3.2, 4.0)]
-        p.rod(ring, 0.026, "metal", lift=0.7)
 
 
 @kind("envelope", "office")
@@ -96,43 +68,6 @@ def _envelope(p: Product) -> None:
     p.mark(disc(0, h * 0.4, 0.12), "#d62f2f", at=at, tilt=lean, lift=0.9)
 
 
-@kind("briefcase", "office")
-def _briefcase(p: Product) -> None:
-    w, h = p.vary(1.2, 1.35), p.vary(0.78, 0.88)
-    handle = [(-0.2, h - 0.02, 0), (-0.18, h + 0.17, 0), (0.18, h + 0.17, 0), (0.2, h - 0.02, 0)]
-    p.rod(handle, 0.05, "dark", lift=-0.2)
-    p.prism(rounded(-w / 2, 0, w / 2, h, 0.08), 0.38)
-    flap = [
-        (-w * 0.5, h - 0.08), (-w * 0.46, h * 0.42), (-w * 0.4, h * 0.36), (w * 0.4, h * 0.36), (w * 0.46, h *
-        0.42), (w * 0.5, h - 0.08)
-    ]  # fmt: skip
-    p.prism(flap, 0.05, at=(0, 0, 0.2), lift=0.3)
-    for x in (-0.27, 0.27):
-        p.mark(_rect(w * x, h * 0.62, 0.12, h * 0.56), "second", at=(0, 0, 0.226), lift=0.6)
-        p.mark(rounded(w * x - 0.1, h * 0.34, w * x + 0.1, h * 0.52, 0.03), "gold", at=(0, 0, 0.227), lift=0.7)
-        p.mark(_rect(w * x, h * 0.43, 0.08, 0.06), "dark", at=(0, 0, 0.228), lift=0.8)
-
-
-@kind("mailbox", "office")
-def _mailbox(p: Product) -> None:
-    turn = math.copysign(p.vary(22, 30), p.view.yaw)
-    c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))
-
-    def at(x: float, y: float, z: float) -> Point:
-        return c * x + s * z, y, c * z - s * x
-
-    p.box((0.16, 0.6, 0.16), "wood", lift=-0.5)
-    arch = [(-0.3, 0), (0.3, 0), *arc(0, 0.32, 0.3, 0, 180, 15)]
-    p.prism(arch, p.vary(0.85, 1.0), at=(0, 0.58, 0), turn=turn)
-    p.mark([(0.88 * a, 0.88 * b + 0.03) for a, b in arch], "second", at=at(0, 0.58, 0.51), turn=turn, lift=0.6)
-    p.mark(_rect(0, 0.42, 0.2, 0.06), "dark", at=at(0, 0.58, 0.511), turn=turn, lift=0.7)
-    side = -math.copysign(0.33, turn)
-    p.prism(
-        [(-0.04, 0), (0.04, 0), (0.04, 0.34), (0.28, 0.34), (0.28, 0.52), (-0.04, 0.52)], 0.04, "#d62f2f",
-        at=at(side, 0.82, -0.05), plane="side", turn=turn, lift=0.5
-    )  # fmt: skip
-
-
 @kind("trophy", "office")
 def _trophy(p: Product) -> None:
     r, h = p.vary(0.36, 0.42), 0.62
@@ -145,19 +80,6 @@ def _trophy(p: Product) -> None:
     ahead = math.radians(-p.view.yaw)
     at = (math.sin(ahead) * (r + 0.04), 0.98, math.cos(ahead) * (r + 0.04))
     p.mark(star(0, 0, 0.18, 0.075), "light", at=at, turn=-p.view.yaw, lift=1)
-
-
-@kind("medal", "office")
-def _medal(p: Product) -> None:
-    r = p.vary(0.4, 0.46)
-    for s in (-1, 1):
-        band = [(s * 0.02, 2 * r - 0.05), (s * 0.22, 2 * r - 0.05), (s * 0.48, 2 * r + 0.7), (s * 0.22, 2 * r + 0.7)]
-        p.prism(band, 0.04, "second" if s > 0 else "#2f6fd6", lift=0.02 * s)
-    p.prism(_rect(0, 2 * r, 0.22, 0.14), 0.1, "metal", lift=0.1)
-    p.prism(disc(0, r, r), 0.12, lift=0.2)
-    p.mark(disc(0, r, r * 0.8), "second", at=(0, 0, 0.061), lift=0.6)
-    p.mark(disc(0, r, r * 0.73), "main", at=(0, 0, 0.062), lift=0.7)
-    p.mark(star(0, r, r * 0.5, r * 0.21), "light", at=(0, 0, 0.063), lift=0.8)
 
 
 @kind("bell", "office")
@@ -183,14 +105,6 @@ def _clipboard(p: Product) -> None:
         p.mark(_rect(-w * 0.24, y, 0.07, 0.07), "main", at=at, tilt=lean, lift=0.4)
     clip = [(-0.24, h - 0.18), (0.24, h - 0.18), (0.24, h - 0.06), (0.1, h + 0.06), (-0.1, h + 0.06), (-0.24, h - 0.06)]
     p.prism(clip, 0.1, "metal", at=_before((0, 0, 0), lean, 0.06), tilt=lean, lift=0.6)
-
-
-@kind("push pin", "office")
-def _push_pin(p: Product) -> None:
-    r = p.vary(0.36, 0.42)
-    p.turned([(0.005, 0), (0.045, 0.14), (0.045, 0.5)], "metal")
-    p.turned([(r * 0.9, 0.46), (r, 0.5), (r * 0.95, 0.58), (r * 0.6, 0.68), (r * 0.5, 0.78)], lift=0.2)
-    p.turned([(r * 0.5, 0.76), (r * 0.58, 1.1), (r * 0.95, 1.2), (r * 0.95, 1.3), (r * 0.85, 1.34)], lift=0.4)
 
 
 def _around(lon: float, lat: float) -> Point:
@@ -242,38 +156,6 @@ def _magnifying_glass(p: Product) -> None:
     p.rod([(a, b, 0.0) for a, b in disc(0, y, r)], 0.085, "main", closed=True, lift=0.6)
     p.turned([(0.07, 0.48), (0.07, y - r)], "metal", lift=0.1)
     p.turned([(0.1, 0), (0.14, 0.05), (0.13, 0.4), (0.1, 0.52)], lift=0.2)
-
-
-@kind("price tag", "office")
-def _price_tag(p: Product) -> None:
-    w, h, lean = p.vary(0.72, 0.82), p.vary(1.15, 1.3), 8.0
-    p.prism(
-        [(-w / 2, 0), (w / 2, 0), (w / 2, h - 0.28), (w * 0.2, h), (-w * 0.2, h), (-w / 2, h - 0.28)], 0.08,
-        tilt=lean
-    )  # fmt: skip
-    at = _before((0, 0, 0), lean, 0.042)
-    p.mark(disc(0, h - 0.2, 0.11), "light", at=at, tilt=lean)
-    p.mark(disc(0, h - 0.2, 0.06), "dark", at=at, tilt=lean, lift=0.4)
-    for x, y in ((-0.13, 0.58), (0.13, 0.3)):
-        p.mark(disc(x, h * y, 0.085), "light", at=at, tilt=lean)
-        p.mark(disc(x, h * y, 0.04), "main", at=at, tilt=lean, lift=0.4)
-    p.mark(moved(_rect(0, 0, 0.06, 0.5), 0, h * 0.44, -35), "light", at=at, tilt=lean)
-    string = smooth([(0, h - 0.2), (-0.1, h + 0.1), (0.1, h + 0.3), (0.3, h + 0.12), (0.08, h - 0.08)], closed=False)
-    p.rod([(x, y, -0.1) for x, y in string], 0.025, "second", lift=0.6)
-
-
-@kind("flag", "office")
-def _flag(p: Product) -> None:
-    h, w = p.vary(1.3, 1.45), p.vary(0.9, 1.05)
-    p.turned([(0.24, 0), (0.22, 0.08), (0.06, 0.12)], "dark", at=(-w / 2, 0, 0))
-    p.turned([(0.04, 0.1), (0.04, h)], "metal", at=(-w / 2, 0, 0))
-    p.ball(0.075, "gold", at=(-w / 2, h + 0.05, 0))
-    for i in range(6):
-        a, b = i / 6, (i + 1) / 6
-        corners = []
-        for t, y in ((a, 0.0), (b, 0.0), (b, 0.62), (a, 0.62)):
-            corners.append((-w / 2 + 0.04 + t * w, h - 0.67 + y + 0.05 * math.sin(5.5 * t), 0.14 * math.sin(6.3 * t)))
-        p.sheet(corners, lift=0.5)
 
 
 @kind("folder", "office")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from shapes import FRONT, Flat, Product, arc, disc, kind, moved, rounded, smooth
+from shapes import Flat, Product, arc, disc, kind, rounded, smooth
 
 
 def _rect(x: float, y: float, w: float, h: float) -> list[Flat]:
@@ -37,19 +37,6 @@ def _screwdriver(p: Product) -> None:
         [(-0.065, 1.25), (0.065, 1.25), (0.1, 1.33), (0.08, 1.48), (-0.08, 1.48), (-0.1, 1.33)], 0.06, "metal",
         lift=0.4
     )  # fmt: skip
-
-
-@kind("saw", "tools")
-def _saw(p: Product) -> None:
-    w, teeth = p.vary(1.15, 1.3), 9
-    step = w / teeth
-    zigzag = [(-w * 0.5 + step * (i + k), 0.09 - 0.18 * k) for i in range(teeth) for k in (0.0, 0.5)]
-    p.prism([*zigzag, (w * 0.5, 0.09), (w * 0.5, 0.58), (-w * 0.5, 0.3)], 0.05)
-    grip = smooth(
-        [(w * 0.42, 0.05), (w * 0.72, -0.0), (w * 0.82, 0.14), (w * 0.78, 0.5), (w * 0.68, 0.64), (w * 0.44, 0.62)]
-    )  # fmt: skip
-    p.prism(grip, 0.16, "wood", lift=0.2)
-    p.mark(rounded(w * 0.53, 0.17, w * 0.69, 0.47, 0.09), "dark", at=(0, 0, 0.081), lift=0.5)
 
 
 @kind("wrench", "tools")
@@ -112,34 +99,6 @@ def _paint_brush(p: Product) -> None:
     p.mark(disc(0, h + 0.9, 0.05), "dark", at=(0, 0, 0.101))
 
 
-@kind("toolbox", "tools")
-def _toolbox(p: Product) -> None:
-    w, h = p.vary(1.2, 1.35), p.vary(0.45, 0.52)
-    p.box((w, h, 0.6))
-    p.prism([(-0.32, h), (0.32, h), (0.14, h + 0.24), (-0.14, h + 0.24)], w + 0.04, "main", plane="side", lift=0.1)
-    p.mark(_rect(0, h, w, 0.05), "dark", at=(0, 0, 0.322), lift=0.5)
-    for x in (-0.3, 0.3):
-        p.box((0.13, 0.2, 0.05), "metal", at=(w * x, h - 0.12, 0.32), lift=0.6)
-    y = h + 0.2
-    p.rod(
-        [(-w * 0.24, y, 0), (-w * 0.24, y + 0.2, 0), (w * 0.24, y + 0.2, 0), (w * 0.24, y, 0)], 0.055, "dark",
-        lift=0.5
-    )  # fmt: skip
-
-
-@kind("drill", "tools")
-def _drill(p: Product) -> None:
-    w = p.vary(0.95, 1.05)
-    p.prism([(-0.02, 0.18), (0.28, 0.18), (0.34, 0.75), (0.02, 0.75)], 0.24)
-    p.prism(rounded(-0.2, 0, 0.4, 0.22, 0.05), 0.34, "dark", lift=0.1)
-    p.prism(moved(_rect(0, 0, 0.1, 0.2), -0.03, 0.58), 0.1, "#d62f2f")
-    p.turned([(0.19, 0), (0.24, 0.06), (0.24, 0.5), (0.19, w * 0.8)], at=(0.45, 0.9, 0), axis=(-1, 0, 0), lift=0.2)
-    p.turned([(0.17, 0), (0.15, 0.06), (0.09, 0.24)], "dark", at=(0.45 - w * 0.8, 0.9, 0), axis=(-1, 0, 0), lift=0.1)
-    p.turned([(0.05, 0.22), (0.05, 0.52), (0, 0.6)], "metal", at=(0.45 - w * 0.8, 0.9, 0), axis=(-1, 0, 0))
-    for x in (0.1, 0.2, 0.3):
-        p.mark(_rect(x, 0.92, 0.045, 0.16), "dark", at=(0, 0, 0.24), lift=1)
-
-
 @kind("magnet", "tools")
 def _magnet(p: Product) -> None:
     r, k = p.vary(0.5, 0.56), 0.23
@@ -151,16 +110,6 @@ def _magnet(p: Product) -> None:
     p.prism(outline, 0.28)
     for s in (-1, 1):
         p.prism(_rect(s * (r - k / 2), 1.26, k, 0.26), 0.28, "light", lift=0.05)
-
-
-@kind("pickaxe", "tools")
-def _pickaxe(p: Product) -> None:
-    h, w = p.vary(1.15, 1.3), p.vary(0.66, 0.74)
-    p.turned([(0.09, 0), (0.075, 0.1), (0.075, h + 0.1)], "wood")
-    top = arc(0, -0.75, w * 1.45, 128, 52, 11)
-    low = arc(0, -1.12, w * 1.55, 60, 120, 11)
-    p.prism([(x, h + y - 0.28) for x, y in top] + [(x, h + y - 0.18) for x, y in low], 0.2, lift=0.4)
-    p.box((0.26, 0.3, 0.26), at=(0, h - 0.17, 0), lift=0.5)
 
 
 @kind("fire extinguisher", "tools")
@@ -198,21 +147,6 @@ def _traffic_cone(p: Product) -> None:
             [(low, 0.1 + a * h), (high, 0.1 + b * h)], "paper" if i % 2 else "main", lift=0.5 + 0.1 * i, bare=bool(i
             % 2)
         )  # fmt: skip
-
-
-@kind("pliers", "tools")
-def _pliers(p: Product) -> None:
-    k = p.vary(0.92, 1.05)
-    for s in (-1, 1):
-        jaw = [(0.02, 0.72), (0.2, 0.72), (0.2, 0.9), (0.1, 1.32), (0.015, 1.32)]
-        p.prism([(s * x, y) for x, y in jaw], 0.16, "metal")
-        grip = smooth(
-            [(0.02, 0.74), (0.17, 0.7), (0.42 * k, 0.4), (0.42 * k, 0.02), (0.25 * k, 0.0), (0.23 * k, 0.34), (0.02,
-            0.6)]
-        )  # fmt: skip
-        p.prism([(s * x, y) for x, y in grip], 0.22, lift=0.1)
-    p.turned([(0.17, -0.11), (0.17, 0.11)], "metal", at=(0, 0.76, 0), axis=FRONT, lift=0.4)
-    p.mark(disc(0, 0.76, 0.07), "dark", at=(0, 0, 0.112), lift=0.7)
 
 
 @kind("paint bucket", "tools")

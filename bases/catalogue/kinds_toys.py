@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from shapes import FRONT, Product, arc, around, disc, kind, rounded, smooth, standing, star
+from shapes import FRONT, Product, arc, around, disc, kind, rounded, smooth, standing
 
 
 def _wheel(
@@ -51,23 +51,6 @@ def _rubber_duck(p: Product) -> None:
     p.ball((0.05, 0.06, 0.03), "dark", at=(s * 0.36, 0.88, h * 0.86), lift=1)
 
 
-@kind("doll", "toys")
-def _doll(p: Product) -> None:
-    r = p.vary(0.4, 0.46)
-    for s in (-1, 1):
-        p.blob([((s * 0.1, 0.04, 0.02), 0.08), ((s * 0.1, 0.3, 0), 0.07)], "skin", lift=-0.2)
-        p.blob([((s * 0.2, 0.76, 0), 0.08), ((s * 0.42, 0.54, 0.08), 0.07)], "skin", lift=-0.1)
-        p.ball(0.13, at=(s * 0.2, 0.78, 0), lift=0.1)
-        p.ball((0.12, 0.2, 0.12), "#5b3a24", at=(s * 0.36, 1.0, -0.02), lift=-0.1)
-        p.ball(0.06, "main", at=(s * 0.32, 1.16, 0.06), lift=0.2)
-    p.turned([(r, 0.16), (r * 0.8, 0.36), (0.16, 0.66), (0.17, 0.84), (0.1, 0.88)])
-    p.turned([(r * 1.01, 0.16), (r * 0.95, 0.24)], "second", band=True, lift=0.2)
-    p.ball(0.3, "#5b3a24", at=(0, 1.14, -0.04), lift=0.2)
-    p.ball((0.26, 0.25, 0.2), "skin", at=(0, 1.08, 0.1), lift=0.5)
-    p.ball((0.07, 0.03, 0.03), "#d62f2f", at=(0, 0.98, 0.29), lift=1.2)
-    _face(p, 0, 1.1, 0.28, 0.1, 0.035)
-
-
 @kind("piggy bank", "toys")
 def _piggy_bank(p: Product) -> None:
     s = p.pick(-1, 1)
@@ -99,47 +82,6 @@ def _piggy_bank(p: Product) -> None:
     p.ball((0.045, 0.055, 0.03), "dark", at=(s * 0.4, 0.66, 0.28), lift=0.8)
     p.box((0.26, 0.02, 0.06), "dark", at=(-s * 0.05, 0.93, 0), lift=0.3)
     p.turned([(0.13, -0.02), (0.13, 0.02)], "gold", at=(-s * 0.05, 1.04, 0), axis=FRONT, lift=0.2)
-
-
-@kind("dinosaur", "toys")
-def _dinosaur(p: Product) -> None:
-    s = p.pick(-1, 1)
-    for x in (-0.26, 0.18):
-        for z in (-0.14, 0.14):
-            p.turned([(0.09, 0), (0.11, 0.36)], at=(s * x, 0, z), lift=z * 2)
-    p.prism(
-        [
-            (s * x, y)
-            for x, y in smooth(
-                [
-                    (-0.4, 0.5),
-                    (-0.2, 0.68),
-                    (0.1, 0.66),
-                    (0.28, 0.8),
-                    (0.36, 1.1),
-                    (0.46, 1.24),
-                    (0.66, 1.22),
-                    (0.74, 1.12),
-                    (0.68, 1.04),
-                    (0.54, 1.02),
-                    (0.5, 0.8),
-                    (0.44, 0.46),
-                    (0.1, 0.24),
-                    (-0.3, 0.24),
-                    (-0.6, 0.26),
-                    (-1.0, 0.1),
-                    (-0.66, 0.42),
-                ],
-                steps=3,
-            )
-        ],
-        p.vary(0.3, 0.36),
-    )
-    for x, y, k in ((-0.62, 0.42, 0.12), (-0.36, 0.58, 0.16), (-0.08, 0.66, 0.17), (0.18, 0.72, 0.14)):
-        p.prism(
-            [(s * (x - k * 0.7), y - 0.02), (s * x, y + k), (s * (x + k * 0.7), y - 0.02)], 0.08, "second", lift=-0.05
-        )
-    p.ball((0.045, 0.05, 0.03), "dark", at=(s * 0.54, 1.14, 0.17), lift=0.8)
 
 
 @kind("snowman", "toys")
@@ -177,22 +119,6 @@ def _toy_car(p: Product) -> None:
         p.ball((0.03, 0.06, 0.06), "glow", at=(0.74, 0.3, z), lift=0.3)
 
 
-@kind("toy train", "toys")
-def _toy_train(p: Product) -> None:
-    s = p.pick(-1, 1)
-    for x, r in ((-0.42, 0.18), (0.02, 0.14), (0.34, 0.14)):
-        for z in (-0.2, 0.2):
-            _wheel(p, s * x, z, r, "second", 0.1, 3 * z)
-    p.box((1.3, 0.12, 0.36), "second", at=(0, 0.2, 0))
-    p.turned([(0.22, -0.28), (0.22, 0.6), (0.17, 0.64)], at=(0, 0.54, 0), axis=(s, 0, 0), lift=0.1)
-    p.box((0.44, 0.64, 0.46), at=(-s * 0.42, 0.32, 0), lift=0.15)
-    p.box((0.54, 0.08, 0.54), "second", at=(-s * 0.42, 0.96, 0), lift=0.4)
-    p.mark(rounded(-s * 0.42 - 0.13, 0.6, -s * 0.42 + 0.13, 0.88, 0.03), "glass", at=(0, 0, 0.232), lift=0.6)
-    p.turned([(0.07, 0.74), (0.08, 0.9), (0.14, 1.06)], "dark", at=(s * 0.44, 0, 0), lift=0.2)
-    p.ball((0.1, 0.1, 0.1), "gold", at=(s * 0.1, 0.78, 0), lift=0.2)
-    p.prism([(s * 0.6, 0.04), (s * 0.82, 0.04), (s * 0.64, 0.26), (s * 0.6, 0.26)], 0.36, "dark", lift=0.1)
-
-
 @kind("rocket", "toys")
 def _rocket(p: Product) -> None:
     w = p.vary(0.26, 0.32)
@@ -207,50 +133,6 @@ def _rocket(p: Product) -> None:
     p.turned([(w * 0.93, 0.98), (w * 0.86, 1.06)], "second", band=True, lift=0.4)
     p.turned([(0.14, 0), (0.13, 0.04)], "metal", at=(0, 0.76, w * 0.96), axis=FRONT, lift=0.5)
     p.mark(disc(0, 0.76, 0.095), "screen", at=(0, 0, w * 0.96 + 0.05), lift=0.8)
-
-
-@kind("sailing boat", "toys")
-def _sailing_boat(p: Product) -> None:
-    s, h = p.pick(-1, 1), p.vary(1.3, 1.45)
-    p.rod([(0, 0.2, 0), (0, h, 0)], 0.03, "wood", lift=-0.05)
-    p.prism([(s * x, y) for x, y in ((0.06, 0.4), (0.06, h - 0.06), (0.3, h * 0.62), (0.62, 0.4))], 0.03)
-    p.prism([(s * x, y) for x, y in ((-0.05, 0.44), (-0.05, h - 0.16), (-0.5, 0.44))], 0.03, "light")
-    p.prism([(s * x, y) for x, y in ((-0.6, 0.32), (-0.46, 0), (0.4, 0), (0.74, 0.34))], 0.32)
-    p.prism(
-        [(s * x, y) for x, y in ((-0.6, 0.32), (-0.57, 0.25), (0.67, 0.26), (0.74, 0.34))], 0.34, "second", lift=0.1
-    )
-    p.prism([(s * x, h + y) for x, y in ((0, 0.14), (0, 0), (-0.2, 0.07))], 0.02, "second")
-
-
-@kind("helicopter", "toys")
-def _helicopter(p: Product) -> None:
-    s, y = p.pick(-1, 1), 0.5
-    for z in (-0.22, 0.22):
-        p.rod([(-s * 0.36, 0.04, z), (s * 0.4, 0.04, z), (s * 0.48, 0.1, z)], 0.035, "dark", lift=z)
-        for x in (-0.2, 0.24):
-            p.rod([(s * x, 0.04, z), (s * x, 0.26, z * 0.6)], 0.03, "dark", lift=z)
-    p.blob([((-s * 0.2, y + 0.04, 0), 0.12), ((-s * 0.98, y + 0.16, 0), 0.06)], lift=-0.1)
-    p.prism(
-        [(-s * x, y + b) for x, b in ((0.86, 0.14), (0.98, 0.42), (1.1, 0.42), (1.04, 0.1))], 0.06, "second", lift=0.05
-    )
-    p.ball((0.44, p.vary(0.29, 0.34), 0.3), at=(0, y, 0))
-    p.ball((0.2, 0.18, 0.2), "screen", at=(s * 0.22, y + 0.05, 0.08), lift=0.2)
-    p.turned([(0.06, y + 0.26), (0.05, y + 0.46)], "dark", lift=0.1)
-    for a in (12, 102):
-        c, q = math.cos(math.radians(a)), math.sin(math.radians(a))
-        p.prism(
-            [
-                (0.86 * c - 0.05 * q, 0.86 * q + 0.05 * c),
-                (0.86 * c + 0.05 * q, 0.86 * q - 0.05 * c),
-                (-0.86 * c + 0.05 * q, -0.86 * q - 0.05 * c),
-                (-0.86 * c - 0.05 * q, -0.86 * q + 0.05 * c),
-            ],
-            0.03,
-            "dark",
-            at=(0, y + 0.44, 0),
-            plane="floor",
-            lift=0.6,
-        )
 
 
 @kind("hot air balloon", "toys")
@@ -286,52 +168,7 @@ def _hot_air_balloon(p: Product) -> None:
     p.turned([(0.17, 0.48), (0.2, 0.54)], "dark", band=True, lift=0.7)
 
 
-@kind("flying saucer", "toys")
-def _flying_saucer(p: Product) -> None:
-    for a in (30, 150, 270):
-        p.rod([around(a, 0.3, 0.3), around(a, 0.5, 0.05)], 0.035, "metal", lift=-0.3)
-        p.ball((0.08, 0.05, 0.08), "metal", at=around(a, 0.5, 0.05), lift=-0.3)
-    r = p.vary(0.78, 0.86)
-    p.turned([(0.3, 0.24), (r, 0.42), (r, 0.47), (0.38, 0.62)])
-    p.ball((0.36, 0.32, 0.36), "glass", at=(0, 0.62, 0), lift=-0.01)
-    p.ball((0.16, 0.2, 0.16), "#7bc142", at=(0, 0.68, 0), lift=0.0)
-    for s in (-1, 1):
-        p.ball((0.05, 0.07, 0.03), "dark", at=(s * 0.07, 0.72, 0.14), lift=0.2)
-    for i in range(9):
-        if p.sees(around(40 * i, 1, 0.5), 0):
-            p.ball(0.055, "glow", at=around(40 * i, r * 0.78, 0.52), lift=0.4)
-
-
-@kind("submarine", "toys")
-def _submarine(p: Product) -> None:
-    s, y = p.pick(-1, 1), 0.34
-    p.prism(
-        [(-s * x, y + b) for x, b in ((0.6, 0.08), (0.9, 0.3), (0.9, -0.3), (0.6, -0.08))], 0.06, "second", lift=-0.1
-    )
-    p.box((0.4, 0.3, 0.26), at=(s * 0.06, y + 0.22, 0), top="second", lift=-0.02)
-    p.rod(standing([(s * 0.0, y + 0.5), (s * 0.0, y + 0.76), (s * 0.16, y + 0.76)]), 0.04, "dark", lift=0.1)
-    p.blob([((-s * 0.6, y, 0), 0.18), ((-s * 0.2, y, 0), 0.32), ((s * 0.4, y, 0), 0.32)], lift=0.1)
-    for x in (-0.22, 0.1, 0.42):
-        p.ball((0.1, 0.1, 0.04), "second", at=(s * x, y + 0.03, 0.28), lift=0.5)
-        p.ball((0.065, 0.065, 0.04), "screen", at=(s * x, y + 0.03, 0.31), lift=0.6)
-
-
 # -- games -------------------------------------------------------------------------------------------------------------
-
-
-@kind("stacking rings", "toys")
-def _stacking_rings(p: Product) -> None:
-    p.turned([(0.5, 0), (0.5, 0.06), (0.44, 0.1)], "wood", lift=-0.6)
-    p.turned([(0.06, 0.1), (0.06, 1.16)], "wood", lift=-0.3)
-    y = 0.1
-    for i, r in enumerate((0.46, 0.4, 0.34, 0.28, 0.22)):
-        p.turned(
-            [(r - 0.06, y), (r, y + 0.05), (r, y + 0.13), (r - 0.06, y + 0.18)],
-            "second" if i % 2 else "main",
-            lift=0.1 * i,
-        )
-        y += 0.18
-    p.ball(p.vary(0.12, 0.15), at=(0, y + 0.16, 0), lift=1)
 
 
 @kind("die", "toys")
@@ -354,21 +191,6 @@ def _die(p: Product) -> None:
             p.mark(
                 disc(u * a * 0.24, v * a * 0.28, r), "second", at=(0, a + 0.003, 0), plane="floor", turn=turn, lift=0.6
             )
-
-
-@kind("puzzle piece", "toys")
-def _puzzle_piece(p: Product) -> None:
-    k, r = 0.4, p.vary(0.13, 0.15)
-    top = [(-k, k), (-0.08, k), *arc(0, k + r * 0.9, r, 230, -50, 10), (0.08, k), (k, k)]
-    right = [(k, 0.08), *arc(k + r * 0.9, 0, r, 140, -140, 10), (k, -0.08), (k, -k)]
-    low = [(0.08, -k), *arc(0, -k + r * 0.9, r, -50, 230, 10), (-0.08, -k), (-k, -k)]
-    left = [
-        (-k, -0.08),
-        *arc(-k + r * 0.9, 0, r, 220, -40 + 180 - 280 + 280, 10)[:0],
-        *arc(-k + r * 0.9, 0, r, 220, 500, 10),
-        (-k, 0.08),
-    ]
-    p.prism([(1.25 * x, 1.25 * (y + k)) for x, y in top + right + low + left], 0.22, side="second")
 
 
 @kind("balloon", "toys")
@@ -449,38 +271,6 @@ def _toy_house(p: Product) -> None:
             plane="side",
             turn=turn,
         )
-
-
-@kind("castle", "toys")
-def _castle(p: Product) -> None:
-    h, r = p.vary(0.86, 1.0), 0.17
-    p.box((0.9, 0.56, 0.5), lift=-0.3)
-    for i in range(4):
-        p.box((0.11, 0.1, 0.06), at=(-0.27 + 0.18 * i, 0.56, 0.22), lift=0.2)
-    for x, z in ((-0.45, -0.25), (0.45, -0.25), (-0.45, 0.25), (0.45, 0.25)):
-        t = h if z > 0 else h + 0.16
-        p.turned([(r, 0), (r, t), (r + 0.04, t), (r + 0.04, t + 0.08)], at=(x, 0, z), lift=z)
-        p.turned([(r + 0.07, t + 0.08), (0.01, t + 0.46)], "second", at=(x, 0, z), lift=z + 0.1)
-        p.mark(rounded(x - 0.035, t - 0.24, x + 0.035, t - 0.08, 0.03), "dark", at=(0, 0, z + r + 0.005), lift=z + 0.1)
-    p.mark([(-0.15, 0), (0.15, 0), *arc(0, 0.24, 0.15, 0, 180, 9)], "dark", at=(0, 0, 0.252), lift=0.3)
-
-
-@kind("sand bucket", "toys")
-def _sand_bucket(p: Product) -> None:
-    h = p.vary(0.6, 0.7)
-    p.blob([((0.12, h + 0.1, -0.05), 0.03), ((0.3, h + 0.5, -0.1), 0.04)], "second", lift=-0.3)
-    p.prism(
-        [(0.24, h + 0.46), (0.42, h + 0.4), (0.52, h + 0.66), (0.42, h + 0.78), (0.3, h + 0.72)],
-        0.06,
-        "main",
-        at=(0, 0, -0.1),
-        lift=-0.3,
-    )
-    p.turned([(0.3, 0), (0.44, h)], hollow=True, inside="main")
-    p.turned([(0.445, h - 0.09), (0.46, h)], "second", band=True, lift=0.2)
-    p.ball((0.26, 0.1, 0.2), "#e3cd95", at=(-0.02, h - 0.01, -0.02), lift=0.1)
-    p.rod(standing(arc(0, h - 0.06, 0.46, 200, 340, squash=0.9), 0.3), 0.03, "light", lift=0.5)
-    p.mark(star(0, h * 0.4, 0.12, 0.055), "second", at=(0, 0, 0.42), tilt=-12, lift=0.4)
 
 
 @kind("lifebuoy", "toys")

@@ -207,16 +207,6 @@ def _dress(p: Product) -> None:
 # -- for the neck, hands and head --------------------------------------------------------------------------------------
 
 
-@kind("glove", "wear")
-def _glove(p: Product) -> None:
-    s = p.pick(-1, 1)
-    for x, y, lean in ((-0.24, 1.0, -0.06), (-0.08, 1.14, -0.02), (0.08, 1.1, 0.02), (0.23, 0.96, 0.07)):
-        p.blob([((s * x, 0.6, 0), 0.085), ((s * (x + lean), y, 0), 0.075)], lift=-0.1)
-    p.blob([((s * 0.22, 0.36, 0), 0.11), ((s * 0.5, 0.66, 0), 0.085)], lift=-0.1)
-    p.prism(smooth([(-0.32, 0.66), (0.32, 0.66), (0.33, 0.4), (0.24, 0.1), (-0.24, 0.1), (-0.33, 0.4)], steps=3), 0.18)
-    p.prism(rounded(-0.28, 0, 0.28, 0.2, 0.05), 0.24, "second", lift=0.3)
-
-
 @kind("bow tie", "wear")
 def _bow_tie(p: Product) -> None:
     h = p.vary(0.3, 0.36)
@@ -278,53 +268,6 @@ def _sun_hat(p: Product) -> None:
     p.turned([(0.425, 0.12), (0.415, 0.24)], "second", band=True, lift=0.4)
     for dx, dy in ((-0.13, 0.04), (0.13, 0.04)):
         p.ball((0.13, 0.09, 0.05), "second", at=(dx, 0.18 + dy, 0.44), lift=1)
-
-
-@kind("beanie", "wear")
-def _beanie(p: Product) -> None:
-    h = p.vary(0.5, 0.6)
-    p.turned([(0.42, 0.1), *[(0.44 * math.cos(a), 0.2 + h * math.sin(a)) for a in (0, 0.3, 0.6, 0.9, 1.2, 1.45, 1.57)]])
-    p.turned([(0.45, 0), (0.48, 0.03), (0.48, 0.22), (0.45, 0.25)], "second", band=True, lift=0.4)
-    p.ball(p.vary(0.15, 0.19), "second", at=(0, h + 0.3, 0), lift=0.5)
-
-
-@kind("wizard hat", "wear")
-def _wizard_hat(p: Product) -> None:
-    h, s = p.vary(1.0, 1.15), p.pick(-1, 1)
-    p.turned([(0.66, 0), (0.67, 0.03), (0.36, 0.1)], lift=-0.5)
-    p.turned([(0.38, 0.08), (0.24, 0.5), (0.13, h * 0.78)])
-    p.turned([(0.135, 0), (0.02, h * 0.34)], at=(0, h * 0.77, 0), axis=(s * 0.55, 0.8, 0), lift=0.2)
-    p.turned([(0.395, 0.08), (0.36, 0.21)], "second", band=True, lift=0.4)
-    for x, y, r in ((-0.1, 0.36, 0.08), (0.1, 0.52, 0.07), (-0.03, 0.7, 0.055)):
-        p.mark(star(x, y, r, r * 0.45), "gold", at=(0, 0, 0.3 - 0.25 * y), tilt=18, lift=0.6)
-
-
-@kind("chef hat", "wear")
-def _chef_hat(p: Product) -> None:
-    h = p.vary(0.34, 0.42)
-    p.turned([(0.36, 0), (0.36, h)], "second", lift=-0.2)
-    for i in range(8):
-        x, y, z = around(45 * i + 10, 0.28, h + 0.22)
-        p.ball((0.23, 0.27, 0.23), at=(x, y, z))
-    p.ball((0.34, 0.22, 0.34), at=(0, h + 0.36, 0), lift=0.15)
-
-
-@kind("motorcycle helmet", "wear")
-def _motorcycle_helmet(p: Product) -> None:
-    r = 0.5
-    p.turned([(0.36, 0), (0.4, 0.16)], "dark", lift=-0.4)
-    p.ball((r, r, r * 1.05), at=(0, r + 0.04, 0))
-    p.ball((0.36, 0.17, 0.2), "dark", at=(0, r + 0.06, 0.38), lift=0.5)
-    p.ball((0.3, 0.12, 0.12), "screen", at=(0, r + 0.07, 0.47), lift=0.6)
-    p.ball((0.28, 0.1, 0.12), "second", at=(0, 0.22, 0.42), lift=0.5)
-    p.prism(
-        [(-0.05, -0.46), (0.05, -0.46), (0.05, 0.3), (-0.05, 0.3)],
-        0.04,
-        "second",
-        plane="floor",
-        at=(0, 2 * r + 0.02, 0.1),
-        lift=0.3,
-    )
 
 
 @kind("hard hat", "wear")
@@ -449,15 +392,6 @@ def _watch(p: Product) -> None:
     p.rod(standing([(-0.1, h + 0.12), (0, h), (0.06, h + 0.2)], 0.19), 0.022, "dark", lift=1.3)
 
 
-@kind("ring", "wear")
-def _ring(p: Product) -> None:
-    r, g = p.vary(0.36, 0.42), p.vary(0.2, 0.25)
-    p.ring(r, 0.085, at=(0, r + 0.08, 0))
-    y = 2 * r + 0.1
-    p.turned([(0.06, y - 0.02), (g * 0.7, y + 0.1)], "main", lift=0.3, sides=8)
-    p.turned([(0.06, y), (g, y + 0.22), (g * 0.62, y + 0.33)], "glass", lift=0.5, sides=8)
-
-
 @kind("gem", "wear")
 def _gem(p: Product) -> None:
     r = p.vary(0.52, 0.6)
@@ -566,27 +500,3 @@ def _umbrella(p: Product) -> None:
             gore = [around(a - 22, q, y + b) for q, b in dome] + [around(a + 22, q, y + b) for q, b in reversed(dome)]
             p.sheet(gore, "second", lift=0.5, bare=True)
     p.turned([(0.03, y + 0.46), (0.02, y + 0.6)], "metal", lift=0.8)
-
-
-@kind("perfume bottle", "wear")
-def _perfume_bottle(p: Product) -> None:
-    w, h = p.vary(0.36, 0.42), p.vary(0.56, 0.66)
-    p.prism(
-        [
-            (-w, 0),
-            (w, 0),
-            (w + 0.06, 0.1),
-            (w - 0.04, h - 0.08),
-            (w * 0.5, h),
-            (-w * 0.5, h),
-            (-w + 0.04, h - 0.08),
-            (-w - 0.06, 0.1),
-        ],
-        0.4,
-    )
-    p.mark(rounded(-0.2, 0.16, 0.2, h * 0.66, 0.03), "paper", at=(0, 0, 0.202))
-    p.turned([(0.1, h), (0.1, h + 0.1)], "gold", lift=0.2)
-    p.rod(standing(smooth([(0, h + 0.16), (0.3, h + 0.2), (0.5, h + 0.02)], closed=False)), 0.035, "gold", lift=0.2)
-    p.turned([(0.12, h + 0.1), (0.14, h + 0.24), (0.08, h + 0.3)], "gold", lift=0.4)
-    p.ball((0.13, 0.17, 0.13), "second", at=(0.54, h - 0.12, 0), lift=0.3)
-    p.ball(0.05, "second", at=(0.58, h - 0.34, 0), lift=0.2)

