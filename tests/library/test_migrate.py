@@ -15,6 +15,7 @@ from sqlalchemy import MetaData, inspect
 
 from tests.old_databases import made
 from veneer.errors import ConfigError
+from veneer.jobs.store import JOB_SCHEMA
 from veneer.library import index as ix
 from veneer.library.database import open_engine, reading, write_transaction
 from veneer.library.library import open_library
@@ -59,7 +60,7 @@ def test_a_database_of_each_earlier_veneer_becomes_what_this_one_makes(where: st
     engine.dispose()
 
 
-@pytest.mark.parametrize("schema", [ix.INDEX_SCHEMA, store.TENANT_SCHEMA], ids=["index", "tenants"])
+@pytest.mark.parametrize("schema", [ix.INDEX_SCHEMA, store.TENANT_SCHEMA, JOB_SCHEMA], ids=["index", "tenants", "jobs"])
 def test_a_new_database_has_the_same_tables_and_needs_no_script(where: str, schema: Schema) -> None:
     engine = open_engine(where, "x")
     bring_up(engine, schema, where)

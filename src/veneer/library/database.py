@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, String, create_engine, event, text
+from sqlalchemy import ColumnElement, Connection, Engine, String, create_engine, event, literal_column, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from veneer.errors import ConfigError, MissingExtraError, ResourceError
@@ -146,6 +146,13 @@ def _wal(connection: Any) -> None:
             if time.monotonic() > give_up:
                 raise
             time.sleep(0.02)
+
+
+def database_clock(engine: Engine) -> ColumnElement[float]:
+    """Seconds since 1970 by the database's clock, which all machines on it have in common."""
+    if engine.dialect.name == "postgresql":
+        return literal_column("EXTRACT(EPOCH FROM clock_timestamp())::float")
+    return literal_column("(julianday('now') - 2440587.5) * 86400.0")
 
 
 @contextlib.contextmanager

@@ -36,14 +36,12 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
-    ColumnElement,
     Connection,
     Table,
     bindparam,
     delete,
     func,
     insert,
-    literal_column,
     select,
     text,
     update,
@@ -53,7 +51,7 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import SQLAlchemyError
 
 from veneer.errors import ConfigError, ResourceError, nearest
-from veneer.library.database import reading, write_transaction
+from veneer.library.database import database_clock, reading, write_transaction
 from veneer.library.names import name_of
 from veneer.serve.access import LedgerState
 from veneer.serve.outage import is_outage
@@ -368,7 +366,9 @@ class Ledger:
                 ]
                 counts["done"] += post(c, server, owed, self.wall())
             counts["interrupted"] += self._interrupt_all(server)
-        seen = select(server_table.c.server).where(server_table.c.seen > _now(self.store) - _GONE_SECONDS)
+        seen = select(server_table.c.server).where(
+            server_table.c.seen > database_clock(self.store.engine) - _GONE_SECONDS
+        )
         with reading(self.store.engine) as c:
             gone = list(
                 c.scalars(
@@ -415,7 +415,10 @@ class Ledger:
         """Say that this server runs; to be called more often than every ten minutes."""
         with write_transaction(self.store.engine) as c:
             c.execute(delete(server_table).where(server_table.c.server == self.server))
-            c.execute(insert(server_table), {"server": self.server, "seen": c.scalar(select(_now(self.store)))})
+            c.execute(
+                insert(server_table),
+                {"server": self.server, "seen": c.scalar(select(database_clock(self.store.engine)))},
+            )
 
     def prune(self, days: float, most: int = 10_000) -> int:
         """Delete lines that are older, and slots that no window needs; sums stay. Returns how many lines went."""
@@ -474,13 +477,6 @@ class Ledger:
         except (SQLAlchemyError, ResourceError):
             return False
         return not self.outbox.take(1)
-
-
-def _now(store: Store) -> ColumnElement[float]:
-    """Seconds since 1970 by the database's clock."""
-    if store.engine.dialect.name == "postgresql":
-        return literal_column("EXTRACT(EPOCH FROM clock_timestamp())::float")
-    return literal_column("(julianday('now') - 2440587.5) * 86400.0")
 
 
 # -- what was used -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,700 @@
+"""The queue: jobs, their events, checkpoints and bills, in the database of the library.
+
+    store = JobStore(open_library())
+    job = store.create("acme", {"base": "smollm2-135m", "data": {"train": "/data/a.jsonl"}}, name="support")
+    store.get("acme", job.id).state                     validating, then queued, running, succeeded …
+    jobs, more = store.jobs("acme", after=None, limit=20)       the newest first; the next page: after=jobs[-1].id
+    store.events("acme", job.id, after=0)               the oldest first; what came since: after=the last one's number
+    store.checkpoints("acme", job.id)                   the newest first
+    store.pause("acme", job.id), .resume(…), .cancel(…) at once, whoever trains it
+    store.bill("acme", job.id)                          once it has ended: tokens, seconds, what it cost
+
+Every query names the tenant, and what is another tenant's is not there. "" is whoever has the machine, with its own
+jobs alone; None is the operator, who sees everybody's, and is never to come from a request.
+
+    validating ─> queued ─> running ─> succeeded, failed       (TRANSITIONS has them all)
+                    ^ └─> paused <─┘      and every state that is not an end ─> cancelled
+                    └───────┘
+
+Who works on a job has a lease of it: a token in the job's row, and the time until which it holds.
+
+    lease = store.take("worker-1", 60)         the next job (None: there is none), or one whose lease ran out
+    store.renew(lease, 60)                     before it does
+    store.note(lease, …), .queue(…), .release(…), .finish(…)
+
+Each of these is one transaction that compares the token and changes the row; with another token in the row it changes
+nothing and raises LeaseLost, and whoever held the lease has to stop. So a job that was paused, cancelled, or taken over
+by somebody else after a kill or a broken wire, is written to by nobody else any more. Leases run by the database's
+clock, whatever the machines' clocks say. Writes follow one another under one lock, as those of the index do.
+
+A job ends in one transaction with its last state, its last event and its one bill. Steps are counted and billed once,
+however often a kill made them be computed again: what is at or below the furthest step that was noted is left out.
+Knows tables and connections; not what a job does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import secrets
+import string
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Select,
+    Table,
+    Text,
+    func,
+    insert,
+    select,
+    update,
+)
+
+from veneer.errors import ConfigError, VeneerError, counted, one_of, quoted, shown
+from veneer.library.database import Key, database_clock, reading, write_transaction
+from veneer.library.library import Library
+from veneer.library.migrate import Schema, bring_up
+from veneer.library.names import check_name
+from veneer.models.home import veneer_home
+from veneer.serve.tenancy.store import check_tenant
+
+# -- states ------------------------------------------------------------------------------------------------------------
+
+_JobState = Literal["validating", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+TRANSITIONS: Mapping[_JobState, frozenset[_JobState]] = {
+    "validating": frozenset({"queued", "failed", "cancelled"}),
+    "queued": frozenset({"running", "paused", "cancelled"}),
+    "running": frozenset({"queued", "paused", "succeeded", "failed", "cancelled"}),
+    "paused": frozenset({"queued", "cancelled"}),
+    "succeeded": frozenset(),
+    "failed": frozenset(),
+    "cancelled": frozenset(),
+}
+"""State -> those that may follow it."""
+ENDS = frozenset(state for state, following in TRANSITIONS.items() if not following)
+_BILLED = frozenset({"succeeded", "cancelled"})
+"""Ends after which the tokens that were trained are paid for."""
+
+_WAITING = 1000
+"""Jobs that a tenant may have which have not ended."""
+_FAULTS = 3
+"""So often in a row a job may lose who trains it without one new checkpoint."""
+
+
+class UnknownJob(ConfigError):
+    """Raised for a job that the tenant does not have."""
+
+
+class WrongState(ConfigError):
+    """Raised where a job is asked for what its state does not allow."""
+
+
+class OverBudget(ConfigError):
+    """Raised where a job would cost more than the tenant has left."""
+
+
+class LeaseLost(VeneerError):
+    """Raised to whoever works on a job that is no longer its own: it was paused, cancelled, or taken over."""
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+_JOB_TABLES = MetaData()
+
+
+def _columns(kind: Any, *names: str, nullable: bool = False) -> list[Column[Any]]:
+    return [Column(name, kind, nullable=nullable) for name in names]
+
+
+# Times are in seconds since 1970 by the database's clock, money in millionths.
+_jobs = Table(
+    "jobs",
+    _JOB_TABLES,
+    Column("id", Key(), primary_key=True),
+    Column("number", BigInteger, nullable=False, unique=True),  # in the order in which they were made
+    *_columns(Key(), "tenant", "name", "state"),
+    *_columns(Text, "config", "about"),  # JSON
+    *_columns(Text, "plan", "error", "result", nullable=True),  # JSON
+    *_columns(Float, "created"),
+    *_columns(Float, "queued", "started", "ended", nullable=True),
+    *_columns(BigInteger, "step", "steps", "tokens", "price", "planned"),  # planned: what it is going to cost
+    *_columns(Float, "seconds"),
+    *_columns(Integer, "attempt", "faults"),
+    *_columns(Key(), "token", "worker", nullable=True),
+    *_columns(Float, "renewed", "until", nullable=True),
+    *_columns(Text, "place"),  # where its process is, in the words of who started it
+    Index("jobs_of_tenant", "tenant", "number"),
+    Index("jobs_by_state", "state", "number"),
+)
+_events = Table(
+    "job_events",
+    _JOB_TABLES,
+    Column("job", Key(), ForeignKey(_jobs.c.id), primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),  # from 1
+    *_columns(Float, "at"),
+    *_columns(Key(), "level", "kind"),
+    *_columns(Text, "message", "data"),  # data: JSON
+)
+_checkpoints = Table(
+    "job_checkpoints",
+    _JOB_TABLES,
+    Column("job", Key(), ForeignKey(_jobs.c.id), primary_key=True),
+    Column("step", BigInteger, primary_key=True, autoincrement=False),
+    *_columns(Float, "at"),
+    *_columns(Text, "metrics"),  # JSON
+    *_columns(Text, "reference", nullable=True),
+)
+_bills = Table(
+    "job_bills",
+    _JOB_TABLES,
+    Column("job", Key(), ForeignKey(_jobs.c.id), primary_key=True),
+    *_columns(Key(), "tenant", "name", "day", "state"),
+    *_columns(Float, "at", "seconds"),
+    *_columns(BigInteger, "tokens", "price", "cost"),
+    Index("job_bills_of_tenant", "tenant", "day"),
+)
+_APPENDED = ("job_events", "job_bills")
+
+
+def _first(c: Connection) -> None:
+    """Events and bills are only added to: the database itself refuses anything else."""
+    if c.dialect.name == "postgresql":
+        c.exec_driver_sql(
+            "CREATE FUNCTION job_records_fixed() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN RAISE EXCEPTION 'events and bills of jobs are append-only'; END $$"
+        )
+    for table in _APPENDED:
+        if c.dialect.name == "postgresql":
+            c.exec_driver_sql(
+                f"CREATE TRIGGER {table}_fixed BEFORE UPDATE OR DELETE ON {table} "
+                "FOR EACH ROW EXECUTE FUNCTION job_records_fixed()"
+            )
+            continue
+        for verb in ("UPDATE", "DELETE"):
+            c.exec_driver_sql(
+                f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
+                "BEGIN SELECT RAISE(ABORT, 'events and bills of jobs are append-only'); END"
+            )
+
+
+_LOCK = 0x6A6F6273  # "jobs": the key of PostgreSQL's advisory lock
+
+JOB_SCHEMA = Schema(
+    "the table of jobs", _JOB_TABLES, Path(__file__).parent / "versions", "job_version", _LOCK, lambda c: None, _first
+)
+
+
+# -- what is in them ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as it is kept. `name`: what its adapter is called in the library, the tenant's namespace in front. `about`:
+    whatever its maker wants to have back. `plan`: what it needs, once it was validated. `error`: kind, message, fix,
+    where. `result`: what came out, its `reference` in the library among it. `step` of `steps`, `tokens`: what was
+    trained. `seconds`: of machines. `price`: of a million tokens; `planned`: what all of them are going to cost; both
+    in millionths. `attempt`: how often it was begun or gone on with; `faults`: how often in a row without a new
+    checkpoint. `worker`, `until`: of its lease. `place`: of its process, in the words of who started it."""
+
+    id: str
+    number: int
+    tenant: str
+    name: str
+    state: _JobState
+    config: dict[str, Any]
+    about: dict[str, Any]
+    plan: dict[str, Any] | None
+    error: dict[str, Any] | None
+    result: dict[str, Any] | None
+    created: float
+    queued: float | None
+    started: float | None
+    ended: float | None
+    step: int
+    steps: int
+    tokens: int
+    price: int
+    planned: int
+    seconds: float
+    attempt: int
+    faults: int
+    worker: str | None
+    until: float | None
+    place: str
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are, on every machine that works on it: the veneer home is theirs in common."""
+        return _jobs_home() / self.id
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**self.__dict__}
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """Something that happened to a job. `number`: from 1, without gaps. `level`: info, warn, error. `kind`: state,
+    note, or metrics, whose `data` has step, steps, and what was measured."""
+
+    level: str
+    kind: str
+    message: str
+    data: dict[str, Any] = field(default_factory=dict)
+    number: int = 0
+    at: float = 0.0
+
+
+@dataclass(frozen=True)
+class JobCheckpoint:
+    """A state that the job can go on from. `metrics`: the newest of its step. `reference`: its adapter's in the
+    library, where it was put there."""
+
+    step: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+    reference: str | None = None
+    at: float = 0.0
+
+
+@dataclass(frozen=True)
+class JobBill:
+    """What a job that ended is paid for: `cost`, in millionths, is `tokens` at `price` where it succeeded or was
+    cancelled, 0 where it failed. `seconds`: of machines, whatever came of them. `day`: of its end, in UTC."""
+
+    job: str
+    tenant: str
+    name: str
+    day: str
+    state: str
+    at: float
+    seconds: float
+    tokens: int
+    price: int
+    cost: int
+
+
+@dataclass(frozen=True)
+class JobLease:
+    """A job, as it was when the lease was taken, and the token that says whose it is."""
+
+    job: Job
+    token: str
+
+
+def _jobs_home() -> Path:
+    """Where jobs' files are: `jobs` in the veneer home."""
+    return veneer_home() / "jobs"
+
+
+def cost_of(tokens: int, price: int) -> int:
+    """In millionths, rounded half up. `price`: of a million tokens, in millionths."""
+    return (tokens * price + 500_000) // 1_000_000
+
+
+_WORDS = {"config", "about", "plan", "error", "result"}
+
+
+def _job(row: Any) -> Job:
+    values = {name: row._mapping[name] for name in Job.__dataclass_fields__}
+    return Job(**values | {name: json.loads(values[name]) for name in _WORDS if values[name] is not None})
+
+
+def _json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, default=str)
+
+
+# -- the store ---------------------------------------------------------------------------------------------------------
+
+
+class JobStore:
+    """The queue of a library. Thread-safe; it lives as long as the library is open."""
+
+    def __init__(self, library: Library) -> None:
+        """Tables are made where there are none. Raises ConfigError for those of a later veneer."""
+        self.engine = library.engine
+        bring_up(self.engine, JOB_SCHEMA, library.location)
+
+    # -- whoever has jobs ----------------------------------------------------------------------------------------------
+
+    def create(
+        self, tenant: str, config: Mapping[str, Any], *, name: str, about: Mapping[str, Any] | None = None
+    ) -> Job:  # fmt: skip
+        """A new job, to be validated. `config`: as `veneer train` reads it, with absolute paths; where its output goes
+        is the job's own affair. `name`: of the adapter to come, which is the library's `tenant/name`. `about`: see Job.
+
+        Raises ConfigError for a name or a tenant that cannot be, and for one job too many."""
+        if tenant:
+            check_tenant(tenant)
+        full = f"{tenant}/{name}" if tenant else name
+        if tenant and "/" in name:
+            raise ConfigError(
+                f"{quoted(name)} cannot name an adapter of {tenant}", where="name",
+                fix=f"one without a slash: {tenant}/ is put in front of it",
+            )  # fmt: skip
+        check_name(full)
+        given = {key: value for key, value in config.items() if key != "output"}
+        with self._writing() as (c, now):
+            unfinished = _jobs.c.tenant == tenant, _jobs.c.state.not_in(ENDS)
+            if (c.scalar(select(func.count()).select_from(_jobs).where(*unfinished)) or 0) >= _WAITING:
+                raise ConfigError(
+                    f"{_WAITING:,} jobs of {tenant or 'this machine'} have not ended", where="jobs",
+                    fix="wait for some of them, or cancel those that nobody needs",
+                )  # fmt: skip
+            number = (c.scalar(select(func.max(_jobs.c.number))) or 0) + 1
+            made = {
+                "id": _new_id(), "number": number, "tenant": tenant, "name": full, "state": "validating",
+                "config": _json(given), "about": _json(dict(about or {})), "created": now, "step": 0, "steps": 0,
+                "tokens": 0, "price": 0, "planned": 0, "seconds": 0.0, "attempt": 0, "faults": 0, "place": "",
+            }  # fmt: skip
+            c.execute(insert(_jobs), made)
+            job = self._row(c, tenant, str(made["id"]))
+            _tell(c, job, now, JobEvent("info", "state", f"created {job.id}", {"state": "validating"}))
+        return job
+
+    def get(self, tenant: str | None, job: str) -> Job:
+        """Raises UnknownJob."""
+        with reading(self.engine) as c:
+            return self._row(c, tenant, job)
+
+    def jobs(
+        self, tenant: str | None, *, after: str | None = None, limit: int = 20, states: Iterable[str] = ()
+    ) -> tuple[list[Job], bool]:  # fmt: skip
+        """Jobs, the newest first, and whether there are more. `after`: the id of the last one of the page before.
+        Raises UnknownJob for an `after` that the tenant does not have, ConfigError for a state that is none."""
+        query = _of(tenant).order_by(_jobs.c.number.desc()).limit(limit + 1)
+        wanted = [*states]
+        for state in wanted:
+            one_of(state, get_args(_JobState), "a state of jobs", "states")
+        if wanted:
+            query = query.where(_jobs.c.state.in_(wanted))
+        with reading(self.engine) as c:
+            if after is not None:
+                query = query.where(_jobs.c.number < self._row(c, tenant, after).number)
+            found = [_job(row) for row in c.execute(query)]
+        return found[:limit], len(found) > limit
+
+    def events(
+        self, tenant: str | None, job: str, *, after: int = 0, limit: int = 1000, newest: bool = False
+    ) -> tuple[list[JobEvent], bool]:  # fmt: skip
+        """Events, the oldest first, those with a number above `after`, and whether there are more. `newest`: the newest
+        first, those with a number below `after`, if that is not 0. Raises UnknownJob."""
+        e = _events.c
+        query = select(_events).where(e.job == job).limit(limit + 1)
+        query = query.order_by(e.number.desc() if newest else e.number)
+        if after or not newest:
+            query = query.where(e.number < after if newest else e.number > after)
+        with reading(self.engine) as c:
+            self._row(c, tenant, job)
+            rows = c.execute(query).all()
+        found = [JobEvent(r.level, r.kind, r.message, json.loads(r.data), r.number, r.at) for r in rows]
+        return found[:limit], len(found) > limit
+
+    def checkpoints(self, tenant: str | None, job: str) -> list[JobCheckpoint]:
+        """The newest first. Raises UnknownJob."""
+        k = _checkpoints.c
+        with reading(self.engine) as c:
+            self._row(c, tenant, job)
+            rows = c.execute(select(_checkpoints).where(k.job == job).order_by(k.step.desc())).all()
+        return [JobCheckpoint(r.step, json.loads(r.metrics), r.reference, r.at) for r in rows]
+
+    def bill(self, tenant: str | None, job: str) -> JobBill | None:
+        """None as long as the job has not ended. Raises UnknownJob."""
+        with reading(self.engine) as c:
+            self._row(c, tenant, job)
+            row = c.execute(select(_bills).where(_bills.c.job == job)).first()
+        return None if row is None else JobBill(**row._mapping)
+
+    def spent(self, tenant: str, since: str = "") -> int:
+        """What a tenant's jobs cost that ended on the day `since` (2026-11-01) or later, in millionths."""
+        with reading(self.engine) as c:
+            return _spent(c, tenant, since)
+
+    def pause(self, tenant: str | None, job: str) -> Job:
+        """A job that waits or is trained rests until it is resumed. Raises UnknownJob, WrongState."""
+        return self._ask(tenant, job, "paused")
+
+    def resume(self, tenant: str | None, job: str) -> Job:
+        """A paused job waits again, to go on from its last checkpoint. Raises UnknownJob, WrongState."""
+        return self._ask(tenant, job, "queued", only="paused")
+
+    def cancel(self, tenant: str | None, job: str) -> Job:
+        """Ends a job for good; steps that were trained are billed. Raises UnknownJob, WrongState."""
+        return self._ask(tenant, job, "cancelled")
+
+    def _ask(self, tenant: str | None, job: str, state: _JobState, only: str | None = None) -> Job:
+        with self._writing() as (c, now):
+            found = self._row(c, tenant, job)
+            if found.state == state and state in ("paused", "cancelled"):
+                return found  # asked twice
+            _allowed(found, state, only)
+            c.execute(update(_jobs).where(_jobs.c.id == job).values(**_LEFT))
+            return self._move(c, found, state, now, {"paused": "paused", "queued": "resumed"}.get(state, "cancelled"))
+
+    # -- whoever works on them -----------------------------------------------------------------------------------------
+
+    def take(
+        self, worker: str, seconds: float, state: Literal["validating", "queued"] = "queued",
+        at_once: Callable[[str], int | None] = lambda tenant: None,
+    ) -> JobLease | None:  # fmt: skip
+        """A lease, for so many seconds, of a job to validate or to train; None where nothing is to be done.
+
+        First those whose lease ran out; else the oldest job of the tenant that has the fewest running. `at_once`: how
+        many a tenant may have running, None for any number. A job that lost its worker too often fails here."""
+        while True:
+            with self._writing() as (c, now):
+                found = self._next(c, state, now, at_once)
+                if found is None:
+                    return None
+                lost = found.until is not None
+                if lost and found.faults + 1 >= _FAULTS:
+                    times = f"whoever worked on this job was lost {_FAULTS} times in a row before a new checkpoint"
+                    error = {
+                        "kind": "lost",
+                        "message": times,
+                        "fix": "look at the workers' memory, then submit it again",
+                    }
+                    self._end(c, found, "failed", now, error=error)
+                    continue
+                values: dict[str, Any] = {"token": secrets.token_hex(16), "worker": shown(worker), "renewed": now}
+                values |= {"until": now + seconds, "attempt": found.attempt + (state == "queued")}
+                values |= {"faults": found.faults + lost}
+                if state == "queued" and found.started is None:
+                    values["started"] = now
+                mine = _jobs.c.token.is_(None) if not lost else _jobs.c.until <= now
+                if c.execute(update(_jobs).where(_jobs.c.id == found.id, mine).values(**values)).rowcount != 1:
+                    continue
+                if state == "queued" and lost:
+                    text = f"{found.worker} was lost: {worker} goes on from the last checkpoint"
+                    _tell(c, found, now, JobEvent("warn", "note", text))
+                elif state == "queued":
+                    self._move(c, found, "running", now, f"{'resumed' if found.attempt else 'started'} by {worker}")
+                return JobLease(self._row(c, None, found.id), values["token"])
+
+    def _next(
+        self, c: Connection, state: str, now: float, at_once: Callable[[str], int | None]
+    ) -> Job | None:  # fmt: skip
+        j = _jobs.c
+        held = "running" if state == "queued" else state
+        left = c.execute(select(_jobs).where(j.state == held, j.until <= now).order_by(j.number).limit(1)).first()
+        if left is not None:
+            return _job(left)
+        free = select(j.tenant, func.min(j.number)).where(j.state == state, j.token.is_(None)).group_by(j.tenant)
+        working = select(j.tenant, func.count()).where(j.state == "running").group_by(j.tenant)
+        running = {tenant: int(count) for tenant, count in c.execute(working)}
+        for number, tenant in sorted(
+            ((int(number), str(tenant)) for tenant, number in c.execute(free)),
+            key=lambda pair: (running.get(pair[1], 0), pair[0]),
+        ):
+            most = at_once(tenant) if state == "queued" else None
+            if most is None or running.get(tenant, 0) < most:
+                return _job(c.execute(select(_jobs).where(j.number == number)).one())
+        return None
+
+    def held(self, job: str, token: str) -> JobLease:
+        """The lease again, for a process that was told its job and token. Raises LeaseLost."""
+        with reading(self.engine) as c:
+            row = c.execute(select(_jobs).where(_jobs.c.id == job, _jobs.c.token == token)).first()
+        if row is None:
+            raise _lost(job)
+        return JobLease(_job(row), token)
+
+    def renew(self, lease: JobLease, seconds: float) -> Job:
+        """The lease holds for so many seconds from now on. Raises LeaseLost."""
+        with self._working(lease) as (c, now, job):
+            c.execute(update(_jobs).where(_jobs.c.id == job.id).values(until=now + seconds))
+        return job
+
+    def note(
+        self, lease: JobLease, events: Sequence[JobEvent] = (), checkpoints: Sequence[JobCheckpoint] = (), *,
+        place: str | None = None,
+    ) -> None:  # fmt: skip
+        """Adds what happened, in one transaction. An event of kind metrics with a `step` at or below the furthest one
+        is left out, and so is its `tokens`; a checkpoint that is there already too. `place`: see Job. Raises
+        LeaseLost."""
+        with self._working(lease) as (c, now, job):
+            step, steps, tokens, faults = job.step, job.steps, job.tokens, job.faults
+            for event in events:
+                if event.kind == "metrics" and "tokens" in event.data:
+                    if event.data["step"] <= step:
+                        continue
+                    step, steps = event.data["step"], event.data["steps"]
+                    tokens += event.data["tokens"]
+                _tell(c, job, now, event)
+            k = _checkpoints.c
+            for point in checkpoints:
+                there = k.job == job.id, k.step == point.step
+                if c.scalar(select(k.step).where(*there)) is None:
+                    values = {"job": job.id, "step": point.step, "at": now, "metrics": _json(point.metrics)}
+                    c.execute(insert(_checkpoints), values | {"reference": point.reference})
+                    faults = 0
+                elif point.reference is not None:
+                    c.execute(update(_checkpoints).where(*there).values(reference=point.reference))
+            values = {"step": step, "steps": steps, "tokens": tokens, "faults": faults}
+            values |= {} if place is None else {"place": place}
+            c.execute(update(_jobs).where(_jobs.c.id == job.id).values(**values))
+
+    def queue(self, lease: JobLease, plan: Mapping[str, Any], *, price: int = 0, budget: int | None = None) -> Job:
+        """A validated job waits to be trained, and nobody has it any more. `plan`: with `tokens` and `steps`. `price`:
+        for a million tokens; `budget`: of the tenant in a month (UTC); both in millionths.
+
+        Raises OverBudget where this job, what waits and runs, and what was spent this month are together more than the
+        budget; LeaseLost."""
+        with self._working(lease) as (c, now, job):
+            planned, j = cost_of(int(plan["tokens"]), price), _jobs.c
+            if budget is not None:
+                others = select(func.sum(j.planned)).where(j.tenant == job.tenant, j.state.not_in(ENDS), j.id != job.id)
+                taken = int(c.scalar(others) or 0) + _spent(c, job.tenant, _day(now)[:8] + "01")
+                if planned + taken > budget:
+                    raise OverBudget(
+                        f"this job is planned to cost {_money(planned)}, and of this month's budget of "
+                        f"{_money(budget)} {_money(max(0, budget - taken))} are left",
+                        where="budget", fix="fewer rows or epochs, a larger budget, or next month",
+                    )  # fmt: skip
+            values = {"plan": _json(dict(plan)), "price": price, "planned": planned, "steps": int(plan["steps"])}
+            c.execute(update(_jobs).where(j.id == job.id).values(**values, queued=now, faults=0, **_LEFT))
+            cost = f", {_money(planned)}" if planned else ""
+            what = f"validated: {counted(int(plan['steps']), 'step')}, {int(plan['tokens']):,} tokens{cost}"
+            return self._move(c, job, "queued", now, what)
+
+    def release(self, lease: JobLease, why: str) -> Job:
+        """Gives a job that is trained back to the queue, to go on from its last checkpoint. Raises LeaseLost."""
+        with self._working(lease) as (c, now, job):
+            c.execute(update(_jobs).where(_jobs.c.id == job.id).values(**_LEFT))
+            return self._move(c, job, "queued", now, why)
+
+    def died(self, lease: JobLease, why: str, *, fix: str = "") -> Job:
+        """As `release`, where the job's process is gone and nobody asked for it; it fails the third time in a row
+        without a new checkpoint. Raises LeaseLost."""
+        with self._working(lease) as (c, now, job):
+            if job.faults + 1 >= _FAULTS:
+                what = f"its process died {_FAULTS} times in a row before a new checkpoint: {why}"
+                return self._end(c, job, "failed", now, error={"kind": "died", "message": what, "fix": fix})
+            c.execute(update(_jobs).where(_jobs.c.id == job.id).values(faults=job.faults + 1, **_LEFT))
+            _tell(c, job, now, JobEvent("warn", "note", f"its process died: {why}"))
+            return self._move(c, job, "queued", now, "waits to go on from its last checkpoint")
+
+    def finish(
+        self, lease: JobLease, *, result: Mapping[str, Any] | None = None, error: Mapping[str, Any] | None = None
+    ) -> Job:  # fmt: skip
+        """Ends a job: succeeded with a `result`, or failed with an `error`, both as Job has them. Raises LeaseLost."""
+        with self._working(lease) as (c, now, job):
+            return self._end(c, job, "succeeded" if error is None else "failed", now, result=result, error=error)
+
+    # -- transactions --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[tuple[Connection, float]]:
+        """A transaction that no other one of this queue overlaps, and the time."""
+        with write_transaction(self.engine, _LOCK) as c:
+            yield c, float(c.scalar(select(database_clock(self.engine))) or time.time())
+
+    @contextlib.contextmanager
+    def _working(self, lease: JobLease) -> Iterator[tuple[Connection, float, Job]]:
+        """As `_writing`, for whoever has the lease; the time that passed since the last of these is counted."""
+        mine = _jobs.c.id == lease.job.id, _jobs.c.token == lease.token
+        with self._writing() as (c, now):
+            passed = (now - _jobs.c.renewed) if lease.job.state == "running" else 0.0
+            done = c.execute(update(_jobs).where(*mine).values(seconds=_jobs.c.seconds + passed, renewed=now))
+            if done.rowcount != 1:
+                raise _lost(lease.job.id)
+            yield c, now, self._row(c, None, lease.job.id)
+
+    def _row(self, c: Connection, tenant: str | None, job: str) -> Job:
+        row = c.execute(_of(tenant).where(_jobs.c.id == job)).first() if _ID.fullmatch(job) else None
+        if row is None:
+            raise UnknownJob(f"there is no job {quoted(job, 40)}", where="job", fix="see `veneer jobs list`")
+        return _job(row)
+
+    def _move(self, c: Connection, job: Job, state: _JobState, now: float, text: str, level: str = "info") -> Job:
+        """The one place where a state changes."""
+        _allowed(job, state)
+        c.execute(update(_jobs).where(_jobs.c.id == job.id).values(state=state))
+        _tell(c, job, now, JobEvent(level, "state", text, {"state": state}))
+        if state in ENDS:
+            c.execute(update(_jobs).where(_jobs.c.id == job.id).values(ended=now, **_LEFT))
+            ended = self._row(c, None, job.id)
+            cost = cost_of(ended.tokens, ended.price) if state in _BILLED else 0
+            c.execute(
+                insert(_bills),
+                {
+                    "job": job.id, "tenant": job.tenant, "name": job.name, "day": _day(now), "state": state, "at": now,
+                    "seconds": ended.seconds, "tokens": ended.tokens, "price": ended.price, "cost": cost,
+                },
+            )  # fmt: skip
+        return self._row(c, None, job.id)
+
+    def _end(
+        self, c: Connection, job: Job, state: _JobState, now: float, *, result: Mapping[str, Any] | None = None,
+        error: Mapping[str, Any] | None = None,
+    ) -> Job:  # fmt: skip
+        c.execute(update(_jobs).where(_jobs.c.id == job.id).values(result=_json(result), error=_json(error)))
+        text = str((error or {}).get("message") or (result or {}).get("reference") or "done")
+        return self._move(c, job, state, now, f"{state}: {text}", "info" if error is None else "error")
+
+
+_LEFT: dict[str, Any] = {"token": None, "worker": None, "until": None, "renewed": None}
+
+
+def _of(tenant: str | None) -> Select[Any]:
+    return select(_jobs) if tenant is None else select(_jobs).where(_jobs.c.tenant == tenant)
+
+
+def _allowed(job: Job, state: _JobState, only: str | None = None) -> None:
+    """Raises WrongState."""
+    if state in TRANSITIONS[job.state] and only in (None, job.state):
+        return
+    asked = {"paused": "paused", "queued": "resumed", "cancelled": "cancelled"}.get(state, state)
+    froms = [only] if only else [name for name, following in TRANSITIONS.items() if state in following]
+    raise WrongState(
+        f"job {job.id} is {job.state} and cannot be {asked}", where="job",
+        fix=f"only one that is {' or '.join(froms)} can" if job.state not in ENDS else "it has ended: submit a new one",
+    )  # fmt: skip
+
+
+def _tell(c: Connection, job: Job, now: float, event: JobEvent) -> None:
+    number = (c.scalar(select(func.max(_events.c.number)).where(_events.c.job == job.id)) or 0) + 1
+    text = shown(event.message, lines=True)  # PostgreSQL keeps no NUL
+    values = replace(event, number=number, at=now, message=text).__dict__ | {"job": job.id, "data": _json(event.data)}
+    c.execute(insert(_events), values)
+
+
+def _spent(c: Connection, tenant: str, since: str) -> int:
+    b = _bills.c
+    return int(c.scalar(select(func.sum(b.cost)).where(b.tenant == tenant, b.day >= since)) or 0)
+
+
+def _lost(job: str) -> LeaseLost:
+    return LeaseLost(f"job {job} is no longer this worker's: it was paused, cancelled, or taken over")
+
+
+_LETTERS = string.ascii_letters + string.digits
+_ID = re.compile(r"ftjob-[A-Za-z0-9]{24}")
+"""As OpenAI's look, so that one id serves everywhere."""
+
+
+def _new_id() -> str:
+    return "ftjob-" + "".join(secrets.choice(_LETTERS) for _ in range(24))
+
+
+def _day(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d")
+
+
+def _money(millionths: int) -> str:
+    """An amount with two digits after the point, or as many as it needs, up to six."""
+    whole, part = divmod(millionths, 1_000_000)
+    return f"{whole:,}.{f'{part:06d}'.rstrip('0').ljust(2, '0')}"

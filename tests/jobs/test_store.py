@@ -1,0 +1,293 @@
+"""The queue: which states follow which, whose a job is, and that nothing is counted twice."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from veneer.errors import ConfigError
+from veneer.jobs.store import (
+    ENDS,
+    TRANSITIONS,
+    Job,
+    JobCheckpoint,
+    JobEvent,
+    JobLease,
+    JobStore,
+    LeaseLost,
+    OverBudget,
+    UnknownJob,
+    WrongState,
+    cost_of,
+)
+
+CONFIG = {"base": "tiny", "data": {"train": "/data/a.jsonl"}, "output": "elsewhere"}
+PLAN = {"tokens": 1_000_000, "steps": 10}
+
+
+def queued(store: JobStore, tenant: str = "acme", **how: Any) -> Job:
+    made = store.create(tenant, CONFIG, name="support")
+    lease = store.take("validator", 60, "validating")
+    assert lease is not None
+    assert lease.job.id == made.id
+    return store.queue(lease, PLAN, **how)
+
+
+def taken(store: JobStore, seconds: float = 60, worker: str = "w", **how: Any) -> JobLease:
+    lease = store.take(worker, seconds, **how)
+    assert lease is not None
+    return lease
+
+
+def running(store: JobStore, **how: Any) -> JobLease:
+    queued(store, **how)
+    return taken(store)
+
+
+def step(number: int, steps: int = 10, tokens: int = 100_000) -> JobEvent:
+    data = {"step": number, "steps": steps, "tokens": tokens, "loss": 1 / number}
+    return JobEvent("info", "metrics", f"step {number} of {steps}", data)
+
+
+def in_state(store: JobStore, state: str) -> Job:
+    """A job that came to a state on some way that there is."""
+    if state == "validating":
+        return store.create("acme", CONFIG, name="support")
+    job = queued(store)
+    if state in ("running", "succeeded", "failed"):
+        lease = taken(store)
+        if state == "succeeded":
+            store.finish(lease, result={"reference": "acme/support@1"})
+        if state == "failed":
+            store.finish(lease, error={"kind": "data", "message": "no rows"})
+    if state == "paused":
+        store.pause("acme", job.id)
+    if state == "cancelled":
+        store.cancel("acme", job.id)
+    return store.get("acme", job.id)
+
+
+ASKED: dict[str, tuple[str, Callable[[JobStore, str], Job]]] = {
+    "pause": ("paused", lambda store, job: store.pause("acme", job)),
+    "resume": ("queued", lambda store, job: store.resume("acme", job)),
+    "cancel": ("cancelled", lambda store, job: store.cancel("acme", job)),
+}
+
+
+@pytest.mark.parametrize("library", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("state", TRANSITIONS)
+@pytest.mark.parametrize("asked", ASKED)
+def test_what_is_asked_of_a_job_follows_the_table(store: JobStore, state: str, asked: str) -> None:
+    job = in_state(store, state)
+    assert job.state == state
+    after, ask = ASKED[asked]
+    before, _ = store.events("acme", job.id)
+    allowed = after in TRANSITIONS[state] and (asked != "resume" or state == "paused")  # type: ignore[index]
+    again = state == after and asked != "resume"
+    if allowed or again:
+        assert ask(store, job.id).state == after
+    else:
+        with pytest.raises(WrongState, match=f"is {state} and cannot be"):
+            ask(store, job.id)
+        assert store.get("acme", job.id) == job
+    told = store.events("acme", job.id)[0][len(before) :]
+    assert [event.data["state"] for event in told] == ([after] if allowed else [])
+    assert (store.bill("acme", job.id) is not None) == (store.get("acme", job.id).state in ENDS)
+
+
+def test_a_job_from_its_beginning_to_its_bill(store: JobStore) -> None:
+    job = queued(store, price=3_000_000)
+    assert (job.state, job.steps, job.planned) == ("queued", 10, 3_000_000)
+    assert "output" not in job.config  # where it goes is the job's own affair
+    lease = taken(store)
+    store.note(lease, [JobEvent("info", "note", "loaded\x00"), step(1), step(2)], [JobCheckpoint(2, {"loss": 0.5})])
+    store.note(lease, [step(2), step(3)], [JobCheckpoint(2), JobCheckpoint(3)], place="here")  # again, after a kill
+    done = store.finish(lease, result={"reference": "acme/support@1"})
+    assert (done.state, done.step, done.tokens, done.place) == ("succeeded", 3, 300_000, "here")
+    bill = store.bill("acme", job.id)
+    assert bill is not None
+    assert (bill.tokens, bill.cost, bill.state) == (300_000, cost_of(300_000, 3_000_000), "succeeded")
+    assert bill.cost == 900_000
+    assert store.spent("acme") == 900_000
+    assert [(point.step, point.metrics) for point in store.checkpoints("acme", job.id)] == [(3, {}), (2, {"loss": 0.5})]
+    events, more = store.events("acme", job.id)
+    assert [event.number for event in events] == [*range(1, len(events) + 1)]
+    assert not more
+    assert [e.data["step"] for e in events if e.kind == "metrics"] == [1, 2, 3]
+    assert [e.data["state"] for e in events if e.kind == "state"] == ["validating", "queued", "running", "succeeded"]
+    newest, more = store.events("acme", job.id, newest=True, limit=2)
+    assert newest == events[:-3:-1]
+    assert more
+    assert store.events("acme", job.id, newest=True, after=newest[-1].number)[0] == events[-3::-1]
+    assert store.events("acme", job.id, after=events[-2].number)[0] == events[-1:]
+
+
+def test_what_failed_costs_nothing_and_what_was_cancelled_what_was_trained(store: JobStore) -> None:
+    lease = running(store, price=1_000_000)
+    store.note(lease, [step(1)])
+    store.finish(lease, error={"kind": "training", "message": "not finite"})
+    lease = running(store, price=1_000_000)
+    store.note(lease, [step(1), step(2)])
+    store.cancel("acme", lease.job.id)
+    assert store.spent("acme") == 200_000
+
+
+def test_who_lost_a_lease_changes_nothing(store: JobStore) -> None:
+    """It was paused, cancelled, or ran out and was taken over: the old token is worth nothing, whatever is tried."""
+    for lose in ("pause", "cancel", "expire"):
+        queued(store)
+        lease = taken(store, 0.05 if lose == "expire" else 60)
+        if lose == "expire":
+            time.sleep(0.1)
+            again = taken(store, worker="another")
+            assert again.job.id == lease.job.id
+            assert (again.job.attempt, again.job.faults) == (2, 1)
+        else:
+            ASKED[lose][1](store, lease.job.id)
+        before = store.get("acme", lease.job.id), store.events("acme", lease.job.id)
+        tries: list[Callable[[], object]] = [
+            lambda: store.renew(lease, 60),  # noqa: B023
+            lambda: store.note(lease, [step(1)], [JobCheckpoint(1)]),  # noqa: B023
+            lambda: store.release(lease, "stopped"),  # noqa: B023
+            lambda: store.died(lease, "killed"),  # noqa: B023
+            lambda: store.finish(lease, result={}),  # noqa: B023
+            lambda: store.held(lease.job.id, lease.token),  # noqa: B023
+        ]
+        for attempt in tries:
+            with pytest.raises(LeaseLost, match="paused, cancelled, or taken over"):
+                attempt()
+        assert (store.get("acme", lease.job.id), store.events("acme", lease.job.id)) == before
+        assert store.checkpoints("acme", lease.job.id) == []
+        store.cancel("acme", lease.job.id)
+
+
+def test_a_lease_that_is_renewed_stays_and_counts_its_seconds(store: JobStore) -> None:
+    lease = running(store)
+    time.sleep(0.05)
+    assert store.renew(lease, 60).seconds > 0.04
+    assert store.take("another", 60) is None
+    assert store.held(lease.job.id, lease.token).job.worker == "w"
+
+
+def test_many_workers_take_each_job_once(store: JobStore) -> None:
+    made = [queued(store).id for _ in range(6)]
+    got: list[str] = []
+    ready = threading.Barrier(3)
+
+    def work(name: str) -> None:
+        ready.wait()
+        while (lease := store.take(name, 60)) is not None:
+            got.append(lease.job.id)
+
+    threads = [threading.Thread(target=work, args=(f"w{n}",)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(got) == sorted(made)
+
+
+def test_the_tenant_with_the_fewest_running_is_next_and_none_has_more_than_its_limit(store: JobStore) -> None:
+    a = [queued(store, "acme").id for _ in range(3)]
+    b = [queued(store, "best").id]
+    limits = {"acme": 2}
+    order = [taken(store, at_once=limits.get).job.id for _ in range(3)]
+    assert order == [a[0], b[0], a[1]]
+    assert store.take("w", 60, at_once=limits.get) is None
+    store.cancel("acme", a[0])
+    assert taken(store, at_once=limits.get).job.id == a[2]
+
+
+def test_a_job_whose_process_dies_again_and_again_fails(store: JobStore) -> None:
+    queued(store)
+    for _ in range(2):
+        assert store.died(taken(store), "killed by signal 9").state == "queued"
+    store.note(lease := taken(store), checkpoints=[JobCheckpoint(1)])  # it came on: counted anew
+    assert store.died(lease, "killed by signal 9").state == "queued"
+    for end in ("queued", "failed"):
+        job = store.died(taken(store), "killed by signal 9", fix="more memory")
+        assert job.state == end
+    assert job.error is not None
+    assert job.error["message"].startswith("its process died 3 times in a row before a new checkpoint: killed by")
+
+
+def test_a_job_that_takes_its_machines_down_fails_too(store: JobStore) -> None:
+    queued(store)
+    for _ in range(3):
+        taken(store, seconds=0.02)
+        time.sleep(0.05)
+    assert store.take("w", 60) is None
+    (job,), _ = store.jobs("acme")
+    assert (job.state, job.error and job.error["kind"]) == ("failed", "lost")
+
+
+def test_a_budget_holds_over_what_was_spent_and_what_waits(store: JobStore) -> None:
+    lease = running(store, price=2_000_000, budget=5_000_000)  # planned at 2
+    store.note(lease, [step(1, tokens=500_000)])
+    store.finish(lease, result={})  # 1 was spent
+    queued(store, price=2_000_000, budget=5_000_000)
+    store.create("acme", CONFIG, name="support")
+    lease = taken(store, state="validating")
+    with pytest.raises(OverBudget, match=r"planned to cost 3\.00, and of this month's budget of 5\.00 2\.00 are left"):
+        store.queue(lease, PLAN, price=3_000_000, budget=5_000_000)
+    assert store.get("acme", lease.job.id).state == "validating"
+    assert store.queue(lease, PLAN, price=2_000_000, budget=5_000_000).state == "queued"
+
+
+def test_pages_of_jobs(store: JobStore) -> None:
+    ids = [store.create("acme", CONFIG, name="support", about={"n": n}).id for n in range(5)][::-1]
+    store.create("best", CONFIG, name="support")
+    seen: list[str] = []
+    after, more = None, True
+    while more:
+        page, more = store.jobs("acme", after=after, limit=2)
+        seen += [job.id for job in page]
+        after = seen[-1]
+    assert seen == ids
+    assert store.jobs("acme")[0][0].about == {"n": 4}
+    store.cancel("acme", ids[1])
+    assert [job.id for job in store.jobs("acme", states=["cancelled"])[0]] == [ids[1]]
+    with pytest.raises(ConfigError, match="'done' is not a state of jobs"):
+        store.jobs("acme", states=["done"])
+
+
+@pytest.mark.parametrize("other", ["best", "", "%", "acme%", "acm_", "*", "ACME", "acme' OR '1'='1"])
+def test_one_tenants_jobs_are_not_there_for_another(store: JobStore, other: str) -> None:
+    lease = running(store, price=1_000_000)
+    store.note(lease, [step(1)], [JobCheckpoint(1)])
+    job = lease.job.id
+    before = store.get("acme", job), store.events("acme", job)
+    for ask in (store.get, store.events, store.checkpoints, store.bill, store.pause, store.resume, store.cancel):
+        for name in (job, f"{job}\x00", "%", f"{job}' --", "ftjob-\ud800", ""):
+            with pytest.raises(UnknownJob, match="there is no job"):
+                ask(other, name)  # type: ignore[operator]
+    with pytest.raises(UnknownJob):
+        store.jobs(other, after=job)
+    assert store.jobs(other) == ([], False)
+    assert (store.get("acme", job), store.events("acme", job)) == before
+    store.cancel("acme", job)
+    assert store.spent(other) == 0
+    assert store.get(None, job).tenant == "acme"  # the operator's
+
+
+@pytest.mark.parametrize(
+    ("tenant", "name"), [("acme", "best/support"), ("acme", "../best/x"), ("all", "x"), ("a/b", "x"), ("acme", "Up")]
+)
+def test_a_job_is_named_in_its_tenants_namespace_alone(store: JobStore, tenant: str, name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot name"):
+        store.create(tenant, CONFIG, name=name)
+    assert store.jobs(None) == ([], False)
+
+
+@pytest.mark.parametrize("table", ["job_events", "job_bills"])
+@pytest.mark.parametrize("statement", ["DELETE FROM {}", "UPDATE {} SET job = job"])
+def test_the_database_itself_keeps_events_and_bills(store: JobStore, table: str, statement: str) -> None:
+    store.cancel("acme", queued(store).id)
+    with pytest.raises(DBAPIError, match="append-only"), store.engine.begin() as c:
+        c.execute(text(statement.format(table)))
