@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny_base import tiny_tokenizer
 from tests.train import templates
 from veneer.errors import BaseError, ConfigError, DataError
+from veneer.models.text.base import TextBase
+from veneer.models.text.generate import rendered
 from veneer.train.config.text import DataSection
 from veneer.train.text.encode import EncodedRows, Example, encode_rows
 from veneer.train.text.rows import Row
@@ -318,3 +321,48 @@ def test_ten_thousand_rows_in_seconds() -> None:
     encoded: EncodedRows = encode_rows(rows, TOKENIZER, data())
     assert encoded.counts.kept == 10_000
     assert time.perf_counter() - start < 15  # 2 to 3 s on one core; the room is for busy machines
+
+
+CALLED = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+TALK_WITH_TOOLS: tuple[dict[str, Any], ...] = (
+    {"role": "developer", "content": "Be brief."},
+    {"role": "user", "content": "Paris?"},
+    {
+        "role": "assistant", "content": "", "weight": 1,
+        "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}],
+    },
+    {"role": "tool", "content": "21"},
+    {"role": "assistant", "content": "Warm.", "weight": 0},
+    {"role": "user", "content": "Thanks"},
+    {"role": "assistant", "content": "Welcome."},
+)  # fmt: skip
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+
+
+def test_a_call_is_learned_as_transformers_writes_it() -> None:
+    """OpenAI's text of arguments is the mapping that templates take, and the answers that are learned are those whose
+    weight is not 0, by hand."""
+    tokenizer = with_template(templates.TOOLS)
+    row = Row("messages", TALK_WITH_TOOLS, tools=(TOOL,), where="data.jsonl:1")
+    example = one(row, tokenizer=tokenizer)
+    called = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    turns = [dict(m) for m in TALK_WITH_TOOLS]
+    turns[0]["role"], turns[2]["tool_calls"] = "system", [called]
+    text = tokenizer.apply_chat_template(turns, tools=[TOOL], tokenize=False)
+    assert tokenizer.decode(example.input_ids) == text.rstrip("\n")
+    assert learned(example, tokenizer) == [f"{CALLED}<|im_end|>", "Welcome.<|im_end|>"]
+
+
+def test_inference_reads_calls_as_training_does() -> None:
+    """What was said before a turn, as a server renders it, is what stands before that turn's learned part."""
+    tokenizer = with_template(templates.TOOLS)
+    base = SimpleNamespace(tokenizer=tokenizer, has_chat_template=True, name="tiny")
+    example = one(Row("messages", TALK_WITH_TOOLS, tools=(TOOL,)), tokenizer=tokenizer)
+    before = rendered(cast(TextBase, base), TALK_WITH_TOOLS[:-1], tools=[TOOL])
+    assert tokenizer.decode(example.input_ids) == f"{before}Welcome.<|im_end|>"
+
+
+@pytest.mark.parametrize("row", [Row("messages", TALK_WITH_TOOLS), Row("messages", TALK_WITH_TOOLS[5:], tools=(TOOL,))])
+def test_a_template_without_a_place_for_tools_is_said(row: Row) -> None:
+    with pytest.raises(DataError, match=r"tool(_call)?s`, and the chat template"):
+        one(row)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer.errors import DataError
+from veneer.train.config.text import preference_formats
 from veneer.train.text.rows import Row, data_digest, leakage, read_rows, split_rows
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -196,7 +197,7 @@ def test_the_digest_is_of_the_content_alone(tmp_path: Path) -> None:
 
 # --- preferences ------------------------------------------------------------------------------------------------------
 
-PREFERENCES = {"preference", "unpaired-preference"}
+PREFERENCES = preference_formats("kto")
 BYE = {"role": "assistant", "content": "Bye"}
 
 
@@ -278,3 +279,78 @@ def test_a_row_s_key_is_of_both_answers_and_of_the_judgement(tmp_path: Path) -> 
     plain = Row("messages", tuple(TURNS))
     judged = [Row("messages", tuple(TURNS), label=value) for value in (True, False)]
     assert len({r.key for r in (row, other, plain, *judged)}) == 5
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_openai_s_rows_with_tools(tmp_path: Path) -> None:
+    """The example of its guide to function calling, with a second answer."""
+    result = {"role": "tool", "tool_call_id": "c1", "content": "21"}
+    row = {"messages": [TURNS[0], CALLS, result, TURNS[1]], "parallel_tool_calls": False, "tools": [TOOL]}
+    (found,), about = read_rows(jsonl(tmp_path, [row]))
+    assert (about.format, about.unused) == ("messages", [])
+    assert list(found.messages) == [TURNS[0], {**CALLS, "content": ""}, result, TURNS[1]]
+    assert found.tools == (TOOL,)
+
+
+def test_openai_s_pairs(tmp_path: Path) -> None:
+    """The example of its guide to preferences; what the assistant said in the prompt is given, not learned."""
+    earlier = [TURNS[0], BYE, {"role": "user", "content": "Really?"}]
+    row = {
+        "input": {"messages": earlier, "tools": [TOOL], "parallel_tool_calls": True},
+        "preferred_output": [TURNS[1]],
+        "non_preferred_output": [CALLS],
+    }
+    for options in ({"formats": PREFERENCES}, {"format": "openai-preference"}, {}):
+        (found,), about = read_rows(jsonl(tmp_path, [row]), **options)  # type: ignore[arg-type]
+        assert about.format == "openai-preference"
+        prompt = [earlier[0], {**BYE, "weight": 0}, earlier[2]]
+        assert list(found.messages) == [*prompt, TURNS[1]]
+        assert list(found.rejected) == [*prompt, {**CALLS, "content": ""}]
+        assert (found.shared(), found.tools) == (3, (TOOL,))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"messages": [{**TURNS[0], "tool_calls": [CALL]}]}, "belongs to the assistant"),
+        ({"messages": [{**CALLS, "tool_calls": []}]}, "should be a list of calls, found an empty list"),
+        ({"messages": [{**CALLS, "tool_calls": [{"function": {}}]}]}, "`messages[0].tool_calls[0]` has no function"),
+        (
+            {"messages": [{**CALLS, "tool_calls": [{"function": {"name": "f", "arguments": "{city"}}]}]},
+            "`messages[0].tool_calls[0].function.arguments` is not a JSON object: '{city'",
+        ),
+        ({"messages": [{**TURNS[1], "function_call": {"name": "f"}}]}, "the old form of tool_calls"),
+        ({"messages": TURNS, "tools": [{"type": "function"}]}, "`tools[0].function` has no name"),
+        ({"messages": TURNS, "parallel_tool_calls": "no"}, "should be true or false"),
+        (
+            {"messages": [TURNS[0], {**CALLS, "tool_calls": [CALL, CALL]}], "parallel_tool_calls": False},
+            "`messages[1]` calls 2 tools at once",
+        ),
+    ],
+)
+def test_calls_that_cannot_be_learned_say_why(tmp_path: Path, row: dict[str, Any], says: str) -> None:
+    text = wrong(jsonl(tmp_path, [{"messages": TURNS}, row]))
+    assert "rows.jsonl:2: " in text
+    assert says in text
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"input": TURNS}, "`input` should be a mapping"),
+        ({"input": {"messages": TURNS[:1], "prompt": "x"}}, "`input.prompt` is not known"),
+        ({"input": {}}, "`input.messages` should be a list"),
+        ({"preferred_output": [TURNS[0]]}, "an answer is the assistant's"),
+        ({"preferred_output": [BYE]}, "are the same"),
+        ({"non_preferred_output": "Bye"}, "`non_preferred_output` should be a list"),
+    ],
+)
+def test_openai_s_pairs_that_compare_nothing(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    good = {"input": {"messages": TURNS[:1]}, "preferred_output": [TURNS[1]], "non_preferred_output": [BYE]}
+    text = wrong(jsonl(tmp_path, [good, good | change]), formats=PREFERENCES)
+    assert "rows.jsonl:2: " in text
+    assert says in text

@@ -26,6 +26,7 @@ from veneer.errors import AdapterError, BaseError, ConfigError, DataError
 from veneer.models.swap import without_dropout
 from veneer.models.text.base import TextBase
 from veneer.models.text.pieces import Pieces, decode_text
+from veneer.models.text.turns import template_turn
 from veneer.ops.cpu.sharing import forwards
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def rendered(base: TextBase, messages: Sequence[Mapping[str, Any]], **variables:
         raise BaseError(
             f"{base.name} has no chat template, so it takes texts, not messages", fix="give the prompt as plain text"
         )
-    turns = [dict(m) for m in messages]
+    turns = [template_turn(m) for m in messages]
     try:
         made: str = base.tokenizer.apply_chat_template(
             turns, tokenize=False, **{"add_generation_prompt": True, **variables}

@@ -226,14 +226,12 @@ def _clean(text: str) -> str:
 
 
 def _turn(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates take it: content is a text, and `developer` (OpenAI's newer word) is `system`."""
+    """A message whose content is a text."""
     turn = {key: value for key, value in message.items() if value is not None}
     content = turn.get("content", "")
     if isinstance(content, list):
         content = "".join(_part(i, part) for part in content)
     turn["content"] = _clean(content)
-    if turn["role"] == "developer":
-        turn["role"] = "system"
     return turn
 
 

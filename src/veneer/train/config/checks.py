@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from veneer.core.adapter import check_strength
 from veneer.errors import ConfigError, counted
 from veneer.train.config.image import ImageTrainConfig
-from veneer.train.config.text import PREFERENCE_KEYS, Section, TrainConfig, layer_indices
+from veneer.train.config.text import PREFERENCE_KEYS, Section, TrainConfig, layer_indices, preference_formats
 
 
 def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
@@ -75,13 +75,13 @@ def _preference(config: TrainConfig) -> Iterator[str]:
         if changed:
             named = ", ".join(f"`preference.{key}`" for key in changed)
             yield f"without `preference.loss` (dpo, ipo, orpo, kto or simpo) nothing uses {named}"
-        if data.format in ("preference", "unpaired-preference"):
+        if data.format in preference_formats("kto"):
             yield f"`data.format: {data.format}` needs `preference.loss`, as dpo"
         return
     for key in changed:
         if key != "loss" and loss not in PREFERENCE_KEYS[key]:
             yield f"`preference.{key}` is not used by {loss}; it belongs to {', '.join(PREFERENCE_KEYS[key])}"
-    formats = ("preference", "unpaired-preference") if loss == "kto" else ("preference",)
+    formats = preference_formats(loss)
     if data.format not in ("auto", *formats):
         takes = " or ".join(f"`{name}`" for name in formats)
         yield f"`data.format: {data.format}` has nothing that {loss} can compare: it takes {takes}"

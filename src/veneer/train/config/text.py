@@ -135,7 +135,15 @@ class DataSection(Section):
         ge=0,
     )
     format: Literal[
-        "auto", "messages", "prompt-completion", "instruction", "sharegpt", "text", "preference", "unpaired-preference"
+        "auto",
+        "messages",
+        "prompt-completion",
+        "instruction",
+        "sharegpt",
+        "text",
+        "preference",
+        "openai-preference",
+        "unpaired-preference",
     ] = setting("auto", "format of the rows", "found from the columns, and reported before the run starts")
     columns: dict[str, str] = setting({}, "our column name: yours, as {prompt: question, completion: answer}")
     limit: int | None = setting(None, "use only the first rows, up to this number", gt=0)
@@ -210,6 +218,11 @@ class PreferenceSection(Section):
                 "nll": self.nll if self.nll is not None else 1.0 if self.loss == "orpo" else 0.0,
             }
         )
+
+
+def preference_formats(loss: str) -> tuple[str, ...]:
+    """The formats of rows that a loss of preferences can learn from."""
+    return ("preference", "openai-preference", *(("unpaired-preference",) if loss == "kto" else ()))
 
 
 PREFERENCE_KEYS = {

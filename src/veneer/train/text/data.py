@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.core.adapter import Adapter
 from veneer.errors import DataError
-from veneer.train.config.text import TrainConfig
+from veneer.train.config.text import TrainConfig, preference_formats
 from veneer.train.loop import LazySteps, Micro, Step
 from veneer.train.text.batches import Batch, collate, plan_steps
 from veneer.train.text.encode import EncodedRows, Example, encode_rows
@@ -47,7 +47,7 @@ class TextData:
 def read_data(config: TrainConfig, base: TextBase) -> TextData:
     """Read, split and encoded. Raises DataError for rows that do not go with the loss, and what reading raises."""
     loss = config.preference.loss
-    formats = {"preference", "unpaired-preference"} if loss == "kto" else {"preference"} if loss else None
+    formats = None if loss is None else preference_formats(loss)
     options: dict[str, Any] = {"format": config.data.format, "columns": config.data.columns, "formats": formats}
     rows, about = read_rows(config.data.files("train"), limit=config.data.limit, **options)
     if config.data.validation is not None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import BaseError, ConfigError
+from veneer.models.text.turns import template_turn
 from veneer.train.text.rows import Row
 
 if TYPE_CHECKING:
@@ -109,6 +110,10 @@ class Renderer:
         )
 
     def _chat(self, row: Row, train_on: str) -> Rendered:
+        if row.tools and not re.search(r"\btools\b", self.template or ""):
+            raise ValueError("the row has `tools`, and the chat template has no place for them")
+        if any("tool_calls" in m for m in row.messages) and "tool_calls" not in (self.template or ""):
+            raise ValueError("a message has `tool_calls`, and the chat template would leave them out")
         text = self._text(row.messages, row)
         out = Rendered(text, chat=True)
         if train_on == "all":
@@ -155,7 +160,7 @@ class Renderer:
             from transformers.utils.chat_template_utils import render_jinja_template
 
             _, marks = render_jinja_template(
-                conversations=[list(row.messages)],
+                conversations=[[template_turn(m) for m in row.messages]],
                 tools=list(row.tools) or None,
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
@@ -187,7 +192,7 @@ class Renderer:
 
         try:
             text = self.tokenizer.apply_chat_template(
-                [{k: v for k, v in m.items() if k != "weight"} for m in messages],
+                [template_turn(m) for m in messages],
                 tools=list(row.tools) or None,
                 chat_template=self.template,
                 add_generation_prompt=generate,

@@ -4,12 +4,15 @@
     about.format, about.why          "messages", "a `messages` column of role and content"
 
 | format              | columns                                         | becomes                                    |
-| messages            | messages: [{role, content, weight?}], tools?    | a conversation                             |
+| messages            | messages: [{role, content, weight?}], tools?,   | a conversation                             |
+|                     | parallel_tool_calls?                            |                                            |
 | sharegpt            | conversations: [{from, value}], system?, tools? | a conversation                             |
 | prompt-completion   | prompt, completion (texts or message lists)     | a user turn and an assistant turn          |
 | instruction         | instruction, input?, output, system?            | a user turn and an assistant turn (alpaca) |
 | text                | text                                            | plain text, all of it learned              |
 | preference          | prompt?, chosen, rejected (texts or lists)      | a conversation that ends in either way     |
+| openai-preference   | input: {messages, tools?, …}, preferred_output, | the same                                   |
+|                     | non_preferred_output (message lists)            |                                            |
 | unpaired-preference | prompt, completion, label (true or false)       | a conversation with a judgement            |
 
 Every row that cannot be used is reported with its file, line and reason. Does not know tokenizers or models.
@@ -51,12 +54,17 @@ _ALIASES = {
     "output": ("response",),
 }
 _FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {  # needed, optional, in words
-    "messages": (("messages",), ("tools",), "a `messages` column of role and content"),
+    "messages": (("messages",), ("tools", "parallel_tool_calls"), "a `messages` column of role and content"),
     "sharegpt": (("conversations",), ("system", "tools"), "a `conversations` column of from and value"),
     "prompt-completion": (("prompt", "completion"), (), "`prompt` and `completion` columns"),
     "instruction": (("instruction", "output"), ("input", "system"), "`instruction` and `output` columns (alpaca)"),
     "text": (("text",), (), "a `text` column alone"),
     "preference": (("chosen", "rejected"), ("prompt", "tools"), "`chosen` and `rejected` columns"),
+    "openai-preference": (
+        ("input", "preferred_output", "non_preferred_output"),
+        (),
+        "`input`, `preferred_output` and `non_preferred_output` columns (OpenAI's of preferences)",
+    ),
     "unpaired-preference": (
         ("prompt", "completion", "label"),
         ("tools",),
@@ -278,17 +286,19 @@ def _row(format: str, record: Record, mapping: Mapping[str, str]) -> Row:
             theirs = mapping.get(c, c)
             near = nearest(theirs, [k for k in record.values if k not in mapping.values()], 1)
             raise ValueError(f"no `{theirs}`" + (f"; there is `{near[0]}`" if near else ""))
-    tools = _decoded(values.get("tools")) or ()
-    if not isinstance(tools, list | tuple):
-        raise ValueError("`tools` is not a list")
     where = record.where
+    if format == "openai-preference":
+        return _openai_preference(values, where)
+    tools = _tools(values.get("tools"))
     if format == "text":
         return Row(format, text=_text(values["text"], "text"), where=where)
     if format == "messages":
-        return Row(format, _messages(values["messages"], "messages"), tools=tuple(tools), where=where)
+        messages = _messages(values["messages"], "messages")
+        _check_parallel(values.get("parallel_tool_calls"), messages, "messages")
+        return Row(format, messages, tools=tools, where=where)
     if format == "sharegpt":
         messages = _sharegpt(values["conversations"], values.get("system"))
-        return Row(format, messages, tools=tuple(tools), where=where)
+        return Row(format, messages, tools=tools, where=where)
     if format == "instruction":
         system, inp = (_text(values.get(c) or "", c, empty=True) for c in ("system", "input"))
         instruction, output = _text(values["instruction"], "instruction"), _text(values["output"], "output", empty=True)
@@ -297,15 +307,58 @@ def _row(format: str, record: Record, mapping: Mapping[str, str]) -> Row:
         messages = tuple({"role": r, "content": c} for r, c in [*turns, ("user", user), ("assistant", output)])
         return Row(format, messages, instruction=(system, instruction, inp, output), where=where)
     if format == "preference":
-        return _preference(values, tuple(tools), where)
+        return _preference(values, tools, where)
     prompt, completion = _decoded(values["prompt"]), _decoded(values["completion"])
     if format == "unpaired-preference":
         kind, messages = _conversation(prompt, completion, "completion")
-        return Row(kind, messages, tools=tuple(tools), where=where, label=_label(values["label"]))
+        return Row(kind, messages, tools=tools, where=where, label=_label(values["label"]))
     if isinstance(prompt, list) and isinstance(completion, list):
         return Row("messages", _messages([*prompt, *completion], "prompt and completion"), where=where)
     user, answer = _text(prompt, "prompt"), _text(completion, "completion", empty=True)
     return Row(format, ({"role": "user", "content": user}, {"role": "assistant", "content": answer}), where=where)
+
+
+def _openai_preference(values: Mapping[str, Any], where: str) -> Row:
+    """OpenAI's: a prompt with its tools, and the messages of either answer."""
+    given = values["input"]
+    if not isinstance(given, Mapping):
+        raise ValueError(f"`input` should be a mapping with messages, found {_kind(given)}")
+    if unknown := sorted(set(given) - {"messages", "tools", "parallel_tool_calls"}):
+        raise ValueError(f"`input.{unknown[0]}` is not known; `input` has messages, tools and parallel_tool_calls")
+    prompt = _messages(given.get("messages"), "input.messages")
+    answers = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
+    ends = {ours: _messages(values[theirs], theirs) for ours, theirs in answers.items()}
+    for ours, theirs in answers.items():
+        if odd := [m["role"] for m in ends[ours] if m["role"] not in ("assistant", "tool")]:
+            raise ValueError(f"`{theirs}` has a message of role {odd[0]!r}: an answer is the assistant's")
+        _check_parallel(given.get("parallel_tool_calls"), ends[ours], theirs)
+    return _preference(
+        {"prompt": list(prompt), **{k: list(v) for k, v in ends.items()}}, _tools(given.get("tools")), where
+    )
+
+
+def _tools(value: Any) -> tuple[Any, ...]:
+    """The functions that a row says the assistant may call, as templates take them. Raises ValueError."""
+    tools = _decoded(value) or ()
+    if not isinstance(tools, list | tuple):
+        raise ValueError("`tools` is not a list")
+    for i, tool in enumerate(tools):
+        if isinstance(tool, Mapping) and tool.get("type") == "function":
+            function = tool.get("function")
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                raise ValueError(f"`tools[{i}].function` has no name")
+    return tuple(tools)
+
+
+def _check_parallel(value: Any, messages: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Raises ValueError where a row does what it says that it does not: call several tools at once."""
+    if value is None or value is True:
+        return
+    if value is not False:
+        raise ValueError(f"`parallel_tool_calls` should be true or false, found {value!r}")
+    for i, message in enumerate(messages):
+        if (calls := len(message.get("tool_calls") or ())) > 1:
+            raise ValueError(f"`{name}[{i}]` calls {calls} tools at once, and `parallel_tool_calls` is false")
 
 
 def _preference(values: Mapping[str, Any], tools: tuple[Any, ...], where: str) -> Row:
@@ -399,6 +452,10 @@ def _message(m: Any, name: str) -> dict[str, Any]:
     kept = {k: v for k, v in m.items() if v is not None}  # Parquet fills the keys a message lacks with nothing
     if isinstance(content, list):
         content = "".join(_part(p, name) for p in content)
+    if "function_call" in kept:
+        raise ValueError(f"`{name}.function_call` is the old form of tool_calls: give it as one of those")
+    if "tool_calls" in kept:
+        kept["tool_calls"] = _tool_calls(kept["tool_calls"], f"{name}.tool_calls", role)
     if content is None and m.get("tool_calls"):
         content = ""
     if not isinstance(content, str):
@@ -406,6 +463,27 @@ def _message(m: Any, name: str) -> dict[str, Any]:
     if "weight" in kept and (isinstance(kept["weight"], bool) or kept["weight"] not in (0, 1)):
         raise ValueError(f"`{name}.weight` is {kept['weight']!r}; it can be 0 (not learned) or 1")
     return {**kept, "role": role, "content": content}
+
+
+def _tool_calls(value: Any, name: str, role: str) -> list[Any]:
+    """Calls of functions, whose arguments OpenAI has as a text of JSON and templates as a mapping: here as given, and
+    whole. Raises ValueError."""
+    if role != "assistant":
+        raise ValueError(f"`{name}` belongs to the assistant, and the role is {role!r}")
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"`{name}` should be a list of calls, found {_kind(value)}")
+    for i, call in enumerate(value):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"`{name}[{i}]` has no function with a name")
+        arguments = function.get("arguments", {})
+        try:
+            whole = isinstance(json.loads(arguments) if isinstance(arguments, str) else arguments, Mapping)
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ValueError(f"`{name}[{i}].function.arguments` is not a JSON object: {str(arguments)[:60]!r}")
+    return list(value)
 
 
 def _part(part: Any, name: str) -> str:
