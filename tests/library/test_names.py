@@ -9,7 +9,7 @@ import pytest
 from tests.library.made import made, read_made
 from veneer.errors import AdapterError, ConfigError
 from veneer.library.library import Library, open_library
-from veneer.library.names import Reference, check_file_name, check_tag, parse_reference
+from veneer.library.names import Reference, check_file_name, check_tag, name_of, parse_reference, parse_tuned
 from veneer.library.transfer import export_to, import_from
 from veneer.library.upkeep import rebuild, verify_library
 
@@ -124,3 +124,32 @@ def test_a_name_in_a_namespace_is_another_name_and_lives_as_any(library: Library
         "acme/support@prod", "acme/support@1", "acme/support@2"
     ]  # fmt: skip
     assert library.find("support").entry == entries["support"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("ft:smollm2-135m:acme:support:kq7vz2mh", "acme/support-kq7vz2mh"),
+        ("ft:smollm2-135m:acme::kq7vz2mh", "acme/kq7vz2mh"),
+        ("ft:smollm2-135m::support:kq7vz2mh:ckpt-step-40", "support-kq7vz2mh@ckpt-step-40"),
+    ],
+)
+def test_what_openai_calls_tuned_is_a_name_of_the_library(text: str, reference: str) -> None:
+    found = parse_tuned(text)
+    assert found is not None
+    assert (str(found), found.reference) == (text, reference)
+    assert parse_reference(text) == parse_reference(reference)
+    assert name_of(text) == name_of(reference)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ft:", "ft:base", "ft:base:acme:support", "ft:base:acme:support:", "ft::acme:support:id", "ft:base:a/b:c:id",
+        "ft:base:acme:support:id:ckpt-step-x", "ft:base:acme:support:id:more", "ft:base:acme:support:id@prod",
+        "ft:base:..:support:id", "ft:base:acme:SUPPORT:id", "ft:base:acme:..:id",
+    ],
+)  # fmt: skip
+def test_what_only_looks_like_one_is_no_reference(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_reference(text)

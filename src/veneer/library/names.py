@@ -7,6 +7,12 @@
     acme/support@2     version 2 of `support` in the namespace `acme`, another name than `support`
     sha256:3fa9c1      the adapter (or the entry) whose digest begins so
 
+and those that OpenAI gives to what was tuned, with the base in front and the namespace as the organisation:
+
+    ft:smollm2-135m:acme:support:kq7vz2mh                  acme/support-kq7vz2mh
+    ft:smollm2-135m::support:kq7vz2mh:ckpt-step-40         support-kq7vz2mh@ckpt-step-40
+    ft:smollm2-135m:acme::kq7vz2mh                         acme/kq7vz2mh
+
 The library, the names that a server loads, routes, limits, prices and every body over HTTP have these and no others. In
 a library names become file names, so they are lower case there; a name that is only loaded never does, and may have
 capitals (`cased`), as clients of other servers give them. Parts hold no separator of paths, URLs or mixes.
@@ -25,6 +31,7 @@ _NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
 _ALIAS = re.compile(r"[a-z]([a-z0-9._-]{0,48}[a-z0-9])?")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/=+-]{0,99}")
 _PREFIX = re.compile(r"sha256:[0-9a-f]{4,64}")
+_TUNED = re.compile(r"ft:([^:@]{1,200}):([^:@/]*):([^:@/]*):([^:@/]+)(?::ckpt-step-(\d{1,9}))?")
 _RESERVED = {"latest", "con", "prn", "aux", "nul"}
 
 
@@ -39,9 +46,52 @@ class Reference:
     prefix: str = ""
 
 
+@dataclass(frozen=True)
+class TunedName:
+    """A name as OpenAI has it: `ft:BASE:ORGANISATION:SUFFIX:ID`, with `:ckpt-step-N` for a checkpoint (`step`). The
+    organisation is a namespace, and it and the suffix may be empty."""
+
+    base: str
+    organisation: str
+    suffix: str
+    id: str
+    step: int | None = None
+
+    def __str__(self) -> str:
+        end = "" if self.step is None else f":{checkpoint_alias(self.step)}"
+        return f"ft:{self.base}:{self.organisation}:{self.suffix}:{self.id}{end}"
+
+    @property
+    def last(self) -> str:
+        """The name in the library, without its namespace."""
+        return f"{self.suffix}-{self.id}" if self.suffix else self.id
+
+    @property
+    def reference(self) -> str:
+        """What it is in the library."""
+        name = f"{self.organisation}/{self.last}" if self.organisation else self.last
+        return name if self.step is None else f"{name}@{checkpoint_alias(self.step)}"
+
+
+def checkpoint_alias(step: int) -> str:
+    """The alias of an adapter's checkpoint."""
+    return f"ckpt-step-{step}"
+
+
+def parse_tuned(text: str) -> TunedName | None:
+    """A name as OpenAI has it; None for a text that is none."""
+    found = _TUNED.fullmatch(text)
+    if found is None:
+        return None
+    base, organisation, suffix, id, step = found.groups()
+    return TunedName(base, organisation, suffix, id, None if step is None else int(step))
+
+
 def parse_reference(text: str, *, cased: bool = False) -> Reference:
     """The reference that a text means. `cased`: names may have capitals. Raises ConfigError for a text that is not
     one."""
+    if (tuned := parse_tuned(text)) is not None:
+        text = tuned.reference
     if text.startswith("sha256:"):
         if not _PREFIX.fullmatch(text):
             raise ConfigError(f"{text!r} is not a digest", fix="sha256: and 4 to 64 hexadecimal digits in lower case")
@@ -58,7 +108,8 @@ def parse_reference(text: str, *, cased: bool = False) -> Reference:
 
 def name_of(reference: str) -> str:
     """A reference's name, whatever its version: what limits, prices and grants count it under."""
-    return reference.partition("@")[0]
+    tuned = parse_tuned(reference)
+    return (reference if tuned is None else tuned.reference).partition("@")[0]
 
 
 def check_name(name: str, *, cased: bool = False) -> None:

@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,27 @@ def test_a_loaded_name(make: Make, base: TextBase, folder: Path) -> None:
         assert (served.mix, served.name, served.target) == (of(digest), word, "support")
     assert catalog.models(ANYBODY)[1] == card
     assert list(catalog.residents.resident()) == [digest]
+
+
+def test_what_openai_calls_tuned(make: Make, base: TextBase, folder: Path, library: Library) -> None:
+    """By the base, whose namespace it is, and the id; as the library's name for everything that asks who may."""
+    first, last = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
+    library.add(folder / "a", "acme/support-kq7vz2mh")
+    library.alias("acme/support-kq7vz2mh@1", "ckpt-step-40")
+    library.add(folder / "b", "acme/support-kq7vz2mh")
+    catalog, acme, other = make(), Caller("acme", seeing(["acme/*"])), Caller("globex", seeing(["globex/*", "ft:*"]))
+    name = "ft:tiny:acme:support:kq7vz2mh"
+    for word, digest in ((name, last), (f"{name}:ckpt-step-40", first), (f"tiny:{name}", last)):
+        served = catalog.resolve(word, acme)
+        assert (served.mix, served.name) == (of(digest), word)
+        assert served.adapters[0].startswith("acme/support-kq7vz2mh@")
+    card = catalog.card(f"{name}:ckpt-step-40", acme)
+    assert (card.id, card.parent, card.digest) == (f"{name}:ckpt-step-40", "tiny", first)
+    for word in ("ft:other:acme:support:kq7vz2mh", "ft:tiny:acme:support:no", f"{name}:ckpt-step-41"):
+        for ask in (catalog.resolve, catalog.card):
+            assert refused(partial(ask, word, acme)).code == "model_not_found"
+    for ask in (catalog.resolve, catalog.card):
+        assert refused(partial(ask, name, other)).code == "model_not_found"
 
 
 def test_what_the_library_has_needs_no_loading(make: Make, base: TextBase, folder: Path, library: Library) -> None:

@@ -6,8 +6,9 @@
     served = catalog.resolve("support@prod", caller)
 
 A word is looked up in this order: the base's name; a route (`routes`); a name that was loaded; a
-reference of the library (`support`, `support@2`, `support@prod`, `sha256:…`). Any of them may follow `base:`. What is
-not there and what the caller does not see are the same 404, told before anything is looked up for who does not see it.
+reference of the library (`support`, `support@2`, `support@prod`, `sha256:…`). Any of them may follow `base:`, and
+`ft:base:acme:support:id` is what OpenAI would call one (library/names.py). What is not there and what the caller does
+not see are the same 404, told before anything is looked up for who does not see it.
 Words from clients never reach the file system: they are compared with names, and the library looks in its index.
 
 A loaded adapter is checked whole before its name is known. One of the library that nobody loaded is checked when the
@@ -26,7 +27,7 @@ from typing import Protocol
 
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, quoted
-from veneer.library.names import check_name, name_of
+from veneer.library.names import check_name, name_of, parse_tuned
 from veneer.serve.access import Caller, ModelCard, Routes, Served
 from veneer.serve.names.shelf import Problems, Shelf, place_of, unusable
 from veneer.serve.request import DigestMix, Refused, check_strengths, invalid, make_mix
@@ -117,7 +118,15 @@ class Catalog:
         return Served(mix, name, target, adapters=adapters, meant=tuple(meant))
 
     def _word(self, model: str) -> str:
-        return model.removeprefix(f"{self.base}:") or self.base
+        """As everything here is called: without the base in front, and `ft:base:…` of OpenAI's by its name in the
+        library."""
+        word = model.removeprefix(f"{self.base}:") or self.base
+        tuned = parse_tuned(word)
+        if tuned is None:
+            return word
+        if tuned.base != self.base:
+            raise _missing(model)
+        return tuned.reference
 
     def _mean(self, model: str, caller: Caller) -> tuple[str, _Part | None, bool]:
         """(the adapter's name, what it is, whether a route chose it) of a client's word."""
@@ -167,6 +176,18 @@ class Catalog:
             if route not in cards:
                 out.append(ModelCard(route, route, self.base, self._started))
         return out
+
+    def card(self, model: str, caller: Caller) -> ModelCard:
+        """The line of one of them, and of what OpenAI would call `ft:base:…`, which has another name in the list."""
+        if parse_tuned(model) is not None:
+            _, part, _ = self._mean(model, caller)
+            kept = self.shelf.look(self._word(model))
+            if part is not None and kept is not None:
+                return ModelCard(model, part[1], self.base, _seconds(kept.added), part[0])
+        for card in self.models(caller):
+            if card.id == model:
+                return card
+        raise _missing(model)
 
     def _library_cards(self) -> list[ModelCard]:
         versions = self.shelf.listed(self._fingerprint)
@@ -263,7 +284,9 @@ def _alone(part: _Part | None) -> DigestMix:
 
 
 def _missing(model: str) -> Refused:
-    return Refused(f"The model {quoted(model)} does not exist.", status=404, code="model_not_found", param="model")
+    what = f"The model {quoted(model)} does not exist."
+    fix = "GET /v1/fine_tuning/jobs says what became of its job" if parse_tuned(model) is not None else None
+    return Refused(what, status=404, code="model_not_found", param="model", fix=fix)
 
 
 def _seconds(added: str) -> int:

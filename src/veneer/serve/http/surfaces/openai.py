@@ -341,10 +341,7 @@ async def models(request: HttpRequest) -> Response:
 @openai_routes.get("/v1/models/{model:path}", summary="One of them.")
 async def model(request: HttpRequest, model: str) -> Response:
     service = service_of(request)
-    for card in service.catalog.models(caller_of(request)):
-        if card.id == model:
-            return Json(_card(service, card))
-    raise Refused(f"The model `{model[:200]}` does not exist.", status=404, code="model_not_found", param="model")
+    return Json(_card(service, service.catalog.card(model, caller_of(request))))
 
 
 def _card(service: Service, card: ModelCard) -> dict[str, Any]:
