@@ -8,8 +8,8 @@ What each part is, its own module says; here is which of them a server has, and 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -48,7 +48,24 @@ class Application:
         return service
 
 
-def build(settings: ServeSettings, say: Callable[[str], None], opened: Opened | None = None) -> Application:
+@dataclass(frozen=True)
+class Extension:
+    """What a room above adds to a server: `routers` behind the same door; `large` as create_app takes it; `start` and
+    `stop` as an Application has them, within the server's own."""
+
+    routers: Sequence[APIRouter] = ()
+    large: Mapping[str, int] = field(default_factory=dict)
+    start: Callable[[], Awaitable[Any]] = _nothing
+    stop: Callable[[], Awaitable[Any]] = _nothing
+
+
+Extend = Callable[[Service, Library], Extension]
+"""Makes the extension of a server from its parts, once these are there."""
+
+
+def build(
+    settings: ServeSettings, say: Callable[[str], None], opened: Opened | None = None, extend: Extend | None = None
+) -> Application:
     """Everything that `settings` (checked: checks.py) ask for, over what checking has `opened`. Blocks while the base
     loads. Raises ConfigError and what loading raises."""
     from veneer.models.sources import find_base, is_image_base
@@ -60,13 +77,14 @@ def build(settings: ServeSettings, say: Callable[[str], None], opened: Opened | 
     make = {"fleet": _build_fleet, "pictures": _build_pictures, "texts": _build_texts}[kind]
     opened = opened or open_stores(settings)
     try:
-        return make(settings, say, opened)
+        service = make(settings, say, opened)
+        return _application(settings, service, opened.library, say, extend)
     except BaseException:
         opened.close()
         raise
 
 
-def _build_texts(settings: ServeSettings, say: Callable[[str], None], opened: Opened) -> Application:
+def _build_texts(settings: ServeSettings, say: Callable[[str], None], opened: Opened) -> Service:
     from veneer.models.text.base import load_text
     from veneer.serve.engine.engine import TextEngine
 
@@ -87,10 +105,10 @@ def _build_texts(settings: ServeSettings, say: Callable[[str], None], opened: Op
     catalog = Catalog(shelf, engine.problems, engine.residents, routes=tenancy.routes)
     # The engine's cache may hold less than the base could take.
     reader = TokenizedBase(base.name, base.tokenizer, engine.context, base.has_chat_template)
-    return _application(settings, Service(engine, catalog, tenancy, reader, settings.http), library, say)
+    return Service(engine, catalog, tenancy, reader, settings.http)
 
 
-def _build_pictures(settings: ServeSettings, say: Callable[[str], None], opened: Opened) -> Application:
+def _build_pictures(settings: ServeSettings, say: Callable[[str], None], opened: Opened) -> Service:
     from veneer.models.image.base import load_image, readers
     from veneer.serve.pictures.engine import PictureEngine
 
@@ -104,10 +122,10 @@ def _build_pictures(settings: ServeSettings, say: Callable[[str], None], opened:
     (tokenizer, limit), *_ = readers(base)
     reader = TokenizedBase(base.name, getattr(tokenizer, "tokenizer", tokenizer), limit)
     limits = replace(settings.http, max_body=max(settings.http.max_body, 64 << 20))  # pictures come in bodies
-    return _application(settings, Service(engine, catalog, tenancy, reader, limits), library, say)
+    return Service(engine, catalog, tenancy, reader, limits)
 
 
-def _build_fleet(settings: ServeSettings, say: Callable[[str], None], opened: Opened) -> Application:
+def _build_fleet(settings: ServeSettings, say: Callable[[str], None], opened: Opened) -> Service:
     """The same front door before servers that run elsewhere. They read the library's files by the same paths."""
     from veneer.models.home import veneer_home
     from veneer.models.text.base import text_without_weights
@@ -125,11 +143,11 @@ def _build_fleet(settings: ServeSettings, say: Callable[[str], None], opened: Op
     )  # fmt: skip
     catalog = Catalog(shelf, vllm_problems, FleetAdapters(fleet), routes=tenancy.routes)
     reader = TokenizedBase(base.name, base.tokenizer, base.context, base.has_chat_template)
-    return _application(settings, Service(fleet, catalog, tenancy, reader, settings.http), library, say)
+    return Service(fleet, catalog, tenancy, reader, settings.http)
 
 
 def _application(
-    settings: ServeSettings, service: Service, library: Library, say: Callable[[str], None]
+    settings: ServeSettings, service: Service, library: Library, say: Callable[[str], None], extend: Extend | None
 ) -> Application:
     """The surfaces over it all. It begins with the engine and ends with the tenancy's last bill."""
 
@@ -146,16 +164,23 @@ def _application(
         library.close()
         service.tenancy.close()
 
+    more = extend(service, library) if extend is not None else Extension()
+
     async def start() -> None:
         await service.engine.begin()
         await asyncio.to_thread(load)
+        await more.start()
 
     async def stop() -> None:
+        await more.stop()
         await service.engine.end()
         await asyncio.to_thread(close)
 
-    routers = operator_routes(settings, service.tenancy, service.catalog)
-    return Application(create_app(service, routers=routers, unguarded=("/admin",) if routers else ()), start, stop)
+    operator = operator_routes(settings, service.tenancy, service.catalog)
+    app = create_app(
+        service, routers=[*operator, *more.routers], unguarded=("/admin",) if operator else (), large=more.large
+    )
+    return Application(app, start, stop)
 
 
 def operator_routes(settings: ServeSettings, tenancy: Tenancy, catalog: Catalog) -> list[APIRouter]:

@@ -29,7 +29,7 @@ from veneer.serve.request import Refused
 from veneer.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
-    from veneer.serve.build import Application
+    from veneer.serve.build import Application, Extend
 
 log = logging.getLogger("veneer.serve")
 
@@ -130,12 +130,17 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(settings: ServeSettings, say: Callable[[str], None], make: Callable[[], Application] | None = None) -> None:
-    """Serve until a signal says to stop. Raises what is wrong with the settings before it listens, and what kept the
-    server from being built."""
+def serve(
+    settings: ServeSettings,
+    say: Callable[[str], None],
+    make: Callable[[], Application] | None = None,
+    extend: Extend | None = None,
+) -> None:
+    """Serve until a signal says to stop. `extend`: what a room above adds. Raises what is wrong with the settings
+    before it listens, and what kept the server from being built."""
     opened = check_settings(settings) if make is None else None
     try:
-        _serve(settings, say, make or (lambda: _build(settings, say, opened)))
+        _serve(settings, say, make or (lambda: _build(settings, say, opened, extend)))
     finally:
         if opened is not None:
             opened.close()
@@ -161,10 +166,12 @@ def _serve(settings: ServeSettings, say: Callable[[str], None], make: Callable[[
         raise front.failure
 
 
-def _build(settings: ServeSettings, say: Callable[[str], None], opened: Opened | None) -> Application:
+def _build(
+    settings: ServeSettings, say: Callable[[str], None], opened: Opened | None, extend: Extend | None
+) -> Application:
     from veneer.serve.build import build  # late: the server listens before torch is there
 
-    return build(settings, say, opened)
+    return build(settings, say, opened, extend)
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

@@ -229,6 +229,9 @@ class ToyCatalog:
         base = ModelCard(self.base, self.base, None, 1700000000)
         return [base, *(card for name, card in self.adapters.items() if caller.sees(name))]
 
+    def card(self, model: str, caller: Caller) -> ModelCard:
+        return next((c for c in self.models(caller) if c.id == model), None) or self._card(model, caller)
+
     def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> ModelCard:
         if name in self.adapters and not replace:
             raise Refused(f"{name} is loaded", status=400, code="adapter_exists")
@@ -353,8 +356,9 @@ def live(
     catalog: ToyCatalog,
     tenancy: Tenancy | None = None,
     settings: HttpSettings | None = None,
+    **options: Any,
 ) -> Iterator[Live]:
-    app = toy_app(engine, catalog, tenancy, settings)
+    app = toy_app(engine, catalog, tenancy, settings, **options)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", ws="none", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

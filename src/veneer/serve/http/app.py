@@ -8,8 +8,9 @@ slower than it may come (408). What the request holds of the server's room it gi
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -39,10 +40,22 @@ OPEN = ("/health", "/ping", "/ready", "/version", "/docs", "/openapi.json", "/re
 """Paths that need no key."""
 
 
-def create_app(service: Service, *, routers: Sequence[APIRouter] = (), unguarded: Sequence[str] = ()) -> FastAPI:
+_LARGE_PACE = 256 << 10
+"""Bytes a second that a large body has to bring: it may take as much longer than others as it is larger."""
+
+
+def create_app(
+    service: Service,
+    *,
+    routers: Sequence[APIRouter] = (),
+    unguarded: Sequence[str] = (),
+    large: Mapping[str, int] | None = None,
+) -> FastAPI:
     """All surfaces over one engine, each of which finds `request.app.state.service`.
 
-    `routers`: further routes behind the same door. `unguarded`: prefixes of paths that look after their own keys."""
+    `routers`: further routes behind the same door. `unguarded`: prefixes of paths that look after their own keys.
+    `large`: whole paths, as regular expressions, whose routes put what is posted on the disk as it comes, and how many
+    bytes that may be; they see to it that not too many come at once."""
     app = FastAPI(title="veneer", version=__version__, redoc_url=None)
     app.state.service = service
     surfaces: dict[str, str] = {}
@@ -56,7 +69,7 @@ def create_app(service: Service, *, routers: Sequence[APIRouter] = (), unguarded
     for router in (*own, *routers):
         app.include_router(router)
     _tell_errors(app, surfaces)
-    app.add_middleware(Door, service=service, surfaces=surfaces, unguarded=tuple(unguarded))
+    app.add_middleware(Door, service=service, surfaces=surfaces, unguarded=tuple(unguarded), large=large or {})
     if service.settings.cors:
         from starlette.middleware.cors import CORSMiddleware
 
@@ -73,8 +86,16 @@ def create_app(service: Service, *, routers: Sequence[APIRouter] = (), unguarded
 class Door:
     """ASGI middleware. What it establishes is in the scope: `veneer.id` and `veneer.caller`."""
 
-    def __init__(self, app: ASGIApp, service: Service, surfaces: dict[str, str], unguarded: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: Service,
+        surfaces: dict[str, str],
+        unguarded: tuple[str, ...],
+        large: Mapping[str, int],
+    ) -> None:
         self.app, self.service, self.surfaces, self.unguarded = app, service, surfaces, unguarded
+        self.large = [(re.compile(path), most) for path, most in large.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -98,7 +119,7 @@ class Door:
             return await answer_error(refused, surface)(scope, receive, numbered)
         working = request.method not in ("GET", "HEAD", "OPTIONS")
         self.service.inside += working
-        incoming = _Body(receive, request.scope["veneer.place"], self.service.settings)
+        incoming = _Body(receive, request.scope["veneer.place"], self.service.settings, self._large(request))
         try:
             await self.app(scope, incoming.receive, numbered)
         finally:
@@ -107,47 +128,56 @@ class Door:
             if incoming.seen >= LARGE_BODY:
                 self.service.tidy()
 
+    def _large(self, request: HttpRequest) -> int | None:
+        """How large the body may be that its route puts on the disk; None for one that is held in memory."""
+        if request.method != "POST":
+            return None
+        return next((most for path, most in self.large if path.fullmatch(request.url.path)), None)
+
     async def _enter(self, request: HttpRequest) -> None:
         path, service = request.url.path, self.service
         length = request.headers.get("content-length", "0")
         size = int(length) if length.isdigit() and len(length) < 16 else 0
-        if size > service.settings.max_body or len(length) >= 16:
-            raise _too_large(service.settings.max_body)
+        large = self._large(request)
+        most = service.settings.max_body if large is None else large
+        if size > most or len(length) >= 16:
+            raise _too_large(most)
         request.scope["veneer.place"] = place = service.admission.enter(_STRANGERS)
         if path in OPEN or path.startswith(tuple(f"{prefix}/" for prefix in self.unguarded)) or path in self.unguarded:
             place.take("bodies", size)
             return
         request.scope["veneer.caller"] = caller = await service.tenancy.caller(client_key(request))
         place.tenant, place.weight = caller.tenant, caller.weight
-        place.take("bodies", size)
+        if large is None:
+            place.take("bodies", size)
         await service.catalog.fresh()
         if service.phase != "ready" and request.method == "POST":
             raise Refused(f"the server is {service.phase}", status=503, code="shutting_down", retry_after=5.0)
 
 
 class _Body:
-    """A body as it comes: counted, and in time. What its head did not announce is taken when it is here."""
+    """A body as it comes: counted, and in time. What its head did not announce is taken when it is here, but for a
+    `large` one's (its limit), which goes to the disk."""
 
-    def __init__(self, receive: Receive, place: AdmittedRequest, settings: HttpSettings) -> None:
-        self.read, self.place, self.settings = receive, place, settings
-        self.seen, self.whole, self.end = 0, False, 0.0
+    def __init__(self, receive: Receive, place: AdmittedRequest, settings: HttpSettings, large: int | None) -> None:
+        self.read, self.place, self.settings, self.large = receive, place, settings, large
+        self.seen, self.whole, self.begun = 0, False, 0.0
 
     async def receive(self) -> Message:
         if self.whole:  # what comes now is that the client has left
             return await self.read()
-        now = asyncio.get_running_loop().time()
-        self.end = self.end or now + self.settings.body_time
+        self.begun = self.begun or asyncio.get_running_loop().time()
+        time = self.settings.body_time + (self.seen / _LARGE_PACE if self.large is not None else 0)
         try:
-            async with asyncio.timeout_at(self.end):
+            async with asyncio.timeout_at(self.begun + time):
                 message = await self.read()
         except TimeoutError:
-            raise Refused(
-                f"the body did not come within {self.settings.body_time:g} s", status=408, code="too_slow"
-            ) from None
+            raise Refused(f"the body did not come within {time:g} s", status=408, code="too_slow") from None
         self.seen += len(message.get("body", b""))
-        if self.seen > self.settings.max_body:
-            raise _too_large(self.settings.max_body)
-        if (more := self.seen - self.place.held["bodies"]) > 0:
+        most = self.settings.max_body if self.large is None else self.large
+        if self.seen > most:
+            raise _too_large(most)
+        if self.large is None and (more := self.seen - self.place.held["bodies"]) > 0:
             self.place.take("bodies", more)
         self.whole = not message.get("more_body", False)
         return message

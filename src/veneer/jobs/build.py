@@ -1,0 +1,48 @@
+"""What a server gets that trains too: uploaded files and their routes, and who cleans up after them.
+
+`serve(settings, say, extend=training)`: see `serve.build.Extension`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+
+from veneer.jobs.files import Files, open_files
+from veneer.jobs.http.files import file_routes, large_bodies
+from veneer.library.library import Library
+from veneer.serve.build import Extension
+from veneer.serve.http.service import Service
+
+_log = logging.getLogger("veneer.jobs")
+
+_EVERY = 300.0
+"""Seconds between two sweeps of what has expired."""
+
+
+def training(service: Service, library: Library) -> Extension:
+    """The extension of a server over its own library."""
+    files = open_files(library)
+    sweeping: list[asyncio.Task[None]] = []
+
+    async def start() -> None:
+        sweeping.append(asyncio.create_task(_sweep(files)))
+
+    async def stop() -> None:
+        for task in sweeping:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    return Extension([file_routes(files)], large_bodies(files), start, stop)
+
+
+async def _sweep(files: Files) -> None:
+    """At once and again and again; a database or a store that is away is asked again the next time."""
+    while True:
+        try:
+            await asyncio.to_thread(files.sweep)
+        except Exception as error:
+            _log.warning("expired uploads could not be removed now: %s", error)
+        await asyncio.sleep(_EVERY)

@@ -1,0 +1,210 @@
+"""OpenAI's routes of files: /v1/files, and /v1/uploads for those that come in parts.
+
+What is posted goes to the disk as it comes; `large_bodies` says how much that may be. At once come at most `_AT_ONCE`,
+of which a tenant has its share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import quote
+
+from fastapi import APIRouter, Query
+from pydantic import Field
+from starlette.datastructures import FormData, UploadFile
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response, StreamingResponse
+
+from veneer.jobs.files import Files, Upload, UploadedFile
+from veneer.library.store import CHUNK
+from veneer.serve.engine.admission import SharedQuantity
+from veneer.serve.http.bodies import Body, BodyRoute, Strict, at_most, checked
+from veneer.serve.http.errors import Json
+from veneer.serve.http.service import caller_of
+from veneer.serve.outage import fault
+from veneer.serve.request import Refused, invalid
+
+T = TypeVar("T")
+
+_AT_ONCE = 32
+_FORM = 4096
+"""Bytes of a form beside its file, and of each of its texts."""
+_PURPOSE = "files here are for fine-tuning; send purpose=fine-tune"
+
+
+def large_bodies(files: Files) -> Mapping[str, int]:
+    """Which routes put what is posted on the disk, as `create_app` takes it."""
+    return {"/v1/files": files.limits.file + 4 * _FORM, "/v1/uploads/[^/]+/parts": files.limits.part + 4 * _FORM}
+
+
+class ExpiresAfter(Strict):
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=3600, le=2_592_000)
+
+
+class UploadBody(Body):
+    filename: str = Field(min_length=1, max_length=512)
+    purpose: Literal["fine-tune"]
+    bytes: int = Field(ge=1, lt=1 << 53)
+    mime_type: str = Field(max_length=200, description="text/jsonl, as OpenAI has it; the name's ending counts here")
+    expires_after: ExpiresAfter | None = None
+
+
+class CompleteBody(Body):
+    part_ids: Annotated[list[Annotated[str, Field(max_length=100)]], at_most(10_000)] = Field(min_length=1)
+    md5: str | None = Field(default=None, max_length=64)
+
+
+def file_routes(files: Files) -> APIRouter:
+    """The routes over some files."""
+    router = APIRouter(tags=["OpenAI files"], route_class=BodyRoute)
+    coming = SharedQuantity("uploads", _AT_ONCE)
+
+    @asynccontextmanager
+    async def form(request: HttpRequest, wanted: str) -> AsyncIterator[tuple[FormData, UploadFile]]:
+        """A form and the file in it, which is gone afterwards."""
+        caller = caller_of(request)
+        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+            raise invalid("a form is expected", None, "send multipart/form-data")
+        coming.take(caller.tenant, caller.weight, 1)
+        try:
+            async with request.form(max_files=1, max_fields=8, max_part_size=_FORM) as read:
+                sent = read.get(wanted)
+                if not isinstance(sent, UploadFile):
+                    raise invalid(f"the form has no file under {wanted!r}", wanted)
+                yield read, sent
+        finally:
+            coming.give(caller.tenant, 1)
+
+    @router.post("/v1/files", summary="Upload a file of training data.", openapi_extra=_posted("file", "purpose"))
+    async def create(request: HttpRequest) -> Response:
+        async with form(request, "file") as (read, sent):
+            known = {"file", "purpose", "expires_after[anchor]", "expires_after[seconds]"}
+            if unknown := sorted(set(read) - known):
+                raise invalid(f"unknown key {unknown[0][:100]!r}", unknown[0][:100])
+            if read.get("purpose") != "fine-tune":
+                raise invalid(f"{str(read.get('purpose'))[:40]!r} is not a purpose of files here", "purpose", _PURPOSE)
+            if (sent.size or 0) > files.limits.file:
+                raise Refused(
+                    f"the file has more than {files.limits.file:,} bytes", status=413, code="too_large", param="file",
+                    fix="send it in parts: POST /v1/uploads",
+                )  # fmt: skip
+            keep = _keep(read)
+            tenant, name = caller_of(request).tenant, sent.filename or ""
+            made = await told(lambda: files.add(tenant, name, "fine-tune", sent.file, keep=keep))
+        return Json(_shown_file(made))
+
+    @router.get("/v1/files", summary="The caller's files, the newest first.")
+    async def listed(
+        request: HttpRequest,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+        after: Annotated[str | None, Query(max_length=100)] = None,
+        order: Literal["asc", "desc"] = "desc",
+        purpose: Annotated[str | None, Query(max_length=40)] = None,
+    ) -> Response:
+        tenant = caller_of(request).tenant
+        page = await told(
+            lambda: files.list(tenant, purpose=purpose, limit=limit, after=after, newest_first=order == "desc")
+        )
+        data = [_shown_file(file) for file in page.files]
+        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+        return Json({"object": "list", "data": data, **ends, "has_more": page.more})
+
+    @router.get("/v1/files/{id}", summary="One of them.")
+    async def retrieve(request: HttpRequest, id: str) -> Response:
+        tenant = caller_of(request).tenant
+        return Json(_shown_file(await told(lambda: files.get(tenant, id))))
+
+    @router.get("/v1/files/{id}/content", summary="What is in it.")
+    async def content(request: HttpRequest, id: str) -> Response:
+        tenant = caller_of(request).tenant
+        file = await told(lambda: files.get(tenant, id))
+        source = await told(lambda: files.open(file))
+
+        async def chunks() -> AsyncIterator[bytes]:
+            try:
+                while chunk := await asyncio.to_thread(source.read, CHUNK):
+                    yield chunk
+            finally:
+                source.close()
+
+        head = {"content-length": str(file.bytes)}
+        head["content-disposition"] = f"attachment; filename*=UTF-8''{quote(file.filename, errors='replace')}"
+        return StreamingResponse(chunks(), media_type="application/octet-stream", headers=head)
+
+    @router.delete("/v1/files/{id}", summary="Remove it. A job that reads it has its own copy.")
+    async def remove(request: HttpRequest, id: str) -> Response:
+        tenant = caller_of(request).tenant
+        await told(lambda: files.delete(tenant, id))
+        return Json({"id": id, "object": "file", "deleted": True})
+
+    @router.post("/v1/uploads", summary="Begin a file that comes in parts.")
+    async def begin(request: HttpRequest, body: UploadBody) -> Response:
+        tenant, keep = caller_of(request).tenant, body.expires_after.seconds if body.expires_after else None
+        made = await told(lambda: files.begin(tenant, body.filename, body.purpose, body.bytes, keep=keep))
+        return Json(_shown_upload(made), headers=body.headers)
+
+    @router.post("/v1/uploads/{id}/parts", summary="A part of it.", openapi_extra=_posted("data"))
+    async def part(request: HttpRequest, id: str) -> Response:
+        tenant = caller_of(request).tenant
+        await told(lambda: files.get_upload(tenant, id))  # before much is sent for nothing
+        async with form(request, "data") as (read, sent):
+            if unknown := sorted(set(read) - {"data"}):
+                raise invalid(f"unknown key {unknown[0][:100]!r}", unknown[0][:100])
+            made = await told(lambda: files.add_part(tenant, id, sent.file))
+        return Json({"id": made.id, "object": "upload.part", "created_at": int(made.created), "upload_id": id})
+
+    @router.post("/v1/uploads/{id}/complete", summary="The file of these parts, in this order.")
+    async def complete(request: HttpRequest, id: str, body: CompleteBody) -> Response:
+        tenant = caller_of(request).tenant
+        return Json(_shown_upload(await told(lambda: files.complete(tenant, id, body.part_ids, body.md5))))
+
+    @router.post("/v1/uploads/{id}/cancel", summary="Give it up; what was sent of it is removed.")
+    async def cancel(request: HttpRequest, id: str) -> Response:
+        tenant = caller_of(request).tenant
+        return Json(_shown_upload(await told(lambda: files.cancel(tenant, id))))
+
+    return router
+
+
+async def told(do: Callable[[], T], what: str = "the database of uploaded files") -> T:
+    """`do` in a thread. What goes wrong with `what` is told as an outage or a fault of it."""
+    try:
+        return await asyncio.to_thread(do)
+    except Refused:
+        raise
+    except Exception as error:
+        raise fault(what, error) from error
+
+
+def _keep(read: FormData) -> float | None:
+    given = {key: read[f"expires_after[{key}]"] for key in ("anchor", "seconds") if f"expires_after[{key}]" in read}
+    return float(checked(ExpiresAfter, given, "expires_after").seconds) if given else None  # type: ignore[attr-defined]
+
+
+def _shown_file(file: UploadedFile) -> dict[str, Any]:
+    """As OpenAI's clients read it."""
+    return {
+        "id": file.id, "object": "file", "bytes": file.bytes, "created_at": int(file.created),
+        "expires_at": None if file.expires is None else int(file.expires), "filename": file.filename,
+        "purpose": file.purpose, "status": "processed", "status_details": None,
+    }  # fmt: skip
+
+
+def _shown_upload(upload: Upload) -> dict[str, Any]:
+    """As OpenAI's clients read it."""
+    return {
+        "id": upload.id, "object": "upload", "bytes": upload.bytes, "created_at": int(upload.created),
+        "expires_at": int(upload.expires), "filename": upload.filename, "purpose": upload.purpose,
+        "status": upload.status, "file": None if upload.file is None else _shown_file(upload.file),
+    }  # fmt: skip
+
+
+def _posted(file: str, *texts: str) -> dict[str, Any]:
+    """A form for the description of the routes."""
+    fields: dict[str, Any] = {file: {"type": "string", "format": "binary"}, **{t: {"type": "string"} for t in texts}}
+    form = {"schema": {"type": "object", "properties": fields, "required": list(fields)}}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": form}}}

@@ -1,0 +1,215 @@
+"""Files and uploads over HTTP, by OpenAI's own clients."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyTenancy, ToyText, live, wait_for
+from veneer.jobs.files import FileLimits, Files, open_files
+from veneer.jobs.http.files import file_routes, large_bodies
+from veneer.library.library import open_library
+from veneer.serve.settings import HttpSettings
+
+ROWS = b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
+LARGE = 3 << 20
+
+
+@pytest.fixture(scope="module")
+def _made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Files, Live]]:
+    """A server whose other bodies may have a megabyte."""
+    limits = FileLimits(file=LARGE, part=LARGE, upload=2 * LARGE)
+    with open_library(tmp_path_factory.mktemp("files") / "library") as library:
+        files = open_files(library, limits)
+        more: dict[str, Any] = {"routers": [file_routes(files)], "large": large_bodies(files)}
+        settings = HttpSettings(max_body=1 << 20, body_time=3)
+        with live(ToyEngine(ToyText()), ToyCatalog(), ToyTenancy(), settings, **more) as served:
+            yield files, served
+
+
+@pytest.fixture
+def files(_made: tuple[Files, Live]) -> Iterator[Files]:
+    yield _made[0]
+    for tenant in ("", "acme"):
+        for file in _made[0].list(tenant).files:
+            _made[0].delete(tenant, file.id)
+
+
+@pytest.fixture
+def server(_made: tuple[Files, Live]) -> Live:
+    return _made[1]
+
+
+@pytest.fixture
+def client(server: Live, files: Files) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="acme", max_retries=0) as made:
+        yield made
+
+
+def sent(client: openai.OpenAI, data: bytes = ROWS, name: str = "rows.jsonl", **more: Any) -> Any:
+    return client.files.create(file=(name, data), purpose="fine-tune", **more)
+
+
+def test_a_file_by_the_client(client: openai.OpenAI, tmp_path: Path) -> None:
+    path = tmp_path / "tickets.jsonl"
+    path.write_bytes(ROWS)
+    with path.open("rb") as opened:
+        made = client.files.create(file=opened, purpose="fine-tune")
+    assert (made.object, made.filename, made.bytes, made.purpose) == ("file", "tickets.jsonl", len(ROWS), "fine-tune")
+    assert made.status == "processed"
+    assert made.expires_at is None
+    assert client.files.retrieve(made.id) == made
+    assert client.files.content(made.id).read() == ROWS
+    assert client.files.wait_for_processing(made.id).id == made.id
+    assert client.files.delete(made.id).deleted
+    with pytest.raises(openai.NotFoundError, match="No such File object"):
+        client.files.retrieve(made.id)
+
+
+def test_the_client_turns_pages(client: openai.OpenAI) -> None:
+    ids = [sent(client, b"%d" % n).id for n in range(5)]
+    assert [file.id for file in client.files.list(limit=2)] == ids[::-1]
+    assert [file.id for file in client.files.list(limit=2, order="asc", purpose="fine-tune")] == ids
+    assert client.files.list(purpose="fine-tune-results").data == []
+    for wrong in ({"limit": 0}, {"limit": 10_001}, {"order": "up"}):
+        with pytest.raises(openai.BadRequestError):
+            client.files.list(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(openai.NotFoundError):
+        client.files.list(after="file-none")
+
+
+def test_a_file_may_expire(client: openai.OpenAI) -> None:
+    made = sent(client, expires_after={"anchor": "created_at", "seconds": 3600})
+    assert made.expires_at == made.created_at + 3600
+    with pytest.raises(openai.BadRequestError, match="expires_after"):
+        sent(client, expires_after={"anchor": "created_at", "seconds": 60})
+
+
+def test_an_upload_by_the_client(client: openai.OpenAI, tmp_path: Path) -> None:
+    """Its own way to send a large file in parts."""
+    data = ROWS * 3000
+    path = tmp_path / "large.jsonl"
+    path.write_bytes(data)
+    done = client.uploads.upload_file_chunked(
+        file=path, mime_type="text/jsonl", purpose="fine-tune", part_size=100_000
+    )  # fmt: skip
+    assert done.status == "completed"
+    assert done.file is not None
+    assert client.files.content(done.file.id).read() == data
+    begun = client.uploads.create(bytes=9, filename="a.jsonl", mime_type="text/jsonl", purpose="fine-tune")
+    assert begun.status == "pending"
+    assert begun.expires_at == begun.created_at + 3600
+    part = client.uploads.parts.create(begun.id, data=b"123")
+    assert part.upload_id == begun.id
+    with pytest.raises(openai.BadRequestError, match="9") as refused:
+        client.uploads.complete(begun.id, part_ids=[part.id])
+    assert refused.value.param == "part_ids"
+    assert client.uploads.cancel(begun.id).status == "cancelled"
+    with pytest.raises(openai.BadRequestError, match="cancelled"):
+        client.uploads.parts.create(begun.id, data=b"456")
+
+
+def test_the_asynchronous_client(server: Live, files: Files) -> None:
+    async def use() -> bytes:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="acme", max_retries=0) as client:
+            made = await client.files.create(file=("a.jsonl", ROWS), purpose="fine-tune")
+            assert [file.id async for file in client.files.list()] == [made.id]
+            begun = await client.uploads.create(
+                bytes=len(ROWS), filename="b.jsonl", mime_type="text/jsonl", purpose="fine-tune"
+            )
+            part = await client.uploads.parts.create(begun.id, data=ROWS)
+            done = await client.uploads.complete(begun.id, part_ids=[part.id])
+            assert done.file is not None
+            await client.files.delete(made.id)
+            return (await client.files.content(done.file.id)).read()
+
+    assert asyncio.run(use()) == ROWS
+
+
+def test_who_has_another_key_sees_nothing_of_it(client: openai.OpenAI, server: Live) -> None:
+    made = sent(client)
+    begun = client.uploads.create(bytes=9, filename="a.jsonl", mime_type="text/jsonl", purpose="fine-tune")
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="admin", max_retries=0) as other:
+        assert other.files.list().data == []
+        for attack in (
+            lambda: other.files.retrieve(made.id),
+            lambda: other.files.content(made.id),
+            lambda: other.files.delete(made.id),
+            lambda: other.uploads.parts.create(begun.id, data=b"x"),
+            lambda: other.uploads.complete(begun.id, part_ids=["part_1"]),
+            lambda: other.uploads.cancel(begun.id),
+        ):
+            with pytest.raises(openai.NotFoundError):
+                attack()
+    assert httpx.get(f"{server.url}/v1/files").status_code == 401
+    assert client.files.retrieve(made.id) == made
+
+
+def test_large_files_come_where_other_bodies_may_not(client: openai.OpenAI, server: Live) -> None:
+    data = bytes(2 << 20)
+    assert client.files.content(sent(client, data).id).read() == data
+    with pytest.raises(openai.APIStatusError) as refused:
+        sent(client, bytes(LARGE + 1))
+    assert refused.value.status_code == 413
+    assert "v1/uploads" in refused.value.message
+    with pytest.raises(openai.APIStatusError) as refused:
+        sent(client, bytes(2 * LARGE))
+    assert refused.value.status_code == 413
+    for path in ("/v1/uploads", "/v1/uploads/x/complete", "/v1/chat/completions"):
+        answer = server.client.post(path, content=bytes(2 << 20), headers={"authorization": "Bearer acme"})
+        assert answer.status_code == 413, path
+
+
+@pytest.mark.parametrize(
+    ("form", "status", "what"),
+    [
+        ({"files": {"file": ("a.jsonl", ROWS)}}, 400, "purpose"),
+        ({"files": {"file": ("a.jsonl", ROWS)}, "data": {"purpose": "assistants"}}, 400, "fine-tune"),
+        ({"files": {"file": ("a.jsonl", ROWS)}, "data": {"purpose": "fine-tune", "colour": "red"}}, 400, "colour"),
+        ({"files": {"file": ("a.jsonl", b"")}, "data": {"purpose": "fine-tune"}}, 400, "empty"),
+        ({"files": {"data": ("a.jsonl", ROWS)}, "data": {"purpose": "fine-tune"}}, 400, "'file'"),
+        ({"files": [("file", ("a", ROWS)), ("file", ("b", ROWS))], "data": {"purpose": "fine-tune"}}, 400, "files"),
+        ({"files": {"file": ("a", ROWS)}, "data": {"purpose": "f" * 5000}}, 400, "4KB"),
+        ({"json": {"purpose": "fine-tune"}}, 400, "multipart"),
+        ({"content": b"--x", "headers": {"content-type": "multipart/form-data"}}, 400, "boundary"),
+    ],
+)
+def test_a_form_that_is_none(server: Live, files: Files, form: Any, status: int, what: str) -> None:
+    headers = {"authorization": "Bearer acme", **form.pop("headers", {})}
+    answer = server.client.post("/v1/files", headers=headers, **form)
+    assert answer.status_code == status, answer.text
+    assert what in answer.json()["error"]["message"]
+    assert files.list("acme").files == []
+
+
+def test_a_client_that_leaves_or_dawdles_leaves_nothing(server: Live, files: Files) -> None:
+    """What it had sent is gone, and its place among those who upload is free again."""
+
+    def body(ends: bool) -> Iterator[bytes]:
+        yield b'--x\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n' + bytes(100_000)
+        if ends:
+            raise ConnectionError
+        threading.Event().wait(6)
+        yield b"more"
+
+    headers = {"authorization": "Bearer acme", "content-type": "multipart/form-data; boundary=x"}
+    for _ in range(40):  # more than there are places
+        with pytest.raises(ConnectionError):
+            httpx.post(f"{server.url}/v1/files", content=body(True), headers=headers)
+    answer = httpx.post(f"{server.url}/v1/files", content=body(False), headers=headers, timeout=20)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (408, "too_slow")
+    wait_for(lambda: not server.service.inside)
+    good = httpx.post(
+        f"{server.url}/v1/files", files={"file": ("a", io.BytesIO(ROWS))}, data={"purpose": "fine-tune"},
+        headers={"authorization": "Bearer acme"},
+    )  # fmt: skip
+    assert good.status_code == 200
+    assert len(files.list("acme").files) == 1

@@ -1,0 +1,228 @@
+"""Uploaded files: whole or not there, apart from tenant to tenant, gone when they are to be gone."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from veneer.jobs.files import FileLimits, Files, open_files
+from veneer.library.library import open_library
+from veneer.serve.request import Refused
+
+ROWS = b'{"messages": []}\n'
+HOUR = 3600.0
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[Files]:
+    """Whose clock stands until a test sets another."""
+    with open_library(tmp_path / "library") as library:
+        made = open_files(library, FileLimits(file=1000, part=100, upload=300, room=2000, parts=4))
+        now = made.clock()
+        made.clock = lambda: now
+        yield made
+
+
+def later(files: Files, seconds: float) -> None:
+    now = files.clock() + seconds
+    files.clock = lambda: now
+
+
+def kept(files: Files) -> set[str]:
+    """The sha256 of all bytes that are there."""
+    return {path.rpartition("/")[2] for path, _, _ in files.store.walk("tenants")}
+
+
+def add(files: Files, tenant: str, data: bytes = ROWS, name: str = "rows.jsonl", keep: float | None = None) -> str:
+    return files.add(tenant, name, "fine-tune", io.BytesIO(data), keep=keep).id
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_a_file_comes_back_as_it_was(files: Files, tmp_path: Path) -> None:
+    made = files.get("acme", add(files, "acme", name="C:\\data\\../support rows.jsonl"))
+    assert (made.filename, made.bytes, made.sha256) == ("support rows.jsonl", len(ROWS), sha(ROWS))
+    with files.open(made) as source:
+        assert source.read() == ROWS
+    copy = files.put_in(made, tmp_path)
+    assert (copy.parent, copy.name, copy.read_bytes()) == (tmp_path, "support rows.jsonl", ROWS)
+
+
+def test_nobody_reaches_what_is_anothers(files: Files) -> None:
+    """By every way that takes an id; and the same bytes uploaded by two are kept for each."""
+    id, upload = add(files, "acme"), files.begin("acme", "a.jsonl", "fine-tune", len(ROWS))
+    part = files.add_part("acme", upload.id, io.BytesIO(ROWS))
+    other = files.begin("globex", "b.jsonl", "fine-tune", len(ROWS))
+    for attack in (
+        lambda: files.get("globex", id),
+        lambda: files.delete("globex", id),
+        lambda: files.list("globex", after=id),
+        lambda: files.get_upload("globex", upload.id),
+        lambda: files.add_part("globex", upload.id, io.BytesIO(ROWS)),
+        lambda: files.complete("globex", upload.id, [part.id]),
+        lambda: files.cancel("globex", upload.id),
+    ):
+        with pytest.raises(Refused) as refused:
+            attack()
+        assert refused.value.status == 404
+    with pytest.raises(Refused, match="no part"):
+        files.complete("globex", other.id, [part.id])
+    assert files.list("globex").files == files.list("").files == []
+    add(files, "globex")
+    files.delete("globex", files.list("globex").files[0].id)
+    with files.open(files.get("acme", id)) as source:
+        assert source.read() == ROWS
+
+
+def test_bytes_go_with_their_last_file(files: Files) -> None:
+    first, second = add(files, "acme"), add(files, "acme")
+    files.delete("acme", first)
+    assert kept(files) == {sha(ROWS)}
+    files.delete("acme", second)
+    assert kept(files) == set()
+    with pytest.raises(Refused, match="No such File"):
+        files.delete("acme", second)
+
+
+def test_bytes_that_go_while_they_come_again_are_there_in_the_end(files: Files) -> None:
+    """Another deletes the one file with these bytes between the look for them and the row."""
+    first = add(files, "acme")
+    begin, done = files.store.size, []
+
+    def size(path: str) -> int | None:
+        found = begin(path)
+        if not done:
+            done.append(path)
+            files.delete("acme", first)
+        return found
+
+    files.store.size = size  # type: ignore[method-assign]
+    second = add(files, "acme")
+    with files.open(files.get("acme", second)) as source:
+        assert source.read() == ROWS
+
+
+def test_pages_hold_every_file_once_in_order(files: Files) -> None:
+    ids = [add(files, "acme", b"%d" % n) for n in range(7)]
+    for newest_first, wanted in ((True, ids[::-1]), (False, ids)):
+        seen: list[str] = []
+        more = True
+        while more:
+            page = files.list("acme", limit=3, after=seen[-1] if seen else None, newest_first=newest_first)
+            seen += [file.id for file in page.files]
+            more = page.more
+        assert seen == wanted
+    assert files.list("acme", purpose="fine-tune-results").files == []
+
+
+def test_an_upload_is_its_parts_in_the_order_that_is_said(files: Files) -> None:
+    data = bytes(range(250))
+    upload = files.begin("acme", "a.jsonl", "fine-tune", len(data))
+    parts = [files.add_part("acme", upload.id, io.BytesIO(data[at : at + 100])).id for at in (200, 0, 100)]
+    ordered, md5 = [parts[1], parts[2], parts[0]], hashlib.md5(data, usedforsecurity=False).hexdigest()
+    for wrong, what in (
+        (ordered[:2], "250"),
+        ([*ordered[:2], "part_x"], "no part"),
+        ([ordered[0]] * 3, "twice"),
+    ):
+        with pytest.raises(Refused, match=what):
+            files.complete("acme", upload.id, wrong)
+    with pytest.raises(Refused, match="md5"):
+        files.complete("acme", upload.id, parts, md5)
+    assert files.list("acme").files == []
+    done = files.complete("acme", upload.id, ordered, md5.upper())
+    assert done.status == "completed"
+    assert done.file is not None
+    with files.open(done.file) as source:
+        assert source.read() == data
+    assert kept(files) == {sha(data)}  # the parts have gone
+    for again in (lambda: files.complete("acme", upload.id, ordered), lambda: files.cancel("acme", upload.id)):
+        with pytest.raises(Refused, match="completed"):
+            again()
+
+
+def test_what_was_sent_of_an_upload_goes_with_it(files: Files) -> None:
+    upload = files.begin("acme", "a.jsonl", "fine-tune", 200)
+    files.add_part("acme", upload.id, io.BytesIO(b"part"))
+    assert files.cancel("acme", upload.id).status == "cancelled"
+    late = files.begin("acme", "a.jsonl", "fine-tune", 200)
+    files.add_part("acme", late.id, io.BytesIO(b"part"))
+    later(files, files.limits.upload_seconds)
+    assert files.get_upload("acme", late.id).status == "expired"
+    with pytest.raises(Refused, match="expired"):
+        files.add_part("acme", late.id, io.BytesIO(b"more"))
+    files.sweep()
+    assert kept(files) == set()
+    later(files, 31 * 86400)
+    files.sweep()
+    with pytest.raises(Refused, match="No such Upload"):
+        files.get_upload("acme", late.id)
+
+
+def test_a_file_expires_when_it_was_said_to(files: Files) -> None:
+    id, other = add(files, "acme", keep=HOUR), add(files, "acme", b"kept")
+    later(files, HOUR - 1)
+    files.sweep()
+    assert files.get("acme", id).id == id
+    later(files, 1)
+    with pytest.raises(Refused, match="No such File"):
+        files.get("acme", id)
+    assert [file.id for file in files.list("acme").files] == [other]
+    assert files.sweep() == 1
+    assert kept(files) == {sha(b"kept")}
+
+
+def test_a_kill_leaves_debris_that_a_sweep_takes_and_nothing_else(files: Files) -> None:
+    """Killed after the bytes were written, and before their row was."""
+
+    class Killed(BaseException):
+        pass
+
+    id, before = add(files, "acme"), files.clock
+
+    def write() -> None:
+        add(files, "acme", b"never said to be there")
+
+    check, files.limits = files.limits, replace(files.limits, room=0)
+    with pytest.raises(Refused, match="0"):  # as good as a kill there: the row was not written
+        write()
+    files.limits = check
+    assert kept(files) == {sha(ROWS), sha(b"never said to be there")}
+    files.sweep()  # perhaps its row is on its way
+    assert len(kept(files)) == 2
+    files.clock = lambda: before() + 2 * HOUR
+    assert files.sweep() == 1
+    assert kept(files) == {sha(ROWS)}
+    assert files.get("acme", id)
+
+
+def test_there_is_a_limit_to_everything(files: Files) -> None:
+    with pytest.raises(Refused) as refused:
+        files.begin("acme", "a.jsonl", "fine-tune", 301)
+    assert refused.value.status == 413
+    upload = files.begin("acme", "a.jsonl", "fine-tune", 10)
+    for n in range(4):
+        files.add_part("acme", upload.id, io.BytesIO(b"%d" % n))
+    with pytest.raises(Refused, match="at most 4 parts"):
+        files.add_part("acme", upload.id, io.BytesIO(b"5"))
+    small = files.begin("acme", "a.jsonl", "fine-tune", 10)
+    files.add_part("acme", small.id, io.BytesIO(bytes(100)))
+    with pytest.raises(Refused, match="more than the 10 bytes"):
+        files.add_part("acme", small.id, io.BytesIO(bytes(21)))
+    add(files, "acme", bytes(1800))
+    with pytest.raises(Refused) as refused:
+        add(files, "acme", bytes(150))
+    assert (refused.value.status, refused.value.code) == (400, "storage_full")
+    add(files, "globex", bytes(150))
+    for name in ("", "..", "a\nb", "x" * 201):
+        with pytest.raises(Refused, match="name"):
+            add(files, "acme", name=name)
+    with pytest.raises(Refused, match="empty"):
+        add(files, "acme", b"")
