@@ -35,9 +35,6 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="Try a run that does not fit by its plan, with a warning.")
     ] = False,
-    tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Write scalars to OUTPUT/tensorboard as well.")
-    ] = False,
     devices: Annotated[
         int | None, typer.Option("--devices", min=1, help="Share each step among so many processes on this machine.")
     ] = None,
@@ -53,7 +50,7 @@ def train(
     from veneer.train.config.load import load_config
 
     chosen, sources = load_config(config, overrides or [])
-    given = {"--force": force, "--tensorboard": tensorboard, "--verbose": verbose, "--json": as_json}
+    given = {"--force": force, "--verbose": verbose, "--json": as_json}
     given[f"--devices={devices}"] = devices is not None
     again = [str(config), *(overrides or []), *(flag for flag, on in given.items() if on)]
 
@@ -70,13 +67,11 @@ def train(
         raise SystemExit(launch(devices, [sys.executable, "-m", "veneer.cli.main", "train", *again]))
 
     from veneer.models.loading import errors_only
-    from veneer.train.events import fan_out
-    from veneer.train.report.log import ConsoleView, TensorBoardLog
+    from veneer.train.report.log import ConsoleView
 
-    board = TensorBoardLog(Path(chosen.output.directory) / "tensorboard") if tensorboard and not dry_run else None
     view = ConsoleView(unit="pictures" if isinstance(chosen, ImageTrainConfig) else "tokens", verbose=verbose)
     options: dict[str, Any] = {"resume": resume, "dry_run": dry_run, "force": force, "sources": sources}
-    options["on_event"] = fan_out(view, board)
+    options["on_event"] = view
     result: Any
     try:
         with errors_only():
@@ -95,8 +90,6 @@ def train(
         raise stopped from None
     finally:
         view.close()
-        if board is not None:
-            board.close()
     if not leads():  # of several processes one speaks
         return
     if as_json:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -33,6 +33,7 @@ from veneer.train.loop import Learner, Step, TrainingPlan
 from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.preflight import Report
 from veneer.train.report.log import ConsoleView, JsonLog
+from veneer.train.report.trackers import check_trackers, tracked
 from veneer.train.save import Outcome, ReportParts, was_predicted, write_report
 
 NAME = "run"
@@ -155,6 +156,7 @@ def opened(
     """Around a whole run: its processes, who is told what happens, and random generators as before at the end, after
     any error too. Without `on_event` the run is shown in the terminal, speed in `unit`s a second. An interruption says
     how to go on. `lockstep`: as Devices has it; `options`: sources, resume, dry_run and force of the Run."""
+    check_trackers(config.report)
     folder = Path(config.output.directory)
     with own_choices(), joined(config.base.device, lockstep=lockstep) as devices:
         listener = on_event if devices.first else silent
@@ -283,15 +285,19 @@ def _restored(
 
 @contextmanager
 def _logged(run: Run, resumed: Progress | None) -> Iterator[Listener]:
-    """The output folder and the log in it, which the first process makes; whoever listens, and the log."""
-    log = None
-    if run.devices.first:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        log = JsonLog(run.folder / "log.jsonl", resumed)
-    try:
-        if log is not None:
+    """The output folder and the log in it, which the first process makes; whoever listens, the log, and trackers."""
+    with ExitStack() as open_now:
+        log = trackers = None
+        if run.devices.first:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            log = JsonLog(run.folder / "log.jsonl", resumed)
+            open_now.callback(log.close)
             for event in run.early:
                 log(event)
+            settings = next(e for e in run.early if isinstance(e, Resolved))
+            trackers = open_now.enter_context(
+                tracked(run.config.report, run.folder, settings, resumed is not None, fan_out(run.tell, log))
+            )
         run.devices.gather(None)
         if not run.folder.is_dir():
             raise ConfigError(
@@ -299,10 +305,7 @@ def _logged(run: Run, resumed: Progress | None) -> Iterator[Listener]:
                 where=str(run.folder),
                 fix="give an output.directory on a file system that all machines share",
             )
-        yield fan_out(run.tell, log)
-    finally:
-        if log is not None:
-            log.close()
+        yield fan_out(run.tell, log, trackers)
 
 
 def _save(

@@ -1,4 +1,4 @@
-"""What a person sees of a run: the log, the terminal, TensorBoard, and the page."""
+"""What a person sees of a run: the log, the terminal, and the page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from veneer.train.checkpoint import Progress
 from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolved, Saved, Stepped, Stopped
-from veneer.train.report.log import ConsoleView, JsonLog, TensorBoardLog, duration, read_log, size
+from veneer.train.report.log import ConsoleView, JsonLog, duration, read_log, size
 from veneer.train.report.page import Page, Series, chart, nice_ticks, render_page, smooth, write_page
 
 
@@ -116,21 +116,6 @@ def test_an_evaluation_above_the_first_one_is_called_worse_and_never_best() -> N
 def test_many_steps_are_few_lines_in_a_pipe() -> None:
     events: list[Event] = [Stepped(n, 1000, 1, 1.0, 1e-4, 0.5, 9, 4, 0.1, 1) for n in range(1, 1001)]
     assert 10 <= len(_shown(events, terminal=False).splitlines()) <= 30
-
-
-def test_tensorboard_gets_scalars_and_no_folder_before_the_first(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    board = TensorBoardLog(tmp_path / "tb")
-    assert not (tmp_path / "tb").exists()
-    board(step(1, 2.5))
-    board(score(1))
-    board.close()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    read = EventAccumulator(str(tmp_path / "tb"))
-    read.Reload()
-    assert [s.value for s in read.Scalars("train/loss")] == [2.5]
-    assert read.Scalars("validation/loss")[0].step == 1
 
 
 def test_sizes_and_times_are_for_people() -> None:

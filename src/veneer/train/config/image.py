@@ -21,6 +21,7 @@ from veneer.train.config.text import (
     OptimizerSection,
     OutputSection,
     PairsSection,
+    ReportSection,
     ScheduleSection,
     Section,
     file_name,
@@ -432,6 +433,7 @@ class ImageTrainConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     memory: ImageMemorySection = ImageMemorySection()
     slider: SliderSection = SliderSection()
+    report: ReportSection = ReportSection()
     preset: Literal["style", "subject", "product"] | None = setting(
         None, "settings for a kind of adapter, with their evidence; keys that are given win"
     )
@@ -448,8 +450,8 @@ class ImageTrainConfig(Section):
         return None if self.epochs is not None else self.schedule.steps or 1000
 
     def recipe(self) -> dict[str, Any]:
-        """What a card records: everything but the output folder, with paths reduced to file names."""
-        recipe = self.model_dump(mode="json", exclude={"output"}) | {"adapter": self.adapter.recorded()}
+        """What a card records: everything but where the run writes, with paths reduced to file names."""
+        recipe = self.model_dump(mode="json", exclude={"output", "report"}) | {"adapter": self.adapter.recorded()}
         recipe["data"] = {k: _file_names(v) for k, v in recipe["data"].items()}
         recipe["samples"]["before"] = _file_names(recipe["samples"]["before"])
         recipe["base"]["name"] = file_name(recipe["base"]["name"])

@@ -380,6 +380,21 @@ class OutputSection(Section):
     directory: str = setting(..., "folder for the adapter, checkpoints, log and report")
 
 
+class ReportSection(Section):
+    """Who else is told of the run, beside its log and report in the output folder."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = setting(
+        (), "scalars and sample sheets go there too; each is an extra of that name"
+    )
+    project: str = setting(
+        "veneer",
+        "W&B's and Trackio's project, MLflow's experiment; `team/project` names W&B's entity too",
+        min_length=1,
+    )
+    name: str | None = setting(None, "the run's name there; nothing means the output folder's")
+    tags: tuple[str, ...] = setting((), "tags of the run, where there are such")
+
+
 class TrainConfig(Section):
     """All of it. `base.name`, `data.train` and `output.directory` must be given."""
 
@@ -394,6 +409,7 @@ class TrainConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     memory: MemorySection = MemorySection()
+    report: ReportSection = ReportSection()
     seed: int = setting(0, "fixes initialisation, data order and dropout", ge=0)
 
     @property
@@ -407,8 +423,8 @@ class TrainConfig(Section):
         return self.schedule.steps
 
     def recipe(self) -> dict[str, Any]:
-        """What a card records: everything but the output folder, with paths reduced to file names."""
-        recipe = self.model_dump(mode="json", exclude={"output"}) | {"adapter": self.adapter.recorded()}
+        """What a card records: everything but where the run writes, with paths reduced to file names."""
+        recipe = self.model_dump(mode="json", exclude={"output", "report"}) | {"adapter": self.adapter.recorded()}
         for key in ("train", "validation", "chat_template"):
             value = recipe["data"][key]
             recipe["data"][key] = [file_name(v) for v in value] if isinstance(value, list) else file_name(value)

@@ -1,8 +1,7 @@
-"""What listens to a run: the JSONL log, the terminal, TensorBoard. The HTML page is in report.page.
+"""What listens to a run: the JSONL log and the terminal. Trackers are in report.trackers, the HTML page in report.page.
 
-JsonLog         one JSON object a line in `log.jsonl`; a resumed run goes on in it without repeating a step
-ConsoleView     settings with their sources, preflight, a progress bar with loss, speed, memory and time left
-TensorBoardLog  scalars for TensorBoard, with the extra `tensorboard`
+JsonLog      one JSON object a line in `log.jsonl`; a resumed run goes on in it without repeating a step
+ConsoleView  settings with their sources, preflight, a progress bar with loss, speed, memory and time left
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from veneer.errors import MissingExtraError, shown
+from veneer.errors import shown
 from veneer.train.checkpoint import Progress, disk_errors, write_atomically
 from veneer.train.events import (
     Checked,
@@ -79,52 +78,6 @@ def _before(record: dict[str, Any], progress: Progress) -> bool:
     if record.get("event") == "stopped":
         return record.get("reason") == "interrupted" and int(record.get("step", 0)) <= progress.step
     return int(record.get("step", 0)) <= progress.step
-
-
-class TensorBoardLog:
-    """Scalars under `folder`, which is created with the first of them. Raises MissingExtraError without the extra."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise MissingExtraError(
-                "TensorBoard is not installed", fix="pip install 'veneer[tensorboard]', or leave --tensorboard out"
-            ) from error
-        self._make: Any = SummaryWriter
-        self._folder = folder
-        self._writer: Any = None
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Stepped):
-            self._add(
-                event.step,
-                {
-                    "train/loss": event.loss,
-                    "train/learning_rate": event.learning_rate,
-                    "train/gradient_norm": event.gradient_norm,
-                    "speed/tokens_per_second": event.tokens_per_second,
-                    "memory/peak_bytes": event.memory_bytes,
-                    **{f"train/{name}": value for name, value in event.extra.items()},
-                },
-            )
-        elif isinstance(event, Evaluated):
-            values = {"validation/loss": event.loss}
-            if event.perplexity is not None:
-                values["validation/perplexity"] = event.perplexity
-            values |= {f"validation/{name}": value for name, value in event.extra.items()}
-            self._add(event.step, values)
-
-    def _add(self, step: int, values: dict[str, float]) -> None:
-        if self._writer is None:
-            # purge_step hides what an earlier part of the run wrote after the step it is resumed from.
-            self._writer = self._make(str(self._folder), purge_step=step)
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
 
 
 class ConsoleView:
