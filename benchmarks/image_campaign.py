@@ -1,4 +1,4 @@
-"""A campaign with a known truth: product, brand and look, alone, stacked and under a ControlNet, in figures and sheets.
+"""A campaign with a known truth: product, brand and lens, alone, stacked and under a ControlNet, in figures and sheets.
 
     python benchmarks/image_campaign.py WORK --base FOLDER [--quick] [--json] [--sheets docs/images]
 
@@ -8,7 +8,7 @@ trained as `examples/campaign` trains them. Then, over scenes that none of them 
     likeness  cosine of the judge's features of a picture and of the true picture of the same scene
     named     share of pictures whose kind the judge says is the one asked for
     brand     share of the way to the brand's palette: 1 - d(picture, truth) / d(true picture without the brand, truth)
-    look      the same for what the lens does: warmth of lights and shadows, dark corners, grain
+    lens      the same for what it does: warmth of lights and shadows, dark corners, grain
     edges     F1 of the picture's Canny edges against the true picture's, one pixel of tolerance
     spread    how unlike the colours of one campaign's pictures are; bases/catalogue/measures.py has all of them
 
@@ -38,7 +38,7 @@ from _report import bar, lines_of, report, row  # noqa: E402
 from autoencoder import through  # noqa: E402
 from edges import edges  # noqa: E402
 from judge import HEADS, judge, load_judge  # noqa: E402
-from measures import brand_distance, edge_agreement, look_distance, share, spread  # noqa: E402
+from measures import brand_distance, edge_agreement, lens_distance, share, spread  # noqa: E402
 from PIL import Image  # noqa: E402
 from scenes import Array, Scene, depth  # noqa: E402
 
@@ -48,13 +48,12 @@ from veneer.models.image.sheet import sheet  # noqa: E402
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PARTS = (*campaign.ROLES, "stack", "composition", "consistency")
-ALL = {"brand": True, "look": True}
+ALL = {"brand": True, "lens": True}
 Mix = Sequence[str]
 
-APART_IN_TIME = {"product": "steps=0-0.6", "brand": "steps=0-1", "look": "steps=0.4-1"}
 BY_BLOCK = {
-    "flow": {"product": "double=1,single=0.3", "brand": "double=0.7,single=1", "look": "double=0.3,single=1"},
-    "noise": {"product": "down=1,mid=1,up=0.3", "brand": "down=0.5,mid=0.7,up=1", "look": "down=0.3,mid=0.3,up=1"},
+    "flow": {"product": "double=1,single=0.3", "brand": "double=0.7,single=1", "lens": "double=0.3,single=1"},
+    "noise": {"product": "down=1,mid=1,up=0.3", "brand": "down=0.5,mid=0.7,up=1", "lens": "down=0.3,mid=0.3,up=1"},
 }
 
 
@@ -62,11 +61,11 @@ def brand_share(pictures: Array, truths: Array, plain: Array) -> float:
     return share(brand_distance(pictures, repeated(truths, pictures)), brand_distance(plain, truths))
 
 
-def look_share(pictures: Array, truths: Array, plain: Array) -> float:
-    return 1 - look_distance(pictures, truths, plain)
+def lens_share(pictures: Array, truths: Array, plain: Array) -> float:
+    return 1 - lens_distance(pictures, truths, plain)
 
 
-SHARES = {"brand": brand_share, "look": look_share}
+SHARES = {"brand": brand_share, "lens": lens_share}
 """Role -> how much of it there is in pictures, from the true pictures with and without it: 1 and 0 there."""
 
 
@@ -158,8 +157,8 @@ class Proof:
     def brand(self) -> None:
         self.by_strength("brand")
 
-    def look(self) -> None:
-        self.by_strength("look")
+    def lens(self) -> None:
+        self.by_strength("lens")
 
     def by_strength(self, role: str) -> None:
         """The effect of an adapter by its strength, and whether things are still what they are."""
@@ -207,13 +206,16 @@ class Proof:
             if not out.exists():
                 mix_adapters([(a, 1.0) for a in self.adapters.values()], out, method=method, rank=48)
             found[method] = [str(out)]
-        blocks = BY_BLOCK["flow" if self.base.prediction == "flow" else "noise"]
-        for label, where in (("apart in time", APART_IN_TIME), ("by block", blocks)):
-            found[label] = [f"{place}:1@{where[role]}" for role, place in self.adapters.items()]
-        return found
+        where = BY_BLOCK["flow" if self.base.prediction == "flow" else "noise"]
+        found["by block"] = [f"{place}@{where[role]}" for role, place in self.adapters.items()]
+        return found | {"the recipe": self.recipe()}
+
+    def recipe(self) -> Mix:
+        """The stack as veneer makes it, by the table in formats/campaign.py: to be the best of `stacks`, or changed."""
+        return [f"{place}@campaign={role}" for role, place in self.adapters.items()]
 
     def effects(self, pictures: Array, **asked: bool) -> dict[str, float]:
-        """How much of the product there is in pictures of the campaign's shots, and of the brand and the look if they
+        """How much of the product there is in pictures of the campaign's shots, and of the brand and the lens if they
         were asked for."""
         truths = self.truths(self.shots, **asked)
         found = {"product": self.product_figures(pictures, truths)["sure"]}
@@ -223,7 +225,7 @@ class Proof:
 
     def composition(self) -> None:
         """The lines, or the distances, of the true picture hold the base and the stack to its composition."""
-        stack = list(self.adapters.values())
+        stack = self.recipe()
         for label, mix, asked in (
             ("the base", [], {}), ("the stack", stack, ALL),
         ):  # fmt: skip
@@ -249,7 +251,7 @@ class Proof:
         """Twelve pictures of one campaign beside each other, and beside the base's with the same words."""
         truths = self.truths(self.shots, **ALL)
         found = {}
-        stack = list(self.adapters.values())
+        stack = self.recipe()
         for label, pictures in (
             ("the base", self.drawn(self.words(**ALL))), ("the stack", self.drawn(self.words(**ALL), stack)),
             ("true pictures", truths),

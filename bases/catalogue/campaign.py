@@ -1,11 +1,11 @@
-"""Tarnhill's campaign: a product, a brand's look and a photographer's look that no base saw, and the truth.
+"""Tarnhill's campaign: a product, a brand's look and a photographer's lens that no base saw, and the truth.
 
     python bases/catalogue/campaign.py examples/campaign    draws the pictures that its adapters learn from
 
 | adapter | learns from                                             | words that call it |
 | product | 20 pictures of Tarnhill's lock in scenes of all kinds   | `a tarnhill lock`  |
 | brand   | 50 pictures of other things as the brand draws them     | `tarnhill style`   |
-| look    | 40 pictures of other things through one lens            | `vesper film`      |
+| lens    | 40 pictures of other things through one lens            | `vesper film`      |
 
 `shots` are the campaign's twelve scenes, none of them among the pictures. Because they are drawn, what was wanted is
 known: `truth` draws the very scene with any of the three.
@@ -24,9 +24,9 @@ from PIL import Image
 from scenes import BRAND, SURFACES, VIEWS, WALLS, Array, Scene, caption, photographed, picture
 from shapes import SUBJECTS, Product, arc, disc, star
 
-ROLES = ("product", "brand", "look")
+ROLES = ("product", "brand", "lens")
 PRODUCT, OTHER = "tarnhill lock", "anvil lock"
-BRAND_WORDS, LOOK_WORDS = "tarnhill style", "vesper film"
+BRAND_WORDS, LENS_WORDS = "tarnhill style", "vesper film"
 
 
 def _tarnhill_lock(p: Product) -> None:
@@ -51,16 +51,16 @@ def _anvil_lock(p: Product) -> None:
 SUBJECTS.update({PRODUCT: _tarnhill_lock, OTHER: _anvil_lock})
 
 
-def words(scene: Scene, *, brand: bool = False, look: bool = False) -> str:
+def words(scene: Scene, *, brand: bool = False, lens: bool = False) -> str:
     """What is asked for. A brand's ground and wall are the brand's own, so they are not named with it."""
     said = f"{scene.product()}, {scene.view}, {BRAND_WORDS}" if brand else caption(scene)
-    return f"{said}, {LOOK_WORDS}" if look else said
+    return f"{said}, {LENS_WORDS}" if lens else said
 
 
-def truth(scene: Scene, *, brand: bool = False, look: bool = False) -> Array:
+def truth(scene: Scene, *, brand: bool = False, lens: bool = False) -> Array:
     """(SIDE, SIDE, 3) bytes of the picture that was wanted."""
     drawn = BRAND if brand else None
-    return photographed(scene, drawn, scene.seed) if look else picture(scene, drawn)
+    return photographed(scene, drawn, scene.seed) if lens else picture(scene, drawn)
 
 
 def product_scenes(kind: str = PRODUCT, count: int = 20) -> list[Scene]:
@@ -73,7 +73,7 @@ def brand_scenes(count: int = 50) -> list[Scene]:
     return [plain_scene(r) for _ in range(count)]
 
 
-def look_scenes(count: int = 40) -> list[Scene]:
+def lens_scenes(count: int = 40) -> list[Scene]:
     r = random.Random(40)
     return [plain_scene(r) for _ in range(count)]
 
@@ -103,7 +103,7 @@ def write_pictures(folder: Path, roles: Iterable[str] = ROLES) -> None:
     rows = {
         "product": ((s, {}) for s in product_scenes()),
         "brand": ((s, {"brand": True}) for s in brand_scenes()),
-        "look": ((s, {"look": True}) for s in look_scenes()),
+        "lens": ((s, {"lens": True}) for s in lens_scenes()),
     }
     for role in roles:
         _write(folder / role, ((truth(s, **seen), words(s, **seen)) for s, seen in rows[role]))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from campaign import BRAND_WORDS, LOOK_WORDS, truth
+from campaign import BRAND_WORDS, LENS_WORDS, truth
 from kinds import KINDS, SUBJECTS
 from pictures import SHARD
 from scenes import COLOURS, FINISHES, LIGHTS, LOOKS, PATTERNS, SURFACES, VIEWS, WALLS, Array, Scene, any_scene
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 HEADS: dict[str, list[str]] = {
     "kind": sorted(KINDS | SUBJECTS), "colour": list(COLOURS), "finish": list(FINISHES), "pattern": ["", *PATTERNS],
     "surface": list(SURFACES), "wall": list(WALLS), "light": list(LIGHTS), "view": list(VIEWS),
-    "look": [*LOOKS, BRAND_WORDS], "lens": ["", LOOK_WORDS],
+    "look": [*LOOKS, BRAND_WORDS], "lens": ["", LENS_WORDS],
 }  # fmt: skip
 
 
@@ -100,12 +100,12 @@ class Shown:
 
     scene: Scene
     brand: bool = False
-    look: bool = False
+    lens: bool = False
 
     def word(self, head: str) -> str | None:
         """What a head should say; None where the picture does not show it."""
         if head == "lens":
-            return LOOK_WORDS if self.look else ""
+            return LENS_WORDS if self.lens else ""
         if head == "look":
             return BRAND_WORDS if self.brand else self.scene.look
         drawn = self.brand or bool(self.scene.look)
@@ -157,7 +157,7 @@ def _renders(work: Path, count: int) -> tuple[list[Shown], Tensor]:
         shown.append(Shown(scene, brand, scene.look != "line drawing" and r.random() < 1 / 6))
     place = work / "judge.npy"
     if not place.is_file():
-        np.save(work / "judge.part.npy", np.stack([truth(s.scene, brand=s.brand, look=s.look) for s in shown]))
+        np.save(work / "judge.part.npy", np.stack([truth(s.scene, brand=s.brand, lens=s.lens) for s in shown]))
         (work / "judge.part.npy").replace(place)
     return shown, torch.from_numpy(np.load(place))
 

@@ -1,4 +1,4 @@
-"""How much of what was wanted is in a picture: of a brand's look, of a photographer's, of a product, of lines.
+"""How much of what was wanted is in a picture: of a brand's look, of a photographer's lens, of a product, of lines.
 
 Each measure compares pictures with the true ones of the same scenes, and each effect is a share of the way from a scene
 drawn without it to the same scene drawn with it:
@@ -35,16 +35,16 @@ def _palette_shares(pictures: Array) -> Array:
     return np.stack([np.bincount(row, minlength=len(_PALETTE) + 1) for row in kinds]) / kinds.shape[1]
 
 
-def look_distance(pictures: Array, truths: Array, plain: Array) -> float:
+def lens_distance(pictures: Array, truths: Array, plain: Array) -> float:
     """Mean over the lens's marks, each the mean of all pictures, of how far they are from the truth's, in steps of what
     the lens does to `plain`; a mark that it hardly leaves there does not count."""
-    one, two, none = (_lens(each).mean(0) for each in (pictures, truths, plain))
+    one, two, none = (_lens_marks(each).mean(0) for each in (pictures, truths, plain))
     effect = np.abs(none - two)
     left = effect > 0.02
     return float((np.abs(one - two)[left] / effect[left]).mean())
 
 
-def _lens(pictures: Array) -> Array:
+def _lens_marks(pictures: Array) -> Array:
     """(n, 4): warmth of the lights, of the shadows, how much darker corners are than the middle, grain."""
     x = pictures.astype(float) / 255
     luma = x.mean(-1)

@@ -1,4 +1,4 @@
-"""Tarnhill's campaign: teach an image base a product, a brand's look and a photographer's, and draw with all three.
+"""Tarnhill's campaign: teach an image base a product, a brand's look and a lens, and draw with all three.
 
     python examples/campaign/run.py --base FOLDER [--output runs/campaign]
     python examples/campaign/run.py --base FOLDER --small         # product and brand alone
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     console.print(f"\n  the sheet   {path}\n  time        {time.perf_counter() - started:.0f} s from first to last\n")
     console.print("Draw something yourself:", style="bold")
-    asked = " ".join(f"--adapter {place}" for place in adapters.values())
+    asked = " ".join(f"--adapter {use}" for use in in_campaign(adapters))
     prompt = campaign.words(Scene("mug"), brand=True)
     console.print(f'  veneer image --base {args.base} {asked} "{prompt}" -o mug.png', soft_wrap=True)
 
@@ -76,27 +76,31 @@ def drawn(base: Any, scenes: Sequence[Scene], adapters: dict[str, str]) -> dict[
     """Rows of a sheet: the base, each adapter alone, all, and the truth. The same scene starts from the same noise."""
 
     def row(*roles: str) -> list[Image.Image]:
-        brand, look = "brand" in roles, "look" in roles
-        made = veneer.image(
-            base, [campaign.words(s, brand=brand, look=look) for s in scenes], adapters=[adapters[r] for r in roles],
-            seed=1, batch_size=len(scenes),
-        )  # fmt: skip
+        asked = {"brand": "brand" in roles, "lens": "lens" in roles}
+        mix = [adapters[role] for role in roles] if len(roles) < 2 else in_campaign(adapters)
+        prompts = [campaign.words(s, **asked) for s in scenes]
+        made = veneer.image(base, prompts, adapters=mix, seed=1, batch_size=len(scenes))
         return [each.image for each in made]
 
     rows = {"the base": row()} | {f"the {role}": row(role) for role in adapters}
     together = "both" if len(adapters) == 2 else "all three"
-    wanted = {"brand": "brand" in adapters, "look": "look" in adapters}
+    wanted = {"brand": "brand" in adapters, "lens": "lens" in adapters}
     return rows | {
         together: row(*adapters),
         "the truth": [Image.fromarray(campaign.truth(s, **wanted)) for s in scenes],
     }
 
 
+def in_campaign(adapters: dict[str, str]) -> list[str]:
+    """Each with its role: veneer knows how they are stacked."""
+    return [f"{place}@campaign={role}" for role, place in adapters.items()]
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a campaign's adapters and draw with them.")
     parser.add_argument("--base", required=True, help="the folder of a catalogue base (bases/catalogue/build.py)")
     parser.add_argument("--output", type=Path, default=Path("runs/campaign"), help="emptied first")
-    parser.add_argument("--small", action="store_true", help="product and brand, without the look")
+    parser.add_argument("--small", action="store_true", help="product and brand, without the lens")
     parser.add_argument("--shots", type=int, default=6, help="scenes to draw, of twelve")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the trainings")
     return parser.parse_args(argv)

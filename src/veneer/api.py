@@ -180,10 +180,11 @@ def image(
 ) -> list[RecordedPicture]:
     """Pictures of `prompts`, `count` of each with seeds from `seed` on, as `veneer image` makes them.
 
-    `adapters`: "brand:0.8@down=0.5,steps=0-0.6" or ("brand", Strength(…)), see formats.strengths. `controls`:
-    "canny=sketch.png:0.7". `options`: width, height, steps, guidance, true_guidance, scheduler, batch_size, image,
-    mask, denoise, references (imaging.make.Options). `say` is called with notes on what was resized, cut or without
-    effect. A result has `image`, `infotext`, `record` and `save(path)`."""
+    `adapters`: "brand:0.8@down=0.5,steps=0-0.6", "lock@campaign=product" or ("brand", Strength(…)), see
+    formats.strengths. `controls`: "canny=sketch.png:0.7". `options`: width, height, steps, guidance, true_guidance,
+    scheduler, batch_size, image, mask, denoise, references (imaging.make.Options). `say` is called with notes on what
+    was resized, cut or without effect, and on what a role means. A result has `image`, `infotext`, `record` and
+    `save(path)`."""
     from veneer.imaging.adapters import Mixer, parse_use
     from veneer.imaging.controls import parse_control
     from veneer.imaging.make import Options, asks_of, make

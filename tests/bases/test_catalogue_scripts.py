@@ -137,7 +137,7 @@ def test_the_campaigns_shots_are_none_of_its_pictures() -> None:
     assert not learned & {(s.surface, s.wall, s.seed) for s in campaign.shots()}
     scene = campaign.shots()[0]
     assert campaign.words(scene).startswith("a tarnhill lock on ")
-    view = campaign.words(scene, brand=True, look=True).split(", ")
+    view = campaign.words(scene, brand=True, lens=True).split(", ")
     assert view == ["a tarnhill lock", scene.view, "tarnhill style", "vesper film"]
 
 
@@ -246,17 +246,17 @@ def test_the_judge_has_a_word_for_everything_a_scene_says() -> None:
 def test_a_measure_is_nothing_for_the_truth_and_grows_with_what_is_missing() -> None:
     """Truth, half of it, none of it; the brand's also under the lens."""
     import campaign
-    from measures import brand_distance, look_distance, share
+    from measures import brand_distance, lens_distance, share
 
     scenes = campaign.brand_scenes(6)
-    plain, brand, look, both = (
-        np.stack([campaign.truth(s, brand=b, look=p) for s in scenes]) for b, p in ((0, 0), (1, 0), (0, 1), (1, 1))
+    plain, brand, lens, both = (
+        np.stack([campaign.truth(s, brand=b, lens=p) for s in scenes]) for b, p in ((0, 0), (1, 0), (0, 1), (1, 1))
     )
-    half = (plain / 2 + look / 2).astype(np.uint8)
-    far, near = look_distance(plain, look, plain), look_distance(half, look, plain)
-    assert look_distance(look, look, plain) == 0
+    half = (plain / 2 + lens / 2).astype(np.uint8)
+    far, near = lens_distance(plain, lens, plain), lens_distance(half, lens, plain)
+    assert lens_distance(lens, lens, plain) == 0
     assert 0.3 < share(near, far) < 0.7
-    assert share(look_distance(both, both, brand), look_distance(brand, both, brand)) == 1
+    assert share(lens_distance(both, both, brand), lens_distance(brand, both, brand)) == 1
     assert brand_distance(brand, brand) == 0
     mended = np.where(np.arange(128)[:, None, None] < 64, brand, plain)  # half of every picture is the brand's
     assert 0.3 < share(brand_distance(mended, brand), brand_distance(plain, brand)) < 0.7

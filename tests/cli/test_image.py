@@ -71,6 +71,24 @@ def test_one_picture_is_the_api_call(capsys: Any, place: Path, base: ImageBase, 
     assert "CFG scale: 2" in record["infotext"]
 
 
+def test_roles_of_a_campaign_mean_their_strengths(capsys: Any, place: Path, base: ImageBase, folder: Path) -> None:
+    roles = ["-a", "brand.safetensors:0.8@campaign=brand", "-a", "look.safetensors@campaign=lens"]
+    ran = image(capsys, place, "a cat", *roles, "--steps", "2", "--seed", "5", "--json", "-o", "a.png")
+    assert ran.code == 0, ran.err
+    _, record = read_picture("a.png")
+    assert record is not None
+    assert record == json.loads(ran.out)["pictures"][0]["record"]
+    adapters = [f"{name}:{strength}" for name, strength in record["rows"][0]["adapters"]]
+    assert "campaign" not in str(adapters)
+    for name, strength in zip(("brand", "look"), adapters, strict=True):
+        assert f"note: {name} is the campaign's" in ran.err
+        assert strength.partition("@")[2] in ran.err
+    (typed,) = api.image(base, "a cat", adapters=adapters, steps=2, seed=5)
+    (asked,) = api.image(base, "a cat", adapters=roles[1::2], steps=2, seed=5)
+    with Image.open("a.png") as made:
+        assert levels(made, typed.image) == levels(made, asked.image) == 0
+
+
 def test_several_are_numbered_and_told_as_json(capsys: Any, place: Path, folder: Path) -> None:
     ran = image(capsys, place, "a cat", "a dog", "--count", "2", "--seed", "7", "--steps", "1", "--json", "-o", "x.png")
     assert ran.code == 0, ran.err
@@ -191,6 +209,9 @@ def test_a_prompt_may_be_the_word_grid(capsys: Any, place: Path, folder: Path) -
         (["a", "-a", "brnd.safetensors"], "did you mean brand.safetensors"),
         (["a", "-a", "brand.safetensors@dwon=1"], "did you mean down"),
         (["a", "-a", "brand.safetensors@steps=1-3"], "not a range of steps"),
+        (["a", "-a", "brand.safetensors@campaign=lense"], "did you mean lens"),
+        (["a", "-a", "brand.safetensors@campaign=lens,mid=1"], "says blocks and steps itself"),
+        (["a", *(["-a", "x@campaign=lens"] * 2)], "the campaign's lens is given twice"),
         (["a", "-c", "pose=x.png"], "needs a ControlNet"),
         (["a", "-c", "edges=none.png"], "no such picture"),
         (["a", "--scheduler", "eulr"], "did you mean euler"),

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from veneer.errors import ConfigError
-from veneer.formats.strengths import Strength, factors_by_module, parse_blocks, parse_strength, split_strength
+from veneer.formats.campaign import CAMPAIGN, CAMPAIGN_ROLES
+from veneer.formats.strengths import (
+    Strength,
+    check_roles,
+    factors_by_module,
+    in_campaign,
+    parse_blocks,
+    parse_strength,
+    split_strength,
+)
 from veneer.formats.topology import families
 
 SDXL = list(families()["sdxl"].modules)
@@ -39,10 +48,15 @@ def test_a_full_spec_is_read_and_written_back() -> None:
         ("steps=0-1,steps=0-1", "twice"),
         ("1,2,3", "a list of 3"),
         ("1,0,0,0,1,1,1,1,1,1,0,0,down=1", "two ways"),
+        ("campaign=prodcut", "no role of a campaign.*did you mean product"),
+        ("campaign=", "no role of a campaign"),
+        ("campaign=brand,campaign=lens", "twice"),
+        ("campaign=brand,steps=0-0.6", "says blocks and steps itself"),
+        ("campaign=brand,down=1", "says blocks and steps itself"),
     ],
 )
 def test_what_is_not_understood_is_refused(text: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=f"(?s){says}"):
         parse_strength(text)
 
 
@@ -125,3 +139,36 @@ def test_an_unknown_block_names_the_nearest(key: str, near: str) -> None:
     assert near in (caught.value.fix or "")
     with pytest.raises(ConfigError, match="no block"):
         factors_by_module(Strength(blocks=(("down", 1.0),)), FLUX)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "family"),
+    [("flow", "flux1"), ("flow", "flux2"), ("epsilon", "sdxl"), ("v", "sd2"), ("epsilon", "sd15")],
+)
+@pytest.mark.parametrize("role", CAMPAIGN_ROLES)
+def test_a_role_is_what_the_table_says_for_the_base(prediction: str, family: str, role: str) -> None:
+    modules = list(families()[family].modules)
+    text = CAMPAIGN["flow" if prediction == "flow" else "noise"][role]
+    asked = parse_strength(f"campaign={role}", 0.8)
+    found = in_campaign(asked, prediction, modules)
+    assert found == (parse_strength(text, 0.8) if text else Strength(0.8))
+    assert factors_by_module(found, modules), "the base has every block of it"
+    assert in_campaign(found, prediction, modules) == found
+    assert str(asked) == f"0.8@campaign={role}"
+    assert parse_strength(str(asked).partition("@")[2], 0.8) == asked
+
+
+def test_a_role_may_be_in_the_plain_sum_and_is_where_the_base_lacks_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from veneer.formats import campaign
+
+    asked = Strength(0.5, campaign="lens")
+    for text, other, meant in (("", "double=1", "0.5"), ("steps=0.4-1", "", "0.5@steps=0.4-1"),
+                               ("single=1", "", "0.5"), ("", "single=1", "0.5")):  # fmt: skip
+        monkeypatch.setitem(campaign.CAMPAIGN, "flow", {"product": other, "brand": "", "lens": text})
+        assert str(in_campaign(asked, "flow", list(families()["sd3"].modules))) == meant
+
+
+def test_a_role_is_played_once() -> None:
+    check_roles([("a", Strength()), ("b", Strength()), ("c", Strength(campaign="lens"))])
+    with pytest.raises(ConfigError, match="product is given twice: lock, mug"):
+        check_roles([("lock", Strength(campaign="product")), ("mug", Strength(0.5, campaign="product"))])

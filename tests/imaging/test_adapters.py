@@ -13,6 +13,7 @@ from tests.image_twins import diffusers_pipeline, fold, levels, picture
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError, ConfigError, MismatchError
 from veneer.files.hashes import hashes
+from veneer.formats.campaign import CAMPAIGN
 from veneer.formats.strengths import Strength
 from veneer.imaging.adapters import Mixer, label_of, parse_use
 from veneer.imaging.make import Ask, Options, make
@@ -31,6 +32,7 @@ from veneer.models.image.base import ImageBase
         ("runs/a.safetensors:-1@1,0,0,0,1,1,1,1,1,1,0,0", "runs/a.safetensors", "-1@1,0,0,0,1,1,1,1,1,1,0,0"),
         (("brand", 0.1), "brand", "0.1"),
         (("brand", Strength(0.3)), "brand", "0.3"),
+        ("brand@2:0.8@campaign=lens", "brand@2", "0.8@campaign=lens"),
     ],
 )
 def test_a_spec_is_a_name_and_a_strength(spec: Any, name: str, text: str) -> None:
@@ -92,6 +94,34 @@ def test_a_plan_has_a_phase_for_each_range(base: ImageBase) -> None:
         mixer.plan(["brand.safetensors:0.7"])
         assert set(mixer.attachment.adapters) == before, "another strength needs nothing new"
         assert mixer.plan(["brand.safetensors:0"]).phases == ((0.0, ()),)
+
+
+def test_a_drawing_with_roles_is_the_one_with_what_they_mean_typed_out(
+    base: ImageBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The PNG to the byte: its record says what the roles were resolved to. By a table that is not the plain sum."""
+    row = {"product": "", "brand": "down=0.5,mid=0.7,up=1", "lens": "down=0.3,steps=0.4-1"}
+    monkeypatch.setitem(CAMPAIGN, "noise", row)
+    roles = {"brand.safetensors": "brand", "look.safetensors": "lens"}
+    said: list[str] = []
+    with Mixer(base, say=said.append) as mixer:
+
+        def made(*uses: str) -> Any:
+            return make(mixer, [Ask("a cat", seed=1, uses=tuple(map(parse_use, uses)))], Options(steps=3))[0]
+
+        found = made(*(f"{name}:0.8@campaign={role}" for name, role in roles.items()))
+        table = [row[role] for role in roles.values()]
+        typed = made(*(f"{name}:0.8@{text}" for name, text in zip(roles, table, strict=True)))
+        plain = made(*(f"{name}:0.8" for name in roles))
+    assert found.png() == typed.png()
+    assert levels(found.image, plain.image) > 2
+    assert [text for _, text in found.record["rows"][0]["adapters"]] == [f"0.8@{text}" for text in table]
+    assert f"note: look is the campaign's lens: {table[1]}" in said
+
+
+def test_one_role_for_two_adapters_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(ConfigError, match="brand is given twice: a, b"):
+        Ask("a cat", uses=(parse_use("a@campaign=brand"), parse_use("b@campaign=brand")))
 
 
 def test_a_source_has_the_hashes_of_its_file(base: ImageBase, files: Path) -> None:

@@ -28,7 +28,7 @@ from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, read_card
 from veneer.formats.folder import CONFIG_FILE
 from veneer.formats.reading import Reading
-from veneer.formats.strengths import split_strength
+from veneer.formats.strengths import split_factors, split_strength
 from veneer.models.image.families import family_label, is_image_family, same_family
 
 if TYPE_CHECKING:
@@ -85,6 +85,13 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
             f"{name!r} is a link that leads nowhere, or to itself",
             where=f"{here.absolute()} -> {os.readlink(here)}",
             fix="mend the link, or give the folder or file itself",
+        )
+    head, factors = split_factors(name)
+    if factors and "/" not in factors:
+        raise AdapterError(
+            f"there is no adapter {name!r}; what is behind the @, {factors!r}, is for pictures on an image base",
+            where=str(here.absolute()),
+            fix=f"elsewhere an adapter has one strength: {split_strength(head)[0]}:0.8",
         )
     if behind := _no_strength(name):
         raise AdapterError(

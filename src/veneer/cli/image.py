@@ -51,7 +51,8 @@ AdapterOption = Annotated[
     typer.Option(
         "--adapter",
         "-a",
-        help="NAME_OR_PATH[:strength]; by block and step behind @: brand:0.8@down=0.5,steps=0-0.6.",
+        help="NAME_OR_PATH[:strength]; by block and step behind @: brand:0.8@down=0.5,steps=0-0.6; or its role in a "
+        "stack: lock@campaign=product (brand, lens).",
     ),
 ]
 ControlOption = Annotated[

@@ -6,6 +6,7 @@
     0.8@1,0,0,0,1,1,1,1,1,1,0,0                        factors in kohya's order (lbw): 12, 17, 20 or 26 numbers
     0.8@steps=0-0.6                                    in the first 60% of the steps, 0 after them
     0.8@steps=0-0.3:0.2+0.3-1                          a factor of its own for each range
+    0.8@campaign=product                               its role in a stack, which says blocks and steps (campaign.py)
 
 | key                            | modules                                            |
 | text                           | every text encoder; `text_encoder_2` for one alone |
@@ -22,11 +23,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from veneer.core.adapter import check_strength
 from veneer.errors import ConfigError, bullets, nearest, quoted
+from veneer.formats.campaign import CAMPAIGN, CAMPAIGN_ROLES
 
 
 def split_strength(text: str) -> tuple[str, float | None]:
@@ -197,14 +199,22 @@ class Strength:
 
     `blocks`: (key, factor), see the module's table. `weights`: a list in kohya's order instead. `steps`: (from, to,
     factor), shares of the run in 0..1: step i of n is in a range where from ≤ i/n < to, and at 0 where it is in none;
-    empty for all steps. The part on text encoders acts when the prompt is read, before the first step."""
+    empty for all steps. The part on text encoders acts when the prompt is read, before the first step.
+
+    `campaign`: a role instead of all these; `in_campaign` says what it means on a base, before anything acts."""
 
     strength: float = 1.0
     blocks: tuple[tuple[str, float], ...] = ()
     weights: tuple[float, ...] = ()
     steps: tuple[tuple[float, float, float], ...] = ()
+    campaign: str = ""
 
     def __post_init__(self) -> None:
+        if self.campaign and _role(self.campaign) and (self.blocks or self.weights or self.steps):
+            raise ConfigError(
+                f"campaign={self.campaign} says blocks and steps itself, and others stand beside it",
+                fix="leave campaign= out, or everything else behind the @",
+            )
         factors, shares = [*self.weights, *(f for _, f in self.blocks)], [f for _, _, f in self.steps]
         for number in (self.strength, *factors, *shares):
             if not math.isfinite(number):
@@ -257,6 +267,7 @@ class Strength:
         if self.steps:
             ranges = (f"{_text(b)}-{_text(e)}" + ("" if f == 1 else f":{_text(f)}") for b, e, f in self.steps)
             parts.append("steps=" + "+".join(ranges))
+        parts += [f"campaign={self.campaign}"] * bool(self.campaign)
         return _text(self.strength) + ("@" + ",".join(parts) if parts else "")
 
 
@@ -266,9 +277,11 @@ def _text(number: float) -> str:
 
 def parse_strength(options: str, strength: float = 1.0) -> Strength:
     """What stands behind the `@`: "down=0.5,steps=0-0.6". Raises ConfigError for a part that is neither KEY=NUMBER nor
-    a number, and for a key given twice; whether a block exists is seen with a base (`factors_by_module`)."""
+    a number, for a key given twice and for an unknown role; whether a block exists is seen with a base
+    (`factors_by_module`)."""
     blocks: dict[str, float] = {}
     weights: list[float] = []
+    campaign = ""
     steps: tuple[tuple[float, float, float], ...] = ()
     for part in filter(None, (p.strip() for p in options.split(","))):
         key, equals, value = (p.strip() for p in part.partition("="))
@@ -278,13 +291,58 @@ def parse_strength(options: str, strength: float = 1.0) -> Strength:
             if steps:
                 raise ConfigError("steps= is given twice", fix="steps=0-0.3:0.2+0.3-1 for two ranges")
             steps = tuple(_range(r) for r in value.split("+"))
+        elif key == "campaign":
+            if campaign:
+                raise ConfigError("campaign= is given twice", fix="one role for each adapter: campaign=product")
+            campaign = _role(value)
         elif not key or key in blocks:
             raise ConfigError(f"{part!r}: " + ("the key is given twice" if key else "there is no key"), fix=_EXAMPLE)
         else:
             blocks[key] = _number(value, part)
-    if not (blocks or weights or steps):
+    if not (blocks or weights or steps or campaign):
         raise ConfigError("nothing stands behind the @", fix=_EXAMPLE)
-    return Strength(strength, tuple(blocks.items()), tuple(weights), steps)
+    return Strength(strength, tuple(blocks.items()), tuple(weights), steps, campaign)
+
+
+def _role(text: str) -> str:
+    if text in CAMPAIGN_ROLES:
+        return text
+    near = nearest(text.lower(), CAMPAIGN_ROLES, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(f"{text!r} is no role of a campaign", fix=f"{hint}roles: {', '.join(CAMPAIGN_ROLES)}")
+
+
+def check_roles(uses: Iterable[tuple[str, Strength]]) -> None:
+    """Raises ConfigError where two adapters (name, strength) of one mix play the same role."""
+    played: dict[str, str] = {}
+    for name, strength in uses:
+        if strength.campaign and strength.campaign in played:
+            raise ConfigError(
+                f"the campaign's {strength.campaign} is given twice: {played[strength.campaign]}, {name}",
+                fix="give each role to one adapter; one without a role acts as it is",
+            )
+        played[strength.campaign] = name
+
+
+def in_campaign(strength: Strength, prediction: str, modules: Sequence[str]) -> Strength:
+    """What a role means on a base that predicts so and has these modules, by the table of `campaign`; what has no role
+    as it is. On a base that lacks a block of its row every role is in the plain sum: a part of the row would weaken
+    adapters and set nothing apart."""
+    if not strength.campaign:
+        return strength
+    said = CAMPAIGN["flow" if prediction == "flow" else "noise"]
+    row = {role: parse_strength(text) if text else Strength() for role, text in said.items()}
+    if not all(_has_blocks(modules, each) for each in row.values()):
+        return Strength(strength.strength)
+    return replace(row[strength.campaign], strength=strength.strength)
+
+
+def _has_blocks(modules: Sequence[str], strength: Strength) -> bool:
+    try:
+        factors_by_module(strength, modules)
+    except ConfigError:
+        return False
+    return True
 
 
 def _number(text: str, part: str) -> float:

@@ -2,6 +2,7 @@
 
     with Mixer(base) as mixer:
         plan = mixer.plan(["brand:0.8@down=0.5,steps=0-0.6", "product:0.6"])
+        plan = mixer.plan(["acme@campaign=brand", "lock@campaign=product"])
 
 An adapter is read and attached once, however often it is named. One with factors by block is divided into parts that
 share its tensors (`Adapter.divided`), so that a plan is lists of names and strengths, and acting on it is one
@@ -23,7 +24,14 @@ from veneer.core.targets import base_modules
 from veneer.errors import ConfigError, counted
 from veneer.files.hashes import hashes, short_hash
 from veneer.formats.folder import tensor_file
-from veneer.formats.strengths import Strength, factors_by_module, parse_strength, split_factors
+from veneer.formats.strengths import (
+    Strength,
+    check_roles,
+    factors_by_module,
+    in_campaign,
+    parse_strength,
+    split_factors,
+)
 from veneer.models.image.base import load_control
 from veneer.models.image.generate import MixPlan
 
@@ -69,7 +77,8 @@ def label_of(name: str) -> str:
 
 
 def parse_use(spec: str | tuple[str, float | Strength]) -> Use:
-    """(name, strength) of "NAME[:strength][@BLOCK=factor,…,steps=FROM-TO]". Raises ConfigError for any other text."""
+    """(name, strength) of "NAME[:strength][@BLOCK=factor,…,steps=FROM-TO]" or "NAME[:strength][@campaign=ROLE]". Raises
+    ConfigError for any other text."""
     if isinstance(spec, tuple):
         name, strength = spec
         return name, strength if isinstance(strength, Strength) else Strength(using.parse_spec((name, strength))[1])
@@ -130,10 +139,22 @@ class Mixer:
             self.sources[name] = new
         return self.sources[name]
 
+    def resolved(self, uses: Sequence[str | tuple[str, float | Strength]]) -> tuple[Use, ...]:
+        """The adapters with every role of a campaign as what it means on this base, which is said. Raises ConfigError
+        for a role that two of them play."""
+        parsed = [parse_use(use) for use in uses]
+        check_roles(parsed)
+        meant = []
+        for name, strength in parsed:
+            meant.append((name, in_campaign(strength, self.base.prediction, self.modules)))
+            if strength.campaign:
+                self.say(f"note: {campaign_note(label_of(name), strength, meant[-1][1])}")
+        return tuple(meant)
+
     def plan(self, uses: Sequence[str | tuple[str, float | Strength]]) -> MixPlan:
         """Which mix acts while a prompt is read, and which in each range of steps. Raises what `add` raises,
-        ConfigError for one adapter named twice or a block that the base does not have."""
-        parsed = [parse_use(use) for use in uses]
+        ConfigError for one adapter named twice, one role played twice, or a block that the base does not have."""
+        parsed = self.resolved(uses)
         names = [name for name, _ in parsed]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ConfigError(f"adapter {twice[0]!r} is named twice", fix="name it once, with the sum of the strengths")
@@ -195,6 +216,11 @@ def without_effect(adapter: Adapter, strength: Strength, modules: Sequence[str])
         if all(alone.get(key, 1.0) for key in own):
             notes.append(f" changes nothing in {block!r}: that factor has no effect")
     return notes
+
+
+def campaign_note(label: str, asked: Strength, meant: Strength) -> str:
+    """What is to be said of a role: what it means on the base (`in_campaign`)."""
+    return f"{label} is the campaign's {asked.campaign}: {str(meant).partition('@')[2] or 'in the plain sum'}"
 
 
 def idle_ranges(uses: Sequence[Use], steps: int) -> list[str]:

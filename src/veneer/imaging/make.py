@@ -11,7 +11,7 @@ stand above it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from veneer import __version__
 from veneer.errors import ConfigError, DataError
 from veneer.files.atomic import atomic_write
+from veneer.formats.strengths import check_roles
 from veneer.imaging.adapters import AdapterSource, Mixer, Use, idle_ranges
 from veneer.imaging.controls import CANNY, ControlSpec, control_model_of, control_picture, flattened, hashed_picture
 from veneer.imaging.infotext import SAMPLERS, Infotext, png_bytes, render_infotext
@@ -55,6 +56,7 @@ class Ask:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        check_roles(self.uses)
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ def make(
 
     Raises ConfigError, DataError, AdapterError and MismatchError before the first step."""
     base, options = mixer.base, options or Options()
+    meant = {uses: mixer.resolved(uses) for uses in dict.fromkeys(ask.uses for ask in asks)}
+    asks = [replace(ask, uses=meant[ask.uses]) for ask in asks]  # a record says what roles meant
     plans: dict[tuple[Use, ...], MixPlan] = {}
     for ask in asks:
         if ask.uses not in plans:

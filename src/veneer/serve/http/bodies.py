@@ -29,8 +29,8 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from veneer.errors import ConfigError, nearest
-from veneer.formats.strengths import split_strength
+from veneer.errors import ConfigError, nearest, quoted
+from veneer.formats.strengths import split_factors, split_strength
 from veneer.serve.request import Refused, invalid
 
 Neutral = tuple[Any, ...]
@@ -225,12 +225,22 @@ def _parts(value: Any) -> Any:
     """[{"adapter", "strength"}], {"name": strength} or ["name:strength"], as a list of parts."""
     if isinstance(value, dict):
         return [{"adapter": name, "strength": strength} for name, strength in value.items()]
-    if isinstance(value, list):
-        return [_part(item) if isinstance(item, str) else item for item in value]
-    return value
+    if not isinstance(value, list):
+        return value
+    for key in ("blocks", "steps", "campaign"):
+        if any(isinstance(item, dict) and key in item for item in value):
+            raise _of_pictures(f"{key!r} of an adapter")
+    return [_part(item) if isinstance(item, str) else item for item in value]
+
+
+def _of_pictures(what: str) -> PydanticCustomError:
+    said = f"{what} is for pictures, and this base is a language model: an adapter has one strength here"
+    return PydanticCustomError("of_pictures", "{text}", {"text": said})
 
 
 def _part(text: str) -> dict[str, Any]:
+    if factors := split_factors(text)[1]:
+        raise _of_pictures(quoted(factors))
     try:
         name, strength = split_strength(text)
     except ConfigError as error:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.core.attach import attach
 from veneer.core.targets import base_modules
 from veneer.errors import ConfigError, VeneerError
-from veneer.formats.strengths import Strength, factors_by_module
+from veneer.formats.strengths import Strength, factors_by_module, in_campaign
 from veneer.imaging.adapters import AdapterSource, add_divided, idle_ranges, mix_plan, without_effect
 from veneer.imaging.controls import OWN_KINDS, ControlSpec, control_model_of
 from veneer.imaging.make import Ask, recorded_picture, shared_record
@@ -190,6 +190,10 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             return control_model_of(self.base, ControlSpec(kind, ""))
         except ConfigError:
             return None
+
+    def in_campaign(self, strength: Strength) -> Strength:
+        """What a role means on this base."""
+        return in_campaign(strength, self.base.prediction, self._modules)
 
     def tokens(self, *texts: str) -> int:
         """How many tokens these prompts are."""

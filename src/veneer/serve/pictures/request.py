@@ -27,9 +27,9 @@ _numbers = itertools.count()
 class PictureRequest:
     """One picture. `settings`: sizes and numbers, all stated but the scheduler, and its own `image`, `mask`,
     `references` and controls' pictures. `factors`: by digest, how an adapter's strength differs by block and step, at
-    strength 1. `labels`: what the client called the adapters, by digest, for the infotext alone; `inputs`: what the
-    record is to say of the pictures that went in. `previews`: how often to show it on its way; the rest is as in
-    `Request`."""
+    strength 1, without roles (`PictureEngine.in_campaign`). `labels`: what the client called the adapters, by digest,
+    for the infotext alone; `inputs`: what the record is to say of the pictures that went in. `previews`: how often to
+    show it on its way; the rest is as in `Request`."""
 
     prompt: str
     settings: PictureSettings

@@ -26,6 +26,7 @@ from tests.serve.http.test_app import samples
 from tests.serve.pictures_here import Names, Shelf, picture_app, served, shelf_of
 from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer.core.adapter import Adapter, Pair
+from veneer.formats.campaign import CAMPAIGN
 from veneer.formats.convert import write
 from veneer.imaging.adapters import AdapterSource, Mixer, parse_use
 from veneer.imaging.infotext import read_picture
@@ -354,6 +355,30 @@ def test_factors_by_block_and_step_are_those_of_veneer_image(
     assert json.loads(found.info["veneer"])["rows"][0]["adapters"][0][1] == str(parse_use(spec)[1])
 
 
+def test_a_role_of_a_campaign_means_its_strengths(
+    client: openai.OpenAI, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = {"product": "double=1,single=0.3", "brand": "", "lens": "double=0.3,steps=0.4-1"}
+    monkeypatch.setitem(CAMPAIGN, "flow", table)
+    parts = {"product": {"adapter": "brand", "strength": 0.8}, "lens": {"adapter": "look"}}
+    mixes: list[Any] = [
+        [part | {"campaign": role} for role, part in parts.items()],
+        ["brand:0.8@campaign=product", "look@campaign=lens"],
+        [f"brand:0.8@{table['product']}", f"look@{table['lens']}"],
+    ]
+    asked, written, typed = (one(client, mix=mix) for mix in mixes)
+    assert levels(asked, one(client, mix=["brand:0.8", "look"])) > 0
+    assert asked.info["veneer"] == written.info["veneer"] == typed.info["veneer"]
+    assert asked.tobytes() == written.tobytes() == typed.tobytes()
+    lora = [{"name": "brand", "scale": 0.8, "campaign": "product"}, {"name": "look", "campaign": "lens"}]
+    found = client.images.generate(prompt="a red cat", extra_body=FEW | {"lora": lora}).data[0]
+    assert picture(found.b64_json).tobytes() == typed.tobytes()
+    assert f"look is the campaign's lens: {table['lens']}" in found.notes
+    form = {"prompt": "a red cat", "num_inference_steps": "2", "seed": "7", "mix": json.dumps(mixes[0])}
+    sent = httpx.post(f"{url}/v1/images/generations", files={k: (None, v) for k, v in form.items()})
+    assert picture(sent.json()["data"][0]["b64_json"]).tobytes() == typed.tobytes()
+
+
 def test_unlike_factors_share_a_batch(base: ImageBase, shelf: Shelf, names: Names) -> None:
     mixes: list[Any] = [[spec] for spec, _ in FACTORS] + [["brand:0.8@double=0.3", "look@steps=0.5-1"]]
     with (
@@ -384,8 +409,9 @@ def test_what_has_no_effect_here_is_said_in_notes(client: openai.OpenAI) -> None
     notes = client.images.generate(prompt="<lora:brand:1> a cat", extra_body=body).data[0].notes
     for said in ("plain text", "brand changes nothing in 'proj_out'", "brand: its part on the text encoder"):
         assert any(said in note for note in notes), notes
-    alone = FEW | {"mix": [{"adapter": "tiny", "blocks": {"double": 2}}, "tiny@steps=0-0.5", "tiny:0.5"]}
+    alone = FEW | {"mix": [{"adapter": "tiny", "blocks": {"double": 2}}, "tiny@steps=0-0.5", "tiny@campaign=lens"]}
     notes = client.images.generate(prompt="a cat", extra_body=alone).data[0].notes
+    assert "tiny is the base: its role has no effect" in notes
     assert notes.count("tiny is the base: its blocks and steps have no effect") == 2
     late = FEW | {"num_inference_steps": 3, "mix": ["brand@steps=0.7-1"]}
     notes = client.images.generate(prompt="a cat", extra_body=late).data[0].notes
@@ -417,7 +443,7 @@ def test_the_description_has_the_bodies(url: str) -> None:
         assert key in schema["properties"]
         assert "$ref" not in json.dumps(schema)
         part = next(kind for kind in schema["properties"]["mix"]["anyOf"] if "items" in kind)["items"]
-        assert set(part["properties"]) == {"adapter", "strength", "blocks", "steps"}
+        assert set(part["properties"]) == {"adapter", "strength", "blocks", "steps", "campaign"}
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -453,6 +479,10 @@ WRONG_FACTORS: list[tuple[dict[str, Any], str]] = [
     ({"steps": "0-0.6"}, "valid list"),
     ({"steps": [[0, 1]] * 65}, "at most 64"),
     ({"stpes": [[0, 1]]}, "did you mean 'steps'"),
+    ({"campaign": "lense"}, "did you mean lens?"),
+    ({"campaign": ""}, "at least 1"),
+    ({"campaign": "lens", "steps": [[0, 1]]}, "says blocks and steps itself"),
+    ({"campaign": "lens", "blocks": {"double": 1}}, "says blocks and steps itself"),
 ]
 
 GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
@@ -469,7 +499,8 @@ GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
     ({"mix": ["brand@double=x"]}, 400, "invalid_request", "'x' is not a strength"),
     ({"mix": ["brand@double=0.5,steps=0.6-0.2"]}, 400, "invalid_request", "0.6-0.2 is not a range of steps"),
     ({"mix": ["brand@/etc/passwd=1"]}, 400, "invalid_request", "mix.0.blocks"),
-    ({"mix": ["brand@double=0", "tiny:brand:0.5"]}, 400, "invalid_request", "named twice, with unlike blocks or steps"),
+    ({"mix": ["brand@double=0", "tiny:brand:0.5"]}, 400, "invalid_request", "named twice, with unlike blocks, steps"),
+    ({"mix": ["brand@campaign=lens", "look@campaign=lens"]}, 400, "invalid_request", "given twice: brand, look"),
     ({"mix": 7}, 400, "invalid_request", "mix: Input should be a valid list"),
     ({"guidence_scale": 1}, 400, "invalid_request", "did you mean 'guidance_scale'"),
     ({"prompt": ""}, 400, "invalid_request", "prompt"),

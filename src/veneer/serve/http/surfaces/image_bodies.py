@@ -60,8 +60,9 @@ def _part(text: str) -> dict[str, Any]:
         own = parse_strength(factors) if factors else Strength()
     except ConfigError as error:
         raise PydanticCustomError("strength", "{text}", {"text": f"{error.what}: {error.fix}"}) from error
-    given = {"strength": strength, "blocks": dict(own.blocks) or [*own.weights], "steps": [[*at] for at in own.steps]}
-    return {"adapter": name} | {key: value for key, value in given.items() if value not in (None, [])}
+    given: dict[str, Any] = {"strength": strength, "blocks": dict(own.blocks) or [*own.weights]}
+    given |= {"steps": [[*at] for at in own.steps], "campaign": own.campaign}
+    return {"adapter": name} | {key: value for key, value in given.items() if value not in (None, [], "")}
 
 
 _Factor = Annotated[float, Field(ge=-10_000, le=10_000, strict=True)]
@@ -76,17 +77,19 @@ _Range = Annotated[list[_Factor], Field(min_length=2, max_length=3)]
 class PictureMixPart(MixPart):
     """An adapter, and how its strength differs within the picture, as `veneer image` has it behind an `@`. `blocks`:
     block -> factor, the last that fits a module counts; or 12, 17, 20 or 26 numbers in kohya's order. `steps`:
-    [from, to] or [from, to, factor], shares of the steps; in none of them the adapter does not act."""
+    [from, to] or [from, to, factor], shares of the steps; in none of them the adapter does not act. `campaign`: its
+    role in a stack instead of both."""
 
     blocks: Annotated[_Blocks | None, at_most(64), BeforeValidator(_json)] = None
     steps: Annotated[Annotated[list[_Range], FAIL_FAST] | None, at_most(64), BeforeValidator(_json)] = None
+    campaign: Annotated[str, Field(min_length=1, max_length=64)] | None = None
 
     @property
     def factors(self) -> Strength:
         """Beside a strength of 1. Raises ConfigError for factors that do not go together."""
         blocks, weights = (self.blocks, ()) if isinstance(self.blocks, dict) else ({}, self.blocks or ())
         ranges = [(at[0], at[1], at[2] if len(at) > 2 else 1.0) for at in self.steps or []]
-        return Strength(1.0, tuple(blocks.items()), tuple(weights), tuple(ranges))
+        return Strength(1.0, tuple(blocks.items()), tuple(weights), tuple(ranges), self.campaign or "")
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:

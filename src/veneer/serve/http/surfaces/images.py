@@ -34,7 +34,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from veneer.errors import VeneerError, quoted
-from veneer.formats.strengths import Strength
+from veneer.formats.strengths import Strength, check_roles
+from veneer.imaging.adapters import campaign_note
 from veneer.imaging.controls import ControlSpec, control_picture, decoded, flattened
 from veneer.imaging.infotext import encoded, png_bytes
 from veneer.imaging.make import fitted_reference, size_for
@@ -120,8 +121,8 @@ async def _answered(request: HttpRequest, kind: type[ImageBody], event: str) -> 
 def _chosen(
     service: Service, asked: ImageBody, caller: Caller
 ) -> tuple[ChosenMix, dict[str, str], dict[str, Strength]]:
-    """What acts, what the client calls each adapter, and the factors by block and step of those that have any. An empty
-    `mix` or `lora` is the base."""
+    """What acts, what the client calls each adapter, and the factors by block and step, or the role, of those that have
+    any. An empty `mix` or `lora` is the base."""
     catalog, mixes = service.catalog, service.mixes
     ways: dict[str, list[PictureMixPart] | list[NamedLora] | None] = {"mix": asked.mix, "lora": asked.lora}
     given = [(way, parts) for way, parts in ways.items() if parts is not None]
@@ -131,12 +132,16 @@ def _chosen(
         (way, parts) = given[0]
         if catalog.resolve(asked.model, caller).mix:
             raise invalid(f"model and {way} both name adapters", way, f"model {catalog.base!r}, or none, beside {way}")
+        try:
+            check_roles((part.adapter, part.factors) for part in parts)
+        except VeneerError as error:
+            raise invalid(error.what, way, error.fix) from error
         chosen = mixes.choose(caller, mix=[(part.adapter, part.strength) for part in parts])
         factors: dict[str, Strength] = {}
         for part, digest in zip(parts, chosen.served.meant, strict=True):
             if digest and factors.setdefault(digest, part.factors) != part.factors:
                 raise invalid(
-                    f"{quoted(part.adapter)} is named twice, with unlike blocks or steps", way, "name it once"
+                    f"{quoted(part.adapter)} is named twice, with unlike blocks, steps or roles", way, "name it once"
                 )
         labels = {digest: part.adapter for part, digest in zip(parts, chosen.served.meant, strict=True)}
         return chosen, labels, {digest: own for digest, own in factors.items() if own != Strength()}
@@ -278,7 +283,10 @@ def _planned(
     notes: list[str] = []
     for part, digest in zip(asked.mix or asked.lora or (), chosen.served.meant, strict=False):
         if not digest and part.factors != Strength():
-            notes.append(f"{part.adapter} is the base: its blocks and steps have no effect")
+            what = "role" if part.campaign else "blocks and steps"
+            notes.append(f"{part.adapter} is the base: its {what} {'has' if part.campaign else 'have'} no effect")
+    meant = {digest: engine.in_campaign(own) for digest, own in factors.items()}
+    notes += [campaign_note(labels[d], own, meant[d]) for d, own in factors.items() if own.campaign]
     if "<lora:" in asked.prompt:
         notes.append("<lora:…> in a prompt is read as plain text here; adapters are named in mix")
     sent = _Sent(most, notes)
@@ -306,7 +314,7 @@ def _planned(
         settings,
         asked.negative_prompt,
         mix=chosen.served.mix,
-        factors=factors,
+        factors=meant,
         labels=labels,
         inputs={
             "image": sent.record(edit.image[0]) if edit and image else None,
