@@ -157,12 +157,21 @@ class ImageBody(Strict):
 
 
 class EditBody(ImageBody):
-    """`image`, or OpenAI's JSON form of it, `images`. `denoise`: how far from it, the share of the steps taken."""
+    """`image`, or OpenAI's JSON form of it, `images`: `pictures` are both, `mask_data` the mask in either form.
+    `denoise`: how far from them, the share of the steps taken."""
 
     image: Annotated[list[Data], FAIL_FAST, at_most(64), BeforeValidator(_listed)] = Field(default_factory=list)
     images: Annotated[list[ImageReference], FAIL_FAST, at_most(64)] = Field(default_factory=list)
     mask: Annotated[Data | ImageReference | None, BeforeValidator(_json)] = None
     denoise: float | None = Field(None, gt=0, le=1)
+
+    @property
+    def pictures(self) -> list[Data]:
+        return [*self.image, *(reference.image_url for reference in self.images)]
+
+    @property
+    def mask_data(self) -> Data | None:
+        return self.mask.image_url if isinstance(self.mask, ImageReference) else self.mask
 
 
 def checked_image_body(kind: type[ImageBody], fields: dict[str, Any], most: int) -> ImageBody:

@@ -53,7 +53,6 @@ from veneer.serve.http.surfaces.image_bodies import (
     Data,
     EditBody,
     ImageBody,
-    ImageReference,
     NamedLora,
     PictureMixPart,
     checked_image_body,
@@ -317,11 +316,11 @@ def _planned(
         factors=meant,
         labels=labels,
         inputs={
-            "image": sent.record(edit.image[0]) if edit and image else None,
-            "mask": sent.record(edit.mask) if edit and isinstance(edit.mask, bytes | str) else None,
+            "image": sent.record(edit.pictures[0]) if edit and image else None,
+            "mask": sent.record(edit.mask_data) if edit and edit.mask_data is not None else None,
             "controls": said,
         }
-        | ({"references": [sent.record(one) for one in edit.image]} if edit and shown else {}),
+        | ({"references": [sent.record(one) for one in edit.pictures]} if edit and shown else {}),
         previews=asked.partial_images,
         tenant=caller.tenant,
         weight=caller.weight,
@@ -364,8 +363,8 @@ def _check_edit(base: ImageBase, asked: EditBody) -> None:
         raise invalid(what, "denoise", "leave it out; strengths of adapters say how far an edit goes")
     if asked.mask is None and asked.control:
         raise invalid("pictures that are edited and controls do not go together", "control", "leave them out")
-    if asked.mask is None and len(asked.image) > base.references:
-        what = f"{len(asked.image)} images, and {base.row.label} is shown at most {base.references}"
+    if asked.mask is None and len(asked.pictures) > base.references:
+        what = f"{len(asked.pictures)} images, and {base.row.label} is shown at most {base.references}"
         raise invalid(what, "image", "leave some out, or paste some beside each other into one")
 
 
@@ -383,29 +382,27 @@ class _Sent:
     def edited(self, base: ImageBase, asked: EditBody) -> tuple[Image | None, Image | None, list[Image]]:
         """(the picture to start from, its mask in grey: white is made anew, what a base that edits is shown): without a
         mask such a base is shown them all, and starts from none."""
-        asked.image += [reference.image_url for reference in asked.images]
-        if isinstance(asked.mask, ImageReference):
-            asked.mask = asked.mask.image_url
-        several = bool(base.references) and asked.mask is None
-        if not asked.image:
+        given, mask = asked.pictures, asked.mask_data
+        several = bool(base.references) and mask is None
+        if not given:
             raise invalid("there is no image to edit", "image", "send one")
         if base.references:
             _check_edit(base, asked)
-        if len(asked.image) > 1 and not several:
+        if len(given) > 1 and not several:
             further = "; further ones can be controls" if base.row.control else ", or leave the mask out"
-            raise invalid(f"{len(asked.image)} images", "image", f"send one{further}")
-        opened = [flattened(self.opened(one, "image", "the image")) for one in asked.image]
+            raise invalid(f"{len(given)} images", "image", f"send one{further}")
+        opened = [flattened(self.opened(one, "image", "the image")) for one in given]
         if several:
             for picture in opened:
                 if why := too_long(*picture.size):
                     raise invalid(f"the image has {why}", "image", "crop it")
             return None, None, opened
-        if asked.mask is None:
+        if mask is None:
             return opened[0], None, []
-        mask = _opening(self.opened(asked.mask, "mask", "the mask"))
-        if not mask.getbbox():
+        opening = _opening(self.opened(mask, "mask", "the mask"))
+        if not opening.getbbox():
             raise invalid("the mask opens nothing: all would be kept", "mask", "make transparent what is to change")
-        return opened[0], mask, []
+        return opened[0], opening, []
 
     def referred(self, base: ImageBase, picture: Image, width: int, height: int) -> Image:
         made, said = fitted_reference(base, picture, width, height)
