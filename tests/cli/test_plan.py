@@ -268,6 +268,11 @@ def test_the_smallest_card_of_each_base_is_on_the_page(capsys: pytest.CaptureFix
         (["--base", "flux.1-dve"], "did you mean"),
         (["--base", "flux.1-dev", "--targets", "atention"], "does not know the targets"),
         (["config.yaml"], "--config"),
+        (["--base", "flux.1-dev", "--before", "3"], "takes at most 1 picture before each, and the plan is of 3"),
+        (["--base", "flux.1-schnell", "--before", "1"], "this base edits no pictures"),
+        (["--base", "black-forest-labs/FLUX.2-klein-4B", "--before", "5"], "at most 4 pictures before each"),
+        (["--base", "stabilityai/stable-diffusion-xl-base-1.0", "--before", "1"], "this base edits no pictures"),
+        (["--before", "11"], "no base takes 11 pictures before each"),
     ],
 )
 def test_the_smallest_card_takes_nothing_that_it_looks_for(

@@ -275,14 +275,19 @@ def _calibrate(base: str, dtype: str) -> None:
 def _smallest(base: str | None, size: int | None, rank: int, targets: str, before: int, as_json: bool) -> None:
     """The table of `--smallest-card`: a row for each base and size; with pictures before, of bases that take them."""
     from veneer.plan.cards import CardFit, smallest_card
-    from veneer.plan.image import edits_planned, is_denoiser
+    from veneer.plan.image import is_denoiser, most_before
     from veneer.plan.tables import base_config, base_names
 
     configs = {name: base_config(name) for name in ([base] if base else base_names())}
     if base is not None and not is_denoiser(configs[base]):
         raise ConfigError(f"{base} is no image base that can be planned", fix="veneer plan --base … --gpu … for text")
-    wanted = edits_planned if before and base is None else is_denoiser
-    configs = {name: found for name, found in configs.items() if wanted(found)}
+    configs = {
+        name: found for name, found in configs.items()
+        if is_denoiser(found) and (base is not None or before <= most_before(found))
+    }  # fmt: skip
+    if not configs:
+        most = max(map(most_before, map(base_config, base_names())))
+        raise ConfigError(f"no base takes {before} pictures before each", where="--before", fix=f"at most {most}")
     rows: list[tuple[str, int, CardFit | None]] = []
     for name, config in configs.items():
         own = int(config.get("picture", 1024))

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from veneer.errors import ConfigError, nearest, quoted
+from veneer.errors import ConfigError, counted, nearest, quoted
 from veneer.models.config import PLANNED_DENOISERS
-from veneer.models.image.families import PLANNED_FAMILIES
+from veneer.models.image.families import EDITING, PLANNED_FAMILIES, Editing
 from veneer.plan.memory import CPU_PROCESS, CPU_ROUNDING, CUDA_CONTEXT, CUDA_ROUNDING, Memory, dtype_bytes
 from veneer.plan.pairs import PAIRS, PairCosts, PairForm
 from veneer.plan.tables import Device
@@ -175,19 +175,21 @@ def is_denoiser(config: Config) -> bool:
     return kind_of(config) in IMAGE_FAMILIES
 
 
-def edits_planned(config: Config) -> bool:
-    """Whether this is the config of a denoiser that can be planned with pictures before those that are learned."""
-    if not is_denoiser(config):
-        return False
-    row = PLANNED_FAMILIES[kind_of(config)]
-    schnell = row.schnell is not None and not config.get("guidance_embeds")
-    return row.refers and not schnell
+def _editing(config: Config) -> list[Editing]:
+    """How models with this denoiser edit: those that take guidance as it does."""
+    ways = [EDITING[name] for name in PLANNED_FAMILIES[kind_of(config)].editors]
+    return [way for way in ways if way.guided == bool(config.get("guidance_embeds"))]
+
+
+def most_before(config: Config) -> int:
+    """The most pictures before those that are learned with which the config of a denoiser can be planned."""
+    return max((way.references for way in _editing(config)), default=0) if is_denoiser(config) else 0
 
 
 def encoded_pixels(config: Config, load: ImageLoad) -> int:
-    """Of the largest picture whose latents are made: of a reference of Qwen-Image a megapixel, whatever is learned."""
-    pixels = load.height * load.width
-    return max(pixels, 1024 * 1024) if load.before and kind_of(config) == "qwen-image" else pixels
+    """Of the largest picture whose latents are made: a reference may have a size of its own, whatever is learned."""
+    before = [way.encoded for way in _editing(config)] if load.before else []
+    return max([load.height * load.width, *before])
 
 
 def image_counts(
@@ -205,9 +207,11 @@ def image_counts(
     if targets not in _TARGET_ENDINGS:
         near = nearest(targets, _TARGET_ENDINGS) or sorted(_TARGET_ENDINGS)
         raise ConfigError(f"veneer plan does not know the targets {targets!r}", fix=f"use {', '.join(near)}")
-    if before and not PLANNED_FAMILIES[kind].refers:
-        what = f"{kind} edits no pictures, and the plan is of pictures with others before them"
-        raise ConfigError(what, fix="leave them out, or plan for FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit")
+    if before > (most := most_before(config)):
+        takes = f"takes at most {counted(most, 'picture')} before each" if most else "edits no pictures"
+        fix = "leave some out, or plan for FLUX.2, which takes most"
+        fix = fix if most else "leave them out, or plan for FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit"
+        raise ConfigError(f"this base {takes}, and the plan is of {before}", where=f"{kind}'s config", fix=fix)
     c = ImageCounts(frozenset(_TARGET_ENDINGS[targets]), rank, pictures=1 + before, form=form)
     c.encoders = sum((config.get("encoders") or {}).values()) + int(config.get("vae") or 0)
     c.text = text_tokens or int(config.get("text_tokens") or sum(PLANNED_FAMILIES[kind].readers.values()))

@@ -35,11 +35,10 @@ class ImageFamily:
     are patches already; `packed`: the pipeline makes them; `frames`: the VAE is one of films. `apart`: the denoiser
     takes each text and each picture by itself. `distilled`: guidance is an input of the denoiser; `guidance`: the
     pipeline's argument for it; `unguided`: where it does nothing; `true_guidance`: the pipeline has one beside the
-    distilled. `time_ids`: the denoiser reads sizes. `refers`: the denoiser tells reference pictures apart by their
-    positions, though a base may not have learned to. `shifted`: the pipeline shifts the schedule by the picture's size;
-    `unfit`: schedulers that it cannot run. `controlnets`: kind of control picture -> the usual ControlNet on the hub.
-    `settings`: arguments of the pipelines' constructors; `encoding`: of their encode_prompt, where `pooled` and `mask`
-    stand in what it returns."""
+    distilled. `time_ids`: the denoiser reads sizes. `editors`: pipelines of the family's models that edit (`EDITING`).
+    `shifted`: the pipeline shifts the schedule by the picture's size; `unfit`: schedulers that it cannot run.
+    `controlnets`: kind of control picture -> the usual ControlNet on the hub. `settings`: arguments of the pipelines'
+    constructors; `encoding`: of their encode_prompt, where `pooled` and `mask` stand in what it returns."""
 
     name: str
     label: str
@@ -63,7 +62,7 @@ class ImageFamily:
     unguided: float = 1.0
     true_guidance: bool = False
     time_ids: bool = False
-    refers: bool = False
+    editors: tuple[str, ...] = ()
     shifted: bool = False
     unfit: tuple[str, ...] = ()
     controlnets: Mapping[str, str] = field(default_factory=dict)
@@ -71,6 +70,11 @@ class ImageFamily:
     encoding: Mapping[str, Any] = field(default_factory=dict)
     pooled: int | None = None
     mask: int | None = None
+
+    @property
+    def refers(self) -> bool:
+        """Whether the denoiser tells reference pictures apart by their positions; a base may not have learned to."""
+        return bool(self.editors)
 
 
 def _kinds(stem: str, image: str = "Img2Img", inpaint: str = "Inpaint") -> dict[str, str]:
@@ -160,7 +164,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
             pooled=1,
             distilled=True,
             true_guidance=True,
-            refers=True,
+            editors=("FluxKontextPipeline",),
             shifted=True,
             controlnets={
                 "canny": "InstantX/FLUX.1-dev-Controlnet-Canny",
@@ -178,7 +182,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
             patch=2,
             patched=True,
             distilled=True,
-            refers=True,
+            editors=("Flux2Pipeline", "Flux2KleinPipeline"),
             shifted=True,
         ),
         ImageFamily(
@@ -196,7 +200,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
             frames=True,
             guidance="true_cfg_scale",
             mask=1,
-            refers=True,
+            editors=("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
             shifted=True,
         ),
         ImageFamily(
@@ -241,16 +245,18 @@ class Editing:
     """How a pipeline edits. `references`: the most pictures that its models were trained with, by their cards.
 
     `read`: where prompts are read together with the references, about how many pixels a reference has there, and
-    `encoded`: where its latents are made. Both are the pipeline's, whatever is drawn; 0: it is shown as it is."""
+    `encoded`: where its latents are made. Both are the pipeline's, whatever is drawn; 0: it is shown as it is.
+    `guided`: its models take guidance as an input."""
 
     references: int
     read: int = 0
     encoded: int = 0
+    guided: bool = False
 
 
 EDITING: Mapping[str, Editing] = {
-    "FluxKontextPipeline": Editing(1),
-    "Flux2Pipeline": Editing(10),
+    "FluxKontextPipeline": Editing(1, guided=True),
+    "Flux2Pipeline": Editing(10, guided=True),
     "Flux2KleinPipeline": Editing(4),
     "QwenImageEditPipeline": Editing(1, read=1024 * 1024, encoded=1024 * 1024),
     "QwenImageEditPlusPipeline": Editing(3, read=384 * 384, encoded=1024 * 1024),
