@@ -12,7 +12,7 @@ from huggingface_hub.utils import filter_repo_objects
 from tests.tiny_base import tiny_base_dir
 from veneer.errors import BaseError
 from veneer.models.home import bases_home, veneer_home
-from veneer.models.sources import find_base, known_bases
+from veneer.models.sources import find_base, known_bases, short_name
 from veneer.models.text.base import load_text
 
 WAYS = ("smollm2-135m", "directory", ".gguf")  # what works without a hub, in every error of a base not found
@@ -162,3 +162,14 @@ def test_directories_that_are_no_base_say_what_they_are(home: Path) -> None:
 def test_only_built_in_bases_are_made_from_a_file(home: Path) -> None:
     with pytest.raises(BaseError, match="not a built-in"):
         find_base("mine", source=Path("x.whl"))
+
+
+def test_the_short_name_of_a_path_is_its_last_part_and_of_all_else_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert short_name(str(tmp_path / "here")) == short_name("./here/") == short_name("here") == "here"
+    assert short_name(".") == tmp_path.name
+    assert short_name(str(tmp_path / "gone")) == "gone", "a folder that was there is no stranger's business either"
+    assert short_name("org/name") == "org/name"

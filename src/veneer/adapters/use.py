@@ -47,6 +47,9 @@ class AnyBase(Protocol):
     fingerprint: str
 
     @property
+    def short_name(self) -> str: ...
+
+    @property
     def model(self) -> nn.Module: ...
 
     @property

@@ -83,6 +83,12 @@ def base_outline(name: str, *, say: Callable[[str], None] | None = None) -> Path
     return _from_hub(name, say, weights=False)
 
 
+def short_name(name: str) -> str:
+    """A base's name for messages, which strangers read too: of a path the last part, also once nothing is there."""
+    path = Path(name)
+    return path.absolute().name if path.is_absolute() or path.exists() else name
+
+
 def _from_hub(name: str, say: Callable[[str], None] | None, *, weights: bool = True) -> Path:
     if say is not None:
         say(f"looking for {name} on the hub")

@@ -34,7 +34,7 @@ from veneer.models.image.files import (
     require_diffusers,
 )
 from veneer.models.loading import errors_only
-from veneer.models.sources import find_base
+from veneer.models.sources import find_base, short_name
 
 PipelineKind = Literal["text", "image", "inpaint", "edit"]
 _ControlNet = nn.Module
@@ -77,8 +77,7 @@ class ImageBase:
 
     @property
     def short_name(self) -> str:
-        """Its name for messages, which strangers read too: of a path the last part."""
-        return Path(self.name).name if Path(self.name).exists() else self.name
+        return short_name(self.name)
 
     @property
     def denoiser(self) -> Any:

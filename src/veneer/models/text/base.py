@@ -23,7 +23,7 @@ from veneer.models.device import check_memory, choose_device, choose_dtype, sett
 from veneer.models.fingerprint import fingerprint
 from veneer.models.loading import check_loaded, errors_only, loading, straight_to
 from veneer.models.quantise import check_kind, load_quantised, original_weight, quantised_bytes, saved_kind
-from veneer.models.sources import find_base, is_image_base
+from veneer.models.sources import find_base, is_image_base, short_name
 from veneer.models.text.bare import bare_text
 from veneer.models.text.gguf import fast_headers, load_gguf, read_gguf_tokenizer
 from veneer.models.unread import Unread
@@ -66,6 +66,10 @@ class TextBase:
     def family(self) -> str:
         """transformers' name of the architecture: llama, qwen3, …"""
         return str(self.model.config.model_type)
+
+    @property
+    def short_name(self) -> str:
+        return short_name(self.name)
 
     def original(self, name: str) -> torch.Tensor:
         """The weight of a quantised base as its files have it, in 16 or 32 bits. Raises BaseError."""

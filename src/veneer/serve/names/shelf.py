@@ -29,7 +29,6 @@ Knows the library, files and one base; no names of a server, no requests.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -247,8 +246,8 @@ class Shelf:
         paths = {} if place.path is None else {str(place.path): place.root}
         if self.library is not None:
             paths[self.library.location] = "the library"
-        if os.path.isabs(self.base.name):
-            paths[self.base.name] = os.path.basename(self.base.name.rstrip("/"))
+        if Path(self.base.name).is_absolute():
+            paths[self.base.name] = self.base.short_name
         return paths
 
     def _sound(self, place: AdapterPlace) -> bool:
