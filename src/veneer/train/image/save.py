@@ -56,7 +56,7 @@ def output_of(config: ImageTrainConfig) -> Path:
 def layout_findings(adapter: Adapter, base: ImageBase, config: ImageTrainConfig) -> Iterator[Finding]:
     """A stop where the layout cannot hold what will be trained: said now, not after hours."""
     try:
-        convert.encode(adapter, config.output.layout, family=_family(base))
+        convert.encode(adapter, config.output.layout, family=base.family)
     except AdapterError as error:
         fix = "another output.layout (kohya holds most), or another kind of adapter"
         yield Finding("stop", "layout", error.what, fix)
@@ -87,7 +87,7 @@ def save_image_adapter(
     adapter = replace(adapter, card=card)
     path = output_of(config)
     written = convert.write(
-        adapter, path, output.layout, family=_family(base), metadata=training_metadata(facts),
+        adapter, path, output.layout, family=base.family, metadata=training_metadata(facts),
         dtype=None if output.dtype == "float32" else output.dtype,
     )  # fmt: skip
     if output.layout != "peft":
@@ -95,11 +95,6 @@ def save_image_adapter(
         readme = readme_bytes(adapter, digest=written.digest, base_name=base.name, name=path.stem)
         write_atomically(path.parent / README_FILE, readme)
     return written
-
-
-def _family(base: ImageBase) -> str | None:
-    """The name in formats.topology. SD3's two sizes are one family of bases and two of files: modules tell."""
-    return None if base.family == "sd3" else base.family
 
 
 def prove_image_adapter(
