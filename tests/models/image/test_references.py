@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,8 @@ def test_prompts_are_read_with_their_pictures_as_diffusers_reads_them(
 
 
 def test_what_cannot_be_edited_is_refused(bases: dict[str, ImageBase], places: Path) -> None:
+    from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
     dev = load_image(str(tiny_image_base(places, "flux1")))
     sdxl = load_image(str(tiny_image_base(places, "sdxl")))
     row, one = ImageRow("a cat"), (noise(),)
@@ -217,10 +220,17 @@ def test_what_cannot_be_edited_is_refused(bases: dict[str, ImageBase], places: P
         ),
         (bases["kontext"], PictureSettings(SIZE, SIZE, references=one, image=noise()), "do not go together"),
         (bases["klein"], PictureSettings(SIZE, SIZE, references=(noise(60, 64),)), "60×64, and sides are multiples"),
+        (
+            bases["klein"],
+            PictureSettings(32, 32, references=(noise(32, 32),)),
+            "FLUX.2 takes none with a side under 64",
+        ),
         (bases["qwen-edit"], PictureSettings(SIZE, SIZE, references=(noise(9, 1),)), "one side is at most 8 times"),
     ]:
         with pytest.raises(ConfigError, match=says):
             generate_images(base, [row], settings)
+    least = inspect.signature(Flux2ImageProcessor.check_image_input).parameters["min_side_length"].default
+    assert {bases[family].editing.least for family in ("flux2", "klein")} == {least}
     mixed = [ImageRow("a cat", references=one), row]
     with pytest.raises(ConfigError, match="references of their own, and others do not"):
         generate_images(bases["kontext"], mixed, PictureSettings(SIZE, SIZE))

@@ -246,18 +246,19 @@ class Editing:
 
     `read`: where prompts are read together with the references, about how many pixels a reference has there, and
     `encoded`: where its latents are made. Both are the pipeline's, whatever is drawn; 0: it is shown as it is.
-    `guided`: its models take guidance as an input."""
+    `guided`: its models take guidance as an input. `least`: pixels of a reference's shorter side."""
 
     references: int
     read: int = 0
     encoded: int = 0
     guided: bool = False
+    least: int = 0
 
 
 EDITING: Mapping[str, Editing] = {
     "FluxKontextPipeline": Editing(1, guided=True),
-    "Flux2Pipeline": Editing(10, guided=True),
-    "Flux2KleinPipeline": Editing(4),
+    "Flux2Pipeline": Editing(10, guided=True, least=64),
+    "Flux2KleinPipeline": Editing(4, least=64),
     "QwenImageEditPipeline": Editing(1, read=1024 * 1024, encoded=1024 * 1024),
     "QwenImageEditPlusPipeline": Editing(3, read=384 * 384, encoded=1024 * 1024),
 }

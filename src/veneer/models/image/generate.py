@@ -522,3 +522,9 @@ def _check_references(base: ImageBase, rows: Sequence[ImageRow], settings: Pictu
                 f"a reference picture is {picture.width}×{picture.height}, and sides are multiples of {base.unit}",
                 fix="resize it",
             )
+        if min(picture.size) < (least := base.editing.least):
+            what = f"a reference picture is shown in {picture.width}×{picture.height} pixels"
+            raise ConfigError(
+                f"{what}, and {base.row.label} takes none with a side under {least}",
+                fix="a larger one, or draw larger: a reference of the picture's proportion is shown in its size",
+            )
