@@ -233,6 +233,7 @@ def test_an_edit_without_a_mask_starts_from_the_picture(client: openai.OpenAI) -
         image=[("in.jpg", file_of(noise(2 * SIZE, SIZE), "JPEG"))],
         prompt="a cat",
         stream=True,
+        input_fidelity="low",
         extra_body={"denoise": 0.5, "seed": 1},
     ) as stream:
         events: list[Any] = list(stream)
@@ -271,7 +272,9 @@ def test_a_base_that_edits_edits_as_veneer_image_does(family: str, tmp_path_fact
     ):
         size, more = f"{2 * SIZE}x{2 * SIZE}", FEW | guidance
         files = [("in.png", file_of(image)) for image in given]
-        found = client.images.edit(model="brand", image=files, prompt="make it red", n=2, size=size, extra_body=more)
+        found = client.images.edit(
+            model="brand", image=files, prompt="make it red", n=2, size=size, input_fidelity="high", extra_body=more
+        )
 
         def post(route: str, body: dict[str, Any]) -> httpx.Response:
             return httpx.post(f"{url}/v1/images/{route}", json=body, timeout=120)
@@ -288,6 +291,7 @@ def test_a_base_that_edits_edits_as_veneer_image_does(family: str, tmp_path_fact
                 {"image": b64(noise(90, 2))},
                 {"control": [{"type": "canny", "image": b64(noise())}]},
                 {"mask": b64(left_open()), "image": body["image"][:1] * 2},
+                {"mask": b64(left_open()), "image": body["image"][:1], "input_fidelity": "high"},
             )
         ]
     with Mixer(base) as mixer:
@@ -309,6 +313,7 @@ def test_a_base_that_edits_edits_as_veneer_image_does(family: str, tmp_path_fact
     assert "the image has 90×2 pixels" in refused[3]
     assert "controls do not go together" in refused[4]
     assert "leave the mask out" in refused[5] if family == "klein" else "takes no mask" in refused[5]
+    assert "denoise says how near" in refused[6] if family == "klein" else "takes no mask" in refused[6]
     assert (family == "klein") != ("made to edit" in str(drawn["data"][0].get("notes")))
 
 
@@ -547,6 +552,8 @@ EDIT: list[tuple[dict[str, Any], str]] = [
     ({"image": b64(noise()), "mask": b64(Image.new("RGBA", (SIZE, SIZE), "black"))}, "opens nothing"),
     ({"image": b64(noise()), "mask": b64(left_open().resize((SIZE, 2 * SIZE)))}, "another proportion"),
     ({"image": b64(noise()), "denoise": 2}, "denoise"),
+    ({"image": b64(noise()), "input_fidelity": "high"}, "denoise says how near"),
+    ({"image": b64(noise()), "input_fidelity": "hgih"}, "input_fidelity"),
     ({"image": b64(noise()), "size": "64x32"}, "another proportion"),
 ]
 

@@ -158,12 +158,14 @@ class ImageBody(Strict):
 
 class EditBody(ImageBody):
     """`image`, or OpenAI's JSON form of it, `images`: `pictures` are both, `mask_data` the mask in either form.
-    `denoise`: how far from them, the share of the steps taken."""
+    `denoise`: how far from them, the share of the steps taken. `input_fidelity`: OpenAI's effort to keep what they
+    show; a base that edits is always shown all of them."""
 
     image: Annotated[list[Data], FAIL_FAST, at_most(64), BeforeValidator(_listed)] = Field(default_factory=list)
     images: Annotated[list[ImageReference], FAIL_FAST, at_most(64)] = Field(default_factory=list)
     mask: Annotated[Data | ImageReference | None, BeforeValidator(_json)] = None
     denoise: float | None = Field(None, gt=0, le=1)
+    input_fidelity: Literal["low", "high"] | None = None
 
     @property
     def pictures(self) -> list[Data]:

@@ -388,6 +388,10 @@ class _Sent:
             raise invalid("there is no image to edit", "image", "send one")
         if base.references:
             _check_edit(base, asked)
+        if asked.input_fidelity == "high" and not several:
+            near = "denoise says how near a picture stays to the one it is drawn from"
+            what = f"input_fidelity high is for what a base is shown to edit, and here {near}"
+            raise invalid(what, "input_fidelity", "leave it out; a smaller denoise stays nearer")
         if len(given) > 1 and not several:
             further = "; further ones can be controls" if base.row.control else ", or leave the mask out"
             raise invalid(f"{len(given)} images", "image", f"send one{further}")
