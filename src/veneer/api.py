@@ -6,6 +6,7 @@
     evaluate(base, "examples/tickets/test.jsonl", {"base": [], "tickets": [run.adapter]})
     merge(base, [run.adapter], "merged")
     train_image("examples/images/config.yaml", "preset=style")
+    with open_jobs() as jobs: submit(jobs, "support.yaml", name="support", tenant="acme")
     image(load_image_base("emoji-sdxl"), ["a fox"], adapters=["runs/style:0.8"])[0].save("fox.png")
 
 An adapter is named by its folder or by its name in the veneer home, with a strength behind a colon: "runs/a:0.5".
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
     from veneer.formats.strengths import Strength
     from veneer.imaging.make import RecordedPicture
+    from veneer.jobs.store import Job, JobStore
     from veneer.models.image.base import ImageBase
     from veneer.train.config.image import ImageTrainConfig
     from veneer.train.config.load import RunConfig
@@ -49,7 +51,9 @@ __all__ = [
     "load_base",
     "load_image_base",
     "merge",
+    "open_jobs",
     "save_adapter",
+    "submit",
     "train_image",
     "train_text",
 ]
@@ -138,6 +142,39 @@ def evaluate(
     named = {"base": ()} if mixes is None else mixes
     specs = {name: [parse_spec(a) for a in mix] for name, mix in named.items()}
     return score_mixes(base, rows, specs, **{"answering": answering, **settings})
+
+
+@contextmanager
+def open_jobs(location: str | os.PathLike[str] | None = None, index: str | None = None) -> Iterator[JobStore]:
+    """The queue of training jobs of a library, as `veneer jobs` has it, open for the length of the block.
+
+    `location`, `index`: of the library, by default that of the veneer home. `submit` puts a run into it; what it gives
+    (`jobs`, `get`, `events`, `checkpoints`, `pause`, `resume`, `cancel`) takes the tenant first (jobs.store)."""
+    from veneer.jobs.store import JobStore
+    from veneer.library.library import open_library
+
+    with open_library(location, index) as library:  # type: ignore[arg-type]
+        yield JobStore(library)
+
+
+def submit(
+    jobs: JobStore,
+    config: RunConfig | Mapping[str, Any] | str | os.PathLike[str],
+    *overrides: str,
+    name: str = "",
+    tenant: str = "",
+    tenants: str | None = None,
+) -> Job:
+    """Checks and plans a run and queues it, as `veneer jobs submit` does: the job, queued, or failed with its `error`.
+
+    `config`, `overrides`: as `train_text` takes them. `name`: of the adapter to come, by default that of the output
+    folder. `tenants`: the database with their terms, by default the veneer home's, where there is one. Raises
+    ConfigError for a configuration that is none, and for a name that cannot be."""
+    from veneer.jobs.validate import submitted, tenants_at, terms_of
+
+    chosen, _ = _config(config, overrides)
+    with tenants_at(tenants) as known:
+        return submitted(jobs, chosen, terms=terms_of(known), tenant=tenant, name=name)
 
 
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base: TextBase) -> Path:

@@ -50,9 +50,12 @@ def running(store: JobStore, **how: Any) -> JobLease:
     return taken(store)
 
 
-def step(number: int, steps: int = 10, tokens: int = 100_000) -> JobEvent:
-    data = {"step": number, "steps": steps, "tokens": tokens, "loss": 1 / number}
-    return JobEvent("info", "metrics", f"step {number} of {steps}", data)
+def step(number: int) -> JobEvent:
+    return JobEvent("info", "metrics", f"step {number} of 10", {"step": number, "steps": 10, "loss": 1 / number})
+
+
+def trained(number: int, tokens: int = 100_000) -> tuple[int, int, int]:
+    return number, 10, number * tokens
 
 
 def in_state(store: JobStore, state: str) -> Job:
@@ -106,8 +109,10 @@ def test_a_job_from_its_beginning_to_its_bill(store: JobStore) -> None:
     assert (job.state, job.steps, job.planned) == ("queued", 10, 3_000_000)
     assert "output" not in job.config  # where it goes is the job's own affair
     lease = taken(store)
-    store.note(lease, [JobEvent("info", "note", "loaded\x00"), step(1), step(2)], [JobCheckpoint(2, {"loss": 0.5})])
-    store.note(lease, [step(2), step(3)], [JobCheckpoint(2), JobCheckpoint(3)], place="here")  # again, after a kill
+    loaded = JobEvent("info", "note", "loaded\x00")
+    store.note(lease, [loaded, step(1), step(2)], [JobCheckpoint(2, {"loss": 0.5})], trained=trained(2))
+    store.note(lease, [step(1)], trained=trained(1))  # again, after a kill
+    store.note(lease, [step(2), step(3)], [JobCheckpoint(2), JobCheckpoint(3)], trained=trained(3), place="here")
     done = store.finish(lease, result={"reference": "acme/support@1"})
     assert (done.state, done.step, done.tokens, done.place) == ("succeeded", 3, 300_000, "here")
     bill = store.bill("acme", job.id)
@@ -130,10 +135,10 @@ def test_a_job_from_its_beginning_to_its_bill(store: JobStore) -> None:
 
 def test_what_failed_costs_nothing_and_what_was_cancelled_what_was_trained(store: JobStore) -> None:
     lease = running(store, price=1_000_000)
-    store.note(lease, [step(1)])
+    store.note(lease, [step(1)], trained=trained(1))
     store.finish(lease, error={"kind": "training", "message": "not finite"})
     lease = running(store, price=1_000_000)
-    store.note(lease, [step(1), step(2)])
+    store.note(lease, [step(1), step(2)], trained=trained(2))
     store.cancel("acme", lease.job.id)
     assert store.spent("acme") == 200_000
 
@@ -229,7 +234,7 @@ def test_a_job_that_takes_its_machines_down_fails_too(store: JobStore) -> None:
 
 def test_a_budget_holds_over_what_was_spent_and_what_waits(store: JobStore) -> None:
     lease = running(store, price=2_000_000, budget=5_000_000)  # planned at 2
-    store.note(lease, [step(1, tokens=500_000)])
+    store.note(lease, [step(1)], trained=trained(1, tokens=500_000))
     store.finish(lease, result={})  # 1 was spent
     queued(store, price=2_000_000, budget=5_000_000)
     store.create("acme", CONFIG, name="support")

@@ -49,6 +49,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("veneer.cli.serve", "Serve a base and its adapters over HTTP."),
     "adapter": ("veneer.cli.adapter", "Inspect, verify, convert, mix and merge adapters."),
     "library": ("veneer.cli.library", "Keep adapters under names, share and check them."),
+    "jobs": ("veneer.cli.jobs", "Training jobs: submit, watch, stop."),
+    "worker": ("veneer.cli.worker", "Carry out training jobs, here or on a cluster."),
     "tenant": ("veneer.cli.tenant", "Tenants of a server: keys, limits, prices, routes, usage."),
     "doctor": ("veneer.cli.doctor", "What this machine has for veneer, what runs on it, and why."),
     "export": ("veneer.cli.export", "Write an adapter as a directory that vLLM or TGI serves as it is."),

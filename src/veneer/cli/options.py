@@ -39,3 +39,12 @@ Quantise = Annotated[
     str | None, typer.Option("--quantise", help="The base in 4 or 8 bits: nf4, fp4, int8; or keep, as a GGUF is.")
 ]
 ChosenDevice = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+
+TenantsDatabase = Annotated[
+    str | None,
+    typer.Option(
+        "--tenants",
+        envvar="VENEER_TENANTS",
+        help="The database of tenants, with what training costs them. Default: the veneer home's, where there is one.",
+    ),
+]

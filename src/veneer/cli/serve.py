@@ -168,6 +168,10 @@ def serve(
     stall_seconds: Annotated[
         float, typer.Option("--stall-seconds", min=0.1, help="How long a client may read nothing of its answer.")
     ] = HttpSettings.stall,
+    train: Annotated[
+        bool,
+        typer.Option("--train", help="Train too: routes for files, and jobs in a process beside; see `veneer jobs`."),
+    ] = False,
     drain_seconds: Annotated[
         float, typer.Option("--drain-seconds", min=0, help="How long running answers may go on after SIGTERM.")
     ] = ServeSettings.drain,
@@ -243,4 +247,11 @@ def serve(
             mix_bytes=bytes_of(mix_disk, "--mix-disk"),
         ),
     )
-    server.serve(settings, say)
+    if not train:
+        server.serve(settings, say)
+        return
+    from veneer.jobs.beside import worker_beside
+    from veneer.jobs.build import training
+
+    with worker_beside(library=library, tenants=tenants, say=say):
+        server.serve(settings, say, extend=training)

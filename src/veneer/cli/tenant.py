@@ -332,11 +332,48 @@ def price(
     _table(("tenant", "adapter", "prompt", "cached", "completion"), rows, "no prices: everything is free")
 
 
+@app.command(epilog="Example: veneer tenant training acme --price 8.00 --budget 200 --at-once 2")
+def training(
+    tenant: Annotated[str, typer.Argument(help="A tenant; all: each that has no terms of its own.")] = "",
+    price: Annotated[str | None, typer.Option(help="For a million tokens that are trained.")] = None,
+    budget: Annotated[str | None, typer.Option(help="For a calendar month, in UTC; none: any amount.")] = None,
+    at_once: Annotated[int | None, typer.Option("--at-once", min=0, help="Jobs that run at once; 0: none.")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Take these terms away.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Set what training costs and how much of it there may be, all three together; without any, show what is set."""
+    from veneer.serve.tenancy import manage
+    from veneer.serve.tenancy.store import TrainingTerms
+
+    with _opened() as store:
+        if remove or price is not None or budget is not None or at_once is not None:
+            if not tenant:
+                raise typer.BadParameter("name whose terms to set: a tenant, or all")
+            (cost,) = _millionths(price or "0")
+            most = None if budget in (None, "none") else _millionths(str(budget))[0]
+            made = None if remove else TrainingTerms(cost, most, at_once)
+            manage.set_training(store, "" if tenant == "all" else tenant, made, who=_who())
+        found = store.look().training
+    if as_json:
+        print_json({"training": [{"tenant": t, **asdict(terms)} for t, terms in found.items()]})
+        return
+    rows = [
+        (t or "all", _money(x.price), "" if x.budget is None else _money(x.budget), "" if x.jobs is None else x.jobs)
+        for t, x in sorted(found.items())
+    ]
+    _table(("tenant", "price", "budget", "at once"), rows, "no terms: training is free, and as much as there is")
+
+
 def _price(*figures: str) -> Any:
+    from veneer.serve.tenancy.store import Price
+
+    return Price(*_millionths(*figures))
+
+
+def _millionths(*figures: str) -> list[int]:
     from decimal import Decimal, InvalidOperation
 
     from veneer.errors import ConfigError
-    from veneer.serve.tenancy.store import Price
 
     try:
         millionths = [Decimal(figure) * 1_000_000 for figure in figures]
@@ -344,7 +381,7 @@ def _price(*figures: str) -> Any:
         raise ConfigError(f"not a price: {' '.join(figures)}", fix="as in 0.15") from None
     if any(not m.is_finite() or m != int(m) for m in millionths):
         raise ConfigError(f"finer than a millionth: {' '.join(figures)}", fix="at most six digits after the point")
-    return Price(*map(int, millionths))
+    return [*map(int, millionths)]
 
 
 def _money(millionths: int) -> str:

@@ -241,6 +241,11 @@ class Job:
         """Where its files are, on every machine that works on it: the veneer home is theirs in common."""
         return _jobs_home() / self.id
 
+    @property
+    def log(self) -> Path:
+        """What its processes print, one after another."""
+        return self.folder / "process.log"
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return {**self.__dict__}
@@ -448,15 +453,19 @@ class JobStore:
 
     def take(
         self, worker: str, seconds: float, state: Literal["validating", "queued"] = "queued",
-        at_once: Callable[[str], int | None] = lambda tenant: None,
+        at_once: Callable[[str], int | None] = lambda tenant: None, only: str | None = None,
     ) -> JobLease | None:  # fmt: skip
         """A lease, for so many seconds, of a job to validate or to train; None where nothing is to be done.
 
         First those whose lease ran out; else the oldest job of the tenant that has the fewest running. `at_once`: how
-        many a tenant may have running, None for any number. A job that lost its worker too often fails here."""
+        many a tenant may have running, None for any number. `only`: this job or none. A job that lost its worker too
+        often fails here."""
         while True:
+            with reading(self.engine) as c:  # looked for often, and mostly in vain: that takes no lock
+                if self._next(c, state, self._now(c), at_once, only) is None:
+                    return None
             with self._writing() as (c, now):
-                found = self._next(c, state, now, at_once)
+                found = self._next(c, state, now, at_once, only)
                 if found is None:
                     return None
                 lost = found.until is not None
@@ -485,14 +494,17 @@ class JobStore:
                 return JobLease(self._row(c, None, found.id), values["token"])
 
     def _next(
-        self, c: Connection, state: str, now: float, at_once: Callable[[str], int | None]
+        self, c: Connection, state: str, now: float, at_once: Callable[[str], int | None], only: str | None
     ) -> Job | None:  # fmt: skip
         j = _jobs.c
         held = "running" if state == "queued" else state
-        left = c.execute(select(_jobs).where(j.state == held, j.until <= now).order_by(j.number).limit(1)).first()
+        chosen = [j.id == only] if only is not None else []
+        late = select(_jobs).where(j.state == held, j.until <= now, *chosen)
+        left = c.execute(late.order_by(j.number).limit(1)).first()
         if left is not None:
             return _job(left)
-        free = select(j.tenant, func.min(j.number)).where(j.state == state, j.token.is_(None)).group_by(j.tenant)
+        waits = j.state == state, j.token.is_(None), *chosen
+        free = select(j.tenant, func.min(j.number)).where(*waits).group_by(j.tenant)
         working = select(j.tenant, func.count()).where(j.state == "running").group_by(j.tenant)
         running = {tenant: int(count) for tenant, count in c.execute(working)}
         for number, tenant in sorted(
@@ -520,32 +532,29 @@ class JobStore:
 
     def note(
         self, lease: JobLease, events: Sequence[JobEvent] = (), checkpoints: Sequence[JobCheckpoint] = (), *,
-        place: str | None = None,
+        trained: tuple[int, int, int] | None = None, place: str | None = None,
     ) -> None:  # fmt: skip
-        """Adds what happened, in one transaction. An event of kind metrics with a `step` at or below the furthest one
-        is left out, and so is its `tokens`; a checkpoint that is there already too. `place`: see Job. Raises
-        LeaseLost."""
+        """Adds what happened, in one transaction. `trained`: (step, steps, tokens of all steps to there). What is not
+        beyond the furthest step that was noted is left out, of `trained` and of events of kind metrics; a checkpoint
+        that is there already too. `place`: see Job. Raises LeaseLost."""
         with self._working(lease) as (c, now, job):
-            step, steps, tokens, faults = job.step, job.steps, job.tokens, job.faults
             for event in events:
-                if event.kind == "metrics" and "tokens" in event.data:
-                    if event.data["step"] <= step:
-                        continue
-                    step, steps = event.data["step"], event.data["steps"]
-                    tokens += event.data["tokens"]
-                _tell(c, job, now, event)
+                if event.kind != "metrics" or event.data["step"] > job.step:
+                    _tell(c, job, now, event)
+            values: dict[str, Any] = {} if place is None else {"place": place}
+            if trained is not None and trained[0] > job.step:
+                values |= dict(zip(("step", "steps", "tokens"), trained, strict=True))
             k = _checkpoints.c
             for point in checkpoints:
                 there = k.job == job.id, k.step == point.step
                 if c.scalar(select(k.step).where(*there)) is None:
-                    values = {"job": job.id, "step": point.step, "at": now, "metrics": _json(point.metrics)}
-                    c.execute(insert(_checkpoints), values | {"reference": point.reference})
-                    faults = 0
+                    row = {"job": job.id, "step": point.step, "at": now, "metrics": _json(point.metrics)}
+                    c.execute(insert(_checkpoints), row | {"reference": point.reference})
+                    values["faults"] = 0
                 elif point.reference is not None:
                     c.execute(update(_checkpoints).where(*there).values(reference=point.reference))
-            values = {"step": step, "steps": steps, "tokens": tokens, "faults": faults}
-            values |= {} if place is None else {"place": place}
-            c.execute(update(_jobs).where(_jobs.c.id == job.id).values(**values))
+            if values:
+                c.execute(update(_jobs).where(_jobs.c.id == job.id).values(**values))
 
     def queue(self, lease: JobLease, plan: Mapping[str, Any], *, price: int = 0, budget: int | None = None) -> Job:
         """A validated job waits to be trained, and nobody has it any more. `plan`: with `tokens` and `steps`. `price`:
@@ -560,13 +569,13 @@ class JobStore:
                 taken = int(c.scalar(others) or 0) + _spent(c, job.tenant, _day(now)[:8] + "01")
                 if planned + taken > budget:
                     raise OverBudget(
-                        f"this job is planned to cost {_money(planned)}, and of this month's budget of "
-                        f"{_money(budget)} {_money(max(0, budget - taken))} are left",
+                        f"this job is planned to cost {money(planned)}, and of this month's budget of "
+                        f"{money(budget)} {money(max(0, budget - taken))} are left",
                         where="budget", fix="fewer rows or epochs, a larger budget, or next month",
                     )  # fmt: skip
             values = {"plan": _json(dict(plan)), "price": price, "planned": planned, "steps": int(plan["steps"])}
             c.execute(update(_jobs).where(j.id == job.id).values(**values, queued=now, faults=0, **_LEFT))
-            cost = f", {_money(planned)}" if planned else ""
+            cost = f", {money(planned)}" if planned else ""
             what = f"validated: {counted(int(plan['steps']), 'step')}, {int(plan['tokens']):,} tokens{cost}"
             return self._move(c, job, "queued", now, what)
 
@@ -600,7 +609,10 @@ class JobStore:
     def _writing(self) -> Iterator[tuple[Connection, float]]:
         """A transaction that no other one of this queue overlaps, and the time."""
         with write_transaction(self.engine, _LOCK) as c:
-            yield c, float(c.scalar(select(database_clock(self.engine))) or time.time())
+            yield c, self._now(c)
+
+    def _now(self, c: Connection) -> float:
+        return float(c.scalar(select(database_clock(self.engine))) or time.time())
 
     @contextlib.contextmanager
     def _working(self, lease: JobLease) -> Iterator[tuple[Connection, float, Job]]:
@@ -694,7 +706,7 @@ def _day(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d")
 
 
-def _money(millionths: int) -> str:
+def money(millionths: int) -> str:
     """An amount with two digits after the point, or as many as it needs, up to six."""
     whole, part = divmod(millionths, 1_000_000)
     return f"{whole:,}.{f'{part:06d}'.rstrip('0').ljust(2, '0')}"

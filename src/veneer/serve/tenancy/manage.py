@@ -38,6 +38,7 @@ from veneer.serve.tenancy.store import (
     Price,
     Store,
     Tenant,
+    TrainingTerms,
     UnknownName,
     alias_table,
     audit_table,
@@ -52,6 +53,7 @@ from veneer.serve.tenancy.store import (
     price_table,
     tenant_row,
     tenant_table,
+    training_table,
     unknown_name,
 )
 
@@ -180,7 +182,7 @@ def remove_tenant(store: Store, name: str, *, who: str) -> None:
     in the audit log."""
     with store.change() as c:
         before = tenant_row(c, name)
-        for table in (grant_table, limit_table, price_table, alias_table, move_table, key_table):
+        for table in (grant_table, limit_table, price_table, training_table, alias_table, move_table, key_table):
             c.execute(delete(table).where(table.c.tenant == name))
         c.execute(delete(tenant_table).where(tenant_table.c.name == name))
         append_audit(c, who, "tenant.remove", name, before, None)
@@ -333,6 +335,26 @@ def set_price(store: Store, tenant: str, adapter: str, price: Price | None, *, w
         store, price_table, _scope(tenant, adapter), lambda _: asdict(price) if price else None, "price", who
     )
     return None if after is None else Price(**after)
+
+
+def set_training(store: Store, tenant: str, terms: TrainingTerms | None, *, who: str) -> TrainingTerms | None:
+    """What training costs this tenant and how much of it there may be; ALL: of each that has no terms of its own. None
+    takes them away."""
+    if tenant != ALL:
+        check_tenant(tenant)
+    for name, value in asdict(terms).items() if terms is not None else ():
+        if value is not None and not 0 <= value <= 10**15:
+            raise ConfigError(f"the {name} is {value}", where=name, fix="0 or more")
+    with store.change() as c:
+        if tenant != ALL:
+            tenant_row(c, tenant)
+        row = c.execute(select(training_table).where(training_table.c.tenant == tenant)).first()
+        c.execute(delete(training_table).where(training_table.c.tenant == tenant))
+        if terms is not None:
+            c.execute(insert(training_table), {"tenant": tenant, **asdict(terms)})
+        before = None if row is None else {name: row._mapping[name] for name in TrainingTerms.__dataclass_fields__}
+        append_audit(c, who, "training.set", tenant or "all", before, None if terms is None else asdict(terms))
+    return terms
 
 
 def _scope(tenant: str, adapter: str, *special: str) -> dict[str, str]:

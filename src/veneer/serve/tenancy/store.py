@@ -1,6 +1,7 @@
 """The database of tenants: its tables, and the settings that a server holds of it in memory.
 
     tenants 1─n keys, grants            aliases ─1 moves (current)          limits, prices: (tenant, adapter)
+    training: what it costs a tenant, and how much there may be
     lines: a row for each part of each request                             shadows: the newest comparisons
     sums: lines by day      slots: of the last minute and day               audit: a row a change, chained
 
@@ -94,6 +95,12 @@ key_table = _table(
 grant_table = _table("tenant_grants", *_keys("tenant", "pattern"))
 limit_table = _table("tenant_limits", *_keys("tenant", "adapter"), *_columns(BigInteger, *LIMITS, nullable=True))
 price_table = _table("tenant_prices", *_keys("tenant", "adapter"), *_columns(BigInteger, *_TOKENS))
+training_table = _table(
+    "tenant_training",
+    *_keys("tenant"),
+    *_columns(BigInteger, "price"),
+    *_columns(BigInteger, "budget", "jobs", nullable=True),
+)
 move_table = _table(
     "tenant_moves",
     *_keys("tenant", "alias"),
@@ -310,6 +317,16 @@ class Price:
 
 
 @dataclass(frozen=True)
+class TrainingTerms:
+    """What training costs a tenant, and how much of it there may be. `price`: of a million trained tokens; `budget`: of
+    a month, in UTC; both in millionths. `jobs`: how many run at once. None: any number."""
+
+    price: int = 0
+    budget: int | None = None
+    jobs: int | None = None
+
+
+@dataclass(frozen=True)
 class Route:
     """`targets`: (name, weight). `runs`: who owns the buckets, as (name, how many follow). `fraction` of requests also
     go to `shadow`."""
@@ -335,6 +352,16 @@ class TenantSettings:
     prices: Mapping[tuple[str, str], Price] = field(default_factory=dict)
     routes: Mapping[tuple[str, str], Route] = field(default_factory=dict)
     common: tuple[str, ...] = ()
+    training: Mapping[str, TrainingTerms] = field(default_factory=dict)
+
+    def training_terms(self, tenant: str) -> TrainingTerms:
+        """Its own, or those of everybody who has none; of a tenant that is gone or disabled: no jobs. Whoever has the
+        machine, tenant "", trains for nothing."""
+        if not tenant:
+            return TrainingTerms()
+        if tenant not in self.tenants or not self.tenants[tenant].enabled:
+            return TrainingTerms(jobs=0)
+        return self.training.get(tenant) or self.training.get(ALL) or TrainingTerms()
 
     def price(self, tenant: str, adapter: str) -> Price:
         """The most exact price there is: of tenant and adapter, the tenant, the adapter, the server; else 0."""
@@ -478,6 +505,7 @@ def _read(c: Connection) -> TenantSettings:
         {(r.tenant, r.adapter): Price(r.prompt, r.cached, r.completion) for r in c.execute(select(price_table))},
         {(a.tenant, a.name): a for a in pointers if a.targets},
         tuple(json.loads(c.scalar(select(meta_table.c.value).where(meta_table.c.key == COMMON)) or "[]")),
+        {r.tenant: TrainingTerms(r.price, r.budget, r.jobs) for r in c.execute(select(training_table))},
     )
 
 

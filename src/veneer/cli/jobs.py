@@ -1,0 +1,210 @@
+"""`veneer jobs …`: training that is asked for, watched and stopped, while a worker carries it out."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from veneer.cli.options import AsJson, TenantsDatabase
+from veneer.cli.output import field, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from veneer.jobs.store import Job, JobStore
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Training jobs: submit, watch, stop.")
+
+_Id = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, ftjob-….", show_default=False)]
+_Whose = Annotated[
+    str | None, typer.Option("--tenant", help="Of this tenant alone; '' for those of no tenant. Default: everybody's.")
+]
+_place: dict[str, str | None] = {"location": None, "index": None}
+
+
+@app.callback()
+def _where(
+    location: Annotated[
+        str | None,
+        typer.Option(
+            "--at", envvar="VENEER_LIBRARY", help="The library whose jobs they are; by default the veneer home's."
+        ),
+    ] = None,
+    index: Annotated[
+        str | None,
+        typer.Option(
+            "--index", envvar="VENEER_LIBRARY_INDEX", help="Its database: a SQLite file or postgresql:// URL."
+        ),
+    ] = None,
+) -> None:
+    """Training jobs of a library: `veneer worker`, or `veneer serve --train`, carries them out."""
+    _place.update(location=location, index=index)
+
+
+@contextmanager
+def _opened() -> Iterator[JobStore]:
+    from veneer.jobs.store import JobStore
+    from veneer.library.library import open_library
+
+    with open_library(_place["location"], _place["index"]) as library:
+        yield JobStore(library)
+
+
+@app.command(
+    epilog="Example: veneer jobs submit support.yaml optimizer.learning_rate=5e-4 --name support --tenant acme"
+)
+def submit(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A configuration, as `veneer train` takes it.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that replace the file's.")
+    ] = None,
+    name: Annotated[
+        str, typer.Option("--name", help="Of the adapter to come; by default that of the output folder.")
+    ] = "",
+    tenant: Annotated[str, typer.Option("--tenant", help="Whose it is; by default nobody's but this machine's.")] = "",
+    tenants: TenantsDatabase = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check and plan a run, and queue it. Exit code 2 where it cannot be queued."""
+    from veneer.jobs.validate import submitted, tenants_at, terms_of
+    from veneer.train.config.load import load_config
+
+    chosen, _ = load_config(config, overrides or [])
+    with _opened() as store, tenants_at(tenants) as known:
+        job = submitted(store, chosen, terms=terms_of(known), tenant=tenant, name=name)
+    _shown(job, as_json)
+    if job.state == "failed":
+        raise SystemExit(2)
+
+
+@app.command("list", epilog="Example: veneer jobs list --state running --tenant acme")
+def list_(
+    tenant: _Whose = None,
+    state: Annotated[list[str] | None, typer.Option("--state", help="In this state; any number of times.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 20,
+    after: Annotated[str | None, typer.Option("--after", help="Those made before this job.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Jobs, the newest first."""
+    with _opened() as store:
+        found, more = store.jobs(tenant, after=after, limit=limit, states=state or ())
+    if as_json:
+        print_json({"jobs": [job.to_dict() for job in found], "more": more})
+        return
+    rows = [(job.id, job.name, job.state, _progress(job), _day(job.created), _error(job)) for job in found]
+    print_table(("job", "adapter", "state", "steps", "made", ""), rows) if rows else print("no jobs")
+    if more:
+        say(f"more: veneer jobs list --after {found[-1].id}")
+
+
+@app.command(epilog="Example: veneer jobs show ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
+def show(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
+    """A job: its state, plan, result or error, checkpoints and bill."""
+    with _opened() as store:
+        found = store.get(tenant, job)
+        bill, points = store.bill(tenant, job), store.checkpoints(tenant, job)
+    if as_json:
+        more = {"checkpoints": [point.__dict__ for point in points], "bill": None if bill is None else bill.__dict__}
+        print_json(found.to_dict() | more)
+        return
+    _shown(found, False)
+    if points:
+        print(f"checkpoints  after steps {', '.join(str(point.step) for point in points[:10])}")
+    if bill is not None:
+        from veneer.jobs.store import money
+
+        print(f"cost         {money(bill.cost)} for {bill.tokens:,} tokens, {bill.seconds:,.0f} s of machines")
+
+
+@app.command(epilog="Example: veneer jobs watch ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
+def watch(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
+    """What happens to a job, until it ends. Exit code 0 if it succeeded, else 2. --json: an event a line."""
+    import json
+
+    from veneer.jobs.store import ENDS
+
+    with _opened() as store:
+        number = 0
+        while True:
+            state = store.get(tenant, job).state  # before its events: none is missed
+            events, more = store.events(tenant, job, after=number)
+            for event in events:
+                number = event.number
+                if as_json:
+                    print(json.dumps(event.__dict__), flush=True)
+                elif event.kind != "preflight":
+                    print(f"{_day(event.at)}  {field(event.message)}", flush=True)
+            if state in ENDS and not more:
+                break
+            time.sleep(0.0 if more else 0.5)
+    if state != "succeeded":
+        raise SystemExit(2)
+
+
+@app.command(epilog="Example: veneer jobs cancel ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
+def cancel(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
+    """End a job for good. What was trained of it is billed; its checkpoints stay in its folder."""
+    with _opened() as store:
+        _shown(store.cancel(tenant, job), as_json)
+
+
+@app.command(epilog="Example: veneer jobs pause ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
+def pause(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
+    """Let a job rest: it saves its state, and whoever trained it takes another."""
+    with _opened() as store:
+        _shown(store.pause(tenant, job), as_json)
+
+
+@app.command(epilog="Example: veneer jobs resume ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
+def resume(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
+    """Queue a paused job again, to go on from its last checkpoint."""
+    with _opened() as store:
+        _shown(store.resume(tenant, job), as_json)
+
+
+@app.command(epilog="Example: veneer jobs logs ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
+def logs(job: _Id, tenant: _Whose = None) -> None:
+    """What the job's processes printed, for whoever has to find a fault. `watch` has what happened."""
+    with _opened() as store:
+        found = store.get(tenant, job)
+    if not found.log.is_file():
+        say(f"no process of it has printed anything on this machine ({found.log})")
+        return
+    with found.log.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            sys.stdout.write(line)
+
+
+def _shown(job: Job, as_json: bool) -> None:
+    if as_json:
+        print_json(job.to_dict())
+        return
+    print(f"{job.id}  {job.state}  {field(job.name)}  {_progress(job)}".rstrip())
+    if job.state == "queued" and job.plan is not None:
+        from veneer.jobs.store import money
+        from veneer.plan.render import rough_duration
+
+        cost = f", {money(job.planned)}" if job.planned else ""
+        took = f"about {rough_duration(job.plan['seconds'])}" if job.plan.get("seconds") else "for some time"
+        print(f"planned      {job.plan['tokens']:,} tokens, {took}{cost}")
+    if job.result is not None:
+        print(f"adapter      {field(job.result['reference'])}")
+    for name, text in (job.error or {}).items():
+        print(f"{name:<12} {field(text)}")
+
+
+def _progress(job: Job) -> str:
+    return f"{job.step:,}/{job.steps:,}" if job.steps else ""
+
+
+def _error(job: Job) -> str:
+    return str((job.error or {}).get("message", ""))[:80]
+
+
+def _day(at: float | None) -> str:
+    return "" if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,107 @@
+"""`veneer worker`: carries out training jobs, here or on a cluster."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from veneer.cli.options import TenantsDatabase
+from veneer.cli.output import say
+from veneer.errors import ConfigError, one_of
+
+if TYPE_CHECKING:
+    from veneer.jobs.executors import Executor
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(epilog="Example: veneer worker --at-once 1 --until-idle")
+def worker(
+    library: Annotated[
+        str | None,
+        typer.Option("--library", envvar="VENEER_LIBRARY", help="Whose jobs; by default the veneer home's library."),
+    ] = None,
+    index: Annotated[
+        str | None,
+        typer.Option(
+            "--index", envvar="VENEER_LIBRARY_INDEX", help="Its database: a SQLite file or postgresql:// URL."
+        ),
+    ] = None,
+    tenants: TenantsDatabase = None,
+    at_once: Annotated[int, typer.Option("--at-once", min=1, max=10_000, help="Jobs it has running.")] = 1,
+    until_idle: Annotated[bool, typer.Option("--until-idle", help="End when there is nothing to do.")] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu", help="The card that jobs are planned for, of `veneer plan --list`; default: what is here."
+        ),
+    ] = None,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many of them a job gets.")] = 1,
+    executor: Annotated[
+        str, typer.Option("--executor", help="Where jobs run: local, this machine; ray; kubernetes.")
+    ] = "local",
+    ray_address: Annotated[
+        str, typer.Option("--ray-address", envvar="RAY_ADDRESS", help="With ray: its dashboard.")
+    ] = "http://127.0.0.1:8265",
+    image: Annotated[str, typer.Option("--image", help="With kubernetes: a container image with veneer.")] = "",
+    namespace: Annotated[str, typer.Option("--namespace", help="With kubernetes: where its Jobs are.")] = "default",
+    claim: Annotated[
+        str,
+        typer.Option("--claim", help="With kubernetes: the volume claim with the veneer home, for all to write to."),
+    ] = "",
+    secret: Annotated[
+        str, typer.Option("--secret", help="With kubernetes: the secret with VENEER_LIBRARY_INDEX.")
+    ] = "",
+    nice: Annotated[int, typer.Option("--nice", min=0, max=19, help="How far jobs stand back behind others here.")] = 0,
+    lease: Annotated[
+        float, typer.Option("--lease-seconds", min=1, help="How long a job waits for a worker that was lost.")
+    ] = 60.0,
+    beside: Annotated[bool, typer.Option("--tied", hidden=True, help="End when standard input does.")] = False,
+) -> None:
+    """Take jobs from the queue and train them, until Ctrl-C or SIGTERM; then they are saved and given back.
+
+    Any number of workers may share a queue. One that is killed loses nothing: another goes on from the last
+    checkpoint."""
+    from veneer.jobs.process import tied
+    from veneer.jobs.validate import device_of, tenants_at
+    from veneer.jobs.worker import Worker
+    from veneer.library.library import open_library
+
+    one_of(executor, ("local", "ray", "kubernetes"), "a place where jobs run", "--executor")
+    places: Any = {
+        "local": lambda: _local(nice),
+        "ray": lambda: _ray(ray_address, gpus if gpu else 0),
+        "kubernetes": lambda: _kubernetes(image, namespace, claim, secret, gpus if gpu else 0),
+    }
+    with open_library(library, index) as opened, tenants_at(tenants) as known:
+        made = Worker(
+            opened, places[executor](), tenants=known, at_once=at_once, lease=lease, say=say,
+            device=None if gpu is None else device_of(gpu, gpus), poll=min(0.5, lease / 8),
+        )  # fmt: skip
+        if beside:
+            tied(made.stop)
+        say(f"worker {made.name}: jobs of {opened.location}")
+        made.run(until_idle=until_idle)
+
+
+def _local(nice: int) -> Executor:
+    from veneer.jobs.executors import LocalExecutor
+
+    return LocalExecutor(nice=nice)
+
+
+def _ray(address: str, gpus: int) -> Executor:
+    from veneer.jobs.ray import RayExecutor
+
+    return RayExecutor(address, gpus=gpus)
+
+
+def _kubernetes(image: str, namespace: str, claim: str, secret: str, gpus: int) -> Executor:
+    if not image:
+        raise ConfigError(
+            "a Job of Kubernetes needs a container image", where="--image", fix="one with veneer installed in it"
+        )
+    from veneer.jobs.kubernetes import KubernetesExecutor
+
+    return KubernetesExecutor(image=image, namespace=namespace, claim=claim, secret=secret, gpus=gpus)

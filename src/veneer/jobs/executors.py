@@ -1,0 +1,122 @@
+"""Where jobs' processes run, behind one small protocol, and the first such place: this machine.
+
+    place = executor.start(job, token, environment)     a process of `jobs.process` for that lease
+    executor.look(place)                                None as long as it is there, else how it ended
+    executor.stop(place), .stop(place, hard=True)       asked to save its state and end; ended
+
+An executor starts, watches and stops; whose job it is, is the queue's affair. It schedules nothing: whoever outgrows
+one machine has Ray or Kubernetes for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from veneer.jobs.store import Job
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job's process ended, in words. `memory`: it took more of it than it may, and will again."""
+
+    why: str
+    memory: bool = False
+
+
+class Executor(Protocol):
+    """Raises nothing for a place where there is nothing (any more): that has ended."""
+
+    def start(self, job: Job, token: str, environment: Mapping[str, str]) -> str:
+        """A process for this lease; returns where it is, for the other two. Raises ResourceError."""
+
+    def look(self, place: str) -> Ended | None:
+        """None as long as it runs, or is about to."""
+
+    def stop(self, place: str, *, hard: bool = False) -> None:
+        """Ask it to save its state and end, as SIGTERM does, and return; `hard`: it ends as SIGKILL has it."""
+
+
+def command_of(job: Job, token: str) -> list[str]:
+    """What an executor starts, wherever veneer is installed."""
+    return ["-m", "veneer.jobs.process", job.id, token]
+
+
+_BEYOND, _BESIDE = 1.5, 512 << 20
+"""A process may hold so many times what its plan says, and so much beside: plans that are guessed are a tenth off."""
+
+
+def memory_of(job: Job) -> int:
+    """The most bytes of this machine's memory that its process may hold, by its plan; 0 where that is of a GPU's."""
+    plan = job.plan or {}
+    planned = int(plan.get("peak_bytes") or 0) if plan.get("device", {}).get("name") == "cpu" else 0
+    return int(planned * _BEYOND) + _BESIDE if planned else 0
+
+
+class LocalExecutor(Executor):
+    """Processes of this machine, children of this one: they end when it does, and none may take more memory than its
+    plan says."""
+
+    def __init__(self, *, nice: int = 0) -> None:
+        """`nice`: how far they stand back behind others of this machine."""
+        self.nice = nice
+        self._children: dict[str, tuple[subprocess.Popen[bytes], int]] = {}
+
+    def start(self, job: Job, token: str, environment: Mapping[str, str]) -> str:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, *command_of(job, token), "--tied"]
+        if self.nice and os.name == "posix":
+            command = ["nice", "-n", str(self.nice), *command]
+        with open(job.log, "ab") as log:
+            child = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**os.environ, **environment},
+            )  # fmt: skip
+        place = f"{job.id}-{job.attempt}, process {child.pid}"  # a pid alone may come again
+        self._children[place] = child, memory_of(job)
+        return place
+
+    def look(self, place: str) -> Ended | None:
+        if place not in self._children:
+            return Ended("it is not a process of this worker")
+        child, room = self._children[place]
+        code = child.poll()
+        if code is None:
+            held = _resident(child.pid)
+            if not room or held <= room:
+                return None
+            child.kill()
+            child.wait()
+            self._forget(place)
+            return Ended(f"it held {held / 1e9:.1f} GB, and {room / 1e9:.1f} GB are the most by its plan", memory=True)
+        self._forget(place)
+        if code < 0:
+            with contextlib.suppress(ValueError):
+                return Ended(f"ended by {signal.Signals(-code).name}")
+        return Ended(f"ended with exit code {code}")
+
+    def stop(self, place: str, *, hard: bool = False) -> None:
+        if place in self._children:
+            child, _ = self._children[place]
+            child.kill() if hard else child.terminate()
+
+    def _forget(self, place: str) -> None:
+        child, _ = self._children.pop(place)
+        if child.stdin is not None:
+            child.stdin.close()
+
+
+def _resident(pid: int) -> int:
+    """Bytes that the process holds, 0 where it has just gone."""
+    import psutil
+
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0

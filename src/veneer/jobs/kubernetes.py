@@ -1,0 +1,143 @@
+"""Jobs as Kubernetes Jobs: Kubernetes finds a node for each, and this says what each needs.
+
+    KubernetesExecutor(image="registry/veneer:1.0", namespace="training", claim="veneer-home", secret="veneer")
+
+`image`: with veneer in it. `claim`: a volume that all nodes may write to, with the veneer home; it is mounted where the
+veneer home of the worker is. `secret`: its keys become variables of the environment; the address of the queue's
+database, which has a password in it, belongs there as VENEER_LIBRARY_INDEX. By the official client, with the worker's
+own service account, or whatever kubeconfig says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from veneer.errors import ConfigError, MissingExtraError, UnavailableError
+from veneer.jobs.executors import Ended, Executor, command_of, memory_of
+from veneer.jobs.store import Job
+
+_KEPT_SECONDS = 86400
+"""How long Kubernetes keeps what has ended, for whoever wants to look."""
+_LABEL = "veneer.dev/job"
+
+
+class KubernetesExecutor(Executor):
+    """`gpus`: that a job gets. `grace`: seconds in which a process that is asked to end saves its state. `api`: the
+    official client's, for another way to the cluster than the usual ones."""
+
+    def __init__(
+        self, *, image: str, namespace: str = "default", claim: str = "", secret: str = "", gpus: int = 0,
+        grace: float = 60.0, api: Any = None,
+    ) -> None:  # fmt: skip
+        """Raises MissingExtraError without the client, ConfigError where no cluster is configured."""
+        try:
+            from kubernetes import client
+        except ImportError as error:
+            raise MissingExtraError(
+                "jobs on Kubernetes need its client", fix="pip install 'veneer[kubernetes]'"
+            ) from error
+        self.image, self.namespace, self.claim, self.secret = image, namespace, claim, secret
+        self.gpus, self.grace = gpus, grace
+        api = api or _configured()
+        self._jobs, self._pods, self._error = client.BatchV1Api(api), client.CoreV1Api(api), client.ApiException
+
+    def start(self, job: Job, token: str, environment: Mapping[str, str]) -> str:
+        place = f"{job.id.lower()}-{job.attempt}"
+        self._ask(
+            self._jobs.create_namespaced_job, self.namespace, self._body(place, job, token, environment), also=409
+        )
+        return place
+
+    def _body(self, place: str, job: Job, token: str, environment: Mapping[str, str]) -> dict[str, Any]:
+        hidden = {"VENEER_LIBRARY_INDEX"} if self.secret else set()
+        container: dict[str, Any] = {
+            "name": "train", "image": self.image, "command": ["python", *command_of(job, token)],
+            "env": [{"name": name, "value": value} for name, value in environment.items() if name not in hidden],
+            "resources": {"limits": {}, "requests": {}},
+        }  # fmt: skip
+        if memory := memory_of(job):
+            container["resources"] = {"limits": {"memory": str(memory)}, "requests": {"memory": str(memory)}}
+        if self.gpus:
+            container["resources"]["limits"]["nvidia.com/gpu"] = str(self.gpus)
+        if self.secret:
+            container["envFrom"] = [{"secretRef": {"name": self.secret}}]
+        pod: dict[str, Any] = {
+            "restartPolicy": "Never", "terminationGracePeriodSeconds": round(self.grace), "containers": [container],
+        }  # fmt: skip
+        if self.claim:
+            container["volumeMounts"] = [{"name": "home", "mountPath": environment["VENEER_HOME"]}]
+            pod["volumes"] = [{"name": "home", "persistentVolumeClaim": {"claimName": self.claim}}]
+        labels = {_LABEL: job.id}
+        return {
+            "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": place, "labels": labels},
+            # one try: whether there is another is the queue's to say
+            "spec": {
+                "backoffLimit": 0, "ttlSecondsAfterFinished": _KEPT_SECONDS,
+                "template": {"metadata": {"labels": labels}, "spec": pod},
+            },
+        }  # fmt: skip
+
+    def look(self, place: str) -> Ended | None:
+        found = self._ask(self._jobs.read_namespaced_job_status, place, self.namespace, also=404)
+        if found is None:
+            return Ended("Kubernetes does not know it (any more)")
+        if not (found.status.succeeded or found.status.failed):
+            return None
+        why = "; ".join(f"{c.reason}: {c.message}" for c in found.status.conditions or () if c.reason)
+        pods = self._ask(self._pods.list_namespaced_pod, self.namespace, label_selector=f"job-name={place}", also=404)
+        reasons = [
+            each.state.terminated.reason
+            for pod in (pods.items if pods is not None else ())
+            for each in pod.status.container_statuses or ()
+            if each.state is not None and each.state.terminated is not None
+        ]
+        if "OOMKilled" in reasons:
+            return Ended("Kubernetes ended it: it took more memory than its plan says", memory=True)
+        return Ended(f"Kubernetes says {'; '.join(filter(None, [*reasons, why])) or 'it is over'}")
+
+    def stop(self, place: str, *, hard: bool = False) -> None:
+        """In the foreground: the Job is there until its pod has ended."""
+        options = {"grace_period_seconds": 0} if hard else {}
+        self._ask(
+            self._jobs.delete_namespaced_job,
+            place,
+            self.namespace,
+            propagation_policy="Foreground",
+            also=404,
+            **options,
+        )
+
+    def _ask(self, call: Any, *arguments: Any, also: int, **options: Any) -> Any:
+        """The answer; None for the status `also`. Raises UnavailableError where there is no answer or a fault of
+        theirs, ConfigError for what they refuse."""
+        from urllib3.exceptions import HTTPError
+
+        try:
+            return call(*arguments, _request_timeout=30, **options)
+        except self._error as error:
+            if error.status == also:
+                return None
+            what = f"Kubernetes answered {error.status} {error.reason}"
+            if error.status is not None and 400 <= error.status < 500 and error.status not in (408, 429):
+                raise ConfigError(
+                    what, where=f"namespace {self.namespace}", fix="the rights of this worker, or what it asks for"
+                ) from error
+            raise UnavailableError(what, where=f"namespace {self.namespace}") from error
+        except HTTPError as error:
+            raise UnavailableError(f"Kubernetes does not answer: {type(error).__name__}") from error
+
+
+def _configured() -> Any:
+    from kubernetes import client, config
+
+    try:
+        config.load_incluster_config()
+    except config.ConfigException:
+        try:
+            config.load_kube_config()
+        except config.ConfigException as error:
+            raise ConfigError(
+                f"no Kubernetes is configured here: {error}", where="KUBECONFIG", fix="kubectl get jobs has to work"
+            ) from error
+    return client.ApiClient()

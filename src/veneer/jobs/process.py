@@ -1,0 +1,257 @@
+"""The process of one job: it trains, tells the queue, puts the adapter into the library, and ends the job.
+
+    python -m veneer.jobs.process JOB TOKEN [--tied]        with VENEER_LIBRARY and VENEER_LIBRARY_INDEX
+
+Whoever starts it (`executors`) has the lease, and renews it; this process writes under its token. `--tied`: it ends at
+once when its standard input does, that is with whoever started it.
+
+Each lease has a folder of its own, `attempt-N`, into which the one before it is renamed with its checkpoints. So a
+process that was taken for dead and is not can write, but never where its successor does. The run goes on from its last
+checkpoint, on the CPU bit for bit as if nothing had happened.
+
+| what ends it                                   | the job                                          |
+| the run is done                                | succeeded, its adapter a version in the library  |
+| what the user gave, or a loss that is not finite | failed, with the error                         |
+| SIGTERM, or the lease is lost                  | given back, if it still has it                   |
+| memory, a disk, a database                     | given back; failed the third time in a row       |
+| a kill                                         | whoever watches gives it back, or its lease runs out |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import CheckpointError, Interrupted, ResourceError, VeneerError
+from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost
+from veneer.jobs.validate import job_config, may_pass, told
+from veneer.library.library import Library, open_library
+from veneer.serve.outage import is_outage
+from veneer.train import checkpoint
+from veneer.train.config.image import ImageTrainConfig
+from veneer.train.events import Checked, Event, Note, Saved, to_record
+from veneer.train.report.log import read_log
+
+_EVERY = 1.0
+"""Seconds between two writes of what happened."""
+_AGAIN = 2.0
+"""Seconds after which a database that was away is tried again."""
+
+
+def carry_out_job(library: Library, job: str, token: str) -> int:
+    """Everything, in this process; 0, or 75 where the job was given back or is another's."""
+    store = JobStore(library)
+    try:
+        lease = store.held(job, token)
+    except LeaseLost as error:
+        print(error, file=sys.stderr)
+        return 75
+    teller = _Teller(store, lease)
+    try:
+        result = _trained(lease.job, teller)
+        teller.flush(wait=True)
+        reference = _published(library, lease.job, Path(result["adapter"]))
+        store.finish(lease, result={**result, "reference": reference})
+        return 0
+    except LeaseLost as error:
+        print(error, file=sys.stderr)
+        return 75
+    except BaseException as error:
+        return _ended(store, lease, teller, error)
+
+
+def _ended(store: JobStore, lease: JobLease, teller: _Teller, error: BaseException) -> int:
+    """What becomes of a job whose run did not come to its end."""
+    print(error, file=sys.stderr, flush=True)
+    with contextlib.suppress(LeaseLost):
+        teller.flush(wait=True)
+        if isinstance(error, Interrupted | KeyboardInterrupt):
+            store.release(lease, "stopped, to go on from its last checkpoint")
+        elif may_pass(error):
+            what = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
+            store.died(lease, what, fix=getattr(error, "fix", None) or "")
+        else:
+            store.finish(lease, error=told(error))
+            return 0
+    return 75
+
+
+def _trained(job: Job, teller: _Teller) -> dict[str, Any]:
+    """The run in its folder, and what came of it as JSON values."""
+    from veneer.models.loading import errors_only
+
+    folder = _folder(job)
+    teller.catch_up(folder)
+    config = job_config(job, folder)
+    options: dict[str, Any] = {"resume": folder.is_dir(), "on_event": teller}
+    result: Any
+    with errors_only():
+        if isinstance(config, ImageTrainConfig):
+            from veneer.train.image.run import run_images
+
+            result = run_images(config, **options)
+        else:
+            from veneer.train.text.task import run_text
+
+            result = run_text(config, **options)
+    return dict(result.to_dict())
+
+
+def _folder(job: Job) -> Path:
+    """This lease's own: what earlier ones left, under its name."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    own = job.folder / f"attempt-{job.attempt}"
+    earlier = [(int(p.name.rpartition("-")[2]), p) for p in job.folder.glob("attempt-*[0-9]")]
+    if earlier and not own.exists():
+        os.rename(max(earlier)[1], own)
+    return own
+
+
+def _published(library: Library, job: Job, adapter: Path) -> str:
+    """The adapter's reference in the library: once, whoever tried before and was killed after it."""
+    tag = f"job:{job.id}"
+    there = library.search(tags=[tag], all_versions=True)
+    found = there[0] if there else library.add(adapter, job.name, tags=[tag], source=f"job {job.id}").version
+    return found.reference
+
+
+class _Teller:
+    """Listens to the run and tells the queue, at most once a second, and at once of checkpoints. While the database is
+    away it keeps what it has to tell. When the lease is lost it asks the run to stop, as a signal does."""
+
+    def __init__(self, store: JobStore, lease: JobLease) -> None:
+        self.store, self.lease = store, lease
+        self.events: list[JobEvent] = []
+        self.checkpoints: list[JobCheckpoint] = []
+        self.newest: dict[str, Any] = {}
+        self.step, self.steps, self.tokens = 0, lease.job.steps, 0
+        self.last, self.lost = 0.0, False
+        told, _ = store.events(None, lease.job.id, limit=1 << 30)
+        self.scored = {event.data["step"] for event in told if event.kind == "validation"}
+
+    def catch_up(self, folder: Path) -> None:
+        """What the last checkpoint in `folder` has, of which a kill may have kept the queue from hearing. The run's own
+        log has the steps one by one; the checkpoint their number and their tokens, should the log have lost some."""
+        progress = _last_progress(folder / "checkpoints", self)
+        if progress is None:
+            return
+        for record in read_log(folder / "log.jsonl"):
+            if int(record.get("step", 0)) <= progress["step"]:
+                self._hear(record)
+        self.checkpoints.append(JobCheckpoint(progress["step"], dict(self.newest)))
+        self.step, self.tokens = progress["step"], progress["tokens"]
+        self.flush()
+
+    def __call__(self, event: Event) -> None:
+        self._hear(to_record(event))
+        if isinstance(event, Checked):
+            self.events.append(JobEvent("info", "preflight", event.text, event.data))
+        elif isinstance(event, Note):
+            level = "warn" if event.text.startswith("warning:") else "info"
+            self.events.append(JobEvent(level, "note", event.text))
+        if isinstance(event, Saved) or time.monotonic() - self.last > _EVERY:
+            self.flush()
+
+    def _hear(self, record: Mapping[str, Any]) -> None:
+        """Of an event, as the run's log has it, what is counted."""
+        kind, step = record.get("event"), int(record.get("step", 0))
+        if kind == "stepped":
+            self.step, self.steps, self.tokens = step, int(record["steps"]), self.tokens + int(record["tokens"])
+            data = {name: value for name, value in record.items() if name in _MEASURED} | dict(record["extra"])
+            self.newest = {"step": step, "loss": record["loss"]}
+            text = f"step {step:,} of {self.steps:,}: loss {record['loss']:.4f}"
+            self.events.append(JobEvent("info", "metrics", text, data))
+        elif kind == "evaluated":
+            self.newest |= {"validation_loss": record["loss"]}
+            if step not in self.scored:
+                self.scored.add(step)
+                data = {"step": step, "validation_loss": record["loss"], "best": record["best"], **record["extra"]}
+                text = f"after step {step:,}: validation loss {record['loss']:.4f}"
+                self.events.append(JobEvent("info", "validation", text, data))
+        elif kind == "saved":
+            self.checkpoints.append(JobCheckpoint(step, dict(self.newest)))
+
+    def flush(self, *, wait: bool = False) -> None:
+        """Writes what there is. `wait`: until the database has it. Raises LeaseLost then, and if it was told before."""
+        while not self.lost:
+            self.last = time.monotonic()
+            try:
+                trained = (self.step, self.steps, self.tokens)
+                self.store.note(self.lease, self.events, self.checkpoints, trained=trained)
+                self.events, self.checkpoints = [], []
+                return
+            except LeaseLost as error:
+                print(error, file=sys.stderr, flush=True)
+                self.lost = True
+            except Exception as error:
+                if not is_outage(error):
+                    raise
+                print(f"the database is away: {type(error).__name__}", file=sys.stderr, flush=True)
+                if not wait:
+                    return
+                time.sleep(_AGAIN)
+        if wait:
+            raise LeaseLost(f"job {self.lease.job.id} is no longer this process's")
+        os.kill(os.getpid(), signal.SIGTERM)  # the loop saves its state and ends
+
+
+_MEASURED = {"step", "steps", "epoch", "loss", "tokens", "learning_rate", "gradient_norm", "seconds"}
+
+
+def _last_progress(checkpoints: Path, teller: _Teller) -> dict[str, Any] | None:
+    """How far the newest whole checkpoint is. A damaged one is put aside, so that the run takes the one before it."""
+    while (newest := checkpoint.latest(checkpoints)) is not None:
+        try:
+            return dict(checkpoint.read_checkpoint(newest)["progress"])
+        except CheckpointError as error:
+            teller.events.append(JobEvent("warn", "note", f"{newest.name} is put aside: {error.what}"))
+            os.rename(newest, newest.with_name(f"aside-{secrets.token_hex(4)}-{newest.name}"))
+    return None
+
+
+def tied(end: Callable[[], object]) -> None:
+    """Has `end` called, in a thread, when standard input ends, that is with whoever has its other end. Read by its
+    number: a stream has a lock, which Python wants at its own end."""
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        end()
+
+    threading.Thread(target=wait, name="veneer-tied", daemon=True).start()
+
+
+def main(arguments: list[str]) -> int:
+    job, token, *more = arguments
+    if "--tied" in more:
+        tied(lambda: os._exit(75))
+    try:
+        with open_library() as library:
+            return carry_out_job(library, job, token)
+    except ResourceError as error:
+        print(error, file=sys.stderr)
+        return 75
+
+
+def environment_of(library: Library) -> Mapping[str, str]:
+    """What a process needs to find the same queue and the same files."""
+    from veneer.models.home import veneer_home
+
+    return {
+        "VENEER_LIBRARY": library.location,
+        "VENEER_LIBRARY_INDEX": library.engine.url.render_as_string(hide_password=False),
+        "VENEER_HOME": str(veneer_home()),
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

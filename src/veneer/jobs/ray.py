@@ -1,0 +1,81 @@
+"""Jobs as Ray Jobs: Ray finds a machine of its cluster for each, and this says what each needs.
+
+    RayExecutor("http://head:8265", gpus=1)
+
+The machines of the cluster need veneer, the base, and the same veneer home, on a file system that all share. A job's
+process gets the addresses of the queue in its environment, which Ray's dashboard shows to whoever may see it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from veneer.errors import MissingExtraError, UnavailableError
+from veneer.jobs.executors import Ended, Executor, command_of, memory_of
+from veneer.jobs.store import Job
+
+_ALIVE = frozenset({"PENDING", "RUNNING"})
+
+
+class RayExecutor(Executor):
+    """`address`: of the dashboard. `gpus`, `cpus`: that a job gets. `python`: what runs there. `grace`: seconds in
+    which a process that is asked to end saves its state."""
+
+    def __init__(
+        self, address: str, *, gpus: int = 0, cpus: int = 1, python: str = "python", grace: float = 60.0
+    ) -> None:
+        """Raises MissingExtraError without Ray, UnavailableError where there is no cluster."""
+        try:
+            from ray.job_submission import JobSubmissionClient
+        except ImportError as error:
+            raise MissingExtraError("jobs on Ray need Ray", fix="pip install 'veneer[ray]'") from error
+        self.address, self.gpus, self.cpus, self.python, self.grace = address, gpus, cpus, python, grace
+        try:
+            self._dashboard: Any = JobSubmissionClient(address)
+        except (ConnectionError, RuntimeError) as error:
+            raise self._away(error) from error
+
+    def start(self, job: Job, token: str, environment: Mapping[str, str]) -> str:
+        place = f"{job.id}-{job.attempt}"
+        # Ray ends a job's process by SIGTERM and, so many seconds later, by SIGKILL
+        variables = {**environment, "RAY_JOB_STOP_WAIT_TIME_S": str(round(self.grace))}
+        try:
+            self._dashboard.submit_job(
+                entrypoint=shlex.join([self.python, *command_of(job, token)]), submission_id=place,
+                runtime_env={"env_vars": variables}, metadata={"tenant": job.tenant, "adapter": job.name},
+                entrypoint_num_cpus=self.cpus, entrypoint_num_gpus=self.gpus or None,
+                entrypoint_memory=memory_of(job) or None,
+            )  # fmt: skip
+        except (RuntimeError, OSError) as error:
+            if "already exists" not in str(error):
+                raise self._away(error) from error
+        return place
+
+    def look(self, place: str) -> Ended | None:
+        try:
+            found = self._dashboard.get_job_info(place)
+        except (RuntimeError, OSError) as error:
+            if "does not exist" in str(error):
+                return Ended("Ray does not know it (any more)")
+            raise self._away(error) from error
+        state = str(getattr(found.status, "value", found.status))
+        if state in _ALIVE:
+            return None
+        why = " ".join(str(found.message or "").split())[:500]
+        return Ended(f"Ray says {state.lower()}: {why}", memory="OutOfMemory" in why)
+
+    def stop(self, place: str, *, hard: bool = False) -> None:
+        """Ray has one way to stop, with SIGTERM first."""
+        try:
+            self._dashboard.stop_job(place)
+        except (RuntimeError, OSError) as error:
+            if "does not exist" not in str(error):
+                raise self._away(error) from error
+
+    def _away(self, error: object) -> UnavailableError:
+        return UnavailableError(
+            f"Ray does not answer: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}",
+            where=self.address, fix="the address of its dashboard, as http://head:8265; is the cluster up?",
+        )  # fmt: skip

@@ -1,0 +1,193 @@
+"""What is looked at before a job is queued: its config, its rows, whether it fits, how long it takes, what it costs.
+
+    validated(store, lease, terms, device)         the job afterwards: queued with its plan, or failed with the reason
+    submitted(store, config, name=…, terms=…)      a new job of a configuration, looked at in the same breath
+
+The base's tokenizer reads the rows as the run will, so the first bad line is named here and tokens are counted, not
+guessed; its weights are not read. What needs them (vocabulary, the longest batch) the run looks at before its first
+step. Nothing is changed but the job.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import (
+    CheckpointError,
+    ConfigError,
+    PreflightError,
+    ResourceError,
+    UnavailableError,
+    VeneerError,
+    gigabytes,
+)
+from veneer.jobs.store import Job, JobLease, JobStore, LeaseLost
+from veneer.plan.plan import Plan
+from veneer.plan.tables import Device
+from veneer.serve.outage import is_outage
+from veneer.serve.tenancy.store import Store, TrainingTerms
+from veneer.train.config.load import RunConfig, config_from
+from veneer.train.config.text import TrainConfig
+
+
+def terms_of(tenants: Store | None) -> Callable[[str], TrainingTerms]:
+    """Tenant -> what holds for it, as it is in the database at that moment; without tenants everything is free."""
+
+    def terms(tenant: str) -> TrainingTerms:
+        return TrainingTerms() if tenants is None else tenants.look().training_terms(tenant)
+
+    return terms
+
+
+@contextmanager
+def tenants_at(place: str | None) -> Iterator[Store | None]:
+    """The tenants' database that was named, or the veneer home's, where there is one. Raises ConfigError."""
+    from veneer.serve.tenancy.keys import default_database
+
+    usual = default_database()
+    place = place or (usual if Path(usual).is_file() else None)
+    store = None if place is None else Store(place)
+    try:
+        yield store
+    finally:
+        if store is not None:
+            store.close()
+
+
+def job_config(job: Job, output: Path) -> RunConfig:
+    """The job's configuration with its output. Raises ConfigError."""
+    return config_from({**job.config, "output": str(output)})[0]
+
+
+def device_of(gpu: str | None = None, count: int = 1) -> Device:
+    """Where jobs are planned for: a card of the plan's table by its name, or what this machine has."""
+    import torch
+
+    from veneer.plan.calibration import cpu_device
+    from veneer.plan.tables import device_named, device_of_card
+
+    if gpu is not None:
+        return device_named(gpu, count=count)
+    if torch.cuda.is_available():
+        return device_of_card(torch.cuda.get_device_name(), int(torch.cuda.mem_get_info()[1]))
+    return cpu_device()
+
+
+def validated(store: JobStore, lease: JobLease, terms: TrainingTerms, device: Device) -> Job:
+    """Looks at a job and queues it, or ends it as failed. Raises LeaseLost, and what is nobody's fault who asked (a
+    disk or a database that is away): then the job stays as it is, to be looked at again."""
+    try:
+        plan = _plan_of_job(lease.job, device)
+        if terms.jobs == 0:
+            raise ConfigError(
+                f"{lease.job.tenant or 'this machine'} may have no training jobs", where="tenant",
+                fix="veneer tenant training says what a tenant may have",
+            )  # fmt: skip
+        return store.queue(lease, plan, price=terms.price, budget=terms.budget)
+    except LeaseLost:
+        raise
+    except Exception as error:
+        if may_pass(error):
+            raise
+        return store.finish(lease, error=told(error))
+
+
+def submitted(
+    store: JobStore, config: RunConfig, *, terms: Callable[[str], TrainingTerms], tenant: str = "", name: str = "",
+    about: Mapping[str, Any] | None = None, device: Device | None = None,
+) -> Job:  # fmt: skip
+    """A new job that has been looked at: queued, or failed. `name`: by default that of the output folder. Raises as
+    `JobStore.create`."""
+    given = config.model_dump(mode="json", exclude_unset=True, exclude={"output"})
+    job = store.create(tenant, given, name=name or Path(config.output.directory).name, about=about)
+    while (now := store.get(tenant, job.id)).state == "validating":
+        lease = store.take("submit", 600, "validating", only=job.id)
+        if lease is not None:
+            return validated(store, lease, terms(tenant), device or device_of())
+        time.sleep(0.2)  # a worker was quicker, and looks at it
+    return now
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error is nobody's fault who asked, so that the same may work at another time, or on another machine: a
+    database, a disk, memory."""
+    if isinstance(error, VeneerError):
+        return isinstance(error, UnavailableError | ResourceError | CheckpointError)
+    return is_outage(error)
+
+
+def told(error: BaseException) -> dict[str, Any]:
+    """An error as a job keeps it. `kind`: data, config, preflight, base, training, overbudget …; internal where it is
+    veneer's own fault, which the log has in full."""
+    if not isinstance(error, VeneerError):
+        traceback.print_exception(error)
+        what = f"{type(error).__name__}: {error}"
+        fix = "this is a fault of veneer's: please report it with the job's log (veneer jobs logs)"
+        return {"kind": "internal", "message": what, "fix": fix}
+    kind = re.sub(r"(?<=.)(Error)$", "", type(error).__name__).lower()
+    found = {"kind": kind, "message": error.what, "where": error.where, "fix": error.fix}
+    return {name: value for name, value in found.items() if value}
+
+
+def _plan_of_job(job: Job, device: Device) -> dict[str, Any]:
+    """What the job needs, by its rows as they are: `Plan.to_dict`, and how many rows there are. Raises ConfigError,
+    DataError, BaseError, PreflightError."""
+    from veneer.train.planning import plan_of_config
+
+    config = job_config(job, job.folder)
+    exact = _rows_of(config) if isinstance(config, TrainConfig) else {}
+    file = _written(job, config)
+    try:
+        plan = plan_of_config(file, [], device, **exact)
+    finally:
+        file.unlink(missing_ok=True)
+    if not plan.fits:
+        _refuse(plan)
+    return plan.to_dict() | {"rows": plan.job.rows}
+
+
+def _written(job: Job, config: RunConfig) -> Path:
+    """The configuration as a file: what is planned is read from one."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    file = job.folder / "planned.yaml"
+    file.write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True)), encoding="utf-8")
+    return file
+
+
+def _rows_of(config: TrainConfig) -> Mapping[str, Any]:
+    """Rows, their tokens and the longest one, of what is trained on. Raises PreflightError with all that stops the data
+    from being learned."""
+    from veneer.models.text.base import text_without_weights
+    from veneer.train.preflight import Report
+    from veneer.train.text.checks import DATA_CHECKS, TextSubject
+    from veneer.train.text.data import read_data
+
+    base = text_without_weights(config.base.name)
+    data = read_data(config, base)
+    subject = TextSubject(base=base, config=config, data=data)
+    report = Report(numbers=subject.numbers)
+    report.add(*(finding for check in DATA_CHECKS for finding in check(subject)))
+    report.raise_if_stopped()
+    lengths = [item.tokens for item in data.train.items]
+    learned = sum(item.learned for item in data.train.items)
+    return {
+        "rows": len(lengths), "tokens_per_row": sum(lengths) / len(lengths), "longest": max(lengths),
+        "trained": max(0.001, learned / sum(lengths)),
+    }  # fmt: skip
+
+
+def _refuse(plan: Plan) -> None:
+    changes = "; or ".join(", ".join(change.settings) for change in plan.changes[:3] if change.settings)
+    raise PreflightError(
+        f"this run does not fit: it needs about {gigabytes(plan.peak)}, and {gigabytes(plan.room)} of "
+        f"{plan.device.label or plan.device.name} may be used",
+        where="memory",
+        fix=changes or "a smaller base, or a machine with more memory (veneer plan shows what it takes)",
+    )

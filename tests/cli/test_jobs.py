@@ -1,0 +1,79 @@
+"""`veneer jobs` and `veneer worker`: from a configuration to an adapter in the library, by real processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.run import run
+from tests.jobs.small import STEPS, small_config
+from veneer.jobs.beside import worker_beside
+from veneer.jobs.store import JobStore
+from veneer.library.library import open_library
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("jobs")
+    config = small_config(made) | {"output": "runs/support"}
+    (made / "support.yaml").write_text(yaml.safe_dump(config))
+    return made
+
+
+def test_from_a_configuration_to_an_adapter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A worker beside, as `veneer serve --train` has one, and its job's process."""
+    at = ("--at", str(folder / "library"))
+    ran = run(capsys, "jobs", *at, "submit", str(folder / "support.yaml"), "--tenant", "acme", "--json")
+    assert ran.code == 0, ran.err
+    job = json.loads(ran.out)
+    assert (job["state"], job["name"], job["steps"]) == ("queued", "acme/support", STEPS)
+    said: list[str] = []
+    with worker_beside(library=str(folder / "library"), tenants=None, say=said.append):
+        watched = run(capsys, "jobs", *at, "watch", job["id"], "--tenant", "acme")
+    assert watched.code == 0, watched.out + job_log(folder, job["id"])
+    assert f"step {STEPS} of {STEPS}: loss" in watched.out
+    assert not said
+    shown = run(capsys, "jobs", *at, "show", job["id"]).out
+    assert "adapter      acme/support@1" in shown
+    assert "cost         0.00 for " in shown
+    listed = json.loads(run(capsys, "jobs", *at, "list", "--state", "succeeded", "--json").out)
+    assert [(found["id"], found["step"]) for found in listed["jobs"]] == [(job["id"], STEPS)]
+    assert "no jobs" in run(capsys, "jobs", *at, "list", "--tenant", "best").out
+    with open_library(folder / "library") as library:
+        version = library.find("acme/support@1")
+        assert (version.tags, version.source) == ([f"job:{job['id']}"], f"job {job['id']}")
+        assert version.card["base"] == str(folder / "tiny-base")
+    for what in ("show", "watch", "cancel", "pause", "resume", "logs"):
+        ran = run(capsys, "jobs", *at, what, job["id"], "--tenant", "best")
+        assert (ran.code, ran.out) == (2, "")
+        assert "there is no job" in ran.err
+    ran = run(capsys, "jobs", *at, "cancel", job["id"])
+    assert ran.code == 2
+    assert "is succeeded and cannot be cancelled" in ran.err
+    assert run(capsys, "jobs", *at, "logs", job["id"]).code == 0
+
+
+def job_log(folder: Path, job: str) -> str:
+    with open_library(folder / "library") as library:
+        log = JobStore(library).get(None, job).log
+    return log.read_text() if log.is_file() else "no log"
+
+
+def test_what_cannot_be_queued_says_why(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    at, config = ("--at", str(folder / "other")), str(folder / "support.yaml")
+    (folder / "broken.jsonl").write_text("{\n")
+    ran = run(capsys, "jobs", *at, "submit", config, f"data.train={folder / 'broken.jsonl'}")
+    assert (ran.code, "failed" in ran.out, "broken.jsonl:1" in ran.out) == (2, True, True)
+    ran = run(capsys, "jobs", *at, "submit", config, "adapter.rang=3")
+    assert (ran.code, "did you mean `adapter.rank`?" in ran.err) == (2, True)
+    ran = run(capsys, "jobs", *at, "submit", config, "--name", "No Name")
+    assert (ran.code, "cannot name an adapter" in ran.err) == (2, True)
+    ran = run(capsys, "worker", "--executor", "slurm", "--library", str(folder / "other"))
+    assert (ran.code, "is not a place where jobs run" in ran.err) == (2, True)
+    ran = run(capsys, "worker", "--executor", "kubernetes", "--library", str(folder / "other"))
+    assert (ran.code, "--image" in ran.err) == (2, True)
+    ran = run(capsys, "worker", "--until-idle", "--library", str(folder / "other"))  # nothing to do
+    assert ran.code == 0, ran.err

@@ -1,0 +1,25 @@
+"""A job that is trained in a moment: the tiny base, twelve tickets, three steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.tiny_base import tiny_base_dir
+
+STEPS = 3
+
+
+def small_config(folder: Path, steps: int = STEPS, **sections: Any) -> dict[str, Any]:
+    """Makes the base and the rows in `folder`, once; the config of a job on them."""
+    rows = folder / "rows.jsonl"
+    if not rows.exists():
+        asked = [f"The printer number {i} {'still ' * (i % 3)}does not work." for i in range(12)]
+        lines = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": "it"}]} for a in asked]
+        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {
+        "base": str(tiny_base_dir(folder)), "data": {"train": str(rows), "split": 4}, "adapter": {"rank": 2},
+        "batching": {"rows": 2}, "schedule": {"steps": steps}, "optimizer": {"learning_rate": 3e-3},
+        "checkpoint": {"every": 1}, "evaluation": {"every": 2, "keep": "last"}, **sections,
+    }  # fmt: skip

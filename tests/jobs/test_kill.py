@@ -1,0 +1,69 @@
+"""SIGKILL at every change of the database: nothing is lost, trained twice or billed twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.jobs.small import small_config
+from tests.library.conftest import quick  # noqa: F401
+from veneer.jobs.executors import LocalExecutor
+from veneer.jobs.store import JobStore
+from veneer.jobs.worker import Worker
+from veneer.library.library import open_library
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("stride", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_kill_at_every_commit_of_a_job(quick: Path, stride: int) -> None:  # noqa: F811
+    """From the first look at it to its bill: at a commit one machine dies, and another goes on. By default at every
+    second one; the slow test has them all."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.jobs.driver", str(quick), str(stride)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-5000:]
+    assert json.loads(ran.stdout)["kills"] > 8
+
+
+@pytest.mark.slow
+def test_a_worker_killed_while_its_job_is_trained_and_another_that_goes_on(quick: Path) -> None:  # noqa: F811
+    """Real processes: with the worker its job's process ends too, and another worker goes on where it was."""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
+    with open_library(quick / "library") as library:
+        store = JobStore(library)
+        config = small_config(quick, 300, checkpoint={"every": 5})
+        made = store.create("acme", config, name="support")
+        command = ["worker", "--library", library.location, "--lease-seconds", "2"]
+        worker = subprocess.Popen([sys.executable, "-m", "veneer.cli.main", *command], cwd=ROOT, env=env)
+        until(lambda: len(store.checkpoints("acme", made.id)) > 1)
+        child = int(store.get("acme", made.id).place.rpartition(" ")[2])
+        worker.kill()
+        worker.wait()
+        until(lambda: not psutil.pid_exists(child))
+        time.sleep(2)
+        before = store.get("acme", made.id)
+        assert (before.state, before.attempt) == ("running", 1)
+        Worker(library, LocalExecutor(), lease=5).run(until_idle=True)
+        job = store.get("acme", made.id)
+        assert (job.state, job.attempt, job.step) == ("succeeded", 2, 300)
+        events, _ = store.events("acme", made.id, limit=10_000)
+        assert [e.data["step"] for e in events if e.kind == "metrics"] == [*range(1, 301)]
+        (resumed,) = [e.message for e in events if e.message.startswith("resuming after step")]
+        assert int(resumed.split()[3]) >= 5
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.05)

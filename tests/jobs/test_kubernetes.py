@@ -1,0 +1,200 @@
+"""Jobs of Kubernetes, through its official client, against a server that answers as Kubernetes does.
+
+The bodies are those of the API's reference (batch/v1 Job, core/v1 Pod), with what a cluster fills in."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("kubernetes", reason="pip install 'veneer[kubernetes]'")
+
+from kubernetes import client
+
+from veneer.errors import ConfigError, UnavailableError
+from veneer.jobs.kubernetes import KubernetesExecutor
+from veneer.jobs.store import Job, JobStore
+from veneer.library.library import open_library
+
+ENVIRONMENT = {
+    "VENEER_HOME": "/veneer",
+    "VENEER_LIBRARY": "/veneer/library",
+    "VENEER_LIBRARY_INDEX": "postgresql://u:secret@h/d",
+}
+RUNNING = {
+    "active": 1,
+    "ready": 1,
+    "startTime": "2026-11-28T12:00:00Z",
+    "terminating": 0,
+    "uncountedTerminatedPods": {},
+}
+REACHED = {"status": "True", "reason": "CompletionsReached", "message": "Reached expected number of succeeded pods"}
+LIMIT = {"reason": "BackoffLimitExceeded", "message": "Job has reached the specified backoff limit"}
+DONE = {
+    "succeeded": 1, "startTime": "2026-11-28T12:00:00Z", "completionTime": "2026-11-28T12:05:00Z",
+    "conditions": [{"type": "SuccessCriteriaMet", **REACHED}, {"type": "Complete", **REACHED}],
+}  # fmt: skip
+FAILED = {
+    "failed": 1, "startTime": "2026-11-28T12:00:00Z", "conditions": [{"type": "Failed", "status": "True", **LIMIT}],
+}  # fmt: skip
+
+
+class Cluster:
+    """What the server keeps, and what was asked of it. `refuse`: a status for everything."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.reason = "Error"
+        self.asked: list[tuple[str, str, Any]] = []
+        self.refuse = 0
+
+    def answer(self, verb: str, path: str, body: Any) -> tuple[int, Any]:
+        self.asked.append((verb, path, body))
+        if self.refuse:
+            return self.refuse, status_of(self.refuse, "Forbidden" if self.refuse == 403 else "InternalError")
+        if path.startswith("/api/v1/namespaces/training/pods"):
+            ended = {"exitCode": 137, "reason": self.reason, "startedAt": "2026-11-28T12:00:00Z"}
+            container = {
+                "name": "train",
+                "image": "x",
+                "imageID": "y",
+                "ready": False,
+                "restartCount": 0,
+                "state": {"terminated": ended},
+            }
+            pod = {"metadata": {"name": "a-pod"}, "status": {"phase": "Failed", "containerStatuses": [container]}}
+            return 200, {"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": [pod]}
+        place = re.fullmatch(r"/apis/batch/v1/namespaces/training/jobs(?:/([a-z0-9-]+))?(/status)?(?:\?.*)?", path)
+        assert place is not None, path
+        if verb == "POST":
+            name = body["metadata"]["name"]
+            if name in self.jobs:
+                return 409, status_of(409, "AlreadyExists")
+            self.jobs[name] = body | {"status": RUNNING}
+            return 201, self.jobs[name]
+        if place[1] not in self.jobs:
+            return 404, status_of(404, "NotFound")
+        if verb == "DELETE":
+            del self.jobs[place[1]]
+            return 200, {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
+        return 200, self.jobs[place[1]]
+
+
+def status_of(code: int, reason: str) -> dict[str, Any]:
+    return {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "reason": reason, "code": code}
+
+
+@pytest.fixture
+def cluster() -> Iterator[tuple[Cluster, Any]]:
+    kept = Cluster()
+
+    class Handler(BaseHTTPRequestHandler):
+        def handle_any(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(length)) if length else None
+            code, answer = kept.answer(self.command, self.path, body)
+            data = json.dumps(answer).encode()
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST = do_DELETE = handle_any
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    settings = client.Configuration(host=f"http://127.0.0.1:{server.server_port}")
+    settings.retries = False
+    with client.ApiClient(settings) as api:
+        yield kept, api
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    with open_library(tmp_path / "library") as library:
+        store = JobStore(library)
+        store.create("acme", {"base": "tiny"}, name="support")
+        lease = store.take("v", 60, "validating")
+        assert lease is not None
+        store.queue(lease, {"tokens": 1, "steps": 1, "peak_bytes": 2 << 30, "device": {"name": "cpu"}})
+        lease = store.take("w", 60)
+        assert lease is not None
+        return lease.job
+
+
+def made(api: Any, **options: Any) -> KubernetesExecutor:
+    return KubernetesExecutor(image="registry/veneer:1.0", namespace="training", api=api, **options)
+
+
+def test_a_job_of_kubernetes_from_its_start_to_its_end(cluster: tuple[Cluster, Any], job: Job) -> None:
+    kept, api = cluster
+    executor = made(api, claim="veneer-home", secret="veneer", gpus=1, grace=30)
+    place = executor.start(job, "a-token", ENVIRONMENT)
+    assert executor.start(job, "a-token", ENVIRONMENT) == place  # asked twice, started once
+    body = kept.jobs[place]
+    assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", place)  # what may be a name there (RFC 1123)
+    assert body["spec"]["backoffLimit"] == 0
+    pod = body["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["command"] == ["python", "-m", "veneer.jobs.process", job.id, "a-token"]
+    assert container["resources"]["limits"] == {"memory": str((3 << 30) + (512 << 20)), "nvidia.com/gpu": "1"}
+    assert (pod["restartPolicy"], pod["terminationGracePeriodSeconds"]) == ("Never", 30)
+    assert container["volumeMounts"][0]["mountPath"] == "/veneer"
+    assert "secret@" not in json.dumps(body)  # the database's password is the secret's
+    assert executor.look(place) is None
+    body["status"] = DONE
+    ended = executor.look(place)
+    assert ended is not None
+    assert not ended.memory
+    body["status"] = FAILED
+    ended = executor.look(place)
+    assert ended is not None
+    assert "BackoffLimitExceeded: Job has reached the specified backoff limit" in ended.why
+    kept.reason = "OOMKilled"
+    ended = executor.look(place)
+    assert ended is not None
+    assert ended.memory
+
+
+def test_stopping_waits_for_the_pod_unless_it_is_hard(cluster: tuple[Cluster, Any], job: Job) -> None:
+    kept, api = cluster
+    executor = made(api)
+    place = executor.start(job, "t", ENVIRONMENT)
+    executor.stop(place)
+    assert "propagationPolicy=Foreground" in kept.asked[-1][1]
+    assert "gracePeriodSeconds" not in kept.asked[-1][1]
+    ended = executor.look(place)
+    assert ended is not None
+    assert "does not know it" in ended.why
+    executor.stop(place, hard=True)  # it is gone: nothing to do
+    assert "gracePeriodSeconds=0" in kept.asked[-1][1]
+
+
+def test_a_cluster_that_refuses_or_is_away(cluster: tuple[Cluster, Any], job: Job) -> None:
+    kept, api = cluster
+    executor = made(api)
+    kept.refuse = 403
+    with pytest.raises(ConfigError, match=r"answered 403(.|\n)*the rights of this worker"):
+        executor.start(job, "t", ENVIRONMENT)
+    kept.refuse = 500
+    with pytest.raises(UnavailableError, match="answered 500"):
+        executor.look("a-place")
+    settings = client.Configuration(host="http://127.0.0.1:9")
+    settings.retries = False
+    with client.ApiClient(settings) as nobody, pytest.raises(UnavailableError, match="does not answer"):
+        made(nobody).look("a-place")

@@ -1,0 +1,110 @@
+"""A job on a real Ray: started for the test, with one job that is trained and one that is stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.small import small_config
+from tests.library.conftest import quick  # noqa: F401
+from veneer.errors import UnavailableError
+from veneer.jobs.process import environment_of
+from veneer.jobs.ray import RayExecutor
+from veneer.jobs.store import JobLease, JobStore
+from veneer.jobs.validate import device_of, validated
+from veneer.library.library import open_library
+from veneer.serve.tenancy.store import TrainingTerms
+
+pytest.importorskip("ray.job_submission", reason="pip install 'veneer[ray]'")
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A head node in a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = Path("/tmp") / f"ray-{os.getpid()}"  # sockets want a short path
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    command = [
+        *ray, "start", "--head", "--block", "--port=0", "--num-cpus=2", "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={port}", "--disable-usage-stats", f"--temp-dir={place}", "--object-store-memory=80000000",
+    ]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "RAY_DISABLE_MEMORY_MONITOR": "1"}
+    with open(tmp_path_factory.mktemp("ray") / "log", "wb") as log:
+        head = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            head.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                head.wait(30)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(head.pid, 9)
+            head.wait()
+
+
+def connected(address: str) -> RayExecutor:
+    end = time.monotonic() + 300
+    while True:
+        try:
+            return RayExecutor(address, python=sys.executable, grace=60)
+        except UnavailableError:
+            assert time.monotonic() < end
+            time.sleep(1)
+
+
+def leased(store: JobStore, folder: Path, steps: int) -> JobLease:
+    made = store.create("acme", small_config(folder, steps), name="support")
+    new = store.take("v", 600, "validating")
+    assert new is not None
+    assert validated(store, new, TrainingTerms(), device_of()).state == "queued"
+    lease = store.take("w", 3600)
+    assert lease is not None
+    assert lease.job.id == made.id
+    return lease
+
+
+def test_a_job_is_trained_by_ray_and_another_is_stopped(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = connected(address)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "kernels").symlink_to((Path(os.environ["VENEER_HOME"]) / "kernels").resolve())
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    with open_library(tmp_path / "library") as library:
+        store = JobStore(library)
+        lease = leased(store, tmp_path, 3)
+        variables = {**environment_of(library), "VENEER_OPS": "listed"}
+        place = executor.start(lease.job, lease.token, variables)
+        assert executor.start(lease.job, lease.token, variables) == place
+        while (ended := executor.look(place)) is None:
+            time.sleep(0.5)
+        job = store.get("acme", lease.job.id)
+        assert job.state == "succeeded", (ended, job.log.read_text() if job.log.is_file() else "")
+        assert library.find("acme/support@1").tags == [f"job:{job.id}"]
+
+        lease = leased(store, tmp_path, 100_000)
+        place = executor.start(lease.job, lease.token, variables)
+        while store.get("acme", lease.job.id).step < 2:
+            assert executor.look(place) is None
+            time.sleep(0.5)
+        executor.stop(place)
+        while executor.look(place) is None:
+            time.sleep(0.5)
+        job = store.get("acme", lease.job.id)
+        assert job.state == "queued"  # its process has saved its state, and given the job back
+        assert store.checkpoints("acme", job.id)[0].step == max(p.step for p in store.checkpoints("acme", job.id)) >= 2
+    ended = executor.look("nothing")
+    assert ended is not None
+    assert "does not know it" in ended.why

@@ -1,0 +1,129 @@
+"""What is looked at before a job is queued: its plan, and that every kind of bad input is named with a way out."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs.small import small_config
+from veneer.jobs.store import Job, JobStore
+from veneer.jobs.validate import device_of, terms_of, validated
+from veneer.plan.calibration import cpu_device
+from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.store import Store, TrainingTerms
+
+in_sqlite = pytest.mark.parametrize("library", ["sqlite"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("small")
+
+
+FREE = TrainingTerms()
+
+
+def looked_at(store: JobStore, config: dict[str, Any], terms: TrainingTerms = FREE, **device: Any) -> Job:
+    store.create("acme", config, name="support")
+    lease = store.take("validator", 60, "validating")
+    assert lease is not None
+    return validated(store, lease, terms, replace(cpu_device(), **device))
+
+
+@in_sqlite
+def test_a_job_is_planned_by_its_rows_as_they_are(store: JobStore, folder: Path) -> None:
+    from veneer.models.text.base import load_text
+    from veneer.train.config.load import config_from
+    from veneer.train.text.data import planned_steps, read_data
+
+    config = small_config(folder)
+    job = looked_at(store, config, TrainingTerms(price=4_000_000))
+    chosen, _ = config_from(config | {"output": str(folder / "x")})
+    data = read_data(chosen, load_text(config["base"]))  # type: ignore[arg-type]
+    steps = [*planned_steps(data.train.items, chosen)]  # type: ignore[arg-type]
+    assert (job.state, job.steps) == ("queued", len(steps))
+    assert job.plan is not None
+    assert job.plan["rows"] == len(data.train.items) == 8
+    mean = sum(item.tokens for item in data.train.items) / 8
+    assert job.plan["tokens"] == pytest.approx(3 * 2 * mean, abs=1)
+    assert job.planned == 4 * job.plan["tokens"]
+    assert job.plan["seconds"] > 0
+    assert not [*job.folder.iterdir()]  # nothing is left behind
+
+
+def bad_rows(folder: Path, *lines: str) -> dict[str, Any]:
+    file = folder / f"bad-{abs(hash(lines))}.jsonl"
+    file.write_text("".join(f"{line}\n" for line in lines))
+    return {"data": {"train": str(file)}}
+
+
+GOOD = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+NOT_LEARNED = json.dumps({"messages": [{"role": "user", "content": "a"}]})
+BAD: dict[str, tuple[Any, str, str]] = {
+    "a broken line": (lambda f: bad_rows(f, GOOD, "{"), "data", r".jsonl:2"),
+    "no rows": (lambda f: bad_rows(f), "data", "no rows|empty"),
+    "nothing to learn": (lambda f: bad_rows(f, NOT_LEARNED), "(preflight|data)", "learn|assistant"),
+    "a file that is not there": (lambda f: {"data": {"train": str(f / "none.jsonl")}}, "data", "none.jsonl"),
+    "a base that is not there": (lambda f: {"base": str(f / "no-base")}, "(base|config)", "no-base"),
+    "a key that is none": (lambda f: {"adapter": {"rang": 8}}, "config", "rang"),
+    "a value of another kind": (lambda f: {"adapter": {"rank": "big"}}, "config", "rank"),
+    "no data": (lambda f: {"data": {}}, "config", "data.train"),
+}
+
+
+@in_sqlite
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_the_job_with_its_reason_and_its_place(store: JobStore, folder: Path, case: str) -> None:
+    change, kind, said = BAD[case]
+    job = looked_at(store, small_config(folder) | change(folder))
+    assert job.state == "failed"
+    assert job.error is not None
+    assert re.fullmatch(kind, job.error["kind"]), job.error
+    assert re.search(said, job.error["message"] + job.error.get("where", "")), job.error
+    events, _ = store.events("acme", job.id)
+    assert (events[-1].level, events[-1].data) == ("error", {"state": "failed"})
+    bill = store.bill("acme", job.id)
+    assert bill is not None
+    assert bill.cost == 0
+
+
+@in_sqlite
+def test_a_job_that_does_not_fit_or_is_not_to_be_is_refused(store: JobStore, folder: Path) -> None:
+    job = looked_at(store, small_config(folder), memory=10_000_000)
+    assert job.error is not None
+    assert "does not fit" in job.error["message"]
+    assert job.error["fix"]
+    job = looked_at(store, small_config(folder), TrainingTerms(price=10**9, budget=1000))
+    assert job.error is not None
+    assert (job.error["kind"], "budget of" in job.error["message"]) == ("overbudget", True)
+    job = looked_at(store, small_config(folder), TrainingTerms(jobs=0))
+    assert job.error is not None
+    assert "may have no training jobs" in job.error["message"]
+
+
+def test_terms_are_those_of_this_moment(tmp_path: Path) -> None:
+    tenants = Store(str(tmp_path / "tenants.sqlite"))
+    manage.add_tenant(tenants, "acme", who="test")
+    terms = terms_of(tenants)
+    assert terms("acme") == TrainingTerms()
+    manage.set_training(tenants, "", TrainingTerms(price=5), who="test")
+    assert terms("acme") == TrainingTerms(price=5)
+    manage.set_training(tenants, "acme", TrainingTerms(price=3, budget=7, jobs=1), who="test")
+    assert terms("acme") == TrainingTerms(price=3, budget=7, jobs=1)
+    assert terms("") == TrainingTerms()
+    assert terms("nobody").jobs == 0
+    manage.change_tenant(tenants, "acme", enabled=False, who="test")
+    assert terms("acme").jobs == 0
+    manage.set_training(tenants, "acme", None, who="test")
+    manage.remove_tenant(tenants, "acme", who="test")
+    tenants.close()
+    assert terms_of(None)("acme") == TrainingTerms()
+
+
+def test_a_card_is_named_as_in_a_plan() -> None:
+    assert device_of("h100-80gb", 2).count == 2
