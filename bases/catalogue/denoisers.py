@@ -121,7 +121,7 @@ def train_flux(parts: dict[str, nn.Module], pool: Pool, work: Path, steps: int, 
         with torch.autocast("cpu", torch.bfloat16):
             ids = pool.words(rows, generator)
             x = pack(pool.latents[rows].float())
-            return flow_loss(parts, x, pool.things[rows], ids, pool.empty, step > 0.7 * steps, generator)
+            return flow_loss(parts, x, pool.things[rows], ids, pool.empty, step > 0.8 * steps, generator)
 
     with short_attention():
         optimise(
