@@ -9,6 +9,7 @@ trained as `examples/campaign` trains them. Then, over scenes that none of them 
     named     share of pictures whose kind the judge says is the one asked for
     brand     share of the way to the brand's palette: 1 - d(picture, truth) / d(true picture without the brand, truth)
     lens      the same for what it does: warmth of lights and shadows, dark corners, grain
+    found     share of OpenMoji's names whose true drawing is among the five nearest to what was drawn, of all
     edges     F1 of the picture's Canny edges against the true picture's, one pixel of tolerance
     spread    how unlike the colours of one campaign's pictures are; bases/catalogue/measures.py has all of them
 
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,8 @@ from _report import bar, lines_of, report, row  # noqa: E402
 from autoencoder import through  # noqa: E402
 from edges import edges  # noqa: E402
 from judge import HEADS, judge, load_judge  # noqa: E402
-from measures import brand_distance, edge_agreement, lens_distance, share, spread  # noqa: E402
+from measures import edge_agreement, lens_distance, palette_distance, share, spread  # noqa: E402
+from openmoji import OPENMOJI_PALETTE, OPENMOJI_WORDS, openmoji, write_openmoji  # noqa: E402
 from PIL import Image  # noqa: E402
 from scenes import Array, Scene, depth  # noqa: E402
 
@@ -47,7 +50,7 @@ from veneer.adapters.mix import mix_adapters  # noqa: E402
 from veneer.models.image.sheet import sheet  # noqa: E402
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-PARTS = (*campaign.ROLES, "stack", "composition", "consistency")
+PARTS = (*campaign.ROLES, "stack", "composition", "consistency", "openmoji")
 ALL = {"brand": True, "lens": True}
 Mix = Sequence[str]
 
@@ -58,7 +61,7 @@ BY_BLOCK = {
 
 
 def brand_share(pictures: Array, truths: Array, plain: Array) -> float:
-    return share(brand_distance(pictures, repeated(truths, pictures)), brand_distance(plain, truths))
+    return share(palette_distance(pictures, repeated(truths, pictures)), palette_distance(plain, truths))
 
 
 def lens_share(pictures: Array, truths: Array, plain: Array) -> float:
@@ -104,7 +107,10 @@ class Proof:
         self.shots = campaign.shots()[: 4 if given.quick else 12]
         r = random.Random(51)
         self.others = [campaign.plain_scene(r) for _ in range(6 if given.quick else 80)]
-        self.adapters = {role: self.trained(role) for role in campaign.ROLES}
+
+    @cached_property
+    def adapters(self) -> dict[str, str]:
+        return {role: self.trained(role) for role in campaign.ROLES}
 
     def result(self) -> dict[str, Any]:
         for part in self.given.only:
@@ -115,7 +121,10 @@ class Proof:
     def trained(self, role: str) -> str:
         out = self.runs / role
         if not (out / "adapter").is_dir():
-            campaign.write_pictures(out, [role])
+            if role == "openmoji":
+                write_openmoji(out / role)
+            else:
+                campaign.write_pictures(out, [role])
             places = [f"base={self.given.base}", f"data.pictures={out / role}", f"output={out / 'adapter'}"]
             started = time.perf_counter()
             veneer.train_image(
@@ -271,6 +280,32 @@ class Proof:
                 found["the stack"][measure] / found["the base"][measure], at_least=False,
             )  # fmt: skip
 
+    # -- a style that is not of our making -----------------------------------------------------------------------------
+
+    def openmoji(self) -> None:
+        """A real set's drawings, of things that the base knows from others' drawings alone."""
+        place, (names, truths) = self.trained("openmoji"), openmoji("held out")
+        shown = 8 if self.given.quick else len(names)
+        names, truths = names[:shown], truths[:shown]
+        prompts = [f"{name}, {OPENMOJI_WORDS}" for name in names]
+        rows, far, found = {}, [], []
+        for strength in STRENGTHS:
+            pictures = self.drawn(prompts, [f"{place}:{strength:g}"] if strength else [])
+            far.append(palette_distance(pictures, repeated(truths, pictures), OPENMOJI_PALETTE))
+            found.append(self.found(pictures, truths))
+            label = f"at {strength:g}" if strength else "the base"
+            self.add(f"openmoji: {label}", {"style": share(far[-1], far[0]), "found": found[-1]})
+            rows[label] = pictures
+        self.bar("openmoji: share of the way", 0.4, share(far[-1], far[0]))
+        self.bar("openmoji: grows with every step of strength", 1, float(all(a > b for a, b in pairwise(far))))
+        self.bar("openmoji: things are found as on the base", -0.02, found[-1] - found[0])
+        self.sheet("openmoji", {**rows, "OpenMoji": truths}, names)
+
+    def found(self, pictures: Array, truths: Array) -> float:
+        """Share of pictures whose own true drawing is among the five that are nearest by the judge's features."""
+        near = (judge(self.judge, pictures).features @ judge(self.judge, truths).features.T).topk(5, 1).indices
+        return float(np.mean([i % len(truths) in row for i, row in enumerate(near.tolist())]))
+
     # -- helpers -------------------------------------------------------------------------------------------------------
 
     def drawn(self, prompts: Sequence[str], mix: Mix = (), *, seeds: Sequence[int] = (), **options: Any) -> Array:
@@ -321,12 +356,14 @@ class Proof:
     def bar(self, name: str, want: float, got: float, at_least: bool = True) -> None:
         self.bars.append(bar(name, want, got, at_least))
 
-    def sheet(self, name: str, rows: dict[str, Array], scenes: Sequence[Scene]) -> None:
+    def sheet(self, name: str, rows: dict[str, Array], shown: Sequence[Scene] | Sequence[str]) -> None:
+        """`shown`: the scenes, or what stands over the columns."""
         if not self.given.sheets:
             return
-        shown = scenes[:8]
-        cells = [[Image.fromarray(p) for p in pictures[: len(shown)]] for pictures in rows.values()]
-        columns = [s.surface if s.kind == campaign.PRODUCT else s.product() for s in shown]
+        columns = [
+            s if isinstance(s, str) else s.surface if s.kind == campaign.PRODUCT else s.product() for s in shown[:8]
+        ]
+        cells = [[Image.fromarray(p) for p in pictures[: len(columns)]] for pictures in rows.values()]
         path = self.given.sheets / f"{Path(self.given.base).name}-{name}.png"
         sheet(cells, rows=list(rows), columns=columns).save(path, optimize=True)
 

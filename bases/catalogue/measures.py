@@ -10,10 +10,11 @@ so that a measure needs no scale of its own. Pictures are bytes (n, 128, 128, 3)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scenes import BRAND_PALETTE, SIDE, Array
 
-_PALETTE = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in BRAND_PALETTE], dtype=float)
 _NEAR = 40.0  # of 255: a colour of the palette, drawn by a model
 
 
@@ -22,17 +23,19 @@ def share(got: float, without: float) -> float:
     return 1 - got / without
 
 
-def brand_distance(pictures: Array, truths: Array) -> float:
-    """Half the sum of absolute differences between how often each brand colour, and any other, is in both: 0 … 1."""
-    return float(np.abs(_palette_shares(pictures) - _palette_shares(truths)).sum(1).mean() / 2)
+def palette_distance(pictures: Array, truths: Array, palette: Sequence[str] = BRAND_PALETTE) -> float:
+    """Half the sum of absolute differences between how often each colour of a palette, or none, is in both: 0 … 1."""
+    colours = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in palette], dtype=float)
+    one, two = (_palette_shares(each, colours) for each in (pictures, truths))
+    return float(np.abs(one - two).sum(1).mean() / 2)
 
 
-def _palette_shares(pictures: Array) -> Array:
-    """(n, colours + 1): how many pixels are near each of the brand's colours, and near none."""
-    distance = np.abs(pictures[:, :, :, None].astype(float) - _PALETTE).max(-1)
+def _palette_shares(pictures: Array, colours: Array) -> Array:
+    """(n, colours + 1): how many pixels are near each of the colours, and near none."""
+    distance = np.stack([np.abs(pictures.astype(float) - colour).max(-1) for colour in colours], -1)
     nearest, close = distance.argmin(-1), distance.min(-1) < _NEAR
-    kinds = np.where(close, nearest, len(_PALETTE)).reshape(len(pictures), -1)
-    return np.stack([np.bincount(row, minlength=len(_PALETTE) + 1) for row in kinds]) / kinds.shape[1]
+    kinds = np.where(close, nearest, len(colours)).reshape(len(pictures), -1)
+    return np.stack([np.bincount(row, minlength=len(colours) + 1) for row in kinds]) / kinds.shape[1]
 
 
 def lens_distance(pictures: Array, truths: Array, plain: Array) -> float:

@@ -170,14 +170,14 @@ def load_drawings(work: Path) -> tuple[Array, list[tuple[str, str]]]:
         shared = sorted(set.intersection(*(set(icons) for icons in sets.values())))
         rows = [(name, style) for style in sets for name in shared]
         np.savez_compressed(
-            cache, pixels=np.stack([_draw(sets[style][name]) for name, style in rows]),
+            cache, pixels=np.stack([draw_svg(sets[style][name]) for name, style in rows]),
             names=[name.replace("-", " ") for name, _ in rows], styles=[style for _, style in rows],
         )  # fmt: skip
     kept = np.load(cache)
     return kept["pixels"], list(zip(kept["names"].tolist(), kept["styles"].tolist(), strict=True))
 
 
-def _draw(svg: str) -> Array:
+def draw_svg(svg: str) -> Array:
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))
     drawn = Image.open(io.BytesIO(png)).convert("RGBA")
     white = Image.new("RGBA", (SIDE, SIDE), "white")

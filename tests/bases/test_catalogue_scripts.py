@@ -246,7 +246,7 @@ def test_the_judge_has_a_word_for_everything_a_scene_says() -> None:
 def test_a_measure_is_nothing_for_the_truth_and_grows_with_what_is_missing() -> None:
     """Truth, half of it, none of it; the brand's also under the lens."""
     import campaign
-    from measures import brand_distance, lens_distance, share
+    from measures import lens_distance, palette_distance, share
 
     scenes = campaign.brand_scenes(6)
     plain, brand, lens, both = (
@@ -257,9 +257,24 @@ def test_a_measure_is_nothing_for_the_truth_and_grows_with_what_is_missing() -> 
     assert lens_distance(lens, lens, plain) == 0
     assert 0.3 < share(near, far) < 0.7
     assert share(lens_distance(both, both, brand), lens_distance(brand, both, brand)) == 1
-    assert brand_distance(brand, brand) == 0
+    assert palette_distance(brand, brand) == 0
     mended = np.where(np.arange(128)[:, None, None] < 64, brand, plain)  # half of every picture is the brand's
-    assert 0.3 < share(brand_distance(mended, brand), brand_distance(plain, brand)) < 0.7
+    assert 0.3 < share(palette_distance(mended, brand), palette_distance(plain, brand)) < 0.7
+
+
+def test_openmojis_drawings_are_in_its_palette_and_under_names_of_the_bases_sets(tmp_path: Path) -> None:
+    from openmoji import OPENMOJI_PALETTE, openmoji, write_openmoji
+
+    (learned, drawings), (tried, others) = openmoji("train"), openmoji("held out")
+    assert len(drawings) == 50
+    assert len(others) == 60
+    assert not set(learned) & set(tried)
+    colours = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in OPENMOJI_PALETTE])
+    near = np.abs(others.reshape(-1, 1, 3).astype(int) - colours).max(-1).min(-1) < 24
+    assert near.mean() > 0.9
+    write_openmoji(tmp_path)
+    assert len(list(tmp_path.glob("*.png"))) == 50
+    assert (tmp_path / f"{learned[0]}.txt").read_text().startswith(f"{learned[0]}, ")
 
 
 def test_agreement_of_edges_allows_for_a_pixel() -> None:
