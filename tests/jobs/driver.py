@@ -1,4 +1,4 @@
-"""A job whose machine is killed at every change of the database: `python -m tests.jobs.driver FOLDER STRIDE [URL]`.
+"""A job whose machine is killed at every change of the database: `python -m tests.jobs.driver FOLDER STRIDE`.
 
 Each process is a fork of one that has imported what it needs and computed nothing. It does what a worker and the job's
 process do, one after the other, and dies at the K-th commit; another goes on after it. Prints, as JSON, how often that
@@ -31,7 +31,7 @@ LEASE = 0.05
 TERMS = TrainingTerms(price=4_000_000, budget=10**9)
 
 
-def machine(folder: Path, url: str | None, kill_at: int | None) -> None:
+def machine(folder: Path, kill_at: int | None) -> None:
     """A worker's work until there is none."""
     from sqlalchemy import Connection
 
@@ -45,7 +45,7 @@ def machine(folder: Path, url: str | None, kill_at: int | None) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         commit(self)
 
-    with open_library(folder / "library", url) as library:
+    with open_library(folder / "library") as library:
         store = JobStore(library)
         Connection.commit = killing  # type: ignore[method-assign]
         while any(job.state in ("validating", "queued", "running") for job in store.jobs(None)[0]):
@@ -58,7 +58,7 @@ def machine(folder: Path, url: str | None, kill_at: int | None) -> None:
             time.sleep(0.01)
 
 
-def forked(folder: Path, url: str | None, kill_at: int | None) -> bool:
+def forked(folder: Path, kill_at: int | None) -> bool:
     """Whether it came to its end; else it was killed, as it was told."""
     child = os.fork()
     if not child:
@@ -67,7 +67,7 @@ def forked(folder: Path, url: str | None, kill_at: int | None) -> bool:
             log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            machine(folder, url, kill_at)
+            machine(folder, kill_at)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -79,9 +79,9 @@ def forked(folder: Path, url: str | None, kill_at: int | None) -> bool:
     return status == 0
 
 
-def outcome(folder: Path, url: str | None) -> bytes:
+def outcome(folder: Path) -> bytes:
     """The adapter's bytes, once everything that must hold was seen to."""
-    with open_library(folder / "library", url) as library:
+    with open_library(folder / "library") as library:
         store = JobStore(library)
         (job,), _ = store.jobs("acme")
         events, _ = store.events("acme", job.id)
@@ -102,24 +102,24 @@ def outcome(folder: Path, url: str | None) -> bytes:
         return (library.resolve("acme/support@1") / "adapter_model.safetensors").read_bytes()
 
 
-def submitted(folder: Path, config: dict[str, Any], url: str | None) -> None:
+def submitted(folder: Path, config: dict[str, Any]) -> None:
     folder.mkdir()
     (folder / "kernels").symlink_to(KERNELS)  # compiled once, not by each machine
     os.environ["VENEER_HOME"] = str(folder)
     child = os.fork()
     if not child:
-        with open_library(folder / "library", url) as library:
+        with open_library(folder / "library") as library:
             JobStore(library).create("acme", config, name="support")
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 
 
-def checked(folder: Path, url: str | None) -> bytes:
+def checked(folder: Path) -> bytes:
     here, there = os.pipe()
     child = os.fork()
     if not child:
         try:
-            os.write(there, outcome(folder, url))
+            os.write(there, outcome(folder))
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -131,20 +131,20 @@ def checked(folder: Path, url: str | None) -> bytes:
     return found
 
 
-def main(folder: Path, stride: int, url: str | None = None) -> int:
+def main(folder: Path, stride: int) -> int:
     config = small_config(folder)
     whole = folder / "whole"
-    submitted(whole, config, None)
-    assert forked(whole, None, None)
-    expected = checked(whole, None)
+    submitted(whole, config)
+    assert forked(whole, None)
+    expected = checked(whole)
     for kill_at in range(1, 1000, stride):
         place = folder / f"killed-{kill_at}"
-        submitted(place, config, url)
-        if forked(place, url, kill_at):
+        submitted(place, config)
+        if forked(place, kill_at):
             return kill_at
         time.sleep(LEASE)
-        assert forked(place, url, None)
-        assert checked(place, url) == expected, f"another adapter after a kill at {kill_at}"
+        assert forked(place, None)
+        assert checked(place) == expected, f"another adapter after a kill at {kill_at}"
         shutil.rmtree(place)
     raise AssertionError("it never came to its end")
 

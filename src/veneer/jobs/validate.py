@@ -84,12 +84,12 @@ def validated(store: JobStore, lease: JobLease, terms: TrainingTerms, device: De
     """Looks at a job and queues it, or ends it as failed. Raises LeaseLost, and what is nobody's fault who asked (a
     disk or a database that is away): then the job stays as it is, to be looked at again."""
     try:
-        plan = _plan_of_job(lease.job, device)
         if terms.jobs == 0:
             raise ConfigError(
                 f"{lease.job.tenant or 'this machine'} may have no training jobs", where="tenant",
                 fix="veneer tenant training says what a tenant may have",
             )  # fmt: skip
+        plan = _plan_of_job(lease.job, device)
         return store.queue(lease, plan, price=terms.price, budget=terms.budget)
     except LeaseLost:
         raise

@@ -1,0 +1,66 @@
+"""Processes of this machine: they are stopped, killed, and kept within their memory, by real signals."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from veneer.jobs.executors import Ended, LocalExecutor, memory_of
+from veneer.jobs.store import Job, JobStore
+from veneer.library.library import Library
+
+pytestmark = pytest.mark.parametrize("library", ["sqlite"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
+
+
+def planned(store: JobStore, peak: int, device: str = "cpu") -> Job:
+    store.create("acme", {"base": "tiny"}, name="support")
+    lease = store.take("v", 60, "validating")
+    assert lease is not None
+    return store.queue(lease, {"tokens": 1, "steps": 1, "peak_bytes": peak, "device": {"name": device}})
+
+
+def ended(executor: LocalExecutor, place: str) -> Ended:
+    end = time.monotonic() + 60
+    while (found := executor.look(place)) is None:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return found
+
+
+@pytest.mark.parametrize(("hard", "signal"), [(False, "SIGTERM"), (True, "SIGKILL")])
+def test_a_process_is_asked_to_end_or_killed(library: Library, store: JobStore, hard: bool, signal: str) -> None:
+    executor, job = LocalExecutor(), planned(store, 1 << 30)
+    place = executor.start(job, "token", {})
+    assert executor.look(place) is None
+    executor.stop(place, hard=hard)
+    assert ended(executor, place) == Ended(f"ended by {signal}")
+    assert executor.look(place) == Ended("it is not a process of this worker")
+    executor.stop(place)  # it is gone: nothing to do
+
+
+def test_a_process_that_holds_more_than_its_plan_is_ended(
+    library: Library, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor, job = LocalExecutor(), planned(store, 1 << 30)
+    holds = {"rss": memory_of(job)}
+    monkeypatch.setattr(psutil, "Process", lambda pid: SimpleNamespace(memory_info=lambda: SimpleNamespace(**holds)))
+    place = executor.start(job, "token", {})
+    assert executor.look(place) is None
+    holds["rss"] += 1
+    found = ended(executor, place)
+    assert found.memory
+    assert "are the most by its plan" in found.why
+
+
+def test_a_plan_of_a_gpu_says_nothing_of_this_machines_memory(library: Library, store: JobStore) -> None:
+    assert memory_of(planned(store, 80 << 30, "h100-80gb")) == 0
+    assert memory_of(planned(store, 2 << 30)) > 3 << 30
