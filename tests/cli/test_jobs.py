@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ import yaml
 
 from tests.cli.run import run
 from tests.jobs.small import STEPS, small_config
+from veneer.cli.main import main
 from veneer.jobs.beside import worker_beside
+from veneer.jobs.build import training
 from veneer.jobs.store import JobStore
 from veneer.library.library import open_library
 
@@ -77,3 +81,21 @@ def test_what_cannot_be_queued_says_why(folder: Path, capsys: pytest.CaptureFixt
     assert (ran.code, "--image" in ran.err) == (2, True)
     ran = run(capsys, "worker", "--until-idle", "--library", str(folder / "other"))  # nothing to do
     assert ran.code == 0, ran.err
+
+
+def test_a_server_that_trains_has_a_worker_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For as long as it serves, of its own library and tenants, and with the routes of files."""
+    told: list[object] = []
+
+    @contextmanager
+    def worker_beside(**options: object) -> Iterator[None]:
+        told.append({name: options[name] for name in ("library", "tenants")})
+        yield
+        told.append("worker ended")
+
+    monkeypatch.setattr("veneer.jobs.beside.worker_beside", worker_beside)
+    monkeypatch.setattr("veneer.serve.server.serve", lambda settings, say, **more: told.append(more))
+    with pytest.raises(SystemExit) as end:
+        main(["serve", "--base", "tiny", "--library", "there", "--tenants", "t.sqlite", "--train"])
+    assert not end.value.code
+    assert told == [{"library": "there", "tenants": "t.sqlite"}, {"extend": training}, "worker ended"]

@@ -222,3 +222,16 @@ def test_a_route_is_checked_against_what_the_server_answers_by_before_it_moves(t
     assert (back.status_code, "v1 cannot be served" in back.text) == (400, True)
     assert put("v9", force=True).status_code == 200
     assert call("POST", "/routes/rollback", {"route": "support"}).json()["targets"] == {"v2": 1}
+
+
+def test_what_training_costs_and_how_much_there_may_be(call: Call, tenants: Tenants) -> None:
+    call("POST", "/tenants", {"name": "acme"})
+    terms = {"tenant": "acme", "price": 4_000_000, "budget": 500_000_000, "jobs": 2}
+    assert call("PUT", "/training", terms).json() == terms
+    assert call("GET", "/training").json() == {"training": [terms]}
+    assert call("PUT", "/training", {"tenant": "nobody"}).status_code == 404
+    assert call("PUT", "/training", {**terms, "jobs": -1}).status_code == 400
+    assert call("PUT", "/training", {**terms, "price": "4"}).status_code == 400
+    call("DELETE", "/training", tenant="acme")
+    assert call("GET", "/training").json() == {"training": []}
+    assert [line["what"] for line in call("GET", "/audit").json()["lines"]][:2] == ["training.set", "training.set"]

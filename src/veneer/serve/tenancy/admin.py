@@ -26,7 +26,7 @@ from veneer.serve.outage import fault, is_outage
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.ledger import BY, as_csv, usage
-from veneer.serve.tenancy.store import ALL, Limit, Price, Store, UnknownName
+from veneer.serve.tenancy.store import ALL, Limit, Price, Store, TrainingTerms, UnknownName
 from veneer.serve.tenancy.tenants import Tenants
 
 if TYPE_CHECKING:
@@ -86,6 +86,15 @@ class PriceBody(_Body):
     completion: int
 
 
+class TrainingBody(_Body):
+    """Millionths; null: any amount, any number."""
+
+    tenant: str = Field(ALL, description='"": each that has no terms of its own')
+    price: int = Field(0, description="of a million tokens that are trained")
+    budget: int | None = Field(None, description="of a calendar month, in UTC")
+    jobs: int | None = Field(None, description="that run at once")
+
+
 class Target(_Body):
     adapter: str
     weight: int = 1
@@ -119,6 +128,7 @@ def admin_router(tenants: Tenants, catalog: Catalog) -> APIRouter:
     _tenants(router, store)
     _keys(router, store)
     _limits(router, store)
+    _training(router, store)
     _routes(router, store, catalog)
     _records(router, store)
     return router
@@ -212,6 +222,22 @@ def _limits(router: APIRouter, store: Store) -> None:
     def remove_price(tenant: str = ALL, adapter: str = ALL) -> dict[str, Any]:
         manage.set_price(store, tenant, adapter, None, who=_WHO)
         return {"tenant": tenant, "adapter": adapter}
+
+
+def _training(router: APIRouter, store: Store) -> None:
+    @router.get("/training")
+    def list_training() -> dict[str, Any]:
+        return {"training": [{"tenant": t, **asdict(terms)} for t, terms in store.look().training.items()]}
+
+    @router.put("/training")
+    def set_training(body: TrainingBody) -> dict[str, Any]:
+        manage.set_training(store, body.tenant, TrainingTerms(body.price, body.budget, body.jobs), who=_WHO)
+        return body.model_dump()
+
+    @router.delete("/training")
+    def remove_training(tenant: str = ALL) -> dict[str, Any]:
+        manage.set_training(store, tenant, None, who=_WHO)
+        return {"tenant": tenant}
 
 
 def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
