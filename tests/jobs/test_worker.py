@@ -151,6 +151,28 @@ def test_a_place_that_cannot_start_anything_now_is_tried_again(library: Library,
         assert store.get(None, job.id).faults == 0
 
 
+@pytest.mark.parametrize("end", ["succeeded", "cancelled"])
+def test_the_checkpoints_of_what_succeeded_are_not_kept(
+    library: Library, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
+    executor, job = Pretended(), queued(store)
+    kept = job.folder / "attempt-1" / "checkpoints" / "step-00000001"
+    kept.mkdir(parents=True)
+    (job.folder / "attempt-1" / "log.jsonl").touch()
+    with working(library, executor):
+        until(lambda: executor.running)
+        (place,) = executor.running
+        if end == "cancelled":
+            store.cancel("acme", job.id)
+        else:
+            store.finish(store.held(job.id, executor.tokens[place]), result={"reference": "acme/support@1"})
+        executor.over[place] = Ended("ended with exit code 0")
+    assert state(store, job) == end
+    assert kept.is_dir() == (end == "cancelled")
+    assert (job.folder / "attempt-1" / "log.jsonl").is_file()
+
+
 def test_a_worker_that_ends_asks_its_processes_to_save_their_state(library: Library, store: JobStore) -> None:
     """They give the job back by themselves; one that just ended is given back by the worker."""
     executor, job = Pretended(), queued(store)

@@ -13,6 +13,7 @@ New jobs are looked at by a thread beside, so that nobody hears of a bad file on
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -162,7 +163,11 @@ class Worker:
                     self.store.release(running.lease, "stopped, to go on from its last checkpoint")
                 else:
                     self.store.died(running.lease, ended.why)
-            self.say(f"{job.id}: {self.store.get(None, job.id).state}")
+            now_is = self.store.get(None, job.id).state
+            self.say(f"{job.id}: {now_is}")
+            if now_is == "succeeded":  # its adapter is in the library
+                for folder in job.folder.glob("attempt-*/checkpoints"):
+                    shutil.rmtree(folder, ignore_errors=True)
             return
         if running.ours:
             self._keep(running, now)
