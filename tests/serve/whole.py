@@ -226,12 +226,14 @@ def said(answer: Any) -> Said:
 
 @contextmanager
 def served(shop: Shop, **settings: Any) -> Iterator[Whole]:
-    """A server over the shop's base and library, whose load route may read `adapters`."""
+    """A server over the shop's base and library, whose load route may read `adapters`. `extend`: what a room above
+    adds."""
+    extend = settings.pop("extend", None)
     small = {"folders": (str(shop.adapters),), "dtype": "float32", "device": "cpu", "library": shop.library.location}
     mine = {key: settings.pop(key) for key in list(settings) if key in EngineSettings.__dataclass_fields__}
     engine = EngineSettings(**({"cache_bytes": 16 << 20} | mine))
     asked = ServeSettings(str(shop.base_dir), engine=engine, **(small | settings))
-    built = build(asked, print, check_settings(asked))
+    built = build(asked, print, check_settings(asked), extend)
     asyncio.run(built.start())
     config = uvicorn.Config(built.app, port=0, log_level="critical", ws="none", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)

@@ -1,4 +1,4 @@
-"""What a server gets that trains too: uploaded files and their routes, and who cleans up after them.
+"""What a server gets that trains too: OpenAI's routes of files and of jobs, and who cleans up after them.
 
 `serve(settings, say, extend=training)`: see `serve.build.Extension`.
 """
@@ -11,6 +11,9 @@ from contextlib import suppress
 
 from veneer.jobs.files import Files, open_files
 from veneer.jobs.http.files import file_routes, large_bodies
+from veneer.jobs.http.tuning import tuning_routes
+from veneer.jobs.inputs import sweep_inputs
+from veneer.jobs.store import JobStore
 from veneer.library.library import Library
 from veneer.serve.build import Extension
 from veneer.serve.http.service import Service
@@ -23,11 +26,11 @@ _EVERY = 300.0
 
 def training(service: Service, library: Library) -> Extension:
     """The extension of a server over its own library."""
-    files = open_files(library)
+    files, jobs = open_files(library), JobStore(library)
     sweeping: list[asyncio.Task[None]] = []
 
     async def start() -> None:
-        sweeping.append(asyncio.create_task(_sweep(files)))
+        sweeping.append(asyncio.create_task(_sweep(files, jobs)))
 
     async def stop() -> None:
         for task in sweeping:
@@ -35,14 +38,15 @@ def training(service: Service, library: Library) -> Extension:
             with suppress(asyncio.CancelledError):
                 await task
 
-    return Extension([file_routes(files)], large_bodies(files), start, stop)
+    return Extension([file_routes(files), tuning_routes(jobs, files, library)], large_bodies(files), start, stop)
 
 
-async def _sweep(files: Files) -> None:
+async def _sweep(files: Files, jobs: JobStore) -> None:
     """At once and again and again; a database or a store that is away is asked again the next time."""
     while True:
         try:
             await asyncio.to_thread(files.sweep)
+            await asyncio.to_thread(sweep_inputs, jobs)
         except Exception as error:
             _log.warning("expired uploads could not be removed now: %s", error)
         await asyncio.sleep(_EVERY)

@@ -58,7 +58,12 @@ def carry_out_job(library: Library, job: str, token: str) -> int:
     try:
         result = _trained(lease.job, teller)
         teller.flush(wait=True)
-        reference = _published(library, lease.job, Path(result["adapter"]))
+        reference = _published(library, lease.job, result)
+        if lease.job.about.get("publish") == "checkpoints":
+            from veneer.jobs.checkpoints import publish_checkpoints  # late: a worker needs no torch
+
+            points = publish_checkpoints(library, lease.job.name, _folder(lease.job), Path(result["adapter"]))
+            store.note(lease, checkpoints=[JobCheckpoint(step, reference=at) for step, at in points.items()])
         store.finish(lease, result={**result, "reference": reference})
         return 0
     except LeaseLost as error:
@@ -115,12 +120,15 @@ def _folder(job: Job) -> Path:
     return own
 
 
-def _published(library: Library, job: Job, adapter: Path) -> str:
-    """The adapter's reference in the library: once, whoever tried before and was killed after it."""
+def _published(library: Library, job: Job, result: Mapping[str, Any]) -> str:
+    """The adapter's reference in the library: once, whoever tried before and was killed after it. Where checkpoints are
+    published too, each is the version of its step, and this the one after them."""
     tag = f"job:{job.id}"
-    there = library.search(tags=[tag], all_versions=True)
-    found = there[0] if there else library.add(adapter, job.name, tags=[tag], source=f"job {job.id}").version
-    return found.reference
+    if there := library.search(tags=[tag], all_versions=True):
+        return there[0].reference
+    number = int(result["steps"]) + 1 if job.about.get("publish") == "checkpoints" else None
+    added = library.add(result["adapter"], job.name, tags=[tag], source=f"job {job.id}", number=number)
+    return added.version.reference
 
 
 class _Teller:

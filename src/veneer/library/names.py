@@ -58,7 +58,7 @@ class TunedName:
     step: int | None = None
 
     def __str__(self) -> str:
-        end = "" if self.step is None else f":{_checkpoint_alias(self.step)}"
+        end = "" if self.step is None else f":{checkpoint_alias(self.step)}"
         return f"ft:{self.base}:{self.organisation}:{self.suffix}:{self.id}{end}"
 
     @property
@@ -70,10 +70,10 @@ class TunedName:
     def reference(self) -> str:
         """What it is in the library."""
         name = f"{self.organisation}/{self.last}" if self.organisation else self.last
-        return name if self.step is None else f"{name}@{_checkpoint_alias(self.step)}"
+        return name if self.step is None else f"{name}@{checkpoint_alias(self.step)}"
 
 
-def _checkpoint_alias(step: int) -> str:
+def checkpoint_alias(step: int) -> str:
     """The alias of an adapter's checkpoint."""
     return f"ckpt-step-{step}"
 

@@ -162,6 +162,10 @@ class Tenancy(Protocol):
         """A line of the audit log for what an operator changed (`what`: adapter.load, adapter.unload). May block."""
         return None
 
+    def let_see_own(self, tenant: str) -> None:
+        """From now on a tenant sees what is in the namespace of its name, as what it trains will be. May block."""
+        return None
+
     def note_shadow(self, answer: ShadowAnswer) -> None:
         """Keep how a shadow's answer compares with the one that was sent."""
         return None

@@ -94,7 +94,7 @@ def file_routes(files: Files) -> APIRouter:
                 )  # fmt: skip
             keep = _keep(read)
             tenant, name = caller_of(request).tenant, sent.filename or ""
-            made = await told(lambda: files.add(tenant, name, "fine-tune", sent.file, keep=keep))
+            made = await in_thread(lambda: files.add(tenant, name, "fine-tune", sent.file, keep=keep))
         return Json(_shown_file(made))
 
     @router.get("/v1/files", summary="The caller's files, the newest first.")
@@ -106,7 +106,7 @@ def file_routes(files: Files) -> APIRouter:
         purpose: Annotated[str | None, Query(max_length=40)] = None,
     ) -> Response:
         tenant = caller_of(request).tenant
-        page = await told(
+        page = await in_thread(
             lambda: files.list(tenant, purpose=purpose, limit=limit, after=after, newest_first=order == "desc")
         )
         data = [_shown_file(file) for file in page.files]
@@ -116,13 +116,13 @@ def file_routes(files: Files) -> APIRouter:
     @router.get("/v1/files/{id}", summary="One of them.")
     async def retrieve(request: HttpRequest, id: str) -> Response:
         tenant = caller_of(request).tenant
-        return Json(_shown_file(await told(lambda: files.get(tenant, id))))
+        return Json(_shown_file(await in_thread(lambda: files.get(tenant, id))))
 
     @router.get("/v1/files/{id}/content", summary="What is in it.")
     async def content(request: HttpRequest, id: str) -> Response:
         tenant = caller_of(request).tenant
-        file = await told(lambda: files.get(tenant, id))
-        source = await told(lambda: files.open(file))
+        file = await in_thread(lambda: files.get(tenant, id))
+        source = await in_thread(lambda: files.open(file))
 
         async def chunks() -> AsyncIterator[bytes]:
             try:
@@ -138,39 +138,39 @@ def file_routes(files: Files) -> APIRouter:
     @router.delete("/v1/files/{id}", summary="Remove it. A job that reads it has its own copy.")
     async def remove(request: HttpRequest, id: str) -> Response:
         tenant = caller_of(request).tenant
-        await told(lambda: files.delete(tenant, id))
+        await in_thread(lambda: files.delete(tenant, id))
         return Json({"id": id, "object": "file", "deleted": True})
 
     @router.post("/v1/uploads", summary="Begin a file that comes in parts.")
     async def begin(request: HttpRequest, body: UploadBody) -> Response:
         tenant, keep = caller_of(request).tenant, body.expires_after.seconds if body.expires_after else None
-        made = await told(lambda: files.begin(tenant, body.filename, body.purpose, body.bytes, keep=keep))
+        made = await in_thread(lambda: files.begin(tenant, body.filename, body.purpose, body.bytes, keep=keep))
         return Json(_shown_upload(made), headers=body.headers)
 
     @router.post("/v1/uploads/{id}/parts", summary="A part of it.", openapi_extra=_posted("data"))
     async def part(request: HttpRequest, id: str) -> Response:
         tenant = caller_of(request).tenant
-        await told(lambda: files.get_upload(tenant, id))  # before much is sent for nothing
+        await in_thread(lambda: files.get_upload(tenant, id))  # before much is sent for nothing
         async with form(request, "data") as (read, sent):
             if unknown := sorted(set(read) - {"data"}):
                 raise invalid(f"unknown key {unknown[0][:100]!r}", unknown[0][:100])
-            made = await told(lambda: files.add_part(tenant, id, sent.file))
+            made = await in_thread(lambda: files.add_part(tenant, id, sent.file))
         return Json({"id": made.id, "object": "upload.part", "created_at": int(made.created), "upload_id": id})
 
     @router.post("/v1/uploads/{id}/complete", summary="The file of these parts, in this order.")
     async def complete(request: HttpRequest, id: str, body: CompleteBody) -> Response:
         tenant = caller_of(request).tenant
-        return Json(_shown_upload(await told(lambda: files.complete(tenant, id, body.part_ids, body.md5))))
+        return Json(_shown_upload(await in_thread(lambda: files.complete(tenant, id, body.part_ids, body.md5))))
 
     @router.post("/v1/uploads/{id}/cancel", summary="Give it up; what was sent of it is removed.")
     async def cancel(request: HttpRequest, id: str) -> Response:
         tenant = caller_of(request).tenant
-        return Json(_shown_upload(await told(lambda: files.cancel(tenant, id))))
+        return Json(_shown_upload(await in_thread(lambda: files.cancel(tenant, id))))
 
     return router
 
 
-async def told(do: Callable[[], T], what: str = "the database of uploaded files") -> T:
+async def in_thread(do: Callable[[], T], what: str = "the database of uploaded files") -> T:
     """`do` in a thread. What goes wrong with `what` is told as an outage or a fault of it."""
     try:
         return await asyncio.to_thread(do)

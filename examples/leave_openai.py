@@ -1,0 +1,133 @@
+"""Takes the training files of your fine-tuning jobs down from OpenAI and puts them on a veneer server.
+
+    export OPENAI_API_KEY=sk-…                            theirs; yours is VENEER_API_KEY, where the server wants one
+    python examples/leave_openai.py --to http://127.0.0.1:8000/v1 --list
+    python examples/leave_openai.py --to http://127.0.0.1:8000/v1
+    python examples/leave_openai.py --to http://127.0.0.1:8000/v1 --train smollm2-135m
+
+Every file that a job was trained on is saved in a folder (`--folder`), looked through as veneer will read it, and
+uploaded once; `moved.json` there says what became of what, and a second run goes on from it. With `--train BASE` each
+job is made again here, on that base, with its method, epochs, batch size, beta, suffix, seed and metadata. Files that
+OpenAI has no more are said, and their jobs left out. Nothing is changed at OpenAI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import openai
+
+FROM = "https://api.openai.com/v1"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns 1 where something could not be moved."""
+    asked = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    asked.add_argument("--to", required=True, help="the server's address, with /v1")
+    asked.add_argument("--from", dest="source", default=os.environ.get("OPENAI_BASE_URL", FROM), help="where they are")
+    asked.add_argument("--folder", type=Path, default=Path("from-openai"), help="where files are kept here")
+    asked.add_argument("--list", action="store_true", help="say what there is, and do nothing")
+    asked.add_argument("--train", metavar="BASE", help="make each job again, on this base")
+    given = asked.parse_args(arguments)
+    there = openai.OpenAI(base_url=given.source)
+    here = openai.OpenAI(base_url=given.to, api_key=os.environ.get("VENEER_API_KEY", "none"))
+    jobs = [job for job in there.fine_tuning.jobs.list() if job.status == "succeeded"]
+    for job in jobs:
+        print(f"{job.id}  {job.fine_tuned_model}  {job.training_file}  {job.validation_file or ''}".rstrip())
+    if given.list:
+        return 0
+    given.folder.mkdir(parents=True, exist_ok=True)
+    moved = _Moved(given.folder / "moved.json")
+    wrong = 0
+    for job in jobs:
+        try:
+            files = [
+                move(there, here, moved, given.folder, id) for id in (job.training_file, job.validation_file) if id
+            ]
+            if given.train and job.id not in moved.known:
+                made = here.fine_tuning.jobs.create(
+                    model=given.train, training_file=files[0], validation_file=files[1] if files[1:] else None,
+                    seed=job.seed, suffix=suffix_of(job), metadata=job.metadata, method=method_of(job),
+                )  # fmt: skip
+                moved.note(job.id, made.id)
+                print(f"{job.id} -> {made.id}")
+        except (Unreadable, openai.APIStatusError) as error:
+            wrong += 1
+            print(f"{job.id} was not moved: {error}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+class Unreadable(Exception):
+    """A file that a run here would refuse."""
+
+
+def move(there: openai.OpenAI, here: openai.OpenAI, moved: _Moved, folder: Path, id: str) -> str:
+    """The id that a file of theirs has here."""
+    if id in moved.known:
+        return moved.known[id]
+    name = Path(there.files.retrieve(id).filename).name
+    kept = folder / id / (name if name.endswith(".jsonl") else f"{name}.jsonl")
+    if not kept.exists():
+        kept.parent.mkdir(exist_ok=True)
+        part = kept.with_suffix(".part")
+        part.write_bytes(there.files.content(id).read())
+        part.rename(kept)
+    look_through(kept)
+    with kept.open("rb") as opened:
+        made = here.files.create(file=opened, purpose="fine-tune")
+    moved.note(id, made.id)
+    print(f"{id} -> {made.id}  {kept}")
+    return made.id
+
+
+def look_through(path: Path) -> None:
+    """Raises Unreadable with the lines that a run here would refuse."""
+    try:
+        from veneer.errors import DataError
+        from veneer.train.text.rows import read_rows
+    except ImportError:  # on a machine without veneer: the server will say it
+        return
+    try:
+        read_rows(str(path))
+    except DataError as error:
+        raise Unreadable(str(error)) from error
+
+
+def suffix_of(job: Any) -> str | None:
+    """The suffix that the job was given: the fourth part of its model's name."""
+    parts = (job.fine_tuned_model or "").split(":")
+    return parts[3] if len(parts) > 3 and parts[3] else None
+
+
+def method_of(job: Any) -> dict[str, Any]:
+    """The job's method and the numbers that OpenAI came to, as a request has them; but for the learning rate, whose
+    multiplier is of another rate there."""
+    kind = job.method.type if job.method is not None else "supervised"
+    own = getattr(job.method, kind, None)
+    numbers = own.hyperparameters if own is not None else job.hyperparameters
+    kept = ("n_epochs", "batch_size", "beta")
+    given = {key: value for key, value in (numbers.to_dict() if numbers else {}).items() if key in kept and value}
+    return {"type": kind, kind: {"hyperparameters": given}}
+
+
+class _Moved:
+    """Their ids and ours, on the disk after each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+
+    def note(self, theirs: str, ours: str) -> None:
+        self.known[theirs] = ours
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.known, indent=2) + "\n")
+        part.rename(self.path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""A job's checkpoints as adapters of the library, each a version of the job's name under its own alias.
+
+    publish_checkpoints(library, "acme/support-kq7vz2mh", run, adapter)      {40: "acme/support-kq7vz2mh@40"}
+
+A checkpoint of step 40 is version 40, `@ckpt-step-40`; what the job made is the version after all of them, so that the
+name alone means that and nothing before it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from veneer.files.safetensors import read_tensors
+from veneer.formats.peft import load_folder, write_folder
+from veneer.library.library import Library
+from veneer.library.names import checkpoint_alias
+
+
+def publish_checkpoints(library: Library, name: str, run: Path, adapter: Path) -> dict[int, str]:
+    """The references of those that the run's folder still has, by step. `adapter`: what the run made, whose tensors
+    each has in another state. Again and again the same, whoever was killed in between."""
+    whole = load_folder(adapter).adapter
+    out: dict[int, str] = {}
+    for folder in sorted((run / "checkpoints").glob("step-*[0-9]")):
+        step = int(folder.name.rpartition("-")[2])
+        state, _ = read_tensors(folder / "adapter.safetensors")
+        made = whole.mapped(torch.clone)
+        tensors = dict(made.tensors())
+        if tensors.keys() != state.keys():
+            continue
+        for key, tensor in tensors.items():
+            tensor.copy_(state[key])
+        with tempfile.TemporaryDirectory() as place:
+            write_folder(made, Path(place) / "adapter")
+            version = library.add(Path(place) / "adapter", name, source=f"step {step}", number=step).version
+        library.alias(version.reference, checkpoint_alias(step))
+        out[step] = version.reference
+    return out

@@ -1,0 +1,351 @@
+"""OpenAI's routes of fine-tuning: jobs, their events and checkpoints, and the models that come of them.
+
+    POST /v1/fine_tuning/jobs        model and training_file, and what `jobs.openai.TuningBody` has
+    GET  …/jobs, …/jobs/ID, …/jobs/ID/events, …/jobs/ID/checkpoints
+    POST …/jobs/ID/cancel, /pause, /resume
+    DELETE /v1/models/ft:…           of a tenant's own; the other routes of models know these names already
+
+A job belongs to who made it, and is not there for anybody else. `/events?stream=true` sends the events as they come,
+the oldest first, until the job has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.util
+import io
+import secrets
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Query
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from veneer.errors import ConfigError, quoted
+from veneer.jobs.files import Files, UploadedFile
+from veneer.jobs.http.files import in_thread
+from veneer.jobs.inputs import count_lines, drop_inputs, put_input
+from veneer.jobs.openai import (
+    TuningBody,
+    checkpoint_id,
+    event_number,
+    new_tuned,
+    results_of,
+    shown_checkpoint,
+    shown_event,
+    shown_job,
+    tuning_config,
+)
+from veneer.jobs.store import ENDS, Job, JobEvent, JobStore, UnknownJob, WrongState
+from veneer.library.library import Library, NotInLibrary
+from veneer.library.names import parse_tuned
+from veneer.serve.access import Caller
+from veneer.serve.http.bodies import BodyRoute
+from veneer.serve.http.errors import Json, error_body
+from veneer.serve.http.service import Service, caller_of, service_of
+from veneer.serve.http.sse import EventStream, data
+from veneer.serve.request import Refused, invalid
+
+T = TypeVar("T")
+
+_LOOK = 0.5
+"""Seconds between two looks at a job whose events are streamed."""
+_PAGE = 100
+
+_Limit = Annotated[int, Query(ge=1, le=_PAGE)]
+_After = Annotated[str | None, Query(max_length=100)]
+
+
+def tuning_routes(jobs: JobStore, files: Files, library: Library) -> APIRouter:
+    """The routes over a queue, the files that its jobs read, and the library that they fill."""
+    router = APIRouter(tags=["OpenAI fine-tuning"], route_class=BodyRoute)
+
+    @router.post("/v1/fine_tuning/jobs", summary="Fine-tune a base, or what was tuned before, on an uploaded file.")
+    async def create(request: HttpRequest, body: TuningBody) -> Response:
+        service, caller = service_of(request), caller_of(request)
+        start = _start(service, caller, body.model)
+        if body.integrations:
+            _check_wandb(caller)
+        return _answer(await _asked(lambda: _create(service, caller, jobs, files, body, start)), caller, body.headers)
+
+    @router.get("/v1/fine_tuning/jobs", summary="The caller's jobs, the newest first.")
+    async def listed(request: HttpRequest, limit: _Limit = 20, after: _After = None) -> Response:
+        caller, wanted = caller_of(request), _metadata(request)
+        found, more = await _asked(lambda: _some(jobs, caller.tenant, after, limit, wanted))
+        shown = [shown_job(job, _organisation(caller)) for job in found]
+        return Json({"object": "list", "data": shown, "has_more": more})
+
+    @router.get("/v1/fine_tuning/jobs/{id}", summary="One of them.")
+    async def retrieve(request: HttpRequest, id: str) -> Response:
+        caller = caller_of(request)
+        job = await _asked(lambda: _job(jobs, caller.tenant, id))
+        results = await _asked(lambda: _results(jobs, files, job))
+        return Json(shown_job(job, _organisation(caller), results))
+
+    def changes(what: str, summary: str, change: Callable[[str, str], Job]) -> None:
+        @router.post(f"/v1/fine_tuning/jobs/{{id}}/{what}", summary=summary, name=what)
+        async def changed(request: HttpRequest, id: str) -> Response:
+            caller = caller_of(request)
+
+            def do() -> Job:
+                _job(jobs, caller.tenant, id)
+                return change(caller.tenant, id)
+
+            return _answer(await _asked(do), caller)
+
+    changes("cancel", "End it for good.", jobs.cancel)
+    changes("pause", "Let it rest; its place in the queue is free.", jobs.pause)
+    changes("resume", "Let a paused one go on from its last checkpoint.", jobs.resume)
+
+    @router.get("/v1/fine_tuning/jobs/{id}/events", summary="What happened to it, the newest first; or as a stream.")
+    async def events(
+        request: HttpRequest, id: str, limit: _Limit = 20, after: _After = None, stream: bool = False
+    ) -> Response:
+        tenant = caller_of(request).tenant
+        job = await _asked(lambda: _job(jobs, tenant, id))
+        number = 0 if after is None else event_number(job, after)
+        if number is None:
+            raise invalid(f"the job has no event {quoted(str(after))}", "after")
+        if stream:
+            return _stream(service_of(request), jobs, job, number)
+        found, more = await _asked(lambda: jobs.events(tenant, id, after=number, limit=limit, newest=True))
+        return Json({"object": "list", "data": [shown_event(job, each) for each in found], "has_more": more})
+
+    @router.get("/v1/fine_tuning/jobs/{id}/checkpoints", summary="Those that can be asked, the newest first.")
+    async def checkpoints(request: HttpRequest, id: str, limit: _Limit = 10, after: _After = None) -> Response:
+        tenant = caller_of(request).tenant
+        job = await _asked(lambda: _job(jobs, tenant, id))
+        found = [point for point in await _asked(lambda: jobs.checkpoints(tenant, id)) if point.reference]
+        ids = [checkpoint_id(job, point.step) for point in found]
+        if after is not None and after not in ids:
+            raise invalid(f"the job has no checkpoint {quoted(after)}", "after")
+        first = 0 if after is None else ids.index(after) + 1
+        shown = [shown_checkpoint(job, point) for point in found[first : first + limit]]
+        ends = (
+            {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
+        )
+        return Json({"object": "list", "data": shown, **ends, "has_more": first + limit < len(found)})
+
+    @router.delete("/v1/models/{model:path}", summary="Remove what was tuned, or a checkpoint of it.")
+    async def remove(request: HttpRequest, model: str) -> Response:
+        service, caller = service_of(request), caller_of(request)
+        service.catalog.card(model, caller)  # 404 for what is not there or not theirs
+        tuned = parse_tuned(model)
+        if tuned is None or tuned.organisation != caller.tenant:
+            raise Refused(
+                f"the model {quoted(model)} cannot be deleted here", status=403, code="forbidden", param="model",
+                fix="only your own that jobs made can: ft:…",
+            )  # fmt: skip
+
+        def do() -> None:
+            version = library.find(tuned.reference)
+            library.remove(tuned.reference if tuned.step is None else version.reference, with_aliases=True)
+
+        await _asked(do)
+        return Json({"id": model, "object": "model", "deleted": True})
+
+    return router
+
+
+# -- jobs --------------------------------------------------------------------------------------------------------------
+
+
+def _start(service: Service, caller: Caller, model: str) -> str | None:
+    """The adapter to go on training; None for the base. Raises Refused for what is neither."""
+    base = service.catalog.base
+    if service.engine.makes != "texts":
+        raise invalid("this server draws pictures, and jobs here are of texts", "model", "see `veneer train`")
+    if model == base:
+        return None
+    if (tuned := parse_tuned(model)) is not None and tuned.base == base:
+        return service.catalog.resolve(model, caller).adapters[0]
+    raise Refused(
+        f"The model {quoted(model)} is not served here, so it cannot be fine-tuned", status=400,
+        code="model_not_available", param="model", fix=f"model={base!r}, or one that was tuned from it",
+    )  # fmt: skip
+
+
+def _check_wandb(caller: Caller) -> None:
+    """Raises Refused where a job cannot report to W&B: a worker does it by its operator's account."""
+    if caller.tenant:
+        what = "jobs here report to W&B by the account of the server's operator"
+        raise invalid(what, "integrations", "leave it out: the events of a job have its metrics")
+    if importlib.util.find_spec("wandb") is None:
+        raise invalid("W&B is not installed here", "integrations", "pip install 'veneer[wandb]', or leave it out")
+
+
+def _create(
+    service: Service, caller: Caller, jobs: JobStore, files: Files, body: TuningBody, start: str | None
+) -> Job:  # fmt: skip
+    tenant = caller.tenant
+    training = _file(files, tenant, body.training_file, "training_file")
+    validation = body.validation_file and _file(files, tenant, body.validation_file, "validation_file")
+    tuned = new_tuned(service.catalog.base, tenant, body.suffix)
+    seed = body.seed if body.seed is not None else secrets.randbelow(1 << 31)
+    try:
+        train = put_input(files, tuned.id, "train", training)
+        valid = put_input(files, tuned.id, "validation", validation) if validation else None
+        config = tuning_config(
+            body, base=service.reader.name, train=train, validation=valid, rows=count_lines(train),
+            context=service.reader.context, seed=seed, start=start,
+        )  # fmt: skip
+        asked = {
+            "model": body.model, "training_file": training.id, "validation_file": validation.id if validation else None,
+            "kind": body.kind, "hyperparameters": body.numbers.model_dump(), "suffix": body.suffix,
+            "metadata": body.metadata, "tuned": str(tuned),
+            "integrations": [each.model_dump() for each in body.integrations or []],
+        }  # fmt: skip
+        if tenant:
+            service.tenancy.let_see_own(tenant)
+        return jobs.create(
+            tenant, config, name=tuned.last, about={"openai": asked, "input": tuned.id, "publish": "checkpoints"}
+        )
+    except BaseException:
+        drop_inputs(tuned.id)
+        raise
+
+
+def _file(files: Files, tenant: str, id: str, param: str) -> UploadedFile:
+    try:
+        found = files.get(tenant, id)
+    except Refused as error:
+        if error.status != 404:
+            raise
+        raise Refused(
+            f"invalid {param}: there is no file {quoted(id)}", status=400, code="file_not_found", param=param,
+            fix="upload it first: POST /v1/files",
+        ) from error  # fmt: skip
+    if found.purpose != "fine-tune" or not found.filename.lower().endswith(".jsonl"):
+        raise Refused(
+            f"invalid {param}: {quoted(found.filename)} is no file of training data", status=400,
+            code="invalid_file_format", param=param, fix="a .jsonl file, a JSON object on each line",
+        )  # fmt: skip
+    return found
+
+
+def _job(jobs: JobStore, tenant: str, id: str) -> Job:
+    """Raises Refused for one that is not the tenant's, or was not made here."""
+    try:
+        found = jobs.get(tenant, id)
+    except UnknownJob:
+        found = None
+    if found is None or "openai" not in found.about:
+        what = f"Could not find fine tune: {id[:100]}"
+        raise Refused(what, status=404, code="fine_tune_not_found", param="fine_tune_id")
+    return found
+
+
+def _results(jobs: JobStore, files: Files, job: Job) -> list[str]:
+    """The ids of a job's result files: one where it succeeded, made when it is first asked for."""
+    if job.state != "succeeded":
+        return []
+    id = f"file-{hashlib.sha256(job.id.encode()).hexdigest()[:24]}"
+    if files.known(job.tenant, id):
+        return [id]
+    events: list[JobEvent] = []
+    more = True
+    while more:
+        page, more = jobs.events(job.tenant, job.id, after=events[-1].number if events else 0)
+        events += page
+    name = f"{job.name.replace('/', '-')}.csv"
+    files.add(job.tenant, name, "fine-tune-results", io.BytesIO(results_of(events)), id=id)
+    return [id]
+
+
+def _some(
+    jobs: JobStore, tenant: str, after: str | None, limit: int, wanted: dict[str, str] | None
+) -> tuple[list[Job], bool]:
+    """Jobs with this metadata, and whether there are more. `wanted`: None for any; empty for those that have none."""
+    if after is not None:
+        _job(jobs, tenant, after)
+    found: list[Job] = []
+    more = True
+    while more and len(found) <= limit:
+        page, more = jobs.jobs(tenant, after=after, limit=_PAGE)
+        found += [job for job in page if "openai" in job.about and _fits(job.about["openai"]["metadata"], wanted)]
+        after = page[-1].id if page else after
+    return found[:limit], len(found) > limit
+
+
+def _fits(metadata: dict[str, str] | None, wanted: dict[str, str] | None) -> bool:
+    if wanted is None:
+        return True
+    return wanted.items() <= (metadata or {}).items() if wanted else not metadata
+
+
+def _metadata(request: HttpRequest) -> dict[str, str] | None:
+    """`metadata[key]=value`, any number of times, or `metadata=null` for those without."""
+    given = request.query_params
+    if given.get("metadata") == "null":
+        return {}
+    wanted = {key[9:-1]: value for key, value in given.items() if key.startswith("metadata[") and key.endswith("]")}
+    return wanted or None
+
+
+def _organisation(caller: Caller) -> str:
+    return f"org-{caller.tenant or 'veneer'}"
+
+
+def _answer(job: Job, caller: Caller, headers: dict[str, str] | None = None) -> Response:
+    return Json(shown_job(job, _organisation(caller)), headers=headers)
+
+
+async def _asked(do: Callable[[], T]) -> T:
+    """`do` in a thread; what cannot be is the client's mistake, and what is away an outage."""
+
+    def run() -> T:
+        try:
+            return do()
+        except WrongState as error:
+            raise Refused(error.what, status=400, code="wrong_state", param="fine_tune_id", fix=error.fix) from error
+        except NotInLibrary as error:
+            raise Refused("The model does not exist.", status=404, code="model_not_found", param="model") from error
+        except ConfigError as error:
+            raise invalid(error.what, error.where, error.fix) from error
+
+    return await in_thread(run, "the table of jobs")
+
+
+# -- events as they come -----------------------------------------------------------------------------------------------
+
+
+class _Following:
+    """A job's events from a number on, until it has ended or the server is to end."""
+
+    def __init__(self, service: Service, jobs: JobStore, job: Job, after: int) -> None:
+        self.service, self.jobs, self.job, self.after = service, jobs, job, after
+
+    async def lines(self) -> AsyncIterator[bytes]:
+        while True:
+            ended = (await _asked(lambda: self.jobs.get(self.job.tenant, self.job.id))).state in ENDS
+            for event in await _asked(self._new):
+                self.after = event.number
+                yield data(shown_event(self.job, event))
+            if ended or self.service.phase != "ready":
+                break
+            await asyncio.sleep(_LOOK)
+        yield data("[DONE]")
+
+    def _new(self) -> list[JobEvent]:
+        found: list[JobEvent] = []
+        more = True
+        while more:
+            after = found[-1].number if found else self.after
+            page, more = self.jobs.events(self.job.tenant, self.job.id, after=after)
+            found += page
+        return found
+
+    async def aclose(self) -> None:
+        """There is nothing to close: each look is one of its own."""
+
+
+def _stream(service: Service, jobs: JobStore, job: Job, after: int) -> Response:
+    following = _Following(service, jobs, job, after)
+
+    def failed(error: Refused) -> bytes:
+        body: Any = error_body(error, "OpenAI")[1]
+        return data(body)
+
+    return EventStream(following.lines(), following, failed, service.settings.stall)

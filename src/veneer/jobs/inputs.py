@@ -1,0 +1,70 @@
+"""The files that jobs read: copies of what was uploaded, under its own names, until the job has ended.
+
+    jobs' folder/inputs/kq7vz2mh/train/tickets.jsonl         kq7vz2mh: the id in the name of what comes of it
+
+So a file may be deleted as soon as a job was made of it, and messages say `tickets.jsonl:3`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from veneer.jobs.files import Files, UploadedFile
+from veneer.jobs.store import ENDS, TRANSITIONS, JobStore
+from veneer.library.store import CHUNK
+from veneer.models.home import veneer_home
+
+_GRACE = 3600.0
+"""Seconds for which a folder without a job is let be: its job may be on its way."""
+
+
+def _inputs() -> Path:
+    return veneer_home() / "jobs" / "inputs"
+
+
+def put_input(files: Files, id: str, which: str, file: UploadedFile) -> Path:
+    """A copy for one job. `which`: train or validation. Blocks."""
+    folder = _inputs() / id / which
+    folder.mkdir(parents=True, exist_ok=True)
+    return files.put_in(file, folder)
+
+
+def count_lines(path: Path) -> int:
+    """Lines with something in them."""
+    count, blank = 0, True
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            *whole, last = chunk.split(b"\n")
+            for line in whole:
+                count += not (blank and not line.strip())
+                blank = True
+            blank = blank and not last.strip()
+    return count + (not blank)
+
+
+def drop_inputs(id: str) -> None:
+    """Of a job that was not made."""
+    shutil.rmtree(_inputs() / id, ignore_errors=True)
+
+
+def sweep_inputs(jobs: JobStore) -> int:
+    """Removes those of jobs that have ended, or were never made. Returns how many."""
+    folder = _inputs()
+    if not folder.is_dir():
+        return 0
+    old = [each for each in folder.iterdir() if each.stat().st_mtime < time.time() - _GRACE]
+    needed: set[str] = set()
+    after, more = None, bool(old)
+    while more:
+        page, more = jobs.jobs(None, after=after, limit=1000, states=_UNFINISHED)
+        needed |= {str(job.about.get("input")) for job in page}
+        after = page[-1].id if page else None
+    gone = [each for each in old if each.name not in needed]
+    for each in gone:
+        shutil.rmtree(each, ignore_errors=True)
+    return len(gone)
+
+
+_UNFINISHED = [state for state in TRANSITIONS if state not in ENDS]

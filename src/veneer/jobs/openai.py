@@ -1,0 +1,284 @@
+"""OpenAI's words for jobs: a request as a configuration, and a job as their clients read it.
+
+    asked = TuningBody.model_validate(body)
+    config = tuning_config(asked, base="smollm2-135m", train=path, rows=5000)       as `veneer train` reads it
+    shown_job(job), shown_event(job, event), shown_checkpoint(job, point)
+
+`auto` becomes a number by the rows of the training file, and the job shows it:
+
+    batch_size                 16 rows; fewer where an epoch would have under 25 steps
+    n_epochs                   3; more, up to 10, where all of them would have under 100 steps
+    learning_rate_multiplier   1: veneer's own rate, which for dpo is a tenth of what it is else
+    beta                       0.1
+
+Every row is trained on unless there is a validation file, as at OpenAI; rows longer than the context are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from veneer.jobs.store import ENDS, Job, JobCheckpoint, JobEvent
+from veneer.library.names import TunedName
+from veneer.serve.http.bodies import FAIL_FAST, Body, Strict, at_most
+from veneer.train.config.load import config_from
+from veneer.train.config.text import TrainConfig
+
+_Auto = Literal["auto"]
+_Batch = Annotated[int, Field(ge=1, le=256)] | _Auto
+_Epochs = Annotated[int, Field(ge=1, le=50)] | _Auto
+_Multiplier = Annotated[float, Field(gt=0, le=1000)] | _Auto
+_Beta = Annotated[float, Field(gt=0, le=2)] | _Auto
+_LONG = 100
+"""Steps of an epoch from which there are checkpoints within it."""
+_Words = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+# -- what is asked for -------------------------------------------------------------------------------------------------
+
+
+class Hyperparameters(Strict):
+    batch_size: _Batch = "auto"
+    learning_rate_multiplier: _Multiplier = "auto"
+    n_epochs: _Epochs = "auto"
+
+
+class DpoHyperparameters(Hyperparameters):
+    beta: _Beta = "auto"
+
+
+class Supervised(Strict):
+    hyperparameters: Hyperparameters | None = None
+
+
+class Dpo(Strict):
+    hyperparameters: DpoHyperparameters | None = None
+
+
+class Method(Strict):
+    type: Literal["supervised", "dpo"]
+    supervised: Supervised | None = None
+    dpo: Dpo | None = None
+
+
+class Wandb(Strict):
+    project: _Words
+    name: _Words | None = None
+    entity: _Words | None = None
+    tags: Annotated[list[_Words], FAIL_FAST, at_most(50)] | None = None
+
+
+class Integration(Strict):
+    type: Literal["wandb"]
+    wandb: Wandb
+
+
+_Key = Annotated[str, Field(max_length=64)]
+_Value = Annotated[str, Field(max_length=512)]
+
+
+class TuningBody(Body):
+    """What POST /v1/fine_tuning/jobs takes."""
+
+    model: str = Field(min_length=1, max_length=512)
+    training_file: str = Field(min_length=1, max_length=100)
+    validation_file: str | None = Field(default=None, min_length=1, max_length=100)
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = None
+    suffix: str | None = Field(default=None, min_length=1, max_length=64)
+    seed: int | None = Field(default=None, ge=0, le=2_147_483_647)
+    metadata: Annotated[dict[_Key, _Value], at_most(16)] | None = None
+    integrations: Annotated[list[Integration], FAIL_FAST, at_most(1)] | None = None
+
+    @property
+    def kind(self) -> Literal["supervised", "dpo"]:
+        return "supervised" if self.method is None else self.method.type
+
+    @property
+    def numbers(self) -> Hyperparameters:
+        """The method's own hyperparameters, or those of before there were methods."""
+        own = None
+        if self.method is not None:
+            part = self.method.dpo if self.method.type == "dpo" else self.method.supervised
+            own = part.hyperparameters if part is not None else None
+        plain = DpoHyperparameters() if self.kind == "dpo" else Hyperparameters()
+        return own or (self.hyperparameters if self.kind == "supervised" else None) or plain
+
+
+def _suffix_of(text: str | None) -> str:
+    """A suffix as it can stand in a name: letters and digits in lower case, and dashes between them."""
+    return re.sub(r"[^a-z0-9]+", "-", (text or "").lower()).strip("-")
+
+
+def new_tuned(base: str, tenant: str, suffix: str | None) -> TunedName:
+    """A name that nothing has yet. No id reads as a number, which would be a strength behind a name's last colon."""
+    first, rest = "bcdfghjkmpqrstvwxz", "bcdfghjkmpqrstvwxz23456789"
+    id = secrets.choice(first) + "".join(secrets.choice(rest) for _ in range(7))
+    return TunedName(base, tenant, _suffix_of(suffix), id)
+
+
+def tuning_config(
+    asked: TuningBody, *, base: str, train: Path, validation: Path | None, rows: int, context: int, seed: int,
+    start: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The configuration that a request means, every number in it. `base`: as `veneer train` takes it; `start`: the
+    adapter to go on training; `rows`: of the training file; `context`: the longest row. Raises ConfigError."""
+    numbers = asked.numbers
+    batch = numbers.batch_size if numbers.batch_size != "auto" else min(16, max(1, rows // 25))
+    steps = math.ceil(rows / batch)
+    epochs = numbers.n_epochs if numbers.n_epochs != "auto" else min(10, max(3, math.ceil(100 / max(1, steps))))
+    config: dict[str, Any] = {
+        "base": {"name": base},
+        "data": {"train": str(train), "max_length": context},
+        "batching": {"rows": batch},
+        "schedule": {"epochs": epochs},
+        "checkpoint": {"every": "epoch" if steps <= _LONG else _LONG, "keep": 3},
+        "seed": seed,
+    }
+    if validation is None:
+        config["data"]["split"] = 0
+    else:
+        config["data"]["validation"] = str(validation)
+        config["evaluation"] = {"keep": "last"}  # as at OpenAI, where one chooses among the checkpoints oneself
+    if start is not None:
+        config["adapter"] = {"start": start}
+    if isinstance(numbers, DpoHyperparameters):
+        config["data"]["format"] = "openai-preference"
+        config["preference"] = {"loss": "dpo", "beta": 0.1 if numbers.beta == "auto" else numbers.beta}
+    for each in asked.integrations or []:
+        wandb = each.wandb
+        project = f"{wandb.entity}/{wandb.project}" if wandb.entity else wandb.project
+        config["report"] = {"trackers": ["wandb"], "project": project, "tags": list(wandb.tags or ())}
+        config["report"] |= {"name": wandb.name} if wandb.name else {}
+    times = 1.0 if numbers.learning_rate_multiplier == "auto" else numbers.learning_rate_multiplier
+    plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
+    assert isinstance(plain, TrainConfig)
+    config["base"]["name"] = plain.base.name  # a folder's path is absolute there
+    config["optimizer"] = {"learning_rate": plain.optimizer.learning_rate * times}
+    return config
+
+
+# -- what is answered --------------------------------------------------------------------------------------------------
+
+_STATUS = {"validating": "validating_files"}
+
+
+def shown_job(job: Job, organisation: str, results: Sequence[str] = ()) -> dict[str, Any]:
+    """A job as OpenAI's clients read it. `results`: ids of its result files."""
+    asked, config = job.about["openai"], job.config
+    shown = dict(asked["hyperparameters"])
+    if job.plan is not None:  # what `auto` came to
+        found = {"batch_size": config["batching"]["rows"], "n_epochs": config["schedule"]["epochs"], "beta": 0.1}
+        found |= {"learning_rate_multiplier": 1.0}
+        shown = {key: found[key] if value == "auto" else value for key, value in shown.items()}
+    kind = asked["kind"]
+    return {
+        "object": "fine_tuning.job", "id": job.id, "created_at": int(job.created),
+        "model": asked["model"], "fine_tuned_model": asked["tuned"] if job.state == "succeeded" else None,
+        "finished_at": None if job.ended is None else int(job.ended),
+        "status": _STATUS.get(job.state, job.state), "error": _error(job), "organization_id": organisation,
+        "training_file": asked["training_file"], "validation_file": asked["validation_file"],
+        "result_files": list(results),
+        "hyperparameters": shown if kind == "supervised" else None,
+        "method": {"type": kind, kind: {"hyperparameters": shown}}, "seed": config["seed"],
+        "trained_tokens": job.tokens if job.state in ENDS else None, "estimated_finish": _finish(job),
+        "integrations": [{**each, "wandb": {**each["wandb"], "run_id": job.id}} for each in asked["integrations"]],
+        "metadata": asked["metadata"],
+        "user_provided_suffix": asked["suffix"],
+    }  # fmt: skip
+
+
+def _finish(job: Job) -> int | None:
+    if job.state != "running" or not job.step:
+        return None
+    return int(time.time() + (job.steps - job.step) * job.seconds / job.step)
+
+
+def _error(job: Job) -> dict[str, Any] | None:
+    """What a failed job says: files by the names they were uploaded with, and the line."""
+    if job.error is None:
+        return None
+    error = {key: str(value) for key, value in job.error.items() if value}
+    text = ": ".join(error[key] for key in ("where", "message") if key in error)
+    text += f" ({error['fix']})" if "fix" in error else ""
+    kind = error.get("kind", "failed")
+    which = next((which for which in ("validation", "train") if _path(job, which) in text), None)
+    which = which or ("train" if kind in ("data", "preflight") else None)
+    code = _CODES.get(kind, kind) if which is None else f"invalid_{_FILES[which]}"
+    return {"code": code, "message": _plain_text(job, text), "param": None if which is None else _FILES[which]}
+
+
+_FILES = {"train": "training_file", "validation": "validation_file"}
+_CODES = {"overbudget": "budget_exceeded", "internal": "server_error"}
+
+
+def _path(job: Job, which: str) -> str:
+    return str(job.config["data"].get(which) or "\0")
+
+
+def _plain_text(job: Job, text: str) -> str:
+    """Without where on the server things are: files by the names with which they were uploaded."""
+    for which in _FILES:
+        text = text.replace(_path(job, which), Path(_path(job, which)).name)
+    return text.replace(f"{job.folder}/", "")
+
+
+def _event_id(job: Job, number: int) -> str:
+    return f"ftevent-{job.id.removeprefix('ftjob-')}-{number}"
+
+
+def event_number(job: Job, id: str) -> int | None:
+    """The number of a job's event; None for an id that is none of its."""
+    head, _, number = id.rpartition("-")
+    return int(number) if head == _event_id(job, 0)[:-2] and number.isascii() and number.isdigit() else None
+
+
+_METRICS = {"loss": "train_loss", "validation_loss": "valid_loss", "steps": "total_steps"}
+_MEASURED = ("metrics", "validation")
+
+
+def shown_event(job: Job, event: JobEvent) -> dict[str, Any]:
+    """An event as OpenAI's clients read it."""
+    data = {_METRICS.get(key, key): value for key, value in event.data.items()}
+    return {
+        "object": "fine_tuning.job.event", "id": _event_id(job, event.number), "created_at": int(event.at),
+        "level": event.level, "message": _plain_text(job, event.message),
+        "data": json.loads(_plain_text(job, json.dumps(data))),
+        "type": "metrics" if event.kind in _MEASURED else "message",
+    }  # fmt: skip
+
+
+def results_of(events: Iterable[JobEvent]) -> bytes:
+    """A job's result file: a line of CSV for each step that was measured, with its loss and, where the held-out rows
+    were scored after it, theirs."""
+    lines: dict[int, dict[str, Any]] = {}
+    for event in events:
+        if event.kind in _MEASURED:
+            lines.setdefault(int(event.data["step"]), {}).update(event.data)
+    rows = [(step, lines[step].get("loss", ""), lines[step].get("validation_loss", "")) for step in sorted(lines)]
+    return "".join(f"{a},{b},{c}\n" for a, b, c in [("step", "train_loss", "valid_loss"), *rows]).encode()
+
+
+def checkpoint_id(job: Job, step: int) -> str:
+    return f"ftckpt_{job.id.removeprefix('ftjob-')}{step}"
+
+
+def shown_checkpoint(job: Job, point: JobCheckpoint) -> dict[str, Any]:
+    """A checkpoint that can be asked, as OpenAI's clients read it."""
+    own = {"step": point.step, "train_loss": point.metrics.get("loss")}
+    own |= {"full_valid_loss": point.metrics.get("validation_loss")}
+    return {
+        "object": "fine_tuning.job.checkpoint", "id": checkpoint_id(job, point.step), "created_at": int(point.at),
+        "fine_tuned_model_checkpoint": f"{job.about['openai']['tuned']}:ckpt-step-{point.step}",
+        "fine_tuning_job_id": job.id, "step_number": point.step,
+        "metrics": {key: value for key, value in own.items() if value is not None},
+    }  # fmt: skip

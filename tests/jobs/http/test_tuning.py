@@ -1,0 +1,370 @@
+"""OpenAI's routes of fine-tuning, by OpenAI's own clients, over a queue whose worker the test is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyTenancy, ToyText, live
+from veneer.jobs.files import Files, open_files
+from veneer.jobs.http.files import file_routes, large_bodies
+from veneer.jobs.http.tuning import tuning_routes
+from veneer.jobs.openai import TuningBody, tuning_config
+from veneer.jobs.store import JobCheckpoint, JobEvent, JobLease, JobStore
+from veneer.library.library import Library, open_library
+from veneer.train.config.load import config_from
+
+ROW = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+PAIR = {
+    "input": {"messages": [{"role": "user", "content": "Hello, can you tell me how cold San Francisco is today?"}]},
+    "preferred_output": [{"role": "assistant", "content": "Today in San Francisco, it is not quite cold."}],
+    "non_preferred_output": [{"role": "assistant", "content": "It is not particularly cold today."}],
+}
+
+
+@dataclass
+class Jobs:
+    """A server, its queue, and a worker of it."""
+
+    server: Live
+    store: JobStore
+    files: Files
+    library: Library
+
+    def client(self, key: str = "acme") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.server.url}/v1", api_key=key, max_retries=0)
+
+    def taken(self, state: Any = "queued") -> JobLease:
+        lease = self.store.take("worker", 60, state)
+        assert lease is not None
+        return lease
+
+    def trained(self) -> JobLease:
+        """The next job, validated and begun."""
+        lease = self.taken("validating")
+        self.store.queue(lease, {"tokens": 900, "steps": 9})
+        return self.taken()
+
+
+@contextmanager
+def serving(place: Path) -> Iterator[Jobs]:
+    """A server over a library of its own."""
+    with open_library(place) as library:
+        files, store = open_files(library), JobStore(library)
+        routers = [file_routes(files), tuning_routes(store, files, library)]
+        more: dict[str, Any] = {"routers": routers, "large": large_bodies(files)}
+        with live(ToyEngine(ToyText()), ToyCatalog(), ToyTenancy(), **more) as served:
+            yield Jobs(served, store, files, library)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VENEER_HOME", str(home))
+        with serving(home / "library") as served:
+            yield served
+
+
+@pytest.fixture
+def client(jobs: Jobs) -> Iterator[openai.OpenAI]:
+    with jobs.client() as made:
+        yield made
+        for job in made.fine_tuning.jobs.list(limit=100):
+            if job.status not in ("succeeded", "failed", "cancelled"):
+                made.fine_tuning.jobs.cancel(job.id)
+
+
+def sent(client: openai.OpenAI, rows: Any = (ROW,), name: str = "tickets.jsonl") -> str:
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return client.files.create(file=(name, data), purpose="fine-tune").id
+
+
+def made(client: openai.OpenAI, **more: Any) -> Any:
+    return client.fine_tuning.jobs.create(**{"model": "toy", "training_file": sent(client), **more})
+
+
+def test_the_life_of_a_job(jobs: Jobs, client: openai.OpenAI) -> None:
+    """As a script sees it that was written for OpenAI."""
+    file = sent(client)
+    job = client.fine_tuning.jobs.create(
+        model="toy", training_file=file, suffix="My support!", seed=7, metadata={"team": "help"}
+    )  # fmt: skip
+    assert (job.object, job.status, job.model, job.seed) == ("fine_tuning.job", "validating_files", "toy", 7)
+    assert (job.training_file, job.validation_file, job.metadata) == (file, None, {"team": "help"})
+    assert job.fine_tuned_model is job.error is job.finished_at is job.trained_tokens is None
+    assert (job.result_files, job.integrations, job.organization_id) == ([], [], "org-acme")
+    auto = {"batch_size": "auto", "learning_rate_multiplier": "auto", "n_epochs": "auto"}
+    assert job.hyperparameters.to_dict() == auto
+    client.files.delete(file)  # the job has its own copy
+    lease = jobs.taken("validating")
+    config, _ = config_from({**lease.job.config, "output": {"directory": "out"}})
+    assert Path(str(config.data.train)).read_bytes() == json.dumps(ROW).encode() + b"\n"  # type: ignore[union-attr]
+    assert config.data.split == 0  # type: ignore[union-attr]
+    jobs.store.queue(lease, {"tokens": 900, "steps": 9})
+    job = client.fine_tuning.jobs.retrieve(job.id)
+    assert job.status == "queued"
+    assert job.hyperparameters.to_dict() == {"batch_size": 1, "learning_rate_multiplier": 1.0, "n_epochs": 10}
+    lease = jobs.taken()
+    point = JobCheckpoint(4, {"loss": 1.25, "validation_loss": 1.5}, "acme/x@1")
+    jobs.store.note(
+        lease, [JobEvent("info", "metrics", "step 4: loss 1.25", {"step": 4, "steps": 9, "tokens": 400, "loss": 1.25})],
+        [point, JobCheckpoint(8)], trained=(4, 9, 400),
+    )  # fmt: skip
+    job = client.fine_tuning.jobs.retrieve(job.id)
+    assert job.status == "running"
+    assert job.estimated_finish is not None
+    jobs.store.finish(lease, result={"reference": "acme/x@2"})
+    job = client.fine_tuning.jobs.retrieve(job.id)
+    assert (job.status, job.trained_tokens) == ("succeeded", 400)
+    assert job.finished_at is not None
+    assert job.fine_tuned_model is not None
+    ft, base, organisation, suffix, id = job.fine_tuned_model.split(":")
+    assert (ft, base, organisation, suffix) == ("ft", "toy", "acme", "my-support")
+    assert jobs.store.get("acme", job.id).name == f"acme/my-support-{id}"
+    (results,) = job.result_files
+    assert client.fine_tuning.jobs.retrieve(job.id).result_files == [results]
+    assert client.files.retrieve(results).purpose == "fine-tune-results"
+    assert client.files.content(results).text == "step,train_loss,valid_loss\n4,1.25,\n"
+    (only,) = client.fine_tuning.jobs.checkpoints.list(job.id)
+    assert only.fine_tuned_model_checkpoint == f"{job.fine_tuned_model}:ckpt-step-4"
+    assert (only.step_number, only.metrics.train_loss, only.metrics.full_valid_loss) == (4, 1.25, 1.5)
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=2))  # pages
+    assert len(events) == len({event.id for event in events}) == len(jobs.store.events("acme", job.id)[0])
+    assert [event.message for event in events][-1].startswith("created")
+    (metrics,) = (event for event in events if event.type == "metrics")
+    assert metrics.data == {"step": 4, "total_steps": 9, "tokens": 400, "train_loss": 1.25}
+
+
+def test_preferences(jobs: Jobs, client: openai.OpenAI) -> None:
+    file, other = sent(client, [PAIR] * 50), sent(client, [PAIR], "held.jsonl")
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "learning_rate_multiplier": 2, "n_epochs": 4}}}
+    job = made(client, training_file=file, validation_file=other, method=method)
+    assert job.method.type == "dpo"
+    assert job.method.dpo.hyperparameters.beta == 0.2
+    config, _ = config_from({**jobs.store.get("acme", job.id).config, "output": {"directory": "out"}})
+    plain, _ = config_from({"base": "toy", "data": {"train": "x"}, "output": "o", "preference": {"loss": "dpo"}})
+    assert config.preference.loss == "dpo"  # type: ignore[union-attr]
+    assert config.preference.beta == 0.2  # type: ignore[union-attr]
+    assert config.optimizer.learning_rate == 2 * plain.optimizer.learning_rate  # type: ignore[union-attr]
+    assert (config.schedule.epochs, config.batching.rows) == (4, 2)  # type: ignore[union-attr]
+    assert Path(str(config.data.validation)).name == "held.jsonl"  # type: ignore[union-attr]
+
+
+EXAMPLES: list[dict[str, Any]] = [
+    {},
+    {"method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}}},
+    {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1}}}},
+    {"validation_file": "same"},
+    {"hyperparameters": {"n_epochs": 2}},
+    {"method": {"type": "supervised", "supervised": {"hyperparameters": {"batch_size": "auto", "n_epochs": "auto"}}}},
+    {"suffix": "custom-model-name", "seed": 105},
+    {"metadata": None, "suffix": None, "integrations": None, "seed": None},
+]
+"""The bodies of the examples in OpenAI's reference and guides, those of rewards and of W&B apart."""
+
+
+@pytest.mark.parametrize("body", EXAMPLES, ids=str)
+def test_the_guides_bodies(client: openai.OpenAI, body: dict[str, Any]) -> None:
+    file = sent(client)
+    body = {key: file if value == "same" else value for key, value in body.items()}
+    assert made(client, training_file=file, **body).status == "validating_files"
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code", "what"),
+    [
+        ({"model": "gpt-4o-mini"}, "model", "model_not_available", "'toy'"),
+        ({"model": "sql"}, "model", "model_not_available", "not served here|tuned from it"),
+        ({"training_file": "file-none"}, "training_file", "file_not_found", "upload it first"),
+        ({"validation_file": "file-none"}, "validation_file", "file_not_found", "upload it first"),
+        ({"training_file": ""}, "training_file", "invalid_request", "training_file"),
+        ({"suffix": "x" * 65}, "suffix", "invalid_request", "64"),
+        ({"seed": -1}, "seed", "invalid_request", "seed"),
+        ({"metadata": {str(n): "" for n in range(17)}}, "metadata", "invalid_request", "16"),
+        ({"hyperparameters": {"n_epochs": 51}}, "hyperparameters", "invalid_request", "50"),
+        ({"hyperparameters": {"epochs": 3}}, "hyperparameters", "invalid_request", "epochs"),
+        ({"method": {"type": "reinforcement"}}, "method", "invalid_request", "supervised"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations", "invalid_request", "W&B"),
+        ({"extra_body": {"colour": "red"}}, "colour", "invalid_request", "colour"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_says_why(client: openai.OpenAI, body: Any, param: str, code: str, what: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=what) as refused:
+        made(client, **body)
+    assert (refused.value.param, refused.value.code) == (param, code)
+    assert not [job for job in client.fine_tuning.jobs.list() if job.status == "validating_files"]
+
+
+def test_wandb(tmp_path: Path) -> None:
+    """The guide's example, as `veneer train` reads it."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW))
+    wandb = {"project": "my-wandb-project", "name": "ft-run-display-name", "tags": ["first-experiment", "v2"]}
+    body = {"model": "toy", "training_file": "x", "integrations": [{"type": "wandb", "wandb": wandb}]}
+    asked = TuningBody.model_validate(body)
+    made = tuning_config(
+        asked, base="toy", train=tmp_path / "rows.jsonl", validation=None, rows=1, context=64, seed=1
+    )  # fmt: skip
+    config, _ = config_from({**made, "output": "o"})
+    assert config.report.trackers == ("wandb",)
+    assert (config.report.project, config.report.name) == ("my-wandb-project", "ft-run-display-name")
+    assert config.report.tags == ("first-experiment", "v2")
+
+
+def test_a_file_of_another_kind(client: openai.OpenAI) -> None:
+    file = client.files.create(file=("tickets.pdf", b"%PDF"), purpose="fine-tune").id
+    with pytest.raises(openai.BadRequestError, match="jsonl") as refused:
+        made(client, training_file=file)
+    assert (refused.value.param, refused.value.code) == ("training_file", "invalid_file_format")
+
+
+def test_a_job_that_failed_says_the_file_and_the_line(jobs: Jobs, client: openai.OpenAI) -> None:
+    job = made(client, validation_file=sent(client, name="held.jsonl"))
+    lease = jobs.taken("validating")
+    where = f"{lease.job.config['data']['validation']}:3"
+    error = {"kind": "data", "message": f"1 of 9 rows are not usable:\n  {where}: no `messages`", "fix": "correct it"}
+    jobs.store.finish(lease, error=error)
+    found = client.fine_tuning.jobs.retrieve(job.id)
+    assert found.status == "failed"
+    assert found.error is not None
+    assert (found.error.param, found.error.code) == ("validation_file", "invalid_validation_file")
+    assert "held.jsonl:3: no `messages`" in found.error.message
+    assert "correct it" in found.error.message
+    assert str(lease.job.folder.parent) not in found.to_json()
+
+
+def test_pause_resume_cancel(jobs: Jobs, client: openai.OpenAI) -> None:
+    id = made(client).id
+    with pytest.raises(openai.BadRequestError, match="validating") as refused:
+        client.fine_tuning.jobs.pause(id)
+    assert refused.value.code == "wrong_state"
+    jobs.trained()
+    assert client.fine_tuning.jobs.pause(id).status == "paused"  # type: ignore[comparison-overlap]
+    assert client.fine_tuning.jobs.resume(id).status == "queued"
+    done = client.fine_tuning.jobs.cancel(id)
+    assert done.status == "cancelled"
+    assert done.fine_tuned_model is None
+    with pytest.raises(openai.BadRequestError, match="has ended"):
+        client.fine_tuning.jobs.resume(id)
+    name = jobs.store.get("acme", id).about["openai"]["tuned"]
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model=name, messages=[{"role": "user", "content": "Hi"}])
+    assert missing.value.code == "model_not_found"
+
+
+def test_lists_by_page_and_by_metadata(client: openai.OpenAI) -> None:
+    before = [job.id for job in client.fine_tuning.jobs.list()]
+    ids = [made(client, metadata={"n": str(n % 2), "all": "x"}).id for n in range(5)][::-1]
+    assert [job.id for job in client.fine_tuning.jobs.list(limit=2)] == ids + before
+    assert [job.id for job in client.fine_tuning.jobs.list(limit=1, metadata={"n": "1"})] == [ids[1], ids[3]]
+    assert client.fine_tuning.jobs.list(metadata={"n": "1", "all": "y"}).data == []
+    page = client.fine_tuning.jobs.list(extra_query={"metadata": "null"}).data
+    assert not {job.id for job in page} & set(ids)
+
+
+def test_events_as_they_come(jobs: Jobs, client: openai.OpenAI) -> None:
+    id = made(client).id
+    lease = jobs.trained()
+    seen: list[Any] = []
+    url = f"{jobs.server.url}/v1/fine_tuning/jobs/{id}/events?stream=true"
+    with jobs.server.client.stream("GET", url, headers={"authorization": "Bearer acme"}) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        for line in answer.iter_lines():
+            if line == "data: [DONE]":
+                break
+            if line:
+                seen.append(json.loads(line.removeprefix("data: ")))
+                if "started" in seen[-1]["message"]:
+                    jobs.store.note(lease, [JobEvent("warn", "note", "as it comes")])
+                    jobs.store.finish(lease, error={"kind": "died", "message": "no memory"})
+    assert [event["message"] for event in seen][-2:] == ["as it comes", "failed: no memory"]
+    assert [event["id"] for event in seen] == [event.id for event in client.fine_tuning.jobs.list_events(id)][::-1]
+
+
+def test_nobody_reaches_the_jobs_of_others(jobs: Jobs, client: openai.OpenAI) -> None:
+    """By every way that takes an id, of a job, of a file, of a model."""
+    id = made(client).id
+    file = sent(client)
+    with jobs.client("admin") as other:
+        own = sent(other)
+        attacks: list[Any] = [
+            other.fine_tuning.jobs.retrieve, other.fine_tuning.jobs.cancel, other.fine_tuning.jobs.pause,
+            other.fine_tuning.jobs.resume, other.fine_tuning.jobs.list_events, other.fine_tuning.jobs.checkpoints.list,
+        ]  # fmt: skip
+        for attack in attacks:
+            with pytest.raises(openai.NotFoundError) as refused:
+                attack(id)
+            assert refused.value.code == "fine_tune_not_found"
+        with pytest.raises(openai.NotFoundError):
+            other.fine_tuning.jobs.list(after=id)
+        assert other.fine_tuning.jobs.list().data == []
+        for more in ({"training_file": file}, {"training_file": own, "validation_file": file}):
+            with pytest.raises(openai.BadRequestError) as wrong:
+                other.fine_tuning.jobs.create(model="toy", **more)
+            assert wrong.value.code == "file_not_found"
+    assert client.fine_tuning.jobs.retrieve(id).status == "validating_files"
+
+
+def test_the_asynchronous_client(jobs: Jobs, client: openai.OpenAI) -> None:
+    file = sent(client)
+
+    async def use() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{jobs.server.url}/v1", api_key="acme", max_retries=0) as asked:
+            job = await asked.fine_tuning.jobs.create(model="toy", training_file=file)
+            assert job.id in [each.id async for each in asked.fine_tuning.jobs.list(limit=1)]
+            events = [event.message async for event in asked.fine_tuning.jobs.list_events(job.id)]
+            assert (await asked.fine_tuning.jobs.cancel(job.id)).status == "cancelled"
+            return events
+
+    assert [message.partition(" ")[0] for message in asyncio.run(use())] == ["created"]
+
+
+@pytest.mark.slow
+def test_no_request_makes_the_routes_fail(jobs: Jobs) -> None:
+    """Schemathesis over the description of every route of files and jobs, with the ids of a file and of a job among
+    what it makes up: any answer but 5xx."""
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis.errors import Unsatisfiable
+    from schemathesis import GenerationMode
+
+    limits = settings(
+        max_examples=10, deadline=None, phases=[Phase.generate], derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    statuses: dict[str, set[int]] = {}
+    with jobs.client() as client:
+        file = sent(client)
+        job = client.fine_tuning.jobs.cancel(made(client, training_file=file).id).id  # whose stream of events ends
+    upload = jobs.files.begin("acme", "a.jsonl", "fine-tune", 10).id
+    known = {"/v1/files": file, "/v1/uploads": upload, "/v1/fine_tuning": job}
+
+    def ask(case: Any) -> None:
+        seen = statuses.setdefault(f"{case.method} {case.path}", set())
+        case.headers["authorization"] = "Bearer acme"
+        seen.add(case.call(timeout=20).status_code)
+        if "id" in (case.path_parameters or {}):
+            case.path_parameters["id"] = next(id for start, id in known.items() if case.path.startswith(start))
+            seen.add(case.call(timeout=20).status_code)
+        assert max(seen) < 500, (case.path, case.body)
+
+    for found in schemathesis.openapi.from_url(f"{jobs.server.url}/openapi.json").get_all_operations():
+        operation = found.ok()
+        if not operation.path.startswith(tuple(known)):
+            continue
+        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+            try:
+                limits(given(case=operation.as_strategy(generation_mode=mode))(ask))()
+            except Unsatisfiable:
+                assert mode is GenerationMode.NEGATIVE
+    assert len(statuses) == 17
+    assert sum(200 in seen for seen in statuses.values()) > 8

@@ -1,0 +1,103 @@
+"""From an uploaded file to an answer of what was trained on it, by OpenAI's client, on a whole server with tenants."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.serve.whole import asking, make_shop, said, served
+from veneer.jobs.build import training
+from veneer.jobs.process import carry_out_job
+from veneer.jobs.store import JobStore
+from veneer.jobs.validate import device_of, validated
+from veneer.models.home import veneer_home
+from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.store import Store, TrainingTerms
+
+PROMPT = [5, 6, 7, 8, 9]
+ASKED = [f"The printer number {n} {'still ' * (n % 3)}does not work." for n in range(12)]
+ROWS = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": "it"}]} for a in ASKED]
+
+
+def test_what_was_trained_is_served_to_its_tenant_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = (veneer_home() / "kernels").resolve()
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "kernels").symlink_to(kernels)  # compiled once
+    shop, where = make_shop(tmp_path, []), str(tmp_path / "tenants.sqlite")
+    tenants = Store(where)
+    keys = {}
+    for name in ("acme", "globex"):
+        manage.add_tenant(tenants, name, who="test")
+        _, keys[name] = manage.make_tenant_key(tenants, name, who="test")
+    tenants.close()
+    monkeypatch.setenv("VENEER_LIBRARY", shop.library.location)
+    jobs = JobStore(shop.library)
+
+    def work() -> None:
+        """What a worker does with the one job that waits."""
+        new = jobs.take("here", 60, "validating")
+        assert new is not None
+        validated(jobs, new, TrainingTerms(), device_of())
+        if (lease := jobs.take("here", 600)) is not None:
+            carry_out_job(shop.library, lease.job.id, lease.token)
+
+    with (
+        served(shop, extend=training, tenants=where, folders=()) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key=keys["acme"], max_retries=0) as acme,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key=keys["globex"], max_retries=0) as globex,
+    ):
+
+        def sent(rows: Any) -> str:
+            data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            return acme.files.create(file=("tickets.jsonl", data), purpose="fine-tune").id
+
+        file = sent(ROWS)
+        hyper: Any = {"n_epochs": 3, "batch_size": 4, "learning_rate_multiplier": 100}
+        method: Any = {"type": "supervised", "supervised": {"hyperparameters": hyper}}
+        job = acme.fine_tuning.jobs.create(model="tiny", training_file=file, suffix="Support", method=method, seed=3)
+        work()
+        job = acme.fine_tuning.jobs.retrieve(job.id)
+        assert job.status == "succeeded", job.error
+        model = job.fine_tuned_model
+        assert model is not None
+        assert model.startswith("ft:tiny:acme:support:")
+        points = acme.fine_tuning.jobs.checkpoints.list(job.id).data
+        assert [point.step_number for point in points] == [9, 6, 3]
+        names = ["tiny", *(point.fine_tuned_model_checkpoint for point in points[::-1])]
+        answers = [said(acme.completions.create(**asking(name, PROMPT))).logprobs for name in names]
+        assert len({tuple(answer) for answer in answers}) == 4  # the base, and each state of the adapter
+        whole = said(acme.completions.create(**asking(model, PROMPT)))
+        assert whole.logprobs == answers[-1]  # what it made is its last state
+        assert acme.models.retrieve(model).id == model
+
+        for name in (model, names[1], model.replace("ft:tiny:acme:", "ft:tiny:globex:")):
+            for attack in (globex.models.retrieve, globex.models.delete):
+                with pytest.raises(openai.NotFoundError):
+                    attack(name)
+            with pytest.raises(openai.NotFoundError) as refused:
+                globex.completions.create(**asking(name, PROMPT))
+            assert refused.value.code == "model_not_found"
+            with pytest.raises(openai.NotFoundError):
+                globex.fine_tuning.jobs.create(model=name, training_file=file)
+
+        second = acme.fine_tuning.jobs.create(model=model, training_file=file, method=method)  # goes on from it
+        assert jobs.get("acme", second.id).config["adapter"]["start"] == f"acme/support-{model[-8:]}@10"
+        assert acme.fine_tuning.jobs.cancel(second.id).status == "cancelled"
+
+        bad = acme.fine_tuning.jobs.create(model="tiny", training_file=sent([*ROWS, {"messages": "Hi"}]))
+        work()
+        error = acme.fine_tuning.jobs.retrieve(bad.id).error
+        assert error is not None
+        assert (error.code, error.param) == ("invalid_training_file", "training_file")
+        assert "tickets.jsonl:13: `messages` should be a list" in error.message
+        assert str(tmp_path) not in error.message
+
+        assert acme.models.delete(names[1]).deleted
+        assert acme.models.delete(model).deleted
+        with pytest.raises(openai.NotFoundError):
+            acme.completions.create(**asking(model, PROMPT))
