@@ -2,6 +2,7 @@
 
     base = load_base("smollm2-135m")
     run = train_text("examples/tickets/config.yaml", "adapter.rank=8", base=base)
+    train_together(["a.yaml", "b.yaml"], base=base)          in one pass of the base, each as if it were alone
     generate(base, ["Where is my parcel?"], adapters=[run.adapter])
     evaluate(base, "examples/tickets/test.jsonl", {"base": [], "tickets": [run.adapter]})
     merge(base, [run.adapter], "merged")
@@ -14,6 +15,7 @@ An adapter is named by its folder or by its name in the veneer home, with a stre
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +33,7 @@ from veneer.models.text.generate import complete
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
+    from veneer.errors import VeneerError
     from veneer.formats.strengths import Strength
     from veneer.imaging.make import RecordedPicture
     from veneer.jobs.store import Job, JobStore
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
     from veneer.train.config.image import ImageTrainConfig
     from veneer.train.config.load import RunConfig
     from veneer.train.config.text import TrainConfig
-    from veneer.train.events import Listener
+    from veneer.train.events import Event, Listener
     from veneer.train.image.save import ImageResult
     from veneer.train.text.evaluate import Scores
     from veneer.train.text.save import RunResult
@@ -56,6 +59,7 @@ __all__ = [
     "submit",
     "train_image",
     "train_text",
+    "train_together",
 ]
 
 
@@ -81,6 +85,39 @@ def train_text(
     if not isinstance(chosen, TrainConfig):
         raise ConfigError("this configuration is for pictures (it has data.pictures)", fix="veneer.train_image")
     return run_text(chosen, resume=resume, dry_run=dry_run, force=force, on_event=on_event, base=base, sources=sources)
+
+
+def train_together(
+    configs: Sequence[TrainConfig | Mapping[str, Any] | str | os.PathLike[str]],
+    *overrides: str,
+    base: TextBase | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    on_event: Callable[[int, Event], None] | None = None,
+) -> list[RunResult | VeneerError]:
+    """Trains an adapter for each configuration, all in one pass of their base, as `veneer train a.yaml b.yaml` does.
+
+    Each is what `train_text` would make of it alone; one that fails is its error in the list, and leaves the others as
+    they are. `on_event` is called with a run's place in `configs` and what happens; the rest as `train_text`. Raises
+    ConfigError for configurations that do not share a base; Interrupted on Ctrl-C, with the state of all saved."""
+    from veneer.train.report.log import ConsoleView
+    from veneer.train.text.together import run_texts
+
+    loaded = [_config(config, overrides) for config in configs]
+    chosen = [config for config, _ in loaded]
+    names = [
+        os.fspath(given) if isinstance(given, str | os.PathLike) else own.output.directory
+        for given, own in zip(configs, chosen, strict=True)
+    ]
+    listeners: list[Listener] = [
+        ConsoleView(name=name) if on_event is None else functools.partial(on_event, place)
+        for place, name in enumerate(names)
+    ]
+    return run_texts(
+        chosen, names=names, resume=resume, dry_run=dry_run, force=force, listeners=listeners, base=base,
+        sources=[sources for _, sources in loaded],
+    )  # fmt: skip
 
 
 def train_image(

@@ -134,3 +134,33 @@ def test_processes_that_were_started_by_another_are_not_started_again(
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert call("train", str(config), "--devices", "2") == 2
     assert "3 processes were started already" in capsys.readouterr().err
+
+
+def test_several_configurations_are_trained_in_one_pass(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each as the file says, changes for all of them; one that cannot begin is told, and decides the code."""
+    files = []
+    for name, rank, data in (("a", 2, "rows.jsonl"), ("b", 3, "rows.jsonl"), ("bad", 2, "nothing.jsonl")):
+        text = (
+            config.read_text().replace("output: out", f"output: {tmp_path / name}").replace("rank: 2", f"rank: {rank}")
+        )
+        files.append(config.parent / f"{name}.yaml")
+        files[-1].write_text(text.replace("rows.jsonl", data))
+    words = [*map(str, files), "schedule.steps=2"]
+    assert call("train", *words, "--json") == 2
+    out, err = capsys.readouterr()
+    runs = json.loads(out)["runs"]
+    assert [run["config"] for run in runs] == [str(file) for file in files]
+    assert [run.get("steps") for run in runs] == [2, 2, None]
+    assert "nothing.jsonl" in runs[2]["error"] + str(runs[2]["where"])
+    assert f"error: {files[2]}: " in err
+    assert f"{files[0]}: step 2/2" in err
+    for name, rank in (("a", 2), ("b", 3)):
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text())["r"] == rank
+    assert call("train", *words[:2], "--devices", "2") == 2
+    assert "one process" in capsys.readouterr().err
+    assert call("plan", *words[:2]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("2 runs in one pass. It fits: ")
+    assert f"{files[1]}: rank 3" in said

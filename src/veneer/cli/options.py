@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -48,3 +49,8 @@ TenantsDatabase = Annotated[
         help="The database of tenants, with what training costs them. Default: the veneer home's, where there is one.",
     ),
 ]
+
+
+def is_config(word: str) -> bool:
+    """Whether a word of the command line is a further configuration, and no value that replaces one's."""
+    return "=" not in word and (word.endswith((".yaml", ".yml")) or Path(word).is_file())

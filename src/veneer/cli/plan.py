@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.options import AsJson
+from veneer.cli.options import AsJson, is_config
 from veneer.cli.output import say
 from veneer.errors import ConfigError, Interrupted, one_of
 
@@ -38,7 +38,7 @@ _ROWS, _TOKENS, _MANY = 10**12, 1 << 20, 1 << 16
 def plan(
     context: typer.Context,
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="A training configuration to plan.")
+        Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="A training configuration to plan, or several.")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that replace the file's.")
@@ -150,6 +150,19 @@ def plan(
     if config is not None and base is not None and "=" in config.name and not config.exists():
         what = f"{config} changes a configuration, and there is none"
         raise ConfigError(what, fix="with --base say it by an option, as --dtype or --rank; see --help")
+    more = [word for word in overrides or [] if is_config(word)]
+    if config is not None and more:
+        _refuse(context, {"base", "trace", *_SERVED, *_OF_TEXT - _OF_DATA, *_OF_PICTURES, *_OF_BOTH}, "of several runs")
+        from veneer.plan.render import group_text
+        from veneer.train.planning import plan_of_configs
+
+        files = [config, *map(Path, more)]
+        group = plan_of_configs(
+            files, [word for word in overrides or [] if word not in more], device, rows=rows,
+            tokens_per_row=tokens_per_row, longest=longest, trained=trained,
+        )  # fmt: skip
+        print(json.dumps(group.to_dict()) if as_json else group_text(group, [str(file) for file in files]))
+        return
     if config is not None:
         _refuse(context, {"base", *_OF_TEXT - _OF_DATA, *_OF_PICTURES, *_OF_BOTH}, "the configuration says it")
         from veneer.train.planning import plan_of_config

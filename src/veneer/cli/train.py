@@ -1,4 +1,4 @@
-"""`veneer train`: an adapter from a configuration file."""
+"""`veneer train`: an adapter from a configuration file; of several, all in one pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from veneer.errors import ConfigError, Interrupted
+from veneer.cli.options import is_config
+from veneer.cli.output import error_text, say
+from veneer.errors import ConfigError, Interrupted, VeneerError
 
 app = typer.Typer(add_completion=False)
 
@@ -21,12 +23,12 @@ def train(
         Path,
         typer.Argument(
             metavar="CONFIG.yaml",
-            help="A YAML file; docs/reference/config.md lists every key, image-config.md those for pictures.",
+            help="A YAML file, or several; docs/reference/config.md has every key, image-config.md those for pictures.",
         ),
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[section.key=value]...", help="Values that replace the file's, as adapter.rank=8."),
+        typer.Argument(metavar="[section.key=value]...", help="Values that replace the files', as adapter.rank=8."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the output.")] = False,
     dry_run: Annotated[
@@ -45,17 +47,23 @@ def train(
 ) -> None:
     """Train an adapter: check the data, train with checkpoints, save, and write a report.
 
-    A configuration with data.train is for text, one with data.pictures for pictures."""
+    A configuration with data.train is for text, one with data.pictures for pictures. Several for text, with the same
+    base, are trained in one pass of it, each as if it were alone: veneer train a.yaml b.yaml c.yaml."""
     from veneer.train.config.image import ImageTrainConfig
     from veneer.train.config.load import load_config
 
-    chosen, sources = load_config(config, overrides or [])
+    more = [word for word in overrides or [] if is_config(word)]
+    changes, files = [word for word in overrides or [] if word not in more], [config, *map(Path, more)]
+    loaded = [load_config(file, changes) for file in files]
     given = {"--force": force, "--verbose": verbose, "--json": as_json}
     given[f"--devices={devices}"] = devices is not None
-    again = [str(config), *(overrides or []), *(flag for flag, on in given.items() if on)]
+    again = [*map(str, files), *changes, *(flag for flag, on in given.items() if on)]
 
     from veneer.train.devices import launch, leads, started
 
+    if more and devices not in (None, 1):
+        what = "several configurations are trained in one pass by one process"
+        raise ConfigError(what, where="--devices", fix="leave it out, or train one configuration at a time")
     if devices is not None and started() != devices:
         if started() > 1:
             raise ConfigError(
@@ -69,33 +77,67 @@ def train(
     from veneer.models.loading import errors_only
     from veneer.train.report.log import ConsoleView
 
-    view = ConsoleView(unit="pictures" if isinstance(chosen, ImageTrainConfig) else "tokens", verbose=verbose)
-    options: dict[str, Any] = {"resume": resume, "dry_run": dry_run, "force": force, "sources": sources}
-    options["on_event"] = view
-    result: Any
+    listeners = [
+        ConsoleView(
+            unit="pictures" if isinstance(chosen, ImageTrainConfig) else "tokens", verbose=verbose,
+            name=str(file) if more else "",
+        )
+        for file, (chosen, _) in zip(files, loaded, strict=True)
+    ]  # fmt: skip
+    options: dict[str, Any] = {"resume": resume, "dry_run": dry_run, "force": force}
     try:
         with errors_only():
-            if isinstance(chosen, ImageTrainConfig):
-                from veneer.train.image.run import run_images
-
-                result = run_images(chosen, **options)
-            else:
-                from veneer.train.text.task import run_text
-
-                result = run_text(chosen, **options)
+            results = _results(files, loaded, listeners, options)
     except Interrupted as error:
         command = shlex.join(["veneer", "train", *again, "--resume"])
         stopped = Interrupted(error.what, where=error.where, fix=f"go on with: {command}", signal=error.signal)
         stopped.already_shown = error.already_shown
         raise stopped from None
     finally:
-        view.close()
+        for listener in listeners:
+            listener.close()
     if not leads():  # of several processes one speaks
         return
+    failed = {file: result for file, result in zip(files, results, strict=True) if isinstance(result, VeneerError)}
     if as_json:
-        print(json.dumps(result.to_dict()))
+        objects = [_json_of(result) for result in results]
+        runs = [{"config": str(file), **made} for file, made in zip(files, objects, strict=True)]
+        print(json.dumps({"runs": runs} if more else objects[0]))
     else:
-        _say(result, chosen)
+        for result, (chosen, _) in zip(results, loaded, strict=True):
+            if not isinstance(result, VeneerError):
+                _say(result, chosen)
+    for file, why in failed.items():
+        say(f"error: {file}: {error_text(why)}")
+    if failed:
+        raise SystemExit(next(iter(failed.values())).exit_code)
+
+
+def _results(files: list[Path], loaded: list[Any], listeners: list[Any], options: dict[str, Any]) -> list[Any]:
+    """What came of each: its result, or of several the error that ended it."""
+    from veneer.train.config.image import ImageTrainConfig
+
+    if len(files) == 1:
+        chosen, sources = loaded[0]
+        options = {**options, "sources": sources, "on_event": listeners[0]}
+        if isinstance(chosen, ImageTrainConfig):
+            from veneer.train.image.run import run_images
+
+            return [run_images(chosen, **options)]
+        from veneer.train.text.task import run_text
+
+        return [run_text(chosen, **options)]
+    from veneer.train.text.together import run_texts
+
+    names, sources = [str(file) for file in files], [sources for _, sources in loaded]
+    return list(run_texts([c for c, _ in loaded], names=names, sources=sources, listeners=listeners, **options))
+
+
+def _json_of(result: Any) -> dict[str, Any]:
+    if isinstance(result, VeneerError):
+        return {"error": result.what, "where": result.where, "fix": result.fix}
+    made: dict[str, Any] = result.to_dict()
+    return made
 
 
 def _say(result: Any, config: Any) -> None:

@@ -23,9 +23,10 @@ from veneer.core.forms import Delta, part_problems
 from veneer.core.layers import FullModule, Layer, LoraConv, LoraEmbedding, LoraExperts, LoraLinear
 from veneer.core.merge import merged_state, parameter_shape, to_matrix, weight_of
 from veneer.core.mix_cache import MixCache
-from veneer.core.selection import RowMixes, Selection
+from veneer.core.selection import RowMixes, Selection, SpanAdapters, span_problem
 from veneer.core.targets import base_modules, expert_parameters, kind_of
 from veneer.errors import AdapterError, bullets, nearest
+from veneer.ops.spans import Spans
 
 _LAYERS: dict[str | None, type[Layer]] = {"linear": LoraLinear, "embedding": LoraEmbedding, "conv": LoraConv}
 _SPARE_BYTES = 256 << 20
@@ -152,6 +153,18 @@ class Attachment:
                 m.register_forward_pre_hook(self._called, with_kwargs=True) for m in _entrances(self.model)
             ]
         self.selection = Selection(rows=RowMixes(tuple(self._selection(tuple(mix)).mix for mix in mixes)))
+
+    def use_spans(self, names: Sequence[str], spans: Spans) -> None:
+        """Select an adapter for each of `spans`, at strength 1: of the tokens that linear layers are given, whatever
+        the rows of the batch are. What a backward pass needs of them holds as long as `use` says.
+
+        Raises AdapterError for an unknown name and for an adapter that is more than plain pairs of linear layers
+        (`span_problem`). Reference: each span's tokens alone with `use`."""
+        adapters = tuple(self._known(name) for name in names)
+        for name, adapter in zip(names, adapters, strict=True):
+            if why := span_problem(adapter):
+                raise AdapterError(f"{name!r} cannot act on a part of the tokens: {why}", fix="run it by itself")
+        self.selection = Selection(spans=SpanAdapters(adapters, spans))
 
     @contextmanager
     def using(self, *mix: str | tuple[str, float]) -> Iterator[None]:

@@ -34,7 +34,7 @@ from veneer.core.experts import AdaptedWeight
 from veneer.core.forms import Delta, as_low_rank, is_trained, kronecker_factors, norm_along, product_of
 from veneer.core.merge import adapted_norm, low_rank_norm, pair_matrix, parameter_delta, to_matrix, weight_of
 from veneer.core.mix_cache import CachedModule, MixCache
-from veneer.core.selection import Acting, RowMixes, Selection, run_apart
+from veneer.core.selection import Acting, RowMixes, Selection, SpanAdapters, run_apart
 from veneer.errors import AdapterError
 from veneer.ops.linear import LinearMap, linear
 from veneer.ops.lowrank import LowRank
@@ -66,6 +66,8 @@ class Layer(nn.Module):
     def selected(self, *args: Any, **kwargs: Any) -> Any:
         """The output under what is selected now."""
         selection = self.owner.selection
+        if selection.spans is not None:
+            return self.by_spans(*args, **kwargs)
         if selection.rows is not None:
             return self.by_rows(selection.rows, *args, **kwargs)
         if not selection.mix:
@@ -87,6 +89,10 @@ class Layer(nn.Module):
         if len(segments) == 1:
             return self.under(segments[0].mix, *args, **kwargs)
         return run_apart(rows, segments, self.under, args, kwargs, self.name)
+
+    def by_spans(self, *args: Any, **kwargs: Any) -> Any:
+        """The output with an adapter for each span of tokens: they have pairs of linear layers alone."""
+        return self.base(*args, **kwargs)
 
     def acts(self, adapter: Adapter) -> bool:
         """Whether an adapter changes anything in this module."""
@@ -358,6 +364,7 @@ class LoraLinear(_Lora):
         or trained base."""
         base, selection = self.base, self.owner.selection
         mix: Sequence[tuple[Adapter, float]] = selection.mix
+        spans = selection.spans
         if selection.rows is not None:
             segments = selection.rows.segments(self.acts)
             if len(segments) > 1:
@@ -367,6 +374,8 @@ class LoraLinear(_Lora):
             return None
         if base._forward_hooks or base._forward_pre_hooks or (base.bias is not None and base.bias.requires_grad):
             return None
+        if spans is not None and (found := self._products_of(spans)):
+            return LinearMap(base.weight, base.bias, found, spans=spans.spans)
         if not mix:
             return LinearMap(base.weight, base.bias)
         pairs, deltas = self.pairs(mix), self.deltas(mix)
@@ -390,6 +399,22 @@ class LoraLinear(_Lora):
         norm = adapted_norm if base.weight.dtype == pair.magnitude.dtype else low_rank_norm
         gain = pair.magnitude / norm(weight_of(base), pair).to(pair.magnitude.dtype)
         return LinearMap(base.weight, base.bias, products, gain)
+
+    def _products_of(self, spans: SpanAdapters) -> tuple[LowRank, ...]:
+        """One of each adapter that has a pair here."""
+        pairs = (self.pairs([(adapter, 1.0)]) for adapter in spans.adapters)
+        return tuple(
+            replace(pair.low_rank(strength, dropout), span=span)
+            for span, own in enumerate(pairs) for pair, strength, dropout in own
+        )  # fmt: skip
+
+    def by_spans(self, *args: Any, **kwargs: Any) -> Any:
+        spans, x, plain = self.owner.selection.spans, args[0], self.linear_map()
+        if spans is None or not self._products_of(spans):
+            return self.base(*args, **kwargs)
+        if plain is None or x.dtype != plain.weight.dtype or torch.is_autocast_enabled(x.device.type):
+            raise AdapterError("what this layer computes now cannot be done for a part of the tokens", where=self.name)
+        return linear(x, plain)
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = self.linear_map()

@@ -1,4 +1,4 @@
-"""What acts now: nothing, one mix for all rows, or a mix for each row of a batch.
+"""What acts now: nothing, one mix for all rows, a mix for each row of a batch, or an adapter for each span of tokens.
 
 Rows lie along the first dimension of what a module is called with. A batch of k·n rows under n mixes repeats them k
 times, as guidance lays them out: [negative…, positive…]. How many rows a batch has is said by the call of the model
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError
+from veneer.ops.spans import Spans
 from veneer.ops.transfer import put_numbers, sent
 
 Acting = tuple[tuple[Adapter, float], ...]
@@ -121,16 +122,45 @@ class RowMixes:
         return self._indices[key].view(-1, *[1] * (change.ndim - 1))
 
 
+@dataclass(frozen=True, eq=False)
+class SpanAdapters:
+    """An adapter for each span of the tokens that linear layers are given, as they are trained in one pass."""
+
+    adapters: tuple[Adapter, ...]
+    spans: Spans
+
+
+def span_problem(adapter: Adapter) -> str:
+    """Why an adapter cannot act on a span of tokens alone; "" where it can."""
+    if adapter.modules or adapter.token_rows:
+        return "it has full copies or rows of an embedding"
+    if adapter.deltas:
+        return "it is more than pairs"
+    for name, pair in adapter.pairs.items():
+        if pair.kind != "linear":
+            return f"{name} is no linear layer"
+        if pair.magnitude is not None:
+            return "it is a DoRA"
+        if pair.origin is not None and adapter.dropout:
+            return "it has dropout beside an origin, which sees all of the input"
+    return ""
+
+
 @dataclass(frozen=True)
 class Selection:
-    """What acts now: `rows` where it is not None, else `mix` on every row. An empty mix is the base, at its cost."""
+    """What acts now: `spans` or `rows` where it is not None, else `mix` on every row. An empty mix is the base, at its
+    cost."""
 
     mix: Acting = ()
     rows: RowMixes | None = None
+    spans: SpanAdapters | None = None
 
     def without(self, gone: Adapter) -> Selection:
         mix = tuple((a, s) for a, s in self.mix if a is not gone)
-        return Selection(mix, None if self.rows is None else self.rows.without(gone))
+        spans = self.spans
+        if spans is not None and any(adapter is gone for adapter in spans.adapters):
+            spans = None
+        return Selection(mix, None if self.rows is None else self.rows.without(gone), spans)
 
 
 def run_apart(

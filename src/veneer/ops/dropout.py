@@ -27,9 +27,9 @@ class Dropout(NamedTuple):
     seed: int
 
     @classmethod
-    def drawn(cls, p: float) -> Dropout:
-        """With a seed from torch's own generator of the CPU: who fixes or keeps its state fixes the mask."""
-        return cls(p, int(torch.randint(1 << 62, (), device="cpu").item()))
+    def drawn(cls, p: float, generator: torch.Generator | None = None) -> Dropout:
+        """With a seed from a generator of the CPU, torch's own by default: who fixes its state fixes the mask."""
+        return cls(p, int(torch.randint(1 << 62, (), generator=generator, device="cpu").item()))
 
     def __call__(self, x: Tensor) -> Tensor:
         """A new tensor of x's shape. The gradient of x is what this makes of the gradient of y."""

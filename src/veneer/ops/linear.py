@@ -19,6 +19,7 @@ from veneer.ops.choice import TRIAL_ROWS, chosen, measured, random_like, size_cl
 from veneer.ops.copies import PackedCopies, Room
 from veneer.ops.dropout import Dropout
 from veneer.ops.lowrank import LowRank
+from veneer.ops.spans import Spans
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -26,24 +27,27 @@ class LinearMap:
     """A frozen weight (out, in) with the low-rank products on its rows; one projection, or several of one x joined.
 
     `bias`: (out,). `gain`: (out,) float32, what DoRA multiplies each output by before the bias. All products see the
-    same of x: one dropout, as loralib's MergedLinear has it. `copies`: the weight's own, where it may have some."""
+    same of x: one dropout, as loralib's MergedLinear has it. `copies`: the weight's own, where it may have some.
+    `spans`: each product sees the rows of its own span instead, with that one's dropout; then there is no gain."""
 
     weight: Tensor
     bias: Tensor | None = None
     products: tuple[LowRank, ...] = ()
     gain: Tensor | None = None
     copies: PackedCopies | None = None
+    spans: Spans | None = None
 
     @property
     def dropout(self) -> float:
-        return self.products[0].dropout if self.products else 0.0
+        """That of all rows."""
+        return self.products[0].dropout if self.products and self.spans is None else 0.0
 
 
 def join_maps(parts: Sequence[LinearMap], weight: Tensor | None = None) -> LinearMap:
     """Projections of one x as one product. `weight`: their weights below one another, if they lie so already.
 
     Raises ValueError for products with different dropouts, which cannot share what they see of x."""
-    dropouts = sorted({p.dropout for part in parts for p in part.products})
+    dropouts = sorted({part.dropout for part in parts if part.products})
     if len(dropouts) > 1:
         raise ValueError(f"low-rank products with dropouts {dropouts} cannot be joined into one")
     if len(parts) == 1 and (weight is None or weight is parts[0].weight):
@@ -62,14 +66,15 @@ def join_maps(parts: Sequence[LinearMap], weight: Tensor | None = None) -> Linea
     if any(p.gain is not None for p in parts):
         ones = torch.ones(1, device=weight.device)
         gain = torch.cat([ones.expand(len(p.weight)) if p.gain is None else p.gain for p in parts])
-    return LinearMap(weight, bias, tuple(products), gain)
+    spans = next((p.spans for p in parts if p.spans is not None), None)
+    return LinearMap(weight, bias, tuple(products), gain, spans=spans)
 
 
 def split_map(linear_map: LinearMap, at: int) -> tuple[LinearMap, LinearMap]:
     """Its outputs before row `at` and from there on, each with what of the products lies there. Weights are views.
 
     Raises ValueError where there is dropout: each part would draw its own."""
-    if linear_map.dropout:
+    if any(p.dropout for p in linear_map.products):
         raise ValueError("low-rank products with dropout cannot be parted: they see one and the same of x")
 
     def rows(first: int, last: int) -> LinearMap:
@@ -79,7 +84,7 @@ def split_map(linear_map: LinearMap, at: int) -> tuple[LinearMap, LinearMap]:
             for p in linear_map.products if p.first < last and p.last > first
         )  # fmt: skip
         bias, gain = (None if t is None else t[own] for t in (linear_map.bias, linear_map.gain))
-        return LinearMap(linear_map.weight[own], bias, products, gain)
+        return LinearMap(linear_map.weight[own], bias, products, gain, spans=linear_map.spans)
 
     return rows(0, at), rows(at, len(linear_map.weight))
 
@@ -147,8 +152,8 @@ class LowRankProducts:
 class _Dropped:
     """Low-rank products that see x with some of its values dropped: the same ones in forward and backward."""
 
-    def __init__(self, own: _Products, p: float) -> None:
-        self.own, self.drop = own, Dropout.drawn(p)
+    def __init__(self, own: _Products, drop: Dropout) -> None:
+        self.own, self.drop = own, drop
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         return self.own.add(self.drop(x), y)
@@ -164,11 +169,52 @@ class _Dropped:
         return self.own.gradients(g, self.drop(x), u, du)
 
 
+class _InSpans:
+    """The products of several adapters, each of its own rows. u and du are those of each, one after another, flat."""
+
+    def __init__(self, x: Tensor, products: Sequence[LowRank], y: Tensor, spans: Spans) -> None:
+        members: dict[int, list[int]] = {}
+        for place, product in enumerate(products):
+            members.setdefault(product.span, []).append(place)
+        firsts = {span: products[places[0]] for span, places in members.items()}
+        drops = spans.dropouts({span: first.dropout for span, first in firsts.items() if first.dropout})
+        bounds, self.places = spans.bounds(len(x)), list(members.values())
+        self.parts: list[tuple[slice, _Products]] = []
+        for span, places in members.items():
+            at = bounds[span]
+            self.parts.append((at, _made(x[at], tuple(products[i] for i in places), y[at], drops.get(span))))
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        us = [own.add(x[at], y[at]) for at, own in self.parts]
+        self.sizes = [u.shape for u in us]
+        return torch.cat([u.flatten() for u in us])
+
+    def through(self, g: Tensor, dx: Tensor | None) -> Tensor:
+        dus = [own.through(g[at], None if dx is None else dx[at]) for at, own in self.parts]
+        return torch.cat([du.flatten() for du in dus])
+
+    def gradients(self, g: Tensor, x: Tensor, u: Tensor, du: Tensor) -> list[Tensor]:
+        counts = [size.numel() for size in self.sizes]
+        out: dict[int, list[Tensor]] = {}
+        parts = zip(self.parts, self.places, self.sizes, u.split(counts), du.split(counts), strict=True)
+        for (at, own), places, size, own_u, own_du in parts:
+            made = own.gradients(g[at], x[at], own_u.view(size), own_du.view(size))
+            out |= {place: made[2 * i : 2 * i + 2] for i, place in enumerate(places)}
+        return [t for place in sorted(out) for t in out[place]]
+
+
 def _products(x: Tensor, linear_map: LinearMap, y: Tensor) -> _Products:
     """The low-rank products of a map, by what is chosen for x and y."""
-    make = chosen("low_rank", x, y, linear_map.products) or LowRankProducts
-    made: _Products = make(linear_map.products, linear_map.weight.shape[0], x.dtype)
-    return _Dropped(made, linear_map.dropout) if linear_map.dropout else made
+    if linear_map.spans is not None:
+        return _InSpans(x, linear_map.products, y, linear_map.spans)
+    drop = Dropout.drawn(linear_map.dropout) if linear_map.dropout else None
+    return _made(x, linear_map.products, y, drop)
+
+
+def _made(x: Tensor, products: tuple[LowRank, ...], y: Tensor, drop: Dropout | None) -> _Products:
+    make = chosen("low_rank", x, y, products) or LowRankProducts
+    made: _Products = make(products, y.shape[1], x.dtype)
+    return made if drop is None else _Dropped(made, drop)
 
 
 @measured(

@@ -23,7 +23,7 @@ the pairs come as activations go, so they count only where they are more, or whe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from veneer.ops.sizes import (
@@ -237,6 +237,26 @@ def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | 
         weights, constants, adapter, gradients, states, kept, logits, working, dequantised, context,
         round(share * (moving + dequantised)), host=host,
     )  # fmt: skip
+
+
+def memory_together(
+    shape: TextShape, loads: Sequence[Load], device: Device, most: int, *, process: int | None = None
+) -> tuple[Memory, int]:  # fmt: skip
+    """Bytes by part of runs that are trained in one pass, and the tokens of its largest pass: the base once, the
+    largest micro-batches of as many runs as make at most `most` tokens, and the adapter, gradients and optimizer of
+    each."""
+    lengths: tuple[int, ...] = ()
+    for load in sorted(loads, key=lambda load: -load.tokens):
+        if not lengths or sum(lengths) + load.tokens <= most:
+            lengths += load.lengths
+    widest = max(loads, key=lambda load: load.rank if load.spec is None else load.spec.rank)
+    shared = replace(widest, lengths=lengths, trained=max(load.trained for load in loads))
+    each = [text_memory(shape, replace(load, micros=2), device, process=process) for load in loads]
+    together = replace(
+        text_memory(shape, shared, device, process=process), adapter=sum(own.adapter for own in each),
+        gradients=sum(own.gradients for own in each), optimizer=sum(own.optimizer for own in each),
+    )  # fmt: skip
+    return together, sum(lengths)
 
 
 def _dequantised(shape: TextShape, load: Load) -> int:

@@ -11,14 +11,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from veneer.errors import counted, gigabytes
+from veneer.errors import ConfigError, counted, gigabytes
 from veneer.plan.fit import AnyLoad, Change, cheapest, each_holds, usable_memory
 from veneer.plan.image import ImageCounts, ImageLoad, image_counts, image_memory, image_work
-from veneer.plan.memory import Load, Memory, dtype_bytes, kept_dequantised, packed_weights, text_memory
+from veneer.plan.memory import (
+    Load,
+    Memory,
+    dtype_bytes,
+    kept_dequantised,
+    memory_together,
+    packed_weights,
+    text_memory,
+)
 from veneer.plan.pairs import PairForm
 from veneer.plan.serving import Serving, Traffic, serving
 from veneer.plan.shape import TextShape, pair_parameters
@@ -188,6 +196,52 @@ def text_plan(
         base, shape.parameters, trainable, device, job, memory, peak, limit, changes, planned,
         planned_memory, seconds, rates, facts, keeps, packs, served, traffic,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Runs that are trained in one pass: the plan of each by itself, what they hold together, and the tokens of their
+    largest pass."""
+
+    plans: tuple[Plan, ...]
+    memory: Memory
+    tokens: int
+
+    @property
+    def room(self) -> int:
+        return self.plans[0].room
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.room
+
+    @property
+    def seconds(self) -> float:
+        """Of one after another: what fuller passes save is not counted."""
+        return sum(plan.seconds or 0.0 for plan in self.plans)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "fits": self.fits, "peak_bytes": self.memory.peak, "room_bytes": self.room, "memory": self.memory.parts,
+            "tokens_of_a_pass": self.tokens, "seconds_one_after_another": self.seconds,
+            "runs": [plan.to_dict() for plan in self.plans],
+        }  # fmt: skip
+
+
+def plan_together(
+    shape: TextShape, plans: Sequence[Plan], most: int, *, process: int | None = None
+) -> GroupPlan:  # fmt: skip
+    """The plan of runs on one base in passes of at most `most` tokens. Raises ConfigError where one does not fit by
+    itself."""
+    loads = []
+    for plan in plans:
+        if plan.planned is None or plan.changes or not isinstance(plan.planned[0], Load):
+            raise ConfigError(
+                f"one of these runs does not fit by itself: {dict(plan.facts)['adapter']}",
+                fix="plan it alone (veneer plan CONFIG.yaml), which says what makes it fit",
+            )
+        loads.append(plan.planned[0])
+    return GroupPlan(tuple(plans), *memory_together(shape, loads, plans[0].device, most, process=process))
 
 
 def image_plan(

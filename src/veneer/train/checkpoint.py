@@ -130,6 +130,11 @@ def latest(directory: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def by_step(directory: Path) -> dict[int, Path]:
+    """All checkpoints in `directory`, the oldest first."""
+    return {int(path.name.removeprefix(_PREFIX)): path for path in _all(directory)}
+
+
 def at_step(directory: Path, step: int) -> Path:
     """The checkpoint of `step`. Raises CheckpointError when it is not there."""
     path = directory / f"{_PREFIX}{step:08d}"
@@ -160,11 +165,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 class Restored(NamedTuple):
     """What a checkpoint says of the run beside its state. `notes`: a sentence for each difference of the environment
     (torch, threads, devices) that may cost bit-for-bit equality. `choices`: which implementations of ops ran, for the
-    run to follow (ops/choice.py)."""
+    run to follow (ops/choice.py). `about`: as `save` was given it."""
 
     progress: Progress
     notes: list[str]
     choices: Mapping[str, str]
+    about: Mapping[str, Any]
 
 
 def restore(
@@ -199,7 +205,7 @@ def restore(
         for key, value in ({"devices": 1} | state["environment"]).items()
         if here.get(key) != value
     ]
-    return Restored(progress, notes, state.get("choices", {}))
+    return Restored(progress, notes, state.get("choices", {}), state.get("about", {}))
 
 
 def read_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:
@@ -225,9 +231,18 @@ def environment(devices: int = 1) -> dict[str, Any]:
 
 def seed_all(*key: int | str) -> None:
     """Seeds torch's and Python's generators by a digest of `key`: the same draws on every device."""
-    seed = int.from_bytes(hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()) >> 1
+    seed = _seed_of(key)
     torch.manual_seed(seed)
     random.seed(seed)
+
+
+def seeded_generator(*key: int | str) -> torch.Generator:
+    """A generator that draws what torch's own draws after `seed_all`."""
+    return torch.Generator().manual_seed(_seed_of(key))
+
+
+def _seed_of(key: tuple[int | str, ...]) -> int:
+    return int.from_bytes(hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()) >> 1
 
 
 def rng_state() -> dict[str, Tensor]:

@@ -9,6 +9,9 @@ schedule's rate, step the optimizer, tell the listeners, evaluate and save when 
 steps, settings, random state), so that a state saved after step k and restored goes on bit for bit. The generators are
 seeded anew for each micro-batch, from (seed, step, its place in the step), so that dropout does not depend on how many
 devices share the work.
+
+`stepping` is the loop, a generator that asks for the forward and backward of each step. Whoever drives it has them
+made: `train` and `by_itself` one run's, `train/together.py` several runs' at once.
 """
 
 from __future__ import annotations
@@ -19,12 +22,12 @@ import signal
 import time
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +42,7 @@ from veneer.train.events import Evaluated, Listener, Probed, Saved, Stepped, Sto
 from veneer.train.optim import Schedule
 from veneer.train.signals import heard
 
+T = TypeVar("T")
 _RECENT = 20
 _SHOWN = 12  # rows that a message names
 _LENGTHS = {"tokens": "data.max_length", "pictures": "data.resolution"}
@@ -243,9 +247,19 @@ class TrainingPlan:
     seed: int = 0
 
 
+@dataclass
+class StopAsked:
+    """True when called once a signal asked the run to stop; `signal`: which."""
+
+    signal: int = 0
+
+    def __call__(self) -> bool:
+        return self.signal != 0
+
+
 @dataclass(frozen=True)
 class _Loop:
-    """The arguments of `train`, so that the helpers below need one."""
+    """The arguments of `stepping`, so that the helpers below need one."""
 
     learner: Learner
     plan: TrainingPlan
@@ -254,8 +268,69 @@ class _Loop:
     save: Callable[[Progress], Path] | None
     tell: Listener
     devices: Devices
-    interrupted: _Asked
+    interrupted: StopAsked
     ahead: Ahead | None
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """What a process has of a step: Σ NLL by micro-batch, which of the parameters have a gradient, what else the loss
+    has measured, and the seconds that were its own."""
+
+    nlls: dict[int, float]
+    reached: list[int]
+    means: Means
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StepWanted:
+    """A step whose forward and backward are to be made now, by `make_step` or in the same way. `due`: a checkpoint of
+    the state before it is, which `save` writes."""
+
+    loop: _Loop
+    number: int
+    step: Step
+    due: bool
+
+    @property
+    def learner(self) -> Learner:
+        return self.loop.learner
+
+    @property
+    def micros(self) -> list[Micro]:
+        """Those that are learned from."""
+        return [micro for micro in self.step.micros if micro.trained]
+
+    def save(self) -> None:
+        _save(self.loop)
+
+    def begin(self) -> None:
+        """Before its first forward."""
+        self.loop.optimizer.zero_grad(set_to_none=True)
+        self.learner.begin_step(self.step)
+
+    def seed(self, index: int) -> tuple[int | str, ...]:
+        """What the generators are seeded by for its micro-batch `index` (`seed_all`)."""
+        return self.loop.plan.seed, self.number, index
+
+    def batch(self, index: int, later: Sequence[int] = ()) -> Any:
+        """What the loss takes of its micro-batch `index`. `later`: those that come after it."""
+        micros = self.micros
+        return _batch(self.loop, micros[index], [micros[i] for i in later], self.number)
+
+    def done(self, nlls: Mapping[int, Tensor], seconds: float, means: Means | None = None) -> StepDone:
+        """`nlls`: Σ NLL of each micro-batch that went forward and backward here."""
+        parameters = self.learner.parameters.values()
+        reached = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
+        values = torch.stack(list(nlls.values())).tolist() if nlls else []
+        means = _measured(self.learner) if means is None else means
+        return StepDone(dict(zip(nlls, values, strict=True)), reached, means, seconds)
+
+
+Stepping = Generator[StepWanted, "StepDone | None", T]
+"""A run, or a part of it, that asks for its steps one after another. It is sent what was done of each, None where a
+signal came before it was whole: nothing of it is kept then."""
 
 
 def train(
@@ -280,21 +355,55 @@ def train(
     it does elsewhere, for steps of which nothing is to be kept. Raises TrainingError naming step and rows when a
     loss or a gradient is not finite, before the optimizer moves: nothing is saved over the good checkpoint.
     """
+    return by_itself(
+        stepping(
+            learner, plan, optimizer, progress=progress, save=save, on_event=on_event, devices=devices,
+            asked=None if signals_wait else StopAsked(),
+        )
+    )  # fmt: skip
+
+
+def by_itself(steps: Stepping[T]) -> T:
+    """Makes all steps that are asked for, each by itself; what comes out at the end."""
+    with closing(steps):
+        try:
+            wanted = next(steps)
+            while True:
+                if wanted.due:
+                    wanted.save()
+                wanted = steps.send(make_step(wanted))
+        except StopIteration as end:
+            made: T = end.value
+            return made
+
+
+def stepping(
+    learner: Learner,
+    plan: TrainingPlan,
+    optimizer: torch.optim.Optimizer,
+    *,
+    progress: Progress | None = None,
+    save: Callable[[Progress], Path] | None = None,
+    on_event: Listener = silent,
+    devices: Devices = ALONE,
+    asked: StopAsked | None = None,
+) -> Stepping[Progress]:
+    """`train`, which asks for each step. `asked`: what says that it should stop; None: signals of its own."""
     progress = progress if progress is not None else Progress()
     send = learner.ahead()
     with (
-        _signals() if signals_wait else nullcontext(_Asked()) as interrupted,
+        stop_signals() if asked is None else nullcontext(asked) as interrupted,
         nullcontext() if send is None else Ahead(send) as ahead,
     ):
         loop = _Loop(learner, plan, optimizer, progress, save, on_event, devices, interrupted, ahead)
+        due = False
         _evaluate_if_due(loop)
         while progress.step < len(plan.steps) and not progress.stopped:
-            _one_step(loop, plan.steps[progress.step])
+            yield from _one_step(loop, plan.steps[progress.step], due)
             improved = _evaluate_if_due(loop)
             if plan.patience and progress.waited >= plan.patience and progress.step < len(plan.steps):
                 progress.stopped = "early stopping"
-            if improved or progress.step in plan.save_at:
-                _save(loop)
+            due = improved or progress.step in plan.save_at
         if not progress.stopped:
             progress.stopped = "finished"
         _save(loop)
@@ -302,22 +411,21 @@ def train(
     return progress
 
 
-def _one_step(loop: _Loop, step: Step) -> None:
+def _one_step(loop: _Loop, step: Step, due: bool) -> Stepping[None]:
     """Everything of one optimizer step; leaves through `_stop` without a trace when a signal came."""
-    progress, began = loop.progress, time.perf_counter()
-    number, before = progress.step + 1, rng_state()
+    progress, number, before = loop.progress, loop.progress.step + 1, rng_state()
+    wanted = StepWanted(loop, number, step, due)
     if step.trained == 0:
         raise TrainingError(f"step {number} has no trained token", where=f"rows {first_few(step.rows, _SHOWN)}")
-    loop.optimizer.zero_grad(set_to_none=True)
-    loop.learner.begin_step(step)
-    micros = [micro for micro in step.micros if micro.trained]
-    parameters = list(loop.learner.parameters.values())
-    shares = loop.devices.gather(_share(loop, number, step.counted, micros))
+    made = yield wanted
+    began = time.perf_counter()
+    shares = loop.devices.gather(made)
     done = [share for share in shares if share is not None]
     if len(done) < len(shares):
         loop.optimizer.zero_grad(set_to_none=True)
         rng_restore(before)
         _stop(loop)
+    micros, parameters = wanted.micros, list(loop.learner.parameters.values())
     loop.devices.add_gradients(parameters, sorted(set().union(*(share.reached for share in done))))
     rate = loop.plan.schedule.apply(loop.optimizer, number)
     limit = loop.plan.clip or math.inf
@@ -326,7 +434,7 @@ def _one_step(loop: _Loop, step: Step) -> None:
     nlls = [found[index] for index in range(len(micros))]
     _check_finite(number, nlls, norm, micros, progress)
     loop.optimizer.step()
-    total, seconds = sum(nlls), time.perf_counter() - began
+    total, seconds = sum(nlls), time.perf_counter() - began + (0.0 if made is None else made.seconds)
     progress.step = number
     progress.tokens += step.tokens
     progress.trained_tokens += step.trained
@@ -342,18 +450,10 @@ def _one_step(loop: _Loop, step: Step) -> None:
     loop.learner.end_step(number)
 
 
-@dataclass(frozen=True)
-class _Share:
-    """What a process has of a step: Σ NLL by micro-batch, which of the parameters have a gradient, and what else the
-    loss has measured."""
-
-    nlls: dict[int, float]
-    reached: list[int]
-    means: Means
-
-
-def _share(loop: _Loop, number: int, counted: int, micros: Sequence[Micro]) -> _Share | None:
-    """Forward and backward of this process's micro-batches; None when a signal came."""
+def make_step(wanted: StepWanted) -> StepDone | None:
+    """Forward and backward of this process's micro-batches of a step; None when a signal came."""
+    loop, learner, micros, began = wanted.loop, wanted.learner, wanted.micros, time.perf_counter()
+    wanted.begin()
     parts: dict[int, Tensor] = {}
     means: Means | None = None
     stopped = loop.interrupted()
@@ -362,20 +462,17 @@ def _share(loop: _Loop, number: int, counted: int, micros: Sequence[Micro]) -> _
         stopped = stopped or loop.interrupted()
         if stopped and not loop.devices.lockstep:
             return None
-        micro = micros[index]
         if not counts and means is None:  # those that do not count come last
-            means = _measured(loop)
-        seed_all(loop.plan.seed, number, index)
-        with shared(), memory_errors(micro):
-            nll = loop.learner.loss(_batch(loop, micro, [micros[later] for later, _ in dealt[place + 1 :]], number))
-            (nll / counted if counts else nll * 0.0).backward()  # type: ignore[no-untyped-call]
+            means = _measured(learner)
+        seed_all(*wanted.seed(index))
+        with shared(), memory_errors(micros[index]):
+            nll = learner.loss(wanted.batch(index, [later for later, _ in dealt[place + 1 :]]))
+            (nll / wanted.step.counted if counts else nll * 0.0).backward()  # type: ignore[no-untyped-call]
         if counts:
             parts[index] = nll.detach()
     if stopped:
         return None
-    reached = [i for i, parameter in enumerate(loop.learner.parameters.values()) if parameter.grad is not None]
-    values = torch.stack(list(parts.values())).tolist() if parts else []
-    return _Share(dict(zip(parts, values, strict=True)), reached, _measured(loop) if means is None else means)
+    return wanted.done(parts, time.perf_counter() - began, means)
 
 
 def _dealt(loop: _Loop, micros: Sequence[Micro]) -> list[tuple[int, bool]]:
@@ -393,8 +490,8 @@ def _batch(loop: _Loop, micro: Micro, later: Sequence[Micro], number: int) -> An
     return loop.ahead.take(micro.make, later[0].make if later else None)
 
 
-def _measured(loop: _Loop) -> Means:
-    return Means.total([loop.learner.measured()])  # a copy: what follows may not count
+def _measured(learner: Learner) -> Means:
+    return Means.total([learner.measured()])  # a copy: what follows may not count
 
 
 def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micro], progress: Progress) -> None:
@@ -528,20 +625,10 @@ def peak_memory_bytes() -> int:
     return peak_resident()
 
 
-@dataclass
-class _Asked:
-    """True when called once a signal asked the run to stop; `signal`: which."""
-
-    signal: int = 0
-
-    def __call__(self) -> bool:
-        return self.signal != 0
-
-
 @contextmanager
-def _signals() -> Iterator[_Asked]:
+def stop_signals(asked: StopAsked | None = None) -> Iterator[StopAsked]:
     """While inside, the first SIGINT or SIGTERM only makes the yielded function true; the second acts as usual."""
-    asked = _Asked()
+    asked = StopAsked() if asked is None else asked
 
     def ask(number: int) -> None:
         asked.signal = number

@@ -2,6 +2,7 @@
 
 plan_of_run(config, base, …) the base is loaded, the rows are encoded: exact lengths
 plan_of_config(file, …)      neither: rows are counted, tokens guessed by their characters
+plan_of_configs(files, …)    of several that are trained in one pass
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from veneer.plan.fit import fitting_micro_tokens, left_beside_base
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import CPU_LATER, CPU_PROCESS, Load, weight_bytes
 from veneer.plan.pairs import PairForm
-from veneer.plan.plan import Plan, TrainingJob, image_plan, text_plan
+from veneer.plan.plan import GroupPlan, Plan, TrainingJob, image_plan, plan_together, text_plan
 from veneer.plan.serving import Traffic
 from veneer.plan.shape import TextShape, model_shape, pair_parameters, text_shape
 from veneer.plan.tables import Device, base_config
+from veneer.train.config.checks import check_group
 from veneer.train.config.text import TrainConfig
 from veneer.train.preflight import available_memory, computes_on, held_memory
 
@@ -168,10 +170,8 @@ def plan_of_config(
     if not isinstance(config, TrainConfig):
         return _plan_of_pictures(config, found, device, rows)
     shape = text_shape(found, config.base.name)
-    dtype = config.base.dtype if config.base.dtype != "auto" else "bfloat16"
-    if config.batching.micro_tokens is None:
-        room, quantise = left_beside_base(shape, device, dtype, config.base.quantise), config.base.quantise
-        config = with_micro_tokens(config, _micro_tokens_of(config, shape, device, room, dtype, quantise))
+    dtype = _planned_dtype(config)
+    config = _with_planned_tokens(config, shape, device)
     notes: tuple[str, ...] = ()
     lengths: list[int] = []
     if rows is None or tokens_per_row is None:
@@ -188,6 +188,37 @@ def plan_of_config(
     load = load_of(config, lengths, trained=trained, dtype=dtype, checkpointing=config.memory.recomputing == "on")
     job = _job(config, rows, mean, 0)
     return text_plan(config.base.name, shape, load, device, rates, job, process=process, traffic=traffic, notes=notes)
+
+
+def plan_of_configs(files: Sequence[Path], overrides: Iterable[str], device: Device, **given: Any) -> GroupPlan:
+    """The plan of configurations that are trained in one pass. `given`: as `plan_of_config` has it.
+
+    Raises ConfigError for those that cannot be, with files and keys."""
+    from veneer.plan.calibration import rates_here
+    from veneer.train.config.load import load_config
+
+    overrides = list(overrides)
+    configs = [load_config(file, overrides)[0] for file in files]
+    check_group(configs, [str(file) for file in files])
+    texts = [config for config in configs if isinstance(config, TrainConfig)]  # which all are
+    name = texts[0].base.name
+    shape = text_shape(_config_named(name), name)
+    most = max(_with_planned_tokens(config, shape, device).batching.at_once for config in texts)
+    plans = [plan_of_config(file, overrides, device, **given) for file in files]
+    return plan_together(shape, plans, most, process=rates_here(device, _planned_dtype(texts[0]))[1])
+
+
+def _planned_dtype(config: TrainConfig) -> str:
+    return config.base.dtype if config.base.dtype != "auto" else "bfloat16"
+
+
+def _with_planned_tokens(config: TrainConfig, shape: TextShape, device: Device) -> TrainConfig:
+    """With the tokens of a micro-batch, where it does not say them."""
+    if config.batching.micro_tokens is not None:
+        return config
+    dtype, quantise = _planned_dtype(config), config.base.quantise
+    room = left_beside_base(shape, device, dtype, quantise)
+    return with_micro_tokens(config, _micro_tokens_of(config, shape, device, room, dtype, quantise))
 
 
 def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device: Device, rows: int | None) -> Plan:

@@ -13,14 +13,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from veneer.errors import ConfigError, Interrupted, NoGain
+from veneer.errors import ConfigError, Interrupted, NoGain, counted
 from veneer.models.sources import find_base
 from veneer.ops.choice import follow, known, own_choices, what_ran
 from veneer.train import checkpoint, loop
@@ -29,7 +29,7 @@ from veneer.train.config.load import RunConfig
 from veneer.train.config.text import config_keys, why
 from veneer.train.devices import Devices, digest_of, joined
 from veneer.train.events import Checked, Event, Listener, Note, Resolved, fan_out, silent
-from veneer.train.loop import Learner, Step, TrainingPlan
+from veneer.train.loop import Learner, Step, Stepping, StopAsked, TrainingPlan, by_itself
 from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.preflight import Report
 from veneer.train.report.log import ConsoleView, JsonLog
@@ -44,7 +44,8 @@ NAME = "run"
 class Run:
     """A run from its first second on. `tell`: whoever listens; `early`: what was told before there was a log to write
     it to. `devices`: the processes that share it, of which the first writes and speaks. `sources`: setting -> where it
-    came from. `resume`, `dry_run`, `force`: as `train_text` has them."""
+    came from. `resume`, `dry_run`, `force`: as `train_text` has them. `group`: the output folders of the runs that are
+    trained in one pass with it and have not ended, itself among them; none where it is alone."""
 
     config: RunConfig
     folder: Path
@@ -55,6 +56,7 @@ class Run:
     resume: bool = False
     dry_run: bool = False
     force: bool = False
+    group: list[Path] = field(default_factory=list)
 
     def note(self, text: str) -> None:
         self.tell(Note(text))
@@ -108,6 +110,10 @@ class AttachedTask(Learner, Protocol[_R]):
     def environment(self) -> dict[str, Any]:
         """What bit-for-bit equality depends on beside that, and beside what every run's does (`checkpoint`)."""
         return {}
+
+    def act(self) -> None:
+        """Called before anything of it runs, where others are on the same base: its adapter acts from now on."""
+        return
 
     def begin(self, progress: Progress, tell: Listener) -> None:
         """Called once before the loop, on a dry run too; `tell` reaches the log."""
@@ -179,13 +185,24 @@ def carry_out(run: Run, task: Task[D, _R]) -> _R:
 
     Raises PreflightError before step one for what would go wrong, and what reading, training and saving raise."""
     newest = _newest_checkpoint(run)
+    data, report = checked_data(run, task, newest)
+    with task.attach(run, data, report) as attached:
+        return (
+            dry_outcome(run, attached, report)
+            if run.dry_run
+            else by_itself(steps_of_run(run, attached, report, newest))
+        )
+
+
+def checked_data(run: Run, task: Task[D, _R], newest: Path | None) -> tuple[D, Report]:
+    """What is trained on, read, and all that can be seen before anything is changed. `newest`: the checkpoint that the
+    run goes on from. Raises DataError, and PreflightError for what would go wrong."""
     data = task.read(run)
     previous = checkpoint.read_checkpoint(newest).get("about", {}).get("recipe") if newest is not None else None
     report = task.check(run, data, previous)
     report.raise_if_stopped()
     run.devices.gather(None)  # nobody writes before everybody has looked
-    with task.attach(run, data, report) as attached:
-        return _dry(run, attached, report) if run.dry_run else _trained(run, attached, report, newest)
+    return data, report
 
 
 def _newest_checkpoint(run: Run) -> Path | None:
@@ -196,7 +213,8 @@ def _newest_checkpoint(run: Run) -> Path | None:
     return newest
 
 
-def _dry(run: Run, task: AttachedTask[_R], report: Report) -> _R:
+def dry_outcome(run: Run, task: AttachedTask[_R], report: Report) -> _R:
+    """What a dry run comes to: the largest micro-batch is tried, and no file is written."""
     _probe(run, task)
     steps = task.steps
     counts = [(step.tokens, step.trained) for step in steps]
@@ -208,8 +226,11 @@ def _dry(run: Run, task: AttachedTask[_R], report: Report) -> _R:
     return task.facts(outcome, planned)
 
 
-def _trained(run: Run, task: AttachedTask[_R], report: Report, newest: Path | None) -> _R:
-    """The loop from the checkpoint `newest` (or the beginning), then the adapter, its proof and the report."""
+def steps_of_run(
+    run: Run, task: AttachedTask[_R], report: Report, newest: Path | None, asked: StopAsked | None = None
+) -> Stepping[_R]:
+    """The loop from the checkpoint `newest` (or the beginning), then the adapter, its proof and the report. Asks for
+    each step; `asked`: as `stepping` has it."""
     config, devices = run.config, run.devices
     o, e, total = config.optimizer, config.evaluation, len(task.steps)
     optimizer = make_optimizer(
@@ -230,9 +251,9 @@ def _trained(run: Run, task: AttachedTask[_R], report: Report, newest: Path | No
     )  # fmt: skip
     with _logged(run, progress if newest is not None else None) as tell:
         task.begin(progress, tell)
-        progress = loop.train(
+        progress = yield from loop.stepping(
             task, plan, optimizer, progress=progress, save=lambda p: _save(run, task, optimizer, identity, p),
-            on_event=tell, devices=devices,
+            on_event=tell, devices=devices, asked=asked,
         )  # fmt: skip
         return _finished(run, task, report, progress, tell)
 
@@ -253,7 +274,8 @@ def _finished(run: Run, task: AttachedTask[_R], report: Report, progress: Progre
         tell(Note(task.prove()))
     if ran := what_ran():
         tell(Note(f"which ran, as measured here (veneer doctor): {ran}"))
-    if predicted := was_predicted(report.numbers, result.peak_memory_bytes, progress.seconds):
+    predicted = was_predicted(report.numbers, result.peak_memory_bytes, progress.seconds)
+    if predicted and not run.group:  # of a run by itself
         tell(Note(predicted))
     if devices.first:
         page = write_report(run.folder, result, task.report(result, progress))
@@ -278,8 +300,12 @@ def _restored(
     )  # fmt: skip
     follow(restored.choices)
     run.note(f"resuming after step {restored.progress.step} of {len(task.steps)}")
+    gone = {*restored.about.get("together", [])} - {*map(str, run.group), str(run.folder)}
     for note in restored.notes:
         run.note(note)
+    if gone:
+        others = counted(len(gone), "run")
+        run.note(f"trained together with {others} more until here: the run goes on, but may differ in the last bits")
     return restored.progress
 
 
@@ -317,7 +343,8 @@ def _save(
     if run.devices.first:
         checkpoint.save(
             place, parameters=task.state, optimizer=optimizer, progress=progress, identity=identity,
-            keep=run.config.checkpoint.keep, about={"recipe": run.config.recipe()}, devices=run.devices.count,
+            keep=max(run.config.checkpoint.keep, 2 if run.group else 1), devices=run.devices.count,
+            about={"recipe": run.config.recipe(), "together": [str(folder) for folder in run.group]},
             beside=task.environment,
         )  # fmt: skip
     run.devices.gather(None)

@@ -22,6 +22,7 @@ from veneer.models.swap import projection_of, report_of
 from veneer.ops.attention import RowLayout
 from veneer.ops.loss import token_nll
 from veneer.ops.sizes import ROW_STEP, few_sizes, padded_tokens
+from veneer.ops.spans import Spans
 from veneer.ops.transfer import sent
 
 _HEAD_CHUNK = 128
@@ -62,13 +63,14 @@ def _rounds(weight: Tensor) -> bool:
 
 def rows_nll(
     model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, layout: RowLayout | None = None,
-    rounded: bool | None = None,
+    rounded: bool | None = None, spans: Spans | None = None,
 ) -> Tensor:  # fmt: skip
     """−log p of each trained token, (M,), without padding and with logits at trained positions alone; for models within
     `fast`. `layout`: of those lengths, to see afterwards which layers used it.
 
     `rounded`: padding makes the tokens, and those of them whose output is wanted, one of `few_sizes`; None: where that
-    pays. Real tokens come first, so neither their dropout nor anything else of them changes."""
+    pays. Real tokens come first, so neither their dropout nor anything else of them changes. `spans`: those that the
+    attachment has selected, of these tokens."""
     device = input_ids.device
     at = sent(trained.nonzero()[:, 0], device)
     count = len(at)
@@ -81,6 +83,8 @@ def rows_nll(
         layout = RowLayout(lengths, device, step=ROW_STEP, idle=idle)
     layout = RowLayout(lengths, device) if layout is None else layout
     layout.keep = at - 1 if report_of(model).keeps else None
+    if spans is not None:
+        spans.sizes = len(input_ids), len(at)
     # A 4-d mask is passed on untouched by transformers; it keeps an N × N one from being made. The attention interface
     # of fast.py goes by the layout and does not read it.
     untouched = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)

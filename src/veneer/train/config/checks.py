@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from veneer.core.adapter import check_strength
-from veneer.errors import ConfigError, counted
+from veneer.errors import ConfigError, bullets, counted
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.text import PREFERENCE_KEYS, Section, TrainConfig, layer_indices, preference_formats
 
@@ -41,6 +41,40 @@ def image_problems(config: ImageTrainConfig, given: Collection[str]) -> Iterator
                 yield f"`{key}` needs `adapter.text_encoders`: which of them get pairs"
     yield from _idle(config, given)
     yield from _run(config)
+
+
+_ONE = ("base", "memory")
+"""Sections of what there is one of, where several are trained in one pass."""
+_ONE_RUN = ("wandb", "trackio")
+"""Trackers that know one run at a time."""
+
+
+def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequence[str]) -> None:
+    """Raises ConfigError, with files (`names`) and keys, for configurations that cannot be trained in one pass."""
+    problems = [f"{n} is for pictures" for c, n in zip(configs, names, strict=True) if isinstance(c, ImageTrainConfig)]
+    if len(configs) > 1:
+        problems += [
+            f"report.trackers: {tracker} in {name} keeps one run a process"
+            for c, name in zip(configs, names, strict=True) for tracker in c.report.trackers if tracker in _ONE_RUN
+        ]  # fmt: skip
+    first = configs[0].model_dump(mode="json")
+    for config, name in zip(configs[1:], names[1:], strict=True):
+        own = config.model_dump(mode="json")
+        problems += [
+            f"{section}.{key}: {value!r} in {names[0]}, {own[section].get(key)!r} in {name}"
+            for section in _ONE for key, value in first[section].items() if own[section].get(key) != value
+        ]  # fmt: skip
+    folders: dict[str, str] = {}
+    for config, name in zip(configs, names, strict=True):
+        folder = config.output.directory
+        if folder in folders:
+            problems.append(f"output.directory: {folder} in {folders[folder]} and in {name}")
+        folders[folder] = name
+    if problems:
+        raise ConfigError(
+            f"these configurations cannot be trained in one pass:\n{bullets(problems, None)}",
+            fix="give all the same base and memory, and each an output of its own; or train them one after another",
+        )
 
 
 def _held_out(config: TrainConfig | ImageTrainConfig, what: str) -> Iterator[str]:

@@ -83,12 +83,15 @@ def _before(record: dict[str, Any], progress: Progress) -> bool:
 class ConsoleView:
     """Shows a run in a terminal, with a progress bar; a pipe or a CI log gets a line about 20 times a run instead.
 
-    `unit`: what is counted, tokens or pictures. `verbose`: show the settings at their defaults as well."""
+    `unit`: what is counted, tokens or pictures. `verbose`: show the settings at their defaults as well. `name`: of the
+    run where it is one of several, each of which then gets lines with its name before them."""
 
-    def __init__(self, console: Console | None = None, *, unit: str = "tokens", verbose: bool = False) -> None:
+    def __init__(
+        self, console: Console | None = None, *, unit: str = "tokens", verbose: bool = False, name: str = ""
+    ) -> None:  # fmt: skip
         from rich.console import Console
 
-        self.unit, self.verbose = unit, verbose
+        self.unit, self.verbose, self.name = unit, verbose, name
         self.console = console if console is not None else Console(stderr=True, highlight=False)
         self._bar: Bar | None = None
         self._task: Any = None
@@ -101,7 +104,8 @@ class ConsoleView:
             case Resolved():
                 self._settings(event)
             case Checked():
-                self.console.print("\n[bold]Checked before step one[/]")
+                self.console.print()
+                self._line("Checked before step one", style="bold")
                 coloured = bool(event.markup) and self.console.is_terminal  # without colours the text has brackets
                 text = event.markup if coloured else event.text
                 self.console.print(shown(text, lines=True), markup=coloured, soft_wrap=True)
@@ -156,16 +160,17 @@ class ConsoleView:
             style = "" if source.startswith("default") else "cyan"
             self._line(Text.assemble(f"  {shown(key):<{left}}  ", (f"{value:<{middle}}  ", style), (source, "dim")))
 
-    def _line(self, what: Any) -> None:
+    def _line(self, what: Any, **style: str) -> None:
         """One line, however long: a terminal wraps it, a pipe gets it whole."""
-        self.console.print(what, markup=False, soft_wrap=True)
+        name = [f"{shown(self.name)}:"] if self.name else []
+        self.console.print(*name, what, markup=False, soft_wrap=True, **style)  # type: ignore[arg-type]
 
     def _step(self, event: Stepped) -> None:
         self._recent = [*self._recent, (event.tokens, event.seconds)][-20:]
         seconds = sum(s for _, s in self._recent)
         speed = sum(t for t, _ in self._recent) / seconds if seconds else 0.0
         left = (event.steps - event.step) * seconds / len(self._recent)
-        if not self.console.is_terminal:
+        if self.name or not self.console.is_terminal:
             every = max(1, event.steps // 20)
             if event.step == 1 or event.step == event.steps or event.step - self._shown >= every:
                 self._shown = event.step

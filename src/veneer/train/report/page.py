@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veneer.errors import shown
 from veneer.train.checkpoint import write_atomically
 from veneer.train.report.log import duration, short, size
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _Point = tuple[float, float]
 
@@ -59,6 +62,39 @@ def write_page(path: Path, page: Page) -> None:
     write_atomically(path, render_page(page).encode())
 
 
+def write_sweep_page(
+    path: Path, title: str, rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[_Point]]
+) -> None:
+    """One page of many runs, atomically. `rows`: of each its `name` and what is known of it, the best first. `curves`:
+    name -> validation loss by step."""
+    from markupsafe import Markup
+
+    best = rows[0]["name"]
+    series = [Series(name, points, "faint", "b") for name, points in curves.items() if name != best and points]
+    series += [Series(best, curves[best], "dots")] if curves.get(best) else []
+    heads = [*dict.fromkeys(key for row in rows for key in row if key != "name")]
+    cells = [[_cell(row.get(head)) for head in heads] for row in rows]
+    page = _environment().get_template("sweep.html.j2").render(
+        title=title, rows=rows, chart=Markup(chart(series, label="validation loss")), cells=cells,
+        heads=[head.replace("_", " ") for head in heads],
+    )  # fmt: skip
+    write_atomically(path, page.encode())
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    return Environment(
+        loader=PackageLoader("veneer.train.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, finalize=lambda value: _plain(value, Markup),
+    )  # fmt: skip
+
+
 def _plain(value: Any, markup: type) -> Any:
     """Texts without the characters that reorder or hide others (`shown`); numbers and markup as they are."""
     return shown(value, lines=True) if isinstance(value, str) and not isinstance(value, markup) else value
@@ -66,13 +102,9 @@ def _plain(value: Any, markup: type) -> Any:
 
 def render_page(page: Page) -> str:
     """The page as HTML, every text in it escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    env = Environment(
-        loader=PackageLoader("veneer.train.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, finalize=lambda value: _plain(value, Markup),
-    )  # fmt: skip
+    env = _environment()
     env.filters |= {"size": size, "duration": duration}
     steps = [r for r in page.records if r.get("event") == "stepped"]
     scores = [r for r in page.records if r.get("event") == "evaluated"]

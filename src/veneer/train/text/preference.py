@@ -170,10 +170,6 @@ def mismatched(items: Sequence[Item], max_length: int) -> list[Example]:
     return out
 
 
-_REFERENCE = "reference"
-"""Beside the trained adapter: what it began as, where answers are compared with that."""
-
-
 @dataclass
 class Preference:
     """`reference`: the mix on the attachment that the policy is compared with; () for the base alone. `whose`: what
@@ -198,18 +194,18 @@ class Preference:
     @classmethod
     def of(
         cls, config: TrainConfig, base: TextBase, attachment: Attachment, *, start: Adapter | None = None,
-        call: CallWithWeights = call_whole, devices: Devices = ALONE,
+        name: str = "reference", call: CallWithWeights = call_whole, devices: Devices = ALONE,
     ) -> Preference:  # fmt: skip
         """That of a configuration. `start`: the adapter that the run goes on from, which is then put on the attachment
-        a second time, as the reference, where the loss has one."""
+        a second time under `name`, as the reference, where the loss has one."""
         whose = f"{base.fingerprint}|{base.quantised}|{base.dtype}|{start.digest() if start is not None else 'base'}"
         preference = cls(
             config.preference, base, attachment, whose=whose, micro_tokens=config.batching.at_once,
             max_length=config.data.max_length, call=call, devices=devices,
         )  # fmt: skip
         if start is not None and preference.needs_reference:
-            attachment.add(_REFERENCE, start)
-            preference.reference = (_REFERENCE,)
+            attachment.add(name, start)
+            preference.reference = (name,)
         return preference
 
     @property

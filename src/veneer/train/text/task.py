@@ -28,6 +28,8 @@ from torch import Tensor
 from veneer.adapters.use import load_adapter
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
+from veneer.core.selection import span_problem
+from veneer.core.targets import base_modules, base_of
 from veneer.errors import ConfigError, Interrupted, PreflightError
 from veneer.formats import peft
 from veneer.models.shard import CallWithWeights, Sharded, blocks, call_whole, local_bytes, shard, whole_bytes
@@ -57,6 +59,7 @@ from veneer.train.text.rows import data_digest
 from veneer.train.text.save import RunResult, text_metrics, text_report, write_adapter
 
 if TYPE_CHECKING:
+    from veneer.core.adapter import Adapter
     from veneer.models.text.base import TextBase
 
 _LOOKED_AT = 1024
@@ -95,13 +98,13 @@ def run_text(
         config, unit="tokens", on_event=on_event, lockstep=config.memory.shard, sources=sources, resume=resume,
         dry_run=dry_run, force=force,
     ) as run:  # fmt: skip
-        base = _loaded(config, base, run)
+        base = loaded_base(config, base, run)
         for note in base.notes:
             run.note(note)
-        return carry_out(run, TextTask(_cut_by_device(config, base, run), base))
+        return carry_out(run, TextTask(cut_by_device(config, base, run), base))
 
 
-def _loaded(config: TrainConfig, base: TextBase | None, run: Run) -> TextBase:
+def loaded_base(config: TrainConfig, base: TextBase | None, run: Run) -> TextBase:
     """The base, on this process's device. Where it is going to be sharded its weights are still in their files; or on
     the CPU where the fresh adapter begins as a part of their values, or they cannot be read in parts."""
     sharded = config.memory.shard and run.devices.count > 1
@@ -125,7 +128,7 @@ def _loaded(config: TrainConfig, base: TextBase | None, run: Run) -> TextBase:
     )  # fmt: skip
 
 
-def _cut_by_device(config: TrainConfig, base: TextBase, run: Run) -> TrainConfig:
+def cut_by_device(config: TrainConfig, base: TextBase, run: Run) -> TrainConfig:
     """The configuration with `batching.micro_tokens`, the same on every process, where it does not say it."""
     if config.batching.micro_tokens is not None:
         return config
@@ -148,10 +151,12 @@ def _free_memory(base: TextBase, devices: Devices) -> int | None:
 
 @dataclass(frozen=True)
 class TextTask(Task[TextData, RunResult]):
-    """Rows of text, learned from their answers or, with `preference.loss`, from how two answers compare."""
+    """Rows of text, learned from their answers or, with `preference.loss`, from how two answers compare. `taken`: bytes
+    that others on the same base are going to take."""
 
     config: TrainConfig
     base: TextBase
+    taken: int = 0
 
     def read(self, run: Run) -> TextData:
         data = read_data(self.config, self.base)
@@ -165,60 +170,36 @@ class TextTask(Task[TextData, RunResult]):
     def check(self, run: Run, data: TextData, previous: Mapping[str, Any] | None) -> Report:
         report = text_preflight(
             self.base, self.config, data, resume=run.resume, previous=previous,
-            free_memory=_free_memory(self.base, run.devices), devices=run.devices.count, force=run.force,
+            free_memory=self._free(run.devices), devices=run.devices.count, force=run.force,
         )  # fmt: skip
         run.say(report, self._settled(run, data, report))
         return report
 
     @contextmanager
     def attach(self, run: Run, data: TextData, report: Report) -> Iterator[AttachedText]:
-        """The fresh adapter (or the one to go on from) on the base, the base in training mode on its fast paths, and
-        sharded where that is asked for. All but the sharding is undone at the end."""
-        config, base, model, devices = self.config, self.base, self.base.model, run.devices
-        sharded = config.memory.shard and devices.count > 1
-        recompute, _ = self._recomputes(devices, report)
-        keep = 0 if sharded else int(report.numbers.get("kept_dequantised", 0))
-        with ExitStack() as undo:
-            attachment = undo.enter_context(attach(model))
-            seed_all(config.seed)
-            fresh = data.start
-            if fresh is None:
-                fresh = create(model, config.adapter.spec(), seed=config.seed, original=base.original)
-            attachment.add(NAME, fresh, trainable=True)
-            del fresh  # the attachment has its own copy
-            attachment.use(NAME)
-            undo.callback(model.train, model.training)
-            model.train()
-            if recompute:
-                undo.callback(model.activation_checkpointing_disable)
-                store = self._host_store(run)
-                if store is not None:
-                    undo.callback(store.let_go)
-                recompute_activations(model, store)
-            call: CallWithWeights = call_whole
-            parted: Sharded | None = None
-            if sharded:
-                whole, device = whole_bytes(model), torch.device(devices.device)
-                call = parted = shard(model, blocks(model), device, base.unread, weights_together(model))
-                attachment.adapters[NAME].move(device)
-                part = local_bytes(model)
-                read = "" if base.unread is None else f", and read {size(base.unread.bytes_read)} for it"
-                run.note(f"sharded over {devices.count} devices: this one holds {size(part)} of {size(whole)}{read}")
-                base = replace(base, device=device)
-            pack = int(report.numbers.get("kept_packed", 0))
-            how = undo.enter_context(fast(model, keep=keep, pack=pack, sharded=parted))
-            run.note(how.summary())
-            kind = AttachedText if config.preference.loss is None else AttachedPreferences
-            attached = kind(config, base, run, data, attachment, call)
+        with attached_texts([TextPart(self, run, data, report)]) as (attached,):
             attached.check_base()
             yield attached
 
-    def _recomputes(self, devices: Devices, report: Report) -> tuple[bool, str]:
+    def _free(self, devices: Devices) -> int | None:
+        if not self.taken:
+            return _free_memory(self.base, devices)
+        return max(0, free_memory(computes_on(self.base)) - self.taken)
+
+    def fresh(self, data: TextData) -> Adapter:
+        """What is trained, as it begins: new, or what the run goes on from."""
+        config, base = self.config, self.base
+        seed_all(config.seed)
+        if data.start is not None:
+            return data.start
+        return create(base.model, config.adapter.spec(), seed=config.seed, original=base.original)
+
+    def recomputes(self, devices: Devices, report: Report) -> tuple[bool, str]:
         """Whether activations are recomputed, and why; the first process decides."""
         mode, numbers = self.config.memory.recomputing, report.numbers
         return devices.gather(recomputes(mode, numbers.get("memory_needed"), numbers.get("memory_free")))[0]
 
-    def _host_store(self, run: Run) -> HostStore | None:
+    def host_store(self, run: Run) -> HostStore | None:
         """Where inputs of recomputed layers wait, if that is asked for and somewhere else than they are."""
         if not self.config.memory.offload_activations:
             return None
@@ -230,7 +211,7 @@ class TextTask(Task[TextData, RunResult]):
     def _settled(self, run: Run, data: TextData, report: Report) -> Iterator[tuple[str, Any, str]]:
         """What was `auto` or left open, as it is now, with the reason."""
         config, base, devices = self.config, self.base, run.devices
-        recompute, reason = self._recomputes(devices, report)
+        recompute, reason = self.recomputes(devices, report)
         if config.base.dtype == "auto":
             yield "base.dtype", str(base.dtype).removeprefix("torch."), base.dtype_reason
         if config.base.device == "auto":
@@ -246,7 +227,7 @@ class TextTask(Task[TextData, RunResult]):
         if base.quantised and config.memory.keep_dequantised_gb is None:
             because = "what the plan finds room for on a GPU; on a CPU dequantising costs next to nothing"
             yield "memory.keep_dequantised_gb", int(report.numbers.get("kept_dequantised", 0)) / 1e9, because
-        if run.config.batching != config.batching:  # `_cut_by_device` settled it
+        if run.config.batching != config.batching:  # `cut_by_device` settled it
             because = "what makes products faster on this device, where it fits"
             yield "batching.micro_tokens", config.batching.at_once, because
         if config.memory.keep_packed_gb is None:
@@ -259,6 +240,64 @@ class TextTask(Task[TextData, RunResult]):
             for key, losses in PREFERENCE_KEYS.items():
                 if getattr(config.preference, key) is None and config.preference.loss in losses:
                     yield f"preference.{key}", getattr(settled, key), f"what {config.preference.loss} takes"
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A run on a base that others may be trained on too. `name`: its adapter's on the attachment."""
+
+    task: TextTask
+    run: Run
+    data: TextData
+    report: Report
+    name: str = NAME
+
+
+@contextmanager
+def attached_texts(parts: Sequence[TextPart]) -> Iterator[list[AttachedText]]:
+    """The adapter of each run on their one base, the first's acting, the base in training mode on its fast paths, and
+    sharded where that is asked for. All but the sharding is undone at the end."""
+    first = parts[0]
+    config, base, run = first.task.config, first.task.base, first.run
+    model, devices = base.model, run.devices
+    sharded = config.memory.shard and devices.count > 1
+    recompute = any(part.task.recomputes(devices, part.report)[0] for part in parts)
+    keep, pack = (
+        min(int(part.report.numbers.get(key, 0)) for part in parts) for key in ("kept_dequantised", "kept_packed")
+    )
+    with ExitStack() as undo:
+        attachment = undo.enter_context(attach(model))
+        fresh = {part.name: part.task.fresh(part.data) for part in parts}
+        for name in list(fresh):
+            attachment.add(name, fresh.pop(name), trainable=True)  # which makes its own copy
+        attachment.use(first.name)
+        undo.callback(model.train, model.training)
+        model.train()
+        if recompute:
+            undo.callback(model.activation_checkpointing_disable)
+            store = first.task.host_store(run)
+            if store is not None:
+                undo.callback(store.let_go)
+            recompute_activations(model, store)
+        call: CallWithWeights = call_whole
+        parted: Sharded | None = None
+        if sharded:
+            whole, device = whole_bytes(model), torch.device(devices.device)
+            call = parted = shard(model, blocks(model), device, base.unread, weights_together(model))
+            for adapter in attachment.adapters.values():
+                adapter.move(device)
+            local = local_bytes(model)
+            read = "" if base.unread is None else f", and read {size(base.unread.bytes_read)} for it"
+            run.note(f"sharded over {devices.count} devices: this one holds {size(local)} of {size(whole)}{read}")
+            base = replace(base, device=device)
+        how = undo.enter_context(fast(model, keep=0 if sharded else keep, pack=pack, sharded=parted))
+        run.note(how.summary())
+        yield [
+            (AttachedText if part.task.config.preference.loss is None else AttachedPreferences)(
+                part.task.config, base, part.run, part.data, attachment, call, part.name
+            )
+            for part in parts
+        ]
 
 
 def recompute_activations(model: Any, store: HostStore | None = None) -> None:
@@ -291,15 +330,16 @@ def batch_loss(model: Any, batch: Batch, device: torch.device, call: CallWithWei
 
 
 class AttachedText(AttachedTask[RunResult]):
-    """The likelihood of the rows' answers, learned. `call`: what the model is called through, sharded or not."""
+    """The likelihood of the rows' answers, learned. `call`: what the model is called through, sharded or not. `name`:
+    the adapter's on the attachment."""
 
     def __init__(
         self, config: TrainConfig, base: TextBase, run: Run, data: TextData, attachment: Attachment,
-        call: CallWithWeights,
+        call: CallWithWeights, name: str,
     ) -> None:  # fmt: skip
         self.config, self.base, self.run, self.data = config, base, run, data
-        self.attachment, self.call = attachment, call
-        self.parameters = attachment.parameters(NAME)
+        self.attachment, self.call, self.name = attachment, call, name
+        self.parameters = attachment.parameters(name)
         self.steps = planned_steps(data.train.items, config, data.train.rows, run.devices.count)
         self.ends = self.steps.ends
         self.held_out: Sequence[Any] = data.held.items[: config.evaluation.rows]
@@ -319,6 +359,17 @@ class AttachedText(AttachedTask[RunResult]):
     def environment(self) -> dict[str, Any]:
         packed = report_of(self.base.model).room.most
         return {"tokens of a micro-batch": self.config.batching.at_once, "bytes of weights kept packed": packed}
+
+    def act(self) -> None:
+        self.attachment.use(self.name)
+
+    def why_alone(self) -> str:
+        """Why its rows cannot go through the base beside those of other runs; "" where they can."""
+        adapter, model = self.attachment.adapters[self.name], self.base.model
+        head = base_of(model.get_output_embeddings())
+        if any(module is head and name in adapter.pairs for name, module in base_modules(model)):
+            return "it changes the head"
+        return span_problem(adapter)
 
     def check_base(self) -> None:
         """PreflightError where what the run begins with predicts its rows worse than chance, all their tokens counted:
@@ -373,7 +424,7 @@ class AttachedText(AttachedTask[RunResult]):
         )  # fmt: skip
 
     def save(self, result: RunResult, progress: Progress, tell: Listener) -> RunResult:
-        base, data, trained = self.base, self.data, self.attachment.adapter(NAME)
+        base, data, trained = self.base, self.data, self.attachment.adapter(self.name)
         card = replace(
             trained.card, base=base.name, base_fingerprint=base.fingerprint, kind="text",
             data_digest=data_digest(data.train.rows), recipe=self.config.recipe(), metrics=text_metrics(result),
@@ -385,7 +436,6 @@ class AttachedText(AttachedTask[RunResult]):
     def prove(self) -> str:
         base, folder = self.base, self.run.folder
         ids = torch.tensor([self.data.train.encoded.examples[0].input_ids], device=base.device)
-        base.model.eval()
 
         def logits() -> Tensor:
             out: Tensor = base.model(input_ids=ids, use_cache=False).logits
@@ -393,13 +443,14 @@ class AttachedText(AttachedTask[RunResult]):
 
         def proven() -> str:
             # PiSSA and OLoRA are written with twice the rank: one rounding of the base's dtype, through a few layers.
-            rewritten = any(pair.origin is not None for pair in self.attachment.adapters[NAME].pairs.values())
+            rewritten = any(pair.origin is not None for pair in self.attachment.adapters[self.name].pairs.values())
             return prove(
-                self.attachment, NAME, peft.read_folder(folder, base.model), logits, path=folder, what="logits",
+                self.attachment, self.name, peft.read_folder(folder, base.model), logits, path=folder, what="logits",
                 rounding=64 * torch.finfo(base.dtype).eps if rewritten else 0.0,
             )  # fmt: skip
 
-        return self.call(proven)
+        with without_dropout(base.model):
+            return self.call(proven)
 
     def report(self, result: RunResult, progress: Progress) -> ReportParts:
         return text_report(result, self.run.folder, self.base, progress.seconds, self.config.preference.loss)
@@ -412,8 +463,12 @@ class AttachedPreferences(AttachedText):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.preference = Preference.of(
-            self.config, self.base, self.attachment, start=self.data.start, call=self.call, devices=self.run.devices
+            self.config, self.base, self.attachment, start=self.data.start, name=f"{self.name}, as it began",
+            call=self.call, devices=self.run.devices,
         )  # fmt: skip
+
+    def why_alone(self) -> str:
+        return "its loss compares answers"
 
     def begin(self, progress: Progress, tell: Listener) -> None:
         """The reference's log-probabilities of every pair; a stop on the way keeps what is done."""

@@ -1,0 +1,65 @@
+"""`veneer sweep`: every combination of some settings, in one pass of the base, and one report."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from veneer.cli.options import AsJson
+from veneer.cli.output import print_json, print_table, say
+from veneer.errors import Interrupted
+
+app = typer.Typer(add_completion=False)
+
+_COLUMNS = ("validation", "loss", "kept_step")
+
+
+@app.command(epilog="Example: veneer sweep support.yaml adapter.rank=8,16,64 optimizer.learning_rate=1e-4,5e-4")
+def sweep(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A YAML file for text, as of veneer train.")],
+    settings: Annotated[
+        list[str],
+        typer.Argument(metavar="section.key=VALUE,VALUE...", help="Those with several values are swept, all together."),
+    ],
+    halving: Annotated[
+        bool, typer.Option("--halving", help="Leave out the worse half at T/2, T/4, … steps, by validation loss.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoints.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything; write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Try what does not fit by its plan, with a warning.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train an adapter for every combination of settings, all in one pass of their base, and compare them."""
+    from veneer.models.loading import errors_only
+    from veneer.train.report.log import ConsoleView
+    from veneer.train.text.sweep import run_sweep
+
+    try:
+        with errors_only():
+            made = run_sweep(
+                config, settings, halving=halving, resume=resume, dry_run=dry_run, force=force,
+                listener=lambda name: ConsoleView(name=name),
+            )  # fmt: skip
+    except Interrupted as error:
+        flags = ["--halving"] * halving
+        command = shlex.join(["veneer", "sweep", str(config), *settings, *flags, "--resume"])
+        raise Interrupted(error.what, fix=f"go on with: {command}", signal=error.signal) from None
+    rows = made.rows()
+    if as_json:
+        print_json(made.to_dict())
+    else:
+        swept = list(made.combinations[0].swept)
+        cells = [[*(row[key] for key in swept), *(_number(row.get(key)) for key in _COLUMNS)] for row in rows]
+        heads = [*swept, *(column.replace("_", " ") for column in _COLUMNS), ""]
+        print_table(heads, [[*own, row.get("ended", "")] for own, row in zip(cells, rows, strict=True)])
+    if made.report:
+        say(f"report   {made.report}")
+    if all("ended" in row for row in rows):
+        raise typer.Exit(2)
+
+
+def _number(value: object) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,198 @@
+"""A grid of settings: an adapter for each combination, all trained in one pass of their base, and one report of them.
+
+    run_sweep(file, ["adapter.rank=8,16,64", "optimizer.learning_rate=1e-4,5e-4", "schedule.steps=200"])
+
+Every setting with commas outside of brackets is swept, the others hold for all. Each combination has its folder in the
+output, `rank=8,learning_rate=1e-4`, as if it were trained alone; `sweep.html` and `sweep.json` beside them compare what
+came out, the lowest validation loss first.
+
+Early halving: of n runs of T steps the better half stays at the first evaluation from T/2^r on, r = ⌊log2 n⌋, half of
+those from 2T/2^r on, … until one is left at T/2. It is successive halving (arXiv 1502.07943), with
+validation losses that are there anyway.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.errors import ConfigError, NoGain, VeneerError
+from veneer.train.checkpoint import write_atomically
+from veneer.train.config.load import load_config
+from veneer.train.events import Evaluated, Event, Listener, Stepped, fan_out
+from veneer.train.report.page import write_sweep_page
+from veneer.train.text.save import RunResult
+from veneer.train.text.together import run_texts
+
+if TYPE_CHECKING:
+    from veneer.models.text.base import TextBase
+
+_MOST = 256
+"""Combinations: more is a slip of the keyboard."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One of a grid: `name`, also of its folder; `swept`: setting -> its value here; `overrides`: all that it is
+    given."""
+
+    name: str
+    swept: Mapping[str, str]
+    overrides: Sequence[str]
+
+
+def grid(overrides: Sequence[str]) -> list[Combination]:
+    """Every combination of the values that are given with commas, the last setting changing fastest.
+
+    Raises ConfigError where nothing is swept, and for more than 256."""
+    given = [override.partition("=") for override in overrides]
+    values = {key: _values(text) for key, _, text in given}
+    swept = {key: own for key, own in values.items() if len(own) > 1}
+    count = math.prod(len(own) for own in swept.values())
+    if not swept or count > _MOST:
+        raise ConfigError(
+            f"{count} combinations are no sweep" if swept else "nothing is swept: no setting has several values",
+            fix=f"give settings with commas, up to {_MOST} combinations: adapter.rank=8,16 seed=0,1",
+        )
+    leaves = [key.rpartition(".")[2] for key in swept]
+    short = {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(swept, leaves, strict=True)}
+    held = ["".join(parts) for parts in given if parts[0] not in swept]
+    out = []
+    for chosen in itertools.product(*swept.values()):
+        own = dict(zip(swept, chosen, strict=True))
+        name = ",".join(f"{short[key]}={re.sub(r'[^A-Za-z0-9._+-]+', '_', value)}" for key, value in own.items())
+        out.append(Combination(name, own, [*held, *(f"{key}={value}" for key, value in own.items())]))
+    return out
+
+
+def _values(text: str) -> list[str]:
+    """The parts of a text between its commas, but for those within brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        else:
+            depth += (character in "[{(") - (character in "]})")
+            if character == "," and not depth:
+                parts.append("")
+                continue
+        parts[-1] += character
+    return [part.strip() for part in parts]
+
+
+@dataclass
+class Sweep:
+    """What a sweep came to: of each combination its result or the error that ended it, and the report."""
+
+    combinations: list[Combination]
+    results: list[RunResult | VeneerError]
+    report: str = ""
+    curves: list[list[tuple[float, float]]] = field(default_factory=list)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each, the lowest validation loss (else training loss) first, those without an adapter last."""
+        rows = []
+        for combination, result in zip(self.combinations, self.results, strict=True):
+            row: dict[str, Any] = {"name": combination.name, **combination.swept}
+            if isinstance(result, RunResult):
+                row |= {
+                    "validation": result.validation, "validation_before": result.validation_before,
+                    "loss": result.loss, "kept_step": result.kept_step, "steps": result.steps,
+                    "tokens_per_second": result.tokens_per_second, "adapter": result.adapter,
+                }  # fmt: skip
+            else:
+                row |= {"ended": result.what}
+            rows.append(row)
+        return sorted(rows, key=_loss_of)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"report": self.report, "runs": self.rows()}
+
+
+def _loss_of(row: Mapping[str, Any]) -> float:
+    found = row.get("validation", math.inf)
+    found = row.get("loss") if found is None else found
+    return math.inf if found is None else float(found)
+
+
+def run_sweep(
+    file: Path,
+    overrides: Sequence[str],
+    *,
+    halving: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    base: TextBase | None = None,
+    listener: Callable[[str], Listener] = lambda name: lambda event: None,
+) -> Sweep:
+    """Trains every combination of `grid` on the configuration `file`. `listener`: who hears the run of a name.
+
+    Raises ConfigError for a grid that is none, and what `run_texts` raises; a run that fails is a row of the report."""
+    combinations = grid(overrides)
+    held = [o for o in overrides if o.partition("=")[0] not in combinations[0].swept]
+    folder = Path(load_config(file, held)[0].output.directory)
+    loaded = [load_config(file, [*one.overrides, f"output.directory={folder / one.name}"]) for one in combinations]
+    halves = _Halving([config.schedule.steps or 0 for config, _ in loaded], on=halving)
+    curves: list[list[tuple[float, float]]] = [[] for _ in combinations]
+
+    def heard(place: int, event: Event) -> None:
+        halves.hear(place, event)
+        if isinstance(event, Evaluated):
+            curves[place].append((float(event.step), event.loss))
+
+    results = run_texts(
+        [config for config, _ in loaded], names=[one.name for one in combinations],
+        sources=[sources for _, sources in loaded], resume=resume, dry_run=dry_run, force=force, base=base,
+        listeners=[fan_out(partial(heard, i), listener(one.name)) for i, one in enumerate(combinations)],
+        leave=halves.leave,
+    )  # fmt: skip
+    sweep = Sweep(combinations, results, curves=curves)
+    if not dry_run:
+        report = folder / "sweep.html"
+        write_sweep_page(
+            report, file.name, sweep.rows(), {one.name: c for one, c in zip(combinations, curves, strict=True)}
+        )
+        sweep.report = str(report)
+        write_atomically(folder / "sweep.json", (json.dumps(sweep.to_dict(), indent=1) + "\n").encode())
+    return sweep
+
+
+class _Halving:
+    """Who leaves, and when. `steps`: of each run, 0 where only its data say it: they are known with its first step."""
+
+    def __init__(self, steps: Sequence[int], *, on: bool) -> None:
+        self.on, self.steps = on, list(steps)
+        self.scores: dict[int, tuple[int, float]] = {}
+
+    def hear(self, place: int, event: Event) -> None:
+        if isinstance(event, Stepped):
+            self.steps[place] = event.steps
+        if isinstance(event, Evaluated) and event.step:
+            self.scores[place] = event.step, event.loss
+
+    def leave(self, running: Sequence[int]) -> dict[int, VeneerError]:
+        """Those of the runs that are under way that leave now."""
+        if not self.on:
+            return {}
+        total, longest = len(self.steps), max(self.steps)
+        scored = {place: self.scores[place] for place in running if place in self.scores}
+        step = min((step for step, _ in scored.values()), default=0)
+        if len(scored) < len(running) or not step:
+            return {}
+        halvings = sum(step >= longest / 2**k for k in range(1, int(math.log2(total)) + 1))
+        worst_first = sorted(running, key=lambda place: scored[place][1], reverse=True)
+        over = worst_first[: max(0, len(running) - math.ceil(total / 2**halvings))] if halvings else []
+        return {
+            place: NoGain(f"left out by early halving, at a validation loss of {scored[place][1]:.4f}")
+            for place in over
+        }

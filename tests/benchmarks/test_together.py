@@ -1,0 +1,40 @@
+"""The benchmark of runs in one pass: both sides make the same steps of the size that is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_base import tiny_base_dir
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("together_benchmark", ROOT / "benchmarks" / "together.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_both_sides_train_every_customer_on_rows_of_the_length(bench: Any, tmp_path: Path) -> None:
+    args = argparse.Namespace(
+        customers=3, rows=1, tokens=96, steps=4, rank=2, base=str(tiny_base_dir(tmp_path)), dtype="float32",
+        device="cpu",
+    )  # fmt: skip
+    for name in bench.SIDES[:2]:
+        folder = tmp_path / name
+        folder.mkdir()
+        bench.write_rows(folder, args)
+        found = bench.side(name, folder, args)
+        assert found["tokens_per_second"] > 0
+        assert found["tokens"] == 3 * 2 * 96
+        assert len(list(folder.glob("out-*/adapter_model.safetensors"))) == 3

@@ -1,0 +1,95 @@
+"""Sweeps: the grid that is asked for, what each combination comes to, and who is left out early."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.tiny_base import tiny_base_dir
+from veneer.errors import ConfigError, NoGain
+from veneer.formats.peft import read_folder
+from veneer.models.text.base import TextBase, load_text
+from veneer.train.events import Evaluated, Event, Listener, Stepped
+from veneer.train.text.save import RunResult
+from veneer.train.text.sweep import grid, run_sweep
+
+
+def test_a_grid_is_every_combination_and_commas_in_brackets_are_none() -> None:
+    found = grid(["adapter.rank=2,4", "schedule.steps=3", "adapter.targets=[q_proj,v_proj],all-linear", "seed=1"])
+    assert [c.name for c in found] == [
+        "rank=2,targets=_q_proj_v_proj_", "rank=2,targets=all-linear",
+        "rank=4,targets=_q_proj_v_proj_", "rank=4,targets=all-linear",
+    ]  # fmt: skip
+    assert found[0].overrides == ["schedule.steps=3", "seed=1", "adapter.rank=2", "adapter.targets=[q_proj,v_proj]"]
+    assert grid(["data.limit=5,6", "evaluation.limit=1,2"])[0].name == "data.limit=5,evaluation.limit=1"
+
+
+@pytest.mark.parametrize(("settings", "says"), [(["seed=1"], "nothing is swept"), (["seed=" + "1," * 300], "301 comb")])
+def test_a_grid_that_is_none_is_refused(settings: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        grid(settings)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    rows = [{"prompt": f"Where is parcel {i}?", "completion": f"Shelf {i % 3}."} for i in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    values = {
+        "base": str(tiny_base_dir(folder)), "data": {"train": "rows.jsonl", "split": 4}, "output": "out",
+        "batching": {"rows": 2}, "schedule": {"steps": 8}, "evaluation": {"every": 2}, "checkpoint": {"every": 4},
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return folder / "run.yaml"
+
+
+@pytest.fixture(scope="module")
+def base(config: Path) -> TextBase:
+    return load_text(str(config.parent / "tiny-base"))
+
+
+def test_every_combination_is_an_adapter_and_a_row_of_the_report(config: Path, base: TextBase, tmp_path: Path) -> None:
+    settings = ["adapter.rank=2,4", "optimizer.learning_rate=1e-4,1e-2", f"output={tmp_path}"]
+    made = run_sweep(config, settings, base=base)
+    assert all(isinstance(result, RunResult) for result in made.results)
+    rows = made.rows()
+    losses = [row["validation"] for row in rows]
+    assert losses == sorted(losses)
+    assert {(row["adapter.rank"], row["optimizer.learning_rate"]) for row in rows[:2]} == {("2", "1e-2"), ("4", "1e-2")}
+    for row in rows:
+        assert Path(row["adapter"]).name == row["name"]
+        ranks = {pair.rank for pair in read_folder(Path(row["adapter"]), base.model).pairs.values()}
+        assert ranks == {int(row["adapter.rank"])}
+    page = Path(made.report).read_text()
+    assert page.count("<tr>") == 5
+    assert "<svg" in page
+    assert json.loads((tmp_path / "sweep.json").read_text()) == json.loads(json.dumps(made.to_dict()))
+
+
+def test_the_worse_half_leaves_early(config: Path, base: TextBase, tmp_path: Path) -> None:
+    """Four runs of eight steps: two are left after the second, one after the fourth."""
+    last: dict[str, int] = {}
+    scores: dict[tuple[str, int], float] = {}
+
+    def listener(name: str) -> Listener:
+        def heard(event: Event) -> None:
+            if isinstance(event, Stepped):
+                last[name] = event.step
+            if isinstance(event, Evaluated):
+                scores[name, event.step] = event.loss
+
+        return heard
+
+    settings = ["optimizer.learning_rate=1e-5,1e-4,1e-3,1e-2", f"output={tmp_path}"]
+    made = run_sweep(config, settings, halving=True, base=base, listener=listener)
+    assert sorted(last.values()) == [2, 2, 4, 8]
+    for step, stay in ((2, 2), (4, 1)):
+        at = {name: loss for (name, own), loss in scores.items() if own == step}
+        best = sorted(at, key=lambda name: at[name])[:stay]
+        assert {name for name, own in last.items() if own > step} == set(best)
+    ended = [result for result in made.results if isinstance(result, NoGain)]
+    assert len(ended) == 3
+    assert [("ended" in row) for row in made.rows()] == [False, True, True, True]

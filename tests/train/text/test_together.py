@@ -1,0 +1,318 @@
+"""Runs in one pass of their base: each comes out as if it were alone, whatever becomes of the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_base import tiny_base_dir
+from veneer.errors import ConfigError, DataError, Interrupted, TrainingError, VeneerError
+from veneer.files.safetensors import read_tensors
+from veneer.models.text.base import TextBase, load_text
+from veneer.train.config.load import config_from
+from veneer.train.events import Event, Note, Stepped
+from veneer.train.report.log import read_log
+from veneer.train.text import together
+from veneer.train.text.save import RunResult
+from veneer.train.text.task import run_text
+from veneer.train.text.together import run_texts
+
+TENSORS = "adapter_model.safetensors"
+LAW = 1e-5
+"""Of the largest entry, in float32, over ten steps."""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base, forty tickets, and twelve pairs of answers."""
+    folder = tmp_path_factory.mktemp("together")
+    tiny_base_dir(folder)
+    tickets = [("printer", "it"), ("invoice", "billing")]
+    with (folder / "rows.jsonl").open("w") as file, (folder / "pairs.jsonl").open("w") as pairs:
+        for i in range(20):
+            for thing, team in tickets:
+                asked = {"role": "user", "content": f"The {thing} number {i} {'still ' * (i % 4)}does not work."}
+                answer = {"role": "assistant", "content": json.dumps({"team": team})}
+                file.write(json.dumps({"messages": [asked, answer]}) + "\n")
+            if i < 12:
+                row = {"prompt": f"The printer {i} is silent.", "chosen": "it", "rejected": "billing, I guess"}
+                pairs.write(json.dumps(row) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(shared: Path) -> TextBase:
+    return load_text(str(shared / "tiny-base"))
+
+
+COMMON: dict[str, Any] = {
+    "batching": {"rows": 4, "micro_rows": 2}, "optimizer": {"learning_rate": 3e-3}, "schedule": {"steps": 10},
+    "adapter": {"rank": 4, "dropout": 0.2}, "evaluation": {"every": 4}, "checkpoint": {"every": 3},
+}  # fmt: skip
+CUSTOMERS: dict[str, dict[str, Any]] = {
+    "a": {},
+    "b": {
+        "adapter": {"rank": 8, "alpha": 8, "targets": ["q_proj", "v_proj", "down_proj"], "dropout": 0.0},
+        "optimizer": {"learning_rate": 1e-3, "loraplus_ratio": 4.0, "clip": 0.1}, "schedule": {"steps": 6},
+        "seed": 5, "checkpoint": {"every": 4},
+    },
+    "c": {
+        "adapter": {"rank": 3, "targets": ["o_proj", "gate_proj"], "rslora": True, "dropout": 0.1},
+        "batching": {"rows": 1}, "data": {"limit": 30, "split": 0}, "optimizer": {"name": "sgd", "learning_rate": 0.5},
+        "evaluation": {"every": "epoch"},
+    },
+    "d": {"adapter": {"rank": 2, "init": "pissa", "dropout": 0.0}, "schedule": {"steps": 9, "warmup": 3}},
+    "dora": {"adapter": {"rank": 4, "dora": True}, "schedule": {"steps": 5}},
+    "loha": {"adapter": {"rank": 2, "kind": "loha", "dropout": 0.0}, "schedule": {"steps": 4}},
+}  # fmt: skip
+
+
+def config_of(shared: Path, output: Path, *more: dict[str, Any]) -> Any:
+    values: dict[str, Any] = {
+        "base": {"name": str(shared / "tiny-base")}, "data": {"train": str(shared / "rows.jsonl"), "split": 8},
+        "output": str(output),
+    }  # fmt: skip
+    for sections in (COMMON, *more):
+        for section, value in sections.items():
+            values[section] = {**values.get(section, {}), **value} if isinstance(value, dict) else value
+    return config_from(values)[0]
+
+
+def train(
+    shared: Path, place: Path, base: TextBase, customers: dict[str, dict[str, Any]], *,
+    on_event: Callable[[str, Event], None] = lambda name, event: None, **options: Any,
+) -> dict[str, RunResult | VeneerError]:  # fmt: skip
+    """All of them in one pass, each in a folder of its name."""
+    configs = [config_of(shared, place / name, own) for name, own in customers.items()]
+    listeners = [lambda event, name=name: on_event(name, event) for name in customers]
+    results = run_texts(configs, base=base, listeners=listeners, **options)
+    return dict(zip(customers, results, strict=True))
+
+
+@pytest.fixture(scope="module")
+def alone(shared: Path, base: TextBase) -> Callable[[str], Path]:
+    """The folder of a customer's run by itself."""
+
+    def made(name: str) -> Path:
+        output = shared / "alone" / name
+        if not output.exists():
+            run_text(config_of(shared, output, CUSTOMERS[name]), base=base, on_event=lambda event: None)
+        return output
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def group(shared: Path, base: TextBase) -> tuple[Path, dict[str, RunResult | VeneerError], list[tuple[str, Event]]]:
+    """All customers in one pass, which many tests look at."""
+    seen: list[tuple[str, Event]] = []
+    results = train(shared, shared / "group", base, CUSTOMERS, on_event=lambda *event: seen.append(event))
+    return shared / "group", results, seen
+
+
+def assert_same(one: Path, other: Path, law: float = LAW) -> None:
+    """The adapters in two folders, each tensor to `law` of its largest entry."""
+    found, expected = read_tensors(one / TENSORS)[0], read_tensors(other / TENSORS)[0]
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() <= law * tensor.abs().max(), name
+
+
+@pytest.mark.parametrize("name", CUSTOMERS)
+def test_each_comes_out_as_if_it_were_alone(name: str, group: Any, alone: Callable[[str], Path]) -> None:
+    place, results, _ = group
+    assert isinstance(results[name], RunResult), results[name]
+    assert_same(place / name, alone(name))
+    numbers = [
+        [
+            (r["step"], r["loss"])
+            for r in read_log(folder / name / "log.jsonl")
+            if r["event"] in ("stepped", "evaluated")
+        ]
+        for folder in (place, alone(name).parent)
+    ]
+    assert [step for step, _ in numbers[0]] == [step for step, _ in numbers[1]]
+    assert [loss for _, loss in numbers[0]] == pytest.approx([loss for _, loss in numbers[1]], rel=1e-5)
+
+
+def test_one_pass_of_the_base_serves_all_that_can_be_beside_one_another(
+    shared: Path, base: TextBase, group: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rows of five runs in a pass; and passes that would have more tokens than a micro-batch may are several."""
+    notes = {name: [e.text for n, e in group[2] if n == name and isinstance(e, Note)] for name in CUSTOMERS}
+    assert "4 runs in one pass of the base" in notes["a"]
+    assert any("a pass of their own" in note and "DoRA" in note for note in notes["dora"])
+    assert any("a pass of their own" in note and "more than pairs" in note for note in notes["loha"])
+    assert not any("a pass of their own" in note for name in "abcd" for note in notes[name])
+    passes: list[list[int]] = []
+
+    def counted(model: Any, ids: Any, lengths: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        passes.append(list(lengths))
+        return rows_nll(model, ids, lengths, *args, **kwargs)
+
+    rows_nll = together.rows_nll
+    monkeypatch.setattr(together, "rows_nll", counted)
+    short = {"batching": {"rows": 2, "micro_rows": 2}, "schedule": {"steps": 2}, "data": {"split": 0}}
+    customers = {str(i): {**short, "seed": i} for i in range(3)}
+    train(shared, tmp_path / "one", base, customers)
+    assert [len(lengths) for lengths in passes] == [6, 6]
+    several = [sum(lengths) for lengths in passes]
+    passes.clear()
+    narrow = {**short, "batching": {"rows": 2, "micro_tokens": min(several) * 2 // 3}}
+    train(
+        shared, tmp_path / "two", base, {name: {**own, **narrow, "seed": int(name)} for name, own in customers.items()}
+    )
+    assert len(passes) > 2
+    assert max(map(sum, passes)) <= min(several) * 2 // 3
+    for name in customers:
+        assert_same(tmp_path / "two" / name, tmp_path / "one" / name)
+
+
+def test_with_activations_recomputed(
+    shared: Path, base: TextBase, alone: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What is dropped is the same when a layer is made again."""
+    memory = {"memory": {"activation_checkpointing": "on"}}
+    results = train(shared, tmp_path, base, {name: {**CUSTOMERS[name], **memory} for name in "ac"})
+    assert all(isinstance(result, RunResult) for result in results.values())
+    for name in "ac":
+        assert_same(tmp_path / name, alone(name))
+
+
+def test_answers_that_are_compared_have_a_pass_of_their_own(
+    shared: Path, base: TextBase, alone: Callable[[str], Path], tmp_path: Path
+) -> None:
+    dpo = {
+        "data": {"train": str(shared / "pairs.jsonl"), "split": 0}, "preference": {"loss": "dpo"},
+        "schedule": {"steps": 3}, "optimizer": {"learning_rate": 1e-3},
+    }  # fmt: skip
+    results = train(shared, tmp_path, base, {"dpo": dpo, "b": CUSTOMERS["b"]})
+    assert all(isinstance(result, RunResult) for result in results.values()), results
+    run_text(config_of(shared, tmp_path / "alone", dpo), base=base, on_event=lambda event: None)
+    assert_same(tmp_path / "dpo", tmp_path / "alone")
+    assert_same(tmp_path / "b", alone("b"))
+
+
+def test_one_that_fails_leaves_the_others_as_they_are(
+    shared: Path, base: TextBase, alone: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A loss that is not finite in the middle, and data that cannot be read: what is shared then holds numbers that are
+    none, and nothing of them reaches the others."""
+    wild = {"optimizer": {"name": "sgd", "learning_rate": 1e30, "clip": None}, "seed": 7, "evaluation": {"every": 50}}
+    bad = {"data": {"train": str(shared / "nothing.jsonl")}}
+    results = train(shared, tmp_path, base, {"a": CUSTOMERS["a"], "wild": wild, "bad": bad, "c": CUSTOMERS["c"]})
+    error = results["wild"]
+    assert isinstance(error, TrainingError)
+    assert "not finite" in error.what
+    assert "rows.jsonl" in str(error.where)
+    assert isinstance(results["bad"], DataError)
+    assert not (tmp_path / "bad").exists()
+    for name in "ac":
+        assert isinstance(results[name], RunResult)
+        assert_same(tmp_path / name, alone(name))
+
+
+class Killed(Exception):
+    """Stands for the end of the process: nothing of the run's own comes after it."""
+
+
+FEW = {name: CUSTOMERS[name] for name in ("a", "b", "c", "dora")}
+
+
+@pytest.fixture(scope="module")
+def few(shared: Path, base: TextBase) -> Path:
+    """Runs of unlike lengths, checkpoints and evaluations that nobody stopped."""
+    train(shared, shared / "few", base, FEW)
+    return shared / "few"
+
+
+def bytes_of(place: Path) -> dict[str, bytes]:
+    return {name: (place / name / TENSORS).read_bytes() for name in FEW}
+
+
+@pytest.mark.parametrize(("who", "step"), [("a", 3), ("dora", 5), ("c", 10)])
+def test_a_group_that_is_killed_goes_on_bit_for_bit(
+    who: str, step: int, shared: Path, base: TextBase, few: Path, tmp_path: Path
+) -> None:
+    """Also where some have ended by then, and in the middle of a step: one has made it and the next has not."""
+
+    def kill(name: str, event: Event) -> None:
+        if name == who and isinstance(event, Stepped) and event.step == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(shared, tmp_path, base, FEW, on_event=kill)
+    results = train(shared, tmp_path, base, FEW, resume=True)
+    assert all(isinstance(result, RunResult) for result in results.values()), results
+    assert bytes_of(tmp_path) == bytes_of(few)
+
+
+def test_a_signal_stops_all_at_one_step_and_they_go_on_bit_for_bit(
+    shared: Path, base: TextBase, few: Path, tmp_path: Path
+) -> None:
+    seen: list[tuple[str, Event]] = []
+
+    def stop(name: str, event: Event) -> None:
+        seen.append((name, event))
+        if name == "b" and isinstance(event, Stepped) and event.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="the state of 4 runs is saved"):  # dora's last evaluation was still to come
+        train(shared, tmp_path, base, FEW, on_event=stop)
+    last = {name: max(e.step for n, e in seen if n == name and isinstance(e, Stepped)) for name in FEW}
+    assert set(last.values()) == {5}
+    train(shared, tmp_path, base, FEW, resume=True)
+    assert bytes_of(tmp_path) == bytes_of(few)
+
+
+def test_one_that_had_failed_is_not_taken_back_into_a_group_that_goes_on(
+    shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    """It would change the last bits of the others. By itself it goes on, which is said to be without them."""
+    sgd = {"optimizer": {"name": "sgd", "learning_rate": 0.01}, "schedule": {"steps": 8}, "evaluation": {"every": 50}}
+    customers = {"a": {**CUSTOMERS["a"], "schedule": {"steps": 8}}, "b": sgd}
+
+    def poison(name: str, event: Event) -> None:
+        if name == "b" and isinstance(event, Stepped) and event.step == 4:
+            raise TrainingError("made up")
+
+    def kill(name: str, event: Event) -> None:
+        poison(name, event)
+        if name == "a" and isinstance(event, Stepped) and event.step == 7:
+            raise Killed
+
+    whole = train(shared, tmp_path / "whole", base, customers, on_event=poison)
+    assert isinstance(whole["b"], TrainingError)
+    with pytest.raises(Killed):
+        train(shared, tmp_path / "killed", base, customers, on_event=kill)
+    results = train(shared, tmp_path / "killed", base, customers, resume=True)
+    assert isinstance(results["b"], VeneerError)
+    assert "had ended early, after its step 3" in results["b"].what
+    assert (tmp_path / "killed/a" / TENSORS).read_bytes() == (tmp_path / "whole/a" / TENSORS).read_bytes()
+    notes: list[Event] = []
+    run_text(config_of(shared, tmp_path / "killed/b", sgd), base=base, resume=True, on_event=notes.append)
+    assert any("trained together with 1 run more until here" in e.text for e in notes if isinstance(e, Note))
+
+
+def test_a_dry_run_tries_each_and_writes_nothing(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    results = train(shared, tmp_path, base, {name: CUSTOMERS[name] for name in "ab"}, dry_run=True)
+    assert [result.steps for result in results.values() if isinstance(result, RunResult)] == [10, 6]
+    assert not list(tmp_path.iterdir())
+
+
+def test_configurations_that_cannot_share_a_base_are_told_by_file_and_key(shared: Path, tmp_path: Path) -> None:
+    one = config_of(shared, tmp_path / "a", {"report": {"trackers": ["wandb"]}})
+    other = config_of(shared, tmp_path / "a", {"memory": {"limit_gb": 3.0}})
+    other = other.model_copy(update={"base": other.base.model_copy(update={"dtype": "bfloat16"})})
+    with pytest.raises(ConfigError) as error:
+        run_texts([one, other], names=["one.yaml", "other.yaml"])
+    assert "base.dtype: 'auto' in one.yaml, 'bfloat16' in other.yaml" in error.value.what
+    assert "memory.limit_gb: None in one.yaml, 3.0 in other.yaml" in error.value.what
+    assert "output.directory" in error.value.what
+    assert "report.trackers: wandb in one.yaml" in error.value.what
