@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from veneer.jobs.files import FileLimits, Files, open_files
-from veneer.library.library import open_library
+from veneer.library.library import Library, open_library
 from veneer.serve.request import Refused
 
 ROWS = b'{"messages": []}\n'
@@ -19,13 +18,12 @@ HOUR = 3600.0
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Iterator[Files]:
+def files(library: Library) -> Files:
     """Whose clock stands until a test sets another."""
-    with open_library(tmp_path / "library") as library:
-        made = open_files(library, FileLimits(file=1000, part=100, upload=300, room=2000, parts=4))
-        now = made.clock()
-        made.clock = lambda: now
-        yield made
+    made = open_files(library, FileLimits(file=1000, part=100, upload=300, room=2000, parts=4))
+    now = made.clock()
+    made.clock = lambda: now
+    return made
 
 
 def later(files: Files, seconds: float) -> None:
@@ -53,6 +51,20 @@ def test_a_file_comes_back_as_it_was(files: Files, tmp_path: Path) -> None:
         assert source.read() == ROWS
     copy = files.put_in(made, tmp_path)
     assert (copy.parent, copy.name, copy.read_bytes()) == (tmp_path, "support rows.jsonl", ROWS)
+
+
+def test_a_store_elsewhere(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(quick / "home"))
+    with open_library(f"memory://{quick.name}") as library:
+        files = open_files(library)
+        upload = files.begin("acme", "a.jsonl", "fine-tune", 2 * len(ROWS))
+        parts = [files.add_part("acme", upload.id, io.BytesIO(ROWS)).id for _ in range(2)]
+        made = files.complete("acme", upload.id, parts).file
+        assert made is not None
+        with files.open(made) as source:
+            assert source.read() == 2 * ROWS
+        files.delete("acme", made.id)
+        assert kept(files) == set()
 
 
 def test_nobody_reaches_what_is_anothers(files: Files) -> None:

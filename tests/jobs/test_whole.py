@@ -42,7 +42,7 @@ def test_what_was_trained_is_served_to_its_tenant_alone(tmp_path: Path, monkeypa
         """What a worker does with the one job that waits."""
         new = jobs.take("here", 60, "validating")
         assert new is not None
-        validated(jobs, new, TrainingTerms(), device_of())
+        validated(jobs, new, TrainingTerms(), device_of("h100-80gb"))  # what this machine does is not measured
         if (lease := jobs.take("here", 600)) is not None:
             carry_out_job(shop.library, lease.job.id, lease.token)
 
@@ -74,6 +74,10 @@ def test_what_was_trained_is_served_to_its_tenant_alone(tmp_path: Path, monkeypa
         whole = said(acme.completions.create(**asking(model, PROMPT)))
         assert whole.logprobs == answers[-1]  # what it made is its last state
         assert acme.models.retrieve(model).id == model
+        told = "".join(event.to_json() for event in acme.fine_tuning.jobs.list_events(job.id, limit=100))
+        assert "started" in told
+        assert str(tmp_path) not in told  # nor which machine it was
+        assert "by here" not in told
 
         for name in (model, names[1], model.replace("ft:tiny:acme:", "ft:tiny:globex:")):
             for attack in (globex.models.retrieve, globex.models.delete):

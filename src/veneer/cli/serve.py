@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated, cast
 
 import typer
 
@@ -22,11 +22,6 @@ from veneer.serve.settings import (
     parse_preload,
     size_text,
 )
-
-if TYPE_CHECKING:
-    from veneer.library.library import Library
-    from veneer.serve.build import Extension
-    from veneer.serve.http.service import Service
 
 app = typer.Typer(add_completion=False)
 
@@ -256,12 +251,7 @@ def serve(
         server.serve(settings, say)
         return
     from veneer.jobs.beside import worker_beside
+    from veneer.jobs.build import training
 
     with worker_beside(library=library, tenants=tenants, say=say):
-        server.serve(settings, say, extend=_training)
-
-
-def _training(service: Service, library: Library) -> Extension:
-    from veneer.jobs.build import training  # late: the server listens before torch is there
-
-    return training(service, library)
+        server.serve(settings, say, extend=training)

@@ -1,6 +1,7 @@
 """What a server gets that trains too: OpenAI's routes of files and of jobs, and who cleans up after them.
 
-`serve(settings, say, extend=training)`: see `serve.build.Extension`.
+`serve(settings, say, extend=training)`: see `serve.build.Extension`. What it is made of is imported late: a server
+listens before torch is there.
 """
 
 from __future__ import annotations
@@ -8,15 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
-from veneer.jobs.files import Files, open_files
-from veneer.jobs.http.files import file_routes, large_bodies
-from veneer.jobs.http.tuning import tuning_routes
-from veneer.jobs.inputs import sweep_inputs
-from veneer.jobs.store import JobStore
-from veneer.library.library import Library
-from veneer.serve.build import Extension
-from veneer.serve.http.service import Service
+if TYPE_CHECKING:
+    from veneer.jobs.files import Files
+    from veneer.jobs.store import JobStore
+    from veneer.library.library import Library
+    from veneer.serve.build import Extension
+    from veneer.serve.http.service import Service
 
 _log = logging.getLogger("veneer.jobs")
 
@@ -26,6 +26,12 @@ _EVERY = 300.0
 
 def training(service: Service, library: Library) -> Extension:
     """The extension of a server over its own library."""
+    from veneer.jobs.files import open_files
+    from veneer.jobs.http.files import file_routes, large_bodies
+    from veneer.jobs.http.tuning import tuning_routes
+    from veneer.jobs.store import JobStore
+    from veneer.serve.build import Extension
+
     files, jobs = open_files(library), JobStore(library)
     sweeping: list[asyncio.Task[None]] = []
 
@@ -43,6 +49,8 @@ def training(service: Service, library: Library) -> Extension:
 
 async def _sweep(files: Files, jobs: JobStore) -> None:
     """At once and again and again; a database or a store that is away is asked again the next time."""
+    from veneer.jobs.inputs import sweep_inputs
+
     while True:
         try:
             await asyncio.to_thread(files.sweep)

@@ -226,10 +226,13 @@ def _path(job: Job, which: str) -> str:
 
 
 def _plain_text(job: Job, text: str) -> str:
-    """Without where on the server things are: files by the names with which they were uploaded."""
-    for which in _FILES:
-        text = text.replace(_path(job, which), Path(_path(job, which)).name)
-    return text.replace(f"{job.folder}/", "")
+    """Without where on the server things are, and which machines there are: files by the names with which they were
+    uploaded."""
+    for path in (*(_path(job, which) for which in _FILES), str(job.config["base"]["name"])):
+        text = text.replace(path, Path(path).name)
+    text = text.replace(f"{job.folder}/", "").replace(f"{job.folder.parent.parent}/", "")
+    text = re.sub(r"^(started|resumed) by \S+$", r"\1", text)
+    return re.sub(r"^\S+ was lost: \S+ goes on", "its worker was lost: another goes on", text)
 
 
 def _event_id(job: Job, number: int) -> str:

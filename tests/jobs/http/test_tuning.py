@@ -12,13 +12,15 @@ from typing import Any
 
 import openai
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyTenancy, ToyText, live
 from veneer.jobs.files import Files, open_files
 from veneer.jobs.http.files import file_routes, large_bodies
 from veneer.jobs.http.tuning import tuning_routes
 from veneer.jobs.openai import TuningBody, tuning_config
-from veneer.jobs.store import JobCheckpoint, JobEvent, JobLease, JobStore
+from veneer.jobs.store import JobCheckpoint, JobEvent, JobLease, JobStore, OverBudget
+from veneer.jobs.validate import told
 from veneer.library.library import Library, open_library
 from veneer.train.config.load import config_from
 
@@ -240,6 +242,35 @@ def test_a_job_that_failed_says_the_file_and_the_line(jobs: Jobs, client: openai
     assert "held.jsonl:3: no `messages`" in found.error.message
     assert "correct it" in found.error.message
     assert str(lease.job.folder.parent) not in found.to_json()
+
+
+def test_a_job_beyond_the_budget(jobs: Jobs, client: openai.OpenAI) -> None:
+    job = made(client)
+    lease = jobs.taken("validating")
+    with pytest.raises(OverBudget) as over:
+        jobs.store.queue(lease, {"tokens": 900, "steps": 9}, price=10**9, budget=1)
+    jobs.store.finish(lease, error=told(over.value))
+    error = client.fine_tuning.jobs.retrieve(job.id).error
+    assert error is not None
+    assert (error.code, error.param) == ("budget_exceeded", None)
+    assert "0.90" in error.message
+    assert "a larger budget" in error.message
+
+
+def test_a_database_that_is_away_is_503(jobs: Jobs, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing of what its driver says."""
+
+    def away(*given: object, **named: object) -> None:
+        raise OperationalError("SELECT secret", {}, Exception("host db.internal"))
+
+    monkeypatch.setattr(jobs.store, "get", away)
+    monkeypatch.setattr(jobs.files, "get", away)
+    for ask in (client.fine_tuning.jobs.retrieve, client.files.retrieve):
+        with pytest.raises(openai.InternalServerError) as refused:
+            ask("ftjob-x")
+        assert (refused.value.status_code, refused.value.code) == (503, "unavailable")
+        assert "internal" not in refused.value.message
+        assert "secret" not in refused.value.message
 
 
 def test_pause_resume_cancel(jobs: Jobs, client: openai.OpenAI) -> None:
