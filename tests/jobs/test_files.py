@@ -49,7 +49,9 @@ def test_a_file_comes_back_as_it_was(files: Files, tmp_path: Path) -> None:
     assert (made.filename, made.bytes, made.sha256) == ("support rows.jsonl", len(ROWS), sha(ROWS))
     with files.open(made) as source:
         assert source.read() == ROWS
+    files.delete("acme", add(files, "acme"))
     copy = files.put_in(made, tmp_path)
+    files.delete("acme", made.id)
     assert (copy.parent, copy.name, copy.read_bytes()) == (tmp_path, "support rows.jsonl", ROWS)
 
 

@@ -19,11 +19,12 @@ Raises Refused: not_found (404), too_large (413), invalid_request (400), storage
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -290,8 +291,13 @@ class Files:
             raise _missing("File", file.id, "id") from None
 
     def put_in(self, file: UploadedFile, folder: Path) -> Path:
-        """A copy of its bytes in a folder, under its own name, for a job that reads it."""
+        """Its bytes in a folder, under its own name, for a job that reads them: linked where that can be, so that
+        many jobs on one file take no more room than it."""
         target = folder / (file.filename if not file.filename.startswith(".") else f"file{file.filename}")
+        if isinstance(self.store, LocalStore):
+            with suppress(OSError):
+                os.link(self.store.root / _path(file.tenant, file.sha256), target)
+                return target
         with self.open(file) as source, store_errors(str(folder)):
             replace_file(target, iter(lambda: source.read(CHUNK), b""))
         return target

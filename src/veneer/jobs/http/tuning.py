@@ -44,7 +44,7 @@ from veneer.library.names import parse_tuned
 from veneer.serve.access import Caller
 from veneer.serve.http.bodies import BodyRoute
 from veneer.serve.http.errors import Json, error_body
-from veneer.serve.http.service import Service, caller_of, service_of
+from veneer.serve.http.service import Service, admission_of, caller_of, service_of
 from veneer.serve.http.sse import EventStream, data
 from veneer.serve.request import Refused, invalid
 
@@ -109,6 +109,7 @@ def tuning_routes(jobs: JobStore, files: Files, library: Library) -> APIRouter:
         if number is None:
             raise invalid(f"the job has no event {quoted(str(after))}", "after")
         if stream:
+            admission_of(request).take("answers", 1)  # until it ends: so many streams there may be
             return _stream(service_of(request), jobs, job, number)
         found, more = await _asked(lambda: jobs.events(tenant, id, after=number, limit=limit, newest=True))
         return Json({"object": "list", "data": [shown_event(job, each) for each in found], "has_more": more})
