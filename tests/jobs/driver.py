@@ -91,15 +91,19 @@ def outcome(folder: Path) -> bytes:
         assert [data["step"] for data in steps] == [*range(1, STEPS + 1)], steps
         assert [e.data["step"] for e in events if e.kind == "validation"] == [0, 2, 3]
         assert [e.data["state"] for e in events if e.kind == "state"][-1] == "succeeded"
-        assert [point.step for point in store.checkpoints("acme", job.id)] == [3, 2, 1]
+        points = store.checkpoints("acme", job.id)
+        assert [point.step for point in points] == [3, 2, 1]
         bill = store.bill("acme", job.id)
         assert bill is not None
         assert bill.tokens == job.tokens == sum(data["tokens"] for data in steps)
         assert bill.cost == 4 * bill.tokens == store.spent("acme")
         assert job.result is not None
         versions = library.search(name="acme/support", all_versions=True)
-        assert [version.reference for version in versions] == ["acme/support@1"] == [job.result["reference"]]
-        return (library.resolve("acme/support@1") / "adapter_model.safetensors").read_bytes()
+        assert [version.version for version in versions] == [1, 2, 3, 4]  # the checkpoints, and what came of it
+        assert job.result["reference"] == "acme/support@4"
+        assert [point.reference for point in points] == ["acme/support@3", "acme/support@2", "acme/support@1"]
+        kept = [library.resolve(version.reference) / "adapter_model.safetensors" for version in versions]
+        return b"".join(file.read_bytes() for file in kept)
 
 
 def submitted(folder: Path, config: dict[str, Any]) -> None:
@@ -109,7 +113,7 @@ def submitted(folder: Path, config: dict[str, Any]) -> None:
     child = os.fork()
     if not child:
         with open_library(folder / "library") as library:
-            JobStore(library).create("acme", config, name="support")
+            JobStore(library).create("acme", config, name="support", about={"publish": "checkpoints"})
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 
@@ -132,7 +136,7 @@ def checked(folder: Path) -> bytes:
 
 
 def main(folder: Path, stride: int) -> int:
-    config = small_config(folder)
+    config = small_config(folder, checkpoint={"every": 1, "keep": STEPS})
     whole = folder / "whole"
     submitted(whole, config)
     assert forked(whole, None)

@@ -21,9 +21,11 @@ from veneer.library.names import checkpoint_alias
 
 def publish_checkpoints(library: Library, name: str, run: Path, adapter: Path) -> dict[int, str]:
     """The references of those that the run's folder still has, by step. `adapter`: what the run made, whose tensors
-    each has in another state. Again and again the same, whoever was killed in between."""
+    each has in another state. A version that is there stays: after a kill the card's times are others, and the same
+    checkpoint would come a second time, as the newest."""
     whole = load_folder(adapter).adapter
     out: dict[int, str] = {}
+    there = {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
     for folder in sorted((run / "checkpoints").glob("step-*[0-9]")):
         step = int(folder.name.rpartition("-")[2])
         state, _ = read_tensors(folder / "adapter.safetensors")
@@ -33,9 +35,11 @@ def publish_checkpoints(library: Library, name: str, run: Path, adapter: Path) -
             continue
         for key, tensor in tensors.items():
             tensor.copy_(state[key])
-        with tempfile.TemporaryDirectory() as place:
-            write_folder(made, Path(place) / "adapter")
-            version = library.add(Path(place) / "adapter", name, source=f"step {step}", number=step).version
-        library.alias(version.reference, checkpoint_alias(step))
-        out[step] = version.reference
+        if step not in there:
+            with tempfile.TemporaryDirectory() as place:
+                write_folder(made, Path(place) / "adapter")
+                added = library.add(Path(place) / "adapter", name, source=f"step {step}", number=step)
+            there[step] = added.version.reference
+        library.alias(there[step], checkpoint_alias(step))
+        out[step] = there[step]
     return out
