@@ -116,3 +116,29 @@ def test_help_loads_no_database_and_shows_an_example(capsys: Any) -> None:
     names += [f"route {n}" for n in ("set", "list", "rollback", "remove", "history", "shadows")]
     for name in names:
         assert f"Example: veneer tenant {name}" in run(capsys, "tenant", *name.split(), "--help").out
+
+
+def test_what_was_said_is_exported_and_forgotten(capsys: Any, quick: Path, tmp_path: Path) -> None:  # noqa: F811
+    from veneer.serve.access import Caller, Served
+    from veneer.serve.tenancy.feedback import AnswerFeedback
+    from veneer.serve.tenancy.tenants import Tenants
+
+    result(capsys, "add", "acme")
+    assert result(capsys, "feedback", "keep", "acme", "--days", "7")["feedback"] == {"days": 7.0, "names": []}
+    tenants = Tenants(str(quick / "tenants.sqlite"), watch=False)
+    for name, user in (("support", "ana"), ("sales", "bob")):
+        keep = tenants.keeping(Caller("acme", user=user), Served((), name, f"{name}@2"), f"chatcmpl-{user}")
+        assert keep is not None
+        keep({"messages": [{"role": "user", "content": "Hi"}]}, [{"role": "assistant", "content": f"I am {name}"}])
+        tenants.answers.give("acme", AnswerFeedback(f"chatcmpl-{user}", up=True))
+    tenants.close()
+    (shown,) = result(capsys, "feedback", "show")["tenants"]
+    assert (shown["answers"], shown["up"]) == (2, 2)
+    rows = tmp_path / "rows.jsonl"
+    assert result(capsys, "feedback", "export", "acme", "--adapter", "support", "-o", str(rows))["rows"] == 1
+    assert json.loads(rows.read_text())["messages"][-1]["content"] == "I am support"
+    assert result(capsys, "feedback", "forget", "acme", "--user", "ana")["removed"] == 1
+    assert result(capsys, "feedback", "export", "acme", "-o", str(rows))["rows"] == 1
+    assert result(capsys, "feedback", "keep", "acme", "--off")["feedback"] is None
+    assert run(capsys, "tenant", "feedback", "export", "acme", "--kind", "dpo", "-o", str(rows)).code == 2
+    assert result(capsys, "audit", "--what", "feedback")["lines"][1]["before"] == {"answers": 1, "all": False}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,6 +28,8 @@ key_app = typer.Typer(**_PLAIN, help="API keys of tenants.")
 app.add_typer(key_app, name="key")
 route_app = typer.Typer(**_PLAIN, help="Routes: weighted versions, shadows, rollback.")
 app.add_typer(route_app, name="route")
+feedback_app = typer.Typer(**_PLAIN, help="Answers that are kept, what users say of them, rows to train on.")
+app.add_typer(feedback_app, name="feedback")
 
 _place: dict[str, str | None] = {"at": None}
 """The database that the command was given."""
@@ -493,8 +496,6 @@ def _split(text: str) -> tuple[str, str, str]:
 
 def _kept_in(place: str | None, force: bool) -> Callable[[str], None] | None:
     """What a route is checked by before it moves where no server is asked: the library has it, and could read it."""
-    from pathlib import Path
-
     from veneer.errors import AdapterError
     from veneer.library.library import library_place, open_library
 
@@ -624,3 +625,104 @@ def _difference(r: dict[str, Any]) -> str:
     if r["same"]:
         return "same"
     return f"from character {r['first_difference']}" if r["distance"] is None else f"pixels {r['distance']:.1%} apart"
+
+
+# -- feedback ----------------------------------------------------------------------------------------------------------
+
+
+@feedback_app.command("keep", epilog="Example: veneer tenant feedback keep acme --days 30 --name 'acme/*'")
+def feedback_keep(
+    tenant: _Tenant,
+    days: Annotated[float, typer.Option("--days", help="How long each answer is kept.")] = 30.0,
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="Of these routes or adapters alone; repeatable.")
+    ] = None,
+    off: Annotated[
+        bool, typer.Option("--off", help="Keep none from now on; what is there stays until its time.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Keep a tenant's chats for feedback: messages, answers, a hash of `user`. Nothing is kept unless this says so."""
+    from veneer.serve.tenancy import manage
+    from veneer.serve.tenancy.store import FeedbackTerms
+
+    with _opened() as store:
+        made = None if off else FeedbackTerms(days, tuple(name or ()))
+        manage.set_feedback(store, tenant, made, who=_who())
+    if as_json:
+        print_json({"tenant": tenant, "feedback": None if made is None else asdict(made)})
+    else:
+        print(f"{tenant}: {_kept(made)}")
+
+
+def _kept(terms: Any) -> str:
+    if terms is None:
+        return "no answers are kept"
+    return f"answers are kept for {terms.days:g} days: {' '.join(terms.names) or 'all'}"
+
+
+@feedback_app.command("show", epilog="Example: veneer tenant feedback show")
+def feedback_show(as_json: AsJson = False) -> None:
+    """Whose answers are kept, and what was said of them."""
+    from veneer.library.database import reading
+    from veneer.serve.tenancy.feedback import feedback_counts
+
+    with _opened() as store, reading(store.engine) as c:
+        found = {name: feedback_counts(c, name, time.time()) for name in store.settings.tenants}
+        terms = store.settings.feedback
+    if as_json:
+        listed = [{"tenant": t, "feedback": asdict(terms[t]) if t in terms else None, **n} for t, n in found.items()]
+        print_json({"tenants": listed})
+        return
+    rows = [(t, *n.values(), _kept(terms.get(t))) for t, n in found.items() if t in terms or n["answers"]]
+    _table(("tenant", "answers", "up", "down", "corrected", "chosen", ""), rows, "no answers are kept")
+
+
+@feedback_app.command(
+    "export",
+    epilog="Example: veneer tenant feedback export acme --kind preference --adapter acme/support -o rows.jsonl",
+)
+def feedback_export(
+    tenant: _Tenant,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file of JSON lines.", show_default=False)],
+    kind: Annotated[str, typer.Option("--kind", help="supervised, preference or unpaired.")] = "supervised",
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", help="Of this adapter or route alone, all versions.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write what users said as rows for `veneer train`: thumbs up and corrections, pairs, or thumbs one by one."""
+    from veneer.files.atomic import atomic_write
+    from veneer.serve.tenancy import manage
+    from veneer.serve.tenancy.feedback import feedback_rows
+
+    count = 0
+
+    def lines() -> Iterator[bytes]:
+        nonlocal count
+        for row in found:
+            count += 1
+            yield json.dumps(row).encode() + b"\n"
+
+    with _opened() as store:
+        manage.get_tenant(store, tenant)
+        found = feedback_rows(store.engine, tenant, kind, adapter=adapter)
+        atomic_write(output, lines())
+    print_json({"rows": count, "output": str(output)}) if as_json else print(f"{count:,} rows in {output}")
+
+
+@feedback_app.command("forget", epilog="Example: veneer tenant feedback forget acme --user u-17")
+def feedback_forget(
+    tenant: _Tenant,
+    user: Annotated[str | None, typer.Option("--user", help="All answers to requests of this `user`.")] = None,
+    everything: Annotated[bool, typer.Option("--everything", help="All of the tenant's.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove answers that were kept, with what was said of them, and those that are still on their way."""
+    from veneer.serve.tenancy import manage
+
+    if (user is not None) == everything:
+        raise typer.BadParameter("give --user or --everything")
+    with _opened() as store:
+        gone = manage.remove_answers(store, tenant, user=user, who=_who())
+    print_json({"removed": gone}) if as_json else print(f"{gone:,} answers removed")

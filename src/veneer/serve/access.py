@@ -12,10 +12,10 @@ that of one whose keys are all alike.
 from __future__ import annotations
 
 import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from veneer.serve.request import DigestMix, Refused, Usage
 from veneer.serve.tenancy.keys import admin_hash, same
@@ -121,6 +121,10 @@ class Bill(Protocol):
         ...
 
 
+KeepAnswer = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], None]
+"""Takes what was asked, {"messages", "tools"?}, and the assistant's message of each choice. Does not block."""
+
+
 @dataclass(frozen=True)
 class LedgerState:
     """`owed`: requests in the outbox, those that run among them. `lag`: seconds since the oldest that ended and is not
@@ -168,6 +172,10 @@ class Tenancy(Protocol):
 
     def note_shadow(self, answer: ShadowAnswer) -> None:
         """Keep how a shadow's answer compares with the one that was sent."""
+        return None
+
+    def keeping(self, caller: Caller, served: Served, request: str) -> KeepAnswer | None:
+        """What keeps the whole answer to a request that comes now, for feedback on it; None where it is not kept."""
         return None
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from veneer.serve.checks import Opened, ServerKind, open_stores, refuse_idle, re
 from veneer.serve.http.app import create_app
 from veneer.serve.http.prompts import TokenizedBase
 from veneer.serve.http.service import Service
+from veneer.serve.http.surfaces.feedback import feedback_routes
 from veneer.serve.names.catalog import Catalog
 from veneer.serve.names.shelf import Shelf
 from veneer.serve.settings import ServeSettings
@@ -177,8 +178,9 @@ def _application(
         await asyncio.to_thread(close)
 
     operator = operator_routes(settings, service.tenancy, service.catalog)
+    own = [feedback_routes(service.tenancy.answers)] if isinstance(service.tenancy, Tenants) else []
     app = create_app(
-        service, routers=[*operator, *more.routers], unguarded=("/admin",) if operator else (), large=more.large
+        service, routers=[*operator, *own, *more.routers], unguarded=("/admin",) if operator else (), large=more.large
     )
     return Application(app, start, stop)
 

@@ -114,6 +114,17 @@ def test_limits_prices_routes_usage_and_audit(call: Call, tenants: Tenants) -> N
     assert call("GET", "/audit/verify").json()["ok"] is True
 
 
+def test_what_is_kept_of_a_tenant_is_set_and_taken_away(call: Call, tenants: Tenants) -> None:
+    call("POST", "/tenants", {"name": "acme"})
+    assert call("PUT", "/tenants/acme/feedback", {"days": 7.0, "names": ["acme/*"]}).json()["names"] == ["acme/*"]
+    assert tenants.store.look().feedback["acme"].days == 7.0
+    for wrong in ({"days": 0}, {"days": 1, "names": ["../x"]}, {"names": []}):
+        assert call("PUT", "/tenants/acme/feedback", wrong).status_code == 400, wrong
+    assert call("PUT", "/tenants/gone/feedback", {"days": 7}).status_code == 404
+    assert call("DELETE", "/tenants/acme/feedback").status_code == 200
+    assert not tenants.store.look().feedback
+
+
 def test_only_the_admin_key_opens_anything(call: Call, tenants: Tenants) -> None:
     call("POST", "/tenants", {"name": "acme"})
     tenants_key = call("POST", "/tenants/acme/keys", {}).json()["key"]

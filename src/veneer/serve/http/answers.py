@@ -42,7 +42,8 @@ class TextJob:
     """What one HTTP request wants of the engine: answers = one of each (prompt, sampling), in this order.
 
     `choices`: answers to each prompt, so that answer i belongs to prompt i // choices. `cache_salt`: the client's own
-    word for those of its prompts that may share what was computed."""
+    word for those of its prompts that may share what was computed. `keep`: gets the texts of all answers once they are
+    whole."""
 
     caller: Caller
     chosen: ChosenMix
@@ -50,6 +51,7 @@ class TextJob:
     sampling: Sampling
     choices: int = 1
     cache_salt: str = ""
+    keep: Callable[[Sequence[str]], None] | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def requests(self, whose: str = "") -> list[Request]:
@@ -134,7 +136,7 @@ async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, No
         queue: asyncio.Queue[tuple[int, EngineEvent | Exception]] = asyncio.Queue()
         tasks = [asyncio.create_task(_pump(service, job, r, i, queue, usages)) for i, r in enumerate(requests)]
         shadow = _shadow(service, job, requests[0])
-        sent = ""
+        texts = [""] * len(requests)
         going = len(requests)
         billed = False
         try:
@@ -146,11 +148,13 @@ async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, No
                     going -= 1
                     if event.reason in ("error", "cancelled"):
                         raise event.error or _broken(event)
-                if i == 0 and not isinstance(event, Started):
-                    sent += event.text
+                if not isinstance(event, Started):
+                    texts[i] += event.text
                 if not going:  # before the last event goes out: an answer that a client has is in the ledger
                     billed = True
                     await bill.used(total(usages, job.choices))
+                    if job.keep is not None:
+                        job.keep(texts)
                 yield i, event
         finally:
             for task in tasks:
@@ -159,7 +163,7 @@ async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, No
             if not billed:
                 bill.used(total(usages, job.choices))
             if shadow is not None:
-                shadow.set_result((sent, total(usages, job.choices)))
+                shadow.set_result((texts[0], total(usages, job.choices)))
 
 
 def _broken(event: Finished) -> Refused:

@@ -206,6 +206,10 @@ class Body(Strict):
         model._ignored = sorted(key for key in passed if data[key] is not None)
         return model
 
+    def ignore(self, key: str) -> None:
+        """Name a key among those that are ignored."""
+        self._ignored = sorted([*self._ignored, key])
+
     @property
     def headers(self) -> dict[str, str]:
         return {"x-veneer-ignored": ", ".join(self._ignored)} if self._ignored else {}

@@ -26,7 +26,7 @@ from veneer.serve.outage import fault, is_outage
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.ledger import BY, as_csv, usage
-from veneer.serve.tenancy.store import ALL, Limit, Price, Store, TrainingTerms, UnknownName
+from veneer.serve.tenancy.store import ALL, FeedbackTerms, Limit, Price, Store, TrainingTerms, UnknownName
 from veneer.serve.tenancy.tenants import Tenants
 
 if TYPE_CHECKING:
@@ -93,6 +93,13 @@ class TrainingBody(_Body):
     price: int = Field(0, description="of a million tokens that are trained")
     budget: int | None = Field(None, description="of a calendar month, in UTC")
     jobs: int | None = Field(None, description="that run at once")
+
+
+class KeptBody(_Body):
+    """Which of a tenant's answers are kept for feedback: under these names, or all; for so many days."""
+
+    days: float
+    names: list[str] = []
 
 
 class Target(_Body):
@@ -174,6 +181,17 @@ def _tenants(router: APIRouter, store: Store) -> None:
 
 
 def _keys(router: APIRouter, store: Store) -> None:
+    @router.put("/tenants/{tenant}/feedback")
+    def keep_answers(tenant: str, body: KeptBody) -> dict[str, Any]:
+        terms = FeedbackTerms(body.days, tuple(body.names))
+        manage.set_feedback(store, tenant, terms, who=_WHO)
+        return {"tenant": tenant, **asdict(terms)}
+
+    @router.delete("/tenants/{tenant}/feedback")
+    def keep_no_answers(tenant: str) -> dict[str, Any]:
+        manage.set_feedback(store, tenant, None, who=_WHO)
+        return {"tenant": tenant}
+
     @router.get("/tenants/{tenant}/keys")
     def list_keys(tenant: str) -> dict[str, Any]:
         now = time.time()

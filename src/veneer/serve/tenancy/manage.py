@@ -27,12 +27,14 @@ from sqlalchemy import Connection, Table, delete, insert, select, update
 
 from veneer.errors import ConfigError
 from veneer.library.names import name_of
+from veneer.serve.tenancy.feedback import EVERYTHING, forget_answers, user_hash
 from veneer.serve.tenancy.keys import hash_key, make_key
 from veneer.serve.tenancy.store import (
     ALL,
     COMMON,
     EACH,
     LIMITS,
+    FeedbackTerms,
     KeyRow,
     Limit,
     Price,
@@ -41,10 +43,12 @@ from veneer.serve.tenancy.store import (
     TrainingTerms,
     UnknownName,
     alias_table,
+    answer_table,
     audit_table,
     check_pattern,
     check_reference,
     check_tenant,
+    feedback_terms_table,
     grant_table,
     key_table,
     limit_table,
@@ -177,13 +181,19 @@ def change_tenant(
     return get_tenant(store, name)
 
 
+_OF_A_TENANT = (
+    grant_table, limit_table, price_table, training_table, feedback_terms_table, alias_table, move_table, key_table,
+)  # fmt: skip
+
+
 def remove_tenant(store: Store, name: str, *, who: str) -> None:
-    """Remove a tenant with its keys, grants, limits, prices and routes. What it used stays in the ledger, and its past
-    in the audit log."""
+    """Remove a tenant with its keys, grants, limits, prices, routes, and answers that were kept. What it used stays in
+    the ledger, and its past in the audit log."""
     with store.change() as c:
         before = tenant_row(c, name)
-        for table in (grant_table, limit_table, price_table, training_table, alias_table, move_table, key_table):
+        for table in _OF_A_TENANT:
             c.execute(delete(table).where(table.c.tenant == name))
+        forget_answers(c, name, EVERYTHING, time.time())
         c.execute(delete(tenant_table).where(tenant_table.c.name == name))
         append_audit(c, who, "tenant.remove", name, before, None)
 
@@ -355,6 +365,38 @@ def set_training(store: Store, tenant: str, terms: TrainingTerms | None, *, who:
         before = None if row is None else {name: row._mapping[name] for name in TrainingTerms.__dataclass_fields__}
         append_audit(c, who, "training.set", tenant or "all", before, None if terms is None else asdict(terms))
     return terms
+
+
+def set_feedback(store: Store, tenant: str, terms: FeedbackTerms | None, *, who: str) -> FeedbackTerms | None:
+    """Which of a tenant's answers are kept, and how long; None: none from now on. What is there stays until its time is
+    over, which fewer days make sooner."""
+    if terms is not None:
+        if not 0 < terms.days <= 3660:
+            raise ConfigError(f"answers are kept {terms.days:g} days", where="days", fix="more than 0, at most 3660")
+        for pattern in terms.names:
+            check_pattern(pattern)
+    with store.change() as c:
+        tenant_row(c, tenant)
+        row = c.execute(select(feedback_terms_table).where(feedback_terms_table.c.tenant == tenant)).first()
+        c.execute(delete(feedback_terms_table).where(feedback_terms_table.c.tenant == tenant))
+        if terms is not None:
+            values = {"tenant": tenant, "days": float(terms.days), "names": json.dumps(terms.names)}
+            c.execute(insert(feedback_terms_table), values)
+            until, a = answer_table.c.at + terms.days * 86400, answer_table.c
+            c.execute(update(answer_table).where(a.tenant == tenant, a.expires > until).values(expires=until))
+        before = None if row is None else {"days": row.days, "names": json.loads(row.names)}
+        append_audit(c, who, "feedback.set", tenant, before, None if terms is None else asdict(terms))
+    return terms
+
+
+def remove_answers(store: Store, tenant: str, *, user: str | None = None, who: str, now: float | None = None) -> int:
+    """Remove the answers that are kept of a tenant, or of one of its users. The audit log says how many, not whose."""
+    with store.change() as c:
+        tenant_row(c, tenant)
+        what = EVERYTHING if user is None else user_hash(tenant, user)
+        gone = forget_answers(c, tenant, what, time.time() if now is None else now)
+        append_audit(c, who, "feedback.forget", tenant, {"answers": gone, "all": user is None}, None)
+    return gone
 
 
 def _scope(tenant: str, adapter: str, *special: str) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
     tenants 1─n keys, grants            aliases ─1 moves (current)          limits, prices: (tenant, adapter)
     training: what it costs a tenant, and how much there may be
+    feedback_terms: which answers are kept, and how long
+    answers 1─n feedback                                                   forgotten: who is not to be kept
     lines: a row for each part of each request                             shadows: the newest comparisons
     sums: lines by day      slots: of the last minute and day               audit: a row a change, chained
 
@@ -161,6 +163,30 @@ audit_table = _table(
     *_columns(Key(), "what", "subject"),
     *_columns(Text, "before", "after", "previous", "hash"),  # before, after: JSON
 )
+feedback_terms_table = _table(
+    "tenant_feedback_terms",
+    *_keys("tenant"),
+    *_columns(Float, "days"),
+    *_columns(Text, "names"),  # names: JSON
+)
+answer_table = _table(  # those that a tenant lets be kept
+    "tenant_answers",
+    *_keys("tenant", "id"),
+    *_columns(Float, "at"),
+    Column("expires", Float, nullable=False, index=True),
+    *_columns(Key(), "whose", "name"),  # whose: a hash of the request's user, "" where it named none
+    *_columns(Text, "adapters", "asked", "choices"),  # JSON: names; messages and tools; an assistant's messages
+    Index("tenant_answers_whose", "tenant", "whose"),
+)
+feedback_table = _table(
+    "tenant_feedback",
+    *_keys("tenant", "answer"),
+    Column("choice", Integer, primary_key=True, autoincrement=False),
+    *_columns(Float, "at"),
+    Column("up", Boolean),  # the thumb
+    *_columns(Text, "corrected", "rejected", nullable=True),  # JSON: a message; [[answer, choice], …]
+)
+forgotten_table = _table("tenant_forgotten", *_keys("tenant", "what"), *_columns(Float, "at"))
 _APPEND_ONLY = {
     "sqlite": [
         f"CREATE TRIGGER tenant_audit_no_{verb.lower()} BEFORE {verb} ON tenant_audit "
@@ -327,6 +353,15 @@ class TrainingTerms:
 
 
 @dataclass(frozen=True)
+class FeedbackTerms:
+    """Which of a tenant's answers are kept, and for how many `days`. `names`: patterns of what a request asks for, or
+    of the adapters that answer it; none: all."""
+
+    days: float
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Route:
     """`targets`: (name, weight). `runs`: who owns the buckets, as (name, how many follow). `fraction` of requests also
     go to `shadow`."""
@@ -353,6 +388,7 @@ class TenantSettings:
     routes: Mapping[tuple[str, str], Route] = field(default_factory=dict)
     common: tuple[str, ...] = ()
     training: Mapping[str, TrainingTerms] = field(default_factory=dict)
+    feedback: Mapping[str, FeedbackTerms] = field(default_factory=dict)
 
     def training_terms(self, tenant: str) -> TrainingTerms:
         """Its own, or those of everybody who has none; of a tenant that is gone or disabled: no jobs. Whoever has the
@@ -369,6 +405,11 @@ class TenantSettings:
             if scope in self.prices:
                 return self.prices[scope]
         return Price()
+
+    @cached_property
+    def kept(self) -> dict[str, Callable[[str], bool]]:
+        """Tenant -> whether its answers under a name are kept, of those that let any be."""
+        return {tenant: seeing(terms.names or ("*", "sha256:*")) for tenant, terms in self.feedback.items()}
 
     @cached_property
     def in_common(self) -> Callable[[str], bool]:
@@ -506,6 +547,7 @@ def _read(c: Connection) -> TenantSettings:
         {(a.tenant, a.name): a for a in pointers if a.targets},
         tuple(json.loads(c.scalar(select(meta_table.c.value).where(meta_table.c.key == COMMON)) or "[]")),
         {r.tenant: TrainingTerms(r.price, r.budget, r.jobs) for r in c.execute(select(training_table))},
+        {r.tenant: FeedbackTerms(r.days, tuple(json.loads(r.names))) for r in c.execute(select(feedback_terms_table))},
     )
 
 

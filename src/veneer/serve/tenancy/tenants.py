@@ -30,9 +30,10 @@ from veneer.errors import ResourceError
 from veneer.library.database import shown_url
 from veneer.library.names import name_of
 from veneer.models.home import veneer_home
-from veneer.serve.access import Caller, LedgerState, Served, ShadowAnswer, Tenancy
+from veneer.serve.access import Caller, KeepAnswer, LedgerState, Served, ShadowAnswer, Tenancy
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
+from veneer.serve.tenancy.feedback import KeptAnswers
 from veneer.serve.tenancy.keys import admin_hash, hash_key, key_id, same
 from veneer.serve.tenancy.ledger import Ledger
 from veneer.serve.tenancy.limits import DAY, MINUTE, LimitHold, Limits
@@ -73,6 +74,7 @@ class Tenants(Tenancy):
         except BaseException:
             self.store.close()
             raise
+        self.answers = KeptAnswers(self.store, folder, wall)
         self._routes = TenantRoutes(self.store, self.ledger.writer.put)
         self._looker = ThreadPoolExecutor(1, "veneer-tenants")
         self._next_look: Future[TenantSettings] | None = None
@@ -189,6 +191,9 @@ class Tenants(Tenancy):
     def routes(self) -> TenantRoutes:
         return self._routes
 
+    def keeping(self, caller: Caller, served: Served, request: str) -> KeepAnswer | None:
+        return self.answers.keeping(caller, served, request)
+
     def note_shadow(self, answer: ShadowAnswer) -> None:
         self._routes.note_shadow(answer)
 
@@ -204,6 +209,8 @@ class Tenants(Tenancy):
                     self.ledger.beat()
                     self.look_elsewhere(DAY)
                     self.ledger.recover()
+                if rounds % 600 == 60:
+                    self.answers.sweep()
                 if rounds % 3600 == 60:
                     self.ledger.prune(self.keep_days)
             except (SQLAlchemyError, ResourceError) as error:
@@ -226,6 +233,7 @@ class Tenants(Tenancy):
         if self._watcher.is_alive():
             self._watcher.join()
         self._looker.shutdown()
+        self.answers.close()
         self.ledger.close()
         self.store.close()
 

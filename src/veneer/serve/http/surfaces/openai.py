@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -29,7 +29,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from veneer import __version__
-from veneer.serve.access import ModelCard
+from veneer.serve.access import Caller, ModelCard, Served, Tenancy
 from veneer.serve.http.answers import (
     IndexedEvent,
     OpenStream,
@@ -94,7 +94,7 @@ class Shared(Body):
     """What chat and completions have in common."""
 
     ignored: ClassVar[frozenset[str]] = frozenset({
-        "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
+        "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
         "prompt_cache_retention", "prediction", "guided_decoding_backend", "guided_whitespace_pattern", "request_id",
     })  # fmt: skip
     refused: ClassVar[Mapping[str, tuple[Neutral, str]]] = {
@@ -147,6 +147,7 @@ class Shared(Body):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(default=None, max_length=512)
+    store: bool | None = Field(default=None, description="false: not kept for feedback")
     response_format: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = Field(default=None, max_length=20_000)
@@ -376,7 +377,10 @@ async def chat(request: HttpRequest, body: ChatBody) -> Response:
         service, room=room, max_tokens=body.limit(), default=room, logprobs=body.alternatives(), grammar=use.grammar
     )
     number = f"chatcmpl-{request.scope['veneer.id']}"
-    job = TextJob(caller, chosen, [prompt], settings, n, body.cache_salt or "", number)
+    keep = None if body.store is False else _kept(service.tenancy, caller, chosen.served, number, body, messages, use)
+    if body.store and keep is None:
+        body.ignore("store")
+    job = TextJob(caller, chosen, [prompt], settings, n, body.cache_salt or "", keep, number)
     return await _answered(request, service, job, body, _ChatForm(service.prompts, job, use))
 
 
@@ -389,6 +393,8 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
         raise invalid(
             f"{len(texts)} prompts with {n} answers each", "n", f"at most {service.settings.max_prompts} answers"
         )
+    if body.store:  # conversations are kept, and no other texts
+        body.ignore("store")
     chosen = service.mixes.choose(caller, **body.adapters())
     place = admission_of(request)
     place.take("answers", len(texts) * n)
@@ -404,8 +410,36 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
     settings = body.sampling(
         service, room=room, max_tokens=body.max_tokens, default=room, logprobs=body.logprobs, prompt_logprobs=scored
     )
-    job = TextJob(caller, chosen, prompts, settings, n, body.cache_salt or "", f"cmpl-{request.scope['veneer.id']}")
+    job = TextJob(caller, chosen, prompts, settings, n, body.cache_salt or "", id=f"cmpl-{request.scope['veneer.id']}")
     return await _answered(request, service, job, body, _TextForm(service.prompts, job, echoes if body.echo else []))
+
+
+def _kept(
+    tenancy: Tenancy, caller: Caller, served: Served, number: str, body: ChatBody, messages: list[dict[str, Any]],
+    use: ToolUse,
+) -> Callable[[Sequence[str]], None] | None:  # fmt: skip
+    """What keeps an answer for feedback, where it is to be kept: conversations as rows of training have them."""
+    keep = tenancy.keeping(caller, served, number)
+    if keep is None:
+        return None
+    begun = str(messages[-1].get("content") or "") if body.continue_final_message else ""
+    asked: dict[str, Any] = {"messages": messages[:-1] if body.continue_final_message else messages}
+    if use.shown:
+        asked["tools"] = list(use.shown)
+
+    def told(texts: Sequence[str]) -> None:
+        keep(asked, [{"role": "assistant", **_said(use, begun + text)} for text in texts])
+
+    return told
+
+
+def _said(use: ToolUse, text: str) -> dict[str, Any]:
+    """The content and the calls of a whole answer."""
+    reader = ToolReader(use)
+    found = [*reader.feed(text), *reader.end()]
+    calls = [piece.whole() for piece in found if isinstance(piece, ToolCall)]
+    said = "".join(piece for piece in found if isinstance(piece, str))
+    return {"content": said, "tool_calls": calls} if calls else {"content": said}
 
 
 async def _answered(request: HttpRequest, service: Service, job: TextJob, body: Shared, form: _Form) -> Response:

@@ -1,0 +1,138 @@
+"""/v1/feedback: what a tenant's users say of answers that were kept, the rows that come of it, and removal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import APIRouter, Query
+from pydantic import Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response, StreamingResponse
+
+from veneer.library.database import reading
+from veneer.serve.http.bodies import FAIL_FAST, Body, BodyRoute, Strict, at_most, checked
+from veneer.serve.http.errors import Json
+from veneer.serve.http.service import caller_of
+from veneer.serve.http.surfaces.openai import Message
+from veneer.serve.outage import fault
+from veneer.serve.request import Refused, invalid
+from veneer.serve.tenancy.feedback import AnswerFeedback, FeedbackKind, KeptAnswers, feedback_counts, feedback_rows
+
+T = TypeVar("T")
+_LARGEST = 1 << 18
+"""Characters of a correction, with its tool calls as JSON."""
+
+
+class ChosenOver(Strict):
+    id: str | None = Field(default=None, max_length=100, description="the answer; by default the same")
+    choice: int = Field(default=0, ge=0, lt=1 << 31)
+
+
+class FeedbackBody(Body):
+    """Of thumb, corrected and rejected at least one; null takes back what was said."""
+
+    id: str = Field(max_length=100, description="of a chat completion")
+    choice: int = Field(default=0, ge=0, lt=1 << 31, description="the index of its choice")
+    thumb: Literal["up", "down"] | None = None
+    corrected: str | dict[str, Any] | None = Field(default=None, description="what the answer should have been")
+    rejected: Annotated[list[ChosenOver], FAIL_FAST, at_most(64)] | None = Field(
+        default=None, description="answers to the same messages that this one was chosen over"
+    )
+
+    def feedback(self) -> AnswerFeedback:
+        said = self.model_fields_set & {"thumb", "corrected", "rejected"}
+        if not said:
+            raise invalid("nothing is said of the answer", None, "thumb, corrected or rejected")
+        rejected = None if self.rejected is None else tuple((r.id or self.id, r.choice) for r in self.rejected)
+        up = None if self.thumb is None else self.thumb == "up"
+        names = frozenset("up" if name == "thumb" else name for name in said)
+        return AnswerFeedback(self.id, self.choice, up, self._message(), rejected, names)
+
+    def _message(self) -> dict[str, Any] | None:
+        if self.corrected is None:
+            return None
+        given = {"content": self.corrected} if isinstance(self.corrected, str) else self.corrected
+        message: Message = checked(Message, {"role": "assistant", **given}, "corrected")
+        made = message.model_dump(exclude_none=True)
+        if message.role != "assistant" or not (made.get("content") or made.get("tool_calls")):
+            raise invalid("a correction is an assistant's message with a text or tool_calls", "corrected")
+        if len(json.dumps(made)) > _LARGEST:
+            raise Refused(
+                f"a correction has more than {_LARGEST:,} characters", status=413, code="too_large", param="corrected"
+            )
+        return made
+
+
+def feedback_routes(answers: KeptAnswers) -> APIRouter:
+    """The routes over what one server keeps."""
+    router = APIRouter(tags=["feedback"], route_class=BodyRoute)
+    store = answers.store
+
+    @router.post("/v1/feedback", summary="Say what an answer is worth: a thumb, a correction, what it was chosen over.")
+    async def give(request: HttpRequest, body: FeedbackBody) -> Response:
+        tenant, feedback = _tenant(request), body.feedback()
+        return Json(await _told(lambda: answers.give(tenant, feedback)), headers=body.headers)
+
+    @router.get("/v1/feedback", summary="How many answers are kept, how long, and what was said of them.")
+    async def summary(request: HttpRequest) -> Response:
+        tenant = _tenant(request)
+
+        def counted() -> dict[str, int]:
+            with reading(store.engine) as c:
+                return feedback_counts(c, tenant, answers.wall())
+
+        counts, terms = await _told(counted), store.settings.feedback.get(tenant)
+        kept = {"days": None, "names": []} if terms is None else {"days": terms.days, "names": list(terms.names)}
+        return Json({"object": "feedback.summary", **kept, **counts})
+
+    @router.get("/v1/feedback/rows", summary="Rows for training, as JSON lines.")
+    async def rows(
+        request: HttpRequest,
+        kind: FeedbackKind = "supervised",
+        adapter: Annotated[str | None, Query(max_length=512)] = None,
+    ) -> Response:
+        tenant = _tenant(request)
+        found = feedback_rows(store.engine, tenant, kind, adapter=adapter, now=answers.wall())
+        first = await _told(lambda: next(found, None))  # so that an outage has its own status
+
+        def lines() -> Iterator[str]:
+            for row in chain([] if first is None else [first], found):
+                yield json.dumps(row) + "\n"
+
+        return StreamingResponse(lines(), media_type="application/jsonl")
+
+    @router.delete("/v1/feedback", summary="Remove what is kept of a user, or one answer, or everything.")
+    async def forget(
+        request: HttpRequest,
+        user: Annotated[str | None, Query(min_length=1, max_length=512)] = None,
+        id: Annotated[str | None, Query(min_length=1, max_length=100)] = None,
+        everything: bool = False,
+    ) -> Response:
+        tenant = _tenant(request)
+        if (user is not None) + (id is not None) + everything != 1:
+            raise invalid("what is to be removed?", None, "one of user=…, id=… and everything=true")
+        gone = await _told(lambda: answers.forget(tenant, user=user, id=id))
+        return Json({"object": "feedback.deleted", "answers": gone})
+
+    return router
+
+
+def _tenant(request: HttpRequest) -> str:
+    tenant = caller_of(request).tenant
+    if not tenant:
+        raise invalid("feedback belongs to a tenant", None, "a tenant's key; the operator has veneer tenant feedback")
+    return tenant
+
+
+async def _told(do: Callable[[], T]) -> T:
+    """`do` in a thread."""
+    try:
+        return await asyncio.to_thread(do)
+    except Refused:
+        raise
+    except Exception as error:
+        raise fault("the tenants' database", error) from error

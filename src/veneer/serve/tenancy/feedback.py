@@ -1,0 +1,397 @@
+"""Feedback is data: answers that a tenant lets be kept, what its users say of them, and the rows that come of it.
+
+    answered        `keeping` says whether the tenant lets it be kept; then a thread puts it into a file on this
+                    machine's disk, and another from there into the database: no request waits for either
+    feedback        on an answer by its id: a thumb, a correction, others that it was chosen over; the last word holds
+    rows            what is exported, as `veneer train` reads it
+
+    supervised      the correction of an answer, else one with a thumb up           messages, tools?
+    preference      a correction against what it corrects; an answer against        prompt, chosen, rejected, tools?
+                    each that it was chosen over
+    unpaired        an answer with a thumb                                          prompt, completion, label, tools?
+
+Nothing is kept of a tenant that has no `FeedbackTerms`. What is kept has the time until which it is: after it, it is
+nobody's, and the next sweep removes it. Of the request's `user` a hash is kept, by which all answers of a user, those
+without feedback too, are removed; answers that were asked for before that and have not come yet are not kept either.
+
+While the database is away, feedback is 503, and answers wait on the disk, up to `ROOM` bytes; beyond them they are
+answered and not kept, which the log says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sqlalchemy import Connection, Engine, delete, func, insert, select, tuple_, update
+
+from veneer.errors import one_of, quoted
+from veneer.library.database import reading, write_transaction
+from veneer.library.names import name_of
+from veneer.serve.access import Caller, KeepAnswer, Served
+from veneer.serve.request import Refused, invalid
+from veneer.serve.tenancy.outbox import Writer
+from veneer.serve.tenancy.store import Store, answer_table, feedback_table, forgotten_table
+
+_log = logging.getLogger("veneer.serve.tenancy")
+
+FeedbackKind = Literal["supervised", "preference", "unpaired"]
+FEEDBACK_KINDS = ("supervised", "preference", "unpaired")
+EVERYTHING = "*"
+"""What of a tenant is forgotten: all its answers. Else the hash of a user, or the id of an answer."""
+ROOM = 256 << 20
+"""Bytes of answers that wait for the database on this machine."""
+_LOCK = 0x66656564  # "feed": the key of PostgreSQL's advisory lock
+_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
+_LARGEST = 1 << 20
+"""Characters of JSON of an answer with its request; a larger one is not kept."""
+_MOST = 100
+"""Answers in one transaction, and feedback that is read at once."""
+_REMEMBERED = 400 * 86400.0
+"""Seconds for which it is remembered what was forgotten: for answers that wait somewhere."""
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+
+class KeptAnswers:
+    """The answers that one process keeps, and the feedback on all. Thread-safe."""
+
+    def __init__(self, store: Store, folder: Path, wall: Callable[[], float]) -> None:
+        """`folder`: on a disk of this machine, where answers wait; processes may share it."""
+        self.store, self.wall, self.path = store, wall, folder / "answers.sqlite"
+        self._wake, self._closing, self._said = threading.Event(), False, -10.0
+        self._draining = threading.Lock()
+        self._writer: Writer[sqlite3.Connection] = Writer(self._spool, "veneer-answers")
+        self._sender = threading.Thread(target=self._send, name="veneer-answers-sent", daemon=True)
+        self._sender.start()
+        self._wake.set()  # for what an earlier run left
+
+    def keeping(self, caller: Caller, served: Served, request: str) -> KeepAnswer | None:
+        """What takes the answer to a request that comes now; None where it is not to be kept."""
+        settings = self.store.settings
+        keeps = settings.kept.get(caller.tenant)
+        names = [name for _, name, _ in served.parts()]
+        if keeps is None or not any(map(keeps, (served.name, *names))):
+            return None
+        at, terms = self.wall(), settings.feedback[caller.tenant]
+        whose = user_hash(caller.tenant, caller.user) if caller.user else ""
+        row = {"tenant": caller.tenant, "id": request, "at": at, "expires": at + terms.days * 86400, "whose": whose}
+        row |= {"name": served.name, "adapters": names}
+
+        def keep(asked: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> None:
+            self._writer.put(lambda c: _wait(c, {**row, "asked": asked, "choices": choices})).add_done_callback(written)
+
+        def written(future: Future[Any]) -> None:
+            if (error := future.exception()) is None:
+                self._wake.set()
+            elif time.monotonic() - self._said > 10.0:
+                self._said = time.monotonic()
+                _log.error("answers are not kept for feedback: %s", error)
+
+        return keep
+
+    def flush(self, seconds: float = 10.0) -> None:
+        """Puts what has come into the database. Raises what that raises while it is away."""
+        self._writer.put(lambda c: None).result(seconds)
+        while self._drain():
+            pass
+
+    def close(self) -> None:
+        """What is not in the database by now waits for the next start."""
+        self._writer.close()
+        self._closing = True
+        self._wake.set()
+        self._sender.join(15)
+
+    @contextlib.contextmanager
+    def _spool(self) -> Iterator[sqlite3.Connection]:
+        """A transaction on the file in which answers wait."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        c = sqlite3.connect(self.path, timeout=10.0, isolation_level=None)
+        try:
+            c.execute("PRAGMA journal_mode = WAL")
+            c.execute("PRAGMA synchronous = NORMAL")
+            c.execute("PRAGMA secure_delete = ON")  # what was forgotten is not to be found on the disk
+            (size,) = c.execute("PRAGMA page_size").fetchone()
+            c.execute(f"PRAGMA max_page_count = {ROOM // size}")
+            c.execute("BEGIN IMMEDIATE")
+            c.execute("CREATE TABLE IF NOT EXISTS answers (number INTEGER PRIMARY KEY, row TEXT NOT NULL)")
+            yield c
+            c.execute("COMMIT")
+        finally:
+            c.close()
+
+    def _send(self) -> None:
+        pause = 0.0
+        while True:
+            self._wake.wait(pause or None)
+            self._wake.clear()
+            last = self._closing
+            try:
+                while self._drain():
+                    pass
+                pause = 0.0
+            except Exception as error:  # whatever it is, the answers stay where they are
+                if not pause:
+                    _log.warning("kept answers wait for the tenants' database: %s", error)
+                pause = min(5.0, pause * 2 or 0.2)
+            if last:
+                return
+
+    def _drain(self) -> bool:
+        """Whether there were answers, which are in the database now. Two who do it at once do no harm."""
+        if not self.path.exists():
+            return False
+        with self._draining:
+            with self._spool() as c:
+                waiting = c.execute("SELECT number, row FROM answers ORDER BY number LIMIT ?", (_MOST,)).fetchall()
+            if not waiting:
+                return False
+            with write_transaction(self.store.engine, _LOCK) as database:
+                _put(database, [json.loads(row) for _, row in waiting])
+            with self._spool() as c:
+                c.executemany("DELETE FROM answers WHERE number = ?", [(number,) for number, _ in waiting])
+        return True
+
+    # -- feedback
+
+    def give(self, tenant: str, feedback: AnswerFeedback) -> dict[str, Any]:
+        """Keeps what is said of an answer; what was said before of what is said again is gone. Returns what holds.
+        Raises Refused: not_found (404) for an answer that is not kept, whatever the reason; 400."""
+        self._find(tenant, feedback.id)  # its answer may have come a moment ago
+        for other, _ in feedback.rejected or ():
+            self._find(tenant, other)
+        with write_transaction(self.store.engine, _LOCK) as c:
+            given = self._choice(c, tenant, feedback.id, feedback.choice, "choice")
+            for other, choice in feedback.rejected or ():
+                if (other, choice) == (feedback.id, feedback.choice):
+                    raise invalid("an answer cannot be chosen over itself", "rejected")
+                if self._choice(c, tenant, other, choice, "rejected")[0] != given[0]:
+                    raise invalid(f"{other} answers another request", "rejected", "answers to the same messages")
+            f = feedback_table.c
+            here = (f.tenant == tenant) & (f.answer == feedback.id) & (f.choice == feedback.choice)
+            values = feedback.values() | {"at": self.wall()}
+            if c.execute(update(feedback_table).where(here).values(**values)).rowcount == 0:
+                key = {"tenant": tenant, "answer": feedback.id, "choice": feedback.choice}
+                c.execute(insert(feedback_table), {"up": None, "corrected": None, "rejected": None, **key, **values})
+            row = c.execute(select(feedback_table).where(here)).one()
+        thumb = None if row.up is None else "up" if row.up else "down"
+        rejected = [{"id": other, "choice": choice} for other, choice in json.loads(row.rejected or "[]")]
+        said = {"thumb": thumb, "corrected": json.loads(row.corrected or "null"), "rejected": rejected}
+        return {"object": "feedback", "id": feedback.id, "choice": feedback.choice, **said}
+
+    def _find(self, tenant: str, answer: str) -> None:
+        """Sees to it that an answer that has come is in the database. Raises Refused where there can be none."""
+        if not _ID.fullmatch(answer):
+            raise self._unknown(tenant, answer)
+        a = answer_table.c
+        with reading(self.store.engine) as c:
+            if c.scalar(select(a.id).where(a.tenant == tenant, a.id == answer)) is not None:
+                return
+        self.flush()
+
+    def _choice(self, c: Connection, tenant: str, answer: str, choice: int, param: str) -> tuple[Any, Any]:
+        """(what was asked, the answer)."""
+        a = answer_table.c
+        here = (a.tenant == tenant, a.id == answer, a.expires > self.wall())
+        row = c.execute(select(a.asked, a.choices).where(*here)).first()
+        if row is None:
+            raise self._unknown(tenant, answer)
+        choices = json.loads(row.choices)
+        if not 0 <= choice < len(choices):
+            raise invalid(f"{answer[:100]} has choices 0 to {len(choices) - 1}, not {choice}", param)
+        return json.loads(row.asked), choices[choice]
+
+    def _unknown(self, tenant: str, answer: str) -> Refused:
+        """Of an answer that never was, is another tenant's, was not kept, or was removed: nobody can tell which."""
+        fix = "the `id` of a chat completion of this tenant's that was kept, and whose time is not over"
+        if tenant not in self.store.settings.feedback:
+            fix = "none of this tenant's are kept; its operator changes that: veneer tenant feedback keep"
+        what = f"no answer {quoted(answer, 100)} is kept"
+        return Refused(what, status=404, code="not_found", param="id", fix=fix)
+
+    # -- removal
+
+    def forget(self, tenant: str, *, user: str | None = None, id: str | None = None) -> int:
+        """Removes what is kept of a user, or one answer, or everything. Returns how many answers went."""
+        if id is not None and not _ID.fullmatch(id):
+            return 0
+        what = user_hash(tenant, user) if user is not None else id if id is not None else EVERYTHING
+        with contextlib.suppress(OSError, sqlite3.Error):  # else they are left out when they come
+            self.flush()
+        with write_transaction(self.store.engine, _LOCK) as c:
+            return forget_answers(c, tenant, what, self.wall())
+
+    def sweep(self) -> int:
+        """Removes what has been kept for its time. Returns how many answers went."""
+        a, f, now, gone = answer_table.c, feedback_table.c, self.wall(), 0
+        while True:
+            with write_transaction(self.store.engine, _LOCK) as c:
+                _erase(c)
+                old = c.execute(select(a.tenant, a.id).where(a.expires <= now).limit(_MOST)).all()
+                for tenant, id in old:
+                    c.execute(delete(feedback_table).where(f.tenant == tenant, f.answer == id))
+                    c.execute(delete(answer_table).where(a.tenant == tenant, a.id == id))
+                c.execute(delete(forgotten_table).where(forgotten_table.c.at < now - _REMEMBERED))
+            gone += len(old)
+            if len(old) < _MOST:
+                return gone
+
+
+def user_hash(tenant: str, user: str) -> str:
+    """As what a user is kept: SHA-256 of tenant and user."""
+    return hashlib.sha256(json.dumps([tenant, user]).encode()).hexdigest()
+
+
+def forget_answers(c: Connection, tenant: str, what: str, now: float) -> int:
+    """Remove kept answers with what was said of them, within a transaction, and remember that those of before `now`
+    which have not come yet are not to be kept. Returns how many went."""
+    a, f = answer_table.c, feedback_table.c
+    _erase(c)
+    these = a.tenant == tenant if what == EVERYTHING else (a.tenant == tenant) & ((a.whose == what) | (a.id == what))
+    c.execute(delete(feedback_table).where(f.tenant == tenant, f.answer.in_(select(a.id).where(these))))
+    gone = c.execute(delete(answer_table).where(these)).rowcount
+    here = (forgotten_table.c.tenant == tenant) & (forgotten_table.c.what == what)
+    c.execute(delete(forgotten_table).where(here))
+    c.execute(insert(forgotten_table), {"tenant": tenant, "what": what, "at": now})
+    return gone
+
+
+def _erase(c: Connection) -> None:
+    """What is deleted on this connection is overwritten in its file."""
+    if c.dialect.name == "sqlite":
+        c.exec_driver_sql("PRAGMA secure_delete = ON")
+
+
+def _wait(c: sqlite3.Connection, row: Mapping[str, Any]) -> None:
+    text = json.dumps(row)
+    if len(text) > _LARGEST:
+        raise ValueError(f"{row['id']} has {len(text):,} characters with its request; {_LARGEST:,} are kept")
+    c.execute("INSERT INTO answers (row) VALUES (?)", (text,))
+
+
+def _put(c: Connection, rows: Sequence[dict[str, Any]]) -> None:
+    """Those that are not there yet and are not forgotten, within a transaction."""
+    a, g = answer_table.c, forgotten_table.c
+    for row in rows:
+        if c.scalar(select(a.id).where(a.tenant == row["tenant"], a.id == row["id"])) is not None:
+            continue
+        what = [EVERYTHING, row["id"], row["whose"]]
+        if (c.scalar(select(func.max(g.at)).where(g.tenant == row["tenant"], g.what.in_(what))) or 0.0) >= row["at"]:
+            continue
+        texts = {name: json.dumps(row[name]) for name in ("adapters", "asked", "choices")}
+        c.execute(insert(answer_table), row | texts)
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AnswerFeedback:
+    """What is said of a choice of an answer. `said`: which of the rest: what is in it replaces what was said before,
+    None takes it back. `up`: a thumb up or down. `corrected`: the message that should have been the answer.
+    `rejected`: (answer, choice) of each that it was chosen over."""
+
+    id: str
+    choice: int = 0
+    up: bool | None = None
+    corrected: Mapping[str, Any] | None = None
+    rejected: tuple[tuple[str, int], ...] | None = None
+    said: frozenset[str] = field(default=frozenset({"up", "corrected", "rejected"}))
+
+    def values(self) -> dict[str, Any]:
+        """As columns."""
+        found: dict[str, Any] = {"up": self.up}
+        found["corrected"] = None if self.corrected is None else json.dumps(self.corrected)
+        found["rejected"] = json.dumps(self.rejected) if self.rejected else None
+        return {name: value for name, value in found.items() if name in self.said}
+
+
+# -- what comes of it --------------------------------------------------------------------------------------------------
+
+
+def feedback_counts(c: Connection, tenant: str, now: float) -> dict[str, int]:
+    """How many answers of a tenant are kept, and how many of them have what."""
+    a, f = answer_table.c, feedback_table.c
+    these = (a.tenant == tenant) & (a.expires > now)
+    said = select(
+        func.count(f.up).label("n"), func.count().filter(f.up).label("up"),
+        func.count(f.corrected).label("corrected"), func.count(f.rejected).label("chosen"),
+    ).join(answer_table, (a.tenant == f.tenant) & (a.id == f.answer)).where(these)  # fmt: skip
+    row = c.execute(said).one()
+    kept = int(c.scalar(select(func.count()).select_from(answer_table).where(these)) or 0)
+    return {"answers": kept, "up": row.up, "down": row.n - row.up, "corrected": row.corrected, "chosen": row.chosen}
+
+
+def feedback_rows(
+    engine: Engine, tenant: str, kind: str, *, adapter: str | None = None, now: float | None = None
+) -> Iterator[dict[str, Any]]:
+    """Rows for training, in the order in which the feedback came, each once. `adapter`: of answers that were asked for
+    under this name, or given by this adapter, whatever its version. Raises ConfigError for a kind that is none."""
+    one_of(kind, FEEDBACK_KINDS, "a kind of rows", "kind")
+    return _rows(engine, tenant, kind, adapter, time.time() if now is None else now)
+
+
+def _rows(engine: Engine, tenant: str, kind: str, adapter: str | None, now: float) -> Iterator[dict[str, Any]]:
+    a, f = answer_table.c, feedback_table.c
+    order = (f.at, f.answer, f.choice)
+    query = (
+        select(feedback_table, a.name, a.adapters, a.asked, a.choices)
+        .join(answer_table, (a.tenant == f.tenant) & (a.id == f.answer))
+        .where(f.tenant == tenant, a.expires > now)
+        .order_by(*order)
+        .limit(_MOST)
+    )
+    after: tuple[Any, ...] | None = None
+    while True:
+        with reading(engine) as c:
+            found = c.execute(query if after is None else query.where(tuple_(*order) > tuple_(*after))).all()
+            others = _answers(c, tenant, [other for r in found for other, _ in json.loads(r.rejected or "[]")], now)
+        for r in found:
+            if adapter is None or adapter in {n for each in (r.name, *json.loads(r.adapters)) for n in _names(each)}:
+                yield from _rows_of(kind, r, others)
+        if len(found) < _MOST:
+            return
+        after = (found[-1].at, found[-1].answer, found[-1].choice)
+
+
+def _names(name: str) -> tuple[str, str]:
+    return name, name_of(name)
+
+
+def _answers(c: Connection, tenant: str, ids: Sequence[str], now: float) -> dict[str, Any]:
+    a = answer_table.c
+    query = select(a.id, a.choices).where(a.tenant == tenant, a.expires > now)
+    found: dict[str, Any] = {}
+    for i in range(0, len(ids), 500):
+        found |= {r.id: json.loads(r.choices) for r in c.execute(query.where(a.id.in_(ids[i : i + 500])))}
+    return found
+
+
+def _rows_of(kind: str, r: Any, others: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    asked, given = json.loads(r.asked), json.loads(r.choices)[r.choice]
+    corrected = json.loads(r.corrected) if r.corrected else None
+    tools = {"tools": asked["tools"]} if asked.get("tools") else {}
+    if kind == "supervised":
+        if corrected is not None or r.up:
+            yield {"messages": [*asked["messages"], corrected or given], **tools}
+    elif kind == "unpaired":
+        if r.up is not None:
+            yield {"prompt": asked["messages"], "completion": [given], "label": bool(r.up), **tools}
+    else:
+        pairs = [] if corrected is None else [(corrected, given)]
+        pairs += [(given, others[other][n]) for other, n in json.loads(r.rejected or "[]") if other in others]
+        for chosen, rejected in pairs:
+            if chosen != rejected:
+                yield {"prompt": asked["messages"], "chosen": [chosen], "rejected": [rejected], **tools}
