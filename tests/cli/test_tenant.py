@@ -142,3 +142,13 @@ def test_what_was_said_is_exported_and_forgotten(capsys: Any, quick: Path, tmp_p
     assert result(capsys, "feedback", "keep", "acme", "--off")["feedback"] is None
     assert run(capsys, "tenant", "feedback", "export", "acme", "--kind", "dpo", "-o", str(rows)).code == 2
     assert result(capsys, "audit", "--what", "feedback")["lines"][1]["before"] == {"answers": 1, "all": False}
+
+
+def test_economics_need_a_price_of_the_machine_and_a_ledger(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    result(capsys, "add", "acme")
+    refused = run(capsys, "tenant", "economics")
+    assert refused.code == 2
+    assert "VENEER_MACHINE_HOUR" in refused.err
+    monkeypatch.setenv("VENEER_MACHINE_HOUR", "2.50")
+    assert result(capsys, "economics")["rows"] == []
+    assert "nothing was used or trained" in run(capsys, "tenant", "economics").out

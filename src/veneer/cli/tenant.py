@@ -20,6 +20,7 @@ from veneer.cli.options import AsJson
 from veneer.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
+    from veneer.jobs.store import JobStore
     from veneer.serve.tenancy.store import Store
 
 _PLAIN: dict[str, Any] = {"no_args_is_help": True, "add_completion": False}
@@ -419,6 +420,84 @@ def usage_(
         figures = ("requests", "interrupted", "open", "prompt", "cached", "completion")
         shown = [[*(r[n] for n in names), *(f"{r[f]:,}" for f in figures), _money(r["cost"])] for r in rows]
         _table((*names, *figures, "cost"), shown, "nothing was used")
+
+
+@app.command(epilog="Example: veneer tenant economics acme --hour 2.50 --dedicated-hour 1.20 --since 2026-11-01")
+def economics(
+    tenant: Annotated[str | None, typer.Argument(help="The tenant; by default all.", show_default=False)] = None,
+    hour: Annotated[
+        str,
+        typer.Option(
+            "--hour", envvar="VENEER_MACHINE_HOUR", help="What an hour of all that serves costs.", show_default=False
+        ),
+    ] = "",
+    dedicated_hour: Annotated[
+        str, typer.Option("--dedicated-hour", help="Of a machine for one adapter; default: --hour.")
+    ] = "",
+    training_hour: Annotated[
+        str, typer.Option("--training-hour", help="Of a machine that trains; default: --hour.")
+    ] = "",
+    hours: Annotated[
+        float | None, typer.Option("--hours", min=0, help="For which the machine was paid; by default all of the time.")
+    ] = None,
+    since: Annotated[str, typer.Option("--since", help="The first day, in UTC.")] = "",
+    until: Annotated[str, typer.Option("--until", help="The last day, in UTC.")] = "",
+    library: Annotated[
+        str | None, typer.Option("--library", envvar="VENEER_LIBRARY", help="The library with the jobs' bills.")
+    ] = None,
+    index: Annotated[str | None, typer.Option("--index", envvar="VENEER_LIBRARY_INDEX", help="Its database.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What each tenant's adapters cost to train and to serve, what they bring, and when a machine of one's own pays.
+
+    From the ledger and the jobs' bills. Money in JSON is in millionths."""
+    from veneer.jobs.economics import MachinePrices
+    from veneer.jobs.economics import economics as measured
+
+    if not hour:
+        raise typer.BadParameter("say what an hour of the machine costs: --hour, or VENEER_MACHINE_HOUR")
+    prices = MachinePrices(*(_millionths(text)[0] if text else None for text in (hour, dedicated_hour, training_hour)))
+    with _opened() as store, _jobs(library, index) as jobs:
+        found = measured(store, jobs, prices, tenant=tenant, since=since, until=until, hours=hours)
+    if as_json:
+        print_json({**asdict(found), "rows": [row.to_dict() for row in found.rows]})
+        return
+    rows = [
+        (
+            r.tenant, r.adapter, _cents(r.training), _cents(r.training_billed), f"{r.requests:,}",
+            _cents(r.serving_thousand), _cents(round(1000 * r.billed / r.requests) if r.requests else None),
+            _cents(r.dedicated_thousand), _count(r.dedicated_from), _count(r.paid_back_after),
+        )
+        for r in found.rows
+    ]  # fmt: skip
+    head = ("tenant", "adapter", "training", "billed", "requests", "1,000 cost", "1,000 bring", "1,000 alone")
+    _table((*head, "alone from, a day", "paid back after"), rows, "nothing was used or trained")
+    if rows:
+        print(f"{found.hours:,.1f} hours from {found.since} to {found.until or 'now'}")
+
+
+@contextmanager
+def _jobs(place: str | None, index: str | None) -> Iterator[JobStore | None]:
+    """The queue of the library; None where there is no library: asking does not make one."""
+    from veneer.jobs.store import JobStore
+    from veneer.library.library import library_place, open_library
+
+    where = place or library_place()
+    if "://" not in where and not Path(where).expanduser().is_dir():
+        yield None
+        return
+    with open_library(where, index) as library:
+        yield JobStore(library)
+
+
+def _cents(millionths: int | None) -> str:
+    from veneer.jobs.store import money
+
+    return "" if millionths is None else money(round(millionths, -4) if abs(millionths) >= 10_000_000 else millionths)
+
+
+def _count(number: int | None) -> str:
+    return "never" if number is None else f"{number:,}"
 
 
 @app.command("audit", epilog="Example: veneer tenant audit --what key --limit 20")

@@ -423,6 +423,13 @@ class JobStore:
             row = c.execute(select(_bills).where(_bills.c.job == job)).first()
         return None if row is None else JobBill(**row._mapping)
 
+    def bills(self, since: str = "", until: str = "") -> list[JobBill]:
+        """Every tenant's, of jobs that ended on these days, both included; the oldest first. For the operator."""
+        b = _bills.c
+        query = select(_bills).where(b.day >= since).order_by(b.at, b.job)
+        with reading(self.engine) as c:
+            return [JobBill(**row._mapping) for row in c.execute(query.where(b.day <= until) if until else query)]
+
     def spent(self, tenant: str, since: str = "") -> int:
         """What a tenant's jobs cost that ended on the day `since` (2026-11-01) or later, in millionths."""
         with reading(self.engine) as c:

@@ -14,7 +14,7 @@ Nothing is kept of a tenant that has no `FeedbackTerms`. What is kept has the ti
 nobody's, and the next sweep removes it. Of the request's `user` a hash is kept, by which all answers of a user, those
 without feedback too, are removed; answers that were asked for before that and have not come yet are not kept either.
 
-While the database is away, feedback is 503, and answers wait on the disk, up to `ROOM` bytes; beyond them they are
+While the database is away, feedback is 503, and answers wait on the disk, up to a bound; beyond it they are
 answered and not kept, which the log says.
 """
 
@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sqlalchemy import Connection, Engine, delete, func, insert, select, tuple_, update
 
@@ -40,6 +40,7 @@ from veneer.errors import one_of, quoted
 from veneer.library.database import reading, write_transaction
 from veneer.library.names import name_of
 from veneer.serve.access import Caller, KeepAnswer, Served
+from veneer.serve.outage import is_outage
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy.outbox import Writer
 from veneer.serve.tenancy.store import Store, answer_table, feedback_table, forgotten_table
@@ -47,10 +48,9 @@ from veneer.serve.tenancy.store import Store, answer_table, feedback_table, forg
 _log = logging.getLogger("veneer.serve.tenancy")
 
 FeedbackKind = Literal["supervised", "preference", "unpaired"]
-FEEDBACK_KINDS = ("supervised", "preference", "unpaired")
 EVERYTHING = "*"
 """What of a tenant is forgotten: all its answers. Else the hash of a user, or the id of an answer."""
-ROOM = 256 << 20
+_ROOM = 256 << 20
 """Bytes of answers that wait for the database on this machine."""
 _LOCK = 0x66656564  # "feed": the key of PostgreSQL's advisory lock
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
@@ -124,7 +124,7 @@ class KeptAnswers:
             c.execute("PRAGMA synchronous = NORMAL")
             c.execute("PRAGMA secure_delete = ON")  # what was forgotten is not to be found on the disk
             (size,) = c.execute("PRAGMA page_size").fetchone()
-            c.execute(f"PRAGMA max_page_count = {ROOM // size}")
+            c.execute(f"PRAGMA max_page_count = {_ROOM // size}")
             c.execute("BEGIN IMMEDIATE")
             c.execute("CREATE TABLE IF NOT EXISTS answers (number INTEGER PRIMARY KEY, row TEXT NOT NULL)")
             yield c
@@ -158,11 +158,24 @@ class KeptAnswers:
                 waiting = c.execute("SELECT number, row FROM answers ORDER BY number LIMIT ?", (_MOST,)).fetchall()
             if not waiting:
                 return False
-            with write_transaction(self.store.engine, _LOCK) as database:
-                _put(database, [json.loads(row) for _, row in waiting])
+            self._put([json.loads(row) for _, row in waiting])
             with self._spool() as c:
                 c.executemany("DELETE FROM answers WHERE number = ?", [(number,) for number, _ in waiting])
         return True
+
+    def _put(self, rows: Sequence[dict[str, Any]]) -> None:
+        """All in one transaction; where one of them cannot be kept, the others without it."""
+        try:
+            with write_transaction(self.store.engine, _LOCK) as c:
+                _add(c, rows)
+        except Exception as error:
+            if is_outage(error):
+                raise
+            if len(rows) == 1:
+                _log.error("the database refuses answer %s, which is not kept: %s", rows[0]["id"], error)
+                return
+            for row in rows:
+                self._put([row])
 
     # -- feedback
 
@@ -281,7 +294,7 @@ def _wait(c: sqlite3.Connection, row: Mapping[str, Any]) -> None:
     c.execute("INSERT INTO answers (row) VALUES (?)", (text,))
 
 
-def _put(c: Connection, rows: Sequence[dict[str, Any]]) -> None:
+def _add(c: Connection, rows: Sequence[dict[str, Any]]) -> None:
     """Those that are not there yet and are not forgotten, within a transaction."""
     a, g = answer_table.c, forgotten_table.c
     for row in rows:
@@ -339,7 +352,7 @@ def feedback_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows for training, in the order in which the feedback came, each once. `adapter`: of answers that were asked for
     under this name, or given by this adapter, whatever its version. Raises ConfigError for a kind that is none."""
-    one_of(kind, FEEDBACK_KINDS, "a kind of rows", "kind")
+    one_of(kind, get_args(FeedbackKind), "a kind of rows", "kind")
     return _rows(engine, tenant, kind, adapter, time.time() if now is None else now)
 
 

@@ -1,0 +1,176 @@
+"""What tenants' adapters cost and bring, of what was: the ledger's sums and the jobs' bills, never a plan's.
+
+    for row in economics(store, jobs, MachinePrices(2_500_000)).rows: …
+
+A row for each tenant and adapter, all its versions together; the base is an adapter of its own. Money is in millionths,
+P is the price of an hour of a machine, H the hours of the period, both as given; s is the row's seconds of prefill and
+decoding, n its requests that were answered; over all rows, of every tenant, S = Σ s.
+
+    training            hours its jobs took, whatever came of them × P of training
+    training_billed     what the tenant was billed for them: its price of tokens, as each job kept it
+    serving             H · P · s/S: all that the shared machine costs, idle hours too, by who made it work
+    billed              what the ledger charged for its requests
+    dedicated           H · P of a machine of its own, with the adapter merged into a base of its own
+    serving_thousand    1000 · serving/n, and dedicated_thousand likewise
+    dedicated_from      24 · P of such a machine / (serving/n): requests a day from which it costs no more than sharing
+    paid_back_after     (training − training_billed) / (billed/n − serving/n): requests that pay what training left open
+
+The last two take a request to cost and bring what it did in the period: one that a machine of its own could not answer,
+or that comes when the shared one is full, is not in them. Where nothing divides, they are None: nothing was answered,
+or a request brings no more than it costs. A request of a mix counts for each adapter of it, with all of its seconds and
+with that adapter's own charge.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from veneer.errors import ConfigError
+from veneer.jobs.store import JobStore
+from veneer.library.database import reading
+from veneer.library.names import name_of
+from veneer.serve.tenancy.ledger import usage
+from veneer.serve.tenancy.store import Store
+
+
+@dataclass(frozen=True)
+class MachinePrices:
+    """Of an hour, in millionths: of all that serves together; of a machine that would serve one adapter, and of one
+    that trains, which cost the same unless it is said."""
+
+    serving: int
+    dedicated: int | None = None
+    training: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and not 0 <= value <= 10**12:
+                raise ConfigError(f"an hour costs {value} millionths", where=name, fix="from 0 to a million")
+
+
+@dataclass(frozen=True)
+class EconomicsRow:
+    """One tenant's use of one adapter: see the module. Seconds are of machines; money in millionths."""
+
+    tenant: str
+    adapter: str
+    jobs: int
+    training_seconds: float
+    training: int
+    training_billed: int
+    requests: int
+    serving_seconds: float
+    serving: int
+    billed: int
+    dedicated: int
+    serving_thousand: int | None
+    dedicated_thousand: int | None
+    dedicated_from: int | None
+    paid_back_after: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Economics:
+    """`hours`: of the period, which the shared machine is paid for. `rows`: by tenant and adapter."""
+
+    since: str
+    until: str
+    hours: float
+    rows: Sequence[EconomicsRow]
+
+
+def economics(
+    store: Store,
+    jobs: JobStore | None,
+    prices: MachinePrices,
+    *,
+    tenant: str | None = None,
+    since: str = "",
+    until: str = "",
+    hours: float | None = None,
+    now: float | None = None,
+) -> Economics:
+    """`jobs`: None where nothing is trained. `tenant`: its rows alone; what others made the machine work counts all the
+    same. `since`, `until`: days in UTC, both included; by default from the first day with a request or a bill to this
+    moment. `hours`: for which the shared machine was paid; by default all of the period. Raises ConfigError."""
+    for name, day in (("since", since), ("until", until)):
+        if day and not re.fullmatch(r"\d{4}-\d\d-\d\d", day):
+            raise ConfigError(f"{day!r} is not a date", where=name, fix="as in 2026-11-25, in UTC")
+    with reading(store.engine) as c:
+        used = usage(c, since=since, until=until)
+    bills = [] if jobs is None else jobs.bills(since=since, until=until)
+    first = min((*(r["day"] for r in used if r["done"]), *(bill.day for bill in bills)), default="")
+    since = since or first
+    hours = _hours(since, until, time.time() if now is None else now) if hours is None else hours
+
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def row(tenant: str, adapter: str) -> dict[str, Any]:
+        empty = dict.fromkeys(
+            ("jobs", "training_seconds", "training_billed", "requests", "serving_seconds", "billed"), 0
+        )
+        return found.setdefault((tenant, name_of(adapter)), empty)
+
+    for r in used:
+        each = row(r["tenant"], r["adapter"])
+        each["requests"] += r["done"]
+        each["serving_seconds"] += r["prefill"] + r["decode"]
+        each["billed"] += r["cost"]
+    for bill in bills:
+        each = row(bill.tenant, bill.name)
+        each["jobs"] += 1
+        each["training_seconds"] += bill.seconds
+        each["training_billed"] += bill.cost
+    whole = math.fsum(each["serving_seconds"] for each in found.values())
+    rows = [
+        _row(key, each, prices, hours, whole)
+        for key, each in sorted(found.items())
+        if tenant in (None, key[0]) and (each["requests"] or each["jobs"])
+    ]
+    return Economics(since, until, hours, rows)
+
+
+def _row(key: tuple[str, str], each: dict[str, Any], prices: MachinePrices, hours: float, whole: float) -> EconomicsRow:
+    alone = prices.serving if prices.dedicated is None else prices.dedicated
+    train = prices.serving if prices.training is None else prices.training
+    n, billed = each["requests"], each["billed"]
+    serving = hours * prices.serving * each["serving_seconds"] / whole if whole else 0.0
+    dedicated, training = hours * alone, each["training_seconds"] / 3600 * train
+    owed, margin = max(0.0, training - each["training_billed"]), (billed - serving) / n if n else 0.0
+    return EconomicsRow(
+        *key, each["jobs"], float(each["training_seconds"]), round(training), each["training_billed"], n,
+        float(each["serving_seconds"]), round(serving), billed, round(dedicated),
+        serving_thousand=round(1000 * serving / n) if n else None,
+        dedicated_thousand=round(1000 * dedicated / n) if n else None,
+        dedicated_from=_up(24 * alone / (serving / n)) if n and serving else None,
+        paid_back_after=0 if not owed else _up(owed / margin) if margin > 0 else None,
+    )  # fmt: skip
+
+
+def _up(number: float) -> int:
+    """The next whole number, but for what rounding left over."""
+    return math.ceil(number - 1e-9 * abs(number))
+
+
+def _hours(since: str, until: str, now: float) -> float:
+    """From the start of the first day to the end of the last, or to `now`. Raises ConfigError for what is no day."""
+    if not since:
+        return 0.0
+    try:
+        begin = datetime.fromisoformat(since).replace(tzinfo=UTC)
+        end = datetime.fromtimestamp(now, UTC)
+        if until:
+            end = min(end, datetime.fromisoformat(until).replace(tzinfo=UTC) + timedelta(days=1))
+    except ValueError as error:
+        raise ConfigError(f"there is no such day: {error}", where="since, until", fix="as in 2026-11-25") from error
+    return max(0.0, (end - begin).total_seconds() / 3600)

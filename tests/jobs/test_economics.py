@@ -1,0 +1,100 @@
+"""What adapters cost and bring, against figures that were worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from tests.library.conftest import quick  # noqa: F401
+from veneer.errors import ConfigError
+from veneer.jobs.economics import EconomicsRow, MachinePrices, economics
+from veneer.jobs.store import JobStore
+from veneer.library.database import write_transaction
+from veneer.serve.request import Usage
+from veneer.serve.tenancy.ledger import post
+from veneer.serve.tenancy.outbox import LedgerEntry, LedgerLine, OwedEntry
+from veneer.serve.tenancy.store import Price, Store
+
+UNIT = 1_000_000
+START = 1_793_491_200.0  # 2026-11-01 00:00 UTC
+DAY = 86400.0
+
+
+def served(tenant: str, adapter: str, number: int, prefill: float, decode: float, price: int) -> OwedEntry:
+    """A request of 1,000 tokens of an answer at a price (in units) of a thousand."""
+    lines = (LedgerLine(f"d-{adapter}", adapter, 1.0, Price(0, 0, price * 1000 * UNIT)),)
+    entry = LedgerEntry(f"{tenant}{adapter}{number}", tenant, "word", START + number, 0, 1000, lines)
+    return OwedEntry(entry, "done", START + number + 9, Usage(0, 0, 1000, 5.0, prefill, decode))
+
+
+@pytest.fixture
+def tenants(quick: Path) -> Store:  # noqa: F811
+    """Four requests of acme's, 3 s and 27 s each (two versions), at 30; one of globex's, 40 s, at 20."""
+    store = Store(str(quick / "tenants.sqlite"))
+    owed = [served("acme", f"acme/support@{1 + n % 2}", n, 3.0, 27.0, 30) for n in range(4)]
+    owed += [served("globex", "base", 0, 40.0, 0.0, 20)]
+    with write_transaction(store.engine) as c:
+        post(c, "00112233aabbccdd", owed, START)
+    return store
+
+
+def billed(store: JobStore, tenant: str, name: str, state: str, seconds: float, cost: int, at: float = START) -> None:
+    job = store.create(tenant, {"base": "tiny"}, name=name)
+    values = {"job": job.id, "tenant": tenant, "name": job.name, "state": state, "seconds": seconds, "cost": cost}
+    with write_transaction(store.engine) as c:
+        c.execute(
+            text(
+                "INSERT INTO job_bills (job, tenant, name, day, state, at, seconds, tokens, price, cost) "
+                "VALUES (:job, :tenant, :name, '2026-11-01', :state, :at, :seconds, 0, 0, :cost)"
+            ),
+            values | {"at": at},
+        )
+
+
+def test_the_table_is_what_pen_and_paper_say(store: JobStore, tenants: Store) -> None:
+    billed(store, "acme", "support", "succeeded", 5400.0, 4 * UNIT)
+    billed(store, "acme", "support", "failed", 1800.0, 0)
+    billed(store, "globex", "draft", "succeeded", 3600.0, 9 * UNIT)
+    prices = MachinePrices(2 * UNIT, dedicated=UNIT, training=32 * UNIT)
+    found = economics(tenants, store, prices, now=START + 2 * DAY)
+    # 48 h at 2 are 96; of 4 · 30 s + 40 s = 160 s three quarters are acme's.
+    # acme: 72 for 4 requests, 18 each; it pays 30 each: 12 more. 2 h of training at 32 are 64, 4 of them paid: 60/12.
+    # One hour alone costs 1: 24 a day, as much as 24/18 requests that are shared.
+    acme = EconomicsRow(
+        "acme", "acme/support", 2, 7200.0, 64 * UNIT, 4 * UNIT, 4, 120.0, 72 * UNIT, 120 * UNIT, 48 * UNIT,
+        18_000 * UNIT, 12_000 * UNIT, 2, 5,
+    )  # fmt: skip
+    # globex's one request costs 24 and brings 20; nothing of its training is open, for the draft was never asked.
+    base = EconomicsRow(
+        "globex", "base", 0, 0.0, 0, 0, 1, 40.0, 24 * UNIT, 20 * UNIT, 48 * UNIT, 24_000 * UNIT, 48_000 * UNIT, 1, 0
+    )
+    draft = EconomicsRow(
+        "globex", "globex/draft", 1, 3600.0, 32 * UNIT, 9 * UNIT, 0, 0.0, 0, 0, 48 * UNIT, None, None, None, None
+    )
+    assert (found.since, found.hours) == ("2026-11-01", 48.0)
+    assert list(found.rows) == [acme, base, draft]
+    own = economics(tenants, store, prices, tenant="acme", now=START + 2 * DAY)
+    assert list(own.rows) == [acme], "what others made the machine work counts all the same"
+
+
+def test_hours_and_days_are_those_that_were_said(store: JobStore, tenants: Store) -> None:
+    prices = MachinePrices(2 * UNIT)
+    whole = economics(tenants, None, prices, hours=10.0).rows
+    assert sum(row.serving for row in whole) == 20 * UNIT
+    day = economics(tenants, None, prices, since="2026-11-01", until="2026-11-01", now=START + 30 * DAY)
+    assert day.hours == 24.0
+    assert economics(tenants, None, prices, since="2026-11-01", now=START + DAY / 4).hours == 6.0
+    later = economics(tenants, store, prices, since="2026-11-02", now=START + 3 * DAY)
+    assert (later.hours, list(later.rows)) == (48.0, [])
+    free = economics(tenants, None, MachinePrices(0), now=START + DAY).rows[0]
+    assert (free.serving, free.dedicated_from, free.paid_back_after) == (0, None, 0)
+
+
+def test_what_cannot_be_meant_is_refused(tenants: Store) -> None:
+    for options in ({"since": "yesterday"}, {"until": "2026-13-01", "since": "2026-11-01"}):
+        with pytest.raises(ConfigError, match=r"day|date"):
+            economics(tenants, None, MachinePrices(1), **options)
+    with pytest.raises(ConfigError, match="an hour costs -1"):
+        MachinePrices(-1)

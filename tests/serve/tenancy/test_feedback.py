@@ -1,0 +1,73 @@
+"""Kept answers in a database of each kind: many of them, counted, exported whole, removed.
+
+What a client sees of it over HTTP is in surfaces/test_feedback.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.serve.tenancy.conftest import Clock
+from veneer.errors import ConfigError
+from veneer.library.database import reading
+from veneer.serve.access import Caller, Served
+from veneer.serve.request import Refused
+from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.feedback import AnswerFeedback, feedback_counts, feedback_rows
+from veneer.serve.tenancy.store import FeedbackTerms
+from veneer.serve.tenancy.tenants import Tenants
+
+NOW = 1_800_001_000.0
+
+
+def keep(tenants: Tenants, id: str, user: str, text: str, asked: str = "Hi", tenant: str = "acme") -> None:
+    took = tenants.keeping(Caller(tenant, user=user), Served((), "support", "support"), id)
+    assert took is not None
+    took({"messages": [{"role": "user", "content": asked}]}, [{"role": "assistant", "content": text}])
+
+
+def rows(tenants: Tenants, kind: str) -> list[Any]:
+    return list(feedback_rows(tenants.store.engine, "acme", kind, now=NOW))
+
+
+def test_many_are_kept_counted_exported_in_their_order_and_removed(tenants: Tenants, clock: Clock) -> None:
+    manage.add_tenant(tenants.store, "acme", who="me")
+    manage.set_feedback(tenants.store, "acme", FeedbackTerms(30.0), who="me")
+    tenants.store.look()
+    for n in range(230):  # more than are read or written at once
+        keep(tenants, f"a-{n}", f"u-{n % 2}", f"answer {n} \0 \ud83d")
+    for n in range(230):
+        tenants.answers.give("acme", AnswerFeedback(f"a-{n}", up=n % 4 != 0, said=frozenset({"up"})))
+    better = {"role": "assistant", "content": "better"}
+    tenants.answers.give("acme", AnswerFeedback("a-1", corrected=better, said=frozenset({"corrected"})))
+    tenants.answers.give("acme", AnswerFeedback("a-2", rejected=(("a-3", 0), ("a-4", 0)), said=frozenset({"rejected"})))
+    with reading(tenants.store.engine) as c:
+        counts = feedback_counts(c, "acme", NOW)
+    assert counts == {"answers": 230, "up": 172, "down": 58, "corrected": 1, "chosen": 1}
+    labels = rows(tenants, "unpaired")
+    assert sorted(row["completion"][0]["content"] for row in labels) == sorted(
+        f"answer {n} \0 \ud83d" for n in range(230)
+    )
+    assert sum(row["label"] for row in labels) == len(rows(tenants, "supervised")) == 172
+    pairs = [
+        (row["chosen"][0]["content"][:8], row["rejected"][0]["content"][:8]) for row in rows(tenants, "preference")
+    ]
+    assert sorted(pairs) == [("answer 2", "answer 3"), ("answer 2", "answer 4"), ("better", "answer 1")]
+
+    assert tenants.answers.forget("acme", user="u-1") == 115, "a-1 and a-3 among them"
+    assert [row["rejected"][0]["content"][:8] for row in rows(tenants, "preference")] == ["answer 4"]
+    assert tenants.answers.forget("acme", id="a-4") == 1
+    assert rows(tenants, "preference") == []
+    clock.now += 31 * 86400
+    assert tenants.answers.sweep() == 114
+    with reading(tenants.store.engine) as c:
+        assert set(feedback_counts(c, "acme", 0.0).values()) == {0}
+    manage.remove_tenant(tenants.store, "acme", who="me")
+    with pytest.raises(Refused, match="no answer 'a-0' is kept"):
+        tenants.answers.give("acme", AnswerFeedback("a-0", up=True))
+
+
+def test_a_kind_of_rows_that_is_none(tenants: Tenants) -> None:
+    with pytest.raises(ConfigError, match="'dpo' is not a kind of rows"):
+        feedback_rows(tenants.store.engine, "acme", "dpo")
