@@ -456,7 +456,8 @@ def economics(
 
     if not hour:
         raise typer.BadParameter("say what an hour of the machine costs: --hour, or VENEER_MACHINE_HOUR")
-    prices = MachinePrices(*(_millionths(text)[0] if text else None for text in (hour, dedicated_hour, training_hour)))
+    more = {"dedicated": dedicated_hour, "training": training_hour}
+    prices = MachinePrices(_millionths(hour)[0], **{name: _millionths(text)[0] for name, text in more.items() if text})
     with _opened() as store, _jobs(library, index) as jobs:
         found = measured(store, jobs, prices, tenant=tenant, since=since, until=until, hours=hours)
     if as_json:
