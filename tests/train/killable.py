@@ -84,7 +84,9 @@ def main(folder: Path, kill_at: int | None) -> None:
     progress = checkpoint.Progress()
     newest = checkpoint.latest(folder)
     if newest is not None:
-        progress, notes, _ = checkpoint.restore(newest, parameters=parameters, optimizer=optimizer, identity={"run": 1})
+        progress, notes, *_ = checkpoint.restore(
+            newest, parameters=parameters, optimizer=optimizer, identity={"run": 1}
+        )
         assert not notes
     log = JsonLog(folder / "log.jsonl", progress if newest is not None else None)
 

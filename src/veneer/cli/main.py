@@ -42,7 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "base": ("veneer.cli.base", "Get, list and look at base models."),
     "data": ("veneer.cli.data", "Captions for pictures, by a vision-language model here."),
     "train": ("veneer.cli.train", "Train an adapter from a configuration file."),
-    "sweep": ("veneer.cli.sweep", "Train every combination of some settings at once, and compare them."),
+    "sweep": ("veneer.cli.sweep", "Train every combination of some settings at once."),
     "plan": ("veneer.cli.plan", "Memory, time and money of a run, before it runs."),
     "eval": ("veneer.cli.eval", "Compare the base and adapters on held-out rows."),
     "generate": ("veneer.cli.generate", "Generate text, or chat, with a base and any adapters."),

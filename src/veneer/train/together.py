@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from veneer.errors import CheckpointError, Interrupted, VeneerError
+from veneer.errors import CheckpointError, Interrupted, VeneerError, counted
 from veneer.train import checkpoint
 from veneer.train.loop import StepDone, Stepping, StepWanted, StopAsked, stop_signals
 from veneer.train.run import AttachedTask, Run
@@ -96,9 +96,8 @@ def in_step(
         for member in members:
             member.steps.close()
     if stopped:
-        raise Interrupted(
-            f"stopped; the state of {len(stopped)} runs is saved", fix=stopped[0].fix, signal=stopped[0].signal
-        )
+        saved = f"stopped; the state of {counted(len(stopped), 'run')} is saved"
+        raise Interrupted(saved, fix=stopped[0].fix, signal=stopped[0].signal)
     return [results[place] for place in range(len(members))]
 
 

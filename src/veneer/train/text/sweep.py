@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from veneer.errors import ConfigError, NoGain, VeneerError
 from veneer.train.checkpoint import write_atomically
 from veneer.train.config.load import load_config
 from veneer.train.events import Evaluated, Event, Listener, Stepped, fan_out
+from veneer.train.report.log import read_log
 from veneer.train.report.page import write_sweep_page
 from veneer.train.text.save import RunResult
 from veneer.train.text.together import run_texts
@@ -96,7 +97,6 @@ class Sweep:
     combinations: list[Combination]
     results: list[RunResult | VeneerError]
     report: str = ""
-    curves: list[list[tuple[float, float]]] = field(default_factory=list)
 
     def rows(self) -> list[dict[str, Any]]:
         """One for each, the lowest validation loss (else training loss) first, those without an adapter last."""
@@ -143,25 +143,20 @@ def run_sweep(
     folder = Path(load_config(file, held)[0].output.directory)
     loaded = [load_config(file, [*one.overrides, f"output.directory={folder / one.name}"]) for one in combinations]
     halves = _Halving([config.schedule.steps or 0 for config, _ in loaded], on=halving)
-    curves: list[list[tuple[float, float]]] = [[] for _ in combinations]
-
-    def heard(place: int, event: Event) -> None:
-        halves.hear(place, event)
-        if isinstance(event, Evaluated):
-            curves[place].append((float(event.step), event.loss))
-
     results = run_texts(
         [config for config, _ in loaded], names=[one.name for one in combinations],
         sources=[sources for _, sources in loaded], resume=resume, dry_run=dry_run, force=force, base=base,
-        listeners=[fan_out(partial(heard, i), listener(one.name)) for i, one in enumerate(combinations)],
+        listeners=[fan_out(partial(halves.hear, i), listener(one.name)) for i, one in enumerate(combinations)],
         leave=halves.leave,
     )  # fmt: skip
-    sweep = Sweep(combinations, results, curves=curves)
+    sweep = Sweep(combinations, results)
     if not dry_run:
         report = folder / "sweep.html"
-        write_sweep_page(
-            report, file.name, sweep.rows(), {one.name: c for one, c in zip(combinations, curves, strict=True)}
-        )
+        curves = {
+            one.name: [(float(r["step"]), float(r["loss"])) for r in read_log(folder / one.name / "log.jsonl")
+                       if r.get("event") == "evaluated"] for one in combinations
+        }  # fmt: skip
+        write_sweep_page(report, file.name, sweep.rows(), curves)
         sweep.report = str(report)
         write_atomically(folder / "sweep.json", (json.dumps(sweep.to_dict(), indent=1) + "\n").encode())
     return sweep

@@ -63,9 +63,9 @@ def run_texts(
 ) -> list[RunResult | VeneerError]:
     """Trains an adapter for each configuration, all on one base and in one pass a step, and returns what came of each.
 
-    `names`: what messages call them, by default the last part of their output folders. `listeners`, `sources`: one of
-    each; `leave`: as `in_step` has it, by their places here; the rest as `run_text`. A run that fails is its error in
-    the list, and leaves the others as they are. Raises ConfigError for configurations that cannot share a base, and
+    `names`: what messages call them, by default their output folders. `listeners`, `sources`: one of each; `leave`: as
+    `in_step` has it, by their places here; the rest as `run_text`. A run that fails is its error in the list, and
+    leaves the others as they are. Raises ConfigError for configurations that cannot share a base, and
     Interrupted, with the state of all saved."""
     check_group(configs, [config.output.directory for config in configs] if names is None else names)
     texts = [config for config in configs if isinstance(config, TrainConfig)]  # which all are
