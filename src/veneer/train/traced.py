@@ -114,7 +114,7 @@ def traced_training(fields: Mapping[str, Any], load: Load, device: Device, say: 
 
 def _ends(load: Load | ImageLoad) -> dict[str, int]:
     """What the loop reads at a step's end: the loss of each micro-batch, and the norm of the gradient."""
-    return {"veneer/train/loop.py _share": min(load.micros, 2), "veneer/train/loop.py _one_step": 1}
+    return {"veneer/train/loop.py done": min(load.micros, 2), "veneer/train/loop.py _one_step": 1}
 
 
 def _name(trace: Trace, parameters: Mapping[str, nn.Parameter]) -> None:
