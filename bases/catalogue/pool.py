@@ -81,7 +81,7 @@ def load_pool(work: Path, vae: AutoencoderKL, tokenizers: dict[str, Any], *, cro
     uncut = torch.tensor([SIDE, SIDE, 0, 0, SIDE, SIDE]).expand(n, 6)
     return Pool(
         torch.cat(latents + cut), n, torch.cat(things + cut_things) / 255, torch.cat([uncut, *sizes]),
-        _ids(tokenizers, long), _ids(tokenizers, short), _ids(tokenizers, [""]),
+        _ids(tokenizers, long), _ids(tokenizers, short), {k: v.long() for k, v in _ids(tokenizers, [""]).items()},
     )  # fmt: skip
 
 
