@@ -118,6 +118,7 @@ class KeptAnswers:
     def _spool(self) -> Iterator[sqlite3.Connection]:
         """A transaction on the file in which answers wait."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch(0o600)  # what people wrote; SQLite's files beside it get the same rights
         c = sqlite3.connect(self.path, timeout=10.0, isolation_level=None)
         try:
             c.execute("PRAGMA journal_mode = WAL")

@@ -267,6 +267,7 @@ def test_what_a_server_left_on_its_disk_is_kept_by_the_next(quick: Path) -> None
     assert keep is not None
     keep({"messages": [{"role": "user", "content": "Hi"}]}, [{"role": "assistant", "content": "Ho"}])
     tenants.close()
+    assert {p.stat().st_mode & 0o777 for p in (quick / "outbox").glob("answers.sqlite*")} == {0o600}
     with write_transaction((again := Tenants(where, ledger=ledger, watch=False)).store.engine) as c:
         c.execute(sql("ALTER TABLE gone RENAME TO tenant_answers"))
     again.answers.flush()
