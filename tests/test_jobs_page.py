@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,11 @@ import yaml
 from tests.cli.run import run
 from tests.jobs.small import small_config
 from tests.test_readme import ROOT, blocks
-from veneer.jobs.store import TRANSITIONS
+from veneer.jobs.after import after_from
+from veneer.jobs.process import carry_out_job
+from veneer.jobs.store import TRANSITIONS, JobStore
+from veneer.library.library import open_library
+from veneer.models.home import veneer_home
 
 PAGE = (ROOT / "docs" / "how-to" / "jobs.md").read_text(encoding="utf-8")
 
@@ -38,6 +43,55 @@ def test_the_pages_commands(
     (code,) = blocks(PAGE, "python")
     exec(compile(code, "jobs.md", "exec"), {})
     assert f"{job} cancelled 0 3 None" in capsys.readouterr().out
+
+
+def test_from_an_empty_machine_to_a_canary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page's commands and its configuration, on the tiny base; what waits is carried out as a worker's process
+    does it."""
+    monkeypatch.chdir(tmp_path)
+    kernels = (veneer_home() / "kernels").resolve()
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "kernels").symlink_to(kernels)  # compiled once
+    by_hand, by_rule = (yaml.safe_load(block) for block in blocks(PAGE, "yaml"))
+    small = small_config(tmp_path)
+    (tmp_path / "rows.jsonl").rename(tmp_path / "tickets.jsonl")
+    shutil.copy(tmp_path / "tickets.jsonl", tmp_path / "held-out.jsonl")
+    given = small | by_hand | {"base": small["base"]}
+    given["after"]["evaluate"]["max_new_tokens"] = 4
+    (tmp_path / "support.yaml").write_text(yaml.safe_dump(given))
+    (commands,) = blocks(PAGE, "bash")
+    job, told = "", []
+    for line in commands.splitlines():
+        words = shlex.split(re.sub(r"ftjob-\w{24}", job, line), comments=True)
+        if words[1] == "worker":
+            _work()
+            continue
+        ran = run(capsys, *words[1:])
+        assert ran.code == 0, f"{line}\n{ran.out}{ran.err}"
+        job = ran.out.split()[0] if words[2] == "submit" else job
+        told.append(ran.out.strip())
+    canary = "support of acme -> acme/support@1 90 %, acme/support@2 10 %; shadow acme/support@2 for 100 %"
+    first, later, shown = told[2], told[4], told[5]
+    assert (first, later) == ("support of acme -> acme/support@1 100 %", canary)
+    assert "evaluation   on 12 held-out rows: exact_match: base 0, acme/support@1 " in shown
+    assert "route        acme/support@2 gets 0.1 of the users of support, acme/support@1 the others" in shown
+    assert told[-2:] == ["support leads to acme/support@2", "support leads to acme/support@1"]
+    after_from(by_rule["after"], tmp_path)
+    (tmp_path / "wrong.yaml").write_text(
+        yaml.safe_dump(given | {"after": {**by_rule["after"], "promote": "exact > 1"}})
+    )
+    ran = run(capsys, "jobs", "submit", "wrong.yaml", "--tenant", "acme")
+    assert (ran.code, "did you mean exact_match" in ran.err) == (2, True)
+
+
+def _work() -> None:
+    with open_library() as library:
+        lease = JobStore(library).take("here", 600)
+        assert lease is not None
+        assert carry_out_job(library, lease.job.id, lease.token) == 0
 
 
 def test_the_pages_states_are_those_that_there_are() -> None:

@@ -204,14 +204,22 @@ def submit(
 ) -> Job:
     """Checks and plans a run and queues it, as `veneer jobs submit` does: the job, queued, or failed with its `error`.
 
-    `config`, `overrides`: as `train_text` takes them. `name`: of the adapter to come, by default that of the output
-    folder. `tenants`: the database with their terms, by default the veneer home's, where there is one. Raises
-    ConfigError for a configuration that is none, and for a name that cannot be."""
+    `config`, `overrides`: as `train_text` takes them; a file may have a section `after` too. `name`: of the adapter to
+    come, by default that of the output folder. `tenants`: the database with their terms and routes, by default the
+    veneer home's, where there is one. Raises ConfigError for a configuration that is none, for a name that cannot be,
+    and for what could not be done after the run."""
+    from veneer.jobs.after import load_job_config
     from veneer.jobs.validate import submitted, tenants_at, terms_of
 
-    chosen, _ = _config(config, overrides)
+    after = None
+    if isinstance(config, str | os.PathLike):
+        chosen, after = load_job_config(config, overrides)
+    else:
+        chosen, _ = _config(config, overrides)
     with tenants_at(tenants) as known:
-        return submitted(jobs, chosen, terms=terms_of(known), tenant=tenant, name=name)
+        return submitted(
+            jobs, chosen, terms=terms_of(known), tenant=tenant, name=name, after=after, tenants=known
+        )  # fmt: skip
 
 
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base: TextBase) -> Path:

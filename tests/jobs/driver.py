@@ -21,13 +21,19 @@ import veneer.train.text.task  # noqa: F401  what a job needs is imported once, 
 from tests.jobs.small import STEPS, small_config
 from veneer.jobs.process import carry_out_job
 from veneer.jobs.store import JobStore
-from veneer.jobs.validate import device_of, validated
+from veneer.jobs.validate import device_of, tenants_at, validated
+from veneer.library.database import reading
 from veneer.library.library import open_library
 from veneer.models.home import veneer_home
+from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.routes import route_history
 from veneer.serve.tenancy.store import TrainingTerms
 
 KERNELS = (veneer_home() / "kernels").resolve()
 LEASE = 0.05
+AFTER = {
+    "evaluate": {"metrics": ["loss"]}, "route": {"name": "support", "weight": 0.1}, "promote": "loss <= base + 1",
+}  # fmt: skip
 TERMS = TrainingTerms(price=4_000_000, budget=10**9)
 
 
@@ -102,6 +108,13 @@ def outcome(folder: Path) -> bytes:
         assert [version.version for version in versions] == [1, 2, 3, 4]  # the checkpoints, and what came of it
         assert job.result["reference"] == "acme/support@4"
         assert [point.reference for point in points] == ["acme/support@3", "acme/support@2", "acme/support@1"]
+        with tenants_at(None) as tenants:
+            assert tenants is not None
+            with reading(tenants.engine) as c:
+                (move,) = route_history(c, "support", tenant="acme")  # moved once
+        assert (move["targets"], move["current"]) == ({"acme/support@4": 1}, True)
+        assert [e.kind for e in events if e.kind in ("evaluation", "route")] == ["evaluation", "route"]
+        assert versions[-1].card["metrics"]["held_out"]["rows"] == 4
         kept = [library.resolve(version.reference) / "adapter_model.safetensors" for version in versions]
         return b"".join(file.read_bytes() for file in kept)
 
@@ -113,7 +126,12 @@ def submitted(folder: Path, config: dict[str, Any]) -> None:
     child = os.fork()
     if not child:
         with open_library(folder / "library") as library:
-            JobStore(library).create("acme", config, name="support", about={"publish": "checkpoints"})
+            with tenants_at(str(folder / "tenants.sqlite")) as tenants:
+                assert tenants is not None
+                manage.add_tenant(tenants, "acme", who="test")
+            JobStore(library).create(
+                "acme", config, name="support", about={"publish": "checkpoints", "after": AFTER}
+            )  # fmt: skip
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 

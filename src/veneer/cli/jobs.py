@@ -71,12 +71,13 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Check and plan a run, and queue it. Exit code 2 where it cannot be queued."""
+    from veneer.jobs.after import load_job_config
     from veneer.jobs.validate import submitted, tenants_at, terms_of
-    from veneer.train.config.load import load_config
 
-    chosen, _ = load_config(config, overrides or [])
+    chosen, after = load_job_config(config, overrides or [])
     with _opened() as store, tenants_at(tenants) as known:
-        job = submitted(store, chosen, terms=terms_of(known), tenant=tenant, name=name)
+        terms = terms_of(known)
+        job = submitted(store, chosen, terms=terms, tenant=tenant, name=name, after=after, tenants=known)
     _shown(job, as_json)
     if job.state == "failed":
         raise SystemExit(2)
@@ -108,11 +109,16 @@ def show(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
     with _opened() as store:
         found = store.get(tenant, job)
         bill, points = store.bill(tenant, job), store.checkpoints(tenant, job)
+        told, _ = store.events(tenant, job, limit=1 << 30)
+        after = [event for event in told if event.kind in ("evaluation", "route")]
     if as_json:
         more = {"checkpoints": [point.__dict__ for point in points], "bill": None if bill is None else bill.__dict__}
+        more["after"] = [event.__dict__ for event in after]
         print_json(found.to_dict() | more)
         return
     _shown(found, False)
+    for event in after:
+        print(f"{event.kind:<12} {field(event.message)}")
     if points:
         print(f"checkpoints  after steps {', '.join(str(point.step) for point in points[:10])}")
     if bill is not None:
@@ -165,6 +171,35 @@ def resume(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
     """Queue a paused job again, to go on from its last checkpoint."""
     with _opened() as store:
         _shown(store.resume(tenant, job), as_json)
+
+
+@app.command(epilog="Example: veneer jobs promote ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
+def promote(job: _Id, tenant: _Whose = None, tenants: TenantsDatabase = None, as_json: AsJson = False) -> None:
+    """All users of the job's route get what it made."""
+    _moved(job, tenant, tenants, as_json, "promote_job")
+
+
+@app.command(epilog="Example: veneer jobs rollback ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
+def rollback(job: _Id, tenant: _Whose = None, tenants: TenantsDatabase = None, as_json: AsJson = False) -> None:
+    """The job's route leads to what it led to before the job moved it, for the same users."""
+    _moved(job, tenant, tenants, as_json, "rollback_job")
+
+
+def _moved(job: str, tenant: str | None, place: str | None, as_json: bool, what: str) -> None:
+    from veneer.jobs import canary
+    from veneer.jobs.store import JobStore
+    from veneer.jobs.validate import tenants_at
+    from veneer.library.library import open_library
+    from veneer.serve.tenancy.routes import route_shown
+
+    with open_library(_place["location"], _place["index"]) as library, tenants_at(place) as known:
+        route = getattr(canary, what)(JobStore(library), library, known, tenant, job)
+    if as_json:
+        print_json({"route": None if route is None else route_shown(route)})
+    elif route is None:
+        print("there is no such route any more, as before the job")
+    else:
+        print(f"{field(route.name)} leads to {', '.join(field(name) for name, _ in route.targets)}")
 
 
 @app.command(epilog="Example: veneer jobs logs ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")

@@ -27,10 +27,12 @@ _EVERY = 300.0
 def training(service: Service, library: Library) -> Extension:
     """The extension of a server over its own library."""
     from veneer.jobs.files import open_files
+    from veneer.jobs.http.canary import canary_routes
     from veneer.jobs.http.files import file_routes, large_bodies
     from veneer.jobs.http.tuning import tuning_routes
     from veneer.jobs.store import JobStore
     from veneer.serve.build import Extension
+    from veneer.serve.tenancy.tenants import Tenants
 
     files, jobs = open_files(library), JobStore(library)
     sweeping: list[asyncio.Task[None]] = []
@@ -44,7 +46,11 @@ def training(service: Service, library: Library) -> Extension:
             with suppress(asyncio.CancelledError):
                 await task
 
-    return Extension([file_routes(files), tuning_routes(jobs, files, library)], large_bodies(files), start, stop)
+    routers = [file_routes(files), tuning_routes(jobs, files, library)]
+    tenancy = service.tenancy
+    if isinstance(tenancy, Tenants) and tenancy.admin_hash is not None:
+        routers.append(canary_routes(jobs, library, tenancy))
+    return Extension(routers, large_bodies(files), start, stop)
 
 
 async def _sweep(files: Files, jobs: JobStore) -> None:

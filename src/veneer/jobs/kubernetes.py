@@ -51,6 +51,7 @@ class KubernetesExecutor(Executor):
 
     def _body(self, place: str, job: Job, token: str, environment: Mapping[str, str]) -> dict[str, Any]:
         hidden = {"VENEER_LIBRARY_INDEX"} if self.secret else set()
+        hidden |= {"VENEER_TENANTS"} if self.secret and "://" in environment.get("VENEER_TENANTS", "") else set()
         container: dict[str, Any] = {
             "name": "train", "image": self.image, "command": ["python", *command_of(job, token)],
             "env": [{"name": name, "value": value} for name, value in environment.items() if name not in hidden],

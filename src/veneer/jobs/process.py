@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import CheckpointError, Interrupted, ResourceError, VeneerError
+from veneer.jobs.canary import compare_job, place_job
 from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost
-from veneer.jobs.validate import job_config, may_pass, told
+from veneer.jobs.validate import job_config, may_pass, tenants_at, told
 from veneer.library.library import Library, open_library
 from veneer.serve.outage import is_outage
 from veneer.train import checkpoint
@@ -58,7 +59,10 @@ def carry_out_job(library: Library, job: str, token: str) -> int:
     try:
         result = _trained(lease.job, teller)
         teller.flush(wait=True)
-        reference = _published(library, lease.job, result)
+        with tenants_at(os.environ.get("VENEER_TENANTS")) as tenants:
+            compared = compare_job(store, lease, library, tenants, result)
+            reference = _published(library, lease.job, result)
+            place_job(store, lease, library, tenants, reference, compared)
         if lease.job.about.get("publish") == "checkpoints":
             from veneer.jobs.checkpoints import publish_checkpoints  # late: a worker needs no torch
 
@@ -250,15 +254,15 @@ def main(arguments: list[str]) -> int:
         return 75
 
 
-def environment_of(library: Library) -> Mapping[str, str]:
-    """What a process needs to find the same queue and the same files."""
+def environment_of(library: Library, tenants: str | None = None) -> Mapping[str, str]:
+    """What a process needs to find the same queue, the same files and, by its place, the same tenants' database."""
     from veneer.models.home import veneer_home
 
     return {
         "VENEER_LIBRARY": library.location,
         "VENEER_LIBRARY_INDEX": library.engine.url.render_as_string(hide_password=False),
         "VENEER_HOME": str(veneer_home()),
-    }
+    } | ({"VENEER_TENANTS": tenants} if tenants is not None else {})
 
 
 if __name__ == "__main__":

@@ -447,6 +447,11 @@ class JobStore:
         """Ends a job for good; steps that were trained are billed. Raises UnknownJob, WrongState."""
         return self._ask(tenant, job, "cancelled")
 
+    def remark(self, tenant: str | None, job: str, event: JobEvent) -> None:
+        """Adds what somebody did by hand about a job, whatever its state. Raises UnknownJob."""
+        with self._writing() as (c, now):
+            _tell(c, self._row(c, tenant, job), now, event)
+
     def _ask(self, tenant: str | None, job: str, state: _JobState, only: str | None = None) -> Job:
         with self._writing() as (c, now):
             found = self._row(c, tenant, job)

@@ -28,6 +28,7 @@ from veneer.errors import (
     VeneerError,
     gigabytes,
 )
+from veneer.jobs.after import AfterJob, check_after
 from veneer.jobs.store import Job, JobLease, JobStore, LeaseLost
 from veneer.plan.plan import Plan
 from veneer.plan.tables import Device
@@ -101,12 +102,17 @@ def validated(store: JobStore, lease: JobLease, terms: TrainingTerms, device: De
 
 def submitted(
     store: JobStore, config: RunConfig, *, terms: Callable[[str], TrainingTerms], tenant: str = "", name: str = "",
-    about: Mapping[str, Any] | None = None, device: Device | None = None,
+    about: Mapping[str, Any] | None = None, device: Device | None = None, after: AfterJob | None = None,
+    tenants: Store | None = None,
 ) -> Job:  # fmt: skip
-    """A new job that has been looked at: queued, or failed. `name`: by default that of the output folder. Raises as
-    `JobStore.create`."""
+    """A new job that has been looked at: queued, or failed. `name`: by default that of the output folder. `after`: what
+    it does once it is trained; `tenants`: with their routes. Raises as `JobStore.create` and `check_after`."""
+    name = name or Path(config.output.directory).name
+    if after is not None:
+        check_after(after, config, f"{tenant}/{name}" if tenant else name, tenant, tenants)
+        about = {**(about or {}), "after": after.model_dump(mode="json")}
     given = config.model_dump(mode="json", exclude_unset=True, exclude={"output"})
-    job = store.create(tenant, given, name=name or Path(config.output.directory).name, about=about)
+    job = store.create(tenant, given, name=name, about=about)
     while (now := store.get(tenant, job.id)).state == "validating":
         lease = store.take("submit", 600, "validating", only=job.id)
         if lease is not None:

@@ -59,6 +59,7 @@ class Worker:
     ) -> None:  # fmt: skip
         self.library, self.executor, self.say = library, executor, say
         self.store, self.terms = JobStore(library), terms_of(tenants)
+        self.environment = environment_of(library, None if tenants is None else tenants.where)
         self.name = name or f"{socket.gethostname()}-{os.getpid()}"
         self.at_once, self.device = at_once, device
         self.lease, self.poll, self.grace = lease, poll, grace
@@ -142,7 +143,7 @@ class Worker:
         if lease.job.place:  # of a lease before this one, where that may still be
             self.executor.stop(lease.job.place, hard=True)
         try:
-            place = self.executor.start(lease.job, lease.token, environment_of(self.library))
+            place = self.executor.start(lease.job, lease.token, self.environment)
         except VeneerError as error:
             self.store.release(lease, f"could not be started: {error.what}")
             raise

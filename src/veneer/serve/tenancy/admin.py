@@ -124,13 +124,7 @@ class RouteName(_Body):
 
 def admin_router(tenants: Tenants, catalog: Catalog) -> APIRouter:
     """Raises ConfigError where `tenants` has no admin key: then there must be no such routes."""
-    if tenants.admin_hash is None:
-        raise ConfigError("the routes under /admin need an admin key", fix="--admin-key, or VENEER_ADMIN_KEY")
-
-    class Route(_Route):
-        is_admin = staticmethod(tenants.is_admin)
-
-    router = APIRouter(prefix="/admin", tags=["admin"], route_class=Route)
+    router = APIRouter(prefix="/admin", tags=["admin"], route_class=operators_alone(tenants))
     store = tenants.store
     _tenants(router, store)
     _keys(router, store)
@@ -139,6 +133,17 @@ def admin_router(tenants: Tenants, catalog: Catalog) -> APIRouter:
     _routes(router, store, catalog)
     _records(router, store)
     return router
+
+
+def operators_alone(tenants: Tenants) -> type[BodyRoute]:
+    """Routes for whoever has the admin key. Raises ConfigError where there is none."""
+    if tenants.admin_hash is None:
+        raise ConfigError("the routes under /admin need an admin key", fix="--admin-key, or VENEER_ADMIN_KEY")
+
+    class Route(_Route):
+        is_admin = staticmethod(tenants.is_admin)
+
+    return Route
 
 
 def _tenants(router: APIRouter, store: Store) -> None:

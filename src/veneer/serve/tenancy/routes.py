@@ -20,7 +20,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -49,6 +49,10 @@ from veneer.serve.tenancy.store import (
 
 BUCKETS = 10_000
 Runs = tuple[tuple[str, int], ...]
+
+
+class RouteMoved(ConfigError):
+    """Raised where a route does not lead any more to where it did when a move was decided."""
 
 
 # -- who answers -------------------------------------------------------------------------------------------------------
@@ -181,9 +185,11 @@ def set_route(
     fraction: float = 1.0,
     who: str,
     check: Callable[[str], None] | None = None,
+    from_move: int | None = None,
 ) -> Route:
     """Point a route to its targets, (adapter, weight), from the next request on. `fraction` of requests are also
-    answered by `shadow`, unseen. `check`: raises for a name that nobody could answer; then nothing moves."""
+    answered by `shadow`, unseen. `check`: raises for a name that nobody could answer; then nothing moves. `from_move`:
+    the move that has to hold (0: there was none), else it is RouteMoved."""
     wanted = [(check_reference(name), int(weight)) for name, weight in targets if weight]
     check_route_name(route)
     if not wanted or len({name for name, _ in wanted}) != len(wanted) or len(wanted) > 100:
@@ -204,6 +210,8 @@ def set_route(
         if tenant != ALL:
             tenant_row(c, tenant)
         before = _current(c, tenant, route)
+        if from_move is not None and from_move != (before.move if before else 0):
+            raise RouteMoved(f"{route} was moved meanwhile", where="route", fix="look where it leads, and again")
         runs = share_out(wanted, before.runs if before else ())
         spec = {"targets": wanted, "runs": runs, "shadow": shadow, "fraction": fraction}
         return _move(c, tenant, route, spec, before, "route.set", who)
@@ -220,28 +228,33 @@ def remove_route(store: Store, route: str, *, tenant: str = ALL, who: str) -> No
 
 
 def rollback_route(
-    store: Store, route: str, *, tenant: str = ALL, who: str, check: Callable[[str], None] | None = None
-) -> Route:
+    store: Store, route: str, *, tenant: str = ALL, who: str, check: Callable[[str], None] | None = None,
+    moves: Iterable[int] = (),
+) -> Route:  # fmt: skip
     """Make the move before the current one current again: what it led to, for whom. Once more leads one further
-    back. `check`: as of `set_route`."""
+    back. `check`: as of `set_route`. `moves`: those that are taken back together, the current one among them."""
+    undone = set(moves)
     with reading(store.engine) as c:
-        _, led = _before(c, tenant, route)
+        _, led = _before(c, tenant, route, undone)
     _check([name for name, _ in led.targets], led.shadow, check)
     with store.change() as c:
-        now, back = _before(c, tenant, route)
+        now, back = _before(c, tenant, route, undone)
         _point(c, tenant, route, back.move)
         append_audit(c, who, "route.rollback", _subject(tenant, route), _shown(now), _shown(back))
         return back
 
 
-def _before(c: Connection, tenant: str, route: str) -> tuple[Route, Route]:
-    """The move that holds, and the one before it."""
+def _before(c: Connection, tenant: str, route: str, undone: Collection[int] = ()) -> tuple[Route, Route]:
+    """The move that holds, and the one before it, and before those that are `undone` with it."""
     now = _current(c, tenant, route)
     if now is None:
         raise _lost(c, tenant, route)
-    moves = _of(move_table, tenant, route)
-    number = select(move_table.c.before).where(moves, move_table.c.move == now.move).scalar_subquery()
-    row = c.execute(select(move_table).where(moves, move_table.c.move == number)).first()
+    if undone and now.move not in undone:
+        raise RouteMoved(f"{route} was moved since", where="route", fix=f"veneer tenant route history {route}")
+    of_route, number = _of(move_table, tenant, route), now.move
+    while number is not None and number in {now.move, *undone}:
+        number = c.scalar(select(move_table.c.before).where(of_route, move_table.c.move == number))
+    row = c.execute(select(move_table).where(of_route, move_table.c.move == number)).first()
     if row is None:
         raise ConfigError(f"{route} has no earlier move to go back to", where="route", fix="remove it, or set it")
     return now, route_of(row)

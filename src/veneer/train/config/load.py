@@ -92,6 +92,12 @@ def load_config(
 
     Returns the configuration, for text or for pictures, and the source of each value under its `section.key`.
     Raises ConfigError naming the file and line, the override, and what to write instead."""
+    values, lines = read_config(path)
+    return config_from(values, overrides, file=Path(path), lines=lines)
+
+
+def read_config(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Mapping[tuple[str, ...], int]]:
+    """The sections of a YAML file, and the line of each key. Raises ConfigError."""
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -111,7 +117,7 @@ def load_config(
             where=str(file),
             fix="see examples/",
         )
-    return config_from(data or {}, overrides, file=file, lines=lines)
+    return data or {}, lines
 
 
 def config_from(

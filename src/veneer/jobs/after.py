@@ -1,0 +1,271 @@
+"""What a job does once it is trained, by the section `after` of its file; read strictly, before anything is trained.
+
+    after:
+      evaluate: {data: held-out.jsonl, metrics: [exact_match, loss]}       or the run's own validation rows
+      route: {name: acme/support, weight: 0.1, shadow: true}               the new version beside what serves now
+      promote: "exact_match >= serving + 1 point"                          or by hand
+
+A rule is one comparison:
+
+    METRIC  >= | > | <= | <  serving | base | NUMBER  [+ | - NUMBER [point | points | %]]
+
+A point is a hundredth of a share (exact_match, valid_json, rouge_l, likelier, reward_accuracy) and one of BLEU's; a
+per cent is of what it is added to; a plain number is in the metric's own unit. `jobs.canary` does what is read here.
+Knows no job.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from veneer.errors import ConfigError, bullets, first_few, nearest, one_of, quoted
+from veneer.serve.tenancy.store import ALL, Route, Store, check_route_name
+from veneer.train.config.load import RunConfig, config_from, read_config
+from veneer.train.config.text import TrainConfig, preference_formats
+from veneer.train.text.rows import Row, read_rows, split_rows
+
+_POINTS: Mapping[str, float | None] = {
+    "exact_match": 0.01, "valid_json": 0.01, "rouge_l": 0.01, "bleu": 1.0, "likelier": 0.01, "reward_accuracy": 0.01,
+    "loss": None, "perplexity": None, "reward_margin": None,
+}  # fmt: skip
+"""Metrics, as `train.text.evaluate` has them, and what a point of each is."""
+_ANSWERED = frozenset({"exact_match", "valid_json", "rouge_l", "bleu"})
+"""Metrics for which the model has to answer."""
+_ROUNDING = 1e-9
+
+
+# -- the rule ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PromotionRule:
+    """`metric` `sign` (`side` or, where that is "", 0) + `by`; `relative`: by so much of the side's."""
+
+    text: str
+    metric: str
+    sign: str
+    side: Literal["serving", "base", ""]
+    by: float = 0.0
+    relative: bool = False
+
+    def bound(self, scores: Mapping[str, Mapping[str, float | None]]) -> float | None:
+        """What the metric is compared with; None where that was not measured. `scores`: of base and serving."""
+        if not self.side:
+            return self.by
+        value = scores[self.side].get(self.metric)
+        return None if value is None else value * (1 + self.by) if self.relative else value + self.by
+
+    def holds(self, scores: Mapping[str, Mapping[str, float | None]]) -> bool | None:
+        """Whether `scores` (of new, serving, base) meet it; None where one of them was not measured."""
+        new, bound = scores["new"].get(self.metric), self.bound(scores)
+        if new is None or bound is None or not (math.isfinite(new) and math.isfinite(bound)):
+            return None
+        # 0.8 + 0.01 is not quite 0.81
+        return {
+            ">=": new >= bound - _ROUNDING, ">": new > bound + _ROUNDING,
+            "<=": new <= bound + _ROUNDING, "<": new < bound - _ROUNDING,
+        }[self.sign]  # fmt: skip
+
+
+_NUMBER = r"\d+(?:\.\d+)?"
+_RULE = re.compile(
+    rf"\s*(\w+)\s*([<>=!]+)\s*(?:({_NUMBER})\s*([a-z]+|%)?|([A-Za-z_]\w*))"
+    rf"\s*(?:([+-])\s*({_NUMBER})\s*([a-z]+|%)?)?\s*"
+)
+_EXAMPLE = "exact_match >= serving + 1 point, loss < serving - 2 %, exact_match >= 0.9"
+
+
+def parse_rule(text: str) -> PromotionRule:
+    """Raises ConfigError that names the word that is wrong, and the nearest."""
+    where = "after.promote"
+    found = _RULE.fullmatch(text) if len(text) <= 200 else None
+    if found is None:
+        raise ConfigError(f"{quoted(text, 80)} is not a rule", where=where, fix=f"as in {_EXAMPLE}")
+    metric, sign, number, own, side, plus, by, unit = found.groups()
+    one_of(metric, _POINTS, "a metric", where)
+    one_of(sign, (">=", ">", "<=", "<"), "a comparison", where)
+    if number is not None:
+        if plus is not None:
+            raise ConfigError(f"{quoted(text, 80)} adds two numbers", where=where, fix="write their sum")
+        return PromotionRule(text, metric, sign, "", _amount(metric, number, own, 0.01))
+    one_of(side, ("serving", "base"), "what a metric is compared with", where)
+    relative = unit == "%"
+    amount = 0.0 if by is None else float(by) / 100 if relative else _amount(metric, by, unit, None)
+    return PromotionRule(text, metric, sign, side, -amount if plus == "-" else amount, relative)
+
+
+def _amount(metric: str, number: str, unit: str | None, percent: float | None) -> float:
+    """A number with its unit as the metric's own. `percent`: of a number alone, that of a share."""
+    if unit is None:
+        return float(number)
+    one_of(unit, ("point", "points", "%"), "a unit", "after.promote")
+    size = _POINTS[metric]
+    if unit == "%" and size is not None and percent is not None:
+        size = percent if size < 1 else 1.0
+    if size is None:
+        what = f"{metric} has no {'per cent' if unit == '%' else 'points'}"
+        raise ConfigError(what, where="after.promote", fix="a plain number, or `serving - 2 %`")
+    return float(number) * size
+
+
+# -- the section -------------------------------------------------------------------------------------------------------
+
+
+class _Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class HeldOut(_Section):
+    """`data`: files; by default the run's own validation rows."""
+
+    data: str | list[str] | None = None
+    metrics: list[str] = pydantic.Field(default=["exact_match", "loss"], min_length=1)
+    limit: int | None = pydantic.Field(default=None, ge=1)
+    max_new_tokens: int = pydantic.Field(default=256, ge=1, le=1_000_000)
+
+    @property
+    def answered(self) -> bool:
+        return bool(_ANSWERED.intersection(self.metrics))
+
+
+class CanaryRoute(_Section):
+    """`weight`: the share of users that the new version gets as long as nobody has promoted it. `shadow`: it also
+    answers what goes to the others, unseen."""
+
+    name: str
+    weight: float = pydantic.Field(default=0.1, ge=0, lt=1)
+    shadow: bool = False
+
+
+class AfterJob(_Section):
+    """The section `after`."""
+
+    evaluate: HeldOut | None = None
+    route: CanaryRoute | None = None
+    promote: str | None = None
+
+    @property
+    def rule(self) -> PromotionRule | None:
+        return None if self.promote is None else parse_rule(self.promote)
+
+
+_MODELS: Mapping[str, type[_Section]] = {"": AfterJob, "evaluate": HeldOut, "route": CanaryRoute}
+
+
+def load_job_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, AfterJob | None]:
+    """A job's file: what `veneer train` reads, and `after`. Raises ConfigError as `load_config`."""
+    values, lines = read_config(path)
+    after = values.pop("after", None)
+    config, _ = config_from(values, overrides, file=Path(path), lines=lines)
+    return config, None if after is None else after_from(after, Path(path).parent, str(path))
+
+
+def after_from(values: Any, folder: Path, where: str = "after") -> AfterJob:
+    """The section of these values; relative paths are of `folder`. Raises ConfigError with all that is wrong."""
+    try:
+        after = AfterJob.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"it cannot be read:\n{bullets(map(_line, error.errors()), None)}", where=where) from None
+    if after.evaluate is not None:
+        for metric in after.evaluate.metrics:
+            one_of(metric, _POINTS, "a metric", "after.evaluate.metrics")
+        files = after.evaluate.data
+        named = [files] if isinstance(files, str) else files
+        if named is not None:
+            whole = [f if f.startswith("hub:") else str(folder.resolve() / Path(f).expanduser()) for f in named]
+            after = after.model_copy(update={"evaluate": after.evaluate.model_copy(update={"data": whole})})
+    return after
+
+
+def _line(error: Any) -> str:
+    loc = [str(part) for part in error["loc"]]
+    name = ".".join(["after", *loc])
+    if error["type"] == "extra_forbidden":
+        known = list(_MODELS[loc[0] if len(loc) > 1 else ""].model_fields)
+        near = nearest(loc[-1], known, 1)
+        return f"unknown key `{name}`: " + (f"did you mean {near[0]}?" if near else f"there are {first_few(known, 9)}")
+    return f"`{name}`: {str(error['msg']).removeprefix('Value error, ')}"
+
+
+# -- what is looked at before anything is trained ----------------------------------------------------------------------
+
+
+def check_after(after: AfterJob, config: RunConfig, name: str, tenant: str, tenants: Store | None) -> None:
+    """Raises ConfigError or DataError for what could not be done once the job is trained. `name`: of its adapter."""
+    rule = after.rule
+    if after.route is None and (after.evaluate is None or rule is not None):
+        fix = "route: {name: support, weight: 0.1}"
+        what = "there is no route to promote to" if rule else "there is nothing to do after the job"
+        raise ConfigError(what, where="after", fix=fix)
+    if after.evaluate is not None:
+        if not isinstance(config, TrainConfig):
+            fix = "leave it out, and promote by hand: veneer jobs promote"
+            raise ConfigError("pictures are not evaluated by a number", where="after.evaluate", fix=fix)
+        held_out_rows(after.evaluate, config)
+    if rule is not None:
+        measured = [] if after.evaluate is None else after.evaluate.metrics
+        if rule.metric not in measured:
+            fix = f"evaluate: {{metrics: [{', '.join([*measured, rule.metric])}]}}"
+            raise ConfigError(f"{rule.metric} decides and is not measured", where="after.promote", fix=fix)
+    if after.route is not None:
+        check_route_name(after.route.name)
+        _check_owner(after.route.name, tenant, tenants)
+        assert tenants is not None
+        serving_of(tenants.look().routes.get((tenant, after.route.name)), name)
+
+
+def _check_owner(route: str, tenant: str, tenants: Store | None) -> None:
+    where, namespace = "after.route.name", route.rpartition("/")[0]
+    if tenants is None:
+        fix = "veneer tenant add, or --tenants with the database of them"
+        raise ConfigError("there are no routes: this machine has no tenants' database", where=where, fix=fix)
+    if tenant and namespace and namespace != tenant:
+        fix = f"{tenant}/{route.rpartition('/')[2]}"
+        raise ConfigError(f"{quoted(route)} is in the namespace of another tenant than {tenant}", where=where, fix=fix)
+    known = tenants.look().routes
+    if tenant and (tenant, route) not in known and (ALL, route) in known:
+        what = f"{quoted(route)} is everybody's route, and a job of {tenant} moves only {tenant}'s own"
+        raise ConfigError(what, where=where, fix=f"another name, as {tenant}/{route}; or a job of no tenant")
+
+
+def serving_of(route: Route | None, name: str) -> str | None:
+    """What a route leads to, which is one version; None where there is no such route. `name`: of the job's adapter.
+    Raises ConfigError where it leads to several, or to the newest of that name, which the job's would at once be."""
+    if route is None or not route.targets:
+        return None
+    if len(route.targets) > 1:
+        parts = " ".join(f"{target}={weight}" for target, weight in route.targets)
+        fix = "decide about that first: veneer jobs promote or rollback, or veneer tenant route set"
+        raise ConfigError(f"{route.name} is shared out already: {parts}", where="after.route.name", fix=fix)
+    target = route.targets[0][0]
+    if target in (name, f"{name}@latest"):
+        what = f"{route.name} leads to the newest version of {name}, and would to the job's before it is compared"
+        fix = f"a version: veneer tenant route set {route.name} {name}@1"
+        raise ConfigError(what, where="after.route.name", fix=fix)
+    return target
+
+
+def held_out_rows(held: HeldOut, config: TrainConfig) -> list[Row]:
+    """Raises DataError, and ConfigError where there are none."""
+    if held.data is not None:
+        rows, _ = read_rows(held.data, limit=held.limit)
+        return rows
+    loss = config.preference.loss
+    formats = None if loss is None else preference_formats(loss)
+    options: dict[str, Any] = {"format": config.data.format, "columns": config.data.columns, "formats": formats}
+    if config.data.validation is not None:
+        rows, _ = read_rows(config.data.files("validation"), **options)
+    else:
+        trained, _ = read_rows(config.data.files("train"), limit=config.data.limit, **options)
+        rows = split_rows(trained, config.data.split, seed=config.seed)[1]
+    if not rows:
+        fix = "evaluate: {data: held-out.jsonl}, or data.validation, or data.split"
+        raise ConfigError("no rows are held out", where="after.evaluate", fix=fix)
+    return rows[: held.limit]

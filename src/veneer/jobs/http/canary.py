@@ -1,0 +1,36 @@
+"""What a job made, promoted or taken back over HTTP, by the operator.
+
+POST /admin/jobs/ID/promote, /rollback       the route as it is then; null where there is none any more
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from veneer.jobs.canary import promote_job, rollback_job
+from veneer.jobs.store import JobStore, UnknownJob
+from veneer.library.library import Library
+from veneer.serve.tenancy.admin import operators_alone
+from veneer.serve.tenancy.routes import route_shown
+from veneer.serve.tenancy.store import UnknownName
+from veneer.serve.tenancy.tenants import Tenants
+
+
+def canary_routes(jobs: JobStore, library: Library, tenants: Tenants) -> APIRouter:
+    """Raises ConfigError where `tenants` has no admin key."""
+    router = APIRouter(prefix="/admin/jobs", tags=["admin"], route_class=operators_alone(tenants))
+
+    def changes(what: str, change: Any) -> None:
+        @router.post(f"/{{job}}/{what}", name=f"{what} a job")
+        def moved(job: str) -> dict[str, Any]:
+            try:
+                route = change(jobs, library, tenants.store, None, job)
+            except UnknownJob as error:
+                raise UnknownName(error.what, where=error.where, fix=error.fix) from error
+            return {"job": job, "route": None if route is None else route_shown(route)}
+
+    changes("promote", promote_job)
+    changes("rollback", rollback_job)
+    return router

@@ -1,0 +1,130 @@
+"""The section `after` of a job's file, and the rule in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.jobs.small import small_config
+from veneer.errors import ConfigError, VeneerError
+from veneer.jobs.after import after_from, check_after, load_job_config, parse_rule
+from veneer.serve.tenancy import manage, routes
+from veneer.serve.tenancy.store import Store
+from veneer.train.config.load import config_from
+
+
+@given(
+    new=st.integers(0, 100), serving=st.integers(0, 100), sign=st.sampled_from([">=", ">", "<=", "<"]),
+    points=st.integers(0, 9), plus=st.sampled_from("+-"),
+)  # fmt: skip
+def test_a_rule_is_the_comparison_that_it_reads_as(new: int, serving: int, sign: str, points: int, plus: str) -> None:
+    """In whole hundredths, where arithmetic is exact: what is a point apart in floats is a point apart."""
+    scores = {"new": {"exact_match": new / 100}, "serving": {"exact_match": serving / 100}}
+    rule = parse_rule(f"exact_match {sign} serving {plus} {points} point{'s' * (points != 1)}")
+    bound = serving + points if plus == "+" else serving - points
+    assert rule.holds(scores) == {">=": new >= bound, ">": new > bound, "<=": new <= bound, "<": new < bound}[sign]
+
+
+@pytest.mark.parametrize(
+    ("rule", "holds"),
+    [
+        ("loss < base", True), ("loss <= base - 0.5", True), ("loss<=base-0.6", False),
+        ("loss <= serving - 25 %", True),
+        ("loss <= serving - 26%", False), ("exact_match >= 0.5", True), ("exact_match > 50 %", False),
+        ("bleu >= serving + 2 points", True), ("bleu >= serving + 3 points", False), ("bleu >= 32", True),
+        ("rouge_l >= serving", None), ("exact_match >= serving", None),
+    ],
+)  # fmt: skip
+def test_units_and_sides(rule: str, holds: bool | None) -> None:
+    """None: something was not measured, and nothing is decided."""
+    scores: Any = {
+        "new": {"loss": 1.5, "exact_match": 0.5, "bleu": 32.0, "rouge_l": None},
+        "serving": {"loss": 2.0, "bleu": 30.0}, "base": {"loss": 2.0},
+    }  # fmt: skip
+    assert parse_rule(rule).holds(scores) is holds
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("exact_mach >= serving", "did you mean exact_match"), ("loss => serving", "is not a comparison"),
+        ("loss <= servin", "did you mean serving"), ("loss <= serving - 1 point", "loss has no points"),
+        ("exact_match >= serving + 1 pint", "did you mean point"), ("exact_match", "is not a rule"),
+        ("exact_match >= 1 + 2", "adds two numbers"), ("loss <= base; rm", "is not a rule"),
+    ],
+)  # fmt: skip
+def test_a_rule_that_is_none_names_the_word(rule: str, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_rule(rule)
+    assert said in f"{error.value}"
+
+
+@pytest.fixture
+def tenants(tmp_path: Path) -> Any:
+    store = Store(str(tmp_path / "tenants.sqlite"))
+    manage.add_tenant(store, "acme", who="test")
+    for name, targets in {"everybodys": [("a@1", 1)]}.items():
+        routes.set_route(store, name, targets, who="test")
+    for name, targets in {"split": [("a@1", 1), ("a@2", 1)], "moving": [("acme/support", 1)]}.items():
+        routes.set_route(store, name, targets, tenant="acme", who="test")
+    yield store
+    store.close()
+
+
+HELD: dict[str, Any] = {"evaluate": {}}
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        ({"rout": {"name": "x"}}, "did you mean route"), ({"route": {"name": "x", "wait": 0.1}}, "did you mean weight"),
+        ({"route": {"name": "x", "weight": 1.5}}, "`after.route.weight`"),
+        ({"route": {"weight": 0.1}}, "`after.route.name`"),
+        ({"route": {"name": "x", "weight": True}}, "`after.route.weight`"), ([1], "cannot be read"),
+        ({"evaluate": {"metrics": ["exact_mach"]}}, "did you mean exact_match"), ({}, "nothing to do"),
+        ({**HELD, "promote": "loss <= base"}, "no route"), ({"route": {"name": "No Route"}}, "cannot name a route"),
+        ({"route": {"name": "globex/x"}}, "the namespace of another tenant"),
+        ({"route": {"name": "everybodys"}}, "everybody's route"), ({"route": {"name": "split"}}, "shared out already"),
+        ({"route": {"name": "moving"}}, "the newest version"),
+        ({"route": {"name": "x"}, "promote": "loss <= base"}, "loss decides and is not measured"),
+        ({**HELD, "route": {"name": "x"}, "promote": "bleu > base"}, "metrics: [exact_match, loss, bleu]"),
+        ({"evaluate": {"data": "nothing.jsonl"}, "route": {"name": "x"}}, "nothing.jsonl"),
+    ],
+)  # fmt: skip
+def test_what_could_not_be_done_is_said_before_anything_is_trained(
+    tenants: Store, tmp_path: Path, after: Any, said: str
+) -> None:
+    config, _ = config_from(small_config(tmp_path) | {"output": str(tmp_path / "out")})
+    with pytest.raises(VeneerError) as error:
+        check_after(after_from(after, tmp_path), config, "acme/support", "acme", tenants)
+    assert said in str(error.value)
+
+
+def test_without_held_out_rows_or_tenants_nothing_is_compared(tenants: Store, tmp_path: Path) -> None:
+    given = small_config(tmp_path) | {"output": str(tmp_path / "out")}
+    after = after_from({**HELD, "route": {"name": "x"}}, tmp_path)
+    config, _ = config_from(given)
+    check_after(after, config, "acme/support", "acme", tenants)
+    with pytest.raises(ConfigError, match="no tenants' database"):
+        check_after(after, config, "acme/support", "acme", None)
+    config, _ = config_from(given | {"data": {"train": str(tmp_path / "rows.jsonl"), "split": 0}})
+    with pytest.raises(ConfigError, match="no rows are held out"):
+        check_after(after, config, "acme/support", "acme", tenants)
+
+
+def test_a_jobs_file_is_a_run_and_what_comes_after_it(tmp_path: Path) -> None:
+    file = tmp_path / "support.yaml"
+    small_config(tmp_path)
+    run = "base: ./tiny-base\ndata: {train: rows.jsonl}\noutput: out\n"
+    file.write_text(f"{run}after:\n  evaluate: {{data: held.jsonl}}\n  route: {{name: support}}\n")
+    config, after = load_job_config(file, ["adapter.rank=3"])
+    assert config.adapter.rank == 3
+    assert after is not None
+    assert after.evaluate is not None
+    assert after.evaluate.data == [str(tmp_path / "held.jsonl")]
+    file.write_text(run)
+    assert load_job_config(file)[1] is None

@@ -1,0 +1,216 @@
+"""A finished job: compared on held-out rows, placed on its route, promoted and taken back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from tests.jobs.small import small_config
+from tests.library.conftest import quick  # noqa: F401
+from veneer.errors import ConfigError
+from veneer.formats.card import read_card
+from veneer.jobs.after import after_from
+from veneer.jobs.canary import place_job, promote_job, rollback_job
+from veneer.jobs.http.canary import canary_routes
+from veneer.jobs.process import carry_out_job
+from veneer.jobs.store import Job, JobStore, WrongState
+from veneer.jobs.validate import device_of, submitted
+from veneer.library.database import reading
+from veneer.library.library import Library, open_library
+from veneer.serve.tenancy import manage, routes
+from veneer.serve.tenancy.store import Store, TrainingTerms
+from veneer.serve.tenancy.tenants import Tenants
+from veneer.train.config.load import config_from
+
+ADMIN = "an-admin-key-of-some-length"
+
+
+@dataclass
+class Shop:
+    folder: Path
+    library: Library
+    jobs: JobStore
+    tenants: Store
+
+    def submit(self, after: Mapping[str, Any], **sections: Any) -> Job:
+        given = small_config(self.folder, **sections) | {"output": str(self.folder / "out")}
+        config, _ = config_from(given)
+        terms, device = TrainingTerms(), device_of("h100-80gb")
+        return submitted(
+            self.jobs, config, terms=lambda tenant: terms, tenant="acme", name="support", device=device,
+            after=after_from(after, self.folder), tenants=self.tenants,
+        )  # fmt: skip
+
+    def work(self) -> Job:
+        lease = self.jobs.take("here", 600)
+        assert lease is not None
+        assert carry_out_job(self.library, lease.job.id, lease.token) == 0
+        return self.jobs.get("acme", lease.job.id)
+
+    def placed(self, reference: str, scores: Mapping[str, float] | None, after: Mapping[str, Any]) -> Job:
+        """A job that has made `reference`, by pretence, and was measured so."""
+        job = self.jobs.create("acme", {}, name="support", about={"after": after_from(after, self.folder).model_dump()})
+        new = self.jobs.take("here", 60, "validating")
+        assert new is not None
+        self.jobs.queue(new, {"tokens": 1, "steps": 1})
+        lease = self.jobs.take("here", 60)
+        assert lease is not None
+        found = {who: {"exact_match": value} for who, value in (scores or {}).items()}
+        for _ in range(2):  # a kill before the job ended, and again
+            place_job(self.jobs, lease, self.library, self.tenants, reference, scores and {"scores": found})
+        self.jobs.finish(lease, result={"reference": reference})
+        return job
+
+    def told(self, job: Job, kind: str) -> list[Any]:
+        return [event for event in self.jobs.events("acme", job.id, limit=10_000)[0] if event.kind == kind]
+
+    def leads(self, name: str = "support") -> dict[str, Any] | None:
+        found = self.tenants.look().routes.get(("acme", name))
+        return None if found is None else {"targets": dict(found.targets), "shadow": found.shadow}
+
+    def moves(self, name: str = "support") -> int:
+        with reading(self.tenants.engine) as c:
+            return len(routes.route_history(c, name, tenant="acme"))
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library with acme/support@1, trained."""
+    from veneer.train.text.task import run_text
+
+    folder = tmp_path_factory.mktemp("adapters")
+    config, _ = config_from(small_config(folder) | {"output": str(folder / "out")})
+    run_text(config, on_event=lambda event: None)  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.fixture
+def shop(quick: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:  # noqa: F811
+    monkeypatch.setenv("VENEER_TENANTS", str(quick / "tenants.sqlite"))
+    tenants = Store(str(quick / "tenants.sqlite"))
+    manage.add_tenant(tenants, "acme", who="test")
+    with open_library(quick / "library") as library:
+        for name in ("acme/old", "acme/new"):
+            library.add(adapters / "out", name)
+        yield Shop(quick, library, JobStore(library), tenants)
+    tenants.close()
+
+
+RULE = {"evaluate": {"metrics": ["exact_match"]}, "promote": "exact_match >= serving + 1 point"}
+BETTER, WORSE = {"base": 0.1, "serving": 0.5, "new": 0.51}, {"base": 0.1, "serving": 0.5, "new": 0.505}
+OLD = {"targets": {"acme/old@1": 1}, "shadow": None}
+NEW = {"targets": {"acme/new@1": 1}, "shadow": None}
+
+
+@pytest.mark.parametrize(
+    ("before", "route", "rule", "scores", "leads"),
+    [
+        (True, {}, {}, None, {"targets": {"acme/old@1": 9000, "acme/new@1": 1000}, "shadow": None}),
+        (True, {"weight": 0.25, "shadow": True}, {}, None,
+         {"targets": {"acme/old@1": 7500, "acme/new@1": 2500}, "shadow": "acme/new@1"}),
+        (True, {"weight": 0, "shadow": True}, {}, None, {"targets": {"acme/old@1": 10000}, "shadow": "acme/new@1"}),
+        (True, {}, RULE, BETTER, NEW), (True, {}, RULE, WORSE, OLD),
+        (True, {"shadow": True}, RULE, WORSE, {"targets": {"acme/old@1": 10000}, "shadow": "acme/new@1"}),
+        (True, {"shadow": True}, RULE, None, OLD),  # it could not be compared
+        (False, {}, {}, None, NEW), (False, {}, RULE, BETTER, NEW), (False, {}, RULE, WORSE, None),
+    ],
+)  # fmt: skip
+def test_where_a_version_belongs(shop: Shop, before: bool, route: Any, rule: Any, scores: Any, leads: Any) -> None:
+    """By rule or waiting for a hand; a job that is gone on with after a kill moves nothing twice; then by hand, and
+    back to what was before all of it."""
+    if before:
+        routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", who="test")
+    job = shop.placed("acme/new@1", scores, {"route": {"name": "support", **route}, **rule})
+    assert shop.leads() == leads
+    assert len(shop.told(job, "route")) == 1
+    assert leads == (OLD if before else None) or shop.moves() == 1 + before
+    promote_job(shop.jobs, shop.library, shop.tenants, "acme", job.id)
+    promote_job(shop.jobs, shop.library, shop.tenants, "acme", job.id)
+    assert shop.leads() == NEW
+    rollback_job(shop.jobs, shop.library, shop.tenants, "acme", job.id)
+    assert shop.leads() == (OLD if before else None)
+    with pytest.raises(ConfigError, match="is not where job"):
+        rollback_job(shop.jobs, shop.library, shop.tenants, "acme", job.id)
+
+
+def test_what_somebody_else_moved_is_left_alone(shop: Shop) -> None:
+    routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", who="test")
+    after = {"route": {"name": "support"}}
+    job = shop.placed("acme/new@1", None, after)
+    waiting = shop.placed("acme/new@1", None, after)
+    (told,) = shop.told(waiting, "route")
+    assert (told.level, "shared out already" in told.message) == ("warn", True)
+    assert shop.jobs.get("acme", waiting.id).state == "succeeded"
+    with pytest.raises(ConfigError, match="did not move support"):
+        rollback_job(shop.jobs, shop.library, shop.tenants, "acme", waiting.id)
+    routes.set_route(shop.tenants, "support", [("acme/old@1", 5)], tenant="acme", who="test")
+    with pytest.raises(ConfigError, match="is not where job"):
+        rollback_job(shop.jobs, shop.library, shop.tenants, "acme", job.id)
+    promote_job(shop.jobs, shop.library, shop.tenants, "acme", job.id)
+    rollback_job(shop.jobs, shop.library, shop.tenants, "acme", job.id)  # to theirs, not to what was before it
+    assert shop.leads() == {"targets": {"acme/old@1": 5}, "shadow": None}
+
+
+def test_a_job_is_compared_with_what_serves_then(shop: Shop) -> None:
+    """The same numbers as scoring each apart, on the job's card, among its events, and by its rule."""
+    from veneer.models.text.base import load_text
+    from veneer.train.text.evaluate import score_mixes
+    from veneer.train.text.rows import read_rows
+
+    held = shop.folder / "held.jsonl"
+    small_config(shop.folder)
+    held.write_text("".join((shop.folder / "rows.jsonl").read_text().splitlines(keepends=True)[:3]))
+    after = {
+        "evaluate": {"data": "held.jsonl", "metrics": ["loss"]}, "route": {"name": "support"},
+        "promote": "loss < serving",
+    }  # fmt: skip
+    first = shop.submit(after)
+    assert first.state == "queued", first.error
+    with pytest.raises(WrongState, match="is queued"):
+        promote_job(shop.jobs, shop.library, shop.tenants, "acme", first.id)
+    shop.work()
+    assert shop.leads() == {"targets": {"acme/support@1": 1}, "shadow": None}
+    second = shop.submit(after, schedule={"steps": 6})
+    shop.work()
+    (told,) = shop.told(second, "evaluation")
+    base = load_text(str(shop.folder / "tiny-base"))
+    mixes: Any = {"base": [], "serving": ["acme/support@1"], "new": ["acme/support@2"]}
+    mixes = {k: [(str(shop.library.resolve(x)), 1.0) for x in v] for k, v in mixes.items()}
+    apart = score_mixes(base, read_rows(str(held))[0], mixes, generate=False)
+    for who, scores in told.data["scores"].items():
+        assert scores["loss"] == pytest.approx(apart[who].loss, rel=1e-5)
+    assert told.data["serving"] == "acme/support@1"
+    assert shop.leads() == {"targets": {"acme/support@2": 1}, "shadow": None}
+    kept = read_card(shop.library.resolve("acme/support@2")).card.metrics["held_out"]
+    assert (kept["adapter"], kept["served"]) == (told.data["scores"]["new"], "acme/support@1")
+    assert json.dumps(kept["serving"]) == json.dumps(told.data["scores"]["serving"])
+    rollback_job(shop.jobs, shop.library, shop.tenants, "acme", second.id)
+    assert shop.leads() == {"targets": {"acme/support@1": 1}, "shadow": None}
+
+
+def test_over_http_by_the_operator_alone(shop: Shop) -> None:
+    routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", who="test")
+    job = shop.placed("acme/new@1", None, {"route": {"name": "support"}})
+    tenants = Tenants(shop.tenants.where, admin_key=ADMIN, watch=False)
+    app = FastAPI()
+    app.include_router(canary_routes(shop.jobs, shop.library, tenants))
+    with TestClient(app) as client:
+
+        def ask(what: str, id: str = job.id, key: str = ADMIN) -> httpx.Response:
+            return client.post(f"/admin/jobs/{id}/{what}", headers={"Authorization": f"Bearer {key}"})
+
+        assert ask("promote", key="another").status_code == 401
+        assert shop.leads() != NEW
+        assert ask("promote").json()["route"]["targets"] == {"acme/new@1": 1}
+        assert ask("rollback").json()["route"]["targets"] == {"acme/old@1": 1}
+        assert ask("rollback").status_code == 400
+        assert ask("promote", "ftjob-none").status_code == 404
+    tenants.close()
