@@ -119,7 +119,7 @@ NEW = {"targets": {"acme/new@1": 1}, "shadow": None}
         (True, {"weight": 0, "shadow": True}, {}, None, {"targets": {"acme/old@1": 10000}, "shadow": "acme/new@1"}),
         (True, {}, RULE, BETTER, NEW), (True, {}, RULE, WORSE, OLD),
         (True, {"shadow": True}, RULE, WORSE, {"targets": {"acme/old@1": 10000}, "shadow": "acme/new@1"}),
-        (True, {"shadow": True}, RULE, None, OLD),  # it could not be compared
+        (True, {"shadow": True}, RULE, None, OLD), (True, {}, {"evaluate": {}}, None, OLD),  # it could not be compared
         (False, {}, {}, None, NEW), (False, {}, RULE, BETTER, NEW), (False, {}, RULE, WORSE, None),
     ],
 )  # fmt: skip

@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_at_every_commit_of_a_job(quick: Path, stride: int) -> None:  # noqa: F811
-    """From the first look at it to its bill, and to its place on a route: at a commit one machine dies, and another goes
-    on. By default at every fifth one; the slow test has them all."""
+    """From the first look at it to its place on a route and its bill: at a commit one machine dies, and another
+    goes on. By default at every fifth one; the slow test has them all."""
     ran = subprocess.run(
         [sys.executable, "-m", "tests.jobs.driver", str(quick), str(stride)], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},

@@ -17,11 +17,12 @@ Knows no job.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pydantic
 
@@ -46,12 +47,12 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class PromotionRule:
-    """`metric` `sign` (`side` or, where that is "", 0) + `by`; `relative`: by so much of the side's."""
+    """`metric` `sign` (`side`, which is serving or base, or 0 where it is "") + `by`; `relative`: by so much of the side's."""
 
     text: str
     metric: str
     sign: str
-    side: Literal["serving", "base", ""]
+    side: str
     by: float = 0.0
     relative: bool = False
 
@@ -159,12 +160,12 @@ class AfterJob(_Section):
 _MODELS: Mapping[str, type[_Section]] = {"": AfterJob, "evaluate": HeldOut, "route": CanaryRoute}
 
 
-def load_job_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, AfterJob | None]:
+def load_job_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[RunConfig, AfterJob | None]:
     """A job's file: what `veneer train` reads, and `after`. Raises ConfigError as `load_config`."""
     values, lines = read_config(path)
     after = values.pop("after", None)
     config, _ = config_from(values, overrides, file=Path(path), lines=lines)
-    return config, None if after is None else after_from(after, Path(path).parent, str(path))
+    return config, None if after is None else after_from(after, Path(path).parent, os.fspath(path))
 
 
 def after_from(values: Any, folder: Path, where: str = "after") -> AfterJob:

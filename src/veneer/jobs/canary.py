@@ -65,7 +65,7 @@ def compare_job(
         def do(held: HeldOut = after.evaluate) -> JobEvent:
             return _compared(lease.job, held, after.route, library, tenants, Path(result["adapter"]))
 
-        there = _tried(store, lease, "evaluation", "it could not be compared, so nothing is promoted", do)
+        there = _tried(store, lease, "evaluation", "it could not be compared", do)
     if "scores" not in there.data:
         return None
     _on_card(Path(result["adapter"]), there.data)
@@ -90,6 +90,7 @@ def place_job(
 
 def _tried(store: JobStore, lease: JobLease, kind: str, otherwise: str, do: Callable[[], JobEvent]) -> JobEvent:
     """The event that `do` makes, or the one that says why it could not be; noted."""
+    store.held(lease.job.id, lease.token)  # a job that was cancelled moves nothing
     try:
         event = do()
     except (LeaseLost, Interrupted):
@@ -213,6 +214,8 @@ def _placed(
     compared: Mapping[str, Any] | None,
 ) -> tuple[str, dict[str, Any]]:  # fmt: skip
     move, now = _standing(tenants, job.tenant, route.name)
+    if after.evaluate is not None and compared is None:
+        return f"it was not compared: {route.name} stays as it is", {"promoted": False}
     met = None
     if (rule := after.rule) is not None:
         met = rule.holds(compared["scores"]) if compared is not None else None
@@ -256,7 +259,8 @@ def _readable(library: Library) -> Callable[[str], None]:
 def promote_job(store: JobStore, library: Library, tenants: Store | None, tenant: str | None, job: str) -> Route:
     """All users of its route get what the job made. Raises UnknownJob, WrongState, ConfigError."""
     found, route = _routed(store, tenant, job)
-    assert found.result is not None
+    if found.result is None:
+        raise WrongState(f"job {job} is {found.state}", where="job", fix="only one that has succeeded can be promoted")
     reference, known = str(found.result["reference"]), _known(tenants)
     _, now = _standing(known, found.tenant, route)
     if now is not None and now.targets == ((reference, 1),) and now.shadow is None:
@@ -298,12 +302,10 @@ def rollback_job(
 
 
 def _routed(store: JobStore, tenant: str | None, job: str) -> tuple[Job, str]:
-    """A job that has made something, and the route it is for."""
+    """A job, and the route it is for."""
     found = store.get(tenant, job)
     after = after_of(found)
     if after is None or after.route is None:
         fix = "a section `after` with a route in its file; or veneer tenant route set"
         raise WrongState(f"job {job} has no route", where="job", fix=fix)
-    if found.state != "succeeded":
-        raise WrongState(f"job {job} is {found.state}", where="job", fix="wait until it has succeeded")
     return found, after.route.name

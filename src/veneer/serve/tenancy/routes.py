@@ -251,7 +251,8 @@ def _before(c: Connection, tenant: str, route: str, undone: Collection[int] = ()
         raise _lost(c, tenant, route)
     if undone and now.move not in undone:
         raise RouteMoved(f"{route} was moved since", where="route", fix=f"veneer tenant route history {route}")
-    of_route, number = _of(move_table, tenant, route), now.move
+    of_route = _of(move_table, tenant, route)
+    number: int | None = now.move
     while number is not None and number in {now.move, *undone}:
         number = c.scalar(select(move_table.c.before).where(of_route, move_table.c.move == number))
     row = c.execute(select(move_table).where(of_route, move_table.c.move == number)).first()
