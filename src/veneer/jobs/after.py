@@ -28,7 +28,7 @@ import pydantic
 
 from veneer.errors import ConfigError, bullets, first_few, nearest, one_of, quoted
 from veneer.serve.tenancy.store import ALL, Route, Store, check_route_name
-from veneer.train.config.load import RunConfig, config_from, read_config
+from veneer.train.config.load import RunConfig, config_from, read_sections
 from veneer.train.config.text import TrainConfig, preference_formats
 from veneer.train.text.rows import Row, read_rows, split_rows
 
@@ -47,7 +47,8 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class PromotionRule:
-    """`metric` `sign` (`side`, which is serving or base, or 0 where it is "") + `by`; `relative`: by so much of the side's."""
+    """`metric` `sign` (`side`, which is serving or base, or 0 where it is "") + `by`; `relative`: so
+    much of the side."""
 
     text: str
     metric: str
@@ -162,7 +163,7 @@ _MODELS: Mapping[str, type[_Section]] = {"": AfterJob, "evaluate": HeldOut, "rou
 
 def load_job_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[RunConfig, AfterJob | None]:
     """A job's file: what `veneer train` reads, and `after`. Raises ConfigError as `load_config`."""
-    values, lines = read_config(path)
+    values, lines = read_sections(path)
     after = values.pop("after", None)
     config, _ = config_from(values, overrides, file=Path(path), lines=lines)
     return config, None if after is None else after_from(after, Path(path).parent, os.fspath(path))

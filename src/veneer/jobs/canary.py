@@ -42,7 +42,7 @@ _WHOLE = 10_000
 """Parts of a route's users, as many as it can tell apart."""
 
 
-def after_of(job: Job) -> AfterJob | None:
+def _after_of(job: Job) -> AfterJob | None:
     """The section `after` that a job was submitted with."""
     found = job.about.get("after")
     return None if found is None else AfterJob.model_validate(found)
@@ -56,7 +56,7 @@ def compare_job(
 ) -> dict[str, Any] | None:
     """What the event `evaluation` has: `scores` of base, serving and new, and what serves by which move. None where
     nothing is evaluated, or could not be. The card of the adapter has it then. Raises LeaseLost, and what may pass."""
-    after = after_of(lease.job)
+    after = _after_of(lease.job)
     if after is None or after.evaluate is None:
         return None
     there = _told(store, lease.job, "evaluation")
@@ -77,7 +77,7 @@ def place_job(
     compared: Mapping[str, Any] | None,
 ) -> None:  # fmt: skip
     """Moves the job's route to where `reference` belongs, once. Raises LeaseLost, and what may pass."""
-    after = after_of(lease.job)
+    after = _after_of(lease.job)
     if after is None or after.route is None or _told(store, lease.job, "route") is not None:
         return
 
@@ -304,7 +304,7 @@ def rollback_job(
 def _routed(store: JobStore, tenant: str | None, job: str) -> tuple[Job, str]:
     """A job, and the route it is for."""
     found = store.get(tenant, job)
-    after = after_of(found)
+    after = _after_of(found)
     if after is None or after.route is None:
         fix = "a section `after` with a route in its file; or veneer tenant route set"
         raise WrongState(f"job {job} has no route", where="job", fix=fix)

@@ -92,11 +92,11 @@ def load_config(
 
     Returns the configuration, for text or for pictures, and the source of each value under its `section.key`.
     Raises ConfigError naming the file and line, the override, and what to write instead."""
-    values, lines = read_config(path)
+    values, lines = read_sections(path)
     return config_from(values, overrides, file=Path(path), lines=lines)
 
 
-def read_config(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Mapping[tuple[str, ...], int]]:
+def read_sections(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Mapping[tuple[str, ...], int]]:
     """The sections of a YAML file, and the line of each key. Raises ConfigError."""
     file = Path(path)
     try:
