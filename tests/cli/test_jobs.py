@@ -16,7 +16,9 @@ from veneer.cli.main import main
 from veneer.jobs.beside import worker_beside
 from veneer.jobs.build import training
 from veneer.jobs.store import JobStore
+from veneer.jobs.validate import tenants_at
 from veneer.library.library import open_library
+from veneer.serve.tenancy import manage
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +30,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_from_a_configuration_to_an_adapter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A worker beside, as `veneer serve --train` has one, and its job's process."""
-    at = ("--at", str(folder / "library"))
-    ran = run(capsys, "jobs", *at, "submit", str(folder / "support.yaml"), "--tenant", "acme", "--json")
+    """A worker beside, as `veneer serve --train` has one, and its job's process, which finds the tenants' routes by
+    what the worker was told."""
+    at, tenants = ("--at", str(folder / "library")), str(folder / "tenants.sqlite")
+    with tenants_at(tenants) as known:
+        assert known is not None
+        manage.add_tenant(known, "acme", who="test")
+    after = {"evaluate": {"metrics": ["loss"]}, "route": {"name": "help"}, "promote": "loss <= base + 1"}
+    given = yaml.safe_load((folder / "support.yaml").read_text()) | {"after": after}
+    (folder / "looped.yaml").write_text(yaml.safe_dump(given))
+    asked = ("submit", str(folder / "looped.yaml"), "--tenant", "acme", "--name", "support", "--tenants", tenants)
+    ran = run(capsys, "jobs", *at, *asked, "--json")
     assert ran.code == 0, ran.err
     job = json.loads(ran.out)
     assert (job["state"], job["name"], job["steps"]) == ("queued", "acme/support", STEPS)
     said: list[str] = []
-    with worker_beside(library=str(folder / "library"), tenants=None, say=said.append):
+    with worker_beside(library=str(folder / "library"), tenants=tenants, say=said.append):
         watched = run(capsys, "jobs", *at, "watch", job["id"], "--tenant", "acme")
     assert watched.code == 0, watched.out + job_log(folder, job["id"])
     assert f"step {STEPS} of {STEPS}: loss" in watched.out
@@ -43,6 +53,7 @@ def test_from_a_configuration_to_an_adapter(folder: Path, capsys: pytest.Capture
     shown = run(capsys, "jobs", *at, "show", job["id"]).out
     assert "adapter      acme/support@1" in shown
     assert "cost         0.00 for " in shown
+    assert "route        `loss <= base + 1` is met: help leads to acme/support@1" in shown
     listed = json.loads(run(capsys, "jobs", *at, "list", "--state", "succeeded", "--json").out)
     assert [(found["id"], found["step"]) for found in listed["jobs"]] == [(job["id"], STEPS)]
     assert "no jobs" in run(capsys, "jobs", *at, "list", "--tenant", "best").out

@@ -86,6 +86,7 @@ HELD: dict[str, Any] = {"evaluate": {}}
         ({"route": {"weight": 0.1}}, "`after.route.name`"),
         ({"route": {"name": "x", "weight": True}}, "`after.route.weight`"), ([1], "cannot be read"),
         ({"evaluate": {"metrics": ["exact_mach"]}}, "did you mean exact_match"), ({}, "nothing to do"),
+        ({"route": None}, "`after.route.name`"),
         ({**HELD, "promote": "loss <= base"}, "no route"), ({"route": {"name": "No Route"}}, "cannot name a route"),
         ({"route": {"name": "globex/x"}}, "the namespace of another tenant"),
         ({"route": {"name": "everybodys"}}, "everybody's route"), ({"route": {"name": "split"}}, "shared out already"),
@@ -126,5 +127,9 @@ def test_a_jobs_file_is_a_run_and_what_comes_after_it(tmp_path: Path) -> None:
     assert after is not None
     assert after.evaluate is not None
     assert after.evaluate.data == [str(tmp_path / "held.jsonl")]
+    file.write_text(f"{run}after:\n  evaluate:\n  route: {{name: support}}\n")
+    _, after = load_job_config(file)
+    assert after is not None
+    assert after.evaluate is not None  # with nothing under it: its defaults
     file.write_text(run)
     assert load_job_config(file)[1] is None

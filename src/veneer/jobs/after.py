@@ -171,6 +171,8 @@ def load_job_config(path: str | os.PathLike[str], overrides: Sequence[str] = ())
 
 def after_from(values: Any, folder: Path, where: str = "after") -> AfterJob:
     """The section of these values; relative paths are of `folder`. Raises ConfigError with all that is wrong."""
+    if isinstance(values, dict):  # `evaluate:` with nothing under it is everything at its default
+        values = {key: {} if value is None and key in _MODELS else value for key, value in values.items()}
     try:
         after = AfterJob.model_validate(values)
     except pydantic.ValidationError as error:
