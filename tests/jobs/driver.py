@@ -1,4 +1,5 @@
-"""A job whose machine is killed at every change of the database: `python -m tests.jobs.driver FOLDER STRIDE`.
+"""Jobs whose machine is killed at every change of the database: `python -m tests.jobs.driver FOLDER STRIDE TENANT…`,
+one of each tenant, which are trained in one process where there are several.
 
 Each process is a fork of one that has imported what it needs and computed nothing. It does what a worker and the job's
 process do, one after the other, and dies at the K-th commit; another goes on after it. Prints, as JSON, how often that
@@ -9,17 +10,22 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load
+
 import veneer.train.text.task  # noqa: F401  what a job needs is imported once, before there are processes
 from tests.jobs.small import STEPS, small_config
-from veneer.jobs.process import carry_out_job
+from veneer.jobs.joining import company
+from veneer.jobs.process import carry_out_job, carry_out_jobs
 from veneer.jobs.store import JobStore
 from veneer.jobs.validate import device_of, tenants_at, validated
 from veneer.library.database import reading
@@ -34,11 +40,13 @@ LEASE = 0.05
 AFTER = {
     "evaluate": {"metrics": ["loss"]}, "route": {"name": "support", "weight": 0.1}, "promote": "loss <= base + 1",
 }  # fmt: skip
+Outcome = tuple[tuple[bool, bool], list[bytes]]
+"""Whether it was always with the same others, and with any; and the files of all states."""
 TERMS = TrainingTerms(price=4_000_000, budget=10**9)
 
 
 def machine(folder: Path, kill_at: int | None) -> None:
-    """A worker's work until there is none."""
+    """A worker's work until there is none: it takes all that waits, and trains that in one process."""
     from sqlalchemy import Connection
 
     left = [kill_at]
@@ -58,9 +66,19 @@ def machine(folder: Path, kill_at: int | None) -> None:
             new = store.take("machine", LEASE, "validating")
             if new is not None:
                 validated(store, new, TERMS, device_of())
-            lease = store.take("machine", LEASE)
-            if lease is not None:
-                carry_out_job(library, lease.job.id, lease.token)
+            if any(job.state == "validating" for job in store.jobs(None)[0]):
+                continue
+            first = store.take("machine", LEASE)
+            if first is not None:
+                beside = [
+                    store.take("machine", LEASE, only=job.id)
+                    for job in company(first.job, store.waiting(), device_of())[0]
+                ]
+                leases = sorted([first, *filter(None, beside)], key=lambda lease: lease.job.number)
+                for lease in leases if len(leases) > 1 else ():
+                    store.note(lease, place=f"machine {first.token}")
+                tokens = {lease.job.id: lease.token for lease in leases}
+                carry_out_jobs(library, tokens) if len(leases) > 1 else carry_out_job(library, *tokens.popitem())
             time.sleep(0.01)
 
 
@@ -85,63 +103,81 @@ def forked(folder: Path, kill_at: int | None) -> bool:
     return status == 0
 
 
-def outcome(folder: Path) -> bytes:
-    """The adapter's bytes, once everything that must hold was seen to."""
+def outcome(folder: Path, tenant: str) -> Outcome:
+    """The adapter's files, once everything that must hold was seen to."""
     with open_library(folder / "library") as library:
         store = JobStore(library)
-        (job,), _ = store.jobs("acme")
-        events, _ = store.events("acme", job.id)
+        (job,), _ = store.jobs(tenant)
+        events, _ = store.events(tenant, job.id)
         assert job.state == "succeeded", job
         assert [event.number for event in events] == [*range(1, len(events) + 1)]
         steps = [event.data for event in events if event.kind == "metrics"]
         assert [data["step"] for data in steps] == [*range(1, STEPS + 1)], steps
         assert [e.data["step"] for e in events if e.kind == "validation"] == [0, 2, 3]
         assert [e.data["state"] for e in events if e.kind == "state"][-1] == "succeeded"
-        points = store.checkpoints("acme", job.id)
+        points = store.checkpoints(tenant, job.id)
         assert [point.step for point in points] == [3, 2, 1]
-        bill = store.bill("acme", job.id)
+        bill = store.bill(tenant, job.id)
         assert bill is not None
         assert bill.tokens == job.tokens == sum(data["tokens"] for data in steps)
-        assert bill.cost == 4 * bill.tokens == store.spent("acme")
+        assert bill.cost == 4 * bill.tokens == store.spent(tenant)
         assert job.result is not None
-        versions = library.search(name="acme/support", all_versions=True)
+        name = f"{tenant}/support"
+        versions = library.search(name=name, all_versions=True)
         assert [version.version for version in versions] == [1, 2, 3, 4]  # the checkpoints, and what came of it
-        assert job.result["reference"] == "acme/support@4"
-        assert [point.reference for point in points] == ["acme/support@3", "acme/support@2", "acme/support@1"]
-        with tenants_at(None) as tenants:
-            assert tenants is not None
-            with reading(tenants.engine) as c:
-                (move,) = route_history(c, "support", tenant="acme")  # moved once
-        assert (move["targets"], move["current"]) == ({"acme/support@4": 1}, True)
-        assert [e.kind for e in events if e.kind in ("evaluation", "route")] == ["evaluation", "route"]
-        assert versions[-1].card["metrics"]["held_out"]["rows"] == 4
+        assert job.result["reference"] == f"{name}@4"
+        assert [point.reference for point in points] == [f"{name}@3", f"{name}@2", f"{name}@1"]
+        beside = sum("in one process with other jobs" in event.message for event in events)
+        exact = beside in (0, job.attempt) and not any("may differ in the last bits" in e.message for e in events)
+        if "after" in job.about:
+            with tenants_at(None) as database:
+                assert database is not None
+                with reading(database.engine) as c:
+                    (move,) = route_history(c, "support", tenant=tenant)  # moved once
+            assert (move["targets"], move["current"]) == ({f"{name}@4": 1}, True)
+            assert [e.kind for e in events if e.kind in ("evaluation", "route")] == ["evaluation", "route"]
+            assert versions[-1].card["metrics"]["held_out"]["rows"] == 4
         kept = [library.resolve(version.reference) / "adapter_model.safetensors" for version in versions]
-        return b"".join(file.read_bytes() for file in kept)
+        return (exact, beside > 0), [file.read_bytes() for file in kept]
 
 
-def submitted(folder: Path, config: dict[str, Any]) -> None:
+def assert_same(found: Outcome, expected: Outcome, kill_at: int) -> None:
+    """Bit for bit where it was always with the same others, else to float32's last bits."""
+    for one, other in zip(found[1], expected[1], strict=True):
+        if found[0] == expected[0]:
+            assert one == other, f"another adapter after a kill at {kill_at}"
+        tensors = load(one)
+        for key, tensor in load(other).items():
+            assert (tensors[key] - tensor).abs().max() <= 1e-5 * tensor.abs().max(), (kill_at, key)
+
+
+def submitted(folder: Path, config: dict[str, Any], tenants: Sequence[str]) -> None:
     folder.mkdir()
     (folder / "kernels").symlink_to(KERNELS)  # compiled once, not by each machine
     os.environ["VENEER_HOME"] = str(folder)
     child = os.fork()
     if not child:
         with open_library(folder / "library") as library:
-            with tenants_at(str(folder / "tenants.sqlite")) as tenants:
-                assert tenants is not None
-                manage.add_tenant(tenants, "acme", who="test")
-            JobStore(library).create(
-                "acme", config, name="support", about={"publish": "checkpoints", "after": AFTER}
-            )  # fmt: skip
+            with tenants_at(str(folder / "tenants.sqlite")) as database:
+                assert database is not None
+                for tenant in tenants:
+                    manage.add_tenant(database, tenant, who="test")
+            about: dict[str, Any] = {"publish": "checkpoints"}
+            if len(tenants) == 1:  # who is compared afterwards is trained by itself
+                about["after"] = AFTER
+            for seed, tenant in enumerate(tenants):
+                JobStore(library).create(tenant, config | {"seed": seed}, name="support", about=about)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 
 
-def checked(folder: Path) -> bytes:
+def checked(folder: Path, tenant: str) -> Outcome:
     here, there = os.pipe()
     child = os.fork()
     if not child:
         try:
-            os.write(there, outcome(folder))
+            with os.fdopen(there, "wb") as pipe:
+                pickle.dump(outcome(folder, tenant), pipe)
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -150,26 +186,28 @@ def checked(folder: Path) -> bytes:
     with os.fdopen(here, "rb") as pipe:
         found = pipe.read()
     assert os.waitpid(child, 0)[1] == 0, (folder / "log").read_text()[-3000:]
-    return found
+    made: Outcome = pickle.loads(found)
+    return made
 
 
-def main(folder: Path, stride: int) -> int:
+def main(folder: Path, stride: int, *tenants: str) -> int:
     config = small_config(folder, checkpoint={"every": 1, "keep": STEPS})
     whole = folder / "whole"
-    submitted(whole, config)
+    submitted(whole, config, tenants)
     assert forked(whole, None)
-    expected = checked(whole)
+    expected = {tenant: checked(whole, tenant) for tenant in tenants}
     for kill_at in range(1, 1000, stride):
         place = folder / f"killed-{kill_at}"
-        submitted(place, config)
+        submitted(place, config, tenants)
         if forked(place, kill_at):
             return kill_at
         time.sleep(LEASE)
         assert forked(place, None)
-        assert checked(place) == expected, f"another adapter after a kill at {kill_at}"
+        for tenant in tenants:
+            assert_same(checked(place, tenant), expected[tenant], kill_at)
         shutil.rmtree(place)
     raise AssertionError("it never came to its end")
 
 
 if __name__ == "__main__":
-    print(json.dumps({"kills": main(Path(sys.argv[1]), int(sys.argv[2]))}))
+    print(json.dumps({"kills": main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])}))

@@ -23,13 +23,20 @@ from veneer.library.library import open_library
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_kill_at_every_commit_of_a_job(quick: Path, stride: int) -> None:  # noqa: F811
-    """From the first look at it to its place on a route and its bill: at a commit one machine dies, and another
-    goes on. By default at every fifth one; the slow test has them all."""
+@pytest.mark.parametrize(
+    ("stride", "tenants"),
+    [
+        (5, ["acme"]), (17, ["acme", "globex"]),
+        pytest.param(1, ["acme"], marks=pytest.mark.slow), pytest.param(1, ["acme", "globex"], marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_a_kill_at_every_commit_of_jobs(quick: Path, stride: int, tenants: list[str]) -> None:  # noqa: F811
+    """From the first look at them to the place on a route and the bill: at a commit one machine dies, and another goes
+    on; of one job, and of two that are trained in one process. By default at some of the commits; the slow tests have
+    them all."""
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.jobs.driver", str(quick), str(stride)], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},
+        [sys.executable, "-m", "tests.jobs.driver", str(quick), str(stride), *tenants], cwd=ROOT, capture_output=True,
+        text=True, env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-5000:]
     assert json.loads(ran.stdout)["kills"] > 8

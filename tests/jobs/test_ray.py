@@ -24,7 +24,7 @@ from veneer.library.library import open_library
 from veneer.serve.tenancy.store import TrainingTerms
 
 pytest.importorskip("ray.job_submission", reason="pip install 'veneer[ray]'")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.peers
 ROOT = Path(__file__).resolve().parents[2]
 
 

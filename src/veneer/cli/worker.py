@@ -29,7 +29,7 @@ def worker(
         ),
     ] = None,
     tenants: TenantsDatabase = None,
-    at_once: Annotated[int, typer.Option("--at-once", min=1, max=10_000, help="Jobs it has running.")] = 1,
+    at_once: Annotated[int, typer.Option("--at-once", min=1, max=10_000, help="Processes it has running.")] = 1,
     until_idle: Annotated[bool, typer.Option("--until-idle", help="End when there is nothing to do.")] = False,
     gpu: Annotated[
         str | None,

@@ -15,11 +15,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from veneer.jobs.store import Job
+from veneer.jobs.store import Job, JobLease
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ def command_of(job: Job, token: str) -> list[str]:
     return ["-m", "veneer.jobs.process", job.id, token]
 
 
+def _command_of_all(leases: Sequence[JobLease]) -> list[str]:
+    return ["-m", "veneer.jobs.process", *(word for lease in leases for word in (lease.job.id, lease.token))]
+
+
 _BEYOND, _BESIDE = 1.5, 512 << 20
 """A process may hold so many times what its plan says, and so much beside: plans that are guessed are a tenth off."""
 
@@ -56,6 +61,10 @@ def memory_of(job: Job) -> int:
     """The most bytes of this machine's memory that its process may hold, by its plan; 0 where that is of a GPU's."""
     plan = job.plan or {}
     planned = int(plan.get("peak_bytes") or 0) if plan.get("device", {}).get("name") == "cpu" else 0
+    return _room_of(planned)
+
+
+def _room_of(planned: int) -> int:
     return int(planned * _BEYOND) + _BESIDE if planned else 0
 
 
@@ -70,16 +79,29 @@ class LocalExecutor(Executor):
 
     def start(self, job: Job, token: str, environment: Mapping[str, str]) -> str:
         job.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, *command_of(job, token), "--tied"]
+        return self._started(job, command_of(job, token), job.log, environment, memory_of(job))
+
+    def start_together(self, leases: Sequence[JobLease], environment: Mapping[str, str], planned: int) -> str:
+        """One process for all of them, in this order. `planned`: bytes of this machine's memory that they hold together
+        by their plan; 0: nothing is said of it. What it prints is of several tenants' jobs, and in no job's log: see
+        `together.log` in the jobs' folder. Raises ResourceError."""
+        first = leases[0].job
+        for lease in leases:
+            lease.job.folder.mkdir(parents=True, exist_ok=True)
+        log = first.folder.parent / "together.log"
+        return self._started(first, _command_of_all(leases), log, environment, _room_of(planned))
+
+    def _started(self, job: Job, words: list[str], output: Path, environment: Mapping[str, str], room: int) -> str:
+        command = [sys.executable, *words, "--tied"]
         if self.nice and os.name == "posix":
             command = ["nice", "-n", str(self.nice), *command]
-        with open(job.log, "ab") as log:
+        with open(output, "ab") as log:
             child = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 env={**os.environ, **environment},
             )  # fmt: skip
         place = f"{job.id}-{job.attempt}, process {child.pid}"  # a pid alone may come again
-        self._children[place] = child, memory_of(job)
+        self._children[place] = child, room
         return place
 
     def look(self, place: str) -> Ended | None:

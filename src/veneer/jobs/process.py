@@ -1,6 +1,6 @@
-"""The process of one job: it trains, tells the queue, puts the adapter into the library, and ends the job.
+"""The process of a job: it trains, tells the queue, puts the adapter into the library, and ends the job.
 
-    python -m veneer.jobs.process JOB TOKEN [--tied]        with VENEER_LIBRARY and VENEER_LIBRARY_INDEX
+    python -m veneer.jobs.process JOB TOKEN [JOB TOKEN …] [--tied]      with VENEER_LIBRARY and VENEER_LIBRARY_INDEX
 
 Whoever starts it (`executors`) has the lease, and renews it; this process writes under its token. `--tied`: it ends at
 once when its standard input does, that is with whoever started it.
@@ -15,6 +15,15 @@ checkpoint, on the CPU bit for bit as if nothing had happened.
 | SIGTERM, or the lease is lost                  | given back, if it still has it                   |
 | memory, a disk, a database                     | given back; failed the third time in a row       |
 | a kill                                         | whoever watches gives it back, or its lease runs out |
+
+Several jobs are trained in one pass of their base (`train.text.together`), and each is what it would be alone: it has
+its lease, events, checkpoints and end, which comes as soon as its run's does. Who loses its lease saves its state and
+leaves; so does whoever fails. What ends all of them at once (a fault of veneer's, a base that cannot be loaded) may be
+any one's: all are given back, and go on each by itself. They may be of several tenants, so that what one of them comes
+to is in its own log, and what is everybody's (`together.log`) in nobody's.
+
+Of the seconds that pass each job is counted a share, by the tokens of its steps beside those of the others that go on
+(`with_shares`): its bill says what it used of the machine, and all bills together what the machine worked.
 """
 
 from __future__ import annotations
@@ -26,13 +35,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veneer.errors import CheckpointError, Interrupted, ResourceError, VeneerError
 from veneer.jobs.canary import compare_job, place_job
-from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost
+from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost, with_shares
 from veneer.jobs.validate import job_config, may_pass, tenants_at, told
 from veneer.library.library import Library, open_library
 from veneer.serve.outage import is_outage
@@ -40,6 +50,9 @@ from veneer.train import checkpoint
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.events import Checked, Event, Note, Saved, to_record
 from veneer.train.report.log import read_log
+
+if TYPE_CHECKING:
+    from veneer.train.text.save import RunResult
 
 _EVERY = 1.0
 """Seconds between two writes of what happened."""
@@ -55,10 +68,90 @@ def carry_out_job(library: Library, job: str, token: str) -> int:
     except LeaseLost as error:
         print(error, file=sys.stderr)
         return 75
-    teller = _Teller(store, lease)
+    teller = _Teller(store, lease, lambda: os.kill(os.getpid(), signal.SIGTERM))  # its state is saved, and it ends
+    return _ends(library, teller, lambda: _trained(lease.job, teller))
+
+
+def carry_out_jobs(library: Library, tokens: Mapping[str, str]) -> int:
+    """The same of several jobs, each with its token, in one pass of their base; 75 if one of them was given back."""
+    store = JobStore(library)
+    held: list[JobLease] = []
+    for job, token in tokens.items():
+        with contextlib.suppress(LeaseLost):
+            held.append(store.held(job, token))
+    tellers = [_Teller(store, lease, lambda: None) for lease in with_shares(held)]
+    for teller in tellers:
+        teller.events.append(JobEvent("info", "note", "in one process with other jobs of its base"))
+    going_on, codes = dict(enumerate(tellers)), [0] * len(tellers)
+
+    def ended(place: int, outcome: RunResult | VeneerError) -> None:
+        teller = going_on.pop(place)
+        with _own_log(teller.lease.job):
+            codes[place] = _ends(library, teller, lambda: _result(outcome), alone=True)
+        again = with_shares([each.lease for each in going_on.values()])
+        for each, lease in zip(going_on.values(), again, strict=True):
+            each.lease = lease
+
     try:
-        result = _trained(lease.job, teller)
+        _trained_together(tellers, ended)
+    except BaseException as error:
+        if not isinstance(error, Interrupted | KeyboardInterrupt):
+            traceback.print_exception(error)
+        for place, teller in going_on.items():
+            codes[place] = _given_back(teller, error)
+    return max(codes, default=0)
+
+
+def _result(outcome: RunResult | VeneerError) -> dict[str, Any]:
+    if isinstance(outcome, VeneerError):
+        raise outcome
+    return dict(outcome.to_dict())
+
+
+def _given_back(teller: _Teller, error: BaseException) -> int:
+    """Of one of several jobs that end by one error, whosever it is."""
+    with contextlib.suppress(LeaseLost):
         teller.flush(wait=True)
+        if isinstance(error, Interrupted | KeyboardInterrupt):
+            teller.store.release(teller.lease, "stopped, to go on from its last checkpoint")
+        else:
+            teller.store.note(teller.lease, place="")
+            teller.store.release(teller.lease, "its process ended, to go on by itself from its last checkpoint")
+    return 75
+
+
+@contextlib.contextmanager
+def _own_log(job: Job) -> Iterator[None]:
+    """What is said to stderr is said in the job's log."""
+    with open(job.log, "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
+        yield
+
+
+def _trained_together(tellers: Sequence[_Teller], ended: Callable[[int, RunResult | VeneerError], None]) -> None:
+    """The runs, each in its folder."""
+    from veneer.models.loading import errors_only
+    from veneer.train.text.together import run_texts
+
+    jobs = [teller.lease.job for teller in tellers]
+    folders = [_folder(job) for job in jobs]
+    for teller, folder in zip(tellers, folders, strict=True):
+        teller.catch_up(folder)
+    with errors_only():
+        run_texts(
+            [job_config(job, folder) for job, folder in zip(jobs, folders, strict=True)],
+            names=[job.id for job in jobs], called=[job.id for job in jobs], listeners=tellers, ended=ended,
+            resume=any(folder.is_dir() for folder in folders),
+            leave=lambda running: {place: None for place in running if tellers[place].lost},
+        )  # fmt: skip
+
+
+def _ends(library: Library, teller: _Teller, train: Callable[[], dict[str, Any]], *, alone: bool = False) -> int:
+    """Trains a job and ends it. `alone`: others of its process go on, without it."""
+    store = teller.store
+    try:
+        result = train()
+        teller.flush(wait=True)
+        lease = teller.lease
         with tenants_at(os.environ.get("VENEER_TENANTS")) as tenants:
             compared = compare_job(store, lease, library, tenants, result)
             reference = _published(library, lease.job, result)
@@ -74,14 +167,17 @@ def carry_out_job(library: Library, job: str, token: str) -> int:
         print(error, file=sys.stderr)
         return 75
     except BaseException as error:
-        return _ended(store, lease, teller, error)
+        return _ended(teller, error, alone=alone)
 
 
-def _ended(store: JobStore, lease: JobLease, teller: _Teller, error: BaseException) -> int:
+def _ended(teller: _Teller, error: BaseException, *, alone: bool) -> int:
     """What becomes of a job whose run did not come to its end."""
+    store, lease = teller.store, teller.lease
     print(error, file=sys.stderr, flush=True)
     with contextlib.suppress(LeaseLost):
         teller.flush(wait=True)
+        if alone:
+            store.note(lease, place="")  # it is no more of those whom it was with
         if isinstance(error, Interrupted | KeyboardInterrupt):
             store.release(lease, "stopped, to go on from its last checkpoint")
         elif may_pass(error):
@@ -137,10 +233,10 @@ def _published(library: Library, job: Job, result: Mapping[str, Any]) -> str:
 
 class _Teller:
     """Listens to the run and tells the queue, at most once a second, and at once of checkpoints. While the database is
-    away it keeps what it has to tell. When the lease is lost it asks the run to stop, as a signal does."""
+    away it keeps what it has to tell. `stop`: called when the lease is lost."""
 
-    def __init__(self, store: JobStore, lease: JobLease) -> None:
-        self.store, self.lease = store, lease
+    def __init__(self, store: JobStore, lease: JobLease, stop: Callable[[], None]) -> None:
+        self.store, self.lease, self.stop = store, lease, stop
         self.events: list[JobEvent] = []
         self.checkpoints: list[JobCheckpoint] = []
         self.newest: dict[str, Any] = {}
@@ -176,7 +272,8 @@ class _Teller:
         """Of an event, as the run's log has it, what is counted."""
         kind, step = record.get("event"), int(record.get("step", 0))
         if kind == "stepped":
-            self.step, self.steps, self.tokens = step, int(record["steps"]), self.tokens + int(record["tokens"])
+            if step > self.step:  # several that go on together may go back behind the last checkpoint of one
+                self.step, self.steps, self.tokens = step, int(record["steps"]), self.tokens + int(record["tokens"])
             data = {name: value for name, value in record.items() if name in _MEASURED} | dict(record["extra"])
             self.newest = {"step": step, "loss": record["loss"]}
             text = f"step {step:,} of {self.steps:,}: loss {record['loss']:.4f}"
@@ -212,7 +309,7 @@ class _Teller:
                 time.sleep(_AGAIN)
         if wait:
             raise LeaseLost(f"job {self.lease.job.id} is no longer this process's")
-        os.kill(os.getpid(), signal.SIGTERM)  # the loop saves its state and ends
+        self.stop()
 
 
 _MEASURED = {"step", "steps", "epoch", "loss", "tokens", "learning_rate", "gradient_norm", "seconds"}
@@ -243,12 +340,13 @@ def tied(end: Callable[[], object]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    job, token, *more = arguments
-    if "--tied" in more:
+    words = [word for word in arguments if word != "--tied"]
+    tokens = dict(zip(words[::2], words[1::2], strict=True))
+    if "--tied" in arguments:
         tied(lambda: os._exit(75))
     try:
         with open_library() as library:
-            return carry_out_job(library, job, token)
+            return carry_out_jobs(library, tokens) if len(tokens) > 1 else carry_out_job(library, *words)
     except ResourceError as error:
         print(error, file=sys.stderr)
         return 75

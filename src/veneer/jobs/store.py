@@ -49,6 +49,7 @@ from typing import Any, Literal, get_args
 from sqlalchemy import (
     BigInteger,
     Column,
+    ColumnElement,
     Connection,
     Float,
     ForeignKey,
@@ -58,8 +59,11 @@ from sqlalchemy import (
     Select,
     Table,
     Text,
+    exists,
     func,
     insert,
+    not_,
+    or_,
     select,
     update,
 )
@@ -237,6 +241,11 @@ class Job:
     place: str
 
     @property
+    def last_try(self) -> bool:
+        """Whether it fails, should it lose once more who trains it."""
+        return self.faults >= _FAULTS - 1
+
+    @property
     def folder(self) -> Path:
         """Where its files are, on every machine that works on it: the veneer home is theirs in common."""
         return _jobs_home() / self.id
@@ -294,10 +303,25 @@ class JobBill:
 
 @dataclass(frozen=True)
 class JobLease:
-    """A job, as it was when the lease was taken, and the token that says whose it is."""
+    """A job, as it was when the lease was taken, and the token that says whose it is. `share`: of each second that
+    passes, the part that is counted for this job, where a process trains several of them."""
 
     job: Job
     token: str
+    share: float = 1.0
+
+
+def with_shares(leases: Sequence[JobLease]) -> list[JobLease]:
+    """Leases of the jobs of one process, each with its share of the seconds: by the tokens of its steps, which are what
+    a pass of all of them spends its time on. Together they are one, so that a machine's second is counted once."""
+    weights = [
+        max(1.0, _plan_number(lease.job, "tokens")) / max(1.0, _plan_number(lease.job, "steps")) for lease in leases
+    ]
+    return [replace(lease, share=weight / sum(weights)) for lease, weight in zip(leases, weights, strict=True)]
+
+
+def _plan_number(job: Job, name: str) -> float:
+    return float((job.plan or {}).get(name) or 0)
 
 
 def _jobs_home() -> Path:
@@ -458,7 +482,8 @@ class JobStore:
             if found.state == state and state in ("paused", "cancelled"):
                 return found  # asked twice
             _allowed(found, state, only)
-            c.execute(update(_jobs).where(_jobs.c.id == job).values(**_LEFT))
+            rests = {"place": ""} if state == "paused" else {}  # others may be trained there, without it
+            c.execute(update(_jobs).where(_jobs.c.id == job).values(**_LEFT, **rests))
             return self._move(c, found, state, now, {"paused": "paused", "queued": "resumed"}.get(state, "cancelled"))
 
     # -- whoever works on them -----------------------------------------------------------------------------------------
@@ -471,7 +496,7 @@ class JobStore:
 
         First those whose lease ran out; else the oldest job of the tenant that has the fewest running. `at_once`: how
         many a tenant may have running, None for any number. `only`: this job or none. A job that lost its worker too
-        often fails here."""
+        often fails here. Those that one process trained are there again when the last of them is, see `waiting`."""
         while True:
             with reading(self.engine) as c:  # looked for often, and mostly in vain: that takes no lock
                 if self._next(c, state, self._now(c), at_once, only) is None:
@@ -511,6 +536,7 @@ class JobStore:
         j = _jobs.c
         held = "running" if state == "queued" else state
         chosen = [j.id == only] if only is not None else []
+        chosen.append(_parted(now))
         late = select(_jobs).where(j.state == held, j.until <= now, *chosen)
         left = c.execute(late.order_by(j.number).limit(1)).first()
         if left is not None:
@@ -527,6 +553,27 @@ class JobStore:
             if most is None or running.get(tenant, 0) < most:
                 return _job(c.execute(select(_jobs).where(j.number == number)).one())
         return None
+
+    def waiting(self, at_once: Callable[[str], int | None] = lambda tenant: None, *, limit: int = 100) -> list[Job]:
+        """Jobs that `take` would give to be trained, those whose lease ran out before those that are queued, of these
+        the first of every tenant before the second of any, and as many as the tenant may have running."""
+        j = _jobs.c
+        with reading(self.engine) as c:
+            now = self._now(c)
+            free = select(_jobs).where(j.state == "queued", j.token.is_(None), _parted(now)).order_by(j.number)
+            late = select(_jobs).where(j.state == "running", j.until <= now, _parted(now)).order_by(j.number)
+            working = select(j.tenant, func.count()).where(j.state == "running").group_by(j.tenant)
+            running = {tenant: int(count) for tenant, count in c.execute(working)}
+            found = [_job(row) for row in c.execute(late.limit(limit))]
+            queued = [_job(row) for row in c.execute(free.limit(limit))]
+        turns: dict[str, int] = {}
+        order: list[tuple[int, int, Job]] = []
+        for job in queued:
+            turn = turns[job.tenant] = turns.get(job.tenant, running.get(job.tenant, 0)) + 1
+            most = at_once(job.tenant)
+            if most is None or turn <= most:
+                order.append((turn, job.number, job))
+        return found + [job for *_, job in sorted(order, key=lambda each: each[:2])]
 
     def held(self, job: str, token: str) -> JobLease:
         """The lease again, for a process that was told its job and token. Raises LeaseLost."""
@@ -631,7 +678,7 @@ class JobStore:
         """As `_writing`, for whoever has the lease; the time that passed since the last of these is counted."""
         mine = _jobs.c.id == lease.job.id, _jobs.c.token == lease.token
         with self._writing() as (c, now):
-            passed = (now - _jobs.c.renewed) if lease.job.state == "running" else 0.0
+            passed = lease.share * (now - _jobs.c.renewed) if lease.job.state == "running" else 0.0
             done = c.execute(update(_jobs).where(*mine).values(seconds=_jobs.c.seconds + passed, renewed=now))
             if done.rowcount != 1:
                 raise _lost(lease.job.id)
@@ -671,6 +718,14 @@ class JobStore:
 
 
 _LEFT: dict[str, Any] = {"token": None, "worker": None, "until": None, "renewed": None}
+
+
+def _parted(now: float) -> ColumnElement[bool]:
+    """That nobody has a lease of another job which the same process trained. So those of a process that is gone are
+    taken up together, and are beside one another as they were."""
+    other = _jobs.alias("other")
+    beside = other.c.place == _jobs.c.place, other.c.id != _jobs.c.id, other.c.state == "running", other.c.until > now
+    return or_(_jobs.c.place == "", not_(exists().where(*beside)))
 
 
 def _of(tenant: str | None) -> Select[Any]:

@@ -143,8 +143,8 @@ def told(error: BaseException) -> dict[str, Any]:
 
 
 def _plan_of_job(job: Job, device: Device) -> dict[str, Any]:
-    """What the job needs, by its rows as they are: `Plan.to_dict`, and how many rows there are. Raises ConfigError,
-    DataError, BaseError, PreflightError."""
+    """What the job needs, by its rows as they are: `Plan.to_dict`, how many rows there are, what was counted. Raises
+    ConfigError, DataError, BaseError, PreflightError."""
     from veneer.train.planning import plan_of_config
 
     config = job_config(job, job.folder)
@@ -156,7 +156,7 @@ def _plan_of_job(job: Job, device: Device) -> dict[str, Any]:
         file.unlink(missing_ok=True)
     if not plan.fits:
         _refuse(plan)
-    return plan.to_dict() | {"rows": plan.job.rows}
+    return plan.to_dict() | {"rows": plan.job.rows, "counted": exact}
 
 
 def _written(job: Job, config: RunConfig) -> Path:

@@ -8,6 +8,10 @@ looks all the time whether a job is still its own: one that was paused or cancel
 While the database is away jobs go on as long as their leases are sure to be its own.
 
 New jobs are looked at by a thread beside, so that nobody hears of a bad file only when a long run is over.
+
+On this machine (LocalExecutor) jobs that wait and share a base are trained by one process where that pays (`joining`).
+Each has its lease and is looked after by itself: one that is paused or cancelled leaves, and the process goes on with
+the others.
 """
 
 from __future__ import annotations
@@ -23,9 +27,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from veneer.errors import VeneerError
-from veneer.jobs.executors import Executor
+from veneer.jobs.executors import Ended, Executor, LocalExecutor
+from veneer.jobs.joining import company
 from veneer.jobs.process import environment_of
-from veneer.jobs.store import JobLease, JobStore, LeaseLost
+from veneer.jobs.store import JobLease, JobStore, LeaseLost, with_shares
 from veneer.jobs.validate import device_of, terms_of, validated
 from veneer.library.library import Library
 from veneer.plan.tables import Device
@@ -36,21 +41,22 @@ from veneer.train.signals import heard
 
 @dataclass
 class _Running:
-    """`sure`: until when the lease is this worker's, by this machine's clock. `stopping`: since when it is to end."""
+    """A process. `leases`: of its jobs, as far as they are this worker's; `jobs`: how many there were. `sure`: until
+    when they are, by this machine's clock. `stopping`: since when it is to end."""
 
-    lease: JobLease
+    leases: list[JobLease]
     place: str
     sure: float
+    jobs: int
     renewed: float = field(default_factory=time.monotonic)
     stopping: float | None = None
     killed: bool = False
-    ours: bool = True
 
 
 class Worker:
-    """One for a process. `at_once`: jobs that it has running. In seconds, `lease`: how long its leases hold without it;
-    `poll`: how often it looks; `grace`: how long a process may take to save its state. `device`: what jobs are planned
-    for, by default what this machine has. `say`: hears what it does, in sentences."""
+    """One for a process. `at_once`: processes that it has running. In seconds, `lease`: how long its leases hold
+    without it; `poll`: how often it looks; `grace`: how long a process may take to save its state. `device`: what jobs
+    are planned for, by default what this machine has. `say`: hears what it does, in sentences."""
 
     def __init__(
         self, library: Library, executor: Executor, *, tenants: Store | None = None, name: str = "", at_once: int = 1,
@@ -123,7 +129,7 @@ class Worker:
                 self._watch(running)
             if len(self._running) >= self.at_once:
                 return False
-            lease = self.store.take(self.name, self.lease, at_once=lambda tenant: self.terms(tenant).jobs)
+            lease = self.store.take(self.name, self.lease, at_once=self._most)
             self._away = False
             if lease is None:
                 return False
@@ -140,53 +146,95 @@ class Worker:
 
     def _begin(self, lease: JobLease) -> None:
         sure = time.monotonic() + self.lease
-        if lease.job.place:  # of a lease before this one, where that may still be
-            self.executor.stop(lease.job.place, hard=True)
+        leases, planned = self._joined(lease)
+        for each in leases:
+            if each.job.place:  # of a lease before this one, where that may still be
+                self.executor.stop(each.job.place, hard=True)
         try:
-            place = self.executor.start(lease.job, lease.token, self.environment)
+            if len(leases) > 1 and isinstance(self.executor, LocalExecutor):
+                place = self.executor.start_together(leases, self.environment, planned)
+            else:
+                place = self.executor.start(lease.job, lease.token, self.environment)
         except VeneerError as error:
-            self.store.release(lease, f"could not be started: {error.what}")
+            for each in leases:
+                with suppress(LeaseLost):
+                    self.store.release(each, f"could not be started: {error.what}")
             raise
-        self._running.append(_Running(lease, place, sure))
-        self.say(f"{lease.job.id} of {lease.job.tenant or 'nobody'}: {place}")
-        self.store.note(lease, place=place)
+        self._running.append(_Running(leases, place, sure, len(leases)))
+        for each in leases:
+            self.say(f"{each.job.id} of {each.job.tenant or 'nobody'}: {place}")
+            with suppress(LeaseLost):
+                self.store.note(each, place=place)
+
+    def _joined(self, lease: JobLease) -> tuple[list[JobLease], int]:
+        """Leases of all that are trained in one process with this job, by their age, so that a group that is taken up
+        again is in its order; and the memory that they are planned to hold."""
+        if not isinstance(self.executor, LocalExecutor):
+            return [lease], 0
+        self.device = self.device or device_of()
+        chosen, planned = company(lease.job, self.store.waiting(self._most), self.device)
+        found = [self.store.take(self.name, self.lease, at_once=self._most, only=job.id) for job in chosen]
+        leases = [lease, *(each for each in found if each is not None)]
+        return with_shares(sorted(leases, key=lambda each: each.job.number)), planned
+
+    def _most(self, tenant: str) -> int | None:
+        return self.terms(tenant).jobs
 
     def _watch(self, running: _Running) -> None:
-        job, now = running.lease.job, time.monotonic()
+        now = time.monotonic()
         ended = self.executor.look(running.place)
         if ended is not None:
             self._running.remove(running)
-            with suppress(LeaseLost):  # it has ended the job, or given it back
-                if ended.memory:
-                    fix = "smaller batches (batching.micro_rows), shorter rows, or another plan"
-                    self.store.finish(running.lease, error={"kind": "memory", "message": ended.why, "fix": fix})
-                elif running.stopping is not None:  # before it could save anything
-                    self.store.release(running.lease, "stopped, to go on from its last checkpoint")
-                else:
-                    self.store.died(running.lease, ended.why)
-            now_is = self.store.get(None, job.id).state
-            self.say(f"{job.id}: {now_is}")
-            if now_is == "succeeded":  # its adapter is in the library
-                for folder in job.folder.glob("attempt-*/checkpoints"):
-                    shutil.rmtree(folder, ignore_errors=True)
+            for lease in running.leases:
+                with suppress(LeaseLost):  # it has ended the job, or given it back
+                    self._ended(running, lease, ended)
+                self._over(lease)
             return
-        if running.ours:
-            self._keep(running, now)
+        self._keep(running, now)
         if running.stopping is not None and not running.killed and now - running.stopping > self.grace:
             running.killed = True
             self.executor.stop(running.place, hard=True)
 
+    def _ended(self, running: _Running, lease: JobLease, ended: Ended) -> None:
+        """What becomes of a job whose process has ended."""
+        if ended.memory and running.jobs > 1:  # whoever took it: each goes on by itself, and is held to its own plan
+            self.store.note(lease, place="")
+            self.store.release(lease, "its process was ended, to go on by itself from its last checkpoint")
+        elif ended.memory:
+            fix = "smaller batches (batching.micro_rows), shorter rows, or another plan"
+            self.store.finish(lease, error={"kind": "memory", "message": ended.why, "fix": fix})
+        elif running.stopping is not None:  # before it could save anything
+            self.store.release(lease, "stopped, to go on from its last checkpoint")
+        else:
+            self.store.died(lease, ended.why)
+
+    def _over(self, lease: JobLease) -> None:
+        """Of a job that this worker has no more."""
+        now_is = self.store.get(None, lease.job.id).state
+        self.say(f"{lease.job.id}: {now_is}")
+        if now_is == "succeeded":  # its adapter is in the library
+            for folder in lease.job.folder.glob("attempt-*/checkpoints"):
+                shutil.rmtree(folder, ignore_errors=True)
+
     def _keep(self, running: _Running, now: float) -> None:
-        """Looks whether the lease is still this worker's, and renews it in good time."""
+        """Looks whether the leases are still this worker's, and renews them in good time."""
+        late = now - running.renewed > self.lease / 4
         try:
-            if now - running.renewed > self.lease / 4:
-                self.store.renew(running.lease, self.lease)
+            for lease in [*running.leases]:
+                try:
+                    if late:
+                        self.store.renew(lease, self.lease)
+                    else:
+                        self.store.held(lease.job.id, lease.token)
+                except LeaseLost:
+                    if len(running.leases) == 1:
+                        self._ask_to_end(running)  # what becomes of its job is said when it has
+                        continue
+                    others = [other for other in running.leases if other.token != lease.token]
+                    running.leases = with_shares(others)  # its process hears of it too, and goes on with these
+                    self._over(lease)
+            if late:
                 running.renewed, running.sure, self._away = now, now + self.lease, False
-            else:
-                self.store.held(running.lease.job.id, running.lease.token)
-        except LeaseLost:
-            running.ours = False
-            self._ask_to_end(running)
         except Exception as error:
             if not is_outage(error):
                 raise

@@ -162,14 +162,21 @@ def plan_of_config(
     characters for a token.
 
     Raises ConfigError for a base whose config is nowhere, DataError for data that is not there and is to be counted."""
-    from veneer.plan.calibration import rates_here
     from veneer.train.config.load import load_config
 
     config, _ = load_config(file, overrides)
-    found = _config_named(config.base.name)
     if not isinstance(config, TrainConfig):
-        return _plan_of_pictures(config, found, device, rows)
-    shape = text_shape(found, config.base.name)
+        return _plan_of_pictures(config, _config_named(config.base.name), device, rows)
+    return _plan_of_text(config, device, rows, tokens_per_row, longest, trained, traffic)
+
+
+def _plan_of_text(
+    config: TrainConfig, device: Device, rows: int | None = None, tokens_per_row: float | None = None,
+    longest: int | None = None, trained: float = 1.0, traffic: Traffic | None = None,
+) -> Plan:  # fmt: skip
+    from veneer.plan.calibration import rates_here
+
+    shape = text_shape(_config_named(config.base.name), config.base.name)
     dtype = _planned_dtype(config)
     config = _with_planned_tokens(config, shape, device)
     notes: tuple[str, ...] = ()
@@ -194,18 +201,24 @@ def plan_of_configs(files: Sequence[Path], overrides: Iterable[str], device: Dev
     """The plan of configurations that are trained in one pass. `given`: as `plan_of_config` has it.
 
     Raises ConfigError for those that cannot be, with files and keys."""
-    from veneer.plan.calibration import rates_here
     from veneer.train.config.load import load_config
 
     overrides = list(overrides)
     configs = [load_config(file, overrides)[0] for file in files]
     check_group(configs, [str(file) for file in files])
     texts = [config for config in configs if isinstance(config, TrainConfig)]  # which all are
-    name = texts[0].base.name
+    return plan_of_texts(texts, device, [given] * len(texts))
+
+
+def plan_of_texts(configs: Sequence[TrainConfig], device: Device, given: Sequence[Mapping[str, Any]]) -> GroupPlan:
+    """The same of configurations that `check_group` has seen, each with what is known of its own rows."""
+    from veneer.plan.calibration import rates_here
+
+    name = configs[0].base.name
     shape = text_shape(_config_named(name), name)
-    most = max(_with_planned_tokens(config, shape, device).batching.at_once for config in texts)
-    plans = [plan_of_config(file, overrides, device, **given) for file in files]
-    return plan_together(shape, plans, most, process=rates_here(device, _planned_dtype(texts[0]))[1])
+    most = max(_with_planned_tokens(config, shape, device).batching.at_once for config in configs)
+    plans = [_plan_of_text(config, device, **own) for config, own in zip(configs, given, strict=True)]
+    return plan_together(shape, plans, most, process=rates_here(device, _planned_dtype(configs[0]))[1])
 
 
 def _planned_dtype(config: TrainConfig) -> str:

@@ -44,8 +44,9 @@ NAME = "run"
 class Run:
     """A run from its first second on. `tell`: whoever listens; `early`: what was told before there was a log to write
     it to. `devices`: the processes that share it, of which the first writes and speaks. `sources`: setting -> where it
-    came from. `resume`, `dry_run`, `force`: as `train_text` has them. `group`: the output folders of the runs that are
-    trained in one pass with it and have not ended, itself among them; none where it is alone."""
+    came from. `resume`, `dry_run`, `force`: as `train_text` has them. `group`: what the runs are called that are
+    trained in one pass with it and have not ended, itself among them; none where it is alone. `name`: what it is called
+    there, where its output folder may be moved between two processes that train it."""
 
     config: RunConfig
     folder: Path
@@ -56,7 +57,12 @@ class Run:
     resume: bool = False
     dry_run: bool = False
     force: bool = False
-    group: list[Path] = field(default_factory=list)
+    group: list[str] = field(default_factory=list)
+    name: str = ""
+
+    @property
+    def called(self) -> str:
+        return self.name or str(self.folder)
 
     def note(self, text: str) -> None:
         self.tell(Note(text))
@@ -300,7 +306,7 @@ def _restored(
     )  # fmt: skip
     follow(restored.choices)
     run.note(f"resuming after step {restored.progress.step} of {len(task.steps)}")
-    gone = {*restored.about.get("together", [])} - {*map(str, run.group), str(run.folder)}
+    gone = {*restored.about.get("together", [])} - {*run.group, run.called}
     for note in restored.notes:
         run.note(note)
     if gone:
@@ -344,7 +350,7 @@ def _save(
         checkpoint.save(
             place, parameters=task.state, optimizer=optimizer, progress=progress, identity=identity,
             keep=max(run.config.checkpoint.keep, 2 if run.group else 1), devices=run.devices.count,
-            about={"recipe": run.config.recipe(), "together": [str(folder) for folder in run.group]},
+            about={"recipe": run.config.recipe(), "together": [*run.group]},
             beside=task.environment,
         )  # fmt: skip
     run.devices.gather(None)

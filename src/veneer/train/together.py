@@ -37,6 +37,10 @@ class Member(Generic[_R]):
     steps: Stepping[_R]
 
 
+Leave = Callable[[Sequence[int]], Mapping[int, VeneerError | None]]
+"""Given the places of those that go on after a step: which of them end there, and as what; None for one that saves its
+state and ends as Interrupted."""
+
 _MakeSteps = Callable[[Mapping[int, StepWanted]], Mapping[int, "StepDone | VeneerError | None"]]
 """Makes the steps that some members (by their place) want now. An error is that member's own; None, or nothing at all,
 for one whose step was stopped: then nothing is kept of any."""
@@ -46,11 +50,11 @@ def in_step(
     members: Sequence[Member[_R]],
     make: _MakeSteps,
     asked: StopAsked,
-    leave: Callable[[Sequence[int]], Mapping[int, VeneerError]] = lambda running: {},
+    leave: Leave = lambda running: {},
+    ended: Callable[[int, _R | VeneerError], None] = lambda place, outcome: None,
 ) -> list[_R | VeneerError]:
     """Drives all of them to their ends; what came of each, in their order. `asked`: what their loops look at, which is
-    true from here on as soon as a signal came. `leave`: given those that go on after a step, which of them end there,
-    and as what.
+    true from here on as soon as a signal came. `leave`: see there. `ended`: hears what came of one at once.
 
     Raises Interrupted when all have saved their state because of one, and at once whatever is no VeneerError: a
     fault."""
@@ -58,8 +62,8 @@ def in_step(
     wanted: dict[int, StepWanted] = {}
     stopped: list[Interrupted] = []
 
-    def go_on(place: int, done: StepDone | VeneerError | None) -> None:
-        """One run up to the next step it wants, or to its end."""
+    def go_on(place: int, done: StepDone | VeneerError | None, *, alone: bool = False) -> None:
+        """One run up to the next step it wants, or to its end. `alone`: the others stay, if it is interrupted."""
         member = members[place]
         first = wanted.pop(place, None) is None
         member.task.act()
@@ -72,12 +76,15 @@ def in_step(
         except StopIteration as end:
             results[place] = end.value
         except Interrupted as error:
-            stopped.append(error)
-            return  # it goes on with the others, and is of their group until then
+            if not alone:
+                stopped.append(error)
+                return  # it goes on with the others, and is of their group until then
+            results[place] = error
         except VeneerError as error:
             results[place] = error
             member.run.note(f"{error.what}; this run ends here, the others go on")
-        member.run.group.remove(member.run.folder)
+        member.run.group.remove(member.run.called)
+        ended(place, results[place])
 
     try:
         for place in range(len(members)):
@@ -91,7 +98,7 @@ def in_step(
                 for place in list(wanted):
                     go_on(place, failed.get(place, made.get(place)))
                 for place, error in leave(list(wanted)).items():
-                    go_on(place, error)
+                    go_on(place, error, alone=True)
     finally:
         for member in members:
             member.steps.close()
@@ -112,44 +119,49 @@ def _saved(wanted: Mapping[int, StepWanted]) -> dict[int, VeneerError]:
     return failed
 
 
-def resume_points(folders: Sequence[Path]) -> list[Path | CheckpointError | None]:
-    """The checkpoint that the run of each output folder goes on from; None for its beginning.
+def resume_points(runs: Sequence[Run]) -> list[Path | CheckpointError | None]:
+    """The checkpoint that each run goes on from; None for its beginning.
 
     Where some of them were trained together, it is for those the last step of which each has its checkpoint: they are
     then beside one another as they were. One that had ended by then is at its end; for one that had failed it is an
-    error, since beside the others it would change their last bits."""
-    have = {folder: checkpoint.by_step(folder / "checkpoints") for folder in folders}
-    group: set[Path] = set()
+    error, since beside the others it would change their last bits. Where one has the first checkpoint of all, and those
+    beside it have none yet, it begins again with them."""
+    have = {run.called: checkpoint.by_step(run.folder / "checkpoints") for run in runs}
+    group: set[str] = set()
     last = -1
     for step in sorted({step for found in have.values() for step in found}, reverse=True):
-        for folder, found in have.items():
+        for name, found in have.items():
             if step in found and last < 0:
-                beside = _beside(folder, found[step]) & have.keys()
+                beside = _beside(name, found[step]) & have.keys()
                 if all(step in have[other] for other in beside):
                     group, last = beside, step
     out: list[Path | CheckpointError | None] = []
-    for folder, found in have.items():
+    for run in runs:
+        found = have[run.called]
         newest = found[max(found)] if found else None
-        if folder in group:
+        beside = set() if newest is None else _beside(run.called, newest) & have.keys()
+        if run.called in group:
             out.append(found[last])
-        elif newest is None or not _beside(folder, newest) & group or _ended(newest):
+        elif len(found) == 1 and any(not have[other] for other in beside):
+            out.append(None)
+        elif newest is None or not beside & group or _ended(newest):
             out.append(newest)
         else:
             out.append(
                 CheckpointError(
                     f"this run had ended early, after its step {max(found)}; those that it was trained together with "
                     f"are at step {last}",
-                    where=str(folder),
+                    where=str(run.folder),
                     fix="see to its data or settings, and go on with it by itself: veneer train CONFIG.yaml --resume",
                 )
             )
     return out
 
 
-def _beside(folder: Path, path: Path) -> set[Path]:
+def _beside(name: str, path: Path) -> set[str]:
     """The runs that a checkpoint's run was trained together with, itself among them."""
     about = checkpoint.read_checkpoint(path).get("about", {})
-    return {folder, *map(Path, about.get("together", []))}
+    return {name, *about.get("together", [])}
 
 
 def _ended(path: Path) -> bool:

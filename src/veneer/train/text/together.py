@@ -40,7 +40,7 @@ from veneer.train.run import Run, checked_data, dry_outcome, opened, steps_of_ru
 from veneer.train.text.batches import Batch
 from veneer.train.text.save import RunResult
 from veneer.train.text.task import AttachedText, TextPart, TextTask, attached_texts, cut_by_device, loaded_base
-from veneer.train.together import Member, in_step, resume_points
+from veneer.train.together import Leave, Member, in_step, resume_points
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
@@ -59,12 +59,15 @@ def run_texts(
     listeners: Sequence[Listener | None] | None = None,
     base: TextBase | None = None,
     sources: Sequence[Mapping[str, Any] | None] | None = None,
-    leave: Callable[[Sequence[int]], Mapping[int, VeneerError]] = lambda running: {},
+    called: Sequence[str] | None = None,
+    leave: Leave = lambda running: {},
+    ended: Callable[[int, RunResult | VeneerError], None] = lambda place, outcome: None,
 ) -> list[RunResult | VeneerError]:
     """Trains an adapter for each configuration, all on one base and in one pass a step, and returns what came of each.
 
-    `names`: what messages call them, by default their output folders. `listeners`, `sources`: one of each; `leave`: as
-    `in_step` has it, by their places here; the rest as `run_text`. A run that fails is its error in the list, and
+    `names`: what messages call them, by default their output folders. `listeners`, `sources`: one of each; `called`:
+    what their checkpoints call them, by default their output folders, which then stay where they are; `leave`, `ended`:
+    as `in_step` has them, by their places here; the rest as `run_text`. A run that fails is its error in the list, and
     leaves the others as they are. Raises ConfigError for configurations that cannot share a base, and
     Interrupted, with the state of all saved."""
     check_group(configs, [config.output.directory for config in configs] if names is None else names)
@@ -74,14 +77,14 @@ def run_texts(
             "several configurations are trained in one pass by one process alone",
             fix="leave --devices out, or train one configuration at a time",
         )
-    group: list[Path] = []
+    group: list[str] = []
     with ExitStack() as stack:
         runs = [
             stack.enter_context(
                 opened(
                     config, unit="tokens", on_event=None if listeners is None else listeners[i],
                     sources=None if sources is None else sources[i], resume=resume, dry_run=dry_run, force=force,
-                    group=group,
+                    group=group, name="" if called is None else called[i],
                 )
             )
             for i, config in enumerate(texts)
@@ -90,10 +93,12 @@ def run_texts(
         for note in base.notes:
             runs[0].note(note)
         results, parts, newest = _checked(runs, base)
+        for place, outcome in results.items():
+            ended(place, outcome)
         if not parts:
             return [results[place] for place in range(len(runs))]
         _check_memory(list(parts.values()))
-        group += [part.run.folder for part in parts.values()]
+        group += [part.run.called for part in parts.values()]
         asked = StopAsked()
         with attached_texts(list(parts.values())) as attached:
             tasks = dict(zip(parts, attached, strict=True))
@@ -106,8 +111,9 @@ def run_texts(
                         del tasks[place]
                 except VeneerError as error:
                     results[place] = _failed(task.run, error)
-                    group.remove(task.run.folder)
+                    group.remove(task.run.called)
                     del tasks[place]
+                    ended(place, results[place])
             members = [
                 Member(task.run, task, steps_of_run(task.run, task, parts[place].report, newest[place], asked))
                 for place, task in tasks.items()
@@ -116,11 +122,17 @@ def run_texts(
                 make = _Passes.of(list(tasks.values()), asked)
                 places = list(tasks)
 
-                def leaving(running: Sequence[int]) -> dict[int, VeneerError]:
+                def leaving(running: Sequence[int]) -> dict[int, VeneerError | None]:
                     found = leave([places[i] for i in running])
                     return {i: found[places[i]] for i in running if places[i] in found}
 
-                results |= dict(zip(places, in_step(members, make, asked, leaving), strict=True))
+                results |= dict(
+                    zip(
+                        places,
+                        in_step(members, make, asked, leaving, lambda i, outcome: ended(places[i], outcome)),
+                        strict=True,
+                    )
+                )
         return [results[place] for place in range(len(runs))]
 
 
@@ -138,7 +150,7 @@ def _checked(
     errors: dict[int, RunResult | VeneerError] = {}
     parts: dict[int, TextPart] = {}
     newest: dict[int, Path | None] = {}
-    points = resume_points([run.folder for run in runs]) if runs[0].resume else [None] * len(runs)
+    points = resume_points(runs) if runs[0].resume else [None] * len(runs)
     taken = 0
     for place, (run, point) in enumerate(zip(runs, points, strict=True)):
         try:
@@ -236,8 +248,8 @@ class _Passes:
             try:
                 with shared(), memory_errors(Micro(tokens, 0, rows, lambda: None)):
                     found = self._pass(wanted, members)
-            except ResourceError as error:
-                return dict.fromkeys(wanted, error)
+            except ResourceError as error:  # whose rows they are is nothing that the others are told
+                return dict.fromkeys(wanted, ResourceError(error.what, where="a pass of several runs", fix=error.fix))
             took = time.perf_counter() - began
             for (place, index), micro, nll in zip(members, micros, found, strict=True):
                 nlls[place][index] = nll
