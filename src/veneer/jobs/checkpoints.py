@@ -17,16 +17,19 @@ from veneer.files.safetensors import read_tensors
 from veneer.formats.peft import load_folder, write_folder
 from veneer.library.library import Library
 from veneer.library.names import checkpoint_alias
+from veneer.train.checkpoint import is_extra
 
 
 def publish_checkpoints(library: Library, name: str, run: Path, adapter: Path) -> dict[int, str]:
-    """The references of those that the run's folder still has, by step. `adapter`: what the run made, whose tensors
-    each has in another state. A version that is there stays: after a kill the card's times are others, and the same
-    checkpoint would come a second time, as the newest."""
+    """The references of those that the run wished for and its folder still has, by step. `adapter`: what the run made,
+    whose tensors each has in another state. A version that is there stays: after a kill the card's times are others,
+    and the same checkpoint would come a second time, as the newest."""
     whole = load_folder(adapter).adapter
     out: dict[int, str] = {}
     there = {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
     for folder in sorted((run / "checkpoints").glob("step-*[0-9]")):
+        if is_extra(folder):
+            continue
         step = int(folder.name.rpartition("-")[2])
         state, _ = read_tensors(folder / "adapter.safetensors")
         made = whole.mapped(torch.clone)

@@ -74,12 +74,16 @@ def save(
     progress: Progress,
     identity: Mapping[str, Any],
     keep: int = 2,
+    newest: int = 1,
+    extra: bool = False,
     about: Mapping[str, Any] | None = None,
     devices: int = 1,
     beside: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the state after `progress.step` and removes all but the newest `keep` checkpoints and the best one.
 
+    `extra`: one that this run had no wish for, and others that are trained with it had: it takes the place of none that
+    is kept; the newest so many (`newest`) of all are there too.
     `parameters`: what is trained, and any other state of the adapter that is not the optimizer's (moving averages).
     `identity` is what a resumed run must have in common with this one (JSON values): data, base. `about` is kept
     beside it and not compared. `devices`: on how many the run is, which a resumed one may change. `beside`: what else
@@ -110,6 +114,7 @@ def save(
                 "optimizer": scalars,
                 "identity": dict(identity),
                 "about": dict(about or {}),
+                "extra": extra,
                 "environment": environment(devices) | dict(beside or {}),
                 "choices": recorded(),
                 "files": digests,
@@ -120,7 +125,7 @@ def save(
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    _prune(directory, keep, progress.best_step)
+    _prune(directory, keep, newest, progress.best_step)
     return final
 
 
@@ -350,10 +355,18 @@ def _sweep(directory: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _prune(directory: Path, keep: int, best_step: int | None) -> None:
+def is_extra(path: Path) -> bool:
+    """Whether a checkpoint was written for others' sake. False for one that cannot be read."""
+    try:
+        return bool(json.loads((path / "state.json").read_text(encoding="utf-8")).get("extra"))
+    except (OSError, ValueError):
+        return False
+
+
+def _prune(directory: Path, keep: int, newest: int, best_step: int | None) -> None:
     """The best one of every kept checkpoint is kept too: resuming from that one may still want it."""
     found = _all(directory)
-    kept = found[-max(1, keep) :]
+    kept = {*[path for path in found if not is_extra(path)][-max(1, keep) :], *found[-newest:]}
     bests = {best_step}
     for path in kept:
         try:

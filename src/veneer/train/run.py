@@ -258,7 +258,7 @@ def steps_of_run(
     with _logged(run, progress if newest is not None else None) as tell:
         task.begin(progress, tell)
         progress = yield from loop.stepping(
-            task, plan, optimizer, progress=progress, save=lambda p: _save(run, task, optimizer, identity, p),
+            task, plan, optimizer, progress=progress, save=lambda p: _save(run, task, optimizer, identity, p, plan),
             on_event=tell, devices=devices, asked=asked,
         )  # fmt: skip
         return _finished(run, task, report, progress, tell)
@@ -341,15 +341,18 @@ def _logged(run: Run, resumed: Progress | None) -> Iterator[Listener]:
 
 
 def _save(
-    run: Run, task: AttachedTask[Any], optimizer: Optimizer, identity: Mapping[str, Any], progress: Progress
-) -> Path:
+    run: Run, task: AttachedTask[Any], optimizer: Optimizer, identity: Mapping[str, Any], progress: Progress,
+    plan: TrainingPlan,
+) -> Path:  # fmt: skip
     """The checkpoint of `progress`, there when this returns; what it holds is the same on all devices."""
     _agree(run, task)
     place = run.folder / "checkpoints"
+    wanted = progress.stopped or progress.step in plan.save_at or progress.step == progress.best_step
     if run.devices.first:
         checkpoint.save(
             place, parameters=task.state, optimizer=optimizer, progress=progress, identity=identity,
-            keep=max(run.config.checkpoint.keep, 2 if run.group else 1), devices=run.devices.count,
+            keep=run.config.checkpoint.keep, newest=2 if run.group else 1, extra=bool(run.group) and not wanted,
+            devices=run.devices.count,
             about={"recipe": run.config.recipe(), "together": [*run.group]},
             beside=task.environment,
         )  # fmt: skip
