@@ -12,7 +12,6 @@ import pytest
 
 from tests.jobs.small import small_config
 from veneer.files.safetensors import read_tensors
-from veneer.jobs import process
 from veneer.jobs.executors import Ended, LocalExecutor
 from veneer.jobs.joining import company
 from veneer.jobs.process import carry_out_job, carry_out_jobs
@@ -128,25 +127,24 @@ def test_each_comes_out_as_if_it_were_alone_and_pays_for_itself(
 def test_one_that_leaves_or_fails_leaves_the_others(
     library: Library, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
-    monkeypatch.setattr(process, "_EVERY", 0.0)
-    every = {"checkpoint": {"every": 100}, "evaluation": {"every": 100, "keep": "last"}}
+    every = {"checkpoint": {"every": 2}, "evaluation": {"every": 100, "keep": "last"}}
     stays, leaves = queued(store, tmp_path, "acme", 8, **every), queued(store, tmp_path, "globex", 8, **every)
     wild = {"optimizer": {"name": "sgd", "learning_rate": 1e30, "clip": None}}
     fails = queued(store, tmp_path, "initech", 8, **{**every, **wild})
-    note, seen = JobStore.note, []
+    note, seen = JobStore.note, list[int]()
 
     def noting(self: JobStore, lease: JobLease, *values: Any, **named: Any) -> None:
         note(self, lease, *values, **named)
-        if lease.job.id == leaves.id and (named.get("trained") or [0])[0] == 3 and not seen:
-            seen.append(3)
+        step = (named.get("trained") or [0])[0]
+        if lease.job.id == leaves.id and step >= 2 and not seen:
+            seen.append(step)
             getattr(store, asked)("globex", leaves.id)
 
     monkeypatch.setattr(JobStore, "note", noting)
     carry_out_jobs(library, taken(store, stays, leaves, fails))
-    assert seen
     now = {job.tenant: store.get(None, job.id) for job in (stays, leaves, fails)}
     assert now["acme"].state == "succeeded"
-    assert (now["acme"].step, now["globex"].step) == (8, 3)
+    assert (now["acme"].step, now["globex"].step) == (8, seen[0])
     assert now["globex"].state == {"pause": "paused", "cancel": "cancelled"}[asked]
     assert now["initech"].state == "failed"
     assert "not finite" in str(now["initech"].error)
@@ -159,7 +157,7 @@ def test_one_that_leaves_or_fails_leaves_the_others(
         events, _ = store.events("globex", leaves.id)
         resumed = [event.message for event in events if event.message.startswith("resuming after step")]
         assert len(resumed) == 1
-        assert int(resumed[0].split()[3]) >= 3
+        assert int(resumed[0].split()[3]) > seen[0]
         assert any("may differ in the last bits" in event.message for event in events)
 
 
