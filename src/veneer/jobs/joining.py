@@ -27,7 +27,6 @@ from veneer.plan.memory import Load
 from veneer.plan.plan import GroupPlan
 from veneer.plan.tables import Device
 from veneer.train.config.checks import check_group
-from veneer.train.config.load import RunConfig
 from veneer.train.config.text import TrainConfig
 from veneer.train.planning import plan_of_texts
 
@@ -68,7 +67,7 @@ def _group(jobs: Sequence[Job], device: Device) -> GroupPlan | None:
     try:
         configs = [job_config(job, job.folder) for job in jobs]
         check_group(configs, [job.id for job in jobs])
-        texts = [config for config in configs if _has_share(config)]
+        texts = [config for config in configs if isinstance(config, TrainConfig) and _has_share(config)]
         if len(texts) < len(jobs) or any(_is_compared(job) for job in jobs) or not all(counted) or device.count > 1:
             return None
         planned = plan_of_texts(texts, device, [own or {} for own in counted])
@@ -77,12 +76,11 @@ def _group(jobs: Sequence[Job], device: Device) -> GroupPlan | None:
     return planned if all(plan.device.count == 1 for plan in planned.plans) else None
 
 
-def _has_share(config: RunConfig) -> bool:
+def _has_share(config: TrainConfig) -> bool:
     """Whether its rows can go beside others', as far as its configuration tells: pairs on linear layers alone."""
-    if not isinstance(config, TrainConfig) or config.preference.loss is not None:
-        return False
     adapter = config.adapter
-    return adapter.kind == "lora" and not (adapter.dora or adapter.modules_to_save or adapter.token_rows)
+    other = adapter.kind != "lora" or adapter.dora or adapter.modules_to_save or adapter.token_rows
+    return not other and config.preference.loss is None
 
 
 def _is_compared(job: Job) -> bool:

@@ -491,18 +491,20 @@ class JobStore:
     def take(
         self, worker: str, seconds: float, state: Literal["validating", "queued"] = "queued",
         at_once: Callable[[str], int | None] = lambda tenant: None, only: str | None = None,
+        beside: Sequence[JobLease] = (),
     ) -> JobLease | None:  # fmt: skip
         """A lease, for so many seconds, of a job to validate or to train; None where nothing is to be done.
 
         First those whose lease ran out; else the oldest job of the tenant that has the fewest running. `at_once`: how
         many a tenant may have running, None for any number. `only`: this job or none. A job that lost its worker too
-        often fails here. Those that one process trained are there again when the last of them is, see `waiting`."""
+        often fails here. Those that one process trained are there again when the last of them is, or when who asks
+        has taken the others up already (`beside`)."""
         while True:
             with reading(self.engine) as c:  # looked for often, and mostly in vain: that takes no lock
-                if self._next(c, state, self._now(c), at_once, only) is None:
+                if self._next(c, state, self._now(c), at_once, only, beside) is None:
                     return None
             with self._writing() as (c, now):
-                found = self._next(c, state, now, at_once, only)
+                found = self._next(c, state, now, at_once, only, beside)
                 if found is None:
                     return None
                 lost = found.until is not None
@@ -531,12 +533,13 @@ class JobStore:
                 return JobLease(self._row(c, None, found.id), values["token"])
 
     def _next(
-        self, c: Connection, state: str, now: float, at_once: Callable[[str], int | None], only: str | None
+        self, c: Connection, state: str, now: float, at_once: Callable[[str], int | None], only: str | None,
+        beside: Sequence[JobLease],
     ) -> Job | None:  # fmt: skip
         j = _jobs.c
         held = "running" if state == "queued" else state
         chosen = [j.id == only] if only is not None else []
-        chosen.append(_parted(now))
+        chosen.append(_parted(now, beside))
         late = select(_jobs).where(j.state == held, j.until <= now, *chosen)
         left = c.execute(late.order_by(j.number).limit(1)).first()
         if left is not None:
@@ -554,14 +557,17 @@ class JobStore:
                 return _job(c.execute(select(_jobs).where(j.number == number)).one())
         return None
 
-    def waiting(self, at_once: Callable[[str], int | None] = lambda tenant: None, *, limit: int = 100) -> list[Job]:
+    def waiting(
+        self, at_once: Callable[[str], int | None] = lambda tenant: None, *, beside: Sequence[JobLease] = (),
+        limit: int = 100,
+    ) -> list[Job]:  # fmt: skip
         """Jobs that `take` would give to be trained, those whose lease ran out before those that are queued, of these
         the first of every tenant before the second of any, and as many as the tenant may have running."""
         j = _jobs.c
         with reading(self.engine) as c:
             now = self._now(c)
-            free = select(_jobs).where(j.state == "queued", j.token.is_(None), _parted(now)).order_by(j.number)
-            late = select(_jobs).where(j.state == "running", j.until <= now, _parted(now)).order_by(j.number)
+            free = select(_jobs).where(j.state == "queued", j.token.is_(None), _parted(now, beside)).order_by(j.number)
+            late = select(_jobs).where(j.state == "running", j.until <= now, _parted(now, beside)).order_by(j.number)
             working = select(j.tenant, func.count()).where(j.state == "running").group_by(j.tenant)
             running = {tenant: int(count) for tenant, count in c.execute(working)}
             found = [_job(row) for row in c.execute(late.limit(limit))]
@@ -720,11 +726,12 @@ class JobStore:
 _LEFT: dict[str, Any] = {"token": None, "worker": None, "until": None, "renewed": None}
 
 
-def _parted(now: float) -> ColumnElement[bool]:
-    """That nobody has a lease of another job which the same process trained. So those of a process that is gone are
+def _parted(now: float, but: Sequence[JobLease]) -> ColumnElement[bool]:
+    """That nobody has a lease of another job which the same process trained, `but` these. So those of a process that is gone are
     taken up together, and are beside one another as they were."""
     other = _jobs.alias("other")
     beside = other.c.place == _jobs.c.place, other.c.id != _jobs.c.id, other.c.state == "running", other.c.until > now
+    beside += (other.c.token.not_in([lease.token for lease in but]),)
     return or_(_jobs.c.place == "", not_(exists().where(*beside)))
 
 

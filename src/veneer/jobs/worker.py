@@ -172,9 +172,11 @@ class Worker:
         if not isinstance(self.executor, LocalExecutor):
             return [lease], 0
         self.device = self.device or device_of()
-        chosen, planned = company(lease.job, self.store.waiting(self._most), self.device)
-        found = [self.store.take(self.name, self.lease, at_once=self._most, only=job.id) for job in chosen]
-        leases = [lease, *(each for each in found if each is not None)]
+        leases = [lease]
+        chosen, planned = company(lease.job, self.store.waiting(self._most, beside=leases), self.device)
+        for job in chosen:
+            more = self.store.take(self.name, self.lease, at_once=self._most, only=job.id, beside=leases)
+            leases += [more] if more is not None else []
         return with_shares(sorted(leases, key=lambda each: each.job.number)), planned
 
     def _most(self, tenant: str) -> int | None:
