@@ -70,11 +70,11 @@ def machine(folder: Path, kill_at: int | None) -> None:
                 continue
             first = store.take("machine", LEASE)
             if first is not None:
-                beside = [
-                    store.take("machine", LEASE, only=job.id)
-                    for job in company(first.job, store.waiting(), device_of())[0]
-                ]
-                leases = sorted([first, *filter(None, beside)], key=lambda lease: lease.job.number)
+                leases = [first]
+                for job in company(first.job, store.waiting(beside=leases), device_of())[0]:
+                    more = store.take("machine", LEASE, only=job.id, beside=leases)
+                    leases += [more] if more is not None else []
+                leases.sort(key=lambda lease: lease.job.number)
                 for lease in leases if len(leases) > 1 else ():
                     store.note(lease, place=f"machine {first.token}")
                 tokens = {lease.job.id: lease.token for lease in leases}

@@ -727,12 +727,11 @@ _LEFT: dict[str, Any] = {"token": None, "worker": None, "until": None, "renewed"
 
 
 def _parted(now: float, but: Sequence[JobLease]) -> ColumnElement[bool]:
-    """That nobody has a lease of another job which the same process trained, `but` these. So those of a process that is gone are
-    taken up together, and are beside one another as they were."""
-    other = _jobs.alias("other")
-    beside = other.c.place == _jobs.c.place, other.c.id != _jobs.c.id, other.c.state == "running", other.c.until > now
-    beside += (other.c.token.not_in([lease.token for lease in but]),)
-    return or_(_jobs.c.place == "", not_(exists().where(*beside)))
+    """That nobody has a lease of another job which the same process trained, `but` these. So those of a process that is
+    gone are taken up together, and are beside one another as they were."""
+    other = _jobs.alias("other").c
+    held = other.state == "running", other.until > now, other.token.not_in([lease.token for lease in but])
+    return or_(_jobs.c.place == "", not_(exists().where(other.place == _jobs.c.place, other.id != _jobs.c.id, *held)))
 
 
 def _of(tenant: str | None) -> Select[Any]:
