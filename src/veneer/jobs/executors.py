@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -79,19 +80,20 @@ class LocalExecutor(Executor):
 
     def start(self, job: Job, token: str, environment: Mapping[str, str]) -> str:
         job.folder.mkdir(parents=True, exist_ok=True)
-        return self._started(job, command_of(job, token), job.log, environment, memory_of(job))
+        name = f"{job.id}-{job.attempt}"  # a pid alone may come again
+        return self._started(name, command_of(job, token), job.log, environment, memory_of(job))
 
     def start_together(self, leases: Sequence[JobLease], environment: Mapping[str, str], planned: int) -> str:
         """One process for all of them, in this order. `planned`: bytes of this machine's memory that they hold together
         by their plan; 0: nothing is said of it. What it prints is of several tenants' jobs, and in no job's log: see
         `together.log` in the jobs' folder. Raises ResourceError."""
-        first = leases[0].job
         for lease in leases:
             lease.job.folder.mkdir(parents=True, exist_ok=True)
-        log = first.folder.parent / "together.log"
-        return self._started(first, _command_of_all(leases), log, environment, _room_of(planned))
+        log = leases[0].job.folder.parent / "together.log"
+        name = f"together-{secrets.token_hex(8)}"  # no job's, since each has it as its place
+        return self._started(name, _command_of_all(leases), log, environment, _room_of(planned))
 
-    def _started(self, job: Job, words: list[str], output: Path, environment: Mapping[str, str], room: int) -> str:
+    def _started(self, name: str, words: list[str], output: Path, environment: Mapping[str, str], room: int) -> str:
         command = [sys.executable, *words, "--tied"]
         if self.nice and os.name == "posix":
             command = ["nice", "-n", str(self.nice), *command]
@@ -100,7 +102,7 @@ class LocalExecutor(Executor):
                 command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 env={**os.environ, **environment},
             )  # fmt: skip
-        place = f"{job.id}-{job.attempt}, process {child.pid}"  # a pid alone may come again
+        place = f"{name}, process {child.pid}"
         self._children[place] = child, room
         return place
 
