@@ -12,8 +12,9 @@ import sys
 import textwrap
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -27,16 +28,42 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ids = [str(path.relative_to(PACKAGE)) for path in MODULES]
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of every import in a file, those inside functions and TYPE_CHECKING blocks included."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, alias.name
+class Found(NamedTuple):
+    """What one walk over a file finds. `imports`: (line, dotted name), those inside functions and TYPE_CHECKING blocks
+    included. `words`: attributes, and what stands in short texts. `defined`: by its own lines, at its top level."""
+
+    imports: tuple[tuple[int, str], ...]
+    words: frozenset[str]
+    defined: frozenset[str]
+    classes: frozenset[str]
+
+
+@cache
+def found(path: Path) -> Found:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported: list[tuple[int, str]] = []
+    words: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            words.add(node.attr)
+        elif isinstance(node, ast.Constant):
+            if isinstance(node.value, str) and len(node.value) < 100:
+                words.update(re.findall(r"\w+", node.value))
+        elif isinstance(node, ast.Import):
+            imported += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: imports are absolute here"
-            for alias in node.names:
-                yield node.lineno, f"{node.module}.{alias.name}"
+            imported += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    defined: set[str] = set()
+    for statement in tree.body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        defined |= {t.id for t in targets if isinstance(t, ast.Name)} | {getattr(statement, "name", "")}
+    classes = frozenset(s.name for s in tree.body if isinstance(s, ast.ClassDef))
+    return Found(tuple(imported), frozenset(words), frozenset(defined - {"", "__all__"}), classes)
+
+
+def imports(path: Path) -> tuple[tuple[int, str], ...]:
+    return found(path).imports
 
 
 def room(path: Path) -> str:
@@ -82,22 +109,9 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     assert not needs, {m: sorted(others & needs.keys()) for m, others in sorted(needs.items())}
 
 
-def defined(path: Path) -> set[str]:
-    """The names that a file's own lines define at its top level."""
-    names: set[str] = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        names |= {t.id for t in targets if isinstance(t, ast.Name)} | {getattr(node, "name", "")}
-    return names - {"", "__all__"}
-
-
-def used(path: Path) -> set[str]:
+def used(path: Path) -> frozenset[str]:
     """What a file imports of this project, reaches through a module, or names in a string (a test that sets it)."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = {name.rpartition(".")[2] for _, name in imports(path) if name.startswith("veneer")}
-    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    return names.union(*(re.findall(r"\w+", text) for text in texts if len(text) < 100))
+    return found(path).words | {name.rpartition(".")[2] for _, name in imports(path) if name.startswith("veneer")}
 
 
 def test_a_public_name_is_defined_in_one_place() -> None:
@@ -111,7 +125,7 @@ def test_a_public_name_is_defined_in_one_place() -> None:
     for path in MODULES:
         if path == PACKAGE / "__init__.py" or path.parent.name == "versions":  # Alembic names what is in those
             continue
-        for name in defined(path):
+        for name in found(path).defined:
             if not name.startswith("_") and module_of(path) in imported.get(name, ()):
                 places.setdefault(name, []).append(str(path.relative_to(PACKAGE)))
     twice = {name: files for name, files in sorted(places.items()) if len(set(files)) > 1}
@@ -130,8 +144,7 @@ def test_what_no_other_file_uses_begins_with_an_underscore() -> None:
         taken = {"cli", "surfaces", "versions"} & set(path.parts)
         if taken or path.name in {"__init__.py", "api.py", "app.py", "topology.py"}:
             continue
-        classes = {n.name for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef)}
-        own = {n for n in defined(path) - classes if n[0] != "_" and users[n] == (n in use[path])}
+        own = {n for n in found(path).defined - found(path).classes if n[0] != "_" and users[n] == (n in use[path])}
         alone += [f"{path.relative_to(PACKAGE)}: {n}" for n in sorted(own)]
     assert not alone, "\n".join(alone)
 
