@@ -238,7 +238,9 @@ class Proof:
         for label, mix, asked in (
             ("the base", [], {}), ("the stack", stack, ALL),
         ):  # fmt: skip
-            prompts, truths = self.words(**asked), self.truths(self.shots, **asked)
+            # Where the product stands is not said: the control picture alone knows.
+            prompts = [campaign.words(replace(s, place=""), **asked) for s in self.shots]
+            truths = self.truths(self.shots, **asked)
             lines = self.lines(truths)
             pictures = {"no control": self.drawn(prompts, mix, seeds=(1,))}
             for kind in ("edges", "depth"):

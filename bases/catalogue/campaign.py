@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pictures import seen_scene
 from PIL import Image
-from scenes import BRAND, SURFACES, VIEWS, WALLS, Array, Scene, caption, photographed, picture
+from scenes import BRAND, PLACES, SURFACES, VIEWS, WALLS, Array, Scene, caption, photographed, picture
 from shapes import SUBJECTS, Product, arc, disc, star
 
 ROLES = ("product", "brand", "lens")
@@ -87,6 +87,7 @@ def shots(kind: str = PRODUCT, count: int = 12) -> list[Scene]:
             surface=r.choice(list(SURFACES)),
             wall=r.choice(list(WALLS)),
             view=VIEWS[(1, 0, 1)[i % 3]],
+            place=PLACES[i % 3],
             seed=900 + i,
         )
         for i in range(count)

@@ -45,12 +45,13 @@ _SLOTS = {
 FINISHES = ("matte", "glossy", "metal", "wooden", "glass")
 PATTERNS = ("stripes", "dots", "checks")
 VIEWS = ("front view", "three-quarter view", "seen from above")
+PLACES = ("", "on the left", "on the right")
 LIGHTS = ("soft daylight", "light from the left", "light from the right", "warm lamp light", "dim evening light")
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that a picture shows. `seed` decides what the caption does not say: shape, place, size, turn."""
+    """Everything that a picture shows, all of which its caption says. `seed`: of the grain of a photographer's lens."""
 
     kind: str
     colour: str = "red"
@@ -61,6 +62,7 @@ class Scene:
     wall: str = "white wall"
     light: str = "soft daylight"
     view: str = "three-quarter view"
+    place: str = ""
     look: str = ""
     seed: int = 0
 
@@ -77,14 +79,18 @@ class Scene:
 
 def caption(scene: Scene) -> str:
     if scene.look == "line drawing":
-        return f"line drawing of {scene.product()}, {scene.view}"
-    parts = [f"{scene.product()} on {scene.surface}"]
+        return ", ".join([f"line drawing of {scene.product()}", *_told(scene.place), scene.view])
+    parts = [f"{scene.product()} on {scene.surface}", *_told(scene.place)]
     if scene.view != "seen from above":
         parts.append(scene.wall)
     parts += [scene.light, scene.view]
     if scene.look:
         parts.append(scene.look)
     return ", ".join(parts)
+
+
+def _told(word: str) -> list[str]:
+    return [word] if word else []
 
 
 # -- colours -----------------------------------------------------------------------------------------------------------
@@ -220,24 +226,22 @@ def _raster(svg: _Svg) -> Array:
 
 
 def placed(scene: Scene) -> list[list[Face]]:
-    """The product's faces in pixels, from the far ones to the near ones."""
-    r = random.Random(scene.seed)
+    """The product's faces in pixels, from the far ones to the near ones. A kind has one shape, and a view one turn."""
     mirrored = scene.light in ("light from the right", "warm lamp light")
     view = {
-        "front view": View(r.uniform(-5, 5), r.uniform(7, 11), mirrored),
-        "three-quarter view": View(r.uniform(27, 36), r.uniform(20, 26), mirrored),
-        "seen from above": View(r.uniform(13, 23), r.uniform(48, 55), mirrored),
+        "front view": View(4, 9, mirrored),
+        "three-quarter view": View(32, 23, mirrored),
+        "seen from above": View(18, 51, mirrored),
     }[scene.view]
-    product = Product(view, r)
+    product = Product(view, random.Random(scene.kind))
     (KINDS | SUBJECTS)[scene.kind](product)
     left, top, right, bottom = product.bounds()
     room = {"front view": 0.64, "three-quarter view": 0.62, "seen from above": 0.66}[scene.view] * SIDE
-    scale = min(room * 1.18 / (right - left), room / (bottom - top)) * r.uniform(0.94, 1.06)
+    scale = min(room * 1.18 / (right - left), room / (bottom - top))
     foot = {"front view": 0.865, "three-quarter view": 0.87, "seen from above": 0.0}[scene.view] * SIDE
-    middle = SIDE * (0.5 + r.uniform(-0.04, 0.04))
+    middle = SIDE * {"": 0.5, "on the left": 0.41, "on the right": 0.59}[scene.place]
     if not foot:
-        foot = SIDE / 2 + scale * (bottom - top) / 2 + SIDE * r.uniform(-0.03, 0.05)
-    foot += SIDE * r.uniform(-0.02, 0.02)
+        foot = SIDE / 2 + scale * (bottom - top) / 2 + SIDE * 0.01
     dx, dy = middle - scale * (left + right) / 2, foot - scale * bottom
     faces = product.faces()
     for solid in faces:
@@ -486,7 +490,7 @@ def _horizon(scene: Scene) -> float:
 
 def _background(svg: _Svg, scene: Scene, look: Look) -> None:
     horizon = _horizon(scene)
-    r = random.Random(scene.seed + 1)
+    r = random.Random(f"{scene.surface}, {scene.wall}")
     if horizon:
         if look.back:
             svg.rect(0, 0, SIDE, SIDE, look.back)
@@ -782,6 +786,7 @@ def any_scene(r: random.Random, kind: str | None = None) -> Scene:
         wall=r.choice(list(WALLS)),
         light=r.choices(LIGHTS, (5, 1.5, 1.5, 1.5, 1))[0],
         view=r.choices(VIEWS, (3, 5, 1.5))[0],
+        place=r.choices(PLACES, (2, 1, 1))[0],
         look="flat icon" if chance < 0.05 else "line drawing" if chance < 0.1 else "",
         seed=r.randrange(1 << 30),
     )
