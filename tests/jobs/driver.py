@@ -15,7 +15,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 from safetensors.torch import load
 
 import veneer.train.text.task  # noqa: F401  what a job needs is imported once, before there are processes
+from tests.forks import expect, fork
 from tests.jobs.small import STEPS, small_config
 from veneer.jobs.joining import company
 from veneer.jobs.process import carry_out_job, carry_out_jobs
@@ -84,21 +84,14 @@ def machine(folder: Path, kill_at: int | None) -> None:
 
 def forked(folder: Path, kill_at: int | None) -> bool:
     """Whether it came to its end; else it was killed, as it was told."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            machine(folder, kill_at)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def work() -> None:
+        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        machine(folder, kill_at)
+
+    status = os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1])
     assert status in (0, -signal.SIGKILL), (folder / "log").read_text()[-3000:]
     return status == 0
 
@@ -155,8 +148,8 @@ def submitted(folder: Path, config: dict[str, Any], tenants: Sequence[str]) -> N
     folder.mkdir()
     (folder / "kernels").symlink_to(KERNELS)  # compiled once, not by each machine
     os.environ["VENEER_HOME"] = str(folder)
-    child = os.fork()
-    if not child:
+
+    def work() -> None:
         with open_library(folder / "library") as library:
             with tenants_at(str(folder / "tenants.sqlite")) as database:
                 assert database is not None
@@ -167,21 +160,18 @@ def submitted(folder: Path, config: dict[str, Any], tenants: Sequence[str]) -> N
                 about["after"] = AFTER
             for seed, tenant in enumerate(tenants):
                 JobStore(library).create(tenant, config | {"seed": seed}, name="support", about=about)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
+
+    expect(fork(work), killed=False)
 
 
 def checked(folder: Path, tenant: str) -> Outcome:
     here, there = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            with os.fdopen(there, "wb") as pipe:
-                pickle.dump(outcome(folder, tenant), pipe)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
+
+    def work() -> None:
+        with os.fdopen(there, "wb") as pipe:
+            pickle.dump(outcome(folder, tenant), pipe)
+
+    child = fork(work)
     os.close(there)
     with os.fdopen(here, "rb") as pipe:
         found = pipe.read()

@@ -18,10 +18,10 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.forks import expect, fork
 from tests.library.made import adapter_bytes, made, open_made, read_made
 from veneer.errors import AdapterError
 from veneer.library import upkeep
@@ -195,33 +195,6 @@ def run_points(folder: str, stride: int, indexes: list[str]) -> dict[str, int]:
         if alive:
             return {"steps": step}
     raise AssertionError
-
-
-# -- processes ---------------------------------------------------------------------------------------------------------
-
-
-def fork(act: Callable[[], None]) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 3
-    try:
-        act()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def expect(pid: int, killed: bool | None) -> bool:
-    """Wait for a process. Whether it ended by itself; a process that failed ends the program."""
-    _, status = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code not in ({-9} if killed else {0} if killed is False else {0, -9}):
-        sys.exit(f"a process ended with {code}")
-    return code == 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from veneer.cli.options import AsJson, TenantsDatabase
+from veneer.cli.options import AsJson, LibraryIndex, TenantsDatabase
 from veneer.cli.output import field, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -35,12 +35,7 @@ def _where(
             "--at", envvar="VENEER_LIBRARY", help="The library whose jobs they are; by default the veneer home's."
         ),
     ] = None,
-    index: Annotated[
-        str | None,
-        typer.Option(
-            "--index", envvar="VENEER_LIBRARY_INDEX", help="Its database: a SQLite file or postgresql:// URL."
-        ),
-    ] = None,
+    index: LibraryIndex = None,
 ) -> None:
     """Training jobs of a library: `veneer worker`, or `veneer serve --train`, carries them out."""
     _place.update(location=location, index=index)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.options import AsJson
+from veneer.cli.options import AsJson, LibraryIndex
 from veneer.cli.output import cut_list, field, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -35,12 +35,7 @@ def _where(
             "--at", envvar="VENEER_LIBRARY", help="A directory or URL; by default `library` in the veneer home."
         ),
     ] = None,
-    index: Annotated[
-        str | None,
-        typer.Option(
-            "--index", envvar="VENEER_LIBRARY_INDEX", help="A SQLite file or postgresql:// URL.", show_envvar=True
-        ),
-    ] = None,
+    index: LibraryIndex = None,
 ) -> None:
     """Keep adapters under names, with versions, aliases and tags; share them; check them."""
     _place.update(location=location, index=index)

@@ -41,6 +41,12 @@ Quantise = Annotated[
 ]
 ChosenDevice = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 
+LibraryIndex = Annotated[
+    str | None,
+    typer.Option(
+        "--index", envvar="VENEER_LIBRARY_INDEX", help="The library's database: a SQLite file or postgresql:// URL."
+    ),
+]
 TenantsDatabase = Annotated[
     str | None,
     typer.Option(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.options import AsJson
+from veneer.cli.options import AsJson, LibraryIndex
 from veneer.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -445,7 +445,7 @@ def economics(
     library: Annotated[
         str | None, typer.Option("--library", envvar="VENEER_LIBRARY", help="The library with the jobs' bills.")
     ] = None,
-    index: Annotated[str | None, typer.Option("--index", envvar="VENEER_LIBRARY_INDEX", help="Its database.")] = None,
+    index: LibraryIndex = None,
     as_json: AsJson = False,
 ) -> None:
     """What each tenant's adapters cost to train and to serve, what they bring, and when a machine of one's own pays.

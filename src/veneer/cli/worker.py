@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.options import TenantsDatabase
+from veneer.cli.options import LibraryIndex, TenantsDatabase
 from veneer.cli.output import say
 from veneer.errors import ConfigError, one_of
 
@@ -22,12 +22,7 @@ def worker(
         str | None,
         typer.Option("--library", envvar="VENEER_LIBRARY", help="Whose jobs; by default the veneer home's library."),
     ] = None,
-    index: Annotated[
-        str | None,
-        typer.Option(
-            "--index", envvar="VENEER_LIBRARY_INDEX", help="Its database: a SQLite file or postgresql:// URL."
-        ),
-    ] = None,
+    index: LibraryIndex = None,
     tenants: TenantsDatabase = None,
     at_once: Annotated[int, typer.Option("--at-once", min=1, max=10_000, help="Processes it has running.")] = 1,
     until_idle: Annotated[bool, typer.Option("--until-idle", help="End when there is nothing to do.")] = False,

@@ -71,7 +71,7 @@ from sqlalchemy import (
 from veneer.errors import ConfigError, VeneerError, counted, one_of, quoted, shown
 from veneer.library.database import Key, database_clock, reading, write_transaction
 from veneer.library.library import Library
-from veneer.library.migrate import Schema, bring_up
+from veneer.library.migrate import Schema, append_only, bring_up
 from veneer.library.names import check_name
 from veneer.models.home import veneer_home
 from veneer.serve.tenancy.store import check_tenant
@@ -171,28 +171,10 @@ _bills = Table(
     *_columns(BigInteger, "tokens", "price", "cost"),
     Index("job_bills_of_tenant", "tenant", "day"),
 )
-_APPENDED = ("job_events", "job_bills")
 
 
 def _first(c: Connection) -> None:
-    """Events and bills are only added to: the database itself refuses anything else."""
-    if c.dialect.name == "postgresql":
-        c.exec_driver_sql(
-            "CREATE FUNCTION job_records_fixed() RETURNS trigger LANGUAGE plpgsql AS "
-            "$$ BEGIN RAISE EXCEPTION 'events and bills of jobs are append-only'; END $$"
-        )
-    for table in _APPENDED:
-        if c.dialect.name == "postgresql":
-            c.exec_driver_sql(
-                f"CREATE TRIGGER {table}_fixed BEFORE UPDATE OR DELETE ON {table} "
-                "FOR EACH ROW EXECUTE FUNCTION job_records_fixed()"
-            )
-            continue
-        for verb in ("UPDATE", "DELETE"):
-            c.exec_driver_sql(
-                f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
-                "BEGIN SELECT RAISE(ABORT, 'events and bills of jobs are append-only'); END"
-            )
+    append_only(c, ("job_events", "job_bills"), "events and bills of jobs are", "job_records_fixed")
 
 
 _LOCK = 0x6A6F6273  # "jobs": the key of PostgreSQL's advisory lock

@@ -9,7 +9,7 @@ Knows no tables but the one that holds the revision.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,28 @@ class Schema:
     def held(self) -> Table:
         """As Alembic has it."""
         return Table(self.table, MetaData(), Column("version_num", String(32), primary_key=True))
+
+
+def append_only(connection: Connection, tables: Sequence[str], what: str, function: str) -> None:
+    """Has the database itself refuse whatever changes or removes rows of these tables. `what`: as in "the audit log
+    is"; `function`: what PostgreSQL's triggers call."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(
+            f"CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS "
+            f"$$ BEGIN RAISE EXCEPTION '{what} append-only'; END $$"
+        )
+    for table in tables:
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql(
+                f"CREATE TRIGGER {table}_fixed BEFORE UPDATE OR DELETE ON {table} "
+                f"FOR EACH ROW EXECUTE FUNCTION {function}()"
+            )
+            continue
+        for verb in ("UPDATE", "DELETE"):
+            connection.exec_driver_sql(
+                f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
+                f"BEGIN SELECT RAISE(ABORT, '{what} append-only'); END"
+            )
 
 
 def bring_up(engine: Engine, schema: Schema, where: str) -> None:

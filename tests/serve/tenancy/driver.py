@@ -17,13 +17,13 @@ import random
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import select
 
+from tests.forks import expect, fork
 from veneer.library.database import reading
 from veneer.serve.access import Caller, Served
 from veneer.serve.request import Usage
@@ -277,29 +277,6 @@ def balance(url: str, folder: Path, saw: dict[str, list[Any]]) -> dict[str, int]
     assert not [path for path in (folder / "outbox").iterdir() if path.stat().st_size], "debris"
     interrupted = sum(r.state == "interrupted" for r in rows)
     return {"answered": finals, "done": len(done), "interrupted": interrupted}
-
-
-# -- processes ---------------------------------------------------------------------------------------------------------
-
-
-def fork(work: Callable[[], object]) -> int:
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        work()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def expect(child: int, *, killed: bool) -> None:
-    _, status = os.waitpid(child, 0)
-    assert (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL) if killed else status == 0, status
 
 
 if __name__ == "__main__":

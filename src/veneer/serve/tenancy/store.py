@@ -58,7 +58,7 @@ from sqlalchemy import (
 
 from veneer.errors import ConfigError, nearest, quoted
 from veneer.library.database import PATIENCE, URL_FIX, Key, open_engine, reading, write_transaction
-from veneer.library.migrate import Schema, bring_up
+from veneer.library.migrate import Schema, append_only, bring_up
 from veneer.library.names import check_name, check_namespace, name_of, parse_reference
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -187,19 +187,6 @@ feedback_table = _table(
     *_columns(Text, "corrected", "rejected", nullable=True),  # JSON: a message; [[answer, choice], …]
 )
 forgotten_table = _table("tenant_forgotten", *_keys("tenant", "what"), *_columns(Float, "at"))
-_APPEND_ONLY = {
-    "sqlite": [
-        f"CREATE TRIGGER tenant_audit_no_{verb.lower()} BEFORE {verb} ON tenant_audit "
-        "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END"
-        for verb in ("UPDATE", "DELETE")
-    ],
-    "postgresql": [
-        "CREATE FUNCTION tenant_audit_fixed() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$ BEGIN RAISE EXCEPTION 'the audit log is append-only'; END $$",
-        "CREATE TRIGGER tenant_audit_fixed BEFORE UPDATE OR DELETE ON tenant_audit "
-        "FOR EACH ROW EXECUTE FUNCTION tenant_audit_fixed()",
-    ],
-}
 
 
 # -- names and patterns ------------------------------------------------------------------------------------------------
@@ -508,8 +495,7 @@ def _before(c: Connection) -> str | None:
 def _first(c: Connection) -> None:
     # veneers from before revisions were held read `schema`, and refuse what they read
     c.execute(insert(meta_table), [{"key": "schema", "value": "3"}, {"key": "revision", "value": "0"}])
-    for statement in _APPEND_ONLY[c.dialect.name]:
-        c.exec_driver_sql(statement)
+    append_only(c, ("tenant_audit",), "the audit log is", "tenant_audit_fixed")
 
 
 TENANT_SCHEMA = Schema(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -26,8 +27,6 @@ from veneer.errors import ConfigError, MissingExtraError
 from veneer.train.checkpoint import write_atomically
 from veneer.train.config.text import ReportSection
 from veneer.train.events import Evaluated, Event, Listener, Note, Resolved, Sampled, Stepped
-
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 
 
 class Tracker(Protocol):
@@ -44,7 +43,7 @@ class Tracker(Protocol):
 
 def check_trackers(report: ReportSection) -> None:
     """Raises MissingExtraError, with all names, where packages are missing."""
-    missing = [name for name in report.trackers if find_spec(_PACKAGES[name]) is None]
+    missing = [name for name in report.trackers if find_spec(name) is None]
     if missing:
         raise MissingExtraError(
             f"report.trackers names {', '.join(missing)}, and what is needed for that is not installed",
@@ -198,8 +197,6 @@ class _MLflow:
         self.id: str = id
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        import time
-
         now = int(time.time() * 1000)
         new = [self._metric(k, v, now, step) for k, v in values.items() if step > self._seen(k)]
         if new:
