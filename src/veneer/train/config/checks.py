@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator, Sequence
 from veneer.core.adapter import check_strength
 from veneer.errors import ConfigError, bullets, counted
 from veneer.train.config.image import ImageTrainConfig
-from veneer.train.config.text import PREFERENCE_KEYS, Section, TrainConfig, layer_indices, preference_formats
+from veneer.train.config.section import Section
+from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig, layer_indices, preference_formats
 
 
 def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:

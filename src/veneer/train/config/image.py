@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from veneer.train.config.section import Section, setting
 from veneer.train.config.text import (
     BaseSection,
     CheckpointSection,
@@ -23,10 +24,8 @@ from veneer.train.config.text import (
     PairsSection,
     ReportSection,
     ScheduleSection,
-    Section,
     file_name,
     reference,
-    setting,
 )
 
 _NAMED = {"white": "#ffffff", "black": "#000000", "grey": "#808080"}

@@ -32,6 +32,7 @@ import yaml
 from veneer.errors import ConfigError, bullets, nearest
 from veneer.train.config.checks import image_problems, text_problems
 from veneer.train.config.image import PRESETS, ImageTrainConfig
+from veneer.train.config.rewards import rooted_rewards
 from veneer.train.config.text import TrainConfig, config_keys, sections, why
 
 RunConfig = TrainConfig | ImageTrainConfig
@@ -311,6 +312,8 @@ def _absolute(kind: _Kind, name: str, value: Any, folder: Path) -> Any:
     """`value` with relative paths resolved against `folder`, for the keys that hold paths; hub ids stay as they are."""
     if isinstance(value, list | tuple) and name in kind.paths:
         return [_absolute(kind, name, v, folder) for v in value]
+    if name == "reinforcement.rewards" and isinstance(value, list | tuple):
+        return rooted_rewards(value, folder)
     if not isinstance(value, str) or value.startswith("hub:"):
         return value
     if os.name != "nt" and _WINDOWS.match(value):

@@ -12,23 +12,12 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
 
 from veneer.ops.sizes import MICRO_TOKENS
+from veneer.train.config.section import Section, setting
 
 if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
-
-
-def setting(default: Any, doc: str, why: str = "", **limits: Any) -> Any:
-    """A field: default, one line of meaning, and the reason for the default where it is a choice."""
-    return Field(default, description=doc, json_schema_extra={"why": why}, **limits)
-
-
-class Section(BaseModel):
-    """One section of a configuration: frozen, with no unknown keys and no numbers that are not finite."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False)
 
 
 class BaseSection(Section):

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from veneer.core.adapter import mix_text
-from veneer.errors import AdapterError, DataError
+from veneer.errors import AdapterError, DataError, MissingExtraError
 from veneer.models.swap import without_dropout
 from veneer.models.text.fast import fast
 from veneer.models.text.generate import Completion, Prompt, complete
@@ -39,6 +39,7 @@ from veneer.models.text.loss import text_loss
 from veneer.train.config.text import DataSection
 from veneer.train.devices import ALONE, Devices
 from veneer.train.loop import Score
+from veneer.train.rewards.compared import as_json, rouge, same_field, same_text
 from veneer.train.text.batches import collate, grouped
 from veneer.train.text.encode import Example, encode_rows
 from veneer.train.text.preference import Item, answer_logps, answer_rows, items_of
@@ -240,14 +241,13 @@ def answers_of(
 def score_answers(scores: Scores, wanted: Sequence[str]) -> None:
     """Fills in the scores that compare `scores.answers` with the `wanted` ones."""
     pairs = list(zip(scores.answers, wanted, strict=True))
-    scores.exact_match = _mean(_same(answer, want) for answer, want in pairs)
-    scores.valid_json = _mean(isinstance(_json(answer), dict | list) for answer, _ in pairs)
+    scores.exact_match = _mean(same_text(answer, want) for answer, want in pairs)
+    scores.valid_json = _mean(isinstance(as_json(answer), dict | list) for answer, _ in pairs)
     right: dict[str, list[bool]] = {}
     for answer, want in pairs:
-        value, expected = _json(answer), _json(want)
+        value, expected = as_json(answer), as_json(want)
         for key in expected if isinstance(expected, dict) else ():
-            has = isinstance(value, dict) and key in value and _equal(value[key], expected[key])
-            right.setdefault(key, []).append(has)
+            right.setdefault(key, []).append(same_field(value, expected, key))
     scores.json_fields = {key: _mean(values) for key, values in right.items()}
     scores.rouge_l, scores.bleu = _rouge_l(pairs), _bleu(pairs)
 
@@ -266,25 +266,6 @@ def _prompt(base: TextBase, row: Row, renderer: Renderer) -> Prompt:
     return text
 
 
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Equal as JSON values: true is not 1."""
-    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
-
-
-def _same(answer: str, want: str) -> bool:
-    if answer.strip() == want.strip():
-        return True
-    value, expected = _json(answer), _json(want)
-    return isinstance(expected, dict | list) and _equal(value, expected)
-
-
 def _mean(values: Any) -> float:
     listed = [float(v) for v in values]
     return sum(listed) / len(listed) if listed else math.nan
@@ -292,11 +273,9 @@ def _mean(values: Any) -> float:
 
 def _rouge_l(pairs: Sequence[tuple[str, str]]) -> float | None:
     try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
+        return _mean(rouge(answer, want) for answer, want in pairs)
+    except MissingExtraError:
         return None
-    scorer = RougeScorer(["rougeL"])
-    return _mean(scorer.score(want, answer)["rougeL"].fmeasure for answer, want in pairs)
 
 
 def _bleu(pairs: Sequence[tuple[str, str]]) -> float | None:

@@ -1,0 +1,187 @@
+"""What `reinforcement.rewards` holds: a list, and each entry a section of its kind.
+
+    rewards:
+      - {kind: exact_match, column: answer}
+      - {kind: length, most: 200, slack: 50, weight: 0.2}
+
+`REWARD_KINDS` has the section of each kind; `RewardList` is the field's type, which reads every entry strictly and says
+of an unknown kind or key which is nearest. What they do is in train/rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import pydantic
+import regex  # type: ignore[import-untyped]
+from pydantic import BeforeValidator, SerializeAsAny
+
+from veneer.errors import nearest, quoted
+from veneer.train.config.section import Section, setting
+
+
+class RewardSection(Section):
+    """What every reward has. `kind` says which it is."""
+
+    paths: ClassVar[tuple[str, ...]] = ()
+    """Its keys that hold paths, relative to the configuration's folder."""
+
+    kind: str
+    name: str | None = setting(None, "what the log calls it", "its kind", pattern=r"^\w[\w.-]{0,63}$")
+    weight: float = setting(1.0, "what its score is multiplied by in the sum; below 0 it is a penalty")
+
+    @property
+    def called(self) -> str:
+        return self.name or self.kind
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> RewardSection:
+        if problem := self.problem():
+            raise ValueError(problem)
+        return self
+
+    def problem(self) -> str:
+        """What its keys cannot mean together; "" where they can."""
+        return ""
+
+
+class _Compared(RewardSection):
+    column: str = setting("answer", "column of the row with what is wanted", "the row's own answer")
+
+
+class ExactMatchReward(_Compared):
+    """1 where the answer is the wanted one, else 0; white space at both ends aside, and JSON as values."""
+
+    kind: Literal["exact_match"]
+    ignore_case: bool = setting(False, "compare without regard to case")
+
+
+class JsonSchemaReward(RewardSection):
+    """1 where the answer is JSON that a schema allows, else 0."""
+
+    kind: Literal["json_schema"]
+    json_schema: dict[str, Any] | None = setting(None, "the schema (JSON Schema 2020-12)")
+    column: str | None = setting(None, "column of the row with the schema, in place of one for all")
+
+    def problem(self) -> str:
+        return "" if (self.json_schema is None) != (self.column is None) else "give one of `json_schema` and `column`"
+
+
+class JsonFieldsReward(_Compared):
+    """The share of the wanted JSON object's keys that the answer has with an equal value."""
+
+    kind: Literal["json_fields"]
+    fields: tuple[str, ...] = setting((), "which of the keys count", "every key of the wanted object")
+
+
+class RegexReward(RewardSection):
+    """1 where a regular expression matches the answer, else 0; with `column`, only where its group is what it holds."""
+
+    kind: Literal["regex"]
+    pattern: str = setting(..., "regular expression, the regex package's; `.` matches line ends too", min_length=1)
+    whole: bool = setting(False, "it has to match the whole answer, white space at both ends aside")
+    column: str | None = setting(None, "column of the row that the first group, or `answer`, of the last match equals")
+
+    def problem(self) -> str:
+        try:
+            found = regex.compile(self.pattern)
+        except regex.error as error:
+            return f"`pattern` is no regular expression: {error}"
+        if self.column is not None and not found.groups:
+            return "`column` is compared with a group, and `pattern` has none: put what is compared in parentheses"
+        return ""
+
+
+class LengthReward(RewardSection):
+    """1 from `least` to `most`, and linearly down to 0 at `slack` beyond either."""
+
+    kind: Literal["length"]
+    unit: Literal["tokens", "characters", "words"] = setting("tokens", "what is counted", "what is paid for")
+    least: int = setting(0, "shortest answer that is worth 1", ge=0)
+    most: int | None = setting(None, "longest answer that is worth 1", ge=0)
+    slack: int = setting(0, "how far beyond them an answer is worth 0", "nothing between", ge=0)
+
+    def problem(self) -> str:
+        if self.most is None and not self.least:
+            return "give `least`, `most` or both"
+        return "`most` is below `least`" if self.most is not None and self.most < self.least else ""
+
+
+class BleuReward(_Compared):
+    """sacrebleu's sentence BLEU, from 0 to 1."""
+
+    kind: Literal["bleu"]
+
+
+class RougeReward(_Compared):
+    """F1 of rouge-score's measure, from 0 to 1."""
+
+    kind: Literal["rouge"]
+    measure: Literal["rouge1", "rouge2", "rouge3", "rouge4", "rouge5", "rougeL"] = setting("rougeL", "which measure")
+
+
+REWARD_KINDS: dict[str, type[RewardSection]] = {
+    "exact_match": ExactMatchReward, "json_schema": JsonSchemaReward, "json_fields": JsonFieldsReward,
+    "regex": RegexReward, "length": LengthReward, "bleu": BleuReward, "rouge": RougeReward,
+}  # fmt: skip
+
+
+def _read(value: Any) -> tuple[RewardSection, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError("should be a list, each entry with a kind: - {kind: exact_match}")
+    found = tuple(_section(each, n) for n, each in enumerate(value, 1))
+    names = [section.called for section in found]
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            raise ValueError(f"{names.count(name)} rewards are called {quoted(name)}; give them names of their own")
+    return found
+
+
+def _section(value: Any, n: int) -> RewardSection:
+    """One entry. Raises ValueError with everything that is wrong with it."""
+    if isinstance(value, RewardSection):
+        return value
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+        raise ValueError(f"entry {n} has no kind; there are {', '.join(REWARD_KINDS)}")
+    kind = value["kind"]
+    if kind not in REWARD_KINDS:
+        near = nearest(kind, REWARD_KINDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(REWARD_KINDS)}"
+        raise ValueError(f"entry {n}: {quoted(kind)} is no kind of reward; {hint}")
+    model = REWARD_KINDS[kind]
+    try:  # lists may fill tuples; a number in quotes is none
+        return model.model_validate_json(pydantic.TypeAdapter(Any).dump_json(value), strict=True)
+    except pydantic.ValidationError as error:
+        said = "; ".join(_problem(model, e) for e in error.errors())
+        raise ValueError(f"entry {n} ({kind}): {said}") from None
+
+
+def _problem(model: type[RewardSection], error: Any) -> str:
+    key = ".".join(map(str, error["loc"][:1]))
+    if error["type"] == "extra_forbidden":
+        keys = list(model.model_fields)
+        near = nearest(key, keys, 1)
+        return f"unknown key `{key}`; " + (f"did you mean `{near[0]}`?" if near else f"it has {', '.join(keys)}")
+    if error["type"] == "missing":
+        return f"`{key}` is required: {model.model_fields[key].description}"
+    said = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    return said if not key else f"`{key}` should be {said}" if error["type"] != "value_error" else f"`{key}`: {said}"
+
+
+RewardList = Annotated[tuple[SerializeAsAny[RewardSection], ...], BeforeValidator(_read)]
+"""The rewards of a configuration, read strictly."""
+
+
+def rooted_rewards(entries: Sequence[Any], folder: Path) -> list[Any]:
+    """Entries as they were written, their paths resolved against `folder`."""
+
+    def rooted(entry: Any) -> Any:
+        kind = REWARD_KINDS.get(str(entry.get("kind"))) if isinstance(entry, dict) else None
+        if kind is None:
+            return entry
+        given = {key: entry[key] for key in kind.paths if isinstance(entry.get(key), str)}
+        return entry | {key: str(folder.resolve() / Path(value).expanduser()) for key, value in given.items()}
+
+    return [rooted(entry) for entry in entries]

@@ -1,0 +1,18 @@
+"""What sections of a configuration are made of: strict, frozen models, whose fields say what they mean and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+def setting(default: Any, doc: str, why: str = "", **limits: Any) -> Any:
+    """A field: default, one line of meaning, and the reason for the default where it is a choice."""
+    return Field(default, description=doc, json_schema_extra={"why": why}, **limits)
+
+
+class Section(BaseModel):
+    """One section of a configuration: frozen, with no unknown keys and no numbers that are not finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False)

@@ -1,0 +1,83 @@
+"""Two texts compared: an answer and what was wanted.
+
+same_text     equal, white space at both ends aside; JSON as values, whatever the order of keys
+bleu, rouge   sacrebleu's and rouge-score's, from 0 to 1        (extra `metrics`)
+fuzzy         2·LCS(a, b) / (|a| + |b|), rapidfuzz's ratio, from 0 to 1
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+from veneer.errors import MissingExtraError
+
+
+def as_json(text: str) -> Any:
+    """The value of a JSON text; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _equal_json(a: Any, b: Any) -> bool:
+    """Equal as JSON values: true is not 1."""
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+
+
+def same_text(answer: str, wanted: str) -> bool:
+    if answer.strip() == wanted.strip():
+        return True
+    value, expected = as_json(answer), as_json(wanted)
+    return isinstance(expected, dict | list) and _equal_json(value, expected)
+
+
+def same_field(value: Any, wanted: dict[str, Any], key: str) -> bool:
+    """Whether an answer's JSON value has the wanted object's value under `key`."""
+    return isinstance(value, dict) and key in value and _equal_json(value[key], wanted[key])
+
+
+def bleu(answer: str, wanted: str) -> float:
+    """sacrebleu's sentence BLEU, of 1. Raises MissingExtraError."""
+    try:
+        from sacrebleu import sentence_bleu
+    except ImportError as error:
+        raise _missing("BLEU", "sacrebleu") from error
+    return float(sentence_bleu(answer, [wanted]).score) / 100
+
+
+def rouge(answer: str, wanted: str, measure: str = "rougeL") -> float:
+    """F1 of one of rouge-score's measures. Raises MissingExtraError."""
+    return float(_rouge_scorer(measure).score(wanted, answer)[measure].fmeasure)
+
+
+@functools.cache
+def _rouge_scorer(measure: str) -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise _missing("ROUGE", "rouge-score") from error
+    return RougeScorer([measure])
+
+
+def _missing(what: str, package: str) -> MissingExtraError:
+    return MissingExtraError(f"{what} needs {package}", fix="pip install 'veneer[metrics]'")
+
+
+def fuzzy(a: str, b: str) -> float:
+    """The share of both that a longest common subsequence covers; two empty texts are equal.
+
+    Hyyrö's bit vectors ("Bit-parallel LCS-length computation revisited", 2004): bit i of `row` is 0 where the length of
+    the LCS grows at a's character i. A step is a few operations on one whole number of |a| bits."""
+    if not a and not b:
+        return 1.0
+    places: dict[str, int] = {}
+    for i, character in enumerate(a):
+        places[character] = places.get(character, 0) | (1 << i)
+    full = row = (1 << len(a)) - 1
+    for character in b:
+        met = row & places.get(character, 0)
+        row = ((row + met) | (row - met)) & full
+    return 2 * (len(a) - row.bit_count()) / (len(a) + len(b))

@@ -1,0 +1,213 @@
+"""What an answer is worth: many answers in, a score for each out; several rewards are one weighted sum.
+
+    with Rewards([NamedReward("exact_match", exact, 1.0), NamedReward("length", short, 0.2)]) as rewards:
+        judged = rewards.judge(answers)
+        judged.values                the sum of each answer; None where a reward of it failed
+        judged.scores["length"]      the same apart, for the log
+        reward_findings(judged, groups, cut)    what makes a group teach nothing, counted
+
+    value(answer) = Σ weight · score(answer), over the rewards;  None as soon as one of them is None
+
+A reward is a function of *many* answers at once, so that a judge may be asked about all of them together. It says for
+each a finite number, or why there is none. What has none is left out of its group by whoever trains on it, and never
+becomes a zero: an answer that nobody could judge is not a bad one. Where more than a share of them (`most_failed`) have
+none, the run stops: TrainingError. A judge that is away raises UnavailableError, which stops it too, resumable.
+
+Knows neither models nor servers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from veneer.errors import DataError, TrainingError, bullets, counted, nearest, quoted, shown
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to a prompt.
+
+    prompt: the messages before it. text: the last thing it said. row: the columns of the prompt's row, and as `answer`,
+    where the row's conversation ends in an assistant's turn, that turn's text. tokens: of all that it said. cut: it
+    ended at a limit and not by itself. turns: of a conversation that went on, every message after the prompt, the
+    answers of tools among them. tools: those that it could call. seed: of whatever is drawn to judge it."""
+
+    prompt: Sequence[Message]
+    text: str
+    row: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    cut: bool = False
+    turns: Sequence[Message] = ()
+    tools: Sequence[Mapping[str, Any]] = ()
+    seed: int = 0
+
+    @property
+    def calls(self) -> list[Mapping[str, Any]]:
+        """The calls of tools in its last message, as chat templates have them."""
+        return list((self.turns[-1].get("tool_calls") if self.turns else None) or ())
+
+
+@dataclass(frozen=True)
+class RewardScore:
+    """`value`: a finite number; None where there is none, and then `error` says why. `parts`: what it is made of, for
+    the log: means of them stand beside the reward's own."""
+
+    value: float | None
+    error: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+class Reward(Protocol):
+    """Many answers at once -> as many scores, in their order. Raises UnavailableError where what it needs is away."""
+
+    def __call__(self, answers: Sequence[Answer], /) -> Sequence[RewardScore]: ...
+
+
+@dataclass(frozen=True)
+class NamedReward:
+    """`close`: ends what the reward keeps open, such as a process."""
+
+    name: str
+    reward: Reward
+    weight: float = 1.0
+    close: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """`values`: the weighted sums; `scores`: each reward's own, by its name. Both in the order of the answers."""
+
+    values: list[float | None]
+    scores: dict[str, list[RewardScore]]
+
+    @property
+    def failed(self) -> int:
+        return self.values.count(None)
+
+    def logged(self) -> dict[str, float]:
+        """Means over the answers that have a value: of the sum, each reward and its parts; and how many failed."""
+        found = {"reward": _mean(self.values)}
+        for name, scores in self.scores.items():
+            found[f"reward_{name}"] = _mean([s.value for s in scores])
+            parts = dict.fromkeys(part for s in scores for part in s.parts)
+            found |= {f"reward_{name}_{part}": _mean([s.parts.get(part) for s in scores]) for part in parts}
+        known = {name: value for name, value in found.items() if value is not None}
+        return known | {"reward_failed": float(self.failed)}
+
+
+class Rewards:
+    """A weighted sum of rewards. `most_failed`: the share of the answers judged at once that may have no value, and one
+    answer always may."""
+
+    def __init__(self, rewards: Sequence[NamedReward], *, most_failed: float = 0.1) -> None:
+        twice = [name for name, count in Counter(each.name for each in rewards).items() if count > 1]
+        assert not twice, f"two rewards are called {twice[0]}"
+        self.rewards, self.most_failed = list(rewards), most_failed
+        self._open = ExitStack()
+        for each in self.rewards:
+            self._open.callback(each.close)
+
+    def __enter__(self) -> Rewards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._open.close()
+
+    def judge(self, answers: Sequence[Answer]) -> Judged:
+        """Raises TrainingError where too many fail, with the first reasons; UnavailableError where a judge is away."""
+        scores = {each.name: _scored(each.name, each.reward, answers) for each in self.rewards}
+        values: list[float | None] = []
+        for i in range(len(answers)):
+            own = [(each.weight, scores[each.name][i].value) for each in self.rewards]
+            total = math.fsum(weight * value for weight, value in own if value is not None)
+            values.append(total if all(value is not None for _, value in own) else None)
+        judged = Judged(values, scores)
+        if judged.failed > max(1, self.most_failed * len(answers)):
+            raise _too_many(judged, answers)
+        return judged
+
+
+def _scored(name: str, reward: Reward, answers: Sequence[Answer]) -> list[RewardScore]:
+    """The scores of one reward, as they may be used: none is infinite or NaN, and what is no number says so."""
+    found = list(reward(answers))
+    if len(found) != len(answers):
+        raise TrainingError(
+            f"the reward {name} gave {counted(len(found), 'score')} for {counted(len(answers), 'answer')}",
+            fix="it has to give one for each, in their order",
+        )  # fmt: skip
+    return [
+        RewardScore(None, f"it is {score.value}, and no number", score.parts)
+        if score.value is not None and not math.isfinite(score.value)
+        else score
+        for score in found
+    ]
+
+
+def _too_many(judged: Judged, answers: Sequence[Answer]) -> TrainingError:
+    reasons: Counter[str] = Counter()
+    for name, scores in judged.scores.items():
+        reasons.update(f"{name}: {quoted(shown(s.error), 300)}" for s in scores if s.value is None)
+    told = bullets((f"{counted(count, 'answer')}: {reason}" for reason, count in reasons.most_common()), 5)
+    return TrainingError(
+        f"{judged.failed} of {counted(len(answers), 'answer')} could not be judged:\n{told}",
+        fix="mend the reward, or allow more of it with reinforcement.most_failed",
+    )
+
+
+# -- what makes answers teach nothing ----------------------------------------------------------------------------------
+
+
+def reward_findings(judged: Judged, groups: Sequence[int], cut: Sequence[bool]) -> dict[str, float]:
+    """Counts for the log, of answers that were drawn in groups. `groups`: whose group each answer is of; `cut`: whether
+    it ended at the limit.
+
+    constant_groups          groups in which every answer has the same sum: no advantage, nothing to learn
+    constant_NAME            1 where this reward is the same within each group, so that it moves nothing; else 0
+    cut_answers, cut_share   answers that ended at the limit
+    groups                   how many there are"""
+    found = {"groups": float(len(set(groups))), "constant_groups": float(_constant(judged.values, groups))}
+    for name, scores in judged.scores.items():
+        same = _constant([s.value for s in scores], groups)
+        found[f"constant_{name}"] = float(same == len(set(groups)))
+    found["cut_answers"] = float(sum(cut))
+    return found | {"cut_share": sum(cut) / len(cut) if cut else 0.0}
+
+
+def _constant(values: Sequence[float | None], groups: Sequence[int]) -> int:
+    """Groups with at most one value among those of their answers that have any."""
+    seen: dict[int, set[float]] = {group: set() for group in groups}
+    for value, group in zip(values, groups, strict=True):
+        if value is not None:
+            seen[group].add(value)
+    return sum(len(values) <= 1 for values in seen.values())
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+# -- what rewards read of a row ----------------------------------------------------------------------------------------
+
+
+def column(answer: Answer, name: str) -> Any:
+    """The column of the answer's row that a reward compares with. Raises DataError, with the nearest, where it has
+    none: every row of a run has to have it, so the run stops."""
+    if name not in answer.row:
+        near = nearest(name, map(str, answer.row), 1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(map(str, answer.row)) or 'none'}"
+        raise DataError(
+            f"a reward needs the column {quoted(name)}, and a row has none",
+            where=str(answer.row.get("where") or "") or None, fix=hint,
+        )  # fmt: skip
+    return answer.row[name]

@@ -1,0 +1,172 @@
+"""Rewards that are formulas of the answer and its row: the same input, the same value.
+
+    exact_match   1 if answer = wanted, as `compared.same_text` has it
+    json_schema   1 if the answer is JSON and the schema allows it                  parts: json, 1 if it is JSON at all
+    json_fields   |{k : answer[k] = wanted[k]}| / |k|, of the wanted object's keys  parts: a key each
+    regex         1 if the pattern matches, and its group is what is wanted
+    length        max(0, 1 − max(0, least − n, n − most) / slack);  without slack 0 beyond either
+    bleu, rouge   as `compared` has them
+
+Each of these takes its section of the configuration and gives a reward. A column that a row lacks, or a schema that is
+none, stops the run with a DataError: it is wrong with every answer alike.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import regex  # type: ignore[import-untyped]
+
+from veneer.errors import ConfigError, DataError, MissingExtraError
+from veneer.train.config.rewards import (
+    BleuReward,
+    ExactMatchReward,
+    JsonFieldsReward,
+    JsonSchemaReward,
+    LengthReward,
+    RegexReward,
+    RougeReward,
+)
+from veneer.train.rewards.compared import as_json, bleu, rouge, same_field, same_text
+from veneer.train.rewards.reward import Answer, Reward, RewardScore, column
+
+_PATIENCE = 2.0
+"""Seconds that a regular expression may take over one answer: some take for ever."""
+
+
+def _each(score: Callable[[Answer], RewardScore | float]) -> Reward:
+    """A reward of one answer at a time."""
+
+    def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
+        found = [score(answer) for answer in answers]
+        return [each if isinstance(each, RewardScore) else RewardScore(float(each)) for each in found]
+
+    return reward
+
+
+def _wanted(answer: Answer, name: str) -> str:
+    """A column as text: what is no text is JSON."""
+    value = column(answer, name)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def exact_match(section: ExactMatchReward) -> Reward:
+    def score(answer: Answer) -> float:
+        text, wanted = answer.text, _wanted(answer, section.column)
+        if section.ignore_case:
+            text, wanted = text.casefold(), wanted.casefold()
+        return float(same_text(text, wanted))
+
+    return _each(score)
+
+
+def json_schema(section: JsonSchemaReward) -> Reward:
+    try:
+        from jsonschema import Draft202012Validator
+        from jsonschema.exceptions import SchemaError
+        from referencing import Registry
+        from referencing.exceptions import Unresolvable
+    except ImportError as error:
+        raise MissingExtraError(
+            "a reward by JSON schema needs jsonschema", fix="pip install 'veneer[rewards]'"
+        ) from error
+    made: dict[str, Any] = {}
+
+    def validator(schema: Any) -> Any:
+        key = json.dumps(schema, sort_keys=True)
+        if key not in made:
+            Draft202012Validator.check_schema(schema)
+            made[key] = Draft202012Validator(schema, registry=Registry())  # an empty one: nothing is fetched
+        return made[key]
+
+    def score(answer: Answer) -> RewardScore:
+        schema = section.json_schema
+        if section.column is not None:
+            schema = column(answer, section.column)
+            schema = as_json(schema) if isinstance(schema, str) else schema
+        try:
+            try:
+                value = json.loads(answer.text)
+            except (ValueError, RecursionError):
+                validator(schema)
+                return RewardScore(0.0, parts={"json": 0.0})
+            return RewardScore(float(validator(schema).is_valid(value)), parts={"json": 1.0})
+        except (SchemaError, Unresolvable) as error:
+            where = f"the column {section.column}" if section.column else "json_schema"
+            raise DataError(f"this is no schema: {str(error).splitlines()[0]}", where=where) from error
+
+    if section.json_schema is not None:
+        try:
+            validator(section.json_schema)
+        except SchemaError as error:
+            what = f"this is no schema: {error.message}"
+            raise ConfigError(what, where=f"reinforcement.rewards, {section.called}") from error
+    return _each(score)
+
+
+def json_fields(section: JsonFieldsReward) -> Reward:
+    def score(answer: Answer) -> RewardScore:
+        given = column(answer, section.column)
+        wanted = as_json(given) if isinstance(given, str) else given
+        if not isinstance(wanted, dict):
+            raise DataError(
+                f"the reward {section.called} compares with a JSON object, and the column {section.column} holds none",
+                where=str(answer.row.get("where") or "") or None, fix="leave the row out, or name another column",
+            )  # fmt: skip
+        keys = section.fields or tuple(wanted)
+        if missing := [key for key in keys if key not in wanted]:
+            raise DataError(
+                f"the reward {section.called} wants the key {missing[0]}, and a row's {section.column} has none",
+                where=str(answer.row.get("where") or "") or None, fix="name keys in `fields` that every row has",
+            )  # fmt: skip
+        value = as_json(answer.text)
+        parts = {key: float(same_field(value, wanted, key)) for key in keys}
+        return RewardScore(sum(parts.values()) / len(parts) if parts else float(isinstance(value, dict)), parts=parts)
+
+    return _each(score)
+
+
+def regular_expression(section: RegexReward) -> Reward:
+    pattern = regex.compile(section.pattern, regex.DOTALL)
+    group: str | int = "answer" if "answer" in pattern.groupindex else 1
+
+    def score(answer: Answer) -> RewardScore:
+        wanted = None if section.column is None else _wanted(answer, section.column)
+        try:
+            if section.whole:
+                found = pattern.fullmatch(answer.text.strip(), timeout=_PATIENCE)
+            elif wanted is None:
+                found = pattern.search(answer.text, timeout=_PATIENCE)
+            else:
+                matches = list(pattern.finditer(answer.text, timeout=_PATIENCE))
+                found = matches[-1] if matches else None
+        except TimeoutError:
+            return RewardScore(None, f"the pattern took longer than {_PATIENCE:g} s over an answer")
+        said = found.group(group) if found is not None and wanted is not None else None
+        right = found is not None and (wanted is None or (said is not None and same_text(said, wanted)))
+        return RewardScore(float(right), parts={"matched": float(found is not None)} if wanted is not None else {})
+
+    return _each(score)
+
+
+def length(section: LengthReward) -> Reward:
+    count: dict[str, Callable[[Answer], int]] = {
+        "tokens": lambda a: a.tokens, "characters": lambda a: len(a.text), "words": lambda a: len(a.text.split()),
+    }  # fmt: skip
+
+    def score(answer: Answer) -> float:
+        n = count[section.unit](answer)
+        over = max(0, section.least - n, 0 if section.most is None else n - section.most)
+        return max(0.0, 1 - over / section.slack) if section.slack else float(not over)
+
+    return _each(score)
+
+
+def sentence_bleu(section: BleuReward) -> Reward:
+    return _each(lambda answer: bleu(answer.text, _wanted(answer, section.column)))
+
+
+def rouge_f1(section: RougeReward) -> Reward:
+    return _each(lambda answer: rouge(answer.text, _wanted(answer, section.column), section.measure))

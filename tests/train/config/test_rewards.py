@@ -1,0 +1,71 @@
+"""The list of rewards in a configuration: read strictly, and written as it was read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pydantic
+import pytest
+
+from veneer.train.config.rewards import REWARD_KINDS, RewardList
+from veneer.train.config.section import Section, setting
+
+
+class Holder(Section):
+    rewards: RewardList = setting((), "a list")
+
+
+def read(*entries: Any) -> Holder:
+    return Holder.model_validate_json(json.dumps({"rewards": entries}), strict=True)
+
+
+def test_what_is_read_is_written_as_it_was() -> None:
+    given: list[dict[str, Any]] = [
+        {"kind": "exact_match", "column": "total", "weight": -1},
+        {"kind": "json_schema", "json_schema": {"type": "object"}},
+        {"kind": "length", "most": 5, "name": "taste"},
+    ]
+    holder = read(*given)
+    assert [r.called for r in holder.rewards] == ["exact_match", "json_schema", "taste"]
+    assert [r.weight for r in holder.rewards] == [-1, 1, 1]
+    assert holder.model_dump(mode="json", exclude_unset=True) == {"rewards": given}
+    assert Holder.model_validate_json(json.dumps(holder.model_dump(mode="json"))) == holder
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"kind": "exactmatch"}, "did you mean exact_match?"),
+        ({"kind": "zzz"}, "there are exact_match, json_schema"),
+        ({"weight": 1}, "entry 1 has no kind"),
+        ("exact_match", "entry 1 has no kind"),
+        ({"kind": "exact_match", "colum": "a"}, "unknown key `colum`; did you mean `column`"),
+        ({"kind": "regex"}, "`pattern` is required"),
+        ({"kind": "regex", "pattern": "(a"}, "no regular expression: missing )"),
+        ({"kind": "regex", "pattern": "a", "column": "answer"}, "in parentheses"),
+        ({"kind": "length"}, "give `least`, `most` or both"),
+        ({"kind": "length", "least": 9, "most": 3}, "`most` is below `least`"),
+        ({"kind": "length", "most": "3"}, "`most` should be a valid integer"),
+        ({"kind": "json_schema"}, "one of `json_schema` and `column`"),
+        ({"kind": "rouge", "measure": "rougeX"}, "'rougeL'"),
+        ({"kind": "exact_match", "weight": 1e999}, "valid number"),
+        ({"kind": "exact_match", "name": "two words"}, "pattern"),
+    ],
+)
+def test_what_cannot_be_meant_says_what_may_be(entry: Any, said: str) -> None:
+    with pytest.raises(pydantic.ValidationError) as caught:
+        read(entry)
+    assert said in str(caught.value)
+
+
+def test_two_of_a_kind_need_names() -> None:
+    with pytest.raises(pydantic.ValidationError, match="2 rewards are called 'bleu'"):
+        read({"kind": "bleu"}, {"kind": "bleu", "column": "other"})
+    assert len(read({"kind": "bleu"}, {"kind": "bleu", "name": "other"}).rewards) == 2
+
+
+def test_every_key_says_what_it_means() -> None:
+    for kind, section in REWARD_KINDS.items():
+        for key, field in section.model_fields.items():
+            assert key == "kind" or field.description, f"{kind}.{key}"

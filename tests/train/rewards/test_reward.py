@@ -1,0 +1,89 @@
+"""The weighted sum, what fails, and what makes answers teach nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from veneer.errors import DataError, TrainingError
+from veneer.train.rewards.reward import Answer, NamedReward, Rewards, RewardScore, column, reward_findings
+
+
+def answers(*texts: str) -> list[Answer]:
+    return [Answer([{"role": "user", "content": "?"}], text) for text in texts]
+
+
+def giving(*values: float | None) -> Callable[[Sequence[Answer]], list[RewardScore]]:
+    return lambda asked: [RewardScore(v, "" if v is not None else "it broke", {"half": (v or 0) / 2}) for v in values]
+
+
+numbers = st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=1, max_size=5)
+
+
+@given(numbers, st.floats(-3, 3))
+def test_the_sum_is_weighted_and_each_is_kept_apart(pairs: list[tuple[float, float]], weight: float) -> None:
+    a, b = [p[0] for p in pairs], [p[1] for p in pairs]
+    with Rewards([NamedReward("a", giving(*a)), NamedReward("b", giving(*b), weight)]) as rewards:
+        judged = rewards.judge(answers(*"x" * len(pairs)))
+    assert judged.values == pytest.approx([x + weight * y for x, y in pairs])
+    assert [s.value for s in judged.scores["b"]] == b
+    logged = judged.logged()
+    assert logged["reward_b"] == pytest.approx(math.fsum(b) / len(b))
+    assert logged["reward_b_half"] == pytest.approx(math.fsum(b) / len(b) / 2)
+    assert logged["reward_failed"] == 0
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf])
+def test_what_has_no_number_is_left_out_and_never_a_zero(bad: float | None) -> None:
+    with Rewards([NamedReward("a", giving(1.0, bad)), NamedReward("b", giving(2.0, 2.0))]) as rewards:
+        judged = rewards.judge(answers("x", "y"))
+    assert judged.values == [3.0, None]
+    assert judged.failed == 1
+    assert judged.scores["a"][1].error
+    assert judged.logged()["reward"] == 3.0
+
+
+def test_too_many_failures_stop_the_run_and_say_why() -> None:
+    with (
+        Rewards([NamedReward("mine", giving(None, None, 1.0, 1.0))], most_failed=0.25) as rewards,
+        pytest.raises(TrainingError, match=r"2 of 4 answers could not be judged(.|\n)*mine: 'it broke'"),
+    ):
+        rewards.judge(answers(*"wxyz"))
+    with Rewards([NamedReward("mine", giving(None, None, 1.0, 1.0))], most_failed=0.5) as rewards:
+        assert rewards.judge(answers(*"wxyz")).failed == 2
+
+
+def test_a_reward_gives_as_many_scores_as_there_are_answers() -> None:
+    with (
+        Rewards([NamedReward("short", giving(1.0))]) as rewards,
+        pytest.raises(TrainingError, match="short gave 1 score"),
+    ):
+        rewards.judge(answers("x", "y"))
+
+
+def test_what_is_open_is_closed() -> None:
+    closed: list[str] = []
+    with Rewards([NamedReward(n, giving(), close=lambda n=n: closed.append(n)) for n in "ab"]):  # type: ignore[misc]
+        assert not closed
+    assert sorted(closed) == ["a", "b"]
+
+
+def test_groups_that_teach_nothing_are_counted() -> None:
+    rewards = [NamedReward("a", giving(1, 1, 0, 1, None, 2)), NamedReward("b", giving(0, 0, 5, 5, 7, 7))]
+    with Rewards(rewards) as summed:
+        judged = summed.judge(answers(*"uvwxyz"))
+    found = reward_findings(judged, [0, 0, 1, 1, 2, 2], [True, False, False, False, False, True])
+    assert (found["groups"], found["constant_groups"]) == (3, 2)  # the third has one answer that was judged
+    assert (found["constant_a"], found["constant_b"]) == (0, 1)
+    assert (found["cut_answers"], found["cut_share"]) == (2, pytest.approx(1 / 3))
+
+
+def test_a_column_that_is_not_there_names_the_nearest() -> None:
+    answer = Answer([], "x", {"answer": "y", "id": 3})
+    assert column(answer, "answer") == "y"
+    with pytest.raises(DataError, match="did you mean answer"):
+        column(answer, "answr")

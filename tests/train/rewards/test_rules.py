@@ -1,0 +1,161 @@
+"""Rewards that are formulas, beside sacrebleu, rouge-score, jsonschema and arithmetic."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+import sacrebleu
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+
+from veneer.errors import ConfigError, DataError
+from veneer.train.config.rewards import REWARD_KINDS
+from veneer.train.rewards.build import rewards_of
+from veneer.train.rewards.compared import fuzzy
+from veneer.train.rewards.reward import Answer, RewardScore
+
+
+def judged(entry: dict[str, Any], text: str, row: dict[str, Any] | None = None, tokens: int = 0) -> RewardScore:
+    section = REWARD_KINDS[entry["kind"]](**entry)
+    with rewards_of([section]) as rewards:
+        (score,) = rewards.judge([Answer([], text, row or {}, tokens)]).scores[section.called]
+    return score
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "value"),
+    [
+        (" yes\n", "yes", 1), ("Yes", "yes", 0), ('{"b": 1, "a": 2}', '{"a":2,"b":1}', 1), ("[1]", [1], 1),
+        ("[true]", "[1]", 0), ("12", 12, 1), ("", "", 1),
+    ],
+)  # fmt: skip
+def test_exact_match(text: str, wanted: Any, value: float) -> None:
+    assert judged({"kind": "exact_match"}, text, {"answer": wanted}).value == value
+    assert judged({"kind": "exact_match", "column": "it"}, text, {"it": wanted}).value == value
+
+
+def test_exact_match_without_regard_to_case() -> None:
+    assert judged({"kind": "exact_match", "ignore_case": True}, "STRASSE", {"answer": "straße"}).value == 1
+
+
+schemas: list[Any] = [
+    {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}, "additionalProperties": False},
+    {"type": "array", "items": {"enum": ["x", "y"]}, "maxItems": 2},
+    {"$ref": "#/$defs/a", "$defs": {"a": {}}}, True, False,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", schemas)
+@pytest.mark.parametrize("value", [{"a": 1}, {"a": True}, {"a": 1, "b": 2}, ["x"], ["x", "y", "x"], 3, None])
+def test_a_schema_allows_what_jsonschema_says(schema: Any, value: Any) -> None:
+    allowed = jsonschema.Draft202012Validator(schema).is_valid(value)
+    row = {"form": schema}
+    assert judged({"kind": "json_schema", "column": "form"}, json.dumps(value), row).value == allowed
+    if isinstance(schema, dict):
+        found = judged({"kind": "json_schema", "json_schema": schema}, json.dumps(value))
+        assert (found.value, found.parts) == (allowed, {"json": 1})
+
+
+def test_no_json_fits_no_schema() -> None:
+    found = judged({"kind": "json_schema", "json_schema": {}}, "sure: {}")
+    assert (found.value, found.parts) == (0, {"json": 0})
+
+
+@pytest.mark.parametrize("schema", [{"type": "objekt"}, {"properties": 3}])
+def test_a_schema_that_is_none_stops_the_run(schema: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="no schema"):
+        judged({"kind": "json_schema", "json_schema": schema}, "{}")
+    with pytest.raises(DataError, match="no schema"):
+        judged({"kind": "json_schema", "column": "form"}, "{}", {"form": schema})
+
+
+def test_a_schema_fetches_nothing() -> None:
+    with pytest.raises(DataError, match="no schema"):
+        judged({"kind": "json_schema", "json_schema": {"$ref": "http://localhost:9/a.json"}}, "{}")
+
+
+def test_the_share_of_fields() -> None:
+    wanted = {"a": 1, "b": "x", "c": [1, 2], "d": True}
+    found = judged({"kind": "json_fields"}, '{"c": [1, 2], "a": 1.5, "b": "x", "d": 1}', {"answer": json.dumps(wanted)})
+    assert (found.value, found.parts) == (0.5, {"a": 0, "b": 1, "c": 1, "d": 0})
+    found = judged({"kind": "json_fields", "fields": ("b",)}, '{"b": "x"}', {"answer": wanted})
+    assert (found.value, found.parts) == (1, {"b": 1})
+    assert judged({"kind": "json_fields"}, "none", {"answer": wanted}).value == 0
+    with pytest.raises(DataError, match="holds none"):
+        judged({"kind": "json_fields"}, "{}", {"answer": "[1]"})
+    with pytest.raises(DataError, match="wants the key z"):
+        judged({"kind": "json_fields", "fields": ("z",)}, "{}", {"answer": wanted})
+
+
+@pytest.mark.parametrize(
+    ("more", "text", "row", "value"),
+    [
+        ({"pattern": r"\d+"}, "it is 12", {}, 1), ({"pattern": r"\d+", "whole": True}, "it is 12", {}, 0),
+        ({"pattern": r"\d+", "whole": True}, " 12\n", {}, 1), ({"pattern": "a.b"}, "a\nb", {}, 1),
+        ({"pattern": r"<answer>(.*?)</answer>", "column": "answer"}, "<answer>1</answer> <answer> 2 </answer>",
+         {"answer": 2}, 1),
+        ({"pattern": r"<answer>(.*?)</answer>", "column": "answer"}, "<answer>1</answer>", {"answer": "2"}, 0),
+        ({"pattern": r"(a|b): (?P<answer>\d)", "column": "n"}, "b: 3", {"n": "3"}, 1),
+        ({"pattern": r"(x)?y", "column": "n"}, "y", {"n": ""}, 0),
+    ],
+)  # fmt: skip
+def test_regular_expressions(more: dict[str, Any], text: str, row: dict[str, Any], value: float) -> None:
+    assert judged({"kind": "regex", **more}, text, row).value == value
+
+
+def test_a_pattern_that_takes_for_ever_has_no_value() -> None:
+    found = judged({"kind": "regex", "pattern": "^(a|aa)+$"}, "a" * 200 + "b")
+    assert found.value is None
+    assert "took longer" in found.error
+
+
+@given(st.integers(0, 60), st.integers(0, 20), st.integers(0, 20), st.integers(0, 20))
+def test_length_falls_linearly(n: int, least: int, more: int, slack: int) -> None:
+    entry = {"kind": "length", "least": least, "most": least + more, "slack": slack}
+    value = judged(entry, "", tokens=n).value
+    over = least - n if n < least else max(0, n - least - more)
+    assert value == pytest.approx(1 if not over else 0 if over >= slack else (slack - over) / slack)
+
+
+def test_length_is_of_tokens_characters_or_words() -> None:
+    text = "one two three"
+    for unit, n in {"tokens": 9, "characters": len(text), "words": 3}.items():
+        assert judged({"kind": "length", "unit": unit, "least": n, "most": n}, text, tokens=9).value == 1
+        assert judged({"kind": "length", "unit": unit, "most": n - 1}, text, tokens=9).value == 0
+
+
+TEXTS = [
+    ("the cat sat on the mat", "the cat is on the mat"),
+    ("", "some words here"),
+    ("same text as this", "same text as this"),
+]
+
+
+@pytest.mark.parametrize(("text", "wanted"), TEXTS)
+def test_bleu_and_rouge_are_their_packages(text: str, wanted: str) -> None:
+    row = {"answer": wanted}
+    assert judged({"kind": "bleu"}, text, row).value == pytest.approx(
+        sacrebleu.BLEU(effective_order=True).sentence_score(text, [wanted]).score / 100
+    )
+    for measure in ("rouge1", "rouge2", "rougeL"):
+        expected = RougeScorer([measure]).score(wanted, text)[measure].fmeasure
+        assert judged({"kind": "rouge", "measure": measure}, text, row).value == pytest.approx(expected)
+
+
+def common(a: str, b: str) -> int:
+    """The length of a longest common subsequence, by its recurrence."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        before = row[:]
+        for j, y in enumerate(b):
+            row[j + 1] = before[j] + 1 if x == y else max(row[j], before[j + 1])
+    return row[-1]
+
+
+@given(st.text("abcä", max_size=30), st.text("abcä", max_size=30))
+def test_fuzzy_is_the_share_of_a_common_subsequence(a: str, b: str) -> None:
+    assert fuzzy(a, b) == (pytest.approx(2 * common(a, b) / (len(a) + len(b))) if a or b else 1)
