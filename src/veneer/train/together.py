@@ -47,14 +47,15 @@ for one whose step was stopped: then nothing is kept of any."""
 
 
 def in_step(
-    members: Sequence[Member[_R]],
+    members: Mapping[int, Member[_R]],
     make: _MakeSteps,
     asked: StopAsked,
     leave: Leave = lambda running: {},
     ended: Callable[[int, _R | VeneerError], None] = lambda place, outcome: None,
-) -> list[_R | VeneerError]:
-    """Drives all of them to their ends; what came of each, in their order. `asked`: what their loops look at, which is
-    true from here on as soon as a signal came. `leave`: see there. `ended`: hears what came of one at once.
+) -> dict[int, _R | VeneerError]:
+    """Drives all of them to their ends; what came of each. Who is who is said by a number, its place, everywhere.
+    `asked`: what their loops look at, which is true from here on as soon as a signal came. `leave`: see there.
+    `ended`: hears what came of one at once.
 
     Raises Interrupted when all have saved their state because of one, and at once whatever is no VeneerError: a
     fault."""
@@ -87,7 +88,7 @@ def in_step(
         ended(place, results[place])
 
     try:
-        for place in range(len(members)):
+        for place in members:
             go_on(place, None)
         with stop_signals(asked):
             while wanted:
@@ -100,12 +101,12 @@ def in_step(
                 for place, error in leave(list(wanted)).items():
                     go_on(place, error, alone=True)
     finally:
-        for member in members:
+        for member in members.values():
             member.steps.close()
     if stopped:
         saved = f"stopped; the state of {counted(len(stopped), 'run')} is saved"
         raise Interrupted(saved, fix=stopped[0].fix, signal=stopped[0].signal)
-    return [results[place] for place in range(len(members))]
+    return results
 
 
 def _saved(wanted: Mapping[int, StepWanted]) -> dict[int, VeneerError]:

@@ -95,45 +95,42 @@ def run_texts(
         results, parts, newest = _checked(runs, base)
         for place, outcome in results.items():
             ended(place, outcome)
-        if not parts:
-            return [results[place] for place in range(len(runs))]
-        _check_memory(list(parts.values()))
-        group += [part.run.called for part in parts.values()]
-        asked = StopAsked()
-        with attached_texts(list(parts.values())) as attached:
-            tasks = dict(zip(parts, attached, strict=True))
-            for place, task in list(tasks.items()):
-                try:
-                    task.act()
-                    task.check_base()
-                    if dry_run:
-                        results[place] = dry_outcome(task.run, task, parts[place].report)
-                        del tasks[place]
-                except VeneerError as error:
-                    results[place] = _failed(task.run, error)
-                    group.remove(task.run.called)
-                    del tasks[place]
-                    ended(place, results[place])
-            members = [
-                Member(task.run, task, steps_of_run(task.run, task, parts[place].report, newest[place], asked))
-                for place, task in tasks.items()
-            ]
-            if members:
-                make = _Passes.of(list(tasks.values()), asked)
-                places = list(tasks)
-
-                def leaving(running: Sequence[int]) -> dict[int, VeneerError | None]:
-                    found = leave([places[i] for i in running])
-                    return {i: found[places[i]] for i in running if places[i] in found}
-
-                results |= dict(
-                    zip(
-                        places,
-                        in_step(members, make, asked, leaving, lambda i, outcome: ended(places[i], outcome)),
-                        strict=True,
-                    )
-                )
+        if parts:
+            results |= _trained(parts, newest, leave, ended)
         return [results[place] for place in range(len(runs))]
+
+
+def _trained(
+    parts: Mapping[int, TextPart], newest: Mapping[int, Path | None], leave: Leave,
+    ended: Callable[[int, RunResult | VeneerError], None],
+) -> dict[int, RunResult | VeneerError]:  # fmt: skip
+    """What came of each of these, by its place. `newest`: where it goes on."""
+    _check_memory(list(parts.values()))
+    results: dict[int, RunResult | VeneerError] = {}
+    members: dict[int, Member[RunResult]] = {}
+    asked = StopAsked()
+    for part in parts.values():
+        part.run.group.append(part.run.called)
+    with attached_texts(list(parts.values())) as attached:
+        tasks = dict(zip(parts, attached, strict=True))
+        for place, task in tasks.items():
+            report = parts[place].report
+            try:
+                task.act()
+                task.check_base()
+                if task.run.dry_run:
+                    results[place] = dry_outcome(task.run, task, report)
+                    continue
+            except VeneerError as error:
+                results[place] = _failed(task.run, error)
+                task.run.group.remove(task.run.called)
+                ended(place, results[place])
+                continue
+            members[place] = Member(task.run, task, steps_of_run(task.run, task, report, newest[place], asked))
+        if members:
+            make = _Passes.of({place: tasks[place] for place in members}, asked)
+            results |= in_step(members, make, asked, leave, ended)
+    return results
 
 
 def _failed(run: Run, error: VeneerError) -> VeneerError:
@@ -199,26 +196,26 @@ def _check_memory(parts: Sequence[TextPart]) -> None:
 class _Passes:
     """Makes the steps of runs on one base. `joined`: which of them go beside one another. `most`: tokens of a pass."""
 
-    tasks: Sequence[AttachedText]
+    tasks: Mapping[int, AttachedText]
     joined: frozenset[int]
     most: int
     asked: StopAsked
 
     @classmethod
-    def of(cls, tasks: Sequence[AttachedText], asked: StopAsked) -> _Passes:
+    def of(cls, tasks: Mapping[int, AttachedText], asked: StopAsked) -> _Passes:
         """Says what has passes of its own, and why."""
-        model = tasks[0].base.model
-        together = _why_apart(model)
+        first = next(iter(tasks.values()))
+        together = _why_apart(first.base.model)
         joined = set()
-        for place, task in enumerate(tasks):
+        for place, task in tasks.items():
             why = together or task.why_alone()
             if not why:
                 joined.add(place)
             elif len(tasks) > 1:
                 task.run.note(f"its rows have a pass of their own in each step: {why}")
         if len(joined) > 1:
-            tasks[0].run.note(f"{counted(len(joined), 'run')} in one pass of the base")
-        return cls(tasks, frozenset(joined), max(task.config.batching.at_once for task in tasks), asked)
+            first.run.note(f"{counted(len(joined), 'run')} in one pass of the base")
+        return cls(tasks, frozenset(joined), max(task.config.batching.at_once for task in tasks.values()), asked)
 
     def __call__(self, wanted: Mapping[int, StepWanted]) -> dict[int, StepDone | VeneerError | None]:
         beside = {place: want for place, want in wanted.items() if place in self.joined}
