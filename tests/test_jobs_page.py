@@ -16,10 +16,9 @@ from tests.cli.run import run
 from tests.jobs.small import small_config
 from tests.test_readme import ROOT, blocks
 from veneer.jobs.after import after_from
-from veneer.jobs.process import carry_out_job
+from veneer.jobs.process import carry_out_jobs
 from veneer.jobs.store import TRANSITIONS, JobStore
 from veneer.library.library import open_library
-from veneer.models.home import veneer_home
 
 PAGE = (ROOT / "docs" / "how-to" / "jobs.md").read_text(encoding="utf-8")
 
@@ -51,10 +50,6 @@ def test_from_an_empty_machine_to_a_canary(
     """The page's commands and its configuration, on the tiny base; what waits is carried out as a worker's process
     does it."""
     monkeypatch.chdir(tmp_path)
-    kernels = (veneer_home() / "kernels").resolve()
-    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "kernels").symlink_to(kernels)  # compiled once
     by_hand, by_rule = (yaml.safe_load(block) for block in blocks(PAGE, "yaml"))
     small = small_config(tmp_path)
     (tmp_path / "rows.jsonl").rename(tmp_path / "tickets.jsonl")
@@ -91,7 +86,7 @@ def _work() -> None:
     with open_library() as library:
         lease = JobStore(library).take("here", 600)
         assert lease is not None
-        assert carry_out_job(library, lease.job.id, lease.token) == 0
+        assert carry_out_jobs(library, {lease.job.id: lease.token}) == 0
 
 
 def test_the_pages_states_are_those_that_there_are() -> None:

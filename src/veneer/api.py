@@ -209,7 +209,7 @@ def submit(
     veneer home's, where there is one. Raises ConfigError for a configuration that is none, for a name that cannot be,
     and for what could not be done after the run."""
     from veneer.jobs.after import load_job_config
-    from veneer.jobs.validate import submitted, tenants_at, terms_of
+    from veneer.jobs.validate import submitted, tenants_at
 
     after = None
     if isinstance(config, str | os.PathLike):
@@ -217,9 +217,7 @@ def submit(
     else:
         chosen, _ = _config(config, overrides)
     with tenants_at(tenants) as known:
-        return submitted(
-            jobs, chosen, terms=terms_of(known), tenant=tenant, name=name, after=after, tenants=known
-        )  # fmt: skip
+        return submitted(jobs, chosen, tenant=tenant, name=name, after=after, tenants=known)
 
 
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base: TextBase) -> Path:

@@ -25,7 +25,7 @@ import veneer.train.text.task  # noqa: F401  what a job needs is imported once, 
 from tests.forks import expect, fork
 from tests.jobs.small import STEPS, small_config
 from veneer.jobs.joining import company
-from veneer.jobs.process import carry_out_job, carry_out_jobs
+from veneer.jobs.process import carry_out_jobs
 from veneer.jobs.store import JobStore
 from veneer.jobs.validate import device_of, tenants_at, validated
 from veneer.library.database import reading
@@ -77,8 +77,7 @@ def machine(folder: Path, kill_at: int | None) -> None:
                 leases.sort(key=lambda lease: lease.job.number)
                 for lease in leases if len(leases) > 1 else ():
                     store.note(lease, place=f"machine {first.token}")
-                tokens = {lease.job.id: lease.token for lease in leases}
-                carry_out_jobs(library, tokens) if len(leases) > 1 else carry_out_job(library, *tokens.popitem())
+                carry_out_jobs(library, {lease.job.id: lease.token for lease in leases})
             time.sleep(0.01)
 
 

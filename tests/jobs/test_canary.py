@@ -20,13 +20,13 @@ from veneer.formats.card import read_card
 from veneer.jobs.after import after_from
 from veneer.jobs.canary import place_job, promote_job, rollback_job
 from veneer.jobs.http.canary import canary_routes
-from veneer.jobs.process import carry_out_job
+from veneer.jobs.process import carry_out_jobs
 from veneer.jobs.store import Job, JobStore, WrongState
 from veneer.jobs.validate import device_of, submitted
 from veneer.library.database import reading
 from veneer.library.library import Library, open_library
 from veneer.serve.tenancy import manage, routes
-from veneer.serve.tenancy.store import Store, TrainingTerms
+from veneer.serve.tenancy.store import Store
 from veneer.serve.tenancy.tenants import Tenants
 from veneer.train.config.load import config_from
 
@@ -43,16 +43,15 @@ class Shop:
     def submit(self, after: Mapping[str, Any], **sections: Any) -> Job:
         given = small_config(self.folder, **sections) | {"output": str(self.folder / "out")}
         config, _ = config_from(given)
-        terms, device = TrainingTerms(), device_of("h100-80gb")
         return submitted(
-            self.jobs, config, terms=lambda tenant: terms, tenant="acme", name="support", device=device,
-            after=after_from(after, self.folder), tenants=self.tenants,
+            self.jobs, config, tenant="acme", name="support", after=after_from(after, self.folder),
+            tenants=self.tenants, device=device_of("h100-80gb"),
         )  # fmt: skip
 
     def work(self) -> Job:
         lease = self.jobs.take("here", 600)
         assert lease is not None
-        assert carry_out_job(self.library, lease.job.id, lease.token) == 0
+        assert carry_out_jobs(self.library, {lease.job.id: lease.token}) == 0
         return self.jobs.get("acme", lease.job.id)
 
     def placed(self, reference: str, scores: Mapping[str, float] | None, after: Mapping[str, Any]) -> Job:
@@ -65,7 +64,7 @@ class Shop:
         assert lease is not None
         found = {who: {"exact_match": value} for who, value in (scores or {}).items()}
         for _ in range(2):  # a kill before the job ended, and again
-            place_job(self.jobs, lease, self.library, self.tenants, reference, scores and {"scores": found})
+            place_job(self.jobs, lease, self.tenants, reference, scores and {"scores": found})
         self.jobs.finish(lease, result={"reference": reference})
         return job
 
@@ -132,13 +131,13 @@ def test_where_a_version_belongs(shop: Shop, before: bool, route: Any, rule: Any
     assert shop.leads() == leads
     assert len(shop.told(job, "route")) == 1
     assert leads == (OLD if before else None) or shop.moves() == 1 + before
-    promote_job(shop.jobs, shop.library, shop.tenants, "acme", job.id)
-    promote_job(shop.jobs, shop.library, shop.tenants, "acme", job.id)
+    promote_job(shop.jobs, shop.tenants, "acme", job.id)
+    promote_job(shop.jobs, shop.tenants, "acme", job.id)
     assert shop.leads() == NEW
-    rollback_job(shop.jobs, shop.library, shop.tenants, "acme", job.id)
+    rollback_job(shop.jobs, shop.tenants, "acme", job.id)
     assert shop.leads() == (OLD if before else None)
     with pytest.raises(ConfigError, match="is not where job"):
-        rollback_job(shop.jobs, shop.library, shop.tenants, "acme", job.id)
+        rollback_job(shop.jobs, shop.tenants, "acme", job.id)
 
 
 def test_what_somebody_else_moved_is_left_alone(shop: Shop) -> None:
@@ -150,12 +149,12 @@ def test_what_somebody_else_moved_is_left_alone(shop: Shop) -> None:
     assert (told.level, "shared out already" in told.message) == ("warn", True)
     assert shop.jobs.get("acme", waiting.id).state == "succeeded"
     with pytest.raises(ConfigError, match="did not move support"):
-        rollback_job(shop.jobs, shop.library, shop.tenants, "acme", waiting.id)
+        rollback_job(shop.jobs, shop.tenants, "acme", waiting.id)
     routes.set_route(shop.tenants, "support", [("acme/old@1", 5)], tenant="acme", who="test")
     with pytest.raises(ConfigError, match="is not where job"):
-        rollback_job(shop.jobs, shop.library, shop.tenants, "acme", job.id)
-    promote_job(shop.jobs, shop.library, shop.tenants, "acme", job.id)
-    rollback_job(shop.jobs, shop.library, shop.tenants, "acme", job.id)  # to theirs, not to what was before it
+        rollback_job(shop.jobs, shop.tenants, "acme", job.id)
+    promote_job(shop.jobs, shop.tenants, "acme", job.id)
+    rollback_job(shop.jobs, shop.tenants, "acme", job.id)  # to theirs, not to what was before it
     assert shop.leads() == {"targets": {"acme/old@1": 5}, "shadow": None}
 
 
@@ -175,7 +174,7 @@ def test_a_job_is_compared_with_what_serves_then(shop: Shop) -> None:
     first = shop.submit(after)
     assert first.state == "queued", first.error
     with pytest.raises(WrongState, match="is queued"):
-        promote_job(shop.jobs, shop.library, shop.tenants, "acme", first.id)
+        promote_job(shop.jobs, shop.tenants, "acme", first.id)
     shop.work()
     assert shop.leads() == {"targets": {"acme/support@1": 1}, "shadow": None}
     second = shop.submit(after, schedule={"steps": 6})
@@ -192,7 +191,7 @@ def test_a_job_is_compared_with_what_serves_then(shop: Shop) -> None:
     kept = read_card(shop.library.resolve("acme/support@2")).card.metrics["held_out"]
     assert (kept["adapter"], kept["served"]) == (told.data["scores"]["new"], "acme/support@1")
     assert json.dumps(kept["serving"]) == json.dumps(told.data["scores"]["serving"])
-    rollback_job(shop.jobs, shop.library, shop.tenants, "acme", second.id)
+    rollback_job(shop.jobs, shop.tenants, "acme", second.id)
     assert shop.leads() == {"targets": {"acme/support@1": 1}, "shadow": None}
 
 
@@ -201,7 +200,7 @@ def test_over_http_by_the_operator_alone(shop: Shop) -> None:
     job = shop.placed("acme/new@1", None, {"route": {"name": "support"}})
     tenants = Tenants(shop.tenants.where, admin_key=ADMIN, watch=False)
     app = FastAPI()
-    app.include_router(canary_routes(shop.jobs, shop.library, tenants))
+    app.include_router(canary_routes(shop.jobs, tenants))
     with TestClient(app) as client:
 
         def ask(what: str, id: str = job.id, key: str = ADMIN) -> httpx.Response:

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from veneer.jobs.executors import Ended, LocalExecutor, memory_of
-from veneer.jobs.store import Job, JobStore
+from veneer.jobs.store import Job, JobLease, JobStore
 from veneer.library.library import Library
 
 pytestmark = pytest.mark.parametrize("library", ["sqlite"], indirect=True)
-
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
 
 
 def planned(store: JobStore, peak: int, device: str = "cpu") -> Job:
@@ -39,7 +33,7 @@ def ended(executor: LocalExecutor, place: str) -> Ended:
 @pytest.mark.parametrize(("hard", "signal"), [(False, "SIGTERM"), (True, "SIGKILL")])
 def test_a_process_is_asked_to_end_or_killed(library: Library, store: JobStore, hard: bool, signal: str) -> None:
     executor, job = LocalExecutor(), planned(store, 1 << 30)
-    place = executor.start(job, "token", {})
+    place = executor.start(JobLease(job, "token"), {})
     assert executor.look(place) is None
     executor.stop(place, hard=hard)
     assert ended(executor, place) == Ended(f"ended by {signal}")
@@ -53,7 +47,7 @@ def test_a_process_that_holds_more_than_its_plan_is_ended(
     executor, job = LocalExecutor(), planned(store, 1 << 30)
     holds = {"rss": memory_of(job)}
     monkeypatch.setattr(psutil, "Process", lambda pid: SimpleNamespace(memory_info=lambda: SimpleNamespace(**holds)))
-    place = executor.start(job, "token", {})
+    place = executor.start(JobLease(job, "token"), {})
     assert executor.look(place) is None
     holds["rss"] += 1
     found = ended(executor, place)

@@ -14,12 +14,11 @@ from tests.jobs.small import small_config
 from veneer.files.safetensors import read_tensors
 from veneer.jobs.executors import Ended, LocalExecutor
 from veneer.jobs.joining import company
-from veneer.jobs.process import carry_out_job, carry_out_jobs
+from veneer.jobs.process import carry_out_jobs
 from veneer.jobs.store import Job, JobLease, JobStore
 from veneer.jobs.validate import device_of, validated
 from veneer.jobs.worker import Worker
 from veneer.library.library import Library
-from veneer.models.home import veneer_home
 from veneer.serve.tenancy.store import TrainingTerms
 
 pytestmark = pytest.mark.parametrize("library", ["sqlite"], indirect=True)
@@ -27,14 +26,6 @@ LAW = 1e-5
 """Of the largest entry, in float32."""
 CALM = {"optimizer": {"name": "sgd", "learning_rate": 0.1}}
 """Adam goes as far by a gradient that is rounding alone as by any other, and these rows have such."""
-
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = (veneer_home() / "kernels").resolve()
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "kernels").symlink_to(kernels)  # compiled once
-    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
 
 
 def queued(
@@ -93,8 +84,7 @@ def test_each_comes_out_as_if_it_were_alone_and_pays_for_itself(
     took = time.time() - began
     apart = {tenant: queued(store, tmp_path, tenant, name="alone", **settings) for tenant, settings in pair.items()}
     for job in apart.values():
-        ((id, token),) = taken(store, job).items()
-        assert carry_out_job(library, id, token) == 0
+        assert carry_out_jobs(library, taken(store, job)) == 0
     bills = {tenant: store.bill(tenant, job.id) for tenant, job in jobs.items()}
     for tenant, job in jobs.items():
         now, bill, expected = store.get(tenant, job.id), bills[tenant], store.bill(tenant, apart[tenant].id)
@@ -152,8 +142,7 @@ def test_one_that_leaves_or_fails_leaves_the_others(
     assert not stays.log.read_text()
     if asked == "pause":  # the state of its last whole step is there, and it goes on by itself
         store.resume("globex", leaves.id)
-        ((id, token),) = taken(store, leaves).items()
-        assert carry_out_job(library, id, token) == 0
+        assert carry_out_jobs(library, taken(store, leaves)) == 0
         events, _ = store.events("globex", leaves.id)
         resumed = [event.message for event in events if event.message.startswith("resuming after step")]
         assert len(resumed) == 1
@@ -171,8 +160,8 @@ class Pretended(LocalExecutor):
         self.asked: list[str] = []
         self.count = 0
 
-    def start(self, job: Job, token: str, environment: Mapping[str, str]) -> str:
-        return self.start_together([JobLease(job, token)], environment, 0)
+    def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
+        return self.start_together([lease], environment, 0)
 
     def start_together(self, leases: Sequence[JobLease], environment: Mapping[str, str], planned: int) -> str:
         self.count += 1

@@ -20,7 +20,7 @@ from kubernetes import client
 
 from veneer.errors import ConfigError, UnavailableError
 from veneer.jobs.kubernetes import KubernetesExecutor
-from veneer.jobs.store import Job, JobStore
+from veneer.jobs.store import JobLease, JobStore
 from veneer.library.library import open_library
 
 ENVIRONMENT = {
@@ -125,33 +125,33 @@ def cluster() -> Iterator[tuple[Cluster, Any]]:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
+def lease(tmp_path: Path) -> JobLease:
     with open_library(tmp_path / "library") as library:
         store = JobStore(library)
         store.create("acme", {"base": "tiny"}, name="support")
-        lease = store.take("v", 60, "validating")
-        assert lease is not None
-        store.queue(lease, {"tokens": 1, "steps": 1, "peak_bytes": 2 << 30, "device": {"name": "cpu"}})
-        lease = store.take("w", 60)
-        assert lease is not None
-        return lease.job
+        new = store.take("v", 60, "validating")
+        assert new is not None
+        store.queue(new, {"tokens": 1, "steps": 1, "peak_bytes": 2 << 30, "device": {"name": "cpu"}})
+        made = store.take("w", 60)
+        assert made is not None
+        return made
 
 
 def made(api: Any, **options: Any) -> KubernetesExecutor:
     return KubernetesExecutor(image="registry/veneer:1.0", namespace="training", api=api, **options)
 
 
-def test_a_job_of_kubernetes_from_its_start_to_its_end(cluster: tuple[Cluster, Any], job: Job) -> None:
+def test_a_job_of_kubernetes_from_its_start_to_its_end(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
     kept, api = cluster
     executor = made(api, claim="veneer-home", secret="veneer", gpus=1, grace=30)
-    place = executor.start(job, "a-token", ENVIRONMENT)
-    assert executor.start(job, "a-token", ENVIRONMENT) == place  # asked twice, started once
+    place = executor.start(lease, ENVIRONMENT)
+    assert executor.start(lease, ENVIRONMENT) == place  # asked twice, started once
     body = kept.jobs[place]
     assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", place)  # what may be a name there (RFC 1123)
     assert body["spec"]["backoffLimit"] == 0
     pod = body["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    assert container["command"] == ["python", "-m", "veneer.jobs.process", job.id, "a-token"]
+    assert container["command"] == ["python", "-m", "veneer.jobs.process", lease.job.id, lease.token]
     assert container["resources"]["limits"] == {"memory": str((3 << 30) + (512 << 20)), "nvidia.com/gpu": "1"}
     assert (pod["restartPolicy"], pod["terminationGracePeriodSeconds"]) == ("Never", 30)
     assert container["volumeMounts"][0]["mountPath"] == "/veneer"
@@ -171,10 +171,10 @@ def test_a_job_of_kubernetes_from_its_start_to_its_end(cluster: tuple[Cluster, A
     assert ended.memory
 
 
-def test_stopping_waits_for_the_pod_unless_it_is_hard(cluster: tuple[Cluster, Any], job: Job) -> None:
+def test_stopping_waits_for_the_pod_unless_it_is_hard(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
     kept, api = cluster
     executor = made(api)
-    place = executor.start(job, "t", ENVIRONMENT)
+    place = executor.start(lease, ENVIRONMENT)
     executor.stop(place)
     assert "propagationPolicy=Foreground" in kept.asked[-1][1]
     assert "gracePeriodSeconds" not in kept.asked[-1][1]
@@ -185,12 +185,12 @@ def test_stopping_waits_for_the_pod_unless_it_is_hard(cluster: tuple[Cluster, An
     assert "gracePeriodSeconds=0" in kept.asked[-1][1]
 
 
-def test_a_cluster_that_refuses_or_is_away(cluster: tuple[Cluster, Any], job: Job) -> None:
+def test_a_cluster_that_refuses_or_is_away(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
     kept, api = cluster
     executor = made(api)
     kept.refuse = 403
     with pytest.raises(ConfigError, match=r"answered 403(.|\n)*the rights of this worker"):
-        executor.start(job, "t", ENVIRONMENT)
+        executor.start(lease, ENVIRONMENT)
     kept.refuse = 500
     with pytest.raises(UnavailableError, match="answered 500"):
         executor.look("a-place")

@@ -75,19 +75,14 @@ def leased(store: JobStore, folder: Path, steps: int) -> JobLease:
     return lease
 
 
-def test_a_job_is_trained_by_ray_and_another_is_stopped(
-    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_is_trained_by_ray_and_another_is_stopped(address: str, tmp_path: Path) -> None:
     executor = connected(address)
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "kernels").symlink_to((Path(os.environ["VENEER_HOME"]) / "kernels").resolve())
-    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     with open_library(tmp_path / "library") as library:
         store = JobStore(library)
         lease = leased(store, tmp_path, 3)
         variables = {**environment_of(library), "VENEER_OPS": "listed"}
-        place = executor.start(lease.job, lease.token, variables)
-        assert executor.start(lease.job, lease.token, variables) == place
+        place = executor.start(lease, variables)
+        assert executor.start(lease, variables) == place
         while (ended := executor.look(place)) is None:
             time.sleep(0.5)
         job = store.get("acme", lease.job.id)
@@ -95,7 +90,7 @@ def test_a_job_is_trained_by_ray_and_another_is_stopped(
         assert library.find("acme/support@1").tags == [f"job:{job.id}"]
 
         lease = leased(store, tmp_path, 100_000)
-        place = executor.start(lease.job, lease.token, variables)
+        place = executor.start(lease, variables)
         while store.get("acme", lease.job.id).step < 2:
             assert executor.look(place) is None
             time.sleep(0.5)

@@ -14,7 +14,7 @@ from sqlalchemy.exc import OperationalError
 
 from veneer.errors import ResourceError
 from veneer.jobs.executors import Ended
-from veneer.jobs.store import Job, JobStore
+from veneer.jobs.store import Job, JobLease, JobStore
 from veneer.jobs.worker import Worker
 from veneer.library.library import Library
 from veneer.serve.tenancy import manage
@@ -28,17 +28,16 @@ class Pretended:
     """Processes that run until a test says how they ended; `stubborn`: only a kill ends them."""
 
     def __init__(self) -> None:
-        self.running: dict[str, Job] = {}
-        self.tokens: dict[str, str] = {}
+        self.running: dict[str, JobLease] = {}
         self.over: dict[str, Ended] = {}
         self.asked: list[tuple[str, bool]] = []
         self.stubborn = self.refuse = False
 
-    def start(self, job: Job, token: str, environment: Mapping[str, str]) -> str:
+    def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
         if self.refuse:
             raise ResourceError("there is no room for a process", fix="wait")
-        place = f"pretended {job.id} {job.attempt}"
-        self.running[place], self.tokens[place] = job, token
+        place = f"pretended {lease.job.id} {lease.job.attempt}"
+        self.running[place] = lease
         return place
 
     def look(self, place: str) -> Ended | None:
@@ -152,10 +151,7 @@ def test_a_place_that_cannot_start_anything_now_is_tried_again(library: Library,
 
 
 @pytest.mark.parametrize("end", ["succeeded", "cancelled"])
-def test_the_checkpoints_of_what_succeeded_are_not_kept(
-    library: Library, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
-) -> None:
-    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
+def test_the_checkpoints_of_what_succeeded_are_not_kept(library: Library, store: JobStore, end: str) -> None:
     executor, job = Pretended(), queued(store)
     kept = job.folder / "attempt-1" / "checkpoints" / "step-00000001"
     kept.mkdir(parents=True)
@@ -166,7 +162,7 @@ def test_the_checkpoints_of_what_succeeded_are_not_kept(
         if end == "cancelled":
             store.cancel("acme", job.id)
         else:
-            store.finish(store.held(job.id, executor.tokens[place]), result={"reference": "acme/support@1"})
+            store.finish(executor.running[place], result={"reference": "acme/support@1"})
         executor.over[place] = Ended("ended with exit code 0")
     assert state(store, job) == end
     assert kept.is_dir() == (end == "cancelled")
@@ -194,7 +190,7 @@ def test_no_tenant_runs_more_at_once_than_its_terms_say(library: Library, store:
     with working(library, executor, at_once=10, tenants=tenants):
         until(lambda: len(executor.running) == 4)
         time.sleep(0.1)
-        assert sorted(job.tenant for job in executor.running.values()) == ["", "acme", "acme", "best"]
+        assert sorted(lease.job.tenant for lease in executor.running.values()) == ["", "acme", "acme", "best"]
     tenants.close()
 
 

@@ -15,7 +15,7 @@ from sqlalchemy import MetaData, inspect
 
 from tests.old_databases import made
 from veneer.errors import ConfigError
-from veneer.jobs.store import JOB_SCHEMA
+from veneer.jobs.tables import JOB_SCHEMA
 from veneer.library import index as ix
 from veneer.library.database import open_engine, reading, write_transaction
 from veneer.library.library import open_library

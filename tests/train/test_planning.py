@@ -14,7 +14,7 @@ from veneer.plan.plan import Plan, TrainingJob, text_plan
 from veneer.plan.shape import text_shape
 from veneer.plan.tables import Device, base_config, device_named
 from veneer.plan.time import rates_of
-from veneer.train.config.load import TrainConfig, config_from
+from veneer.train.config.load import TrainConfig, config_from, load_config
 from veneer.train.planning import load_of, plan_of_config, to_be_set
 
 VALUES = {"base": "smollm2-135m", "data": {"train": "d.jsonl"}, "output": "o"}
@@ -66,12 +66,12 @@ def test_a_configuration_without_its_data_is_planned_by_numbers(tmp_path: Path) 
     file = tmp_path / "c.yaml"
     file.write_text("base: smollm2-135m\ndata: {train: nowhere.jsonl}\noutput: o\n", encoding="utf-8")
     with pytest.raises(DataError) as caught:
-        plan_of_config(file, (), cpu_device())
+        plan_of_config(load_config(file)[0], cpu_device())
     assert "--rows and --tokens-per-row" in str(caught.value.fix)
-    found = plan_of_config(file, ("schedule.epochs=2",), cpu_device(), rows=64, tokens_per_row=100)
+    found = plan_of_config(load_config(file, ("schedule.epochs=2",))[0], cpu_device(), rows=64, tokens_per_row=100)
     assert (found.job.total_steps, found.job.tokens) == (8, 12800)
     with pytest.raises(ConfigError, match="no base 'smolm'"):
-        plan_of_config(file, ("base.name=smolm",), cpu_device(), rows=64, tokens_per_row=100)
+        plan_of_config(load_config(file, ("base.name=smolm",))[0], cpu_device(), rows=64, tokens_per_row=100)
 
 
 def test_pictures_are_counted_in_their_folder(tmp_path: Path) -> None:
@@ -80,6 +80,6 @@ def test_pictures_are_counted_in_their_folder(tmp_path: Path) -> None:
         (tmp_path / "p" / f"{i}.png").write_bytes(b"")
     file = tmp_path / "c.yaml"
     file.write_text("base: emoji-flux\ndata: {pictures: p}\noutput: o\nadapter: {rank: 8}\n", encoding="utf-8")
-    found = plan_of_config(file, ("schedule.epochs=4",), cpu_device())
+    found = plan_of_config(load_config(file, ("schedule.epochs=4",))[0], cpu_device())
     assert found.job.rows == 3
     assert dict(found.facts)["at once"].startswith("3 of 64 × 64")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from veneer.cli.output import field, print_json, print_table, say
 
 if TYPE_CHECKING:
     from veneer.jobs.store import Job, JobStore
+    from veneer.serve.tenancy.store import Route
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Training jobs: submit, watch, stop.")
 
@@ -67,12 +68,11 @@ def submit(
 ) -> None:
     """Check and plan a run, and queue it. Exit code 2 where it cannot be queued."""
     from veneer.jobs.after import load_job_config
-    from veneer.jobs.validate import submitted, tenants_at, terms_of
+    from veneer.jobs.validate import submitted, tenants_at
 
     chosen, after = load_job_config(config, overrides or [])
     with _opened() as store, tenants_at(tenants) as known:
-        terms = terms_of(known)
-        job = submitted(store, chosen, terms=terms, tenant=tenant, name=name, after=after, tenants=known)
+        job = submitted(store, chosen, tenant=tenant, name=name, after=after, tenants=known)
     _shown(job, as_json)
     if job.state == "failed":
         raise SystemExit(2)
@@ -104,8 +104,7 @@ def show(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
     with _opened() as store:
         found = store.get(tenant, job)
         bill, points = store.bill(tenant, job), store.checkpoints(tenant, job)
-        told, _ = store.events(tenant, job, limit=1 << 30)
-        after = [event for event in told if event.kind in ("evaluation", "route")]
+        after = store.events_of(tenant, job, "evaluation", "route")
     if as_json:
         more = {"checkpoints": [point.__dict__ for point in points], "bill": None if bill is None else bill.__dict__}
         more["after"] = [event.__dict__ for event in after]
@@ -171,24 +170,27 @@ def resume(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
 @app.command(epilog="Example: veneer jobs promote ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def promote(job: _Id, tenant: _Whose = None, tenants: TenantsDatabase = None, as_json: AsJson = False) -> None:
     """All users of the job's route get what it made."""
-    _moved(job, tenant, tenants, as_json, "promote_job")
+    from veneer.jobs.canary import promote_job
+
+    _moved(job, tenant, tenants, as_json, promote_job)
 
 
 @app.command(epilog="Example: veneer jobs rollback ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def rollback(job: _Id, tenant: _Whose = None, tenants: TenantsDatabase = None, as_json: AsJson = False) -> None:
     """The job's route leads to what it led to before the job moved it, for the same users."""
-    _moved(job, tenant, tenants, as_json, "rollback_job")
+    from veneer.jobs.canary import rollback_job
+
+    _moved(job, tenant, tenants, as_json, rollback_job)
 
 
-def _moved(job: str, tenant: str | None, place: str | None, as_json: bool, what: str) -> None:
-    from veneer.jobs import canary
-    from veneer.jobs.store import JobStore
+def _moved(
+    job: str, tenant: str | None, place: str | None, as_json: bool, move: Callable[..., Route | None]
+) -> None:  # fmt: skip
     from veneer.jobs.validate import tenants_at
-    from veneer.library.library import open_library
     from veneer.serve.tenancy.routes import route_shown
 
-    with open_library(_place["location"], _place["index"]) as library, tenants_at(place) as known:
-        route = getattr(canary, what)(JobStore(library), library, known, tenant, job)
+    with _opened() as store, tenants_at(place) as known:
+        route = move(store, known, tenant, job)
     if as_json:
         print_json({"route": None if route is None else route_shown(route)})
     elif route is None:

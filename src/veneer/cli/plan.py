@@ -154,27 +154,29 @@ def plan(
     if config is not None and more:
         _refuse(context, {"base", "trace", *_SERVED, *_OF_TEXT - _OF_DATA, *_OF_PICTURES, *_OF_BOTH}, "of several runs")
         from veneer.plan.render import group_text
-        from veneer.train.planning import plan_of_configs
+        from veneer.train.config.load import load_config
+        from veneer.train.planning import plan_of_texts
 
-        files = [config, *map(Path, more)]
-        group = plan_of_configs(
-            files, [word for word in overrides or [] if word not in more], device, rows=rows,
-            tokens_per_row=tokens_per_row, longest=longest, trained=trained,
-        )  # fmt: skip
-        print(json.dumps(group.to_dict()) if as_json else group_text(group, [str(file) for file in files]))
+        files, changes = [str(config), *more], [word for word in overrides or [] if word not in more]
+        given = {"rows": rows, "tokens_per_row": tokens_per_row, "longest": longest, "trained": trained}
+        group = plan_of_texts([load_config(file, changes)[0] for file in files], files, device, [given] * len(files))
+        print(json.dumps(group.to_dict()) if as_json else group_text(group, files))
         return
     if config is not None:
         _refuse(context, {"base", *_OF_TEXT - _OF_DATA, *_OF_PICTURES, *_OF_BOTH}, "the configuration says it")
-        from veneer.train.planning import plan_of_config
+        from veneer.train.config.load import load_config
+        from veneer.train.planning import base_fields, plan_of_config
 
+        run, _ = load_config(config, overrides or [])
         made = plan_of_config(
-            config, overrides or [], device, rows=rows, tokens_per_row=tokens_per_row, longest=longest, trained=trained,
+            run, device, rows=rows, tokens_per_row=tokens_per_row, longest=longest, trained=trained,
             traffic=None if prompt is None else Traffic(prompt, answer, together, tenants),
         )  # fmt: skip
+        fields = base_fields(run.base.name)
     elif base is not None:
         if rows is None:
             raise ConfigError("a plan needs --rows", fix=_EXAMPLE.removeprefix("Example: "))
-        found = base_config(base)
+        found = fields = base_config(base)
         rates, process = rates_here(device, dtype)
         if is_denoiser(found):
             _refuse(context, _OF_TEXT | _SERVED, "the base is for pictures", "leave it out")
@@ -201,11 +203,6 @@ def plan(
             made = text_plan(base, shape, load, device, rates, job, process=process, traffic=traffic)
     else:
         raise ConfigError("nothing to plan", fix=f"give a CONFIG.yaml, or {_EXAMPLE.removeprefix('Example: ')}")
-    fields: dict[str, Any] = {}
-    if trace:
-        from veneer.train.planning import base_fields
-
-        fields = base_config(base) if base is not None else base_fields(config, overrides or [])  # type: ignore[arg-type]
     if not as_json:
         print(plan_text(made), flush=True)  # before a trace, which takes minutes
     steps, stopped = _traced(made, fields, not as_json) if trace else ({}, None)

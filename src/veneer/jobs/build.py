@@ -46,10 +46,10 @@ def training(service: Service, library: Library) -> Extension:
             with suppress(asyncio.CancelledError):
                 await task
 
-    routers = [file_routes(files), tuning_routes(jobs, files, library)]
+    routers = [file_routes(files), tuning_routes(jobs, files)]
     tenancy = service.tenancy
     if isinstance(tenancy, Tenants) and tenancy.admin_hash is not None:
-        routers.append(canary_routes(jobs, library, tenancy))
+        routers.append(canary_routes(jobs, tenancy))
     return Extension(routers, large_bodies(files), start, stop)
 
 

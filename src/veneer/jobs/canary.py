@@ -1,10 +1,10 @@
 """The loop closed: what was trained is compared, gets its place on a route, is promoted or taken back.
 
-    compared = compare_job(store, lease, library, tenants, result)      base, what serves now, the new one; on its card
-    place_job(store, lease, library, tenants, reference, compared)      its route moves, as its rule says
+    compared = compare_job(store, lease, tenants, result)      base, what serves now, the new one; on its card
+    place_job(store, lease, tenants, reference, compared)      its route moves, as its rule says
 
-    promote_job(store, library, tenants, "acme", job)                  by hand: all users
-    rollback_job(store, library, tenants, "acme", job)                 what the route led to before the job moved it
+    promote_job(store, tenants, "acme", job)                   by hand: all users
+    rollback_job(store, tenants, "acme", job)                  what the route led to before the job moved it
 
 | rule          | the new version gets                                                                            |
 | none          | its weight of the users, and is the shadow of the rest, if its route says so; a hand decides      |
@@ -52,8 +52,8 @@ def _after_of(job: Job) -> AfterJob | None:
 
 
 def compare_job(
-    store: JobStore, lease: JobLease, library: Library, tenants: Store | None, result: Mapping[str, Any]
-) -> dict[str, Any] | None:
+    store: JobStore, lease: JobLease, tenants: Store | None, result: Mapping[str, Any]
+) -> dict[str, Any] | None:  # fmt: skip
     """What the event `evaluation` has: `scores` of base, serving and new, and what serves by which move. None where
     nothing is evaluated, or could not be. The card of the adapter has it then. Raises LeaseLost, and what may pass."""
     after = _after_of(lease.job)
@@ -63,7 +63,7 @@ def compare_job(
     if there is None:
 
         def do(held: HeldOut = after.evaluate) -> JobEvent:
-            return _compared(lease.job, held, after.route, library, tenants, Path(result["adapter"]))
+            return _compared(lease.job, held, after.route, store.library, tenants, Path(result["adapter"]))
 
         there = _tried(store, lease, "evaluation", "it could not be compared", do)
     if "scores" not in there.data:
@@ -73,8 +73,7 @@ def compare_job(
 
 
 def place_job(
-    store: JobStore, lease: JobLease, library: Library, tenants: Store | None, reference: str,
-    compared: Mapping[str, Any] | None,
+    store: JobStore, lease: JobLease, tenants: Store | None, reference: str, compared: Mapping[str, Any] | None
 ) -> None:  # fmt: skip
     """Moves the job's route to where `reference` belongs, once. Raises LeaseLost, and what may pass."""
     after = _after_of(lease.job)
@@ -82,7 +81,7 @@ def place_job(
         return
 
     def do(route: CanaryRoute = after.route) -> JobEvent:
-        text, data = _placed(lease.job, after, route, library, _known(tenants), reference, compared)
+        text, data = _placed(lease.job, after, route, store.library, _known(tenants), reference, compared)
         return JobEvent("info", "route", text, {"route": route.name, "reference": reference, **data})
 
     _tried(store, lease, "route", "the route stays as it is", do)
@@ -106,8 +105,7 @@ def _tried(store: JobStore, lease: JobLease, kind: str, otherwise: str, do: Call
 
 
 def _told(store: JobStore, job: Job, kind: str) -> JobEvent | None:
-    events, _ = store.events(None, job.id, limit=1 << 30)
-    return next((event for event in events if event.kind == kind), None)
+    return next(iter(store.events_of(None, job.id, kind)), None)
 
 
 def _known(tenants: Store | None) -> Store:
@@ -256,7 +254,7 @@ def _readable(library: Library) -> Callable[[str], None]:
 # -- by hand -----------------------------------------------------------------------------------------------------------
 
 
-def promote_job(store: JobStore, library: Library, tenants: Store | None, tenant: str | None, job: str) -> Route:
+def promote_job(store: JobStore, tenants: Store | None, tenant: str | None, job: str) -> Route:
     """All users of its route get what the job made. Raises UnknownJob, WrongState, ConfigError."""
     found, route = _routed(store, tenant, job)
     if found.result is None:
@@ -265,16 +263,14 @@ def promote_job(store: JobStore, library: Library, tenants: Store | None, tenant
     _, now = _standing(known, found.tenant, route)
     if now is not None and now.targets == ((reference, 1),) and now.shadow is None:
         return now
-    check = _readable(library)
+    check = _readable(store.library)
     made = routes.set_route(known, route, [(reference, 1)], tenant=found.tenant, who=_hand(found), check=check)
     told = JobEvent("info", "route", f"promoted by hand: {route} leads to {reference}", {"promoted": True})
     store.remark(found.tenant, job, told)
     return made
 
 
-def rollback_job(
-    store: JobStore, library: Library, tenants: Store | None, tenant: str | None, job: str
-) -> Route | None:  # fmt: skip
+def rollback_job(store: JobStore, tenants: Store | None, tenant: str | None, job: str) -> Route | None:
     """The route leads again to what it led to before the job moved it, for the same users; None where there was no
     such route. Raises UnknownJob, WrongState, ConfigError where the job did not move it, or somebody else has since."""
     found, route = _routed(store, tenant, job)
@@ -293,9 +289,8 @@ def rollback_job(
     if number in mine:
         routes.remove_route(known, route, tenant=found.tenant, who=who)
     else:
-        back = routes.rollback_route(
-            known, route, tenant=found.tenant, who=who, moves=mine, check=_readable(library)
-        )  # fmt: skip
+        check = _readable(store.library)
+        back = routes.rollback_route(known, route, tenant=found.tenant, who=who, moves=mine, check=check)
     leads = "is gone, as before" if back is None else f"leads to {', '.join(name for name, _ in back.targets)} again"
     store.remark(found.tenant, job, JobEvent("info", "route", f"taken back: {route} {leads}", {"promoted": False}))
     return back

@@ -1,6 +1,6 @@
 """Where jobs' processes run, behind one small protocol, and the first such place: this machine.
 
-    place = executor.start(job, token, environment)     a process of `jobs.process` for that lease
+    place = executor.start(lease, environment)          a process of `jobs.process` for it
     executor.look(place)                                None as long as it is there, else how it ended
     executor.stop(place), .stop(place, hard=True)       asked to save its state and end; ended
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from veneer.jobs.store import Job, JobLease
+from veneer.jobs.store import Job, JobLease, jobs_home
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Ended:
 class Executor(Protocol):
     """Raises nothing for a place where there is nothing (any more): that has ended."""
 
-    def start(self, job: Job, token: str, environment: Mapping[str, str]) -> str:
+    def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
         """A process for this lease; returns where it is, for the other two. Raises ResourceError."""
 
     def look(self, place: str) -> Ended | None:
@@ -45,12 +45,8 @@ class Executor(Protocol):
         """Ask it to save its state and end, as SIGTERM does, and return; `hard`: it ends as SIGKILL has it."""
 
 
-def command_of(job: Job, token: str) -> list[str]:
-    """What an executor starts, wherever veneer is installed."""
-    return ["-m", "veneer.jobs.process", job.id, token]
-
-
-def _command_of_all(leases: Sequence[JobLease]) -> list[str]:
+def command_of(*leases: JobLease) -> list[str]:
+    """What an executor has Python do, wherever veneer is installed."""
     return ["-m", "veneer.jobs.process", *(word for lease in leases for word in (lease.job.id, lease.token))]
 
 
@@ -78,23 +74,23 @@ class LocalExecutor(Executor):
         self.nice = nice
         self._children: dict[str, tuple[subprocess.Popen[bytes], int]] = {}
 
-    def start(self, job: Job, token: str, environment: Mapping[str, str]) -> str:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        name = f"{job.id}-{job.attempt}"  # a pid alone may come again
-        return self._started(name, command_of(job, token), job.log, environment, memory_of(job))
+    def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
+        name = f"{lease.job.id}-{lease.job.attempt}"  # a pid alone may come again
+        return self._started(name, [lease], lease.job.log, environment, memory_of(lease.job))
 
     def start_together(self, leases: Sequence[JobLease], environment: Mapping[str, str], planned: int) -> str:
         """One process for all of them, in this order. `planned`: bytes of this machine's memory that they hold together
         by their plan; 0: nothing is said of it. What it prints is of several tenants' jobs, and in no job's log: see
         `together.log` in the jobs' folder. Raises ResourceError."""
+        name = f"together-{secrets.token_hex(8)}"  # no job's, since each has it as its place
+        return self._started(name, leases, jobs_home() / "together.log", environment, _room_of(planned))
+
+    def _started(
+        self, name: str, leases: Sequence[JobLease], output: Path, environment: Mapping[str, str], room: int
+    ) -> str:  # fmt: skip
         for lease in leases:
             lease.job.folder.mkdir(parents=True, exist_ok=True)
-        log = leases[0].job.folder.parent / "together.log"
-        name = f"together-{secrets.token_hex(8)}"  # no job's, since each has it as its place
-        return self._started(name, _command_of_all(leases), log, environment, _room_of(planned))
-
-    def _started(self, name: str, words: list[str], output: Path, environment: Mapping[str, str], room: int) -> str:
-        command = [sys.executable, *words, "--tied"]
+        command = [sys.executable, *command_of(*leases), "--tied"]
         if self.nice and os.name == "posix":
             command = ["nice", "-n", str(self.nice), *command]
         with open(output, "ab") as log:

@@ -24,80 +24,23 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    Connection,
-    Engine,
-    Float,
-    Index,
-    Integer,
-    MetaData,
-    Table,
-    Text,
-    delete,
-    func,
-    insert,
-    select,
-    update,
-)
+from sqlalchemy import Column, Connection, Engine, delete, func, insert, select, update
 
 from veneer.files.atomic import replace_file
-from veneer.library.database import Key, reading, write_transaction
+from veneer.jobs.tables import JOB_SCHEMA, job_file_table, job_part_table, job_upload_table
+from veneer.library.database import reading, write_transaction
 from veneer.library.library import Library
-from veneer.library.migrate import Schema, bring_up
+from veneer.library.migrate import bring_up
 from veneer.library.store import CHUNK, LocalStore, RemoteStore, blob_path, open_store, store_errors
 from veneer.serve.request import Refused, invalid
 
 _Purpose = Literal["fine-tune", "fine-tune-results"]
 _UploadStatus = Literal["pending", "completed", "cancelled", "expired"]
-
-_FILE_TABLES = MetaData()
-_COUNTED = BigInteger().with_variant(Integer, "sqlite")
-_file_table = Table(
-    "job_files",
-    _FILE_TABLES,
-    Column("number", _COUNTED, primary_key=True, autoincrement=True),  # the order in which they came
-    Column("id", Key(), nullable=False, unique=True),
-    Column("tenant", Key(), nullable=False),
-    Column("filename", Text, nullable=False),
-    Column("purpose", Key(), nullable=False),
-    Column("bytes", BigInteger, nullable=False),
-    Column("sha256", Key(), nullable=False),
-    Column("created", Float, nullable=False),  # seconds since 1970
-    Column("expires", Float, index=True),  # NULL: never
-    Index("job_files_content", "tenant", "sha256"),
-)
-_upload_table = Table(
-    "job_uploads",
-    _FILE_TABLES,
-    Column("id", Key(), primary_key=True),
-    Column("tenant", Key(), nullable=False, index=True),
-    Column("filename", Text, nullable=False),
-    Column("purpose", Key(), nullable=False),
-    Column("bytes", BigInteger, nullable=False),  # as announced
-    Column("created", Float, nullable=False),
-    Column("expires", Float, nullable=False),
-    Column("status", Key(), nullable=False),
-    Column("keep", Float),  # seconds that the file is to be kept for; NULL: for ever
-    Column("file", Key()),
-)
-_part_table = Table(
-    "job_parts",
-    _FILE_TABLES,
-    Column("id", Key(), primary_key=True),
-    Column("upload", Key(), nullable=False, index=True),
-    Column("tenant", Key(), nullable=False),
-    Column("bytes", BigInteger, nullable=False),
-    Column("sha256", Key(), nullable=False),
-    Column("created", Float, nullable=False),
-    Index("job_parts_content", "tenant", "sha256"),
-)
 
 _LOCK = 0x66696C6573  # "files": the key of PostgreSQL's advisory lock
 _GRACE = 3600.0
@@ -159,32 +102,10 @@ class UploadPart:
     created: float
 
 
-@dataclass(frozen=True)
-class FilePage:
-    """Some of a tenant's files, in the order asked for. `more`: whether there are others after them."""
-
-    files: list[UploadedFile]
-    more: bool
-
-
-def _before(connection: Connection) -> None:
-    """Tables that held no revision: there never were any."""
-
-
-_FILE_SCHEMA = Schema(
-    "the database of uploaded files",
-    _FILE_TABLES,
-    Path(__file__).parent / "uploads" / "versions",
-    "job_files_version",
-    _LOCK,
-    _before,
-)
-
-
 def open_files(library: Library, limits: FileLimits | None = None) -> Files:
     """The uploaded files beside a library: their rows in its database, their bytes below `uploads` in its store. Raises
     what opening a store or a database does."""
-    bring_up(library.engine, _FILE_SCHEMA, library.location)
+    bring_up(library.engine, JOB_SCHEMA, library.location)
     store = open_store(f"{library.location.rstrip('/')}/uploads")
     return Files(library.engine, store, limits or FileLimits())
 
@@ -206,43 +127,22 @@ class Files:
     ) -> UploadedFile:  # fmt: skip
         """Keeps what is in `source`, which is read from its beginning, more than once. `keep`: seconds until it
         expires. `id`: its own, for a file that is made here; if there is one with it already, that stays. Blocks."""
-        sha256, size = _measured(source)
-        return self._enter(tenant, filename, purpose, source, sha256, size, keep, id=id)
+        made = self._file(tenant, filename, purpose, source, keep, id)
+        with self._adding(tenant, made, source) as c:
+            self._check_room(c, tenant, made.bytes)
+            if not self._known(c, tenant, made.id):
+                c.execute(insert(job_file_table), vars(made))
+        return made
 
-    def _enter(
-        self, tenant: str, filename: str, purpose: _Purpose, source: IO[bytes], sha256: str, size: int,
-        keep: float | None, upload: str | None = None, id: str | None = None,
+    def _file(
+        self, tenant: str, filename: str, purpose: _Purpose, source: IO[bytes], keep: float | None,
+        id: str | None = None,
     ) -> UploadedFile:  # fmt: skip
-        """`upload`: the one that this file is, which has to be pending still, and is completed with it."""
+        sha256, size = _measured(source)
         if not size:
             raise invalid("the file is empty", "file", "send a file with something in it")
-        name, now = _plain(filename), self.clock()
-        made = UploadedFile(
-            id or f"file-{secrets.token_hex(12)}",
-            tenant,
-            name,
-            purpose,
-            size,
-            sha256,
-            now,
-            None if keep is None else now + keep,
-        )
-        path = _path(tenant, sha256)
-        if self.store.size(path) != size:
-            self._write(path, source, sha256)
-        with self._change() as c:
-            if upload is None:
-                self._check_room(c, tenant, size)
-            else:
-                _pending(c, tenant, upload, now)
-                c.execute(
-                    update(_upload_table).where(_upload_table.c.id == upload).values(status="completed", file=made.id)
-                )
-            if self.store.size(path) != size:  # the last other file with these bytes was deleted meanwhile
-                self._write(path, source, sha256)
-            if id is None or not self._known(c, tenant, id):
-                c.execute(insert(_file_table), _row_of(made))
-        return made
+        id, name, now = id or f"file-{secrets.token_hex(12)}", _plain(filename), self.clock()
+        return UploadedFile(id, tenant, name, purpose, size, sha256, now, None if keep is None else now + keep)
 
     def known(self, tenant: str, id: str) -> bool:
         """Whether there is a file with this id."""
@@ -250,7 +150,7 @@ class Files:
             return self._known(c, tenant, id)
 
     def _known(self, c: Connection, tenant: str, id: str) -> bool:
-        t = _file_table.c
+        t = job_file_table.c
         return c.scalar(select(t.id).where(t.id == id, t.tenant == tenant)) is not None
 
     def get(self, tenant: str, id: str) -> UploadedFile:
@@ -258,7 +158,7 @@ class Files:
             return self._get(c, tenant, id)
 
     def _get(self, c: Connection, tenant: str, id: str) -> UploadedFile:
-        t = _file_table.c
+        t = job_file_table.c
         row = c.execute(select(*_columns()).where(t.id == id, t.tenant == tenant)).first()
         if row is None or (row.expires is not None and row.expires <= self.clock()):
             raise _missing("File", id, "id")
@@ -267,9 +167,10 @@ class Files:
     def list(
         self, tenant: str, *, purpose: str | None = None, limit: int = 10_000, after: str | None = None,
         newest_first: bool = True,
-    ) -> FilePage:  # fmt: skip
-        """`after`: the id of the file that the last page ended with. Raises Refused for one that is not there."""
-        t = _file_table.c
+    ) -> tuple[list[UploadedFile], bool]:  # fmt: skip
+        """Some of a tenant's files, and whether there are more. `after`: the id of the last one of the page before.
+        Raises Refused for one that is not there."""
+        t = job_file_table.c
         query = select(*_columns()).where(t.tenant == tenant, (t.expires.is_(None)) | (t.expires > self.clock()))
         if purpose is not None:
             query = query.where(t.purpose == purpose)
@@ -281,7 +182,7 @@ class Files:
                 query = query.where(t.number < at if newest_first else t.number > at)
             order = t.number.desc() if newest_first else t.number
             rows = c.execute(query.order_by(order).limit(limit + 1)).all()
-        return FilePage([UploadedFile(**row._mapping) for row in rows[:limit]], len(rows) > limit)
+        return [UploadedFile(**row._mapping) for row in rows[:limit]], len(rows) > limit
 
     def open(self, file: UploadedFile) -> IO[bytes]:
         """Its bytes. Reading those of a remote store raises what the store does."""
@@ -305,7 +206,7 @@ class Files:
     def delete(self, tenant: str, id: str) -> None:
         with self._change() as c:
             gone = self._get(c, tenant, id)
-            c.execute(delete(_file_table).where(_file_table.c.id == id))
+            c.execute(delete(job_file_table).where(job_file_table.c.id == id))
         self._release([(tenant, gone.sha256)])
 
     # -- uploads -------------------------------------------------------------------------------------------------------
@@ -313,7 +214,7 @@ class Files:
     def begin(self, tenant: str, filename: str, purpose: _Purpose, bytes: int, *, keep: float | None = None) -> Upload:
         """A file of so many bytes is going to come in parts."""
         if bytes > self.limits.upload:
-            raise too_large("the upload", self.limits.upload)
+            raise Refused(f"the upload has more than {self.limits.upload:,} bytes", status=413, code="too_large")
         now = self.clock()
         made = Upload(
             f"upload_{secrets.token_hex(12)}", tenant, _plain(filename), purpose, bytes, now,
@@ -321,28 +222,25 @@ class Files:
         )  # fmt: skip
         with self._change() as c:
             self._check_room(c, tenant, bytes)
-            c.execute(insert(_upload_table), _row_of(made))
+            c.execute(insert(job_upload_table), vars(made))
         return made
 
     def get_upload(self, tenant: str, id: str) -> Upload:
         with reading(self.engine) as c:
-            found = _upload(c, tenant, id, self.clock())
-            return found
+            return _upload(c, tenant, id, self.clock())
 
     def add_part(self, tenant: str, upload: str, source: IO[bytes]) -> UploadPart:
         """Keeps one part. Blocks."""
         sha256, size = _measured(source)
         if not size:
             raise invalid("the part is empty", "data")
-        path, now = _path(tenant, sha256), self.clock()
+        now = self.clock()
         made = UploadPart(f"part_{secrets.token_hex(12)}", upload, size, sha256, now)
         with reading(self.engine) as c:  # before anything is kept of it
             _pending(c, tenant, upload, now)
-        if self.store.size(path) != size:
-            self._write(path, source, sha256)
-        with self._change() as c:
+        with self._adding(tenant, made, source) as c:
             whole = _pending(c, tenant, upload, now).bytes
-            p = _part_table.c
+            p = job_part_table.c
             count, sent = c.execute(
                 select(func.count(), func.coalesce(func.sum(p.bytes), 0)).where(p.upload == upload)
             ).one()
@@ -351,9 +249,7 @@ class Files:
             if sent + size > 2 * whole + self.limits.part:  # parts may be sent again, and need not all be used
                 raise invalid(f"the parts have more than the {whole:,} bytes of the upload", "data")
             self._check_room(c, tenant, size)
-            if self.store.size(path) != size:
-                self._write(path, source, sha256)
-            c.execute(insert(_part_table), {**_row_of(made), "tenant": tenant})
+            c.execute(insert(job_part_table), vars(made) | {"tenant": tenant})
         return made
 
     def complete(self, tenant: str, id: str, parts: Sequence[str], md5: str | None = None) -> Upload:
@@ -361,7 +257,7 @@ class Files:
         pending still. Blocks."""
         with reading(self.engine) as c:
             upload = _pending(c, tenant, id, self.clock())
-            rows = c.execute(select(_part_table).where(_part_table.c.upload == id)).all()
+            rows = c.execute(select(job_part_table).where(job_part_table.c.upload == id)).all()
         known = {row.id: row for row in rows}
         if wrong := [part for part in parts if part not in known]:
             raise invalid(f"the upload has no part {wrong[0][:100]!r}", "part_ids")
@@ -383,8 +279,13 @@ class Files:
                 raise invalid(f"the upload {id} was given up meanwhile", "upload_id", "begin another") from None
             if md5 is not None and checked.hexdigest() != md5.lower():
                 raise invalid(f"the parts have the md5 {checked.hexdigest()}, not {md5[:64]}", "md5", "send them again")
-            sha256, size = _measured(whole)
-            self._enter(tenant, upload.filename, upload.purpose, whole, sha256, size, upload.keep, upload=id)
+            made = self._file(tenant, upload.filename, upload.purpose, whole, upload.keep)
+            with self._adding(tenant, made, whole) as c:
+                _pending(c, tenant, id, self.clock())
+                c.execute(
+                    update(job_upload_table).where(job_upload_table.c.id == id).values(status="completed", file=made.id)
+                )
+                c.execute(insert(job_file_table), vars(made))
         self._drop_parts([id])
         return self.get_upload(tenant, id)
 
@@ -392,7 +293,7 @@ class Files:
         """The upload is over; what was sent of it is removed."""
         with self._change() as c:
             _pending(c, tenant, id, self.clock())
-            c.execute(update(_upload_table).where(_upload_table.c.id == id).values(status="cancelled"))
+            c.execute(update(job_upload_table).where(job_upload_table.c.id == id).values(status="cancelled"))
         self._drop_parts([id])
         return self.get_upload(tenant, id)
 
@@ -401,34 +302,34 @@ class Files:
     def sweep(self) -> int:
         """Removes files and uploads that have expired, what is left of killed processes, and uploads that ended long
         ago. Returns how many there were. Safe beside everything else, and to be killed."""
-        now, f, u = self.clock(), _file_table.c, _upload_table.c
+        now, f, u = self.clock(), job_file_table.c, job_upload_table.c
         with self._change() as c:
             old = c.execute(select(f.id, f.tenant, f.sha256).where(f.expires <= now)).all()
-            c.execute(delete(_file_table).where(f.id.in_([row.id for row in old])))
+            c.execute(delete(job_file_table).where(f.id.in_([row.id for row in old])))
             late = c.execute(
-                update(_upload_table).where(u.status == "pending", u.expires <= now).values(status="expired")
+                update(job_upload_table).where(u.status == "pending", u.expires <= now).values(status="expired")
             ).rowcount
-            c.execute(delete(_upload_table).where(u.status != "pending", u.expires <= now - _REMEMBERED))
+            c.execute(delete(job_upload_table).where(u.status != "pending", u.expires <= now - _REMEMBERED))
         self._release([(row.tenant, row.sha256) for row in old])
         with reading(self.engine) as c:
-            over = select(_part_table.c.upload).outerjoin(_upload_table, u.id == _part_table.c.upload)
+            over = select(job_part_table.c.upload).outerjoin(job_upload_table, u.id == job_part_table.c.upload)
             ended = c.scalars(over.where((u.status.is_(None)) | (u.status != "pending")).distinct()).all()
         self._drop_parts(ended)
         if isinstance(self.store, LocalStore):
             self.store.sweep(set())
         with reading(self.engine) as c:
-            tables = (_file_table.c, _part_table.c)
+            tables = (job_file_table.c, job_part_table.c)
             held = {_path(row.tenant, row.sha256) for t in tables for row in c.execute(select(t.tenant, t.sha256))}
         stray = [p for p, _, changed in self.store.walk("tenants") if p not in held and changed <= now - _GRACE]
         return len(old) + late + self._release([_content(path) for path in stray])
 
     def _drop_parts(self, uploads: Iterable[str]) -> None:
         """The parts of uploads that have ended."""
-        p = _part_table.c
+        p = job_part_table.c
         for upload in uploads:
             with self._change() as c:
                 rows = c.execute(select(p.tenant, p.sha256).where(p.upload == upload)).all()
-                c.execute(delete(_part_table).where(p.upload == upload))
+                c.execute(delete(job_part_table).where(p.upload == upload))
             self._release([(row.tenant, row.sha256) for row in rows])
 
     def _release(self, contents: Iterable[tuple[str, str]]) -> int:
@@ -447,13 +348,24 @@ class Files:
     def _check_room(self, c: Connection, tenant: str, more: int) -> None:
         have = sum(
             int(c.scalar(select(func.coalesce(func.sum(t.c.bytes), 0)).where(t.c.tenant == tenant)) or 0)
-            for t in (_file_table, _part_table)
+            for t in (job_file_table, job_part_table)
         )
         if have + more > self.limits.room:
             raise Refused(
                 f"the files here have {have:,} bytes, and with {more:,} more they would have over {self.limits.room:,}",
                 status=400, code="storage_full", fix="delete files that are not needed any more",
             )  # fmt: skip
+
+    @contextmanager
+    def _adding(self, tenant: str, made: UploadedFile | UploadPart, source: IO[bytes]) -> Iterator[Connection]:
+        """A transaction that adds a row, with its bytes on the disk before it begins and when it ends."""
+        path = _path(tenant, made.sha256)
+        if self.store.size(path) != made.bytes:
+            self._write(path, source, made.sha256)
+        with self._change() as c:
+            yield c
+            if self.store.size(path) != made.bytes:  # the last other row with these bytes was deleted meanwhile
+                self._write(path, source, made.sha256)
 
     def _write(self, path: str, source: IO[bytes], sha256: str) -> None:
         source.seek(0)
@@ -466,10 +378,8 @@ class Files:
             whole.flush()
             self.store.put(path, Path(whole.name), sha256)
 
-    @contextmanager
-    def _change(self) -> Iterator[Connection]:
-        with write_transaction(self.engine, _LOCK) as c:
-            yield c
+    def _change(self) -> AbstractContextManager[Connection]:
+        return write_transaction(self.engine, _LOCK)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -486,30 +396,26 @@ def _content(path: str) -> tuple[str, str]:
 
 
 def _columns() -> list[Column[Any]]:
-    return [c for c in _file_table.c if c.name != "number"]
-
-
-def _row_of(made: UploadedFile | Upload | UploadPart) -> dict[str, Any]:
-    return dict(vars(made))
+    return [c for c in job_file_table.c if c.name != "number"]
 
 
 def _held(c: Connection, tenant: str, sha256: str) -> bool:
     return any(
         c.scalar(select(func.count()).where(t.c.tenant == tenant, t.c.sha256 == sha256))
-        for t in (_file_table, _part_table)
+        for t in (job_file_table, job_part_table)
     )
 
 
 def _upload(c: Connection, tenant: str, id: str, now: float) -> Upload:
-    u = _upload_table.c
-    row = c.execute(select(_upload_table).where(u.id == id, u.tenant == tenant)).first()
+    u = job_upload_table.c
+    row = c.execute(select(job_upload_table).where(u.id == id, u.tenant == tenant)).first()
     if row is None:
         raise _missing("Upload", id, "upload_id")
     values = dict(row._mapping)
     if row.status == "pending" and row.expires <= now:
         values["status"] = "expired"
     if row.file is not None:
-        kept = c.execute(select(*_columns()).where(_file_table.c.id == row.file)).first()
+        kept = c.execute(select(*_columns()).where(job_file_table.c.id == row.file)).first()
         values["file"] = None if kept is None else UploadedFile(**kept._mapping)
     return Upload(**values)
 
@@ -541,7 +447,3 @@ def _plain(filename: str) -> str:
 
 def _missing(kind: str, id: str, param: str) -> Refused:
     return Refused(f"No such {kind} object: {id[:100]}", status=404, code="not_found", param=param)
-
-
-def too_large(what: str, most: int) -> Refused:
-    return Refused(f"{what} has more than {most:,} bytes", status=413, code="too_large")

@@ -12,16 +12,15 @@ import time
 from pathlib import Path
 
 from veneer.jobs.files import Files, UploadedFile
-from veneer.jobs.store import ENDS, TRANSITIONS, JobStore
+from veneer.jobs.store import ENDS, TRANSITIONS, JobStore, jobs_home
 from veneer.library.store import CHUNK
-from veneer.models.home import veneer_home
 
 _GRACE = 3600.0
 """Seconds for which a folder without a job is let be: its job may be on its way."""
 
 
 def _inputs() -> Path:
-    return veneer_home() / "jobs" / "inputs"
+    return jobs_home() / "inputs"
 
 
 def put_input(files: Files, id: str, which: str, file: UploadedFile) -> Path:
@@ -58,13 +57,10 @@ def sweep_inputs(jobs: JobStore) -> int:
     needed: set[str] = set()
     after, more = None, bool(old)
     while more:
-        page, more = jobs.jobs(None, after=after, limit=1000, states=_UNFINISHED)
+        page, more = jobs.jobs(None, after=after, limit=1000, states=TRANSITIONS.keys() - ENDS)
         needed |= {str(job.about.get("input")) for job in page}
         after = page[-1].id if page else None
     gone = [each for each in old if each.name not in needed]
     for each in gone:
         shutil.rmtree(each, ignore_errors=True)
     return len(gone)
-
-
-_UNFINISHED = [state for state in TRANSITIONS if state not in ENDS]

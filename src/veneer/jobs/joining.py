@@ -26,7 +26,6 @@ from veneer.jobs.validate import job_config
 from veneer.plan.memory import Load
 from veneer.plan.plan import GroupPlan
 from veneer.plan.tables import Device
-from veneer.train.config.checks import check_group
 from veneer.train.config.text import TrainConfig
 from veneer.train.planning import plan_of_texts
 
@@ -66,11 +65,10 @@ def _group(jobs: Sequence[Job], device: Device) -> GroupPlan | None:
     counted = [(job.plan or {}).get("counted") for job in jobs]
     try:
         configs = [job_config(job, job.folder) for job in jobs]
-        check_group(configs, [job.id for job in jobs])
         texts = [config for config in configs if isinstance(config, TrainConfig) and _has_share(config)]
         if len(texts) < len(jobs) or any(_is_compared(job) for job in jobs) or not all(counted) or device.count > 1:
             return None
-        planned = plan_of_texts(texts, device, [own or {} for own in counted])
+        planned = plan_of_texts(texts, [job.id for job in jobs], device, [own or {} for own in counted])
     except VeneerError:
         return None
     return planned if all(plan.device.count == 1 for plan in planned.plans) else None

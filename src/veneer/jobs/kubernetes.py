@@ -15,7 +15,7 @@ from typing import Any
 
 from veneer.errors import ConfigError, MissingExtraError, UnavailableError
 from veneer.jobs.executors import Ended, Executor, command_of, memory_of
-from veneer.jobs.store import Job
+from veneer.jobs.store import JobLease
 
 _KEPT_SECONDS = 86400
 """How long Kubernetes keeps what has ended, for whoever wants to look."""
@@ -42,22 +42,21 @@ class KubernetesExecutor(Executor):
         api = api or _configured()
         self._jobs, self._pods, self._error = client.BatchV1Api(api), client.CoreV1Api(api), client.ApiException
 
-    def start(self, job: Job, token: str, environment: Mapping[str, str]) -> str:
-        place = f"{job.id.lower()}-{job.attempt}"
-        self._ask(
-            self._jobs.create_namespaced_job, self.namespace, self._body(place, job, token, environment), also=409
-        )
+    def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
+        place = f"{lease.job.id.lower()}-{lease.job.attempt}"
+        body = self._body(place, lease, environment)
+        self._ask(self._jobs.create_namespaced_job, self.namespace, body, also=409)
         return place
 
-    def _body(self, place: str, job: Job, token: str, environment: Mapping[str, str]) -> dict[str, Any]:
+    def _body(self, place: str, lease: JobLease, environment: Mapping[str, str]) -> dict[str, Any]:
         hidden = {"VENEER_LIBRARY_INDEX"} if self.secret else set()
         hidden |= {"VENEER_TENANTS"} if self.secret and "://" in environment.get("VENEER_TENANTS", "") else set()
         container: dict[str, Any] = {
-            "name": "train", "image": self.image, "command": ["python", *command_of(job, token)],
+            "name": "train", "image": self.image, "command": ["python", *command_of(lease)],
             "env": [{"name": name, "value": value} for name, value in environment.items() if name not in hidden],
             "resources": {"limits": {}, "requests": {}},
         }  # fmt: skip
-        if memory := memory_of(job):
+        if memory := memory_of(lease.job):
             container["resources"] = {"limits": {"memory": str(memory)}, "requests": {"memory": str(memory)}}
         if self.gpus:
             container["resources"]["limits"]["nvidia.com/gpu"] = str(self.gpus)
@@ -69,7 +68,7 @@ class KubernetesExecutor(Executor):
         if self.claim:
             container["volumeMounts"] = [{"name": "home", "mountPath": environment["VENEER_HOME"]}]
             pod["volumes"] = [{"name": "home", "persistentVolumeClaim": {"claimName": self.claim}}]
-        labels = {_LABEL: job.id}
+        labels = {_LABEL: lease.job.id}
         return {
             "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": place, "labels": labels},
             # one try: whether there is another is the queue's to say
@@ -100,14 +99,8 @@ class KubernetesExecutor(Executor):
     def stop(self, place: str, *, hard: bool = False) -> None:
         """In the foreground: the Job is there until its pod has ended."""
         options = {"grace_period_seconds": 0} if hard else {}
-        self._ask(
-            self._jobs.delete_namespaced_job,
-            place,
-            self.namespace,
-            propagation_policy="Foreground",
-            also=404,
-            **options,
-        )
+        delete = self._jobs.delete_namespaced_job
+        self._ask(delete, place, self.namespace, propagation_policy="Foreground", also=404, **options)
 
     def _ask(self, call: Any, *arguments: Any, also: int, **options: Any) -> Any:
         """The answer; None for the status `also`. Raises UnavailableError where there is no answer or a fault of

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from veneer.jobs.store import ENDS, Job, JobCheckpoint, JobEvent
+from veneer.jobs.store import ENDS, Job, JobCheckpoint, JobEvent, jobs_home
 from veneer.library.names import TunedName
 from veneer.serve.http.bodies import FAIL_FAST, Body, Strict, at_most
 from veneer.train.config.load import config_from
@@ -230,7 +230,7 @@ def _plain_text(job: Job, text: str) -> str:
     uploaded."""
     for path in (*(_path(job, which) for which in _FILES), str(job.config["base"]["name"])):
         text = text.replace(path, Path(path).name)
-    text = text.replace(f"{job.folder}/", "").replace(f"{job.folder.parent.parent}/", "")
+    text = text.replace(f"{job.folder}/", "").replace(f"{jobs_home().parent}/", "")
     text = re.sub(r"^(started|resumed) by \S+$", r"\1", text)
     return re.sub(r"^\S+ was lost: \S+ goes on", "its worker was lost: another goes on", text)
 
@@ -246,7 +246,8 @@ def event_number(job: Job, id: str) -> int | None:
 
 
 _METRICS = {"loss": "train_loss", "validation_loss": "valid_loss", "steps": "total_steps"}
-_MEASURED = ("metrics", "validation")
+MEASURED = ("metrics", "validation")
+"""Kinds of events that measure something."""
 
 
 def shown_event(job: Job, event: JobEvent) -> dict[str, Any]:
@@ -256,17 +257,16 @@ def shown_event(job: Job, event: JobEvent) -> dict[str, Any]:
         "object": "fine_tuning.job.event", "id": _event_id(job, event.number), "created_at": int(event.at),
         "level": event.level, "message": _plain_text(job, event.message),
         "data": json.loads(_plain_text(job, json.dumps(data))),
-        "type": "metrics" if event.kind in _MEASURED else "message",
+        "type": "metrics" if event.kind in MEASURED else "message",
     }  # fmt: skip
 
 
-def results_of(events: Iterable[JobEvent]) -> bytes:
+def results_of(measured: Iterable[JobEvent]) -> bytes:
     """A job's result file: a line of CSV for each step that was measured, with its loss and, where the held-out rows
     were scored after it, theirs."""
     lines: dict[int, dict[str, Any]] = {}
-    for event in events:
-        if event.kind in _MEASURED:
-            lines.setdefault(int(event.data["step"]), {}).update(event.data)
+    for event in measured:
+        lines.setdefault(int(event.data["step"]), {}).update(event.data)
     rows = [(step, lines[step].get("loss", ""), lines[step].get("validation_loss", "")) for step in sorted(lines)]
     return "".join(f"{a},{b},{c}\n" for a, b, c in [("step", "train_loss", "valid_loss"), *rows]).encode()
 

@@ -60,26 +60,26 @@ _AGAIN = 2.0
 """Seconds after which a database that was away is tried again."""
 
 
-def carry_out_job(library: Library, job: str, token: str) -> int:
-    """Everything, in this process; 0, or 75 where the job was given back or is another's."""
-    store = JobStore(library)
-    try:
-        lease = store.held(job, token)
-    except LeaseLost as error:
-        print(error, file=sys.stderr)
-        return 75
-    teller = _Teller(store, lease, lambda: os.kill(os.getpid(), signal.SIGTERM))  # its state is saved, and it ends
-    return _ends(library, teller, lambda: _trained(lease.job, teller))
-
-
 def carry_out_jobs(library: Library, tokens: Mapping[str, str]) -> int:
-    """The same of several jobs, each with its token, in one pass of their base; 75 if one of them was given back."""
+    """Everything, in this process, of the jobs of these tokens, several of them in one pass of their base; 0, or 75
+    where one of them was given back, or none is this process's."""
     store = JobStore(library)
     held: list[JobLease] = []
     for job, token in tokens.items():
-        with contextlib.suppress(LeaseLost):
+        try:
             held.append(store.held(job, token))
-    tellers = [_Teller(store, lease, lambda: None) for lease in with_shares(held)]
+        except LeaseLost as error:
+            print(error, file=sys.stderr)
+    if not held:
+        return 75
+    if len(tokens) > 1:
+        return max(_carried_out_together(store, held))
+    teller = _Teller(store, held[0], lambda: os.kill(os.getpid(), signal.SIGTERM))  # its state is saved, and it ends
+    return _carried_out(teller, lambda: _trained(teller))
+
+
+def _carried_out_together(store: JobStore, leases: Sequence[JobLease]) -> list[int]:
+    tellers = [_Teller(store, lease, lambda: None) for lease in with_shares(leases)]
     for teller in tellers:
         teller.events.append(JobEvent("info", "note", "in one process with other jobs of its base"))
     going_on, codes = dict(enumerate(tellers)), [0] * len(tellers)
@@ -87,7 +87,7 @@ def carry_out_jobs(library: Library, tokens: Mapping[str, str]) -> int:
     def ended(place: int, outcome: RunResult | VeneerError) -> None:
         teller = going_on.pop(place)
         with _own_log(teller.lease.job):
-            codes[place] = _ends(library, teller, lambda: _result(outcome), alone=True)
+            codes[place] = _carried_out(teller, lambda: _result(outcome), alone=True)
         again = with_shares([each.lease for each in going_on.values()])
         for each, lease in zip(going_on.values(), again, strict=True):
             each.lease = lease
@@ -95,29 +95,18 @@ def carry_out_jobs(library: Library, tokens: Mapping[str, str]) -> int:
     try:
         _trained_together(tellers, ended)
     except BaseException as error:
-        if not isinstance(error, Interrupted | KeyboardInterrupt):
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        if not stopped:
             traceback.print_exception(error)
         for place, teller in going_on.items():
-            codes[place] = _given_back(teller, error)
-    return max(codes, default=0)
+            codes[place] = _ended(teller, error, alone=not stopped, anyones=True)
+    return codes
 
 
 def _result(outcome: RunResult | VeneerError) -> dict[str, Any]:
     if isinstance(outcome, VeneerError):
         raise outcome
     return dict(outcome.to_dict())
-
-
-def _given_back(teller: _Teller, error: BaseException) -> int:
-    """Of one of several jobs that end by one error, whosever it is."""
-    with contextlib.suppress(LeaseLost):
-        teller.flush(wait=True)
-        if isinstance(error, Interrupted | KeyboardInterrupt):
-            teller.store.release(teller.lease, "stopped, to go on from its last checkpoint")
-        else:
-            teller.store.note(teller.lease, place="")
-            teller.store.release(teller.lease, "its process ended, to go on by itself from its last checkpoint")
-    return 75
 
 
 @contextlib.contextmanager
@@ -145,17 +134,17 @@ def _trained_together(tellers: Sequence[_Teller], ended: Callable[[int, RunResul
         )  # fmt: skip
 
 
-def _ends(library: Library, teller: _Teller, train: Callable[[], dict[str, Any]], *, alone: bool = False) -> int:
+def _carried_out(teller: _Teller, train: Callable[[], dict[str, Any]], *, alone: bool = False) -> int:
     """Trains a job and ends it. `alone`: others of its process go on, without it."""
-    store = teller.store
+    store, library = teller.store, teller.store.library
     try:
         result = train()
         teller.flush(wait=True)
         lease = teller.lease
         with tenants_at(os.environ.get("VENEER_TENANTS")) as tenants:
-            compared = compare_job(store, lease, library, tenants, result)
+            compared = compare_job(store, lease, tenants, result)
             reference = _published(library, lease.job, result)
-            place_job(store, lease, library, tenants, reference, compared)
+            place_job(store, lease, tenants, reference, compared)
         if lease.job.about.get("publish") == "checkpoints":
             from veneer.jobs.checkpoints import publish_checkpoints  # late: a worker needs no torch
 
@@ -167,19 +156,22 @@ def _ends(library: Library, teller: _Teller, train: Callable[[], dict[str, Any]]
         print(error, file=sys.stderr)
         return 75
     except BaseException as error:
+        print(error, file=sys.stderr, flush=True)
         return _ended(teller, error, alone=alone)
 
 
-def _ended(teller: _Teller, error: BaseException, *, alone: bool) -> int:
-    """What becomes of a job whose run did not come to its end."""
+def _ended(teller: _Teller, error: BaseException, *, alone: bool, anyones: bool = False) -> int:
+    """What becomes of a job whose run did not come to its end. `alone`: it is no more of those whom it was with.
+    `anyones`: whose error it is, nobody can tell, and none of them fails by it."""
     store, lease = teller.store, teller.lease
-    print(error, file=sys.stderr, flush=True)
     with contextlib.suppress(LeaseLost):
         teller.flush(wait=True)
         if alone:
-            store.note(lease, place="")  # it is no more of those whom it was with
+            store.note(lease, place="")
         if isinstance(error, Interrupted | KeyboardInterrupt):
             store.release(lease, "stopped, to go on from its last checkpoint")
+        elif anyones:
+            store.release(lease, "its process ended, to go on by itself from its last checkpoint")
         elif may_pass(error):
             what = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
             store.died(lease, what, fix=getattr(error, "fix", None) or "")
@@ -189,13 +181,13 @@ def _ended(teller: _Teller, error: BaseException, *, alone: bool) -> int:
     return 75
 
 
-def _trained(job: Job, teller: _Teller) -> dict[str, Any]:
+def _trained(teller: _Teller) -> dict[str, Any]:
     """The run in its folder, and what came of it as JSON values."""
     from veneer.models.loading import errors_only
 
-    folder = _folder(job)
+    folder = _folder(teller.lease.job)
     teller.catch_up(folder)
-    config = job_config(job, folder)
+    config = job_config(teller.lease.job, folder)
     options: dict[str, Any] = {"resume": folder.is_dir(), "on_event": teller}
     result: Any
     with errors_only():
@@ -242,8 +234,7 @@ class _Teller:
         self.newest: dict[str, Any] = {}
         self.step, self.steps, self.tokens = 0, lease.job.steps, 0
         self.last, self.lost = 0.0, False
-        told, _ = store.events(None, lease.job.id, limit=1 << 30)
-        self.scored = {event.data["step"] for event in told if event.kind == "validation"}
+        self.scored = {event.data["step"] for event in store.events_of(None, lease.job.id, "validation")}
 
     def catch_up(self, folder: Path) -> None:
         """What the last checkpoint in `folder` has, of which a kill may have kept the queue from hearing. The run's own
@@ -346,7 +337,7 @@ def main(arguments: list[str]) -> int:
         tied(lambda: os._exit(75))
     try:
         with open_library() as library:
-            return carry_out_jobs(library, tokens) if len(tokens) > 1 else carry_out_job(library, *words)
+            return carry_out_jobs(library, tokens)
     except ResourceError as error:
         print(error, file=sys.stderr)
         return 75

@@ -14,7 +14,7 @@ from typing import Any
 
 from veneer.errors import MissingExtraError, UnavailableError
 from veneer.jobs.executors import Ended, Executor, command_of, memory_of
-from veneer.jobs.store import Job
+from veneer.jobs.store import JobLease
 
 _ALIVE = frozenset({"PENDING", "RUNNING"})
 
@@ -37,13 +37,14 @@ class RayExecutor(Executor):
         except (ConnectionError, RuntimeError) as error:
             raise self._away(error) from error
 
-    def start(self, job: Job, token: str, environment: Mapping[str, str]) -> str:
+    def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
+        job = lease.job
         place = f"{job.id}-{job.attempt}"
         # Ray ends a job's process by SIGTERM and, so many seconds later, by SIGKILL
         variables = {**environment, "RAY_JOB_STOP_WAIT_TIME_S": str(round(self.grace))}
         try:
             self._dashboard.submit_job(
-                entrypoint=shlex.join([self.python, *command_of(job, token)]), submission_id=place,
+                entrypoint=shlex.join([self.python, *command_of(lease)]), submission_id=place,
                 runtime_env={"env_vars": variables}, metadata={"tenant": job.tenant, "adapter": job.name},
                 entrypoint_num_cpus=self.cpus, entrypoint_num_gpus=self.gpus or None,
                 entrypoint_memory=memory_of(job) or None,

@@ -46,32 +46,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    ColumnElement,
-    Connection,
-    Float,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    Select,
-    Table,
-    Text,
-    exists,
-    func,
-    insert,
-    not_,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import ColumnElement, Connection, Select, exists, func, insert, not_, or_, select, update
 
 from veneer.errors import ConfigError, VeneerError, counted, one_of, quoted, shown
-from veneer.library.database import Key, database_clock, reading, write_transaction
+from veneer.jobs.tables import JOB_SCHEMA, job_bill_table, job_checkpoint_table, job_event_table, job_table
+from veneer.library.database import database_clock, reading, write_transaction
 from veneer.library.library import Library
-from veneer.library.migrate import Schema, append_only, bring_up
+from veneer.library.migrate import bring_up
 from veneer.library.names import check_name
 from veneer.models.home import veneer_home
 from veneer.serve.tenancy.store import check_tenant
@@ -113,75 +94,6 @@ class OverBudget(ConfigError):
 
 class LeaseLost(VeneerError):
     """Raised to whoever works on a job that is no longer its own: it was paused, cancelled, or taken over."""
-
-
-# -- tables ------------------------------------------------------------------------------------------------------------
-
-_JOB_TABLES = MetaData()
-
-
-def _columns(kind: Any, *names: str, nullable: bool = False) -> list[Column[Any]]:
-    return [Column(name, kind, nullable=nullable) for name in names]
-
-
-# Times are in seconds since 1970 by the database's clock, money in millionths.
-_jobs = Table(
-    "jobs",
-    _JOB_TABLES,
-    Column("id", Key(), primary_key=True),
-    Column("number", BigInteger, nullable=False, unique=True),  # in the order in which they were made
-    *_columns(Key(), "tenant", "name", "state"),
-    *_columns(Text, "config", "about"),  # JSON
-    *_columns(Text, "plan", "error", "result", nullable=True),  # JSON
-    *_columns(Float, "created"),
-    *_columns(Float, "queued", "started", "ended", nullable=True),
-    *_columns(BigInteger, "step", "steps", "tokens", "price", "planned"),  # planned: what it is going to cost
-    *_columns(Float, "seconds"),
-    *_columns(Integer, "attempt", "faults"),
-    *_columns(Key(), "token", "worker", nullable=True),
-    *_columns(Float, "renewed", "until", nullable=True),
-    *_columns(Text, "place"),  # where its process is, in the words of who started it
-    Index("jobs_of_tenant", "tenant", "number"),
-    Index("jobs_by_state", "state", "number"),
-)
-_events = Table(
-    "job_events",
-    _JOB_TABLES,
-    Column("job", Key(), ForeignKey(_jobs.c.id), primary_key=True),
-    Column("number", BigInteger, primary_key=True, autoincrement=False),  # from 1
-    *_columns(Float, "at"),
-    *_columns(Key(), "level", "kind"),
-    *_columns(Text, "message", "data"),  # data: JSON
-)
-_checkpoints = Table(
-    "job_checkpoints",
-    _JOB_TABLES,
-    Column("job", Key(), ForeignKey(_jobs.c.id), primary_key=True),
-    Column("step", BigInteger, primary_key=True, autoincrement=False),
-    *_columns(Float, "at"),
-    *_columns(Text, "metrics"),  # JSON
-    *_columns(Text, "reference", nullable=True),
-)
-_bills = Table(
-    "job_bills",
-    _JOB_TABLES,
-    Column("job", Key(), ForeignKey(_jobs.c.id), primary_key=True),
-    *_columns(Key(), "tenant", "name", "day", "state"),
-    *_columns(Float, "at", "seconds"),
-    *_columns(BigInteger, "tokens", "price", "cost"),
-    Index("job_bills_of_tenant", "tenant", "day"),
-)
-
-
-def _first(c: Connection) -> None:
-    append_only(c, ("job_events", "job_bills"), "events and bills of jobs are", "job_records_fixed")
-
-
-_LOCK = 0x6A6F6273  # "jobs": the key of PostgreSQL's advisory lock
-
-JOB_SCHEMA = Schema(
-    "the table of jobs", _JOB_TABLES, Path(__file__).parent / "versions", "job_version", _LOCK, lambda c: None, _first
-)
 
 
 # -- what is in them ---------------------------------------------------------------------------------------------------
@@ -230,7 +142,7 @@ class Job:
     @property
     def folder(self) -> Path:
         """Where its files are, on every machine that works on it: the veneer home is theirs in common."""
-        return _jobs_home() / self.id
+        return jobs_home() / self.id
 
     @property
     def log(self) -> Path:
@@ -306,7 +218,7 @@ def _plan_number(job: Job, name: str) -> float:
     return float((job.plan or {}).get(name) or 0)
 
 
-def _jobs_home() -> Path:
+def jobs_home() -> Path:
     """Where jobs' files are: `jobs` in the veneer home."""
     return veneer_home() / "jobs"
 
@@ -332,11 +244,11 @@ def _json(value: Any) -> str | None:
 
 
 class JobStore:
-    """The queue of a library. Thread-safe; it lives as long as the library is open."""
+    """The queue of a `library`. Thread-safe; it lives as long as the library is open."""
 
     def __init__(self, library: Library) -> None:
         """Tables are made where there are none. Raises ConfigError for those of a later veneer."""
-        self.engine = library.engine
+        self.library, self.engine = library, library.engine
         bring_up(self.engine, JOB_SCHEMA, library.location)
 
     # -- whoever has jobs ----------------------------------------------------------------------------------------------
@@ -359,19 +271,19 @@ class JobStore:
         check_name(full)
         given = {key: value for key, value in config.items() if key != "output"}
         with self._writing() as (c, now):
-            unfinished = _jobs.c.tenant == tenant, _jobs.c.state.not_in(ENDS)
-            if (c.scalar(select(func.count()).select_from(_jobs).where(*unfinished)) or 0) >= _WAITING:
+            unfinished = job_table.c.tenant == tenant, job_table.c.state.not_in(ENDS)
+            if (c.scalar(select(func.count()).select_from(job_table).where(*unfinished)) or 0) >= _WAITING:
                 raise ConfigError(
                     f"{_WAITING:,} jobs of {tenant or 'this machine'} have not ended", where="jobs",
                     fix="wait for some of them, or cancel those that nobody needs",
                 )  # fmt: skip
-            number = (c.scalar(select(func.max(_jobs.c.number))) or 0) + 1
+            number = (c.scalar(select(func.max(job_table.c.number))) or 0) + 1
             made = {
                 "id": _new_id(), "number": number, "tenant": tenant, "name": full, "state": "validating",
                 "config": _json(given), "about": _json(dict(about or {})), "created": now, "step": 0, "steps": 0,
                 "tokens": 0, "price": 0, "planned": 0, "seconds": 0.0, "attempt": 0, "faults": 0, "place": "",
             }  # fmt: skip
-            c.execute(insert(_jobs), made)
+            c.execute(insert(job_table), made)
             job = self._row(c, tenant, str(made["id"]))
             _tell(c, job, now, JobEvent("info", "state", f"created {job.id}", {"state": "validating"}))
         return job
@@ -386,15 +298,15 @@ class JobStore:
     ) -> tuple[list[Job], bool]:  # fmt: skip
         """Jobs, the newest first, and whether there are more. `after`: the id of the last one of the page before.
         Raises UnknownJob for an `after` that the tenant does not have, ConfigError for a state that is none."""
-        query = _of(tenant).order_by(_jobs.c.number.desc()).limit(limit + 1)
+        query = _of(tenant).order_by(job_table.c.number.desc()).limit(limit + 1)
         wanted = [*states]
         for state in wanted:
             one_of(state, get_args(_JobState), "a state of jobs", "states")
         if wanted:
-            query = query.where(_jobs.c.state.in_(wanted))
+            query = query.where(job_table.c.state.in_(wanted))
         with reading(self.engine) as c:
             if after is not None:
-                query = query.where(_jobs.c.number < self._row(c, tenant, after).number)
+                query = query.where(job_table.c.number < self._row(c, tenant, after).number)
             found = [_job(row) for row in c.execute(query)]
         return found[:limit], len(found) > limit
 
@@ -403,36 +315,43 @@ class JobStore:
     ) -> tuple[list[JobEvent], bool]:  # fmt: skip
         """Events, the oldest first, those with a number above `after`, and whether there are more. `newest`: the newest
         first, those with a number below `after`, if that is not 0. Raises UnknownJob."""
-        e = _events.c
-        query = select(_events).where(e.job == job).limit(limit + 1)
-        query = query.order_by(e.number.desc() if newest else e.number)
+        e = job_event_table.c
+        query = select(job_event_table).order_by(e.number.desc() if newest else e.number).limit(limit + 1)
         if after or not newest:
             query = query.where(e.number < after if newest else e.number > after)
+        found = self._events(tenant, job, query)
+        return found[:limit], len(found) > limit
+
+    def events_of(self, tenant: str | None, job: str, *kinds: str) -> list[JobEvent]:
+        """All events of these kinds, the oldest first. Raises UnknownJob."""
+        e = job_event_table.c
+        return self._events(tenant, job, select(job_event_table).where(e.kind.in_(kinds)).order_by(e.number))
+
+    def _events(self, tenant: str | None, job: str, query: Select[Any]) -> list[JobEvent]:
         with reading(self.engine) as c:
             self._row(c, tenant, job)
-            rows = c.execute(query).all()
-        found = [JobEvent(r.level, r.kind, r.message, json.loads(r.data), r.number, r.at) for r in rows]
-        return found[:limit], len(found) > limit
+            rows = c.execute(query.where(job_event_table.c.job == job)).all()
+        return [JobEvent(r.level, r.kind, r.message, json.loads(r.data), r.number, r.at) for r in rows]
 
     def checkpoints(self, tenant: str | None, job: str) -> list[JobCheckpoint]:
         """The newest first. Raises UnknownJob."""
-        k = _checkpoints.c
+        k = job_checkpoint_table.c
         with reading(self.engine) as c:
             self._row(c, tenant, job)
-            rows = c.execute(select(_checkpoints).where(k.job == job).order_by(k.step.desc())).all()
+            rows = c.execute(select(job_checkpoint_table).where(k.job == job).order_by(k.step.desc())).all()
         return [JobCheckpoint(r.step, json.loads(r.metrics), r.reference, r.at) for r in rows]
 
     def bill(self, tenant: str | None, job: str) -> JobBill | None:
         """None as long as the job has not ended. Raises UnknownJob."""
         with reading(self.engine) as c:
             self._row(c, tenant, job)
-            row = c.execute(select(_bills).where(_bills.c.job == job)).first()
+            row = c.execute(select(job_bill_table).where(job_bill_table.c.job == job)).first()
         return None if row is None else JobBill(**row._mapping)
 
     def bills(self, since: str = "", until: str = "") -> list[JobBill]:
         """Every tenant's, of jobs that ended on these days, both included; the oldest first. For the operator."""
-        b = _bills.c
-        query = select(_bills).where(b.day >= since).order_by(b.at, b.job)
+        b = job_bill_table.c
+        query = select(job_bill_table).where(b.day >= since).order_by(b.at, b.job)
         with reading(self.engine) as c:
             return [JobBill(**row._mapping) for row in c.execute(query.where(b.day <= until) if until else query)]
 
@@ -465,7 +384,7 @@ class JobStore:
                 return found  # asked twice
             _allowed(found, state, only)
             rests = {"place": ""} if state == "paused" else {}  # others may be trained there, without it
-            c.execute(update(_jobs).where(_jobs.c.id == job).values(**_LEFT, **rests))
+            c.execute(update(job_table).where(job_table.c.id == job).values(**_LEFT, **rests))
             return self._move(c, found, state, now, {"paused": "paused", "queued": "resumed"}.get(state, "cancelled"))
 
     # -- whoever works on them -----------------------------------------------------------------------------------------
@@ -481,32 +400,31 @@ class JobStore:
         many a tenant may have running, None for any number. `only`: this job or none. A job that lost its worker too
         often fails here. Those that one process trained are there again when the last of them is, or when who asks
         has taken the others up already (`beside`)."""
+
+        def next_ones(c: Connection, now: float) -> list[Job]:
+            chosen = [_parted(now, beside)] + ([] if only is None else [job_table.c.id == only])
+            return self._waiting(c, state, now, at_once, chosen, 1)
+
         while True:
             with reading(self.engine) as c:  # looked for often, and mostly in vain: that takes no lock
-                if self._next(c, state, self._now(c), at_once, only, beside) is None:
+                if not next_ones(c, self._now(c)):
                     return None
             with self._writing() as (c, now):
-                found = self._next(c, state, now, at_once, only, beside)
+                found = next(iter(next_ones(c, now)), None)
                 if found is None:
                     return None
                 lost = found.until is not None
                 if lost and found.faults + 1 >= _FAULTS:
-                    times = f"whoever worked on this job was lost {_FAULTS} times in a row before a new checkpoint"
-                    error = {
-                        "kind": "lost",
-                        "message": times,
-                        "fix": "look at the workers' memory, then submit it again",
-                    }
-                    self._end(c, found, "failed", now, error=error)
+                    what = f"whoever worked on this job was lost {_FAULTS} times in a row before a new checkpoint"
+                    fix = "look at the workers' memory, then submit it again"
+                    self._end(c, found, "failed", now, error={"kind": "lost", "message": what, "fix": fix})
                     continue
                 values: dict[str, Any] = {"token": secrets.token_hex(16), "worker": shown(worker), "renewed": now}
                 values |= {"until": now + seconds, "attempt": found.attempt + (state == "queued")}
                 values |= {"faults": found.faults + lost}
                 if state == "queued" and found.started is None:
                     values["started"] = now
-                mine = _jobs.c.token.is_(None) if not lost else _jobs.c.until <= now
-                if c.execute(update(_jobs).where(_jobs.c.id == found.id, mine).values(**values)).rowcount != 1:
-                    continue
+                c.execute(update(job_table).where(job_table.c.id == found.id).values(**values))
                 if state == "queued" and lost:
                     text = f"{found.worker} was lost: {worker} goes on from the last checkpoint"
                     _tell(c, found, now, JobEvent("warn", "note", text))
@@ -514,59 +432,43 @@ class JobStore:
                     self._move(c, found, "running", now, f"{'resumed' if found.attempt else 'started'} by {worker}")
                 return JobLease(self._row(c, None, found.id), values["token"])
 
-    def _next(
-        self, c: Connection, state: str, now: float, at_once: Callable[[str], int | None], only: str | None,
-        beside: Sequence[JobLease],
-    ) -> Job | None:  # fmt: skip
-        j = _jobs.c
-        held = "running" if state == "queued" else state
-        chosen = [j.id == only] if only is not None else []
-        chosen.append(_parted(now, beside))
-        late = select(_jobs).where(j.state == held, j.until <= now, *chosen)
-        left = c.execute(late.order_by(j.number).limit(1)).first()
-        if left is not None:
-            return _job(left)
-        waits = j.state == state, j.token.is_(None), *chosen
-        free = select(j.tenant, func.min(j.number)).where(*waits).group_by(j.tenant)
-        working = select(j.tenant, func.count()).where(j.state == "running").group_by(j.tenant)
-        running = {tenant: int(count) for tenant, count in c.execute(working)}
-        for number, tenant in sorted(
-            ((int(number), str(tenant)) for tenant, number in c.execute(free)),
-            key=lambda pair: (running.get(pair[1], 0), pair[0]),
-        ):
-            most = at_once(tenant) if state == "queued" else None
-            if most is None or running.get(tenant, 0) < most:
-                return _job(c.execute(select(_jobs).where(j.number == number)).one())
-        return None
-
     def waiting(
-        self, at_once: Callable[[str], int | None] = lambda tenant: None, *, beside: Sequence[JobLease] = (),
-        limit: int = 100,
+        self, at_once: Callable[[str], int | None] = lambda tenant: None, *, beside: Sequence[JobLease] = ()
     ) -> list[Job]:  # fmt: skip
-        """Jobs that `take` would give to be trained, those whose lease ran out before those that are queued, of these
-        the first of every tenant before the second of any, and as many as the tenant may have running."""
-        j = _jobs.c
+        """Jobs that `take` would give to be trained, one after the other; the first hundred."""
         with reading(self.engine) as c:
             now = self._now(c)
-            free = select(_jobs).where(j.state == "queued", j.token.is_(None), _parted(now, beside)).order_by(j.number)
-            late = select(_jobs).where(j.state == "running", j.until <= now, _parted(now, beside)).order_by(j.number)
-            working = select(j.tenant, func.count()).where(j.state == "running").group_by(j.tenant)
-            running = {tenant: int(count) for tenant, count in c.execute(working)}
-            found = [_job(row) for row in c.execute(late.limit(limit))]
-            queued = [_job(row) for row in c.execute(free.limit(limit))]
-        turns: dict[str, int] = {}
-        order: list[tuple[int, int, Job]] = []
-        for job in queued:
-            turn = turns[job.tenant] = turns.get(job.tenant, running.get(job.tenant, 0)) + 1
-            most = at_once(job.tenant)
+            return self._waiting(c, "queued", now, at_once, [_parted(now, beside)], 100)
+
+    def _waiting(
+        self, c: Connection, state: str, now: float, at_once: Callable[[str], int | None],
+        chosen: Sequence[ColumnElement[bool]], limit: int,
+    ) -> list[Job]:  # fmt: skip
+        """Those whose lease ran out before those that wait; of these the first of every tenant before the second of
+        any, what it has running counted, and as many as it may have."""
+        j = job_table.c
+        held = "running" if state == "queued" else state
+        late = select(job_table).where(j.state == held, j.until <= now, *chosen).order_by(j.number).limit(limit)
+        found = [_job(row) for row in c.execute(late)]
+        if len(found) == limit:
+            return found
+        working = select(j.tenant, func.count()).where(j.state == "running").group_by(j.tenant)
+        running = {tenant: int(count) for tenant, count in c.execute(working)}
+        place = func.row_number().over(partition_by=j.tenant, order_by=j.number).label("place")
+        free = select(j.tenant, j.number, place).where(j.state == state, j.token.is_(None), *chosen).subquery()
+        turns = []
+        for tenant, number, own in c.execute(select(free).where(free.c.place <= limit)):
+            turn, most = running.get(tenant, 0) + own, at_once(tenant) if state == "queued" else None
             if most is None or turn <= most:
-                order.append((turn, job.number, job))
-        return found + [job for *_, job in sorted(order, key=lambda each: each[:2])]
+                turns.append((turn, number))
+        next_ones = [number for _, number in sorted(turns)[: limit - len(found)]]
+        jobs = {row.number: _job(row) for row in c.execute(select(job_table).where(j.number.in_(next_ones)))}
+        return found + [jobs[number] for number in next_ones]
 
     def held(self, job: str, token: str) -> JobLease:
         """The lease again, for a process that was told its job and token. Raises LeaseLost."""
         with reading(self.engine) as c:
-            row = c.execute(select(_jobs).where(_jobs.c.id == job, _jobs.c.token == token)).first()
+            row = c.execute(select(job_table).where(job_table.c.id == job, job_table.c.token == token)).first()
         if row is None:
             raise _lost(job)
         return JobLease(_job(row), token)
@@ -574,7 +476,7 @@ class JobStore:
     def renew(self, lease: JobLease, seconds: float) -> Job:
         """The lease holds for so many seconds from now on. Raises LeaseLost."""
         with self._working(lease) as (c, now, job):
-            c.execute(update(_jobs).where(_jobs.c.id == job.id).values(until=now + seconds))
+            c.execute(update(job_table).where(job_table.c.id == job.id).values(until=now + seconds))
         return job
 
     def note(
@@ -591,17 +493,17 @@ class JobStore:
             values: dict[str, Any] = {} if place is None else {"place": place}
             if trained is not None and trained[0] > job.step:
                 values |= dict(zip(("step", "steps", "tokens"), trained, strict=True))
-            k = _checkpoints.c
+            k = job_checkpoint_table.c
             for point in checkpoints:
                 there = k.job == job.id, k.step == point.step
                 if c.scalar(select(k.step).where(*there)) is None:
                     row = {"job": job.id, "step": point.step, "at": now, "metrics": _json(point.metrics)}
-                    c.execute(insert(_checkpoints), row | {"reference": point.reference})
+                    c.execute(insert(job_checkpoint_table), row | {"reference": point.reference})
                     values["faults"] = 0
                 elif point.reference is not None:
-                    c.execute(update(_checkpoints).where(*there).values(reference=point.reference))
+                    c.execute(update(job_checkpoint_table).where(*there).values(reference=point.reference))
             if values:
-                c.execute(update(_jobs).where(_jobs.c.id == job.id).values(**values))
+                c.execute(update(job_table).where(job_table.c.id == job.id).values(**values))
 
     def queue(self, lease: JobLease, plan: Mapping[str, Any], *, price: int = 0, budget: int | None = None) -> Job:
         """A validated job waits to be trained, and nobody has it any more. `plan`: with `tokens` and `steps`. `price`:
@@ -610,7 +512,7 @@ class JobStore:
         Raises OverBudget where this job, what waits and runs, and what was spent this month are together more than the
         budget; LeaseLost."""
         with self._working(lease) as (c, now, job):
-            planned, j = cost_of(int(plan["tokens"]), price), _jobs.c
+            planned, j = cost_of(int(plan["tokens"]), price), job_table.c
             if budget is not None:
                 others = select(func.sum(j.planned)).where(j.tenant == job.tenant, j.state.not_in(ENDS), j.id != job.id)
                 taken = int(c.scalar(others) or 0) + _spent(c, job.tenant, _day(now)[:8] + "01")
@@ -621,7 +523,7 @@ class JobStore:
                         where="budget", fix="fewer rows or epochs, a larger budget, or next month",
                     )  # fmt: skip
             values = {"plan": _json(dict(plan)), "price": price, "planned": planned, "steps": int(plan["steps"])}
-            c.execute(update(_jobs).where(j.id == job.id).values(**values, queued=now, faults=0, **_LEFT))
+            c.execute(update(job_table).where(j.id == job.id).values(**values, queued=now, faults=0, **_LEFT))
             cost = f", {money(planned)}" if planned else ""
             what = f"validated: {counted(int(plan['steps']), 'step')}, {int(plan['tokens']):,} tokens{cost}"
             return self._move(c, job, "queued", now, what)
@@ -629,7 +531,7 @@ class JobStore:
     def release(self, lease: JobLease, why: str) -> Job:
         """Gives a job that is trained back to the queue, to go on from its last checkpoint. Raises LeaseLost."""
         with self._working(lease) as (c, now, job):
-            c.execute(update(_jobs).where(_jobs.c.id == job.id).values(**_LEFT))
+            c.execute(update(job_table).where(job_table.c.id == job.id).values(**_LEFT))
             return self._move(c, job, "queued", now, why)
 
     def died(self, lease: JobLease, why: str, *, fix: str = "") -> Job:
@@ -639,7 +541,7 @@ class JobStore:
             if job.faults + 1 >= _FAULTS:
                 what = f"its process died {_FAULTS} times in a row before a new checkpoint: {why}"
                 return self._end(c, job, "failed", now, error={"kind": "died", "message": what, "fix": fix})
-            c.execute(update(_jobs).where(_jobs.c.id == job.id).values(faults=job.faults + 1, **_LEFT))
+            c.execute(update(job_table).where(job_table.c.id == job.id).values(faults=job.faults + 1, **_LEFT))
             _tell(c, job, now, JobEvent("warn", "note", f"its process died: {why}"))
             return self._move(c, job, "queued", now, "waits to go on from its last checkpoint")
 
@@ -655,7 +557,7 @@ class JobStore:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[tuple[Connection, float]]:
         """A transaction that no other one of this queue overlaps, and the time."""
-        with write_transaction(self.engine, _LOCK) as c:
+        with write_transaction(self.engine, JOB_SCHEMA.lock) as c:
             yield c, self._now(c)
 
     def _now(self, c: Connection) -> float:
@@ -664,16 +566,16 @@ class JobStore:
     @contextlib.contextmanager
     def _working(self, lease: JobLease) -> Iterator[tuple[Connection, float, Job]]:
         """As `_writing`, for whoever has the lease; the time that passed since the last of these is counted."""
-        mine = _jobs.c.id == lease.job.id, _jobs.c.token == lease.token
+        mine = job_table.c.id == lease.job.id, job_table.c.token == lease.token
         with self._writing() as (c, now):
-            passed = lease.share * (now - _jobs.c.renewed) if lease.job.state == "running" else 0.0
-            done = c.execute(update(_jobs).where(*mine).values(seconds=_jobs.c.seconds + passed, renewed=now))
+            passed = lease.share * (now - job_table.c.renewed) if lease.job.state == "running" else 0.0
+            done = c.execute(update(job_table).where(*mine).values(seconds=job_table.c.seconds + passed, renewed=now))
             if done.rowcount != 1:
                 raise _lost(lease.job.id)
             yield c, now, self._row(c, None, lease.job.id)
 
     def _row(self, c: Connection, tenant: str | None, job: str) -> Job:
-        row = c.execute(_of(tenant).where(_jobs.c.id == job)).first() if _ID.fullmatch(job) else None
+        row = c.execute(_of(tenant).where(job_table.c.id == job)).first() if _ID.fullmatch(job) else None
         if row is None:
             raise UnknownJob(f"there is no job {quoted(job, 40)}", where="job", fix="see `veneer jobs list`")
         return _job(row)
@@ -681,14 +583,14 @@ class JobStore:
     def _move(self, c: Connection, job: Job, state: _JobState, now: float, text: str, level: str = "info") -> Job:
         """The one place where a state changes."""
         _allowed(job, state)
-        c.execute(update(_jobs).where(_jobs.c.id == job.id).values(state=state))
+        c.execute(update(job_table).where(job_table.c.id == job.id).values(state=state))
         _tell(c, job, now, JobEvent(level, "state", text, {"state": state}))
         if state in ENDS:
-            c.execute(update(_jobs).where(_jobs.c.id == job.id).values(ended=now, **_LEFT))
+            c.execute(update(job_table).where(job_table.c.id == job.id).values(ended=now, **_LEFT))
             ended = self._row(c, None, job.id)
             cost = cost_of(ended.tokens, ended.price) if state in _BILLED else 0
             c.execute(
-                insert(_bills),
+                insert(job_bill_table),
                 {
                     "job": job.id, "tenant": job.tenant, "name": job.name, "day": _day(now), "state": state, "at": now,
                     "seconds": ended.seconds, "tokens": ended.tokens, "price": ended.price, "cost": cost,
@@ -700,7 +602,7 @@ class JobStore:
         self, c: Connection, job: Job, state: _JobState, now: float, *, result: Mapping[str, Any] | None = None,
         error: Mapping[str, Any] | None = None,
     ) -> Job:  # fmt: skip
-        c.execute(update(_jobs).where(_jobs.c.id == job.id).values(result=_json(result), error=_json(error)))
+        c.execute(update(job_table).where(job_table.c.id == job.id).values(result=_json(result), error=_json(error)))
         text = str((error or {}).get("message") or (result or {}).get("reference") or "done")
         return self._move(c, job, state, now, f"{state}: {text}", "info" if error is None else "error")
 
@@ -711,13 +613,16 @@ _LEFT: dict[str, Any] = {"token": None, "worker": None, "until": None, "renewed"
 def _parted(now: float, but: Sequence[JobLease]) -> ColumnElement[bool]:
     """That nobody has a lease of another job which the same process trained, `but` these. So those of a process that is
     gone are taken up together, and are beside one another as they were."""
-    other = _jobs.alias("other").c
+    other = job_table.alias("other").c
     held = other.state == "running", other.until > now, other.token.not_in([lease.token for lease in but])
-    return or_(_jobs.c.place == "", not_(exists().where(other.place == _jobs.c.place, other.id != _jobs.c.id, *held)))
+    return or_(
+        job_table.c.place == "",
+        not_(exists().where(other.place == job_table.c.place, other.id != job_table.c.id, *held)),
+    )
 
 
 def _of(tenant: str | None) -> Select[Any]:
-    return select(_jobs) if tenant is None else select(_jobs).where(_jobs.c.tenant == tenant)
+    return select(job_table) if tenant is None else select(job_table).where(job_table.c.tenant == tenant)
 
 
 def _allowed(job: Job, state: _JobState, only: str | None = None) -> None:
@@ -733,14 +638,14 @@ def _allowed(job: Job, state: _JobState, only: str | None = None) -> None:
 
 
 def _tell(c: Connection, job: Job, now: float, event: JobEvent) -> None:
-    number = (c.scalar(select(func.max(_events.c.number)).where(_events.c.job == job.id)) or 0) + 1
+    number = (c.scalar(select(func.max(job_event_table.c.number)).where(job_event_table.c.job == job.id)) or 0) + 1
     text = shown(event.message, lines=True)  # PostgreSQL keeps no NUL
     values = replace(event, number=number, at=now, message=text).__dict__ | {"job": job.id, "data": _json(event.data)}
-    c.execute(insert(_events), values)
+    c.execute(insert(job_event_table), values)
 
 
 def _spent(c: Connection, tenant: str, since: str) -> int:
-    b = _bills.c
+    b = job_bill_table.c
     return int(c.scalar(select(func.sum(b.cost)).where(b.tenant == tenant, b.day >= since)) or 0)
 
 

@@ -1,7 +1,7 @@
 """What is looked at before a job is queued: its config, its rows, whether it fits, how long it takes, what it costs.
 
     validated(store, lease, terms, device)         the job afterwards: queued with its plan, or failed with the reason
-    submitted(store, config, name=…, terms=…)      a new job of a configuration, looked at in the same breath
+    submitted(store, config, name=…)               a new job of a configuration, looked at in the same breath
 
 The base's tokenizer reads the rows as the run will, so the first bad line is named here and tokens are counted, not
 guessed; its weights are not read. What needs them (vocabulary, the longest batch) the run looks at before its first
@@ -10,7 +10,6 @@ step. Nothing is changed but the job.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 import traceback
@@ -101,22 +100,22 @@ def validated(store: JobStore, lease: JobLease, terms: TrainingTerms, device: De
 
 
 def submitted(
-    store: JobStore, config: RunConfig, *, terms: Callable[[str], TrainingTerms], tenant: str = "", name: str = "",
-    about: Mapping[str, Any] | None = None, device: Device | None = None, after: AfterJob | None = None,
-    tenants: Store | None = None,
+    store: JobStore, config: RunConfig, *, tenant: str = "", name: str = "", after: AfterJob | None = None,
+    tenants: Store | None = None, device: Device | None = None,
 ) -> Job:  # fmt: skip
     """A new job that has been looked at: queued, or failed. `name`: by default that of the output folder. `after`: what
-    it does once it is trained; `tenants`: with their routes. Raises as `JobStore.create` and `check_after`."""
-    name = name or Path(config.output.directory).name
+    it does once it is trained. `tenants`: with their terms and routes. Raises what `JobStore.create` and `check_after`
+    do."""
+    name, about = name or Path(config.output.directory).name, dict[str, Any]()
     if after is not None:
         check_after(after, config, f"{tenant}/{name}" if tenant else name, tenant, tenants)
-        about = {**(about or {}), "after": after.model_dump(mode="json")}
+        about["after"] = after.model_dump(mode="json")
     given = config.model_dump(mode="json", exclude_unset=True, exclude={"output"})
     job = store.create(tenant, given, name=name, about=about)
     while (now := store.get(tenant, job.id)).state == "validating":
         lease = store.take("submit", 600, "validating", only=job.id)
         if lease is not None:
-            return validated(store, lease, terms(tenant), device or device_of())
+            return validated(store, lease, terms_of(tenants)(tenant), device or device_of())
         time.sleep(0.2)  # a worker was quicker, and looks at it
     return now
 
@@ -149,22 +148,10 @@ def _plan_of_job(job: Job, device: Device) -> dict[str, Any]:
 
     config = job_config(job, job.folder)
     exact = _rows_of(config) if isinstance(config, TrainConfig) else {}
-    file = _written(job, config)
-    try:
-        plan = plan_of_config(file, [], device, **exact)
-    finally:
-        file.unlink(missing_ok=True)
+    plan = plan_of_config(config, device, **exact)
     if not plan.fits:
         _refuse(plan)
     return plan.to_dict() | {"rows": plan.job.rows, "counted": exact}
-
-
-def _written(job: Job, config: RunConfig) -> Path:
-    """The configuration as a file: what is planned is read from one."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    file = job.folder / "planned.yaml"
-    file.write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True)), encoding="utf-8")
-    return file
 
 
 def _rows_of(config: TrainConfig) -> Mapping[str, Any]:

@@ -154,7 +154,7 @@ class Worker:
             if len(leases) > 1 and isinstance(self.executor, LocalExecutor):
                 place = self.executor.start_together(leases, self.environment, planned)
             else:
-                place = self.executor.start(lease.job, lease.token, self.environment)
+                place = self.executor.start(lease, self.environment)
         except VeneerError as error:
             for each in leases:
                 with suppress(LeaseLost):

@@ -1,15 +1,14 @@
 """A text run's configuration as what veneer.plan asks for, and the plan of the run.
 
 plan_of_run(config, base, …) the base is loaded, the rows are encoded: exact lengths
-plan_of_config(file, …)      neither: rows are counted, tokens guessed by their characters
-plan_of_configs(files, …)    of several that are trained in one pass
+plan_of_config(config, …)    neither: rows are counted, tokens guessed by their characters
+plan_of_texts(configs, …)    of several that are trained in one pass
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import DataError
@@ -29,6 +28,7 @@ from veneer.train.preflight import available_memory, computes_on, held_memory
 if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
     from veneer.train.config.image import ImageTrainConfig
+    from veneer.train.config.load import RunConfig
 
 _CHARACTERS = 4
 """Characters a token, where nothing is tokenised: about right for English."""
@@ -154,19 +154,15 @@ def to_be_set(plan: Plan) -> str:
 
 
 def plan_of_config(
-    file: Path, overrides: Iterable[str], device: Device, *, rows: int | None = None,
-    tokens_per_row: float | None = None, longest: int | None = None, trained: float = 1.0,
-    traffic: Traffic | None = None,
+    config: RunConfig, device: Device, *, rows: int | None = None, tokens_per_row: float | None = None,
+    longest: int | None = None, trained: float = 1.0, traffic: Traffic | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of a configuration whose base need not be here. What is not given is counted in the data's files, four
     characters for a token.
 
     Raises ConfigError for a base whose config is nowhere, DataError for data that is not there and is to be counted."""
-    from veneer.train.config.load import load_config
-
-    config, _ = load_config(file, overrides)
     if not isinstance(config, TrainConfig):
-        return _plan_of_pictures(config, _config_named(config.base.name), device, rows)
+        return _plan_of_pictures(config, base_fields(config.base.name), device, rows)
     return _plan_of_text(config, device, rows, tokens_per_row, longest, trained, traffic)
 
 
@@ -176,7 +172,7 @@ def _plan_of_text(
 ) -> Plan:  # fmt: skip
     from veneer.plan.calibration import rates_here
 
-    shape = text_shape(_config_named(config.base.name), config.base.name)
+    shape = text_shape(base_fields(config.base.name), config.base.name)
     dtype = _planned_dtype(config)
     config = _with_planned_tokens(config, shape, device)
     notes: tuple[str, ...] = ()
@@ -197,28 +193,20 @@ def _plan_of_text(
     return text_plan(config.base.name, shape, load, device, rates, job, process=process, traffic=traffic, notes=notes)
 
 
-def plan_of_configs(files: Sequence[Path], overrides: Iterable[str], device: Device, **given: Any) -> GroupPlan:
-    """The plan of configurations that are trained in one pass. `given`: as `plan_of_config` has it.
-
-    Raises ConfigError for those that cannot be, with files and keys."""
-    from veneer.train.config.load import load_config
-
-    overrides = list(overrides)
-    configs = [load_config(file, overrides)[0] for file in files]
-    check_group(configs, [str(file) for file in files])
-    texts = [config for config in configs if isinstance(config, TrainConfig)]  # which all are
-    return plan_of_texts(texts, device, [given] * len(texts))
-
-
-def plan_of_texts(configs: Sequence[TrainConfig], device: Device, given: Sequence[Mapping[str, Any]]) -> GroupPlan:
-    """The same of configurations that `check_group` has seen, each with what is known of its own rows."""
+def plan_of_texts(
+    configs: Sequence[RunConfig], names: Sequence[str], device: Device, given: Sequence[Mapping[str, Any]]
+) -> GroupPlan:  # fmt: skip
+    """The plan of configurations that are trained in one pass. `names`: what errors call them. `given`: of each, as
+    `plan_of_config` has it. Raises ConfigError for those that cannot be, with names and keys."""
     from veneer.plan.calibration import rates_here
 
-    name = configs[0].base.name
-    shape = text_shape(_config_named(name), name)
-    most = max(_with_planned_tokens(config, shape, device).batching.at_once for config in configs)
-    plans = [_plan_of_text(config, device, **own) for config, own in zip(configs, given, strict=True)]
-    return plan_together(shape, plans, most, process=rates_here(device, _planned_dtype(configs[0]))[1])
+    check_group(configs, names)
+    texts = [config for config in configs if isinstance(config, TrainConfig)]  # which all are
+    name = texts[0].base.name
+    shape = text_shape(base_fields(name), name)
+    most = max(_with_planned_tokens(config, shape, device).batching.at_once for config in texts)
+    plans = [_plan_of_text(config, device, **own) for config, own in zip(texts, given, strict=True)]
+    return plan_together(shape, plans, most, process=rates_here(device, _planned_dtype(texts[0]))[1])
 
 
 def _planned_dtype(config: TrainConfig) -> str:
@@ -268,15 +256,8 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
     return image_plan(config.base.name, found, load, device, rates, job, process=process, notes=notes)
 
 
-def base_fields(file: Path, overrides: Iterable[str]) -> dict[str, Any]:
-    """The config.json of a configuration's base."""
-    from veneer.train.config.load import load_config
-
-    return _config_named(load_config(file, overrides)[0].base.name)
-
-
-def _config_named(name: str) -> dict[str, Any]:
-    """Of a base that comes along, one in the veneer home, a folder, or the table."""
+def base_fields(name: str) -> dict[str, Any]:
+    """The config.json of a base that comes along, one in the veneer home, a folder, or the table."""
     from veneer.models.builtin import packaged_place
     from veneer.models.home import bases_home
 

@@ -39,7 +39,7 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Files, Liv
 def files(_made: tuple[Files, Live]) -> Iterator[Files]:
     yield _made[0]
     for tenant in ("", "acme"):
-        for file in _made[0].list(tenant).files:
+        for file in _made[0].list(tenant)[0]:
             _made[0].delete(tenant, file.id)
 
 
@@ -187,7 +187,7 @@ def test_a_form_that_is_none(server: Live, files: Files, form: Any, status: int,
     answer = server.client.post("/v1/files", headers=headers, **form)
     assert answer.status_code == status, answer.text
     assert what in answer.json()["error"]["message"]
-    assert files.list("acme").files == []
+    assert files.list("acme")[0] == []
 
 
 def test_a_client_that_leaves_or_dawdles_leaves_nothing(server: Live, files: Files) -> None:
@@ -212,4 +212,4 @@ def test_a_client_that_leaves_or_dawdles_leaves_nothing(server: Live, files: Fil
         headers={"authorization": "Bearer acme"},
     )  # fmt: skip
     assert good.status_code == 200
-    assert len(files.list("acme").files) == 1
+    assert len(files.list("acme")[0]) == 1

@@ -61,7 +61,7 @@ def serving(place: Path) -> Iterator[Jobs]:
     """A server over a library of its own."""
     with open_library(place) as library:
         files, store = open_files(library), JobStore(library)
-        routers = [file_routes(files), tuning_routes(store, files, library)]
+        routers = [file_routes(files), tuning_routes(store, files)]
         more: dict[str, Any] = {"routers": routers, "large": large_bodies(files)}
         with live(ToyEngine(ToyText()), ToyCatalog(), ToyTenancy(), **more) as served:
             yield Jobs(served, store, files, library)

@@ -11,14 +11,13 @@ from fastapi import APIRouter
 
 from veneer.jobs.canary import promote_job, rollback_job
 from veneer.jobs.store import JobStore, UnknownJob
-from veneer.library.library import Library
 from veneer.serve.tenancy.admin import operators_alone
 from veneer.serve.tenancy.routes import route_shown
 from veneer.serve.tenancy.store import UnknownName
 from veneer.serve.tenancy.tenants import Tenants
 
 
-def canary_routes(jobs: JobStore, library: Library, tenants: Tenants) -> APIRouter:
+def canary_routes(jobs: JobStore, tenants: Tenants) -> APIRouter:
     """Raises ConfigError where `tenants` has no admin key."""
     router = APIRouter(prefix="/admin/jobs", tags=["admin"], route_class=operators_alone(tenants))
 
@@ -26,7 +25,7 @@ def canary_routes(jobs: JobStore, library: Library, tenants: Tenants) -> APIRout
         @router.post(f"/{{job}}/{what}", name=f"{what} a job")
         def moved(job: str) -> dict[str, Any]:
             try:
-                route = change(jobs, library, tenants.store, None, job)
+                route = change(jobs, tenants.store, None, job)
             except UnknownJob as error:
                 raise UnknownName(error.what, where=error.where, fix=error.fix) from error
             return {"job": job, "route": None if route is None else route_shown(route)}

@@ -106,12 +106,10 @@ def file_routes(files: Files) -> APIRouter:
         purpose: Annotated[str | None, Query(max_length=40)] = None,
     ) -> Response:
         tenant = caller_of(request).tenant
-        page = await in_thread(
+        found, more = await in_thread(
             lambda: files.list(tenant, purpose=purpose, limit=limit, after=after, newest_first=order == "desc")
         )
-        data = [_shown_file(file) for file in page.files]
-        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
-        return Json({"object": "list", "data": data, **ends, "has_more": page.more})
+        return Json(page_shown([_shown_file(file) for file in found], more))
 
     @router.get("/v1/files/{id}", summary="One of them.")
     async def retrieve(request: HttpRequest, id: str) -> Response:
@@ -168,6 +166,12 @@ def file_routes(files: Files) -> APIRouter:
         return Json(_shown_upload(await in_thread(lambda: files.cancel(tenant, id))))
 
     return router
+
+
+def page_shown(data: list[dict[str, Any]], more: bool) -> dict[str, Any]:
+    """A page as OpenAI's clients read it."""
+    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more}
 
 
 async def in_thread(do: Callable[[], T], what: str = "the database of uploaded files") -> T:

@@ -25,9 +25,10 @@ from starlette.responses import Response
 
 from veneer.errors import ConfigError, quoted
 from veneer.jobs.files import Files, UploadedFile
-from veneer.jobs.http.files import in_thread
+from veneer.jobs.http.files import in_thread, page_shown
 from veneer.jobs.inputs import count_lines, drop_inputs, put_input
 from veneer.jobs.openai import (
+    MEASURED,
     TuningBody,
     checkpoint_id,
     event_number,
@@ -38,8 +39,8 @@ from veneer.jobs.openai import (
     shown_job,
     tuning_config,
 )
-from veneer.jobs.store import ENDS, Job, JobEvent, JobStore, UnknownJob, WrongState
-from veneer.library.library import Library, NotInLibrary
+from veneer.jobs.store import ENDS, Job, JobStore, UnknownJob, WrongState
+from veneer.library.library import NotInLibrary
 from veneer.library.names import parse_tuned
 from veneer.serve.access import Caller
 from veneer.serve.http.bodies import BodyRoute
@@ -58,8 +59,8 @@ _Limit = Annotated[int, Query(ge=1, le=_PAGE)]
 _After = Annotated[str | None, Query(max_length=100)]
 
 
-def tuning_routes(jobs: JobStore, files: Files, library: Library) -> APIRouter:
-    """The routes over a queue, the files that its jobs read, and the library that they fill."""
+def tuning_routes(jobs: JobStore, files: Files) -> APIRouter:
+    """The routes over a queue, and the files that its jobs read."""
     router = APIRouter(tags=["OpenAI fine-tuning"], route_class=BodyRoute)
 
     @router.post("/v1/fine_tuning/jobs", summary="Fine-tune a base, or what was tuned before, on an uploaded file.")
@@ -124,10 +125,7 @@ def tuning_routes(jobs: JobStore, files: Files, library: Library) -> APIRouter:
             raise invalid(f"the job has no checkpoint {quoted(after)}", "after")
         first = 0 if after is None else ids.index(after) + 1
         shown = [shown_checkpoint(job, point) for point in found[first : first + limit]]
-        ends = (
-            {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
-        )
-        return Json({"object": "list", "data": shown, **ends, "has_more": first + limit < len(found)})
+        return Json(page_shown(shown, first + limit < len(found)))
 
     @router.delete("/v1/models/{model:path}", summary="Remove what was tuned, or a checkpoint of it.")
     async def remove(request: HttpRequest, model: str) -> Response:
@@ -141,6 +139,7 @@ def tuning_routes(jobs: JobStore, files: Files, library: Library) -> APIRouter:
             )  # fmt: skip
 
         def do() -> None:
+            library = jobs.library
             version = library.find(tuned.reference)
             library.remove(tuned.reference if tuned.step is None else version.reference, with_aliases=True)
 
@@ -245,13 +244,8 @@ def _results(jobs: JobStore, files: Files, job: Job) -> list[str]:
     id = f"file-{hashlib.sha256(job.id.encode()).hexdigest()[:24]}"
     if files.known(job.tenant, id):
         return [id]
-    events: list[JobEvent] = []
-    more = True
-    while more:
-        page, more = jobs.events(job.tenant, job.id, after=events[-1].number if events else 0)
-        events += page
-    name = f"{job.name.replace('/', '-')}.csv"
-    files.add(job.tenant, name, "fine-tune-results", io.BytesIO(results_of(events)), id=id)
+    measured = results_of(jobs.events_of(job.tenant, job.id, *MEASURED))
+    files.add(job.tenant, f"{job.name.replace('/', '-')}.csv", "fine-tune-results", io.BytesIO(measured), id=id)
     return [id]
 
 
@@ -319,24 +313,18 @@ class _Following:
         self.service, self.jobs, self.job, self.after = service, jobs, job, after
 
     async def lines(self) -> AsyncIterator[bytes]:
+        tenant, id = self.job.tenant, self.job.id
         while True:
-            ended = (await _asked(lambda: self.jobs.get(self.job.tenant, self.job.id))).state in ENDS
-            for event in await _asked(self._new):
+            ended = (await _asked(lambda: self.jobs.get(tenant, id))).state in ENDS  # before its events: none is missed
+            found, more = await _asked(lambda: self.jobs.events(tenant, id, after=self.after))
+            for event in found:
                 self.after = event.number
                 yield data(shown_event(self.job, event))
-            if ended or self.service.phase != "ready":
-                break
-            await asyncio.sleep(_LOOK)
+            if not more:
+                if ended or self.service.phase != "ready":
+                    break
+                await asyncio.sleep(_LOOK)
         yield data("[DONE]")
-
-    def _new(self) -> list[JobEvent]:
-        found: list[JobEvent] = []
-        more = True
-        while more:
-            after = found[-1].number if found else self.after
-            page, more = self.jobs.events(self.job.tenant, self.job.id, after=after)
-            found += page
-        return found
 
     async def aclose(self) -> None:
         """There is nothing to close: each look is one of its own."""

@@ -1,0 +1,118 @@
+"""The tables of jobs, and of the files that clients upload for them, in the library's database.
+
+Times are seconds since 1970, money is in millionths. Knows tables alone; what is in them: `store`, `files`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import BigInteger, Column, Connection, Float, ForeignKey, Index, Integer, MetaData, Table, Text
+
+from veneer.library.database import Key
+from veneer.library.migrate import Schema, append_only
+
+_TABLES = MetaData()
+
+
+def _columns(kind: Any, *names: str, nullable: bool = False) -> list[Column[Any]]:
+    return [Column(name, kind, nullable=nullable) for name in names]
+
+
+# -- jobs --------------------------------------------------------------------------------------------------------------
+
+job_table = Table(
+    "jobs",
+    _TABLES,
+    Column("id", Key(), primary_key=True),
+    Column("number", BigInteger, nullable=False, unique=True),  # in the order in which they were made
+    *_columns(Key(), "tenant", "name", "state"),
+    *_columns(Text, "config", "about"),  # JSON
+    *_columns(Text, "plan", "error", "result", nullable=True),  # JSON
+    *_columns(Float, "created"),
+    *_columns(Float, "queued", "started", "ended", nullable=True),
+    *_columns(BigInteger, "step", "steps", "tokens", "price", "planned"),  # planned: what it is going to cost
+    *_columns(Float, "seconds"),
+    *_columns(Integer, "attempt", "faults"),
+    *_columns(Key(), "token", "worker", nullable=True),
+    *_columns(Float, "renewed", "until", nullable=True),
+    *_columns(Text, "place"),  # where its process is, in the words of who started it
+    Index("jobs_of_tenant", "tenant", "number"),
+    Index("jobs_by_state", "state", "number"),
+)
+job_event_table = Table(
+    "job_events",
+    _TABLES,
+    Column("job", Key(), ForeignKey(job_table.c.id), primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),  # from 1
+    *_columns(Float, "at"),
+    *_columns(Key(), "level", "kind"),
+    *_columns(Text, "message", "data"),  # data: JSON
+)
+job_checkpoint_table = Table(
+    "job_checkpoints",
+    _TABLES,
+    Column("job", Key(), ForeignKey(job_table.c.id), primary_key=True),
+    Column("step", BigInteger, primary_key=True, autoincrement=False),
+    *_columns(Float, "at"),
+    *_columns(Text, "metrics"),  # JSON
+    *_columns(Text, "reference", nullable=True),
+)
+job_bill_table = Table(
+    "job_bills",
+    _TABLES,
+    Column("job", Key(), ForeignKey(job_table.c.id), primary_key=True),
+    *_columns(Key(), "tenant", "name", "day", "state"),
+    *_columns(Float, "at", "seconds"),
+    *_columns(BigInteger, "tokens", "price", "cost"),
+    Index("job_bills_of_tenant", "tenant", "day"),
+)
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+_COUNTED = BigInteger().with_variant(Integer, "sqlite")
+job_file_table = Table(
+    "job_files",
+    _TABLES,
+    Column("number", _COUNTED, primary_key=True, autoincrement=True),  # the order in which they came
+    Column("id", Key(), nullable=False, unique=True),
+    *_columns(Key(), "tenant"),
+    *_columns(Text, "filename"),
+    *_columns(Key(), "purpose", "sha256"),
+    *_columns(BigInteger, "bytes"),
+    *_columns(Float, "created"),
+    Column("expires", Float, index=True),  # NULL: never
+    Index("job_files_content", "tenant", "sha256"),
+)
+job_upload_table = Table(
+    "job_uploads",
+    _TABLES,
+    Column("id", Key(), primary_key=True),
+    Column("tenant", Key(), nullable=False, index=True),
+    *_columns(Text, "filename"),
+    *_columns(Key(), "purpose", "status"),
+    *_columns(BigInteger, "bytes"),  # as announced
+    *_columns(Float, "created", "expires"),
+    Column("keep", Float),  # seconds that the file is to be kept for; NULL: for ever
+    Column("file", Key()),
+)
+job_part_table = Table(
+    "job_parts",
+    _TABLES,
+    Column("id", Key(), primary_key=True),
+    Column("upload", Key(), nullable=False, index=True),
+    *_columns(Key(), "tenant", "sha256"),
+    *_columns(BigInteger, "bytes"),
+    *_columns(Float, "created"),
+    Index("job_parts_content", "tenant", "sha256"),
+)
+
+
+def _first(c: Connection) -> None:
+    append_only(c, ("job_events", "job_bills"), "events and bills of jobs are", "job_records_fixed")
+
+
+JOB_SCHEMA = Schema(
+    "the tables of jobs", _TABLES, Path(__file__).parent / "versions", "job_version", 0x6A6F6273, lambda c: None, _first
+)
