@@ -172,6 +172,10 @@ def serve(
         bool,
         typer.Option("--train", help="Train too: routes for files, and jobs in a process beside; see `veneer jobs`."),
     ] = False,
+    python_graders: Annotated[
+        bool,
+        typer.Option("--python-graders", help="With --train: run clients' Python as graders; limited, but no jail."),
+    ] = False,
     drain_seconds: Annotated[
         float, typer.Option("--drain-seconds", min=0, help="How long running answers may go on after SIGTERM.")
     ] = ServeSettings.drain,
@@ -248,10 +252,14 @@ def serve(
         ),
     )
     if not train:
+        if python_graders:
+            raise ConfigError("--python-graders is about training jobs", where="--python-graders", fix="add --train")
         server.serve(settings, say)
         return
+    from functools import partial
+
     from veneer.jobs.beside import worker_beside
     from veneer.jobs.build import training
 
     with worker_beside(library=library, tenants=tenants, say=say):
-        server.serve(settings, say, extend=training)
+        server.serve(settings, say, extend=partial(training, python_graders=python_graders))

@@ -29,6 +29,7 @@ import pydantic
 from veneer.errors import ConfigError, bullets, first_few, nearest, one_of, quoted
 from veneer.serve.tenancy.store import ALL, Route, Store, check_route_name
 from veneer.train.config.load import RunConfig, config_from, read_sections
+from veneer.train.config.section import SOURCES
 from veneer.train.config.text import TrainConfig, preference_formats
 from veneer.train.text.rows import Row, read_rows, split_rows
 
@@ -183,7 +184,7 @@ def after_from(values: Any, folder: Path, where: str = "after") -> AfterJob:
         files = after.evaluate.data
         named = [files] if isinstance(files, str) else files
         if named is not None:
-            whole = [f if f.startswith("hub:") else str(folder.resolve() / Path(f).expanduser()) for f in named]
+            whole = [f if f.startswith(SOURCES) else str(folder.resolve() / Path(f).expanduser()) for f in named]
             after = after.model_copy(update={"evaluate": after.evaluate.model_copy(update={"data": whole})})
     return after
 

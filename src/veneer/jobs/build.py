@@ -24,11 +24,12 @@ _EVERY = 300.0
 """Seconds between two sweeps of what has expired."""
 
 
-def training(service: Service, library: Library) -> Extension:
-    """The extension of a server over its own library."""
+def training(service: Service, library: Library, *, python_graders: bool = False) -> Extension:
+    """The extension of a server over its own library. `python_graders`: whether clients' Python is run as graders."""
     from veneer.jobs.files import open_files
     from veneer.jobs.http.canary import canary_routes
     from veneer.jobs.http.files import file_routes, large_bodies
+    from veneer.jobs.http.graders import grader_routes
     from veneer.jobs.http.tuning import tuning_routes
     from veneer.jobs.store import JobStore
     from veneer.serve.build import Extension
@@ -46,7 +47,7 @@ def training(service: Service, library: Library) -> Extension:
             with suppress(asyncio.CancelledError):
                 await task
 
-    routers = [file_routes(files), tuning_routes(jobs, files)]
+    routers = [file_routes(files), tuning_routes(jobs, files), grader_routes(python=python_graders)]
     tenancy = service.tenancy
     if isinstance(tenancy, Tenants) and tenancy.admin_hash is not None:
         routers.append(canary_routes(jobs, tenancy))

@@ -1,4 +1,5 @@
-"""Data files to records with their file and line: JSONL, JSON, CSV, TSV, Parquet, and hub data sets.
+"""Data files to records with their file and line: JSONL, JSON, CSV, TSV, Parquet, hub data sets, and rows that packages
+make (reasoning-gym, verifiers).
 
 Byte-order marks (UTF-16's too, as Excel and Notepad write it), CRLF and blank lines are fine, and so are semicolons and
 tabs between the cells of a CSV file. Does not know what the columns mean: text makes rows of them, pictures captions.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import DataError, bullets, nearest
+from veneer.train.config.section import SOURCES
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
@@ -39,14 +41,14 @@ def read_data_files(names: Sequence[str], limit: int | None = None) -> tuple[lis
         left = None if limit is None else limit - len(records)
         if left is not None and left <= 0:
             break
-        records += _hub(file[4:], left) if file.startswith("hub:") else _file(Path(file))[:left]
+        records += _elsewhere(file, left) if file.startswith(SOURCES) else _file(Path(file))[:left]
         if len(records) == before:
             raise DataError("there are no rows in this file", where=file, fix="remove it from data.train, or fill it")
     return records, files
 
 
 def _expand(name: str) -> list[str]:
-    if name.startswith("hub:"):
+    if name.startswith(SOURCES):
         return [name]
     path = Path(name).expanduser()
     if path.is_dir():
@@ -66,6 +68,14 @@ def _expand(name: str) -> list[str]:
     fix = f"did you mean {path.parent / near[0]}?" if near else "give a file, a glob, or a hub data set as hub:ID@SPLIT"
     missing_folder = "" if path.parent.is_dir() else f" (nor does the folder {path.parent})"
     raise DataError(f"the data file does not exist{missing_folder}", where=name, fix=fix)
+
+
+def _elsewhere(name: str, limit: int | None) -> list[Record]:
+    if name.startswith("hub:"):
+        return _hub(name[4:], limit)
+    from veneer.train.rewards.environments import generated_rows
+
+    return [Record(row, f"{name} row {n}") for n, row in enumerate(generated_rows(name, limit), 1)]
 
 
 def _file(path: Path) -> list[Record]:

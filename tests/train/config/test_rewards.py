@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pydantic
 import pytest
 
-from veneer.train.config.rewards import REWARD_KINDS, RewardList
+from veneer.train.config.rewards import REWARD_KINDS, RewardList, rooted_rewards
 from veneer.train.config.section import Section, setting
 
 
@@ -24,7 +25,7 @@ def test_what_is_read_is_written_as_it_was() -> None:
     given: list[dict[str, Any]] = [
         {"kind": "exact_match", "column": "total", "weight": -1},
         {"kind": "json_schema", "json_schema": {"type": "object"}},
-        {"kind": "length", "most": 5, "name": "taste"},
+        {"kind": "judge", "prompt": "How good is {{ sample.output_text }}?", "range": [1, 5], "name": "taste"},
     ]
     holder = read(*given)
     assert [r.called for r in holder.rewards] == ["exact_match", "json_schema", "taste"]
@@ -49,6 +50,8 @@ def test_what_is_read_is_written_as_it_was() -> None:
         ({"kind": "length", "most": "3"}, "`most` should be a valid integer"),
         ({"kind": "json_schema"}, "one of `json_schema` and `column`"),
         ({"kind": "rouge", "measure": "rougeX"}, "'rougeL'"),
+        ({"kind": "judge", "prompt": "x", "key": "KEY"}, "give its `url`"),
+        ({"kind": "judge", "prompt": "x", "range": [1, 1]}, "lowest number first"),
         ({"kind": "exact_match", "weight": 1e999}, "valid number"),
         ({"kind": "exact_match", "name": "two words"}, "pattern"),
     ],
@@ -63,6 +66,12 @@ def test_two_of_a_kind_need_names() -> None:
     with pytest.raises(pydantic.ValidationError, match="2 rewards are called 'bleu'"):
         read({"kind": "bleu"}, {"kind": "bleu", "column": "other"})
     assert len(read({"kind": "bleu"}, {"kind": "bleu", "name": "other"}).rewards) == 2
+
+
+def test_paths_are_the_files_folder_s(tmp_path: Path) -> None:
+    entries = [{"kind": "python", "file": "score.py"}, {"kind": "python", "file": "/a/b.py"}, {"kind": "bleu"}, 3]
+    own = {"kind": "python", "file": str(tmp_path / "score.py")}
+    assert rooted_rewards(entries, tmp_path) == [own, *entries[1:]]
 
 
 def test_every_key_says_what_it_means() -> None:

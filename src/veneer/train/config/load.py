@@ -33,6 +33,7 @@ from veneer.errors import ConfigError, bullets, nearest
 from veneer.train.config.checks import image_problems, text_problems
 from veneer.train.config.image import PRESETS, ImageTrainConfig
 from veneer.train.config.rewards import rooted_rewards
+from veneer.train.config.section import SOURCES
 from veneer.train.config.text import TrainConfig, config_keys, sections, why
 
 RunConfig = TrainConfig | ImageTrainConfig
@@ -314,7 +315,7 @@ def _absolute(kind: _Kind, name: str, value: Any, folder: Path) -> Any:
         return [_absolute(kind, name, v, folder) for v in value]
     if name == "reinforcement.rewards" and isinstance(value, list | tuple):
         return rooted_rewards(value, folder)
-    if not isinstance(value, str) or value.startswith("hub:"):
+    if not isinstance(value, str) or value.startswith(SOURCES):
         return value
     if os.name != "nt" and _WINDOWS.match(value):
         drive, rest = value[0].lower(), value[3:].replace("\\", "/")

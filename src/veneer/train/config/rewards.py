@@ -122,9 +122,76 @@ class RougeReward(_Compared):
     measure: Literal["rouge1", "rouge2", "rouge3", "rouge4", "rouge5", "rougeL"] = setting("rougeL", "which measure")
 
 
+class JudgeReward(RewardSection):
+    """A number that a model gives, scaled to 0 to 1: the base, another adapter, or a model of any OpenAI-compatible
+    server."""
+
+    kind: Literal["judge"]
+    prompt: str = setting(
+        ..., "what the judge is asked: {{ sample.output_text }} is the answer, {{ item.COLUMN }} a column", min_length=1
+    )
+    model: str = setting("base", "base, an adapter by name or folder, or with `url` a model of that server")
+    url: str | None = setting(None, "server, as https://api.openai.com/v1", "this process", pattern=r"^https?://\S+$")
+    key: str | None = setting(
+        None, "variable of the environment with the server's key", "no key is sent", pattern=r"^[A-Za-z_]\w*$"
+    )
+    range: tuple[float, float] = setting((0.0, 10.0), "lowest and highest number that it may give")
+    tokens: int = setting(512, "most tokens of its answer; the last number in it counts", gt=0)
+    timeout: float = setting(60.0, "seconds that one answer may take", gt=0)
+    patience: float = setting(
+        600.0, "seconds that a judge may be away before the run stops", "a server's restart is no end of a run", ge=0
+    )
+    at_once: int = setting(8, "questions to a server at once", gt=0, le=256)
+
+    def problem(self) -> str:
+        if self.key is not None and self.url is None:
+            return "`key` belongs to a server: give its `url`"
+        return "" if self.range[0] < self.range[1] else "`range` has its lowest number first"
+
+
+class PythonReward(RewardSection):
+    """A function of your file, in a process of its own."""
+
+    paths: ClassVar[tuple[str, ...]] = ("file",)
+
+    kind: Literal["python"]
+    file: str = setting(..., "Python file", min_length=1)
+    function: str = setting("score", "function of it: (sample, item) -> number, or a mapping with `score` and parts")
+    timeout: float = setting(10.0, "seconds for one answer", gt=0)
+    memory_gb: float = setting(2.0, "memory of the process, in GB", gt=0)
+    at_once: int = setting(1, "processes, each within the limits", gt=0, le=64)
+
+
+class GraderReward(RewardSection):
+    """A grader as OpenAI's fine-tuning API has it."""
+
+    kind: Literal["grader"]
+    grader: dict[str, Any] = setting(..., "string_check, text_similarity, score_model, python or multi")
+    url: str | None = setting(None, "score_model: server", "this process", pattern=r"^https?://\S+$")
+    key: str | None = setting(None, "score_model: variable of the environment with the server's key")
+
+
+class VerifiersReward(RewardSection):
+    """The rubric of an environment of the verifiers package, of which the rows are too (`data.train: verifiers:ID`)."""
+
+    kind: Literal["verifiers"]
+    environment: str = setting(..., "the environment's id, as it is installed", min_length=1)
+    arguments: dict[str, Any] = setting({}, "what it is loaded with")
+
+
+class ReasoningGymReward(RewardSection):
+    """reasoning-gym's own score of an answer to a task's question (`data.train: reasoning-gym:TASK@ROWS`)."""
+
+    kind: Literal["reasoning_gym"]
+    answer: str | None = setting(
+        None, "regular expression whose first group is the final answer", "<answer>…</answer> where there is one"
+    )
+
+
 REWARD_KINDS: dict[str, type[RewardSection]] = {
     "exact_match": ExactMatchReward, "json_schema": JsonSchemaReward, "json_fields": JsonFieldsReward,
-    "regex": RegexReward, "length": LengthReward, "bleu": BleuReward, "rouge": RougeReward,
+    "regex": RegexReward, "length": LengthReward, "bleu": BleuReward, "rouge": RougeReward, "judge": JudgeReward,
+    "python": PythonReward, "grader": GraderReward, "verifiers": VerifiersReward, "reasoning_gym": ReasoningGymReward,
 }  # fmt: skip
 
 

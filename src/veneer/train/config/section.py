@@ -12,6 +12,10 @@ def setting(default: Any, doc: str, why: str = "", **limits: Any) -> Any:
     return Field(default, description=doc, json_schema_extra={"why": why}, **limits)
 
 
+SOURCES = ("hub:", "reasoning-gym:", "verifiers:")
+"""What the name of rows begins with that are no file."""
+
+
 class Section(BaseModel):
     """One section of a configuration: frozen, with no unknown keys and no numbers that are not finite."""
 

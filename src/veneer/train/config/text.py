@@ -114,7 +114,9 @@ class DataSection(Section):
     """Where rows come from, what they look like, and which of their tokens are learned."""
 
     train: str | tuple[str, ...] = setting(
-        ..., "JSONL, JSON, CSV, TSV or Parquet files, globs, or a hub data set as hub:ID@SPLIT"
+        ...,
+        "JSONL, JSON, CSV, TSV or Parquet files, globs, a hub data set as hub:ID@SPLIT, or what a package makes: "
+        "reasoning-gym:TASK@ROWS, verifiers:TASKSET@ROWS",
     )
     validation: str | tuple[str, ...] | None = setting(None, "rows never trained on, in files of their own")
     split: int | float | None = setting(

@@ -1,16 +1,33 @@
 """The rewards of a configuration, built: every entry of `reinforcement.rewards` becomes a reward of its kind.
 
-with rewards_of(config.reinforcement.rewards) as rewards: …
+    with rewards_of(config.reinforcement.rewards, ask=ask) as rewards: …
+
+`ask`: who answers for models of this process, the base and adapters by name (`judge.AskModel`); whoever has an engine
+hands it in. A judge with a `url` needs none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
-from veneer.train.config.rewards import RewardSection
+from veneer.errors import ConfigError, DataError
+from veneer.train.config.rewards import (
+    GraderReward,
+    JudgeReward,
+    PythonReward,
+    ReasoningGymReward,
+    RewardSection,
+    VerifiersReward,
+)
 from veneer.train.rewards import rules
-from veneer.train.rewards.reward import NamedReward, Reward, Rewards
+from veneer.train.rewards.environments import reasoning_gym_reward, verifiers_reward
+from veneer.train.rewards.graders import Grade, GraderRun, grader_types, parse_grader
+from veneer.train.rewards.judge import AskModel, ServerJudge, judge_reward
+from veneer.train.rewards.limited import LimitedFunction
+from veneer.train.rewards.reward import Answer, NamedReward, Reward, Rewards, RewardScore
+from veneer.train.rewards.template import sample_of
 
 _RULES: dict[str, Callable[[Any], Reward]] = {
     "exact_match": rules.exact_match, "json_schema": rules.json_schema, "json_fields": rules.json_fields,
@@ -18,7 +35,66 @@ _RULES: dict[str, Callable[[Any], Reward]] = {
 }  # fmt: skip
 
 
-def rewards_of(sections: Sequence[RewardSection], *, most_failed: float = 0.1) -> Rewards:
-    """Raises ConfigError for a schema that is none, MissingExtraError for a package that a kind needs."""
-    made = [NamedReward(section.called, _RULES[section.kind](section), section.weight) for section in sections]
-    return Rewards(made, most_failed=most_failed)
+def rewards_of(sections: Sequence[RewardSection], *, ask: AskModel | None = None, most_failed: float = 0.1) -> Rewards:
+    """Raises ConfigError for a schema, a grader or a file that is none, and for a judge that nobody answers for;
+    MissingExtraError for a package that a kind needs."""
+    with ExitStack() as opened:
+        made = [NamedReward(each.called, _reward(each, ask, opened), each.weight) for each in sections]
+        return Rewards(made, most_failed=most_failed, close=opened.pop_all().close)
+
+
+def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> Reward:
+    """`opened`: gets what has to be closed."""
+    if isinstance(section, JudgeReward):
+        return judge_reward(section, _asked(section, ask, opened, section.timeout, section.patience, section.at_once))
+    if isinstance(section, PythonReward):
+        function = LimitedFunction(
+            section.function, file=section.file, timeout=section.timeout, memory=section.memory_gb * 1e9,
+            at_once=section.at_once,
+        )  # fmt: skip
+        return _by_function(opened.enter_context(function))
+    if isinstance(section, GraderReward):
+        grader = parse_grader(section.grader, f"reinforcement.rewards, {section.called}")
+        asks = "score_model" in grader_types(grader)
+        own = _asked(section, ask, opened) if asks else None
+        return _by_grader(opened.enter_context(GraderRun(grader, ask=own, bare=False)))
+    if isinstance(section, VerifiersReward):
+        return verifiers_reward(section)
+    if isinstance(section, ReasoningGymReward):
+        return reasoning_gym_reward(section)
+    return _RULES[section.kind](section)
+
+
+def _asked(section: JudgeReward | GraderReward, ask: AskModel | None, opened: ExitStack, *limits: float) -> AskModel:
+    if section.url is not None:
+        timeout, patience, at_once = limits or (60.0, 600.0, 8)
+        server = ServerJudge(section.url, key=section.key, timeout=timeout, patience=patience, at_once=int(at_once))
+        return opened.enter_context(server)
+    if ask is None:
+        raise ConfigError(
+            f"the reward {section.called} asks a model of this process, and nothing here answers for one",
+            where="reinforcement.rewards", fix="give the `url` of a server",
+        )  # fmt: skip
+    return ask
+
+
+def _by_function(function: LimitedFunction) -> Reward:
+    def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
+        return function.score([(sample_of(a) | {"messages": list(a.prompt)}, a.row) for a in answers])
+
+    return reward
+
+
+def _by_grader(run: GraderRun) -> Reward:
+    def score(grade: Grade, answer: Answer) -> RewardScore:
+        if said := grade.errors.get("invalid_variable_error"):
+            where = str(answer.row.get("where") or "") or None
+            raise DataError(f"a grader's template: {said}, and a row lacks it", where=where)
+        error = "; ".join(f"{word}: {text}" for word, text in grade.errors.items())
+        return RewardScore(grade.value, error, grade.parts)
+
+    def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
+        grades = run.grade([(sample_of(answer), answer.row) for answer in answers])
+        return [score(grade, answer) for grade, answer in zip(grades, answers, strict=True)]
+
+    return reward

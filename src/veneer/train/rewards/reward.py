@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -37,7 +36,7 @@ class Answer:
     prompt: the messages before it. text: the last thing it said. row: the columns of the prompt's row, and as `answer`,
     where the row's conversation ends in an assistant's turn, that turn's text. tokens: of all that it said. cut: it
     ended at a limit and not by itself. turns: of a conversation that went on, every message after the prompt, the
-    answers of tools among them. tools: those that it could call. seed: of whatever is drawn to judge it."""
+    answers of tools among them. tools: those that it could call."""
 
     prompt: Sequence[Message]
     text: str
@@ -46,7 +45,6 @@ class Answer:
     cut: bool = False
     turns: Sequence[Message] = ()
     tools: Sequence[Mapping[str, Any]] = ()
-    seed: int = 0
 
     @property
     def calls(self) -> list[Mapping[str, Any]]:
@@ -72,12 +70,9 @@ class Reward(Protocol):
 
 @dataclass(frozen=True)
 class NamedReward:
-    """`close`: ends what the reward keeps open, such as a process."""
-
     name: str
     reward: Reward
     weight: float = 1.0
-    close: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -104,24 +99,20 @@ class Judged:
 
 class Rewards:
     """A weighted sum of rewards. `most_failed`: the share of the answers judged at once that may have no value, and one
-    answer always may."""
+    answer always may. `close`: ends what the rewards keep open, such as processes."""
 
-    def __init__(self, rewards: Sequence[NamedReward], *, most_failed: float = 0.1) -> None:
+    def __init__(
+        self, rewards: Sequence[NamedReward], *, most_failed: float = 0.1, close: Callable[[], None] = lambda: None
+    ) -> None:
         twice = [name for name, count in Counter(each.name for each in rewards).items() if count > 1]
         assert not twice, f"two rewards are called {twice[0]}"
-        self.rewards, self.most_failed = list(rewards), most_failed
-        self._open = ExitStack()
-        for each in self.rewards:
-            self._open.callback(each.close)
+        self.rewards, self.most_failed, self.close = list(rewards), most_failed, close
 
     def __enter__(self) -> Rewards:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def close(self) -> None:
-        self._open.close()
 
     def judge(self, answers: Sequence[Answer]) -> Judged:
         """Raises TrainingError where too many fail, with the first reasons; UnavailableError where a judge is away."""

@@ -32,8 +32,8 @@ from veneer.train.config.rewards import (
 from veneer.train.rewards.compared import as_json, bleu, rouge, same_field, same_text
 from veneer.train.rewards.reward import Answer, Reward, RewardScore, column
 
-_PATIENCE = 2.0
-"""Seconds that a regular expression may take over one answer: some take for ever."""
+_PATIENCE = 1.0
+"""Seconds of the processor that a regular expression may take over one answer: some take for ever."""
 
 
 def _each(score: Callable[[Answer], RewardScore | float]) -> Reward:

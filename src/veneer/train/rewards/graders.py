@@ -1,0 +1,446 @@
+"""OpenAI's graders: one is a reward, and is run by `/v1/fine_tuning/alpha/graders/run`.
+
+    string_check      1 where input and reference are eq, ne, like (the reference is in the input) or ilike, else 0
+    text_similarity   fuzzy_match, bleu, gleu, meteor or rouge_1 … rouge_l of input and reference, from 0 to 1
+    score_model       the number that a model gives, within `range`
+    python            `grade(sample, item)` of the grader's source, in a process of its own (`limited`)
+    multi             a formula of other graders' values: + - * / ^, min max abs floor ceil exp sqrt log
+
+    with GraderRun(parse_grader({"type": "string_check", …})) as run:
+        (grade,) = run.grade([(sample, item)])
+
+What the model is to blame for is a 0: a template that looks into `sample.output_json` where the answer is no such JSON
+(`sample_parse_error`). What it is not to blame for has no value, and `errors` says what it was, in OpenAI's words.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from veneer.errors import ConfigError, MissingExtraError, nearest, quoted
+from veneer.train.config.section import Section
+from veneer.train.rewards.compared import as_json, bleu, fuzzy, rouge
+from veneer.train.rewards.judge import AskModel, Question, Reply, ask_once, last_number
+from veneer.train.rewards.limited import Asked, LimitedFunction
+from veneer.train.rewards.template import NoValue, filled, template_problem
+
+_SOURCE = 256 << 10
+"""Bytes of a python grader's source, as at OpenAI."""
+_Text = Annotated[str, Field(max_length=100_000)]
+_Name = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+# -- what graders are --------------------------------------------------------------------------------------------------
+
+
+class _Grader(Section):
+    name: _Name
+
+    def templates(self) -> list[str]:
+        return []
+
+    @pydantic.model_validator(mode="after")
+    def _templates_are_some(self) -> _Grader:
+        for template in self.templates():
+            if problem := template_problem(template):
+                raise ValueError(problem)
+        return self
+
+
+class StringCheckGrader(_Grader):
+    type: Literal["string_check"]
+    input: _Text
+    reference: _Text
+    operation: Literal["eq", "ne", "like", "ilike"]
+
+    def templates(self) -> list[str]:
+        return [self.input, self.reference]
+
+
+class TextSimilarityGrader(_Grader):
+    type: Literal["text_similarity"]
+    input: _Text
+    reference: _Text
+    evaluation_metric: Literal[
+        "fuzzy_match", "bleu", "gleu", "meteor", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l"
+    ]  # cosine needs a model of embeddings, and at OpenAI is of evals alone
+
+    def templates(self) -> list[str]:
+        return [self.input, self.reference]
+
+
+class _ContentPart(Section):
+    type: Literal["input_text", "output_text"]
+    text: _Text
+
+
+class _GraderMessage(Section):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: _Text | _ContentPart | Annotated[tuple[_Text | _ContentPart, ...], Field(max_length=64)]
+    type: Literal["message"] | None = None
+
+    @property
+    def text(self) -> str:
+        parts = self.content if isinstance(self.content, tuple) else (self.content,)
+        return "".join(part if isinstance(part, str) else part.text for part in parts)
+
+
+class _SamplingParams(Section):
+    seed: int | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    max_completions_tokens: int | None = Field(None, ge=1)
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+
+
+class ScoreModelGrader(_Grader):
+    type: Literal["score_model"]
+    model: _Name
+    input: Annotated[tuple[_GraderMessage, ...], Field(min_length=1, max_length=64)]
+    range: tuple[float, float] | None = None
+    sampling_params: _SamplingParams | None = None
+
+    def templates(self) -> list[str]:
+        low, high = self.range or (0.0, 1.0)
+        if low >= high:
+            raise ValueError("`range` has its lowest number first")
+        return [message.text for message in self.input]
+
+
+class PythonGrader(_Grader):
+    type: Literal["python"]
+    source: Annotated[str, Field(min_length=1, max_length=_SOURCE)]
+    image_tag: str | None = None
+
+    @pydantic.field_validator("source")
+    @classmethod
+    def _has_grade(cls, source: str) -> str:
+        """It is read, and not run."""
+        try:
+            names = {getattr(statement, "name", "") for statement in ast.parse(source).body}
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            at = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
+            raise ValueError(f"the source is no Python: {at}{getattr(error, 'msg', error)}") from None
+        if "grade" not in names:
+            raise ValueError("the source defines no function grade(sample, item)")
+        return source
+
+
+_Single = Annotated[
+    StringCheckGrader | TextSimilarityGrader | ScoreModelGrader | PythonGrader, Field(discriminator="type")
+]
+
+
+class MultiGrader(_Grader):
+    type: Literal["multi"]
+    graders: Annotated[dict[_Name, _Single], Field(min_length=1, max_length=32)]
+    calculate_output: Annotated[str, Field(min_length=1, max_length=1000)]
+
+    @pydantic.field_validator("graders", mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        """Graders by name; one alone, as the reference has it, goes by its own."""
+        if isinstance(given, Mapping) and isinstance(given.get("type"), str) and isinstance(given.get("name"), str):
+            return {given["name"]: dict(given)}
+        return given
+
+    @pydantic.model_validator(mode="after")
+    def _formula(self) -> MultiGrader:
+        _parse_formula(self.calculate_output, self.graders)
+        return self
+
+
+_AnyGrader = Annotated[
+    StringCheckGrader | TextSimilarityGrader | ScoreModelGrader | PythonGrader | MultiGrader,
+    Field(discriminator="type"),
+]
+_TYPES = ("string_check", "text_similarity", "score_model", "python", "multi")
+_ADAPTER: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(_AnyGrader)
+
+
+def parse_grader(given: Any, where: str = "grader") -> Any:
+    """A grader of JSON. Raises ConfigError that says which key is wrong."""
+    kind = given.get("type") if isinstance(given, Mapping) else None
+    if kind not in _TYPES:
+        near = nearest(str(kind), _TYPES, 1)
+        hint = f"did you mean {near[0]}?" if near and kind else f"there are {', '.join(_TYPES)}"
+        raise ConfigError(
+            f"{quoted(str(kind))} is no type of grader" if kind else "a grader has a type", where=where, fix=hint
+        )
+    try:
+        return _ADAPTER.validate_python(given)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = [str(part) for part in first["loc"] if part not in _TYPES]
+        said = str(first["msg"]).removeprefix("Value error, ")
+        raise ConfigError(said, where=".".join([where, *path])) from None
+
+
+def grader_types(grader: Any) -> set[str]:
+    """The types of a grader and of those in it."""
+    return {grader.type, *(each.type for each in getattr(grader, "graders", {}).values())}
+
+
+# -- formulas ----------------------------------------------------------------------------------------------------------
+
+_OPERATORS: dict[type[ast.AST], Callable[..., float]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.Pow: math.pow, ast.USub: operator.neg, ast.UAdd: operator.pos,
+}  # fmt: skip
+_FUNCTIONS: dict[str, Callable[..., float]] = {
+    "min": min, "max": max, "abs": abs, "floor": math.floor, "ceil": math.ceil, "exp": math.exp, "sqrt": math.sqrt,
+    "log": math.log,
+}  # fmt: skip
+
+
+def _parse_formula(text: str, names: Mapping[str, Any]) -> Callable[[Mapping[str, float]], float]:
+    """A formula of numbers, `names` and the functions above, as a function of the names' values. What is no identifier
+    cannot be named in it. Raises ValueError for what is no formula; the function raises ArithmeticError or ValueError
+    where there is no value, as for 1/0."""
+    try:
+        body = ast.parse(text.replace("^", "**").strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError(f"calculate_output is no formula: {quoted(text)}") from None
+
+    def made(node: ast.AST) -> Callable[[Mapping[str, float]], float]:
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            value = float(node.value)  # type: ignore[arg-type]
+            return lambda values: value
+        if isinstance(node, ast.Name):
+            if node.id not in names:
+                near = nearest(node.id, names, 1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+                raise ValueError(f"calculate_output names {quoted(node.id)}, and no grader is called so; {hint}")
+            name = node.id
+            return lambda values: values[name]
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+            do, a, b = _OPERATORS[type(node.op)], made(node.left), made(node.right)
+            return lambda values: do(a(values), b(values))
+        if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
+            do, a = _OPERATORS[type(node.op)], made(node.operand)
+            return lambda values: do(a(values))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args and not node.keywords:
+            function, arguments = _FUNCTIONS.get(node.func.id), [made(each) for each in node.args]
+            if function is not None and (len(arguments) > 1) == (node.func.id in ("min", "max")):
+                return lambda values: float(function(*(each(values) for each in arguments)))
+        raise ValueError(f"calculate_output has more than numbers, graders, + - * / ^ and {', '.join(_FUNCTIONS)}")
+
+    try:
+        return made(body)
+    except (RecursionError, OverflowError):
+        raise ValueError("calculate_output is nested too deep, or has a number that is too large") from None
+
+
+# -- running them ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grade:
+    """`errors`: OpenAI's name of an error -> what it was. `parts`: of a multi grader. `usage`: of tokens, by the model
+    that was asked."""
+
+    value: float | None
+    errors: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
+    usage: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+
+class GraderRun:
+    """A grader made ready. `ask`: who answers for score_model. `bare`: its functions see no variables of the
+    environment. Raises ConfigError where there is nobody to ask, MissingExtraError for what a metric needs."""
+
+    def __init__(
+        self,
+        grader: Any,
+        *,
+        ask: AskModel | None = None,
+        bare: bool = True,
+        timeout: float = 120.0,
+        memory: float = 2e9,
+    ) -> None:
+        self.grader, self._ask = grader, ask
+        self._open = ExitStack()
+        if "score_model" in grader_types(grader) and ask is None:
+            raise ConfigError("nobody here answers for a score_model", where=grader.name, fix="name a server: `url`")
+        own = getattr(grader, "graders", {"": grader})
+        self._functions = {
+            name: self._open.enter_context(
+                LimitedFunction("grade", source=each.source, timeout=timeout, memory=memory, bare=bare)
+            )
+            for name, each in own.items() if isinstance(each, PythonGrader)
+        }  # fmt: skip
+
+    def __enter__(self) -> GraderRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._open.close()
+
+    def grade(self, asked: Sequence[Asked]) -> list[Grade]:
+        """A grade for each (sample, item). Raises UnavailableError where the model that is asked is away."""
+        if not isinstance(self.grader, MultiGrader):
+            return self._grades("", self.grader, asked)
+        own = {name: self._grades(name, each, asked) for name, each in self.grader.graders.items()}
+        formula = _parse_formula(self.grader.calculate_output, self.grader.graders)
+        return [_together(formula, {name: grades[i] for name, grades in own.items()}) for i in range(len(asked))]
+
+    def _grades(self, name: str, grader: Any, asked: Sequence[Asked]) -> list[Grade]:
+        if isinstance(grader, PythonGrader):
+            return self._by_function(name, asked)
+        if isinstance(grader, ScoreModelGrader):
+            return self._by_model(grader, asked)
+        return [_caught(lambda pair=pair: _of_texts(grader, *pair)) for pair in asked]  # type: ignore[misc]
+
+    def _by_function(self, name: str, asked: Sequence[Asked]) -> list[Grade]:
+        try:
+            scores = self._functions[name].score(asked)
+        except ConfigError as error:  # it cannot be loaded, whatever it is asked
+            return [Grade(None, {"python_grader_runtime_error": error.what})] * len(asked)
+        return [
+            Grade(score.value, {}, score.parts) if score.value is not None and math.isfinite(score.value)
+            else Grade(None, {"python_grader_runtime_error": score.error or f"it gave {score.value}"})
+            for score in scores
+        ]  # fmt: skip
+
+    def _by_model(self, grader: ScoreModelGrader, asked: Sequence[Asked]) -> list[Grade]:
+        low, high = grader.range or (0.0, 1.0)
+        assert self._ask is not None
+        made: list[Question | Grade] = []
+        for sample, item in asked:
+            try:
+                made.append(_question(grader, sample, item))
+            except NoValue as error:
+                made.append(_no_value(error))
+        replies = iter(ask_once(self._ask, [each for each in made if isinstance(each, Question)]))
+        return [
+            each if isinstance(each, Grade) else _of_reply(next(replies), grader.model, low, high) for each in made
+        ]  # fmt: skip
+
+
+_ASKED = (
+    'Answer with a JSON object alone: {{"steps": [what you considered], "result": a number from {low:g} to {high:g}}}.'
+)
+
+
+def _question(grader: ScoreModelGrader, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Question:
+    """The grader's messages, and behind them in what form to answer: the formula of a grade is its `result`."""
+    low, high = grader.range or (0.0, 1.0)
+    messages = [{"role": m.role, "content": filled(m.text, sample, item)} for m in grader.input]
+    form = _ASKED.format(low=low, high=high)
+    if messages[0]["role"] in ("system", "developer"):
+        messages[0] |= {"content": f"{messages[0]['content']}\n\n{form}"}
+    else:
+        messages.insert(0, {"role": "system", "content": form})
+    own = grader.sampling_params or _SamplingParams()
+    extra = {} if own.reasoning_effort is None else {"reasoning_effort": own.reasoning_effort}
+    return Question(
+        messages, grader.model, tokens=own.max_completions_tokens or 1024, temperature=own.temperature or 0.0,
+        top_p=own.top_p or 1.0, seed=own.seed or 0, extra=extra,
+    )  # fmt: skip
+
+
+def _of_reply(reply: Reply, model: str, low: float, high: float) -> Grade:
+    usage = {model: reply.usage}
+    if reply.error:
+        word = "model_grader_refusal_error" if reply.refused else "model_grader_server_error"
+        return Grade(None, {word: reply.error}, usage=usage)
+    found = as_json(_braced(reply.text))
+    result = found.get("result") if isinstance(found, dict) else None
+    text = str(result) if isinstance(result, int | float) and not isinstance(result, bool) else reply.text
+    value = last_number(text, low, high)
+    if isinstance(value, str):
+        return Grade(None, {"model_grader_parse_error": value}, usage=usage)
+    return Grade(value, usage=usage)
+
+
+def _braced(text: str) -> str:
+    """From the first brace to the last: models put words and fences around their JSON."""
+    found = re.search(r"\{.*\}", text, re.DOTALL)
+    return found[0] if found else text
+
+
+def _caught(do: Callable[[], float]) -> Grade:
+    try:
+        return Grade(do())
+    except NoValue as error:
+        return _no_value(error)
+
+
+def _no_value(error: NoValue) -> Grade:
+    if error.of_sample:
+        return Grade(0.0, {"sample_parse_error": str(error)})
+    return Grade(None, {"invalid_variable_error": str(error)})
+
+
+def _of_texts(
+    grader: StringCheckGrader | TextSimilarityGrader, sample: Mapping[str, Any], item: Mapping[str, Any]
+) -> float:
+    text, wanted = filled(grader.input, sample, item), filled(grader.reference, sample, item)
+    if isinstance(grader, StringCheckGrader):
+        found = {
+            "eq": text == wanted, "ne": text != wanted, "like": wanted in text,
+            "ilike": wanted.casefold() in text.casefold(),
+        }  # fmt: skip
+        return float(found[grader.operation])
+    metric = grader.evaluation_metric
+    if metric.startswith("rouge_"):
+        return rouge(text, wanted, f"rouge{metric.removeprefix('rouge_').upper()}")
+    return {"fuzzy_match": fuzzy, "bleu": bleu, "gleu": _gleu, "meteor": _meteor}[metric](text, wanted)
+
+
+def _gleu(text: str, wanted: str) -> float:
+    """Google's BLEU of one answer (arXiv 1609.08144): min(precision, recall) of all n-grams of 1 to 4 words."""
+
+    def grams(of: str) -> Counter[tuple[str, ...]]:
+        words = of.split()
+        return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+
+    own, other = grams(text), grams(wanted)
+    most = max(own.total(), other.total())
+    return (own & other).total() / most if most else 0.0
+
+
+def _meteor(text: str, wanted: str) -> float:
+    try:
+        from nltk.translate.meteor_score import meteor_score
+
+        return float(meteor_score([wanted.split()], text.split()))
+    except ImportError as error:
+        raise MissingExtraError("METEOR needs nltk", fix="pip install 'veneer[metrics]'") from error
+    except LookupError as error:
+        fix = "python -m nltk.downloader wordnet"
+        raise MissingExtraError("METEOR needs WordNet, which nltk has not found", fix=fix) from error
+
+
+def _together(formula: Callable[[Mapping[str, float]], float], own: Mapping[str, Grade]) -> Grade:
+    errors: dict[str, str] = {}
+    usage: dict[str, Counter[str]] = {}
+    for name, grade in own.items():
+        for word, said in grade.errors.items():
+            errors.setdefault(word, f"{name}: {said}")
+        for model, took in grade.usage.items():
+            usage.setdefault(model, Counter()).update(took)
+    parts = {name: grade.value for name, grade in own.items() if grade.value is not None}
+    value = None
+    if len(parts) == len(own):
+        try:
+            value = float(formula(parts))
+        except (ArithmeticError, ValueError) as error:
+            errors["other_error"] = f"calculate_output: {error}"
+        if value is not None and not math.isfinite(value):
+            value, errors["other_error"] = None, f"calculate_output gave {value}"
+    return Grade(value, errors, parts, usage)

@@ -1,0 +1,87 @@
+"""OpenAI's templates of graders: `{{ sample.output_text }}`, `{{ item.reference_answer }}`, and paths into both.
+
+    filled("{{ item.city }}: {{ sample.output_json.total }}", sample, item)
+    sample_of(answer)         what `sample` holds, below
+
+    sample.output_text    what the model said                sample.output_tools   its calls of tools
+    sample.output_json    the same as JSON, if it is any     sample.choices        as chat completions have them
+    sample.input_text     the last thing said before it (veneer's own)
+
+A path is a name and then names and places of lists, behind dots or in brackets: `item.tags[0]`, `item.tags.0`. Texts
+are put in as they are, anything else as JSON. Nothing is evaluated, and what is put in is not looked at again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from veneer.errors import nearest, quoted
+from veneer.train.rewards.reward import Answer
+
+_PLACE = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
+_PATH = re.compile(r"\s*(sample|item)((?:\.[\w-]+|\[\d+\])+)\s*")
+_STEP = re.compile(r"[\w-]+")
+_SAMPLE = ("output_text", "output_json", "output_tools", "choices", "input_text")
+
+
+class NoValue(Exception):
+    """A path of a template that leads nowhere. `of_sample`: in what the model said, so that it is the model's doing."""
+
+    def __init__(self, path: str, of_sample: bool) -> None:
+        super().__init__(f"{path} has no value")
+        self.path, self.of_sample = path, of_sample
+
+
+def sample_of(answer: Answer) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+    if answer.calls:
+        message["tool_calls"] = answer.calls
+    before = answer.prompt[-1].get("content") if answer.prompt else ""
+    found = {
+        "output_text": answer.text, "output_tools": list(answer.calls), "choices": [{"index": 0, "message": message}],
+        "input_text": before if isinstance(before, str) else json.dumps(before, ensure_ascii=False),
+    }  # fmt: skip
+    with suppress(ValueError, RecursionError):
+        found["output_json"] = json.loads(answer.text)
+    return found
+
+
+def filled(template: str, sample: Mapping[str, Any], item: Mapping[str, Any]) -> str:
+    """Raises NoValue."""
+
+    def put(match: re.Match[str]) -> str:
+        value: Any = {"sample": sample, "item": item}
+        for step in _STEP.findall(match[1]):
+            if isinstance(value, Mapping) and step in value:
+                value = value[step]
+            elif isinstance(value, list | tuple) and step.isdecimal() and int(step) < len(value):
+                value = value[int(step)]
+            else:
+                raise NoValue(match[1].strip(), match[1].strip().startswith("sample"))
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+    return _PLACE.sub(put, template)
+
+
+def template_problem(template: str) -> str:
+    """What is wrong with a template whatever the rows; "" where nothing is."""
+    for match in _PLACE.finditer(template):
+        inner = match[1].strip()
+        path = _PATH.fullmatch(match[1])
+        if path is None:
+            first = inner.partition(".")[0]
+            near = [] if first.split()[:1] in (["sample"], ["item"]) else nearest(first, ["sample", "item"], 1)
+            hint = f"did you mean {near[0]}?" if near else "a path is meant, as item.answer"
+            return f"{{{{ {inner[:100]} }}}} is neither of sample nor of item; {hint}"
+        step = _STEP.findall(path[2])[0]
+        if path[1] == "sample" and step not in _SAMPLE:
+            near = nearest(step, _SAMPLE, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(_SAMPLE)}"
+            return f"sample has no {quoted(step)}; {hint}"
+    if _PLACE.sub("", template).count("{{"):
+        return "a {{ has no }} behind it"
+    return ""

@@ -1,0 +1,125 @@
+"""OpenAI's routes of graders, by OpenAI's own client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyTenancy, ToyText, live
+from veneer.jobs.http.graders import grader_routes
+
+CHECK: dict[str, Any] = {
+    "type": "string_check", "name": "same", "operation": "eq", "input": "{{ sample.output_text }}",
+    "reference": "{{ item.want }}",
+}  # fmt: skip
+PYTHON: dict[str, Any] = {
+    "type": "python",
+    "name": "mine",
+    "source": "def grade(sample, item):\n    return item['n'] / 4\n",
+}
+
+
+def score(says: str, model: str = "toy") -> dict[str, Any]:
+    """The toy says what the last line of its prompt asks it to."""
+    return {
+        "type": "score_model", "name": "taste", "model": model, "range": [0, 10],
+        "input": [{"role": "user", "content": f"{{{{ sample.output_text }}}}\nSAY:{says}"}],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["python", "no-python"])
+def served(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with (
+        live(ToyEngine(ToyText()), ToyCatalog(), ToyTenancy(), routers=[grader_routes(python=request.param)]) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="admin", max_retries=0) as client,
+    ):
+        yield client, request.param
+
+
+@pytest.fixture
+def graders(served: Any) -> Any:
+    return served[0].fine_tuning.alpha.graders
+
+
+def test_run(graders: Any) -> None:
+    found = graders.run(grader=CHECK, model_sample="Paris", item={"want": "Paris"})
+    assert found.reward == 1
+    assert (found.metadata.name, found.metadata.type) == ("same", "string_check")
+    assert found.metadata.execution_time >= 0
+    assert not any(found.metadata.errors.to_dict().values())
+    assert graders.run(grader=CHECK, model_sample="Rome", item={"want": "Paris"}).reward == 0
+
+
+def test_what_has_no_value_says_so(graders: Any) -> None:
+    found = graders.run(grader=CHECK, model_sample="Paris", item={"wanted": "Paris"})
+    assert found.reward == 0
+    assert found.metadata.errors.invalid_variable_error
+    own = {**CHECK, "input": "{{ sample.output_json.city }}"}
+    assert graders.run(grader=own, model_sample="Paris", item={"want": "x"}).metadata.errors.sample_parse_error
+
+
+def test_a_model_of_this_server_is_asked(graders: Any) -> None:
+    found = graders.run(grader=score("8"), model_sample="a poem")
+    assert found.reward == 8
+    usage = found.api_model_grader_token_usage_per_model["toy"]
+    assert usage["prompt_tokens"] + usage["completion_tokens"] == usage["total_tokens"] == found.metadata.token_usage
+    assert found.metadata.sampled_model_name == "toy"
+    found = graders.run(grader=score("lovely"), model_sample="a poem")
+    assert (found.reward, found.metadata.errors.api_model_grader_parse_error) == (0, True)
+    with pytest.raises(openai.NotFoundError):
+        graders.run(grader=score("8", model="nobody"), model_sample="a poem")
+
+
+def test_a_tenant_s_limits_and_bill_hold_for_what_a_grader_asks(served: Any) -> None:
+    client = served[0].with_options(api_key="acme")
+    with pytest.raises(openai.RateLimitError):
+        client.fine_tuning.alpha.graders.run(grader=score("8"), model_sample="a poem")
+    few = {**score("8"), "sampling_params": {"max_completions_tokens": 20}}
+    assert client.fine_tuning.alpha.graders.run(grader=few, model_sample="a poem").reward == 8
+    with pytest.raises(openai.NotFoundError):  # an adapter of others
+        client.fine_tuning.alpha.graders.run(grader={**few, "model": "polite"}, model_sample="a poem")
+
+
+def test_several_together(graders: Any) -> None:
+    both = {"type": "multi", "name": "both", "graders": {"a": CHECK, "b": score("4")}, "calculate_output": "a + b / 10"}
+    found = graders.run(grader=both, model_sample="x", item={"want": "x"})
+    assert found.reward == pytest.approx(1.4)
+    assert found.sub_rewards == {"a": 1, "b": 4}
+
+
+def test_validate_gives_the_grader_back(graders: Any) -> None:
+    for grader in (CHECK, score("8")):
+        assert graders.validate(grader=grader).grader.to_dict() == grader
+
+
+@pytest.mark.parametrize(
+    ("grader", "param"),
+    [
+        ({**CHECK, "operation": "is"}, "grader.operation"), ({**CHECK, "type": "strings"}, "grader"),
+        ({**CHECK, "reference": "{{ nothing }}"}, "grader"), ({"type": "multi", "name": "m", "graders": {}}, "grader"),
+    ],
+)  # fmt: skip
+def test_what_is_no_grader_is_the_client_s_mistake(graders: Any, grader: Any, param: str) -> None:
+    for call in (lambda: graders.validate(grader=grader), lambda: graders.run(grader=grader, model_sample="x")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            call()
+        assert str(caught.value.param).startswith(param)
+
+
+def test_python_is_run_where_the_operator_allows_it(served: Any) -> None:
+    client, allowed = served
+    graders = client.fine_tuning.alpha.graders
+    if not allowed:
+        for call in (graders.validate, lambda **own: graders.run(model_sample="x", **own)):
+            with pytest.raises(openai.PermissionDeniedError, match="--python-graders"):
+                call(grader=PYTHON)
+        return
+    assert graders.validate(grader=PYTHON).grader.to_dict() == PYTHON
+    assert graders.run(grader=PYTHON, model_sample="x", item={"n": 3}).reward == 0.75
+    found = graders.run(grader=PYTHON, model_sample="x", item={})
+    assert found.reward == 0
+    assert found.metadata.errors.python_grader_runtime_error
+    assert "KeyError: 'n'" in found.metadata.errors.python_grader_runtime_error_details

@@ -1,0 +1,202 @@
+"""OpenAI's graders, beside the packages that they name and arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import sacrebleu
+from hypothesis import given
+from hypothesis import strategies as st
+from nltk.translate.gleu_score import sentence_gleu
+from rouge_score.rouge_scorer import RougeScorer
+
+from veneer.errors import ConfigError, DataError
+from veneer.train.config.rewards import GraderReward
+from veneer.train.rewards.build import rewards_of
+from veneer.train.rewards.graders import Grade, GraderRun, parse_grader
+from veneer.train.rewards.judge import Question, Reply
+from veneer.train.rewards.reward import Answer
+from veneer.train.rewards.template import sample_of
+
+
+def grade(grader: dict[str, Any], text: str, item: dict[str, Any] | None = None, ask: Any = None) -> Grade:
+    with GraderRun(parse_grader({"name": "it", **grader}), ask=ask) as run:
+        return run.grade([(sample_of(Answer([], text)), item or {})])[0]
+
+
+def check(operation: str, **more: Any) -> dict[str, Any]:
+    own = {"type": "string_check", "operation": operation, "input": "{{ sample.output_text }}"}
+    return {**own, "reference": "{{ item.want }}", **more}
+
+
+def similar(metric: str) -> dict[str, Any]:
+    own = {"type": "text_similarity", "evaluation_metric": metric, "input": "{{ sample.output_text }}"}
+    return {**own, "reference": "{{ item.want }}"}
+
+
+@pytest.mark.parametrize(
+    ("operation", "text", "want", "value"),
+    [
+        ("eq", "Cat", "Cat", 1), ("eq", "cat", "Cat", 0), ("ne", "cat", "Cat", 1), ("ne", "Cat", "Cat", 0),
+        ("like", "a Cat!", "Cat", 1), ("like", "a cat!", "Cat", 0), ("ilike", "a cat!", "Cat", 1),
+        ("ilike", "dog", "Cat", 0),
+    ],
+)  # fmt: skip
+def test_string_check(operation: str, text: str, want: str, value: float) -> None:
+    assert grade(check(operation), text, {"want": want}) == Grade(value)
+
+
+words = st.lists(st.sampled_from(["the", "cat", "sat", "on", "a", "mat"]), min_size=1, max_size=9).map(" ".join)
+
+
+@given(words, words)
+def test_text_similarity_is_what_the_packages_say(text: str, want: str) -> None:
+    expected = {
+        "bleu": sacrebleu.sentence_bleu(text, [want]).score / 100, "gleu": sentence_gleu([want.split()], text.split()),
+        **{f"rouge_{n}": RougeScorer([f"rouge{n}"]).score(want, text)[f"rouge{n}"].fmeasure for n in (1, 2, 5)},
+        "rouge_l": RougeScorer(["rougeL"]).score(want, text)["rougeL"].fmeasure,
+    }  # fmt: skip
+    for metric, value in expected.items():
+        assert grade(similar(metric), text, {"want": want}).value == pytest.approx(value), metric
+    assert grade(similar("fuzzy_match"), text, {"want": text}).value == 1
+
+
+SCORE = {
+    "type": "score_model", "model": "judge", "range": [0, 10],
+    "input": [{"role": "user", "content": "Rate {{ sample.output_text }} for {{ item.want }}"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reply", "value", "error"),
+    [
+        (Reply('{"steps": [], "result": 7.5}'), 7.5, None), (Reply('```json\n{"result": 3}\n```'), 3, None),
+        (Reply("It is 4"), 4, None), (Reply("11"), None, "model_grader_parse_error"),
+        (Reply("none"), None, "model_grader_parse_error"),
+        (Reply(error="no", refused=True), None, "model_grader_refusal_error"),
+        (Reply(error="broken"), None, "model_grader_server_error"),
+    ],
+)  # fmt: skip
+def test_score_model(reply: Reply, value: float | None, error: str | None) -> None:
+    asked: list[Question] = []
+
+    def ask(questions: Sequence[Question]) -> list[Reply]:
+        asked.extend(questions)
+        return [reply] * len(questions)
+
+    found = grade(SCORE, "this", {"want": "taste"}, ask)
+    assert found.value == value
+    assert list(found.errors) == ([error] if error else [])
+    assert "Rate this for taste" in asked[0].messages[-1]["content"]
+    assert "from 0 to 10" in asked[0].messages[0]["content"]
+
+
+def test_score_model_needs_somebody_to_ask() -> None:
+    with pytest.raises(ConfigError, match="nobody here answers"):
+        grade(SCORE, "x")
+
+
+def test_python() -> None:
+    source = "import math\ndef grade(sample, item):\n    return math.sqrt(item['n']) + len(sample['output_text'])\n"
+    assert grade({"type": "python", "source": source}, "abc", {"n": 4}) == Grade(5.0)
+    found = grade({"type": "python", "source": source}, "abc", {"n": -1})
+    assert found.value is None
+    assert "line 3 of source: ValueError" in found.errors["python_grader_runtime_error"]
+    broken = grade({"type": "python", "source": "import no_such_package\ndef grade(s, i): return 1"}, "x")
+    assert "no_such_package" in broken.errors["python_grader_runtime_error"]
+
+
+def multi(formula: str, **graders: Any) -> dict[str, Any]:
+    own = graders or {"a": check("eq", name="a"), "b": {**similar("fuzzy_match"), "name": "b"}}
+    return {"type": "multi", "graders": own, "calculate_output": formula}
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        "a + b", "0.25 * a - b / 2", "-(a + 1) ^ 2 + b", "2 ** 3 ^ 2", "max(a, b, 0.25)", "min(a, b)",
+        "sqrt(4 * b) + log(1)",
+        "abs(a - b) + floor(1.7) + ceil(0.2)", "exp(a)",
+    ],
+)  # fmt: skip
+def test_multi_is_its_formula(formula: str) -> None:
+    found = grade(multi(formula), "xy", {"want": "xz"})
+    assert found.parts == {"a": 0, "b": 0.5}
+    names = {name: getattr(math, name) for name in ("floor", "ceil", "exp", "sqrt", "log")}
+    assert found.value == pytest.approx(eval(formula.replace("^", "**"), names | found.parts))
+
+
+def test_multi_says_what_has_no_value() -> None:
+    found = grade(multi("a / (b - b)"), "x", {"want": "x"})
+    assert (found.value, found.parts) == (None, {"a": 1, "b": 1})
+    assert "other_error" in found.errors
+    found = grade(multi("a + b"), "x", {"wanted": "x"})
+    assert found.value is None
+    assert found.errors["invalid_variable_error"].startswith("a: item.want")
+
+
+def test_one_grader_in_a_multi_goes_by_its_name() -> None:
+    own = {"type": "multi", "graders": check("eq", name="same"), "calculate_output": "2 * same"}
+    assert grade(own, "x", {"want": "x"}).value == 2
+
+
+def test_the_model_s_own_doing_is_a_zero_and_a_row_s_is_none() -> None:
+    own = check("eq", input="{{ sample.output_json.total }}")
+    assert grade(own, '{"total": 3}', {"want": "3"}).value == 1
+    found = grade(own, "no json", {"want": "3"})
+    assert found.value == 0
+    assert "sample_parse_error" in found.errors
+    found = grade(own, '{"total": 3}', {})
+    assert found.value is None
+    assert "invalid_variable_error" in found.errors
+
+
+@pytest.mark.parametrize(
+    ("grader", "said"),
+    [
+        ({}, "a grader has a type"), ({"type": "string_chek"}, "did you mean string_check?"),
+        ({**check("eq"), "operation": "is"}, "'eq', 'ne', 'like' or 'ilike'"), (check("eq", extra=1), "grader.extra"),
+        (check("eq", input="{{ items.x }}"), "did you mean item?"), ({"type": "python", "source": "x ="}, "line 1"),
+        ({"type": "python", "source": "def score(a, b): ..."}, "no function grade"),
+        (multi("a + c"), "no grader is called so"),
+        (multi("a +"), "no formula"), (multi("a.real"), "has more than"), (multi("__import__('os')"), "has more than"),
+        (multi("a if b else 1"), "has more than"), (multi("log(a, b)"), "has more than"),
+        (multi("'a'"), "has more than"),
+        ({**SCORE, "range": [1, 0]}, "lowest number first"), (similar("cosine"), "fuzzy_match"),
+        (multi("a", a={"type": "label_model", "name": "a"}), "label_model"),
+    ],
+)  # fmt: skip
+def test_what_is_no_grader_is_said_before_anything_is_run(grader: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_grader({"name": "it", **grader} if grader else grader)
+    assert said in str(caught.value)
+
+
+def test_formulas_that_are_too_deep_or_too_large_end() -> None:
+    for formula in ("(" * 200 + "a" + ")" * 200, "-" * 900 + "a", "9" * 500):
+        try:
+            found = grade(multi(formula), "x", {"want": "x"})
+        except ConfigError:
+            continue
+        assert found.value is None or math.isfinite(found.value)
+    assert grade(multi("10 ^ 10 ^ 10"), "x", {"want": "x"}).value is None
+
+
+def test_as_a_reward() -> None:
+    section = GraderReward(kind="grader", grader={"name": "it", **check("eq")})
+    with rewards_of([section]) as rewards:
+        answers = [Answer([], text, {"want": "x"}) for text in "xy"]
+        assert rewards.judge(answers).values == [1, 0]
+        with pytest.raises(DataError, match=r"item\.want has no value"):
+            rewards.judge([Answer([], "x", {"wanted": "x"})])
+    with pytest.raises(ConfigError, match=r"reinforcement\.rewards, grader\.operation"):
+        rewards_of([GraderReward(kind="grader", grader={"name": "it", **check("is")})])
+
+
+def test_a_grader_is_written_as_it_was() -> None:
+    given = {"name": "it", **multi("a + b"), "graders": {"a": check("eq", name="a"), "b": {**SCORE, "name": "b"}}}
+    assert json.loads(parse_grader(given).model_dump_json(exclude_unset=True)) == given

@@ -1,0 +1,185 @@
+"""A model as judge, over HTTP and by a function that is handed in."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from veneer.errors import ConfigError, UnavailableError
+from veneer.train.config.rewards import JudgeReward
+from veneer.train.rewards.build import rewards_of
+from veneer.train.rewards.judge import Question, Reply, ServerJudge
+from veneer.train.rewards.reward import Answer, RewardScore
+
+Says = Callable[[dict[str, Any], int], tuple[int, Any]]
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, says: Says) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.says, self.asked, self.keys = says, list[dict[str, Any]](), list[str | None]()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.keys.append(self.headers["Authorization"])
+        self.server.asked.append(body)
+        status, said = self.server.says(body, len(self.server.asked))
+        data = json.dumps(said).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@contextmanager
+def serving(says: Says) -> Iterator[Server]:
+    with Server(says) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def completion(text: str | None, refusal: str | None = None) -> tuple[int, Any]:
+    message = {"role": "assistant", "content": text, "refusal": refusal}
+    return 200, {
+        "choices": [{"message": message}],
+        "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7},
+    }
+
+
+def judged(server: Server | None, *texts: str, ask: Any = None, **more: Any) -> list[RewardScore]:
+    own: dict[str, Any] = {"kind": "judge", "prompt": "{{ item.about }}? {{ sample.output_text }}"}
+    section = JudgeReward(**own, url=server.url if server else None, **more)
+    answers = [Answer([], text, {"about": "Good"}) for text in texts]
+    with rewards_of([section], ask=ask, most_failed=1) as rewards:
+        return rewards.judge(answers).scores["judge"]
+
+
+def test_the_last_number_is_scaled() -> None:
+    replies = {"a": "7", "b": "I would say 3, no: 8.5.", "c": "0", "d": "10/10? No, 2", "e": "Score: **4**"}
+    with serving(lambda body, n: completion(replies[body["messages"][-1]["content"][-1]])) as server:
+        scores = judged(server, *replies, model="wise", at_once=2)
+    assert [s.value for s in scores] == [0.7, 0.85, 0, 0.2, 0.4]
+    assert {body["model"] for body in server.asked} == {"wise"}
+    assert {body["temperature"] for body in server.asked} == {0}
+    assert sorted(body["messages"][0]["content"] for body in server.asked) == [f"Good? {text}" for text in replies]
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        (completion("fine"), "no number"), (completion("11"), "not from 0 to 10"), (completion("-1"), "not from 0"),
+        (completion(None, "I will not"), "I will not"), (completion(""), "said nothing"), ((200, {"x": 1}), "no chat"),
+        ((400, {"error": {"message": "too long", "param": "messages"}}), "too long"),
+    ],
+)  # fmt: skip
+def test_no_number_is_no_score(said: tuple[int, Any], error: str) -> None:
+    with serving(lambda body, n: said if "bad" in body["messages"][0]["content"] else completion("5")) as server:
+        bad, fine = judged(server, "bad", "good")
+    assert bad.value is None
+    assert error in bad.error
+    assert fine.value == 0.5
+
+
+def test_equal_questions_are_asked_once() -> None:
+    with serving(lambda body, n: completion("5")) as server:
+        assert len(judged(server, "same", "same", "other", "same")) == 4
+    assert len(server.asked) == 2
+
+
+def test_a_judge_that_comes_back_is_waited_for() -> None:
+    with serving(lambda body, n: (503, {}) if n == 1 else completion("5")) as server:
+        (score,) = judged(server, "x", patience=20)
+    assert score.value == 0.5
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_judge_that_is_away_stops_the_run_and_is_never_a_zero(status: int) -> None:
+    with serving(lambda body, n: (status, {})) as server, pytest.raises(UnavailableError, match=f"HTTP {status}"):
+        judged(server, "x", patience=0)
+    with pytest.raises(UnavailableError, match="ConnectError"):  # nobody listens there any more
+        judged(server, "x", patience=0)
+
+
+def test_a_question_that_is_not_answered_in_time_has_no_score() -> None:
+    gone = threading.Event()
+
+    def says(body: dict[str, Any], n: int) -> tuple[int, Any]:
+        if "slow" in body["messages"][0]["content"]:
+            gone.wait(5)
+        return completion("5")
+
+    with serving(says) as server:
+        slow, fine = judged(server, "slow", "x", timeout=0.2)
+        gone.set()
+    assert "no answer in time, 3 times" in slow.error
+    assert fine.value == 0.5
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_is_wrong_with_every_question_is_said_at_once(status: int) -> None:
+    with serving(lambda body, n: (status, {"error": "no"})) as server, pytest.raises(ConfigError, match=f"{status}"):
+        judged(server, "x")
+
+
+def test_a_setting_that_the_model_does_not_take_is_left_out() -> None:
+    def says(body: dict[str, Any], n: int) -> tuple[int, Any]:
+        for param in ("max_tokens", "temperature"):
+            if param in body:
+                return 400, {"error": {"message": f"no {param}", "param": param}}
+        return completion("5")
+
+    with serving(says) as server:
+        assert [s.value for s in judged(server, "x", "y", at_once=1)] == [0.5, 0.5]
+    assert len(server.asked) == 4  # asked again twice, and from then on without
+    assert server.asked[-1]["max_completion_tokens"] == 512
+
+
+def test_the_key_is_sent_and_nowhere_else(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(ConfigError, match=r"JUDGE_KEY .* is not set"):
+        ServerJudge("http://127.0.0.1:9/v1", key="JUDGE_KEY")
+    with pytest.raises(ConfigError, match="holds a name or a password") as caught:
+        ServerJudge("http://me:secret-word@127.0.0.1:9/v1")
+    assert "secret-word" not in str(caught.value)
+    monkeypatch.setenv("JUDGE_KEY", "secret-word")
+    with serving(lambda body, n: (401, {"error": "who?"})) as server:
+        with pytest.raises(ConfigError) as refused:
+            judged(server, "x", key="JUDGE_KEY")
+        assert server.keys == ["Bearer secret-word"]
+    assert "secret-word" not in str(refused.value) + caplog.text
+
+
+def test_a_model_of_this_process_is_asked_by_a_function() -> None:
+    asked: list[Question] = []
+
+    def ask(questions: Sequence[Question]) -> list[Reply]:
+        asked.extend(questions)
+        return [Reply("3") if "x" in q.messages[0]["content"] else Reply(error="out of context") for q in questions]
+
+    scores = judged(None, "x", "y", ask=ask, model="polite")
+    assert [(s.value, s.error) for s in scores] == [(0.3, ""), (None, "out of context")]
+    assert {q.model for q in asked} == {"polite"}
+    with pytest.raises(ConfigError, match="nothing here answers"):
+        judged(None, "x")

@@ -1,0 +1,152 @@
+"""A user's function in its process: what it gives, what ends it, and that it disturbs nobody."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from veneer.errors import ConfigError, TrainingError
+from veneer.train.config.rewards import PythonReward
+from veneer.train.rewards.build import rewards_of
+from veneer.train.rewards.limited import LimitedFunction
+from veneer.train.rewards.reward import Answer
+
+SOURCE = """
+import os, random, sys, time
+
+print("loaded")
+seen = []
+
+def score(sample, item):
+    print("noise")
+    sys.stderr.write("noise")
+    os.write(1, b"noise")
+    said = sample["output_text"]
+    if said == "raise":
+        raise ValueError("no such thing")
+    if said == "sleep":
+        time.sleep(60)
+    if said == "loop":
+        while True:
+            pass
+    if said == "end":
+        os._exit(3)
+    if said == "memory":
+        return len(bytearray(10**9))
+    if said == "draw":
+        return random.random()
+    if said == "nan":
+        return float("nan")
+    if said == "parts":
+        return {"score": 1, "short": True, "long": 0.5}
+    if said == "nothing":
+        return None
+    if said == "text":
+        return "1"
+    if said == "who":
+        return os.getpid()
+    if said == "key":
+        return "SOME_KEY" in os.environ
+    return len(said) + item.get("more", 0)
+"""
+
+
+def asked(*texts: str) -> list[tuple[dict[str, str], dict[str, int]]]:
+    return [({"output_text": text}, {}) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def function() -> object:
+    with LimitedFunction("score", source=SOURCE, timeout=1, memory=5e8) as made:
+        yield made
+
+
+def test_what_it_gives(function: LimitedFunction) -> None:
+    scores = function.score([*asked("four", "parts"), ({"output_text": ""}, {"more": 2})])
+    assert [s.value for s in scores] == [4, 1, 2]
+    assert scores[1].parts == {"short": 1, "long": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("raise", "line 13 of source: ValueError: no such thing"),
+        ("nothing", "gave None, no number"), ("text", "gave '1', no number"),
+        ("end", "ended, with code 3"), ("memory", "MemoryError"),
+    ],
+)  # fmt: skip
+def test_what_fails_says_why_and_the_next_is_answered(function: LimitedFunction, text: str, error: str) -> None:
+    broken, fine = function.score(asked(text, "ok"))
+    assert broken.value is None
+    assert error in broken.error
+    assert fine.value == 2
+
+
+def test_what_takes_too_long_is_ended(function: LimitedFunction) -> None:
+    (before,) = function.score(asked("who"))
+    began = time.monotonic()
+    loop, after = function.score(asked("loop", "who"))
+    assert "took longer than 1 s" in loop.error
+    assert time.monotonic() - began < 10
+    assert before.value != after.value
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(before.value or 0), 0)
+
+
+def test_equal_questions_draw_equal_numbers(function: LimitedFunction) -> None:
+    a, b = function.score(asked("draw", "draw"))
+    (c,) = function.score([({"output_text": "draw"}, {"row": 2})])
+    assert a == b
+    assert a.value != c.value
+
+
+def test_a_function_that_fails_again_and_again_is_not_asked_for_ever(function: LimitedFunction) -> None:
+    scores = function.score(asked(*["raise"] * 50))
+    assert sum("not asked" in s.error for s in scores) == 45
+    assert function.score(asked("ok"))[0].value == 2
+
+
+def test_a_bare_process_has_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "secret")
+    for bare in (True, False):
+        with LimitedFunction("score", source=SOURCE, bare=bare) as made:
+            assert made.score(asked("key"))[0].value == (not bare)
+
+
+def test_several_at_once() -> None:
+    with LimitedFunction("score", source=SOURCE, at_once=2) as made:
+        assert [s.value for s in made.score(asked("a", "bb", "ccc", "dddd"))] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ("def score(:", "SyntaxError"), ("x = 1", "no function score"), ("import no_such_package", "no_such_package"),
+        ("raise SystemExit(1)", "SystemExit"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_loaded_is_a_mistake_of_the_configuration(source: str, error: str) -> None:
+    with LimitedFunction("score", source=source) as made, pytest.raises(ConfigError, match=error):
+        made.score(asked("x"))
+
+
+def test_as_a_reward_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("FACTOR = 2\n", encoding="utf-8")
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dataclasses import dataclass\nfrom beside import FACTOR\n\n@dataclass\nclass Found:\n    n: int\n\n"
+        "def grade(sample, item):\n    found = Found(len(sample['messages']))\n"
+        "    return FACTOR * found.n + (sample['output_json']['x'] if item['wanted'] else 0)\n",
+        encoding="utf-8",
+    )
+    section = PythonReward(kind="python", file=str(file), function="grade")
+    answers = [Answer([{"role": "user", "content": "?"}], '{"x": 5}', {"wanted": w}) for w in (True, False)]
+    with rewards_of([section]) as rewards:
+        assert rewards.judge(answers).values == [7, 2]
+        with pytest.raises(TrainingError, match=r"line 10 of mine\.py: KeyError: 'output_json'"):
+            rewards.judge([Answer([], "no json", {"wanted": True})] * 3)
+    with pytest.raises(ConfigError, match="does not exist"):
+        rewards_of([PythonReward(kind="python", file=str(tmp_path / "none.py"))])

@@ -1,0 +1,32 @@
+"""The page of rewards says what there is, and its examples can be read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pydantic
+import pytest
+import yaml
+
+from veneer.train.config.rewards import REWARD_KINDS, RewardList
+from veneer.train.rewards.graders import parse_grader
+
+PAGE = (Path(__file__).parents[3] / "docs" / "reference" / "rewards.md").read_text(encoding="utf-8")
+EXAMPLES = [text for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL) if text.startswith("rewards:")]
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_an_example_is_a_configuration(text: str) -> None:
+    sections = pydantic.TypeAdapter(RewardList).validate_python(yaml.safe_load(text)["rewards"])
+    for section in sections:
+        if section.kind == "grader":
+            parse_grader(section.grader)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", REWARD_KINDS)
+def test_every_kind_has_its_part_and_every_key_its_word(kind: str) -> None:
+    part = re.search(rf"^## {kind}$(.*?)(?=^## )", PAGE, re.DOTALL | re.MULTILINE)
+    assert part is not None
+    for key in REWARD_KINDS[kind].model_fields.keys() - {"kind", "name", "weight"}:
+        assert f"`{key}`" in part[1], f"{kind}.{key}"

@@ -1,0 +1,59 @@
+"""OpenAI's templates."""
+
+from __future__ import annotations
+
+import pytest
+
+from veneer.train.rewards.reward import Answer
+from veneer.train.rewards.template import NoValue, filled, sample_of, template_problem
+
+SAMPLE = sample_of(Answer([{"role": "user", "content": "how many?"}], '{"total": 3, "rows": [{"a": "x"}]}'))
+ITEM = {"city": "Bern", "tags": ["a", "b"], "n": 2.5, "dash-ed": True, "trap": "{{ sample.output_text }}"}
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ item.city }} {{item.n}}", "Bern 2.5"), ("{{ sample.output_json.total }}", "3"),
+        ("{{ sample.output_json.rows[0].a }}{{ item.tags.1 }}", "xb"), ("{{ item.tags }}", '["a", "b"]'),
+        ("{{ item.dash-ed }}", "true"), ("{{ item.trap }}", "{{ sample.output_text }}"),
+        ("{ } no {place}", "{ } no {place}"),
+        ("{{ sample.input_text }}", "how many?"), ("{{ sample.choices[0].message.role }}", "assistant"),
+    ],
+)  # fmt: skip
+def test_paths_are_put_in(template: str, text: str) -> None:
+    assert template_problem(template) == ""
+    assert filled(template, SAMPLE, ITEM) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "of_sample"),
+    [("{{ item.town }}", False), ("{{ item.tags[2] }}", False), ("{{ sample.output_json.missing }}", True)],
+)
+def test_a_path_that_leads_nowhere_says_whose_doing_it_is(template: str, of_sample: bool) -> None:
+    with pytest.raises(NoValue) as caught:
+        filled(template, SAMPLE, ITEM)
+    assert caught.value.of_sample is of_sample
+
+
+def test_an_answer_that_is_no_json_has_none() -> None:
+    with pytest.raises(NoValue, match="output_json"):
+        filled("{{ sample.output_json }}", sample_of(Answer([], "well")), {})
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ items.x }}", "did you mean item?"), ("{{ sample.output_txt }}", "did you mean output_text?"),
+        ("{{ item }}", "a path is meant"), ("{{ item.x | upper }}", "a path is meant"), ("{{ 1 + 1 }}", "neither"),
+        ("{{ item.x ", "no }}"),
+    ],
+)  # fmt: skip
+def test_what_is_no_path_is_said_before_any_row(template: str, said: str) -> None:
+    assert said in template_problem(template)
+
+
+def test_calls_of_tools_are_there() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"x": 1}}}
+    turns = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert filled("{{ sample.output_tools[0].function.name }}", sample_of(Answer([], "", turns=turns)), {}) == "look"
