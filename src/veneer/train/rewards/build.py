@@ -57,7 +57,7 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
         grader = parse_grader(section.grader, f"reinforcement.rewards, {section.called}")
         asks = "score_model" in grader_types(grader)
         own = _asked(section, ask, opened) if asks else None
-        return _by_grader(opened.enter_context(GraderRun(grader, ask=own, bare=False)))
+        return _by_grader(opened.enter_context(GraderRun(grader, ask=own)))
     if isinstance(section, VerifiersReward):
         return verifiers_reward(section)
     if isinstance(section, ReasoningGymReward):

@@ -95,7 +95,7 @@ class ServerJudge:
                 )
             headers["Authorization"] = f"Bearer {os.environ[key]}"
         self.url, self._patience, self._at_once = url, patience, at_once
-        self._client = httpx.Client(headers=headers, timeout=timeout)
+        self._http = httpx.Client(headers=headers, timeout=timeout)
         self._httpx: Any = httpx
         self._lock = threading.Lock()
         self._away_since: float | None = None
@@ -108,7 +108,7 @@ class ServerJudge:
         self.close()
 
     def close(self) -> None:
-        self._client.close()
+        self._http.close()
 
     def __call__(self, questions: Sequence[Question]) -> list[Reply]:
         """Raises UnavailableError, ConfigError as the table above says."""
@@ -126,7 +126,7 @@ class ServerJudge:
         while True:
             after, body = 0.0, self._body(question)
             try:
-                answer = self._client.post(f"{self.url.rstrip('/')}/chat/completions", json=body)
+                answer = self._http.post(f"{self.url.rstrip('/')}/chat/completions", json=body)
             except (self._httpx.ReadTimeout, self._httpx.WriteTimeout):
                 late += 1
                 if late == _TIMEOUTS:
