@@ -50,16 +50,16 @@ def bleu(answer: str, wanted: str) -> float:
 
 def rouge(answer: str, wanted: str, measure: str = "rougeL") -> float:
     """F1 of one of rouge-score's measures. Raises MissingExtraError."""
-    return float(_rouge_scorer(measure).score(wanted, answer)[measure].fmeasure)
-
-
-@functools.cache
-def _rouge_scorer(measure: str) -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise _missing("ROUGE", "rouge-score") from error
-    return RougeScorer([measure])
+    return float(_scorer(RougeScorer, measure).score(wanted, answer)[measure].fmeasure)
+
+
+@functools.cache
+def _scorer(kind: Any, measure: str) -> Any:
+    return kind([measure])
 
 
 def _missing(what: str, package: str) -> MissingExtraError:
