@@ -209,7 +209,8 @@ def submit(
     veneer home's, where there is one. Raises ConfigError for a configuration that is none, for a name that cannot be,
     and for what could not be done after the run."""
     from veneer.jobs.after import load_job_config
-    from veneer.jobs.validate import submitted, tenants_at
+    from veneer.jobs.validate import submitted
+    from veneer.serve.tenancy.store import tenants_at
 
     after = None
     if isinstance(config, str | os.PathLike):

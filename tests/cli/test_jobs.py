@@ -16,9 +16,9 @@ from veneer.cli.main import main
 from veneer.jobs.beside import worker_beside
 from veneer.jobs.build import training
 from veneer.jobs.store import JobStore
-from veneer.jobs.validate import tenants_at
 from veneer.library.library import open_library
 from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.store import tenants_at
 
 
 @pytest.fixture(scope="module")

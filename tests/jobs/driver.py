@@ -1,8 +1,8 @@
 """Jobs whose machine is killed at every change of the database: `python -m tests.jobs.driver FOLDER STRIDE TENANT…`,
 one of each tenant, which are trained in one process where there are several.
 
-Each process is a fork of one that has imported what it needs and computed nothing. It does what a worker and the job's
-process do, one after the other, and dies at the K-th commit; another goes on after it. Prints, as JSON, how often that
+Each process is a fork of one that has imported what it needs and computed nothing. It is a worker and the process of
+its jobs in one, and dies at the K-th commit; another goes on after it. Prints, as JSON, how often that
 was done; ends with an error unless every job came to its one end, its one bill, its one version, and the same bytes.
 """
 
@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,16 @@ from safetensors.torch import load
 import veneer.train.text.task  # noqa: F401  what a job needs is imported once, before there are processes
 from tests.forks import expect, fork
 from tests.jobs.small import STEPS, small_config
-from veneer.jobs.joining import company
+from veneer.jobs.executors import LocalExecutor
 from veneer.jobs.process import carry_out_jobs
-from veneer.jobs.store import JobStore
-from veneer.jobs.validate import device_of, tenants_at, validated
+from veneer.jobs.store import ENDS, JobLease, JobStore
+from veneer.jobs.worker import Worker
 from veneer.library.database import reading
 from veneer.library.library import open_library
 from veneer.models.home import veneer_home
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.routes import route_history
-from veneer.serve.tenancy.store import TrainingTerms
+from veneer.serve.tenancy.store import TrainingTerms, tenants_at
 
 KERNELS = (veneer_home() / "kernels").resolve()
 LEASE = 0.05
@@ -43,6 +43,24 @@ AFTER = {
 Outcome = tuple[tuple[bool, bool], list[bytes]]
 """Whether it was always with the same others, and with any; and the files of all states."""
 TERMS = TrainingTerms(price=4_000_000, budget=10**9)
+
+
+class Here(LocalExecutor):
+    """Jobs are carried out in the worker's own process, which waits for them."""
+
+    def __init__(self, store: JobStore) -> None:
+        super().__init__()
+        self.store = store
+
+    def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
+        return self.start_together([lease], environment, 0)
+
+    def start_together(self, leases: Sequence[JobLease], environment: Mapping[str, str], planned: int) -> str:
+        place = f"here {leases[0].token}"
+        for lease in leases if len(leases) > 1 else ():
+            self.store.note(lease, place=place)
+        carry_out_jobs(self.store.library, {lease.job.id: lease.token for lease in leases})
+        return place
 
 
 def machine(folder: Path, kill_at: int | None) -> None:
@@ -61,23 +79,11 @@ def machine(folder: Path, kill_at: int | None) -> None:
 
     with open_library(folder / "library") as library:
         store = JobStore(library)
+        worker = Worker(library, Here(store), lease=LEASE)
+        worker.terms = lambda tenant: TERMS
         Connection.commit = killing  # type: ignore[method-assign]
-        while any(job.state in ("validating", "queued", "running") for job in store.jobs(None)[0]):
-            new = store.take("machine", LEASE, "validating")
-            if new is not None:
-                validated(store, new, TERMS, device_of())
-            if any(job.state == "validating" for job in store.jobs(None)[0]):
-                continue
-            first = store.take("machine", LEASE)
-            if first is not None:
-                leases = [first]
-                for job in company(first.job, store.waiting(beside=leases), device_of())[0]:
-                    more = store.take("machine", LEASE, only=job.id, beside=leases)
-                    leases += [more] if more is not None else []
-                leases.sort(key=lambda lease: lease.job.number)
-                for lease in leases if len(leases) > 1 else ():
-                    store.note(lease, place=f"machine {first.token}")
-                carry_out_jobs(library, {lease.job.id: lease.token for lease in leases})
+        while any(job.state not in ENDS for job in store.jobs(None)[0]):
+            worker.run(until_idle=True)
             time.sleep(0.01)
 
 

@@ -68,7 +68,8 @@ def submit(
 ) -> None:
     """Check and plan a run, and queue it. Exit code 2 where it cannot be queued."""
     from veneer.jobs.after import load_job_config
-    from veneer.jobs.validate import submitted, tenants_at
+    from veneer.jobs.validate import submitted
+    from veneer.serve.tenancy.store import tenants_at
 
     chosen, after = load_job_config(config, overrides or [])
     with _opened() as store, tenants_at(tenants) as known:
@@ -186,8 +187,8 @@ def rollback(job: _Id, tenant: _Whose = None, tenants: TenantsDatabase = None, a
 def _moved(
     job: str, tenant: str | None, place: str | None, as_json: bool, move: Callable[..., Route | None]
 ) -> None:  # fmt: skip
-    from veneer.jobs.validate import tenants_at
     from veneer.serve.tenancy.routes import route_shown
+    from veneer.serve.tenancy.store import tenants_at
 
     with _opened() as store, tenants_at(place) as known:
         route = move(store, known, tenant, job)

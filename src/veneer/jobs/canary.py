@@ -24,6 +24,7 @@ import gc
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +60,14 @@ def compare_job(
     after = _after_of(lease.job)
     if after is None or after.evaluate is None:
         return None
+    adapter = Path(result["adapter"])
     there = _told(store, lease.job, "evaluation")
     if there is None:
-
-        def do(held: HeldOut = after.evaluate) -> JobEvent:
-            return _compared(lease.job, held, after.route, store.library, tenants, Path(result["adapter"]))
-
-        there = _tried(store, lease, "evaluation", "it could not be compared", do)
+        compare = partial(_compared, lease.job, after.evaluate, after.route, store.library, tenants, adapter)
+        there = _tried(store, lease, "evaluation", "it could not be compared", compare)
     if "scores" not in there.data:
         return None
-    _on_card(Path(result["adapter"]), there.data)
+    _on_card(adapter, there.data)
     return there.data
 
 
@@ -79,12 +78,8 @@ def place_job(
     after = _after_of(lease.job)
     if after is None or after.route is None or _told(store, lease.job, "route") is not None:
         return
-
-    def do(route: CanaryRoute = after.route) -> JobEvent:
-        text, data = _placed(lease.job, after, route, store.library, _known(tenants), reference, compared)
-        return JobEvent("info", "route", text, {"route": route.name, "reference": reference, **data})
-
-    _tried(store, lease, "route", "the route stays as it is", do)
+    place = partial(_placed, lease.job, after, after.route, store.library, tenants, reference, compared)
+    _tried(store, lease, "route", "the route stays as it is", place)
 
 
 def _tried(store: JobStore, lease: JobLease, kind: str, otherwise: str, do: Callable[[], JobEvent]) -> JobEvent:
@@ -208,47 +203,43 @@ def _of_job(job: Job, moves: list[dict[str, Any]]) -> list[int]:
 
 
 def _placed(
-    job: Job, after: AfterJob, route: CanaryRoute, library: Library, tenants: Store, reference: str,
+    job: Job, after: AfterJob, route: CanaryRoute, library: Library, tenants: Store | None, reference: str,
     compared: Mapping[str, Any] | None,
-) -> tuple[str, dict[str, Any]]:  # fmt: skip
-    move, now = _standing(tenants, job.tenant, route.name)
+) -> JobEvent:  # fmt: skip
+    name, known = route.name, _known(tenants)
+
+    def event(text: str, promoted: bool = False, **data: Any) -> JobEvent:
+        about = {"route": name, "reference": reference, "promoted": promoted, **data}
+        return JobEvent("info", "route", text, about)
+
+    move, now = _standing(known, job.tenant, name)
     if after.evaluate is not None and compared is None:
-        return f"it was not compared: {route.name} stays as it is", {"promoted": False}
-    met = None
+        return event(f"it was not compared: {name} stays as it is")
+    met, said = None, ""
     if (rule := after.rule) is not None:
         met = rule.holds(compared["scores"]) if compared is not None else None
         if met is None:
-            return f"`{rule.text}` could not be decided: {route.name} stays as it is", {"promoted": False}
-    said = "" if rule is None else f"`{rule.text}` is {'met' if met else 'not met'}: "
-    if mine := _of_job(job, _moves(tenants, job.tenant, route.name)):  # before a kill
-        return f"{said}{route.name} was moved", {"move": max(mine), "promoted": bool(met)}
+            return event(f"`{rule.text}` could not be decided: {name} stays as it is")
+        said = f"`{rule.text}` is {'met' if met else 'not met'}: "
+    if mine := _of_job(job, _moves(known, job.tenant, name)):  # before a kill
+        return event(f"{said}{name} was moved", bool(met), move=max(mine))
     if compared is not None and compared.get("move", move) != move:
-        raise routes.RouteMoved(f"{route.name} was moved since {reference} was compared", where="route")
+        raise routes.RouteMoved(f"{name} was moved since {reference} was compared", where="route")
     serving = serving_of(now, job.name)
-    part = round(route.weight * _WHOLE)
     if met or (serving is None and met is None):
         targets, shadow = [(reference, 1)], None
-        text = f"{said}{route.name} leads to {reference}" + ("" if serving is None else f", and not to {serving}")
-    elif serving is None or (not met and met is not None and not route.shadow) or serving == reference:
-        return f"{said}{route.name} stays as it is", {"promoted": False}
+        text = f"{name} leads to {reference}" + ("" if serving is None else f", and not to {serving}")
+    elif serving is None or serving == reference or (met is False and not route.shadow):
+        return event(f"{said}{name} stays as it is")
     else:
-        part = part if met is None else 0
-        targets = [(serving, _WHOLE - part), (reference, part)]
-        shadow = reference if route.shadow else None
-        text = f"{said}{reference} gets {part / _WHOLE:.4g} of the users of {route.name}, {serving} the others"
+        part = 0 if met is False else round(route.weight * _WHOLE)
+        targets, shadow = [(serving, _WHOLE - part), (reference, part)], reference if route.shadow else None
+        text = f"{reference} gets {part / _WHOLE:.4g} of the users of {name}, {serving} the others"
         text += f"; {reference} answers unseen too" if shadow else ""
     made = routes.set_route(
-        tenants, route.name, targets, tenant=job.tenant, shadow=shadow, who=f"job {job.id}", from_move=move,
-        check=_readable(library),
+        known, name, targets, tenant=job.tenant, shadow=shadow, who=f"job {job.id}", from_move=move, check=library.find
     )  # fmt: skip
-    return text, {"move": made.move, "promoted": bool(met)}
-
-
-def _readable(library: Library) -> Callable[[str], None]:
-    def check(name: str) -> None:
-        library.find(name)
-
-    return check
+    return event(said + text, bool(met), move=made.move)
 
 
 # -- by hand -----------------------------------------------------------------------------------------------------------
@@ -263,8 +254,9 @@ def promote_job(store: JobStore, tenants: Store | None, tenant: str | None, job:
     _, now = _standing(known, found.tenant, route)
     if now is not None and now.targets == ((reference, 1),) and now.shadow is None:
         return now
-    check = _readable(store.library)
-    made = routes.set_route(known, route, [(reference, 1)], tenant=found.tenant, who=_hand(found), check=check)
+    made = routes.set_route(
+        known, route, [(reference, 1)], tenant=found.tenant, who=_hand(found), check=store.library.find
+    )  # fmt: skip
     told = JobEvent("info", "route", f"promoted by hand: {route} leads to {reference}", {"promoted": True})
     store.remark(found.tenant, job, told)
     return made
@@ -289,8 +281,9 @@ def rollback_job(store: JobStore, tenants: Store | None, tenant: str | None, job
     if number in mine:
         routes.remove_route(known, route, tenant=found.tenant, who=who)
     else:
-        check = _readable(store.library)
-        back = routes.rollback_route(known, route, tenant=found.tenant, who=who, moves=mine, check=check)
+        back = routes.rollback_route(
+            known, route, tenant=found.tenant, who=who, moves=mine, check=store.library.find
+        )  # fmt: skip
     leads = "is gone, as before" if back is None else f"leads to {', '.join(name for name, _ in back.targets)} again"
     store.remark(found.tenant, job, JobEvent("info", "route", f"taken back: {route} {leads}", {"promoted": False}))
     return back

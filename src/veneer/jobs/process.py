@@ -43,9 +43,10 @@ from typing import TYPE_CHECKING, Any
 from veneer.errors import CheckpointError, Interrupted, ResourceError, VeneerError
 from veneer.jobs.canary import compare_job, place_job
 from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost, with_shares
-from veneer.jobs.validate import job_config, may_pass, tenants_at, told
+from veneer.jobs.validate import job_config, may_pass, told
 from veneer.library.library import Library, open_library
 from veneer.serve.outage import is_outage
+from veneer.serve.tenancy.store import tenants_at
 from veneer.train import checkpoint
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.events import Checked, Event, Note, Saved, to_record

@@ -13,8 +13,7 @@ from __future__ import annotations
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +43,6 @@ def terms_of(tenants: Store | None) -> Callable[[str], TrainingTerms]:
         return TrainingTerms() if tenants is None else tenants.look().training_terms(tenant)
 
     return terms
-
-
-@contextmanager
-def tenants_at(place: str | None) -> Iterator[Store | None]:
-    """The tenants' database that was named, or the veneer home's, where there is one. Raises ConfigError."""
-    from veneer.serve.tenancy.keys import default_database
-
-    usual = default_database()
-    place = place or (usual if Path(usual).is_file() else None)
-    store = None if place is None else Store(place)
-    try:
-        yield store
-    finally:
-        if store is not None:
-            store.close()
 
 
 def job_config(job: Job, output: Path) -> RunConfig:

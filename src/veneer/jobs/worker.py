@@ -22,8 +22,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from veneer.errors import VeneerError
@@ -85,13 +85,13 @@ class Worker:
                 looking.start()
             try:
                 while not self._stop.is_set():
-                    busy = self._round() or (until_idle and self._look_at_one())
+                    busy = (until_idle and self._look_at_one()) or self._round()
                     if until_idle and not busy and not self._running:
                         return
                     self._stop.wait(0.0 if busy else self.poll)
             finally:
                 self._stop.set()
-                self._end()
+                self._end_all()
                 if looking.is_alive():
                     looking.join(self.grace)
 
@@ -104,27 +104,22 @@ class Worker:
 
     def _look_at_one(self) -> bool:
         """Whether there was one."""
-        try:
+        with self._outlasting():
             lease = self.store.take(self.name, 10 * self.lease, "validating")
             if lease is None:
                 return False
             self.device = self.device or device_of()
-            job = validated(self.store, lease, self.terms(lease.job.tenant), self.device)
-            self.say(f"{job.id} of {job.tenant or 'nobody'}: {job.state}")
-        except LeaseLost:
+            with suppress(LeaseLost):
+                job = validated(self.store, lease, self.terms(lease.job.tenant), self.device)
+                self.say(f"{job.id} of {job.tenant or 'nobody'}: {job.state}")
             return True
-        except Exception as error:
-            if not is_outage(error):
-                raise
-            self._lost(error)
-            return False
-        return True
+        return False
 
     # -- jobs that are trained -----------------------------------------------------------------------------------------
 
     def _round(self) -> bool:
         """Looks after all that runs, and takes one more job if there is room; whether it did."""
-        try:
+        with self._outlasting():
             for running in [*self._running]:
                 self._watch(running)
             if len(self._running) >= self.at_once:
@@ -134,15 +129,9 @@ class Worker:
             if lease is None:
                 return False
             self._begin(lease)
-        except LeaseLost:
             return True
-        except Exception as error:
-            if not is_outage(error):
-                raise
-            self._lost(error)
-            self._stop.wait(10 * self.poll)
-            return False
-        return True
+        self._stop.wait(10 * self.poll)
+        return False
 
     def _begin(self, lease: JobLease) -> None:
         sure = time.monotonic() + self.lease
@@ -189,15 +178,15 @@ class Worker:
             self._running.remove(running)
             for lease in running.leases:
                 with suppress(LeaseLost):  # it has ended the job, or given it back
-                    self._ended(running, lease, ended)
-                self._over(lease)
+                    self._process_ended(running, lease, ended)
+                self._let_go(lease)
             return
         self._keep(running, now)
         if running.stopping is not None and not running.killed and now - running.stopping > self.grace:
             running.killed = True
             self.executor.stop(running.place, hard=True)
 
-    def _ended(self, running: _Running, lease: JobLease, ended: Ended) -> None:
+    def _process_ended(self, running: _Running, lease: JobLease, ended: Ended) -> None:
         """What becomes of a job whose process has ended."""
         if ended.memory and running.jobs > 1:  # whoever took it: each goes on by itself, and is held to its own plan
             self.store.note(lease, place="")
@@ -210,7 +199,7 @@ class Worker:
         else:
             self.store.died(lease, ended.why)
 
-    def _over(self, lease: JobLease) -> None:
+    def _let_go(self, lease: JobLease) -> None:
         """Of a job that this worker has no more."""
         now_is = self.store.get(None, lease.job.id).state
         self.say(f"{lease.job.id}: {now_is}")
@@ -221,7 +210,7 @@ class Worker:
     def _keep(self, running: _Running, now: float) -> None:
         """Looks whether the leases are still this worker's, and renews them in good time."""
         late = now - running.renewed > self.lease / 4
-        try:
+        with self._outlasting():
             for lease in [*running.leases]:
                 try:
                     if late:
@@ -234,38 +223,38 @@ class Worker:
                         continue
                     others = [other for other in running.leases if other.token != lease.token]
                     running.leases = with_shares(others)  # its process hears of it too, and goes on with these
-                    self._over(lease)
+                    self._let_go(lease)
             if late:
                 running.renewed, running.sure, self._away = now, now + self.lease, False
-        except Exception as error:
-            if not is_outage(error):
-                raise
-            self._lost(error)
-            if now > running.sure and running.stopping is None:
-                self._ask_to_end(running)
+            return
+        if now > running.sure:
+            self._ask_to_end(running)
 
     def _ask_to_end(self, running: _Running) -> None:
         if running.stopping is None:
             running.stopping = time.monotonic()
             self.executor.stop(running.place)
 
-    def _end(self) -> None:
+    def _end_all(self) -> None:
         """Everything that runs saves its state and is given back."""
         for running in self._running:
             self._ask_to_end(running)
         while self._running:
             for running in [*self._running]:
-                try:
+                with self._outlasting():
                     self._watch(running)
-                except Exception as error:
-                    if not is_outage(error):
-                        raise
-                    self._lost(error)
             if self._running:
                 time.sleep(min(self.poll, 0.1))
 
-    def _lost(self, error: Exception) -> None:
-        if not self._away:
-            what = error.what if isinstance(error, VeneerError) else type(error).__name__
-            self.say(f"the database, a disk or the executor is away; it is tried again: {what}")
-        self._away = True
+    @contextmanager
+    def _outlasting(self) -> Iterator[None]:
+        """An outage within ends what is done there, is said, and no more."""
+        try:
+            yield
+        except Exception as error:
+            if not is_outage(error):
+                raise
+            if not self._away:
+                what = error.what if isinstance(error, VeneerError) else type(error).__name__
+                self.say(f"the database, a disk or the executor is away; it is tried again: {what}")
+            self._away = True

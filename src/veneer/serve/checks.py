@@ -22,7 +22,7 @@ from veneer.models.config import read_config_json
 from veneer.models.device import check_device_name, check_dtype_name
 from veneer.models.sources import base_outline, is_image_base
 from veneer.serve.settings import LedgerSettings, Preload, QuantiseKind, ServeSettings, WeightKind
-from veneer.serve.tenancy.keys import admin_hash, default_database
+from veneer.serve.tenancy.keys import admin_hash, database_here
 from veneer.serve.tenancy.store import SERVING_PATIENCE, Store
 
 ServerKind = Literal["texts", "pictures", "fleet"]
@@ -62,7 +62,7 @@ def _tenants_place(settings: ServeSettings) -> str | None:
     ask."""
     if settings.tenants is not None or settings.keys or settings.open:
         return settings.tenants
-    return default_database() if Path(default_database()).is_file() else None
+    return database_here()
 
 
 def check_settings(settings: ServeSettings) -> Opened:

@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import re
 import secrets
+from pathlib import Path
 
 from veneer.errors import ConfigError
 from veneer.models.home import veneer_home
@@ -50,6 +51,11 @@ def same(key: str, kept: str) -> bool:
 def default_database() -> str:
     """Where tenants are kept unless a command says otherwise."""
     return str(veneer_home() / "tenants.sqlite")
+
+
+def database_here() -> str | None:
+    """That database, if there is one."""
+    return default_database() if Path(default_database()).is_file() else None
 
 
 def admin_hash(key: str) -> str:

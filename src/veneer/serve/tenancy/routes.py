@@ -184,7 +184,7 @@ def set_route(
     shadow: str | None = None,
     fraction: float = 1.0,
     who: str,
-    check: Callable[[str], None] | None = None,
+    check: Callable[[str], object] | None = None,
     from_move: int | None = None,
 ) -> Route:
     """Point a route to its targets, (adapter, weight), from the next request on. `fraction` of requests are also
@@ -228,7 +228,7 @@ def remove_route(store: Store, route: str, *, tenant: str = ALL, who: str) -> No
 
 
 def rollback_route(
-    store: Store, route: str, *, tenant: str = ALL, who: str, check: Callable[[str], None] | None = None,
+    store: Store, route: str, *, tenant: str = ALL, who: str, check: Callable[[str], object] | None = None,
     moves: Iterable[int] = (),
 ) -> Route:  # fmt: skip
     """Make the move before the current one current again: what it led to, for whom. Once more leads one further
@@ -261,7 +261,7 @@ def _before(c: Connection, tenant: str, route: str, undone: Collection[int] = ()
     return now, route_of(row)
 
 
-def _check(targets: Sequence[str], shadow: str | None, check: Callable[[str], None] | None) -> None:
+def _check(targets: Sequence[str], shadow: str | None, check: Callable[[str], object] | None) -> None:
     """Raises ConfigError that names what cannot be served, before a route moves there."""
     for role, name in [*(("target", name) for name in targets), *([("shadow", shadow)] if shadow else [])]:
         try:

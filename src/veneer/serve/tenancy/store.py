@@ -60,6 +60,7 @@ from veneer.errors import ConfigError, nearest, quoted
 from veneer.library.database import PATIENCE, URL_FIX, Key, open_engine, reading, write_transaction
 from veneer.library.migrate import Schema, append_only, bring_up
 from veneer.library.names import check_name, check_namespace, name_of, parse_reference
+from veneer.serve.tenancy.keys import database_here
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
@@ -480,6 +481,19 @@ class Store:
 
 
 _REVISION = select(meta_table.c.value).where(meta_table.c.key == "revision")
+
+
+@contextlib.contextmanager
+def tenants_at(place: str | None) -> Iterator[Store | None]:
+    """The tenants' database that was named, or the veneer home's, where there is one. Raises ConfigError."""
+    if (where := place or database_here()) is None:
+        yield None
+        return
+    store = Store(where)
+    try:
+        yield store
+    finally:
+        store.close()
 
 
 def _before(c: Connection) -> str | None:
