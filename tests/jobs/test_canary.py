@@ -10,13 +10,17 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from tests.jobs.pretended import queued, taken
 from tests.jobs.small import small_config
 from tests.library.conftest import quick  # noqa: F401
+from veneer.core.adapter import Adapter, Pair
 from veneer.errors import ConfigError
 from veneer.formats.card import read_card
+from veneer.formats.peft import write_folder
 from veneer.jobs.after import after_from
 from veneer.jobs.canary import place_job, promote_job, rollback_job
 from veneer.jobs.http.canary import canary_routes
@@ -49,19 +53,14 @@ class Shop:
         )  # fmt: skip
 
     def work(self) -> Job:
-        lease = self.jobs.take("here", 600)
-        assert lease is not None
+        lease = taken(self.jobs, 600)
         assert carry_out_jobs(self.library, {lease.job.id: lease.token}) == 0
         return self.jobs.get("acme", lease.job.id)
 
     def placed(self, reference: str, scores: Mapping[str, float] | None, after: Mapping[str, Any]) -> Job:
         """A job that has made `reference`, by pretence, and was measured so."""
-        job = self.jobs.create("acme", {}, name="support", about={"after": after_from(after, self.folder).model_dump()})
-        new = self.jobs.take("here", 60, "validating")
-        assert new is not None
-        self.jobs.queue(new, {"tokens": 1, "steps": 1})
-        lease = self.jobs.take("here", 60)
-        assert lease is not None
+        job = queued(self.jobs, about={"after": after_from(after, self.folder).model_dump()})
+        lease = taken(self.jobs)
         found = {who: {"exact_match": value} for who, value in (scores or {}).items()}
         for _ in range(2):  # a kill before the job ended, and again
             place_job(self.jobs, lease, self.tenants, reference, scores and {"scores": found})
@@ -80,25 +79,15 @@ class Shop:
             return len(routes.route_history(c, name, tenant="acme"))
 
 
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library with acme/support@1, trained."""
-    from veneer.train.text.task import run_text
-
-    folder = tmp_path_factory.mktemp("adapters")
-    config, _ = config_from(small_config(folder) | {"output": str(folder / "out")})
-    run_text(config, on_event=lambda event: None)  # type: ignore[arg-type]
-    return folder
-
-
 @pytest.fixture
-def shop(quick: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:  # noqa: F811
+def shop(quick: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:  # noqa: F811
     monkeypatch.setenv("VENEER_TENANTS", str(quick / "tenants.sqlite"))
     tenants = Store(str(quick / "tenants.sqlite"))
     manage.add_tenant(tenants, "acme", who="test")
+    write_folder(Adapter({"layer": Pair(torch.ones(1, 4), torch.ones(4, 1), 1.0)}), quick / "made")
     with open_library(quick / "library") as library:
         for name in ("acme/old", "acme/new"):
-            library.add(adapters / "out", name)
+            library.add(quick / "made", name)
         yield Shop(quick, library, JobStore(library), tenants)
     tenants.close()
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from tests.jobs.pretended import queued
 from veneer.jobs.executors import Ended, LocalExecutor, memory_of
 from veneer.jobs.store import Job, JobLease, JobStore
 from veneer.library.library import Library
@@ -16,10 +17,7 @@ pytestmark = pytest.mark.parametrize("library", ["sqlite"], indirect=True)
 
 
 def planned(store: JobStore, peak: int, device: str = "cpu") -> Job:
-    store.create("acme", {"base": "tiny"}, name="support")
-    lease = store.take("v", 60, "validating")
-    assert lease is not None
-    return store.queue(lease, {"tokens": 1, "steps": 1, "peak_bytes": peak, "device": {"name": device}})
+    return queued(store, plan={"peak_bytes": peak, "device": {"name": device}})
 
 
 def ended(executor: LocalExecutor, place: str) -> Ended:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.jobs.pretended import Pretended, until
 from tests.jobs.small import small_config
 from veneer.files.safetensors import read_tensors
-from veneer.jobs.executors import Ended, LocalExecutor
+from veneer.jobs.executors import Ended
 from veneer.jobs.joining import company
 from veneer.jobs.process import carry_out_jobs
 from veneer.jobs.store import Job, JobLease, JobStore
@@ -150,43 +151,12 @@ def test_one_that_leaves_or_fails_leaves_the_others(
         assert any("may differ in the last bits" in event.message for event in events)
 
 
-class Pretended(LocalExecutor):
-    """Processes that are not there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.running: dict[str, list[JobLease]] = {}
-        self.over: dict[str, Ended] = {}
-        self.asked: list[str] = []
-        self.count = 0
-
-    def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
-        return self.start_together([lease], environment, 0)
-
-    def start_together(self, leases: Sequence[JobLease], environment: Mapping[str, str], planned: int) -> str:
-        self.count += 1
-        place = f"pretended {self.count}"
-        self.running[place] = [*leases]
-        return place
-
-    def look(self, place: str) -> Ended | None:
-        return self.over.get(place) if place in self.running else Ended("it is gone")
-
-    def stop(self, place: str, *, hard: bool = False) -> None:
-        if place in self.running:
-            self.asked.append(place)
-            self.over[place] = Ended("ended by a signal")
-
-
 def rounds(worker: Worker, condition: Callable[[], object]) -> None:
     """The worker works in a thread until the condition holds."""
     thread = threading.Thread(target=worker.run)
     thread.start()
     try:
-        end = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < end, "it never came"
-            time.sleep(0.01)
+        until(condition)
     finally:
         worker.stop()
         thread.join(20)

@@ -7,12 +7,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.jobs.pretended import until
 from tests.jobs.small import small_config
 from tests.library.conftest import quick  # noqa: F401
 from veneer.jobs.executors import LocalExecutor
@@ -52,11 +52,11 @@ def test_a_worker_killed_while_its_job_is_trained_and_another_that_goes_on(quick
         made = store.create("acme", config, name="support")
         command = ["worker", "--library", library.location, "--lease-seconds", "2"]
         worker = subprocess.Popen([sys.executable, "-m", "veneer.cli.main", *command], cwd=ROOT, env=env)
-        until(lambda: len(store.checkpoints("acme", made.id)) > 1)
+        until(lambda: len(store.checkpoints("acme", made.id)) > 1, 300)
         child = int(store.get("acme", made.id).place.rpartition(" ")[2])
         worker.kill()
         worker.wait()
-        until(lambda: not psutil.pid_exists(child))
+        until(lambda: not psutil.pid_exists(child), 300)
         time.sleep(2)
         before = store.get("acme", made.id)
         assert (before.state, before.attempt) == ("running", 1)
@@ -67,10 +67,3 @@ def test_a_worker_killed_while_its_job_is_trained_and_another_that_goes_on(quick
         assert [e.data["step"] for e in events if e.kind == "metrics"] == [*range(1, 301)]
         (resumed,) = [e.message for e in events if e.message.startswith("resuming after step")]
         assert int(resumed.split()[3]) >= 5
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.05)

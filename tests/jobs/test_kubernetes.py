@@ -18,6 +18,7 @@ pytest.importorskip("kubernetes", reason="pip install 'veneer[kubernetes]'")
 
 from kubernetes import client
 
+from tests.jobs.pretended import queued, taken
 from veneer.errors import ConfigError, UnavailableError
 from veneer.jobs.kubernetes import KubernetesExecutor
 from veneer.jobs.store import JobLease, JobStore
@@ -128,13 +129,8 @@ def cluster() -> Iterator[tuple[Cluster, Any]]:
 def lease(tmp_path: Path) -> JobLease:
     with open_library(tmp_path / "library") as library:
         store = JobStore(library)
-        store.create("acme", {"base": "tiny"}, name="support")
-        new = store.take("v", 60, "validating")
-        assert new is not None
-        store.queue(new, {"tokens": 1, "steps": 1, "peak_bytes": 2 << 30, "device": {"name": "cpu"}})
-        made = store.take("w", 60)
-        assert made is not None
-        return made
+        queued(store, plan={"peak_bytes": 2 << 30, "device": {"name": "cpu"}})
+        return taken(store)
 
 
 def made(api: Any, **options: Any) -> KubernetesExecutor:

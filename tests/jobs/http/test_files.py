@@ -30,7 +30,7 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Files, Liv
     with open_library(tmp_path_factory.mktemp("files") / "library") as library:
         files = open_files(library, limits)
         more: dict[str, Any] = {"routers": [file_routes(files)], "large": large_bodies(files)}
-        settings = HttpSettings(max_body=1 << 20, body_time=3)
+        settings = HttpSettings(max_body=1 << 20, body_time=2)
         with live(ToyEngine(ToyText()), ToyCatalog(), ToyTenancy(), settings, **more) as served:
             yield files, served
 
@@ -197,7 +197,7 @@ def test_a_client_that_leaves_or_dawdles_leaves_nothing(server: Live, files: Fil
         yield b'--x\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n' + bytes(100_000)
         if ends:
             raise ConnectionError
-        threading.Event().wait(6)
+        threading.Event().wait(3)
         yield b"more"
 
     headers = {"authorization": "Bearer acme", "content-type": "multipart/form-data; boundary=x"}

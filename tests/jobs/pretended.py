@@ -1,0 +1,63 @@
+"""Jobs that nobody looked at, and processes that are not there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from veneer.errors import ResourceError
+from veneer.jobs.executors import Ended, LocalExecutor
+from veneer.jobs.store import Job, JobLease, JobStore
+
+CONFIG = {"base": "tiny", "data": {"train": "/data/a.jsonl"}, "output": "elsewhere"}
+PLAN = {"tokens": 1_000_000, "steps": 10}
+
+
+def taken(store: JobStore, seconds: float = 60, worker: str = "w", **how: Any) -> JobLease:
+    lease = store.take(worker, seconds, **how)
+    assert lease is not None
+    return lease
+
+
+def queued(store: JobStore, tenant: str = "acme", *, about: Any = None, plan: Any = None, **terms: Any) -> Job:
+    """A new job with a plan that is made up. `terms`: its price, and the tenant's budget."""
+    made = store.create(tenant, CONFIG, name="support", about=about)
+    return store.queue(taken(store, state="validating", only=made.id), PLAN | (plan or {}), **terms)
+
+
+class Pretended(LocalExecutor):
+    """Processes that run until a test says how they ended. `stubborn`: only a kill ends them; `refuse`: none starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: dict[str, list[JobLease]] = {}
+        self.over: dict[str, Ended] = {}
+        self.asked: list[tuple[str, bool]] = []
+        self.stubborn = self.refuse = False
+
+    def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
+        return self.start_together([lease], environment, 0)
+
+    def start_together(self, leases: Sequence[JobLease], environment: Mapping[str, str], planned: int) -> str:
+        if self.refuse:
+            raise ResourceError("there is no room for a process", fix="wait")
+        place = " ".join(["pretended", *(f"{lease.job.id} {lease.job.attempt}" for lease in leases)])
+        self.running[place] = [*leases]
+        return place
+
+    def look(self, place: str) -> Ended | None:
+        return self.over.get(place) if place in self.running else Ended("it is gone")
+
+    def stop(self, place: str, *, hard: bool = False) -> None:
+        if place in self.running:
+            self.asked.append((place, hard))
+            if hard or not self.stubborn:
+                self.over[place] = Ended("ended by a signal")
+
+
+def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
