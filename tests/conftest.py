@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.homes import home_with_kernels
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when first imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VENEER_OPS", "listed")  # what runs depends on no timing
@@ -19,24 +21,32 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process each core: more threads wou
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is first imported, here and in subprocesses
         os.environ.setdefault(name, "1")
 
+# or each of a hundred processes compiles the package's sources, and each run of pytest those of the tests
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 settings.register_profile("same", max_examples=60, deadline=None, derandomize=True)
 settings.register_profile("fresh", max_examples=60, deadline=None)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Compiled once for all processes of a session. VENEER_TEST_KERNELS: a folder to keep them in from one session to
+    the next."""
+    base = tmp_path_factory.getbasetemp()
+    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    kernels = Path(os.environ.get("VENEER_TEST_KERNELS") or session / "kernels").absolute()
+    kernels.mkdir(mode=0o700, exist_ok=True)
+    os.environ["VENEER_TEST_KERNELS"] = str(kernels)
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A file's own, so that what one publishes changes no message in another, in whatever order they run. Compiled
-    kernels are shared: they are named by what they were compiled from. VENEER_TEST_KERNELS: a folder to keep them
-    in from one session to the next. What is alive when a file begins (thousands of modules, in the end) is put out of
-    the collector's sight: a run collects at its end, and walking all of that took seconds each time."""
+def _own_home(_kernels: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A file's own, so that what one publishes changes no message in another, in whatever order they run. What is
+    alive when a file begins (thousands of modules, in the end) is put out of the collector's sight: a run collects at
+    its end, and walking all of that took seconds each time."""
     gc.collect()
     gc.freeze()
-    home = tmp_path_factory.mktemp("veneer-home")
-    base = tmp_path_factory.getbasetemp()
-    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # of all processes
-    kernels = Path(os.environ.get("VENEER_TEST_KERNELS") or session / "kernels")
-    kernels.mkdir(mode=0o700, exist_ok=True)
-    (home / "kernels").symlink_to(kernels)
+    home = home_with_kernels(tmp_path_factory.mktemp("veneer-home"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VENEER_HOME", str(home))
         yield

@@ -25,30 +25,28 @@ FLOORS |= {"adapters": 7, "train": 8, "imaging": 8, "serve": 9, "jobs": 10, "api
 """A module may import from its own folder and from lower floors. Neighbours on one floor do not know each other."""
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
-ids = [str(path.relative_to(PACKAGE)) for path in MODULES]
 
 
 class Found(NamedTuple):
     """What one walk over a file finds. `imports`: (line, dotted name), those inside functions and TYPE_CHECKING blocks
-    included. `words`: attributes, and what stands in short texts. `defined`: by its own lines, at its top level."""
+    included. `defined`: by its own lines, at its top level. `divisions`: (line, above, below)."""
 
     imports: tuple[tuple[int, str], ...]
-    words: frozenset[str]
     defined: frozenset[str]
     classes: frozenset[str]
+    divisions: tuple[tuple[int, str, str], ...]
+    docstring: str | None
 
 
 @cache
 def found(path: Path) -> Found:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = ast.parse(text_of(path))
     imported: list[tuple[int, str]] = []
-    words: set[str] = set()
+    divisions: list[tuple[int, str, str]] = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute):
-            words.add(node.attr)
-        elif isinstance(node, ast.Constant):
-            if isinstance(node.value, str) and len(node.value) < 100:
-                words.update(re.findall(r"\w+", node.value))
+        if isinstance(node, ast.BinOp):
+            if isinstance(node.op, ast.Div):
+                divisions.append((node.lineno, ast.unparse(node.left).lower(), ast.unparse(node.right).lower()))
         elif isinstance(node, ast.Import):
             imported += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -59,7 +57,13 @@ def found(path: Path) -> Found:
         targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
         defined |= {t.id for t in targets if isinstance(t, ast.Name)} | {getattr(statement, "name", "")}
     classes = frozenset(s.name for s in tree.body if isinstance(s, ast.ClassDef))
-    return Found(tuple(imported), frozenset(words), frozenset(defined - {"", "__all__"}), classes)
+    defined -= {"", "__all__"}
+    return Found(tuple(imported), frozenset(defined), classes, tuple(divisions), ast.get_docstring(tree))
+
+
+@cache
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def imports(path: Path) -> tuple[tuple[int, str], ...]:
@@ -76,20 +80,23 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=settings)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=ids)
-def test_imports_run_only_downward(path: Path) -> None:
-    own = room(path)
-    if own == "__init__":  # the public surface names all floors, lazily; test_import_veneer_is_immediate holds that
-        return
-    assert own in FLOORS, f"{own} has no floor: give it one in this test, in CONTRIBUTING.md and docs/README.md"
-    for line, name in imports(path):
-        if name == "veneer" or not name.startswith("veneer."):
+def test_imports_run_only_downward() -> None:
+    wrong = []
+    for path in MODULES:
+        own = room(path)
+        if own == "__init__":  # the public surface names all floors, lazily; test_import_veneer_is_immediate holds that
             continue
-        other = name.split(".")[1]
-        if other == own:
-            continue
-        assert other in FLOORS or other == "__version__", f"{path}:{line}: {name}"
-        assert FLOORS.get(other, 0) < FLOORS[own], f"{path}:{line}: {own} must not import {name}"
+        assert own in FLOORS, f"{own} has no floor: give it one in this test, in CONTRIBUTING.md and docs/README.md"
+        for line, name in imports(path):
+            if name == "veneer" or not name.startswith("veneer."):
+                continue
+            other = name.split(".")[1]
+            if other == own:
+                continue
+            assert other in FLOORS or other == "__version__", f"{path}:{line}: {name}"
+            if FLOORS.get(other, 0) >= FLOORS[own]:
+                wrong.append(f"{path}:{line}: {own} must not import {name}")
+    assert not wrong, "\n".join(wrong)
 
 
 def module_of(path: Path) -> str:
@@ -109,9 +116,20 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     assert not needs, {m: sorted(others & needs.keys()) for m, others in sorted(needs.items())}
 
 
-def used(path: Path) -> frozenset[str]:
-    """What a file imports of this project, reaches through a module, or names in a string (a test that sets it)."""
-    return found(path).words | {name.rpartition(".")[2] for _, name in imports(path) if name.startswith("veneer")}
+USES = re.compile(
+    r"""\.(\w+)                                       # an attribute of something
+    | \bfrom[ ]veneer[\w.]*[ ]import[ ](\([^)]*\)|.*)
+    | "([^"\n]{1,99})"                               # a short text: a test that sets it
+    """,
+    re.VERBOSE,
+)
+
+
+def used(path: Path) -> set[str]:
+    """What a file imports of this project, reaches through a module, or names in a string. Of its text and not of its
+    tree: there are a thousand files."""
+    parts = USES.findall(text_of(path))
+    return {word for each in parts for part in each if part for word in re.findall(r"\w+", part)}
 
 
 def test_a_public_name_is_defined_in_one_place() -> None:
@@ -156,35 +174,33 @@ NOT_OURS = {"_version": "of a tensor, torch's", "_replace": "of a named tuple"}
 def private_names() -> set[str]:
     """Every private function, class, variable of a module and attribute of an object that the package defines."""
     names = re.compile(r"(?:\b(?:def|class) |\b(?:self|cls)\.|^ *)(_[a-zA-Z]\w*)(?= *[:=(\[])", re.MULTILINE)
-    return {name for path in MODULES for name in names.findall(path.read_text(encoding="utf-8"))} - NOT_OURS.keys()
+    return {name for path in MODULES for name in names.findall(text_of(path))} - NOT_OURS.keys()
 
 
-def names_taken(node: ast.AST) -> set[str]:
-    """What is imported of this project, reached through a module or an object, or named to be set; also in a text,
-    which may be code for another process or the place of a patch."""
-    if isinstance(node, ast.ImportFrom) and str(node.module).startswith("veneer"):
-        return {alias.name for alias in node.names}
-    if isinstance(node, ast.Attribute):
-        return set() if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") else {node.attr}
-    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "getattr", "delattr")):
-        return {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return set(re.findall(r"(?<!self)(?<!cls)\.(_[a-zA-Z]\w*)", node.value))
-    return set()
+TAKEN = re.compile(
+    r"""(?<!\bself)(?<!\bcls)\.(_[a-zA-Z]\w*)            # of a module or an object
+    | \bfrom[ ]veneer[\w.]*[ ]import[ ](\([^)]*\)|.*)
+    | (?:set|get|del)attr\([^"]{0,80}"(_\w+)"          # named to be set
+    """,
+    re.VERBOSE,
+)
 
 
 def test_tests_use_no_name_that_begins_with_an_underscore() -> None:
-    """They hold what others may rely on, so that the inside can be built anew under them."""
-    ours, found = private_names(), []
+    """They hold what others may rely on, so that the inside can be built anew under them. What they import of this
+    project, reach through a module or an object, or name to be set; also in a text, which may be code for another
+    process or the place of a patch."""
+    ours, taken = private_names(), []
     for path in sorted((ROOT / "tests").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if taken := names_taken(node) & ours:
-                found.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}: {', '.join(sorted(taken))}")
-    assert not found, "\n".join(found)
+        text = text_of(path)
+        for match in TAKEN.finditer(text):
+            if names := {word for part in match.groups("") for word in re.findall(r"\b_\w+", part)} & ours:
+                line = text.count("\n", 0, match.start()) + 1
+                taken.append(f"{path.relative_to(ROOT)}:{line}: {', '.join(sorted(names))}")
+    assert not taken, "\n".join(taken)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=ids)
-def test_a_heavy_package_is_imported_only_where_it_belongs(path: Path) -> None:
+def test_a_heavy_package_is_imported_only_where_it_belongs() -> None:
     """transformers is known to models (and to train for its types); peers are never imported."""
     allowed = {
         "transformers": {"models", "train"},
@@ -198,11 +214,12 @@ def test_a_heavy_package_is_imported_only_where_it_belongs(path: Path) -> None:
         "diffusers": {"models"},
         "cv2": {"imaging"},
     }
-    for line, name in imports(path):
-        top = name.split(".")[0]
-        guest = top == "vllm" and path.name == "vllm_plugin.py"  # runs inside vLLM, when vLLM imports it
-        assert guest or top not in {"peft", "trl", "vllm", "unsloth"}, f"{path}:{line}: a peer is not a dependency"
-        assert room(path) in allowed.get(top, {room(path)}), f"{path}:{line}: {top} does not belong in {room(path)}"
+    for path in MODULES:
+        for line, name in imports(path):
+            top = name.split(".")[0]
+            guest = top == "vllm" and path.name == "vllm_plugin.py"  # runs inside vLLM, when vLLM imports it
+            assert guest or top not in {"peft", "trl", "vllm", "unsloth"}, f"{path}:{line}: a peer is not a dependency"
+            assert room(path) in allowed.get(top, {room(path)}), f"{path}:{line}: {top} does not belong in {room(path)}"
 
 
 def test_core_needs_torch_alone() -> None:
@@ -227,15 +244,15 @@ def test_core_needs_torch_alone() -> None:
     assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.parametrize("path", MODULES, ids=ids)
-def test_every_module_imports_alone(path: Path) -> None:
-    if path.name != "__main__.py":
-        importlib.import_module(module_of(path))
+def test_every_module_can_be_imported() -> None:
+    for path in MODULES:
+        if path.name != "__main__.py":
+            importlib.import_module(module_of(path))
 
 
 def test_only_the_front_doors_list_their_names() -> None:
     """`__all__` stands where people import from; elsewhere an underscore says what is not for others."""
-    doors = {str(p.relative_to(PACKAGE)) for p in MODULES if "__all__" in p.read_text(encoding="utf-8")}
+    doors = {str(p.relative_to(PACKAGE)) for p in MODULES if "__all__" in text_of(p)}
     assert doors == {"__init__.py", "api.py", "core/__init__.py"}
 
 
@@ -300,11 +317,9 @@ def test_scale_is_computed_in_one_place() -> None:
     """Nobody divides an alpha by a rank but core.adapter.scale_of."""
     offenders = []
     for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
-                above, below = ast.unparse(node.left).lower(), ast.unparse(node.right).lower()
-                if "alpha" in above and ("rank" in below or "sqrt" in below or below == "r"):
-                    offenders.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+        for line, above, below in found(path).divisions:
+            if "alpha" in above and ("rank" in below or "sqrt" in below or below == "r"):
+                offenders.append(f"{path.relative_to(PACKAGE)}:{line}")
     assert [o.split(":")[0] for o in offenders] == ["core/adapter.py"] * 2, offenders
 
 
@@ -316,11 +331,9 @@ def test_tests_mirror_the_package() -> None:
     assert folders <= rooms | {"attack", "examples", "benchmarks", "bases"}, sorted(folders - rooms)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=ids)
-def test_every_module_says_what_it_is(path: Path) -> None:
-    source = path.read_text(encoding="utf-8")
-    if source.strip():
-        assert ast.get_docstring(ast.parse(source)), f"{path.relative_to(PACKAGE)} has no docstring"
+def test_every_module_says_what_it_is() -> None:
+    without = [str(p.relative_to(PACKAGE)) for p in MODULES if text_of(p).strip() and not found(p).docstring]
+    assert not without, "\n".join(without)
 
 
 def test_no_public_name_is_hidden_by_a_room() -> None:
@@ -332,7 +345,7 @@ def test_no_public_name_is_hidden_by_a_room() -> None:
 
 
 def test_every_variable_of_the_environment_has_its_line_in_the_page() -> None:
-    code = "\n".join(path.read_text(encoding="utf-8") for path in MODULES)
+    code = "\n".join(text_of(path) for path in MODULES)
     rows = (ROOT / "docs/reference/environment.md").read_text(encoding="utf-8").splitlines()
     told = {
         name for row in rows if row.startswith("| `") for name in re.findall(r"`(VENEER_[A-Z_]+)`", row.split("|")[1])

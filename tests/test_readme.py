@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -37,11 +39,16 @@ def commands(program: str) -> list[tuple[str, str]]:
     return out
 
 
-def parse(line: str) -> list[str]:
-    """Let the real command line parse `line` without running it. Returns the names of the commands on the way."""
+@cache
+def program() -> Any:
     from veneer.cli import main
 
-    command, path = main.program(), []
+    return main.program()
+
+
+def parse(line: str) -> list[str]:
+    """Let the real command line parse `line` without running it. Returns the names of the commands on the way."""
+    command, path = program(), []
     try:
         context = command.make_context("veneer", shlex.split(line)[1:])
         while hasattr(command, "resolve_command"):
@@ -95,38 +102,42 @@ def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "runs" / "first").is_dir()
 
 
-@pytest.mark.parametrize(("page", "line"), commands("veneer"), ids=lambda value: str(value))
-def test_every_veneer_command_in_the_docs_parses(page: str, line: str) -> None:
-    filled = (
-        line.replace("[", "").replace("]", "").replace("…", "").replace("CONFIG.yaml", "examples/tickets/config.yaml")
-    )
-    if "[" in line or "…" in line or len(shlex.split(filled)) == 1 or not re.search(r"[./\"-]", line):
-        parse(" ".join(filled.split()[:2]) + " --help") if len(filled.split()) > 1 else None
-    else:
-        parse(line)
+def test_every_veneer_command_in_the_docs_parses(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = []
+    for page, line in commands("veneer"):
+        filled = line.replace("[", "").replace("]", "").replace("…", "")
+        filled = filled.replace("CONFIG.yaml", "examples/tickets/config.yaml")
+        if "[" in line or "…" in line or len(shlex.split(filled)) == 1 or not re.search(r"[./\"-]", line):
+            words = filled.split()[:2]
+            line = " ".join([*words, "--help"]) if len(words) > 1 else ""
+        try:
+            if line:
+                parse(line)
+        except Exception as error:
+            wrong.append(f"{page}: {line}: {error}")
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(("page", "line"), commands("make"), ids=lambda value: str(value))
-def test_every_make_command_in_the_docs_is_a_target(page: str, line: str) -> None:
+def test_every_make_command_in_the_docs_is_a_target() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
-    named = [word for word in shlex.split(line, comments=True)[1:] if "=" not in word]
-    assert named
-    assert set(named) <= targets, f"{page}: {line}"
+    for page, line in commands("make"):
+        named = [word for word in shlex.split(line, comments=True)[1:] if "=" not in word]
+        assert named, f"{page}: {line}"
+        assert set(named) <= targets, f"{page}: {line}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[str(p.relative_to(ROOT)) for p in PAGES])
-def test_every_link_leads_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
-        if not target.startswith(("http:", "https:", "#")):
-            assert (page.parent / target.split("#")[0]).exists(), f"{page.relative_to(ROOT)}: {target}"
+def test_every_link_leads_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            if not target.startswith(("http:", "https:", "#")):
+                assert (page.parent / target.split("#")[0]).exists(), f"{page.relative_to(ROOT)}: {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[str(p.relative_to(ROOT)) for p in PAGES])
-def test_every_path_named_in_the_map_exists(page: Path) -> None:
-    for path in re.findall(
-        r"`((?:src|examples|tests|benchmarks|docs)(?:/[\w.-]+)*/?)`", page.read_text(encoding="utf-8")
-    ):
-        assert (ROOT / path).exists() or (page.parent / path).exists(), f"{page.relative_to(ROOT)}: {path}"
+def test_every_path_named_in_the_map_exists() -> None:
+    named = re.compile(r"`((?:src|examples|tests|benchmarks|docs)(?:/[\w.-]+)*/?)`")
+    for page in PAGES:
+        for path in named.findall(page.read_text(encoding="utf-8")):
+            assert (ROOT / path).exists() or (page.parent / path).exists(), f"{page.relative_to(ROOT)}: {path}"
 
 
 def test_no_figure_is_still_missing() -> None:

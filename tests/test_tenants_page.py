@@ -19,6 +19,7 @@ import pytest
 
 from tests.adapters.test_use import adapter_for
 from tests.cli.run import run
+from tests.homes import home_with_kernels
 from tests.serve.http.toy import ToyCatalog, free_port
 from tests.test_readme import ROOT, blocks, roomy
 from tests.tiny_base import tiny_base_dir
@@ -78,9 +79,10 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     base = load_text(str(tmp_path / "smollm2-135m"))
     for seed, name in enumerate(("quickstart", "second", "third", "acme")):
         peft.write_folder(adapter_for(base, seed), tmp_path / "runs" / name)
+    home = home_with_kernels(tmp_path / "home")
     for name in [n for n in os.environ if n.startswith("VENEER_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("VENEER_HOME", str(home))
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)

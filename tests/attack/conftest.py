@@ -1,4 +1,5 @@
-"""One server process for all attacks that it outlives as it was."""
+"""One server process for all attacks that it outlives as it was. Not a package's: where several processes share the
+files, those of a package do not come one after another."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ from tests.attack.harness import Server, target
 from tests.serve.whole import Shop, make_shop
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     return make_shop(tmp_path_factory.mktemp("shop"), ["plain", "dora"])
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def one_server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with target(shop, tmp_path_factory.mktemp("home")) as made:
         yield made

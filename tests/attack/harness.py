@@ -29,6 +29,7 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.homes import home_with_kernels
 from tests.serve.http.toy import free_port, wait_for
 from tests.serve.whole import Shop, prompt
 from veneer.serve.tenancy import manage
@@ -318,8 +319,8 @@ def target(
     keys = tenants_of(database, tenants or {"a": 1.0, "b": 1.0})
     port = free_port()
     env = {
-        **os.environ, "PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home), "OMP_NUM_THREADS": str(threads),
-        "VENEER_ADMIN_KEY": ADMIN, "PYTHONUNBUFFERED": "1",
+        **os.environ, "PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home_with_kernels(home)),
+        "OMP_NUM_THREADS": str(threads), "VENEER_ADMIN_KEY": ADMIN, "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
     command = [
         sys.executable, "-c", "from veneer.cli.main import main; main()", "serve",

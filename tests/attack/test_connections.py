@@ -14,7 +14,7 @@ from tests.serve.whole import Shop, prompt
 
 MOST = 60
 LIMITS = [
-    "--head-seconds", "1", "--body-seconds", "2", "--idle-seconds", "1", "--stall-seconds", "2",
+    "--head-seconds", "1", "--body-seconds", "1", "--idle-seconds", "1", "--stall-seconds", "2",
     "--max-connections", str(MOST),
 ]  # fmt: skip
 
@@ -61,7 +61,7 @@ def test_a_kept_connection_is_closed_when_it_is_idle_and_when_its_next_head_is_s
 
 def test_a_body_that_comes_by_the_letter_is_refused(server: Server) -> None:
     with server.watched() as b, server.raw(server.head("/v1/completions", 4000)) as slow:
-        assert 1 < closed_after(slow, b" ") < 7
+        assert 0.5 < closed_after(slow, b" ") < 6
     assert b.worst < GAP
     answer = b""
     with server.raw(server.head("/v1/completions", 4000)) as slow:
@@ -73,7 +73,7 @@ def test_a_body_that_comes_by_the_letter_is_refused(server: Server) -> None:
 def test_a_body_that_goes_on_after_its_answer_is_cut_off(server: Server) -> None:
     with server.raw(server.head("/nowhere", 9 << 20)) as late:  # too large: refused at its head
         assert b" 413 " in late.recv(1 << 16)
-        assert 1 < closed_after(late, b" ") < 7
+        assert 0.5 < closed_after(late, b" ") < 6
 
 
 def test_thousands_of_idle_connections_shut_nobody_out(server: Server) -> None:

@@ -22,6 +22,7 @@ import openai
 import pytest
 from sqlalchemy import select
 
+from tests.homes import home_with_kernels
 from tests.serve.http.toy import free_port, wait_for
 from tests.serve.whole import Shop, asking, make_shop, prompt, said
 from veneer.library.database import reading
@@ -65,14 +66,14 @@ def tenants_of(folder: Path) -> tuple[str, str]:
 def process(shop: Shop, url: str, home: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A server that is ready, and its address."""
     port = free_port()
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    own = {"PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home_with_kernels(home)), "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable, "-c", "from veneer.cli.main import main; main()", "serve",
         "--base", str(shop.base_dir), "--port", str(port), "--library", shop.library.location, "--tenants", url,
         "--cache-memory", "16M", "--dtype", "float32", "--device", "cpu", "--drain-seconds", "120",
     ]  # fmt: skip
     with (home / "log").open("ab") as log:
-        server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        server = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     try:
         wait_for(lambda: server.poll() is not None or is_ready(address), 120)

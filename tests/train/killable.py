@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy
 import torch
+import torch._dynamo  # an optimizer imports it at its first step, which would be in each process
 from torch import Tensor, nn
 
 from veneer.train import checkpoint

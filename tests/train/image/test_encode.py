@@ -195,7 +195,7 @@ UNREAD: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=pytest.mark.slow) if f == "sd3-large" else f for f in SCRIPTS]
+    "family", [pytest.param(f, marks=pytest.mark.slow) if f in ("sd3-large", "klein") else f for f in SCRIPTS]
 )
 def test_loss_and_every_gradient_are_those_of_diffusers_script_with_peft(
     family: str, shared: Path, load: Callable[[str], ImageBase]
