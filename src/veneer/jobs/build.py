@@ -1,4 +1,4 @@
-"""What a server gets that trains too: OpenAI's routes of files and of jobs, and who cleans up after them.
+"""What a server gets that trains too: OpenAI's routes of files and of jobs, Tinker's, and who cleans up after them.
 
 `serve(settings, say, extend=training)`: see `serve.build.Extension`. What it is made of is imported late: a server
 listens before torch is there.
@@ -11,9 +11,12 @@ import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from veneer.errors import ConfigError
+
 if TYPE_CHECKING:
     from veneer.jobs.files import Files
     from veneer.jobs.store import JobStore
+    from veneer.jobs.tinker.service import TinkerService
     from veneer.library.library import Library
     from veneer.serve.build import Extension
     from veneer.serve.http.service import Service
@@ -30,6 +33,7 @@ def training(service: Service, library: Library, *, python_graders: bool = False
     from veneer.jobs.http.canary import canary_routes
     from veneer.jobs.http.files import file_routes, large_bodies
     from veneer.jobs.http.graders import grader_routes
+    from veneer.jobs.http.tinker import FILES, TinkerRoutes, tinker_routes
     from veneer.jobs.http.tuning import tuning_routes
     from veneer.jobs.store import JobStore
     from veneer.serve.build import Extension
@@ -37,21 +41,38 @@ def training(service: Service, library: Library, *, python_graders: bool = False
 
     files, jobs = open_files(library), JobStore(library)
     sweeping: list[asyncio.Task[None]] = []
+    tinker = TinkerRoutes(lambda: _tinker(service, library), jobs, library)
 
     async def start() -> None:
         sweeping.append(asyncio.create_task(_sweep(files, jobs)))
 
     async def stop() -> None:
+        await tinker.stop()
         for task in sweeping:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
 
     routers = [file_routes(files), tuning_routes(jobs, files), grader_routes(python=python_graders)]
+    routers.append(tinker_routes(tinker))
     tenancy = service.tenancy
     if isinstance(tenancy, Tenants) and tenancy.admin_hash is not None:
         routers.append(canary_routes(jobs, tenancy))
-    return Extension(routers, large_bodies(files), start, stop)
+    return Extension(routers, large_bodies(files), (FILES,), start, stop)
+
+
+def _tinker(service: Service, library: Library) -> TinkerService:
+    """Over the base that is served. Its folder is one process's at a time. Raises ConfigError where there is none."""
+    from veneer.jobs.tinker.service import TinkerService
+    from veneer.models.home import veneer_home
+    from veneer.serve.engine.engine import TextEngine
+
+    engine = service.engine
+    if not isinstance(engine, TextEngine):
+        raise ConfigError("this server computes no texts itself, and trains none", fix="serve a text base by itself")
+    base = engine.base
+    kind = f"{base.fingerprint.rpartition(':')[2][:16]}-{base.quantised or str(base.dtype).removeprefix('torch.')}"
+    return TinkerService(base, library, veneer_home() / "tinker" / kind, room=engine.settings.adapter_bytes)
 
 
 async def _sweep(files: Files, jobs: JobStore) -> None:

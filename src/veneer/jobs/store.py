@@ -348,6 +348,13 @@ class JobStore:
             row = c.execute(select(job_bill_table).where(job_bill_table.c.job == job)).first()
         return None if row is None else JobBill(**row._mapping)
 
+    def committed(self, tenant: str) -> int:
+        """What a tenant's jobs cost it this month (UTC), with what those that wait and run are going to; millionths."""
+        with reading(self.engine) as c:
+            j = job_table.c
+            planned = select(func.sum(j.planned)).where(j.tenant == tenant, j.state.not_in(ENDS))
+            return int(c.scalar(planned) or 0) + _spent(c, tenant, time.strftime("%Y-%m-01", time.gmtime()))
+
     def bills(self, since: str = "", until: str = "") -> list[JobBill]:
         """Every tenant's, of jobs that ended on these days, both included; the oldest first. For the operator."""
         b = job_bill_table.c

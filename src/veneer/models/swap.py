@@ -156,8 +156,8 @@ class Join:
             return
         if len(modules) < 2 or quantised or len({_start_of(p) for p in parameters}) != len(parameters):
             return
-        if not move:
-            self.weight = _lying_together(parameters)
+        self.weight = _lying_together(parameters)
+        if self.weight is not None or not move:
             return
         whole = torch.cat([p.detach() for p in parameters])
         at = 0

@@ -46,7 +46,8 @@ class Served:
     that a route chose, else `name`. `shadow`: a mix whose answer is computed too, and logged, never sent; or why it
     cannot be. `adapters`: what the operator calls each part of `mix`, in its order, whatever the client called it: the
     name that was loaded, or the library's with its version. Limits, prices and the ledger know a request by these.
-    `meant`: the digest that each name of a mix came to, in the client's order, "" for the base."""
+    `meant`: the digest that each name of a mix came to, in the client's order, "" for the base. `trained`: it is not
+    asked but trained, which has a price of its own."""
 
     mix: DigestMix
     name: str
@@ -54,6 +55,7 @@ class Served:
     shadow: tuple[str, DigestMix | Refused] | None = None
     adapters: tuple[str, ...] = ()
     meant: tuple[str, ...] = ()
+    trained: bool = False
 
     def parts(self) -> list[tuple[str, str, float]]:
         """(digest, the operator's name, strength) of each part; of the base alone ("", its name, 1)."""

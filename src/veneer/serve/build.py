@@ -51,11 +51,12 @@ class Application:
 
 @dataclass(frozen=True)
 class Extension:
-    """What a room above adds to a server: `routers` behind the same door; `large` as create_app takes it; `start` and
-    `stop` as an Application has them, within the server's own."""
+    """What a room above adds to a server: `routers` behind the same door; `large` and `unguarded` as create_app takes
+    them; `start` and `stop` as an Application has them, within the server's own."""
 
     routers: Sequence[APIRouter] = ()
     large: Mapping[str, int] = field(default_factory=dict)
+    unguarded: Sequence[str] = ()
     start: Callable[[], Awaitable[Any]] = _nothing
     stop: Callable[[], Awaitable[Any]] = _nothing
 
@@ -179,9 +180,8 @@ def _application(
 
     operator = operator_routes(settings, service.tenancy, service.catalog)
     own = [feedback_routes(service.tenancy.answers)] if isinstance(service.tenancy, Tenants) else []
-    app = create_app(
-        service, routers=[*operator, *own, *more.routers], unguarded=("/admin",) if operator else (), large=more.large
-    )
+    unguarded = [*(["/admin"] if operator else []), *more.unguarded]
+    app = create_app(service, routers=[*operator, *own, *more.routers], unguarded=unguarded, large=more.large)
     return Application(app, start, stop)
 
 

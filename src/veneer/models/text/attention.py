@@ -60,6 +60,13 @@ def divert_attention(model: Any) -> Callable[[], None]:
     return lambda: model.set_attn_implementation(before)
 
 
+def as_it_came(model: Any) -> None:
+    """A copy of a diverted model computes its attention by itself again: as torch has it, which is how a diverted one
+    computes outside of `attending`."""
+    if model.config._attn_implementation == _NAME:
+        model.set_attn_implementation("sdpa")
+
+
 def _mask(*args: Any, **kwargs: Any) -> Any:
     return None if _now.attend is not None else TRANSFORMERS("transformers.masking_utils.sdpa_mask")(*args, **kwargs)
 

@@ -4,6 +4,7 @@
 
     text_loss    Σ nll over all rows                 what supervised training and evaluation call
     row_logps    −Σ nll of each row                  what preferences are made of
+    hidden_at, target_logps    log p of any tokens after any places, whatever comes there in the rows
 
 Inside `fast` rows run without padding; elsewhere, and for families that do not take such rows, they are padded:
 the slow reference, and what the fast one is checked against.
@@ -11,7 +12,8 @@ the slow reference, and what the fast one is checked against.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -71,9 +73,57 @@ def rows_nll(
     `rounded`: padding makes the tokens, and those of them whose output is wanted, one of `few_sizes`; None: where that
     pays. Real tokens come first, so neither their dropout nor anything else of them changes. `spans`: those that the
     attachment has selected, of these tokens."""
-    device = input_ids.device
-    at = sent(trained.nonzero()[:, 0], device)
-    count = len(at)
+    trained_at = sent(trained.nonzero()[:, 0], input_ids.device)
+    hidden, at = _rows_hidden(model, input_ids, lengths, trained_at, layout, rounded, spans)
+    return _head_nll(model, hidden, input_ids[at])[: len(trained_at)]
+
+
+def hidden_at(
+    model: Any, input_ids: Tensor, lengths: Sequence[int], places: Tensor, spans: Spans | None = None
+) -> Tensor:
+    """What the head is given after each of `places` of rows one after another: (M, d), M = len(places). places: indices
+    into input_ids, ascending. Without padding within `fast` where the model takes it; `spans` then, as `rows_nll`."""
+    if report_of(model).rows and not _beyond(model, lengths):
+        return _rows_hidden(model, input_ids, lengths, places + 1, None, None, spans)[0][: len(places)]
+    rows = nn.utils.rnn.pad_sequence(list(input_ids.split(list(lengths))), batch_first=True)
+    mask = sent((torch.arange(rows.shape[1])[None] < torch.tensor(list(lengths))[:, None]).long(), rows.device)
+    hidden = _decoder(model)(input_ids=rows, attention_mask=mask, use_cache=False).last_hidden_state
+    wanted: Tensor = hidden[mask.bool()][places]
+    return wanted
+
+
+def target_logps(
+    model: Any, hidden: Tensor, targets: Tensor, acting: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Tensor:
+    """log p of each of k tokens after a place, float32: (M, k). hidden: (M, d), as `hidden_at`; targets: (M, k).
+    `acting`: what the head runs within, whenever it does; for an adapter that is not the one which acts elsewhere."""
+    with acting():
+        if targets.shape[1] == 1 and _plain_head(model, hidden) is not None:
+            return -_head_nll(model, hidden, targets[:, 0])[:, None]
+    out = []
+    for part, y in zip(hidden.split(_HEAD_CHUNK), targets.split(_HEAD_CHUNK), strict=True):
+        if torch.is_grad_enabled():
+            out.append(torch.utils.checkpoint.checkpoint(_chunk_logps, model, part, y, acting, use_reentrant=False))
+        else:
+            out.append(_chunk_logps(model, part, y, acting))
+    return torch.cat(out)
+
+
+def _chunk_logps(
+    model: Any, hidden: Tensor, targets: Tensor, acting: Callable[[], AbstractContextManager[Any]]
+) -> Tensor:
+    with acting():
+        logits = _head_logits(model, model.get_output_embeddings(), hidden)
+    return logits.log_softmax(dim=-1).gather(1, targets)
+
+
+def _rows_hidden(
+    model: Any, input_ids: Tensor, lengths: Sequence[int], at: Tensor, layout: RowLayout | None, rounded: bool | None,
+    spans: Spans | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What the head is given before each token of `at`, and `at`; both with padding at their ends where it is rounded.
+    The last place of all may be the end of the rows."""
+    device, count = input_ids.device, len(at)
     if rounded is None:
         rounded = layout is None and _rounds(model.get_input_embeddings().weight)
     if rounded:
@@ -97,7 +147,7 @@ def rows_nll(
     )
     hidden = out.last_hidden_state[0]
     # A last layer that an adapter replaces whole gives all positions: always more, as first tokens are not trained.
-    return _head_nll(model, hidden if len(hidden) == len(at) else hidden[at - 1], input_ids[at])[:count]
+    return (hidden if len(hidden) == len(at) else hidden[at - 1]), at
 
 
 def _decoder(model: Any) -> Any:
@@ -120,9 +170,7 @@ def padded_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: T
 def _head_nll(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     """−log softmax(head(hidden))[target]: (M,). hidden: (M, d), targets: (M,)."""
     head = model.get_output_embeddings()
-    plain = projection_of(head)
-    weight = plain.weight if plain is not None and not plain.products and plain.bias is None else None
-    if weight is not None and not _head_is_more(model.config) and weight.dtype == hidden.dtype:
+    if (weight := _plain_head(model, hidden)) is not None:
         return token_nll(hidden, weight, targets, copies=report_of(model).head)
     out = []
     for part, y in zip(hidden.split(_HEAD_CHUNK), targets.split(_HEAD_CHUNK), strict=True):
@@ -133,12 +181,23 @@ def _head_nll(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(out)
 
 
+def _plain_head(model: Any, hidden: Tensor) -> Tensor | None:
+    """The head's weight where its logits are a product with that and nothing else."""
+    plain = projection_of(model.get_output_embeddings())
+    weight = plain.weight if plain is not None and not plain.products and plain.bias is None else None
+    return weight if weight is not None and not _head_is_more(model.config) and weight.dtype == hidden.dtype else None
+
+
 def _chunk_nll(model: Any, head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    logits = head(hidden)
+    return F.cross_entropy(_head_logits(model, head, hidden), targets, reduction="none")
+
+
+def _head_logits(model: Any, head: nn.Module, hidden: Tensor) -> Tensor:
+    logits: Tensor = head(hidden)
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap:
         logits = torch.tanh(logits / cap) * cap
-    return F.cross_entropy(logits.float(), targets, reduction="none")
+    return logits.float()
 
 
 def _head_is_more(config: Any) -> bool:

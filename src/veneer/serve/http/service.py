@@ -87,11 +87,13 @@ def service_of(request: HttpRequest) -> Service:
 
 
 def client_key(request: HttpRequest) -> str | None:
-    """The client's key: a bearer token, or what Azure's and some older clients send."""
+    """The client's key: a bearer token, or what Azure's and some older clients send. Tinker's SDK sends nothing that
+    does not begin with tml-, so there the key is what follows that."""
     kind, _, key = request.headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer" and key.strip():
         return key.strip()
-    return request.headers.get("x-api-key") or request.headers.get("api-key")
+    found = request.headers.get("x-api-key")
+    return found.removeprefix("tml-") if found else request.headers.get("api-key")
 
 
 def caller_of(request: HttpRequest, user: str | None = None) -> Caller:

@@ -39,7 +39,7 @@ from veneer.serve.tenancy.ledger import Ledger
 from veneer.serve.tenancy.limits import DAY, MINUTE, LimitHold, Limits
 from veneer.serve.tenancy.outbox import LedgerEntry, LedgerLine
 from veneer.serve.tenancy.routes import TenantRoutes
-from veneer.serve.tenancy.store import SERVING_PATIENCE, Store, TenantSettings
+from veneer.serve.tenancy.store import SERVING_PATIENCE, Price, Store, TenantSettings
 
 _log = logging.getLogger("veneer.serve.tenancy")
 _FRESH_SECONDS = 0.5
@@ -158,8 +158,9 @@ class Tenants(Tenancy):
         """Raises Refused: rate_limited (429, with retry_after), invalid_request (400) for what no limit will ever let
         through or for an id that was there before, overloaded (503) where the ledger can keep no more."""
         settings = self.store.settings
+        training = Price(settings.training_terms(caller.tenant).price) if served.trained else None
         lines = tuple(
-            LedgerLine(digest, name, strength, settings.price(caller.tenant, name_of(name)))
+            LedgerLine(digest, name, strength, training or settings.price(caller.tenant, name_of(name)))
             for digest, name, strength in served.parts()
         )
         names = [name_of(line.adapter) for line in lines]

@@ -205,7 +205,7 @@ class _Passes:
     def of(cls, tasks: Mapping[int, AttachedText], asked: StopAsked) -> _Passes:
         """Says what has passes of its own, and why."""
         first = next(iter(tasks.values()))
-        together = _why_apart(first.base.model)
+        together = why_apart(first.base.model)
         joined = set()
         for place, task in tasks.items():
             why = together or task.why_alone()
@@ -290,7 +290,7 @@ class _Passes:
         return [own.detach() for own in sums]
 
 
-def _why_apart(model: nn.Module) -> str:
+def why_apart(model: nn.Module) -> str:
     """Why rows of several runs cannot go through a base beside one another, within `fast`; "" where they can."""
     if not report_of(model).rows:
         return "this base takes padded rows alone"

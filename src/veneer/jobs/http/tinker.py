@@ -1,0 +1,884 @@
+"""Tinker's routes: what its SDK asks of a server (docs/notes/tinker.md), over `TinkerService`.
+
+    TINKER_BASE_URL=http://localhost:8000 TINKER_API_KEY=tml-<key> python a_recipe.py
+
+What a client asks for comes back as a request id, and its result from /api/v1/retrieve_future, which waits for it up to
+`_WAIT` seconds and says 408 then, as the SDK wants it. A client's mistake in a numbered request is the result of that
+request and no error of the route: the client's next requests have their numbers already. A request is billed before its
+result can be had: forward passes as training of the run's name, with the tenant's price and budget of training, samples
+as any other answer. A budget that is spent is 402, at which the SDK waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import io
+import json
+import secrets
+import tarfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Query
+from pydantic import Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import FileResponse, Response
+
+from veneer.errors import ConfigError, VeneerError, quoted
+from veneer.jobs.http.files import in_thread
+from veneer.jobs.store import JobStore
+from veneer.jobs.tinker.checkpoints import SavedWeights, parse_path
+from veneer.jobs.tinker.journal import FutureResult
+from veneer.jobs.tinker.service import NotHere, SamplerSource, TinkerService, TrainingRun
+from veneer.jobs.tinker.trainer import Lora
+from veneer.jobs.tinker.wire import WireSample, read_forward, sample_bytes
+from veneer.library.database import reading
+from veneer.library.library import Library
+from veneer.serve.access import Bill, Caller, Served
+from veneer.serve.http.answers import TextAnswer, TextJob, run
+from veneer.serve.http.bodies import BodyRoute, Strict, read_body
+from veneer.serve.http.errors import Json, as_refused, message_of
+from veneer.serve.http.mixes import ChosenMix
+from veneer.serve.http.service import Service, caller_of, service_of
+from veneer.serve.names.shelf import AdapterPlace
+from veneer.serve.request import Refused, Sampling, Usage, invalid
+from veneer.serve.tenancy.ledger import usage
+from veneer.serve.tenancy.store import Price
+from veneer.serve.tenancy.tenants import Tenants
+
+T = TypeVar("T")
+
+FILES = "/api/v1/files"
+"""Under which the files of exported weights are, for whoever has a signed URL."""
+_WAIT = 20.0
+_KEPT = 600.0
+"""Seconds that the result of a sample is kept."""
+_SIGNED = 3600.0
+_TOP = 20
+_TRAINED = "@train"
+"""Behind a run's name in the ledger: what was trained of it, not what was asked of it."""
+
+
+# -- bodies ------------------------------------------------------------------------------------------------------------
+
+
+class SessionBody(Strict):
+    tags: list[str] = Field(default_factory=list)
+    user_metadata: dict[str, Any] | None = None
+    sdk_version: str = ""
+    project_id: str | None = None
+    display_name: str | None = Field(default=None, max_length=500)
+    type: str = ""
+
+
+class HeartbeatBody(Strict):
+    session_id: str
+    type: str = ""
+
+
+class LoraBody(Strict):
+    rank: int
+    seed: int | None = Field(default=None, ge=0, lt=1 << 62)
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+class ModelBody(Strict):
+    session_id: str
+    model_seq_id: int = Field(ge=0)
+    base_model: str
+    user_metadata: dict[str, Any] | None = None
+    lora_config: LoraBody | None = None
+    optimizer_config: dict[str, Any] = Field(default_factory=dict)
+    type: str = ""
+
+
+class SamplerBody(Strict):
+    session_id: str
+    sampling_session_seq_id: int = Field(ge=0)
+    base_model: str | None = None
+    model_path: str | None = None
+    type: str = ""
+
+
+class RunBody(Strict):
+    model_id: str
+    type: str = ""
+
+
+class PathBody(Strict):
+    tinker_path: str
+
+
+class FutureBody(Strict):
+    request_id: str
+    allow_metadata_only: bool = False
+
+
+class TtlBody(Strict):
+    ttl_seconds: int | None = Field(default=None, ge=3600, le=10 * 366 * 86400)
+
+
+class SamplingBody(Strict):
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | list[int] | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+
+class ChunkBody(Strict):
+    type: str = "encoded_text"
+    tokens: list[int]
+
+
+class PromptBody(Strict):
+    chunks: list[ChunkBody]
+
+
+class SampleBody(Strict):
+    num_samples: int = Field(default=1, ge=1, le=4096)
+    prompt: PromptBody
+    sampling_params: SamplingBody
+    sampling_session_id: str
+    seq_id: int = Field(ge=0)
+    prompt_logprobs: bool | None = None
+    topk_prompt_logprobs: int = Field(default=0, ge=0)
+    topk_sample_logprobs: int = Field(default=0, ge=0)
+    prompt_logprobs_last_n: int | None = None
+    target_prompt_logprobs: dict[str, Any] | None = None
+    prompt_alt_tokens_k: int = 0
+    record_stability_info: bool | None = None
+    type: str = ""
+
+
+# -- routes ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class TinkerRoutes:
+    """What the routes share. `make`: the service, when it is first wanted: a server that nobody trains on by Tinker's
+    API pays nothing for it."""
+
+    make: Callable[[], TinkerService]
+    jobs: JobStore
+    library: Library
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+    samples: dict[str, _Sampled] = field(default_factory=dict)
+    bills: set[asyncio.Task[None]] = field(default_factory=set)
+    billed: dict[str, asyncio.Future[FutureResult]] = field(default_factory=dict)
+    turn: asyncio.Condition = field(default_factory=asyncio.Condition)
+    drawing: int = 0
+    """Samples that are in the engine."""
+    _made: TinkerService | None = None
+    _making: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def service(self) -> TinkerService:
+        async with self._making:
+            if self._made is None:
+                self._made = await _asked(self.make)
+            return self._made
+
+    async def stop(self) -> None:
+        """What runs is let finish as far as it is; states go to the disk."""
+        if self._made is not None:
+            await asyncio.to_thread(self._made.close)
+        tasks = [task for task in (*self.bills, *(s.task for s in self.samples.values())) if not task.done()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass(eq=False)
+class _Sampled:
+    """A sample that was asked for, by `tenant`."""
+
+    tenant: str
+    task: asyncio.Task[FutureResult]
+    sequences: list[str]
+    made: float = field(default_factory=time.monotonic)
+
+
+def tinker_routes(own: TinkerRoutes) -> APIRouter:
+    """All of them."""
+    router = APIRouter(prefix="/api/v1", tags=["Tinker"], route_class=BodyRoute)
+    _plain(router, own)
+    _sequenced(router, own)
+    _sampling(router, own)
+    _saved(router, own)
+    return router
+
+
+def _plain(router: APIRouter, own: TinkerRoutes) -> None:
+    @router.get("/healthz", summary="The server is there.")
+    async def health() -> Response:
+        return Json({"status": "ok"})
+
+    @router.get("/get_server_capabilities", summary="The base.")
+    async def capabilities(request: HttpRequest) -> Response:
+        reader, service = service_of(request).reader, await own.service()
+        names = dict.fromkeys([_model_name(service), service_of(request).catalog.base])
+        shown = [
+            {"model_name": name, "max_context_length": reader.context, "trainable": True, "sampleable": True}
+            for name in names
+        ]
+        return Json({"supported_models": shown})
+
+    @router.post("/client/config", summary="How the SDK is to behave.")
+    async def config(request: HttpRequest) -> Response:
+        most = service_of(request).settings.max_body
+        return Json({"pjwt_auth_enabled": False, "fwdbwd_max_chunk_bytes_count": min(5_000_000, most // 2)})
+
+    @router.post("/client/dynamic_config", summary="The same, asked again and again.")
+    async def dynamic() -> Response:
+        return Json({"sample_cancel_enabled": True})
+
+    @router.post("/telemetry", summary="Taken, and kept nowhere.")
+    async def telemetry() -> Response:
+        return Json({"status": "accepted"})
+
+    @router.post("/create_session", summary="What all clients of one ServiceClient belong to.")
+    async def create_session(request: HttpRequest, body: SessionBody) -> Response:
+        caller, service = caller_of(request), await own.service()
+        _check_trainable(service_of(request), caller)
+        metadata = body.user_metadata or {}
+        made = await _asked(lambda: service.create_session(caller.tenant, metadata, body.display_name))
+        return Json({"type": "create_session", "session_id": made.id})
+
+    @router.post("/session_heartbeat", summary="Whoever made it is still there.")
+    async def heartbeat(request: HttpRequest, body: HeartbeatBody) -> Response:
+        service = await own.service()
+        await _asked(lambda: service.session(caller_of(request).tenant, body.session_id))
+        return Json({"type": "session_heartbeat"})
+
+    @router.get("/sessions", summary="The caller's, the newest first.")
+    async def sessions(
+        request: HttpRequest, limit: int = Query(20, ge=1, le=1000), offset: int = Query(0, ge=0)
+    ) -> Response:
+        service = await own.service()
+        found = await _asked(lambda: service.sessions_of(caller_of(request).tenant))
+        return Json({"sessions": found[offset : offset + limit]})
+
+    @router.get("/sessions/{id}", summary="One of them.")
+    async def session(request: HttpRequest, id: str) -> Response:
+        tenant, service = caller_of(request).tenant, await own.service()
+
+        def look() -> dict[str, Any]:
+            found = service.session(tenant, id)
+            runs = [each.id for each in service.runs_of(tenant) if each.session == id]
+            return {
+                "training_run_ids": runs, "sampler_ids": service.samplers_of(found),
+                "user_metadata": found.metadata or None, "display_name": found.name,
+            }  # fmt: skip
+
+        return Json(await _asked(look))
+
+    @router.post("/sessions/{id}/finish", summary="Its client is done; what it made stays.")
+    async def finish(request: HttpRequest, id: str) -> Response:
+        service = await own.service()
+        await _asked(lambda: service.session(caller_of(request).tenant, id))
+        return Response(status_code=204)
+
+    @router.post("/create_model", summary="A training client of a LoRA.")
+    async def create_model(request: HttpRequest, body: ModelBody) -> Response:
+        caller, service, http = caller_of(request), await own.service(), service_of(request)
+        _check_base(http, body.base_model)
+        _check_adam(body.optimizer_config)
+        given = body.lora_config
+        if given is None:
+            raise invalid("adapters alone are trained here", "lora_config", "create_lora_training_client(…)")
+        lora = Lora(given.rank, given.seed, given.train_attn, given.train_mlp, given.train_unembed)
+
+        def create() -> TrainingRun:
+            if caller.tenant:
+                http.tenancy.let_see_own(caller.tenant)
+            return service.create_run(
+                caller.tenant, body.session_id, body.model_seq_id, lora, body.user_metadata, caller.weight
+            )
+
+        made = await _asked(create)
+        return _future(f"{made.id}:0", made.id)
+
+    @router.post("/get_info", summary="What a training client is of.")
+    async def info(request: HttpRequest, body: RunBody) -> Response:
+        service = await own.service()
+        found = await _asked(lambda: service.run(caller_of(request).tenant, body.model_id))
+        name = _model_name(service)
+        about = {"arch": service.base.family, "model_name": name, "tokenizer_id": name}
+        return Json({
+            "type": "get_info", "model_data": about, "model_id": found.id, "is_lora": True,
+            "lora_rank": found.lora.rank, "model_name": name, "optimizer_config": {"type": "adamw"},
+        })  # fmt: skip
+
+    @router.post("/unload_model", summary="A training client is done; its state stays on the disk.")
+    async def unload(request: HttpRequest, body: RunBody) -> Response:
+        service = await own.service()
+        found = await _asked(lambda: service.run(caller_of(request).tenant, body.model_id))
+        service.rest(found)
+        return _future(f"{found.id}:unload", found.id)
+
+    @router.post("/retrieve_future", summary="The result of a request; 408 while there is none yet.")
+    async def retrieve(request: HttpRequest, body: FutureBody) -> Response:
+        answer = await _result(own, request, body.request_id)
+        if answer is None:
+            waits = {"type": "try_again", "request_id": body.request_id, "queue_state": "active"}
+            return Json(waits, status_code=408)
+        kind = "application/x-protobuf" if answer.kind == "proto" else "application/json"
+        return Response(answer.data, media_type=kind)
+
+    @router.post("/cancel_future", summary="Nobody waits for this sample any more.")
+    async def cancel(request: HttpRequest, body: FutureBody) -> Response:
+        found = own.samples.get(body.request_id)
+        if found is not None and found.tenant == caller_of(request).tenant:
+            found.task.cancel()
+        return Response(status_code=204)
+
+
+def _sequenced(router: APIRouter, own: TinkerRoutes) -> None:
+    """What a training client numbers."""
+
+    @router.post("/forward_backward", summary="Log-probabilities of rows, and a loss's gradient. The body is protobuf.")
+    async def forward(request: HttpRequest) -> Response:
+        data, caller, service = await request.body(), caller_of(request), await own.service()
+        asked = await asyncio.to_thread(read_forward, data)
+        tokens = sum(len(row.tokens) for row in asked.rows)
+        found = await _asked(lambda: service.run(caller.tenant, asked.model))
+        return await _submit(own, request, found, asked.seq, "forward", data, tokens)
+
+    def numbered(what: str, summary: str) -> None:
+        @router.post(f"/{what}", summary=summary, name=what)
+        async def submitted(request: HttpRequest) -> Response:
+            body, caller, service = await read_body(request), caller_of(request), await own.service()
+            if not isinstance(body, dict):
+                raise invalid("a JSON object is expected")
+            if what == "load_weights" and body.get("session_id") is not None:
+                return await _create_from(own, request, body)
+            found = await _asked(lambda: service.run(caller.tenant, str(body.get("model_id"))))
+            seq = body.get("seq_id")
+            if type(seq) is not int:
+                raise invalid("seq_id is no number", "seq_id")
+            return await _submit(own, request, found, seq, what, json.dumps(body).encode(), 0)
+
+    numbered("optim_step", "A step of AdamW by the gradients since the last.")
+    numbered("save_weights", "A checkpoint to go on from.")
+    numbered("save_weights_for_sampler", "Weights to sample from, with a name or without.")
+    numbered("save_weights_external", "Weights to download.")
+    numbered("load_weights", "Go on from a checkpoint, or make a client that does.")
+
+
+async def _create_from(own: TinkerRoutes, request: HttpRequest, body: Mapping[str, Any]) -> Response:
+    caller, service, http = caller_of(request), await own.service(), service_of(request)
+    number, path, session = body.get("model_seq_id"), body.get("path"), str(body["session_id"])
+    if type(number) is not int or number < 0 or not isinstance(path, str):
+        raise invalid("model_seq_id and path are needed", "path")
+    if body.get("base_model") is not None:
+        _check_base(http, str(body["base_model"]))
+    _check_adam(body.get("optimizer_config") or {"type": "adamw"})
+
+    def create() -> TrainingRun:
+        if caller.tenant:
+            http.tenancy.let_see_own(caller.tenant)
+        return service.create_from(
+            caller.tenant, session, number, path, bool(body.get("optimizer")), body.get("user_metadata"), caller.weight
+        )
+
+    made = await _asked(create)
+    return _future(f"{made.id}:0", made.id)
+
+
+async def _submit(
+    own: TinkerRoutes, request: HttpRequest, found: TrainingRun, seq: int, kind: str, data: bytes, tokens: int
+) -> Response:
+    caller, service, http = caller_of(request), await own.service(), service_of(request)
+    number = f"{found.id}:{seq}"
+    known = await asyncio.to_thread(service.answer, found, seq)
+    if known is None and seq > found.applied:
+        await _check_budget(own, http, caller, tokens)
+        admitted = _training(http, caller, found, f"{number}-{secrets.token_hex(3)}", tokens) if tokens else None
+        bill = None if admitted is None else await admitted.__aenter__()
+        try:
+            await _asked(lambda: service.submit(found, seq, kind, data))
+        except BaseException as error:
+            if admitted is not None:
+                await admitted.__aexit__(type(error), error, error.__traceback__)
+            raise
+        if number in own.billed:  # it came twice at once
+            if admitted is not None:
+                await admitted.__aexit__(None, None, None)
+        else:
+            _bill(own, service, found, seq, admitted, bill, tokens)
+    return _future(number, found.id)
+
+
+def _training(
+    http: Service, caller: Caller, found: TrainingRun, number: str, tokens: int
+) -> AbstractAsyncContextManager[Bill]:
+    name = f"{found.name}{_TRAINED}"
+    served = Served((), name, name, trained=True)
+    return http.tenancy.admitted(caller, served, request=number, prompt_tokens=tokens, max_tokens=0)
+
+
+def _bill(
+    own: TinkerRoutes, service: TinkerService, found: TrainingRun, seq: int,
+    admitted: AbstractAsyncContextManager[Bill] | None, bill: Bill | None, tokens: int,
+) -> None:  # fmt: skip
+    """The request's result, once it is billed."""
+    number, loop = f"{found.id}:{seq}", asyncio.get_running_loop()
+    shown: asyncio.Future[FutureResult] = loop.create_future()
+    own.billed[number] = shown
+
+    async def follow() -> None:
+        try:
+            future = service.answer(found, seq)
+            assert future is not None
+            answer = await asyncio.wrap_future(future)
+            if bill is not None:
+                await bill.used(Usage(tokens if answer.kind != "failed" else 0, 0, 0))
+            if not shown.done():
+                shown.set_result(answer)
+        finally:
+            if admitted is not None:
+                await admitted.__aexit__(None, None, None)
+            loop.call_later(_KEPT, own.billed.pop, number, None)
+
+    task = loop.create_task(follow())
+    own.bills.add(task)
+    task.add_done_callback(own.bills.discard)
+
+
+async def _result(own: TinkerRoutes, request: HttpRequest, number: str) -> FutureResult | None:
+    """None while there is none. Raises Refused: 404 for a request that is not there, 410 for one that is gone."""
+    caller, service = caller_of(request), await own.service()
+    if ":sample:" in number:
+        found = own.samples.get(number)
+        if found is None or found.tenant != caller.tenant:
+            raise Refused(
+                f"the sample {quoted(number)} is not here any more", status=410, code="gone", fix="ask for it again"
+            )
+        try:
+            return await _waited(service_of(request), found.task)
+        except asyncio.CancelledError:
+            if not found.task.cancelled():
+                raise
+            raise Refused("the sample was cancelled", status=410, code="gone") from None
+    id, _, seq = number.rpartition(":")
+    run = await _asked(lambda: service.run(caller.tenant, id))
+    if seq in ("0", "unload"):
+        return FutureResult("json", json.dumps(_of_creation(run, seq)).encode())
+    if not seq.isdigit():
+        raise Refused(f"there is no request {quoted(number)}", status=404, code="not_found", param="request_id")
+    if number not in own.billed:  # done before, or taken by the process before
+        future = await asyncio.to_thread(service.answer, run, int(seq))
+        if future is None:
+            if int(seq) <= run.applied:
+                what = f"the result of {quoted(number)} is kept no more"
+                raise Refused(what, status=410, code="gone", fix="it was done; its effect is in the state")
+            raise Refused(f"there is no request {quoted(number)}", status=404, code="not_found", param="request_id")
+        if int(seq) not in run.unbilled:
+            return await _waited(service_of(request), asyncio.wrap_future(future))
+        body = await asyncio.to_thread(run.journal.requests.get, int(seq))
+        tokens = 0
+        if body is not None and body.kind == "forward":
+            tokens = sum(len(row.tokens) for row in (await asyncio.to_thread(read_forward, body.body)).rows)
+        unique = f"{number}-{secrets.token_hex(3)}"
+        admitted = _training(service_of(request), caller, run, unique, tokens) if tokens else None
+        bill = None if admitted is None else await admitted.__aenter__()
+        if number not in own.billed:
+            run.unbilled.discard(int(seq))
+            _bill(own, service, run, int(seq), admitted, bill, tokens)
+        elif admitted is not None:
+            await admitted.__aexit__(None, None, None)
+    return await _waited(service_of(request), own.billed[number])
+
+
+async def _waited(http: Service, answer: asyncio.Future[FutureResult]) -> FutureResult | None:
+    """For a while, or until the server is to end."""
+    end = time.monotonic() + _WAIT
+    while not answer.done() and http.phase == "ready" and time.monotonic() < end:
+        await asyncio.wait({answer}, timeout=1.0)
+    return answer.result() if answer.done() else None
+
+
+def _of_creation(run: TrainingRun, seq: str) -> dict[str, Any]:
+    if seq == "unload":
+        return {"type": "unload_model", "model_id": run.id}
+    start = run.folder / "start" / "start.json"
+    if start.is_file():
+        path = json.loads(start.read_text(encoding="utf-8"))["path"]
+        return {"type": "load_weights", "model_id": run.id, "path": path}
+    return {"type": "create_model", "model_id": run.id}
+
+
+# -- sampling ----------------------------------------------------------------------------------------------------------
+
+
+def _sampling(router: APIRouter, own: TinkerRoutes) -> None:
+    @router.post("/create_sampling_session", summary="Something to sample from: the base, or a checkpoint.")
+    async def create_sampler(request: HttpRequest, body: SamplerBody) -> Response:
+        caller, service, http = caller_of(request), await own.service(), service_of(request)
+        if body.model_path is None:
+            if body.base_model is None:
+                raise invalid("base_model or model_path is needed", "base_model")
+            _check_base(http, body.base_model)
+        made = await _asked(
+            lambda: service.create_sampler(
+                caller.tenant, body.session_id, body.sampling_session_seq_id, body.model_path
+            )
+        )
+        return Json({"type": "create_sampling_session", "sampling_session_id": made.id})
+
+    @router.get("/samplers/{id}", summary="What a sampling session is of.")
+    async def sampler(request: HttpRequest, id: str) -> Response:
+        service = await own.service()
+        found = await _asked(lambda: service.sampler(caller_of(request).tenant, id))
+        return Json({"sampler_id": found.id, "base_model": _model_name(service), "model_path": found.path})
+
+    @router.post("/asample", summary="Samples of one prompt.")
+    async def sample(request: HttpRequest, body: SampleBody) -> Response:
+        caller, service, http = caller_of(request), await own.service(), service_of(request)
+        number = f"{body.sampling_session_id}:{body.seq_id}"
+        _forget_old(own)
+        if number not in own.samples:
+            found = await _asked(lambda: service.sampler(caller.tenant, body.sampling_session_id))
+            sequences = [f"{number}:{i}" for i in range(body.num_samples)]
+            if number not in own.samples:
+                task = asyncio.create_task(_sample(own, http, caller, found, body))
+                own.samples[number] = _Sampled(caller.tenant, task, sequences)
+        if own.samples[number].tenant != caller.tenant:
+            raise Refused(f"there is no sampling session {quoted(number)}", status=404, code="not_found")
+        return _future(number, None, own.samples[number].sequences)
+
+
+def _forget_old(own: TinkerRoutes) -> None:
+    """Results that nobody fetched in time, and those that were not asked for lately."""
+    now = time.monotonic()
+    for number, sample in list(own.samples.items()):
+        if now - sample.made <= _KEPT:
+            break
+        if sample.task.done():
+            del own.samples[number]
+
+
+async def _sample(
+    own: TinkerRoutes, http: Service, caller: Caller, sampler: SamplerSource, body: SampleBody
+) -> FutureResult:
+    """The samples, or what was wrong with the request. What a limit does not let through now waits: the SDK takes a
+    result that failed for the last word."""
+    count, most = body.num_samples, max(1, http.settings.queue // 2)
+    try:
+        if count > most:
+            raise invalid(f"num_samples is {count}", "num_samples", f"at most {most} at once")
+        job = await asyncio.to_thread(_job, http, caller, sampler, body)
+        async with own.turn:
+            await own.turn.wait_for(lambda: own.drawing + count <= most)
+            own.drawing += count
+        try:
+            while True:
+                try:
+                    answers = await _drawn(http, job)
+                    break
+                except Refused as error:
+                    if error.status != 429:
+                        raise
+                    await asyncio.sleep(error.retry_after or 0.5)
+                    job = replace(job, id=secrets.token_hex(16))
+        finally:
+            own.drawing -= count
+            async with own.turn:
+                own.turn.notify_all()
+        return FutureResult("proto", _sample_bytes(body, answers, len(job.prompts[0])))
+    except Exception as error:
+        refused = as_refused(error)
+        category = "server" if refused.status >= 500 else "user"
+        return FutureResult("failed", json.dumps({"error": message_of(refused), "category": category}).encode())
+
+
+async def _drawn(http: Service, job: TextJob) -> list[TextAnswer]:
+    answers = [TextAnswer() for _ in range(job.choices)]
+    async with aclosing(run(http, job)) as events:
+        async for i, event in events:
+            answers[i].add(event)
+    return answers
+
+
+def _job(http: Service, caller: Caller, sampler: SamplerSource, body: SampleBody) -> TextJob:
+    """Raises Refused."""
+    asked = body.sampling_params
+    not_here = {
+        "target_prompt_logprobs": body.target_prompt_logprobs is not None,
+        "prompt_alt_tokens_k": bool(body.prompt_alt_tokens_k),
+        "record_stability_info": bool(body.record_stability_info),
+    }  # fmt: skip
+    if wrong := [name for name, given in not_here.items() if given]:
+        raise invalid(f"this server does not know {wrong[0]}", wrong[0], "leave it out")
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
+        if getattr(body, name) > _TOP:
+            raise invalid(f"{name} is {getattr(body, name)}", name, f"at most {_TOP}")
+    prompt = tuple(token for chunk in body.prompt.chunks for token in chunk.tokens)
+    last = body.prompt_logprobs_last_n
+    if last is not None and not (body.prompt_logprobs and 1 <= last < len(prompt)):
+        raise invalid(f"prompt_logprobs_last_n is {last}", "prompt_logprobs_last_n", "below the prompt's length")
+    stop = [asked.stop] if isinstance(asked.stop, str) else list(asked.stop or [])
+    room = max(1, http.reader.context - len(prompt))
+    try:
+        sampling = Sampling(
+            max_tokens=room if asked.max_tokens is None else asked.max_tokens,
+            temperature=asked.temperature, top_k=max(0, asked.top_k), top_p=asked.top_p, seed=asked.seed,
+            stop=tuple(text for text in stop if isinstance(text, str)),
+            stop_ids=tuple(token for token in stop if isinstance(token, int)),
+            ignore_eos=asked.stop == [], logprobs=max(body.topk_prompt_logprobs, body.topk_sample_logprobs),
+            prompt_logprobs=bool(body.prompt_logprobs or body.topk_prompt_logprobs),
+        )  # fmt: skip
+    except ConfigError as error:
+        raise invalid(error.what, error.where, error.fix) from error
+    served = _served(http, caller, sampler)
+    return TextJob(caller, ChosenMix(served, "tinker"), [prompt], sampling, choices=body.num_samples)
+
+
+def _served(http: Service, caller: Caller, sampler: SamplerSource) -> Served:
+    if sampler.digest:
+        if not Path(sampler.folder).is_dir():
+            raise Refused(
+                "the weights of this sampling client are kept no more: newer ones of its run took their place",
+                status=410, code="gone", fix="save_weights_for_sampler(name) keeps what is to be asked for longer",
+            )  # fmt: skip
+        http.catalog.shelf.remember(sampler.digest, AdapterPlace(sampler.name, path=Path(sampler.folder)))
+        return Served(((sampler.digest, 1.0),), sampler.name, sampler.name, adapters=(sampler.name,))
+    if sampler.reference:
+        return http.catalog.resolve(sampler.reference, caller)
+    return http.catalog.resolve(http.catalog.base, caller)
+
+
+def _sample_bytes(body: SampleBody, answers: Sequence[TextAnswer], prompt: int) -> bytes:
+    def top(tokens: Sequence[Any], count: int) -> list[list[tuple[int, float]]]:
+        return [[(i, p) for i, _, p in token.top[:count]] for token in tokens]
+
+    samples = [
+        WireSample(
+            [token.id for token in answer.tokens], [token.logprob or 0.0 for token in answer.tokens],
+            answer.finished.reason == "stop",
+            top(answer.tokens, body.topk_sample_logprobs) if body.topk_sample_logprobs else None,
+        )
+        for answer in answers
+    ]  # fmt: skip
+    told = next((answer.tokens[0].prompt for answer in answers if answer.tokens), ())
+    first = 1 if body.prompt_logprobs_last_n is None else prompt - body.prompt_logprobs_last_n
+    logprobs = [token.logprob if i >= first else None for i, token in enumerate(told)] if body.prompt_logprobs else None
+    count = body.topk_prompt_logprobs
+    tops = [row if i >= first else None for i, row in enumerate(top(told, count))] if count else None
+    cached = answers[0].cached
+    return sample_bytes(samples, prompt=logprobs, top_prompt=tops, top=count, cached=cached)
+
+
+# -- what was saved ----------------------------------------------------------------------------------------------------
+
+
+def _saved(router: APIRouter, own: TinkerRoutes) -> None:
+    _Limit, _Offset = Query(20, ge=1, le=1000), Query(0, ge=0)
+
+    async def found(request: HttpRequest, id: str, checkpoint: str) -> tuple[TrainingRun, SavedWeights]:
+        tenant, service = caller_of(request).tenant, await own.service()
+
+        def look() -> tuple[TrainingRun, SavedWeights]:
+            run = service.run(tenant, id)
+            there = run.checkpoints.find(checkpoint)
+            if there is None:
+                raise NotHere(f"{id} has no checkpoint {checkpoint[:100]!r}", where="checkpoint_id")
+            return run, there
+
+        return await _asked(look)
+
+    @router.post("/weights_info", summary="What a client needs that goes on from a checkpoint.")
+    async def info(request: HttpRequest, body: PathBody) -> Response:
+        run, _ = await found(request, *await _asked(lambda: parse_path(body.tinker_path)))
+        lora = run.lora
+        return Json({
+            "base_model": _model_name(await own.service()), "is_lora": True, "lora_rank": lora.rank,
+            "train_unembed": lora.unembed, "train_mlp": lora.mlp, "train_attn": lora.attention,
+            "optimizer_config": {"type": "adamw"},
+        })  # fmt: skip
+
+    @router.get("/training_runs", summary="The caller's, the newest first.")
+    async def runs(request: HttpRequest, limit: int = _Limit, offset: int = _Offset) -> Response:
+        service, caller = await own.service(), caller_of(request)
+        all_runs = await _asked(lambda: service.runs_of(caller.tenant))
+        some = all_runs[offset : offset + limit]
+        shown = await _asked(lambda: [_shown_run(run, service, caller) for run in some])
+        cursor = {"offset": offset, "limit": limit, "total_count": len(all_runs)}
+        return Json({"training_runs": shown, "cursor": cursor})
+
+    @router.get("/training_runs/{id}", summary="One of them.")
+    async def one(request: HttpRequest, id: str) -> Response:
+        service, caller = await own.service(), caller_of(request)
+        return Json(await _asked(lambda: _shown_run(service.run(caller.tenant, id), service, caller)))
+
+    @router.get("/training_runs/{id}/checkpoints", summary="What one saved, the oldest first.")
+    async def checkpoints(request: HttpRequest, id: str) -> Response:
+        service = await own.service()
+        all_points = await _asked(lambda: service.run(caller_of(request).tenant, id).checkpoints.all())
+        return Json({"checkpoints": [point.shown() for point in all_points]})
+
+    @router.get("/checkpoints", summary="What all of the caller's runs saved, the newest first.")
+    async def every(request: HttpRequest, limit: int = _Limit, offset: int = _Offset) -> Response:
+        service, tenant = await own.service(), caller_of(request).tenant
+
+        def look() -> list[SavedWeights]:
+            points = [point for run in service.runs_of(tenant) for point in run.checkpoints.all()]
+            return sorted(points, key=lambda point: point.made, reverse=True)
+
+        all_points = await _asked(look)
+        shown = [point.shown() for point in all_points[offset : offset + limit]]
+        cursor = {"offset": offset, "limit": limit, "total_count": len(all_points)}
+        return Json({"checkpoints": shown, "cursor": cursor})
+
+    @router.get("/training_runs/{id}/checkpoints/{kind}/{name}/archive", summary="PEFT's files in a tar.")
+    async def archive(request: HttpRequest, id: str, kind: str, name: str) -> Response:
+        _, point = await found(request, id, f"{kind}/{name}")
+        data = await _asked(lambda: _tar(own.library.resolve(point.reference)))
+        return Response(data, media_type="application/x-tar")
+
+    @router.get("/training_runs/{id}/checkpoints/{kind}/{name}/external_weights_urls", summary="A URL for each file.")
+    async def urls(request: HttpRequest, id: str, kind: str, name: str) -> Response:
+        _, point = await found(request, id, f"{kind}/{name}")
+        folder = await _asked(lambda: own.library.resolve(point.reference))
+        ends = int(time.time() + _SIGNED)
+        base = str(request.base_url).rstrip("/")
+        made = {
+            path.name: f"{base}{FILES}/{point.reference}/{ends}/{_sign(own, point.reference, ends)}/{path.name}"
+            for path in sorted(folder.iterdir()) if path.is_file()
+        }  # fmt: skip
+        return Json({"urls": made, "expires": datetime.fromtimestamp(ends, UTC).isoformat()})
+
+    @router.get("/files/{reference:path}/{ends}/{signature}/{name}", summary="One of them.")
+    async def file(reference: str, ends: int, signature: str, name: str) -> Response:
+        right = hmac.compare_digest(signature.encode(), _sign(own, reference, ends).encode())
+        if not right or ends < time.time():
+            raise Refused("this URL is not valid, or not any more", status=403, code="forbidden")
+        folder = await _asked(lambda: own.library.resolve(reference))
+        if name not in {path.name for path in folder.iterdir()}:
+            raise Refused("there is no such file", status=404, code="not_found")
+        return FileResponse(folder / name)
+
+    @router.put("/training_runs/{id}/checkpoints/{kind}/{name}/ttl", summary="How long one is kept.")
+    async def ttl(request: HttpRequest, id: str, kind: str, name: str, body: TtlBody) -> Response:
+        run, point = await found(request, id, f"{kind}/{name}")
+        await _asked(lambda: run.checkpoints.keep_for(point.id, body.ttl_seconds))
+        return Response(status_code=204)
+
+    @router.delete("/training_runs/{id}/checkpoints/{kind}/{name}", summary="Remove one.")
+    async def remove(request: HttpRequest, id: str, kind: str, name: str) -> Response:
+        run, point = await found(request, id, f"{kind}/{name}")
+        await _asked(lambda: run.checkpoints.remove(point.id))
+        return Response(status_code=204)
+
+
+def _shown_run(run: TrainingRun, service: TinkerService, caller: Caller) -> dict[str, Any]:
+    points = run.checkpoints.all()
+
+    def newest(kind: str) -> dict[str, Any] | None:
+        return next((point.shown() for point in reversed(points) if point.id.startswith(f"{kind}/")), None)
+
+    journal = run.folder / "journal"
+    last = datetime.fromtimestamp(journal.stat().st_mtime, UTC).isoformat()
+    return {
+        "training_run_id": run.id, "base_model": _model_name(service), "model_owner": caller.tenant or "veneer",
+        "is_lora": True, "corrupted": False, "lora_rank": run.lora.rank, "last_request_time": last,
+        "last_checkpoint": newest("weights"), "last_sampler_checkpoint": newest("sampler_weights"),
+        "user_metadata": run.metadata,
+    }  # fmt: skip
+
+
+def _tar(folder: Path) -> bytes:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, path.name)
+    return made.getvalue()
+
+
+def _sign(own: TinkerRoutes, reference: str, ends: int) -> str:
+    return hmac.new(own.secret, f"{reference} {ends}".encode(), hashlib.sha256).hexdigest()
+
+
+# -- what all of them need ---------------------------------------------------------------------------------------------
+
+
+def _future(number: str, model: str | None, sequences: list[str] | None = None) -> Response:
+    made: dict[str, Any] = {"request_id": number, "model_id": model}
+    return Json(made if sequences is None else made | {"sample_sequence_ids": sequences})
+
+
+def _model_name(service: TinkerService) -> str:
+    """As clients load its tokenizer by: a hub's id, or a folder of this machine."""
+    name = service.base.name.partition("@")[0]
+    return name if "/" in name and not Path(name).expanduser().exists() else str(service.base.directory)
+
+
+def _check_base(http: Service, name: str) -> None:
+    """Raises Refused for a base that is not served here. Its last part is enough: a client's own folder of it, say."""
+    if name.rstrip("/").rpartition("/")[2].lower() == http.catalog.base.lower():
+        return
+    what = f"The model {quoted(name)} is not served here"
+    fix = f"base_model={http.catalog.base!r}"
+    raise Refused(what, status=400, code="model_not_available", param="base_model", fix=fix)
+
+
+def _check_adam(optimizer: Mapping[str, Any]) -> None:
+    if optimizer.get("type", "adamw") != "adamw":
+        raise invalid(f"there is no optimizer {quoted(str(optimizer['type']))} here", "optimizer_config", "adamw")
+
+
+def _check_trainable(http: Service, caller: Caller) -> None:
+    if isinstance(http.tenancy, Tenants) and http.tenancy.store.settings.training_terms(caller.tenant).jobs == 0:
+        raise Refused("this tenant may not train", status=403, code="forbidden", fix="the operator can allow it")
+
+
+async def _check_budget(own: TinkerRoutes, http: Service, caller: Caller, tokens: int) -> None:
+    """Raises Refused (402) where the tenant's budget of training has no room for so many tokens."""
+    if not tokens or not isinstance(http.tenancy, Tenants):
+        return
+    store = http.tenancy.store
+    terms = store.settings.training_terms(caller.tenant)
+    if terms.budget is None:
+        return
+
+    def spent() -> int:
+        month = time.strftime("%Y-%m-01", time.gmtime())
+        with reading(store.engine) as c:
+            rows = usage(c, by=("adapter",), tenant=caller.tenant, since=month)
+        trained = sum(int(row["cost"]) for row in rows if row["adapter"].endswith(_TRAINED))
+        return own.jobs.committed(caller.tenant) + trained
+
+    taken: int = await _asked(spent)
+    if taken + Price(terms.price).cost(tokens, 0, 0) > terms.budget:
+        raise Refused(
+            "this month's budget of training is spent", status=402, code="over_budget",
+            fix="a larger budget, or next month",
+        )  # fmt: skip
+
+
+async def _asked(do: Callable[[], T]) -> T:
+    """`do` in a thread; what is not there is 404, and what cannot be the client's mistake."""
+
+    def run() -> T:
+        try:
+            return do()
+        except NotHere as error:
+            raise Refused(error.what, status=404, code="not_found", param=error.where, fix=error.fix) from error
+        except ConfigError as error:
+            raise invalid(error.what, error.where, error.fix) from error
+        except VeneerError as error:
+            if isinstance(error, Refused):
+                raise
+            raise as_refused(error) from error
+
+    return await in_thread(run, "what training clients left")

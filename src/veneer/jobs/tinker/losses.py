@@ -1,0 +1,117 @@
+"""Tinker's losses: of a row's log-probabilities, and what the row says of each token.
+
+p is what is trained, q what sampled (`logprobs`), A the `advantages`, r = exp(log p − log q); all are sums over tokens:
+
+    cross_entropy          −w·log p                                                 `weights`
+    importance_sampling    −r·A
+    ppo                    −min(r·A, clip(r, low, high)·A)
+    cispo                  −sg[clip(r, low, high)]·A·log p
+    dro                    −(A·log p − β/2·(log p − log q)²)
+    gspo                   ppo with r_t = sg[s]·p_t/sg[p_t], log s the mean of log r over `sequence_ratio_mask`
+
+low and high are 0.8 and 1.2 (`clip_low_threshold`, `clip_high_threshold`: an option, or a tensor), β is 0.05 (`beta`).
+sg stops gradients. Source: https://tinker-docs.thinkingmachines.ai/tinker/losses
+A loss of the client's own is cross_entropy with −∂loss/∂log p as weights, which its SDK computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from veneer.errors import ConfigError, nearest
+
+Inputs = Mapping[str, Tensor]
+Options = Mapping[str, float | str]
+_CLIPS = ("clip_low_threshold", "clip_high_threshold")
+
+
+def _cross_entropy(logps: Tensor, row: Inputs, options: Options) -> Tensor:
+    return -logps * row["weights"]
+
+
+def _importance_sampling(logps: Tensor, row: Inputs, options: Options) -> Tensor:
+    return -torch.exp(logps - row["logprobs"]) * row["advantages"]
+
+
+def _ppo(logps: Tensor, row: Inputs, options: Options) -> Tensor:
+    return _clipped(torch.exp(logps - row["logprobs"]), row, options)
+
+
+def _clipped(ratio: Tensor, row: Inputs, options: Options) -> Tensor:
+    advantages = row["advantages"]
+    return -torch.minimum(ratio * advantages, _clip(ratio, row, options) * advantages)
+
+
+def _clip(ratio: Tensor, row: Inputs, options: Options) -> Tensor:
+    low, high = (
+        row[name] if name in row else torch.as_tensor(options.get(name, usual), dtype=ratio.dtype, device=ratio.device)
+        for name, usual in zip(_CLIPS, (0.8, 1.2), strict=True)
+    )
+    return torch.maximum(torch.minimum(ratio, high), low)
+
+
+def _cispo(logps: Tensor, row: Inputs, options: Options) -> Tensor:
+    ratio = torch.exp(logps.detach() - row["logprobs"])
+    return -_clip(ratio, row, options) * row["advantages"] * logps
+
+
+def _dro(logps: Tensor, row: Inputs, options: Options) -> Tensor:
+    beta = float(options.get("beta", 0.05))
+    return -(logps * row["advantages"] - 0.5 * beta * (logps - row["logprobs"]) ** 2)
+
+
+def _gspo(logps: Tensor, row: Inputs, options: Options) -> Tensor:
+    still = logps.detach()
+    mean = (still - row["logprobs"])[row["sequence_ratio_mask"] != 0].mean()
+    return _clipped(torch.exp(mean + logps - still), row, options)
+
+
+_SAMPLED = ("logprobs", "advantages")
+_LOSSES: Mapping[str, tuple[Callable[[Tensor, Inputs, Options], Tensor], tuple[str, ...], tuple[str, ...]]] = {
+    "cross_entropy": (_cross_entropy, ("weights",), ()),
+    "importance_sampling": (_importance_sampling, _SAMPLED, ()),
+    "ppo": (_ppo, _SAMPLED, _CLIPS),
+    "cispo": (_cispo, _SAMPLED, _CLIPS),
+    "dro": (_dro, _SAMPLED, ("beta",)),
+    "gspo": (_gspo, (*_SAMPLED, "sequence_ratio_mask"), _CLIPS),
+}
+"""A loss, the tensors that it needs of a row beside its targets, and its options."""
+_ELSEWHERE = {
+    "stable_reinforce": "it needs what a sampler recorded, which this server does not",
+    "custom": "this server runs no losses of clients: forward_backward_custom computes them there",
+}
+
+
+def row_loss(name: str, logps: Tensor, row: Inputs, options: Options) -> Tensor:
+    """The loss of one row, a scalar. `logps` and its tensors: (n,), or (n, k) for several targets of a token."""
+    return _LOSSES[name][0](logps, row, options).sum()
+
+
+def needed(name: str, options: Options) -> tuple[str, ...]:
+    """The tensors that a loss needs of each row beside its targets. Raises ConfigError for one that is not known, and
+    for options that it does not have."""
+    if name in _ELSEWHERE:
+        raise ConfigError(f"the loss {name} is not here: {_ELSEWHERE[name]}", where="loss_fn", fix=_all())
+    if name not in _LOSSES:
+        near = nearest(name, _LOSSES)
+        fix = f"did you mean {near[0]}?" if near else _all()
+        raise ConfigError(f"there is no loss {name[:50]!r}", where="loss_fn", fix=fix)
+    known = _LOSSES[name][2]
+    if wrong := [key for key in options if key not in known]:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise ConfigError(f"{name} has no option {wrong[0][:50]!r}", where="loss_fn_config", fix=has)
+    if wrong := [key for key, value in options.items() if isinstance(value, str)]:
+        raise ConfigError(f"{wrong[0]} is a number", where="loss_fn_config")
+    return _LOSSES[name][1]
+
+
+def optional(name: str) -> tuple[str, ...]:
+    """Options that a row may have as tensors too."""
+    return tuple(key for key in _LOSSES[name][2] if key in _CLIPS)
+
+
+def _all() -> str:
+    return f"one of {', '.join(_LOSSES)}"

@@ -1,0 +1,737 @@
+"""Sessions, training clients and their requests: who asked what, in which order it is done, and what came of it.
+
+    service = TinkerService(base, library, folder)
+    session = service.create_session("acme", {})
+    run = service.create_run(session.id, 0, Lora(8), {})
+    service.submit(run, 1, "forward_backward", body)        on the disk; done in its turn
+    answer = service.answer(run, 1)                         a future
+
+A client numbers its requests, and they are done in the order of their numbers, each once: one that comes again is the
+one that came before. One thread trains. Each pass of the base takes the next rows of clients that have some, beside one
+another where they can be; whose tenant was given least has the first place in it. What is not trained by rows (a step
+of the optimiser, saving, loading) is done between two passes.
+
+An answer is written before it can be had, so a server that is killed has lost nothing: a client's state is made again
+from the last that was written and the requests since (journal.py), when somebody asks for it. At most `_AGAIN` seconds
+of a client's computing are made again. The same way those that are idle make room in memory for others: their state
+goes to the disk and comes back with their next request.
+
+Knows a base, a library and folders; no HTTP and no bills.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from contextvars import copy_context
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from veneer.core.adapter import Adapter
+from veneer.errors import ConfigError, ResourceError, VeneerError
+from veneer.files.atomic import atomic_write
+from veneer.jobs.tinker.checkpoints import Checkpoints, parse_path
+from veneer.jobs.tinker.journal import AskedRequest, FutureResult, Journal
+from veneer.jobs.tinker.trainer import Adam, Lora, PassWork, Trainee, Trainer, checked_rows, newest_state, target_names
+from veneer.jobs.tinker.wire import forward_bytes, read_forward
+from veneer.library.library import Library
+from veneer.models.text.base import TextBase
+from veneer.ops.choice import listed
+from veneer.train.text.save import write_adapter
+
+_log = logging.getLogger("veneer.tinker")
+
+_AGAIN, _JOURNAL = 60.0, 64 << 20
+"""A state is written after so many seconds of a client's computing, and after so many bytes of its requests."""
+_IDLE = 600.0
+"""Seconds without a request after which a client's state need not be in memory."""
+_SNAPSHOTS = 16
+"""Weights to sample from that no name keeps: so many of a run, the newest."""
+
+
+class NotHere(ConfigError):
+    """Raised for a session, a run or a sampler that the tenant does not have."""
+
+
+@dataclass(eq=False)
+class Session:
+    """All that one ServiceClient of a tenant made."""
+
+    id: str
+    tenant: str
+    folder: Path
+    metadata: dict[str, Any]
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class SamplerSource:
+    """What a sampling session draws from: `reference` of the library, or weights that no name keeps, of the run `name`,
+    by their digest in `folder`; with neither the base. `follows`: a run whose newest such weights these are, whenever
+    it is asked."""
+
+    id: str
+    tenant: str
+    path: str | None = None
+    reference: str = ""
+    digest: str = ""
+    folder: str = ""
+    name: str = ""
+    follows: str = ""
+
+
+@dataclass(eq=False)
+class TrainingRun:
+    """A training client, as the server has it. `applied`: the last request whose effect its state has. `unbilled`:
+    requests that came to a process before this one, and were not done there."""
+
+    id: str
+    session: str
+    tenant: str
+    lora: Lora
+    folder: Path
+    checkpoints: Checkpoints
+    metadata: dict[str, Any] | None
+    weight: float = 1.0
+    journal: Journal = field(init=False)
+    applied: int = 0
+    futures: dict[int, Future[FutureResult]] = field(default_factory=dict)
+    unbilled: set[int] = field(default_factory=set)
+    learner: Trainee | None = None
+    work: PassWork | None = None
+    seconds: float = 0.0
+    used: float = field(default_factory=time.monotonic)
+
+    @property
+    def name(self) -> str:
+        return self.checkpoints.name
+
+    @property
+    def following(self) -> AskedRequest | None:
+        """The next request, where it has come."""
+        return self.journal.requests.get(self.applied + 1)
+
+
+class TinkerService:
+    """`room`: bytes that the states of training clients may take in memory. `folder`: its own. Close it at the end."""
+
+    def __init__(self, base: TextBase, library: Library, folder: Path, *, room: int = 4 << 30) -> None:
+        self.base, self.library, self.folder, self.room = base, library, folder, room
+        self._lock = _own(folder)
+        self.names = target_names(base.model)
+        self.sessions: dict[str, Session] = {}
+        self.runs: dict[str, TrainingRun] = {}
+        self.passes = self.shared_passes = 0
+        self._served: dict[str, float] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._trainer: Trainer | None = None
+        self._thread = threading.Thread(target=copy_context().run, args=(self._train,), name="tinker", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """After the pass that runs; the states of all clients are then on the disk."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        os.close(self._lock)
+
+    # -- sessions ------------------------------------------------------------------------------------------------------
+
+    def create_session(self, tenant: str, metadata: dict[str, Any], name: str | None = None) -> Session:
+        id = f"s{secrets.token_hex(6)}"
+        made = Session(id, tenant, self.folder / id, metadata, name)
+        (made.folder / "samplers").mkdir(parents=True)
+        data = {"tenant": tenant, "metadata": metadata, "name": name, "made": time.time()}
+        atomic_write(made.folder / "session.json", [json.dumps(data).encode()])
+        with self._changed:
+            self.sessions[id] = made
+        return made
+
+    def session(self, tenant: str, id: str) -> Session:
+        """Raises NotHere."""
+        with self._changed:
+            found = self.sessions.get(id)
+            if found is None and id.isalnum() and (path := self.folder / id / "session.json").is_file():
+                data = json.loads(path.read_text(encoding="utf-8"))
+                found = Session(id, data["tenant"], path.parent, data["metadata"], data["name"])
+                self.sessions[id] = found
+        if found is None or found.tenant != tenant:
+            raise NotHere(f"there is no session {id[:60]!r}", where="session_id", fix="make a new ServiceClient")
+        return found
+
+    def sessions_of(self, tenant: str) -> list[str]:
+        """The newest first."""
+        found = []
+        for path in self.folder.glob("*/session.json"):
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["tenant"] == tenant:
+                found.append((data["made"], path.parent.name))
+        return [id for _, id in sorted(found, reverse=True)]
+
+    # -- training clients ----------------------------------------------------------------------------------------------
+
+    def create_run(
+        self, tenant: str, session: str, number: int, lora: Lora, metadata: dict[str, Any] | None, weight: float = 1.0
+    ) -> TrainingRun:
+        """The same for the same number of a session. Raises NotHere, ConfigError for what the base does not have."""
+        owner = self.session(tenant, session)
+        id = f"{owner.id}:train:{number}"
+        lora.spec(self.names)
+        folder = owner.folder / f"train-{number}"
+        if not (folder / "run.json").is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            data = {"lora": asdict(lora), "metadata": metadata, "weight": weight, "made": time.time()}
+            atomic_write(folder / "run.json", [json.dumps(data).encode()])
+        found = self.run(tenant, id)
+        if found.lora != lora:
+            raise ConfigError(f"the session has another model of the number {number}", where="model_seq_id")
+        return found
+
+    def create_from(
+        self, tenant: str, session: str, number: int, path: str, optimizer: bool, metadata: dict[str, Any] | None,
+        weight: float = 1.0,
+    ) -> TrainingRun:  # fmt: skip
+        """A client that begins as another was saved; `optimizer`: with its moments. Raises NotHere, ConfigError."""
+        owner, saved, source = self.session(tenant, session), self.saved(tenant, path), self.run_of(tenant, path)
+        start = owner.folder / f"train-{number}" / "start"
+        if not start.is_dir():  # its own, whatever becomes of the checkpoint
+            whole = start.with_name(".start")
+            shutil.rmtree(whole, ignore_errors=True)
+            shutil.copytree(source.checkpoints.state(saved.id), whole)
+            atomic_write(whole / "start.json", [json.dumps({"path": saved.path, "optimizer": optimizer}).encode()])
+            whole.rename(start)
+        return self.create_run(tenant, session, number, source.lora, metadata, weight)
+
+    def run_of(self, tenant: str, path: str) -> TrainingRun:
+        """Whose training state a path is. Raises NotHere, ConfigError."""
+        run, id = parse_path(path)
+        if not id.startswith("weights/"):
+            what = f"{path[:200]} is to sample from, and has no training state"
+            raise ConfigError(what, where="path", fix="a path that save_state gave: tinker://RUN/weights/NAME")
+        return self.run(tenant, run)
+
+    def run(self, tenant: str, id: str) -> TrainingRun:
+        """From memory, or from the disk. Raises NotHere."""
+        with self._changed:
+            found = self.runs.get(id)
+        if found is not None and found.tenant == tenant:
+            return found
+        missing = NotHere(f"there is no training run {id[:80]!r}", where="model_id", fix="one of your own")
+        session, kind, number = [*id.split(":"), "", ""][:3]
+        if kind != "train" or not number.isdigit() or found is not None:
+            raise missing
+        try:
+            owner = self.session(tenant, session)
+        except NotHere:
+            raise missing from None
+        path = owner.folder / f"train-{int(number)}" / "run.json"
+        if not path.is_file():
+            raise missing
+        data = json.loads(path.read_text(encoding="utf-8"))
+        name = f"{tenant}/" if tenant else ""
+        name += f"tinker-{session}-{int(number)}"
+        points = Checkpoints(id, path.parent / "checkpoints", name, self.library)
+        made = TrainingRun(
+            id, session, tenant, Lora(**data["lora"]), path.parent, points, data["metadata"], data["weight"]
+        )  # fmt: skip
+        with self._changed:
+            if id in self.runs:
+                return self.runs[id]
+            made.journal = Journal.open(path.parent / "journal")
+            with suppress(VeneerError):
+                made.applied = _number_of_state(made)
+            while made.applied + 1 in made.journal.answers:  # what they did is made again when it is wanted
+                made.applied += 1
+            made.unbilled = {seq for seq in made.journal.requests if seq > made.applied}
+            self.runs[id] = made
+            self._changed.notify_all()
+        return made
+
+    def runs_of(self, tenant: str) -> list[TrainingRun]:
+        """The newest session's first."""
+        found = []
+        for session in self.sessions_of(tenant):
+            for path in sorted((self.folder / session).glob("train-*/run.json")):
+                found.append(self.run(tenant, f"{session}:train:{path.parent.name.removeprefix('train-')}"))
+        return found
+
+    def submit(self, run: TrainingRun, seq: int, kind: str, body: bytes) -> bool:
+        """Whether it is new; it is done once all before it are. Raises ConfigError for a number that another kind of
+        request has."""
+        if seq < 1:
+            raise ConfigError(f"seq_id is {seq}", where="seq_id", fix="from 1 on, one more for each request")
+        with self._changed:
+            run.used = time.monotonic()
+            if seq <= run.applied or seq in run.journal.requests:
+                known = run.journal.requests.get(seq)
+                if known is not None and known.kind != kind:
+                    raise ConfigError(f"request {seq} of {run.id} was {known.kind}", where="seq_id")
+                return False
+            run.journal.asked(seq, kind, body)
+            self._changed.notify_all()
+            return True
+
+    def answer(self, run: TrainingRun, seq: int) -> Future[FutureResult] | None:
+        """Of a request that came; None for one that did not, or whose answer is kept no more."""
+        with self._changed:
+            run.used = time.monotonic()
+            if seq in run.futures:
+                return run.futures[seq]
+            if seq in run.journal.answers:
+                done: Future[FutureResult] = Future()
+                done.set_result(run.journal.answers[seq])
+                return done
+            if seq not in run.journal.requests:
+                return None
+            return run.futures.setdefault(seq, Future())
+
+    def rest(self, run: TrainingRun) -> None:
+        """It is not wanted for now: its state is among the first to leave the memory."""
+        run.used = -_IDLE
+
+    # -- sampling ------------------------------------------------------------------------------------------------------
+
+    def create_sampler(self, tenant: str, session: str, number: int, path: str | None) -> SamplerSource:
+        """Raises NotHere, ConfigError for a path that is not there."""
+        owner = self.session(tenant, session)
+        id = f"{owner.id}:sample:{number}"
+        reference = "" if path is None else self.saved(tenant, path).reference
+        return self._put_sampler(owner, SamplerSource(id, tenant, path, reference))
+
+    def sampler(self, tenant: str, id: str) -> SamplerSource:
+        """As it is to be drawn from now. Raises NotHere."""
+        session, kind, number = [*id.split(":"), "", ""][:3]
+        missing = NotHere(f"there is no sampling session {id[:80]!r}", where="sampling_session_id")
+        if kind != "sample" or not number.isdigit():
+            raise missing
+        path = self.session(tenant, session).folder / "samplers" / f"{int(number)}.json"
+        if not path.is_file():
+            raise missing
+        found = SamplerSource(**json.loads(path.read_text(encoding="utf-8")))
+        if found.follows:
+            newest = self.run(tenant, found.follows).folder / "inflight.json"
+            return SamplerSource(**{**json.loads(newest.read_text(encoding="utf-8")), "id": id})
+        return found
+
+    def samplers_of(self, session: Session) -> list[str]:
+        numbers = sorted(int(path.stem) for path in (session.folder / "samplers").glob("*.json"))
+        return [f"{session.id}:sample:{number}" for number in numbers]
+
+    def _put_sampler(self, session: Session, made: SamplerSource) -> SamplerSource:
+        number = int(made.id.rpartition(":")[2])
+        atomic_write(session.folder / "samplers" / f"{number}.json", [json.dumps(asdict(made)).encode()])
+        return made
+
+    def saved(self, tenant: str, path: str) -> Any:
+        """The checkpoint of a tinker:// path. Raises NotHere, ConfigError."""
+        run, id = parse_path(path)
+        found = self.run(tenant, run).checkpoints.find(id)
+        if found is None:
+            raise NotHere(f"there is no checkpoint {path[:200]!r}", where="path", fix="it may have expired")
+        return found
+
+    # -- the thread that trains ----------------------------------------------------------------------------------------
+
+    def _train(self) -> None:
+        with listed():  # a state that is made again has the same bits: they depend on no clock
+            self._serve()
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                if not self._closed and not self._ready():
+                    self._changed.wait(30.0)
+                if self._closed:
+                    break
+                ready = self._ready()
+            try:
+                self._round(ready)
+                if not ready:
+                    self._let_idle_go()
+            except Exception as error:  # a fault of ours: those who wait are told, and the next are served
+                _log.exception("a round of training failed")
+                for run in ready:
+                    self._fail(run, error)
+        for run in list(self.runs.values()):
+            with suppress(Exception):
+                self._put_away(run)
+            run.journal.close()
+        if self._trainer is not None:
+            self._trainer.close()
+
+    def _ready(self) -> list[TrainingRun]:
+        """Runs with something to do, who was given least first."""
+        found = [run for run in self.runs.values() if run.work is not None or run.following is not None]
+        return sorted(found, key=lambda run: self._served.get(run.tenant, 0.0))
+
+    def _round(self, ready: list[TrainingRun]) -> None:
+        """What is no pass of each, then one pass for those that have rows."""
+        training = []
+        for run in ready:
+            if run.work is None:
+                request = run.following
+                assert request is not None
+                try:
+                    if request.kind != "forward":
+                        self._do(run, request)
+                        continue
+                    self._begin(run, request)
+                except Exception as error:
+                    self._fail(run, error)
+                    continue
+            training.append(run)
+        if training:
+            self._pass(training)
+
+    def _begin(self, run: TrainingRun, request: AskedRequest) -> None:
+        asked = read_forward(request.body)
+        trainer = self._ready_trainer()
+        rows = checked_rows(
+            asked.rows, asked.loss, asked.options, vocabulary=trainer.vocabulary, context=trainer.base.context
+        )  # fmt: skip
+        learner = self._learner(run)
+        run.work = PassWork(learner, rows, asked.loss, asked.options, not asked.forward_only)
+
+    def _pass(self, runs: list[TrainingRun]) -> None:
+        trainer = self._ready_trainer()
+        works = [run.work for run in runs if run.work is not None]
+        began = time.perf_counter()
+        try:
+            acted = trainer.step(works)
+        except Exception as error:
+            if len(works) > 1:  # each by itself, so that the one whose fault it is ends alone
+                for run in runs:
+                    if run.work is not None:
+                        self._again(run)
+                        self._alone(run)
+                return
+            self._fail(runs[0], error)
+            return
+        seconds = time.perf_counter() - began
+        self.passes += 1
+        self.shared_passes += len(acted) > 1
+        for run in runs:
+            if run.work is None or run.work not in acted:
+                continue
+            run.seconds += seconds
+            if run.work.done:
+                self._complete(run, run.work)
+
+    def _again(self, run: TrainingRun) -> None:
+        """As it was before the request that runs."""
+        run.work = None
+        self._forget(run)
+        request = run.following
+        assert request is not None
+        try:
+            self._begin(run, request)
+        except Exception as error:
+            self._fail(run, error)
+
+    def _alone(self, run: TrainingRun) -> None:
+        try:
+            while run.work is not None and not run.work.done:
+                self._ready_trainer().step([run.work])
+        except Exception as error:
+            self._fail(run, error)
+        else:
+            if run.work is not None:
+                self._complete(run, run.work)
+
+    def _complete(self, run: TrainingRun, work: PassWork) -> None:
+        outputs = [{"logprobs": logps.numpy()} for logps in work.logps]
+        run.work = None
+        served = self._served.get(run.tenant, min(self._served.values(), default=0.0))
+        self._served[run.tenant] = served + work.tokens / run.weight
+        self._tell(run, FutureResult("proto", forward_bytes(outputs, {"loss:sum": work.total})))
+        self._write_if_due(run)
+
+    def _tell(self, run: TrainingRun, answer: FutureResult) -> None:
+        """Written, then there for who waits."""
+        seq = run.applied + 1
+        with self._changed:
+            run.journal.told(seq, answer)
+            run.applied = seq
+            future = run.futures.pop(seq, None)
+        if future is not None:
+            future.set_result(answer)
+
+    def _fail(self, run: TrainingRun, error: Exception) -> None:
+        """The request that is next is answered by this; what it did to the state in memory is undone."""
+        if run.following is None:
+            return
+        if run.work is not None or not isinstance(error, VeneerError):
+            run.work = None
+            self._forget(run)
+        user = isinstance(error, VeneerError) and not isinstance(error, ResourceError)
+        if isinstance(error, VeneerError):
+            said = ": ".join(part for part in (error.where or "", error.what, error.fix or "") if part)
+        else:
+            _log.error("request %d of %s failed", run.applied + 1, run.id, exc_info=error)
+            said = "the server failed at this request; its log says why"
+        data = json.dumps({"error": said, "category": "user" if user else "server"}).encode()
+        try:
+            self._tell(run, FutureResult("failed", data))
+        except OSError:
+            _log.exception("an answer could not be written")
+            time.sleep(1.0)
+
+    # -- what is no pass -----------------------------------------------------------------------------------------------
+
+    def _do(self, run: TrainingRun, request: AskedRequest) -> None:
+        body = json.loads(request.body)
+        result = {
+            "optim_step": self._optimise, "save_weights": self._save, "save_weights_for_sampler": self._sampler_weights,
+            "save_weights_external": self._external, "load_weights": self._load,
+        }[request.kind](run, request.seq, body)  # fmt: skip
+        self._tell(run, FutureResult("json", json.dumps(result).encode()))
+        self._write_if_due(run)
+
+    def _optimise(self, run: TrainingRun, seq: int, body: Mapping[str, Any]) -> dict[str, Any]:
+        learner = self._learner(run)
+        try:
+            return {"metrics": self._ready_trainer().optimise(learner, _adam_of(body))}
+        except VeneerError:
+            learner.forget_gradients()  # the next step is not to be made of what this one refused
+            raise
+
+    def _save(self, run: TrainingRun, seq: int, body: Mapping[str, Any]) -> dict[str, Any]:
+        name = body.get("path") or f"{seq:06d}"
+        place = run.checkpoints.place("weights", name)
+        self._free_name(run, f"weights/{name}", seq, bool(body.get("overwrite")))
+        trainer, learner = self._ready_trainer(), self._learner(run)
+        trainer.write(learner, place / "state", seq)
+        made = self._put(run, "weights", name, seq, body)
+        return {"path": made.path, "type": "save_weights"}
+
+    def _external(self, run: TrainingRun, seq: int, body: Mapping[str, Any]) -> dict[str, Any]:
+        if body.get("age_encryption_recipients"):
+            what = "weights are not encrypted here"
+            raise ConfigError(what, where="age_encryption_recipients", fix="leave it out: they go over your own wire")
+        name = str(body.get("path"))
+        self._free_name(run, f"external_weights/{name}", seq, False)
+        made = self._put(run, "external_weights", name, seq, body)
+        return {"path": made.path, "size_bytes": made.bytes, "type": "save_weights_external"}
+
+    def _sampler_weights(self, run: TrainingRun, seq: int, body: Mapping[str, Any]) -> dict[str, Any]:
+        if (name := body.get("path")) is not None:
+            self._free_name(run, f"sampler_weights/{name}", seq, False)
+            made = self._put(run, "sampler_weights", name, seq, body)
+            return {"path": made.path, "type": "save_weights_for_sampler"}
+        number = body.get("sampling_session_seq_id")
+        if number is None:
+            raise ConfigError("it has neither path nor sampling_session_seq_id", where="path")
+        folder = run.folder / "snapshots" / str(seq)
+        digest = write_adapter(self._adapter(run), folder, self.base)
+        session = self.session(run.tenant, run.session)
+        inflight = body.get("kind") == "inflight"
+        sampler = SamplerSource(
+            f"{session.id}:sample:{int(number)}", run.tenant, None, "", digest, str(folder), run.name
+        )
+        if inflight:
+            atomic_write(run.folder / "inflight.json", [json.dumps(asdict(sampler)).encode()])
+        self._put_sampler(session, SamplerSource(sampler.id, run.tenant, follows=run.id) if inflight else sampler)
+        for old in sorted(run.folder.glob("snapshots/*"), key=lambda path: int(path.name))[:-_SNAPSHOTS]:
+            shutil.rmtree(old)
+        return {"sampling_session_id": sampler.id, "type": "save_weights_for_sampler"}
+
+    def _put(self, run: TrainingRun, kind: str, name: str, seq: int, body: Mapping[str, Any]) -> Any:
+        run.checkpoints.sweep()
+        return run.checkpoints.put(
+            kind, name, seq, self._adapter(run), self.base, ttl=body.get("ttl_seconds"),
+            metadata=body.get("user_metadata"),
+        )  # fmt: skip
+
+    def _free_name(self, run: TrainingRun, id: str, seq: int, overwrite: bool) -> None:
+        """Raises ConfigError where another request made one of that name."""
+        found = run.checkpoints.find(id)
+        if found is not None and found.seq != seq and not overwrite:
+            raise ConfigError(f"there is a checkpoint {found.path} already", where="path", fix="another name")
+
+    def _load(self, run: TrainingRun, seq: int, body: Mapping[str, Any]) -> dict[str, Any]:
+        path = str(body.get("path"))
+        source, saved = self.run_of(run.tenant, path), self.saved(run.tenant, path)
+        if _kind(source.lora) != _kind(run.lora):
+            raise ConfigError(
+                f"{saved.path} has another rank or other targets than this client", where="path",
+                fix="create_training_client_from_state makes one that fits",
+            )  # fmt: skip
+        trainer = self._ready_trainer()
+        self._forget(run)
+        try:
+            run.learner = trainer.create(run.id, run.lora)
+            self._make_room(run)
+            trainer.read(run.learner, source.checkpoints.state(saved.id), bool(body.get("optimizer")))
+            run.learner.forget_gradients()
+            trainer.write(run.learner, run.folder / "states", seq)  # what it was loaded from may go or change
+        except BaseException:
+            self._forget(run)
+            raise
+        return {"path": saved.path, "model_id": run.id, "type": "load_weights"}
+
+    def _adapter(self, run: TrainingRun) -> Adapter:
+        made = self._ready_trainer().adapter(self._learner(run))
+        card = replace(
+            made.card, base=self.base.name, base_fingerprint=self.base.fingerprint, kind="text",
+            recipe={"tinker": {"run": run.id, "request": run.applied + 1, **asdict(run.lora)}},
+        )  # fmt: skip
+        return replace(made, card=card)
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+
+    def _ready_trainer(self) -> Trainer:
+        if self._trainer is None:
+            self._trainer = Trainer(self.base)
+            _log.info("training beside serving: %s", self._trainer.how)
+        return self._trainer
+
+    def _learner(self, run: TrainingRun) -> Trainee:
+        """With the effect of all requests that were done. May put others away."""
+        run.used = time.monotonic()
+        if run.learner is not None:
+            return run.learner
+        trainer = self._ready_trainer()
+        learner = run.learner = trainer.create(run.id, run.lora)
+        try:
+            self._make_room(run)
+            at, start = 0, run.folder / "start"
+            if (run.folder / "states").is_dir():
+                at = trainer.read(learner, run.folder / "states")
+            elif start.is_dir():
+                begun = json.loads((start / "start.json").read_text(encoding="utf-8"))
+                trainer.read(learner, start, begun["optimizer"])
+                learner.forget_gradients()
+            self._replay(run, learner, at)
+        except BaseException:
+            self._forget(run)
+            raise
+        return learner
+
+    def _replay(self, run: TrainingRun, learner: Trainee, at: int) -> None:
+        """Requests after a state that were done before, and changed it."""
+        trainer = self._ready_trainer()
+        for seq in range(at + 1, run.applied + 1):
+            request, answer = run.journal.requests.get(seq), run.journal.answers.get(seq)
+            if request is None or answer is None:
+                continue
+            if answer.kind == "failed":
+                if request.kind == "optim_step":
+                    learner.forget_gradients()
+            elif request.kind == "optim_step":
+                trainer.optimise(learner, _adam_of(json.loads(request.body)))
+            elif request.kind == "forward":
+                asked = read_forward(request.body)
+                if asked.forward_only:
+                    continue
+                rows = checked_rows(
+                    asked.rows, asked.loss, asked.options, vocabulary=trainer.vocabulary, context=trainer.base.context
+                )  # fmt: skip
+                work = PassWork(learner, rows, asked.loss, asked.options, True)
+                while not work.done:
+                    trainer.step([work])
+
+    def _make_room(self, run: TrainingRun) -> None:
+        """Others are put away, the one unused longest first. Raises ConfigError where that is not enough."""
+        trainer = self._ready_trainer()
+
+        def taken() -> int:
+            return sum(learner.bytes for learner in trainer.learners.values())
+
+        others = [other for other in self.runs.values() if other.learner is not None and other is not run]
+        for other in sorted(others, key=lambda other: other.used):
+            if taken() <= self.room:
+                return
+            if other.work is None:
+                self._put_away(other)
+        assert run.learner is not None
+        if run.learner.bytes > self.room:
+            raise ConfigError(
+                f"a client of rank {run.lora.rank} takes {run.learner.bytes:,} bytes to train; the server has room for "
+                f"{self.room:,}", where="lora_config.rank", fix="a lower rank, or --adapter-memory of the server",
+            )  # fmt: skip
+
+    def _let_idle_go(self) -> None:
+        for run in self.runs.values():
+            if run.learner is not None and run.work is None and time.monotonic() - run.used > _IDLE:
+                self._put_away(run)
+
+    def _put_away(self, run: TrainingRun) -> None:
+        """Its state is on the disk, and no more in memory."""
+        if run.learner is None:
+            return
+        if run.work is not None:  # what it did of it is made again
+            run.work = None
+            self._forget(run)
+            return
+        self._write_state(run)
+        self._drop(run)
+
+    def _write_if_due(self, run: TrainingRun) -> None:
+        if run.learner is not None and (run.seconds > _AGAIN or run.journal.bytes > _JOURNAL):
+            self._write_state(run)
+
+    def _write_state(self, run: TrainingRun) -> None:
+        assert run.learner is not None
+        self._ready_trainer().write(run.learner, run.folder / "states", run.applied)
+        with self._changed:
+            run.journal.trim(run.applied)
+        run.seconds = 0.0
+
+    def _forget(self, run: TrainingRun) -> None:
+        """What is in memory may be wrong: it is read again when it is wanted."""
+        if run.learner is not None:
+            self._drop(run)
+
+    def _drop(self, run: TrainingRun) -> None:
+        assert run.learner is not None
+        self._ready_trainer().drop(run.learner)
+        run.learner = None
+
+
+def _own(folder: Path) -> int:
+    """The folder's lock, which goes with the process. Raises ConfigError where another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        what = "another server on this machine has the training clients of this base"
+        raise ConfigError(what, fix="ask that one, or give this one a VENEER_HOME of its own") from error
+    return lock
+
+
+def _adam_of(body: Mapping[str, Any]) -> Adam:
+    """What a body of optim_step asks for. Raises ConfigError."""
+    given = body.get("adam_params")
+    if not isinstance(given, dict):
+        raise ConfigError("a step here is AdamW's alone", where="optimizer_params", fix="AdamParams(…)")
+    known = {"grad_clip_norm": "clip"}
+    names = {"learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm"}
+    if wrong := sorted(set(given) - names):
+        raise ConfigError(f"adam_params has no {wrong[0][:50]!r}", where="adam_params", fix=", ".join(sorted(names)))
+    try:
+        return Adam(**{known.get(str(name), str(name)): float(value) for name, value in given.items()})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"adam_params: {error}", where="adam_params") from error
+
+
+def _kind(lora: Lora) -> tuple[Any, ...]:
+    return lora.rank, lora.attention, lora.mlp, lora.unembed
+
+
+def _number_of_state(run: TrainingRun) -> int:
+    """Of the newest state on the disk. Raises CheckpointError where there is none."""
+    return int(newest_state(run.folder / "states").name.rpartition("-")[2])

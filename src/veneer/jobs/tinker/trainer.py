@@ -1,0 +1,411 @@
+"""Adapters that clients train step by step, on one base and in one pass of it where they can be.
+
+    trainer = Trainer(base)                        modules of its own over the base's tensors
+    learner = trainer.create("a", Lora(rank=8))
+    work = PassWork(learner, checked_rows(asked, …), "cross_entropy", {}, backward=True)
+    while not work.done: trainer.step([work, …])   a pass: rows of all of them beside one another
+    trainer.optimise(learner, Adam(1e-4))
+
+    gradient of a client = Σ over its passes since its last optimiser step  ∇ Σ loss of its rows
+
+Rows of clients of unlike rank, targets and loss share a pass as those of runs do (train/text/together.py): each row is
+under its own client's adapter, and no gradient reaches another's. A client whose adapter cannot (span_problem), and all
+of them on a base that cannot (why_apart), have passes of their own, in turn.
+
+A row of n tokens is run with its last target after them, which is what a row of veneer's own training is: the same
+numbers then come out of both, to the bit. Knows tensors and one base; no requests, no tenants.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.adapter import Adapter, LoraSpec
+from veneer.core.attach import attach
+from veneer.core.init import create
+from veneer.core.selection import span_problem
+from veneer.core.targets import base_modules, base_of, resolve_targets
+from veneer.errors import CheckpointError, ConfigError, TrainingError
+from veneer.jobs.tinker.losses import needed, optional, row_loss
+from veneer.jobs.tinker.wire import WireRow
+from veneer.models.text.base import TextBase
+from veneer.models.text.fast import fast
+from veneer.models.text.loss import hidden_at, target_logps
+from veneer.models.text.twin import base_twin
+from veneer.ops.cpu.sharing import shared
+from veneer.ops.spans import Spans
+from veneer.ops.transfer import sent
+from veneer.train.checkpoint import Progress, latest, read_checkpoint, read_parameters, restore, rng_restore, rng_state
+from veneer.train.checkpoint import save as save_checkpoint
+from veneer.train.loop import Micro, memory_errors
+from veneer.train.optim import make_optimizer
+from veneer.train.text.together import why_apart
+
+ALPHA = 32.0
+"""Of every adapter, whatever its rank, as Tinker has it."""
+_PASS, _PASS_ON_GPU = 2048, 8192
+"""Tokens of a pass."""
+_GRADIENT = "@gradient"
+_WRAPS = "~"
+"""An adapter that never acts."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What a client asks for. `seed`: None for 0."""
+
+    rank: int
+    seed: int | None = None
+    attention: bool = True
+    mlp: bool = True
+    unembed: bool = True
+
+    def spec(self, names: TargetNames) -> LoraSpec:
+        """Raises ConfigError for what the base does not have."""
+        if not 1 <= self.rank <= 4096:
+            raise ConfigError(f"rank {self.rank} is not possible", where="lora_config.rank", fix="from 1 to 4096")
+        wanted = (names.attention, self.attention), (names.mlp, self.mlp), (names.head, self.unembed)
+        targets = tuple(name for own, asked in wanted if asked for name in own)
+        if not targets:
+            what = "none of train_mlp, train_attn and train_unembed selects anything in this base"
+            raise ConfigError(what, where="lora_config")
+        return LoraSpec(rank=self.rank, alpha=ALPHA, targets=targets)
+
+
+@dataclass(frozen=True)
+class TargetNames:
+    """The modules of a base that can have pairs, as Tinker tells them apart."""
+
+    attention: tuple[str, ...]
+    mlp: tuple[str, ...]
+    head: tuple[str, ...]
+
+
+def target_names(model: Any) -> TargetNames:
+    head = base_of(model.get_output_embeddings())
+    linear = [target.name for target in resolve_targets(model, LoraSpec())]
+    attends = [any("attn" in part or "attention" in part for part in name.split(".")) for name in linear]
+    return TargetNames(
+        tuple(name for name, own in zip(linear, attends, strict=True) if own),
+        tuple(name for name, own in zip(linear, attends, strict=True) if not own),
+        tuple(name for name, module in base_modules(model) if module is head),
+    )
+
+
+@dataclass(frozen=True)
+class Adam:
+    """AdamW's numbers for one step, with Tinker's defaults. `clip`: the largest norm of the gradient; 0 for any."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        fine = {
+            "learning_rate": self.learning_rate >= 0, "beta1": 0 <= self.beta1 < 1, "beta2": 0 <= self.beta2 < 1,
+            "eps": self.eps >= 0, "weight_decay": self.weight_decay >= 0, "clip": True,
+        }  # fmt: skip
+        for name, value in vars(self).items():
+            if not (math.isfinite(value) and fine[name]):
+                raise ConfigError(f"{name} is {value}", where="adam_params", fix="a number that AdamW can have")
+
+
+@dataclass(eq=False)
+class Trainee:
+    """An adapter in training, in memory. `alone`: why its rows cannot go beside others'; "" where they can."""
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    alone: str
+
+    @property
+    def bytes(self) -> int:
+        """With its gradient and both moments."""
+        return 4 * sum(parameter.nbytes for parameter in self.parameters.values())
+
+    def forget_gradients(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+
+@dataclass(frozen=True, eq=False)
+class TrainRow:
+    """`ids`: (n,), and maybe one more behind them that nothing is asked of. `targets`: (n, k). `inputs`: of the loss,
+    (n,) or (n, k) as the client's targets were (`flat`)."""
+
+    ids: Tensor
+    targets: Tensor
+    inputs: Mapping[str, Tensor]
+    flat: bool
+
+
+def checked_rows(
+    rows: Sequence[WireRow], loss: str, options: Mapping[str, float | str], *, vocabulary: int, context: int
+) -> list[TrainRow]:
+    """What a client sent, checked. Raises ConfigError that names the row."""
+    names = needed(loss, options)
+    if not rows:
+        raise ConfigError("there are no rows", where="data")
+    return [_row(row, f"data[{i}]", loss, names, vocabulary, context) for i, row in enumerate(rows)]
+
+
+def _row(row: WireRow, where: str, loss: str, names: Sequence[str], vocabulary: int, context: int) -> TrainRow:
+    def wrong(what: str, fix: str | None = None) -> ConfigError:
+        return ConfigError(what, where=where, fix=fix)
+
+    ids, count = torch.from_numpy(row.tokens), len(row.tokens)
+    if row.other:
+        raise wrong(f"its input has {row.other}, and text alone is trained here")
+    if not 0 < count <= context:
+        raise wrong(f"its input has {count} tokens", f"from 1 to {context}, the base's context")
+    if "target_tokens" not in row.inputs:
+        raise wrong("it has no target_tokens")
+    known = {"target_tokens", *names, *optional(loss)}
+    if more := [name for name in row.inputs if name not in known]:
+        raise wrong(f"{loss} has no input {more[0][:50]!r}", f"it has {', '.join(sorted(known))}")
+    targets = torch.tensor(row.inputs["target_tokens"])
+    if targets.is_floating_point() or targets.ndim not in (1, 2) or len(targets) != count or not targets.numel():
+        raise wrong(f"target_tokens has the shape {tuple(targets.shape)}", f"integers, ({count},) or ({count}, k)")
+    for name, values in (("input", ids), ("target_tokens", targets)):
+        if bool((values < 0).any() or (values >= vocabulary).any()):
+            raise wrong(f"a token of its {name} is not in this base's vocabulary of {vocabulary:,}")
+    inputs = {name: torch.tensor(row.inputs[name]).float() for name in known if name in row.inputs}
+    del inputs["target_tokens"]
+    if loss == "cross_entropy":
+        inputs.setdefault("weights", torch.ones(targets.shape))
+    for name in names:
+        if name not in inputs:
+            raise wrong(f"{loss} needs {name}, and it has none")
+    for name, values in inputs.items():
+        if values.shape != targets.shape:
+            raise wrong(f"{name} has the shape {tuple(values.shape)}, target_tokens {tuple(targets.shape)}")
+        if not bool(values.isfinite().all()):
+            raise wrong(f"{name} has a value that is not finite")
+    if "sequence_ratio_mask" in inputs and not bool(inputs["sequence_ratio_mask"].any()):
+        raise wrong("sequence_ratio_mask marks no token")
+    flat = targets.ndim == 1
+    targets = targets.long()[:, None] if flat else targets.long()
+    return TrainRow(torch.cat([ids, targets[-1, :1]]) if count < context else ids, targets, inputs, flat)
+
+
+@dataclass(eq=False)
+class PassWork:
+    """One forward, or forward and backward, as far as it is. `logps`: of the rows that are done, (n,) or (n, k)."""
+
+    learner: Trainee
+    rows: Sequence[TrainRow]
+    loss: str
+    options: Mapping[str, float | str]
+    backward: bool
+    logps: list[Tensor] = field(default_factory=list)
+    total: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        return len(self.logps) == len(self.rows)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row.targets) for row in self.rows)
+
+
+class Trainer:
+    """The clients' adapters on a twin of `base`. Everything is to be called by one thread."""
+
+    def __init__(self, base: TextBase) -> None:
+        self.base = base_twin(base)
+        model: Any = self.base.model
+        self.model, self.names, self.learners = model, target_names(model), dict[str, Trainee]()
+        self._undo = ExitStack()
+        self.attachment = self._undo.enter_context(attach(model))
+        # The fast paths hold the modules that they find: all that a client may train is wrapped from the first.
+        self.attachment.add(_WRAPS, create(model, Lora(1).spec(self.names), seed=0))
+        self.how = self._undo.enter_context(fast(model)).summary()
+        self.apart = why_apart(model)
+        self.most = _PASS if self.base.device.type == "cpu" else _PASS_ON_GPU
+        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
+
+    def close(self) -> None:
+        self.learners.clear()
+        self._undo.close()
+
+    # -- clients -------------------------------------------------------------------------------------------------------
+
+    def create(self, name: str, lora: Lora) -> Trainee:
+        """A fresh one, the same for the same seed. Raises ConfigError, TargetError."""
+        adapter = create(self.model, lora.spec(self.names), seed=lora.seed or 0)
+        self.attachment.add(name, adapter, trainable=True)
+        parameters = self.attachment.parameters(name)
+        # The head runs by itself, on each client's own rows.
+        others = {key: pair for key, pair in adapter.pairs.items() if key not in self.names.head}
+        alone = self.apart or span_problem(replace(adapter, pairs=others))
+        optimizer = make_optimizer(parameters, name="adamw", learning_rate=1.0)
+        self.learners[name] = learner = Trainee(name, parameters, optimizer, alone)
+        return learner
+
+    def drop(self, learner: Trainee) -> None:
+        """Out of memory; what is not written is lost."""
+        del self.learners[learner.name]
+        self.attachment.use()
+        self.attachment.remove(learner.name)
+
+    def adapter(self, learner: Trainee) -> Adapter:
+        """A copy of it as it is now."""
+        return self.attachment.adapter(learner.name)
+
+    # -- passes --------------------------------------------------------------------------------------------------------
+
+    def step(self, works: Sequence[PassWork]) -> list[PassWork]:
+        """One pass over the next rows of works that are not done, the first before the others; those that had some.
+        Raises TrainingError for a loss that is not finite (the gradients of those works are then not to be used), and
+        ResourceError."""
+        first, *others = works
+        beside = [] if first.learner.alone else [work for work in others if not work.learner.alone]
+        parts = self._parts([first, *beside])
+        tokens = sum(len(row.ids) for _, rows in parts for row in rows)
+        grads = any(work.backward for work, _ in parts)
+        with torch.set_grad_enabled(grads), shared(), memory_errors(Micro(tokens, 0, (), lambda: None)):
+            found = self._pass(parts)
+        for (work, _), (logps, loss) in zip(parts, found, strict=True):
+            work.logps += logps
+            work.total += loss
+            if not math.isfinite(work.total):
+                raise TrainingError(
+                    f"the {work.loss} loss is not finite", where=work.learner.name,
+                    fix="look at its rows; a lower learning rate, or log-probabilities of the same model",
+                )  # fmt: skip
+        return [work for work, _ in parts]
+
+    def _parts(self, works: Sequence[PassWork]) -> list[tuple[PassWork, list[TrainRow]]]:
+        """A row of each in turn until a pass is full, of one learner in one work at a time."""
+        own: dict[str, PassWork] = {}
+        for work in works:
+            own.setdefault(work.learner.name, work)
+        taken: dict[str, list[TrainRow]] = {name: [] for name in own}
+        tokens, open_ = 0, dict(own)
+        while open_:
+            for name, work in list(open_.items()):
+                at = len(work.logps) + len(taken[name])
+                if at == len(work.rows) or (tokens and tokens + len(work.rows[at].ids) > self.most):
+                    del open_[name]
+                    continue
+                taken[name].append(work.rows[at])
+                tokens += len(work.rows[at].ids)
+        return [(own[name], rows) for name, rows in taken.items() if rows]
+
+    def _pass(self, parts: Sequence[tuple[PassWork, list[TrainRow]]]) -> list[tuple[list[Tensor], float]]:
+        """Forward, and backward of those that want it: the rows' log-probabilities and their loss, for each part."""
+        rows = [row for _, own in parts for row in own]
+        device = self.base.device
+        lengths = [len(row.ids) for row in rows]
+        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
+        places = torch.cat([torch.arange(at, at + len(row.targets)) for at, row in zip(starts, rows, strict=True)])
+        spans = None
+        kept = [sum(len(row.targets) for row in own) for _, own in parts]
+        if len(parts) > 1:
+            generators = [torch.Generator() for _ in parts]
+            spans = Spans([sum(len(row.ids) for row in own) for _, own in parts], kept, generators)
+            self.attachment.use_spans([work.learner.name for work, _ in parts], spans)
+        else:
+            self.attachment.use(parts[0][0].learner.name)
+        ids = sent(torch.cat([row.ids for row in rows]), device)
+        hidden = hidden_at(self.model, ids, lengths, sent(places, device), spans)
+        found, losses, wanted = [], [], []
+        for (work, own), part in zip(parts, hidden.split(kept), strict=True):
+            acting: Callable[[], AbstractContextManager[Any]] = nullcontext
+            if spans is not None:
+                acting = partial(self.attachment.using, work.learner.name)
+            logps = self._logps(own, part, acting)
+            loss = torch.stack([
+                row_loss(work.loss, p, {name: sent(t, device) for name, t in row.inputs.items()}, work.options)
+                for p, row in zip(logps, own, strict=True)
+            ]).sum()  # fmt: skip
+            losses.append(loss)
+            wanted += [loss] if work.backward else []
+            found.append([p.detach() for p in logps])
+        if wanted:
+            torch.stack(wanted).sum().backward()  # type: ignore[no-untyped-call]
+        totals = torch.stack(losses).tolist()
+        return [([p.cpu() for p in own], total) for own, total in zip(found, totals, strict=True)]
+
+    def _logps(
+        self, rows: Sequence[TrainRow], hidden: Tensor, acting: Callable[[], AbstractContextManager[Any]]
+    ) -> list[Tensor]:
+        """Of each row, in the shape of its targets."""
+        counts, device = [len(row.targets) for row in rows], hidden.device
+        if len({row.targets.shape[1] for row in rows}) == 1:
+            targets = sent(torch.cat([row.targets for row in rows]), device)
+            parts = list(target_logps(self.model, hidden, targets, acting).split(counts))
+        else:
+            parts = [
+                target_logps(self.model, part, sent(row.targets, device), acting)
+                for row, part in zip(rows, hidden.split(counts), strict=True)
+            ]
+        return [part[:, 0] if row.flat else part for row, part in zip(rows, parts, strict=True)]
+
+    def optimise(self, learner: Trainee, adam: Adam) -> dict[str, float]:
+        """One step by the gradients since the last one, which are then gone. Raises TrainingError where there are none,
+        or one is not finite: nothing has changed then but that they are gone."""
+        parameters = [p for p in learner.parameters.values() if p.grad is not None]
+        if not parameters:
+            raise TrainingError("there is no gradient", fix="forward_backward comes before optim_step")
+        norm = float(nn.utils.clip_grad_norm_(parameters, adam.clip if adam.clip > 0 else math.inf))
+        if not math.isfinite(norm):
+            learner.forget_gradients()
+            raise TrainingError("the gradient is not finite", fix="look at the rows; a lower learning rate")
+        for group in learner.optimizer.param_groups:
+            group["lr"], group["betas"] = adam.learning_rate, (adam.beta1, adam.beta2)
+            group["eps"], group["weight_decay"] = adam.eps, adam.weight_decay
+        learner.optimizer.step()
+        learner.forget_gradients()
+        return {"grad_norm": norm}
+
+    # -- on disk -------------------------------------------------------------------------------------------------------
+
+    def write(self, learner: Trainee, folder: Path, number: int) -> None:
+        """The whole state, gradients too, as number `number`; what was there before goes once this is whole."""
+        gradients = {f"{k}{_GRADIENT}": p.grad for k, p in learner.parameters.items() if p.grad is not None}
+        save_checkpoint(
+            folder, parameters={**learner.parameters, **gradients}, optimizer=learner.optimizer,
+            progress=Progress(step=number), identity={}, keep=1, about={"gradients": sorted(gradients)},
+        )  # fmt: skip
+
+    def read(self, learner: Trainee, folder: Path, optimizer: bool = True) -> int:
+        """The newest state of `folder`, and its number. `optimizer`: its moments and gradients too, or the weights
+        alone. Raises CheckpointError where there is none, or it is of another kind of adapter."""
+        path = newest_state(folder)
+        kept = list(read_checkpoint(path)["about"]["gradients"])
+        gradients = {name: torch.empty_like(learner.parameters[name.removesuffix(_GRADIENT)]) for name in kept}
+        state = {**learner.parameters, **gradients}
+        if not optimizer:
+            read_parameters(path, state)
+            return 0
+        before = rng_state()
+        try:
+            progress = restore(path, parameters=state, optimizer=learner.optimizer, identity={}).progress
+        finally:
+            rng_restore(before)  # others draw from them meanwhile
+        for name, gradient in gradients.items():
+            learner.parameters[name.removesuffix(_GRADIENT)].grad = gradient
+        return progress.step
+
+
+def newest_state(folder: Path) -> Path:
+    """Raises CheckpointError where there is none."""
+    found = latest(folder)
+    if found is None:
+        raise CheckpointError("there is no state", where=folder.name)
+    return found

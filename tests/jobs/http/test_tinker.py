@@ -1,0 +1,242 @@
+"""Tinker's routes, as its SDK asks them (docs/notes/tinker.md), on a server with tenants."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.homes import home_with_kernels
+from tests.jobs.tinker.small import ROWS, fields, forward_body, read_output
+from tests.serve.whole import served
+from tests.tiny_base import tiny_base_dir
+from veneer.jobs.build import training
+from veneer.library.library import open_library
+from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.store import Store, TrainingTerms
+
+STEP = {"adam_params": {"learning_rate": 1e-2}}
+
+
+class Tinker:
+    """A client of one tenant: what the SDK does, without it."""
+
+    def __init__(self, http: httpx.Client) -> None:
+        self.http = http
+        self.session = self.post("create_session", tags=[], user_metadata=None, sdk_version="0")["session_id"]
+        self.seq = 0
+
+    def post(self, what: str, **body: Any) -> Any:
+        answer = self.http.post(f"/{what}", json=body)
+        answer.raise_for_status()
+        return answer.json()
+
+    def result(self, promise: Any) -> httpx.Response:
+        while True:
+            answer = self.http.post("/retrieve_future", json={"request_id": promise["request_id"]})
+            if answer.status_code != 408:
+                answer.raise_for_status()
+                return answer
+
+    def model(self, base: str, rank: int) -> str:
+        config = {"rank": rank, "seed": 1, "train_unembed": True, "train_mlp": True, "train_attn": True}
+        promise = self.post(
+            "create_model", session_id=self.session, model_seq_id=0, base_model=base, lora_config=config,
+            optimizer_config={"type": "adamw"}, type="create_model",
+        )  # fmt: skip
+        return str(self.result(promise).json()["model_id"])
+
+    def forward(self, model: str, only: bool = False) -> httpx.Response:
+        self.seq += 1
+        headers = {"Content-Type": "application/x-protobuf"}
+        body = forward_body(model, self.seq, ROWS, only=only)
+        return self.http.post("/forward_backward", content=body, headers=headers)
+
+    def numbered(self, what: str, model: str, **body: Any) -> Any:
+        self.seq += 1
+        return self.result(self.post(what, model_id=model, seq_id=self.seq, **body)).json()
+
+    def sample(self, session: str, seq: int, **more: Any) -> httpx.Response:
+        prompt = {"chunks": [{"type": "encoded_text", "tokens": ROWS[0][:6]}]}
+        params = {"max_tokens": 4, "seed": 1, "temperature": 0.7, "top_k": -1, "top_p": 1}
+        promise = self.post(
+            "asample", sampling_session_id=session, seq_id=seq, prompt=prompt, sampling_params=params, **more
+        )
+        assert len(promise["sample_sequence_ids"]) == more.get("num_samples", 1)
+        return self.result(promise)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    place = tmp_path_factory.mktemp("tinker")
+    (place / "adapters").mkdir()
+    tenants = str(place / "tenants.sqlite")
+    store, keys = Store(tenants), {}
+    for name in ("acme", "globex", "idle"):
+        manage.add_tenant(store, name, who="test")
+        keys[name] = manage.make_tenant_key(store, name, who="test")[1]
+    tokens = sum(len(row) - 1 for row in ROWS)
+    manage.set_training(store, "globex", TrainingTerms(price=10**6, budget=2 * tokens), who="test")
+    manage.set_training(store, "idle", TrainingTerms(jobs=0), who="test")
+    base = tiny_base_dir(place)
+    with pytest.MonkeyPatch.context() as patch, open_library(place / "library") as library:
+        patch.setenv("VENEER_HOME", str(home_with_kernels(place / "home")))
+        shop = SimpleNamespace(base_dir=base, adapters=place / "adapters", library=library)
+        with served(shop, extend=training, tenants=tenants) as whole:  # type: ignore[arg-type]
+            yield SimpleNamespace(url=whole.url, base=str(base), keys=keys, store=store, whole=whole, tokens=tokens)
+    store.close()
+
+
+@pytest.fixture
+def client(world: SimpleNamespace) -> Iterator[Callable[[str], Tinker]]:
+    """A new session of a tenant."""
+    with ExitStack() as closing:
+
+        def made(tenant: str) -> Tinker:
+            http = httpx.Client(
+                base_url=f"{world.url}/api/v1", headers={"X-API-Key": f"tml-{world.keys[tenant]}"}, timeout=60
+            )
+            return Tinker(closing.enter_context(http))
+
+        yield made
+
+
+def test_a_client_from_its_session_to_a_download(world: SimpleNamespace, client: Any) -> None:
+    acme = client("acme")
+    assert acme.post("client/config", sdk_version="0")["pjwt_auth_enabled"] is False
+    names = acme.http.get("/get_server_capabilities").json()["supported_models"]
+    assert [each["model_name"] for each in names] == [world.base, "tiny-base"]
+    model = acme.model("tiny-base", 4)
+    assert model == f"{acme.session}:train:0"
+    assert acme.post("get_info", model_id=model)["lora_rank"] == 4
+    losses = []
+    for _ in range(3):
+        promise = acme.forward(model)
+        again = acme.http.post("/forward_backward", content=promise.request.content, headers=promise.request.headers)
+        assert promise.json() == again.json()
+        logps, metrics = read_output(acme.result(promise.json()).content)
+        assert [len(each) for each in logps] == [len(row) - 1 for row in ROWS]
+        losses.append(metrics["loss:sum"])
+        assert acme.numbered("optim_step", model, **STEP)["metrics"]["grad_norm"] > 0
+    assert losses == sorted(losses, reverse=True)
+    told, _ = read_output(acme.result(acme.forward(model, only=True).json()).content)
+
+    live = acme.numbered("save_weights_for_sampler", model, sampling_session_seq_id=0)["sampling_session_id"]
+    answer = acme.sample(live, 0, num_samples=2, prompt_logprobs=True, topk_prompt_logprobs=3, topk_sample_logprobs=2)
+    said = fields(answer.content)
+    samples = [dict(fields(value)) for number, value in said if number == 1]
+    assert [np.frombuffer(each[2], "<i4").shape for each in samples] == [(4,), (4,)]
+    assert np.frombuffer(dict(said)[2], "<f4")[1:] == pytest.approx(told[0][:5], abs=1e-5)  # the sampler is the trainer
+    top = dict(fields(dict(said)[3]))
+    assert (top[3], top[4]) == (3, 6)
+    assert acme.sample(live, 0, num_samples=2).content == answer.content
+
+    path = acme.numbered("save_weights", model, path="0001", type="save_weights")["path"]
+    named = acme.numbered("save_weights_for_sampler", model, path="0001")["path"]
+    session = acme.post(
+        "create_sampling_session", session_id=acme.session, sampling_session_seq_id=1, model_path=named
+    )["sampling_session_id"]
+    assert dict(fields(fields(acme.sample(session, 0).content)[0][1]))[2] == samples[0][2]  # the same weights and seed
+    assert acme.http.get(f"/samplers/{session}").json()["model_path"] == named
+    other = acme.post("load_weights", session_id=acme.session, model_seq_id=1, path=path, optimizer=True)
+    assert acme.result(other).json()["path"] == path
+    found = acme.http.get(f"/training_runs/{model}/checkpoints").json()["checkpoints"]
+    assert [each["tinker_path"] for each in found] == [path, named]
+    assert acme.post("weights_info", tinker_path=path)["lora_rank"] == 4
+    with tarfile.open(fileobj=io.BytesIO(acme.http.get(f"{_at(path)}/archive").content)) as tar:
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= set(tar.getnames())
+    urls = acme.http.get(f"{_at(path)}/external_weights_urls").json()["urls"]
+    assert httpx.get(urls["adapter_config.json"]).json()["r"] == 4
+    assert httpx.get(urls["adapter_config.json"].replace("adapter_config", "../adapter_config")).status_code in (
+        403,
+        404,
+    )
+    assert acme.http.put(f"{_at(path)}/ttl", json={"ttl_seconds": 7200}).status_code == 204
+    assert acme.http.delete(_at(path)).status_code == 204
+    assert acme.http.get(f"/training_runs/{model}").json()["last_checkpoint"] is None
+    mine = acme.http.get("/v1/models".replace("/v1", f"{world.url}/v1")).json()["data"]
+    assert any(each["id"].startswith("acme/tinker-") for each in mine)
+    assert acme.http.post(f"/sessions/{acme.session}/finish", json={}).status_code == 204
+
+
+def _at(path: str) -> str:
+    run, kind, name = path.removeprefix("tinker://").split("/")
+    return f"/training_runs/{run}/checkpoints/{kind}/{name}"
+
+
+def test_what_is_another_tenants_is_not_there(world: SimpleNamespace, client: Any) -> None:
+    acme, globex = (client(name) for name in ("acme", "globex"))
+    model = acme.model("tiny-base", 2)
+    assert acme.result(acme.forward(model).json()).status_code == 200
+    for path, body in (
+        ("get_info", {"model_id": model}), ("optim_step", {"model_id": model, "seq_id": 2, **STEP}),
+        ("session_heartbeat", {"session_id": acme.session}), ("retrieve_future", {"request_id": f"{model}:1"}),
+    ):  # fmt: skip
+        assert globex.http.post(f"/{path}", json=body).status_code == 404, path
+    assert httpx.post(f"{world.url}/api/v1/get_info", json={"model_id": model}).status_code == 401
+    assert client("acme").http.get("/sessions").json()["sessions"][-1] != globex.session
+    with pytest.raises(httpx.HTTPStatusError, match="403"):
+        client("idle")
+
+
+def test_a_budget_of_training_holds_and_the_ledger_has_its_lines(client: Any) -> None:
+    """At a millionth a token: two passes are in the budget, the third is 402; a failed one costs nothing."""
+    globex = client("globex")
+    model = globex.model("tiny-base", 2)
+    for _ in range(2):
+        assert globex.result(globex.forward(model).json()).headers["content-type"] == "application/x-protobuf"
+    for _ in range(200):  # a bill is in the ledger a moment after its outbox
+        answer = globex.forward(model, only=True)
+        if answer.status_code == 402:
+            break
+        time.sleep(0.05)
+    assert answer.status_code == 402
+    assert "budget" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("create_model", {"base_model": "gpt-9"}, "The model 'gpt-9' is not served here"),
+        ("create_model", {"lora_config": {"rank": 0}}, "rank 0 is not possible"),
+        ("create_model", {"lora_config": None}, "adapters alone are trained here"),
+        ("create_model", {"optimizer_config": {"type": "dimuon"}}, "there is no optimizer 'dimuon' here"),
+        ("create_sampling_session", {"model_path": "tinker://a/weights/b"}, "there is no training run 'a'"),
+        ("create_sampling_session", {"model_path": "file:///etc"}, "is no path of a checkpoint"),
+        ("load_weights", {"model_seq_id": 7, "path": "tinker://a/weights/b"}, "there is no training run 'a'"),
+        ("forward_backward", {}, "no forward_backward request in protobuf"),
+    ],
+)
+def test_a_mistake_is_said(client: Any, path: str, body: dict[str, Any], said: str) -> None:
+    acme = client("acme")
+    whole = {
+        "create_model": {"model_seq_id": 5, "base_model": "tiny-base", "lora_config": {"rank": 2}},
+        "create_sampling_session": {"sampling_session_seq_id": 5},
+    }.get(path, {})
+    answer = acme.http.post(f"/{path}", json={"session_id": acme.session, **whole, **body})
+    assert answer.status_code in (400, 404)
+    assert said in answer.json()["error"]["message"]
+
+
+def test_a_samples_mistake_is_its_result(client: Any) -> None:
+    acme = client("acme")
+    base = acme.post(
+        "create_sampling_session", session_id=acme.session, sampling_session_seq_id=0, base_model="tiny-base"
+    )
+    id = base["sampling_session_id"]
+    for seq, more in enumerate(
+        [{"topk_sample_logprobs": 50}, {"prompt_alt_tokens_k": 2}, {"prompt_logprobs_last_n": 3}]
+    ):
+        told = acme.sample(id, seq, **more).json()
+        assert next(iter(more)) in told["error"]
+        assert told["category"] == "user"
+    gone = acme.http.post("/retrieve_future", json={"request_id": f"{id}:77"})
+    assert gone.status_code == 410

@@ -1,0 +1,214 @@
+"""Requests in their order, each once: through crashes, evictions, mistakes, and beside another tenant's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.jobs.tinker.small import ROWS, forward_body, read_output, small_base, small_service, told
+from veneer.adapters.use import load_adapter
+from veneer.errors import ConfigError
+from veneer.jobs.tinker.journal import KEPT, FutureResult, Journal
+from veneer.jobs.tinker.service import NotHere, TinkerService, TrainingRun
+from veneer.jobs.tinker.trainer import Lora
+
+STEP = json.dumps({"adam_params": {"learning_rate": 1e-2}}).encode()
+
+
+def begun(service: TinkerService, tenant: str = "acme", **lora: Any) -> TrainingRun:
+    session = service.create_session(tenant, {})
+    return service.create_run(tenant, session.id, 0, Lora(**({"rank": 2, "seed": 1} | lora)), None)
+
+
+def loss(answer: FutureResult) -> float:
+    assert answer.kind == "proto", answer.data
+    return read_output(answer.data)[1]["loss:sum"]
+
+
+def steps(service: TinkerService, run: TrainingRun, first: int, last: int) -> list[float]:
+    """Losses of the steps from request `first` to `last`, two requests each."""
+    found = []
+    for seq in range(first, last, 2):
+        found.append(loss(told(service, run, seq, "forward", forward_body(run.id, seq, ROWS))))
+        told(service, run, seq + 1, "optim_step", STEP)
+    return found
+
+
+def test_it_learns_and_no_request_is_done_twice(tmp_path: Path) -> None:
+    with small_service(tmp_path) as service:
+        run = begun(service)
+        found = steps(service, run, 1, 9)
+        assert found == sorted(found, reverse=True)
+        before = told(service, run, 9, "forward", forward_body(run.id, 9, ROWS, only=True))
+        for seq in (8, 2):
+            assert not service.submit(run, seq, "optim_step", STEP)
+        after = told(service, run, 10, "forward", forward_body(run.id, 10, ROWS, only=True))
+        assert before.data == after.data
+        with pytest.raises(ConfigError, match=r"request 9 of .* was forward"):
+            service.submit(run, 9, "optim_step", STEP)
+
+
+def test_requests_wait_for_those_before_them(tmp_path: Path) -> None:
+    with small_service(tmp_path) as service:
+        run = begun(service)
+        service.submit(run, 2, "optim_step", STEP)
+        late = service.answer(run, 2)
+        assert late is not None
+        with pytest.raises(TimeoutError):
+            late.result(0.2)
+        told(service, run, 1, "forward", forward_body(run.id, 1, ROWS))
+        assert json.loads(late.result(60).data)["metrics"]["grad_norm"] > 0
+
+
+def test_a_crash_at_any_request_loses_nothing(tmp_path: Path) -> None:
+    """The folder as a kill leaves it after each request, taken up by another process: what was answered is there, what
+    was not is done, and the client ends where it would have ended."""
+    with small_service(tmp_path / "whole") as service:
+        run = begun(service)
+        id, whole = run.id, steps(service, run, 1, 7)
+        for seq in range(1, 7):
+            copy = tmp_path / f"kill-{seq}"
+            shutil.copytree(tmp_path / "whole", copy, ignore=shutil.ignore_patterns("lock"))
+            journal = copy / "tinker" / id.partition(":")[0] / "train-0" / "journal"
+            _cut(journal, seq)
+    for seq in range(1, 7):
+        with small_service(tmp_path / f"kill-{seq}") as service:
+            run = service.run("acme", id)
+            future = service.answer(run, seq)
+            assert future is not None, "it was taken before the kill"
+            future.result(60)
+            went_on = steps(service, run, seq + 1 + seq % 2, 7) if seq % 2 == 0 else _odd(service, run, seq)
+            assert went_on == whole[len(whole) - len(went_on) :]
+
+
+def _odd(service: TinkerService, run: TrainingRun, seq: int) -> list[float]:
+    told(service, run, seq + 1, "optim_step", STEP)
+    return steps(service, run, seq + 2, 7)
+
+
+def _cut(journal: Path, seq: int) -> None:
+    """As it was when request `seq` had come and its answer was being written."""
+    data, at = journal.read_bytes(), 0
+    while True:
+        line = data.index(b"\n", at)
+        head = json.loads(data[at:line])
+        end = line + 1 + head["n"]
+        if head["k"] == "told" and head["seq"] == seq:
+            journal.write_bytes(data[: (line + end) // 2])
+            return
+        at = end
+
+
+def test_an_eviction_is_a_wait(tmp_path: Path) -> None:
+    """Room for one of two clients: their states go to the disk and come back, and neither notices."""
+    with small_service(tmp_path / "wide") as service:
+        alone = [steps(service, begun(service, seed=seed), 1, 7) for seed in (1, 2)]
+        room = 4 * sum(p.nbytes for p in _parameters(service))
+    with small_service(tmp_path / "narrow", room=room) as service:
+        runs = [begun(service, seed=seed) for seed in (1, 2)]
+        found: list[list[float]] = [[], []]
+        for seq in (1, 3, 5):
+            for run, losses in zip(runs, found, strict=True):
+                losses += steps(service, run, seq, seq + 2)
+        assert (tmp_path / "narrow" / "tinker" / runs[0].session / "train-0" / "states").is_dir()
+        assert found == alone
+    with small_service(tmp_path / "tight", room=room // 4) as service:
+        run = begun(service)
+        answer = told(service, run, 1, "forward", forward_body(run.id, 1, ROWS))
+        assert "the server has room for" in json.loads(answer.data)["error"]
+
+
+def _parameters(service: TinkerService) -> list[torch.Tensor]:
+    run = next(iter(service.runs.values()))
+    assert run.learner is not None
+    return list(run.learner.parameters.values())
+
+
+def test_a_clients_mistake_is_its_own_answer_and_undoes_itself(tmp_path: Path) -> None:
+    """It says what is wrong; the next request is as if it had never been, whoever shares the pass."""
+    with small_service(tmp_path) as service:
+        run, other = begun(service), begun(service, "globex", rank=4)
+        first = told(service, run, 1, "forward", forward_body(run.id, 1, ROWS))
+        endless = forward_body(run.id, 2, ROWS, weights=lambda targets: [3e38] * len(targets))
+        service.submit(run, 2, "forward", endless)
+        service.submit(other, 1, "forward", forward_body(other.id, 1, ROWS))
+        bad, good = service.answer(run, 2), service.answer(other, 1)
+        assert bad is not None
+        assert good is not None
+        said = json.loads(bad.result(60).data)
+        assert "loss is not finite" in said["error"]
+        assert said["category"] == "user"
+        assert loss(good.result(60)) > 0
+        for seq, (body, what) in enumerate(
+            [
+                ({"adam_params": {"learning_rate": -1}}, "learning_rate is -1"), ({}, "AdamW's alone"),
+                ({"adam_params": {"rate": 1}}, "adam_params has no 'rate'"),
+            ],
+            3,
+        ):  # fmt: skip
+            answer = told(service, run, seq, "optim_step", json.dumps(body).encode())
+            assert what in json.loads(answer.data)["error"]
+        again = told(service, run, 6, "forward", forward_body(run.id, 6, ROWS))
+        assert again.data == first.data
+        assert told(service, run, 7, "optim_step", STEP).kind == "json"
+
+
+def test_what_is_saved_is_an_adapter_of_the_library(tmp_path: Path) -> None:
+    """It loads with its moments or without; another's is not there; a name is taken once; a time to live ends."""
+    with small_service(tmp_path) as service:
+        run = begun(service)
+        steps(service, run, 1, 5)
+        path = json.loads(told(service, run, 5, "save_weights", b'{"path": "one"}').data)["path"]
+        assert path == f"tinker://{run.id}/weights/one"
+        saved = service.saved("acme", path)
+        folder = service.library.resolve(saved.reference)
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in folder.iterdir()}
+        assert load_adapter(small_base(), str(folder)).digest() == saved.digest
+        taken = told(service, run, 6, "save_weights", b'{"path": "one"}')
+        assert "there is a checkpoint" in json.loads(taken.data)["error"]
+        assert told(service, run, 7, "save_weights", b'{"path": "one", "overwrite": true}').kind == "json"
+        went_on = steps(service, run, 8, 12)
+        again = service.create_from("acme", run.session, 1, path, True, None)
+        assert steps(service, again, 1, 5) == went_on
+        fresh = service.create_from("acme", run.session, 2, path, False, None)
+        without = steps(service, fresh, 1, 5)
+        assert without[0] == went_on[0]
+        assert without[1] != went_on[1]
+        back = told(service, run, 12, "load_weights", json.dumps({"path": path, "optimizer": True}).encode())
+        assert back.kind == "json"
+        assert steps(service, run, 13, 17) == went_on
+        with pytest.raises(NotHere, match="there is no training run"):
+            service.saved("globex", path)
+        for name in ("../one", "", "a/b"):
+            with pytest.raises(ConfigError):
+                service.saved("acme", f"tinker://{run.id}/weights/{name}")
+            with pytest.raises(ConfigError):
+                run.checkpoints.place("weights", name)
+        run.checkpoints.keep_for("weights/one", -1)
+        assert run.checkpoints.all() == []
+        run.checkpoints.sweep()
+        with pytest.raises(Exception, match=r"no adapter|has no"):
+            service.library.find(saved.reference)
+
+
+def test_answers_are_kept_for_a_while_and_half_a_record_is_none(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "journal")
+    for seq in range(1, KEPT + 20):
+        journal.asked(seq, "forward", b"x" * seq)
+        journal.told(seq, FutureResult("json", str(seq).encode()))
+    journal.trim(KEPT)
+    journal.close()
+    with (tmp_path / "journal").open("ab") as file:
+        file.write(b'{"k": "asked", "seq": 9999, "op": "forward", "n": 50}\nhalf')
+    again = Journal.open(tmp_path / "journal")
+    assert sorted(again.requests) == list(range(KEPT + 1, KEPT + 20))
+    assert sorted(again.answers) == list(range(20, KEPT + 20))
+    assert again.last == KEPT + 19
+    again.asked(KEPT + 20, "forward", b"whole")
+    again.close()
+    assert Journal.open(tmp_path / "journal").requests[KEPT + 20].body == b"whole"

@@ -1,0 +1,78 @@
+"""The format beside the SDK's own code for it, and what is no such message."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.jobs.tinker.small import ROWS, forward_body, part, read_output, varint
+from veneer.jobs.tinker.wire import WireSample, forward_bytes, read_forward, sample_bytes
+from veneer.serve.request import Refused
+
+
+def test_what_is_asked_is_read() -> None:
+    body = forward_body(
+        "s1:train:0", 7, ROWS, "ppo", True, {"clip_low_threshold": 0.7}, logprobs=lambda t: [0.5] * len(t)
+    )
+    asked = read_forward(body)
+    assert (asked.model, asked.seq, asked.loss, asked.forward_only) == ("s1:train:0", 7, "ppo", True)
+    assert asked.options == {"clip_low_threshold": 0.7}
+    for row, found in zip(ROWS, asked.rows, strict=True):
+        assert found.tokens.tolist() == row[:-1]
+        assert found.inputs["target_tokens"].tolist() == row[1:]
+        assert found.inputs["logprobs"].dtype == np.float32
+
+
+def test_rows_that_are_mostly_nothing() -> None:
+    """Compressed sparse rows: values, where each row begins, columns."""
+    values, starts, columns = np.array([7, 9], "<i8"), np.array([0, 1, 1, 2], "<i8"), np.array([2, 0], "<i8")
+    sparse = part(2, part(1, values.tobytes()) + part(2, starts.tobytes()) + part(3, columns.tobytes()))
+    one = sparse + b"\x18\x02" + part(4, varint(3) + varint(4))
+    row = part(2, part(1, b"target_tokens") + part(2, one))
+    found = read_forward(part(3, row)).rows[0].inputs["target_tokens"]
+    assert found.tolist() == [[0, 0, 7, 0], [0, 0, 0, 0], [9, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("cut", [1, 9, 40, 41, 60])
+def test_half_a_message_is_refused(cut: int) -> None:
+    with pytest.raises(Refused, match="no forward_backward request"):
+        read_forward(forward_body("s1:train:0", 7, ROWS)[:cut] + b"\xff")
+
+
+def test_outputs_of_unlike_shapes() -> None:
+    outputs = [{"logprobs": np.arange(3.0)}, {"logprobs": np.arange(4.0).reshape(2, 2)}, {"logprobs": np.arange(2.0)}]
+    logps, metrics = read_output(forward_bytes(outputs, {"loss:sum": 1.5}))
+    assert logps == [[0, 1, 2], [0, 1, 2, 3], [0, 1]]
+    assert metrics == {"loss:sum": 1.5}
+
+
+@pytest.mark.peers
+def test_the_sdks_own_code() -> None:
+    pytest.importorskip("tinker")
+    from tinker import types
+    from tinker.proto import request_conv, response_conv
+
+    rows = [
+        types.Datum(
+            model_input=types.ModelInput.from_ints([1, 2, 3]),
+            loss_fn_inputs={"target_tokens": np.eye(3, 9, dtype=np.int64), "weights": np.eye(3, 9, dtype=np.float32)},
+        )
+    ]  # fmt: skip
+    given = types.ForwardBackwardInput(data=rows, loss_fn="dro", loss_fn_config={"beta": 0.2})
+    request = types.ForwardBackwardRequest(forward_backward_input=given, model_id="m", seq_id=300)
+    asked = read_forward(request_conv.forward_backward_request_to_proto(request).SerializeToString())
+    assert (asked.model, asked.seq, asked.loss, asked.options) == ("m", 300, "dro", {"beta": 0.2})
+    assert np.array_equal(asked.rows[0].inputs["target_tokens"], np.eye(3, 9))
+    outputs = [{"logprobs": np.arange(3.0)}, {"logprobs": np.arange(4.0).reshape(2, 2)}]
+    made = response_conv.deserialize_forward_backward_output(forward_bytes(outputs, {"loss:sum": 2.5}))
+    assert [each["logprobs"].to_numpy().tolist() for each in made.loss_fn_outputs] == [[0, 1, 2], [[0, 1], [2, 3]]]
+    assert made.metrics == {"loss:sum": 2.5}
+    sample = WireSample([5, 6], [-0.5, -1.0], True, [[(5, -0.5), (7, -2.0)], [(6, -1.0)]])
+    told = response_conv.deserialize_sample_response(
+        sample_bytes([sample], prompt=[None, -3.0], top_prompt=[None, [(4, -3.0)]], top=1, cached=16)
+    )
+    assert told.sequences[0].tokens == [5, 6]
+    assert told.sequences[0].stop_reason == "stop"
+    assert told.prompt_logprobs == [None, -3.0]
+    assert told.topk_prompt_logprobs == [None, [(4, -3.0)]]
+    assert told.prompt_cache_hit_tokens == 16
