@@ -23,6 +23,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process each core: more threads wou
 
 # or each of a hundred processes compiles the package's sources, and each run of pytest those of the tests
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# who is killed loses nothing by it, and a disk takes milliseconds for each of thousands; tests of it set their own
+os.fsync = lambda fd: None
 
 settings.register_profile("same", max_examples=60, deadline=None, derandomize=True)
 settings.register_profile("fresh", max_examples=60, deadline=None)

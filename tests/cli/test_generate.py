@@ -75,15 +75,16 @@ def test_several_prompts_a_file_and_a_pipe_in_order(
 ) -> None:
     (tmp_path / "p.txt").write_text("three\n\nfour\n")
     say(monkeypatch, "five\nsix\n")
-    ran = run(capsys, "generate", "one", "two", "-", "--file", str(tmp_path / "p.txt"), "--base", str(folder), "--json")
+    few = ["-n", "16", "--base", str(folder)]
+    ran = run(capsys, "generate", "one", "two", "-", "--file", str(tmp_path / "p.txt"), *few, "--json")
     told = json.loads(ran.out)
     prompts = ["one", "two", "three", "four", "five\nsix"]
     assert [r["prompt"] for r in told["results"]] == prompts
-    assert [r["text"] for r in told["results"]] == texts(base, [chat_of(p) for p in prompts])
+    assert [r["text"] for r in told["results"]] == texts(base, [chat_of(p) for p in prompts], max_new_tokens=16)
     assert told["base_fingerprint"] == base.fingerprint
     assert told["tokens"] == sum(r["tokens"] for r in told["results"])
     assert told["adapters"] == []
-    plain = run(capsys, "generate", "one", "two", "--base", str(folder)).out
+    plain = run(capsys, "generate", "one", "two", *few).out
     for r in told["results"][:2]:
         assert f"> {r['prompt']}\n{r['text']}\n" in plain
 

@@ -8,6 +8,7 @@ was done; ends with an error unless every job came to its one end, its one bill,
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch._dynamo  # noqa: F401  an optimizer imports it at its first step, which would be in each process
 from safetensors.torch import load
 
 import veneer.train.text.task  # noqa: F401  what a job needs is imported once, before there are processes
@@ -186,6 +188,7 @@ def checked(folder: Path, tenant: str) -> Outcome:
 
 
 def main(folder: Path, stride: int, *tenants: str) -> int:
+    gc.freeze()  # each run collects at its end, and there are all of torch's modules to walk
     calm = {"name": "sgd", "learning_rate": 0.1}  # Adam makes steps of what is rounding alone
     config = small_config(folder, checkpoint={"every": 1, "keep": STEPS}, optimizer=calm)
     whole = folder / "whole"

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     ("stride", "tenants"),
     [
-        (5, ["acme"]), (17, ["acme", "globex"]),
+        (11, ["acme"]), (29, ["acme", "globex"]),
         pytest.param(1, ["acme"], marks=pytest.mark.slow), pytest.param(1, ["acme", "globex"], marks=pytest.mark.slow),
     ],
 )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.cli.run import run
@@ -49,7 +49,6 @@ def planned(config: dict[str, Any]) -> str:
     return plan_text(text_plan("base", shape, Load((50,)), GPU, rates, job, traffic=Traffic(50, 10, 4, 3)))
 
 
-@settings(max_examples=100, deadline=None)
 @given(base=st.sampled_from(BASES), changes=st.dictionaries(st.sampled_from(KEYS), SCALARS, min_size=1, max_size=3))
 @example(base=TEXTS["llama"], changes={"hidden_size": "big"})
 @example(base=TEXTS["llama"], changes={"num_hidden_layers": 0})

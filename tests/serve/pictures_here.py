@@ -75,12 +75,17 @@ async def collect(
 
 
 def drawn(engine: PictureEngine, *requests: PictureRequest) -> list[FinishedPicture]:
-    """All at once, each as a caller of its own."""
+    """All at once, each as a caller of its own. One alone does not wait for company."""
 
     async def all_of() -> Sequence[list[FinishedPicture]]:
         return await asyncio.gather(*(collect(engine, request) for request in requests))
 
-    return [one for (one,) in asyncio.run(all_of())]
+    window = engine.window
+    engine.window = window if len(requests) > 1 else 0.0
+    try:
+        return [one for (one,) in asyncio.run(all_of())]
+    finally:
+        engine.window = window
 
 
 class Names:

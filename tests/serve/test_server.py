@@ -29,7 +29,7 @@ from veneer.serve.server import serve
 from veneer.serve.settings import ServeSettings
 
 def make():
-    time.sleep(1)
+    time.sleep(0.2)
     from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
     app = toy_app(ToyEngine(ToyText()), ToyCatalog())
     async def nothing(): pass

@@ -6,6 +6,7 @@ FOLDER/seen-RANK.json. The process group is made here, as Ray makes one, and is 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -83,6 +84,7 @@ def numbers(events: list[Event]) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
+    gc.freeze()  # each run collects at its end, and there are all of torch's modules to walk
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     seen: dict[str, Any] = {}

@@ -290,7 +290,7 @@ def test_a_mix_may_change_from_step_to_step(
 def test_switching_under_a_compiled_denoiser_compiles_nothing_again(places: dict[str, Path]) -> None:
     from torch._dynamo.utils import counters
 
-    base = load_image(str(places["sdxl"]))
+    base = load_image(str(places["flux1"]))
     mixes = [(), (("a", 0.8),), (("b", 0.8),), (("a", 0.2), ("b", -0.5)), ()]
     rows = [ImageRow("a cat", seed=1, plan=always(mix)) for mix in mixes]
     with attach(base.model) as attachment:
