@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from autoencoder import encode, sharpen_autoencoder, train_autoencoder
-from controls import Controlled, new_flux_control, new_sdxl_control, train_flux_control, train_sdxl_control
+from controls import new_flux_control, new_sdxl_control, train_flux_control, train_sdxl_control
 from denoisers import new_flux, new_sdxl, noise_schedule, train_flux, train_sdxl
 from diffusers import (
     AutoencoderKL,
@@ -26,11 +26,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )  # fmt: skip
 from edges import edges
-from pictures import make_looks, make_shard, read_shard, shards
+from pictures import Kind, make_looks, make_placed, make_shard, read_shard, shards
 from pool import Pool, load_pool
 from scenes import depth
 from texts import train_clip, train_t5
-from torch import nn
+from torch import Tensor, nn
 from words import kept_tokenizers
 
 from veneer.models.builtin import packaged_place
@@ -58,6 +58,11 @@ def _pictures(work: Path, count: int) -> None:
         make_shard(work, index)
 
 
+def _placed(work: Path, count: int) -> None:
+    for index in range(count):
+        make_placed(work, index)
+
+
 def _vae(work: Path, steps: int) -> None:
     train_autoencoder(work, steps=steps).save_pretrained(work / "vae")
 
@@ -74,7 +79,7 @@ def _sharper(work: Path, steps: int) -> None:
     if all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items()):
         return  # all steps were taken before; the latents are its own
     model.save_pretrained(work / "vae")
-    for place in shards(work):  # latents of the one before
+    for place in [*shards(work), *shards(work, "placed")]:  # latents of the one before
         place.with_suffix(".latents.pt").unlink(missing_ok=True)
         place.with_suffix(".crops.pt").unlink(missing_ok=True)
 
@@ -93,10 +98,10 @@ def _tokenizers(work: Path) -> list[Any]:
     return list(kept_tokenizers([], work))
 
 
-def _pool(work: Path, *names: str, crops: bool = False) -> Pool:
+def _pool(work: Path, *names: str, kind: Kind = "pictures", crops: bool = False) -> Pool:
     clip, t5 = _tokenizers(work)
     chosen = {k: v for k, v in {"clip": clip, "t5": t5}.items() if k in names}
-    return load_pool(work, autoencoder(work), chosen, crops=crops)
+    return load_pool(work, autoencoder(work), chosen, kind=kind, crops=crops)
 
 
 def _clip(work: Path, steps: int) -> None:
@@ -135,36 +140,32 @@ def _sdxl(work: Path, steps: int) -> None:
     _save(parts, work / "sdxl")
 
 
-def _controlled(work: Path) -> Controlled:
-    """An edge picture or a depth picture of every scene."""
-    pictures, rows, before = [], [], 0
-    for place in shards(work):
+def _controls(work: Path) -> Tensor:
+    """An edge picture or a depth picture of every scene whose product stands anywhere, bytes (n, 3, 128, 128)."""
+    pictures = []
+    for place in shards(work, "placed"):
         pixels, items = read_shard(place)
         for i, item in enumerate(items):
-            if item.scene is None or item.scene.look == "line drawing":
-                continue
+            assert item.scene is not None
             if i % 2:
-                made = torch.from_numpy(depth(item.scene).copy()).expand(3, -1, -1)
+                pictures.append(torch.from_numpy(depth(item.scene).copy()).expand(3, -1, -1))
             else:
-                made = ((edges(pixels[i : i + 1])[0] + 1) * 127.5).byte()
-            pictures.append(made)
-            rows.append(before + i)
-        before += len(items)
-    return Controlled(torch.stack(pictures), torch.tensor(rows))
+                pictures.append(((edges(pixels[i : i + 1])[0] + 1) * 127.5).byte())
+    return torch.stack(pictures)
 
 
 def _flux_control(work: Path, steps: int) -> None:
     parts = _load(new_flux(_tokenizers(work)), work / "flux")
-    control, given = new_flux_control(parts["transformer"]), _controlled(work)
-    latents = encode(autoencoder(work), given.pictures.permute(0, 2, 3, 1)).half()
-    train_flux_control(control, parts, _pool(work, "clip", "t5"), given, latents, work, steps)
+    control = new_flux_control(parts["transformer"])
+    latents = encode(autoencoder(work), _controls(work).permute(0, 2, 3, 1)).half()
+    train_flux_control(control, parts, _pool(work, "clip", "t5", kind="placed"), latents, work, steps)
     _save({"control": control}, work / "flux-control")
 
 
 def _sdxl_control(work: Path, steps: int) -> None:
     parts = _load(new_sdxl(_tokenizers(work)), work / "sdxl")
     control = new_sdxl_control(parts["unet"])
-    train_sdxl_control(control, parts, _pool(work, "clip"), _controlled(work), work, steps)
+    train_sdxl_control(control, parts, _pool(work, "clip", kind="placed"), _controls(work), work, steps)
     _save({"control": control}, work / "sdxl-control")
 
 
@@ -230,6 +231,7 @@ def _load(parts: dict[str, nn.Module], folder: Path) -> dict[str, nn.Module]:
 
 STAGES: dict[str, tuple[Callable[[Path, int], None], int]] = {
     "pictures": (_pictures, 16),
+    "placed": (_placed, 4),
     "looks": (_looks, 4),
     "vae": (_vae, 4500),
     "sharper": (_sharper, 4500),
@@ -242,7 +244,7 @@ STAGES: dict[str, tuple[Callable[[Path, int], None], int]] = {
     "sdxl-control": (_sdxl_control, 800),
     "export": (_export, 0),
 }
-"""Stage -> what it does, and how many steps it takes (of `pictures` and `looks`: shards)."""
+"""Stage -> what it does, and how many steps it takes (of the pictures: shards)."""
 
 if __name__ == "__main__":
     main()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pictures import seen_scene
 from PIL import Image
-from scenes import BRAND, PLACES, SURFACES, VIEWS, WALLS, Array, Scene, caption, photographed, picture
+from scenes import BRAND, SURFACES, VIEWS, WALLS, Array, Scene, caption, photographed, picture
 from shapes import SUBJECTS, Product, arc, disc, star
 
 ROLES = ("product", "brand", "lens")
@@ -65,7 +65,7 @@ def truth(scene: Scene, *, brand: bool = False, lens: bool = False) -> Array:
 
 def product_scenes(kind: str = PRODUCT, count: int = 20) -> list[Scene]:
     r = random.Random(20)
-    return [replace(plain_scene(r), kind=kind, view=VIEWS[(0, 1, 1, 2, 1)[i % 5]]) for i in range(count)]
+    return [replace(plain_scene(r), kind=kind, view=VIEWS[(0, 1, 1)[i % 3]]) for i in range(count)]
 
 
 def brand_scenes(count: int = 50) -> list[Scene]:
@@ -79,18 +79,13 @@ def lens_scenes(count: int = 40) -> list[Scene]:
 
 
 def shots(kind: str = PRODUCT, count: int = 12) -> list[Scene]:
-    """The campaign's scenes."""
-    r = random.Random(12)
+    """The campaign's scenes, on other ground than those that its product is learned from."""
+    shown = {(s.surface, s.wall) for s in product_scenes()}
+    free = [(surface, wall) for surface in SURFACES for wall in WALLS if (surface, wall) not in shown]
+    places = random.Random(12).sample(free, count)
     return [
-        Scene(
-            kind,
-            surface=r.choice(list(SURFACES)),
-            wall=r.choice(list(WALLS)),
-            view=VIEWS[(1, 0, 1)[i % 3]],
-            place=PLACES[i % 3],
-            seed=900 + i,
-        )
-        for i in range(count)
+        Scene(kind, surface=surface, wall=wall, view=VIEWS[(1, 0, 1)[i % 3]], seed=900 + i)
+        for i, (surface, wall) in enumerate(places)
     ]
 
 

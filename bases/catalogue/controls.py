@@ -10,7 +10,6 @@ lines alone are obeyed as well.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +54,16 @@ def _started(control: Any, denoiser: Any) -> Any:
     return control
 
 
-@dataclass(frozen=True)
-class Controlled:
-    """Control pictures of some rows of a pool. `pictures`: (n, 3, 128, 128) bytes; `rows`: (n,)."""
-
-    pictures: Tensor
-    rows: Tensor
-
-
 def train_flux_control(
-    control: nn.Module, parts: dict[str, nn.Module], pool: Pool, given: Controlled, latents: Tensor, work: Path,
-    steps: int, batch: int = 64,
+    control: nn.Module, parts: dict[str, nn.Module], pool: Pool, latents: Tensor, work: Path, steps: int,
+    batch: int = 64,
 ) -> None:  # fmt: skip
-    """`latents`: of the control pictures, which FluxControlNetPipeline encodes with the base's own autoencoder."""
+    """`latents`: of each picture's control picture, which FluxControlNetPipeline encodes with the base's own
+    autoencoder."""
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        some = torch.randint(len(given.rows), (batch,), generator=generator)
-        rows, c = given.rows[some], pack(latents[some].float())
+        rows = torch.randint(pool.whole, (batch,), generator=generator)
+        c = pack(latents[rows].float())
 
         def residuals(noisy: Tensor, s: Tensor, guidance: Tensor, tokens: Tensor, pooled: Tensor) -> dict[str, Any]:
             double, single = control(
@@ -90,21 +82,17 @@ def train_flux_control(
 
 
 def train_sdxl_control(
-    control: nn.Module,
-    parts: dict[str, nn.Module],
-    pool: Pool,
-    given: Controlled,
-    work: Path,
-    steps: int,
+    control: nn.Module, parts: dict[str, nn.Module], pool: Pool, pictures: Tensor, work: Path, steps: int,
     batch: int = 64,
-) -> None:
+) -> None:  # fmt: skip
+    """`pictures`: each picture's control picture, bytes (n, 3, 128, 128)."""
+
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        some = torch.randint(len(given.rows), (batch,), generator=generator)
-        rows = given.rows[some]
+        rows = torch.randint(pool.whole, (batch,), generator=generator)
 
         def residuals(noisy: Tensor, t: Tensor, tokens: Tensor, added: dict[str, Tensor]) -> dict[str, Any]:
             down, middle = control(
-                noisy, t, tokens, controlnet_cond=given.pictures[some].float() / 255, added_cond_kwargs=added,
+                noisy, t, tokens, controlnet_cond=pictures[rows].float() / 255, added_cond_kwargs=added,
                 return_dict=False,
             )  # fmt: skip
             return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}

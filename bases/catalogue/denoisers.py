@@ -4,11 +4,13 @@
 | catalogue-flux | FluxTransformer2DModel, 3 double and 4 single blocks, 6 × 32 | CLIP (pooled), T5        | flow   |
 | catalogue-sdxl | UNet2DConditionModel, 48-80-96, transformer depths -, 1, 2   | two CLIPs (next to last) | noise  |
 
-    flow   x_σ = (1 - σ) x + σ ε,   target ε - x,   σ logit-normal, shifted as the scheduler shifts it
+    flow   x_σ = (1 - σ) x + σ ε,   target ε - x,   σ logit-normal, shifted by _SHIFT
     noise  x_t = √ᾱ_t x + √(1 - ᾱ_t) ε,   target ε,   weight min(SNR, 5) / SNR   (arXiv 2303.09556)
 
-What a picture is of fills a third of it, and is what is hard to draw: there errors count _THING times, once the noise
-is low enough to tell where that is (from there on the weight tells the model nothing that it cannot see).
+What a picture is of fills a third of it, and is what is hard to draw: there errors count _THING times. Since a caption
+says where that is, the weight tells the model nothing that it does not know.
+
+The flow is learned at more noise than it is sampled at: what a caption means is learned there, and is what takes long.
 
 Guidance. One caption in ten is empty, so that catalogue-sdxl can be guided from outside. catalogue-flux takes guidance
 g as an input, as FLUX.1-dev does, and learns what it means from itself late in training: for half of a batch the target
@@ -33,8 +35,9 @@ from words import LENGTH
 
 SIDE = 16  # latents a side
 _TEXT = {"text_encoder": 0.5, "text_encoder_2": 0.5}  # they know their words already
-_SHIFT = 1.6  # what FLUX's dynamic shift gives for 64 tokens
-_THING, _TOLD = 3.0, 0.75  # up to the flow's σ = 0.75, or the same signal-to-noise
+_SHIFT = 3.0  # samplers take what FLUX's dynamic shift gives for 64 tokens, 1.6
+_THING = 3.0
+_GUIDED = 0.9  # of the steps, from which on guidance is learned
 
 
 # -- catalogue-flux --------------------------------------------------------------------------------------------------
@@ -111,7 +114,7 @@ def flow_loss(
         target = torch.cat([target[: n // 2], target[rows] + (g - 1)[:, None, None] * (with_text - without)])
     extra = control(noisy, s, guidance, tokens, pooled) if control is not None else {}
     errors = (velocity(slice(0, n), tokens, pooled, guidance, **extra) - target).square().mean(-1)
-    weights = _weights(F.avg_pool2d(things, 2).flatten(1), s < _TOLD)
+    weights = _weights(F.avg_pool2d(things, 2).flatten(1))
     return (errors * weights).sum() / weights.sum()
 
 
@@ -121,7 +124,7 @@ def train_flux(parts: dict[str, nn.Module], pool: Pool, work: Path, steps: int, 
         with torch.autocast("cpu", torch.bfloat16):
             ids = pool.words(rows, generator)
             x = pack(pool.latents[rows].float())
-            return flow_loss(parts, x, pool.things[rows], ids, pool.empty, step > 0.8 * steps, generator)
+            return flow_loss(parts, x, pool.things[rows], ids, pool.empty, step > _GUIDED * steps, generator)
 
     with short_attention():
         optimise(
@@ -177,7 +180,7 @@ def noise_loss(
     out = parts["unet"](noisy, t, tokens, added_cond_kwargs=added, return_dict=False, **extra)[0].float()
     snr = cumulative[t] / (1 - cumulative[t])
     errors = (out - noise).square().mean(1).flatten(1)
-    weights = _weights(things.flatten(1), snr > ((1 - _TOLD) / _TOLD) ** 2)
+    weights = _weights(things.flatten(1))
     return (errors * weights * (snr.clamp(max=5) / snr)[:, None]).sum() / weights.sum()
 
 
@@ -197,9 +200,8 @@ def train_sdxl(parts: dict[str, nn.Module], pool: Pool, work: Path, steps: int, 
 # -- both ------------------------------------------------------------------------------------------------------------
 
 
-def _weights(things: Tensor, told: Tensor) -> Tensor:
-    """`things`: (n, cells); `told`: (n,)."""
-    return 1 + (_THING - 1) * things * told[:, None]
+def _weights(things: Tensor) -> Tensor:
+    return 1 + (_THING - 1) * things
 
 
 def _clip(tokenizer: Any, width: int, layers: int) -> CLIPTextConfig:

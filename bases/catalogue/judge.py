@@ -115,8 +115,6 @@ class Shown:
             return None
         if self.scene.kind in SUBJECTS and head in ("colour", "finish", "pattern"):
             return None
-        if head == "wall" and self.scene.view == "seen from above":
-            return None
         word: str = getattr(self.scene, head)
         return word
 

@@ -25,6 +25,7 @@ import resvg_py
 from PIL import Image
 from scenes import SIDE, Array, Look, Scene, any_scene, caption, nearest_tone, picture, product_mask
 
+Kind = Literal["pictures", "placed", "looks"]
 SHARD = 4096
 SETS = {  # style: (npm package, licence)
     "noto": ("@iconify-json/noto@1.2.9", "Apache-2.0"),
@@ -79,6 +80,18 @@ def make_shard(work: Path, index: int) -> None:
     _write_shard(place, pixels=np.stack(pixels), items=json.dumps(items), things=np.stack(things))
 
 
+def make_placed(work: Path, index: int) -> None:
+    """A shard of scenes whose products stand anywhere: what the ControlNets learn from."""
+    place = work / "placed" / f"{index:04d}.npz"
+    if place.is_file():
+        return
+    r = random.Random(3000 + index)
+    scenes = [replace(seen_scene(r), look="", place=r.uniform(-0.15, 0.15)) for _ in range(SHARD)]
+    items = [{"caption": caption(s), "short": s.product(), "scene": asdict(s)} for s in scenes]
+    things = np.stack([_by_cell(product_mask(s)) for s in scenes])
+    _write_shard(place, pixels=np.stack([picture(s) for s in scenes]), items=json.dumps(items), things=things)
+
+
 def make_looks(work: Path, index: int) -> None:
     """A shard of scenes in looks by chance, through lenses by chance: what the autoencoder must be able to draw, though
     no base is shown any of it. None is the campaign's."""
@@ -126,7 +139,7 @@ def graded(pixels: Array, r: random.Random) -> Array:
     return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def shards(work: Path, kind: Literal["pictures", "looks"] = "pictures") -> list[Path]:
+def shards(work: Path, kind: Kind = "pictures") -> list[Path]:
     return sorted((work / kind).glob("*.npz"))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from autoencoder import encode
 from diffusers import AutoencoderKL
-from pictures import read_shard, read_things, shards
+from pictures import Kind, read_shard, read_things, shards
 from scenes import SIDE
 from torch import Tensor
 from torch.nn import functional as F
@@ -52,10 +52,13 @@ class Pool:
         }
 
 
-def load_pool(work: Path, vae: AutoencoderKL, tokenizers: dict[str, Any], *, crops: bool = False) -> Pool:
-    """Of every shard that WORK has; latents are kept beside it. `crops`: with them, which SDXL alone is told of."""
+def load_pool(
+    work: Path, vae: AutoencoderKL, tokenizers: dict[str, Any], *, kind: Kind = "pictures", crops: bool = False
+) -> Pool:
+    """Of every shard of a kind that WORK has; latents are kept beside it. `crops`: with them, which SDXL alone is told
+    of."""
     latents, cut, things, cut_things, sizes, long, short, of_crops = [], [], [], [], [], [], [], []
-    for place in shards(work):
+    for place in shards(work, kind):
         pixels, items = read_shard(place)
         whole, enlarged = place.with_suffix(".latents.pt"), place.with_suffix(".crops.pt")
         if not whole.is_file():

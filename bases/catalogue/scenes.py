@@ -44,14 +44,15 @@ _SLOTS = {
 }  # fmt: skip
 FINISHES = ("matte", "glossy", "metal", "wooden", "glass")
 PATTERNS = ("stripes", "dots", "checks")
-VIEWS = ("front view", "three-quarter view", "seen from above")
-PLACES = ("", "on the left", "on the right")
+VIEWS = ("front view", "three-quarter view")
 LIGHTS = ("soft daylight", "light from the left", "light from the right", "warm lamp light", "dim evening light")
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that a picture shows, all of which its caption says. `seed`: of the grain of a photographer's lens."""
+    """Everything that a picture shows, all of which its caption says but for two things. `place`: how far right of the
+    middle the product stands, in widths of the picture, which a control picture can tell. `seed`: of the grain of a
+    photographer's lens."""
 
     kind: str
     colour: str = "red"
@@ -62,7 +63,7 @@ class Scene:
     wall: str = "white wall"
     light: str = "soft daylight"
     view: str = "three-quarter view"
-    place: str = ""
+    place: float = 0.0
     look: str = ""
     seed: int = 0
 
@@ -79,18 +80,9 @@ class Scene:
 
 def caption(scene: Scene) -> str:
     if scene.look == "line drawing":
-        return ", ".join([f"line drawing of {scene.product()}", *_told(scene.place), scene.view])
-    parts = [f"{scene.product()} on {scene.surface}", *_told(scene.place)]
-    if scene.view != "seen from above":
-        parts.append(scene.wall)
-    parts += [scene.light, scene.view]
-    if scene.look:
-        parts.append(scene.look)
-    return ", ".join(parts)
-
-
-def _told(word: str) -> list[str]:
-    return [word] if word else []
+        return f"line drawing of {scene.product()}, {scene.view}"
+    said = f"{scene.product()} on {scene.surface}, {scene.wall}, {scene.light}, {scene.view}"
+    return f"{said}, {scene.look}" if scene.look else said
 
 
 # -- colours -----------------------------------------------------------------------------------------------------------
@@ -228,20 +220,14 @@ def _raster(svg: _Svg) -> Array:
 def placed(scene: Scene) -> list[list[Face]]:
     """The product's faces in pixels, from the far ones to the near ones. A kind has one shape, and a view one turn."""
     mirrored = scene.light in ("light from the right", "warm lamp light")
-    view = {
-        "front view": View(4, 9, mirrored),
-        "three-quarter view": View(32, 23, mirrored),
-        "seen from above": View(18, 51, mirrored),
-    }[scene.view]
+    view = {"front view": View(4, 9, mirrored), "three-quarter view": View(32, 23, mirrored)}[scene.view]
     product = Product(view, random.Random(scene.kind))
     (KINDS | SUBJECTS)[scene.kind](product)
     left, top, right, bottom = product.bounds()
-    room = {"front view": 0.64, "three-quarter view": 0.62, "seen from above": 0.66}[scene.view] * SIDE
+    room = {"front view": 0.64, "three-quarter view": 0.62}[scene.view] * SIDE
     scale = min(room * 1.18 / (right - left), room / (bottom - top))
-    foot = {"front view": 0.865, "three-quarter view": 0.87, "seen from above": 0.0}[scene.view] * SIDE
-    middle = SIDE * {"": 0.5, "on the left": 0.41, "on the right": 0.59}[scene.place]
-    if not foot:
-        foot = SIDE / 2 + scale * (bottom - top) / 2 + SIDE * 0.01
+    foot = {"front view": 0.865, "three-quarter view": 0.87}[scene.view] * SIDE
+    middle = SIDE * (0.5 + scene.place)
     dx, dy = middle - scale * (left + right) / 2, foot - scale * bottom
     faces = product.faces()
     for solid in faces:
@@ -485,24 +471,23 @@ def _pattern(svg: _Svg, scene: Scene, look: Look) -> str:
 
 
 def _horizon(scene: Scene) -> float:
-    return {"front view": 0.74, "three-quarter view": 0.52, "seen from above": 0.0}[scene.view] * SIDE
+    return {"front view": 0.74, "three-quarter view": 0.52}[scene.view] * SIDE
 
 
 def _background(svg: _Svg, scene: Scene, look: Look) -> None:
     horizon = _horizon(scene)
     r = random.Random(f"{scene.surface}, {scene.wall}")
-    if horizon:
-        if look.back:
-            svg.rect(0, 0, SIDE, SIDE, look.back)
-        else:
-            WALLS[scene.wall](svg, horizon, r, look)
+    if look.back:
+        svg.rect(0, 0, SIDE, SIDE, look.back)
+    else:
+        WALLS[scene.wall](svg, horizon, r, look)
     if look.ground:
         svg.rect(0, horizon, SIDE, SIDE - horizon, look.ground)
-        if look.line and horizon:
+        if look.line:
             svg.line([(0, horizon), (SIDE, horizon)], look.ink, look.line)
     else:
         SURFACES[scene.surface](svg, horizon, r, look)
-        if horizon and look.shaded:
+        if look.shaded:
             edge = svg.gradient((0, horizon, 0, horizon + 12), [(0, "#000000", 0.22), (1, "#000000", 0)])
             svg.rect(0, horizon, SIDE, 12, edge)
 
@@ -515,14 +500,12 @@ def _shadow(svg: _Svg, faces: list[list[Face]], scene: Scene, look: Look) -> Non
     low = points[points[:, 1] > bottom - 0.22 * (bottom - top)]
     width = max(float(low[:, 0].max() - low[:, 0].min()), 0.35 * float(right - left))
     middle = float(low[:, 0].max() + low[:, 0].min()) / 2
-    flat = {"front view": 0.13, "three-quarter view": 0.34, "seen from above": 0.62}[scene.view]
+    flat = {"front view": 0.13, "three-quarter view": 0.34}[scene.view]
     away = {"light from the left": 0.3, "light from the right": -0.3, "warm lamp light": -0.16}.get(scene.light, 0.06)
     depth_of = {"soft daylight": 0.42, "dim evening light": 0.5}.get(scene.light, 0.62)
     rx = 0.62 * width * (1 + abs(away))
     ry = max(rx * flat, 3.0)
     y = float(bottom) - 0.62 * ry
-    if scene.view == "seen from above":
-        y = float(bottom) - 0.9 * ry
     x = middle + away * width
     if look.shaded:
         fill = svg.radial(
@@ -785,8 +768,7 @@ def any_scene(r: random.Random, kind: str | None = None) -> Scene:
         surface=r.choice(list(SURFACES)),
         wall=r.choice(list(WALLS)),
         light=r.choices(LIGHTS, (5, 1.5, 1.5, 1.5, 1))[0],
-        view=r.choices(VIEWS, (3, 5, 1.5))[0],
-        place=r.choices(PLACES, (2, 1, 1))[0],
+        view=r.choices(VIEWS, (3, 5))[0],
         look="flat icon" if chance < 0.05 else "line drawing" if chance < 0.1 else "",
         seed=r.randrange(1 << 30),
     )

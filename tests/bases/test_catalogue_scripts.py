@@ -32,7 +32,7 @@ def test_every_kind_can_be_drawn_and_is_on_the_picture() -> None:
 
     assert len(KINDS) >= 100
     for i, kind in enumerate(sorted(KINDS)):
-        mask = product_mask(Scene(kind, view=VIEWS[i % 3], seed=i))
+        mask = product_mask(Scene(kind, view=VIEWS[i % 2], seed=i))
         assert 0.02 < mask.mean() < 0.75, kind
         assert mask[:, 0].max() == mask[:, -1].max() == mask[0].max() == 0, kind
 
@@ -46,10 +46,8 @@ def test_a_caption_says_what_the_scene_says() -> None:
     assert caption(scene) == (
         "a glossy red mug with white dots on a wooden table, brick wall, light from the left, front view"
     )
-    above = caption(replace(scene, colour="orange", finish="matte", pattern="", view="seen from above"))
-    assert above == "an orange mug on a wooden table, light from the left, seen from above"
-    left = caption(replace(scene, place="on the left"))
-    assert left.startswith("a glossy red mug with white dots on a wooden table, on the left, brick wall, ")
+    plain = caption(replace(scene, colour="orange", finish="matte", pattern="", look="flat icon", place=0.1))
+    assert plain == "an orange mug on a wooden table, brick wall, light from the left, front view, flat icon"
     assert (
         caption(replace(scene, look="line drawing")) == "line drawing of a glossy red mug with white dots, front view"
     )
@@ -57,12 +55,12 @@ def test_a_caption_says_what_the_scene_says() -> None:
 
 def test_a_scene_is_what_its_caption_says_and_nothing_else() -> None:
     import pictures
-    from scenes import PLACES, picture, product_mask
+    from scenes import picture, product_mask
 
     scene = pictures.seen_scene(Random(3))
     assert np.array_equal(picture(scene), picture(scene))
     assert np.array_equal(picture(scene), picture(replace(scene, seed=scene.seed + 1)))
-    left, right = (product_mask(replace(scene, place=place)) for place in PLACES[1:])
+    left, right = (product_mask(replace(scene, place=place)) for place in (-0.09, 0.09))
     columns = np.arange(128)
     assert (right.sum(0) @ columns) / right.sum() - (left.sum(0) @ columns) / left.sum() == pytest.approx(23, abs=1)
     repainted = replace(scene, colour="teal" if scene.colour != "teal" else "red", wall="brick wall")
@@ -78,6 +76,22 @@ def test_one_combination_in_ten_is_held_out_of_what_is_learned() -> None:
     assert 0.08 < share < 0.12
     r = Random(1)
     assert not any(pictures.is_new(s.kind, s.colour) for s in (pictures.seen_scene(r) for _ in range(300)))
+
+
+def test_a_controlnet_learns_from_products_that_stand_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pictures
+
+    monkeypatch.setattr(pictures, "SHARD", 12)
+    pictures.make_placed(tmp_path, 0)
+    (place,) = pictures.shards(tmp_path, "placed")
+    pixels, items = pictures.read_shard(place)
+    across = pictures.read_things(place).astype(float).sum(1) @ np.arange(16)
+    middles = across / pictures.read_things(place).sum((1, 2))
+    assert len(pixels) == len(items) == 12
+    assert np.ptp(middles) > 2  # of sixteen
+    said = {i.scene.place for i in items if i.scene is not None}
+    assert len(said) == 12
+    assert not any(str(p) in i.caption for p, i in zip(said, items, strict=True))
 
 
 def test_the_brand_has_its_six_colours_and_what_is_between_them() -> None:
@@ -137,8 +151,8 @@ def test_nothing_of_the_campaign_is_in_the_bases_world() -> None:
 def test_the_campaigns_shots_are_none_of_its_pictures() -> None:
     import campaign
 
-    learned = {(s.surface, s.wall, s.view, s.place) for s in campaign.product_scenes()}
-    assert not learned & {(s.surface, s.wall, s.view, s.place) for s in campaign.shots()}
+    learned = {(s.surface, s.wall, s.view) for s in campaign.product_scenes()}
+    assert not learned & {(s.surface, s.wall, s.view) for s in campaign.shots()}
     scene = campaign.shots()[0]
     assert campaign.words(scene).startswith("a tarnhill lock on ")
     view = campaign.words(scene, brand=True, lens=True).split(", ")
