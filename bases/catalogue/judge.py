@@ -111,7 +111,7 @@ class Shown:
         drawn = self.brand or bool(self.scene.look)
         if drawn and head in ("light", "finish"):
             return None
-        if (self.brand or self.scene.look == "line drawing") and head in ("surface", "wall", "colour", "pattern"):
+        if self.brand and head in ("surface", "wall", "colour", "pattern"):
             return None
         if self.scene.kind in SUBJECTS and head in ("colour", "finish", "pattern"):
             return None
@@ -152,7 +152,7 @@ def _renders(work: Path, count: int) -> tuple[list[Shown], Tensor]:
     for _ in range(count):
         scene = any_scene(r, r.choice(list(SUBJECTS)) if r.random() < 0.02 else None)
         brand = not scene.look and r.random() < 1 / 6
-        shown.append(Shown(scene, brand, scene.look != "line drawing" and r.random() < 1 / 6))
+        shown.append(Shown(scene, brand, r.random() < 1 / 6))
     place = work / "judge.npy"
     if not place.is_file():
         np.save(work / "judge.part.npy", np.stack([truth(s.scene, brand=s.brand, lens=s.lens) for s in shown]))

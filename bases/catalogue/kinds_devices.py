@@ -17,11 +17,6 @@ def _before(at: Point, tilt: float, by: float) -> Point:
     return at[0], at[1] + by * math.sin(math.radians(tilt)), at[2] + by * math.cos(math.radians(tilt))
 
 
-def _foremost(p: Product, radius: float) -> Point:
-    """The point of an upright round thing that is nearest to the viewer."""
-    return -radius * math.sin(math.radians(p.view.yaw)), 0.0, radius * math.cos(math.radians(p.view.yaw))
-
-
 @kind("laptop", "devices")
 def _laptop(p: Product) -> None:
     w, h, lean = p.vary(1.25, 1.4), p.vary(0.85, 0.95), p.vary(10, 18)
@@ -89,32 +84,6 @@ def _television(p: Product) -> None:
         p.mark(_rect(w * 0.34, h * y + 0.1, 0.2, 0.04), "dark", at=(0, 0, 0.301))
 
 
-@kind("calculator", "devices")
-def _calculator(p: Product) -> None:
-    w, h = p.vary(0.82, 0.9), p.vary(1.15, 1.25)
-    p.prism(rounded(-w / 2, 0, w / 2, h, 0.08), 0.14, at=(0, 0, 0), tilt=12)
-    front = _before((0, 0, 0), 12, 0.072)
-    p.mark(_rect(0, h * 0.84, w * 0.82, h * 0.17), "#c4d8b0", at=front, tilt=12, lift=0.9)
-    p.mark(_rect(w * 0.25, h * 0.84, w * 0.2, h * 0.09), "dark", at=front, tilt=12, lift=0.95)
-    for row in range(4):
-        for column in range(4):
-            x, y = w * (-0.31 + 0.207 * column), h * (0.11 + 0.165 * row)
-            paint = "#f08a24" if column == 3 else "light" if row else "dark"
-            p.mark(
-                rounded(x - w * 0.07, y - h * 0.05, x + w * 0.07, y + h * 0.05, 0.02), paint, at=front, tilt=12,
-                lift=0.9
-            )  # fmt: skip
-
-
-@kind("microphone", "devices")
-def _microphone(p: Product) -> None:
-    h = p.vary(0.9, 1.05)
-    p.turned([(0.15, 0), (0.16, 0.04), (0.25, h)])
-    p.turned([(0.24, h - 0.02), (0.31, h + 0.05), (0.31, h + 0.17)], "dark", lift=0.6)
-    p.turned([(0.29, h + 0.17), *[(x, y) for x, y in arc(0, h + 0.2, 0.29, 10, 90, 9)]], "metal", lift=0.8, bare=True)
-    p.mark(rounded(-0.06, h * 0.6, 0.06, h * 0.82, 0.05), "light", at=_foremost(p, 0.23), turn=-p.view.yaw, lift=1)
-
-
 @kind("robot", "devices")
 def _robot(p: Product) -> None:
     w, head = p.vary(0.65, 0.75), p.vary(0.5, 0.6)
@@ -147,15 +116,3 @@ def _light_bulb(p: Product) -> None:
     p.turned(screw, "metal", bare=True)
     p.turned([(0.18, 0.35), (0.22, 0.48), (r * 0.74, 0.96 - r * 0.67), (r * 0.8, 0.96 - r * 0.6)], lift=0.2)
     p.ball(r, "main", at=(0, 0.96, 0), lift=0.3)
-
-
-@kind("washing machine", "devices")
-def _washing_machine(p: Product) -> None:
-    w, h = p.vary(0.95, 1.05), p.vary(1.1, 1.25)
-    p.box((w, h, 0.85))
-    p.mark(_rect(0, h * 0.89, w * 0.94, h * 0.16), "light", at=(0, 0, 0.426))
-    p.mark(_rect(-w * 0.28, h * 0.89, w * 0.28, h * 0.08), "second", at=(0, 0, 0.427), lift=0.31)
-    p.turned([(0.07, 0), (0.06, 0.06)], "dark", at=(w * 0.32, h * 0.89, 0.425), axis=FRONT, lift=1)
-    p.turned([(0.34, 0), (0.33, 0.07)], "metal", at=(0, h * 0.42, 0.425), axis=FRONT, lift=0.8)
-    p.mark(disc(0, h * 0.42, 0.25), "screen", at=(0, 0, 0.5), lift=1)
-    p.mark(disc(-0.07, h * 0.42 + 0.07, 0.09), "glass", at=(0, 0, 0.501), lift=1.1)

@@ -156,36 +156,6 @@ def _strawberry(p: Product) -> None:
     p.rod(standing([(0, 0.94), (0.04, 1.1)]), 0.04, "leaf", lift=1)
 
 
-@kind("pineapple", "food")
-def _pineapple(p: Product) -> None:
-    r, h = p.vary(0.34, 0.4), 0.86
-    for k in range(9):
-        a, t = 40 * k, 0.3 if k % 2 else 0.16
-        tip = 0.26 if k % 2 else 0.44
-        p.sheet(
-            [around(a - 40, 0.12, h - 0.04), around(a, t * 1.5, h + tip), around(a + 40, 0.12, h - 0.04)],
-            "leaf",
-            bare=True,
-        )
-    profile = [(r * 0.7, 0), (r * 0.95, 0.16), (r, 0.42), (r * 0.92, 0.68), (r * 0.6, h)]
-    p.turned(profile, lift=0.1)
-    for start in range(-120, 121, 30):
-        for twist in (-60, 60):
-            path = [around(start + twist * y, 1.01 * q, y) for q, y in profile]
-            if all(p.sees((x, 0, z), 0.05) for x, _, z in path):
-                p.rod(path, 0.016, "second", lift=0.5)
-
-
-@kind("carrot", "food")
-def _carrot(p: Product) -> None:
-    for x, y in ((-0.2, 0.34), (0, 0.44), (0.2, 0.34)):
-        p.blob([((0, 1.06, 0), 0.04), ((x, 1.06 + y, 0), 0.07)], "leaf", lift=-0.1)
-    r = p.vary(0.22, 0.26)
-    p.turned([(0.02, 0), (r * 0.5, 0.34), (r * 0.86, 0.76), (r, 0.98), (r * 0.6, 1.08)])
-    for y, q, a in ((0.42, 0.6, 20), (0.6, 0.75, -30), (0.78, 0.9, 30), (0.92, 0.98, -20)):
-        p.rod([around(a - 20, r * q, y), around(a + 20, r * q, y)], 0.015, "dark", lift=0.4)
-
-
 @kind("pumpkin", "food")
 def _pumpkin(p: Product) -> None:
     h = p.vary(0.32, 0.37)

@@ -12,10 +12,6 @@ def _beside(p: Product, side: int) -> float:
     return 0.4 if side * p.view.yaw < 0 else -0.4
 
 
-def _far_side(p: Product) -> int:
-    return 1 if p.view.yaw > 0 else -1
-
-
 def _legs(p: Product, w: float, d: float, h: float, thick: float, paint: str) -> None:
     for x in (-1, 1):
         for z in (-1, 1):
@@ -36,15 +32,6 @@ def _chair(p: Product) -> None:
     p.prism(rounded(-0.36, h + 0.34, 0.36, h + 0.86, 0.1), 0.1, at=(0, 0, -0.28), lift=-0.3)
 
 
-@kind("stool", "furniture")
-def _stool(p: Product) -> None:
-    h, r = p.vary(0.6, 0.72), p.vary(0.4, 0.46)
-    for a in (90, 210, 330):
-        c, s = math.cos(math.radians(a)), math.sin(math.radians(a))
-        p.rod([(0.42 * c, 0.04, 0.42 * s), (0.22 * c, h, 0.22 * s)], 0.06, "wood", lift=-1)
-    p.turned([(r, h), (r + 0.03, h + 0.06), (r, h + 0.18)])
-
-
 @kind("armchair", "furniture")
 def _armchair(p: Product) -> None:
     h = p.vary(0.9, 1.02)
@@ -58,67 +45,12 @@ def _armchair(p: Product) -> None:
         p.prism(rounded(s * 0.44 - 0.12, 0.1, s * 0.44 + 0.12, 0.62, 0.12), 0.78, at=(0, 0, 0.03), lift=_beside(p, s))
 
 
-@kind("sofa", "furniture")
-def _sofa(p: Product) -> None:
-    w, h = p.vary(0.78, 0.9), p.vary(0.66, 0.74)
-    for x in (-w + 0.08, w - 0.08):
-        p.box((0.1, 0.08, 0.1), "wood", at=(x, 0, 0.3), lift=-1)
-    p.prism(rounded(-w, 0.08, w, h, 0.12), 0.22, at=(0, 0, -0.3), lift=-0.7)
-    p.box((2 * w - 0.2, 0.22, 0.7), at=(0, 0.08, 0.02), lift=-0.4)
-    for s in (-1, 1):
-        m = (w - 0.12) / 2
-        p.prism(rounded(s * m - m, 0.28, s * m + m, 0.42, 0.06), 0.62, at=(0, 0, 0.09), lift=-0.2)
-        p.prism(
-            rounded(s * m * 1.3 - 0.17, 0.42, s * m * 1.3 + 0.17, 0.72, 0.08), 0.12, "second", at=(0, 0, -0.1), lift=0
-        )
-        p.prism(rounded(s * w - 0.12, 0.08, s * w + 0.12, 0.54, 0.12), 0.76, at=(0, 0, 0.03), lift=1.6 * _beside(p, s))
-
-
 @kind("table", "furniture")
 def _table(p: Product) -> None:
     w, h = p.vary(1.3, 1.5), p.vary(0.66, 0.76)
     _legs(p, w - 0.08, 0.8, h, 0.13, "main")
     p.box((w - 0.14, 0.14, 0.76), "second", at=(0, h - 0.12, 0), lift=-1)
     p.box((w, 0.1, 0.92), at=(0, h, 0))
-
-
-@kind("bed", "furniture")
-def _bed(p: Product) -> None:
-    w, d, head = p.vary(1.5, 1.7), p.vary(0.78, 0.9), _far_side(p)
-    for s in (-1, 1):
-        tall = 0.82 if s == head else 0.5
-        p.prism(rounded(-d / 2 - 0.04, 0, d / 2 + 0.04, tall, 0.12), 0.1, "wood", at=(s * w / 2, 0, 0), plane="side",
-                lift=1.5 * _beside(p, s))  # fmt: skip
-    p.box((w - 0.1, 0.18, d), "wood", at=(0, 0.12, 0), lift=-0.3)
-    p.box((w - 0.1, 0.12, d - 0.02), "light", at=(0, 0.3, 0), lift=-0.2)
-    p.box((w * 0.66, 0.26, d + 0.04), "main", at=(-head * w * 0.14, 0.2, 0), lift=0)
-    p.ball((0.2, 0.1, d * 0.36), "light", at=(head * w * 0.33, 0.46, 0), lift=0.1)
-
-
-@kind("chest of drawers", "furniture")
-def _chest_of_drawers(p: Product) -> None:
-    w, h = p.vary(1.05, 1.2), p.vary(0.85, 0.95)
-    _legs(p, w, 0.5, 0.12, 0.12, "wood")
-    p.box((w, h, 0.54), at=(0, 0.1, 0))
-    p.box((w + 0.1, 0.08, 0.62), "wood", at=(0, h + 0.1, 0), lift=0.5)
-    step = (h - 0.06) / 3
-    for i in range(3):
-        y = 0.15 + i * step
-        p.mark(_plank(-w / 2 + 0.05, y, w / 2 - 0.05, y + step - 0.04), "dark", at=(0, 0, 0.271))
-        p.mark(_plank(-w / 2 + 0.07, y + 0.02, w / 2 - 0.07, y + step - 0.06), "main", at=(0, 0, 0.272), lift=0.35)
-        for x in (-0.28, 0.28):
-            p.ball(0.05, "light", at=(x, y + step / 2 - 0.02, 0.3), lift=0.7)
-
-
-@kind("desk lamp", "furniture")
-def _desk_lamp(p: Product) -> None:
-    s = p.pick(-1, 1)
-    p.turned([(0.34, 0), (0.32, 0.1), (0.1, 0.13)], lift=-0.4)
-    p.rod([(0, 0.1, 0), (-0.32 * s, 0.62, 0)], 0.04, "metal", lift=-0.2)
-    p.rod([(-0.32 * s, 0.62, 0), (0.2 * s, 1.12, 0)], 0.04, "metal", lift=-0.2)
-    p.ball(0.075, "dark", at=(-0.32 * s, 0.62, 0), lift=0.1)
-    p.ball(0.14, "glow", at=(0.44 * s, 0.8, 0), bare=True, lift=-0.1)
-    p.turned([(0.1, -0.06), (0.16, 0.06), (0.36, 0.4)], at=(0.2 * s, 1.12, 0), axis=(0.62 * s, -0.8, 0.12), lift=0.2)
 
 
 @kind("picture frame", "furniture")

@@ -31,24 +31,6 @@ def _kettle(p: Product) -> None:
     p.rod([(x, y, 0) for x, y in arc(0, 0.5 * h, 0.42, 15, 165, squash=1.75)], 0.055, "dark", lift=-0.2)
 
 
-@kind("bowl", "kitchen")
-def _bowl(p: Product) -> None:
-    h = p.vary(0.42, 0.52)
-    p.turned(
-        [(0.26, 0), (0.26, 0.07), (0.45, 0.15), (0.6, 0.6 * h), (0.66, h)], hollow=True, inside=p.pick("main", "second")
-    )
-    p.ring(0.655, 0.025, "second", at=(0, h, 0), axis="y", lift=0.1)
-
-
-@kind("plate", "kitchen")
-def _plate(p: Product) -> None:
-    p.prism([(-0.3, 0), (0.3, 0), (0.16, 0.3), (-0.16, 0.3)], 0.16, "wood", at=(0, 0, -0.16), lift=-0.6)
-    lean = (0.0, 0.22, 0.97)
-    p.turned([(0.3, 0), (0.58, 0.07), (0.6, 0.1)], at=(0, 0.58, -0.08), axis=lean, sides=44)
-    p.turned([(0.39, 0), (0.39, 0.004)], "second", at=(0, 0.602, 0.02), axis=lean, lift=0.4, sides=44)
-    p.turned([(0.35, 0), (0.35, 0.004)], "main", at=(0, 0.602, 0.02), axis=lean, lift=0.5, sides=44)
-
-
 @kind("vase", "kitchen")
 def _vase(p: Product) -> None:
     b, n = p.vary(0.36, 0.44), p.vary(0.12, 0.17)
@@ -117,13 +99,3 @@ def _toaster(p: Product) -> None:
         p.prism(bread, 0.08, "#e0a85c", at=(0, h, z), cap="#f0d29a", bare=True, lift=0.6)
     p.mark(rounded(-0.3 * w, 0.2, 0.3 * w, 0.32, 0.05), "second", at=(0, 0, 0.275))
     p.box((0.1, 0.1, 0.16), "dark", at=(w / 2 + 0.04, h * 0.55, 0.05), lift=0.1 if p.view.yaw < 0 else -0.6)
-
-
-@kind("fridge", "kitchen")
-def _fridge(p: Product) -> None:
-    h, w = p.vary(1.45, 1.6), p.vary(0.72, 0.82)
-    p.box((w - 0.08, 0.06, 0.5), "dark", lift=-0.6)
-    p.prism(rounded(-w / 2, 0.05, w / 2, h, 0.09), 0.6)
-    p.mark([(-w / 2, h * 0.64), (w / 2, h * 0.64), (w / 2, h * 0.665), (-w / 2, h * 0.665)], "dark", at=(0, 0, 0.301))
-    p.box((0.07, 0.36, 0.07), "metal", at=(-w / 2 + 0.13, h * 0.34, 0.34), lift=0.4)
-    p.box((0.07, 0.24, 0.07), "metal", at=(-w / 2 + 0.13, h * 0.73, 0.34), lift=0.4)

@@ -55,19 +55,6 @@ def _book(p: Product) -> None:
         p.mark(_rect(0.05, h * y, w * k, 0.04), "dark", at=(0, 0, d / 2 + 0.027), lift=0.6)
 
 
-@kind("envelope", "office")
-def _envelope(p: Product) -> None:
-    w, h, lean = p.vary(1.2, 1.35), p.vary(0.78, 0.88), 12.0
-    p.prism(_rect(0, h / 2, w, h), 0.08, tilt=lean)
-    at = _before((0, 0, 0), lean, 0.042)
-    for s in (-1, 1):
-        seam = [(s * w / 2, 0.01), (s * w / 2, 0.05), (s * 0.05, h * 0.47), (s * 0.02, h * 0.42)]
-        p.mark(seam, "second", at=at, tilt=lean)
-        flap = [(s * w / 2, h), (s * w / 2, h - 0.06), (0, h * 0.34), (0, h * 0.42)]
-        p.mark(flap, "second", at=at, tilt=lean, lift=0.4)
-    p.mark(disc(0, h * 0.4, 0.12), "#d62f2f", at=at, tilt=lean, lift=0.9)
-
-
 @kind("trophy", "office")
 def _trophy(p: Product) -> None:
     r, h = p.vary(0.36, 0.42), 0.62
@@ -93,20 +80,6 @@ def _bell(p: Product) -> None:
     p.turned([(0.06, 0.86), (0.08, 0.95), (0.12, 1.15), (0.09, 1.35), (0.11, 1.4), (0.05, 1.46)], "wood", lift=0.5)
 
 
-@kind("clipboard", "office")
-def _clipboard(p: Product) -> None:
-    w, h, lean = p.vary(0.92, 1.0), p.vary(1.2, 1.3), 10.0
-    p.prism(rounded(-w / 2, 0, w / 2, h, 0.08), 0.08, tilt=lean)
-    at = _before((0, 0, 0), lean, 0.042)
-    p.mark(_rect(0, h * 0.46, w * 0.66, h * 0.66), "paper", at=at, tilt=lean)
-    for i in range(4):
-        y = h * (0.26 + 0.13 * i)
-        p.mark(_rect(0.06, y, w * 0.38, 0.035), "dark", at=at, tilt=lean, lift=0.4)
-        p.mark(_rect(-w * 0.24, y, 0.07, 0.07), "main", at=at, tilt=lean, lift=0.4)
-    clip = [(-0.24, h - 0.18), (0.24, h - 0.18), (0.24, h - 0.06), (0.1, h + 0.06), (-0.1, h + 0.06), (-0.24, h - 0.06)]
-    p.prism(clip, 0.1, "metal", at=_before((0, 0, 0), lean, 0.06), tilt=lean, lift=0.6)
-
-
 def _around(lon: float, lat: float) -> Point:
     """The direction from a globe's middle, in degrees; (0, 0) is the front."""
     a, b = math.radians(lon), math.radians(lat)
@@ -128,34 +101,6 @@ def _globe(p: Product) -> None:
     europe = [(30, 42), (38, 66), (80, 70), (100, 40), (60, 42)]
     for land in (america, africa, europe):
         p.patch([_around(a + spin, b) for a, b in smooth(land)], r, "second", at=(0, y, 0), lift=0.3)
-
-
-@kind("hourglass", "office")
-def _hourglass(p: Product) -> None:
-    r, h = p.vary(0.42, 0.48), p.vary(1.1, 1.2)
-    p.turned([(r, 0), (r, 0.15)])
-    for a in (200, 340):
-        x, z = r * 0.82 * math.cos(math.radians(a)), r * 0.82 * math.sin(math.radians(a))
-        p.turned([(0.06, 0.14), (0.06, h)], at=(x, 0, z), lift=-0.1)
-    bulb = [(0.28, 0.15), (0.3, 0.25), (0.24, 0.42), (0.06, h * 0.5 + 0.05)]
-    p.turned(bulb, "glass", lift=0.1, bare=True)
-    p.turned([(0.05, h * 0.5 + 0.06), (0.24, h - 0.28), (0.3, h - 0.1), (0.28, h)], "glass", lift=0.1, bare=True)
-    p.turned([(0.27, 0.16), (0.27, 0.24), (0.03, 0.46)], "#e8b54a", lift=0.2, bare=True)
-    p.turned([(0.03, h * 0.5 + 0.08), (0.2, h - 0.3)], "#e8b54a", lift=0.2, bare=True)
-    for a in (40, 140):
-        x, z = r * 0.82 * math.cos(math.radians(a)), r * 0.82 * math.sin(math.radians(a))
-        p.turned([(0.06, 0.14), (0.06, h)], at=(x, 0, z), lift=0.4)
-    p.turned([(r, h), (r, h + 0.15)], lift=0.6)
-
-
-@kind("magnifying glass", "office")
-def _magnifying_glass(p: Product) -> None:
-    r, y = p.vary(0.36, 0.41), 1.0
-    p.mark(disc(0, y, r), "glass", at=(0, 0, 0))
-    p.mark(arc(0, y, r * 0.7, 100, 170, 8) + arc(0, y, r * 0.52, 170, 100, 8), "paper", at=(0, 0, 0.01), lift=0.4)
-    p.rod([(a, b, 0.0) for a, b in disc(0, y, r)], 0.085, "main", closed=True, lift=0.6)
-    p.turned([(0.07, 0.48), (0.07, y - r)], "metal", lift=0.1)
-    p.turned([(0.1, 0), (0.14, 0.05), (0.13, 0.4), (0.1, 0.52)], lift=0.2)
 
 
 @kind("folder", "office")

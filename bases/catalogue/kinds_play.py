@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 from shapes import Flat, Point, Product, disc, kind, smooth
@@ -11,11 +10,6 @@ from shapes import Flat, Point, Product, disc, kind, smooth
 def _rect(x: float, y: float, w: float, h: float) -> list[Flat]:
     """By its middle."""
     return [(x - w / 2, y - h / 2), (x + w / 2, y - h / 2), (x + w / 2, y + h / 2), (x - w / 2, y + h / 2)]
-
-
-def _before(at: Point, tilt: float, by: float) -> Point:
-    """A point moved along the normal of a front that leans back."""
-    return at[0], at[1] + by * math.sin(math.radians(tilt)), at[2] + by * math.cos(math.radians(tilt))
 
 
 def _unit(p: Point) -> Point:
@@ -49,27 +43,6 @@ def _seam(p: Product, pole: Point, degrees: float, radius: float, at: Point, pai
         p.patch([inner[i], inner[j], outer[j], outer[i]], radius, paint, at=at)
 
 
-@kind("football", "play")
-def _football(p: Product) -> None:
-    r = 0.5
-    p.ball(r, "main", at=(0, r, 0))
-    first = _unit((p.vary(-0.3, 0.3), p.vary(0.0, 0.4), 1.0))
-    ring = _round(first, 63.4, 5, p.vary(0, 70))
-    corners = [first, *ring, *[(-x, -y, -z) for x, y, z in [first, *ring]]]
-    for a, b in itertools.combinations(corners, 2):
-        if 0.3 < sum(x * y for x, y in zip(a, b, strict=True)) < 0.6:
-            across = _unit(_cross(a, b))
-            ends = []
-            for t, s in ((0.3, 1), (0.7, 1), (0.7, -1), (0.3, -1)):
-                ends.append(tuple(a[k] * (1 - t) + b[k] * t + s * 0.025 * across[k] for k in range(3)))
-            p.patch([(e[0], e[1], e[2]) for e in ends], r, "second", at=(0, r, 0))
-    for c in corners:
-        nearest = max((d for d in corners if d != c), key=lambda d: sum(x * y for x, y in zip(c, d, strict=True)))
-        side = _round(c, 22, 60)
-        start = max(range(60), key=lambda i: sum(x * y for x, y in zip(side[i], nearest, strict=True)))
-        p.patch([side[(start + 12 * i) % 60] for i in range(5)], r, "second", at=(0, r, 0), lift=0.6)
-
-
 @kind("basketball", "play")
 def _basketball(p: Product) -> None:
     r = 0.5
@@ -78,19 +51,6 @@ def _basketball(p: Product) -> None:
     x, y = (math.cos(turn), math.sin(turn), 0.0), (-math.sin(turn), math.cos(turn), 0.0)
     for pole, degrees in ((x, 90), (y, 90), (x, 48), ((-x[0], -x[1], 0.0), 48)):
         _seam(p, pole, degrees, r, (0, r, 0), "second")
-
-
-@kind("dumbbell", "play")
-def _dumbbell(p: Product) -> None:
-    r, w = p.vary(0.32, 0.38), p.vary(0.5, 0.58)
-    axis = (1.0, 0.0, 0.2)
-    at = (0.0, r, 0.0)
-    p.turned([(0.09, -w), (0.09, w)], "metal", at=at, axis=axis)
-    for s in (-1, 1):
-        end = (s * w * 0.98, r, s * w * 0.196)
-        p.turned([(r, -0.2), (r, 0.2)], at=end, axis=axis, sides=6 if w < 0.54 else 22, lift=0.3 * s)
-        outer = (end[0] + s * 0.2, r, end[2] + s * 0.04)
-        p.turned([(r * 0.66, -0.06), (r * 0.66, 0.08)], "main", at=outer, axis=axis, lift=0.3 * s + 0.05 * s)
 
 
 def _bows(low: float, waist: float, high: float, h: float) -> list[Flat]:
@@ -112,15 +72,3 @@ def _guitar(p: Product) -> None:
     p.mark(_rect(0, h * 0.24, 0.3, 0.07), "dark", at=(0, 0, 0.101), lift=0.4)
     for x in (-0.035, 0.035):
         p.rod([(x, h * 0.24, 0.12), (x, 1.5, 0.14)], 0.01, "light", lift=0.8)
-
-
-@kind("tent", "play")
-def _tent(p: Product) -> None:
-    w, h, d = p.vary(0.62, 0.7), p.vary(0.85, 0.95), p.vary(1.1, 1.3)
-    p.prism([(-w, 0), (w, 0), (0, h)], d)
-    p.mark([(-w * 0.4, 0), (w * 0.4, 0), (0, h * 0.72)], "dark", at=(0, 0, d / 2 + 0.001))
-    for s in (-1, 1):
-        flap = [(s * w * 0.5, 0), (s * w * 0.26, 0.0), (0, h * 0.74), (0, h * 0.78)]
-        p.mark(flap, "second", at=(0, 0, d / 2 + 0.002), lift=0.4)
-        p.rod([(s * w * 0.5, h * 0.5, d / 2), (s * w * 1.2, 0, d / 2 + 0.12)], 0.018, "light", lift=0.5)
-    p.rod([(0, h - 0.03, d / 2), (0, h + 0.1, d / 2)], 0.035, "wood", lift=0.5)

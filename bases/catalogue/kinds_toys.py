@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import math
 
-from shapes import FRONT, Product, arc, around, disc, kind, rounded, smooth, standing
-
-
-def _wheel(
-    p: Product, x: float, z: float, r: float, hub: str = "light", thick: float = 0.12, lift: float = 0.0
-) -> None:
-    """A wheel that rolls along x; its foot is on the ground."""
-    p.turned([(r, -thick / 2), (r, thick / 2)], "rubber", at=(x, r, z), axis=FRONT, lift=lift)
-    p.mark(disc(x, r, r * 0.5), hub, at=(0, 0, z + thick / 2 + 0.002), lift=lift + 0.1)
+from shapes import FRONT, Product, around, disc, kind, rounded, smooth, standing
 
 
 def _face(p: Product, x: float, y: float, z: float, apart: float, eye: float) -> None:
@@ -82,22 +74,6 @@ def _piggy_bank(p: Product) -> None:
     p.ball((0.045, 0.055, 0.03), "dark", at=(s * 0.4, 0.66, 0.28), lift=0.8)
     p.box((0.26, 0.02, 0.06), "dark", at=(-s * 0.05, 0.93, 0), lift=0.3)
     p.turned([(0.13, -0.02), (0.13, 0.02)], "gold", at=(-s * 0.05, 1.04, 0), axis=FRONT, lift=0.2)
-
-
-@kind("snowman", "toys")
-def _snowman(p: Product) -> None:
-    r = p.vary(0.42, 0.46)
-    p.ball(r, at=(0, r * 0.94, 0))
-    p.ball(0.3, at=(0, 2 * r + 0.12, 0), lift=0.2)
-    for s in (-1, 1):
-        p.rod(standing([(s * 0.26, 0.98), (s * 0.62, 1.14), (s * 0.74, 1.3)]), 0.025, "#5b3a24", lift=-0.2)
-        p.rod(standing([(s * 0.62, 1.14), (s * 0.78, 1.14)]), 0.025, "#5b3a24", lift=-0.2)
-    p.turned([(0.29, 0.74), (0.27, 0.87)], "second", band=True, lift=0.6)
-    p.turned([(0.36, 1.22), (0.36, 1.27), (0.24, 1.27), (0.22, 1.56)], "dark", lift=0.6)
-    p.turned([(0.06, 0), (0.01, 0.26)], "#f08a24", at=(0, 1.02, 0.27), axis=(0.2, 0, 1), lift=1)
-    for y in (0.32, 0.5):
-        p.ball(0.04, "dark", at=(0, y, r - 0.02), lift=0.6)
-    _face(p, 0, 1.12, 0.26, 0.1, 0.04)
 
 
 # -- toys that roll and fly --------------------------------------------------------------------------------------------
@@ -271,32 +247,3 @@ def _toy_house(p: Product) -> None:
             plane="side",
             turn=turn,
         )
-
-
-@kind("lifebuoy", "toys")
-def _lifebuoy(p: Product) -> None:
-    r, k = p.vary(0.6, 0.66), p.vary(0.3, 0.34)
-    p.prism(arc(0, r, r, 0, 360, 40) + arc(0, r, k, 360, 0, 40), 0.22)
-    for a in (45, 135, 225, 315):
-        p.mark(arc(0, r, r, a - 14, a + 14, 6) + arc(0, r, k, a + 14, a - 14, 6), "second", at=(0, 0, 0.112))
-
-
-@kind("bowling pin", "toys")
-def _bowling_pin(p: Product) -> None:
-    w = p.vary(0.25, 0.29)
-    p.turned(
-        [
-            (w * 0.5, 0),
-            (w * 0.8, 0.2),
-            (w, 0.5),
-            (w * 0.84, 0.74),
-            (w * 0.46, 1.0),
-            (w * 0.42, 1.1),
-            (w * 0.58, 1.26),
-            (w * 0.52, 1.38),
-            (w * 0.28, 1.46),
-            (0.01, 1.48),
-        ]
-    )
-    p.turned([(w * 0.56, 0.93), (w * 0.47, 1.0)], "second", band=True, lift=0.4)
-    p.turned([(w * 0.42, 1.05), (w * 0.43, 1.12)], "second", band=True, lift=0.4)

@@ -62,34 +62,6 @@ def _high_heel(p: Product) -> None:
         )
 
 
-@kind("sock", "wear")
-def _sock(p: Product) -> None:
-    h = p.vary(1.0, 1.2)
-    leg = [
-        (-0.2, h),
-        (-0.2, 0.6),
-        (-0.25, 0.3),
-        (-0.2, 0.04),
-        (0, 0),
-        (0.45, 0),
-        (0.64, 0.06),
-        (0.66, 0.2),
-        (0.5, 0.32),
-        (0.26, 0.4),
-        (0.19, 0.6),
-        (0.2, h),
-    ]
-    p.prism([leg[0], *smooth(leg[1:-1], closed=False, steps=3), leg[-1]], 0.2)
-    p.prism(rounded(-0.22, h - 0.2, 0.22, h + 0.02, 0.03), 0.25, "second", lift=0.4)
-    p.prism(
-        smooth([(0.44, 0.0), (0.62, 0.04), (0.68, 0.14), (0.62, 0.25), (0.46, 0.33)], steps=3),
-        0.215,
-        "second",
-        lift=0.4,
-    )
-    p.prism(smooth([(-0.25, 0.34), (-0.22, 0.04), (0.06, -0.01), (-0.02, 0.2)], steps=3), 0.215, "second", lift=0.4)
-
-
 # -- clothes -----------------------------------------------------------------------------------------------------------
 
 
@@ -143,40 +115,6 @@ def _sweater(p: Product) -> None:
         )
 
 
-@kind("jacket", "wear")
-def _jacket(p: Product) -> None:
-    w = p.vary(0.32, 0.36)
-    for s in (-1, 1):
-        arm = [
-            (s * w, 1.12),
-            (s * (w + 0.17), 1.0),
-            (s * (w + 0.28), 0.22),
-            (s * (w + 0.07), 0.18),
-            (s * (w - 0.04), 0.8),
-        ]
-        p.prism(arm, 0.2, lift=-0.1)
-    p.prism(twofold([(0, 1.1), (0.16, 1.14), (w, 1.12), (w + 0.02, 0.0)]), 0.26, lift=0.1)
-    p.mark(
-        [(-0.13, 1.12), (0.13, 1.12), (0.05, 0.8), (0.05, 0), (-0.05, 0), (-0.05, 0.8)],
-        "light",
-        at=(0, 0, 0.131),
-        lift=0.4,
-    )
-    for s in (-1, 1):
-        p.prism(
-            [(s * 0.1, 1.2), (s * 0.26, 1.12), (s * 0.22, 0.84), (s * 0.05, 0.76)],
-            0.04,
-            "second",
-            at=(0, 0, 0.15),
-            lift=0.5,
-        )
-        p.mark(
-            [(s * 0.12, 0.4), (s * 0.28, 0.36), (s * 0.28, 0.29), (s * 0.12, 0.33)], "dark", at=(0, 0, 0.131), lift=0.5
-        )
-    for y in (0.14, 0.34, 0.54):
-        p.mark(disc(0.11, y, 0.03), "gold", at=(0, 0, 0.132), lift=0.6)
-
-
 @kind("trousers", "wear")
 def _trousers(p: Product) -> None:
     w, c = p.vary(0.3, 0.34), p.vary(0.74, 0.82)
@@ -205,36 +143,6 @@ def _dress(p: Product) -> None:
 
 
 # -- for the neck, hands and head --------------------------------------------------------------------------------------
-
-
-@kind("bow tie", "wear")
-def _bow_tie(p: Product) -> None:
-    h = p.vary(0.3, 0.36)
-    for s in (-1, 1):
-        p.prism(
-            [
-                (s * x, y)
-                for x, y in smooth(
-                    [
-                        (0.06, h + 0.1),
-                        (0.34, 2 * h - 0.08),
-                        (0.68, 2 * h),
-                        (0.74, h),
-                        (0.68, 0),
-                        (0.34, 0.08),
-                        (0.06, h - 0.1),
-                    ],
-                    steps=3,
-                )
-            ],
-            0.16,
-        )
-        p.mark(
-            [(s * 0.1, h + 0.05), (s * 0.42, h + 0.04), (s * 0.42, h - 0.02), (s * 0.1, h - 0.05)],
-            "dark",
-            at=(0, 0, 0.081),
-        )
-    p.prism(rounded(-0.13, h - 0.16, 0.13, h + 0.16, 0.05), 0.24, "second", lift=0.5)
 
 
 @kind("cap", "wear")
@@ -270,25 +178,6 @@ def _sun_hat(p: Product) -> None:
         p.ball((0.13, 0.09, 0.05), "second", at=(dx, 0.18 + dy, 0.44), lift=1)
 
 
-@kind("hard hat", "wear")
-def _hard_hat(p: Product) -> None:
-    h = p.vary(0.42, 0.48)
-    p.prism(disc(0, 0.1, 0.6), 0.06, plane="floor", lift=-0.4)
-    p.turned([(0.5, 0.04), *[(0.5 * math.cos(a), 0.1 + h * math.sin(a)) for a in (0, 0.3, 0.6, 0.9, 1.2, 1.45, 1.57)]])
-    for x in (-0.17, 0, 0.17):
-        r = 0.5 if not x else 0.45
-        k = 1.06 if not x else 1.0
-        p.prism(
-            [(k * r * math.cos(a), 0.1 + k * h * math.sin(a)) for a in (0, 0.4, 0.8, 1.2, 1.57, 1.9, 2.4, 2.8, 3.14)],
-            0.08,
-            "main",
-            at=(x, 0, 0),
-            plane="side",
-            lift=0.4,
-        )
-    p.mark(rounded(-0.14, 0.08, 0.14, 0.26, 0.04), "second", at=(0, 0, 0.53), tilt=15, lift=1)
-
-
 @kind("crown", "wear")
 def _crown(p: Product) -> None:
     n, h = 8, p.vary(0.62, 0.76)
@@ -304,26 +193,6 @@ def _crown(p: Product) -> None:
 
 
 # -- for the eyes, wrists and fingers ----------------------------------------------------------------------------------
-
-
-@kind("glasses", "wear")
-def _glasses(p: Product) -> None:
-    r = p.vary(0.27, 0.31)
-    for s in (-1, 1):
-        x = s * (r + 0.12)
-        p.prism(disc(x, r + 0.07, r), 0.02, "glass")
-        p.ring(r, 0.07, at=(x, r + 0.07, 0.02))
-        p.rod(
-            [
-                (s * (2 * r + 0.12), r + 0.16, 0),
-                (s * (2 * r + 0.18), r + 0.16, -0.1),
-                (s * (2 * r + 0.18), r + 0.12, -0.7),
-                (s * (2 * r + 0.16), r - 0.1, -0.9),
-            ],
-            0.05,
-            lift=-0.2,
-        )
-    p.rod(standing(arc(0, r + 0.06, 0.12, 160, 20)), 0.06)
 
 
 @kind("sunglasses", "wear")

