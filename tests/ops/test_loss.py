@@ -150,6 +150,29 @@ def test_token_nll(dtype: torch.dtype, chunk: int) -> None:
     same([got], [grad], TOLERANCE[dtype] if dtype != torch.float64 else 1e-7)  # what comes back is float32
 
 
+@DTYPES
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_token_nll_says_where_no_other_token_is_likelier(dtype: torch.dtype, chunk: int) -> None:
+    """As argmax of the same logits; a target that has its equals counts, one that is none does not. The loss and its
+    gradient are what they are without."""
+    h, W = draw(40, 32, dtype=dtype).requires_grad_(), draw(300, 32, dtype=dtype)
+    logits = (h @ W.T).detach()
+    y = torch.where(torch.arange(40) % 2 == 0, logits.argmax(1), torch.randint(0, 300, (40,)))
+    y[::7] = -100
+    W[y[1]] = W[logits[1].argmax()]  # its equal
+    right = torch.ones(40, dtype=torch.bool)
+    loss = token_nll(h, W, y, chunk, right=right)
+    logits = (h @ W.T).detach()
+    best = logits.amax(1) == logits.gather(1, y.clamp(min=0)[:, None])[:, 0]
+    assert right.tolist() == (best & (y >= 0)).tolist()
+    assert right[1]
+    assert right.sum() > 10
+    (got,) = torch.autograd.grad(loss.sum(), h)
+    plain = token_nll(h, W, y, chunk)
+    assert torch.equal(plain, loss)
+    assert torch.equal(torch.autograd.grad(plain.sum(), h)[0], got)
+
+
 def test_token_nll_keeps_the_gradient_of_a_token_that_is_almost_certain() -> None:
     """p = 1 − 1.2e-4: rounded to bfloat16 before 1 is taken off, the whole gradient of the target would be lost."""
     h = torch.tensor([[9.0]], dtype=torch.bfloat16, requires_grad=True)

@@ -16,7 +16,7 @@ from veneer.errors import Interrupted, ResourceError
 from veneer.train.ahead import Ahead
 from veneer.train.checkpoint import Progress
 from veneer.train.events import Event, Stepped
-from veneer.train.loop import LazySteps, Learner, Micro, Score, Step, TrainingPlan, train
+from veneer.train.loop import LazySteps, Learner, Micro, Score, Step, TrainingPlan, by_itself, stepping
 from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.text.batches import Batch, collate
 from veneer.train.text.encode import Example
@@ -90,7 +90,8 @@ def _run(
     optimizer = make_optimizer(learner.parameters, learning_rate=0.1)
     steps = learner.steps() if steps is None else steps
     plan = TrainingPlan(steps, Schedule.of("constant", len(steps)), seed=5)
-    return train(learner, plan, optimizer, progress=progress, on_event=on_event or events.append), events
+    told = on_event or events.append
+    return by_itself(stepping(learner, plan, optimizer, progress=progress, on_event=told)), events
 
 
 def test_order_and_bits_are_those_of_a_run_without_it() -> None:

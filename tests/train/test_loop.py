@@ -20,7 +20,18 @@ from torch import Tensor, nn
 from veneer.errors import Interrupted, PreflightError, ResourceError, TrainingError
 from veneer.train.checkpoint import Progress
 from veneer.train.events import Evaluated, Event, Probed, Saved, Stepped, Stopped
-from veneer.train.loop import LazySteps, Learner, Micro, Score, Step, TrainingPlan, probe, train
+from veneer.train.loop import (
+    LazySteps,
+    Learner,
+    Micro,
+    Score,
+    Step,
+    StopAsked,
+    TrainingPlan,
+    by_itself,
+    probe,
+    stepping,
+)
 from veneer.train.optim import Schedule, make_optimizer
 
 ROWS, WIDTH = 24, 3
@@ -74,7 +85,7 @@ def _train(
 ) -> Progress:  # fmt: skip
     optimizer = make_optimizer(problem.parameters, name=name, learning_rate=lr)
     planned = TrainingPlan(steps, Schedule.of("constant", len(steps)), clip, **plan)
-    return train(problem, planned, optimizer, save=save, on_event=on_event or (lambda event: None))
+    return by_itself(stepping(problem, planned, optimizer, save=save, on_event=on_event or (lambda event: None)))
 
 
 def _cut(rows: list[int], cuts: list[int]) -> list[list[int]]:
@@ -261,7 +272,7 @@ def test_a_signal_stops_steps_of_which_nothing_is_kept_at_once() -> None:
     optimizer = make_optimizer(problem.parameters, learning_rate=0.1)
     plan = TrainingPlan([problem.step([[0]])], Schedule.of("constant", 1))
     with pytest.raises(KeyboardInterrupt):
-        train(problem, plan, optimizer, signals_wait=False)
+        by_itself(stepping(problem, plan, optimizer, asked=StopAsked()))
 
 
 def test_runs_in_a_thread_where_signals_cannot_be_set() -> None:

@@ -33,15 +33,16 @@ _CERTAIN = -1e-7  # the largest mean log p that float32 can tell from 0, whose o
 class _TokenNll(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, copies: PackedCopies | None
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, copies: PackedCopies | None,
+        right: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for i in range(0, len(hidden), chunk):
             part = slice(i, i + chunk)
             logits = None if copies is None else copies.product(hidden[part], weight)
             logits = hidden[part] @ weight.t() if logits is None else logits
-            nll[part] = _row_nll_(logits, targets[part], grad is not None)
+            nll[part] = _row_nll_(logits, targets[part], grad is not None, None if right is None else right[part])
             if grad is not None:
                 made = None if copies is None else copies.product(logits, weight, turned=False)
                 if made is None:
@@ -55,16 +56,17 @@ class _TokenNll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * g.to(grad.dtype)[:, None], None, None, None, None
+        return grad * g.to(grad.dtype)[:, None], None, None, None, None, None
 
 
-def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool, right: Tensor | None = None) -> Tensor:
     """−log softmax at the targets, at least float32; with `gradient`, logits become softmax − onehot in place. A target
-    of −100 is none, as for F.cross_entropy: 0, and no gradient. Raises IndexError for any other that is no token."""
+    of −100 is none, as for F.cross_entropy: 0, and no gradient. `right`: as `token_nll` has it. Raises IndexError for
+    any other that is no token."""
     targets = targets.to(torch.int64).contiguous()
     run = chosen("token_nll", logits)
     if run is not None:
-        own: Tensor = run(logits, targets, gradient)
+        own: Tensor = run(logits, targets, gradient, right)
         return own
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ignored = targets == _IGNORED
@@ -72,6 +74,8 @@ def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     if y.device.type == "cpu" and bool(((y < 0) | (y >= logits.shape[1])).any()):  # a GPU says so itself, later
         raise IndexError("token_nll: a target is no token of the vocabulary")
     nll = torch.logsumexp(wide, 1, keepdim=True) - wide.gather(1, y)
+    if right is not None:
+        right.copy_(likeliest(wide, y[:, 0]) & ~ignored)
     if gradient:
         # the target's p − 1 comes from the wide value: rounding p near 1 to 16 bits first would lose all of it
         slope = torch.softmax(wide, 1).scatter_(1, y, torch.expm1(-nll))
@@ -85,17 +89,24 @@ def _nll_work(dtype: torch.dtype, vocabulary: int) -> Callable[[], object]:
     return lambda: _row_nll_(logits.clone(), targets, True)
 
 
+def likeliest(logits: Tensor, targets: Tensor) -> Tensor:
+    """Whether no other token's logit is above the target's: (M,) bool. logits: (M, vocabulary), targets: (M,)."""
+    return logits.gather(1, targets[:, None])[:, 0] >= logits.amax(1)
+
+
 def token_nll(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, copies: PackedCopies | None = None
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, copies: PackedCopies | None = None,
+    right: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """−log softmax(hidden_i·Wᵀ)[target_i] of each i, (M,) float32. hidden: (M, d), weight: (vocabulary, d) frozen.
 
     A target of −100 is none: 0, and no gradient. Raises IndexError for any other that is no token (on a GPU, an error
     of its own). The gradient is made in the forward pass, chunk by chunk, so that no more than chunk × vocabulary
     logits exist (None: as many positions as `sizes.logits_chunk` says of the device): that of token i is a row of its
-    own, which the backward pass only has to scale by what it is given for i. `copies`: the weight's own. Reference:
-    F.cross_entropy((hidden @ W.T).float(), targets, reduction="none")."""
-    out: Tensor = _TokenNll.apply(hidden, weight, targets, chunk or logits_chunk(hidden.device.type), copies)
+    own, which the backward pass only has to scale by what it is given for i. `copies`: the weight's own. `right`: (M,)
+    bool, which is filled on the way with what `likeliest` says of the logits. Reference: F.cross_entropy((hidden @
+    W.T).float(), targets, reduction="none")."""
+    out: Tensor = _TokenNll.apply(hidden, weight, targets, chunk or logits_chunk(hidden.device.type), copies, right)
     return out
 
 

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+TOKEN_ACCURACY = "token_accuracy"
+"""Among `extra`: the share of trained tokens than which no other was likelier."""
+
 
 @dataclass(frozen=True)
 class Event:

@@ -11,7 +11,7 @@ seeded anew for each micro-batch, from (seed, step, its place in the step), so t
 devices share the work.
 
 `stepping` is the loop, a generator that asks for the forward and backward of each step. Whoever drives it has them
-made: `train` and `by_itself` one run's, `train/together.py` several runs' at once.
+made: `by_itself(stepping(learner, plan, optimizer))` one run's, `train/together.py` several runs' at once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from veneer.ops.cpu.sharing import shared
 from veneer.train.ahead import Ahead
 from veneer.train.checkpoint import Progress, rng_restore, rng_state, seed_all
 from veneer.train.devices import ALONE, Devices
-from veneer.train.events import Evaluated, Listener, Probed, Saved, Stepped, Stopped, silent
+from veneer.train.events import TOKEN_ACCURACY, Evaluated, Listener, Probed, Saved, Stepped, Stopped, silent
 from veneer.train.optim import Schedule
 from veneer.train.signals import heard
 
@@ -137,7 +137,8 @@ class LazySteps(Sequence[Step]):
 @dataclass(frozen=True)
 class Score:
     """What an evaluation found: Σ NLL over `trained` tokens of `rows` rows. `extra`: further means over the rows, for
-    the log. `likelihood`: false for what has no perplexity: squared errors, preferences. `units`: as Micro's."""
+    the log. `likelihood`: false for what has no perplexity: squared errors, preferences. `units`: as Micro's. `right`:
+    trained tokens than which no other was likelier."""
 
     nll: float
     trained: int
@@ -145,6 +146,14 @@ class Score:
     extra: dict[str, float] = field(default_factory=dict)
     likelihood: bool = True
     units: int | None = None
+    right: int | None = None
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """`extra`, and of likelihoods `token_accuracy`."""
+        return self.extra | (
+            {TOKEN_ACCURACY: self.right / self.trained} if self.right is not None and self.trained else {}
+        )
 
     @property
     def loss(self) -> float:
@@ -165,7 +174,8 @@ class Score:
         extra = {key: sum(p.extra.get(key, 0.0) * p.rows for p in parts) / max(1, rows) for key in keys}
         nll, trained = sum(part.nll for part in parts), sum(part.trained for part in parts)
         units = None if parts[0].units is None else sum(part.units or 0 for part in parts)
-        return Score(nll, trained, rows, extra, parts[0].likelihood, units)
+        right = None if parts[0].right is None else sum(part.right or 0 for part in parts)
+        return Score(nll, trained, rows, extra, parts[0].likelihood, units, right)
 
 
 @dataclass
@@ -333,36 +343,6 @@ Stepping = Generator[StepWanted, "StepDone | None", T]
 signal came before it was whole: nothing of it is kept then."""
 
 
-def train(
-    learner: Learner,
-    plan: TrainingPlan,
-    optimizer: torch.optim.Optimizer,
-    *,
-    progress: Progress | None = None,
-    save: Callable[[Progress], Path] | None = None,
-    on_event: Listener = silent,
-    devices: Devices = ALONE,
-    signals_wait: bool = True,
-) -> Progress:
-    """Runs the steps of `plan` after `progress.step` and returns how far the run is.
-
-    `save(progress)` writes a checkpoint: after the steps in `plan.save_at`, at each validation loss below all before
-    it (that of step 0 among them), and at the end. `devices`: the processes that share the work. Each is given the same
-    arguments and makes the same steps; the learner's loss runs on its own micro-batches.
-
-    Ctrl-C or SIGTERM (the first; a second one kills): the step that is under way is dropped, the random state put
-    back to its beginning, the state saved, and Interrupted raised. Without `signals_wait` a signal does at once what
-    it does elsewhere, for steps of which nothing is to be kept. Raises TrainingError naming step and rows when a
-    loss or a gradient is not finite, before the optimizer moves: nothing is saved over the good checkpoint.
-    """
-    return by_itself(
-        stepping(
-            learner, plan, optimizer, progress=progress, save=save, on_event=on_event, devices=devices,
-            asked=None if signals_wait else StopAsked(),
-        )
-    )  # fmt: skip
-
-
 def by_itself(steps: Stepping[T]) -> T:
     """Makes all steps that are asked for, each by itself; what comes out at the end."""
     with closing(steps):
@@ -388,7 +368,17 @@ def stepping(
     devices: Devices = ALONE,
     asked: StopAsked | None = None,
 ) -> Stepping[Progress]:
-    """`train`, which asks for each step. `asked`: what says that it should stop; None: signals of its own."""
+    """Asks for the steps of `plan` after `progress.step`, one after another, and returns how far the run is.
+
+    `save(progress)` writes a checkpoint: after the steps in `plan.save_at`, at each validation loss below all before
+    it (that of step 0 among them), and at the end. `devices`: the processes that share the work. Each is given the same
+    arguments and makes the same steps; the learner's loss runs on its own micro-batches.
+
+    `asked`: what says that it should stop; None: Ctrl-C or SIGTERM (the first; a second one kills). Then the step that
+    is under way is dropped, the random state put back to its beginning, the state saved, and Interrupted raised. One
+    that nobody sets leaves signals what they are elsewhere, for steps of which nothing is to be kept. Raises
+    TrainingError naming step and rows when a loss or a gradient is not finite, before the optimizer moves: nothing is
+    saved over the good checkpoint."""
     progress = progress if progress is not None else Progress()
     send = learner.ahead()
     with (
@@ -544,7 +534,7 @@ def _evaluate_if_due(loop: _Loop) -> bool:
         Evaluated(
             step=progress.step, loss=score.loss, perplexity=score.perplexity if score.likelihood else None,
             rows=score.rows, trained_tokens=score.trained, seconds=time.perf_counter() - began, best=improved,
-            worse=progress.first_loss is not None and score.loss > progress.first_loss, extra=score.extra,
+            worse=progress.first_loss is not None and score.loss > progress.first_loss, extra=score.measures,
         )
     )  # fmt: skip
     return improved

@@ -46,7 +46,7 @@ from veneer.train.image.batches import ImageBatch, PlannedRow
 from veneer.train.image.encode import ImageLoss
 from veneer.train.image.preflight import parts_of
 from veneer.train.image.samples import training_layers
-from veneer.train.loop import Learner, Micro, Step, TrainingPlan, train
+from veneer.train.loop import Learner, Micro, Step, StopAsked, TrainingPlan, by_itself, stepping
 from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.text.batches import Batch
 from veneer.train.text.task import batch_loss, recompute_activations
@@ -106,10 +106,15 @@ def traced_training(fields: Mapping[str, Any], load: Load, device: Device, say: 
                 learner = _Traced(
                     lambda batch: batch_loss(model, batch, torch.device("cuda")), parameters, optimizer, trace, say
                 )
-                train(learner, TrainingPlan(steps, Schedule.of("constant", 2)), optimizer, signals_wait=False)
+                by_itself(stepping(learner, _twice(steps), optimizer, asked=StopAsked()))
                 ways = report.ways()
         shape = model_shape(model)
     return TracedStep(trace, text_memory(shape, load, device), ways, ends=_ends(load))
+
+
+def _twice(steps: list[Step]) -> TrainingPlan:
+    """Two steps at one rate."""
+    return TrainingPlan(steps, Schedule.of("constant", 2))
 
 
 def _ends(load: Load | ImageLoad) -> dict[str, int]:
@@ -180,7 +185,7 @@ def traced_pictures(fields: Mapping[str, Any], load: ImageLoad, device: Device, 
                 with recomputing(base) if load.checkpointing else nullcontext():
                     steps = [Step(tuple(_pictures(base, load) for _ in range(min(load.micros, 2))))] * 2
                     learner = _Traced(loss, parameters, optimizer, trace, say)
-                    train(learner, TrainingPlan(steps, Schedule.of("constant", 2)), optimizer, signals_wait=False)
+                    by_itself(stepping(learner, _twice(steps), optimizer, asked=StopAsked()))
                     ways = report.summary()
     return TracedStep(trace, image_memory(counts, load, device), ways, ends=_ends(load))
 

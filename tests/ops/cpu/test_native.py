@@ -101,7 +101,7 @@ def test_nan_and_infinity_stay_visible(library: object, dtype: torch.dtype) -> N
     nll = torch.empty(3)
     targets = torch.tensor([0, 0, 0])
     arguments = logits.data_ptr(), int(dtype == torch.bfloat16), targets.data_ptr(), nll.data_ptr()
-    library.token_nll(*arguments, 3, 40, 1, 1)  # type: ignore[attr-defined]
+    library.token_nll(*arguments, None, 3, 40, 1, 1)  # type: ignore[attr-defined]
     assert not nll[0].isfinite()
     assert not nll[1].isfinite()
     assert nll[2].isfinite()

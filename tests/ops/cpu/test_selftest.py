@@ -170,7 +170,7 @@ _ROWS_OF_NONE = torch.tensor([0, 1])
         ("norm_silu", [*[None] * 5, 0, 1, 1, FAR, 1e-5, 2]),
         ("norm_silu_backward", [*[None] * 6, 0, 1, 1, FAR, 1e-5, 2]),
         ("causal_softmax", [None, 0, 0, 1, FAR, 0, 0, 0, 2]),
-        ("token_nll", [None, 1, None, None, 0, FAR, 0, 2]),
+        ("token_nll", [None, 1, None, None, None, 0, FAR, 0, 2]),
         ("attend", [*[None] * 6, 0, 1, 1, FAR, 16, 1.0, 2]),
         ("attend_backward", [*[None] * 10, 0, 1, 1, FAR, 16, 1.0, 2]),
         ("rows_attend", [None, 0, None, None, _ROWS_OF_NONE.data_ptr(), 1, FAR, 1, 16, 1.0, 0, 0, None, None, 2]),
@@ -211,6 +211,6 @@ def test_a_target_that_is_no_token_is_an_error_and_writes_nothing(whole: Path, t
     targets = torch.tensor([1, target, 2])
     arguments = logits.data_ptr(), 1, targets.data_ptr(), nll.data_ptr()
     with pytest.raises(IndexError, match="no token of the vocabulary"):
-        library.token_nll(*arguments, 3, 40, 1, 2)
+        library.token_nll(*arguments, None, 3, 40, 1, 2)
     assert bool((around == 1).all())
     assert nll.tolist() == [7.0] * 3

@@ -41,7 +41,7 @@ def _gate(width: int, act: str) -> None:
 
 
 def _head(vocabulary: int) -> None:
-    loss.token_nll(empty(1024, vocabulary), empty(1024, dtype=torch.int64), True)
+    loss.token_nll(empty(1024, vocabulary), empty(1024, dtype=torch.int64), True, empty(1024, dtype=torch.bool))
 
 
 def _attention(heads: int, kv: int, dim: int, window: int | None = None, cap: float = 0.0, sunk: bool = False) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.ops.cuda.laws import DTYPES, FEW, SEEDS, TOLERANCE, close, drawn
 from veneer.ops.cuda import loss
-from veneer.ops.loss import token_nll
+from veneer.ops.loss import likeliest, token_nll
 
 
 @FEW
@@ -23,7 +23,12 @@ def test_token_nll(device: str, dtype: torch.dtype, tokens: int, vocabulary: int
     )
     targets = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed)).to(device)
     targets[::3] = -100
-    nll = token_nll(hidden, weight, targets, chunk)
+    right = torch.ones(tokens, dtype=torch.bool, device=device)
+    nll = token_nll(hidden, weight, targets, chunk, right=right)
+    logits = (hidden @ weight.t()).detach()
+    found = likeliest(logits, targets.clamp(min=0)) & (targets >= 0)
+    clear = logits.float().topk(2, 1).values.diff(dim=1).abs()[:, 0] > 0.1  # products of a chunk round otherwise
+    assert torch.equal(right[clear], found[clear])
     (dx,) = torch.autograd.grad(nll, hidden, g)
     wide = hidden.detach().double().requires_grad_()
     want = F.cross_entropy(wide @ weight.double().t(), targets, reduction="none")

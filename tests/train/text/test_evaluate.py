@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from veneer.core.init import create
 from veneer.errors import AdapterError, DataError
 from veneer.formats import peft
 from veneer.models.text.base import TextBase, load_text
+from veneer.models.text.fast import fast
 from veneer.train.text import evaluate as module
 from veneer.train.text.encode import Example
 from veneer.train.text.evaluate import Scores, answers_of, score_answers, score_examples, score_mixes
@@ -81,6 +83,24 @@ def test_how_rows_are_batched_does_not_matter(base: TextBase) -> None:
         assert many is not None
         assert many.trained == one.trained
         assert many.nll == pytest.approx(one.nll, rel=1e-5)
+
+
+def test_a_token_is_right_where_the_model_would_have_written_it(base: TextBase) -> None:
+    ids = [5, 6, 7]
+    with torch.no_grad():
+        for n in range(12):
+            written = int(base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+            ids.append(written if n % 3 else (written + 1) % 300)
+        best = base.model(input_ids=torch.tensor([ids])).logits[0, 2:-1].argmax(-1)
+    wanted = int((best == torch.tensor(ids[3:])).sum())
+    assert wanted == 8
+    examples = [Example(ids, [i > 2 for i in range(15)], 0), Example([5, 6], [False, False], 0)]
+    for path in (nullcontext(), fast(base.model)):
+        with path:
+            found = score_examples(base.model, examples, base.device)
+        assert found is not None
+        assert (found.right, found.trained) == (wanted, 12)
+        assert found.measures == {"token_accuracy": 8 / 12}
 
 
 def test_scoring_is_without_dropout_or_gradient_and_leaves_the_mode(base: TextBase) -> None:

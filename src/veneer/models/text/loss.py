@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from veneer.models.swap import projection_of, report_of
 from veneer.ops.attention import RowLayout
-from veneer.ops.loss import token_nll
+from veneer.ops.loss import likeliest, token_nll
 from veneer.ops.sizes import ROW_STEP, few_sizes, padded_tokens
 from veneer.ops.spans import Spans
 from veneer.ops.transfer import sent
@@ -31,12 +31,15 @@ _HEAD_CHUNK = 128
 """Positions whose logits exist at once where the head has to be called."""
 
 
-def text_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
-    """Summed negative log-likelihood, float32. input_ids: (N,) with N = Σ lengths, trained: (N,) bool.
+def text_loss(
+    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, right: Tensor | None = None
+) -> Tensor:
+    """Summed negative log-likelihood, float32. input_ids: (N,) with N = Σ lengths, trained: (N,) bool. `right`: a bool
+    for each trained token, on the model's device, which is filled on the way: whether no other token is likelier there.
 
     `trained` is read by the host: on the CPU, wherever the model is, nobody waits for the device. Raises ValueError if
     the lengths do not add up, or a row's first token is to be trained: nothing predicts it."""
-    return _text_nll(model, input_ids, lengths, trained).sum()
+    return _text_nll(model, input_ids, lengths, trained, right).sum()
 
 
 def row_logps(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
@@ -46,7 +49,9 @@ def row_logps(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
     return -torch.stack([part.sum() for part in nll.split(counts)])
 
 
-def _text_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+def _text_nll(
+    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, right: Tensor | None = None
+) -> Tensor:
     """(M,): one for each trained token, in order."""
     if sum(lengths) != len(input_ids) or len(trained) != len(input_ids):
         raise ValueError(f"lengths add up to {sum(lengths)}, input_ids {len(input_ids)}, trained {len(trained)}")
@@ -54,8 +59,8 @@ def _text_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
     if trained[starts.to(trained.device)].any():
         raise ValueError("the first token of a row is marked as trained, but no token before it predicts it")
     if report_of(model).rows and not _beyond(model, lengths):
-        return rows_nll(model, input_ids, lengths, trained)
-    return padded_nll(model, input_ids, lengths, trained)
+        return rows_nll(model, input_ids, lengths, trained, right=right)
+    return padded_nll(model, input_ids, lengths, trained, right)
 
 
 def _rounds(weight: Tensor) -> bool:
@@ -65,17 +70,21 @@ def _rounds(weight: Tensor) -> bool:
 
 def rows_nll(
     model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, layout: RowLayout | None = None,
-    rounded: bool | None = None, spans: Spans | None = None,
+    rounded: bool | None = None, spans: Spans | None = None, right: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """−log p of each trained token, (M,), without padding and with logits at trained positions alone; for models within
     `fast`. `layout`: of those lengths, to see afterwards which layers used it.
 
     `rounded`: padding makes the tokens, and those of them whose output is wanted, one of `few_sizes`; None: where that
     pays. Real tokens come first, so neither their dropout nor anything else of them changes. `spans`: those that the
-    attachment has selected, of these tokens."""
+    attachment has selected, of these tokens. `right`: as `text_loss` has it."""
     trained_at = sent(trained.nonzero()[:, 0], input_ids.device)
     hidden, at = _rows_hidden(model, input_ids, lengths, trained_at, layout, rounded, spans)
-    return _head_nll(model, hidden, input_ids[at])[: len(trained_at)]
+    seen = None if right is None else right.new_empty(len(at))
+    nll = _head_nll(model, hidden, input_ids[at], seen)[: len(trained_at)]
+    if right is not None and seen is not None:
+        right.copy_(seen[: len(right)])
+    return nll
 
 
 def hidden_at(
@@ -156,28 +165,39 @@ def _decoder(model: Any) -> Any:
     return model.model if decoder is model else decoder
 
 
-def padded_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
-    """−log p of each trained token, (M,), by the reference: padded rows, the model's own forward, float32."""
+def padded_nll(
+    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, right: Tensor | None = None
+) -> Tensor:
+    """−log p of each trained token, (M,), by the reference: padded rows, the model's own forward, float32. `right`: as
+    `text_loss` has it."""
     rows = nn.utils.rnn.pad_sequence(list(input_ids.split(list(lengths))), batch_first=True)
     wanted = nn.utils.rnn.pad_sequence(list(trained.split(list(lengths))), batch_first=True)
     mask = torch.arange(rows.shape[1])[None] < torch.tensor(list(lengths))[:, None]
     mask = sent(mask.long(), rows.device)
     logits = model(input_ids=rows, attention_mask=mask, use_cache=False).logits
     row, place = (sent(at, rows.device) for at in wanted[:, 1:].nonzero(as_tuple=True))
-    return F.cross_entropy(logits[row, place].float(), rows[row, place + 1], reduction="none")
+    return _logits_nll(logits[row, place], rows[row, place + 1], right)
 
 
-def _head_nll(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """−log softmax(head(hidden))[target]: (M,). hidden: (M, d), targets: (M,)."""
+def _logits_nll(logits: Tensor, targets: Tensor, right: Tensor | None) -> Tensor:
+    if right is not None:
+        right.copy_(likeliest(logits.detach(), targets))
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _head_nll(model: Any, hidden: Tensor, targets: Tensor, right: Tensor | None = None) -> Tensor:
+    """−log softmax(head(hidden))[target]: (M,). hidden: (M, d), targets: (M,), right: (M,) or None."""
     head = model.get_output_embeddings()
     if (weight := _plain_head(model, hidden)) is not None:
-        return token_nll(hidden, weight, targets, copies=report_of(model).head)
+        return token_nll(hidden, weight, targets, copies=report_of(model).head, right=right)
     out = []
-    for part, y in zip(hidden.split(_HEAD_CHUNK), targets.split(_HEAD_CHUNK), strict=True):
+    for i in range(0, len(hidden), _HEAD_CHUNK):
+        part = slice(i, i + _HEAD_CHUNK)
+        given = model, head, hidden[part], targets[part], None if right is None else right[part]
         if torch.is_grad_enabled():
-            out.append(torch.utils.checkpoint.checkpoint(_chunk_nll, model, head, part, y, use_reentrant=False))
+            out.append(torch.utils.checkpoint.checkpoint(_chunk_nll, *given, use_reentrant=False))
         else:
-            out.append(_chunk_nll(model, head, part, y))
+            out.append(_chunk_nll(*given))
     return torch.cat(out)
 
 
@@ -188,8 +208,8 @@ def _plain_head(model: Any, hidden: Tensor) -> Tensor | None:
     return weight if weight is not None and not _head_is_more(model.config) and weight.dtype == hidden.dtype else None
 
 
-def _chunk_nll(model: Any, head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(_head_logits(model, head, hidden), targets, reduction="none")
+def _chunk_nll(model: Any, head: nn.Module, hidden: Tensor, targets: Tensor, right: Tensor | None) -> Tensor:
+    return _logits_nll(_head_logits(model, head, hidden), targets, right)
 
 
 def _head_logits(model: Any, head: nn.Module, hidden: Tensor) -> Tensor:

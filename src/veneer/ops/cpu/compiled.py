@@ -46,7 +46,7 @@ _EVERYWHERE: dict[str, list[Any]] = {
     "scatter_heads": _HEADS,
     "causal_softmax": [_pointer, *[_int64] * 7, _int],
     "softmax_backward": [_pointer, _pointer, _int64, _int64, _int],
-    "token_nll": [_pointer, _int, _pointer, _pointer, _int64, _int64, _int, _int],
+    "token_nll": [_pointer, _int, *[_pointer] * 3, _int64, _int64, _int, _int],
     "blocks4_dense": [*[_pointer] * 4, _float, _pointer, *[_int64] * 4, _pointer, _int, _int],
     "blocks4_quantise": [_pointer, _int, _pointer, _pointer, _int64, _int64, _pointer, _pointer, _int],
     "ggml_dense": [_int, _pointer, _int64, _pointer, _int, _int],

@@ -434,10 +434,10 @@ def _takes_logits(logits: Tensor) -> bool:
 
 
 @_implements("token_nll", takes=_takes_logits, wants="contiguous bfloat16 or float32")
-def _token_nll(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+def _token_nll(logits: Tensor, targets: Tensor, gradient: bool, right: Tensor | None) -> Tensor:
     nll, half = torch.empty(len(logits), dtype=torch.float32), int(logits.dtype == torch.bfloat16)
     sizes = *logits.shape, int(gradient), torch.get_num_threads()
-    _kernel("token_nll")(logits.data_ptr(), half, *_at(targets, nll), *sizes)
+    _kernel("token_nll")(logits.data_ptr(), half, *_at(targets, nll, right), *sizes)
     return nll
 
 

@@ -414,10 +414,12 @@ void softmax_backward(const bf16 *p, bf16 *dp, int64_t rows, int64_t keys, int t
 
 /* nll[i] = logsumexp(logits[i]) - logits[i][target] (float32); if grad, logits become softmax - onehot in place. A row whose
    target is IGNORED has nll 0 and no gradient. Any other target outside 0 ... v - 1 is an error, and nothing is written.
-   `half`: logits are bf16, else float32. Sums of PART terms are float32 and those of them double: over a vocabulary float32
+   `half`: logits are bf16, else float32. `right`, if there is one: whether no logit is above the target's. Sums of PART terms are float32 and those of them double: over a vocabulary float32
    alone would lose its last digits. */
 enum { IGNORED = -100, PART = 1024 };
-int token_nll(void *logits, int half, const int64_t *targets, float *nll, int64_t n, int64_t v, int grad, int threads) {
+int token_nll(
+    void *logits, int half, const int64_t *targets, float *nll, uint8_t *right, int64_t n, int64_t v, int grad, int threads
+) {
     int failed = DONE;
     for (int64_t i = 0; i < n; i++)
         if (targets[i] != IGNORED && (targets[i] < 0 || targets[i] >= v)) return BAD_TARGET;
@@ -432,6 +434,7 @@ int token_nll(void *logits, int half, const int64_t *targets, float *nll, int64_
             float *wide = (float *)logits + i * v;
             if (targets[i] == IGNORED) {
                 nll[i] = 0.0f;
+                if (right) right[i] = 0;
                 if (grad) memset(half ? (void *)narrow : (void *)wide, 0, (size_t)v * (half ? 2 : 4));
                 continue;
             }
@@ -441,6 +444,7 @@ int token_nll(void *logits, int half, const int64_t *targets, float *nll, int64_
             float top = -__builtin_inff(), hit = e[targets[i]];
 #pragma omp simd reduction(max : top)
             for (int64_t j = 0; j < v; j++) top = e[j] > top ? e[j] : top;
+            if (right) right[i] = hit >= top;
             double sum = 0.0;
             for (int64_t from = 0; from < v; from += PART) {
                 int64_t end = from + PART < v ? from + PART : v;

@@ -361,14 +361,17 @@ def _token_nll(bench: Bench) -> Iterator[Same]:
     targets = torch.tensor([0, 2074, -100, 1033, 7, 2074])
     for dtype, near, far in ((_BF16, 2**-7, 1e-5), (torch.float32, 1e-5, 1e-7)):
         logits = 3 * bench.normal(6, 2075, dtype=dtype)
+        logits[3, 1033] = 40
         wide = logits.double().requires_grad_()
         want = F.cross_entropy(wide, targets, reduction="none")
+        best = wide.argmax(1) == targets
         (slope,) = torch.autograd.grad(want.sum(), wide)
         for gradient, after in ((0, logits), (1, slope)):
-            got, nll = bench.room(like=logits), bench.room(6, dtype=torch.float32)
+            got, nll, right = bench.room(like=logits), bench.room(6, dtype=torch.float32), torch.ones(6).bool()
             half = int(dtype == _BF16)
-            bench.library.token_nll(got.data_ptr(), half, *at(targets, nll), 6, 2075, gradient, _THREADS)
+            bench.library.token_nll(got.data_ptr(), half, *at(targets, nll, right), 6, 2075, gradient, _THREADS)
             yield Same(nll, want.detach(), 1e-5, 1e-5)
+            yield Same(right.float(), best.float(), 0.0, 0.0)
             yield Same(got, after, near, far)
 
 

@@ -10,7 +10,10 @@ from veneer.ops.sizes import power_of_2
 
 
 @kernel
-def _token_nll(logits, targets, nll, width, IGNORED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+def _token_nll(
+    logits, targets, nll, right, width,
+    IGNORED: tl.constexpr, RIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """nan at a target that is neither IGNORED nor a column."""
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * width
@@ -29,6 +32,8 @@ def _token_nll(logits, targets, nll, width, IGNORED: tl.constexpr, GRADIENT: tl.
     loss = tl.log(total) - (own - most)
     ignored = target == IGNORED
     tl.store(nll + token, tl.where(ignored, 0.0, tl.where(known, loss, float("nan"))))
+    if RIGHT:
+        tl.store(right + token, (known & (own >= most)).to(tl.uint8))
     if GRADIENT:
         # the target's p − 1 comes from the loss: p near 1 in float32 would leave few digits of it
         slope = tl.where(ignored, 0.0, 1.0 / total)
@@ -42,9 +47,15 @@ def _token_nll(logits, targets, nll, width, IGNORED: tl.constexpr, GRADIENT: tl.
             tl.store(row + at, rounded(p, row), mask=at < width)
 
 
-def token_nll(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+def token_nll(logits: Tensor, targets: Tensor, gradient: bool, right: Tensor | None = None) -> Tensor:
     nll = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     width = logits.shape[1]
-    constants = {"IGNORED": -100, "GRADIENT": gradient, "BLOCK": min(8192, power_of_2(width))}
-    run_kernel(_token_nll, (len(logits),), logits, targets, nll, width, **constants, num_warps=8)
+    constants = {
+        "IGNORED": -100,
+        "RIGHT": right is not None,
+        "GRADIENT": gradient,
+        "BLOCK": min(8192, power_of_2(width)),
+    }
+    seen = nll if right is None else right.view(torch.uint8)
+    run_kernel(_token_nll, (len(logits),), logits, targets, nll, seen, width, **constants, num_warps=8)
     return nll

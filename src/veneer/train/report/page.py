@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import shown
 from veneer.train.checkpoint import write_atomically
+from veneer.train.events import TOKEN_ACCURACY
 from veneer.train.report.log import duration, short, size
 
 if TYPE_CHECKING:
@@ -154,12 +155,13 @@ def _charts(
 
 
 _MEASURED = {
+    TOKEN_ACCURACY: "Share of tokens than which none was likelier",
     "reward_margin": "Reward of chosen over rejected",
     "reward_accuracy": "Share of pairs ranked right",
     "logp_chosen": "Log-probability of chosen answers, nats",
     "logp_rejected": "Log-probability of rejected answers, nats",
 }
-"""What a preference run measures in each step beside the loss -> the title of its chart."""
+"""What a run on text measures in each step beside the loss -> the title of its chart."""
 
 
 def smooth(points: Sequence[_Point], weights: Sequence[float]) -> list[_Point]:

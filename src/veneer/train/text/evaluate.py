@@ -197,18 +197,20 @@ def score_examples(
     trained token is left out. With several `devices`: of this process's share alone."""
     examples = [e for e in examples if e.learned]
     groups = grouped([e.tokens for e in examples], micro_tokens)
-    total, trained, rows = 0.0, 0, 0
+    total, trained, rows, best = 0.0, 0, 0, 0
     with torch.no_grad(), without_dropout(model):
         for number, counts in devices.deal([sum(examples[i].tokens for i in group) for group in groups]):
             if interrupted():
                 return None
             batch = collate([examples[i] for i in groups[number]])
-            value = loss(model, batch.input_ids.to(device), batch.lengths, batch.trained)
+            right = torch.empty(batch.trained_tokens, dtype=torch.bool, device=device)
+            value = loss(model, batch.input_ids.to(device), batch.lengths, batch.trained, right)
             if counts:
                 total += float(value)
+                best += int(right.sum())
                 trained += batch.trained_tokens
                 rows += len(batch.lengths)
-    return Score(total, trained, rows)
+    return Score(total, trained, rows, right=best)
 
 
 def answers_of(

@@ -43,7 +43,7 @@ from veneer.train import loop
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig
 from veneer.train.devices import Devices
-from veneer.train.events import Listener, Note
+from veneer.train.events import TOKEN_ACCURACY, Listener, Note
 from veneer.train.loop import Means, Score, Step
 from veneer.train.planning import micro_tokens_of_run, with_micro_tokens
 from veneer.train.preflight import CACHE, Report, computes_on, free_memory, recomputes
@@ -324,9 +324,12 @@ def recompute_activations(model: Any, store: HostStore | None = None) -> None:
         layer._gradient_checkpointing_func = store.checkpoint
 
 
-def batch_loss(model: Any, batch: Batch, device: torch.device, call: CallWithWeights = call_whole) -> Tensor:
-    """Σ NLL over the trained tokens of a batch, whose rows are on the CPU: the host waits for no device."""
-    return call(text_loss, model, sent(batch.input_ids, device), batch.lengths, batch.trained)
+def batch_loss(
+    model: Any, batch: Batch, device: torch.device, call: CallWithWeights = call_whole, right: Tensor | None = None
+) -> Tensor:
+    """Σ NLL over the trained tokens of a batch, whose rows are on the CPU: the host waits for no device. `right`: as
+    `text_loss` has it."""
+    return call(text_loss, model, sent(batch.input_ids, device), batch.lengths, batch.trained, right)
 
 
 class AttachedText(AttachedTask[RunResult]):
@@ -343,6 +346,8 @@ class AttachedText(AttachedTask[RunResult]):
         self.steps = planned_steps(data.train.items, config, data.train.rows, run.devices.count)
         self.ends = self.steps.ends
         self.held_out: Sequence[Any] = data.held.items[: config.evaluation.rows]
+        self._right: list[Tensor] = []
+        self._seen = 0
 
     @property
     def scored(self) -> bool:
@@ -404,8 +409,25 @@ class AttachedText(AttachedTask[RunResult]):
             "`veneer eval` without adapters shows it too, and it is worth a report); --force trains all the same",
         )  # fmt: skip
 
+    def begin_step(self, step: Step) -> None:
+        self._right, self._seen = [], 0
+
     def loss(self, batch: Batch) -> Tensor:
-        return batch_loss(self.base.model, batch, self.base.device, self.call)
+        right = torch.empty(batch.trained_tokens, dtype=torch.bool, device=self.base.device)
+        nll = batch_loss(self.base.model, batch, self.base.device, self.call, right)
+        self.saw(right)
+        return nll
+
+    def saw(self, right: Tensor) -> None:
+        """Of trained tokens of this step, whether no other was likelier."""
+        self._right.append(right.sum())
+        self._seen += len(right)
+
+    def measured(self) -> Means:
+        if not self._seen:
+            return Means()
+        right = float(torch.stack(self._right).sum())  # once a step, after its losses were read: nobody waits for it
+        return Means({TOKEN_ACCURACY: right}, {TOKEN_ACCURACY: self._seen})
 
     def ahead(self) -> Callable[[Batch], Batch] | None:
         device = self.base.device

@@ -279,11 +279,14 @@ class _Passes:
         spans = Spans(tokens, kept, [seeded_generator(*seed) for seed in seeds])
         first.attachment.use_spans([self.tasks[place].name for place, _ in members], spans)
         device = first.base.device
+        right = torch.empty(sum(kept), dtype=torch.bool, device=device)
         nll = rows_nll(
             first.base.model, torch.cat([sent(batch.input_ids, device) for batch in batches]),
             [length for batch in batches for length in batch.lengths], torch.cat([batch.trained for batch in batches]),
-            spans=spans,
+            spans=spans, right=right,
         )  # fmt: skip
+        for (place, _), part in zip(members, right.split(kept), strict=True):
+            self.tasks[place].saw(part)
         sums = [part.sum() for part in nll.split(kept)]
         counts = [wanted[place].step.counted for place, _ in members]
         torch.stack([own / count for own, count in zip(sums, counts, strict=True)]).sum().backward()  # type: ignore[no-untyped-call]
