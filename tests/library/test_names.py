@@ -5,11 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.library.made import made, read_made
 from veneer.errors import AdapterError, ConfigError
 from veneer.library.library import Library, open_library
-from veneer.library.names import Reference, check_file_name, check_tag, name_of, parse_reference, parse_tuned
+from veneer.library.names import (
+    Reference,
+    check_file_name,
+    check_tag,
+    name_of,
+    new_tuned,
+    parse_reference,
+    parse_tuned,
+    tuned_of,
+)
 from veneer.library.transfer import export_to, import_from
 from veneer.library.upkeep import rebuild, verify_library
 
@@ -153,3 +164,17 @@ def test_what_openai_calls_tuned_is_a_name_of_the_library(text: str, reference: 
 def test_what_only_looks_like_one_is_no_reference(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_reference(text)
+
+
+@given(st.sampled_from(["", "acme"]), st.from_regex(r"([a-z0-9]{1,9}(-[a-z0-9]{1,9})?)?", fullmatch=True))
+def test_a_tuned_name_is_found_again_from_what_it_is_in_the_library(organisation: str, suffix: str) -> None:
+    made = new_tuned("smollm2-135m", organisation, suffix)
+    assert tuned_of("smollm2-135m", made.reference) == made
+    assert parse_tuned(str(made)) == made
+
+
+@pytest.mark.parametrize(
+    "name", ["support", "acme/support", "support-12345678", "support-abcdefgh", "a/b-kq7vz2mh9", ""]
+)
+def test_no_other_name_is_one(name: str) -> None:
+    assert tuned_of("base", name) is None

@@ -20,6 +20,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, String, create_engine,
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from veneer.errors import ConfigError, MissingExtraError, ResourceError
+from veneer.files.rights import make_private
 
 URL_FIX = "a path for SQLite, or postgresql://user:password@host/database"
 PATIENCE = 30.0
@@ -146,6 +147,19 @@ def _wal(connection: Any) -> None:
             if time.monotonic() > give_up:
                 raise
             time.sleep(0.02)
+
+
+def keep_private(engine: Engine) -> None:
+    """A SQLite file, made if it is not there, and what SQLite has beside it are this user's to read, as `make_private`
+    has it. PostgreSQL knows its users itself."""
+    if engine.dialect.name == "sqlite" and engine.url.database:
+        file = Path(engine.url.database)
+        if not file.exists():
+            with contextlib.suppress(OSError):  # which opening it says better
+                file.touch()
+        for each in (file, file.with_name(f"{file.name}-wal"), file.with_name(f"{file.name}-shm")):
+            if each.is_file():
+                make_private(each)
 
 
 def database_clock(engine: Engine) -> ColumnElement[float]:

@@ -17,14 +17,15 @@ from sqlalchemy import Column, Connection, Engine, MetaData, String, Table, inse
 from sqlalchemy.exc import DBAPIError
 
 from veneer.errors import ConfigError
-from veneer.library.database import URL_FIX, reading, shown_url, write_transaction
+from veneer.library.database import URL_FIX, keep_private, reading, shown_url, write_transaction
 
 
 @dataclass(frozen=True)
 class Schema:
     """The tables of a database. `what`: what is kept there, for errors. `scripts`: the folder of the revisions.
     `table`: holds the revision. `before`: the revision of tables from before it was held; None where there are no
-    tables. `first`: what a new database needs besides `tables`. `lock`: the key of PostgreSQL's advisory lock."""
+    tables. `first`: what a new database needs besides `tables`. `lock`: the key of PostgreSQL's advisory lock.
+    `private`: whether it holds what people wrote, so that nobody else on this machine may read it."""
 
     what: str
     tables: MetaData
@@ -33,6 +34,7 @@ class Schema:
     lock: int
     before: Callable[[Connection], str | None]
     first: Callable[[Connection], None] = lambda connection: None
+    private: bool = False
 
     @property
     def revisions(self) -> list[str]:
@@ -69,6 +71,8 @@ def append_only(connection: Connection, tables: Sequence[str], what: str, functi
 def bring_up(engine: Engine, schema: Schema, where: str) -> None:
     """Brings the tables to this veneer's revision. Raises ConfigError for a database of a later veneer, or one that
     cannot be opened; the engine is then disposed of."""
+    if schema.private:
+        keep_private(engine)
     try:
         with reading(engine) as connection:
             found = revision(connection, schema)

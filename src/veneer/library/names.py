@@ -22,6 +22,7 @@ Knows text alone.
 from __future__ import annotations
 
 import re
+import secrets
 from dataclasses import dataclass
 
 from veneer.errors import ConfigError, quoted
@@ -32,6 +33,10 @@ _ALIAS = re.compile(r"[a-z]([a-z0-9._-]{0,48}[a-z0-9])?")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/=+-]{0,99}")
 _PREFIX = re.compile(r"sha256:[0-9a-f]{4,64}")
 _TUNED = re.compile(r"ft:([^:@]{1,200}):([^:@/]*):([^:@/]*):([^:@/]+)(?::ckpt-step-(\d{1,9}))?")
+_LETTERS = "bcdfghjkmpqrstvwxz"
+_TUNED_LAST = re.compile(rf"(?:(.+)-)?([{_LETTERS}][{_LETTERS}2-9]{{7}})")
+"""What a tuned adapter is called in the library. No id reads as a number, which would be a strength behind the last
+colon of its other name."""
 _RESERVED = {"latest", "con", "prn", "aux", "nul"}
 
 
@@ -71,6 +76,25 @@ class TunedName:
         """What it is in the library."""
         name = f"{self.organisation}/{self.last}" if self.organisation else self.last
         return name if self.step is None else f"{name}@{checkpoint_alias(self.step)}"
+
+
+def new_tuned(base: str, organisation: str, suffix: str) -> TunedName:
+    """A name that nothing has yet."""
+    id = secrets.choice(_LETTERS) + "".join(secrets.choice(_LETTERS + "23456789") for _ in range(7))
+    return TunedName(base, organisation, suffix, id)
+
+
+def tuned_of(base: str, name: str) -> TunedName | None:
+    """What OpenAI would call the adapter of this name in the library; None for a name as `new_tuned` makes none."""
+    organisation, _, last = name.rpartition("/")
+    found = _TUNED_LAST.fullmatch(last)
+    made = None if found is None else TunedName(base, organisation, found[1] or "", found[2])
+    return made if made is not None and parse_tuned(str(made)) == made else None
+
+
+def organisation_of(tenant: str) -> str:
+    """What OpenAI would call a tenant, or whoever has the machine."""
+    return f"org-{tenant or 'veneer'}"
 
 
 def checkpoint_alias(step: int) -> str:

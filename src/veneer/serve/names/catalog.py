@@ -178,7 +178,7 @@ class Catalog:
         return out
 
     def card(self, model: str, caller: Caller) -> ModelCard:
-        """The line of one of them, and of what OpenAI would call `ft:base:…`, which has another name in the list."""
+        """The line of one of them, and of what OpenAI would call `ft:base:…`."""
         if parse_tuned(model) is not None:
             _, part, _ = self._mean(model, caller)
             kept = self.shelf.look(self._word(model))

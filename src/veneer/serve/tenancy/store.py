@@ -520,6 +520,7 @@ TENANT_SCHEMA = Schema(
     _LOCK,
     _before,
     _first,
+    private=True,
 )
 
 

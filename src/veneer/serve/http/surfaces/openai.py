@@ -29,6 +29,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from veneer import __version__
+from veneer.library.names import organisation_of, parse_tuned, tuned_of
 from veneer.serve.access import Caller, ModelCard, Served, Tenancy
 from veneer.serve.http.answers import (
     IndexedEvent,
@@ -335,8 +336,10 @@ class CompletionBody(Shared):
 
 @openai_routes.get("/v1/models", summary="The base, adapters and routes that exist for this caller.")
 async def models(request: HttpRequest) -> Response:
-    service = service_of(request)
-    return Json({"object": "list", "data": [_card(service, c) for c in service.catalog.models(caller_of(request))]})
+    service, caller = service_of(request), caller_of(request)
+    cards = service.catalog.models(caller)
+    cards = [*cards, *_tuned(service.catalog.base, cards, caller)]
+    return Json({"object": "list", "data": [_card(service, card) for card in cards]})
 
 
 @openai_routes.get("/v1/models/{model:path}", summary="One of them.")
@@ -345,16 +348,25 @@ async def model(request: HttpRequest, model: str) -> Response:
     return Json(_card(service, service.catalog.card(model, caller_of(request))))
 
 
+def _tuned(base: str, cards: Sequence[ModelCard], caller: Caller) -> list[ModelCard]:
+    """What the caller's own jobs made, a second time, by the names that OpenAI would give it."""
+    names = {card.id: tuned_of(base, card.id) for card in cards if card.parent is not None}
+    own = {id: str(name) for id, name in names.items() if name is not None and name.organisation == caller.tenant}
+    return [replace(card, id=own[card.id]) for card in cards if card.id in own]
+
+
 def _card(service: Service, card: ModelCard) -> dict[str, Any]:
-    """A model as vLLM describes it, with the adapter's digest."""
+    """A model as vLLM describes it, with the adapter's digest; what was tuned belongs to its organisation."""
+    tuned = parse_tuned(card.id)
     permission = {
         "id": f"modelperm-{card.digest[:24] or card.id}", "object": "model_permission", "created": card.created,
         "allow_create_engine": False, "allow_sampling": True, "allow_logprobs": True, "allow_search_indices": False,
         "allow_view": True, "allow_fine_tuning": False, "organization": "*", "group": None, "is_blocking": False,
     }  # fmt: skip
     return {
-        "id": card.id, "object": "model", "created": card.created, "owned_by": "veneer", "root": card.root,
-        "parent": card.parent, "max_model_len": service.prompts.context, "permission": [permission],
+        "id": card.id, "object": "model", "created": card.created, "root": card.root, "parent": card.parent,
+        "owned_by": "veneer" if tuned is None else organisation_of(tuned.organisation),
+        "max_model_len": service.prompts.context, "permission": [permission],
         "digest": card.digest, "pinned": card.pinned,
     }  # fmt: skip
 

@@ -1,0 +1,41 @@
+"""What nobody else on the machine may read, by the rights that files have."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from veneer.files.rights import make_private, private_folder
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
+
+
+def rights(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(0o644, 0o600), (0o755, 0o700), (0o664, 0o660), (0o777, 0o770), (0o600, 0o600)]
+)
+def test_others_lose_what_they_had_and_a_group_what_it_had_by_chance(tmp_path: Path, before: int, after: int) -> None:
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.touch()
+    folder.mkdir()
+    for path in (file, folder):
+        path.chmod(before)
+    make_private(file)
+    private_folder(folder)
+    assert rights(file) == rights(folder) == after
+    make_private(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(("umask", "wanted"), [(0o022, 0o700), (0o002, 0o770), (0, 0o770)])
+def test_a_new_folder_whatever_the_umask(tmp_path: Path, umask: int, wanted: int) -> None:
+    before = os.umask(umask)
+    try:
+        assert rights(private_folder(tmp_path / "a" / "b")) == wanted
+    finally:
+        os.umask(before)
