@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_from_a_configuration_to_an_adapter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A worker beside, as `veneer serve --train` has one, and its job's process, which finds the tenants' routes by
     what the worker was told."""
-    at, tenants = ("--at", str(folder / "library")), str(folder / "tenants.sqlite")
+    at, tenants = ("--library", str(folder / "library")), str(folder / "tenants.sqlite")
     with tenants_at(tenants) as known:
         assert known is not None
         manage.add_tenant(known, "acme", who="test")
@@ -78,7 +78,7 @@ def job_log(folder: Path, job: str) -> str:
 
 
 def test_what_cannot_be_queued_says_why(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    at, config = ("--at", str(folder / "other")), str(folder / "support.yaml")
+    at, config = ("--library", str(folder / "other")), str(folder / "support.yaml")
     (folder / "broken.jsonl").write_text("{\n")
     ran = run(capsys, "jobs", *at, "submit", config, f"data.train={folder / 'broken.jsonl'}")
     assert (ran.code, "failed" in ran.out, "broken.jsonl:1" in ran.out) == (2, True, True)

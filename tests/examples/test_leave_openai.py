@@ -34,18 +34,22 @@ def servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[J
 
 def test_the_pages_script_runs(servers: tuple[Jobs, Jobs], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "how-to" / "leave-openai.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
-    (tmp_path / "tickets.jsonl").write_text(json.dumps(ROW) + "\n")
+    code, more = re.findall(r"```python\n(.*?)```", page, re.S)
+    for name in ("tickets.jsonl", "held-out.jsonl"):
+        (tmp_path / name).write_text(json.dumps(ROW) + "\n")
     here = {"http://127.0.0.1:8000": servers[1].server.url, '"none"': '"acme"', "smollm2-135m": "toy"}
     here |= {"tickets.jsonl": str(tmp_path / "tickets.jsonl"), "open(": "opened("}
+    more = more.replace("held-out.jsonl", str(tmp_path / "held-out.jsonl"))
     for theirs, ours in here.items():
         assert theirs in code
-        code = code.replace(theirs, ours)
+        code, more = code.replace(theirs, ours), more.replace(theirs, ours)
     with ExitStack() as files:
         run: dict[str, Any] = {"opened": lambda *given: files.enter_context(open(*given))}
         exec(textwrap.dedent(code), run)
+        assert run["job"].training_file == run["file"].id
+        exec(textwrap.dedent(more), run)
         run["client"].close()
-    assert run["job"].training_file == run["file"].id
+    assert run["job"].to_dict()["after"]["route"]["name"] == "support"
     assert "created" in capsys.readouterr().out
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.jobs.small import small_config
 from veneer.errors import ConfigError, VeneerError
-from veneer.jobs.after import after_from, check_after, load_job_config, parse_rule
+from veneer.jobs.after import after_from, check_after, held_out_rows, load_job_config, parse_rule
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.store import Store
 from veneer.train.config.load import config_from
@@ -93,7 +94,7 @@ HELD: dict[str, Any] = {"evaluate": {}}
         ({"route": {"name": "moving"}}, "the newest version"),
         ({"route": {"name": "x"}, "promote": "loss <= base"}, "loss decides and is not measured"),
         ({**HELD, "route": {"name": "x"}, "promote": "bleu > base"}, "metrics: [exact_match, loss, bleu]"),
-        ({"evaluate": {"data": "nothing.jsonl"}, "route": {"name": "x"}}, "nothing.jsonl"),
+        ({"route": {"name": "x"}, "alias": "prod"}, "leave one out"), ({"alias": "Prod"}, "cannot be an alias"),
     ],
 )  # fmt: skip
 def test_what_could_not_be_done_is_said_before_anything_is_trained(
@@ -112,9 +113,40 @@ def test_without_held_out_rows_or_tenants_nothing_is_compared(tenants: Store, tm
     check_after(after, config, "acme/support", "acme", tenants)
     with pytest.raises(ConfigError, match="no tenants' database"):
         check_after(after, config, "acme/support", "acme", None)
+    check_after(after_from({**HELD, "alias": "prod"}, tmp_path), config, "acme/support", "acme", None)
+    assert after.evaluate is not None
     config, _ = config_from(given | {"data": {"train": str(tmp_path / "rows.jsonl"), "split": 0}})
     with pytest.raises(ConfigError, match="no rows are held out"):
-        check_after(after, config, "acme/support", "acme", tenants)
+        held_out_rows(after.evaluate, config)
+
+
+def test_overrides_reach_what_comes_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a section in the file or without; paths in them are of the current folder, as of a run's overrides."""
+    config = small_config(tmp_path) | {"output": "out"}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(config | {"after": {"route": {"name": "x", "weight": 0.1}}}))
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    rule = "after.promote=loss <= serving - 2 %"
+    given = ["after.evaluate.data=held.jsonl", "after.evaluate.metrics=[loss]", rule, "adapter.rank=3"]
+    for file, name in (("a.yaml", "x"), ("b.yaml", "y")):
+        more = ["after.route.weight=0.25"] if name == "x" else ["after.route={name: y, weight: 0.25}"]
+        run, after = load_job_config(tmp_path / file, [*given, *more])
+        assert (run.adapter.rank, load_job_config(tmp_path / "b.yaml")[1]) == (3, None)
+        assert after is not None
+        assert after.model_dump() == {
+            "evaluate": {"data": [str(tmp_path / "here" / "held.jsonl")], "metrics": ["loss"], "limit": None,
+                         "max_new_tokens": 256},
+            "route": {"name": name, "weight": 0.25, "shadow": False}, "promote": "loss <= serving - 2 %",
+            "alias": None,
+        }  # fmt: skip
+    for wrong, said in {
+        "after.route.wait=1": "did you mean weight", "after.route.weight=2": "`after.route.weight`",
+        "after.promote.now=1": "is no section", "after.route": "not an override",
+    }.items():  # fmt: skip
+        with pytest.raises(ConfigError) as error:
+            load_job_config(tmp_path / "a.yaml", [rule, wrong])
+        assert said in f"{error.value}", wrong
 
 
 def test_a_jobs_file_is_a_run_and_what_comes_after_it(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from veneer.jobs.store import Job, JobStore, WrongState
 from veneer.jobs.validate import device_of, submitted
 from veneer.library.database import reading
 from veneer.library.library import Library, open_library
+from veneer.models.text.base import TextBase
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.store import Store
 from veneer.serve.tenancy.tenants import Tenants
@@ -57,15 +58,25 @@ class Shop:
         assert carry_out_jobs(self.library, {lease.job.id: lease.token}) == 0
         return self.jobs.get("acme", lease.job.id)
 
-    def placed(self, reference: str, scores: Mapping[str, float] | None, after: Mapping[str, Any]) -> Job:
-        """A job that has made `reference`, by pretence, and was measured so."""
+    def placed(
+        self, reference: str, scores: Mapping[str, float] | None, after: Mapping[str, Any], serving: int | None = None
+    ) -> Job:  # fmt: skip
+        """A job that has made `reference`, by pretence, and was measured so, beside a version that serves."""
         job = queued(self.jobs, about={"after": after_from(after, self.folder).model_dump()})
         lease = taken(self.jobs)
         found = {who: {"exact_match": value} for who, value in (scores or {}).items()}
+        compared = {"scores": found, "serving": None if serving is None else f"acme/support@{serving}"}
         for _ in range(2):  # a kill before the job ended, and again
-            place_job(self.jobs, lease, self.tenants, reference, scores and {"scores": found})
+            place_job(self.jobs, lease, self.tenants, reference, scores and compared)
         self.jobs.finish(lease, result={"reference": reference})
         return job
+
+    def add_versions(self, count: int) -> None:
+        """Of acme/support, each another adapter."""
+        for n in range(count):
+            pair = Pair(torch.full((1, 4), 2.0 + n), torch.ones(4, 1), 1.0)
+            write_folder(Adapter({"layer": pair}), self.folder / f"version {n}")
+            self.library.add(self.folder / f"version {n}", "acme/support")
 
     def told(self, job: Job, kind: str) -> list[Any]:
         return [event for event in self.jobs.events("acme", job.id, limit=10_000)[0] if event.kind == kind]
@@ -147,8 +158,9 @@ def test_what_somebody_else_moved_is_left_alone(shop: Shop) -> None:
     assert shop.leads() == {"targets": {"acme/old@1": 5}, "shadow": None}
 
 
-def test_a_job_is_compared_with_what_serves_then(shop: Shop) -> None:
-    """The same numbers as scoring each apart, on the job's card, among its events, and by its rule."""
+def test_a_job_is_compared_with_what_serves_then(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers as scoring each apart, on the job's card, among its events, and by its rule; the base is loaded
+    once for all of it."""
     from veneer.models.text.base import load_text
     from veneer.train.text.evaluate import score_mixes
     from veneer.train.text.rows import read_rows
@@ -164,7 +176,16 @@ def test_a_job_is_compared_with_what_serves_then(shop: Shop) -> None:
     assert first.state == "queued", first.error
     with pytest.raises(WrongState, match="is queued"):
         promote_job(shop.jobs, shop.tenants, "acme", first.id)
+    loaded: list[str] = []
+
+    def counting(name: str, **more: Any) -> TextBase:
+        loaded.append(name)
+        return load_text(name, **more)
+
+    for module in ("veneer.models.text.base", "veneer.train.text.task"):
+        monkeypatch.setattr(f"{module}.load_text", counting)
     shop.work()
+    assert loaded == [str(shop.folder / "tiny-base")]
     assert shop.leads() == {"targets": {"acme/support@1": 1}, "shadow": None}
     second = shop.submit(after, schedule={"steps": 6})
     shop.work()
@@ -182,6 +203,47 @@ def test_a_job_is_compared_with_what_serves_then(shop: Shop) -> None:
     assert json.dumps(kept["serving"]) == json.dumps(told.data["scores"]["serving"])
     rollback_job(shop.jobs, shop.tenants, "acme", second.id)
     assert shop.leads() == {"targets": {"acme/support@1": 1}, "shadow": None}
+
+
+@pytest.mark.parametrize(
+    ("before", "rule", "scores", "now"),
+    [
+        (1, {}, None, 1), (1, RULE, BETTER, 2), (1, RULE, WORSE, 1), (1, RULE, None, 1),
+        (None, {}, None, 2), (None, RULE, BETTER, 2), (None, RULE, WORSE, None),
+    ],
+)  # fmt: skip
+def test_an_alias_in_place_of_a_route(shop: Shop, before: int | None, rule: Any, scores: Any, now: int | None) -> None:
+    """By rule, or waiting for a hand; a kill moves it once; then by hand, and back to what was before all of it."""
+
+    def points() -> int | None:
+        found = shop.library.search(name="acme/support", all_versions=True)
+        return next((version.version for version in found if "prod" in version.aliases), None)
+
+    shop.add_versions(2)
+    if before is not None:
+        shop.library.alias(f"acme/support@{before}", "prod")
+    job = shop.placed("acme/support@2", scores, {"alias": "prod", **rule}, serving=before)
+    assert points() == now
+    assert len(shop.told(job, "alias")) == 1
+    for _ in range(2):
+        place = promote_job(shop.jobs, None, "acme", job.id)
+    assert (points(), str(place)) == (2, "acme/support@prod leads to acme/support@2")
+    assert place.shown == {"alias": "acme/support@prod", "version": "acme/support@2"}
+    rollback_job(shop.jobs, None, "acme", job.id)
+    assert points() == before
+    with pytest.raises(ConfigError, match="is not where job"):
+        rollback_job(shop.jobs, None, "acme", job.id)
+
+
+def test_an_alias_that_somebody_else_moved_is_left_alone(shop: Shop) -> None:
+    shop.add_versions(3)
+    shop.library.alias("acme/support@2", "prod")
+    job = shop.placed("acme/support@3", BETTER, {"alias": "prod", **RULE}, serving=1)
+    (told,) = shop.told(job, "alias")
+    assert (told.level, "was moved since" in told.message) == ("warn", True)
+    assert shop.library.find("acme/support@prod").version == 2
+    with pytest.raises(ConfigError, match="did not move acme/support@prod"):
+        rollback_job(shop.jobs, None, "acme", job.id)
 
 
 def test_over_http_by_the_operator_alone(shop: Shop) -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import stat
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from veneer.jobs.files import FileLimits, Files, open_files
+from veneer.jobs.store import JobStore
 from veneer.library.library import Library, open_library
 from veneer.serve.request import Refused
+from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.store import Store
 
 ROWS = b'{"messages": []}\n'
 HOUR = 3600.0
@@ -67,6 +73,30 @@ def test_a_store_elsewhere(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None
             assert source.read() == 2 * ROWS
         files.delete("acme", made.id)
         assert kept(files) == set()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
+def test_nobody_else_on_the_machine_reads_what_people_wrote(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tenants with what they let be kept, jobs, uploads: new, and made by a veneer that let everybody."""
+    monkeypatch.setenv("VENEER_HOME", str(quick / "home"))
+    before = os.umask(0o022)
+    try:
+        for again in range(2):
+            with open_library(quick / "library") as library, closing(Store(str(quick / "tenants.sqlite"))) as tenants:
+                jobs, made = JobStore(library), open_files(library)
+                made.add("acme", "a.jsonl", "fine-tune", io.BytesIO(b"{}"))
+                jobs.create("acme", {}, name="x").make_folder()
+                manage.add_tenant(tenants, f"t{again}", who="test")
+                held = [*quick.glob("*.sqlite*"), *(quick / "library").glob("index.sqlite*")]
+                assert len(held) == 6  # with SQLite's own files beside them
+                assert [stat.S_IMODE(path.stat().st_mode) for path in held] == [0o600] * 6
+                for folder in (quick / "library" / "uploads", quick / "home" / "jobs"):
+                    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+                    folder.chmod(0o755)
+                for path in (quick / "tenants.sqlite", quick / "library" / "index.sqlite"):
+                    path.chmod(0o644)
+    finally:
+        os.umask(before)
 
 
 def test_nobody_reaches_what_is_anothers(files: Files) -> None:

@@ -13,7 +13,7 @@ import pytest
 from tests.jobs.pretended import Pretended, until
 from tests.jobs.small import small_config
 from veneer.files.safetensors import read_tensors
-from veneer.jobs.executors import Ended
+from veneer.jobs.executors import Ended, LocalExecutor
 from veneer.jobs.joining import company
 from veneer.jobs.process import carry_out_jobs
 from veneer.jobs.store import Job, JobLease, JobStore
@@ -149,6 +149,20 @@ def test_one_that_leaves_or_fails_leaves_the_others(
         assert len(resumed) == 1
         assert int(resumed[0].split()[3]) > seen[0]
         assert any("may differ in the last bits" in event.message for event in events)
+
+
+def test_a_worker_trains_several_in_one_process_of_this_machine(
+    library: Library, store: JobStore, tmp_path: Path
+) -> None:
+    """Nothing is pretended here: the process finds its queue and library by what the worker hands on."""
+    jobs = [queued(store, tmp_path, tenant) for tenant in ("acme", "globex")]
+    Worker(library, LocalExecutor(), poll=0.02, device=device_of()).run(until_idle=True)
+    for job in jobs:
+        now, (told, _) = store.get(None, job.id), store.events(None, job.id)
+        assert (now.state, now.attempt) == ("succeeded", 1), (now.error, told)
+        assert "in one process with other jobs of its base" in [event.message for event in told]
+        assert library.find(f"{job.tenant}/support").version == 4  # after its three checkpoints
+    assert len({place.partition(",")[0] for place in (store.get(None, job.id).place for job in jobs)}) == 1
 
 
 def rounds(worker: Worker, condition: Callable[[], object]) -> None:

@@ -13,7 +13,9 @@ import pytest
 from tests.jobs.small import small_config
 from veneer.jobs.store import Job, JobStore
 from veneer.jobs.validate import device_of, terms_of, validated
+from veneer.models.text.base import text_without_weights
 from veneer.plan.calibration import cpu_device
+from veneer.serve.engine.offline import answering_bytes
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store, TrainingTerms
 
@@ -54,6 +56,33 @@ def test_a_job_is_planned_by_its_rows_as_they_are(store: JobStore, folder: Path)
     assert job.planned == 4 * job.plan["tokens"]
     assert job.plan["seconds"] > 0
     assert not job.folder.exists()  # nothing is left behind
+
+
+@in_sqlite
+def test_answers_that_are_compared_are_in_the_plan(
+    store: JobStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, whose processes are held to their plan: what answering takes beside the one base, where it is more than
+    training; and where that is more than there is, it is said before."""
+
+    def asked(*metrics: str) -> Job:
+        about = {"after": {"evaluate": {"metrics": metrics}, "alias": "prod"}}
+        store.create("acme", small_config(folder), name="support", about=about)
+        lease = store.take("validator", 60, "validating")
+        assert lease is not None
+        return validated(store, lease, FREE, cpu_device())
+
+    scored, answered = (job.plan or {} for job in (asked("loss"), asked("loss", "exact_match")))
+    memory, base = answered["memory"], text_without_weights(str(folder / "tiny-base"))
+    beside = answering_bytes(base, memory["weights"])
+    assert beside > memory["weights"]
+    assert scored["peak_bytes"] == sum(bytes for part, bytes in scored["memory"].items() if part != "host")
+    assert answered["peak_bytes"] == max(scored["peak_bytes"], memory["context"] + memory["weights"] + beside)
+    monkeypatch.setattr("veneer.serve.engine.offline.answering_bytes", lambda *given: 1 << 50)
+    assert asked("loss").state == "queued"
+    failed = asked("bleu")
+    assert failed.state == "failed"
+    assert "metrics: [loss]" in str(failed.error)
 
 
 def bad_rows(folder: Path, *lines: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def test_what_was_trained_is_served_to_its_tenant_alone(tmp_path: Path, monkeypa
         _, keys[name] = manage.make_tenant_key(tenants, name, who="test")
     tenants.close()
     monkeypatch.setenv("VENEER_LIBRARY", shop.library.location)
+    monkeypatch.setenv("VENEER_TENANTS", where)
     jobs = JobStore(shop.library)
 
     def work() -> None:
@@ -55,7 +56,10 @@ def test_what_was_trained_is_served_to_its_tenant_alone(tmp_path: Path, monkeypa
         file = sent(ROWS)
         hyper: Any = {"n_epochs": 3, "batch_size": 4, "learning_rate_multiplier": 100}
         method: Any = {"type": "supervised", "supervised": {"hyperparameters": hyper}}
-        job = acme.fine_tuning.jobs.create(model="tiny", training_file=file, suffix="Support", method=method, seed=3)
+        after = {"evaluate": {"data": file, "metrics": ["loss"]}, "route": {"name": "help"}, "promote": "loss < base"}
+        job = acme.fine_tuning.jobs.create(
+            model="tiny", training_file=file, suffix="Support", method=method, seed=3, extra_body={"after": after}
+        )
         work()
         job = acme.fine_tuning.jobs.retrieve(job.id)
         assert job.status == "succeeded", job.error
@@ -69,9 +73,19 @@ def test_what_was_trained_is_served_to_its_tenant_alone(tmp_path: Path, monkeypa
         assert len({tuple(answer) for answer in answers}) == 4  # the base, and each state of the adapter
         whole = said(acme.completions.create(**asking(model, PROMPT)))
         assert whole.logprobs == answers[-1]  # what it made is its last state
-        assert acme.models.retrieve(model).id == model
+        assert said(acme.completions.create(**asking("help", PROMPT))).logprobs == whole.logprobs  # by its rule
+        with pytest.raises(openai.NotFoundError):
+            globex.completions.create(**asking("help", PROMPT))
+        card = acme.models.retrieve(model)
+        assert (card.id, card.object, card.owned_by) == (model, "model", "org-acme")
+        listed = {card.id: card for card in acme.models.list()}
+        assert [*listed] == ["tiny", f"acme/support-{model[-8:]}", "help", model]
+        assert listed[model] == card
+        assert [card.id for card in globex.models.list()] == ["tiny"]
         told = "".join(event.to_json() for event in acme.fine_tuning.jobs.list_events(job.id, limit=100))
         assert "started" in told
+        assert "on 12 held-out rows: loss: base " in told
+        assert f"`loss < base` is met: help leads to acme/support-{model[-8:]}@10" in told
         assert not any(str(place) in told for place in (tmp_path, veneer_home()))  # nor which machine it was
         assert "by here" not in told
 

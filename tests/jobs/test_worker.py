@@ -127,6 +127,25 @@ def test_the_checkpoints_of_what_succeeded_are_not_kept(library: Library, store:
     assert (job.folder / "attempt-1" / "log.jsonl").is_file()
 
 
+def test_what_failed_or_was_cancelled_is_kept_for_its_time(
+    library: Library, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
+    jobs = [queued(store) for _ in range(3)]
+    for job in jobs:
+        (job.make_folder() / "process.log").write_text("words")
+    store.cancel("acme", jobs[0].id)
+    lease = store.take("w", 60, only=jobs[1].id)
+    assert lease is not None
+    store.finish(lease, error={"kind": "data", "message": "a broken line"})
+    store.pause("acme", jobs[2].id)
+    Worker(library, Pretended()).run(until_idle=True)
+    assert all(job.log.exists() for job in jobs)
+    Worker(library, Pretended(), failed_days=1e-9).run(until_idle=True)
+    assert [job.folder.exists() for job in jobs] == [False, False, True]
+    assert store.get("acme", jobs[1].id).error is not None
+
+
 def test_a_worker_that_ends_asks_its_processes_to_save_their_state(library: Library, store: JobStore) -> None:
     """They give the job back by themselves; one that just ended is given back by the worker."""
     executor, job = Pretended(), queued(store)

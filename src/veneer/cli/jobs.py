@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from veneer.cli.options import AsJson, LibraryIndex, TenantsDatabase
+from veneer.cli.options import AsJson, JobsLibrary, LibraryIndex, TenantsDatabase
 from veneer.cli.output import field, print_json, print_table, say
 
 if TYPE_CHECKING:
+    from veneer.jobs.canary import JobPlace
     from veneer.jobs.store import Job, JobStore
-    from veneer.serve.tenancy.store import Route
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Training jobs: submit, watch, stop.")
 
@@ -29,17 +29,9 @@ _place: dict[str, str | None] = {"location": None, "index": None}
 
 
 @app.callback()
-def _where(
-    location: Annotated[
-        str | None,
-        typer.Option(
-            "--at", envvar="VENEER_LIBRARY", help="The library whose jobs they are; by default the veneer home's."
-        ),
-    ] = None,
-    index: LibraryIndex = None,
-) -> None:
+def _where(library: JobsLibrary = None, index: LibraryIndex = None) -> None:
     """Training jobs of a library: `veneer worker`, or `veneer serve --train`, carries them out."""
-    _place.update(location=location, index=index)
+    _place.update(location=library, index=index)
 
 
 @contextmanager
@@ -105,7 +97,7 @@ def show(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
     with _opened() as store:
         found = store.get(tenant, job)
         bill, points = store.bill(tenant, job), store.checkpoints(tenant, job)
-        after = store.events_of(tenant, job, "evaluation", "route")
+        after = store.events_of(tenant, job, "evaluation", "route", "alias")
     if as_json:
         more = {"checkpoints": [point.__dict__ for point in points], "bill": None if bill is None else bill.__dict__}
         more["after"] = [event.__dict__ for event in after]
@@ -170,7 +162,7 @@ def resume(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: veneer jobs promote ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def promote(job: _Id, tenant: _Whose = None, tenants: TenantsDatabase = None, as_json: AsJson = False) -> None:
-    """All users of the job's route get what it made."""
+    """All users of the job's route, or its alias, get what it made."""
     from veneer.jobs.canary import promote_job
 
     _moved(job, tenant, tenants, as_json, promote_job)
@@ -178,26 +170,20 @@ def promote(job: _Id, tenant: _Whose = None, tenants: TenantsDatabase = None, as
 
 @app.command(epilog="Example: veneer jobs rollback ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def rollback(job: _Id, tenant: _Whose = None, tenants: TenantsDatabase = None, as_json: AsJson = False) -> None:
-    """The job's route leads to what it led to before the job moved it, for the same users."""
+    """The job's route, or its alias, leads to what it led to before the job moved it, for the same users."""
     from veneer.jobs.canary import rollback_job
 
     _moved(job, tenant, tenants, as_json, rollback_job)
 
 
 def _moved(
-    job: str, tenant: str | None, place: str | None, as_json: bool, move: Callable[..., Route | None]
+    job: str, tenant: str | None, place: str | None, as_json: bool, move: Callable[..., JobPlace]
 ) -> None:  # fmt: skip
-    from veneer.serve.tenancy.routes import route_shown
     from veneer.serve.tenancy.store import tenants_at
 
     with _opened() as store, tenants_at(place) as known:
-        route = move(store, known, tenant, job)
-    if as_json:
-        print_json({"route": None if route is None else route_shown(route)})
-    elif route is None:
-        print("there is no such route any more, as before the job")
-    else:
-        print(f"{field(route.name)} leads to {', '.join(field(name) for name, _ in route.targets)}")
+        moved = move(store, known, tenant, job)
+    print_json(moved.shown) if as_json else print(field(str(moved)))
 
 
 @app.command(epilog="Example: veneer jobs logs ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")

@@ -41,6 +41,10 @@ Quantise = Annotated[
 ]
 ChosenDevice = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 
+JobsLibrary = Annotated[
+    str | None,
+    typer.Option("--library", envvar="VENEER_LIBRARY", help="Whose jobs; by default the veneer home's library."),
+]
 LibraryIndex = Annotated[
     str | None,
     typer.Option(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.options import LibraryIndex, TenantsDatabase
+from veneer.cli.options import JobsLibrary, LibraryIndex, TenantsDatabase
 from veneer.cli.output import say
 from veneer.errors import ConfigError, one_of
 
@@ -18,10 +18,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command(epilog="Example: veneer worker --at-once 1 --until-idle")
 def worker(
-    library: Annotated[
-        str | None,
-        typer.Option("--library", envvar="VENEER_LIBRARY", help="Whose jobs; by default the veneer home's library."),
-    ] = None,
+    library: JobsLibrary = None,
     index: LibraryIndex = None,
     tenants: TenantsDatabase = None,
     at_once: Annotated[int, typer.Option("--at-once", min=1, max=10_000, help="Processes it has running.")] = 1,
@@ -52,6 +49,15 @@ def worker(
     lease: Annotated[
         float, typer.Option("--lease-seconds", min=1, help="How long a job waits for a worker that was lost.")
     ] = 60.0,
+    failed_days: Annotated[
+        float,
+        typer.Option(
+            "--failed-days",
+            envvar="VENEER_FAILED_DAYS",
+            min=1,
+            help="How long folders of jobs that failed or were cancelled are kept.",
+        ),
+    ] = 30.0,
     beside: Annotated[bool, typer.Option("--tied", hidden=True, help="End when standard input does.")] = False,
 ) -> None:
     """Take jobs from the queue and train them, until Ctrl-C or SIGTERM; then they are saved and given back.
@@ -74,6 +80,7 @@ def worker(
         made = Worker(
             opened, places[executor](), tenants=known, at_once=at_once, lease=lease, say=say,
             device=None if gpu is None else device_of(gpu, gpus), poll=min(0.5, lease / 8),
+            failed_days=failed_days,
         )  # fmt: skip
         if beside:
             tied(made.stop)

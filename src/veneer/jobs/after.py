@@ -4,6 +4,7 @@
       evaluate: {data: held-out.jsonl, metrics: [exact_match, loss]}       or the run's own validation rows
       route: {name: acme/support, weight: 0.1, shadow: true}               the new version beside what serves now
       promote: "exact_match >= serving + 1 point"                          or by hand
+      alias: prod                                                          in place of a route: support@prod
 
 A rule is one comparison:
 
@@ -27,8 +28,9 @@ from typing import Any
 import pydantic
 
 from veneer.errors import ConfigError, bullets, first_few, nearest, one_of, quoted
+from veneer.library.names import check_alias
 from veneer.serve.tenancy.store import ALL, Route, Store, check_route_name
-from veneer.train.config.load import RunConfig, config_from, read_sections
+from veneer.train.config.load import RunConfig, config_from, parse_yaml, read_sections
 from veneer.train.config.section import SOURCES
 from veneer.train.config.text import TrainConfig, preference_formats
 from veneer.train.text.rows import Row, read_rows, split_rows
@@ -148,11 +150,17 @@ class CanaryRoute(_Section):
 
 
 class AfterJob(_Section):
-    """The section `after`."""
+    """The section `after`. `alias`: of the adapter's name in the library, in place of a route."""
 
     evaluate: HeldOut | None = None
     route: CanaryRoute | None = None
+    alias: str | None = None
     promote: str | None = None
+
+    def on(self, data: list[str]) -> AfterJob:
+        """The same, evaluated on these files."""
+        held = (self.evaluate or HeldOut()).model_copy(update={"data": data})
+        return self.model_copy(update={"evaluate": held})
 
     @property
     def rule(self) -> PromotionRule | None:
@@ -163,11 +171,35 @@ _MODELS: Mapping[str, type[_Section]] = {"": AfterJob, "evaluate": HeldOut, "rou
 
 
 def load_job_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[RunConfig, AfterJob | None]:
-    """A job's file: what `veneer train` reads, and `after`. Raises ConfigError as `load_config`."""
+    """A job's file: what `veneer train` reads, and `after`, with overrides of both. Raises ConfigError as
+    `load_config`."""
     values, lines = read_sections(path)
     after = values.pop("after", None)
-    config, _ = config_from(values, overrides, file=Path(path), lines=lines)
-    return config, None if after is None else after_from(after, Path(path).parent, os.fspath(path))
+    own = [override for override in overrides if override.lstrip().startswith("after.")]
+    config, _ = config_from(values, [o for o in overrides if o not in own], file=Path(path), lines=lines)
+    folder = Path(path).parent
+    for override in own:
+        after = _overridden({} if after is None else after, override)
+    return config, None if after is None else after_from(after, folder, os.fspath(path))
+
+
+def _overridden(after: Any, override: str) -> Any:
+    """The section's values with one that `after.route.weight=0.2` names; paths in it are of the current folder."""
+    name, equals, text = override.partition("=")
+    *sections, key = name.strip().split(".")
+    if not equals or not key:
+        raise ConfigError(f"`{override}` is not an override", fix="after.SECTION.KEY=VALUE, as after.route.weight=0.2")
+    value = parse_yaml(text, f"override `{override}`")[0]
+    if name.strip() == "after.evaluate.data":
+        value = _whole_paths(value, Path.cwd())
+    whole = values = {"after": after}
+    for section in sections:
+        inner = values.get(section)
+        if not isinstance(inner, dict | None):
+            raise ConfigError(f"`{section}` is no section to put `{key}` into", where=f"override `{override}`")
+        values[section] = values = dict(inner or {})
+    values[key] = value
+    return whole["after"]
 
 
 def after_from(values: Any, folder: Path, where: str = "after") -> AfterJob:
@@ -178,15 +210,18 @@ def after_from(values: Any, folder: Path, where: str = "after") -> AfterJob:
         after = AfterJob.model_validate(values)
     except pydantic.ValidationError as error:
         raise ConfigError(f"it cannot be read:\n{bullets(map(_line, error.errors()), None)}", where=where) from None
-    if after.evaluate is not None:
-        for metric in after.evaluate.metrics:
-            one_of(metric, _POINTS, "a metric", "after.evaluate.metrics")
-        files = after.evaluate.data
-        named = [files] if isinstance(files, str) else files
-        if named is not None:
-            whole = [f if f.startswith(SOURCES) else str(folder.resolve() / Path(f).expanduser()) for f in named]
-            after = after.model_copy(update={"evaluate": after.evaluate.model_copy(update={"data": whole})})
-    return after
+    if after.evaluate is None or after.evaluate.data is None:
+        return after
+    return after.on(_whole_paths(after.evaluate.data, folder))
+
+
+def _whole_paths(files: Any, folder: Path) -> Any:
+    """Files by their whole paths; what is none stays as it is."""
+    named = [files] if isinstance(files, str) else files
+    if not isinstance(named, list):
+        return files
+    here = folder.resolve()
+    return [str(here / Path(f).expanduser()) if isinstance(f, str) and not f.startswith(SOURCES) else f for f in named]
 
 
 def _line(error: Any) -> str:
@@ -203,22 +238,28 @@ def _line(error: Any) -> str:
 
 
 def check_after(after: AfterJob, config: RunConfig, name: str, tenant: str, tenants: Store | None) -> None:
-    """Raises ConfigError or DataError for what could not be done once the job is trained. `name`: of its adapter."""
+    """Raises ConfigError for what could not be done once the job is trained, whatever its rows are. `name`: of its
+    adapter."""
     rule = after.rule
-    if after.route is None and (after.evaluate is None or rule is not None):
-        fix = "route: {name: support, weight: 0.1}"
-        what = "there is no route to promote to" if rule else "there is nothing to do after the job"
+    if after.route is not None and after.alias is not None:
+        raise ConfigError("a route and an alias: a job moves one of them", where="after", fix="leave one out")
+    if after.route is None and after.alias is None and (after.evaluate is None or rule is not None):
+        fix = "route: {name: support, weight: 0.1}, or alias: prod"
+        what = "there is no route or alias to promote to" if rule else "there is nothing to do after the job"
         raise ConfigError(what, where="after", fix=fix)
     if after.evaluate is not None:
         if not isinstance(config, TrainConfig):
             fix = "leave it out, and promote by hand: veneer jobs promote"
             raise ConfigError("pictures are not evaluated by a number", where="after.evaluate", fix=fix)
-        held_out_rows(after.evaluate, config)
+        for metric in after.evaluate.metrics:
+            one_of(metric, _POINTS, "a metric", "after.evaluate.metrics")
     if rule is not None:
         measured = [] if after.evaluate is None else after.evaluate.metrics
         if rule.metric not in measured:
             fix = f"evaluate: {{metrics: [{', '.join([*measured, rule.metric])}]}}"
             raise ConfigError(f"{rule.metric} decides and is not measured", where="after.promote", fix=fix)
+    if after.alias is not None:
+        check_alias(after.alias)
     if after.route is not None:
         check_route_name(after.route.name)
         _check_owner(after.route.name, tenant, tenants)

@@ -53,9 +53,10 @@ def training(service: Service, library: Library, *, python_graders: bool = False
             with suppress(asyncio.CancelledError):
                 await task
 
-    routers = [file_routes(files), tuning_routes(jobs, files), grader_routes(python=python_graders)]
-    routers.append(tinker_routes(tinker))
     tenancy = service.tenancy
+    tenants = tenancy.store if isinstance(tenancy, Tenants) else None
+    routers = [file_routes(files), tuning_routes(jobs, files, tenants), grader_routes(python=python_graders)]
+    routers.append(tinker_routes(tinker))
     if isinstance(tenancy, Tenants) and tenancy.admin_hash is not None:
         routers.append(canary_routes(jobs, tenancy))
     return Extension(routers, large_bodies(files), (FILES,), start, stop)

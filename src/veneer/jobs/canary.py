@@ -1,17 +1,18 @@
-"""The loop closed: what was trained is compared, gets its place on a route, is promoted or taken back.
+"""The loop closed: what was trained is compared, gets its place on a route or an alias, is promoted or taken back.
 
-    compared = compare_job(store, lease, tenants, result)      base, what serves now, the new one; on its card
-    place_job(store, lease, tenants, reference, compared)      its route moves, as its rule says
+    compared = compare_job(store, lease, tenants, result, base)     base, what serves now, the new one; on its card
+    place_job(store, lease, tenants, reference, compared)           its route or its alias moves, as its rule says
 
-    promote_job(store, tenants, "acme", job)                   by hand: all users
-    rollback_job(store, tenants, "acme", job)                  what the route led to before the job moved it
+    promote_job(store, tenants, "acme", job)                        by hand: all users
+    rollback_job(store, tenants, "acme", job)                       what was there before the job moved it
 
 | rule          | the new version gets                                                                            |
 | none          | its weight of the users, and is the shadow of the rest, if its route says so; a hand decides      |
 | it is met     | all users                                                                                         |
 | it is not met | no user; where its route has a shadow it answers unseen; what serves stays as it is               |
 
-Where nothing serves yet the base stands for it, and the first version that is let through gets all users.
+Where nothing serves yet the base stands for it, and the first version that is let through gets all users. An alias
+points to one version: without a rule it waits for a hand, unless it points nowhere yet.
 
 Each step is an event of the job, written before the next one begins, and the route's own history says which move is the
 job's: whoever goes on after a kill finds what was done. What cannot be done here (the route was moved meanwhile, what
@@ -20,50 +21,48 @@ serves cannot be read) is a warning among the events and moves nothing; the adap
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, Interrupted
 from veneer.files.atomic import atomic_write
 from veneer.jobs.after import AfterJob, CanaryRoute, HeldOut, held_out_rows, serving_of
 from veneer.jobs.store import Job, JobEvent, JobLease, JobStore, LeaseLost, WrongState
-from veneer.jobs.validate import job_config, may_pass, told
+from veneer.jobs.validate import after_of, job_config, may_pass, told
 from veneer.library.database import reading
-from veneer.library.library import Library
+from veneer.library.library import Library, NotInLibrary
 from veneer.serve.tenancy import routes
 from veneer.serve.tenancy.store import Route, Store, UnknownName
 from veneer.train.config.text import TrainConfig
 
+if TYPE_CHECKING:
+    from veneer.models.text.base import TextBase
+
 _WHOLE = 10_000
 """Parts of a route's users, as many as it can tell apart."""
-
-
-def _after_of(job: Job) -> AfterJob | None:
-    """The section `after` that a job was submitted with."""
-    found = job.about.get("after")
-    return None if found is None else AfterJob.model_validate(found)
 
 
 # -- a job goes on by itself -------------------------------------------------------------------------------------------
 
 
 def compare_job(
-    store: JobStore, lease: JobLease, tenants: Store | None, result: Mapping[str, Any]
+    store: JobStore, lease: JobLease, tenants: Store | None, result: Mapping[str, Any], base: TextBase | None
 ) -> dict[str, Any] | None:  # fmt: skip
     """What the event `evaluation` has: `scores` of base, serving and new, and what serves by which move. None where
-    nothing is evaluated, or could not be. The card of the adapter has it then. Raises LeaseLost, and what may pass."""
-    after = _after_of(lease.job)
+    nothing is evaluated, or could not be. The card of the adapter has it then. `base`: what the run was on. Raises
+    LeaseLost, and what may pass."""
+    after = after_of(lease.job)
     if after is None or after.evaluate is None:
         return None
     adapter = Path(result["adapter"])
     there = _told(store, lease.job, "evaluation")
     if there is None:
-        compare = partial(_compared, lease.job, after.evaluate, after.route, store.library, tenants, adapter)
+        assert base is not None  # who is compared is trained by itself
+        compare = partial(_compared, lease.job, after, after.evaluate, store.library, tenants, adapter, base)
         there = _tried(store, lease, "evaluation", "it could not be compared", compare)
     if "scores" not in there.data:
         return None
@@ -74,12 +73,15 @@ def compare_job(
 def place_job(
     store: JobStore, lease: JobLease, tenants: Store | None, reference: str, compared: Mapping[str, Any] | None
 ) -> None:  # fmt: skip
-    """Moves the job's route to where `reference` belongs, once. Raises LeaseLost, and what may pass."""
-    after = _after_of(lease.job)
-    if after is None or after.route is None or _told(store, lease.job, "route") is not None:
+    """Moves the job's route or alias to where `reference` belongs, once. Raises LeaseLost, and what may pass."""
+    after = after_of(lease.job)
+    if after is None or (after.route is None and after.alias is None):
         return
-    place = partial(_placed, lease.job, after, after.route, store.library, tenants, reference, compared)
-    _tried(store, lease, "route", "the route stays as it is", place)
+    kind = "route" if after.route is not None else "alias"
+    if _told(store, lease.job, kind) is not None:
+        return
+    place = partial(_placed, lease.job, after, store.library, tenants, reference, compared)
+    _tried(store, lease, kind, f"the {kind} stays as it is", place)
 
 
 def _tried(store: JobStore, lease: JobLease, kind: str, otherwise: str, do: Callable[[], JobEvent]) -> JobEvent:
@@ -114,10 +116,9 @@ def _known(tenants: Store | None) -> Store:
 
 
 def _compared(
-    job: Job, held: HeldOut, route: CanaryRoute | None, library: Library, tenants: Store | None, adapter: Path
+    job: Job, after: AfterJob, held: HeldOut, library: Library, tenants: Store | None, adapter: Path, base: TextBase
 ) -> JobEvent:  # fmt: skip
     from veneer.models.loading import errors_only
-    from veneer.models.text.base import load_text
     from veneer.serve.engine.offline import answering
     from veneer.train.text.evaluate import score_mixes
 
@@ -126,16 +127,16 @@ def _compared(
     rows = held_out_rows(held, config)
     data: dict[str, Any] = {"rows": len(rows), "serving": None}
     mixes: dict[str, list[tuple[str, float]]] = {"base": [], "new": [(str(adapter), 1.0)]}
-    if route is not None:
-        move, now = _standing(_known(tenants), job.tenant, route.name)
+    if after.route is not None:
+        move, now = _standing(_known(tenants), job.tenant, after.route.name)
         serving = serving_of(now, job.name)
-        data |= {"route": route.name, "move": move}
-        if serving is not None:
-            data["serving"] = library.find(serving).reference
-            mixes["serving"] = [(str(library.resolve(data["serving"])), 1.0)]
-    gc.collect()  # the run's own base
+        data |= {"route": after.route.name, "move": move}
+        data["serving"] = None if serving is None else library.find(serving).reference
+    elif after.alias is not None:
+        data["serving"] = _version(library, f"{job.name}@{after.alias}")
+    if data["serving"] is not None:
+        mixes["serving"] = [(str(library.resolve(data["serving"])), 1.0)]
     with errors_only():
-        base = load_text(config.base.name, dtype=config.base.dtype, quantise=config.base.quantise)
         found = score_mixes(
             base, rows, mixes, data=config.data.model_copy(update={"long_rows": "cut"}), generate=held.answered,
             max_new_tokens=held.max_new_tokens, answering=answering,
@@ -176,7 +177,41 @@ def _on_card(folder: Path, data: Mapping[str, Any]) -> None:
     atomic_write(folder / CARD_FILE, [card_bytes(card, digest=there.digest, files=there.files)])
 
 
-# -- routes ------------------------------------------------------------------------------------------------------------
+# -- routes and aliases ------------------------------------------------------------------------------------------------
+
+
+def _verdict(after: AfterJob, compared: Mapping[str, Any] | None) -> tuple[bool | None, str, str]:
+    """Whether the rule is met, None where there is none, and that in words; why nothing may move, "" where it may."""
+    if after.evaluate is not None and compared is None:
+        return None, "", "it was not compared"
+    if (rule := after.rule) is None:
+        return None, "", ""
+    met = rule.holds(compared["scores"]) if compared is not None else None
+    if met is None:
+        return None, "", f"`{rule.text}` could not be decided"
+    return met, f"`{rule.text}` is {'met' if met else 'not met'}: ", ""
+
+
+def _version(library: Library, name: str) -> str | None:
+    """What an alias points to; None where there is no such alias."""
+    try:
+        return library.find(name).reference
+    except NotInLibrary:
+        return None
+
+
+def _pointed(
+    name: str, library: Library, reference: str, compared: Mapping[str, Any] | None, met: bool | None
+) -> tuple[str, dict[str, Any]]:
+    now, before = _version(library, name), None if compared is None else compared["serving"]
+    if not met and not (met is None and before is None and now in (None, reference)):
+        return f"{name} stays as it is", {}
+    if now not in (before, reference):  # the latter: before a kill
+        fix = "veneer jobs promote, if the job's is to be there"
+        raise ConfigError(f"{name} was moved since {reference} was compared", where="after.alias", fix=fix)
+    library.alias(reference, name.rpartition("@")[2])
+    text = f"{name} leads to {reference}" + ("" if before is None else f", and not to {before}")
+    return text, {"before": before, "promoted": True}
 
 
 def _standing(tenants: Store, tenant: str, route: str) -> tuple[int, Route | None]:
@@ -203,26 +238,29 @@ def _of_job(job: Job, moves: list[dict[str, Any]]) -> list[int]:
 
 
 def _placed(
-    job: Job, after: AfterJob, route: CanaryRoute, library: Library, tenants: Store | None, reference: str,
+    job: Job, after: AfterJob, library: Library, tenants: Store | None, reference: str,
     compared: Mapping[str, Any] | None,
 ) -> JobEvent:  # fmt: skip
-    name, known = route.name, _known(tenants)
+    kind, name = ("alias", f"{job.name}@{after.alias}") if after.route is None else ("route", after.route.name)
+    met, said, why_not = _verdict(after, compared)
+    if why_not:
+        text, data = f"{why_not}: {name} stays as it is", dict[str, Any]()
+    elif after.route is None:
+        text, data = _pointed(name, library, reference, compared, met)
+    else:
+        text, data = _shared_out(job, after.route, library, _known(tenants), reference, compared, met)
+    about = {kind: name, "reference": reference, "promoted": False, **data}
+    return JobEvent("info", kind, said + text, about)
 
-    def event(text: str, promoted: bool = False, **data: Any) -> JobEvent:
-        about = {"route": name, "reference": reference, "promoted": promoted, **data}
-        return JobEvent("info", "route", text, about)
 
-    move, now = _standing(known, job.tenant, name)
-    if after.evaluate is not None and compared is None:
-        return event(f"it was not compared: {name} stays as it is")
-    met, said = None, ""
-    if (rule := after.rule) is not None:
-        met = rule.holds(compared["scores"]) if compared is not None else None
-        if met is None:
-            return event(f"`{rule.text}` could not be decided: {name} stays as it is")
-        said = f"`{rule.text}` is {'met' if met else 'not met'}: "
-    if mine := _of_job(job, _moves(known, job.tenant, name)):  # before a kill
-        return event(f"{said}{name} was moved", bool(met), move=max(mine))
+def _shared_out(
+    job: Job, route: CanaryRoute, library: Library, tenants: Store, reference: str,
+    compared: Mapping[str, Any] | None, met: bool | None,
+) -> tuple[str, dict[str, Any]]:  # fmt: skip
+    name = route.name
+    move, now = _standing(tenants, job.tenant, name)
+    if mine := _of_job(job, _moves(tenants, job.tenant, name)):  # before a kill
+        return f"{name} was moved", {"move": max(mine), "promoted": bool(met)}
     if compared is not None and compared.get("move", move) != move:
         raise routes.RouteMoved(f"{name} was moved since {reference} was compared", where="route")
     serving = serving_of(now, job.name)
@@ -230,70 +268,125 @@ def _placed(
         targets, shadow = [(reference, 1)], None
         text = f"{name} leads to {reference}" + ("" if serving is None else f", and not to {serving}")
     elif serving is None or serving == reference or (met is False and not route.shadow):
-        return event(f"{said}{name} stays as it is")
+        return f"{name} stays as it is", {}
     else:
         part = 0 if met is False else round(route.weight * _WHOLE)
         targets, shadow = [(serving, _WHOLE - part), (reference, part)], reference if route.shadow else None
         text = f"{reference} gets {part / _WHOLE:.4g} of the users of {name}, {serving} the others"
         text += f"; {reference} answers unseen too" if shadow else ""
     made = routes.set_route(
-        known, name, targets, tenant=job.tenant, shadow=shadow, who=f"job {job.id}", from_move=move, check=library.find
+        tenants, name, targets, tenant=job.tenant, shadow=shadow, who=f"job {job.id}", from_move=move,
+        check=library.find,
     )  # fmt: skip
-    return event(said + text, bool(met), move=made.move)
+    return text, {"move": made.move, "promoted": bool(met)}
 
 
 # -- by hand -----------------------------------------------------------------------------------------------------------
 
 
-def promote_job(store: JobStore, tenants: Store | None, tenant: str | None, job: str) -> Route:
-    """All users of its route get what the job made. Raises UnknownJob, WrongState, ConfigError."""
-    found, route = _routed(store, tenant, job)
+@dataclass(frozen=True)
+class JobPlace:
+    """Where a job's route or alias leads now: to nothing, where it is gone, as it was before the job. `shown`: as JSON
+    values."""
+
+    name: str
+    leads: tuple[str, ...]
+    shown: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        leads = f"leads to {', '.join(self.leads)}" if self.leads else "is gone, as it was before the job"
+        return f"{self.name} {leads}"
+
+    @classmethod
+    def of_route(cls, name: str, route: Route | None) -> JobPlace:
+        leads = () if route is None else tuple(target for target, _ in route.targets)
+        return cls(name, leads, {"route": None if route is None else routes.route_shown(route)})
+
+    @classmethod
+    def of_alias(cls, name: str, version: str | None) -> JobPlace:
+        return cls(name, () if version is None else (version,), {"alias": name, "version": version})
+
+
+def promote_job(store: JobStore, tenants: Store | None, tenant: str | None, job: str) -> JobPlace:
+    """All users of its route, or its alias, get what the job made. Raises UnknownJob, WrongState, ConfigError."""
+    found, after = _placing(store, tenant, job)
     if found.result is None:
         raise WrongState(f"job {job} is {found.state}", where="job", fix="only one that has succeeded can be promoted")
-    reference, known = str(found.result["reference"]), _known(tenants)
-    _, now = _standing(known, found.tenant, route)
-    if now is not None and now.targets == ((reference, 1),) and now.shadow is None:
-        return now
-    made = routes.set_route(
-        known, route, [(reference, 1)], tenant=found.tenant, who=_hand(found), check=store.library.find
-    )  # fmt: skip
-    told = JobEvent("info", "route", f"promoted by hand: {route} leads to {reference}", {"promoted": True})
+    reference = str(found.result["reference"])
+    if after.route is not None:
+        known, kind, name = _known(tenants), "route", after.route.name
+        _, now = _standing(known, found.tenant, name)
+        if now is not None and now.targets == ((reference, 1),) and now.shadow is None:
+            return JobPlace.of_route(name, now)
+        data, who = dict[str, Any](), _hand(found)
+        made = routes.set_route(
+            known, name, [(reference, 1)], tenant=found.tenant, who=who, check=store.library.find
+        )  # fmt: skip
+        place = JobPlace.of_route(name, made)
+    else:
+        kind, name = "alias", f"{found.name}@{after.alias}"
+        data, place = {"before": _version(store.library, name)}, JobPlace.of_alias(name, reference)
+        if data["before"] == reference:
+            return place
+        store.library.alias(reference, name.rpartition("@")[2])
+    told = JobEvent("info", kind, f"promoted by hand: {place}", {kind: name, "promoted": True, **data})
     store.remark(found.tenant, job, told)
-    return made
+    return place
 
 
-def rollback_job(store: JobStore, tenants: Store | None, tenant: str | None, job: str) -> Route | None:
-    """The route leads again to what it led to before the job moved it, for the same users; None where there was no
-    such route. Raises UnknownJob, WrongState, ConfigError where the job did not move it, or somebody else has since."""
-    found, route = _routed(store, tenant, job)
-    known, who = _known(tenants), f"job {job} taken back"
-    moves = _moves(known, found.tenant, route)
-    mine = set(_of_job(found, moves))
+def rollback_job(store: JobStore, tenants: Store | None, tenant: str | None, job: str) -> JobPlace:
+    """The route leads again to what it led to before the job moved it, for the same users, or the alias; to nothing
+    where there was none. Raises UnknownJob, WrongState, ConfigError where the job did not move it, or somebody else has
+    since."""
+    found, after = _placing(store, tenant, job)
+    if after.route is not None:
+        kind, place = "route", _route_back(found, after.route.name, store.library, _known(tenants))
+    else:
+        kind, place = "alias", _alias_back(store, found, f"{found.name}@{after.alias}")
+    store.remark(found.tenant, job, JobEvent("info", kind, f"taken back: {place}", {"promoted": False}))
+    return place
+
+
+def _route_back(job: Job, route: str, library: Library, tenants: Store) -> JobPlace:
+    who, moves = f"job {job.id} taken back", _moves(tenants, job.tenant, route)
+    mine = set(_of_job(job, moves))
     now = next((move for move in moves if move["current"]), None)
     if now is None or now["move"] not in mine:
-        what = f"{route} is not where job {job} moved it" if mine else f"job {job} did not move {route}"
-        raise ConfigError(what, where="job", fix=f"veneer tenant route history {route}, and rollback")
+        raise _elsewhere(job, route, f"veneer tenant route history {route}, and rollback", moved=bool(mine))
     before = {int(move["move"]): move["before"] for move in moves}
     number = int(now["move"])
     while number in mine and before[number] is not None:
         number = int(before[number])
-    back = None
     if number in mine:
-        routes.remove_route(known, route, tenant=found.tenant, who=who)
+        routes.remove_route(tenants, route, tenant=job.tenant, who=who)
+        return JobPlace.of_route(route, None)
+    made = routes.rollback_route(tenants, route, tenant=job.tenant, who=who, moves=mine, check=library.find)
+    return JobPlace.of_route(route, made)
+
+
+def _alias_back(store: JobStore, job: Job, name: str) -> JobPlace:
+    library = store.library
+    moved = [event.data for event in store.events_of(None, job.id, "alias") if event.data.get("promoted")]
+    if not moved or _version(library, name) != (job.result or {}).get("reference"):
+        raise _elsewhere(job, name, f"veneer library alias, or show {job.name}", moved=bool(moved))
+    before = moved[-1]["before"]
+    if before is None:
+        library.remove(name)
     else:
-        back = routes.rollback_route(
-            known, route, tenant=found.tenant, who=who, moves=mine, check=store.library.find
-        )  # fmt: skip
-    leads = "is gone, as before" if back is None else f"leads to {', '.join(name for name, _ in back.targets)} again"
-    store.remark(found.tenant, job, JobEvent("info", "route", f"taken back: {route} {leads}", {"promoted": False}))
-    return back
+        library.alias(before, name.rpartition("@")[2])
+    return JobPlace.of_alias(name, before)
 
 
-def _routed(store: JobStore, tenant: str | None, job: str) -> tuple[Job, str]:
-    """A job, and the route it is for."""
+def _elsewhere(job: Job, name: str, fix: str, *, moved: bool) -> ConfigError:
+    what = f"{name} is not where job {job.id} moved it" if moved else f"job {job.id} did not move {name}"
+    return ConfigError(what, where="job", fix=fix)
+
+
+def _placing(store: JobStore, tenant: str | None, job: str) -> tuple[Job, AfterJob]:
+    """A job, and what it is for: a route or an alias."""
     found = store.get(tenant, job)
-    after = _after_of(found)
-    if after is None or after.route is None:
-        fix = "a section `after` with a route in its file; or veneer tenant route set"
-        raise WrongState(f"job {job} has no route", where="job", fix=fix)
-    return found, after.route.name
+    after = after_of(found)
+    if after is None or (after.route is None and after.alias is None):
+        fix = "a section `after` with one in its file; or veneer tenant route set, veneer library alias"
+        raise WrongState(f"job {job} has no route and no alias", where="job", fix=fix)
+    return found, after

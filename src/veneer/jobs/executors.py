@@ -89,7 +89,7 @@ class LocalExecutor(Executor):
         self, name: str, leases: Sequence[JobLease], output: Path, environment: Mapping[str, str], room: int
     ) -> str:  # fmt: skip
         for lease in leases:
-            lease.job.folder.mkdir(parents=True, exist_ok=True)
+            lease.job.make_folder()
         command = [sys.executable, *command_of(*leases), "--tied"]
         if self.nice and os.name == "posix":
             command = ["nice", "-n", str(self.nice), *command]

@@ -32,6 +32,7 @@ from typing import IO, Any, Literal
 from sqlalchemy import Column, Connection, Engine, delete, func, insert, select, update
 
 from veneer.files.atomic import replace_file
+from veneer.files.rights import private_folder
 from veneer.jobs.tables import JOB_SCHEMA, job_file_table, job_part_table, job_upload_table
 from veneer.library.database import reading, write_transaction
 from veneer.library.library import Library
@@ -107,6 +108,8 @@ def open_files(library: Library, limits: FileLimits | None = None) -> Files:
     what opening a store or a database does."""
     bring_up(library.engine, JOB_SCHEMA, library.location)
     store = open_store(f"{library.location.rstrip('/')}/uploads")
+    if isinstance(store, LocalStore):
+        private_folder(store.root)
     return Files(library.engine, store, limits or FileLimits())
 
 

@@ -11,6 +11,7 @@ import shutil
 import time
 from pathlib import Path
 
+from veneer.files.rights import private_folder
 from veneer.jobs.files import Files, UploadedFile
 from veneer.jobs.store import ENDS, TRANSITIONS, JobStore, jobs_home
 from veneer.library.store import CHUNK
@@ -24,7 +25,8 @@ def _inputs() -> Path:
 
 
 def put_input(files: Files, id: str, which: str, file: UploadedFile) -> Path:
-    """A copy for one job. `which`: train or validation. Blocks."""
+    """A copy for one job. `which`: train, validation, or held-out/0 and on. Blocks."""
+    private_folder(jobs_home())
     folder = _inputs() / id / which
     folder.mkdir(parents=True, exist_ok=True)
     return files.put_in(file, folder)

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from veneer.errors import VeneerError
 from veneer.jobs.store import Job
-from veneer.jobs.validate import job_config
+from veneer.jobs.validate import is_compared, job_config
 from veneer.plan.memory import Load
 from veneer.plan.plan import GroupPlan
 from veneer.plan.tables import Device
@@ -66,7 +66,7 @@ def _group(jobs: Sequence[Job], device: Device) -> GroupPlan | None:
     try:
         configs = [job_config(job, job.folder) for job in jobs]
         texts = [config for config in configs if isinstance(config, TrainConfig) and _has_share(config)]
-        if len(texts) < len(jobs) or any(_is_compared(job) for job in jobs) or not all(counted) or device.count > 1:
+        if len(texts) < len(jobs) or any(map(is_compared, jobs)) or not all(counted) or device.count > 1:
             return None
         planned = plan_of_texts(texts, [job.id for job in jobs], device, [own or {} for own in counted])
     except VeneerError:
@@ -79,7 +79,3 @@ def _has_share(config: TrainConfig) -> bool:
     adapter = config.adapter
     other = adapter.kind != "lora" or adapter.dora or adapter.modules_to_save or adapter.token_rows
     return not other and config.preference.loss is None
-
-
-def _is_compared(job: Job) -> bool:
-    return bool((job.about.get("after") or {}).get("evaluate"))

@@ -19,19 +19,19 @@ from __future__ import annotations
 import json
 import math
 import re
-import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from veneer.jobs.after import AfterJob
 from veneer.jobs.store import ENDS, Job, JobCheckpoint, JobEvent, jobs_home
-from veneer.library.names import TunedName
 from veneer.serve.http.bodies import FAIL_FAST, Body, Strict, at_most
 from veneer.train.config.load import config_from
 from veneer.train.config.text import TrainConfig
+from veneer.train.events import TOKEN_ACCURACY
 
 _Auto = Literal["auto"]
 _Batch = Annotated[int, Field(ge=1, le=256)] | _Auto
@@ -98,6 +98,7 @@ class TuningBody(Body):
     seed: int | None = Field(default=None, ge=0, le=2_147_483_647)
     metadata: Annotated[dict[_Key, _Value], at_most(16)] | None = None
     integrations: Annotated[list[Integration], FAIL_FAST, at_most(1)] | None = None
+    after: AfterJob | None = Field(default=None, description="not OpenAI's: extra_body; paths are ids of files")
 
     @property
     def kind(self) -> Literal["supervised", "dpo"]:
@@ -114,16 +115,9 @@ class TuningBody(Body):
         return own or (self.hyperparameters if self.kind == "supervised" else None) or plain
 
 
-def _suffix_of(text: str | None) -> str:
+def suffix_of(text: str | None) -> str:
     """A suffix as it can stand in a name: letters and digits in lower case, and dashes between them."""
     return re.sub(r"[^a-z0-9]+", "-", (text or "").lower()).strip("-")
-
-
-def new_tuned(base: str, tenant: str, suffix: str | None) -> TunedName:
-    """A name that nothing has yet. No id reads as a number, which would be a strength behind a name's last colon."""
-    first, rest = "bcdfghjkmpqrstvwxz", "bcdfghjkmpqrstvwxz23456789"
-    id = secrets.choice(first) + "".join(secrets.choice(rest) for _ in range(7))
-    return TunedName(base, tenant, _suffix_of(suffix), id)
 
 
 def tuning_config(
@@ -194,7 +188,7 @@ def shown_job(job: Job, organisation: str, results: Sequence[str] = ()) -> dict[
         "integrations": [{**each, "wandb": {**each["wandb"], "run_id": job.id}} for each in asked["integrations"]],
         "metadata": asked["metadata"],
         "user_provided_suffix": asked["suffix"],
-    }  # fmt: skip
+    } | ({"after": asked["after"]} if asked.get("after") else {})  # fmt: skip
 
 
 def _finish(job: Job) -> int | None:
@@ -211,24 +205,28 @@ def _error(job: Job) -> dict[str, Any] | None:
     text = ": ".join(error[key] for key in ("where", "message") if key in error)
     text += f" ({error['fix']})" if "fix" in error else ""
     kind = error.get("kind", "failed")
-    which = next((which for which in ("validation", "train") if _path(job, which) in text), None)
-    which = which or ("train" if kind in ("data", "preflight") else None)
-    code = _CODES.get(kind, kind) if which is None else f"invalid_{_FILES[which]}"
-    return {"code": code, "message": _plain_text(job, text), "param": None if which is None else _FILES[which]}
+    param = next((param for path, param in _paths(job).items() if path in text), None)
+    param = param or ("training_file" if kind in ("data", "preflight") else None)
+    code = _CODES.get(kind, kind) if param is None else f"invalid_{param.rpartition('.')[2]}"
+    return {"code": code, "message": _plain_text(job, text), "param": param}
 
 
-_FILES = {"train": "training_file", "validation": "validation_file"}
 _CODES = {"overbudget": "budget_exceeded", "internal": "server_error"}
 
 
-def _path(job: Job, which: str) -> str:
-    return str(job.config["data"].get(which) or "\0")
+def _paths(job: Job) -> dict[str, str]:
+    """The files that a job reads, and where they were asked for."""
+    data = job.config["data"]
+    held = (job.about.get("after") or {}).get("evaluate") or {}
+    found = dict.fromkeys(held.get("data") or [], "after.evaluate.data")
+    found |= {data["validation"]: "validation_file"} if data.get("validation") else {}
+    return found | {data["train"]: "training_file"}
 
 
 def _plain_text(job: Job, text: str) -> str:
     """Without where on the server things are, and which machines there are: files by the names with which they were
     uploaded."""
-    for path in (*(_path(job, which) for which in _FILES), str(job.config["base"]["name"])):
+    for path in (*_paths(job), str(job.config["base"]["name"])):
         text = text.replace(path, Path(path).name)
     text = text.replace(f"{job.folder}/", "").replace(f"{jobs_home().parent}/", "")
     text = re.sub(r"^(started|resumed) by \S+$", r"\1", text)
@@ -245,14 +243,24 @@ def event_number(job: Job, id: str) -> int | None:
     return int(number) if head == _event_id(job, 0)[:-2] and number.isascii() and number.isdigit() else None
 
 
-_METRICS = {"loss": "train_loss", "validation_loss": "valid_loss", "steps": "total_steps"}
-MEASURED = ("metrics", "validation")
+_METRICS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "metrics": {
+        "loss": ["train_loss"], TOKEN_ACCURACY: ["train_mean_token_accuracy"], "steps": ["total_steps"],
+    },
+    "validation": {
+        "validation_loss": ["valid_loss", "full_valid_loss"],
+        TOKEN_ACCURACY: ["valid_mean_token_accuracy", "full_valid_mean_token_accuracy"],
+    },
+}  # fmt: skip
+"""Kind of an event -> what it has -> what OpenAI calls that: all held-out rows are scored each time, so that what is
+theirs is the full one too."""
+MEASURED = tuple(_METRICS)
 """Kinds of events that measure something."""
 
 
 def shown_event(job: Job, event: JobEvent) -> dict[str, Any]:
     """An event as OpenAI's clients read it."""
-    data = {_METRICS.get(key, key): value for key, value in event.data.items()}
+    data = _data_of(event)
     return {
         "object": "fine_tuning.job.event", "id": _event_id(job, event.number), "created_at": int(event.at),
         "level": event.level, "message": _plain_text(job, event.message),
@@ -261,14 +269,26 @@ def shown_event(job: Job, event: JobEvent) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _data_of(event: JobEvent) -> dict[str, Any]:
+    names = _METRICS.get(event.kind, {})
+    return {name: value for key, value in event.data.items() for name in names.get(key, [key])}
+
+
+_COLUMNS = {
+    name: name.replace("train_accuracy", "train_mean_token_accuracy")
+    for name in ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+}
+"""Of OpenAI's result file -> what that is called in its events."""
+
+
 def results_of(measured: Iterable[JobEvent]) -> bytes:
-    """A job's result file: a line of CSV for each step that was measured, with its loss and, where the held-out rows
-    were scored after it, theirs."""
+    """A job's result file: a line of CSV for each step that was measured, with its loss and accuracy and, where the
+    held-out rows were scored after it, theirs. Its columns are called as OpenAI's."""
     lines: dict[int, dict[str, Any]] = {}
     for event in measured:
-        lines.setdefault(int(event.data["step"]), {}).update(event.data)
-    rows = [(step, lines[step].get("loss", ""), lines[step].get("validation_loss", "")) for step in sorted(lines)]
-    return "".join(f"{a},{b},{c}\n" for a, b, c in [("step", "train_loss", "valid_loss"), *rows]).encode()
+        lines.setdefault(int(event.data["step"]), {}).update(_data_of(event))
+    rows = [[str(lines[step].get(name, "")) for name in _COLUMNS.values()] for step in sorted(lines)]
+    return "".join(",".join(row) + "\n" for row in [[*_COLUMNS], *rows]).encode()
 
 
 def checkpoint_id(job: Job, step: int) -> str:
@@ -277,8 +297,11 @@ def checkpoint_id(job: Job, step: int) -> str:
 
 def shown_checkpoint(job: Job, point: JobCheckpoint) -> dict[str, Any]:
     """A checkpoint that can be asked, as OpenAI's clients read it."""
-    own = {"step": point.step, "train_loss": point.metrics.get("loss")}
-    own |= {"full_valid_loss": point.metrics.get("validation_loss")}
+    found = point.metrics
+    own = {"step": point.step, "train_loss": found.get("loss"), "train_mean_token_accuracy": found.get(TOKEN_ACCURACY)}
+    for which in ("valid", "full_valid"):
+        own[f"{which}_loss"] = found.get("validation_loss")
+        own[f"{which}_mean_token_accuracy"] = found.get(f"validation_{TOKEN_ACCURACY}")
     return {
         "object": "fine_tuning.job.checkpoint", "id": checkpoint_id(job, point.step), "created_at": int(point.at),
         "fine_tuned_model_checkpoint": f"{job.about['openai']['tuned']}:ckpt-step-{point.step}",

@@ -43,16 +43,17 @@ from typing import TYPE_CHECKING, Any
 from veneer.errors import CheckpointError, Interrupted, ResourceError, VeneerError
 from veneer.jobs.canary import compare_job, place_job
 from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost, with_shares
-from veneer.jobs.validate import job_config, may_pass, told
+from veneer.jobs.validate import is_compared, job_config, may_pass, told
 from veneer.library.library import Library, open_library
 from veneer.serve.outage import is_outage
 from veneer.serve.tenancy.store import tenants_at
 from veneer.train import checkpoint
 from veneer.train.config.image import ImageTrainConfig
-from veneer.train.events import Checked, Event, Note, Saved, to_record
+from veneer.train.events import TOKEN_ACCURACY, Checked, Event, Note, Saved, to_record
 from veneer.train.report.log import read_log
 
 if TYPE_CHECKING:
+    from veneer.models.text.base import TextBase
     from veneer.train.text.save import RunResult
 
 _EVERY = 1.0
@@ -88,7 +89,7 @@ def _carried_out_together(store: JobStore, leases: Sequence[JobLease]) -> list[i
     def ended(place: int, outcome: RunResult | VeneerError) -> None:
         teller = going_on.pop(place)
         with _own_log(teller.lease.job):
-            codes[place] = _carried_out(teller, lambda: _result(outcome), alone=True)
+            codes[place] = _carried_out(teller, lambda: (_result(outcome), None), alone=True)
         again = with_shares([each.lease for each in going_on.values()])
         for each, lease in zip(going_on.values(), again, strict=True):
             each.lease = lease
@@ -135,15 +136,19 @@ def _trained_together(tellers: Sequence[_Teller], ended: Callable[[int, RunResul
         )  # fmt: skip
 
 
-def _carried_out(teller: _Teller, train: Callable[[], dict[str, Any]], *, alone: bool = False) -> int:
+_Trained = tuple[dict[str, Any], "TextBase | None"]
+"""What came of a run as JSON values, and its base, where it is needed once more."""
+
+
+def _carried_out(teller: _Teller, train: Callable[[], _Trained], *, alone: bool = False) -> int:
     """Trains a job and ends it. `alone`: others of its process go on, without it."""
     store, library = teller.store, teller.store.library
     try:
-        result = train()
+        result, base = train()
         teller.flush(wait=True)
         lease = teller.lease
         with tenants_at(os.environ.get("VENEER_TENANTS")) as tenants:
-            compared = compare_job(store, lease, tenants, result)
+            compared = compare_job(store, lease, tenants, result, base)
             reference = _published(library, lease.job, result)
             place_job(store, lease, tenants, reference, compared)
         if lease.job.about.get("publish") == "checkpoints":
@@ -182,8 +187,8 @@ def _ended(teller: _Teller, error: BaseException, *, alone: bool, anyones: bool 
     return 75
 
 
-def _trained(teller: _Teller) -> dict[str, Any]:
-    """The run in its folder, and what came of it as JSON values."""
+def _trained(teller: _Teller) -> _Trained:
+    """The run in its folder. Where its adapter is compared afterwards the base is loaded here, for both."""
     from veneer.models.loading import errors_only
 
     folder = _folder(teller.lease.job)
@@ -191,21 +196,26 @@ def _trained(teller: _Teller) -> dict[str, Any]:
     config = job_config(teller.lease.job, folder)
     options: dict[str, Any] = {"resume": folder.is_dir(), "on_event": teller}
     result: Any
+    base = None
     with errors_only():
         if isinstance(config, ImageTrainConfig):
             from veneer.train.image.run import run_images
 
             result = run_images(config, **options)
         else:
+            from veneer.models.text.base import load_text
             from veneer.train.text.task import run_text
 
-            result = run_text(config, **options)
-    return dict(result.to_dict())
+            if is_compared(teller.lease.job):
+                own = config.base
+                base = load_text(own.name, dtype=own.dtype, device=own.device, quantise=own.quantise)
+            result = run_text(config, base=base, **options)
+    return dict(result.to_dict()), base
 
 
 def _folder(job: Job) -> Path:
     """This lease's own: what earlier ones left, under its name."""
-    job.folder.mkdir(parents=True, exist_ok=True)
+    job.make_folder()
     own = job.folder / f"attempt-{job.attempt}"
     earlier = [(int(p.name.rpartition("-")[2]), p) for p in job.folder.glob("attempt-*[0-9]")]
     if earlier and not own.exists():
@@ -267,11 +277,11 @@ class _Teller:
             if step > self.step:  # several that go on together may go back behind the last checkpoint of one
                 self.step, self.steps, self.tokens = step, int(record["steps"]), self.tokens + int(record["tokens"])
             data = {name: value for name, value in record.items() if name in _MEASURED} | dict(record["extra"])
-            self.newest = {"step": step, "loss": record["loss"]}
+            self.newest = {"step": step, "loss": record["loss"], **_accuracy(record, "token_accuracy")}
             text = f"step {step:,} of {self.steps:,}: loss {record['loss']:.4f}"
             self.events.append(JobEvent("info", "metrics", text, data))
         elif kind == "evaluated":
-            self.newest |= {"validation_loss": record["loss"]}
+            self.newest |= {"validation_loss": record["loss"], **_accuracy(record, "validation_token_accuracy")}
             if step not in self.scored:
                 self.scored.add(step)
                 data = {"step": step, "validation_loss": record["loss"], "best": record["best"], **record["extra"]}
@@ -305,6 +315,10 @@ class _Teller:
 
 
 _MEASURED = {"step", "steps", "epoch", "loss", "tokens", "learning_rate", "gradient_norm", "seconds"}
+
+
+def _accuracy(record: Mapping[str, Any], name: str) -> dict[str, float]:
+    return {name: record["extra"][TOKEN_ACCURACY]} if TOKEN_ACCURACY in record["extra"] else {}
 
 
 def _last_progress(checkpoints: Path, teller: _Teller) -> dict[str, Any] | None:

@@ -49,6 +49,7 @@ from typing import Any, Literal, get_args
 from sqlalchemy import ColumnElement, Connection, Select, exists, func, insert, not_, or_, select, update
 
 from veneer.errors import ConfigError, VeneerError, counted, one_of, quoted, shown
+from veneer.files.rights import private_folder
 from veneer.jobs.tables import JOB_SCHEMA, job_bill_table, job_checkpoint_table, job_event_table, job_table
 from veneer.library.database import database_clock, reading, write_transaction
 from veneer.library.library import Library
@@ -143,6 +144,12 @@ class Job:
     def folder(self) -> Path:
         """Where its files are, on every machine that works on it: the veneer home is theirs in common."""
         return jobs_home() / self.id
+
+    def make_folder(self) -> Path:
+        """`folder`, made where it is not there, for this user alone, as `private_folder` has it. Raises OSError."""
+        private_folder(jobs_home())
+        self.folder.mkdir(exist_ok=True)
+        return self.folder
 
     @property
     def log(self) -> Path:
@@ -361,6 +368,13 @@ class JobStore:
         query = select(job_bill_table).where(b.day >= since).order_by(b.at, b.job)
         with reading(self.engine) as c:
             return [JobBill(**row._mapping) for row in c.execute(query.where(b.day <= until) if until else query)]
+
+    def long_over(self, seconds: float) -> list[str]:
+        """Jobs that failed or were cancelled more than so many seconds ago, whose folders nobody needs any more."""
+        j = job_table.c
+        with reading(self.engine) as c:
+            old = j.state.in_(["failed", "cancelled"]), j.ended < self._now(c) - seconds
+            return [*c.scalars(select(j.id).where(*old))]
 
     def spent(self, tenant: str, since: str = "") -> int:
         """What a tenant's jobs cost that ended on the day `since` (2026-11-01) or later, in millionths."""

@@ -114,5 +114,12 @@ def _first(c: Connection) -> None:
 
 
 JOB_SCHEMA = Schema(
-    "the tables of jobs", _TABLES, Path(__file__).parent / "versions", "job_version", 0x6A6F6273, lambda c: None, _first
+    "the tables of jobs",
+    _TABLES,
+    Path(__file__).parent / "versions",
+    "job_version",
+    0x6A6F6273,
+    lambda c: None,
+    _first,
+    private=True,  # events show rows, and the preflight's one of them whole
 )

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veneer.errors import (
     CheckpointError,
@@ -26,7 +26,7 @@ from veneer.errors import (
     VeneerError,
     gigabytes,
 )
-from veneer.jobs.after import AfterJob, check_after
+from veneer.jobs.after import AfterJob, check_after, held_out_rows
 from veneer.jobs.store import Job, JobLease, JobStore, LeaseLost
 from veneer.plan.plan import Plan
 from veneer.plan.tables import Device
@@ -34,6 +34,9 @@ from veneer.serve.outage import is_outage
 from veneer.serve.tenancy.store import Store, TrainingTerms
 from veneer.train.config.load import RunConfig, config_from
 from veneer.train.config.text import TrainConfig
+
+if TYPE_CHECKING:
+    from veneer.models.text.base import TextBase
 
 
 def terms_of(tenants: Store | None) -> Callable[[str], TrainingTerms]:
@@ -43,6 +46,18 @@ def terms_of(tenants: Store | None) -> Callable[[str], TrainingTerms]:
         return TrainingTerms() if tenants is None else tenants.look().training_terms(tenant)
 
     return terms
+
+
+def after_of(job: Job) -> AfterJob | None:
+    """The section `after` that a job was submitted with."""
+    found = job.about.get("after")
+    return None if found is None else AfterJob.model_validate(found)
+
+
+def is_compared(job: Job) -> bool:
+    """Whether its adapter is compared once it is trained: by itself, on the base that it was trained on."""
+    after = after_of(job)
+    return after is not None and after.evaluate is not None
 
 
 def job_config(job: Job, output: Path) -> RunConfig:
@@ -128,25 +143,49 @@ def told(error: BaseException) -> dict[str, Any]:
 def _plan_of_job(job: Job, device: Device) -> dict[str, Any]:
     """What the job needs, by its rows as they are: `Plan.to_dict`, how many rows there are, what was counted. Raises
     ConfigError, DataError, BaseError, PreflightError."""
+    from veneer.models.text.base import text_without_weights
     from veneer.train.planning import plan_of_config
 
     config = job_config(job, job.folder)
-    exact = _rows_of(config) if isinstance(config, TrainConfig) else {}
+    exact: Mapping[str, Any] = {}
+    after, base = after_of(job), None
+    held = None if after is None else after.evaluate
+    if isinstance(config, TrainConfig):
+        base = text_without_weights(config.base.name)
+        exact = _rows_of(config, base)
+        if held is not None:
+            held_out_rows(held, config)
     plan = plan_of_config(config, device, **exact)
     if not plan.fits:
         _refuse(plan)
-    return plan.to_dict() | {"rows": plan.job.rows, "counted": exact}
+    own: dict[str, Any] = {"rows": plan.job.rows, "counted": exact}
+    if held is not None and held.answered and base is not None and plan.device.kind == "cpu":
+        own["peak_bytes"] = max(plan.peak, _answering_peak(base, plan))
+    return plan.to_dict() | own
 
 
-def _rows_of(config: TrainConfig) -> Mapping[str, Any]:
+def _answering_peak(base: TextBase, plan: Plan) -> int:
+    """Bytes that the process holds while the adapter is compared by its answers, on the base that it was trained on.
+    Raises PreflightError where that is more than there is."""
+    from veneer.serve.engine.offline import answering_bytes
+
+    memory = plan.memory
+    peak = memory.context + memory.weights + memory.constants + answering_bytes(base, memory.weights)
+    if peak > plan.room:
+        raise PreflightError(
+            f"answers to the held-out rows do not fit: they need about {gigabytes(peak)}, and {gigabytes(plan.room)} "
+            "may be used", where="after.evaluate", fix="metrics that need no answers: evaluate: {metrics: [loss]}",
+        )  # fmt: skip
+    return peak
+
+
+def _rows_of(config: TrainConfig, base: TextBase) -> Mapping[str, Any]:
     """Rows, their tokens and the longest one, of what is trained on. Raises PreflightError with all that stops the data
     from being learned."""
-    from veneer.models.text.base import text_without_weights
     from veneer.train.preflight import Report
     from veneer.train.text.checks import DATA_CHECKS, TextSubject
     from veneer.train.text.data import read_data
 
-    base = text_without_weights(config.base.name)
     data = read_data(config, base)
     subject = TextSubject(base=base, config=config, data=data)
     report = Report(numbers=subject.numbers)

@@ -30,13 +30,16 @@ from veneer.errors import VeneerError
 from veneer.jobs.executors import Ended, Executor, LocalExecutor
 from veneer.jobs.joining import company
 from veneer.jobs.process import environment_of
-from veneer.jobs.store import JobLease, JobStore, LeaseLost, with_shares
+from veneer.jobs.store import JobLease, JobStore, LeaseLost, jobs_home, with_shares
 from veneer.jobs.validate import device_of, terms_of, validated
 from veneer.library.library import Library
 from veneer.plan.tables import Device
 from veneer.serve.outage import is_outage
 from veneer.serve.tenancy.store import Store
 from veneer.train.signals import heard
+
+_SWEEP = 3600.0
+"""Seconds between two looks at what is left of jobs that came to nothing."""
 
 
 @dataclass
@@ -56,19 +59,21 @@ class _Running:
 class Worker:
     """One for a process. `at_once`: processes that it has running. In seconds, `lease`: how long its leases hold
     without it; `poll`: how often it looks; `grace`: how long a process may take to save its state. `device`: what jobs
-    are planned for, by default what this machine has. `say`: hears what it does, in sentences."""
+    are planned for, by default what this machine has. `failed_days`: how long folders of jobs that failed or were
+    cancelled are kept, whoever trained them. `say`: hears what it does, in sentences."""
 
     def __init__(
         self, library: Library, executor: Executor, *, tenants: Store | None = None, name: str = "", at_once: int = 1,
         device: Device | None = None, lease: float = 60.0, poll: float = 0.5, grace: float = 60.0,
-        say: Callable[[str], None] = lambda text: None,
+        failed_days: float = 30.0, say: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
         self.library, self.executor, self.say = library, executor, say
         self.store, self.terms = JobStore(library), terms_of(tenants)
         self.environment = environment_of(library, None if tenants is None else tenants.where)
         self.name = name or f"{socket.gethostname()}-{os.getpid()}"
         self.at_once, self.device = at_once, device
-        self.lease, self.poll, self.grace = lease, poll, grace
+        self.lease, self.poll, self.grace, self.failed_days = lease, poll, grace, failed_days
+        self._swept: float | None = None
         self._running: list[_Running] = []
         self._stop = threading.Event()
         self._away = False
@@ -122,6 +127,7 @@ class Worker:
         with self._outlasting():
             for running in [*self._running]:
                 self._watch(running)
+            self._sweep()
             if len(self._running) >= self.at_once:
                 return False
             lease = self.store.take(self.name, self.lease, at_once=self._most)
@@ -132,6 +138,14 @@ class Worker:
             return True
         self._stop.wait(10 * self.poll)
         return False
+
+    def _sweep(self) -> None:
+        """Once an hour removes what is left of jobs that came to nothing long ago."""
+        now = time.monotonic()
+        if self._swept is None or now - self._swept > _SWEEP:
+            self._swept = now
+            for job in self.store.long_over(self.failed_days * 86400):
+                shutil.rmtree(jobs_home() / job, ignore_errors=True)
 
     def _begin(self, lease: JobLease) -> None:
         sure = time.monotonic() + self.lease

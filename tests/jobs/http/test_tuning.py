@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from veneer.jobs.openai import TuningBody, tuning_config
 from veneer.jobs.store import JobCheckpoint, JobEvent, JobLease, JobStore, OverBudget
 from veneer.jobs.validate import told
 from veneer.library.library import Library, open_library
+from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.store import Store
 from veneer.train.config.load import config_from
 
 ROW = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -59,9 +61,10 @@ class Jobs:
 @contextmanager
 def serving(place: Path) -> Iterator[Jobs]:
     """A server over a library of its own."""
-    with open_library(place) as library:
+    with open_library(place) as library, closing(Store(f"{place}-tenants.sqlite")) as tenants:
+        manage.add_tenant(tenants, "acme", who="test")
         files, store = open_files(library), JobStore(library)
-        routers = [file_routes(files), tuning_routes(store, files)]
+        routers = [file_routes(files), tuning_routes(store, files, tenants)]
         more: dict[str, Any] = {"routers": routers, "large": large_bodies(files)}
         with live(ToyEngine(ToyText()), ToyCatalog(), ToyTenancy(), **more) as served:
             yield Jobs(served, store, files, library)
@@ -116,11 +119,14 @@ def test_the_life_of_a_job(jobs: Jobs, client: openai.OpenAI) -> None:
     assert job.status == "queued"
     assert job.hyperparameters.to_dict() == {"batch_size": 1, "learning_rate_multiplier": 1.0, "n_epochs": 10}
     lease = jobs.taken()
-    point = JobCheckpoint(4, {"loss": 1.25, "validation_loss": 1.5}, "acme/x@1")
-    jobs.store.note(
-        lease, [JobEvent("info", "metrics", "step 4: loss 1.25", {"step": 4, "steps": 9, "tokens": 400, "loss": 1.25})],
-        [point, JobCheckpoint(8)], trained=(4, 9, 400),
-    )  # fmt: skip
+    accuracy = {"token_accuracy": 0.75, "validation_token_accuracy": 0.5}
+    point = JobCheckpoint(4, {"loss": 1.25, "validation_loss": 1.5, **accuracy}, "acme/x@1")
+    measured: list[dict[str, Any]] = [
+        {"step": 4, "steps": 9, "tokens": 400, "loss": 1.25, "token_accuracy": 0.75},
+        {"step": 4, "validation_loss": 1.5, "token_accuracy": 0.5},
+    ]
+    told = [JobEvent("info", kind, "", d) for kind, d in zip(("metrics", "validation"), measured, strict=True)]
+    jobs.store.note(lease, told, [point, JobCheckpoint(8)], trained=(4, 9, 400))
     job = client.fine_tuning.jobs.retrieve(job.id)
     assert job.status == "running"
     assert job.estimated_finish is not None
@@ -135,15 +141,23 @@ def test_the_life_of_a_job(jobs: Jobs, client: openai.OpenAI) -> None:
     (results,) = job.result_files
     assert client.fine_tuning.jobs.retrieve(job.id).result_files == [results]
     assert client.files.retrieve(results).purpose == "fine-tune-results"
-    assert client.files.content(results).text == "step,train_loss,valid_loss\n4,1.25,\n"
+    assert client.files.content(results).text == (
+        "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n4,1.25,0.75,1.5,0.5\n"
+    )
     (only,) = client.fine_tuning.jobs.checkpoints.list(job.id)
     assert only.fine_tuned_model_checkpoint == f"{job.fine_tuned_model}:ckpt-step-4"
     assert (only.step_number, only.metrics.train_loss, only.metrics.full_valid_loss) == (4, 1.25, 1.5)
+    assert only.metrics.train_mean_token_accuracy == 0.75
+    assert only.metrics.valid_mean_token_accuracy == only.metrics.full_valid_mean_token_accuracy == 0.5
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=2))  # pages
     assert len(events) == len({event.id for event in events}) == len(jobs.store.events("acme", job.id)[0])
     assert [event.message for event in events][-1].startswith("created")
-    (metrics,) = (event for event in events if event.type == "metrics")
-    assert metrics.data == {"step": 4, "total_steps": 9, "tokens": 400, "train_loss": 1.25}
+    found, metrics = (event.data for event in events if event.type == "metrics")
+    assert metrics == {
+        "step": 4, "total_steps": 9, "tokens": 400, "train_loss": 1.25, "train_mean_token_accuracy": 0.75
+    }  # fmt: skip
+    full = {"full_valid_loss": 1.5, "full_valid_mean_token_accuracy": 0.5}
+    assert found == {"step": 4, "valid_loss": 1.5, "valid_mean_token_accuracy": 0.5, **full}
 
 
 def test_preferences(jobs: Jobs, client: openai.OpenAI) -> None:
@@ -174,6 +188,11 @@ EXAMPLES: list[dict[str, Any]] = [
 """The bodies of the examples in OpenAI's reference and guides, those of rewards and of W&B apart."""
 
 
+def after(**section: Any) -> dict[str, Any]:
+    """As OpenAI's client sends what it does not know."""
+    return {"extra_body": {"after": section}}
+
+
 @pytest.mark.parametrize("body", EXAMPLES, ids=str)
 def test_the_guides_bodies(client: openai.OpenAI, body: dict[str, Any]) -> None:
     file = sent(client)
@@ -197,6 +216,13 @@ def test_the_guides_bodies(client: openai.OpenAI, body: dict[str, Any]) -> None:
         ({"method": {"type": "reinforcement"}}, "method", "invalid_request", "supervised"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations", "invalid_request", "W&B"),
         ({"extra_body": {"colour": "red"}}, "colour", "invalid_request", "colour"),
+        (after(rout={}), "after", "invalid_request", "rout"),
+        (after(alias="prod"), "after.alias", "invalid_request", "a name of its own"),
+        (after(route={"name": "globex/x"}), "after.route.name", "invalid_request", "another tenant"),
+        (after(evaluate={}, promote="loss < base"), "after", "invalid_request", "no route"),
+        (after(evaluate={"metrics": ["exact_mach"]}), "after.evaluate.metrics", "invalid_request", "exact_match"),
+        (after(evaluate={"limit": 5000}), "after.evaluate.limit", "invalid_request", "1,000"),
+        (after(evaluate={"data": "/etc/passwd"}), "after.evaluate.data", "file_not_found", "upload it first"),
     ],
     ids=str,
 )
@@ -242,6 +268,27 @@ def test_a_job_that_failed_says_the_file_and_the_line(jobs: Jobs, client: openai
     assert "held.jsonl:3: no `messages`" in found.error.message
     assert "correct it" in found.error.message
     assert str(lease.job.folder.parent) not in found.to_json()
+
+
+def test_what_a_job_does_once_it_is_trained(jobs: Jobs, client: openai.OpenAI) -> None:
+    """Sent with the job, told with it, and kept on a copy of the file of held-out rows."""
+    section = {
+        "evaluate": {"data": sent(client, name="held.jsonl"), "metrics": ["exact_match"]},
+        "route": {"name": "support", "weight": 0.2}, "promote": "exact_match >= serving + 1 point",
+    }  # fmt: skip
+    job = made(client, **after(**section))
+    client.files.delete(section["evaluate"]["data"])
+    assert job.to_dict()["after"] == section
+    kept = jobs.store.get("acme", job.id).about["after"]
+    (path,) = kept["evaluate"]["data"]
+    assert Path(path).read_text() == json.dumps(ROW) + "\n"
+    assert (kept["route"], kept["promote"]) == ({**section["route"], "shadow": False}, section["promote"])
+    lease = jobs.taken("validating")
+    jobs.store.finish(lease, error={"kind": "data", "message": "no `messages`", "where": f"{path}:1"})
+    found = client.fine_tuning.jobs.retrieve(job.id)
+    assert found.error is not None
+    assert (found.error.param, found.error.code) == ("after.evaluate.data", "invalid_data")
+    assert found.error.message == "held.jsonl:1: no `messages`"
 
 
 def test_a_job_beyond_the_budget(jobs: Jobs, client: openai.OpenAI) -> None:
@@ -338,7 +385,8 @@ def test_nobody_reaches_the_jobs_of_others(jobs: Jobs, client: openai.OpenAI) ->
         with pytest.raises(openai.NotFoundError):
             other.fine_tuning.jobs.list(after=id)
         assert other.fine_tuning.jobs.list().data == []
-        for more in ({"training_file": file}, {"training_file": own, "validation_file": file}):
+        held_out = {"training_file": own, **after(evaluate={"data": [own, file]})}
+        for more in ({"training_file": file}, {"training_file": own, "validation_file": file}, held_out):
             with pytest.raises(openai.BadRequestError) as wrong:
                 other.fine_tuning.jobs.create(model="toy", **more)
             assert wrong.value.code == "file_not_found"

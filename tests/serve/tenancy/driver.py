@@ -2,6 +2,7 @@
 
     python -m tests.serve.tenancy.driver load URL FOLDER KILLS SEED  a server under load, killed at random
     python -m tests.serve.tenancy.driver points URL FOLDER STRIDE    one scenario, killed at each STRIDEth step
+    python -m tests.serve.tenancy.driver feedback URL FOLDER STRIDE  the same of answers that are kept, and feedback
 
 The server speaks over a socket, so a client has what the system delivered before the kill, no more. Exit code 0 if the
 ledger and what the clients saw agree; prints what was done.
@@ -15,13 +16,14 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 
 from tests.forks import expect, fork
 from veneer.library.database import reading
@@ -30,8 +32,9 @@ from veneer.serve.request import Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import ledger as ledger_module
 from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.feedback import AnswerFeedback, feedback_rows
 from veneer.serve.tenancy.ledger import usage
-from veneer.serve.tenancy.store import Price
+from veneer.serve.tenancy.store import FeedbackTerms, Price, answer_table
 from veneer.serve.tenancy.store import line_table as ledger
 from veneer.serve.tenancy.tenants import Tenants
 
@@ -153,10 +156,8 @@ def run_load(url: str, folder: Path, kills: int, seed: int) -> dict[str, int]:
 # -- every step of one scenario ----------------------------------------------------------------------------------------
 
 
-def scenario(url: str, folder: Path, told: int, step: int) -> None:
-    """Three requests, in a process that dies before its `step`th statement to the outbox, commit of the database, word
-    to a client or unlink."""
-    tenants = opened(url, folder)
+def dying(step: int) -> Callable[[Any], Any]:
+    """Wraps functions; before the `step`th call of them all the process dies."""
     left = [step]
 
     def stepping(function: Any) -> Any:
@@ -168,7 +169,13 @@ def scenario(url: str, folder: Path, told: int, step: int) -> None:
 
         return stepped
 
-    from sqlalchemy import Connection
+    return stepping
+
+
+def scenario(url: str, folder: Path, told: int, step: int) -> None:
+    """Three requests, in a process that dies before its `step`th statement to the outbox, commit of the database, word
+    to a client or unlink."""
+    tenants, stepping = opened(url, folder), dying(step)
 
     class Statements:
         def __init__(self, c: Any) -> None:
@@ -201,24 +208,93 @@ def scenario(url: str, folder: Path, told: int, step: int) -> None:
     tenants.close()
 
 
+def each_step(act: Callable[[int, int], object], stride: int) -> Iterator[tuple[int, list[Any]]]:
+    """(step, what was told before the kill) of processes that die at each step; the last one came to its end."""
+    for step in range(0, 10_000, stride):
+        here, there = os.pipe()
+        child = fork(lambda step=step, there=there: act(there, step))
+        os.close(there)
+        with os.fdopen(here, "rb") as pipe:
+            told = [json.loads(line) for line in pipe.read().split(b"\n")[:-1]]
+        _, status = os.waitpid(child, 0)
+        yield step, told
+        if not os.WIFSIGNALED(status):
+            assert status == 0
+            return
+    raise AssertionError("it never came to its end")
+
+
 def run_points(url: str, folder: Path, stride: int) -> dict[str, int]:
     prepare(url, folder)
     saw: dict[str, list[Any]] = {}
-    for step in range(0, 10_000, stride):
-        here, there = os.pipe()
-        for name in (f"s{step}-0", f"s{step}-1", f"s{step}-x"):
-            saw[name] = []
-        child = fork(lambda step=step, there=there: scenario(url, folder, there, step))
-        os.close(there)
-        with os.fdopen(here, "rb") as pipe:
-            for line in pipe.read().split(b"\n")[:-1]:
-                heard = json.loads(line)
-                saw[heard["request"]].append(heard)
-        _, status = os.waitpid(child, 0)
-        if not os.WIFSIGNALED(status):
-            assert status == 0
-            return {"steps": step, **balance(url, folder, saw)}
-    raise AssertionError("it never came to its end")
+    steps = 0
+    for steps, told in each_step(lambda pipe, step: scenario(url, folder, pipe, step), stride):
+        saw |= {name: [] for name in (f"s{steps}-0", f"s{steps}-1", f"s{steps}-x")}
+        for heard in told:
+            saw[heard["request"]].append(heard)
+    return {"steps": steps, **balance(url, folder, saw)}
+
+
+# -- answers that are kept ---------------------------------------------------------------------------------------------
+
+
+def said_of(answer: str) -> AnswerFeedback:
+    better = {"role": "assistant", "content": f"better than {answer}"}
+    return AnswerFeedback(answer, up=True, corrected=better, said=frozenset({"up", "corrected"}))
+
+
+def feedback(url: str, folder: Path, told: int, step: int) -> None:
+    """Three answers, in a process that dies before its `step`th statement on the disk of this machine, or commit of the
+    database: feedback on one, another that is only kept, one of a user who is forgotten. Told is what was
+    acknowledged."""
+    tenants, stepping = opened(url, folder), dying(step)
+
+    class Statements(sqlite3.Connection):
+        execute = stepping(sqlite3.Connection.execute)
+        executemany = stepping(sqlite3.Connection.executemany)
+
+    connect: Any = sqlite3.connect
+    sqlite3.connect = lambda *arguments, **named: connect(*arguments, **{**named, "factory": Statements})  # type: ignore[assignment]
+    Connection.commit = stepping(Connection.commit)  # type: ignore[method-assign]
+
+    def say(what: str, answer: str) -> None:
+        os.write(told, (json.dumps([what, answer]) + "\n").encode())
+
+    def keep(answer: str, user: str) -> None:
+        took = tenants.keeping(Caller("t0", user=user), Served((), "support", "support"), answer)
+        assert took is not None
+        took({"messages": [{"role": "user", "content": "Hi"}]}, [{"role": "assistant", "content": f"to {answer}"}])
+
+    keep(f"f{step}-given", "ann")
+    tenants.answers.give("t0", said_of(f"f{step}-given"))
+    say("given", f"f{step}-given")
+    keep(f"f{step}-kept", "ann")
+    tenants.answers.flush()
+    say("kept", f"f{step}-kept")
+    keep(f"f{step}-gone", f"bob {step}")
+    tenants.answers.forget("t0", user=f"bob {step}")
+    say("gone", f"f{step}-gone")
+    tenants.close()
+
+
+def run_feedback(url: str, folder: Path, stride: int) -> dict[str, int]:
+    prepare(url, folder)
+    seen = [*each_step(lambda pipe, step: feedback(url, folder, pipe, step), stride)]
+    told = {what: [id for _, lines in seen for kind, id in lines if kind == what] for what in ("given", "kept", "gone")}
+    tenants = opened(url, folder)
+    tenants.answers.flush()
+    with reading(tenants.store.engine) as c:
+        kept = {row.id: row for row in c.execute(select(answer_table))}
+    exported = [row["messages"][-1]["content"] for row in feedback_rows(tenants.store.engine, "t0", "supervised")]
+    tenants.close()
+    assert len(exported) == len(set(exported)), "feedback is there twice"
+    given = {f"better than {answer}" for answer in told["given"]}
+    assert given <= set(exported), "feedback was acknowledged and is lost"
+    assert {*told["given"], *told["kept"]} <= set(kept), "an answer was in the database and is lost"
+    assert not {*told["gone"]} & set(kept), "an answer was forgotten and is there"
+    for answer, row in kept.items():
+        assert json.loads(row.choices) == [{"role": "assistant", "content": f"to {answer}"}], "half an answer"
+    return {"steps": seen[-1][0], **{what: len(answers) for what, answers in told.items()}}
 
 
 # -- what has to hold --------------------------------------------------------------------------------------------------
@@ -230,6 +306,7 @@ def prepare(url: str, folder: Path) -> None:
         for n in range(3):
             manage.add_tenant(tenants.store, f"t{n}", who="driver")
         manage.set_price(tenants.store, "", "", PRICE, who="driver")
+        manage.set_feedback(tenants.store, "t0", FeedbackTerms(30.0), who="driver")
         tenants.close()
 
     expect(fork(make), killed=False)
@@ -281,5 +358,5 @@ def balance(url: str, folder: Path, saw: dict[str, list[Any]]) -> dict[str, int]
 
 if __name__ == "__main__":
     what, url, folder, *numbers = sys.argv[1:]
-    do = {"load": run_load, "points": run_points}[what]
+    do = {"load": run_load, "points": run_points, "feedback": run_feedback}[what]
     print(json.dumps(do(url, Path(folder), *map(int, numbers))))  # type: ignore[operator]

@@ -1,6 +1,6 @@
 """What a job made, promoted or taken back over HTTP, by the operator.
 
-POST /admin/jobs/ID/promote, /rollback       the route as it is then; null where there is none any more
+POST /admin/jobs/ID/promote, /rollback       the route as it is then, or the alias; null where there is none any more
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from fastapi import APIRouter
 from veneer.jobs.canary import promote_job, rollback_job
 from veneer.jobs.store import JobStore, UnknownJob
 from veneer.serve.tenancy.admin import operators_alone
-from veneer.serve.tenancy.routes import route_shown
 from veneer.serve.tenancy.store import UnknownName
 from veneer.serve.tenancy.tenants import Tenants
 
@@ -25,10 +24,10 @@ def canary_routes(jobs: JobStore, tenants: Tenants) -> APIRouter:
         @router.post(f"/{{job}}/{what}", name=f"{what} a job")
         def moved(job: str) -> dict[str, Any]:
             try:
-                route = change(jobs, tenants.store, None, job)
+                place = change(jobs, tenants.store, None, job)
             except UnknownJob as error:
                 raise UnknownName(error.what, where=error.where, fix=error.fix) from error
-            return {"job": job, "route": None if route is None else route_shown(route)}
+            return {"job": job, **place.shown}
 
     changes("promote", promote_job)
     changes("rollback", rollback_job)

@@ -1,6 +1,7 @@
 """OpenAI's routes of fine-tuning: jobs, their events and checkpoints, and the models that come of them.
 
-    POST /v1/fine_tuning/jobs        model and training_file, and what `jobs.openai.TuningBody` has
+    POST /v1/fine_tuning/jobs        model and training_file, and what `jobs.openai.TuningBody` has; beyond OpenAI's
+                                     `after`: what the job does once it is trained, with ids of files for paths
     GET  …/jobs, …/jobs/ID, …/jobs/ID/events, …/jobs/ID/checkpoints
     POST …/jobs/ID/cancel, /pause, /resume
     DELETE /v1/models/ft:…           of a tenant's own; the other routes of models know these names already
@@ -24,6 +25,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from veneer.errors import ConfigError, quoted
+from veneer.jobs.after import AfterJob, check_after
 from veneer.jobs.files import Files, UploadedFile
 from veneer.jobs.http.files import in_thread, page_shown
 from veneer.jobs.inputs import count_lines, drop_inputs, put_input
@@ -32,35 +34,39 @@ from veneer.jobs.openai import (
     TuningBody,
     checkpoint_id,
     event_number,
-    new_tuned,
     results_of,
     shown_checkpoint,
     shown_event,
     shown_job,
+    suffix_of,
     tuning_config,
 )
 from veneer.jobs.store import ENDS, Job, JobStore, UnknownJob, WrongState
 from veneer.library.library import NotInLibrary
-from veneer.library.names import parse_tuned
+from veneer.library.names import name_of, new_tuned, organisation_of, parse_tuned
 from veneer.serve.access import Caller
 from veneer.serve.http.bodies import BodyRoute
 from veneer.serve.http.errors import Json, error_body
 from veneer.serve.http.service import Service, admission_of, caller_of, service_of
 from veneer.serve.http.sse import EventStream, data
 from veneer.serve.request import Refused, invalid
+from veneer.serve.tenancy.store import Store
+from veneer.train.config.load import config_from
 
 T = TypeVar("T")
 
 _LOOK = 0.5
 """Seconds between two looks at a job whose events are streamed."""
 _PAGE = 100
+_HELD_OUT, _HELD_ROWS, _HELD_TOKENS = 16, 1000, 1024
+"""Files, rows, and tokens of an answer, that a job is evaluated on at most; more is the operator's to ask for."""
 
 _Limit = Annotated[int, Query(ge=1, le=_PAGE)]
 _After = Annotated[str | None, Query(max_length=100)]
 
 
-def tuning_routes(jobs: JobStore, files: Files) -> APIRouter:
-    """The routes over a queue, and the files that its jobs read."""
+def tuning_routes(jobs: JobStore, files: Files, tenants: Store | None = None) -> APIRouter:
+    """The routes over a queue, the files that its jobs read, and the tenants whose routes they move."""
     router = APIRouter(tags=["OpenAI fine-tuning"], route_class=BodyRoute)
 
     @router.post("/v1/fine_tuning/jobs", summary="Fine-tune a base, or what was tuned before, on an uploaded file.")
@@ -69,13 +75,15 @@ def tuning_routes(jobs: JobStore, files: Files) -> APIRouter:
         start = _start(service, caller, body.model)
         if body.integrations:
             _check_wandb(caller)
-        return _answer(await _asked(lambda: _create(service, caller, jobs, files, body, start)), caller, body.headers)
+        return _answer(
+            await _asked(lambda: _create(service, caller, jobs, files, tenants, body, start)), caller, body.headers
+        )
 
     @router.get("/v1/fine_tuning/jobs", summary="The caller's jobs, the newest first.")
     async def listed(request: HttpRequest, limit: _Limit = 20, after: _After = None) -> Response:
         caller, wanted = caller_of(request), _metadata(request)
         found, more = await _asked(lambda: _some(jobs, caller.tenant, after, limit, wanted))
-        shown = [shown_job(job, _organisation(caller)) for job in found]
+        shown = [shown_job(job, organisation_of(caller.tenant)) for job in found]
         return Json({"object": "list", "data": shown, "has_more": more})
 
     @router.get("/v1/fine_tuning/jobs/{id}", summary="One of them.")
@@ -83,7 +91,7 @@ def tuning_routes(jobs: JobStore, files: Files) -> APIRouter:
         caller = caller_of(request)
         job = await _asked(lambda: _job(jobs, caller.tenant, id))
         results = await _asked(lambda: _results(jobs, files, job))
-        return Json(shown_job(job, _organisation(caller), results))
+        return Json(shown_job(job, organisation_of(caller.tenant), results))
 
     def changes(what: str, summary: str, change: Callable[[str, str], Job]) -> None:
         @router.post(f"/v1/fine_tuning/jobs/{{id}}/{what}", summary=summary, name=what)
@@ -177,12 +185,13 @@ def _check_wandb(caller: Caller) -> None:
 
 
 def _create(
-    service: Service, caller: Caller, jobs: JobStore, files: Files, body: TuningBody, start: str | None
+    service: Service, caller: Caller, jobs: JobStore, files: Files, tenants: Store | None, body: TuningBody,
+    start: str | None,
 ) -> Job:  # fmt: skip
     tenant = caller.tenant
     training = _file(files, tenant, body.training_file, "training_file")
     validation = body.validation_file and _file(files, tenant, body.validation_file, "validation_file")
-    tuned = new_tuned(service.catalog.base, tenant, body.suffix)
+    tuned = new_tuned(service.catalog.base, tenant, suffix_of(body.suffix))
     seed = body.seed if body.seed is not None else secrets.randbelow(1 << 31)
     try:
         train = put_input(files, tuned.id, "train", training)
@@ -191,20 +200,46 @@ def _create(
             body, base=service.reader.name, train=train, validation=valid, rows=count_lines(train),
             context=service.reader.context, seed=seed, start=start,
         )  # fmt: skip
+        about: dict[str, Any] = {"input": tuned.id, "publish": "checkpoints"}
+        if body.after is not None:
+            after = _after(files, tenant, tuned.id, body.after)
+            plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
+            check_after(after, plain, name_of(tuned.reference), tenant, tenants)
+            about["after"] = after.model_dump(mode="json")
         asked = {
             "model": body.model, "training_file": training.id, "validation_file": validation.id if validation else None,
             "kind": body.kind, "hyperparameters": body.numbers.model_dump(), "suffix": body.suffix,
             "metadata": body.metadata, "tuned": str(tuned),
             "integrations": [each.model_dump() for each in body.integrations or []],
+            "after": None if body.after is None else body.after.model_dump(mode="json", exclude_unset=True),
         }  # fmt: skip
         if tenant:
             service.tenancy.let_see_own(tenant)
-        return jobs.create(
-            tenant, config, name=tuned.last, about={"openai": asked, "input": tuned.id, "publish": "checkpoints"}
-        )
+        return jobs.create(tenant, config, name=tuned.last, about={**about, "openai": asked})
     except BaseException:
         drop_inputs(tuned.id)
         raise
+
+
+def _after(files: Files, tenant: str, id: str, asked: AfterJob) -> AfterJob:
+    """What is asked for, on copies of the files that it names by their ids. Raises Refused."""
+    if asked.alias is not None:
+        what = "each job here has a name of its own, which no alias of another can point to"
+        raise invalid(what, "after.alias", "a route: its name stays, whatever it leads to")
+    if asked.evaluate is None:
+        return asked
+    for key, most in {"limit": _HELD_ROWS, "max_new_tokens": _HELD_TOKENS}.items():
+        if (getattr(asked.evaluate, key) or 0) > most:
+            raise invalid(f"at most {most:,} here, since nobody pays for them", f"after.evaluate.{key}")
+    held = asked.evaluate.model_copy(update={"limit": asked.evaluate.limit or _HELD_ROWS})
+    asked = asked.model_copy(update={"evaluate": held})
+    if held.data is None:
+        return asked
+    ids = [held.data] if isinstance(held.data, str) else held.data
+    if len(ids) > _HELD_OUT:
+        raise invalid(f"{len(ids)} files of held-out rows; at most {_HELD_OUT}", "after.evaluate.data")
+    found = [_file(files, tenant, each, "after.evaluate.data") for each in ids]
+    return asked.on([str(put_input(files, id, f"held-out/{n}", file)) for n, file in enumerate(found)])
 
 
 def _file(files: Files, tenant: str, id: str, param: str) -> UploadedFile:
@@ -279,12 +314,8 @@ def _metadata(request: HttpRequest) -> dict[str, str] | None:
     return wanted or None
 
 
-def _organisation(caller: Caller) -> str:
-    return f"org-{caller.tenant or 'veneer'}"
-
-
 def _answer(job: Job, caller: Caller, headers: dict[str, str] | None = None) -> Response:
-    return Json(shown_job(job, _organisation(caller)), headers=headers)
+    return Json(shown_job(job, organisation_of(caller.tenant)), headers=headers)
 
 
 async def _asked(do: Callable[[], T]) -> T:

@@ -22,7 +22,7 @@ from veneer.models.text.generate import Completion, Prompt, complete, completion
 from veneer.serve.engine.engine import TextEngine
 from veneer.serve.forward.lowrank import low_rank_problems
 from veneer.serve.forward.paged import BLOCK, Pages
-from veneer.serve.forward.runner import cache_shape
+from veneer.serve.forward.runner import PACK_BYTES, cache_shape
 from veneer.serve.request import Finished, Request, Sampling, Token, make_mix
 from veneer.serve.settings import EngineSettings
 
@@ -54,6 +54,12 @@ def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32
                 yield EngineAnswers(base, engine, thread)
             return
     yield plain
+
+
+def answering_bytes(base: TextBase, weights: int, *, rows: int = 32) -> int:
+    """The most that `answering` takes on a CPU beside a base whose weights have so many bytes: its projections once
+    more, in the order they are multiplied in, and keys and values."""
+    return min(weights, PACK_BYTES) + _cache_bytes(base, rows)
 
 
 def _cache_bytes(base: TextBase, rows: int) -> int:

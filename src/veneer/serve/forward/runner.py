@@ -75,6 +75,10 @@ class RunnerRow:
     sequence: int = 0
 
 
+PACK_BYTES = 4 << 30
+"""The most that a second copy of the projections takes, in the order they are multiplied in."""
+
+
 def cache_shape(base: TextBase) -> tuple[int, int, int, int]:
     """(layers, heads, heads of keys and values, size of a head)."""
     config: Any = base.model.config.get_text_config()
@@ -108,7 +112,7 @@ class Runner:
         base: TextBase,
         *,
         cache_bytes: int = 1 << 30,
-        pack_bytes: int = 4 << 30,
+        pack_bytes: int = PACK_BYTES,
         weights: WeightKind = "dense",
         batch_invariant: bool = False,
         context: int = 0,
