@@ -358,9 +358,7 @@ class JobStore:
     def committed(self, tenant: str) -> int:
         """What a tenant's jobs cost it this month (UTC), with what those that wait and run are going to; millionths."""
         with reading(self.engine) as c:
-            j = job_table.c
-            planned = select(func.sum(j.planned)).where(j.tenant == tenant, j.state.not_in(ENDS))
-            return int(c.scalar(planned) or 0) + _spent(c, tenant, time.strftime("%Y-%m-01", time.gmtime()))
+            return _committed(c, tenant, self._now(c))
 
     def bills(self, since: str = "", until: str = "") -> list[JobBill]:
         """Every tenant's, of jobs that ended on these days, both included; the oldest first. For the operator."""
@@ -533,18 +531,15 @@ class JobStore:
         Raises OverBudget where this job, what waits and runs, and what was spent this month are together more than the
         budget; LeaseLost."""
         with self._working(lease) as (c, now, job):
-            planned, j = cost_of(int(plan["tokens"]), price), job_table.c
-            if budget is not None:
-                others = select(func.sum(j.planned)).where(j.tenant == job.tenant, j.state.not_in(ENDS), j.id != job.id)
-                taken = int(c.scalar(others) or 0) + _spent(c, job.tenant, _day(now)[:8] + "01")
-                if planned + taken > budget:
-                    raise OverBudget(
-                        f"this job is planned to cost {money(planned)}, and of this month's budget of "
-                        f"{money(budget)} {money(max(0, budget - taken))} are left",
-                        where="budget", fix="fewer rows or epochs, a larger budget, or next month",
-                    )  # fmt: skip
+            planned = cost_of(int(plan["tokens"]), price)
+            if budget is not None and planned + (taken := _committed(c, job.tenant, now)) > budget:
+                raise OverBudget(
+                    f"this job is planned to cost {money(planned)}, and of this month's budget of "
+                    f"{money(budget)} {money(max(0, budget - taken))} are left",
+                    where="budget", fix="fewer rows or epochs, a larger budget, or next month",
+                )  # fmt: skip
             values = {"plan": _json(dict(plan)), "price": price, "planned": planned, "steps": int(plan["steps"])}
-            c.execute(update(job_table).where(j.id == job.id).values(**values, queued=now, faults=0, **_LEFT))
+            c.execute(update(job_table).where(job_table.c.id == job.id).values(**values, queued=now, faults=0, **_LEFT))
             cost = f", {money(planned)}" if planned else ""
             what = f"validated: {counted(int(plan['steps']), 'step')}, {int(plan['tokens']):,} tokens{cost}"
             return self._move(c, job, "queued", now, what)
@@ -668,6 +663,12 @@ def _tell(c: Connection, job: Job, now: float, event: JobEvent) -> None:
 def _spent(c: Connection, tenant: str, since: str) -> int:
     b = job_bill_table.c
     return int(c.scalar(select(func.sum(b.cost)).where(b.tenant == tenant, b.day >= since)) or 0)
+
+
+def _committed(c: Connection, tenant: str, now: float) -> int:
+    j = job_table.c
+    planned = select(func.sum(j.planned)).where(j.tenant == tenant, j.state.not_in(ENDS))  # 0 while one is validated
+    return int(c.scalar(planned) or 0) + _spent(c, tenant, _day(now)[:8] + "01")
 
 
 def _lost(job: str) -> LeaseLost:
