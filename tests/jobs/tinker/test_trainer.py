@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,14 @@ def trainer() -> Iterator[Trainer]:
         made.close()
 
 
+@pytest.fixture(autouse=True)
+def _no_learners(trainer: Trainer) -> Iterator[None]:
+    """A test that fails leaves none to the next."""
+    yield
+    for learner in list(trainer.learners.values()):
+        trainer.drop(learner)
+
+
 def work(trainer: Trainer, learner: Any, rows: list[list[int]], weight: float = 1.0, backward: bool = True) -> PassWork:
     given = [
         WireRow(
@@ -59,9 +68,11 @@ def test_a_step_is_veneers_own_to_the_bit(trainer: Trainer) -> None:
         done(trainer, work(trainer, learner, ROWS, 1 / count))
         trainer.optimise(learner, Adam(1e-2, 0.9, 0.999, 1e-8))
     own = base_twin(small_base())
-    with attach(own.model) as attachment, fast(own.model):
+    with ExitStack() as undo:
+        attachment = undo.enter_context(attach(own.model))
         attachment.add("own", create(own.model, lora.spec(target_names(own.model)), seed=3), trainable=True)
         attachment.use("own")
+        undo.enter_context(fast(own.model))
         parameters = attachment.parameters("own")
         optimizer = make_optimizer(parameters, learning_rate=1e-2, eps=1e-8)
         ids, lengths = torch.tensor([token for row in ROWS for token in row]), [len(row) for row in ROWS]

@@ -337,7 +337,11 @@ class Trainer:
             wanted += [loss] if work.backward else []
             found.append([p.detach() for p in logps])
         if wanted:
+            looking = [p for work, _ in parts if not work.backward for p in work.learner.parameters.values()]
+            untouched = [p for p in looking if p.grad is None]
             torch.stack(wanted).sum().backward()  # type: ignore[no-untyped-call]
+            for parameter in untouched:  # zeros, from the rows beside its own
+                parameter.grad = None
         totals = torch.stack(losses).tolist()
         return [([p.cpu() for p in own], total) for own, total in zip(found, totals, strict=True)]
 
