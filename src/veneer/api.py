@@ -78,13 +78,17 @@ def train_text(
     is loaded already. `on_event` is called with what happens (train.events); without it the terminal shows the run.
     Raises ConfigError, DataError, PreflightError before the first step; Interrupted on Ctrl-C, with the state saved."""
     from veneer.errors import ConfigError
+    from veneer.serve.engine.live import live_sampler
     from veneer.train.config.text import TrainConfig
     from veneer.train.text.task import run_text
 
     chosen, sources = _config(config, overrides)
     if not isinstance(chosen, TrainConfig):
         raise ConfigError("this configuration is for pictures (it has data.pictures)", fix="veneer.train_image")
-    return run_text(chosen, resume=resume, dry_run=dry_run, force=force, on_event=on_event, base=base, sources=sources)
+    return run_text(
+        chosen, resume=resume, dry_run=dry_run, force=force, on_event=on_event, base=base, sources=sources,
+        sampler=live_sampler,
+    )  # fmt: skip
 
 
 def train_together(

@@ -124,9 +124,10 @@ def _results(files: list[Path], loaded: list[Any], listeners: list[Any], options
             from veneer.train.image.run import run_images
 
             return [run_images(chosen, **options)]
+        from veneer.serve.engine.live import live_sampler
         from veneer.train.text.task import run_text
 
-        return [run_text(chosen, **options)]
+        return [run_text(chosen, **options, sampler=live_sampler)]
     from veneer.train.text.together import run_texts
 
     names, sources = [str(file) for file in files], [sources for _, sources in loaded]

@@ -204,12 +204,13 @@ def _trained(teller: _Teller) -> _Trained:
             result = run_images(config, **options)
         else:
             from veneer.models.text.base import load_text
+            from veneer.serve.engine.live import live_sampler
             from veneer.train.text.task import run_text
 
             if is_compared(teller.lease.job):
                 own = config.base
                 base = load_text(own.name, dtype=own.dtype, device=own.device, quantise=own.quantise)
-            result = run_text(config, base=base, **options)
+            result = run_text(config, base=base, **options, sampler=live_sampler)
     return dict(result.to_dict()), base
 
 

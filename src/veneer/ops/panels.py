@@ -301,10 +301,10 @@ def panels_of_codes(weights: Sequence[Tensor]) -> tuple[Panels, list[Quantised]]
         return None
     rows8 = [absmax[w.first : w.last] for w in codes if (absmax := _absmax(w.stored)) is not None]
     absmax = torch.cat(rows8) if len(rows8) == len(codes) else None
+    stored = {w.stored.kind: PanelRows(panels, w.stored.kind, absmax) for w in codes}  # one, to be joined again
     views, at = [], 0
     for w in codes:
-        stored = PanelRows(panels, w.stored.kind, absmax)
-        views.append(Quantised(stored, w.dtype, tuple(w.shape), at, at := at + len(w)))
+        views.append(Quantised(stored[w.stored.kind], w.dtype, tuple(w.shape), at, at := at + len(w)))
     return panels, views
 
 

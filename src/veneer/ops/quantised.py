@@ -10,6 +10,7 @@ asked of it is computed on the dequantised weight, and is a tensor of its own. I
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -278,9 +279,14 @@ def quantise(weight: Tensor, kind: str, *, double: bool = True, dtype: torch.dty
 
 
 def stacked_rows(parts: Sequence[Quantised]) -> Quantised:
-    """Whole weights (rows, columns) of one width below one another, without copying a code."""
+    """Whole weights (rows, columns) of one width below one another, or parts that lie so already, without copying a
+    code."""
+    first = parts[0]
     if len(parts) == 1:
-        return parts[0]
+        return first
+    if all(b.stored is a.stored and b.first == a.last for a, b in itertools.pairwise(parts)):
+        shape = (sum(len(part) for part in parts), *first.shape[1:])
+        return Quantised(first.stored, first.dtype, shape, first.first, parts[-1].last)
     return Quantised(StackedRows(tuple(p.stored for p in parts)), parts[0].dtype)
 
 

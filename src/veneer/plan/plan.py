@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from veneer.errors import ConfigError, counted, gigabytes
@@ -32,6 +32,19 @@ from veneer.plan.serving import Serving, Traffic, serving
 from veneer.plan.shape import TextShape, pair_parameters
 from veneer.plan.tables import Device
 from veneer.plan.time import Rates, Work, run_seconds, text_work
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Answers that a run draws. `prompt`, `answer`: tokens of each at most; `group`: answers to a prompt, which is
+    computed once; `together`: drawn at once; `total`: in the whole run. `room`: the most that keys and values take."""
+
+    prompt: int
+    answer: int
+    group: int
+    together: int
+    total: int
+    room: int = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -151,6 +164,25 @@ def _fitted(
         return memory, peak, (), None, None
     planned = changes[0].load, changes[0].device
     return memory, peak, changes, planned, memory_of(*planned)
+
+
+def with_draws(plan: Plan, shape: TextShape, load: Load, device: Device, draws: Draws) -> Plan:
+    """The plan of a run that learns from its own answers: their keys and values beside its memory, and beside its time
+    that in which they are drawn (`serving`)."""
+    own = Traffic(draws.prompt, draws.answer, draws.together, 1)
+    shared = replace(own, prompt=max(1, draws.prompt // draws.group))
+    rank = load.spec.rank if load.spec is not None else load.rank
+    one, each = (
+        serving(shape, device, plan.rates, traffic, rank=rank, dtype=load.dtype, quantise=load.quantise)
+        for traffic in (own, shared)
+    )
+    cache = min(one.cache_bytes, draws.room)
+    seconds = draws.total / each.requests_per_second
+    told = f"{draws.total:,} drawn, {draws.together} at once: {gigabytes(cache)} of keys and values, {seconds:,.0f} s"
+    return replace(
+        plan, memory=replace(plan.memory, cache=cache), peak=plan.peak + cache, facts=(*plan.facts, ("answers", told)),
+        seconds=None if plan.seconds is None else plan.seconds + seconds,
+    )  # fmt: skip
 
 
 def text_plan(

@@ -88,6 +88,7 @@ class Sampling:
 
     `temperature` 0 is greedy. `top_k` 0: all. `seed` None: one from the system. `logprobs`: None for none, else how
     many alternatives beside the chosen token's own; they are of the model's distribution before any of the above.
+    `drawn_logprob`: with them, the chosen token's in the distribution that all of the above leave to draw from.
     `prompt_logprobs`: those of the prompt's tokens too, which is then computed whole, whatever the cache knows of it.
     `stop`: texts that end the answer and are not part of it. `grammar`: what the answer must match."""
 
@@ -106,6 +107,7 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    drawn_logprob: bool = False
     prompt_logprobs: bool = False
     grammar: GrammarSpec | None = None
 
@@ -156,8 +158,9 @@ class Started:
 class Token:
     """One token. `text` is what it adds to the answer; the texts of all tokens joined are the answer. It may be empty:
     a character in parts, a text held back because a stop text may begin in it, or the token that ended the answer.
-    `logprob` and `top` ((id, text, logprob), best first) are of the model's distribution, where asked for. `prompt`:
-    with an answer's first token those of the prompt, where their logprobs were asked for; the very first has none."""
+    `logprob` and `top` ((id, text, logprob), best first) are of the model's distribution, `drawn` of the one that it
+    was drawn from, where asked for. `prompt`: with an answer's first token those of the prompt, where their logprobs
+    were asked for; the very first has none."""
 
     id: int
     text: str
@@ -165,6 +168,7 @@ class Token:
     top: tuple[tuple[int, str, float], ...] = ()
     special: bool = False
     prompt: tuple[Token, ...] = ()
+    drawn: float | None = None
 
 
 @dataclass(frozen=True)

@@ -228,6 +228,11 @@ class Learner(Protocol):
         """Scores the held-out rows, of several processes this one's share; None as soon as `interrupted()`."""
         raise NotImplementedError
 
+    def draw_step(self, step: Step, number: int, interrupted: Callable[[], bool]) -> Step | None:
+        """Step `number` as it is to be made, asked before it begins, for one whose micro-batches are not known when it
+        is planned; None as soon as `interrupted()`."""
+        return step
+
     def begin_step(self, step: Step) -> None:
         """Called before each step, for a loss that needs something of the whole step."""
         return
@@ -293,7 +298,7 @@ class StepDone:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepWanted:
     """A step whose forward and backward are to be made now, by `make_step` or in the same way. `due`: a checkpoint of
     the state before it is, which `save` writes."""
@@ -315,10 +320,15 @@ class StepWanted:
     def save(self) -> None:
         _save(self.loop)
 
-    def begin(self) -> None:
-        """Before its first forward."""
+    def begin(self) -> bool:
+        """Before its first forward. False where a signal came before it was known what it is made of."""
         self.loop.optimizer.zero_grad(set_to_none=True)
-        self.learner.begin_step(self.step)
+        step = self.learner.draw_step(self.step, self.number, self.loop.interrupted)
+        if step is None:
+            return False
+        self.step = step
+        self.learner.begin_step(step)
+        return True
 
     def seed(self, index: int) -> tuple[int | str, ...]:
         """What the generators are seeded by for its micro-batch `index` (`seed_all`)."""
@@ -415,7 +425,7 @@ def _one_step(loop: _Loop, step: Step, due: bool) -> Stepping[None]:
         loop.optimizer.zero_grad(set_to_none=True)
         rng_restore(before)
         _stop(loop)
-    micros, parameters = wanted.micros, list(loop.learner.parameters.values())
+    step, micros, parameters = wanted.step, wanted.micros, list(loop.learner.parameters.values())
     loop.devices.add_gradients(parameters, sorted(set().union(*(share.reached for share in done))))
     rate = loop.plan.schedule.apply(loop.optimizer, number)
     limit = loop.plan.clip or math.inf
@@ -442,8 +452,10 @@ def _one_step(loop: _Loop, step: Step, due: bool) -> Stepping[None]:
 
 def make_step(wanted: StepWanted) -> StepDone | None:
     """Forward and backward of this process's micro-batches of a step; None when a signal came."""
-    loop, learner, micros, began = wanted.loop, wanted.learner, wanted.micros, time.perf_counter()
-    wanted.begin()
+    loop, learner, began = wanted.loop, wanted.learner, time.perf_counter()
+    if not wanted.begin():
+        return None
+    micros = wanted.micros
     parts: dict[int, Tensor] = {}
     means: Means | None = None
     stopped = loop.interrupted()

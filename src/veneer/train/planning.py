@@ -7,6 +7,7 @@ plan_of_texts(configs, …)    of several that are trained in one pass
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,12 @@ from veneer.plan.fit import fitting_micro_tokens, left_beside_base
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import CPU_LATER, CPU_PROCESS, Load, weight_bytes
 from veneer.plan.pairs import PairForm
-from veneer.plan.plan import GroupPlan, Plan, TrainingJob, image_plan, plan_together, text_plan
+from veneer.plan.plan import Draws, GroupPlan, Plan, TrainingJob, image_plan, plan_together, text_plan, with_draws
 from veneer.plan.serving import Traffic
 from veneer.plan.shape import TextShape, model_shape, pair_parameters, text_shape
 from veneer.plan.tables import Device, base_config
 from veneer.train.config.checks import check_group
+from veneer.train.config.reinforcement import PROMPT_FORMATS
 from veneer.train.config.text import TrainConfig
 from veneer.train.preflight import available_memory, computes_on, held_memory
 
@@ -100,6 +102,7 @@ def plan_of_run(
     `room`: bytes that are free beside what is in memory already."""
     from veneer.plan.calibration import device_here, rates_here
 
+    drawing, config, items = config, _of_answers(config), [*items] * _answers_each(config)
     lengths = [item.tokens for item in items]
     tokens = sum(lengths)
     shape = model_shape(base.model)
@@ -120,7 +123,35 @@ def plan_of_run(
         process = max(process or CPU_PROCESS, held_memory(here) - weights + CPU_LATER)
     held = text_plan("", shape, load, device, rates, job, process=process, room=1 << 62).memory
     limit = room + held.peak - still_needed(held, device)
-    return text_plan(config.base.name, shape, load, device, rates, job, process=process, room=limit)
+    plan = text_plan(config.base.name, shape, load, device, rates, job, process=process, room=limit)
+    return _with_draws(plan, drawing, shape, load, device, max(lengths, default=1))
+
+
+def _answers_each(config: TrainConfig) -> int:
+    return 1 if config.reinforcement.loss is None else config.reinforcement.group
+
+
+def _of_answers(config: TrainConfig) -> TrainConfig:
+    """A run that learns from the answers that it draws, as one whose rows they are."""
+    r, schedule = config.reinforcement, config.schedule
+    if r.loss is None:
+        return config
+    batching = config.batching.model_copy(update={"rows": config.batching.rows * r.group})
+    if config.epochs is not None:
+        schedule = schedule.model_copy(update={"epochs": config.epochs * r.updates})
+    return config.model_copy(update={"batching": batching, "schedule": schedule})
+
+
+def _with_draws(
+    plan: Plan, config: TrainConfig, shape: TextShape, load: Load, device: Device, longest: int
+) -> Plan:  # fmt: skip
+    """`longest`: tokens of a prompt and its answer."""
+    r, job = config.reinforcement, plan.job
+    if r.loss is None:
+        return plan
+    total = math.ceil(job.total_steps / r.updates) * job.batch + job.held_out * job.evaluations
+    prompt = max(1, longest - r.max_tokens)
+    return with_draws(plan, shape, load, device, Draws(prompt, r.max_tokens, r.group, min(r.rows, job.batch), total))
 
 
 def still_needed(memory: Any, device: Device) -> int:
@@ -186,11 +217,16 @@ def _plan_of_text(
         lengths = [round(tokens_per_row)] * min(rows, _MANY)
     if longest is not None:
         lengths = [longest, *lengths[1:]]
+    drawing, config = config, _of_answers(config)
+    if drawing.reinforcement.loss is not None:
+        most, each = drawing.reinforcement.max_tokens, drawing.reinforcement.group
+        lengths, rows, mean = [n + most for n in lengths] * each, rows * each, mean + most
     lengths = [min(n, config.data.max_length) for n in lengths]
     rates, process = rates_here(device, dtype)
     load = load_of(config, lengths, trained=trained, dtype=dtype, checkpointing=config.memory.recomputing == "on")
     job = _job(config, rows, mean, 0)
-    return text_plan(config.base.name, shape, load, device, rates, job, process=process, traffic=traffic, notes=notes)
+    plan = text_plan(config.base.name, shape, load, device, rates, job, process=process, traffic=traffic, notes=notes)
+    return _with_draws(plan, drawing, shape, load, device, max(lengths, default=1))
 
 
 def plan_of_texts(
@@ -272,8 +308,9 @@ def _counted(config: TrainConfig) -> list[int]:
 
     try:
         rows, _ = read_rows(
-            config.data.files("train"), format=config.data.format, columns=config.data.columns, limit=config.data.limit
-        )
+            config.data.files("train"), format=config.data.format, columns=config.data.columns, limit=config.data.limit,
+            formats=None if config.reinforcement.loss is None else PROMPT_FORMATS,
+        )  # fmt: skip
     except DataError as error:
         raise DataError(error.what, where=error.where, fix="or give --rows and --tokens-per-row") from None
 

@@ -108,6 +108,14 @@ class AttachedTask(Learner, Protocol[_R]):
         """Start of a parameter's name -> a learning rate of its own."""
         return {}
 
+    def kept(self, step: int) -> dict[str, Any]:
+        """What else a checkpoint of `step` holds of it, as JSON values."""
+        return {}
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Goes on from what `kept` was."""
+        return
+
     def identity(self) -> dict[str, Any]:
         """What must be the same when the run is resumed, beside the settings, which the preflight compares."""
         return {}
@@ -305,6 +313,7 @@ def _restored(
         beside=task.environment,
     )  # fmt: skip
     follow(restored.choices)
+    task.restore(restored.about.get("kept", {}))
     run.note(f"resuming after step {restored.progress.step} of {len(task.steps)}")
     gone = {*restored.about.get("together", [])} - {*run.group, run.called}
     for note in restored.notes:
@@ -353,7 +362,7 @@ def _save(
             place, parameters=task.state, optimizer=optimizer, progress=progress, identity=identity,
             keep=run.config.checkpoint.keep, newest=2 if run.group else 1, extra=bool(run.group) and not wanted,
             devices=run.devices.count,
-            about={"recipe": run.config.recipe(), "together": [*run.group]},
+            about={"recipe": run.config.recipe(), "together": [*run.group], "kept": task.kept(progress.step)},
             beside=task.environment,
         )  # fmt: skip
     run.devices.gather(None)

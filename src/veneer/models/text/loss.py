@@ -4,6 +4,7 @@
 
     text_loss    Σ nll over all rows                 what supervised training and evaluation call
     row_logps    −Σ nll of each row                  what preferences are made of
+    token_logps  −nll of each token                  what reinforcement is made of
     hidden_at, target_logps    log p of any tokens after any places, whatever comes there in the rows
 
 Inside `fast` rows run without padding; elsewhere, and for families that do not take such rows, they are padded:
@@ -47,6 +48,11 @@ def row_logps(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
     nll = _text_nll(model, input_ids, lengths, trained)
     counts = torch.stack([part.sum() for part in trained.split(list(lengths))]).tolist()
     return -torch.stack([part.sum() for part in nll.split(counts)])
+
+
+def token_logps(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+    """log p of each trained token, in order: (M,), float32. Otherwise as `text_loss`."""
+    return -_text_nll(model, input_ids, lengths, trained)
 
 
 def _text_nll(

@@ -93,16 +93,22 @@ class _Live:
 
 
 class TextEngine(Engine[Request, EngineEvent]):
-    """Serves a text base. `read`: (digest, problems) -> adapter, from disk, refused where `problems` finds any. Start
-    it before use and stop it at the end."""
+    """Serves a text base. `read`: (digest, problems) -> adapter, from disk, refused where `problems` finds any.
+    `pack_bytes`: see Runner. Start it before use and stop it at the end."""
 
     def __init__(
-        self, base: TextBase, read: Callable[[str, Problems], Adapter], settings: EngineSettings | None = None
+        self,
+        base: TextBase,
+        read: Callable[[str, Problems], Adapter],
+        settings: EngineSettings | None = None,
+        *,
+        pack_bytes: int = 4 << 30,
     ) -> None:
         self.base, self.settings = base, settings or EngineSettings()
         settings = self.settings
         self.runner = Runner(
             base,
+            pack_bytes=pack_bytes,
             cache_bytes=settings.cache_bytes,
             weights=settings.weights,
             batch_invariant=settings.batch_invariant,
@@ -423,7 +429,8 @@ class TextEngine(Engine[Request, EngineEvent]):
         self.scheduler.appended(sequence, choice.id)
         piece = live.answer.add(choice.id)
         special = choice.id in self.base.stop_ids
-        self._tell(live, Token(choice.id, piece.text, choice.logprob, self._top(choice), special, prompt))
+        top = self._top(choice)
+        self._tell(live, Token(choice.id, piece.text, choice.logprob, top, special, prompt, choice.drawn))
         if piece.reason is not None:
             self._end(live, piece.reason, stop=piece.stop)
 

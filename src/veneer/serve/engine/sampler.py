@@ -22,7 +22,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,12 +42,13 @@ NUCLEUS = 1024
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A chosen token. `logprob` and `top` ((id, logprob), best first) are of the model's own distribution, where the
-    row asks for them."""
+    """A chosen token. `logprob` and `top` ((id, logprob), best first) are of the model's own distribution, `drawn` is
+    its logprob in the one that it was drawn from, where the row asks for them."""
 
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    drawn: float | None = None
 
 
 class SampledRow:
@@ -82,6 +83,13 @@ class SampledRow:
         self._seen = dict.fromkeys(prompt) if self._repeats else {}
         self._changes = bool(grammar or sampling.logit_bias or self._counted or self._repeats)
         self._mask: Future[Tensor] | None = None
+
+    @property
+    def unmodified(self) -> bool:
+        """Whether the next token is drawn from the model's own distribution as it is."""
+        s = self.sampling
+        cut = s.top_k or s.top_p < 1 or s.min_p
+        return not (self._changes or cut or s.temperature != 1 or self.made < s.min_tokens)
 
     @property
     def plain(self) -> bool:
@@ -151,6 +159,8 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Re
     best, ids = logits.max(-1)
     finite = best.isfinite()
     failed: dict[int, Exception] = {}
+    own_as_it_is = [row.unmodified for row in rows]
+    drawn = torch.zeros(len(rows), device=device)  # of what is the best alone, which is certain
     changed = [i for i, row in enumerate(rows) if not row.plain]
     if changed:
         own = [rows[i] for i in changed]
@@ -162,7 +172,9 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Re
         warm = [k for k, row in enumerate(own) if row.sampling.temperature]
         if warm:
             some = put_numbers(device, warm)[0]
-            chosen.index_copy_(0, some, _draw(scores.index_select(0, some), [own[k] for k in warm]))
+            tokens, logprobs = _draw(scores.index_select(0, some), [own[k] for k in warm])
+            chosen.index_copy_(0, some, tokens)
+            drawn.index_copy_(0, at.index_select(0, some), logprobs)
         ids.index_copy_(0, at, chosen)
     ids = torch.where(finite, ids, _NOTHING_ALLOWED)
     ids = torch.where(best.isfinite(), ids, _NOT_FINITE)
@@ -172,9 +184,12 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Re
     if asking:
         some = put_numbers(device, asking)[0]
         told_of = _logprobs(logits.index_select(0, some), ids.index_select(0, some).clamp_min(0), max(counts))
-    numbers, *parts = _read(ids, *told_of)
+    numbers, under, *parts = _read(ids, drawn, *told_of)
     made = [int(n) for n in numbers]
     told = dict(zip(asking, _sampled([made[i] for i in asking], counts, *parts), strict=True)) if asking else {}
+    for i, one in told.items():
+        if rows[i].sampling.drawn_logprob:  # of its own distribution the very same number
+            told[i] = replace(one, drawn=one.logprob if own_as_it_is[i] else under[i])
     out: list[SampledToken | Refused] = []
     for i, (row, token) in enumerate(zip(rows, made, strict=True)):
         try:
@@ -265,9 +280,9 @@ def _numbers(like: Tensor, values: Sequence[float]) -> Tensor:
     return sent(torch.tensor(values, dtype=like.dtype), like.device)
 
 
-def _draw(scores: Tensor, rows: Sequence[SampledRow]) -> Tensor:
-    """A token for each row, from softmax(scores / temperature) within top-k, min-p and top-p. scores: (rows,
-    vocabulary), float32."""
+def _draw(scores: Tensor, rows: Sequence[SampledRow]) -> tuple[Tensor, Tensor]:
+    """A token for each row, from softmax(scores / temperature) within top-k, min-p and top-p; and its logprob there,
+    where some row asks for it (else 0). scores: (rows, vocabulary), float32."""
     heat = _numbers(scores, [r.sampling.temperature for r in rows])[:, None].clamp_min(1e-20)
     scores = (scores - scores.amax(-1, keepdim=True)) / heat  # the best is 0, so that no heat makes it infinite
     cut = [k for k, r in enumerate(rows) if r.sampling.top_k or r.sampling.top_p < 1 or r.sampling.min_p]
@@ -277,9 +292,13 @@ def _draw(scores: Tensor, rows: Sequence[SampledRow]) -> Tensor:
         at = put_numbers(scores.device, cut)[0]
         floor = scores.new_full((len(rows), 1), -math.inf)
         floor.index_copy_(0, at, lowest_kept(scores.index_select(0, at), [rows[k].sampling for k in cut]))
-    if floor is not None and free_to_ask(scores):
-        return _some_noisy(scores, floor, keys).argmax(-1)
-    return _noisy(scores, floor, keys).argmax(-1)
+    some = floor is not None and free_to_ask(scores)
+    noisy = _some_noisy(scores, floor, keys) if some and floor is not None else _noisy(scores, floor, keys)
+    chosen = noisy.argmax(-1)
+    if not any(r.sampling.drawn_logprob for r in rows):
+        return chosen, scores.new_zeros(len(rows))
+    kept = scores if floor is None else scores.masked_fill(scores < floor, -math.inf)
+    return chosen, kept.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
 
 
 def free_to_ask(scores: Tensor) -> bool:

@@ -8,7 +8,7 @@ All layers are one call of ops/cpu/decoder.c where it runs, and else, or under a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -77,14 +77,31 @@ class LlamaForward:
 
     def hidden(self, ids: Tensor, batch: PackedRows, segments: RowProducts | None) -> Tensor:
         """The normed output of the last layer, (tokens, dim)."""
+        x = self._embedded(ids, segments)
+        self._run(x, range(len(self.blocks)), batch, segments)
+        return self._normed(x, self.norm)
+
+    def each_layer(self, ids: Tensor, batch: PackedRows, segments: RowProducts | None) -> Iterator[Tensor]:
+        """`hidden` to the same bits, layer by layer as they are asked for: the output of each, (tokens, dim), which the
+        next one changes in place, and last the normed one. Its pages may be one layer's for all."""
+        x = self._embedded(ids, segments)
+        for i in range(len(self.blocks)):
+            self._run(x, range(i, i + 1), batch, segments)
+            yield x
+        yield self._normed(x, self.norm)
+
+    def _embedded(self, ids: Tensor, segments: RowProducts | None) -> Tensor:
         x = F.embedding(ids, self.embedding)
         if segments is not None:
             segments.embed(ids, x)
+        return x
+
+    def _run(self, x: Tensor, layers: range, batch: PackedRows, segments: RowProducts | None) -> None:
+        """These layers, in place."""
         if self._table is not None and (segments is None or (isinstance(segments, Segments) and not segments.gains)):
-            self._decode(x, self._table, batch, segments)
+            self._decode(x, self._table, layers, batch, segments)
         else:
-            self._layer_by_layer(x, batch, segments)
-        return self._normed(x, self.norm)
+            self._layer_by_layer(x, layers, batch, segments)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return in_blocks(lambda part: normed(part, weight, self.eps), x, self.rows)
@@ -125,19 +142,25 @@ class LlamaForward:
         wide = out.out + (2 * pages.heads + 2 * pages.kv) * pages.d + 3 * ffn
         return _Table(library.decode, torch.tensor(rows), sizes, torch.tensor([self.eps, self.scale]), wide)
 
-    def _decode(self, x: Tensor, table: _Table, batch: PackedRows, segments: Segments | None) -> None:
+    def _decode(
+        self, x: Tensor, table: _Table, layers: range, batch: PackedRows, segments: Segments | None
+    ) -> None:  # fmt: skip
         rotary, room = self.blocks[0].rotary, x.new_empty(len(x) * table.room)
+        pointers = (0,) * 7 if segments is None else segments.pointers(x, 4 * layers.start)
         table.run(
-            x.data_ptr(), len(x), table.layers.data_ptr(), len(self.blocks), table.sizes.data_ptr(),
+            x.data_ptr(), len(x), table.layers[layers.start].data_ptr(), len(layers), table.sizes.data_ptr(),
             table.numbers.data_ptr(), rotary.cos.data_ptr(), rotary.sin.data_ptr(), batch.positions.data_ptr(),
             batch.slots.data_ptr(), batch.starts.data_ptr(), len(batch.lengths), batch.tables.data_ptr(),
-            batch.tables.shape[1], max(batch.lengths), *((0,) * 7 if segments is None else segments.pointers(x)),
+            batch.tables.shape[1], max(batch.lengths), *pointers,
             room.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
 
-    def _layer_by_layer(self, x: Tensor, batch: PackedRows, segments: RowProducts | None) -> None:
+    def _layer_by_layer(
+        self, x: Tensor, layers: range, batch: PackedRows, segments: RowProducts | None
+    ) -> None:  # fmt: skip
         pages = self.pages
-        for i, block in enumerate(self.blocks):
+        for i in layers:
+            block = self.blocks[i]
             h = self._normed(x, block.norm)
             qkv = block.qkv(h, block.qkv_bias)
             if segments is not None:

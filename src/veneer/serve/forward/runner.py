@@ -344,7 +344,8 @@ class Runner:
                     make()
                     problem = self._problem(own)
                     if not problem and name == "fused":
-                        self._make_packed()  # adapters with no low-rank form need the second way too
+                        if not self.batch_invariant:  # adapters with no low-rank form need the second way too
+                            self._make_packed()
                         trying = "fused over its codes"
                         problem = self._problem(own) if self._lay_codes() else ""
                 except _UNFIT as error:
@@ -363,7 +364,7 @@ class Runner:
         """The way that a model of this kind was seen to run. Raises what it raises where this one is not for it."""
         if how == "fused":
             self._make_fused()
-        if how != "alone":
+        if how == "packed" or (how == "fused" and not self.batch_invariant):
             self._make_packed()
         return how, why
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from veneer.core.adapter import check_strength
 from veneer.errors import ConfigError, bullets, counted
 from veneer.train.config.image import ImageTrainConfig
+from veneer.train.config.reinforcement import PROMPT_FORMATS
 from veneer.train.config.section import Section
 from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig, layer_indices, preference_formats
 
@@ -21,6 +22,7 @@ def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
     yield from _held_out(config, "rows")
     yield from _batching(config, given)
     yield from _preference(config)
+    yield from _reinforcement(config)
     yield from _kind(config)
     named = [f"`adapter.{key}`" for key in _changed(config.adapter) if key not in ("start", "dropout")]
     if config.adapter.start is not None and named:
@@ -65,6 +67,11 @@ def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequen
             f"{section}.{key}: {value!r} in {names[0]}, {own[section].get(key)!r} in {name}"
             for section in _ONE for key, value in first[section].items() if own[section].get(key) != value
         ]  # fmt: skip
+    problems += [
+        f"reinforcement.loss: {name} draws answers, which the others would wait for"
+        for config, name in zip(configs, names, strict=True)
+        if len(configs) > 1 and isinstance(config, TrainConfig) and config.reinforcement.loss is not None
+    ]
     folders: dict[str, str] = {}
     for config, name in zip(configs, names, strict=True):
         folder = config.output.directory
@@ -124,6 +131,39 @@ def _preference(config: TrainConfig) -> Iterator[str]:
         yield "`data.train_on: all` would compare the prompts as well; leave it at `assistant`"
     if loss == "kto" and config.batching.mode == "bucket" and config.batching.rows < 2:
         yield "`batching.rows: 1` leaves kto no other prompt to estimate its reference point with; give 2 or more"
+
+
+def _reinforcement(config: TrainConfig) -> Iterator[str]:
+    r, data = config.reinforcement, config.data
+    if r.loss is None:
+        if changed := _changed(r):
+            named = ", ".join(f"`reinforcement.{key}`" for key in changed)
+            yield f"without `reinforcement.loss` (as grpo) nothing uses {named}"
+        if data.format == "prompt":
+            yield "`data.format: prompt` has no answers to learn; `reinforcement.loss` draws them"
+        return
+    if config.preference.loss is not None:
+        yield "`reinforcement.loss` and `preference.loss` are two ways to learn: keep one"
+    if not r.rewards:
+        yield "`reinforcement.rewards` is empty: name at least one, as - {kind: exact_match}"
+    if len({reward.called for reward in r.rewards}) < len(r.rewards):
+        yield "`reinforcement.rewards`: two have one name; give `name` to tell them apart"
+    settled = r.settled()
+    if r.group == 1 and settled.baseline in ("group", "others"):
+        yield (
+            f"`reinforcement.group: 1` leaves {r.loss} nothing to compare an answer with: give 2 or more, or "
+            "`reinforcement.baseline: batch`"
+        )
+    if len(r.grammar) > 1:
+        yield f"`reinforcement.grammar` has {len(r.grammar)} kinds: an answer matches one"
+    if data.format not in ("auto", *PROMPT_FORMATS):
+        yield f"`data.format: {data.format}` has no prompts to draw answers to"
+    if config.adapter.dropout:
+        yield "`adapter.dropout` would train another model than the one that answers are drawn from: leave it at 0"
+    if config.batching.mode != "bucket":
+        yield "`batching.mode: pack` counts tokens, and how many are drawn is not known; `batching.rows` counts prompts"
+    if config.memory.shard:
+        yield "`memory.shard`: answers are drawn by one process that has the whole base"
 
 
 def _changed(section: Section) -> list[str]:

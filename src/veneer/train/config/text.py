@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pydantic
 
 from veneer.ops.sizes import MICRO_TOKENS
+from veneer.train.config.reinforcement import ReinforcementSection
 from veneer.train.config.section import Section, setting
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ class DataSection(Section):
         "preference",
         "openai-preference",
         "unpaired-preference",
+        "prompt",
     ] = setting("auto", "format of the rows", "found from the columns, and reported before the run starts")
     columns: dict[str, str] = setting({}, "our column name: yours, as {prompt: question, completion: answer}")
     limit: int | None = setting(None, "use only the first rows, up to this number", gt=0)
@@ -394,6 +396,7 @@ class TrainConfig(Section):
     output: OutputSection
     adapter: AdapterSection = AdapterSection()
     preference: PreferenceSection = PreferenceSection()
+    reinforcement: ReinforcementSection = ReinforcementSection()
     batching: BatchingSection = BatchingSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
@@ -423,6 +426,8 @@ class TrainConfig(Section):
         recipe["adapter"]["start"] = file_name(recipe["adapter"]["start"])
         if self.preference.loss is None:
             del recipe["preference"]
+        if self.reinforcement.loss is None:
+            del recipe["reinforcement"]
         return recipe
 
 

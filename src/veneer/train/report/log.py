@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
 
-_MEASURED = ("reward_accuracy", "reward_margin", "logp_chosen")
+_MEASURED = ("reward", "reward_accuracy", "reward_margin", "logp_chosen", "cut_share")
 """Which of an evaluation's further numbers the terminal shows; the log has them all."""
 
 
@@ -78,6 +78,16 @@ def _before(record: dict[str, Any], progress: Progress) -> bool:
     if record.get("event") == "stopped":
         return record.get("reason") == "interrupted" and int(record.get("step", 0)) <= progress.step
     return int(record.get("step", 0)) <= progress.step
+
+
+def _learned(event: Stepped) -> str:
+    """A step's loss; where its answers were drawn their reward, and the gap of who drew them beside who trains."""
+    text, found = f"loss {event.loss:.4f}", event.extra
+    if "answer_tokens" in found:
+        text += f"  reward {found.get('reward', float('nan')):.3f}"
+        if "gap_mean" in found:
+            text += f"  gap {found['gap_mean']:.2g} (most {found['gap_max']:.2g}, {found['gap_share']:.1%} beyond 1%)"
+    return text
 
 
 class ConsoleView:
@@ -175,7 +185,7 @@ class ConsoleView:
             if event.step == 1 or event.step == event.steps or event.step - self._shown >= every:
                 self._shown = event.step
                 self._line(
-                    f"step {event.step}/{event.steps}  loss {event.loss:.4f}  {self._speed(speed)}  "
+                    f"step {event.step}/{event.steps}  {_learned(event)}  {self._speed(speed)}  "
                     f"memory {size(event.memory_bytes)}  {duration(left)} left"
                 )
             return
@@ -183,7 +193,7 @@ class ConsoleView:
             self._start(event)
         assert self._bar is not None
         self._bar.update(
-            self._task, completed=event.step, loss=f"{event.loss:.4f}", speed=self._speed(speed),
+            self._task, completed=event.step, loss=_learned(event), speed=self._speed(speed),
             memory=size(event.memory_bytes), left=duration(left),
         )  # fmt: skip
 
@@ -195,7 +205,7 @@ class ConsoleView:
         from rich.progress import Progress as Bar
 
         self._bar = Bar(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
             TextColumn("{task.fields[speed]}"), TextColumn("{task.fields[memory]}"),
             TextColumn("{task.fields[left]} left"), console=self.console,
         )  # fmt: skip

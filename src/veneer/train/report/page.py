@@ -139,10 +139,11 @@ def _charts(
     ):
         scale = 1e-9 if key == "memory_bytes" else 1.0
         out.append((title, [Series(title, [(float(r["step"]), float(r[key]) * scale) for r in steps])], None))
-    for name in _MEASURED:
+    further = dict.fromkeys(name for r in steps for name in r.get("extra", {}) if _is_reward(name, r["extra"]))
+    titles = _MEASURED | {name: f"Reward: {name.removeprefix('reward_')}" for name in further}
+    for name, title in titles.items():
         points = [(float(r["step"]), float(r["extra"][name])) for r in steps if name in r.get("extra", {})]
         if points:
-            title = _MEASURED[name]
             out.append((title, [Series(title, smooth(points, [1.0] * len(points)))], None))
     return [
         (
@@ -160,8 +161,21 @@ _MEASURED = {
     "reward_accuracy": "Share of pairs ranked right",
     "logp_chosen": "Log-probability of chosen answers, nats",
     "logp_rejected": "Log-probability of rejected answers, nats",
+    "reward": "Reward, mean over the answers drawn",
+    "gap_mean": "Sampler beside trainer: mean difference of log-probabilities, nats",
+    "gap_max": "Sampler beside trainer: largest difference, nats",
+    "answer_tokens": "Tokens of an answer",
+    "cut_share": "Share of answers cut at the limit",
+    "constant_share": "Share of groups whose answers are all worth the same",
+    "kl": "Divergence from the reference, nats per token",
+    "clipped": "Share of tokens beyond the clip",
 }
 """What a run on text measures in each step beside the loss -> the title of its chart."""
+
+
+def _is_reward(name: str, measured: Mapping[str, Any]) -> bool:
+    """Whether it is one of several rewards of answers that were drawn."""
+    return name.startswith("reward_") and "answer_tokens" in measured and name not in _MEASURED
 
 
 def smooth(points: Sequence[_Point], weights: Sequence[float]) -> list[_Point]:

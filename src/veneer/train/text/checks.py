@@ -240,6 +240,37 @@ def _answers_compare(s: TextSubject) -> Iterator[Finding]:
     yield Finding("ok", "reference", f"compared with: {reference}")
 
 
+def _answers_are_drawn(s: TextSubject) -> Iterator[Finding]:
+    """What a run draws and learns from."""
+    r, c = s.config.reinforcement.settled(), s.encoded.counts
+    if not c.kept:
+        text = f"no prompt is left to answer: {c.long_dropped:,} of {c.rows:,} rows leave an answer no room"
+        yield Finding("stop", "prompts", text, "lower reinforcement.max_tokens, or raise data.max_length")
+        return
+    if s.devices > 1:
+        text = f"answers are drawn by one process, and {s.devices} share this run"
+        yield Finding("stop", "prompts", text, "run it on one device")
+    each = min(s.config.batching.rows, c.kept)
+    s.numbers.update(prompts=c.kept, answers_of_a_step=each * r.group, answer_limit=r.max_tokens)
+    text = f"{c.kept:,} prompts; a draw is {each} of them with {r.group} answers each, of {r.max_tokens} tokens at most"
+    yield Finding("ok", "prompts", text)
+    if r.group == 1:
+        text = "groups of one: what an answer is compared with is other prompts' answers"
+        yield Finding("warn", "prompts", text, "reinforcement.group=8")
+    changed = [k for k, plain in (("temperature", r.temperature == 1), ("top_p", r.top_p == 1)) if not plain]
+    changed += ["grammar"] if r.grammar else []
+    if changed:
+        text = f"tokens are drawn from another distribution than the one that is trained ({', '.join(changed)})"
+        yield Finding("warn", "draws", f"{text}: each is weighted by the ratio, {r.importance_cap:g} at most")
+    rewards = ", ".join(f"{reward.weight:g} × {reward.called}" for reward in r.rewards)
+    yield Finding("ok", "rewards", rewards)
+    if r.kl:
+        reference = (
+            "the base with the adapter off" if s.data.start is None else f"{s.config.adapter.start} as it is now"
+        )
+        yield Finding("ok", "reference", f"compared with: {reference}")
+
+
 def _judged(s: TextSubject, items: Sequence[Item]) -> Iterator[Finding]:
     """KTO's weights should make up for unequal numbers: λ_D·n_D from 1 to 4/3 of λ_U·n_U (arXiv 2402.01306)."""
     good = sum(bool(item.desirable) for item in items)
@@ -309,3 +340,11 @@ DATA_CHECKS: tuple[Callable[[TextSubject], Iterator[Finding]], ...] = (
     _answers_compare,
     _rows_are_apart,
 )
+
+PROMPT_CHECKS: tuple[Callable[[TextSubject], Iterator[Finding]], ...] = (
+    _answers_are_drawn,
+    long_rows,
+    _begins_once,
+    _rows_are_apart,
+)
+"""The same of prompts that are answered."""

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.core.adapter import Adapter
 from veneer.errors import DataError
+from veneer.train.config.reinforcement import PROMPT_FORMATS
 from veneer.train.config.text import TrainConfig, preference_formats
 from veneer.train.loop import LazySteps, Micro, Step
 from veneer.train.text.batches import Batch, collate, plan_steps
 from veneer.train.text.encode import EncodedRows, Example, encode_rows
 from veneer.train.text.preference import Item, answer_rows, collate_items, items_of
+from veneer.train.text.prompts import PromptItem, planned_rollouts, prompt_split
 from veneer.train.text.rows import About, Row, read_rows, split_rows
 
 if TYPE_CHECKING:
@@ -26,12 +28,12 @@ if TYPE_CHECKING:
 @dataclass
 class DataSplit:
     """Rows as they were read, and as tokens. `texts`: the rows that `encoded` is of: those, or of preferences each
-    answer. `items`: what a step is made of: examples, or pairs of them."""
+    answer. `items`: what a step is made of: examples, pairs of them, or prompts that are answered."""
 
     rows: list[Row]
     texts: list[Row]
     encoded: EncodedRows
-    items: Sequence[Example] | Sequence[Item]
+    items: Sequence[Example] | Sequence[Item] | Sequence[PromptItem]
 
 
 @dataclass
@@ -47,8 +49,11 @@ class TextData:
 def read_data(config: TrainConfig, base: TextBase) -> TextData:
     """Read, split and encoded. Raises DataError for rows that do not go with the loss, and what reading raises."""
     loss = config.preference.loss
-    formats = None if loss is None else preference_formats(loss)
-    options: dict[str, Any] = {"format": config.data.format, "columns": config.data.columns, "formats": formats}
+    draws = config.reinforcement.loss is not None
+    formats = PROMPT_FORMATS if draws else None if loss is None else preference_formats(loss)
+    options: dict[str, Any] = {
+        "format": config.data.format, "columns": config.data.columns, "formats": formats, "values": draws
+    }  # fmt: skip
     rows, about = read_rows(config.data.files("train"), limit=config.data.limit, **options)
     if config.data.validation is not None:
         held_rows, _ = read_rows(config.data.files("validation"), **options)
@@ -64,7 +69,10 @@ def read_data(config: TrainConfig, base: TextBase) -> TextData:
 
 
 def part_of(rows: list[Row], config: TrainConfig, base: TextBase) -> DataSplit:
-    """Rows as tokens: each an example, or of preferences each an item of its answers."""
+    """Rows as tokens: each an example, of preferences each an item of its answers, or a prompt."""
+    if config.reinforcement.loss is not None:
+        prompts, encoded = prompt_split(rows, config, base)
+        return DataSplit(rows, rows, encoded, prompts)
     if config.preference.loss is None:
         encoded = encode_rows(rows, base.tokenizer, config.data)
         return DataSplit(rows, rows, encoded, encoded.examples)
@@ -75,10 +83,12 @@ def part_of(rows: list[Row], config: TrainConfig, base: TextBase) -> DataSplit:
 
 
 def planned_steps(
-    items: Sequence[Example] | Sequence[Item], config: TrainConfig, rows: Sequence[Row] = (), devices: int = 1
-) -> LazySteps:
+    items: Sequence[Any], config: TrainConfig, rows: Sequence[Row] = (), devices: int = 1
+) -> LazySteps:  # fmt: skip
     """All steps of the run in order, planned an epoch at a time. A step is cut into a micro-batch for each of `devices`
-    at least."""
+    at least. `items`: a DataSplit's."""
+    if config.reinforcement.loss is not None:
+        return planned_rollouts(items, config, rows)
     lengths = [e.tokens for e in items]
     make: Callable[[Any], Batch] = collate if config.preference.loss is None else collate_items
 

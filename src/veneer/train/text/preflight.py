@@ -38,9 +38,10 @@ from veneer.train.preflight import (
     where_it_goes,
 )
 from veneer.train.text.batches import plan_steps
-from veneer.train.text.checks import DATA_CHECKS, TextSubject
+from veneer.train.text.checks import DATA_CHECKS, PROMPT_CHECKS, TextSubject
 from veneer.train.text.data import TextData
 from veneer.train.text.encode import Example
+from veneer.train.text.prompts import PromptItem, first_rollouts
 
 _GUESSED = (
     "elsewhere such guesses were right within a tenth of the peak, and runs took 1.2 to 3.3 times as long "
@@ -59,14 +60,22 @@ def text_preflight(
     free_memory, free_disk: bytes; measured when None. devices: how many share the run. force: what does not fit is a
     warning. Raises nothing of its own: see `raise_if_stopped`."""
     encoded, lengths = data.train.encoded, [item.tokens for item in data.train.items]
-    plan = plan_steps(lengths, config.batching, seed=config.seed, epoch=0, pieces=devices)
+    draws = config.reinforcement.loss is not None
+    if draws:
+        prompts = [item for item in data.train.items if isinstance(item, PromptItem)]
+        steps = first_rollouts(prompts, config, data.train.rows)
+        micros = [[micro.tokens for micro in step.micros] for step in steps]
+    else:
+        plan = plan_steps(lengths, config.batching, seed=config.seed, epoch=0, pieces=devices)
+        micros = [[sum(lengths[i] for i in micro) for micro in step] for step in plan]
     subject = TextSubject(
         base=base, config=config, data=data, resume=resume, previous=previous, free_memory=free_memory,
-        free_disk=free_disk, force=force, steps_per_epoch=len(plan), devices=devices,
-        largest_micro=max((sum(lengths[i] for i in micro) for step in plan for micro in step), default=0),
-        micros=[len(step) for step in plan],
+        free_disk=free_disk, force=force, steps_per_epoch=len(micros), devices=devices,
+        largest_micro=max((tokens for step in micros for tokens in step), default=0),
+        micros=[len(step) for step in micros],
     )  # fmt: skip
-    checks: Iterable[Callable[[TextSubject], Iterator[Finding]]] = (*DATA_CHECKS, *_BASE_CHECKS)
+    data_checks = PROMPT_CHECKS if draws else DATA_CHECKS
+    checks: Iterable[Callable[[TextSubject], Iterator[Finding]]] = (*data_checks, *_BASE_CHECKS)
     report = Report(numbers=subject.numbers)
     report.add(*(finding for check in checks for finding in check(subject)))
     report.sample = _marked(encoded.examples[0], base.tokenizer) if encoded.examples else []
@@ -286,9 +295,10 @@ def _packs(s: TextSubject, plan: Plan, recomputed: bool) -> int:
     dtype = next(s.base.model.parameters()).dtype
     shape = model_shape(s.base.model)
     count = packed_weights(shape, str(dtype).removeprefix("torch."), functools.partial(keeps_copy, dtype))
+    copies = 1 if s.config.reinforcement.loss is None else 2  # whoever draws has its own
     if asked is not None:
         return min(count, int(asked * 1e9))
-    return count if count <= 8 * (plan.room - plan.memory.peak) // 10 else 0
+    return count if copies * count <= 8 * (plan.room - plan.memory.peak) // 10 else 0
 
 
 def _predicted(plan: Plan, packs: int) -> Iterator[Finding]:

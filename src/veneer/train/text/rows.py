@@ -14,6 +14,7 @@
 | openai-preference   | input: {messages, tools?, …}, preferred_output, | the same                                   |
 |                     | non_preferred_output (message lists)            |                                            |
 | unpaired-preference | prompt, completion, label (true or false)       | a conversation with a judgement            |
+| prompt              | prompt (text or a message list)                 | a conversation to be answered              |
 
 Every row that cannot be used is reported with its file, line and reason. Does not know tokenizers or models.
 """
@@ -24,7 +25,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from veneer.errors import DataError, bullets, nearest
@@ -70,10 +71,12 @@ _FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {  # needed,
         ("tools",),
         "`prompt`, `completion` and `label` columns",
     ),
+    "prompt": (("prompt",), ("tools",), "a `prompt` column"),
 }
 _UNASKED = _FORMATS.keys() - {
-    "unpaired-preference"
-}  # its columns are prompt-completion's, and one whose name may mean anything
+    "unpaired-preference",  # its columns are prompt-completion's, and one whose name may mean anything
+    "prompt",  # there is nothing in it to learn
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Row:
     `instruction`: (system, instruction, input, output), kept so that a base without a chat template gets alpaca's
     prompt. `where`: file and line. Messages are dicts with role and content, as chat templates take them. Of a
     preference row `messages` ends in the chosen answer, and `rejected` is the same conversation with the other one.
-    `label`: whether the answer of an unpaired row is a desirable one."""
+    `label`: whether the answer of an unpaired row is a desirable one. `values`: all of the row's columns, where answers
+    are going to be judged by them."""
 
     format: str
     messages: tuple[dict[str, Any], ...] = ()
@@ -93,6 +97,7 @@ class Row:
     where: str = ""
     rejected: tuple[dict[str, Any], ...] = ()
     label: bool | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -100,6 +105,8 @@ class Row:
         parts: list[Any] = [self.format, self.messages, self.text, self.instruction, self.tools]
         if self.rejected or self.label is not None:
             parts += [self.rejected, self.label]
+        if self.values:
+            parts.append(dict(self.values))
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str).encode()).hexdigest()
 
     @property
@@ -149,11 +156,12 @@ def read_rows(
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     formats: Collection[str] | None = None,
+    values: bool = False,
 ) -> tuple[list[Row], About]:
     """Rows of files, globs or hub data sets (`hub:ID@SPLIT`), in the order given; names sorted within a glob.
 
     `formats`: those that `auto` may choose; by default all but unpaired-preference, whose completions a supervised run
-    would learn whatever their label.
+    would learn whatever their label. `values`: rows keep all of their columns.
 
     Raises DataError for a missing or empty file, for a row that cannot be read (all of them, up to 20, with line
     numbers), and when the format cannot be recognised by the columns."""
@@ -170,7 +178,8 @@ def read_rows(
     bad: list[str] = []
     for record in records:
         try:
-            rows.append(_row(chosen, record, mapping))
+            row = _row(chosen, record, mapping)
+            rows.append(replace(row, values=dict(record.values)) if values else row)
         except ValueError as error:
             bad.append(f"{record.where}: {error}")
     if bad:
@@ -178,7 +187,7 @@ def read_rows(
             f"{len(bad)} of {len(records)} rows are not usable as `{chosen}`:\n{bullets(bad)}",
             fix=f"correct or remove them; if they are not `{chosen}`, set data.format",
         )
-    unused = [c for c in seen if c not in used]
+    unused = [] if values else [c for c in seen if c not in used]
     return rows, About(chosen, why, len(rows), files, unused, len(rows) - len({r.key for r in rows}))
 
 
@@ -308,6 +317,12 @@ def _row(format: str, record: Record, mapping: Mapping[str, str]) -> Row:
         return Row(format, messages, instruction=(system, instruction, inp, output), where=where)
     if format == "preference":
         return _preference(values, tools, where)
+    if format == "prompt":
+        prompt = _decoded(values["prompt"])
+        if isinstance(prompt, list):
+            return Row("messages", _messages(prompt, "prompt"), tools=tools, where=where)
+        asked = {"role": "user", "content": _text(prompt, "prompt")}
+        return Row("prompt-completion", (asked,), tools=tools, where=where)
     prompt, completion = _decoded(values["prompt"]), _decoded(values["completion"])
     if format == "unpaired-preference":
         kind, messages = _conversation(prompt, completion, "completion")

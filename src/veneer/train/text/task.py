@@ -30,7 +30,7 @@ from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
 from veneer.core.selection import span_problem
 from veneer.core.targets import base_modules, base_of
-from veneer.errors import ConfigError, Interrupted, PreflightError
+from veneer.errors import ConfigError, Interrupted, PreflightError, bullets
 from veneer.formats import peft
 from veneer.models.shard import CallWithWeights, Sharded, blocks, call_whole, local_bytes, shard, whole_bytes
 from veneer.models.swap import report_of, without_dropout
@@ -48,6 +48,8 @@ from veneer.train.loop import Means, Score, Step
 from veneer.train.planning import micro_tokens_of_run, with_micro_tokens
 from veneer.train.preflight import CACHE, Report, computes_on, free_memory, recomputes
 from veneer.train.report.log import read_log, size
+from veneer.train.rewards.build import rewards_of
+from veneer.train.rewards.reward import Rewards
 from veneer.train.run import NAME, AttachedTask, Run, Task, carry_out, opened
 from veneer.train.save import Outcome, ReportParts, prove
 from veneer.train.text.batches import Batch
@@ -55,6 +57,8 @@ from veneer.train.text.data import TextData, planned_steps, read_data
 from veneer.train.text.evaluate import score_examples
 from veneer.train.text.preference import Preference
 from veneer.train.text.preflight import text_preflight
+from veneer.train.text.reinforce import Reinforcement, base_judge
+from veneer.train.text.rollouts import MakeSampler, Sampler, SamplerSettings
 from veneer.train.text.rows import data_digest
 from veneer.train.text.save import RunResult, text_metrics, text_report, write_adapter
 
@@ -77,6 +81,7 @@ def run_text(
     on_event: Listener | None = None,
     base: TextBase | None = None,
     sources: Mapping[str, Any] | None = None,
+    sampler: MakeSampler | None = None,
 ) -> RunResult:
     """Trains one adapter as `config` says and returns what came out.
 
@@ -84,7 +89,7 @@ def run_text(
     stopped. `dry_run` stops after preflight and the longest batch, with no file written. `force`: a run that does not
     fit by its plan is tried with a warning. `on_event` hears everything that happens; without it the run is shown in
     the terminal (stderr). `base`: one that is loaded already. `sources`: setting -> where it came from, as
-    `load_config` gives it.
+    `load_config` gives it. `sampler`: who draws answers, where `reinforcement.loss` asks for them.
 
     In processes that torchrun or the like started, each takes a device and a share of every step (train.devices); only
     the first is heard, and writes. All return the same numbers.
@@ -101,7 +106,7 @@ def run_text(
         base = loaded_base(config, base, run)
         for note in base.notes:
             run.note(note)
-        return carry_out(run, TextTask(cut_by_device(config, base, run), base))
+        return carry_out(run, TextTask(cut_by_device(config, base, run), base, sampler=sampler))
 
 
 def loaded_base(config: TrainConfig, base: TextBase | None, run: Run) -> TextBase:
@@ -152,11 +157,13 @@ def _free_memory(base: TextBase, devices: Devices) -> int | None:
 @dataclass(frozen=True)
 class TextTask(Task[TextData, RunResult]):
     """Rows of text, learned from their answers or, with `preference.loss`, from how two answers compare. `taken`: bytes
-    that others on the same base are going to take."""
+    that others on the same base are going to take. `sampler`: who draws, where the run learns from its own answers
+    (`reinforcement.loss`)."""
 
     config: TrainConfig
     base: TextBase
     taken: int = 0
+    sampler: MakeSampler | None = None
 
     def read(self, run: Run) -> TextData:
         data = read_data(self.config, self.base)
@@ -240,6 +247,10 @@ class TextTask(Task[TextData, RunResult]):
             for key, losses in PREFERENCE_KEYS.items():
                 if getattr(config.preference, key) is None and config.preference.loss in losses:
                     yield f"preference.{key}", getattr(settled, key), f"what {config.preference.loss} takes"
+        if config.reinforcement.loss is not None:
+            for key, value in config.reinforcement.settled():
+                if value is not None and getattr(config.reinforcement, key) is None:
+                    yield f"reinforcement.{key}", value, f"what {config.reinforcement.loss} takes"
 
 
 @dataclass(frozen=True)
@@ -273,6 +284,7 @@ def attached_texts(parts: Sequence[TextPart]) -> Iterator[list[AttachedText]]:
         attachment.use(first.name)
         undo.callback(model.train, model.training)
         model.train()
+        drawers = [undo.enter_context(_drawing(part, attachment, pack)) for part in parts]  # before weights are joined
         if recompute:
             undo.callback(model.activation_checkpointing_disable)
             store = first.task.host_store(run)
@@ -293,11 +305,46 @@ def attached_texts(parts: Sequence[TextPart]) -> Iterator[list[AttachedText]]:
         how = undo.enter_context(fast(model, keep=0 if sharded else keep, pack=pack, sharded=parted))
         run.note(how.summary())
         yield [
-            (AttachedText if part.task.config.preference.loss is None else AttachedPreferences)(
-                part.task.config, base, part.run, part.data, attachment, call, part.name
-            )
-            for part in parts
+            _attached(drawer, part.task.config, base, part.run, part.data, attachment, call, part.name)
+            for part, drawer in zip(parts, drawers, strict=True)
         ]
+
+
+_Drawer = tuple[Sampler, Rewards] | None
+
+
+@contextmanager
+def _drawing(part: TextPart, attachment: Attachment, pack: int) -> Iterator[_Drawer]:
+    """Who draws a run's answers and who judges them; None for a run that draws none. `pack`: bytes that a second copy
+    of the base's weights may take."""
+    r, task = part.task.config.reinforcement, part.task
+    if r.loss is None:
+        yield None
+        return
+    if task.sampler is None:
+        raise ConfigError(
+            "nobody here draws the answers that reinforcement.loss learns from", where="reinforcement.loss",
+            fix="train by `veneer train` or veneer.train_text",
+        )  # fmt: skip
+    longest = max(item.tokens for split in (part.data.train, part.data.held) for item in split.items)
+    judged = any(getattr(reward, "url", "") is None for reward in r.rewards)  # by the base: of any length
+    settings = SamplerSettings(rows=r.rows, context=0 if judged else longest, pack_bytes=pack, exact=r.exact)
+    with (
+        task.sampler(task.base, attachment, settings) as sampler,
+        rewards_of(r.rewards, ask=base_judge(sampler, task.base), most_failed=r.most_failed) as rewards,
+    ):
+        if problems := sampler.problems(part.name):
+            raise PreflightError(
+                f"nothing can be drawn from this adapter:\n{bullets(problems)}", where="adapter",
+                fix="leave out what is no pair of a linear layer (adapter.modules_to_save, token_rows, kind)",
+            )  # fmt: skip
+        yield sampler, rewards
+
+
+def _attached(drawer: _Drawer, config: TrainConfig, *given: Any) -> AttachedText:
+    if drawer is not None:
+        return AttachedReinforcement(config, *given, drawer=drawer)
+    return (AttachedText if config.preference.loss is None else AttachedPreferences)(config, *given)
 
 
 def recompute_activations(model: Any, store: HostStore | None = None) -> None:
@@ -517,10 +564,64 @@ class AttachedPreferences(AttachedText):
         return self.preference.score(self.held_out, interrupted=interrupted)
 
     def facts(self, outcome: Outcome, progress: Progress) -> RunResult:
-        result = super().facts(outcome, progress)
-        if outcome.dry_run:
-            return result
-        log = read_log(self.run.folder / "log.jsonl") if self.run.devices.first else []
-        measured = {r["step"]: dict(r["extra"]) for r in log if r.get("event") == "evaluated"}
-        measured = self.run.devices.gather(measured)[0]
-        return replace(result, measured=measured.get(result.kept_step, {}), measured_before=measured.get(0, {}))
+        return _with_measured(super().facts(outcome, progress), outcome, self.run)
+
+
+def _with_measured(result: RunResult, outcome: Outcome, run: Run) -> RunResult:
+    """With what the evaluations of the kept step, and of before the first, have found."""
+    if outcome.dry_run:
+        return result
+    log = read_log(run.folder / "log.jsonl") if run.devices.first else []
+    measured = {r["step"]: dict(r["extra"]) for r in log if r.get("event") == "evaluated"}
+    measured = run.devices.gather(measured)[0]
+    return replace(result, measured=measured.get(result.kept_step, {}), measured_before=measured.get(0, {}))
+
+
+class AttachedReinforcement(AttachedText):
+    """The same for prompts whose answers are drawn and judged. The reference is the base alone, or, beside the trained
+    adapter, the one that it began as."""
+
+    def __init__(self, *given: Any, drawer: tuple[Sampler, Rewards]) -> None:
+        super().__init__(*given)
+        start, reference = self.data.start, ""
+        if start is not None and self.config.reinforcement.kl:
+            reference = f"{self.name}, as it began"
+            self.attachment.add(reference, start)
+        self.reinforcement = Reinforcement(
+            self.config, self.base, self.attachment, self.name, *drawer, reference=reference
+        )
+
+    def why_alone(self) -> str:
+        return "its answers are drawn"
+
+    def draw_step(self, step: Step, number: int, interrupted: Callable[[], bool]) -> Step | None:
+        return self.reinforcement.draw_step(step, number, self.data.train.rows, interrupted)
+
+    def begin_step(self, step: Step) -> None:
+        self.reinforcement.begin()
+
+    def loss(self, batch: Any) -> Tensor:
+        return self.reinforcement.loss(batch)
+
+    def ahead(self) -> Callable[[Batch], Batch] | None:
+        return None  # what the next step is made of is not drawn yet
+
+    def measured(self) -> Means:
+        return self.reinforcement.means()
+
+    def score(self, interrupted: Callable[[], bool]) -> Score | None:
+        return self.reinforcement.score(self.held_out, self.data.held.rows, interrupted)
+
+    def kept(self, step: int) -> dict[str, Any]:
+        return self.reinforcement.kept(step)
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        self.reinforcement.restore(kept)
+
+    def facts(self, outcome: Outcome, progress: Progress) -> RunResult:
+        return _with_measured(super().facts(outcome, progress), outcome, self.run)
+
+    def report(self, result: RunResult, progress: Progress) -> ReportParts:
+        loss = self.config.reinforcement.loss
+        parts = super().report(result, progress)
+        return replace(parts, loss=f"Loss, {loss}, mean over answers; held out: minus the mean reward")

@@ -1,0 +1,141 @@
+"""Reinforcement: veneer beside TRL's GRPOTrainer, the same base, rewards, settings and seeds, in one run.
+
+    python benchmarks/reinforcement.py [--steps 60] [--seeds 0,1,2] [--dtype bfloat16] [--only veneer] [--json]
+
+Each side and seed is a process of its own, one after another and never two at once; it prints one JSON object: the mean
+reward by step, tokens drawn a second of the whole run, and the process's peak memory. The task needs no data: prompts
+ask for a number's successor, the reward is whether the answer is it, plus a fifth for being a number at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from _report import peak_bytes
+
+PROMPTS, GROUP, MOST, RATE, RANK = 8, 8, 16, 1e-4, 16
+
+
+def rows(count: int = 512) -> list[dict[str, str]]:
+    return [
+        {"prompt": f"Which number comes after {n}? Answer with the number alone.", "answer": str(n + 1)}
+        for n in range(count)
+    ]
+
+
+def of_veneer(folder: Path, steps: int, seed: int, dtype: str) -> dict[str, Any]:
+    import veneer
+    from veneer.train.events import Stepped
+
+    found: list[Stepped] = []
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
+    base = veneer.load_base("smollm2-135m", dtype=dtype, device="cpu")
+    config = {
+        "base": {"name": "smollm2-135m", "dtype": dtype}, "data": {"train": str(folder / "rows.jsonl"), "split": 0},
+        "adapter": {"rank": RANK, "alpha": 2 * RANK}, "batching": {"rows": PROMPTS}, "seed": seed,
+        "optimizer": {"learning_rate": RATE}, "schedule": {"name": "constant", "warmup": 0, "steps": steps},
+        "evaluation": {"keep": "last"}, "output": str(folder / "run"),
+        "reinforcement": {
+            "loss": "dr-grpo", "group": GROUP, "max_tokens": MOST, "rows": PROMPTS * GROUP,
+            "rewards": [
+                {"kind": "exact_match"},
+                {"kind": "regex", "name": "number", "pattern": r"\d+", "whole": True, "weight": 0.2},
+            ],
+        },
+    }  # fmt: skip
+    began = time.perf_counter()
+    veneer.train_text(config, base=base, on_event=lambda e: found.append(e) if isinstance(e, Stepped) else None)
+    seconds = time.perf_counter() - began
+    tokens = sum(e.extra["drawn_tokens"] for e in found)
+    return {
+        "rewards": [e.extra["reward"] for e in found], "tokens_per_second": tokens / seconds, "seconds": seconds,
+        "gap": max(e.extra["gap_max"] for e in found),
+    }  # fmt: skip
+
+
+def of_trl(folder: Path, steps: int, seed: int, dtype: str) -> dict[str, Any]:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    import veneer
+
+    directory = str(veneer.load_base("smollm2-135m", device="cpu").directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+    counts = {"tokens": 0}
+
+    def reward(completions: list[Any], answer: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        counts["tokens"] += sum(map(len, completion_ids))
+        texts = [c[0]["content"].strip() for c in completions]
+        return [
+            float(t == wanted) + 0.2 * bool(re.fullmatch(r"\d+", t)) for t, wanted in zip(texts, answer, strict=True)
+        ]
+
+    data = Dataset.from_list([{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows()])
+    settings = GRPOConfig(
+        output_dir=str(folder / "trl"), loss_type="dr_grpo", scale_rewards="none", num_generations=GROUP, beta=0.0,
+        per_device_train_batch_size=PROMPTS * GROUP, max_completion_length=MOST, learning_rate=RATE, max_steps=steps,
+        lr_scheduler_type="constant", warmup_steps=0, temperature=1.0, seed=seed, logging_steps=1, report_to=[],
+        use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", max_grad_norm=1.0, adam_beta2=0.999,
+    )  # fmt: skip
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = GRPOTrainer(
+        model, reward_funcs=reward, args=settings, train_dataset=data, peft_config=lora,
+        processing_class=AutoTokenizer.from_pretrained(directory),
+    )  # fmt: skip
+    began = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - began
+    curve = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    return {"rewards": curve, "tokens_per_second": counts["tokens"] / seconds, "seconds": seconds}
+
+
+SIDES = {"veneer": of_veneer, "trl": of_trl}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--only", choices=list(SIDES))
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.side:
+        with tempfile.TemporaryDirectory() as folder:
+            found = SIDES[given.side](Path(folder), given.steps, int(given.seeds), given.dtype)
+        print(json.dumps(found | {"peak_bytes": peak_bytes()}))
+        return
+    results: dict[str, list[dict[str, Any]]] = {}
+    for seed in given.seeds.split(","):
+        for side in [given.only] if given.only else SIDES:
+            own = ["--side", side, "--seeds", seed, "--steps", str(given.steps), "--dtype", given.dtype]
+            ran = subprocess.run([sys.executable, __file__, *own], stdout=subprocess.PIPE, text=True, check=True)
+            results.setdefault(side, []).append(json.loads(ran.stdout.splitlines()[-1]))
+    if given.json:
+        print(json.dumps(results))
+        return
+    for side, runs in results.items():
+        last = [statistics.mean(run["rewards"][-10:]) for run in runs]
+        first = [statistics.mean(run["rewards"][:10]) for run in runs]
+        speed, peak = (statistics.median(run[key] for run in runs) for key in ("tokens_per_second", "peak_bytes"))
+        print(
+            f"{side}: reward {statistics.mean(first):.3f} in the first ten steps, {statistics.mean(last):.3f} in the "
+            f"last ({min(last):.3f} to {max(last):.3f}); {speed:,.0f} tokens drawn a second, peak {peak / 1e6:,.0f} MB"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The likelihood of rows with the values of another forward of the same model, and the gradient of this one.
+
+    x_i = values of layer i by the other forward        ∂x_i/∂x_{i-1}, ∂x_i/∂θ by this model's own layer i, at x_{i-1}
+
+The other is serving's, which draws answers: a number of its kind is then the same number here, to the bit, and not one
+that another order of sums has rounded elsewhere. Each layer is differentiated where the other forward was, so what
+comes out is the gradient of that forward, to the rounding of a backward pass.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import ConfigError
+from veneer.models.swap import report_of
+from veneer.models.text.loss import token_logps
+
+
+class Replay(Protocol):
+    """Another forward over some rows that lie end to end; it runs as it is asked, once."""
+
+    @abstractmethod
+    def layer(self) -> Tensor:
+        """The next layer's output, (tokens, dim). It may change when the following one is asked for."""
+
+    @abstractmethod
+    def logps(self) -> Tensor:
+        """log p of each trained token, (M,) float32, after the last layer or without any of them."""
+
+
+def replayed_logps(
+    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, replay: Replay
+) -> Tensor:  # fmt: skip
+    """log p of each trained token, (M,): the values are the replay's, the gradient is this model's at its values.
+
+    For models within `fast` that take rows without padding. Raises ConfigError for others."""
+    if not report_of(model).rows:
+        why = report_of(model).left.get("rows", "it is not within its fast paths")
+        raise ConfigError(
+            f"this base's layers cannot be given other values: {why}", fix="set reinforcement.exact to false"
+        )
+    kept = trained.nonzero()[:, 0].to(input_ids.device) - 1
+    with _given(model.model.layers, replay, kept if report_of(model).keeps else None):
+        own = token_logps(model, input_ids, lengths, trained)
+        return _with_values(own, replay.logps())
+
+
+class _Valued(torch.autograd.Function):
+    """y with other values in its first rows; whatever they are, the gradient is y's."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, values: Tensor) -> Tensor:
+        out = y.detach().clone()
+        out.view(-1, y.shape[-1])[: len(values)] = values
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _with_values(y: Tensor, values: Tensor) -> Tensor:
+    out: Tensor = _Valued.apply(y[..., None], values[..., None])[..., 0]  # type: ignore[no-untyped-call]
+    return out
+
+
+@contextmanager
+def _given(layers: Sequence[nn.Module], replay: Replay, kept: Tensor | None) -> Iterator[None]:
+    """The layers' outputs have the replay's values within the with-block. What is made again for the backward pass,
+    after it, reads its inputs alone. `kept`: which tokens' the last layer gives, where it does not give all."""
+
+    def valued(i: int, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        values = replay.layer()
+        if i == len(layers) - 1 and kept is not None:
+            values = values[kept]
+        out: Tensor = _Valued.apply(output, values)  # type: ignore[no-untyped-call]
+        return out
+
+    with ExitStack() as undo:
+        for i, layer in enumerate(layers):
+            undo.callback(layer.register_forward_hook(partial(valued, i)).remove)
+        yield

@@ -1,0 +1,217 @@
+"""Answers drawn from an adapter while it is trained: the engine without a server, over what an attachment has now.
+
+    with attach(model) as attachment, live_sampler(base, attachment) as sampler, fast(model):
+        attachment.add("run", adapter, trainable=True)
+        answers = sampler.draw([AnswerWanted(prompt, seed, Drawing(), "run"), …])      from the pairs as they are now
+
+The engine's own: continuous batching, a prompt that several answers share computed once, grammars. What it multiplies
+by are the base's own weights, where they lie; quantised ones stay quantised. An adapter is known to it by the digest
+of its values, so that whatever an optimizer does to them, keys and values of other values are never found again.
+
+It begins before `fast` does, so that weights lie together once, and no adapter may act on the model meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from veneer.core.adapter import Adapter
+from veneer.core.attach import Attachment
+from veneer.errors import VeneerError
+from veneer.models.swap import without_dropout
+from veneer.models.text.base import TextBase
+from veneer.models.text.replay import Replay
+from veneer.ops.choice import listed
+from veneer.serve.engine.engine import TextEngine
+from veneer.serve.engine.sampler import scored
+from veneer.serve.forward.llama import LlamaForward
+from veneer.serve.forward.lowrank import PackedAdapter, Segments, low_rank_problems, pack_adapter
+from veneer.serve.forward.paged import BLOCK, PackedRows, Pages
+from veneer.serve.forward.runner import Runner, cache_shape
+from veneer.serve.request import BASE, DigestMix, Finished, Request, Sampling, Started, Token
+from veneer.serve.settings import EngineSettings
+from veneer.train.text.rollouts import AnswerWanted, Rollout, Sampler, SamplerSettings
+
+_LOOK = 0.1
+"""Seconds between two looks at whether to stop."""
+_SCORED = 64
+"""Tokens whose logits exist at once in a replay."""
+
+
+@contextmanager
+def live_sampler(
+    base: TextBase, attachment: Attachment, settings: SamplerSettings | None = None
+) -> Iterator[_LiveSampler]:  # fmt: skip
+    """A `Sampler` for the length of the with-block. Raises ConfigError where the base has no forward of the engine's
+    own (`Runner`, "fused")."""
+    settings = settings or SamplerSettings()
+    context = min(base.context, settings.context or base.context)
+    layers, _, kv, d = cache_shape(base)
+    blocks = settings.rows * (context // BLOCK + 1) + 2
+    room = min(settings.cache_bytes or 1 << 30, blocks * Pages.bytes_of_a_block(layers, kv, d, base.dtype))
+    engine_settings = EngineSettings(
+        rows=settings.rows, queue=1 << 30, cache_bytes=room, batch_invariant=settings.exact, context=context
+    )
+    now: dict[str, Adapter] = {}
+    with attachment.off(), without_dropout(base.model):
+        engine = TextEngine(base, lambda digest, _: now[digest], engine_settings, pack_bytes=settings.pack_bytes)
+    with engine, ThreadPoolExecutor(1, thread_name_prefix="rollouts") as thread:
+        yield _LiveSampler(attachment, settings, engine, thread, now)
+
+
+class _LiveSampler(Sampler):
+    """`now`: the adapters that the engine reads, by digest, each as it was when it was asked for."""
+
+    def __init__(
+        self, attachment: Attachment, settings: SamplerSettings, engine: TextEngine, thread: ThreadPoolExecutor,
+        now: dict[str, Adapter],
+    ) -> None:  # fmt: skip
+        self.attachment, self.settings, self.engine, self.thread, self.now = attachment, settings, engine, thread, now
+
+    @property
+    def runner(self) -> Runner:
+        return self.engine.runner
+
+    def problems(self, adapter: str) -> list[str]:
+        return low_rank_problems(self.attachment.adapters[adapter], self.runner.layout)
+
+    def draw(
+        self, asked: Sequence[AnswerWanted], interrupted: Callable[[], bool] = lambda: False
+    ) -> list[Rollout] | None:  # fmt: skip
+        mixes: dict[str, DigestMix] = {"": BASE}
+        fresh: dict[str, Adapter] = {}
+        for name in dict.fromkeys(one.adapter for one in asked if one.adapter):
+            adapter = self.attachment.adapter(name)
+            digest = adapter.digest()
+            fresh[digest], mixes[name] = adapter, ((digest, 1.0),)
+        for digest in [d for d in self.now if d not in fresh]:
+            self.engine.residents.drop(digest)
+            del self.now[digest]
+        self.now |= fresh
+        return self.thread.submit(asyncio.run, self._all(asked, mixes, interrupted)).result()
+
+    async def _all(
+        self, asked: Sequence[AnswerWanted], mixes: dict[str, DigestMix], interrupted: Callable[[], bool]
+    ) -> list[Rollout] | None:
+        """Of those with one prompt the first goes ahead, so that the others find its keys and values."""
+        ahead: dict[tuple[str, tuple[int, ...]], asyncio.Event] = {}
+        many = Counter((one.adapter, one.prompt) for one in asked)
+
+        async def one(wanted: AnswerWanted) -> Rollout:
+            key = (wanted.adapter, wanted.prompt)
+            if key in ahead:
+                await ahead[key].wait()
+                return await self._one(wanted, mixes[wanted.adapter], None)
+            begun = ahead[key] = asyncio.Event()
+            try:
+                return await self._one(wanted, mixes[wanted.adapter], begun if many[key] > 1 else None)
+            finally:
+                begun.set()
+
+        tasks = [asyncio.ensure_future(one(wanted)) for wanted in asked]
+        try:
+            while any(not task.done() for task in tasks):
+                done, _ = await asyncio.wait(tasks, timeout=_LOOK, return_when=asyncio.FIRST_EXCEPTION)
+                if interrupted():
+                    return None
+                for task in done:
+                    task.result()
+            return [task.result() for task in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _one(self, wanted: AnswerWanted, mix: DigestMix, begun: asyncio.Event | None) -> Rollout:
+        how = wanted.how
+        sampling = Sampling(
+            max_tokens=how.max_tokens, temperature=how.temperature, top_p=how.top_p, top_k=how.top_k, min_p=how.min_p,
+            seed=wanted.seed, stop=how.stop, stop_ids=how.stop_ids, logprobs=0, drawn_logprob=True,
+            grammar=how.grammar,  # type: ignore[arg-type]
+        )  # fmt: skip
+        tokens: list[Token] = []
+        cached, end = 0, None
+        async for event in self.engine.events(Request(wanted.prompt, sampling, mix, name=wanted.adapter)):
+            match event:
+                case Started():
+                    cached = event.cached
+                case Token():
+                    tokens.append(event)
+                    if begun is not None:
+                        begun.set()
+                case Finished():
+                    end = event
+        assert end is not None
+        if end.error is not None:
+            raise end.error
+        if end.reason == "cancelled":
+            raise VeneerError("the engine ended while it drew")
+        return Rollout(
+            wanted.prompt, tuple(t.id for t in tokens), tuple(t.logprob or 0.0 for t in tokens),
+            tuple(t.drawn or 0.0 for t in tokens), "".join(t.text for t in tokens) + end.text, end.reason == "length",
+            cached,
+        )  # fmt: skip
+
+    def replay(self, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, adapter: str = "") -> Replay:
+        llama, layout = self.runner.llama, self.runner.layout
+        assert llama is not None
+        packed = pack_adapter(self.attachment.adapters[adapter], layout, adapter) if adapter else None
+        wanted = trained.nonzero()[:, 0].to(input_ids.device)
+        return _EngineReplay(llama, packed, self.runner, input_ids, list(lengths), wanted)
+
+
+class _EngineReplay(Replay):
+    """The engine's forward over rows in pages of its own, one layer's for all. `wanted`: places of the tokens whose
+    log-probabilities are asked for."""
+
+    def __init__(
+        self, llama: LlamaForward, packed: PackedAdapter | None, runner: Runner, ids: Tensor, lengths: list[int],
+        wanted: Tensor,
+    ) -> None:  # fmt: skip
+        self.ids, self.wanted, self.layout, self.packed = ids, wanted, runner.layout, packed
+        used = 0
+        rows: list[tuple[int, int, list[int]]] = []
+        for n in lengths:
+            rows.append((0, n, list(range(used, used := used - (-n // BLOCK)))))
+        own, held = runner.pages, len(llama.blocks)
+        pages = Pages(1, used, own.heads, own.kv, own.d, own.K.dtype, own.K.device)
+        pages.K, pages.V = (t.expand(held, *t.shape[1:]) for t in (pages.K, pages.V))
+        pages.tiles = own.tiles
+        self.llama = replace(llama, pages=pages)
+        spans = [] if packed is None else [(0, len(ids), [(packed, 1.0)])]
+        segments = Segments.of(self.layout, spans) if spans else None
+        self._layers = self.llama.each_layer(ids, PackedRows.of(rows, ids.device), segments)
+
+    @torch.no_grad()
+    def layer(self) -> Tensor:
+        with listed():  # as the engine's own steps
+            return next(self._layers)
+
+    @torch.no_grad()
+    def logps(self) -> Tensor:
+        with listed():
+            return self._logps()
+
+    def _logps(self) -> Tensor:
+        hidden = next(self._layers)
+        for hidden in self._layers:  # noqa: B007  those that nobody asked for
+            pass
+        head = len(self.layout.groups) - 1
+        out = []
+        for places in self.wanted.split(_SCORED):
+            x = hidden[places - 1]
+            segments = None
+            if self.packed is not None and head in self.packed.groups:
+                segments = Segments.of(self.layout, [(0, len(x), [(self.packed, 1.0)])])
+            logits = self.llama.logits(x, segments)
+            found = scored(logits, self.ids[places], [0] * len(places))
+            out += [token.logprob or 0.0 for token in found]
+        return torch.tensor(out, device=hidden.device)

@@ -1,0 +1,124 @@
+"""The loss of answers that were drawn and given a reward: one formula, of which the published ones are settings.
+
+    L = 1/N Σ_i f_i Σ_t  w_it · max(−ρ_it·A_i, −clip(ρ_it, 1 − ε_low, 1 + ε_high)·A_i)  +  β·k_it
+
+    A_i    `advantages`: the reward beside a baseline, divided by a spread or not
+    ρ_it   `policy_ratios`: p now / p when it was drawn, of the token, or the geometric mean over its answer
+    f_i    `length_factors`: what an answer's tokens are divided by
+    k_it   `kl_estimates`: how far it is from the reference; as a part of the reward (k1) it is in A_i
+    w_it   `importance_weights`: where tokens were drawn from another distribution than p (a temperature, a grammar)
+
+| loss                     | baseline | scale | ratio    | ε          | f_i          | source           |
+| ppo (its clip alone)     | batch    | batch | token    | 0.2 0.2    | batch        | arXiv 1707.06347 |
+| reinforce, with baseline | batch    | none  | token    | none       | none         | Williams 1992    |
+| rloo                     | others   | none  | token    | none       | none         | arXiv 2402.14740 |
+| grpo                     | group    | group | token    | 0.2 0.2    | answer       | arXiv 2402.03300 |
+| dr-grpo                  | group    | none  | token    | 0.2 0.2    | limit        | arXiv 2503.20783 |
+| dapo                     | group    | group | token    | 0.2 0.28   | batch        | arXiv 2503.14476 |
+| gspo                     | group    | group | sequence | 3e-4 4e-4  | answer       | arXiv 2507.18071 |
+
+Without a clip and with one update ρ is 1, and the gradient of ρ·A is that of A·log p: REINFORCE's. Pure functions of
+tensors; answers lie end to end, T tokens of N answers, each token's answer found by the answers' lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+_Baseline = Literal["group", "others", "batch", "none"]
+_Spread = Literal["group", "batch", "none"]
+_Lengths = Literal["answer", "batch", "limit", "none"]
+_KlEstimator = Literal["k1", "k2", "k3"]
+
+_LEAST = 1e-4
+"""Added to a spread, as TRL has it."""
+
+
+def advantages(rewards: Tensor, groups: Sequence[int], *, baseline: _Baseline, scale: _Spread) -> Tensor:
+    """A_i = (r_i − b_i) / (s_i + 1e-4), float64: (N,). rewards: (N,); groups: whose answer each is.
+
+    b: the mean of the group (GRPO, eq. 1 of 2402.03300), of the group's other answers (RLOO, eq. 8 of 2402.14740), of
+    all, or 0. s + 1e-4: the standard deviation of the group or of all, with n − 1; or, for `none`, 1. A group of one
+    has nothing to be compared with: 0 by the first two."""
+    r = rewards.double()
+    out = r.clone()
+    parts: dict[int, list[int]] = {}
+    for i, group in enumerate(groups):
+        parts.setdefault(group, []).append(i)
+    for own in parts.values():
+        mean = r[own].mean()
+        if baseline in ("group", "others"):
+            out[own] = r[own] - mean
+        if baseline == "others" and len(own) > 1:
+            out[own] *= len(own) / (len(own) - 1)
+    if baseline == "batch":
+        out = r - r.mean()
+    if scale == "group":
+        for own in parts.values():
+            out[own] /= _spread(r[own])
+    elif scale == "batch":
+        out = out / _spread(r)
+    return out
+
+
+def _spread(r: Tensor) -> Tensor:
+    return (r.std() if len(r) > 1 else r.new_zeros(())) + _LEAST
+
+
+def policy_ratios(logps: Tensor, old: Tensor, lengths: Sequence[int], *, level: Literal["token", "sequence"]) -> Tensor:
+    """ρ of each token, (T,), with its gradient. `token`: p / p_old (PPO's eq. 6). `sequence`: the same number for each
+    token of an answer, exp of the mean over them of log p − log p_old (GSPO's eq. 7)."""
+    difference = logps - old
+    if level == "sequence":
+        means = torch.stack([part.mean() for part in difference.split(list(lengths))])
+        difference = per_token(means, lengths)
+    return difference.exp()
+
+
+def clipped(ratios: Tensor, advantages: Tensor, low: float | None, high: float | None) -> Tensor:
+    """max(−ρ·A, −clip(ρ, 1 − low, 1 + high)·A) of each token (PPO's eq. 7; with high above low DAPO's clip-higher,
+    its eq. 10); None: no bound on that side. advantages: (T,)."""
+    plain = -ratios * advantages
+    if low is None and high is None:
+        return plain
+    bounded = ratios.clamp(None if low is None else 1 - low, None if high is None else 1 + high)
+    return torch.maximum(plain, -bounded * advantages)
+
+
+def kl_estimates(logps: Tensor, reference: Tensor, estimator: _KlEstimator) -> Tensor:
+    """KL(p ‖ p_ref) by each token that was drawn from p, (T,), with d = log p − log p_ref (Schulman 2020,
+    "Approximating KL divergence"):
+
+        k1  d                       unbiased; its gradient is 0 in the mean, so it belongs into the reward
+        k2  d²/2                    its gradient is KL's, where tokens come from p
+        k3  e^(−d) + d − 1          unbiased and never below 0: GRPO's (eq. 4)"""
+    d = logps - reference
+    if estimator == "k1":
+        return d
+    return d.square() / 2 if estimator == "k2" else torch.exp(-d) + d - 1
+
+
+def length_factors(lengths: Sequence[int], how: _Lengths, limit: int) -> Tensor:
+    """f_i, float64: (N,). `answer`: 1/|o_i|, GRPO's mean of means. `batch`: N / Σ|o|, so that every token of the step
+    weighs the same: DAPO's. `limit`: 1/limit, a constant, Dr. GRPO's. `none`: 1, log p of whole answers."""
+    n = torch.tensor(list(lengths), dtype=torch.float64)
+    if how == "answer":
+        return 1 / n
+    if how == "batch":
+        return (len(n) / n.sum()).expand(len(n)).clone()
+    return torch.full_like(n, 1 / limit if how == "limit" else 1.0)
+
+
+def importance_weights(logps: Tensor, drawn: Tensor, cap: float) -> Tensor:
+    """min(p / q, cap) of each token, (T,): q is what it was drawn from, p the model's own. Truncated importance
+    sampling (Ionides 2008)."""
+    return (logps - drawn).exp().clamp(max=cap)
+
+
+def per_token(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Each answer's value for all of its tokens: (N,) -> (T,)."""
+    return values.repeat_interleave(torch.tensor(list(lengths), device=values.device))

@@ -1,0 +1,161 @@
+"""Prompts that answers are drawn to, as the steps of a run are made of them; what is planned before anything is drawn.
+
+    split = prompt_split(rows, config, base)                 rows → the tokens that an answer follows
+    steps = planned_rollouts(split.items, config, rows)      a rollout is `batching.rows` prompts, `updates` steps long
+
+A planned step has the rows that it may come to: as many answers as are drawn, each as long as it may become. What was
+drawn takes their place when the step's turn comes (`train.text.reinforce`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from veneer.errors import DataError, bullets
+from veneer.train.config.text import TrainConfig
+from veneer.train.loop import LazySteps, Micro, Step
+from veneer.train.text.batches import Batch, collate, grouped, step_rows
+from veneer.train.text.encode import Counts, EncodedRows, Example
+from veneer.train.text.render import Renderer
+from veneer.train.text.rows import Row
+
+if TYPE_CHECKING:
+    from veneer.models.text.base import TextBase
+
+
+@dataclass(frozen=True)
+class PromptItem:
+    """A prompt. `row`: its place in the rows. `most`: tokens that an answer to it may have."""
+
+    ids: tuple[int, ...]
+    row: int
+    most: int
+
+    @property
+    def tokens(self) -> int:
+        """Of the prompt and its longest answer."""
+        return len(self.ids) + self.most
+
+    @property
+    def learned(self) -> int:
+        return self.most
+
+
+@dataclass
+class PolicyBatch(Batch):
+    """Prompts with their answers. `answers`: tokens of each answer, T in all. `worth`, `factors`: each answer's
+    advantage, and what its tokens' losses are multiplied by. `old`, `drawn`, `reference`: (T,) log-probabilities when
+    the tokens were drawn, of what they were drawn from, and of the reference; None where there are none. `fresh`:
+    whether the adapter is the one that they were drawn from."""
+
+    answers: list[int]
+    worth: Tensor
+    factors: Tensor
+    old: Tensor | None = None
+    drawn: Tensor | None = None
+    reference: Tensor | None = None
+    fresh: bool = False
+
+
+def prompt_of(row: Row) -> Row:
+    """The row with a last assistant turn, which is what its prompt stands before."""
+    if row.messages and row.messages[-1]["role"] == "assistant":
+        return row
+    return replace(row, messages=(*row.messages, {"role": "assistant", "content": ""}))
+
+
+def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tuple[list[PromptItem], EncodedRows]:
+    """The prompts of rows, as inference shows them to the model.
+
+    One that leaves an answer no room is refused or left out, by `data.long_rows`. Raises DataError, listing rows."""
+    data, most = config.data, config.reinforcement.max_tokens
+    renderer = Renderer(base.tokenizer, data.chat_template)
+    chat = renderer.template is not None
+    room = min(data.max_length, base.context)
+    items: list[PromptItem] = []
+    counts = Counts(rows=len(rows))
+    bad: list[str] = []
+    long: list[str] = []
+    for i, row in enumerate(rows):
+        try:
+            text = renderer.prompt(prompt_of(row))
+        except ValueError as error:
+            bad.append(f"{row.where}: {error}")
+            continue
+        ids = list(base.tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"])
+        counts.longest = max(counts.longest, len(ids))
+        if not ids:
+            bad.append(f"{row.where}: the prompt is empty")
+        elif len(ids) + most > room:
+            long.append(f"{row.where}: {len(ids)} tokens and {most} of an answer")
+            counts.note("long_dropped", row.where)
+        else:
+            items.append(PromptItem(tuple(ids), i, most))
+    if bad:
+        raise DataError(f"{len(bad)} of {len(rows)} rows are no prompts:\n{bullets(bad)}", fix="correct those rows")
+    if long and data.long_rows == "refuse":
+        raise DataError(
+            f"{len(long)} of {len(rows)} prompts leave an answer no room within {room} tokens:\n{bullets(long)}",
+            fix="shorten them, lower reinforcement.max_tokens, raise data.max_length as far as the base reads, or set "
+            "data.long_rows=drop to leave them out",
+        )
+    examples = [Example(list(item.ids), [False] * len(item.ids), item.row) for item in items]
+    counts.kept, counts.tokens = len(items), sum(len(item.ids) for item in items)
+    counts.trained_tokens = most * len(items)
+    return items, EncodedRows(examples, counts, renderer, set(base.stop_ids), chat, set())
+
+
+def answer_groups(lengths: Sequence[int], config: TrainConfig) -> list[list[int]]:
+    """Micro-batches of rows of these lengths: indices, from long to short."""
+    rows = config.batching.micro_rows or len(lengths)
+    groups = grouped(lengths, config.batching.at_once)
+    return [group[at : at + rows] for group in groups for at in range(0, len(group), rows)]
+
+
+def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Sequence[Row]) -> LazySteps:
+    """All steps of the run in order, as they are at most."""
+    r = config.reinforcement
+
+    def micro(chosen: list[PromptItem]) -> Micro:
+        return Micro(
+            tokens=sum(item.tokens for item in chosen), trained=sum(item.most for item in chosen),
+            rows=tuple(dict.fromkeys(rows[item.row].where for item in chosen)), make=lambda: _made_up(chosen),
+            units=len(chosen), items=tuple(chosen),
+        )  # fmt: skip
+
+    def of_epoch(epoch: int) -> list[Step]:
+        plan = step_rows([item.tokens for item in items], config.batching, seed=config.seed, epoch=epoch)
+        steps = []
+        for k, prompts in enumerate(plan):
+            answers = [items[i] for i in prompts for _ in range(r.group)]
+            groups = answer_groups([item.tokens for item in answers], config)
+            micros = tuple(micro([answers[i] for i in group]) for group in groups)
+            steps += [Step(micros, epoch + (k + (u + 1) / r.updates) / len(plan)) for u in range(r.updates)]
+        return steps
+
+    return LazySteps(of_epoch, epochs=config.epochs, steps=config.steps)
+
+
+def first_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Sequence[Row]) -> list[Step]:
+    """The steps of the first epoch, whole."""
+    once = config.schedule.model_copy(update={"epochs": 1, "steps": None})
+    return list(planned_rollouts(items, config.model_copy(update={"schedule": once}), rows))
+
+
+def _made_up(items: Sequence[PromptItem]) -> PolicyBatch:
+    """The longest answers that there may be, of the prompts' own tokens."""
+    examples = []
+    for item in items:
+        said = [item.ids[i % len(item.ids)] for i in range(item.most)]
+        examples.append(Example([*item.ids, *said], [False] * len(item.ids) + [True] * item.most, item.row))
+    batch = collate(examples)
+    ones = torch.ones(len(items), dtype=torch.float64)
+    return PolicyBatch(
+        batch.input_ids, batch.lengths, batch.trained, [item.most for item in items], ones,
+        ones / max(1, items[0].most),
+    )  # fmt: skip

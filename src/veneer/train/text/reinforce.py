@@ -1,0 +1,350 @@
+"""Reinforcement: answers drawn from the adapter as it is, what they are worth, and the loss that the loop is given.
+
+    a step   prompts → draw (`rollouts.Sampler`) → rewards (`train.rewards`) → advantages → loss (`policy_losses`)
+
+What is drawn from is what is trained: the sampler reads the pairs on the attachment, and with `reinforcement.exact` the
+trainer's forward has the sampler's values (`models.text.replay`). The first update of each draw measures that, token by
+token, and a run whose gap is above `reinforcement.gap` stops before its optimizer moves. Logged, of each step:
+
+    reward, reward_NAME…               means over the answers that have one; reward_failed: how many have none
+    constant_groups, constant_share    groups whose answers are all worth the same: nothing is learned from them
+    cut_answers, cut_share             answers that ended at max_tokens
+    answer_tokens, drawn_tokens        mean length, and how many were drawn in all; drawn_seconds: how long it took
+    prompt_cached                      share of the prompts' tokens whose keys and values were there
+    gap_mean, gap_max, gap_share       |Δ log p| of the tokens that are learned from; the share beyond 1%
+    kl, clipped, weight                means over these tokens, where there is a reference, a clip, a correction
+
+Held-out prompts are answered greedily; their loss is minus the mean reward. A step's answers are a function of the
+seed, the step and the adapter's values, so a run that is resumed draws what it would have drawn; those of which some
+updates are still to come are in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from veneer.errors import ConfigError, TrainingError
+from veneer.models.swap import without_dropout
+from veneer.models.text.generate import encode_prompts
+from veneer.models.text.loss import token_logps
+from veneer.models.text.replay import replayed_logps
+from veneer.ops.transfer import sent
+from veneer.train.loop import Means, Micro, Score, Step
+from veneer.train.rewards.judge import AskModel, Question, Reply
+from veneer.train.rewards.reward import Answer, Rewards, reward_findings
+from veneer.train.text.batches import collate
+from veneer.train.text.encode import Example
+from veneer.train.text.policy_losses import (
+    advantages,
+    clipped,
+    importance_weights,
+    kl_estimates,
+    length_factors,
+    per_token,
+    policy_ratios,
+)
+from veneer.train.text.prompts import PolicyBatch, PromptItem, answer_groups, prompt_of
+from veneer.train.text.rollouts import AnswerWanted, Drawing, Rollout, Sampler, draw_seed
+from veneer.train.text.rows import Row
+
+if TYPE_CHECKING:
+    from veneer.core.attach import Attachment
+    from veneer.models.text.base import TextBase
+    from veneer.train.config.text import TrainConfig
+
+_BEYOND = 0.01
+"""Relative difference of a probability that `gap_share` counts."""
+
+
+@dataclass(frozen=True)
+class _JudgedRollout:
+    """An answer that is learned from. `row`: of its prompt. `worth`: its advantage; `reference`: log-probabilities of
+    its tokens under the reference, where there is one."""
+
+    rollout: Rollout
+    row: int
+    worth: float
+    reference: tuple[float, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return len(self.rollout.prompt) + len(self.rollout.tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "rollout": self.rollout.to_dict(), "reference": list(self.reference)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> _JudgedRollout:
+        rollout, reference = Rollout.from_dict(values["rollout"]), tuple(values["reference"])
+        return cls(rollout, values["row"], values["worth"], reference)
+
+
+@dataclass
+class Reinforcement:
+    """`name`: of the adapter that is trained. `reference`: of the one it is compared with, "" for the base alone."""
+
+    config: TrainConfig
+    base: TextBase
+    attachment: Attachment
+    name: str
+    sampler: Sampler
+    rewards: Rewards
+    reference: str = ""
+    first: int = 0
+    """The step that the answers at hand were drawn for; 0 for none."""
+    answers: list[_JudgedRollout] = field(default_factory=list)
+    measured: dict[str, float] = field(default_factory=dict)
+    """What was found of them when they were drawn."""
+    seen: Means = field(default_factory=Means)
+    worst: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.settings = self.config.reinforcement.settled()
+        s = self.settings
+        self.drawing = Drawing(s.max_tokens, s.temperature, s.top_p, grammar=s.grammar_text)
+
+    # -- drawing -------------------------------------------------------------------------------------------------------
+
+    def draw_step(
+        self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]
+    ) -> Step | None:  # fmt: skip
+        """Step `number` of what was drawn for it. `rows`: those that its prompts are of."""
+        update = (number - 1) % self.settings.updates
+        if self.first != number - update:
+            prompts = {item.row: item for micro in step.micros for item in micro.items}
+            if not self._draw([prompts[row] for row in sorted(prompts)], rows, number - update, interrupted):
+                return None
+        return self._step_of(step, rows, fresh=update == 0)
+
+    def _draw(
+        self, prompts: Sequence[PromptItem], rows: Sequence[Row], number: int, interrupted: Callable[[], bool]
+    ) -> bool:  # fmt: skip
+        s, seed = self.settings, self.config.seed
+        owners = [item for item in prompts for _ in range(s.group)]
+        asked = [
+            AnswerWanted(item.ids, draw_seed(seed, number, item.row, i % s.group), self.drawing, self.name)
+            for i, item in enumerate(owners)
+        ]
+        began = time.perf_counter()
+        drawn = self.sampler.draw(asked, interrupted)
+        if drawn is None:
+            return False
+        seconds = time.perf_counter() - began
+        judged = self.rewards.judge([_answer(r, rows[o.row]) for r, o in zip(drawn, owners, strict=True)])
+        groups, cut = [item.row for item in owners], [rollout.cut for rollout in drawn]
+        found = judged.logged() | reward_findings(judged, groups, cut)
+        known = [i for i, value in enumerate(judged.values) if value is not None]
+        references = self._references([drawn[i] for i in known]) if s.kl else [()] * len(known)
+        values = torch.tensor([judged.values[i] for i in known], dtype=torch.float64)
+        if s.kl and s.kl_estimator == "k1":
+            values -= s.kl * torch.tensor(
+                [sum(drawn[i].logps) - sum(reference) for i, reference in zip(known, references, strict=True)],
+                dtype=torch.float64,
+            )
+        worth = advantages(values, [groups[i] for i in known], baseline=s.baseline or "none", scale=s.scale or "none")
+        self.answers = [
+            _JudgedRollout(drawn[i], groups[i], float(w), reference)
+            for i, w, reference in zip(known, worth.tolist(), references, strict=True)
+            if not (s.mask_cut and cut[i])
+        ]
+        tokens, prompted = sum(len(r.tokens) for r in drawn), sum(len(r.prompt) for r in drawn)
+        found["constant_share"] = found["constant_groups"] / max(1.0, found["groups"])
+        found |= {
+            "answer_tokens": tokens / len(drawn), "drawn_tokens": float(tokens), "drawn_seconds": seconds,
+            "prompt_cached": sum(r.cached for r in drawn) / max(1, prompted),
+        }  # fmt: skip
+        self.first, self.measured = number, found
+        if not self.answers:
+            raise TrainingError(
+                f"none of the {len(drawn)} answers of step {number} can be learned from",
+                where=f"{sum(cut)} are cut at reinforcement.max_tokens, {judged.failed} have no reward",
+                fix="raise reinforcement.max_tokens, or leave reinforcement.mask_cut out",
+            )
+        return True
+
+    def _references(self, drawn: Sequence[Rollout]) -> list[tuple[float, ...]]:
+        """log p of each answer's tokens under the reference."""
+        out: dict[int, tuple[float, ...]] = {}
+        for group in answer_groups([len(r.prompt) + len(r.tokens) for r in drawn], self.config):
+            batch = collate([_example(drawn[i]) for i in group])
+            with torch.no_grad(), without_dropout(self.base.model):
+                if self.settings.exact:
+                    ids = sent(batch.input_ids, self.base.device)
+                    found = self.sampler.replay(ids, batch.lengths, batch.trained, self.reference).logps()
+                else:
+                    with self.attachment.using(*([self.reference] if self.reference else [])):
+                        found = self._own_logps(batch.input_ids, batch.lengths, batch.trained)
+            parts = found.tolist()
+            for i in group:
+                n = len(drawn[i].tokens)
+                out[i], parts = tuple(parts[:n]), parts[n:]
+        return [out[i] for i in range(len(drawn))]
+
+    def _step_of(self, step: Step, rows: Sequence[Row], *, fresh: bool) -> Step:
+        """The micro-batches of the answers at hand; those that move nothing are left out, and counted all the same."""
+        s, answers = self.settings, self.answers
+        factors = length_factors([len(a.rollout.tokens) for a in answers], s.length or "answer", s.max_tokens)
+        in_loss = bool(s.kl) and s.kl_estimator != "k1"
+        moving = [i for i, a in enumerate(answers) if a.worth or in_loss]
+        moving = moving or [min(range(len(answers)), key=lambda i: answers[i].tokens)]  # a step has a token at least
+        factors = factors * (len(moving) / len(answers))  # the loop divides by those that it is given
+        micros = []
+        for group in answer_groups([answers[i].tokens for i in moving], self.config):
+            own = [answers[moving[k]] for k in group]
+            f = factors[[moving[k] for k in group]]
+            micros.append(
+                Micro(
+                    tokens=sum(a.tokens for a in own), trained=sum(len(a.rollout.tokens) for a in own),
+                    rows=tuple(dict.fromkeys(rows[a.row].where for a in own)),
+                    make=partial(_batch, own, f, fresh), units=len(own),
+                )
+            )  # fmt: skip
+        return Step(tuple(micros), step.epoch)
+
+    # -- the loss ------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        self.seen, self.worst = Means(), 0.0
+
+    def loss(self, batch: PolicyBatch) -> Tensor:
+        """Σ over the batch's answers; the loop divides by their number."""
+        s = self.settings
+        logps = self._policy(batch).double()
+        old = logps.detach() if batch.old is None else batch.old.to(logps)
+        worth = per_token(batch.worth.to(logps.device), batch.answers)
+        ratios = policy_ratios(logps, old, batch.answers, level=s.ratio or "token")
+        losses = clipped(ratios, worth, s.clip_low, s.clip_high)
+        if batch.drawn is not None:
+            weights = importance_weights(old, batch.drawn.to(logps), s.importance_cap)
+            losses = losses * weights
+            self.seen.add(weight=weights)
+        if batch.reference is not None:
+            kl = kl_estimates(logps, batch.reference.to(logps), s.kl_estimator)
+            losses = losses if s.kl_estimator == "k1" else losses + s.kl * kl
+            self.seen.add(kl=kl)
+        if batch.fresh and batch.old is not None:
+            gap = (logps.detach() - old).abs()
+            self.worst = max(self.worst, float(gap.max()))
+            self.seen.add(gap_mean=gap, gap_share=gap.expm1() > _BEYOND)
+        if s.clip_low is not None and s.clip_high is not None and batch.old is not None:
+            r = ratios.detach()
+            self.seen.add(clipped=((r < 1 - s.clip_low) & (worth < 0)) | ((r > 1 + s.clip_high) & (worth > 0)))
+        return (per_token(batch.factors.to(logps.device), batch.answers) * losses).sum()
+
+    def _policy(self, batch: PolicyBatch) -> Tensor:
+        ids, model = sent(batch.input_ids, self.base.device), self.base.model
+        if not self.settings.exact:
+            return self._own_logps(ids, batch.lengths, batch.trained)
+        replay = self.sampler.replay(ids, batch.lengths, batch.trained, self.name)
+        return replayed_logps(model, ids, batch.lengths, batch.trained, replay)
+
+    def _own_logps(self, ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+        return token_logps(self.base.model, sent(ids, self.base.device), lengths, trained)
+
+    def means(self) -> Means:
+        """What was measured since `begin`. Raises TrainingError where what was drawn from is not what is trained."""
+        out = Means.total([self.seen, Means(dict(self.measured), dict.fromkeys(self.measured, 1))])
+        mean = self.seen.sums.get("gap_mean", 0.0) / max(1, self.seen.counts.get("gap_mean", 0))
+        if "gap_mean" in self.seen.counts:
+            out.sums["gap_max"], out.counts["gap_max"] = self.worst, 1
+        if not mean <= self.settings.gap:
+            fix = "set reinforcement.exact=true" if not self.settings.exact else "this is worth a report"
+            raise TrainingError(
+                f"the answers were drawn from another model than the one that is trained: their tokens' "
+                f"log-probabilities differ by {mean:.3g} nats on average, {self.worst:.3g} at most",
+                where=f"reinforcement.gap is {self.settings.gap:g}",
+                fix=f"{fix}; a base in float32 has less rounding (base.dtype=float32); a higher reinforcement.gap "
+                "trains all the same, off-policy by that much",
+            )
+        return out
+
+    # -- held-out prompts ----------------------------------------------------------------------------------------------
+
+    def score(
+        self, prompts: Sequence[PromptItem], rows: Sequence[Row], interrupted: Callable[[], bool]
+    ) -> Score | None:  # fmt: skip
+        """The mean reward of greedy answers; its loss is minus that. None as soon as `interrupted()`."""
+        greedy = replace(self.drawing, temperature=0.0, top_p=1.0)
+        drawn = self.sampler.draw([AnswerWanted(item.ids, 0, greedy, self.name) for item in prompts], interrupted)
+        if drawn is None:
+            return None
+        judged = self.rewards.judge([_answer(r, rows[item.row]) for r, item in zip(drawn, prompts, strict=True)])
+        values = [value for value in judged.values if value is not None]
+        tokens = sum(len(r.tokens) for r in drawn)
+        extra = judged.logged() | {
+            "cut_share": sum(r.cut for r in drawn) / len(drawn), "answer_tokens": tokens / len(drawn)
+        }  # fmt: skip
+        return Score(-sum(values), tokens, len(drawn), extra, likelihood=False, units=len(values))
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def kept(self, step: int) -> dict[str, Any]:
+        """The answers of which updates are still to come after `step`."""
+        if not self.first or step >= self.first + self.settings.updates - 1:
+            return {}
+        return {"first": self.first, "measured": self.measured, "answers": [a.to_dict() for a in self.answers]}
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        if kept:
+            self.first, self.measured = int(kept["first"]), dict(kept["measured"])
+            self.answers = [_JudgedRollout.from_dict(values) for values in kept["answers"]]
+
+
+def base_judge(sampler: Sampler, base: TextBase) -> AskModel:
+    """Questions answered by the base alone, for judges of this process. Raises ConfigError for another model."""
+
+    def ask(questions: Sequence[Question]) -> list[Reply]:
+        if others := [q.model for q in questions if q.model != "base"]:
+            raise ConfigError(
+                f"a judge of this process is the base, and {others[0]} was asked", where="reinforcement.rewards",
+                fix="serve it (veneer serve), and give the judge that server's `url`",
+            )  # fmt: skip
+        prompts = encode_prompts(base, [[dict(m) for m in q.messages] for q in questions])
+        asked = [
+            AnswerWanted(tuple(ids), q.seed, Drawing(q.tokens, q.temperature, q.top_p))
+            for ids, q in zip(prompts, questions, strict=True)
+        ]
+        return [Reply(rollout.text) for rollout in sampler.draw(asked) or ()]
+
+    return ask
+
+
+def _answer(rollout: Rollout, row: Row) -> Answer:
+    """What rewards see."""
+    end = row.last_assistant()
+    columns = dict(row.values)
+    if end < len(row.messages):
+        columns.setdefault("answer", row.messages[end]["content"])
+    columns.setdefault("where", row.where)
+    prompt = prompt_of(row)
+    return Answer(
+        list(prompt.messages[: prompt.last_assistant()]), rollout.text, columns, len(rollout.tokens), rollout.cut,
+        tools=[tool for tool in row.tools if isinstance(tool, Mapping)],
+    )  # fmt: skip
+
+
+def _example(rollout: Rollout) -> Example:
+    prompt, said = list(rollout.prompt), list(rollout.tokens)
+    return Example([*prompt, *said], [False] * len(prompt) + [True] * len(said), 0)
+
+
+def _batch(answers: Sequence[_JudgedRollout], factors: Tensor, fresh: bool) -> PolicyBatch:
+    batch = collate([_example(a.rollout) for a in answers])
+
+    def numbers(values: Sequence[Sequence[float]]) -> Tensor:
+        return torch.tensor([x for own in values for x in own], dtype=torch.float64)
+
+    changed = any(a.rollout.drawn != a.rollout.logps for a in answers)
+    return PolicyBatch(
+        batch.input_ids, batch.lengths, batch.trained, [len(a.rollout.tokens) for a in answers],
+        torch.tensor([a.worth for a in answers], dtype=torch.float64), factors,
+        numbers([a.rollout.logps for a in answers]), numbers([a.rollout.drawn for a in answers]) if changed else None,
+        numbers([a.reference for a in answers]) if answers[0].reference else None, fresh,
+    )  # fmt: skip

@@ -1,0 +1,125 @@
+"""Answers drawn from an adapter while it is trained: what is asked, what comes back, and who draws.
+
+    with make(base, attachment, settings) as sampler:        `make`: handed in, for drawing is serving's and above this
+        drawn = sampler.draw([AnswerWanted(prompt, seed, how, "run"), …])
+        logps = replayed_logps(base.model, ids, lengths, trained, sampler.replay(ids, lengths, trained, "run"))
+
+What is drawn from are the very pairs that an attachment has now, over the base that it is on: nothing is saved, merged
+or synchronised, and of the base nothing is copied that was not asked for. `veneer.serve.engine.live` is the one that
+there is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from veneer.models.text.replay import Replay
+
+if TYPE_CHECKING:
+    from veneer.core.attach import Attachment
+    from veneer.models.text.base import TextBase
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How an answer is drawn. `temperature` 0 is the best token always. `stop`: texts that end the answer and are no
+    part of it; `stop_ids`: tokens that end it beside the base's own. `grammar`: what it must match, by its kind,
+    `json_schema`, `json_object` or `regex`, and as text. Ranges as `veneer.serve.request.Sampling` has them."""
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    grammar: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class AnswerWanted:
+    """An answer that is wanted. `prompt`: token ids. `seed`: the answer is a function of it, the prompt, `how` and the
+    adapter's values, whoever is drawn beside it. `adapter`: its name on the attachment, "" for the base alone."""
+
+    prompt: tuple[int, ...]
+    seed: int
+    how: Drawing
+    adapter: str = ""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """An answer that was drawn. `tokens`: the one that ended it with them. `logps`: the log-probability of each, in
+    nats, in the model's distribution at temperature 1, with nothing changed; `drawn`: in the one it was drawn from.
+    `text`: without what ended it. `cut`: whether it ended at `max_tokens`. `cached`: tokens of the prompt whose keys
+    and values were there."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    logps: tuple[float, ...]
+    drawn: tuple[float, ...]
+    text: str
+    cut: bool
+    cached: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, which keep every float."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Rollout:
+        made: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**made)
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """`rows`: answers drawn at once. `context`: tokens of a prompt and its answer, 0 for the base's own. `cache_bytes`:
+    for keys and values, 0 for what `rows` of whole contexts take, at most a GiB. `pack_bytes`: what a second copy of
+    the base's projections may take, in the order in which few rows are multiplied by them fastest; 0 for none.
+
+    `exact`: an answer's bits depend on nothing beside it, and a `replay` gives them again."""
+
+    rows: int = 32
+    context: int = 0
+    cache_bytes: int = 0
+    pack_bytes: int = 0
+    exact: bool = True
+
+
+class Sampler(Protocol):
+    """Draws from the adapters of an attachment, as they are when it is asked."""
+
+    settings: SamplerSettings
+
+    @abstractmethod
+    def problems(self, adapter: str) -> list[str]:
+        """Why nothing can be drawn from an adapter on the attachment, one line each."""
+
+    @abstractmethod
+    def draw(
+        self, asked: Sequence[AnswerWanted], interrupted: Callable[[], bool] = lambda: False
+    ) -> list[Rollout] | None:  # fmt: skip
+        """The answers, in the order in which they are asked for; None as soon as `interrupted()`. Adapters must not
+        change meanwhile. Raises VeneerError for what cannot be drawn: a prompt beyond the context, an unusable
+        adapter, a grammar that is none."""
+
+    @abstractmethod
+    def replay(self, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, adapter: str = "") -> Replay:
+        """The forward that `draw` runs, over rows that are there: arguments as `text_loss` has them. Where it is
+        `exact` its values are those with which the rows' tokens were drawn, to the bit."""
+
+
+MakeSampler = Callable[["TextBase", "Attachment", SamplerSettings], AbstractContextManager[Sampler]]
+
+
+def draw_seed(*key: int | str) -> int:
+    """A seed of 63 bits, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()) >> 1

@@ -1,0 +1,172 @@
+"""What is drawn from an adapter in training is drawn from its values as they are; the trainer has the same numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import families
+from tests.serve.forward.test_runner import base_of, trained
+from tests.tiny_base import VOCAB_SIZE
+from veneer.core.adapter import Adapter
+from veneer.core.attach import Attachment, attach
+from veneer.errors import ConfigError
+from veneer.models.text.base import TextBase
+from veneer.models.text.fast import fast
+from veneer.models.text.loss import token_logps
+from veneer.models.text.replay import replayed_logps
+from veneer.ops.quantised import quantise
+from veneer.serve.engine.live import live_sampler
+from veneer.train.text.rollouts import AnswerWanted, Drawing, Rollout, Sampler, SamplerSettings, draw_seed
+
+PROMPTS = [tuple(range(5, 45)), tuple(range(60, 67))]
+HOW = Drawing(max_tokens=12)
+
+
+@contextmanager
+def drawing(
+    dtype: torch.dtype = torch.float32, codes: str = "", **settings: Any
+) -> Iterator[tuple[TextBase, Attachment, Sampler]]:
+    """A tiny base in training, an adapter on it called "run", and who draws."""
+    model: Any = families.llama3(vocab_size=VOCAB_SIZE).to(dtype)
+    for module in model.modules() if codes else ():
+        if isinstance(module, nn.Linear) and module is not model.lm_head:
+            module.weight = nn.Parameter(quantise(module.weight.detach(), codes), requires_grad=False)
+    base = base_of(model)
+    with attach(model) as attachment:
+        attachment.add("run", trained(model, 1), trainable=True)
+        with live_sampler(base, attachment, SamplerSettings(rows=4, **settings)) as sampler, fast(model):
+            attachment.use("run")
+            yield base, attachment, sampler
+
+
+def asked(adapter: str = "run", how: Drawing = HOW, each: int = 2) -> list[AnswerWanted]:
+    return [AnswerWanted(p, draw_seed(i, j), how, adapter) for i, p in enumerate(PROMPTS) for j in range(each)]
+
+
+def draw(sampler: Sampler, wanted: list[AnswerWanted]) -> list[Rollout]:
+    drawn = sampler.draw(wanted)
+    assert drawn is not None
+    return drawn
+
+
+def rows(drawn: list[Rollout]) -> tuple[Tensor, list[int], Tensor]:
+    ids = [t for r in drawn for t in (*r.prompt, *r.tokens)]
+    said = [k >= len(r.prompt) for r in drawn for k in range(len(r.prompt) + len(r.tokens))]
+    return torch.tensor(ids), [len(r.prompt) + len(r.tokens) for r in drawn], torch.tensor(said)
+
+
+def logps(drawn: list[Rollout]) -> Tensor:
+    return torch.tensor([x for r in drawn for x in r.logps])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "codes"), [("float32", ""), ("bfloat16", ""), ("bfloat16", "nf4"), ("float32", "nf4")]
+)
+def test_the_trainers_log_probabilities_are_the_samplers_to_the_bit(dtype: str, codes: str) -> None:
+    with drawing(getattr(torch, dtype), codes) as (base, attachment, sampler):
+        drawn = draw(sampler, asked())
+        ids, lengths, said = rows(drawn)
+        replay = sampler.replay(ids, lengths, said, "run")
+        found = replayed_logps(base.model, ids, lengths, said, replay)
+        assert torch.equal(found, logps(drawn))
+        parameters = list(attachment.parameters("run").values())
+        gradients = torch.autograd.grad(found.sum(), parameters)
+        if dtype == "float32":  # where rounding is small the model's own forward says the same
+            own = token_logps(base.model, ids, lengths, said)
+            torch.testing.assert_close(own, found)
+            for mine, theirs in zip(gradients, torch.autograd.grad(own.sum(), parameters), strict=True):
+                torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=1e-3)
+        assert all(bool(g.isfinite().all()) and bool(g.any()) for g in gradients)
+
+
+def test_layers_that_are_made_again_in_the_backward_pass_have_the_same_gradient() -> None:
+    with drawing() as (base, attachment, sampler):
+        ids, lengths, said = rows(draw(sampler, asked()))
+        parameters = list(attachment.parameters("run").values())
+        base.model.train()
+
+        def gradients() -> tuple[Tensor, ...]:
+            found = replayed_logps(base.model, ids, lengths, said, sampler.replay(ids, lengths, said, "run"))
+            return torch.autograd.grad(found.sum(), parameters)
+
+        kept = gradients()
+        base.model.activation_checkpointing_enable({"use_reentrant": False})
+        for a, b in zip(kept, gradients(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_an_answer_is_a_function_of_its_seed_whoever_is_drawn_beside_it() -> None:
+    with drawing() as (_, _, sampler):
+        together = draw(sampler, asked(each=3))
+        assert len({r.tokens for r in together[:3]}) > 1
+        for wanted, r in zip(asked(each=3), together, strict=True):
+            (alone,) = draw(sampler, [wanted])
+            assert (alone.tokens, alone.logps) == (r.tokens, r.logps)
+        assert [r.cached for r in together] == [0, 32, 32, 0, 0, 0]  # one of a group goes ahead, with whole blocks
+        base = draw(sampler, asked(""))
+        assert [r.logps for r in base] != [r.logps for r in draw(sampler, asked())]
+
+
+def test_what_an_optimizer_changed_is_drawn_from_next_and_nothing_older_is_found() -> None:
+    with drawing() as (_, attachment, sampler):
+        before = draw(sampler, asked())
+        assert [r.cached for r in draw(sampler, asked())][:2] == [32, 32]
+        with torch.no_grad():
+            for parameter in attachment.parameters("run").values():
+                parameter += 0.05
+        after = draw(sampler, asked())
+        assert after[0].cached == 0
+        assert after[0].logps != before[0].logps
+        assert torch.equal(sampler.replay(*rows(after), "run").logps(), logps(after))
+
+
+def test_a_prefix_of_older_values_would_be_seen_in_the_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    with drawing() as (_, attachment, sampler):
+        monkeypatch.setattr(Adapter, "digest", lambda self: "one and the same")  # what keeps it from being found
+        draw(sampler, asked())
+        with torch.no_grad():
+            for parameter in attachment.parameters("run").values():
+                parameter += 0.05
+        stale = draw(sampler, asked())
+        assert float((sampler.replay(*rows(stale), "run").logps() - logps(stale)).abs().mean()) > 1e-3
+
+
+def test_the_log_probability_of_what_was_drawn_from_is_told_beside_the_models_own() -> None:
+    with drawing() as (base, _, sampler):
+        for how in (Drawing(12, temperature=0.6), Drawing(12, top_k=7), Drawing(12)):
+            drawn = draw(sampler, asked(how=how))
+            for r in drawn:
+                with torch.no_grad():
+                    scores = base.model(input_ids=torch.tensor([[*r.prompt, *r.tokens]])).logits[0].double()
+                scores = scores[len(r.prompt) - 1 : -1] / how.temperature
+                if how.top_k:
+                    least = scores.topk(how.top_k).values[:, -1:]
+                    scores = scores.masked_fill(scores < least - 1e-6, -torch.inf)
+                wanted = scores.log_softmax(-1).gather(-1, torch.tensor(r.tokens)[:, None])[:, 0]
+                torch.testing.assert_close(torch.tensor(r.drawn, dtype=torch.float64), wanted, atol=1e-4, rtol=1e-4)
+            assert (how == HOW) == all(r.drawn == r.logps for r in drawn)
+
+
+def test_grammars_and_limits_hold_and_an_interruption_is_heard() -> None:
+    with drawing() as (_, _, sampler):
+        pattern = "(yes|no) ?[0-9]{2}"
+        for r in draw(sampler, asked(how=Drawing(12, grammar=("regex", pattern)))):
+            assert re.fullmatch(pattern, r.text)
+        assert all(r.cut == (len(r.tokens) == 12) for r in draw(sampler, asked()))
+        assert sampler.draw(asked(how=Drawing(100)), lambda: True) is None
+        assert len(draw(sampler, asked())) == 4
+
+
+def test_a_base_without_a_forward_of_the_engines_own_is_refused() -> None:
+    model: Any = families.gemma3(vocab_size=VOCAB_SIZE)
+    with attach(model) as attachment, pytest.raises(ConfigError, match="Llama"), live_sampler(
+        base_of(model), attachment
+    ):  # fmt: skip
+        pass

@@ -1,0 +1,57 @@
+"""docs/how-to/reinforcement.md: its commands, its rows and its configuration run, on the tiny base; the examples' files
+are read as they stand."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.run import run
+from tests.test_readme import ROOT, blocks
+from tests.tiny_base import tiny_base_dir
+from veneer.train.config.load import load_config
+from veneer.train.config.reinforcement import ReinforcementSection
+from veneer.train.config.text import TrainConfig
+
+PAGE = (ROOT / "docs" / "how-to" / "reinforcement.md").read_text(encoding="utf-8")
+
+
+def test_from_an_empty_machine_to_an_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (rows,), (values,), (commands,) = (blocks(PAGE, kind) for kind in ("json", "yaml", "bash"))
+    Path("tickets.jsonl").write_text(rows * 5)
+    given = yaml.safe_load(values)
+    base = str(tiny_base_dir(tmp_path))
+    given |= {"base": base, "schedule": given["schedule"] | {"steps": 2}, "evaluation": {"every": 1, "keep": "last"}}
+    Path("tickets.yaml").write_text(yaml.safe_dump(given))
+    told = ""
+    for line in commands.splitlines():
+        words = shlex.split(line.replace("smollm2-135m", base), comments=True)
+        if words[0] == "veneer":
+            more = ["--max-new-tokens", "4"] if words[1] == "eval" else []
+            ran = run(capsys, *words[1:], *more)
+            assert ran.code == 0, f"{line}\n{ran.out}{ran.err}"
+            told += ran.err
+    assert "gap 0 (most 0, 0.0% beyond 1%)" in told
+
+
+def test_the_pages_table_is_what_each_loss_settles() -> None:
+    for line in PAGE.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != 6 or cells[0].split()[0] in ("loss", "---"):
+            continue
+        settled = ReinforcementSection(loss=cells[0].split()[0]).settled()  # type: ignore[arg-type]
+        clip = "none" if settled.clip_low is None else f"{settled.clip_low:g}, {settled.clip_high:g}"
+        assert [settled.baseline, settled.scale, settled.ratio, clip, settled.length] == cells[1:]
+
+
+@pytest.mark.parametrize("name", ["tickets", "chain-sum", "letter-counting"])
+def test_the_examples_configurations_are_whole(name: str) -> None:
+    config, _ = load_config(ROOT / "examples" / "reinforcement" / f"{name}.yaml", [])
+    assert isinstance(config, TrainConfig)
+    assert config.reinforcement.loss is not None

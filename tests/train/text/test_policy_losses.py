@@ -1,0 +1,128 @@
+"""The losses are the papers' formulas, by hand in float64, answer by answer and token by token."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from veneer.train.text.policy_losses import (
+    advantages,
+    clipped,
+    importance_weights,
+    kl_estimates,
+    length_factors,
+    per_token,
+    policy_ratios,
+)
+
+LENGTHS = [3, 1, 4, 2]
+GROUPS = [0, 0, 1, 1]
+
+
+def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """log p now and then, and rewards."""
+    g = torch.Generator().manual_seed(seed)
+    old = -torch.rand(sum(LENGTHS), generator=g, dtype=torch.float64) * 3 - 0.1
+    now = (old + 0.4 * torch.randn(len(old), generator=g, dtype=torch.float64)).clamp(max=-0.01)
+    return now, old, torch.randn(len(LENGTHS), generator=g, dtype=torch.float64)
+
+
+def test_advantages_by_hand() -> None:
+    r = [1.0, 0.0, 0.5, 2.5, 1.5]
+    groups = [7, 7, 3, 3, 3]
+    rewards = torch.tensor(r)
+    means = {7: 0.5, 3: 1.5}
+    spreads = {7: math.sqrt(0.5), 3: 1.0}
+    mean = sum(r) / 5
+    spread = math.sqrt(sum((x - mean) ** 2 for x in r) / 4)
+    wanted = {
+        ("group", "group"): [(x - means[g]) / (spreads[g] + 1e-4) for x, g in zip(r, groups, strict=True)],
+        ("group", "none"): [x - means[g] for x, g in zip(r, groups, strict=True)],
+        ("others", "none"): [1.0 - 0.0, 0.0 - 1.0, 0.5 - 2.0, 2.5 - 1.0, 1.5 - 1.5],
+        ("batch", "batch"): [(x - mean) / (spread + 1e-4) for x in r],
+        ("none", "none"): r,
+    }
+    for (baseline, scale), expected in wanted.items():
+        found = advantages(rewards, groups, baseline=baseline, scale=scale)  # type: ignore[arg-type]
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("baseline", ["group", "others"])
+def test_a_group_of_one_or_of_equals_teaches_nothing(baseline: str) -> None:
+    found = advantages(torch.tensor([5.0, 2.0, 2.0]), [0, 1, 1], baseline=baseline, scale="group")  # type: ignore[arg-type]
+    assert found.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("bounds", [(0.2, 0.2), (0.2, 0.28), (None, None), (None, 0.1)])
+def test_the_clipped_loss_and_its_gradient_by_hand(level: str, bounds: tuple[float | None, float | None]) -> None:
+    low, high = bounds
+    now, old, rewards = drawn(1)
+    now.requires_grad_()
+    worth = advantages(rewards, GROUPS, baseline="group", scale="none")
+    ratios = policy_ratios(now, old, LENGTHS, level=level)  # type: ignore[arg-type]
+    losses = clipped(ratios, per_token(worth, LENGTHS), low, high)
+    factors = length_factors(LENGTHS, "answer", 0)
+    loss = (per_token(factors, LENGTHS) * losses).sum() / len(LENGTHS)
+    (gradient,) = torch.autograd.grad(loss, now)
+
+    total, wanted, at = 0.0, [], 0
+    for n, a in zip(LENGTHS, worth.tolist(), strict=True):
+        d = [x - y for x, y in zip(now[at : at + n].tolist(), old[at : at + n].tolist(), strict=True)]
+        each = [math.exp(x) for x in d] if level == "token" else [math.exp(sum(d) / n)] * n
+        answer, slopes = 0.0, []
+        for rho in each:
+            bounded = min(max(rho, 1 - low if low is not None else 0.0), 1 + high if high is not None else math.inf)
+            answer += min(rho * a, bounded * a) / n
+            slopes.append(rho * a if rho * a <= bounded * a else 0.0)
+        total -= answer / len(LENGTHS)
+        # ∂ρ/∂log p_t is ρ for a token's own; for an answer's, ρ/n to each of its n tokens, from each of its n losses
+        wanted += [-(s if level == "token" else sum(slopes) / n) / n / len(LENGTHS) for s in slopes]
+        at += n
+    assert math.isclose(float(loss.detach()), total, rel_tol=1e-12)
+    torch.testing.assert_close(gradient, torch.tensor(wanted, dtype=torch.float64))
+
+
+def test_without_a_clip_and_at_the_first_update_the_gradient_is_reinforces() -> None:
+    now, _, rewards = drawn(2)
+    now.requires_grad_()
+    losses = clipped(policy_ratios(now, now.detach(), LENGTHS, level="token"), per_token(rewards, LENGTHS), None, None)
+    (gradient,) = torch.autograd.grad(losses.sum(), now)
+    torch.testing.assert_close(gradient, -per_token(rewards, LENGTHS))
+
+
+def test_what_an_answers_tokens_are_divided_by() -> None:
+    sums = torch.tensor([sum(range(n)) for n in LENGTHS], dtype=torch.float64)
+    tokens = sum(LENGTHS)
+    for how, wanted in (
+        ("answer", sum(s / n for s, n in zip(sums.tolist(), LENGTHS, strict=True)) / 4),
+        ("batch", float(sums.sum()) / tokens), ("limit", float(sums.sum()) / (4 * 32)), ("none", float(sums.sum()) / 4),
+    ):  # fmt: skip
+        assert math.isclose(float((length_factors(LENGTHS, how, 32) * sums).mean()), wanted)  # type: ignore[arg-type]
+
+
+def test_kl_estimates_have_kls_mean_and_gradient_over_all_tokens() -> None:
+    """Over a whole vocabulary, each token weighted by p, the means are exact: no draw is left to chance."""
+    g = torch.Generator().manual_seed(3)
+    scores = torch.randn(6, generator=g, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(6, generator=g, dtype=torch.float64).log_softmax(0)
+    logps = scores.log_softmax(0)
+    kl = (logps.exp() * (logps - reference)).sum()
+    (wanted,) = torch.autograd.grad(kl, scores, retain_graph=True)
+    weights = logps.exp().detach()
+    for name in ("k1", "k3"):
+        found = kl_estimates(logps, reference, name)  # type: ignore[arg-type]
+        assert math.isclose(float((weights * found).sum().detach()), float(kl.detach()), rel_tol=1e-12)
+    assert bool((kl_estimates(logps, reference, "k3") >= 0).all())
+    (slope,) = torch.autograd.grad((weights * kl_estimates(logps, reference, "k2")).sum(), scores, retain_graph=True)
+    torch.testing.assert_close(slope, wanted)
+    (none,) = torch.autograd.grad((weights * kl_estimates(logps, reference, "k1")).sum(), scores)
+    torch.testing.assert_close(none, torch.zeros_like(none))
+
+
+def test_weights_correct_for_what_was_drawn_from_up_to_a_cap() -> None:
+    p, q = torch.tensor([0.5, 0.1, 0.9]).log(), torch.tensor([0.25, 0.4, 0.1]).log()
+    torch.testing.assert_close(importance_weights(p, q, 3.0), torch.tensor([2.0, 0.25, 3.0]))
