@@ -46,6 +46,7 @@ def program() -> Any:
     return main.program()
 
 
+@cache
 def parse(line: str) -> list[str]:
     """Let the real command line parse `line` without running it. Returns the names of the commands on the way."""
     command, path = program(), []

@@ -21,7 +21,7 @@ from torch import nn
 
 from tests.tiny_base import tiny_base_dir
 from tests.train.shared_runs import ONE_ROW, PICTURES, SHARDED, numbers, preferences
-from tests.train.text.test_task import ROOT, TENSORS, _train, write_rows
+from tests.train.text.test_task import ROOT, TENSORS, _train, _values, write_rows
 from tests.train.tiny_pictures import run as train_pictures
 from veneer.errors import ConfigError
 from veneer.files.safetensors import read_tensors
@@ -298,8 +298,6 @@ def test_devices_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -
 
 FAULT = """
 import os, signal, sys
-from pathlib import Path
-from tests.train.text.test_task import _values
 from veneer.cli import main
 from veneer.train.text import task as run
 real, calls = run.text_loss, 0
@@ -307,15 +305,12 @@ def loss(*args):
     global calls
     calls += 1
     if os.environ["RANK"] == "1" and calls == 10:
-        if sys.argv[3] == "kill":
+        if sys.argv[2] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("out of memory, said the allocator")
     return real(*args)
 run.text_loss = loss
-import json
-config = Path(sys.argv[2]).with_suffix(".json")
-config.write_text(json.dumps(_values(Path(sys.argv[1]), Path(sys.argv[2]), batching={"rows": 4, "micro_rows": 1})))
-main.main(["train", str(config), *sys.argv[4:]])
+main.main(["train", sys.argv[1], *sys.argv[3:]])
 """
 
 
@@ -331,7 +326,9 @@ def test_a_process_that_fails_ends_all_with_one_message(
     fault: str, shard: bool, runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / f"{fault}-{shard}"
-    command = [sys.executable, "-c", FAULT, str(runs.folder), str(output), fault]
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(_values(runs.folder, output, **ONE_ROW)))
+    command = [sys.executable, "-c", FAULT, str(config), fault]
     code = launch(2, [*command, "memory.shard=true"] if shard else command)
     said = capfd.readouterr().err
     assert said.count("error:") == 1, said

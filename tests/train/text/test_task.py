@@ -181,7 +181,7 @@ def test_the_same_run_twice_gives_the_same_bytes(
 KILL = """
 import os, signal, sys
 from pathlib import Path
-import torch._dynamo
+import torch._dynamo, transformers.models.llama.modeling_llama
 from tests.forks import expect, fork
 from tests.train.text.test_task import _train
 
