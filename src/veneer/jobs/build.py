@@ -55,7 +55,8 @@ def training(service: Service, library: Library, *, python_graders: bool = False
 
     tenancy = service.tenancy
     tenants = tenancy.store if isinstance(tenancy, Tenants) else None
-    routers = [file_routes(files), tuning_routes(jobs, files, tenants), grader_routes(python=python_graders)]
+    routers = [file_routes(files), tuning_routes(jobs, files, tenants, python_graders=python_graders)]
+    routers.append(grader_routes(python=python_graders))
     routers.append(tinker_routes(tinker))
     if isinstance(tenancy, Tenants) and tenancy.admin_hash is not None:
         routers.append(canary_routes(jobs, tenancy))

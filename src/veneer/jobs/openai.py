@@ -10,6 +10,9 @@
     n_epochs                   3; more, up to 10, where all of them would have under 100 steps
     learning_rate_multiplier   1: veneer's own rate, which for dpo is a tenth of what it is else
     beta                       0.1
+    compute_multiplier         1: 8 answers to each prompt
+    eval_interval              an epoch
+    eval_samples               1: held-out prompts are answered once, with the likeliest tokens
 
 Every row is trained on unless there is a validation file, as at OpenAI; rows longer than the context are refused.
 """
@@ -24,8 +27,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from veneer.errors import ConfigError
 from veneer.jobs.after import AfterJob
 from veneer.jobs.store import ENDS, Job, JobCheckpoint, JobEvent, jobs_home
 from veneer.serve.http.bodies import FAIL_FAST, Body, Strict, at_most
@@ -38,6 +42,10 @@ _Batch = Annotated[int, Field(ge=1, le=256)] | _Auto
 _Epochs = Annotated[int, Field(ge=1, le=50)] | _Auto
 _Multiplier = Annotated[float, Field(gt=0, le=1000)] | _Auto
 _Beta = Annotated[float, Field(gt=0, le=2)] | _Auto
+_Compute = Annotated[float, Field(gt=1e-5, le=10)] | _Auto
+_Count = Annotated[int, Field(ge=1, le=1_000_000)] | _Auto
+_GROUP = 8
+"""Answers to each prompt, times `compute_multiplier`."""
 _LONG = 100
 """Steps of an epoch from which there are checkpoints within it."""
 _Words = Annotated[str, Field(min_length=1, max_length=200)]
@@ -56,6 +64,25 @@ class DpoHyperparameters(Hyperparameters):
     beta: _Beta = "auto"
 
 
+class ReinforcementHyperparameters(Hyperparameters):
+    compute_multiplier: _Compute = "auto"
+    eval_interval: _Count = "auto"
+    eval_samples: _Count = "auto"
+    reasoning_effort: Literal["default", "low", "medium", "high"] = "default"
+
+
+class _ResponseSchema(Strict):
+    name: _Words
+    description: str | None = None
+    form: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class _ResponseFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: _ResponseSchema
+
+
 class Supervised(Strict):
     hyperparameters: Hyperparameters | None = None
 
@@ -64,10 +91,35 @@ class Dpo(Strict):
     hyperparameters: DpoHyperparameters | None = None
 
 
+class Reinforced(Strict):
+    grader: dict[str, Any]
+    hyperparameters: ReinforcementHyperparameters | None = None
+    response_format: _ResponseFormat | None = None
+
+    def shown(self) -> dict[str, Any]:
+        """What a job shows of it beside its hyperparameters."""
+        return self.model_dump(mode="json", exclude={"hyperparameters"}, exclude_none=True, by_alias=True)
+
+
+_Kind = Literal["supervised", "dpo", "reinforcement"]
+
+
 class Method(Strict):
-    type: Literal["supervised", "dpo"]
+    type: _Kind
     supervised: Supervised | None = None
     dpo: Dpo | None = None
+    reinforcement: Reinforced | None = None
+
+    @model_validator(mode="after")
+    def _graded(self) -> Method:
+        if self.type == "reinforcement" and self.reinforcement is None:
+            raise ValueError("reinforcement needs a grader: {type: reinforcement, reinforcement: {grader: …}}")
+        return self
+
+
+_PLAIN: dict[str, type[Hyperparameters]] = {
+    "supervised": Hyperparameters, "dpo": DpoHyperparameters, "reinforcement": ReinforcementHyperparameters
+}  # fmt: skip
 
 
 class Wandb(Strict):
@@ -101,17 +153,22 @@ class TuningBody(Body):
     after: AfterJob | None = Field(default=None, description="not OpenAI's: extra_body; paths are ids of files")
 
     @property
-    def kind(self) -> Literal["supervised", "dpo"]:
+    def kind(self) -> _Kind:
         return "supervised" if self.method is None else self.method.type
+
+    @property
+    def reinforced(self) -> Reinforced | None:
+        """What the method `reinforcement` says, where it is that."""
+        return self.method.reinforcement if self.method is not None and self.kind == "reinforcement" else None
 
     @property
     def numbers(self) -> Hyperparameters:
         """The method's own hyperparameters, or those of before there were methods."""
         own = None
         if self.method is not None:
-            part = self.method.dpo if self.method.type == "dpo" else self.method.supervised
+            part: Any = getattr(self.method, self.kind)
             own = part.hyperparameters if part is not None else None
-        plain = DpoHyperparameters() if self.kind == "dpo" else Hyperparameters()
+        plain = _PLAIN[self.kind]()
         return own or (self.hyperparameters if self.kind == "supervised" else None) or plain
 
 
@@ -148,6 +205,8 @@ def tuning_config(
     if isinstance(numbers, DpoHyperparameters):
         config["data"]["format"] = "openai-preference"
         config["preference"] = {"loss": "dpo", "beta": 0.1 if numbers.beta == "auto" else numbers.beta}
+    if asked.reinforced is not None:
+        _reinforce(config, asked.reinforced)
     for each in asked.integrations or []:
         wandb = each.wandb
         project = f"{wandb.entity}/{wandb.project}" if wandb.entity else wandb.project
@@ -161,6 +220,25 @@ def tuning_config(
     return config
 
 
+def _reinforce(config: dict[str, Any], asked: Reinforced) -> None:
+    """What the method `reinforcement` adds to a configuration. Raises ConfigError for what cannot be honoured."""
+    where = "method.reinforcement.hyperparameters"
+    numbers = asked.hyperparameters or ReinforcementHyperparameters()
+    if numbers.reasoning_effort != "default":
+        what = f"the base reasons as it does, and knows no effort {numbers.reasoning_effort!r}"
+        raise ConfigError(what, where=f"{where}.reasoning_effort", fix="leave it out")
+    if numbers.eval_samples not in ("auto", 1):
+        what = "held-out prompts are answered once, with the likeliest tokens"
+        raise ConfigError(what, where=f"{where}.eval_samples", fix="leave it out")
+    times = 1.0 if numbers.compute_multiplier == "auto" else numbers.compute_multiplier
+    rewards = [{"kind": "grader", "grader": asked.grader}]
+    config["reinforcement"] = {"loss": "grpo", "rewards": rewards, "group": max(2, round(_GROUP * times))}
+    if asked.response_format is not None:
+        config["reinforcement"]["grammar"] = {"json_schema": asked.response_format.json_schema.form}
+    if numbers.eval_interval != "auto" and "validation" in config["data"]:
+        config["evaluation"]["every"] = numbers.eval_interval
+
+
 # -- what is answered --------------------------------------------------------------------------------------------------
 
 _STATUS = {"validating": "validating_files"}
@@ -172,7 +250,8 @@ def shown_job(job: Job, organisation: str, results: Sequence[str] = ()) -> dict[
     shown = dict(asked["hyperparameters"])
     if job.plan is not None:  # what `auto` came to
         found = {"batch_size": config["batching"]["rows"], "n_epochs": config["schedule"]["epochs"], "beta": 0.1}
-        found |= {"learning_rate_multiplier": 1.0}
+        found |= {"learning_rate_multiplier": 1.0, "compute_multiplier": 1.0, "eval_samples": 1}
+        found |= {"eval_interval": max(1, job.steps // config["schedule"]["epochs"])}
         shown = {key: found[key] if value == "auto" else value for key, value in shown.items()}
     kind = asked["kind"]
     return {
@@ -183,7 +262,8 @@ def shown_job(job: Job, organisation: str, results: Sequence[str] = ()) -> dict[
         "training_file": asked["training_file"], "validation_file": asked["validation_file"],
         "result_files": list(results),
         "hyperparameters": shown if kind == "supervised" else None,
-        "method": {"type": kind, kind: {"hyperparameters": shown}}, "seed": config["seed"],
+        "method": {"type": kind, kind: {"hyperparameters": shown, **asked.get("reinforcement", {})}},
+        "seed": config["seed"],
         "trained_tokens": job.tokens if job.state in ENDS else None, "estimated_finish": _finish(job),
         "integrations": [{**each, "wandb": {**each["wandb"], "run_id": job.id}} for each in asked["integrations"]],
         "metadata": asked["metadata"],

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,14 @@ from veneer.jobs.openai import TuningBody, tuning_config
 from veneer.jobs.store import JobCheckpoint, JobEvent, JobLease, JobStore, OverBudget
 from veneer.jobs.validate import told
 from veneer.library.library import Library, open_library
+from veneer.serve.access import Caller, Served
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
 from veneer.train.config.load import config_from
+from veneer.train.config.text import TrainConfig
+from veneer.train.rewards.build import judges_here, rewards_of
+from veneer.train.rewards.judge import Reply
+from veneer.train.rewards.reward import Answer
 
 ROW = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 PAIR = {
@@ -58,6 +63,14 @@ class Jobs:
         return self.taken()
 
 
+class Catalog(ToyCatalog):
+    """One that says what an adapter is called where jobs run."""
+
+    def resolve(self, model: str, caller: Caller) -> Served:
+        found = super().resolve(model, caller)
+        return replace(found, adapters=(f"library/{found.target}@1",)) if found.mix else found
+
+
 @contextmanager
 def serving(place: Path) -> Iterator[Jobs]:
     """A server over a library of its own."""
@@ -66,7 +79,7 @@ def serving(place: Path) -> Iterator[Jobs]:
         files, store = open_files(library), JobStore(library)
         routers = [file_routes(files), tuning_routes(store, files, tenants)]
         more: dict[str, Any] = {"routers": routers, "large": large_bodies(files)}
-        with live(ToyEngine(ToyText()), ToyCatalog(), ToyTenancy(), **more) as served:
+        with live(ToyEngine(ToyText()), Catalog(), ToyTenancy(), **more) as served:
             yield Jobs(served, store, files, library)
 
 
@@ -175,6 +188,61 @@ def test_preferences(jobs: Jobs, client: openai.OpenAI) -> None:
     assert Path(str(config.data.validation)).name == "held.jsonl"  # type: ignore[union-attr]
 
 
+GRADER: dict[str, Any] = {
+    "type": "string_check", "name": "same", "operation": "eq", "input": "{{ sample.output_text }}",
+    "reference": "{{ item.wanted }}",
+}  # fmt: skip
+SCORED: dict[str, Any] = {
+    "type": "score_model", "name": "taste", "model": "toy", "range": [0, 1],
+    "input": [{"role": "user", "content": "{{ sample.output_text }}"}],
+}  # fmt: skip
+
+
+def reinforced(grader: Any = GRADER, **more: Any) -> dict[str, Any]:
+    return {"method": {"type": "reinforcement", "reinforcement": {"grader": grader, **more}}}
+
+
+def test_reinforcement(jobs: Jobs, client: openai.OpenAI) -> None:
+    both = {
+        "type": "multi", "name": "both", "graders": {"a": GRADER, "b": SCORED, "c": {**SCORED, "model": "sql"}},
+        "calculate_output": "a + b",
+    }  # fmt: skip
+    schema = {"type": "object", "properties": {"total": {"type": "number"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    numbers = {
+        "compute_multiplier": 0.5,
+        "eval_interval": 7,
+        "learning_rate_multiplier": 2,
+        "n_epochs": 2,
+        "batch_size": 4,
+    }
+    rows = [{"messages": [{"role": "user", "content": f"{n} + 1?"}], "wanted": str(n + 1)} for n in range(50)]
+    file, held = sent(client, rows), sent(client, rows, "held.jsonl")
+    asked = reinforced(both, hyperparameters=numbers, response_format=form)
+    job = made(client, training_file=file, validation_file=held, **asked)
+    shown = job.method.reinforcement.to_dict()
+    assert job.method.type == "reinforcement"
+    assert shown["grader"] == both
+    assert shown["response_format"] == form
+    assert shown["hyperparameters"] == {**numbers, "eval_samples": "auto", "reasoning_effort": "default"}
+    config, _ = config_from({**jobs.store.get("acme", job.id).config, "output": {"directory": "out"}})
+    assert isinstance(config, TrainConfig)
+    drawn = config.reinforcement
+    assert (drawn.loss, drawn.group, drawn.grammar) == ("grpo", 4, {"json_schema": schema})
+    (reward,) = drawn.rewards
+    assert judges_here([reward]) == {"base", "library/sql@1"}
+    with rewards_of([reward], ask=lambda questions: [Reply("1")] * len(questions)) as rewards:
+        assert rewards.judge([Answer([], "3", {"wanted": "3"})]).values == [2]
+    assert (config.schedule.epochs, config.batching.rows, config.evaluation.every) == (2, 4, 7)
+    plain, _ = config_from({"base": "toy", "data": {"train": "x"}, "output": "o", "reinforcement": drawn.model_dump()})
+    assert config.optimizer.learning_rate == 2 * plain.optimizer.learning_rate  # type: ignore[union-attr]
+
+
+def test_python_is_no_grader_of_jobs_where_it_is_off(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.PermissionDeniedError, match="--python-graders"):
+        made(client, **reinforced({"type": "python", "name": "mine", "source": "def grade(sample, item): return 1"}))
+
+
 EXAMPLES: list[dict[str, Any]] = [
     {},
     {"method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}}},
@@ -213,7 +281,19 @@ def test_the_guides_bodies(client: openai.OpenAI, body: dict[str, Any]) -> None:
         ({"metadata": {str(n): "" for n in range(17)}}, "metadata", "invalid_request", "16"),
         ({"hyperparameters": {"n_epochs": 51}}, "hyperparameters", "invalid_request", "50"),
         ({"hyperparameters": {"epochs": 3}}, "hyperparameters", "invalid_request", "epochs"),
-        ({"method": {"type": "reinforcement"}}, "method", "invalid_request", "supervised"),
+        ({"method": {"type": "reinforcement"}}, "method", "invalid_request", "needs a grader"),
+        ({"method": {"type": "reinforced"}}, "method", "invalid_request", "supervised"),
+        (
+            reinforced({**GRADER, "operation": "is"}),
+            "method.reinforcement.grader.operation",
+            "invalid_request",
+            "eq",
+        ),
+        (reinforced({**GRADER, "input": "{{ x }}"}), "method.reinforcement.grader", "invalid_request", "path"),
+        (reinforced({**SCORED, "model": "polite"}), "model", "model_not_found", "polite"),
+        (reinforced(hyperparameters={"reasoning_effort": "high"}), "method", "invalid_request", "effort"),
+        (reinforced(hyperparameters={"eval_samples": 4}), "method", "invalid_request", "answered once"),
+        (reinforced(hyperparameters={"compute_multiplier": 11}), "method", "invalid_request", "10"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations", "invalid_request", "W&B"),
         ({"extra_body": {"colour": "red"}}, "colour", "invalid_request", "colour"),
         (after(rout={}), "after", "invalid_request", "rout"),

@@ -54,7 +54,7 @@ class GraderRunBody(GraderBody):
     item: dict[str, Any] | None = None
 
 
-def _grader_of(given: Any, python: bool, param: str = "grader") -> Any:
+def grader_of(given: Any, python: bool, param: str = "grader") -> Any:
     """A grader that a client gave. Raises Refused for one that is none, and for python where that is off."""
     try:
         grader = parse_grader(given, param)
@@ -75,11 +75,11 @@ def grader_routes(*, python: bool = False) -> APIRouter:
 
     @router.post("/v1/fine_tuning/alpha/graders/validate", summary="Look at a grader; nothing of it is run.")
     async def validate(request: HttpRequest, body: GraderBody) -> Response:
-        return Json({"grader": _grader_of(body.grader, python).model_dump(mode="json", exclude_unset=True)})
+        return Json({"grader": grader_of(body.grader, python).model_dump(mode="json", exclude_unset=True)})
 
     @router.post("/v1/fine_tuning/alpha/graders/run", summary="What a grader gives for one answer.")
     async def run_grader(request: HttpRequest, body: GraderRunBody) -> Response:
-        grader = _grader_of(body.grader, python)
+        grader = grader_of(body.grader, python)
         service, caller = service_of(request), caller_of(request)
         sample = sample_of(Answer((), body.model_sample))
         began, loop = time.perf_counter(), asyncio.get_running_loop()

@@ -28,6 +28,7 @@ from veneer.errors import ConfigError, quoted
 from veneer.jobs.after import AfterJob, check_after
 from veneer.jobs.files import Files, UploadedFile
 from veneer.jobs.http.files import in_thread, page_shown
+from veneer.jobs.http.graders import grader_of
 from veneer.jobs.inputs import count_lines, drop_inputs, put_input
 from veneer.jobs.openai import (
     MEASURED,
@@ -52,6 +53,8 @@ from veneer.serve.http.sse import EventStream, data
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy.store import Store
 from veneer.train.config.load import config_from
+from veneer.train.rewards.build import BASE_MODEL
+from veneer.train.rewards.graders import MultiGrader, ScoreModelGrader
 
 T = TypeVar("T")
 
@@ -65,19 +68,24 @@ _Limit = Annotated[int, Query(ge=1, le=_PAGE)]
 _After = Annotated[str | None, Query(max_length=100)]
 
 
-def tuning_routes(jobs: JobStore, files: Files, tenants: Store | None = None) -> APIRouter:
-    """The routes over a queue, the files that its jobs read, and the tenants whose routes they move."""
+def tuning_routes(
+    jobs: JobStore, files: Files, tenants: Store | None = None, *, python_graders: bool = False
+) -> APIRouter:
+    """The routes over a queue, the files that its jobs read, and the tenants whose routes they move. `python_graders`:
+    see `grader_routes`."""
     router = APIRouter(tags=["OpenAI fine-tuning"], route_class=BodyRoute)
 
     @router.post("/v1/fine_tuning/jobs", summary="Fine-tune a base, or what was tuned before, on an uploaded file.")
     async def create(request: HttpRequest, body: TuningBody) -> Response:
         service, caller = service_of(request), caller_of(request)
         start = _start(service, caller, body.model)
+        grader = None
+        if body.reinforced is not None:
+            grader = _graded_here(service, caller, body.reinforced.grader, python_graders)
         if body.integrations:
             _check_wandb(caller)
-        return _answer(
-            await _asked(lambda: _create(service, caller, jobs, files, tenants, body, start)), caller, body.headers
-        )
+        job = await _asked(lambda: _create(service, caller, jobs, files, tenants, body, start, grader))
+        return _answer(job, caller, body.headers)
 
     @router.get("/v1/fine_tuning/jobs", summary="The caller's jobs, the newest first.")
     async def listed(request: HttpRequest, limit: _Limit = 20, after: _After = None) -> Response:
@@ -175,6 +183,23 @@ def _start(service: Service, caller: Caller, model: str) -> str | None:
     )  # fmt: skip
 
 
+def _graded_here(service: Service, caller: Caller, given: dict[str, Any], python: bool) -> dict[str, Any]:
+    """The grader of a job, its models by the names under which a run finds them. Raises Refused for what is no grader,
+    and for a model that the caller may not ask."""
+    grader = grader_of(given, python, "method.reinforcement.grader")
+
+    def named(each: Any) -> Any:
+        if not isinstance(each, ScoreModelGrader):
+            return each
+        served = service.catalog.resolve(each.model, caller)
+        return each.model_copy(update={"model": served.adapters[0] if served.mix else BASE_MODEL})
+
+    if isinstance(grader, MultiGrader):
+        grader = grader.model_copy(update={"graders": {name: named(each) for name, each in grader.graders.items()}})
+    found: dict[str, Any] = named(grader).model_dump(mode="json", exclude_unset=True)
+    return found
+
+
 def _check_wandb(caller: Caller) -> None:
     """Raises Refused where a job cannot report to W&B: a worker does it by its operator's account."""
     if caller.tenant:
@@ -186,7 +211,7 @@ def _check_wandb(caller: Caller) -> None:
 
 def _create(
     service: Service, caller: Caller, jobs: JobStore, files: Files, tenants: Store | None, body: TuningBody,
-    start: str | None,
+    start: str | None, grader: dict[str, Any] | None,
 ) -> Job:  # fmt: skip
     tenant = caller.tenant
     training = _file(files, tenant, body.training_file, "training_file")
@@ -196,16 +221,6 @@ def _create(
     try:
         train = put_input(files, tuned.id, "train", training)
         valid = put_input(files, tuned.id, "validation", validation) if validation else None
-        config = tuning_config(
-            body, base=service.reader.name, train=train, validation=valid, rows=count_lines(train),
-            context=service.reader.context, seed=seed, start=start,
-        )  # fmt: skip
-        about: dict[str, Any] = {"input": tuned.id, "publish": "checkpoints"}
-        if body.after is not None:
-            after = _after(files, tenant, tuned.id, body.after)
-            plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
-            check_after(after, plain, name_of(tuned.reference), tenant, tenants)
-            about["after"] = after.model_dump(mode="json")
         asked = {
             "model": body.model, "training_file": training.id, "validation_file": validation.id if validation else None,
             "kind": body.kind, "hyperparameters": body.numbers.model_dump(), "suffix": body.suffix,
@@ -213,9 +228,22 @@ def _create(
             "integrations": [each.model_dump() for each in body.integrations or []],
             "after": None if body.after is None else body.after.model_dump(mode="json", exclude_unset=True),
         }  # fmt: skip
+        if body.reinforced is not None and grader is not None:  # shown as it was asked for, and run as it is found
+            asked["reinforcement"] = body.reinforced.shown()
+            body.reinforced.grader = grader
+        config = tuning_config(
+            body, base=service.reader.name, train=train, validation=valid, rows=count_lines(train),
+            context=service.reader.context, seed=seed, start=start,
+        )  # fmt: skip
+        about: dict[str, Any] = {"openai": asked, "input": tuned.id, "publish": "checkpoints"}
+        if body.after is not None:
+            after = _after(files, tenant, tuned.id, body.after)
+            plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
+            check_after(after, plain, name_of(tuned.reference), tenant, tenants)
+            about["after"] = after.model_dump(mode="json")
         if tenant:
             service.tenancy.let_see_own(tenant)
-        return jobs.create(tenant, config, name=tuned.last, about={**about, "openai": asked})
+        return jobs.create(tenant, config, name=tuned.last, about=about)
     except BaseException:
         drop_inputs(tuned.id)
         raise

@@ -23,11 +23,14 @@ from veneer.train.config.rewards import (
 )
 from veneer.train.rewards import rules
 from veneer.train.rewards.environments import reasoning_gym_reward, verifiers_reward
-from veneer.train.rewards.graders import Grade, GraderRun, grader_types, parse_grader
+from veneer.train.rewards.graders import Grade, GraderRun, grader_models, parse_grader
 from veneer.train.rewards.judge import AskModel, ServerJudge, judge_reward
 from veneer.train.rewards.limited import LimitedFunction
 from veneer.train.rewards.reward import Answer, NamedReward, Reward, Rewards, RewardScore
 from veneer.train.rewards.template import sample_of
+
+BASE_MODEL = "base"
+"""The judge's name that means the base alone."""
 
 _RULES: dict[str, Callable[[Any], Reward]] = {
     "exact_match": rules.exact_match, "json_schema": rules.json_schema, "json_fields": rules.json_fields,
@@ -43,6 +46,22 @@ def rewards_of(sections: Sequence[RewardSection], *, ask: AskModel | None = None
         return Rewards(made, most_failed=most_failed, close=opened.pop_all().close)
 
 
+def judges_here(sections: Sequence[RewardSection]) -> set[str]:
+    """The models of this process that these rewards ask: `BASE_MODEL`, and adapters. Raises ConfigError for a grader
+    that is none."""
+    models: set[str] = set()
+    for section in sections:
+        if isinstance(section, JudgeReward) and section.url is None:
+            models.add(section.model)
+        if isinstance(section, GraderReward) and section.url is None:
+            models |= grader_models(_grader(section))
+    return models
+
+
+def _grader(section: GraderReward) -> Any:
+    return parse_grader(section.grader, f"reinforcement.rewards, {section.called}")
+
+
 def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> Reward:
     """`opened`: gets what has to be closed."""
     if isinstance(section, JudgeReward):
@@ -54,9 +73,8 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
         )  # fmt: skip
         return _by_function(opened.enter_context(function))
     if isinstance(section, GraderReward):
-        grader = parse_grader(section.grader, f"reinforcement.rewards, {section.called}")
-        asks = "score_model" in grader_types(grader)
-        own = _asked(section, ask, opened) if asks else None
+        grader = _grader(section)
+        own = _asked(section, ask, opened) if grader_models(grader) else None
         return _by_grader(opened.enter_context(GraderRun(grader, ask=own)))
     if isinstance(section, VerifiersReward):
         return verifiers_reward(section)

@@ -192,6 +192,12 @@ def grader_types(grader: Any) -> set[str]:
     return {grader.type, *(each.type for each in getattr(grader, "graders", {}).values())}
 
 
+def grader_models(grader: Any) -> set[str]:
+    """The models that a grader, or one in it, asks."""
+    own = getattr(grader, "graders", {"": grader}).values()
+    return {each.model for each in own if isinstance(each, ScoreModelGrader)}
+
+
 # -- formulas ----------------------------------------------------------------------------------------------------------
 
 _OPERATORS: dict[type[ast.AST], Callable[..., float]] = {
@@ -271,7 +277,7 @@ class GraderRun:
     ) -> None:
         self.grader, self._ask = grader, ask
         self._open = ExitStack()
-        if "score_model" in grader_types(grader) and ask is None:
+        if grader_models(grader) and ask is None:
             raise ConfigError("nobody here answers for a score_model", where=grader.name, fix="name a server: `url`")
         own = getattr(grader, "graders", {"": grader})
         self._functions = {

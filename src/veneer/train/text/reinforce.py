@@ -30,14 +30,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from veneer.errors import ConfigError, TrainingError
+from veneer.errors import TrainingError
 from veneer.models.swap import without_dropout
-from veneer.models.text.generate import encode_prompts
 from veneer.models.text.loss import token_logps
 from veneer.models.text.replay import replayed_logps
 from veneer.ops.transfer import sent
 from veneer.train.loop import Means, Micro, Score, Step
-from veneer.train.rewards.judge import AskModel, Question, Reply
 from veneer.train.rewards.reward import Answer, Rewards, reward_findings
 from veneer.train.text.batches import collate
 from veneer.train.text.encode import Example
@@ -295,25 +293,6 @@ class Reinforcement:
         if kept:
             self.first, self.measured = int(kept["first"]), dict(kept["measured"])
             self.answers = [_JudgedRollout.from_dict(values) for values in kept["answers"]]
-
-
-def base_judge(sampler: Sampler, base: TextBase) -> AskModel:
-    """Questions answered by the base alone, for judges of this process. Raises ConfigError for another model."""
-
-    def ask(questions: Sequence[Question]) -> list[Reply]:
-        if others := [q.model for q in questions if q.model != "base"]:
-            raise ConfigError(
-                f"a judge of this process is the base, and {others[0]} was asked", where="reinforcement.rewards",
-                fix="serve it (veneer serve), and give the judge that server's `url`",
-            )  # fmt: skip
-        prompts = encode_prompts(base, [[dict(m) for m in q.messages] for q in questions])
-        asked = [
-            AnswerWanted(tuple(ids), q.seed, Drawing(q.tokens, q.temperature, q.top_p))
-            for ids, q in zip(prompts, questions, strict=True)
-        ]
-        return [Reply(rollout.text) for rollout in sampler.draw(asked) or ()]
-
-    return ask
 
 
 def _answer(rollout: Rollout, row: Row) -> Answer:

@@ -48,16 +48,17 @@ from veneer.train.loop import Means, Score, Step
 from veneer.train.planning import micro_tokens_of_run, with_micro_tokens
 from veneer.train.preflight import CACHE, Report, computes_on, free_memory, recomputes
 from veneer.train.report.log import read_log, size
-from veneer.train.rewards.build import rewards_of
+from veneer.train.rewards.build import judges_here, rewards_of
 from veneer.train.rewards.reward import Rewards
 from veneer.train.run import NAME, AttachedTask, Run, Task, carry_out, opened
 from veneer.train.save import Outcome, ReportParts, prove
 from veneer.train.text.batches import Batch
 from veneer.train.text.data import TextData, planned_steps, read_data
 from veneer.train.text.evaluate import score_examples
+from veneer.train.text.judging import sampled_judge
 from veneer.train.text.preference import Preference
 from veneer.train.text.preflight import text_preflight
-from veneer.train.text.reinforce import Reinforcement, base_judge
+from veneer.train.text.reinforce import Reinforcement
 from veneer.train.text.rollouts import MakeSampler, Sampler, SamplerSettings
 from veneer.train.text.rows import data_digest
 from veneer.train.text.save import RunResult, text_metrics, text_report, write_adapter
@@ -326,13 +327,14 @@ def _drawing(part: TextPart, attachment: Attachment, pack: int) -> Iterator[_Dra
             "nobody here draws the answers that reinforcement.loss learns from", where="reinforcement.loss",
             fix="train by `veneer train` or veneer.train_text",
         )  # fmt: skip
+    judges = judges_here(r.rewards)
     longest = max(item.tokens for split in (part.data.train, part.data.held) for item in split.items)
-    judged = any(getattr(reward, "url", "") is None for reward in r.rewards)  # by the base: of any length
-    settings = SamplerSettings(rows=r.rows, context=0 if judged else longest, pack_bytes=pack, exact=r.exact)
-    with (
-        task.sampler(task.base, attachment, settings) as sampler,
-        rewards_of(r.rewards, ask=base_judge(sampler, task.base), most_failed=r.most_failed) as rewards,
-    ):
+    context = 0 if judges else longest  # what they are asked is as long as it is
+    settings = SamplerSettings(rows=r.rows, context=context, pack_bytes=pack, exact=r.exact)
+    with ExitStack() as opened:
+        sampler = opened.enter_context(task.sampler(task.base, attachment, settings))
+        ask = sampled_judge(task.base, attachment, sampler, judges) if judges else None
+        rewards = opened.enter_context(rewards_of(r.rewards, ask=ask, most_failed=r.most_failed))
         if problems := sampler.problems(part.name):
             raise PreflightError(
                 f"nothing can be drawn from this adapter:\n{bullets(problems)}", where="adapter",

@@ -1,0 +1,59 @@
+"""A judge of this process: the base alone, or another adapter beside the one that is trained, asked by its sampler.
+
+    ask = sampled_judge(base, attachment, sampler, {"base", "acme/critic@2"})       a `rewards.judge.AskModel`
+    rewards_of(sections, ask=ask)
+
+There is one base in memory and one engine, so a judge costs the tokens that it reads and says, and its adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from veneer.adapters.use import load_adapter
+from veneer.errors import AdapterError, bullets
+from veneer.models.text.generate import rendered
+from veneer.train.rewards.build import BASE_MODEL
+from veneer.train.rewards.judge import AskModel, Question, Reply
+from veneer.train.text.rollouts import Asked, Drawing, Sampler
+
+if TYPE_CHECKING:
+    from veneer.core.attach import Attachment
+    from veneer.models.text.base import TextBase
+
+
+def sampled_judge(base: TextBase, attachment: Attachment, sampler: Sampler, models: Collection[str]) -> AskModel:
+    """`models`: adapters by name or folder, put on the attachment here, and `BASE_MODEL`. Raises AdapterError for what
+    is no adapter or cannot be drawn from, MismatchError for one of another base."""
+    names = {BASE_MODEL: ""}
+    for model in sorted(set(models) - {BASE_MODEL}):
+        own = names[model] = f"{model}, as a judge"
+        attachment.add(own, load_adapter(base, model))
+        if problems := sampler.problems(own):
+            raise AdapterError(
+                f"nothing can be drawn from {model}:\n{bullets(problems)}", where="reinforcement.rewards"
+            )
+
+    def asked(question: Question) -> Asked | Reply:
+        text = rendered(base, question.messages)
+        ids = tuple(base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if len(ids) + question.tokens > base.context:
+            return Reply(error=f"the question has {len(ids)} tokens, and {question.tokens} are left for its answer")
+        how = Drawing(question.tokens, question.temperature, question.top_p)
+        return Asked(ids, question.seed, how, names[question.model])
+
+    def ask(questions: Sequence[Question], /) -> list[Reply]:
+        made = [asked(question) for question in questions]
+        drawn = iter(sampler.draw([each for each in made if isinstance(each, Asked)]) or ())
+        replies = []
+        for each in made:
+            if isinstance(each, Asked):
+                said = next(drawn)
+                usage = {"prompt_tokens": len(each.prompt), "completion_tokens": len(said.tokens)}
+                usage["total_tokens"] = sum(usage.values())
+                each = Reply(said.text, usage, "" if said.text.strip() else "the judge said nothing")
+            replies.append(each)
+        return replies
+
+    return ask

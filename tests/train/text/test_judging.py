@@ -1,0 +1,69 @@
+"""A judge of this process says what the base, or another adapter on it, says by transformers' own generation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_base import tiny_base_dir
+from veneer.core.adapter import Adapter, LoraSpec
+from veneer.core.attach import attach
+from veneer.core.init import create
+from veneer.errors import AdapterError
+from veneer.formats import peft
+from veneer.models.text.base import TextBase, load_text
+from veneer.models.text.generate import complete
+from veneer.serve.engine.live import live_sampler
+from veneer.train.rewards.judge import Question
+from veneer.train.text.judging import sampled_judge
+from veneer.train.text.rollouts import SamplerSettings
+
+MESSAGES = [[{"role": "user", "content": text}] for text in ("The printer is on fire.", "Where is my invoice?")]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> TextBase:
+    return load_text(str(tiny_base_dir(tmp_path_factory.mktemp("judging"))))
+
+
+def strong(base: TextBase, seed: int) -> Adapter:
+    """An adapter that changes what is said."""
+    made = create(base.model, LoraSpec(rank=4), seed=seed)
+    torch.manual_seed(seed)
+    return made.mapped(lambda t: t + torch.randn_like(t) if t.is_floating_point() else t)
+
+
+def said(base: TextBase) -> list[str]:
+    return [each.text for each in complete(base, MESSAGES, max_new_tokens=8)]
+
+
+def test_the_base_and_another_adapter_are_asked_beside_the_one_that_is_trained(base: TextBase, tmp_path: Path) -> None:
+    critic = strong(base, 1)
+    peft.write_folder(critic, tmp_path / "critic")
+    bare = said(base)
+    with attach(base.model) as own:
+        own.add("critic", critic)
+        own.use("critic")
+        other = said(base)
+    assert bare != other
+    name = str(tmp_path / "critic")
+    with attach(base.model) as attachment:
+        attachment.add("run", strong(base, 2), trainable=True)
+        with live_sampler(base, attachment, SamplerSettings(rows=4)) as sampler:
+            ask = sampled_judge(base, attachment, sampler, {"base", name})
+            questions = [Question(messages, model, tokens=8) for model in ("base", name) for messages in MESSAGES]
+            replies = ask([*questions, Question(MESSAGES[0], "base", tokens=10**6)])
+    assert [reply.text for reply in replies[:4]] == bare + other
+    assert [reply.usage["completion_tokens"] <= 8 for reply in replies[:4]] == [True] * 4
+    assert "are left for its answer" in replies[4].error
+
+
+def test_a_judge_that_is_not_there_is_said_before_anything_is_drawn(base: TextBase) -> None:
+    with (
+        attach(base.model) as attachment,
+        live_sampler(base, attachment, SamplerSettings(rows=4)) as sampler,
+        pytest.raises(AdapterError, match="there is no adapter"),
+    ):
+        sampled_judge(base, attachment, sampler, {"nobody/here"})
