@@ -331,7 +331,9 @@ def _absolute(kind: _Kind, name: str, value: Any, folder: Path) -> Any:
     words = {
         "data.chat_template": ("auto", "none"), "data.masks": ("auto", "off", "alpha"), "data.before": ("auto", "off"),
     }  # fmt: skip
-    if name == "output.directory" or ((name in kind.paths or name in words) and value not in words.get(name, ())):
+    if name in ("output.directory", "reinforcement.environment") or (
+        (name in kind.paths or name in words) and value not in words.get(name, ())
+    ):
         return resolved
     if name in ("base.name", "adapter.start") and (value.startswith((".", "~")) or os.path.exists(resolved)):
         return resolved

@@ -31,6 +31,13 @@ class ReinforcementSection(Section):
         {}, "what answers are made to match: {json_schema: {…}}, {json_object: true} or {regex: TEXT}"
     )
     rows: int = setting(64, "answers drawn at once; changes memory and speed, never the result", gt=0)
+    environment: str | None = setting(
+        None,
+        "Python file whose reply(sample, item) answers the model, as a tool does, and the conversation goes on; "
+        "FILE:FUNCTION for another one",
+        "one answer ends it",
+    )
+    turns: int = setting(8, "most turns of the model in a conversation with an environment", gt=1)
     updates: int = setting(
         1, "optimizer steps on the answers of one draw", "the ratio is then 1 and nothing is clipped", gt=0
     )

@@ -36,7 +36,7 @@ class Answer:
     prompt: the messages before it. text: the last thing it said. row: the columns of the prompt's row, and as `answer`,
     where the row's conversation ends in an assistant's turn, that turn's text. tokens: of all that it said. cut: it
     ended at a limit and not by itself. turns: of a conversation that went on, every message after the prompt, the
-    answers of tools among them. tools: those that it could call."""
+    answers of tools among them. tools: those that it could call. error: why it cannot be judged."""
 
     prompt: Sequence[Message]
     text: str
@@ -45,6 +45,7 @@ class Answer:
     cut: bool = False
     turns: Sequence[Message] = ()
     tools: Sequence[Mapping[str, Any]] = ()
+    error: str = ""
 
     @property
     def calls(self) -> list[Mapping[str, Any]]:
@@ -130,12 +131,15 @@ class Rewards:
 
 def _scored(name: str, reward: Reward, answers: Sequence[Answer]) -> list[RewardScore]:
     """The scores of one reward, as they may be used: none is infinite or NaN, and what is no number says so."""
-    found = list(reward(answers))
-    if len(found) != len(answers):
+    sound = [answer for answer in answers if not answer.error]
+    given = list(reward(sound)) if sound else []
+    if len(given) != len(sound):
         raise TrainingError(
-            f"the reward {name} gave {counted(len(found), 'score')} for {counted(len(answers), 'answer')}",
+            f"the reward {name} gave {counted(len(given), 'score')} for {counted(len(sound), 'answer')}",
             fix="it has to give one for each, in their order",
         )  # fmt: skip
+    rest = iter(given)
+    found = [RewardScore(None, answer.error) if answer.error else next(rest) for answer in answers]
     return [
         RewardScore(None, f"it is {score.value}, and no number", score.parts)
         if score.value is not None and not math.isfinite(score.value)

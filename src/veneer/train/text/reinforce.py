@@ -38,6 +38,7 @@ from veneer.ops.transfer import sent
 from veneer.train.loop import Means, Micro, Score, Step
 from veneer.train.rewards.reward import Answer, Rewards, reward_findings
 from veneer.train.text.batches import collate
+from veneer.train.text.conversations import Conversation, Conversing, said_so_far
 from veneer.train.text.encode import Example
 from veneer.train.text.policy_losses import (
     advantages,
@@ -86,7 +87,8 @@ class _JudgedRollout:
 
 @dataclass
 class Reinforcement:
-    """`name`: of the adapter that is trained. `reference`: of the one it is compared with, "" for the base alone."""
+    """`name`: of the adapter that is trained. `reference`: of the one it is compared with, "" for the base alone.
+    `conversing`: what answers the model, where conversations go on."""
 
     config: TrainConfig
     base: TextBase
@@ -95,6 +97,7 @@ class Reinforcement:
     sampler: Sampler
     rewards: Rewards
     reference: str = ""
+    conversing: Conversing | None = None
     first: int = 0
     """The step that the answers at hand were drawn for; 0 for none."""
     answers: list[_JudgedRollout] = field(default_factory=list)
@@ -131,11 +134,12 @@ class Reinforcement:
             for i, item in enumerate(owners)
         ]
         began = time.perf_counter()
-        drawn = self.sampler.draw(asked, interrupted)
-        if drawn is None:
+        held = self._held(asked, [_unanswered(rows[item.row]) for item in owners], interrupted)
+        if held is None:
             return False
+        drawn, answers = held
         seconds = time.perf_counter() - began
-        judged = self.rewards.judge([_answer(r, rows[o.row]) for r, o in zip(drawn, owners, strict=True)])
+        judged = self.rewards.judge(answers)
         groups, cut = [item.row for item in owners], [rollout.cut for rollout in drawn]
         found = judged.logged() | reward_findings(judged, groups, cut)
         known = [i for i, value in enumerate(judged.values) if value is not None]
@@ -152,7 +156,7 @@ class Reinforcement:
             for i, w, reference in zip(known, worth.tolist(), references, strict=True)
             if not (s.mask_cut and cut[i])
         ]
-        tokens, prompted = sum(len(r.tokens) for r in drawn), sum(len(r.prompt) for r in drawn)
+        tokens, prompted = sum(len(r.logps) for r in drawn), sum(len(r.prompt) for r in drawn)
         found["constant_share"] = found["constant_groups"] / max(1.0, found["groups"])
         found |= {
             "answer_tokens": tokens / len(drawn), "drawn_tokens": float(tokens), "drawn_seconds": seconds,
@@ -166,6 +170,19 @@ class Reinforcement:
                 fix="raise reinforcement.max_tokens, or leave reinforcement.mask_cut out",
             )
         return True
+
+    def _held(
+        self, asked: Sequence[AnswerWanted], prompts: Sequence[Answer], interrupted: Callable[[], bool]
+    ) -> tuple[list[Rollout], list[Answer]] | None:
+        """Answers, or where there is an environment conversations, and what rewards see of them."""
+        if self.conversing is None:
+            drawn = self.sampler.draw(asked, interrupted)
+            held = None if drawn is None else [Conversation(rollout) for rollout in drawn]
+        else:
+            held = self.conversing.draw(asked, prompts, interrupted)
+        if held is None:
+            return None
+        return [each.rollout for each in held], [said_so_far(p, each) for p, each in zip(prompts, held, strict=True)]
 
     def _references(self, drawn: Sequence[Rollout]) -> list[tuple[float, ...]]:
         """log p of each answer's tokens under the reference."""
@@ -181,14 +198,14 @@ class Reinforcement:
                         found = self._own_logps(batch.input_ids, batch.lengths, batch.trained)
             parts = found.tolist()
             for i in group:
-                n = len(drawn[i].tokens)
+                n = len(drawn[i].logps)
                 out[i], parts = tuple(parts[:n]), parts[n:]
         return [out[i] for i in range(len(drawn))]
 
     def _step_of(self, step: Step, rows: Sequence[Row], *, fresh: bool) -> Step:
         """The micro-batches of the answers at hand; those that move nothing are left out, and counted all the same."""
         s, answers = self.settings, self.answers
-        factors = length_factors([len(a.rollout.tokens) for a in answers], s.length or "answer", s.max_tokens)
+        factors = length_factors([len(a.rollout.logps) for a in answers], s.length or "answer", s.max_tokens)
         in_loss = bool(s.kl) and s.kl_estimator != "k1"
         moving = [i for i, a in enumerate(answers) if a.worth or in_loss]
         moving = moving or [min(range(len(answers)), key=lambda i: answers[i].tokens)]  # a step has a token at least
@@ -199,7 +216,7 @@ class Reinforcement:
             f = factors[[moving[k] for k in group]]
             micros.append(
                 Micro(
-                    tokens=sum(a.tokens for a in own), trained=sum(len(a.rollout.tokens) for a in own),
+                    tokens=sum(a.tokens for a in own), trained=sum(len(a.rollout.logps) for a in own),
                     rows=tuple(dict.fromkeys(rows[a.row].where for a in own)),
                     make=partial(_batch, own, f, fresh), units=len(own),
                 )
@@ -270,12 +287,14 @@ class Reinforcement:
     ) -> Score | None:  # fmt: skip
         """The mean reward of greedy answers; its loss is minus that. None as soon as `interrupted()`."""
         greedy = replace(self.drawing, temperature=0.0, top_p=1.0)
-        drawn = self.sampler.draw([AnswerWanted(item.ids, 0, greedy, self.name) for item in prompts], interrupted)
-        if drawn is None:
+        asked = [AnswerWanted(item.ids, 0, greedy, self.name) for item in prompts]
+        held = self._held(asked, [_unanswered(rows[item.row]) for item in prompts], interrupted)
+        if held is None:
             return None
-        judged = self.rewards.judge([_answer(r, rows[item.row]) for r, item in zip(drawn, prompts, strict=True)])
+        drawn, answers = held
+        judged = self.rewards.judge(answers)
         values = [value for value in judged.values if value is not None]
-        tokens = sum(len(r.tokens) for r in drawn)
+        tokens = sum(len(r.logps) for r in drawn)
         extra = judged.logged() | {
             "cut_share": sum(r.cut for r in drawn) / len(drawn), "answer_tokens": tokens / len(drawn)
         }  # fmt: skip
@@ -295,8 +314,8 @@ class Reinforcement:
             self.answers = [_JudgedRollout.from_dict(values) for values in kept["answers"]]
 
 
-def _answer(rollout: Rollout, row: Row) -> Answer:
-    """What rewards see."""
+def _unanswered(row: Row) -> Answer:
+    """What rewards see of a prompt."""
     end = row.last_assistant()
     columns = dict(row.values)
     if end < len(row.messages):
@@ -304,14 +323,14 @@ def _answer(rollout: Rollout, row: Row) -> Answer:
     columns.setdefault("where", row.where)
     prompt = prompt_of(row)
     return Answer(
-        list(prompt.messages[: prompt.last_assistant()]), rollout.text, columns, len(rollout.tokens), rollout.cut,
+        list(prompt.messages[: prompt.last_assistant()]), "", columns,
         tools=[tool for tool in row.tools if isinstance(tool, Mapping)],
     )  # fmt: skip
 
 
 def _example(rollout: Rollout) -> Example:
     prompt, said = list(rollout.prompt), list(rollout.tokens)
-    return Example([*prompt, *said], [False] * len(prompt) + [True] * len(said), 0)
+    return Example([*prompt, *said], [False] * len(prompt) + rollout.trained, 0)
 
 
 def _batch(answers: Sequence[_JudgedRollout], factors: Tensor, fresh: bool) -> PolicyBatch:
@@ -322,7 +341,7 @@ def _batch(answers: Sequence[_JudgedRollout], factors: Tensor, fresh: bool) -> P
 
     changed = any(a.rollout.drawn != a.rollout.logps for a in answers)
     return PolicyBatch(
-        batch.input_ids, batch.lengths, batch.trained, [len(a.rollout.tokens) for a in answers],
+        batch.input_ids, batch.lengths, batch.trained, [len(a.rollout.logps) for a in answers],
         torch.tensor([a.worth for a in answers], dtype=torch.float64), factors,
         numbers([a.rollout.logps for a in answers]), numbers([a.rollout.drawn for a in answers]) if changed else None,
         numbers([a.reference for a in answers]) if answers[0].reference else None, fresh,

@@ -59,7 +59,8 @@ class Rollout:
     """An answer that was drawn. `tokens`: the one that ended it with them. `logps`: the log-probability of each, in
     nats, in the model's distribution at temperature 1, with nothing changed; `drawn`: in the one it was drawn from.
     `text`: without what ended it. `cut`: whether it ended at `max_tokens`. `cached`: tokens of the prompt whose keys
-    and values were there."""
+    and values were there. `others`: parts of `tokens`, from and to, that an environment said and nobody drew: `logps`
+    and `drawn` have none of them."""
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -68,6 +69,15 @@ class Rollout:
     text: str
     cut: bool
     cached: int = 0
+    others: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def trained(self) -> list[bool]:
+        """Which of `tokens` were drawn."""
+        own = [True] * len(self.tokens)
+        for first, last in self.others:
+            own[first:last] = [False] * (last - first)
+        return own
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, which keep every float."""
@@ -76,7 +86,7 @@ class Rollout:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Rollout:
         made: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**made)
+        return cls(**made | {"others": tuple((int(a), int(b)) for a, b in values.get("others", ()))})
 
 
 @dataclass(frozen=True)

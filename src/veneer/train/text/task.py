@@ -49,10 +49,12 @@ from veneer.train.planning import micro_tokens_of_run, with_micro_tokens
 from veneer.train.preflight import CACHE, Report, computes_on, free_memory, recomputes
 from veneer.train.report.log import read_log, size
 from veneer.train.rewards.build import judges_here, rewards_of
+from veneer.train.rewards.limited import LimitedFunction
 from veneer.train.rewards.reward import Rewards
 from veneer.train.run import NAME, AttachedTask, Run, Task, carry_out, opened
 from veneer.train.save import Outcome, ReportParts, prove
 from veneer.train.text.batches import Batch
+from veneer.train.text.conversations import Conversing
 from veneer.train.text.data import TextData, planned_steps, read_data
 from veneer.train.text.evaluate import score_examples
 from veneer.train.text.judging import sampled_judge
@@ -311,7 +313,10 @@ def attached_texts(parts: Sequence[TextPart]) -> Iterator[list[AttachedText]]:
         ]
 
 
-_Drawer = tuple[Sampler, Rewards] | None
+_REPLY = 30.0
+"""Seconds that an environment may take over what the model said."""
+
+_Drawer = tuple[Sampler, Rewards, Conversing | None] | None
 
 
 @contextmanager
@@ -340,7 +345,19 @@ def _drawing(part: TextPart, attachment: Attachment, pack: int) -> Iterator[_Dra
                 f"nothing can be drawn from this adapter:\n{bullets(problems)}", where="adapter",
                 fix="leave out what is no pair of a linear layer (adapter.modules_to_save, token_rows, kind)",
             )  # fmt: skip
-        yield sampler, rewards
+        yield sampler, rewards, _conversing(part, sampler, opened)
+
+
+def _conversing(part: TextPart, sampler: Sampler, opened: ExitStack) -> Conversing | None:
+    """What answers the model, where a run's conversations go on."""
+    r = part.task.config.reinforcement
+    if r.environment is None:
+        return None
+    file, _, function = r.environment.partition(".py:")
+    file, function = (f"{file}.py", function) if function else (r.environment, "reply")
+    environment = opened.enter_context(LimitedFunction(function, file=file, timeout=_REPLY))
+    renderer = part.data.train.encoded.renderer
+    return Conversing(sampler, renderer, environment, r.turns)
 
 
 def _attached(drawer: _Drawer, config: TrainConfig, *given: Any) -> AttachedText:
@@ -583,14 +600,15 @@ class AttachedReinforcement(AttachedText):
     """The same for prompts whose answers are drawn and judged. The reference is the base alone, or, beside the trained
     adapter, the one that it began as."""
 
-    def __init__(self, *given: Any, drawer: tuple[Sampler, Rewards]) -> None:
+    def __init__(self, *given: Any, drawer: tuple[Sampler, Rewards, Conversing | None]) -> None:
         super().__init__(*given)
         start, reference = self.data.start, ""
         if start is not None and self.config.reinforcement.kl:
             reference = f"{self.name}, as it began"
             self.attachment.add(reference, start)
+        sampler, rewards, conversing = drawer
         self.reinforcement = Reinforcement(
-            self.config, self.base, self.attachment, self.name, *drawer, reference=reference
+            self.config, self.base, self.attachment, self.name, sampler, rewards, reference, conversing
         )
 
     def why_alone(self) -> str:

@@ -1,0 +1,168 @@
+"""Conversations that go on: the model says something, an environment answers it (a tool's result, a further question),
+and the model goes on, until the environment has nothing to say, the turns are used up or the tokens are.
+
+    draw = Conversing(sampler, renderer, environment, turns=8).draw        instead of `Sampler.draw`, of conversations
+    held = draw(asked, prompts, interrupted)
+
+The environment is a function of the user's file, `reply(sample, item)`, in a limited process (`rewards.limited`): of
+what the model said, with the conversation so far as `messages`, and of the row. It gives nothing (the conversation has
+ended), a text (a user's turn) or messages, such as {"role": "tool", "content": …}. Where it fails, the conversation has
+no reward.
+
+The model's own tokens stay as they were drawn: what the template writes between two turns is found around a mark that
+stands for what was said, and put behind them. Only the model's tokens are learned (`Rollout.others` are not).
+`max_tokens` counts all tokens behind the prompt, so that a conversation is no longer than an answer may be.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from veneer.errors import DataError, shown
+from veneer.train.rewards.limited import LimitedFunction, NoAnswer
+from veneer.train.rewards.reward import Answer, Message
+from veneer.train.rewards.template import sample_of
+from veneer.train.text.prompts import prompt_of
+from veneer.train.text.render import Renderer
+from veneer.train.text.rollouts import AnswerWanted, Rollout, Sampler, seed_of
+from veneer.train.text.rows import Row
+
+_MARK = "\ue100veneer\ue101"  # private use: no text has it
+_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  # as Hermes, Qwen and SmolLM3 write them
+
+
+@dataclass
+class Conversation:
+    """`turns`: every message behind the prompt; of a single answer none. `error`: why the environment failed."""
+
+    rollout: Rollout
+    turns: list[Message] = field(default_factory=list)
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Conversing:
+    """`turns`: most that the model has."""
+
+    sampler: Sampler
+    renderer: Renderer
+    environment: LimitedFunction
+    turns: int
+
+    def draw(
+        self, asked: Sequence[AnswerWanted], prompts: Sequence[Answer], interrupted: Callable[[], bool]
+    ) -> list[Conversation] | None:
+        """`prompts`: answers that say nothing yet. Raises as the sampler; DataError for a template that cannot put
+        messages behind an answer."""
+        held: list[Conversation] = []
+        going = list(range(len(asked)))
+        for turn in range(self.turns):
+            if not going:
+                break
+            wanted = [asked[i] if not turn else self._next(asked[i], held[i].rollout, turn) for i in going]
+            drawn = self.sampler.draw(wanted, interrupted)
+            if drawn is None:
+                return None
+            if not turn:
+                held = [Conversation(rollout) for rollout in drawn]
+            for i, rollout in zip(going, drawn, strict=True):
+                held[i].rollout = rollout if not turn else _joined(held[i].rollout, rollout)
+                held[i].turns.append(_said(rollout.text))
+            going = [i for i in going if not held[i].rollout.cut]
+            if turn + 1 < self.turns:
+                going = self._answered(going, held, asked, prompts)
+        return held
+
+    def _next(self, asked: AnswerWanted, so_far: Rollout, turn: int) -> AnswerWanted:
+        left = asked.how.max_tokens - len(so_far.tokens)
+        how = replace(asked.how, max_tokens=left)
+        return replace(asked, prompt=(*so_far.prompt, *so_far.tokens), seed=seed_of(asked.seed, turn), how=how)
+
+    def _answered(
+        self, going: Sequence[int], held: list[Conversation], asked: Sequence[AnswerWanted], prompts: Sequence[Answer]
+    ) -> list[int]:
+        """Those that go on, with what the environment said behind them."""
+        answers = [said_so_far(prompts[i], held[i]) for i in going]
+        pairs = [(sample_of(a) | {"messages": [*a.prompt, *a.turns]}, a.row) for a in answers]
+        still = []
+        for i, given in zip(going, self.environment.call(pairs), strict=True):
+            own = held[i]
+            messages = given if isinstance(given, NoAnswer) else _messages(given)
+            if isinstance(messages, NoAnswer):
+                own.error = messages.why
+            elif messages:
+                ids = self._between(prompts[i], own, messages)
+                if len(own.rollout.tokens) + len(ids) >= asked[i].how.max_tokens:
+                    own.rollout = replace(own.rollout, cut=True)
+                    continue
+                own.turns += messages
+                first = len(own.rollout.tokens)
+                others = (*own.rollout.others, (first, first + len(ids)))
+                own.rollout = replace(own.rollout, tokens=(*own.rollout.tokens, *ids), others=others)
+                still.append(i)
+        return still
+
+    def _between(self, prompt: Answer, own: Conversation, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The tokens from the end of what was said to where the model goes on."""
+        marked = [*prompt.prompt, *own.turns[:-1], {"role": "assistant", "content": _MARK}, *messages]
+        row = prompt_of(Row("messages", tuple(map(dict, marked)), tools=tuple(prompt.tools)))
+        try:
+            text = self.renderer.prompt(row)
+        except ValueError as error:
+            raise DataError(f"a conversation cannot go on: {error}") from error
+        _, found, behind = text.rpartition(_MARK)
+        if not found:
+            raise DataError("the chat template leaves out what the model said once messages follow it")
+        tokenizer: Any = self.renderer.tokenizer
+        ended = tokenizer.decode(own.rollout.tokens[-1:], skip_special_tokens=False)
+        return tuple(tokenizer(behind.removeprefix(ended), add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def said_so_far(prompt: Answer, own: Conversation) -> Answer:
+    """What rewards and the environment see of a conversation."""
+    rollout = own.rollout
+    turns = own.turns if len(own.turns) > 1 or (own.turns and own.turns[-1].get("tool_calls")) else ()
+    return replace(
+        prompt, text=str(own.turns[-1]["content"]) if own.turns else rollout.text, tokens=len(rollout.logps),
+        cut=rollout.cut, turns=turns, error=own.error,
+    )  # fmt: skip
+
+
+def _said(text: str) -> Message:
+    calls = []
+    for i, found in enumerate(_CALL.findall(text)):
+        try:
+            call = json.loads(found)
+            function = {"name": str(call["name"]), "arguments": call.get("arguments", {})}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+        calls.append({"id": f"call_{i}", "type": "function", "function": function})
+    return {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
+
+
+def _messages(given: Any) -> list[Message] | NoAnswer:
+    """What an environment gave, as messages."""
+    if given is None:
+        return []
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    listed = given if isinstance(given, list) else [given]
+    for message in listed:
+        fine = isinstance(message, Mapping) and isinstance(message.get("content"), str)
+        if not fine or message.get("role") not in ("user", "tool", "system"):
+            return NoAnswer(
+                f"the environment gave {shown(given)[:100]}, and neither a text nor messages of user or tool"
+            )
+    return listed
+
+
+def _joined(first: Rollout, then: Rollout) -> Rollout:
+    """A conversation with one more turn of the model's."""
+    return replace(
+        first, tokens=(*first.tokens, *then.tokens), logps=(*first.logps, *then.logps),
+        drawn=(*first.drawn, *then.drawn), text=then.text, cut=then.cut, others=first.others,
+    )  # fmt: skip
