@@ -11,6 +11,7 @@ import yaml
 
 from veneer.train.config.rewards import REWARD_KINDS, RewardList
 from veneer.train.rewards.graders import parse_grader
+from veneer.train.rewards.limited import LimitedFunction
 
 PAGE = (Path(__file__).parents[3] / "docs" / "reference" / "rewards.md").read_text(encoding="utf-8")
 EXAMPLES = [text for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL) if text.startswith("rewards:")]
@@ -22,6 +23,17 @@ def test_an_example_is_a_configuration(text: str) -> None:
     for section in sections:
         if section.kind == "grader":
             parse_grader(section.grader)  # type: ignore[attr-defined]
+
+
+def test_the_functions_run_as_they_stand() -> None:
+    score, reply = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    with LimitedFunction("score", source=score) as function:
+        (found,) = function.score([({"output_text": "well\n4"}, {"answer": "4"})])
+    assert (found.value, found.parts) == (1, {"lines": 2})
+    calls = [{"function": {"name": "stock", "arguments": {}}}]
+    with LimitedFunction("reply", source=reply) as function:
+        found = function.call([({"output_tools": calls}, {"stock": 3}), ({"output_tools": []}, {"stock": 3})])
+    assert found == [{"role": "tool", "content": "3"}, None]
 
 
 @pytest.mark.parametrize("kind", REWARD_KINDS)
