@@ -428,6 +428,11 @@ class TrainConfig(Section):
             del recipe["preference"]
         if self.reinforcement.loss is None:
             del recipe["reinforcement"]
+        else:
+            own = recipe["reinforcement"]
+            own["environment"] = file_name(own["environment"])
+            for reward in own["rewards"]:
+                reward |= {key: file_name(reward[key]) for key in ("file", "model") if key in reward}
         return recipe
 
 

@@ -445,7 +445,7 @@ def _together(formula: Callable[[Mapping[str, float]], float], own: Mapping[str,
     if len(parts) == len(own):
         try:
             value = float(formula(parts))
-        except (ArithmeticError, ValueError) as error:
+        except (ArithmeticError, ValueError, RecursionError) as error:
             errors["other_error"] = f"calculate_output: {error}"
         if value is not None and not math.isfinite(value):
             value, errors["other_error"] = None, f"calculate_output gave {value}"
