@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 from veneer.errors import DataError, TrainingError, bullets, counted, nearest, quoted, shown
 
-Message = Mapping[str, Any]
+Turn = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Answer:
     ended at a limit and not by itself. turns: of a conversation that went on, every message after the prompt, the
     answers of tools among them. tools: those that it could call. error: why it cannot be judged."""
 
-    prompt: Sequence[Message]
+    prompt: Sequence[Turn]
     text: str
     row: Mapping[str, Any] = field(default_factory=dict)
     tokens: int = 0
     cut: bool = False
-    turns: Sequence[Message] = ()
+    turns: Sequence[Turn] = ()
     tools: Sequence[Mapping[str, Any]] = ()
     error: str = ""
 

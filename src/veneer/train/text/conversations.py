@@ -24,11 +24,11 @@ from typing import Any
 
 from veneer.errors import DataError, shown
 from veneer.train.rewards.limited import LimitedFunction, NoAnswer
-from veneer.train.rewards.reward import Answer, Message
+from veneer.train.rewards.reward import Answer, Turn
 from veneer.train.rewards.template import sample_of
 from veneer.train.text.prompts import prompt_of
 from veneer.train.text.render import Renderer
-from veneer.train.text.rollouts import AnswerWanted, Rollout, Sampler, seed_of
+from veneer.train.text.rollouts import AnswerWanted, Rollout, Sampler, draw_seed
 from veneer.train.text.rows import Row
 
 _MARK = "\ue100veneer\ue101"  # private use: no text has it
@@ -40,7 +40,7 @@ class Conversation:
     """`turns`: every message behind the prompt; of a single answer none. `error`: why the environment failed."""
 
     rollout: Rollout
-    turns: list[Message] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
     error: str = ""
 
 
@@ -80,7 +80,7 @@ class Conversing:
     def _next(self, asked: AnswerWanted, so_far: Rollout, turn: int) -> AnswerWanted:
         left = asked.how.max_tokens - len(so_far.tokens)
         how = replace(asked.how, max_tokens=left)
-        return replace(asked, prompt=(*so_far.prompt, *so_far.tokens), seed=seed_of(asked.seed, turn), how=how)
+        return replace(asked, prompt=(*so_far.prompt, *so_far.tokens), seed=draw_seed(asked.seed, turn), how=how)
 
     def _answered(
         self, going: Sequence[int], held: list[Conversation], asked: Sequence[AnswerWanted], prompts: Sequence[Answer]
@@ -106,7 +106,7 @@ class Conversing:
                 still.append(i)
         return still
 
-    def _between(self, prompt: Answer, own: Conversation, messages: Sequence[Message]) -> tuple[int, ...]:
+    def _between(self, prompt: Answer, own: Conversation, messages: Sequence[Turn]) -> tuple[int, ...]:
         """The tokens from the end of what was said to where the model goes on."""
         marked = [*prompt.prompt, *own.turns[:-1], {"role": "assistant", "content": _MARK}, *messages]
         row = prompt_of(Row("messages", tuple(map(dict, marked)), tools=tuple(prompt.tools)))
@@ -132,7 +132,7 @@ def said_so_far(prompt: Answer, own: Conversation) -> Answer:
     )  # fmt: skip
 
 
-def _said(text: str) -> Message:
+def _said(text: str) -> Turn:
     calls = []
     for i, found in enumerate(_CALL.findall(text)):
         try:
@@ -144,7 +144,7 @@ def _said(text: str) -> Message:
     return {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
 
 
-def _messages(given: Any) -> list[Message] | NoAnswer:
+def _messages(given: Any) -> list[Turn] | NoAnswer:
     """What an environment gave, as messages."""
     if given is None:
         return []
