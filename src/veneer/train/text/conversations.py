@@ -86,8 +86,13 @@ class Conversing:
         self, going: Sequence[int], held: list[Conversation], asked: Sequence[AnswerWanted], prompts: Sequence[Answer]
     ) -> list[int]:
         """Those that go on, with what the environment said behind them."""
-        answers = [said_so_far(prompts[i], held[i]) for i in going]
-        pairs = [(sample_of(a) | {"messages": [*a.prompt, *a.turns]}, a.row) for a in answers]
+        pairs = [
+            (
+                sample_of(said_so_far(prompts[i], held[i])) | {"messages": [*prompts[i].prompt, *held[i].turns]},
+                prompts[i].row,
+            )
+            for i in going
+        ]
         still = []
         for i, given in zip(going, self.environment.call(pairs), strict=True):
             own = held[i]
