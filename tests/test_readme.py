@@ -116,6 +116,7 @@ def test_every_veneer_command_in_the_docs_parses(capsys: pytest.CaptureFixture[s
                 parse(line)
         except Exception as error:
             wrong.append(f"{page}: {line}: {error}")
+    capsys.readouterr()  # pages of help
     assert not wrong, "\n".join(wrong)
 
 
