@@ -49,7 +49,7 @@ def test_a_kill_at_many_steps_of_a_request(quick: Path) -> None:
 
 
 def test_feedback_that_was_acknowledged_outlives_a_kill(quick: Path) -> None:
-    found = drive("feedback", str(quick / "tenants.sqlite"), str(quick), "6")
+    found = drive("feedback", str(quick / "tenants.sqlite"), str(quick), "11")
     assert found["given"] > found["gone"] > 0
     assert found["steps"] > 30
 

