@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -96,7 +97,7 @@ def test_what_cannot_be_queued_says_why(folder: Path, capsys: pytest.CaptureFixt
 
 def test_a_server_that_trains_has_a_worker_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """For as long as it serves, of its own library and tenants, and with the routes of files."""
-    told: list[object] = []
+    told: list[Any] = []
 
     @contextmanager
     def worker_beside(**options: object) -> Iterator[None]:
@@ -109,4 +110,6 @@ def test_a_server_that_trains_has_a_worker_beside_it(monkeypatch: pytest.MonkeyP
     with pytest.raises(SystemExit) as end:
         main(["serve", "--base", "tiny", "--library", "there", "--tenants", "t.sqlite", "--train"])
     assert not end.value.code
-    assert told == [{"library": "there", "tenants": "t.sqlite"}, {"extend": training}, "worker ended"]
+    beside, serving, ended = told
+    assert (beside, ended) == ({"library": "there", "tenants": "t.sqlite"}, "worker ended")
+    assert (serving["extend"].func, serving["extend"].keywords) == (training, {"python_graders": False})
