@@ -262,4 +262,5 @@ def serve(
     from veneer.jobs.build import training
 
     with worker_beside(library=library, tenants=tenants, say=say):
-        server.serve(settings, say, extend=partial(training, python_graders=python_graders))
+        extend = partial(training, python_graders=True) if python_graders else training
+        server.serve(settings, say, extend=extend)
