@@ -262,5 +262,4 @@ def serve(
     from veneer.jobs.build import training
 
     with worker_beside(library=library, tenants=tenants, say=say):
-        extend = partial(training, python_graders=True) if python_graders else training
-        server.serve(settings, say, extend=extend)
+        server.serve(settings, say, extend=partial(training, python_graders=python_graders))
