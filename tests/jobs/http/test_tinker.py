@@ -155,10 +155,8 @@ def test_a_client_from_its_session_to_a_download(world: SimpleNamespace, client:
         assert {"adapter_config.json", "adapter_model.safetensors"} <= set(tar.getnames())
     urls = acme.http.get(f"{_at(path)}/external_weights_urls").json()["urls"]
     assert httpx.get(urls["adapter_config.json"]).json()["r"] == 4
-    assert httpx.get(urls["adapter_config.json"].replace("adapter_config", "../adapter_config")).status_code in (
-        403,
-        404,
-    )
+    other_file = urls["adapter_config.json"].replace("adapter_config", "../adapter_config")
+    assert httpx.get(other_file).status_code in (400, 403, 404)
     assert acme.http.put(f"{_at(path)}/ttl", json={"ttl_seconds": 7200}).status_code == 204
     assert acme.http.delete(_at(path)).status_code == 204
     assert acme.http.get(f"/training_runs/{model}").json()["last_checkpoint"] is None

@@ -211,4 +211,6 @@ def test_answers_are_kept_for_a_while_and_half_a_record_is_none(tmp_path: Path) 
     assert again.last == KEPT + 19
     again.asked(KEPT + 20, "forward", b"whole")
     again.close()
-    assert Journal.open(tmp_path / "journal").requests[KEPT + 20].body == b"whole"
+    third = Journal.open(tmp_path / "journal")
+    assert third.requests[KEPT + 20].body == b"whole"
+    third.close()

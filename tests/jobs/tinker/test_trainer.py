@@ -86,7 +86,8 @@ def test_a_step_is_veneers_own_to_the_bit(trainer: Trainer) -> None:
     trainer.drop(learner)
 
 
-@pytest.mark.filterwarnings("ignore:Model with .tie_word_embeddings")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")
 @pytest.mark.parametrize("unembed", [False, True])
 def test_what_transformers_and_peft_make_of_it(trainer: Trainer, unembed: bool) -> None:
     """Log-probabilities, loss and the gradient of every A and B."""
