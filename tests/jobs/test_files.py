@@ -26,7 +26,7 @@ HOUR = 3600.0
 @pytest.fixture
 def files(library: Library) -> Files:
     """Whose clock stands until a test sets another."""
-    made = open_files(library, FileLimits(file=1000, part=100, upload=300, room=2000, parts=4))
+    made = open_files(library, FileLimits(file=1000, part=100, upload=300, room=2000, parts=4, files=8, uploads=3))
     now = made.clock()
     made.clock = lambda: now
     return made
@@ -263,7 +263,19 @@ def test_there_is_a_limit_to_everything(files: Files) -> None:
     with pytest.raises(Refused) as refused:
         add(files, "acme", bytes(150))
     assert (refused.value.status, refused.value.code) == (400, "storage_full")
-    add(files, "globex", bytes(150))
+    made_here = files.add("acme", "a.csv", "fine-tune-results", io.BytesIO(bytes(150)), id="file-own")
+    assert files.get("acme", made_here.id) == made_here  # else a job could not be looked at any more
+    for _ in range(3):
+        files.begin("globex", "a.jsonl", "fine-tune", 1)
+    with pytest.raises(Refused, match="3 uploads are begun"):
+        files.begin("globex", "a.jsonl", "fine-tune", 1)
+    later(files, HOUR)
+    files.begin("globex", "a.jsonl", "fine-tune", 1)
+    for _ in range(8):
+        add(files, "globex", bytes(150))
+    with pytest.raises(Refused, match="8 files") as refused:
+        add(files, "globex", b"x")
+    assert refused.value.code == "storage_full"
     for name in ("", "..", "a\nb", "x" * 201):
         with pytest.raises(Refused, match="name"):
             add(files, "acme", name=name)

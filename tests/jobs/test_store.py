@@ -164,6 +164,15 @@ def test_a_lease_that_is_renewed_stays_and_counts_its_seconds(store: JobStore) -
     assert store.held(lease.job.id, lease.token).job.worker == "w"
 
 
+def test_a_clock_that_is_set_back_takes_no_seconds_off(store: JobStore) -> None:
+    lease = running(store)
+    time.sleep(0.05)
+    store.renew(lease, 60)
+    with store.engine.begin() as c:
+        c.exec_driver_sql("UPDATE jobs SET renewed = renewed + 3600")
+    assert store.renew(lease, 60).seconds > 0.04
+
+
 def test_many_workers_take_each_job_once(store: JobStore) -> None:
     made = [queued(store).id for _ in range(6)]
     got: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,19 @@ def test_a_missing_blob_is_said_and_adding_again_restores_it(library: Library, t
         library.resolve("x")
     library.add(source, "y", describe=read_made)
     assert library.resolve("x").read_bytes() == source.read_bytes()
+
+
+def test_an_index_that_cannot_be_opened_is_told_at_once(tmp_path: Path) -> None:
+    """As on a disk that is full, or may not be written to: waiting is for who has the lock."""
+    open_library(tmp_path / "a").close()
+    wal = tmp_path / "a" / "index.sqlite-wal"
+    wal.unlink(missing_ok=True)
+    wal.mkdir()
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match="cannot be opened") as refused:
+        open_library(tmp_path / "a")
+    assert time.monotonic() - begin < 30
+    assert "room" in str(refused.value.fix)
 
 
 def test_an_index_of_another_library_is_refused(tmp_path: Path) -> None:

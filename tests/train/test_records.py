@@ -67,6 +67,28 @@ def test_bad_lines_are_listed_with_their_numbers(tmp_path: Path) -> None:
     assert "and 10 more" in wrong(str(file))
 
 
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        (r'{"text": "so \ud83d"}', "half of a surrogate pair"),
+        (r'{"messages": [{"role": "user", "\uDe00": 1}]}', "half of a surrogate pair"),
+        ('{"weight": ' + "9" * 5000 + "}", "a number of too many digits"),
+        ('{"a":' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+    ],
+    ids=["half a text", "half a key", "digits", "depth"],
+)
+def test_json_that_nothing_can_be_made_of_is_a_line_too(tmp_path: Path, row: str, what: str) -> None:
+    """As JavaScript cuts an emoji in two; a whole pair, and the sign itself, are text."""
+    good = r'{"text": "\ud83d\ude00 😀 \\ud83d"}'
+    lines, array = tmp_path / "rows.jsonl", tmp_path / "rows.json"
+    lines.write_text(f"{good}\n{row}\n{good}\n", encoding="utf-8")
+    array.write_text(f"[{good},\n{row}]", encoding="utf-8")
+    assert f"rows.jsonl:2: {what}" in wrong(str(lines))
+    assert f"rows.json:2: {what}" in wrong(str(array))
+    lines.write_text(good, encoding="utf-8")
+    assert read_rows(str(lines))[0][0].text == "😀 😀 \\ud83d"
+
+
 def test_files_that_hold_no_rows(tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n\n")

@@ -53,13 +53,15 @@ _REMEMBERED = 30 * 86400.0
 @dataclass(frozen=True)
 class FileLimits:
     """In bytes: `file`, one that is sent at once; `part`, a part of an upload; `upload`, all of one; `room`, everything
-    that one tenant has here. `parts`: of an upload. `upload_seconds`: how long one may take; what was sent of it is
-    removed then."""
+    that one tenant has here. `files`, `uploads`: how many of them it may have, and have begun. `parts`: of an upload.
+    `upload_seconds`: how long one may take; what was sent of it is removed then."""
 
     file: int = 512 << 20
     part: int = 64 << 20
     upload: int = 8 << 30
     room: int = 64 << 30
+    files: int = 100_000
+    uploads: int = 1000
     parts: int = 2048
     upload_seconds: float = 3600.0
 
@@ -129,10 +131,12 @@ class Files:
         id: str | None = None,
     ) -> UploadedFile:  # fmt: skip
         """Keeps what is in `source`, which is read from its beginning, more than once. `keep`: seconds until it
-        expires. `id`: its own, for a file that is made here; if there is one with it already, that stays. Blocks."""
+        expires. `id`: its own, for a file that is made here, whatever room there is; if there is one with it already,
+        that stays. Blocks."""
         made = self._file(tenant, filename, purpose, source, keep, id)
         with self._adding(tenant, made, source) as c:
-            self._check_room(c, tenant, made.bytes)
+            if id is None:
+                self._check_room(c, tenant, made.bytes)
             if not self._known(c, tenant, made.id):
                 c.execute(insert(job_file_table), vars(made))
         return made
@@ -223,7 +227,11 @@ class Files:
             f"upload_{secrets.token_hex(12)}", tenant, _plain(filename), purpose, bytes, now,
             now + self.limits.upload_seconds, "pending", keep,
         )  # fmt: skip
+        u = job_upload_table.c
+        begun = select(func.count()).where(u.tenant == tenant, u.status == "pending", u.expires > now)
         with self._change() as c:
+            if (c.scalar(begun) or 0) >= self.limits.uploads:
+                raise _full(f"{self.limits.uploads:,} uploads are begun here", "complete or cancel some of them")
             self._check_room(c, tenant, bytes)
             c.execute(insert(job_upload_table), vars(made))
         return made
@@ -349,15 +357,18 @@ class Files:
         return count
 
     def _check_room(self, c: Connection, tenant: str, more: int) -> None:
+        """That there is room for one file more, of so many bytes."""
+        count = c.scalar(select(func.count()).where(job_file_table.c.tenant == tenant)) or 0
+        if count >= self.limits.files:
+            raise _full(f"there are {count:,} files here, which is as many as there may be")
         have = sum(
             int(c.scalar(select(func.coalesce(func.sum(t.c.bytes), 0)).where(t.c.tenant == tenant)) or 0)
             for t in (job_file_table, job_part_table)
         )
         if have + more > self.limits.room:
-            raise Refused(
-                f"the files here have {have:,} bytes, and with {more:,} more they would have over {self.limits.room:,}",
-                status=400, code="storage_full", fix="delete files that are not needed any more",
-            )  # fmt: skip
+            raise _full(
+                f"the files here have {have:,} bytes, and with {more:,} more they would have over {self.limits.room:,}"
+            )
 
     @contextmanager
     def _adding(self, tenant: str, made: UploadedFile | UploadPart, source: IO[bytes]) -> Iterator[Connection]:
@@ -450,3 +461,7 @@ def _plain(filename: str) -> str:
 
 def _missing(kind: str, id: str, param: str) -> Refused:
     return Refused(f"No such {kind} object: {id[:100]}", status=404, code="not_found", param=param)
+
+
+def _full(what: str, fix: str = "delete files that are not needed any more") -> Refused:
+    return Refused(what, status=400, code="storage_full", fix=fix)

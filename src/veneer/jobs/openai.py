@@ -25,9 +25,10 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from veneer.errors import ConfigError
 from veneer.jobs.after import AfterJob
@@ -37,8 +38,14 @@ from veneer.train.config.load import config_from
 from veneer.train.config.text import TrainConfig
 from veneer.train.events import TOKEN_ACCURACY
 
+_LONG = 100
+"""Steps of an epoch from which there are checkpoints within it."""
+_LARGEST = 256
+"""Rows of a step at most."""
+ROWS_COUNTED = _LONG * _LARGEST + 1
+"""Rows of a training file from which on their number changes nothing."""
 _Auto = Literal["auto"]
-_Batch = Annotated[int, Field(ge=1, le=256)] | _Auto
+_Batch = Annotated[int, Field(ge=1, le=_LARGEST)] | _Auto
 _Epochs = Annotated[int, Field(ge=1, le=50)] | _Auto
 _Multiplier = Annotated[float, Field(gt=0, le=1000)] | _Auto
 _Beta = Annotated[float, Field(gt=0, le=2)] | _Auto
@@ -46,8 +53,6 @@ _Compute = Annotated[float, Field(gt=1e-5, le=10)] | _Auto
 _Count = Annotated[int, Field(ge=1, le=1_000_000)] | _Auto
 _GROUP = 8
 """Answers to each prompt, times `compute_multiplier`."""
-_LONG = 100
-"""Steps of an epoch from which there are checkpoints within it."""
 _Words = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -114,12 +119,23 @@ class Method(Strict):
     def _graded(self) -> Method:
         if self.type == "reinforcement" and self.reinforcement is None:
             raise ValueError("reinforcement needs a grader: {type: reinforcement, reinforcement: {grader: …}}")
+        if others := [each for each in get_args(_Kind) if each != self.type and getattr(self, each) is not None]:
+            raise _clash(f"{others[0]} is given, and type is {self.type}")
         return self
+
+    @property
+    def hyperparameters(self) -> Hyperparameters | None:
+        own: Any = getattr(self, self.type)
+        return own.hyperparameters if own is not None else None
 
 
 _PLAIN: dict[str, type[Hyperparameters]] = {
     "supervised": Hyperparameters, "dpo": DpoHyperparameters, "reinforcement": ReinforcementHyperparameters
 }  # fmt: skip
+
+
+def _clash(text: str) -> PydanticCustomError:
+    return PydanticCustomError("clash", "{text}", {"text": text})
 
 
 class Wandb(Strict):
@@ -164,12 +180,15 @@ class TuningBody(Body):
     @property
     def numbers(self) -> Hyperparameters:
         """The method's own hyperparameters, or those of before there were methods."""
-        own = None
-        if self.method is not None:
-            part: Any = getattr(self.method, self.kind)
-            own = part.hyperparameters if part is not None else None
-        plain = _PLAIN[self.kind]()
-        return own or (self.hyperparameters if self.kind == "supervised" else None) or plain
+        own = self.hyperparameters if self.method is None else self.method.hyperparameters
+        return own or self.hyperparameters or _PLAIN[self.kind]()
+
+    @model_validator(mode="after")
+    def _said_once(self) -> TuningBody:
+        own = self.method and self.method.hyperparameters
+        if self.hyperparameters and (self.kind != "supervised" or own not in (None, self.hyperparameters)):
+            raise _clash(f"hyperparameters are those of method.{self.kind}: give them there alone")
+        return self
 
 
 def suffix_of(text: str | None) -> str:
@@ -182,7 +201,7 @@ def tuning_config(
     start: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The configuration that a request means, every number in it. `base`: as `veneer train` takes it; `start`: the
-    adapter to go on training; `rows`: of the training file; `context`: the longest row. Raises ConfigError."""
+    adapter to go on training; `rows`: of the training file, or ROWS_COUNTED; `context`: the longest row. Raises ConfigError."""
     numbers = asked.numbers
     batch = numbers.batch_size if numbers.batch_size != "auto" else min(16, max(1, rows // 25))
     steps = math.ceil(rows / batch)
@@ -282,16 +301,24 @@ def _error(job: Job) -> dict[str, Any] | None:
     if job.error is None:
         return None
     error = {key: str(value) for key, value in job.error.items() if value}
+    kind = error.get("kind", "failed")
+    if kind in _OURS:
+        return {"code": _CODES[kind], "message": _OURS[kind], "param": None}
     text = ": ".join(error[key] for key in ("where", "message") if key in error)
     text += f" ({error['fix']})" if "fix" in error else ""
-    kind = error.get("kind", "failed")
     param = next((param for path, param in _paths(job).items() if path in text), None)
     param = param or ("training_file" if kind in ("data", "preflight") else None)
     code = _CODES.get(kind, kind) if param is None else f"invalid_{param.rpartition('.')[2]}"
     return {"code": code, "message": _plain_text(job, text), "param": param}
 
 
-_CODES = {"overbudget": "budget_exceeded", "internal": "server_error"}
+_CODES = {"overbudget": "budget_exceeded", "internal": "server_error", "died": "server_error", "lost": "server_error"}
+_OURS = {
+    "internal": "something went wrong here, by no fault of the job's; the operator of this server finds it in its log",
+    "died": "its process died again and again; the operator of this server finds in its log why",
+    "lost": "its worker was lost again and again; the operator of this server finds in its log why",
+}
+"""Errors whose texts are an interpreter's, a driver's or a system's: with hosts and paths, and the operator's alone."""
 
 
 def _paths(job: Job) -> dict[str, str]:
@@ -309,8 +336,22 @@ def _plain_text(job: Job, text: str) -> str:
     for path in (*_paths(job), str(job.config["base"]["name"])):
         text = text.replace(path, Path(path).name)
     text = text.replace(f"{job.folder}/", "").replace(f"{jobs_home().parent}/", "")
-    text = re.sub(r"^(started|resumed) by \S+$", r"\1", text)
-    return re.sub(r"^\S+ was lost: \S+ goes on", "its worker was lost: another goes on", text)
+    if (kind := (job.error or {}).get("kind")) in _OURS and text.startswith("failed: "):
+        return f"failed: {_OURS[kind]}"
+    for pattern, instead in _OPERATORS:
+        text = pattern.sub(instead, text)
+    return text
+
+
+_OPERATORS = [
+    (re.compile(pattern, re.DOTALL), instead)
+    for pattern, instead in (
+        (r"^(started|resumed) by \S+$", r"\1"),
+        (r"^\S+ was lost: \S+ goes on", "its worker was lost: another goes on"),
+        (r"^(its process died|could not be started): .*", r"\1"),
+    )
+]
+"""What of an event is the operator's alone, as its beginning tells, and what a tenant reads instead."""
 
 
 def _event_id(job: Job, number: int) -> str:
@@ -320,7 +361,8 @@ def _event_id(job: Job, number: int) -> str:
 def event_number(job: Job, id: str) -> int | None:
     """The number of a job's event; None for an id that is none of its."""
     head, _, number = id.rpartition("-")
-    return int(number) if head == _event_id(job, 0)[:-2] and number.isascii() and number.isdigit() else None
+    mine = head == _event_id(job, 0)[:-2] and number.isascii() and number.isdigit() and len(number) < 16
+    return int(number) if mine else None
 
 
 _METRICS: Mapping[str, Mapping[str, Sequence[str]]] = {

@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import CheckpointError, Interrupted, ResourceError, VeneerError
+from veneer.errors import CheckpointError, Interrupted, VeneerError
 from veneer.jobs.canary import compare_job, place_job
 from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost, with_shares
 from veneer.jobs.validate import is_compared, job_config, may_pass, told
@@ -354,7 +354,7 @@ def main(arguments: list[str]) -> int:
     try:
         with open_library() as library:
             return carry_out_jobs(library, tokens)
-    except ResourceError as error:
+    except VeneerError as error:  # a library or a database that is away
         print(error, file=sys.stderr)
         return 75
 

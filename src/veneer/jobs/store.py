@@ -46,7 +46,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sqlalchemy import ColumnElement, Connection, Select, exists, func, insert, not_, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, case, exists, func, insert, not_, or_, select, update
 
 from veneer.errors import ConfigError, VeneerError, counted, one_of, quoted, shown
 from veneer.files.rights import private_folder
@@ -72,6 +72,7 @@ TRANSITIONS: Mapping[_JobState, frozenset[_JobState]] = {
 }
 """State -> those that may follow it."""
 ENDS = frozenset(state for state, following in TRANSITIONS.items() if not following)
+UNFINISHED = frozenset(TRANSITIONS) - ENDS
 _BILLED = frozenset({"succeeded", "cancelled"})
 """Ends after which the tokens that were trained are paid for."""
 
@@ -584,7 +585,8 @@ class JobStore:
         """As `_writing`, for whoever has the lease; the time that passed since the last of these is counted."""
         mine = job_table.c.id == lease.job.id, job_table.c.token == lease.token
         with self._writing() as (c, now):
-            passed = lease.share * (now - job_table.c.renewed) if lease.job.state == "running" else 0.0
+            since = case((job_table.c.renewed < now, now - job_table.c.renewed), else_=0.0)  # clocks are set back, too
+            passed = lease.share * since if lease.job.state == "running" else 0.0
             done = c.execute(update(job_table).where(*mine).values(seconds=job_table.c.seconds + passed, renewed=now))
             if done.rowcount != 1:
                 raise _lost(lease.job.id)

@@ -22,7 +22,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from veneer.errors import ConfigError, MissingExtraError, ResourceError
 from veneer.files.rights import make_private
 
-URL_FIX = "a path for SQLite, or postgresql://user:password@host/database"
+URL_FIX = "a path for SQLite, on a disk with room that may be written to, or postgresql://user:password@host/database"
 PATIENCE = 30.0
 """Seconds for a statement, unless a program says otherwise."""
 _BUSY_SECONDS = 120
@@ -143,8 +143,9 @@ def _wal(connection: Any) -> None:
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             return
-        except sqlite3.OperationalError:
-            if time.monotonic() > give_up:
+        except sqlite3.OperationalError as error:
+            busy = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+            if not busy or time.monotonic() > give_up:
                 raise
             time.sleep(0.02)
 

@@ -13,6 +13,7 @@ import glob
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,13 +141,15 @@ def _json_lines(text: str, path: Path) -> list[Record]:
         except json.JSONDecodeError as error:
             bad.append(f"{where}: not valid JSON: {error.msg} at column {error.colno}: {_near(line, error.pos)}")
             continue
-        except RecursionError:
-            bad.append(f"{where}: nested too deeply")
+        except (RecursionError, ValueError) as error:
+            bad.append(f"{where}: {_beyond(error)}")
             continue
         if not isinstance(value, dict):
             bad.append(f"{where}: expected a JSON object per line, found {type(value).__name__}")
-            continue
-        records.append(Record(value, where))
+        elif _HALF.search(line) and not _is_text(value):
+            bad.append(f"{where}: {_HALVES}")
+        else:
+            records.append(Record(value, where))
     _refuse(bad, path, "each line must be one JSON object; for a JSON array name the file .json")
     return records
 
@@ -165,17 +168,41 @@ def _json_array(text: str, path: Path) -> list[Record]:
             break
         if text[at] == "]":
             break
+        begin = at
         try:
             value, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             bad.append(f"{path}:{error.lineno}: not valid JSON: {error.msg}: {_near(text, error.pos)}")
             break
-        if isinstance(value, dict):
-            records.append(Record(value, f"{path}:{line}"))
-        else:
+        except (RecursionError, ValueError) as error:
+            bad.append(f"{path}:{line}: {_beyond(error)}")
+            break
+        if not isinstance(value, dict):
             bad.append(f"{path}:{line}: expected a JSON object, found {type(value).__name__}")
+        elif _HALF.search(text, begin, at) and not _is_text(value):
+            bad.append(f"{path}:{line}: {_HALVES}")
+        else:
+            records.append(Record(value, f"{path}:{line}"))
     _refuse(bad, path, "the file must be one array of objects")
     return records
+
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_HALVES = "half of a surrogate pair (as `\\ud83d` alone), which is no character: a text was cut within one"
+
+
+def _is_text(value: Any) -> bool:
+    """Whether all texts in it can be encoded: JSON may escape half a character, which no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _beyond(error: Exception) -> str:
+    """Of what is JSON and is not read."""
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
 
 
 def _csv(text: str, path: Path, delimiter: str) -> list[Record]:

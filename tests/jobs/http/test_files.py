@@ -6,6 +6,7 @@ import asyncio
 import io
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyTenancy, ToyTex
 from veneer.jobs.files import FileLimits, Files, open_files
 from veneer.jobs.http.files import file_routes, large_bodies
 from veneer.library.library import open_library
+from veneer.serve.request import invalid
 from veneer.serve.settings import HttpSettings
 
 ROWS = b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
@@ -151,6 +153,34 @@ def test_who_has_another_key_sees_nothing_of_it(client: openai.OpenAI, server: L
                 attack()
     assert httpx.get(f"{server.url}/v1/files").status_code == 401
     assert client.files.retrieve(made.id) == made
+
+
+def test_nobody_waits_for_the_gigabytes_of_another(
+    client: openai.OpenAI, server: Live, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = client.uploads.create(bytes=9, filename="a.jsonl", mime_type="text/jsonl", purpose="fine-tune")
+    go = threading.Event()
+
+    def slow(*given: object) -> None:
+        go.wait(30)
+        raise invalid("slow")
+
+    monkeypatch.setattr(files, "complete", slow)
+    headers = {"authorization": "Bearer acme"}
+
+    def complete(_: int) -> int:
+        url = f"{server.url}/v1/uploads/{begun.id}/complete"
+        return httpx.post(url, json={"part_ids": ["x"]}, headers=headers, timeout=30).status_code
+
+    many = 33  # more threads than asyncio ever has
+    with ThreadPoolExecutor(many) as posting:
+        answers = posting.map(complete, range(many))
+        try:
+            wait_for(lambda: server.service.inside == many)
+            assert httpx.get(f"{server.url}/v1/files", headers={"authorization": "Bearer admin"}).status_code == 200
+        finally:
+            go.set()
+        assert set(answers) == {400}
 
 
 def test_large_files_come_where_other_bodies_may_not(client: openai.OpenAI, server: Live) -> None:

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyTenancy, ToyText, live
-from veneer.jobs.files import Files, open_files
+from veneer.jobs.files import FileLimits, Files, open_files
 from veneer.jobs.http.files import file_routes, large_bodies
 from veneer.jobs.http.tuning import tuning_routes
 from veneer.jobs.openai import TuningBody, tuning_config
@@ -289,6 +289,8 @@ def test_the_guides_bodies(client: openai.OpenAI, body: dict[str, Any]) -> None:
         ({"metadata": {str(n): "" for n in range(17)}}, "metadata", "invalid_request", "16"),
         ({"hyperparameters": {"n_epochs": 51}}, "hyperparameters", "invalid_request", "50"),
         ({"hyperparameters": {"epochs": 3}}, "hyperparameters", "invalid_request", "epochs"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method", "invalid_request", "supervised is given"),
+        ({"method": {"type": "dpo"}, "hyperparameters": {"n_epochs": 2}}, None, "invalid_request", "method.dpo"),
         ({"method": {"type": "reinforcement"}}, "method", "invalid_request", "needs a grader"),
         ({"method": {"type": "reinforced"}}, "method", "invalid_request", "supervised"),
         (
@@ -383,6 +385,31 @@ def test_what_a_job_does_once_it_is_trained(jobs: Jobs, client: openai.OpenAI) -
     assert found.error.message == "held.jsonl:1: no `messages`"
 
 
+@pytest.mark.parametrize("kind", ["internal", "died", "lost"])
+def test_what_an_interpreter_or_a_driver_says_is_the_operators(jobs: Jobs, client: openai.OpenAI, kind: str) -> None:
+    """By no way that tells of a job: it has hosts and paths in it."""
+    secret = 'OperationalError: connection to "db.internal" failed: /srv/secret'
+    job = made(client)
+    lease = jobs.trained()
+    if kind == "died":
+        jobs.store.died(lease, secret)
+        jobs.store.release(jobs.taken(), f"could not be started: {secret}")
+        lease = jobs.taken()
+    url = f"{jobs.server.url}/v1/fine_tuning/jobs/{job.id}/events?stream=true"
+    with jobs.server.client.stream("GET", url, headers={"authorization": "Bearer acme"}) as answer:
+        lines = answer.iter_lines()
+        told = [next(lines)]  # the stream has begun before the job ends
+        jobs.store.finish(lease, error={"kind": kind, "message": secret, "fix": f"see {secret}"})
+        told += lines
+    found = client.fine_tuning.jobs.retrieve(job.id)
+    assert found.error is not None
+    assert found.error.code == "server_error"
+    told += [found.to_json(), *(event.to_json() for event in client.fine_tuning.jobs.list_events(job.id))]
+    assert "failed: " in "".join(told)
+    assert "internal" not in "".join(told)
+    assert "secret" not in "".join(told)
+
+
 def test_a_job_beyond_the_budget(jobs: Jobs, client: openai.OpenAI) -> None:
     job = made(client)
     lease = jobs.taken("validating")
@@ -455,8 +482,8 @@ def test_events_as_they_come(jobs: Jobs, client: openai.OpenAI) -> None:
                 seen.append(json.loads(line.removeprefix("data: ")))
                 if "started" in seen[-1]["message"]:
                     jobs.store.note(lease, [JobEvent("warn", "note", "as it comes")])
-                    jobs.store.finish(lease, error={"kind": "died", "message": "no memory"})
-    assert [event["message"] for event in seen][-2:] == ["as it comes", "failed: no memory"]
+                    jobs.store.finish(lease, error={"kind": "data", "message": "no rows"})
+    assert [event["message"] for event in seen][-2:] == ["as it comes", "failed: no rows"]
     assert [event["id"] for event in seen] == [event.id for event in client.fine_tuning.jobs.list_events(id)][::-1]
 
 
@@ -483,6 +510,34 @@ def test_nobody_reaches_the_jobs_of_others(jobs: Jobs, client: openai.OpenAI) ->
                 other.fine_tuning.jobs.create(model="toy", **more)
             assert wrong.value.code == "file_not_found"
     assert client.fine_tuning.jobs.retrieve(id).status == "validating_files"
+
+
+def test_an_event_that_cannot_be_is_none(jobs: Jobs, client: openai.OpenAI) -> None:
+    """Whatever its number: SQL's have an end."""
+    id = made(client).id
+    first = client.fine_tuning.jobs.list_events(id).data[0].id
+    for after in (f"{first.rpartition('-')[0]}-{'9' * 50}", f"{first}x", "ftevent-x-1", ""):
+        with pytest.raises(openai.BadRequestError, match="no event"):
+            client.fine_tuning.jobs.list_events(id, after=after)
+        with pytest.raises(openai.BadRequestError, match="no event"):
+            client.fine_tuning.jobs.list_events(id, after=after, extra_query={"stream": "true"})
+
+
+def test_jobs_hold_no_more_than_there_is_room_for(
+    jobs: Jobs, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose files are deleted, and come again for the next job."""
+    monkeypatch.setattr(jobs.files, "limits", FileLimits(room=1_000_000))
+    large = {"messages": [*ROW["messages"], {"role": "user", "content": "x" * 400_000}]}
+    ids = []
+    with pytest.raises(openai.BadRequestError) as refused:
+        for _ in range(4):
+            file = sent(client, [large])
+            ids.append(client.fine_tuning.jobs.create(model="toy", training_file=file).id)
+            client.files.delete(file)
+    assert (refused.value.code, len(ids)) == ("storage_full", 2)
+    client.fine_tuning.jobs.cancel(ids[0])
+    made(client)
 
 
 def test_the_asynchronous_client(jobs: Jobs, client: openai.OpenAI) -> None:

@@ -1,13 +1,14 @@
 """OpenAI's routes of files: /v1/files, and /v1/uploads for those that come in parts.
 
 What is posted goes to the disk as it comes; `large_bodies` says how much that may be. At once come at most `_AT_ONCE`,
-of which a tenant has its share.
+of which a tenant has its share. Bytes are hashed and copied by threads of their own, fairly between tenants, so that
+nobody's look-up waits for gigabytes.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
@@ -20,7 +21,7 @@ from starlette.responses import Response, StreamingResponse
 
 from veneer.jobs.files import Files, Upload, UploadedFile
 from veneer.library.store import CHUNK
-from veneer.serve.engine.admission import SharedQuantity
+from veneer.serve.engine.admission import FairPool, SharedQuantity
 from veneer.serve.http.bodies import Body, BodyRoute, Strict, at_most, checked
 from veneer.serve.http.errors import Json
 from veneer.serve.http.service import caller_of
@@ -30,6 +31,8 @@ from veneer.serve.request import Refused, invalid
 T = TypeVar("T")
 
 _AT_ONCE = 32
+_THREADS = 2
+"""That hash and copy what has come."""
 _FORM = 4096
 """Bytes of a form beside its file, and of each of its texts."""
 _PURPOSE = "files here are for fine-tuning; send purpose=fine-tune"
@@ -62,6 +65,12 @@ def file_routes(files: Files) -> APIRouter:
     """The routes over some files."""
     router = APIRouter(tags=["OpenAI files"], route_class=BodyRoute)
     coming = SharedQuantity("uploads", _AT_ONCE)
+    copying = FairPool(_THREADS, "veneer-files")
+
+    async def copied(request: HttpRequest, size: int, do: Callable[[], T]) -> T:
+        """What goes through so many bytes."""
+        caller = caller_of(request)
+        return await in_thread(do, run=lambda work: copying.run(caller.tenant, caller.weight, size, work))
 
     @asynccontextmanager
     async def form(request: HttpRequest, wanted: str) -> AsyncIterator[tuple[FormData, UploadFile]]:
@@ -94,7 +103,9 @@ def file_routes(files: Files) -> APIRouter:
                 )  # fmt: skip
             keep = _keep(read)
             tenant, name = caller_of(request).tenant, sent.filename or ""
-            made = await in_thread(lambda: files.add(tenant, name, "fine-tune", sent.file, keep=keep))
+            made = await copied(
+                request, sent.size or 0, lambda: files.add(tenant, name, "fine-tune", sent.file, keep=keep)
+            )
         return Json(_shown_file(made))
 
     @router.get("/v1/files", summary="The caller's files, the newest first.")
@@ -152,13 +163,15 @@ def file_routes(files: Files) -> APIRouter:
         async with form(request, "data") as (read, sent):
             if unknown := sorted(set(read) - {"data"}):
                 raise invalid(f"unknown key {unknown[0][:100]!r}", unknown[0][:100])
-            made = await in_thread(lambda: files.add_part(tenant, id, sent.file))
+            made = await copied(request, sent.size or 0, lambda: files.add_part(tenant, id, sent.file))
         return Json({"id": made.id, "object": "upload.part", "created_at": int(made.created), "upload_id": id})
 
     @router.post("/v1/uploads/{id}/complete", summary="The file of these parts, in this order.")
     async def complete(request: HttpRequest, id: str, body: CompleteBody) -> Response:
         tenant = caller_of(request).tenant
-        return Json(_shown_upload(await in_thread(lambda: files.complete(tenant, id, body.part_ids, body.md5))))
+        size = (await in_thread(lambda: files.get_upload(tenant, id))).bytes
+        done = await copied(request, size, lambda: files.complete(tenant, id, body.part_ids, body.md5))
+        return Json(_shown_upload(done))
 
     @router.post("/v1/uploads/{id}/cancel", summary="Give it up; what was sent of it is removed.")
     async def cancel(request: HttpRequest, id: str) -> Response:
@@ -174,10 +187,13 @@ def page_shown(data: list[dict[str, Any]], more: bool) -> dict[str, Any]:
     return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more}
 
 
-async def in_thread(do: Callable[[], T], what: str = "the database of uploaded files") -> T:
-    """`do` in a thread. What goes wrong with `what` is told as an outage or a fault of it."""
+async def in_thread(
+    do: Callable[[], T], what: str = "the database of uploaded files",
+    run: Callable[[Callable[[], T]], Awaitable[T]] = asyncio.to_thread,
+) -> T:  # fmt: skip
+    """`do` in a thread, by `run`. What goes wrong with `what` is told as an outage or a fault of it."""
     try:
-        return await asyncio.to_thread(do)
+        return await run(do)
     except Refused:
         raise
     except Exception as error:

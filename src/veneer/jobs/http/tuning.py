@@ -17,7 +17,7 @@ import hashlib
 import importlib.util
 import io
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query
@@ -32,6 +32,7 @@ from veneer.jobs.http.graders import grader_of
 from veneer.jobs.inputs import count_lines, drop_inputs, put_input
 from veneer.jobs.openai import (
     MEASURED,
+    ROWS_COUNTED,
     TuningBody,
     checkpoint_id,
     event_number,
@@ -42,10 +43,11 @@ from veneer.jobs.openai import (
     suffix_of,
     tuning_config,
 )
-from veneer.jobs.store import ENDS, Job, JobStore, UnknownJob, WrongState
+from veneer.jobs.store import ENDS, UNFINISHED, Job, JobStore, UnknownJob, WrongState
 from veneer.library.library import NotInLibrary
 from veneer.library.names import name_of, new_tuned, organisation_of, parse_tuned
 from veneer.serve.access import Caller
+from veneer.serve.engine.admission import FairPool
 from veneer.serve.http.bodies import BodyRoute
 from veneer.serve.http.errors import Json, error_body
 from veneer.serve.http.service import Service, admission_of, caller_of, service_of
@@ -74,6 +76,7 @@ def tuning_routes(
     """The routes over a queue, the files that its jobs read, and the tenants whose routes they move. `python_graders`:
     see `grader_routes`."""
     router = APIRouter(tags=["OpenAI fine-tuning"], route_class=BodyRoute)
+    copying = FairPool(1, "veneer-inputs")  # what a job reads may be gigabytes, and in a store elsewhere
 
     @router.post("/v1/fine_tuning/jobs", summary="Fine-tune a base, or what was tuned before, on an uploaded file.")
     async def create(request: HttpRequest, body: TuningBody) -> Response:
@@ -84,8 +87,12 @@ def tuning_routes(
             grader = _graded_here(service, caller, body.reinforced.grader, python_graders)
         if body.integrations:
             _check_wandb(caller)
-        job = await _asked(lambda: _create(service, caller, jobs, files, tenants, body, start, grader))
-        return _answer(job, caller, body.headers)
+
+        def do() -> Job:
+            return _create(service, caller, jobs, files, tenants, body, start, grader)
+
+        made = await _asked(do, lambda work: copying.run(caller.tenant, caller.weight, 1, work))
+        return _answer(made, caller, body.headers)
 
     @router.get("/v1/fine_tuning/jobs", summary="The caller's jobs, the newest first.")
     async def listed(request: HttpRequest, limit: _Limit = 20, after: _After = None) -> Response:
@@ -129,6 +136,7 @@ def tuning_routes(
             admission_of(request).take("answers", 1)  # until it ends: so many streams there may be
             return _stream(service_of(request), jobs, job, number)
         found, more = await _asked(lambda: jobs.events(tenant, id, after=number, limit=limit, newest=True))
+        job = await _asked(lambda: _job(jobs, tenant, id))  # after them: it says what they may say
         return Json({"object": "list", "data": [shown_event(job, each) for each in found], "has_more": more})
 
     @router.get("/v1/fine_tuning/jobs/{id}/checkpoints", summary="Those that can be asked, the newest first.")
@@ -216,6 +224,8 @@ def _create(
     tenant = caller.tenant
     training = _file(files, tenant, body.training_file, "training_file")
     validation = body.validation_file and _file(files, tenant, body.validation_file, "validation_file")
+    size = training.bytes + (validation.bytes if validation else 0)
+    _check_held(jobs, tenant, size, files.limits.room)
     tuned = new_tuned(service.catalog.base, tenant, suffix_of(body.suffix))
     seed = body.seed if body.seed is not None else secrets.randbelow(1 << 31)
     try:
@@ -232,10 +242,10 @@ def _create(
             asked["reinforcement"] = body.reinforced.shown()
             body.reinforced.grader = grader
         config = tuning_config(
-            body, base=service.reader.name, train=train, validation=valid, rows=count_lines(train),
+            body, base=service.reader.name, train=train, validation=valid, rows=count_lines(train, ROWS_COUNTED),
             context=service.reader.context, seed=seed, start=start,
         )  # fmt: skip
-        about: dict[str, Any] = {"openai": asked, "input": tuned.id, "publish": "checkpoints"}
+        about: dict[str, Any] = {"openai": asked, "input": tuned.id, "bytes": size, "publish": "checkpoints"}
         if body.after is not None:
             after = _after(files, tenant, tuned.id, body.after)
             plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
@@ -247,6 +257,18 @@ def _create(
     except BaseException:
         drop_inputs(tuned.id)
         raise
+
+
+def _check_held(jobs: JobStore, tenant: str, more: int, room: int) -> None:
+    """Raises Refused where jobs that have not ended hold too much: they keep what they read, whose files may be gone,
+    and in a store elsewhere each has a copy of its own."""
+    unfinished, _ = jobs.jobs(tenant, limit=1000, states=UNFINISHED)
+    held = sum(int(job.about.get("bytes", 0)) for job in unfinished)
+    if held + more > room:
+        raise Refused(
+            f"jobs that have not ended read {held:,} bytes, and with {more:,} more it would be over {room:,}",
+            status=400, code="storage_full", param="training_file", fix="wait for some of them, or cancel them",
+        )  # fmt: skip
 
 
 def _after(files: Files, tenant: str, id: str, asked: AfterJob) -> AfterJob:
@@ -346,8 +368,8 @@ def _answer(job: Job, caller: Caller, headers: dict[str, str] | None = None) -> 
     return Json(shown_job(job, organisation_of(caller.tenant)), headers=headers)
 
 
-async def _asked(do: Callable[[], T]) -> T:
-    """`do` in a thread; what cannot be is the client's mistake, and what is away an outage."""
+async def _asked(do: Callable[[], T], by: Callable[[Callable[[], T]], Awaitable[T]] = asyncio.to_thread) -> T:
+    """`do` in a thread, `by` what runs it; what cannot be is the client's mistake, and what is away an outage."""
 
     def run() -> T:
         try:
@@ -359,7 +381,7 @@ async def _asked(do: Callable[[], T]) -> T:
         except ConfigError as error:
             raise invalid(error.what, error.where, error.fix) from error
 
-    return await in_thread(run, "the table of jobs")
+    return await in_thread(run, "the table of jobs", by)
 
 
 # -- events as they come -----------------------------------------------------------------------------------------------
@@ -376,6 +398,8 @@ class _Following:
         while True:
             ended = (await _asked(lambda: self.jobs.get(tenant, id))).state in ENDS  # before its events: none is missed
             found, more = await _asked(lambda: self.jobs.events(tenant, id, after=self.after))
+            if found:
+                self.job = await _asked(lambda: self.jobs.get(tenant, id))  # after them: it says what they may say
             for event in found:
                 self.after = event.number
                 yield data(shown_event(self.job, event))
