@@ -130,4 +130,7 @@ class _Moved:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except openai.OpenAIError as error:  # no key, a wrong one, or nobody at that address
+        sys.exit(f"stopped: {error}")

@@ -136,8 +136,9 @@ def test_where_a_version_belongs(shop: Shop, before: bool, route: Any, rule: Any
     assert shop.leads() == NEW
     rollback_job(shop.jobs, shop.tenants, "acme", job.id)
     assert shop.leads() == (OLD if before else None)
-    with pytest.raises(ConfigError, match="is not where job"):
+    with pytest.raises(ConfigError, match="is not where job") as refused:
         rollback_job(shop.jobs, shop.tenants, "acme", job.id)
+    assert refused.value.fix == "veneer tenant route history support --tenant acme"
 
 
 def test_what_somebody_else_moved_is_left_alone(shop: Shop) -> None:

@@ -6,8 +6,10 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.jobs.small import small_config
@@ -133,6 +135,20 @@ def test_a_job_that_does_not_fit_or_is_not_to_be_is_refused(store: JobStore, fol
     job = looked_at(store, small_config(folder), TrainingTerms(jobs=0))
     assert job.error is not None
     assert "may have no training jobs" in job.error["message"]
+
+
+@in_sqlite
+def test_rows_that_the_machine_cannot_hold_are_not_read(
+    store: JobStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that took them in would end, and with it what it trains for others."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 15, total=1 << 34))
+    job = looked_at(store, small_config(folder))
+    assert job.error is not None
+    assert (job.state, job.error["kind"]) == ("failed", "preflight")
+    assert "are free" in job.error["message"]
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 18, total=1 << 34))
+    assert looked_at(store, small_config(folder)).state == "queued"  # counted, and few
 
 
 def test_terms_are_those_of_this_moment(tmp_path: Path) -> None:

@@ -64,6 +64,23 @@ def test_the_process_of_a_job_that_rests_or_ends_is_stopped(library: Library, st
     assert store.get(None, job.id).faults == 0
 
 
+def test_a_worker_that_can_look_at_no_new_job_any_more_ends(library: Library, store: JobStore) -> None:
+    """Whoever keeps it begins another; what it trains is given back."""
+    job, new = queued(store), store.create("acme", {"base": "tiny"}, name="support")
+    worker = Worker(library, Pretended(), poll=0.01, grace=0.1, lease=5.0)
+    take = worker.terms
+
+    def broken(tenant: str) -> TrainingTerms:
+        if store.get(None, new.id).worker is not None:  # this one is looked at
+            raise ZeroDivisionError
+        return take(tenant)
+
+    worker.terms = broken
+    with pytest.raises(ZeroDivisionError):
+        worker.run()
+    assert state(store, job) == "queued"
+
+
 def test_a_process_that_does_not_end_is_killed_after_its_grace(library: Library, store: JobStore) -> None:
     executor, job = Pretended(), queued(store)
     executor.stubborn = True

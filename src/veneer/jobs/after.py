@@ -136,6 +136,10 @@ class HeldOut(_Section):
     max_new_tokens: int = pydantic.Field(default=256, ge=1, le=1_000_000)
 
     @property
+    def files(self) -> list[str]:
+        return [self.data] if isinstance(self.data, str) else self.data or []
+
+    @property
     def answered(self) -> bool:
         return bool(_ANSWERED.intersection(self.metrics))
 

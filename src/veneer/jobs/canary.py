@@ -352,7 +352,8 @@ def _route_back(job: Job, route: str, library: Library, tenants: Store) -> JobPl
     mine = set(_of_job(job, moves))
     now = next((move for move in moves if move["current"]), None)
     if now is None or now["move"] not in mine:
-        raise _elsewhere(job, route, f"veneer tenant route history {route}, and rollback", moved=bool(mine))
+        whose = f" --tenant {job.tenant}" if job.tenant else ""
+        raise _elsewhere(job, route, f"veneer tenant route history {route}{whose}", moved=bool(mine))
     before = {int(move["move"]): move["before"] for move in moves}
     number = int(now["move"])
     while number in mine and before[number] is not None:

@@ -201,7 +201,8 @@ def tuning_config(
     start: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The configuration that a request means, every number in it. `base`: as `veneer train` takes it; `start`: the
-    adapter to go on training; `rows`: of the training file, or ROWS_COUNTED; `context`: the longest row. Raises ConfigError."""
+    adapter to go on training; `rows`: of the training file, or ROWS_COUNTED; `context`: the longest row. Raises
+    ConfigError."""
     numbers = asked.numbers
     batch = numbers.batch_size if numbers.batch_size != "auto" else min(16, max(1, rows // 25))
     steps = math.ceil(rows / batch)

@@ -77,6 +77,7 @@ class Worker:
         self._running: list[_Running] = []
         self._stop = threading.Event()
         self._away = False
+        self._fault: BaseException | None = None
 
     def stop(self) -> None:
         """Have `run` end, from another thread or a signal's handler."""
@@ -99,13 +100,19 @@ class Worker:
                 self._end_all()
                 if looking.is_alive():
                     looking.join(self.grace)
+        if self._fault is not None:
+            raise self._fault
 
     # -- new jobs ------------------------------------------------------------------------------------------------------
 
     def _look_at_new_ones(self) -> None:
-        while not self._stop.is_set():
-            if not self._look_at_one():
-                self._stop.wait(self.poll)
+        try:
+            while not self._stop.is_set():
+                if not self._look_at_one():
+                    self._stop.wait(self.poll)
+        except BaseException as error:  # with no thread that looks at new jobs they would wait for ever
+            self._fault = error
+            self._stop.set()
 
     def _look_at_one(self) -> bool:
         """Whether there was one."""

@@ -529,15 +529,20 @@ def test_jobs_hold_no_more_than_there_is_room_for(
     """Whose files are deleted, and come again for the next job."""
     monkeypatch.setattr(jobs.files, "limits", FileLimits(room=1_000_000))
     large = {"messages": [*ROW["messages"], {"role": "user", "content": "x" * 400_000}]}
-    ids = []
-    with pytest.raises(openai.BadRequestError) as refused:
-        for _ in range(4):
-            file = sent(client, [large])
-            ids.append(client.fine_tuning.jobs.create(model="toy", training_file=file).id)
+
+    def one_more() -> Any:
+        file = sent(client, [large])
+        try:
+            return client.fine_tuning.jobs.create(model="toy", training_file=file)
+        finally:
             client.files.delete(file)
-    assert (refused.value.code, len(ids)) == ("storage_full", 2)
-    client.fine_tuning.jobs.cancel(ids[0])
-    made(client)
+
+    first, _ = one_more(), one_more()
+    with pytest.raises(openai.BadRequestError) as refused:
+        one_more()
+    assert (refused.value.code, refused.value.param) == ("storage_full", "training_file")
+    client.fine_tuning.jobs.cancel(first.id)
+    one_more()
 
 
 def test_the_asynchronous_client(jobs: Jobs, client: openai.OpenAI) -> None:

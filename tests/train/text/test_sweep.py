@@ -25,9 +25,22 @@ def test_a_grid_is_every_combination_and_commas_in_brackets_are_none() -> None:
     ]  # fmt: skip
     assert found[0].overrides == ["schedule.steps=3", "seed=1", "adapter.rank=2", "adapter.targets=[q_proj,v_proj]"]
     assert grid(["data.limit=5,6", "evaluation.limit=1,2"])[0].name == "data.limit=5,evaluation.limit=1"
+    alike = [c.name for c in grid([f"data.train=a/b,a_b,{'x' * 300},{'x' * 301}"])]
+    assert len(set(alike)) == 4
+    assert max(map(len, alike)) < 200  # a folder's name has an end
 
 
-@pytest.mark.parametrize(("settings", "says"), [(["seed=1"], "nothing is swept"), (["seed=" + "1," * 300], "301 comb")])
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["seed=1"], "nothing is swept"),
+        (["seed=" + "1," * 300], "301 comb"),
+        (["seed=1,2,1"], "seed=1 is given twice"),
+        (["seed=1,2", "seed=3,4"], "seed is given twice"),
+        (["output.directory=a,b"], "output cannot be swept"),
+        (["seed=1,2", "output=a,b"], "output cannot be swept"),
+    ],
+)
 def test_a_grid_that_is_none_is_refused(settings: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         grid(settings)

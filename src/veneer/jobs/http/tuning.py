@@ -17,7 +17,7 @@ import hashlib
 import importlib.util
 import io
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query
@@ -224,7 +224,8 @@ def _create(
     tenant = caller.tenant
     training = _file(files, tenant, body.training_file, "training_file")
     validation = body.validation_file and _file(files, tenant, body.validation_file, "validation_file")
-    size = training.bytes + (validation.bytes if validation else 0)
+    held = _held_out(files, tenant, body.after)
+    size = sum(file.bytes for file in (training, validation, *held) if file)
     _check_held(jobs, tenant, size, files.limits.room)
     tuned = new_tuned(service.catalog.base, tenant, suffix_of(body.suffix))
     seed = body.seed if body.seed is not None else secrets.randbelow(1 << 31)
@@ -247,7 +248,7 @@ def _create(
         )  # fmt: skip
         about: dict[str, Any] = {"openai": asked, "input": tuned.id, "bytes": size, "publish": "checkpoints"}
         if body.after is not None:
-            after = _after(files, tenant, tuned.id, body.after)
+            after = _after(files, tuned.id, body.after, held)
             plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
             check_after(after, plain, name_of(tuned.reference), tenant, tenants)
             about["after"] = after.model_dump(mode="json")
@@ -271,8 +272,16 @@ def _check_held(jobs: JobStore, tenant: str, more: int, room: int) -> None:
         )  # fmt: skip
 
 
-def _after(files: Files, tenant: str, id: str, asked: AfterJob) -> AfterJob:
-    """What is asked for, on copies of the files that it names by their ids. Raises Refused."""
+def _held_out(files: Files, tenant: str, asked: AfterJob | None) -> list[UploadedFile]:
+    """The files of held-out rows, which are named by their ids. Raises Refused."""
+    ids = [] if asked is None or asked.evaluate is None else asked.evaluate.files
+    if len(ids) > _HELD_OUT:
+        raise invalid(f"{len(ids)} files of held-out rows; at most {_HELD_OUT}", "after.evaluate.data")
+    return [_file(files, tenant, each, "after.evaluate.data") for each in ids]
+
+
+def _after(files: Files, id: str, asked: AfterJob, found: Sequence[UploadedFile]) -> AfterJob:
+    """What is asked for, on copies of its files. Raises Refused."""
     if asked.alias is not None:
         what = "each job here has a name of its own, which no alias of another can point to"
         raise invalid(what, "after.alias", "a route: its name stays, whatever it leads to")
@@ -285,10 +294,6 @@ def _after(files: Files, tenant: str, id: str, asked: AfterJob) -> AfterJob:
     asked = asked.model_copy(update={"evaluate": held})
     if held.data is None:
         return asked
-    ids = [held.data] if isinstance(held.data, str) else held.data
-    if len(ids) > _HELD_OUT:
-        raise invalid(f"{len(ids)} files of held-out rows; at most {_HELD_OUT}", "after.evaluate.data")
-    found = [_file(files, tenant, each, "after.evaluate.data") for each in ids]
     return asked.on([str(put_input(files, id, f"held-out/{n}", file)) for n, file in enumerate(found)])
 
 

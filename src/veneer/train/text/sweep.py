@@ -35,6 +35,8 @@ from veneer.train.text.together import run_texts
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
+_NAME = 120
+"""Characters of a combination's folder."""
 _MOST = 256
 """Combinations: more is a slip of the keyboard."""
 
@@ -52,7 +54,8 @@ class Combination:
 def grid(overrides: Sequence[str]) -> list[Combination]:
     """Every combination of the values that are given with commas, the last setting changing fastest.
 
-    Raises ConfigError where nothing is swept, and for more than 256."""
+    Raises ConfigError where nothing is swept, for more than 256, for a setting or a value that is given twice, and for
+    the output, in which they all are."""
     given = [override.partition("=") for override in overrides]
     values = {key: _values(text) for key, _, text in given}
     swept = {key: own for key, own in values.items() if len(own) > 1}
@@ -62,13 +65,24 @@ def grid(overrides: Sequence[str]) -> list[Combination]:
             f"{count} combinations are no sweep" if swept else "nothing is swept: no setting has several values",
             fix=f"give settings with commas, up to {_MOST} combinations: adapter.rank=8,16 seed=0,1",
         )
+    twice = [key for key in values if sum(key == each for each, *_ in given) > 1]
+    twice += [f"{key}={value}" for key, own in swept.items() for value in dict.fromkeys(own) if own.count(value) > 1]
+    if twice:
+        raise ConfigError(f"{twice[0]} is given twice", fix="give it once: each combination is a run of its own")
+    if outputs := swept.keys() & {"output", "output.directory"}:
+        fix = "one folder: each combination has its own in it"
+        raise ConfigError("the output cannot be swept", where=outputs.pop(), fix=fix)
     leaves = [key.rpartition(".")[2] for key in swept]
     short = {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(swept, leaves, strict=True)}
     held = ["".join(parts) for parts in given if parts[0] not in swept]
     out = []
-    for chosen in itertools.product(*swept.values()):
+    names: set[str] = set()
+    for n, chosen in enumerate(itertools.product(*swept.values()), 1):
         own = dict(zip(swept, chosen, strict=True))
         name = ",".join(f"{short[key]}={re.sub(r'[^A-Za-z0-9._+-]+', '_', value)}" for key, value in own.items())
+        if len(name) > _NAME or name in names:  # two paths may read alike, or be too long for a folder's name
+            name = f"{name[:_NAME]},{n}"
+        names.add(name)
         out.append(Combination(name, own, [*held, *(f"{key}={value}" for key, value in own.items())]))
     return out
 
