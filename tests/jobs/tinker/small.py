@@ -41,7 +41,7 @@ def told(service: TinkerService, run: TrainingRun, seq: int, kind: str, body: by
     service.submit(run, seq, kind, body)
     future = service.answer(run, seq)
     assert future is not None
-    return future.result(60)
+    return future.result(300)  # the first may compile kernels
 
 
 def varint(value: int) -> bytes:
