@@ -1,11 +1,16 @@
 """Many customers' adapters: in one pass of the base, beside one run after another.
 
     python benchmarks/together.py [--customers 8] [--rows 1] [--tokens 128] [--steps 12] [--rounds 3] [--json]
+    python benchmarks/together.py --trace h100-80gb [--base meta-llama/Llama-3.1-8B]
 
 Real runs of `run_texts` and `run_text` on SmolLM2-135M in bfloat16, each side a process of its own: rank 16 on all
 linear layers, AdamW, answers learned, prompts cut to a row's length. A side's time is from the end of its first step to
 the end of its last but one, of each run for those that come after another: loading, checks, files and proofs are
 outside of it, whatever a step is made of is within. Peak memory is of the whole process; one run's stands beside both.
+
+With `--trace` nothing is run: a step of all in one pass, and one of one run, are followed on a GPU that is not there,
+in 16 bits and in nf4. Every kernel takes its bytes or its operations, the longer of them at the rates of a plan;
+the host, which begins them one by one, takes its assumed time for each; a step is the longer of the two.
 """
 
 from __future__ import annotations
@@ -107,6 +112,7 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--trace", metavar="GPU", help="follow a step on a GPU that is not there, instead")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -117,7 +123,7 @@ def main() -> None:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    result = compare(args, say)
+    result = trace(args, say) if args.trace else compare(args, say)
     print(json.dumps(result) if args.json else "\n".join(lines_of(result)))
 
 
@@ -150,6 +156,44 @@ def compare(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
         "rounds": args.rounds,
     }
     return report(rows, bars, {**about, "how": found[together][0]["how"]})
+
+
+def trace(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    from veneer.plan.memory import Load
+    from veneer.plan.tables import base_config, device_named
+    from veneer.plan.time import KERNEL_BEGUN, rates_of
+    from veneer.train.traced import traced_together
+
+    fields, device = base_config(args.base), device_named(args.trace)
+    rates = rates_of(device)
+    rows, bars = [], []
+    for quantise in (None, "nf4"):
+        load = Load((args.tokens,) * args.rows, rank=args.rank, quantise=quantise)
+        steps, busy = [], []
+        for name, runs, times in ((SIDES[0], args.customers, 1), (SIDES[1], 1, args.customers)):
+            found = traced_together(fields, [load] * runs, device, say).trace
+            own, begun = times * found.seconds(rates), times * found.begun_seconds
+            moved = times * sum(n * size for (_, size), n in found.work.items()) / rates.bandwidth
+            products = times * sum(n * each for (each, _), n in found.work.items()) / rates.operations
+            busy.append(own)
+            steps.append(max(own, begun))
+            label = f"{quantise or '16 bits'}, {name}"
+            rows += [
+                row(label, "step", 1e3 * steps[-1], "ms"), row(label, "the device alone", 1e3 * own, "ms"),
+                row(label, "of its bytes", 1e3 * moved, "ms"), row(label, "of its products", 1e3 * products, "ms"),
+                row(label, "weights read", times * found.weights / 1e9, "GB"),
+                row(label, "kernels", times * found.kernels, ""), row(label, "peak", found.peak / 1e9, "GB"),
+            ]  # fmt: skip
+        bars.append(
+            bar(f"{quantise or '16 bits'}: {args.customers} together over {SIDES[1]}", 2.5, steps[1] / steps[0])
+        )
+        rows.append(row(quantise or "16 bits", "ratio of the device alone", busy[1] / busy[0], "×"))
+    about = {
+        "traced, not run": device.label or device.name, "rates": rates.source,
+        "the host": f"{1e6 * KERNEL_BEGUN:g} µs a kernel, assumed", "base": args.base, "customers": args.customers,
+        "a step of each": f"{args.rows} × {args.tokens} tokens",
+    }  # fmt: skip
+    return report(rows, bars, about)
 
 
 if __name__ == "__main__":

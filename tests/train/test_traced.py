@@ -8,8 +8,11 @@ from tests.families import FAMILIES
 from tests.tiny_image_base import SMALL_DENOISERS
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import Load
+from veneer.plan.shape import text_shape
 from veneer.plan.tables import base_config, device_named
-from veneer.train.traced import traced_pictures, traced_training
+from veneer.plan.time import text_work
+from veneer.plan.traced import TracedStep
+from veneer.train.traced import traced_pictures, traced_together, traced_training
 
 pytestmark = pytest.mark.usefixtures("gpu_that_is_not_there")
 
@@ -64,6 +67,30 @@ def test_a_step_on_pictures_waits_for_nothing(name: str, quantise: str | None) -
     assert not found.waits
     assert "Attention" in found.ways
     assert found.trace.at_peak["optimizer"] >= 2 * found.trace.at_peak["adapter"]
+
+
+def test_runs_in_one_pass_read_the_base_once_and_compute_what_each_does_alone() -> None:
+    """By hand, of 16 bits: each matrix forward and backward, but q, k and v of the first layer, below which nothing
+    learns; the head both ways; norms are next to nothing."""
+    fields = {**base_config("meta-llama/Llama-3.1-8B"), **NARROW, "num_hidden_layers": 3}
+    load = Load((128,), rank=8)
+    alone, together = traced_training(fields, load, GPU), traced_together(fields, [load] * 4, GPU)
+    d, up, kv = 512, 1792, 2 * 64
+    layer = 2 * d * d + 2 * d * kv + 3 * d * up
+    by_hand = 2 * (2 * (3 * layer + 4096 * d) - d * (d + 2 * kv))
+    assert alone.trace.weights == pytest.approx(by_hand, rel=0.01)
+    assert together.trace.weights == alone.trace.weights
+
+    def operations(found: TracedStep) -> int:
+        return sum(n * each for (each, _), n in found.trace.work.items())
+
+    assert operations(together) == pytest.approx(4 * operations(alone), rel=1e-6)
+    assert operations(alone) == pytest.approx(text_work(text_shape(fields, "narrow"), load, GPU).operations, rel=0.03)
+    for part in ("adapter", "optimizer"):
+        assert together.trace.at_peak[part] == 4 * alone.trace.at_peak[part]
+    assert not together.waits
+    assert abs(together.off) < 0.1, (together.trace.at_peak, together.counted)
+    assert alone.trace.kernels < together.trace.kernels < 4 * alone.trace.kernels
 
 
 def test_inputs_that_wait_on_the_host_are_not_on_the_device() -> None:

@@ -15,7 +15,7 @@ from veneer.cli.output import say
 from veneer.errors import ConfigError, Interrupted, one_of
 
 if TYPE_CHECKING:
-    from veneer.plan.plan import Plan
+    from veneer.plan.plan import GroupPlan, Plan
     from veneer.plan.traced import TracedStep
 
 app = typer.Typer(add_completion=False)
@@ -152,15 +152,21 @@ def plan(
         raise ConfigError(what, fix="with --base say it by an option, as --dtype or --rank; see --help")
     more = [word for word in overrides or [] if is_config(word)]
     if config is not None and more:
-        _refuse(context, {"base", "trace", *_SERVED, *_OF_TEXT - _OF_DATA, *_OF_PICTURES, *_OF_BOTH}, "of several runs")
+        _refuse(context, {"base", *_SERVED, *_OF_TEXT - _OF_DATA, *_OF_PICTURES, *_OF_BOTH}, "of several runs")
         from veneer.plan.render import group_text
         from veneer.train.config.load import load_config
-        from veneer.train.planning import plan_of_texts
+        from veneer.train.planning import base_fields, plan_of_texts
 
         files, changes = [str(config), *more], [word for word in overrides or [] if word not in more]
         given = {"rows": rows, "tokens_per_row": tokens_per_row, "longest": longest, "trained": trained}
         group = plan_of_texts([load_config(file, changes)[0] for file in files], files, device, [given] * len(files))
-        print(json.dumps(group.to_dict()) if as_json else group_text(group, files))
+        if not as_json:
+            print(group_text(group, files), flush=True)
+        steps, stopped = _traced(group, base_fields(group.plans[0].base), not as_json) if trace else ({}, None)
+        if as_json:
+            print(json.dumps(group.to_dict() | {name: step and step.to_dict() for name, step in steps.items()}))
+        if stopped is not None:
+            raise typer.Exit(stopped.exit_code)
         return
     if config is not None:
         _refuse(context, {"base", *_OF_TEXT - _OF_DATA, *_OF_PICTURES, *_OF_BOTH}, "the configuration says it")
@@ -213,25 +219,30 @@ def plan(
 
 
 def _traced(
-    made: Plan, fields: dict[str, Any], show: bool
+    made: Plan | GroupPlan, fields: dict[str, Any], show: bool
 ) -> tuple[dict[str, TracedStep | None], Interrupted | None]:  # fmt: skip
     """The plan's step followed, and where it serves those of a server, by their names in JSON; None for what a signal
     came before, with that signal. `show`: each is printed as it is there."""
+    from veneer.plan.plan import GroupPlan
     from veneer.train.signals import heard
 
     say("a step is traced now, a minute or two for a large base; Ctrl-C stops it, and the plan stays")
-    found: dict[str, TracedStep | None] = {"trace": None, **({"serving_trace": None} if made.traffic else {})}
+    traffic = None if isinstance(made, GroupPlan) else made.traffic
+    found: dict[str, TracedStep | None] = {"trace": None, **({"serving_trace": None} if traffic else {})}
 
     def progress(line: str) -> None:
         say(f"trace: {line}")
 
     try:
         with heard(_interrupt, signal.SIGTERM):
-            from veneer.train.traced import traced_plan
+            from veneer.train.traced import traced_group, traced_plan
 
-            found["trace"] = traced_plan(made, fields, progress)
+            if isinstance(made, GroupPlan):
+                found["trace"] = traced_group(made, fields, progress)
+            else:
+                found["trace"] = traced_plan(made, fields, progress)
             _show(found["trace"], show)
-            if made.traffic is not None:
+            if traffic is not None and not isinstance(made, GroupPlan):
                 from veneer.serve.traced import traced_traffic
 
                 try:

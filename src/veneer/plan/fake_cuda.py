@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _foreach_utils
 
 from veneer.errors import ResourceError
 from veneer.ops.cpu.build import compile_library, distrusted, find_compiler, trusted_folder, why_not_compiled
@@ -39,7 +40,7 @@ def fake_cuda(*, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
 
     `capability`: what the device says of itself; 9.0 is an H100. The whole process is within it, and one thread at a
     time. Raises ResourceError where torch lacks CUDA and there is no C++ compiler."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     with _one, ExitStack() as undo:
         if not torch.cuda.is_available():
@@ -60,6 +61,8 @@ def fake_cuda(*, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
         # the thread that a device has in a backward pass would not be within this block
         undo.enter_context(torch.autograd.set_multithreading_enabled(False))
         undo.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention))
+        types = [*_foreach_utils._foreach_supported_types, FakeTensor]  # gradients are clipped by one kernel, not each
+        undo.enter_context(mock.patch.object(_foreach_utils, "_foreach_supported_types", types))
         undo.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
 

@@ -4,7 +4,7 @@
         model = …on "cuda"…
         trace.hold("weights", model.parameters())
         step()
-    trace.peak · trace.at_peak · trace.waits · trace.wide
+    trace.peak · trace.at_peak · trace.waits · trace.wide · trace.work · trace.seconds(rates)
 
 Bytes are those of storages, from the operation that makes one to when the last tensor of it is gone, each rounded up to
 512 as CUDA's caching allocator does. What an operation takes for itself while it runs (workspaces of cuBLAS) is not
@@ -14,10 +14,15 @@ A value that the host reads, a copy to the host, and one from it that is not `no
 (`transfer.sent`), make the host wait for the device: each is noted with the line that asked for it, and answered (with
 1, or with as many as there can be), so that the trace goes on. Two devices that meet in an operation raise what torch
 raises.
+
+Every kernel is noted with the operations of its products (torch's own formulas, torch.utils.flop_counter) and the bytes
+of what goes into it and comes out, each once: what caches save, and what a kernel reads twice, is not seen. At given
+rates a kernel takes the longer of the two, one after another.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections import Counter
@@ -31,10 +36,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from veneer.ops import transfer
+from veneer.ops.cuda.launch import hearing_launches
 from veneer.ops.quantised import Quantised
 from veneer.plan.fake_cuda import fake_cuda
+from veneer.plan.time import KERNEL_BEGUN, Rates
 
 _BLOCK = 512
 """Bytes that CUDA's caching allocator rounds every tensor up to."""
@@ -62,7 +70,9 @@ class Trace:
     """What happened on the device. `wide_from`: elements from which a float32 tensor is noted.
 
     `waits`: places where the host waited for the device -> how often. `wide`: places that made a float32 tensor of
-    `wide_from` elements -> the bytes of the largest. `casts`: places that changed a dtype -> bytes made."""
+    `wide_from` elements -> the bytes of the largest. `casts`: places that changed a dtype -> bytes made. `work`:
+    (operations, bytes) of a kernel -> how many there were. `weights`: bytes of what `hold` named so that kernels
+    read."""
 
     wide_from: int = 1 << 22
     live: int = 0
@@ -71,6 +81,8 @@ class Trace:
     wide: dict[str, int] = field(default_factory=dict)
     casts: Counter[str] = field(default_factory=Counter)
     operations: int = 0
+    work: Counter[tuple[int, int]] = field(default_factory=Counter)
+    weights: int = 0
     _over: bool = False
     _clock: int = 0
     _peak_at: int = 0
@@ -92,6 +104,7 @@ class Trace:
         """What is noted begins here; what lives goes on."""
         self.peak, self._peak_at = self.live, self._clock
         self.waits, self.wide, self.casts, self.operations = Counter(), {}, Counter(), 0
+        self.work, self.weights = Counter(), 0
         self._all = [storage for storage, _ in self._living.values()]
 
     def end(self) -> None:
@@ -114,6 +127,20 @@ class Trace:
             if storage.part == part:
                 out[storage.made_by] += storage.size
         return dict(out.most_common())
+
+    @property
+    def kernels(self) -> int:
+        """How many were begun."""
+        return self.work.total()
+
+    def seconds(self, rates: Rates) -> float:
+        """Σ over kernels max(operations / rate, bytes / bandwidth)"""
+        return sum(n * max(o / rates.operations, b / rates.bandwidth) for (o, b), n in self.work.items())
+
+    @property
+    def begun_seconds(self) -> float:
+        """What the host takes to begin them, beside which the device works."""
+        return self.kernels * KERNEL_BEGUN
 
     def _standing(self) -> Iterator[_Storage]:
         at = self._peak_at
@@ -145,6 +172,18 @@ class Trace:
         storage.died = self._clock
         self.live -= storage.size
 
+    def ran(self, tensors: Iterable[Tensor], operations: int = 0) -> None:
+        """A kernel read or wrote these."""
+        if self._over:
+            return
+        size = 0
+        for tensor in tensors:
+            own = _elements(tensor) * tensor.element_size()
+            size += own
+            found = self._living.get(tensor.untyped_storage()._cdata)
+            self.weights += own * (found is not None and found[0].part == "weights")
+        self.work[operations, size] += 1
+
     def waited(self, operation: str) -> None:
         if not self._over:
             self.waits[f"{operation} {place()}"] += 1
@@ -154,6 +193,11 @@ def _kept(tensor: Tensor | None) -> list[Tensor]:
     if tensor is None:
         return []
     return list(tensor.stored.tensors().values()) if isinstance(tensor, Quantised) else [tensor]
+
+
+def _elements(tensor: Tensor) -> int:
+    """Those that lie in memory: one that is expanded has its own alone."""
+    return math.prod(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step)
 
 
 _OWN = ("/veneer/plan/trace.py", "/veneer/plan/fake_cuda.py", "/torch/")
@@ -176,7 +220,12 @@ def place() -> str:
 def traced(*, wide_from: int = 1 << 22, capability: tuple[int, int] = (9, 0)) -> Iterator[Trace]:
     """A trace of the with-block, in which CUDA tensors are made up (see `fake_cuda`)."""
     trace = Trace(wide_from)
-    with fake_cuda(capability=capability), mock.patch.object(transfer, "pinned", _pinned), _Following(trace):
+
+    def launched(_: str, tensors: list[Tensor]) -> None:
+        trace.ran(t for t in tensors if t.device.type == "cuda")
+
+    pins = mock.patch.object(transfer, "pinned", _pinned)
+    with fake_cuda(capability=capability), pins, hearing_launches(launched), _Following(trace):
         yield trace
 
 
@@ -235,10 +284,22 @@ class _Following(TorchDispatchMode):
         out = func(*args, **kwargs)
         if packet is _aten._to_copy and fakes and out.dtype != fakes[0].dtype and not trace._over:
             trace.casts[f"{fakes[0].dtype} to {out.dtype} {place()}".replace("torch.", "")] += out.nbytes
-        for tensor in _tensors((out,)):
-            if isinstance(tensor, FakeTensor) and tensor.device.type == "cuda":
-                trace.made(tensor, name)
+        come = [t for t in _tensors((out,)) if isinstance(t, FakeTensor) and t.device.type == "cuda"]
+        for tensor in come:
+            trace.made(tensor, name)
+        if not _free(func, name, fakes, come):
+            formula = flop_registry.get(packet) or flop_registry.get(getattr(_aten, name.removesuffix("_"), None))
+            operations = 0 if formula is None else formula(*args, **kwargs, out_val=out)
+            trace.ran([*come, *(come if packet in _LOOKS_UP else fakes)], operations)
         return out
+
+
+def _free(func: Any, name: str, given: list[Any], come: list[Any]) -> bool:
+    """Whether nothing runs: a question to a tensor, a view, or memory that nobody has written yet."""
+    if not (come or func._schema.is_mutable) or func.is_view or name.startswith(("empty", "new_empty")):
+        return True
+    inside = {t.untyped_storage()._cdata for t in given}
+    return not func._schema.is_mutable and all(t.untyped_storage()._cdata in inside for t in come)
 
 
 @contextmanager
@@ -279,3 +340,5 @@ _ANSWERS: dict[Any, Any] = {
 _READ = {_aten._local_scalar_dense, _aten.item, _aten.equal}
 """Those whose answer is no tensor."""
 _COPIES = {_aten._to_copy, _aten.copy_, _aten.copy}
+_LOOKS_UP = {_aten.embedding, _aten.index, _aten.index_select, _aten.gather}
+"""Those that read as much as they write, whatever they read it from."""

@@ -66,7 +66,8 @@ class TracedStep:
             "peak_bytes": self.trace.peak, "parts": self.trace.at_peak, "counted_bytes": self.counted_peak,
             "recordings_bytes": 0 if self.counted is None else self.counted.recordings,
             "waits": self.waits, "float32": self.trace.wide, "casts": dict(self.trace.casts),
-            "operations": self.trace.operations, "ways": self.ways,
+            "operations": self.trace.operations, "ways": self.ways, "kernels": self.trace.kernels,
+            "weights_read_bytes": self.trace.weights,
         }  # fmt: skip
 
     def text(self) -> str:
@@ -83,6 +84,7 @@ class TracedStep:
                 yield from self._most(trace.makers(part))
         if self.counted is not None and self.counted.recordings:
             yield f"  {'recorded steps, counted':<26}{gigabytes(self.counted.recordings):>12}"
+        yield f"{trace.kernels:,} kernels, which read {gigabytes(trace.weights)} of weights"
         yield f"the host waits inside the step: {'never' if not self.waits else ''}".rstrip()
         yield from (f"    {n:>9,} ×  {place}" for place, n in self.waits.items())
         yield f"float32 of {trace.wide_from:,} elements and more: {'none' if not trace.wide else ''}".rstrip()

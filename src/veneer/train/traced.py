@@ -1,6 +1,7 @@
 """A training step followed on a GPU that is not there, beside what the plan counts for it.
 
     found = traced_training(config, load, device)            of a language model
+    found = traced_together(config, loads, device)           of several runs on it, in one pass
     found = traced_pictures(config, load, device)            of a denoiser
     found.trace.peak, found.counted.peak · found.trace.waits
 
@@ -15,15 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import LoraSpec
-from veneer.core.attach import attach
+from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, VeneerError
 from veneer.models.config import check_words
 from veneer.models.image.bare import bare_image, twin_denoiser
 from veneer.models.image.base import ImageBase
@@ -33,9 +35,10 @@ from veneer.models.image.predict import Conditioning
 from veneer.models.text.bare import bare_text, config_of, twin
 from veneer.models.text.fast import fast
 from veneer.models.text.offload import HostStore, lane_of
+from veneer.plan.fit import AnyLoad
 from veneer.plan.image import ImageLoad, image_counts, image_memory
-from veneer.plan.memory import Load, text_memory
-from veneer.plan.plan import Plan
+from veneer.plan.memory import Load, memory_together, text_memory
+from veneer.plan.plan import GroupPlan, Plan
 from veneer.plan.shape import model_shape
 from veneer.plan.tables import Device
 from veneer.plan.trace import Trace, traced
@@ -50,6 +53,7 @@ from veneer.train.loop import Learner, Micro, Step, StopAsked, TrainingPlan, by_
 from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.text.batches import Batch
 from veneer.train.text.task import batch_loss, recompute_activations
+from veneer.train.text.together import Passes, why_apart
 
 _Say = Callable[[str], None]
 
@@ -60,6 +64,20 @@ def _unsaid(line: str) -> None:
 
 def traced_plan(made: Plan, fields: Mapping[str, Any], say: _Say = _unsaid) -> TracedStep:
     """A step of a plan, with the change that makes it fit, followed on its GPU. `fields`: the base's config.json."""
+    load, device = _traceable(made)
+    check_words(fields, made.base)
+    of = traced_training if isinstance(load, Load) else traced_pictures
+    return of(fields, load, device, say)  # type: ignore[arg-type]
+
+
+def traced_group(group: GroupPlan, fields: Mapping[str, Any], say: _Say = _unsaid) -> TracedStep:
+    """A step of runs that share a base, in one pass, as `traced_plan`."""
+    check_words(fields, group.plans[0].base)
+    made = [_traceable(plan) for plan in group.plans]
+    return traced_together(fields, [load for load, _ in made if isinstance(load, Load)], made[0][1], say)
+
+
+def _traceable(made: Plan) -> tuple[AnyLoad, Device]:
     if made.device.kind != "cuda":
         raise ConfigError(
             "a trace is of a step on a GPU",
@@ -70,16 +88,21 @@ def traced_plan(made: Plan, fields: Mapping[str, Any], say: _Say = _unsaid) -> T
         raise ConfigError(
             "what does not fit on one GPU is not traced", where=made.device.name, fix="a smaller base, or quantise it"
         )
-    load, device = made.planned
-    check_words(fields, made.base)
-    of = traced_training if isinstance(load, Load) else traced_pictures
-    return of(fields, load, device, say)  # type: ignore[arg-type]
+    return made.planned
 
 
 def traced_training(fields: Mapping[str, Any], load: Load, device: Device, say: _Say = _unsaid) -> TracedStep:
     """One step of `load` on a base of this config.json. Raises ConfigError for a family that is not known, and what
     torch raises where two devices meet."""
-    config = config_of(fields)
+    return traced_together(fields, [load], device, say)
+
+
+def traced_together(
+    fields: Mapping[str, Any], loads: Sequence[Load], device: Device, say: _Say = _unsaid
+) -> TracedStep:  # fmt: skip
+    """One step of a run for each of `loads` on one base, whose dtype, codes and memory the first has, their rows in one
+    pass as `veneer train` of several configurations makes it. Raises as `traced_training`."""
+    config, load, most = config_of(fields), loads[0], sum(own.tokens for own in loads)
     dtype: torch.dtype = getattr(torch, load.dtype)
     say("a small model of this family is tried, to know what runs")
     how = twin(config, dtype)
@@ -87,29 +110,48 @@ def traced_training(fields: Mapping[str, Any], load: Load, device: Device, say: 
         say("the base is made of its configuration, without weights")
         model = bare_text(config, dtype=dtype, device="cuda", quantise=load.quantise)
         trace.hold("weights", [*model.parameters(), *model.buffers()])
-        spec = load.spec or LoraSpec(rank=load.rank)
         with attach(model) as attachment:
-            with torch.device("cuda"):
-                attachment.add("traced", create(model, spec, seed=0), trainable=True)
-            attachment.use("traced")
-            parameters = attachment.parameters("traced")
-            trace.hold("adapter", parameters.values())
+            runs: dict[int, _TracedText] = {}
+            for place, own in enumerate(loads):
+                name = f"run {place + 1}"
+                with torch.device("cuda"):
+                    attachment.add(name, create(model, own.spec or LoraSpec(rank=own.rank), seed=0), trainable=True)
+                attachment.use(name)
+                runs[place] = _TracedText(
+                    own, _Base(model, torch.device("cuda")), attachment, name, trace, say, place == len(loads) - 1
+                )
             model.train()
             if load.checkpointing:
-                store = HostStore(lane_of(next(iter(parameters.values())))) if load.inputs_on_host else None
-                recompute_activations(model, store)
-            optimizer = make_optimizer(parameters, name=load.optimizer, learning_rate=1e-4)
-            optimizer.register_step_pre_hook(lambda *_: _name(trace, parameters))
+                first = next(iter(runs[0].parameters.values()))
+                recompute_activations(model, HostStore(lane_of(first)) if load.inputs_on_host else None)
             with fast(model, like=how) as report:
                 trace.hold("weights", model.parameters())  # some lie together now
-                steps = [Step(tuple(_micro(load, config.vocab_size) for _ in range(min(load.micros, 2))))] * 2
-                learner = _Traced(
-                    lambda batch: batch_loss(model, batch, torch.device("cuda")), parameters, optimizer, trace, say
-                )
-                by_itself(stepping(learner, _twice(steps), optimizer, asked=StopAsked()))
+                if len(loads) > 1 and (why := why_apart(model)):
+                    raise ConfigError(f"rows of several runs have passes of their own on this base: {why}")
+                _take_steps(runs, Passes(runs, frozenset(runs), most, StopAsked()), config.vocab_size)
                 ways = report.ways()
         shape = model_shape(model)
-    return TracedStep(trace, text_memory(shape, load, device), ways, ends=_ends(load))
+    counted = text_memory(shape, load, device) if len(loads) == 1 else memory_together(shape, loads, device, most)[0]
+    return TracedStep(trace, counted, ways, ends=_ends(*loads))
+
+
+def _take_steps(runs: Mapping[int, _TracedText], make: Passes, vocabulary: int) -> None:
+    """Two of each, all runs' at once."""
+    going = {}
+    for place, run in runs.items():
+        steps = [Step(tuple(_micro(run.load, vocabulary) for _ in range(min(run.load.micros, 2))))] * 2
+        going[place] = stepping(run, _twice(steps), run.optimizer, asked=StopAsked())
+    wanted = {place: next(steps) for place, steps in going.items()}
+    while wanted:
+        made = make(wanted)
+        for place in list(wanted):
+            done = made[place]
+            if isinstance(done, VeneerError):
+                raise done
+            try:
+                wanted[place] = going[place].send(done)
+            except StopIteration:
+                del wanted[place]
 
 
 def _twice(steps: list[Step]) -> TrainingPlan:
@@ -117,9 +159,10 @@ def _twice(steps: list[Step]) -> TrainingPlan:
     return TrainingPlan(steps, Schedule.of("constant", 2))
 
 
-def _ends(load: Load | ImageLoad) -> dict[str, int]:
-    """What the loop reads at a step's end: the loss of each micro-batch, and the norm of the gradient."""
-    return {"veneer/train/loop.py done": min(load.micros, 2), "veneer/train/loop.py _one_step": 1}
+def _ends(*loads: Load | ImageLoad) -> dict[str, int]:
+    """What the loop reads at the end of each run's step: the loss of each micro-batch, and the norm of the gradient."""
+    losses = sum(min(load.micros, 2) for load in loads)
+    return {"veneer/train/loop.py done": losses, "veneer/train/loop.py _one_step": len(loads)}
 
 
 def _name(trace: Trace, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -205,10 +248,10 @@ def _pictures(base: ImageBase, load: ImageLoad) -> Micro:
 class _Traced(Learner):
     def __init__(
         self, loss: Callable[[Any], Tensor], parameters: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer, trace: Trace, say: _Say,
+        optimizer: torch.optim.Optimizer, trace: Trace, say: _Say, last: bool = True,
     ) -> None:  # fmt: skip
         self._loss, self.parameters, self.optimizer, self.trace, self._say = loss, parameters, optimizer, trace, say
-        self._step, self._micros, self._at = 0, 1, 0
+        self._step, self._micros, self._at, self._last = 0, 1, 0, last
 
     def begin_step(self, step: Step) -> None:
         self._step, self._micros, self._at = self._step + 1, len(step.micros), 0
@@ -230,6 +273,38 @@ class _Traced(Learner):
         if number == 1:
             states = (t for state in self.optimizer.state.values() for t in state.values())
             self.trace.hold("optimizer", (t for t in states if isinstance(t, Tensor)))
-            self.trace.begin()
-        else:
-            self.trace.end()
+        if self._last:
+            self.trace.begin() if number == 1 else self.trace.end()
+
+
+@dataclass(frozen=True)
+class _Base:
+    model: Any
+    device: torch.device
+
+
+class _TracedText(_Traced):
+    """A run on text: what `Passes` asks of it. `last`: of those that share a base."""
+
+    def __init__(
+        self, load: Load, base: _Base, attachment: Attachment, name: str, trace: Trace, say: _Say, last: bool
+    ) -> None:
+        self.load, self.base, self.attachment, self.name = load, base, attachment, name
+        parameters = attachment.parameters(name)
+        trace.hold("adapter", parameters.values())
+        optimizer = make_optimizer(parameters, name=load.optimizer, learning_rate=1e-4)
+        optimizer.register_step_pre_hook(lambda *_: _name(trace, parameters))
+        super().__init__(self._nll, parameters, optimizer, trace, say, last)
+
+    def act(self) -> None:
+        self.attachment.use(self.name)
+
+    def saw(self, right: Tensor) -> None:
+        """What is right is nobody's; in a run it is summed."""
+        right.sum()
+
+    def _nll(self, batch: Batch) -> Tensor:
+        right = torch.empty(batch.trained_tokens, dtype=torch.bool, device=self.base.device)
+        nll = batch_loss(self.base.model, batch, self.base.device, right=right)
+        self.saw(right)
+        return nll

@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from veneer.core.attach import Attachment
 from veneer.core.targets import base_modules, expert_parameters
 from veneer.errors import ConfigError, Interrupted, PreflightError, ResourceError, VeneerError, counted, gigabytes
 from veneer.models.swap import report_of
@@ -128,7 +129,7 @@ def _trained(
                 continue
             members[place] = Member(task.run, task, steps_of_run(task.run, task, report, newest[place], asked))
         if members:
-            make = _Passes.of({place: tasks[place] for place in members}, asked)
+            make = Passes.of({place: tasks[place] for place in members}, asked)
             results |= in_step(members, make, asked, leave, ended)
     return results
 
@@ -192,17 +193,36 @@ def _check_memory(parts: Sequence[TextPart]) -> None:
     parts[0].run.note(f"together: {found.text}")
 
 
+class _Base(Protocol):
+    @property
+    def model(self) -> Any: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+class _Sharer(Protocol):
+    """What a pass asks of a run on the base it shares: as `AttachedText` has it."""
+
+    name: str
+    attachment: Attachment
+
+    @property
+    def base(self) -> _Base: ...
+    def act(self) -> None: ...
+    def saw(self, right: Tensor) -> None: ...
+
+
 @dataclass(frozen=True)
-class _Passes:
+class Passes:
     """Makes the steps of runs on one base. `joined`: which of them go beside one another. `most`: tokens of a pass."""
 
-    tasks: Mapping[int, AttachedText]
+    tasks: Mapping[int, _Sharer]
     joined: frozenset[int]
     most: int
     asked: StopAsked
 
     @classmethod
-    def of(cls, tasks: Mapping[int, AttachedText], asked: StopAsked) -> _Passes:
+    def of(cls, tasks: Mapping[int, AttachedText], asked: StopAsked) -> Passes:
         """Says what has passes of its own, and why."""
         first = next(iter(tasks.values()))
         together = why_apart(first.base.model)
