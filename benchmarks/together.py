@@ -10,7 +10,8 @@ outside of it, whatever a step is made of is within. Peak memory is of the whole
 
 With `--trace` nothing is run: a step of all in one pass, and one of one run, are followed on a GPU that is not there,
 in 16 bits and in nf4. Every kernel takes its bytes or its operations, the longer of them at the rates of a plan;
-the host, which begins them one by one, takes its assumed time for each; a step is the longer of the two.
+the host, which begins them one by one, takes its assumed time for each; a step is the longer of the two. Layers between
+the first and the last are alike, so a base of two and one of three are followed, and the others counted.
 """
 
 from __future__ import annotations
@@ -165,29 +166,34 @@ def trace(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any
     from veneer.train.traced import traced_together
 
     fields, device = base_config(args.base), device_named(args.trace)
-    rates = rates_of(device)
+    layers, rates = int(fields["num_hidden_layers"]), rates_of(device)
+
+    def followed(kept: int, runs: int, load: Load) -> dict[str, float]:
+        """Of a step on a base of so many layers: milliseconds, GB, and how many kernels there are."""
+        one = traced_together({**fields, "num_hidden_layers": kept}, [load] * runs, device, say).trace
+        return {
+            "the device alone": 1e3 * one.seconds(rates), "the host alone": 1e3 * one.begun_seconds,
+            "bytes alone": 1e3 * sum(n * size for (_, size), n in one.work.items()) / rates.bandwidth,
+            "products alone": 1e3 * sum(n * each for (each, _), n in one.work.items()) / rates.operations,
+            "weights read": one.weights / 1e9, "kernels": one.kernels,
+        }  # fmt: skip
+
+    units = {"weights read": "GB", "kernels": ""}
     rows, bars = [], []
     for quantise in (None, "nf4"):
         load = Load((args.tokens,) * args.rows, rank=args.rank, quantise=quantise)
-        steps, busy = [], []
+        sides = []
         for name, runs, times in ((SIDES[0], args.customers, 1), (SIDES[1], 1, args.customers)):
-            found = traced_together(fields, [load] * runs, device, say).trace
-            own, begun = times * found.seconds(rates), times * found.begun_seconds
-            moved = times * sum(n * size for (_, size), n in found.work.items()) / rates.bandwidth
-            products = times * sum(n * each for (each, _), n in found.work.items()) / rates.operations
-            busy.append(own)
-            steps.append(max(own, begun))
+            two, three = followed(2, runs, load), followed(3, runs, load)
+            whole = {key: times * (two[key] + (layers - 2) * (three[key] - two[key])) for key in two}
+            sides.append({"step": max(whole["the device alone"], whole["the host alone"]), **whole})
             label = f"{quantise or '16 bits'}, {name}"
-            rows += [
-                row(label, "step", 1e3 * steps[-1], "ms"), row(label, "the device alone", 1e3 * own, "ms"),
-                row(label, "of its bytes", 1e3 * moved, "ms"), row(label, "of its products", 1e3 * products, "ms"),
-                row(label, "weights read", times * found.weights / 1e9, "GB"),
-                row(label, "kernels", times * found.kernels, ""), row(label, "peak", found.peak / 1e9, "GB"),
-            ]  # fmt: skip
-        bars.append(
-            bar(f"{quantise or '16 bits'}: {args.customers} together over {SIDES[1]}", 2.5, steps[1] / steps[0])
-        )
-        rows.append(row(quantise or "16 bits", "ratio of the device alone", busy[1] / busy[0], "×"))
+            rows += [row(label, key, value, units.get(key, "ms")) for key, value in sides[-1].items()]
+        together, apart = sides
+        label = f"{quantise or '16 bits'}, ratio"
+        rows += [row(label, key, apart[key] / together[key], "×") for key in together]
+        what = f"{quantise or '16 bits'}: {args.customers} together over {SIDES[1]}"
+        bars.append(bar(what, 2.5, apart["step"] / together["step"]))
     about = {
         "traced, not run": device.label or device.name, "rates": rates.source,
         "the host": f"{1e6 * KERNEL_BEGUN:g} µs a kernel, assumed", "base": args.base, "customers": args.customers,

@@ -172,6 +172,8 @@ def test_joined_codes_are_dequantised_into_one_piece_of_memory(kind: str) -> Non
         dense = stacked_rows(parts).dense()
         assert dense.shape == (192, 512)
         assert trace.peak - before == rounded(2 * 192 * 512)
+        moved = sum(n * size for (_, size), n in trace.work.items())
+        assert moved == pytest.approx(192 * 512 * (2 + {"nf4": 0.5, "int8": 1}[kind]), rel=0.05)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is compiled where torch has CUDA")

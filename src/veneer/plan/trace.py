@@ -39,8 +39,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from veneer.ops import transfer
-from veneer.ops.cuda.launch import hearing_launches
 from veneer.ops.quantised import Quantised
+from veneer.ops.transfer import hearing_launches
 from veneer.plan.fake_cuda import fake_cuda
 from veneer.plan.time import KERNEL_BEGUN, Rates
 
@@ -221,11 +221,11 @@ def traced(*, wide_from: int = 1 << 22, capability: tuple[int, int] = (9, 0)) ->
     """A trace of the with-block, in which CUDA tensors are made up (see `fake_cuda`)."""
     trace = Trace(wide_from)
 
-    def launched(_: str, tensors: list[Tensor]) -> None:
+    def heard(tensors: list[Tensor]) -> None:
         trace.ran(t for t in tensors if t.device.type == "cuda")
 
     pins = mock.patch.object(transfer, "pinned", _pinned)
-    with fake_cuda(capability=capability), pins, hearing_launches(launched), _Following(trace):
+    with fake_cuda(capability=capability), pins, hearing_launches(heard), _Following(trace):
         yield trace
 
 

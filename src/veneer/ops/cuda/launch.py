@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from veneer.ops.choice import Implementation
-from veneer.ops.transfer import made_up
+from veneer.ops.transfer import launched, made_up
 
 try:
     import triton
@@ -155,7 +155,6 @@ def block_count(n: int, block: int) -> int:
 # -- launching ---------------------------------------------------------------------------------------------------------
 
 _recording: list[list[Launch]] = []
-_told: list[Callable[[str, list[Tensor]], None]] = []
 
 
 @dataclass(frozen=True)
@@ -183,8 +182,7 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: 
     first = next(a for a in arguments if isinstance(a, Tensor))
     if _recording:
         _recording[-1].append(_launch_of(kernel, arguments, settings))
-    for tell in _told:
-        tell(kernel.__name__, [a for a in arguments if isinstance(a, Tensor)])
+    launched([a for a in arguments if isinstance(a, Tensor)])
     if made_up(first) or not all(grid):
         return
     if first.device.type != "cuda":
@@ -203,16 +201,6 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recording.remove(launches)
-
-
-@contextmanager
-def hearing_launches(tell: Callable[[str, list[Tensor]], None]) -> Iterator[None]:
-    """Within the block `tell` hears of each launch: the kernel's name, and the tensors that it reads or writes."""
-    _told.append(tell)
-    try:
-        yield
-    finally:
-        _told.remove(tell)
 
 
 _TYPES = {
