@@ -1,4 +1,4 @@
-"""`veneer data caption`: captions for a folder of pictures, by a vision-language model on this machine."""
+"""`veneer data`: captions for a folder of pictures by a vision-language model, and a teacher's answers as rows."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import typer
 
 from veneer.cli.options import AsJson, ChosenDevice, LoadedDtype
 from veneer.cli.output import say
-from veneer.errors import DataError, bullets, counted, one_of
+from veneer.errors import ConfigError, DataError, bullets, counted, one_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from veneer.models.vision import VisionModel
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Captions for pictures to train on.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Rows and captions to train on.")
 
 
 @app.callback()
 def _data() -> None:
-    """Captions for pictures to train on."""
+    """Rows and captions to train on."""
 
 
 @app.command(epilog="Example: veneer data caption drawings --model HuggingFaceTB/SmolVLM-500M-Instruct --trigger sks")
@@ -87,3 +87,58 @@ def caption(
     if report.failed:
         what = f"no caption was written for {counted(len(report.failed), 'picture')}:\n{bullets(report.failed)}"
         raise DataError(what, where=str(folder), fix="write NAME.txt beside each, repair or remove them")
+
+
+@app.command(epilog="Example: veneer data draw distill.yaml rows.jsonl distillation.group=4")
+def draw(
+    config: Annotated[Path, typer.Argument(help="A configuration with distillation.teacher.", show_default=False)],
+    rows: Annotated[Path, typer.Argument(help="The file that is written, JSONL.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value]...", help="Values that replace the file's."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep a teacher's answers to a configuration's prompts as rows to train on, for any base.
+
+    What the teacher alone is told (distillation.system) is not in the rows. Answers that were cut are left out."""
+    from veneer.adapters.use import load_adapter
+    from veneer.core.attach import attach
+    from veneer.files.atomic import atomic_write
+    from veneer.models.text.base import load_text
+    from veneer.serve.engine.live import live_sampler
+    from veneer.train.config.load import load_config
+    from veneer.train.config.reinforcement import PROMPT_FORMATS
+    from veneer.train.config.text import TrainConfig
+    from veneer.train.text.distill import taught_rows
+    from veneer.train.text.rollouts import SamplerSettings
+    from veneer.train.text.rows import read_rows
+
+    loaded, _ = load_config(config, overrides or [])
+    if not isinstance(loaded, TrainConfig) or loaded.distillation.teacher is None:
+        raise ConfigError(
+            "this configuration names no teacher",
+            where=str(config),
+            fix="give distillation.teacher: an adapter, or base",
+        )
+    given, data = loaded.distillation, loaded.data
+    prompts, _ = read_rows(
+        data.files("train"), limit=data.limit, format=data.format, columns=data.columns, formats=PROMPT_FORMATS
+    )
+    base = load_text(
+        given.base or loaded.base.name, dtype=loaded.base.dtype, device=loaded.base.device,
+        quantise=None if given.base else loaded.base.quantise, say=say,
+    )  # fmt: skip
+    name = "" if given.teacher == "base" else str(given.teacher)
+    with attach(base.model) as attachment:
+        if name:
+            attachment.add(name, load_adapter(base, name))
+        with live_sampler(base, attachment, SamplerSettings(rows=given.rows, exact=False)) as sampler:
+            made, left = taught_rows(prompts, loaded, base, sampler, name)
+    atomic_write(rows, ["".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made).encode()])
+    if left:
+        say(f"left out: {counted(len(left), 'answer')}\n{bullets(left)}")
+    if as_json:
+        print(json.dumps({"rows": str(rows), "written": len(made), "left": left}))
+    else:
+        print(f"{counted(len(made), 'row')} written to {rows}")

@@ -40,7 +40,7 @@ from veneer.errors import ResourceError, VeneerError, lacks_memory
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "base": ("veneer.cli.base", "Get, list and look at base models."),
-    "data": ("veneer.cli.data", "Captions for pictures, by a vision-language model here."),
+    "data": ("veneer.cli.data", "Captions for pictures, and a teacher's answers as rows."),
     "train": ("veneer.cli.train", "Train an adapter from a configuration file."),
     "sweep": ("veneer.cli.sweep", "Train every combination of some settings at once."),
     "plan": ("veneer.cli.plan", "Memory, time and money of a run, before it runs."),

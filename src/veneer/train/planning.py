@@ -128,13 +128,13 @@ def plan_of_run(
 
 
 def _answers_each(config: TrainConfig) -> int:
-    return 1 if config.reinforcement.loss is None else config.reinforcement.group
+    return 1 if config.drawn is None else config.drawn.group
 
 
 def _of_answers(config: TrainConfig) -> TrainConfig:
     """A run that learns from the answers that it draws, as one whose rows they are."""
-    r, schedule = config.reinforcement, config.schedule
-    if r.loss is None:
+    r, schedule = config.drawn, config.schedule
+    if r is None:
         return config
     batching = config.batching.model_copy(update={"rows": config.batching.rows * r.group})
     if config.epochs is not None:
@@ -146,8 +146,8 @@ def _with_draws(
     plan: Plan, config: TrainConfig, shape: TextShape, load: Load, device: Device, longest: int
 ) -> Plan:  # fmt: skip
     """`longest`: tokens of a prompt and its answer."""
-    r, job = config.reinforcement, plan.job
-    if r.loss is None:
+    r, job = config.drawn, plan.job
+    if r is None:
         return plan
     total = math.ceil(job.total_steps / r.updates) * job.batch + job.held_out * job.evaluations
     prompt = max(1, longest - r.max_tokens)
@@ -218,8 +218,8 @@ def _plan_of_text(
     if longest is not None:
         lengths = [longest, *lengths[1:]]
     drawing, config = config, _of_answers(config)
-    if drawing.reinforcement.loss is not None:
-        most, each = drawing.reinforcement.max_tokens, drawing.reinforcement.group
+    if drawing.drawn is not None:
+        most, each = drawing.drawn.max_tokens, drawing.drawn.group
         lengths, rows, mean = [n + most for n in lengths] * each, rows * each, mean + most
     lengths = [min(n, config.data.max_length) for n in lengths]
     rates, process = rates_here(device, dtype)
@@ -309,7 +309,7 @@ def _counted(config: TrainConfig) -> list[int]:
     try:
         rows, _ = read_rows(
             config.data.files("train"), format=config.data.format, columns=config.data.columns, limit=config.data.limit,
-            formats=None if config.reinforcement.loss is None else PROMPT_FORMATS,
+            formats=None if config.drawn is None else PROMPT_FORMATS,
         )  # fmt: skip
     except DataError as error:
         raise DataError(error.what, where=error.where, fix="or give --rows and --tokens-per-row") from None

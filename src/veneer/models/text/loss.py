@@ -6,6 +6,7 @@
     row_logps    −Σ nll of each row                  what preferences are made of
     token_logps  −nll of each token                  what reinforcement is made of
     hidden_at, target_logps    log p of any tokens after any places, whatever comes there in the rows
+    compared_logits            whole distributions there, beside another model's: what distillation is made of
 
 Inside `fast` rows run without padding; elsewhere, and for families that do not take such rows, they are padded:
 the slow reference, and what the fast one is checked against.
@@ -122,6 +123,36 @@ def target_logps(
         else:
             out.append(_chunk_logps(model, part, y, acting))
     return torch.cat(out)
+
+
+def compared_logits(
+    model: Any, hidden: Tensor, other: Callable[[slice], Tensor], compare: Callable[[Tensor, Tensor, slice], Tensor]
+) -> Tensor:
+    """compare(logits, other logits, places), joined, where the logits of a few places exist at once. hidden: (M, d), as
+    `hidden_at`; `other` gives those of a part of the places, without a gradient. They are made again for the gradient.
+
+    Logits are float32 and have the ids that both vocabularies have: some bases pad theirs."""
+
+    def part(chosen: slice, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            theirs = other(chosen).to(x.device)
+        ours = head_logits(model, x)
+        shared = min(ours.shape[-1], theirs.shape[-1])
+        return compare(ours[:, :shared], theirs[:, :shared], chosen)
+
+    out = []
+    for i in range(0, len(hidden), _HEAD_CHUNK):
+        chosen = slice(i, i + _HEAD_CHUNK)
+        if torch.is_grad_enabled():
+            out.append(torch.utils.checkpoint.checkpoint(part, chosen, hidden[chosen], use_reentrant=False))
+        else:
+            out.append(part(chosen, hidden[chosen]))
+    return torch.cat(out)
+
+
+def head_logits(model: Any, hidden: Tensor) -> Tensor:
+    """What the model's head makes of `hidden_at`: (M, vocabulary), float32."""
+    return _head_logits(model, model.get_output_embeddings(), hidden)
 
 
 def _chunk_logps(

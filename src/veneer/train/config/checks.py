@@ -23,6 +23,7 @@ def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
     yield from _batching(config, given)
     yield from _preference(config)
     yield from _reinforcement(config)
+    yield from _distillation(config)
     yield from _kind(config)
     named = [f"`adapter.{key}`" for key in _changed(config.adapter) if key not in ("start", "dropout")]
     if config.adapter.start is not None and named:
@@ -68,9 +69,9 @@ def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequen
             for section in _ONE for key, value in first[section].items() if own[section].get(key) != value
         ]  # fmt: skip
     problems += [
-        f"reinforcement.loss: {name} draws answers, which the others would wait for"
+        f"{config.drawn.named}: {name} draws answers, which the others would wait for"
         for config, name in zip(configs, names, strict=True)
-        if len(configs) > 1 and isinstance(config, TrainConfig) and config.reinforcement.loss is not None
+        if len(configs) > 1 and isinstance(config, TrainConfig) and config.drawn is not None
     ]
     folders: dict[str, str] = {}
     for config, name in zip(configs, names, strict=True):
@@ -139,7 +140,7 @@ def _reinforcement(config: TrainConfig) -> Iterator[str]:
         if changed := _changed(r):
             named = ", ".join(f"`reinforcement.{key}`" for key in changed)
             yield f"without `reinforcement.loss` (as grpo) nothing uses {named}"
-        if data.format == "prompt":
+        if data.format == "prompt" and config.drawn is None:
             yield "`data.format: prompt` has no answers to learn; `reinforcement.loss` draws them"
         return
     if config.preference.loss is not None:
@@ -156,6 +157,34 @@ def _reinforcement(config: TrainConfig) -> Iterator[str]:
         )
     if len(r.grammar) > 1:
         yield f"`reinforcement.grammar` has {len(r.grammar)} kinds: an answer matches one"
+    yield from _drawn(config)
+
+
+def _distillation(config: TrainConfig) -> Iterator[str]:
+    d = config.distillation
+    if d.teacher is None:
+        if changed := _changed(d):
+            named = ", ".join(f"`distillation.{key}`" for key in changed)
+            yield f"without `distillation.teacher` (an adapter, or base) nothing uses {named}"
+        return
+    others = {"reinforcement.loss": config.reinforcement.loss, "preference.loss": config.preference.loss}
+    for key in (key for key, loss in others.items() if loss is not None):
+        yield f"`distillation.teacher` and `{key}` are two ways to learn: keep one"
+    if d.base is not None and d.teacher != "base":
+        yield "`distillation.base` is a teacher as it is: `distillation.teacher: base`; merge an adapter into it first"
+    if d.teacher == "base" and d.base is None and not d.system and config.adapter.start is None:
+        yield (
+            "`distillation.teacher: base` is what a fresh adapter is already: give `distillation.system`, "
+            "`distillation.base`, or `adapter.start`"
+        )
+    if d.price is not None and not d.system:
+        yield "`distillation.price` is of the tokens of `distillation.system`, and there is none"
+    yield from _drawn(config)
+
+
+def _drawn(config: TrainConfig) -> Iterator[str]:
+    """What a run whose answers are drawn cannot mean."""
+    data = config.data
     if data.format not in ("auto", *PROMPT_FORMATS):
         yield f"`data.format: {data.format}` has no prompts to draw answers to"
     if config.adapter.dropout:

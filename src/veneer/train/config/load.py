@@ -335,7 +335,9 @@ def _absolute(kind: _Kind, name: str, value: Any, folder: Path) -> Any:
         (name in kind.paths or name in words) and value not in words.get(name, ())
     ):
         return resolved
-    if name in ("base.name", "adapter.start") and (value.startswith((".", "~")) or os.path.exists(resolved)):
+    if name in ("base.name", "adapter.start", "distillation.teacher", "distillation.base") and (
+        value.startswith((".", "~")) or os.path.exists(resolved)
+    ):
         return resolved
     return value
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from veneer.train.config.rewards import RewardList
 from veneer.train.config.section import Section, setting
@@ -13,6 +13,8 @@ class ReinforcementSection(Section):
     """Learning from the model's own answers and what they are worth; without a `loss`, nothing is drawn.
 
     `batching.rows` counts prompts. The reference of `kl` is the base, or `adapter.start` as it was."""
+
+    named: ClassVar[str] = "reinforcement"
 
     loss: Literal["grpo", "dr-grpo", "dapo", "rloo", "gspo", "reinforce", "ppo"] | None = setting(
         None, "what the keys that are left open are: as its paper has them (veneer.train.text.policy_losses)"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pydantic
 
 from veneer.ops.sizes import MICRO_TOKENS
+from veneer.train.config.distillation import DistillationSection
 from veneer.train.config.reinforcement import ReinforcementSection
 from veneer.train.config.section import Section, setting
 
@@ -397,6 +398,7 @@ class TrainConfig(Section):
     adapter: AdapterSection = AdapterSection()
     preference: PreferenceSection = PreferenceSection()
     reinforcement: ReinforcementSection = ReinforcementSection()
+    distillation: DistillationSection = DistillationSection()
     batching: BatchingSection = BatchingSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
@@ -416,6 +418,13 @@ class TrainConfig(Section):
         """Optimizer steps, or None when epochs decide."""
         return self.schedule.steps
 
+    @property
+    def drawn(self) -> ReinforcementSection | DistillationSection | None:
+        """The section by which answers are drawn to the rows' prompts, where they are."""
+        if self.distillation.teacher is not None:
+            return self.distillation
+        return self.reinforcement if self.reinforcement.loss is not None else None
+
     def recipe(self) -> dict[str, Any]:
         """What a card records: everything but where the run writes, with paths reduced to file names."""
         recipe = self.model_dump(mode="json", exclude={"output", "report"}) | {"adapter": self.adapter.recorded()}
@@ -426,6 +435,11 @@ class TrainConfig(Section):
         recipe["adapter"]["start"] = file_name(recipe["adapter"]["start"])
         if self.preference.loss is None:
             del recipe["preference"]
+        if self.distillation.teacher is None:
+            del recipe["distillation"]
+        else:
+            for key in ("teacher", "base"):
+                recipe["distillation"][key] = file_name(recipe["distillation"][key])
         if self.reinforcement.loss is None:
             del recipe["reinforcement"]
         else:

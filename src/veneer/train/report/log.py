@@ -84,7 +84,7 @@ def _learned(event: Stepped) -> str:
     """A step's loss; where its answers were drawn their reward, and the gap of who drew them beside who trains."""
     text, found = f"loss {event.loss:.4f}", event.extra
     if "answer_tokens" in found:
-        text += f"  reward {found.get('reward', float('nan')):.3f}"
+        text += f"  reward {found['reward']:.3f}" if "reward" in found else ""
         if "gap_mean" in found:
             text += f"  gap {found['gap_mean']:.2g} (most {found['gap_max']:.2g}, {found['gap_share']:.1%} beyond 1%)"
     return text

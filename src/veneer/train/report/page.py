@@ -168,6 +168,7 @@ _MEASURED = {
     "cut_share": "Share of answers cut at the limit",
     "constant_share": "Share of groups whose answers are all worth the same",
     "kl": "Divergence from the reference, nats per token",
+    "teacher_kl": "Divergence from the teacher, nats per token",
     "clipped": "Share of tokens beyond the clip",
 }
 """What a run on text measures in each step beside the loss -> the title of its chart."""

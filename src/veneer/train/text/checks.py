@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from veneer.train.config.distillation import DistillationSection
+from veneer.train.config.reinforcement import ReinforcementSection
 from veneer.train.config.text import TrainConfig
 from veneer.train.preflight import Finding, Level, RunSubject, share
 from veneer.train.text.data import TextData
@@ -242,10 +244,11 @@ def _answers_compare(s: TextSubject) -> Iterator[Finding]:
 
 def _answers_are_drawn(s: TextSubject) -> Iterator[Finding]:
     """What a run draws and learns from."""
-    r, c = s.config.reinforcement.settled(), s.encoded.counts
+    r, c = s.config.drawn, s.encoded.counts
+    assert r is not None
     if not c.kept:
         text = f"no prompt is left to answer: {c.long_dropped:,} of {c.rows:,} rows leave an answer no room"
-        yield Finding("stop", "prompts", text, "lower reinforcement.max_tokens, or raise data.max_length")
+        yield Finding("stop", "prompts", text, f"lower {r.named}.max_tokens, or raise data.max_length")
         return
     if s.devices > 1:
         text = f"answers are drawn by one process, and {s.devices} share this run"
@@ -254,6 +257,17 @@ def _answers_are_drawn(s: TextSubject) -> Iterator[Finding]:
     s.numbers.update(prompts=c.kept, answers_of_a_step=each * r.group, answer_limit=r.max_tokens)
     text = f"{c.kept:,} prompts; a draw is {each} of them with {r.group} answers each, of {r.max_tokens} tokens at most"
     yield Finding("ok", "prompts", text)
+    yield from _is_taught(r) if isinstance(r, DistillationSection) else _is_rewarded(s, r)
+
+
+def _is_taught(d: DistillationSection) -> Iterator[Finding]:
+    kl = "KL(student ‖ teacher)" if d.divergence == "reverse" else "KL(teacher ‖ student)"
+    what = d.base or ("the base with the adapter off" if d.teacher == "base" else d.teacher)
+    told = ", told more than the student" if d.system else ""
+    yield Finding("ok", "teacher", f"{what}{told}; learned: {kl} of each token, over the whole vocabulary")
+
+
+def _is_rewarded(s: TextSubject, r: ReinforcementSection) -> Iterator[Finding]:
     if r.group == 1:
         text = "groups of one: what an answer is compared with is other prompts' answers"
         yield Finding("warn", "prompts", text, "reinforcement.group=8")

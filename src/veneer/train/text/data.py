@@ -49,7 +49,7 @@ class TextData:
 def read_data(config: TrainConfig, base: TextBase) -> TextData:
     """Read, split and encoded. Raises DataError for rows that do not go with the loss, and what reading raises."""
     loss = config.preference.loss
-    draws = config.reinforcement.loss is not None
+    draws = config.drawn is not None
     formats = PROMPT_FORMATS if draws else None if loss is None else preference_formats(loss)
     options: dict[str, Any] = {
         "format": config.data.format, "columns": config.data.columns, "formats": formats, "values": draws
@@ -70,7 +70,7 @@ def read_data(config: TrainConfig, base: TextBase) -> TextData:
 
 def part_of(rows: list[Row], config: TrainConfig, base: TextBase) -> DataSplit:
     """Rows as tokens: each an example, of preferences each an item of its answers, or a prompt."""
-    if config.reinforcement.loss is not None:
+    if config.drawn is not None:
         prompts, encoded = prompt_split(rows, config, base)
         return DataSplit(rows, rows, encoded, prompts)
     if config.preference.loss is None:
@@ -87,7 +87,7 @@ def planned_steps(
 ) -> LazySteps:  # fmt: skip
     """All steps of the run in order, planned an epoch at a time. A step is cut into a micro-batch for each of `devices`
     at least. `items`: a DataSplit's."""
-    if config.reinforcement.loss is not None:
+    if config.drawn is not None:
         return planned_rollouts(items, config, rows)
     lengths = [e.tokens for e in items]
     make: Callable[[Any], Batch] = collate if config.preference.loss is None else collate_items

@@ -102,6 +102,19 @@ def kl_estimates(logps: Tensor, reference: Tensor, estimator: _KlEstimator) -> T
     return d.square() / 2 if estimator == "k2" else torch.exp(-d) + d - 1
 
 
+def divergences(logits: Tensor, teacher: Tensor, direction: Literal["reverse", "forward"]) -> Tensor:
+    """KL of each place's p = softmax(logits) and the teacher's q, over the whole vocabulary: (M, V) -> (M,).
+
+        reverse   KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)      goes where q is high and leaves out the rest of it
+        forward   KL(q ‖ p) = Σ_v q_v (log q_v − log p_v)      covers all of q
+
+    Of answers that p itself has drawn (Agarwal et al. 2024, "On-policy distillation", arXiv 2306.13649)."""
+    ours, theirs = logits.log_softmax(-1), teacher.log_softmax(-1)
+    if direction == "forward":
+        ours, theirs = theirs, ours
+    return (ours.exp() * (ours - theirs)).sum(-1)
+
+
 def length_factors(lengths: Sequence[int], how: _Lengths, limit: int) -> Tensor:
     """f_i, float64: (N,). `answer`: 1/|o_i|, GRPO's mean of means. `batch`: N / Σ|o|, so that every token of the step
     weighs the same: DAPO's. `limit`: 1/limit, a constant, Dr. GRPO's. `none`: 1, log p of whole answers."""

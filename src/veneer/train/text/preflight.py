@@ -60,7 +60,7 @@ def text_preflight(
     free_memory, free_disk: bytes; measured when None. devices: how many share the run. force: what does not fit is a
     warning. Raises nothing of its own: see `raise_if_stopped`."""
     encoded, lengths = data.train.encoded, [item.tokens for item in data.train.items]
-    draws = config.reinforcement.loss is not None
+    draws = config.drawn is not None
     if draws:
         prompts = [item for item in data.train.items if isinstance(item, PromptItem)]
         steps = first_rollouts(prompts, config, data.train.rows)
@@ -295,7 +295,7 @@ def _packs(s: TextSubject, plan: Plan, recomputed: bool) -> int:
     dtype = next(s.base.model.parameters()).dtype
     shape = model_shape(s.base.model)
     count = packed_weights(shape, str(dtype).removeprefix("torch."), functools.partial(keeps_copy, dtype))
-    copies = 1 if s.config.reinforcement.loss is None else 2  # whoever draws has its own
+    copies = 1 if s.config.drawn is None else 2  # whoever draws has its own
     if asked is not None:
         return min(count, int(asked * 1e9))
     return count if copies * count <= 8 * (plan.room - plan.memory.peak) // 10 else 0

@@ -51,7 +51,8 @@ class PolicyBatch(Batch):
     """Prompts with their answers. `answers`: tokens of each answer, T in all. `worth`, `factors`: each answer's
     advantage, and what its tokens' losses are multiplied by. `old`, `drawn`, `reference`: (T,) log-probabilities when
     the tokens were drawn, of what they were drawn from, and of the reference; None where there are none. `fresh`:
-    whether the adapter is the one that they were drawn from."""
+    whether the adapter is the one that they were drawn from. `teacher`: the same answers after what their teacher is
+    asked; None for these rows themselves."""
 
     answers: list[int]
     worth: Tensor
@@ -60,6 +61,7 @@ class PolicyBatch(Batch):
     drawn: Tensor | None = None
     reference: Tensor | None = None
     fresh: bool = False
+    teacher: Batch | None = None
 
 
 def prompt_of(row: Row) -> Row:
@@ -73,7 +75,9 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
     """The prompts of rows, as inference shows them to the model.
 
     One that leaves an answer no room is refused or left out, by `data.long_rows`. Raises DataError, listing rows."""
-    data, most = config.data, config.reinforcement.max_tokens
+    drawn, data = config.drawn, config.data
+    assert drawn is not None
+    most = drawn.max_tokens
     renderer = Renderer(base.tokenizer, data.chat_template)
     chat = renderer.template is not None
     room = min(data.max_length, base.context)
@@ -101,7 +105,7 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
     if long and data.long_rows == "refuse":
         raise DataError(
             f"{len(long)} of {len(rows)} prompts leave an answer no room within {room} tokens:\n{bullets(long)}",
-            fix="shorten them, lower reinforcement.max_tokens, raise data.max_length as far as the base reads, or set "
+            fix=f"shorten them, lower {drawn.named}.max_tokens, raise data.max_length as far as the base reads, or set "
             "data.long_rows=drop to leave them out",
         )
     examples = [Example(list(item.ids), [False] * len(item.ids), item.row) for item in items]
@@ -119,7 +123,8 @@ def answer_groups(lengths: Sequence[int], config: TrainConfig) -> list[list[int]
 
 def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Sequence[Row]) -> LazySteps:
     """All steps of the run in order, as they are at most."""
-    r = config.reinforcement
+    r = config.drawn
+    assert r is not None
 
     def micro(chosen: list[PromptItem]) -> Micro:
         return Micro(

@@ -56,6 +56,8 @@ from veneer.train.text.rows import Row
 if TYPE_CHECKING:
     from veneer.core.attach import Attachment
     from veneer.models.text.base import TextBase
+    from veneer.train.config.distillation import DistillationSection
+    from veneer.train.config.reinforcement import ReinforcementSection
     from veneer.train.config.text import TrainConfig
 
 _BEYOND = 0.01
@@ -188,7 +190,7 @@ class Reinforcement:
         """log p of each answer's tokens under the reference."""
         out: dict[int, tuple[float, ...]] = {}
         for group in answer_groups([len(r.prompt) + len(r.tokens) for r in drawn], self.config):
-            batch = collate([_example(drawn[i]) for i in group])
+            batch = collate([rollout_example(drawn[i]) for i in group])
             with torch.no_grad(), without_dropout(self.base.model):
                 if self.settings.exact:
                     ids = sent(batch.input_ids, self.base.device)
@@ -266,19 +268,8 @@ class Reinforcement:
     def means(self) -> Means:
         """What was measured since `begin`. Raises TrainingError where what was drawn from is not what is trained."""
         out = Means.total([self.seen, Means(dict(self.measured), dict.fromkeys(self.measured, 1))])
-        mean = self.seen.sums.get("gap_mean", 0.0) / max(1, self.seen.counts.get("gap_mean", 0))
-        if "gap_mean" in self.seen.counts:
-            out.sums["gap_max"], out.counts["gap_max"] = self.worst, 1
-        if not mean <= self.settings.gap:
-            fix = "set reinforcement.exact=true" if not self.settings.exact else "this is worth a report"
-            raise TrainingError(
-                f"the answers were drawn from another model than the one that is trained: their tokens' "
-                f"log-probabilities differ by {mean:.3g} nats on average, {self.worst:.3g} at most",
-                where=f"reinforcement.gap is {self.settings.gap:g}",
-                fix=f"{fix}; a base in float32 has less rounding (base.dtype=float32); a higher reinforcement.gap "
-                "trains all the same, off-policy by that much",
-            )
-        return out
+        fix = "set reinforcement.exact=true" if not self.settings.exact else "this is worth a report"
+        return checked_gap(out, self.worst, self.settings, fix)
 
     # -- held-out prompts ----------------------------------------------------------------------------------------------
 
@@ -314,6 +305,26 @@ class Reinforcement:
             self.answers = [_JudgedRollout.from_dict(values) for values in kept["answers"]]
 
 
+def checked_gap(
+    measured: Means, worst: float, section: ReinforcementSection | DistillationSection, fix: str
+) -> Means:  # fmt: skip
+    """`measured`, with the largest gap where one was seen. Raises TrainingError where the mean is above the bound: what
+    was drawn from is not what is trained."""
+    if "gap_mean" not in measured.counts:
+        return measured
+    measured.sums["gap_max"], measured.counts["gap_max"] = worst, 1
+    mean = measured.sums["gap_mean"] / measured.counts["gap_mean"]
+    if not mean <= section.gap:
+        raise TrainingError(
+            f"the answers were drawn from another model than the one that is trained: their tokens' "
+            f"log-probabilities differ by {mean:.3g} nats on average, {worst:.3g} at most",
+            where=f"{section.named}.gap is {section.gap:g}",
+            fix=f"{fix}; a base in float32 has less rounding (base.dtype=float32); a higher {section.named}.gap "
+            "trains all the same, off-policy by that much",
+        )
+    return measured
+
+
 def _unanswered(row: Row) -> Answer:
     """What rewards see of a prompt."""
     end = row.last_assistant()
@@ -328,13 +339,14 @@ def _unanswered(row: Row) -> Answer:
     )  # fmt: skip
 
 
-def _example(rollout: Rollout) -> Example:
+def rollout_example(rollout: Rollout) -> Example:
+    """A prompt with its answer, of which what was drawn is learned."""
     prompt, said = list(rollout.prompt), list(rollout.tokens)
     return Example([*prompt, *said], [False] * len(prompt) + rollout.trained, 0)
 
 
 def _batch(answers: Sequence[_JudgedRollout], factors: Tensor, fresh: bool) -> PolicyBatch:
-    batch = collate([_example(a.rollout) for a in answers])
+    batch = collate([rollout_example(a.rollout) for a in answers])
 
     def numbers(values: Sequence[Sequence[float]]) -> Tensor:
         return torch.tensor([x for own in values for x in own], dtype=torch.float64)

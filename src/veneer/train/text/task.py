@@ -41,6 +41,7 @@ from veneer.models.text.offload import HostStore, lane_of
 from veneer.ops.transfer import sent
 from veneer.train import loop
 from veneer.train.checkpoint import Progress, seed_all
+from veneer.train.config.reinforcement import ReinforcementSection
 from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig
 from veneer.train.devices import Devices
 from veneer.train.events import TOKEN_ACCURACY, Listener, Note
@@ -56,6 +57,7 @@ from veneer.train.save import Outcome, ReportParts, prove
 from veneer.train.text.batches import Batch
 from veneer.train.text.conversations import Conversing
 from veneer.train.text.data import TextData, planned_steps, read_data
+from veneer.train.text.distill import Distillation, Teacher, teacher_of
 from veneer.train.text.evaluate import score_examples
 from veneer.train.text.judging import sampled_judge
 from veneer.train.text.preference import Preference
@@ -316,36 +318,40 @@ def attached_texts(parts: Sequence[TextPart]) -> Iterator[list[AttachedText]]:
 _REPLY = 30.0
 """Seconds that an environment may take over what the model said."""
 
-_Drawer = tuple[Sampler, Rewards, Conversing | None] | None
+_Drawer = tuple[Sampler, Rewards, Conversing | None] | tuple[Sampler, Teacher] | None
 
 
 @contextmanager
 def _drawing(part: TextPart, attachment: Attachment, pack: int) -> Iterator[_Drawer]:
     """Who draws a run's answers and who judges them; None for a run that draws none. `pack`: bytes that a second copy
     of the base's weights may take."""
-    r, task = part.task.config.reinforcement, part.task
-    if r.loss is None:
+    r, task = part.task.config.drawn, part.task
+    if r is None:
         yield None
         return
     if task.sampler is None:
         raise ConfigError(
-            "nobody here draws the answers that reinforcement.loss learns from", where="reinforcement.loss",
+            f"nobody here draws the answers that {r.named} learns from", where=r.named,
             fix="train by `veneer train` or veneer.train_text",
         )  # fmt: skip
-    judges = judges_here(r.rewards)
+    judges = judges_here(r.rewards) if isinstance(r, ReinforcementSection) else set()
     longest = max(item.tokens for split in (part.data.train, part.data.held) for item in split.items)
     context = 0 if judges else longest  # what they are asked is as long as it is
-    settings = SamplerSettings(rows=r.rows, context=context, pack_bytes=pack, exact=r.exact)
+    exact = isinstance(r, ReinforcementSection) and r.exact
+    settings = SamplerSettings(rows=r.rows, context=context, pack_bytes=pack, exact=exact)
     with ExitStack() as opened:
         sampler = opened.enter_context(task.sampler(task.base, attachment, settings))
-        ask = sampled_judge(task.base, attachment, sampler, judges) if judges else None
-        rewards = opened.enter_context(rewards_of(r.rewards, ask=ask, most_failed=r.most_failed))
         if problems := sampler.problems(part.name):
             raise PreflightError(
                 f"nothing can be drawn from this adapter:\n{bullets(problems)}", where="adapter",
                 fix="leave out what is no pair of a linear layer (adapter.modules_to_save, token_rows, kind)",
             )  # fmt: skip
-        yield sampler, rewards, _conversing(part, sampler, opened)
+        if isinstance(r, ReinforcementSection):
+            ask = sampled_judge(task.base, attachment, sampler, judges) if judges else None
+            rewards = opened.enter_context(rewards_of(r.rewards, ask=ask, most_failed=r.most_failed))
+            yield sampler, rewards, _conversing(part, sampler, opened)
+        else:
+            yield sampler, teacher_of(r, task.base, attachment, part.run.note)
 
 
 def _conversing(part: TextPart, sampler: Sampler, opened: ExitStack) -> Conversing | None:
@@ -362,7 +368,7 @@ def _conversing(part: TextPart, sampler: Sampler, opened: ExitStack) -> Conversi
 
 def _attached(drawer: _Drawer, config: TrainConfig, *given: Any) -> AttachedText:
     if drawer is not None:
-        return AttachedReinforcement(config, *given, drawer=drawer)
+        return AttachedDrawing(config, *given, drawer=drawer)
     return (AttachedText if config.preference.loss is None else AttachedPreferences)(config, *given)
 
 
@@ -596,52 +602,67 @@ def _with_measured(result: RunResult, outcome: Outcome, run: Run) -> RunResult:
     return replace(result, measured=measured.get(result.kept_step, {}), measured_before=measured.get(0, {}))
 
 
-class AttachedReinforcement(AttachedText):
-    """The same for prompts whose answers are drawn and judged. The reference is the base alone, or, beside the trained
-    adapter, the one that it began as."""
+class AttachedDrawing(AttachedText):
+    """The same for prompts whose answers are drawn, and judged or compared with a teacher. Where they are judged the
+    reference is the base alone, or, beside the trained adapter, the one that it began as."""
 
-    def __init__(self, *given: Any, drawer: tuple[Sampler, Rewards, Conversing | None]) -> None:
+    def __init__(
+        self, *given: Any, drawer: tuple[Sampler, Rewards, Conversing | None] | tuple[Sampler, Teacher]
+    ) -> None:  # fmt: skip
         super().__init__(*given)
+        self.drawing = self._taught(*drawer) if len(drawer) == 2 else self._rewarded(*drawer)
+
+    def _taught(self, sampler: Sampler, teacher: Teacher) -> Distillation:
+        renderer = self.data.train.encoded.renderer
+        return Distillation(self.config, self.base, self.name, sampler, teacher, renderer)
+
+    def _rewarded(self, sampler: Sampler, rewards: Rewards, conversing: Conversing | None) -> Reinforcement:
         start, reference = self.data.start, ""
         if start is not None and self.config.reinforcement.kl:
             reference = f"{self.name}, as it began"
             self.attachment.add(reference, start)
-        sampler, rewards, conversing = drawer
-        self.reinforcement = Reinforcement(
+        return Reinforcement(
             self.config, self.base, self.attachment, self.name, sampler, rewards, reference, conversing
         )
 
     def why_alone(self) -> str:
         return "its answers are drawn"
 
+    def begin(self, progress: Progress, tell: Listener) -> None:
+        if isinstance(self.drawing, Distillation):
+            for line in self.drawing.said_first(self.data.train.items, self.data.train.rows):
+                tell(Note(line))
+
     def draw_step(self, step: Step, number: int, interrupted: Callable[[], bool]) -> Step | None:
-        return self.reinforcement.draw_step(step, number, self.data.train.rows, interrupted)
+        return self.drawing.draw_step(step, number, self.data.train.rows, interrupted)
 
     def begin_step(self, step: Step) -> None:
-        self.reinforcement.begin()
+        self.drawing.begin()
 
     def loss(self, batch: Any) -> Tensor:
-        return self.reinforcement.loss(batch)
+        return self.drawing.loss(batch)
 
     def ahead(self) -> Callable[[Batch], Batch] | None:
         return None  # what the next step is made of is not drawn yet
 
     def measured(self) -> Means:
-        return self.reinforcement.means()
+        return self.drawing.means()
 
     def score(self, interrupted: Callable[[], bool]) -> Score | None:
-        return self.reinforcement.score(self.held_out, self.data.held.rows, interrupted)
+        return self.drawing.score(self.held_out, self.data.held.rows, interrupted)
 
     def kept(self, step: int) -> dict[str, Any]:
-        return self.reinforcement.kept(step)
+        return self.drawing.kept(step)
 
     def restore(self, kept: Mapping[str, Any]) -> None:
-        self.reinforcement.restore(kept)
+        self.drawing.restore(kept)
 
     def facts(self, outcome: Outcome, progress: Progress) -> RunResult:
         return _with_measured(super().facts(outcome, progress), outcome, self.run)
 
     def report(self, result: RunResult, progress: Progress) -> ReportParts:
+        parts, d = super().report(result, progress), self.config.distillation
+        if d.teacher is not None:
+            return replace(parts, loss=f"Loss, {d.divergence} KL from the teacher, nats per token")
         loss = self.config.reinforcement.loss
-        parts = super().report(result, progress)
         return replace(parts, loss=f"Loss, {loss}, mean over answers; held out: minus the mean reward")

@@ -1,0 +1,41 @@
+"""What `distillation` holds: the teacher, how answers are drawn for it, and the divergence that is learned."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from veneer.train.config.section import Section, setting
+
+
+class DistillationSection(Section):
+    """Learning a teacher's distribution on the model's own answers; without a `teacher`, nothing is drawn.
+
+    `batching.rows` counts prompts. `veneer data draw` keeps a teacher's answers as rows instead."""
+
+    named: ClassVar[str] = "distillation"
+    updates: ClassVar[int] = 1
+
+    teacher: str | None = setting(
+        None, "who is learned from: an adapter of the library or a folder, or base for a base with nothing on it"
+    )
+    base: str | None = setting(
+        None, "another base that the teacher is, in memory beside the trained one", "the base that is trained"
+    )
+    system: str = setting("", "what the teacher is told before each conversation and the student is not")
+    divergence: Literal["reverse", "forward"] = setting(
+        "reverse",
+        "KL(student ‖ teacher), which keeps to what the teacher likes best, or KL(teacher ‖ student), which covers all",
+        "arXiv 2306.08543; the answers are the student's own",
+    )
+    group: int = setting(1, "answers drawn to each prompt", "more prompts say more than more answers", ge=1)
+    max_tokens: int = setting(256, "most tokens of an answer; one that is longer is cut there, and counted", gt=0)
+    temperature: float = setting(1.0, "of the draw; neither distribution is changed by it", gt=0, le=100)
+    rows: int = setting(64, "answers drawn at once; changes memory and speed, never the result", gt=0)
+    gap: float = setting(
+        0.05, "largest mean difference of the sampler's and the trainer's log-probabilities, in nats", gt=0
+    )
+    price: float | None = setting(
+        None,
+        "US dollars of a million prompt tokens, as `veneer tenant price` has it: what `system` costs is said",
+        ge=0,
+    )

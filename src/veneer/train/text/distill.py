@@ -1,0 +1,361 @@
+"""Distillation: the student answers, and learns a teacher's distribution at each token of its answers.
+
+    a step   prompts → draw (`rollouts.Sampler`) → both models over the same answers → KL (`policy_losses.divergences`)
+
+    L = 1/T Σ_t KL_t        T tokens of the step's answers; KL over the whole vocabulary, reverse or forward
+
+The teacher is an adapter on the same base, the base alone, or another base with the same tokenizer, in this process. It
+reads the same answers after its own prompt, which may say more (`distillation.system`): what it is told is trained into
+the student, who is not told. Sampler and trainer are one model as in `reinforce`, and the gap of both is measured there
+and here alike. Answers are drawn anew for every step: nothing of them is in a checkpoint. Logged, of each step:
+
+    teacher_kl                         mean KL of a token
+    answer_tokens, drawn_tokens, drawn_seconds, cut_share, prompt_cached, gap_…      as of `reinforce`
+    teacher_long                       prompts left out, because the teacher's prompt and an answer pass its context
+    saved_tokens                       tokens that the teacher's prompts have beyond the student's, mean
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.use import load_adapter
+from veneer.errors import MismatchError, TrainingError, bullets
+from veneer.models.swap import without_dropout
+from veneer.models.text.base import load_text
+from veneer.models.text.loss import compared_logits, head_logits, hidden_at
+from veneer.ops.transfer import sent
+from veneer.train.loop import Means, Micro, Score, Step
+from veneer.train.text.batches import Batch, collate
+from veneer.train.text.policy_losses import divergences, length_factors, per_token
+from veneer.train.text.prompts import PolicyBatch, PromptItem, answer_groups, prompt_of
+from veneer.train.text.reinforce import checked_gap, rollout_example
+from veneer.train.text.render import Renderer
+from veneer.train.text.rollouts import AnswerWanted, Drawing, Rollout, Sampler, draw_seed
+from veneer.train.text.rows import Row
+
+if TYPE_CHECKING:
+    from veneer.core.attach import Attachment
+    from veneer.models.text.base import TextBase
+    from veneer.train.config.distillation import DistillationSection
+    from veneer.train.config.text import TrainConfig
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """`attachment`: what its adapter `name` is on, "" for the base alone; None for a base of its own."""
+
+    base: TextBase
+    attachment: Attachment | None = None
+    name: str = ""
+
+    def acting(self) -> AbstractContextManager[None]:
+        if self.attachment is None:
+            return nullcontext()
+        return self.attachment.using(*([self.name] if self.name else []))
+
+
+def teacher_of(
+    section: DistillationSection, base: TextBase, attachment: Attachment, say: Callable[[str], None] = lambda line: None
+) -> Teacher:
+    """The teacher that a configuration names, loaded. Raises MismatchError for one with another tokenizer or an adapter
+    of another base, and what loading raises."""
+    if section.base is not None:
+        other = load_text(section.base, dtype=base.dtype, device=base.device, say=say)
+        _check_tokenizers(base, other)
+        return Teacher(other)
+    if section.teacher in (None, "base"):
+        return Teacher(base, attachment)
+    name = f"{section.teacher}, as the teacher"
+    attachment.add(name, load_adapter(base, str(section.teacher)))
+    return Teacher(base, attachment, name)
+
+
+def _check_tokenizers(base: TextBase, teacher: TextBase) -> None:
+    """Raises MismatchError where a token id is not the same text to both."""
+    ours, theirs = (dict(each.tokenizer.get_vocab()) for each in (base, teacher))
+    if ours == theirs:
+        return
+    apart = sorted(ours.keys() ^ theirs.keys()) or sorted(token for token in ours if ours[token] != theirs[token])
+    raise MismatchError(
+        f"the teacher has another tokenizer: {len(apart):,} tokens differ, as {apart[0]!r}",
+        where=f"distillation.base: {teacher.name}, beside {base.name}",
+        fix="take a teacher of the same family; any teacher's answers are rows for training on examples: "
+        "veneer data draw CONFIG.yaml rows.jsonl",
+    )
+
+
+def _teacher_prompt(renderer: Renderer, row: Row, system: str) -> str:
+    """What the teacher reads before an answer: the row's prompt, told `system` first, before what its own says."""
+    row = prompt_of(row)
+    if not system:
+        return renderer.prompt(row)
+    if renderer.template is None:
+        return f"{system}\n\n{renderer.prompt(row)}"
+    messages = list(row.messages)
+    if messages[0]["role"] == "system":
+        system = f"{system}\n\n{messages.pop(0)['content']}"
+    return renderer.prompt(replace(row, messages=({"role": "system", "content": system}, *messages)))
+
+
+@dataclass(frozen=True)
+class _TaughtRollout:
+    """An answer, and what its teacher is asked before it. `row`: of its prompt."""
+
+    rollout: Rollout
+    asked: tuple[int, ...]
+    row: int
+
+    @property
+    def tokens(self) -> int:
+        return max(len(self.rollout.prompt), len(self.asked)) + len(self.rollout.tokens)
+
+
+@dataclass
+class Distillation:
+    """`name`: of the adapter that is trained."""
+
+    config: TrainConfig
+    base: TextBase
+    name: str
+    sampler: Sampler
+    teacher: Teacher
+    renderer: Renderer
+    measured: dict[str, float] = field(default_factory=dict)
+    """What was found of the answers when they were drawn."""
+    seen: Means = field(default_factory=Means)
+    worst: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.settings = self.config.distillation
+        self.drawing = Drawing(self.settings.max_tokens, self.settings.temperature)
+
+    def said_first(self, prompts: Sequence[Any], rows: Sequence[Row]) -> Iterator[str]:
+        """What is to be known of the teacher's prompts before anything is drawn. Raises TrainingError where it can read
+        none of them."""
+        asked = [self._asked(item, rows) for item in prompts]
+        long = [rows[item.row].where for item, ids in zip(prompts, asked, strict=True) if not self._reads(ids)]
+        if asked and len(long) == len(asked):
+            raise TrainingError(
+                f"each of the {len(asked):,} prompts is longer than the teacher's context, {self.teacher.base.context} "
+                "tokens, with its answer",
+                where="distillation", fix="lower distillation.max_tokens, or shorten distillation.system",
+            )  # fmt: skip
+        if long:
+            yield (
+                f"warning: {len(long):,} of {len(asked):,} prompts are longer than the teacher's context, "
+                f"{self.teacher.base.context} tokens, with their answers; they are left out:\n{bullets(long)}"
+            )
+        if self.settings.system and asked:
+            saved = sum(len(ids) - len(item.ids) for item, ids in zip(prompts, asked, strict=True)) / len(asked)
+            yield f"{saved:.0f} tokens a request are saved once they are trained in{_saved_cents(saved, self.settings)}"
+
+    def draw_step(
+        self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]
+    ) -> Step | None:  # fmt: skip
+        """Step `number` of what was drawn for it. `rows`: those that its prompts are of."""
+        prompts = {item.row: item for micro in step.micros for item in micro.items}
+        chosen = [prompts[row] for row in sorted(prompts)]
+        answers = self._drawn(chosen, rows, self.drawing, number, self.settings.group, interrupted)
+        if answers is None:
+            return None
+        if not answers:
+            raise TrainingError(
+                f"the teacher can read none of the prompts of step {number}",
+                where=f"its context is {self.teacher.base.context} tokens",
+                fix="leave out the rows that the run's first lines name, or raise batching.rows",
+            )
+        factors = length_factors([len(a.rollout.logps) for a in answers], "batch", self.settings.max_tokens)
+        micros = []
+        for group in answer_groups([a.tokens for a in answers], self.config):
+            own = [answers[i] for i in group]
+            micros.append(
+                Micro(
+                    tokens=sum(len(a.rollout.prompt) + len(a.rollout.tokens) for a in own),
+                    trained=sum(len(a.rollout.logps) for a in own),
+                    rows=tuple(dict.fromkeys(rows[a.row].where for a in own)),
+                    make=partial(_batch, own, factors[group]), units=len(own),
+                )
+            )  # fmt: skip
+        return Step(tuple(micros), step.epoch)
+
+    def _drawn(
+        self, prompts: Sequence[PromptItem], rows: Sequence[Row], how: Drawing, number: int, group: int,
+        interrupted: Callable[[], bool],
+    ) -> list[_TaughtRollout] | None:  # fmt: skip
+        """Answers to those prompts that the teacher can read, and what was found of them."""
+        asked = {item.row: self._asked(item, rows) for item in prompts}
+        read = [item for item in prompts if self._reads(asked[item.row])]
+        wanted = [
+            AnswerWanted(item.ids, draw_seed(self.config.seed, number, item.row, k), how, self.name)
+            for item in read for k in range(group)
+        ]  # fmt: skip
+        began = time.perf_counter()
+        drawn = self.sampler.draw(wanted, interrupted) if wanted else []
+        if drawn is None:
+            return None
+        tokens, count = sum(len(r.logps) for r in drawn), max(1, len(drawn))
+        self.measured = {
+            "answer_tokens": tokens / count, "drawn_tokens": float(tokens),
+            "drawn_seconds": time.perf_counter() - began,
+            "cut_share": sum(r.cut for r in drawn) / count, "teacher_long": float(len(prompts) - len(read)),
+            "prompt_cached": sum(r.cached for r in drawn) / max(1, sum(len(r.prompt) for r in drawn)),
+        }  # fmt: skip
+        if self.settings.system:
+            saved = sum(len(asked[item.row]) - len(item.ids) for item in read)
+            self.measured["saved_tokens"] = saved / max(1, len(read))
+        owners = [item.row for item in read for _ in range(group)]
+        return [_TaughtRollout(r, asked[row], row) for r, row in zip(drawn, owners, strict=True)]
+
+    def _asked(self, item: PromptItem, rows: Sequence[Row]) -> tuple[int, ...]:
+        if not self.settings.system:
+            return item.ids
+        return _prompt_ids(
+            self.base, self.renderer, _teacher_prompt(self.renderer, rows[item.row], self.settings.system)
+        )
+
+    def _reads(self, asked: Sequence[int]) -> bool:
+        return len(asked) + self.settings.max_tokens <= self.teacher.base.context
+
+    # -- the loss ------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        self.seen, self.worst = Means(), 0.0
+
+    def loss(self, batch: PolicyBatch) -> Tensor:
+        """Σ over the batch's answers; the loop divides by their number."""
+        kl, logps = self._compared(batch)
+        self.seen.add(teacher_kl=kl.detach())
+        if batch.old is not None:
+            gap = (logps.double() - batch.old.to(logps.device)).abs()
+            self.worst = max(self.worst, float(gap.max()))
+            self.seen.add(gap_mean=gap, gap_share=gap.expm1() > 0.01)
+        return (per_token(batch.factors.to(kl), batch.answers) * kl).sum()
+
+    def _compared(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
+        """KL of each token of the answers, and the student's log p of it, without a gradient."""
+        model, teacher = self.base.model, self.teacher
+        taught = batch.teacher or batch
+        with torch.no_grad(), without_dropout(teacher.base.model), teacher.acting():
+            ids, places = sent(taught.input_ids, teacher.base.device), _places(taught, teacher.base)
+            theirs = hidden_at(teacher.base.model, ids, taught.lengths, places)
+        ids, places = sent(batch.input_ids, self.base.device), _places(batch, self.base)
+        said = ids[places + 1]
+
+        def other(part: slice) -> Tensor:
+            with teacher.acting():
+                return head_logits(teacher.base.model, theirs[part])
+
+        def compare(ours: Tensor, others: Tensor, part: slice) -> Tensor:
+            kl = divergences(ours, others, self.settings.divergence)
+            logps = ours.detach().log_softmax(-1).gather(1, said[part, None])[:, 0]
+            return torch.stack([kl, logps], 1)
+
+        kl, logps = compared_logits(model, hidden_at(model, ids, batch.lengths, places), other, compare).unbind(1)
+        return kl, logps.detach()
+
+    def means(self) -> Means:
+        """What was measured since `begin`. Raises TrainingError where what was drawn from is not what is trained."""
+        out = Means.total([self.seen, Means(dict(self.measured), dict.fromkeys(self.measured, 1))])
+        return checked_gap(out, self.worst, self.settings, "this is worth a report")
+
+    # -- held-out prompts ----------------------------------------------------------------------------------------------
+
+    def score(
+        self, prompts: Sequence[PromptItem], rows: Sequence[Row], interrupted: Callable[[], bool]
+    ) -> Score | None:  # fmt: skip
+        """The mean KL of a token of greedy answers. None as soon as `interrupted()`."""
+        kept = self.measured
+        answers = self._drawn(prompts, rows, replace(self.drawing, temperature=0.0), 0, 1, interrupted)
+        found, self.measured = self.measured, kept
+        if answers is None:
+            return None
+        total, tokens = 0.0, sum(len(a.rollout.logps) for a in answers)
+        for group in answer_groups([a.tokens for a in answers], self.config):
+            if interrupted():
+                return None
+            batch = _batch([answers[i] for i in group], torch.ones(len(group)))
+            with torch.no_grad(), without_dropout(self.base.model):
+                total += float(self._compared(batch)[0].double().sum())
+        extra = {key: found[key] for key in ("cut_share", "answer_tokens", "teacher_long")}
+        mean = total / max(1, tokens)
+        return Score(mean * len(answers), tokens, len(answers), extra, likelihood=False, units=len(answers))
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def kept(self, step: int) -> dict[str, Any]:
+        """Nothing: each step's answers are drawn for it."""
+        return {}
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        return
+
+
+def _prompt_ids(base: TextBase, renderer: Renderer, text: str) -> tuple[int, ...]:
+    chat = renderer.template is not None
+    return tuple(base.tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"])
+
+
+def _saved_cents(tokens: float, section: DistillationSection) -> str:
+    """What prompt tokens cost at `distillation.price`, of a thousand requests; "" where it is not given."""
+    if section.price is None:
+        return ""
+    cents = tokens * section.price / 1e6 * 1000 * 100
+    return f": {cents:.3g} cents a thousand requests at ${section.price:g} a million"
+
+
+def _places(batch: Batch, base: TextBase) -> Tensor:
+    return sent(batch.trained.nonzero()[:, 0] - 1, base.device)
+
+
+def _batch(answers: Sequence[_TaughtRollout], factors: Tensor) -> PolicyBatch:
+    batch = collate([rollout_example(a.rollout) for a in answers])
+    told = any(a.asked != a.rollout.prompt for a in answers)
+    return PolicyBatch(
+        batch.input_ids, batch.lengths, batch.trained, [len(a.rollout.logps) for a in answers],
+        torch.ones(len(answers)), factors,
+        torch.tensor([x for a in answers for x in a.rollout.logps], dtype=torch.float64), fresh=True,
+        teacher=collate([rollout_example(replace(a.rollout, prompt=a.asked)) for a in answers]) if told else None,
+    )  # fmt: skip
+
+
+# -- a teacher's answers as rows ---------------------------------------------------------------------------------------
+
+
+def taught_rows(
+    rows: Sequence[Row], config: TrainConfig, base: TextBase, sampler: Sampler, name: str = ""
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The answers of a teacher to rows' prompts, as rows to train on, and where prompts stood that it cannot read or
+    whose answer was cut: these are no rows. base, name: the teacher's, and of its adapter on the sampler's attachment.
+    What it is told beyond the prompts is not in the rows."""
+    d, renderer = config.distillation, Renderer(base.tokenizer, config.data.chat_template)
+    how = Drawing(d.max_tokens, d.temperature)
+    wanted, owners, left = [], [], []
+    for i, row in enumerate(rows):
+        ids = _prompt_ids(base, renderer, _teacher_prompt(renderer, row, d.system))
+        if len(ids) + d.max_tokens > base.context:
+            left.append(f"{row.where}: longer than the teacher's context")
+            continue
+        wanted += [AnswerWanted(ids, draw_seed(config.seed, 0, i, k), how, name) for k in range(d.group)]
+        owners += [row] * d.group
+    made = []
+    for row, drawn in zip(owners, sampler.draw(wanted) or [], strict=True):
+        if drawn.cut:
+            left.append(f"{row.where}: its answer was cut at {d.max_tokens} tokens")
+            continue
+        prompt = prompt_of(row)
+        asked = [dict(message) for message in prompt.messages[: prompt.last_assistant()]]
+        made.append({"messages": [*asked, {"role": "assistant", "content": drawn.text}]} | _tools(row))
+    return made, left
+
+
+def _tools(row: Row) -> dict[str, Any]:
+    return {"tools": list(row.tools)} if row.tools else {}

@@ -1,0 +1,48 @@
+"""docs/how-to/distillation.md: its commands, its rows and its configurations run, on the tiny base; the examples' files
+are read as they stand."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.run import run
+from tests.test_readme import ROOT, blocks
+from tests.tiny_base import tiny_base_dir
+from veneer.train.config.load import load_config
+from veneer.train.config.text import TrainConfig
+
+PAGE = (ROOT / "docs" / "how-to" / "distillation.md").read_text(encoding="utf-8")
+
+
+def test_from_an_empty_machine_to_an_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (rows,), values, (commands,) = (blocks(PAGE, kind) for kind in ("json", "yaml", "bash"))
+    Path("tickets.jsonl").write_text(rows * 5)
+    base = str(tiny_base_dir(tmp_path))
+    large, small, told = (yaml.safe_load(text) for text in values)
+    short = {"base": base, "schedule": {"steps": 2}}
+    Path("teacher.yaml").write_text(yaml.safe_dump(large | short))
+    Path("distill.yaml").write_text(yaml.safe_dump(small | short | {"evaluation": {"every": 1, "keep": "last"}}))
+    told["distillation"]["max_tokens"] = 8
+    Path("told.yaml").write_text(yaml.safe_dump(small | short | told | {"output": "runs/told"}))
+    for line in (*commands.splitlines(), "veneer train told.yaml --dry-run"):
+        words = shlex.split(line.replace("smollm2-135m", base), comments=True)
+        if words[0] == "veneer":
+            more = ["--max-new-tokens", "4"] if words[1] == "eval" else []
+            ran = run(capsys, *words[1:], *more)
+            assert ran.code == 0, f"{line}\n{ran.out}{ran.err}"
+    assert "cents a thousand requests at $0.15 a million" in ran.err
+    assert Path("answers.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["smaller", "prompt"])
+def test_the_examples_configurations_are_whole(name: str) -> None:
+    config, _ = load_config(ROOT / "examples" / "distillation" / f"{name}.yaml", [])
+    assert isinstance(config, TrainConfig)
+    assert config.distillation.teacher is not None

@@ -1,0 +1,218 @@
+"""Distillation on a tiny base: its losses beside float64 by hand, a student becomes its teacher, and a run as any."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cli.run import run
+from tests.tiny_base import tiny_base_dir
+from veneer.errors import ConfigError, Interrupted, MismatchError, TrainingError
+from veneer.models.text.base import TextBase, load_text
+from veneer.models.text.loss import compared_logits, head_logits, hidden_at
+from veneer.serve.engine.live import live_sampler
+from veneer.train.config.load import config_from
+from veneer.train.events import Event, Stepped
+from veneer.train.report.log import read_log
+from veneer.train.text.policy_losses import divergences
+from veneer.train.text.save import RunResult
+from veneer.train.text.task import run_text
+
+TENSORS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distill")
+    tiny_base_dir(folder)
+    lines = [{"prompt": f"The printer number {i} does not answer.", "completion": " it"} for i in range(12)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(shared: Path) -> TextBase:
+    return load_text(str(shared / "tiny-base"))
+
+
+@pytest.fixture(scope="module")
+def teacher(shared: Path, base: TextBase) -> str:
+    """An adapter of rank 8, trained on answers."""
+    values = {
+        "base": str(shared / "tiny-base"), "data": {"train": str(shared / "prompts.jsonl"), "split": 0},
+        "output": str(shared / "teacher"), "adapter": {"rank": 8}, "optimizer": {"learning_rate": 2e-2},
+        "schedule": {"steps": 8}, "batching": {"rows": 4},
+    }  # fmt: skip
+    return run_text(config_from(values)[0], base=base, on_event=lambda event: None).adapter
+
+
+def config(shared: Path, output: Path, **sections: Any) -> Any:
+    values: dict[str, Any] = {
+        "base": str(shared / "tiny-base"), "data": {"train": str(shared / "prompts.jsonl"), "split": 2},
+        "output": str(output), "batching": {"rows": 4, "micro_rows": 3}, "optimizer": {"learning_rate": 1e-2},
+        "schedule": {"steps": 3, "name": "constant"}, "evaluation": {"keep": "last", "every": 3},
+        "checkpoint": {"every": 1}, "distillation": {"max_tokens": 6},
+    }  # fmt: skip
+    for section, value in sections.items():
+        values[section] = {**values.get(section, {}), **value} if isinstance(value, dict) else value
+    return config_from(values)[0]
+
+
+def train(
+    shared: Path, output: Path, base: TextBase, on_event: Any = None, resume: bool = False, **own: Any
+) -> RunResult:  # fmt: skip
+    return run_text(
+        config(shared, output, **own), base=base, resume=resume, on_event=on_event or (lambda event: None),
+        sampler=live_sampler,
+    )  # fmt: skip
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    return [r["extra"] for r in read_log(folder / "log.jsonl") if r["event"] == "stepped"]
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_divergences_and_their_gradients_are_those_of_float64_by_hand(base: TextBase, direction: Any) -> None:
+    model = base.model
+    ids = torch.arange(5, 19)
+    lengths, places = [6, 8], torch.tensor([2, 3, 8, 9, 12])
+    hidden = hidden_at(model, ids, lengths, places).detach()
+    theirs = torch.randn(
+        len(places), 384 + 16, generator=torch.Generator().manual_seed(1)
+    )  # a vocabulary that is padded
+    x = hidden.clone().requires_grad_()
+    found = compared_logits(model, x, lambda part: theirs[part], lambda a, b, _: divergences(a, b, direction))
+    (found.sum()).backward()
+
+    # by hand: the model's own logits of each row alone, in float64, place by place
+    rows = [model(input_ids=row[None]).logits[0] for row in ids.split(lengths)]
+    own = torch.cat(rows)[places].double()
+    assert torch.allclose(head_logits(model, hidden).double(), own, atol=1e-5)
+    y = hidden.double().requires_grad_()
+    by_hand = []
+    for place, other in zip(y @ model.get_output_embeddings().weight.double().T, theirs.double(), strict=True):
+        p, q = place.exp() / place.exp().sum(), other[:384].exp() / other[:384].exp().sum()
+        a, b = (p, q) if direction == "reverse" else (q, p)
+        by_hand.append(sum(a[v] * (a[v].log() - b[v].log()) for v in range(384)))
+    torch.stack(by_hand).sum().backward()
+    assert torch.allclose(found.double(), torch.stack(by_hand), rtol=1e-4, atol=1e-6)
+    assert x.grad is not None
+    assert y.grad is not None
+    assert torch.allclose(x.grad.double(), y.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_a_student_of_smaller_rank_comes_to_its_teacher(
+    shared: Path, base: TextBase, teacher: str, tmp_path: Path, direction: str
+) -> None:
+    own = {"teacher": teacher, "divergence": direction}
+    result = train(shared, tmp_path, base, distillation=own, schedule={"steps": 10}, adapter={"rank": 4})
+    found = steps(tmp_path)
+    assert found[-1]["teacher_kl"] < 0.5 * found[0]["teacher_kl"]
+    assert max(x["gap_max"] for x in found) < 1e-4
+    assert result.validation is not None
+    assert result.validation_before is not None
+    assert result.validation < result.validation_before
+    page = Path(result.report).read_text()
+    assert "Divergence from the teacher" in page
+    assert "Tokens of an answer" in page
+
+
+def test_a_teacher_that_is_the_student_has_nothing_to_teach(
+    shared: Path, base: TextBase, teacher: str, tmp_path: Path
+) -> None:
+    own = {"teacher": teacher}
+    train(shared, tmp_path, base, distillation=own, schedule={"steps": 1}, adapter={"start": teacher})
+    (found,) = steps(tmp_path)
+    assert found["teacher_kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_stopped_run_ends_as_one_that_was_not(shared: Path, base: TextBase, teacher: str, tmp_path: Path) -> None:
+    own = {"distillation": {"teacher": teacher}, "schedule": {"steps": 2, "name": "constant"}}
+    train(shared, tmp_path / "whole", base, **own)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train(shared, tmp_path / "parts", base, stop, **own)
+    train(shared, tmp_path / "parts", base, resume=True, **own)
+    assert (tmp_path / "parts" / TENSORS).read_bytes() == (tmp_path / "whole" / TENSORS).read_bytes()
+
+
+def test_what_only_the_teacher_is_told_is_trained_in_and_what_it_saves_is_said(
+    shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    own = {"teacher": "base", "system": "Answer in one word: billing, it or hr. " * 3, "price": 0.15}
+    train(shared, tmp_path, base, distillation=own, schedule={"steps": 8})
+    found = steps(tmp_path)
+    assert found[0]["teacher_kl"] > 0
+    assert found[-1]["teacher_kl"] < found[0]["teacher_kl"]
+    (told,) = [r["text"] for r in read_log(tmp_path / "log.jsonl") if "are saved" in r.get("text", "")]
+    saved = found[0]["saved_tokens"]
+    assert f"{saved * 0.15 / 10:.3g} cents a thousand requests" in told
+
+
+def test_prompts_beyond_the_teachers_context_are_counted_and_left_out(
+    shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    own = {"teacher": "base", "system": "word " * base.context}
+    with pytest.raises(TrainingError, match="longer than the teacher's context"):
+        train(shared, tmp_path, base, distillation=own)
+
+
+def test_another_base_is_a_teacher_where_it_has_the_same_tokenizer(
+    shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(shared / "tiny-base", other)
+    train(shared, tmp_path / "out", base, distillation={"teacher": "base", "base": str(other)}, schedule={"steps": 1})
+    assert steps(tmp_path / "out")[0]["teacher_kl"] == pytest.approx(0.0, abs=1e-6)
+    file = other / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    known = tokenizer["model"]["vocab"]
+    known["a"], known["b"] = known["b"], known["a"]
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(MismatchError, match="another tokenizer: 2 tokens differ, as 'a'"):
+        train(shared, tmp_path / "no", base, distillation={"teacher": "base", "base": str(other)})
+
+
+def test_a_teachers_answers_are_rows(
+    shared: Path, base: TextBase, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(
+        json.dumps({
+            "base": str(shared / "tiny-base"), "data": {"train": str(shared / "prompts.jsonl")},
+            "output": str(tmp_path / "out"),
+            "distillation": {"teacher": teacher, "max_tokens": 60, "group": 2, "system": "Be brief."},
+        })
+    )  # fmt: skip
+    ran = run(capsys, "data", "draw", str(tmp_path / "c.yaml"), str(tmp_path / "rows.jsonl"), "--json")
+    assert ran.code == 0, ran.err
+    said = json.loads(ran.out)
+    made = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(made) == said["written"] == 24 - len(said["left"])
+    assert made
+    for row in made:
+        assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
+
+
+def test_what_cannot_be_meant_is_said(shared: Path, tmp_path: Path) -> None:
+    for own, said in (
+        ({}, "without `distillation.teacher`"),
+        ({"teacher": "base"}, "what a fresh adapter is already"),
+        ({"teacher": "critic", "base": "other"}, "a teacher as it is"),
+        ({"teacher": "critic", "price": 1.0}, "and there is none"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            config(shared, tmp_path, distillation=own)
+    with pytest.raises(ConfigError, match="keep one"):
+        config(shared, tmp_path, distillation={"teacher": "critic"}, preference={"loss": "dpo"})
