@@ -167,6 +167,19 @@ def test_prompts_beyond_the_teachers_context_are_counted_and_left_out(
     own = {"teacher": "base", "system": "word " * base.context}
     with pytest.raises(TrainingError, match="longer than the teacher's context"):
         train(shared, tmp_path, base, distillation=own)
+    # one of twelve is longer than the others, and the teacher alone is told enough to pass its context
+    rows = [json.loads(line) for line in (shared / "prompts.jsonl").read_text().splitlines()]
+    rows[0]["prompt"] = "word " * 30
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(tmp_path / "rows.jsonl"), "split": 0}
+    own["system"] = "a" * (base.context - 100)
+    batching = {"rows": 12, "micro_rows": 12}
+    train(shared, tmp_path / "one", base, distillation=own, data=data, batching=batching, schedule={"steps": 1})
+    (found,) = steps(tmp_path / "one")
+    assert found["teacher_long"] == 1
+    (told,) = [r["text"] for r in read_log(tmp_path / "one" / "log.jsonl") if "left out" in r.get("text", "")]
+    assert "1 of 12 prompts" in told
+    assert "rows.jsonl:1" in told
 
 
 def test_another_base_is_a_teacher_where_it_has_the_same_tokenizer(

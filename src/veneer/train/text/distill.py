@@ -278,6 +278,12 @@ class Distillation:
         found, self.measured = self.measured, kept
         if answers is None:
             return None
+        if not answers:
+            raise TrainingError(
+                "the teacher can read none of the held-out prompts with their answers",
+                where=f"its context is {self.teacher.base.context} tokens",
+                fix="hold shorter ones out, lower distillation.max_tokens, or shorten distillation.system",
+            )
         total, tokens = 0.0, sum(len(a.rollout.logps) for a in answers)
         for group in answer_groups([a.tokens for a in answers], self.config):
             if interrupted():
@@ -286,8 +292,7 @@ class Distillation:
             with torch.no_grad(), without_dropout(self.base.model):
                 total += float(self._compared(batch)[0].double().sum())
         extra = {key: found[key] for key in ("cut_share", "answer_tokens", "teacher_long")}
-        mean = total / max(1, tokens)
-        return Score(mean * len(answers), tokens, len(answers), extra, likelihood=False, units=len(answers))
+        return Score(total / tokens * len(answers), tokens, len(answers), extra, likelihood=False, units=len(answers))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
