@@ -158,7 +158,7 @@ def keep_private(engine: Engine) -> None:
         if not file.exists():
             with contextlib.suppress(OSError):  # which opening it says better
                 file.touch()
-        for each in (file, file.with_name(f"{file.name}-wal"), file.with_name(f"{file.name}-shm")):
+        for each in (file, Path(f"{file}-wal"), Path(f"{file}-shm")):
             if each.is_file():
                 make_private(each)
 

@@ -48,7 +48,7 @@ def _slow_where_another_has_its_blocks(family: str) -> Any:
     return pytest.param(family, marks=pytest.mark.slow) if family in ("schnell", "klein") else family
 
 
-@pytest.mark.parametrize("family", map(_slow_where_another_has_its_blocks, TINY_FAMILIES))
+@pytest.mark.parametrize("family", [*map(_slow_where_another_has_its_blocks, TINY_FAMILIES)])
 def test_every_target_learns_in_one_step_and_the_pipeline_draws_with_it(family: str, bases: Path) -> None:
     base = load_image(str(tiny_image_base(bases, family, full=True)))
     adapter = create(base.model, LoraSpec(rank=1, alpha=1, targets="all-linear"), seed=0)

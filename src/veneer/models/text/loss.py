@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -230,11 +231,13 @@ def _head_nll(model: Any, hidden: Tensor, targets: Tensor, right: Tensor | None 
     out = []
     for i in range(0, len(hidden), _HEAD_CHUNK):
         part = slice(i, i + _HEAD_CHUNK)
-        given = model, head, hidden[part], targets[part], None if right is None else right[part]
+        # Not an argument of the checkpoint, which keeps those for the backward pass and refuses what was filled since.
+        chunk = partial(_chunk_nll, right=None if right is None else right[part])
+        given = model, head, hidden[part], targets[part]
         if torch.is_grad_enabled():
-            out.append(torch.utils.checkpoint.checkpoint(_chunk_nll, *given, use_reentrant=False))
+            out.append(torch.utils.checkpoint.checkpoint(chunk, *given, use_reentrant=False))
         else:
-            out.append(_chunk_nll(*given))
+            out.append(chunk(*given))
     return torch.cat(out)
 
 
