@@ -33,13 +33,21 @@ from veneer.models.swap import without_dropout
 from veneer.models.text.base import load_text
 from veneer.models.text.loss import compared_logits, head_logits, hidden_at
 from veneer.ops.transfer import sent
-from veneer.train.loop import Means, Micro, Score, Step
+from veneer.train.loop import Means, Score, Step
 from veneer.train.text.batches import Batch, collate
+from veneer.train.text.gap import Gap
 from veneer.train.text.policy_losses import divergences, length_factors, per_token
-from veneer.train.text.prompts import PolicyBatch, PromptItem, answer_groups, prompt_of
-from veneer.train.text.reinforce import checked_gap, rollout_example
+from veneer.train.text.prompts import (
+    PolicyBatch,
+    PromptItem,
+    answer_groups,
+    answers_micro,
+    prompt_ids,
+    prompt_of,
+    rollout_example,
+)
 from veneer.train.text.render import Renderer
-from veneer.train.text.rollouts import AnswerWanted, Drawing, Rollout, Sampler, draw_seed
+from veneer.train.text.rollouts import AnswerWanted, Drawing, Rollout, Sampler, draw_seed, drawn_figures
 from veneer.train.text.rows import Row
 
 if TYPE_CHECKING:
@@ -132,7 +140,7 @@ class Distillation:
     measured: dict[str, float] = field(default_factory=dict)
     """What was found of the answers when they were drawn."""
     seen: Means = field(default_factory=Means)
-    worst: float = 0.0
+    gap: Gap = field(default_factory=Gap)
 
     def __post_init__(self) -> None:
         self.settings = self.config.distillation
@@ -177,14 +185,8 @@ class Distillation:
         micros = []
         for group in answer_groups([a.tokens for a in answers], self.config):
             own = [answers[i] for i in group]
-            micros.append(
-                Micro(
-                    tokens=sum(len(a.rollout.prompt) + len(a.rollout.tokens) for a in own),
-                    trained=sum(len(a.rollout.logps) for a in own),
-                    rows=tuple(dict.fromkeys(rows[a.row].where for a in own)),
-                    make=partial(_batch, own, factors[group]), units=len(own),
-                )
-            )  # fmt: skip
+            where = [rows[a.row].where for a in own]
+            micros.append(answers_micro([a.rollout for a in own], where, partial(_batch, own, factors[group])))
         return Step(tuple(micros), step.epoch)
 
     def _drawn(
@@ -202,13 +204,8 @@ class Distillation:
         drawn = self.sampler.draw(wanted, interrupted) if wanted else []
         if drawn is None:
             return None
-        tokens, count = sum(len(r.logps) for r in drawn), max(1, len(drawn))
-        self.measured = {
-            "answer_tokens": tokens / count, "drawn_tokens": float(tokens),
-            "drawn_seconds": time.perf_counter() - began,
-            "cut_share": sum(r.cut for r in drawn) / count, "teacher_long": float(len(prompts) - len(read)),
-            "prompt_cached": sum(r.cached for r in drawn) / max(1, sum(len(r.prompt) for r in drawn)),
-        }  # fmt: skip
+        self.measured = drawn_figures(drawn, time.perf_counter() - began)
+        self.measured["teacher_long"] = float(len(prompts) - len(read))
         if self.settings.system:
             saved = sum(len(asked[item.row]) - len(item.ids) for item in read)
             self.measured["saved_tokens"] = saved / max(1, len(read))
@@ -218,7 +215,7 @@ class Distillation:
     def _asked(self, item: PromptItem, rows: Sequence[Row]) -> tuple[int, ...]:
         if not self.settings.system:
             return item.ids
-        return _prompt_ids(
+        return prompt_ids(
             self.base, self.renderer, _teacher_prompt(self.renderer, rows[item.row], self.settings.system)
         )
 
@@ -228,16 +225,14 @@ class Distillation:
     # -- the loss ------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        self.seen, self.worst = Means(), 0.0
+        self.seen, self.gap = Means(), Gap()
 
     def loss(self, batch: PolicyBatch) -> Tensor:
         """Σ over the batch's answers; the loop divides by their number."""
         kl, logps = self._compared(batch)
         self.seen.add(teacher_kl=kl.detach())
         if batch.old is not None:
-            gap = (logps.double() - batch.old.to(logps.device)).abs()
-            self.worst = max(self.worst, float(gap.max()))
-            self.seen.add(gap_mean=gap, gap_share=gap.expm1() > 0.01)
+            self.gap.add(logps.double(), batch.old.to(logps.device))
         return (per_token(batch.factors.to(kl), batch.answers) * kl).sum()
 
     def _compared(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
@@ -264,8 +259,8 @@ class Distillation:
 
     def means(self) -> Means:
         """What was measured since `begin`. Raises TrainingError where what was drawn from is not what is trained."""
-        out = Means.total([self.seen, Means(dict(self.measured), dict.fromkeys(self.measured, 1))])
-        return checked_gap(out, self.worst, self.settings, "this is worth a report")
+        gap = self.gap.checked(self.settings, "this is worth a report")
+        return Means.total([self.seen, Means(dict(self.measured), dict.fromkeys(self.measured, 1)), gap])
 
     # -- held-out prompts ----------------------------------------------------------------------------------------------
 
@@ -304,11 +299,6 @@ class Distillation:
         return
 
 
-def _prompt_ids(base: TextBase, renderer: Renderer, text: str) -> tuple[int, ...]:
-    chat = renderer.template is not None
-    return tuple(base.tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"])
-
-
 def _saved_cents(tokens: float, section: DistillationSection) -> str:
     """What prompt tokens cost at `distillation.price`, of a thousand requests; "" where it is not given."""
     if section.price is None:
@@ -345,7 +335,7 @@ def taught_rows(
     how = Drawing(d.max_tokens, d.temperature)
     wanted, owners, left = [], [], []
     for i, row in enumerate(rows):
-        ids = _prompt_ids(base, renderer, _teacher_prompt(renderer, row, d.system))
+        ids = prompt_ids(base, renderer, _teacher_prompt(renderer, row, d.system))
         if len(ids) + d.max_tokens > base.context:
             left.append(f"{row.where}: longer than the teacher's context")
             continue

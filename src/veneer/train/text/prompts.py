@@ -9,7 +9,7 @@ drawn takes their place when the step's turn comes (`train.text.reinforce`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from veneer.train.loop import LazySteps, Micro, Step
 from veneer.train.text.batches import Batch, collate, grouped, step_rows
 from veneer.train.text.encode import Counts, EncodedRows, Example
 from veneer.train.text.render import Renderer
+from veneer.train.text.rollouts import Rollout
 from veneer.train.text.rows import Row
 
 if TYPE_CHECKING:
@@ -87,11 +88,10 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
     long: list[str] = []
     for i, row in enumerate(rows):
         try:
-            text = renderer.prompt(prompt_of(row))
+            ids = prompt_ids(base, renderer, renderer.prompt(prompt_of(row)))
         except ValueError as error:
             bad.append(f"{row.where}: {error}")
             continue
-        ids = list(base.tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"])
         counts.longest = max(counts.longest, len(ids))
         if not ids:
             bad.append(f"{row.where}: the prompt is empty")
@@ -99,7 +99,7 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
             long.append(f"{row.where}: {len(ids)} tokens and {most} of an answer")
             counts.note("long_dropped", row.where)
         else:
-            items.append(PromptItem(tuple(ids), i, most))
+            items.append(PromptItem(ids, i, most))
     if bad:
         raise DataError(f"{len(bad)} of {len(rows)} rows are no prompts:\n{bullets(bad)}", fix="correct those rows")
     if long and data.long_rows == "refuse":
@@ -112,6 +112,26 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
     counts.kept, counts.tokens = len(items), sum(len(item.ids) for item in items)
     counts.trained_tokens = most * len(items)
     return items, EncodedRows(examples, counts, renderer, set(base.stop_ids), chat, set())
+
+
+def prompt_ids(base: TextBase, renderer: Renderer, text: str) -> tuple[int, ...]:
+    """Tokens of what `renderer` made: a chat template has written the special ones already."""
+    chat = renderer.template is not None
+    return tuple(base.tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"])
+
+
+def rollout_example(rollout: Rollout) -> Example:
+    """A prompt with its answer, of which what was drawn is learned."""
+    prompt, said = list(rollout.prompt), list(rollout.tokens)
+    return Example([*prompt, *said], [False] * len(prompt) + rollout.trained, 0)
+
+
+def answers_micro(answers: Sequence[Rollout], where: Sequence[str], make: Callable[[], PolicyBatch]) -> Micro:
+    """A micro-batch of answers. where: of each one's row."""
+    return Micro(
+        tokens=sum(len(r.prompt) + len(r.tokens) for r in answers), trained=sum(len(r.logps) for r in answers),
+        rows=tuple(dict.fromkeys(where)), make=make, units=len(answers),
+    )  # fmt: skip
 
 
 def answer_groups(lengths: Sequence[int], config: TrainConfig) -> list[list[int]]:

@@ -35,11 +35,11 @@ from veneer.models.swap import without_dropout
 from veneer.models.text.loss import token_logps
 from veneer.models.text.replay import replayed_logps
 from veneer.ops.transfer import sent
-from veneer.train.loop import Means, Micro, Score, Step
+from veneer.train.loop import Means, Score, Step
 from veneer.train.rewards.reward import Answer, Rewards, reward_findings
 from veneer.train.text.batches import collate
 from veneer.train.text.conversations import Conversation, Conversing, said_so_far
-from veneer.train.text.encode import Example
+from veneer.train.text.gap import Gap
 from veneer.train.text.policy_losses import (
     advantages,
     clipped,
@@ -49,19 +49,21 @@ from veneer.train.text.policy_losses import (
     per_token,
     policy_ratios,
 )
-from veneer.train.text.prompts import PolicyBatch, PromptItem, answer_groups, prompt_of
-from veneer.train.text.rollouts import AnswerWanted, Drawing, Rollout, Sampler, draw_seed
+from veneer.train.text.prompts import (
+    PolicyBatch,
+    PromptItem,
+    answer_groups,
+    answers_micro,
+    prompt_of,
+    rollout_example,
+)
+from veneer.train.text.rollouts import AnswerWanted, Drawing, Rollout, Sampler, draw_seed, drawn_figures
 from veneer.train.text.rows import Row
 
 if TYPE_CHECKING:
     from veneer.core.attach import Attachment
     from veneer.models.text.base import TextBase
-    from veneer.train.config.distillation import DistillationSection
-    from veneer.train.config.reinforcement import ReinforcementSection
     from veneer.train.config.text import TrainConfig
-
-_BEYOND = 0.01
-"""Relative difference of a probability that `gap_share` counts."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Reinforcement:
     measured: dict[str, float] = field(default_factory=dict)
     """What was found of them when they were drawn."""
     seen: Means = field(default_factory=Means)
-    worst: float = 0.0
+    gap: Gap = field(default_factory=Gap)
 
     def __post_init__(self) -> None:
         self.settings = self.config.reinforcement.settled()
@@ -158,13 +160,8 @@ class Reinforcement:
             for i, w, reference in zip(known, worth.tolist(), references, strict=True)
             if not (s.mask_cut and cut[i])
         ]
-        tokens, prompted = sum(len(r.logps) for r in drawn), sum(len(r.prompt) for r in drawn)
         found["constant_share"] = found["constant_groups"] / max(1.0, found["groups"])
-        found |= {
-            "answer_tokens": tokens / len(drawn), "drawn_tokens": float(tokens), "drawn_seconds": seconds,
-            "prompt_cached": sum(r.cached for r in drawn) / max(1, prompted),
-        }  # fmt: skip
-        self.first, self.measured = number, found
+        self.first, self.measured = number, found | drawn_figures(drawn, seconds)
         if not self.answers:
             raise TrainingError(
                 f"none of the {len(drawn)} answers of step {number} can be learned from",
@@ -216,19 +213,14 @@ class Reinforcement:
         for group in answer_groups([answers[i].tokens for i in moving], self.config):
             own = [answers[moving[k]] for k in group]
             f = factors[[moving[k] for k in group]]
-            micros.append(
-                Micro(
-                    tokens=sum(a.tokens for a in own), trained=sum(len(a.rollout.logps) for a in own),
-                    rows=tuple(dict.fromkeys(rows[a.row].where for a in own)),
-                    make=partial(_batch, own, f, fresh), units=len(own),
-                )
-            )  # fmt: skip
+            where = [rows[a.row].where for a in own]
+            micros.append(answers_micro([a.rollout for a in own], where, partial(_batch, own, f, fresh)))
         return Step(tuple(micros), step.epoch)
 
     # -- the loss ------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        self.seen, self.worst = Means(), 0.0
+        self.seen, self.gap = Means(), Gap()
 
     def loss(self, batch: PolicyBatch) -> Tensor:
         """Σ over the batch's answers; the loop divides by their number."""
@@ -247,9 +239,7 @@ class Reinforcement:
             losses = losses if s.kl_estimator == "k1" else losses + s.kl * kl
             self.seen.add(kl=kl)
         if batch.fresh and batch.old is not None:
-            gap = (logps.detach() - old).abs()
-            self.worst = max(self.worst, float(gap.max()))
-            self.seen.add(gap_mean=gap, gap_share=gap.expm1() > _BEYOND)
+            self.gap.add(logps, old)
         if s.clip_low is not None and s.clip_high is not None and batch.old is not None:
             r = ratios.detach()
             self.seen.add(clipped=((r < 1 - s.clip_low) & (worth < 0)) | ((r > 1 + s.clip_high) & (worth > 0)))
@@ -267,9 +257,9 @@ class Reinforcement:
 
     def means(self) -> Means:
         """What was measured since `begin`. Raises TrainingError where what was drawn from is not what is trained."""
-        out = Means.total([self.seen, Means(dict(self.measured), dict.fromkeys(self.measured, 1))])
         fix = "set reinforcement.exact=true" if not self.settings.exact else "this is worth a report"
-        return checked_gap(out, self.worst, self.settings, fix)
+        gap = self.gap.checked(self.settings, fix)
+        return Means.total([self.seen, Means(dict(self.measured), dict.fromkeys(self.measured, 1)), gap])
 
     # -- held-out prompts ----------------------------------------------------------------------------------------------
 
@@ -305,26 +295,6 @@ class Reinforcement:
             self.answers = [_JudgedRollout.from_dict(values) for values in kept["answers"]]
 
 
-def checked_gap(
-    measured: Means, worst: float, section: ReinforcementSection | DistillationSection, fix: str
-) -> Means:  # fmt: skip
-    """`measured`, with the largest gap where one was seen. Raises TrainingError where the mean is above the bound: what
-    was drawn from is not what is trained."""
-    if "gap_mean" not in measured.counts:
-        return measured
-    measured.sums["gap_max"], measured.counts["gap_max"] = worst, 1
-    mean = measured.sums["gap_mean"] / measured.counts["gap_mean"]
-    if not mean <= section.gap:
-        raise TrainingError(
-            f"the answers were drawn from another model than the one that is trained: their tokens' "
-            f"log-probabilities differ by {mean:.3g} nats on average, {worst:.3g} at most",
-            where=f"{section.named}.gap is {section.gap:g}",
-            fix=f"{fix}; a base in float32 has less rounding (base.dtype=float32); a higher {section.named}.gap "
-            "trains all the same, off-policy by that much",
-        )
-    return measured
-
-
 def _unanswered(row: Row) -> Answer:
     """What rewards see of a prompt."""
     end = row.last_assistant()
@@ -337,12 +307,6 @@ def _unanswered(row: Row) -> Answer:
         list(prompt.messages[: prompt.last_assistant()]), "", columns,
         tools=[tool for tool in row.tools if isinstance(tool, Mapping)],
     )  # fmt: skip
-
-
-def rollout_example(rollout: Rollout) -> Example:
-    """A prompt with its answer, of which what was drawn is learned."""
-    prompt, said = list(rollout.prompt), list(rollout.tokens)
-    return Example([*prompt, *said], [False] * len(prompt) + rollout.trained, 0)
 
 
 def _batch(answers: Sequence[_JudgedRollout], factors: Tensor, fresh: bool) -> PolicyBatch:

@@ -130,6 +130,17 @@ class Sampler(Protocol):
 MakeSampler = Callable[["TextBase", "Attachment", SamplerSettings], AbstractContextManager[Sampler]]
 
 
+def drawn_figures(drawn: Sequence[Rollout], seconds: float) -> dict[str, float]:
+    """What is logged of a draw: tokens of an answer (mean) and of all, seconds, the share of answers that were cut, and
+    that of the prompts' tokens whose keys and values were there."""
+    tokens, count = sum(len(r.logps) for r in drawn), max(1, len(drawn))
+    return {
+        "answer_tokens": tokens / count, "drawn_tokens": float(tokens), "drawn_seconds": seconds,
+        "cut_share": sum(r.cut for r in drawn) / count,
+        "prompt_cached": sum(r.cached for r in drawn) / max(1, sum(len(r.prompt) for r in drawn)),
+    }  # fmt: skip
+
+
 def draw_seed(*key: int | str) -> int:
     """A seed of 63 bits, the same on every machine."""
     return int.from_bytes(hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()) >> 1

@@ -1,0 +1,53 @@
+"""The gap: how far the sampler's log-probabilities are from the trainer's, of the same tokens.
+
+    gap_mean, gap_max     nats, of the tokens drawn for a step
+    gap_share             tokens whose probability differs by more than 1 %
+
+Above a run's bound what was drawn from is not what is trained, and the run stops before its optimizer moves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from veneer.errors import TrainingError
+from veneer.train.loop import Means
+
+if TYPE_CHECKING:
+    from veneer.train.config.distillation import DistillationSection
+    from veneer.train.config.reinforcement import ReinforcementSection
+
+_BEYOND = 0.01
+"""Relative difference of a probability that `gap_share` counts."""
+
+
+@dataclass
+class Gap:
+    """Of one step."""
+
+    seen: Means = field(default_factory=Means)
+    worst: float = 0.0
+
+    def add(self, trainer: Tensor, sampler: Tensor) -> None:
+        """Log-probabilities of the same tokens, float64."""
+        gap = (trainer.detach() - sampler).abs()
+        self.worst = max(self.worst, float(gap.max()))
+        self.seen.add(gap_mean=gap, gap_share=gap.expm1() > _BEYOND)
+
+    def checked(self, section: ReinforcementSection | DistillationSection, fix: str) -> Means:
+        """What was seen, and nothing where nothing was. Raises TrainingError where the mean is above the bound."""
+        if "gap_mean" not in self.seen.counts:
+            return self.seen
+        mean = self.seen.sums["gap_mean"] / self.seen.counts["gap_mean"]
+        if not mean <= section.gap:
+            raise TrainingError(
+                f"the answers were drawn from another model than the one that is trained: their tokens' "
+                f"log-probabilities differ by {mean:.3g} nats on average, {self.worst:.3g} at most",
+                where=f"{section.named}.gap is {section.gap:g}",
+                fix=f"{fix}; a base in float32 has less rounding (base.dtype=float32); a higher {section.named}.gap "
+                "trains all the same, off-policy by that much",
+            )
+        return Means.total([self.seen, Means({"gap_max": self.worst}, {"gap_max": 1})])
