@@ -8,7 +8,7 @@ nobody's look-up waits for gigabytes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
@@ -23,12 +23,12 @@ from veneer.jobs.files import Files, Upload, UploadedFile
 from veneer.library.store import CHUNK
 from veneer.serve.engine.admission import FairPool, SharedQuantity
 from veneer.serve.http.bodies import Body, BodyRoute, Strict, at_most, checked
-from veneer.serve.http.errors import Json
+from veneer.serve.http.errors import Json, in_thread
 from veneer.serve.http.service import caller_of
-from veneer.serve.outage import fault
 from veneer.serve.request import Refused, invalid
 
 T = TypeVar("T")
+_DATABASE = "the database of uploaded files"
 
 _AT_ONCE = 32
 _THREADS = 2
@@ -70,7 +70,7 @@ def file_routes(files: Files) -> APIRouter:
     async def copied(request: HttpRequest, size: int, do: Callable[[], T]) -> T:
         """What goes through so many bytes."""
         caller = caller_of(request)
-        return await in_thread(do, run=lambda work: copying.run(caller.tenant, caller.weight, size, work))
+        return await in_thread(_DATABASE, do, run=lambda work: copying.run(caller.tenant, caller.weight, size, work))
 
     @asynccontextmanager
     async def form(request: HttpRequest, wanted: str) -> AsyncIterator[tuple[FormData, UploadFile]]:
@@ -118,20 +118,21 @@ def file_routes(files: Files) -> APIRouter:
     ) -> Response:
         tenant = caller_of(request).tenant
         found, more = await in_thread(
-            lambda: files.list(tenant, purpose=purpose, limit=limit, after=after, newest_first=order == "desc")
+            _DATABASE,
+            lambda: files.list(tenant, purpose=purpose, limit=limit, after=after, newest_first=order == "desc"),
         )
         return Json(page_shown([_shown_file(file) for file in found], more))
 
     @router.get("/v1/files/{id}", summary="One of them.")
     async def retrieve(request: HttpRequest, id: str) -> Response:
         tenant = caller_of(request).tenant
-        return Json(_shown_file(await in_thread(lambda: files.get(tenant, id))))
+        return Json(_shown_file(await in_thread(_DATABASE, lambda: files.get(tenant, id))))
 
     @router.get("/v1/files/{id}/content", summary="What is in it.")
     async def content(request: HttpRequest, id: str) -> Response:
         tenant = caller_of(request).tenant
-        file = await in_thread(lambda: files.get(tenant, id))
-        source = await in_thread(lambda: files.open(file))
+        file = await in_thread(_DATABASE, lambda: files.get(tenant, id))
+        source = await in_thread(_DATABASE, lambda: files.open(file))
 
         async def chunks() -> AsyncIterator[bytes]:
             try:
@@ -147,19 +148,21 @@ def file_routes(files: Files) -> APIRouter:
     @router.delete("/v1/files/{id}", summary="Remove it. A job that reads it has its own copy.")
     async def remove(request: HttpRequest, id: str) -> Response:
         tenant = caller_of(request).tenant
-        await in_thread(lambda: files.delete(tenant, id))
+        await in_thread(_DATABASE, lambda: files.delete(tenant, id))
         return Json({"id": id, "object": "file", "deleted": True})
 
     @router.post("/v1/uploads", summary="Begin a file that comes in parts.")
     async def begin(request: HttpRequest, body: UploadBody) -> Response:
         tenant, keep = caller_of(request).tenant, body.expires_after.seconds if body.expires_after else None
-        made = await in_thread(lambda: files.begin(tenant, body.filename, body.purpose, body.bytes, keep=keep))
+        made = await in_thread(
+            _DATABASE, lambda: files.begin(tenant, body.filename, body.purpose, body.bytes, keep=keep)
+        )
         return Json(_shown_upload(made), headers=body.headers)
 
     @router.post("/v1/uploads/{id}/parts", summary="A part of it.", openapi_extra=_posted("data"))
     async def part(request: HttpRequest, id: str) -> Response:
         tenant = caller_of(request).tenant
-        await in_thread(lambda: files.get_upload(tenant, id))  # before much is sent for nothing
+        await in_thread(_DATABASE, lambda: files.get_upload(tenant, id))  # before much is sent for nothing
         async with form(request, "data") as (read, sent):
             if unknown := sorted(set(read) - {"data"}):
                 raise invalid(f"unknown key {unknown[0][:100]!r}", unknown[0][:100])
@@ -169,14 +172,14 @@ def file_routes(files: Files) -> APIRouter:
     @router.post("/v1/uploads/{id}/complete", summary="The file of these parts, in this order.")
     async def complete(request: HttpRequest, id: str, body: CompleteBody) -> Response:
         tenant = caller_of(request).tenant
-        size = (await in_thread(lambda: files.get_upload(tenant, id))).bytes
+        size = (await in_thread(_DATABASE, lambda: files.get_upload(tenant, id))).bytes
         done = await copied(request, size, lambda: files.complete(tenant, id, body.part_ids, body.md5))
         return Json(_shown_upload(done))
 
     @router.post("/v1/uploads/{id}/cancel", summary="Give it up; what was sent of it is removed.")
     async def cancel(request: HttpRequest, id: str) -> Response:
         tenant = caller_of(request).tenant
-        return Json(_shown_upload(await in_thread(lambda: files.cancel(tenant, id))))
+        return Json(_shown_upload(await in_thread(_DATABASE, lambda: files.cancel(tenant, id))))
 
     return router
 
@@ -185,19 +188,6 @@ def page_shown(data: list[dict[str, Any]], more: bool) -> dict[str, Any]:
     """A page as OpenAI's clients read it."""
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more}
-
-
-async def in_thread(
-    do: Callable[[], T], what: str = "the database of uploaded files",
-    run: Callable[[Callable[[], T]], Awaitable[T]] = asyncio.to_thread,
-) -> T:  # fmt: skip
-    """`do` in a thread, by `run`. What goes wrong with `what` is told as an outage or a fault of it."""
-    try:
-        return await run(do)
-    except Refused:
-        raise
-    except Exception as error:
-        raise fault(what, error) from error
 
 
 def _keep(read: FormData) -> float | None:

@@ -22,11 +22,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from veneer.errors import ConfigError, MissingExtraError
-from veneer.jobs.http.files import in_thread
 from veneer.serve.access import Caller
 from veneer.serve.http.answers import TextAnswer, TextJob, run, total
 from veneer.serve.http.bodies import Body, BodyRoute
-from veneer.serve.http.errors import Json
+from veneer.serve.http.errors import Json, in_thread
 from veneer.serve.http.service import Service, caller_of, service_of
 from veneer.serve.request import Refused, Sampling, Usage, invalid
 from veneer.train.rewards.graders import Grade, GraderRun, grader_types, parse_grader
@@ -98,7 +97,7 @@ def grader_routes(*, python: bool = False) -> APIRouter:
                 raise invalid(error.what, "grader", error.fix) from error
 
         async with room:
-            grade_ = await in_thread(grade, "the grader")
+            grade_ = await in_thread("the grader", grade)
         return Json(_shown(grader, grade_, time.perf_counter() - began))
 
     return router

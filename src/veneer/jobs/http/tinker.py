@@ -32,7 +32,6 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, Response
 
 from veneer.errors import ConfigError, VeneerError, quoted
-from veneer.jobs.http.files import in_thread
 from veneer.jobs.store import JobStore
 from veneer.jobs.tinker.checkpoints import SavedWeights, parse_path
 from veneer.jobs.tinker.journal import FutureResult
@@ -44,7 +43,7 @@ from veneer.library.library import Library
 from veneer.serve.access import Bill, Caller, Served
 from veneer.serve.http.answers import TextAnswer, TextJob, run
 from veneer.serve.http.bodies import BodyRoute, Strict, read_body
-from veneer.serve.http.errors import Json, as_refused, message_of
+from veneer.serve.http.errors import Json, as_refused, in_thread, message_of
 from veneer.serve.http.mixes import ChosenMix
 from veneer.serve.http.service import Service, caller_of, service_of
 from veneer.serve.names.shelf import AdapterPlace
@@ -881,4 +880,4 @@ async def _asked(do: Callable[[], T]) -> T:
                 raise
             raise as_refused(error) from error
 
-    return await in_thread(run, "what training clients left")
+    return await in_thread("what training clients left", run)

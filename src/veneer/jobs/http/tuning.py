@@ -27,7 +27,7 @@ from starlette.responses import Response
 from veneer.errors import ConfigError, quoted
 from veneer.jobs.after import AfterJob, check_after
 from veneer.jobs.files import Files, UploadedFile
-from veneer.jobs.http.files import in_thread, page_shown
+from veneer.jobs.http.files import page_shown
 from veneer.jobs.http.graders import grader_of
 from veneer.jobs.inputs import count_lines, drop_inputs, put_input
 from veneer.jobs.openai import (
@@ -49,7 +49,7 @@ from veneer.library.names import name_of, new_tuned, organisation_of, parse_tune
 from veneer.serve.access import Caller
 from veneer.serve.engine.admission import FairPool
 from veneer.serve.http.bodies import BodyRoute
-from veneer.serve.http.errors import Json, error_body
+from veneer.serve.http.errors import Json, error_body, in_thread
 from veneer.serve.http.service import Service, admission_of, caller_of, service_of
 from veneer.serve.http.sse import EventStream, data
 from veneer.serve.request import Refused, invalid
@@ -386,7 +386,7 @@ async def _asked(do: Callable[[], T], by: Callable[[Callable[[], T]], Awaitable[
         except ConfigError as error:
             raise invalid(error.what, error.where, error.fix) from error
 
-    return await in_thread(run, "the table of jobs", by)
+    return await in_thread("the table of jobs", run, by)
 
 
 # -- events as they come -----------------------------------------------------------------------------------------------

@@ -6,11 +6,12 @@ a surface has another word for the same thing (TGI: 422 for what cannot be, 424 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 
@@ -19,6 +20,8 @@ from veneer.serve.outage import fault
 from veneer.serve.request import Refused
 
 log = logging.getLogger("veneer.serve")
+
+_T = TypeVar("_T")
 
 
 class Json(Response):
@@ -132,3 +135,15 @@ def answer_error(error: Refused, surface: str) -> Json:
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Json(body, status_code=status, headers=headers)
+
+
+async def in_thread(
+    what: str, do: Callable[[], _T], run: Callable[[Callable[[], _T]], Awaitable[_T]] = asyncio.to_thread
+) -> _T:
+    """`do` in a thread, by `run`. What goes wrong with `what` is told as an outage or a fault of it."""
+    try:
+        return await run(do)
+    except Refused:
+        raise
+    except Exception as error:
+        raise fault(what, error) from error

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import Field
@@ -15,14 +14,13 @@ from starlette.responses import Response, StreamingResponse
 
 from veneer.library.database import reading
 from veneer.serve.http.bodies import FAIL_FAST, Body, BodyRoute, Strict, at_most, checked
-from veneer.serve.http.errors import Json
+from veneer.serve.http.errors import Json, in_thread
 from veneer.serve.http.service import caller_of
 from veneer.serve.http.surfaces.openai import Message
-from veneer.serve.outage import fault
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy.feedback import AnswerFeedback, FeedbackKind, KeptAnswers, feedback_counts, feedback_rows
 
-T = TypeVar("T")
+_DATABASE = "the tenants' database"
 _LARGEST = 1 << 18
 """Characters of a correction, with its tool calls as JSON."""
 
@@ -75,7 +73,7 @@ def feedback_routes(answers: KeptAnswers) -> APIRouter:
     @router.post("/v1/feedback", summary="Say what an answer is worth: a thumb, a correction, what it was chosen over.")
     async def give(request: HttpRequest, body: FeedbackBody) -> Response:
         tenant, feedback = _tenant(request), body.feedback()
-        return Json(await _told(lambda: answers.give(tenant, feedback)), headers=body.headers)
+        return Json(await in_thread(_DATABASE, lambda: answers.give(tenant, feedback)), headers=body.headers)
 
     @router.get("/v1/feedback", summary="How many answers are kept, how long, and what was said of them.")
     async def summary(request: HttpRequest) -> Response:
@@ -85,7 +83,7 @@ def feedback_routes(answers: KeptAnswers) -> APIRouter:
             with reading(store.engine) as c:
                 return feedback_counts(c, tenant, answers.wall())
 
-        counts, terms = await _told(counted), store.settings.feedback.get(tenant)
+        counts, terms = await in_thread(_DATABASE, counted), store.settings.feedback.get(tenant)
         kept = {"days": None, "names": []} if terms is None else {"days": terms.days, "names": list(terms.names)}
         return Json({"object": "feedback.summary", **kept, **counts})
 
@@ -97,7 +95,7 @@ def feedback_routes(answers: KeptAnswers) -> APIRouter:
     ) -> Response:
         tenant = _tenant(request)
         found = feedback_rows(store.engine, tenant, kind, adapter=adapter, now=answers.wall())
-        first = await _told(lambda: next(found, None))  # so that an outage has its own status
+        first = await in_thread(_DATABASE, lambda: next(found, None))  # so that an outage has its own status
 
         def lines() -> Iterator[str]:
             for row in chain([] if first is None else [first], found):
@@ -115,7 +113,7 @@ def feedback_routes(answers: KeptAnswers) -> APIRouter:
         tenant = _tenant(request)
         if (user is not None) + (id is not None) + everything != 1:
             raise invalid("what is to be removed?", None, "one of user=…, id=… and everything=true")
-        gone = await _told(lambda: answers.forget(tenant, user=user, id=id))
+        gone = await in_thread(_DATABASE, lambda: answers.forget(tenant, user=user, id=id))
         return Json({"object": "feedback.deleted", "answers": gone})
 
     return router
@@ -126,13 +124,3 @@ def _tenant(request: HttpRequest) -> str:
     if not tenant:
         raise invalid("feedback belongs to a tenant", None, "a tenant's key; the operator has veneer tenant feedback")
     return tenant
-
-
-async def _told(do: Callable[[], T]) -> T:
-    """`do` in a thread."""
-    try:
-        return await asyncio.to_thread(do)
-    except Refused:
-        raise
-    except Exception as error:
-        raise fault("the tenants' database", error) from error
