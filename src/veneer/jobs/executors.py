@@ -23,6 +23,9 @@ from typing import Protocol
 
 from veneer.jobs.store import Job, JobLease, jobs_home
 
+_LOG = 16 << 20
+"""Bytes of the log of processes that train several jobs, after which a new one is begun."""
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -81,9 +84,12 @@ class LocalExecutor(Executor):
     def start_together(self, leases: Sequence[JobLease], environment: Mapping[str, str], planned: int) -> str:
         """One process for all of them, in this order. `planned`: bytes of this machine's memory that they hold together
         by their plan; 0: nothing is said of it. What it prints is of several tenants' jobs, and in no job's log: see
-        `together.log` in the jobs' folder. Raises ResourceError."""
+        `together.log` in the jobs' folder, and `together.log.1` for what was before. Raises ResourceError."""
         name = f"together-{secrets.token_hex(8)}"  # no job's, since each has it as its place
-        return self._started(name, leases, jobs_home() / "together.log", environment, _room_of(planned))
+        log = jobs_home() / "together.log"
+        if log.exists() and log.stat().st_size > _LOG:
+            log.replace(log.with_name("together.log.1"))
+        return self._started(name, leases, log, environment, _room_of(planned))
 
     def _started(
         self, name: str, leases: Sequence[JobLease], output: Path, environment: Mapping[str, str], room: int

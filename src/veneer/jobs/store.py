@@ -525,15 +525,18 @@ class JobStore:
             if values:
                 c.execute(update(job_table).where(job_table.c.id == job.id).values(**values))
 
-    def queue(self, lease: JobLease, plan: Mapping[str, Any], *, price: int = 0, budget: int | None = None) -> Job:
+    def queue(
+        self, lease: JobLease, plan: Mapping[str, Any], *, price: int = 0, budget: int | None = None, spent: int = 0
+    ) -> Job:  # fmt: skip
         """A validated job waits to be trained, and nobody has it any more. `plan`: with `tokens` and `steps`. `price`:
-        for a million tokens; `budget`: of the tenant in a month (UTC); both in millionths.
+        for a million tokens; `budget`: of the tenant in a month (UTC); `spent`: what of it went to training that is no
+        job; all in millionths.
 
         Raises OverBudget where this job, what waits and runs, and what was spent this month are together more than the
         budget; LeaseLost."""
         with self._working(lease) as (c, now, job):
             planned = cost_of(int(plan["tokens"]), price)
-            if budget is not None and planned + (taken := _committed(c, job.tenant, now)) > budget:
+            if budget is not None and planned + (taken := spent + _committed(c, job.tenant, now)) > budget:
                 raise OverBudget(
                     f"this job is planned to cost {money(planned)}, and of this month's budget of "
                     f"{money(budget)} {money(max(0, budget - taken))} are left",

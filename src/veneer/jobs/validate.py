@@ -27,6 +27,7 @@ from veneer.errors import (
     gigabytes,
 )
 from veneer.jobs.after import AfterJob, HeldOut, check_after, held_out_rows
+from veneer.jobs.budget import spent_by_clients
 from veneer.jobs.inputs import count_lines
 from veneer.jobs.store import Job, JobLease, JobStore, LeaseLost
 from veneer.plan.plan import Plan
@@ -80,9 +81,12 @@ def device_of(gpu: str | None = None, count: int = 1) -> Device:
     return cpu_device()
 
 
-def validated(store: JobStore, lease: JobLease, terms: TrainingTerms, device: Device) -> Job:
-    """Looks at a job and queues it, or ends it as failed. Raises LeaseLost, and what is nobody's fault who asked (a
-    disk or a database that is away): then the job stays as it is, to be looked at again."""
+def validated(
+    store: JobStore, lease: JobLease, terms: TrainingTerms, device: Device, tenants: Store | None = None
+) -> Job:  # fmt: skip
+    """Looks at a job and queues it, or ends it as failed. `tenants`: whose ledger has what else was trained of the
+    budget. Raises LeaseLost, and what is nobody's fault who asked (a disk or a database that is away): then the job
+    stays as it is, to be looked at again."""
     try:
         if terms.jobs == 0:
             raise ConfigError(
@@ -91,7 +95,8 @@ def validated(store: JobStore, lease: JobLease, terms: TrainingTerms, device: De
                 fix="see veneer tenant list, and veneer tenant training",
             )  # fmt: skip
         plan = _plan_of_job(lease.job, device)
-        return store.queue(lease, plan, price=terms.price, budget=terms.budget)
+        spent = 0 if terms.budget is None else spent_by_clients(tenants, lease.job.tenant)
+        return store.queue(lease, plan, price=terms.price, budget=terms.budget, spent=spent)
     except LeaseLost:
         raise
     except Exception as error:
@@ -116,7 +121,7 @@ def submitted(
     while (now := store.get(tenant, job.id)).state == "validating":
         lease = store.take("submit", 600, "validating", only=job.id)
         if lease is not None:
-            return validated(store, lease, terms_of(tenants)(tenant), device or device_of())
+            return validated(store, lease, terms_of(tenants)(tenant), device or device_of(), tenants)
         time.sleep(0.2)  # a worker was quicker, and looks at it
     return now
 

@@ -68,7 +68,7 @@ class Worker:
         failed_days: float = 30.0, say: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
         self.library, self.executor, self.say = library, executor, say
-        self.store, self.terms = JobStore(library), terms_of(tenants)
+        self.store, self.tenants, self.terms = JobStore(library), tenants, terms_of(tenants)
         self.environment = environment_of(library, None if tenants is None else tenants.where)
         self.name = name or f"{socket.gethostname()}-{os.getpid()}"
         self.at_once, self.device = at_once, device
@@ -122,7 +122,7 @@ class Worker:
                 return False
             self.device = self.device or device_of()
             with suppress(LeaseLost):
-                job = validated(self.store, lease, self.terms(lease.job.tenant), self.device)
+                job = validated(self.store, lease, self.terms(lease.job.tenant), self.device, self.tenants)
                 self.say(f"{job.id} of {job.tenant or 'nobody'}: {job.state}")
             return True
         return False

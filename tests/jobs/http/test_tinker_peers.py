@@ -1,23 +1,27 @@
-"""Tinker's own SDK and recipes of its cookbook, unchanged, against real processes: two tenants, and kills.
+"""Tinker's own SDK and recipes of its cookbook, unchanged, against real processes: two tenants, clumsy ones, and kills.
 
-pip install tinker "tinker-cookbook[math-rl]" && pytest -m peers tests/jobs/http/test_tinker_peers.py"""
+`make test-peers` installs the cookbook into .venv-tinker, since it wants a transformers of its own;
+VENEER_TINKER_PYTHON names another interpreter that has it."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+import yaml
 
 from tests.homes import home_with_kernels
 from tests.serve.http.toy import free_port
@@ -27,6 +31,9 @@ from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store, TrainingTerms
 
 ROOT = Path(__file__).resolve().parents[3]
+PYTHON = Path(os.environ.get("VENEER_TINKER_PYTHON") or ROOT / ".venv-tinker" / "bin" / "python")
+MODEL = "Qwen/Qwen3-8B-Base"
+"""What the tiny base is called: a name of which recipes know how it is talked to."""
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
 
@@ -44,18 +51,25 @@ class Process:
         return f"http://127.0.0.1:{self.port}"
 
     @property
-    def base(self) -> str:
-        return str(tiny_base_dir(self.folder, max_position_embeddings=1024))
+    def client_folder(self) -> Path:
+        """Where recipes run: a base and data sets are there as folders by the names that the hub has them under."""
+        return self.folder / "client"
 
-    def env(self, key: str = "") -> dict[str, str]:
-        path = os.pathsep.join([str(ROOT / "src"), str(ROOT), *filter(None, sys.path)])
-        own = {"PYTHONPATH": path, "VENEER_HOME": str(self.folder / "home"), "TINKER_BASE_URL": self.url}
-        return {**os.environ, **own, "TINKER_API_KEY": f"tml-{key}", "TINKER_TELEMETRY": "0", "HF_HUB_OFFLINE": "1"}
+    @property
+    def base(self) -> str:
+        return str(self.client_folder / MODEL)
+
+    def env(self, key: str) -> dict[str, str]:
+        own = {"TINKER_BASE_URL": self.url, "TINKER_API_KEY": f"tml-{key}", "TINKER_TELEMETRY": "0"}
+        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.folder / "hub"), "WANDB_MODE": "disabled"}
+        return {**os.environ, **own, **offline}
 
     def start(self) -> None:
         command = ["serve", "--base", self.base, "--train", "--port", str(self.port), "--dtype", "float32"]
         command += ["--tenants", str(self.folder / "tenants.sqlite"), "--library", str(self.folder / "library")]
-        self.running = subprocess.Popen([sys.executable, "-m", "veneer.cli.main", *command], env=self.env(), cwd=ROOT)
+        path = os.pathsep.join([str(ROOT / "src"), *filter(None, sys.path)])
+        env = {**os.environ, "PYTHONPATH": path, "VENEER_HOME": str(self.folder / "home")}
+        self.running = subprocess.Popen([sys.executable, "-m", "veneer.cli.main", *command], env=env, cwd=ROOT)
         end = time.monotonic() + 300
         while time.monotonic() < end:
             try:
@@ -77,6 +91,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     pytest.importorskip("tinker")
     made = Process(tmp_path_factory.mktemp("tinker"))
     home_with_kernels(made.folder / "home")
+    _offline(made.client_folder)
     store = Store(str(made.folder / "tenants.sqlite"))
     for tenant in ("acme", "globex"):
         manage.add_tenant(store, tenant, who="test")
@@ -89,12 +104,31 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     made.running.wait(60)
 
 
-def client(process: Process, tenant: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+def _offline(folder: Path) -> None:
+    """A base, and a few rows of what recipes load from the hub."""
+    base = tiny_base_dir(folder, max_position_embeddings=4096)
+    (folder / MODEL).parent.mkdir()
+    base.rename(folder / MODEL)
+    talk = [{"role": "user", "content": "Where is the printer?"}, {"role": "assistant", "content": "On the floor."}]
+    chosen = "\n\nHuman: Where is the printer?\n\nAssistant: On the third floor."
+    sets: dict[str, tuple[str, dict[str, Any]]] = {
+        "HuggingFaceH4/no_robots": ("default", {"messages": talk}),
+        "openai/gsm8k": ("main", {"question": "What is 1 + 2?", "answer": "1 + 2 = 3\n#### 3"}),
+        "Anthropic/hh-rlhf": ("default", {"chosen": chosen, "rejected": chosen.replace("third", "first")}),
+    }
+    for name, (config, row) in sets.items():
+        (folder / name).mkdir(parents=True)
+        files = [{"split": split, "path": f"{split}.jsonl"} for split in ("train", "test")]
+        card = yaml.safe_dump({"configs": [{"config_name": config, "data_files": files}]})
+        (folder / name / "README.md").write_text(f"---\n{card}---\n")
+        for split in ("train", "test"):
+            (folder / name / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 256)
+    (folder / "rows.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 8)
+
+
+def client(process: Process, tenant: str) -> Any:
     import tinker
 
-    for name, value in process.env(process.keys[tenant]).items():
-        if name.startswith("TINKER_"):
-            monkeypatch.setenv(name, value)
     return tinker.ServiceClient(api_key=f"tml-{process.keys[tenant]}", base_url=process.url)
 
 
@@ -114,14 +148,13 @@ def adam(rate: float) -> Any:
 ROWS = [[5 + (7 * i + 3 * j) % 300 for j in range(20 + i)] for i in range(4)]
 
 
-def test_the_primitives(process: Process, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_primitives(process: Process, tmp_path: Path) -> None:
     """Training, a loss of the client's own, sampling from weights that nobody saved, checkpoints, downloads; and what
     the trainer says of tokens is what the sampler says of them."""
     import tinker
     from tinker import types
-    from tinker_cookbook import weights
 
-    service = client(process, "acme", monkeypatch)
+    service = client(process, "acme")
     training = service.create_lora_training_client(base_model=process.base, rank=4, seed=3).result()
     assert training.get_tokenizer().decode([70]) == tiny_tokenizer().decode([70])
     data = [datum(row) for row in ROWS]
@@ -152,43 +185,216 @@ def test_the_primitives(process: Process, monkeypatch: pytest.MonkeyPatch, tmp_p
     rest = tinker.RestClient(api_key=f"tml-{process.keys['acme']}", base_url=process.url)
     assert rest.get_weights_info_by_tinker_path(path).result().lora_rank == 4
     export = training.save_weights_external("out").result().path
-    there = weights.download(tinker_path=export, output_dir=str(tmp_path / "out"))
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in Path(there).iterdir()}
+    code = (
+        "import sys; from tinker_cookbook import weights; weights.download(tinker_path=sys.argv[1], output_dir='out')"
+    )
+    subprocess.run([PYTHON, "-c", code, export], env=process.env(process.keys["acme"]), cwd=tmp_path, check=True)
+    there = {file.name for file in (tmp_path / "out").rglob("*")}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= there
     stranger = tinker.RestClient(api_key=f"tml-{process.keys['globex']}", base_url=process.url)
     with pytest.raises(Exception, match="there is no training run"):
         stranger.get_training_run(training.model_id).result()
 
 
 RECIPES: dict[str, list[str]] = {
-    "recipes.prompt_distillation.train": ["file_path={rows}", "batch_size=2", "num_epochs=1", "max_length=256"],
+    "recipes.sl_basic": ["eval_every=0"],
+    "recipes.sl_loop": ["batch_size=2", "max_length=512"],
+    "recipes.prompt_distillation.train": ["file_path=rows.jsonl", "batch_size=2", "num_epochs=1", "max_length=256"],
+    "recipes.rl_loop": ["batch_size=2", "group_size=2", "max_tokens=8"],
     "recipes.math_rl.train": ["env=arithmetic", "group_size=4", "groups_per_batch=2", "max_tokens=4", "loss_fn=ppo"],
-    "recipes.multiplayer_rl.guess_number.train": ["group_size=2", "batch_size=1", "max_tokens=2"],
+    "recipes.multiplayer_rl.guess_number.train": ["group_size=2", "batch_size=1", "max_tokens=2", "eval_every=0"],
+    "recipes.preference.dpo.train": ["dataset=hhh", "batch_size=2", "max_length=256"],
 }
+_ROLE_COLON = {
+    "recipes.prompt_distillation.train",
+    "recipes.math_rl.train",
+    "recipes.multiplayer_rl.guess_number.train",
+}
+"""Those whose own renderer is of another base."""
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_a_recipe_for_some_steps(recipe: str, process: Process, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    asked = [{"role": "user", "content": "Where is the printer?"}, {"role": "assistant", "content": "On the floor."}]
-    rows.write_text((json.dumps({"messages": asked}) + "\n") * 8)
+    """As it is, by its own command line: two steps, and its checkpoint at the end."""
+    if not PYTHON.is_file():
+        pytest.skip(f"no {PYTHON}")
     log = tmp_path / "log"
-    words = [word.format(rows=rows) for word in RECIPES[recipe]]
-    words += [f"model_name={process.base}", "renderer_name=role_colon", f"log_path={log}", "max_steps=2"]
-    words += ["behavior_if_log_dir_exists=delete"]
+    words = [*RECIPES[recipe], f"model_name={MODEL}", f"log_path={log}", "max_steps=2"]
+    words += ["renderer_name=role_colon"] if recipe in _ROLE_COLON else []
     ran = subprocess.run(
-        [sys.executable, "-m", f"tinker_cookbook.{recipe}", *words], env=process.env(process.keys["globex"]),
-        capture_output=True, text=True, timeout=900,
+        [PYTHON, "-m", f"tinker_cookbook.{recipe}", *words], env=process.env(process.keys["globex"]),
+        cwd=process.client_folder, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-6000:]
-    assert (log / "checkpoints.jsonl").exists(), ran.stderr[-3000:]
+    saved = [json.loads(line) for line in (log / "checkpoints.jsonl").read_text().splitlines()]
+    assert saved[-1]["state_path"].startswith("tinker://")
+    steps = [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) >= 2
 
 
-def test_kills_in_the_middle_of_futures(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+def _bad(**inputs: Any) -> Any:
+    """A row of three tokens, with something wrong in it."""
+    from tinker import types
+
+    tokens = inputs.pop("tokens", [5, 6, 7])
+    arrays = {name: np.asarray(value) for name, value in ({"target_tokens": [6, 7, 8]} | inputs).items()}
+    return types.Datum(model_input=types.ModelInput.from_ints(tokens), loss_fn_inputs=arrays)
+
+
+_NAN, _ONES = np.array([1, math.nan, 1], np.float32), np.ones(3, np.float32)
+MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
+    "another base": (
+        lambda s, t: s.create_lora_training_client(base_model="gpt-9", rank=4),
+        "The model 'gpt-9' is not served here",
+    ),
+    "rank 0": (
+        lambda s, t: s.create_lora_training_client(base_model=MODEL, rank=0),
+        "rank 0 is not possible",
+    ),
+    "nothing to train": (
+        lambda s, t: s.create_lora_training_client(
+            base_model=MODEL, rank=2, train_mlp=False, train_attn=False, train_unembed=False
+        ),
+        "train_mlp, train_attn",
+    ),
+    "a negative seed": (
+        lambda s, t: s.create_lora_training_client(base_model=MODEL, rank=2, seed=-1),
+        "seed",
+    ),
+    "no rows": (lambda s, t: t.forward_backward([], "cross_entropy"), "No data provided"),
+    "an empty row": (
+        lambda s, t: t.forward_backward(
+            [_bad(tokens=[], target_tokens=np.zeros(0, np.int64), weights=np.zeros(0, np.float32))], "cross_entropy"
+        ),
+        r"data\[0\].*its input has 0 tokens",
+    ),
+    "weights too short": (
+        lambda s, t: t.forward_backward([datum(ROWS[0]), _bad(weights=_ONES[:2])], "cross_entropy"),
+        r"data\[1\].*weights has the shape \(2,\), target_tokens \(3,\)",
+    ),
+    "targets too short": (
+        lambda s, t: t.forward_backward([_bad(target_tokens=[6, 7], weights=_ONES[:2])], "cross_entropy"),
+        r"target_tokens has the shape \(2,\)",
+    ),
+    "a weight that is NaN": (
+        lambda s, t: t.forward_backward([_bad(weights=_NAN)], "cross_entropy"),
+        "weights has a value that is not finite",
+    ),
+    "a log-probability that is NaN": (
+        lambda s, t: t.forward_backward([_bad(logprobs=_NAN, advantages=_ONES)], "importance_sampling"),
+        "logprobs has a value that is not finite",
+    ),
+    "no advantages": (lambda s, t: t.forward_backward([_bad(logprobs=_ONES)], "ppo"), "ppo needs advantages"),
+    "a token beyond the vocabulary": (
+        lambda s, t: t.forward_backward([_bad(tokens=[5, 6, 10**6], weights=_ONES)], "cross_entropy"),
+        "a token of its input is not in this base's vocabulary",
+    ),
+    "a row beyond the context": (
+        lambda s, t: t.forward_backward([datum([5] * 5000)], "cross_entropy"),
+        "its input has 4999 tokens: from 1 to 4096",
+    ),
+    "a loss that is none": (
+        lambda s, t: t.forward_backward([datum(ROWS[0])], "cross_entrop"),
+        "cross_entropy",
+    ),
+    "a loss of the server's that is not here": (
+        lambda s, t: t.forward_backward([datum(ROWS[0])], "stable_reinforce"),
+        "stable_reinforce",
+    ),
+    "an option that is none": (
+        lambda s, t: t.forward_backward([datum(ROWS[0])], "cross_entropy", {"clip": 2.0}),
+        "cross_entropy has no option 'clip'",
+    ),
+    "a step without a gradient": (lambda s, t: t.optim_step(adam(1e-3)), "there is no gradient"),
+    "a rate that is NaN": (lambda s, t: t.optim_step(adam(math.nan)), "learning_rate"),
+    "a rate below 0": (lambda s, t: t.optim_step(adam(-1.0)), "learning_rate is -1"),
+    "a name that is a path": (lambda s, t: t.save_state("../../x"), "cannot name a checkpoint"),
+    "a minute to live": (lambda s, t: t.save_state("y", ttl_seconds=60), "ttl_seconds is 60"),
+    "a state that is not there": (
+        lambda s, t: t.load_state(f"tinker://{t.model_id}/weights/none"),
+        "there is no checkpoint",
+    ),
+    "a path that is none": (lambda s, t: t.load_state("weights/none"), "is no path of a checkpoint"),
+    "to go on from nothing": (
+        lambda s, t: s.create_training_client_from_state("tinker://s1:train:0/weights/none"),
+        "there is no training run",
+    ),
+    "to sample before anything was saved": (
+        lambda s, t: s.create_sampling_client(model_path=f"tinker://{t.model_id}/sampler_weights/none"),
+        "there is no checkpoint",
+    ),
+    "to sample from another base": (
+        lambda s, t: s.create_sampling_client(base_model="gpt-9"),
+        "'gpt-9' is not served here",
+    ),
+    "an empty prompt": (lambda s, t: _sampled(s, []), "prompt"),
+    "a prompt beyond the context": (lambda s, t: _sampled(s, [5] * 5000), "4,?096|context"),
+    "a prompt's token beyond the vocabulary": (lambda s, t: _sampled(s, [10**6]), "vocabulary|token"),
+    "a temperature below 0": (lambda s, t: _sampled(s, [5], temperature=-1.0), "temperature"),
+    "no tokens": (lambda s, t: _sampled(s, [5], max_tokens=0), "max_tokens"),
+    "a top-p of 2": (lambda s, t: _sampled(s, [5], top_p=2.0), "top_p"),
+}
+
+
+def _sampled(service: Any, prompt: list[int], **params: Any) -> Any:
+    from tinker import types
+
+    sampler = service.create_sampling_client(base_model=MODEL)
+    params = {"max_tokens": 4} | params
+    return sampler.sample(types.ModelInput.from_ints(prompt), 1, types.SamplingParams(**params))
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_a_mistake_is_told_and_the_client_goes_on(mistake: str, process: Process, clumsy: Any) -> None:
+    """Soon, in a sentence that says what is wrong; the same client's next step is as if it had not been."""
+    service, training = clumsy
+    do, said = MISTAKES[mistake]
+    with pytest.raises(Exception, match=f"(?s){said}") as told:
+        do(service, training).result(timeout=120)
+    print(f"{mistake}: {type(told.value).__name__}: {told.value}")
+    assert training.forward([datum(ROWS[0])], "cross_entropy").result(timeout=120).metrics["loss:sum"] > 0
+
+
+def test_a_body_of_40_mb_is_refused(process: Process) -> None:
+    wide = {"target_tokens": np.full((3, 1_200_000), 6), "weights": np.ones((3, 1_200_000), np.float32)}
+    training = client(process, "globex").create_lora_training_client(base_model=MODEL, rank=2).result()
+    with pytest.raises(Exception, match="the body has more than 8,388,608 bytes"):
+        training.forward_backward([_bad(**wide)], "cross_entropy").result(timeout=120)
+
+
+@pytest.fixture(scope="module")
+def clumsy(process: Process) -> Any:
+    service = client(process, "globex")
+    return service, service.create_lora_training_client(base_model=MODEL, rank=2, seed=1).result()
+
+
+def test_two_tenants_of_unlike_rank_in_one_batch(process: Process) -> None:
+    """What each of them gets beside the other is what it gets by itself."""
+
+    def trained(tenant: str, rank: int) -> list[float]:
+        service = client(process, tenant)
+        training = service.create_lora_training_client(base_model=MODEL, rank=rank, seed=1).result()
+        losses = []
+        for _ in range(6):
+            done = training.forward_backward([datum(row) for row in ROWS], "cross_entropy")
+            training.optim_step(adam(3e-3))
+            losses.append(done.result(timeout=300).metrics["loss:sum"])
+        return losses
+
+    alone = [trained("acme", 2), trained("globex", 16)]
+    with ThreadPoolExecutor(2) as pool:
+        beside = list(pool.map(trained, ("acme", "globex"), (2, 16)))
+    for one, other in zip(alone, beside, strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
+    assert alone[0] != alone[1]
+
+
+def test_kills_in_the_middle_of_futures(process: Process) -> None:
     """Two tenants of unlike rank train at once while the server is killed again and again: every future comes, and both
     end where they would have ended by themselves."""
 
     def trained(tenant: str, rank: int, kills: bool) -> list[float]:
-        training = client(process, tenant, monkeypatch).create_lora_training_client(
+        training = client(process, tenant).create_lora_training_client(
             base_model=process.base, rank=rank, seed=1
         ).result()  # fmt: skip
         futures = []
@@ -214,7 +420,7 @@ def test_the_page(process: Process, tmp_path: Path) -> None:
     """docs/how-to/tinker.md: its Python, as it is but for the base's name."""
     (code,) = blocks((ROOT / "docs" / "how-to" / "tinker.md").read_text(encoding="utf-8"), "python")
     ran = subprocess.run(
-        [sys.executable, "-c", code.replace('"smollm2-135m"', '"tiny-base"')], capture_output=True, text=True,
+        [PYTHON, "-c", code.replace('"smollm2-135m"', f'"{MODEL}"')], capture_output=True, text=True,
         env=process.env(process.keys["acme"]), cwd=tmp_path, timeout=600,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-5000:]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.jobs.pretended import until
 from tests.jobs.tinker.small import ROWS, forward_body, read_output, small_base, small_service, told
 from veneer.adapters.use import load_adapter
 from veneer.errors import ConfigError
 from veneer.jobs.tinker.journal import KEPT, FutureResult, Journal
-from veneer.jobs.tinker.service import NotHere, TinkerService, TrainingRun
+from veneer.jobs.tinker.service import NotHere, SessionOver, TinkerService, TooMuchWaits, TrainingRun
 from veneer.jobs.tinker.trainer import Lora
 
 STEP = json.dumps({"adam_params": {"learning_rate": 1e-2}}).encode()
@@ -63,6 +66,27 @@ def test_requests_wait_for_those_before_them(tmp_path: Path) -> None:
             late.result(0.2)
         told(service, run, 1, "forward", forward_body(run.id, 1, ROWS))
         assert json.loads(late.result(60).data)["metrics"]["grad_norm"] > 0
+
+
+def test_nobody_waits_for_ever_for_a_request_that_never_comes(tmp_path: Path) -> None:
+    """Those behind it fail, and the client goes on after them; one that was refused is told, and leaves no gap."""
+    with small_service(tmp_path) as service:
+        run, other = begun(service), begun(service, "globex")
+        service.submit(run, 2, "optim_step", STEP)
+        late = service.answer(run, 2)
+        assert late is not None
+        run.came -= 1000
+        told(service, other, 1, "forward", forward_body(other.id, 1, ROWS))
+        assert f"request 1 of {run.id} never came" in json.loads(late.result(60).data)["error"]
+        assert steps(service, run, 3, 7)[0] > 0
+        answer = told(service, run, 7, "refused", b"it has more tokens than a minute of yours")
+        assert json.loads(answer.data)["error"] == "it has more tokens than a minute of yours"
+        assert steps(service, run, 8, 10)[0] > 0
+        with pytest.raises(ConfigError, match="seq_id is 1000000"):
+            service.submit(run, 1_000_000, "optim_step", STEP)
+        service.submit(run, 12, "optim_step", STEP)
+        with pytest.raises(TooMuchWaits, match="bytes of requests wait"):
+            service.submit(run, 13, "forward", bytes(512 << 20))
 
 
 def test_a_crash_at_any_request_loses_nothing(tmp_path: Path) -> None:
@@ -214,3 +238,53 @@ def test_answers_are_kept_for_a_while_and_half_a_record_is_none(tmp_path: Path) 
     third = Journal.open(tmp_path / "journal")
     assert third.requests[KEPT + 20].body == b"whole"
     third.close()
+
+
+def test_what_nobody_comes_back_for_goes_and_what_was_saved_stays(tmp_path: Path) -> None:
+    """Sessions that nobody used for a month: of one that saved something that is left, and goes on in another session;
+    of one that did not, nothing is. One that was used lately stays whole."""
+    with small_service(tmp_path) as service:
+        saver, idle, lately = (begun(service) for _ in range(3))
+        for run in (saver, idle, lately):
+            steps(service, run, 1, 3)
+        path = json.loads(told(service, saver, 3, "save_weights", b'{"path": "one"}').data)["path"]
+        service.create_sampler("acme", idle.session, 0, None)
+        told(service, saver, 4, "save_weights_for_sampler", b'{"sampling_session_seq_id": 1}')
+        went_on = steps(service, saver, 5, 7)
+    for session in (saver.session, idle.session):
+        for file in (tmp_path / "tinker" / session).rglob("*"):
+            os.utime(file, (0, time.time() - 31 * 86400))
+    with small_service(tmp_path) as service:
+        until(lambda: not (tmp_path / "tinker" / idle.session).exists())
+        with pytest.raises(NotHere, match="there is no training run"):
+            service.run("acme", idle.id)
+        left = tmp_path / "tinker" / saver.session / "train-0"
+        until(lambda: not any((left / name).exists() for name in ("states", "snapshots")))
+        with pytest.raises(SessionOver, match="not used for 30 days"):
+            service.submit(service.run("acme", saver.id), 7, "optim_step", STEP)
+        with pytest.raises(SessionOver, match="is over"):
+            service.sampler("acme", f"{saver.session}:sample:1")
+        assert steps(service, service.run("acme", lately.id), 3, 5) == went_on
+        again = service.create_from("acme", lately.session, 1, path, True, None)
+        assert steps(service, again, 1, 3) == went_on
+        service.run("acme", saver.id).checkpoints.keep_for("weights/one", -1)
+    with small_service(tmp_path):
+        until(lambda: not (tmp_path / "tinker" / saver.session).exists())
+
+
+def test_a_session_ends_under_those_who_wait(tmp_path: Path) -> None:
+    """One that its client ended takes nothing new, and goes in a while with what still waits in it."""
+    with small_service(tmp_path, days=3 / 86400) as service:
+        run = begun(service)
+        service.submit(run, 2, "optim_step", STEP)
+        waits = service.answer(run, 2)
+        assert waits is not None
+        service.finish("acme", run.session)
+        with pytest.raises(SessionOver, match="is over"):
+            service.submit(run, 3, "optim_step", STEP)
+        with pytest.raises(SessionOver, match="is over"):
+            service.create_run("acme", run.session, 1, Lora(2), None)
+        assert "went away" in json.loads(waits.result(60).data)["error"]
+        with pytest.raises(SessionOver, match="is over"):
+            service.answer(run, 2)
+        until(lambda: not (tmp_path / "tinker" / run.session).exists())

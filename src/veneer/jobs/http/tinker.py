@@ -20,7 +20,7 @@ import secrets
 import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,13 +32,13 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, Response
 
 from veneer.errors import ConfigError, VeneerError, quoted
-from veneer.jobs.store import JobStore
+from veneer.jobs.budget import ClientBudget, trained_name
+from veneer.jobs.store import OverBudget
 from veneer.jobs.tinker.checkpoints import SavedWeights, parse_path
 from veneer.jobs.tinker.journal import FutureResult
-from veneer.jobs.tinker.service import NotHere, SamplerSource, TinkerService, TrainingRun
+from veneer.jobs.tinker.service import NotHere, SamplerSource, SessionOver, TinkerService, TooMuchWaits, TrainingRun
 from veneer.jobs.tinker.trainer import Lora
 from veneer.jobs.tinker.wire import WireSample, read_forward, sample_bytes
-from veneer.library.database import reading
 from veneer.library.library import Library
 from veneer.serve.access import Bill, Caller, Served
 from veneer.serve.http.answers import TextAnswer, TextJob, run
@@ -48,7 +48,6 @@ from veneer.serve.http.mixes import ChosenMix
 from veneer.serve.http.service import Service, caller_of, service_of
 from veneer.serve.names.shelf import AdapterPlace
 from veneer.serve.request import Refused, Sampling, Usage, invalid
-from veneer.serve.tenancy.ledger import usage
 from veneer.serve.tenancy.store import Price
 from veneer.serve.tenancy.tenants import Tenants
 
@@ -61,8 +60,6 @@ _KEPT = 600.0
 """Seconds that the result of a sample is kept."""
 _SIGNED = 3600.0
 _TOP = 20
-_TRAINED = "@train"
-"""Behind a run's name in the ledger: what was trained of it, not what was asked of it."""
 
 
 # -- bodies ------------------------------------------------------------------------------------------------------------
@@ -169,7 +166,7 @@ class TinkerRoutes:
     API pays nothing for it."""
 
     make: Callable[[], TinkerService]
-    jobs: JobStore
+    budget: ClientBudget
     library: Library
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     samples: dict[str, _Sampled] = field(default_factory=dict)
@@ -256,7 +253,7 @@ def _plain(router: APIRouter, own: TinkerRoutes) -> None:
     @router.post("/session_heartbeat", summary="Whoever made it is still there.")
     async def heartbeat(request: HttpRequest, body: HeartbeatBody) -> Response:
         service = await own.service()
-        await _asked(lambda: service.session(caller_of(request).tenant, body.session_id))
+        await _asked(lambda: service.session(caller_of(request).tenant, body.session_id).seen())
         return Json({"type": "session_heartbeat"})
 
     @router.get("/sessions", summary="The caller's, the newest first.")
@@ -281,10 +278,10 @@ def _plain(router: APIRouter, own: TinkerRoutes) -> None:
 
         return Json(await _asked(look))
 
-    @router.post("/sessions/{id}/finish", summary="Its client is done; what it made stays.")
+    @router.post("/sessions/{id}/finish", summary="Its client is done; what it saved stays.")
     async def finish(request: HttpRequest, id: str) -> Response:
         service = await own.service()
-        await _asked(lambda: service.session(caller_of(request).tenant, id))
+        await _asked(lambda: service.finish(caller_of(request).tenant, id))
         return Response(status_code=204)
 
     @router.post("/create_model", summary="A training client of a LoRA.")
@@ -399,38 +396,42 @@ async def _submit(
 ) -> Response:
     caller, service, http = caller_of(request), await own.service(), service_of(request)
     number = f"{found.id}:{seq}"
-    known = await asyncio.to_thread(service.answer, found, seq)
+    known = await _asked(lambda: service.answer(found, seq))
     if known is None and seq > found.applied:
-        await _check_budget(own, http, caller, tokens)
-        admitted = _training(http, caller, found, f"{number}-{secrets.token_hex(3)}", tokens) if tokens else None
-        bill = None if admitted is None else await admitted.__aenter__()
-        try:
+        service.tried(found)
+        taken = await _take_budget(own, http, caller, tokens)
+        async with AsyncExitStack() as undo:
+            undo.callback(own.budget.give_back, caller.tenant, taken)
+            admission = await undo.enter_async_context(AsyncExitStack())
+            bill: Bill | None = None
+            if tokens:
+                try:
+                    bill = await admission.enter_async_context(_training(http, caller, found, seq, tokens))
+                except Refused as error:
+                    if error.status != 400:
+                        raise
+                    kind, data = "refused", message_of(error).encode()  # no limit will ever let it through
             await _asked(lambda: service.submit(found, seq, kind, data))
-        except BaseException as error:
-            if admitted is not None:
-                await admitted.__aexit__(type(error), error, error.__traceback__)
-            raise
-        if number in own.billed:  # it came twice at once
-            if admitted is not None:
-                await admitted.__aexit__(None, None, None)
-        else:
-            _bill(own, service, found, seq, admitted, bill, tokens)
+            if number not in own.billed:  # else it came twice at once
+                undo.pop_all()
+                _bill(own, service, found, seq, admission, bill, tokens, taken)
     return _future(number, found.id)
 
 
 def _training(
-    http: Service, caller: Caller, found: TrainingRun, number: str, tokens: int
+    http: Service, caller: Caller, found: TrainingRun, seq: int, tokens: int
 ) -> AbstractAsyncContextManager[Bill]:
-    name = f"{found.name}{_TRAINED}"
+    number = f"{found.id}:{seq}-{secrets.token_hex(3)}"
+    name = trained_name(found.name)
     served = Served((), name, name, trained=True)
     return http.tenancy.admitted(caller, served, request=number, prompt_tokens=tokens, max_tokens=0)
 
 
 def _bill(
-    own: TinkerRoutes, service: TinkerService, found: TrainingRun, seq: int,
-    admitted: AbstractAsyncContextManager[Bill] | None, bill: Bill | None, tokens: int,
+    own: TinkerRoutes, service: TinkerService, found: TrainingRun, seq: int, admission: AsyncExitStack,
+    bill: Bill | None, tokens: int, taken: int = 0,
 ) -> None:  # fmt: skip
-    """The request's result, once it is billed."""
+    """The request's result, once it is billed. `taken`: of the budget, given back where it failed."""
     number, loop = f"{found.id}:{seq}", asyncio.get_running_loop()
     shown: asyncio.Future[FutureResult] = loop.create_future()
     own.billed[number] = shown
@@ -442,11 +443,12 @@ def _bill(
             answer = await asyncio.wrap_future(future)
             if bill is not None:
                 await bill.used(Usage(tokens if answer.kind != "failed" else 0, 0, 0))
+            if answer.kind == "failed":
+                own.budget.give_back(found.tenant, taken)
             if not shown.done():
                 shown.set_result(answer)
         finally:
-            if admitted is not None:
-                await admitted.__aexit__(None, None, None)
+            await admission.aclose()
             loop.call_later(_KEPT, own.billed.pop, number, None)
 
     task = loop.create_task(follow())
@@ -476,7 +478,7 @@ async def _result(own: TinkerRoutes, request: HttpRequest, number: str) -> Futur
     if not seq.isdigit():
         raise Refused(f"there is no request {quoted(number)}", status=404, code="not_found", param="request_id")
     if number not in own.billed:  # done before, or taken by the process before
-        future = await asyncio.to_thread(service.answer, run, int(seq))
+        future = await _asked(lambda: service.answer(run, int(seq)))
         if future is None:
             if int(seq) <= run.applied:
                 what = f"the result of {quoted(number)} is kept no more"
@@ -488,14 +490,17 @@ async def _result(own: TinkerRoutes, request: HttpRequest, number: str) -> Futur
         tokens = 0
         if body is not None and body.kind == "forward":
             tokens = sum(len(row.tokens) for row in (await asyncio.to_thread(read_forward, body.body)).rows)
-        unique = f"{number}-{secrets.token_hex(3)}"
-        admitted = _training(service_of(request), caller, run, unique, tokens) if tokens else None
-        bill = None if admitted is None else await admitted.__aenter__()
-        if number not in own.billed:
-            run.unbilled.discard(int(seq))
-            _bill(own, service, run, int(seq), admitted, bill, tokens)
-        elif admitted is not None:
-            await admitted.__aexit__(None, None, None)
+        async with AsyncExitStack() as undo:
+            admission = await undo.enter_async_context(AsyncExitStack())
+            bill: Bill | None = None
+            if tokens:
+                bill = await admission.enter_async_context(
+                    _training(service_of(request), caller, run, int(seq), tokens)
+                )
+            if number not in own.billed:
+                run.unbilled.discard(int(seq))
+                undo.pop_all()
+                _bill(own, service, run, int(seq), admission, bill, tokens)
     return await _waited(service_of(request), own.billed[number])
 
 
@@ -841,28 +846,23 @@ def _check_trainable(http: Service, caller: Caller) -> None:
         raise Refused("this tenant may not train", status=403, code="forbidden", fix="the operator can allow it")
 
 
-async def _check_budget(own: TinkerRoutes, http: Service, caller: Caller, tokens: int) -> None:
-    """Raises Refused (402) where the tenant's budget of training has no room for so many tokens."""
+async def _take_budget(own: TinkerRoutes, http: Service, caller: Caller, tokens: int) -> int:
+    """What of the tenant's budget so many trained tokens are. Raises Refused (402) where it has no room for them."""
     if not tokens or not isinstance(http.tenancy, Tenants):
-        return
-    store = http.tenancy.store
-    terms = store.settings.training_terms(caller.tenant)
-    if terms.budget is None:
-        return
+        return 0
+    terms = http.tenancy.store.settings.training_terms(caller.tenant)
+    cost, most = Price(terms.price).cost(tokens, 0, 0), terms.budget
+    if most is None or not cost:
+        return 0
 
-    def spent() -> int:
-        month = time.strftime("%Y-%m-01", time.gmtime())
-        with reading(store.engine) as c:
-            rows = usage(c, by=("adapter",), tenant=caller.tenant, since=month)
-        trained = sum(int(row["cost"]) for row in rows if row["adapter"].endswith(_TRAINED))
-        return own.jobs.committed(caller.tenant) + trained
+    def take() -> None:
+        try:
+            own.budget.take(caller.tenant, cost, most)
+        except OverBudget as error:
+            raise Refused(error.what, status=402, code="over_budget", fix=error.fix) from error
 
-    taken: int = await _asked(spent)
-    if taken + Price(terms.price).cost(tokens, 0, 0) > terms.budget:
-        raise Refused(
-            "this month's budget of training is spent", status=402, code="over_budget",
-            fix="a larger budget, or next month",
-        )  # fmt: skip
+    await _asked(take)
+    return cost
 
 
 async def _asked(do: Callable[[], T]) -> T:
@@ -873,6 +873,10 @@ async def _asked(do: Callable[[], T]) -> T:
             return do()
         except NotHere as error:
             raise Refused(error.what, status=404, code="not_found", param=error.where, fix=error.fix) from error
+        except TooMuchWaits as error:
+            raise Refused(error.what, status=429, code="overloaded", retry_after=5.0, fix=error.fix) from error
+        except SessionOver as error:
+            raise Refused(error.what, status=410, code="gone", param=error.where, fix=error.fix) from error
         except ConfigError as error:
             raise invalid(error.what, error.where, error.fix) from error
         except VeneerError as error:

@@ -106,7 +106,8 @@ class Journal:
         self._file = self.path.open("ab")
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _write(self, what: str, seq: int, kind: str, body: bytes) -> None:
         """Raises OSError; then as if nothing had been written."""

@@ -16,6 +16,9 @@ from the last that was written and the requests since (journal.py), when somebod
 of a client's computing are made again. The same way those that are idle make room in memory for others: their state
 goes to the disk and comes back with their next request.
 
+Now and then it removes what nobody comes back for: the states of sessions that their client ended, and of those that
+were not used for `days`. What a client saved by name stays, as long as it said.
+
 Knows a base, a library and folders; no HTTP and no bills.
 """
 
@@ -24,6 +27,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -57,10 +61,26 @@ _IDLE = 600.0
 """Seconds without a request after which a client's state need not be in memory."""
 _SNAPSHOTS = 16
 """Weights to sample from that no name keeps: so many of a run, the newest."""
+_SWEEP, _ENDED = 3600.0, 3600.0
+"""Seconds between two sweeps, and seconds that the results of a session are there after its client ended it."""
+_GAP, _AHEAD = 400.0, 10_000
+"""Seconds that requests wait for one before them that does not come, and how far a number may be ahead of it."""
+_WAITING = 512 << 20
+"""Bytes of a tenant's requests that wait."""
+_OVER = "over"
+"""The file that says that a session was ended, or that of a run only its checkpoints are there."""
 
 
 class NotHere(ConfigError):
     """Raised for a session, a run or a sampler that the tenant does not have."""
+
+
+class TooMuchWaits(ResourceError):
+    """Raised for a request that is to come again later: so many of its tenant's wait."""
+
+
+class SessionOver(ConfigError):
+    """Raised for a session or a run that was there, and will not be again."""
 
 
 @dataclass(eq=False)
@@ -72,6 +92,18 @@ class Session:
     folder: Path
     metadata: dict[str, Any]
     name: str | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether its client said that it is."""
+        return (self.folder / _OVER).exists()
+
+    def seen(self) -> None:
+        """Somebody uses it. Raises SessionOver."""
+        if self.over:
+            raise _over(self.id)
+        with suppress(FileNotFoundError):  # swept at this moment
+            os.utime(self.folder / "session.json")
 
 
 @dataclass(frozen=True)
@@ -93,7 +125,9 @@ class SamplerSource:
 @dataclass(eq=False)
 class TrainingRun:
     """A training client, as the server has it. `applied`: the last request whose effect its state has. `unbilled`:
-    requests that came to a process before this one, and were not done there."""
+    requests that came to a process before this one, and were not done there. `came`: when the client last sent one,
+    taken or not; `used`: when it last asked for anything. `over`: its state is gone, and nothing
+    but what it saved is left."""
 
     id: str
     session: str
@@ -111,6 +145,8 @@ class TrainingRun:
     work: PassWork | None = None
     seconds: float = 0.0
     used: float = field(default_factory=time.monotonic)
+    came: float = field(default_factory=time.monotonic)
+    over: bool = False
 
     @property
     def name(self) -> str:
@@ -123,10 +159,13 @@ class TrainingRun:
 
 
 class TinkerService:
-    """`room`: bytes that the states of training clients may take in memory. `folder`: its own. Close it at the end."""
+    """`room`: bytes that the states of training clients may take in memory. `folder`: its own. `days`: that a session
+    is kept which nobody uses. Close it at the end."""
 
-    def __init__(self, base: TextBase, library: Library, folder: Path, *, room: int = 4 << 30) -> None:
-        self.base, self.library, self.folder, self.room = base, library, folder, room
+    def __init__(
+        self, base: TextBase, library: Library, folder: Path, *, room: int = 4 << 30, days: float = 30.0
+    ) -> None:
+        self.base, self.library, self.folder, self.room, self.days = base, library, folder, room, days
         self._lock = _own(folder)
         self.names = target_names(base.model)
         self.sessions: dict[str, Session] = {}
@@ -135,6 +174,8 @@ class TinkerService:
         self._served: dict[str, float] = {}
         self._changed = threading.Condition()
         self._closed = False
+        self._swept = -math.inf
+        self._pause = min(_SWEEP, days * 86400.0 / 24)
         self._trainer: Trainer | None = None
         self._thread = threading.Thread(target=copy_context().run, args=(self._train,), name="tinker", daemon=True)
         self._thread.start()
@@ -171,6 +212,11 @@ class TinkerService:
             raise NotHere(f"there is no session {id[:60]!r}", where="session_id", fix="make a new ServiceClient")
         return found
 
+    def finish(self, tenant: str, id: str) -> None:
+        """Its client is done with it: nothing new is taken, and what it did not save goes in a while. Raises
+        NotHere."""
+        (self.session(tenant, id).folder / _OVER).touch()
+
     def sessions_of(self, tenant: str) -> list[str]:
         """The newest first."""
         found = []
@@ -185,8 +231,10 @@ class TinkerService:
     def create_run(
         self, tenant: str, session: str, number: int, lora: Lora, metadata: dict[str, Any] | None, weight: float = 1.0
     ) -> TrainingRun:
-        """The same for the same number of a session. Raises NotHere, ConfigError for what the base does not have."""
+        """The same for the same number of a session. Raises NotHere, SessionOver, and ConfigError for what the base
+        does not have."""
         owner = self.session(tenant, session)
+        owner.seen()
         id = f"{owner.id}:train:{number}"
         lora.spec(self.names)
         folder = owner.folder / f"train-{number}"
@@ -203,8 +251,10 @@ class TinkerService:
         self, tenant: str, session: str, number: int, path: str, optimizer: bool, metadata: dict[str, Any] | None,
         weight: float = 1.0,
     ) -> TrainingRun:  # fmt: skip
-        """A client that begins as another was saved; `optimizer`: with its moments. Raises NotHere, ConfigError."""
+        """A client that begins as another was saved; `optimizer`: with its moments. Raises NotHere, SessionOver,
+        ConfigError."""
         owner, saved, source = self.session(tenant, session), self.saved(tenant, path), self.run_of(tenant, path)
+        owner.seen()
         start = owner.folder / f"train-{number}" / "start"
         if not start.is_dir():  # its own, whatever becomes of the checkpoint
             whole = start.with_name(".start")
@@ -240,16 +290,15 @@ class TinkerService:
         if not path.is_file():
             raise missing
         data = json.loads(path.read_text(encoding="utf-8"))
-        name = f"{tenant}/" if tenant else ""
-        name += f"tinker-{session}-{int(number)}"
-        points = Checkpoints(id, path.parent / "checkpoints", name, self.library)
         made = TrainingRun(
-            id, session, tenant, Lora(**data["lora"]), path.parent, points, data["metadata"], data["weight"]
+            id, session, tenant, Lora(**data["lora"]), path.parent, self._checkpoints(owner, path.parent),
+            data["metadata"], data["weight"],
         )  # fmt: skip
         with self._changed:
             if id in self.runs:
                 return self.runs[id]
-            made.journal = Journal.open(path.parent / "journal")
+            made.over = (path.parent / _OVER).exists()
+            made.journal = Journal(path.parent / "journal") if made.over else Journal.open(path.parent / "journal")
             with suppress(VeneerError):
                 made.applied = _number_of_state(made)
             while made.applied + 1 in made.journal.answers:  # what they did is made again when it is wanted
@@ -259,33 +308,49 @@ class TinkerService:
             self._changed.notify_all()
         return made
 
+    def _checkpoints(self, session: Session, folder: Path) -> Checkpoints:
+        """Of the run in that folder."""
+        name = f"{session.tenant}/" if session.tenant else ""
+        number = _number(folder)
+        name += f"tinker-{session.id}-{number}"
+        return Checkpoints(f"{session.id}:train:{number}", folder / "checkpoints", name, self.library)
+
     def runs_of(self, tenant: str) -> list[TrainingRun]:
         """The newest session's first."""
         found = []
         for session in self.sessions_of(tenant):
             for path in sorted((self.folder / session).glob("train-*/run.json")):
-                found.append(self.run(tenant, f"{session}:train:{path.parent.name.removeprefix('train-')}"))
+                found.append(self.run(tenant, f"{session}:train:{_number(path.parent)}"))
         return found
 
     def submit(self, run: TrainingRun, seq: int, kind: str, body: bytes) -> bool:
-        """Whether it is new; it is done once all before it are. Raises ConfigError for a number that another kind of
-        request has."""
-        if seq < 1:
+        """Whether it is new; it is done once all before it are. One of the kind `refused` fails with what its body
+        says, so that its number is not missed. Raises ConfigError for a number that another kind of request has or
+        that cannot be, SessionOver, TooMuchWaits."""
+        if not 1 <= seq <= run.applied + _AHEAD:
             raise ConfigError(f"seq_id is {seq}", where="seq_id", fix="from 1 on, one more for each request")
         with self._changed:
-            run.used = time.monotonic()
+            self._check_there(run)
+            run.used = run.came = time.monotonic()
             if seq <= run.applied or seq in run.journal.requests:
                 known = run.journal.requests.get(seq)
                 if known is not None and known.kind != kind:
                     raise ConfigError(f"request {seq} of {run.id} was {known.kind}", where="seq_id")
                 return False
+            if (run.folder.parent / _OVER).exists():
+                raise _over(run.session)
+            others = [other for other in self.runs.values() if other.tenant == run.tenant]
+            waiting = sum(len(r.body) for o in others for r in o.journal.requests.values() if r.seq > o.applied)
+            if waiting and waiting + len(body) > _WAITING:
+                raise TooMuchWaits(f"{waiting:,} bytes of requests wait", fix="ask again when some of them are done")
             run.journal.asked(seq, kind, body)
             self._changed.notify_all()
             return True
 
     def answer(self, run: TrainingRun, seq: int) -> Future[FutureResult] | None:
-        """Of a request that came; None for one that did not, or whose answer is kept no more."""
+        """Of a request that came; None for one that did not, or whose answer is kept no more. Raises SessionOver."""
         with self._changed:
+            self._check_there(run)
             run.used = time.monotonic()
             if seq in run.futures:
                 return run.futures[seq]
@@ -297,6 +362,16 @@ class TinkerService:
                 return None
             return run.futures.setdefault(seq, Future())
 
+    def tried(self, run: TrainingRun) -> None:
+        """Its client sent a request that could not be taken now: those after it have to wait for it."""
+        run.came = time.monotonic()
+
+    def _check_there(self, run: TrainingRun) -> None:
+        if run.over:
+            what = f"the training client {run.id} is over: its session was ended, or not used for {self.days:g} days"
+            fix = "create_training_client_from_state goes on from a checkpoint of it"
+            raise SessionOver(what, where="model_id", fix=fix)
+
     def rest(self, run: TrainingRun) -> None:
         """It is not wanted for now: its state is among the first to leave the memory."""
         run.used = -_IDLE
@@ -304,8 +379,9 @@ class TinkerService:
     # -- sampling ------------------------------------------------------------------------------------------------------
 
     def create_sampler(self, tenant: str, session: str, number: int, path: str | None) -> SamplerSource:
-        """Raises NotHere, ConfigError for a path that is not there."""
+        """Raises NotHere, SessionOver, ConfigError for a path that is not there."""
         owner = self.session(tenant, session)
+        owner.seen()
         id = f"{owner.id}:sample:{number}"
         reference = "" if path is None else self.saved(tenant, path).reference
         return self._put_sampler(owner, SamplerSource(id, tenant, path, reference))
@@ -316,7 +392,9 @@ class TinkerService:
         missing = NotHere(f"there is no sampling session {id[:80]!r}", where="sampling_session_id")
         if kind != "sample" or not number.isdigit():
             raise missing
-        path = self.session(tenant, session).folder / "samplers" / f"{int(number)}.json"
+        owner = self.session(tenant, session)
+        owner.seen()
+        path = owner.folder / "samplers" / f"{int(number)}.json"
         if not path.is_file():
             raise missing
         found = SamplerSource(**json.loads(path.read_text(encoding="utf-8")))
@@ -350,14 +428,16 @@ class TinkerService:
 
     def _serve(self) -> None:
         while True:
+            self._sweep()
             with self._changed:
                 if not self._closed and not self._ready():
-                    self._changed.wait(30.0)
+                    self._changed.wait(min(30.0, self._pause))
                 if self._closed:
                     break
                 ready = self._ready()
             try:
                 self._round(ready)
+                self._give_up_gaps()
                 if not ready:
                     self._let_idle_go()
             except Exception as error:  # a fault of ours: those who wait are told, and the next are served
@@ -376,6 +456,17 @@ class TinkerService:
         found = [run for run in self.runs.values() if run.work is not None or run.following is not None]
         return sorted(found, key=lambda run: self._served.get(run.tenant, 0.0))
 
+    def _give_up_gaps(self) -> None:
+        """Requests that wait for one which was not sent for long fail; the client goes on after them."""
+        for run in list(self.runs.values()):
+            late = time.monotonic() - run.came > _GAP
+            if not late or run.work is not None or run.following is not None or run.journal.last <= run.applied:
+                continue
+            missing, last = run.applied + 1, run.journal.last
+            said = f"request {missing} of {run.id} never came, and those after it waited for it: send them again"
+            while run.applied < last:
+                self._tell(run, FutureResult("failed", json.dumps({"error": said, "category": "user"}).encode()))
+
     def _round(self, ready: list[TrainingRun]) -> None:
         """What is no pass of each, then one pass for those that have rows."""
         training = []
@@ -384,6 +475,8 @@ class TinkerService:
                 request = run.following
                 assert request is not None
                 try:
+                    if request.kind == "refused":
+                        raise ConfigError(request.body.decode())
                     if request.kind != "forward":
                         self._do(run, request)
                         continue
@@ -589,6 +682,68 @@ class TinkerService:
         )  # fmt: skip
         return replace(made, card=card)
 
+    # -- what nobody comes back for ------------------------------------------------------------------------------------
+
+    def _sweep(self) -> None:
+        """If it is time."""
+        if time.monotonic() - self._swept < self._pause:
+            return
+        self._swept = time.monotonic()
+        for path in list(self.folder.glob("*/session.json")):
+            try:
+                data = json.loads(path.read_text(encoding="utf-8"))
+                self._sweep_session(Session(path.parent.name, data["tenant"], path.parent, {}))
+            except Exception:  # the others are swept all the same
+                _log.exception("what is left of the session %s could not be removed", path.parent.name)
+
+    def _sweep_session(self, session: Session) -> None:
+        """Decides by its files: a session that nobody asks for is not read for this."""
+        folders = [path.parent for path in _runs_in(session)]
+        for folder in folders:
+            self._checkpoints(session, folder).sweep()
+        now, kept, over = time.time(), self.days * 86400.0, session.folder / _OVER
+        used = max(_time(path) for path in (session.folder / "session.json", *(each / "journal" for each in folders)))
+        if now - used <= kept and not (over.exists() and now - _time(over) > min(_ENDED, kept)):
+            return
+        with self._changed:
+            runs = {each: self.runs.get(f"{session.id}:train:{_number(each)}") for each in folders}
+            if any(run is not None and (run.work is not None or run.following is not None) for run in runs.values()):
+                return  # something is asked of it at this moment
+            for folder, run in runs.items():
+                (folder / _OVER).touch()
+                if run is not None:
+                    run.over = True
+                    del self.runs[run.id]
+            over.touch()
+            self.sessions.pop(session.id, None)
+        for folder, run in runs.items():
+            if run is not None:
+                self._leave(run)
+            self._clear(folder, self._checkpoints(session, folder))
+        shutil.rmtree(session.folder if not any(_runs_in(session)) else session.folder / "samplers", ignore_errors=True)
+
+    def _leave(self, run: TrainingRun) -> None:
+        """Those who wait for what cannot come to its turn any more are told."""
+        self._forget(run)
+        for future in run.futures.values():
+            said = {"error": "its client went away before the requests before it had come", "category": "user"}
+            future.set_result(FutureResult("failed", json.dumps(said).encode()))
+        run.futures.clear()
+        run.journal.close()
+
+    def _clear(self, folder: Path, checkpoints: Checkpoints) -> None:
+        """Nothing but what a run saved is left of it."""
+        if not checkpoints.all():
+            shutil.rmtree(folder)
+            return
+        journal = folder / "journal"
+        asked = _time(journal)  # when it was asked last is still to be seen
+        journal.write_bytes(b"")
+        os.utime(journal, (asked, asked))
+        for name in ("states", "start", "snapshots"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / "inflight.json").unlink(missing_ok=True)
+
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def _ready_trainer(self) -> Trainer:
@@ -649,7 +804,7 @@ class TinkerService:
         def taken() -> int:
             return sum(learner.bytes for learner in trainer.learners.values())
 
-        others = [other for other in self.runs.values() if other.learner is not None and other is not run]
+        others = [other for other in list(self.runs.values()) if other.learner is not None and other is not run]
         for other in sorted(others, key=lambda other: other.used):
             if taken() <= self.room:
                 return
@@ -663,7 +818,7 @@ class TinkerService:
             )  # fmt: skip
 
     def _let_idle_go(self) -> None:
-        for run in self.runs.values():
+        for run in list(self.runs.values()):
             if run.learner is not None and run.work is None and time.monotonic() - run.used > _IDLE:
                 self._put_away(run)
 
@@ -698,6 +853,23 @@ class TinkerService:
         assert run.learner is not None
         self._ready_trainer().drop(run.learner)
         run.learner = None
+
+
+def _over(session: str) -> SessionOver:
+    return SessionOver(f"the session {session} is over", where="session_id", fix="make a new ServiceClient")
+
+
+def _runs_in(session: Session) -> list[Path]:
+    """What its training clients are, each a file."""
+    return sorted(session.folder.glob("train-*/run.json"))
+
+
+def _number(folder: Path) -> str:
+    return folder.name.removeprefix("train-")
+
+
+def _time(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def _own(folder: Path) -> int:

@@ -1,0 +1,93 @@
+"""A budget of training that jobs and Tinker's clients spend together, against sums by hand."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.pretended import PLAN, queued, taken
+from tests.jobs.small import small_config
+from tests.library.conftest import quick  # noqa: F401
+from veneer.jobs.budget import ClientBudget, spent_by_clients, trained_name
+from veneer.jobs.store import JobStore, OverBudget
+from veneer.jobs.validate import terms_of, validated
+from veneer.library.database import write_transaction
+from veneer.plan.calibration import cpu_device
+from veneer.serve.request import Usage
+from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.ledger import post
+from veneer.serve.tenancy.outbox import LedgerEntry, LedgerLine, OwedEntry
+from veneer.serve.tenancy.store import Price, Store, TrainingTerms
+
+UNIT = 1_000_000
+in_sqlite = pytest.mark.parametrize("library", ["sqlite"], indirect=True)
+
+
+@pytest.fixture
+def tenants(quick: Path) -> Store:  # noqa: F811
+    return Store(str(quick / "tenants.sqlite"))
+
+
+def billed(tenants: Store, adapter: str, units: int, tenant: str = "acme", ago: float = 0.0) -> None:
+    """A request in the ledger that cost so much."""
+    at = time.time() - ago
+    line = LedgerLine("digest", adapter, 1.0, Price(UNIT, 0, 0))
+    entry = LedgerEntry(f"{tenant}{adapter}{units}{ago}", tenant, "word", at, units * UNIT, 0, (line,))
+    with write_transaction(tenants.engine) as c:
+        post(c, "00112233aabbccdd", [OwedEntry(entry, "done", at, Usage(units * UNIT, 0, 0))], at)
+
+
+@in_sqlite
+def test_a_job_has_what_clients_left_of_the_budget(store: JobStore, tenants: Store, tmp_path: Path) -> None:
+    """Of 9, clients spent 4: a job of 6 is one too many, of 5 it is not. What was asked, what is another's and what was
+    trained before this month does not count."""
+    for adapter, units, tenant, ago in (
+        (trained_name("acme/tinker-a-0"), 3, "acme", 0.0), (trained_name("acme/tinker-b-0"), 1, "acme", 0.0),
+        ("acme/tinker-a-0@1", 50, "acme", 0.0), (trained_name("best/tinker-a-0"), 60, "best", 0.0),
+        (trained_name("acme/tinker-a-0"), 70, "acme", 32 * 86400.0),
+    ):  # fmt: skip
+        billed(tenants, adapter, units, tenant, ago)
+    assert spent_by_clients(tenants, "acme") == 4 * UNIT
+    manage.add_tenant(tenants, "acme", who="test")
+    config = small_config(tmp_path)
+    for price, state in ((UNIT * UNIT, "failed"), (1, "queued")):
+        manage.set_training(tenants, "acme", TrainingTerms(price=price, budget=4 * UNIT + 1000), who="test")
+        store.create("acme", config, name="support")
+        lease = taken(store, state="validating")
+        job = validated(store, lease, terms_of(tenants)("acme"), cpu_device(), tenants)
+        assert job.state == state, job.error
+    assert (store.jobs("acme")[0][1].error or {})["kind"] == "overbudget"
+    store.create("acme", config, name="support")
+    lease = taken(store, state="validating")
+    with pytest.raises(OverBudget, match=r"of this month's budget of 9\.00 3\.00 are left"):
+        store.queue(lease, PLAN, price=5 * UNIT, budget=9 * UNIT, spent=6 * UNIT)
+
+
+@in_sqlite
+def test_clients_have_what_jobs_left_and_do_not_pass_each_other_by(store: JobStore, tenants: Store) -> None:
+    """Of 9 a job is to take 3, the ledger has 2: of many requests of 1 at once four are taken, and one more for each
+    that comes to nothing. What the ledger gets of them later is not counted twice."""
+    queued(store, price=3 * UNIT)
+    billed(tenants, trained_name("acme/tinker-a-0"), 2)
+    budget = ClientBudget(store, tenants)
+
+    def took(_: int) -> bool:
+        try:
+            budget.take("acme", UNIT, 9 * UNIT)
+        except OverBudget as error:
+            return "this request costs 1.00, and of this month's budget of training 0.00 are left" not in error.what
+        return True
+
+    with ThreadPoolExecutor(6) as pool:
+        assert sum(pool.map(took, range(20))) == 4
+    budget.give_back("acme", UNIT)
+    assert [took(0), took(0)] == [True, False]
+    billed(tenants, trained_name("acme/tinker-b-0"), 3)
+    budget.give_back("acme", UNIT)
+    assert [took(0), took(0)] == [True, False]
+    billed(tenants, trained_name("acme/tinker-c-0"), 2)  # by another server
+    assert not took(0)
+    assert ClientBudget(store, None).take("", UNIT, UNIT) is None
