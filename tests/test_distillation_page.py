@@ -3,13 +3,12 @@ are read as they stand."""
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.cli.run import run
+from tests.how_to import run_commands
 from tests.test_readme import ROOT, blocks
 from tests.tiny_base import tiny_base_dir
 from veneer.train.config.load import load_config
@@ -31,13 +30,8 @@ def test_from_an_empty_machine_to_an_adapter(
     Path("distill.yaml").write_text(yaml.safe_dump(small | short | {"evaluation": {"every": 1, "keep": "last"}}))
     told["distillation"]["max_tokens"] = 8
     Path("told.yaml").write_text(yaml.safe_dump(small | short | told | {"output": "runs/told"}))
-    for line in (*commands.splitlines(), "veneer train told.yaml --dry-run"):
-        words = shlex.split(line.replace("smollm2-135m", base), comments=True)
-        if words[0] == "veneer":
-            more = ["--max-new-tokens", "4"] if words[1] == "eval" else []
-            ran = run(capsys, *words[1:], *more)
-            assert ran.code == 0, f"{line}\n{ran.out}{ran.err}"
-    assert "cents a thousand requests at $0.15 a million" in ran.err
+    told_last = run_commands(capsys, (*commands.splitlines(), "veneer train told.yaml --dry-run"), base)[-1]
+    assert "cents a thousand requests at $0.15 a million" in told_last
     assert Path("answers.jsonl").exists()
 
 

@@ -3,13 +3,12 @@ are read as they stand."""
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.cli.run import run
+from tests.how_to import run_commands
 from tests.test_readme import ROOT, blocks
 from tests.tiny_base import tiny_base_dir
 from veneer.train.config.load import load_config
@@ -23,21 +22,18 @@ def test_from_an_empty_machine_to_an_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (rows,), (values,), (commands,) = (blocks(PAGE, kind) for kind in ("json", "yaml", "bash"))
+    (rows,), (values, ahead), (commands,) = (blocks(PAGE, kind) for kind in ("json", "yaml", "bash"))
     Path("tickets.jsonl").write_text(rows * 5)
     given = yaml.safe_load(values)
     base = str(tiny_base_dir(tmp_path))
     given |= {"base": base, "schedule": given["schedule"] | {"steps": 2}, "evaluation": {"every": 1, "keep": "last"}}
     Path("tickets.yaml").write_text(yaml.safe_dump(given))
-    told = ""
-    for line in commands.splitlines():
-        words = shlex.split(line.replace("smollm2-135m", base), comments=True)
-        if words[0] == "veneer":
-            more = ["--max-new-tokens", "4"] if words[1] == "eval" else []
-            ran = run(capsys, *words[1:], *more)
-            assert ran.code == 0, f"{line}\n{ran.out}{ran.err}"
-            told += ran.err
-    assert "gap 0 (most 0, 0.0% beyond 1%)" in told
+    own = given["reinforcement"] | yaml.safe_load(ahead)["reinforcement"]
+    Path("ahead.yaml").write_text(yaml.safe_dump(given | {"reinforcement": own, "output": "runs/ahead"}))
+    *told, last = run_commands(capsys, (*commands.splitlines(), "veneer train ahead.yaml --dry-run"), base)
+    assert "gap 0 (most 0, 0.0% beyond 1%)" in told[0]
+    assert "drawn tokens/s" in told[0]
+    assert "off-policy by one draw" in last
 
 
 def test_the_pages_table_is_what_each_loss_settles() -> None:
@@ -50,7 +46,7 @@ def test_the_pages_table_is_what_each_loss_settles() -> None:
         assert [settled.baseline, settled.scale, settled.ratio, clip, settled.length] == cells[1:]
 
 
-@pytest.mark.parametrize("name", ["tickets", "chain-sum", "letter-counting"])
+@pytest.mark.parametrize("name", ["tickets-format", "tickets", "chain-sum", "letter-counting"])
 def test_the_examples_configurations_are_whole(name: str) -> None:
     config, _ = load_config(ROOT / "examples" / "reinforcement" / f"{name}.yaml", [])
     assert isinstance(config, TrainConfig)

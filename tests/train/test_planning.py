@@ -74,6 +74,41 @@ def test_a_configuration_without_its_data_is_planned_by_numbers(tmp_path: Path) 
         plan_of_config(load_config(file, ("base.name=smolm",))[0], cpu_device(), rows=64, tokens_per_row=100)
 
 
+def test_answers_are_planned_by_their_keys_and_values_and_by_the_time_in_which_they_are_drawn() -> None:
+    """By hand: SmolLM2-135M on a card, 64 prompts of 100 tokens, 4 answers to each of 64 at most, 32 at once."""
+    card, own = device_named("h100-80gb"), ["reinforcement.loss=grpo", "reinforcement.rewards=[{kind: exact_match}]"]
+    own += ["reinforcement.group=4", "reinforcement.max_tokens=64", "reinforcement.rows=32", "batching.rows=16"]
+
+    def planned(*more: str, prompts: int = 64) -> Plan:
+        return plan_of_config(config(*own, *more), card, rows=prompts, tokens_per_row=100)
+
+    found = planned("schedule.epochs=1")
+    assert (found.job.rows, found.job.batch, found.job.total_steps) == (64 * 4, 16 * 4, 4)
+    assert found.job.tokens_per_row == 100 + 64
+    # config.json: 30 layers, 3 heads of 64 for keys, two bytes a number; 32 contexts of 100 + 64 tokens
+    kept = 2 * 30 * 3 * 64 * 2
+    assert found.memory.cache == 32 * kept * (100 + 64)
+    # a step of 32 answers reads the weights (the head is tied), the adapter of rank 16, and the keys and values of
+    # contexts that are half written on average, where the group's prompt is computed once for its four answers
+    parameters, pairs = 134_515_008, 16 * 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
+    read = 2 * parameters + 2 * pairs + 32 * kept * (100 / 4 + 64 / 2)
+    prompt = 2 * (parameters + pairs) * 100 / 4 / found.rates.operations
+    drawing = 64 * 4 * (64 * read / found.rates.bandwidth / 32 + prompt)
+    assert f"256 drawn, 32 at once: {32 * kept * 164 / 1e6:.1f} MB" in dict(found.facts)["answers"]
+    # the same rows, learned as they are, take the rest of the time and of the memory
+    values = {**VALUES, "batching": {"rows": 64, "micro_tokens": 2048}, "schedule": {"epochs": 1}}
+    rows, _ = config_from(values)
+    learned = plan_of_config(rows, card, rows=256, tokens_per_row=164)
+    again = planned("schedule.epochs=1", "batching.micro_tokens=2048")
+    assert again.peak - learned.peak == found.memory.cache
+    assert again.seconds is not None
+    assert learned.seconds is not None
+    assert again.seconds - learned.seconds == pytest.approx(drawing, rel=0.02)
+    # two updates of a draw: half as many answers for as many steps
+    assert dict(planned("schedule.steps=8", "reinforcement.updates=2").facts)["answers"].startswith("256 drawn")
+    assert dict(planned("schedule.steps=8").facts)["answers"].startswith("512 drawn")
+
+
 def test_pictures_are_counted_in_their_folder(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     for i in range(3):

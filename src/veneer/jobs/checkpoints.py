@@ -18,6 +18,7 @@ from veneer.formats.peft import load_folder, write_folder
 from veneer.library.library import Library
 from veneer.library.names import checkpoint_alias
 from veneer.train.checkpoint import is_extra
+from veneer.train.text.offpolicy import DRAWN_FROM
 
 
 def publish_checkpoints(library: Library, name: str, run: Path, adapter: Path) -> dict[int, str]:
@@ -31,7 +32,8 @@ def publish_checkpoints(library: Library, name: str, run: Path, adapter: Path) -
         if is_extra(folder):
             continue
         step = int(folder.name.rpartition("-")[2])
-        state, _ = read_tensors(folder / "adapter.safetensors")
+        read, _ = read_tensors(folder / "adapter.safetensors")
+        state = {key: tensor for key, tensor in read.items() if not key.endswith(DRAWN_FROM)}
         made = whole.mapped(torch.clone)
         tensors = dict(made.tensors())
         if tensors.keys() != state.keys():

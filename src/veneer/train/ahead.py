@@ -11,7 +11,7 @@ raised where its batch is taken. It draws nothing at random, so a run's numbers 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from types import TracebackType
 from typing import Any
@@ -22,12 +22,13 @@ _Make = Callable[[], Any]
 class Ahead:
     """`send`: what is done with each batch in the thread as soon as it is made: a copy to the device that nobody waits
     for. On CUDA a thread's stream is the same as every other's, so the copy is queued behind the step that runs, and
-    what is computed of it behind the copy."""
+    what is computed of it behind the copy. `ended`: what is still being made is nobody's any more."""
 
     def __init__(self, send: Callable[[Any], Any]) -> None:
         self._send = send
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="next batch")
         self._begun: tuple[_Make, Future[Any]] | None = None
+        self.ended = False
 
     def take(self, make: _Make, following: _Make | None = None) -> Any:
         """The batch of `make`, which may have been begun as `following` of the call before; it is waited for."""
@@ -35,12 +36,21 @@ class Ahead:
         if begun is not None and begun[0] is not make:  # another turn was taken than was foreseen
             begun[1].cancel()
             begun = None
-        batch = (self._begin(make) if begun is None else begun[1]).result()
+        batch = (self._asked(make) if begun is None else begun[1]).result()
         if following is not None:
-            self._begun = following, self._begin(following)
+            self.begin(following)
         return batch
 
-    def _begin(self, make: _Make) -> Future[Any]:
+    def begin(self, following: _Make) -> None:
+        """Has the thread make what is going to be taken next."""
+        self._begun = following, self._asked(following)
+
+    def settle(self) -> None:
+        """Waits until nothing is being made; what was begun is there to be taken."""
+        if self._begun is not None:
+            wait([self._begun[1]])
+
+    def _asked(self, make: _Make) -> Future[Any]:
         return self._thread.submit(copy_context().run, lambda: self._send(make()))
 
     def __enter__(self) -> Ahead:
@@ -48,5 +58,5 @@ class Ahead:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Ends the thread, after the batch that it is at; that one is nobody's."""
-        self._begun = None
+        self._begun, self.ended = None, True
         self._thread.shutdown(wait=True, cancel_futures=True)

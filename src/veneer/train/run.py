@@ -32,7 +32,7 @@ from veneer.train.events import Checked, Event, Listener, Note, Resolved, fan_ou
 from veneer.train.loop import Learner, Step, Stepping, StopAsked, TrainingPlan, by_itself
 from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.preflight import Report
-from veneer.train.report.log import ConsoleView, JsonLog
+from veneer.train.report.log import ConsoleView, JsonLog, loss_text
 from veneer.train.report.trackers import check_trackers, tracked
 from veneer.train.save import Outcome, ReportParts, was_predicted, write_report
 
@@ -131,6 +131,10 @@ class AttachedTask(Learner, Protocol[_R]):
 
     def begin(self, progress: Progress, tell: Listener) -> None:
         """Called once before the loop, on a dry run too; `tell` reaches the log."""
+        return
+
+    def end(self, tell: Listener) -> None:
+        """Called once after the last step, before anything is saved; `tell` reaches the log."""
         return
 
     @abstractmethod
@@ -269,6 +273,7 @@ def steps_of_run(
             task, plan, optimizer, progress=progress, save=lambda p: _save(run, task, optimizer, identity, p, plan),
             on_event=tell, devices=devices, asked=asked,
         )  # fmt: skip
+        task.end(tell)
         return _finished(run, task, report, progress, tell)
 
 
@@ -381,7 +386,7 @@ def _put_kept(run: Run, task: AttachedTask[Any], progress: Progress, tell: Liste
     best, first, last = progress.best_step, progress.first_loss, progress.last_loss
     worse = ""
     if first is not None and last is not None and last > first:
-        worse = f"validation loss {last:.4f} after step {progress.step}, {first:.4f} before step one"
+        worse = f"validation loss {loss_text(last)} after step {progress.step}, {loss_text(first)} before step one"
     if run.config.evaluation.keep == "last":
         if worse:
             tell(Note(f"warning: {worse}"))

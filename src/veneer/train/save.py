@@ -15,7 +15,7 @@ from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment
 from veneer.errors import AdapterError, counted
 from veneer.plan.render import rough_duration
-from veneer.train.report.log import read_log, size
+from veneer.train.report.log import loss_text, read_log, size
 from veneer.train.report.page import Page, write_page
 
 if TYPE_CHECKING:
@@ -158,12 +158,13 @@ def base_facts(base: TextBase | ImageBase) -> list[tuple[str, str]]:
 def _loss_cards(result: Outcome) -> list[tuple[str, str, str]]:
     cards = []
     if result.validation is not None:
-        before = f"{result.validation_before:.4f} before training" if result.validation_before is not None else ""
+        first = result.validation_before
+        before = f"{loss_text(first)} before training" if first is not None else ""
         where = f" · kept from step {result.kept_step}" if result.kept_step != result.steps else ""
-        cards.append(("Validation loss", f"{result.validation:.4f}", before + where))
+        cards.append(("Validation loss", loss_text(result.validation), before + where))
     if result.loss is not None:
         last = counted(min(20, result.steps), "step")
-        cards.append(("Training loss", f"{result.loss:.4f}", f"mean over the last {last}"))
+        cards.append(("Training loss", loss_text(result.loss), f"mean over the last {last}"))
     return cards
 
 

@@ -87,6 +87,21 @@ def test_the_terminal_shows_loss_speed_memory_and_time_left(terminal: bool) -> N
     assert "2 s left" in text
 
 
+def test_a_run_that_draws_its_answers_shows_their_speed_and_what_of_them_teaches_nothing() -> None:
+    def drawn(n: int, tokens: float, constant: float) -> Stepped:
+        found = {
+            "answer_tokens": 8.0, "drawn_tokens": tokens, "reward": 0.25, "groups": 4.0, "constant_groups": constant,
+            "cut_share": constant / 8,
+        }  # fmt: skip
+        return Stepped(n, 2, n, -1e-9, 1e-4, 0.5, 10_000, 40, 2.0, 1, found)
+
+    first, second = _shown([drawn(1, 400, 3), drawn(2, 0, 0)], terminal=False).splitlines()  # two updates of one draw
+    assert "loss 0.0000  reward 0.250  3 of 4 groups constant  38% cut  200 drawn tokens/s" in first
+    assert "loss 0.0000  reward 0.250  100 drawn tokens/s" in second
+    (told,) = _shown([Evaluated(1, -0.0, None, 8, 80, 0.1, True)], terminal=False).splitlines()
+    assert "validation loss 0.0000 on" in told
+
+
 def test_the_terminal_shows_settings_with_sources_and_what_was_checked() -> None:
     settings = Resolved(
         {"adapter.rank": 16, "optimizer.learning_rate": 5e-4},

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +11,20 @@ import pytest
 import torch
 
 from tests.cli.run import run
-from tests.tiny_base import tiny_base_dir
-from veneer.errors import ConfigError, Interrupted, MismatchError, TrainingError
+from tests.train.text.drawn_runs import config_of, measured, run_drawn, stopped_and_resumed, with_prompts
+from veneer.errors import ConfigError, MismatchError, TrainingError
 from veneer.models.text.base import TextBase, load_text
 from veneer.models.text.loss import compared_logits, head_logits, hidden_at
-from veneer.serve.engine.live import live_sampler
 from veneer.train.config.load import config_from
-from veneer.train.events import Event, Stepped
 from veneer.train.report.log import read_log
 from veneer.train.text.policy_losses import divergences
 from veneer.train.text.save import RunResult
 from veneer.train.text.task import run_text
 
-TENSORS = "adapter_model.safetensors"
-
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("distill")
-    tiny_base_dir(folder)
-    lines = [{"prompt": f"The printer number {i} does not answer.", "completion": " it"} for i in range(12)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
+    return with_prompts(tmp_path_factory.mktemp("distill"), lambda i: {"completion": " it"})
 
 
 @pytest.fixture(scope="module")
@@ -53,29 +43,21 @@ def teacher(shared: Path, base: TextBase) -> str:
     return run_text(config_from(values)[0], base=base, on_event=lambda event: None).adapter
 
 
+TAUGHT: dict[str, Any] = {
+    "batching": {"rows": 4, "micro_rows": 3}, "optimizer": {"learning_rate": 1e-2},
+    "schedule": {"steps": 3, "name": "constant"}, "evaluation": {"keep": "last", "every": 3},
+    "checkpoint": {"every": 1}, "distillation": {"max_tokens": 6},
+}  # fmt: skip
+
+
 def config(shared: Path, output: Path, **sections: Any) -> Any:
-    values: dict[str, Any] = {
-        "base": str(shared / "tiny-base"), "data": {"train": str(shared / "prompts.jsonl"), "split": 2},
-        "output": str(output), "batching": {"rows": 4, "micro_rows": 3}, "optimizer": {"learning_rate": 1e-2},
-        "schedule": {"steps": 3, "name": "constant"}, "evaluation": {"keep": "last", "every": 3},
-        "checkpoint": {"every": 1}, "distillation": {"max_tokens": 6},
-    }  # fmt: skip
-    for section, value in sections.items():
-        values[section] = {**values.get(section, {}), **value} if isinstance(value, dict) else value
-    return config_from(values)[0]
+    return config_of(TAUGHT, shared, output, **sections)
 
 
 def train(
     shared: Path, output: Path, base: TextBase, on_event: Any = None, resume: bool = False, **own: Any
 ) -> RunResult:  # fmt: skip
-    return run_text(
-        config(shared, output, **own), base=base, resume=resume, on_event=on_event or (lambda event: None),
-        sampler=live_sampler,
-    )  # fmt: skip
-
-
-def steps(folder: Path) -> list[dict[str, Any]]:
-    return [r["extra"] for r in read_log(folder / "log.jsonl") if r["event"] == "stepped"]
+    return run_drawn(config(shared, output, **own), base, on_event, resume)
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
@@ -114,7 +96,7 @@ def test_a_student_of_smaller_rank_comes_to_its_teacher(
 ) -> None:
     own = {"teacher": teacher, "divergence": direction}
     result = train(shared, tmp_path, base, distillation=own, schedule={"steps": 10}, adapter={"rank": 4})
-    found = steps(tmp_path)
+    found = measured(tmp_path)
     assert found[-1]["teacher_kl"] < 0.5 * found[0]["teacher_kl"]
     assert max(x["gap_max"] for x in found) < 1e-4
     assert result.validation is not None
@@ -130,22 +112,16 @@ def test_a_teacher_that_is_the_student_has_nothing_to_teach(
 ) -> None:
     own = {"teacher": teacher}
     train(shared, tmp_path, base, distillation=own, schedule={"steps": 1}, adapter={"start": teacher})
-    (found,) = steps(tmp_path)
+    (found,) = measured(tmp_path)
     assert found["teacher_kl"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_stopped_run_ends_as_one_that_was_not(shared: Path, base: TextBase, teacher: str, tmp_path: Path) -> None:
-    own = {"distillation": {"teacher": teacher}, "schedule": {"steps": 2, "name": "constant"}}
-    train(shared, tmp_path / "whole", base, **own)
+    def run(output: Path, on_event: Any, resume: bool) -> None:
+        own = {"distillation": {"teacher": teacher}, "schedule": {"steps": 2, "name": "constant"}}
+        train(shared, output, base, on_event, resume, **own)
 
-    def stop(event: Event) -> None:
-        if isinstance(event, Stepped) and event.step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(Interrupted):
-        train(shared, tmp_path / "parts", base, stop, **own)
-    train(shared, tmp_path / "parts", base, resume=True, **own)
-    assert (tmp_path / "parts" / TENSORS).read_bytes() == (tmp_path / "whole" / TENSORS).read_bytes()
+    stopped_and_resumed(run, tmp_path, at=1)
 
 
 def test_what_only_the_teacher_is_told_is_trained_in_and_what_it_saves_is_said(
@@ -153,7 +129,7 @@ def test_what_only_the_teacher_is_told_is_trained_in_and_what_it_saves_is_said(
 ) -> None:
     own = {"teacher": "base", "system": "Answer in one word: billing, it or hr. " * 3, "price": 0.15}
     train(shared, tmp_path, base, distillation=own, schedule={"steps": 8})
-    found = steps(tmp_path)
+    found = measured(tmp_path)
     assert found[0]["teacher_kl"] > 0
     assert found[-1]["teacher_kl"] < found[0]["teacher_kl"]
     (told,) = [r["text"] for r in read_log(tmp_path / "log.jsonl") if "are saved" in r.get("text", "")]
@@ -175,7 +151,7 @@ def test_prompts_beyond_the_teachers_context_are_counted_and_left_out(
     own["system"] = "a" * (base.context - 100)
     batching = {"rows": 12, "micro_rows": 12}
     train(shared, tmp_path / "one", base, distillation=own, data=data, batching=batching, schedule={"steps": 1})
-    (found,) = steps(tmp_path / "one")
+    (found,) = measured(tmp_path / "one")
     assert found["teacher_long"] == 1
     (told,) = [r["text"] for r in read_log(tmp_path / "one" / "log.jsonl") if "left out" in r.get("text", "")]
     assert "1 of 12 prompts" in told
@@ -188,7 +164,7 @@ def test_another_base_is_a_teacher_where_it_has_the_same_tokenizer(
     other = tmp_path / "other"
     shutil.copytree(shared / "tiny-base", other)
     train(shared, tmp_path / "out", base, distillation={"teacher": "base", "base": str(other)}, schedule={"steps": 1})
-    assert steps(tmp_path / "out")[0]["teacher_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert measured(tmp_path / "out")[0]["teacher_kl"] == pytest.approx(0.0, abs=1e-6)
     file = other / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     known = tokenizer["model"]["vocab"]

@@ -52,8 +52,10 @@ def test_advantages_by_hand() -> None:
 
 @pytest.mark.parametrize("baseline", ["group", "others"])
 def test_a_group_of_one_or_of_equals_teaches_nothing(baseline: str) -> None:
-    found = advantages(torch.tensor([5.0, 2.0, 2.0]), [0, 1, 1], baseline=baseline, scale="group")  # type: ignore[arg-type]
-    assert found.tolist() == [0.0, 0.0, 0.0]
+    equals = torch.full((7,), 0.1, dtype=torch.float64)
+    assert float(equals.mean()) != 0.1  # by the sum's rounding, which a spread of 0 would make a thousand times larger
+    found = advantages(torch.cat([torch.tensor([5.0]), equals]), [0, *[1] * 7], baseline=baseline, scale="group")  # type: ignore[arg-type]
+    assert found.tolist() == [0.0] * 8
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

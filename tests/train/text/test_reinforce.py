@@ -3,36 +3,45 @@ that a supervised one keeps."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.tiny_base import tiny_base_dir
+from tests.train.text.drawn_runs import (
+    REWARDED,
+    config_of,
+    killed_runs,
+    measured,
+    run_drawn,
+    same_ends,
+    stopped_and_resumed,
+    with_prompts,
+)
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, DataError, Interrupted, TrainingError
+from veneer.files.safetensors import read_tensors
 from veneer.models.text.base import TextBase, load_text
 from veneer.serve.engine.live import live_sampler
-from veneer.train.config.load import config_from
-from veneer.train.events import Checked, Event, Stepped
+from veneer.train.checkpoint import latest
+from veneer.train.events import Checked, Event, Note, Stepped
 from veneer.train.report.log import read_log
+from veneer.train.text.rollouts import Rollout, Sampler
 from veneer.train.text.save import RunResult
 from veneer.train.text.task import run_text
 from veneer.train.text.together import run_texts
 
-TENSORS = "adapter_model.safetensors"
-
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reinforce")
-    tiny_base_dir(folder)
-    lines = [{"prompt": f"The printer number {i} does not answer.", "team": "it" if i % 2 else "hr"} for i in range(12)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
+    return with_prompts(tmp_path_factory.mktemp("reinforce"), lambda i: {"team": "it" if i % 2 else "hr"})
 
 
 @pytest.fixture(scope="module")
@@ -41,41 +50,19 @@ def base(shared: Path) -> TextBase:
 
 
 def config(shared: Path, output: Path, **sections: Any) -> Any:
-    values: dict[str, Any] = {
-        "base": str(shared / "tiny-base"), "data": {"train": str(shared / "prompts.jsonl"), "split": 2},
-        "output": str(output), "batching": {"rows": 2, "micro_rows": 6}, "optimizer": {"learning_rate": 1e-2},
-        "schedule": {"steps": 6, "name": "constant"}, "adapter": {"rank": 4}, "evaluation": {"every": 3},
-        "checkpoint": {"every": 2},
-        "reinforcement": {
-            "loss": "grpo", "group": 6, "max_tokens": 8,
-            "rewards": [
-                {"kind": "regex", "pattern": "e"},
-                {"kind": "regex", "name": "team", "pattern": "(it|hr)", "column": "team", "weight": 0.5},
-            ],
-        },
-    }  # fmt: skip
-    for section, value in sections.items():
-        values[section] = {**values.get(section, {}), **value} if isinstance(value, dict) else value
-    return config_from(values)[0]
+    return config_of(REWARDED, shared, output, **sections)
 
 
 def train(
     shared: Path, output: Path, base: TextBase, on_event: Any = None, resume: bool = False, **own: Any
 ) -> RunResult:
-    return run_text(
-        config(shared, output, **own), base=base, resume=resume, on_event=on_event or (lambda event: None),
-        sampler=live_sampler,
-    )  # fmt: skip
-
-
-def steps(folder: Path) -> list[dict[str, Any]]:
-    return [r["extra"] for r in read_log(folder / "log.jsonl") if r["event"] == "stepped"]
+    return run_drawn(config(shared, output, **own), base, on_event, resume)
 
 
 def test_rewards_rise_without_a_gap_and_the_page_shows_them(shared: Path, base: TextBase, tmp_path: Path) -> None:
     events: list[Event] = []
     result = train(shared, tmp_path, base, events.append, schedule={"steps": 20}, evaluation={"keep": "last"})
-    found = steps(tmp_path)
+    found = measured(tmp_path)
     assert [x["gap_max"] for x in found] == [0.0] * 20
     assert sum(x["reward"] for x in found[-6:]) > sum(x["reward"] for x in found[:6])
     for x in found:
@@ -108,7 +95,7 @@ def test_every_loss_runs_and_says_what_it_measured(
     shared: Path, base: TextBase, tmp_path: Path, own: dict[str, Any]
 ) -> None:
     train(shared, tmp_path, base, reinforcement=own, schedule={"steps": 2}, evaluation={"keep": "last"})
-    first, second = steps(tmp_path)
+    first, second = measured(tmp_path)
     assert first["gap_max"] < (1e-4 if own.get("exact") is False else 1e-12)
     assert ("gap_max" in second) == (own.get("updates", 1) == 1)
     if own.get("kl") and own.get("kl_estimator") != "k1":
@@ -117,26 +104,151 @@ def test_every_loss_runs_and_says_what_it_measured(
     assert ("weight" in first) == ("temperature" in own)
 
 
-@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("own", [{"updates": 1}, {"updates": 2}, {"one_step_off_policy": True}], ids=str)
 def test_a_run_stopped_between_and_within_rollouts_ends_as_one_that_was_not(
-    shared: Path, base: TextBase, tmp_path: Path, updates: int
+    shared: Path, base: TextBase, tmp_path: Path, own: dict[str, Any]
 ) -> None:
-    own = {"reinforcement": {"updates": updates}, "evaluation": {"keep": "last"}}
-    train(shared, tmp_path / "whole", base, **own)
+    def run(output: Path, on_event: Any, resume: bool) -> None:
+        train(shared, output, base, on_event, resume, reinforcement=own, evaluation={"keep": "last"})
 
-    def stop(event: Event) -> None:
-        if isinstance(event, Stepped) and event.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+    stopped_and_resumed(run, tmp_path, at=3)
 
-    with pytest.raises(Interrupted):
-        train(shared, tmp_path / "parts", base, stop, **own)
-    train(shared, tmp_path / "parts", base, resume=True, **own)
-    assert (tmp_path / "parts" / TENSORS).read_bytes() == (tmp_path / "whole" / TENSORS).read_bytes()
-    timed = {"drawn_seconds", "prompt_cached"}  # a new process's cache is empty
-    ours, theirs = (
-        [{k: v for k, v in x.items() if k not in timed} for x in steps(tmp_path / name)] for name in ("parts", "whole")
+
+def test_stopped_while_it_trains_on_answers_of_one_draw_ago_it_has_them_still(
+    shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    """The copy that the next ones are drawn from is another by then."""
+
+    @contextmanager
+    def pressed(*given: Any) -> Iterator[Sampler]:
+        with live_sampler(*given) as sampler:
+            asked, replay = 0, sampler.replay
+
+            def replayed(*given: Any) -> Any:
+                nonlocal asked
+                asked += 1
+                if asked == 4:  # the first step has two micro-batches, the second's gap is the third
+                    os.kill(os.getpid(), signal.SIGINT)
+                return replay(*given)
+
+            sampler.replay = replayed  # type: ignore[method-assign]
+            yield sampler
+
+    def run(name: str, resume: bool = False, sampler: Any = live_sampler) -> None:
+        own = {"reinforcement": {"one_step_off_policy": True}, "schedule": {"steps": 4}, "evaluation": {"keep": "last"}}
+        run_drawn(config(shared, tmp_path / name, **own), base, resume=resume, sampler=sampler)
+
+    run("whole")
+    with pytest.raises(Interrupted, match="after step 1 of 4"):
+        run("parts", sampler=pressed)
+    run("parts", resume=True)
+    same_ends(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_killed_in_draws_and_between_updates_it_ends_in_the_same_bytes(
+    shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    """In the first draw; between the two updates of the second one, whose answers are then in the checkpoint; in the
+    third. And where draws are made ahead, in one of them."""
+    evaluation = {"keep": "last", "every": 6, "at_start": False}
+    common = REWARDED | {"checkpoint": {"every": 1}, "evaluation": evaluation}
+    runs = {}
+    for name, own, *kills in (
+        ("twice", {"updates": 2}, "pass:5", "saved:3", "pass:5"), ("ahead", {"one_step_off_policy": True}, "pass:25"),
+    ):  # fmt: skip
+        settings = common | {"reinforcement": REWARDED["reinforcement"] | own}
+        run_drawn(config_of(settings, shared, tmp_path / f"{name}-whole"), base)
+        runs[tmp_path / name] = [settings, *kills]
+    killed_runs(shared, runs)
+    newest = latest(tmp_path / "twice" / "checkpoints")
+    assert newest is not None
+    assert newest.name == "step-00000004"
+    for output, (settings, *_) in runs.items():
+        run_drawn(config_of(settings, shared, output), base, resume=True)
+        same_ends(output, output.with_name(f"{output.name}-whole"))
+
+
+def test_one_step_off_policy_is_the_ratio_of_now_to_one_draw_ago_by_float64(
+    shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    own: dict[str, Any] = {"rewards": [{"kind": "regex", "pattern": "e"}]}
+    alike = {"schedule": {"steps": 3}, "evaluation": {"keep": "last", "at_start": False}}
+    train(shared, tmp_path / "now", base, reinforcement=own, **alike | {"schedule": {"steps": 1}})
+    draws: list[list[Rollout]] = []
+
+    @contextmanager
+    def recorded(*given: Any) -> Iterator[Sampler]:
+        with live_sampler(*given) as sampler:
+            draw = sampler.draw
+
+            def drawn(*given: Any) -> list[Rollout] | None:
+                draws.append(draw(*given) or [])
+                return draws[-1]
+
+            sampler.draw = drawn  # type: ignore[method-assign]
+            yield sampler
+
+    own["one_step_off_policy"] = True
+    kept = {"checkpoint": {"every": 1, "keep": 9}}
+    events: list[Event] = []
+    run_drawn(
+        config(shared, tmp_path / "ahead", reinforcement=own, **alike, **kept), base, events.append, sampler=recorded
     )
-    assert ours == theirs
+    (alone,), (first, second, third) = measured(tmp_path / "now"), measured(tmp_path / "ahead")
+    timed = {"drawn_seconds", "prompt_cached"}
+    assert {k: v for k, v in alone.items() if k not in timed} == {k: v for k, v in first.items() if k not in timed}
+    assert [x["policy_lag"] for x in (first, second, third)] == [0, 1, 1]
+    assert [x["gap_max"] for x in (first, second, third)] == [0, 0, 0]  # beside the adapter that they were drawn from
+    assert any("off-policy by one draw" in e.text for e in events if isinstance(e, Checked))
+
+    # by hand: the second step's answers come from the adapter before step 1, and are learned by the one after it
+    states = [read_tensors(tmp_path / "ahead" / "checkpoints" / f"step-0000000{n}" / "adapter.safetensors")[0]
+              for n in (1, 2)]  # fmt: skip
+    trained = {key: t for key, t in states[0].items() if not key.endswith("@drawn from")}
+    assert all(torch.equal(states[1][f"{key}@drawn from"], t) for key, t in trained.items())
+    peft = json.loads((tmp_path / "ahead" / "adapter_config.json").read_text())
+    then, now = (copy.deepcopy(base.model).double().eval() for _ in range(2))
+    for key in (key for key in trained if key.endswith(".A")):
+        module = key.removesuffix(".A")
+        delta = trained[f"{module}.B"].double() @ trained[key].double() * peft["lora_alpha"] / peft["r"]
+        now.get_submodule(module).weight.data += delta
+    answers = draws[1]
+    ratios = []
+    for answer in answers:
+        ids, n = torch.tensor([[*answer.prompt, *answer.tokens]]), len(answer.tokens)
+        with torch.no_grad():
+            old, new = (m(input_ids=ids).logits[0, -n - 1 : -1].log_softmax(-1) for m in (then, now))
+        ratios.append((new - old).gather(1, ids[0, -n:, None])[:, 0].exp())
+    rewards = torch.tensor([float("e" in answer.text) for answer in answers]).double().view(2, 6)
+    worth = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten().tolist()
+    losses = [torch.maximum(-r * a, -r.clamp(0.8, 1.2) * a).mean() for r, a in zip(ratios, worth, strict=True)]
+    loss = [e.loss for e in events if isinstance(e, Stepped)][1]
+    assert loss == pytest.approx(float(sum(losses)) / 12, rel=1e-3, abs=1e-6)
+    assert abs(loss) > 1e-4  # with ratios of 1 it would be 0
+    drifts = torch.cat([r.log().abs() for r, a in zip(ratios, worth, strict=True) if a])
+    assert second["drift"] == pytest.approx(float(drifts.mean()), rel=1e-3)
+
+
+def test_a_run_that_learns_nothing_says_so_and_what_to_do(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    same = {"rewards": [{"kind": "regex", "pattern": "never said$", "weight": 0.1}], "updates": 2}
+    events: list[Event] = []
+    train(shared, tmp_path, base, events.append, reinforcement=same, schedule={"steps": 6})
+    assert [x["idle"] for x in measured(tmp_path)] == [1.0] * 6
+    assert [x["drawn_tokens"] > 0 for x in measured(tmp_path)] == [True, False] * 3  # an update more draws nothing
+    told = [e.text for e in events if isinstance(e, Note) and "worth the same" in e.text]
+    assert [e.text for e in events if isinstance(e, Note)][-1:] != told[-1:]  # it is said before the run is saved
+    assert [r["text"] for r in read_log(tmp_path / "log.jsonl") if "worth the same" in r.get("text", "")] == told
+    first, second, last = told
+    assert "rewards of step 1: " in first
+    assert "step 3: " in second
+    assert "2 draws in a row" in second
+    assert "of 6 groups of answers 6 (100%)" in last
+    assert "all of a step's in 3 of 3" in last
+    assert all("adapter.start" in text for text in told)
+    cut = sum(x["cut_answers"] for x in measured(tmp_path)[::2])
+    assert cut
+    assert any(f"of 36 answers {cut:.0f} (" in e.text for e in events if isinstance(e, Note))
 
 
 def test_a_sampler_of_older_values_stops_the_run_before_its_optimizer_moves(
@@ -146,7 +258,7 @@ def test_a_sampler_of_older_values_stops_the_run_before_its_optimizer_moves(
     with pytest.raises(TrainingError, match="drawn from another model") as caught:
         train(shared, tmp_path, base, reinforcement={"gap": 1e-4})
     assert "reinforcement.gap" in str(caught.value.where)
-    assert len(steps(tmp_path)) == 1
+    assert len(measured(tmp_path)) == 1
 
 
 def test_what_cannot_be_meant_is_said(shared: Path, base: TextBase, tmp_path: Path) -> None:

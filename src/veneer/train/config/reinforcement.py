@@ -43,6 +43,11 @@ class ReinforcementSection(Section):
     updates: int = setting(
         1, "optimizer steps on the answers of one draw", "the ratio is then 1 and nothing is clipped", gt=0
     )
+    one_step_off_policy: bool = setting(
+        False,
+        "draw the answers of the next draw while this one is trained on: from the adapter as it was one draw ago",
+        "what was drawn from is then what is trained",
+    )
     baseline: Literal["group", "others", "batch", "none"] | None = setting(
         None,
         "what a reward is compared with: the mean of its group, of the group's others, of the step, or nothing",

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from veneer.errors import shown
+from veneer.errors import counted, shown
 from veneer.train.checkpoint import Progress, disk_errors, write_atomically
 from veneer.train.events import (
     Checked,
@@ -81,10 +81,16 @@ def _before(record: dict[str, Any], progress: Progress) -> bool:
 
 
 def _learned(event: Stepped) -> str:
-    """A step's loss; where its answers were drawn their reward, and the gap of who drew them beside who trains."""
-    text, found = f"loss {event.loss:.4f}", event.extra
+    """A step's loss; where its answers were drawn their reward, what of them teaches nothing, and the gap of who drew
+    them beside who trains."""
+    text, found = f"loss {loss_text(event.loss)}", event.extra
     if "answer_tokens" in found:
         text += f"  reward {found['reward']:.3f}" if "reward" in found else ""
+        if found.get("constant_groups"):
+            text += f"  {found['constant_groups']:.0f} of {found['groups']:.0f} groups constant"
+        text += f"  {found['cut_share']:.0%} cut" if found["cut_share"] else ""
+        if found.get("policy_lag") and "drift" in found:
+            text += f"  {counted(int(found['policy_lag']), 'step')} off-policy (drift {found['drift']:.2g})"
         if "gap_mean" in found:
             text += f"  gap {found['gap_mean']:.2g} (most {found['gap_max']:.2g}, {found['gap_share']:.1%} beyond 1%)"
     return text
@@ -93,8 +99,9 @@ def _learned(event: Stepped) -> str:
 class ConsoleView:
     """Shows a run in a terminal, with a progress bar; a pipe or a CI log gets a line about 20 times a run instead.
 
-    `unit`: what is counted, tokens or pictures. `verbose`: show the settings at their defaults as well. `name`: of the
-    run where it is one of several, each of which then gets lines with its name before them."""
+    `unit`: what is counted, tokens or pictures; where answers are drawn their tokens are, over the whole time of the
+    steps: drawing, judging and training. `verbose`: show the settings at their defaults as well. `name`: of the run
+    where it is one of several, each of which then gets lines with its name before them."""
 
     def __init__(
         self, console: Console | None = None, *, unit: str = "tokens", verbose: bool = False, name: str = ""
@@ -107,7 +114,7 @@ class ConsoleView:
         self._task: Any = None
         self._began = time.monotonic()
         self._shown = 0
-        self._recent: list[tuple[int, float]] = []
+        self._recent: list[tuple[float, float]] = []
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -136,7 +143,7 @@ class ConsoleView:
                 rows = "pictures" if self.unit == "pictures" else "rows"
                 extra = "".join(f", {n.replace('_', ' ')} {event.extra[n]:.3f}" for n in _MEASURED if n in event.extra)
                 self._line(
-                    f"step {event.step}: validation loss {event.loss:.4f}{perplexity}{extra} "
+                    f"step {event.step}: validation loss {loss_text(event.loss)}{perplexity}{extra} "
                     f"on {event.rows} {rows}{mark}"
                 )
             case Sampled():
@@ -176,16 +183,18 @@ class ConsoleView:
         self.console.print(*name, what, markup=False, soft_wrap=True, **style)  # type: ignore[arg-type]
 
     def _step(self, event: Stepped) -> None:
-        self._recent = [*self._recent, (event.tokens, event.seconds)][-20:]
+        drawn = event.extra.get("drawn_tokens")
+        self._recent = [*self._recent, (event.tokens if drawn is None else drawn, event.seconds)][-20:]
         seconds = sum(s for _, s in self._recent)
-        speed = sum(t for t, _ in self._recent) / seconds if seconds else 0.0
+        per_second = sum(t for t, _ in self._recent) / seconds if seconds else 0.0
+        speed = self._speed(per_second, self.unit if drawn is None else f"drawn {self.unit}")
         left = (event.steps - event.step) * seconds / len(self._recent)
         if self.name or not self.console.is_terminal:
             every = max(1, event.steps // 20)
             if event.step == 1 or event.step == event.steps or event.step - self._shown >= every:
                 self._shown = event.step
                 self._line(
-                    f"step {event.step}/{event.steps}  {_learned(event)}  {self._speed(speed)}  "
+                    f"step {event.step}/{event.steps}  {_learned(event)}  {speed}  "
                     f"memory {size(event.memory_bytes)}  {duration(left)} left"
                 )
             return
@@ -193,12 +202,12 @@ class ConsoleView:
             self._start(event)
         assert self._bar is not None
         self._bar.update(
-            self._task, completed=event.step, loss=_learned(event), speed=self._speed(speed),
-            memory=size(event.memory_bytes), left=duration(left),
+            self._task, completed=event.step, loss=_learned(event), speed=speed, memory=size(event.memory_bytes),
+            left=duration(left),
         )  # fmt: skip
 
-    def _speed(self, per_second: float) -> str:
-        return f"{per_second:,.0f} {self.unit}/s" if per_second >= 10 else f"{per_second:.2f} {self.unit}/s"
+    def _speed(self, per_second: float, unit: str) -> str:
+        return f"{per_second:,.0f} {unit}/s" if per_second >= 10 else f"{per_second:.2f} {unit}/s"
 
     def _start(self, event: Stepped) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -211,6 +220,11 @@ class ConsoleView:
         )  # fmt: skip
         self._bar.start()
         self._task = self._bar.add_task("training", total=event.steps, loss="", speed="", memory="", left="")
+
+
+def loss_text(loss: float) -> str:
+    """Four decimals, and a zero without a sign."""
+    return f"{round(loss, 4) + 0.0:.4f}"
 
 
 def size(n: float) -> str:

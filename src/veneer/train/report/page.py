@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.errors import shown
 from veneer.train.checkpoint import write_atomically
 from veneer.train.events import TOKEN_ACCURACY
-from veneer.train.report.log import duration, short, size
+from veneer.train.report.log import duration, loss_text, short, size
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -106,7 +106,7 @@ def render_page(page: Page) -> str:
     from markupsafe import Markup
 
     env = _environment()
-    env.filters |= {"size": size, "duration": duration}
+    env.filters |= {"size": size, "duration": duration, "loss": loss_text}
     steps = [r for r in page.records if r.get("event") == "stepped"]
     scores = [r for r in page.records if r.get("event") == "evaluated"]
     notes = [r["text"] for r in page.records if r.get("event") == "note"]
@@ -131,14 +131,16 @@ def _charts(
         series.append(Series("validation", [(float(r["step"]), float(r["loss"])) for r in scores], "dots", "b"))
     best = [(float(r["step"]), float(r["loss"])) for r in scores if r.get("best")]
     out = [(page.loss, series, best[-1] if best else None)]
-    for title, key in (
-        ("Learning rate", "learning_rate"),
-        ("Gradient norm, before clipping", "gradient_norm"),
-        (f"{page.unit.capitalize()} per second", "tokens_per_second"),
-        ("Peak memory, GB", "memory_bytes"),
+    drawn = any("drawn_tokens" in r.get("extra", {}) for r in steps)
+    speeds = [_speed(r) for r in steps]
+    for title, values in (
+        ("Learning rate", [r["learning_rate"] for r in steps]),
+        ("Gradient norm, before clipping", [r["gradient_norm"] for r in steps]),
+        (f"{'Drawn ' if drawn else ''}{page.unit} per second".capitalize(), speeds),
+        ("Peak memory, GB", [r["memory_bytes"] * 1e-9 for r in steps]),
     ):
-        scale = 1e-9 if key == "memory_bytes" else 1.0
-        out.append((title, [Series(title, [(float(r["step"]), float(r[key]) * scale) for r in steps])], None))
+        points = [(float(r["step"]), float(value)) for r, value in zip(steps, values, strict=True)]
+        out.append((title, [Series(title, points)], None))
     further = dict.fromkeys(name for r in steps for name in r.get("extra", {}) if _is_reward(name, r["extra"]))
     titles = _MEASURED | {name: f"Reward: {name.removeprefix('reward_')}" for name in further}
     for name, title in titles.items():
@@ -164,6 +166,7 @@ _MEASURED = {
     "reward": "Reward, mean over the answers drawn",
     "gap_mean": "Sampler beside trainer: mean difference of log-probabilities, nats",
     "gap_max": "Sampler beside trainer: largest difference, nats",
+    "drift": "Adapter beside the one drawn from: mean difference of log-probabilities, nats",
     "answer_tokens": "Tokens of an answer",
     "cut_share": "Share of answers cut at the limit",
     "constant_share": "Share of groups whose answers are all worth the same",
@@ -172,6 +175,14 @@ _MEASURED = {
     "clipped": "Share of tokens beyond the clip",
 }
 """What a run on text measures in each step beside the loss -> the title of its chart."""
+
+
+def _speed(record: Mapping[str, Any]) -> float:
+    """Of a step by itself; where answers are drawn, of these."""
+    drawn = record.get("extra", {}).get("drawn_tokens")
+    if drawn is None:
+        return float(record["tokens_per_second"])
+    return float(drawn / record["seconds"]) if record["seconds"] else 0.0
 
 
 def _is_reward(name: str, measured: Mapping[str, Any]) -> bool:
@@ -234,11 +245,11 @@ def chart(
         parts.append(f'<path class="line {s.colour}{faint}" d="{path}"/>')
         if s.kind == "dots" or len(drawn) == 1:
             for (x, y), (step, value) in zip(drawn, _every_nth(s.points, 2 * width), strict=True):
-                title = f"<title>step {step:.0f}: {value:.4f}</title>"
+                title = f"<title>step {step:.0f}: {loss_text(value)}</title>"
                 parts.append(f'<circle class="dot {s.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">{title}</circle>')
     if mark is not None:
         x, y = at(mark)
-        title = f"<title>best: step {mark[0]:.0f}, {mark[1]:.4f}</title>"
+        title = f"<title>best: step {mark[0]:.0f}, {loss_text(mark[1])}</title>"
         parts.append(f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="7">{title}</circle>')
     return "".join([*parts, "</svg>"])
 

@@ -276,6 +276,9 @@ def _is_rewarded(s: TextSubject, r: ReinforcementSection) -> Iterator[Finding]:
     if changed:
         text = f"tokens are drawn from another distribution than the one that is trained ({', '.join(changed)})"
         yield Finding("warn", "draws", f"{text}: each is weighted by the ratio, {r.importance_cap:g} at most")
+    if r.one_step_off_policy:
+        text = "drawn while the answers before them are trained on: off-policy by one draw, with exact ratios"
+        yield Finding("warn", "draws", text)
     rewards = ", ".join(f"{reward.weight:g} × {reward.called}" for reward in r.rewards)
     yield Finding("ok", "rewards", rewards)
     if r.kl:

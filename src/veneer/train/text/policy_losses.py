@@ -43,26 +43,30 @@ def advantages(rewards: Tensor, groups: Sequence[int], *, baseline: _Baseline, s
 
     b: the mean of the group (GRPO, eq. 1 of 2402.03300), of the group's other answers (RLOO, eq. 8 of 2402.14740), of
     all, or 0. s + 1e-4: the standard deviation of the group or of all, with n − 1; or, for `none`, 1. A group of one
-    has nothing to be compared with: 0 by the first two."""
+    has nothing to be compared with: 0 by the first two, as all have that are worth the same, to the bit."""
     r = rewards.double()
     out = r.clone()
     parts: dict[int, list[int]] = {}
     for i, group in enumerate(groups):
         parts.setdefault(group, []).append(i)
     for own in parts.values():
-        mean = r[own].mean()
         if baseline in ("group", "others"):
-            out[own] = r[own] - mean
+            out[own] = _centred(r[own])
         if baseline == "others" and len(own) > 1:
             out[own] *= len(own) / (len(own) - 1)
     if baseline == "batch":
-        out = r - r.mean()
+        out = _centred(r)
     if scale == "group":
         for own in parts.values():
             out[own] /= _spread(r[own])
     elif scale == "batch":
         out = out / _spread(r)
     return out
+
+
+def _centred(r: Tensor) -> Tensor:
+    """A mean of equal numbers may be another number in its last bit, and a spread of 0 would blow that up."""
+    return r - r.mean() if bool((r != r[:1]).any()) else torch.zeros_like(r)
 
 
 def _spread(r: Tensor) -> Tensor:

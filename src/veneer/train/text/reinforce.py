@@ -8,21 +8,30 @@ token, and a run whose gap is above `reinforcement.gap` stops before its optimiz
 
     reward, reward_NAME…               means over the answers that have one; reward_failed: how many have none
     constant_groups, constant_share    groups whose answers are all worth the same: nothing is learned from them
+    idle                               1 where no answer has an advantage at all, else 0
     cut_answers, cut_share             answers that ended at max_tokens
-    answer_tokens, drawn_tokens        mean length, and how many were drawn in all; drawn_seconds: how long it took
+    answer_tokens, drawn_tokens        mean length, and how many were drawn for this step, 0 where it is a later update
+                                       of a draw; drawn_seconds: how long it took
     prompt_cached                      share of the prompts' tokens whose keys and values were there
     gap_mean, gap_max, gap_share       |Δ log p| of the tokens that are learned from; the share beyond 1%
+    policy_lag                         optimizer steps since the adapter was what the answers were drawn from
+    drift                              |log p − log p when it was drawn|, mean, where that is not 0
     kl, clipped, weight                means over these tokens, where there is a reference, a clip, a correction
 
 Held-out prompts are answered greedily; their loss is minus the mean reward. A step's answers are a function of the
 seed, the step and the adapter's values, so a run that is resumed draws what it would have drawn; those of which some
 updates are still to come are in the checkpoint.
+
+With `reinforcement.one_step_off_policy` a thread draws for the next draw while this one is trained on, from a copy of
+the pairs as they were when that began (`offpolicy`): the second draw comes from what the first came from. Ratios are
+those of now to then. The copy is in the checkpoint, so that what was drawn from it can be drawn again; the gap is that
+of the first micro-batch of a draw, whose likelihood under the copy is computed anew.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -36,10 +45,12 @@ from veneer.models.text.loss import token_logps
 from veneer.models.text.replay import replayed_logps
 from veneer.ops.transfer import sent
 from veneer.train.loop import Means, Score, Step
-from veneer.train.rewards.reward import Answer, Rewards, reward_findings
+from veneer.train.rewards.reward import Answer, Judged, Rewards, reward_findings
 from veneer.train.text.batches import collate
 from veneer.train.text.conversations import Conversation, Conversing, said_so_far
+from veneer.train.text.findings import Findings, draw_summary
 from veneer.train.text.gap import Gap
+from veneer.train.text.offpolicy import OffPolicyDraws
 from veneer.train.text.policy_losses import (
     advantages,
     clipped,
@@ -89,10 +100,21 @@ class _JudgedRollout:
         return cls(rollout, values["row"], values["worth"], reference)
 
 
+@dataclass(frozen=True)
+class _Draw:
+    """Answers, and what they are worth. `groups`: the row whose prompt each answers."""
+
+    groups: list[int]
+    drawn: list[Rollout]
+    judged: Judged
+    seconds: float
+
+
 @dataclass
 class Reinforcement:
     """`name`: of the adapter that is trained. `reference`: of the one it is compared with, "" for the base alone.
-    `conversing`: what answers the model, where conversations go on."""
+    `conversing`: what answers the model, where conversations go on. `planned`: all steps of the run. `off_policy`: what
+    has the next draw made meanwhile, where that is asked for."""
 
     config: TrainConfig
     base: TextBase
@@ -102,6 +124,8 @@ class Reinforcement:
     rewards: Rewards
     reference: str = ""
     conversing: Conversing | None = None
+    planned: Sequence[Step] = ()
+    off_policy: OffPolicyDraws | None = None
     first: int = 0
     """The step that the answers at hand were drawn for; 0 for none."""
     answers: list[_JudgedRollout] = field(default_factory=list)
@@ -111,8 +135,8 @@ class Reinforcement:
     gap: Gap = field(default_factory=Gap)
 
     def __post_init__(self) -> None:
-        self.settings = self.config.reinforcement.settled()
-        s = self.settings
+        s = self.settings = self.config.reinforcement.settled()
+        self.findings = Findings(s)
         self.drawing = Drawing(s.max_tokens, s.temperature, s.top_p, grammar=s.grammar_text)
 
     # -- drawing -------------------------------------------------------------------------------------------------------
@@ -121,30 +145,56 @@ class Reinforcement:
         self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]
     ) -> Step | None:  # fmt: skip
         """Step `number` of what was drawn for it. `rows`: those that its prompts are of."""
-        update = (number - 1) % self.settings.updates
-        if self.first != number - update:
-            prompts = {item.row: item for micro in step.micros for item in micro.items}
-            if not self._draw([prompts[row] for row in sorted(prompts)], rows, number - update, interrupted):
+        s, update = self.settings, (number - 1) % self.settings.updates
+        first, following = number - update, number + s.updates
+        made_at = first - 1 if self.off_policy is None else max(0, first - 1 - s.updates)
+        if self.first != first:
+            make = self._making(first, step, rows, interrupted)
+            draw = make() if self.off_policy is None else self.off_policy.take(first, make)
+            if draw is None:
                 return None
-        return self._step_of(step, rows, fresh=update == 0)
+            self._learn_from(draw, first, now=made_at == first - 1)
+        self.measured["policy_lag"] = float(number - 1 - made_at)
+        if update:  # what was found once is not found again
+            self.measured |= {"drawn_tokens": 0.0, "drawn_seconds": 0.0}
+            self.measured = {key: value for key, value in self.measured.items() if not key.startswith("gap_")}
+        elif self.off_policy is not None and following <= len(self.planned):
+            make = self._making(following, self.planned[following - 1], rows, interrupted)
+            self.off_policy.follow(following, make)
+        return self._step_of(step, rows, fresh=number - 1 == made_at)
+
+    def _making(
+        self, number: int, step: Step, rows: Sequence[Row], interrupted: Callable[[], bool]
+    ) -> Callable[[], _Draw | None]:
+        """What draws for step `number`, as it is planned."""
+        items, off = {item.row: item for micro in step.micros for item in micro.items}, self.off_policy
+        prompts = [items[row] for row in sorted(items)]
+        if off is None:
+            return partial(self._draw, prompts, rows, number, self.name, interrupted)
+        return partial(self._draw, prompts, rows, number, off.copy, lambda: off.ahead.ended or interrupted())
 
     def _draw(
-        self, prompts: Sequence[PromptItem], rows: Sequence[Row], number: int, interrupted: Callable[[], bool]
-    ) -> bool:  # fmt: skip
+        self, prompts: Sequence[PromptItem], rows: Sequence[Row], number: int, name: str,
+        interrupted: Callable[[], bool],
+    ) -> _Draw | None:  # fmt: skip
         s, seed = self.settings, self.config.seed
         owners = [item for item in prompts for _ in range(s.group)]
         asked = [
-            AnswerWanted(item.ids, draw_seed(seed, number, item.row, i % s.group), self.drawing, self.name)
+            AnswerWanted(item.ids, draw_seed(seed, number, item.row, i % s.group), self.drawing, name)
             for i, item in enumerate(owners)
         ]
         began = time.perf_counter()
         held = self._held(asked, [_unanswered(rows[item.row]) for item in owners], interrupted)
         if held is None:
-            return False
+            return None
         drawn, answers = held
         seconds = time.perf_counter() - began
-        judged = self.rewards.judge(answers)
-        groups, cut = [item.row for item in owners], [rollout.cut for rollout in drawn]
+        return _Draw([item.row for item in owners], drawn, self.rewards.judge(answers), seconds)
+
+    def _learn_from(self, draw: _Draw, number: int, *, now: bool) -> None:
+        """Makes them the answers at hand. `now`: they come from the adapter as it is."""
+        s, groups, drawn, judged = self.settings, draw.groups, draw.drawn, draw.judged
+        cut = [rollout.cut for rollout in drawn]
         found = judged.logged() | reward_findings(judged, groups, cut)
         known = [i for i, value in enumerate(judged.values) if value is not None]
         references = self._references([drawn[i] for i in known]) if s.kl else [()] * len(known)
@@ -155,20 +205,29 @@ class Reinforcement:
                 dtype=torch.float64,
             )
         worth = advantages(values, [groups[i] for i in known], baseline=s.baseline or "none", scale=s.scale or "none")
-        self.answers = [
+        answers = [
             _JudgedRollout(drawn[i], groups[i], float(w), reference)
             for i, w, reference in zip(known, worth.tolist(), references, strict=True)
             if not (s.mask_cut and cut[i])
         ]
         found["constant_share"] = found["constant_groups"] / max(1.0, found["groups"])
-        self.first, self.measured = number, found | drawn_figures(drawn, seconds)
-        if not self.answers:
+        found["idle"] = float(not worth.any())
+        if not answers:
             raise TrainingError(
                 f"none of the {len(drawn)} answers of step {number} can be learned from",
                 where=f"{sum(cut)} are cut at reinforcement.max_tokens, {judged.failed} have no reward",
                 fix="raise reinforcement.max_tokens, or leave reinforcement.mask_cut out",
             )
-        return True
+        if self.off_policy is not None and not now:
+            found |= self._gap_as_drawn(answers, self.off_policy.copy)
+        self.first, self.answers, self.measured = number, answers, found | drawn_figures(drawn, draw.seconds)
+
+    def _gap_as_drawn(self, answers: Sequence[_JudgedRollout], name: str) -> dict[str, float]:
+        """The gap of the first micro-batch of answers, under the adapter that they were drawn from."""
+        drawn = [answers[i].rollout for i in answer_groups([a.tokens for a in answers], self.config)[0]]
+        old, gap = torch.tensor([x for rollout in drawn for x in rollout.logps], dtype=torch.float64), Gap()
+        gap.add(self._logps_under(name, drawn).double(), old.to(self.base.device))
+        return gap.checked(self.settings, self._gap_fix).values()
 
     def _held(
         self, asked: Sequence[AnswerWanted], prompts: Sequence[Answer], interrupted: Callable[[], bool]
@@ -187,19 +246,21 @@ class Reinforcement:
         """log p of each answer's tokens under the reference."""
         out: dict[int, tuple[float, ...]] = {}
         for group in answer_groups([len(r.prompt) + len(r.tokens) for r in drawn], self.config):
-            batch = collate([rollout_example(drawn[i]) for i in group])
-            with torch.no_grad(), without_dropout(self.base.model):
-                if self.settings.exact:
-                    ids = sent(batch.input_ids, self.base.device)
-                    found = self.sampler.replay(ids, batch.lengths, batch.trained, self.reference).logps()
-                else:
-                    with self.attachment.using(*([self.reference] if self.reference else [])):
-                        found = self._own_logps(batch.input_ids, batch.lengths, batch.trained)
-            parts = found.tolist()
+            parts = self._logps_under(self.reference, [drawn[i] for i in group]).tolist()
             for i in group:
                 n = len(drawn[i].logps)
                 out[i], parts = tuple(parts[:n]), parts[n:]
         return [out[i] for i in range(len(drawn))]
+
+    def _logps_under(self, name: str, drawn: Sequence[Rollout]) -> Tensor:
+        """log p of the tokens of answers, end to end, under another adapter; "" for the base alone."""
+        batch = collate([rollout_example(rollout) for rollout in drawn])
+        ids = sent(batch.input_ids, self.base.device)
+        with torch.no_grad(), without_dropout(self.base.model):
+            if self.settings.exact:
+                return self.sampler.replay(ids, batch.lengths, batch.trained, name).logps()
+            with self.attachment.using(*([name] if name else [])):
+                return self._own_logps(ids, batch.lengths, batch.trained)
 
     def _step_of(self, step: Step, rows: Sequence[Row], *, fresh: bool) -> Step:
         """The micro-batches of the answers at hand; those that move nothing are left out, and counted all the same."""
@@ -240,6 +301,8 @@ class Reinforcement:
             self.seen.add(kl=kl)
         if batch.fresh and batch.old is not None:
             self.gap.add(logps, old)
+        elif batch.old is not None:
+            self.seen.add(drift=(logps.detach() - old).abs())
         if s.clip_low is not None and s.clip_high is not None and batch.old is not None:
             r = ratios.detach()
             self.seen.add(clipped=((r < 1 - s.clip_low) & (worth < 0)) | ((r > 1 + s.clip_high) & (worth > 0)))
@@ -257,9 +320,21 @@ class Reinforcement:
 
     def means(self) -> Means:
         """What was measured since `begin`. Raises TrainingError where what was drawn from is not what is trained."""
-        fix = "set reinforcement.exact=true" if not self.settings.exact else "this is worth a report"
-        gap = self.gap.checked(self.settings, fix)
+        gap = self.gap.checked(self.settings, self._gap_fix)
         return Means.total([self.seen, Means(dict(self.measured), dict.fromkeys(self.measured, 1)), gap])
+
+    @property
+    def _gap_fix(self) -> str:
+        return "set reinforcement.exact=true" if not self.settings.exact else "this is worth a report"
+
+    def said_after(self, number: int) -> Iterator[str]:
+        """Warnings of step `number`, if it is one that answers were drawn for."""
+        if number == self.first:
+            yield from self.findings.of_step(number, self.measured)
+
+    def said_last(self, steps: Sequence[Mapping[str, float]]) -> Iterator[str]:
+        """What was found in all steps, which have measured so much."""
+        return draw_summary(self.settings, steps)
 
     # -- held-out prompts ----------------------------------------------------------------------------------------------
 
@@ -267,6 +342,8 @@ class Reinforcement:
         self, prompts: Sequence[PromptItem], rows: Sequence[Row], interrupted: Callable[[], bool]
     ) -> Score | None:  # fmt: skip
         """The mean reward of greedy answers; its loss is minus that. None as soon as `interrupted()`."""
+        if self.off_policy is not None:
+            self.off_policy.ahead.settle()  # one draw at a time
         greedy = replace(self.drawing, temperature=0.0, top_p=1.0)
         asked = [AnswerWanted(item.ids, 0, greedy, self.name) for item in prompts]
         held = self._held(asked, [_unanswered(rows[item.row]) for item in prompts], interrupted)

@@ -40,6 +40,7 @@ from veneer.models.text.loss import text_loss
 from veneer.models.text.offload import HostStore, lane_of
 from veneer.ops.transfer import sent
 from veneer.train import loop
+from veneer.train.ahead import Ahead
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.reinforcement import ReinforcementSection
 from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig
@@ -48,7 +49,7 @@ from veneer.train.events import TOKEN_ACCURACY, Listener, Note
 from veneer.train.loop import Means, Score, Step
 from veneer.train.planning import micro_tokens_of_run, with_micro_tokens
 from veneer.train.preflight import CACHE, Report, computes_on, free_memory, recomputes
-from veneer.train.report.log import read_log, size
+from veneer.train.report.log import duration, read_log, size
 from veneer.train.rewards.build import judges_here, rewards_of
 from veneer.train.rewards.limited import LimitedFunction
 from veneer.train.rewards.reward import Rewards
@@ -60,6 +61,7 @@ from veneer.train.text.data import TextData, planned_steps, read_data
 from veneer.train.text.distill import Distillation, Teacher, teacher_of
 from veneer.train.text.evaluate import score_examples
 from veneer.train.text.judging import sampled_judge
+from veneer.train.text.offpolicy import OffPolicyDraws
 from veneer.train.text.preference import Preference
 from veneer.train.text.preflight import text_preflight
 from veneer.train.text.reinforce import Reinforcement
@@ -310,7 +312,7 @@ def attached_texts(parts: Sequence[TextPart]) -> Iterator[list[AttachedText]]:
         how = undo.enter_context(fast(model, keep=0 if sharded else keep, pack=pack, sharded=parted))
         run.note(how.summary())
         yield [
-            _attached(drawer, part.task.config, base, part.run, part.data, attachment, call, part.name)
+            _attached(drawer, undo, part.task.config, base, part.run, part.data, attachment, call, part.name)
             for part, drawer in zip(parts, drawers, strict=True)
         ]
 
@@ -366,9 +368,10 @@ def _conversing(part: TextPart, sampler: Sampler, opened: ExitStack) -> Conversi
     return Conversing(sampler, renderer, environment, r.turns)
 
 
-def _attached(drawer: _Drawer, config: TrainConfig, *given: Any) -> AttachedText:
+def _attached(drawer: _Drawer, undo: ExitStack, config: TrainConfig, *given: Any) -> AttachedText:
     if drawer is not None:
-        return AttachedDrawing(config, *given, drawer=drawer)
+        ahead = undo.enter_context(Ahead(lambda draw: draw)) if config.reinforcement.one_step_off_policy else None
+        return AttachedDrawing(config, *given, drawer=drawer, ahead=ahead)
     return (AttachedText if config.preference.loss is None else AttachedPreferences)(config, *given)
 
 
@@ -604,12 +607,15 @@ def _with_measured(result: RunResult, outcome: Outcome, run: Run) -> RunResult:
 
 class AttachedDrawing(AttachedText):
     """The same for prompts whose answers are drawn, and judged or compared with a teacher. Where they are judged the
-    reference is the base alone, or, beside the trained adapter, the one that it began as."""
+    reference is the base alone, or, beside the trained adapter, the one that it began as. `ahead`: the thread that
+    draws while what was drawn before is trained on, where one does."""
 
     def __init__(
-        self, *given: Any, drawer: tuple[Sampler, Rewards, Conversing | None] | tuple[Sampler, Teacher]
+        self, *given: Any, drawer: tuple[Sampler, Rewards, Conversing | None] | tuple[Sampler, Teacher],
+        ahead: Ahead | None,
     ) -> None:  # fmt: skip
         super().__init__(*given)
+        self.off_policy = None if ahead is None else OffPolicyDraws(self.attachment, self.name, ahead)
         self.drawing = self._taught(*drawer) if len(drawer) == 2 else self._rewarded(*drawer)
 
     def _taught(self, sampler: Sampler, teacher: Teacher) -> Distillation:
@@ -622,13 +628,19 @@ class AttachedDrawing(AttachedText):
             reference = f"{self.name}, as it began"
             self.attachment.add(reference, start)
         return Reinforcement(
-            self.config, self.base, self.attachment, self.name, sampler, rewards, reference, conversing
-        )
+            self.config, self.base, self.attachment, self.name, sampler, rewards, reference, conversing, self.steps,
+            self.off_policy,
+        )  # fmt: skip
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        return {**self.parameters, **(self.off_policy.state if self.off_policy else {})}
 
     def why_alone(self) -> str:
         return "its answers are drawn"
 
     def begin(self, progress: Progress, tell: Listener) -> None:
+        self._tell = tell
         if isinstance(self.drawing, Distillation):
             for line in self.drawing.said_first(self.data.train.items, self.data.train.rows):
                 tell(Note(line))
@@ -648,6 +660,21 @@ class AttachedDrawing(AttachedText):
     def measured(self) -> Means:
         return self.drawing.means()
 
+    def end_step(self, number: int) -> None:
+        if isinstance(self.drawing, Reinforcement):
+            for line in self.drawing.said_after(number):
+                self._tell(Note(line))
+
+    def end(self, tell: Listener) -> None:
+        if isinstance(self.drawing, Reinforcement):
+            for line in self.drawing.said_last([found for found, _ in self._logged()]):
+                tell(Note(line))
+
+    def _logged(self) -> list[tuple[dict[str, float], float]]:
+        """What each step has measured, and its seconds, as the first process has them."""
+        log = read_log(self.run.folder / "log.jsonl") if self.run.devices.first else []
+        return [(dict(r["extra"]), float(r["seconds"])) for r in log if r.get("event") == "stepped"]
+
     def score(self, interrupted: Callable[[], bool]) -> Score | None:
         return self.drawing.score(self.held_out, self.data.held.rows, interrupted)
 
@@ -661,7 +688,14 @@ class AttachedDrawing(AttachedText):
         return _with_measured(super().facts(outcome, progress), outcome, self.run)
 
     def report(self, result: RunResult, progress: Progress) -> ReportParts:
-        parts, d = super().report(result, progress), self.config.distillation
+        parts, d, logged = super().report(result, progress), self.config.distillation, self._logged()
+        tokens, seconds = (
+            sum(found.get("drawn_tokens", 0.0) for found, _ in logged),
+            sum(seconds for _, seconds in logged),
+        )
+        told = f"{tokens:,.0f} tokens of answers in {duration(seconds)}, drawing, judging and training"
+        speed = ("Speed", f"{tokens / max(seconds, 1e-9):,.0f} drawn tokens/s", told)
+        parts = replace(parts, cards=[speed if card[0] == "Speed" else card for card in parts.cards])
         if d.teacher is not None:
             return replace(parts, loss=f"Loss, {d.divergence} KL from the teacher, nats per token")
         loss = self.config.reinforcement.loss

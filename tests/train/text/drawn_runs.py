@@ -1,0 +1,143 @@
+"""Runs that draw their answers, on the tiny base: what the tests of reinforcement and of distillation have in common.
+
+`python -m tests.train.text.drawn_runs SHARED RUNS`, with RUNS as JSON, {output: [settings, kill, …]}: for each kill the
+run is gone on with, and killed by SIGKILL: in the Nth pass of the engine, `pass:N`, or when step N is on the disk,
+`saved:N`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_base import tiny_base_dir
+from veneer.errors import Interrupted
+from veneer.models.text.base import TextBase, load_text
+from veneer.serve.engine.live import live_sampler
+from veneer.serve.forward.runner import Runner
+from veneer.train.config.load import config_from
+from veneer.train.events import Event, Saved, Stepped
+from veneer.train.report.log import read_log
+from veneer.train.text.save import RunResult
+from veneer.train.text.task import run_text
+
+_TENSORS = "adapter_model.safetensors"
+_TIMED = {"drawn_seconds", "prompt_cached"}  # a new process's cache is empty
+
+REWARDED: dict[str, Any] = {
+    "batching": {"rows": 2, "micro_rows": 6}, "optimizer": {"learning_rate": 1e-2},
+    "schedule": {"steps": 6, "name": "constant"}, "adapter": {"rank": 4}, "evaluation": {"every": 3},
+    "checkpoint": {"every": 2},
+    "reinforcement": {
+        "loss": "grpo", "group": 6, "max_tokens": 8,
+        "rewards": [
+            {"kind": "regex", "pattern": "e"},
+            {"kind": "regex", "name": "team", "pattern": "(it|hr)", "column": "team", "weight": 0.5},
+        ],
+    },
+}  # fmt: skip
+
+
+def with_prompts(folder: Path, row: Callable[[int], dict[str, str]]) -> Path:
+    """A folder with the tiny base, and twelve prompts with what `row` adds to each."""
+    tiny_base_dir(folder)
+    lines = [{"prompt": f"The printer number {i} does not answer.", **row(i)} for i in range(12)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def config_of(settings: dict[str, Any], shared: Path, output: Path, **sections: Any) -> Any:
+    """`settings` of a run on what `with_prompts` wrote, a key of a section changed at a time."""
+    values: dict[str, Any] = {
+        "base": str(shared / "tiny-base"), "data": {"train": str(shared / "prompts.jsonl"), "split": 2},
+        "output": str(output), **settings,
+    }  # fmt: skip
+    for section, value in sections.items():
+        values[section] = {**values.get(section, {}), **value} if isinstance(value, dict) else value
+    return config_from(values)[0]
+
+
+def run_drawn(
+    config: Any, base: TextBase, on_event: Callable[[Event], None] | None = None, resume: bool = False,
+    sampler: Any = live_sampler,
+) -> RunResult:  # fmt: skip
+    return run_text(
+        config, base=base, resume=resume, on_event=on_event or (lambda event: None), sampler=sampler
+    )  # fmt: skip
+
+
+def measured(folder: Path) -> list[dict[str, Any]]:
+    """What each step has measured beside its loss."""
+    return [r["extra"] for r in read_log(folder / "log.jsonl") if r["event"] == "stepped"]
+
+
+def stopped_and_resumed(run: Callable[..., Any], folder: Path, at: int) -> None:
+    """`run(output, on_event, resume)`: one that ends, and one stopped by Ctrl-C after step `at` and gone on with, leave
+    the same bytes and the same numbers."""
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run(folder / "whole", None, False)
+    with pytest.raises(Interrupted):
+        run(folder / "parts", stop, False)
+    run(folder / "parts", None, True)
+    same_ends(folder / "parts", folder / "whole")
+
+
+def same_ends(one: Path, other: Path) -> None:
+    """Two runs have left the same adapter, and logged the same of every step."""
+    assert (one / _TENSORS).read_bytes() == (other / _TENSORS).read_bytes()
+    ours, theirs = ([{k: v for k, v in x.items() if k not in _TIMED} for x in measured(each)] for each in (one, other))
+    assert ours == theirs
+
+
+def killed_runs(shared: Path, runs: dict[Path, list[Any]]) -> None:
+    """The program above, as a process."""
+    named = {str(output): given for output, given in runs.items()}
+    command = [sys.executable, "-m", "tests.train.text.drawn_runs", str(shared), json.dumps(named)]
+    subprocess.run(command, cwd=Path(__file__).parents[3], timeout=300, check=True)
+
+
+def main(shared: Path, runs: dict[str, list[Any]]) -> None:
+    import torch._dynamo  # noqa: F401  before the forks, each of which would import them
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    from tests.forks import expect, fork
+
+    def killed(output: Path, settings: dict[str, Any], what: str, number: int) -> None:
+        passes, real = 0, Runner.run
+
+        def run(self: Runner, rows: Any) -> Any:
+            nonlocal passes
+            passes += 1
+            if what == "pass" and passes == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, rows)
+
+        def saved(event: Event) -> None:
+            if what == "saved" and isinstance(event, Saved) and event.step == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Runner.run = run  # type: ignore[method-assign]
+        base = load_text(str(shared / "tiny-base"))
+        run_drawn(config_of(settings, shared, output), base, saved, resume=True)
+
+    for output, (settings, *kills) in runs.items():
+        for kill in kills:
+            what, _, number = kill.partition(":")
+            expect(fork(partial(killed, Path(output), settings, what, int(number))), killed=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
