@@ -74,6 +74,9 @@ def draw_summary(drawn: ReinforcementSection, steps: Sequence[Mapping[str, float
         yield f"warning: {text}: {_EASIER}" if constant > _MOST * groups else text
     elif idle:
         yield f"all answers of a step were worth the same in {idle:,} of {len(draws):,}: {_EASIER}"
+    for reward in drawn.rewards if len(drawn.rewards) > 1 else ():
+        if draws and all(found.get(f"constant_{reward.called}") for found in draws):
+            yield f"the reward {reward.called} was the same within each group, in every draw: it moved nothing"
     if cut:
         text = f"of {answers:,} answers {cut:,} ({cut / answers:.0%}) were cut at {drawn.max_tokens} tokens"
         yield f"warning: {text}: {_LONGER}" if cut > _MANY_CUT * answers else text
