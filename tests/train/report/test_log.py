@@ -96,8 +96,13 @@ def test_a_run_that_draws_its_answers_shows_their_speed_and_what_of_them_teaches
         return Stepped(n, 2, n, -1e-9, 1e-4, 0.5, 10_000, 40, 2.0, 1, found)
 
     first, second = _shown([drawn(1, 400, 3), drawn(2, 0, 0)], terminal=False).splitlines()  # two updates of one draw
-    assert "loss 0.0000  reward 0.250  3 of 4 groups constant  38% cut  200 drawn tokens/s" in first
+    assert "loss 0.0000  reward 0.250  200 drawn tokens/s" in first
+    assert first.endswith("3 of 4 groups constant  38% cut")
     assert "loss 0.0000  reward 0.250  100 drawn tokens/s" in second
+    # a terminal has a line of its own for them, since the bar's is full
+    *_, bar, below = _shown([drawn(1, 400, 3)], terminal=True).splitlines()
+    assert re.search(r"1/2 loss 0\.0000  reward 0\.250 200 drawn tokens/s 1 B 2 s left", bar)
+    assert below.strip() == "3 of 4 groups constant  38% cut"
     (told,) = _shown([Evaluated(1, -0.0, None, 8, 80, 0.1, True)], terminal=False).splitlines()
     assert "validation loss 0.0000 on" in told
 

@@ -28,6 +28,8 @@ from tests.train.text.drawn_runs import (
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, DataError, Interrupted, TrainingError
 from veneer.files.safetensors import read_tensors
+from veneer.jobs.checkpoints import publish_checkpoints
+from veneer.library.library import open_library
 from veneer.models.text.base import TextBase, load_text
 from veneer.serve.engine.live import live_sampler
 from veneer.train.checkpoint import latest
@@ -228,6 +230,9 @@ def test_one_step_off_policy_is_the_ratio_of_now_to_one_draw_ago_by_float64(
     assert abs(loss) > 1e-4  # with ratios of 1 it would be 0
     drifts = torch.cat([r.log().abs() for r, a in zip(ratios, worth, strict=True) if a])
     assert second["drift"] == pytest.approx(float(drifts.mean()), rel=1e-3)
+    # what a job publishes of it is the adapter at each step, without the copy
+    folder = tmp_path / "ahead"
+    assert publish_checkpoints(open_library(tmp_path / "library"), "ahead", folder, folder).keys() == {1, 2, 3}
 
 
 def test_a_run_that_learns_nothing_says_so_and_what_to_do(shared: Path, base: TextBase, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -28,7 +29,7 @@ from veneer.train.events import (
 )
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.progress import Progress as Bar
 
 _MEASURED = ("reward", "reward_accuracy", "reward_margin", "logp_chosen", "cut_share")
@@ -81,19 +82,26 @@ def _before(record: dict[str, Any], progress: Progress) -> bool:
 
 
 def _learned(event: Stepped) -> str:
-    """A step's loss; where its answers were drawn their reward, what of them teaches nothing, and the gap of who drew
-    them beside who trains."""
+    """A step's loss, and where its answers were drawn their reward."""
     text, found = f"loss {loss_text(event.loss)}", event.extra
-    if "answer_tokens" in found:
-        text += f"  reward {found['reward']:.3f}" if "reward" in found else ""
-        if found.get("constant_groups"):
-            text += f"  {found['constant_groups']:.0f} of {found['groups']:.0f} groups constant"
-        text += f"  {found['cut_share']:.0%} cut" if found["cut_share"] else ""
-        if found.get("policy_lag") and "drift" in found:
-            text += f"  {counted(int(found['policy_lag']), 'step')} off-policy (drift {found['drift']:.2g})"
-        if "gap_mean" in found:
-            text += f"  gap {found['gap_mean']:.2g} (most {found['gap_max']:.2g}, {found['gap_share']:.1%} beyond 1%)"
-    return text
+    return f"{text}  reward {found['reward']:.3f}" if "answer_tokens" in found and "reward" in found else text
+
+
+def _drawn(event: Stepped) -> str:
+    """What there is to say of answers, where a step has drawn them: what of them teaches nothing, how far the adapter
+    has moved since, and the gap of who drew them beside who trains."""
+    found, told = event.extra, []
+    if "answer_tokens" not in found:
+        return ""
+    if found.get("constant_groups"):
+        told.append(f"{found['constant_groups']:.0f} of {found['groups']:.0f} groups constant")
+    if found["cut_share"]:
+        told.append(f"{found['cut_share']:.0%} cut")
+    if found.get("policy_lag") and "drift" in found:
+        told.append(f"{counted(int(found['policy_lag']), 'step')} off-policy (drift {found['drift']:.2g})")
+    if "gap_mean" in found:
+        told.append(f"gap {found['gap_mean']:.2g} (most {found['gap_max']:.2g}, {found['gap_share']:.1%} beyond 1%)")
+    return "  ".join(told)
 
 
 class ConsoleView:
@@ -183,11 +191,11 @@ class ConsoleView:
         self.console.print(*name, what, markup=False, soft_wrap=True, **style)  # type: ignore[arg-type]
 
     def _step(self, event: Stepped) -> None:
-        drawn = event.extra.get("drawn_tokens")
-        self._recent = [*self._recent, (event.tokens if drawn is None else drawn, event.seconds)][-20:]
+        counts, drawn = event.extra.get("drawn_tokens"), _drawn(event)
+        self._recent = [*self._recent, (event.tokens if counts is None else counts, event.seconds)][-20:]
         seconds = sum(s for _, s in self._recent)
         per_second = sum(t for t, _ in self._recent) / seconds if seconds else 0.0
-        speed = self._speed(per_second, self.unit if drawn is None else f"drawn {self.unit}")
+        speed = self._speed(per_second, self.unit if counts is None else f"drawn {self.unit}")
         left = (event.steps - event.step) * seconds / len(self._recent)
         if self.name or not self.console.is_terminal:
             every = max(1, event.steps // 20)
@@ -195,7 +203,7 @@ class ConsoleView:
                 self._shown = event.step
                 self._line(
                     f"step {event.step}/{event.steps}  {_learned(event)}  {speed}  "
-                    f"memory {size(event.memory_bytes)}  {duration(left)} left"
+                    f"memory {size(event.memory_bytes)}  {duration(left)} left" + (f"  {drawn}" if drawn else "")
                 )
             return
         if self._bar is None:
@@ -203,7 +211,7 @@ class ConsoleView:
         assert self._bar is not None
         self._bar.update(
             self._task, completed=event.step, loss=_learned(event), speed=speed, memory=size(event.memory_bytes),
-            left=duration(left),
+            left=duration(left), drawn=drawn,
         )  # fmt: skip
 
     def _speed(self, per_second: float, unit: str) -> str:
@@ -212,14 +220,20 @@ class ConsoleView:
     def _start(self, event: Stepped) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
+        from rich.text import Text
 
-        self._bar = Bar(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
+        class TwoLines(Bar):
+            def get_renderables(self) -> Iterable[RenderableType]:
+                yield self.make_tasks_table(self.tasks)
+                yield from (Text(f"  {task.fields['drawn']}", "dim") for task in self.tasks if task.fields["drawn"])
+
+        self._bar = TwoLines(
+            TextColumn("training"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
             TextColumn("{task.fields[speed]}"), TextColumn("{task.fields[memory]}"),
             TextColumn("{task.fields[left]} left"), console=self.console,
         )  # fmt: skip
         self._bar.start()
-        self._task = self._bar.add_task("training", total=event.steps, loss="", speed="", memory="", left="")
+        self._task = self._bar.add_task("training", total=event.steps, loss="", speed="", memory="", left="", drawn="")
 
 
 def loss_text(loss: float) -> str:
