@@ -36,6 +36,8 @@ from veneer.serve.request import Refused, Sampling, invalid
 if TYPE_CHECKING:
     from veneer.serve.engine.grammar import Matcher
 
+_NEAR = 1 << 18
+"""Scores that a processor draws from at a time: what is made of them on the way stays in its second cache."""
 NUCLEUS = 1024
 """Best tokens that top-p looks at first; where they do not hold its share, it looks at all."""
 
@@ -153,8 +155,12 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Re
     A row whose scores are not finite, or whose grammar cannot go on, gets its Refused; the others get their tokens."""
     if len(rows) != len(logits):
         raise ValueError(f"{len(rows)} rows for logits {tuple(logits.shape)}")
-    if not rows:
-        return []
+    many = max(1, _NEAR // logits.shape[-1]) if free_to_ask(logits) else len(rows)
+    parts = (slice(at, at + many) for at in range(0, len(rows), max(1, many)))
+    return [choice for part in parts for choice in _sample(logits[part], rows[part])]
+
+
+def _sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Refused]:
     device = logits.device
     best, ids = logits.max(-1)
     finite = best.isfinite()
@@ -282,7 +288,7 @@ def _numbers(like: Tensor, values: Sequence[float]) -> Tensor:
 
 def _draw(scores: Tensor, rows: Sequence[SampledRow]) -> tuple[Tensor, Tensor]:
     """A token for each row, from softmax(scores / temperature) within top-k, min-p and top-p; and its logprob there,
-    where some row asks for it (else 0). scores: (rows, vocabulary), float32."""
+    where some row asks for it and it is not the model's own (else 0). scores: (rows, vocabulary), float32."""
     heat = _numbers(scores, [r.sampling.temperature for r in rows])[:, None].clamp_min(1e-20)
     scores = (scores - scores.amax(-1, keepdim=True)) / heat  # the best is 0, so that no heat makes it infinite
     cut = [k for k, r in enumerate(rows) if r.sampling.top_k or r.sampling.top_p < 1 or r.sampling.min_p]
@@ -295,7 +301,7 @@ def _draw(scores: Tensor, rows: Sequence[SampledRow]) -> tuple[Tensor, Tensor]:
     some = floor is not None and free_to_ask(scores)
     noisy = _some_noisy(scores, floor, keys) if some and floor is not None else _noisy(scores, floor, keys)
     chosen = noisy.argmax(-1)
-    if not any(r.sampling.drawn_logprob for r in rows):
+    if not any(r.sampling.drawn_logprob and not r.unmodified for r in rows):
         return chosen, scores.new_zeros(len(rows))
     kept = scores if floor is None else scores.masked_fill(scores < floor, -math.inf)
     return chosen, kept.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
@@ -375,7 +381,8 @@ def scored(logits: Tensor, ids: Tensor, counts: Sequence[int]) -> list[SampledTo
 def _logprobs(logits: Tensor, ids: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs of the tokens (n,), those of the `most` best and which these are, both (n, most))"""
     logits = logits.float()
-    p, tokens = logits.log_softmax(-1), _best(logits, min(most, logits.shape[-1]))
+    tokens = _best(logits, min(most, logits.shape[-1])) if most else ids.new_empty(len(ids), 0)
+    p = logits.log_softmax(-1)
     return p.gather(-1, ids[:, None])[:, 0], p.gather(-1, tokens), tokens
 
 
@@ -441,16 +448,15 @@ def _splitmix(x: int) -> int:
 
 def exponential(tokens: Tensor, keys: Tensor) -> Tensor:
     """Exp(1), float32, one for each token under its key. tokens: (…), int32; keys: (…, 2), int32."""
-    x = _mix(tokens ^ keys[..., 0])
-    x = _mix(x + keys[..., 1]) & 0x7FFFFFFF
+    x = _mix_(tokens ^ keys[..., 0])
+    x = _mix_(x.add_(keys[..., 1])).bitwise_and_(0x7FFFFFFF)
     u = x.float().add_(0.5).mul_(2.0**-31).clamp_max_(1 - 2.0**-24)
     return u.neg_().log1p_().neg_()  # small where u is, in full precision: it is the small ones that win
 
 
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit words that spreads every bit (Wellons' lowbias32); the masks make the shifts logical."""
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * 0x7FEB352D
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * (0x846CA68B - 2**32)
-    return x ^ ((x >> 16) & 0xFFFF)
+def _mix_(x: Tensor) -> Tensor:
+    """A bijection of 32-bit words that spreads every bit (Wellons' lowbias32), in place; the masks make the shifts
+    logical."""
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - 2**32)
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))

@@ -16,6 +16,7 @@ from veneer.core.adapter import Adapter
 from veneer.core.targets import base_modules, expert_parameters, matches_per_pattern, resolve_targets, target_matches
 from veneer.errors import TargetError, counted, gigabytes
 from veneer.ops.linear import keeps_copy
+from veneer.ops.panels import panels_here
 from veneer.plan.memory import packed_weights
 from veneer.plan.plan import Plan
 from veneer.plan.render import rough_duration
@@ -229,10 +230,11 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     chosen = again if on else plain
     s.numbers.update(memory_needed=need, memory_checkpointed=less, memory_free=free)
     unpacked = _why_unpacked(s, device.type)
-    keeps, packs = _keeps(s, chosen, device.type), 0 if unpacked else _packs(s, chosen, on)
+    drawer, kept = (0, 0) if unpacked else _packs(s, chosen, on)
+    keeps, packs = _keeps(s, chosen, device.type), drawer + kept
     peak, parts = chosen.memory.peak + keeps + packs, {**chosen.memory.parts, "packed": packs}
     s.numbers.update(predicted_peak_bytes=peak, predicted_parts=parts)
-    s.numbers.update(kept_dequantised=keeps, kept_packed=packs)
+    s.numbers.update(kept_dequantised=keeps, kept_packed=kept, drawer_packed=drawer)
     if not chosen.changes and chosen.seconds is not None:
         s.numbers.update(predicted_seconds=round(chosen.seconds, 4))
     wanted = (less if on else need) + packs
@@ -285,20 +287,28 @@ def _keeps(s: TextSubject, plan: Plan, device: str) -> int:
     return 8 * plan.keeps // 10 if device == "cuda" else 0
 
 
-def _packs(s: TextSubject, plan: Plan, recomputed: bool) -> int:
-    """Bytes of weights that are kept packed, where some may be: what those take whose products are clearly faster so
-    here, or as much of it as was asked for; where nothing was, all of it if the plan finds room for that and no
-    activations have to be made again, and else none."""
+def _packs(s: TextSubject, plan: Plan, recomputed: bool) -> tuple[int, int]:
+    """Bytes of weights that are kept packed, where some may be, by whoever draws and by training: what those take whose
+    products are clearly faster so here, or as much of it as was asked for; where nothing was, all of it if the plan
+    finds room for that, of training's only where no activations have to be made again, and else none.
+
+    Whoever draws comes first: to lay out all weights anew for each token takes several times as long as to multiply
+    by them."""
     asked = s.config.memory.keep_packed_gb
-    if asked == 0 or (asked is None and (recomputed or not plan.packs)):
-        return 0
+    if asked == 0:
+        return 0, 0
     dtype = next(s.base.model.parameters()).dtype
-    shape = model_shape(s.base.model)
-    count = packed_weights(shape, str(dtype).removeprefix("torch."), functools.partial(keeps_copy, dtype))
-    copies = 1 if s.config.drawn is None else 2  # whoever draws has its own
+    shape, name = model_shape(s.base.model), str(dtype).removeprefix("torch.")
+    drawer = kept = 0
+    if s.config.drawn is not None and panels_here(16, dtype):
+        drawer = packed_weights(shape, name, lambda _rows, _columns, turned: turned)
+    if asked is not None or (plan.packs and not recomputed):
+        kept = packed_weights(shape, name, functools.partial(keeps_copy, dtype))
     if asked is not None:
-        return min(count, int(asked * 1e9))
-    return count if copies * count <= 8 * (plan.room - plan.memory.peak) // 10 else 0
+        return min(drawer, int(asked * 1e9)), min(kept, int(asked * 1e9))
+    room = 8 * (plan.room - plan.memory.peak) // 10
+    drawer *= drawer <= room
+    return drawer, kept * (drawer + kept <= room)
 
 
 def _predicted(plan: Plan, packs: int) -> Iterator[Finding]:

@@ -246,7 +246,8 @@ class TextTask(Task[TextData, RunResult]):
             yield "batching.micro_tokens", config.batching.at_once, because
         if config.memory.keep_packed_gb is None:
             because = "what weights take whose products are clearly faster so, where the plan finds room for it"
-            yield "memory.keep_packed_gb", int(report.numbers.get("kept_packed", 0)) / 1e9, because
+            packed = sum(int(report.numbers.get(key, 0)) for key in ("kept_packed", "drawer_packed"))
+            yield "memory.keep_packed_gb", packed / 1e9, because
         if config.memory.activation_checkpointing == "auto":
             yield "memory.activation_checkpointing", "on" if recompute else "off", reason
         if config.preference.loss is not None:
@@ -291,7 +292,7 @@ def attached_texts(parts: Sequence[TextPart]) -> Iterator[list[AttachedText]]:
         attachment.use(first.name)
         undo.callback(model.train, model.training)
         model.train()
-        drawers = [undo.enter_context(_drawing(part, attachment, pack)) for part in parts]  # before weights are joined
+        drawers = [undo.enter_context(_drawing(part, attachment)) for part in parts]  # before weights are joined
         if recompute:
             undo.callback(model.activation_checkpointing_disable)
             store = first.task.host_store(run)
@@ -324,9 +325,8 @@ _Drawer = tuple[Sampler, Rewards, Conversing | None] | tuple[Sampler, Teacher] |
 
 
 @contextmanager
-def _drawing(part: TextPart, attachment: Attachment, pack: int) -> Iterator[_Drawer]:
-    """Who draws a run's answers and who judges them; None for a run that draws none. `pack`: bytes that a second copy
-    of the base's weights may take."""
+def _drawing(part: TextPart, attachment: Attachment) -> Iterator[_Drawer]:
+    """Who draws a run's answers and who judges them; None for a run that draws none."""
     r, task = part.task.config.drawn, part.task
     if r is None:
         yield None
@@ -340,6 +340,7 @@ def _drawing(part: TextPart, attachment: Attachment, pack: int) -> Iterator[_Dra
     longest = max(item.tokens for split in (part.data.train, part.data.held) for item in split.items)
     context = 0 if judges else longest  # what they are asked is as long as it is
     exact = isinstance(r, ReinforcementSection) and r.exact
+    pack = int(part.report.numbers.get("drawer_packed", 0))
     settings = SamplerSettings(rows=r.rows, context=context, pack_bytes=pack, exact=exact)
     with ExitStack() as opened:
         sampler = opened.enter_context(task.sampler(task.base, attachment, settings))
