@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 from veneer.compat import TORCH
@@ -52,6 +53,31 @@ class _Group:
         return len(self.tokens) < self.rows * self.length
 
 
+@dataclass(frozen=True, eq=False)
+class SharedRows:
+    """Rows that have tokens in common, as answers have their prompt: of N tokens, which lie in the order in which the
+    rows first have them. places: (Σ lengths,) int64, which of them each token of each row is.
+
+    What a token is made of comes before it, so what is common is a beginning, and computed once."""
+
+    places: Tensor
+
+    @functools.cached_property
+    def firsts(self) -> Tensor:
+        """Where each of the N tokens is first among the rows' tokens: (N,)."""
+        places = self.places
+        last = torch.full((int(places.max()) + 1,), len(places), dtype=torch.int64, device=places.device)
+        return last.scatter_reduce(0, places, torch.arange(len(places), device=places.device), "amin")
+
+    @functools.cached_property
+    def before(self) -> Tensor:
+        """Which of the N tokens is the one before each: (N,); of a row's first token none, and it is some other."""
+        return self.places[self.firsts - 1]
+
+    def sent(self, device: torch.device) -> SharedRows:
+        return self if device.type == "cpu" else SharedRows(sent(self.places, device))
+
+
 class RowLayout:
     """How rows of the given lengths, lying one after another in N = Σ lengths tokens, are attended to.
 
@@ -62,21 +88,24 @@ class RowLayout:
     `keep`: the tokens whose output is wanted at the end of a model, None for all; for whoever can use it.
     `attended`: which layers went by it so far. `starts`: (rows + 1,), where each row begins, and the end, on the CPU;
     `ends`: the same as int32 where the tokens are. `groups`: the rows that go through together, worked out where an
-    implementation needs them."""
+    implementation needs them. `shared`: rows that have tokens in common; N is then without repetition, and attention
+    alone, which costs little beside products, has each row whole: `whole` is the layout of these."""
 
     keep: Tensor | None = None
 
     def __init__(
         self, lengths: Sequence[int], device: torch.device | str = "cpu", waste: float = 0.25, step: int = 1,
-        idle: int = 0,
+        idle: int = 0, shared: SharedRows | None = None,
     ) -> None:  # fmt: skip
         self.lengths, self.idle = list(lengths), idle
         self.attended: set[int] = set()
         self.device, self._waste, self._step = torch.device(device), waste, step
         self.starts = torch.tensor(list(itertools.accumulate(self.lengths, initial=0)), dtype=torch.int64)
         self.ends = sent(self.starts.int(), self.device)
-        places = [torch.arange(n) for n in self.lengths]
-        self.positions = sent(torch.cat([*places, torch.zeros(idle, dtype=torch.int64)]), self.device)
+        self.shared = None if shared is None else shared.sent(self.device)
+        positions = torch.cat([torch.arange(n) for n in self.lengths])
+        positions = positions if shared is None else positions[shared.firsts.cpu()]
+        self.positions = sent(torch.cat([positions, torch.zeros(idle, dtype=torch.int64)]), self.device)
         self._tables: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     @functools.cached_property
@@ -87,6 +116,11 @@ class RowLayout:
             slots = torch.cat([torch.arange(self.lengths[i]) + at * length for at, i in enumerate(taken)])
             out.append(_Group(len(taken), length, sent(tokens, self.device), sent(slots, self.device)))
         return out
+
+    @functools.cached_property
+    def whole(self) -> RowLayout:
+        """Of the rows each by itself, one after another."""
+        return RowLayout(self.lengths, self.device, self._waste, self._step)
 
     def tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """cos and sin of (1, N, dim) whose halves are equal, as (N, dim/2); made once for all layers of a forward that
@@ -337,6 +371,13 @@ def rotary_attention(
     cos, sin: (N, dim/2). `window`: a query sees itself and the window − 1 tokens before it; None: all before it.
     Keeps the turned q, k, v and the probabilities in their dtype, or in tiles qkv, the output and log Σ exp; on a GPU,
     what flash attention keeps; with norms q and k as they were before, too. Reference of norms: `normed_heads`."""
+    if layout.shared is not None:
+        places = layout.shared.places
+
+        def attend(own: Tensor) -> Tensor:
+            return rotary_attention(own, cos[places], sin[places], kv, layout.whole, scale, window, norms)
+
+        return _each_whole(attend, layout, qkv)
     run = chosen("split_turned", qkv, cos, sin)
     if run is not None:
         q, k, v = run(qkv, cos, sin, kv, norms)
@@ -365,6 +406,12 @@ def row_attention(
 
     `cap`: scores are cap·tanh(score/cap), 0 leaves them. sinks: (heads,), a score of each head that takes its share of
     the softmax and adds nothing. Where there is no kernel these two are `scored_attention_reference`."""
+    if layout.shared is not None:
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return row_attention(q, k, v, layout.whole, scale, window, cap, sinks)
+
+        return _each_whole(attend, layout, q, k, v)
     if chosen("attend_rows", q, k, v, sinks) is not None:
         return _attended(q, k, v, layout, scale, window, cap, sinks)
     if cap or sinks is not None:
@@ -373,6 +420,40 @@ def row_attention(
     if qkv.device.type != "cpu":
         return fused_row_attention(qkv, k.shape[1], layout, scale, window)
     return _rows(qkv, None, None, k.shape[1], layout, scale, window)
+
+
+def _each_whole(attend: Callable[..., Tensor], layout: RowLayout, *parts: Tensor) -> Tensor:
+    """attend(parts) of rows that share tokens: a shared one is part of each of its rows, and its output is that in the
+    first. Rows are laid out whole for the length of a call alone, and once more in backward."""
+    shared = layout.shared
+    assert shared is not None
+
+    def whole(*own: Tensor) -> Tensor:
+        out: Tensor = _Taken.apply(attend(*(_Taken.apply(x, shared.places) for x in own)), shared.firsts)
+        return out
+
+    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        made: Tensor = torch.utils.checkpoint.checkpoint(whole, *parts, use_reentrant=False, preserve_rng_state=False)
+    else:
+        made = whole(*parts)
+    return F.pad(made, (0, 0, 0, 0, 0, layout.idle)) if layout.idle else made
+
+
+class _Taken(torch.autograd.Function):
+    """x[at], rows that may be taken several times; their gradients are added up in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, at: Tensor) -> Tensor:
+        ctx.save_for_backward(at)
+        ctx.count = len(x)
+        return x.index_select(0, at)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (at,) = ctx.saved_tensors
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        added = grad.new_zeros(ctx.count, grad[0].numel(), dtype=wide).index_add_(0, at, grad.flatten(1).to(wide))
+        return added.to(grad.dtype).view(ctx.count, *grad.shape[1:]), None
 
 
 def _attended(

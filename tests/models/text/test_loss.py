@@ -15,7 +15,8 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.models.swap import report_of
 from veneer.models.text.fast import fast
-from veneer.models.text.loss import rows_nll, text_loss
+from veneer.models.text.loss import rows_nll, text_loss, token_logps
+from veneer.ops.attention import SharedRows
 
 
 def some_rows(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, list[int], torch.Tensor]:
@@ -49,6 +50,43 @@ def test_padding_changes_neither_losses_nor_gradients(family: str, lengths: list
                 found.append([nll.detach(), *gradients])
     for plain, padded in zip(*found, strict=True):
         assert (padded - plain).norm() <= 1e-5 * plain.norm()  # norms and pairs are float32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_that_rows_share_are_computed_once_and_change_nothing(family: str) -> None:
+    """Two prompts with three and two answers, in float64: losses and gradients are those of whole rows."""
+    model: Any = FAMILIES[family]().double()
+    places, lengths, first = [], [], 0
+    for prompt, answers in ((9, (4, 1, 6)), (5, (3, 12))):
+        own = first + prompt
+        for n in answers:
+            places += [*range(first, first + prompt), *range(own, own := own + n)]
+            lengths.append(prompt + n)
+        first = own
+    shared = SharedRows(torch.tensor(places))
+    ids = torch.randint(3, VOCAB, (first,), generator=torch.Generator().manual_seed(0))
+    said = shared.places.bincount() == 1
+    with attach(model) as attachment:
+        attachment.add("a", create(model, LoraSpec(rank=4), seed=0), trainable=True)
+        attachment.use("a")
+        parameters = list(attachment.parameters("a").values())
+        with torch.no_grad():
+            for p in parameters:
+                p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+
+        def found(*rows: Any) -> list[torch.Tensor]:
+            logps = token_logps(model, *rows)
+            return [logps.detach(), *torch.autograd.grad((logps * logps).sum(), parameters)]
+
+        with fast(model):
+            if not report_of(model).rows:
+                pytest.skip("this family has no rows without padding in float64")
+            whole = found(ids[shared.places], lengths, said[shared.places])
+            once = found(ids, lengths, said, shared)
+        padded = found(ids, lengths, said, shared)
+    for a, b, c in zip(whole, once, padded, strict=True):
+        assert (b - a).norm() <= 1e-5 * a.norm()  # norms and pairs are float32
+        assert (c - a).norm() <= 1e-4 * a.norm()
 
 
 class Shapes(TorchDispatchMode):

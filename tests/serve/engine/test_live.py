@@ -23,6 +23,7 @@ from veneer.models.text.loss import token_logps
 from veneer.models.text.replay import replayed_logps
 from veneer.ops.quantised import quantise
 from veneer.serve.engine.live import live_sampler
+from veneer.train.text.prompts import collate_shared
 from veneer.train.text.rollouts import AnswerWanted, Drawing, Rollout, Sampler, SamplerSettings, draw_seed
 
 PROMPTS = [tuple(range(5, 45)), tuple(range(60, 67))]
@@ -78,6 +79,14 @@ def test_the_trainers_log_probabilities_are_the_samplers_to_the_bit(dtype: str, 
         assert torch.equal(found, logps(drawn))
         parameters = list(attachment.parameters("run").values())
         gradients = torch.autograd.grad(found.sum(), parameters)
+        batch, shared = collate_shared(drawn)  # the same with each prompt once
+        assert len(batch.input_ids) == len(ids) - sum(map(len, PROMPTS))
+        once = batch.input_ids, lengths, batch.trained
+        replay = sampler.replay(*once, "run", shared)
+        found = replayed_logps(base.model, *once, replay, shared)
+        assert torch.equal(found, logps(drawn))
+        for mine, theirs in zip(torch.autograd.grad(found.sum(), parameters), gradients, strict=True):
+            assert float((mine - theirs).norm()) < (1e-5 if dtype == "float32" else 0.05) * float(theirs.norm())
         if dtype == "float32":  # where rounding is small the model's own forward says the same
             own = token_logps(base.model, ids, lengths, said)
             torch.testing.assert_close(own, found)

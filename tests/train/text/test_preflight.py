@@ -338,6 +338,15 @@ def test_weights_are_kept_packed_where_that_is_faster_and_fits(run: Run, monkeyp
     assert run(off, f"memory.limit_gb={(needed + every) / 1e9}").numbers["kept_packed"] == 0
     assert run("memory.keep_packed_gb=0").numbers["kept_packed"] == 0
     assert run(f"memory.keep_packed_gb={every / 2e9}").numbers["kept_packed"] == every // 2
+    monkeypatch.setattr(preflight, "panels_here", lambda bits, dtype: True)
+    drawn = ("reinforcement.loss=grpo", "reinforcement.rewards=[{kind: exact_match}]")
+    both = run(*drawn).numbers
+    assert both["predicted_parts"]["packed"] == both["kept_packed"] + both["drawer_packed"]
+    assert both["kept_packed"] == every > both["drawer_packed"] > every // 2  # whoever draws asks for no gradient
+    monkeypatch.setattr(preflight, "keeps_copy", lambda dtype, rows, columns, turned: False)
+    assert run(*drawn).numbers["drawer_packed"] == both["drawer_packed"]  # whatever training's products take
+    assert run(*drawn, "memory.keep_packed_gb=0").numbers["drawer_packed"] == 0
+    monkeypatch.setattr(preflight, "keeps_copy", lambda dtype, rows, columns, turned: True)
     too_much = run("memory.keep_packed_gb=1", off, free_memory=needed)
     assert "this run does not fit" in stopped(too_much, "memory")
     assert "fix: memory.keep_packed_gb=0" in too_much.text()

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.models.swap import projection_of, report_of
-from veneer.ops.attention import RowLayout
+from veneer.ops.attention import RowLayout, SharedRows
 from veneer.ops.loss import likeliest, token_nll
 from veneer.ops.sizes import ROW_STEP, few_sizes, padded_tokens
 from veneer.ops.spans import Spans
@@ -52,22 +52,31 @@ def row_logps(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
     return -torch.stack([part.sum() for part in nll.split(counts)])
 
 
-def token_logps(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
-    """log p of each trained token, in order: (M,), float32. Otherwise as `text_loss`."""
-    return -_text_nll(model, input_ids, lengths, trained)
+def token_logps(
+    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, shared: SharedRows | None = None
+) -> Tensor:
+    """log p of each trained token, in order: (M,), float32. Otherwise as `text_loss`. `shared`: rows that have tokens
+    in common, which are computed once: input_ids and trained are then of those N, lengths of whole rows, and no token
+    that is trained is another row's too."""
+    return -_text_nll(model, input_ids, lengths, trained, shared=shared)
 
 
 def _text_nll(
-    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, right: Tensor | None = None
-) -> Tensor:
+    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, right: Tensor | None = None,
+    shared: SharedRows | None = None,
+) -> Tensor:  # fmt: skip
     """(M,): one for each trained token, in order."""
-    if sum(lengths) != len(input_ids) or len(trained) != len(input_ids):
-        raise ValueError(f"lengths add up to {sum(lengths)}, input_ids {len(input_ids)}, trained {len(trained)}")
+    tokens = len(input_ids if shared is None else shared.places)
+    if sum(lengths) != tokens or len(trained) != len(input_ids):
+        raise ValueError(f"lengths add up to {sum(lengths)}, input_ids {tokens}, trained {len(trained)}")
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    starts = starts if shared is None else shared.places.to(starts.device)[starts]
     if trained[starts.to(trained.device)].any():
         raise ValueError("the first token of a row is marked as trained, but no token before it predicts it")
     if report_of(model).rows and not _beyond(model, lengths):
-        return rows_nll(model, input_ids, lengths, trained, right=right)
+        return rows_nll(model, input_ids, lengths, trained, right=right, shared=shared)
+    if shared is not None:
+        input_ids, trained = (t[shared.places.to(t.device)] for t in (input_ids, trained))
     return padded_nll(model, input_ids, lengths, trained, right)
 
 
@@ -79,15 +88,16 @@ def _rounds(weight: Tensor) -> bool:
 def rows_nll(
     model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, layout: RowLayout | None = None,
     rounded: bool | None = None, spans: Spans | None = None, right: Tensor | None = None,
+    shared: SharedRows | None = None,
 ) -> Tensor:  # fmt: skip
     """−log p of each trained token, (M,), without padding and with logits at trained positions alone; for models within
     `fast`. `layout`: of those lengths, to see afterwards which layers used it.
 
     `rounded`: padding makes the tokens, and those of them whose output is wanted, one of `few_sizes`; None: where that
     pays. Real tokens come first, so neither their dropout nor anything else of them changes. `spans`: those that the
-    attachment has selected, of these tokens. `right`: as `text_loss` has it."""
+    attachment has selected, of these tokens. `right`: as `text_loss` has it; `shared`: as `token_logps`."""
     trained_at = sent(trained.nonzero()[:, 0], input_ids.device)
-    hidden, at = _rows_hidden(model, input_ids, lengths, trained_at, layout, rounded, spans)
+    hidden, at = _rows_hidden(model, input_ids, lengths, trained_at, layout, rounded, spans, shared)
     seen = None if right is None else right.new_empty(len(at))
     nll = _head_nll(model, hidden, input_ids[at], seen)[: len(trained_at)]
     if right is not None and seen is not None:
@@ -166,7 +176,7 @@ def _chunk_logps(
 
 def _rows_hidden(
     model: Any, input_ids: Tensor, lengths: Sequence[int], at: Tensor, layout: RowLayout | None, rounded: bool | None,
-    spans: Spans | None,
+    spans: Spans | None, shared: SharedRows | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the head is given before each token of `at`, and `at`; both with padding at their ends where it is rounded.
     The last place of all may be the end of the rows."""
@@ -177,9 +187,10 @@ def _rows_hidden(
         idle = padded_tokens(len(input_ids), count) - len(input_ids)
         input_ids = torch.cat([input_ids, input_ids[:1].expand(idle)])
         at = torch.cat([at, at[-1:].expand(few_sizes(count) - count)]) if count else at
-        layout = RowLayout(lengths, device, step=ROW_STEP, idle=idle)
-    layout = RowLayout(lengths, device) if layout is None else layout
-    layout.keep = at - 1 if report_of(model).keeps else None
+        layout = RowLayout(lengths, device, step=ROW_STEP, idle=idle, shared=shared)
+    layout = RowLayout(lengths, device, shared=shared) if layout is None else layout
+    before = at - 1 if layout.shared is None else layout.shared.before[at]
+    layout.keep = before if report_of(model).keeps else None
     if spans is not None:
         spans.sizes = len(input_ids), len(at)
     # A 4-d mask is passed on untouched by transformers; it keeps an N × N one from being made. The attention interface
@@ -194,7 +205,7 @@ def _rows_hidden(
     )
     hidden = out.last_hidden_state[0]
     # A last layer that an adapter replaces whole gives all positions: always more, as first tokens are not trained.
-    return (hidden if len(hidden) == len(at) else hidden[at - 1]), at
+    return (hidden if len(hidden) == len(at) else hidden[before]), at
 
 
 def _decoder(model: Any) -> Any:

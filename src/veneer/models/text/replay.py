@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from veneer.errors import ConfigError
 from veneer.models.swap import report_of
 from veneer.models.text.loss import token_logps
+from veneer.ops.attention import SharedRows
 
 
 class Replay(Protocol):
-    """Another forward over some rows that lie end to end; it runs as it is asked, once."""
+    """Another forward over the tokens of some rows; it runs as it is asked, once."""
 
     @abstractmethod
     def layer(self) -> Tensor:
@@ -36,9 +37,11 @@ class Replay(Protocol):
 
 
 def replayed_logps(
-    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, replay: Replay
+    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, replay: Replay,
+    shared: SharedRows | None = None,
 ) -> Tensor:  # fmt: skip
     """log p of each trained token, (M,): the values are the replay's, the gradient is this model's at its values.
+    Arguments as `token_logps` has them.
 
     For models within `fast` that take rows without padding. Raises ConfigError for others."""
     if not report_of(model).rows:
@@ -46,9 +49,10 @@ def replayed_logps(
         raise ConfigError(
             f"this base's layers cannot be given other values: {why}", fix="set reinforcement.exact to false"
         )
-    kept = trained.nonzero()[:, 0].to(input_ids.device) - 1
+    at = trained.nonzero()[:, 0].to(input_ids.device)
+    kept = at - 1 if shared is None else shared.sent(at.device).before[at]
     with _given(model.model.layers, replay, kept if report_of(model).keeps else None):
-        own = token_logps(model, input_ids, lengths, trained)
+        own = token_logps(model, input_ids, lengths, trained, shared)
         return _with_values(own, replay.logps())
 
 

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,7 +29,9 @@ from veneer.errors import VeneerError
 from veneer.models.swap import without_dropout
 from veneer.models.text.base import TextBase
 from veneer.models.text.replay import Replay
+from veneer.ops.attention import SharedRows
 from veneer.ops.choice import listed
+from veneer.ops.transfer import sent
 from veneer.serve.engine.engine import TextEngine
 from veneer.serve.engine.sampler import scored
 from veneer.serve.forward.llama import LlamaForward
@@ -160,12 +162,51 @@ class _LiveSampler(Sampler):
             cached,
         )  # fmt: skip
 
-    def replay(self, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, adapter: str = "") -> Replay:
+    def replay(
+        self, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, adapter: str = "",
+        shared: SharedRows | None = None,
+    ) -> Replay:  # fmt: skip
         llama, layout = self.runner.llama, self.runner.layout
         assert llama is not None
         packed = pack_adapter(self.attachment.adapters[adapter], layout, adapter) if adapter else None
         wanted = trained.nonzero()[:, 0].to(input_ids.device)
-        return _EngineReplay(llama, packed, self.runner, input_ids, list(lengths), wanted)
+        rows = _ReplayedRows.of(lengths, shared)
+        return _EngineReplay(llama, packed, self.runner, input_ids, rows, wanted)
+
+
+@dataclass(frozen=True)
+class _ReplayedRows:
+    """Which tokens a replay computes. `rows`: (first position, end, blocks) of each, as the engine has them; `places`:
+    which of the rows' tokens each is that is computed; `made`: where each of the rows' tokens is among these, and
+    `before`: where the one before it is."""
+
+    rows: list[tuple[int, int, list[int]]]
+    places: Tensor
+    made: Tensor
+    before: Tensor
+
+    @property
+    def blocks(self) -> int:
+        return 1 + max(block for _, _, blocks in self.rows for block in blocks)
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], shared: SharedRows | None) -> _ReplayedRows:
+        """What a row has in common with one before it is found in that one's blocks, as far as these are full of it."""
+        which = torch.arange(sum(lengths)) if shared is None else shared.places.cpu()
+        owner: list[int] = []
+        rows: list[tuple[int, int, list[int]]] = []
+        places: list[Tensor] = []
+        used = 0
+        for i, own in enumerate(which.split(list(lengths))):
+            common = int((own < len(owner)).sum())
+            owner += [i] * (len(own) - common)
+            whole = common // BLOCK if common else 0
+            found = rows[owner[int(own[0])]][2][:whole] if whole else []
+            rows.append((whole * BLOCK, len(own), [*found, *range(used, used := used - (-len(own) // BLOCK) - whole)]))
+            places.append(own[whole * BLOCK :])
+        computed = torch.cat(places)
+        made = SharedRows(computed).firsts
+        return cls(rows, computed, made, made - 1 if shared is None else made[shared.before.cpu()])
 
 
 class _EngineReplay(Replay):
@@ -173,27 +214,25 @@ class _EngineReplay(Replay):
     log-probabilities are asked for."""
 
     def __init__(
-        self, llama: LlamaForward, packed: PackedAdapter | None, runner: Runner, ids: Tensor, lengths: list[int],
+        self, llama: LlamaForward, packed: PackedAdapter | None, runner: Runner, ids: Tensor, rows: _ReplayedRows,
         wanted: Tensor,
     ) -> None:  # fmt: skip
         self.ids, self.wanted, self.layout, self.packed = ids, wanted, runner.layout, packed
-        used = 0
-        rows: list[tuple[int, int, list[int]]] = []
-        for n in lengths:
-            rows.append((0, n, list(range(used, used := used - (-n // BLOCK)))))
-        own, held = runner.pages, len(llama.blocks)
-        pages = Pages(1, used, own.heads, own.kv, own.d, own.K.dtype, own.K.device)
+        own, held, device = runner.pages, len(llama.blocks), ids.device
+        pages = Pages(1, rows.blocks, own.heads, own.kv, own.d, own.K.dtype, own.K.device)
         pages.K, pages.V = (t.expand(held, *t.shape[1:]) for t in (pages.K, pages.V))
         pages.tiles = own.tiles
         self.llama = replace(llama, pages=pages)
-        spans = [] if packed is None else [(0, len(ids), [(packed, 1.0)])]
+        self.made, self.before = sent(rows.made, device), sent(rows.before, device)
+        computed = ids[sent(rows.places, device)]
+        spans = [] if packed is None else [(0, len(computed), [(packed, 1.0)])]
         segments = Segments.of(self.layout, spans) if spans else None
-        self._layers = self.llama.each_layer(ids, PackedRows.of(rows, ids.device), segments)
+        self._layers = self.llama.each_layer(computed, PackedRows.of(rows.rows, device), segments)
 
     @torch.no_grad()
     def layer(self) -> Tensor:
         with listed():  # as the engine's own steps
-            return next(self._layers)
+            return next(self._layers)[self.made]
 
     @torch.no_grad()
     def logps(self) -> Tensor:
@@ -207,7 +246,7 @@ class _EngineReplay(Replay):
         head = len(self.layout.groups) - 1
         out = []
         for places in self.wanted.split(_SCORED):
-            x = hidden[places - 1]
+            x = hidden[self.before[places]]
             segments = None
             if self.packed is not None and head in self.packed.groups:
                 segments = Segments.of(self.layout, [(0, len(x), [(self.packed, 1.0)])])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import DataError, bullets
+from veneer.ops.attention import SharedRows
 from veneer.train.config.text import TrainConfig
 from veneer.train.loop import LazySteps, Micro, Step
 from veneer.train.text.batches import Batch, collate, grouped, step_rows
@@ -53,7 +54,8 @@ class PolicyBatch(Batch):
     advantage, and what its tokens' losses are multiplied by. `old`, `drawn`, `reference`: (T,) log-probabilities when
     the tokens were drawn, of what they were drawn from, and of the reference; None where there are none. `fresh`:
     whether the adapter is the one that they were drawn from. `teacher`: the same answers after what their teacher is
-    asked; None for these rows themselves."""
+    asked; None for these rows themselves. `shared`: where a prompt's answers share its tokens; `input_ids` and
+    `trained` then have it once."""
 
     answers: list[int]
     worth: Tensor
@@ -63,6 +65,7 @@ class PolicyBatch(Batch):
     reference: Tensor | None = None
     fresh: bool = False
     teacher: Batch | None = None
+    shared: SharedRows | None = None
 
 
 def prompt_of(row: Row) -> Row:
@@ -139,6 +142,48 @@ def answer_groups(lengths: Sequence[int], config: TrainConfig) -> list[list[int]
     rows = config.batching.micro_rows or len(lengths)
     groups = grouped(lengths, config.batching.at_once)
     return [group[at : at + rows] for group in groups for at in range(0, len(group), rows)]
+
+
+def shared_groups(drawn: Sequence[Rollout], config: TrainConfig) -> list[list[int]]:
+    """Micro-batches of answers whose prompts are computed once: indices, a prompt's beside one another, from long to
+    short, cut before `batching.at_once` tokens."""
+    answers: dict[tuple[int, ...], list[int]] = {}
+    for i in sorted(range(len(drawn)), key=lambda i: (-len(drawn[i].prompt) - len(drawn[i].tokens), i)):
+        answers.setdefault(drawn[i].prompt, []).append(i)
+    most, groups = config.batching.micro_rows or len(drawn), [list[int]()]
+    room = config.batching.at_once
+    there: tuple[int, ...] = ()
+    for prompt, own in answers.items():
+        for i in own:
+            takes = len(drawn[i].tokens) + (0 if there == prompt else len(prompt))
+            if groups[-1] and (takes > room or len(groups[-1]) == most):
+                groups.append([])
+                room, takes = config.batching.at_once, len(drawn[i].tokens) + len(prompt)
+            groups[-1].append(i)
+            room, there = room - takes, prompt
+    return groups
+
+
+def collate_shared(drawn: Sequence[Rollout]) -> tuple[Batch, SharedRows]:
+    """Rows of prompts with their answers, each prompt's tokens once: `lengths` are of whole rows."""
+    ids: list[int] = []
+    trained: list[bool] = []
+    places: list[int] = []
+    prompts: dict[tuple[int, ...], int] = {}
+
+    def put(tokens: Sequence[int], learned: Sequence[bool]) -> int:
+        ids.extend(tokens)
+        trained.extend(learned)
+        return len(ids) - len(tokens)
+
+    for one in drawn:
+        n, m = len(one.prompt), len(one.tokens)
+        if one.prompt not in prompts:
+            prompts[one.prompt] = put(one.prompt, [False] * n)
+        first, own = prompts[one.prompt], put(one.tokens, one.trained)
+        places += [*range(first, first + n), *range(own, own + m)]
+    lengths = [len(one.prompt) + len(one.tokens) for one in drawn]
+    return Batch(torch.tensor(ids), lengths, torch.tensor(trained)), SharedRows(torch.tensor(places))
 
 
 def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Sequence[Row]) -> LazySteps:

@@ -43,10 +43,11 @@ from veneer.errors import TrainingError
 from veneer.models.swap import without_dropout
 from veneer.models.text.loss import token_logps
 from veneer.models.text.replay import replayed_logps
+from veneer.ops.attention import SharedRows
 from veneer.ops.transfer import sent
 from veneer.train.loop import Means, Score, Step
 from veneer.train.rewards.reward import Answer, Judged, Rewards, reward_findings
-from veneer.train.text.batches import collate
+from veneer.train.text.batches import Batch
 from veneer.train.text.conversations import Conversation, Conversing, said_so_far
 from veneer.train.text.findings import Findings, draw_summary
 from veneer.train.text.gap import Gap
@@ -63,10 +64,10 @@ from veneer.train.text.policy_losses import (
 from veneer.train.text.prompts import (
     PolicyBatch,
     PromptItem,
-    answer_groups,
     answers_micro,
+    collate_shared,
     prompt_of,
-    rollout_example,
+    shared_groups,
 )
 from veneer.train.text.rollouts import AnswerWanted, Drawing, Rollout, Sampler, draw_seed, drawn_figures
 from veneer.train.text.rows import Row
@@ -224,7 +225,7 @@ class Reinforcement:
 
     def _gap_as_drawn(self, answers: Sequence[_JudgedRollout], name: str) -> dict[str, float]:
         """The gap of the first micro-batch of answers, under the adapter that they were drawn from."""
-        drawn = [answers[i].rollout for i in answer_groups([a.tokens for a in answers], self.config)[0]]
+        drawn = [answers[i].rollout for i in shared_groups([a.rollout for a in answers], self.config)[0]]
         old, gap = torch.tensor([x for rollout in drawn for x in rollout.logps], dtype=torch.float64), Gap()
         gap.add(self._logps_under(name, drawn).double(), old.to(self.base.device))
         return gap.checked(self.settings, self._gap_fix).values()
@@ -245,7 +246,7 @@ class Reinforcement:
     def _references(self, drawn: Sequence[Rollout]) -> list[tuple[float, ...]]:
         """log p of each answer's tokens under the reference."""
         out: dict[int, tuple[float, ...]] = {}
-        for group in answer_groups([len(r.prompt) + len(r.tokens) for r in drawn], self.config):
+        for group in shared_groups(drawn, self.config):
             parts = self._logps_under(self.reference, [drawn[i] for i in group]).tolist()
             for i in group:
                 n = len(drawn[i].logps)
@@ -254,13 +255,13 @@ class Reinforcement:
 
     def _logps_under(self, name: str, drawn: Sequence[Rollout]) -> Tensor:
         """log p of the tokens of answers, end to end, under another adapter; "" for the base alone."""
-        batch = collate([rollout_example(rollout) for rollout in drawn])
+        batch, shared = collate_shared(drawn)
         ids = sent(batch.input_ids, self.base.device)
         with torch.no_grad(), without_dropout(self.base.model):
             if self.settings.exact:
-                return self.sampler.replay(ids, batch.lengths, batch.trained, name).logps()
+                return self.sampler.replay(ids, batch.lengths, batch.trained, name, shared).logps()
             with self.attachment.using(*([name] if name else [])):
-                return self._own_logps(ids, batch.lengths, batch.trained)
+                return self._own_logps(batch, shared)
 
     def _step_of(self, step: Step, rows: Sequence[Row], *, fresh: bool) -> Step:
         """The micro-batches of the answers at hand; those that move nothing are left out, and counted all the same."""
@@ -271,7 +272,7 @@ class Reinforcement:
         moving = moving or [min(range(len(answers)), key=lambda i: answers[i].tokens)]  # a step has a token at least
         factors = factors * (len(moving) / len(answers))  # the loop divides by those that it is given
         micros = []
-        for group in answer_groups([answers[i].tokens for i in moving], self.config):
+        for group in shared_groups([answers[i].rollout for i in moving], self.config):
             own = [answers[moving[k]] for k in group]
             f = factors[[moving[k] for k in group]]
             where = [rows[a.row].where for a in own]
@@ -311,12 +312,13 @@ class Reinforcement:
     def _policy(self, batch: PolicyBatch) -> Tensor:
         ids, model = sent(batch.input_ids, self.base.device), self.base.model
         if not self.settings.exact:
-            return self._own_logps(ids, batch.lengths, batch.trained)
-        replay = self.sampler.replay(ids, batch.lengths, batch.trained, self.name)
-        return replayed_logps(model, ids, batch.lengths, batch.trained, replay)
+            return self._own_logps(batch, batch.shared)
+        replay = self.sampler.replay(ids, batch.lengths, batch.trained, self.name, batch.shared)
+        return replayed_logps(model, ids, batch.lengths, batch.trained, replay, batch.shared)
 
-    def _own_logps(self, ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
-        return token_logps(self.base.model, sent(ids, self.base.device), lengths, trained)
+    def _own_logps(self, batch: Batch, shared: SharedRows | None) -> Tensor:
+        ids = sent(batch.input_ids, self.base.device)
+        return token_logps(self.base.model, ids, batch.lengths, batch.trained, shared)
 
     def means(self) -> Means:
         """What was measured since `begin`. Raises TrainingError where what was drawn from is not what is trained."""
@@ -387,7 +389,7 @@ def _unanswered(row: Row) -> Answer:
 
 
 def _batch(answers: Sequence[_JudgedRollout], factors: Tensor, fresh: bool) -> PolicyBatch:
-    batch = collate([rollout_example(a.rollout) for a in answers])
+    batch, shared = collate_shared([a.rollout for a in answers])
 
     def numbers(values: Sequence[Sequence[float]]) -> Tensor:
         return torch.tensor([x for own in values for x in own], dtype=torch.float64)
@@ -397,5 +399,5 @@ def _batch(answers: Sequence[_JudgedRollout], factors: Tensor, fresh: bool) -> P
         batch.input_ids, batch.lengths, batch.trained, [len(a.rollout.logps) for a in answers],
         torch.tensor([a.worth for a in answers], dtype=torch.float64), factors,
         numbers([a.rollout.logps for a in answers]), numbers([a.rollout.drawn for a in answers]) if changed else None,
-        numbers([a.reference for a in answers]) if answers[0].reference else None, fresh,
+        numbers([a.reference for a in answers]) if answers[0].reference else None, fresh, shared=shared,
     )  # fmt: skip

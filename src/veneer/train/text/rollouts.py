@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from veneer.models.text.replay import Replay
+from veneer.ops.attention import SharedRows
 
 if TYPE_CHECKING:
     from veneer.core.attach import Attachment
@@ -122,8 +123,11 @@ class Sampler(Protocol):
         adapter, a grammar that is none."""
 
     @abstractmethod
-    def replay(self, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, adapter: str = "") -> Replay:
-        """The forward that `draw` runs, over rows that are there: arguments as `text_loss` has them. Where it is
+    def replay(
+        self, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, adapter: str = "",
+        shared: SharedRows | None = None,
+    ) -> Replay:  # fmt: skip
+        """The forward that `draw` runs, over rows that are there: arguments as `token_logps` has them. Where it is
         `exact` its values are those with which the rows' tokens were drawn, to the bit."""
 
 

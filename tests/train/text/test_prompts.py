@@ -1,0 +1,51 @@
+"""Answers to one prompt lie beside one another, and have its tokens once."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from veneer.train.config.load import config_from
+from veneer.train.text.prompts import collate_shared, shared_groups
+from veneer.train.text.rollouts import Rollout
+
+
+def answers(count: int = 40) -> list[Rollout]:
+    drawn = random.Random(0)
+    prompts = [tuple(range(10 * n, 10 * n + 5 + n)) for n in range(6)]
+    texts = [tuple(drawn.randrange(100, 200) for _ in range(drawn.randint(1, 9))) for _ in range(count)]
+    return [Rollout(drawn.choice(prompts), text, (-1.0,) * len(text), (-1.0,) * len(text), "", False) for text in texts]
+
+
+@pytest.mark.parametrize(("most", "rows"), [(1000, None), (40, None), (40, 3), (1, None)])
+def test_micro_batches_have_a_prompts_answers_together_within_their_tokens(most: int, rows: int | None) -> None:
+    values = {
+        "base": "b",
+        "data": {"train": "t"},
+        "output": "o",
+        "batching": {"micro_tokens": most, "micro_rows": rows},
+    }
+    drawn = answers()
+    groups = shared_groups(drawn, config_from(values, [])[0])
+    assert sorted(i for group in groups for i in group) == list(range(len(drawn)))
+    for group in groups:
+        prompts = [drawn[i].prompt for i in group]
+        changes = [a for a, b in zip(prompts, [*prompts[1:], None], strict=True) if a != b]
+        assert len(changes) == len(set(prompts))
+        tokens = sum(map(len, changes)) + sum(len(drawn[i].tokens) for i in group)
+        assert len(group) == 1 or (tokens <= most and len(group) <= (rows or len(drawn)))
+    assert (len(groups) == 1) == (most == 1000)
+    assert (len(groups) == len(drawn)) == (most == 1)
+
+
+def test_rows_that_share_their_prompt_are_the_rows() -> None:
+    drawn = answers()
+    batch, shared = collate_shared(drawn)
+    assert len(batch.input_ids) == sum(map(len, {r.prompt for r in drawn})) + sum(len(r.tokens) for r in drawn)
+    rows = batch.input_ids[shared.places].split(batch.lengths)
+    said = batch.trained[shared.places].split(batch.lengths)
+    for r, ids, trained in zip(drawn, rows, said, strict=True):
+        assert tuple(ids.tolist()) == (*r.prompt, *r.tokens)
+        assert torch.equal(trained, torch.arange(len(ids)) >= len(r.prompt))
