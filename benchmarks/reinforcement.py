@@ -1,12 +1,13 @@
 """Reinforcement: veneer beside TRL's GRPOTrainer, the same base, rewards, settings and seeds, in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/reinforcement.py [--steps 20] [--seeds 0,1,2] [--dtype bfloat16]
+    OMP_NUM_THREADS=1 python benchmarks/reinforcement.py [--steps 15] [--seeds 0,1,2] [--dtype bfloat16]
                                                          [--only veneer] [--json]
 
 Each side and seed is a process of its own, one after another and never two at once; it prints one JSON object: the mean
 reward by step, tokens drawn a second after the first step, by the clock and by the processor's seconds, which other
-work on the machine changes less, and the process's peak memory. The task needs no data: prompts ask for a number's
-successor, the reward is whether the answer is it, and as much again for being a number at all.
+work on the machine changes less, and the process's peak memory. The task needs no data, and one answer in four has a
+reward at its beginning: prompts ask for a question about something, the reward is whether there is one within MOST
+tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ from typing import Any
 
 from _report import peak_bytes
 
-PROMPTS, GROUP, MOST, RATE, RANK = 4, 8, 12, 1e-3, 16
+PROMPTS, GROUP, MOST, RATE, RANK = 4, 8, 16, 3e-4, 16
+ASKED = r"\?"
+THINGS = """
+bees bread bridges clocks clouds coins deserts dogs doors engines fire flags forests gardens glass gold grass hills
+horses islands keys lakes lamps maps mills moons music oceans owls paper pianos plants rain rivers roads rocks ropes
+sand schools sheep ships shoes silk snow stars stones streets sugar tea tents tides tigers tools towns trains trees
+valleys walls water wheels whales wind windows wool
+"""
 
 
 def now() -> tuple[float, float]:
@@ -41,11 +49,8 @@ def speeds(tokens: list[float], ends: list[tuple[float, float]]) -> dict[str, fl
     }  # fmt: skip
 
 
-def rows(count: int = 512) -> list[dict[str, str]]:
-    return [
-        {"prompt": f"Which number comes after {n}? Answer with the number alone.", "answer": str(n + 1)}
-        for n in range(count)
-    ]
+def rows() -> list[dict[str, str]]:
+    return [{"prompt": f"Ask one question about {thing}.", "answer": ""} for thing in THINGS.split()]
 
 
 def of_veneer(folder: Path, steps: int, seed: int, dtype: str) -> dict[str, Any]:
@@ -69,10 +74,7 @@ def of_veneer(folder: Path, steps: int, seed: int, dtype: str) -> dict[str, Any]
         "evaluation": {"keep": "last"}, "output": str(folder / "run"),
         "reinforcement": {
             "loss": "dr-grpo", "group": GROUP, "max_tokens": MOST, "rows": PROMPTS * GROUP,
-            "rewards": [
-                {"kind": "exact_match"},
-                {"kind": "regex", "name": "number", "pattern": r"\d+", "whole": True, "weight": 1.0},
-            ],
+            "rewards": [{"kind": "regex", "name": "question", "pattern": ASKED}],
         },
     }  # fmt: skip
     veneer.train_text(config, base=base, on_event=stepped)
@@ -98,10 +100,9 @@ def of_trl(folder: Path, steps: int, seed: int, dtype: str) -> dict[str, Any]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(now())
 
-    def reward(completions: list[Any], answer: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def reward(completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
         tokens.append(sum(map(len, completion_ids)))
-        texts = [c[0]["content"].strip() for c in completions]
-        return [float(t == wanted) + bool(re.fullmatch(r"\d+", t)) for t, wanted in zip(texts, answer, strict=True)]
+        return [float(re.search(ASKED, c[0]["content"]) is not None) for c in completions]
 
     data = Dataset.from_list([{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows()])
     settings = GRPOConfig(
@@ -125,7 +126,7 @@ SIDES = {"veneer": of_veneer, "trl": of_trl}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--only", choices=list(SIDES))
