@@ -109,7 +109,7 @@ def test_a_misspelt_key_in_the_file_names_the_nearest_and_the_line(
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_exits_130_with_the_command_that_goes_on(config: Path, tmp_path: Path) -> None:
     output = tmp_path / "with space"
-    command = ["train", str(config), f"output={output}", "schedule.steps=20000", "evaluation.every=20000"]
+    command = ["train", str(config), f"output={output}", "schedule.steps=4000", "evaluation.every=4000"]
     code = "import sys; from veneer.cli.main import main; main(sys.argv[1:])"
     run = subprocess.Popen(
         [sys.executable, "-c", code, *command], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -1,9 +1,9 @@
-"""Jobs whose machine is killed at every change of the database: `python -m tests.jobs.driver FOLDER STRIDE TENANT…`,
-one of each tenant, which are trained in one process where there are several.
+"""Jobs whose machine is killed at every change of the database: `python -m tests.jobs.driver FOLDER STRIDE:TENANT,… …`,
+one of each tenant, which are trained in one process where there are several; and again for each further argument.
 
 Each process is a fork of one that has imported what it needs and computed nothing. It is a worker and the process of
-its jobs in one, and dies at the K-th commit; another goes on after it. Prints, as JSON, how often that
-was done; ends with an error unless every job came to its one end, its one bill, its one version, and the same bytes.
+its jobs in one, and dies at the K-th commit; another goes on after it. Prints, as JSON, at which commits, for each
+argument; ends with an error unless every job came to its one end, its one bill, its one version, and the same bytes.
 """
 
 from __future__ import annotations
@@ -187,19 +187,22 @@ def checked(folder: Path, tenant: str) -> Outcome:
     return made
 
 
-def main(folder: Path, stride: int, *tenants: str) -> int:
-    gc.freeze()  # each run collects at its end, and there are all of torch's modules to walk
+def kills(folder: Path, stride: int, tenants: Sequence[str]) -> list[int]:
+    """The commits at which one was killed."""
+    folder.mkdir()
     calm = {"name": "sgd", "learning_rate": 0.1}  # Adam makes steps of what is rounding alone
     config = small_config(folder, checkpoint={"every": 1, "keep": STEPS}, optimizer=calm)
     whole = folder / "whole"
     submitted(whole, config, tenants)
     assert forked(whole, None)
     expected = {tenant: checked(whole, tenant) for tenant in tenants}
-    for kill_at in range(1, 1000, stride):
+    killed: list[int] = []
+    for kill_at in range(stride, 1000, stride):
         place = folder / f"killed-{kill_at}"
         submitted(place, config, tenants)
         if forked(place, kill_at):
-            return kill_at
+            return killed
+        killed.append(kill_at)
         time.sleep(LEASE)
         assert forked(place, None)
         for tenant in tenants:
@@ -209,4 +212,6 @@ def main(folder: Path, stride: int, *tenants: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"kills": main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])}))
+    gc.freeze()  # each run collects at its end, and there are all of torch's modules to walk
+    asked = [argument.partition(":") for argument in sys.argv[2:]]
+    print(json.dumps([kills(Path(sys.argv[1]) / str(n), int(s), t.split(",")) for n, (s, _, t) in enumerate(asked)]))

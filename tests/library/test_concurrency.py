@@ -26,7 +26,7 @@ def drive(*arguments: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("seed", [1])
 def test_processes_that_add_move_collect_and_die(place: str, index: str | None, seed: int) -> None:
-    done = drive("random", place, index or "", "4" if place.startswith("s3:") else "1.5", str(seed))
+    done = drive("random", place, index or "", "4" if place.startswith("s3:") else "1.1", str(seed))
     assert done["kills"] >= 3
     assert done["operations"] > 0
 

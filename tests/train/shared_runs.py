@@ -1,7 +1,8 @@
 """Runs of two processes, for test_devices: `python -m tests.train.shared_runs FOLDER` in each, as torchrun would.
 
 FOLDER holds the tiny base and its rows, and a run `one` of one process. What each process saw is left in
-FOLDER/seen-RANK.json. The process group is made here, as Ray makes one, and is the same for all runs.
+FOLDER/seen-RANK.json. The process group is made here, as Ray makes one, and is the same for all runs. At the end comes
+`veneer train FOLDER/killed.json`, with a group of its own, in which the second process is killed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from tests.train.text.test_task import _train
 from tests.train.tiny_pictures import run as train_pictures
+from veneer.cli.main import main as veneer
 from veneer.errors import Interrupted, TrainingError
 from veneer.models import shard
 from veneer.train.events import Evaluated, Event, Note, Stepped
@@ -68,6 +70,8 @@ def preferences(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+FAILS = "now one of them fails"
+"""What each says before the last run."""
 PICTURES: dict[str, Any] = {"ema": {"decay": 0.6}, "samples": {"prompts": ["a cat"], "steps": 2}}
 
 
@@ -85,8 +89,10 @@ def numbers(events: list[Event]) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     gc.freeze()  # each run collects at its end, and there are all of torch's modules to walk
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)  # the launcher's, which the last run
+    dist.init_process_group("gloo", store=dist.PrefixStore("shared", store), rank=rank, world_size=count)  # begins anew
     seen: dict[str, Any] = {}
     held: list[int] = []
 
@@ -134,6 +140,26 @@ def main(folder: Path) -> None:
     seen["stopped"] = broken(rank, folder, None)
     (folder / f"seen-{rank}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
+    print(FAILS, file=sys.stderr, flush=True)
+    failing("kill", ["train", str(folder / "killed.json")])
+
+
+def failing(how: str, command: Sequence[str]) -> None:
+    """`veneer` with this command, in which the second process ends in its tenth micro-batch: of SIGKILL for "kill",
+    else of an error."""
+    real, calls = run.text_loss, 0
+
+    def loss(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if os.environ["RANK"] == "1" and calls == 10:
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("out of memory, said the allocator")
+        return real(*args)
+
+    run.text_loss = loss
+    veneer(list(command))
 
 
 def broken(rank: int, folder: Path, factor: float | None) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.tiny_base import tiny_base_dir
-from tests.train.shared_runs import ONE_ROW, PICTURES, SHARDED, numbers, preferences
+from tests.train.shared_runs import FAILS, ONE_ROW, PICTURES, SHARDED, numbers, preferences
 from tests.train.text.test_task import ROOT, TENSORS, _train, _values, write_rows
 from tests.train.tiny_pictures import run as train_pictures
 from veneer.errors import ConfigError
@@ -103,12 +105,15 @@ def test_the_preflight_says_how_the_work_falls(
 
 
 class Runs:
-    """`one`: what a process alone saw, by run; `two`: what each of two saw."""
+    """`one`: what a process alone saw, by run; `two`: what each of two saw. `ended`: how the two ended, of whom the
+    second was killed; `said`: what was printed of that."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.one: dict[str, dict[str, Any]] = {}
         self.two: list[dict[str, Any]] = []
+        self.ended = 0
+        self.said = ""
 
     def alone(self, name: str, act: Any, output: str, **sections: Any) -> None:
         events: list[Event] = []
@@ -134,9 +139,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     for name, sections in preferences(folder).items():
         runs.alone(name, _train, f"one-{name}", **{**sections, "memory": {"activation_checkpointing": "off"}})
     runs.alone("pictures", train_pictures, "one-pictures", **PICTURES)
-    assert launch(2, [sys.executable, "-m", "tests.train.shared_runs", str(folder)]) == 0
+    (folder / "killed.json").write_text(json.dumps(_values(folder, folder / "killed", **ONE_ROW)))
+    with printed_to(folder / "printed"):
+        runs.ended = launch(2, [sys.executable, "-m", "tests.train.shared_runs", str(folder)])
+    before, *_, runs.said = (folder / "printed").read_text().rpartition(f"{FAILS}\n")
+    assert before.count(FAILS) == 1, runs.said
     runs.two = [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in range(2)]
     return runs
+
+
+@contextmanager
+def printed_to(path: Path) -> Iterator[None]:
+    """What this process and those that it starts write to their standard error is in a file."""
+    with path.open("a") as file, redirect_stderr(file):
+        own = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(own, 2)
+            os.close(own)
 
 
 def write_pairs(path: Path) -> None:
@@ -296,22 +318,7 @@ def test_devices_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -
 
 # --- one of them fails --------------------------------------------------------------------------------------------
 
-FAULT = """
-import os, signal, sys
-from veneer.cli import main
-from veneer.train.text import task as run
-real, calls = run.text_loss, 0
-def loss(*args):
-    global calls
-    calls += 1
-    if os.environ["RANK"] == "1" and calls == 10:
-        if sys.argv[2] == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise RuntimeError("out of memory, said the allocator")
-    return real(*args)
-run.text_loss = loss
-main.main(["train", sys.argv[1], *sys.argv[3:]])
-"""
+FAULT = "import sys; from tests.train.shared_runs import failing; failing(sys.argv[1], sys.argv[2:])"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
@@ -325,21 +332,23 @@ main.main(["train", sys.argv[1], *sys.argv[3:]])
 def test_a_process_that_fails_ends_all_with_one_message(
     fault: str, shard: bool, runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / f"{fault}-{shard}"
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(_values(runs.folder, output, **ONE_ROW)))
-    command = [sys.executable, "-c", FAULT, str(config), fault]
-    code = launch(2, [*command, "memory.shard=true"] if shard else command)
-    said = capfd.readouterr().err
+    if (fault, shard) == ("kill", False):
+        code, said, output = runs.ended, runs.said, runs.folder / "killed"
+    else:
+        output = tmp_path / "out"
+        config = tmp_path / "config.json"
+        config.write_text(json.dumps(_values(runs.folder, output, **ONE_ROW)))
+        command = [sys.executable, "-c", FAULT, fault, "train", str(config)]
+        code = launch(2, [*command, "memory.shard=true"] if shard else command)
+        said = capfd.readouterr().err
+    assert code == 2
     assert said.count("error:") == 1, said
     assert "Traceback" not in said
     if fault == "kill":
-        assert code == 2
         assert "another process of this run has ended" in said
         assert "process 1 of 2 was ended by SIGKILL" in said
         assert "--resume" in said
     else:
-        assert code == 2
         assert "out of memory on a batch of" in said
         assert "rows.jsonl:" in said
     assert not (output / TENSORS).exists()

@@ -7,8 +7,8 @@ import os
 import shlex
 import shutil
 import stat
-import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,6 @@ import torch
 from veneer.ops.cpu import build, compiled
 
 COMPILER = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), "")
-SAY = "from veneer.ops.cpu import compiled; print(compiled.status())"
 HERE = Path(compiled.__file__).parent
 
 pytestmark = pytest.mark.skipif(not COMPILER or not hasattr(os, "geteuid"), reason="no C compiler, or no owners")
@@ -40,15 +39,27 @@ if [ "$1" = -o ]; then cp {shlex.quote(str(made.path))} "$2" && chmod 777 "$2"; 
     return str(script)
 
 
-def said(home: Path, cache: Path, compiler: str = COMPILER) -> str:
-    env = {**os.environ, "VENEER_HOME": str(home), "XDG_CACHE_HOME": str(cache), "CC": compiler}
-    return subprocess.run([sys.executable, "-c", SAY], env=env, capture_output=True, text=True, check=True).stdout
+@pytest.fixture
+def said(tmp_path: Path, copying: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
+    """What is said of the kernels by who looks for them now, with folders of its own. They are not tried once more:
+    test_selftest.py does it."""
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CC", copying)
+    monkeypatch.setattr(build, "left_out", lambda library: {})
+
+    def looked() -> str:
+        compiled.kernels.cache_clear()
+        return compiled.status()
+
+    yield looked
+    compiled.kernels.cache_clear()
 
 
-def test_what_is_made_is_ours_alone_whatever_the_umask(tmp_path: Path, copying: str) -> None:
+def test_what_is_made_is_ours_alone_whatever_the_umask(tmp_path: Path, said: Callable[[], str]) -> None:
     before = os.umask(0)
     try:
-        assert "native CPU kernels: compiled by" in said(tmp_path / "home", tmp_path / "cache", copying)
+        assert "native CPU kernels: compiled by" in said()
     finally:
         os.umask(before)
     made = [tmp_path / "home" / "kernels", *(tmp_path / "home" / "kernels").iterdir()]
@@ -73,17 +84,17 @@ def test_a_folder_that_others_may_write_to_is_not_used(
         build.trusted_folder([])
 
 
-def test_that_a_folder_is_not_used_is_said(tmp_path: Path, copying: str) -> None:
+def test_that_a_folder_is_not_used_is_said(tmp_path: Path, said: Callable[[], str]) -> None:
     open_to_all = tmp_path / "home" / "kernels"
     open_to_all.mkdir(parents=True)
     open_to_all.chmod(0o777)
-    status = said(tmp_path / "home", tmp_path / "cache", copying)
+    status = said()
     assert f"{open_to_all} is not used: others may write to it" in status
     assert "compiled by" in status
     assert not list(open_to_all.iterdir())
     assert list((tmp_path / "cache" / "veneer" / "kernels").glob("*.so"))
     (tmp_path / "cache" / "veneer" / "kernels").chmod(0o777)
-    status = said(tmp_path / "home", tmp_path / "cache", copying)
+    status = said()
     assert status.startswith("torch's own operations")
     assert "no folder to keep them in that only you can write to" in status
 

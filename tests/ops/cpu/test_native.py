@@ -14,13 +14,16 @@ import torch
 
 from veneer.ops.cpu import build, compiled, memory
 
-SAY = "from veneer.ops.cpu import compiled, memory; print(compiled.status())"
-
 
 def status(tmp_path: Path, **environment: str) -> str:
-    """What a fresh process says, with an empty cache."""
-    env = {**os.environ, "VENEER_HOME": str(tmp_path), **environment}
-    return subprocess.run([sys.executable, "-c", SAY], env=env, capture_output=True, text=True, check=True).stdout
+    """What is said by who looks for the kernels in this environment, with an empty cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"VENEER_HOME": str(tmp_path), **environment}.items():
+            patch.setenv(name, value)
+        compiled.kernels.cache_clear()
+        said = compiled.status()
+    compiled.kernels.cache_clear()
+    return said
 
 
 def test_without_a_compiler_torch_does_the_work_and_says_so(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_the_same_run_twice_gives_the_same_bytes(
 
 
 KILL = """
-import os, signal, sys
+import gc, os, signal, sys
 from pathlib import Path
 import torch._dynamo, transformers.models.llama.modeling_llama
 from tests.forks import expect, fork
@@ -196,6 +196,7 @@ def killed(limit):
     os.fsync = fsync
     _train(Path(sys.argv[1]), Path(sys.argv[2]), resume=True)
 
+gc.freeze()
 for limit in sys.argv[3:]:
     expect(fork(lambda: killed(int(limit))), killed=True)
     found = os.listdir(sys.argv[2])
