@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process each core: more threads wou
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is first imported, here and in subprocesses
         os.environ.setdefault(name, "1")
 
+gc.disable()  # until all is imported that tests are collected from: it stays, and each full collection walked all of it
+
 # or each of a hundred processes compiles the package's sources, and each run of pytest those of the tests
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # who is killed loses nothing by it, and a disk takes milliseconds for each of thousands; tests of it set their own
@@ -28,6 +31,28 @@ os.fsync = lambda fd: None
 
 settings.register_profile("same", max_examples=60, deadline=None, derandomize=True)
 settings.register_profile("fresh", max_examples=60, deadline=None)
+
+
+_PROCESSES = 40
+"""A file that starts processes, which its tests wait for, is as long as if it had so many tests more."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist, which would go by the numbers of tests alone
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the files: long ones first, so that all end at about the same time."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    length = Counter(item.path for item in items)
+    length.update({path: _PROCESSES for path in length if "subprocess" in path.read_text(encoding="utf-8")})
+    items.sort(key=lambda item: -length[item.path])
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -14,7 +14,7 @@ from tests.serve.whole import Shop, prompt
 
 MOST = 60
 LIMITS = [
-    "--head-seconds", "1", "--body-seconds", "1", "--idle-seconds", "1", "--stall-seconds", "2",
+    "--head-seconds", "0.6", "--body-seconds", "0.6", "--idle-seconds", "1", "--stall-seconds", "1",
     "--max-connections", str(MOST),
 ]  # fmt: skip
 

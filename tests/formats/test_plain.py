@@ -53,8 +53,10 @@ def assert_same(seen: dict[str, Any], whole: dict[str, Any]) -> None:
     assert all(math.isclose(norms[0][leaf], norms[1][leaf], rel_tol=1e-9, abs_tol=1e-12) for leaf in norms[0])
 
 
-@pytest.mark.parametrize("metadata", [{}, SAID], ids=["bare", "said"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "metadata"),
+    [(torch.float32, {}), (torch.float16, SAID), (torch.bfloat16, SAID), (torch.float64, {})],
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_seen_is_what_is_read(tmp_path, layout, dtype, metadata):
     tensors = {k: t.to(dtype) if t.ndim else t for k, t in LAYOUTS[layout]().tensors.items()}

@@ -123,6 +123,14 @@ def s3(_s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
 _buckets = itertools.count()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """By default each kind of index on a directory, and S3 with one: store and index know nothing of each other."""
+    for item in items:
+        params = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
+        if params and (params.get("place"), params.get("index")) == ("s3", "sqlite"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def index(request: pytest.FixtureRequest) -> str | None:
     """The URL of an empty index; None for the SQLite file in the library's own directory."""
