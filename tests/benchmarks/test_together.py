@@ -43,7 +43,7 @@ def test_both_sides_train_every_customer_on_rows_of_the_length(bench: Any, tmp_p
 @pytest.mark.usefixtures("gpu_that_is_not_there")
 def test_a_trace_says_what_a_step_takes_of_all_at_once_and_one_after_another(bench: Any, tmp_path: Path) -> None:
     args = argparse.Namespace(
-        customers=3, rows=1, tokens=96, rank=2, base=str(tiny_base_dir(tmp_path)), trace="h100-80gb"
+        customers=2, rows=1, tokens=48, rank=2, base=str(tiny_base_dir(tmp_path)), trace="h100-80gb"
     )
     found = bench.trace(args, lambda line: None)
     value = {(row["name"], row["metric"]): row["value"] for row in found["rows"]}

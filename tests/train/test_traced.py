@@ -30,7 +30,7 @@ def test_a_step_of_every_family_waits_for_nothing(family: str) -> None:
 
 
 NARROW = {
-    "num_hidden_layers": 12, "hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8,
+    "num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8,
     "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4096,
 }  # fmt: skip
 
@@ -54,7 +54,7 @@ def test_what_comes_beside_the_base_is_as_it_is_counted(trained: float, quantise
     [
         ("sdxl", None),
         ("flux.1-dev", None),
-        ("flux.1-dev", "int8"),
+        pytest.param("flux.1-dev", "int8", marks=pytest.mark.slow),
         ("flux.2-dev", None),
         ("sd3.5-medium", "nf4"),
         ("z-image", "nf4"),
@@ -72,30 +72,30 @@ def test_a_step_on_pictures_waits_for_nothing(name: str, quantise: str | None) -
 def test_runs_in_one_pass_read_the_base_once_and_compute_what_each_does_alone() -> None:
     """By hand, of 16 bits: each matrix forward and backward, but q, k and v of the first layer, below which nothing
     learns; the head both ways; norms are next to nothing."""
-    fields = {**base_config("meta-llama/Llama-3.1-8B"), **NARROW, "num_hidden_layers": 3}
+    fields = {**base_config("meta-llama/Llama-3.1-8B"), **NARROW, "num_hidden_layers": 2}
     load = Load((128,), rank=8)
-    alone, together = traced_training(fields, load, GPU), traced_together(fields, [load] * 4, GPU)
+    alone, together = traced_training(fields, load, GPU), traced_together(fields, [load] * 3, GPU)
     d, up, kv = 512, 1792, 2 * 64
     layer = 2 * d * d + 2 * d * kv + 3 * d * up
-    by_hand = 2 * (2 * (3 * layer + 4096 * d) - d * (d + 2 * kv))
+    by_hand = 2 * (2 * (2 * layer + 4096 * d) - d * (d + 2 * kv))
     assert alone.trace.weights == pytest.approx(by_hand, rel=0.01)
     assert together.trace.weights == alone.trace.weights
 
     def operations(found: TracedStep) -> int:
         return sum(n * each for (each, _), n in found.trace.work.items())
 
-    assert operations(together) == pytest.approx(4 * operations(alone), rel=1e-6)
+    assert operations(together) == pytest.approx(3 * operations(alone), rel=1e-6)
     assert operations(alone) == pytest.approx(text_work(text_shape(fields, "narrow"), load, GPU).operations, rel=0.03)
     for part in ("adapter", "optimizer"):
-        assert together.trace.at_peak[part] == 4 * alone.trace.at_peak[part]
+        assert together.trace.at_peak[part] == 3 * alone.trace.at_peak[part]
     assert not together.waits
     assert abs(together.off) < 0.1, (together.trace.at_peak, together.counted)
-    assert alone.trace.kernels < together.trace.kernels < 4 * alone.trace.kernels
+    assert alone.trace.kernels < together.trace.kernels < 3 * alone.trace.kernels
 
 
 def test_inputs_that_wait_on_the_host_are_not_on_the_device() -> None:
     load = Load((2048,), checkpointing=True, inputs_on_host=True)
-    found = traced_training(base_config("meta-llama/Llama-3.1-8B") | NARROW, load, GPU)
+    found = traced_training(base_config("meta-llama/Llama-3.1-8B") | NARROW | {"num_hidden_layers": 12}, load, GPU)
     assert not found.waits, found.waits
     assert found.counted is not None
     assert found.counted.host == 2 * 2048 * 512 * 12

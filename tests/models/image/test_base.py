@@ -72,7 +72,9 @@ def test_a_loaded_base_draws_what_diffusers_own_loading_draws(family: str, bases
     assert torch.equal(draw(pipeline(base), **more), draw(theirs, **more))
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow) if f == "schnell" else f for f in TINY_FAMILIES]
+)  # schnell's are dev's but for guidance, which is below
 def test_every_target_of_the_family_is_in_the_tree_under_its_canonical_name(family: str, load: Any) -> None:
     """At the official number of blocks; widths are tiny."""
     base = load(family, full=True)
@@ -352,8 +354,14 @@ def test_only_the_fp16_variant_is_used_and_said(copy: Path) -> None:
     assert base.denoiser.dtype == torch.float32
 
 
-@pytest.mark.parametrize("quantise", ["nf4", "int8"])
-@pytest.mark.parametrize("family", ["sdxl", "flux1", "sd3", "z-image"])
+@pytest.mark.parametrize(
+    ("family", "quantise"),
+    [
+        *((family, "nf4") for family in ("sdxl", "flux1", "sd3", "z-image")),
+        *(pytest.param(family, "int8", marks=pytest.mark.slow) for family in ("sdxl", "sd3", "z-image")),
+        ("flux1", "int8"),
+    ],
+)
 def test_a_quantised_base_computes_what_its_dequantised_weights_do(family: str, quantise: Any, tmp_path: Path) -> None:
     folder = str(tiny_image_base(tmp_path, family))
     base, twin = (load_image(folder, dtype="float32", quantise=quantise) for _ in range(2))

@@ -30,7 +30,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("family", "full", "prefix"),
     [
-        ("sdxl", True, "model.diffusion_model."),
+        pytest.param("sdxl", True, "model.diffusion_model.", marks=pytest.mark.slow),  # a whole file of it is below
         ("sd3", True, "model.diffusion_model."),
         ("flux1", False, ""),
         ("schnell", False, "model.diffusion_model."),
@@ -158,7 +158,10 @@ def test_one_file_of_flux_1_at_its_real_width(bases: Path, tmp_path: Path) -> No
         assert [n for n, t in one.denoiser.state_dict().items() if not torch.equal(t, want[n])] == []
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux1", "klein", "qwen-image", "z-image"])
+@pytest.mark.parametrize(
+    "family",
+    ["sd15", pytest.param("sdxl", marks=pytest.mark.slow), "sd3", "flux1", "klein", "qwen-image", "z-image"],
+)  # SDXL's are named below
 def test_tensors_of_a_file_that_no_component_took_are_named(family: str, bases: Path, tmp_path: Path) -> None:
     folder = tiny_image_base(bases, family, full=family in ("sd15", "sdxl", "sd3"))
     whole = load_image(str(folder))

@@ -36,6 +36,12 @@ STEPS = 3
 LONG = " ".join(["a red cat in the house with a blue hat"] * 80)
 
 
+EACH_DENOISER = pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow) if f in ("schnell", "klein") else f for f in TINY_FAMILIES]
+)
+"""schnell's and klein's are flux1's and flux2's without guidance; test_generate draws with all of them by default."""
+
+
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp() / "image-bases"
@@ -94,7 +100,7 @@ def by_hand(base: ImageBase, x: Tensor, text: Conditioning, empty: Conditioning 
     return x
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@EACH_DENOISER
 @torch.no_grad()
 def test_a_loop_over_predict_draws_the_pipelines_picture(family: str, load: Any) -> None:
     base = load(family)
@@ -190,7 +196,7 @@ def test_conditioning_of_uneven_lengths_is_padded_and_masked() -> None:
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@EACH_DENOISER
 def test_pictures_become_the_latents_that_the_pipelines_decode(family: str, load: Any) -> None:
     base = load(family)
     pixels = torch.rand(2, 3, SIZE, 2 * SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -249,7 +255,7 @@ def test_a_vae_that_overflows_in_float16_runs_in_float32(bases: Path) -> None:
 # -- learning ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@EACH_DENOISER
 def test_one_training_step_reaches_every_pair(family: str, load: Any) -> None:
     base = load(family)
     attachment = attach(base.model)

@@ -138,10 +138,9 @@ def by_diffusers(base: ImageBase, x: Tensor, shown: list[Tensor], t: Tensor, tex
 
 @pytest.mark.parametrize("family", EDITING)
 def test_predictions_and_gradients_are_those_of_diffusers_with_peft(family: str, places: Path) -> None:
-    """A and B of every block get PEFT's gradients, through the references' tokens too; at the true depth where that is
-    not held elsewhere."""
+    """A and B of every block get PEFT's gradients, through the references' tokens too."""
     peft = pytest.importorskip("peft")
-    place = str(tiny_image_base(places, family, full=family in ("kontext", "qwen-edit")))
+    place = str(tiny_image_base(places, family))
     ours, twin = load_image(place), load_image(place)
     g = torch.Generator().manual_seed(0)
     x, target = (torch.randn(2, *latent_shape(ours, 32, 32), generator=g) for _ in range(2))

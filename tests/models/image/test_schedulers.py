@@ -17,8 +17,11 @@ from veneer.models.image.schedulers import NAMES, make_scheduler, scheduler_name
 from veneer.models.loading import errors_only
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl", "flux1", "schnell", "sd3", "z-image"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("sd15", marks=pytest.mark.slow), "sdxl", "flux1", "schnell", "sd3", "z-image"]
+)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ImageBase:
+    """Of all predictions; SD 1's schedulers are SDXL's."""
     return load_image(str(tiny_image_base(tmp_path_factory.getbasetemp(), request.param)))
 
 

@@ -90,7 +90,7 @@ def test_each_step_has_as_many_class_pictures_and_the_loss_is_dreambooths(shared
         assert total == pytest.approx(by_hand, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", ["flux1", "sdxl"])
+@pytest.mark.parametrize("family", ["flux1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_k_micro_batches_are_one_batch(family: str, shared: Path, tmp_path: Path) -> None:
     """The same parameters after two steps, but for the order of float32 sums."""
     adapters = []

@@ -284,7 +284,7 @@ def test_the_plan_counts_the_tokens_of_what_is_before() -> None:
     assert pair.attention == wide.attention > 1.5 * alone.attention
 
 
-@pytest.mark.parametrize("family", ["flux2", "klein"])
+@pytest.mark.parametrize("family", ["flux2", pytest.param("klein", marks=pytest.mark.slow)])
 def test_flux2_learns_and_draws_from_several_references(family: str, shared: Path, pairs: Path, tmp_path: Path) -> None:
     starts = [tmp_path / "scenes", tmp_path / "products"]
     for folder in starts:

@@ -149,7 +149,10 @@ def test_the_base_its_modules_and_the_callers_randomness_are_as_before(shared: P
     attach(own.model).detach()  # nothing is attached any more
 
 
-@pytest.mark.parametrize(("family", "share"), [("flux1", 0.95), ("sdxl", 0.99)])
+@pytest.mark.parametrize(
+    ("family", "share"),
+    [("flux1", 0.95), pytest.param("sdxl", 0.99, marks=pytest.mark.slow)],  # which learns in test_kinds too
+)
 def test_it_learns(family: str, share: float, shared: Path, tmp_path: Path) -> None:
     """The base is random, so forty steps lower the loss of drawings it never saw, at the same noise and times."""
     result = run(
@@ -178,8 +181,13 @@ def test_every_family_trains_through_the_same_loop(family: str, shared: Path, tm
     assert len(result.samples) == 1
 
 
+def _slow_where_its_codes_are_held_alone(family: str) -> Any:
+    """By models/image/test_base: what they compute and the gradients through them; or by flux2, which is klein too."""
+    return pytest.param(family, marks=pytest.mark.slow) if family in ("sd3", "z-image", "klein") else family
+
+
 @pytest.mark.parametrize(
-    "family", ["sd3", "z-image", "flux2", pytest.param("klein", marks=pytest.mark.slow), "qwen-image"]
+    "family", [*map(_slow_where_its_codes_are_held_alone, ("sd3", "z-image", "flux2", "klein", "qwen-image"))]
 )
 def test_a_run_over_a_base_in_4_bits_is_the_run_over_its_values(family: str, shared: Path, tmp_path: Path) -> None:
     """Computed in 16 bits, text encoders in 4 as well; every linear module learns."""
@@ -292,7 +300,7 @@ def test_sd3_without_its_t5_trains_and_reads_what_clip_reads(shared: Path, tmp_p
         run(shared, tmp_path / "no", "sd3", base=base, adapter={"text_encoders": ["text_encoder_3"]})
 
 
-@pytest.mark.parametrize("family", ["flux2", "qwen-image"])
+@pytest.mark.parametrize("family", [pytest.param("flux2", marks=pytest.mark.slow), "qwen-image"])
 def test_a_run_on_a_later_family_is_resumed_to_the_same_bits(family: str, shared: Path, tmp_path: Path) -> None:
     """With dropout, masked texts of two lengths, and sheets drawn on the way, which are the same pictures too."""
 

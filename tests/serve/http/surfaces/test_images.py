@@ -258,7 +258,7 @@ def test_controls_come_in_json_and_in_forms(client: openai.OpenAI, url: str) -> 
     assert "ControlNet 0" in held.info["parameters"]
 
 
-@pytest.mark.parametrize("family", ["kontext", "klein"])
+@pytest.mark.parametrize("family", ["kontext", pytest.param("klein", marks=pytest.mark.slow)])
 def test_a_base_that_edits_edits_as_veneer_image_does(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """To the same pixels with the same seed."""
     base = load_image(str(tiny_image_base(tmp_path_factory.getbasetemp(), family)))
