@@ -337,6 +337,25 @@ def test_echo_with_logprobs_are_the_prompts_too(client: openai.OpenAI, words: st
     assert (text, chosen) == (choice.text, found.tokens)
 
 
+def test_logprobs_of_a_prompt_by_token_as_vllm_has_them(client: openai.OpenAI) -> None:
+    wanted: dict[str, Any] = {"model": "toy", "prompt": [5, 6, 7], "max_tokens": 1}
+    made = client.completions.create(**wanted, extra_body={"prompt_logprobs": 2}).choices[0]
+    places = made.model_dump()["prompt_logprobs"]
+    assert made.logprobs is None
+    assert places[0] is None
+    assert [list(place) for place in places[1:]] == [["6", "7"], ["7", "8"]]
+    assert [told["logprob"] for told in places[1].values()] == [-0.5, -1.5]
+    assert [told["rank"] for told in places[1].values()] == [1, 2]
+    assert all(isinstance(told["decoded_token"], str) for told in places[1].values())
+    # beside those of the answer, each as many as were asked for, and none of them twice
+    both = client.completions.create(**wanted, logprobs=3, extra_body={"prompt_logprobs": 0}).choices[0]
+    assert [list(place) for place in both.model_dump()["prompt_logprobs"][1:]] == [["6"], ["7"]]
+    assert both.logprobs is not None
+    assert len(both.logprobs.tokens or []) == 1
+    with pytest.raises(openai.BadRequestError, match="leave stream out"):
+        client.completions.create(**wanted, stream=True, extra_body={"prompt_logprobs": 2})
+
+
 def test_completions_stream_with_several_prompts(client: openai.OpenAI) -> None:
     texts = {0: "", 1: ""}
     options: Any = {"include_usage": True}

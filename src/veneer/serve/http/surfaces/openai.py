@@ -102,7 +102,7 @@ class Shared(Body):
         "use_beam_search": ((False,), _NO_BEAMS),
         "length_penalty": ((1.0,), _NO_BEAMS),
         "early_stopping": ((False,), _NO_BEAMS),
-        "prompt_logprobs": ((), "use echo with logprobs on /v1/completions"),
+        "prompt_logprobs": ((), "/v1/completions has them"),
         "guided_grammar": ((), "grammars in EBNF are not read; use a JSON schema or a regular expression"),
         "bad_words": (([],), "use logit_bias"),
         "allowed_token_ids": (([],), "use logit_bias, or a grammar"),
@@ -312,13 +312,16 @@ class ChatBody(Shared):
 
 class CompletionBody(Shared):
     refused: ClassVar[Mapping[str, tuple[Neutral, str]]] = {
-        **Shared.refused,
+        **{name: why for name, why in Shared.refused.items() if name != "prompt_logprobs"},
         "suffix": (("",), "this base continues a text, and does not fill gaps"),
     }
     prompt: Texts
     max_tokens: int | None = Field(default=16, ge=1, lt=1 << 31)
     echo: bool | None = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
+    prompt_logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="likeliest tokens of each place of the prompt, by id, as vLLM has it"
+    )
     add_special_tokens: bool = True
 
     def texts(self, service: Service) -> list[str | list[int]]:
@@ -418,12 +421,16 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
         prompts = [service.prompts.of_ids(ids) for ids in texts if not isinstance(ids, str)]
         echoes = [await service.prompts.decode(ids, place=place) for ids in prompts] if body.echo else []
     room = min(service.prompts.fits(prompt) for prompt in prompts)
+    if body.prompt_logprobs is not None and body.stream:
+        raise invalid("prompt_logprobs come with a whole answer", "prompt_logprobs", "leave stream out")
     scored = bool(body.echo) and body.logprobs is not None
+    asked = [each for each in (body.logprobs, body.prompt_logprobs) if each is not None]
     settings = body.sampling(
-        service, room=room, max_tokens=body.max_tokens, default=room, logprobs=body.logprobs, prompt_logprobs=scored
-    )
+        service, room=room, max_tokens=body.max_tokens, default=room, logprobs=max(asked, default=None),
+        prompt_logprobs=scored or body.prompt_logprobs is not None,
+    )  # fmt: skip
     job = TextJob(caller, chosen, prompts, settings, n, body.cache_salt or "", id=f"cmpl-{request.scope['veneer.id']}")
-    return await _answered(request, service, job, body, _TextForm(service.prompts, job, echoes if body.echo else []))
+    return await _answered(request, service, job, body, _TextForm(service.prompts, job, body, echoes))
 
 
 def _kept(
@@ -537,6 +544,7 @@ class _Form:
 
     @property
     def alternatives(self) -> int | None:
+        """How many likeliest tokens of each of the answer's were asked for; None for no logprobs."""
         return self.job.sampling.logprobs
 
     def best(self, token: Token) -> list[tuple[int, float]]:
@@ -607,10 +615,12 @@ class _ChatForm(_Form):
 class _TextForm(_Form):
     kind = whole_kind = "text_completion"
 
-    def __init__(self, prompts: Prompts, job: TextJob, echoes: list[str]) -> None:
+    def __init__(self, prompts: Prompts, job: TextJob, body: CompletionBody, echoes: list[str]) -> None:
         super().__init__(prompts, job)
-        self.echoes = echoes
-        self.scored = job.sampling.prompt_logprobs  # then a prompt is told with its logprobs, by the first token
+        self.echoes = echoes if body.echo else []
+        self.beside, self.places = body.logprobs, body.prompt_logprobs
+        # then a prompt is told with its logprobs, by the first token
+        self.scored = bool(body.echo) and body.logprobs is not None
         self.at = [0 if self.scored else len(self.echo(i)) for i in range(self.count)]
 
     def echo(self, i: int) -> str:
@@ -619,7 +629,24 @@ class _TextForm(_Form):
     def choice(self, i: int, answer: TextAnswer) -> dict[str, Any]:
         logprobs = self.logprobs(i, [each for token in answer.tokens for each in self.told(token)])
         text = self.echo(i) + answer.text
-        return {"index": i, "text": text, "logprobs": logprobs, **self.ending(answer.finished)}
+        made = {"index": i, "text": text, "logprobs": logprobs, **self.ending(answer.finished)}
+        if self.places is not None:
+            prompt = answer.tokens[0].prompt if answer.tokens else ()
+            made["prompt_logprobs"] = [self.place(token, self.places) for token in prompt]
+        return made
+
+    def place(self, token: Token, most: int) -> dict[str, Any] | None:
+        """vLLM's form: the likeliest by id, and the prompt's own token; `rank` is known of the likeliest alone."""
+        if token.logprob is None:
+            return None
+        ranks = {id: rank for rank, (id, _, _) in enumerate(token.top, 1)}
+        best = {id: logprob for id, _, logprob in token.top[:most]} | {token.id: token.logprob}
+        return {
+            str(id): {
+                "logprob": finite_logprob(logprob), "rank": ranks.get(id), "decoded_token": self.prompts.piece(id)[0]
+            }
+            for id, logprob in best.items()
+        }  # fmt: skip
 
     def ending(self, end: Finished) -> dict[str, Any]:
         return {"finish_reason": end.reason, "stop_reason": end.stop}
@@ -641,14 +668,16 @@ class _TextForm(_Form):
     def told(self, token: Token) -> list[Token]:
         """The tokens whose logprobs come with this one: the prompt's before the first. Whoever asks for the prompt's
         counts tokens, so that one that ends the answer is among them there."""
-        return [*token.prompt, token] if self.scored or _is_visible(token) else []
+        if self.scored:
+            return [*token.prompt, token]
+        return [token] if _is_visible(token) else []
 
     def piece(self, i: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": None}
 
     def logprobs(self, i: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
         """OpenAI's older form: lists beside each other; alternatives by text, the chosen token always among them."""
-        if self.alternatives is None:
+        if self.beside is None:
             return None
         texts = [self.prompts.piece(token.id)[0] for token in tokens]
         offsets = []
@@ -657,7 +686,7 @@ class _TextForm(_Form):
             self.at[i] += 0 if self.prompts.special(token.id) else len(text)
         tops: list[dict[str, float] | None] = []
         for token, text in zip(tokens, texts, strict=True):
-            best = {self.prompts.piece(id)[0]: finite_logprob(logprob) for id, logprob in self.best(token)}
+            best = {self.prompts.piece(id)[0]: finite_logprob(p) for id, p in self.best(token)[: self.beside]}
             tops.append(None if token.logprob is None else best | {text: finite_logprob(token.logprob)})
         chosen = [None if token.logprob is None else finite_logprob(token.logprob) for token in tokens]
         return {"text_offset": offsets, "token_logprobs": chosen, "tokens": texts, "top_logprobs": tops}
