@@ -179,3 +179,19 @@ def test_a_base_without_a_forward_of_the_engines_own_is_refused() -> None:
         base_of(model), attachment
     ):  # fmt: skip
         pass
+
+
+def test_who_draws_leaves_the_trainer_its_fast_paths() -> None:
+    """With kernels of the trainer's own too: rows without padding, and what is drawn is still the model's."""
+    model: Any = families.llama3(vocab_size=VOCAB_SIZE)
+    before = model.config._attn_implementation
+    with attach(model) as attachment:
+        attachment.add("run", trained(model, 1), trainable=True)
+        settings = SamplerSettings(rows=4, exact=False)
+        with live_sampler(base_of(model), attachment, settings) as sampler, fast(model) as how:
+            assert "LlamaAttention" in how.summary()
+            attachment.use("run")
+            drawn = draw(sampler, asked())
+            ids, lengths, said = rows(drawn)
+            assert torch.allclose(token_logps(model, ids, lengths, said), logps(drawn), atol=1e-5)
+    assert model.config._attn_implementation == before

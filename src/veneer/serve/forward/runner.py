@@ -128,7 +128,7 @@ class Runner:
                 "would be worse",
                 fix="leave out --weights, or serve the 16-bit base with it",
             )
-        self._undo = ExitStack()
+        self._undo, self._second = ExitStack(), ExitStack()
         self._attachment: Attachment | None = None
         layers, heads, kv, d = cache_shape(base)
         self.layout = layout_of(base)
@@ -487,8 +487,16 @@ class Runner:
         chunk = getattr(config, "attention_chunk_size", None)
         if chunk is not None and self.context > chunk:  # pages know windows, and no chunks
             raise NotImplementedError(f"its attention goes by chunks of {chunk} tokens, and a sequence may have more")
-        route_experts(self.model.modules(), self._undo)
-        self._undo.callback(divert_attention(self.model))
+        self._second = ExitStack()
+        self._undo.callback(self._second.close)
+        route_experts(self.model.modules(), self._second)
+        self._second.callback(divert_attention(self.model))
+
+    def only_pairs(self) -> None:
+        """No adapter without a low-rank form is going to come: a model whose rows are fused is as it was, so that a
+        trainer's fast paths (models/text/fast.py) may have it."""
+        if self.how == "fused":
+            self._second.close()
 
     def _attend(self, batch: PackedRows, layer: int, q: Tensor, k: Tensor, v: Tensor, how: AttentionSettings) -> Tensor:
         """Attention of one layer, every token a row: q (tokens, heads, d), k and v (tokens, kv, d)."""
