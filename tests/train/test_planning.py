@@ -118,3 +118,47 @@ def test_pictures_are_counted_in_their_folder(tmp_path: Path) -> None:
     found = plan_of_config(load_config(file, ("schedule.epochs=4",))[0], cpu_device())
     assert found.job.rows == 3
     assert dict(found.facts)["at once"].startswith("3 of 64 × 64")
+
+
+def test_a_teacher_of_its_own_base_is_planned_by_its_weights_and_one_forward_an_answer() -> None:
+    """By hand: SmolLM2-1.7B beside SmolLM2-135M on a card, 32 prompts of 100 tokens and answers of 20, once."""
+    card, many = device_named("h100-80gb"), ["distillation.max_tokens=20", "data.split=0", "schedule.steps=2"]
+
+    def planned(*own: str, device: Device = card) -> Plan:
+        return plan_of_config(config(*many, *own), device, rows=32, tokens_per_row=100)
+
+    name = "distillation.base=HuggingFaceTB/SmolLM2-1.7B-Instruct"
+    beside = planned("distillation.teacher=base", name)
+    away = planned("distillation.teacher=wise", "distillation.url=http://localhost:8000/v1")
+    # config.json: 24 layers of 2048, 32 heads of 64 and as many of keys, 8192 within, 49152 tokens, the head is tied
+    d, inner, vocabulary, layers = 2048, 8192, 49152, 24
+    matrices = layers * (4 * d * d + 3 * d * inner)
+    weights = 2 * (matrices + layers * 2 * d + d + vocabulary * d)
+    assert beside.memory.teacher == weights
+    assert beside.peak - away.peak == weights
+    assert beside.room == away.room
+    # 2 steps of 16 answers of 120 tokens; each token is multiplied by all matrices and looks at those before it
+    assert beside.planned is not None
+    load = beside.planned[0]
+    assert isinstance(load, Load)
+    operations = 2.0 * load.tokens * matrices + 2.0 * load.wanted(card) * vocabulary * d
+    operations += layers * 4.0 * 32 * 64 * sum(n * (n + 1) / 2 for n in load.lengths)
+    one = operations / beside.rates.operations + weights / beside.rates.bandwidth
+    assert beside.seconds is not None
+    assert away.seconds is not None
+    assert beside.seconds - away.seconds == pytest.approx(32 * 120 / load.tokens * one, rel=0.02)
+    assert "1,711,376,384 parameters" in dict(beside.facts)["teacher"]
+
+    # a teacher that is an adapter, or the base that is told more, reads too and takes no weights
+    told = planned("distillation.teacher=base", "distillation.system=Be brief")
+    assert told.memory.teacher == 0
+    assert away.seconds < told.seconds < beside.seconds  # type: ignore[operator]
+    # where the teacher leaves no room, that is said, and what is then to be set counts it
+    small = device_named("rtx-4090")
+    alone, both = (
+        planned("base.name=meta-llama/Llama-3.1-8B", "distillation.teacher=base", more, device=small)
+        for more in ("distillation.system=Be brief", "distillation.base=meta-llama/Llama-3.1-8B")
+    )
+    assert alone.fits
+    assert not both.fits
+    assert all(change.peak + both.memory.teacher <= both.room for change in both.changes)

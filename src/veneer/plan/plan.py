@@ -31,7 +31,7 @@ from veneer.plan.pairs import PairForm
 from veneer.plan.serving import Serving, Traffic, serving
 from veneer.plan.shape import TextShape, pair_parameters
 from veneer.plan.tables import Device
-from veneer.plan.time import Rates, Work, run_seconds, text_work
+from veneer.plan.time import Rates, Work, reading_work, run_seconds, text_work
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,22 @@ def with_draws(plan: Plan, shape: TextShape, load: Load, device: Device, draws: 
     return replace(
         plan, memory=replace(plan.memory, cache=cache), peak=plan.peak + cache, facts=(*plan.facts, ("answers", told)),
         seconds=None if plan.seconds is None else plan.seconds + seconds,
+    )  # fmt: skip
+
+
+def with_teacher(plan: Plan, shape: TextShape, load: Load, device: Device, draws: Draws, beside: int) -> Plan:
+    """The plan of a run whose answers a teacher in this process, of `shape`, reads once each: beside its time that.
+    `beside`: bytes of a teacher that is another base; the plan is of what they leave free."""
+    each = (draws.prompt + draws.answer) / max(1, load.tokens)
+    seconds = draws.total * each * plan.rates.seconds(reading_work(shape, load, device), device.count)
+    told = f"reads {draws.total:,} answers: {seconds:,.0f} s"
+    if beside:
+        told += f"; a base of its own, {shape.parameters:,} parameters: {gigabytes(beside)}"
+    planned = plan.planned_memory
+    return replace(
+        plan, memory=replace(plan.memory, teacher=beside), peak=plan.peak + beside, room=plan.room + beside,
+        planned_memory=None if planned is None else replace(planned, teacher=beside),
+        facts=(*plan.facts, ("teacher", told)), seconds=None if plan.seconds is None else plan.seconds + seconds,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ _WORDS = {
     "optimizer": "optimizer", "activations": "activations", "logits": "logits",
     "working": "gradients of activations", "dequantised": "temporary dequantisation", "context": "process",
     "rounding": "allocator", "cache": "keys and values", "recordings": "recorded steps",
+    "teacher": "teacher's weights",
 }  # fmt: skip
 
 

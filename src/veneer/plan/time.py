@@ -114,6 +114,16 @@ def text_work(shape: TextShape, load: Load, device: Device) -> Work:
     return Work(products, attention, low_rank, head, moved, dequantised, fetched, copied)
 
 
+def reading_work(shape: TextShape, load: Load, device: Device) -> Work:
+    """Operations and bytes of one forward over a micro-batch of `load`, through a base with nothing on it: what a
+    teacher takes to read answers. The head is at the learned tokens alone."""
+    tokens, trained = load.computed(device), load.wanted(device)
+    products = sum(2.0 * tokens * linear.multiplied for layer in shape.layers for linear in layer.linears)
+    keys = sum(layer.heads * layer.head_dim * seen_keys(load.attended(device), layer.window) for layer in shape.layers)
+    head = 2.0 * trained * shape.vocabulary * shape.hidden
+    return Work(products, 4.0 * keys, head=head, moved=float(sum(weight_bytes(shape, load.dtype, load.quantise))))
+
+
 def run_seconds(
     shape: TextShape, load: Load, device: Device, rates: Rates, *, rows: int, tokens_per_row: float, epochs: float,
     held_out: int = 0, evaluations: int = 0,

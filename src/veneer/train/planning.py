@@ -10,15 +10,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from veneer.errors import DataError
 from veneer.ops.sizes import MICRO_TOKENS
-from veneer.plan.fit import fitting_micro_tokens, left_beside_base
+from veneer.plan.fit import fitting_micro_tokens, left_beside_base, usable_memory
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import CPU_LATER, CPU_PROCESS, Load, weight_bytes
 from veneer.plan.pairs import PairForm
-from veneer.plan.plan import Draws, GroupPlan, Plan, TrainingJob, image_plan, plan_together, text_plan, with_draws
+from veneer.plan.plan import (
+    Draws,
+    GroupPlan,
+    Plan,
+    TrainingJob,
+    image_plan,
+    plan_together,
+    text_plan,
+    with_draws,
+    with_teacher,
+)
 from veneer.plan.serving import Traffic
 from veneer.plan.shape import TextShape, model_shape, pair_parameters, text_shape
 from veneer.plan.tables import Device, base_config
@@ -77,7 +88,8 @@ def micro_tokens_of_run(config: TrainConfig, base: Any, free: int | None) -> int
 
     shape = model_shape(base.model)
     device = device_here(where, base.dtype, shape, [1])
-    room, dtype = available_memory(config, where, free), str(base.dtype).removeprefix("torch.")
+    dtype = str(base.dtype).removeprefix("torch.")
+    room = available_memory(config, where, free) - _teacher(config, shape, dtype, of_run=True).beside
     return _micro_tokens_of(config, shape, device, room, dtype, base.quantised or None)
 
 
@@ -122,9 +134,10 @@ def plan_of_run(
         weights = sum(weight_bytes(shape, dtype, load.quantise))
         process = max(process or CPU_PROCESS, held_memory(here) - weights + CPU_LATER)
     held = text_plan("", shape, load, device, rates, job, process=process, room=1 << 62).memory
-    limit = room + held.peak - still_needed(held, device)
+    teacher = _teacher(config, shape, dtype, of_run=True)
+    limit = room + held.peak - still_needed(held, device) - teacher.beside
     plan = text_plan(config.base.name, shape, load, device, rates, job, process=process, room=limit)
-    return _with_draws(plan, drawing, shape, load, device, max(lengths, default=1))
+    return _with_draws(plan, drawing, shape, load, device, max(lengths, default=1), teacher)
 
 
 def _answers_each(config: TrainConfig) -> int:
@@ -143,7 +156,7 @@ def _of_answers(config: TrainConfig) -> TrainConfig:
 
 
 def _with_draws(
-    plan: Plan, config: TrainConfig, shape: TextShape, load: Load, device: Device, longest: int
+    plan: Plan, config: TrainConfig, shape: TextShape, load: Load, device: Device, longest: int, teacher: _Teacher
 ) -> Plan:  # fmt: skip
     """`longest`: tokens of a prompt and its answer."""
     r, job = config.drawn, plan.job
@@ -151,7 +164,37 @@ def _with_draws(
         return plan
     total = math.ceil(job.total_steps / r.updates) * job.batch + job.held_out * job.evaluations
     prompt = max(1, longest - r.max_tokens)
-    return with_draws(plan, shape, load, device, Draws(prompt, r.max_tokens, r.group, min(r.rows, job.batch), total))
+    draws = Draws(prompt, r.max_tokens, r.group, min(r.rows, job.batch), total)
+    plan = with_draws(plan, shape, load, device, draws)
+    if teacher.shape is None:
+        return plan
+    # as it is loaded: whatever the trained base is, this one is not quantised
+    plain = replace(load, quantise=None if teacher.beside else load.quantise)
+    return with_teacher(plan, teacher.shape, plain, device, draws, teacher.beside)
+
+
+class _Teacher(NamedTuple):
+    """A teacher in this process; None for none. `beside`: its bytes, where it is another base."""
+
+    shape: TextShape | None
+    beside: int = 0
+
+
+def _teacher(config: TrainConfig, shape: TextShape, dtype: str, *, of_run: bool = False) -> _Teacher:
+    """Of a run on a base of `shape`, which the teacher has the dtype of. `of_run`: one that is about to load it,
+    wherever it finds it. Raises ConfigError, BaseError for one that is nowhere."""
+    d = config.distillation
+    if d.teacher is None or d.url is not None:
+        return _Teacher(None)
+    if d.base is None:
+        return _Teacher(shape)
+    name: str | Path = d.base
+    if of_run:
+        from veneer.models.sources import base_outline
+
+        name = base_outline(d.base) or name
+    teacher = text_shape(base_fields(str(name)), d.base)
+    return _Teacher(teacher, sum(weight_bytes(teacher, dtype, None)))
 
 
 def still_needed(memory: Any, device: Device) -> int:
@@ -224,9 +267,12 @@ def _plan_of_text(
     lengths = [min(n, config.data.max_length) for n in lengths]
     rates, process = rates_here(device, dtype)
     load = load_of(config, lengths, trained=trained, dtype=dtype, checkpointing=config.memory.recomputing == "on")
-    job = _job(config, rows, mean, 0)
-    plan = text_plan(config.base.name, shape, load, device, rates, job, process=process, traffic=traffic, notes=notes)
-    return _with_draws(plan, drawing, shape, load, device, max(lengths, default=1))
+    job, teacher = _job(config, rows, mean, 0), _teacher(config, shape, dtype)
+    room = usable_memory(device) - teacher.beside
+    plan = text_plan(
+        config.base.name, shape, load, device, rates, job, process=process, room=room, traffic=traffic, notes=notes
+    )
+    return _with_draws(plan, drawing, shape, load, device, max(lengths, default=1), teacher)
 
 
 def plan_of_texts(
@@ -254,7 +300,7 @@ def _with_planned_tokens(config: TrainConfig, shape: TextShape, device: Device) 
     if config.batching.micro_tokens is not None:
         return config
     dtype, quantise = _planned_dtype(config), config.base.quantise
-    room = left_beside_base(shape, device, dtype, quantise)
+    room = left_beside_base(shape, device, dtype, quantise) - _teacher(config, shape, dtype).beside
     return with_micro_tokens(config, _micro_tokens_of(config, shape, device, room, dtype, quantise))
 
 
