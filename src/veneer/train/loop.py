@@ -32,13 +32,21 @@ from typing import Any, Protocol, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import Interrupted, PreflightError, ResourceError, TrainingError, first_few, lacks_memory
+from veneer.errors import (
+    Interrupted,
+    PreflightError,
+    ResourceError,
+    TrainingError,
+    VeneerError,
+    first_few,
+    lacks_memory,
+)
 from veneer.ops.cpu.memory import peak_resident
 from veneer.ops.cpu.sharing import shared
 from veneer.train.ahead import Ahead
 from veneer.train.checkpoint import Progress, rng_restore, rng_state, seed_all
 from veneer.train.devices import ALONE, Devices
-from veneer.train.events import TOKEN_ACCURACY, Evaluated, Listener, Probed, Saved, Stepped, Stopped, silent
+from veneer.train.events import TOKEN_ACCURACY, Evaluated, Listener, Note, Probed, Saved, Stepped, Stopped, silent
 from veneer.train.optim import Schedule
 from veneer.train.signals import heard
 
@@ -323,7 +331,8 @@ class StepWanted:
     def begin(self) -> bool:
         """Before its first forward. False where a signal came before it was known what it is made of."""
         self.loop.optimizer.zero_grad(set_to_none=True)
-        step = self.learner.draw_step(self.step, self.number, self.loop.interrupted)
+        with _saved_where_it_fails(self.loop):
+            step = self.learner.draw_step(self.step, self.number, self.loop.interrupted)
         if step is None:
             return False
         self.step = step
@@ -386,9 +395,9 @@ def stepping(
 
     `asked`: what says that it should stop; None: Ctrl-C or SIGTERM (the first; a second one kills). Then the step that
     is under way is dropped, the random state put back to its beginning, the state saved, and Interrupted raised. One
-    that nobody sets leaves signals what they are elsewhere, for steps of which nothing is to be kept. Raises
-    TrainingError naming step and rows when a loss or a gradient is not finite, before the optimizer moves: nothing is
-    saved over the good checkpoint."""
+    that nobody sets leaves signals what they are elsewhere, for steps of which nothing is to be kept. The state is
+    saved, too, where drawing a step or scoring raises. Raises TrainingError naming step and rows when a loss or a
+    gradient is not finite, before the optimizer moves: nothing is saved over the good checkpoint."""
     progress = progress if progress is not None else Progress()
     send = learner.ahead()
     with (
@@ -519,7 +528,7 @@ def _evaluate_if_due(loop: _Loop) -> bool:
         return False
     began = time.perf_counter()
     # In lockstep nobody may leave while others score; the step after it sees the signal.
-    with shared():
+    with shared(), _saved_where_it_fails(loop):
         own = loop.learner.score((lambda: False) if loop.devices.lockstep else loop.interrupted)
     scores = loop.devices.gather(own)
     found = [score for score in scores if score is not None]
@@ -555,6 +564,22 @@ def _evaluate_if_due(loop: _Loop) -> bool:
 def _save(loop: _Loop) -> None:
     if loop.save is not None:
         loop.tell(Saved(loop.progress.step, str(loop.save(loop.progress))))
+
+
+@contextmanager
+def _saved_where_it_fails(loop: _Loop) -> Iterator[None]:
+    """Around what changes no weight and may need others, a server that judges or teaches: if it fails, nothing that was
+    learned is lost."""
+    before = rng_state()
+    try:
+        yield
+    except VeneerError:
+        # saving is for all devices, and one has failed; before step 1 there is nothing to lose
+        if loop.devices.count == 1 and loop.save is not None and loop.progress.step:
+            rng_restore(before)
+            _save(loop)
+            loop.tell(Note(f"the state after step {loop.progress.step} is saved: --resume goes on from there"))
+        raise
 
 
 def _stop(loop: _Loop) -> None:

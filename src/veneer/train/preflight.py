@@ -35,6 +35,10 @@ _PREFERENCE_WINDOW = (1e-6, 5e-4)  # around what published preference runs with 
 _FREE_TO_CHANGE = {"evaluation", "checkpoint", "memory", "samples"}  # sections that a resumed run may change
 _FREE_KEYS = {"batching.micro_rows", "batching.micro_tokens", "base.device", "data.train", "data.validation"}
 _FREE_KEYS |= {"data.pictures", "data.class_folder", "data.cache"}  # where they are; what is in them is compared
+_FREE_KEYS |= {f"{section}.{key}" for section in ("reinforcement", "distillation") for key in ("rows", "gap")}
+_FREE_KEYS |= {"reinforcement.most_failed", "distillation.most_failed", "distillation.price"}
+_HOW_ASKED = {"key", "timeout", "patience", "at_once", "memory_gb"}  # of judges, graders and teachers
+_FREE_KEYS |= {f"distillation.{key}" for key in _HOW_ASKED}
 
 Level = Literal["stop", "warn", "ok"]
 
@@ -268,10 +272,22 @@ def _recipe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
                     if isinstance(values, Mapping)
                     else {section: values}
                 )
-        return {k: v for k, v in out.items() if k not in _FREE_KEYS}
+        return {k: _told_apart(k, v) for k, v in out.items() if k not in _FREE_KEYS}
 
     a, b = flat(before), flat(now)
     return [f"{k}: {a.get(k)} before, {b.get(k)} now" for k in sorted(a | b) if not _equal(a.get(k), b.get(k))]
+
+
+def _told_apart(key: str, value: Any) -> Any:
+    """What of a setting is compared: of a server that is asked whether there is one, wherever it has moved to."""
+    if key == "distillation.url":
+        return value is not None
+    if key != "reinforcement.rewards":
+        return value
+    return [
+        {k: v is not None if k == "url" else v for k, v in sorted(each.items()) if k not in _HOW_ASKED}
+        for each in value or ()
+    ]
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -53,6 +53,12 @@ def test_too_many_failures_stop_the_run_and_say_why() -> None:
         pytest.raises(TrainingError, match=r"2 of 4 answers could not be judged(.|\n)*mine: 'it broke'"),
     ):
         rewards.judge(answers(*"wxyz"))
+    rows = [Answer([], text, {"where": f"rows.jsonl:{n}"}) for n, text in enumerate("wxyz", 1)]
+    with (
+        Rewards([NamedReward("mine", giving(None, None, 1.0, 1.0))], most_failed=0.25) as rewards,
+        pytest.raises(TrainingError, match=r"2 answers \(rows.jsonl:1, rows.jsonl:2\): mine: 'it broke'"),
+    ):
+        rewards.judge(rows)
     with Rewards([NamedReward("mine", giving(None, None, 1.0, 1.0))], most_failed=0.5) as rewards:
         assert rewards.judge(answers(*"wxyz")).failed == 2
 

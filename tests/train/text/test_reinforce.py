@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.train.rewards.test_judge import completion, serving
 from tests.train.text.drawn_runs import (
     REWARDED,
     config_of,
@@ -26,7 +27,7 @@ from tests.train.text.drawn_runs import (
     with_prompts,
 )
 from veneer.core.adapter import Adapter
-from veneer.errors import ConfigError, DataError, Interrupted, TrainingError
+from veneer.errors import ConfigError, DataError, Interrupted, TrainingError, UnavailableError
 from veneer.files.safetensors import read_tensors
 from veneer.jobs.checkpoints import publish_checkpoints
 from veneer.library.library import open_library
@@ -282,3 +283,90 @@ def test_what_cannot_be_meant_is_said(shared: Path, base: TextBase, tmp_path: Pa
         run_texts([config(shared, tmp_path / "a"), config(shared, tmp_path / "b")], base=base)
     with pytest.raises(DataError, match="leave an answer no room"):
         train(shared, tmp_path, base, reinforcement={"max_tokens": 400}, data={"max_length": 420})
+
+
+GRADERS = """
+import time
+
+def raises(sample, item):
+    return 1.0 / (item["where"].split(":")[-1] not in BAD)
+
+def late(sample, item):
+    time.sleep(9 if item["where"].split(":")[-1] in BAD else 0)
+    return 1.0
+
+def none(sample, item):
+    return float("nan") if item["where"].split(":")[-1] in BAD else 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "why"), [("raises", "ZeroDivisionError"), ("late", "longer than 0.3 s"), ("none", "nan")]
+)
+def test_a_grader_that_fails_is_said_with_its_rows_counted_and_bounded(
+    shared: Path, base: TextBase, tmp_path: Path, function: str, why: str
+) -> None:
+    """Ten prompts with two answers each: one row's are left out and told, those of two are too many."""
+    graders = tmp_path / "graders.py"
+    reward = {"kind": "python", "file": str(graders), "function": function, "timeout": 0.3}
+    own = {
+        "reinforcement": {"group": 2, "rewards": [reward]}, "batching": {"rows": 12}, "schedule": {"steps": 1},
+        "data": {"split": 0}, "evaluation": {"keep": "last"},
+    }  # fmt: skip
+    graders.write_text(f"BAD = ('3',)\n{GRADERS}")
+    train(shared, tmp_path / "one", base, **own)
+    (found,) = measured(tmp_path / "one")
+    assert found["reward_failed"] == 2
+    (told,) = [r["text"] for r in read_log(tmp_path / "one" / "log.jsonl") if "left out" in r.get("text", "")]
+    assert "prompts.jsonl:3): python: " in told
+    assert why in told
+    graders.write_text(f"BAD = ('3', '5')\n{GRADERS}")
+    with pytest.raises(TrainingError, match="4 of 24 answers could not be judged") as caught:
+        train(shared, tmp_path / "two", base, **own)
+    assert "prompts.jsonl:3" in str(caught.value)
+    assert "prompts.jsonl:5" in str(caught.value)
+    assert why in str(caught.value)
+    assert "reinforcement.most_failed" in str(caught.value)
+
+
+def test_a_judge_that_is_away_stops_the_run_which_goes_on_as_one_that_had_none(
+    shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    def own(url: str, patience: float = 0.0) -> Any:
+        reward = {"kind": "judge", "prompt": "{{ sample.output_text }}", "model": "m", "url": url, "patience": patience}
+        return {"reinforcement": {"rewards": [reward], "group": 2}, "schedule": {"steps": 2}, "data": {"split": 0}}
+
+    def says(body: Any, n: int) -> tuple[int, Any]:
+        return completion(str(len(body["messages"][0]["content"]) % 10))
+
+    with serving(says) as server:
+        train(shared, tmp_path / "whole", base, **own(server.url))
+    with (
+        serving(lambda body, n: says(body, n) if n <= 4 else (503, {})) as server,
+        pytest.raises(UnavailableError, match="the judge has been away"),
+    ):
+        train(shared, tmp_path / "parts", base, **own(server.url))
+    notes = [r.get("text", "") for r in read_log(tmp_path / "parts" / "log.jsonl")]
+    assert sum("the state after step 1 is saved: --resume" in text for text in notes) == 1
+    with serving(says) as server:
+        train(shared, tmp_path / "parts", base, resume=True, **own(server.url, 5.0))
+    same_ends(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_prompts_beyond_the_context_are_refused_or_left_out_with_their_lines(
+    shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    lines = (shared / "prompts.jsonl").read_text().splitlines()
+    rows.write_text("\n".join([lines[0], json.dumps({"prompt": "word " * base.context, "team": "it"}), *lines[1:]]))
+    own = {"data": {"train": str(rows), "split": 0, "max_length": 1 << 16}, "schedule": {"steps": 1}}
+    with pytest.raises(DataError, match=rf"1 of 13 prompts .* within {base.context} tokens(.|\n)*rows.jsonl:2"):
+        train(shared, tmp_path / "no", base, **own)
+    found: list[Event] = []
+    own["data"]["long_rows"] = "drop"
+    train(shared, tmp_path / "yes", base, found.append, **own)
+    (checked,) = [event for event in found if isinstance(event, Checked)]
+    (said,) = [f for f in checked.data["findings"] if f["check"] == "long rows"]
+    assert "rows.jsonl:2" in said["text"]
+    assert f"within {base.context} tokens" in said["text"]
+    assert "max_length" not in said["fix"]

@@ -76,7 +76,7 @@ def _loaded(first: dict[str, Any]) -> Any:
     exec(compile(text, _name(first), "exec"), module.__dict__)
     function = getattr(module, first["function"], None)
     if not callable(function):
-        raise LookupError(f"there is no function {first['function']}")
+        raise LookupError(f"there is no function {first['function']!r}")
     return function
 
 

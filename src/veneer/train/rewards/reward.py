@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from veneer.errors import DataError, TrainingError, bullets, counted, nearest, quoted, shown
+from veneer.errors import DataError, TrainingError, bullets, counted, first_few, nearest, quoted, shown
 
 Turn = Mapping[str, Any]
 
@@ -86,6 +86,22 @@ class Judged:
     @property
     def failed(self) -> int:
         return self.values.count(None)
+
+    def why(self, answers: Sequence[Answer]) -> list[str]:
+        """Why answers failed, the commonest reason first, with their number and the first of their rows."""
+        reasons: dict[str, list[str]] = {}
+        for name, scores in self.scores.items():
+            for score, answer in zip(scores, answers, strict=True):
+                if score.value is None:
+                    where = shown(answer.row.get("where") or "")
+                    reasons.setdefault(f"{name}: {quoted(shown(score.error), 300)}", []).append(where)
+
+        def told(reason: str, rows: Sequence[str]) -> str:
+            own = [row for row in dict.fromkeys(rows) if row]
+            return f"{counted(len(rows), 'answer')}{f' ({first_few(own, 3)})' if own else ''}: {reason}"
+
+        ranked = sorted(reasons.items(), key=lambda found: -len(found[1]))
+        return [told(reason, rows) for reason, rows in ranked]
 
     def logged(self) -> dict[str, float]:
         """Means over the answers that have a value: of the sum, each reward and its parts; and how many failed."""
@@ -149,12 +165,8 @@ def _scored(name: str, reward: Reward, answers: Sequence[Answer]) -> list[Reward
 
 
 def _too_many(judged: Judged, answers: Sequence[Answer]) -> TrainingError:
-    reasons: Counter[str] = Counter()
-    for name, scores in judged.scores.items():
-        reasons.update(f"{name}: {quoted(shown(s.error), 300)}" for s in scores if s.value is None)
-    told = bullets((f"{counted(count, 'answer')}: {reason}" for reason, count in reasons.most_common()), 5)
     return TrainingError(
-        f"{judged.failed} of {counted(len(answers), 'answer')} could not be judged:\n{told}",
+        f"{judged.failed} of {counted(len(answers), 'answer')} could not be judged:\n{bullets(judged.why(answers), 5)}",
         fix="mend the reward, or allow more of it with reinforcement.most_failed",
     )
 

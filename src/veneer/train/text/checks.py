@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from veneer.errors import counted
 from veneer.train.config.distillation import DistillationSection
 from veneer.train.config.reinforcement import ReinforcementSection
 from veneer.train.config.text import TrainConfig
@@ -255,16 +256,41 @@ def _answers_are_drawn(s: TextSubject) -> Iterator[Finding]:
         yield Finding("stop", "prompts", text, "run it on one device")
     each = min(s.config.batching.rows, c.kept)
     s.numbers.update(prompts=c.kept, answers_of_a_step=each * r.group, answer_limit=r.max_tokens)
-    text = f"{c.kept:,} prompts; a draw is {each} of them with {r.group} answers each, of {r.max_tokens} tokens at most"
+    text = f"{counted(c.kept, 'prompt')}; a draw is {each} of them with {counted(r.group, 'answer')} each"
+    text += f", of {r.max_tokens} tokens at most"
     yield Finding("ok", "prompts", text)
     yield from _is_taught(r) if isinstance(r, DistillationSection) else _is_rewarded(s, r)
+
+
+def _long_prompts(s: TextSubject) -> Iterator[Finding]:
+    """Prompts that leave an answer no room are counted and named."""
+    c, data, r = s.encoded.counts, s.config.data, s.config.drawn
+    assert r is not None
+    s.numbers.update(rows_dropped=c.long_dropped, rows_cut=c.cut, longest_row=c.longest, max_length=data.max_length)
+    room = min(data.max_length, s.base.context)
+    if not c.long_dropped:
+        text = f"longest prompt: {c.longest:,} tokens of {room:,}, answers have up to {r.max_tokens:,}; none dropped"
+        yield Finding("ok", "long rows", text)
+        return
+    where = ", ".join(c.places["long_dropped"])
+    text = f"{share(c.long_dropped, c.rows)} prompts leave an answer no room within {room:,} tokens and are dropped"
+    fix = f"shorten them, or lower {r.named}.max_tokens"
+    if data.max_length < s.base.context:
+        fix += f"; the base reads {s.base.context:,} tokens: raise data.max_length"
+    yield Finding("stop" if c.long_dropped > c.rows / 2 else "warn", "long rows", f"{text}: {where}", fix)
 
 
 def _is_taught(d: DistillationSection) -> Iterator[Finding]:
     kl = "KL(student ‖ teacher)" if d.divergence == "reverse" else "KL(teacher ‖ student)"
     what = d.base or ("the base with the adapter off" if d.teacher == "base" else d.teacher)
+    over = "over the whole vocabulary"
+    if d.url is not None:
+        what = f"{d.teacher} at {d.url}"
+        over = (
+            "by the tokens drawn" if d.divergence == "reverse" else f"over the {d.top_logprobs} likeliest and the rest"
+        )
     told = ", told more than the student" if d.system else ""
-    yield Finding("ok", "teacher", f"{what}{told}; learned: {kl} of each token, over the whole vocabulary")
+    yield Finding("ok", "teacher", f"{what}{told}; learned: {kl} of each token, {over}")
 
 
 def _is_rewarded(s: TextSubject, r: ReinforcementSection) -> Iterator[Finding]:
@@ -360,7 +386,7 @@ DATA_CHECKS: tuple[Callable[[TextSubject], Iterator[Finding]], ...] = (
 
 PROMPT_CHECKS: tuple[Callable[[TextSubject], Iterator[Finding]], ...] = (
     _answers_are_drawn,
-    long_rows,
+    _long_prompts,
     _begins_once,
     _rows_are_apart,
 )

@@ -27,6 +27,17 @@ _MANY_CUT = 0.1
 """The same for answers that were cut, over the whole run."""
 
 
+_NAMED = 3
+"""Lines about answers of a step that are left out."""
+
+
+def left_out(number: int, failed: Sequence[str]) -> Iterator[str]:
+    """Of answers of step `number` that nobody could judge, or whose tokens no teacher read: why, with their rows."""
+    yield from (f"step {number}, left out: {line}" for line in failed[:_NAMED])
+    if len(failed) > _NAMED:
+        yield f"step {number}, left out: … and {len(failed) - _NAMED} more"
+
+
 @dataclass
 class Findings:
     """`in_a_row`: draws until now, by what was found in each of them."""

@@ -49,7 +49,7 @@ from veneer.train.loop import Means, Score, Step
 from veneer.train.rewards.reward import Answer, Judged, Rewards, reward_findings
 from veneer.train.text.batches import Batch
 from veneer.train.text.conversations import Conversation, Conversing, said_so_far
-from veneer.train.text.findings import Findings, draw_summary
+from veneer.train.text.findings import Findings, draw_summary, left_out
 from veneer.train.text.gap import Gap
 from veneer.train.text.offpolicy import OffPolicyDraws
 from veneer.train.text.policy_losses import (
@@ -103,12 +103,13 @@ class _JudgedRollout:
 
 @dataclass(frozen=True)
 class _Draw:
-    """Answers, and what they are worth. `groups`: the row whose prompt each answers."""
+    """Answers, and what they are worth. `groups`: the row whose prompt each answers. `failed`: why some have no worth."""
 
     groups: list[int]
     drawn: list[Rollout]
     judged: Judged
     seconds: float
+    failed: list[str]
 
 
 @dataclass
@@ -132,6 +133,8 @@ class Reinforcement:
     answers: list[_JudgedRollout] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)
     """What was found of them when they were drawn."""
+    failed: list[str] = field(default_factory=list)
+    """Answers of the last draw that are left out, and why."""
     seen: Means = field(default_factory=Means)
     gap: Gap = field(default_factory=Gap)
 
@@ -190,11 +193,13 @@ class Reinforcement:
             return None
         drawn, answers = held
         seconds = time.perf_counter() - began
-        return _Draw([item.row for item in owners], drawn, self.rewards.judge(answers), seconds)
+        judged = self.rewards.judge(answers)
+        return _Draw([item.row for item in owners], drawn, judged, seconds, judged.why(answers))
 
     def _learn_from(self, draw: _Draw, number: int, *, now: bool) -> None:
         """Makes them the answers at hand. `now`: they come from the adapter as it is."""
         s, groups, drawn, judged = self.settings, draw.groups, draw.drawn, draw.judged
+        self.failed = draw.failed
         cut = [rollout.cut for rollout in drawn]
         found = judged.logged() | reward_findings(judged, groups, cut)
         known = [i for i, value in enumerate(judged.values) if value is not None]
@@ -332,6 +337,7 @@ class Reinforcement:
     def said_after(self, number: int) -> Iterator[str]:
         """Warnings of step `number`, if it is one that answers were drawn for."""
         if number == self.first:
+            yield from left_out(number, self.failed)
             yield from self.findings.of_step(number, self.measured)
 
     def said_last(self, steps: Sequence[Mapping[str, float]]) -> Iterator[str]:

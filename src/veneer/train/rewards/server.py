@@ -1,0 +1,161 @@
+"""A server of models over HTTP that may be away for a while: what judges and teachers are asked through.
+
+    with AwaitedServer("https://api.openai.com/v1", "judge", "the reward's `patience`", key="OPENAI_API_KEY") as server:
+        found = server.each(ask, questions)              ask(question) calls server.response("/chat/completions", body)
+
+    refused connections, 408, 409, 425, 429, 5xx    asked again, after 0.5, 1, 2 … 30 s or as Retry-After says, while
+                                            it is away for no longer than `patience`; then UnavailableError
+    no answer within `timeout`              asked again twice; then that one has no answer
+    400, 413, 422                           that one has no answer
+    401, 403, 404 and whatever else         ConfigError: it is wrong with every question
+
+The key is read from the environment and in no message.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from veneer.errors import ConfigError, MissingExtraError, UnavailableError, shown
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+_OF_ONE = {400, 413, 422}
+_TIMEOUTS = 3
+"""How often something is asked that is not answered in time."""
+_LOOKED = 0.2
+"""Seconds between two looks at whether a run was asked to stop."""
+
+
+class NoAnswer(Exception):
+    """Raised where one question has no answer, and others may have; `str` says why."""
+
+
+class AwaitedServer:
+    """`who`: what messages call it. `setting`: where its `patience` stands. `key`: the variable of the environment that
+    holds its key. `timeout`, `patience`: seconds. `at_once`: questions on their way."""
+
+    def __init__(
+        self, url: str, who: str, setting: str, *, key: str | None = None, timeout: float = 60.0,
+        patience: float = 600.0, at_once: int = 8,
+    ) -> None:  # fmt: skip
+        try:
+            import httpx
+        except ImportError as error:
+            raise MissingExtraError(f"a {who} on a server needs httpx", fix="pip install 'veneer[rewards]'") from error
+        parts = urlsplit(url)
+        if parts.username or parts.password:
+            fix = "put the key into a variable of the environment, and name that as `key`"
+            raise ConfigError(f"the {who}'s url holds a name or a password", fix=fix)
+        headers = {}
+        if key is not None:
+            if not os.environ.get(key):
+                raise ConfigError(
+                    f"the variable {key} with the {who}'s key is not set", where=url, fix=f"export {key}=…"
+                )
+            headers["Authorization"] = f"Bearer {os.environ[key]}"
+        self.url, self.who, self._setting = url, who, setting
+        self._patience, self._at_once = patience, at_once
+        self._http = httpx.Client(headers=headers, timeout=timeout)
+        self._httpx: Any = httpx
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._away_since: float | None = None
+
+    def __enter__(self) -> AwaitedServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._over.set()
+        self._http.close()
+
+    def each(
+        self, ask: Callable[[A], B], asked: Sequence[A], interrupted: Callable[[], bool] = lambda: False
+    ) -> list[B] | None:  # fmt: skip
+        """`ask` of each, several at once, in their order; None as soon as `interrupted()`. Raises what `ask` does."""
+        self._away_since, self._over = None, threading.Event()
+        pool = ThreadPoolExecutor(self._at_once, self.who)
+        found = [pool.submit(ask, one) for one in asked]
+        try:
+            left = set(found)
+            while left and not interrupted():
+                done, left = wait(left, _LOOKED, "FIRST_EXCEPTION")
+                for one in done:
+                    one.result()
+            return None if left else [one.result() for one in found]
+        finally:
+            self._over.set()  # whoever waits for the server waits no more
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def response(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """What the server answers to POST, or to GET without a `body`, whatever the status, once it is there. Raises
+        NoAnswer, UnavailableError as the table above says."""
+        late, wait = 0, 0.5
+        while True:
+            after = 0.0
+            try:
+                method = "GET" if body is None else "POST"
+                answer = self._http.request(method, f"{self.url.rstrip('/')}{path}", json=body)
+            except (self._httpx.ReadTimeout, self._httpx.WriteTimeout):
+                late += 1
+                if late == _TIMEOUTS:
+                    raise NoAnswer(f"the {self.who} gave no answer in time, {_TIMEOUTS} times") from None
+                continue
+            except self._httpx.TransportError as error:
+                said = type(error).__name__
+            else:
+                if answer.status_code not in _AGAIN:
+                    self._away_since = None
+                    return answer
+                said = f"HTTP {answer.status_code}"
+                after = _seconds(answer.headers.get("retry-after"))
+            self._hold_out(said, max(wait, after))
+            wait = min(30.0, 2 * wait)
+
+    def read(self, answer: Any, what: str) -> Any:
+        """The JSON of a response with status 200. `what`: it should be. Raises NoAnswer, ConfigError as the table above
+        says."""
+        status = answer.status_code
+        if status != 200:
+            said = f"HTTP {status}: {shown(answer.text)[:300]}"
+            if status in _OF_ONE:
+                raise NoAnswer(f"the {self.who} refused the question, {said}")
+            raise ConfigError(f"the {self.who} cannot be asked: {said}", where=self.url, fix="check url, key and model")
+        try:
+            return answer.json()
+        except ValueError:
+            raise self.unread(answer, what) from None
+
+    def unread(self, answer: Any, what: str) -> NoAnswer:
+        return NoAnswer(f"the {self.who}'s answer is no {what}: {shown(answer.text)[:100]}")
+
+    def _hold_out(self, said: str, wait: float) -> None:
+        """Waits, as long as the server may be away. Raises UnavailableError."""
+        now = time.monotonic()
+        with self._lock:
+            since = self._away_since = now if self._away_since is None else self._away_since
+        left = since + self._patience - now
+        if left <= 0 or self._over.wait(min(wait, left)):
+            raise UnavailableError(
+                f"the {self.who} has been away for {self._patience:g} s: {said}", where=self.url,
+                fix=f"start it, and resume the run; or let it wait longer with {self._setting}",
+            )  # fmt: skip
+
+
+def _seconds(text: str | None) -> float:
+    """Retry-After in seconds; a date, or what is none, counts as nothing."""
+    try:
+        return min(60.0, max(0.0, float(text or 0)))
+    except ValueError:
+        return 0.0
