@@ -24,11 +24,15 @@ def test_from_an_empty_machine_to_an_adapter(
     (rows,), values, (commands,) = (blocks(PAGE, kind) for kind in ("json", "yaml", "bash"))
     Path("tickets.jsonl").write_text(rows * 5)
     base = str(tiny_base_dir(tmp_path))
-    large, small, told = (yaml.safe_load(text) for text in values)
+    large, small, served, told = (yaml.safe_load(text) for text in values)
     short = {"base": base, "schedule": {"steps": 2}}
     Path("teacher.yaml").write_text(yaml.safe_dump(large | short))
     Path("distill.yaml").write_text(yaml.safe_dump(small | short | {"evaluation": {"every": 1, "keep": "last"}}))
     told["distillation"]["max_tokens"] = 8
+    Path("served.yaml").write_text(yaml.safe_dump(small | short | served))
+    read, _ = load_config(Path("served.yaml"), [])
+    assert isinstance(read, TrainConfig)
+    assert read.distillation.url == "http://localhost:8000/v1"
     Path("told.yaml").write_text(yaml.safe_dump(small | short | told | {"output": "runs/told"}))
     told_last = run_commands(capsys, (*commands.splitlines(), "veneer train told.yaml --dry-run"), base)[-1]
     assert "cents a thousand requests at $0.15 a million" in told_last

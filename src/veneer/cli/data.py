@@ -122,6 +122,12 @@ def draw(
             fix="give distillation.teacher: an adapter, or base",
         )
     given, data = loaded.distillation, loaded.data
+    if given.url is not None:
+        raise ConfigError(
+            "the teacher is on a server, and draws its own answers",
+            where=f"distillation.url: {given.url}",
+            fix="leave distillation.url out for a teacher of this process; a server's are kept by its own client",
+        )
     prompts, _ = read_rows(
         data.files("train"), limit=data.limit, format=data.format, columns=data.columns, formats=PROMPT_FORMATS
     )

@@ -11,9 +11,12 @@ from torch import Tensor
 from veneer.train.text.policy_losses import (
     advantages,
     clipped,
+    divergences,
+    drawn_divergence,
     importance_weights,
     kl_estimates,
     length_factors,
+    likeliest_divergence,
     per_token,
     policy_ratios,
 )
@@ -128,3 +131,48 @@ def test_kl_estimates_have_kls_mean_and_gradient_over_all_tokens() -> None:
 def test_weights_correct_for_what_was_drawn_from_up_to_a_cap() -> None:
     p, q = torch.tensor([0.5, 0.1, 0.9]).log(), torch.tensor([0.25, 0.4, 0.1]).log()
     torch.testing.assert_close(importance_weights(p, q, 3.0), torch.tensor([2.0, 0.25, 3.0]))
+
+
+def test_what_the_drawn_tokens_say_of_a_divergence_is_its_mean_and_so_is_the_gradient() -> None:
+    """Every token of a small vocabulary, weighted by how often it is drawn, beside the divergence of whole
+    distributions, value and gradient, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.randn(6, generator=generator, dtype=torch.float64) for _ in range(2))
+    x, y = ours.clone().requires_grad_(), ours.clone().requires_grad_()
+    whole = divergences(x[None], theirs[None], "reverse").sum()
+    whole.backward()
+    p, q = y.log_softmax(-1), theirs.log_softmax(-1)
+    drawn = (p.exp().detach() * drawn_divergence(p, q)).sum()
+    drawn.backward()
+    assert float(drawn.detach()) == pytest.approx(float(whole.detach()), abs=1e-12)
+    assert x.grad is not None
+    assert y.grad is not None
+    assert torch.allclose(x.grad, y.grad, atol=1e-12)
+
+
+def test_what_the_likeliest_tokens_say_of_a_divergence_has_the_rest_as_one() -> None:
+    generator = torch.Generator().manual_seed(1)
+    ours, theirs = (torch.randn(3, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    q = theirs.log_softmax(-1)
+    every = torch.arange(8).expand(3, 8)
+    whole = divergences(ours, theirs, "forward")
+    assert torch.allclose(likeliest_divergence(ours, every, q), whole, atol=1e-9)
+
+    # four tokens at each place, and two at the last
+    ids = q.topk(4).indices
+    told = q.gather(1, ids)
+    told[2, 2:] = -torch.inf
+    x, y = ours.clone().requires_grad_(), ours.clone().requires_grad_()
+    found = likeliest_divergence(x, ids, told)
+    found.sum().backward()
+    by_hand = []
+    for row, teacher, named in zip(y, q.exp(), [ids[0], ids[1], ids[2, :2]], strict=True):
+        student = row.exp() / row.exp().sum()
+        parts = [(teacher[v], student[v]) for v in named] + [(1 - teacher[named].sum(), 1 - student[named].sum())]
+        by_hand.append(sum(a * (a / b).log() for a, b in parts))
+    torch.stack(by_hand).sum().backward()  # type: ignore[arg-type]
+    assert torch.allclose(found, torch.stack(by_hand), atol=1e-12)  # type: ignore[arg-type]
+    assert (found <= whole + 1e-12).all()
+    assert x.grad is not None
+    assert y.grad is not None
+    assert torch.allclose(x.grad, y.grad, atol=1e-12)

@@ -6,7 +6,8 @@
     row_logps    −Σ nll of each row                  what preferences are made of
     token_logps  −nll of each token                  what reinforcement is made of
     hidden_at, target_logps    log p of any tokens after any places, whatever comes there in the rows
-    compared_logits            whole distributions there, beside another model's: what distillation is made of
+    of_logits                  what is made of whole distributions there
+    compared_logits            the same, beside another model's: what distillation is made of
 
 Inside `fast` rows run without padding; elsewhere, and for families that do not take such rows, they are padded:
 the slow reference, and what the fast one is checked against.
@@ -144,12 +145,21 @@ def compared_logits(
 
     Logits are float32 and have the ids that both vocabularies have: some bases pad theirs."""
 
-    def part(chosen: slice, x: Tensor) -> Tensor:
+    def part(ours: Tensor, chosen: slice) -> Tensor:
         with torch.no_grad():
-            theirs = other(chosen).to(x.device)
-        ours = head_logits(model, x)
+            theirs = other(chosen).to(ours.device)
         shared = min(ours.shape[-1], theirs.shape[-1])
         return compare(ours[:, :shared], theirs[:, :shared], chosen)
+
+    return of_logits(model, hidden, part)
+
+
+def of_logits(model: Any, hidden: Tensor, made: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """made(logits, places), joined, where the logits of a few places exist at once, in float32. hidden: (M, d), as
+    `hidden_at`. They are made again for the gradient."""
+
+    def part(chosen: slice, x: Tensor) -> Tensor:
+        return made(head_logits(model, x), chosen)
 
     out = []
     for i in range(0, len(hidden), _HEAD_CHUNK):

@@ -160,6 +160,10 @@ def _reinforcement(config: TrainConfig) -> Iterator[str]:
     yield from _drawn(config)
 
 
+_OF_SERVER = ("key", "timeout", "patience", "at_once", "most_failed", "top_logprobs")
+"""Keys of `distillation` that are of a teacher on a server."""
+
+
 def _distillation(config: TrainConfig) -> Iterator[str]:
     d = config.distillation
     if d.teacher is None:
@@ -170,9 +174,23 @@ def _distillation(config: TrainConfig) -> Iterator[str]:
     others = {"reinforcement.loss": config.reinforcement.loss, "preference.loss": config.preference.loss}
     for key in (key for key, loss in others.items() if loss is not None):
         yield f"`distillation.teacher` and `{key}` are two ways to learn: keep one"
-    if d.base is not None and d.teacher != "base":
+    if d.url is None:
+        if asked := ", ".join(f"`distillation.{key}`" for key in _changed(d) if key in _OF_SERVER):
+            yield f"{asked} belong to a server: give `distillation.url`"
+    else:
+        if d.base is not None:
+            yield "`distillation.base` is in this process, and with `distillation.url` the teacher is on a server"
+        if d.temperature != 1 and d.divergence == "reverse":
+            yield (
+                "`distillation.temperature`: with a server reverse KL is measured by the tokens that the student draws "
+                "of its own distribution; leave it at 1, or learn `divergence: forward`"
+            )
+        if d.divergence == "reverse" and d.top_logprobs != type(d).model_fields["top_logprobs"].default:
+            yield "`distillation.top_logprobs` is of `divergence: forward`; reverse asks about the drawn tokens alone"
+    if d.base is not None and d.url is None and d.teacher != "base":
         yield "`distillation.base` is a teacher as it is: `distillation.teacher: base`; merge an adapter into it first"
-    if d.teacher == "base" and d.base is None and not d.system and config.adapter.start is None:
+    alone = d.teacher == "base" and d.url is None and d.base is None
+    if alone and not d.system and config.adapter.start is None:
         yield (
             "`distillation.teacher: base` is what a fresh adapter is already: give `distillation.system`, "
             "`distillation.base`, or `adapter.start`"

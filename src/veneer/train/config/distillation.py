@@ -16,11 +16,32 @@ class DistillationSection(Section):
     updates: ClassVar[int] = 1
 
     teacher: str | None = setting(
-        None, "who is learned from: an adapter of the library or a folder, or base for a base with nothing on it"
+        None,
+        "who is learned from: an adapter of the library or a folder, base for a base with nothing on it, or with `url` "
+        "a model of that server",
     )
     base: str | None = setting(
         None, "another base that the teacher is, in memory beside the trained one", "the base that is trained"
     )
+    url: str | None = setting(
+        None, "server of the teacher, as http://localhost:8000/v1, which gives log-probabilities of prompts",
+        "this process", pattern=r"^https?://\S+$",
+    )  # fmt: skip
+    key: str | None = setting(
+        None, "variable of the environment with the server's key", "no key is sent", pattern=r"^[A-Za-z_]\w*$"
+    )
+    timeout: float = setting(120.0, "seconds that the server may take for one answer", gt=0)
+    patience: float = setting(
+        600.0, "seconds that the server may be away before the run stops", "a restart is no end of a run", ge=0
+    )
+    at_once: int = setting(8, "answers that the server reads at once", gt=0, le=256)
+    most_failed: float = setting(
+        0.1, "share of a step's answers that the server may fail to read; above it the run stops", ge=0, le=1
+    )
+    top_logprobs: int = setting(
+        20, "with `url` and forward: likeliest tokens of each place that the server gives; the rest counts as one",
+        "what servers allow without being told otherwise", gt=0,
+    )  # fmt: skip
     system: str = setting("", "what the teacher is told before each conversation and the student is not")
     divergence: Literal["reverse", "forward"] = setting(
         "reverse",

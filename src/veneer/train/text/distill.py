@@ -4,12 +4,15 @@
 
     L = 1/T Σ_t KL_t        T tokens of the step's answers; KL over the whole vocabulary, reverse or forward
 
-The teacher is an adapter on the same base, the base alone, or another base with the same tokenizer, in this process. It
-reads the same answers after its own prompt, which may say more (`distillation.system`): what it is told is trained into
-the student, who is not told. Sampler and trainer are one model as in `reinforce`, and the gap of both is measured there
-and here alike. Answers are drawn anew for every step: nothing of them is in a checkpoint. Logged, of each step:
+The teacher is an adapter on the same base, the base alone, or another base with the same tokenizer, in this process;
+or a model on a server (`served_teacher`), of which the KL is taken as far as it tells: reverse by the drawn tokens,
+forward by the likeliest tokens and the rest as one. It reads the same answers after its own prompt, which may say more
+(`distillation.system`): what it is told is trained into the student, who is not told. Sampler and trainer are one model
+as in `reinforce`, and the gap of both is measured there and here alike. Answers are drawn anew for every step: nothing
+of them is in a checkpoint. Logged, of each step:
 
     teacher_kl                         mean KL of a token
+    teacher_failed, teacher_seconds    answers that a server did not read, which are left out; how long it read
     answer_tokens, drawn_tokens, drawn_seconds, cut_share, prompt_cached, gap_…      as of `reinforce`
     teacher_long                       prompts left out, because the teacher's prompt and an answer pass its context
     saved_tokens                       tokens that the teacher's prompts have beyond the student's, mean
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,15 +31,22 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.use import load_adapter
-from veneer.errors import MismatchError, TrainingError, bullets
+from veneer.errors import MismatchError, TrainingError, bullets, counted
 from veneer.models.swap import without_dropout
 from veneer.models.text.base import load_text
-from veneer.models.text.loss import compared_logits, head_logits, hidden_at
+from veneer.models.text.loss import compared_logits, head_logits, hidden_at, of_logits, token_logps
 from veneer.ops.transfer import sent
 from veneer.train.loop import Means, Score, Step
 from veneer.train.text.batches import Batch, collate
+from veneer.train.text.findings import left_out
 from veneer.train.text.gap import Gap
-from veneer.train.text.policy_losses import divergences, length_factors, per_token
+from veneer.train.text.policy_losses import (
+    divergences,
+    drawn_divergence,
+    length_factors,
+    likeliest_divergence,
+    per_token,
+)
 from veneer.train.text.prompts import (
     PolicyBatch,
     PromptItem,
@@ -49,6 +59,7 @@ from veneer.train.text.prompts import (
 from veneer.train.text.render import Renderer
 from veneer.train.text.rollouts import AnswerWanted, Drawing, Rollout, Sampler, draw_seed, drawn_figures
 from veneer.train.text.rows import Row
+from veneer.train.text.served_teacher import ServedTeacher, TeacherLogps, served_teacher
 
 if TYPE_CHECKING:
     from veneer.core.attach import Attachment
@@ -65,26 +76,39 @@ class Teacher:
     attachment: Attachment | None = None
     name: str = ""
 
+    @property
+    def context(self) -> int:
+        return self.base.context
+
     def acting(self) -> AbstractContextManager[None]:
         if self.attachment is None:
             return nullcontext()
         return self.attachment.using(*([self.name] if self.name else []))
 
 
+AnyTeacher = Teacher | ServedTeacher
+"""In this process, or on a server."""
+
+
+@contextmanager
 def teacher_of(
     section: DistillationSection, base: TextBase, attachment: Attachment, say: Callable[[str], None] = lambda line: None
-) -> Teacher:
-    """The teacher that a configuration names, loaded. Raises MismatchError for one with another tokenizer or an adapter
-    of another base, and what loading raises."""
-    if section.base is not None:
+) -> Iterator[AnyTeacher]:
+    """The teacher that a configuration names, loaded or asked once. Raises MismatchError for one with another tokenizer
+    or an adapter of another base, and what loading and `served_teacher` raise."""
+    if section.url is not None:
+        with served_teacher(section, base) as served:
+            yield served
+    elif section.base is not None:
         other = load_text(section.base, dtype=base.dtype, device=base.device, say=say)
         _check_tokenizers(base, other)
-        return Teacher(other)
-    if section.teacher in (None, "base"):
-        return Teacher(base, attachment)
-    name = f"{section.teacher}, as the teacher"
-    attachment.add(name, load_adapter(base, str(section.teacher)))
-    return Teacher(base, attachment, name)
+        yield Teacher(other)
+    elif section.teacher in (None, "base"):
+        yield Teacher(base, attachment)
+    else:
+        name = f"{section.teacher}, as the teacher"
+        attachment.add(name, load_adapter(base, str(section.teacher)))
+        yield Teacher(base, attachment, name)
 
 
 def _check_tokenizers(base: TextBase, teacher: TextBase) -> None:
@@ -116,15 +140,17 @@ def _teacher_prompt(renderer: Renderer, row: Row, system: str) -> str:
 
 @dataclass(frozen=True)
 class _TaughtRollout:
-    """An answer, and what its teacher is asked before it. `row`: of its prompt."""
+    """An answer, and what its teacher is asked before it. `row`: of its prompt. `read`: what one on a server gave."""
 
     rollout: Rollout
     asked: tuple[int, ...]
     row: int
+    read: TeacherLogps | None = None
 
     @property
     def tokens(self) -> int:
-        return max(len(self.rollout.prompt), len(self.asked)) + len(self.rollout.tokens)
+        prompts = [self.rollout.prompt] if self.read else [self.rollout.prompt, self.asked]
+        return max(map(len, prompts)) + len(self.rollout.tokens)
 
 
 @dataclass
@@ -135,10 +161,12 @@ class Distillation:
     base: TextBase
     name: str
     sampler: Sampler
-    teacher: Teacher
+    teacher: AnyTeacher
     renderer: Renderer
     measured: dict[str, float] = field(default_factory=dict)
     """What was found of the answers when they were drawn."""
+    failed: list[str] = field(default_factory=list)
+    """Answers of the last draw that are left out, and why."""
     seen: Means = field(default_factory=Means)
     gap: Gap = field(default_factory=Gap)
 
@@ -153,14 +181,14 @@ class Distillation:
         long = [rows[item.row].where for item, ids in zip(prompts, asked, strict=True) if not self._reads(ids)]
         if asked and len(long) == len(asked):
             raise TrainingError(
-                f"each of the {len(asked):,} prompts is longer than the teacher's context, {self.teacher.base.context} "
+                f"each of the {len(asked):,} prompts is longer than the teacher's context, {self.teacher.context} "
                 "tokens, with its answer",
                 where="distillation", fix="lower distillation.max_tokens, or shorten distillation.system",
             )  # fmt: skip
         if long:
             yield (
                 f"warning: {len(long):,} of {len(asked):,} prompts are longer than the teacher's context, "
-                f"{self.teacher.base.context} tokens, with their answers; they are left out:\n{bullets(long)}"
+                f"{self.teacher.context} tokens, with their answers; they are left out:\n{bullets(long)}"
             )
         if self.settings.system and asked:
             saved = sum(len(ids) - len(item.ids) for item, ids in zip(prompts, asked, strict=True)) / len(asked)
@@ -178,7 +206,7 @@ class Distillation:
         if not answers:
             raise TrainingError(
                 f"the teacher can read none of the prompts of step {number}",
-                where=f"its context is {self.teacher.base.context} tokens",
+                where=f"its context is {self.teacher.context} tokens",
                 fix="leave out the rows that the run's first lines name, or raise batching.rows",
             )
         factors = length_factors([len(a.rollout.logps) for a in answers], "batch", self.settings.max_tokens)
@@ -210,7 +238,30 @@ class Distillation:
             saved = sum(len(asked[item.row]) - len(item.ids) for item in read)
             self.measured["saved_tokens"] = saved / max(1, len(read))
         owners = [item.row for item in read for _ in range(group)]
-        return [_TaughtRollout(r, asked[row], row) for r, row in zip(drawn, owners, strict=True)]
+        answers = [_TaughtRollout(r, asked[row], row) for r, row in zip(drawn, owners, strict=True)]
+        return self._read(answers, rows, interrupted) if isinstance(self.teacher, ServedTeacher) else answers
+
+    def _read(
+        self, answers: Sequence[_TaughtRollout], rows: Sequence[Row], interrupted: Callable[[], bool]
+    ) -> list[_TaughtRollout] | None:  # fmt: skip
+        """Answers with what a teacher on a server gives them; without those that it did not read."""
+        assert isinstance(self.teacher, ServedTeacher)
+        began = time.perf_counter()
+        asked = [((*a.asked, *a.rollout.tokens), len(a.rollout.tokens)) for a in answers]
+        found = self.teacher.read(asked, interrupted)
+        if found is None:
+            return None
+        failed = [f"{rows[a.row].where}: {why}" for a, why in zip(answers, found, strict=True) if isinstance(why, str)]
+        self.failed = failed
+        self.measured["teacher_seconds"] = time.perf_counter() - began
+        self.measured["teacher_failed"] = float(len(failed))
+        if len(failed) > max(1, self.settings.most_failed * len(answers)) or len(failed) == len(answers) > 0:
+            of = f"{len(failed):,} of {counted(len(answers), 'answer')}"
+            raise TrainingError(
+                f"the teacher could not read {of}:\n{bullets(failed, 5)}", where=self.teacher.name,
+                fix="mend the server, or allow more of it with distillation.most_failed",
+            )  # fmt: skip
+        return [replace(a, read=read) for a, read in zip(answers, found, strict=True) if not isinstance(read, str)]
 
     def _asked(self, item: PromptItem, rows: Sequence[Row]) -> tuple[int, ...]:
         if not self.settings.system:
@@ -220,7 +271,7 @@ class Distillation:
         )
 
     def _reads(self, asked: Sequence[int]) -> bool:
-        return len(asked) + self.settings.max_tokens <= self.teacher.base.context
+        return len(asked) + self.settings.max_tokens <= self.teacher.context
 
     # -- the loss ------------------------------------------------------------------------------------------------------
 
@@ -238,6 +289,8 @@ class Distillation:
     def _compared(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
         """KL of each token of the answers, and the student's log p of it, without a gradient."""
         model, teacher = self.base.model, self.teacher
+        if isinstance(teacher, ServedTeacher):
+            return self._by_what_was_read(batch)
         taught = batch.teacher or batch
         with torch.no_grad(), without_dropout(teacher.base.model), teacher.acting():
             ids, places = sent(taught.input_ids, teacher.base.device), _places(taught, teacher.base)
@@ -257,26 +310,52 @@ class Distillation:
         kl, logps = compared_logits(model, hidden_at(model, ids, batch.lengths, places), other, compare).unbind(1)
         return kl, logps.detach()
 
+    def _by_what_was_read(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
+        """The same by what a server gave. A batch of none, which tries the memory, is compared with made-up numbers."""
+        model = self.base.model
+        ids, places = sent(batch.input_ids, self.base.device), _places(batch, self.base)
+        said = ids[places + 1]
+        if self.settings.divergence == "reverse":
+            logps = token_logps(model, ids, batch.lengths, batch.trained)
+            theirs = torch.zeros_like(logps) if batch.reference is None else batch.reference.to(logps)
+            return drawn_divergence(logps, theirs), logps.detach()
+        named, theirs = batch.likeliest or (said[:, None], torch.zeros(len(said), 1))
+        named, theirs = named.to(ids.device), theirs.to(ids.device)
+
+        def compare(ours: Tensor, part: slice) -> Tensor:
+            kl = likeliest_divergence(ours, named[part], theirs[part].to(ours))
+            return torch.stack([kl, ours.detach().log_softmax(-1).gather(1, said[part, None])[:, 0]], 1)
+
+        kl, logps = of_logits(model, hidden_at(model, ids, batch.lengths, places), compare).unbind(1)
+        return kl, logps.detach()
+
     def means(self) -> Means:
         """What was measured since `begin`. Raises TrainingError where what was drawn from is not what is trained."""
         gap = self.gap.checked(self.settings, "this is worth a report")
         return Means.total([self.seen, Means(dict(self.measured), dict.fromkeys(self.measured, 1)), gap])
+
+    def said_after(self, number: int) -> Iterator[str]:
+        """What is to be known of step `number`."""
+        return left_out(number, self.failed)
 
     # -- held-out prompts ----------------------------------------------------------------------------------------------
 
     def score(
         self, prompts: Sequence[PromptItem], rows: Sequence[Row], interrupted: Callable[[], bool]
     ) -> Score | None:  # fmt: skip
-        """The mean KL of a token of greedy answers. None as soon as `interrupted()`."""
-        kept = self.measured
-        answers = self._drawn(prompts, rows, replace(self.drawing, temperature=0.0), 0, 1, interrupted)
-        found, self.measured = self.measured, kept
+        """The mean KL of a token of greedy answers; where it is measured by drawn tokens, of answers drawn with the
+        same seeds each time. None as soon as `interrupted()`."""
+        kept, failed, drawing = self.measured, self.failed, self.drawing
+        if not (isinstance(self.teacher, ServedTeacher) and self.settings.divergence == "reverse"):
+            drawing = replace(drawing, temperature=0.0)
+        answers = self._drawn(prompts, rows, drawing, 0, 1, interrupted)
+        found, self.measured, self.failed = self.measured, kept, failed
         if answers is None:
             return None
         if not answers:
             raise TrainingError(
                 "the teacher can read none of the held-out prompts with their answers",
-                where=f"its context is {self.teacher.base.context} tokens",
+                where=f"its context is {self.teacher.context} tokens",
                 fix="hold shorter ones out, lower distillation.max_tokens, or shorten distillation.system",
             )
         total, tokens = 0.0, sum(len(a.rollout.logps) for a in answers)
@@ -286,7 +365,8 @@ class Distillation:
             batch = _batch([answers[i] for i in group], torch.ones(len(group)))
             with torch.no_grad(), without_dropout(self.base.model):
                 total += float(self._compared(batch)[0].double().sum())
-        extra = {key: found[key] for key in ("cut_share", "answer_tokens", "teacher_long")}
+        told = ("cut_share", "answer_tokens", "teacher_long", "teacher_failed")
+        extra = {str(key): found[key] for key in told if key in found}
         return Score(total / tokens * len(answers), tokens, len(answers), extra, likelihood=False, units=len(answers))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
@@ -313,13 +393,29 @@ def _places(batch: Batch, base: TextBase) -> Tensor:
 
 def _batch(answers: Sequence[_TaughtRollout], factors: Tensor) -> PolicyBatch:
     batch = collate([rollout_example(a.rollout) for a in answers])
-    told = any(a.asked != a.rollout.prompt for a in answers)
+    read = [a.read for a in answers if a.read]
+    told = not read and any(a.asked != a.rollout.prompt for a in answers)
     return PolicyBatch(
         batch.input_ids, batch.lengths, batch.trained, [len(a.rollout.logps) for a in answers],
         torch.ones(len(answers)), factors,
         torch.tensor([x for a in answers for x in a.rollout.logps], dtype=torch.float64), fresh=True,
+        reference=torch.tensor([x for r in read for x in r.logps], dtype=torch.float64) if read else None,
         teacher=collate([rollout_example(replace(a.rollout, prompt=a.asked)) for a in answers]) if told else None,
+        likeliest=_likeliest(read),
     )  # fmt: skip
+
+
+def _likeliest(read: Sequence[TeacherLogps]) -> tuple[Tensor, Tensor] | None:
+    """(T, K) tokens that the teacher names and their log q, as `PolicyBatch` has them."""
+    places = [place for each in read for place in each.likeliest]
+    if not places:
+        return None
+    most = max(map(len, places))
+    ids = torch.zeros(len(places), most, dtype=torch.long)
+    logps = torch.full((len(places), most), -torch.inf, dtype=torch.float64)
+    for i, place in enumerate(places):
+        ids[i, : len(place)], logps[i, : len(place)] = torch.tensor([*place]), torch.tensor([*place.values()])
+    return ids, logps
 
 
 # -- a teacher's answers as rows ---------------------------------------------------------------------------------------

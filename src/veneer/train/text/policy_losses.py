@@ -119,6 +119,38 @@ def divergences(logits: Tensor, teacher: Tensor, direction: Literal["reverse", "
     return (ours.exp() * (ours - theirs)).sum(-1)
 
 
+def drawn_divergence(logps: Tensor, teacher: Tensor) -> Tensor:
+    """KL(p ‖ q) by the tokens y that p has drawn: (T,) log p(y) and log q(y) -> (T,).
+
+        value      d = log p(y) − log q(y)        its mean over y ~ p is KL(p ‖ q); one alone may be below 0
+        gradient   d · ∇ log p(y)                 its mean is KL's: that of ∇ log p(y) alone is 0
+
+    The least that a teacher can say, one number a token; the policy gradient whose reward is −d (Lu and Thinking
+    Machines Lab 2025, "On-policy distillation")."""
+    d = (logps - teacher).detach()
+    return d + d * (logps - logps.detach())
+
+
+def likeliest_divergence(logits: Tensor, ids: Tensor, teacher: Tensor) -> Tensor:
+    """KL(q ‖ p) with all that the teacher does not name as one token, at each place: logits (M, V) -> (M,).
+
+        Σ_{v ∈ K} q_v (log q_v − log p_v) + q_rest (log q_rest − log p_rest),     rest = 1 − Σ_K
+
+    ids, teacher: (M, K), tokens that it names and their log q, −inf where there are fewer. At most KL(q ‖ p) of whole
+    distributions, and equal to it where the rest is alike in both (the log sum inequality)."""
+    known = teacher.isfinite()
+    ours = logits.log_softmax(-1)
+    named = torch.where(known, ours.gather(1, ids), 0.0)
+    # a place that names fewer repeats one that it names, or what is masked would be a token of the rest
+    hidden = torch.zeros_like(ours, dtype=torch.bool).scatter_(1, torch.where(known, ids, ids[:, :1]), True)
+    rest = ours.masked_fill(hidden, -1e30).logsumexp(-1)  # not −inf, of which gradients are NaN where all are named
+    q = torch.where(known, teacher, -torch.inf).exp()
+    left = (1 - q.sum(-1)).clamp(min=0.0)
+    of_named = (q * (torch.where(known, teacher, 0.0) - named)).sum(-1)
+    some = (left > 0) & ~hidden.all(-1)
+    return of_named + torch.where(some, left * (left.clamp(min=1e-30).log() - rest), 0.0)
+
+
 def length_factors(lengths: Sequence[int], how: _Lengths, limit: int) -> Tensor:
     """f_i, float64: (N,). `answer`: 1/|o_i|, GRPO's mean of means. `batch`: N / Σ|o|, so that every token of the step
     weighs the same: DAPO's. `limit`: 1/limit, a constant, Dr. GRPO's. `none`: 1, log p of whole answers."""

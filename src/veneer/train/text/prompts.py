@@ -54,8 +54,9 @@ class PolicyBatch(Batch):
     advantage, and what its tokens' losses are multiplied by. `old`, `drawn`, `reference`: (T,) log-probabilities when
     the tokens were drawn, of what they were drawn from, and of the reference; None where there are none. `fresh`:
     whether the adapter is the one that they were drawn from. `teacher`: the same answers after what their teacher is
-    asked; None for these rows themselves. `shared`: where a prompt's answers share its tokens; `input_ids` and
-    `trained` then have it once."""
+    asked; None for these rows themselves. `likeliest`: (T, K) tokens that a teacher elsewhere names at each place, and
+    their log-probabilities, −inf where there are fewer. `shared`: where a prompt's answers share its tokens;
+    `input_ids` and `trained` then have it once."""
 
     answers: list[int]
     worth: Tensor
@@ -66,6 +67,7 @@ class PolicyBatch(Batch):
     fresh: bool = False
     teacher: Batch | None = None
     shared: SharedRows | None = None
+    likeliest: tuple[Tensor, Tensor] | None = None
 
 
 def prompt_of(row: Row) -> Row:

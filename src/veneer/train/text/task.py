@@ -58,7 +58,7 @@ from veneer.train.save import Outcome, ReportParts, prove
 from veneer.train.text.batches import Batch
 from veneer.train.text.conversations import Conversing
 from veneer.train.text.data import TextData, planned_steps, read_data
-from veneer.train.text.distill import Distillation, Teacher, teacher_of
+from veneer.train.text.distill import AnyTeacher, Distillation, teacher_of
 from veneer.train.text.evaluate import score_examples
 from veneer.train.text.judging import sampled_judge
 from veneer.train.text.offpolicy import OffPolicyDraws
@@ -321,7 +321,7 @@ def attached_texts(parts: Sequence[TextPart]) -> Iterator[list[AttachedText]]:
 _REPLY = 30.0
 """Seconds that an environment may take over what the model said."""
 
-_Drawer = tuple[Sampler, Rewards, Conversing | None] | tuple[Sampler, Teacher] | None
+_Drawer = tuple[Sampler, Rewards, Conversing | None] | tuple[Sampler, AnyTeacher] | None
 
 
 @contextmanager
@@ -354,7 +354,7 @@ def _drawing(part: TextPart, attachment: Attachment) -> Iterator[_Drawer]:
             rewards = opened.enter_context(rewards_of(r.rewards, ask=ask, most_failed=r.most_failed))
             yield sampler, rewards, _conversing(part, sampler, opened)
         else:
-            yield sampler, teacher_of(r, task.base, attachment, part.run.note)
+            yield sampler, opened.enter_context(teacher_of(r, task.base, attachment, part.run.note))
 
 
 def _conversing(part: TextPart, sampler: Sampler, opened: ExitStack) -> Conversing | None:
@@ -612,14 +612,14 @@ class AttachedDrawing(AttachedText):
     draws while what was drawn before is trained on, where one does."""
 
     def __init__(
-        self, *given: Any, drawer: tuple[Sampler, Rewards, Conversing | None] | tuple[Sampler, Teacher],
+        self, *given: Any, drawer: tuple[Sampler, Rewards, Conversing | None] | tuple[Sampler, AnyTeacher],
         ahead: Ahead | None,
     ) -> None:  # fmt: skip
         super().__init__(*given)
         self.off_policy = None if ahead is None else OffPolicyDraws(self.attachment, self.name, ahead)
         self.drawing = self._taught(*drawer) if len(drawer) == 2 else self._rewarded(*drawer)
 
-    def _taught(self, sampler: Sampler, teacher: Teacher) -> Distillation:
+    def _taught(self, sampler: Sampler, teacher: AnyTeacher) -> Distillation:
         renderer = self.data.train.encoded.renderer
         return Distillation(self.config, self.base, self.name, sampler, teacher, renderer)
 
@@ -662,9 +662,8 @@ class AttachedDrawing(AttachedText):
         return self.drawing.means()
 
     def end_step(self, number: int) -> None:
-        if isinstance(self.drawing, Reinforcement):
-            for line in self.drawing.said_after(number):
-                self._tell(Note(line))
+        for line in self.drawing.said_after(number):
+            self._tell(Note(line))
 
     def end(self, tell: Listener) -> None:
         if isinstance(self.drawing, Reinforcement):

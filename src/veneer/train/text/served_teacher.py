@@ -1,0 +1,205 @@
+"""A teacher on a server: log-probabilities that it gives to tokens that the student has drawn.
+
+    with served_teacher(section, base) as teacher:                   its tokens are compared with the student's
+        found = teacher.read([(ids, count), …], interrupted)         of the last `count` tokens of each
+
+A request is /v1/completions with token ids as the prompt: what the teacher is asked, and the answer. One token is
+drawn, because most servers draw at least one, and left aside. Two forms are known, and the first that is answered is
+kept:
+
+    prompt_logprobs: k      vLLM's, and veneer's: choices[0].prompt_logprobs[i] = {id: {logprob, decoded_token}, …}
+    echo, logprobs: 1       OpenAI's older one: choices[0].logprobs = {tokens, token_logprobs}, the prompt's first
+
+The second tells likeliest tokens by text, which need not name one token: it is enough for the drawn tokens alone.
+Waiting and failing are as of a judge (`rewards.server`); an answer that the server does not read has the reason in its
+place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from veneer.errors import ConfigError, MismatchError, quoted, shown
+from veneer.train.rewards.server import AwaitedServer, NoAnswer
+
+if TYPE_CHECKING:
+    from veneer.models.text.base import TextBase
+    from veneer.train.config.distillation import DistillationSection
+
+_PROBED = 128
+"""Tokens whose texts are compared."""
+_SPACES = str.maketrans("\u2581\u0120\u010a", "   ")
+_NEVER = -9000.0
+"""Servers write −9999 for a probability of 0."""
+
+
+@dataclass(frozen=True)
+class TeacherLogps:
+    """Of the tokens of an answer: log q of each, and at each place the tokens that the teacher names and their log q,
+    the drawn one among them; nothing where it was not asked for them."""
+
+    logps: tuple[float, ...]
+    likeliest: tuple[Mapping[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class ServedTeacher:
+    """`named`: likeliest tokens of each place that are asked for; 0 for none. `by_id`: whether the server has vLLM's
+    form. `context`: tokens that it reads."""
+
+    server: AwaitedServer
+    model: str
+    named: int
+    by_id: bool
+    context: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} at {self.server.url}"
+
+    def read(
+        self, answers: Sequence[tuple[Sequence[int], int]], interrupted: Callable[[], bool] = lambda: False
+    ) -> list[TeacherLogps | str] | None:  # fmt: skip
+        """What the teacher gives the last tokens of each, `count` of `ids`, or why it gives nothing; None as soon as
+        `interrupted()`. Raises UnavailableError where it stays away, ConfigError where it takes no question at all."""
+        return self.server.each(self._read, answers, interrupted)
+
+    def _read(self, answer: tuple[Sequence[int], int]) -> TeacherLogps | str:
+        ids, count = answer
+        try:
+            places = _places(self.server, self.model, ids, self.named, by_id=self.by_id)
+            told = [_checked(place, token) for place, token in zip(places[-count:], ids[-count:], strict=True)]
+        except NoAnswer as error:
+            return str(error)
+        likeliest = tuple({id: logp for id, (logp, _) in place.items()} for place in told) if self.named else ()
+        return TeacherLogps(tuple(place[token][0] for place, token in zip(told, ids[-count:], strict=True)), likeliest)
+
+
+_Place = Mapping[int, tuple[float, str | None]]
+"""Tokens at a place of a prompt, by id: log q, and the token's text where it is told."""
+
+
+@contextmanager
+def served_teacher(section: DistillationSection, base: TextBase) -> Iterator[ServedTeacher]:
+    """The teacher of `section.url`, asked once. Raises MismatchError where its tokens are not the student's,
+    ConfigError where it gives no log-probabilities of prompts or cannot be asked, UnavailableError where it is away."""
+    assert section.url is not None
+    model, named = str(section.teacher), section.top_logprobs if section.divergence == "forward" else 0
+    with AwaitedServer(
+        section.url, "teacher", "distillation.patience", key=section.key, timeout=section.timeout,
+        patience=section.patience, at_once=section.at_once,
+    ) as server:  # fmt: skip
+        by_id = _compared(server, model, named, base)
+        context = _context(server, model) or base.context
+        yield ServedTeacher(server, model, named, by_id, min(base.context, context - 1))  # a request draws a token
+
+
+def _compared(server: AwaitedServer, model: str, named: int, base: TextBase) -> bool:
+    """Whether the server has vLLM's form, found by tokens of all the student's vocabulary."""
+    special, tokenizer = set(base.tokenizer.all_special_ids), base.tokenizer
+    plain = [id for id in range(len(tokenizer)) if id not in special]
+    count = min(_PROBED, base.context // 2, len(plain))
+    ids = [plain[i * len(plain) // count] for i in range(count)]
+    refused: list[str] = []
+    for by_id in (True, False):
+        try:
+            places = _places(server, model, ids, named, by_id=by_id)
+            told = [(id, place[id][1]) for place, id in zip(places, ids, strict=True) if place]
+        except (NoAnswer, KeyError) as error:
+            refused.append(f"{'prompt_logprobs' if by_id else 'echo with logprobs'}: {error}")
+            continue
+        _check_texts(server, model, base, told)
+        if named and not by_id:
+            raise ConfigError(
+                "the teacher's server names no likeliest tokens by their ids, which forward KL compares",
+                where=f"{server.url}: {refused[0]}",
+                fix="learn distillation.divergence=reverse, or serve the teacher with vLLM or veneer",
+            )
+        return by_id
+    told_why = "\n".join(f"  - {line}" for line in refused)
+    raise ConfigError(
+        f"the teacher {quoted(model)} gives no log-probabilities of the student's tokens:\n{told_why}",
+        where=server.url,
+        fix="serve the teacher with vLLM or veneer, by a base with the student's tokenizer; any server's answers are "
+        "rows for training on examples",
+    )  # fmt: skip
+
+
+def _check_texts(
+    server: AwaitedServer, model: str, base: TextBase, told: Sequence[tuple[int, str | None]]
+) -> None:  # fmt: skip
+    """Raises MismatchError where a token id has another text to the server."""
+    known = [(id, text) for id, text in told if text is not None and not text.startswith(("token_id:", "bytes:"))]
+    ours = {id: str(base.tokenizer.decode([id])) for id, _ in known}
+    apart = [(id, text) for id, text in known if not _alike(ours[id], text)]
+    if apart or not known:
+        id, text = apart[0] if apart else (told[0][0], "")
+        also = f", as {id}: {quoted(shown(text))} to it, {quoted(shown(ours.get(id, '')))} here" if apart else ""
+        raise MismatchError(
+            f"the teacher has another tokenizer: {len(apart):,} of {len(known):,} tokens that were compared "
+            f"differ{also}",
+            where=f"distillation.teacher: {model} at {server.url}, beside {base.name}",
+            fix="take a teacher of the student's family; any teacher's answers are rows for training on examples",
+        )
+
+
+def _alike(ours: str, theirs: str) -> bool:
+    """Whether two texts may be of one token: servers write space as it is, as ▁ or Ġ, or leave it out, and a part of a
+    character in ways of their own."""
+    if "\ufffd" in ours or "\ufffd" in theirs:
+        return True
+    a, b = (text.translate(_SPACES).strip() for text in (ours, theirs))
+    return a == b
+
+
+def _context(server: AwaitedServer, model: str) -> int | None:
+    """Tokens that the server's model reads, where it says so."""
+    try:
+        cards = server.read(server.response("/models"), "list of models")["data"]
+        lengths = [card["max_model_len"] for card in cards if card.get("id") == model]
+    except (NoAnswer, ConfigError, LookupError, TypeError, AttributeError):
+        return None
+    return lengths[0] if lengths and isinstance(lengths[0], int) else None
+
+
+def _places(server: AwaitedServer, model: str, ids: Sequence[int], named: int, *, by_id: bool) -> list[_Place | None]:
+    """What the server says of each token of `ids`; None where it says nothing, as of the first. Raises NoAnswer."""
+    body: dict[str, Any] = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0}
+    body |= {"prompt_logprobs": named} if by_id else {"echo": True, "logprobs": 1}
+    answer = server.response("/completions", body)
+    read = server.read(answer, "completion")
+    try:
+        choice = read["choices"][0]
+        if by_id:
+            places = [None if place is None else _by_id(place) for place in choice["prompt_logprobs"]]
+        else:
+            texts, logps = choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"]
+            places = [
+                None if logp is None else {id: (float(logp), text)}
+                for id, text, logp in zip(ids, texts, logps, strict=False)
+            ]
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise server.unread(answer, "completion with log-probabilities of its prompt") from None
+    if len(places) != len(ids):
+        raise NoAnswer(f"the teacher tells of {len(places):,} tokens, and was asked about {len(ids):,}")
+    return places
+
+
+def _by_id(place: Mapping[str, Any]) -> _Place:
+    return {int(id): (float(told["logprob"]), told.get("decoded_token")) for id, told in place.items()}
+
+
+def _checked(place: _Place | None, token: int) -> _Place:
+    """The place of a drawn token, with its log q. Raises NoAnswer where it has none that is a number."""
+    if place is None or token not in place:
+        raise NoAnswer("the teacher gives a token of the answer no log-probability")
+    value = place[token][0]
+    if value <= _NEVER:
+        raise NoAnswer("the teacher gives a token of the answer no probability at all")
+    if not math.isfinite(value) or value > 1e-3:
+        raise NoAnswer(f"the teacher gives a token of the answer {value}, which is no log-probability")
+    return {id: (min(0.0, logp), text) for id, (logp, text) in place.items() if _NEVER < logp <= 1e-3}

@@ -1,0 +1,379 @@
+"""A teacher on a server: veneer's own beside the same teacher in this process, and one that fails in every way."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cli.run import run
+from tests.serve.whole import Whole, make_shop, prompt, served
+from tests.tiny_base import tiny_base_dir
+from tests.train.rewards.test_judge import serving
+from veneer.core.attach import attach
+from veneer.errors import ConfigError, MismatchError, TrainingError, UnavailableError
+from veneer.formats import peft
+from veneer.models.text.base import TextBase, load_text
+from veneer.serve.engine.live import live_sampler
+from veneer.train.config.load import config_from
+from veneer.train.config.text import TrainConfig
+from veneer.train.loop import Micro, Step
+from veneer.train.report.log import read_log
+from veneer.train.text.distill import Distillation
+from veneer.train.text.prompts import PromptItem
+from veneer.train.text.render import Renderer
+from veneer.train.text.rollouts import SamplerSettings
+from veneer.train.text.rows import read_rows
+from veneer.train.text.save import RunResult
+from veneer.train.text.served_teacher import TeacherLogps, served_teacher
+from veneer.train.text.task import run_text
+
+TENSORS = "adapter_model.safetensors"
+Body = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    tiny_base_dir(folder)
+    lines = [{"prompt": f"The printer number {i} does not answer.", "completion": " it"} for i in range(12)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> TextBase:
+    return load_text(str(folder / "tiny-base"))
+
+
+def config(folder: Path, output: Path, base: str = "", **own: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "base": base or str(folder / "tiny-base"), "data": {"train": str(folder / "prompts.jsonl"), "split": 2},
+        "output": str(output), "batching": {"rows": 4, "micro_rows": 3}, "optimizer": {"learning_rate": 1e-2},
+        "schedule": {"steps": 2, "name": "constant"}, "evaluation": {"keep": "last", "every": 9},
+    }  # fmt: skip
+    for section, value in own.items():
+        values[section] = {**values.get(section, {}), **value}
+    read = config_from(values)[0]
+    assert isinstance(read, TrainConfig)
+    return read
+
+
+def taught(url: str, **own: Any) -> Any:
+    return {"teacher": "wise", "url": url, "max_tokens": 6, **own}
+
+
+def train(folder: Path, output: Path, base: TextBase, resume: bool = False, **own: Any) -> RunResult:
+    made = config(folder, output, str(base.directory), **own)
+    return run_text(made, base=base, resume=resume, on_event=lambda event: None, sampler=live_sampler)
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    return [r["extra"] for r in read_log(folder / "log.jsonl") if r["event"] == "stepped"]
+
+
+# -- veneer's own server -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
+    with served(make_shop(tmp_path_factory.mktemp("shop"), ["plain"])) as whole:
+        yield whole
+
+
+@pytest.fixture(scope="module")
+def in_process(whole: Whole) -> Callable[[list[int]], torch.Tensor]:
+    """log q of all tokens at each place of a prompt, by the server's adapter on the same base."""
+    base = load_text(str(whole.shop.base_dir))
+
+    @torch.no_grad()
+    def logps(ids: list[int]) -> torch.Tensor:
+        with attach(base.model) as attachment:
+            attachment.add("t", peft.load_folder(whole.shop.adapters / "plain", base.model).adapter)
+            attachment.use("t")
+            return base.model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+    return logps
+
+
+@pytest.mark.parametrize("divergence", ["reverse", "forward"])
+def test_what_a_server_gives_is_what_the_teacher_has_in_this_process(
+    whole: Whole, in_process: Any, folder: Path, tmp_path: Path, divergence: str
+) -> None:
+    own = taught(
+        f"{whole.url}/v1", teacher="plain", divergence=divergence, top_logprobs=5 if divergence == "forward" else 20
+    )
+    section = config(folder, tmp_path, str(whole.shop.base_dir), distillation=own).distillation
+    asked = [(prompt(n, n), n // 2) for n in (9, 30)]
+    with served_teacher(section, whole.shop.base) as teacher:
+        assert teacher.by_id
+        found = teacher.read(asked)
+        older = replace(teacher, by_id=False, named=0).read(asked)
+    assert found is not None
+    assert older is not None
+    for (ids, count), given, echoed in zip(asked, found, older, strict=True):
+        assert isinstance(given, TeacherLogps)
+        assert isinstance(echoed, TeacherLogps)
+        before = in_process(ids)[-count - 1 : -1]
+        wanted = before.gather(1, torch.tensor(ids[-count:])[:, None])[:, 0]
+        assert torch.allclose(torch.tensor(given.logps, dtype=torch.float64), wanted, atol=1e-5)
+        assert given.logps == echoed.logps
+        if divergence == "forward":
+            for place, row, token in zip(given.likeliest, before, ids[-count:], strict=True):
+                assert set(place) == {*row.topk(5).indices.tolist(), token}
+                assert all(abs(logp - float(row[id])) < 1e-5 for id, logp in place.items())
+        else:
+            assert not given.likeliest
+
+
+@pytest.mark.parametrize("divergence", ["reverse", "forward"])
+def test_the_gradient_is_that_of_the_estimate_by_hand(
+    whole: Whole, in_process: Any, folder: Path, tmp_path: Path, divergence: str
+) -> None:
+    """Of one drawn step, beside the estimate written out in float64 over the student's own logits."""
+    shop, seen = whole.shop, list[torch.Tensor]()
+    own = taught(f"{whole.url}/v1", teacher="plain", divergence=divergence)
+    read = config(folder, tmp_path, str(shop.base_dir), distillation=own)
+    with attach(shop.base.model) as attachment, served_teacher(read.distillation, shop.base) as teacher:
+        student = peft.load_folder(shop.adapters / "plain", shop.base.model).adapter
+        attachment.add("s", student.mapped(lambda t: t * 0.5 if t.is_floating_point() else t), trainable=True)
+        attachment.use("s")
+        parameters = list(attachment.parameters("s").values())
+        with live_sampler(shop.base, attachment, SamplerSettings(exact=False)) as sampler:
+            renderer = Renderer(shop.base.tokenizer, "auto")
+            drawing = Distillation(read, shop.base, "s", sampler, teacher, renderer)
+            rows, _ = read_rows(read.data.files("train"))
+            items = tuple(PromptItem(tuple(prompt(8 + i, i)), i, 6) for i in range(3))
+            step = drawing.draw_step(Step((Micro(1, 1, (), lambda: None, items=items),)), 1, rows, lambda: False)
+        assert step is not None
+        batches = [micro.make() for micro in step.micros]
+        for batch in batches:
+            drawing.loss(batch).backward()
+        found = [p.grad.clone() for p in parameters if p.grad is not None]
+        for p in parameters:
+            p.grad = None
+        total = sum(sum(b.answers) for b in batches)
+        for batch in batches:
+            for ids, learned in zip(
+                batch.input_ids.split(batch.lengths), batch.trained.split(batch.lengths), strict=True
+            ):
+                at = learned.nonzero()[:, 0]
+                ours = shop.base.model(input_ids=ids[None]).logits[0].double().log_softmax(-1)[at - 1]
+                theirs = in_process(ids.tolist())[at - 1]
+                said = ids[at][:, None]
+                p, q = ours.gather(1, said), theirs.gather(1, said)
+                if divergence == "reverse":
+                    losses = (p.detach() - q) * p
+                else:
+                    losses = torch.stack([_bucket(a, b, int(y)) for a, b, y in zip(ours, theirs, said, strict=True)])
+                seen.append(losses.sum() * len(items) / total)
+        torch.stack(seen).sum().backward()
+        by_hand = [p.grad for p in parameters if p.grad is not None]
+    assert len(found) == len(by_hand) > 0
+    largest = max(float(g.abs().max()) for g in by_hand)
+    assert largest > 0
+    for a, b in zip(found, by_hand, strict=True):
+        assert torch.allclose(a, b, atol=1e-3 * largest)
+
+
+def _bucket(ours: torch.Tensor, theirs: torch.Tensor, said: int) -> torch.Tensor:
+    """KL(q ‖ p) of a place, over the teacher's 20 likeliest, the drawn one and all others as one."""
+    named = sorted({*theirs.topk(20).indices.tolist(), said})
+    p, q = ours.exp()[named], theirs.exp()[named]
+    left = 1 - q.sum()
+    return (q * (q.log() - p.log())).sum() + left * (left.log() - (1 - p.sum()).log())
+
+
+# -- a server that is none of ours -------------------------------------------------------------------------------------
+
+
+def logp_of(id: int) -> float:
+    return -1 - (id % 7) / 10
+
+
+def place(base: TextBase, id: int, **own: Any) -> Any:
+    return {str(id): {"logprob": logp_of(id), "rank": 1, "decoded_token": base.tokenizer.decode([id]), **own}}
+
+
+def teaches(base: TextBase, spoil: Callable[[Body, int], tuple[int, Any] | None] = lambda body, n: None) -> Any:
+    """What a server in vLLM's form says, unless it is spoilt."""
+
+    def says(body: Body, n: int) -> tuple[int, Any]:
+        told = [None, *(place(base, id) for id in body["prompt"][1:])]
+        return spoil(body, n) or (200, {"choices": [{"prompt_logprobs": told, "text": "x"}]})
+
+    return says
+
+
+def echoes(base: TextBase, body: Body) -> tuple[int, Any]:
+    """OpenAI's older form, by a server that knows nothing else."""
+    if not body.get("echo"):
+        return 400, {"error": {"message": "prompt_logprobs is unknown"}}
+    texts = [f"Ġ{base.tokenizer.decode([id]).strip()}" for id in body["prompt"]]
+    logps = [None, *map(logp_of, body["prompt"][1:]), -0.5]
+    return 200, {"choices": [{"logprobs": {"tokens": [*texts, "x"], "token_logprobs": logps}}]}
+
+
+def test_a_server_of_the_older_form_teaches_the_drawn_tokens(folder: Path, base: TextBase, tmp_path: Path) -> None:
+    ids = [1, 70, 71, 72, 73]
+    with serving(lambda body, n: echoes(base, body)) as server:
+        section = config(folder, tmp_path, distillation=taught(server.url)).distillation
+        with served_teacher(section, base) as teacher:
+            assert teacher.read([(ids, 3)]) == [TeacherLogps(tuple(map(logp_of, ids[-3:])))]
+        own = taught(server.url, divergence="forward")
+        with (
+            pytest.raises(ConfigError, match="names no likeliest tokens by their ids"),
+            served_teacher(config(folder, tmp_path, distillation=own).distillation, base),
+        ):
+            pass
+
+
+_OTHER = {"decoded_token": "something else"}
+
+
+@pytest.mark.parametrize(
+    ("says", "error", "said"),
+    [
+        (lambda base: lambda body, n: (401, {"error": "who?"}), ConfigError, "cannot be asked: HTTP 401"),
+        (lambda base: lambda body, n: (404, {"error": "no such model"}), ConfigError, "HTTP 404"),
+        (lambda base: lambda body, n: (400, {"error": "token 380 is beyond"}), ConfigError, "token 380 is beyond"),
+        (lambda base: lambda body, n: (200, {"choices": [{"text": "hello"}]}), ConfigError, "gives no log-prob"),
+        (lambda base: lambda body, n: (200, "what?"), ConfigError, "gives no log-prob"),
+        (
+            lambda base: lambda body, n: (200, {"choices": [{"prompt_logprobs": [
+                None, *(place(base, id, **_OTHER if id % 9 == 0 else {}) for id in body["prompt"][1:])
+            ]}]}),
+            MismatchError, r"another tokenizer: \d+ of \d+ tokens",
+        ),
+        (lambda base: lambda body, n: (503, {}), UnavailableError, "has been away for 0 s: HTTP 503"),
+    ],
+    ids=["key", "model", "ids", "no logprobs", "no completion", "tokenizer", "away"],
+)  # fmt: skip
+def test_what_cannot_teach_is_refused_before_anything_is_drawn(
+    folder: Path, base: TextBase, tmp_path: Path, says: Any, error: type[Exception], said: str
+) -> None:
+    with serving(says(base)) as server:
+        with pytest.raises(error, match=said) as refused:
+            train(folder, tmp_path, base, distillation=taught(server.url, patience=0))
+        assert server.url in str(refused.value)
+    assert "wise" in str(refused.value) or error is not MismatchError
+    assert base.name in str(refused.value) or error is not MismatchError
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "why"),
+    [
+        ((400, {"error": "too long"}), "refused the question, HTTP 400"),
+        ({"logprob": float("nan")}, "nan, which is no log-probability"),
+        ({"logprob": -9999.0}, "no probability at all"),
+        ({"logprob": 0.5}, "0.5, which is no log-probability"),
+        (None, "timeout"),
+    ],
+)
+def test_an_answer_that_is_not_read_is_left_out_and_counted(
+    folder: Path, base: TextBase, tmp_path: Path, spoilt: Any, why: str
+) -> None:
+    """One of each step's four; a second one is too many, and both rows are named."""
+    most, over = 1, threading.Event()
+
+    def spoil(body: Body, n: int) -> tuple[int, Any] | None:
+        text = base.tokenizer.decode(body["prompt"])
+        if n == 1 or not any(f"number {i} " in text for i in range(most)):
+            return None
+        if spoilt is None:
+            over.wait(3)
+            return 200, {}
+        if isinstance(spoilt, tuple):
+            return spoilt
+        last = place(base, body["prompt"][-1], **spoilt)
+        return 200, {"choices": [{"prompt_logprobs": [None, *(place(base, id) for id in body["prompt"][1:-1]), last]}]}
+
+    whole = {"data": {"split": 0}, "batching": {"rows": 12}, "schedule": {"steps": 1}}
+    with serving(teaches(base, spoil)) as server:
+        own = taught(server.url, timeout=0.3 if spoilt is None else 60.0)
+        train(folder, tmp_path / "one", base, distillation=own, **whole)
+        (found,) = steps(tmp_path / "one")
+        assert found["teacher_failed"] == 1
+        notes = [r["text"] for r in read_log(tmp_path / "one" / "log.jsonl") if "left out" in r.get("text", "")]
+        assert ["prompts.jsonl:1: the teacher" in note for note in notes] == [True]
+        most = 3
+        with pytest.raises(TrainingError, match="could not read 3 of 12 answers") as refused:
+            train(folder, tmp_path / "three", base, distillation=own, **whole)
+        over.set()
+    assert f"prompts.jsonl:1: the teacher {'gave no answer in time' if spoilt is None else ''}" in str(refused.value)
+    assert spoilt is None or why in str(refused.value)
+    assert "distillation.most_failed" in str(refused.value)
+
+
+def test_an_outage_stops_the_run_and_it_goes_on_as_one_that_had_none(
+    folder: Path, base: TextBase, tmp_path: Path
+) -> None:
+    with serving(teaches(base)) as server:
+        train(folder, tmp_path / "whole", base, distillation=taught(server.url))
+        first = len(server.asked)
+
+    def away(body: Body, n: int) -> tuple[int, Any] | None:
+        # once in a while it is busy, which is waited for; in the second step it is gone
+        return (429, {}) if n == 3 else (503, {}) if first // 2 + 2 < n < first + 20 else None
+
+    own = taught("", patience=2)
+    with serving(teaches(base, away)) as server:
+        own["url"] = server.url
+        with pytest.raises(UnavailableError, match="the teacher has been away for 2 s: HTTP 503"):
+            train(folder, tmp_path / "parts", base, distillation=own)
+        saved = [r for r in read_log(tmp_path / "parts" / "log.jsonl") if r["event"] == "saved"]
+        assert [r["step"] for r in saved] == [1]
+    with serving(teaches(base)) as server:  # it has moved, and more patience is no other run
+        again = taught(server.url, patience=60, at_once=2, most_failed=0.5)
+        train(folder, tmp_path / "parts", base, resume=True, distillation=again)
+    assert (tmp_path / "parts" / TENSORS).read_bytes() == (tmp_path / "whole" / TENSORS).read_bytes()
+
+
+def test_the_key_is_sent_and_nowhere_else(
+    folder: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = config(folder, tmp_path / "out", distillation=taught("http://127.0.0.1:9/v1", key="TEACHER_KEY"))
+    file = tmp_path / "c.yaml"
+
+    def written(url: str) -> str:
+        given = values.model_dump(mode="json", include={"base", "data", "output", "distillation"})
+        given["distillation"] |= {"url": url, "patience": 0.0}
+        file.write_text(json.dumps(given))
+        return str(file)
+
+    ran = run(capsys, "train", written("http://127.0.0.1:9/v1"))
+    assert ran.code == 2
+    assert "TEACHER_KEY" in ran.err
+    assert "export" in ran.err
+    monkeypatch.setenv("TEACHER_KEY", "secret-word")
+    with serving(lambda body, n: (403, {"error": "not you"})) as server:
+        ran = run(capsys, "train", written(server.url))
+        assert set(server.keys) == {"Bearer secret-word"}
+    assert ran.code == 2
+    assert "HTTP 403" in ran.err
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        closed = run(capsys, "train", written(f"http://127.0.0.1:{nobody.getsockname()[1]}/v1"))
+    assert "ConnectError" in closed.err
+    assert "secret-word" not in ran.out + ran.err + closed.out + closed.err
+
+
+def test_what_cannot_be_meant_is_said(folder: Path, tmp_path: Path) -> None:
+    url = "http://127.0.0.1:9/v1"
+    for own, said in (
+        ({"teacher": "wise", "key": "K"}, "give `distillation.url`"),
+        ({"teacher": "base", "url": url, "base": "other"}, "the teacher is on a server"),
+        (taught(url, temperature=0.5), "leave it at 1"),
+        (taught(url, top_logprobs=5), "is of `divergence: forward`"),
+        (taught("localhost:80"), "pattern"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            config(folder, tmp_path, distillation=own)
