@@ -124,7 +124,7 @@ def test_several_at_once() -> None:
 @pytest.mark.parametrize(
     ("source", "error"),
     [
-        ("def score(:", "SyntaxError"), ("x = 1", "no function score"), ("import no_such_package", "no_such_package"),
+        ("def score(:", "SyntaxError"), ("x = 1", "no function 'score'"), ("import no_such_package", "no_such_package"),
         ("raise SystemExit(1)", "SystemExit"),
     ],
 )  # fmt: skip
