@@ -103,7 +103,7 @@ class _JudgedRollout:
 
 @dataclass(frozen=True)
 class _Draw:
-    """Answers, and what they are worth. `groups`: the row whose prompt each answers. `failed`: why some have no worth."""
+    """Answers, and what they are worth. `groups`: the row whose prompt each answers. `failed`: which have none."""
 
     groups: list[int]
     drawn: list[Rollout]
