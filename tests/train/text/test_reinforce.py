@@ -317,7 +317,7 @@ def test_a_grader_that_fails_is_said_with_its_rows_counted_and_bounded(
     train(shared, tmp_path / "one", base, **own)
     (found,) = measured(tmp_path / "one")
     assert found["reward_failed"] == 2
-    (told,) = [r["text"] for r in read_log(tmp_path / "one" / "log.jsonl") if "left out" in r.get("text", "")]
+    (told,) = [r["text"] for r in read_log(tmp_path / "one" / "log.jsonl") if "step 1, left out" in r.get("text", "")]
     assert "prompts.jsonl:3): python: " in told
     assert why in told
     graders.write_text(f"BAD = ('3', '5')\n{GRADERS}")
