@@ -25,7 +25,7 @@ from typing import Any
 from veneer.errors import shown
 from veneer.train.config.rewards import JudgeReward
 from veneer.train.rewards.reward import Answer, Reward, RewardScore
-from veneer.train.rewards.server import AwaitedServer, NoAnswer
+from veneer.train.rewards.server import AwaitedServer, Unanswered
 from veneer.train.rewards.template import NoValue, filled, sample_of
 
 _SETTINGS = ("max_tokens", "temperature", "top_p", "seed")
@@ -88,7 +88,7 @@ class ServerJudge:
                 answer = self._server.response("/chat/completions", body)
                 if not self._refused(answer, body):
                     return self._read(answer)
-        except NoAnswer as error:
+        except Unanswered as error:
             return Reply(error=str(error))
 
     def _body(self, question: Question) -> dict[str, Any]:

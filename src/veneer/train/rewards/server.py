@@ -35,7 +35,7 @@ _LOOKED = 0.2
 """Seconds between two looks at whether a run was asked to stop."""
 
 
-class NoAnswer(Exception):
+class Unanswered(Exception):
     """Raised where one question has no answer, and others may have; `str` says why."""
 
 
@@ -100,7 +100,7 @@ class AwaitedServer:
 
     def response(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """What the server answers to POST, or to GET without a `body`, whatever the status, once it is there. Raises
-        NoAnswer, UnavailableError as the table above says."""
+        Unanswered, UnavailableError as the table above says."""
         late, wait = 0, 0.5
         while True:
             after = 0.0
@@ -110,7 +110,7 @@ class AwaitedServer:
             except (self._httpx.ReadTimeout, self._httpx.WriteTimeout):
                 late += 1
                 if late == _TIMEOUTS:
-                    raise NoAnswer(f"the {self.who} gave no answer in time, {_TIMEOUTS} times") from None
+                    raise Unanswered(f"the {self.who} gave no answer in time, {_TIMEOUTS} times") from None
                 continue
             except self._httpx.TransportError as error:
                 said = type(error).__name__
@@ -124,21 +124,21 @@ class AwaitedServer:
             wait = min(30.0, 2 * wait)
 
     def read(self, answer: Any, what: str) -> Any:
-        """The JSON of a response with status 200. `what`: it should be. Raises NoAnswer, ConfigError as the table above
-        says."""
+        """The JSON of a response with status 200. `what`: it should be. Raises Unanswered, ConfigError as the table
+        above says."""
         status = answer.status_code
         if status != 200:
             said = f"HTTP {status}: {shown(answer.text)[:300]}"
             if status in _OF_ONE:
-                raise NoAnswer(f"the {self.who} refused the question, {said}")
+                raise Unanswered(f"the {self.who} refused the question, {said}")
             raise ConfigError(f"the {self.who} cannot be asked: {said}", where=self.url, fix="check url, key and model")
         try:
             return answer.json()
         except ValueError:
             raise self.unread(answer, what) from None
 
-    def unread(self, answer: Any, what: str) -> NoAnswer:
-        return NoAnswer(f"the {self.who}'s answer is no {what}: {shown(answer.text)[:100]}")
+    def unread(self, answer: Any, what: str) -> Unanswered:
+        return Unanswered(f"the {self.who}'s answer is no {what}: {shown(answer.text)[:100]}")
 
     def _hold_out(self, said: str, wait: float) -> None:
         """Waits, as long as the server may be away. Raises UnavailableError."""

@@ -38,7 +38,7 @@ from veneer.models.text.loss import compared_logits, head_logits, hidden_at, of_
 from veneer.ops.transfer import sent
 from veneer.train.loop import Means, Score, Step
 from veneer.train.text.batches import Batch, collate
-from veneer.train.text.findings import left_out
+from veneer.train.text.findings import answers_left_out
 from veneer.train.text.gap import Gap
 from veneer.train.text.policy_losses import (
     divergences,
@@ -336,7 +336,7 @@ class Distillation:
 
     def said_after(self, number: int) -> Iterator[str]:
         """What is to be known of step `number`."""
-        return left_out(number, self.failed)
+        return answers_left_out(number, self.failed)
 
     # -- held-out prompts ----------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ _NAMED = 3
 """Lines about answers of a step that are left out."""
 
 
-def left_out(number: int, failed: Sequence[str]) -> Iterator[str]:
+def answers_left_out(number: int, failed: Sequence[str]) -> Iterator[str]:
     """Of answers of step `number` that nobody could judge, or whose tokens no teacher read: why, with their rows."""
     yield from (f"step {number}, left out: {line}" for line in failed[:_NAMED])
     if len(failed) > _NAMED:

@@ -49,7 +49,7 @@ from veneer.train.loop import Means, Score, Step
 from veneer.train.rewards.reward import Answer, Judged, Rewards, reward_findings
 from veneer.train.text.batches import Batch
 from veneer.train.text.conversations import Conversation, Conversing, said_so_far
-from veneer.train.text.findings import Findings, draw_summary, left_out
+from veneer.train.text.findings import Findings, answers_left_out, draw_summary
 from veneer.train.text.gap import Gap
 from veneer.train.text.offpolicy import OffPolicyDraws
 from veneer.train.text.policy_losses import (
@@ -337,7 +337,7 @@ class Reinforcement:
     def said_after(self, number: int) -> Iterator[str]:
         """Warnings of step `number`, if it is one that answers were drawn for."""
         if number == self.first:
-            yield from left_out(number, self.failed)
+            yield from answers_left_out(number, self.failed)
             yield from self.findings.of_step(number, self.measured)
 
     def said_last(self, steps: Sequence[Mapping[str, float]]) -> Iterator[str]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, MismatchError, quoted, shown
-from veneer.train.rewards.server import AwaitedServer, NoAnswer
+from veneer.train.rewards.server import AwaitedServer, Unanswered
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
@@ -73,7 +73,7 @@ class ServedTeacher:
         try:
             places = _places(self.server, self.model, ids, self.named, by_id=self.by_id)
             told = [_checked(place, token) for place, token in zip(places[-count:], ids[-count:], strict=True)]
-        except NoAnswer as error:
+        except Unanswered as error:
             return str(error)
         likeliest = tuple({id: logp for id, (logp, _) in place.items()} for place in told) if self.named else ()
         return TeacherLogps(tuple(place[token][0] for place, token in zip(told, ids[-count:], strict=True)), likeliest)
@@ -109,7 +109,7 @@ def _compared(server: AwaitedServer, model: str, named: int, base: TextBase) -> 
         try:
             places = _places(server, model, ids, named, by_id=by_id)
             told = [(id, place[id][1]) for place, id in zip(places, ids, strict=True) if place]
-        except (NoAnswer, KeyError) as error:
+        except (Unanswered, KeyError) as error:
             refused.append(f"{'prompt_logprobs' if by_id else 'echo with logprobs'}: {error}")
             continue
         _check_texts(server, model, base, told)
@@ -161,13 +161,13 @@ def _context(server: AwaitedServer, model: str) -> int | None:
     try:
         cards = server.read(server.response("/models"), "list of models")["data"]
         lengths = [card["max_model_len"] for card in cards if card.get("id") == model]
-    except (NoAnswer, ConfigError, LookupError, TypeError, AttributeError):
+    except (Unanswered, ConfigError, LookupError, TypeError, AttributeError):
         return None
     return lengths[0] if lengths and isinstance(lengths[0], int) else None
 
 
 def _places(server: AwaitedServer, model: str, ids: Sequence[int], named: int, *, by_id: bool) -> list[_Place | None]:
-    """What the server says of each token of `ids`; None where it says nothing, as of the first. Raises NoAnswer."""
+    """What the server says of each token of `ids`; None where it says nothing, as of the first. Raises Unanswered."""
     body: dict[str, Any] = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0}
     body |= {"prompt_logprobs": named} if by_id else {"echo": True, "logprobs": 1}
     answer = server.response("/completions", body)
@@ -185,7 +185,7 @@ def _places(server: AwaitedServer, model: str, ids: Sequence[int], named: int, *
     except (LookupError, TypeError, ValueError, AttributeError):
         raise server.unread(answer, "completion with log-probabilities of its prompt") from None
     if len(places) != len(ids):
-        raise NoAnswer(f"the teacher tells of {len(places):,} tokens, and was asked about {len(ids):,}")
+        raise Unanswered(f"the teacher tells of {len(places):,} tokens, and was asked about {len(ids):,}")
     return places
 
 
@@ -194,12 +194,12 @@ def _by_id(place: Mapping[str, Any]) -> _Place:
 
 
 def _checked(place: _Place | None, token: int) -> _Place:
-    """The place of a drawn token, with its log q. Raises NoAnswer where it has none that is a number."""
+    """The place of a drawn token, with its log q. Raises Unanswered where it has none that is a number."""
     if place is None or token not in place:
-        raise NoAnswer("the teacher gives a token of the answer no log-probability")
+        raise Unanswered("the teacher gives a token of the answer no log-probability")
     value = place[token][0]
     if value <= _NEVER:
-        raise NoAnswer("the teacher gives a token of the answer no probability at all")
+        raise Unanswered("the teacher gives a token of the answer no probability at all")
     if not math.isfinite(value) or value > 1e-3:
-        raise NoAnswer(f"the teacher gives a token of the answer {value}, which is no log-probability")
+        raise Unanswered(f"the teacher gives a token of the answer {value}, which is no log-probability")
     return {id: (min(0.0, logp), text) for id, (logp, text) in place.items() if _NEVER < logp <= 1e-3}
