@@ -27,6 +27,7 @@ from veneer.jobs.store import (
     WrongState,
     cost_of,
 )
+from veneer.library.database import write_transaction
 
 
 def running(store: JobStore, **how: Any) -> JobLease:
@@ -284,6 +285,38 @@ def test_a_job_is_named_in_its_tenants_namespace_alone(store: JobStore) -> None:
         with pytest.raises(ConfigError, match="cannot name"):
             store.create(tenant, CONFIG, name=name)
     assert store.jobs(None) == ([], False)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_measures_of_jobs_that_ended_long_ago_go_and_nothing_else(store: JobStore, earlier: bool) -> None:
+    """In a database of an earlier veneer too, which let none go."""
+    if earlier:
+        with write_transaction(store.engine) as c:
+            c.execute(text("UPDATE job_version SET version_num = '0001'"))
+            if store.engine.dialect.name == "postgresql":
+                c.execute(text("DROP TRIGGER job_events_fixed ON job_events"))
+                c.execute(text("DROP FUNCTION job_events_fixed"))
+                kind, run = "UPDATE OR DELETE", "FOR EACH ROW EXECUTE FUNCTION job_records_fixed()"
+                c.execute(text(f"CREATE TRIGGER job_events_fixed BEFORE {kind} ON job_events {run}"))
+            else:
+                c.execute(text("DROP TRIGGER job_events_no_delete"))
+                refused = "BEGIN SELECT RAISE(ABORT, ''); END"
+                c.execute(text(f"CREATE TRIGGER job_events_no_delete BEFORE DELETE ON job_events {refused}"))
+        store = JobStore(store.library)
+    leases = [running(store, tenant=tenant) for tenant in ("acme", "best", "corp")]
+    for lease in leases:
+        store.note(lease, [step(1), step(2)], trained=trained(2))
+    for lease in leases[:2]:
+        store.finish(lease, result={})
+    old, young, runs = (store.get(None, lease.job.id) for lease in leases)
+    with write_transaction(store.engine) as c:
+        c.execute(text("UPDATE jobs SET ended = ended - 400 * 86400 WHERE id = :id"), {"id": old.id})
+    before = {job.id: store.events(None, job.id)[0] for job in (old, young, runs)}
+    assert store.forget_metrics(0) == store.forget_metrics(0) + 2 == 2
+    after = {job.id: store.events(None, job.id)[0] for job in (old, young, runs)}
+    assert after == before | {old.id: [event for event in before[old.id] if event.kind != "metrics"]}
+    assert (store.bill(None, old.id) or young).tokens == store.get(None, old.id).tokens > 0
+    assert store.long_over(365 * 86400, "succeeded") == [old.id]
 
 
 def test_the_database_itself_keeps_events_and_bills(store: JobStore) -> None:

@@ -58,6 +58,15 @@ def worker(
             help="How long folders of jobs that failed or were cancelled are kept.",
         ),
     ] = 30.0,
+    ended_days: Annotated[
+        float,
+        typer.Option(
+            "--ended-days",
+            envvar="VENEER_ENDED_DAYS",
+            min=30,
+            help="How long the folders of other jobs and the measures of each step are kept.",
+        ),
+    ] = 365.0,
     beside: Annotated[bool, typer.Option("--tied", hidden=True, help="End when standard input does.")] = False,
 ) -> None:
     """Take jobs from the queue and train them, until Ctrl-C or SIGTERM; then they are saved and given back.
@@ -80,7 +89,7 @@ def worker(
         made = Worker(
             opened, places[executor](), tenants=known, at_once=at_once, lease=lease, say=say,
             device=None if gpu is None else device_of(gpu, gpus), poll=min(0.5, lease / 8),
-            failed_days=failed_days,
+            failed_days=failed_days, ended_days=ended_days,
         )  # fmt: skip
         if beside:
             tied(made.stop)

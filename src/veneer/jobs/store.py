@@ -46,7 +46,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sqlalchemy import ColumnElement, Connection, Select, case, exists, func, insert, not_, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, case, delete, exists, func, insert, not_, or_, select, update
 
 from veneer.errors import ConfigError, VeneerError, counted, one_of, quoted, shown
 from veneer.files.rights import private_folder
@@ -78,6 +78,7 @@ _BILLED = frozenset({"succeeded", "cancelled"})
 
 _WAITING = 1000
 """Jobs that a tenant may have which have not ended."""
+_MONTH = 30 * 86400.0
 _FAULTS = 3
 """So often in a row a job may lose who trains it without one new checkpoint."""
 
@@ -368,12 +369,21 @@ class JobStore:
         with reading(self.engine) as c:
             return [JobBill(**row._mapping) for row in c.execute(query.where(b.day <= until) if until else query)]
 
-    def long_over(self, seconds: float) -> list[str]:
-        """Jobs that failed or were cancelled more than so many seconds ago, whose folders nobody needs any more."""
-        j = job_table.c
+    def long_over(self, seconds: float, *states: str) -> list[str]:
+        """Jobs that ended so more than so many seconds ago, whose folders nobody needs any more."""
         with reading(self.engine) as c:
-            old = j.state.in_(["failed", "cancelled"]), j.ended < self._now(c) - seconds
-            return [*c.scalars(select(j.id).where(*old))]
+            return [*c.scalars(select(job_table.c.id).where(*self._over(c, seconds, states)))]
+
+    def forget_metrics(self, seconds: float) -> int:
+        """Of jobs that ended more than so many seconds ago (the database itself wants a month) the measures of each
+        step go, and what they came to stays: the job, its other events, checkpoints, bill. Returns how many went."""
+        e = job_event_table.c
+        with self._writing() as (c, _):
+            jobs = select(job_table.c.id).where(*self._over(c, max(seconds, _MONTH), ENDS))
+            return c.execute(delete(job_event_table).where(e.kind == "metrics", e.job.in_(jobs))).rowcount
+
+    def _over(self, c: Connection, seconds: float, states: Iterable[str]) -> tuple[ColumnElement[bool], ...]:
+        return job_table.c.state.in_([*states]), job_table.c.ended < self._now(c) - seconds
 
     def spent(self, tenant: str, since: str = "") -> int:
         """What a tenant's jobs cost that ended on the day `since` (2026-11-01) or later, in millionths."""

@@ -109,8 +109,36 @@ job_part_table = Table(
 )
 
 
+_FIXED = "events and bills of jobs are append-only"
+_OLD = "OLD.kind = 'metrics' AND EXISTS (SELECT 1 FROM jobs WHERE id = OLD.job AND ended < {now} - 30 * 86400)"
+
+
+def let_old_metrics_go(c: Connection) -> None:
+    """Of jobs that ended a month ago or earlier the database lets the events of kind metrics be removed, one for each
+    step; all else stays as `append_only` has it."""
+    if c.dialect.name == "postgresql":
+        old = _OLD.format(now="EXTRACT(EPOCH FROM clock_timestamp())")
+        c.exec_driver_sql(
+            "CREATE FUNCTION job_events_fixed() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            f"IF TG_OP = 'DELETE' AND {old} THEN RETURN OLD; END IF; RAISE EXCEPTION '{_FIXED}'; END $$"
+        )
+        c.exec_driver_sql("DROP TRIGGER job_events_fixed ON job_events")
+        c.exec_driver_sql(
+            "CREATE TRIGGER job_events_fixed BEFORE UPDATE OR DELETE ON job_events "
+            "FOR EACH ROW EXECUTE FUNCTION job_events_fixed()"
+        )
+        return
+    old = _OLD.format(now="(julianday('now') - 2440587.5) * 86400.0")
+    c.exec_driver_sql("DROP TRIGGER job_events_no_delete")
+    c.exec_driver_sql(
+        f"CREATE TRIGGER job_events_no_delete BEFORE DELETE ON job_events WHEN NOT ({old}) "
+        f"BEGIN SELECT RAISE(ABORT, '{_FIXED}'); END"
+    )
+
+
 def _first(c: Connection) -> None:
     append_only(c, ("job_events", "job_bills"), "events and bills of jobs are", "job_records_fixed")
+    let_old_metrics_go(c)
 
 
 JOB_SCHEMA = Schema(

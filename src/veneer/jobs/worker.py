@@ -39,7 +39,7 @@ from veneer.serve.tenancy.store import Store
 from veneer.train.signals import heard
 
 _SWEEP = 3600.0
-"""Seconds between two looks at what is left of jobs that came to nothing."""
+"""Seconds between two looks at what is left of jobs that ended."""
 
 
 @dataclass
@@ -60,19 +60,21 @@ class Worker:
     """One for a process. `at_once`: processes that it has running. In seconds, `lease`: how long its leases hold
     without it; `poll`: how often it looks; `grace`: how long a process may take to save its state. `device`: what jobs
     are planned for, by default what this machine has. `failed_days`: how long folders of jobs that failed or were
-    cancelled are kept, whoever trained them. `say`: hears what it does, in sentences."""
+    cancelled are kept, whoever trained them; `ended_days`: those of the others, and the measures of each step of all of
+    them. `say`: hears what it does, in sentences."""
 
     def __init__(
         self, library: Library, executor: Executor, *, tenants: Store | None = None, name: str = "", at_once: int = 1,
         device: Device | None = None, lease: float = 60.0, poll: float = 0.5, grace: float = 60.0,
-        failed_days: float = 30.0, say: Callable[[str], None] = lambda text: None,
+        failed_days: float = 30.0, ended_days: float = 365.0, say: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
         self.library, self.executor, self.say = library, executor, say
         self.store, self.tenants, self.terms = JobStore(library), tenants, terms_of(tenants)
         self.environment = environment_of(library, None if tenants is None else tenants.where)
         self.name = name or f"{socket.gethostname()}-{os.getpid()}"
         self.at_once, self.device = at_once, device
-        self.lease, self.poll, self.grace, self.failed_days = lease, poll, grace, failed_days
+        self.lease, self.poll, self.grace = lease, poll, grace
+        self.days = {"failed": failed_days, "cancelled": failed_days, "succeeded": ended_days}
         self._swept: float | None = None
         self._running: list[_Running] = []
         self._stop = threading.Event()
@@ -147,12 +149,14 @@ class Worker:
         return False
 
     def _sweep(self) -> None:
-        """Once an hour removes what is left of jobs that came to nothing long ago."""
+        """Once an hour removes what is left of jobs that ended long ago."""
         now = time.monotonic()
         if self._swept is None or now - self._swept > _SWEEP:
             self._swept = now
-            for job in self.store.long_over(self.failed_days * 86400):
-                shutil.rmtree(jobs_home() / job, ignore_errors=True)
+            for state, days in self.days.items():
+                for job in self.store.long_over(days * 86400, state):
+                    shutil.rmtree(jobs_home() / job, ignore_errors=True)
+            self.store.forget_metrics(self.days["succeeded"] * 86400)
 
     def _begin(self, lease: JobLease) -> None:
         sure = time.monotonic() + self.lease

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +25,15 @@ import pytest
 import yaml
 
 from tests.homes import home_with_kernels
+from tests.jobs.pretended import until
 from tests.serve.http.toy import free_port
 from tests.test_readme import blocks
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
+from veneer.jobs.budget import trained_name
+from veneer.jobs.tinker.journal import Journal
+from veneer.library.database import reading
 from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.ledger import usage
 from veneer.serve.tenancy.store import Store, TrainingTerms
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -349,9 +355,8 @@ def test_a_mistake_is_told_and_the_client_goes_on(mistake: str, process: Process
     """Soon, in a sentence that says what is wrong; the same client's next step is as if it had not been."""
     service, training = clumsy
     do, said = MISTAKES[mistake]
-    with pytest.raises(Exception, match=f"(?s){said}") as told:
+    with pytest.raises(Exception, match=f"(?s){said}"):
         do(service, training).result(timeout=120)
-    print(f"{mistake}: {type(told.value).__name__}: {told.value}")
     assert training.forward([datum(ROWS[0])], "cross_entropy").result(timeout=120).metrics["loss:sum"] > 0
 
 
@@ -389,31 +394,65 @@ def test_two_tenants_of_unlike_rank_in_one_batch(process: Process) -> None:
     assert alone[0] != alone[1]
 
 
-def test_kills_in_the_middle_of_futures(process: Process) -> None:
-    """Two tenants of unlike rank train at once while the server is killed again and again: every future comes, and both
-    end where they would have ended by themselves."""
+LONG = [[5 + (7 * i + 3 * j) % 300 for j in range(400)] for i in range(24)]
 
-    def trained(tenant: str, rank: int, kills: bool) -> list[float]:
-        training = client(process, tenant).create_lora_training_client(
-            base_model=process.base, rank=rank, seed=1
-        ).result()  # fmt: skip
-        futures = []
-        for step in range(4):
-            futures.append(training.forward_backward([datum(row) for row in ROWS], "cross_entropy"))
-            futures.append(training.optim_step(adam(3e-3)))
-            if kills and step in (0, 2):
-                time.sleep(0.3)
-                process.kill()
-                process.start()
-        said = [future.result(timeout=300) for future in futures]
-        return [each.metrics["loss:sum"] for each in said[::2]]
 
-    quiet = [trained("acme", 2, False), trained("globex", 8, False)]
-    with ThreadPoolExecutor(2) as pool:
-        beside = pool.submit(trained, "globex", 8, False)
-        killed = trained("acme", 2, True)
-    assert killed == pytest.approx(quiet[0], rel=1e-5)
-    assert beside.result() == pytest.approx(quiet[1], rel=1e-5)
+def test_kills_in_the_middle_of_futures(process: Process, tmp_path: Path) -> None:
+    """Two tenants of unlike rank train at once while the server is killed three times, each time between a request and
+    its result: every future comes, both end where they would have ended by themselves, and no token is billed twice."""
+
+    def begun(tenant: str, rank: int) -> Any:
+        service = client(process, tenant)
+        return service.create_lora_training_client(base_model=process.base, rank=rank, seed=1).result()
+
+    def asked(training: Any) -> tuple[Any, Any]:
+        return training.forward_backward([datum(row) for row in LONG], "cross_entropy"), training.optim_step(adam(3e-3))
+
+    def losses(steps: list[tuple[Any, Any]]) -> list[float]:
+        assert all(step.result(timeout=300).metrics["grad_norm"] > 0 for _, step in steps)
+        return [gradient.result(timeout=300).metrics["loss:sum"] for gradient, _ in steps]
+
+    def waiting(training: Any) -> set[int]:
+        """Requests that were taken, and have no result."""
+        session, _, number = training.model_id.split(":")
+        found = list((process.folder / "home" / "tinker").glob(f"*/{session}/train-{number}/journal"))
+        if not found:
+            return set()
+        journal = Journal.open(Path(shutil.copy(found[0], tmp_path / "journal")))
+        journal.close()
+        return journal.requests.keys() - journal.answers.keys()
+
+    quiet = [losses([asked(training) for _ in range(4)]) for training in (begun("acme", 2), begun("globex", 8))]
+    killed, beside = begun("acme", 2), begun("globex", 8)
+    steps: list[list[tuple[Any, Any]]] = [[], []]
+    between = 0
+    for _ in range(3):
+        for own, training in zip(steps, (killed, beside), strict=True):
+            own.append(asked(training))
+        end = time.monotonic() + 60
+        while not waiting(killed) and time.monotonic() < end:
+            pass
+        process.kill()
+        between += bool(waiting(killed))
+        process.start()
+    for own, training in zip(steps, (killed, beside), strict=True):
+        own.append(asked(training))
+    assert losses(steps[0]) == pytest.approx(quiet[0], rel=1e-5)
+    assert losses(steps[1]) == pytest.approx(quiet[1], rel=1e-5)
+    assert between >= 2
+    each = sum(len(row) - 1 for row in LONG)
+    name = f"acme/tinker-{killed.model_id.replace(':train:', '-')}"
+    until(lambda: billed(process, name) >= 1 * each)
+    assert (4 - between) * each <= billed(process, name) <= 4 * each
+
+
+def billed(process: Process, run: str) -> int:
+    """Tokens of it that were trained, as the ledger has them."""
+    store = Store(str(process.folder / "tenants.sqlite"))
+    with reading(store.engine) as c:
+        found = usage(c, by=("adapter",), tenant="acme", adapter=trained_name(run))
+    store.close()
+    return sum(row["prompt"] for row in found)
 
 
 def test_the_page(process: Process, tmp_path: Path) -> None:

@@ -172,14 +172,15 @@ def test_a_clients_mistake_is_its_own_answer_and_undoes_itself(tmp_path: Path) -
             [
                 ({"adam_params": {"learning_rate": -1}}, "learning_rate is -1"), ({}, "AdamW's alone"),
                 ({"adam_params": {"rate": 1}}, "adam_params has no 'rate'"),
+                ({"adam_params": {"learning_rate": None}}, "learning_rate is not a finite number"),
             ],
             3,
         ):  # fmt: skip
             answer = told(service, run, seq, "optim_step", json.dumps(body).encode())
             assert what in json.loads(answer.data)["error"]
-        again = told(service, run, 6, "forward", forward_body(run.id, 6, ROWS))
+        again = told(service, run, 7, "forward", forward_body(run.id, 7, ROWS))
         assert again.data == first.data
-        assert told(service, run, 7, "optim_step", STEP).kind == "json"
+        assert told(service, run, 8, "optim_step", STEP).kind == "json"
 
 
 def test_what_is_saved_is_an_adapter_of_the_library(tmp_path: Path) -> None:

@@ -894,10 +894,10 @@ def _adam_of(body: Mapping[str, Any]) -> Adam:
     names = {"learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm"}
     if wrong := sorted(set(given) - names):
         raise ConfigError(f"adam_params has no {wrong[0][:50]!r}", where="adam_params", fix=", ".join(sorted(names)))
-    try:
-        return Adam(**{known.get(str(name), str(name)): float(value) for name, value in given.items()})
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"adam_params: {error}", where="adam_params") from error
+    for name, value in given.items():
+        if type(value) not in (int, float):  # the SDK sends null for NaN
+            raise ConfigError(f"{name} is not a finite number", where="adam_params")
+    return Adam(**{known.get(str(name), str(name)): float(value) for name, value in given.items()})
 
 
 def _kind(lora: Lora) -> tuple[Any, ...]:
