@@ -45,12 +45,13 @@ pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
 @dataclass
 class Process:
-    """`veneer serve --train` over the tiny base with two tenants."""
+    """`veneer serve --train` over the tiny base with two tenants. A client of rank 32 takes 0.7 of its 1 MB."""
 
     folder: Path
     port: int = field(default_factory=free_port)
     keys: dict[str, str] = field(default_factory=dict)
     running: Any = None
+    clients: list[Any] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -72,7 +73,14 @@ class Process:
 
     def start(self) -> None:
         command = ["serve", "--base", self.base, "--train", "--port", str(self.port), "--dtype", "float32"]
-        command += ["--tenants", str(self.folder / "tenants.sqlite"), "--library", str(self.folder / "library")]
+        command += [
+            "--adapter-memory",
+            "1M",
+            "--tenants",
+            str(self.folder / "tenants.sqlite"),
+            "--library",
+            str(self.folder / "library"),
+        ]
         path = os.pathsep.join([str(ROOT / "src"), *filter(None, sys.path)])
         env = {**os.environ, "PYTHONPATH": path, "VENEER_HOME": str(self.folder / "home")}
         self.running = subprocess.Popen([sys.executable, "-m", "veneer.cli.main", *command], env=env, cwd=ROOT)
@@ -106,6 +114,8 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     store.close()
     made.start()
     yield made
+    for each in made.clients:  # its connections
+        each.holder.run_coroutine_threadsafe(each.holder.aclose()).result()
     made.running.terminate()
     made.running.wait(60)
 
@@ -135,7 +145,15 @@ def _offline(folder: Path) -> None:
 def client(process: Process, tenant: str) -> Any:
     import tinker
 
-    return tinker.ServiceClient(api_key=f"tml-{process.keys[tenant]}", base_url=process.url)
+    process.clients.append(tinker.ServiceClient(api_key=f"tml-{process.keys[tenant]}", base_url=process.url))
+    return process.clients[-1]
+
+
+def rest(process: Process, tenant: str) -> Any:
+    import tinker
+
+    process.clients.append(tinker.RestClient(api_key=f"tml-{process.keys[tenant]}", base_url=process.url))
+    return process.clients[-1]
 
 
 def datum(ids: list[int]) -> Any:
@@ -157,7 +175,6 @@ ROWS = [[5 + (7 * i + 3 * j) % 300 for j in range(20 + i)] for i in range(4)]
 def test_the_primitives(process: Process, tmp_path: Path) -> None:
     """Training, a loss of the client's own, sampling from weights that nobody saved, checkpoints, downloads; and what
     the trainer says of tokens is what the sampler says of them."""
-    import tinker
     from tinker import types
 
     service = client(process, "acme")
@@ -188,8 +205,7 @@ def test_the_primitives(process: Process, tmp_path: Path) -> None:
     again = service.create_training_client_from_state_with_optimizer(path).result()
     both = [each.forward(data, "cross_entropy").result().metrics["loss:sum"] for each in (training, again)]
     assert both[0] == both[1] < losses[2]
-    rest = tinker.RestClient(api_key=f"tml-{process.keys['acme']}", base_url=process.url)
-    assert rest.get_weights_info_by_tinker_path(path).result().lora_rank == 4
+    assert rest(process, "acme").get_weights_info_by_tinker_path(path).result().lora_rank == 4
     export = training.save_weights_external("out").result().path
     code = (
         "import sys; from tinker_cookbook import weights; weights.download(tinker_path=sys.argv[1], output_dir='out')"
@@ -197,9 +213,8 @@ def test_the_primitives(process: Process, tmp_path: Path) -> None:
     subprocess.run([PYTHON, "-c", code, export], env=process.env(process.keys["acme"]), cwd=tmp_path, check=True)
     there = {file.name for file in (tmp_path / "out").rglob("*")}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= there
-    stranger = tinker.RestClient(api_key=f"tml-{process.keys['globex']}", base_url=process.url)
     with pytest.raises(Exception, match="there is no training run"):
-        stranger.get_training_run(training.model_id).result()
+        rest(process, "globex").get_training_run(training.model_id).result()
 
 
 RECIPES: dict[str, list[str]] = {
@@ -373,8 +388,9 @@ def clumsy(process: Process) -> Any:
     return service, service.create_lora_training_client(base_model=MODEL, rank=2, seed=1).result()
 
 
-def test_two_tenants_of_unlike_rank_in_one_batch(process: Process) -> None:
-    """What each of them gets beside the other is what it gets by itself."""
+@pytest.mark.parametrize("ranks", [(2, 16), (24, 32)], ids=["in one batch", "with room for one of them"])
+def test_two_tenants_of_unlike_rank(process: Process, ranks: tuple[int, int]) -> None:
+    """What each of them gets beside the other is what it gets by itself; who has no room waits for it."""
 
     def trained(tenant: str, rank: int) -> list[float]:
         service = client(process, tenant)
@@ -386,9 +402,9 @@ def test_two_tenants_of_unlike_rank_in_one_batch(process: Process) -> None:
             losses.append(done.result(timeout=300).metrics["loss:sum"])
         return losses
 
-    alone = [trained("acme", 2), trained("globex", 16)]
+    alone = [trained(tenant, rank) for tenant, rank in zip(("acme", "globex"), ranks, strict=True)]
     with ThreadPoolExecutor(2) as pool:
-        beside = list(pool.map(trained, ("acme", "globex"), (2, 16)))
+        beside = list(pool.map(trained, ("acme", "globex"), ranks))
     for one, other in zip(alone, beside, strict=True):
         assert other == pytest.approx(one, rel=1e-5)
     assert alone[0] != alone[1]
