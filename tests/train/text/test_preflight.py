@@ -339,6 +339,7 @@ def test_weights_are_kept_packed_where_that_is_faster_and_fits(run: Run, monkeyp
     assert run("memory.keep_packed_gb=0").numbers["kept_packed"] == 0
     assert run(f"memory.keep_packed_gb={every / 2e9}").numbers["kept_packed"] == every // 2
     monkeypatch.setattr(preflight, "panels_here", lambda bits, dtype: True)
+    monkeypatch.setattr(run.base, "context", 512, raising=False)
     drawn = ("reinforcement.loss=grpo", "reinforcement.rewards=[{kind: exact_match}]")
     both = run(*drawn).numbers
     assert both["predicted_parts"]["packed"] == both["kept_packed"] + both["drawer_packed"]

@@ -28,7 +28,7 @@ def test_micro_batches_have_a_prompts_answers_together_within_their_tokens(most:
         "batching": {"micro_tokens": most, "micro_rows": rows},
     }
     drawn = answers()
-    groups = shared_groups(drawn, config_from(values, [])[0])
+    groups = shared_groups([(r.prompt, len(r.tokens)) for r in drawn], config_from(values, [])[0])
     assert sorted(i for group in groups for i in group) == list(range(len(drawn)))
     for group in groups:
         prompts = [drawn[i].prompt for i in group]

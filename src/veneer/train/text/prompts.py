@@ -146,21 +146,21 @@ def answer_groups(lengths: Sequence[int], config: TrainConfig) -> list[list[int]
     return [group[at : at + rows] for group in groups for at in range(0, len(group), rows)]
 
 
-def shared_groups(drawn: Sequence[Rollout], config: TrainConfig) -> list[list[int]]:
-    """Micro-batches of answers whose prompts are computed once: indices, a prompt's beside one another, from long to
-    short, cut before `batching.at_once` tokens."""
-    answers: dict[tuple[int, ...], list[int]] = {}
-    for i in sorted(range(len(drawn)), key=lambda i: (-len(drawn[i].prompt) - len(drawn[i].tokens), i)):
-        answers.setdefault(drawn[i].prompt, []).append(i)
-    most, groups = config.batching.micro_rows or len(drawn), [list[int]()]
+def shared_groups(answers: Sequence[tuple[tuple[int, ...], int]], config: TrainConfig) -> list[list[int]]:
+    """Micro-batches of answers, (prompt, tokens of the answer), whose prompts are computed once: indices, a prompt's
+    beside one another, from long to short, cut before `batching.at_once` tokens."""
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i in sorted(range(len(answers)), key=lambda i: (-len(answers[i][0]) - answers[i][1], i)):
+        by_prompt.setdefault(answers[i][0], []).append(i)
+    most, groups = config.batching.micro_rows or len(answers), [list[int]()]
     room = config.batching.at_once
     there: tuple[int, ...] = ()
-    for prompt, own in answers.items():
+    for prompt, own in by_prompt.items():
         for i in own:
-            takes = len(drawn[i].tokens) + (0 if there == prompt else len(prompt))
+            takes = answers[i][1] + (0 if there == prompt else len(prompt))
             if groups[-1] and (takes > room or len(groups[-1]) == most):
                 groups.append([])
-                room, takes = config.batching.at_once, len(drawn[i].tokens) + len(prompt)
+                room, takes = config.batching.at_once, answers[i][1] + len(prompt)
             groups[-1].append(i)
             room, there = room - takes, prompt
     return groups
@@ -192,11 +192,14 @@ def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Seq
     """All steps of the run in order, as they are at most."""
     r = config.drawn
     assert r is not None
+    shares = config.reinforcement.loss is not None  # what is distilled may be another prompt to its teacher
 
     def micro(chosen: list[PromptItem]) -> Micro:
+        prompts = dict.fromkeys(item.ids for item in chosen) if shares else [item.ids for item in chosen]
+        most = sum(item.most for item in chosen)
         return Micro(
-            tokens=sum(item.tokens for item in chosen), trained=sum(item.most for item in chosen),
-            rows=tuple(dict.fromkeys(rows[item.row].where for item in chosen)), make=lambda: _made_up(chosen),
+            tokens=sum(map(len, prompts)) + most, trained=most,
+            rows=tuple(dict.fromkeys(rows[item.row].where for item in chosen)), make=lambda: _made_up(chosen, shares),
             units=len(chosen), items=tuple(chosen),
         )  # fmt: skip
 
@@ -205,7 +208,11 @@ def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Seq
         steps = []
         for k, prompts in enumerate(plan):
             answers = [items[i] for i in prompts for _ in range(r.group)]
-            groups = answer_groups([item.tokens for item in answers], config)
+            groups = (
+                shared_groups([(item.ids, item.most) for item in answers], config)
+                if shares
+                else answer_groups([item.tokens for item in answers], config)
+            )
             micros = tuple(micro([answers[i] for i in group]) for group in groups)
             steps += [Step(micros, epoch + (k + (u + 1) / r.updates) / len(plan)) for u in range(r.updates)]
         return steps
@@ -219,15 +226,15 @@ def first_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Seque
     return list(planned_rollouts(items, config.model_copy(update={"schedule": once}), rows))
 
 
-def _made_up(items: Sequence[PromptItem]) -> PolicyBatch:
+def _made_up(items: Sequence[PromptItem], shares: bool) -> PolicyBatch:
     """The longest answers that there may be, of the prompts' own tokens."""
-    examples = []
+    drawn = []
     for item in items:
-        said = [item.ids[i % len(item.ids)] for i in range(item.most)]
-        examples.append(Example([*item.ids, *said], [False] * len(item.ids) + [True] * item.most, item.row))
-    batch = collate(examples)
+        said = tuple(item.ids[i % len(item.ids)] for i in range(item.most))
+        drawn.append(Rollout(item.ids, said, (0.0,) * item.most, (0.0,) * item.most, "", cut=True))
+    batch, shared = collate_shared(drawn) if shares else (collate([rollout_example(r) for r in drawn]), None)
     ones = torch.ones(len(items), dtype=torch.float64)
     return PolicyBatch(
         batch.input_ids, batch.lengths, batch.trained, [item.most for item in items], ones,
-        ones / max(1, items[0].most),
+        ones / max(1, items[0].most), shared=shared,
     )  # fmt: skip

@@ -92,6 +92,11 @@ class _JudgedRollout:
     def tokens(self) -> int:
         return len(self.rollout.prompt) + len(self.rollout.tokens)
 
+    @property
+    def size(self) -> tuple[tuple[int, ...], int]:
+        """Its prompt, and how many tokens it has."""
+        return self.rollout.prompt, len(self.rollout.tokens)
+
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "rollout": self.rollout.to_dict(), "reference": list(self.reference)}
 
@@ -230,7 +235,7 @@ class Reinforcement:
 
     def _gap_as_drawn(self, answers: Sequence[_JudgedRollout], name: str) -> dict[str, float]:
         """The gap of the first micro-batch of answers, under the adapter that they were drawn from."""
-        drawn = [answers[i].rollout for i in shared_groups([a.rollout for a in answers], self.config)[0]]
+        drawn = [answers[i].rollout for i in shared_groups([a.size for a in answers], self.config)[0]]
         old, gap = torch.tensor([x for rollout in drawn for x in rollout.logps], dtype=torch.float64), Gap()
         gap.add(self._logps_under(name, drawn).double(), old.to(self.base.device))
         return gap.checked(self.settings, self._gap_fix).values()
@@ -251,7 +256,7 @@ class Reinforcement:
     def _references(self, drawn: Sequence[Rollout]) -> list[tuple[float, ...]]:
         """log p of each answer's tokens under the reference."""
         out: dict[int, tuple[float, ...]] = {}
-        for group in shared_groups(drawn, self.config):
+        for group in shared_groups([(r.prompt, len(r.tokens)) for r in drawn], self.config):
             parts = self._logps_under(self.reference, [drawn[i] for i in group]).tolist()
             for i in group:
                 n = len(drawn[i].logps)
@@ -277,7 +282,7 @@ class Reinforcement:
         moving = moving or [min(range(len(answers)), key=lambda i: answers[i].tokens)]  # a step has a token at least
         factors = factors * (len(moving) / len(answers))  # the loop divides by those that it is given
         micros = []
-        for group in shared_groups([answers[i].rollout for i in moving], self.config):
+        for group in shared_groups([answers[i].size for i in moving], self.config):
             own = [answers[moving[k]] for k in group]
             f = factors[[moving[k] for k in group]]
             where = [rows[a.row].where for a in own]
