@@ -56,26 +56,25 @@ class _Group:
 @dataclass(frozen=True, eq=False)
 class SharedRows:
     """Rows that have tokens in common, as answers have their prompt: of N tokens, which lie in the order in which the
-    rows first have them. places: (Σ lengths,) int64, which of them each token of each row is.
+    rows first have them. What a token is made of comes before it, so what is common is a beginning, computed once.
 
-    What a token is made of comes before it, so what is common is a beginning, and computed once."""
+    places: (Σ lengths,) int64, which of them each token of each row is. firsts: (N,), where each is first among the
+    rows' tokens. before: (N,), which of them is the one before it; of a row's first token none, and it is some other.
+    """
 
     places: Tensor
+    firsts: Tensor
+    before: Tensor
 
-    @functools.cached_property
-    def firsts(self) -> Tensor:
-        """Where each of the N tokens is first among the rows' tokens: (N,)."""
-        places = self.places
-        last = torch.full((int(places.max()) + 1,), len(places), dtype=torch.int64, device=places.device)
-        return last.scatter_reduce(0, places, torch.arange(len(places), device=places.device), "amin")
-
-    @functools.cached_property
-    def before(self) -> Tensor:
-        """Which of the N tokens is the one before each: (N,); of a row's first token none, and it is some other."""
-        return self.places[self.firsts - 1]
+    @classmethod
+    def of(cls, places: Tensor) -> SharedRows:
+        each = torch.arange(len(places), device=places.device)
+        firsts = torch.full((int(places.max()) + 1,), len(places), device=places.device)
+        firsts = firsts.scatter_reduce(0, places, each, "amin")
+        return cls(places, firsts, places[firsts - 1])
 
     def sent(self, device: torch.device) -> SharedRows:
-        return self if device.type == "cpu" else SharedRows(sent(self.places, device))
+        return SharedRows(*(sent(t, device) for t in (self.places, self.firsts, self.before)))
 
 
 class RowLayout:

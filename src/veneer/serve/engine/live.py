@@ -206,7 +206,7 @@ class _ReplayedRows:
             rows.append((whole * BLOCK, len(own), [*found, *range(used, used := used - (-len(own) // BLOCK) - whole)]))
             places.append(own[whole * BLOCK :])
         computed = torch.cat(places)
-        made = SharedRows(computed).firsts
+        made = SharedRows.of(computed).firsts
         return cls(rows, computed, made, made - 1 if shared is None else made[shared.before.cpu()])
 
 

@@ -185,7 +185,7 @@ def collate_shared(drawn: Sequence[Rollout]) -> tuple[Batch, SharedRows]:
         first, own = prompts[one.prompt], put(one.tokens, one.trained)
         places += [*range(first, first + n), *range(own, own + m)]
     lengths = [len(one.prompt) + len(one.tokens) for one in drawn]
-    return Batch(torch.tensor(ids), lengths, torch.tensor(trained)), SharedRows(torch.tensor(places))
+    return Batch(torch.tensor(ids), lengths, torch.tensor(trained)), SharedRows.of(torch.tensor(places))
 
 
 def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Sequence[Row]) -> LazySteps:
