@@ -33,6 +33,7 @@ settings.register_profile("same", max_examples=60, deadline=None, derandomize=Tr
 settings.register_profile("fresh", max_examples=60, deadline=None)
 
 
+_STARTING = ("subprocess", "Forked", "attack.harness")
 _PROCESSES = 40
 """A file that starts processes, which its tests wait for, is as long as if it had so many tests more."""
 
@@ -47,7 +48,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     length = Counter(item.path for item in items)
-    length.update({path: _PROCESSES for path in length if "subprocess" in path.read_text(encoding="utf-8")})
+    texts = {path: path.read_text(encoding="utf-8") for path in length}
+    length.update({p: _PROCESSES for p, text in texts.items() if any(word in text for word in _STARTING)})
     items.sort(key=lambda item: -length[item.path])
 
 

@@ -1,11 +1,24 @@
-"""Processes that are forks of a program that has imported what they need and computed nothing, and are killed."""
+"""Processes that are forks of a program that has imported what they need and computed nothing, and are killed.
+
+`fork` and `expect` are for such a program itself; `Forked` is of one that stands ready for as long as the tests run.
+"""
 
 from __future__ import annotations
 
+import functools
+import gc
+import multiprocessing
 import os
+import runpy
+import signal
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from unittest import mock
 
 
 def fork(act: Callable[[], object]) -> int:
@@ -31,3 +44,71 @@ def expect(pid: int, killed: bool | None) -> bool:
     if code not in ({-9} if killed else {0} if killed is False else {0, -9}):
         sys.exit(f"a process ended with {code}")
     return code == 0
+
+
+# -- of a process that stands ready ------------------------------------------------------------------------------------
+
+_IMPORTED = [
+    "veneer.train.text.task", "veneer.serve.build", "veneer.serve.server", "veneer.cli.train", "veneer.cli.serve",
+    "torch._dynamo", "transformers.models.llama.modeling_llama",
+]  # fmt: skip
+_ENVIRONMENT = dict(os.environ)
+
+
+@functools.cache
+def _ready() -> ForkServerContext:
+    """Begun in the environment that the session began in, whichever test is the first to want it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    with mock.patch.dict(os.environ, _ENVIRONMENT, clear=True):
+        forkserver.ensure_running()
+    return context
+
+
+class Forked:
+    """`python ARGUMENTS`, which are "-c" and a program or "-m" and a module, and what it is given: but what veneer
+    trains and serves text with, five seconds of imports, is there. That was imported in the environment of the
+    session, and nothing runs `atexit`; otherwise it is a process of its own. `log`: all that it prints is added there.
+    The methods are those of subprocess.Popen."""
+
+    def __init__(self, arguments: Sequence[str], *, env: Mapping[str, str], log: Path, cwd: Path | None = None) -> None:
+        given = list(arguments), dict(env), str(cwd or Path.cwd()), str(log)
+        self._process = _ready().Process(target=_python, args=given)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(["python"], timeout or 0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _python(arguments: list[str], environment: dict[str, str], folder: str, log: str) -> None:
+    gc.freeze()  # what was imported; each run collects at its end
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for own in (1, 2):
+        os.dup2(said, own)
+    how, what, *sys.argv[1:] = arguments
+    if how == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})

@@ -11,7 +11,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pytest
 
 from tests.adapters.test_use import adapter_for
 from tests.cli.run import run
+from tests.forks import Forked
 from tests.homes import home_with_kernels
 from tests.serve.http.toy import ToyCatalog, free_port
 from tests.test_readme import ROOT, blocks, roomy
@@ -37,7 +37,7 @@ class Reader:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder, self.patch, self.capsys = folder, monkeypatch, capsys
-        self.server: subprocess.Popen[bytes] | None = None
+        self.server: Forked | None = None
         self.key = ""
         self.port = free_port()
 
@@ -51,9 +51,9 @@ class Reader:
         if line.startswith("export "):
             name, inner = re.fullmatch(r"export (?:(\w+)=)?\$\((.*)\)", line).groups()  # type: ignore[union-attr]
         if inner.startswith("veneer serve"):
-            command = [sys.executable, "-c", "from veneer.cli.main import main; main()", *shlex.split(inner)[1:]]
-            with (self.folder / "log").open("wb") as log:
-                self.server = subprocess.Popen([w for w in command if w != "&"], cwd=self.folder, stderr=log)
+            command = ["-c", "from veneer.cli.main import main; main()", *shlex.split(inner)[1:]]
+            given = [word for word in command if word != "&"]
+            self.server = Forked(given, env=os.environ, log=self.folder / "log", cwd=self.folder)
             return ""
         if inner.startswith("veneer "):
             done = run(self.capsys, *shlex.split(inner)[1:])

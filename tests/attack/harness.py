@@ -29,6 +29,7 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.forks import Forked
 from tests.homes import home_with_kernels
 from tests.serve.http.toy import free_port, wait_for
 from tests.serve.whole import Shop, prompt
@@ -86,7 +87,7 @@ class Answer:
 class Server:
     """`keys`: tenant -> API key. `log`: what the process said, also on its standard error."""
 
-    process: subprocess.Popen[bytes]
+    process: Forked
     port: int
     keys: dict[str, str]
     home: Path
@@ -323,12 +324,11 @@ def target(
         "OMP_NUM_THREADS": str(threads), "VENEER_ADMIN_KEY": ADMIN, "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
     command = [
-        sys.executable, "-c", "from veneer.cli.main import main; main()", "serve",
+        "-c", "from veneer.cli.main import main; main()", "serve",
         "--base", str(shop.base_dir), "--port", str(port), "--library", shop.library.location, "--tenants", database,
         "--cache-memory", "64M", "--dtype", "float32", "--device", "cpu", *options,
     ]  # fmt: skip
-    with (home / "log").open("ab") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    process = Forked(command, env=env, log=home / "log")
     server = Server(process, port, keys, home, shop, database)
     try:
         wait_for(lambda: process.poll() is not None or is_ready(server), 120)

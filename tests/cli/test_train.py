@@ -6,13 +6,12 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.forks import Forked
 from tests.tiny_base import tiny_base_dir
 from veneer.cli.main import main
 
@@ -111,15 +110,13 @@ def test_ctrl_c_exits_130_with_the_command_that_goes_on(config: Path, tmp_path: 
     output = tmp_path / "with space"
     command = ["train", str(config), f"output={output}", "schedule.steps=4000", "evaluation.every=4000"]
     code = "import sys; from veneer.cli.main import main; main(sys.argv[1:])"
-    run = subprocess.Popen(
-        [sys.executable, "-c", code, *command], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    run = Forked(["-c", code, *command], env=os.environ, log=tmp_path / "log", cwd=ROOT)
     log, until = output / "log.jsonl", time.monotonic() + 60
     while time.monotonic() < until and (not log.exists() or '"stepped"' not in log.read_text()):
         time.sleep(0.05)
     run.send_signal(signal.SIGINT)
-    _, err = run.communicate(timeout=60)
-    assert run.returncode == 130, err
+    ended, err = run.wait(60), (tmp_path / "log").read_text()
+    assert ended == 130, err
     assert "Traceback" not in err
     assert "the state is saved" in err
     assert re.search(r"veneer train \S+run\.yaml 'output=.*with space' .*--resume", err)

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.forks import Forked
 from tests.jobs.pretended import until
 from tests.jobs.small import small_config
 from tests.library.conftest import quick  # noqa: F401
@@ -34,12 +35,10 @@ def test_a_kill_at_every_commit_of_jobs(quick: Path, cases: list[str]) -> None: 
     """From the first look at them to the place on a route and the bill: at a commit one machine dies, and another goes
     on; of one job, and of two that are trained in one process. By default at some of the commits; the slow tests have
     them all."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "tests.jobs.driver", str(quick), *cases], cwd=ROOT, capture_output=True,
-        text=True, env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-5000:]
-    killed = json.loads(ran.stdout)
+    log = quick / "said"
+    ended = Forked(["-m", "tests.jobs.driver", str(quick), *cases], env=os.environ, log=log, cwd=ROOT).wait()
+    assert ended == 0, log.read_text()[-5000:]
+    killed = json.loads(log.read_text().splitlines()[-1])
     assert len(killed) == len(cases)
     assert all(len(commits) > 1 for commits in killed), killed
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ import openai
 import pytest
 from sqlalchemy import select
 
+from tests.forks import Forked
 from tests.homes import home_with_kernels
 from tests.serve.http.toy import free_port, wait_for
 from tests.serve.whole import Shop, asking, make_shop, prompt, said
@@ -63,17 +62,16 @@ def tenants_of(folder: Path) -> tuple[str, str]:
 
 
 @contextmanager
-def process(shop: Shop, url: str, home: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def process(shop: Shop, url: str, home: Path) -> Iterator[tuple[Forked, str]]:
     """A server that is ready, and its address."""
     port = free_port()
     own = {"PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home_with_kernels(home)), "OMP_NUM_THREADS": "1"}
     command = [
-        sys.executable, "-c", "from veneer.cli.main import main; main()", "serve",
+        "-c", "from veneer.cli.main import main; main()", "serve",
         "--base", str(shop.base_dir), "--port", str(port), "--library", shop.library.location, "--tenants", url,
         "--cache-memory", "16M", "--dtype", "float32", "--device", "cpu", "--drain-seconds", "120",
     ]  # fmt: skip
-    with (home / "log").open("ab") as log:
-        server = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)
+    server = Forked(command, env=os.environ | own, log=home / "log")
     address = f"http://127.0.0.1:{port}"
     try:
         wait_for(lambda: server.poll() is not None or is_ready(address), 120)
@@ -115,7 +113,7 @@ def client(address: str, key: str, seed: int, seen: Seen) -> None:
                 return
 
 
-def under_load(address: str, key: str, seen: Seen, seed: int, server: subprocess.Popen[bytes], seconds: float) -> None:
+def under_load(address: str, key: str, seen: Seen, seed: int, server: Forked, seconds: float) -> None:
     """The server is killed some `seconds` after every client has had an answer or so."""
     with ThreadPoolExecutor(CLIENTS) as pool:
         before = len(seen.answered)
@@ -186,7 +184,7 @@ def test_killed_under_load_it_serves_again_and_the_ledger_balances(shop: Shop, t
     assert balance(url, seen)["interrupted"] == states["interrupted"]
 
 
-def drains(server: subprocess.Popen[bytes], address: str, key: str, seen: Seen) -> None:
+def drains(server: Forked, address: str, key: str, seen: Seen) -> None:
     """SIGTERM under load: streams that run end whole, new requests are 503, and the exit code is 0."""
     begun = threading.Semaphore(0)
     lengths: list[int] = []

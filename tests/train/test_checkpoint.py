@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.forks import Forked
 from veneer.errors import CheckpointError, ResourceError
 from veneer.ops import choice
 from veneer.ops.cpu import compiled
@@ -123,9 +123,10 @@ def test_killed_at_random_points_also_inside_a_write_it_ends_in_the_same_bytes(t
     kills = random.Random(5)
     points = [1, 5, 12, *(kills.randrange(8, 30) for _ in range(3))]
     runs = [str(whole), *(f"{killed}@{point}" for point in points), str(killed)]
-    command = [sys.executable, "-m", "tests.train.killable", *runs]
-    ended = subprocess.run(command, cwd=ROOT, timeout=120, check=True, capture_output=True, text=True).stdout
-    assert json.loads(ended) == [0, *[-signal.SIGKILL] * len(points), 0]
+    log = tmp_path / "log"
+    ended = Forked(["-m", "tests.train.killable", *runs], env=os.environ, log=log, cwd=ROOT).wait(120)
+    assert ended == 0, log.read_text()
+    assert json.loads(log.read_text().splitlines()[-1]) == [0, *[-signal.SIGKILL] * len(points), 0]
     assert (killed / "final.bin").read_bytes() == (whole / "final.bin").read_bytes()
 
     def logged(folder: Path) -> list[tuple[str, int, float | None]]:
