@@ -147,6 +147,21 @@ def test_an_eviction_is_a_wait(tmp_path: Path) -> None:
         assert "the server has room for" in json.loads(answer.data)["error"]
 
 
+def test_one_that_is_not_wanted_leaves_the_memory_and_nobody_notices(tmp_path: Path) -> None:
+    with small_service(tmp_path, days=1) as service:
+        run, other = begun(service), begun(service)
+        whole = steps(service, other, 1, 7)
+        found = steps(service, run, 1, 3)
+        service.rest(run)
+        service.submit(other, 7, "optim_step", STEP)
+        until(lambda: run.id not in service.runs)
+        before = service.answer(run, 2)
+        assert before is not None
+        assert before.result(0).kind == "json"
+        assert found + steps(service, run, 3, 7) == whole
+        assert service.runs[run.id] is not run
+
+
 def _parameters(service: TinkerService) -> list[torch.Tensor]:
     run = next(iter(service.runs.values()))
     assert run.learner is not None

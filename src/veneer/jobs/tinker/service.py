@@ -330,7 +330,7 @@ class TinkerService:
         if not 1 <= seq <= run.applied + _AHEAD:
             raise ConfigError(f"seq_id is {seq}", where="seq_id", fix="from 1 on, one more for each request")
         with self._changed:
-            self._check_there(run)
+            run = self._present(run)
             run.used = run.came = time.monotonic()
             if seq <= run.applied or seq in run.journal.requests:
                 known = run.journal.requests.get(seq)
@@ -350,7 +350,7 @@ class TinkerService:
     def answer(self, run: TrainingRun, seq: int) -> Future[FutureResult] | None:
         """Of a request that came; None for one that did not, or whose answer is kept no more. Raises SessionOver."""
         with self._changed:
-            self._check_there(run)
+            run = self._present(run)
             run.used = time.monotonic()
             if seq in run.futures:
                 return run.futures[seq]
@@ -365,12 +365,6 @@ class TinkerService:
     def tried(self, run: TrainingRun) -> None:
         """Its client sent a request that could not be taken now: those after it have to wait for it."""
         run.came = time.monotonic()
-
-    def _check_there(self, run: TrainingRun) -> None:
-        if run.over:
-            what = f"the training client {run.id} is over: its session was ended, or not used for {self.days:g} days"
-            fix = "create_training_client_from_state goes on from a checkpoint of it"
-            raise SessionOver(what, where="model_id", fix=fix)
 
     def rest(self, run: TrainingRun) -> None:
         """It is not wanted for now: its state is among the first to leave the memory."""
@@ -438,8 +432,7 @@ class TinkerService:
             try:
                 self._round(ready)
                 self._give_up_gaps()
-                if not ready:
-                    self._let_idle_go()
+                self._let_idle_go()
             except Exception as error:  # a fault of ours: those who wait are told, and the next are served
                 _log.exception("a round of training failed")
                 for run in ready:
@@ -818,9 +811,27 @@ class TinkerService:
             )  # fmt: skip
 
     def _let_idle_go(self) -> None:
+        """Out of memory, results too; the next who asks reads it again."""
         for run in list(self.runs.values()):
-            if run.learner is not None and run.work is None and time.monotonic() - run.used > _IDLE:
+            if run.work is not None or time.monotonic() - run.used <= _IDLE:
+                continue
+            if run.learner is not None:
                 self._put_away(run)
+            with self._changed:
+                wanted = run.following is not None or run.futures or run.unbilled
+                if not wanted and time.monotonic() - run.used > _IDLE:
+                    run.journal.close()
+                    del self.runs[run.id]
+
+    def _present(self, run: TrainingRun) -> TrainingRun:
+        """The one in memory, should that be another by now. Raises SessionOver."""
+        if not run.over and self.runs.get(run.id) is not run:
+            run = self.run(run.tenant, run.id)
+        if run.over:
+            what = f"the training client {run.id} is over: its session was ended, or not used for {self.days:g} days"
+            fix = "create_training_client_from_state goes on from a checkpoint of it"
+            raise SessionOver(what, where="model_id", fix=fix)
+        return run
 
     def _put_away(self, run: TrainingRun) -> None:
         """Its state is on the disk, and no more in memory."""
