@@ -107,6 +107,7 @@ def draw(
     from veneer.files.atomic import atomic_write
     from veneer.models.text.base import load_text
     from veneer.serve.engine.live import live_sampler
+    from veneer.serve.forward.runner import PACK_BYTES
     from veneer.train.config.load import load_config
     from veneer.train.config.reinforcement import PROMPT_FORMATS
     from veneer.train.config.text import TrainConfig
@@ -139,7 +140,8 @@ def draw(
     with attach(base.model) as attachment:
         if name:
             attachment.add(name, load_adapter(base, name))
-        with live_sampler(base, attachment, SamplerSettings(rows=given.rows, exact=False)) as sampler:
+        settings = SamplerSettings(rows=given.rows, pack_bytes=PACK_BYTES, exact=False)
+        with live_sampler(base, attachment, settings) as sampler:
             made, left = taught_rows(prompts, loaded, base, sampler, name)
     atomic_write(rows, ["".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made).encode()])
     if left:
