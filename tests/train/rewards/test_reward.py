@@ -82,10 +82,10 @@ def test_groups_that_teach_nothing_are_counted() -> None:
     rewards = [NamedReward("a", giving(1, 1, 0, 1, None, 2)), NamedReward("b", giving(0, 0, 5, 5, 7, 7))]
     with Rewards(rewards) as summed:
         judged = summed.judge(answers(*"uvwxyz"))
-    found = reward_findings(judged, [0, 0, 1, 1, 2, 2], [True, False, False, False, False, True])
+    found = reward_findings(judged, [0, 0, 1, 1, 2, 2])
     assert (found["groups"], found["constant_groups"]) == (3, 2)  # the third has one answer that was judged
+    assert found["constant_share"] == 2 / 3
     assert (found["constant_a"], found["constant_b"]) == (0, 1)
-    assert (found["cut_answers"], found["cut_share"]) == (2, pytest.approx(1 / 3))
 
 
 def test_a_column_that_is_not_there_names_the_nearest() -> None:

@@ -4,7 +4,7 @@
         judged = rewards.judge(answers)
         judged.values                the sum of each answer; None where a reward of it failed
         judged.scores["length"]      the same apart, for the log
-        reward_findings(judged, groups, cut)    what makes a group teach nothing, counted
+        reward_findings(judged, groups)     what makes a group teach nothing, counted
 
     value(answer) = Σ weight · score(answer), over the rewards;  None as soon as one of them is None
 
@@ -174,20 +174,18 @@ def _too_many(judged: Judged, answers: Sequence[Answer]) -> TrainingError:
 # -- what makes answers teach nothing ----------------------------------------------------------------------------------
 
 
-def reward_findings(judged: Judged, groups: Sequence[int], cut: Sequence[bool]) -> dict[str, float]:
-    """Counts for the log, of answers that were drawn in groups. `groups`: whose group each answer is of; `cut`: whether
-    it ended at the limit.
+def reward_findings(judged: Judged, groups: Sequence[int]) -> dict[str, float]:
+    """Counts for the log, of answers that were drawn in groups. `groups`: whose group each answer is of.
 
-    constant_groups          groups in which every answer has the same sum: no advantage, nothing to learn
-    constant_NAME            1 where this reward is the same within each group, so that it moves nothing; else 0
-    cut_answers, cut_share   answers that ended at the limit
-    groups                   how many there are"""
-    found = {"groups": float(len(set(groups))), "constant_groups": float(_constant(judged.values, groups))}
+    groups                             how many there are
+    constant_groups, constant_share    those in which every answer has the same sum: no advantage, nothing to learn
+    constant_NAME                      1 where this reward is the same within each group, so that it moves nothing; else 0
+    """
+    count, constant = len(set(groups)), _constant(judged.values, groups)
+    found = {"groups": float(count), "constant_groups": float(constant), "constant_share": constant / max(1, count)}
     for name, scores in judged.scores.items():
-        same = _constant([s.value for s in scores], groups)
-        found[f"constant_{name}"] = float(same == len(set(groups)))
-    found["cut_answers"] = float(sum(cut))
-    return found | {"cut_share": sum(cut) / len(cut) if cut else 0.0}
+        found[f"constant_{name}"] = float(_constant([s.value for s in scores], groups) == count)
+    return found
 
 
 def _constant(values: Sequence[float | None], groups: Sequence[int]) -> int:

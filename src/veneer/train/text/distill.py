@@ -13,7 +13,7 @@ of them is in a checkpoint. Logged, of each step:
 
     teacher_kl                         mean KL of a token
     teacher_failed, teacher_seconds    answers that a server did not read, which are left out; how long it read
-    answer_tokens, drawn_tokens, drawn_seconds, cut_share, prompt_cached, gap_…      as of `reinforce`
+    answer_tokens, drawn_…, cut_…, prompt_cached, gap_…      as of `reinforce`
     teacher_long                       prompts left out, because the teacher's prompt and an answer pass its context
     saved_tokens                       tokens that the teacher's prompts have beyond the student's, mean
 """

@@ -205,8 +205,7 @@ class Reinforcement:
         """Makes them the answers at hand. `now`: they come from the adapter as it is."""
         s, groups, drawn, judged = self.settings, draw.groups, draw.drawn, draw.judged
         self.failed = draw.failed
-        cut = [rollout.cut for rollout in drawn]
-        found = judged.logged() | reward_findings(judged, groups, cut)
+        found = judged.logged() | reward_findings(judged, groups) | drawn_figures(drawn, draw.seconds)
         known = [i for i, value in enumerate(judged.values) if value is not None]
         references = self._references([drawn[i] for i in known]) if s.kl else [()] * len(known)
         values = torch.tensor([judged.values[i] for i in known], dtype=torch.float64)
@@ -219,19 +218,18 @@ class Reinforcement:
         answers = [
             _JudgedRollout(drawn[i], groups[i], float(w), reference)
             for i, w, reference in zip(known, worth.tolist(), references, strict=True)
-            if not (s.mask_cut and cut[i])
+            if not (s.mask_cut and drawn[i].cut)
         ]
-        found["constant_share"] = found["constant_groups"] / max(1.0, found["groups"])
         found["idle"] = float(not worth.any())
         if not answers:
             raise TrainingError(
                 f"none of the {len(drawn)} answers of step {number} can be learned from",
-                where=f"{sum(cut)} are cut at reinforcement.max_tokens, {judged.failed} have no reward",
+                where=f"{found['cut_answers']:.0f} are cut at reinforcement.max_tokens, {judged.failed} have no reward",
                 fix="raise reinforcement.max_tokens, or leave reinforcement.mask_cut out",
             )
         if self.off_policy is not None and not now:
             found |= self._gap_as_drawn(answers, self.off_policy.copy)
-        self.first, self.answers, self.measured = number, answers, found | drawn_figures(drawn, draw.seconds)
+        self.first, self.answers, self.measured = number, answers, found
 
     def _gap_as_drawn(self, answers: Sequence[_JudgedRollout], name: str) -> dict[str, float]:
         """The gap of the first micro-batch of answers, under the adapter that they were drawn from."""
@@ -365,10 +363,9 @@ class Reinforcement:
         drawn, answers = held
         judged = self.rewards.judge(answers)
         values = [value for value in judged.values if value is not None]
-        tokens = sum(len(r.logps) for r in drawn)
-        extra = judged.logged() | {
-            "cut_share": sum(r.cut for r in drawn) / len(drawn), "answer_tokens": tokens / len(drawn)
-        }  # fmt: skip
+        figures = drawn_figures(drawn, 0.0)
+        extra = judged.logged() | {key: figures[key] for key in ("cut_share", "answer_tokens")}
+        tokens = int(figures["drawn_tokens"])
         return Score(-sum(values), tokens, len(drawn), extra, likelihood=False, units=len(values))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------

@@ -135,12 +135,12 @@ MakeSampler = Callable[["TextBase", "Attachment", SamplerSettings], AbstractCont
 
 
 def drawn_figures(drawn: Sequence[Rollout], seconds: float) -> dict[str, float]:
-    """What is logged of a draw: tokens of an answer (mean) and of all, seconds, the share of answers that were cut, and
-    that of the prompts' tokens whose keys and values were there."""
-    tokens, count = sum(len(r.logps) for r in drawn), max(1, len(drawn))
+    """What is logged of a draw: tokens of an answer (mean) and of all, seconds, how many answers were cut and their share,
+    and that of the prompts' tokens whose keys and values were there."""
+    tokens, cut, count = sum(len(r.logps) for r in drawn), sum(r.cut for r in drawn), max(1, len(drawn))
     return {
         "answer_tokens": tokens / count, "drawn_tokens": float(tokens), "drawn_seconds": seconds,
-        "cut_share": sum(r.cut for r in drawn) / count,
+        "cut_answers": float(cut), "cut_share": cut / count,
         "prompt_cached": sum(r.cached for r in drawn) / max(1, sum(len(r.prompt) for r in drawn)),
     }  # fmt: skip
 
