@@ -252,9 +252,21 @@ _OTHER = {"decoded_token": "something else"}
             ]}]}),
             MismatchError, r"another tokenizer: \d+ of \d+ tokens",
         ),
+        (
+            lambda base: lambda body, n: (200, {"choices": [{"prompt_logprobs": [
+                None, *(place(base, id, decoded_token=None) for id in body["prompt"][1:])
+            ]}]}),
+            ConfigError, "does not tell the texts of tokens",
+        ),
+        (
+            lambda base: lambda body, n: (200, {"choices": [{"prompt_logprobs": [
+                None, *(place(base, id + 1) for id in body["prompt"][1:])
+            ]}]}),
+            ConfigError, r"gives the token \d+ no log-prob",
+        ),
         (lambda base: lambda body, n: (503, {}), UnavailableError, "has been away for 0 s: HTTP 503"),
     ],
-    ids=["key", "model", "ids", "no logprobs", "no completion", "tokenizer", "away"],
+    ids=["key", "model", "ids", "no logprobs", "no completion", "tokenizer", "texts", "other tokens", "away"],
 )  # fmt: skip
 def test_what_cannot_teach_is_refused_before_anything_is_drawn(
     folder: Path, base: TextBase, tmp_path: Path, says: Any, error: type[Exception], said: str

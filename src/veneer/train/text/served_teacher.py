@@ -108,8 +108,8 @@ def _compared(server: AwaitedServer, model: str, named: int, base: TextBase) -> 
     for by_id in (True, False):
         try:
             places = _places(server, model, ids, named, by_id=by_id)
-            told = [(id, place[id][1]) for place, id in zip(places, ids, strict=True) if place]
-        except (Unanswered, KeyError) as error:
+            told = {id: _naming(id, place)[id][1] for place, id in zip(places[1:], ids[1:], strict=True)}
+        except Unanswered as error:
             refused.append(f"{'prompt_logprobs' if by_id else 'echo with logprobs'}: {error}")
             continue
         _check_texts(server, model, base, told)
@@ -129,19 +129,21 @@ def _compared(server: AwaitedServer, model: str, named: int, base: TextBase) -> 
     )  # fmt: skip
 
 
-def _check_texts(
-    server: AwaitedServer, model: str, base: TextBase, told: Sequence[tuple[int, str | None]]
-) -> None:  # fmt: skip
-    """Raises MismatchError where a token id has another text to the server."""
-    known = [(id, text) for id, text in told if text is not None and not text.startswith(("token_id:", "bytes:"))]
-    ours = {id: str(base.tokenizer.decode([id])) for id, _ in known}
-    apart = [(id, text) for id, text in known if not _alike(ours[id], text)]
-    if apart or not known:
-        id, text = apart[0] if apart else (told[0][0], "")
-        also = f", as {id}: {quoted(shown(text))} to it, {quoted(shown(ours.get(id, '')))} here" if apart else ""
+def _check_texts(server: AwaitedServer, model: str, base: TextBase, told: Mapping[int, str | None]) -> None:
+    """Raises MismatchError where a token id has another text to the server, ConfigError where it tells no texts."""
+    known = {id: text for id, text in told.items() if text and not text.startswith(("token_id:", "bytes:"))}
+    if not known:
+        raise ConfigError(
+            "the teacher's server does not tell the texts of tokens, by which its tokenizer would be compared",
+            where=server.url, fix="serve it so that it does (vLLM: without --return-tokens-as-token-ids)",
+        )  # fmt: skip
+    ours = {id: str(base.tokenizer.decode([id])) for id in known}
+    apart = [id for id, text in known.items() if not _alike(ours[id], text)]
+    if apart:
+        theirs, here = (quoted(shown(texts[apart[0]])) for texts in (known, ours))
         raise MismatchError(
             f"the teacher has another tokenizer: {len(apart):,} of {len(known):,} tokens that were compared "
-            f"differ{also}",
+            f"differ, as {apart[0]}: {theirs} to it, {here} here",
             where=f"distillation.teacher: {model} at {server.url}, beside {base.name}",
             fix="take a teacher of the student's family; any teacher's answers are rows for training on examples",
         )
@@ -193,13 +195,19 @@ def _by_id(place: Mapping[str, Any]) -> _Place:
     return {int(id): (float(told["logprob"]), told.get("decoded_token")) for id, told in place.items()}
 
 
+def _naming(token: int, place: _Place | None) -> _Place:
+    """The place of a token. Raises Unanswered where the server leaves it out."""
+    if place is None or token not in place:
+        raise Unanswered(f"the teacher gives the token {token} no log-probability")
+    return place
+
+
 def _checked(place: _Place | None, token: int) -> _Place:
     """The place of a drawn token, with its log q. Raises Unanswered where it has none that is a number."""
-    if place is None or token not in place:
-        raise Unanswered("the teacher gives a token of the answer no log-probability")
-    value = place[token][0]
+    named = _naming(token, place)
+    value = named[token][0]
     if value <= _NEVER:
         raise Unanswered("the teacher gives a token of the answer no probability at all")
     if not math.isfinite(value) or value > 1e-3:
         raise Unanswered(f"the teacher gives a token of the answer {value}, which is no log-probability")
-    return {id: (min(0.0, logp), text) for id, (logp, text) in place.items() if _NEVER < logp <= 1e-3}
+    return {id: (min(0.0, logp), text) for id, (logp, text) in named.items() if _NEVER < logp <= 1e-3}
