@@ -28,7 +28,7 @@ from veneer.serve.http.bodies import Body, BodyRoute
 from veneer.serve.http.errors import Json, in_thread
 from veneer.serve.http.service import Service, caller_of, service_of
 from veneer.serve.request import Refused, Sampling, Usage, invalid
-from veneer.train.rewards.graders import Grade, GraderRun, grader_types, parse_grader
+from veneer.train.rewards.graders import Grade, GraderRun, PythonGrader, parse_grader, single_graders
 from veneer.train.rewards.judge import Question, Reply
 from veneer.train.rewards.reward import Answer
 from veneer.train.rewards.template import sample_of
@@ -59,7 +59,7 @@ def grader_of(given: Any, python: bool, param: str = "grader") -> Any:
         grader = parse_grader(given, param)
     except ConfigError as error:
         raise invalid(error.what, error.where, error.fix) from error
-    if "python" in grader_types(grader) and not python:
+    if not python and any(isinstance(each, PythonGrader) for each in single_graders(grader).values()):
         raise Refused(
             "graders of Python are off on this server", status=403, code="grader_not_allowed", param=f"{param}.type",
             fix="its operator may turn them on: veneer serve --train --python-graders",

@@ -187,15 +187,14 @@ def parse_grader(given: Any, where: str = "grader") -> Any:
         raise ConfigError(said, where=".".join([where, *path])) from None
 
 
-def grader_types(grader: Any) -> set[str]:
-    """The types of a grader and of those in it."""
-    return {grader.type, *(each.type for each in getattr(grader, "graders", {}).values())}
+def single_graders(grader: Any) -> dict[str, Any]:
+    """Those of a multi grader by their names, and any other as it is, by none."""
+    return dict(grader.graders) if isinstance(grader, MultiGrader) else {"": grader}
 
 
 def grader_models(grader: Any) -> set[str]:
     """The models that a grader, or one in it, asks."""
-    own = getattr(grader, "graders", {"": grader}).values()
-    return {each.model for each in own if isinstance(each, ScoreModelGrader)}
+    return {each.model for each in single_graders(grader).values() if isinstance(each, ScoreModelGrader)}
 
 
 # -- formulas ----------------------------------------------------------------------------------------------------------
@@ -263,28 +262,18 @@ class Grade:
 
 
 class GraderRun:
-    """A grader made ready. `ask`: who answers for score_model. `bare`: its functions see no variables of the
-    environment. Raises ConfigError where there is nobody to ask, MissingExtraError for what a metric needs."""
+    """A grader made ready; its functions see no variables of the environment. `ask`: who answers for score_model.
+    `timeout`: seconds that a function may take. Raises ConfigError where there is nobody to ask, MissingExtraError for
+    what a metric needs."""
 
-    def __init__(
-        self,
-        grader: Any,
-        *,
-        ask: AskModel | None = None,
-        bare: bool = True,
-        timeout: float = 120.0,
-        memory: float = 2e9,
-    ) -> None:
+    def __init__(self, grader: Any, *, ask: AskModel | None = None, timeout: float = 120.0) -> None:
         self.grader, self._ask = grader, ask
         self._open = ExitStack()
         if grader_models(grader) and ask is None:
             raise ConfigError("nobody here answers for a score_model", where=grader.name, fix="name a server: `url`")
-        own = getattr(grader, "graders", {"": grader})
         self._functions = {
-            name: self._open.enter_context(
-                LimitedFunction("grade", source=each.source, timeout=timeout, memory=memory, bare=bare)
-            )
-            for name, each in own.items() if isinstance(each, PythonGrader)
+            name: self._open.enter_context(LimitedFunction("grade", source=each.source, timeout=timeout, bare=True))
+            for name, each in single_graders(grader).items() if isinstance(each, PythonGrader)
         }  # fmt: skip
 
     def __enter__(self) -> GraderRun:
@@ -298,9 +287,9 @@ class GraderRun:
 
     def grade(self, asked: Sequence[Asked]) -> list[Grade]:
         """A grade for each (sample, item). Raises UnavailableError where the model that is asked is away."""
+        own = {name: self._grades(name, each, asked) for name, each in single_graders(self.grader).items()}
         if not isinstance(self.grader, MultiGrader):
-            return self._grades("", self.grader, asked)
-        own = {name: self._grades(name, each, asked) for name, each in self.grader.graders.items()}
+            return own[""]
         formula = _parse_formula(self.grader.calculate_output, self.grader.graders)
         return [_together(formula, {name: grades[i] for name, grades in own.items()}) for i in range(len(asked))]
 
