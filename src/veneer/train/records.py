@@ -74,7 +74,7 @@ def _expand(name: str) -> list[str]:
 def _elsewhere(name: str, limit: int | None) -> list[Record]:
     if name.startswith("hub:"):
         return _hub(name[4:], limit)
-    from veneer.train.rewards.environments import generated_rows
+    from veneer.train.rewards.tasksets import generated_rows
 
     return [Record(row, f"{name} row {n}") for n, row in enumerate(generated_rows(name, limit), 1)]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nltk.translate.gleu_score import sentence_gleu
 from rouge_score.rouge_scorer import RougeScorer
 
-from veneer.errors import ConfigError, DataError
+from veneer.errors import ConfigError, DataError, UnavailableError
 from veneer.train.config.rewards import GraderReward
 from veneer.train.rewards.build import rewards_of
 from veneer.train.rewards.graders import Grade, GraderRun, parse_grader
@@ -195,6 +195,15 @@ def test_as_a_reward() -> None:
             rewards.judge([Answer([], "x", {"wanted": "x"})])
     with pytest.raises(ConfigError, match=r"reinforcement\.rewards, grader\.operation"):
         rewards_of([GraderReward(kind="grader", grader={"name": "it", **check("is")})])
+
+
+def test_a_score_model_on_a_server_is_waited_for_as_long_as_its_reward_says() -> None:
+    section = GraderReward(kind="grader", grader={"name": "it", **SCORE}, url="http://127.0.0.1:9/v1", patience=0)
+    with rewards_of([section]) as rewards, pytest.raises(UnavailableError, match="away for 0 s") as away:
+        rewards.judge([Answer([], "x", {"want": "x"})])
+    assert "the reward's `patience`" in str(away.value)
+    with pytest.raises(ValueError, match="give its `url`"):
+        GraderReward(kind="grader", grader={"name": "it", **SCORE}, key="KEY")
 
 
 def test_a_grader_is_written_as_it_was() -> None:

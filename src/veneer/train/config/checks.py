@@ -147,8 +147,6 @@ def _reinforcement(config: TrainConfig) -> Iterator[str]:
         yield "`reinforcement.loss` and `preference.loss` are two ways to learn: keep one"
     if not r.rewards:
         yield "`reinforcement.rewards` is empty: name at least one, as - {kind: exact_match}"
-    if len({reward.called for reward in r.rewards}) < len(r.rewards):
-        yield "`reinforcement.rewards`: two have one name; give `name` to tell them apart"
     settled = r.settled()
     if r.group == 1 and settled.baseline in ("group", "others"):
         yield (

@@ -122,7 +122,24 @@ class RougeReward(_Compared):
     measure: Literal["rouge1", "rouge2", "rouge3", "rouge4", "rouge5", "rougeL"] = setting("rougeL", "which measure")
 
 
-class JudgeReward(RewardSection):
+class AskedModelReward(RewardSection):
+    """What rewards have that ask a model, of this process or of a server."""
+
+    url: str | None = setting(None, "server, as https://api.openai.com/v1", "this process", pattern=r"^https?://\S+$")
+    key: str | None = setting(
+        None, "variable of the environment with the server's key", "no key is sent", pattern=r"^[A-Za-z_]\w*$"
+    )
+    timeout: float = setting(60.0, "seconds that the server may take for one answer", gt=0)
+    patience: float = setting(
+        600.0, "seconds that the server may be away before the run stops", "a restart is no end of a run", ge=0
+    )
+    at_once: int = setting(8, "questions to a server at once", gt=0, le=256)
+
+    def problem(self) -> str:
+        return "`key` belongs to a server: give its `url`" if self.key is not None and self.url is None else ""
+
+
+class JudgeReward(AskedModelReward):
     """A number that a model gives, scaled to 0 to 1: the base, another adapter, or a model of any OpenAI-compatible
     server."""
 
@@ -131,22 +148,11 @@ class JudgeReward(RewardSection):
         ..., "what the judge is asked: {{ sample.output_text }} is the answer, {{ item.COLUMN }} a column", min_length=1
     )
     model: str = setting("base", "base, an adapter by name or folder, or with `url` a model of that server")
-    url: str | None = setting(None, "server, as https://api.openai.com/v1", "this process", pattern=r"^https?://\S+$")
-    key: str | None = setting(
-        None, "variable of the environment with the server's key", "no key is sent", pattern=r"^[A-Za-z_]\w*$"
-    )
     range: tuple[float, float] = setting((0.0, 10.0), "lowest and highest number that it may give")
     tokens: int = setting(512, "most tokens of its answer; the last number in it counts", gt=0)
-    timeout: float = setting(60.0, "seconds that one answer may take", gt=0)
-    patience: float = setting(
-        600.0, "seconds that a judge may be away before the run stops", "a server's restart is no end of a run", ge=0
-    )
-    at_once: int = setting(8, "questions to a server at once", gt=0, le=256)
 
     def problem(self) -> str:
-        if self.key is not None and self.url is None:
-            return "`key` belongs to a server: give its `url`"
-        return "" if self.range[0] < self.range[1] else "`range` has its lowest number first"
+        return super().problem() or ("" if self.range[0] < self.range[1] else "`range` has its lowest number first")
 
 
 class PythonReward(RewardSection):
@@ -162,20 +168,18 @@ class PythonReward(RewardSection):
     at_once: int = setting(1, "processes, each within the limits", gt=0, le=64)
 
 
-class GraderReward(RewardSection):
-    """A grader as OpenAI's fine-tuning API has it."""
+class GraderReward(AskedModelReward):
+    """A grader as OpenAI's fine-tuning API has it; a score_model in it asks the server."""
 
     kind: Literal["grader"]
     grader: dict[str, Any] = setting(..., "string_check, text_similarity, score_model, python or multi")
-    url: str | None = setting(None, "score_model: server", "this process", pattern=r"^https?://\S+$")
-    key: str | None = setting(None, "score_model: variable of the environment with the server's key")
 
 
 class VerifiersReward(RewardSection):
-    """The rubric of an environment of the verifiers package, of which the rows are too (`data.train: verifiers:ID`)."""
+    """The rewards of a taskset of the verifiers package, of which the rows are too (`data.train: verifiers:TASKSET`)."""
 
     kind: Literal["verifiers"]
-    environment: str = setting(..., "the environment's id, as it is installed", min_length=1)
+    taskset: str = setting(..., "the taskset's id, as it is installed", min_length=1)
     arguments: dict[str, Any] = setting({}, "what it is loaded with")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from veneer.errors import ConfigError, DataError
 from veneer.train.config.rewards import (
+    AskedModelReward,
     GraderReward,
     JudgeReward,
     PythonReward,
@@ -22,7 +23,7 @@ from veneer.train.config.rewards import (
     VerifiersReward,
 )
 from veneer.train.rewards import rules
-from veneer.train.rewards.environments import reasoning_gym_reward, verifiers_reward
+from veneer.train.rewards.tasksets import reasoning_gym_reward, verifiers_reward
 from veneer.train.rewards.graders import Grade, GraderRun, grader_models, parse_grader
 from veneer.train.rewards.judge import AskModel, ServerJudge, judge_reward
 from veneer.train.rewards.limited import LimitedFunction
@@ -65,7 +66,7 @@ def _grader(section: GraderReward) -> Any:
 def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> Reward:
     """`opened`: gets what has to be closed."""
     if isinstance(section, JudgeReward):
-        return judge_reward(section, _asked(section, ask, opened, section.timeout, section.patience, section.at_once))
+        return judge_reward(section, _asked(section, ask, opened))
     if isinstance(section, PythonReward):
         function = LimitedFunction(
             section.function, file=section.file, timeout=section.timeout, memory=section.memory_gb * 1e9,
@@ -83,10 +84,12 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
     return _RULES[section.kind](section)
 
 
-def _asked(section: JudgeReward | GraderReward, ask: AskModel | None, opened: ExitStack, *limits: float) -> AskModel:
+def _asked(section: AskedModelReward, ask: AskModel | None, opened: ExitStack) -> AskModel:
+    """Who answers the reward's questions."""
     if section.url is not None:
-        timeout, patience, at_once = limits or (60.0, 600.0, 8)
-        server = ServerJudge(section.url, key=section.key, timeout=timeout, patience=patience, at_once=int(at_once))
+        server = ServerJudge(
+            section.url, key=section.key, timeout=section.timeout, patience=section.patience, at_once=section.at_once
+        )
         return opened.enter_context(server)
     if ask is None:
         raise ConfigError(

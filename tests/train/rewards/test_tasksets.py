@@ -102,7 +102,7 @@ def test_verifiers_rewards_are_the_task_s(taskset: str) -> None:
     assert [row["prompt"] for row in rows] == [
         [{"role": "system", "content": "Add."}, {"role": "user", "content": f"{i} + 1?"}] for i in range(3)
     ]
-    section = VerifiersReward(kind="verifiers", environment=taskset)
+    section = VerifiersReward(kind="verifiers", taskset=taskset)
     right, wrong = judged(section, rows[1], "2", "three")
     assert (right.value, right.parts) == (3, {"right": 1, "short": 1, "letters": 1})
     assert (wrong.value, wrong.parts) == (1, {"right": 0, "short": 1, "letters": 5})
@@ -118,6 +118,6 @@ def test_verifiers_rewards_are_the_task_s(taskset: str) -> None:
 
 def test_what_verifiers_cannot_score_here_is_refused(taskset: str) -> None:
     with pytest.raises(ConfigError, match="need a container"):
-        rewards_of([VerifiersReward(kind="verifiers", environment="veneer_boxes")])
+        rewards_of([VerifiersReward(kind="verifiers", taskset="veneer_boxes")])
     with pytest.raises(ConfigError, match="is not installed"):
-        rewards_of([VerifiersReward(kind="verifiers", environment="no-such-environment")])
+        rewards_of([VerifiersReward(kind="verifiers", taskset="no_such_taskset")])

@@ -1,10 +1,10 @@
-"""Prompts and rewards of others: tasks of reasoning-gym, and tasksets of the verifiers package (both extras).
+"""Rows and rewards of other packages: tasks of reasoning-gym, and tasksets of verifiers (both extras).
 
     data.train: reasoning-gym:chain_sum@2000?seed=7&max_terms=3       rows that the task makes, by its own configuration
     rewards: [{kind: reasoning_gym}]                                  its own score of an answer, from 0 to 1
 
     data.train: verifiers:wordle@200                                  the tasks of an installed taskset
-    rewards: [{kind: verifiers, environment: wordle}]                 Σ weight · reward of the task; metrics are parts
+    rewards: [{kind: verifiers, taskset: wordle}]                     Σ weight · reward of the task; metrics are parts
 
 Thin: both packages score by themselves. A row is {prompt, completion, …}: the question, the wanted answer where there
 is one, and what scoring needs. Of verifiers, what needs a sandbox, or servers of tools, is refused and not left out:
@@ -126,7 +126,7 @@ def _verifiers(where: str) -> Any:
         import verifiers.v1 as package
     except ImportError as error:
         raise MissingExtraError(
-            "environments of verifiers need it", where=where, fix="pip install 'veneer[verifiers]'"
+            "tasksets of verifiers need it", where=where, fix="pip install 'veneer[verifiers]'"
         ) from error
     return package
 
@@ -161,14 +161,14 @@ def verifiers_reward(section: VerifiersReward) -> Reward:
     """The rewards of the row's task over the conversation. Raises ConfigError for a taskset whose tasks need what is
     not here: containers, tools on servers, a runtime to score in."""
     package = _verifiers(section.called)
-    taskset = _taskset(section.environment, dict(section.arguments), section.called)
+    taskset = _taskset(section.taskset, dict(section.arguments), section.called)
     kind = type(taskset).task_type()
     needs = [word for word, needed in {
         "a container": kind.NEEDS_CONTAINER,
         "tools on servers": kind.toolsets(taskset.config.task) or type(taskset).toolsets(taskset.config),
     }.items() if needed]  # fmt: skip
     if needs:
-        raise ConfigError(f"the tasks of {section.environment} need {' and '.join(needs)}", where=section.called)
+        raise ConfigError(f"the tasks of {section.taskset} need {' and '.join(needs)}", where=section.called)
 
     def trace_of(task: Any, answer: Answer) -> Any:
         said = answer.turns or [{"role": "assistant", "content": answer.text}]
@@ -188,7 +188,7 @@ def verifiers_reward(section: VerifiersReward) -> Reward:
         task = kind(data, taskset.config.task)
         if asks := [fn.__name__ for fn in task.hooks("reward") if _needs_runtime(fn)]:
             raise ConfigError(
-                f"the reward {asks[0]} of {section.environment} is given in a sandbox", where=section.called
+                f"the reward {asks[0]} of {section.taskset} is given in a sandbox", where=section.called
             )
         trace = trace_of(task, answer)
         try:
