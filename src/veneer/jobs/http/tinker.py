@@ -471,37 +471,44 @@ async def _result(own: TinkerRoutes, request: HttpRequest, number: str) -> Futur
             if not found.task.cancelled():
                 raise
             raise Refused("the sample was cancelled", status=410, code="gone") from None
-    id, _, seq = number.rpartition(":")
-    run = await _asked(lambda: service.run(caller.tenant, id))
-    if seq in ("0", "unload"):
-        return FutureResult("json", json.dumps(_of_creation(run, seq)).encode())
-    if not seq.isdigit():
-        raise Refused(f"there is no request {quoted(number)}", status=404, code="not_found", param="request_id")
+    id, _, last = number.rpartition(":")
+    owner = await _asked(lambda: service.run(caller.tenant, id))
+    if last in ("0", "unload"):
+        return FutureResult("json", json.dumps(_of_creation(owner, last)).encode())
+    missing = Refused(f"there is no request {quoted(number)}", status=404, code="not_found", param="request_id")
+    if not last.isdigit():
+        raise missing
+    seq = int(last)
     if number not in own.billed:  # done before, or taken by the process before
-        future = await _asked(lambda: service.answer(run, int(seq)))
+        future = await _asked(lambda: service.answer(owner, seq))
+        if future is None and seq > owner.applied:
+            raise missing
         if future is None:
-            if int(seq) <= run.applied:
-                what = f"the result of {quoted(number)} is kept no more"
-                raise Refused(what, status=410, code="gone", fix="it was done; its effect is in the state")
-            raise Refused(f"there is no request {quoted(number)}", status=404, code="not_found", param="request_id")
-        if int(seq) not in run.unbilled:
+            what = f"the result of {quoted(number)} is kept no more"
+            raise Refused(what, status=410, code="gone", fix="it was done; its effect is in the state")
+        if seq not in owner.unbilled:
             return await _waited(service_of(request), asyncio.wrap_future(future))
-        body = await asyncio.to_thread(run.journal.requests.get, int(seq))
-        tokens = 0
-        if body is not None and body.kind == "forward":
-            tokens = sum(len(row.tokens) for row in (await asyncio.to_thread(read_forward, body.body)).rows)
-        async with AsyncExitStack() as undo:
-            admission = await undo.enter_async_context(AsyncExitStack())
-            bill: Bill | None = None
-            if tokens:
-                bill = await admission.enter_async_context(
-                    _training(service_of(request), caller, run, int(seq), tokens)
-                )
-            if number not in own.billed:
-                run.unbilled.discard(int(seq))
-                undo.pop_all()
-                _bill(own, service, run, int(seq), admission, bill, tokens)
+        await _bill_late(own, request, service, owner, seq)
     return await _waited(service_of(request), own.billed[number])
+
+
+async def _bill_late(
+    own: TinkerRoutes, request: HttpRequest, service: TinkerService, owner: TrainingRun, seq: int
+) -> None:  # fmt: skip
+    """Of a request that the process before took and did not do. Raises Refused where a limit is in its way."""
+    asked, tokens = owner.journal.requests.get(seq), 0
+    if asked is not None and asked.kind == "forward":
+        tokens = sum(len(row.tokens) for row in (await asyncio.to_thread(read_forward, asked.body)).rows)
+    async with AsyncExitStack() as undo:
+        admission = await undo.enter_async_context(AsyncExitStack())
+        bill: Bill | None = None
+        if tokens:
+            training = _training(service_of(request), caller_of(request), owner, seq, tokens)
+            bill = await admission.enter_async_context(training)
+        if f"{owner.id}:{seq}" not in own.billed:
+            owner.unbilled.discard(seq)
+            undo.pop_all()
+            _bill(own, service, owner, seq, admission, bill, tokens)
 
 
 async def _waited(http: Service, answer: asyncio.Future[FutureResult]) -> FutureResult | None:

@@ -2,7 +2,7 @@
 
     journal = Journal.open(folder / "journal")        what a kill cut off at its end is as if it had not come
     journal.asked(3, "forward_backward", body)        before the request is taken
-    journal.told(3, FutureResult("proto", data))            before its answer can be had
+    journal.told(3, FutureResult("proto", data))      before its answer can be had
     journal.trim(40)                                  a state holds all up to 40: its requests are not needed any more
 
 A client's state is a function of the last state that was written and the requests after it, in the order of their
@@ -61,15 +61,14 @@ class Journal:
         """Makes it where there is none. Raises OSError."""
         made, whole = cls(path), 0
         if path.exists():
-            data = memoryview(path.read_bytes())
-            for head, body, end in _records(data):
+            for head, body, end in _records(path.read_bytes()):
                 whole = end
                 if head["k"] == "last":
                     made.last = head["seq"]
                 elif head["k"] == "asked":
-                    made._came(AskedRequest(head["seq"], head["op"], bytes(body)))
+                    made._came(AskedRequest(head["seq"], head["op"], body))
                 else:
-                    made.answers[head["seq"]] = FutureResult(head["op"], bytes(body))
+                    made.answers[head["seq"]] = FutureResult(head["op"], body)
         made._file = path.open("ab")
         made._file.truncate(whole)
         return made
@@ -124,16 +123,16 @@ def _record(what: str, seq: int, kind: str, body: bytes) -> bytes:
     return json.dumps({"k": what, "seq": seq, "op": kind, "n": len(body)}).encode() + b"\n" + body
 
 
-def _records(data: memoryview) -> Iterator[tuple[dict[str, Any], memoryview, int]]:
-    """Each whole record, and where it ends."""
-    whole, at = data.tobytes(), 0
-    while (line := whole.find(b"\n", at)) >= 0:
+def _records(data: bytes) -> Iterator[tuple[dict[str, Any], bytes, int]]:
+    """Each whole record: its head, its body, and where it ends."""
+    at = 0
+    while (line := data.find(b"\n", at)) >= 0:
         try:
-            head = json.loads(whole[at:line])
+            head = json.loads(data[at:line])
             end = line + 1 + int(head["n"])
         except (ValueError, KeyError, TypeError):
             return
-        if end > len(whole):
+        if end > len(data):
             return
         yield head, data[line + 1 : end], end
         at = end

@@ -44,10 +44,20 @@ from typing import Any
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, ResourceError, VeneerError
 from veneer.files.atomic import atomic_write
-from veneer.jobs.tinker.checkpoints import Checkpoints, parse_path
+from veneer.jobs.tinker.checkpoints import Checkpoints, SavedWeights, parse_path
 from veneer.jobs.tinker.journal import AskedRequest, FutureResult, Journal
-from veneer.jobs.tinker.trainer import Adam, Lora, PassWork, Trainee, Trainer, checked_rows, newest_state, target_names
-from veneer.jobs.tinker.wire import forward_bytes, read_forward
+from veneer.jobs.tinker.trainer import (
+    Adam,
+    Lora,
+    PassWork,
+    Trainee,
+    Trainer,
+    TrainRow,
+    checked_rows,
+    newest_state,
+    target_names,
+)
+from veneer.jobs.tinker.wire import ForwardAsked, forward_bytes, read_forward
 from veneer.library.library import Library
 from veneer.models.text.base import TextBase
 from veneer.ops.choice import listed
@@ -126,8 +136,8 @@ class SamplerSource:
 class TrainingRun:
     """A training client, as the server has it. `applied`: the last request whose effect its state has. `unbilled`:
     requests that came to a process before this one, and were not done there. `came`: when the client last sent one,
-    taken or not; `used`: when it last asked for anything. `over`: its state is gone, and nothing
-    but what it saved is left."""
+    taken or not; `used`: when it last asked for anything. `over`: its state is gone, and nothing but what it saved is
+    left."""
 
     id: str
     session: str
@@ -310,9 +320,8 @@ class TinkerService:
 
     def _checkpoints(self, session: Session, folder: Path) -> Checkpoints:
         """Of the run in that folder."""
-        name = f"{session.tenant}/" if session.tenant else ""
-        number = _number(folder)
-        name += f"tinker-{session.id}-{number}"
+        number, namespace = _number(folder), f"{session.tenant}/" if session.tenant else ""
+        name = f"{namespace}tinker-{session.id}-{number}"
         return Checkpoints(f"{session.id}:train:{number}", folder / "checkpoints", name, self.library)
 
     def runs_of(self, tenant: str) -> list[TrainingRun]:
@@ -394,7 +403,7 @@ class TinkerService:
         found = SamplerSource(**json.loads(path.read_text(encoding="utf-8")))
         if found.follows:
             newest = self.run(tenant, found.follows).folder / "inflight.json"
-            return SamplerSource(**{**json.loads(newest.read_text(encoding="utf-8")), "id": id})
+            return replace(SamplerSource(**json.loads(newest.read_text(encoding="utf-8"))), id=id)
         return found
 
     def samplers_of(self, session: Session) -> list[str]:
@@ -406,7 +415,7 @@ class TinkerService:
         atomic_write(session.folder / "samplers" / f"{number}.json", [json.dumps(asdict(made)).encode()])
         return made
 
-    def saved(self, tenant: str, path: str) -> Any:
+    def saved(self, tenant: str, path: str) -> SavedWeights:
         """The checkpoint of a tinker:// path. Raises NotHere, ConfigError."""
         run, id = parse_path(path)
         found = self.run(tenant, run).checkpoints.find(id)
@@ -483,12 +492,13 @@ class TinkerService:
 
     def _begin(self, run: TrainingRun, request: AskedRequest) -> None:
         asked = read_forward(request.body)
+        rows = self._rows(asked)
+        run.work = PassWork(self._learner(run), rows, asked.loss, asked.options, not asked.forward_only)
+
+    def _rows(self, asked: ForwardAsked) -> list[TrainRow]:
         trainer = self._ready_trainer()
-        rows = checked_rows(
-            asked.rows, asked.loss, asked.options, vocabulary=trainer.vocabulary, context=trainer.base.context
-        )  # fmt: skip
-        learner = self._learner(run)
-        run.work = PassWork(learner, rows, asked.loss, asked.options, not asked.forward_only)
+        context = trainer.base.context
+        return checked_rows(asked.rows, asked.loss, asked.options, vocabulary=trainer.vocabulary, context=context)
 
     def _pass(self, runs: list[TrainingRun]) -> None:
         trainer = self._ready_trainer()
@@ -622,18 +632,17 @@ class TinkerService:
         folder = run.folder / "snapshots" / str(seq)
         digest = write_adapter(self._adapter(run), folder, self.base)
         session = self.session(run.tenant, run.session)
-        inflight = body.get("kind") == "inflight"
-        sampler = SamplerSource(
-            f"{session.id}:sample:{int(number)}", run.tenant, None, "", digest, str(folder), run.name
-        )
-        if inflight:
+        id = f"{session.id}:sample:{int(number)}"
+        sampler = SamplerSource(id, run.tenant, digest=digest, folder=str(folder), name=run.name)
+        if body.get("kind") == "inflight":
             atomic_write(run.folder / "inflight.json", [json.dumps(asdict(sampler)).encode()])
-        self._put_sampler(session, SamplerSource(sampler.id, run.tenant, follows=run.id) if inflight else sampler)
+            sampler = SamplerSource(id, run.tenant, follows=run.id)
+        self._put_sampler(session, sampler)
         for old in sorted(run.folder.glob("snapshots/*"), key=lambda path: int(path.name))[:-_SNAPSHOTS]:
             shutil.rmtree(old)
         return {"sampling_session_id": sampler.id, "type": "save_weights_for_sampler"}
 
-    def _put(self, run: TrainingRun, kind: str, name: str, seq: int, body: Mapping[str, Any]) -> Any:
+    def _put(self, run: TrainingRun, kind: str, name: str, seq: int, body: Mapping[str, Any]) -> SavedWeights:
         run.checkpoints.sweep()
         return run.checkpoints.put(
             kind, name, seq, self._adapter(run), self.base, ttl=body.get("ttl_seconds"),
@@ -649,7 +658,7 @@ class TinkerService:
     def _load(self, run: TrainingRun, seq: int, body: Mapping[str, Any]) -> dict[str, Any]:
         path = str(body.get("path"))
         source, saved = self.run_of(run.tenant, path), self.saved(run.tenant, path)
-        if _kind(source.lora) != _kind(run.lora):
+        if replace(source.lora, seed=None) != replace(run.lora, seed=None):
             raise ConfigError(
                 f"{saved.path} has another rank or other targets than this client", where="path",
                 fix="create_training_client_from_state makes one that fits",
@@ -781,14 +790,10 @@ class TinkerService:
                 trainer.optimise(learner, _adam_of(json.loads(request.body)))
             elif request.kind == "forward":
                 asked = read_forward(request.body)
-                if asked.forward_only:
-                    continue
-                rows = checked_rows(
-                    asked.rows, asked.loss, asked.options, vocabulary=trainer.vocabulary, context=trainer.base.context
-                )  # fmt: skip
-                work = PassWork(learner, rows, asked.loss, asked.options, True)
-                while not work.done:
-                    trainer.step([work])
+                if not asked.forward_only:
+                    work = PassWork(learner, self._rows(asked), asked.loss, asked.options, True)
+                    while not work.done:
+                        trainer.step([work])
 
     def _make_room(self, run: TrainingRun) -> None:
         """Others are put away, the one unused longest first. Raises ConfigError where that is not enough."""
@@ -842,7 +847,7 @@ class TinkerService:
             self._forget(run)
             return
         self._write_state(run)
-        self._drop(run)
+        self._forget(run)
 
     def _write_if_due(self, run: TrainingRun) -> None:
         if run.learner is not None and (run.seconds > _AGAIN or run.journal.bytes > _JOURNAL):
@@ -856,14 +861,10 @@ class TinkerService:
         run.seconds = 0.0
 
     def _forget(self, run: TrainingRun) -> None:
-        """What is in memory may be wrong: it is read again when it is wanted."""
+        """Out of memory as it is, be it wrong there: it is read again when it is wanted."""
         if run.learner is not None:
-            self._drop(run)
-
-    def _drop(self, run: TrainingRun) -> None:
-        assert run.learner is not None
-        self._ready_trainer().drop(run.learner)
-        run.learner = None
+            self._ready_trainer().drop(run.learner)
+            run.learner = None
 
 
 def _over(session: str) -> SessionOver:
@@ -901,18 +902,13 @@ def _adam_of(body: Mapping[str, Any]) -> Adam:
     given = body.get("adam_params")
     if not isinstance(given, dict):
         raise ConfigError("a step here is AdamW's alone", where="optimizer_params", fix="AdamParams(…)")
-    known = {"grad_clip_norm": "clip"}
     names = {"learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm"}
     if wrong := sorted(set(given) - names):
         raise ConfigError(f"adam_params has no {wrong[0][:50]!r}", where="adam_params", fix=", ".join(sorted(names)))
     for name, value in given.items():
         if type(value) not in (int, float):  # the SDK sends null for NaN
             raise ConfigError(f"{name} is not a finite number", where="adam_params")
-    return Adam(**{known.get(str(name), str(name)): float(value) for name, value in given.items()})
-
-
-def _kind(lora: Lora) -> tuple[Any, ...]:
-    return lora.rank, lora.attention, lora.mlp, lora.unembed
+    return Adam(**{"clip" if name == "grad_clip_norm" else str(name): float(value) for name, value in given.items()})
 
 
 def _number_of_state(run: TrainingRun) -> int:
