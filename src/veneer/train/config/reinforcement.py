@@ -19,7 +19,7 @@ class ReinforcementSection(Section):
     loss: Literal["grpo", "dr-grpo", "dapo", "rloo", "gspo", "reinforce", "ppo"] | None = setting(
         None, "what the keys that are left open are: as its paper has them (veneer.train.text.policy_losses)"
     )
-    rewards: RewardList = setting((), "what an answer is worth: a weighted sum of these (how-to/reinforcement.md)")
+    rewards: RewardList = setting((), "what an answer is worth: a weighted sum of these (reference/rewards.md)")
     most_failed: float = setting(
         0.1, "share of a step's answers that may be left without a reward before the run stops", ge=0, le=1
     )
