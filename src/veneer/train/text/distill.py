@@ -103,7 +103,7 @@ def teacher_of(
         other = load_text(section.base, dtype=base.dtype, device=base.device, say=say)
         _check_tokenizers(base, other)
         yield Teacher(other)
-    elif section.teacher in (None, "base"):
+    elif section.teacher == "base":
         yield Teacher(base, attachment)
     else:
         name = f"{section.teacher}, as the teacher"
@@ -174,7 +174,7 @@ class Distillation:
         self.settings = self.config.distillation
         self.drawing = Drawing(self.settings.max_tokens, self.settings.temperature)
 
-    def said_first(self, prompts: Sequence[Any], rows: Sequence[Row]) -> Iterator[str]:
+    def said_first(self, prompts: Sequence[PromptItem], rows: Sequence[Row]) -> Iterator[str]:
         """What is to be known of the teacher's prompts before anything is drawn. Raises TrainingError where it can read
         none of them."""
         asked = [self._asked(item, rows) for item in prompts]
@@ -200,9 +200,10 @@ class Distillation:
         """Step `number` of what was drawn for it. `rows`: those that its prompts are of."""
         prompts = {item.row: item for micro in step.micros for item in micro.items}
         chosen = [prompts[row] for row in sorted(prompts)]
-        answers = self._drawn(chosen, rows, self.drawing, number, self.settings.group, interrupted)
-        if answers is None:
+        found = self._drawn(chosen, rows, self.drawing, number, self.settings.group, interrupted)
+        if found is None:
             return None
+        answers, self.measured, self.failed = found
         if not answers:
             raise TrainingError(
                 f"the teacher can read none of the prompts of step {number}",
@@ -220,8 +221,8 @@ class Distillation:
     def _drawn(
         self, prompts: Sequence[PromptItem], rows: Sequence[Row], how: Drawing, number: int, group: int,
         interrupted: Callable[[], bool],
-    ) -> list[_TaughtRollout] | None:  # fmt: skip
-        """Answers to those prompts that the teacher can read, and what was found of them."""
+    ) -> tuple[list[_TaughtRollout], dict[str, float], list[str]] | None:  # fmt: skip
+        """Answers to those prompts that the teacher can read, what was found of them, and why others are left out."""
         asked = {item.row: self._asked(item, rows) for item in prompts}
         read = [item for item in prompts if self._reads(asked[item.row])]
         wanted = [
@@ -232,36 +233,42 @@ class Distillation:
         drawn = self.sampler.draw(wanted, interrupted) if wanted else []
         if drawn is None:
             return None
-        self.measured = drawn_figures(drawn, time.perf_counter() - began)
-        self.measured["teacher_long"] = float(len(prompts) - len(read))
+        figures = drawn_figures(drawn, time.perf_counter() - began)
+        figures["teacher_long"] = float(len(prompts) - len(read))
         if self.settings.system:
             saved = sum(len(asked[item.row]) - len(item.ids) for item in read)
-            self.measured["saved_tokens"] = saved / max(1, len(read))
+            figures["saved_tokens"] = saved / max(1, len(read))
         owners = [item.row for item in read for _ in range(group)]
         answers = [_TaughtRollout(r, asked[row], row) for r, row in zip(drawn, owners, strict=True)]
-        return self._read(answers, rows, interrupted) if isinstance(self.teacher, ServedTeacher) else answers
+        if not isinstance(self.teacher, ServedTeacher):
+            return answers, figures, []
+        began = time.perf_counter()
+        given = self._read(self.teacher, answers, rows, interrupted)
+        if given is None:
+            return None
+        answers, failed = given
+        figures |= {"teacher_seconds": time.perf_counter() - began, "teacher_failed": float(len(failed))}
+        return answers, figures, failed
 
     def _read(
-        self, answers: Sequence[_TaughtRollout], rows: Sequence[Row], interrupted: Callable[[], bool]
-    ) -> list[_TaughtRollout] | None:  # fmt: skip
-        """Answers with what a teacher on a server gives them; without those that it did not read."""
-        assert isinstance(self.teacher, ServedTeacher)
-        began = time.perf_counter()
+        self, teacher: ServedTeacher, answers: Sequence[_TaughtRollout], rows: Sequence[Row],
+        interrupted: Callable[[], bool],
+    ) -> tuple[list[_TaughtRollout], list[str]] | None:  # fmt: skip
+        """Answers with what a teacher on a server gives them, and why it did not read the others. Raises TrainingError
+        where these are too many."""
         asked = [((*a.asked, *a.rollout.tokens), len(a.rollout.tokens)) for a in answers]
-        found = self.teacher.read(asked, interrupted)
+        found = teacher.read(asked, interrupted)
         if found is None:
             return None
         failed = [f"{rows[a.row].where}: {why}" for a, why in zip(answers, found, strict=True) if isinstance(why, str)]
-        self.failed = failed
-        self.measured["teacher_seconds"] = time.perf_counter() - began
-        self.measured["teacher_failed"] = float(len(failed))
         if len(failed) > max(1, self.settings.most_failed * len(answers)) or len(failed) == len(answers) > 0:
             of = f"{len(failed):,} of {counted(len(answers), 'answer')}"
             raise TrainingError(
-                f"the teacher could not read {of}:\n{bullets(failed, 5)}", where=self.teacher.name,
+                f"the teacher could not read {of}:\n{bullets(failed, 5)}", where=teacher.name,
                 fix="mend the server, or allow more of it with distillation.most_failed",
             )  # fmt: skip
-        return [replace(a, read=read) for a, read in zip(answers, found, strict=True) if not isinstance(read, str)]
+        read = [(a, given) for a, given in zip(answers, found, strict=True) if not isinstance(given, str)]
+        return [replace(a, read=given) for a, given in read], failed
 
     def _asked(self, item: PromptItem, rows: Sequence[Row]) -> tuple[int, ...]:
         if not self.settings.system:
@@ -345,13 +352,13 @@ class Distillation:
     ) -> Score | None:  # fmt: skip
         """The mean KL of a token of greedy answers; where it is measured by drawn tokens, of answers drawn with the
         same seeds each time. None as soon as `interrupted()`."""
-        kept, failed, drawing = self.measured, self.failed, self.drawing
+        drawing = self.drawing
         if not (isinstance(self.teacher, ServedTeacher) and self.settings.divergence == "reverse"):
             drawing = replace(drawing, temperature=0.0)
-        answers = self._drawn(prompts, rows, drawing, 0, 1, interrupted)
-        found, self.measured, self.failed = self.measured, kept, failed
-        if answers is None:
+        found = self._drawn(prompts, rows, drawing, 0, 1, interrupted)
+        if found is None:
             return None
+        answers, figures, _ = found
         if not answers:
             raise TrainingError(
                 "the teacher can read none of the held-out prompts with their answers",
@@ -366,7 +373,7 @@ class Distillation:
             with torch.no_grad(), without_dropout(self.base.model):
                 total += float(self._compared(batch)[0].double().sum())
         told = ("cut_share", "answer_tokens", "teacher_long", "teacher_failed")
-        extra = {str(key): found[key] for key in told if key in found}
+        extra = {key: figures[key] for key in told if key in figures}
         return Score(total / tokens * len(answers), tokens, len(answers), extra, likelihood=False, units=len(answers))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
