@@ -176,7 +176,7 @@ class GraderReward(AskedModelReward):
 
 
 class VerifiersReward(RewardSection):
-    """The rewards of a taskset of the verifiers package, of which the rows are too (`data.train: verifiers:TASKSET`)."""
+    """The rewards of a taskset of verifiers, of which the rows are too (`data.train: verifiers:TASKSET@ROWS`)."""
 
     kind: Literal["verifiers"]
     taskset: str = setting(..., "the taskset's id, as it is installed", min_length=1)

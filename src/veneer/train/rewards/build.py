@@ -23,11 +23,11 @@ from veneer.train.config.rewards import (
     VerifiersReward,
 )
 from veneer.train.rewards import rules
-from veneer.train.rewards.tasksets import reasoning_gym_reward, verifiers_reward
 from veneer.train.rewards.graders import Grade, GraderRun, grader_models, parse_grader
 from veneer.train.rewards.judge import AskModel, ServerJudge, judge_reward
 from veneer.train.rewards.limited import LimitedFunction
 from veneer.train.rewards.reward import Answer, NamedReward, Reward, Rewards, RewardScore
+from veneer.train.rewards.tasksets import reasoning_gym_reward, verifiers_reward
 from veneer.train.rewards.template import sample_of
 
 BASE_MODEL = "base"

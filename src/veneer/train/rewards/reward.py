@@ -177,10 +177,9 @@ def _too_many(judged: Judged, answers: Sequence[Answer]) -> TrainingError:
 def reward_findings(judged: Judged, groups: Sequence[int]) -> dict[str, float]:
     """Counts for the log, of answers that were drawn in groups. `groups`: whose group each answer is of.
 
-    groups                             how many there are
-    constant_groups, constant_share    those in which every answer has the same sum: no advantage, nothing to learn
-    constant_NAME                      1 where this reward is the same within each group, so that it moves nothing; else 0
-    """
+    groups                            how many there are
+    constant_groups, constant_share   those in which every answer has the same sum: no advantage, nothing to learn
+    constant_NAME                     1 where this reward is the same within each group and moves nothing; else 0"""
     count, constant = len(set(groups)), _constant(judged.values, groups)
     found = {"groups": float(count), "constant_groups": float(constant), "constant_share": constant / max(1, count)}
     for name, scores in judged.scores.items():

@@ -187,9 +187,7 @@ def verifiers_reward(section: VerifiersReward) -> Reward:
         data = kind.data_type().model_validate(column(answer, "task"))
         task = kind(data, taskset.config.task)
         if asks := [fn.__name__ for fn in task.hooks("reward") if _needs_runtime(fn)]:
-            raise ConfigError(
-                f"the reward {asks[0]} of {section.taskset} is given in a sandbox", where=section.called
-            )
+            raise ConfigError(f"the reward {asks[0]} of {section.taskset} is given in a sandbox", where=section.called)
         trace = trace_of(task, answer)
         try:
             await task.score(trace)

@@ -135,8 +135,8 @@ MakeSampler = Callable[["TextBase", "Attachment", SamplerSettings], AbstractCont
 
 
 def drawn_figures(drawn: Sequence[Rollout], seconds: float) -> dict[str, float]:
-    """What is logged of a draw: tokens of an answer (mean) and of all, seconds, how many answers were cut and their share,
-    and that of the prompts' tokens whose keys and values were there."""
+    """What is logged of a draw: tokens of an answer (mean) and of all, seconds, how many answers were cut, and their
+    share; and that of the prompts' tokens whose keys and values were there."""
     tokens, cut, count = sum(len(r.logps) for r in drawn), sum(r.cut for r in drawn), max(1, len(drawn))
     return {
         "answer_tokens": tokens / count, "drawn_tokens": float(tokens), "drawn_seconds": seconds,

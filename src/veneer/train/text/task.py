@@ -321,11 +321,11 @@ def attached_texts(parts: Sequence[TextPart]) -> Iterator[list[AttachedText]]:
 _REPLY = 30.0
 """Seconds that an environment may take over what the model said."""
 
-_Drawer = tuple[Sampler, Rewards, Conversing | None] | tuple[Sampler, AnyTeacher] | None
+_Drawer = tuple[Sampler, Rewards, Conversing | None] | tuple[Sampler, AnyTeacher]
 
 
 @contextmanager
-def _drawing(part: TextPart, attachment: Attachment) -> Iterator[_Drawer]:
+def _drawing(part: TextPart, attachment: Attachment) -> Iterator[_Drawer | None]:
     """Who draws a run's answers and who judges them; None for a run that draws none."""
     r, task = part.task.config.drawn, part.task
     if r is None:
@@ -369,7 +369,7 @@ def _conversing(part: TextPart, sampler: Sampler, opened: ExitStack) -> Conversi
     return Conversing(sampler, renderer, environment, r.turns)
 
 
-def _attached(drawer: _Drawer, undo: ExitStack, config: TrainConfig, *given: Any) -> AttachedText:
+def _attached(drawer: _Drawer | None, undo: ExitStack, config: TrainConfig, *given: Any) -> AttachedText:
     if drawer is not None:
         ahead = undo.enter_context(Ahead(lambda draw: draw)) if config.reinforcement.one_step_off_policy else None
         return AttachedDrawing(config, *given, drawer=drawer, ahead=ahead)
@@ -611,10 +611,7 @@ class AttachedDrawing(AttachedText):
     reference is the base alone, or, beside the trained adapter, the one that it began as. `ahead`: the thread that
     draws while what was drawn before is trained on, where one does."""
 
-    def __init__(
-        self, *given: Any, drawer: tuple[Sampler, Rewards, Conversing | None] | tuple[Sampler, AnyTeacher],
-        ahead: Ahead | None,
-    ) -> None:  # fmt: skip
+    def __init__(self, *given: Any, drawer: _Drawer, ahead: Ahead | None) -> None:
         super().__init__(*given)
         self.off_policy = None if ahead is None else OffPolicyDraws(self.attachment, self.name, ahead)
         self.drawing = self._taught(*drawer) if len(drawer) == 2 else self._rewarded(*drawer)
