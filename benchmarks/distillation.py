@@ -8,8 +8,9 @@
     fresh      the same settings from a fresh adapter of rank 4
     examples   rank 4 on the examples, as many steps of the same rows as the teacher
 
-Each is scored on held-out tickets: exact match, how many it answers as the teacher does, and loss. What the folder has
-already is not made again.
+Each is scored on held-out tickets: exact match, how many it answers as the teacher does, and loss; of what the teacher
+taught, the divergence from it on the run's held-out prompts too, before the first step and as it is kept. What the
+folder has already is not made again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import veneer
 from veneer.adapters.mix import resize
+from veneer.train.report.log import read_log
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SUPERVISED, TAUGHT = EXAMPLES / "tickets" / "config.yaml", EXAMPLES / "distillation" / "smaller.yaml"
@@ -30,19 +32,18 @@ SUPERVISED, TAUGHT = EXAMPLES / "tickets" / "config.yaml", EXAMPLES / "distillat
 
 def made(side: str, folder: Path, base: Any, seed: int) -> None:
     """Puts the adapter of a side into the folder."""
-    out, common = folder / side, [f"seed={seed}"]
-    teaches = [f"distillation.teacher={folder / 'teacher'}", "adapter.start=null"]
+    out, teacher = folder / side, f"distillation.teacher={folder / 'teacher'}"
     if side == "cut":
         resize(str(folder / "teacher"), out, rank=4)
         return
     config, own = {
         "teacher": (SUPERVISED, ["adapter.rank=64"]),
         "examples": (SUPERVISED, ["adapter.rank=4"]),
-        "fresh": (TAUGHT, [*teaches, "adapter.rank=4"]),
-        "taught": (TAUGHT, [teaches[0], f"adapter.start={folder / 'cut'}"]),
+        "fresh": (TAUGHT, [teacher, "adapter.start=null", "adapter.rank=4"]),
+        "taught": (TAUGHT, [teacher, f"adapter.start={folder / 'cut'}"]),
     }[side]
     resume = (out / "checkpoints").is_dir()
-    veneer.train_text(config, *own, *common, f"output={out}", base=base, resume=resume)
+    veneer.train_text(config, *own, f"seed={seed}", f"output={out}", base=base, resume=resume)
 
 
 def main() -> None:
@@ -68,13 +69,18 @@ def main() -> None:
             ).values()
             found: dict[str, Any] = {"exact_match": scores.exact_match, "loss": scores.loss, "seconds": seconds}
             found |= {"bytes": (out / "adapter_model.safetensors").stat().st_size, "answers": scores.answers}
+            if side in ("taught", "fresh"):
+                log = read_log(out / "log.jsonl")
+                found["divergences"] = [r["loss"] for r in log if r["event"] == "evaluated"]
             kept.write_text(json.dumps(found))
         found = json.loads(kept.read_text())
         taught_by = json.loads((folder / "teacher.json").read_text())["answers"]
         alike = sum(a == b for a, b in zip(found["answers"], taught_by, strict=True)) / len(taught_by)
+        apart = found.get("divergences")
+        told = f", KL from the teacher {apart[0]:.4f}, kept {min(apart):.4f}" if apart else ""
         print(
             f"{side:<10} {found['bytes'] / 1e6:5.1f} MB   exact match {found['exact_match']:.1%}, as the teacher "
-            f"{alike:.1%}, loss {found['loss']:.4f}   {found['seconds']:,.0f} s",
+            f"{alike:.1%}, loss {found['loss']:.4f}{told}   {found['seconds']:,.0f} s",
             flush=True,
         )
 
