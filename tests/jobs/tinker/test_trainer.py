@@ -16,7 +16,7 @@ from tests.jobs.tinker.small import ROWS, small_base
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import ConfigError, TrainingError
-from veneer.jobs.tinker.losses import needed, row_loss
+from veneer.jobs.tinker.losses import needed_inputs, row_loss
 from veneer.jobs.tinker.trainer import ALPHA, Adam, Lora, PassWork, Trainer, checked_rows, target_names
 from veneer.jobs.tinker.wire import WireRow
 from veneer.models.text.fast import fast
@@ -194,7 +194,7 @@ def test_a_loss_and_its_gradient(name: str) -> None:
     options: dict[str, float | str] = {"clip_low_threshold": 0.7, "clip_high_threshold": 1.1}
     options = {"ppo": options, "cispo": options, "gspo": options, "dro": {"beta": 0.1}}.get(name, {})
     everything = {"weights": w, "logprobs": q, "advantages": a, "sequence_ratio_mask": mask}
-    row = {key: torch.tensor(everything[key]) for key in needed(name, options)}
+    row = {key: torch.tensor(everything[key]) for key in needed_inputs(name, options)}
     logps = torch.tensor(p, requires_grad=True)
     loss = row_loss(name, logps, row, options)
     assert float(loss.detach()) == pytest.approx(_reference(name, p, q, a, w, mask))

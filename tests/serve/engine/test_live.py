@@ -149,15 +149,15 @@ def test_a_prefix_of_older_values_would_be_seen_in_the_gap(monkeypatch: pytest.M
 
 def test_the_log_probability_of_what_was_drawn_from_is_told_beside_the_models_own() -> None:
     with drawing() as (base, _, sampler):
-        for how in (Drawing(12, temperature=0.6), Drawing(12, top_k=7), Drawing(12)):
+        for how in (Drawing(12, temperature=0.6), Drawing(12, top_p=0.6), Drawing(12)):
             drawn = draw(sampler, asked(how=how))
             for r in drawn:
                 with torch.no_grad():
                     scores = base.model(input_ids=torch.tensor([[*r.prompt, *r.tokens]])).logits[0].double()
                 scores = scores[len(r.prompt) - 1 : -1] / how.temperature
-                if how.top_k:
-                    least = scores.topk(how.top_k).values[:, -1:]
-                    scores = scores.masked_fill(scores < least - 1e-6, -torch.inf)
+                sorted_, order = scores.softmax(-1).sort(descending=True)
+                beyond = (sorted_.cumsum(-1) - sorted_ >= how.top_p) & (how.top_p < 1)
+                scores = scores.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
                 wanted = scores.log_softmax(-1).gather(-1, torch.tensor(r.tokens)[:, None])[:, 0]
                 torch.testing.assert_close(torch.tensor(r.drawn, dtype=torch.float64), wanted, atol=1e-4, rtol=1e-4)
             assert (how == HOW) == all(r.drawn == r.logps for r in drawn)

@@ -90,7 +90,7 @@ def row_loss(name: str, logps: Tensor, row: Inputs, options: Options) -> Tensor:
     return _LOSSES[name][0](logps, row, options).sum()
 
 
-def needed(name: str, options: Options) -> tuple[str, ...]:
+def needed_inputs(name: str, options: Options) -> tuple[str, ...]:
     """The tensors that a loss needs of each row beside its targets. Raises ConfigError for one that is not known, and
     for options that it does not have."""
     if name in _ELSEWHERE:
@@ -108,7 +108,7 @@ def needed(name: str, options: Options) -> tuple[str, ...]:
     return _LOSSES[name][1]
 
 
-def optional(name: str) -> tuple[str, ...]:
+def optional_inputs(name: str) -> tuple[str, ...]:
     """Options that a row may have as tensors too."""
     return tuple(key for key in _LOSSES[name][2] if key in _CLIPS)
 

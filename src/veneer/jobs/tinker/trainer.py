@@ -35,7 +35,7 @@ from veneer.core.init import create
 from veneer.core.selection import span_problem
 from veneer.core.targets import base_modules, base_of, resolve_targets
 from veneer.errors import CheckpointError, ConfigError, TrainingError
-from veneer.jobs.tinker.losses import needed, optional, row_loss
+from veneer.jobs.tinker.losses import needed_inputs, optional_inputs, row_loss
 from veneer.jobs.tinker.wire import WireRow
 from veneer.models.text.base import TextBase
 from veneer.models.text.fast import fast
@@ -156,7 +156,7 @@ def checked_rows(
     rows: Sequence[WireRow], loss: str, options: Mapping[str, float | str], *, vocabulary: int, context: int
 ) -> list[TrainRow]:
     """What a client sent, checked. Raises ConfigError that names the row."""
-    names = needed(loss, options)
+    names = needed_inputs(loss, options)
     if not rows:
         raise ConfigError("there are no rows", where="data")
     return [_row(row, f"data[{i}]", loss, names, vocabulary, context) for i, row in enumerate(rows)]
@@ -173,7 +173,7 @@ def _row(row: WireRow, where: str, loss: str, names: Sequence[str], vocabulary: 
         raise wrong(f"its input has {count} tokens", f"from 1 to {context}, the base's context")
     if "target_tokens" not in row.inputs:
         raise wrong("it has no target_tokens")
-    known = {"target_tokens", *names, *optional(loss)}
+    known = {"target_tokens", *names, *optional_inputs(loss)}
     if more := [name for name in row.inputs if name not in known]:
         raise wrong(f"{loss} has no input {more[0][:50]!r}", f"it has {', '.join(sorted(known))}")
     targets = torch.tensor(row.inputs["target_tokens"])

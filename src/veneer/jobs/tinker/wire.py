@@ -22,7 +22,7 @@ from veneer.serve.request import invalid
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _NUMPY = {1: "<f4", 2: "<i8", 3: "<i4"}
-_FLOAT, _INTEGER = 1, 2
+_FLOAT = 1
 _ABSENT = -99999.0
 """The log-probability of a token that is not there, in a table of the most likely ones."""
 

@@ -44,6 +44,8 @@ from veneer.train.text.rollouts import AnswerWanted, Rollout, Sampler, SamplerSe
 
 _LOOK = 0.1
 """Seconds between two looks at whether to stop."""
+_CACHE = 1 << 30
+"""Bytes of keys and values, at most; fewer where whole contexts of all rows take fewer."""
 _SCORED = 64
 """Tokens whose logits exist at once in a replay."""
 
@@ -58,7 +60,7 @@ def live_sampler(
     context = min(base.context, settings.context or base.context)
     layers, _, kv, d = cache_shape(base)
     blocks = settings.rows * (context // BLOCK + 1) + 2
-    room = min(settings.cache_bytes or 1 << 30, blocks * Pages.bytes_of_a_block(layers, kv, d, base.dtype))
+    room = min(_CACHE, blocks * Pages.bytes_of_a_block(layers, kv, d, base.dtype))
     engine_settings = EngineSettings(
         rows=settings.rows, queue=1 << 30, cache_bytes=room, batch_invariant=settings.exact, context=context
     )
@@ -136,9 +138,8 @@ class _LiveSampler(Sampler):
     async def _one(self, wanted: AnswerWanted, mix: DigestMix, begun: asyncio.Event | None) -> Rollout:
         how = wanted.how
         sampling = Sampling(
-            max_tokens=how.max_tokens, temperature=how.temperature, top_p=how.top_p, top_k=how.top_k, min_p=how.min_p,
-            seed=wanted.seed, stop=how.stop, stop_ids=how.stop_ids, logprobs=0, drawn_logprob=True,
-            grammar=how.grammar,  # type: ignore[arg-type]
+            max_tokens=how.max_tokens, temperature=how.temperature, top_p=how.top_p, seed=wanted.seed, logprobs=0,
+            drawn_logprob=True, grammar=how.grammar,  # type: ignore[arg-type]
         )  # fmt: skip
         tokens: list[Token] = []
         cached, end = 0, None

@@ -30,17 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How an answer is drawn. `temperature` 0 is the best token always. `stop`: texts that end the answer and are no
-    part of it; `stop_ids`: tokens that end it beside the base's own. `grammar`: what it must match, by its kind,
+    """How an answer is drawn. `temperature` 0 is the best token always. `grammar`: what it must match, by its kind,
     `json_schema`, `json_object` or `regex`, and as text. Ranges as `veneer.serve.request.Sampling` has them."""
 
     max_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] = ()
     grammar: tuple[str, str] | None = None
 
 
@@ -92,15 +87,14 @@ class Rollout:
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """`rows`: answers drawn at once. `context`: tokens of a prompt and its answer, 0 for the base's own. `cache_bytes`:
-    for keys and values, 0 for what `rows` of whole contexts take, at most a GiB. `pack_bytes`: what a second copy of
-    the base's projections may take, in the order in which few rows are multiplied by them fastest; 0 for none.
+    """`rows`: answers drawn at once. `context`: tokens of a prompt and its answer, 0 for the base's own. `pack_bytes`:
+    what a second copy of the base's projections may take, in the order in which few rows are multiplied by them
+    fastest; 0 for none.
 
     `exact`: an answer's bits depend on nothing beside it, and a `replay` gives them again."""
 
     rows: int = 32
     context: int = 0
-    cache_bytes: int = 0
     pack_bytes: int = 0
     exact: bool = True
 
