@@ -64,6 +64,7 @@ from veneer.train.text.judging import sampled_judge
 from veneer.train.text.offpolicy import OffPolicyDraws
 from veneer.train.text.preference import Preference
 from veneer.train.text.preflight import text_preflight
+from veneer.train.text.prompts import PromptItem
 from veneer.train.text.reinforce import Reinforcement
 from veneer.train.text.rollouts import MakeSampler, Sampler, SamplerSettings
 from veneer.train.text.rows import data_digest
@@ -640,7 +641,8 @@ class AttachedDrawing(AttachedText):
     def begin(self, progress: Progress, tell: Listener) -> None:
         self._tell = tell
         if isinstance(self.drawing, Distillation):
-            for line in self.drawing.said_first(self.data.train.items, self.data.train.rows):
+            prompts = [item for item in self.data.train.items if isinstance(item, PromptItem)]
+            for line in self.drawing.said_first(prompts, self.data.train.rows):
                 tell(Note(line))
 
     def draw_step(self, step: Step, number: int, interrupted: Callable[[], bool]) -> Step | None:
