@@ -60,7 +60,9 @@ class LimitedFunction:
     ) -> None:  # fmt: skip
         assert (file is None) != (source is None)
         if file is not None and not Path(file).is_file():
-            raise ConfigError("the reward's file does not exist", where=file, fix="give a Python file")
+            raise ConfigError(
+                f"the file of the function {function} does not exist", where=file, fix="give a Python file"
+            )
         self._first = {"function": function, "memory": int(memory), "timeout": timeout}
         self._first |= {"file": os.path.abspath(file)} if file is not None else {"source": source}
         self._bare = bare
@@ -184,14 +186,14 @@ class _Process:
             [sys.executable, "-s", "-P", str(_CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, env=environment, start_new_session=True, bufsize=0,
         )  # fmt: skip
-        where = str(self._first.get("file") or "the grader's source")
+        where, what = str(self._first.get("file") or "the grader's source"), f"the function {self._first['function']}"
         try:
             answer = self._told(self._first, _LOADING, f"took longer than {_LOADING:g} s to be loaded")
         except _Ended as ended:
-            raise ConfigError(f"the reward's function cannot be loaded: {ended}", where=where) from None
+            raise ConfigError(f"{what} cannot be loaded: {ended}", where=where) from None
         if error := answer.get("error") if isinstance(answer, dict) else "no answer":
             self.end()
-            raise ConfigError(f"the reward's function cannot be loaded: {error}", where=where)
+            raise ConfigError(f"{what} cannot be loaded: {error}", where=where)
 
     def _told(self, message: Any, seconds: float, late: str) -> Any:
         """What the process says to a message."""

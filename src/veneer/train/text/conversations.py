@@ -160,7 +160,7 @@ def _messages(given: Any) -> list[Turn] | NoAnswer:
         fine = isinstance(message, Mapping) and isinstance(message.get("content"), str)
         if not fine or message.get("role") not in ("user", "tool", "system"):
             return NoAnswer(
-                f"the environment gave {shown(given)[:100]}, and neither a text nor messages of user or tool"
+                f"the environment gave {shown(given)[:100]}, and neither a text nor messages of user, tool or system"
             )
     return listed
 
