@@ -110,6 +110,7 @@ def draw(
     from veneer.serve.forward.runner import PACK_BYTES
     from veneer.train.config.load import load_config
     from veneer.train.config.reinforcement import PROMPT_FORMATS
+    from veneer.train.config.section import BASE_MODEL
     from veneer.train.config.text import TrainConfig
     from veneer.train.text.distill import taught_rows
     from veneer.train.text.rollouts import SamplerSettings
@@ -136,7 +137,7 @@ def draw(
         given.base or loaded.base.name, dtype=loaded.base.dtype, device=loaded.base.device,
         quantise=None if given.base else loaded.base.quantise, say=say,
     )  # fmt: skip
-    name = "" if given.teacher == "base" else str(given.teacher)
+    name = "" if given.teacher == BASE_MODEL else str(given.teacher)
     with attach(base.model) as attachment:
         if name:
             attachment.add(name, load_adapter(base, name))

@@ -55,7 +55,7 @@ from veneer.serve.http.sse import EventStream, data
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy.store import Store
 from veneer.train.config.load import config_from
-from veneer.train.rewards.build import BASE_MODEL
+from veneer.train.config.section import BASE_MODEL
 from veneer.train.rewards.graders import MultiGrader, ScoreModelGrader
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from veneer.core.adapter import check_strength
 from veneer.errors import ConfigError, bullets, counted
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.reinforcement import PROMPT_FORMATS
-from veneer.train.config.section import Section
+from veneer.train.config.section import BASE_MODEL, Section
 from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig, layer_indices, preference_formats
 
 
@@ -185,9 +185,9 @@ def _distillation(config: TrainConfig) -> Iterator[str]:
             )
         if d.divergence == "reverse" and d.top_logprobs != type(d).model_fields["top_logprobs"].default:
             yield "`distillation.top_logprobs` is of `divergence: forward`; reverse asks about the drawn tokens alone"
-    if d.base is not None and d.url is None and d.teacher != "base":
+    if d.base is not None and d.url is None and d.teacher != BASE_MODEL:
         yield "`distillation.base` is a teacher as it is: `distillation.teacher: base`; merge an adapter into it first"
-    alone = d.teacher == "base" and d.url is None and d.base is None
+    alone = d.teacher == BASE_MODEL and d.url is None and d.base is None
     if alone and not d.system and config.adapter.start is None:
         yield (
             "`distillation.teacher: base` is what a fresh adapter is already: give `distillation.system`, "

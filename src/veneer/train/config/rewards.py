@@ -19,7 +19,7 @@ import regex  # type: ignore[import-untyped]
 from pydantic import BeforeValidator, SerializeAsAny
 
 from veneer.errors import nearest, quoted
-from veneer.train.config.section import Section, setting
+from veneer.train.config.section import BASE_MODEL, Section, setting
 
 
 class RewardSection(Section):
@@ -147,7 +147,7 @@ class JudgeReward(AskedModelReward):
     prompt: str = setting(
         ..., "what the judge is asked: {{ sample.output_text }} is the answer, {{ item.COLUMN }} a column", min_length=1
     )
-    model: str = setting("base", "base, an adapter by name or folder, or with `url` a model of that server")
+    model: str = setting(BASE_MODEL, "base, an adapter by name or folder, or with `url` a model of that server")
     range: tuple[float, float] = setting((0.0, 10.0), "lowest and highest number that it may give")
     tokens: int = setting(512, "most tokens of its answer; the last number in it counts", gt=0)
 

@@ -12,6 +12,8 @@ def setting(default: Any, doc: str, why: str = "", **limits: Any) -> Any:
     return Field(default, description=doc, json_schema_extra={"why": why}, **limits)
 
 
+BASE_MODEL = "base"
+"""The name of a teacher or a judge that means the base with nothing on it."""
 SOURCES = ("hub:", "reasoning-gym:", "verifiers:")
 """What the name of rows begins with that are no file."""
 

@@ -30,9 +30,6 @@ from veneer.train.rewards.reward import Answer, NamedReward, Reward, Rewards, Re
 from veneer.train.rewards.tasksets import reasoning_gym_reward, verifiers_reward
 from veneer.train.rewards.template import sample_of
 
-BASE_MODEL = "base"
-"""The judge's name that means the base alone."""
-
 _RULES: dict[str, Callable[[Any], Reward]] = {
     "exact_match": rules.exact_match, "json_schema": rules.json_schema, "json_fields": rules.json_fields,
     "regex": rules.regular_expression, "length": rules.length, "bleu": rules.sentence_bleu, "rouge": rules.rouge_f1,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from veneer.errors import counted
 from veneer.train.config.distillation import DistillationSection
 from veneer.train.config.reinforcement import ReinforcementSection
+from veneer.train.config.section import BASE_MODEL
 from veneer.train.config.text import TrainConfig
 from veneer.train.preflight import Finding, Level, RunSubject, share
 from veneer.train.text.data import TextData
@@ -282,7 +283,7 @@ def _long_prompts(s: TextSubject) -> Iterator[Finding]:
 
 def _is_taught(d: DistillationSection) -> Iterator[Finding]:
     kl = "KL(student ‖ teacher)" if d.divergence == "reverse" else "KL(teacher ‖ student)"
-    what = d.base or ("the base with the adapter off" if d.teacher == "base" else d.teacher)
+    what = d.base or ("the base with the adapter off" if d.teacher == BASE_MODEL else d.teacher)
     over = "over the whole vocabulary"
     if d.url is not None:
         what = f"{d.teacher} at {d.url}"

@@ -36,6 +36,7 @@ from veneer.models.swap import without_dropout
 from veneer.models.text.base import load_text
 from veneer.models.text.loss import compared_logits, head_logits, hidden_at, of_logits, token_logps
 from veneer.ops.transfer import sent
+from veneer.train.config.section import BASE_MODEL
 from veneer.train.loop import Means, Score, Step
 from veneer.train.text.batches import Batch, collate
 from veneer.train.text.findings import answers_left_out
@@ -103,7 +104,7 @@ def teacher_of(
         other = load_text(section.base, dtype=base.dtype, device=base.device, say=say)
         _check_tokenizers(base, other)
         yield Teacher(other)
-    elif section.teacher == "base":
+    elif section.teacher == BASE_MODEL:
         yield Teacher(base, attachment)
     else:
         name = f"{section.teacher}, as the teacher"

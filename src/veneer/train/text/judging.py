@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from veneer.adapters.use import load_adapter
 from veneer.errors import AdapterError, bullets
 from veneer.models.text.generate import rendered
-from veneer.train.rewards.build import BASE_MODEL
+from veneer.train.config.section import BASE_MODEL
 from veneer.train.rewards.judge import AskModel, Question, Reply
 from veneer.train.text.rollouts import AnswerWanted, Drawing, Sampler
 
