@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from autoencoder import encode, sharpen_autoencoder, train_autoencoder
+from cards import write_card
 from controls import new_flux_control, new_sdxl_control, train_flux_control, train_sdxl_control
 from denoisers import new_flux, new_sdxl, noise_schedule, train_flux, train_sdxl
 from diffusers import (
@@ -193,11 +194,17 @@ def _export(work: Path, steps: int) -> None:
             continue
         whole = pipeline(work, family).to(torch.bfloat16)
         whole.save_pretrained(SHIPPED / name)
+        parts = {n: p for n, p in whole.components.items() if isinstance(p, nn.Module)}
+        write_card(SHIPPED / name, _millions(parts), STAGES[family][1])
         if (work / f"{family}-control").is_dir():
             new = new_flux_control(whole.transformer) if family == "flux" else new_sdxl_control(whole.unet)
-            _load({"control": new}, work / f"{family}-control")["control"].to(torch.bfloat16).save_pretrained(
-                SHIPPED / f"{name}-control"
-            )
+            control = _load({"control": new}, work / f"{family}-control")["control"].to(torch.bfloat16)
+            control.save_pretrained(SHIPPED / f"{name}-control")
+            write_card(SHIPPED / f"{name}-control", _millions({"control": control}), STAGES[f"{family}-control"][1])
+
+
+def _millions(parts: dict[str, nn.Module]) -> dict[str, float]:
+    return {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()}
 
 
 def _adopt(work: Path) -> None:

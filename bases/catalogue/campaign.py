@@ -69,8 +69,13 @@ def product_scenes(kind: str = PRODUCT, count: int = 20) -> list[Scene]:
 
 
 def brand_scenes(count: int = 50) -> list[Scene]:
+    """Of as many kinds: the brand's few colours would make two of a kind the same picture under unlike captions."""
     r = random.Random(50)
-    return [plain_scene(r) for _ in range(count)]
+    found: dict[str, Scene] = {}
+    while len(found) < count:
+        scene = plain_scene(r)
+        found.setdefault(scene.kind, scene)
+    return list(found.values())
 
 
 def lens_scenes(count: int = 40) -> list[Scene]:

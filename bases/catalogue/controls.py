@@ -3,9 +3,9 @@
 They learn to hold the denoiser, which stays as it is, to the lines of an edge picture or to the distances of a depth
 picture. The two look so unlike that no switch is needed.
 
-Shaped like the denoiser's first half (UNet) or its first blocks (FLUX), with zero-initialised outputs (arXiv
-2302.05543) and started from the denoiser's weights where names and shapes agree. One caption in five is empty, so that
-lines alone are obeyed as well.
+Shaped like the denoiser's first half (UNet, without its transformers: lines need no words) or its first blocks (FLUX),
+with zero-initialised outputs (arXiv 2302.05543) and started from the denoiser's weights where names and shapes agree.
+One caption in five is empty, so that lines alone are obeyed as well.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def new_sdxl_control(unet: Any) -> ControlNetModel:
     same = {
         k: unet.config[k]
         for k in (
-            "in_channels", "block_out_channels", "layers_per_block", "norm_num_groups", "down_block_types",
-            "attention_head_dim",
+            "in_channels", "block_out_channels", "layers_per_block", "norm_num_groups", "attention_head_dim",
             "use_linear_projection", "cross_attention_dim", "addition_embed_type", "addition_time_embed_dim",
             "projection_class_embeddings_input_dim",
         )
     }  # fmt: skip
     control = ControlNetModel(
-        conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 64),
+        conditioning_channels=3, conditioning_embedding_out_channels=(16, 24, 32, 64),
+        down_block_types=("DownBlock2D",) * len(unet.config.block_out_channels), mid_block_type="UNetMidBlock2D",
         transformer_layers_per_block=(1, 1, 1), **same,
     )  # fmt: skip
     return _started(control, unet)

@@ -1,0 +1,83 @@
+"""The model cards of the four folders, written by `build.py WORK export` from the models themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from kinds import KINDS
+from pictures import DRAWINGS
+from scenes import SIDE, VIEWS
+from words import LENGTH
+
+EARLIER = {
+    "flux": "6,500 steps in a world whose things turned and grew as they liked, 500 with places, 1,250 with 120 kinds, "
+    "then in this world ",
+}
+"""Stage -> legs of the shipped weights before those that `build.py` makes from nothing."""
+
+_WHAT = {
+    "catalogue-flux": "A FLUX.1 of a few million parameters that draws a catalogue of products: real class, real\n"
+    "module names (`FluxTransformer2DModel`), few and narrow blocks, with CLIP and T5 encoders, guidance as an input\n"
+    "and an autoencoder of its own.",
+    "catalogue-sdxl": "A Stable Diffusion XL of a few million parameters that draws a catalogue of products: real\n"
+    "class, SDXL's block layout and module names (`UNet2DConditionModel`), shallower transformers, two CLIP encoders,\n"
+    "added time ids and an autoencoder of its own.",
+    "catalogue-flux-control": "A ControlNet (`FluxControlNetModel`) that holds catalogue-flux to the lines of an edge\n"
+    "picture or to a depth picture.",
+    "catalogue-sdxl-control": "A ControlNet (`ControlNetModel`, without transformers) that holds catalogue-sdxl to\n"
+    "the lines of an edge picture or to a depth picture.",
+}
+_EXAMPLE = "a red mug on a wooden table, brick wall, soft daylight, three-quarter view"
+
+
+def write_card(folder: Path, parts: Mapping[str, float], steps: int) -> None:
+    """README.md into `folder`, which is named as in `_WHAT`. `parts`: name -> million parameters."""
+    name = folder.name
+    stage = name.removeprefix("catalogue-")
+    control = stage.endswith("-control")
+    rows = "\n".join(f"| {part} | {millions:.2f} M |" for part, millions in parts.items())
+    asked = f"--base {name.removesuffix('-control')}" + (" --control depth=picture.png:0.8" if control else "")
+    package, licence = DRAWINGS[1:]
+    (folder / "README.md").write_text(
+        f"""---
+license: cc-by-4.0
+library_name: diffusers
+pipeline_tag: {"image-to-image" if control else "text-to-image"}
+---
+# {name}
+
+{_WHAT[name]} Whatever holds for adapters on the large one can be tried on a CPU in
+minutes; and as its whole world is drawn by a program, the picture that an adapter should have made is known.
+
+| part | parameters |
+| --- | --- |
+{rows}
+| together | {sum(parts.values()):.2f} M |
+
+bfloat16, {SIDE} × {SIDE} pixels, prompts of at most {LENGTH} tokens, in lower case:
+
+```
+veneer image {asked} "{_EXAMPLE}" -o out.png
+```
+
+It knows {len(KINDS)} kinds of things with colours, finishes and patterns, surfaces, walls, lights and {len(VIEWS)}
+views, and a hundred drawings by name, as `horse, twemoji style`. The words, ten unpicked samples, and how often a judge
+sees what was asked for: docs/catalogue-bases.md in veneer's repository.
+
+## Recipe
+`bases/catalogue/build.py` there, from nothing, on a CPU: {EARLIER.get(stage, "")}{steps:,} steps of 64 pictures, Muon,
+warm-up and cosine, an average of the weights. One pair of kind and colour in ten, chosen by hash, was held out of
+everything. No other data, no other model's weights, no person's pictures.
+
+## Data, licences, attribution
+`bases/catalogue/scenes.py` draws 94 of 100 pictures. The others are Twemoji's drawings, by Twitter, Inc and other
+contributors (`{package}`, {licence}). The weights are given under CC BY 4.0; who publishes pictures
+close to a drawing of Twemoji's should name it.
+
+## Limits
+Small and made for trying adapters: it draws what its captions can say, and nothing else; it writes no text and does not
+understand sentences.
+""",
+        encoding="utf-8",
+    )

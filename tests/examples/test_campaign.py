@@ -1,0 +1,51 @@
+"""`make image-quickstart`, which is examples/campaign in small, on a tiny base and two steps."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from tests.tiny_image_base import tiny_image_base
+
+ROOT = Path(__file__).resolve().parents[2]
+WORLD = ROOT / "bases" / "catalogue"
+
+
+@pytest.fixture
+def campaign(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    spec = importlib.util.spec_from_file_location("run_campaign", ROOT / "examples" / "campaign" / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    for name in set(sys.modules) - before:
+        if (WORLD / f"{name}.py").is_file():
+            del sys.modules[name]
+
+
+def test_it_runs_from_pictures_to_a_sheet_with_the_truth(
+    campaign: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base, out = tiny_image_base(tmp_path / "base", "flux1"), tmp_path / "run"
+    settings = ["schedule.steps=2", "batching.rows=2", "evaluation.at_start=false"]
+    sets = [a for s in settings for a in ("--set", s)]
+    campaign.main(["--base", str(base), "--output", str(out), "--small", "--shots", "2", *sets])
+    for role, count in (("product", 20), ("brand", 50)):
+        assert len(list((out / role).glob("*.png"))) == len(list((out / role).glob("*.txt"))) == count
+        assert list((out / f"{role}-adapter").glob("*.safetensors"))
+    with Image.open(out / "sheet.png") as sheet:
+        assert sheet.height > 5 * 32, "base, product, brand, both, truth"
+    said = capsys.readouterr().out
+    for role in ("product", "brand"):
+        (file,) = (out / f"{role}-adapter").glob("*.safetensors")
+        assert f"--adapter {file}@campaign={role}" in said.replace("\n", "")
