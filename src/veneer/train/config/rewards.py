@@ -136,7 +136,12 @@ class AskedModelReward(RewardSection):
     at_once: int = setting(8, "questions to a server at once", gt=0, le=256)
 
     def problem(self) -> str:
-        return "`key` belongs to a server: give its `url`" if self.key is not None and self.url is None else ""
+        fields = AskedModelReward.model_fields
+        of_server = ("key", "timeout", "patience", "at_once")
+        given = [f"`{key}`" for key in of_server if getattr(self, key) != fields[key].default]
+        if self.url is not None or not given:
+            return ""
+        return f"{', '.join(given)} belong{'s' * (len(given) == 1)} to a server: give its `url`"
 
 
 class JudgeReward(AskedModelReward):
