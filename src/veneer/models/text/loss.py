@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -128,13 +127,11 @@ def target_logps(
     with acting():
         if targets.shape[1] == 1 and _plain_head(model, hidden) is not None:
             return -_head_nll(model, hidden, targets[:, 0])[:, None]
-    out = []
-    for part, y in zip(hidden.split(_HEAD_CHUNK), targets.split(_HEAD_CHUNK), strict=True):
-        if torch.is_grad_enabled():
-            out.append(torch.utils.checkpoint.checkpoint(_chunk_logps, model, part, y, acting, use_reentrant=False))
-        else:
-            out.append(_chunk_logps(model, part, y, acting))
-    return torch.cat(out)
+
+    def part(logits: Tensor, chosen: slice) -> Tensor:
+        return logits.log_softmax(dim=-1).gather(1, targets[chosen])
+
+    return of_logits(model, hidden, part, acting)
 
 
 def compared_logits(
@@ -154,15 +151,23 @@ def compared_logits(
     return of_logits(model, hidden, part)
 
 
-def of_logits(model: Any, hidden: Tensor, made: Callable[[Tensor, slice], Tensor]) -> Tensor:
+def of_logits(
+    model: Any, hidden: Tensor, made: Callable[[Tensor, slice], Tensor],
+    acting: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Tensor:  # fmt: skip
     """made(logits, places), joined, where the logits of a few places exist at once, in float32. hidden: (M, d), as
-    `hidden_at`. They are made again for the gradient."""
+    `hidden_at`; `acting`: as `target_logps`. They are made again for the gradient.
+
+    What `made` fills on its way (a mark for each place) it has by itself: arguments of a checkpoint are kept for the
+    backward pass, which refuses what was filled since."""
 
     def part(chosen: slice, x: Tensor) -> Tensor:
-        return made(head_logits(model, x), chosen)
+        with acting():
+            logits = head_logits(model, x)
+        return made(logits, chosen)
 
     out = []
-    for i in range(0, len(hidden), _HEAD_CHUNK):
+    for i in range(0, max(1, len(hidden)), _HEAD_CHUNK):
         chosen = slice(i, i + _HEAD_CHUNK)
         if torch.is_grad_enabled():
             out.append(torch.utils.checkpoint.checkpoint(part, chosen, hidden[chosen], use_reentrant=False))
@@ -173,15 +178,11 @@ def of_logits(model: Any, hidden: Tensor, made: Callable[[Tensor, slice], Tensor
 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:
     """What the model's head makes of `hidden_at`: (M, vocabulary), float32."""
-    return _head_logits(model, model.get_output_embeddings(), hidden)
-
-
-def _chunk_logps(
-    model: Any, hidden: Tensor, targets: Tensor, acting: Callable[[], AbstractContextManager[Any]]
-) -> Tensor:
-    with acting():
-        logits = _head_logits(model, model.get_output_embeddings(), hidden)
-    return logits.log_softmax(dim=-1).gather(1, targets)
+    logits: Tensor = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap:
+        logits = torch.tanh(logits / cap) * cap
+    return logits.float()
 
 
 def _rows_hidden(
@@ -246,20 +247,13 @@ def _logits_nll(logits: Tensor, targets: Tensor, right: Tensor | None) -> Tensor
 
 def _head_nll(model: Any, hidden: Tensor, targets: Tensor, right: Tensor | None = None) -> Tensor:
     """−log softmax(head(hidden))[target]: (M,). hidden: (M, d), targets: (M,), right: (M,) or None."""
-    head = model.get_output_embeddings()
     if (weight := _plain_head(model, hidden)) is not None:
         return token_nll(hidden, weight, targets, copies=report_of(model).head, right=right)
-    out = []
-    for i in range(0, len(hidden), _HEAD_CHUNK):
-        part = slice(i, i + _HEAD_CHUNK)
-        # Not an argument of the checkpoint, which keeps those for the backward pass and refuses what was filled since.
-        chunk = partial(_chunk_nll, right=None if right is None else right[part])
-        given = model, head, hidden[part], targets[part]
-        if torch.is_grad_enabled():
-            out.append(torch.utils.checkpoint.checkpoint(chunk, *given, use_reentrant=False))
-        else:
-            out.append(chunk(*given))
-    return torch.cat(out)
+
+    def part(logits: Tensor, chosen: slice) -> Tensor:
+        return _logits_nll(logits, targets[chosen], None if right is None else right[chosen])
+
+    return of_logits(model, hidden, part)
 
 
 def _plain_head(model: Any, hidden: Tensor) -> Tensor | None:
@@ -267,18 +261,6 @@ def _plain_head(model: Any, hidden: Tensor) -> Tensor | None:
     plain = projection_of(model.get_output_embeddings())
     weight = plain.weight if plain is not None and not plain.products and plain.bias is None else None
     return weight if weight is not None and not _head_is_more(model.config) and weight.dtype == hidden.dtype else None
-
-
-def _chunk_nll(model: Any, head: nn.Module, hidden: Tensor, targets: Tensor, right: Tensor | None) -> Tensor:
-    return _logits_nll(_head_logits(model, head, hidden), targets, right)
-
-
-def _head_logits(model: Any, head: nn.Module, hidden: Tensor) -> Tensor:
-    logits: Tensor = head(hidden)
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    if cap:
-        logits = torch.tanh(logits / cap) * cap
-    return logits.float()
 
 
 def _head_is_more(config: Any) -> bool:
