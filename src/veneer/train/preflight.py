@@ -26,6 +26,7 @@ from veneer.core.targets import Target, base_modules, full_modules, target_match
 from veneer.errors import PreflightError, counted, gigabytes
 from veneer.plan.pairs import PairForm
 from veneer.train.config.load import RunConfig
+from veneer.train.config.section import HOW_ASKED
 from veneer.train.config.text import TrainConfig
 
 CACHE = "cache"
@@ -37,8 +38,7 @@ _FREE_KEYS = {"batching.micro_rows", "batching.micro_tokens", "base.device", "da
 _FREE_KEYS |= {"data.pictures", "data.class_folder", "data.cache"}  # where they are; what is in them is compared
 _FREE_KEYS |= {f"{section}.{key}" for section in ("reinforcement", "distillation") for key in ("rows", "gap")}
 _FREE_KEYS |= {"reinforcement.most_failed", "distillation.most_failed", "distillation.price"}
-_HOW_ASKED = {"key", "timeout", "patience", "at_once", "memory_gb"}  # of judges, graders and teachers
-_FREE_KEYS |= {f"distillation.{key}" for key in _HOW_ASKED}
+_FREE_KEYS |= {f"distillation.{key}" for key in HOW_ASKED}
 
 Level = Literal["stop", "warn", "ok"]
 
@@ -285,7 +285,7 @@ def _told_apart(key: str, value: Any) -> Any:
     if key != "reinforcement.rewards":
         return value
     return [
-        {k: v is not None if k == "url" else v for k, v in sorted(each.items()) if k not in _HOW_ASKED}
+        {k: v is not None if k == "url" else v for k, v in sorted(each.items()) if k not in (*HOW_ASKED, "memory_gb")}
         for each in value or ()
     ]
 

@@ -328,7 +328,7 @@ class TinkerService:
         """The newest session's first."""
         found = []
         for session in self.sessions_of(tenant):
-            for path in sorted((self.folder / session).glob("train-*/run.json")):
+            for path in _runs_in(self.folder / session):
                 found.append(self.run(tenant, f"{session}:train:{_number(path.parent)}"))
         return found
 
@@ -700,7 +700,7 @@ class TinkerService:
 
     def _sweep_session(self, session: Session) -> None:
         """Decides by its files: a session that nobody asks for is not read for this."""
-        folders = [path.parent for path in _runs_in(session)]
+        folders = [path.parent for path in _runs_in(session.folder)]
         for folder in folders:
             self._checkpoints(session, folder).sweep()
         now, kept, over = time.time(), self.days * 86400.0, session.folder / _OVER
@@ -722,7 +722,8 @@ class TinkerService:
             if run is not None:
                 self._leave(run)
             self._clear(folder, self._checkpoints(session, folder))
-        shutil.rmtree(session.folder if not any(_runs_in(session)) else session.folder / "samplers", ignore_errors=True)
+        left = session.folder / "samplers" if _runs_in(session.folder) else session.folder
+        shutil.rmtree(left, ignore_errors=True)
 
     def _leave(self, run: TrainingRun) -> None:
         """Those who wait for what cannot come to its turn any more are told."""
@@ -871,9 +872,9 @@ def _over(session: str) -> SessionOver:
     return SessionOver(f"the session {session} is over", where="session_id", fix="make a new ServiceClient")
 
 
-def _runs_in(session: Session) -> list[Path]:
-    """What its training clients are, each a file."""
-    return sorted(session.folder.glob("train-*/run.json"))
+def _runs_in(session: Path) -> list[Path]:
+    """What the training clients of a session's folder are, each a file."""
+    return sorted(session.glob("train-*/run.json"))
 
 
 def _number(folder: Path) -> str:

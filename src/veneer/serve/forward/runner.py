@@ -487,7 +487,6 @@ class Runner:
         chunk = getattr(config, "attention_chunk_size", None)
         if chunk is not None and self.context > chunk:  # pages know windows, and no chunks
             raise NotImplementedError(f"its attention goes by chunks of {chunk} tokens, and a sequence may have more")
-        self._second = ExitStack()
         self._undo.callback(self._second.close)
         route_experts(self.model.modules(), self._second)
         self._second.callback(divert_attention(self.model))

@@ -11,7 +11,7 @@ from veneer.core.adapter import check_strength
 from veneer.errors import ConfigError, bullets, counted
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.reinforcement import PROMPT_FORMATS
-from veneer.train.config.section import BASE_MODEL, Section
+from veneer.train.config.section import BASE_MODEL, HOW_ASKED, changed_keys
 from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig, layer_indices, preference_formats
 
 
@@ -25,7 +25,7 @@ def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
     yield from _reinforcement(config)
     yield from _distillation(config)
     yield from _kind(config)
-    named = [f"`adapter.{key}`" for key in _changed(config.adapter) if key not in ("start", "dropout")]
+    named = [f"`adapter.{key}`" for key in changed_keys(config.adapter) if key not in ("start", "dropout")]
     if config.adapter.start is not None and named:
         yield f"{', '.join(named)} cannot be set beside `adapter.start`, which brings its own"
     if config.memory.offload_activations and config.memory.activation_checkpointing == "off":
@@ -113,7 +113,7 @@ def _batching(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
 
 def _preference(config: TrainConfig) -> Iterator[str]:
     loss, data = config.preference.loss, config.data
-    changed = _changed(config.preference)
+    changed = changed_keys(config.preference)
     if loss is None:
         if changed:
             named = ", ".join(f"`preference.{key}`" for key in changed)
@@ -137,7 +137,7 @@ def _preference(config: TrainConfig) -> Iterator[str]:
 def _reinforcement(config: TrainConfig) -> Iterator[str]:
     r, data = config.reinforcement, config.data
     if r.loss is None:
-        if changed := _changed(r):
+        if changed := changed_keys(r):
             named = ", ".join(f"`reinforcement.{key}`" for key in changed)
             yield f"without `reinforcement.loss` (as grpo) nothing uses {named}"
         if data.format == "prompt" and config.drawn is None:
@@ -158,14 +158,14 @@ def _reinforcement(config: TrainConfig) -> Iterator[str]:
     yield from _drawn(config)
 
 
-_OF_SERVER = ("key", "timeout", "patience", "at_once", "most_failed", "top_logprobs")
+_OF_SERVER = (*HOW_ASKED, "most_failed", "top_logprobs")
 """Keys of `distillation` that are of a teacher on a server."""
 
 
 def _distillation(config: TrainConfig) -> Iterator[str]:
     d = config.distillation
     if d.teacher is None:
-        if changed := _changed(d):
+        if changed := changed_keys(d):
             named = ", ".join(f"`distillation.{key}`" for key in changed)
             yield f"without `distillation.teacher` (an adapter, or base) nothing uses {named}"
         return
@@ -173,7 +173,7 @@ def _distillation(config: TrainConfig) -> Iterator[str]:
     for key in (key for key, loss in others.items() if loss is not None):
         yield f"`distillation.teacher` and `{key}` are two ways to learn: keep one"
     if d.url is None:
-        if asked := ", ".join(f"`distillation.{key}`" for key in _changed(d) if key in _OF_SERVER):
+        if asked := ", ".join(f"`distillation.{key}`" for key in changed_keys(d) if key in _OF_SERVER):
             yield f"{asked} belong to a server: give `distillation.url`"
     else:
         if d.base is not None:
@@ -211,15 +211,10 @@ def _drawn(config: TrainConfig) -> Iterator[str]:
         yield "`memory.shard`: answers are drawn by one process that has the whole base"
 
 
-def _changed(section: Section) -> list[str]:
-    """The keys that are not at their default."""
-    return [key for key, f in type(section).model_fields.items() if getattr(section, key) != f.default]
-
-
 def _kind(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
     """What a LoHa or LoKr has not, and what a pair has not."""
     adapter, kind = config.adapter, config.adapter.kind
-    changed = _changed(adapter)
+    changed = changed_keys(adapter)
     if kind != "lokr":
         of_lokr = [key for key in ("factor", "decompose_both") if key in changed]
         yield from (f"`adapter.{key}` belongs to `adapter.kind: lokr`" for key in of_lokr)

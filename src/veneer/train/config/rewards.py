@@ -19,7 +19,7 @@ import regex  # type: ignore[import-untyped]
 from pydantic import BeforeValidator, SerializeAsAny
 
 from veneer.errors import nearest, quoted
-from veneer.train.config.section import BASE_MODEL, Section, setting
+from veneer.train.config.section import BASE_MODEL, HOW_ASKED, Section, changed_keys, setting
 
 
 class RewardSection(Section):
@@ -136,9 +136,7 @@ class AskedModelReward(RewardSection):
     at_once: int = setting(8, "questions to a server at once", gt=0, le=256)
 
     def problem(self) -> str:
-        fields = AskedModelReward.model_fields
-        of_server = ("key", "timeout", "patience", "at_once")
-        given = [f"`{key}`" for key in of_server if getattr(self, key) != fields[key].default]
+        given = [f"`{key}`" for key in changed_keys(self) if key in HOW_ASKED]
         if self.url is not None or not given:
             return ""
         return f"{', '.join(given)} belong{'s' * (len(given) == 1)} to a server: give its `url`"

@@ -14,6 +14,8 @@ def setting(default: Any, doc: str, why: str = "", **limits: Any) -> Any:
 
 BASE_MODEL = "base"
 """The name of a teacher or a judge that means the base with nothing on it."""
+HOW_ASKED = ("key", "timeout", "patience", "at_once")
+"""Keys of whoever asks a model on a server: how it is asked, and not what."""
 SOURCES = ("hub:", "reasoning-gym:", "verifiers:")
 """What the name of rows begins with that are no file."""
 
@@ -22,3 +24,8 @@ class Section(BaseModel):
     """One section of a configuration: frozen, with no unknown keys and no numbers that are not finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False)
+
+
+def changed_keys(section: Section) -> list[str]:
+    """The keys that are not at their default."""
+    return [key for key, f in type(section).model_fields.items() if getattr(section, key) != f.default]
