@@ -48,6 +48,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("veneer.cli.generate", "Generate text, or chat, with a base and any adapters."),
     "image": ("veneer.cli.image", "Make pictures with an image base, adapters and ControlNets."),
     "serve": ("veneer.cli.serve", "Serve a base and its adapters over HTTP."),
+    "studio": ("veneer.cli.studio", "The page: look at adapters, compare, train, release them."),
     "adapter": ("veneer.cli.adapter", "Inspect, verify, convert, mix and merge adapters."),
     "library": ("veneer.cli.library", "Keep adapters under names, share and check them."),
     "jobs": ("veneer.cli.jobs", "Training jobs: submit, watch, stop."),

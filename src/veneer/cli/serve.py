@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -22,6 +25,11 @@ from veneer.serve.settings import (
     parse_preload,
     size_text,
 )
+
+if TYPE_CHECKING:
+    from veneer.library.library import Library
+    from veneer.serve.build import Extend, Extension
+    from veneer.serve.http.service import Service
 
 app = typer.Typer(add_completion=False)
 
@@ -182,6 +190,10 @@ def serve(
             "--session-days", min=0.01, help="With --train: days that a Tinker client's state is kept unused."
         ),
     ] = 30.0,
+    studio: Annotated[
+        bool,
+        typer.Option("--studio", help="A page under /studio to look at adapters, compare, train and release them."),
+    ] = False,
     drain_seconds: Annotated[
         float, typer.Option("--drain-seconds", min=0, help="How long running answers may go on after SIGTERM.")
     ] = ServeSettings.drain,
@@ -207,8 +219,6 @@ def serve(
         from veneer.errors import MissingExtraError
 
         raise MissingExtraError("serving needs FastAPI and uvicorn", fix='pip install "veneer[serve]"') from error
-    from veneer.serve import server
-
     settings = ServeSettings(
         base=base,
         host=host,
@@ -257,15 +267,43 @@ def serve(
             mix_bytes=bytes_of(mix_disk, "--mix-disk"),
         ),
     )
-    if not train:
-        if python_graders:
-            raise ConfigError("--python-graders is about training jobs", where="--python-graders", fix="add --train")
-        server.serve(settings, say)
-        return
-    from functools import partial
+    if python_graders and not train:
+        raise ConfigError("--python-graders is about training jobs", where="--python-graders", fix="add --train")
+    serve_with(settings, train=train, python_graders=python_graders, session_days=session_days, studio=studio)
 
-    from veneer.jobs.beside import worker_beside
-    from veneer.jobs.build import training
 
-    with worker_beside(library=library, tenants=tenants, say=say):
-        server.serve(settings, say, extend=partial(training, python_graders=python_graders, session_days=session_days))
+def serve_with(
+    settings: ServeSettings,
+    *,
+    train: bool,
+    studio: bool,
+    python_graders: bool = False,
+    session_days: float = 30.0,
+    show: Callable[[str], object] = lambda address: None,
+) -> None:
+    """A server with what the rooms above add to it. `show`: called with the Studio's address once it listens."""
+    from veneer.serve import server
+
+    extends: list[Extend] = []
+    page = None
+    with ExitStack() as beside:
+        if train:
+            from veneer.jobs.beside import worker_beside
+            from veneer.jobs.build import training
+
+            extends.append(partial(training, python_graders=python_graders, session_days=session_days))
+            beside.enter_context(worker_beside(library=settings.library, tenants=settings.tenants, say=say))
+        if studio:
+            from veneer.studio.access import ROOT
+            from veneer.studio.build import check_studio, studio_of
+
+            check_studio()
+            extends.append(partial(studio_of, host=settings.host, trains=train))
+            page = server.WebPage(ROOT, show)
+
+        def extend(service: Service, library: Library) -> Extension:
+            from veneer.serve.build import together  # late: torch comes with it
+
+            return together(*extends)(service, library)
+
+        server.serve(settings, say, extend=extend, page=page)

@@ -52,17 +52,49 @@ class Application:
 @dataclass(frozen=True)
 class Extension:
     """What a room above adds to a server: `routers` behind the same door; `large` and `unguarded` as create_app takes
-    them; `start` and `stop` as an Application has them, within the server's own."""
+    them; `start` and `stop` as an Application has them, within the server's own; `mount` adds what is no router to the
+    application once that is made."""
 
     routers: Sequence[APIRouter] = ()
     large: Mapping[str, int] = field(default_factory=dict)
     unguarded: Sequence[str] = ()
     start: Callable[[], Awaitable[Any]] = _nothing
     stop: Callable[[], Awaitable[Any]] = _nothing
+    mount: Callable[[FastAPI], None] = lambda app: None
 
 
 Extend = Callable[[Service, Library], Extension]
 """Makes the extension of a server from its parts, once these are there."""
+
+
+def together(*extends: Extend) -> Extend:
+    """Several as one, which begin in this order and end in the other."""
+
+    def extend(service: Service, library: Library) -> Extension:
+        parts = [each(service, library) for each in extends]
+
+        async def start() -> None:
+            for part in parts:
+                await part.start()
+
+        async def stop() -> None:
+            for part in reversed(parts):
+                await part.stop()
+
+        def mount(app: FastAPI) -> None:
+            for part in parts:
+                part.mount(app)
+
+        return Extension(
+            [router for part in parts for router in part.routers],
+            {path: most for part in parts for path, most in part.large.items()},
+            [path for part in parts for path in part.unguarded],
+            start,
+            stop,
+            mount,
+        )
+
+    return extend
 
 
 def build(
@@ -182,6 +214,7 @@ def _application(
     own = [feedback_routes(service.tenancy.answers)] if isinstance(service.tenancy, Tenants) else []
     unguarded = [*(["/admin"] if operator else []), *more.unguarded]
     app = create_app(service, routers=[*operator, *own, *more.routers], unguarded=unguarded, large=more.large)
+    more.mount(app)
     return Application(app, start, stop)
 
 

@@ -10,15 +10,18 @@ ended       when they have, or after `drain` seconds; a second signal ends at on
 from __future__ import annotations
 
 import asyncio
+import html
 import logging
 import os
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from starlette.responses import HTMLResponse
 from starlette.types import Receive, Scope, Send
 
 from veneer.errors import ResourceError
@@ -38,11 +41,30 @@ _SWITCH = 0.001
 up and takes it back at each of its operations; at the usual 5 ms it would wait for a second beside one such thread."""
 
 
-class _Front:
-    """The ASGI application that listens from the first moment: until the real one is built it says so."""
+_WAITING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="1">
+<meta name="viewport" content="width=device-width"><title>veneer</title>
+<style>:root { color-scheme: light dark } body { margin: 30vh auto; max-width: 30em; padding: 0 24px;
+  font: 15px/1.55 system-ui, sans-serif; background: light-dark(#faf9f7, #16130f); color: light-dark(#211d19, #ece6df) }
+</style><p role="status">%s</p></html>
+"""
+"""What a person sees who comes before the base is loaded; it asks again by itself."""
 
-    def __init__(self, make: Callable[[], Application]) -> None:
-        self.make = make
+
+@dataclass(frozen=True)
+class WebPage:
+    """An extension's page for people: it gets WebSockets, and something to look at while the base loads. `path`: where
+    it is. `show`: called with its address as soon as the server listens."""
+
+    path: str
+    show: Callable[[str], object]
+
+
+class _Front:
+    """The ASGI application that listens from the first moment: until the real one is built it says so. `page`: the path
+    of a page for people, "" where there is none; `base`: what loads, for them."""
+
+    def __init__(self, make: Callable[[], Application], page: str = "", base: str = "") -> None:
+        self.make, self.page, self.base = make, page, base
         self.built: Application | None = None
         self.failure: Exception | None = None
         self.draining = False
@@ -62,12 +84,21 @@ class _Front:
             await self._live(receive, send)
         elif self.built is not None:
             await self.built.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1013})  # try again later
         elif scope["type"] == "http":
             phase = "draining" if self.draining else "loading"
             if scope["path"] in ("/health", "/ping"):
                 await Json({"status": "ok"})(scope, receive, send)
             elif scope["path"] == "/ready":
                 await Json({"status": phase}, status_code=503)(scope, receive, send)
+            elif self.page and scope["method"] == "GET" and f"{scope['path']}/".startswith(f"{self.page}/"):
+                what = f"veneer is loading {self.base} …" if phase == "loading" else "veneer is ending."
+                page = HTMLResponse(
+                    _WAITING % html.escape(what), 503, {"retry-after": "1", "cache-control": "no-store"}
+                )
+                await page(scope, receive, send)
             else:
                 error = Refused(f"the server is {phase}", status=503, code="shutting_down", retry_after=5.0)
                 await answer_error(error, "OpenAI")(scope, receive, send)
@@ -135,21 +166,25 @@ def serve(
     say: Callable[[str], None],
     make: Callable[[], Application] | None = None,
     extend: Extend | None = None,
+    page: WebPage | None = None,
 ) -> None:
-    """Serve until a signal says to stop. `extend`: what a room above adds. Raises what is wrong with the settings
-    before it listens, and what kept the server from being built."""
+    """Serve until a signal says to stop. `extend`: what a room above adds, `page` among it. Raises what is wrong with
+    the settings before it listens, and what kept the server from being built."""
     opened = check_settings(settings) if make is None else None
     try:
-        _serve(settings, say, make or (lambda: _build(settings, say, opened, extend)))
+        _serve(settings, say, make or (lambda: _build(settings, say, opened, extend)), page)
     finally:
         if opened is not None:
             opened.close()
 
 
-def _serve(settings: ServeSettings, say: Callable[[str], None], make: Callable[[], Application]) -> None:
-    front = _Front(make)
+def _serve(
+    settings: ServeSettings, say: Callable[[str], None], make: Callable[[], Application], page: WebPage | None
+) -> None:
+    front = _Front(make, page.path if page else "", settings.base.rstrip("/").rpartition("/")[2])
     config = uvicorn.Config(
-        front, host=settings.host, port=settings.port, log_level="warning", ws="none", lifespan="on",
+        front, host=settings.host, port=settings.port, log_level="warning",
+        ws="websockets-sansio" if page else "none", lifespan="on",
         timeout_graceful_shutdown=2, timeout_keep_alive=ceil(settings.http.idle), http=connection_of(settings.http),
         backlog=1024, use_colors=False,
     )  # fmt: skip
@@ -160,7 +195,11 @@ def _serve(settings: ServeSettings, say: Callable[[str], None], make: Callable[[
     sys.setswitchinterval(_SWITCH)
     sockets = listen(settings.host, settings.port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    say(f"listening on http://{host}:{sockets[0].getsockname()[1]}; /ready says when the base is loaded")
+    address = f"http://{host}:{sockets[0].getsockname()[1]}"
+    say(f"listening on {address}; /ready says when the base is loaded")
+    if page is not None:
+        say(f"the page: {address}{page.path}/")
+        page.show(f"{address}{page.path}/")
     _Server(config, front, settings.drain).run(sockets)
     if front.failure is not None:
         raise front.failure

@@ -195,7 +195,7 @@ def test_the_page_stands_alone_and_is_well_formed(tmp_path: Path) -> None:
     assert reader.open == []
     assert reader.outside == []
     assert not {"script", "link", "iframe", "img"} & set(reader.tags)
-    assert "prefers-color-scheme: dark" in text
+    assert "color-scheme: light dark" in text
     assert "url(" not in text
     for piece in ("override `adapter.rank=16`", "cut rows", "1,200", "<mark>hi</mark>", "veneer generate", "a note"):
         assert piece in text

@@ -12,6 +12,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ def write_sweep_page(
     series += [Series(best, curves[best], "dots")] if curves.get(best) else []
     heads = [*dict.fromkeys(key for row in rows for key in row if key != "name")]
     cells = [[_cell(row.get(head)) for head in heads] for row in rows]
-    page = _environment().get_template("sweep.html.j2").render(
+    page = escaping("veneer.train.report").get_template("sweep.html.j2").render(
         title=title, rows=rows, chart=Markup(chart(series, label="validation loss")), cells=cells,
         heads=[head.replace("_", " ") for head in heads],
     )  # fmt: skip
@@ -86,12 +87,18 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _environment() -> Environment:
+def palette() -> str:
+    """The colours and types of all pages, as CSS variables of their root: each colour for light and for dark."""
+    return (files("veneer.train.report") / "tokens.css").read_text(encoding="utf-8")
+
+
+def escaping(package: str, folder: str = ".") -> Environment:
+    """Templates of a package's folder: every text in them is escaped, and shown without what reorders or hides."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     return Environment(
-        loader=PackageLoader("veneer.train.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader(package, folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=lambda value: _plain(value, Markup),
     )  # fmt: skip
 
@@ -105,7 +112,7 @@ def render_page(page: Page) -> str:
     """The page as HTML, every text in it escaped."""
     from markupsafe import Markup
 
-    env = _environment()
+    env = escaping("veneer.train.report")
     env.filters |= {"size": size, "duration": duration, "loss": loss_text}
     steps = [r for r in page.records if r.get("event") == "stepped"]
     scores = [r for r in page.records if r.get("event") == "evaluated"]

@@ -1,0 +1,103 @@
+"""What a server gets that has a Studio: the page under /studio. The only file that knows how NiceGUI is put on an
+application and begun.
+
+`serve(settings, say, extend=partial(studio_of, host=…), page=WebPage(ROOT, …))`: see `serve.build.Extension`. NiceGUI
+has one application a process, so there is one Studio a process.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractAsyncContextManager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request as HttpRequest
+
+from veneer.errors import ConfigError, MissingExtraError
+from veneer.studio.access import ROOT, Gate, check_reach, key_routes, visitor_of
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from veneer.library.library import Library
+    from veneer.serve.build import Extension
+    from veneer.serve.http.service import Service
+    from veneer.studio.frame import Studio
+
+_ICON = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path d="M4 7h24v4H4z" fill="#b4612c"/>'
+    '<path d="M4 14h24v11H4z" fill="#8d8379"/></svg>'
+)
+_KEPT = 60.0
+"""Seconds for which the page of a browser that is away, a laptop that sleeps, goes on where it was."""
+_made = False
+
+
+def check_studio() -> None:
+    """Raises MissingExtraError where what the page is made with is not installed."""
+    if find_spec("nicegui") is None:
+        raise MissingExtraError("the Studio needs NiceGUI", fix='pip install "veneer[studio]"')
+
+
+def studio_of(service: Service, library: Library, *, host: str, trains: bool = False) -> Extension:
+    """The extension of a server that listens at `host`. `trains`: whether jobs are carried out beside it."""
+    from veneer.jobs.store import JobStore
+    from veneer.serve.build import Extension
+    from veneer.studio.frame import Studio, View
+    from veneer.studio.library import adapter_view, library_view
+
+    views = (
+        View("", "Library", "l", library_view),
+        View("adapter", "Adapter", "", adapter_view),
+    )
+    made = Studio(service, library, JobStore(library), views, trains)
+    life: list[AbstractAsyncContextManager[Any]] = []
+
+    def mount(app: FastAPI) -> None:
+        _mount(app, made)
+        app.add_middleware(Gate, tenancy=service.tenancy)
+        life.append(app.router.lifespan_context(app))
+
+    async def start() -> None:
+        await check_reach(service.tenancy, host)
+        with warnings.catch_warnings():  # NiceGUI looks at every object there is, one of torch's warns at that
+            warnings.simplefilter("ignore", FutureWarning)
+            await life[0].__aenter__()
+
+    async def stop() -> None:
+        await life[0].__aexit__(None, None, None)
+
+    return Extension([key_routes(service.tenancy)], unguarded=(ROOT,), start=start, stop=stop, mount=mount)
+
+
+def _mount(app: FastAPI, studio: Studio) -> None:
+    """Raises ConfigError for a second one of this process."""
+    global _made
+    if _made:
+        raise ConfigError("this process has a Studio already", fix="one server a process")
+    _made = True
+    from nicegui import app as own
+    from nicegui import ui
+
+    from veneer.studio.frame import Frame, Query, head_html, sign_in
+
+    own.config.socket_io_js_transports = ["websocket"]
+    ui.add_head_html(head_html(), shared=True)
+
+    @ui.page("/{path:path}", title="veneer")
+    async def page(request: HttpRequest, path: str) -> None:
+        root = request.scope.get("root_path", "")
+        visitor = await visitor_of(studio.service.tenancy, request)
+        if visitor is None:
+            said = f"?{request.url.query}" if request.url.query else ""
+            return sign_in(root, f"{root}/{path}{said}", "wrong" in request.query_params)
+        frame = Frame(studio, visitor, root)
+        query = Query(tuple(request.query_params.multi_items()[:200]))
+        frame.client.status_code = await frame.visit(path.strip("/"), query)
+
+    ui.run_with(
+        app, mount_path=ROOT, title="veneer", favicon=_ICON, dark=None, language="en-US", tailwind=False,
+        binding_refresh_interval=None, reconnect_timeout=_KEPT, gzip_middleware_factory=None,
+        show_welcome_message=False,
+    )  # fmt: skip

@@ -1,0 +1,363 @@
+"""The page round every view, and how a view is written.
+
+A view is an async function in a file of its own, at most 400 lines, that draws into the page it is given:
+
+    async def compare_view(page: Page) -> None:
+        prompt = page.query.get("p")                       what the link says: get, all, number
+        page.title("Compare", "One prompt, several adapters.")
+        asked = field("Prompt", prompt, lambda text: page.keep(p=text), kind="area", entered=ask, key="p")
+        answers = Fragment("answers.html.j2", acts={"vote": vote}, answers=[])          templates/answers.html.j2
+        Command(command("generate", prompt))
+        page.task(ask())                                   goes on beside the page; ends when it is left
+
+and a row of `VIEWS` (build.py): its path, its title, the letter that `g` goes to it by, whether it is an operator's.
+
+    parts         parts.py alone (`box`, `line`, `button`, `field`, `Fragment`, `dialog`, `confirm` …): never `ui.…`,
+                  `.props(`, `.style(`, `run_javascript` in a view; a test holds that
+    who looks     `page.caller` (`.sees(name)`, `.tenant`, `.admin`): new at each handler. Jobs are asked for by
+                  `page.tenant` (None for an operator). What they do not see raises `NotHere`, which is told in the same
+                  words as what is not there
+    slow things   `await asyncio.to_thread(function, …)`. Draw first, then await: after one second the page goes out as
+                  far as it is, and the rest is drawn when it comes
+    state         none but the link: `page.keep(q="sty")` changes it without a load (None or "" takes a key out);
+                  everything else is read from the library, the jobs, the tenants
+    other views   `link("Compare", page.link("compare", c=["a@1", "b@2"]))`; `await page.go("run", job=id)` in a handler
+    bytes         (img, downloads, uploads) `page.api("/v1/…")`: a route of the API under the same caller, never a path
+    errors        raise: a VeneerError is shown as what · where · fix, anything else as veneer's fault
+    changes       `follow(mark, 1.0, refill)` (watch.py) where others may write what is shown
+    commands      `Command(command("library", "alias", ref, name))` (commands.py): what does the same
+    success       `page.say("support@2 is prod now")`, once, at an end
+    looks         studio.css; its classes are listed at its top
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+from nicegui import background_tasks, ui
+
+from veneer.errors import VeneerError
+from veneer.jobs.store import JobStore
+from veneer.library.library import Library, NotInLibrary
+from veneer.serve.access import Caller
+from veneer.serve.http.errors import as_refused, message_of
+from veneer.serve.http.service import Service
+from veneer.serve.request import Refused
+from veneer.serve.tenancy.store import Store
+from veneer.serve.tenancy.tenants import Tenants
+from veneer.studio import parts
+from veneer.studio.access import VISITORS, Visitor
+from veneer.train.report.page import palette
+
+_log = logging.getLogger("veneer.studio")
+
+_PATIENCE = 1.0
+"""Seconds after which a page goes out as far as it is drawn."""
+
+
+class NotHere(VeneerError):
+    """Raised for what is not there and for what whoever looks does not see: nobody can tell which."""
+
+
+@dataclass(frozen=True)
+class View:
+    """`path`: after /studio/. `key`: the letter after g; "": it is not in the list of views. `draw`: draws it."""
+
+    path: str
+    title: str
+    key: str
+    draw: Callable[[Page], Awaitable[None]]
+    operator: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Studio:
+    """What all pages of one server work with. `jobs`: the queue, whether or not this server trains (`trains`)."""
+
+    service: Service
+    library: Library
+    jobs: JobStore
+    views: Sequence[View]
+    trains: bool = False
+
+    @property
+    def base(self) -> str:
+        """What the base is called."""
+        return self.service.catalog.base
+
+    @property
+    def tenants(self) -> Store | None:
+        """The tenants' database, where there is one: routes, votes and costs."""
+        tenancy = self.service.tenancy
+        return tenancy.store if isinstance(tenancy, Tenants) else None
+
+    def library_mark(self) -> object:
+        """Another object whenever names of the library may have changed."""
+        names = self.service.catalog.shelf.names
+        return None if names is None else names.now
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a link says behind its question mark."""
+
+    pairs: tuple[tuple[str, str], ...] = ()
+
+    def get(self, name: str, default: str = "") -> str:
+        return next((value for key, value in self.pairs if key == name), default)
+
+    def all(self, name: str) -> list[str]:
+        return [value for key, value in self.pairs if key == name]
+
+    def number(self, name: str, default: float) -> float:
+        """What stands there, where it is a number."""
+        try:
+            return float(self.get(name))
+        except ValueError:
+            return default
+
+
+@dataclass(eq=False)
+class Page:
+    """One visit to one view."""
+
+    frame: Frame
+    view: View
+    query: Query
+    tasks: list[asyncio.Task[Any]] = field(default_factory=list)
+
+    @property
+    def studio(self) -> Studio:
+        return self.frame.studio
+
+    @property
+    def caller(self) -> Caller:
+        return self.frame.visitor.caller
+
+    @property
+    def tenant(self) -> str | None:
+        """Whose jobs they see: None is everybody's."""
+        return None if self.caller.admin else self.caller.tenant
+
+    # -- links
+
+    def link(self, view: str, **query: Any) -> str:
+        """To a view; values are texts, numbers or lists of them; None and "" are left out."""
+        said = urlencode([(k, v) for k, v in _pairs(query)])
+        return f"{self.frame.root}/{view}" + (f"?{said}" if said else "")
+
+    def api(self, path: str, **query: Any) -> str:
+        """A route of the API for an img, a download or an upload: under the same caller."""
+        said = urlencode(_pairs(query))
+        return f"{self.frame.root}/api{path}" + (f"?{said}" if said else "")
+
+    def keep(self, **query: Any) -> None:
+        """The link of this page says this too, from now on; nothing is loaded."""
+        rest = [(k, v) for k, v in self.query.pairs if k not in query]
+        self.query = Query((*rest, *_pairs(query)))
+        if self.frame.page is self:
+            self.frame.tell("keep", f"{self.frame.root}/{self.view.path}", urlencode(self.query.pairs))
+
+    async def go(self, view: str, **query: Any) -> None:
+        """To another view, as a link would."""
+        to = self.link(view, **query)
+        self.frame.tell("went", to)
+        await self.frame.visit(view, Query(tuple(_pairs(query))))
+
+    # -- what it says
+
+    def title(self, title: str, lede: str = "") -> None:
+        """The view's heading, and what it is for in one line."""
+        parts.heading(title, 1)
+        if lede:
+            parts.line(lede, "lede")
+        self.frame.called(title)
+
+    def say(self, text: str) -> None:
+        """A few words at the foot of the page, told also to who hears it. At an end, never for each step."""
+        self.frame.say(text)
+
+    def task(self, does: Coroutine[Any, Any, Any], name: str = "") -> asyncio.Task[Any]:
+        """Goes on beside the page, drawing where it began; ends at the latest when the view is left."""
+        slot = ui.context.slot
+        task = background_tasks.create(does, name=name or f"studio {self.view.path}", context=slot)
+        self.tasks.append(task)
+        task.add_done_callback(lambda done: self.tasks.remove(done) if done in self.tasks else None)
+        return task
+
+    def left(self) -> None:
+        for task in list(self.tasks):
+            if task is not asyncio.current_task():
+                task.cancel()
+
+
+def _pairs(query: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (name, f"{each:g}" if isinstance(each, float) else str(each))
+        for name, value in query.items()
+        for each in (value if isinstance(value, list | tuple) else [value])
+        if each is not None and each != ""
+    ]
+
+
+class Browser(ui.element, component="browser.js"):
+    """What only the browser can do: its address, keys, copying, light and dark, what is dropped on it."""
+
+
+class Frame:
+    """The page round the views of one browser's window: nav, errors, keys. One view at a time is in it."""
+
+    def __init__(self, studio: Studio, visitor: Visitor, root: str) -> None:
+        self.studio, self.visitor, self.root = studio, visitor, root
+        self.page: Page | None = None
+        self.client = ui.context.client
+        VISITORS[self.client] = visitor
+        self.client.on_exception(self.wrong)
+        self.client.on_delete(self.leave)
+        with self.client.layout:
+            top = parts.box("header", "top")
+            top.move(self.client.layout, target_index=0)
+        with top:
+            self._top()
+        with self.client.content:
+            self.trouble = parts.Fragment("trouble.html.j2", acts={"closed": self._well}, error=None, title="")
+            self.place = parts.box()
+            self.status = parts.line("", "status", "div", role="status")
+            self.browser = Browser()
+        self.browser.on("go", parts.heard(self._went))
+
+    def _top(self) -> None:
+        parts.link("veneer", f"{self.root}/", "brand")
+        with parts.box("nav", "views", aria_label="Views"):
+            self.links = {
+                view.path: parts.link(view.title, f"{self.root}/{view.path}", key=f"g {view.key}")
+                for view in self.studio.views
+                if view.key and (self.visitor.caller.admin or not view.operator)
+            }
+        parts.line(self.studio.base, "base", "span", title="The base that this server runs")
+        with parts.box("div", "row"):
+            parts.line("Light", "button word", "button", type="button", data_theme="next", data_key="t")
+            if self.visitor.key is not None:
+                with parts.box("form", "", method="post", action=f"{self.root}/leave"):
+                    parts.line("Leave", "button word", "button", type="submit")
+
+    # -- views
+
+    async def visit(self, path: str, query: Query) -> int:
+        """Draw the view of a path in place of the one that is there. Returns what HTTP says of it."""
+        self.leave()
+        view = next((view for view in self.studio.views if view.path == path), None)
+        if view is None or (view.operator and not self.visitor.caller.admin):
+            view = View(path, "Not here", "", _nowhere)
+        for each, link in self.links.items():
+            parts.mark(link, aria_current="page" if each == view.path else "false")
+        self._well()
+        self.page = page = Page(self, view, query)
+        self.called(view.title)
+        before = list(self.place)
+        with self.place:
+            place = parts.box("div", "view")
+        if before:  # what is there stays until there is something to see
+            parts.show(place, False)
+
+        async def draw() -> int:
+            try:
+                await view.draw(page)
+            except (NotHere, NotInLibrary) as error:
+                place.clear()
+                _not_here(page, error)
+                return 404
+            return 200 if view.draw is not _nowhere else 404
+
+        with place:
+            drawing = page.task(draw())
+        done, _ = await asyncio.wait([drawing], timeout=_PATIENCE)
+        for each in before:
+            if each in list(self.place):
+                self.place.remove(each)
+        parts.show(place, True)
+        return drawing.result() or 200 if done and not drawing.cancelled() else 200
+
+    async def _went(self, to: str) -> None:
+        """The browser is at another address: a link of ours, back or forward."""
+        path, _, said = str(to).partition("?")
+        await self.visit(path.removeprefix(self.root).strip("/"), Query(tuple(parse_qsl(said)[:200])))
+
+    def leave(self) -> None:
+        if self.page is not None:
+            self.page.left()
+
+    # -- words
+
+    def called(self, title: str) -> None:
+        self.client.title = f"{title} · veneer"
+        self.tell("named", self.client.title)
+
+    def say(self, text: str) -> None:
+        parts.put(self.status, text)
+        self.tell("said")
+
+    def tell(self, what: str, *given: str) -> None:
+        """One of the few things that only the browser can do: browser.js has them."""
+        if self.client.has_socket_connection:
+            self.browser.run_method(what, *given)
+
+    def _well(self) -> None:
+        self.trouble.show(error=None, title="")
+
+    def wrong(self, error: Exception) -> None:
+        """What a handler or a task raised, in words. Of what nobody foresaw the log has the rest."""
+        if isinstance(error, RuntimeError) and "has been deleted" in str(error):
+            return  # the view was left meanwhile
+        if isinstance(error, Refused) and error.status == 401:
+            self.tell("again")
+            return
+        known = error if isinstance(error, VeneerError) else as_refused(error)
+        if not isinstance(error, VeneerError):
+            _log.error("the Studio failed", exc_info=error)
+        if not self.visitor.caller.admin:  # where on the server something is, is not theirs to know
+            known = VeneerError(message_of(known))
+        self.trouble.show(
+            error=known, title="That did not work" if isinstance(error, VeneerError) else "veneer's fault"
+        )
+
+
+async def _nowhere(page: Page) -> None:
+    raise NotHere("There is nothing here.")
+
+
+def _not_here(page: Page, error: VeneerError) -> None:
+    page.title("Not here")
+    parts.line("There is nothing here, or nothing that you may see.", "lede")
+    if error.fix and page.caller.admin:
+        parts.line(error.fix, "soft")
+    parts.link("To the library", page.link(""), "button quiet")
+
+
+def sign_in(root: str, then: str, wrong: bool) -> None:
+    """The whole page of who has not said who they are."""
+    with parts.box("div", "enter"):
+        parts.line("veneer", "brand")
+        parts.heading("Whose key?", 1)
+        with parts.box("form", "", method="post", action=f"{root}/enter"):
+            parts.box("input", type="hidden", name="then", value=then)
+            with parts.box("label", "field"):
+                parts.line("Key", "name", "span")
+                parts.box("input", type="password", name="key", autocomplete="current-password", required=True)
+            if wrong:
+                parts.line("That key opens nothing here.", "bad", role="alert")
+            parts.line("Enter", "button filled", "button", type="submit")
+        parts.line("A key is what `veneer tenant key add` printed, or a line of the file of --api-keys.", "soft")
+
+
+def head_html() -> str:
+    """What stands in the head of every page: the theme before the first paint, colours and looks."""
+    css = palette() + (files("veneer.studio") / "studio.css").read_text(encoding="utf-8")
+    theme = 'document.documentElement.dataset.theme = localStorage.getItem("veneer-theme") || "";'
+    return f"<script>{theme}</script>\n<style>{css}</style>"

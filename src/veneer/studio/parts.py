@@ -1,0 +1,288 @@
+"""What views are made of. The only file that gives NiceGUI texts, attributes and markup, so that nothing can slip into
+a page as markup or as code: texts are text nodes, attributes are properties under constant names, and HTML comes out of
+`templates/` with escaping on. Plain HTML elements: they have names, keys and focus already.
+
+    with box("section", "panel"):                       <section class="panel"> … </section>
+        heading("Files", 2)
+        line("Nothing here yet.", "soft")
+        button("Add", add, key="a", kind="filled")      add() or add(event), sync or async
+        name = field("Name", "", changed=typed)         name.value; name.put("…") sets it
+    cards = Fragment("cards.html.j2", acts={"open": opened}, versions=found)      many things: one element
+    cards.show(versions=others)                         drawn anew where it is another
+
+Handlers: before each one who looks is asked for again (`Visitor.again`), so `page.caller` is true inside. They may be
+async. What they raise is shown on the page: a VeneerError as what · where · fix. Whatever takes more than a millisecond
+goes into `await asyncio.to_thread(…)`: the engine's own loop runs all pages.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from nicegui import ui
+
+from veneer.errors import shown
+from veneer.studio.access import VISITORS
+from veneer.train.report.log import duration, size
+from veneer.train.report.page import escaping
+
+Does = Callable[..., Any]
+"""Called with nothing, or with what came (a field's value, the data of what was clicked)."""
+
+_ENV = escaping("veneer.studio", "templates")
+_ENV.filters |= {"size": size, "duration": duration}
+
+
+def heard(does: Does) -> Callable[[Any], Any]:
+    """`does` for NiceGUI: whoever looks is asked for first; it gets what came if it takes something."""
+
+    async def hear(event: Any) -> None:
+        await VISITORS[event.client].again()
+        await _done(does, event.args)
+
+    return hear
+
+
+async def _done(does: Does, came: Any) -> None:
+    """`does(came)`, or `does()` where it has no argument without a default."""
+    wants = [p for p in inspect.signature(does).parameters.values() if p.default is p.empty]
+    made = does(came) if wants else does()
+    if inspect.isawaitable(made):
+        await made
+
+
+def box(tag: str = "div", look: str = "", **attributes: str | int | bool) -> ui.element:
+    """An HTML element to put others in: `with box("section", "panel", aria_label="Files"):`. Underscores in the names
+    of attributes are dashes. `look`: classes of studio.css."""
+    element = ui.element(tag)
+    if look:
+        element.classes(look)
+    _set(element, attributes)
+    return element
+
+
+def line(text: object, look: str = "", tag: str = "p", **attributes: str | int | bool) -> ui.element:
+    """An element with a text in it. `put(element, text)` changes it."""
+    element = box(tag, look, **attributes)
+    element._text = _plain(text)
+    return element
+
+
+def put(element: ui.element, text: object) -> None:
+    """Another text for a `line`, a heading or a button."""
+    if element._text != (text := _plain(text)):
+        element._text = text
+        element.update()
+
+
+def mark(element: ui.element, **attributes: str | int | bool) -> None:
+    """Other attributes for what `box` or `line` made."""
+    _set(element, attributes)
+    element.update()
+
+
+def show(element: ui.element, visible: bool) -> None:
+    """Whether it is there for anybody."""
+    element.set_visibility(visible)
+
+
+def heading(text: object, level: Literal[1, 2, 3] = 2, look: str = "") -> ui.element:
+    return line(text, look, f"h{level}")
+
+
+Kind = Literal["filled", "quiet", "word", "danger"]
+"""`filled`: the one thing to do in a view. `quiet`: an outline. `word`: underlined under the mouse. `danger`: takes
+something away; it has a sentence beside it."""
+
+
+def button(
+    text: object, does: Does, *, kind: Kind = "quiet", key: str = "", look: str = "", **attributes: str | int | bool
+) -> ui.element:
+    """`key`: what presses it: a letter, or several with spaces ("g l"), or "ctrl+enter"; not while a text is typed,
+    but for those with ctrl. `enable(button, False)` greys it."""
+    element = line(text, f"button {kind} {look}", "button", type="button", **attributes)
+    if key:
+        _set(element, {"data-key": key, "aria-keyshortcuts": key.replace("ctrl", "Control")})
+    element.on("click", heard(does), args=[])
+    return element
+
+
+def enable(element: ui.element, can: bool, why: str = "") -> None:
+    """`why`: said under the mouse, and to who hears the page, where it cannot be used."""
+    element.props["disabled"] = not can
+    element.props["title"] = "" if can else _plain(why)
+    element.update()
+
+
+def link(text: object, to: str, look: str = "", *, key: str = "", **attributes: str | int | bool) -> ui.element:
+    """`to`: made by `Page.link` (another view) or `Page.api` (a file; give `download=True`)."""
+    if not to.startswith("/"):
+        raise ValueError("links lead to this server alone")
+    element = line(text, look, "a", href=to, **attributes)
+    if key:
+        _set(element, {"data-key": key, "aria-keyshortcuts": key})
+    return element
+
+
+class Field(ui.element, component="field.js"):
+    """See `field`. It keeps what is typed while the page around it is drawn anew."""
+
+    value: Any = None
+
+    def put(self, value: Any) -> None:
+        """Another value, which is not told to `changed`."""
+        self.value = self.props["value"] = value
+        self.update()
+
+    def offer(self, options: Mapping[str, str] | Sequence[str]) -> None:
+        """Other options of a choice."""
+        self.props["options"] = _options(options)
+        self.update()
+
+
+FieldKind = Literal["text", "search", "number", "area", "choice", "range", "check"]
+
+
+def field(
+    label: str, value: Any = "", changed: Does | None = None, *, kind: FieldKind = "text", hint: str = "",
+    options: Mapping[str, str] | Sequence[str] = (), low: float | None = None, high: float | None = None,
+    step: float | None = None, wait: float = 0.15, most: int = 20_000, entered: Does | None = None, key: str = "",
+    look: str = "", hidden_label: bool = False,
+) -> Field:  # fmt: skip
+    """A field with its name above it (`hidden_label`: for who hears the page alone). `changed(value)`: after `wait`
+    seconds in which nothing else was typed; of a range while it moves, at most each `wait`. `entered(value)`: Enter, in
+    an area Ctrl+Enter. `hint`: what it looks like while empty. `options`: value -> text, of a choice. `most`:
+    characters. Values: texts; numbers of number and range (None where it is none); a bool of check."""
+    element = Field()
+    element.value = value
+    element.classes(f"field {look}")
+    given: dict[str, Any] = {
+        "label": _plain(label), "value": value, "kind": kind, "hint": _plain(hint), "wait": wait, "most": most,
+        "options": _options(options), "low": low, "high": high, "step": step, "shortcut": key, "hides": hidden_label,
+    }  # fmt: skip
+    for name, each in given.items():
+        element.props[name] = each
+
+    def both(does: Does | None) -> Does:
+        async def do(value: Any) -> None:
+            element.value = element.props["value"] = value  # the browser has it: nothing to send back
+            if does is not None:
+                await _done(does, value)
+
+        return do
+
+    element.on("changed", heard(both(changed)))
+    if entered is not None:
+        element.on("entered", heard(both(entered)))
+    return element
+
+
+class Fragment:
+    """A template of `templates/`, rendered with escaping into one element. `acts`: what a click on an element with
+    `data-act="NAME"` does, called with all its data- attributes as a dict of texts. Give what can be chosen a
+    `data-id` of its own, so that focus stays where it is when it is drawn anew."""
+
+    def __init__(
+        self, template: str, *, tag: str = "div", look: str = "", acts: Mapping[str, Does] | None = None, **values: Any
+    ) -> None:
+        self.template = template
+        self.element = ui.html(self._render(values), sanitize=False, tag=tag)
+        if look:
+            self.element.classes(look)
+        if acts:
+
+            async def clicked(data: dict[str, str]) -> None:
+                if (does := acts.get(data.get("act", ""))) is not None:
+                    await _done(does, data)
+
+            self.element.on("click", heard(clicked), js_handler=_CLICKED)
+
+    def _render(self, values: Mapping[str, Any]) -> str:
+        return _ENV.get_template(self.template).render(**values)
+
+    def show(self, **values: Any) -> None:
+        self.element.set_content(self._render(values))
+
+
+_CLICKED = """(e) => {
+  const at = e.target.closest("[data-act]");
+  if (at) { e.preventDefault(); emit({...at.dataset}); }
+}"""
+
+
+class Command:
+    """The command that does the same, to copy. `show` changes it; "" hides it."""
+
+    def __init__(self, text: str = "") -> None:
+        self.fragment = Fragment("command.html.j2", text=text)
+
+    def show(self, text: str) -> None:
+        self.fragment.show(text=text)
+
+
+def dialog(title: str) -> ui.element:
+    """A window over the page, closed by Escape: `with dialog("Keys") as window: …`, then `opened(window)`."""
+    element = box("dialog", "dialog", aria_label=title)
+    with element:
+        heading(title, 2)
+    return element
+
+
+def opened(window: ui.element) -> None:
+    window.run_method("showModal")
+
+
+def closed(window: ui.element) -> None:
+    window.run_method("close")
+
+
+def confirm(
+    title: str, sentence: str, does: Does, *, button_text: str, command: str = "", danger: bool = False
+) -> None:
+    """Says what will happen, then does it if that is wanted. Call it in a handler."""
+    with dialog(title) as window:
+        line(sentence)
+        if command:
+            Command(command)
+        with box("div", "row end"):
+            button("Cancel", lambda: closed(window), kind="word")
+
+            async def do() -> None:
+                closed(window)
+                await _done(does, None)
+
+            button(button_text, do, kind="danger" if danger else "filled")
+    opened(window)
+
+
+def progress(label: str, share: float | None = None) -> ui.element:
+    """`share`: 0 … 1; None: it is not known. `move(bar, share)`."""
+    bar = box("progress", aria_label=_plain(label), max=1)
+    move(bar, share)
+    return bar
+
+
+def move(bar: ui.element, share: float | None) -> None:
+    if share is None:
+        bar.props.pop("value", None)
+    else:
+        bar.props["value"] = round(min(1.0, max(0.0, share)), 3)
+    bar.update()
+
+
+def _set(element: ui.element, attributes: Mapping[str, str | int | bool]) -> None:
+    for name, value in attributes.items():
+        key = name.replace("_", "-")
+        assert not key.startswith((":", "on")), f"{key} would be code"
+        element.props[key] = _plain(value) if isinstance(value, str) else value
+
+
+def _plain(text: object) -> str:
+    return shown(text, lines=True)
+
+
+def _options(options: Any) -> list[list[str]]:
+    pairs = options.items() if isinstance(options, Mapping) else zip(options, options, strict=True)
+    return [[str(value), _plain(text)] for value, text in pairs]

@@ -1,0 +1,71 @@
+"""A server with a Studio over a tiny base and a library with names that somebody made to do harm: one process for all
+tests here, since NiceGUI has one application a process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.forks import Forked
+from tests.homes import home_with_kernels
+from tests.serve.http.toy import free_port, wait_for
+from tests.serve.saved_adapters import saved
+from tests.serve.test_whole_kill import is_ready
+from tests.tiny_base import tiny_base_dir
+from veneer.library.library import open_library
+from veneer.models.text.base import load_text
+
+ROOT = Path(__file__).resolve().parents[2]
+HOSTILE = '"><img src=x onerror=alert(1)></script>\u202e{{ 7*7 }}'
+
+
+class Served:
+    """A server in a process of its own. `base`: its folder. `library`: where its adapters are."""
+
+    def __init__(self, folder: Path, base: Path, library: Path, *options: str) -> None:
+        port = free_port()
+        self.address, self.library = f"http://127.0.0.1:{port}", library
+        self.log = folder / "log"
+        own = {"PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home_with_kernels(folder)), "OMP_NUM_THREADS": "1"}
+        command = [
+            "-c", "from veneer.cli.main import main; main()", "serve", "--studio", "--base", str(base), "--port",
+            str(port), "--library", str(library), "--cache-memory", "16M", "--dtype", "float32", *options,
+        ]  # fmt: skip
+        without = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+        self.process = Forked(command, env=without | own, log=self.log)
+
+    def wait(self) -> None:
+        wait_for(lambda: self.process.poll() is not None or is_ready(self.address), 120)
+        assert self.process.poll() is None, self.log.read_text()[-3000:]
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base, and a library of adapters of it."""
+    folder = tmp_path_factory.mktemp("studio")
+    base_dir = tiny_base_dir(folder)
+    base = load_text(str(base_dir))
+    with open_library(folder / "library") as library:
+        for seed, name in enumerate(["support", "support", "acme/tone", "globex/tone"]):
+            saved(base, folder / str(seed), seed, trigger_words=[HOSTILE] if seed == 2 else [], licence=HOSTILE)
+            library.add(folder / str(seed), name)
+        library.alias("support@1", "prod")
+    return base_dir, folder / "library"
+
+
+@pytest.fixture(scope="session")
+def studio(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Open to whoever is on this machine."""
+    served = Served(tmp_path_factory.mktemp("open"), *tiny)
+    try:
+        served.wait()
+        yield served
+    finally:
+        served.end()
