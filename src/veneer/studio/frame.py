@@ -278,9 +278,9 @@ class Frame:
         with place:
             drawing = page.task(draw())
         done, _ = await asyncio.wait([drawing], timeout=_PATIENCE)
-        for each in before:
-            if each in list(self.place):
-                self.place.remove(each)
+        for old in before:
+            if old in list(self.place):
+                self.place.remove(old)
         parts.show(place, True)
         return drawing.result() or 200 if done and not drawing.cancelled() else 200
 
