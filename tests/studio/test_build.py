@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -16,48 +13,12 @@ from websockets.sync.client import connect
 
 from tests.serve.http.toy import wait_for
 from tests.studio.conftest import Served
+from tests.studio.windows import opened
 from veneer.serve.build import Extension, together
 
 
-class Window:
-    """A browser's socket, as Socket.IO has it, for the page at `url`."""
-
-    def __init__(self, url: str, **options: Any) -> None:
-        page = httpx.get(url, follow_redirects=True).text
-        found = re.search(r"query: (\{.*?\}),", page)
-        assert found is not None
-        self.query = {**ast.literal_eval(found[1]), "document_id": "d", "tab_id": "t", "old_tab_id": "t"}
-        self.elements = json.loads(page.split("String.raw`")[1].split("`)")[0].replace("&quot;", '"'))
-        said = "&".join(f"{k}={str(v).lower() if v is True else v}" for k, v in self.query.items())
-        place = f"{url.split('/studio')[0].replace('http', 'ws')}/studio/_nicegui_ws/socket.io/"
-        self.socket = connect(f"{place}?EIO=4&transport=websocket&{said}", proxy=None, **options)
-        assert self.socket.recv()[0] == "0"
-        self.socket.send("40")
-        assert "sid" in self.socket.recv(timeout=10)
-
-    def type(self, text: str) -> None:
-        """Into the first field."""
-        id, field = next((i, e) for i, e in self.elements.items() if e.get("props", {}).get("kind") == "search")
-        listener = next(e["listener_id"] for e in field["events"] if e["type"] == "changed")
-        event = {
-            "id": int(id),
-            "client_id": self.query["client_id"],
-            "listener_id": listener,
-            "args": [json.dumps(text)],
-        }
-        self.socket.send("42" + json.dumps(["event", event]))
-
-    def until(self, *words: str) -> str:
-        """What comes, until all the words were in it."""
-        heard = ""
-        while not all(word in heard for word in words):
-            heard += str(message) if (message := self.socket.recv(timeout=20)) != "2" else ""
-        return heard
-
-
 def test_a_page_hears_and_answers_through_the_real_front_and_door(studio: Served) -> None:
-    window = Window(f"{studio.address}/studio/")
-    with window.socket:
+    with opened(f"{studio.address}/studio/") as window:
         window.type("tone")
         heard = window.until("globex/tone", "q=tone")
         assert "support@2" not in heard

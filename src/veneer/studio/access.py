@@ -60,7 +60,7 @@ VISITORS: WeakKeyDictionary[object, Visitor] = WeakKeyDictionary()
 """Of each page that is open, by its client (NiceGUI's)."""
 
 
-async def is_open(tenancy: Tenancy) -> bool:
+async def _is_open(tenancy: Tenancy) -> bool:
     """Whether who has no key is let in."""
     try:
         await tenancy.caller(None)
@@ -73,7 +73,7 @@ async def is_open(tenancy: Tenancy) -> bool:
 
 async def check_reach(tenancy: Tenancy, host: str) -> None:
     """Raises ConfigError where others could reach a page that needs no key."""
-    if host not in _HERE and await is_open(tenancy):
+    if host not in _HERE and await _is_open(tenancy):
         what = "the Studio trains and removes adapters, so where others can reach it, it needs a key"
         raise ConfigError(what, where=f"--host {host}", fix="--api-keys or --tenants; or leave --host out")
 
@@ -131,7 +131,7 @@ class Gate:
         if scope["type"] not in ("http", "websocket") or not f"{path}/".startswith(f"{ROOT}/"):
             return await self.app(scope, receive, send)
         if self._open is None:
-            self._open = await is_open(self.tenancy)
+            self._open = await _is_open(self.tenancy)
         headers = Headers(scope=scope)
         if wrong := self._refused(scope, headers):
             return await _turn_away(wrong, scope, receive, send)

@@ -44,12 +44,12 @@ def studio_of(service: Service, library: Library, *, host: str, trains: bool = F
     """The extension of a server that listens at `host`. `trains`: whether jobs are carried out beside it."""
     from veneer.jobs.store import JobStore
     from veneer.serve.build import Extension
-    from veneer.studio.frame import Studio, View
+    from veneer.studio.frame import Studio, StudioView
     from veneer.studio.library import adapter_view, library_view
 
     views = (
-        View("", "Library", "l", library_view),
-        View("adapter", "Adapter", "", adapter_view),
+        StudioView("", "Library", "l", library_view),
+        StudioView("adapter", "Adapter", "", adapter_view),
     )
     made = Studio(service, library, JobStore(library), views, trains)
     life: list[AbstractAsyncContextManager[Any]] = []

@@ -2,21 +2,21 @@
 
 A view is an async function in a file of its own, at most 400 lines, that draws into the page it is given:
 
-    async def compare_view(page: Page) -> None:
+    async def compare_view(page: ViewPage) -> None:
         prompt = page.query.get("p")                       what the link says: get, all, number
         page.title("Compare", "One prompt, several adapters.")
-        asked = field("Prompt", prompt, lambda text: page.keep(p=text), kind="area", entered=ask, key="p")
+        asked = form_field("Prompt", prompt, lambda text: page.keep(p=text), kind="area", entered=ask, key="p")
         answers = Fragment("answers.html.j2", acts={"vote": vote}, answers=[])          templates/answers.html.j2
         Command(command("generate", prompt))
         page.task(ask())                                   goes on beside the page; ends when it is left
 
-and a row of `VIEWS` (build.py): its path, its title, the letter that `g` goes to it by, whether it is an operator's.
+and a row of `views` in build.py: its path, its title, the letter that `g` goes to it by, whether it is an operator's.
 
-    parts         parts.py alone (`box`, `line`, `button`, `field`, `Fragment`, `dialog`, `confirm` …): never `ui.…`,
-                  `.props(`, `.style(`, `run_javascript` in a view; a test holds that
+    parts         parts.py alone (`box`, `line`, `button`, `form_field`, `Fragment`, `dialog`, `confirm` …): never
+                  `ui.…`, `.props(`, `.style(`, `run_javascript` in a view; a test holds that
     who looks     `page.caller` (`.sees(name)`, `.tenant`, `.admin`): new at each handler. Jobs are asked for by
-                  `page.tenant` (None for an operator). What they do not see raises `NotHere`, which is told in the same
-                  words as what is not there
+                  `page.tenant` (None for an operator). What they do not see raises `NothingHere`, which is told in
+                  the same words as what is not there
     slow things   `await asyncio.to_thread(function, …)`. Draw first, then await: after one second the page goes out as
                   far as it is, and the rest is drawn when it comes
     state         none but the link: `page.keep(q="sty")` changes it without a load (None or "" takes a key out);
@@ -24,7 +24,7 @@ and a row of `VIEWS` (build.py): its path, its title, the letter that `g` goes t
     other views   `link("Compare", page.link("compare", c=["a@1", "b@2"]))`; `await page.go("run", job=id)` in a handler
     bytes         (img, downloads, uploads) `page.api("/v1/…")`: a route of the API under the same caller, never a path
     errors        raise: a VeneerError is shown as what · where · fix, anything else as veneer's fault
-    changes       `follow(mark, 1.0, refill)` (watch.py) where others may write what is shown
+    changes       `on_change(mark, 1.0, refill)` (watch.py) where others may write what is shown
     commands      `Command(command("library", "alias", ref, name))` (commands.py): what does the same
     success       `page.say("support@2 is prod now")`, once, at an end
     looks         studio.css; its classes are listed at its top
@@ -61,18 +61,18 @@ _PATIENCE = 1.0
 """Seconds after which a page goes out as far as it is drawn."""
 
 
-class NotHere(VeneerError):
+class NothingHere(VeneerError):
     """Raised for what is not there and for what whoever looks does not see: nobody can tell which."""
 
 
 @dataclass(frozen=True)
-class View:
+class StudioView:
     """`path`: after /studio/. `key`: the letter after g; "": it is not in the list of views. `draw`: draws it."""
 
     path: str
     title: str
     key: str
-    draw: Callable[[Page], Awaitable[None]]
+    draw: Callable[[ViewPage], Awaitable[None]]
     operator: bool = False
 
 
@@ -83,7 +83,7 @@ class Studio:
     service: Service
     library: Library
     jobs: JobStore
-    views: Sequence[View]
+    views: Sequence[StudioView]
     trains: bool = False
 
     @property
@@ -124,11 +124,11 @@ class Query:
 
 
 @dataclass(eq=False)
-class Page:
+class ViewPage:
     """One visit to one view."""
 
     frame: Frame
-    view: View
+    view: StudioView
     query: Query
     tasks: list[asyncio.Task[Any]] = field(default_factory=list)
 
@@ -215,7 +215,7 @@ class Frame:
 
     def __init__(self, studio: Studio, visitor: Visitor, root: str) -> None:
         self.studio, self.visitor, self.root = studio, visitor, root
-        self.page: Page | None = None
+        self.page: ViewPage | None = None
         self.client = ui.context.client
         VISITORS[self.client] = visitor
         self.client.on_exception(self.wrong)
@@ -254,11 +254,11 @@ class Frame:
         self.leave()
         view = next((view for view in self.studio.views if view.path == path), None)
         if view is None or (view.operator and not self.visitor.caller.admin):
-            view = View(path, "Not here", "", _nowhere)
+            view = StudioView(path, "Not here", "", _nowhere)
         for each, link in self.links.items():
             parts.mark(link, aria_current="page" if each == view.path else "false")
         self._well()
-        self.page = page = Page(self, view, query)
+        self.page = page = ViewPage(self, view, query)
         self.called(view.title)
         before = list(self.place)
         with self.place:
@@ -269,7 +269,7 @@ class Frame:
         async def draw() -> int:
             try:
                 await view.draw(page)
-            except (NotHere, NotInLibrary) as error:
+            except (NothingHere, NotInLibrary) as error:
                 place.clear()
                 _not_here(page, error)
                 return 404
@@ -328,11 +328,11 @@ class Frame:
         )
 
 
-async def _nowhere(page: Page) -> None:
-    raise NotHere("There is nothing here.")
+async def _nowhere(page: ViewPage) -> None:
+    raise NothingHere("There is nothing here.")
 
 
-def _not_here(page: Page, error: VeneerError) -> None:
+def _not_here(page: ViewPage, error: VeneerError) -> None:
     page.title("Not here")
     parts.line("There is nothing here, or nothing that you may see.", "lede")
     if error.fix and page.caller.admin:

@@ -6,7 +6,7 @@ a page as markup or as code: texts are text nodes, attributes are properties und
         heading("Files", 2)
         line("Nothing here yet.", "soft")
         button("Add", add, key="a", kind="filled")      add() or add(event), sync or async
-        name = field("Name", "", changed=typed)         name.value; name.put("…") sets it
+        name = form_field("Name", "", changed=typed)         name.value; name.put("…") sets it
     cards = Fragment("cards.html.j2", acts={"open": opened}, versions=found)      many things: one element
     cards.show(versions=others)                         drawn anew where it is another
 
@@ -117,7 +117,7 @@ def enable(element: ui.element, can: bool, why: str = "") -> None:
 
 
 def link(text: object, to: str, look: str = "", *, key: str = "", **attributes: str | int | bool) -> ui.element:
-    """`to`: made by `Page.link` (another view) or `Page.api` (a file; give `download=True`)."""
+    """`to`: made by `ViewPage.link` (another view) or `ViewPage.api` (a file; give `download=True`)."""
     if not to.startswith("/"):
         raise ValueError("links lead to this server alone")
     element = line(text, look, "a", href=to, **attributes)
@@ -127,7 +127,7 @@ def link(text: object, to: str, look: str = "", *, key: str = "", **attributes: 
 
 
 class Field(ui.element, component="field.js"):
-    """See `field`. It keeps what is typed while the page around it is drawn anew."""
+    """See `form_field`. It keeps what is typed while the page around it is drawn anew."""
 
     value: Any = None
 
@@ -142,11 +142,11 @@ class Field(ui.element, component="field.js"):
         self.update()
 
 
-FieldKind = Literal["text", "search", "number", "area", "choice", "range", "check"]
+_FieldKind = Literal["text", "search", "number", "area", "choice", "range", "check"]
 
 
-def field(
-    label: str, value: Any = "", changed: Does | None = None, *, kind: FieldKind = "text", hint: str = "",
+def form_field(
+    label: str, value: Any = "", changed: Does | None = None, *, kind: _FieldKind = "text", hint: str = "",
     options: Mapping[str, str] | Sequence[str] = (), low: float | None = None, high: float | None = None,
     step: float | None = None, wait: float = 0.15, most: int = 20_000, entered: Does | None = None, key: str = "",
     look: str = "", hidden_label: bool = False,

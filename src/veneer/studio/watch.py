@@ -1,6 +1,6 @@
 """Pages that follow what changes beneath them: others write to the library and the jobs, too.
 
-follow(library_mark(page.studio), 1.0, refill)         asks for the mark each second; `refill` when it is another
+on_change(library_mark(page.studio), 1.0, refill)         asks for the mark each second; `refill` when it is another
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nicegui import ui
 from veneer.studio.access import VISITORS
 
 
-def follow(mark: Callable[[], Any], every: float, changed: Callable[[], Awaitable[None] | None]) -> ui.timer:
+def on_change(mark: Callable[[], Any], every: float, changed: Callable[[], Awaitable[None] | None]) -> ui.timer:
     """`mark`: what is compared with what it was; it is called in a thread. `changed`: called on the loop, where parts
     may be drawn anew. It ends with the view that it was called in; `.deactivate()` ends it before."""
     last: list[Any] = []

@@ -1,0 +1,62 @@
+"""A browser's window without a browser: the page's tree, and its socket as Socket.IO has it.
+
+with opened(f"{address}/studio/") as window:
+    window.type("tone")
+    window.until("globex/tone")
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+from websockets.sync.client import ClientConnection, connect
+
+
+class Window:
+    """A browser's socket, as Socket.IO has it, for the page at `url`."""
+
+    def __init__(self, url: str) -> None:
+        page = httpx.get(url, follow_redirects=True).text
+        found = re.search(r"query: (\{.*?\}),", page)
+        assert found is not None
+        self.query = {**ast.literal_eval(found[1]), "document_id": "d", "tab_id": "t", "old_tab_id": "t"}
+        self.elements = json.loads(page.split("String.raw`")[1].split("`)")[0].replace("&quot;", '"'))
+        said = "&".join(f"{k}={str(v).lower() if v is True else v}" for k, v in self.query.items())
+        place = f"{url.split('/studio')[0].replace('http', 'ws')}/studio/_nicegui_ws/socket.io/"
+        self.place = f"{place}?EIO=4&transport=websocket&{said}"
+        self.socket: ClientConnection
+
+    def type(self, text: str) -> None:
+        """Into the first field."""
+        id, field = next((i, e) for i, e in self.elements.items() if e.get("props", {}).get("kind") == "search")
+        listener = next(e["listener_id"] for e in field["events"] if e["type"] == "changed")
+        event = {
+            "id": int(id),
+            "client_id": self.query["client_id"],
+            "listener_id": listener,
+            "args": [json.dumps(text)],
+        }
+        self.socket.send("42" + json.dumps(["event", event]))
+
+    def until(self, *words: str) -> str:
+        """What comes, until all the words were in it."""
+        heard = ""
+        while not all(word in heard for word in words):
+            heard += str(message) if (message := self.socket.recv(timeout=20)) != "2" else ""
+        return heard
+
+
+@contextmanager
+def opened(url: str, **options: Any) -> Iterator[Window]:
+    window = Window(url)
+    with connect(window.place, proxy=None, **options) as window.socket:
+        assert str(window.socket.recv())[0] == "0"
+        window.socket.send("40")
+        assert "sid" in str(window.socket.recv(timeout=10))
+        yield window
