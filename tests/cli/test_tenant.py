@@ -140,6 +140,8 @@ def test_what_was_said_is_exported_and_forgotten(capsys: Any, quick: Path, tmp_p
     assert result(capsys, "feedback", "forget", "acme", "--user", "ana")["removed"] == 1
     assert result(capsys, "feedback", "export", "acme", "-o", str(rows))["rows"] == 1
     assert result(capsys, "feedback", "keep", "acme", "--off")["feedback"] is None
+    assert result(capsys, "feedback", "keep", "--days", "3")["tenant"] == "", "of whoever asks an open server"
+    assert [t["tenant"] for t in result(capsys, "feedback", "show")["tenants"]] == ["", "acme"]
     assert run(capsys, "tenant", "feedback", "export", "acme", "--kind", "dpo", "-o", str(rows)).code == 2
     assert result(capsys, "audit", "--what", "feedback")["lines"][1]["before"] == {"answers": 1, "all": False}
 

@@ -15,6 +15,7 @@ from veneer.errors import ConfigError
 from veneer.serve.build import build, operator_routes, tenancy_of
 from veneer.serve.checks import open_stores
 from veneer.serve.settings import EngineSettings, FleetSettings, HttpSettings, LedgerSettings, ServeSettings
+from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
 
 FLEET = FleetSettings(upstreams=("http://127.0.0.1:1",))
@@ -35,13 +36,22 @@ def test_a_server_that_finds_tenants_in_its_home_asks_for_keys(tmp_path: Path, m
     assert not said
     assert kind(host="0.0.0.0") == "OpenAccess"
     assert "whoever can reach 0.0.0.0:8000" in said.pop()
-    Store(str(tmp_path / "tenants.sqlite")).close()
-    assert kind() == "Tenants"
+    where = str(tmp_path / "tenants.sqlite")
+    (store := Store(where)).close()
+    assert kind() == "OpenTenants", "a database in which there is nobody keeps nobody out of this machine's own server"
+    assert said.pop() == f"open to this machine, without a key; routes and ledger: {where}"
+    assert kind(host="0.0.0.0") == kind(tenants=where) == "Tenants"
     assert "there are no tenants yet" in said.pop()
-    assert f"{tmp_path / 'tenants.sqlite'}, so requests need a key; --open" in said.pop()
     assert kind(admin_key="an-admin-key-of-some-length") == "Tenants+admin"
     assert kind(keys=("sk-0123456789abcdef",)) == "KeyAccess"
-    assert kind(open=True) == "OpenAccess"
+    manage.add_tenant(store, "acme", who="test")
+    store.close()
+    said.clear()
+    assert kind() == "Tenants"
+    assert f"{where}, so requests need a key; --open" in said.pop()
+    assert kind(open=True) == kind(open=True, tenants=where) == "OpenTenants"
+    assert kind(open=True, admin_key="an-admin-key-of-some-length") == "OpenTenants+admin"
+    assert kind(open=True, host="0.0.0.0") == "OpenAccess"
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
     ("options", "words"),
     [
         (["--allow-folder", "nowhere"], "there is no folder nowhere"),
-        (["--open", "--tenants", "t.sqlite"], "--open serves whoever asks"),
+        (["--open", "--tenants", "t.sqlite", "--host", "0.0.0.0"], "whoever reaches 0.0.0.0 would be the operator"),
         (["--open", "--api-keys", "keys"], "--open serves whoever asks"),
     ],
 )

@@ -77,7 +77,10 @@ def serve(
         ),
     ] = None,
     open_to_all: Annotated[
-        bool, typer.Option("--open", help="Serve whoever asks, although there are tenants in the veneer home.")
+        bool,
+        typer.Option(
+            "--open", help="Serve whoever asks, although there are tenants; on this machine alone with their routes."
+        ),
     ] = False,
     ledger_days: Annotated[
         float,
@@ -201,8 +204,8 @@ def serve(
     """Serve a base and its adapters over HTTP until Ctrl-C or SIGTERM."""
     if tenants is not None and api_keys is not None:
         raise ConfigError("--tenants and --api-keys both say who may ask", fix="keep one")
-    if open_to_all and (tenants is not None or api_keys is not None):
-        raise ConfigError("--open serves whoever asks, and --tenants or --api-keys say who may", fix="keep one")
+    if open_to_all and api_keys is not None:
+        raise ConfigError("--open serves whoever asks, and --api-keys say who may", fix="keep one")
     for folder in allow_folder or []:
         if not folder.expanduser().is_dir():
             raise ConfigError(f"there is no folder {folder}", where="--allow-folder", fix="make it, or leave it out")

@@ -69,6 +69,8 @@ def _day(at: float | None) -> str:
 
 
 _Tenant = Annotated[str, typer.Argument(help="The tenant.", show_default=False)]
+_Kept = Annotated[str, typer.Argument(help="The tenant; without one: whoever asks an open server.", show_default=False)]
+_WHOEVER = "(whoever asks)"
 _KeyId = Annotated[str, typer.Argument(help="The key's id, the part after vnr-.", show_default=False)]
 _Adapter = Annotated[str, typer.Option("--adapter", help="For this adapter alone; by default all of them.")]
 _Patterns = Annotated[
@@ -544,6 +546,8 @@ _Library = Annotated[
 ]
 _Force = Annotated[bool, typer.Option("--force", help="Move it unchecked: a server loads the adapters by itself.")]
 
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Say who would move, and move nothing.")]
+
 
 @route_app.command("set", epilog="Example: veneer tenant route set support support@1=90 support@2=10")
 def route_set(
@@ -554,6 +558,7 @@ def route_set(
     fraction: Annotated[float, typer.Option("--fraction", help="Of the requests that the shadow gets.")] = 1.0,
     library: _Library = None,
     force: _Force = False,
+    dry_run: _DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Point a route to adapters by weight. A user stays with one; moving weights moves as few as can be."""
@@ -564,10 +569,17 @@ def route_set(
     ]
     if any(not weight for _, weight in pairs):
         raise typer.BadParameter("weights are whole numbers, 1 or more: support@1=90")
+    more: dict[str, Any] = {"tenant": tenant, "shadow": shadow, "fraction": fraction}
     with _opened() as store:
-        more: dict[str, Any] = {"tenant": tenant, "fraction": fraction, "check": _kept_in(library, force)}
-        made = routes.set_route(store, route, pairs, shadow=shadow, who=_who(), **more)
-    print_json(routes.route_shown(made)) if as_json else print(_line(routes.route_shown(made)))
+        now = store.settings.routes.get((tenant, route))
+        made = routes.planned_route(now, route, pairs, **more)
+        if not dry_run:
+            made = routes.set_route(store, route, pairs, who=_who(), check=_kept_in(library, force), **more)
+    _moved(routes.route_shown(made), routes.route_change(now, made), as_json)
+
+
+def _moved(shown: dict[str, Any], change: str, as_json: bool) -> None:
+    print_json({**shown, "change": change}) if as_json else print(f"{_line(shown)}\n{change}")
 
 
 def _split(text: str) -> tuple[str, str, str]:
@@ -618,15 +630,19 @@ def route_list(as_json: AsJson = False) -> None:
 
 @route_app.command("rollback", epilog="Example: veneer tenant route rollback support")
 def route_rollback(
-    route: _Route, tenant: _Of = "", library: _Library = None, force: _Force = False, as_json: AsJson = False
-) -> None:
+    route: _Route, tenant: _Of = "", library: _Library = None, force: _Force = False, dry_run: _DryRun = False,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
     """Put back what the route led to before its last move, for the same users, from the next request on."""
+    from veneer.library.database import reading
     from veneer.serve.tenancy import routes
 
     with _opened() as store:
-        check = _kept_in(library, force)
-        after = routes.route_shown(routes.rollback_route(store, route, tenant=tenant, who=_who(), check=check))
-    print_json(after) if as_json else print(_line(after))
+        with reading(store.engine) as c:
+            now, made = routes.earlier_route(c, route, tenant=tenant)
+        if not dry_run:
+            made = routes.rollback_route(store, route, tenant=tenant, who=_who(), check=_kept_in(library, force))
+    _moved(routes.route_shown(made), routes.route_change(now, made), as_json)
 
 
 @route_app.command("remove", epilog="Example: veneer tenant route remove support")
@@ -712,7 +728,7 @@ def _difference(r: dict[str, Any]) -> str:
 
 @feedback_app.command("keep", epilog="Example: veneer tenant feedback keep acme --days 30 --name 'acme/*'")
 def feedback_keep(
-    tenant: _Tenant,
+    tenant: _Kept = "",
     days: Annotated[float, typer.Option("--days", help="How long each answer is kept.")] = 30.0,
     name: Annotated[
         list[str] | None, typer.Option("--name", help="Of these routes or adapters alone; repeatable.")
@@ -732,7 +748,7 @@ def feedback_keep(
     if as_json:
         print_json({"tenant": tenant, "feedback": None if made is None else asdict(made)})
     else:
-        print(f"{tenant}: {_kept(made)}")
+        print(f"{tenant or _WHOEVER}: {_kept(made)}")
 
 
 def _kept(terms: Any) -> str:
@@ -748,13 +764,14 @@ def feedback_show(as_json: AsJson = False) -> None:
     from veneer.serve.tenancy.feedback import feedback_counts
 
     with _opened() as store, reading(store.engine) as c:
-        found = {name: feedback_counts(c, name, time.time()) for name in store.settings.tenants}
         terms = store.settings.feedback
+        names = [*([""] if "" in terms else []), *store.settings.tenants]
+        found = {name: feedback_counts(c, name, time.time()) for name in names}
     if as_json:
         listed = [{"tenant": t, "feedback": asdict(terms[t]) if t in terms else None, **n} for t, n in found.items()]
         print_json({"tenants": listed})
         return
-    rows = [(t, *n.values(), _kept(terms.get(t))) for t, n in found.items() if t in terms or n["answers"]]
+    rows = [(t or _WHOEVER, *n.values(), _kept(terms.get(t))) for t, n in found.items() if t in terms or n["answers"]]
     _table(("tenant", "answers", "up", "down", "corrected", "chosen", ""), rows, "no answers are kept")
 
 
@@ -763,8 +780,8 @@ def feedback_show(as_json: AsJson = False) -> None:
     epilog="Example: veneer tenant feedback export acme --kind preference --adapter acme/support -o rows.jsonl",
 )
 def feedback_export(
-    tenant: _Tenant,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file of JSON lines.", show_default=False)],
+    tenant: _Kept = "",
     kind: Annotated[str, typer.Option("--kind", help="supervised, preference or unpaired.")] = "supervised",
     adapter: Annotated[
         str | None, typer.Option("--adapter", help="Of this adapter or route alone, all versions.")
@@ -785,7 +802,8 @@ def feedback_export(
             yield json.dumps(row).encode() + b"\n"
 
     with _opened() as store:
-        manage.get_tenant(store, tenant)
+        if tenant:
+            manage.get_tenant(store, tenant)
         found = feedback_rows(store.engine, tenant, kind, adapter=adapter)
         atomic_write(output, lines())
     print_json({"rows": count, "output": str(output)}) if as_json else print(f"{count:,} rows in {output}")
@@ -793,7 +811,7 @@ def feedback_export(
 
 @feedback_app.command("forget", epilog="Example: veneer tenant feedback forget acme --user u-17")
 def feedback_forget(
-    tenant: _Tenant,
+    tenant: _Kept = "",
     user: Annotated[str | None, typer.Option("--user", help="All answers to requests of this `user`.")] = None,
     everything: Annotated[bool, typer.Option("--everything", help="All of the tenant's.")] = False,
     as_json: AsJson = False,

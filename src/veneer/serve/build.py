@@ -27,7 +27,7 @@ from veneer.serve.names.shelf import Shelf
 from veneer.serve.settings import ServeSettings
 from veneer.serve.tenancy.admin import admin_router
 from veneer.serve.tenancy.store import Store
-from veneer.serve.tenancy.tenants import Tenants
+from veneer.serve.tenancy.tenants import OpenTenants, Tenants
 
 
 async def _nothing() -> None:
@@ -230,14 +230,17 @@ def tenancy_of(settings: ServeSettings, say: Callable[[str], None], store: Store
     if store is None:
         refuse_ledger(settings.ledger)
         if not settings.keys and (settings.open or settings.admin_key is None):
-            if settings.host not in ("127.0.0.1", "localhost", "::1"):
+            if not settings.here:
                 at = f"{settings.host}:{settings.port}"
                 say(f"note: whoever can reach {at} may ask and load adapters; --api-keys or --tenants closes that")
             return OpenAccess()
         return KeyAccess(settings.keys, settings.admin_key)
+    none_yet = not store.settings.tenants
+    if settings.here and (settings.open or (none_yet and settings.tenants is None and settings.admin_key is None)):
+        say(f"open to this machine, without a key; routes and ledger: {store.where}")
+        return OpenTenants(store, admin_key=settings.admin_key, ledger=settings.ledger)
     if settings.tenants is None:
         say(f"tenants: {store.where}, so requests need a key; --open serves whoever asks")
-    tenants = Tenants(store, admin_key=settings.admin_key, ledger=settings.ledger)
-    if not tenants.store.settings.tenants:
+    if none_yet:
         say("there are no tenants yet, so nobody has a key: veneer tenant add NAME, then veneer tenant key add NAME")
-    return tenants
+    return Tenants(store, admin_key=settings.admin_key, ledger=settings.ledger)

@@ -60,7 +60,7 @@ def open_stores(settings: ServeSettings) -> Opened:
 def _tenants_place(settings: ServeSettings) -> str | None:
     """The tenants' database: the one that was named, or the usual one, where it is there and nothing else says who may
     ask."""
-    if settings.tenants is not None or settings.keys or settings.open:
+    if settings.tenants is not None or settings.keys or (settings.open and not settings.here):
         return settings.tenants
     return database_here()
 
@@ -81,6 +81,9 @@ def check_settings(settings: ServeSettings) -> Opened:
             )
     if settings.admin_key is not None:
         admin_hash(settings.admin_key)
+    if settings.open and settings.tenants is not None and not settings.here:
+        what = f"whoever reaches {settings.host} would be the operator of these tenants"
+        raise ConfigError(what, where="--open --tenants", fix="--host 127.0.0.1, or leave --open out")
     _refuse_twice_rounded(settings)
     _check_fleet(settings)
     kind = _kind_here(settings)

@@ -103,9 +103,10 @@ class FleetSettings:
 @dataclass(frozen=True)
 class ServeSettings:
     """`folders`: where load requests may name files. `tenants`: a database of tenants; without it `keys` are all the
-    server's keys; without these it is the tenants.sqlite of the veneer home, if there is one, unless the server is to
-    be `open`; and else nobody needs a key. With a fleet the base is read for its names and its tokenizer alone.
-    `quantise`: see models.text.base.load_text. `drain`: seconds."""
+    server's keys; without these it is the tenants.sqlite of the veneer home, if there is one; and else nobody needs a
+    key. `open`: nobody needs one although there are tenants: who listens to this machine alone has their routes, prices
+    and ledger all the same, who listens to others has not. With a fleet the base is read for its names and its
+    tokenizer alone. `quantise`: see models.text.base.load_text. `drain`: seconds."""
 
     base: str
     host: str = "127.0.0.1"
@@ -126,6 +127,11 @@ class ServeSettings:
     http: HttpSettings = field(default_factory=HttpSettings)
     ledger: LedgerSettings = field(default_factory=LedgerSettings)
     fleet: FleetSettings = field(default_factory=FleetSettings)
+
+    @property
+    def here(self) -> bool:
+        """Whether this machine alone can reach the server."""
+        return self.host in ("127.0.0.1", "localhost", "::1")
 
 
 # -- as people write them ----------------------------------------------------------------------------------------------

@@ -44,6 +44,44 @@ def test_shares_are_exact_and_a_move_takes_no_more_than_the_shares_differ(moves:
         before = after
 
 
+@settings(max_examples=20, deadline=None)
+@given(Weights, Weights)
+def test_what_is_said_before_a_move_is_what_the_router_does(first: list, second: list) -> None:
+    now = routes.planned_route(None, "support", first)
+    wanted = routes.planned_route(now, "support", second)
+    said = routes.route_change(now, wanted)
+    moved = Counter(
+        (a, b) for n in range(BUCKETS) if (a := owner(now.runs, n)) != (b := owner(wanted.runs, n))
+    )  # fmt: skip
+    assert routes.moved_buckets(now.runs, wanted.runs) == moved
+    for (a, b), count in moved.items():
+        assert f"{count / 100:g} % from {a} to {b}" in said
+    assert said.count(" from ") == len(moved)
+    if not moved:
+        assert said == "No user of support moves."
+    back = routes.route_change(wanted, now)
+    assert all(f"{count / 100:g} % from {b} to {a}" in back for (a, b), count in moved.items())
+
+
+def test_what_begins_what_ends_and_what_answers_unseen_is_said(store: Store) -> None:
+    begun = routes.planned_route(None, "support", [("v1", 90), ("v2", 10)])
+    assert routes.route_change(None, begun) == "support begins: 90 % of users get v1 and 10 % of users get v2."
+    routes.set_route(store, "support", [("v1", 90), ("v2", 10)], who="me")
+    now = store.look().routes["", "support"]
+    assert (now.targets, now.runs) == (begun.targets, begun.runs)
+    shadowed = routes.planned_route(now, "support", [("v1", 80), ("v2", 20)], shadow="v3", fraction=0.05)
+    assert routes.route_change(now, shadowed) == (
+        "Of the users of support, 10 % from v1 to v2 moves; nobody else changes. "
+        "v3 answers 5 % of requests too, unseen."
+    )
+    assert routes.route_change(shadowed, now).endswith("v3 answers no longer unseen.")
+    routes.remove_route(store, "support", who="me")
+    with reading(store.engine) as c:
+        gone, back = routes.earlier_route(c, "support")
+    assert routes.route_change(now, gone).startswith("support ends")
+    assert routes.route_change(gone, back) == routes.route_change(None, begun)
+
+
 def test_users_are_spread_by_weight_and_stay() -> None:
     runs = share_out([("v1", 90), ("v2", 10)])
     users = [bucket("support", f"user{n}") for n in range(20_000)]

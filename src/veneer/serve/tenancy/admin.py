@@ -114,12 +114,14 @@ class RouteBody(_Body):
     shadow: str | None = None
     fraction: float = 1.0
     force: bool = Field(False, description="move it unchecked")
+    dry_run: bool = Field(False, description="say what would change, and move nothing")
 
 
 class RouteName(_Body):
     route: str
     tenant: str = ALL
     force: bool = False
+    dry_run: bool = False
 
 
 def admin_router(tenants: Tenants, catalog: Catalog) -> APIRouter:
@@ -276,8 +278,12 @@ def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
             raise ConfigError(
                 f"{body.route} is the base, whose name no route can have", where="route", fix="another name"
             )
-        check = None if body.force else catalog.check
-        return routes.route_shown(routes.set_route(store, body.route, targets, who=_WHO, check=check, **more))
+        now = store.look().routes.get((body.tenant, body.route))
+        made = routes.planned_route(now, body.route, targets, **more)
+        if not body.dry_run:
+            check = None if body.force else catalog.check
+            made = routes.set_route(store, body.route, targets, who=_WHO, check=check, **more)
+        return {**routes.route_shown(made), "change": routes.route_change(now, made)}
 
     @router.delete("/routes")
     def remove_route(route: str, tenant: str = ALL) -> dict[str, Any]:
@@ -286,8 +292,12 @@ def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
 
     @router.post("/routes/rollback")
     def rollback(body: RouteName) -> dict[str, Any]:
-        check = None if body.force else catalog.check
-        return routes.route_shown(routes.rollback_route(store, body.route, tenant=body.tenant, who=_WHO, check=check))
+        with reading(store.engine) as c:
+            now, made = routes.earlier_route(c, body.route, tenant=body.tenant)
+        if not body.dry_run:
+            check = None if body.force else catalog.check
+            made = routes.rollback_route(store, body.route, tenant=body.tenant, who=_WHO, check=check)
+        return {**routes.route_shown(made), "change": routes.route_change(now, made)}
 
     @router.get("/routes/history")
     def history(route: str, tenant: str = ALL) -> dict[str, Any]:

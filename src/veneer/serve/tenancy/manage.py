@@ -369,14 +369,15 @@ def set_training(store: Store, tenant: str, terms: TrainingTerms | None, *, who:
 
 def set_feedback(store: Store, tenant: str, terms: FeedbackTerms | None, *, who: str) -> FeedbackTerms | None:
     """Which of a tenant's answers are kept, and how long; None: none from now on. What is there stays until its time is
-    over, which fewer days make sooner."""
+    over, which fewer days make sooner. `tenant` ALL: of those who ask without being one, on a server that is open."""
     if terms is not None:
         if not 0 < terms.days <= 3660:
             raise ConfigError(f"answers are kept {terms.days:g} days", where="days", fix="more than 0, at most 3660")
         for pattern in terms.names:
             check_pattern(pattern)
     with store.change() as c:
-        tenant_row(c, tenant)
+        if tenant != ALL:
+            tenant_row(c, tenant)
         row = c.execute(select(feedback_terms_table).where(feedback_terms_table.c.tenant == tenant)).first()
         c.execute(delete(feedback_terms_table).where(feedback_terms_table.c.tenant == tenant))
         if terms is not None:
@@ -385,17 +386,18 @@ def set_feedback(store: Store, tenant: str, terms: FeedbackTerms | None, *, who:
             until, a = answer_table.c.at + terms.days * 86400, answer_table.c
             c.execute(update(answer_table).where(a.tenant == tenant, a.expires > until).values(expires=until))
         before = None if row is None else {"days": row.days, "names": json.loads(row.names)}
-        append_audit(c, who, "feedback.set", tenant, before, None if terms is None else asdict(terms))
+        append_audit(c, who, "feedback.set", tenant or "all", before, None if terms is None else asdict(terms))
     return terms
 
 
 def remove_answers(store: Store, tenant: str, *, user: str | None = None, who: str, now: float | None = None) -> int:
     """Remove the answers that are kept of a tenant, or of one of its users. The audit log says how many, not whose."""
     with store.change() as c:
-        tenant_row(c, tenant)
+        if tenant != ALL:
+            tenant_row(c, tenant)
         what = EVERYTHING if user is None else user_hash(tenant, user)
         gone = forget_answers(c, tenant, what, time.time() if now is None else now)
-        append_audit(c, who, "feedback.forget", tenant, {"answers": gone, "all": user is None}, None)
+        append_audit(c, who, "feedback.forget", tenant or "all", {"answers": gone, "all": user is None}, None)
     return gone
 
 

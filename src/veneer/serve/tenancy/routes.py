@@ -172,6 +172,97 @@ def _first_difference(one: str, other: str) -> int | None:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
+# -- what a move changes, said before it is made -----------------------------------------------------------------------
+
+
+def moved_buckets(before: Sequence[tuple[str, int]], after: Sequence[tuple[str, int]]) -> dict[tuple[str, str], int]:
+    """(from, to) -> how many buckets change hands between two runs; none where one of them is empty."""
+    moved: dict[tuple[str, str], int] = {}
+    left, right = list(before), list(after)
+    while left and right:
+        (one, n), (other, m) = left.pop(0), right.pop(0)
+        if one != other:
+            moved[one, other] = moved.get((one, other), 0) + min(n, m)
+        left = [(one, n - m), *left] if n > m else left
+        right = [(other, m - n), *right] if m > n else right
+    return moved
+
+
+def route_change(now: Route | None, wanted: Route) -> str:
+    """What happens to whom when `wanted` (as `planned_route` has it, or a move to go back to) takes the place of `now`:
+    shares of users, exact to the bucket, of which there are 10,000."""
+    name, ended = wanted.name, not wanted.targets
+    if now is None or not now.targets:
+        said = f"{name} begins: {_shares(wanted)}." if not ended else f"{name} leads nowhere already."
+    elif ended:
+        said = f"{name} ends: whoever asks for it is told that there is no such name."
+    elif moved := moved_buckets(now.runs, wanted.runs):
+        each = [
+            f"{_percent(n)} from {one} to {other}" for (one, other), n in sorted(moved.items(), key=lambda m: -m[1])
+        ]
+        said = f"Of the users of {name}, {_listed(each)} {'move' if len(each) > 1 else 'moves'}; nobody else changes."
+    else:
+        said = f"No user of {name} moves."
+    return f"{said}{_shadow_change(now, wanted)}"
+
+
+def _shadow_change(now: Route | None, wanted: Route) -> str:
+    before = None if now is None or now.shadow is None else (now.shadow, now.fraction)
+    after = None if wanted.shadow is None else (wanted.shadow, wanted.fraction)
+    if before == after:
+        return ""
+    if after is None:
+        return f" {before[0]} answers no longer unseen." if before else ""
+    return f" {after[0]} answers {_percent(after[1] * BUCKETS)} of requests too, unseen."
+
+
+def _shares(route: Route) -> str:
+    counts: dict[str, int] = {}
+    for name, count in route.runs:
+        counts[name] = counts.get(name, 0) + count
+    if len(counts) == 1:
+        return f"all users get {next(iter(counts))}"
+    return _listed([f"{_percent(n)} of users get {name}" for name, n in sorted(counts.items(), key=lambda c: -c[1])])
+
+
+def _percent(buckets: float) -> str:
+    return f"{buckets * 100 / BUCKETS:.4g} %"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def planned_route(
+    now: Route | None,
+    route: str,
+    targets: Iterable[tuple[str, int]],
+    *,
+    tenant: str = ALL,
+    shadow: str | None = None,
+    fraction: float = 1.0,
+) -> Route:
+    """What `set_route` would make of these, with `now` as the move that holds; nothing is written. Raises ConfigError
+    for what no route can be."""
+    wanted = [(check_reference(name), int(weight)) for name, weight in targets if weight]
+    check_route_name(route)
+    if not wanted or len({name for name, _ in wanted}) != len(wanted) or len(wanted) > 100:
+        raise ConfigError(
+            f"{route} needs one target or more, each named once", where="targets", fix="as in support@1=90 support@2=10"
+        )
+    for name, weight in wanted:
+        if not 0 < weight <= 1_000_000:
+            raise ConfigError(f"the weight of {name} is {weight}", where="targets", fix="a whole number, 1 or more")
+        if name == route:
+            raise ConfigError(f"{route} would lead to itself", where="targets")
+    if shadow is not None:
+        check_reference(shadow)
+    if not (math.isfinite(fraction) and 0 <= fraction <= 1):
+        raise ConfigError(f"the fraction is {fraction}", where="fraction", fix="from 0 to 1")
+    runs = share_out(wanted, now.runs if now else ())
+    return Route(tenant, route, now.move + 1 if now else 1, tuple(wanted), runs, shadow, fraction)
+
+
 # -- moves -------------------------------------------------------------------------------------------------------------
 
 
@@ -190,30 +281,16 @@ def set_route(
     """Point a route to its targets, (adapter, weight), from the next request on. `fraction` of requests are also
     answered by `shadow`, unseen. `check`: raises for a name that nobody could answer; then nothing moves. `from_move`:
     the move that has to hold (0: there was none), else it is RouteMoved."""
-    wanted = [(check_reference(name), int(weight)) for name, weight in targets if weight]
-    check_route_name(route)
-    if not wanted or len({name for name, _ in wanted}) != len(wanted) or len(wanted) > 100:
-        raise ConfigError(
-            f"{route} needs one target or more, each named once", where="targets", fix="as in support@1=90 support@2=10"
-        )
-    for name, weight in wanted:
-        if not 0 < weight <= 1_000_000:
-            raise ConfigError(f"the weight of {name} is {weight}", where="targets", fix="a whole number, 1 or more")
-        if name == route:
-            raise ConfigError(f"{route} would lead to itself", where="targets")
-    if shadow is not None:
-        check_reference(shadow)
-    if not (math.isfinite(fraction) and 0 <= fraction <= 1):
-        raise ConfigError(f"the fraction is {fraction}", where="fraction", fix="from 0 to 1")
-    _check([name for name, _ in wanted], shadow, check)
+    asked = planned_route(None, route, targets, tenant=tenant, shadow=shadow, fraction=fraction)
+    _check([name for name, _ in asked.targets], shadow, check)
     with store.change() as c:
         if tenant != ALL:
             tenant_row(c, tenant)
         before = _current(c, tenant, route)
         if from_move is not None and from_move != (before.move if before else 0):
             raise RouteMoved(f"{route} was moved meanwhile", where="route", fix="look where it leads, and again")
-        runs = share_out(wanted, before.runs if before else ())
-        spec = {"targets": wanted, "runs": runs, "shadow": shadow, "fraction": fraction}
+        runs = share_out(asked.targets, before.runs if before else ())
+        spec = {"targets": asked.targets, "runs": runs, "shadow": shadow, "fraction": fraction}
         return _move(c, tenant, route, spec, before, "route.set", who)
 
 
@@ -235,17 +312,20 @@ def rollback_route(
     back. `check`: as of `set_route`. `moves`: those that are taken back together, the current one among them."""
     undone = set(moves)
     with reading(store.engine) as c:
-        _, led = _before(c, tenant, route, undone)
+        _, led = earlier_route(c, route, tenant=tenant, undone=undone)
     _check([name for name, _ in led.targets], led.shadow, check)
     with store.change() as c:
-        now, back = _before(c, tenant, route, undone)
+        now, back = earlier_route(c, route, tenant=tenant, undone=undone)
         _point(c, tenant, route, back.move)
         append_audit(c, who, "route.rollback", _subject(tenant, route), _shown(now), _shown(back))
         return back
 
 
-def _before(c: Connection, tenant: str, route: str, undone: Collection[int] = ()) -> tuple[Route, Route]:
-    """The move that holds, and the one before it, and before those that are `undone` with it."""
+def earlier_route(
+    c: Connection, route: str, *, tenant: str = ALL, undone: Collection[int] = ()
+) -> tuple[Route, Route]:  # fmt: skip
+    """The move that holds, and the one before it to which a rollback leads, before those that are `undone` with it
+    too. Raises ConfigError where there is none."""
     now = _current(c, tenant, route)
     if now is None:
         raise _lost(c, tenant, route)

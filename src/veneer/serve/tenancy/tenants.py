@@ -1,4 +1,4 @@
-"""`Tenants`: the tenancy of a server that has tenants.
+"""`Tenants`: the tenancy of a server that has tenants; `OpenTenants`: one that needs no key.
 
     caller      key -> who asks, what they see, their share; settings as they are in the database at this moment
     admitted    limits (memory) -> outbox (local disk) -> served -> bill (outbox) -> ledger (database, by a thread)
@@ -237,6 +237,19 @@ class Tenants(Tenancy):
         self.answers.close()
         self.ledger.close()
         self.store.close()
+
+
+class OpenTenants(Tenants):
+    """Tenants, and whoever asks without a key of theirs: the operator, who sees everything, as the server listens to
+    this machine alone. So there are routes, shadows, feedback and a ledger before there is any tenant."""
+
+    async def caller(self, key: str | None, user: str | None = None) -> Caller:
+        """As that of Tenants for a key that has the form of theirs, or is the admin's; clients that have to be given
+        some key send others. Raises Refused (unauthorized, 401) for a tenant's key that is none any more."""
+        if key and key_id(key) is not None:
+            return await super().caller(key, user)
+        await self._fresh()
+        return Caller(user=user, admin=True)
 
 
 class _Bill:

@@ -19,6 +19,7 @@ from veneer.serve.http.service import caller_of
 from veneer.serve.http.surfaces.openai import Message
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy.feedback import AnswerFeedback, FeedbackKind, KeptAnswers, feedback_counts, feedback_rows
+from veneer.serve.tenancy.store import ALL, Store
 
 _DATABASE = "the tenants' database"
 _LARGEST = 1 << 18
@@ -72,12 +73,12 @@ def feedback_routes(answers: KeptAnswers) -> APIRouter:
 
     @router.post("/v1/feedback", summary="Say what an answer is worth: a thumb, a correction, what it was chosen over.")
     async def give(request: HttpRequest, body: FeedbackBody) -> Response:
-        tenant, feedback = _tenant(request), body.feedback()
+        tenant, feedback = _tenant(request, store), body.feedback()
         return Json(await in_thread(_DATABASE, lambda: answers.give(tenant, feedback)), headers=body.headers)
 
     @router.get("/v1/feedback", summary="How many answers are kept, how long, and what was said of them.")
     async def summary(request: HttpRequest) -> Response:
-        tenant = _tenant(request)
+        tenant = _tenant(request, store)
 
         def counted() -> dict[str, int]:
             with reading(store.engine) as c:
@@ -93,7 +94,7 @@ def feedback_routes(answers: KeptAnswers) -> APIRouter:
         kind: FeedbackKind = "supervised",
         adapter: Annotated[str | None, Query(max_length=512)] = None,
     ) -> Response:
-        tenant = _tenant(request)
+        tenant = _tenant(request, store)
         found = feedback_rows(store.engine, tenant, kind, adapter=adapter, now=answers.wall())
         first = await in_thread(_DATABASE, lambda: next(found, None))  # so that an outage has its own status
 
@@ -110,7 +111,7 @@ def feedback_routes(answers: KeptAnswers) -> APIRouter:
         id: Annotated[str | None, Query(min_length=1, max_length=100)] = None,
         everything: bool = False,
     ) -> Response:
-        tenant = _tenant(request)
+        tenant = _tenant(request, store)
         if (user is not None) + (id is not None) + everything != 1:
             raise invalid("what is to be removed?", None, "one of user=…, id=… and everything=true")
         gone = await in_thread(_DATABASE, lambda: answers.forget(tenant, user=user, id=id))
@@ -119,8 +120,10 @@ def feedback_routes(answers: KeptAnswers) -> APIRouter:
     return router
 
 
-def _tenant(request: HttpRequest) -> str:
+def _tenant(request: HttpRequest, store: Store) -> str:
+    """Whose feedback it is; ALL: that of whoever asks an open server, where their answers are kept."""
     tenant = caller_of(request).tenant
-    if not tenant:
-        raise invalid("feedback belongs to a tenant", None, "a tenant's key; the operator has veneer tenant feedback")
+    if not tenant and ALL not in store.settings.feedback:
+        fix = "a tenant's key; on an open server: veneer tenant feedback keep"
+        raise invalid("feedback belongs to a tenant", None, fix)
     return tenant

@@ -4,7 +4,7 @@
     POST /v1/images/edits            a picture from another one, with a mask  a form, or JSON
                                      on a base that edits: as the prompt says, from one or several
 
-    a body's fields -> ImageBody, EditBody -> DrawingPlan: a PictureRequest for each picture -> the engine's events
+    a body's fields -> ImageBody, EditBody -> drawing.ask_pictures -> the engine's events -> what is said
 
 Nothing that is asked for is left out in silence: what is not known, or cannot be done here, is refused with the reason.
 A picture's size is read from its header before it is decoded, and no address is ever fetched. With `stream`, events:
@@ -16,66 +16,34 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
-import hashlib
 import json
-import re
-import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-import numpy as np
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from veneer.errors import VeneerError, quoted
-from veneer.formats.strengths import Strength, check_roles
-from veneer.imaging.adapters import campaign_note
-from veneer.imaging.controls import ControlSpec, control_picture, decoded, flattened
 from veneer.imaging.infotext import encoded, png_bytes
-from veneer.imaging.make import fitted_reference, size_for
-from veneer.models.image.base import too_long
-from veneer.models.image.generate import SEEDS, Control, PictureSettings, default_settings, fitted_picture
-from veneer.serve.access import BEHIND, SHADOWS, Caller, Served, ShadowAnswer
 from veneer.serve.http.answers import ClientLeft, OpenStream, open_stream, unless_left
-from veneer.serve.http.errors import Json, as_refused, error_body, problem_of
-from veneer.serve.http.metrics import Meter
-from veneer.serve.http.mixes import ChosenMix
-from veneer.serve.http.service import Service, caller_of, service_of
+from veneer.serve.http.drawing import DrawingPlan, IndexedPicture, ask_pictures
+from veneer.serve.http.errors import Json, as_refused, error_body
+from veneer.serve.http.service import caller_of, service_of
 from veneer.serve.http.sse import EventStream
 from veneer.serve.http.surfaces.image_bodies import (
-    ControlBody,
-    Data,
     EditBody,
     ImageBody,
-    NamedLora,
-    PictureMixPart,
     checked_image_body,
     described_body,
     image_fields,
 )
-from veneer.serve.pictures.engine import PictureEngine
-from veneer.serve.pictures.request import FinishedPicture, PartialPicture, PictureEvent, PictureRequest, PictureStep
-from veneer.serve.request import Refused, Usage, invalid
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from veneer.models.image.base import ImageBase
+from veneer.serve.pictures.request import FinishedPicture, PartialPicture, PictureEvent, PictureStep
+from veneer.serve.request import Refused
 
 images_routes = APIRouter(tags=["OpenAI"])
 
-Indexed = tuple[int, PictureEvent]
-"""An event, and which of a request's pictures it is of."""
-
-FORMATS = ("PNG", "JPEG", "WEBP")
-_STEPS = {"low": 0.5, "high": 2.0, "hd": 2.0}
-"""Quality -> its share of the base's own number of steps."""
 _QUALITY = {"auto": "medium", "standard": "medium", "hd": "high"}
 
 # -- the two routes ----------------------------------------------------------------------------------------------------
@@ -102,11 +70,7 @@ async def _answered(request: HttpRequest, kind: type[ImageBody], event: str) -> 
         service = service_of(request)
         asked = checked_image_body(kind, await image_fields(request), service.settings.max_pictures)
         caller = caller_of(request, asked.user or asked.safety_identifier)
-        chosen, labels, factors = _chosen(service, asked, caller)
-        engine = cast(PictureEngine, service.engine)
-        most = service.settings.max_pixels
-        plan = await asyncio.to_thread(_planned, engine, asked, caller, chosen, labels, factors, most)
-        events = _run(service, engine, plan, caller, chosen, request.scope["veneer.id"])
+        plan, events = await ask_pictures(service, caller, asked, request.scope["veneer.id"])
         if not asked.stream:
             return Json(await unless_left(request, _collected(events, asked, plan)))
         stream = await open_stream(request, events)
@@ -117,115 +81,9 @@ async def _answered(request: HttpRequest, kind: type[ImageBody], event: str) -> 
         raise as_refused(error) from error
 
 
-def _chosen(
-    service: Service, asked: ImageBody, caller: Caller
-) -> tuple[ChosenMix, dict[str, str], dict[str, Strength]]:
-    """What acts, what the client calls each adapter, and the factors by block and step, or the role, of those that have
-    any. An empty `mix` or `lora` is the base."""
-    catalog, mixes = service.catalog, service.mixes
-    ways: dict[str, list[PictureMixPart] | list[NamedLora] | None] = {"mix": asked.mix, "lora": asked.lora}
-    given = [(way, parts) for way, parts in ways.items() if parts is not None]
-    if len(given) > 1:
-        raise invalid("mix and lora both name adapters", "lora", "leave one out")
-    if given:
-        (way, parts) = given[0]
-        if catalog.resolve(asked.model, caller).mix:
-            raise invalid(f"model and {way} both name adapters", way, f"model {catalog.base!r}, or none, beside {way}")
-        try:
-            check_roles((part.adapter, part.factors) for part in parts)
-        except VeneerError as error:
-            raise invalid(error.what, way, error.fix) from error
-        chosen = mixes.choose(caller, mix=[(part.adapter, part.strength) for part in parts])
-        factors: dict[str, Strength] = {}
-        for part, digest in zip(parts, chosen.served.meant, strict=True):
-            if digest and factors.setdefault(digest, part.factors) != part.factors:
-                raise invalid(
-                    f"{quoted(part.adapter)} is named twice, with unlike blocks, steps or roles", way, "name it once"
-                )
-        labels = {digest: part.adapter for part, digest in zip(parts, chosen.served.meant, strict=True)}
-        return chosen, labels, {digest: own for digest, own in factors.items() if own != Strength()}
-    chosen = mixes.choose(caller, model=asked.model)
-    if len(chosen.served.mix) == 1:
-        return chosen, {digest: chosen.served.target for digest, _ in chosen.served.mix}, {}
-    words = list(mixes.default) if chosen.served.mix else []
-    return chosen, {digest: word for word in words for digest, _ in catalog.resolve(word, caller).mix}, {}
-
-
-async def _run(
-    service: Service, engine: PictureEngine, plan: DrawingPlan, caller: Caller, chosen: ChosenMix, number: str
-) -> AsyncGenerator[Indexed, None]:
-    """The engine's events, under the caller's limits; what was drawn is billed however it ends, in part too. Once
-    the first picture is there, a route's shadow draws it as well."""
-    served = chosen.served
-    places = engine.places(plan.requests[0].settings)
-    usages = [Usage(0, 0, 0) for _ in plan.requests]
-    admitted = service.tenancy.admitted(
-        caller, served, request=number, prompt_tokens=plan.text_tokens, max_tokens=places * len(usages)
-    )  # fmt: skip
-    async with admitted as bill:
-        meters = [Meter(service.metrics, chosen.label, caller.tenant) for _ in usages]
-        reasons = ["abort"] * len(usages)
-        billed = False
-        try:
-            async with aclosing(engine.events(plan.requests)) as events:
-                async for i, event in events:
-                    if isinstance(event, PictureStep):
-                        usages[i] = replace(usages[i], completion=round(places * event.done / event.of))
-                        meters[i].started()
-                    elif isinstance(event, FinishedPicture):
-                        usages[i], reasons[i] = event.usage, "stop"
-                        if i == 0 and served.shadow is not None:
-                            _shadow(service, engine, plan.requests[0], caller, served, number, event)
-                        if reasons.count("stop") == len(reasons):  # before the last picture goes out
-                            billed = True
-                            await bill.used(_total(plan, usages))
-                    yield i, event
-        except Exception:
-            reasons = ["error" if reason == "abort" else reason for reason in reasons]
-            raise
-        finally:
-            for meter, reason, usage in zip(meters, reasons, usages, strict=True):
-                meter.end(reason, usage)
-            if not billed:
-                bill.used(_total(plan, usages))
-
-
-def _shadow(
-    service: Service, engine: PictureEngine, request: PictureRequest, caller: Caller, served: Served, number: str,
-    sent: FinishedPicture,
-) -> None:  # fmt: skip
-    """Starts the shadow's picture behind the request."""
-    assert served.shadow is not None
-    name, mix = served.shadow[0], () if isinstance(served.shadow[1], Refused) else served.shadow[1]
-    labels = {digest: name for digest, _ in mix} if len(mix) == 1 else {}
-    own: dict[str, Any] = {"tenant": BEHIND, "weight": SHADOWS.weight}
-    behind = replace(request, mix=mix, labels=labels, previews=0, id=f"{request.id}-shadow", **own)
-    most = engine.places(request.settings)
-
-    async def follow() -> None:
-        drawn, error = None, ""
-        try:
-            async with service.shadows.admitted(served, request=behind.id, prompt=sent.usage.prompt, most=most) as bill:
-                try:
-                    async with aclosing(engine.events([behind])) as events:
-                        async for _, event in events:
-                            drawn = event if isinstance(event, FinishedPicture) else drawn
-                finally:
-                    await bill.used(Usage(0, 0, 0) if drawn is None else drawn.usage)
-        except Exception as problem:  # a shadow never disturbs what it follows
-            drawn, error = None, problem_of(problem)
-        one, other, apart = await asyncio.to_thread(_compared, sent, drawn)
-        own = Usage(0, 0, 0) if drawn is None else drawn.usage
-        service.shadows.answered(
-            ShadowAnswer(
-                number, caller.tenant, served.name, name, served.target, one, other, sent.usage, own, error, apart
-            )
-        )
-
-    service.shadows.follow(follow)
-
-
-async def _collected(events: AsyncGenerator[Indexed, None], asked: ImageBody, plan: DrawingPlan) -> dict[str, Any]:
+async def _collected(
+    events: AsyncGenerator[IndexedPicture, None], asked: ImageBody, plan: DrawingPlan
+) -> dict[str, Any]:
     found: dict[int, FinishedPicture] = {}
     async with aclosing(events):
         async for i, event in events:
@@ -247,243 +105,7 @@ async def _collected(events: AsyncGenerator[Indexed, None], asked: ImageBody, pl
     }
 
 
-def _total(plan: DrawingPlan, usages: list[Usage]) -> Usage:
-    return Usage(
-        plan.text_tokens if any(usage.completion for usage in usages) else 0,
-        0,
-        sum(usage.completion for usage in usages),
-        max(usage.queued for usage in usages),
-        decode=max(usage.decode for usage in usages),
-    )
-
-
-# -- what is drawn -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DrawingPlan:
-    """The pictures, and what is to be said of their making."""
-
-    requests: tuple[PictureRequest, ...]
-    notes: tuple[str, ...]
-    width: int
-    height: int
-    text_tokens: int
-    image_tokens: int
-    """Places of the latents of the pictures that went in."""
-
-
-def _planned(
-    engine: PictureEngine, asked: ImageBody, caller: Caller, chosen: ChosenMix, labels: dict[str, str],
-    factors: dict[str, Strength], most: int,
-) -> DrawingPlan:  # fmt: skip
-    """Decode, fit and check. `most`: pixels of a picture that is sent. Blocks. Raises Refused."""
-    base = engine.base
-    notes: list[str] = []
-    for part, digest in zip(asked.mix or asked.lora or (), chosen.served.meant, strict=False):
-        if not digest and part.factors != Strength():
-            what = "role" if part.campaign else "blocks and steps"
-            notes.append(f"{part.adapter} is the base: its {what} {'has' if part.campaign else 'have'} no effect")
-    meant = {digest: engine.in_campaign(own) for digest, own in factors.items()}
-    notes += [campaign_note(labels[d], own, meant[d]) for d, own in factors.items() if own.campaign]
-    if "<lora:" in asked.prompt:
-        notes.append("<lora:…> in a prompt is read as plain text here; adapters are named in mix")
-    sent = _Sent(most, notes)
-    image, mask, shown = sent.edited(base, asked) if isinstance(asked, EditBody) else (None, None, [])
-    held = [(one, flattened(sent.opened(one.image, "control", f"the {one.type} picture"))) for one in asked.control]
-    if base.edits_alone and not shown and image is None:
-        notes.append("this base is made to edit, and draws from the prompt alone here; /v1/images/edits takes pictures")
-    size = None if asked.size in (None, "auto") else tuple(map(int, asked.size.split("x")))
-    guide = image or next((picture for _, picture in held), None) or next(iter(shown), None)
-    width, height = size if size is not None else size_for(base, None, None, guide)
-    if width * height > engine.max_pixels:
-        raise invalid(f"{width}×{height}: at most {engine.max_pixels} pixels are drawn here", "size")
-    image, mask = (sent.fitted(picture, width, height, what) for picture, what in ((image, "image"), (mask, "mask")))
-    controls, said = sent.controls(engine, held, width, height)
-    references = tuple(sent.referred(base, picture, width, height) for picture in shown)
-    pictures: dict[str, Any] = {"image": image, "mask": mask, "denoise": _denoise(asked, image, mask)}
-    settings = PictureSettings(
-        width, height, *_numbers(base, asked), scheduler=asked.scheduler, controls=controls, references=references,
-        **pictures,
-    )  # fmt: skip
-    seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
-    edit = asked if isinstance(asked, EditBody) else None
-    first = PictureRequest(
-        asked.prompt,
-        settings,
-        asked.negative_prompt,
-        mix=chosen.served.mix,
-        factors=meant,
-        labels=labels,
-        inputs={
-            "image": sent.record(edit.pictures[0]) if edit and image else None,
-            "mask": sent.record(edit.mask_data) if edit and edit.mask_data is not None else None,
-            "controls": said,
-        }
-        | ({"references": [sent.record(one) for one in edit.pictures]} if edit and shown else {}),
-        previews=asked.partial_images,
-        tenant=caller.tenant,
-        weight=caller.weight,
-    )
-    requests = tuple(replace(first, seed=(seed + i) % SEEDS, id=f"{first.id}-{i}") for i in range(asked.n))
-    texts = [text for text in (asked.prompt, asked.negative_prompt) if text]
-    places = engine.places(settings) * ((image is not None) + len(controls))
-    places += sum(engine.places(replace(settings, width=one.width, height=one.height)) for one in references)
-    return DrawingPlan(requests, tuple(notes), width, height, engine.tokens(*texts), places)
-
-
-def _numbers(base: ImageBase, asked: ImageBody) -> tuple[int, float, float]:
-    """Steps, guidance and true guidance. Qwen-Image's own guidance is what others call the true one."""
-    steps, guidance = default_settings(base)
-    taken = asked.num_inference_steps or max(1, round(steps * _STEPS.get(asked.quality, 1.0)))
-    given, true = asked.guidance_scale, asked.true_cfg_scale
-    if base.row.guidance == "true_cfg_scale":
-        if given is not None and true is not None:
-            raise invalid("true_cfg_scale is this base's guidance_scale", "true_cfg_scale", "leave one out")
-        given, true = true if given is None else given, None
-    return taken, guidance if given is None else given, 1.0 if true is None else true
-
-
-def _denoise(asked: ImageBody, image: Image | None, mask: Image | None) -> float:
-    """What a mask opens is made anew; without one something of the picture stays, as `veneer image` has it."""
-    if not isinstance(asked, EditBody) or image is None:
-        return 1.0
-    if asked.denoise is not None:
-        return asked.denoise
-    return 0.6 if mask is None else 1.0
-
-
-def _check_edit(base: ImageBase, asked: EditBody) -> None:
-    """What a base that edits cannot do with the picture that it is sent."""
-    if asked.mask is not None and (base.edits_alone or "inpaint" not in base.pipelines):
-        what = f"{base.row.label} edits all of a picture, as the prompt says, and takes no mask"
-        raise invalid(what, "mask", "leave it out, and say in the prompt what is to change and what stays")
-    if asked.mask is None and asked.denoise is not None:
-        what = f"{base.row.label} edits from its own noise and takes all steps"
-        raise invalid(what, "denoise", "leave it out; strengths of adapters say how far an edit goes")
-    if asked.mask is None and asked.control:
-        raise invalid("pictures that are edited and controls do not go together", "control", "leave them out")
-    if asked.mask is None and len(asked.pictures) > base.references:
-        what = f"{len(asked.pictures)} images, and {base.row.label} is shown at most {base.references}"
-        raise invalid(what, "image", "leave some out, or paste some beside each other into one")
-
-
-def _public(name: str) -> str:
-    """A ControlNet's name without the folders of this machine."""
-    return Path(name).name if Path(name).exists() else name
-
-
-class _Sent:
-    """The pictures of one request, decoded."""
-
-    def __init__(self, most: int, notes: list[str]) -> None:
-        self.most, self.notes = most, notes
-
-    def edited(self, base: ImageBase, asked: EditBody) -> tuple[Image | None, Image | None, list[Image]]:
-        """(the picture to start from, its mask in grey: white is made anew, what a base that edits is shown): without a
-        mask such a base is shown them all, and starts from none."""
-        given, mask = asked.pictures, asked.mask_data
-        several = bool(base.references) and mask is None
-        if not given:
-            raise invalid("there is no image to edit", "image", "send one")
-        if base.references:
-            _check_edit(base, asked)
-        if asked.input_fidelity == "high" and not several:
-            near = "denoise says how near a picture stays to the one it is drawn from"
-            what = f"input_fidelity high is for what a base is shown to edit, and here {near}"
-            raise invalid(what, "input_fidelity", "leave it out; a smaller denoise stays nearer")
-        if len(given) > 1 and not several:
-            further = "; further ones can be controls" if base.row.control else ", or leave the mask out"
-            raise invalid(f"{len(given)} images", "image", f"send one{further}")
-        opened = [flattened(self.opened(one, "image", "the image")) for one in given]
-        if several:
-            for picture in opened:
-                if why := too_long(*picture.size):
-                    raise invalid(f"the image has {why}", "image", "crop it")
-            return None, None, opened
-        if mask is None:
-            return opened[0], None, []
-        opening = _opening(self.opened(mask, "mask", "the mask"))
-        if not opening.getbbox():
-            raise invalid("the mask opens nothing: all would be kept", "mask", "make transparent what is to change")
-        return opened[0], opening, []
-
-    def referred(self, base: ImageBase, picture: Image, width: int, height: int) -> Image:
-        made, said = fitted_reference(base, picture, width, height)
-        self.notes += [said] if said else []
-        return made
-
-    def opened(self, data: Data, param: str, what: str) -> Image:
-        try:
-            return decoded(_bytes(data, param), what, formats=FORMATS, max_pixels=self.most)
-        except VeneerError as error:
-            if isinstance(error, Refused):
-                raise
-            raise invalid(f"{what}: {error.what}", param, error.fix) from error
-
-    def fitted(self, picture: Image | None, width: int, height: int, what: str) -> Image | None:
-        if picture is None:
-            return None
-        try:
-            made, said = fitted_picture(picture, width, height, what)
-        except VeneerError as error:
-            raise invalid(error.what, what, f"crop it, or ask for size {picture.width}x{picture.height}") from error
-        self.notes += [said] if said else []
-        return made
-
-    def controls(
-        self, engine: PictureEngine, held: Sequence[tuple[ControlBody, Image]], width: int, height: int
-    ) -> tuple[tuple[Control, ...], list[dict[str, Any]]]:
-        """(what the engine gets, what a record says of it)."""
-        controls, said = [], []
-        for one, picture in held:
-            name, model = engine.control(one.type)
-            if one.begin >= one.end:
-                raise invalid(f"a control from {one.begin:g} to {one.end:g} of the steps", "control")
-            try:
-                made, told = control_picture(ControlSpec(one.type, "(sent)"), picture, width, height)
-            except VeneerError as error:
-                raise invalid(error.what, "control", error.fix) from error
-            self.notes += told
-            controls.append(Control(model, made, one.strength, one.begin, one.end))
-            about: dict[str, Any] = {"kind": one.type, "model": _public(name), **self.record(one.image)}
-            said.append(about | {"weight": one.strength, "begin": one.begin, "end": one.end})
-        return tuple(controls), said
-
-    def record(self, data: Data) -> dict[str, str]:
-        return {"path": "", "sha256": hashlib.sha256(_bytes(data, "image")).hexdigest()}
-
-
-def _opening(mask: Image) -> Image:
-    """OpenAI's masks are open where they are transparent; one without transparency where it is white."""
-    from PIL import ImageChops
-
-    if mask.mode in ("RGBA", "LA", "PA") or "transparency" in mask.info:
-        return ImageChops.invert(mask.convert("RGBA").getchannel("A"))
-    return mask.convert("L")
-
-
-def _bytes(data: Data, param: str) -> bytes:
-    if isinstance(data, bytes):
-        return data
-    if re.match(r"(?i)https?://", data):
-        raise invalid("addresses are not fetched", param, "send the picture itself, in base64 or as a data: URL")
-    head, comma, rest = data.partition(",")
-    try:
-        return base64.b64decode(rest if comma and head.startswith("data:") else data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise invalid(f"{param} is not base64: {error}", param) from error
-
-
 # -- what is said ------------------------------------------------------------------------------------------------------
-
-
-def _compared(sent: FinishedPicture, other: FinishedPicture | None) -> tuple[str, str, float]:
-    """The digests of both pictures' pixels ("" of one that is not there), and their mean difference, 0 … 1."""
-    one, two = (None if drawn is None else np.asarray(drawn.made.image.convert("RGB")) for drawn in (sent, other))
-    digests = ["" if pixels is None else hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in (one, two)]
-    apart = 1.0 if one is None or two is None else float(np.abs(one.astype(float) - two).mean() / 255)
-    return digests[0], digests[1], apart
 
 
 def _file(drawn: FinishedPicture, asked: ImageBody) -> str:
@@ -517,7 +139,7 @@ def _notes(plan: DrawingPlan, drawn: FinishedPicture) -> dict[str, Any]:
 
 
 async def _lines(
-    events: OpenStream[Indexed], asked: ImageBody, plan: DrawingPlan, event: str
+    events: OpenStream[IndexedPicture], asked: ImageBody, plan: DrawingPlan, event: str
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events. What fails after the first is an event too (`_told`); its status was sent long ago."""
     created = int(time.time())

@@ -1,0 +1,123 @@
+"""A conversation asked of the engine, by whichever way it came: a surface's body, or a view that runs in this process.
+
+    chat_job    admission's room, the prompt's tokens, what keeps the answer -> a TextJob, which `answers.run` runs
+    ask_texts   all of it for who has no HTTP request: events as they come, under the same limits, with the same bill
+
+A request carries its mix: nothing is loaded for it but what it names, and nothing is merged.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from veneer.serve.access import Caller
+from veneer.serve.engine.admission import AdmittedRequest
+from veneer.serve.http.answers import IndexedEvent, TextJob, run
+from veneer.serve.http.mixes import ChosenMix
+from veneer.serve.http.sampling import limited, sampling_of
+from veneer.serve.http.service import Service
+from veneer.serve.http.tools import ToolUse, message_of_answer
+from veneer.serve.request import Refused, Sampling, invalid
+
+
+@dataclass(frozen=True)
+class AskedChat:
+    """A conversation and what is wanted of it. `sampling`: of the tokens that its prompt leaves; `n`: answers;
+    `variables`: what the chat template gets beside messages and tools; `kept`: whether the answer may be kept for
+    feedback; `continued`: the last message is the assistant's, and the answer goes on with it."""
+
+    chosen: ChosenMix
+    messages: Sequence[dict[str, Any]]
+    sampling: Callable[[int], Sampling]
+    n: int = 1
+    use: ToolUse = field(default_factory=ToolUse)
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    cache_salt: str = ""
+    kept: bool = True
+    continued: bool = False
+
+
+async def chat_job(
+    service: Service, caller: Caller, asked: AskedChat, place: AdmittedRequest, number: str
+) -> TextJob:  # fmt: skip
+    """What the engine is to do. `number`: the answer's id. Raises Refused: too much at once (429), a prompt that the
+    context has no room for (400)."""
+    place.take("answers", asked.n)
+    prompt = await service.prompts.of_messages(asked.messages, asked.use.shown, place, **asked.variables)
+    room = service.prompts.fits(prompt, "messages")
+    keep = _keeping(service, caller, asked, number) if asked.kept else None
+    return TextJob(caller, asked.chosen, [prompt], asked.sampling(room), asked.n, asked.cache_salt, keep, number)
+
+
+def _keeping(
+    service: Service, caller: Caller, asked: AskedChat, number: str
+) -> Callable[[Sequence[str]], None] | None:  # fmt: skip
+    """What keeps an answer for feedback, where it is to be kept: conversations as rows of training have them."""
+    keep = service.tenancy.keeping(caller, asked.chosen.served, number)
+    if keep is None:
+        return None
+    begun = str(asked.messages[-1].get("content") or "") if asked.continued else ""
+    row: dict[str, Any] = {"messages": list(asked.messages[:-1] if asked.continued else asked.messages)}
+    if asked.use.shown:
+        row["tools"] = list(asked.use.shown)
+
+    def told(texts: Sequence[str]) -> None:
+        keep(row, [message_of_answer(asked.use, begun + text) for text in texts])
+
+    return told
+
+
+@dataclass(frozen=True)
+class AskedTexts:
+    """What a view asks. `mix`: (name, strength) of each part, none for the base; `logprobs`: likeliest tokens beside
+    each of the answer's, None for no log-probabilities; `id`: the answer's, by which feedback knows it."""
+
+    messages: Sequence[dict[str, Any]]
+    mix: Sequence[tuple[str, float]] = ()
+    n: int = 1
+    seed: int | None = None
+    temperature: float = 0.0
+    max_tokens: int | None = None
+    logprobs: int | None = None
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+
+
+async def ask_texts(service: Service, caller: Caller, asked: AskedTexts) -> AsyncGenerator[IndexedEvent, None]:
+    """(index, event) of `n` answers, until all have finished, as a chat completion of the same caller would be
+    answered; closing it cancels what still runs. On the server's own loop. Raises Refused."""
+    if service.phase != "ready":
+        raise Refused(f"the server is {service.phase}", status=503, code="shutting_down", retry_after=5.0)
+    most = service.settings.max_choices
+    if not 0 < asked.n <= most:
+        raise invalid(f"n is {asked.n}", "n", f"from 1 to {most} answers to a prompt")
+    place = service.admission.enter(caller.tenant, caller.weight)
+    service.inside += 1
+    try:
+        await service.catalog.fresh()
+
+        def sampling(room: int) -> Sampling:
+            wanted = room if asked.max_tokens is None else asked.max_tokens
+            return sampling_of(
+                max_tokens=limited(wanted, room, service, asked=asked.max_tokens is not None),
+                temperature=asked.temperature, seed=asked.seed, logprobs=asked.logprobs,
+            )  # fmt: skip
+
+        chosen = _chosen(service, caller, asked.mix)
+        chat = AskedChat(chosen, asked.messages, sampling, asked.n)
+        async with aclosing(run(service, await chat_job(service, caller, chat, place, asked.id))) as events:
+            async for event in events:
+                yield event
+    finally:
+        service.inside -= 1
+        place.leave()
+
+
+def _chosen(service: Service, caller: Caller, mix: Sequence[tuple[str, float]]) -> ChosenMix:
+    """One name at its whole strength is asked for by itself, so that a route is one: with its weights and shadow."""
+    if len(mix) == 1 and mix[0][1] == 1:
+        return service.mixes.choose(caller, model=mix[0][0])
+    return service.mixes.choose(caller, mix=list(mix))

@@ -1,0 +1,164 @@
+"""Tools: what a model is asked to write so that it calls a function, and what it wrote, read back.
+
+| tool_choice | the answer | read as |
+| --- | --- | --- |
+| none, or no tools | text | text |
+| auto | text in which `<tool_call>{"name": …, "arguments": {…}}</tool_call>` may come (Hermes, Qwen, SmolLM3) | both |
+| required | by grammar, one object {"name", "arguments"} that fits one of the tools | one call |
+| a function | by grammar, an object that fits its parameters | the arguments of one call |
+
+The tools reach the model by its chat template; a base whose template has no place for them is refused tools.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from veneer.serve.http.sampling import schema_text
+from veneer.serve.request import GrammarSpec, invalid
+
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call, or a part of one: `name` in its first part, `arguments` the next piece of its JSON."""
+
+    index: int
+    arguments: str
+    name: str | None = None
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
+
+    def whole(self) -> dict[str, Any]:
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+    def delta(self) -> dict[str, Any]:
+        if self.name is None:
+            return {"index": self.index, "function": {"arguments": self.arguments}}
+        return {"index": self.index, **self.whole()}
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """How one request uses tools. `name`: of the function it must call."""
+
+    mode: Literal["none", "auto", "required", "named"] = "none"
+    shown: tuple[Mapping[str, Any], ...] = ()
+    name: str = ""
+    grammar: GrammarSpec | None = None
+
+
+def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, takes_tools: bool) -> ToolUse:
+    """Raises Refused(400) for tools that are not functions, a choice that is not among them, or a base without."""
+    functions = {}
+    for i, tool in enumerate(tools or []):
+        function = tool.get("function")
+        if tool.get("type") != "function" or not isinstance(function, Mapping):
+            raise invalid(f'tools.{i} is not {{"type": "function", "function": {{…}}}}', "tools")
+        name, parameters = function.get("name"), function.get("parameters") or {}
+        if not isinstance(name, str) or not 0 < len(name) <= 64 or not isinstance(parameters, Mapping):
+            raise invalid(f"tools.{i}.function needs a name of 1 to 64 characters, and parameters as a schema", "tools")
+        functions[name] = parameters
+    if not functions:
+        if choice not in (None, "none", "auto"):
+            raise invalid("tool_choice asks for a call, and there are no tools", "tool_choice")
+        return ToolUse()
+    if choice == "none":
+        return ToolUse()
+    if not takes_tools:
+        raise invalid("the chat template of this base has no place for tools", "tools", "describe them in a message")
+    shown = tuple(tools or [])
+    if choice in (None, "auto"):
+        return ToolUse("auto", shown)
+    if choice == "required":
+        forms = [_call_schema(name, parameters) for name, parameters in functions.items()]
+        schema = forms[0] if len(forms) == 1 else {"anyOf": forms}
+        return ToolUse("required", shown, grammar=("json_schema", schema_text(schema, "tools")))
+    wanted = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    name = wanted.get("name") if isinstance(wanted, Mapping) else None
+    if not isinstance(name, str) or name not in functions:
+        fix = 'none, auto, required or {"type": "function", "function": {"name": one of the tools}}'
+        raise invalid("tool_choice is not one of the tools", "tool_choice", fix)
+    schema = {"type": "object", **functions[name]}
+    return ToolUse("named", shown, name, ("json_schema", schema_text(schema, "tools")))
+
+
+def _call_schema(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    properties = {"name": {"const": name}, "arguments": {"type": "object", **parameters}}
+    return {
+        "type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False
+    }  # fmt: skip
+
+
+class ToolReader:
+    """Reads one answer as it comes: `feed` and `end` yield texts and calls; `calls` counts them."""
+
+    def __init__(self, use: ToolUse) -> None:
+        self.use, self.held, self.calls, self.inside = use, "", 0, False
+
+    def feed(self, text: str) -> Iterator[str | ToolCall]:
+        if self.use.mode == "none":
+            if text:
+                yield text
+        elif self.use.mode == "named":
+            if text:
+                first = self.calls == 0
+                self.calls = 1
+                yield ToolCall(0, text, self.use.name if first else None)
+        else:
+            self.held += text
+            if self.use.mode == "auto":
+                yield from self._sorted()
+
+    def end(self) -> Iterator[str | ToolCall]:
+        """What was held back: a call that was not closed counts if it can be read, else it is text."""
+        rest, self.held = self.held, ""
+        if not rest:
+            return
+        body = rest.removeprefix(_OPEN) if self.inside else rest
+        wants_call = self.inside or self.use.mode == "required"
+        yield (self._call(body) if wants_call else None) or rest
+
+    def _sorted(self) -> Iterator[str | ToolCall]:
+        while True:
+            if self.inside:
+                body, closed, rest = self.held.removeprefix(_OPEN).partition(_CLOSE)
+                if not closed:
+                    return
+                yield self._call(body) or _OPEN + body + _CLOSE
+                self.held, self.inside = rest, False
+            start = self.held.find(_OPEN)
+            if start < 0:
+                keep = next((n for n in range(len(_OPEN) - 1, 0, -1) if self.held.endswith(_OPEN[:n])), 0)
+                free, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+                if free and not (self.calls and not free.strip()):  # newlines between calls are no answer
+                    yield free
+                return
+            if self.held[:start].strip() or (start and not self.calls):
+                yield self.held[:start]
+            self.held, self.inside = self.held[start:], True
+
+    def _call(self, body: str) -> ToolCall | None:
+        try:
+            found = json.loads(body)
+            name, arguments = found["name"], found.get("arguments", found.get("parameters", {}))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+        if not isinstance(name, str):
+            return None
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        self.calls += 1
+        return ToolCall(self.calls - 1, text, name)
+
+
+def message_of_answer(use: ToolUse, text: str) -> dict[str, Any]:
+    """The assistant's message that a whole answer is: its content, and its calls where there are any."""
+    reader = ToolReader(use)
+    found = [*reader.feed(text), *reader.end()]
+    calls = [piece.whole() for piece in found if isinstance(piece, ToolCall)]
+    said = "".join(piece for piece in found if isinstance(piece, str))
+    return {"role": "assistant", "content": said, **({"tool_calls": calls} if calls else {})}
