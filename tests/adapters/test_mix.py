@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from tests.core.test_truncate import noise
-from veneer.adapters.mix import diff, extract, mix_adapters, resize, strength
+from veneer.adapters.mix import diff, extract, keep_mix, mix_adapters, resize, strength
 from veneer.core.adapter import Adapter, Card, Pair
 from veneer.errors import AdapterError, BaseError, ConfigError
 from veneer.files.weights import Checkpoint
 from veneer.formats import peft
 from veneer.formats.card import read_card
 from veneer.formats.strengths import LBW, block_of, parse_blocks
+from veneer.library.library import open_library
 
 NAMES = ["model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.1.mlp"]
 
@@ -60,6 +61,33 @@ def test_a_mix_is_the_sum_and_its_card_has_parents_recipe_and_errors(two, tmp_pa
     assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == (
         tmp_path / "m/adapter_model.safetensors"
     ).read_bytes()
+
+
+def test_a_mix_is_kept_in_a_library_with_its_parts_by_their_versions(two, tmp_path):
+    a, b, fa, fb = two
+    with open_library(tmp_path / "library") as library:
+        library.add(fa, "support")
+        library.add(fb, "billing")
+        library.alias("billing@1", "prod")
+        added, made = keep_mix(library, ["support:0.8", ("billing@prod", -0.5)], "both", alias="best", tags=["tried"])
+        assert (added.version.reference, added.version.aliases, added.version.tags) == ("both@1", ["best"], ["tried"])
+        assert made.error < 1e-6
+        out = peft.read_folder(library.resolve("both@best"))
+        for name in NAMES:
+            want = 0.8 * delta(a, name) - (0.5 * delta(b, name) if name in b.pairs else 0)
+            torch.testing.assert_close(delta(out, name), want, rtol=0, atol=1e-5)
+        assert added.version.digest == out.digest() == made.digest
+        card = added.version.card
+        assert card["recipe"]["strengths"] == {"support@1": 0.8, "billing@1": -0.5}
+        assert {v.name for v in library.search(parent=library.find("support").digest)} == {"both"}
+        again, _ = keep_mix(library, ["support:0.8", "billing:-0.5"], "both")
+        assert not again.new
+        for specs, name, words in (([], "x", "nothing to mix"), (["support"], "no name", "cannot name")):
+            with pytest.raises(ConfigError, match=words):
+                keep_mix(library, specs, name)
+        with pytest.raises(AdapterError, match="nothing|no adapter"):
+            keep_mix(library, ["nowhere"], "x")
+        assert [v.reference for v in library.search()] == ["billing@1", "both@1", "support@1"]
 
 
 def test_what_is_asked_for_must_make_sense(two, tmp_path):

@@ -54,14 +54,18 @@ def test_every_subcommand_gives_json(capsys: Any, adapters: list[Path], tmp_path
     assert result(capsys, "tag", "support@2", "y", "z")["tags"] == ["y", "z"]
     assert result(capsys, "untag", "support@2", "y")["tags"] == ["z"]
     assert result(capsys, "alias", "support@2", "prod")["aliases"] == ["prod"]
+    mixed = result(capsys, "mix", "softer", "support@1:0.6", "support@2:0.4", "--alias", "prod")
+    assert (mixed["version"]["reference"], mixed["version"]["aliases"]) == ("softer@1", ["prod"])
+    assert mixed["mix"]["error"] < 1e-6
+    assert result(capsys, "remove", "softer")["removed"] == ["softer@1"]
     assert result(capsys, "push", "support@prod", str(tmp_path / "there"))["place"] == str(tmp_path / "there")
     assert result(capsys, "pull", str(tmp_path / "there"), "copy")["version"]["digest"] == found_digest(
         capsys, "support"
     )
     assert result(capsys, "export", "all.tar")["versions"] == ["copy@1", "support@1", "support@2"]
     assert result(capsys, "remove", "support@1")["removed"] == ["support@1"]
-    assert result(capsys, "gc", "--grace", "0", "--dry-run")["entries"] == 1
-    assert result(capsys, "gc", "--grace", "0")["entries"] == 1
+    assert result(capsys, "gc", "--grace", "0", "--dry-run")["entries"] == 2
+    assert result(capsys, "gc", "--grace", "0")["entries"] == 2
     assert result(capsys, "verify")["ok"] is True
     assert result(capsys, "--at", "other", "import", "all.tar")["new"] == ["copy@1", "support@1", "support@2"]
 
@@ -125,7 +129,7 @@ def test_help_loads_no_database_and_shows_an_example(capsys: Any) -> None:
     code += "assert not {'sqlalchemy', 'fsspec', 'torch', 'huggingface_hub'} & set(sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    names = ["add", "list", "show", "search", "tag", "untag", "alias", "remove", "verify", "gc", "pull", "push"]
+    names = ["add", "list", "show", "search", "tag", "untag", "alias", "mix", "remove", "verify", "gc", "pull", "push"]
     for name in [*names, "export", "import"]:
         assert f"Example: veneer library {name}" in run(capsys, "library", name, "--help").out
 

@@ -1,5 +1,6 @@
 """Adapters made from adapters, and from models: mix, resize, extract, compare, and strength by block.
 
+    keep_mix(library, ["style:0.8", "product:0.5"], "both", alias="prod")
     mix_adapters(["style:0.8", "product:0.5"], "out")
                                          Σ strength·ΔW as one adapter, by a method of core.mix
     resize                               the best adapter within a rank, a share of energy, or an error
@@ -15,6 +16,7 @@ what the output's ending says (`target_of`). Stands above formats and models, be
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,6 +37,8 @@ from veneer.formats import convert
 from veneer.formats.convert import target_of
 from veneer.formats.reading import Reading
 from veneer.formats.strengths import block_of, parse_blocks
+from veneer.library.library import Added, Library
+from veneer.library.names import check_alias, check_name
 
 _EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "token_embedding", "position_embedding", "shared"}
 
@@ -96,17 +100,52 @@ def mix_adapters(
         parts, method, _bound(rank, energy, error), density=density, seed=seed, dtype=_dtype(dtype),
         weights=_weights(base),
     )  # fmt: skip
-    if bad := [name for name, tensor in mixed.adapter.tensors() if not all_finite(tensor)]:
-        raise AdapterError(
-            f"the mix of {mix_text(tuple(chosen))} does not fit into {dtype}: {first_few(bad, 3)}",
-            fix="smaller strengths, or a dtype that holds more",
-        )
+    _check_finite(mixed, chosen, dtype)
     recipe: dict[str, Any] = {"made": "mix", "method": method, **_given(rank=rank, energy=energy, error_bound=error)}
     if method not in ("sum", "svd", "orthogonal"):
         recipe |= {"density": density} | ({"seed": seed} if method.startswith("dare") else {})
     recipe |= {"blocks": blocks} if blocks else {}
     recipe["strengths"] = dict(chosen)
     return _write(mixed, out, read, recipe, to=to)
+
+
+def keep_mix(
+    library: Library,
+    specs: Sequence[str | tuple[str, float]],
+    name: str,
+    *,
+    alias: str | None = None,
+    tags: Sequence[str] = (),
+    base: str | Path | None = None,
+) -> tuple[Added, MixReport]:
+    """Keeps the exact sum of a library's adapters, each "support@2[:strength]", there as the next version of `name`, to
+    which `alias` points. Its card names the parts by the versions that they are now. `base`: as of `mix_adapters`.
+    Raises as that, and as Library.add; nothing is kept then."""
+    chosen = [using.parse_spec(s) for s in specs]
+    if not chosen:
+        raise ConfigError("there is nothing to mix", fix="name at least one adapter")
+    check_name(name)
+    if alias is not None:
+        check_alias(alias)
+    parts = [(library.find(reference).reference, strength) for reference, strength in chosen]
+    read = [using.read_adapter(library.resolve(reference)) for reference, _ in parts]
+    mixed = mix([(r.adapter, strength) for r, (_, strength) in zip(read, parts, strict=True)], weights=_weights(base))
+    _check_finite(mixed, parts, "float32")
+    recipe: dict[str, Any] = {"made": "mix", "method": "sum", "strengths": dict(parts)}
+    with tempfile.TemporaryDirectory() as folder:
+        made = _write(mixed, Path(folder) / "adapter", read, recipe, to="peft")
+        added = library.add(made.path, name, tags=tags)
+    if alias is not None:
+        added.version = library.alias(added.version.reference, alias)
+    return added, replace(made, path=added.version.reference)
+
+
+def _check_finite(mixed: Mixed, parts: Sequence[tuple[str, float]], dtype: str) -> None:
+    if bad := [name for name, tensor in mixed.adapter.tensors() if not all_finite(tensor)]:
+        raise AdapterError(
+            f"the mix of {mix_text(tuple(parts))} does not fit into {dtype}: {first_few(bad, 3)}",
+            fix="smaller strengths, or a dtype that holds more",
+        )
 
 
 def resize(

@@ -1,4 +1,4 @@
-"""`veneer data`: captions for a folder of pictures by a vision-language model, and a teacher's answers as rows."""
+"""`veneer data`: captions for pictures by a vision-language model; a teacher's answers, and yours, as rows."""
 
 from __future__ import annotations
 
@@ -87,6 +87,31 @@ def caption(
     if report.failed:
         what = f"no caption was written for {counted(len(report.failed), 'picture')}:\n{bullets(report.failed)}"
         raise DataError(what, where=str(folder), fix="write NAME.txt beside each, repair or remove them")
+
+
+@app.command(epilog="Example: veneer data add votes.jsonl 'Where is my parcel?' --chosen 'By noon.' --rejected 'Soon.'")
+def add(
+    rows: Annotated[Path, typer.Argument(help="A file of JSON lines; made where there is none.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="What was asked.", show_default=False)],
+    chosen: Annotated[str, typer.Option("--chosen", help="The better of two answers.")] = "",
+    rejected: Annotated[str, typer.Option("--rejected", help="The other one.")] = "",
+    answer: Annotated[str, typer.Option("--answer", help="What the answer should have been.")] = "",
+    system: Annotated[str, typer.Option("--system", help="The system message before the prompt.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Add a row to train on: which of two answers is better, or what the answer should have been."""
+    from veneer.train.text.judged import add_row, corrected_row, preference_row
+
+    if bool(answer) == bool(chosen or rejected) or bool(chosen) != bool(rejected):
+        raise ConfigError(
+            "a row has --answer, or --chosen and --rejected",
+            where="--answer, --chosen, --rejected",
+            fix="one of the two",
+        )
+    messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
+    row = corrected_row(messages, answer) if answer else preference_row(messages, chosen, rejected)
+    count = add_row(rows, row)
+    print(json.dumps({"file": str(rows), "rows": count})) if as_json else print(f"{rows}: {counted(count, 'row')}")
 
 
 @app.command(epilog="Example: veneer data draw distill.yaml rows.jsonl distillation.group=4")

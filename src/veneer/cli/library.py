@@ -63,6 +63,32 @@ def add(
     _added(added, as_json)
 
 
+@app.command(epilog="Example: veneer library mix softer support@2:0.6 billing:0.4 --alias prod")
+def mix(
+    name: _Name,
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER[:STRENGTH]...", help="Adapters of the library.", show_default=False),
+    ],
+    tag: _Tags = None,
+    alias: Annotated[str | None, typer.Option("--alias", help="Point this alias to it.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base's folder of safetensors: for DoRA and full copies.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep a mix as an adapter of its own: the exact sum of strength·ΔW, as the next version of a name."""
+    from veneer.adapters.mix import keep_mix
+
+    with _open() as library:
+        added, made = keep_mix(library, adapters, name, alias=alias, tags=tag or (), base=base)
+    if as_json:
+        print_json({"new": added.new, "version": added.version.to_dict(), "mix": made.to_dict()})
+        return
+    _added(added, as_json)
+    print(f"{made.error:.3%} off the true change (‖ΔW‖ {made.norm:.4g})")
+
+
 def _added(added: Added, as_json: bool) -> None:
     if as_json:
         print_json({"new": added.new, "left_out": added.left_out, "version": added.version.to_dict()})
