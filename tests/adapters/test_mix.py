@@ -85,7 +85,7 @@ def test_a_mix_is_kept_in_a_library_with_its_parts_by_their_versions(two, tmp_pa
         for specs, name, words in (([], "x", "nothing to mix"), (["support"], "no name", "cannot name")):
             with pytest.raises(ConfigError, match=words):
                 keep_mix(library, specs, name)
-        with pytest.raises(AdapterError, match="nothing|no adapter"):
+        with pytest.raises(AdapterError, match="nowhere"):
             keep_mix(library, ["nowhere"], "x")
         assert [v.reference for v in library.search()] == ["billing@1", "both@1", "support@1"]
 

@@ -143,7 +143,7 @@ def test_what_was_said_is_exported_and_forgotten(capsys: Any, quick: Path, tmp_p
     assert result(capsys, "feedback", "keep", "--days", "3")["tenant"] == "", "of whoever asks an open server"
     assert [t["tenant"] for t in result(capsys, "feedback", "show")["tenants"]] == ["", "acme"]
     assert run(capsys, "tenant", "feedback", "export", "acme", "--kind", "dpo", "-o", str(rows)).code == 2
-    assert result(capsys, "audit", "--what", "feedback")["lines"][1]["before"] == {"answers": 1, "all": False}
+    assert result(capsys, "audit", "--what", "feedback")["lines"][2]["before"] == {"answers": 1, "all": False}
 
 
 def test_economics_need_a_price_of_the_machine_and_a_ledger(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,11 @@ class Routes(Protocol):
         ...
 
 
+def shadow_id(request: str) -> str:
+    """By which id the answer of a request's shadow is kept for feedback, where the request's own is."""
+    return f"{request}-shadow"
+
+
 @dataclass(frozen=True)
 class ShadowAnswer:
     """What a shadow's answer was beside the one that was sent by `target`; for the log. `name`: the route. Of pictures

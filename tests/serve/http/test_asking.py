@@ -12,11 +12,12 @@ import pytest
 from tests.serve.http.toy import wait_for
 from tests.serve.whole import Whole, make_shop, served
 from veneer.library.database import reading
-from veneer.serve.access import Caller
+from veneer.serve.access import Caller, shadow_id
 from veneer.serve.http.answers import TextAnswer, finite_logprob
 from veneer.serve.http.asking import AskedTexts, ask_texts
 from veneer.serve.request import Refused, Token
 from veneer.serve.tenancy import manage, routes
+from veneer.serve.tenancy.feedback import kept_answers
 from veneer.serve.tenancy.ledger import usage
 from veneer.serve.tenancy.store import FeedbackTerms
 
@@ -87,6 +88,17 @@ def test_they_are_billed_kept_and_known_by_their_id(whole: Whole) -> None:
             return bool(routes.shadow_log(c, route="support"))
 
     wait_for(shadowed)
+    tenants.answers.flush()
+    with reading(store.engine) as c:
+        (row,) = routes.shadow_log(c, route="support")
+        kept = kept_answers(c, "", [row["request"], shadow_id(row["request"])], tenants.answers.wall())
+    sent, unseen = kept[first], kept[shadow_id(first)]
+    assert sent.messages == unseen.messages == MESSAGES
+    assert sent.choices[0]["content"] == answer.text
+    (alone,) = ask(whole, mix=[("rs", 1.0)], max_tokens=4)
+    assert unseen.choices[0]["content"] == alone.text
+    better = {"id": shadow_id(first), "rejected": [{"id": first}]}
+    assert whole.http.post("/v1/feedback", json=better).status_code == 200, "a vote between them is a row too"
     assert answer.finished.usage.completion == len(answer.tokens) <= 4
     manage.set_feedback(store, "", None, who="me")
 
@@ -108,6 +120,17 @@ def test_what_a_client_could_not_have_a_view_cannot_either(whole: Whole) -> None
         assert refused(whole).status == 503
     finally:
         whole.built.service.phase = "ready"
+
+
+def test_what_is_in_memory_is_listed_by_the_operators_names(whole: Whole) -> None:
+    ask(whole, mix=[("plain", 1.0)], max_tokens=1)
+    ask(whole, mix=[("rs", 0.5)], max_tokens=1)
+    whole.idle()
+    found = whole.built.service.catalog.in_memory()
+    assert [name for name, _ in found] == ["rs@1", "plain@1"], "the last used first"
+    stats = whole.engine.residents.stats()
+    assert (sum(each.bytes for _, each in found), len(found)) == (stats.bytes, stats.adapters)
+    assert not any(each.pinned or each.leases for _, each in found)
 
 
 def test_one_that_is_closed_is_cancelled_and_gives_everything_back(whole: Whole) -> None:

@@ -43,6 +43,7 @@ from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, VeneerError
 from veneer.serve.fleet.folders import Folders, is_made, rendezvous, servable, served_name
 from veneer.serve.fleet.remote import Decode, Failed, NotThere, Remote, parse_upstream, recognise
+from veneer.serve.names.resident import ResidentAdapter
 from veneer.serve.outage import fault, is_outage, outage
 from veneer.serve.request import (
     DigestMix,
@@ -483,6 +484,10 @@ class FleetAdapters:
 
     def unpin(self, digest: str) -> None:
         pass
+
+    def listed(self) -> list[ResidentAdapter]:
+        """None: the memory is the replicas' own."""
+        return []
 
     def _wait(self, work: Coroutine[Any, Any, Any]) -> None:
         assert self.fleet.loop is not None

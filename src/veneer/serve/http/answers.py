@@ -43,7 +43,7 @@ class TextJob:
 
     `choices`: answers to each prompt, so that answer i belongs to prompt i // choices. `cache_salt`: the client's own
     word for those of its prompts that may share what was computed. `keep`: gets the texts of all answers once they are
-    whole."""
+    whole; `keep_shadow`: that of the shadow's answer."""
 
     caller: Caller
     chosen: ChosenMix
@@ -52,6 +52,7 @@ class TextJob:
     choices: int = 1
     cache_salt: str = ""
     keep: Callable[[Sequence[str]], None] | None = None
+    keep_shadow: Callable[[Sequence[str]], None] | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def requests(self, whose: str = "") -> list[Request]:
@@ -299,6 +300,8 @@ async def _follow(service: Service, job: TextJob, request: Request, shadow: str,
         error = problem_of(problem)
     with suppress(asyncio.CancelledError):
         text, usage = await sent
+        if job.keep_shadow is not None and not error:
+            job.keep_shadow([answer.text])
         service.shadows.answered(
             ShadowAnswer(
                 job.id, job.caller.tenant, job.chosen.served.name, shadow, job.chosen.served.target, text, answer.text,

@@ -14,7 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from veneer.serve.access import Caller
+from veneer.serve.access import Caller, Served, shadow_id
 from veneer.serve.engine.admission import AdmittedRequest
 from veneer.serve.http.answers import IndexedEvent, TextJob, run
 from veneer.serve.http.mixes import ChosenMix
@@ -49,15 +49,23 @@ async def chat_job(
     place.take("answers", asked.n)
     prompt = await service.prompts.of_messages(asked.messages, asked.use.shown, place, **asked.variables)
     room = service.prompts.fits(prompt, "messages")
-    keep = _keeping(service, caller, asked, number) if asked.kept else None
-    return TextJob(caller, asked.chosen, [prompt], asked.sampling(room), asked.n, asked.cache_salt, keep, number)
+    sampling = asked.sampling(room)
+    keep = keep_shadow = None
+    if asked.kept:
+        served = asked.chosen.served
+        keep = _keeping(service, caller, asked, served, number)
+        if keep is not None and served.shadow is not None and not isinstance(served.shadow[1], Refused):
+            name, mix = served.shadow
+            behind = Served(mix, served.name, name, adapters=(name,) if mix else ())
+            keep_shadow = _keeping(service, caller, asked, behind, shadow_id(number))
+    return TextJob(caller, asked.chosen, [prompt], sampling, asked.n, asked.cache_salt, keep, keep_shadow, number)
 
 
 def _keeping(
-    service: Service, caller: Caller, asked: AskedChat, number: str
+    service: Service, caller: Caller, asked: AskedChat, served: Served, number: str
 ) -> Callable[[Sequence[str]], None] | None:  # fmt: skip
     """What keeps an answer for feedback, where it is to be kept: conversations as rows of training have them."""
-    keep = service.tenancy.keeping(caller, asked.chosen.served, number)
+    keep = service.tenancy.keeping(caller, served, number)
     if keep is None:
         return None
     begun = str(asked.messages[-1].get("content") or "") if asked.continued else ""

@@ -29,6 +29,7 @@ from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, quoted
 from veneer.library.names import check_name, name_of, parse_tuned
 from veneer.serve.access import Caller, ModelCard, Routes, Served
+from veneer.serve.names.resident import ResidentAdapter
 from veneer.serve.names.shelf import Problems, Shelf, place_of, unusable
 from veneer.serve.request import DigestMix, Refused, check_strengths, invalid, make_mix
 
@@ -49,6 +50,8 @@ class AdapterMemory(Protocol):
     def drop(self, digest: str) -> None: ...
 
     def unpin(self, digest: str) -> None: ...
+
+    def listed(self) -> list[ResidentAdapter]: ...
 
 
 class Catalog:
@@ -195,6 +198,15 @@ class Catalog:
             cards = [ModelCard(v.name, v.reference, self.base, _seconds(v.added), v.digest) for v in versions]
             self._library_models = (versions, cards)
         return self._library_models[1]
+
+    def in_memory(self) -> list[tuple[str, ResidentAdapter]]:
+        """(what the operator calls it, the adapter) of each that is in memory, the last used first."""
+        named = {card.digest: name for name, card in self._loaded.items()}
+        found = []
+        for each in self.residents.listed():
+            kept = None if each.digest in named else self.shelf.look(each.digest)
+            found.append((named.get(each.digest) or (kept.reference if kept else each.digest), each))
+        return found
 
     async def fresh(self) -> None:
         """Wait until what names mean now is known; surfaces do so once for each request. While the library's index does

@@ -62,6 +62,16 @@ class ResidentStats:
     loads: int
 
 
+@dataclass(frozen=True)
+class ResidentAdapter:
+    """An adapter that is in memory. `leases`: running requests that use it."""
+
+    digest: str
+    bytes: int
+    pinned: bool
+    leases: int
+
+
 class Lease(Generic[T]):
     """A mix that stays in memory until `release`, which may be called more than once."""
 
@@ -248,6 +258,13 @@ class Residents(Generic[T]):
         with self._changing():
             there = [e for e in self._entries.values() if e.state == "resident"]
             return {e.digest: e.size for e in sorted(there, key=lambda e: e.used)}
+
+    def listed(self) -> list[ResidentAdapter]:
+        """Each adapter that is in memory, the last used first."""
+        with self._changing():
+            there = [e for e in self._entries.values() if e.state == "resident"]
+            there = sorted(there, key=lambda e: -e.used)
+            return [ResidentAdapter(e.digest, e.size, e.pinned, e.leases) for e in there]
 
     def leases(self) -> dict[str, int]:
         """Digest -> leases of each adapter that is wanted or in memory."""

@@ -133,6 +133,7 @@ def admin_router(tenants: Tenants, catalog: Catalog) -> APIRouter:
     _limits(router, store)
     _training(router, store)
     _routes(router, store, catalog)
+    _residents(router, catalog)
     _records(router, store)
     return router
 
@@ -309,6 +310,12 @@ def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
         with reading(store.engine) as c:
             summary = routes.shadow_summary(c, route=route)
             return {"summary": summary, "comparisons": routes.shadow_log(c, route=route, limit=limit)}
+
+
+def _residents(router: APIRouter, catalog: Catalog) -> None:
+    @router.get("/residents")
+    def list_residents() -> dict[str, Any]:
+        return {"residents": [{"adapter": name, **asdict(each)} for name, each in catalog.in_memory()]}
 
 
 def _records(router: APIRouter, store: Store) -> None:

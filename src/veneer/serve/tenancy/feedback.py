@@ -39,7 +39,7 @@ from sqlalchemy import Connection, Engine, delete, func, insert, select, tuple_,
 from veneer.errors import one_of, quoted
 from veneer.library.database import reading, write_transaction
 from veneer.library.names import name_of
-from veneer.serve.access import Caller, KeepAnswer, Served
+from veneer.serve.access import Caller, KeepAnswer, Served, shadow_id
 from veneer.serve.outage import is_outage
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy.outbox import Writer
@@ -273,7 +273,8 @@ def forget_answers(c: Connection, tenant: str, what: str, now: float) -> int:
     which have not come yet are not to be kept. Returns how many went."""
     a, f = answer_table.c, feedback_table.c
     _erase(c)
-    these = a.tenant == tenant if what == EVERYTHING else (a.tenant == tenant) & ((a.whose == what) | (a.id == what))
+    one = (a.whose == what) | a.id.in_((what, shadow_id(what)))
+    these = a.tenant == tenant if what == EVERYTHING else (a.tenant == tenant) & one
     c.execute(delete(feedback_table).where(f.tenant == tenant, f.answer.in_(select(a.id).where(these))))
     gone = c.execute(delete(answer_table).where(these)).rowcount
     here = (forgotten_table.c.tenant == tenant) & (forgotten_table.c.what == what)
@@ -301,7 +302,7 @@ def _add(c: Connection, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         if c.scalar(select(a.id).where(a.tenant == row["tenant"], a.id == row["id"])) is not None:
             continue
-        what = [EVERYTHING, row["id"], row["whose"]]
+        what = [EVERYTHING, row["id"], row["id"].removesuffix(shadow_id("")), row["whose"]]
         if (c.scalar(select(func.max(g.at)).where(g.tenant == row["tenant"], g.what.in_(what))) or 0.0) >= row["at"]:
             continue
         texts = {name: json.dumps(row[name]) for name in ("adapters", "asked", "choices")}
@@ -346,6 +347,21 @@ def feedback_counts(c: Connection, tenant: str, now: float) -> dict[str, int]:
     row = c.execute(said).one()
     kept = int(c.scalar(select(func.count()).select_from(answer_table).where(these)) or 0)
     return {"answers": kept, "up": row.up, "down": row.n - row.up, "corrected": row.corrected, "chosen": row.chosen}
+
+
+@dataclass(frozen=True)
+class KeptAnswer:
+    """An answer that is kept: what was asked, and the assistant's message of each choice."""
+
+    messages: Sequence[Mapping[str, Any]]
+    choices: Sequence[Mapping[str, Any]]
+
+
+def kept_answers(c: Connection, tenant: str, ids: Sequence[str], now: float) -> dict[str, KeptAnswer]:
+    """Those of `ids` that are kept of a tenant."""
+    a = answer_table.c
+    query = select(a.id, a.asked, a.choices).where(a.tenant == tenant, a.expires > now, a.id.in_(ids[:1000]))
+    return {r.id: KeptAnswer(json.loads(r.asked)["messages"], json.loads(r.choices)) for r in c.execute(query)}
 
 
 def feedback_rows(
