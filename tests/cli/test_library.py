@@ -57,7 +57,7 @@ def test_every_subcommand_gives_json(capsys: Any, adapters: list[Path], tmp_path
     mixed = result(capsys, "mix", "softer", "support@1:0.6", "support@2:0.4", "--alias", "prod")
     assert (mixed["version"]["reference"], mixed["version"]["aliases"]) == ("softer@1", ["prod"])
     assert mixed["mix"]["error"] < 1e-6
-    assert result(capsys, "remove", "softer", "--with-aliases")["removed"] == ["softer@1"]
+    assert result(capsys, "remove", "softer", "--with-aliases")["removed"] == ["softer@prod", "softer@1"]
     assert result(capsys, "push", "support@prod", str(tmp_path / "there"))["place"] == str(tmp_path / "there")
     assert result(capsys, "pull", str(tmp_path / "there"), "copy")["version"]["digest"] == found_digest(
         capsys, "support"

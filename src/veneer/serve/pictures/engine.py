@@ -172,7 +172,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             if kind not in self._controls:
                 name = self._control_name(kind)
                 if name is None:
-                    known = [k for k in sorted({*OWN_KINDS, *self._control_names}) if self._control_name(k)]
+                    known = self.control_kinds()
                     there = f"there are {', '.join(known)}" if known else "this base has none here"
                     raise invalid(f"there is no control of type {kind!r}; {there}", "control")
                 try:
@@ -181,6 +181,10 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
                 except VeneerError as error:
                     raise invalid(error.what, "control") from error
             return self._controls[kind]
+
+    def control_kinds(self) -> list[str]:
+        """The kinds of control pictures that there is a ControlNet for."""
+        return [kind for kind in sorted({*OWN_KINDS, *self._control_names}) if self._control_name(kind)]
 
     def _control_name(self, kind: str) -> str | None:
         """What the ControlNet for a kind is loaded by; None where there is none."""

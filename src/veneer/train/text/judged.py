@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from veneer.errors import DataError
+from veneer.models.home import veneer_home
 from veneer.train.text.rows import read_rows
 
 Messages = Sequence[Mapping[str, Any]]
@@ -43,6 +45,12 @@ def _answer(text: str) -> dict[str, Any]:
     if not text.strip():
         raise DataError("an answer without a word teaches nothing", fix="write what it should have been")
     return {"role": "assistant", "content": text}
+
+
+def judged_file(base: str, kind: Literal["preference", "messages"]) -> Path:
+    """Where rows of a kind are kept on a machine whose owner judges: in the veneer home, for each base."""
+    own = re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip(".-") or "base"
+    return veneer_home() / "judged" / own / {"preference": "votes.jsonl", "messages": "corrections.jsonl"}[kind]
 
 
 def add_row(file: str | Path, row: Mapping[str, Any]) -> int:
