@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.run import run
 from veneer.errors import DataError
-from veneer.train.text.judged import add_row, corrected_row, preference_row
+from veneer.train.text.judged import add_row, corrected_row, judged_file, preference_row
 from veneer.train.text.rows import read_rows
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where is my parcel?\n"}]
@@ -25,6 +25,14 @@ def test_votes_and_corrections_are_rows_that_training_reads(tmp_path: Path) -> N
     rows, about = read_rows([str(corrections)])
     assert (len(rows), about.format) == (1, "messages")
     assert json.loads(corrections.read_text())["messages"][:2] == ASKED
+
+
+def test_on_a_machine_of_ones_own_each_base_has_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
+    bases = ("smollm2-135m", "org/Base", "../../etc", "..")
+    files = [judged_file(base, kind) for base in bases for kind in ("preference", "messages")]
+    assert len(set(files)) == len(files)
+    assert all(file.parent.parent == tmp_path / "judged" for file in files)
 
 
 def test_a_file_whose_last_line_was_left_open_goes_on_with_a_line_of_its_own(tmp_path: Path) -> None:
