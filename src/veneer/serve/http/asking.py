@@ -54,8 +54,8 @@ async def chat_job(
     if asked.kept:
         served = asked.chosen.served
         keep = _keeping(service, caller, asked, served, number)
-        if keep is not None and served.shadow is not None and not isinstance(served.shadow[1], Refused):
-            name, mix = served.shadow
+        if keep is not None and served.shadow is not None and not isinstance(mix := served.shadow[1], Refused):
+            name = served.shadow[0]
             behind = Served(mix, served.name, name, adapters=(name,) if mix else ())
             keep_shadow = _keeping(service, caller, asked, behind, shadow_id(number))
     return TextJob(caller, asked.chosen, [prompt], sampling, asked.n, asked.cache_salt, keep, keep_shadow, number)
