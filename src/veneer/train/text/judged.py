@@ -20,22 +20,22 @@ from veneer.errors import DataError
 from veneer.models.home import veneer_home
 from veneer.train.text.rows import read_rows
 
-Messages = Sequence[Mapping[str, Any]]
+_Messages = Sequence[Mapping[str, Any]]
 
 
-def preference_row(messages: Messages, chosen: str, rejected: str) -> dict[str, Any]:
+def preference_row(messages: _Messages, chosen: str, rejected: str) -> dict[str, Any]:
     """Of two answers to `messages`, `chosen` is better. Raises DataError where they are one."""
     if chosen == rejected:
         raise DataError("both answers are the same, so none is better", fix="ask again with a temperature above 0")
     return {"prompt": _turns(messages), "chosen": [_answer(chosen)], "rejected": [_answer(rejected)]}
 
 
-def corrected_row(messages: Messages, answer: str) -> dict[str, Any]:
+def corrected_row(messages: _Messages, answer: str) -> dict[str, Any]:
     """What the answer to `messages` should have been."""
     return {"messages": [*_turns(messages), _answer(answer)]}
 
 
-def _turns(messages: Messages) -> list[dict[str, Any]]:
+def _turns(messages: _Messages) -> list[dict[str, Any]]:
     if not messages:
         raise DataError("there is nothing that was asked", fix="a prompt")
     return [dict(message) for message in messages]
