@@ -23,7 +23,8 @@ def train(
         Path,
         typer.Argument(
             metavar="CONFIG.yaml",
-            help="A YAML file, or several; docs/reference/config.md has every key, image-config.md those for pictures.",
+            help="A YAML file, or several; docs/reference/config.md has every key, image-config.md those for pictures. "
+            'Or a sentence: "teach smollm2-135m from tickets.jsonl, rank 16".',
         ),
     ],
     overrides: Annotated[

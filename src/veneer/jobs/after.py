@@ -30,8 +30,9 @@ import pydantic
 from veneer.errors import ConfigError, bullets, first_few, nearest, one_of, quoted
 from veneer.library.names import check_alias
 from veneer.serve.tenancy.store import ALL, Route, Store, check_route_name
-from veneer.train.config.load import RunConfig, config_from, parse_yaml, read_sections
+from veneer.train.config.load import RunConfig, config_from, load_config, parse_yaml, read_sections
 from veneer.train.config.section import SOURCES
+from veneer.train.config.sentence import is_sentence
 from veneer.train.config.text import TrainConfig, preference_formats
 from veneer.train.text.rows import Row, read_rows, split_rows
 
@@ -175,13 +176,17 @@ _MODELS: Mapping[str, type[_Section]] = {"": AfterJob, "evaluate": HeldOut, "rou
 
 
 def load_job_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[RunConfig, AfterJob | None]:
-    """A job's file: what `veneer train` reads, and `after`, with overrides of both. Raises ConfigError as
-    `load_config`."""
-    values, lines = read_sections(path)
-    after = values.pop("after", None)
+    """A job's file: what `veneer train` reads, and `after`, with overrides of both; or a sentence. Raises ConfigError
+    as `load_config`."""
     own = [override for override in overrides if override.lstrip().startswith("after.")]
-    config, _ = config_from(values, [o for o in overrides if o not in own], file=Path(path), lines=lines)
-    folder = Path(path).parent
+    others = [override for override in overrides if override not in own]
+    if is_sentence(path):
+        (config, _), after, folder = load_config(path, others), None, Path.cwd()
+    else:
+        values, lines = read_sections(path)
+        after = values.pop("after", None)
+        config, _ = config_from(values, others, file=Path(path), lines=lines)
+        folder = Path(path).parent
     for override in own:
         after = _overridden({} if after is None else after, override)
     return config, None if after is None else after_from(after, folder, os.fspath(path))

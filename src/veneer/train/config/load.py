@@ -5,6 +5,8 @@
     sources["optimizer.learning_rate"]      override `optimizer.learning_rate=5e-4`
     sources["adapter.rank"]                 default (enough for thousands of rows; 2 x alpha keeps the scale at 2)
 
+In place of the file there may be a sentence, `teach smollm2-135m from tickets.jsonl, rank 16` (`sentence`).
+
 A configuration with `data.pictures` or `slider` is one for pictures (ImageTrainConfig), any other for text
 (TrainConfig). A misspelt key, a value of the wrong kind and an impossible combination are one ConfigError that lists
 them all. Paths in the file are relative to the file's folder, paths in overrides to the current folder.
@@ -34,6 +36,7 @@ from veneer.train.config.checks import image_problems, text_problems
 from veneer.train.config.image import PRESETS, ImageTrainConfig
 from veneer.train.config.rewards import rooted_rewards
 from veneer.train.config.section import SOURCES
+from veneer.train.config.sentence import is_sentence, read_sentence
 from veneer.train.config.text import TrainConfig, config_keys, sections, why
 
 RunConfig = TrainConfig | ImageTrainConfig
@@ -90,10 +93,12 @@ _SHORT = {"base": "name", "output": "directory"}
 def load_config(
     path: str | os.PathLike[str], overrides: Iterable[str] = ()
 ) -> tuple[RunConfig, dict[str, SettingSource]]:
-    """Read a YAML file and apply `section.key=value` overrides (values read as YAML).
+    """Read a YAML file, or a sentence, and apply `section.key=value` overrides (values read as YAML).
 
     Returns the configuration, for text or for pictures, and the source of each value under its `section.key`.
     Raises ConfigError naming the file and line, the override, and what to write instead."""
+    if is_sentence(path):
+        return config_from({}, [*read_sentence(os.fspath(path)).checked().overrides, *overrides])
     values, lines = read_sections(path)
     return config_from(values, overrides, file=Path(path), lines=lines)
 
