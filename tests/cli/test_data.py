@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cli.run import run
+from tests.tiny_base import tiny_base_dir
 from tests.tiny_vision import tiny_vision
 from tests.train.make_pictures import put, settings
 from veneer.train.image.pictures import read_pictures
@@ -52,3 +53,29 @@ def test_what_goes_wrong_is_told(capsys: Any, tmp_path: Path) -> None:
     assert ran.code == 2
     assert "b.png: an empty file" in ran.err
     assert (folder / "a.txt").exists()
+
+
+def test_rows_and_a_run_are_looked_at_before_it(capsys: Any, tmp_path: Path) -> None:
+    base, file = tiny_base_dir(tmp_path), tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"Where is parcel {i}?", "completion": f"Shelf {i % 7}."} for i in range(24)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "x"}]))
+    shown = json.loads(run(capsys, "data", "show", str(file), "--base", str(base), "--only", "unusable", "--json").out)
+    assert [row["where"] for row in shown["rows"]] == [f"{file}:25"]
+    table = run(capsys, "data", "show", str(file), "--base", str(base), "--limit", "3")
+    assert table.out.count("Where is parcel") == 3
+    assert "25 rows looked at" in table.err
+    sentence = f"teach {base} from {file}, rank 2, 4 steps"
+    wrong = run(capsys, "data", "preview", sentence)
+    assert (wrong.code, "rows.jsonl:25" in wrong.out) == (2, True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    look = run(capsys, "data", "preview", sentence)
+    assert "⟦Shelf" in look.out
+    assert "fits" in look.out
+    assert run(capsys, "data", "show", str(file)).code == 2
+
+
+def test_one_caption_is_changed(capsys: Any, tmp_path: Path) -> None:
+    put(tmp_path, "a.png", "old")
+    assert run(capsys, "data", "caption", str(tmp_path / "a.png"), "a new one").out.endswith("a.txt: a new one\n")
+    assert [p.caption for p in read_pictures(settings(tmp_path))[0]] == ["a new one"]
+    assert run(capsys, "data", "caption", str(tmp_path), "a new one").code == 2

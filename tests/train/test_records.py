@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.train.text.test_rows import TURNS, jsonl, wrong
+from veneer.train.records import count_lines, count_records, data_stamp
 from veneer.train.text.rows import data_digest, read_rows
 
 
@@ -182,3 +184,31 @@ def test_a_hub_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("org/set", "en", "test[:5]")]
     assert (len(rows), about.format) == (3, "messages")
     assert rows[0].where == "hub:org/set:en@test[:5] row 1"
+
+
+def test_lines_are_counted_across_chunks(tmp_path: Path) -> None:
+    file, draw = tmp_path / "rows.jsonl", random.Random(0)
+    for _ in range(300):
+        data = b"".join(draw.choices([b"\n", b" ", b"\r\n", b"x", b"xyz", b"\t"], k=draw.randrange(16)))
+        file.write_bytes(data)
+        wanted = sum(bool(line.strip()) for line in data.split(b"\n"))
+        assert count_lines(file, 100, chunk=5) == wanted
+        assert count_lines(file, 2, chunk=5) == min(wanted, 2)
+
+
+def test_files_are_counted_and_stamped_without_being_read(tmp_path: Path) -> None:
+    jsonl(tmp_path, [{"text": f"row {i}"} for i in range(7)])
+    (tmp_path / "more.csv").write_text("text\na\nb\n")
+    (tmp_path / "wide.jsonl").write_text('{"text": "é"}\n' * 3, encoding="utf-16")
+    names = [str(tmp_path / "*.jsonl"), str(tmp_path / "more.csv")]
+    assert count_records(names) == len(read_rows(names)[0])
+    assert count_records(["hub:org/set"]) is None
+    before = data_stamp(names)
+    (tmp_path / "more.csv").write_text("text\na\nb\nc\n")
+    assert data_stamp(names) != before
+
+
+def test_of_lines_only_the_first_are_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('\n{"text": "a"}\n\n{"text": "b"}\nthis is no JSON\n')
+    rows, _ = read_rows(str(tmp_path / "rows.jsonl"), limit=2)
+    assert [row.where for row in rows] == [f"{tmp_path}/rows.jsonl:2", f"{tmp_path}/rows.jsonl:4"]

@@ -1,4 +1,4 @@
-"""`veneer data`: captions for pictures by a vision-language model; a teacher's answers, and yours, as rows."""
+"""`veneer data`: rows and pictures as a run would learn them, captions; a teacher's answers, and yours, as rows."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import functools
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from veneer.cli.options import AsJson, ChosenDevice, LoadedDtype
-from veneer.cli.output import say
+from veneer.cli.output import print_json, print_table, say
 from veneer.errors import ConfigError, DataError, bullets, counted, one_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from veneer.models.vision import VisionModel
+    from veneer.train.config.load import RunConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Rows and captions to train on.")
 
@@ -29,8 +30,15 @@ def _data() -> None:
 
 @app.command(epilog="Example: veneer data caption drawings --model HuggingFaceTB/SmolVLM-500M-Instruct --trigger sks")
 def caption(
-    folder: Annotated[Path, typer.Argument(help="A folder of pictures.", show_default=False)],
-    model: Annotated[str, typer.Option("--model", "-m", help="A vision-language model: a directory or a hub id.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER|PICTURE", help="A folder of pictures, or one.", show_default=False)
+    ],
+    text: Annotated[
+        str | None, typer.Argument(help="Of one picture, its caption from now on.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A vision-language model: a directory or a hub id.")
+    ] = None,
     trigger: Annotated[
         str | None, typer.Option("--trigger", help="A word that stands in front of each caption.")
     ] = None,
@@ -50,11 +58,24 @@ def caption(
     device: ChosenDevice = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Write a caption for each picture that has none, where `veneer train` reads it.
+    """Write a caption for each picture that has none, where `veneer train` reads it; or the one that is given.
 
-    Each is written when it is there: stop the command, and the next call goes on. The same model says the same."""
+    Each is written when it is there: stop the command, and the next call goes on. The same model says the same.
+    veneer data caption drawings/cat.png "sks, a cat on a wall" changes one."""
     from veneer.models.device import check_device_name, check_dtype_name
-    from veneer.train.image.captions import WrittenCaption, write_captions
+    from veneer.train.image.captions import WrittenCaption, write_caption, write_captions
+
+    if text is not None:
+        if folder.is_dir() or model is not None:
+            what = "a caption that is given is one picture's, and no model is asked for it"
+            raise ConfigError(what, where=str(folder), fix="veneer data caption drawings/cat.png 'a cat on a wall'")
+        done = write_caption(folder, text)
+        print(json.dumps(asdict(done) | {"file": str(done.file)}) if as_json else f"{done.file}: {done.caption}")
+        return
+    if model is None:
+        fix = "--model HuggingFaceTB/SmolVLM-500M-Instruct, or the caption of one picture behind it"
+        raise ConfigError("nothing says what is on the pictures", where="--model", fix=fix)
+    asked = model
 
     one_of(to, ("txt", "jsonl"), "a form of captions", "--to")
     check_dtype_name(dtype, "--dtype")
@@ -64,7 +85,7 @@ def caption(
     def seeing() -> VisionModel:  # loaded when the first picture needs it
         from veneer.models.vision import load_vision
 
-        found = load_vision(model, dtype=dtype, device=device, say=say)
+        found = load_vision(asked, dtype=dtype, device=device, say=say)
         say(f"{found.name} in {str(found.dtype).removeprefix('torch.')} on {found.device}: {found.dtype_reason}")
         return found
 
@@ -112,6 +133,101 @@ def add(
     row = corrected_row(messages, answer) if answer else preference_row(messages, chosen, rejected)
     count = add_row(rows, row)
     print(json.dumps({"file": str(rows), "rows": count})) if as_json else print(f"{rows}: {counted(count, 'row')}")
+
+
+_Data = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA", help='A configuration, a sentence ("teach smollm2-135m from a.jsonl"), or rows with --base.',
+        show_default=False,
+    ),
+]  # fmt: skip
+_OfBase = Annotated[
+    str | None, typer.Option("--base", help="Of rows or a folder by itself: the base that would learn them.")
+]
+_Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that replace what is given.")
+]
+
+
+def _configured(data: str, base: str | None, overrides: list[str] | None) -> RunConfig:
+    from veneer.cli.options import is_config
+    from veneer.train.config.load import config_from, load_config
+    from veneer.train.config.sentence import is_sentence
+
+    if is_sentence(data) or (is_config(data) and data.endswith((".yaml", ".yml"))):
+        return load_config(data, overrides or [])[0]
+    if base is None:
+        raise ConfigError("nothing says for which base", where="--base", fix=f"veneer data show {data} --base NAME")
+    key = "pictures" if Path(data).expanduser().is_dir() else "train"
+    return config_from({"base": base, "data": {key: data}, "output": "runs/shown"}, overrides or [])[0]
+
+
+@app.command(epilog="Example: veneer data show tickets.jsonl --base smollm2-135m --only 'left out'")
+def show(
+    data: _Data,
+    overrides: _Overrides = None,
+    base: _OfBase = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="learned, cut, 'held out', 'left out' or unusable; any of them.")
+    ] = None,
+    offset: Annotated[int, typer.Option("--offset", min=0, help="Rows that are passed over.")] = 0,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=1000, help="Rows that are shown, at most.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Each row, or picture, as a run would learn it: whole, cut, held out, left out, and why."""
+    from veneer.train.config.image import ImageTrainConfig
+    from veneer.train.preview import VERDICTS, pictures_seen, rows_seen
+
+    for word in only or []:
+        one_of(word, VERDICTS, "what becomes of a row", "--only")
+    verdicts: Any = only or ()
+    config = _configured(data, base, overrides)
+    if isinstance(config, ImageTrainConfig):
+        every = [one for one in pictures_seen(config) if not verdicts or one.verdict in verdicts]
+        pictures = every[offset : offset + limit]
+        if as_json:
+            print_json(
+                {"pictures": [asdict(one) | {"path": str(one.path)} for one in pictures], "matching": len(every)}
+            )
+            return
+        cells = [
+            (one.name, one.verdict, f"{one.width} x {one.height}", f"{one.size[0]} x {one.size[1]}" if one.size else "",
+             one.why, one.caption[:80])
+            for one in pictures
+        ]  # fmt: skip
+        print_table(("picture", "is", "size", "learned at", "why", "caption"), cells)
+        return
+    seen = rows_seen(config, offset=offset, limit=limit, verdicts=verdicts)
+    if as_json:
+        print_json({**asdict(seen)})
+        return
+    rows = [(one.where, one.verdict, str(one.tokens), str(one.learned), one.why, one.said[:80]) for one in seen.rows]
+    print_table(("row", "is", "tokens", "learned", "why", "begins"), rows)
+    total = "" if seen.total in (None, seen.looked) else f" of {seen.total:,}"
+    parts = ", ".join(f"{count:,} {verdict}" for verdict, count in seen.counts.items())
+    say(f"{counted(seen.looked, 'row')} looked at{total}, as {seen.format}: {parts}")
+
+
+@app.command(epilog='Example: veneer data preview "teach smollm2-135m from tickets.jsonl, rank 16"')
+def preview(
+    data: _Data,
+    overrides: _Overrides = None,
+    base: _OfBase = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="So many of the first rows are read.")] = 200,
+    as_json: AsJson = False,
+) -> None:
+    """Before a run, in a second: whether it fits, how long it takes, and what of the first rows is learned.
+
+    Says what is a guess. `veneer train --dry-run` reads everything and runs the longest batch. Exit code 2 where the
+    run would stop."""
+    from veneer.jobs.validate import device_of
+    from veneer.train.preview import preview_of, preview_text
+
+    look = preview_of(_configured(data, base, overrides), device_of(), rows=rows)
+    print_json(look.to_dict()) if as_json else print(preview_text(look))
+    if look.stops:
+        raise SystemExit(2)
 
 
 @app.command(epilog="Example: veneer data draw distill.yaml rows.jsonl distillation.group=4")

@@ -108,6 +108,8 @@ def show(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
         print(f"{event.kind:<12} {field(event.message)}")
     if points:
         print(f"checkpoints  after steps {', '.join(str(point.step) for point in points[:10])}")
+        if named := [point.reference for point in points[:10] if point.reference]:
+            print(f"asked as     {', '.join(map(field, named))}")
     if bill is not None:
         from veneer.jobs.store import money
 
@@ -158,6 +160,52 @@ def resume(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
     """Queue a paused job again, to go on from its last checkpoint."""
     with _opened() as store:
         _shown(store.resume(tenant, job), as_json)
+
+
+_Step = Annotated[
+    int | None, typer.Option("--step", min=1, help="Of this step; by default what the job made, or its newest.")
+]
+
+
+@app.command(epilog="Example: veneer jobs fork ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w --step 300 optimizer.learning_rate=1e-4")
+def fork(
+    job: _Id,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="What is other than it was there.")
+    ] = None,
+    step: _Step = None,
+    name: Annotated[str, typer.Option("--name", help="Of the adapter to come; by default the same.")] = "",
+    tenant: _Whose = None,
+    tenants: TenantsDatabase = None,
+    as_json: AsJson = False,
+) -> None:
+    """Queue a new job that goes on from a step of this one, with other settings. This one goes on as it is.
+
+    The steps of a job can be gone on from with checkpoint.adapters=true."""
+    from veneer.jobs.steps import forked
+    from veneer.serve.tenancy.store import tenants_at
+
+    with _opened() as store, tenants_at(tenants) as known:
+        made = forked(store, job, step, overrides or [], tenant=tenant, name=name, tenants=known)
+    _shown(made, as_json)
+    if made.state == "failed":
+        raise SystemExit(2)
+
+
+@app.command(epilog="Example: veneer jobs keep ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w --step 300 --alias prod")
+def keep(
+    job: _Id,
+    step: _Step = None,
+    alias: Annotated[str, typer.Option("--alias", help="That points to it from now on, as prod.")] = "",
+    tenant: _Whose = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make the adapter of a step the newest version of the job's name."""
+    from veneer.jobs.steps import kept_step
+
+    with _opened() as store:
+        version = kept_step(store, job, step, alias=alias, tenant=tenant)
+    print_json({"reference": version.reference, "aliases": version.aliases}) if as_json else print(version.reference)
 
 
 @app.command(epilog="Example: veneer jobs promote ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")

@@ -1,6 +1,7 @@
 """A job's checkpoints as adapters of the library, each a version of the job's name under its own alias.
 
     publish_checkpoints(library, "acme/support-kq7vz2mh", run, adapter)      {40: "acme/support-kq7vz2mh@40"}
+    publish_steps(library, job, run)                                        {40: "support.jp8v6w@40"}, while it trains
 
 A checkpoint of step 40 is version 40, `@ckpt-step-40`; what the job made is the version after all of them, so that the
 name alone means that and nothing before it.
@@ -15,10 +16,38 @@ import torch
 
 from veneer.files.safetensors import read_tensors
 from veneer.formats.peft import load_folder, write_folder
+from veneer.jobs.store import Job
 from veneer.library.library import Library
 from veneer.library.names import checkpoint_alias
-from veneer.train.checkpoint import is_extra
+from veneer.train.checkpoint import by_step, is_extra
 from veneer.train.text.offpolicy import DRAWN_FROM
+
+
+def steps_name(job: Job) -> str:
+    """What the checkpoints of a job are called in the library while it trains, each a version of it: a name of the
+    job's own, so that nothing unfinished is ever the newest version of what the job makes."""
+    return f"{job.name}.{job.id[-6:].lower()}"
+
+
+def publish_steps(library: Library, job: Job, run: Path) -> dict[int, str]:
+    """The references, by step, of the checkpoints in a run's folder that have their adapter beside them
+    (`checkpoint.adapters`). One that is in the library already stays as it is."""
+    name = steps_name(job)
+    there = {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
+    out: dict[int, str] = {}
+    for step, folder in by_step(run / "checkpoints").items():
+        place = folder / "adapter"
+        if not place.is_dir():
+            continue
+        if step not in there:
+            made = place / "adapter.safetensors"
+            added = library.add(
+                made if made.is_file() else place, name, tags=[f"steps-of:{job.id}"], source=f"step {step} of {job.id}",
+                number=step,
+            )  # fmt: skip
+            there[step] = added.version.reference
+        out[step] = there[step]
+    return out
 
 
 def publish_checkpoints(library: Library, name: str, run: Path, adapter: Path) -> dict[int, str]:

@@ -7,7 +7,6 @@ So a file may be deleted as soon as a job was made of it, and messages say `tick
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from pathlib import Path
@@ -15,7 +14,6 @@ from pathlib import Path
 from veneer.files.rights import private_folder
 from veneer.jobs.files import Files, UploadedFile
 from veneer.jobs.store import UNFINISHED, JobStore, jobs_home
-from veneer.library.store import CHUNK
 
 _GRACE = 3600.0
 """Seconds for which a folder without a job is let be: its job may be on its way."""
@@ -31,25 +29,6 @@ def put_input(files: Files, id: str, which: str, file: UploadedFile) -> Path:
     folder = _inputs() / id / which
     folder.mkdir(parents=True, exist_ok=True)
     return files.put_in(file, folder)
-
-
-_LINE = re.compile(rb"\S[^\n]*")
-
-
-def count_lines(path: Path, most: int) -> int:
-    """Lines with something in them, no more than `most`: then the rest is not read. Nobody sends so many blank lines
-    that others wait for it: they are passed over in C, and the interpreter's lock is free between chunks."""
-    count, within = 0, False  # within: a line that is counted
-    with path.open("rb") as file:
-        while count < most and (chunk := file.read(CHUNK)):
-            begin = chunk.find(b"\n") if within else 0
-            if begin < 0 or (not within and chunk.isspace()):
-                continue
-            end = begin
-            for line in _LINE.finditer(chunk, begin):
-                count, end = count + 1, line.end()
-            within = end == len(chunk)
-    return min(count, most)
 
 
 def drop_inputs(id: str) -> None:

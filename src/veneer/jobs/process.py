@@ -246,7 +246,10 @@ class _Teller:
         self.newest: dict[str, Any] = {}
         self.step, self.steps, self.tokens = 0, lease.job.steps, 0
         self.last, self.lost = 0.0, False
-        self.scored = {event.data["step"] for event in store.events_of(None, lease.job.id, "validation")}
+        heard: dict[str, set[int]] = {"validation": set(), "sample": set(), "checkpoint": set()}
+        for event in store.events_of(None, lease.job.id, *heard):
+            heard[event.kind].add(event.data["step"])
+        self.scored, self.sampled, self.published = heard["validation"], heard["sample"], heard["checkpoint"]
 
     def catch_up(self, folder: Path) -> None:
         """What the last checkpoint in `folder` has, of which a kill may have kept the queue from hearing. The run's own
@@ -258,6 +261,7 @@ class _Teller:
             if int(record.get("step", 0)) <= progress["step"]:
                 self._hear(record)
         self.checkpoints.append(JobCheckpoint(progress["step"], dict(self.newest)))
+        self._publish(folder)
         self.step, self.tokens = progress["step"], progress["tokens"]
         self.flush()
 
@@ -268,6 +272,8 @@ class _Teller:
         elif isinstance(event, Note):
             level = "warn" if event.text.startswith("warning:") else "info"
             self.events.append(JobEvent(level, "note", event.text))
+        elif isinstance(event, Saved):
+            self._publish(Path(event.path).parents[1])
         if isinstance(event, Saved) or time.monotonic() - self.last > _EVERY:
             self.flush()
 
@@ -288,8 +294,34 @@ class _Teller:
                 data = {"step": step, "validation_loss": record["loss"], "best": record["best"], **record["extra"]}
                 text = f"after step {step:,}: validation loss {record['loss']:.4f}"
                 self.events.append(JobEvent("info", "validation", text, data))
+        elif kind == "sampled":
+            if step not in self.sampled:
+                self.sampled.add(step)
+                data = {"step": step, "file": record["path"], "seconds": record["seconds"]}
+                self.events.append(JobEvent("info", "sample", f"after step {step:,}: sample pictures", data))
         elif kind == "saved":
             self.checkpoints.append(JobCheckpoint(step, dict(self.newest)))
+
+    def _publish(self, folder: Path) -> None:
+        """The checkpoints in a run's folder that have their adapters beside them, into the library, so that they can be
+        asked while the run goes on. A library that is away is asked again at the next one."""
+        if not dict(self.lease.job.config.get("checkpoint") or {}).get("adapters"):
+            return
+        from veneer.jobs.checkpoints import publish_steps  # late: a worker needs no torch
+
+        try:
+            found = publish_steps(self.store.library, self.lease.job, folder)
+        except Exception as error:
+            if not is_outage(error):
+                raise
+            print(f"checkpoints are published later: {type(error).__name__}", file=sys.stderr, flush=True)
+            return
+        for step, reference in found.items():
+            if step not in self.published:
+                self.published.add(step)
+                self.checkpoints.append(JobCheckpoint(step, reference=reference))
+                text = f"step {step:,} can be asked: {reference}"
+                self.events.append(JobEvent("info", "checkpoint", text, {"step": step, "reference": reference}))
 
     def flush(self, *, wait: bool = False) -> None:
         """Writes what there is. `wait`: until the database has it. Raises LeaseLost then, and if it was told before."""
@@ -315,7 +347,10 @@ class _Teller:
         self.stop()
 
 
-_MEASURED = {"step", "steps", "epoch", "loss", "tokens", "learning_rate", "gradient_norm", "seconds"}
+_MEASURED = {
+    "step", "steps", "epoch", "loss", "tokens", "learning_rate", "gradient_norm", "seconds", "memory_bytes",
+    "tokens_per_second",
+}  # fmt: skip
 
 
 def _accuracy(record: Mapping[str, Any], name: str) -> dict[str, float]:

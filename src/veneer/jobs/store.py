@@ -166,7 +166,8 @@ class Job:
 @dataclass(frozen=True)
 class JobEvent:
     """Something that happened to a job. `number`: from 1, without gaps. `level`: info, warn, error. `kind`: state,
-    note, or metrics, whose `data` has step, steps, and what was measured."""
+    note, preflight, metrics, whose `data` has step, steps, and what was measured, validation, sample (`file`: of the
+    run's folder), checkpoint (`reference`: its adapter's in the library), and what comes after the training."""
 
     level: str
     kind: str

@@ -28,7 +28,6 @@ from veneer.errors import (
 )
 from veneer.jobs.after import AfterJob, HeldOut, check_after, held_out_rows
 from veneer.jobs.budget import spent_by_clients
-from veneer.jobs.inputs import count_lines
 from veneer.jobs.store import Job, JobLease, JobStore, LeaseLost
 from veneer.plan.plan import Plan
 from veneer.plan.tables import Device
@@ -36,6 +35,7 @@ from veneer.serve.outage import is_outage
 from veneer.serve.tenancy.store import Store, TrainingTerms
 from veneer.train.config.load import RunConfig, config_from
 from veneer.train.config.text import TrainConfig
+from veneer.train.records import count_lines
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
@@ -107,12 +107,12 @@ def validated(
 
 def submitted(
     store: JobStore, config: RunConfig, *, tenant: str = "", name: str = "", after: AfterJob | None = None,
-    tenants: Store | None = None, device: Device | None = None,
+    tenants: Store | None = None, device: Device | None = None, about: Mapping[str, Any] | None = None,
 ) -> Job:  # fmt: skip
     """A new job that has been looked at: queued, or failed. `name`: by default that of the output folder. `after`: what
-    it does once it is trained. `tenants`: with their terms and routes. Raises what `JobStore.create` and `check_after`
-    do."""
-    name, about = name or Path(config.output.directory).name, dict[str, Any]()
+    it does once it is trained. `tenants`: with their terms and routes. `about`: what else it keeps. Raises what
+    `JobStore.create` and `check_after` do."""
+    name, about = name or Path(config.output.directory).name, dict(about or {})
     if after is not None:
         check_after(after, config, f"{tenant}/{name}" if tenant else name, tenant, tenants)
         about["after"] = after.model_dump(mode="json")

@@ -5,6 +5,7 @@
         adapter.safetensors      the trained parameters by name, in their own dtype
         optimizer.safetensors    every tensor of the optimizer, keyed "<parameter>|<entry>"
         random.safetensors       torch's, Python's and numpy's generators (and each CUDA device's)
+        adapter/                 the adapter in its own format, where checkpoint.adapters asks for it
         state.json               the rest: progress, optimizer scalars, identity, which implementations of ops ran, and
                                  a sha256 of each file above
 
@@ -21,7 +22,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,6 +66,13 @@ class Progress:
         trained = sum(n for _, n in self.recent)
         return sum(nll for nll, _ in self.recent) / trained if trained else None
 
+    def metrics(self) -> dict[str, Any]:
+        """What a card keeps of a run that goes on; the validation loss where the rows were scored after this step."""
+        scored = self.last_loss if self.evaluated == self.step else None
+        found = {"steps": self.step, "training_loss": self.loss, "validation_loss": scored}
+        found |= {"validation_loss_before": self.first_loss if scored is not None else None}
+        return {name: value for name, value in found.items() if value is not None}
+
 
 def save(
     directory: Path,
@@ -79,6 +87,7 @@ def save(
     about: Mapping[str, Any] | None = None,
     devices: int = 1,
     beside: Mapping[str, Any] | None = None,
+    fill: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes the state after `progress.step` and removes all but the newest `keep` checkpoints and the best one.
 
@@ -87,7 +96,8 @@ def save(
     `parameters`: what is trained, and any other state of the adapter that is not the optimizer's (moving averages).
     `identity` is what a resumed run must have in common with this one (JSON values): data, base. `about` is kept
     beside it and not compared. `devices`: on how many the run is, which a resumed one may change. `beside`: what else
-    than its environment bit-for-bit equality depends on.
+    than its environment bit-for-bit equality depends on. `fill`: writes what else is in it, into the folder that it is
+    given.
     A checkpoint of this very step that is already there is left as it is: a run is a function of its step.
 
     Raises ResourceError on a full disk; the checkpoints that were there stay, and nothing half-written is left.
@@ -119,6 +129,8 @@ def save(
                 "choices": recorded(),
                 "files": digests,
             }
+            if fill is not None:
+                fill(temporary)
             _write(temporary / "state.json", [(json.dumps(state, indent=1, sort_keys=True) + "\n").encode()])
             os.rename(temporary, final)
             flush_folder(directory)

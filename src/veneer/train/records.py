@@ -22,6 +22,7 @@ from typing import Any
 from veneer.errors import DataError, bullets, nearest
 from veneer.train.config.section import SOURCES
 
+_LINES = (".jsonl", ".ndjson")
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -42,10 +43,49 @@ def read_data_files(names: Sequence[str], limit: int | None = None) -> tuple[lis
         left = None if limit is None else limit - len(records)
         if left is not None and left <= 0:
             break
-        records += _elsewhere(file, left) if file.startswith(SOURCES) else _file(Path(file))[:left]
+        records += _elsewhere(file, left) if file.startswith(SOURCES) else _file(Path(file), left)[:left]
         if len(records) == before:
             raise DataError("there are no rows in this file", where=file, fix="remove it from data.train, or fill it")
     return records, files
+
+
+def data_stamp(names: Sequence[str]) -> tuple[tuple[str, int, int], ...]:
+    """What changes when one of the files does: of each its name, time and size. Raises DataError for one that is not
+    there."""
+    files = [file for name in names for file in _expand(name)]
+    found = [(file, None if file.startswith(SOURCES) else os.stat(file)) for file in files]
+    return tuple((file, 0, 0) if stat is None else (file, stat.st_mtime_ns, stat.st_size) for file, stat in found)
+
+
+def count_records(names: Sequence[str]) -> int | None:
+    """Records of files, without reading what is in them where a line is one; None where only a hub or a package knows.
+    Raises DataError."""
+    total = 0
+    for file in (file for name in names for file in _expand(name)):
+        if file.startswith(SOURCES):
+            return None
+        plain = Path(file).suffix.lower() in _LINES and not _is_wide(Path(file))
+        total += count_lines(Path(file)) if plain else len(_file(Path(file)))
+    return total
+
+
+_LINE = re.compile(rb"\S[^\n]*")
+
+
+def count_lines(path: Path, most: int | None = None, *, chunk: int = 1 << 20) -> int:
+    """Lines with something in them, no more than `most`: then the rest is not read. Nobody sends so many blank lines
+    that others wait for it: they are passed over in C, and the interpreter's lock is free between chunks."""
+    count, within = 0, False  # within: a line that is counted
+    with path.open("rb") as file:
+        while (most is None or count < most) and (read := file.read(chunk)):
+            begin = read.find(b"\n") if within else 0
+            if begin < 0 or (not within and read.isspace()):
+                continue
+            end = begin
+            for line in _LINE.finditer(read, begin):
+                count, end = count + 1, line.end()
+            within = end == len(read)
+    return count if most is None else min(count, most)
 
 
 def _expand(name: str) -> list[str]:
@@ -79,7 +119,8 @@ def _elsewhere(name: str, limit: int | None) -> list[Record]:
     return [Record(row, f"{name} row {n}") for n, row in enumerate(generated_rows(name, limit), 1)]
 
 
-def _file(path: Path) -> list[Record]:
+def _file(path: Path, most: int | None = None) -> list[Record]:
+    """`most`: how many are wanted; there may be more."""
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         raise DataError(
@@ -88,7 +129,7 @@ def _file(path: Path) -> list[Record]:
     if suffix == ".parquet":
         return list(_parquet(path))
     try:
-        raw = path.read_bytes()
+        raw = path.read_bytes() if most is None or suffix not in _LINES else _first_lines(path, most)
     except OSError as error:
         raise DataError(f"the data file cannot be read: {error.strerror}", where=str(path)) from None
     if raw.startswith(b"version https://git-lfs"):
@@ -101,6 +142,25 @@ def _file(path: Path) -> list[Record]:
     if suffix == ".json" and text.lstrip().startswith("["):
         return _json_array(text, path)
     return _json_lines(text, path)
+
+
+def _first_lines(path: Path, most: int) -> bytes:
+    """So many lines with something in them; all of a file whose letters have two bytes, where lines end elsewhere."""
+    if _is_wide(path):
+        return path.read_bytes()
+    lines: list[bytes] = []
+    with path.open("rb") as file:
+        for line in file:
+            lines.append(line)
+            most -= bool(line.strip())
+            if most <= 0:
+                break
+    return b"".join(lines)
+
+
+def _is_wide(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def _decoded(raw: bytes, path: Path) -> str:

@@ -141,6 +141,11 @@ class AttachedTask(Learner, Protocol[_R]):
     def facts(self, outcome: Outcome, progress: Progress) -> _R:
         """`outcome` with what this kind of task counts."""
 
+    def write(self, folder: Path, progress: Progress) -> None:
+        """Writes the adapter as it is now, with its card, into `folder`, which is made. The first process alone is
+        asked."""
+        raise NotImplementedError
+
     @abstractmethod
     def save(self, result: _R, progress: Progress, tell: Listener) -> _R:
         """Writes the adapter with its card; `result` with what was written. The first process alone is asked."""
@@ -369,6 +374,7 @@ def _save(
             devices=run.devices.count,
             about={"recipe": run.config.recipe(), "together": [*run.group], "kept": task.kept(progress.step)},
             beside=task.environment,
+            fill=(lambda folder: task.write(folder / "adapter", progress)) if run.config.checkpoint.adapters else None,
         )  # fmt: skip
     run.devices.gather(None)
     return checkpoint.at_step(place, progress.step)

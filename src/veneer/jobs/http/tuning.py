@@ -29,7 +29,7 @@ from veneer.jobs.after import AfterJob, check_after
 from veneer.jobs.files import Files, UploadedFile
 from veneer.jobs.http.files import page_shown
 from veneer.jobs.http.graders import grader_of
-from veneer.jobs.inputs import count_lines, drop_inputs, put_input
+from veneer.jobs.inputs import drop_inputs, put_input
 from veneer.jobs.openai import (
     MEASURED,
     ROWS_COUNTED,
@@ -56,6 +56,7 @@ from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy.store import Store
 from veneer.train.config.load import config_from
 from veneer.train.config.section import BASE_MODEL
+from veneer.train.records import count_lines
 from veneer.train.rewards.graders import MultiGrader, ScoreModelGrader
 
 T = TypeVar("T")

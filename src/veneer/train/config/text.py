@@ -326,6 +326,11 @@ class CheckpointSection(Section):
         100, "steps between checkpoints, or `epoch`", "small files: adapter and optimizer only"
     )
     keep: int = setting(2, "newest checkpoints kept, beside the best", gt=0)
+    adapters: bool = setting(
+        False,
+        "beside each checkpoint its adapter in its own format, in `adapter`, for use while the run goes on; of a job "
+        "each is put into the library at once",
+    )
 
 
 class MemorySection(Section):

@@ -122,6 +122,39 @@ def write_captions(
     return report
 
 
+def write_caption(picture: Path, text: str, folder: str | None = None) -> WrittenCaption:
+    """Another caption for one picture, where its caption is read: in its own file, in its row of metadata.jsonl, or in
+    a new NAME.txt beside it. `folder`: the one that is trained on, by default the picture's own.
+
+    Raises DataError where that would be without effect or touch another picture's caption, and for an empty text."""
+    caption, root = " ".join(text.split()), Path(folder or picture.parent).expanduser()
+    if not caption:
+        raise DataError("a caption has at least one word", where=str(picture), fix="say what is to be seen")
+    every = own_captions(str(root))
+    whole = picture.expanduser().resolve()
+    one = next((one for one in every if one.path.resolve() == whole), None)
+    if one is None:
+        fix = f"it has {counted(len(every), 'picture')}, as {every[0].name}"
+        raise DataError("there is no such picture in the folder", where=str(picture), fix=fix)
+    files, row = _caption_files(one.path), one.name in _rows(root)
+    siblings = [other.name for other in every if other.path.with_suffix("") == one.path.with_suffix("")]
+    shared = [file for file in files if file.with_suffix("") != one.path and len(siblings) > 1]
+    if shared:
+        what = f"{shared[0].name} is the caption of {', '.join(siblings)}"
+        raise DataError(what, where=str(picture), fix="give one of them another name")
+    if not files and one.caption is not None and not row:
+        raise DataError(
+            "its caption is in metadata that is not written here", where=str(picture), fix="change it in that file"
+        )
+    if row and not files:
+        atomic_write(root / "metadata.jsonl", [_with_row(root, one.name, caption)])
+        return WrittenCaption(one.name, root / "metadata.jsonl", caption)
+    new = one.path.with_suffix(".txt") if len(siblings) == 1 else one.path.with_name(f"{one.path.name}.txt")
+    for file in files or [new]:
+        atomic_write(file, [f"{caption}\n".encode()])
+    return WrittenCaption(one.name, (files or [new])[0], caption)
+
+
 def _caption_files(picture: Path) -> list[Path]:
     """The files beside a picture that are read as its caption."""
     places = (picture.with_suffix(""), picture)

@@ -434,6 +434,21 @@ class AttachedPictures(AttachedTask[ImageResult]):
             result, adapter=str(output_of(config)), digest=written.digest, hashes=found, samples=samples
         )  # fmt: skip
 
+    def write(self, folder: Path, progress: Progress) -> None:
+        """Under the name `adapter`, and without a thumbnail."""
+        config = self.config.output.model_copy(update={"directory": str(folder), "name": "adapter"})
+        with training_layers(self.base, False), self.ema.acting() if self.ema else nullcontext():
+            trained = self.attachment.adapter(NAME)
+        card = replace(
+            trained.card, base=self.base.name, base_fingerprint=self.base.fingerprint, kind="image",
+            data_digest=pictures_digest(self.data.learned), recipe=self.config.recipe(), metrics=progress.metrics(),
+        )  # fmt: skip
+        folder.mkdir()
+        save_image_adapter(
+            replace(trained, card=card), self.base, self.config.model_copy(update={"output": config}), {}, "",
+            self.data.tags,
+        )  # fmt: skip
+
     def prove(self) -> str:
         row, encoders = next(planned_rows(self.data.steps)), self.data.encoders
         with training_layers(self.base, False):

@@ -87,7 +87,8 @@ class Counts:
 class EncodedRows:
     """`end_ids`: the token ids that end an answer in these rows (end-of-turn, or end-of-text for plain rows).
 
-    `cut_rows`: indices of the rows that were cut. `chat`: rendered by a chat template."""
+    `cut_rows`: indices of the rows that were cut. `chat`: rendered by a chat template. `left`: of the rows that were
+    left out, by their indices, why."""
 
     examples: list[Example]
     counts: Counts
@@ -95,36 +96,45 @@ class EncodedRows:
     end_ids: set[int]
     chat: bool
     cut_rows: set[int]
+    left: dict[int, str] = field(default_factory=dict)
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: DataSection) -> EncodedRows:
-    """Tokenise rows as `data` says (chat_template, train_on, max_length, long_rows, untrained_rows).
+def encode_rows(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: DataSection, *, refuse: bool = True
+) -> EncodedRows:
+    """Tokenise rows as `data` says (chat_template, train_on, max_length, long_rows, untrained_rows). `refuse`: False
+    leaves out, for whoever wants to see them, what stops a run.
 
     Raises DataError, listing rows, for rows that cannot be rendered without guessing, and for long or untrained ones
     when they are to be refused; BaseError for conversations on a base without a chat template."""
     renderer = Renderer(tokenizer, data.chat_template)
     counts = Counts(rows=len(rows))
     rendered: list[Rendered] = []
-    bad: list[str] = []
-    for row in rows:
+    places: list[int] = []
+    left: dict[int, str] = {}
+    for i, row in enumerate(rows):
         try:
             rendered.append(renderer.render(row, data.train_on))
+            places.append(i)
         except ValueError as error:
-            bad.append(f"{row.where}: {error}")
-    _refuse(bad, len(rows), "cannot be encoded", "correct those rows, or set data.train_on or data.chat_template")
+            left[i] = str(error)
+    bad = [f"{rows[i].where}: {why}" for i, why in left.items()]
+    if refuse:
+        _refuse(bad, len(rows), "cannot be encoded", "correct those rows, or set data.train_on or data.chat_template")
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     examples: list[Example] = []
     long: list[str] = []
     cut_rows: set[int] = set()
     untrained: list[str] = []
-    for i, (ids, trained, merged) in enumerate(_tokens(tokenizer, rendered, eos)):
-        row, r = rows[i], rendered[i]
+    for i, r, (ids, trained, merged) in zip(places, rendered, _tokens(tokenizer, rendered, eos), strict=True):
+        row = rows[i]
         _notice(counts, row, r, merged, renderer)
         if bos is not None and ids[:2] == [bos, bos]:
             counts.note("doubled_bos", row.where)
         if True not in trained:
             counts.note("untrained", row.where)
             untrained.append(f"{row.where}: no token to learn")
+            left[i] = "no token to learn"
             continue
         ids, trained = _without_tail(ids, trained)
         counts.longest = max(counts.longest, len(ids))
@@ -137,23 +147,24 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: D
                     counts.note("cut_ends", row.where)
             else:
                 long.append(f"{row.where}: {len(ids)} tokens")
+                left[i] = f"{len(ids):,} tokens, more than data.max_length, {data.max_length:,}"
                 counts.note("long_dropped", row.where)
                 continue
         examples.append(Example(ids, trained, i))
         counts.tokens += len(ids)
         counts.trained_tokens += sum(trained)
-    if data.long_rows == "refuse":
+    if data.long_rows == "refuse" and refuse:
         _refuse(
             long,
             len(rows),
             f"are longer than data.max_length, {data.max_length} tokens",
             f"set data.max_length={counts.longest} (more memory), or data.long_rows=drop or cut",
         )
-    if data.untrained_rows == "refuse":
+    if data.untrained_rows == "refuse" and refuse:
         _refuse(untrained, len(rows), "have nothing to learn", "correct those rows, or set data.untrained_rows=drop")
     counts.kept = len(examples)
     chat = any(r.chat for r in rendered)
-    return EncodedRows(examples, counts, renderer, _end_ids(renderer, rendered, eos), chat, cut_rows)
+    return EncodedRows(examples, counts, renderer, _end_ids(renderer, rendered, eos), chat, cut_rows, left)
 
 
 def _notice(counts: Counts, row: Row, r: Rendered, merged: bool, renderer: Renderer) -> None:

@@ -79,11 +79,11 @@ def text_preflight(
     checks: Iterable[Callable[[TextSubject], Iterator[Finding]]] = (*data_checks, *_BASE_CHECKS)
     report = Report(numbers=subject.numbers)
     report.add(*(finding for check in checks for finding in check(subject)))
-    report.sample = _marked(encoded.examples[0], base.tokenizer) if encoded.examples else []
+    report.sample = marked_pieces(encoded.examples[0], base.tokenizer) if encoded.examples else []
     return report
 
 
-def _marked(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
+def marked_pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     """The row as (text, learned) pieces: runs of tokens that are, and are not, trained."""
     pieces: list[tuple[list[int], bool]] = []
     for token, trained in zip(example.input_ids, example.trained, strict=True):

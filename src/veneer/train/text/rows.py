@@ -128,6 +128,15 @@ class Row:
         )
 
 
+@dataclass(frozen=True)
+class UnusableRow:
+    """A row that nothing can be made of. `values`: its columns."""
+
+    where: str
+    why: str
+    values: Mapping[str, Any]
+
+
 @dataclass
 class About:
     """What was read: the format and why it was taken to be that, and columns that nothing uses."""
@@ -165,6 +174,26 @@ def read_rows(
 
     Raises DataError for a missing or empty file, for a row that cannot be read (all of them, up to 20, with line
     numbers), and when the format cannot be recognised by the columns."""
+    found, about = look_at_rows(sources, format=format, columns=columns, limit=limit, formats=formats, values=values)
+    rows = [row for row in found if isinstance(row, Row)]
+    if bad := [f"{row.where}: {row.why}" for row in found if isinstance(row, UnusableRow)]:
+        raise DataError(
+            f"{len(bad)} of {len(found)} rows are not usable as `{about.format}`:\n{bullets(bad)}",
+            fix=f"correct or remove them; if they are not `{about.format}`, set data.format",
+        )
+    return rows, about
+
+
+def look_at_rows(
+    sources: str | Sequence[str],
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    formats: Collection[str] | None = None,
+    values: bool = False,
+) -> tuple[list[Row | UnusableRow], About]:
+    """As `read_rows`, with the rows that cannot be used among the others, for whoever wants to see them."""
     names = [sources] if isinstance(sources, str) else list(sources)
     records, files = read_data_files(names, limit)
     columns = dict(columns or {})
@@ -174,21 +203,16 @@ def read_rows(
     chosen, mapping, why = _choose(list(seen), format, columns, records, _UNASKED if formats is None else formats)
     needed, optional, _ = _FORMATS[chosen]
     used = {mapping.get(c, c) for c in (*needed, *optional)}
-    rows: list[Row] = []
-    bad: list[str] = []
+    rows: list[Row | UnusableRow] = []
     for record in records:
         try:
             row = _row(chosen, record, mapping)
             rows.append(replace(row, values=dict(record.values)) if values else row)
         except ValueError as error:
-            bad.append(f"{record.where}: {error}")
-    if bad:
-        raise DataError(
-            f"{len(bad)} of {len(records)} rows are not usable as `{chosen}`:\n{bullets(bad)}",
-            fix=f"correct or remove them; if they are not `{chosen}`, set data.format",
-        )
+            rows.append(UnusableRow(record.where, str(error), record.values))
+    usable = [row for row in rows if isinstance(row, Row)]
     unused = [] if values else [c for c in seen if c not in used]
-    return rows, About(chosen, why, len(rows), files, unused, len(rows) - len({r.key for r in rows}))
+    return rows, About(chosen, why, len(usable), files, unused, len(usable) - len({r.key for r in usable}))
 
 
 def split_rows(rows: Sequence[Row], split: int | float | None, *, seed: int) -> tuple[list[Row], list[Row]]:

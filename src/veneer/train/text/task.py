@@ -20,6 +20,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -523,14 +524,20 @@ class AttachedText(AttachedTask[RunResult]):
         )  # fmt: skip
 
     def save(self, result: RunResult, progress: Progress, tell: Listener) -> RunResult:
+        digest = write_adapter(self._carded(text_metrics(result)), self.run.folder, self.base)
+        return replace(result, adapter=str(self.run.folder), digest=digest)
+
+    def write(self, folder: Path, progress: Progress) -> None:
+        write_adapter(self._carded(progress.metrics()), folder, self.base)
+
+    def _carded(self, metrics: dict[str, Any]) -> Adapter:
         base, data, trained = self.base, self.data, self.attachment.adapter(self.name)
         card = replace(
             trained.card, base=base.name, base_fingerprint=base.fingerprint, kind="text",
-            data_digest=data_digest(data.train.rows), recipe=self.config.recipe(), metrics=text_metrics(result),
+            data_digest=data_digest(data.train.rows), recipe=self.config.recipe(), metrics=metrics,
             parents=[data.start.digest()] if data.start is not None else [],
         )  # fmt: skip
-        digest = write_adapter(replace(trained, card=card), self.run.folder, base)
-        return replace(result, adapter=str(self.run.folder), digest=digest)
+        return replace(trained, card=card)
 
     def prove(self) -> str:
         base, folder = self.base, self.run.folder

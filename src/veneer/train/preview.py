@@ -1,0 +1,445 @@
+"""What a run would be, as one types it: whether it fits, how long it takes, what it costs, what of its data is learned.
+
+    look = preview_of(config, device, rows=200)
+    look.plan.fits, look.findings, look.sample           of the first 200 rows; look.guesses says what that leaves open
+    seen = rows_seen(config, offset=0, limit=50)         each row: learned, cut, held out, left out, and why
+    seen = pictures_seen(config)                         each picture: its crop, its caption, and why it is left out
+
+The base's tokenizer reads the rows as the run will; no weights are read. What was read is kept as long as its files are
+what they were, so that a change of the rank costs no second look. The run itself looks again, and at everything.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from veneer.errors import DataError, counted
+from veneer.plan.plan import Plan
+from veneer.plan.tables import Device
+from veneer.train.config.image import ImageTrainConfig
+from veneer.train.config.load import RunConfig
+from veneer.train.config.reinforcement import PROMPT_FORMATS
+from veneer.train.config.text import TrainConfig, preference_formats
+from veneer.train.planning import base_fields, plan_of_config
+from veneer.train.preflight import Finding, Report, RunSubject, learning_rate
+from veneer.train.records import count_records, data_stamp
+
+if TYPE_CHECKING:
+    from veneer.models.text.base import TextBase
+    from veneer.train.image.training_picture import TrainingPicture
+    from veneer.train.image.views import PictureRow
+    from veneer.train.text.data import TextData
+    from veneer.train.text.encode import EncodedRows
+    from veneer.train.text.rows import About, Row, UnusableRow
+
+_MOST_ROWS = 5000
+"""Rows that a table is made of; of more the first."""
+_MOST_PICTURES = 400
+"""Pictures that are opened; of more none is."""
+_SAID = 400
+"""Letters of a row in a table."""
+
+RowVerdict = Literal["learned", "cut", "held out", "left out", "unusable"]
+VERDICTS: tuple[RowVerdict, ...] = get_args(RowVerdict)
+"""What may become of a row, or a picture."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """`plan`: None where the data cannot be read. `findings`: the gravest first. `sample`: a row as (text, learned)
+    pieces. `rows`: of the data (None: only who has it knows), of which `looked` were read. `guesses`: what is not
+    known for sure, in sentences."""
+
+    plan: Plan | None
+    findings: tuple[Finding, ...] = ()
+    sample: tuple[tuple[str, bool], ...] = ()
+    rows: int | None = None
+    looked: int = 0
+    guesses: tuple[str, ...] = ()
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run would not begin."""
+        return any(finding.level == "stop" for finding in self.findings) or self.plan is None or not self.plan.fits
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "findings": [finding.__dict__ for finding in self.findings],
+            "sample": [{"text": text, "learned": learned} for text, learned in self.sample],
+            "rows": self.rows, "looked": self.looked, "guesses": list(self.guesses),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SeenRow:
+    """A row of a table. `where`: its file and line. `said`: its beginning. `pieces`: all of it as (text, learned).
+    `why`: of what is not learned as it is."""
+
+    where: str
+    verdict: RowVerdict
+    why: str = ""
+    said: str = ""
+    tokens: int = 0
+    learned: int = 0
+    pieces: tuple[tuple[str, bool], ...] = ()
+
+
+@dataclass(frozen=True)
+class SeenRows:
+    """Some rows of `matching`. `counts`: verdict -> of how many of the `looked` rows. `total`: rows of the data."""
+
+    rows: tuple[SeenRow, ...]
+    matching: int
+    counts: dict[str, int]
+    looked: int
+    total: int | None
+    format: str
+
+
+@dataclass(frozen=True)
+class SeenPicture:
+    """`id`: of its content, by which it can be asked for. `crop`: (left, top, width, height) of what is learned, as
+    shares of the picture; None where it is left out. `size`: what is learned, in pixels. `source`: where its caption
+    is from."""
+
+    id: str
+    name: str
+    path: Path
+    caption: str
+    width: int
+    height: int
+    verdict: RowVerdict
+    why: str = ""
+    crop: tuple[float, float, float, float] | None = None
+    size: tuple[int, int] | None = None
+
+
+def preview_of(config: RunConfig, device: Device, *, rows: int = 200) -> Preview:
+    """Plan, findings and a marked example from the first `rows` rows. Raises ConfigError and BaseError for a base that
+    is nowhere; what is wrong with the data is among the findings."""
+    if isinstance(config, ImageTrainConfig):
+        return _preview_of_pictures(config, device)
+    try:
+        total = count_records(config.data.files("train"))
+        look = _sample(*_key(config, rows))
+    except DataError as error:
+        fix = error.fix or ""
+        where = f"{error.where}: " if error.where else ""
+        return Preview(None, (Finding("stop", "data", f"{where}{error.what}", fix),))
+    data, looked = look.data, look.looked
+    answer = 0 if config.drawn is None else config.drawn.max_tokens  # which the plan adds to each prompt
+    lengths = [item.tokens - answer for item in data.train.items]
+    learned = sum(item.learned for item in data.train.items)
+    report = Report()
+    report.add(*look.findings)
+    if not lengths:
+        return Preview(None, tuple(report.findings), look.sample, total, looked)
+    whole = total is not None and (config.data.limit or total) <= looked
+    known = looked if whole or total is None else min(total, config.data.limit or total)
+    kept = len(lengths) if whole else max(1, round(known * len(lengths) / looked))
+    plan = plan_of_config(
+        config, device, rows=kept, tokens_per_row=sum(lengths) / len(lengths), longest=max(lengths),
+        trained=min(1.0, max(0.001, learned / sum(lengths))),
+    )  # fmt: skip
+    steps = math.ceil(plan.job.rows / plan.job.batch)
+    subject = RunSubject(base=None, config=config, steps_per_epoch=steps)
+    report.add(*(finding for finding in learning_rate(subject) if finding.level != "ok"))
+    return Preview(
+        plan, tuple(report.findings), look.sample, total, looked, tuple(_guesses(config, plan, whole, total, looked))
+    )
+
+
+def _guesses(config: TrainConfig, plan: Plan, whole: bool, total: int | None, looked: int) -> Iterator[str]:
+    if not whole:
+        of = "all of them" if total is None else f"{total:,}"
+        yield f"looked at the first {counted(looked, 'row')} of {of}: the rest is taken to be like them"
+    yield from _guessed_rates(plan)
+    if config.drawn is not None:
+        yield "answers are taken to be as long as they may become"
+
+
+def _guessed_rates(plan: Plan) -> Iterator[str]:
+    if not plan.rates.measured:
+        yield "the time is a guess: this machine is not calibrated (veneer plan --calibrate)"
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Sample:
+    data: TextData
+    looked: int
+    findings: tuple[Finding, ...]
+    sample: tuple[tuple[str, bool], ...]
+
+
+_Key = tuple[str, tuple[tuple[str, int, int], ...], int]
+_SECTIONS: Any = {"base": {"name"}} | dict.fromkeys(
+    ["data", "preference", "reinforcement", "distillation", "seed"], True
+)
+
+
+def _key(config: TrainConfig, rows: int) -> _Key:
+    """What of a configuration decides how its rows are read, with the state of its files."""
+    own = config.model_dump_json(include=_SECTIONS, exclude_unset=True)
+    stamp = data_stamp([*config.data.files("train"), *config.data.files("validation")])
+    return own, stamp, rows
+
+
+def _config(own: str) -> TrainConfig:
+    return TrainConfig.model_validate_json(json.dumps({**json.loads(own), "output": {"directory": "."}}))
+
+
+@functools.lru_cache(maxsize=4)
+def _base(name: str) -> TextBase:
+    from veneer.models.text.base import text_without_weights
+
+    return text_without_weights(name)
+
+
+@functools.lru_cache(maxsize=8)
+def _sample(own: str, stamp: tuple[tuple[str, int, int], ...], rows: int) -> _Sample:
+    """Raises DataError, BaseError."""
+    from veneer.train.text.checks import DATA_CHECKS, PROMPT_CHECKS, TextSubject
+    from veneer.train.text.data import read_data
+    from veneer.train.text.preflight import marked_pieces
+
+    config = _config(own)
+    base = _base(config.base.name)
+    data = read_data(config.model_copy(update={"data": _bounded(config, rows)}), base)
+    subject = TextSubject(base=base, config=config, data=data)
+    checks = PROMPT_CHECKS if config.drawn is not None else DATA_CHECKS
+    found = tuple(finding for check in checks for finding in check(subject))
+    encoded = data.train.encoded
+    sample = tuple(marked_pieces(encoded.examples[0], base.tokenizer)) if encoded.examples else ()
+    looked = len(data.train.rows) + (len(data.held.rows) if config.data.validation is None else 0)
+    return _Sample(data, looked, found, sample)
+
+
+def _bounded(config: TrainConfig, rows: int) -> Any:
+    """The data's settings for its first rows: of those held out as large a share."""
+    data, total = config.data, count_records(config.data.files("train"))
+    changes: dict[str, Any] = {"limit": min(rows, data.limit or rows)}
+    if total is not None and isinstance(data.split, int) and data.split and total > rows:
+        changes["split"] = min(0.9, data.split / total)
+    if data.validation is not None and (count_records(data.files("validation")) or rows + 1) > rows:
+        changes |= {"validation": None, "split": None}
+    return data.model_copy(update=changes)
+
+
+def rows_seen(
+    config: TrainConfig, *, offset: int = 0, limit: int = 50, verdicts: Sequence[RowVerdict] = (),
+    most: int = _MOST_ROWS,
+) -> SeenRows:  # fmt: skip
+    """Rows in the order of their files, and what becomes of each. `verdicts`: those of these alone. `most`: rows that
+    are looked at. Raises DataError for files that cannot be read, ConfigError and BaseError for the base."""
+    look = _table(*_key(config, most))
+    places = [i for i, verdict in enumerate(look.verdicts) if not verdicts or verdict[0] in verdicts]
+    counts: dict[str, int] = {}
+    for verdict, _ in look.verdicts:
+        counts[verdict] = counts.get(verdict, 0) + 1
+    base = _base(config.base.name)
+    rows = tuple(look.row(i, base.tokenizer) for i in places[offset : offset + limit])
+    total = count_records(config.data.files("train"))
+    return SeenRows(rows, len(places), counts, len(look.found), total, look.about.format)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """`verdicts`: of each row, with the reason. `owners`: of each encoded text, its row."""
+
+    found: Sequence[Row | UnusableRow]
+    about: About
+    verdicts: Sequence[tuple[RowVerdict, str]]
+    encoded: EncodedRows
+    owners: Sequence[int]
+    examples: dict[int, list[int]] = field(default_factory=dict)
+
+    def row(self, i: int, tokenizer: Any) -> SeenRow:
+        from veneer.train.text.preflight import marked_pieces
+        from veneer.train.text.rows import UnusableRow
+
+        found, (verdict, why) = self.found[i], self.verdicts[i]
+        if isinstance(found, UnusableRow):
+            return SeenRow(found.where, verdict, why, _beginning(str(dict(found.values))))
+        own = [self.encoded.examples[n] for n in self.examples.get(i, ())]
+        pieces = [piece for example in own for piece in marked_pieces(example, tokenizer)]
+        said = found.text or " → ".join(str(message["content"]) for message in found.messages)
+        return SeenRow(
+            found.where, verdict, why, _beginning(said), sum(one.tokens for one in own),
+            sum(one.learned for one in own), tuple(pieces),
+        )  # fmt: skip
+
+
+def _beginning(text: str) -> str:
+    text = " ".join(text[: 2 * _SAID].split())
+    return text if len(text) <= _SAID else text[: _SAID - 1] + "…"
+
+
+@functools.lru_cache(maxsize=4)
+def _table(own: str, stamp: tuple[tuple[str, int, int], ...], most: int) -> _Table:
+    from veneer.train.text.encode import encode_rows
+    from veneer.train.text.preference import answer_rows
+    from veneer.train.text.rows import Row, look_at_rows, split_rows
+
+    config = _config(own)
+    data, loss, draws = config.data, config.preference.loss, config.drawn is not None
+    formats = PROMPT_FORMATS if draws else None if loss is None else preference_formats(loss)
+    found, about = look_at_rows(
+        data.files("train"), format=data.format, columns=data.columns, limit=min(most, data.limit or most),
+        formats=formats, values=draws,
+    )  # fmt: skip
+    usable = [(i, row) for i, row in enumerate(found) if isinstance(row, Row)]
+    held = set[int]()
+    if data.validation is None and usable:
+        held = {id(row) for row in split_rows([row for _, row in usable], data.split, seed=config.seed)[1]}
+    texts, owners = answer_rows([row for _, row in usable])
+    settings = data.model_copy(update={"train_on": "all"}) if draws else data
+    encoded = encode_rows(texts, _base(config.base.name).tokenizer, settings, refuse=False)
+    places = [usable[owner][0] for owner in owners]
+    why = {places[n]: reason for n, reason in encoded.left.items()}
+    cut = {places[n] for n in encoded.cut_rows}
+    examples: dict[int, list[int]] = {}
+    for n, example in enumerate(encoded.examples):
+        examples.setdefault(places[example.row], []).append(n)
+
+    def verdict(i: int, row: Row | UnusableRow) -> tuple[RowVerdict, str]:
+        if not isinstance(row, Row):
+            return "unusable", row.why
+        if i in why:
+            return "left out", why[i]
+        if id(row) in held:
+            return "held out", "never trained on: the loss on it says whether the run has learned too much"
+        if i in cut:
+            return "cut", f"longer than data.max_length, {data.max_length:,} tokens"
+        return "learned", ""
+
+    return _Table(found, about, [verdict(i, row) for i, row in enumerate(found)], encoded, places, examples)
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def _preview_of_pictures(config: ImageTrainConfig, device: Device) -> Preview:
+    try:
+        plan = plan_of_config(config, device)
+        if config.slider.wanted:
+            return Preview(plan, guesses=tuple(_guessed_rates(plan)))
+        if plan.job.rows > _MOST_PICTURES:
+            rest = f"{counted(plan.job.rows, 'picture')} were counted by their names, and none was opened"
+            return Preview(plan, (), (), plan.job.rows, 0, (rest, *_guessed_rates(plan)))
+        look = _pictures(*_picture_key(config))
+    except DataError as error:
+        where = f"{error.where}: " if error.where else ""
+        return Preview(None, (Finding("stop", "data", f"{where}{error.what}", error.fix or ""),))
+    report = Report()
+    report.add(*look.findings)
+    looked = len(look.learned) + len(look.held)
+    return Preview(plan, tuple(report.findings), (), looked, looked, tuple(_guessed_rates(plan)))
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    learned: Sequence[TrainingPicture]
+    held: Sequence[TrainingPicture]
+    rows: Sequence[PictureRow]
+    findings: tuple[Finding, ...]
+    broken: Sequence[str]
+
+
+def _picture_key(config: ImageTrainConfig) -> tuple[str, tuple[tuple[str, int, int], ...]]:
+    folders = [*config.data.folders, *filter(None, [config.data.validation, config.data.class_folder])]
+    files = sorted(path for folder in folders for path in Path(folder).expanduser().rglob("*") if path.is_file())
+    stats = [(str(path), path.stat()) for path in files]
+    own = config.model_dump_json(include={"base": {"name"}, "data": True, "seed": True}, exclude_unset=True)
+    return own, tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
+
+
+@functools.lru_cache(maxsize=4)
+def _pictures(own: str, stamp: tuple[tuple[str, int, int], ...]) -> _Pictures:
+    from veneer.train.image.batches import split_pictures
+    from veneer.train.image.checks import check_held_out, check_pictures
+    from veneer.train.image.pictures import read_pictures
+    from veneer.train.image.views import plan_rows
+
+    config = ImageTrainConfig.model_validate_json(json.dumps({**json.loads(own), "output": {"directory": "."}}))
+    settings = config.data
+    pictures, about = read_pictures(settings)
+    held = read_pictures(settings, "validation")[0]
+    if settings.validation is None:
+        pictures, held = split_pictures(pictures, settings.split, config.seed)
+    shape = base_fields(config.base.name)
+    scale = int(shape.get("vae_scale", 8))
+    unit = scale if "down_block_types" in shape else 2 * scale  # a U-Net takes latents one by one, others in squares
+    plan = plan_rows(pictures, settings, size=int(shape.get("picture", 1024)), unit=unit)
+    found = check_pictures(pictures, about, plan, settings)
+    if held:
+        found += check_held_out(pictures, held)
+    return _Pictures(pictures, held, plan.rows, tuple(found), about.broken)
+
+
+def pictures_seen(config: ImageTrainConfig) -> tuple[SeenPicture, ...]:
+    """Every picture with its crop and its caption as they are learned, those held out and left out after them. Raises
+    DataError for a folder that cannot be learned from; no more than `_MOST_PICTURES` are opened."""
+    from veneer.train.image.pictures import count_pictures
+    from veneer.train.image.views import draw_row
+
+    if (count := count_pictures(config.data)[0]) > _MOST_PICTURES:
+        what = f"{count:,} pictures are more than a sheet shows"
+        raise DataError(
+            what, where=", ".join(config.data.folders), fix=f"a folder of {_MOST_PICTURES} at most, to look"
+        )
+    look = _pictures(*_picture_key(config))
+    first: dict[str, PictureRow] = {}
+    for row in look.rows:
+        first.setdefault(row.picture.key, row)
+    out = []
+    for picture in look.learned:
+        at = first.get(picture.key)
+        if at is None:
+            out.append(_seen(picture, "left out", "smaller than its bucket"))
+            continue
+        view, _ = draw_row(at, config.data, seed=config.seed, epoch=0)
+        wide, high = view.resized
+        crop = (view.left / wide, view.top / high, view.width / wide, view.height / high)
+        cut = f"{view.cut:.0%} lies outside the crop" if view.cut >= 0.005 else ""
+        out.append(_seen(picture, "cut" if cut else "learned", cut, crop, (view.width, view.height)))
+    return (*out, *(_seen(picture, "held out", "never trained on") for picture in look.held))
+
+
+def _seen(
+    picture: TrainingPicture, verdict: RowVerdict, why: str,
+    crop: tuple[float, float, float, float] | None = None, size: tuple[int, int] | None = None,
+) -> SeenPicture:  # fmt: skip
+    digest = picture.digest.rpartition(":")[2][:24]
+    return SeenPicture(
+        digest, picture.name, picture.path, picture.caption, *picture.size, verdict, why, crop, size
+    )  # fmt: skip
+
+
+def picture_of(config: ImageTrainConfig, id: str) -> SeenPicture:
+    """One of `pictures_seen` by its id. Raises DataError for one that is not among them."""
+    for one in pictures_seen(config):
+        if one.id == id:
+            return one
+    raise DataError("there is no such picture in this run's folders", where="picture", fix="open the sheet again")
+
+
+def preview_text(look: Preview) -> str:
+    """As `veneer data preview` prints it."""
+    from veneer.plan.render import plan_text
+
+    report = Report([*look.findings], {}, [*look.sample])
+    lines = [report.text()] if look.findings or look.sample else []
+    if look.plan is not None:
+        lines.append(plan_text(look.plan).partition("\n\n")[0])
+    return "\n\n".join([*lines, "\n".join(f"guessed: {guess}" for guess in look.guesses)]).rstrip()

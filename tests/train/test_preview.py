@@ -1,0 +1,161 @@
+"""What a run would be, as one types: the same as the run finds, and rows one by one with what becomes of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_base import tiny_base_dir
+from tests.tiny_image_base import tiny_image_base
+from tests.train.tiny_pictures import drawings
+from veneer.errors import DataError
+from veneer.jobs.validate import device_of
+from veneer.models.text.base import load_text
+from veneer.train.config.image import ImageTrainConfig
+from veneer.train.config.load import config_from
+from veneer.train.config.text import TrainConfig
+from veneer.train.image.captions import write_caption
+from veneer.train.image.pictures import read_pictures
+from veneer.train.preview import picture_of, pictures_seen, preview_of, preview_text, rows_seen
+from veneer.train.text.data import read_data
+
+ANSWER = "Shelf 3, on the left."
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base_dir(tmp_path_factory.mktemp("preview"))
+
+
+def config(base: Path, rows: list[Any], folder: Path, **data: Any) -> TrainConfig:
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made, _ = config_from({"base": str(base), "data": {"train": str(file), **data}, "output": str(folder / "out")})
+    assert isinstance(made, TrainConfig)
+    return made
+
+
+def row(text: str, answer: str = ANSWER) -> dict[str, str]:
+    return {"prompt": text, "completion": answer}
+
+
+def test_of_few_rows_it_counts_what_the_run_counts_and_guesses_nothing_of_them(base: Path, tmp_path: Path) -> None:
+    chosen = config(base, [row(f"Where is parcel {i}?") for i in range(30)], tmp_path)
+    look = preview_of(chosen, device_of())
+    data = read_data(chosen, load_text(str(base)))
+    tokens = sum(item.tokens for item in data.train.items)
+    assert look.plan is not None
+    assert (look.rows, look.looked) == (30, 30)
+    assert look.plan.job.rows * look.plan.job.tokens_per_row == pytest.approx(tokens)
+    assert not any("first" in guess for guess in look.guesses)
+    learned = "".join(text for text, learned in look.sample if learned)
+    assert ANSWER in learned
+    assert "parcel" not in learned
+    assert {"learned", "end", "template", "held out"} <= {finding.check for finding in look.findings}
+    assert "It fits" in preview_text(look) or "fits" in preview_text(look)
+
+
+def test_of_many_it_says_what_it_looked_at_and_a_new_file_is_looked_at_anew(base: Path, tmp_path: Path) -> None:
+    chosen = config(base, [row(f"Where is parcel {i:04}?") for i in range(400)], tmp_path, split=200)
+    look = preview_of(chosen, device_of(), rows=40)
+    assert look.plan is not None
+    assert (look.rows, look.looked) == (400, 40)
+    assert "looked at the first 40 rows of 400" in look.guesses[0]
+    assert look.plan.job.rows == pytest.approx(200, abs=20)
+    config(base, [row("")], tmp_path)
+    broken = preview_of(chosen, device_of(), rows=40)
+    assert broken.stops
+    assert "prompt` is empty" in broken.findings[0].text
+
+
+def test_each_row_is_shown_with_what_becomes_of_it(base: Path, tmp_path: Path) -> None:
+    rows = [row(f"Where is parcel {i}?") for i in range(30)]
+    rows[3] = row("Where? " * 80)
+    rows[5] = {"prompt": "no answer"}  # type: ignore[dict-item]
+    rows[7] = row("")
+    chosen = config(base, rows, tmp_path, max_length=200, long_rows="drop")
+    seen = rows_seen(chosen, limit=100)
+    assert [one.where.rpartition(":")[2] for one in seen.rows] == [str(i + 1) for i in range(30)]
+    assert seen.rows[3].verdict == "left out"
+    assert "more than data.max_length, 200" in seen.rows[3].why
+    assert [seen.rows[i].verdict for i in (5, 7)] == ["unusable", "unusable"]
+    assert "completion" in seen.rows[5].why
+    (held,) = [one for one in seen.rows if one.verdict == "held out"]
+    good = config(
+        base, [each for i, each in enumerate(rows) if i not in (5, 7)], tmp_path, max_length=200, long_rows="drop"
+    )
+    data = read_data(good, load_text(str(base)))
+    assert data.held.rows[0].messages[0]["content"] in held.said  # the same as the run holds out
+    assert seen.counts["learned"] == len(data.train.items)
+    learned = [one for one in seen.rows if one.verdict == "learned"]
+    assert [one.tokens for one in learned] == [item.tokens for item in data.train.items]
+    assert sum(len(text) for text, on in learned[0].pieces if on) >= len(ANSWER)
+    page = rows_seen(
+        config(base, rows, tmp_path, max_length=200, long_rows="drop"), offset=1, limit=1, verdicts=["unusable"]
+    )
+    assert (page.matching, [one.where.rpartition(":")[2] for one in page.rows]) == (2, ["8"])
+    cut = rows_seen(config(base, rows, tmp_path, max_length=100, long_rows="cut"), limit=100)
+    assert cut.rows[3].verdict == "cut"
+
+
+def test_pairs_are_one_row_of_the_table(base: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Parcel {i}?", "chosen": ANSWER, "rejected": "I do not know."} for i in range(4)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    made, _ = config_from(
+        {"base": str(base), "data": {"train": str(file)}, "preference": {"loss": "dpo"}, "output": str(tmp_path / "o")}
+    )
+    assert isinstance(made, TrainConfig)
+    seen = rows_seen(made)
+    assert (len(seen.rows), seen.format) == (4, "preference")
+    assert "".join(text for text, on in seen.rows[0].pieces if on).count("I do not know.") == 1
+
+
+def test_pictures_with_their_crops_and_one_caption_changed_in_place(tmp_path: Path) -> None:
+    folder = drawings(tmp_path / "drawings")
+    made, _ = config_from(
+        {
+            "base": str(tiny_image_base(tmp_path, "sdxl")), "output": str(tmp_path / "o"),
+            "data": {"pictures": str(folder), "resolution": 32, "buckets": False, "split": 1},
+        }
+    )  # fmt: skip
+    assert isinstance(made, ImageTrainConfig)
+    seen = pictures_seen(made)
+    assert {one.name for one in seen} == {f"{i}.png" for i in range(6)}
+    assert [one.verdict for one in seen].count("held out") == 1
+    wide = next(one for one in seen if (one.width, one.height) == (48, 32) and one.crop is not None)
+    assert wide.crop is not None
+    left, top, width, height = wide.crop
+    assert (top, height, wide.verdict) == (0, 1, "cut")  # a square of 32 in the middle of 48 by 32
+    assert (left, width) == (pytest.approx(8 / 48), pytest.approx(32 / 48))
+    look = preview_of(made, device_of())
+    assert look.plan is not None
+    assert any(finding.check == "buckets" for finding in look.findings)
+    assert picture_of(made, wide.id).path == folder / wide.name
+    with pytest.raises(DataError, match="no such picture"):
+        picture_of(made, "../" + wide.name)
+    written = write_caption(wide.path, "a house\n on a hill", str(folder))
+    assert written.caption == "a house on a hill"
+    assert {one.name: one.caption for one in pictures_seen(made)}[wide.name] == "a house on a hill"
+    assert {p.name: p.caption for p in read_pictures(made.data)[0]}[wide.name] == "a house on a hill"
+
+
+def test_a_caption_goes_where_it_is_read_and_nowhere_else(tmp_path: Path) -> None:
+    folder = drawings(tmp_path / "drawings", 3)
+    for i in range(3):
+        (folder / f"{i}.txt").unlink()
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "caption": "red", "more": 1}\n')
+    assert write_caption(folder / "0.png", "blue").file.name == "metadata.jsonl"
+    assert json.loads((folder / "metadata.jsonl").read_text()) == {"file_name": "0.png", "caption": "blue", "more": 1}
+    assert write_caption(folder / "1.png", "new").file == folder / "1.txt"
+    (folder / "2.txt").write_text("shared")
+    (folder / "2.jpg").write_bytes((folder / "2.png").read_bytes())
+    with pytest.raises(DataError, match=r"2\.txt is the caption of 2\.jpg, 2\.png"):
+        write_caption(folder / "2.png", "mine")
+    with pytest.raises(DataError, match="no such picture"):
+        write_caption(folder / "3.png", "mine")
+    with pytest.raises(DataError, match="at least one word"):
+        write_caption(folder / "0.png", " ")
