@@ -18,13 +18,14 @@ from veneer.adapters.use import load_adapter
 from veneer.errors import ConfigError, UnavailableError
 from veneer.jobs.checkpoints import steps_name
 from veneer.jobs.process import carry_out_jobs
-from veneer.jobs.steps import forked, kept_step, sample_file
+from veneer.jobs.steps import fork_config, forked, kept_step, sample_file
 from veneer.jobs.store import Job, JobStore
 from veneer.jobs.validate import device_of, submitted
 from veneer.library.library import open_library
 from veneer.models.text.base import load_text
 from veneer.plan.tables import Device
 from veneer.train.config.load import config_from
+from veneer.train.config.text import TrainConfig
 
 
 @pytest.fixture
@@ -87,6 +88,9 @@ def test_a_step_is_in_the_library_while_the_next_one_trains_and_can_be_gone_on_f
     first = store.library.find(f"{name}@1")
     assert first.card["metrics"]["steps"] == 1
 
+    asked_for = fork_config(store, job, 1, ["schedule.steps=7"])
+    assert isinstance(asked_for, TrainConfig)
+    assert (asked_for.adapter.start, asked_for.steps) == (first.reference, 7)
     fork = forked(store, job.id, 1, ["optimizer.learning_rate=1e-4"], device=device)
     assert (fork.state, fork.name, fork.about["fork"]) == ("queued", "support", {"job": job.id, "step": 1})
     assert fork.config["optimizer"]["learning_rate"] == 1e-4

@@ -19,7 +19,7 @@ from veneer.train.config.load import config_from
 from veneer.train.config.text import TrainConfig
 from veneer.train.image.captions import write_caption
 from veneer.train.image.pictures import read_pictures
-from veneer.train.preview import picture_of, pictures_seen, preview_of, preview_text, rows_seen
+from veneer.train.preview import RowVerdict, picture_of, pictures_seen, preview_of, preview_text, rows_seen
 from veneer.train.text.data import read_data
 
 ANSWER = "Shelf 3, on the left."
@@ -81,7 +81,8 @@ def test_each_row_is_shown_with_what_becomes_of_it(base: Path, tmp_path: Path) -
     assert [one.where.rpartition(":")[2] for one in seen.rows] == [str(i + 1) for i in range(30)]
     assert seen.rows[3].verdict == "left out"
     assert "more than data.max_length, 200" in seen.rows[3].why
-    assert [seen.rows[i].verdict for i in (5, 7)] == ["unusable", "unusable"]
+    unusable: RowVerdict = "unusable"
+    assert [seen.rows[i].verdict for i in (5, 7)] == [unusable, unusable]
     assert "completion" in seen.rows[5].why
     (held,) = [one for one in seen.rows if one.verdict == "held out"]
     good = config(

@@ -28,7 +28,7 @@ _KEPT = ("dropout",)
 """Of `adapter`, what a run has of its own that goes on from another's."""
 
 
-def step_reference(store: JobStore, job: Job, step: int | None = None) -> str:
+def _step_reference(store: JobStore, job: Job, step: int | None = None) -> str:
     """The adapter of a step in the library; without one what the job made, or the newest that there is. Raises
     ConfigError for a step that has none, with those that do."""
     found = {point.step: point.reference for point in store.checkpoints(None, job.id) if point.reference}
@@ -50,7 +50,7 @@ def fork_config(store: JobStore, job: Job, step: int | None, overrides: Sequence
     ConfigError for pictures, for a step that has no adapter in the library, and for settings that cannot be."""
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in job.config.items()}
     adapter = {key: value for key, value in dict(values.get("adapter") or {}).items() if key in _KEPT}
-    values["adapter"] = {**adapter, "start": step_reference(store, job, step)}
+    values["adapter"] = {**adapter, "start": _step_reference(store, job, step)}
     values["output"] = str(job.folder.parent / "fork")
     config, _ = config_from({**values, "adapter": adapter}, overrides)
     if not isinstance(config, TrainConfig):
@@ -86,7 +86,7 @@ def kept_step(
     if alias:
         check_alias(alias)
     library = store.library
-    reference = step_reference(store, found, step)
+    reference = _step_reference(store, found, step)
     version = library.find(reference)
     if version.name != found.name:
         source = f"step {version.version} of {found.id}"
