@@ -78,12 +78,31 @@ def test_words_for_people_and_errors_that_help(capsys: Any, adapters: list[Path]
     assert run(capsys, "library", "add", "runs/1", "support").out.startswith("support@1  sha256:")
     assert "no new version" in run(capsys, "library", "add", "runs/1", "support").out
     listed = run(capsys, "library", "list").out.splitlines()
-    assert listed[0].split() == ["adapter", "aliases", "base", "format", "size", "tags"]
+    assert listed[0].split() == ["adapter", "aliases", "base", "rank", "gain", "format", "size", "health", "tags"]
     assert "org/Base" in listed[1]
     assert "hello" in run(capsys, "library", "show", "support").out
     lost = run(capsys, "library", "show", "suport")
     assert (lost.code, "did you mean support?" in lost.err) == (2, True)
     assert run(capsys, "library", "add", "runs/1", "No Name").code == 2
+
+
+def test_shelves_are_ordered_counted_and_remember_what_verify_found(capsys: Any, adapters: list[Path]) -> None:
+    for n in (1, 2):
+        result(capsys, "add", f"runs/{n}", f"n{n}", "--tag", "x")
+    listed = result(capsys, "list", "--sort", "added", "--limit", "1")
+    assert (listed["total"], listed["more"], listed["facets"]["rank"]) == (2, True, {"2": 2})
+    assert "… and 1 more: --skip 1" in run(capsys, "library", "list", "--limit", "1").out
+    ran = run(capsys, "library", "list", "--sort", "best")
+    assert ran.code == 2 and "one of name, added, gain" in ran.err
+    place = Path(result(capsys, "show", "n1")["path"])
+    (place / "adapter_model.safetensors").chmod(0o600)
+    (place / "adapter_model.safetensors").write_bytes(b"other bytes")
+    ran = run(capsys, "library", "verify", "n1", "n2")
+    assert ran.code == 2 and "n1@1  FAILED    files" in ran.out and "n2@1  ok        contents" in ran.out
+    assert [v["name"] for v in result(capsys, "search", "--health", "sound", "--kind", "text")["versions"]] == ["n2"]
+    assert [v["name"] for v in result(capsys, "search", "--health", "faulty", "--rank", "2")["versions"]] == ["n1"]
+    assert "check files" in run(capsys, "library", "show", "n1").out
+    assert run(capsys, "library", "verify", "n1", "--repair").code == 2
 
 
 def test_verify_ends_with_2_where_something_is_wrong(capsys: Any, adapters: list[Path], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from veneer.formats.card import CARD_FILE, CardFile, file_digest, read_card
 from veneer.formats.reading import Reading, summary
 
 if TYPE_CHECKING:
+    from veneer.library.library import Library
     from veneer.models.text.base import TextBase
 
 
@@ -106,6 +107,27 @@ def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader
         )
     out.append(_not_zero(adapter))
     return out if base is None else out + _against(base, name, adapter, card, how)
+
+
+def verify_kept(library: Library, reference: str) -> list[AdapterCheck]:
+    """`verify_adapter` for an adapter of a library, and that its files are the bytes that were added; what is found is
+    remembered there as its health. Raises NotInLibrary."""
+    from veneer.library.store import hash_file
+    from veneer.library.upkeep import FILES_CHECK
+
+    version = library.find(reference)
+    kept = library.files(version.entry)
+    try:
+        path = library.place(version.reference, version.entry, version.format, kept)
+        out = verify_adapter(str(path))
+        folder = path if path.is_dir() else path.parent
+        wrong = [name for name, (sha256, _) in kept.items() if hash_file(folder / name) != sha256]
+        said = f"not the bytes that were added: {', '.join(wrong)}" if wrong else "every file has its sha256"
+        out.insert(0, AdapterCheck(FILES_CHECK, not wrong, said))
+    except AdapterError as error:
+        out = [AdapterCheck(FILES_CHECK, False, str(error))]
+    library.note_checks(version.entry, ((check.name, check.ok, check.detail) for check in out))
+    return out
 
 
 def _header_hashes(path: Path) -> list[AdapterCheck]:

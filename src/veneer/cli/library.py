@@ -9,6 +9,7 @@ import typer
 
 from veneer.cli.options import AsJson, LibraryIndex
 from veneer.cli.output import cut_list, field, print_json, print_table, say
+from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.library.library import Added, Library
@@ -101,17 +102,24 @@ def _added(added: Added, as_json: bool) -> None:
         print(f"note: not part of the adapter, left out: {', '.join(cut_list(added.left_out))}")
 
 
-@app.command("list", epilog="Example: veneer library list --limit 20")
+_All = Annotated[bool, typer.Option("--all-versions", help="Every version, not each name's latest.")]
+_Limit = Annotated[int, typer.Option("--limit", min=1, help="At most so many.")]
+_Skip = Annotated[int, typer.Option("--skip", min=0, help="Leave out so many first.")]
+_Sort = Annotated[
+    str, typer.Option("--sort", help="name, added (newest first), gain (most first), size or rank (largest first).")
+]
+
+
+@app.command("list", epilog="Example: veneer library list --sort added --limit 20")
 def list_(
-    all_versions: Annotated[
-        bool, typer.Option("--all-versions", help="Every version, not each name's latest.")
-    ] = False,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 50,
-    after: Annotated[int, typer.Option("--skip", min=0, help="Leave out so many first.")] = 0,
+    all_versions: _All = False,
+    sort: _Sort = "name",
+    limit: _Limit = 50,
+    after: _Skip = 0,
     as_json: AsJson = False,
 ) -> None:
-    """The adapters in the library, by name."""
-    _listing(as_json, limit, after, "", all_versions=all_versions)
+    """The adapters in the library, and how many there are of which base, kind, rank, tag and health."""
+    _listing(as_json, limit, after, "", order=sort, all_versions=all_versions)
 
 
 @app.command(epilog='Example: veneer library search "invoice german" --base smollm2-135m --tag routing')
@@ -120,58 +128,86 @@ def search(
     name: Annotated[str, typer.Option("--name", help="The name begins so.")] = "",
     tag: _Tags = None,
     base: Annotated[str, typer.Option("--base", help="The base's name, or its fingerprint's beginning.")] = "",
+    kind: Annotated[str, typer.Option("--kind", help="text or image.")] = "",
+    rank: Annotated[int | None, typer.Option("--rank", min=0, help="Its rank; 0 for those of several.")] = None,
+    health: Annotated[str, typer.Option("--health", help="What verify found: sound, faulty or unknown.")] = "",
     trigger: Annotated[str, typer.Option("--trigger", help="One of its trigger words.")] = "",
     parent: Annotated[str, typer.Option("--parent", help="The digest of an adapter that it was made from.")] = "",
-    all_versions: Annotated[
-        bool, typer.Option("--all-versions", help="Every version, not each name's latest.")
-    ] = False,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 50,
-    after: Annotated[int, typer.Option("--skip", min=0, help="Leave out so many first.")] = 0,
+    all_versions: _All = False,
+    sort: _Sort = "name",
+    limit: _Limit = 50,
+    after: _Skip = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Find adapters by words, name, tag, base, trigger word or parent; all that is given has to fit."""
-    filters = {"name": name, "tags": tag or (), "base": base, "trigger": trigger, "parent": parent}
-    _listing(as_json, limit, after, text, all_versions=all_versions, **filters)
+    """Find adapters by words, name, tag, base, kind, rank, health, trigger word or parent; all that is given has to
+    fit."""
+    asked = {"name": name, "tags": tag or (), "base": base, "kind": kind, "rank": rank, "health": health}
+    asked |= {"trigger": trigger, "parent": parent}
+    _listing(as_json, limit, after, text, order=sort, all_versions=all_versions, **asked)
 
 
-def _listing(as_json: bool, limit: int, after: int, text: str, **filters: Any) -> None:
+def _listing(as_json: bool, limit: int, after: int, text: str, **asked: Any) -> None:
     with _open() as library:
-        found = library.search(text, limit=limit + 1, offset=after, **filters)
+        found = library.browse(text, limit=limit, offset=after, **asked)
         older = 0
-        if not found and not filters.get("all_versions"):
-            older = len(library.search(text, **{**filters, "all_versions": True}))
-    more, found = len(found) > limit, found[:limit]
+        if not found.versions and not asked.get("all_versions"):
+            older = library.browse(text, limit=0, **{**asked, "all_versions": True}).total
+    more = after + len(found.versions) < found.total
     if as_json:
-        print_json({"versions": [v.to_dict() for v in found], "more": more})
+        versions = [v.to_dict() for v in found.versions]
+        print_json({"versions": versions, "more": more, "total": found.total, "facets": found.facets})
         return
-    if not found:
-        asked = bool(text or after or any(v for k, v in filters.items() if k != "all_versions"))
-        empty = "nothing fits" if asked else "the library is empty: veneer library add PATH NAME"
+    if not found.versions:
+        said = {k: v for k, v in asked.items() if k not in ("all_versions", "order")}
+        empty = "nothing fits" if text or after or any(v not in ("", (), None) for v in said.values()) else _EMPTY
         print(f"no latest version fits; of older ones {older}: --all-versions" if older else empty)
         return
-    rows = [
-        (v.reference, ",".join(v.aliases), v.base, v.format, f"{v.size / 1e6:,.1f} MB", " ".join(v.tags)) for v in found
-    ]
-    print_table(("adapter", "aliases", "base", "format", "size", "tags"), rows)
+    print_table(("adapter", "aliases", "base", "rank", "gain", "format", "size", "health", "tags"), [
+        (v.reference, ",".join(v.aliases), v.base, str(v.rank or ""), _share(v.gain), v.format,
+         f"{v.size / 1e6:,.1f} MB", v.health, " ".join(v.tags))
+        for v in found.versions
+    ])  # fmt: skip
     if more:
-        print(f"… and more: --skip {after + limit}")
+        print(f"… and {found.total - after - len(found.versions):,} more: --skip {after + limit}")
+
+
+_EMPTY = "the library is empty: veneer library add PATH NAME"
+
+
+def _share(gain: float | None) -> str:
+    return "" if gain is None else f"{gain:+.0%} loss"
 
 
 @app.command(epilog="Example: veneer library show support@prod")
 def show(reference: _Reference, as_json: AsJson = False) -> None:
-    """What is known of an adapter, and where its files are on this machine."""
+    """What is known of an adapter, its relatives, what the last looks at it found, and where its files are here."""
+    from veneer.library.describe import gain_of, sample_of
+
     with _open() as library:
         version = library.find(reference)
         path, files = library.resolve(version.reference), library.files(version.entry)
+        family, checks = library.family(version.reference), library.checks(version.reference)
     if as_json:
         kept = {n: {"sha256": sha256, "size": size} for n, (sha256, size) in files.items()}
-        print_json({**version.to_dict(), "path": str(path), "files": kept})
+        print_json({**version.to_dict(), "path": str(path), "files": kept, "family": family.names(), "checks": checks})
         return
-    _show(version, {"path": path, **{f"file {n}": f"sha256:{h}, {size:,} bytes" for n, (h, size) in files.items()}})
+    sample = sample_of(version.card) or {}
+    _show(version, {
+        "gain": str(gain_of(version.card) or ""),
+        **{f"made from {n}": r for n, r in enumerate([*(v.reference for v in family.parents), *family.unknown], 1)},
+        "made of it": [v.reference for v in family.children],
+        **{f"check {c['name']}": f"{_MARKS[c['ok']]}, {c['at']}: {c['detail']}" for c in checks},
+        **({"asked": sample["prompt"], "base said": sample["base"], "it said": sample["adapter"]} if sample else {}),
+        "path": path, **{f"file {n}": f"sha256:{h}, {size:,} bytes" for n, (h, size) in files.items()},
+    })  # fmt: skip
+
+
+_MARKS = {True: "ok", False: "FAILED", None: "not known"}
 
 
 def _show(version: Version, more: dict[str, Any]) -> None:
-    known = {k.replace("_", " "): v for k, v in version.to_dict().items() if k not in ("card", "name", "version")}
+    hidden = ("card", "name", "version", "gain", "parents")
+    known = {k.replace("_", " "): v for k, v in version.to_dict().items() if k not in hidden}
     for key, value in (known | more).items():
         if value:
             shown = ", ".join(value) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else value
@@ -233,19 +269,28 @@ def remove(
     print_json({"removed": gone}) if as_json else print(f"removed {', '.join(gone)}")
 
 
-@app.command(epilog="Example: veneer library verify --json")
+@app.command(epilog="Example: veneer library verify support@prod")
 def verify(
+    references: Annotated[
+        list[str] | None, typer.Argument(help="Adapters to read whole; none: every file.", show_default=False)
+    ] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Remove corrupt files, and write the names' records anew.")
     ] = False,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="First make the index again from the files.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Read every file and compare it with its sha256, and the names' records with the index.
+    """Read every file and compare it with its sha256, and the names' records with the index; or check these adapters
+    alone, their contents too. What is found of an adapter is remembered with it: `list` and `show` have it.
 
     Exit code 0 if all is right, 2 if anything is not."""
     from veneer.library import upkeep
 
+    if references:
+        if repair or rebuild:
+            raise ConfigError("--repair and --rebuild are for the whole library", fix="give no adapter")
+        _verify_each(references, as_json)
+        return
     made = upkeep.rebuild(_place["location"], _place["index"]) if rebuild else None
     with _open() as library:
         found = upkeep.verify_library(library, repair=repair, say=say)
@@ -264,6 +309,23 @@ def verify(
             print(f"repaired  {line}")
         print(f"{found.files:,} files read, {found.bytes:,} bytes; {len(found.orphans):,} that no adapter has (see gc)")
     if not ok:
+        raise typer.Exit(2)
+
+
+def _verify_each(references: list[str], as_json: bool) -> None:
+    from veneer.adapters.inspect import verify_kept
+
+    with _open() as library:
+        found = {library.find(r).reference: verify_kept(library, r) for r in references}
+    good = {reference: all(c.ok is not False for c in checks) for reference, checks in found.items()}
+    if as_json:
+        each = {r: {"ok": good[r], "checks": [vars(c) for c in checks]} for r, checks in found.items()}
+        print_json({"ok": all(good.values()), "adapters": each})
+    else:
+        for reference, checks in found.items():
+            for c in checks:
+                print(f"{reference}  {_MARKS[c.ok]:<9} {c.name:<10} {field(' '.join(c.detail.split()))}")
+    if not all(good.values()):
         raise typer.Exit(2)
 
 

@@ -6,7 +6,11 @@ nothing of names or the index.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,55 @@ from veneer.errors import AdapterError
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "veneer.json", "README.md")
 _MAX_WORDS = 20_000
+_PICTURE = re.compile(r"data:(image/(?:jpeg|png|webp));base64,([A-Za-z0-9+/=]+)")
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What an adapter has gained over its base on held-out data: the loss before, and of what was kept."""
+
+    before: float
+    after: float
+
+    @property
+    def share(self) -> float | None:
+        """By how much of itself the loss has changed: −0.38 is a loss 38 % lower. None where the loss was none of those
+        that have a zero to be measured from."""
+        return self.after / self.before - 1 if self.before > 1e-9 else None
+
+    def __str__(self) -> str:
+        share = "" if self.share is None else f" ({self.share:+.0%})".replace("-", "−").replace("%", " %")
+        return f"held-out loss {self.before:.4g} → {self.after:.4g}{share}"
+
+
+def gain_of(card: Mapping[str, Any]) -> Gain | None:
+    """None where the card says nothing of held-out data: no row was held out, or the adapter is from elsewhere."""
+    metrics = card.get("metrics")
+    said = metrics if isinstance(metrics, dict) else {}
+    before, after = (_number(said.get(f"validation_loss{when}")) for when in ("_before", ""))
+    return None if before is None or after is None else Gain(before, after)
+
+
+def preview_of(card: Mapping[str, Any]) -> tuple[str, bytes] | None:
+    """(media type, bytes) of the small picture that came with an adapter of pictures; None where there is none, or what
+    is there is no picture that may be shown."""
+    extra = card.get("extra")
+    found = _PICTURE.fullmatch(str(extra.get("thumbnail"))) if isinstance(extra, dict) else None
+    try:
+        return (found[1], base64.b64decode(found[2], validate=True)) if found else None
+    except binascii.Error:
+        return None
+
+
+def sample_of(card: Mapping[str, Any]) -> dict[str, str] | None:
+    """`prompt`, `base` and `adapter`: what both said to a held-out prompt once the adapter was trained; None where the
+    card has no such sample."""
+    extra = card.get("extra")
+    sample = extra.get("sample") if isinstance(extra, dict) else None
+    keys = ("prompt", "base", "adapter")
+    if not isinstance(sample, dict) or not all(isinstance(sample.get(key), str) for key in keys):
+        return None
+    return {key: sample[key] for key in keys}
 
 
 @dataclass(frozen=True)
@@ -63,6 +116,12 @@ class AdapterDescription:
             "words": words,
         }
 
+    def figures(self) -> dict[str, Any]:
+        """What the index orders by."""
+        rank, gain = self.card.get("rank"), gain_of(self.card)
+        known = rank if type(rank) is int and 0 <= rank < 2**31 else 0
+        return {"rank": known, "gain": gain.share if gain else None}
+
 
 def content_of(path: Path) -> Content:
     """The files of the adapter at `path`. Raises AdapterError if there is none."""
@@ -97,10 +156,15 @@ def _texts(value: Any) -> list[str]:
     return list(dict.fromkeys(v for v in value if isinstance(v, str) and v)) if isinstance(value, list) else []
 
 
+def _number(value: Any) -> float | None:
+    """A card from elsewhere may hold anything."""
+    return float(value) if type(value) in (int, float) and abs(value) < 1e9 else None
+
+
 def _leaves(value: Any) -> list[str]:
-    """Every text in a card but digests."""
+    """Every text in a card but digests and pictures."""
     if isinstance(value, dict):
         return [text for v in value.values() for text in _leaves(v)]
     if isinstance(value, list):
         return [text for v in value for text in _leaves(v)]
-    return [value] if isinstance(value, str) and value and not value.startswith("sha256:") else []
+    return [value] if isinstance(value, str) and value and not value.startswith(("sha256:", "data:")) else []

@@ -1,7 +1,7 @@
 """The index: what is in the library, in SQLite or PostgreSQL, through SQLAlchemy.
 
     names 1─n versions n─1 entries 1─n files n─1 objects        names 1─n aliases ─1 versions        versions 1─n tags
-                           entries 1─n triggers, parents
+                           entries 1─n triggers, parents, checks          entries 1─1 figures
 
 An entry is content (a manifest); a version gives it a name and a number. An object is a file of the store, the manifest
 itself included. Every write transaction holds the one write lock of the index (SQLite's own, an advisory lock in
@@ -20,6 +20,7 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Connection,
     Engine,
@@ -80,6 +81,13 @@ entries = Table(
     Column("card", Text, nullable=False),  # JSON
     Column("words", Text, nullable=False),  # what a free search looks through, in lower case
 )
+figures = Table(  # a row for each entry; beside it, for what comes after a card in a row is far from its beginning
+    "library_figures",
+    _INDEX_TABLES,
+    Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True),
+    Column("rank", Integer, nullable=False),  # 0 where pairs have several, or there are none
+    Column("gain", Float),  # `describe.Gain.share`
+)
 files = Table(
     "library_files",
     _INDEX_TABLES,
@@ -95,6 +103,15 @@ triggers = Table(
     Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True),
     Column("word", Key(), primary_key=True),
     Column("lower", Key(), nullable=False, index=True),
+)
+checks = Table(  # what was found when somebody last looked at the content
+    "library_checks",
+    _INDEX_TABLES,
+    Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True),
+    Column("name", Key(), primary_key=True),
+    Column("ok", Boolean),  # NULL where it could not be looked at
+    Column("detail", Text, nullable=False),
+    Column("at", String, nullable=False),
 )
 parents = Table(
     "library_parents",

@@ -36,7 +36,17 @@ from veneer.library import index as ix
 from veneer.library.database import reading, shown_url
 from veneer.library.describe import AdapterDescription, content_of, describe_adapter
 from veneer.library.names import Reference, check_alias, check_file_name, check_name, check_tag, parse_reference
-from veneer.library.queries import Version, find_versions, record, search
+from veneer.library.queries import (
+    Family,
+    Shelfful,
+    Version,
+    browse,
+    checks_of,
+    family_of,
+    find_versions,
+    record,
+    search,
+)
 from veneer.library.store import (
     LocalStore,
     RemoteStore,
@@ -116,6 +126,35 @@ class Library:
         """The versions that fit, by name; `queries.search` has the filters. Without any: the latest of each name."""
         with reading(self.engine) as connection:
             return search(connection, text, **filters)
+
+    def browse(self, text: str = "", **asked: Any) -> Shelfful:
+        """A part of what fits, in an order, with how many there are of what; `queries.browse` has what can be asked."""
+        with reading(self.engine) as connection:
+            return browse(connection, text, **asked)
+
+    def family(self, reference: str) -> Family:
+        """What an adapter was made from, what was made from it, and the versions of its name. Raises as `find`."""
+        version = self.find(reference)
+        with reading(self.engine) as connection:
+            return family_of(connection, version)
+
+    def checks(self, reference: str) -> list[dict[str, Any]]:
+        """What the last looks at an adapter found, of which `health` is made: name, ok (None: could not be looked at),
+        detail, at. Raises as `find`."""
+        version = self.find(reference)
+        with reading(self.engine) as connection:
+            return checks_of(connection, version.entry)
+
+    def note_checks(self, entry: str, found: Iterable[tuple[str, bool | None, str]]) -> None:
+        """From now on this is what is known of an entry's files: (name, ok, detail) of each check."""
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        c, e = ix.checks.c, ix.entries.c
+        with ix.index_transaction(self.engine) as connection:
+            connection.execute(delete(ix.checks).where(c.entry == entry))
+            if connection.scalar(select(e.id).where(e.id == entry)) is None:
+                return  # collected meanwhile
+            rows = [{"entry": entry, "name": n, "ok": ok, "detail": detail, "at": at} for n, ok, detail in found]
+            ix.many(connection, ix.checks, rows)
 
     def resolve(self, reference: str) -> Path:
         """A local path with the adapter's files, read-only: a folder, or the file itself where it came as one file.
@@ -245,10 +284,11 @@ class Library:
             ix.many(connection, ix.files, rows)
         elif about.digest and not known.digest:
             connection.execute(update(ix.entries).where(ix.entries.c.id == entry).values(**values))
-            connection.execute(delete(ix.triggers).where(ix.triggers.c.entry == entry))
-            connection.execute(delete(ix.parents).where(ix.parents.c.entry == entry))
+            for of_card in (ix.figures, ix.triggers, ix.parents):
+                connection.execute(delete(of_card).where(of_card.c.entry == entry))
         else:
             return
+        ix.many(connection, ix.figures, [{"entry": entry, **about.figures()}])
         ix.many(connection, ix.triggers, [{"entry": entry, "word": w, "lower": w.lower()} for w in about.trigger_words])
         ix.many(connection, ix.parents, [{"entry": entry, "parent": p} for p in about.parents])
 

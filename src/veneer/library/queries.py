@@ -6,15 +6,38 @@ Knows the tables; nothing of the store.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, or_, select, tuple_
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    Connection,
+    Select,
+    String,
+    and_,
+    case,
+    cast,
+    exists,
+    func,
+    literal,
+    or_,
+    select,
+    tuple_,
+)
+
+from veneer.errors import ConfigError, quoted
 
 from veneer.library import index as ix
 from veneer.library.names import Reference
+
+Order = Literal["name", "added", "gain", "size", "rank"]
+"""How a shelf is ordered: by name; the newest first; the most gained, the largest, the highest rank first."""
+ORDERS: tuple[Order, ...] = get_args(Order)
+HEALTHS = ("sound", "faulty", "unknown")
+"""What is known of an adapter's files: the last look found them right, or not, or nobody has looked yet."""
 
 _SOME = 500  # values in one IN list
 
@@ -22,7 +45,9 @@ _SOME = 500  # values in one IN list
 @dataclass
 class Version:
     """One version of a name, with what is known of its content. `entry`: the manifest's sha256. `digest`: the
-    adapter's, "" if it could not be read. `size`: bytes of all its files. `aliases`: those that point here now."""
+    adapter's, "" if it could not be read. `size`: bytes of all its files. `rank`: 0 where its pairs have several, or it
+    has none. `gain`: by which share of itself the held-out loss has changed (`describe.Gain`). `health`: one of HEALTHS.
+    `aliases`: those that point here now."""
 
     name: str
     version: int
@@ -37,6 +62,9 @@ class Version:
     licence: str
     created: str
     size: int
+    rank: int
+    gain: float | None
+    health: str
     card: dict[str, Any]
     tags: list[str] = field(default_factory=list)
     aliases: list[str] = field(default_factory=list)
@@ -51,10 +79,51 @@ class Version:
         return {"reference": self.reference, **asdict(self)}
 
 
+@dataclass(frozen=True)
+class Shelfful:
+    """A part of what fits. `total`: how many fit. `facets`: of base, kind, rank, tag and health, value -> how many
+    would fit if it were asked for (as it is now, all else that is asked), the most frequent first."""
+
+    versions: list[Version]
+    total: int
+    facets: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What an adapter was made from, and what was made from it. `unknown`: digests of parents that are not in the
+    library. `versions`: all of its own name, newest first."""
+
+    parents: list[Version]
+    unknown: list[str]
+    children: list[Version]
+    versions: list[Version]
+
+    def names(self) -> dict[str, list[str]]:
+        """References, for JSON; of parents that are not here, digests."""
+        known = {"parents": self.parents, "children": self.children, "versions": self.versions}
+        return {what: [v.reference for v in own] for what, own in known.items()} | {"unknown_parents": self.unknown}
+
+
+def _health() -> ColumnElement[str]:
+    c, e = ix.checks.c, ix.entries.c
+    return case(
+        (exists().where(c.entry == e.id, c.ok.is_(False)), literal("faulty")),
+        (exists().where(c.entry == e.id), literal("sound")),
+        else_=literal("unknown"),
+    ).label("health")
+
+
 def _versions() -> Select[Any]:
-    v, e = ix.versions.c, ix.entries.c
+    v, e, f = ix.versions.c, ix.entries.c, ix.figures.c
     columns = (v.name, v.version, v.entry, v.added, v.source, e.digest, e.format, e.kind, e.base, e.fingerprint)
-    return select(*columns, e.licence, e.created, e.size, e.card).join_from(ix.versions, ix.entries, v.entry == e.id)
+    more = (e.licence, e.created, e.size, f.rank, f.gain, _health(), e.card)
+    return _with_content(select(*columns, *more))
+
+
+def _with_content(query: Select[Any]) -> Select[Any]:
+    v, e, f = ix.versions.c, ix.entries.c, ix.figures.c
+    return query.join_from(ix.versions, ix.entries, v.entry == e.id).join(ix.figures, v.entry == f.entry)
 
 
 def find_versions(connection: Connection, wanted: Reference) -> list[Version]:
@@ -100,13 +169,106 @@ def search(
     name: begins with this. tags: has all of them. base: the base's name, whole or its last part, or a beginning of its
     fingerprint. trigger: one of its trigger words, in any case. parent: the digest of an adapter it was made from, or
     its beginning."""
+    v = ix.versions.c
+    given = {"text": text, "name": name, "trigger": trigger, "parent": parent, "all_versions": all_versions}
+    query = select(v.name, v.version).join(ix.entries, v.entry == ix.entries.c.id)
+    query = query.where(*_fitting(**given), *_tagged(tags), *_of_base(base))
+    if limit is not None or offset:  # choose by keys first: sorting whole rows, cards and all, is what takes the time
+        query = query.order_by(v.name, v.version).limit(limit).offset(offset)
+    page = query.subquery()
+    rows = _versions().join(page, and_(page.c.name == v.name, page.c.version == v.version))
+    return _full(connection, connection.execute(rows.order_by(v.name, v.version)).all())
+
+
+def browse(
+    connection: Connection,
+    text: str = "",
+    *,
+    base: str = "",
+    kind: str = "",
+    rank: int | None = None,
+    tags: Sequence[str] = (),
+    health: str = "",
+    order: Order = "name",
+    sees: Callable[[str], bool] | None = None,
+    limit: int | None = 60,
+    offset: int = 0,
+    **more: Any,
+) -> Shelfful:
+    """A part of what fits all that is given, in `order`, with how many fit, and how many would of each base, kind,
+    rank, tag and health.
+
+    text, base, tags and `more` (name, trigger, parent, all_versions): as `search` has them. kind: text or image.
+    rank: 0 for those of several. health: one of HEALTHS. sees: a function of a reference, which says whether whoever
+    asks may know of it; None for all. Raises ConfigError for an order or a health that is none."""
+    for what, value, known in (("order", order, ORDERS), ("health", health, ("", *HEALTHS))):
+        if value not in known:
+            raise ConfigError(f"no {what} is called {quoted(value)}", fix=f"one of {', '.join(filter(None, known))}")
+    v, e, f, t = ix.versions.c, ix.entries.c, ix.figures.c, ix.tags.c
+    asked: dict[str, Sequence[ColumnElement[bool]]] = {
+        "base": _of_base(base),
+        "kind": [e.kind == kind] if kind else (),
+        "rank": [f.rank == rank] if rank is not None else (),
+        "health": [_health() == health] if health else (),
+        "tag": _tagged(tags),
+    }
+    flags = [case((and_(*said), 1), else_=0).label(f"is_{what}") for what, said in asked.items() if said]
+    conditions = [*_fitting(text, **more), *([_seen(connection, sees)] if sees is not None else [])]
+    facets: dict[str, Counter[str]] = {what: Counter() for what in asked}
+    each = _with_content(select(e.base, e.kind, f.rank, _health(), *flags)).where(*conditions).subquery()
+    total = 0
+    for *row, many in connection.execute(select(each, func.count()).group_by(*each.c)):
+        missed = {flag.name for flag, kept in zip(flags, row[4:], strict=True) if not kept}
+        total += many * (not missed)
+        for what, value in zip(asked, row[:4], strict=False):
+            facets[what][str(value)] += many * (missed <= {f"is_{what}"})
+    conditions += [condition for said in asked.values() for condition in said]
+    tagged = _with_content(select(t.tag, func.count())).join(ix.tags, and_(t.name == v.name, t.version == v.version))
+    facets["tag"].update({tag: many for tag, many in connection.execute(tagged.where(*conditions).group_by(t.tag))})
+    first = {
+        "name": (), "added": (v.added.desc(),), "gain": (f.gain.is_(None), f.gain), "size": (e.size.desc(),),
+        "rank": (f.rank.desc(),),
+    }[order]  # fmt: skip
+    keys = _with_content(select(v.name, v.version)).where(*conditions).order_by(*first, v.name, v.version)
+    keys = keys.limit(limit).offset(offset)
+    page = [tuple(row) for row in connection.execute(keys)]
+    found: dict[Any, Version] = {}
+    for some in _parts(page):
+        rows = connection.execute(_versions().where(tuple_(v.name, v.version).in_(some))).all()
+        found |= {(each.name, each.version): each for each in _full(connection, rows)}
+    ranked = {w: dict(sorted(n.items(), key=lambda of: (-of[1], of[0]))) for w, n in facets.items()}
+    ranked = {w: {value: many for value, many in n.items() if many} for w, n in ranked.items()}
+    return Shelfful([found[key] for key in page], total, ranked)
+
+
+def family_of(connection: Connection, version: Version) -> Family:
+    """The relatives of a version, by the digests that cards name."""
+    v, e, p = ix.versions.c, ix.entries.c, ix.parents.c
+
+    def those(condition: ColumnElement[bool]) -> list[Version]:
+        rows = connection.execute(_versions().where(condition).order_by(v.added.desc(), v.name, v.version.desc()))
+        return _full(connection, rows.all())
+
+    parents = those(e.digest.in_(version.parents)) if version.parents else []
+    made = those(v.entry.in_(select(p.entry).where(p.parent == version.digest))) if version.digest else []
+    here = {each.digest for each in parents}
+    return Family(parents, [d for d in version.parents if d not in here], made, those(v.name == version.name))
+
+
+def checks_of(connection: Connection, entry: str) -> list[dict[str, Any]]:
+    """What the last looks at an entry found: name, ok, detail, at."""
+    c = ix.checks.c
+    rows = connection.execute(select(c.name, c.ok, c.detail, c.at).where(c.entry == entry).order_by(c.at, c.name))
+    return [dict(row._mapping) for row in rows]
+
+
+def _fitting(
+    text: str = "", *, name: str = "", trigger: str = "", parent: str = "", all_versions: bool = False
+) -> list[ColumnElement[bool]]:
     v, e, n, t = ix.versions.c, ix.entries.c, ix.names.c, ix.tags.c
-    query = select(v.name, v.version)
-    if text or base:
-        query = query.join(ix.entries, v.entry == e.id)
-    if not all_versions:
-        query = query.join(ix.names, and_(n.name == v.name, n.latest == v.version))
     conditions: list[ColumnElement[bool]] = []
+    if not all_versions:
+        conditions.append(exists().where(n.name == v.name, n.latest == v.version))
     for word in text.lower().split():
         like = "%" + word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
         tagged = select(t.name, t.version).where(func.lower(t.tag).like(like, escape="\\"))
@@ -119,24 +281,38 @@ def search(
         )
     if name:
         conditions.append(_begins(v.name, name, "\x7f"))
-    for tag in tags:
-        conditions.append(exists().where(t.name == v.name, t.version == v.version, t.tag == tag))
-    if base.startswith("sha256:"):
-        conditions.append(_begins(e.fingerprint, base))
-    elif base:
-        conditions.append(or_(e.base == base, e.base_name == base.lower()))
     if trigger:
         w = ix.triggers.c
         conditions.append(v.entry.in_(select(w.entry).where(w.lower == trigger.lower())))
     if parent:
         p = ix.parents.c
         conditions.append(v.entry.in_(select(p.entry).where(_begins(p.parent, parent))))
-    query = query.where(*conditions)
-    if limit is not None or offset:  # choose by keys first: sorting whole rows, cards and all, is what takes the time
-        query = query.order_by(v.name, v.version).limit(limit).offset(offset)
-    page = query.subquery()
-    rows = _versions().join(page, and_(page.c.name == v.name, page.c.version == v.version))
-    return _full(connection, connection.execute(rows.order_by(v.name, v.version)).all())
+    return conditions
+
+
+def _tagged(tags: Sequence[str]) -> list[ColumnElement[bool]]:
+    t, v = ix.tags.alias().c, ix.versions.c  # another name, for beside tags that are counted
+    return [exists().where(t.name == v.name, t.version == v.version, t.tag == tag) for tag in tags]
+
+
+def _of_base(base: str) -> list[ColumnElement[bool]]:
+    e = ix.entries.c
+    if base.startswith("sha256:"):
+        return [_begins(e.fingerprint, base)]
+    return [or_(e.base == base, e.base_name == base.lower())] if base else []
+
+
+def _seen(connection: Connection, sees: Callable[[str], bool]) -> ColumnElement[bool]:
+    """Whether a version is one of those that `sees` lets through, whose references go to the database as one value."""
+    v = ix.versions.c
+    every = (f"{name}@{version}" for name, version in connection.execute(select(v.name, v.version)))
+    seen = json.dumps([reference for reference in every if sees(reference)])
+    listed = (
+        func.json_array_elements_text(cast(literal(seen, String), JSON)).table_valued("value")
+        if connection.dialect.name == "postgresql"
+        else func.json_each(seen).table_valued("value")
+    )
+    return (v.name + "@" + cast(v.version, String)).in_(select(listed.c.value))
 
 
 def _begins(column: ColumnElement[Any], prefix: str, after: str = "g") -> ColumnElement[bool]:

@@ -41,6 +41,9 @@ from veneer.library.store import CHUNK, LocalStore, RemoteStore, blob_path, cano
 _GRACE = 3600.0
 """Seconds for which content stays after its last name went, or after an add began that never came to its end."""
 
+FILES_CHECK = "files"
+"""The check that an entry's files are the bytes that were added."""
+
 _BATCH = 100
 _STRAY_TEMPORARY = 86400.0
 _OBJECT = re.compile(r"(blobs|manifests)/([0-9a-f]{2})/\2[0-9a-f]{62}")
@@ -181,7 +184,8 @@ def _sweep_remote(store: RemoteStore, grace: float) -> int:
 
 
 def verify_library(library: Library, *, repair: bool = False, say: Callable[[str], None] | None = None) -> VerifyReport:
-    """Compares every file that an entry refers to with its sha256, and the names' records with the index.
+    """Compares every file that an entry refers to with its sha256, and the names' records with the index; what it finds
+    of an adapter's files is remembered with it.
 
     `repair`: remove corrupt files, so that adding the adapter again restores them, and write the records anew."""
     out = VerifyReport()
@@ -204,6 +208,7 @@ def verify_library(library: Library, *, repair: bool = False, say: Callable[[str
     out.missing = [_told(library, path) for path in absent if path in wanted]
     bad = [path for path in corrupt if path in wanted]
     out.corrupt = [_told(library, path) for path in bad]
+    _remember(library, {path for path in absent if path in wanted}, set(bad))
     if isinstance(library.store, RemoteStore):
         for path, _, _ in list(library.cache.walk("blobs")):
             if _hash(library.cache, path) != path.rpartition("/")[2]:
@@ -213,6 +218,25 @@ def verify_library(library: Library, *, repair: bool = False, say: Callable[[str
         _drop(library, bad, out)
     _check_records(library, repair, out)
     return out
+
+
+def _remember(library: Library, missing: set[str], corrupt: set[str]) -> None:
+    """What was found of each entry's files, in place of what was found of them before."""
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    c, e, f = ix.checks.c, ix.entries.c, ix.files.c
+    with ix.index_transaction(library.engine) as connection:
+        wrong: dict[str, list[str]] = {entry: [] for entry in connection.scalars(select(e.id))}
+        objects = select(f.entry, f.object).union_all(select(e.id, e.manifest))
+        for entry, path in connection.execute(objects) if missing | corrupt else ():
+            if path in missing | corrupt:
+                wrong[entry].append(f"{path} is {'missing' if path in missing else 'corrupt'}")
+        connection.execute(delete(ix.checks).where(c.name == FILES_CHECK))
+        sound = "every file has its sha256"
+        rows = [
+            {"entry": n, "name": FILES_CHECK, "ok": not w, "detail": "\n".join(sorted(w)) or sound, "at": at}
+            for n, w in wrong.items()
+        ]
+        ix.many(connection, ix.checks, rows)
 
 
 def _referenced(library: Library) -> dict[str, int]:

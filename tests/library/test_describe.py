@@ -1,0 +1,57 @@
+"""What cards say that people look at: gains, pictures, samples; and nothing of cards that hold something else."""
+
+from __future__ import annotations
+
+import base64
+import random
+from typing import Any
+
+import pytest
+
+from veneer.library.describe import AdapterDescription, gain_of, preview_of, sample_of
+
+
+def test_a_gain_is_the_share_by_which_the_loss_changed() -> None:
+    gain = gain_of({"metrics": {"validation_loss_before": 2.5, "validation_loss": 1.5}})
+    assert gain is not None and gain.share == pytest.approx(1.5 / 2.5 - 1)
+    assert str(gain) == "held-out loss 2.5 → 1.5 (−40 %)"
+    below = gain_of({"metrics": {"validation_loss_before": -0.5, "validation_loss": -0.7}})
+    assert below is not None and below.share is None and str(below) == "held-out loss -0.5 → -0.7"
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [None, [], {}, {"validation_loss": 1.0}, {"validation_loss_before": 1.0, "validation_loss": "low"},
+     {"validation_loss_before": True, "validation_loss": 1}, {"validation_loss_before": 10**400, "validation_loss": 1},
+     {"validation_loss_before": float("nan"), "validation_loss": 1.0}],
+)  # fmt: skip
+def test_cards_without_both_numbers_tell_of_no_gain(metrics: Any) -> None:
+    assert gain_of({"metrics": metrics}) is None
+    assert AdapterDescription(card={"metrics": metrics, "rank": "8"}).figures() == {"rank": 0, "gain": None}
+
+
+def test_a_preview_is_a_picture_of_a_kind_that_pages_may_show() -> None:
+    data = random.Random(1).randbytes(300)
+    text = base64.b64encode(data).decode()
+
+    def preview(thumbnail: Any) -> Any:
+        return preview_of({"extra": {"thumbnail": thumbnail}})
+
+    assert preview(f"data:image/jpeg;base64,{text}") == ("image/jpeg", data)
+    assert preview(f"data:image/png;base64,{text}") == ("image/png", data)
+    for other in (f"data:image/svg+xml;base64,{text}", f"data:text/html;base64,{text}", "https://there/x.png", None, 7,
+                  f"data:image/png;base64,{text}!", "data:image/png;base64,A"):  # fmt: skip
+        assert preview(other) is None
+    assert preview_of({"extra": []}) is None
+
+
+def test_a_sample_is_whole_or_none() -> None:
+    whole = {"prompt": "p", "base": "b", "adapter": "a"}
+    assert sample_of({"extra": {"sample": {**whole, "more": 1}}}) == whole
+    for sample in (None, [], {}, {"prompt": "p", "base": "b"}, {**whole, "base": 3}):
+        assert sample_of({"extra": {"sample": sample}}) is None
+
+
+def test_a_free_search_looks_through_no_picture() -> None:
+    words = AdapterDescription(card={"extra": {"thumbnail": "data:image/png;base64,QUJD"}, "base": "org/B"}).columns(0)
+    assert words["words"].split() == ["org/b"]
