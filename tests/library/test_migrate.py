@@ -126,7 +126,7 @@ def test_what_shelves_are_ordered_by_is_read_out_of_old_cards(where: str) -> Non
     engine = made(where, "index-7555cba", SAYS["index"], "INSERT INTO library_objects VALUES ('m', 1, 0, 'g')", held)
     bring_up(engine, ix.INDEX_SCHEMA, where)
     with reading(engine) as c:
-        row = c.execute(select(ix.figures, ix.entries.c.words)).one()
+        row = c.execute(select(ix.figures, ix.entries.c.words).join_from(ix.figures, ix.entries)).one()
     assert (row.rank, row.gain, row.words) == (8, -0.25, "peft org/b")
     engine.dispose()
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from veneer.cli.options import AdapterName, AsJson, FromPickle, MoeLayout, ShowAll, WrittenDtype
 from veneer.cli.output import cut_list, everything, print_json, say
-from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.formats.convert import WriteReport
-    from veneer.formats.read import ReadOptions
     from veneer.formats.reading import Reading
-
-_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
-"""transformers' model_type -> llama.cpp's name, where they differ."""
-
 
 def convert_command(
     name: Annotated[
@@ -58,25 +51,15 @@ def convert_command(
 
     What the target cannot express is refused with every module, the reason and the nearest way. What is written is
     read back and compared before it reaches the disk."""
+    from veneer.adapters.convert import convert_adapter
     from veneer.adapters.use import adapter_path
-    from veneer.formats.convert import write
-    from veneer.formats.read import read
 
     everything(show_all)
-    how: ReadOptions = {"from_pickle": from_pickle, "moe_layout": moe_layout, "adapter_name": adapter_name}
-    place = adapter_path(name)
-    if Path(output).exists() and Path(output).samefile(place):
-        raise ConfigError("the output is the adapter itself, which is not written over", where=output, fix="another -o")
-    reading = read(place, allow_partial=allow_partial, family=family if to != "gguf" else None, **how)
-    words = [word for own in reading.adapter.new_tokens.values() for word in own] if without_words else []
-    adapter = replace(reading.adapter, new_tokens={}) if words else reading.adapter
-    head_dim = layers = None
-    if to in ("gguf", "tgi") and base is not None:
-        architecture, head_dim, layers = _of_base(base)
-        family = family or architecture
-    if to != "gguf":
-        family = family or reading.family
-    done = write(adapter, output, to, family=family, dtype=dtype, head_dim=head_dim, layers=layers)
+    converted = convert_adapter(
+        adapter_path(name), output, to, family=family, base=base, dtype=dtype, allow_partial=allow_partial,
+        without_words=without_words, say=say, from_pickle=from_pickle, moe_layout=moe_layout, adapter_name=adapter_name,
+    )  # fmt: skip
+    reading, done, words = converted.reading, converted.written, converted.words
     left = [*reading.unused, *reading.unpaired]
     if as_json:
         print_json(_facts(name, reading, done))
@@ -96,17 +79,6 @@ def convert_command(
         say(f"left out: {len(left)} tensors of {name}: {', '.join(cut_list(left))}")
     if words:
         say(f"left out: {len(words)} learned words: {', '.join(cut_list(words))}")
-
-
-def _of_base(name: str) -> tuple[str, int, int]:
-    """llama.cpp's architecture, the rows of a head, and the number of layers, of a base."""
-    from veneer.models.sources import find_base
-    from veneer.models.text.base import read_base_config
-
-    config = read_base_config(find_base(name, say=say)).get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    architecture = _ARCHITECTURES.get(config.model_type, config.model_type)
-    return architecture, int(head_dim), int(config.num_hidden_layers)
 
 
 def _facts(name: str, reading: Reading, done: WriteReport) -> dict[str, object]:

@@ -9,7 +9,7 @@ import typer
 
 from veneer.cli.options import AsJson, LibraryIndex
 from veneer.cli.output import cut_list, field, print_json, print_table, say
-from veneer.errors import ConfigError
+from veneer.errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
     from veneer.library.library import Added, Library
@@ -185,7 +185,12 @@ def show(reference: _Reference, as_json: AsJson = False) -> None:
 
     with _open() as library:
         version = library.find(reference)
-        path, files = library.resolve(version.reference), library.files(version.entry)
+        files = library.files(version.entry)
+        path: str | Path
+        try:
+            path = library.resolve(version.reference)
+        except AdapterError as error:  # all else is still known
+            path = f"not here: {error.what}"
         family, checks = library.family(version.reference), library.checks(version.reference)
     if as_json:
         kept = {n: {"sha256": sha256, "size": size} for n, (sha256, size) in files.items()}

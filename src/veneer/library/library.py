@@ -46,6 +46,7 @@ from veneer.library.queries import (
     find_versions,
     record,
     search,
+    size_under,
 )
 from veneer.library.store import (
     LocalStore,
@@ -137,6 +138,11 @@ class Library:
         version = self.find(reference)
         with reading(self.engine) as connection:
             return family_of(connection, version)
+
+    def size_under(self, beginning: str) -> int:
+        """Bytes of all versions of the names that begin so."""
+        with reading(self.engine) as connection:
+            return size_under(connection, beginning)
 
     def checks(self, reference: str) -> list[dict[str, Any]]:
         """What the last looks at an adapter found, of which `health` is made: name, ok (None: could not be looked at),

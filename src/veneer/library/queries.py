@@ -255,6 +255,12 @@ def family_of(connection: Connection, version: Version) -> Family:
     return Family(parents, [d for d in version.parents if d not in here], made, those(v.name == version.name))
 
 
+def size_under(connection: Connection, beginning: str) -> int:
+    """Bytes of all versions of the names that begin so; what several have is counted for each."""
+    query = _with_content(select(func.sum(ix.entries.c.size))).where(_begins(ix.versions.c.name, beginning, "\x7f"))
+    return int(connection.scalar(query) or 0)
+
+
 def checks_of(connection: Connection, entry: str) -> list[dict[str, Any]]:
     """What the last looks at an entry found: name, ok, detail, at."""
     c = ix.checks.c

@@ -21,10 +21,12 @@ from veneer.serve.checks import Opened, ServerKind, open_stores, refuse_idle, re
 from veneer.serve.http.app import create_app
 from veneer.serve.http.prompts import TokenizedBase
 from veneer.serve.http.service import Service
+from veneer.serve.http.surfaces.adapters import adapter_bodies, adapter_routes
 from veneer.serve.http.surfaces.feedback import feedback_routes
 from veneer.serve.names.catalog import Catalog
 from veneer.serve.names.shelf import Shelf
 from veneer.serve.settings import ServeSettings
+from veneer.serve.staging import Staging
 from veneer.serve.tenancy.admin import admin_router
 from veneer.serve.tenancy.store import Store
 from veneer.serve.tenancy.tenants import OpenTenants, Tenants
@@ -195,9 +197,11 @@ def _application(
 
     def close() -> None:
         service.catalog.close()
+        staging.close()
         library.close()
         service.tenancy.close()
 
+    staging = Staging(settings.http.max_adapter)
     more = extend(service, library) if extend is not None else Extension()
 
     async def start() -> None:
@@ -211,10 +215,16 @@ def _application(
         await asyncio.to_thread(close)
 
     operator = operator_routes(settings, service.tenancy, service.catalog)
-    own = [feedback_routes(service.tenancy.answers)] if isinstance(service.tenancy, Tenants) else []
+    own = [adapter_routes(library, staging, service.tenancy)]
+    own += [feedback_routes(service.tenancy.answers)] if isinstance(service.tenancy, Tenants) else []
     unguarded = [*(["/admin"] if operator else []), *more.unguarded]
+<<<<<<< HEAD
     app = create_app(service, routers=[*operator, *own, *more.routers], unguarded=unguarded, large=more.large)
     more.mount(app)
+=======
+    large = {**adapter_bodies(staging), **more.large}
+    app = create_app(service, routers=[*operator, *own, *more.routers], unguarded=unguarded, large=large)
+>>>>>>> ad75245c (The library over HTTP: browse, add, change, remove, previews, files in other layouts; what a file is, before it is kept)
     return Application(app, start, stop)
 
 

@@ -192,6 +192,7 @@ class ToyCatalog:
     """Adapters by name; a route with a shadow; loads that fail as their source says."""
 
     base: str = "toy"
+    fingerprint: str = "sha256:toy"
     adapters: dict[str, ModelCard] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=lambda: {"lib/cat": "c4", "lib/dog": "d0", "lib/cow": "c0"})
 

@@ -56,8 +56,8 @@ class AdapterMemory(Protocol):
 
 class Catalog:
     """`problems`: why an adapter cannot be served with its full effect, one line each. `residents`: where loaded
-    adapters are kept. `name`: what the base is called; by default the last part of its own name. Everything may be
-    called from any thread; only `load` and `check` read files.
+    adapters are kept. `name`: what the base is called; by default the last part of its own name. `fingerprint`: the
+    base's. Everything may be called from any thread; only `load` and `check` read files.
 
     Raises Refused: model_not_found (404), adapter_exists (400), adapter_unusable (see `shelf`)."""
 
@@ -72,7 +72,7 @@ class Catalog:
     ) -> None:
         self.base = name or shelf.base.name.rstrip("/").rpartition("/")[2]
         self.shelf, self.problems, self.residents, self.routes = shelf, problems, residents, routes
-        self._fingerprint = shelf.base.fingerprint
+        self.fingerprint = shelf.base.fingerprint
         self._started = int(time.time())
         self._lock = threading.Lock()
         self._reading = threading.Semaphore(2)  # loads at a time, so that many cannot fill the memory
@@ -155,7 +155,7 @@ class Catalog:
             raise _missing(model)
         if not found.digest:
             raise unusable("corrupt", f"{quoted(name)} could not be read when it was added to the library")
-        if found.fingerprint not in ("", self._fingerprint):
+        if found.fingerprint not in ("", self.fingerprint):
             raise unusable("wrong_base", f"{quoted(name)} belongs to {found.base or found.fingerprint}")
         self.shelf.remember(found.digest, place_of(found))
         return found.digest, found.reference
@@ -193,7 +193,7 @@ class Catalog:
         raise _missing(model)
 
     def _library_cards(self) -> list[ModelCard]:
-        versions = self.shelf.listed(self._fingerprint)
+        versions = self.shelf.listed(self.fingerprint)
         if self._library_models[0] is not versions:
             cards = [ModelCard(v.name, v.reference, self.base, _seconds(v.added), v.digest) for v in versions]
             self._library_models = (versions, cards)

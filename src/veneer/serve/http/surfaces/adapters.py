@@ -1,0 +1,423 @@
+"""/v1/adapters: the library over HTTP; what hangs on an adapter, whose name has slashes, has paths of its own.
+
+    GET, POST /v1/adapters               browse; add what is posted, or what was inspected
+    GET, PATCH, DELETE /v1/adapters/acme/support@2
+    GET /v1/adapter_previews/…, /v1/adapter_files/…?to=kohya
+    POST /v1/adapter_inspections         what a file is, and what other tools would make of it; kept for an hour
+    GET /v1/adapter_inspections/{id}, …/{id}/file?to=comfyui
+
+A tenant finds what it sees (`Caller.sees`); it adds, changes, removes and downloads in the namespace of its name alone.
+An operator does so everywhere. What is not theirs to see is not there (404). Whoever may ask an adapter need not have
+it: files, recipes and sources are shown to those who may change it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import shutil
+import tempfile
+import zipfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal, TypeVar
+
+from fastapi import APIRouter, Query
+from pydantic import Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response, StreamingResponse
+
+from veneer.errors import AdapterError, ConfigError, UnsafeFileError, quoted
+from veneer.library.describe import gain_of, preview_of, sample_of
+from veneer.library.library import Library, NotInLibrary
+from veneer.library.queries import Family, Order, Version
+from veneer.library.store import CHUNK
+from veneer.serve.access import Caller, Tenancy
+from veneer.serve.engine.admission import FairPool, SharedQuantity
+from veneer.serve.http.bodies import Body, BodyRoute, at_most
+from veneer.serve.http.errors import Json, in_thread, message_of
+from veneer.serve.http.service import caller_of, service_of
+from veneer.serve.request import Refused, invalid
+from veneer.serve.staging import StagedAdapter, Staging
+
+T = TypeVar("T")
+Layout = Literal["peft", "kohya", "diffusers", "comfyui", "gguf", "vllm", "tgi"]
+_Names = Annotated[list[Annotated[str, Field(max_length=100)]], at_most(64)]
+_Word = Annotated[str, Query(max_length=512)]
+_Base = Annotated[str, Query(max_length=512, description="for gguf and tgi: the base that the adapter is of")]
+
+_AT_ONCE = 16
+_THREADS = 2
+"""That read, convert and hash adapters."""
+_TENANTS_ROOM = 64 << 30
+"""Bytes of all the adapters that one tenant may keep."""
+_LINES, _ITEMS = 40, 500
+"""How much is told of what is wrong with a file, and of any list in a report."""
+_BYTES = {"requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {
+    "type": "string", "format": "binary"
+}}}}}  # fmt: skip
+
+
+class AdapterChange(Body):
+    """Aliases and tags to put on a version, and to take away from it."""
+
+    add_aliases: _Names = Field(default_factory=list, description="name@alias means this version from now on")
+    remove_aliases: _Names = Field(default_factory=list)
+    add_tags: _Names = Field(default_factory=list)
+    remove_tags: _Names = Field(default_factory=list)
+
+
+def adapter_bodies(staging: Staging) -> dict[str, int]:
+    """Which routes put what is posted on the disk, as `create_app` takes it."""
+    return dict.fromkeys(("/v1/adapters", "/v1/adapter_inspections"), staging.most)
+
+
+def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIRouter:
+    """The routes over a library."""
+    router = APIRouter(tags=["adapters"], route_class=BodyRoute)
+    coming, working = SharedQuantity("uploads", _AT_ONCE), FairPool(_THREADS, "veneer-adapters")
+
+    async def worked(caller: Caller, size: int, do: Callable[[], T]) -> T:
+        """What goes through so many bytes."""
+        return await in_thread(
+            "the library", lambda: _told(do), run=lambda work: working.run(caller.tenant, caller.weight, size, work)
+        )
+
+    @asynccontextmanager
+    async def posted(request: HttpRequest, filename: str) -> AsyncIterator[StagedAdapter]:
+        """The body, on the disk."""
+        caller = caller_of(request)
+        coming.take(caller.tenant, caller.weight, 1)
+        try:
+            incoming = await in_thread("the disk", lambda: staging.begin(caller.tenant, filename))
+            try:
+                waiting = bytearray()
+                async for chunk in request.stream():
+                    waiting += chunk
+                    if len(waiting) >= CHUNK:
+                        await in_thread("the disk", lambda: incoming.write(waiting))  # noqa: B023
+                        waiting = bytearray()
+                if waiting:
+                    await in_thread("the disk", lambda: incoming.write(waiting))
+                staged = await worked(caller, incoming.bytes, lambda: staging.keep(incoming))
+            except BaseException:
+                await asyncio.to_thread(staging.drop, incoming)
+                raise
+            yield staged
+        finally:
+            coming.give(caller.tenant, 1)
+
+    @router.get("/v1/adapters", summary="The library: what fits, in an order, and how many there are of what.")
+    async def browse(
+        request: HttpRequest,
+        q: _Word = "",
+        base: _Word = "",
+        kind: Literal["", "text", "image"] = "",
+        rank: Annotated[int | None, Query(ge=0, lt=1 << 31)] = None,
+        tag: Annotated[list[_Word] | None, Query(max_length=16)] = None,
+        health: Literal["", "sound", "faulty", "unknown"] = "",
+        name: _Word = "",
+        trigger: _Word = "",
+        parent: _Word = "",
+        all_versions: bool = False,
+        order: Order = "name",
+        limit: Annotated[int, Query(ge=0, le=1000)] = 60,
+        offset: Annotated[int, Query(ge=0, lt=1 << 31)] = 0,
+    ) -> Response:
+        caller = caller_of(request)
+        found = await in_thread("the library", lambda: library.browse(
+            q, base=base, kind=kind, rank=rank, tags=tag or (), health=health, name=name, trigger=trigger,
+            parent=parent, all_versions=all_versions, order=order, limit=limit, offset=offset,
+            sees=None if caller.admin else caller.sees,
+        ))  # fmt: skip
+        data = [_shown(v, _may_change(caller, v.name)) for v in found.versions]
+        more = offset + len(data) < found.total
+        return Json({"object": "list", "data": data, "total": found.total, "has_more": more, "facets": found.facets})
+
+    @router.post("/v1/adapters", summary="Keep the posted file, or an inspected one, under a name.", openapi_extra=_BYTES)
+    async def add(
+        request: HttpRequest,
+        name: Annotated[str, Query(max_length=200, description="of the library: support, acme/support")],
+        filename: Annotated[str, Query(max_length=512)] = "adapter.safetensors",
+        inspection: Annotated[str, Query(max_length=100, description="the id of one; then there is no body")] = "",
+        tag: Annotated[list[_Word] | None, Query(max_length=16)] = None,
+        alias: _Word = "",
+    ) -> Response:
+        caller = caller_of(request)
+        _need_own(caller, name)
+        if inspection:
+            staged = staging.get(caller.tenant, inspection)
+            return Json(await kept(caller, staged, name, tag or (), alias))
+        async with posted(request, filename) as staged:
+            try:
+                return Json(await kept(caller, staged, name, tag or (), alias))
+            finally:
+                await asyncio.to_thread(staging.drop, staged)
+
+    async def kept(caller: Caller, staged: StagedAdapter, name: str, tags: Sequence[str], alias: str) -> Any:
+        def add() -> dict[str, Any]:
+            if caller.tenant and not caller.admin and (
+                library.size_under(f"{caller.tenant}/") + staged.bytes > _TENANTS_ROOM
+            ):  # fmt: skip
+                raise Refused(
+                    "there is no room for more adapters of this tenant", status=400, code="storage_full",
+                    fix="remove some",
+                )  # fmt: skip
+            added = library.add(staged.path, name, tags=tags, source="upload")
+            version = library.alias(added.version.reference, alias) if alias else added.version
+            if caller.tenant:
+                tenancy.let_see_own(caller.tenant)
+            tenancy.note(caller.tenant or "operator", "adapter.add", version.reference, None, {"digest": version.digest})
+            return {**_shown(version, True), "new": added.new, "left_out": added.left_out}
+
+        return await worked(caller, staged.bytes, add)
+
+    @router.get("/v1/adapters/{reference:path}", summary="One of them, with its relatives.")
+    async def show(request: HttpRequest, reference: str) -> Response:
+        caller = caller_of(request)
+
+        def look() -> dict[str, Any]:
+            version = _found(library, caller, reference)
+            own = _may_change(caller, version.name)
+            relatives = _seen(library.family(version.reference), caller)
+            known = {"checks": library.checks(version.reference), "files": _files(library, version)} if own else {}
+            return {**_shown(version, own), "family": relatives, **known}
+
+        return Json(await in_thread("the library", lambda: _told(look)))
+
+    @router.patch("/v1/adapters/{reference:path}", summary="Aliases and tags of a version.")
+    async def change(request: HttpRequest, reference: str, body: AdapterChange) -> Response:
+        caller = caller_of(request)
+
+        def change() -> dict[str, Any]:
+            version = before = _own(library, caller, reference)
+            if missing := sorted(set(body.remove_aliases) - set(version.aliases)):
+                raise invalid(f"no alias {missing[0]!r} points to {version.reference}", "remove_aliases")
+            for alias in body.remove_aliases:
+                library.remove(f"{version.name}@{alias}")
+            if body.remove_tags:
+                library.untag(version.reference, *body.remove_tags)
+            if body.add_tags:
+                library.tag(version.reference, *body.add_tags)
+            for alias in body.add_aliases:
+                library.alias(version.reference, alias)
+            version = library.find(version.reference)
+            old, new = ({"aliases": v.aliases, "tags": v.tags} for v in (before, version))
+            tenancy.note(caller.tenant or "operator", "adapter.change", version.reference, old, new)
+            return _shown(version, True)
+
+        return Json(await in_thread("the library", lambda: _told(change)), headers=body.headers)
+
+    @router.delete("/v1/adapters/{reference:path}", summary="Remove a name with its versions, one version, an alias.")
+    async def remove(request: HttpRequest, reference: str, with_aliases: bool = False) -> Response:
+        caller = caller_of(request)
+
+        def remove() -> list[str]:
+            _own(library, caller, reference)
+            try:
+                gone = library.remove(reference, with_aliases=with_aliases)
+            except NotInLibrary:
+                raise
+            except AdapterError as error:
+                raise invalid(error.what, "with_aliases", "move them first, or with_aliases=true") from None
+            tenancy.note(caller.tenant or "operator", "adapter.remove", reference, gone, None)
+            return gone
+
+        gone = await in_thread("the library", lambda: _told(remove))
+        return Json({"id": reference, "object": "adapter", "deleted": True, "removed": gone})
+
+    @router.get("/v1/adapter_previews/{reference:path}", summary="The small picture that came with it.")
+    async def preview(request: HttpRequest, reference: str) -> Response:
+        caller = caller_of(request)
+        version = await in_thread("the library", lambda: _told(lambda: _found(library, caller, reference)))
+        picture = preview_of(version.card)
+        if picture is None:
+            raise Refused(f"{version.reference} has no picture", status=404, code="not_found")
+        kind, data = picture
+        head = {"x-content-type-options": "nosniff", "cache-control": "private, max-age=3600"}
+        return Response(data, media_type=kind, headers=head | {"content-security-policy": "default-src 'none'"})
+
+    @router.get("/v1/adapter_files/{reference:path}", summary="Its file, as it is kept or in another tool's layout.")
+    async def download(request: HttpRequest, reference: str, to: Layout | None = None, base: _Base = "") -> Response:
+        caller = caller_of(request)
+        version = await in_thread("the library", lambda: _told(lambda: _own(library, caller, reference)))
+        known = version.fingerprint == service_of(request).catalog.fingerprint
+        stem = f"{version.name.rpartition('/')[2]}-{version.version}"
+        place = await worked(caller, version.size, lambda: library.resolve(version.reference))
+        return await file_of(request, place, version.size, stem, to, service_of(request).catalog.base if known else base)
+
+    @router.post(
+        "/v1/adapter_inspections", summary="What a file is, and why; it stays for an hour.", openapi_extra=_BYTES
+    )
+    async def inspect(
+        request: HttpRequest, filename: Annotated[str, Query(max_length=512)] = "adapter.safetensors"
+    ) -> Response:
+        async with posted(request, filename) as staged:
+            try:
+                return Json(await inspected(caller_of(request), staged))
+            except BaseException:
+                await asyncio.to_thread(staging.drop, staged)
+                raise
+
+    @router.get("/v1/adapter_inspections/{id}", summary="The same again, while it is here.")
+    async def inspection(request: HttpRequest, id: str) -> Response:
+        caller = caller_of(request)
+        return Json(await inspected(caller, staging.get(caller.tenant, id)))
+
+    @router.get("/v1/adapter_inspections/{id}/file", summary="The inspected file, in another tool's layout.")
+    async def inspected_file(request: HttpRequest, id: str, to: Layout | None = None, base: _Base = "") -> Response:
+        staged = staging.get(caller_of(request).tenant, id)
+        return await file_of(request, staged.path, staged.bytes, staged.name.rpartition(".")[0], to, base)
+
+    async def inspected(caller: Caller, staged: StagedAdapter) -> dict[str, Any]:
+        def look() -> dict[str, Any]:
+            from veneer.adapters.inspect import inspect
+
+            return {**inspect(str(staged.path)), "adapter": staged.name}
+
+        report = _bounded(await worked(caller, staged.bytes, look))
+        return {
+            "id": staged.id, "object": "adapter.inspection", "filename": staged.name, "bytes": staged.bytes,
+            "expires_at": int(staged.until), "report": report,
+        }  # fmt: skip
+
+    async def file_of(
+        request: HttpRequest, place: Path, size: int, stem: str, to: Layout | None, base: str
+    ) -> Response:  # fmt: skip
+        """A file to download; what was made for it goes when it has been sent. `base`: the adapter's, as the client or
+        the library says."""
+        caller, served = caller_of(request), service_of(request).catalog.base
+        if to in ("gguf", "tgi") and base != served:
+            fix = f"base={served}, if it is of that one; else veneer adapter convert --to {to} --base BASE"
+            raise invalid(f"{to} depends on the base, and this server has {served}", "base", fix)
+        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="veneer-"))
+        try:
+            path = await worked(caller, 2 * size, lambda: _one_file(place, folder, stem, to, base))
+            return _sent(path, path.open("rb"), folder)
+        except BaseException:
+            await asyncio.to_thread(shutil.rmtree, folder, True)
+            raise
+
+    return router
+
+
+# -- who may what ------------------------------------------------------------------------------------------------------
+
+
+def _may_change(caller: Caller, name: str) -> bool:
+    return caller.admin or bool(caller.tenant and name.startswith(f"{caller.tenant}/"))
+
+
+def _need_own(caller: Caller, name: str) -> None:
+    """Raises Refused (403) for a name that is not the caller's to give."""
+    if not _may_change(caller, name):
+        own = f"{caller.tenant}/NAME" if caller.tenant else None
+        raise Refused(f"{quoted(name)} is not a name of yours", status=403, code="forbidden", param="name", fix=own)
+
+
+def _found(library: Library, caller: Caller, reference: str) -> Version:
+    """The version, where the caller sees it. Raises Refused (404); an operator is told what is nearest."""
+    try:
+        version = library.find(reference)
+    except AdapterError as error:
+        raise _missing(reference, error.fix if caller.admin else None) from None
+    if not (caller.admin or caller.sees(reference) or caller.sees(version.reference)):
+        raise _missing(reference)
+    return version
+
+
+def _missing(reference: str, fix: str | None = None) -> Refused:
+    return Refused(f"there is no adapter {quoted(reference)}", status=404, code="not_found", param="reference", fix=fix)
+
+
+def _own(library: Library, caller: Caller, reference: str) -> Version:
+    """The version, where the caller may change it. Raises Refused (404, 403)."""
+    version = _found(library, caller, reference)
+    if not _may_change(caller, version.name):
+        raise Refused(f"{version.reference} is not yours", status=403, code="forbidden", param="reference")
+    return version
+
+
+def _told(do: Callable[[], T]) -> T:
+    """What `do` gives; what the library and readers say of a request is told without where on the server it was."""
+    try:
+        return do()
+    except NotInLibrary as error:
+        raise Refused(error.what, status=404, code="not_found") from error
+    except ConfigError as error:
+        raise invalid(error.what, None, error.fix) from error
+    except AdapterError as error:
+        unsafe = isinstance(error, UnsafeFileError)  # what it advises is for a machine of one's own
+        lines = (error.what if unsafe else message_of(error)).splitlines()
+        said = "\n".join([*lines[:_LINES], *(["…"] if len(lines) > _LINES else [])])
+        raise Refused(said, status=422, code="adapter_unusable") from error
+
+
+# -- what is shown and sent --------------------------------------------------------------------------------------------
+
+
+def _shown(v: Version, own: bool) -> dict[str, Any]:
+    gain = gain_of(v.card)
+    shown = {
+        "id": v.reference, "object": "adapter", "name": v.name, "version": v.version, "aliases": v.aliases,
+        "base": v.base, "base_fingerprint": v.fingerprint, "kind": v.kind, "rank": v.rank, "format": v.format,
+        "digest": v.digest, "bytes": v.size, "added": v.added, "created": v.created, "licence": v.licence,
+        "tags": v.tags, "trigger_words": v.trigger_words, "health": v.health, "sample": sample_of(v.card),
+        "gain": gain and {"before": gain.before, "after": gain.after, "share": gain.share},
+        "preview": f"/v1/adapter_previews/{v.reference}" if preview_of(v.card) else None,
+    }  # fmt: skip
+    return {**shown, "card": v.card, "source": v.source} if own else shown
+
+
+def _bounded(value: Any) -> Any:
+    """A report as JSON may have it: no number that is none, and no more of a list than anybody reads."""
+    if isinstance(value, dict):
+        return {key: _bounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        more = [f"… and {len(value) - _ITEMS} more"] if len(value) > _ITEMS else []
+        return [*map(_bounded, value[:_ITEMS]), *more]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _seen(family: Family, caller: Caller) -> dict[str, list[str]]:
+    return {
+        what: [each for each in names if caller.admin or (what != "unknown_parents" and caller.sees(each))]
+        for what, names in family.names().items()
+    }
+
+
+def _files(library: Library, version: Version) -> dict[str, dict[str, Any]]:
+    return {n: {"sha256": sha256, "bytes": size} for n, (sha256, size) in library.files(version.entry).items()}
+
+
+def _one_file(place: Path, folder: Path, stem: str, to: Layout | None, base: str) -> Path:
+    """A file for whoever downloads it: `place` itself, what was made of it in `folder`, or a zip of either."""
+    if to is not None:
+        from veneer.adapters.convert import convert_adapter
+
+        ending = {"gguf": ".gguf", "peft": "", "vllm": "", "tgi": ""}.get(to, ".safetensors")
+        made = folder / f"{stem}-{to}{ending}"
+        convert_adapter(place, made, to, base=base or None)
+        place = made
+    if place.is_file():
+        return place
+    packed = folder / f"{stem}{f'-{to}' if to else ''}.zip"
+    with zipfile.ZipFile(packed, "w") as out:
+        for each in sorted(p for p in place.iterdir() if p.is_file()):
+            out.write(each, f"{packed.stem}/{each.name}")
+    return packed
+
+
+def _sent(path: Path, source: IO[bytes], folder: Path) -> Response:
+    async def chunks() -> AsyncIterator[bytes]:
+        try:
+            while chunk := await asyncio.to_thread(source.read, CHUNK):
+                yield chunk
+        finally:
+            source.close()
+            await asyncio.to_thread(shutil.rmtree, folder, True)
+
+    head = {"content-length": str(path.stat().st_size), "x-content-type-options": "nosniff"}
+    head["content-disposition"] = f'attachment; filename="{path.name}"'
+    return StreamingResponse(chunks(), media_type="application/octet-stream", headers=head)

@@ -1,0 +1,216 @@
+"""/v1/adapters over a real library: browse, add, show, change, remove, download, inspect; and whose it is."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import save
+
+from tests.formats.image_adapters import random_adapter
+from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyTenancy, ToyText, live
+from veneer.core.adapter import Adapter, Card, Pair
+from veneer.formats import convert, peft
+from veneer.formats.read import read
+from veneer.formats.topology import families
+from veneer.library.library import Library, open_library
+from veneer.serve.access import Caller
+from veneer.serve.http.surfaces.adapters import adapter_bodies, adapter_routes
+from veneer.serve.request import Refused
+from veneer.serve.staging import Staging
+
+PICTURE = b"\xff\xd8\xff picture"
+
+
+@dataclass
+class Tenants(ToyTenancy):
+    """Keys `acme` and `globex` see their own namespace and `shared`; `key` sees all and changes nothing."""
+
+    noted: list[tuple[Any, ...]] = field(default_factory=list)
+    let: list[str] = field(default_factory=list)
+
+    async def caller(self, key: str | None, user: str | None = None) -> Caller:
+        if key in ("acme", "globex"):
+            return Caller(key, lambda name: name.startswith((f"{key}/", "shared")))
+        if key in ("admin", "key"):
+            return Caller(admin=key == "admin")
+        raise Refused("this key is not known", status=401, code="unauthorized")
+
+    def note(self, who: str, what: str, subject: str, before: object = None, after: object = None) -> None:
+        self.noted.append((who, what, subject))
+
+    def let_see_own(self, tenant: str) -> None:
+        self.let.append(tenant)
+
+
+@dataclass
+class Served:
+    server: Live
+    library: Library
+    tenancy: Tenants
+
+    def ask(self, method: str, path: str, key: str = "admin", **options: Any) -> httpx.Response:
+        return self.server.client.request(method, path, headers={"authorization": f"Bearer {key}"}, **options)
+
+    def told(self, method: str, path: str, key: str = "admin", **options: Any) -> Any:
+        answer = self.ask(method, path, key, **options)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder, tenancy, staging = tmp_path_factory.mktemp("library"), Tenants(), Staging(1 << 20)
+    with open_library(folder) as library:
+        more = {"routers": [adapter_routes(library, staging, tenancy)], "large": adapter_bodies(staging)}
+        with live(ToyEngine(ToyText()), ToyCatalog(), tenancy, **more) as server:
+            yield Served(server, library, tenancy)
+    staging.close()
+
+
+def text_folder(folder: Path, seed: int, **card: Any) -> Path:
+    pair = Pair(torch.full((2, 3), float(seed)), torch.ones(4, 2), 1.0)
+    name = "model.layers.0.self_attn.q_proj"
+    peft.write_folder(Adapter({name: pair}, card=Card(base="org/toy", rank=2, alpha=2.0, **card)), folder)
+    return folder
+
+
+def zipped(folder: Path) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for path in folder.iterdir():
+            archive.write(path, f"run/{path.name}")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def picture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A kohya file of a small picture adapter, with a thumbnail."""
+    path = tmp_path_factory.mktemp("files") / "style.safetensors"
+    family = families()["sdxl"]
+    adapter = random_adapter(family, lambda m: m.startswith("unet."))
+    thumbnail = f"data:image/jpeg;base64,{base64.b64encode(PICTURE).decode()}"
+    adapter.card = Card(kind="image", trigger_words=["zelda"], extra={"thumbnail": thumbnail})
+    convert.write(adapter, path, "kohya", family="sdxl")
+    return path
+
+
+def test_an_adapter_is_added_found_shown_changed_and_removed(served: Served, tmp_path: Path) -> None:
+    metrics = {"validation_loss_before": 2.0, "validation_loss": 1.0}
+    sample = {"prompt": "p", "base": "b", "adapter": "a"}
+    body = zipped(text_folder(tmp_path, 1, metrics=metrics, extra={"sample": sample}))
+    where = "/v1/adapters?name=acme/support&filename=run.zip&tag=x&alias=prod"
+    made = served.told("POST", where, "acme", content=body)
+    assert (made["id"], made["aliases"], made["tags"], made["new"]) == ("acme/support@1", ["prod"], ["x"], True)
+    assert made["gain"] == {"before": 2.0, "after": 1.0, "share": -0.5} and made["sample"] == sample
+    assert served.tenancy.let[-1] == "acme" and served.tenancy.noted[-1] == ("acme", "adapter.add", "acme/support@1")
+    found = served.told("GET", "/v1/adapters?q=support&base=toy&rank=2&order=gain", "acme")
+    assert ([a["id"] for a in found["data"]], found["total"], found["facets"]["tag"]) == ([made["id"]], 1, {"x": 1})
+    shown = served.told("GET", "/v1/adapters/acme/support@prod", "acme")
+    assert shown["digest"] == read(tmp_path).adapter.digest() and shown["family"]["versions"] == ["acme/support@1"]
+    assert set(shown["files"]) == {p.name for p in tmp_path.iterdir()}
+    change = {"add_aliases": ["next"], "remove_aliases": ["prod"], "add_tags": ["y"], "remove_tags": ["x"]}
+    after = served.told("PATCH", "/v1/adapters/acme/support", "acme", json=change)
+    assert (after["aliases"], after["tags"]) == (["next"], ["y"])
+    kept = served.ask("DELETE", "/v1/adapters/acme/support@1", "acme")
+    assert kept.status_code == 400 and "with_aliases=true" in kept.text
+    gone = served.told("DELETE", "/v1/adapters/acme/support@1?with_aliases=true", "acme")
+    assert gone["removed"] == ["acme/support@next", "acme/support@1"]
+    assert served.ask("GET", "/v1/adapters/acme/support", "acme").status_code == 404
+
+
+def test_a_tenant_finds_and_changes_its_own_alone(served: Served, tmp_path: Path) -> None:
+    for n, name in enumerate(("acme/a", "globex/b", "shared")):
+        served.library.add(text_folder(tmp_path / str(n), 10 + n, recipe={"data": "/srv/rows.jsonl"}), name, source="/x")
+    listed = served.told("GET", "/v1/adapters", "acme")
+    assert [a["name"] for a in listed["data"]] == ["acme/a", "shared"]
+    assert (listed["total"], sum(listed["facets"]["base"].values())) == (2, 2)
+    mine, shared = listed["data"]
+    assert "card" in mine and not {"card", "source"} & set(shared) and "/srv" not in json.dumps(shared)
+    digest = served.library.find("globex/b").digest
+    missing = [served.ask(m, f"/v1/adapters/{r}", "acme", json={} if m == "PATCH" else None)
+               for m in ("GET", "PATCH", "DELETE") for r in ("globex/b", digest, "globex/nothing", "shared/none")]  # fmt: skip
+    missing += [served.ask("GET", f"/v1/adapter_{what}/globex/b", "acme") for what in ("previews", "files")]
+    assert {a.status_code for a in missing} == {404}
+    assert not any("fix" in a.text or "@" in a.text for a in missing)
+    refused = [
+        served.ask("PATCH", "/v1/adapters/shared", "acme", json={"add_tags": ["z"]}),
+        served.ask("DELETE", "/v1/adapters/shared", "acme"),
+        served.ask("GET", "/v1/adapter_files/shared", "acme"),
+        *(served.ask("POST", f"/v1/adapters?name={n}", "acme", content=b"x") for n in ("mine", "globex/x", "acmex/x")),
+        served.ask("POST", "/v1/adapters?name=acme/x", "key", content=b"x"),
+    ]
+    assert {a.status_code for a in refused} == {403}
+    assert [a["name"] for a in served.told("GET", "/v1/adapters?order=name", "key")["data"]] == [
+        "acme/a", "globex/b", "shared",
+    ]  # fmt: skip
+    assert served.ask("GET", "/v1/adapters", "nobody").status_code == 401
+
+
+def test_downloads_are_what_is_kept_and_in_other_layouts_the_same_adapter(
+    served: Served, picture_file: Path, tmp_path: Path
+) -> None:
+    made = served.told("POST", "/v1/adapters?name=style&filename=style.safetensors", content=picture_file.read_bytes())
+    assert (made["kind"], made["trigger_words"]) == ("image", ["zelda"])
+    assert served.ask("GET", "/v1/adapter_files/style@1").content == picture_file.read_bytes()
+    for to in ("kohya", "comfyui", "diffusers", "peft"):
+        answer = served.ask("GET", f"/v1/adapter_files/style?to={to}")
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-disposition"].startswith(f'attachment; filename="style-1-{to}.')
+        path = tmp_path / f"{to}.safetensors"
+        path.write_bytes(answer.content)
+        if to == "peft":
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(tmp_path / "peft")
+            (path,) = (tmp_path / "peft").iterdir()
+        assert read(path, family="sdxl").adapter.digest() == made["digest"], to
+    picture = served.ask("GET", made["preview"])
+    assert (picture.content, picture.headers["content-type"]) == (PICTURE, "image/jpeg")
+    for to in ("gguf", "vllm"):
+        answer = served.ask("GET", f"/v1/adapter_files/style?to={to}")
+        assert answer.status_code == 400 and str(tmp_path.anchor) + "tmp" not in answer.text
+
+
+def test_an_inspected_file_says_what_it_is_is_converted_and_kept(
+    served: Served, picture_file: Path, tmp_path: Path
+) -> None:
+    found = served.told("POST", "/v1/adapter_inspections?filename=../st%20yle.safetensors", "acme",
+                        content=picture_file.read_bytes())  # fmt: skip
+    report = found["report"]
+    assert (report["verdict"]["use"], report["family"], report["adapter"]) == (True, "sdxl", "st_yle.safetensors")
+    assert report["coverage"]["unused"] == [] and report["trigger_words"] == ["zelda"]
+    again = served.told("GET", f"/v1/adapter_inspections/{found['id']}", "acme")
+    assert again["report"] == report
+    for key in ("globex", "admin"):
+        assert served.ask("GET", f"/v1/adapter_inspections/{found['id']}", key).status_code == 404
+    comfy = served.ask("GET", f"/v1/adapter_inspections/{found['id']}/file?to=comfyui", "acme")
+    (tmp_path / "c.safetensors").write_bytes(comfy.content)
+    kept = served.told("POST", f"/v1/adapters?name=acme/style&inspection={found['id']}", "acme")
+    assert read(tmp_path / "c.safetensors").adapter.digest() == report["digest"] == kept["digest"]
+
+
+def test_files_that_are_no_adapters_are_refused_with_the_reason(served: Served) -> None:
+    unknown = save({"nothing.known": torch.ones(2)})
+    for path, content, status, says in (
+        ("/v1/adapter_inspections?filename=a.pt", b"\x80\x04.", 400, "pickles run whatever code"),
+        ("/v1/adapter_inspections?filename=a.safetensors", b"\x80\x04.", 400, "the file is a pickle"),
+        ("/v1/adapter_inspections?filename=a.safetensors", unknown, 400, "nothing.known"),
+        ("/v1/adapters?name=acme/x", b"", 400, "empty"),
+        ("/v1/adapters?name=acme/X%20Y", unknown, 400, "name"),
+        ("/v1/adapters?name=acme/x&filename=a.zip", b"PK", 400, "zip"),
+        ("/v1/adapters?name=acme/x&inspection=none", b"", 404, "send it again"),
+        ("/v1/adapters?name=acme/x", b"x" * (1 << 20) + b"x", 413, "1,048,576"),
+    ):
+        answer = served.ask("POST", path, "acme", content=content)
+        assert answer.status_code == status and says in answer.text, (path, answer.text)
+        assert "/cache/staged" not in answer.text and "from-pickle" not in answer.text
+    assert served.told("GET", "/v1/adapters?name=acme/x")["total"] == 0
