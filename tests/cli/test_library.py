@@ -93,12 +93,15 @@ def test_shelves_are_ordered_counted_and_remember_what_verify_found(capsys: Any,
     assert (listed["total"], listed["more"], listed["facets"]["rank"]) == (2, True, {"2": 2})
     assert "… and 1 more: --skip 1" in run(capsys, "library", "list", "--limit", "1").out
     ran = run(capsys, "library", "list", "--sort", "best")
-    assert ran.code == 2 and "one of name, added, gain" in ran.err
+    assert ran.code == 2
+    assert "one of name, added, gain" in ran.err
     place = Path(result(capsys, "show", "n1")["path"])
     (place / "adapter_model.safetensors").chmod(0o600)
     (place / "adapter_model.safetensors").write_bytes(b"other bytes")
     ran = run(capsys, "library", "verify", "n1", "n2")
-    assert ran.code == 2 and "n1@1  FAILED    files" in ran.out and "n2@1  ok        contents" in ran.out
+    assert ran.code == 2
+    assert "n1@1  FAILED    files" in ran.out
+    assert "n2@1  ok        contents" in ran.out
     assert [v["name"] for v in result(capsys, "search", "--health", "sound", "--kind", "text")["versions"]] == ["n2"]
     assert [v["name"] for v in result(capsys, "search", "--health", "faulty", "--rank", "2")["versions"]] == ["n1"]
     assert "check files" in run(capsys, "library", "show", "n1").out

@@ -13,10 +13,13 @@ from veneer.library.describe import AdapterDescription, gain_of, preview_of, sam
 
 def test_a_gain_is_the_share_by_which_the_loss_changed() -> None:
     gain = gain_of({"metrics": {"validation_loss_before": 2.5, "validation_loss": 1.5}})
-    assert gain is not None and gain.share == pytest.approx(1.5 / 2.5 - 1)
+    assert gain is not None
+    assert gain.share == pytest.approx(1.5 / 2.5 - 1)
     assert str(gain) == "held-out loss 2.5 → 1.5 (−40 %)"
     below = gain_of({"metrics": {"validation_loss_before": -0.5, "validation_loss": -0.7}})
-    assert below is not None and below.share is None and str(below) == "held-out loss -0.5 → -0.7"
+    assert below is not None
+    assert below.share is None
+    assert str(below) == "held-out loss -0.5 → -0.7"
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,8 @@ def test_what_a_look_at_everything_found_is_remembered_until_the_next(library: L
     assert library.browse().facets["health"] == {"sound": 2, "faulty": 1}
     assert [v.name for v in library.browse(health="faulty").versions] == ["n1"]
     (check,) = library.checks("n1")
-    assert (check["name"], check["ok"]) == ("files", False) and f"{sha256} is missing" in check["detail"]
+    assert (check["name"], check["ok"]) == ("files", False)
+    assert f"{sha256} is missing" in check["detail"]
     library.add(tmp_path / "1" / "a.safetensors", "n1", describe=read_made)
     verify_library(library)
     assert library.find("n1").health == "sound"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from veneer.formats.convert import WriteReport
     from veneer.formats.reading import Reading
 
+
 def convert_command(
     name: Annotated[
         str, typer.Argument(metavar="IN", help="An adapter's file or folder, or its name.", show_default=False)

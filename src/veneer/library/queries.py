@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from sqlalchemy import (
     JSON,
@@ -29,7 +29,6 @@ from sqlalchemy import (
 )
 
 from veneer.errors import ConfigError, quoted
-
 from veneer.library import index as ix
 from veneer.library.names import Reference
 
@@ -39,6 +38,7 @@ ORDERS: tuple[Order, ...] = get_args(Order)
 HEALTHS = ("sound", "faulty", "unknown")
 """What is known of an adapter's files: the last look found them right, or not, or nobody has looked yet."""
 
+_T = TypeVar("_T")
 _SOME = 500  # values in one IN list
 
 
@@ -46,7 +46,7 @@ _SOME = 500  # values in one IN list
 class Version:
     """One version of a name, with what is known of its content. `entry`: the manifest's sha256. `digest`: the
     adapter's, "" if it could not be read. `size`: bytes of all its files. `rank`: 0 where its pairs have several, or it
-    has none. `gain`: by which share of itself the held-out loss has changed (`describe.Gain`). `health`: one of HEALTHS.
+    has none. `gain`: by which share of itself the held-out loss changed (`describe.Gain`). `health`: one of HEALTHS.
     `aliases`: those that point here now."""
 
     name: str
@@ -170,9 +170,9 @@ def search(
     fingerprint. trigger: one of its trigger words, in any case. parent: the digest of an adapter it was made from, or
     its beginning."""
     v = ix.versions.c
-    given = {"text": text, "name": name, "trigger": trigger, "parent": parent, "all_versions": all_versions}
+    fitting = _fitting(text, name=name, trigger=trigger, parent=parent, all_versions=all_versions)
     query = select(v.name, v.version).join(ix.entries, v.entry == ix.entries.c.id)
-    query = query.where(*_fitting(**given), *_tagged(tags), *_of_base(base))
+    query = query.where(*fitting, *_tagged(tags), *_of_base(base))
     if limit is not None or offset:  # choose by keys first: sorting whole rows, cards and all, is what takes the time
         query = query.order_by(v.name, v.version).limit(limit).offset(offset)
     page = query.subquery()
@@ -223,8 +223,11 @@ def browse(
         for what, value in zip(asked, row[:4], strict=False):
             facets[what][str(value)] += many * (missed <= {f"is_{what}"})
     conditions += [condition for said in asked.values() for condition in said]
-    tagged = _with_content(select(t.tag, func.count())).join(ix.tags, and_(t.name == v.name, t.version == v.version))
-    facets["tag"].update({tag: many for tag, many in connection.execute(tagged.where(*conditions).group_by(t.tag))})
+    tagged = _with_content(select(t.tag, func.count().label("many"))).join(
+        ix.tags, and_(t.name == v.name, t.version == v.version)
+    )
+    tags_found = connection.execute(tagged.where(*conditions).group_by(t.tag)).all()
+    facets["tag"].update({row.tag: row.many for row in tags_found})
     first = {
         "name": (), "added": (v.added.desc(),), "gain": (f.gain.is_(None), f.gain), "size": (e.size.desc(),),
         "rank": (f.rank.desc(),),
@@ -356,7 +359,7 @@ def _full(connection: Connection, rows: Sequence[Any]) -> list[Version]:
     ]
 
 
-def _parts(values: Sequence[str]) -> Iterable[Sequence[str]]:
+def _parts(values: Sequence[_T]) -> Iterable[Sequence[_T]]:
     return (values[i : i + _SOME] for i in range(0, len(values), _SOME))
 
 

@@ -16,12 +16,12 @@ from veneer.formats.strengths import split_strength
 
 @dataclass(frozen=True)
 class HttpSettings:
-    """Limits of one server. `max_adapter`: bytes of an adapter that is sent. `max_tokens` 0: up to the context. `queue`:
-    answers that may run or wait at once, of all tenants. In seconds: `head_time` and `body_time`, in which a request's
-    head and its body have to come; `idle`, how long a connection is kept for the next one; `stall`, how long an answer
-    may be unread before it ends. `connections`: how many there may be before the one that was idle longest is closed for
-    another. `max_pixels`: of a picture that is sent; `max_pictures`: asked for at once. `metric_adapters`: adapters with
-    series of their own. `cors`: origins whose pages may ask from a browser."""
+    """Limits of one server. `max_adapter`: bytes of an adapter that is sent. `max_tokens` 0: up to the context.
+    `queue`: answers that may run or wait at once, of all tenants. In seconds: `head_time` and `body_time`, in which a
+    request's head and its body have to come; `idle`, how long a connection is kept for the next one; `stall`, how long
+    an answer may be unread before it ends. `connections`: how many there may be before the one that was idle longest
+    is closed for another. `max_pixels`: of a picture that is sent; `max_pictures`: asked for at once.
+    `metric_adapters`: those with series of their own. `cors`: origins whose pages may ask from a browser."""
 
     max_body: int = 8 << 20
     max_adapter: int = 2 << 30

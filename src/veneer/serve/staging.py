@@ -54,7 +54,7 @@ class StagedAdapter:
     tenant: str
     name: str
     path: Path
-    bytes: int
+    size: int
     until: float
 
 
@@ -67,13 +67,13 @@ class IncomingAdapter:
     name: str
     path: Path
     most: int
-    bytes: int = 0
+    size: int = 0
     _file: IO[bytes] | None = None
 
-    def write(self, chunk: bytes) -> None:
+    def write(self, chunk: bytes | bytearray) -> None:
         """Blocks. Raises Refused (413) beyond `most`."""
-        self.bytes += len(chunk)
-        if self.bytes > self.most:
+        self.size += len(chunk)
+        if self.size > self.most:
             raise _large(self.most)
         if self._file is None:
             self._file = self.path.open("wb")
@@ -112,9 +112,9 @@ class Staging:
         """What has come, in the place of its tenant's oldest where there is no room. Raises Refused (400) for an
         archive that holds no adapter. Blocks."""
         incoming.end()
-        if not incoming.bytes:
+        if not incoming.size:
             raise invalid("the body is empty", None, "send the file as the body")
-        path, size = incoming.path, incoming.bytes
+        path, size = incoming.path, incoming.size
         if incoming.name.lower().endswith(ARCHIVE):
             path = incoming.path.parent / "adapter"
             path.mkdir()
@@ -123,7 +123,7 @@ class Staging:
         until = self.clock() + _KEPT
         staged = StagedAdapter(incoming.id, incoming.tenant, incoming.name, path, size, until)
         own = [each for each in self._held.values() if each.tenant == staged.tenant]
-        while own and sum(each.bytes for each in own) + size > _TENANTS_ROOM * self.most:
+        while own and sum(each.size for each in own) + size > _TENANTS_ROOM * self.most:
             self.drop(own.pop(0))
         self._held[staged.id] = staged
         return staged

@@ -1,4 +1,4 @@
-"""What shelves are ordered and counted by: rank and gain, out of the cards; and what the last looks at an adapter found.
+"""What shelves are ordered and counted by: rank and gain, out of the cards; what the last look at an adapter found.
 A free search no longer looks through the bytes of a card's picture."""
 
 from __future__ import annotations
@@ -6,7 +6,20 @@ from __future__ import annotations
 import json
 
 from alembic import op
-from sqlalchemy import Boolean, Column, Float, ForeignKey, Integer, String, Text, bindparam, column, select, table, update
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Integer,
+    String,
+    Text,
+    bindparam,
+    column,
+    select,
+    table,
+    update,
+)
 
 from veneer.library.database import Key
 from veneer.library.describe import AdapterDescription

@@ -100,7 +100,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
                         waiting = bytearray()
                 if waiting:
                     await in_thread("the disk", lambda: incoming.write(waiting))
-                staged = await worked(caller, incoming.bytes, lambda: staging.keep(incoming))
+                staged = await worked(caller, incoming.size, lambda: staging.keep(incoming))
             except BaseException:
                 await asyncio.to_thread(staging.drop, incoming)
                 raise
@@ -135,7 +135,9 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
         more = offset + len(data) < found.total
         return Json({"object": "list", "data": data, "total": found.total, "has_more": more, "facets": found.facets})
 
-    @router.post("/v1/adapters", summary="Keep the posted file, or an inspected one, under a name.", openapi_extra=_BYTES)
+    @router.post(
+        "/v1/adapters", summary="Keep the posted file, or an inspected one, under a name.", openapi_extra=_BYTES
+    )
     async def add(
         request: HttpRequest,
         name: Annotated[str, Query(max_length=200, description="of the library: support, acme/support")],
@@ -158,7 +160,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
     async def kept(caller: Caller, staged: StagedAdapter, name: str, tags: Sequence[str], alias: str) -> Any:
         def add() -> dict[str, Any]:
             if caller.tenant and not caller.admin and (
-                library.size_under(f"{caller.tenant}/") + staged.bytes > _TENANTS_ROOM
+                library.size_under(f"{caller.tenant}/") + staged.size > _TENANTS_ROOM
             ):  # fmt: skip
                 raise Refused(
                     "there is no room for more adapters of this tenant", status=400, code="storage_full",
@@ -168,10 +170,12 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
             version = library.alias(added.version.reference, alias) if alias else added.version
             if caller.tenant:
                 tenancy.let_see_own(caller.tenant)
-            tenancy.note(caller.tenant or "operator", "adapter.add", version.reference, None, {"digest": version.digest})
+            tenancy.note(
+                caller.tenant or "operator", "adapter.add", version.reference, None, {"digest": version.digest}
+            )
             return {**_shown(version, True), "new": added.new, "left_out": added.left_out}
 
-        return await worked(caller, staged.bytes, add)
+        return await worked(caller, staged.size, add)
 
     @router.get("/v1/adapters/{reference:path}", summary="One of them, with its relatives.")
     async def show(request: HttpRequest, reference: str) -> Response:
@@ -245,7 +249,9 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
         known = version.fingerprint == service_of(request).catalog.fingerprint
         stem = f"{version.name.rpartition('/')[2]}-{version.version}"
         place = await worked(caller, version.size, lambda: library.resolve(version.reference))
-        return await file_of(request, place, version.size, stem, to, service_of(request).catalog.base if known else base)
+        return await file_of(
+            request, place, version.size, stem, to, service_of(request).catalog.base if known else base
+        )
 
     @router.post(
         "/v1/adapter_inspections", summary="What a file is, and why; it stays for an hour.", openapi_extra=_BYTES
@@ -268,7 +274,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
     @router.get("/v1/adapter_inspections/{id}/file", summary="The inspected file, in another tool's layout.")
     async def inspected_file(request: HttpRequest, id: str, to: Layout | None = None, base: _Base = "") -> Response:
         staged = staging.get(caller_of(request).tenant, id)
-        return await file_of(request, staged.path, staged.bytes, staged.name.rpartition(".")[0], to, base)
+        return await file_of(request, staged.path, staged.size, staged.name.rpartition(".")[0], to, base)
 
     async def inspected(caller: Caller, staged: StagedAdapter) -> dict[str, Any]:
         def look() -> dict[str, Any]:
@@ -276,9 +282,9 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
 
             return {**inspect(str(staged.path)), "adapter": staged.name}
 
-        report = _bounded(await worked(caller, staged.bytes, look))
+        report = _bounded(await worked(caller, staged.size, look))
         return {
-            "id": staged.id, "object": "adapter.inspection", "filename": staged.name, "bytes": staged.bytes,
+            "id": staged.id, "object": "adapter.inspection", "filename": staged.name, "bytes": staged.size,
             "expires_at": int(staged.until), "report": report,
         }  # fmt: skip
 
