@@ -218,13 +218,9 @@ def _application(
     own = [adapter_routes(library, staging, service.tenancy)]
     own += [feedback_routes(service.tenancy.answers)] if isinstance(service.tenancy, Tenants) else []
     unguarded = [*(["/admin"] if operator else []), *more.unguarded]
-<<<<<<< HEAD
-    app = create_app(service, routers=[*operator, *own, *more.routers], unguarded=unguarded, large=more.large)
-    more.mount(app)
-=======
     large = {**adapter_bodies(staging), **more.large}
     app = create_app(service, routers=[*operator, *own, *more.routers], unguarded=unguarded, large=large)
->>>>>>> ad75245c (The library over HTTP: browse, add, change, remove, previews, files in other layouts; what a file is, before it is kept)
+    more.mount(app)
     return Application(app, start, stop)
 
 
