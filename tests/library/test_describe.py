@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from veneer.library.describe import AdapterDescription, gain_of, preview_of, sample_of
+from veneer.library.describe import AdapterDescription, card_picture, card_sample, gain_of
 
 
 def test_a_gain_is_the_share_by_which_the_loss_changed() -> None:
@@ -38,21 +38,21 @@ def test_a_preview_is_a_picture_of_a_kind_that_pages_may_show() -> None:
     text = base64.b64encode(data).decode()
 
     def preview(thumbnail: Any) -> Any:
-        return preview_of({"extra": {"thumbnail": thumbnail}})
+        return card_picture({"extra": {"thumbnail": thumbnail}})
 
     assert preview(f"data:image/jpeg;base64,{text}") == ("image/jpeg", data)
     assert preview(f"data:image/png;base64,{text}") == ("image/png", data)
     for other in (f"data:image/svg+xml;base64,{text}", f"data:text/html;base64,{text}", "https://there/x.png", None, 7,
                   f"data:image/png;base64,{text}!", "data:image/png;base64,A"):  # fmt: skip
         assert preview(other) is None
-    assert preview_of({"extra": []}) is None
+    assert card_picture({"extra": []}) is None
 
 
 def test_a_sample_is_whole_or_none() -> None:
     whole = {"prompt": "p", "base": "b", "adapter": "a"}
-    assert sample_of({"extra": {"sample": {**whole, "more": 1}}}) == whole
+    assert card_sample({"extra": {"sample": {**whole, "more": 1}}}) == whole
     for sample in (None, [], {}, {"prompt": "p", "base": "b"}, {**whole, "base": 3}):
-        assert sample_of({"extra": {"sample": sample}}) is None
+        assert card_sample({"extra": {"sample": sample}}) is None
 
 
 def test_a_free_search_looks_through_no_picture() -> None:

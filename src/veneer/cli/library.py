@@ -181,7 +181,7 @@ def _share(gain: float | None) -> str:
 @app.command(epilog="Example: veneer library show support@prod")
 def show(reference: _Reference, as_json: AsJson = False) -> None:
     """What is known of an adapter, its relatives, what the last looks at it found, and where its files are here."""
-    from veneer.library.describe import gain_of, sample_of
+    from veneer.library.describe import card_sample, gain_of
 
     with _open() as library:
         version = library.find(reference)
@@ -196,7 +196,7 @@ def show(reference: _Reference, as_json: AsJson = False) -> None:
         kept = {n: {"sha256": sha256, "size": size} for n, (sha256, size) in files.items()}
         print_json({**version.to_dict(), "path": str(path), "files": kept, "family": family.names(), "checks": checks})
         return
-    sample = sample_of(version.card) or {}
+    sample = card_sample(version.card) or {}
     _show(version, {
         "gain": str(gain_of(version.card) or ""),
         **{f"made from {n}": r for n, r in enumerate([*(v.reference for v in family.parents), *family.unknown], 1)},

@@ -48,7 +48,7 @@ def gain_of(card: Mapping[str, Any]) -> Gain | None:
     return None if before is None or after is None else Gain(before, after)
 
 
-def preview_of(card: Mapping[str, Any]) -> tuple[str, bytes] | None:
+def card_picture(card: Mapping[str, Any]) -> tuple[str, bytes] | None:
     """(media type, bytes) of the small picture that came with an adapter of pictures; None where there is none, or what
     is there is no picture that may be shown."""
     extra = card.get("extra")
@@ -59,7 +59,7 @@ def preview_of(card: Mapping[str, Any]) -> tuple[str, bytes] | None:
         return None
 
 
-def sample_of(card: Mapping[str, Any]) -> dict[str, str] | None:
+def card_sample(card: Mapping[str, Any]) -> dict[str, str] | None:
     """`prompt`, `base` and `adapter`: what both said to a held-out prompt once the adapter was trained; None where the
     card has no such sample."""
     extra = card.get("extra")

@@ -37,7 +37,7 @@ from veneer.library.database import reading, shown_url
 from veneer.library.describe import AdapterDescription, content_of, describe_adapter
 from veneer.library.names import Reference, check_alias, check_file_name, check_name, check_tag, parse_reference
 from veneer.library.queries import (
-    Family,
+    AdapterFamily,
     Shelfful,
     Version,
     browse,
@@ -133,7 +133,7 @@ class Library:
         with reading(self.engine) as connection:
             return browse(connection, text, **asked)
 
-    def family(self, reference: str) -> Family:
+    def family(self, reference: str) -> AdapterFamily:
         """What an adapter was made from, what was made from it, and the versions of its name. Raises as `find`."""
         version = self.find(reference)
         with reading(self.engine) as connection:

@@ -34,8 +34,8 @@ from veneer.library.names import Reference
 
 Order = Literal["name", "added", "gain", "size", "rank"]
 """How a shelf is ordered: by name; the newest first; the most gained, the largest, the highest rank first."""
-ORDERS: tuple[Order, ...] = get_args(Order)
-HEALTHS = ("sound", "faulty", "unknown")
+_ORDERS: tuple[Order, ...] = get_args(Order)
+_HEALTHS = ("sound", "faulty", "unknown")
 """What is known of an adapter's files: the last look found them right, or not, or nobody has looked yet."""
 
 _T = TypeVar("_T")
@@ -46,8 +46,8 @@ _SOME = 500  # values in one IN list
 class Version:
     """One version of a name, with what is known of its content. `entry`: the manifest's sha256. `digest`: the
     adapter's, "" if it could not be read. `size`: bytes of all its files. `rank`: 0 where its pairs have several, or it
-    has none. `gain`: by which share of itself the held-out loss changed (`describe.Gain`). `health`: one of HEALTHS.
-    `aliases`: those that point here now."""
+    has none. `gain`: by which share of itself the held-out loss changed (`describe.Gain`). `health`: sound, faulty
+    or unknown. `aliases`: those that point here now."""
 
     name: str
     version: int
@@ -90,7 +90,7 @@ class Shelfful:
 
 
 @dataclass(frozen=True)
-class Family:
+class AdapterFamily:
     """What an adapter was made from, and what was made from it. `unknown`: digests of parents that are not in the
     library. `versions`: all of its own name, newest first."""
 
@@ -199,9 +199,9 @@ def browse(
     rank, tag and health.
 
     text, base, tags and `more` (name, trigger, parent, all_versions): as `search` has them. kind: text or image.
-    rank: 0 for those of several. health: one of HEALTHS. sees: a function of a reference, which says whether whoever
-    asks may know of it; None for all. Raises ConfigError for an order or a health that is none."""
-    for what, value, known in (("order", order, ORDERS), ("health", health, ("", *HEALTHS))):
+    rank: 0 for those of several. health: sound, faulty or unknown. sees: a function of a reference, which says whether
+    whoever asks may know of it; None for all. Raises ConfigError for an order or a health that is none."""
+    for what, value, known in (("order", order, _ORDERS), ("health", health, ("", *_HEALTHS))):
         if value not in known:
             raise ConfigError(f"no {what} is called {quoted(value)}", fix=f"one of {', '.join(filter(None, known))}")
     v, e, f, t = ix.versions.c, ix.entries.c, ix.figures.c, ix.tags.c
@@ -244,7 +244,7 @@ def browse(
     return Shelfful([found[key] for key in page], total, ranked)
 
 
-def family_of(connection: Connection, version: Version) -> Family:
+def family_of(connection: Connection, version: Version) -> AdapterFamily:
     """The relatives of a version, by the digests that cards name."""
     v, e, p = ix.versions.c, ix.entries.c, ix.parents.c
 
@@ -255,7 +255,7 @@ def family_of(connection: Connection, version: Version) -> Family:
     parents = those(e.digest.in_(version.parents)) if version.parents else []
     made = those(v.entry.in_(select(p.entry).where(p.parent == version.digest))) if version.digest else []
     here = {each.digest for each in parents}
-    return Family(parents, [d for d in version.parents if d not in here], made, those(v.name == version.name))
+    return AdapterFamily(parents, [d for d in version.parents if d not in here], made, those(v.name == version.name))
 
 
 def size_under(connection: Connection, beginning: str) -> int:

@@ -33,8 +33,8 @@ from veneer.library.store import CHUNK
 from veneer.models.home import veneer_home
 from veneer.serve.request import Refused, invalid
 
-SINGLES = (".safetensors", ".gguf")
-ARCHIVE = ".zip"
+_SINGLES = (".safetensors", ".gguf")
+_ARCHIVE = ".zip"
 _KEPT = 3600.0
 _TENANTS_ROOM = 2
 """How many of the largest files a tenant may have here at a time: its oldest go."""
@@ -97,10 +97,10 @@ class Staging:
     def begin(self, tenant: str, filename: str) -> IncomingAdapter:
         """A file that is about to come. Raises Refused (400) for a name that no adapter's file has. Blocks."""
         name = _plain(filename)
-        if not name.lower().endswith((*SINGLES, ARCHIVE)):
+        if not name.lower().endswith((*_SINGLES, _ARCHIVE)):
             said = "pickles run whatever code is in them; " if re.search(r"\.(pt|pth|bin|ckpt|pkl)$", name) else ""
             raise invalid(
-                f"{said}{name} is not called as an adapter's file is", "filename", ", ".join((*SINGLES, ARCHIVE))
+                f"{said}{name} is not called as an adapter's file is", "filename", ", ".join((*_SINGLES, _ARCHIVE))
             )
         self._sweep()
         id = secrets.token_hex(16)
@@ -115,7 +115,7 @@ class Staging:
         if not incoming.size:
             raise invalid("the body is empty", None, "send the file as the body")
         path, size = incoming.path, incoming.size
-        if incoming.name.lower().endswith(ARCHIVE):
+        if incoming.name.lower().endswith(_ARCHIVE):
             path = incoming.path.parent / "adapter"
             path.mkdir()
             size = _unpack(incoming.path, path, self.most)

@@ -29,9 +29,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
 from veneer.errors import AdapterError, ConfigError, UnsafeFileError, quoted
-from veneer.library.describe import gain_of, preview_of, sample_of
+from veneer.library.describe import card_picture, card_sample, gain_of
 from veneer.library.library import Library, NotInLibrary
-from veneer.library.queries import Family, Order, Version
+from veneer.library.queries import AdapterFamily, Order, Version
 from veneer.library.store import CHUNK
 from veneer.serve.access import Caller, Tenancy
 from veneer.serve.engine.admission import FairPool, SharedQuantity
@@ -235,7 +235,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
     async def preview(request: HttpRequest, reference: str) -> Response:
         caller = caller_of(request)
         version = await in_thread("the library", lambda: _told(lambda: _found(library, caller, reference)))
-        picture = preview_of(version.card)
+        picture = card_picture(version.card)
         if picture is None:
             raise Refused(f"{version.reference} has no picture", status=404, code="not_found")
         kind, data = picture
@@ -369,9 +369,9 @@ def _shown(v: Version, own: bool) -> dict[str, Any]:
         "id": v.reference, "object": "adapter", "name": v.name, "version": v.version, "aliases": v.aliases,
         "base": v.base, "base_fingerprint": v.fingerprint, "kind": v.kind, "rank": v.rank, "format": v.format,
         "digest": v.digest, "bytes": v.size, "added": v.added, "created": v.created, "licence": v.licence,
-        "tags": v.tags, "trigger_words": v.trigger_words, "health": v.health, "sample": sample_of(v.card),
+        "tags": v.tags, "trigger_words": v.trigger_words, "health": v.health, "sample": card_sample(v.card),
         "gain": gain and {"before": gain.before, "after": gain.after, "share": gain.share},
-        "preview": f"/v1/adapter_previews/{v.reference}" if preview_of(v.card) else None,
+        "preview": f"/v1/adapter_previews/{v.reference}" if card_picture(v.card) else None,
     }  # fmt: skip
     return {**shown, "card": v.card, "source": v.source} if own else shown
 
@@ -386,7 +386,7 @@ def _bounded(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _seen(family: Family, caller: Caller) -> dict[str, list[str]]:
+def _seen(family: AdapterFamily, caller: Caller) -> dict[str, list[str]]:
     return {
         what: [each for each in names if caller.admin or (what != "unknown_parents" and caller.sees(each))]
         for what, names in family.names().items()
