@@ -6,7 +6,7 @@ Stands above formats and models, beside `using`. Nothing here changes a file or 
 from __future__ import annotations
 
 from collections.abc import Sized
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -21,6 +21,7 @@ from veneer.errors import AdapterError, UnsafeFileError, VeneerError
 from veneer.files.hashes import verify_hashes
 from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, CardFile, file_digest, read_card
+from veneer.formats.elsewhere import elsewhere
 from veneer.formats.reading import Reading, summary
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class AdapterCheck:
     detail: str = ""
 
 
-def inspect(name: str, **how: Unpack[reader.ReadOptions]) -> dict[str, Any]:
+def inspect(name: str, *, tools: bool = False, **how: Unpack[reader.ReadOptions]) -> dict[str, Any]:
     """What is in the adapter `name` (a folder, a file or a name in the library), ready for JSON.
 
     `verdict`: whether it is read for use, and if not, why and what to do. What reading for use refuses in part is shown
@@ -46,11 +47,12 @@ def inspect(name: str, **how: Unpack[reader.ReadOptions]) -> dict[str, Any]:
     is refused. `targets`: for each last part of a module's name the count, ranks, alphas, scales, shapes and ‖ΔW‖
     (Frobenius, over all of them; without DoRA's magnitude, which needs the base). `deltas`: changes that are not pairs,
     by form, with the bytes it takes and those of the ΔW that it stands for, one at a time of which is made in use.
-    `hashes`: of the file with the tensors. `how`: what `formats.read.read` has to be told. Raises what reading raises
-    for a file that is not an adapter."""
+    `hashes`: of the file with the tensors. `how`: what `formats.read.read` has to be told. `tools`: with what each other
+    tool would do with it, as `elsewhere`. Raises what reading raises for a file that is not an adapter."""
     path = using.adapter_path(name)
     reading, refusal = _read(path, how)
-    return summary(path, reading, refusal, digest=reading.adapter.digest(), norm=_delta_norm)
+    found = summary(path, reading, refusal, digest=reading.adapter.digest(), norm=_delta_norm)
+    return found | ({"elsewhere": [asdict(verdict) for verdict in elsewhere(path, reading)]} if tools else {})
 
 
 def _read(path: Path, how: reader.ReadOptions) -> tuple[Reading, AdapterError | None]:

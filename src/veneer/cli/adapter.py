@@ -25,6 +25,9 @@ def inspect(
     from_pickle: FromPickle = False,
     moe_layout: MoeLayout = "",
     adapter_name: AdapterName = "",
+    elsewhere: Annotated[
+        bool, typer.Option("--elsewhere", help="Also say what other tools would do wrong with it, and what is right.")
+    ] = False,
     show_all: ShowAll = False,
     as_json: AsJson = False,
 ) -> None:
@@ -35,11 +38,11 @@ def inspect(
     from veneer.formats.plain import inspect_plain
 
     everything(show_all)
-    found = inspect_plain(Path(name)) if not adapter_name else None
+    found = inspect_plain(Path(name)) if not (adapter_name or elsewhere) else None
     if found is None:
         from veneer.adapters.inspect import inspect as look
 
-        found = look(name, from_pickle=from_pickle, moe_layout=moe_layout, adapter_name=adapter_name)
+        found = look(name, tools=elsewhere, from_pickle=from_pickle, moe_layout=moe_layout, adapter_name=adapter_name)
     if as_json:
         print_json(found)
     else:
@@ -103,9 +106,22 @@ def _show(found: dict[str, Any]) -> None:
     for what in ("unused", "unpaired"):
         for key in cut_list(coverage[what]):
             print(f"{what}: {key}")
+    for tool in found.get("elsewhere", ()):
+        print(f"\n{tool['tool']} ({tool['version']}): {_VERDICTS[tool['verdict']]}")
+        for line in tool["why"]:
+            print(f"  {field(line)}")
+        if tool["verdict"] != "fine":
+            print(f"  right for it: veneer adapter convert {field(found['adapter'])} --to {tool['to']} -o NEW")
     told = set(verdict["why"].splitlines())
     for note in cut_list([n for n in found["notes"] if f"  - {n}" not in told]):
         print(f"note: {note}")
+
+
+_VERDICTS = {
+    "fine": "nothing is known that it would do wrong",
+    "wrong": "loads it, and does something else than is meant",
+    "refused": "does not load it",
+}
 
 
 def _several(counts: dict[str, int], skip: str | None = None, most: int = 6) -> str:

@@ -201,6 +201,7 @@ def test_an_inspected_file_says_what_it_is_is_converted_and_kept(
     assert (report["verdict"]["use"], report["family"], report["adapter"]) == (True, "sdxl", "st_yle.safetensors")
     assert report["coverage"]["unused"] == []
     assert report["trigger_words"] == ["zelda"]
+    assert {t["tool"]: t["verdict"] for t in report["elsewhere"]}["sd-scripts and A1111"] == "fine"
     again = served.told("GET", f"/v1/adapter_inspections/{found['id']}", "acme")
     assert again["report"] == report
     for key in ("globex", "admin"):

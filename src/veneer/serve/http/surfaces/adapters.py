@@ -280,7 +280,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
         def look() -> dict[str, Any]:
             from veneer.adapters.inspect import inspect
 
-            return {**inspect(str(staged.path)), "adapter": staged.name}
+            return {**inspect(str(staged.path), tools=True), "adapter": staged.name}
 
         report = _bounded(await worked(caller, staged.size, look))
         return {
