@@ -26,7 +26,6 @@ from veneer.serve.http.surfaces.feedback import feedback_routes
 from veneer.serve.names.catalog import Catalog
 from veneer.serve.names.shelf import Shelf
 from veneer.serve.settings import ServeSettings
-from veneer.serve.staging import Staging
 from veneer.serve.tenancy.admin import admin_router
 from veneer.serve.tenancy.store import Store
 from veneer.serve.tenancy.tenants import OpenTenants, Tenants
@@ -201,7 +200,7 @@ def _application(
         library.close()
         service.tenancy.close()
 
-    staging = Staging(settings.http.max_adapter)
+    staging = service.staging
     more = extend(service, library) if extend is not None else Extension()
 
     async def start() -> None:

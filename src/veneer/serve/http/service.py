@@ -22,6 +22,7 @@ from veneer.serve.http.shadows import Shadows
 from veneer.serve.outage import is_outage
 from veneer.serve.request import Engine, EngineEvent, Refused, Request, invalid
 from veneer.serve.settings import HttpSettings
+from veneer.serve.staging import Staging
 
 if TYPE_CHECKING:
     from veneer.serve.names.catalog import Catalog
@@ -48,6 +49,7 @@ class Service:
         self.metrics = Metrics(self.catalog.base, self.engine.stats, s.metric_adapters, self.tenancy.ledger_state)
         self.admission = Admission(bodies=8 * s.max_body, answers=s.queue, texts=4 * s.max_body)
         self.shadows = Shadows(self.tenancy, self.metrics, s.shadows)
+        self.staging = Staging(s.max_adapter)
 
     def texts(self, request: Request) -> AsyncIterator[EngineEvent]:
         """The events of a text's answer. Raises Refused (400) on a server that draws."""

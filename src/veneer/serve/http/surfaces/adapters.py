@@ -30,7 +30,7 @@ from starlette.responses import Response, StreamingResponse
 
 from veneer.errors import AdapterError, ConfigError, UnsafeFileError, quoted
 from veneer.library.describe import card_picture, card_sample, gain_of
-from veneer.library.library import Library, NotInLibrary
+from veneer.library.library import Added, Library, NotInLibrary
 from veneer.library.queries import AdapterFamily, Order, Version
 from veneer.library.store import CHUNK
 from veneer.serve.access import Caller, Tenancy
@@ -159,21 +159,8 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
 
     async def kept(caller: Caller, staged: StagedAdapter, name: str, tags: Sequence[str], alias: str) -> Any:
         def add() -> dict[str, Any]:
-            if caller.tenant and not caller.admin and (
-                library.size_under(f"{caller.tenant}/") + staged.size > _TENANTS_ROOM
-            ):  # fmt: skip
-                raise Refused(
-                    "there is no room for more adapters of this tenant", status=400, code="storage_full",
-                    fix="remove some",
-                )  # fmt: skip
-            added = library.add(staged.path, name, tags=tags, source="upload")
-            version = library.alias(added.version.reference, alias) if alias else added.version
-            if caller.tenant:
-                tenancy.let_see_own(caller.tenant)
-            tenancy.note(
-                caller.tenant or "operator", "adapter.add", version.reference, None, {"digest": version.digest}
-            )
-            return {**_shown(version, True), "new": added.new, "left_out": added.left_out}
+            added = keep_staged(library, tenancy, caller, staged, name, tags=tags, alias=alias)
+            return {**_shown(added.version, True), "new": added.new, "left_out": added.left_out}
 
         return await worked(caller, staged.size, add)
 
@@ -277,12 +264,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
         return await file_of(request, staged.path, staged.size, staged.name.rpartition(".")[0], to, base)
 
     async def inspected(caller: Caller, staged: StagedAdapter) -> dict[str, Any]:
-        def look() -> dict[str, Any]:
-            from veneer.adapters.inspect import inspect
-
-            return {**inspect(str(staged.path), tools=True), "adapter": staged.name}
-
-        report = _bounded(await worked(caller, staged.size, look))
+        report = await worked(caller, staged.size, lambda: staged_report(staged))
         return {
             "id": staged.id, "object": "adapter.inspection", "filename": staged.name, "bytes": staged.size,
             "expires_at": int(staged.until), "report": report,
@@ -306,6 +288,39 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
             raise
 
     return router
+
+
+# -- what pages do too ----------------------------------------------------------------------------------------------
+
+
+def keep_staged(
+    library: Library, tenancy: Tenancy, caller: Caller, staged: StagedAdapter, name: str, *, tags: Sequence[str] = (),
+    alias: str = "",
+) -> Added:  # fmt: skip
+    """Puts what has come into the library under a name of the caller's. Blocks. Raises Refused (403, 400 where there
+    is no room), and what `Library.add` raises."""
+    _need_own(caller, name)
+    if caller.tenant and not caller.admin and (library.size_under(f"{caller.tenant}/") + staged.size > _TENANTS_ROOM):
+        raise Refused(
+            "there is no room for more adapters of this tenant", status=400, code="storage_full", fix="remove some"
+        )
+    added = library.add(staged.path, name, tags=tags, source="upload")
+    if alias:
+        added.version = library.alias(added.version.reference, alias)
+    if caller.tenant:
+        tenancy.let_see_own(caller.tenant)
+    after = {"digest": added.version.digest}
+    tenancy.note(caller.tenant or "operator", "adapter.add", added.version.reference, None, after)
+    return added
+
+
+def staged_report(staged: StagedAdapter) -> dict[str, Any]:
+    """What `adapters.inspect.inspect` says of what has come, with what other tools would do, no longer than anybody
+    reads. Blocks. Raises AdapterError for what is no adapter."""
+    from veneer.adapters.inspect import inspect
+
+    found: dict[str, Any] = _bounded({**inspect(str(staged.path), tools=True), "adapter": staged.name})
+    return found
 
 
 # -- who may what ------------------------------------------------------------------------------------------------------
