@@ -47,8 +47,8 @@ def inspect(name: str, *, tools: bool = False, **how: Unpack[reader.ReadOptions]
     is refused. `targets`: for each last part of a module's name the count, ranks, alphas, scales, shapes and ‖ΔW‖
     (Frobenius, over all of them; without DoRA's magnitude, which needs the base). `deltas`: changes that are not pairs,
     by form, with the bytes it takes and those of the ΔW that it stands for, one at a time of which is made in use.
-    `hashes`: of the file with the tensors. `how`: what `formats.read.read` has to be told. `tools`: with what each other
-    tool would do with it, as `elsewhere`. Raises what reading raises for a file that is not an adapter."""
+    `hashes`: of the file with the tensors. `how`: what `formats.read.read` has to be told. `tools`: with what others
+    would do with it, as `elsewhere`. Raises what reading raises for a file that is not an adapter."""
     path = using.adapter_path(name)
     reading, refusal = _read(path, how)
     found = summary(path, reading, refusal, digest=reading.adapter.digest(), norm=_delta_norm)
