@@ -42,16 +42,24 @@ def check_studio() -> None:
 
 def studio_of(service: Service, library: Library, *, host: str, trains: bool = False) -> Extension:
     """The extension of a server that listens at `host`. `trains`: whether jobs are carried out beside it."""
+    from veneer.jobs.http.samples import sample_routes
     from veneer.jobs.store import JobStore
     from veneer.serve.build import Extension
     from veneer.studio.frame import Studio, StudioView
     from veneer.studio.library import adapter_view, library_view
+    from veneer.studio.run import run_view
+    from veneer.studio.steps import steps_view
+    from veneer.studio.train import train_view
 
     views = (
         StudioView("", "Library", "l", library_view),
         StudioView("adapter", "Adapter", "", adapter_view),
+        StudioView("train", "Train", "t", train_view),
+        StudioView("run", "Run", "", run_view),
+        StudioView("steps", "Steps", "", steps_view),
     )
-    made = Studio(service, library, JobStore(library), views, trains)
+    jobs = JobStore(library)
+    made = Studio(service, library, jobs, views, trains)
     life: list[AbstractAsyncContextManager[Any]] = []
 
     def mount(app: FastAPI) -> None:
@@ -68,7 +76,8 @@ def studio_of(service: Service, library: Library, *, host: str, trains: bool = F
     async def stop() -> None:
         await life[0].__aexit__(None, None, None)
 
-    return Extension([key_routes(service.tenancy)], unguarded=(ROOT,), start=start, stop=stop, mount=mount)
+    routers = [key_routes(service.tenancy), sample_routes(jobs)]
+    return Extension(routers, unguarded=(ROOT,), start=start, stop=stop, mount=mount)
 
 
 def _mount(app: FastAPI, studio: Studio) -> None:

@@ -32,6 +32,10 @@ export default {
   },
   mounted() {
     this.grow();
+    if (this.$refs.box)  // drawn while its view is hidden, it has no height yet
+      new IntersectionObserver((seen, own) => {
+        if (seen.some((each) => each.isIntersecting)) own.disconnect(), this.grow();
+      }).observe(this.$refs.box);
   },
   methods: {
     said() {

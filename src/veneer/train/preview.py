@@ -160,15 +160,17 @@ def preview_of(config: RunConfig, device: Device, *, rows: int = 200) -> Preview
 def _guesses(config: TrainConfig, plan: Plan, whole: bool, total: int | None, looked: int) -> Iterator[str]:
     if not whole:
         of = "all of them" if total is None else f"{total:,}"
-        yield f"looked at the first {counted(looked, 'row')} of {of}: the rest is taken to be like them"
+        yield f"looked at the first {counted(looked, 'row')} of {of}, and the rest is taken to be like them"
     yield from _guessed_rates(plan)
+    if config.adapter.start is not None:
+        yield f"the adapter's size, which is that of {config.adapter.start}"
     if config.drawn is not None:
         yield "answers are taken to be as long as they may become"
 
 
 def _guessed_rates(plan: Plan) -> Iterator[str]:
     if not plan.rates.measured:
-        yield "the time is a guess: this machine is not calibrated (veneer plan --calibrate)"
+        yield "the time, since this machine is not calibrated (veneer plan --calibrate)"
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

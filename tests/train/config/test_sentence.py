@@ -22,13 +22,13 @@ def test_a_sentence_is_the_configuration_that_it_says(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     said, sources = load_config(
         "teach smollm2-135m from tickets.jsonl and more/*.jsonl with a learning rate of 5e-4, for 1,200 steps, rank 8, "
-        "hold out 10%, optimizer.name=adafactor, call it support."
+        "4 rows a step, hold out 10%, optimizer.name=adafactor, call it support."
     )
     written, _ = config_from(
         {
             "base": "smollm2-135m", "data": {"train": ["tickets.jsonl", "more/*.jsonl"], "split": 0.1},
             "optimizer": {"learning_rate": 5e-4, "name": "adafactor"}, "schedule": {"steps": 1200},
-            "adapter": {"rank": 8}, "output": "runs/support",
+            "adapter": {"rank": 8}, "batching": {"rows": 4}, "output": "runs/support",
         }
     )  # fmt: skip
     assert said == written
@@ -58,6 +58,7 @@ def test_a_folder_is_of_pictures_and_what_is_given_after_the_sentence_counts(tmp
         ("teach smollm2-135m from a.jsonl, rnak 16", "`rnak 16` is not read: did you mean `rank N`?"),
         ("teach smollm2-135m from a.jsonl, rank lots", "`rank lots` is not read: it is said as `rank N`, where N is"),
         ("teach smollm2-135m from a.jsonl, rank 4, rank 8", "`rank 4` said it already"),
+        ("teach smollm2-135m from a.jsonl, 16 rosw", "`16 rosw` is not read: did you mean `N rows each step`?"),
         ("teach smollm2-135m from a.jsonl beautifully", "`beautifully` is not read"),
         ("teach smollm2-135m, rank 4", "it does not say what is learned"),
         ("teach from a.jsonl", "it does not say what it teaches"),

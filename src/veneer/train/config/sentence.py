@@ -6,7 +6,7 @@
     said.overrides      ['base="smollm2-135m"', 'data.train="tickets.jsonl"', 'adapter.rank=16', …]
 
 It is a small grammar and guesses nothing: `teach BASE`, then clauses in any order, each of them one of `CLAUSES`, or a
-setting as `optimizer.name=adafactor`. Commas and small words (and, with, for, at, a, the, of, in, using) part clauses
+setting as `optimizer.name=adafactor`. Commas and small words (and, with, for, at, a, each, the, of, in, …) part clauses
 and mean nothing. A word with spaces stands in quotes. What is not read is an error (`checked`), never left out. The
 overrides are those of the command line, so a sentence is read as strictly as a file, and paths are of the current
 folder. Knows words alone; `config.load` makes a configuration of them.
@@ -25,7 +25,7 @@ from typing import Any
 from veneer.errors import ConfigError, bullets, nearest
 
 _FIRST = "teach"
-_SMALL = frozenset({"a", "an", "and", "at", "for", "in", "of", "the", "using", "with"})
+_SMALL = frozenset({"a", "an", "and", "at", "each", "for", "in", "of", "per", "the", "using", "with"})
 """Words that mean nothing by themselves."""
 _WORD = re.compile(r"""(?:\d,(?=\d{3}(?!\d))|\\.|"(?:\\.|[^"\\])*"|'[^']*'|“[^”]*”|[^\s,;"'“”])+""")
 _QUOTED = re.compile(r""""((?:\\.|[^"\\])*)"|'([^']*)'|“([^”]*)”""")
@@ -292,11 +292,16 @@ def _value(slot: str, word: _Word) -> Any:
 
 def _hint(words: list[_Word], at: int) -> str:
     """What the words from here on were near to."""
-    text = words[at].text
+    text, given = words[at].text, bool(_NUMBER.fullmatch(words[at].text))
     if at == 0:
         return f"a sentence begins with {_FIRST}"
-    begun = [c.words for c in CLAUSES if not c.words.startswith(("N", "X")) and _same(text, c.words.split()[0])]
-    heads = {word: clause.words for clause in CLAUSES for word in clause.words.split() if word not in _SLOTS | _SMALL}
+    if given and at + 1 < len(words):
+        text = words[at + 1].text
+    fitting = sorted(CLAUSES, key=lambda clause: clause.words.startswith(("N ", "X ")) is not given)
+    begun = [c.words for c in fitting if c.words[0].islower() and _same(text, c.words.split()[0])]
+    heads = dict[str, str]()
+    for clause in fitting:
+        heads = {**{word: clause.words for word in clause.words.split() if word not in _SLOTS | _SMALL}, **heads}
     if begun:
         slots = [f"{slot} is {_MEANT[slot]}" for slot in _MEANT if slot in begun[0].split()]
         return f"it is said as `{begun[0]}`" + (f", where {slots[0]}" if slots else "")

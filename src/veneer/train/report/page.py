@@ -278,6 +278,8 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
 def _number(value: float) -> str:
     if value == 0:
         return "0"
+    if abs(value) >= 1e3:
+        return f"{value:,.0f}"
     if abs(value) >= 1e-3:
         return f"{value:,.4g}"
     digits, power = f"{value:.1e}".split("e")

@@ -1,0 +1,188 @@
+"""Steps: every checkpoint of a run with its held-out score and the same prompts' answers, or pictures; one of them is
+used from now on, or gone on from."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from typing import Any
+
+from veneer.errors import ConfigError
+from veneer.jobs.steps import kept_step
+from veneer.jobs.store import Job, JobCheckpoint
+from veneer.studio.commands import command
+from veneer.studio.frame import ViewPage
+from veneer.studio.parts import Command, Fragment, box, button, closed, dialog, form_field, heading, line, opened, put
+from veneer.studio.run import answer_of, asked_here, fork_sentence, job_of, own_prompts
+from veneer.studio.watch import on_change
+
+_WORDS = 60
+_KNOWN: OrderedDict[tuple[str, str, str], str] = OrderedDict()
+"""Answers that were given: (adapter's digest or base, base, prompt) -> text. What is asked greedily is asked once."""
+_MOST = 4000
+
+
+async def steps_view(page: ViewPage) -> None:
+    job = await job_of(page)
+    pictures = "pictures" in job.config.get("data", {}) or "slider" in job.config
+    page.title(f"Steps of {job.name}", "Every step that was kept, with what it scored on rows it never saw.")
+    table = Fragment(
+        "steps.html.j2", acts={"use": lambda data: use(data["step"]), "go": lambda data: go_on(data["step"])},
+        points=[], best=None, used={}, link=page.link, job=job, pictures=pictures, api=page.api,
+        before=None,
+    )  # fmt: skip
+    same = Command(command("jobs", "show", job.id))
+    grid: _Answers | None = None
+    if pictures:
+        sheets = Fragment("step_sheets.html.j2", samples=[], job=job, api=page.api)
+    else:
+        grid = _Answers(page, job)
+
+    def read() -> dict[str, Any]:
+        jobs = page.studio.jobs
+        now, points = jobs.get(page.tenant, job.id), jobs.checkpoints(page.tenant, job.id)
+        scores = {event.data["step"]: event.data for event in jobs.events_of(page.tenant, job.id, "validation")}
+        samples = [event.data["step"] for event in jobs.events_of(page.tenant, job.id, "sample")]
+        found = [{"point": point, "score": scores.get(point.step, {}).get("validation_loss")} for point in points]
+        known = {p.step: float(scores[p.step]["validation_loss"]) for p in points if p.step in scores}
+        best = min(known, key=lambda step: known[step]) if known else None
+        return {"job": now, "points": found, "best": best, "before": scores.get(0), "samples": samples}
+
+    async def fill() -> None:
+        found = await asyncio.to_thread(read)
+        used = await asyncio.to_thread(_used, page, job)
+        table.show(
+            points=found["points"], best=found["best"], used=used, link=page.link, job=found["job"],
+            pictures=pictures, api=page.api, before=found["before"],
+        )  # fmt: skip
+        if pictures:
+            sheets.show(samples=found["samples"][::-1], job=job, api=page.api)
+        elif grid is not None:
+            grid.steps([each["point"] for each in found["points"]])
+
+    def use(step: str) -> None:
+        with dialog(f"Use step {step}") as window:
+            line(f"It becomes the newest version of {job.name}. An alias points to it until it is moved.")
+            alias = form_field("Alias", "prod", lambda now: told.show(_keeping(job, step, now)))
+            told = Command(_keeping(job, step, "prod"))
+            with box("div", "row end"):
+                button("Cancel", lambda: closed(window), kind="word")
+
+                async def do() -> None:
+                    name = str(alias.value or "").strip()
+                    version = await asyncio.to_thread(
+                        kept_step, page.studio.jobs, job.id, int(step), alias=name, tenant=page.tenant
+                    )
+                    closed(window)
+                    await fill()
+                    page.say(f"{version.name}{f'@{name}' if name else ''} is step {step} now")
+
+                button("Use this one", do, kind="filled")
+        opened(window)
+
+    async def go_on(step: str) -> None:
+        sentence = await asyncio.to_thread(fork_sentence, page, job, int(step))
+        same.show(command("jobs", "fork", job.id, step=int(step)))
+        await page.go("train", q=sentence)
+
+    await fill()
+    on_change(lambda: _mark(page, job), 1.0, fill)
+
+
+def _mark(page: ViewPage, job: Job) -> object:
+    points = page.studio.jobs.checkpoints(page.tenant, job.id)
+    now = page.studio.jobs.get(page.tenant, job.id)
+    return [(p.step, p.reference) for p in points], now.state, len(now.result or {}), page.studio.library_mark()
+
+
+def _keeping(job: Job, step: str, alias: str) -> str:
+    return command("jobs", "keep", job.id, step=step, alias=alias)
+
+
+def _used(page: ViewPage, job: Job) -> dict[str, list[str]]:
+    """Digest of an adapter -> what of the job's name is that: aliases and versions."""
+    out: dict[str, list[str]] = {}
+    for version in page.studio.library.search(name=job.name, all_versions=True):
+        if version.name == job.name:
+            names = [f"{version.name}@{each}" for each in (version.aliases or [str(version.version)])]
+            out.setdefault(version.digest, []).extend(names)
+    steps: dict[str, list[str]] = {}
+    for point in page.studio.jobs.checkpoints(page.tenant, job.id):
+        if point.reference and (found := _version(page, point.reference)) is not None:
+            steps[str(point.step)] = out.get(found.digest, [])
+    return steps
+
+
+def _version(page: ViewPage, reference: str) -> Any:
+    from veneer.library.library import NotInLibrary
+
+    try:
+        return page.studio.library.find(reference)
+    except NotInLibrary:
+        return None
+
+
+class _Answers:
+    """The same prompts at the base and at each step, one answer after another: the engine has others to answer, too."""
+
+    def __init__(self, page: ViewPage, job: Job) -> None:
+        self.page, self.job, self.columns = page, job, list[tuple[str, str]]()
+        self.why, self.running = asked_here(page, job), list[asyncio.Task[Any]]()
+        self.texts: dict[tuple[str, str], str] = {}
+        heading("The same prompts", 2)
+        self.hint = line(self.why, "soft")
+        self.prompt = form_field(
+            "Another prompt", "", kind="text", entered=lambda text: self.more(text), hint="Enter asks it of every step"
+        )
+        self.grid = Fragment("answers_grid.html.j2", acts={"drop": lambda d: self.less(d["prompt"])}, rows=[], heads=[])
+
+    @property
+    def prompts(self) -> list[str]:
+        return self.page.query.all("p")
+
+    def steps(self, points: list[JobCheckpoint]) -> None:
+        """The columns are these, the base first."""
+        found = [(f"step {point.step:,}", point.reference) for point in points[::-1] if point.reference]
+        columns = [(self.page.studio.base, ""), *found[-6:]]
+        if columns == self.columns:
+            return
+        self.columns = columns
+        self._again()
+
+    async def more(self, text: str) -> None:
+        if not text.strip():
+            raise ConfigError("there is no prompt", fix="type one")
+        self.page.keep(p=[*self.prompts, text.strip()][-4:])
+        self.prompt.put("")
+        self._again()
+
+    def less(self, text: str) -> None:
+        self.page.keep(p=[each for each in self.prompts if each != text])
+        self._again()
+
+    def _again(self) -> None:
+        for task in self.running:
+            task.cancel()
+        self.running = [self.page.task(self._ask())]
+
+    def _draw(self) -> None:
+        rows = [(prompt, [self.texts.get((prompt, ref)) for _, ref in self.columns]) for prompt in self.prompts]
+        self.grid.show(rows=rows, heads=[name for name, _ in self.columns])
+
+    async def _ask(self) -> None:
+        if self.why:
+            return
+        if not self.prompts:
+            own = await asyncio.to_thread(own_prompts, self.job)
+            self.page.keep(p=own)
+        put(self.hint, "" if len(self.columns) > 1 else "No step can be asked yet: its checkpoints are not published.")
+        self._draw()
+        for prompt in self.prompts:
+            for _, reference in self.columns:
+                key = (reference or self.page.studio.base, self.job.id, prompt)
+                if (known := _KNOWN.get(key)) is None:
+                    known = _KNOWN[key] = await answer_of(self.page, prompt, reference, most=_WORDS)
+                    while len(_KNOWN) > _MOST:
+                        _KNOWN.popitem(last=False)
+                self.texts[prompt, reference] = known
+                self._draw()

@@ -1,0 +1,349 @@
+"""Train: a sentence that says a run, what it would be beside it, and its rows and pictures one by one."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import functools
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, cast
+
+from veneer.errors import ConfigError, VeneerError, counted
+from veneer.jobs.store import Job
+from veneer.jobs.validate import device_of, submitted
+from veneer.plan.plan import Plan
+from veneer.plan.render import rough_duration
+from veneer.plan.tables import Device
+from veneer.studio.commands import command
+from veneer.studio.frame import ViewPage
+from veneer.studio.parts import Command, Fragment, box, button, enable, form_field, line, progress, show
+from veneer.studio.watch import on_change
+from veneer.train.config.image import ImageTrainConfig
+from veneer.train.config.load import RunConfig, config_from
+from veneer.train.config.sentence import Sentence, is_sentence, read_sentence
+from veneer.train.image.captions import write_caption
+from veneer.train.preview import (
+    VERDICTS,
+    Preview,
+    RowVerdict,
+    SeenPicture,
+    picture_of,
+    pictures_seen,
+    preview_of,
+    rows_seen,
+)
+
+_ROWS = 20
+"""Rows of a table at a time."""
+_SHOWN = 48
+"""Pictures of a sheet at a time."""
+_RUNS = 8
+"""Runs below the sentence."""
+_SIDE = 260
+"""Pixels of a picture in the sheet."""
+_POINTS = 8
+"""Checkpoints that a short run gets."""
+
+
+@functools.lru_cache(maxsize=1)
+def _device() -> Device:
+    return device_of()
+
+
+_looking = threading.Lock()
+"""One look at a time: whoever types makes many, and only the last is wanted."""
+
+
+@dataclass
+class _Draft:
+    """What is typed now. `number`: of the last change, so that an older look is not shown over a newer one."""
+
+    sentence: Sentence
+    config: RunConfig | None = None
+    look: Preview | None = None
+    number: int = 0
+    verdict: str = ""
+    offset: int = 0
+
+    def overrides(self, talk: bool) -> list[str]:
+        """What the page adds so that steps can be compared, and asked while it trains, where the sentence is silent."""
+        said = {each.key for each in self.sentence.read}
+        out = ["checkpoint.adapters=true"] if talk and "checkpoint.adapters" not in said else []
+        steps = None if self.look is None or self.look.plan is None else self.look.plan.job.total_steps
+        if steps is None or "checkpoint.every" in said:
+            return out
+        every = min(100, max(1, steps // _POINTS))
+        out += [f"checkpoint.every={every}"] if every < 100 else []
+        return out + ([] if "evaluation.every" in said else [f"evaluation.every={every}"])
+
+
+def _configured(sentence: Sentence, more: list[str]) -> RunConfig:
+    return config_from({}, [*sentence.checked().overrides, *more])[0]
+
+
+async def train_view(page: ViewPage) -> None:
+    studio = page.studio
+    page.title("Train", "Say what to teach in one sentence. What you leave out has a default, with a reason.")
+    if page.caller.tenant:
+        line("Rows of your own come by POST /v1/files and POST /v1/fine_tuning/jobs; their runs are below.", "soft")
+        await _runs(page)
+        return
+    draft = _Draft(read_sentence(page.query.get("q")))
+    with box("div", "split"):
+        with box("div", "stack"):
+            asked = form_field(
+                "What to teach", page.query.get("q"), lambda text: typed(text), kind="area", most=2000, key="/",
+                hint=f"teach {studio.base} from tickets.jsonl, rank 16", entered=lambda text: started(), wait=0.3,
+                look="find say",
+            )  # fmt: skip
+            read = Fragment("read.html.j2", acts={"take": lambda data: taken(data["text"])}, **_reading(page, draft))
+            with box("div", "row"):
+                start = button("Start", lambda: started(), kind="filled", key="ctrl+enter")
+                talk = form_field(
+                    "Ask its steps while it trains", page.query.get("talk") != "no",
+                    lambda on: asking(on), kind="check",
+                )  # fmt: skip
+            same = Command()
+            bar = progress("Looking at the rows")
+            found = Fragment("findings.html.j2", findings=(), sample=(), rows=None)
+        plan = Fragment("plan.html.j2", look="side", look_at=None, plan=None, says=_says, busy=False, guesses=())
+    table = Fragment(
+        "rows.html.j2", acts={"only": lambda data: only(data["verdict"]), "page": lambda data: turned(data["offset"])},
+        seen=None, verdicts=VERDICTS, verdict="", offset=0, some=_ROWS, said="",
+    )  # fmt: skip
+    sheet = Fragment("sheet.html.j2", acts={"caption": lambda data: captioned(data)}, pictures=(), more=0, opened="")
+    same_rows = Command()
+    show(bar, False)
+
+    async def typed(text: str) -> None:
+        page.keep(q=text)
+        draft.sentence, draft.config, draft.look, draft.offset = read_sentence(text), None, None, 0
+        draft.number += 1
+        await looked(draft.number)
+
+    def asking(on: bool) -> None:
+        page.keep(talk=None if on else "no")
+        drawn()
+
+    async def taken(text: str) -> None:
+        asked.put(text)
+        await typed(text)
+
+    def drawn(busy: bool = False, wrong: VeneerError | None = None) -> None:
+        sentence, look = draft.sentence, draft.look
+        read.show(**_reading(page, draft, wrong))
+        why = "" if sentence.whole else "the sentence is not whole yet"
+        if wrong is not None:
+            why = wrong.what
+        elif look is not None and look.stops:
+            why = "what was found has to be mended first"
+        enable(start, not why and look is not None, why or "the rows are being looked at")
+        plan.show(
+            look_at=look, plan=None if look is None else look.plan, says=_says, busy=busy,
+            guesses=() if look is None else look.guesses,
+        )  # fmt: skip
+        found.show(
+            findings=() if look is None else look.findings, sample=() if look is None else look.sample,
+            rows=None if look is None else look.looked,
+        )  # fmt: skip
+        show(bar, busy)
+        more = draft.overrides(bool(talk.value))
+        same.show(command("jobs", "submit", sentence.text, *more) if sentence.whole else "")
+
+    async def looked(number: int) -> None:
+        """Reads, plans and looks at the rows; what a later change has overtaken is not shown."""
+        same_rows.show("")
+        table.show(seen=None, verdicts=VERDICTS, verdict="", offset=0, some=_ROWS, said="")
+        sheet.show(pictures=(), more=0, opened="")
+        if not draft.sentence.whole:
+            return drawn()
+        drawn(busy=True)
+        sentence = draft.sentence
+
+        def do() -> tuple[RunConfig, Preview] | None:
+            with _looking:
+                if number != draft.number:
+                    return None
+                config = _configured(sentence, [])
+                return config, preview_of(config, _device())
+
+        try:
+            done = await asyncio.to_thread(do)
+        except VeneerError as error:
+            if number == draft.number:
+                drawn(wrong=error)
+            return
+        if done is None or number != draft.number:
+            return
+        draft.config, draft.look = done
+        drawn()
+        await seen()
+
+    async def seen() -> None:
+        """The rows, or the pictures, one by one."""
+        config, number = draft.config, draft.number
+        if config is None or (isinstance(config, ImageTrainConfig) and config.slider.wanted):
+            return
+        try:
+            if isinstance(config, ImageTrainConfig):
+                pictures = await asyncio.to_thread(pictures_seen, config)
+                shown = await asyncio.to_thread(_thumbnails, pictures[:_SHOWN])
+                if number == draft.number:
+                    sheet.show(pictures=shown, more=len(pictures) - len(shown), opened="")
+            else:
+                wanted = cast("list[RowVerdict]", [draft.verdict] if draft.verdict else [])
+                look = functools.partial(rows_seen, config, offset=draft.offset, limit=_ROWS, verdicts=wanted)
+                rows = await asyncio.to_thread(look)
+                if number == draft.number:
+                    table.show(
+                        seen=rows, verdicts=VERDICTS, verdict=draft.verdict, offset=draft.offset, some=_ROWS,
+                        said=_rows_said(rows),
+                    )  # fmt: skip
+        except VeneerError:
+            return  # it stands among the findings
+        if number == draft.number:
+            same_rows.show(command("data", "show", draft.sentence.text, only=draft.verdict, offset=draft.offset or ""))
+
+    async def only(verdict: str) -> None:
+        draft.verdict, draft.offset = ("" if verdict == draft.verdict else verdict), 0
+        await seen()
+
+    async def turned(offset: str) -> None:
+        draft.offset = max(0, int(offset))
+        await seen()
+
+    async def captioned(data: dict[str, str]) -> None:
+        """One caption, in place: the picture is named by what is in it."""
+        if not isinstance(draft.config, ImageTrainConfig):
+            return
+        picture = await asyncio.to_thread(picture_of, draft.config, data.get("id", ""))
+        await _ask_caption(page, picture, draft.config, again)
+
+    async def again() -> None:
+        draft.number += 1
+        await looked(draft.number)
+
+    async def started() -> None:
+        sentence, look = draft.sentence, draft.look
+        if not sentence.whole or look is None or look.stops:
+            raise ConfigError("this run cannot begin yet", fix="see what was found, and what is not read")
+        more = draft.overrides(bool(talk.value))
+
+        def do() -> Job:
+            return submitted(studio.jobs, _configured(sentence, more), device=_device(), tenants=studio.tenants)
+
+        show(bar, True)
+        try:
+            job = await asyncio.to_thread(do)
+        finally:
+            show(bar, False)
+        if job.state == "failed":
+            error = job.error or {}
+            raise VeneerError(str(error.get("message")), where=error.get("where"), fix=error.get("fix"))
+        await page.go("run", job=job.id)
+        page.say(f"{job.name} is queued")
+
+    drawn()
+    await _runs(page)
+    page.task(looked(draft.number))
+
+
+def _reading(page: ViewPage, draft: _Draft, wrong: VeneerError | None = None) -> dict[str, Any]:
+    """What was read of the sentence, and what was not; of an empty one, some to begin with."""
+    base, sentence = page.studio.base, draft.sentence
+    begins = [
+        f"teach {base} from examples/tickets/train.jsonl, rank 16",
+        f"teach {base} from rows.jsonl, 300 steps, call it support",
+        "teach emoji-flux from a folder drawings, as a style, trigger sks",
+    ]
+    return {
+        "read": sentence.read, "unread": sentence.unread, "wrong": wrong, "text": sentence.text,
+        "missing": sentence.missing if sentence.text.strip() else (), "here": _short_path(os.getcwd()),
+        "begins": [] if sentence.text.strip() else begins, "begun": is_sentence(f"{sentence.text} x"),
+    }  # fmt: skip
+
+
+def _short_path(path: str) -> str:
+    home = str(Path.home())
+    return f"~{path[len(home) :]}" if path == home or path.startswith(home + "/") else path
+
+
+def _says(plan: Plan) -> dict[str, str]:
+    """The plan's figures in words."""
+    cost = plan.cost
+    return {
+        "time": "not known" if plan.seconds is None else _time(plan.seconds),
+        "cost": "" if cost is None else f"${cost:,.2f}" if cost >= 0.01 else f"{cost * 100:.2g} cents",
+        "steps": counted(plan.job.total_steps, "step"),
+    }
+
+
+def _time(seconds: float) -> str:
+    return "moments" if seconds < 1 else rough_duration(seconds)
+
+
+def _rows_said(seen: Any) -> str:
+    of = "" if seen.total in (None, seen.looked) else f", the first of {seen.total:,}"
+    return f"{counted(seen.looked, 'row')}{of}, read as {seen.format}"
+
+
+def _thumbnails(pictures: tuple[SeenPicture, ...]) -> list[dict[str, Any]]:
+    """Each picture small, as an address of its own bytes: no path leaves this process."""
+    return [{"picture": picture, "source": _thumbnail(picture.path, picture.id)} for picture in pictures]
+
+
+@functools.lru_cache(maxsize=512)
+def _thumbnail(path: Path, id: str) -> str:
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        small = opened.convert("RGBA")
+        small.thumbnail((_SIDE, _SIDE))
+        flat = Image.new("RGB", small.size, "white")
+        flat.paste(small, mask=small.getchannel("A"))
+    held = BytesIO()
+    flat.save(held, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(held.getvalue()).decode()
+
+
+async def _ask_caption(page: ViewPage, picture: SeenPicture, config: ImageTrainConfig, done: Callable[[], Any]) -> None:
+    from veneer.studio.parts import closed, dialog, opened
+
+    with dialog(picture.name) as window:
+        text = form_field(
+            "What is to be seen", picture.caption,
+            lambda now: same.show(command("data", "caption", str(picture.path), now)), kind="area", most=2000,
+        )  # fmt: skip
+        line("It is written where the run reads it: beside the picture, or in the folder's metadata.", "soft small")
+        same = Command(command("data", "caption", str(picture.path), picture.caption))
+        with box("div", "row end"):
+            button("Cancel", lambda: closed(window), kind="word")
+
+            async def keep() -> None:
+                folder = next((f for f in config.data.folders if picture.path.is_relative_to(f)), None)
+                await asyncio.to_thread(write_caption, picture.path, str(text.value), folder)
+                closed(window)
+                await done()
+                page.say(f"{picture.name} has another caption")
+
+            button("Keep", keep, kind="filled")
+    opened(window)
+
+
+async def _runs(page: ViewPage) -> None:
+    """The newest runs: whatever was begun can be left, and come back to."""
+    runs = Fragment("runs.html.j2", jobs=(), link=page.link)
+
+    def newest() -> list[Job]:
+        return page.studio.jobs.jobs(page.tenant, limit=_RUNS)[0]
+
+    async def fill() -> None:
+        runs.show(jobs=await asyncio.to_thread(newest), link=page.link)
+
+    await fill()
+    on_change(lambda: [(job.id, job.state, job.step) for job in newest()], 2.0, fill)
