@@ -32,16 +32,26 @@ class Window:
         self.place = f"{place}?EIO=4&transport=websocket&{said}"
         self.socket: ClientConnection
 
-    def type(self, text: str) -> None:
-        """Into the first field."""
-        id, field = next((i, e) for i, e in self.elements.items() if e.get("props", {}).get("kind") == "search")
-        listener = next(e["listener_id"] for e in field["events"] if e["type"] == "changed")
-        event = {
-            "id": int(id),
-            "client_id": self.query["client_id"],
-            "listener_id": listener,
-            "args": [json.dumps(text)],
-        }
+    def type(self, text: str, kind: str = "search") -> None:
+        """Into the first field of a kind."""
+        id, field = next((i, e) for i, e in self.elements.items() if e.get("props", {}).get("kind") == kind)
+        self._send(id, field, "changed", [json.dumps(text)])
+
+    def press(self, text: str) -> None:
+        """The button that says this."""
+        id, found = next((i, e) for i, e in self.elements.items() if e["tag"] == "button" and e.get("text") == text)
+        self._send(id, found, "click", [])
+
+    def act(self, name: str, **data: str) -> None:
+        """What a click does on a part of a fragment that has `data-act=name`."""
+        for id, each in self.elements.items():
+            if f'data-act="{name}"' in str(each.get("props", {}).get("innerHTML", "")):
+                return self._send(id, each, "click", [json.dumps({"act": name, **data})])
+        raise AssertionError(f"nothing on the page does {name}")
+
+    def _send(self, id: str, element: Any, kind: str, args: list[str]) -> None:
+        listener = next(e["listener_id"] for e in element["events"] if e["type"] == kind)
+        event = {"id": int(id), "client_id": self.query["client_id"], "listener_id": listener, "args": args}
         self.socket.send("42" + json.dumps(["event", event]))
 
     def until(self, *words: str) -> str:

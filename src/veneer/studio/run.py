@@ -5,6 +5,7 @@ it while the next one trains. All of it is read from the job's own events, so th
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,8 +163,7 @@ async def run_view(page: ViewPage) -> None:
     sheets = Fragment(
         "sheets.html.j2", acts={"sheet": lambda data: sheet(data["step"])}, steps=[], chosen=None, source=""
     )
-    if not pictures:
-        await _talk(page, job)
+    follow = None if pictures else await _talk(page, job)
     notes = Fragment("notes.html.j2", notes=[], checked={})
 
     def read() -> Job:
@@ -209,8 +209,10 @@ async def run_view(page: ViewPage) -> None:
             do, button_text="Stop", command=command("jobs", "cancel", job.id), danger=True,
         )  # fmt: skip
 
-    await fill()
+    await fill()  # before anything is followed: with the first timer the page goes out
     on_change(lambda: (jobs.get(page.tenant, job.id), _newest(page, job.id)), _LOOK, fill)
+    if follow is not None:
+        follow()
 
 
 def _newest(page: ViewPage, job: str) -> int:
@@ -260,8 +262,9 @@ async def answer_of(page: ViewPage, prompt: str, reference: str, told: Any = Non
     return text
 
 
-async def _talk(page: ViewPage, job: Job) -> None:
-    """A prompt, and what the base and a step of the run answer, while the run goes on."""
+async def _talk(page: ViewPage, job: Job) -> Callable[[], object]:
+    """A prompt, and what the base and a step of the run answer, while the run goes on. Returns what begins to follow
+    its steps."""
     heading("Talk to it", 2)
     with box("section", "stack talk"):
         hint = line("", "soft")
@@ -335,7 +338,7 @@ async def _talk(page: ViewPage, job: Job) -> None:
         running.append(page.task(drawn()))
 
     await fill()
-    on_change(lambda: (points(), page.studio.jobs.get(page.tenant, job.id).state), 1.0, fill)
+    return lambda: on_change(lambda: (points(), page.studio.jobs.get(page.tenant, job.id).state), 1.0, fill)
 
 
 def fork_sentence(page: ViewPage, job: Job, step: int | None) -> str:

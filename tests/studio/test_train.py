@@ -1,0 +1,142 @@
+"""A run from a sentence to its steps, on the page: what is typed is read, planned and looked at; what a job has said is
+drawn, step by step, whoever said it; what is in rows and names is text alone."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+from tests.studio.conftest import HOSTILE, Served
+from tests.studio.windows import opened
+from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobStore
+from veneer.library.library import open_library
+
+ESCAPED = "&lt;img src=x onerror=alert(1)&gt;"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [{"prompt": f"Where is parcel {i}? {HOSTILE}", "completion": f"Shelf {i % 7}."} for i in range(30)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"prompt": "", "completion": "x"}]))
+    return file
+
+
+@pytest.fixture(scope="module")
+def store(tiny: tuple[Path, Path]) -> Iterator[JobStore]:
+    with open_library(tiny[1]) as library:
+        yield JobStore(library)
+
+
+@pytest.fixture(scope="module")
+def lesson(studio: Served, tiny: tuple[Path, Path], rows: Path, store: JobStore) -> Job:
+    """A job on whose way is what a run tells: two steps, of which the second can be asked, and a sheet of pictures."""
+    config = {
+        "base": {"name": str(tiny[0])}, "data": {"train": str(rows)}, "checkpoint": {"adapters": True},
+        "schedule": {"steps": 4},
+    }  # fmt: skip
+    made = store.create("", config, name="lesson")
+    looked = store.take("here", 600, "validating", only=made.id)
+    assert looked is not None
+    store.queue(looked, {"tokens": 100, "steps": 4})
+    lease = store.take("here", 600, only=made.id)
+    assert lease is not None
+    measured = {"steps": 4, "tokens": 20, "seconds": 0.5, "memory_bytes": 5 * 10**8, "tokens_per_second": 40.0}
+    events = [
+        JobEvent("info", "metrics", f"step {n}", {"step": n, "loss": 3 - n, "learning_rate": 1e-4, **measured})
+        for n in (1, 2)
+    ]
+    events += [
+        JobEvent("info", "validation", "", {"step": n, "validation_loss": 3.5 - n, "best": n > 0}) for n in (0, 1, 2)
+    ]
+    events += [
+        JobEvent("info", "sample", "", {"step": 2, "file": "samples/step-2.png", "seconds": 1.0}),
+        JobEvent("warn", "note", f"warning: {HOSTILE}"),
+    ]
+    points = [JobCheckpoint(1, {"loss": 2.0}), JobCheckpoint(2, {"loss": 1.0}, reference="support@1")]
+    store.note(lease, events, points, trained=(2, 4, 40))
+    folder = studio.log.parent / "jobs" / made.id / "attempt-1" / "samples"  # of the server's own home
+    folder.mkdir(parents=True)
+    Image.new("RGB", (40, 20), "red").save(folder / "step-2.png")
+    return made
+
+
+def test_a_sentence_is_read_as_it_is_typed_then_planned_and_its_rows_looked_at(
+    studio: Served, tiny: tuple[Path, Path], rows: Path
+) -> None:
+    sentence = f"teach {tiny[0]} from {rows}, rank 2, 4 steps"
+    with opened(f"{studio.address}/studio/train") as window:
+        window.type(f"{sentence}, rnak 3", "area")
+        window.until("rnak 3", "did you mean `rank N`?")
+        window.type(sentence, "area")
+        heard = window.until("rows.jsonl:31", "prompt` is empty", "veneer jobs submit")
+        assert "this run cannot begin" not in heard
+        lines = rows.read_text().splitlines(keepends=True)
+        rows.write_text("".join(lines[:-1]))
+        window.type(f"{sentence}, seed 1", "area")
+        heard = window.until("is learned in", "<mark>Shelf", "read as prompt-completion", "learned 28", ESCAPED)
+        assert "onerror=alert(1)>" not in heard.replace(ESCAPED, "")
+        rows.write_text("".join(lines))
+
+
+def test_it_is_queued_with_what_lets_its_steps_be_asked(
+    studio: Served, tiny: tuple[Path, Path], tmp_path: Path, store: JobStore
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    lines = [{"prompt": f"Where is parcel {i}?", "completion": f"Shelf {i % 7}."} for i in range(30)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with opened(f"{studio.address}/studio/train") as window:
+        window.type(f"teach {tiny[0]} from {file}, 40 steps, call it asked", "area")
+        window.until("read as prompt-completion")
+        window.press("Start")
+        window.until("asked is queued")
+    job = store.jobs(None, limit=1)[0][0]
+    assert (job.name, job.state, job.steps) == ("asked", "queued", 40)
+    assert job.config["checkpoint"] == {"adapters": True, "every": 5}
+    assert job.config["evaluation"] == {"every": 5}
+
+
+def test_a_run_is_drawn_from_what_it_said_and_obeys(studio: Served, lesson: Job, store: JobStore) -> None:
+    with opened(f"{studio.address}/studio/run?job={lesson.id}") as window:
+        page = html.unescape(str(window.elements))
+        for words in ("2 of 4", "500 MB", "40 a second", "<svg", "Held-out loss", "step 2", ESCAPED):
+            assert words in page
+        assert "<img src=x onerror" not in page
+        window.press("Pause")
+        window.until("It saves its state and rests", "paused")
+        assert store.get(None, lesson.id).state == "paused"
+        window.press("Resume")
+        window.until("It goes on from its last checkpoint")
+    assert httpx.get(f"{studio.address}/studio/run?job=ftjob-{'x' * 24}").status_code == 404
+
+
+def test_a_step_is_kept_and_gone_on_from(studio: Served, lesson: Job, store: JobStore) -> None:
+    address = f"{studio.address}/studio/steps?job={lesson.id}&p=Where%3F"
+    with opened(address) as window:
+        page = str(window.elements)
+        assert "support@1" in page
+        assert "not published" in page  # the first has no adapter
+        assert page.index("1.5000") < page.index("lowest") < page.index("2.5000")
+        window.until("step 2", "aria-busy")
+        window.act("use", step="2")
+        window.until("Use step 2", "veneer jobs keep")
+    with opened(address) as window:
+        window.act("go", step="2")
+        heard = window.until("go on from support@1")
+        assert "checkpoint.adapters" not in heard.partition("go on from support@1")[0]
+
+
+def test_sample_pictures_come_by_job_and_step_and_by_no_path(studio: Served, lesson: Job) -> None:
+    found = httpx.get(f"{studio.address}/v1/jobs/{lesson.id}/samples/2")
+    assert found.headers["content-type"] == "image/png"
+    assert found.content[:4] == b"\x89PNG"
+    assert httpx.get(f"{studio.address}/studio/api/v1/jobs/{lesson.id}/samples/2").content == found.content
+    for path in (f"{lesson.id}/samples/3", f"ftjob-{'x' * 24}/samples/2"):
+        assert httpx.get(f"{studio.address}/v1/jobs/{path}").status_code == 404
+    assert httpx.get(f"{studio.address}/v1/jobs/{lesson.id}/samples/..%2f2").status_code in (400, 404, 422)
