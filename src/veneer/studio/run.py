@@ -61,7 +61,7 @@ async def job_of(page: ViewPage) -> Job:
         raise NothingHere("There is no such run, or none that you may see.", fix="see `veneer jobs list`") from None
 
 
-def said_by(job: Job, **more: Any) -> str:
+def _said_by(job: Job, **more: Any) -> str:
     """The sentence that would ask for this job."""
     last = job.name.rpartition("/")[2]
     return sentence_of({**job.config, "output": f"runs/{last}", **more})
@@ -149,14 +149,14 @@ async def run_view(page: ViewPage) -> None:
     job, jobs, heard = await job_of(page), page.studio.jobs, _Heard()
     pictures = "pictures" in job.config.get("data", {}) or "slider" in job.config
     page.title(job.name)
-    line(said_by(job), "lede")
+    line(_said_by(job), "lede")
     head = Fragment("run_head.html.j2", job=job, trains=page.studio.trains, link=page.link)
     bar = progress("Steps done", None)
     with box("div", "row below"):
         pausing = button("Pause", lambda: change("pause"), key="p")
         resuming = button("Resume", lambda: change("resume"), key="p", kind="filled")
         stopping = button("Stop…", lambda: ending(), kind="danger")
-        button("Again, otherwise…", lambda: page.go("train", q=said_by(job)), kind="word")
+        button("Again, otherwise…", lambda: page.go("train", q=_said_by(job)), kind="word")
     same = Command()
     figures = Fragment("figures.html.j2", figures=[])
     charts = Fragment("charts.html.j2", charts=[])

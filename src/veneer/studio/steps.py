@@ -10,9 +10,10 @@ from typing import Any
 from veneer.errors import ConfigError
 from veneer.jobs.steps import kept_step
 from veneer.jobs.store import Job, JobCheckpoint
+from veneer.studio import parts
 from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
-from veneer.studio.parts import Command, Fragment, box, button, closed, dialog, form_field, heading, line, opened, put
+from veneer.studio.parts import Command, Fragment, box, button, dialog, form_field, heading, line, put
 from veneer.studio.run import answer_of, asked_here, fork_sentence, job_of, own_prompts
 from veneer.studio.watch import on_change
 
@@ -66,19 +67,19 @@ async def steps_view(page: ViewPage) -> None:
             alias = form_field("Alias", "prod", lambda now: told.show(_keeping(job, step, now)))
             told = Command(_keeping(job, step, "prod"))
             with box("div", "row end"):
-                button("Cancel", lambda: closed(window), kind="word")
+                button("Cancel", lambda: parts.closed(window), kind="word")
 
                 async def do() -> None:
                     name = str(alias.value or "").strip()
                     version = await asyncio.to_thread(
                         kept_step, page.studio.jobs, job.id, int(step), alias=name, tenant=page.tenant
                     )
-                    closed(window)
+                    parts.closed(window)
                     await fill()
                     page.say(f"{version.name}{f'@{name}' if name else ''} is step {step} now")
 
                 button("Use this one", do, kind="filled")
-        opened(window)
+        parts.opened(window)
 
     async def go_on(step: str) -> None:
         sentence = await asyncio.to_thread(fork_sentence, page, job, int(step))

@@ -19,9 +19,10 @@ from veneer.jobs.validate import device_of, submitted
 from veneer.plan.plan import Plan
 from veneer.plan.render import rough_duration
 from veneer.plan.tables import Device
+from veneer.studio import parts
 from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
-from veneer.studio.parts import Command, Fragment, box, button, enable, form_field, line, progress, show
+from veneer.studio.parts import Command, Fragment, box, button, dialog, enable, form_field, line, progress, show
 from veneer.studio.watch import on_change
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.load import RunConfig, config_from
@@ -312,8 +313,6 @@ def _thumbnail(path: Path, id: str) -> str:
 
 
 async def _ask_caption(page: ViewPage, picture: SeenPicture, config: ImageTrainConfig, done: Callable[[], Any]) -> None:
-    from veneer.studio.parts import closed, dialog, opened
-
     with dialog(picture.name) as window:
         text = form_field(
             "What is to be seen", picture.caption,
@@ -322,17 +321,17 @@ async def _ask_caption(page: ViewPage, picture: SeenPicture, config: ImageTrainC
         line("It is written where the run reads it: beside the picture, or in the folder's metadata.", "soft small")
         same = Command(command("data", "caption", str(picture.path), picture.caption))
         with box("div", "row end"):
-            button("Cancel", lambda: closed(window), kind="word")
+            button("Cancel", lambda: parts.closed(window), kind="word")
 
             async def keep() -> None:
                 folder = next((f for f in config.data.folders if picture.path.is_relative_to(f)), None)
                 await asyncio.to_thread(write_caption, picture.path, str(text.value), folder)
-                closed(window)
+                parts.closed(window)
                 await done()
                 page.say(f"{picture.name} has another caption")
 
             button("Keep", keep, kind="filled")
-    opened(window)
+    parts.opened(window)
 
 
 async def _runs(page: ViewPage) -> None:
