@@ -18,8 +18,9 @@ AT_ONCE := -n 2 --dist loadfile
 BENCH ?= text_training
 BENCH_FLAGS ?=
 GPU_FLAGS ?=
+STUDIO_FLAGS ?=
 
-.PHONY: help quickstart image-quickstart test test-slow test-random test-peers test-gpu gpu attack check format bench clean distclean
+.PHONY: help quickstart image-quickstart studio test test-browser test-slow test-random test-peers test-gpu gpu attack check format bench clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -29,6 +30,9 @@ quickstart: $(VENV)/.ready-use ## train an adapter on support tickets, end to en
 
 image-quickstart: $(VENV)/.ready-image ## train a style on 50 drawings and draw with it (under ten minutes on two cores)
 	@$(RUN) examples/image_quickstart.py
+
+studio: $(VENV)/.ready-studio ## the page: adapters to look at, compare, mix, train and let go live, in the browser
+	@$(RUN) examples/studio.py $(STUDIO_FLAGS)
 
 test: $(VENV)/.ready-dev ## the default tests: CPU, no network, two files at a time
 	@$(RUN) -m pytest $(AT_ONCE) $(TEST_FLAGS)
@@ -42,8 +46,11 @@ test-random: $(VENV)/.ready-dev ## the default tests with new examples of every 
 test-peers: $(VENV)/.ready-peers $(VLLM_VENV)/.ready $(TINKER_VENV)/.ready ## comparisons with other tools
 	@$(RUN) -m pytest -m peers $(TEST_FLAGS)
 
+test-browser: $(VENV)/.ready-browser ## the page in Chromium (Debian and Ubuntu: apt install chromium)
+	@$(RUN) -m pytest -m browser tests/browser $(TEST_FLAGS)
+
 attack: $(VENV)/.ready-dev ## every attack on real server processes: floods, kills, full disks, outages; the long ones too
-	@$(RUN) -m pytest $(ATTACKS) -m "not gpu and not peers and not network" $(TEST_FLAGS)
+	@$(RUN) -m pytest $(ATTACKS) -m "not gpu and not peers and not network and not browser" $(TEST_FLAGS)
 
 test-gpu: $(VENV)/.ready-dev ## the same laws on a CUDA device
 	@TRITON_INTERPRET=0 $(RUN) -m pytest -m gpu $(TEST_FLAGS)
@@ -93,6 +100,14 @@ $(VENV)/.ready-use: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.ready-image: pyproject.toml | $(VENV)/bin/python
 	@if [ $(VENV)/.ready-dev -nt pyproject.toml ]; then :; else $(PIP) -e '.[image,emoji]'; fi
 	@touch $@ $(VENV)/.ready-use
+
+$(VENV)/.ready-studio: pyproject.toml | $(VENV)/bin/python
+	@if [ $(VENV)/.ready-dev -nt pyproject.toml ]; then :; else $(PIP) -e '.[studio]'; fi
+	@touch $@ $(VENV)/.ready-use
+
+$(VENV)/.ready-browser: pyproject.toml | $(VENV)/bin/python
+	@$(PIP) -e '.[dev,browser]'
+	@touch $@ $(VENV)/.ready-dev
 
 $(VENV)/.ready-dev: pyproject.toml | $(VENV)/bin/python
 	@$(PIP) -e '.[dev]'

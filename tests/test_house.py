@@ -329,7 +329,7 @@ def test_tests_mirror_the_package() -> None:
     rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     folders = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and any(p.rglob("test_*.py"))}
     assert rooms <= folders, f"no tests for {sorted(rooms - folders)}"
-    assert folders <= rooms | {"attack", "examples", "benchmarks", "bases"}, sorted(folders - rooms)
+    assert folders <= rooms | {"attack", "examples", "benchmarks", "bases", "browser"}, sorted(folders - rooms)
 
 
 def test_every_module_says_what_it_is() -> None:

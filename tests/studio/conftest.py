@@ -26,13 +26,13 @@ class Served:
     """A server in a process of its own. `base`: its folder. `library`: where its adapters are."""
 
     def __init__(self, folder: Path, base: Path, library: Path, *options: str) -> None:
-        port = free_port()
+        port = int(options[options.index("--port") + 1]) if "--port" in options else free_port()
         self.address, self.library = f"http://127.0.0.1:{port}", library
         self.log = folder / "log"
         own = {"PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home_with_kernels(folder)), "OMP_NUM_THREADS": "1"}
         command = [
-            "-c", "from veneer.cli.main import main; main()", "serve", "--studio", "--base", str(base), "--port",
-            str(port), "--library", str(library), "--cache-memory", "16M", "--dtype", "float32", *options,
+            "-c", "from veneer.cli.main import main; main()", "serve", "--studio", "--base", str(base),
+            "--library", str(library), "--cache-memory", "16M", "--dtype", "float32", *options, "--port", str(port),
         ]  # fmt: skip
         without = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
         self.process = Forked(command, env=without | own, log=self.log)

@@ -10,6 +10,7 @@ import typer
 from veneer.cli.options import ChosenDevice, LoadedDtype
 from veneer.cli.serve import serve_with
 from veneer.serve.settings import ServeSettings
+from veneer.serve.tenancy.keys import default_database
 
 app = typer.Typer(add_completion=False)
 
@@ -35,5 +36,8 @@ def studio(
     """Look at adapters, compare, mix and train them, and let them go live: a page at http://127.0.0.1:8000/studio/.
 
     Everything on it is a command or a route too. For other people's browsers: `veneer serve --studio` with keys."""
-    settings = ServeSettings(base, port=port, library=library, open=True, dtype=dtype, device=device)
+    tenants = default_database()  # made where there is none: routes, votes and costs are in it
+    settings = ServeSettings(
+        base, port=port, library=library, tenants=tenants, open=True, dtype=dtype, device=device
+    )  # fmt: skip
     serve_with(settings, train=train, studio=True, show=webbrowser.open if browser else lambda address: None)

@@ -34,6 +34,9 @@ _HERE = ("localhost", "127.0.0.1", "::1")
 _WRONG = 1.0
 """Seconds that a wrong key waits for its answer."""
 _ASSETS = f"{ROOT}/_nicegui/"
+_FOR_EVER = "public, max-age=31536000, immutable"
+_UNUSED = ("/fonts.css", "/quasar.unimportant.prod.css", "/quasar.important.prod.css")
+"""Looks of widgets that no view has: a quarter of a megabyte that a browser would read before it paints anything."""
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; connect-src 'self'; frame-ancestors 'none'; form-action 'self'; base-uri 'none'; "
@@ -79,8 +82,9 @@ async def check_reach(tenancy: Tenancy, host: str) -> None:
 
 
 async def visitor_of(tenancy: Tenancy, request: HTTPConnection) -> Visitor | None:
-    """Who sent this; None for who has to say so first."""
-    key = request.cookies.get(_COOKIE)
+    """Who sent this; None for who has to say so first. Where nobody needs a key, one that a browser has of another
+    server of this machine is let be."""
+    key = None if await _is_open(tenancy) else request.cookies.get(_COOKIE)
     try:
         return Visitor(tenancy, key, await tenancy.caller(key))
     except Refused as error:
@@ -136,7 +140,12 @@ class Gate:
         if wrong := self._refused(scope, headers):
             return await _turn_away(wrong, scope, receive, send)
         if path.startswith(f"{ROOT}/api/"):
-            return await self.app(_with_key(scope, path.removeprefix(f"{ROOT}/api")), receive, send)
+            key = None if self._open else HTTPConnection(scope).cookies.get(_COOKIE)
+            return await self.app(_with_key(scope, path.removeprefix(f"{ROOT}/api"), key), receive, send)
+
+        if path.endswith(_UNUSED) and path.startswith(_ASSETS):
+            head = {"cache-control": _FOR_EVER}
+            return await Response(media_type="text/css", headers=head)(scope, receive, send)
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -145,7 +154,7 @@ class Gate:
                 given["x-content-type-options"] = "nosniff"
                 given["referrer-policy"] = "same-origin"
                 if path.startswith(_ASSETS) and message["status"] == 200 and "/dynamic_resources/" not in path:
-                    given["cache-control"] = "public, max-age=31536000, immutable"  # their version is in their path
+                    given["cache-control"] = _FOR_EVER  # their version is in their path
             await send(message)
 
         await self.app(scope, receive, guarded if scope["type"] == "http" else send)
@@ -161,9 +170,8 @@ class Gate:
         return None
 
 
-def _with_key(scope: Scope, path: str) -> Scope:
-    """As a client would have sent it, who has the key of the cookie."""
-    key = HTTPConnection(scope).cookies.get(_COOKIE)
+def _with_key(scope: Scope, path: str, key: str | None) -> Scope:
+    """As a client would have sent it who has that key."""
     drop = (b"cookie", b"authorization", b"x-api-key", b"api-key")
     headers = [(name, value) for name, value in scope["headers"] if name not in drop]
     if key is not None:

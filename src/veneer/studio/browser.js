@@ -3,21 +3,73 @@ const themes = { "": "System", light: "Light", dark: "Dark" };
 const ours = (path) => path === window.path_prefix || path.startsWith(window.path_prefix + "/");
 const typing = (at) => at && (at.isContentEditable || /^(TEXTAREA|SELECT)$/.test(at.tagName) ||
   (at.tagName === "INPUT" && !/^(checkbox|radio|range|button)$/.test(at.type)));
+const seen = (el) => el.checkVisibility?.({ visibilityProperty: true }) ?? el.offsetParent;
+const called = (el) => (el.getAttribute("aria-label") || el.closest("label")?.querySelector(".name")?.textContent || el.textContent).trim();
 
 export default {
-  template: `<div hidden></div>`,
-  emits: ["go"],
+  props: { words: String },
+  template: `
+    <div>
+      <div v-if="over" class="dropping"><p>{{ words }}</p></div>
+      <div v-if="sending" class="sending" role="status"><span>{{ sending }}</span>
+        <progress max="1" :value="share" aria-label="Sent"></progress></div>
+      <input ref="pick" type="file" multiple hidden tabindex="-1" aria-hidden="true" @change="picked">
+      <dialog ref="keys" class="dialog" aria-label="Keys"><h2>Keys</h2>
+        <table class="plain"><tr v-for="each in known" :key="each[0] + each[1]"><th scope="row"><kbd v-for="key in each[0].split(' ')">{{ key }}</kbd></th><td>{{ each[1] }}</td></tr></table>
+        <div class="row end"><button type="button" class="button quiet" @click="$refs.keys.close()">Close</button></div></dialog>
+      <dialog ref="finder" class="dialog finder" aria-label="Find anything">
+        <input type="search" v-model="sought" placeholder="An adapter, a run, a route, or what to do" aria-label="Find anything" role="combobox"
+          aria-expanded="true" aria-controls="finds" :aria-activedescendant="'find-' + at" autocomplete="off" spellcheck="false" @input="seek"
+          @keydown.down.prevent="at = Math.min(at + 1, finds.length - 1)" @keydown.up.prevent="at = Math.max(at - 1, 0)" @keydown.enter.prevent="take(finds[at])">
+        <ul id="finds" role="listbox" aria-label="Found"><li v-for="(each, n) in finds" :key="n" :id="'find-' + n" role="option" :aria-selected="n === at" @click="take(each)">
+          <span>{{ each.title }}</span><span class="soft small">{{ each.what }}</span></li></ul></dialog>
+    </div>`,
+  emits: ["go", "sought", "dropped", "sent"],
+  data() {
+    return { over: false, sending: "", share: 0, known: [], sought: "", finds: [], at: 0 };
+  },
   mounted() {
     this.chord = "";
-    document.getElementById("shell")?.remove();
+    this.files = [];
+    this.takeOver();
     document.addEventListener("click", this.clicked);
     document.addEventListener("keydown", this.pressed);
     document.addEventListener("focusin", (e) => (this.focused = e.target.dataset?.id || ""));
     window.addEventListener("popstate", () => this.$emit("go", location.pathname + location.search));
-    new MutationObserver(this.refocus).observe(document.body, { childList: true, subtree: true });
+    new MutationObserver(this.changed).observe(document.body, { childList: true, subtree: true });
+    const dragged = (e) => e.dataTransfer && [...e.dataTransfer.types].includes("Files");
+    window.addEventListener("dragover", (e) => {
+      if (!dragged(e)) return;
+      e.preventDefault();
+      this.over = true;
+    });
+    window.addEventListener("dragleave", (e) => !e.relatedTarget && (this.over = false));
+    window.addEventListener("drop", (e) => {
+      this.over = false;
+      if (!dragged(e)) return;
+      e.preventDefault();
+      this.offer([...e.dataTransfer.files]);
+    });
+    this.more = new IntersectionObserver((all) => all.forEach((each) => each.isIntersecting && each.target.click()), { rootMargin: "600px" });
     this.themed();
+    this.changed();
   },
   methods: {
+    // what stood there before this ran goes; what was typed into it is kept
+    takeOver() {
+      const shell = document.getElementById("shell");
+      const typed = shell?.contains(document.activeElement) && typing(document.activeElement) ? document.activeElement : null;
+      const at = typed ? [...shell.querySelectorAll("input, textarea, select")].indexOf(typed) : -1;
+      const value = typed?.value;
+      shell?.remove();
+      const el = at < 0 ? null : document.querySelector(".nicegui-content").querySelectorAll("input:not([hidden]), textarea, select")[at];
+      if (!el) return;
+      el.focus();
+      if (el.value !== value) {
+        el.value = value;
+        el.dispatchEvent(new Event("input"));
+      }
+    },
     keep(path, said) {
       history.replaceState(null, "", said ? `${path}?${said}` : path);
     },
@@ -39,6 +91,10 @@ export default {
       location.reload();
     },
     // -- links, copying, light and dark
+    go(to) {
+      this.went(to);
+      this.$emit("go", to);
+    },
     clicked(e) {
       const copy = e.target.closest("[data-copy]");
       if (copy) {
@@ -55,14 +111,19 @@ export default {
         localStorage.setItem("veneer-theme", order[(order.indexOf(now) + 1) % order.length]);
         return this.themed();
       }
+      if (e.target.closest("[data-does=keys]")) return this.showKeys();
+      if (e.target.closest("[data-does=find]")) return this.find();
+      if (e.target.tagName === "DIALOG") {
+        const box = e.target.getBoundingClientRect(); // beside the window, not in it
+        if (e.clientY < box.top || e.clientY > box.bottom || e.clientX < box.left || e.clientX > box.right) e.target.close();
+      }
       const link = e.target.closest("a[href]");
       if (!link || e.defaultPrevented || e.button || e.ctrlKey || e.metaKey || e.shiftKey || e.altKey) return;
       const to = new URL(link.href, location.href);
       if (link.target || link.hasAttribute("download") || to.origin !== location.origin || !ours(to.pathname)) return;
       if (to.pathname.startsWith(`${window.path_prefix}/api/`)) return;
       e.preventDefault();
-      this.went(to.pathname + to.search);
-      this.$emit("go", to.pathname + to.search);
+      this.go(to.pathname + to.search);
     },
     themed() {
       const now = localStorage.getItem("veneer-theme") || "";
@@ -77,44 +138,113 @@ export default {
       if (e.defaultPrevented || e.altKey || e.isComposing) return;
       const name = e.key.length === 1 ? e.key.toLowerCase() : e.key === "Enter" ? "enter" : e.key;
       const inside = document.querySelector("dialog[open]") || document;
-      const at = (key) => [...inside.querySelectorAll(`[data-key="${CSS.escape(key)}"]`)].find((el) => el.offsetParent);
+      const at = (key) => key && [...inside.querySelectorAll(`[data-key="${CSS.escape(key)}"]`)].find(seen);
+      const now = document.activeElement;
       if (e.ctrlKey || e.metaKey) {
+        if (name === "k") return this.find(e);
         const el = at(`ctrl+${name}`);
-        if (el && !(typing(document.activeElement) && name === "enter" && document.activeElement.tagName === "TEXTAREA"))
-          this.press(el, e);
+        if (el && !(name === "enter" && now.tagName === "TEXTAREA")) this.press(el, e);
         return;
       }
-      if (e.key === "Escape" && typing(document.activeElement)) return document.activeElement.blur();
-      if (typing(document.activeElement)) return;
+      if (e.key === "Escape" && typing(now) && inside === document) return now.blur();
+      if (typing(now) || now?.type === "range") return;
+      if (name === "?") return this.showKeys(e);
       if (this.step(e, name)) return;
-      const chord = this.chord && `${this.chord} ${name}`;
-      this.chord = name === "g" ? "g" : "";
-      const el = at(chord) || at(name);
+      const el = at(this.chord && `${this.chord} ${name}`) || this.beside(name, now) || at(name);
+      this.chord = !el && name === "g" ? "g" : "";
       if (el) this.press(el, e);
+    },
+    // what a letter does with the card or row that has the focus: an element in it says so in data-own
+    beside(name, now) {
+      return now?.closest?.("li, tr, section")?.querySelector(`[data-own="${CSS.escape(name)}"]`);
     },
     press(el, e) {
       e.preventDefault();
-      if (typing(el)) el.select ? el.select() : el.focus();
-      else el.click();
-      if (typing(el)) el.focus();
+      if (!typing(el)) return el.click();
+      el.focus();
+      el.select?.();
     },
-    // -- j and k, or the arrows, from one thing of a list to the next; Enter is the link's own
     step(e, name) {
       const by = { j: 1, ArrowDown: 1, k: -1, ArrowUp: -1 }[name];
       if (!by || this.chord) return false;
-      const all = [...document.querySelectorAll("[data-step]")].filter((el) => el.offsetParent);
-      if (!all.length) return false;
-      const now = all.indexOf(document.activeElement.closest?.("[data-step]") ?? document.activeElement);
+      const all = [...document.querySelectorAll("[data-step]")].filter(seen);
+      if (!all.length || document.querySelector("dialog[open]")) return false;
+      const now = all.indexOf(document.activeElement);
+      if (now < 0 && name.startsWith("Arrow")) return false; // it scrolls, until one is chosen
       const next = all[Math.min(all.length - 1, Math.max(0, now < 0 ? 0 : now + by))];
       e.preventDefault();
       next.focus();
       next.scrollIntoView({ block: "nearest" });
       return true;
     },
-    // -- what is drawn anew keeps the focus
-    refocus() {
-      if (!this.focused || (document.activeElement && document.activeElement !== document.body)) return;
-      document.querySelector(`[data-id="${CSS.escape(this.focused)}"]`)?.focus({ preventScroll: true });
+    showKeys(e) {
+      e?.preventDefault();
+      const here = [...document.querySelectorAll("[data-key]")].filter(seen).map((el) => [el.dataset.key, called(el)]);
+      const own = [...new Map([...document.querySelectorAll("[data-own]")].map((el) => [el.dataset.own, el.dataset.words || called(el)]))];
+      const steps = document.querySelector("[data-step]") ? [["j k", "The next, the one before"], ["Enter", "Open it"], ...own] : [];
+      this.known = [...here, ...steps, ["ctrl+k", "Find anything"], ["?", "These keys"], ["Esc", "Close"]];
+      this.$refs.keys.showModal();
+    },
+    // -- one field for everything
+    find(e) {
+      e?.preventDefault();
+      this.sought = "";
+      this.seek();
+      this.$refs.finder.showModal();
+    },
+    seek() {
+      clearTimeout(this.seeking);
+      this.seeking = setTimeout(() => this.$emit("sought", this.sought), 60);
+    },
+    found(sought, finds) {
+      if (sought !== this.sought) return;
+      const words = sought.toLowerCase().split(/\s+/);
+      const acts = [...document.querySelectorAll("button[data-key]")].filter(seen)
+        .map((el) => ({ title: called(el), what: `here · ${el.dataset.key}`, el }))
+        .filter((each) => words.every((word) => each.title.toLowerCase().includes(word)));
+      this.finds = [...finds, ...acts];
+      this.at = 0;
+    },
+    take(each) {
+      if (!each) return;
+      this.$refs.finder.close();
+      if (each.el) each.el.click();
+      else this.go(each.to);
+    },
+    // -- files: dropped or picked; the server says where each goes
+    pick() {
+      this.$refs.pick.click();
+    },
+    picked(e) {
+      this.offer([...e.target.files]);
+      e.target.value = "";
+    },
+    offer(files) {
+      this.files = files;
+      if (files.length) this.$emit("dropped", files.map((file) => file.name));
+    },
+    send(n, url) {
+      const file = this.files[n];
+      const request = new XMLHttpRequest();
+      request.upload.onprogress = (e) => (this.share = e.total ? e.loaded / e.total : 0);
+      request.onload = () => this.ended(n, request.status, request.responseText);
+      request.onerror = () => this.ended(n, 0, "");
+      this.share = 0;
+      this.sending = file.name;
+      request.open("POST", url);
+      request.setRequestHeader("content-type", "application/octet-stream");
+      request.send(file);
+    },
+    ended(n, status, text) {
+      this.sending = "";
+      this.$emit("sent", { n, status, text: text.slice(0, 200000) });
+    },
+    // -- what is drawn anew keeps the focus; what is behind the end of a list is asked for
+    changed() {
+      const now = document.activeElement;
+      if (this.focused && (!now || now === document.body))
+        document.querySelector(`[data-id="${CSS.escape(this.focused)}"]`)?.focus({ preventScroll: true });
+      document.querySelectorAll("[data-more]").forEach((el) => this.more.observe(el));
     },
   },
 };

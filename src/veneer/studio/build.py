@@ -45,8 +45,10 @@ def studio_of(service: Service, library: Library, *, host: str, trains: bool = F
     from veneer.jobs.http.samples import sample_routes
     from veneer.jobs.store import JobStore
     from veneer.serve.build import Extension
+    from veneer.studio.adapter import adapter_view
+    from veneer.studio.finder import finds
     from veneer.studio.frame import Studio, StudioView
-    from veneer.studio.library import adapter_view, library_view
+    from veneer.studio.library import library_view
     from veneer.studio.run import run_view
     from veneer.studio.steps import steps_view
     from veneer.studio.train import train_view
@@ -59,7 +61,7 @@ def studio_of(service: Service, library: Library, *, host: str, trains: bool = F
         StudioView("steps", "Steps", "", steps_view),
     )
     jobs = JobStore(library)
-    made = Studio(service, library, jobs, views, trains)
+    made = Studio(service, library, jobs, views, finds, trains)
     life: list[AbstractAsyncContextManager[Any]] = []
 
     def mount(app: FastAPI) -> None:
@@ -89,12 +91,14 @@ def _mount(app: FastAPI, studio: Studio) -> None:
     from nicegui import app as own
     from nicegui import ui
 
-    from veneer.studio.frame import Frame, Query, head_html, sign_in
+    from veneer.studio.frame import Frame, head_html, query_of, sign_in
+    from veneer.studio.still import add_still
 
     own.config.socket_io_js_transports = ["websocket"]
+    own.config.quasar_config["loadingBar"]["skipHijack"] = True  # its bar over the page for each upload
     ui.add_head_html(head_html(), shared=True)
 
-    @ui.page("/{path:path}", title="veneer")
+    @ui.page("/{path:path}", title="veneer", response_timeout=60)
     async def page(request: HttpRequest, path: str) -> None:
         root = request.scope.get("root_path", "")
         visitor = await visitor_of(studio.service.tenancy, request)
@@ -102,8 +106,9 @@ def _mount(app: FastAPI, studio: Studio) -> None:
             said = f"?{request.url.query}" if request.url.query else ""
             return sign_in(root, f"{root}/{path}{said}", "wrong" in request.query_params)
         frame = Frame(studio, visitor, root)
-        query = Query(tuple(request.query_params.multi_items()[:200]))
+        query = query_of(request.query_params.multi_items())
         frame.client.status_code = await frame.visit(path.strip("/"), query)
+        add_still(frame.client)
 
     ui.run_with(
         app, mount_path=ROOT, title="veneer", favicon=_ICON, dark=None, language="en-US", tailwind=False,

@@ -22,6 +22,9 @@ and a row of `views` in build.py: its path, its title, the letter that `g` goes 
     state         none but the link: `page.keep(q="sty")` changes it without a load (None or "" takes a key out);
                   everything else is read from the library, the jobs, the tenants
     other views   `link("Compare", page.link("compare", c=["a@1", "b@2"]))`; `await page.go("run", job=id)` in a handler
+    dropped files `page.drops(words, to, done)` where they are not for the library; `page.pick()` opens the window
+    lists         `data-step` on what j and k go through, `data-id` on what keeps its focus, `data-own="x"` on the
+                  button of a card that a letter presses while that card has the focus
     bytes         (img, downloads, uploads) `page.api("/v1/…")`: a route of the API under the same caller, never a path
     errors        raise: a VeneerError is shown as what · where · fix, anything else as veneer's fault
     changes       `on_change(mark, 1.0, refill)` (watch.py) where others may write what is shown
@@ -33,16 +36,20 @@ and a row of `views` in build.py: its path, its title, the letter that `g` goes 
 from __future__ import annotations
 
 import asyncio
+import inspect
+import json
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import islice
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from nicegui import background_tasks, ui
 
-from veneer.errors import VeneerError
+from veneer.errors import VeneerError, shown
 from veneer.jobs.store import JobStore
 from veneer.library.library import Library, NotInLibrary
 from veneer.serve.access import Caller
@@ -57,6 +64,8 @@ from veneer.train.report.page import palette
 
 _log = logging.getLogger("veneer.studio")
 
+_FILES = 50
+"""At most so many are taken at a time."""
 _PATIENCE = 1.0
 """Seconds after which a page goes out as far as it is drawn."""
 
@@ -78,12 +87,14 @@ class StudioView:
 
 @dataclass(frozen=True, eq=False)
 class Studio:
-    """What all pages of one server work with. `jobs`: the queue, whether or not this server trains (`trains`)."""
+    """What all pages of one server work with. `jobs`: the queue, whether or not this server trains (`trains`). `finds`:
+    what one field for everything finds (finder.py)."""
 
     service: Service
     library: Library
     jobs: JobStore
     views: Sequence[StudioView]
+    finds: Callable[[ViewPage, str], Awaitable[list[dict[str, str]]]]
     trains: bool = False
 
     @property
@@ -121,6 +132,11 @@ class Query:
             return float(self.get(name))
         except ValueError:
             return default
+
+
+def query_of(pairs: Iterable[tuple[str, str]]) -> Query:
+    """Of a link, which anybody may have made."""
+    return Query(tuple((shown(key), shown(value, lines=True)) for key, value in islice(pairs, 200)))
 
 
 @dataclass(eq=False)
@@ -179,6 +195,20 @@ class ViewPage:
             parts.line(lede, "lede")
         self.frame.called(title)
 
+    async def again(self) -> None:
+        """Draw the view anew, as its link says now."""
+        await self.frame.visit(self.view.path, self.query)
+
+    def pick(self) -> None:
+        """The browser's window for files; what is picked is as if it were dropped."""
+        self.frame.tell("pick")
+
+    def drops(self, words: str, to: Callable[[str], str], done: Callable[[dict[str, Any]], Any]) -> None:
+        """What becomes of files that are dropped on this view, instead of the library's. `words`: said over the page
+        meanwhile. `to(filename)`: where it is posted, made by `api`. `done(answer)`: with that route's JSON."""
+        self.frame.drop = Drop(words, to, done)
+        parts.mark(self.frame.browser, words=words)
+
     def say(self, text: str) -> None:
         """A few words at the foot of the page, told also to who hears it. At an end, never for each step."""
         self.frame.say(text)
@@ -206,6 +236,15 @@ def _pairs(query: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+@dataclass(frozen=True)
+class Drop:
+    """See `ViewPage.drops`."""
+
+    words: str
+    to: Callable[[str], str]
+    done: Callable[[dict[str, Any]], Any]
+
+
 class Browser(ui.element, component="browser.js"):
     """What only the browser can do: its address, keys, copying, light and dark, what is dropped on it."""
 
@@ -230,7 +269,12 @@ class Frame:
             self.place = parts.box()
             self.status = parts.line("", "status", "div", role="status")
             self.browser = Browser()
-        self.browser.on("go", parts.heard(self._went))
+        self.drop = Drop("", str, print)
+        self.dropped = 0
+        hears: dict[str, parts.Does] = {"go": self._went, "sought": self._sought}
+        hears |= {"dropped": self._dropped, "sent": self._sent}
+        for event, does in hears.items():
+            self.browser.on(event, parts.heard(does))
 
     def _top(self) -> None:
         parts.link("veneer", f"{self.root}/", "brand")
@@ -242,7 +286,9 @@ class Frame:
             }
         parts.line(self.studio.base, "base", "span", title="The base that this server runs")
         with parts.box("div", "row"):
+            parts.line("Find", "button word", "button", type="button", data_does="find", aria_keyshortcuts="Control+k")
             parts.line("Light", "button word", "button", type="button", data_theme="next", data_key="t")
+            parts.line("Keys", "button word", "button", type="button", data_does="keys", aria_keyshortcuts="?")
             if self.visitor.key is not None:
                 with parts.box("form", "", method="post", action=f"{self.root}/leave"):
                     parts.line("Leave", "button word", "button", type="submit")
@@ -259,6 +305,7 @@ class Frame:
             parts.mark(link, aria_current="page" if each == view.path else "false")
         self._well()
         self.page = page = ViewPage(self, view, query)
+        self._take_adapters(page)
         self.called(view.title)
         before = list(self.place)
         with self.place:
@@ -287,11 +334,51 @@ class Frame:
     async def _went(self, to: str) -> None:
         """The browser is at another address: a link of ours, back or forward."""
         path, _, said = str(to).partition("?")
-        await self.visit(path.removeprefix(self.root).strip("/"), Query(tuple(parse_qsl(said)[:200])))
+        await self.visit(path.removeprefix(self.root).strip("/"), query_of(parse_qsl(said)))
 
     def leave(self) -> None:
         if self.page is not None:
             self.page.left()
+
+    async def _sought(self, text: str) -> None:
+        if self.page is not None:
+            self.tell("found", text, await self.studio.finds(self.page, str(text)))
+
+    # -- files
+
+    def _take_adapters(self, page: ViewPage) -> None:
+        """Whatever the view: a file that is dropped is kept in the library."""
+        own = "" if page.caller.admin or not page.caller.tenant else f"{page.caller.tenant}/"
+
+        def to(filename: str) -> str:
+            stem = filename.rpartition(".")[0] or filename
+            name = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:100].strip("-") or "adapter"
+            return page.api("/v1/adapters", name=own + name, filename=filename)
+
+        async def done(answer: dict[str, Any]) -> None:
+            ref = str(answer.get("id", ""))
+            if self.dropped == 1:
+                await page.go("adapter", ref=ref)
+            page.say(f"{ref} is in the library" if answer.get("new", True) else f"{ref} was in the library already")
+
+        page.drops("Drop it: it is kept in the library", to, done)
+
+    def _dropped(self, names: list[str]) -> None:
+        self.dropped = len(names)
+        for n, name in enumerate(names[:_FILES]):
+            self.tell("send", n, self.drop.to(str(name)[-200:]))
+
+    async def _sent(self, came: dict[str, Any]) -> None:
+        try:
+            answer = json.loads(came["text"])
+        except ValueError:
+            answer = {}
+        if came["status"] not in (200, 201):
+            error = answer.get("error") if isinstance(answer, dict) else None
+            told = error.get("message") if isinstance(error, dict) else ""
+            raise VeneerError(str(told or "the file did not arrive"))
+        if inspect.isawaitable(made := self.drop.done(answer)):
+            await made
 
     # -- words
 
@@ -303,7 +390,7 @@ class Frame:
         parts.put(self.status, text)
         self.tell("said")
 
-    def tell(self, what: str, *given: str) -> None:
+    def tell(self, what: str, *given: Any) -> None:
         """One of the few things that only the browser can do: browser.js has them."""
         if self.client.has_socket_connection:
             self.browser.run_method(what, *given)

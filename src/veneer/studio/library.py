@@ -1,73 +1,261 @@
-"""The Library: a card for each adapter, found as one types; and the page of one adapter."""
+"""The Library: a card for each adapter, found as one types, by what it is of, and as it changes."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from veneer.errors import counted
+from veneer.library.describe import card_picture, card_sample, gain_of
+from veneer.library.queries import Shelfful, Version
+from veneer.serve.tenancy.store import ALL
 from veneer.studio.commands import command
-from veneer.studio.frame import NothingHere, ViewPage
-from veneer.studio.parts import Command, Fragment, button, confirm, form_field, line, put
+from veneer.studio.frame import Studio, ViewPage
+from veneer.studio.parts import Command, Fragment, box, button, form_field, heading, line, link, put, show
 from veneer.studio.watch import on_change
 
-_SOME = 60
-"""Cards at a time."""
+_SOME, _MOST = 60, 600
+"""Cards at a time, and at most on a page: beyond them it is quicker to say what one looks for."""
+_ORDERS = {
+    "added": "newest first", "name": "by name", "gain": "most gained first", "rank": "highest rank first",
+    "size": "largest first",
+}  # fmt: skip
+_PICKS = {"base": "Base", "kind": "Kind", "rank": "Rank", "tag": "Tag", "health": "Health"}
+_HEALTH = {"sound": "sound", "faulty": "faulty", "unknown": "not checked yet"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card shows of a version."""
+
+    version: Version
+    base: str
+    gain: str
+    sample: Mapping[str, str] | None
+    picture: str
+    health: str
+    routes: list[str] = field(default_factory=list)
+
+
+def card_of(page: ViewPage, version: Version, routes: Mapping[str, list[str]]) -> Card:
+    gain = gain_of(version.card)
+    share = None if gain is None else gain.share
+    words = "" if share is None else f"{'−' if share < 0 else '+'}{abs(share):.0%}".replace("%", " %")
+    names = [version.reference, version.name, *(f"{version.name}@{alias}" for alias in version.aliases)]
+    return Card(
+        version,
+        version.base.rstrip("/").rpartition("/")[2] or "base not named",
+        words,
+        card_sample(version.card),
+        page.api(f"/v1/adapter_previews/{version.reference}") if card_picture(version.card) else "",
+        _HEALTH[version.health],
+        [each for name in dict.fromkeys(names) for each in routes.get(name, [])],
+    )
+
+
+def routes_of(studio: Studio, page: ViewPage) -> dict[str, list[str]]:
+    """What each name answers on, as whoever looks may know: "live 90 %", "live, as a shadow"."""
+    found: dict[str, list[str]] = {}
+    for route in studio.tenants.settings.routes.values() if studio.tenants is not None else ():
+        if page.caller.admin or route.tenant in (ALL, page.caller.tenant):
+            every = sum(weight for _, weight in route.targets)
+            for target, weight in route.targets:
+                if weight:
+                    found.setdefault(target, []).append(f"{route.name} {weight / every:.0%}".replace("%", " %"))
+            if route.shadow:
+                found.setdefault(route.shadow, []).append(f"{route.name}, as a shadow")
+    return found
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the link asks for."""
+
+    text: str
+    order: str
+    picks: dict[str, str]
+
+    def search(self) -> dict[str, Any]:
+        """As `queries.browse` takes it."""
+        given: dict[str, Any] = {k: v for k, v in self.picks.items() if v and k != "tag"}
+        if "rank" in given:
+            given["rank"] = int(given["rank"])
+        return given | {"tags": [self.picks["tag"]] if self.picks["tag"] else [], "order": self.order}
+
+    def command(self) -> str:
+        options: dict[str, Any] = {**self.picks, "sort": "" if self.order == "name" else self.order}
+        if self.text or any(self.picks.values()):
+            return command("library", "search", self.text, **options)
+        return command("library", "list", sort=options["sort"])
+
+
+def _asked(page: ViewPage) -> _Asked:
+    order = page.query.get("order", "added")
+    picks = {name: page.query.get(name) for name in _PICKS}
+    if not picks["rank"].isdigit():
+        picks["rank"] = ""
+    picks["health"] = picks["health"] if picks["health"] in _HEALTH else ""
+    return _Asked(page.query.get("q")[:200], order if order in _ORDERS else "added", picks)
 
 
 async def library_view(page: ViewPage) -> None:
-    page.title("Library", f"Every adapter that is kept here, for {page.studio.base} and others.")
-    text = page.query.get("q")
+    studio, library = page.studio, page.studio.library
+    with box("div", "row spread"):
+        page.title("Library")
+        with box("div", "row"):
+            button("Add a file…", lambda: page.pick(), key="a")
+            link("Teach one", page.link("train"), "button filled") if _has(studio, "train") else None
+    asked = _asked(page)
     form_field(
-        "Find",
-        text,
-        lambda now: narrowed(now),
-        kind="search",
-        hint="Name, base, tag, trigger word",
-        key="/",
-        look="find",
-    )
-    count = line("", "soft", role="status")
-    cards = Fragment("cards.html.j2", versions=[], link=page.link)
+        "Find", asked.text, lambda text: narrowed(q=text), kind="search", key="/", look="find", hidden_label=True,
+        hint="Find by name, base, tag, trigger word, licence …", wait=0.08,
+    )  # fmt: skip
+    with box("div", "picks", role="group", aria_label="Narrow and order"):
+        picks = {
+            name: form_field(
+                label, asked.picks[name], lambda value, name=name: narrowed(**{name: value}), kind="choice",
+                options={"": "any"},
+            )
+            for name, label in _PICKS.items()
+        }  # fmt: skip
+        form_field(
+            "Order", asked.order, lambda value: narrowed(order=value), kind="choice", options=_ORDERS, look="last"
+        )
+    count = line("", "soft small count", role="status")
+    empty = box("div", "empty")
+    pages = box("div", "stack")
+    more = button("Show more", lambda: further(), kind="quiet", look="more", data_more="")
+    marked = _Marked(page)
     same = Command()
+    shown = 0
+    turn = 0
+
+    async def fetch(offset: int, some: int) -> tuple[Shelfful, list[Card]]:
+        asked, sees = _asked(page), None if page.caller.admin else page.caller.sees
+
+        def look() -> tuple[Shelfful, list[Card]]:
+            found = library.browse(asked.text, **asked.search(), sees=sees, limit=some, offset=offset)
+            routes = routes_of(studio, page)
+            return found, [card_of(page, each, routes) for each in found.versions]
+
+        return await asyncio.to_thread(look)
 
     async def fill() -> None:
-        found = await asyncio.to_thread(page.studio.library.search, page.query.get("q"), limit=_SOME)
-        found = [each for each in found if page.caller.sees(each.name)]
-        cards.show(versions=found, link=page.link)
-        put(count, counted(len(found), "adapter"))
-        same.show(command("library", "search", page.query.get("q")))
+        """The cards from the first; of several asked for one after another, the last alone."""
+        nonlocal shown, turn
+        turn = own = turn + 1
+        asked = _asked(page)
+        found, cards = await fetch(0, max(_SOME, shown if shown <= _MOST else _SOME))
+        if own != turn:
+            return
+        pages.clear()
+        shown = len(cards)
+        if cards:
+            with pages:
+                Fragment("cards.html.j2", acts=marked.acts, cards=cards, marked=marked.all, link=page.link)
+        narrow = asked.text or any(asked.picks.values())
+        put(count, f"{counted(found.total, 'adapter')}{' that fit' if narrow else ''}" if found.total else "")
+        _offer(picks, asked, found)
+        show(pages, bool(cards))
+        show(empty, not cards)
+        _say_empty(page, empty, bool(narrow)) if not cards else None
+        show(more, shown < min(found.total, _MOST))
+        same.show(asked.command())
 
-    async def narrowed(now: str) -> None:
-        page.keep(q=now)
+    async def further() -> None:
+        nonlocal shown
+        found, cards = await fetch(shown, _SOME)
+        shown += len(cards)
+        with pages:
+            Fragment("cards.html.j2", acts=marked.acts, cards=cards, marked=marked.all, link=page.link)
+            if shown >= _MOST and shown < found.total:
+                line(f"{_MOST} of {found.total:,} are shown: say more of what you look for.", "soft")
+        show(more, bool(cards) and shown < min(found.total, _MOST))
+
+    async def narrowed(**changes: str) -> None:
+        nonlocal shown
+        shown = 0
+        page.keep(**{name: None if value == "added" and name == "order" else value for name, value in changes.items()})
         await fill()
 
+    marked.redraw = fill
     await fill()
-    on_change(page.studio.library_mark, 1.0, fill)
+    on_change(studio.library_mark, 1.0, fill)
 
 
-async def adapter_view(page: ViewPage) -> None:
-    reference = page.query.get("ref")
-    if not reference or not page.caller.sees(reference.partition("@")[0]):
-        raise NothingHere("There is nothing here.")
-    version = await asyncio.to_thread(page.studio.library.find, reference)
-    page.title(version.reference)
-    line(f"{version.base} · {version.kind}", "soft")
-    Command(command("library", "show", version.reference))
+def _has(studio: Studio, path: str) -> bool:
+    return any(view.path == path for view in studio.views)
 
-    async def remove() -> None:
-        await asyncio.to_thread(page.studio.library.remove, version.reference, with_aliases=True)
-        await page.go("")
-        page.say(f"{version.reference} is not in the library any more")
 
-    def asked() -> None:
-        confirm(
-            f"Remove {version.reference}?",
-            "Its name goes now. Its files go with the next clean-up, unless another name has them too.",
-            remove,
-            button_text="Remove",
-            command=command("library", "remove", version.reference, with_aliases=True),
-            danger=True,
-        )
+def _offer(picks: Mapping[str, Any], asked: _Asked, found: Shelfful) -> None:
+    """Each choice has what there is, with how many, and stays away where there is nothing to choose."""
+    for name, choice in picks.items():
+        there = found.facets[name]
+        told = {value: _told(name, value) for value in list(there)[:100] if value}
+        chosen = asked.picks[name]
+        options = {"": "any"} | {value: f"{words} ({there[value]:,})" for value, words in told.items()}
+        if chosen and chosen not in options:
+            options[chosen] = f"{_told(name, chosen)} (0)"
+        choice.offer(options)
+        show(choice, bool(chosen) or len(told) > 1)
 
-    if page.caller.admin:
-        button("Remove…", asked, kind="danger")
+
+def _told(name: str, value: str) -> str:
+    if name == "base":
+        return value.rstrip("/").rpartition("/")[2]
+    if name == "rank":
+        return "several" if value == "0" else value
+    return _HEALTH.get(value, value) if name == "health" else value
+
+
+def _say_empty(page: ViewPage, place: Any, narrow: bool) -> None:
+    place.clear()
+    with place:
+        if narrow:
+            heading("Nothing fits", 2)
+            line("No adapter here has all of that.")
+            link("Show all", page.link(""), "button quiet")
+            return
+        heading("Nothing here yet", 2)
+        teach = _has(page.studio, "train")
+        rest = f", or teach {page.studio.base} from rows of your own" if teach else ""
+        line(f"Drop an adapter anywhere on this page{rest}.")
+
+
+class _Marked:
+    """The adapters that are marked to be compared: in the link, and in a bar at the foot."""
+
+    def __init__(self, page: ViewPage) -> None:
+        self.page = page
+        self.acts = {"mark": self.toggle}
+        self.redraw: Any = None
+        with box("div", "bar") as self.bar:
+            self.words = line("", "", "span")
+            button("Compare", self.compare, kind="filled", key="c")
+            button("Clear", self.clear, kind="word")
+        self._told()
+
+    @property
+    def all(self) -> list[str]:
+        return self.page.query.all("m")
+
+    def _told(self) -> None:
+        show(self.bar, bool(self.all) and _has(self.page.studio, "compare"))
+        put(self.words, f"{len(self.all)} marked")
+
+    async def toggle(self, data: dict[str, str]) -> None:
+        ref = data["ref"]
+        self.page.keep(m=[each for each in self.all if each != ref] + ([] if ref in self.all else [ref])[:8])
+        self._told()
+        await self.redraw()
+
+    async def clear(self) -> None:
+        self.page.keep(m=None)
+        self._told()
+        await self.redraw()
+
+    async def compare(self) -> None:
+        if self.all:
+            await self.page.go("compare", c=self.all)

@@ -18,6 +18,7 @@ goes into `await asyncio.to_thread(…)`: the engine's own loop runs all pages.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -31,8 +32,9 @@ from veneer.train.report.page import escaping
 Does = Callable[..., Any]
 """Called with nothing, or with what came (a field's value, the data of what was clicked)."""
 
+_HASH = re.compile(r"((?:sha256:)?[0-9a-f]{12})[0-9a-f]{20,}")
 _ENV = escaping("veneer.studio", "templates")
-_ENV.filters |= {"size": size, "duration": duration}
+_ENV.filters |= {"size": size, "duration": duration, "brief": lambda text: _HASH.sub(r"\1…", str(text))}
 
 
 def heard(does: Does) -> Callable[[Any], Any]:
@@ -118,7 +120,7 @@ def enable(element: ui.element, can: bool, why: str = "") -> None:
 
 def link(text: object, to: str, look: str = "", *, key: str = "", **attributes: str | int | bool) -> ui.element:
     """`to`: made by `ViewPage.link` (another view) or `ViewPage.api` (a file; give `download=True`)."""
-    if not to.startswith("/"):
+    if not to.startswith("/") or to.startswith("//"):
         raise ValueError("links lead to this server alone")
     element = line(text, look, "a", href=to, **attributes)
     if key:

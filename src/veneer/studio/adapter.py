@@ -1,0 +1,234 @@
+"""The page of one adapter: what it says, what is known of it, where it comes from, and what can be done with it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from veneer.errors import AdapterError, ConfigError
+from veneer.library.describe import card_picture, card_sample, gain_of
+from veneer.library.names import parse_reference
+from veneer.library.queries import AdapterFamily, Version
+from veneer.serve.request import Refused
+from veneer.studio.commands import command
+from veneer.studio.frame import NothingHere, ViewPage
+from veneer.studio.library import card_of, routes_of
+from veneer.studio.parts import Command, Fragment, box, button, confirm, form_field, heading, line, link
+from veneer.studio.watch import on_change
+from veneer.train.report.log import size
+
+_TARGETS = {
+    "text": ("peft", "vllm", "tgi", "gguf"),
+    "image": ("kohya", "comfyui", "diffusers", "peft"),
+}
+"""In whose layout an adapter may be wanted, of each kind."""
+
+
+async def adapter_view(page: ViewPage) -> None:
+    library = page.studio.library
+    reference = page.query.get("ref")
+    version, family, checks, routes = await asyncio.to_thread(_read, page, reference)
+    own = page.caller.admin or bool(page.caller.tenant and version.name.startswith(f"{page.caller.tenant}/"))
+    card = card_of(page, version, routes)
+
+    page.title(version.reference)
+    line(_summary(card.base, version), "lede")
+    with box("div", "row"):
+        if any(view.path == "compare" for view in page.studio.views):
+            link("Compare with the base", page.link("compare", c=version.reference), "button filled", key="c")
+        link("To the library", page.link(""), "button quiet")
+
+    with box("div", "split"):
+        with box("div"):
+            _content(page, version)
+            heading("Use it")
+            Command(_use(version))
+            if page.studio.service.catalog.fingerprint == version.fingerprint:
+                line(f"Here, requests that name {version.reference} as their model get it.", "soft small")
+            heading("Family")
+            Fragment("family.html.j2", family=_seen(page, family), own=version.reference, link=page.link)
+            if own:
+                _download(page, version)
+                with box("details"):
+                    line("How it was made", tag="summary")
+                    Fragment("facts.html.j2", facts=_facts(version))
+        with box("aside", "stack"):
+            _names(page, version, own)
+            _words(version)
+            _health(page, version, checks, own)
+            if card.routes:
+                with box("section", "panel"):
+                    heading("Live", 2)
+                    for each in card.routes:
+                        line(each)
+    if own:
+        _remove(page, version)
+    mark = await asyncio.to_thread(library.find, version.reference)
+
+    def now() -> Any:
+        found = library.find(mark.reference)
+        return found.aliases, found.tags, found.health
+
+    on_change(now, 2.0, page.again)
+
+
+def _read(page: ViewPage, reference: str) -> tuple[Version, AdapterFamily, list[dict[str, Any]], dict[str, list[str]]]:
+    """Raises NothingHere for what whoever looks does not see, as for what is not there."""
+    library = page.studio.library
+    try:
+        parse_reference(reference)
+        version = library.find(reference)
+    except (AdapterError, ConfigError) as error:
+        raise NothingHere("There is no such adapter.", fix=error.fix) from None
+    if not (page.caller.admin or page.caller.sees(reference) or page.caller.sees(version.reference)):
+        raise NothingHere("There is no such adapter.")
+    found = version.reference
+    return version, library.family(found), library.checks(found), routes_of(page.studio, page)
+
+
+def _summary(base: str, version: Version) -> str:
+    told = [base, version.kind, f"rank {version.rank}" if version.rank else "", size(version.size)]
+    told += [version.format, f"licence {version.licence}" if version.licence else "", f"added {version.added[:10]}"]
+    return " · ".join(filter(None, told))
+
+
+def _content(page: ViewPage, version: Version) -> None:
+    gain, sample = gain_of(version.card), card_sample(version.card)
+    if gain is not None:
+        with box("div", "row"):
+            if gain.share is not None:
+                line(f"{gain.share:+.0%}".replace("-", "−").replace("%", " %"), "number", "span")
+            line(f"held-out loss, {gain.before:.3g} with the base alone, {gain.after:.3g} with it", "soft")
+    if card_picture(version.card):
+        src = page.api(f"/v1/adapter_previews/{version.reference}")
+        box("img", "preview", src=src, alt=f"A picture that came with {version.reference}")
+    if sample is not None:
+        heading("It was asked")
+        line(sample["prompt"], "answer panel")
+        with box("div", "pair"):
+            for who, words in ((page.studio.base, sample["base"]), (version.reference, sample["adapter"])):
+                with box("section", "panel"):
+                    heading(who, 3)
+                    line(words, "answer")
+
+
+def _use(version: Version) -> str:
+    base = version.base or "BASE"
+    if version.kind == "image":
+        return command("image", "generate", "a drawing of …", base=base, adapter=version.reference)
+    return command("generate", "…", base=base, adapter=version.reference)
+
+
+def _seen(page: ViewPage, family: AdapterFamily) -> dict[str, list[Version] | list[str]]:
+    def those(all: list[Version]) -> list[Version]:
+        return [each for each in all if page.caller.admin or page.caller.sees(each.reference)]
+
+    unknown = family.unknown if page.caller.admin else []
+    return {"parents": those(family.parents), "unknown": unknown, "children": those(family.children),
+            "versions": those(family.versions)}  # fmt: skip
+
+
+def _names(page: ViewPage, version: Version, own: bool) -> None:
+    library = page.studio.library
+
+    async def change(call: Any, *given: str, said: str) -> None:
+        await asyncio.to_thread(call, *given)
+        await page.again()
+        page.say(said)
+
+    with box("section", "panel stack"):
+        heading("Names", 2)
+        Fragment(
+            "names.html.j2", version=version, own=own,
+            acts={
+                "unalias": lambda data: change(
+                    library.remove, f"{version.name}@{data['word']}", said=f"{data['word']} is no alias any more"
+                ),
+                "untag": lambda data: change(
+                    library.untag, version.reference, data["word"], said=f"The tag {data['word']} is off"
+                ),
+            },
+        )  # fmt: skip
+        if not own:
+            return
+        new = {"alias": "", "tag": ""}
+        for what, hint in (("alias", "prod"), ("tag", "support")):
+
+            def typed(text: str, what: str = what) -> None:
+                new[what] = text.strip()
+                same.show(command("library", what, version.reference, new[what]) if new[what] else "")
+
+            async def entered(text: str, what: str = what) -> None:
+                word = text.strip()
+                does = library.alias if what == "alias" else library.tag
+                await change(does, version.reference, word, said=f"{version.reference} has the {what} {word}")
+
+            form_field(f"Another {what}", "", typed, hint=hint, entered=entered, most=100)
+        same = Command()
+
+
+def _words(version: Version) -> None:
+    if version.trigger_words:
+        with box("section", "panel"):
+            heading("Trigger words", 2)
+            line("A prompt that has one of them wakes it. Click to copy.", "soft small")
+            Fragment("words.html.j2", words=version.trigger_words)
+
+
+def _health(page: ViewPage, version: Version, checks: list[dict[str, Any]], own: bool) -> None:
+    from veneer.adapters.inspect import verify_kept
+
+    async def look() -> None:
+        await asyncio.to_thread(verify_kept, page.studio.library, version.reference)
+        await page.again()
+        page.say(f"{version.reference} was checked")
+
+    with box("section", "panel stack"):
+        heading("Health", 2)
+        Fragment("checks.html.j2", checks=checks, health=version.health)
+        if own:
+            button("Check it now", look)
+            Command(command("library", "verify", version.reference))
+
+
+def _download(page: ViewPage, version: Version) -> None:
+    heading("Download")
+    with box("div", "row"):
+        at = f"/v1/adapter_files/{version.reference}"
+        link("As it is kept", page.api(at), "button quiet", download=True)
+        base = page.studio.base if page.studio.service.catalog.fingerprint == version.fingerprint else version.base
+        for to in _TARGETS.get(version.kind, ()):
+            link(f"for {to}", page.api(at, to=to, base=base), "button quiet", download=True)
+
+
+def _facts(version: Version) -> list[tuple[str, str]]:
+    """What the card says, one line each, without what stands elsewhere on the page."""
+    out: list[tuple[str, str]] = [("digest", version.digest), ("base fingerprint", version.fingerprint)]
+    out += [("source", version.source), ("created", version.created)]
+    for key in ("recipe", "metrics", "data"):
+        said = version.card.get(key)
+        if isinstance(said, dict):
+            out += [(f"{key} · {name}".replace("_", " "), str(value)[:500]) for name, value in said.items()]
+    return [(name, value) for name, value in out if value][:80]
+
+
+def _remove(page: ViewPage, version: Version) -> None:
+    async def remove() -> None:
+        try:
+            await asyncio.to_thread(page.studio.library.remove, version.reference, with_aliases=True)
+        except AdapterError as error:
+            raise Refused(error.what, status=400, code="invalid_request", fix=error.fix) from error
+        await page.go("")
+        page.say(f"{version.reference} is out of the library")
+
+    def asked() -> None:
+        pointed = f" Its aliases {', '.join(version.aliases)} go with it." if version.aliases else ""
+        confirm(
+            f"Remove {version.reference}?",
+            f"Its name goes now.{pointed} Its files go with the next clean-up, unless another name has them.",
+            remove, button_text="Remove", danger=True,
+            command=command("library", "remove", version.reference, with_aliases=bool(version.aliases)),
+        )  # fmt: skip
+
+    with box("div", "apart"):
+        button("Remove…", asked, kind="danger")

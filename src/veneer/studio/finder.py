@@ -1,0 +1,43 @@
+"""One field for everything: views, adapters, runs and routes whose name has what was typed."""
+
+from __future__ import annotations
+
+import asyncio
+
+from veneer.serve.tenancy.store import ALL
+from veneer.studio.frame import ViewPage
+
+_EACH = 6
+
+
+async def finds(page: ViewPage, text: str) -> list[dict[str, str]]:
+    """`title`, `what` it is and where it leads `to`; views first."""
+    words = text.lower().split()[:8]
+    out = [
+        {"title": view.title, "what": f"view · g {view.key}", "to": page.link(view.path)}
+        for view in page.studio.views
+        if view.key and (page.caller.admin or not view.operator) and _has(view.title, words)
+    ]
+    return out + await asyncio.to_thread(_kept, page, text, words) if words else out
+
+
+def _kept(page: ViewPage, text: str, words: list[str]) -> list[dict[str, str]]:
+    studio, caller = page.studio, page.caller
+    sees = None if caller.admin else caller.sees
+    found = studio.library.browse(text[:200], sees=sees, limit=_EACH).versions
+    out = [{"title": v.reference, "what": "adapter", "to": page.link("adapter", ref=v.reference)} for v in found]
+    paths = {view.path for view in studio.views}
+    if "run" in paths:
+        jobs, _ = studio.jobs.jobs(page.tenant, after=None, limit=100)
+        named = [job for job in jobs if _has(f"{job.name} {job.id}", words)][:_EACH]
+        out += [{"title": job.name or job.id, "what": f"run · {job.state}", "to": page.link("run", job=job.id)}
+                for job in named]  # fmt: skip
+    if "live" in paths and studio.tenants is not None and caller.admin:
+        routes = [each for each in studio.tenants.settings.routes.values() if _has(each.name, words)][:_EACH]
+        out += [{"title": each.name, "what": "route" + ("" if each.tenant == ALL else f" of {each.tenant}"),
+                 "to": page.link("live", route=each.name)} for each in routes]  # fmt: skip
+    return out
+
+
+def _has(name: str, words: list[str]) -> bool:
+    return all(word in name.lower() for word in words)

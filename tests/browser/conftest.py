@@ -1,0 +1,158 @@
+"""Chromium before a server with a Studio: `make test-browser`.
+
+    def test_x(window: Window) -> None:
+        window.at("?q=tone")                   opens the view, and waits until it is alive
+        window.page.keyboard.press("j")        Playwright's page
+
+Whatever a page asks of another host, writes to its console as an error, or throws, fails the test.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from sqlalchemy import Engine, insert
+
+from tests.serve.saved_adapters import saved
+from tests.studio.conftest import HOSTILE, Served
+from tests.tiny_base import tiny_base_dir
+from veneer.library import index as ix
+from veneer.library.library import open_library
+from veneer.models.text.base import load_text
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is in the extra `browser`")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LONG = "a-name-that-somebody-gave-who-never-thought-of-those-that-would-have-to-read-it-on-a-telephone"
+SAMPLE = {"prompt": "I was charged twice.", "base": "I am sorry to hear that.", "adapter": '{"team": "billing"}'}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.browser)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base, and a library with adapters as people have them, and as nobody should."""
+    folder = tmp_path_factory.mktemp("browser")
+    base_dir = tiny_base_dir(folder)
+    base = load_text(str(base_dir))
+    gain = {"validation_loss_before": 2.1, "validation_loss": 0.84}
+    cards: dict[str, dict[str, Any]] = {
+        "support": {"metrics": gain, "extra": {"sample": SAMPLE}},
+        "acme/tone": {"trigger_words": [HOSTILE, "polite"], "licence": HOSTILE},
+        LONG: {"extra": {"sample": {"prompt": HOSTILE, "base": HOSTILE * 20, "adapter": "x" * 3000}}},
+    }
+    with open_library(folder / "library") as library:
+        for seed, (name, card) in enumerate(cards.items()):
+            saved(base, folder / str(seed), seed, **card)
+            library.add(folder / str(seed), name, tags=["tickets"] if seed else [])
+        saved(base, folder / "again", 9, **cards["support"])
+        library.add(folder / "again", "support")
+        library.alias("support@1", "prod")
+    return base_dir, folder / "library"
+
+
+@pytest.fixture(scope="session")
+def served(kept: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    server = Served(tmp_path_factory.mktemp("server"), *kept)
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.end()
+
+
+@pytest.fixture(scope="session")
+def many(kept: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server over a library with ten thousand more."""
+    folder = tmp_path_factory.mktemp("many")
+    shutil.copytree(kept[1], folder / "library")
+    with open_library(folder / "library") as library:
+        known = library.find("support@1")
+        crowd(library.engine, known.entry, [f"style-{n}" for n in range(10_000)])
+    server = Served(folder, kept[0], folder / "library")
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.end()
+
+
+def crowd(engine: Engine, entry: str, names: list[str]) -> None:
+    """Names for one content, as `Library.add` would have given them one by one."""
+    with ix.index_transaction(engine) as connection:
+        connection.execute(insert(ix.names), [{"name": n, "latest": 1, "next": 2} for n in names])
+        added = [
+            {"name": n, "version": 1, "entry": entry, "added": "2026-01-01T00:00:00Z", "source": ""} for n in names
+        ]
+        connection.execute(insert(ix.versions), added)
+        ix.changed(connection)
+
+
+@dataclass
+class Window:
+    """A page of Chromium's before a server, and what went wrong on it."""
+
+    page: Any
+    address: str
+    wrong: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.page.on("pageerror", lambda error: self.wrong.append(f"thrown: {error}"))
+        self.page.on("console", lambda said: said.type == "error" and self.wrong.append(f"console: {said.text}"))
+        self.page.route("**/*", self._guard)
+
+    def _guard(self, route: Any) -> None:
+        if route.request.url.startswith(("data:", "blob:")) or urlsplit(route.request.url).netloc == self.place:
+            route.continue_()
+        else:
+            self.wrong.append(f"asked of another host: {route.request.url}")
+            route.abort()
+
+    @property
+    def place(self) -> str:
+        return urlsplit(self.address).netloc
+
+    def at(self, path: str = "", *, there: bool = True) -> Window:
+        """Open a view, and wait until its programs are there."""
+        self.page.goto(f"{self.address}/studio/{path}")
+        self.page.wait_for_function("window.did_handshake === true && !document.getElementById('shell')")
+        if not there:  # the browser says on its console that the page was a 404
+            self.wrong = [line for line in self.wrong if "404" not in line]
+        return self
+
+    def until(self, words: str) -> None:
+        """Until these words can be seen."""
+        self.page.get_by_text(words).first.wait_for(timeout=20_000)
+
+    def heading(self, words: str) -> None:
+        self.page.wait_for_function("words => document.querySelector('h1')?.textContent === words", arg=words)
+
+
+@pytest.fixture
+def window(chromium: Any, served: Served) -> Iterator[Window]:
+    context = chromium.new_context(viewport={"width": 1280, "height": 800})
+    context.grant_permissions(["clipboard-read", "clipboard-write"], origin=served.address)
+    made = Window(context.new_page(), served.address)
+    made.page.set_default_timeout(20_000)
+    yield made
+    context.close()
+    assert not made.wrong, made.wrong

@@ -1,0 +1,37 @@
+"""`make studio`: what it does before the page opens."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from tests.serve.saved_adapters import saved
+from tests.tiny_base import tiny_base_dir
+from veneer.library.library import open_library
+from veneer.models.text.base import load_text
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_quickstart_s_adapter_is_there_when_the_page_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("studio_example", ROOT / "examples" / "studio.py")
+    assert spec
+    assert spec.loader
+    studio = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(studio)
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False)
+    ran: list[list[str]] = []
+    given = ["--output", str(tmp_path / "run"), "--no-browser", "--port", "8123"]
+    studio.main(given, ran.append)  # nobody is asked where nobody types
+    assert ran == [["studio", "--base", "smollm2-135m", "--port", "8123", "--no-browser"]]
+    saved(load_text(str(tiny_base_dir(tmp_path))), tmp_path / "run" / "adapter")
+    for _ in range(2):
+        studio.main(given, ran.append)
+    with open_library() as library:
+        assert [v.reference for v in library.search()] == [f"{studio.NAME}@1"]
+    assert capsys.readouterr().out.count("in the library") == 1
