@@ -27,7 +27,7 @@ class Served:
 
     def __init__(self, folder: Path, base: Path, library: Path, *options: str) -> None:
         port = int(options[options.index("--port") + 1]) if "--port" in options else free_port()
-        self.address, self.library = f"http://127.0.0.1:{port}", library
+        self.address, self.library, self.home = f"http://127.0.0.1:{port}", library, folder
         self.log = folder / "log"
         own = {"PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home_with_kernels(folder)), "OMP_NUM_THREADS": "1"}
         command = [
@@ -62,8 +62,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def studio(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Open to whoever is on this machine."""
-    served = Served(tmp_path_factory.mktemp("open"), *tiny)
+    """Open to whoever is on this machine, with a tenants' database."""
+    folder = tmp_path_factory.mktemp("open")
+    served = Served(folder, *tiny, "--open", "--tenants", str(folder / "tenants.sqlite"))
     try:
         served.wait()
         yield served

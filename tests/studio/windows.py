@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,11 @@ class Window:
             if f'data-act="{name}"' in str(each.get("props", {}).get("innerHTML", "")):
                 return self._send(id, each, "click", [json.dumps({"act": name, **data})])
         raise AssertionError(f"nothing on the page does {name}")
+
+    def tell(self, which: Callable[[dict[str, Any]], bool], what: str, *given: Any) -> None:
+        """An event of the first element that is meant."""
+        id, found = next((i, e) for i, e in self.elements.items() if which(e))
+        self._send(id, found, what, [json.dumps(each) for each in given])
 
     def _send(self, id: str, element: Any, kind: str, args: list[str]) -> None:
         listener = next(e["listener_id"] for e in element["events"] if e["type"] == kind)

@@ -46,9 +46,11 @@ def studio_of(service: Service, library: Library, *, host: str, trains: bool = F
     from veneer.jobs.store import JobStore
     from veneer.serve.build import Extension
     from veneer.studio.adapter import adapter_view
+    from veneer.studio.compare import compare_view
     from veneer.studio.finder import finds
     from veneer.studio.frame import Studio, StudioView
     from veneer.studio.library import library_view
+    from veneer.studio.live import live_view
     from veneer.studio.run import run_view
     from veneer.studio.steps import steps_view
     from veneer.studio.train import train_view
@@ -56,9 +58,11 @@ def studio_of(service: Service, library: Library, *, host: str, trains: bool = F
     views = (
         StudioView("", "Library", "l", library_view),
         StudioView("adapter", "Adapter", "", adapter_view),
+        StudioView("compare", "Compare", "c", compare_view),
         StudioView("train", "Train", "t", train_view),
         StudioView("run", "Run", "", run_view),
         StudioView("steps", "Steps", "", steps_view),
+        StudioView("live", "Live", "v", live_view, operator=True),
     )
     jobs = JobStore(library)
     made = Studio(service, library, jobs, views, finds, trains)

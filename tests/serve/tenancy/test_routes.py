@@ -55,12 +55,12 @@ def test_what_is_said_before_a_move_is_what_the_router_does(first: list, second:
     )  # fmt: skip
     assert routes.moved_buckets(now.runs, wanted.runs) == moved
     for (a, b), count in moved.items():
-        assert f"{count / 100:g} % from {a} to {b}" in said
-    assert said.count(" from ") == len(moved)
+        assert f"{count / 100:g} % move from {a} to {b}" in said
+    assert said.count(" move from ") == len(moved)
     if not moved:
         assert said == "No user of support moves."
     back = routes.route_change(wanted, now)
-    assert all(f"{count / 100:g} % from {b} to {a}" in back for (a, b), count in moved.items())
+    assert all(f"{count / 100:g} % move from {b} to {a}" in back for (a, b), count in moved.items())
 
 
 def test_what_begins_what_ends_and_what_answers_unseen_is_said(store: Store) -> None:
@@ -71,10 +71,9 @@ def test_what_begins_what_ends_and_what_answers_unseen_is_said(store: Store) -> 
     assert (now.targets, now.runs) == (begun.targets, begun.runs)
     shadowed = routes.planned_route(now, "support", [("v1", 80), ("v2", 20)], shadow="v3", fraction=0.05)
     assert routes.route_change(now, shadowed) == (
-        "Of the users of support, 10 % from v1 to v2 moves; nobody else changes. "
-        "v3 answers 5 % of requests too, unseen."
+        "Of the users of support, 10 % move from v1 to v2; nobody else changes. v3 answers 5 % of requests too, unseen."
     )
-    assert routes.route_change(shadowed, now).endswith("v3 answers no longer unseen.")
+    assert routes.route_change(shadowed, now).endswith("v3 no longer answers unseen.")
     routes.remove_route(store, "support", who="me")
     with reading(store.engine) as c:
         gone, back = routes.earlier_route(c, "support")

@@ -197,10 +197,9 @@ def route_change(now: Route | None, wanted: Route) -> str:
     elif ended:
         said = f"{name} ends: whoever asks for it is told that there is no such name."
     elif moved := moved_buckets(now.runs, wanted.runs):
-        each = [
-            f"{_percent(n)} from {one} to {other}" for (one, other), n in sorted(moved.items(), key=lambda m: -m[1])
-        ]
-        said = f"Of the users of {name}, {_listed(each)} {'move' if len(each) > 1 else 'moves'}; nobody else changes."
+        most_first = sorted(moved.items(), key=lambda move: -move[1])
+        each = [f"{_percent(n)} move from {one} to {other}" for (one, other), n in most_first]
+        said = f"Of the users of {name}, {_listed(each)}; nobody else changes."
     else:
         said = f"No user of {name} moves."
     return f"{said}{_shadow_change(now, wanted)}"
@@ -212,7 +211,7 @@ def _shadow_change(now: Route | None, wanted: Route) -> str:
     if before == after:
         return ""
     if after is None:
-        return f" {before[0]} answers no longer unseen." if before else ""
+        return f" {before[0]} no longer answers unseen." if before else ""
     return f" {after[0]} answers {_percent(after[1] * BUCKETS)} of requests too, unseen."
 
 

@@ -1,0 +1,188 @@
+"""Compare: one prompt, and the answers of the base, of versions and of mixes beside each other, with strengths that act
+at once: a request carries its mix. A vote is a row of preferences, a correction one of examples; a mix can be kept.
+
+On a base that draws, pictures.py is this view."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from typing import Any
+
+from veneer.errors import ConfigError, VeneerError, counted
+from veneer.serve.http.asking import AskedTexts, ask_texts
+from veneer.serve.http.errors import message_of
+from veneer.serve.request import Finished, Refused, Token
+from veneer.serve.tenancy.feedback import AnswerFeedback
+from veneer.serve.tenancy.tenants import Tenants
+from veneer.studio import parts
+from veneer.studio.columns import Board, Column
+from veneer.studio.commands import command
+from veneer.studio.frame import ViewPage
+from veneer.studio.moving import Answers, SpokenToken
+from veneer.studio.parts import box, button, line
+from veneer.train.text.judged import add_row, corrected_row, judged_file, preference_row
+
+_PAUSE = 1 / 30
+"""Seconds between two sendings of tokens to the browser."""
+_SAMPLES = 8
+
+
+async def compare_view(page: ViewPage) -> None:
+    if page.studio.service.engine.makes == "pictures":
+        from veneer.studio.pictures import pictures_view  # late: a server of texts needs none of it
+
+        return await pictures_view(page)
+    board = _Texts(page)
+    page.title("Compare", "One prompt, answered at the same time by the base, by adapters and by mixes of them.")
+    board.draw()
+
+
+class _Texts(Board):
+    """The view of one visit."""
+
+    def draw(self) -> None:
+        query = self.page.query
+        with box("div", "ask"):
+            self.prompt = parts.form_field(
+                "Prompt", query.get("p"), self.kept("p"), kind="area", key="p", entered=self.ask_all,
+                hint="Ask something. Every column answers it.",
+            )  # fmt: skip
+            with box("details", "more"):
+                line("How it is asked", tag="summary")
+                with box("div", "settings"):
+                    self.n = self.number("Answers each", "n", 1, low=1, high=_SAMPLES, step=1)
+                    self.temperature = self.number("Temperature", "t", 0.0, low=0, high=2, step=0.1)
+                    self.seed = self.number("Seed", "seed", 0, low=0, high=2**31, step=1)
+                    self.tokens = self.number("Tokens, at most", "m", 160, low=1, high=4096, step=1)
+                    self.system = parts.form_field(
+                        "Told before it", query.get("s"), self.kept("s"), hint="You are brief."
+                    )
+            with box("div", "row"):
+                button("Ask", self.ask_all, kind="filled", key="ctrl+enter")
+                button("Stop", self.stop, kind="word", key="Escape")
+                line("Ctrl+Enter asks; the number of a column says that it is better.", "soft small", "span")
+        self.draw_all()
+
+    def draw_answers(self, place: int, column: Column) -> None:
+        column.shown = Answers(
+            column.named(self.page.studio.base), place + 1, leads=not place,
+            better=(lambda i: self.better(column, i)) if len(self.columns) > 1 else None,
+            corrected=lambda said: self.corrected(column, said),
+        )  # fmt: skip
+
+    def same_command(self, column: Column) -> str:
+        asked = [prompt] if (prompt := str(self.prompt.value or "")) else []
+        return command(
+            "generate", *asked, base=self.page.studio.base, adapter=column.specs(), system=self.system.value,
+            temperature=self.temperature.value or None, seed=int(self.seed.value or 0) or None,
+            max_new_tokens=int(self.tokens.value or 160),
+        )  # fmt: skip
+
+    # -- asking
+
+    def ask_all(self) -> None:
+        if not str(self.prompt.value or "").strip():
+            raise ConfigError("there is nothing to ask", fix="write a prompt")
+        super().ask_all()
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        system = str(self.system.value or "").strip()
+        told = [{"role": "system", "content": system}] if system else []
+        return [*told, {"role": "user", "content": str(self.prompt.value)}]
+
+    async def answer(self, column: Column) -> None:
+        shown: Answers = column.shown
+        n = max(1, min(_SAMPLES, int(self.n.value or 1)))
+        asked = AskedTexts(
+            self.messages, tuple(column.mix), n, seed=int(self.seed.value or 0),
+            temperature=float(self.temperature.value or 0), max_tokens=max(1, int(self.tokens.value or 1)), logprobs=4,
+        )  # fmt: skip
+        column.id, column.texts = asked.id, [""] * n
+        shown.begin(n)
+        waiting: list[tuple[int, SpokenToken]] = []
+        begun = sent = time.perf_counter()
+        first = 0.0
+
+        def send() -> None:
+            nonlocal sent
+            if waiting:
+                shown.add(list(waiting))
+                waiting.clear()
+            sent = time.perf_counter()
+
+        try:
+            async with aclosing(ask_texts(self.page.studio.service, self.page.caller, asked)) as events:
+                async for i, event in events:
+                    if isinstance(event, Token):
+                        first = first or time.perf_counter() - begun
+                        column.texts[i] += event.text
+                        if event.text:
+                            top = [(text, logprob) for _, text, logprob in event.top]
+                            waiting.append((i, (event.text, event.logprob, top)))
+                        if time.perf_counter() - sent >= _PAUSE or not sent > begun:
+                            send()
+                    elif isinstance(event, Finished):
+                        column.texts[i] += event.text
+                        if event.text:
+                            waiting.append((i, (event.text, None, [])))
+                        send()
+                        shown.end(i, _note(event, first, time.perf_counter() - begun))
+        except Refused as error:
+            for i in range(n):
+                shown.end(i, f"No answer: {message_of(error)}")
+
+    # -- judging
+
+    async def better(self, column: Column, i: int) -> None:
+        """A vote: this answer was better than those of the same number in the other columns."""
+        others = [
+            other for other in self.columns
+            if other is not column and i < len(other.texts) and other.texts[i].strip() != column.texts[i].strip()
+        ]  # fmt: skip
+        if not others:
+            raise VeneerError("every column says the same, so none is better", fix="another prompt, or a temperature")
+        rejected = tuple((other.id, i) for other in others)
+        kept = await self._given(AnswerFeedback(column.id, i, rejected=rejected, said=frozenset({"rejected"})))
+        if not kept:
+            file, asked = judged_file(self.page.studio.base, "preference"), self.messages
+            for other in others:
+                row = preference_row(asked, column.texts[i], other.texts[i])
+                kept = f"row {await asyncio.to_thread(add_row, file, row):,} of {file}"
+        column.shown.judged(i, f"Better than {counted(len(others), 'other')}: {kept}")
+
+    async def corrected(self, column: Column, said: Sequence[Any]) -> None:
+        i, text = int(said[0]), str(said[1])
+        row = corrected_row(self.messages, text)
+        given = AnswerFeedback(column.id, i, corrected=row["messages"][-1], said=frozenset({"corrected"}))
+        kept = await self._given(given)
+        if not kept:
+            file = judged_file(self.page.studio.base, "messages")
+            kept = f"row {await asyncio.to_thread(add_row, file, row):,} of {file}"
+        column.shown.judged(i, f"Corrected: {kept}")
+
+    async def _given(self, feedback: AnswerFeedback) -> str:
+        """Where it is kept: with the answers, if these are; "" where a file has to do. Raises for a tenant whose
+        answers are not kept, who has no file here."""
+        tenancy, caller = self.page.studio.service.tenancy, self.page.caller
+        if isinstance(tenancy, Tenants) and caller.tenant in tenancy.store.settings.feedback:
+            try:
+                await asyncio.to_thread(tenancy.answers.give, caller.tenant, feedback)
+                return "kept with the answers"
+            except Refused as error:
+                if error.status != 404 or not caller.admin:
+                    raise
+        if not caller.admin:
+            fix = "its operator changes that: veneer tenant feedback keep"
+            raise VeneerError("none of this tenant's answers are kept, so there is nothing to judge", fix=fix)
+        return ""
+
+
+def _note(event: Finished, first: float, whole: float) -> str:
+    count = event.usage.completion
+    pace = f"{(count - 1) / (whole - first):.0f} tokens a second" if count > 1 and whole > first else ""
+    why = {"length": "cut at the limit", "stop": ""}.get(event.reason, "broken off")
+    return " · ".join(part for part in (counted(count, "token"), f"first after {first:.2f} s", pace, why) if part)

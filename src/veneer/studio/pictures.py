@@ -1,0 +1,184 @@
+"""Compare on a base that draws: the same seeds side by side for the base, for adapters and for mixes; strengths in
+steps; two pictures one over the other; a control picture."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import uuid
+from contextlib import aclosing
+from typing import Any, cast
+
+from veneer.errors import ConfigError
+from veneer.imaging.infotext import encoded
+from veneer.models.image.generate import default_settings
+from veneer.serve.http.drawing import ask_pictures
+from veneer.serve.http.errors import message_of
+from veneer.serve.http.surfaces.image_bodies import ImageBody, checked_image_body
+from veneer.serve.pictures.engine import PictureEngine
+from veneer.serve.pictures.request import FinishedPicture, PictureStep
+from veneer.serve.request import Refused
+from veneer.studio import parts
+from veneer.studio.columns import MOST_COLUMNS, Board, Column
+from veneer.studio.commands import command
+from veneer.studio.frame import ViewPage
+from veneer.studio.moving import Drawn, Sketch, Wipe
+from veneer.studio.parts import box, button, dialog, line, put
+
+_SEEDS = 4
+_STEPS = (0.25, 0.5, 0.75, 1.0, 1.25)
+"""The strengths that one adapter is drawn at, to see what a strength does."""
+
+
+async def pictures_view(page: ViewPage) -> None:
+    board = _Pictures(page)
+    page.title("Compare", "One prompt and the same seeds, drawn by the base, by adapters and by mixes of them.")
+    board.draw()
+
+
+class _Pictures(Board):
+    """The view of one visit. `over`: the column and the picture that waits to be laid over another."""
+
+    def __init__(self, page: ViewPage) -> None:
+        super().__init__(page)
+        self.engine = cast(PictureEngine, page.studio.service.engine)
+        self.over: tuple[Column, int] | None = None
+        self.sketch = ""
+
+    def draw(self) -> None:
+        query = self.page.query
+        steps, guidance = default_settings(self.engine.base)
+        with box("div", "ask"):
+            self.prompt = parts.form_field(
+                "Prompt", query.get("p"), self.kept("p"), kind="area", key="p", entered=self.ask_all,
+                hint="What is to be seen. Every column draws it.",
+            )  # fmt: skip
+            with box("details", "more"):
+                line("How it is drawn", tag="summary")
+                with box("div", "settings"):
+                    self.seed = self.number("First seed", "seed", 7, low=0, high=2**32 - 1, step=1)
+                    self.n = self.number("Seeds", "n", 1, low=1, high=_SEEDS, step=1)
+                    self.steps = self.number("Steps", "steps", steps, low=1, high=200, step=1)
+                    self.guidance = self.number("Guidance", "guidance", guidance, low=0, high=50, step=0.5)
+                    self.size = parts.form_field("Size", query.get("size"), self.kept("size"), hint="auto, or 512x512")
+                    self.negative = parts.form_field("Not to be seen", query.get("not"), self.kept("not"))
+                    self._control()
+            with box("div", "row"):
+                button("Draw", self.ask_all, kind="filled", key="ctrl+enter")
+                button("Stop", self.stop, kind="word", key="Escape")
+                line(
+                    "Ctrl+Enter draws. Two pictures that are marked are laid one over the other.", "soft small", "span"
+                )
+        self.draw_all()
+
+    def _control(self) -> None:
+        """Where the base has ControlNets: a picture that says where things are."""
+        self.kind: parts.Field | None = None
+        if not (kinds := self.engine.control_kinds()):
+            return
+        query = self.page.query
+        self.kind = parts.form_field(
+            "Control", query.get("control", kinds[0]), self.kept("control"), kind="choice", options=kinds
+        )
+        self.hold = self.number("Its strength", "hold", 1.0, low=0, high=2, step=0.05)
+
+        def picked(data: str) -> None:
+            self.sketch = data
+
+        Sketch("Control picture", picked)
+
+    def draw_answers(self, place: int, column: Column) -> None:
+        column.shown = Drawn(column.named(self.page.studio.base), lambda i: self.marked(column, int(i)))
+        if len(column.mix) == 1 and len(self.columns) <= MOST_COLUMNS:
+            button("The same at five strengths", lambda: self.spread(column), kind="word")
+
+    def same_command(self, column: Column) -> str:
+        asked = [prompt] if (prompt := str(self.prompt.value or "")) else []
+        kind = self.kind.value if self.kind is not None and self.sketch else None
+        return command(
+            "image", *asked, base=self.page.studio.base, adapter=column.specs(), seed=int(self.seed.value or 0),
+            count=int(self.n.value or 1), steps=int(self.steps.value or 1), guidance=self.guidance.value,
+            size=self.size.value, negative=self.negative.value,
+            control=f"{kind}=PICTURE:{self.hold.value:g}" if kind else None, out="picture.png",
+        )  # fmt: skip
+
+    def spread(self, column: Column) -> None:
+        """One adapter in steps of its strength: a column each."""
+        ((name, now),) = column.mix
+        at = self.columns.index(column)
+        there = {each.mix[0][1] for each in self.columns if len(each.mix) == 1 and each.mix[0][0] == name}
+        more = [Column([(name, strength)]) for strength in _STEPS if strength not in there - {now}]
+        self.columns[at : at + 1] = more or [column]
+        del self.columns[MOST_COLUMNS + 1 :]
+        self.changed()
+
+    # -- drawing
+
+    def ask_all(self) -> None:
+        if not str(self.prompt.value or "").strip():
+            raise ConfigError("there is nothing to draw", fix="write a prompt")
+        super().ask_all()
+
+    def _fields(self, column: Column) -> dict[str, Any]:
+        """As a client's body has them."""
+        fields: dict[str, Any] = {
+            "prompt": str(self.prompt.value), "negative_prompt": str(self.negative.value or ""),
+            "mix": [{"adapter": name, "strength": strength} for name, strength in column.mix],
+            "n": max(1, min(_SEEDS, int(self.n.value or 1))), "seed": int(self.seed.value or 0),
+            "num_inference_steps": int(self.steps.value or 1), "guidance_scale": self.guidance.value,
+            "size": str(self.size.value or "auto").lower().replace("×", "x"),
+        }  # fmt: skip
+        if self.sketch and self.kind is not None:
+            fields["control"] = [{"type": self.kind.value, "image": self.sketch, "strength": self.hold.value}]
+        return fields
+
+    async def answer(self, column: Column) -> None:
+        shown: Drawn = column.shown
+        service = self.page.studio.service
+        column.texts = []
+        try:
+            asked = checked_image_body(ImageBody, self._fields(column), service.settings.max_pictures)
+            plan, events = await ask_pictures(service, self.page.caller, asked, f"image-{uuid.uuid4().hex}")
+            shown.begin([request.seed for request in plan.requests], plan.width, plan.height)
+            column.texts = [""] * len(plan.requests)
+            async with aclosing(events):
+                async for i, event in events:
+                    if isinstance(event, PictureStep):
+                        shown.step(i, event.done / event.of)
+                    elif isinstance(event, FinishedPicture):
+                        column.texts[i] = source = await asyncio.to_thread(_source, event)
+                        shown.show(i, source, "; ".join([*plan.notes, *event.notes]))
+        except Refused as error:
+            shown.begin([], 1, 1)
+            raise ConfigError(f"{column.named(self.page.studio.base)}: {message_of(error)}") from error
+
+    def marked(self, column: Column, i: int) -> None:
+        """The first of two waits; with the second both are seen one over the other."""
+        if self.over is None or self.over[0] not in self.columns:
+            self.over = column, i
+            column.shown.lay(i, True)
+            put(self.page.frame.status, "")
+            return
+        other, k = self.over
+        self.over = None
+        other.shown.lay(k, False)
+        if (other, k) == (column, i) or not (other.texts[k] and column.texts[i]):
+            return
+        seed = int(self.seed.value or 0)
+        names = tuple(_titled(each, self.page.studio.base, seed + n) for each, n in ((other, k), (column, i)))
+        with self.place, dialog("One over the other") as window:
+            window.classes("wide")
+            Wipe(other.texts[k], column.texts[i], cast(tuple[str, str], names))
+            with box("div", "row end"):
+                button("Close", lambda: parts.closed(window), kind="word")
+        parts.opened(window)
+
+
+def _titled(column: Column, base: str, seed: int) -> str:
+    return f"{' + '.join(column.specs()) or base}, seed {seed}"
+
+
+def _source(drawn: FinishedPicture) -> str:
+    """The picture as a data: URL, small enough for the page; its own record is in a file that a command makes."""
+    data = encoded(drawn.made.image, drawn.made.text, {}, "webp", 92)
+    return f"data:image/webp;base64,{base64.b64encode(data).decode()}"

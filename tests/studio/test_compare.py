@@ -1,0 +1,70 @@
+"""Compare as a browser's socket sees it: each column's answer is the server's own, and what is said of one is a row."""
+
+from __future__ import annotations
+
+import json
+import re
+from urllib.parse import quote
+
+import httpx
+
+from tests.studio.conftest import HOSTILE, Served
+from tests.studio.windows import Window, opened
+from veneer.train.text.judged import corrected_row
+from veneer.train.text.rows import read_rows
+
+ASKED = [{"role": "user", "content": "Where is my parcel?"}]
+LINK = "/studio/compare?c=support%401&c=support%402%3A0.5%2Bacme%2Ftone%3A-0.5&p=Where+is+my+parcel%3F&m=3"
+
+
+def content(studio: Served, mix: dict[str, float]) -> str:
+    """What the API answers."""
+    body = {"mix": mix, "messages": ASKED, "max_tokens": 3, "temperature": 0}
+    answer = httpx.post(f"{studio.address}/v1/chat/completions", json=body, timeout=60).json()
+    return str(answer["choices"][0]["message"]["content"])
+
+
+def said_in(window: Window, columns: int) -> list[str]:
+    """What the page is told to show in each column, from the left, until all are whole."""
+    texts: dict[int, str] = {}
+    ended = 0
+    while ended < columns:
+        message = str(window.socket.recv(timeout=60))
+        for id, what, given in re.findall(r'runMethod\((\d+), "(begin|add|end)", (.*)\)', _code(message)):
+            values = json.loads(given)
+            if what == "begin":
+                texts[int(id)] = ""
+            elif what == "add":
+                texts[int(id)] += "".join(token[0] for _, token in values[0])
+            ended += what == "end"
+    return [texts[id] for id in sorted(texts)]
+
+
+def _code(message: str) -> str:
+    if not message.startswith("42["):
+        return ""
+    kind, given = json.loads(message[2:])
+    return str(given["code"]) if kind == "run_javascript" else ""
+
+
+def test_each_column_answers_as_the_api_does_and_judgements_become_rows(studio: Served) -> None:
+    mixes = [{}, {"support@1": 1.0}, {"support@2": 0.5, "acme/tone": -0.5}]
+    with opened(f"{studio.address}{LINK}") as window:
+        window.press("Ask")
+        assert said_in(window, 3) == [content(studio, mix) for mix in mixes]
+        window.tell(lambda e: e.get("props", {}).get("label") == "Strength", "changed", -0.5)
+        assert said_in(window, 1) == [content(studio, {"support@1": -0.5})], "another strength is asked at once, alone"
+        window.tell(lambda e: e.get("props", {}).get("place") == 2, "corrected", [0, "By noon."])
+        window.until("Corrected: row 1 of")
+    (file,) = studio.home.glob("judged/*/corrections.jsonl")
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [corrected_row(ASKED, "By noon.")]
+    assert read_rows([str(file)])[1].format == "messages"
+
+
+def test_what_is_not_there_and_what_is_hostile_is_only_text(studio: Served) -> None:
+    for name in (HOSTILE, "nobody@7", "support@1:strong"):
+        assert httpx.get(f"{studio.address}/studio/compare?c={quote(name)}").status_code == 404
+    page = httpx.get(f"{studio.address}/studio/compare?c=support%401&p={quote(HOSTILE)}")
+    assert page.status_code == 200
+    assert "<img src=x" not in page.text
+    assert "veneer generate" in page.text, "the command that does the same"

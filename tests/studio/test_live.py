@@ -1,0 +1,60 @@
+"""Live as the sockets of two browsers see it: what a move would do is said, made, seen by both, and taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serve.http.toy import wait_for
+from tests.studio.conftest import Served
+from tests.studio.windows import opened
+from veneer.serve.tenancy import manage, routes
+from veneer.serve.tenancy.store import Store
+
+
+@pytest.fixture
+def store(studio: Served) -> Iterator[Store]:
+    found = Store(str(studio.home / "tenants.sqlite"))
+    routes.set_route(found, "parcels", [("support@1", 90), ("support@2", 10)], who="test")
+    yield found
+    routes.remove_route(found, "parcels", who="test")
+    found.close()
+
+
+def is_bar(element: dict[str, Any]) -> bool:
+    return "parts" in element.get("props", {})
+
+
+def test_a_move_is_said_before_it_is_made_and_seen_by_who_else_looks(studio: Served, store: Store) -> None:
+    url = f"{studio.address}/studio/live"
+    wait_for(lambda: "support@2" in httpx.get(url).text)
+    with opened(url) as one, opened(url) as other:
+        one.tell(is_bar, "moved", [80, 20])
+        one.until("Of the users of parcels, 10 % move from support@1 to support@2; nobody else changes.",
+                  "veneer tenant route set parcels support@1=80 support@2=20")  # fmt: skip
+        assert dict(store.look().routes["", "parcels"].targets) == {"support@1": 90, "support@2": 10}
+        one.press("Move")
+        wait_for(lambda: dict(store.look().routes["", "parcels"].targets) == {"support@1": 80, "support@2": 20})
+        other.until("80.0", "20.0")
+        one.tell(is_bar, "moved", [50, 50])  # of a bar that was drawn anew meanwhile: nothing comes of it
+    with store.engine.connect() as c:
+        newest = routes.route_history(c, "parcels")[0]
+    assert newest["who"] == "studio"
+    routes.rollback_route(store, "parcels", who="test")
+    assert dict(store.look().routes["", "parcels"].targets) == {"support@1": 90, "support@2": 10}
+
+
+def test_it_is_the_operators(studio: Served, store: Store) -> None:
+    manage.add_tenant(store, "acme", adapters=["acme/*"], who="test")
+    _, key = manage.make_tenant_key(store, "acme", who="test")
+    with httpx.Client(base_url=studio.address, cookies={"veneer_studio": key}) as tenant:
+        assert tenant.get("/studio/live").status_code == 404
+        assert tenant.get("/studio/compare?c=acme%2Ftone").status_code == 200
+        assert tenant.get("/studio/compare?c=globex%2Ftone").status_code == 404
+    page = httpx.get(f"{studio.address}/studio/live").text
+    assert "In memory" in page
+    assert "veneer tenant usage" in page
+    manage.remove_tenant(store, "acme", who="test")
