@@ -10,7 +10,7 @@ from tests.browser.conftest import LONG, Window
 from tests.studio.conftest import Served
 
 axe = pytest.importorskip("axe_playwright_python.base")
-VIEWS = ["", "?q=nothing-has-this", "adapter?ref=support@1", f"adapter?ref={LONG}"]
+VIEWS = ["", "doctor", "?q=nothing-has-this", "adapter?ref=support@1", f"adapter?ref={LONG}"]
 """Others add theirs."""
 
 

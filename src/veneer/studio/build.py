@@ -47,6 +47,7 @@ def studio_of(service: Service, library: Library, *, host: str, trains: bool = F
     from veneer.serve.build import Extension
     from veneer.studio.adapter import adapter_view
     from veneer.studio.compare import compare_view
+    from veneer.studio.doctor import doctor_view
     from veneer.studio.finder import finds
     from veneer.studio.frame import Studio, StudioView
     from veneer.studio.library import library_view
@@ -63,6 +64,7 @@ def studio_of(service: Service, library: Library, *, host: str, trains: bool = F
         StudioView("run", "Run", "", run_view),
         StudioView("steps", "Steps", "", steps_view),
         StudioView("live", "Live", "v", live_view, operator=True),
+        StudioView("doctor", "Doctor", "d", doctor_view),
     )
     jobs = JobStore(library)
     made = Studio(service, library, jobs, views, finds, trains)

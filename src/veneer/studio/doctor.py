@@ -1,0 +1,173 @@
+"""The Doctor: what any adapter file is, what other tools would do wrong with it, and the right one for each of them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from veneer.errors import AdapterError, counted
+from veneer.serve.http.surfaces.adapters import keep_staged, staged_report
+from veneer.serve.request import Refused
+from veneer.serve.staging import StagedAdapter
+from veneer.studio.commands import command
+from veneer.studio.frame import NothingHere, ViewPage
+from veneer.studio.parts import Command, Fragment, box, button, form_field, heading, line, link
+from veneer.train.report.log import size
+
+_TOOLS = {
+    "PEFT": "peft", "diffusers": "diffusers", "ComfyUI": "comfyui", "sd-scripts and A1111": "kohya", "vLLM": "vllm",
+    "TGI": "tgi", "llama.cpp": "gguf",
+}  # fmt: skip
+_ENDINGS = {"peft": "", "vllm": "", "tgi": "", "gguf": ".gguf"}
+_FEW = 12
+
+
+async def doctor_view(page: ViewPage) -> None:
+    async def came(answer: dict[str, Any]) -> None:
+        await page.go("doctor", file=str(answer.get("id", "")))
+
+    page.drops("Drop it: it is looked at, and not kept", lambda name: _place(page, name), came)
+    id = page.query.get("file")
+    if not id:
+        page.title("What is this file?", "Any adapter: what it is and why, and what other tools would do with it.")
+        with box("div", "empty"):
+            heading("Drop a file anywhere on this page", 2)
+            line(
+                "A .safetensors or .gguf of any tool, or a .zip of a PEFT folder. It stays for an hour, for you alone."
+            )
+            button("Choose a file", page.pick, kind="filled", key="o")
+        Command(command("adapter", "inspect", "FILE", elsewhere=True))
+        return
+    try:
+        staged = page.studio.service.staging.get(page.caller.tenant, id)
+    except Refused as error:
+        raise NothingHere("This file is not here any more.", fix=error.fix) from None
+    page.title(staged.name, f"{size(staged.size)} · here until it is kept, for an hour at most")
+    with box("div", "row"):
+        button("Another file", page.pick, key="o")
+    report = await asyncio.to_thread(staged_report, staged)
+    _show(page, staged, report)
+
+
+def _place(page: ViewPage, name: str) -> str:
+    return page.api("/v1/adapter_inspections", filename=name)
+
+
+def _show(page: ViewPage, staged: StagedAdapter, report: dict[str, Any]) -> None:
+    image = any(each["tool"] == "ComfyUI" for each in report["elsewhere"])
+    with box("div", "split"):
+        with box("div"):
+            Fragment("diagnosis.html.j2", facts=_facts(report), coverage=report["coverage"], few=_FEW, **_words(report))
+            heading("In other tools")
+            line("As it is now. “Right” is the same adapter, written as that tool reads it.", "soft small")
+            for each in report["elsewhere"]:
+                _tool(page, staged, report, each)
+            if report["targets"]:
+                heading("What it changes")
+                Fragment("targets.html.j2", targets=report["targets"])
+            Command(command("adapter", "inspect", staged.name, elsewhere=True))
+        with box("aside", "stack"):
+            _keep(page, staged, report, image)
+
+
+def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What it is, one line each."""
+    card = report["card"]
+
+    def several(counts: dict[str, int]) -> str:
+        shown = [f"{value} ({n})" if len(counts) > 1 else value for value, n in list(counts.items())[:6]]
+        return ", ".join(shown) + (", …" if len(counts) > 6 else "")
+
+    dropped = f", dropout {report['dropout']:g}" if report["dropout"] else ""
+    dtypes = ", ".join(report["dtypes"])
+    facts = [
+        ("format", report["format"]), ("because", "; ".join(report["reasons"][:4])), ("family", report["family"]),
+        ("base", report["base"] or "not said"), ("kind", ", ".join(report["variants"]) + dropped),
+        ("holds", f"{counted(report['pairs'], 'pair')}, {report['parameters']:,} numbers in {dtypes}"),
+        ("rank", several(report["ranks"])), ("alpha", several(report["alphas"])), ("scale", several(report["scales"])),
+        ("trigger words", ", ".join(report["trigger_words"][:_FEW])), ("licence", str(card.get("licence", ""))),
+        ("digest", report["digest"]), ("sha256", str(report["hashes"]["sha256"])),
+    ]  # fmt: skip
+    return [(name, value) for name, value in facts if value]
+
+
+def _words(report: dict[str, Any]) -> dict[str, Any]:
+    verdict = report["verdict"]
+    return {"use": verdict["use"], "why": verdict["why"], "fix": verdict["fix"], "notes": report["notes"][:_FEW]}
+
+
+def _tool(page: ViewPage, staged: StagedAdapter, report: dict[str, Any], said: dict[str, Any]) -> None:
+    with box("section", "panel"):
+        Fragment("tool.html.j2", tool=said)
+        with box("div", "row") as place:
+            _offer(page, staged, report, said["to"], said["tool"], place)
+
+
+def _offer(
+    page: ViewPage, staged: StagedAdapter, report: dict[str, Any], to: str, tool: str, place: Any
+) -> None:  # fmt: skip
+    """A button that writes it for a tool; then the file, or why it cannot be."""
+    base = _base(page, report)
+
+    async def write() -> None:
+        if to in ("gguf", "tgi") and not base:
+            raise AdapterError(
+                f"{to} depends on the base, and this server runs {page.studio.base}",
+                fix=command("adapter", "convert", staged.name, to=to, base="BASE", output="NEW"),
+            )
+        await asyncio.to_thread(_try, staged, to, base)
+        place.clear()
+        with place:
+            at = page.api(f"/v1/adapter_inspections/{staged.id}/file", to=to, base=base)
+            link(f"Download for {tool}", at, "button filled", download=True)
+        page.say(f"It can be written for {tool} exactly")
+
+    button(f"Right for {tool}", write)
+
+
+def _try(staged: StagedAdapter, to: str, base: str) -> None:
+    """Raises AdapterError for what the layout cannot hold exactly."""
+    from veneer.adapters.convert import convert_adapter
+
+    with TemporaryDirectory() as folder:
+        convert_adapter(staged.path, Path(folder) / f"it{_ENDINGS.get(to, '.safetensors')}", to, base=base or None)
+
+
+def _base(page: ViewPage, report: dict[str, Any]) -> str:
+    """This server's base, where the adapter is of it, or does not say and is called so."""
+    same = report["base_fingerprint"] == page.studio.service.catalog.fingerprint
+    called = not report["base_fingerprint"] and report["base"].rstrip("/").rpartition("/")[2] == page.studio.base
+    return page.studio.base if same or called else ""
+
+
+def _keep(page: ViewPage, staged: StagedAdapter, report: dict[str, Any], image: bool) -> None:
+    own = "" if page.caller.admin or not page.caller.tenant else f"{page.caller.tenant}/"
+    stem = re.sub(r"[^a-z0-9]+", "-", staged.name.rpartition(".")[0].lower()).strip("-")[:90].strip("-")
+    name = {"now": f"{own}{stem or 'adapter'}"}
+    with box("section", "panel stack"):
+        heading("Keep it", 2)
+        if not report["verdict"]["use"]:
+            line("It cannot be used as it is, so it cannot be kept.", "soft")
+            return
+        if not (page.caller.admin or page.caller.tenant):
+            line("Your key may look, and not change the library.", "soft")
+            return
+
+        def typed(text: str) -> None:
+            name["now"] = text.strip()
+            same.show(command("library", "add", staged.name, name["now"]))
+
+        async def keep() -> None:
+            studio = page.studio
+            added = await asyncio.to_thread(
+                keep_staged, studio.library, studio.service.tenancy, page.caller, staged, name["now"]
+            )
+            await page.go("adapter", ref=added.version.reference)
+            page.say(f"{added.version.reference} is in the library")
+
+        form_field("Name", name["now"], typed, entered=keep, most=200)
+        button("Keep it in the library", keep, kind="filled")
+        same = Command(command("library", "add", staged.name, name["now"]))

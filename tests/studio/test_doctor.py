@@ -1,0 +1,54 @@
+"""The Doctor: what is sent is looked at and shown as text, whatever stands in it; nobody else's can be seen."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.formats.image_adapters import random_adapter
+from tests.studio.conftest import HOSTILE, Served
+from veneer.core.adapter import Card
+from veneer.formats import convert
+from veneer.formats.topology import families
+
+
+@pytest.fixture(scope="module")
+def kohya(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of kohya's whose metadata somebody made to do harm."""
+    path = tmp_path_factory.mktemp("doctor") / "style.safetensors"
+    adapter = random_adapter(families()["sdxl"], lambda m: m.startswith("unet."))
+    card = Card(kind="image", trigger_words=[HOSTILE], licence=HOSTILE)
+    convert.write(replace(adapter, card=card), path, "kohya", family="sdxl")
+    return path
+
+
+def sent(client: httpx.Client, path: Path, name: str) -> httpx.Response:
+    return client.post("/studio/api/v1/adapter_inspections", params={"filename": name}, content=path.read_bytes())
+
+
+def test_a_file_is_told_what_it_is_and_what_others_would_make_of_it(studio: Served, kohya: Path) -> None:
+    with httpx.Client(base_url=studio.address, timeout=60) as client:
+        assert "Drop a file anywhere on this page" in client.get("/studio/doctor").text
+        id = sent(client, kohya, f"../{HOSTILE}.safetensors").json()["id"]
+        page = client.get(f"/studio/doctor?file={id}")
+    said = html.unescape(page.text)
+    assert page.status_code == 200
+    for words in ("kohya", "sdxl", "In other tools", "ComfyUI", "Right for diffusers", "Keep it in the library"):
+        assert words in said, words
+    shell = page.text.partition('<div id="shell">')[2].partition("<script")[0]
+    assert "&lt;img src=x onerror=alert(1)&gt;" in shell
+    assert "<img src=x" not in shell
+    assert "\u202e" not in shell
+
+
+def test_what_is_not_here_is_not_here_and_a_pickle_is_refused_with_the_reason(studio: Served, kohya: Path) -> None:
+    with httpx.Client(base_url=studio.address, timeout=60) as client:
+        for id in ("none", "../../etc/passwd", HOSTILE):
+            assert client.get("/studio/doctor", params={"file": id}).status_code == 404
+        refused = sent(client, kohya, "style.pt")
+    assert refused.status_code == 400
+    assert "pickles run whatever code is in them" in refused.text
