@@ -28,8 +28,8 @@ def test_a_file_is_looked_at_written_for_another_tool_and_kept(
     page = window.at("doctor").page
     page.set_input_files("input[type=file]", str(style))
     window.heading("Zelda_Style.safetensors")
-    window.until("sdxl")
-    page.get_by_role("button", name="Right for ComfyUI").click()
+    window.until("Stable Diffusion XL")
+    page.get_by_role("button", name="Write it for ComfyUI").click()
     with page.expect_download() as download:
         page.get_by_text("Download for ComfyUI").click()
     (tmp_path / "it.safetensors").write_bytes(Path(download.value.path()).read_bytes())

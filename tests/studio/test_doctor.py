@@ -37,7 +37,14 @@ def test_a_file_is_told_what_it_is_and_what_others_would_make_of_it(studio: Serv
         page = client.get(f"/studio/doctor?file={id}")
     said = html.unescape(page.text)
     assert page.status_code == 200
-    for words in ("kohya", "sdxl", "In other tools", "ComfyUI", "Right for diffusers", "Keep it in the library"):
+    for words in (
+        "kohya",
+        "Stable Diffusion XL",
+        "In other tools",
+        "ComfyUI",
+        "Write it for diffusers",
+        "Keep it in the library",
+    ):
         assert words in said, words
     shell = page.text.partition('<div id="shell">')[2].partition("<script")[0]
     assert "&lt;img src=x onerror=alert(1)&gt;" in shell

@@ -188,7 +188,7 @@ def _diffusers(file: _File) -> _Found:
     if forms := file.forms_text(*(("kronecker",) if family in ("flux2", "z-image") else ())):
         yield "wrong", f"it does not load what is no pair: {forms}"
     if n := file.has("dora_scale"):
-        yield "wrong", f"it leaves dora_scale out, with a warning: {counted(n, 'module')} acts as if it were no DoRA"
+        yield "wrong", f"it leaves dora_scale out, with a warning: DoRA is lost in {counted(n, 'module')}"
     if not file.is_flat:
         return
     alphas = {round(alpha_of(p.scale, p.rank), 6) for p in file.adapter.pairs.values()}
@@ -218,11 +218,11 @@ def _comfyui(file: _File) -> _Found:
         return
     outputs, _ = file.dora
     if n := file.has("lora_magnitude_vector", "lora_magnitude_vector.weight"):
-        yield "wrong", f"it knows magnitudes as dora_scale alone: {counted(n, 'module')} acts as if it were no DoRA"
+        yield "wrong", f"it knows magnitudes as dora_scale alone: DoRA is lost in {counted(n, 'module')}"
     elif outputs:
         yield "wrong", f"it divides the outputs of DoRA by ‖W‖ and not by ‖W + ΔW‖, in {counted(outputs, 'module')}"
     if n := file.forms["gain"]:
-        yield "wrong", f"it does not support (IA)³, which {counted(n, 'module')} has"
+        yield "wrong", f"it does not support (IA)³, in {counted(n, 'module')}"
     if n := file.has("lora_B.bias"):
         yield "wrong", f"it does not read lora_B.bias, of {counted(n, 'module')}"
     if file.split:
@@ -230,11 +230,8 @@ def _comfyui(file: _File) -> _Found:
     told = {key.removesuffix(".alpha") for key in file.keys if key.endswith(".alpha")}
     scaled = [name for name, pair in file.adapter.pairs.items() if pair.scale != 1]
     if scaled and not told and json_value(file.reading.metadata, "lora_adapter_metadata"):
-        where = "which stand in lora_adapter_metadata"
-        yield (
-            "wrong",
-            f"without alphas it takes 1 for every scale: {counted(len(scaled), 'module')} has others, {where}",
-        )
+        where = f"{counted(len(scaled), 'module')}, whose scales stand in lora_adapter_metadata"
+        yield "wrong", f"it takes 1 for every scale that no alpha says: wrong in {where}"
 
 
 def _kohya(file: _File) -> _Found:
@@ -253,7 +250,7 @@ def _kohya(file: _File) -> _Found:
         yield "wrong", f"sd-scripts' networks.lora knows pairs alone, and lycoris.kohya the rest: {forms}"
     outputs, inputs = file.dora
     if outputs:
-        yield "wrong", f"A1111 takes the magnitudes of DoRA along the inputs; {counted(outputs, 'module')} has outputs'"
+        yield "wrong", f"A1111 takes DoRA's magnitudes along the inputs: wrong in {counted(outputs, 'module')}"
     if outputs + inputs:
         yield "wrong", "sd-scripts' networks.lora leaves dora_scale out; lycoris.kohya reads it as it is meant"
     if file.split:

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from veneer.errors import AdapterError, counted
+from veneer.formats.topology import families
 from veneer.serve.http.surfaces.adapters import keep_staged, staged_report
 from veneer.serve.request import Refused
 from veneer.serve.staging import StagedAdapter
@@ -17,10 +18,6 @@ from veneer.studio.frame import NothingHere, ViewPage
 from veneer.studio.parts import Command, Fragment, box, button, form_field, heading, line, link
 from veneer.train.report.log import size
 
-_TOOLS = {
-    "PEFT": "peft", "diffusers": "diffusers", "ComfyUI": "comfyui", "sd-scripts and A1111": "kohya", "vLLM": "vllm",
-    "TGI": "tgi", "llama.cpp": "gguf",
-}  # fmt: skip
 _ENDINGS = {"peft": "", "vllm": "", "tgi": "", "gguf": ".gguf"}
 _FEW = 12
 
@@ -57,12 +54,11 @@ def _place(page: ViewPage, name: str) -> str:
 
 
 def _show(page: ViewPage, staged: StagedAdapter, report: dict[str, Any]) -> None:
-    image = any(each["tool"] == "ComfyUI" for each in report["elsewhere"])
     with box("div", "split"):
         with box("div"):
             Fragment("diagnosis.html.j2", facts=_facts(report), coverage=report["coverage"], few=_FEW, **_words(report))
             heading("In other tools")
-            line("As it is now. “Right” is the same adapter, written as that tool reads it.", "soft small")
+            line("The file as it is now; and the same adapter, exactly, written as that tool reads it.", "soft small")
             for each in report["elsewhere"]:
                 _tool(page, staged, report, each)
             if report["targets"]:
@@ -70,7 +66,7 @@ def _show(page: ViewPage, staged: StagedAdapter, report: dict[str, Any]) -> None
                 Fragment("targets.html.j2", targets=report["targets"])
             Command(command("adapter", "inspect", staged.name, elsewhere=True))
         with box("aside", "stack"):
-            _keep(page, staged, report, image)
+            _keep(page, staged, report)
 
 
 def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -84,7 +80,8 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     dropped = f", dropout {report['dropout']:g}" if report["dropout"] else ""
     dtypes = ", ".join(report["dtypes"])
     facts = [
-        ("format", report["format"]), ("because", "; ".join(report["reasons"][:4])), ("family", report["family"]),
+        ("format", report["format"]), ("because", "; ".join(report["reasons"][:4])),
+        ("family", _family(report["family"])),
         ("base", report["base"] or "not said"), ("kind", ", ".join(report["variants"]) + dropped),
         ("holds", f"{counted(report['pairs'], 'pair')}, {report['parameters']:,} numbers in {dtypes}"),
         ("rank", several(report["ranks"])), ("alpha", several(report["alphas"])), ("scale", several(report["scales"])),
@@ -92,6 +89,11 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("digest", report["digest"]), ("sha256", str(report["hashes"]["sha256"])),
     ]  # fmt: skip
     return [(name, value) for name, value in facts if value]
+
+
+def _family(name: str) -> str:
+    known = families().get(name)
+    return known.label if known is not None else name
 
 
 def _words(report: dict[str, Any]) -> dict[str, Any]:
@@ -113,19 +115,24 @@ def _offer(
     base = _base(page, report)
 
     async def write() -> None:
-        if to in ("gguf", "tgi") and not base:
-            raise AdapterError(
-                f"{to} depends on the base, and this server runs {page.studio.base}",
-                fix=command("adapter", "convert", staged.name, to=to, base="BASE", output="NEW"),
-            )
-        await asyncio.to_thread(_try, staged, to, base)
+        try:
+            if to in ("gguf", "tgi") and not base:
+                own = command("adapter", "convert", staged.name, to=to, base="BASE", output="NEW")
+                raise AdapterError(f"{to} depends on the base, and this server runs {page.studio.base}", fix=own)
+            await asyncio.to_thread(_try, staged, to, base)
+        except AdapterError as error:
+            told = [*error.what.splitlines()[:_FEW], *([f"What to do: {error.fix}"] if error.fix else [])]
+            place.clear()
+            with place:
+                line("\n".join(told), "answer bad", role="alert")
+            return
         place.clear()
         with place:
             at = page.api(f"/v1/adapter_inspections/{staged.id}/file", to=to, base=base)
             link(f"Download for {tool}", at, "button filled", download=True)
         page.say(f"It can be written for {tool} exactly")
 
-    button(f"Right for {tool}", write)
+    button(f"Write it for {tool}", write)
 
 
 def _try(staged: StagedAdapter, to: str, base: str) -> None:
@@ -143,7 +150,7 @@ def _base(page: ViewPage, report: dict[str, Any]) -> str:
     return page.studio.base if same or called else ""
 
 
-def _keep(page: ViewPage, staged: StagedAdapter, report: dict[str, Any], image: bool) -> None:
+def _keep(page: ViewPage, staged: StagedAdapter, report: dict[str, Any]) -> None:
     own = "" if page.caller.admin or not page.caller.tenant else f"{page.caller.tenant}/"
     stem = re.sub(r"[^a-z0-9]+", "-", staged.name.rpartition(".")[0].lower()).strip("-")[:90].strip("-")
     name = {"now": f"{own}{stem or 'adapter'}"}
