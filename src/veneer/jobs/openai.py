@@ -278,7 +278,7 @@ def shown_job(job: Job, organisation: str, results: Sequence[str] = ()) -> dict[
         "object": "fine_tuning.job", "id": job.id, "created_at": int(job.created),
         "model": asked["model"], "fine_tuned_model": asked["tuned"] if job.state == "succeeded" else None,
         "finished_at": None if job.ended is None else int(job.ended),
-        "status": _STATUS.get(job.state, job.state), "error": _error(job), "organization_id": organisation,
+        "status": _STATUS.get(job.state, job.state), "error": shown_error(job), "organization_id": organisation,
         "training_file": asked["training_file"], "validation_file": asked["validation_file"],
         "result_files": list(results),
         "hyperparameters": shown if kind == "supervised" else None,
@@ -297,7 +297,7 @@ def _finish(job: Job) -> int | None:
     return int(time.time() + (job.steps - job.step) * job.seconds / job.step)
 
 
-def _error(job: Job) -> dict[str, Any] | None:
+def shown_error(job: Job) -> dict[str, Any] | None:
     """What a failed job says: files by the names they were uploaded with, and the line."""
     if job.error is None:
         return None
@@ -327,8 +327,10 @@ def _paths(job: Job) -> dict[str, str]:
     data = job.config["data"]
     held = (job.about.get("after") or {}).get("evaluate") or {}
     found = dict.fromkeys(held.get("data") or [], "after.evaluate.data")
-    found |= {data["validation"]: "validation_file"} if data.get("validation") else {}
-    return found | {data["train"]: "training_file"}
+    for key, param in {"validation": "validation_file", "train": "training_file"}.items():
+        files = data.get(key) or ()
+        found |= dict.fromkeys([files] if isinstance(files, str) else files, param)
+    return found
 
 
 def _plain_text(job: Job, text: str) -> str:

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from veneer.errors import ConfigError, VeneerError
+from veneer.jobs.openai import MEASURED, shown_error, shown_event
 from veneer.jobs.steps import fork_config
 from veneer.jobs.store import ENDS, Job, UnknownJob
 from veneer.jobs.validate import job_config
@@ -78,13 +80,16 @@ class _Heard:
     notes: list[tuple[str, str]] = field(default_factory=list)
     checked: dict[str, Any] = field(default_factory=dict)
 
-    def hear(self, page: ViewPage, job: str) -> None:
-        """Reads what is new."""
+    def hear(self, page: ViewPage, job: Job) -> None:
+        """Reads what is new; of where things are on the server a tenant hears nothing."""
         more = True
         while more:
-            events, more = page.studio.jobs.events(page.tenant, job, after=self.last)
+            events, more = page.studio.jobs.events(page.tenant, job.id, after=self.last)
             for event in events:
                 self.last = event.number
+                if not page.caller.admin and event.kind not in MEASURED:
+                    told = shown_event(job, event)
+                    event = replace(event, message=told["message"], data=told["data"])
                 if event.kind == "metrics":
                     self.steps.append(event.data)
                 elif event.kind == "validation":
@@ -149,14 +154,16 @@ async def run_view(page: ViewPage) -> None:
     job, jobs, heard = await job_of(page), page.studio.jobs, _Heard()
     pictures = "pictures" in job.config.get("data", {}) or "slider" in job.config
     page.title(job.name)
-    line(_said_by(job), "lede")
-    head = Fragment("run_head.html.j2", job=job, trains=page.studio.trains, link=page.link)
+    said = _said_by(job) if page.caller.admin else f"taught on {Path(_base_name(job)).name}"
+    line(said, "lede")
+    head = Fragment("run_head.html.j2", job=job, error=None, trains=page.studio.trains, link=page.link)
     bar = progress("Steps done", None)
     with box("div", "row below"):
         pausing = button("Pause", lambda: change("pause"), key="p")
         resuming = button("Resume", lambda: change("resume"), key="p", kind="filled")
         stopping = button("Stop…", lambda: ending(), kind="danger")
-        button("Again, otherwise…", lambda: page.go("train", q=_said_by(job)), kind="word")
+        if not page.caller.tenant:
+            button("Again, otherwise…", lambda: page.go("train", q=_said_by(job)), kind="word")
     same = Command()
     figures = Fragment("figures.html.j2", figures=[])
     charts = Fragment("charts.html.j2", charts=[])
@@ -167,13 +174,14 @@ async def run_view(page: ViewPage) -> None:
     notes = Fragment("notes.html.j2", notes=[], checked={})
 
     def read() -> Job:
-        heard.hear(page, job.id)
+        heard.hear(page, job)
         return jobs.get(page.tenant, job.id)
 
     async def fill() -> None:
         now = await asyncio.to_thread(read)
         made = await asyncio.to_thread(heard.charts, pictures)
-        head.show(job=now, trains=page.studio.trains, link=page.link)
+        error = now.error if page.caller.admin else shown_error(now)
+        head.show(job=now, error=error, trains=page.studio.trains, link=page.link)
         show(bar, now.state not in ENDS)
         moved(bar, now.step / now.steps if now.steps else None)
         show(pausing, now.state in ("queued", "running"))
@@ -220,12 +228,17 @@ def _newest(page: ViewPage, job: str) -> int:
     return found[0].number if found else 0
 
 
+def _base_name(job: Job) -> str:
+    base = job.config["base"]
+    return str(base["name"] if isinstance(base, dict) else base).rstrip("/")
+
+
 def asked_here(page: ViewPage, job: Job) -> str:
     """Why this server cannot ask the steps of a job; "" where it can."""
-    name = str((job.config.get("base") or {}).get("name", job.config.get("base")))
+    name = _base_name(job)
     if page.studio.service.engine.makes != "texts":
         return f"this server draws pictures with {page.studio.base}"
-    own = name.rstrip("/").rpartition("/")[2]
+    own = name.rpartition("/")[2]
     return "" if own == page.studio.base.rpartition("/")[2] else f"this server runs {page.studio.base}, and not {own}"
 
 

@@ -30,7 +30,7 @@ async def steps_view(page: ViewPage) -> None:
     table = Fragment(
         "steps.html.j2", acts={"use": lambda data: use(data["step"]), "go": lambda data: go_on(data["step"])},
         points=[], best=None, used={}, link=page.link, job=job, pictures=pictures, api=page.api,
-        before=None,
+        before=None, forks=False,
     )  # fmt: skip
     same = Command(command("jobs", "show", job.id))
     grid: _Answers | None = None
@@ -55,6 +55,7 @@ async def steps_view(page: ViewPage) -> None:
         table.show(
             points=found["points"], best=found["best"], used=used, link=page.link, job=found["job"],
             pictures=pictures, api=page.api, before=found["before"],
+            forks=not page.caller.tenant,
         )  # fmt: skip
         if pictures:
             sheets.show(samples=found["samples"][::-1], job=job, api=page.api)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import functools
+import itertools
 import os
+import shlex
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from veneer.errors import ConfigError, VeneerError, counted
+from veneer.jobs.openai import shown_error
 from veneer.jobs.store import Job
 from veneer.jobs.validate import device_of, submitted
 from veneer.plan.plan import Plan
@@ -26,7 +29,7 @@ from veneer.studio.parts import Command, Fragment, box, button, dialog, enable, 
 from veneer.studio.watch import on_change
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.load import RunConfig, config_from
-from veneer.train.config.sentence import Sentence, is_sentence, read_sentence
+from veneer.train.config.sentence import Sentence, read_sentence
 from veneer.train.image.captions import write_caption
 from veneer.train.preview import (
     VERDICTS,
@@ -256,17 +259,26 @@ async def train_view(page: ViewPage) -> None:
 
 def _reading(page: ViewPage, draft: _Draft, wrong: VeneerError | None = None) -> dict[str, Any]:
     """What was read of the sentence, and what was not; of an empty one, some to begin with."""
-    base, sentence = page.studio.base, draft.sentence
-    begins = [
-        f"teach {base} from examples/tickets/train.jsonl, rank 16",
-        f"teach {base} from rows.jsonl, 300 steps, call it support",
-        "teach emoji-flux from a folder drawings, as a style, trigger sks",
-    ]
+    sentence, begins = draft.sentence, list[str]()
+    if not sentence.text.strip():
+        begins = _beginnings(page.studio.base)
     return {
         "read": sentence.read, "unread": sentence.unread, "wrong": wrong, "text": sentence.text,
         "missing": sentence.missing if sentence.text.strip() else (), "here": _short_path(os.getcwd()),
-        "begins": [] if sentence.text.strip() else begins, "begun": is_sentence(f"{sentence.text} x"),
+        "begins": begins,
     }  # fmt: skip
+
+
+def _beginnings(base: str) -> list[str]:
+    """Sentences to begin with, of the files that are here."""
+    with os.scandir() as entries:
+        names = sorted(entry.name for entry in itertools.islice(entries, 2000) if not entry.name.startswith("."))
+    rows = [name for name in names if name.endswith((".jsonl", ".csv", ".parquet"))][:2]
+    example = Path("examples/tickets/train.jsonl")
+    rows += [str(example)] if example.is_file() and not rows else []
+    folders = [name for name in names if next(Path(name).glob("*.png"), None) is not None][:1]
+    out = [f"teach {base} from {shlex.quote(name)}, rank 16" for name in rows or ["rows.jsonl"]]
+    return out + [f"teach emoji-flux from a folder {shlex.quote(name)}, trigger sks" for name in folders]
 
 
 def _short_path(path: str) -> str:
@@ -336,13 +348,15 @@ async def _ask_caption(page: ViewPage, picture: SeenPicture, config: ImageTrainC
 
 async def _runs(page: ViewPage) -> None:
     """The newest runs: whatever was begun can be left, and come back to."""
-    runs = Fragment("runs.html.j2", jobs=(), link=page.link)
+    runs = Fragment("runs.html.j2", jobs=(), errors={}, link=page.link)
 
     def newest() -> list[Job]:
         return page.studio.jobs.jobs(page.tenant, limit=_RUNS)[0]
 
     async def fill() -> None:
-        runs.show(jobs=await asyncio.to_thread(newest), link=page.link)
+        jobs = await asyncio.to_thread(newest)
+        errors = {job.id: job.error if page.caller.admin else shown_error(job) for job in jobs}
+        runs.show(jobs=jobs, errors=errors, link=page.link)
 
     await fill()
     on_change(lambda: [(job.id, job.state, job.step) for job in newest()], 2.0, fill)
