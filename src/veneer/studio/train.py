@@ -98,7 +98,7 @@ async def train_view(page: ViewPage) -> None:
         await _runs(page)
         return
     draft = _Draft(read_sentence(page.query.get("q")))
-    with box("div", "split"):
+    with box("div", "split asking"):
         with box("div", "stack"):
             asked = form_field(
                 "What to teach", page.query.get("q"), lambda text: typed(text), kind="area", most=2000, key="/",
@@ -113,9 +113,10 @@ async def train_view(page: ViewPage) -> None:
                     lambda on: asking(on), kind="check",
                 )  # fmt: skip
             same = Command()
+        plan = Fragment("plan.html.j2", look="side", look_at=None, plan=None, says=_says, busy=False, guesses=())
+        with box("div", "under"):
             bar = progress("Looking at the rows")
             found = Fragment("findings.html.j2", findings=(), sample=(), rows=None)
-        plan = Fragment("plan.html.j2", look="side", look_at=None, plan=None, says=_says, busy=False, guesses=())
     table = Fragment(
         "rows.html.j2", acts={"only": lambda data: only(data["verdict"]), "page": lambda data: turned(data["offset"])},
         seen=None, verdicts=VERDICTS, verdict="", offset=0, some=_ROWS, said="",
