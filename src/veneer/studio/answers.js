@@ -35,7 +35,7 @@ export default {
   emits: ["better", "corrected"],
   template: `
     <div class="answers">
-      <div v-for="(one, i) in answers" :key="i" class="said">
+      <div v-for="(one, i) in answers" :key="i" class="spoken">
         <div class="answer" tabindex="0" role="group" :aria-label="(answers.length > 1 ? 'Answer ' + (i + 1) + ' of ' : 'The answer of ') + label"
           @keydown.left.prevent="step(i, -1)" @keydown.right.prevent="step(i, 1)" @blur="leave(i)" @mouseleave="leave(i)"
           @mouseover="over(i, $event)"><span v-for="(token, k) in one.tokens" :key="k" :data-k="k"

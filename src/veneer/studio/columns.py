@@ -147,7 +147,7 @@ class Board:
 
     def finder(self) -> None:
         """Find an adapter of this base, for a new column or to mix into one."""
-        with box("div", "finder"):
+        with box("div", "another"):
             heading("Compare with another", 2)
             with box("div", "row foot"):
                 parts.form_field(

@@ -50,7 +50,7 @@ class _Texts(Board):
                 "Prompt", query.get("p"), self.kept("p"), kind="area", key="p", entered=self.ask_all,
                 hint="Ask something. Every column answers it.",
             )  # fmt: skip
-            with box("details", "more"):
+            with box("details", "how"):
                 line("How it is asked", tag="summary")
                 with box("div", "settings"):
                     self.n = self.number("Answers each", "n", 1, low=1, high=_SAMPLES, step=1)

@@ -65,7 +65,7 @@ class _Live:
 
     def _begin(self) -> None:
         """A route that there is not yet."""
-        with box("details", "more"):
+        with box("details", "how"):
             line("A new route", tag="summary")
             line("A route is a name that clients ask for. Where it leads can move without them.", "soft small")
             with box("div", "row foot"):
@@ -256,7 +256,7 @@ class _RoutePanel:
         """Another version, and who answers unseen."""
         route, names = self.route, self.live._names()
         others = [name for name in names if name not in dict(self.route.targets)]
-        with box("details", "more"):
+        with box("details", "how"):
             line("Another version, or a shadow", tag="summary")
             with box("div", "row foot"):
                 self.other = form_field(

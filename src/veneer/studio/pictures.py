@@ -53,7 +53,7 @@ class _Pictures(Board):
                 "Prompt", query.get("p"), self.kept("p"), kind="area", key="p", entered=self.ask_all,
                 hint="What is to be seen. Every column draws it.",
             )  # fmt: skip
-            with box("details", "more"):
+            with box("details", "how"):
                 line("How it is drawn", tag="summary")
                 with box("div", "settings"):
                     self.seed = self.number("First seed", "seed", 7, low=0, high=2**32 - 1, step=1)
