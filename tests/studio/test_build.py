@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from websockets.sync.client import connect
 from tests.serve.http.toy import wait_for
 from tests.studio.conftest import Served
 from tests.studio.windows import opened
+from tests.test_readme import parse
 from veneer.serve.build import Extension, together
 
 
@@ -34,6 +36,17 @@ def test_the_api_is_as_it_is_without_the_page(studio: Served) -> None:
         for path in set(re.findall(r'"(/studio/_nicegui/[^"]+\.(?:js|css))"', page.text)):
             asset = client.get(path)
             assert (asset.status_code, "immutable" in asset.headers["cache-control"]) == (200, True), path
+
+
+@pytest.mark.parametrize(
+    "path", ["", "?q=tone&tag=x&rank=4&health=unknown&order=gain", "adapter?ref=support@2", "train"]
+)
+def test_every_command_on_a_page_is_one(studio: Served, path: str) -> None:
+    page = httpx.get(f"{studio.address}/studio/{path}").text
+    commands = [html.unescape(each) for each in re.findall(r'data-copy="(veneer [^"]*)"', page)]
+    assert commands or path == "train"
+    for each in commands:
+        parse(each)
 
 
 def test_who_comes_while_the_base_loads_waits_on_a_page(tmp_path: Path, tiny: tuple[Path, Path]) -> None:

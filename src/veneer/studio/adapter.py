@@ -115,7 +115,7 @@ def _content(page: ViewPage, version: Version) -> None:
 def _use(version: Version) -> str:
     base = version.base or "BASE"
     if version.kind == "image":
-        return command("image", "generate", "a drawing of …", base=base, adapter=version.reference)
+        return command("image", "--base", base, "--adapter", version.reference, "a drawing of a fox")
     return command("generate", "…", base=base, adapter=version.reference)
 
 
