@@ -3,7 +3,8 @@
     veneer studio &
     python benchmarks/studio_pictures.py docs/images/studio --address http://127.0.0.1:8000
 
-Names: library-light-1280.webp. The views are those that the page links to, and the first adapter, run and steps there are.
+Names: library-light-1280.webp. The views are those that the page links to, and the first adapter, run and steps there
+are.
 """
 
 from __future__ import annotations

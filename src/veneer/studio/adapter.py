@@ -49,7 +49,7 @@ async def adapter_view(page: ViewPage) -> None:
             Fragment("family.html.j2", family=_seen(page, family), own=version.reference, link=page.link)
             if own:
                 _download(page, version)
-                with box("details"):
+                with box("details", "made"):
                     line("How it was made", tag="summary")
                     Fragment("facts.html.j2", facts=_facts(version))
         with box("aside", "stack"):
