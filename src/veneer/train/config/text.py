@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
 
 
+_SAMPLE_TOKENS, _SAMPLE_FROM = 40, 100
+"""Of the answers that a card keeps, and the steps from which a run has a card that does."""
+
+
 class BaseSection(Section):
     """Which model is trained on. `base: NAME` is short for `base: {name: NAME}`."""
 
@@ -317,6 +321,18 @@ class EvaluationSection(Section):
     rows: int | None = setting(None, "score at most this many held-out rows; nothing means all", gt=0)
     at_start: bool = setting(True, "score the base before step one", "the number every later one is compared with")
     keep: Literal["best", "last"] = setting("best", "save the adapter of the lowest held-out loss, or the last one")
+    sample: int | None = setting(
+        None,
+        "tokens of the answers to one held-out prompt, the base's and the adapter's, that the card keeps; 0: none. Of "
+        "one device",
+        f"{_SAMPLE_TOKENS} for runs of {_SAMPLE_FROM} steps or more, else none",
+        ge=0,
+    )
+
+    def sampled(self, steps: int) -> int:
+        """How many tokens of answers the card of a run of so many steps keeps."""
+        given = _SAMPLE_TOKENS if steps >= _SAMPLE_FROM else 0
+        return given if self.sample is None else self.sample
 
 
 class CheckpointSection(Section):

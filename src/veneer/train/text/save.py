@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.core.adapter import Adapter
+from veneer.core.attach import Attachment
 from veneer.formats import peft
 from veneer.formats.folder import CONFIG_FILE, TENSOR_FILE
+from veneer.models.text.generate import complete
 from veneer.train.report.log import duration
 from veneer.train.save import Outcome, ReportParts, base_facts
+from veneer.train.text.rows import Row
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
+
+
+_PROMPT = 1000
+"""Characters of a prompt that a card keeps."""
 
 
 @dataclass
@@ -43,6 +51,25 @@ def write_adapter(adapter: Adapter, folder: Path, base: TextBase) -> str:
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     adapter = replace(adapter, card=replace(adapter.card, created=created))
     return peft.write_folder(adapter, folder, base_name=base.name, base=base.model).digest
+
+
+def sample_answers(
+    base: TextBase, attachment: Attachment, name: str, rows: Sequence[Row], tokens: int
+) -> dict[str, str] | None:  # fmt: skip
+    """What the base and the adapter of that name say to the first of the rows that is a conversation of texts, without
+    its answer, greedily, of at most so many tokens: `prompt` (what the user said last), `base`, `adapter`. None where
+    there is no such row. Raises BaseError, DataError."""
+    for row in rows:
+        turns = [{"role": str(m.get("role")), "content": m.get("content")} for m in row.messages]
+        asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+        if row.tools or not asked or not all(isinstance(turn["content"], str) for turn in asked):
+            continue
+        said = {}
+        for who, mix in (("base", ()), ("adapter", (name,))):
+            with attachment.using(*mix):
+                said[who] = complete(base, [asked], max_new_tokens=tokens)[0].text
+        return {"prompt": asked[-1]["content"][:_PROMPT], **said}
+    return None
 
 
 def text_report(

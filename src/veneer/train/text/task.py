@@ -31,7 +31,7 @@ from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
 from veneer.core.selection import span_problem
 from veneer.core.targets import base_modules, base_of
-from veneer.errors import ConfigError, Interrupted, PreflightError, bullets
+from veneer.errors import ConfigError, Interrupted, PreflightError, VeneerError, bullets
 from veneer.formats import peft
 from veneer.models.shard import CallWithWeights, Sharded, blocks, call_whole, local_bytes, shard, whole_bytes
 from veneer.models.swap import report_of, without_dropout
@@ -69,7 +69,7 @@ from veneer.train.text.prompts import PromptItem
 from veneer.train.text.reinforce import Reinforcement
 from veneer.train.text.rollouts import MakeSampler, Sampler, SamplerSettings
 from veneer.train.text.rows import data_digest
-from veneer.train.text.save import RunResult, text_metrics, text_report, write_adapter
+from veneer.train.text.save import RunResult, sample_answers, text_metrics, text_report, write_adapter
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
@@ -524,8 +524,22 @@ class AttachedText(AttachedTask[RunResult]):
         )  # fmt: skip
 
     def save(self, result: RunResult, progress: Progress, tell: Listener) -> RunResult:
-        digest = write_adapter(self._carded(text_metrics(result)), self.run.folder, self.base)
+        adapter = self._carded(text_metrics(result))
+        if sample := self._sample(tell):
+            adapter.card.extra = {**adapter.card.extra, "sample": sample}
+        digest = write_adapter(adapter, self.run.folder, self.base)
         return replace(result, adapter=str(self.run.folder), digest=digest)
+
+    def _sample(self, tell: Listener) -> dict[str, str] | None:
+        """What the card keeps of answers. A base that is spread over devices would need all of them to answer."""
+        tokens = self.config.evaluation.sampled(len(self.steps))
+        if not tokens or self.run.devices.count > 1:
+            return None
+        try:
+            return sample_answers(self.base, self.attachment, self.name, self.data.held.rows, tokens)
+        except VeneerError as error:
+            tell(Note(f"the card keeps no answers: {error.what}"))
+            return None
 
     def write(self, folder: Path, progress: Progress) -> None:
         write_adapter(self._carded(progress.metrics()), folder, self.base)

@@ -1,0 +1,56 @@
+"""What a card keeps of answers: those of the base and of the adapter that was saved, to a held-out prompt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_base import tiny_base_dir
+from veneer.adapters.use import load_adapter
+from veneer.core.attach import attach
+from veneer.formats.card import read_card
+from veneer.library.describe import card_sample
+from veneer.models.text.base import TextBase, load_text
+from veneer.models.text.generate import complete
+from veneer.train.config.load import config_from
+from veneer.train.config.text import EvaluationSection
+from veneer.train.text.task import run_text
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> TextBase:
+    return load_text(str(tiny_base_dir(tmp_path_factory.mktemp("base"))), dtype="float32")
+
+
+def trained(base: TextBase, folder: Path, **evaluation: Any) -> Path:
+    rows = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"What is {n}?"},
+                          {"role": "assistant", "content": f"It is {n}."}]} for n in range(12)]  # fmt: skip
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config, _ = config_from({
+        "base": {"name": str(base.name)}, "data": {"train": str(folder / "rows.jsonl"), "split": 4},
+        "output": str(folder / "out"), "schedule": {"steps": 2}, "optimizer": {"learning_rate": 1e-2},
+        "evaluation": {"keep": "last", **evaluation},
+    })  # fmt: skip
+    run_text(config, base=base, on_event=lambda event: None)
+    return folder / "out"
+
+
+def test_the_card_has_both_answers_to_a_held_out_prompt(base: TextBase, tmp_path: Path) -> None:
+    folder = trained(base, tmp_path, sample=5)
+    sample = card_sample(read_card(folder).card.to_dict())
+    assert sample is not None
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": sample["prompt"]}]
+    assert complete(base, [asked], max_new_tokens=5)[0].text == sample["base"]
+    with attach(base.model) as attachment:
+        attachment.add("it", load_adapter(base, str(folder)))
+        attachment.use("it")
+        assert complete(base, [asked], max_new_tokens=5)[0].text == sample["adapter"]
+
+
+def test_short_runs_keep_none_unless_asked_for(base: TextBase, tmp_path: Path) -> None:
+    assert card_sample(read_card(trained(base, tmp_path)).card.to_dict()) is None
+    assert [EvaluationSection().sampled(steps) > 0 for steps in (99, 100)] == [False, True]
+    assert EvaluationSection(sample=0).sampled(1000) == 0
