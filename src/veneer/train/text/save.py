@@ -60,15 +60,16 @@ def sample_answers(
     its answer, greedily, of at most so many tokens: `prompt` (what the user said last), `base`, `adapter`. None where
     there is no such row. Raises BaseError, DataError."""
     for row in rows:
-        turns = [{"role": str(m.get("role")), "content": m.get("content")} for m in row.messages]
+        turns = [{"role": m.get("role"), "content": m.get("content")} for m in row.messages]
         asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
-        if row.tools or not asked or not all(isinstance(turn["content"], str) for turn in asked):
+        if row.tools or not asked or not all(isinstance(text, str) for turn in asked for text in turn.values()):
             continue
+        texts = [{key: str(text) for key, text in turn.items()} for turn in asked]
         said = {}
         for who, mix in (("base", ()), ("adapter", (name,))):
             with attachment.using(*mix):
-                said[who] = complete(base, [asked], max_new_tokens=tokens)[0].text
-        return {"prompt": asked[-1]["content"][:_PROMPT], **said}
+                said[who] = complete(base, [texts], max_new_tokens=tokens)[0].text
+        return {"prompt": texts[-1]["content"][:_PROMPT], **said}
     return None
 
 
