@@ -327,7 +327,8 @@ def _paths(job: Job) -> dict[str, str]:
     data = job.config["data"]
     held = (job.about.get("after") or {}).get("evaluate") or {}
     found = dict.fromkeys(held.get("data") or [], "after.evaluate.data")
-    for key, param in {"validation": "validation_file", "train": "training_file"}.items():
+    keys = {"validation": "validation_file", "train": "training_file", "pictures": "training_file"}
+    for key, param in keys.items():
         files = data.get(key) or ()
         found |= dict.fromkeys([files] if isinstance(files, str) else files, param)
     return found
