@@ -11,7 +11,7 @@ from tests.studio.conftest import Served
 
 axe = pytest.importorskip("axe_playwright_python.base")
 VIEWS = ["", "doctor", "?q=nothing-has-this", "adapter?ref=support@1", f"adapter?ref={LONG}"]
-VIEWS += ["train", "train?q=teach%20tiny-base%20rnak%203"]
+VIEWS += ["compare", "compare?c=support@1", "live", "train", "train?q=teach%20tiny-base%20rnak%203"]
 """Others add theirs."""
 
 

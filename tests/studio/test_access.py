@@ -163,7 +163,7 @@ def test_nothing_under_the_page_is_a_file_of_this_machine(studio: Served) -> Non
 
 
 SOURCES = sorted((Path(veneer.__file__).parent / "studio").glob("*.py"))
-_FRAME = {"parts.py", "frame.py", "build.py", "watch.py", "still.py"}
+_FRAME = {"parts.py", "moving.py", "frame.py", "build.py", "watch.py", "still.py"}
 _PARTS_ALONE = {"props", "style", "html", "markdown", "add_slot", "tooltip", "run_method", "_text", "_props"}
 _NEVER = {
     "run_javascript",

@@ -201,7 +201,7 @@ class Board:
         """There are other columns now: all of them answer anew."""
         self.stop()
         self.draw_columns()
-        self.into.value = self.into.props["value"] = "new" if len(self.columns) <= MOST_COLUMNS else "1"
+        self.into.put("new" if len(self.columns) <= MOST_COLUMNS else "1")
         self.into.offer(self._places())
         if self.asked:
             self.ask_all()
