@@ -37,6 +37,7 @@ def training(
     from veneer.jobs.http.canary import canary_routes
     from veneer.jobs.http.files import file_routes, large_bodies
     from veneer.jobs.http.graders import grader_routes
+    from veneer.jobs.http.samples import sample_routes
     from veneer.jobs.http.tinker import FILES, TinkerRoutes, tinker_routes
     from veneer.jobs.http.tuning import tuning_routes
     from veneer.jobs.store import JobStore
@@ -60,7 +61,7 @@ def training(
                 await task
 
     routers = [file_routes(files), tuning_routes(jobs, files, tenants, python_graders=python_graders)]
-    routers.append(grader_routes(python=python_graders))
+    routers += [sample_routes(jobs), grader_routes(python=python_graders)]
     routers.append(tinker_routes(tinker))
     if isinstance(tenancy, Tenants) and tenancy.admin_hash is not None:
         routers.append(canary_routes(jobs, tenancy))

@@ -84,7 +84,7 @@ def studio_of(service: Service, library: Library, *, host: str, trains: bool = F
     async def stop() -> None:
         await life[0].__aexit__(None, None, None)
 
-    routers = [key_routes(service.tenancy), sample_routes(jobs)]
+    routers = [key_routes(service.tenancy), *([] if trains else [sample_routes(jobs)])]  # who trains has them
     return Extension(routers, unguarded=(ROOT,), start=start, stop=stop, mount=mount)
 
 
