@@ -4,6 +4,7 @@ answers is its view's: texts in compare.py, pictures in pictures.py."""
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,10 +98,11 @@ class Board:
         """What a field does when it is another: the link says so."""
         return lambda value: self.page.keep(**{name: value})
 
-    def number(self, label: str, name: str, usual: float | None, **bounds: float) -> parts.Field:
-        """A field of the link's, which is left out of it where it is empty."""
-        now = usual if usual is None and not self.page.query.get(name) else self.page.query.number(name, usual or 0.0)
-        return parts.form_field(label, now, self.kept(name), kind="number", **bounds)  # type: ignore[arg-type]
+    def number(self, label: str, name: str, usual: float, low: float, high: float, step: float) -> parts.Field:
+        """A field of the link's, within its bounds whatever the link says."""
+        given = self.page.query.number(name, usual)
+        now = min(high, max(low, given)) if math.isfinite(given) else usual
+        return parts.form_field(label, now, self.kept(name), kind="number", low=low, high=high, step=step)
 
     def draw_all(self) -> None:
         self.place = box("div", "board")

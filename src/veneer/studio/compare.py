@@ -22,7 +22,7 @@ from veneer.studio.columns import Board, Column
 from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
 from veneer.studio.moving import Answers, SpokenToken
-from veneer.studio.parts import box, button, line
+from veneer.studio.parts import Command, box, button, line
 from veneer.train.text.judged import add_row, corrected_row, judged_file, preference_row
 
 _PAUSE = 1 / 30
@@ -65,6 +65,7 @@ class _Texts(Board):
                 button("Stop", self.stop, kind="word", key="Escape")
                 line("Ctrl+Enter asks; the number of a column says that it is better.", "soft small", "span")
         self.draw_all()
+        self.judgement = Command("")
 
     def draw_answers(self, place: int, column: Column) -> None:
         column.shown = Answers(
@@ -152,6 +153,7 @@ class _Texts(Board):
             for other in others:
                 row = preference_row(asked, column.texts[i], other.texts[i])
                 kept = f"row {await asyncio.to_thread(add_row, file, row):,} of {file}"
+            self._judged(str(file), chosen=column.texts[i], rejected=others[-1].texts[i])
         column.shown.judged(i, f"Better than {counted(len(others), 'other')}: {kept}")
 
     async def corrected(self, column: Column, said: Sequence[Any]) -> None:
@@ -162,7 +164,12 @@ class _Texts(Board):
         if not kept:
             file = judged_file(self.page.studio.base, "messages")
             kept = f"row {await asyncio.to_thread(add_row, file, row):,} of {file}"
+            self._judged(str(file), answer=text)
         column.shown.judged(i, f"Corrected: {kept}")
+
+    def _judged(self, file: str, **said: str) -> None:
+        """The command that adds the same row."""
+        self.judgement.show(command("data", "add", file, str(self.prompt.value), system=self.system.value, **said))
 
     async def _given(self, feedback: AnswerFeedback) -> str:
         """Where it is kept: with the answers, if these are; "" where a file has to do. Raises for a tenant whose
