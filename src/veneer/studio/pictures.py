@@ -88,9 +88,10 @@ class _Pictures(Board):
         Sketch("Control picture", picked)
 
     def draw_answers(self, place: int, column: Column) -> None:
-        column.shown = Drawn(column.named(self.page.studio.base), lambda i: self.marked(column, int(i)))
-        if len(column.mix) == 1 and len(self.columns) <= MOST_COLUMNS:
-            button("The same at five strengths", lambda: self.spread(column), kind="word")
+        with box("div"):  # one row of the column's grid
+            column.shown = Drawn(column.named(self.page.studio.base), lambda i: self.marked(column, int(i)))
+            if len(column.mix) == 1 and len(self.columns) <= MOST_COLUMNS:
+                button("The same at five strengths", lambda: self.spread(column), kind="word")
 
     def same_command(self, column: Column) -> str:
         asked = [prompt] if (prompt := str(self.prompt.value or "")) else []
