@@ -89,7 +89,7 @@ def test_a_file_that_is_dropped_anywhere_is_kept(window: Window, served: Served)
     page.dispatch_event("body", "drop", {"dataTransfer": dropped})
     window.heading("dropped-style@1")
     with open_library(served.library) as library:
-        assert library.files(library.find("dropped-style").entry).keys() == {"Dropped Style.safetensors"}
+        assert library.files(library.find("dropped-style").entry).keys() == {"Dropped_Style.safetensors"}
     page.get_by_role("button", name="Remove…").click()
     window.until("Remove dropped-style@1?")
     page.locator("dialog[open]").get_by_role("button", name="Remove", exact=True).click()
