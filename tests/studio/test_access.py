@@ -127,6 +127,13 @@ def words(page: str) -> list[str]:
     return sorted(re.findall(r"&quot;text&quot;:&quot;(.*?)&quot;", page.split("String.raw`")[1]))
 
 
+def test_routes_are_the_operators_to_move(shared: tuple[Served, dict[str, str]]) -> None:
+    served, keys = shared
+    for whose, status in (("acme", 404), ("operator", 200)):
+        with entered(served, keys[whose]) as client:
+            assert client.get("/studio/live").status_code == status
+
+
 def test_the_api_reads_no_cookies(shared: tuple[Served, dict[str, str]]) -> None:
     served, keys = shared
     with entered(served, keys["acme"]) as client:

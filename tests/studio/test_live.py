@@ -11,7 +11,7 @@ import pytest
 from tests.serve.http.toy import wait_for
 from tests.studio.conftest import Served
 from tests.studio.windows import opened
-from veneer.serve.tenancy import manage, routes
+from veneer.serve.tenancy import routes
 from veneer.serve.tenancy.store import Store
 
 
@@ -47,14 +47,7 @@ def test_a_move_is_said_before_it_is_made_and_seen_by_who_else_looks(studio: Ser
     assert dict(store.look().routes["", "parcels"].targets) == {"support@1": 90, "support@2": 10}
 
 
-def test_it_is_the_operators(studio: Served, store: Store) -> None:
-    manage.add_tenant(store, "acme", adapters=["acme/*"], who="test")
-    _, key = manage.make_tenant_key(store, "acme", who="test")
-    with httpx.Client(base_url=studio.address, cookies={"veneer_studio": key}) as tenant:
-        assert tenant.get("/studio/live").status_code == 404
-        assert tenant.get("/studio/compare?c=acme%2Ftone").status_code == 200
-        assert tenant.get("/studio/compare?c=globex%2Ftone").status_code == 404
+def test_what_is_used_and_what_is_in_memory_are_there_with_their_commands(studio: Served, store: Store) -> None:
     page = httpx.get(f"{studio.address}/studio/live").text
     assert "In memory" in page
     assert "veneer tenant usage" in page
-    manage.remove_tenant(store, "acme", who="test")
