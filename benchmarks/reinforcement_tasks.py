@@ -5,7 +5,7 @@
 
     tickets          right answers, from the supervised adapter (examples/tickets/config.yaml, made first)
     tickets-format   JSON with the three keys and nothing beside it, from the base
-    chain-sum, gcd   two tasks of reasoning-gym, from the base (pip install 'veneer[reasoning-gym]')
+    chain-sum, products two tasks of reasoning-gym, from the base (pip install 'veneer[reasoning-gym]')
 
 Printed are the mean rewards of held-out prompts, answered greedily, before the first step and at the last evaluation,
 of tickets also the share of tickets in test.jsonl with all three fields right, and what the adapter of the first seed
@@ -35,7 +35,7 @@ from veneer.train.report.page import Series, chart
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SUPERVISED = EXAMPLES / "tickets" / "config.yaml"
 TICKETS = EXAMPLES / "tickets" / "test.jsonl"
-TASKS = ("tickets", "tickets-format", "chain-sum", "gcd")
+TASKS = ("tickets", "tickets-format", "chain-sum", "products")
 STYLE = (
     ".grid{stroke:#d8d4cc;stroke-width:1}.tick{font:11px system-ui,sans-serif;fill:#6b665e}"
     ".line{fill:none;stroke-width:2}.line.a{stroke:#b5632c}.line.b{stroke:#2f6f73}.line.faint{stroke-width:1;opacity:.45}"

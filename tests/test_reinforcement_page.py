@@ -46,7 +46,7 @@ def test_the_pages_table_is_what_each_loss_settles() -> None:
         assert [settled.baseline, settled.scale, settled.ratio, clip, settled.length] == cells[1:]
 
 
-@pytest.mark.parametrize("name", ["tickets-format", "tickets", "chain-sum", "gcd"])
+@pytest.mark.parametrize("name", ["tickets-format", "tickets", "chain-sum", "products"])
 def test_the_examples_configurations_are_whole(name: str) -> None:
     config, _ = load_config(ROOT / "examples" / "reinforcement" / f"{name}.yaml", [])
     assert isinstance(config, TrainConfig)
