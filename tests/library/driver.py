@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tests.forks import expect, fork
@@ -49,7 +50,8 @@ def check(place: str, index: str | None) -> None:
         after = upkeep.verify_library(library)
         assert after.ok, after
         assert not after.orphans, after.orphans
-        assert [v.to_dict() for v in library.search(all_versions=True)] == [v.to_dict() for v in every]
+        looked_at = [replace(v, health="sound") for v in every]  # what verification found is remembered
+        assert library.search(all_versions=True) == looked_at
         if isinstance(library.store, LocalStore):
             assert not list(library.store.walk("tmp")), "debris"
             folders = {p.name for p in (library.store.root / "folders").glob("*")}

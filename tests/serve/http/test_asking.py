@@ -39,6 +39,8 @@ def ask(whole: Whole, caller: Caller = OPERATOR, **asked: Any) -> list[TextAnswe
         async with aclosing(ask_texts(whole.built.service, caller, AskedTexts(MESSAGES, **asked))) as events:
             async for i, event in events:
                 answers[i].add(event)
+        behind = asyncio.all_tasks() - {asyncio.current_task()}  # a shadow, which goes on when the answer is there
+        await asyncio.gather(*behind)
         return answers
 
     return asyncio.run(all_of_it())
