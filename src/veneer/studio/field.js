@@ -6,7 +6,7 @@ export default {
   },
   emits: ["changed", "entered"],
   template: `
-    <label :class="{check: kind === 'check'}">
+    <label :class="{check: kind === 'check'}" @focusout="left">
       <span class="name" :class="{unseen: hides}">{{ label }}</span>
       <textarea v-if="kind === 'area'" ref="box" v-model="now" rows="3" :placeholder="hint" :maxlength="most"
         :data-key="shortcut || null" @input="typed" @keydown.enter.ctrl.prevent="enter" @keydown.enter.meta.prevent="enter"></textarea>
@@ -58,6 +58,9 @@ export default {
       if (this.timer) return;
       const rest = Math.max(0, this.last + 1000 * this.wait - performance.now());
       this.timer = setTimeout(() => this.send(), rest);
+    },
+    left() {  // before the click on what was left it for: that acts on what was typed
+      if (this.timer) this.send();
     },
     enter() {
       clearTimeout(this.timer);
