@@ -165,9 +165,14 @@ def write(
     return WriteReport(path, to, done.family, done.back.digest(), files, found, _ranks(done), done.encoded.notes)
 
 
+def layout_ending(to: str) -> str:
+    """What the name of an adapter in this layout ends in; "" for a folder's."""
+    return "" if to in _FOLDERS else ".gguf" if to == "gguf" else ".safetensors"
+
+
 def _check_name(path: Path, to: str) -> None:
     """Readers choose by the ending; and a folder in a file's place would have to be removed."""
-    ending = "" if to in _FOLDERS else ".gguf" if to == "gguf" else ".safetensors"
+    ending = layout_ending(to)
     if ending and path.suffix != ending:
         raise AdapterError(f"{to} is one file, called …{ending}", where=str(path), fix=f"{path.name}{ending}")
     if ending and path.is_dir():

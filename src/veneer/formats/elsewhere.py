@@ -260,6 +260,9 @@ def _kohya(file: _File) -> _Found:
 # -- servers of texts --------------------------------------------------------------------------------------------------
 
 
+_ONE_FILE = f"it loads a PEFT folder, with {CONFIG_FILE}; this is one file"
+
+
 def _unservable(file: _File, server: str) -> Iterator[str]:
     refused: Refusals = defaultdict(list)
     refuse_unservable(file.adapter, leaves_of(file.adapter), server, refused)
@@ -273,7 +276,7 @@ def _patterns(file: _File) -> list[str]:
 
 def _vllm(file: _File) -> _Found:
     if not file.is_folder:
-        yield "refused", f"it loads a PEFT folder, with {CONFIG_FILE}; this is one file"
+        yield "refused", _ONE_FILE
         return
     for reason in _unservable(file, "vLLM"):
         yield "refused", reason
@@ -289,7 +292,7 @@ def _vllm_notes(file: _File) -> list[str]:
 
 def _tgi(file: _File) -> _Found:
     if not file.is_folder:
-        yield "refused", f"it loads a PEFT folder, with {CONFIG_FILE}; this is one file"
+        yield "refused", _ONE_FILE
         return
     for reason in _unservable(file, "TGI"):
         yield "wrong", reason

@@ -136,12 +136,17 @@ def name_of(reference: str) -> str:
     return (reference if tuned is None else tuned.reference).partition("@")[0]
 
 
+def likely_name(text: str) -> str:
+    """What a library could call something that is called so elsewhere; "" where nothing is left of it."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:100].strip("-")
+
+
 def check_name(name: str, *, cased: bool = False) -> None:
     """Raises ConfigError for what cannot name an adapter: one name, or a namespace, a slash and a name."""
     text = name.lower() if cased and name.isascii() else name
     namespace, slash, last = text.rpartition("/")
     if not _is_part(last, _NAME) or (slash and not _is_namespace(namespace)):
-        likely = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:100]
+        likely = likely_name(name)
         letters = "letters" if cased else "lower-case letters"
         raise ConfigError(
             f"{quoted(name)} cannot name an adapter" + ("" if cased else " in a library"),

@@ -32,6 +32,10 @@ class Caller:
     weight: float = 1.0
     admin: bool = False
 
+    def may_change(self, name: str) -> bool:
+        """Whether an adapter of this name is theirs: an operator's are all, a tenant's those of its namespace."""
+        return self.admin or bool(self.tenant and name.startswith(f"{self.tenant}/"))
+
 
 ANYBODY = Caller(admin=True)
 SHADOWS = Caller(admin=True, weight=0.1)

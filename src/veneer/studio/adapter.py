@@ -6,13 +6,13 @@ import asyncio
 from typing import Any
 
 from veneer.errors import AdapterError, ConfigError
-from veneer.library.describe import card_picture, card_sample, gain_of
+from veneer.library.describe import gain_of
 from veneer.library.names import parse_reference
 from veneer.library.queries import AdapterFamily, Version
 from veneer.serve.request import Refused
 from veneer.studio.commands import command
 from veneer.studio.frame import NothingHere, ViewPage
-from veneer.studio.library import card_of, routes_of
+from veneer.studio.library import LibraryCard, card_of, routes_of
 from veneer.studio.parts import Command, Fragment, box, button, confirm, form_field, heading, line, link
 from veneer.studio.watch import on_change
 from veneer.train.report.log import size
@@ -28,19 +28,18 @@ async def adapter_view(page: ViewPage) -> None:
     library = page.studio.library
     reference = page.query.get("ref")
     version, family, checks, routes = await asyncio.to_thread(_read, page, reference)
-    own = page.caller.admin or bool(page.caller.tenant and version.name.startswith(f"{page.caller.tenant}/"))
+    own = page.caller.may_change(version.name)
     card = card_of(page, version, routes)
 
     page.title(version.reference)
     line(_summary(card.base, version), "lede")
     with box("div", "row"):
-        if any(view.path == "compare" for view in page.studio.views):
-            link("Compare with the base", page.link("compare", c=version.reference), "button filled", key="c")
+        link("Compare with the base", page.link("compare", c=version.reference), "button filled", key="c")
         link("To the library", page.link(""), "button quiet")
 
     with box("div", "split"):
         with box("div"):
-            _content(page, version)
+            _content(page, version, card)
             heading("Use it")
             Command(_use(version))
             if page.studio.service.catalog.fingerprint == version.fingerprint:
@@ -63,10 +62,9 @@ async def adapter_view(page: ViewPage) -> None:
                         line(each)
     if own:
         _remove(page, version)
-    mark = await asyncio.to_thread(library.find, version.reference)
 
     def now() -> Any:
-        found = library.find(mark.reference)
+        found = library.find(version.reference)
         return found.aliases, found.tags, found.health
 
     on_change(now, 2.0, page.again)
@@ -92,16 +90,15 @@ def _summary(base: str, version: Version) -> str:
     return " · ".join(filter(None, told))
 
 
-def _content(page: ViewPage, version: Version) -> None:
-    gain, sample = gain_of(version.card), card_sample(version.card)
+def _content(page: ViewPage, version: Version, card: LibraryCard) -> None:
+    gain, sample = gain_of(version.card), card.sample
     if gain is not None:
         with box("div", "row"):
-            if gain.share is not None:
-                line(f"{gain.share:+.0%}".replace("-", "−").replace("%", " %"), "number", "span")
+            if card.gain:
+                line(card.gain, "number", "span")
             line(f"held-out loss, {gain.before:.3g} with the base alone, {gain.after:.3g} with it", "soft")
-    if card_picture(version.card):
-        src = page.api(f"/v1/adapter_previews/{version.reference}")
-        box("img", "preview", src=src, alt=f"A picture that came with {version.reference}")
+    if card.picture:
+        box("img", "preview", src=card.picture, alt=f"A picture that came with {version.reference}")
     if sample is not None:
         heading("It was asked")
         line(sample["prompt"], "answer panel")

@@ -104,6 +104,12 @@ class Board:
         now = min(high, max(low, given)) if math.isfinite(given) else usual
         return parts.form_field(label, now, self.kept(name), kind="number", low=low, high=high, step=step)
 
+    def prompt_field(self, hint: str) -> parts.Field:
+        """What every column is asked."""
+        return parts.form_field(
+            "Prompt", self.page.query.get("p"), self.kept("p"), kind="area", key="p", entered=self.ask_all, hint=hint
+        )
+
     def draw_all(self) -> None:
         self.place = box("div", "board")
         self.draw_columns()
@@ -273,7 +279,5 @@ class Board:
                 pointed_to = f", {name}@{alias} leads to it" if alias else ""
                 self.page.say(f"{added.version.reference} {what}{pointed_to}; {made.error:.3%} off the sum")
 
-            with box("div", "row end"):
-                button("Cancel", lambda: parts.closed(window), kind="word")
-                button("Keep it", do, kind="filled")
+            parts.decide(window, "Keep it", do)
         parts.opened(window)

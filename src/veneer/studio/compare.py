@@ -46,10 +46,7 @@ class _Texts(Board):
     def draw(self) -> None:
         query = self.page.query
         with box("div", "ask"):
-            self.prompt = parts.form_field(
-                "Prompt", query.get("p"), self.kept("p"), kind="area", key="p", entered=self.ask_all,
-                hint="Ask something. Every column answers it.",
-            )  # fmt: skip
+            self.prompt = self.prompt_field("Ask something. Every column answers it.")
             with box("details", "how"):
                 line("How it is asked", tag="summary")
                 with box("div", "settings"):

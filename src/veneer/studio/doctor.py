@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from veneer.errors import AdapterError, counted
+from veneer.formats.convert import layout_ending
 from veneer.formats.topology import families
 from veneer.serve.http.surfaces.adapters import keep_staged, staged_report
 from veneer.serve.request import Refused
@@ -18,7 +18,6 @@ from veneer.studio.frame import NothingHere, ViewPage
 from veneer.studio.parts import Command, Fragment, box, button, form_field, heading, line, link
 from veneer.train.report.log import size
 
-_ENDINGS = {"peft": "", "vllm": "", "tgi": "", "gguf": ".gguf"}
 _FEW = 12
 
 
@@ -140,7 +139,7 @@ def _try(staged: StagedAdapter, to: str, base: str) -> None:
     from veneer.adapters.convert import convert_adapter
 
     with TemporaryDirectory() as folder:
-        convert_adapter(staged.path, Path(folder) / f"it{_ENDINGS.get(to, '.safetensors')}", to, base=base or None)
+        convert_adapter(staged.path, Path(folder) / f"it{layout_ending(to)}", to, base=base or None)
 
 
 def _base(page: ViewPage, report: dict[str, Any]) -> str:
@@ -151,9 +150,7 @@ def _base(page: ViewPage, report: dict[str, Any]) -> str:
 
 
 def _keep(page: ViewPage, staged: StagedAdapter, report: dict[str, Any]) -> None:
-    own = "" if page.caller.admin or not page.caller.tenant else f"{page.caller.tenant}/"
-    stem = re.sub(r"[^a-z0-9]+", "-", staged.name.rpartition(".")[0].lower()).strip("-")[:90].strip("-")
-    name = {"now": f"{own}{stem or 'adapter'}"}
+    name = {"now": page.name_for(staged.name)}
     with box("section", "panel stack"):
         heading("Keep it", 2)
         if not report["verdict"]["use"]:

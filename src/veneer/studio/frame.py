@@ -39,7 +39,6 @@ import asyncio
 import inspect
 import json
 import logging
-import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -52,6 +51,7 @@ from nicegui import background_tasks, ui
 from veneer.errors import VeneerError, shown
 from veneer.jobs.store import JobStore
 from veneer.library.library import Library, NotInLibrary
+from veneer.library.names import likely_name
 from veneer.serve.access import Caller
 from veneer.serve.http.errors import as_refused, message_of
 from veneer.serve.http.service import Service
@@ -160,6 +160,11 @@ class ViewPage:
     def tenant(self) -> str | None:
         """Whose jobs they see: None is everybody's."""
         return None if self.caller.admin else self.caller.tenant
+
+    def name_for(self, filename: str) -> str:
+        """What a file would be called in the library, in a tenant's own namespace."""
+        own = "" if self.caller.admin or not self.caller.tenant else f"{self.caller.tenant}/"
+        return own + (likely_name(filename.rpartition(".")[0] or filename) or "adapter")
 
     # -- links
 
@@ -348,12 +353,9 @@ class Frame:
 
     def _take_adapters(self, page: ViewPage) -> None:
         """Whatever the view: a file that is dropped is kept in the library."""
-        own = "" if page.caller.admin or not page.caller.tenant else f"{page.caller.tenant}/"
 
         def to(filename: str) -> str:
-            stem = filename.rpartition(".")[0] or filename
-            name = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:100].strip("-") or "adapter"
-            return page.api("/v1/adapters", name=own + name, filename=filename)
+            return page.api("/v1/adapters", name=page.name_for(filename), filename=filename)
 
         async def done(answer: dict[str, Any]) -> None:
             ref = str(answer.get("id", ""))

@@ -27,7 +27,7 @@ _HEALTH = {"sound": "sound", "faulty": "faulty", "unknown": "not checked yet"}
 
 
 @dataclass(frozen=True)
-class Card:
+class LibraryCard:
     """What a card shows of a version."""
 
     version: Version
@@ -39,12 +39,12 @@ class Card:
     routes: list[str] = field(default_factory=list)
 
 
-def card_of(page: ViewPage, version: Version, routes: Mapping[str, list[str]]) -> Card:
+def card_of(page: ViewPage, version: Version, routes: Mapping[str, list[str]]) -> LibraryCard:
     gain = gain_of(version.card)
     share = None if gain is None else gain.share
     words = "" if share is None else f"{'−' if share < 0 else '+'}{abs(share):.0%}".replace("%", " %")
     names = [version.reference, version.name, *(f"{version.name}@{alias}" for alias in version.aliases)]
-    return Card(
+    return LibraryCard(
         version,
         version.base.rstrip("/").rpartition("/")[2] or "base not named",
         words,
@@ -106,7 +106,7 @@ async def library_view(page: ViewPage) -> None:
         page.title("Library")
         with box("div", "row"):
             button("Add a file…", lambda: page.pick(), key="a")
-            link("Teach one", page.link("train"), "button filled") if _has(studio, "train") else None
+            link("Teach one", page.link("train"), "button filled")
     asked = _asked(page)
     form_field(
         "Find", asked.text, lambda text: narrowed(q=text), kind="search", key="/", look="find", hidden_label=True,
@@ -132,10 +132,10 @@ async def library_view(page: ViewPage) -> None:
     shown = 0
     turn = 0
 
-    async def fetch(offset: int, some: int) -> tuple[Shelfful, list[Card]]:
+    async def fetch(offset: int, some: int) -> tuple[Shelfful, list[LibraryCard]]:
         asked, sees = _asked(page), None if page.caller.admin else page.caller.sees
 
-        def look() -> tuple[Shelfful, list[Card]]:
+        def look() -> tuple[Shelfful, list[LibraryCard]]:
             found = library.browse(asked.text, **asked.search(), sees=sees, limit=some, offset=offset)
             routes = routes_of(studio, page)
             return found, [card_of(page, each, routes) for each in found.versions]
@@ -185,10 +185,6 @@ async def library_view(page: ViewPage) -> None:
     on_change(studio.library_mark, 1.0, fill)
 
 
-def _has(studio: Studio, path: str) -> bool:
-    return any(view.path == path for view in studio.views)
-
-
 def _offer(picks: Mapping[str, Any], asked: _Asked, found: Shelfful) -> None:
     """Each choice has what there is, with how many, and stays away where there is nothing to choose."""
     for name, choice in picks.items():
@@ -219,9 +215,7 @@ def _say_empty(page: ViewPage, place: Any, narrow: bool) -> None:
             link("Show all", page.link(""), "button quiet")
             return
         heading("Nothing here yet", 2)
-        teach = _has(page.studio, "train")
-        rest = f", or teach {page.studio.base} from rows of your own" if teach else ""
-        line(f"Drop an adapter anywhere on this page{rest}.")
+        line(f"Drop an adapter anywhere on this page, or teach {page.studio.base} from rows of your own.")
 
 
 class _Marked:
@@ -242,7 +236,7 @@ class _Marked:
         return self.page.query.all("m")
 
     def _told(self) -> None:
-        show(self.bar, bool(self.all) and _has(self.page.studio, "compare"))
+        show(self.bar, bool(self.all))
         put(self.words, f"{len(self.all)} marked")
 
     async def toggle(self, data: dict[str, str]) -> None:

@@ -248,15 +248,20 @@ def confirm(
         line(sentence)
         if command:
             Command(command)
-        with box("div", "row end"):
-            button("Cancel", lambda: closed(window), kind="word")
 
-            async def do() -> None:
-                closed(window)
-                await _done(does, None)
+        async def do() -> None:
+            closed(window)
+            await _done(does, None)
 
-            button(button_text, do, kind="danger" if danger else "filled")
+        decide(window, button_text, do, danger=danger)
     opened(window)
+
+
+def decide(window: ui.element, button_text: str, does: Does, *, danger: bool = False) -> None:
+    """The foot of a window: Cancel, and what does it, which closes the window where it went well."""
+    with box("div", "row end"):
+        button("Cancel", lambda: closed(window), kind="word")
+        button(button_text, does, kind="danger" if danger else "filled")
 
 
 def progress(label: str, share: float | None = None) -> ui.element:

@@ -49,10 +49,7 @@ class _Pictures(Board):
         query = self.page.query
         steps, guidance = default_settings(self.engine.base)
         with box("div", "ask"):
-            self.prompt = parts.form_field(
-                "Prompt", query.get("p"), self.kept("p"), kind="area", key="p", entered=self.ask_all,
-                hint="What is to be seen. Every column draws it.",
-            )  # fmt: skip
+            self.prompt = self.prompt_field("What is to be seen. Every column draws it.")
             with box("details", "how"):
                 line("How it is drawn", tag="summary")
                 with box("div", "settings"):

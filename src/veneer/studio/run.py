@@ -63,6 +63,11 @@ async def job_of(page: ViewPage) -> Job:
         raise NothingHere("There is no such run, or none that you may see.", fix="see `veneer jobs list`") from None
 
 
+def of_pictures(job: Job) -> bool:
+    """Whether it trains a base that draws."""
+    return "pictures" in job.config.get("data", {}) or "slider" in job.config
+
+
 def _said_by(job: Job, **more: Any) -> str:
     """The sentence that would ask for this job."""
     last = job.name.rpartition("/")[2]
@@ -152,7 +157,7 @@ class _Heard:
 
 async def run_view(page: ViewPage) -> None:
     job, jobs, heard = await job_of(page), page.studio.jobs, _Heard()
-    pictures = "pictures" in job.config.get("data", {}) or "slider" in job.config
+    pictures = of_pictures(job)
     page.title(job.name)
     said = _said_by(job) if page.caller.admin else f"taught on {Path(_base_name(job)).name}"
     line(said, "lede")

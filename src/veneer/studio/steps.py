@@ -10,11 +10,12 @@ from typing import Any
 from veneer.errors import ConfigError
 from veneer.jobs.steps import kept_step
 from veneer.jobs.store import Job, JobCheckpoint
+from veneer.library.library import NotInLibrary
 from veneer.studio import parts
 from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
-from veneer.studio.parts import Command, Fragment, box, button, dialog, form_field, heading, line, put
-from veneer.studio.run import answer_of, asked_here, fork_sentence, job_of, own_prompts
+from veneer.studio.parts import Command, Fragment, dialog, form_field, heading, line, put
+from veneer.studio.run import answer_of, asked_here, fork_sentence, job_of, of_pictures, own_prompts
 from veneer.studio.watch import on_change
 
 _WORDS = 60
@@ -25,7 +26,7 @@ _MOST = 4000
 
 async def steps_view(page: ViewPage) -> None:
     job = await job_of(page)
-    pictures = "pictures" in job.config.get("data", {}) or "slider" in job.config
+    pictures = of_pictures(job)
     page.title(f"Steps of {job.name}", "Every step that was kept, with what it scored on rows it never saw.")
     table = Fragment(
         "steps.html.j2", acts={"use": lambda data: use(data["step"]), "go": lambda data: go_on(data["step"])},
@@ -67,19 +68,17 @@ async def steps_view(page: ViewPage) -> None:
             line(f"It becomes the newest version of {job.name}. An alias points to it until it is moved.")
             alias = form_field("Alias", "prod", lambda now: told.show(_keeping(job, step, now)))
             told = Command(_keeping(job, step, "prod"))
-            with box("div", "row end"):
-                button("Cancel", lambda: parts.closed(window), kind="word")
 
-                async def do() -> None:
-                    name = str(alias.value or "").strip()
-                    version = await asyncio.to_thread(
-                        kept_step, page.studio.jobs, job.id, int(step), alias=name, tenant=page.tenant
-                    )
-                    parts.closed(window)
-                    await fill()
-                    page.say(f"{version.name}{f'@{name}' if name else ''} is step {step} now")
+            async def do() -> None:
+                name = str(alias.value or "").strip()
+                version = await asyncio.to_thread(
+                    kept_step, page.studio.jobs, job.id, int(step), alias=name, tenant=page.tenant
+                )
+                parts.closed(window)
+                await fill()
+                page.say(f"{version.name}{f'@{name}' if name else ''} is step {step} now")
 
-                button("Use this one", do, kind="filled")
+            parts.decide(window, "Use this one", do)
         parts.opened(window)
 
     async def go_on(step: str) -> None:
@@ -102,7 +101,7 @@ def _keeping(job: Job, step: str, alias: str) -> str:
 
 
 def _used(page: ViewPage, job: Job) -> dict[str, list[str]]:
-    """Digest of an adapter -> what of the job's name is that: aliases and versions."""
+    """Step -> what of the job's name is the very adapter of that step: aliases and versions."""
     out: dict[str, list[str]] = {}
     for version in page.studio.library.search(name=job.name, all_versions=True):
         if version.name == job.name:
@@ -116,8 +115,6 @@ def _used(page: ViewPage, job: Job) -> dict[str, list[str]]:
 
 
 def _version(page: ViewPage, reference: str) -> Any:
-    from veneer.library.library import NotInLibrary
-
     try:
         return page.studio.library.find(reference)
     except NotInLibrary:

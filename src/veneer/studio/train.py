@@ -333,17 +333,15 @@ async def _ask_caption(page: ViewPage, picture: SeenPicture, config: ImageTrainC
         )  # fmt: skip
         line("It is written where the run reads it: beside the picture, or in the folder's metadata.", "soft small")
         same = Command(command("data", "caption", str(picture.path), picture.caption))
-        with box("div", "row end"):
-            button("Cancel", lambda: parts.closed(window), kind="word")
 
-            async def keep() -> None:
-                folder = next((f for f in config.data.folders if picture.path.is_relative_to(f)), None)
-                await asyncio.to_thread(write_caption, picture.path, str(text.value), folder)
-                parts.closed(window)
-                await done()
-                page.say(f"{picture.name} has another caption")
+        async def keep() -> None:
+            folder = next((f for f in config.data.folders if picture.path.is_relative_to(f)), None)
+            await asyncio.to_thread(write_caption, picture.path, str(text.value), folder)
+            parts.closed(window)
+            await done()
+            page.say(f"{picture.name} has another caption")
 
-            button("Keep", keep, kind="filled")
+        parts.decide(window, "Keep", keep)
     parts.opened(window)
 
 

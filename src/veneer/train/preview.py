@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from veneer.errors import DataError, counted
 from veneer.plan.plan import Plan
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from veneer.train.text.encode import EncodedRows
     from veneer.train.text.rows import About, Row, UnusableRow
 
+_C = TypeVar("_C", TrainConfig, ImageTrainConfig)
 _MOST_ROWS = 5000
 """Rows that a table is made of; of more the first."""
 _MOST_PICTURES = 400
@@ -131,9 +132,7 @@ def preview_of(config: RunConfig, device: Device, *, rows: int = 200) -> Preview
         total = count_records(config.data.files("train"))
         look = _sample(*_key(config, rows))
     except DataError as error:
-        fix = error.fix or ""
-        where = f"{error.where}: " if error.where else ""
-        return Preview(None, (Finding("stop", "data", f"{where}{error.what}", fix),))
+        return _unread(error)
     data, looked = look.data, look.looked
     answer = 0 if config.drawn is None else config.drawn.max_tokens  # which the plan adds to each prompt
     lengths = [item.tokens - answer for item in data.train.items]
@@ -155,6 +154,11 @@ def preview_of(config: RunConfig, device: Device, *, rows: int = 200) -> Preview
     return Preview(
         plan, tuple(report.findings), look.sample, total, looked, tuple(_guesses(config, plan, whole, total, looked))
     )
+
+
+def _unread(error: DataError) -> Preview:
+    where = f"{error.where}: " if error.where else ""
+    return Preview(None, (Finding("stop", "data", f"{where}{error.what}", error.fix or ""),))
 
 
 def _guesses(config: TrainConfig, plan: Plan, whole: bool, total: int | None, looked: int) -> Iterator[str]:
@@ -197,8 +201,9 @@ def _key(config: TrainConfig, rows: int) -> _Key:
     return own, stamp, rows
 
 
-def _config(own: str) -> TrainConfig:
-    return TrainConfig.model_validate_json(json.dumps({**json.loads(own), "output": {"directory": "."}}))
+def _config(kind: type[_C], own: str) -> _C:
+    """What a key has of a configuration."""
+    return kind.model_validate_json(json.dumps({**json.loads(own), "output": {"directory": "."}}))
 
 
 @functools.lru_cache(maxsize=4)
@@ -215,7 +220,7 @@ def _sample(own: str, stamp: tuple[tuple[str, int, int], ...], rows: int) -> _Sa
     from veneer.train.text.data import read_data
     from veneer.train.text.preflight import marked_pieces
 
-    config = _config(own)
+    config = _config(TrainConfig, own)
     base = _base(config.base.name)
     data = read_data(config.model_copy(update={"data": _bounded(config, rows)}), base)
     subject = TextSubject(base=base, config=config, data=data)
@@ -293,7 +298,7 @@ def _table(own: str, stamp: tuple[tuple[str, int, int], ...], most: int) -> _Tab
     from veneer.train.text.preference import answer_rows
     from veneer.train.text.rows import Row, look_at_rows, split_rows
 
-    config = _config(own)
+    config = _config(TrainConfig, own)
     data, loss, draws = config.data, config.preference.loss, config.drawn is not None
     formats = PROMPT_FORMATS if draws else None if loss is None else preference_formats(loss)
     found, about = look_at_rows(
@@ -341,8 +346,7 @@ def _preview_of_pictures(config: ImageTrainConfig, device: Device) -> Preview:
             return Preview(plan, (), (), plan.job.rows, 0, (rest, *_guessed_rates(plan)))
         look = _pictures(*_picture_key(config))
     except DataError as error:
-        where = f"{error.where}: " if error.where else ""
-        return Preview(None, (Finding("stop", "data", f"{where}{error.what}", error.fix or ""),))
+        return _unread(error)
     report = Report()
     report.add(*look.findings)
     looked = len(look.learned) + len(look.held)
@@ -373,7 +377,7 @@ def _pictures(own: str, stamp: tuple[tuple[str, int, int], ...]) -> _Pictures:
     from veneer.train.image.pictures import read_pictures
     from veneer.train.image.views import plan_rows
 
-    config = ImageTrainConfig.model_validate_json(json.dumps({**json.loads(own), "output": {"directory": "."}}))
+    config = _config(ImageTrainConfig, own)
     settings = config.data
     pictures, about = read_pictures(settings)
     held = read_pictures(settings, "validation")[0]

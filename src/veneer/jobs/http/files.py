@@ -7,7 +7,6 @@ nobody's look-up waits for gigabytes.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal, TypeVar
@@ -17,12 +16,12 @@ from fastapi import APIRouter, Query
 from pydantic import Field
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from veneer.jobs.files import Files, Upload, UploadedFile
-from veneer.library.store import CHUNK
 from veneer.serve.engine.admission import FairPool, SharedQuantity
 from veneer.serve.http.bodies import Body, BodyRoute, Strict, at_most, checked
+from veneer.serve.http.downloads import file_response
 from veneer.serve.http.errors import Json, in_thread
 from veneer.serve.http.service import caller_of
 from veneer.serve.request import Refused, invalid
@@ -134,16 +133,8 @@ def file_routes(files: Files) -> APIRouter:
         file = await in_thread(_DATABASE, lambda: files.get(tenant, id))
         source = await in_thread(_DATABASE, lambda: files.open(file))
 
-        async def chunks() -> AsyncIterator[bytes]:
-            try:
-                while chunk := await asyncio.to_thread(source.read, CHUNK):
-                    yield chunk
-            finally:
-                source.close()
-
-        head = {"content-length": str(file.bytes)}
-        head["content-disposition"] = f"attachment; filename*=UTF-8''{quote(file.filename, errors='replace')}"
-        return StreamingResponse(chunks(), media_type="application/octet-stream", headers=head)
+        name = quote(file.filename, errors="replace")
+        return file_response(source, file.bytes, f"attachment; filename*=UTF-8''{name}")
 
     @router.delete("/v1/files/{id}", summary="Remove it. A job that reads it has its own copy.")
     async def remove(request: HttpRequest, id: str) -> Response:

@@ -21,14 +21,15 @@ import zipfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Query
 from pydantic import Field
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from veneer.errors import AdapterError, ConfigError, UnsafeFileError, quoted
+from veneer.formats.convert import layout_ending
 from veneer.library.describe import card_picture, card_sample, gain_of
 from veneer.library.library import Added, Library, NotInLibrary
 from veneer.library.queries import AdapterFamily, Order, Version
@@ -36,6 +37,7 @@ from veneer.library.store import CHUNK
 from veneer.serve.access import Caller, Tenancy
 from veneer.serve.engine.admission import FairPool, SharedQuantity
 from veneer.serve.http.bodies import Body, BodyRoute, at_most
+from veneer.serve.http.downloads import file_response
 from veneer.serve.http.errors import Json, in_thread, message_of
 from veneer.serve.http.service import caller_of, service_of
 from veneer.serve.request import Refused, invalid
@@ -131,7 +133,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
             parent=parent, all_versions=all_versions, order=order, limit=limit, offset=offset,
             sees=None if caller.admin else caller.sees,
         ))  # fmt: skip
-        data = [_shown(v, _may_change(caller, v.name)) for v in found.versions]
+        data = [_shown(v, caller.may_change(v.name)) for v in found.versions]
         more = offset + len(data) < found.total
         return Json({"object": "list", "data": data, "total": found.total, "has_more": more, "facets": found.facets})
 
@@ -170,7 +172,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
 
         def look() -> dict[str, Any]:
             version = _found(library, caller, reference)
-            own = _may_change(caller, version.name)
+            own = caller.may_change(version.name)
             relatives = _seen(library.family(version.reference), caller)
             known = {"checks": library.checks(version.reference), "files": _files(library, version)} if own else {}
             return {**_shown(version, own), "family": relatives, **known}
@@ -282,7 +284,10 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
         folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="veneer-"))
         try:
             path = await worked(caller, 2 * size, lambda: _one_file(place, folder, stem, to, base))
-            return _sent(path, path.open("rb"), folder)
+            return file_response(
+                path.open("rb"), path.stat().st_size, f'attachment; filename="{path.name}"',
+                headers={"x-content-type-options": "nosniff"}, after=lambda: shutil.rmtree(folder, True),
+            )  # fmt: skip
         except BaseException:
             await asyncio.to_thread(shutil.rmtree, folder, True)
             raise
@@ -326,13 +331,9 @@ def staged_report(staged: StagedAdapter) -> dict[str, Any]:
 # -- who may what ------------------------------------------------------------------------------------------------------
 
 
-def _may_change(caller: Caller, name: str) -> bool:
-    return caller.admin or bool(caller.tenant and name.startswith(f"{caller.tenant}/"))
-
-
 def _need_own(caller: Caller, name: str) -> None:
     """Raises Refused (403) for a name that is not the caller's to give."""
-    if not _may_change(caller, name):
+    if not caller.may_change(name):
         own = f"{caller.tenant}/NAME" if caller.tenant else None
         raise Refused(f"{quoted(name)} is not a name of yours", status=403, code="forbidden", param="name", fix=own)
 
@@ -355,7 +356,7 @@ def _missing(reference: str, fix: str | None = None) -> Refused:
 def _own(library: Library, caller: Caller, reference: str) -> Version:
     """The version, where the caller may change it. Raises Refused (404, 403)."""
     version = _found(library, caller, reference)
-    if not _may_change(caller, version.name):
+    if not caller.may_change(version.name):
         raise Refused(f"{version.reference} is not yours", status=403, code="forbidden", param="reference")
     return version
 
@@ -417,8 +418,7 @@ def _one_file(place: Path, folder: Path, stem: str, to: Layout | None, base: str
     if to is not None:
         from veneer.adapters.convert import convert_adapter
 
-        ending = {"gguf": ".gguf", "peft": "", "vllm": "", "tgi": ""}.get(to, ".safetensors")
-        made = folder / f"{stem}-{to}{ending}"
+        made = folder / f"{stem}-{to}{layout_ending(to)}"
         convert_adapter(place, made, to, base=base or None)
         place = made
     if place.is_file():
@@ -428,17 +428,3 @@ def _one_file(place: Path, folder: Path, stem: str, to: Layout | None, base: str
         for each in sorted(p for p in place.iterdir() if p.is_file()):
             out.write(each, f"{packed.stem}/{each.name}")
     return packed
-
-
-def _sent(path: Path, source: IO[bytes], folder: Path) -> Response:
-    async def chunks() -> AsyncIterator[bytes]:
-        try:
-            while chunk := await asyncio.to_thread(source.read, CHUNK):
-                yield chunk
-        finally:
-            source.close()
-            await asyncio.to_thread(shutil.rmtree, folder, True)
-
-    head = {"content-length": str(path.stat().st_size), "x-content-type-options": "nosniff"}
-    head["content-disposition"] = f'attachment; filename="{path.name}"'
-    return StreamingResponse(chunks(), media_type="application/octet-stream", headers=head)
