@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,17 +11,14 @@ from typing import Any
 
 import pytest
 
+from tests.scripts import script_module
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def module(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("adapters_benchmark", ROOT / "benchmarks" / "adapters.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    return script_module(ROOT / "benchmarks" / "adapters.py", "adapters_benchmark")
 
 
 def test_the_shapes_are_those_of_the_real_models(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,18 +13,15 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.scripts import script_module
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def busy(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("busy_benchmark", ROOT / "benchmarks" / "busy.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_module(ROOT / "benchmarks" / "busy.py", "busy_benchmark")
 
 
 def test_neighbours_work_while_inside_and_are_gone_afterwards(busy: Any) -> None:

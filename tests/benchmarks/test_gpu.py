@@ -6,7 +6,6 @@ assertion prints.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from tests.scripts import script_module
 from veneer.plan.memory import Load
 from veneer.plan.plan import TrainingJob, text_plan
 from veneer.plan.shape import text_shape
@@ -35,13 +35,7 @@ FIGURE = {"metric": "training", "value": 100.0, "unit": "tokens/s", "roofline": 
 def gpu() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
-        spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks" / "gpu.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "gpu_benchmark", module)
-        spec.loader.exec_module(module)
-        yield module
+        yield script_module(ROOT / "benchmarks" / "gpu.py", "gpu_benchmark")
 
 
 def run(gpu: Any, sides: Any, launch: Any, work: Path, minutes: float = 10.0, dry: bool = False) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.scripts import script_module
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,12 +29,7 @@ def run(name: str, *arguments: str) -> dict[str, Any]:
 
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("plan_benchmark", ROOT / "benchmarks" / "plan.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_module(ROOT / "benchmarks" / "plan.py", "plan_benchmark")
 
 
 def test_the_grid_covers_what_a_run_can_vary(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.scripts import script_module
 from tests.tiny_base import tiny_base_dir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,12 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("together_benchmark", ROOT / "benchmarks" / "together.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_module(ROOT / "benchmarks" / "together.py", "together_benchmark")
 
 
 def test_both_sides_train_every_customer_on_rows_of_the_length(bench: Any, tmp_path: Path) -> None:

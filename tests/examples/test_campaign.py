@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
+from tests.scripts import script_module
 from tests.tiny_image_base import tiny_image_base
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,11 +21,7 @@ WORLD = ROOT / "bases" / "catalogue"
 def campaign(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
-    spec = importlib.util.spec_from_file_location("run_campaign", ROOT / "examples" / "campaign" / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script_module(ROOT / "examples" / "campaign" / "run.py", "run_campaign")
     yield module
     for name in set(sys.modules) - before:
         if (WORLD / f"{name}.py").is_file():

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from PIL import Image
 
+from tests.scripts import script_module
 from tests.tiny_image_base import tiny_image_base
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,14 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def quickstart() -> ModuleType:
-    path = ROOT / "examples" / "image_quickstart.py"
-    spec = importlib.util.spec_from_file_location("image_quickstart", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["image_quickstart"] = module
-    spec.loader.exec_module(module)
-    return module
+    return script_module(ROOT / "examples" / "image_quickstart.py")
 
 
 def test_the_table_has_fifty_drawings_to_train_on_and_more_than_a_hundred_that_are_not_among_them(

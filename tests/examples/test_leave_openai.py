@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import textwrap
@@ -15,6 +14,7 @@ import openai
 import pytest
 
 from tests.jobs.http.test_tuning import PAIR, ROW, Jobs, made, sent, serving
+from tests.scripts import script_module
 from tests.test_readme import ROOT
 from veneer.train.config.load import config_from
 
@@ -60,11 +60,7 @@ def finished(theirs: Jobs, client: openai.OpenAI, **asked: Any) -> Any:
 
 
 def run(*arguments: str) -> int:
-    spec = importlib.util.spec_from_file_location("leave_openai", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = script_module(SCRIPT, "leave_openai")
     return int(script.main(list(arguments)))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
+from tests.scripts import script_module
 from tests.test_readme import parse, roomy, small_config
 from tests.tiny_base import tiny_base_dir
 
@@ -17,11 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_it_trains_evaluates_and_says_what_to_try_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "examples" / "quickstart.py")
-    assert spec
-    assert spec.loader
-    quickstart = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(quickstart)
+    quickstart = script_module(ROOT / "examples" / "quickstart.py", "quickstart")
     monkeypatch.chdir(tmp_path)
     base = roomy(tiny_base_dir(tmp_path))
     (tmp_path / "config.yaml").write_text(small_config(), encoding="utf-8")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
+from tests.scripts import script_module
 from tests.serve.saved_adapters import saved
 from tests.tiny_base import tiny_base_dir
 from veneer.library.library import open_library
@@ -18,11 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_quickstart_s_adapter_is_there_when_the_page_opens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = importlib.util.spec_from_file_location("studio_example", ROOT / "examples" / "studio.py")
-    assert spec
-    assert spec.loader
-    studio = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(studio)
+    studio = script_module(ROOT / "examples" / "studio.py", "studio_example")
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("sys.stdin.isatty", lambda: False)
     ran: list[list[str]] = []

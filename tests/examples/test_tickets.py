@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.scripts import script_module
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "tickets"
 TEAMS = {"billing", "hardware", "logistics", "security", "software", "success"}
@@ -29,13 +29,7 @@ def answer(row: dict[str, Any]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_tickets", FOLDER / "make_tickets.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_tickets"] = module
-    spec.loader.exec_module(module)
-    return module
+    return script_module(FOLDER / "make_tickets.py")
 
 
 def grams(text: str, n: int = 4) -> set[tuple[str, ...]]:
