@@ -16,6 +16,7 @@ from tests.serve.saved_adapters import saved
 from tests.serve.test_whole_kill import is_ready
 from tests.tiny_base import tiny_base_dir
 from veneer.library.library import open_library
+from veneer.models.sources import is_image_base
 from veneer.models.text.base import load_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,13 +28,16 @@ class Served:
 
     def __init__(self, folder: Path, base: Path, library: Path, *options: str) -> None:
         port = int(options[options.index("--port") + 1]) if "--port" in options else free_port()
-        self.address, self.library, self.home = f"http://127.0.0.1:{port}", library, folder
+        self.address, self.base = f"http://127.0.0.1:{port}", base
+        self.library, self.home = library, folder
         self.log = folder / "log"
         own = {"PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home_with_kernels(folder)), "OMP_NUM_THREADS": "1"}
         command = [
             "-c", "from veneer.cli.main import main; main()", "serve", "--studio", "--base", str(base),
-            "--library", str(library), "--cache-memory", "16M", "--dtype", "float32", *options, "--port", str(port),
+            "--library", str(library), "--dtype", "float32", *options, "--port", str(port),
         ]  # fmt: skip
+        if not is_image_base(base):
+            command += ["--cache-memory", "16M"]
         without = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
         self.process = Forked(command, env=without | own, log=self.log)
 

@@ -16,6 +16,8 @@ from tests.serve.http.toy import wait_for
 from tests.studio.conftest import Served
 from tests.studio.windows import opened
 from tests.test_readme import parse
+from veneer.jobs.store import JobStore
+from veneer.library.library import open_library
 from veneer.serve.build import Extension, together
 
 
@@ -47,6 +49,18 @@ def test_every_command_on_a_page_is_one(studio: Served, path: str) -> None:
     assert commands or path == "train"
     for each in commands:
         parse(each)
+
+
+def test_a_view_that_cannot_be_drawn_says_so_in_the_page(studio: Served, tiny: tuple[Path, Path]) -> None:
+    with open_library(tiny[1]) as library:
+        odd = JobStore(library).create("", {}, name="odd")  # a job without a configuration
+    page = httpx.get(f"{studio.address}/studio/run?job={odd.id}")
+    assert page.status_code == 500
+    shell = page.text.partition('id="shell"')[2]
+    for words in ("<h1>Run</h1>", "veneer&#39;s fault", "the server&#39;s log has", 'aria-label="Views"'):
+        assert words in shell
+    assert "KeyError" in studio.log.read_text()
+    assert httpx.get(f"{studio.address}/studio/train").status_code == 200
 
 
 def test_who_comes_while_the_base_loads_waits_on_a_page(tmp_path: Path, tiny: tuple[Path, Path]) -> None:

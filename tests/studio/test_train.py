@@ -10,11 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from PIL import Image
 
-from tests.studio.conftest import HOSTILE, Served
+from tests.studio.conftest import Served
+from tests.studio.lessons import parcel_rows, told_lesson
 from tests.studio.windows import opened
-from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobStore
+from veneer.jobs.store import Job, JobStore
 from veneer.library.library import open_library
 
 ESCAPED = "&lt;img src=x onerror=alert(1)&gt;"
@@ -22,9 +22,8 @@ ESCAPED = "&lt;img src=x onerror=alert(1)&gt;"
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    lines = [{"prompt": f"Where is parcel {i}? {HOSTILE}", "completion": f"Shelf {i % 7}."} for i in range(30)]
-    file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"prompt": "", "completion": "x"}]))
+    file = parcel_rows(tmp_path_factory.mktemp("rows"))
+    file.write_text(file.read_text() + json.dumps({"prompt": "", "completion": "x"}) + "\n")
     return file
 
 
@@ -36,35 +35,7 @@ def store(tiny: tuple[Path, Path]) -> Iterator[JobStore]:
 
 @pytest.fixture(scope="module")
 def lesson(studio: Served, tiny: tuple[Path, Path], rows: Path, store: JobStore) -> Job:
-    """A job on whose way is what a run tells: two steps, of which the second can be asked, and a sheet of pictures."""
-    config = {
-        "base": {"name": str(tiny[0])}, "data": {"train": str(rows)}, "checkpoint": {"adapters": True},
-        "schedule": {"steps": 4},
-    }  # fmt: skip
-    made = store.create("", config, name="lesson")
-    looked = store.take("here", 600, "validating", only=made.id)
-    assert looked is not None
-    store.queue(looked, {"tokens": 100, "steps": 4})
-    lease = store.take("here", 600, only=made.id)
-    assert lease is not None
-    measured = {"steps": 4, "tokens": 20, "seconds": 0.5, "memory_bytes": 5 * 10**8, "tokens_per_second": 40.0}
-    events = [
-        JobEvent("info", "metrics", f"step {n}", {"step": n, "loss": 3 - n, "learning_rate": 1e-4, **measured})
-        for n in (1, 2)
-    ]
-    events += [
-        JobEvent("info", "validation", "", {"step": n, "validation_loss": 3.5 - n, "best": n > 0}) for n in (0, 1, 2)
-    ]
-    events += [
-        JobEvent("info", "sample", "", {"step": 2, "file": "samples/step-2.png", "seconds": 1.0}),
-        JobEvent("warn", "note", f"warning: {HOSTILE}"),
-    ]
-    points = [JobCheckpoint(1, {"loss": 2.0}), JobCheckpoint(2, {"loss": 1.0}, reference="support@1")]
-    store.note(lease, events, points, trained=(2, 4, 40))
-    folder = studio.log.parent / "jobs" / made.id / "attempt-1" / "samples"  # of the server's own home
-    folder.mkdir(parents=True)
-    Image.new("RGB", (40, 20), "red").save(folder / "step-2.png")
-    return made
+    return told_lesson(store, tiny[0], rows, studio.home)
 
 
 def test_a_sentence_is_read_as_it_is_typed_then_planned_and_its_rows_looked_at(

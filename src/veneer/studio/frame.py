@@ -325,6 +325,10 @@ class Frame:
                 place.clear()
                 _not_here(page, error)
                 return 404
+            except Exception as error:  # whatever it is, the page goes out, and says so
+                place.clear()
+                page.title(view.title)
+                return self.wrong(error)
             return 200 if view.draw is not _nowhere else 404
 
         with place:
@@ -400,21 +404,24 @@ class Frame:
     def _well(self) -> None:
         self.trouble.show(error=None, title="")
 
-    def wrong(self, error: Exception) -> None:
-        """What a handler or a task raised, in words. Of what nobody foresaw the log has the rest."""
+    def wrong(self, error: Exception) -> int:
+        """What a view, a handler or a task raised, in words. Of what nobody foresaw the log has the rest. Returns what
+        HTTP says of it."""
         if isinstance(error, RuntimeError) and "has been deleted" in str(error):
-            return  # the view was left meanwhile
+            return 200  # the view was left meanwhile
         if isinstance(error, Refused) and error.status == 401:
             self.tell("again")
-            return
+            return 401
         known = error if isinstance(error, VeneerError) else as_refused(error)
         if not isinstance(error, VeneerError):
             _log.error("the Studio failed", exc_info=error)
+        status = known.status if isinstance(known, Refused) else 400
         if not self.visitor.caller.admin:  # where on the server something is, is not theirs to know
             known = VeneerError(message_of(known))
         self.trouble.show(
             error=known, title="That did not work" if isinstance(error, VeneerError) else "veneer's fault"
         )
+        return status
 
 
 async def _nowhere(page: ViewPage) -> None:

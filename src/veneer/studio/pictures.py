@@ -165,7 +165,7 @@ class _Pictures(Board):
         seed = int(self.seed.value or 0)
         names = tuple(_titled(each, self.page.studio.base, seed + n) for each, n in ((other, k), (column, i)))
         with self.place, dialog("One over the other") as window:
-            window.classes("wide")
+            window.classes("roomy")
             Wipe(other.texts[k], column.texts[i], cast(tuple[str, str], names))
             with box("div", "row end"):
                 button("Close", lambda: parts.closed(window), kind="word")
