@@ -9,8 +9,10 @@ Whatever a page asks of another host, writes to its console as an error, or thro
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,22 @@ from sqlalchemy import Engine, insert
 
 from tests.serve.saved_adapters import saved
 from tests.studio.conftest import HOSTILE, Served
+from tests.studio.lessons import parcel_rows, told_lesson
 from tests.tiny_base import tiny_base_dir
+from veneer.jobs.store import JobStore
 from veneer.library import index as ix
 from veneer.library.library import open_library
+from veneer.models.home import bases_home
 from veneer.models.text.base import load_text
+from veneer.serve.tenancy import routes
+from veneer.serve.tenancy.store import Store
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is in the extra `browser`")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PATIENCE = 60_000
+"""Milliseconds that whatever should come is waited for."""
+SMOLLM2 = bases_home() / "smollm2-135m"
+"""Where the user has it; tests have a home of their own."""
 LONG = "a-name-that-somebody-gave-who-never-thought-of-those-that-would-have-to-read-it-on-a-telephone"
 SAMPLE = {"prompt": "I was charged twice.", "base": "I am sorry to hear that.", "adapter": '{"team": "billing"}'}
 
@@ -72,7 +83,33 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def served(kept: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    server = Served(tmp_path_factory.mktemp("server"), *kept)
+    """Open to whoever is on this machine, with a route of a long name."""
+    folder = tmp_path_factory.mktemp("server")
+    server = Served(folder, *kept, "--open", "--tenants", str(folder / "tenants.sqlite"))
+    try:
+        server.wait()
+        with closing(Store(str(folder / "tenants.sqlite"))) as store:
+            routes.set_route(store, LONG, [("support@2", 90), (f"{LONG}@1", 10)], who="test")
+        yield server
+    finally:
+        server.end()
+
+
+@pytest.fixture(scope="session")
+def lesson(served: Served, kept: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A job that has told of two steps; nobody trains it."""
+    with open_library(served.library) as library:
+        rows = parcel_rows(tmp_path_factory.mktemp("lesson"))
+        return told_lesson(JobStore(library), kept[0], rows, served.home).id
+
+
+@pytest.fixture(scope="session")
+def training(kept: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server as `veneer studio` begins it: open, with routes and jobs. Its library is its own."""
+    folder = tmp_path_factory.mktemp("training")
+    shutil.copytree(kept[1], folder / "library")
+    more = ("--open", "--tenants", str(folder / "tenants.sqlite"), "--train")
+    server = Served(folder, kept[0], folder / "library", *more)
     try:
         server.wait()
         yield server
@@ -107,6 +144,13 @@ def crowd(engine: Engine, entry: str, names: list[str]) -> None:
         ix.changed(connection)
 
 
+_FOCUSED = """() => {
+  const at = document.activeElement;
+  const label = at.closest("label")?.querySelector(".name")?.textContent;
+  return (at.getAttribute("aria-label") || label || at.textContent).trim();
+}"""
+
+
 @dataclass
 class Window:
     """A page of Chromium's before a server, and what went wrong on it."""
@@ -118,7 +162,12 @@ class Window:
     def __post_init__(self) -> None:
         self.page.on("pageerror", lambda error: self.wrong.append(f"thrown: {error}"))
         self.page.on("console", lambda said: said.type == "error" and self.wrong.append(f"console: {said.text}"))
+        self.page.on("dialog", self._called)
         self.page.route("**/*", self._guard)
+
+    def _called(self, dialog: Any) -> None:
+        self.wrong.append(f"a script of somebody's ran: {dialog.message}")
+        dialog.dismiss()
 
     def _guard(self, route: Any) -> None:
         if route.request.url.startswith(("data:", "blob:")) or urlsplit(route.request.url).netloc == self.place:
@@ -141,18 +190,51 @@ class Window:
 
     def until(self, words: str) -> None:
         """Until these words can be seen."""
-        self.page.get_by_text(words).first.wait_for(timeout=20_000)
+        self.page.get_by_text(words).first.wait_for(timeout=PATIENCE)
 
     def heading(self, words: str) -> None:
         self.page.wait_for_function("words => document.querySelector('h1')?.textContent === words", arg=words)
 
+    def tab_to(self, name: str) -> None:
+        """By the Tab key, to what is called so."""
+        for _ in range(100):
+            self.page.keyboard.press("Tab")
+            if self.page.evaluate(_FOCUSED) == name:
+                return
+        raise AssertionError(f"the Tab key does not lead to {name}")
+
+    def sound(self) -> None:
+        """axe finds nothing serious, and nothing is wider than the window."""
+        if not self.page.evaluate("'axe' in window"):
+            self.page.evaluate(pytest.importorskip("axe_playwright_python.base").AXE_SCRIPT)
+        found = self.page.evaluate("axe.run()")["violations"]
+        bad = [f"{v['id']}: {v['help']}: {[n['html'][:200] for n in v['nodes'][:3]]}" for v in found
+               if v["impact"] in ("serious", "critical")]  # fmt: skip
+        assert not bad, "\n".join(bad)
+        wide = self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert wide <= 0, f"{wide} pixels are cut off"
+
+
+@contextmanager
+def seen_in(chromium: Any, address: str, width: int = 1280, **options: Any) -> Iterator[Window]:
+    """A browser of its own, with nothing of anybody's, before a server."""
+    context = chromium.new_context(viewport={"width": width, "height": 800}, **options)
+    context.grant_permissions(["clipboard-read", "clipboard-write"], origin=address)
+    made = Window(context.new_page(), address)
+    made.page.set_default_timeout(PATIENCE)
+    try:
+        yield made
+    finally:
+        context.close()
+    assert not made.wrong, made.wrong
+
 
 @pytest.fixture
 def window(chromium: Any, served: Served) -> Iterator[Window]:
-    context = chromium.new_context(viewport={"width": 1280, "height": 800})
-    context.grant_permissions(["clipboard-read", "clipboard-write"], origin=served.address)
-    made = Window(context.new_page(), served.address)
-    made.page.set_default_timeout(20_000)
-    yield made
-    context.close()
-    assert not made.wrong, made.wrong
+    with seen_in(chromium, served.address) as made:
+        yield made
+
+
+def busy() -> bool:
+    """Whether others compute here, so that seconds say nothing."""
+    return os.getloadavg()[0] > (os.cpu_count() or 1)

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import base64
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.browser.conftest import LONG, Window
+from tests.browser.conftest import LONG, Window, busy
 from tests.studio.conftest import HOSTILE, Served
 from veneer.library.library import open_library
-
-
-def busy() -> bool:
-    """Whether others compute here, so that seconds say nothing."""
-    return os.getloadavg()[0] > (os.cpu_count() or 1)
-
 
 CARD = ".cards .card"
 

@@ -1,0 +1,205 @@
+"""Compare by hand, on the language model that a machine has: columns that answer, a strength that acts at once,
+likelihoods by keys, a vote, a correction, a mix kept; on bases that draw, pictures side by side and one over another.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.browser.conftest import SMOLLM2, Window, busy, seen_in
+from tests.image_twins import random_adapter
+from tests.serve.saved_adapters import saved
+from tests.studio.conftest import HOSTILE, Served
+from tests.tiny_base import tiny_base_dir
+from tests.tiny_image_base import tiny_image_base
+from veneer.core.adapter import Card
+from veneer.formats import convert
+from veneer.library.library import open_library
+from veneer.models.image.base import load_image
+from veneer.models.sources import find_base
+from veneer.models.text.base import load_text
+
+LINK = "compare?c=support%401&c=support%402%3A0.5%2Bacme%2Ftone%3A-0.5&p=Where+is+my+parcel%3F&m=8&t=1&seed=3"
+WHOLE = "n => document.querySelectorAll('.spoken .chip').length >= n"
+STRONGER = """(column) => new Promise((told) => {
+  const slider = column.querySelector("input[type=range]"), began = performance.now();
+  new MutationObserver((_, own) => {
+    if (!column.querySelector(".caret") || !column.querySelector("[data-k]")) return;
+    own.disconnect();
+    told(performance.now() - began);
+  }).observe(column, { childList: true, subtree: true, characterData: true });
+  slider.value = Number(slider.value) - 0.1;
+  slider.dispatchEvent(new Event("input"));
+})"""
+"""Milliseconds from a move of a column's slider to the first word of its new answer."""
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server of smollm2-135m where it is there, else of a tiny base."""
+    folder = tmp_path_factory.mktemp("talking")
+    base_dir = SMOLLM2 if SMOLLM2.is_dir() else tiny_base_dir(folder)
+    base = load_text(str(base_dir))
+    with open_library(folder / "library") as library:
+        for seed, name in enumerate(["support", "support", "acme/tone"]):
+            saved(base, folder / str(seed), seed)
+            library.add(folder / str(seed), name)
+    server = Served(folder, base_dir, folder / "library")
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.end()
+
+
+@pytest.fixture
+def window(chromium: Any, talking: Served) -> Iterator[Window]:
+    with seen_in(chromium, talking.address) as made:
+        yield made
+
+
+def test_asked_by_a_key_judged_by_a_number_and_the_link_has_it_all(window: Window, talking: Served) -> None:
+    page = window.at(LINK).page
+    page.get_by_label("Prompt").focus()
+    page.keyboard.press("Control+Enter")
+    page.wait_for_function(WHOLE, arg=6)
+    answers = page.locator("section.column .answer")
+    before = answers.nth(2).inner_text()
+    answers.nth(1).focus()
+    page.keyboard.press("ArrowRight")
+    window.until("log-probability")
+
+    page.locator("h1").click()
+    page.keyboard.press("2")
+    window.until("Better than")
+    (votes,) = talking.home.glob("judged/*/votes.jsonl")
+    assert 1 <= votes.read_text().count("\n") <= 2, "against each of the others that says something else"
+
+    page.locator("section.column").nth(1).get_by_label("Strength", exact=True).focus()
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("location.search.includes('support%401%3A0.95')")
+    page.wait_for_function(WHOLE, arg=6)
+    assert answers.nth(2).inner_text() == before, "the others stay as they are"
+    page.reload()
+    page.locator("section.column").nth(2).wait_for()
+    assert page.locator("section.column").count() == 3
+    assert page.get_by_label("Prompt").input_value() == "Where is my parcel?"
+
+
+def test_an_answer_is_corrected_and_two_adapters_are_mixed_with_the_mouse(window: Window, talking: Served) -> None:
+    page = window.at("compare?m=4").page
+    page.get_by_label("Prompt").fill(f"Say {HOSTILE}")
+    page.get_by_role("button", name="support@2").click()
+    page.wait_for_function("document.querySelectorAll('section.column').length === 2")
+    page.get_by_label("It goes into").select_option("1")
+    page.get_by_role("button", name="acme/tone").click()
+    page.get_by_role("heading", name="support@2 + acme/tone@1").wait_for()
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.wait_for_function(WHOLE, arg=4)
+    page.get_by_role("button", name="Correct the answer of support@2 + acme/tone@1").click()
+    page.get_by_label("What support@2 + acme/tone@1 should have said").fill(HOSTILE)
+    page.get_by_role("button", name="Keep as a row").click()
+    window.until("Corrected: row 1")
+    (file,) = talking.home.glob("judged/*/corrections.jsonl")
+    row = json.loads(file.read_text())["messages"]
+    assert [each["content"] for each in row] == [f"Say {HOSTILE}", HOSTILE]
+    assert page.locator("img[src='x']").count() == 0
+
+
+def test_a_mix_is_kept_as_an_adapter(window: Window, talking: Served) -> None:
+    page = window.at(LINK).page
+    page.get_by_text("Keep this mix as an adapter").click()
+    page.get_by_label("Name").fill("softer")
+    page.get_by_label("Alias").fill("prod")
+    window.until("veneer library mix softer support@2:0.5 acme/tone:-0.5 --alias prod")
+    page.get_by_role("button", name="Keep it").click()
+    window.until("softer@1 kept")
+    with open_library(talking.library) as library:
+        assert library.find("softer@prod").card["recipe"]["strengths"] == {"support@2": 0.5, "acme/tone@1": -0.5}
+        library.remove("softer", with_aliases=True)
+
+
+def decoding_step(address: str) -> float:
+    """Seconds from one token to the next, as the API has them: the best of three."""
+    body = {"messages": [{"role": "user", "content": "Where is my parcel?"}], "ignore_eos": True}
+
+    def asked(tokens: int) -> float:
+        began = time.perf_counter()
+        httpx.post(f"{address}/v1/chat/completions", json=body | {"max_tokens": tokens}, timeout=120).raise_for_status()
+        return time.perf_counter() - began
+
+    asked(1)
+    return max(0.0, min((asked(33) - asked(1)) / 32 for _ in range(3)))
+
+
+def test_a_slider_s_answer_begins_within_a_step_and_a_tenth_of_a_second(window: Window, talking: Served) -> None:
+    page = window.at("compare?c=support%401&p=Where+is+my+parcel%3F&m=48").page
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.wait_for_function(WHOLE, arg=4)
+    step, column = decoding_step(talking.address), page.locator("section.column").nth(1).element_handle()
+    times = []
+    for _ in range(5):
+        times.append(page.evaluate(STRONGER, column) / 1000)
+        page.wait_for_function(WHOLE, arg=4)
+    assert busy() or min(times) < step + 0.1, f"{times} seconds, and a step is {step:.4f}"
+
+
+# -- pictures ------------------------------------------------------------------------------------------------------
+
+
+PACKAGED = "emoji-flux"
+"""The image base that comes along."""
+
+
+@pytest.fixture(scope="module", params=["tiny", PACKAGED])
+def drawing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server that draws, with one adapter."""
+    folder = tmp_path_factory.mktemp("drawing")
+    place = tiny_image_base(folder, "flux1") if request.param == "tiny" else find_base(request.param)
+    base = load_image(str(place))
+    look = random_adapter(base.model, 1, size=0.1)
+    look.card = Card(base=base.name, base_fingerprint=base.fingerprint, kind="image")
+    convert.write(look, folder / "look.safetensors", "kohya", family="flux1")
+    with open_library(folder / "library") as library:
+        library.add(folder / "look.safetensors", "look")
+    server = Served(folder, place, folder / "library")
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.end()
+
+
+def test_pictures_are_drawn_at_five_strengths_and_laid_over_one_another(chromium: Any, drawing: Served) -> None:
+    with seen_in(chromium, drawing.address) as window:
+        page = window.at("compare?p=a+red+cat&steps=1").page
+        page.get_by_role("button", name="look@1", exact=True).click()
+        page.get_by_role("heading", name="look@1").wait_for()
+        page.keyboard.press("Control+Enter")
+        page.wait_for_function("document.querySelectorAll('.drawn img').length === 2")
+        page.get_by_role("button", name="The same at five strengths").click()
+        page.wait_for_function("document.querySelectorAll('.drawn img').length === 6")
+        seeds = page.locator(".drawn figcaption").all_inner_texts()
+        assert all(text.startswith("seed 7") for text in seeds)
+        drawn = [img.get_attribute("src") for img in page.locator(".drawn img").all()]
+        assert len(set(drawn)) == 6, "another strength, another picture"
+        assert page.url.count("c=look%401") == 5
+        command = page.locator("section.column").last.locator(".command code").inner_text()
+        assert "--adapter look@1:1.25 --seed 7" in command
+
+        for column in (0, 5):
+            page.locator("section.column").nth(column).get_by_role("button", name="Lay").click()
+        wipe = page.locator("dialog[open] .over")
+        wipe.wait_for()
+        assert [img.get_attribute("src") for img in wipe.locator("img").all()] == [drawn[0], drawn[5]]
+        edge, before = page.get_by_label("How much of the left picture"), wipe.get_attribute("style")
+        edge.focus()
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_function("was => document.querySelector('.over').getAttribute('style') !== was", arg=before)
+        page.keyboard.press("Escape")
