@@ -61,6 +61,30 @@ def test_a_job_is_planned_by_its_rows_as_they_are(store: JobStore, folder: Path)
 
 
 @in_sqlite
+def test_answers_that_are_drawn_are_planned_once(store: JobStore, folder: Path) -> None:
+    from veneer.train.config.load import config_from
+    from veneer.train.preview import preview_of
+
+    drawn = {"loss": "grpo", "group": 3, "max_tokens": 40, "rewards": [{"kind": "exact_match"}]}
+    config = small_config(folder, reinforcement=drawn)
+    job = looked_at(store, config)
+    assert job.plan is not None
+    chosen, _ = config_from(config | {"output": str(folder / "x")})
+    tokenizer = text_without_weights(config["base"]).tokenizer
+    asked = [json.loads(line)["messages"][:1] for line in Path(config["data"]["train"]).read_text().splitlines()]
+    lengths = [len(tokenizer.apply_chat_template(one, add_generation_prompt=True)["input_ids"]) for one in asked]
+    assert job.plan["counted"]["longest"] in lengths
+    answers = 3 * 2 * 3  # steps, prompts, answers to each
+    assert answers * (min(lengths) + 40) <= job.plan["tokens"] <= answers * (max(lengths) + 40)
+    assert job.plan["rows"] == 8
+    look = preview_of(chosen, cpu_device())
+    assert look.plan is not None
+    assert {name: look.plan.to_dict()[name] for name in ("tokens", "peak_bytes")} == {
+        name: job.plan[name] for name in ("tokens", "peak_bytes")
+    }
+
+
+@in_sqlite
 def test_answers_that_are_compared_are_in_the_plan(
     store: JobStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +128,13 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "a key that is none": (lambda f: {"adapter": {"rang": 8}}, "config", "rang"),
     "a value of another kind": (lambda f: {"adapter": {"rank": "big"}}, "config", "rank"),
     "no data": (lambda f: {"data": {}}, "config", "data.train"),
+    "no room for an answer": (
+        lambda f: {
+            "data": {"train": str(f / "rows.jsonl"), "max_length": 20, "long_rows": "drop"},
+            "reinforcement": {"loss": "grpo", "max_tokens": 19, "rewards": [{"kind": "exact_match"}]},
+        },
+        "preflight", "no prompt is left",
+    ),
 }
 
 

@@ -166,7 +166,7 @@ def _plan_of_job(job: Job, device: Device) -> dict[str, Any]:
     plan = plan_of_config(config, device, **exact)
     if not plan.fits:
         _refuse(plan)
-    own: dict[str, Any] = {"rows": plan.job.rows, "counted": exact}
+    own: dict[str, Any] = {"rows": exact.get("rows", plan.job.rows), "counted": exact}
     if held is not None and held.answered and base is not None and plan.device.kind == "cpu":
         own["peak_bytes"] = max(plan.peak, _answering_peak(base, plan))
     return plan.to_dict() | own
@@ -190,21 +190,17 @@ def _answering_peak(base: TextBase, plan: Plan) -> int:
 def _rows_of(config: TrainConfig, base: TextBase) -> Mapping[str, Any]:
     """Rows, their tokens and the longest one, of what is trained on. Raises PreflightError with all that stops the data
     from being learned."""
+    from veneer.train.planning import rows_as_planned
     from veneer.train.preflight import Report
-    from veneer.train.text.checks import DATA_CHECKS, TextSubject
+    from veneer.train.text.checks import TextSubject, data_findings
     from veneer.train.text.data import read_data
 
     data = read_data(config, base)
     subject = TextSubject(base=base, config=config, data=data)
     report = Report(numbers=subject.numbers)
-    report.add(*(finding for check in DATA_CHECKS for finding in check(subject)))
+    report.add(*data_findings(subject))
     report.raise_if_stopped()
-    lengths = [item.tokens for item in data.train.items]
-    learned = sum(item.learned for item in data.train.items)
-    return {
-        "rows": len(lengths), "tokens_per_row": sum(lengths) / len(lengths), "longest": max(lengths),
-        "trained": max(0.001, learned / sum(lengths)),
-    }  # fmt: skip
+    return rows_as_planned(config, data.train.items)
 
 
 _ROW, _BYTE = 3000, 8

@@ -2,6 +2,7 @@
 
 plan_of_run(config, base, …) the base is loaded, the rows are encoded: exact lengths
 plan_of_config(config, …)    neither: rows are counted, tokens guessed by their characters
+rows_as_planned(config, …)   what the latter is told of rows that were read
 plan_of_texts(configs, …)    of several that are trained in one pass
 """
 
@@ -273,6 +274,17 @@ def _plan_of_text(
         config.base.name, shape, load, device, rates, job, process=process, room=room, traffic=traffic, notes=notes
     )
     return _with_draws(plan, drawing, shape, load, device, max(lengths, default=1), teacher)
+
+
+def rows_as_planned(config: TrainConfig, items: Sequence[Any]) -> dict[str, Any]:
+    """`rows`, `tokens_per_row`, `longest` and `trained` of what a step is made of, as `plan_of_config` takes them: of a
+    prompt without its answer, which the plan adds."""
+    answer = 0 if config.drawn is None else config.drawn.max_tokens
+    lengths, tokens = [item.tokens - answer for item in items], sum(item.tokens for item in items)
+    return {
+        "rows": len(lengths), "tokens_per_row": sum(lengths) / len(lengths), "longest": max(lengths),
+        "trained": max(0.001, sum(item.learned for item in items) / tokens),
+    }  # fmt: skip
 
 
 def plan_of_texts(

@@ -26,7 +26,7 @@ from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.load import RunConfig
 from veneer.train.config.reinforcement import PROMPT_FORMATS
 from veneer.train.config.text import TrainConfig, preference_formats
-from veneer.train.planning import base_fields, plan_of_config
+from veneer.train.planning import base_fields, plan_of_config, rows_as_planned
 from veneer.train.preflight import Finding, Report, RunSubject, learning_rate
 from veneer.train.records import count_records, data_stamp
 
@@ -134,20 +134,15 @@ def preview_of(config: RunConfig, device: Device, *, rows: int = 200) -> Preview
     except DataError as error:
         return _unread(error)
     data, looked = look.data, look.looked
-    answer = 0 if config.drawn is None else config.drawn.max_tokens  # which the plan adds to each prompt
-    lengths = [item.tokens - answer for item in data.train.items]
-    learned = sum(item.learned for item in data.train.items)
     report = Report()
     report.add(*look.findings)
-    if not lengths:
+    if not data.train.items:
         return Preview(None, tuple(report.findings), look.sample, total, looked)
     whole = total is not None and (config.data.limit or total) <= looked
     known = looked if whole or total is None else min(total, config.data.limit or total)
-    kept = len(lengths) if whole else max(1, round(known * len(lengths) / looked))
-    plan = plan_of_config(
-        config, device, rows=kept, tokens_per_row=sum(lengths) / len(lengths), longest=max(lengths),
-        trained=min(1.0, max(0.001, learned / sum(lengths))),
-    )  # fmt: skip
+    read = rows_as_planned(config, data.train.items)
+    kept = read["rows"] if whole else max(1, round(known * read["rows"] / looked))
+    plan = plan_of_config(config, device, **read | {"rows": kept})
     steps = math.ceil(plan.job.rows / plan.job.batch)
     subject = RunSubject(base=None, config=config, steps_per_epoch=steps)
     report.add(*(finding for finding in learning_rate(subject) if finding.level != "ok"))
@@ -216,7 +211,7 @@ def _base(name: str) -> TextBase:
 @functools.lru_cache(maxsize=8)
 def _sample(own: str, stamp: tuple[tuple[str, int, int], ...], rows: int) -> _Sample:
     """Raises DataError, BaseError."""
-    from veneer.train.text.checks import DATA_CHECKS, PROMPT_CHECKS, TextSubject
+    from veneer.train.text.checks import TextSubject, data_findings
     from veneer.train.text.data import read_data
     from veneer.train.text.preflight import marked_pieces
 
@@ -224,8 +219,7 @@ def _sample(own: str, stamp: tuple[tuple[str, int, int], ...], rows: int) -> _Sa
     base = _base(config.base.name)
     data = read_data(config.model_copy(update={"data": _bounded(config, rows)}), base)
     subject = TextSubject(base=base, config=config, data=data)
-    checks = PROMPT_CHECKS if config.drawn is not None else DATA_CHECKS
-    found = tuple(finding for check in checks for finding in check(subject))
+    found = tuple(data_findings(subject))
     encoded = data.train.encoded
     sample = tuple(marked_pieces(encoded.examples[0], base.tokenizer)) if encoded.examples else ()
     looked = len(data.train.rows) + (len(data.held.rows) if config.data.validation is None else 0)

@@ -15,16 +15,19 @@ from rich.console import Console
 from rich.text import Text
 
 from tests.families import FAMILIES, MOE_FAMILIES
-from tests.tiny_base import tiny_model, tiny_tokenizer
+from tests.tiny_base import tiny_base_dir, tiny_model, tiny_tokenizer
 from tests.train import templates
 from veneer.errors import PreflightError
+from veneer.models.text.base import text_without_weights
 from veneer.plan.calibration import Calibration, cpu_device, device_key, write_calibration
 from veneer.plan.memory import packed_weights
 from veneer.plan.shape import model_shape
 from veneer.train.config.load import config_from
+from veneer.train.config.text import TrainConfig
 from veneer.train.preflight import Report
 from veneer.train.text import preflight
-from veneer.train.text.data import DataSplit, TextData
+from veneer.train.text.checks import TextSubject, data_findings
+from veneer.train.text.data import DataSplit, TextData, read_data
 from veneer.train.text.encode import encode_rows
 from veneer.train.text.preflight import text_preflight
 from veneer.train.text.rows import About, Row
@@ -464,7 +467,25 @@ def test_held_out_rows_that_are_trained_on(run: Run) -> None:
     assert "1 of 6 (17%) held-out rows are also trained on: data.jsonl:4 is data.jsonl:4" in few
     assert "held-out rows are also trained on" in stopped(run(held=ROWS[:5]), "held out")
     prompts = warned(run(held=[talk("Question 1?", "Another answer", "held.jsonl:1")]), "held out")
-    assert "held-out prompts also occur in training" in prompts
+    assert "held-out prompts also occur in training, with other answers" in prompts
+
+
+def test_held_out_prompts_that_answers_are_drawn_to_in_training(tmp_path: Path) -> None:
+    """Such rows may have no answer at all: that it is another one is not said."""
+    base = text_without_weights(str(tiny_base_dir(tmp_path)))
+    lines = [{"prompt": "2 * 3 =", "entry": i} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config, _ = config_from(
+        {
+            "base": base.name, "data": {"train": str(tmp_path / "rows.jsonl"), "split": 4}, "output": str(tmp_path / "o"),
+            "reinforcement": {"loss": "grpo", "max_tokens": 8, "rewards": [{"kind": "length", "most": 3}]},
+        }
+    )  # fmt: skip
+    assert isinstance(config, TrainConfig)
+    found = list(data_findings(TextSubject(base=base, config=config, data=read_data(config, base))))
+    assert [(one.level, one.text.partition(":")[0]) for one in found if one.check == "held out"] == [
+        ("warn", "4 of 4 (100%) held-out prompts are also trained on")
+    ]
 
 
 def test_early_stopping_needs_held_out_rows(run: Run) -> None:

@@ -368,13 +368,15 @@ def _rows_are_apart(s: TextSubject) -> Iterator[Finding]:
         fix = "remove them from one side; data.split never puts equal rows on both"
         yield Finding("stop" if leak.identical > total / 2 else "warn", "held out", text, fix)
     if leak.same_prompt:
-        text = f"{share(leak.same_prompt, total)} held-out prompts also occur in training, with other answers: {pairs}"
-        yield Finding("warn", "held out", text)
+        others = "are also trained on" if s.config.drawn else "also occur in training, with other answers"
+        yield Finding("warn", "held out", f"{share(leak.same_prompt, total)} held-out prompts {others}: {pairs}")
     if not leak.identical and not leak.same_prompt:
         yield Finding("ok", "held out", f"{total:,} held-out rows, none of them trained on")
 
 
-DATA_CHECKS: tuple[Callable[[TextSubject], Iterator[Finding]], ...] = (
+_Checks = tuple[Callable[[TextSubject], Iterator[Finding]], ...]
+
+_DATA_CHECKS: _Checks = (
     _something_is_learned,
     long_rows,
     _the_end_is_learned,
@@ -385,10 +387,15 @@ DATA_CHECKS: tuple[Callable[[TextSubject], Iterator[Finding]], ...] = (
     _rows_are_apart,
 )
 
-PROMPT_CHECKS: tuple[Callable[[TextSubject], Iterator[Finding]], ...] = (
+_PROMPT_CHECKS: _Checks = (
     _answers_are_drawn,
     _long_prompts,
     _begins_once,
     _rows_are_apart,
 )
-"""The same of prompts that are answered."""
+
+
+def data_findings(subject: TextSubject) -> Iterator[Finding]:
+    """What is found of a run's rows, of prompts where it draws the answers; the base's weights are not needed."""
+    for check in _DATA_CHECKS if subject.config.drawn is None else _PROMPT_CHECKS:
+        yield from check(subject)

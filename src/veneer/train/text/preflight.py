@@ -8,7 +8,7 @@ The data's checks are in `checks`, those that all runs share in `train.preflight
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +39,7 @@ from veneer.train.preflight import (
     where_it_goes,
 )
 from veneer.train.text.batches import plan_steps
-from veneer.train.text.checks import DATA_CHECKS, PROMPT_CHECKS, TextSubject
+from veneer.train.text.checks import TextSubject, data_findings
 from veneer.train.text.data import TextData
 from veneer.train.text.encode import Example
 from veneer.train.text.prompts import PromptItem, first_rollouts
@@ -61,8 +61,7 @@ def text_preflight(
     free_memory, free_disk: bytes; measured when None. devices: how many share the run. force: what does not fit is a
     warning. Raises nothing of its own: see `raise_if_stopped`."""
     encoded, lengths = data.train.encoded, [item.tokens for item in data.train.items]
-    draws = config.drawn is not None
-    if draws:
+    if config.drawn is not None:
         prompts = [item for item in data.train.items if isinstance(item, PromptItem)]
         steps = first_rollouts(prompts, config, data.train.rows)
         micros = [[micro.tokens for micro in step.micros] for step in steps]
@@ -75,10 +74,8 @@ def text_preflight(
         largest_micro=max((tokens for step in micros for tokens in step), default=0),
         micros=[len(step) for step in micros],
     )  # fmt: skip
-    data_checks = PROMPT_CHECKS if draws else DATA_CHECKS
-    checks: Iterable[Callable[[TextSubject], Iterator[Finding]]] = (*data_checks, *_BASE_CHECKS)
     report = Report(numbers=subject.numbers)
-    report.add(*(finding for check in checks for finding in check(subject)))
+    report.add(*data_findings(subject), *(finding for check in _BASE_CHECKS for finding in check(subject)))
     report.sample = marked_pieces(encoded.examples[0], base.tokenizer) if encoded.examples else []
     return report
 
