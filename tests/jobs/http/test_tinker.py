@@ -94,7 +94,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     with pytest.MonkeyPatch.context() as patch, open_library(place / "library") as library:
         patch.setenv("VENEER_HOME", str(home_with_kernels(place / "home")))
         shop = SimpleNamespace(base_dir=base, adapters=place / "adapters", library=library)
-        with served(shop, extend=training, tenants=tenants) as whole:  # type: ignore[arg-type]
+        with served(shop, extend=training, tenants=tenants, queue=16) as whole:  # type: ignore[arg-type]
             yield SimpleNamespace(url=whole.url, base=str(base), keys=keys, store=store, whole=whole, tokens=tokens)
     store.close()
 
@@ -262,6 +262,41 @@ def test_what_is_another_tenants_is_not_there(world: SimpleNamespace, client: An
         client("idle")
 
 
+def test_who_waits_for_many_samples_leaves_others_their_share(client: Any) -> None:
+    """One tenant's hundred samples are in the way of nobody's one, which is there long before the last of them."""
+    tenants = [client(name) for name in ("acme", "globex")]
+    asked: list[list[Any]] = []
+    for tenant, count in zip(tenants, (24, 1), strict=True):
+        named = {"session_id": tenant.session, "sampling_session_seq_id": 0, "base_model": "tiny-base"}
+        session = tenant.post("create_sampling_session", **named)["sampling_session_id"]
+        prompt = {"chunks": [{"tokens": ROWS[0][:6]}]}
+        params = {"max_tokens": 24, "stop": []}
+        body = {"sampling_session_id": session, "num_samples": 4, "prompt": prompt, "sampling_params": params}
+        asked.append([tenant.post("asample", seq_id=i, **body) for i in range(count)])
+    (many, few), (acme, globex) = asked, tenants
+    assert globex.result(few[0]).headers["content-type"] == "application/x-protobuf"
+    with pytest.raises(httpx.ReadTimeout):
+        acme.http.post("/retrieve_future", json={"request_id": many[-1]["request_id"]}, timeout=0.05)
+    assert acme.result(many[-1]).headers["content-type"] == "application/x-protobuf"
+
+
+@pytest.mark.parametrize("number", ["²", "9" * 400, "9" * 5000, "00", "-1", "0:1", "0\n"])
+def test_an_id_that_is_none_is_not_there(client: Any, number: str) -> None:
+    """Nor is another way to write one: there is one client of each folder."""
+    acme = client("acme")
+    acme.model("tiny-base", 2)
+    for path, name, id in (
+        ("get_info", "model_id", f"{acme.session}:train:{number}"),
+        ("retrieve_future", "request_id", f"{acme.session}:train:{number}:1"),
+        ("retrieve_future", "request_id", f"{acme.session}:train:0:{number}"),
+        ("session_heartbeat", "session_id", acme.session + number),
+        ("asample", "sampling_session_id", f"{acme.session}:sample:{number}"),
+    ):
+        more = {"seq_id": 1, "prompt": {"chunks": []}, "sampling_params": {}} if path == "asample" else {}
+        answer = acme.http.post(f"/{path}", json={name: id, **more})
+        assert answer.status_code == 404, (path, id, answer.text)
+
+
 def test_a_budget_of_training_holds_and_the_ledger_has_its_lines(client: Any) -> None:
     """At a millionth a token: two passes are in the budget, the third is 402; a failed one costs nothing."""
     globex = client("globex")
@@ -297,6 +332,9 @@ def test_a_session_that_its_client_ended_is_gone(client: Any) -> None:
         ("create_sampling_session", {"model_path": "tinker://a/weights/b"}, "there is no training run 'a'"),
         ("create_sampling_session", {"model_path": "file:///etc"}, "is no path of a checkpoint"),
         ("load_weights", {"model_seq_id": 7, "path": "tinker://a/weights/b"}, "there is no training run 'a'"),
+        ("create_model", {"model_seq_id": 10**300}, "model_seq_id"),
+        ("create_model", {"lora_config": {"rank": 10**6}}, "rank 1000000 is not possible"),
+        ("create_sampling_session", {"sampling_session_seq_id": 10**300}, "sampling_session_seq_id"),
         ("forward_backward", {}, "no forward_backward request in protobuf"),
     ],
 )
@@ -309,6 +347,14 @@ def test_a_mistake_is_said(client: Any, path: str, body: dict[str, Any], said: s
     answer = acme.http.post(f"/{path}", json={"session_id": acme.session, **whole, **body})
     assert answer.status_code in (400, 404)
     assert said in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("number", [0, -1, True, "1", 1.0, None, 10**30])
+def test_a_number_that_no_request_can_have(client: Any, number: Any) -> None:
+    acme = client("acme")
+    answer = acme.http.post("/optim_step", json={"model_id": acme.model("tiny-base", 2), "seq_id": number, **STEP})
+    assert answer.status_code == 400
+    assert "seq_id is" in answer.json()["error"]["message"]
 
 
 def test_a_samples_mistake_is_its_result(client: Any) -> None:

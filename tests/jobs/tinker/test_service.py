@@ -141,10 +141,13 @@ def test_an_eviction_is_a_wait(tmp_path: Path) -> None:
                 losses += steps(service, run, seq, seq + 2)
         assert (tmp_path / "narrow" / "tinker" / runs[0].session / "train-0" / "states").is_dir()
         assert found == alone
-    with small_service(tmp_path / "tight", room=room // 4) as service:
-        run = begun(service)
-        answer = told(service, run, 1, "forward", forward_body(run.id, 1, ROWS))
+    narrow = tmp_path / "narrow"
+    with small_service(narrow, room=room // 4) as service:  # begun anew with less
+        run = service.run("acme", runs[0].id)
+        answer = told(service, run, 7, "forward", forward_body(run.id, 7, ROWS))
         assert "the server has room for" in json.loads(answer.data)["error"]
+        with pytest.raises(ConfigError, match=f"rank 4096 takes .* room for {room // 4:,}"):  # before it is made
+            begun(service, rank=4096)
 
 
 def test_one_that_is_not_wanted_leaves_the_memory_and_nobody_notices(tmp_path: Path) -> None:
@@ -188,14 +191,25 @@ def test_a_clients_mistake_is_its_own_answer_and_undoes_itself(tmp_path: Path) -
                 ({"adam_params": {"learning_rate": -1}}, "learning_rate is -1"), ({}, "AdamW's alone"),
                 ({"adam_params": {"rate": 1}}, "adam_params has no 'rate'"),
                 ({"adam_params": {"learning_rate": None}}, "learning_rate is not a finite number"),
+                ({"adam_params": {"learning_rate": 10**400}}, "learning_rate is not a finite number"),
             ],
             3,
         ):  # fmt: skip
             answer = told(service, run, seq, "optim_step", json.dumps(body).encode())
             assert what in json.loads(answer.data)["error"]
-        again = told(service, run, 7, "forward", forward_body(run.id, 7, ROWS))
+        kinds = {
+            "save_weights": {"path": 12, "ttl_seconds": "day", "user_metadata": ["a"]},
+            "save_weights_for_sampler": {"path": True, "sampling_session_seq_id": "x"},
+            "load_weights": {"path": [1]},
+        }
+        wrong = [(kind, {name: value}) for kind, own in kinds.items() for name, value in own.items()]
+        for seq, (kind, body) in enumerate(wrong, 8):
+            refused = json.loads(told(service, run, seq, kind, json.dumps(body).encode()).data)
+            assert (next(iter(body)) in refused["error"], refused["category"]) == (True, "user"), refused
+        last = 8 + len(wrong)
+        again = told(service, run, last, "forward", forward_body(run.id, last, ROWS))
         assert again.data == first.data
-        assert told(service, run, 8, "optim_step", STEP).kind == "json"
+        assert told(service, run, last + 1, "optim_step", STEP).kind == "json"
 
 
 def test_what_is_saved_is_an_adapter_of_the_library(tmp_path: Path) -> None:

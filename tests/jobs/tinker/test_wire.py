@@ -39,6 +39,17 @@ def test_half_a_message_is_refused(cut: int) -> None:
         read_forward(forward_body("s1:train:0", 7, ROWS)[:cut] + b"\xff")
 
 
+def test_a_few_bytes_do_not_take_the_memory() -> None:
+    """Zeros that are not on the wire, row after row, and a number of them where a text belongs."""
+    starts = np.zeros(2049, "<i8")
+    sparse = part(2, part(2, starts.tobytes())) + b"\x18\x02" + part(4, varint(2048) + varint(8192))
+    row = part(3, part(2, part(1, b"target_tokens") + part(2, sparse)))
+    assert read_forward(row).rows[0].inputs["target_tokens"].shape == (2048, 8192)
+    for body in (20 * row, row.replace(varint(8192), varint(1 << 40)), b"\x08" + varint(1 << 40)):
+        with pytest.raises(Refused, match="no forward_backward request"):
+            read_forward(body)
+
+
 def test_outputs_of_unlike_shapes() -> None:
     outputs = [{"logprobs": np.arange(3.0)}, {"logprobs": np.arange(4.0).reshape(2, 2)}, {"logprobs": np.arange(2.0)}]
     logps, metrics = read_output(forward_bytes(outputs, {"loss:sum": 1.5}))

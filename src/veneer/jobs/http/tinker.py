@@ -16,6 +16,7 @@ import hashlib
 import hmac
 import io
 import json
+import re
 import secrets
 import tarfile
 import time
@@ -60,6 +61,10 @@ _KEPT = 600.0
 """Seconds that the result of a sample is kept."""
 _SIGNED = 3600.0
 _TOP = 20
+_WAITING = 1 << 24
+"""Tokens of a tenant's prompts that wait to be answered by samples."""
+_NUMBERS = 10**9
+"""Numbers of a session's clients and of a client's requests are below it."""
 
 
 # -- bodies ------------------------------------------------------------------------------------------------------------
@@ -89,7 +94,7 @@ class LoraBody(Strict):
 
 class ModelBody(Strict):
     session_id: str
-    model_seq_id: int = Field(ge=0)
+    model_seq_id: int = Field(ge=0, lt=_NUMBERS)
     base_model: str
     user_metadata: dict[str, Any] | None = None
     lora_config: LoraBody | None = None
@@ -99,7 +104,7 @@ class ModelBody(Strict):
 
 class SamplerBody(Strict):
     session_id: str
-    sampling_session_seq_id: int = Field(ge=0)
+    sampling_session_seq_id: int = Field(ge=0, lt=_NUMBERS)
     base_model: str | None = None
     model_path: str | None = None
     type: str = ""
@@ -173,8 +178,8 @@ class TinkerRoutes:
     bills: set[asyncio.Task[None]] = field(default_factory=set)
     billed: dict[str, asyncio.Future[FutureResult]] = field(default_factory=dict)
     turn: asyncio.Condition = field(default_factory=asyncio.Condition)
-    drawing: int = 0
-    """Samples that are in the engine."""
+    open: dict[str, _Open] = field(default_factory=dict)
+    """What each tenant waits for that waits for samples."""
     _made: TinkerService | None = None
     _making: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -192,6 +197,16 @@ class TinkerRoutes:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass
+class _Open:
+    """Of a tenant: requests that have no result yet, tokens of their prompts, and its samples that are in the
+    engine."""
+
+    requests: int = 0
+    tokens: int = 0
+    drawing: int = 0
 
 
 @dataclass(eq=False)
@@ -374,7 +389,7 @@ def _sequenced(router: APIRouter, own: TinkerRoutes) -> None:
 async def _create_from(own: TinkerRoutes, request: HttpRequest, body: Mapping[str, Any]) -> Response:
     caller, service, http = caller_of(request), await own.service(), service_of(request)
     number, path, session = body.get("model_seq_id"), body.get("path"), str(body["session_id"])
-    if type(number) is not int or number < 0 or not isinstance(path, str):
+    if type(number) is not int or not 0 <= number < _NUMBERS or not isinstance(path, str):
         raise invalid("model_seq_id and path are needed", "path")
     if body.get("base_model") is not None:
         _check_base(http, str(body["base_model"]))
@@ -394,6 +409,8 @@ async def _create_from(own: TinkerRoutes, request: HttpRequest, body: Mapping[st
 async def _submit(
     own: TinkerRoutes, request: HttpRequest, found: TrainingRun, seq: int, kind: str, data: bytes, tokens: int
 ) -> Response:
+    if seq < 1:
+        raise invalid(f"seq_id is {seq}", "seq_id", "from 1 on, one more for each request")
     caller, service, http = caller_of(request), await own.service(), service_of(request)
     number = f"{found.id}:{seq}"
     known = await _asked(lambda: service.answer(found, seq))
@@ -476,7 +493,7 @@ async def _result(own: TinkerRoutes, request: HttpRequest, number: str) -> Futur
     if last in ("0", "unload"):
         return FutureResult("json", json.dumps(_of_creation(owner, last)).encode())
     missing = Refused(f"there is no request {quoted(number)}", status=404, code="not_found", param="request_id")
-    if not last.isdigit():
+    if not re.fullmatch("[1-9][0-9]{0,8}", last):
         raise missing
     seq = int(last)
     if number not in own.billed:  # done before, or taken by the process before
@@ -562,11 +579,25 @@ def _sampling(router: APIRouter, own: TinkerRoutes) -> None:
             found = await _asked(lambda: service.sampler(caller.tenant, body.sampling_session_id))
             sequences = [f"{number}:{i}" for i in range(body.num_samples)]
             if number not in own.samples:
+                tokens = sum(len(chunk.tokens) for chunk in body.prompt.chunks)
+                mine = own.open.setdefault(caller.tenant, _Open())
+                if mine.tokens and mine.tokens + tokens > _WAITING:
+                    what = f"{mine.tokens:,} tokens of prompts wait"
+                    raise Refused(what, status=429, code="overloaded", retry_after=5.0, fix="ask again later")
+                mine.requests, mine.tokens = mine.requests + 1, mine.tokens + tokens
                 task = asyncio.create_task(_sample(own, http, caller, found, body))
+                task.add_done_callback(lambda _: _close(own, caller.tenant, tokens))
                 own.samples[number] = _Sampled(caller.tenant, task, sequences)
         if own.samples[number].tenant != caller.tenant:
             raise Refused(f"there is no sampling session {quoted(number)}", status=404, code="not_found")
         return _future(number, None, own.samples[number].sequences)
+
+
+def _close(own: TinkerRoutes, tenant: str, tokens: int) -> None:
+    mine = own.open[tenant]
+    mine.requests, mine.tokens = mine.requests - 1, mine.tokens - tokens
+    if not mine.requests:
+        del own.open[tenant]
 
 
 def _forget_old(own: TinkerRoutes) -> None:
@@ -589,9 +620,12 @@ async def _sample(
         if count > most:
             raise invalid(f"num_samples is {count}", "num_samples", f"at most {most} at once")
         job = await asyncio.to_thread(_job, http, caller, sampler, body)
-        async with own.turn:
-            await own.turn.wait_for(lambda: own.drawing + count <= most)
-            own.drawing += count
+        mine = own.open[caller.tenant]
+        async with own.turn:  # half of the queue is for all that wait for samples, and each has its share of it
+            await own.turn.wait_for(
+                lambda: not mine.drawing or (mine.drawing + count) * len(own.open) <= most
+            )
+            mine.drawing += count
         try:
             while True:
                 try:
@@ -603,7 +637,7 @@ async def _sample(
                     await asyncio.sleep(error.retry_after or 0.5)
                     job = replace(job, id=secrets.token_hex(16))
         finally:
-            own.drawing -= count
+            mine.drawing -= count
             async with own.turn:
                 own.turn.notify_all()
         return FutureResult("proto", _sample_bytes(body, answers, len(job.prompts[0])))

@@ -29,8 +29,10 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -39,7 +41,7 @@ from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, ResourceError, VeneerError
@@ -56,6 +58,7 @@ from veneer.jobs.tinker.trainer import (
     checked_rows,
     newest_state,
     target_names,
+    trained_bytes,
 )
 from veneer.jobs.tinker.wire import ForwardAsked, forward_bytes, read_forward
 from veneer.library.library import Library
@@ -77,8 +80,14 @@ _GAP, _AHEAD = 400.0, 10_000
 """Seconds that requests wait for one before them that does not come, and how far a number may be ahead of it."""
 _WAITING = 512 << 20
 """Bytes of a tenant's requests that wait."""
+_SESSION, _NUMBER = "(s[0-9a-f]{12})", "(0|[1-9][0-9]{0,8})"
+"""Ids as they are made here: another text of the same number would be a second client of one folder."""
 _OVER = "over"
 """The file that says that a session was ended, or that of a run only its checkpoints are there."""
+
+
+_T = TypeVar("_T")
+_KINDS = {str: "a text", int: "a whole number", dict: "an object"}
 
 
 class NotHere(ConfigError):
@@ -214,7 +223,8 @@ class TinkerService:
         """Raises NotHere."""
         with self._changed:
             found = self.sessions.get(id)
-            if found is None and id.isalnum() and (path := self.folder / id / "session.json").is_file():
+            path = self.folder / id / "session.json"
+            if found is None and re.fullmatch(_SESSION, id) and path.is_file():
                 data = json.loads(path.read_text(encoding="utf-8"))
                 found = Session(id, data["tenant"], path.parent, data["metadata"], data["name"])
                 self.sessions[id] = found
@@ -246,7 +256,7 @@ class TinkerService:
         owner = self.session(tenant, session)
         owner.seen()
         id = f"{owner.id}:train:{number}"
-        lora.spec(self.names)
+        self._bytes(lora)
         folder = owner.folder / f"train-{number}"
         if not (folder / "run.json").is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -289,14 +299,15 @@ class TinkerService:
         if found is not None and found.tenant == tenant:
             return found
         missing = NotHere(f"there is no training run {id[:80]!r}", where="model_id", fix="one of your own")
-        session, kind, number = [*id.split(":"), "", ""][:3]
-        if kind != "train" or not number.isdigit() or found is not None:
+        form = re.fullmatch(f"{_SESSION}:train:{_NUMBER}", id)
+        if form is None or found is not None:
             raise missing
+        session, number = form.groups()
         try:
             owner = self.session(tenant, session)
         except NotHere:
             raise missing from None
-        path = owner.folder / f"train-{int(number)}" / "run.json"
+        path = owner.folder / f"train-{number}" / "run.json"
         if not path.is_file():
             raise missing
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -391,13 +402,13 @@ class TinkerService:
 
     def sampler(self, tenant: str, id: str) -> SamplerSource:
         """As it is to be drawn from now. Raises NotHere."""
-        session, kind, number = [*id.split(":"), "", ""][:3]
+        form = re.fullmatch(f"{_SESSION}:sample:{_NUMBER}", id)
         missing = NotHere(f"there is no sampling session {id[:80]!r}", where="sampling_session_id")
-        if kind != "sample" or not number.isdigit():
+        if form is None:
             raise missing
-        owner = self.session(tenant, session)
+        owner = self.session(tenant, form[1])
         owner.seen()
-        path = owner.folder / "samplers" / f"{int(number)}.json"
+        path = owner.folder / "samplers" / f"{form[2]}.json"
         if not path.is_file():
             raise missing
         found = SamplerSource(**json.loads(path.read_text(encoding="utf-8")))
@@ -604,7 +615,7 @@ class TinkerService:
             raise
 
     def _save(self, run: TrainingRun, seq: int, body: Mapping[str, Any]) -> dict[str, Any]:
-        name = body.get("path") or f"{seq:06d}"
+        name = _given(body, "path", str) or f"{seq:06d}"
         place = run.checkpoints.place("weights", name)
         self._free_name(run, f"weights/{name}", seq, bool(body.get("overwrite")))
         trainer, learner = self._ready_trainer(), self._learner(run)
@@ -616,23 +627,23 @@ class TinkerService:
         if body.get("age_encryption_recipients"):
             what = "weights are not encrypted here"
             raise ConfigError(what, where="age_encryption_recipients", fix="leave it out: they go over your own wire")
-        name = str(body.get("path"))
+        name = _given(body, "path", str) or ""
         self._free_name(run, f"external_weights/{name}", seq, False)
         made = self._put(run, "external_weights", name, seq, body)
         return {"path": made.path, "size_bytes": made.bytes, "type": "save_weights_external"}
 
     def _sampler_weights(self, run: TrainingRun, seq: int, body: Mapping[str, Any]) -> dict[str, Any]:
-        if (name := body.get("path")) is not None:
+        if (name := _given(body, "path", str)) is not None:
             self._free_name(run, f"sampler_weights/{name}", seq, False)
             made = self._put(run, "sampler_weights", name, seq, body)
             return {"path": made.path, "type": "save_weights_for_sampler"}
-        number = body.get("sampling_session_seq_id")
-        if number is None:
-            raise ConfigError("it has neither path nor sampling_session_seq_id", where="path")
+        number = _given(body, "sampling_session_seq_id", int)
+        if number is None or not 0 <= number < 10**9:
+            raise ConfigError("it has neither path nor a sampling_session_seq_id that can be", where="path")
         folder = run.folder / "snapshots" / str(seq)
         digest = write_adapter(self._adapter(run), folder, self.base)
         session = self.session(run.tenant, run.session)
-        id = f"{session.id}:sample:{int(number)}"
+        id = f"{session.id}:sample:{number}"
         sampler = SamplerSource(id, run.tenant, digest=digest, folder=str(folder), name=run.name)
         if body.get("kind") == "inflight":
             atomic_write(run.folder / "inflight.json", [json.dumps(asdict(sampler)).encode()])
@@ -645,8 +656,8 @@ class TinkerService:
     def _put(self, run: TrainingRun, kind: str, name: str, seq: int, body: Mapping[str, Any]) -> SavedWeights:
         run.checkpoints.sweep()
         return run.checkpoints.put(
-            kind, name, seq, self._adapter(run), self.base, ttl=body.get("ttl_seconds"),
-            metadata=body.get("user_metadata"),
+            kind, name, seq, self._adapter(run), self.base, ttl=_given(body, "ttl_seconds", int),
+            metadata=_given(body, "user_metadata", dict),
         )  # fmt: skip
 
     def _free_name(self, run: TrainingRun, id: str, seq: int, overwrite: bool) -> None:
@@ -656,7 +667,7 @@ class TinkerService:
             raise ConfigError(f"there is a checkpoint {found.path} already", where="path", fix="another name")
 
     def _load(self, run: TrainingRun, seq: int, body: Mapping[str, Any]) -> dict[str, Any]:
-        path = str(body.get("path"))
+        path = _given(body, "path", str) or ""
         source, saved = self.run_of(run.tenant, path), self.saved(run.tenant, path)
         if replace(source.lora, seed=None) != replace(run.lora, seed=None):
             raise ConfigError(
@@ -666,8 +677,8 @@ class TinkerService:
         trainer = self._ready_trainer()
         self._forget(run)
         try:
-            run.learner = trainer.create(run.id, run.lora)
             self._make_room(run)
+            run.learner = trainer.create(run.id, run.lora)
             trainer.read(run.learner, source.checkpoints.state(saved.id), bool(body.get("optimizer")))
             run.learner.forget_gradients()
             trainer.write(run.learner, run.folder / "states", seq)  # what it was loaded from may go or change
@@ -761,9 +772,9 @@ class TinkerService:
         if run.learner is not None:
             return run.learner
         trainer = self._ready_trainer()
+        self._make_room(run)
         learner = run.learner = trainer.create(run.id, run.lora)
         try:
-            self._make_room(run)
             at, start = 0, run.folder / "start"
             if (run.folder / "states").is_dir():
                 at = trainer.read(learner, run.folder / "states")
@@ -796,25 +807,30 @@ class TinkerService:
                     while not work.done:
                         trainer.step([work])
 
+    def _bytes(self, lora: Lora) -> int:
+        """What a client of it takes in memory. Raises ConfigError where that is more than there is room for."""
+        needed = trained_bytes(self.base.model, lora.spec(self.names))
+        if needed > self.room:
+            raise ConfigError(
+                f"a client of rank {lora.rank} takes {needed:,} bytes to train; the server has room for {self.room:,}",
+                where="lora_config.rank", fix="a lower rank, or --adapter-memory of the server",
+            )  # fmt: skip
+        return needed
+
     def _make_room(self, run: TrainingRun) -> None:
-        """Others are put away, the one unused longest first. Raises ConfigError where that is not enough."""
-        trainer = self._ready_trainer()
+        """For what is to come into memory others are put away, the one unused longest first. Raises ConfigError where
+        that is not enough."""
+        trainer, needed = self._ready_trainer(), self._bytes(run.lora)
 
         def taken() -> int:
             return sum(learner.bytes for learner in trainer.learners.values())
 
         others = [other for other in list(self.runs.values()) if other.learner is not None and other is not run]
         for other in sorted(others, key=lambda other: other.used):
-            if taken() <= self.room:
+            if taken() + needed <= self.room:
                 return
             if other.work is None:
                 self._put_away(other)
-        assert run.learner is not None
-        if run.learner.bytes > self.room:
-            raise ConfigError(
-                f"a client of rank {run.lora.rank} takes {run.learner.bytes:,} bytes to train; the server has room for "
-                f"{self.room:,}", where="lora_config.rank", fix="a lower rank, or --adapter-memory of the server",
-            )  # fmt: skip
 
     def _let_idle_go(self) -> None:
         """Out of memory, results too; the next who asks reads it again."""
@@ -898,6 +914,14 @@ def _own(folder: Path) -> int:
     return lock
 
 
+def _given(body: Mapping[str, Any], name: str, kind: type[_T]) -> _T | None:
+    """What a client's body has of a name; None where it has nothing. Raises ConfigError for another kind of value."""
+    value = body.get(name)
+    if value is not None and type(value) is not kind:
+        raise ConfigError(f"{name} is {str(value)[:50]!r}", where=name, fix=f"{_KINDS[kind]}, or leave it out")
+    return value
+
+
 def _adam_of(body: Mapping[str, Any]) -> Adam:
     """What a body of optim_step asks for. Raises ConfigError."""
     given = body.get("adam_params")
@@ -907,7 +931,7 @@ def _adam_of(body: Mapping[str, Any]) -> Adam:
     if wrong := sorted(set(given) - names):
         raise ConfigError(f"adam_params has no {wrong[0][:50]!r}", where="adam_params", fix=", ".join(sorted(names)))
     for name, value in given.items():
-        if type(value) not in (int, float):  # the SDK sends null for NaN
+        if type(value) not in (int, float) or abs(value) > sys.float_info.max:  # the SDK sends null for NaN
             raise ConfigError(f"{name} is not a finite number", where="adam_params")
     return Adam(**{"clip" if name == "grad_clip_norm" else str(name): float(value) for name, value in given.items()})
 

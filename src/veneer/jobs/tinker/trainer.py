@@ -48,6 +48,7 @@ from veneer.train.checkpoint import Progress, latest, read_checkpoint, read_para
 from veneer.train.checkpoint import save as save_checkpoint
 from veneer.train.loop import Micro, memory_errors
 from veneer.train.optim import make_optimizer
+from veneer.train.preflight import trainable_parameters
 from veneer.train.text.together import why_apart
 
 ALPHA = 32.0
@@ -99,6 +100,11 @@ def target_names(model: Any) -> TargetNames:
         tuple(name for name, own in zip(linear, attends, strict=True) if not own),
         tuple(name for name, module in base_modules(model) if module is head),
     )
+
+
+def trained_bytes(model: Any, spec: LoraSpec) -> int:
+    """What a client's weights take, with their gradient and both moments in float32, before any of it is there."""
+    return 16 * trainable_parameters(model, resolve_targets(model, spec), spec)[0]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _NUMPY = {1: "<f4", 2: "<i8", 3: "<i4"}
 _FLOAT = 1
+_LARGEST = 1 << 28
+"""Bytes of tensors in one request: those that are mostly zeros take next to nothing on the wire."""
 _ABSENT = -99999.0
 """The log-probability of a token that is not there, in a table of the most likely ones."""
 
@@ -52,12 +54,12 @@ def read_forward(body: bytes) -> ForwardAsked:
     """Raises Refused (400) for bytes that are no such message."""
     try:
         return _forward(memoryview(body))
-    except (ValueError, IndexError, struct.error, UnicodeDecodeError, AttributeError, TypeError, KeyError) as error:
+    except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError, struct.error) as error:
         raise invalid(f"the body is no forward_backward request in protobuf: {error}") from error
 
 
 def _forward(body: memoryview) -> ForwardAsked:
-    model, loss, seq, only = "", "", 0, False
+    model, loss, seq, size, only = "", "", 0, 0, False
     rows: list[WireRow] = []
     old: dict[str, float | str] = {}
     options: dict[str, float | str] = {}
@@ -65,9 +67,12 @@ def _forward(body: memoryview) -> ForwardAsked:
         if number == 1:
             model = _text(value)
         elif number == 2:
-            seq = value
+            seq = int(value)
         elif number == 3:
             rows.append(_row(value))
+            size += sum(tensor.nbytes for tensor in rows[-1].inputs.values())
+            if size > _LARGEST:
+                raise ValueError(f"its rows have more than {_LARGEST:,} bytes of tensors")
         elif number == 4:
             loss = _text(value)
         elif number == 5:
@@ -124,7 +129,7 @@ def _tensor(data: memoryview) -> Array:
     starts, columns = np.frombuffer(sparse.get(2, b""), "<i8"), np.frombuffer(sparse.get(3, b""), "<i8")
     rows, width = shape
     counts = np.diff(starts)
-    if rows * width > 1 << 26 or len(counts) != rows or counts.sum() != len(values) or len(columns) != len(values):
+    if rows * width > _LARGEST // 8 or len(counts) != rows or counts.sum() != len(values) or len(columns) != len(values):
         raise ValueError("a sparse tensor whose rows do not fit together")
     out = np.zeros((rows, width), values.dtype)
     out[np.repeat(np.arange(rows), counts), columns] = values
@@ -265,6 +270,8 @@ def _part(number: int, data: bytes) -> bytes:
 
 
 def _text(data: Any) -> str:
+    if not isinstance(data, memoryview):  # bytes(n) are n zeros
+        raise TypeError("a number where a text belongs")
     return bytes(data).decode()
 
 
