@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -38,6 +39,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.keys.append(self.headers["Authorization"])
         self.server.asked.append(body)
         status, said = self.server.says(body, len(self.server.asked))
+        if callable(said):
+            return said(self)
         data = json.dumps(said).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
@@ -99,6 +102,46 @@ def test_no_number_is_no_score(said: tuple[int, Any], error: str) -> None:
     assert bad.value is None
     assert error in bad.error
     assert fine.value == 0.5
+
+
+def test_an_answer_that_never_ends_is_none_in_time() -> None:
+    """Some servers send a blank now and then while they wait, so that no read of them is late."""
+
+    def dripping(handler: Any) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        with suppress(OSError):
+            while True:
+                handler.wfile.write(b" ")
+                time.sleep(0.02)
+
+    with serving(lambda body, n: (200, dripping)) as server:
+        (late,) = judged(server, "x", timeout=0.2)
+    assert "no answer in time, 3 times" in late.error
+
+
+def test_an_answer_in_another_coding_than_it_says_is_none() -> None:
+    def garbled(handler: Any) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Encoding", "gzip")
+        handler.end_headers()
+        handler.wfile.write(b"no gzip")
+
+    with serving(lambda body, n: (200, garbled) if n == 1 else completion("5")) as server:
+        (first, second) = judged(server, "x", "y", at_once=1)
+    assert "cannot be read" in first.error
+    assert second.value == 0.5
+
+
+def test_a_key_is_sent_without_the_line_end_that_a_file_left_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "secret\n")
+    with serving(lambda body, n: completion("5")) as server:
+        judged(server, "x", key="JUDGE_KEY")
+        assert server.keys == ["Bearer secret"]
+        monkeypatch.setenv("JUDGE_KEY", "se\ncret")
+        with pytest.raises(ConfigError, match="holds what no key of a judge may have") as caught:
+            judged(server, "x", key="JUDGE_KEY")
+    assert "cret" not in str(caught.value)
 
 
 def test_equal_questions_are_asked_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -42,6 +43,11 @@ def score(sample, item):
         return float("nan")
     if said == "parts":
         return {"score": 1, "short": True, "long": 0.5}
+    if said == "fork":
+        os.fork()
+        return 7
+    if said == "huge":
+        return 10**400
     if said == "nothing":
         return None
     if said == "text":
@@ -94,6 +100,15 @@ def test_what_takes_too_long_is_ended(function: LimitedFunction) -> None:
     assert before.value != after.value
     with pytest.raises(ProcessLookupError):
         os.kill(int(before.value or 0), 0)
+
+
+def test_a_fork_of_it_answers_nothing(function: LimitedFunction) -> None:
+    """Or every answer after it would be that to the question before."""
+    assert [s.value for s in function.score(asked("fork", "a", "fork", "abcd"))] == [7, 1, 7, 4]
+
+
+def test_a_number_of_any_size_is_one(function: LimitedFunction) -> None:
+    assert [s.value for s in function.score(asked("huge", "a"))] == [math.inf, 1]
 
 
 def test_equal_questions_draw_equal_numbers(function: LimitedFunction) -> None:

@@ -37,7 +37,7 @@ def test_the_sum_is_weighted_and_each_is_kept_apart(pairs: list[tuple[float, flo
     assert logged["reward_failed"] == 0
 
 
-@pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf, 1e300])
 def test_what_has_no_number_is_left_out_and_never_a_zero(bad: float | None) -> None:
     with Rewards([NamedReward("a", giving(1.0, bad)), NamedReward("b", giving(2.0, 2.0))]) as rewards:
         judged = rewards.judge(answers("x", "y"))
@@ -45,6 +45,20 @@ def test_what_has_no_number_is_left_out_and_never_a_zero(bad: float | None) -> N
     assert judged.failed == 1
     assert judged.scores["a"][1].error
     assert judged.logged()["reward"] == 3.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1e300])
+def test_a_part_that_is_no_number_is_a_failure_and_not_in_the_log(bad: float) -> None:
+    def given(answers: Sequence[Answer], /) -> list[RewardScore]:
+        return [RewardScore(1.0, parts={"fine": 0.5, "odd": 2.0 if a.text == "x" else bad}) for a in answers]
+
+    with Rewards([NamedReward("a", given)]) as rewards:
+        judged = rewards.judge(answers("x", "y"))
+    assert judged.values == [1.0, None]
+    assert "its part odd is" in judged.scores["a"][1].error
+    assert judged.logged() == {
+        "reward": 1, "reward_a": 1, "reward_a_fine": 0.5, "reward_a_odd": 2, "reward_failed": 1
+    }  # fmt: skip
 
 
 def test_too_many_failures_stop_the_run_and_say_why() -> None:

@@ -73,6 +73,20 @@ def test_a_schema_that_is_none_stops_the_run(schema: dict[str, Any]) -> None:
         judged({"kind": "json_schema", "column": "form"}, "{}", {"form": schema})
 
 
+@pytest.mark.parametrize(
+    ("schema", "text", "why"),
+    [
+        ({"$ref": "#"}, "1", "refers to itself"),
+        ({"items": {"$ref": "#"}}, "[" * 400 + "]" * 400, "refers to itself"),
+        ({"pattern": "^(a|aa)+$"}, '"' + "a" * 60 + 'b"', "took longer than 1 s"),
+    ],
+)
+def test_a_schema_that_never_ends_over_an_answer_has_no_value(schema: Any, text: str, why: str) -> None:
+    found = judged({"kind": "json_schema", "json_schema": schema}, text)
+    assert found.value is None
+    assert why in found.error
+
+
 def test_a_schema_fetches_nothing() -> None:
     with pytest.raises(DataError, match="no schema"):
         judged({"kind": "json_schema", "json_schema": {"$ref": "http://localhost:9/a.json"}}, "{}")

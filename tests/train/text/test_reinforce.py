@@ -370,3 +370,12 @@ def test_prompts_beyond_the_context_are_refused_or_left_out_with_their_lines(
     assert "rows.jsonl:2" in said["text"]
     assert f"within {base.context} tokens" in said["text"]
     assert "max_length" not in said["fix"]
+
+
+def test_held_out_answers_that_nobody_could_judge_are_no_loss(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    """One answer may always fail; where it is the only one held out there is no number to keep an adapter by."""
+    (tmp_path / "broken.py").write_text("def score(sample, item):\n    return 1 / 0\n")
+    reward = {"kind": "python", "file": str(tmp_path / "broken.py")}
+    with pytest.raises(TrainingError, match=r"none of the 1 answer to held-out prompts(.|\n)*ZeroDivisionError") as told:
+        train(shared, tmp_path / "out", base, reinforcement={"rewards": [reward]}, data={"split": 1})
+    assert "prompts.jsonl:" in str(told.value)

@@ -287,6 +287,7 @@ def test_what_cannot_teach_is_refused_before_anything_is_drawn(
         ({"logprob": float("nan")}, "nan, which is no log-probability"),
         ({"logprob": -9999.0}, "no probability at all"),
         ({"logprob": 0.5}, "0.5, which is no log-probability"),
+        ("crowd", "probabilities that add up to 2.7"),
         (None, "timeout"),
     ],
 )
@@ -305,7 +306,9 @@ def test_an_answer_that_is_not_read_is_left_out_and_counted(
             return 200, {}
         if isinstance(spoilt, tuple):
             return spoilt
-        last = place(base, body["prompt"][-1], **spoilt)
+        crowd = spoilt == "crowd"
+        last = {str(id): {"logprob": -0.1, "decoded_token": "x"} for id in (5, 6, 7) if crowd}
+        last |= place(base, body["prompt"][-1], **({"logprob": -9.0} if crowd else spoilt))
         return 200, {"choices": [{"prompt_logprobs": [None, *(place(base, id) for id in body["prompt"][1:-1]), last]}]}
 
     whole = {"data": {"split": 0}, "batching": {"rows": 12}, "schedule": {"steps": 1}}

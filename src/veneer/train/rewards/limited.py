@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import queue
 import select
@@ -140,7 +141,15 @@ def _score_of(value: Any) -> RewardScore:
         what = "no number, nor a mapping with `score` and numbers" if number is value else "where a number belongs"
         return RewardScore(None, f"the function gave {wrong[0]}, {what}")
     assert isinstance(number, int | float)
-    return RewardScore(float(number), parts={key: float(each) for key, each in parts.items()})
+    return RewardScore(_float(number), parts={key: _float(each) for key, each in parts.items()})
+
+
+def _float(number: int | float) -> float:
+    """JSON's whole numbers have any size."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 class _Process:

@@ -28,6 +28,9 @@ from veneer.errors import DataError, TrainingError, bullets, counted, first_few,
 
 Turn = Mapping[str, Any]
 
+_LARGEST = 1e30
+"""Of a score: squares of them, and sums of these, are numbers."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -146,7 +149,8 @@ class Rewards:
 
 
 def _scored(name: str, reward: Reward, answers: Sequence[Answer]) -> list[RewardScore]:
-    """The scores of one reward, as they may be used: none is infinite or NaN, and what is no number says so."""
+    """The scores of one reward, as they may be used: none is infinite, NaN or beyond what advantages are computed of,
+    nor is a part of it, and what is no number says so."""
     sound = [answer for answer in answers if not answer.error]
     given = list(reward(sound)) if sound else []
     if len(given) != len(sound):
@@ -156,12 +160,17 @@ def _scored(name: str, reward: Reward, answers: Sequence[Answer]) -> list[Reward
         )  # fmt: skip
     rest = iter(given)
     found = [RewardScore(None, answer.error) if answer.error else next(rest) for answer in answers]
-    return [
-        RewardScore(None, f"it is {score.value}, and no number", score.parts)
-        if score.value is not None and not math.isfinite(score.value)
-        else score
-        for score in found
-    ]
+    return [_usable(score) for score in found]
+
+
+def _usable(score: RewardScore) -> RewardScore:
+    numbers = {"it": score.value, **{f"its part {name}": part for name, part in score.parts.items()}}
+    for name, number in numbers.items():
+        if number is not None and not abs(number) <= _LARGEST:
+            why = f"more than {_LARGEST:g}" if math.isfinite(number) else "no number"
+            parts = {key: part for key, part in score.parts.items() if abs(part) <= _LARGEST}
+            return RewardScore(None, f"{name} is {number:g}, and {why}", parts)
+    return score
 
 
 def _too_many(judged: Judged, answers: Sequence[Answer]) -> TrainingError:

@@ -14,7 +14,7 @@ none, stops the run with a DataError: it is wrong with every answer alike.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import regex  # type: ignore[import-untyped]
@@ -65,7 +65,8 @@ def exact_match(section: ExactMatchReward) -> Reward:
 def json_schema(section: JsonSchemaReward) -> Reward:
     try:
         from jsonschema import Draft202012Validator
-        from jsonschema.exceptions import SchemaError
+        from jsonschema.exceptions import SchemaError, ValidationError
+        from jsonschema.validators import extend
         from referencing import Registry
         from referencing.exceptions import Unresolvable
     except ImportError as error:
@@ -74,11 +75,17 @@ def json_schema(section: JsonSchemaReward) -> Reward:
         ) from error
     made: dict[str, Any] = {}
 
+    def matched(validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[Any]:
+        if isinstance(value, str) and not regex.search(pattern, value, timeout=_PATIENCE):
+            yield ValidationError(f"it does not match {pattern}")
+
+    bounded = extend(Draft202012Validator, {"pattern": matched})
+
     def validator(schema: Any) -> Any:
         key = json.dumps(schema, sort_keys=True)
         if key not in made:
             Draft202012Validator.check_schema(schema)
-            made[key] = Draft202012Validator(schema, registry=Registry())  # an empty one: nothing is fetched
+            made[key] = bounded(schema, registry=Registry())  # an empty one: nothing is fetched
         return made[key]
 
     def score(answer: Answer) -> RewardScore:
@@ -93,6 +100,10 @@ def json_schema(section: JsonSchemaReward) -> Reward:
                 validator(schema)
                 return RewardScore(0.0, parts={"json": 0.0})
             return RewardScore(float(validator(schema).is_valid(value)), parts={"json": 1.0})
+        except TimeoutError:
+            return RewardScore(None, f"a pattern of the schema took longer than {_PATIENCE:g} s over an answer")
+        except RecursionError:
+            return RewardScore(None, "the schema refers to itself deeper than can be followed with this answer")
         except (SchemaError, Unresolvable) as error:
             where = f"the column {section.column}" if section.column else "json_schema"
             raise DataError(f"this is no schema: {str(error).splitlines()[0]}", where=where) from error

@@ -31,6 +31,8 @@ _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _OF_ONE = {400, 413, 422}
 _TIMEOUTS = 3
 """How often something is asked that is not answered in time."""
+_LARGEST = 64 << 20
+"""Bytes of an answer."""
 _LOOKED = 0.2
 """Seconds between two looks at whether a run was asked to stop."""
 
@@ -57,13 +59,17 @@ class AwaitedServer:
             raise ConfigError(f"the {who}'s url holds a name or a password", fix=fix)
         headers = {}
         if key is not None:
-            if not os.environ.get(key):
+            value = os.environ.get(key, "").strip()
+            if not value:
                 raise ConfigError(
                     f"the variable {key} with the {who}'s key is not set", where=url, fix=f"export {key}=…"
                 )
-            headers["Authorization"] = f"Bearer {os.environ[key]}"
+            if not (value.isascii() and value.isprintable()):
+                fix = "set it to the key alone"
+                raise ConfigError(f"the variable {key} holds what no key of a {who} may have", where=url, fix=fix)
+            headers["Authorization"] = f"Bearer {value}"
         self.url, self.who, self._setting = url, who, setting
-        self._patience, self._at_once = patience, at_once
+        self._timeout, self._patience, self._at_once = timeout, patience, at_once
         self._http = httpx.Client(headers=headers, timeout=timeout)
         self._httpx: Any = httpx
         self._lock = threading.Lock()
@@ -106,14 +112,18 @@ class AwaitedServer:
             after = 0.0
             try:
                 method = "GET" if body is None else "POST"
-                answer = self._http.request(method, f"{self.url.rstrip('/')}{path}", json=body)
-            except (self._httpx.ReadTimeout, self._httpx.WriteTimeout):
+                answer = self._read_whole(method, f"{self.url.rstrip('/')}{path}", body)
+            except (self._httpx.ReadTimeout, self._httpx.WriteTimeout, TimeoutError):
                 late += 1
                 if late == _TIMEOUTS:
                     raise Unanswered(f"the {self.who} gave no answer in time, {_TIMEOUTS} times") from None
                 continue
             except self._httpx.TransportError as error:
-                said = type(error).__name__
+                said = f"{type(error).__name__} {shown(str(error))[:200]}".strip()
+            except self._httpx.DecodingError as error:
+                raise Unanswered(f"the {self.who}'s answer cannot be read: {shown(str(error))[:100]}") from None
+            except self._httpx.InvalidURL as error:
+                raise ConfigError(f"the {self.who}'s url is none: {error}", where=self.url) from None
             else:
                 if answer.status_code not in _AGAIN:
                     self._away_since = None
@@ -122,6 +132,21 @@ class AwaitedServer:
                 after = _seconds(answer.headers.get("retry-after"))
             self._hold_out(said, max(wait, after))
             wait = min(30.0, 2 * wait)
+
+    def _read_whole(self, method: str, url: str, body: Mapping[str, Any] | None) -> Any:
+        """A response with all of its content. Raises TimeoutError where it keeps coming for longer than `timeout`, as
+        from servers that send a blank now and then while they wait, and Unanswered where it has no end."""
+        ends, parts, size = time.monotonic() + self._timeout, list[bytes](), 0
+        with self._http.stream(method, url, json=body) as answer:
+            for part in answer.iter_bytes():
+                parts.append(part)
+                size += len(part)
+                if size > _LARGEST:
+                    raise Unanswered(f"the {self.who}'s answer has more than {_LARGEST >> 20} MB")
+                if time.monotonic() > ends:
+                    raise TimeoutError
+            headers = {name: value for name, value in answer.headers.items() if name != "content-encoding"}
+            return self._httpx.Response(answer.status_code, headers=headers, content=b"".join(parts))
 
     def read(self, answer: Any, what: str) -> Any:
         """The JSON of a response with status 200. `what`: it should be. Raises Unanswered, ConfigError as the table

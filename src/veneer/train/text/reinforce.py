@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from veneer.errors import TrainingError
+from veneer.errors import TrainingError, bullets, counted
 from veneer.models.swap import without_dropout
 from veneer.models.text.loss import token_logps
 from veneer.models.text.replay import replayed_logps
@@ -363,6 +363,11 @@ class Reinforcement:
         drawn, answers = held
         judged = self.rewards.judge(answers)
         values = [value for value in judged.values if value is not None]
+        if not values:
+            raise TrainingError(
+                f"none of the {counted(len(answers), 'answer')} to held-out prompts could be judged:\n"
+                f"{bullets(judged.why(answers), 5)}", fix="mend the reward, or hold out more prompts",
+            )  # fmt: skip
         figures = drawn_figures(drawn, 0.0)
         extra = judged.logged() | {key: figures[key] for key in ("cut_share", "answer_tokens")}
         tokens = int(figures["drawn_tokens"])

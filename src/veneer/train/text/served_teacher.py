@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _PROBED = 128
 """Tokens whose texts are compared."""
 _SPACES = str.maketrans("\u2581\u0120\u010a", "   ")
+_CERTAIN = 1.05
+"""Rounded probabilities of one place add up to no more."""
 _NEVER = -9000.0
 """Servers write −9999 for a probability of 0."""
 
@@ -210,4 +212,8 @@ def _checked(place: _Place | None, token: int) -> _Place:
         raise Unanswered("the teacher gives a token of the answer no probability at all")
     if not math.isfinite(value) or value > 1e-3:
         raise Unanswered(f"the teacher gives a token of the answer {value}, which is no log-probability")
-    return {id: (min(0.0, logp), text) for id, (logp, text) in named.items() if _NEVER < logp <= 1e-3}
+    likely = {id: (min(0.0, logp), text) for id, (logp, text) in named.items() if _NEVER < logp <= 1e-3}
+    total = math.fsum(math.exp(logp) for logp, _ in likely.values())
+    if total > _CERTAIN:
+        raise Unanswered(f"the teacher gives a place probabilities that add up to {total:.3g}")
+    return likely
