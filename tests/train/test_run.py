@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import Interrupted, NoGain, PreflightError
+from veneer.errors import CheckpointError, Interrupted, NoGain, PreflightError
 from veneer.files.safetensors import encode_tensors, read_tensors
 from veneer.ops.choice import follow, own_choices, recorded
 from veneer.train import checkpoint
@@ -116,6 +116,24 @@ def test_it_is_stopped_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     go(tmp_path / "out", resume=True)
     first, second = (tmp_path / name / "line.safetensors" for name in ("whole", "out"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    """Whoever comes second, to start it or to go on with what is still running, changes nothing."""
+    refused: list[str] = []
+
+    def again(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 5:
+            with pytest.raises(CheckpointError, match="another run is writing into this folder") as caught:
+                go(tmp_path / "out", resume=True)
+            refused.append(str(caught.value))
+
+    go(tmp_path / "alone")
+    go(tmp_path / "out", again)
+    assert len(refused) == 1
+    first, second = (tmp_path / name / "line.safetensors" for name in ("alone", "out"))
+    assert first.read_bytes() == second.read_bytes()
+    assert [r["step"] for r in read_log(tmp_path / "out" / "log.jsonl") if r["event"] == "stepped"] == [*range(1, 13)]
 
 
 def test_a_resumed_run_follows_what_ran_before_and_nothing_follows_a_run(tmp_path: Path) -> None:

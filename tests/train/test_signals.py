@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -37,10 +38,13 @@ def test_each_is_handled_inside_and_does_what_it_did_afterwards(before: object) 
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_once_the_second_acts_as_usual() -> None:
+def test_once_the_second_acts_as_usual_and_an_echo_of_the_first_not_at_all() -> None:
+    """`timeout` sends its signal to the process and to its group."""
     found: list[int] = []
     with heard(found.append, signal.SIGTERM, once=True):
         signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.3)
         with pytest.raises(Pressed):
             signal.raise_signal(signal.SIGTERM)
     assert found == [signal.SIGTERM]

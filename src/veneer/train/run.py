@@ -10,6 +10,8 @@ one in a few lines. Knows configurations, parameters and steps; no rows, no pict
 
 from __future__ import annotations
 
+import fcntl
+import os
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -20,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 from torch.optim import Optimizer
 
-from veneer.errors import ConfigError, Interrupted, NoGain, counted
+from veneer.errors import CheckpointError, ConfigError, Interrupted, NoGain, counted
 from veneer.models.sources import find_base
 from veneer.ops.choice import follow, known, own_choices, what_ran
 from veneer.train import checkpoint, loop
@@ -341,6 +343,7 @@ def _logged(run: Run, resumed: Progress | None) -> Iterator[Listener]:
         log = trackers = None
         if run.devices.first:
             run.folder.mkdir(parents=True, exist_ok=True)
+            open_now.enter_context(_alone(run.folder))
             log = JsonLog(run.folder / "log.jsonl", resumed)
             open_now.callback(log.close)
             for event in run.early:
@@ -357,6 +360,24 @@ def _logged(run: Run, resumed: Progress | None) -> Iterator[Listener]:
                 fix="give an output.directory on a file system that all machines share",
             )
         yield fan_out(run.tell, log, trackers)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While inside, no other run writes there. Raises CheckpointError where one does."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(held)
+        fix = "wait for its end, or stop it; another run has an output.directory of its own"
+        raise CheckpointError("another run is writing into this folder", where=str(folder), fix=fix) from error
+    except OSError:
+        pass  # a file system that has no locks
+    try:
+        yield
+    finally:
+        os.close(held)
 
 
 def _save(
