@@ -133,7 +133,8 @@ BAD: dict[str, tuple[Any, str, str]] = {
             "data": {"train": str(f / "rows.jsonl"), "max_length": 20, "long_rows": "drop"},
             "reinforcement": {"loss": "grpo", "max_tokens": 19, "rewards": [{"kind": "exact_match"}]},
         },
-        "preflight", "no prompt is left",
+        "preflight",
+        "no prompt is left",
     ),
 }
 

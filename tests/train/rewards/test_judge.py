@@ -120,6 +120,12 @@ def test_an_answer_that_never_ends_is_none_in_time() -> None:
     assert "no answer in time, 3 times" in late.error
 
 
+@pytest.mark.parametrize("url", ["http://[::1/v1", "http://host:port/v1"])
+def test_a_url_that_is_none(url: str) -> None:
+    with pytest.raises(ConfigError, match="the judge's url is none"), ServerJudge(url, patience=0) as judge:
+        judge([Question([], "m")])
+
+
 def test_an_answer_in_another_coding_than_it_says_is_none() -> None:
     def garbled(handler: Any) -> None:
         handler.send_response(200)

@@ -475,12 +475,9 @@ def test_held_out_prompts_that_answers_are_drawn_to_in_training(tmp_path: Path) 
     base = text_without_weights(str(tiny_base_dir(tmp_path)))
     lines = [{"prompt": "2 * 3 =", "entry": i} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config, _ = config_from(
-        {
-            "base": base.name, "data": {"train": str(tmp_path / "rows.jsonl"), "split": 4}, "output": str(tmp_path / "o"),
-            "reinforcement": {"loss": "grpo", "max_tokens": 8, "rewards": [{"kind": "length", "most": 3}]},
-        }
-    )  # fmt: skip
+    drawn = {"loss": "grpo", "max_tokens": 8, "rewards": [{"kind": "length", "most": 3}]}
+    data = {"train": str(tmp_path / "rows.jsonl"), "split": 4}
+    config, _ = config_from({"base": base.name, "data": data, "output": str(tmp_path / "o"), "reinforcement": drawn})
     assert isinstance(config, TrainConfig)
     found = list(data_findings(TextSubject(base=base, config=config, data=read_data(config, base))))
     assert [(one.level, one.text.partition(":")[0]) for one in found if one.check == "held out"] == [

@@ -376,6 +376,8 @@ def test_held_out_answers_that_nobody_could_judge_are_no_loss(shared: Path, base
     """One answer may always fail; where it is the only one held out there is no number to keep an adapter by."""
     (tmp_path / "broken.py").write_text("def score(sample, item):\n    return 1 / 0\n")
     reward = {"kind": "python", "file": str(tmp_path / "broken.py")}
-    with pytest.raises(TrainingError, match=r"none of the 1 answer to held-out prompts(.|\n)*ZeroDivisionError") as told:
+    with pytest.raises(
+        TrainingError, match=r"none of the 1 answer to held-out prompts(.|\n)*ZeroDivisionError"
+    ) as told:
         train(shared, tmp_path / "out", base, reinforcement={"rewards": [reward]}, data={"split": 1})
     assert "prompts.jsonl:" in str(told.value)

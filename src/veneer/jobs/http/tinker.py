@@ -622,9 +622,7 @@ async def _sample(
         job = await asyncio.to_thread(_job, http, caller, sampler, body)
         mine = own.open[caller.tenant]
         async with own.turn:  # half of the queue is for all that wait for samples, and each has its share of it
-            await own.turn.wait_for(
-                lambda: not mine.drawing or (mine.drawing + count) * len(own.open) <= most
-            )
+            await own.turn.wait_for(lambda: not mine.drawing or (mine.drawing + count) * len(own.open) <= most)
             mine.drawing += count
         try:
             while True:

@@ -129,7 +129,8 @@ def _tensor(data: memoryview) -> Array:
     starts, columns = np.frombuffer(sparse.get(2, b""), "<i8"), np.frombuffer(sparse.get(3, b""), "<i8")
     rows, width = shape
     counts = np.diff(starts)
-    if rows * width > _LARGEST // 8 or len(counts) != rows or counts.sum() != len(values) or len(columns) != len(values):
+    whole = len(counts) == rows and counts.sum() == len(values) == len(columns)
+    if rows * width > _LARGEST // 8 or not whole:
         raise ValueError("a sparse tensor whose rows do not fit together")
     out = np.zeros((rows, width), values.dtype)
     out[np.repeat(np.arange(rows), counts), columns] = values

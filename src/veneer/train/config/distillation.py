@@ -53,8 +53,9 @@ class DistillationSection(Section):
     temperature: float = setting(1.0, "of the draw; neither distribution is changed by it", gt=0, le=100)
     rows: int = setting(64, "answers drawn at once; changes memory and speed, never the result", gt=0)
     gap: float = setting(
-        0.05, "largest mean difference of the sampler's and the trainer's log-probabilities, in nats", gt=0
-    )
+        0.2, "largest mean difference of the sampler's and the trainer's log-probabilities, in nats",
+        "bfloat16 rounds to 0.05 and more; student and teacher are compared by the trainer's own values", gt=0,
+    )  # fmt: skip
     price: float | None = setting(
         None,
         "US dollars of a million prompt tokens, as `veneer tenant price` has it: what `system` costs is said",

@@ -30,9 +30,7 @@ class RewardSection(Section):
 
     kind: str
     name: str | None = setting(None, "what the log calls it", "its kind", pattern=r"^\w[\w.-]{0,63}$")
-    weight: float = setting(
-        1.0, "what its score is multiplied by in the sum; below 0 it is a penalty", ge=-1e6, le=1e6
-    )
+    weight: float = setting(1.0, "what its score is multiplied by in the sum; below 0 it is a penalty", ge=-1e6, le=1e6)
 
     @property
     def called(self) -> str:

@@ -53,7 +53,10 @@ class AwaitedServer:
             import httpx
         except ImportError as error:
             raise MissingExtraError(f"a {who} on a server needs httpx", fix="pip install 'veneer[rewards]'") from error
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise ConfigError(f"the {who}'s url is none: {error}", where=url) from None
         if parts.username or parts.password:
             fix = "put the key into a variable of the environment, and name that as `key`"
             raise ConfigError(f"the {who}'s url holds a name or a password", fix=fix)
