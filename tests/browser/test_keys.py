@@ -119,9 +119,6 @@ def test_doctor(window: Window, served: Served, tmp_path: Path) -> None:
         page.keyboard.press("o")
     chooser.value.set_files(file)
     window.heading("drawn.safetensors")
-    window.tab_to("Write it for ComfyUI")
-    page.keyboard.press("Enter")
-    page.get_by_text("Download for ComfyUI").wait_for()
     window.tab_to("Download for ComfyUI")
     with page.expect_download():
         page.keyboard.press("Enter")

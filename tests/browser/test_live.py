@@ -14,7 +14,10 @@ from tests.studio.conftest import HOSTILE, Served
 from veneer.serve.tenancy.store import Store
 
 FIRST, OTHER = "support@2", "acme/tone@1"
-SHARES = "shares => [...document.querySelectorAll('.weights .share b')].map((at) => at.textContent).join() === shares"
+ROUTE = "[aria-label^='The route']"
+SHARES = (
+    f"""shares => [...document.querySelectorAll("{ROUTE} .share b")].map((at) => at.textContent).join() === shares"""
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +37,17 @@ def targets(store: Store) -> dict[str, int]:
     return dict(store.look().routes["", "parcels"].targets)
 
 
+def named(page: Any, name: str) -> None:
+    """A new route, which stands there where there is none yet, and is a click away where there are some."""
+    if not page.locator("details", has_text="A new route").evaluate("at => at.open"):
+        page.get_by_text("A new route", exact=True).click()
+    page.get_by_label("Name", exact=True).fill(name)
+
+
 def dragged(window: Window, share: float) -> None:
     """The edge between the first two shares, to a share of the bar's width."""
     page = window.page
-    bar, edge = page.locator(".weights").bounding_box(), page.locator(".edge").bounding_box()
+    bar, edge = (page.locator(f"{ROUTE} {each}").bounding_box() for each in (".weights", ".edge"))
     y = edge["y"] + edge["height"] / 2
     page.mouse.move(edge["x"] + edge["width"] / 2, y)
     page.mouse.down()
@@ -51,8 +61,7 @@ def test_a_route_is_begun_dragged_promoted_and_rolled_back_before_the_eyes_of_an
 ) -> None:
     one, other = people
     page = one.page
-    page.get_by_text("A new route", exact=True).click()
-    page.get_by_label("Name", exact=True).fill("parcels")
+    named(page, "parcels")
     page.get_by_label("Leads to").select_option(FIRST)
     one.until(f"veneer tenant route set parcels {FIRST}")
     page.get_by_role("button", name="Begin it").click()
@@ -88,14 +97,13 @@ def test_a_route_is_begun_dragged_promoted_and_rolled_back_before_the_eyes_of_an
 
     page.get_by_role("button", name="Remove parcels").click()
     page.get_by_role("button", name="Remove it").click()
-    other.page.locator(".route").wait_for(state="detached")
+    other.page.locator(ROUTE).wait_for(state="detached")
 
 
 def test_a_shadow_s_answer_stands_beside_the_one_that_was_sent(people: tuple[Window, Window], training: Served) -> None:
     window, _ = people
     page = window.page
-    page.get_by_text("A new route", exact=True).click()
-    page.get_by_label("Name", exact=True).fill("shadowed")
+    named(page, "shadowed")
     page.get_by_label("Leads to").select_option(FIRST)
     page.get_by_role("button", name="Begin it").click()
     page.get_by_text("Another version, or a shadow").click()

@@ -51,7 +51,7 @@ def test_what_is_browsed_is_what_python_finds_among_all(library: Library, tmp_pa
     asked: list[dict[str, Any]] = [
         {}, {"all_versions": True}, {"base": "small"}, {"kind": "image", "rank": 16}, {"tags": ["a", "b"]},
         {"base": "org/large", "tags": ["c"]}, {"rank": 0, "kind": "text"}, {"health": "unknown"}, {"health": "faulty"},
-        {"name": "acme/", "kind": "text"},
+        {"name": "acme/", "kind": "text"}, {"without": "a"}, {"without": "b", "kind": "text"},
     ]  # fmt: skip
 
     def fits(v: Version, wanted: dict[str, Any], but: str = "") -> bool:
@@ -61,6 +61,7 @@ def test_what_is_browsed_is_what_python_finds_among_all(library: Library, tmp_pa
             and ("base" not in of or v.base.lower().endswith(of["base"]))
             and all(getattr(v, k) == of[k] for k in ("kind", "rank", "health") if k in of)
             and set(of.get("tags", ())) <= set(v.tags)
+            and not any("without" in of and tag.startswith(of["without"]) for tag in v.tags)
         )
 
     for wanted in asked:

@@ -240,6 +240,8 @@ def test_what_is_usable_leaves_a_margin() -> None:
     assert 0.9 * device.memory < usable_memory(device) < device.memory
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(40, "40 s"), (720, "12 min"), (12000, "3 h 20 min")])
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.2, "under 1 s"), (40, "40 s"), (720, "12 min"), (12000, "3 h 20 min")]
+)
 def test_durations_are_for_people(seconds: float, said: str) -> None:
     assert rough_duration(seconds) == said

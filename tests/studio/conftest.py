@@ -24,9 +24,9 @@ HOSTILE = '"><img src=x onerror=alert(1)></script>\u202e{{ 7*7 }}'
 
 
 class Served:
-    """A server in a process of its own. `base`: its folder. `library`: where its adapters are."""
+    """A server in a process of its own. `base`: its folder. `library`: where its adapters are. `cwd`: where it is."""
 
-    def __init__(self, folder: Path, base: Path, library: Path, *options: str) -> None:
+    def __init__(self, folder: Path, base: Path, library: Path, *options: str, cwd: Path | None = None) -> None:
         port = int(options[options.index("--port") + 1]) if "--port" in options else free_port()
         self.address, self.base = f"http://127.0.0.1:{port}", base
         self.library, self.home = library, folder
@@ -39,7 +39,7 @@ class Served:
         if not is_image_base(base):
             command += ["--cache-memory", "16M"]
         without = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-        self.process = Forked(command, env=without | own, log=self.log)
+        self.process = Forked(command, env=without | own, log=self.log, cwd=cwd)
 
     def wait(self) -> None:
         wait_for(lambda: self.process.poll() is not None or is_ready(self.address), 120)

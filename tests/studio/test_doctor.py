@@ -48,7 +48,7 @@ def test_a_file_is_told_what_it_is_and_what_others_would_make_of_it(studio: Serv
         "Stable Diffusion XL",
         "In other tools",
         "ComfyUI",
-        "Write it for diffusers",
+        "Download for diffusers",
         "Keep it in the library",
     ):
         assert words in said, words

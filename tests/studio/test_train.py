@@ -93,7 +93,7 @@ def test_a_step_is_kept_and_gone_on_from(studio: Served, lesson: Job, store: Job
         page = str(window.elements)
         assert "support@1" in page
         assert "not published" in page  # the first has no adapter
-        assert page.index("1.5000") < page.index("lowest") < page.index("2.5000")
+        assert page.index("lowest") < page.index("1.5000") < page.index("2.5000")
         window.until("step 2", "aria-busy")
         window.act("use", step="2")
         window.until("Use step 2", "veneer jobs keep")

@@ -258,6 +258,7 @@ def _shown(job: Job, as_json: bool) -> None:
 
         cost = f", {money(job.planned)}" if job.planned else ""
         took = f"about {rough_duration(job.plan['seconds'])}" if job.plan.get("seconds") else "for some time"
+        took = took.replace("about under", "under")
         print(f"planned      {job.plan['tokens']:,} tokens, {took}{cost}")
     if job.result is not None:
         print(f"adapter      {field(job.result['reference'])}")

@@ -105,6 +105,7 @@ def _added(added: Added, as_json: bool) -> None:
 _All = Annotated[bool, typer.Option("--all-versions", help="Every version, not each name's latest.")]
 _Limit = Annotated[int, typer.Option("--limit", min=1, help="At most so many.")]
 _Skip = Annotated[int, typer.Option("--skip", min=0, help="Leave out so many first.")]
+_Without = Annotated[str, typer.Option("--without", help="Leave out what has a tag that begins so: `steps-of:`.")]
 _Sort = Annotated[
     str, typer.Option("--sort", help="name, added (newest first), gain (most first), size or rank (largest first).")
 ]
@@ -113,13 +114,14 @@ _Sort = Annotated[
 @app.command("list", epilog="Example: veneer library list --sort added --limit 20")
 def list_(
     all_versions: _All = False,
+    without: _Without = "",
     sort: _Sort = "name",
     limit: _Limit = 50,
     after: _Skip = 0,
     as_json: AsJson = False,
 ) -> None:
     """The adapters in the library, and how many there are of which base, kind, rank, tag and health."""
-    _listing(as_json, limit, after, "", order=sort, all_versions=all_versions)
+    _listing(as_json, limit, after, "", order=sort, all_versions=all_versions, without=without)
 
 
 @app.command(epilog='Example: veneer library search "invoice german" --base smollm2-135m --tag routing')
@@ -134,6 +136,7 @@ def search(
     trigger: Annotated[str, typer.Option("--trigger", help="One of its trigger words.")] = "",
     parent: Annotated[str, typer.Option("--parent", help="The digest of an adapter that it was made from.")] = "",
     all_versions: _All = False,
+    without: _Without = "",
     sort: _Sort = "name",
     limit: _Limit = 50,
     after: _Skip = 0,
@@ -142,7 +145,7 @@ def search(
     """Find adapters by words, name, tag, base, kind, rank, health, trigger word or parent; all that is given has to
     fit."""
     asked = {"name": name, "tags": tag or (), "base": base, "kind": kind, "rank": rank, "health": health}
-    asked |= {"trigger": trigger, "parent": parent}
+    asked |= {"trigger": trigger, "parent": parent, "without": without}
     _listing(as_json, limit, after, text, order=sort, all_versions=all_versions, **asked)
 
 

@@ -22,6 +22,9 @@ from veneer.library.names import checkpoint_alias
 from veneer.train.checkpoint import by_step, is_extra
 from veneer.train.text.offpolicy import DRAWN_FROM
 
+STEPS_TAG = "steps-of:"
+"""How the tag of such an adapter begins, before its job."""
+
 
 def steps_name(job: Job) -> str:
     """What the checkpoints of a job are called in the library while it trains, each a version of it: a name of the
@@ -42,8 +45,8 @@ def publish_steps(library: Library, job: Job, run: Path) -> dict[int, str]:
         if step not in there:
             made = place / "adapter.safetensors"
             added = library.add(
-                made if made.is_file() else place, name, tags=[f"steps-of:{job.id}"], source=f"step {step} of {job.id}",
-                number=step,
+                made if made.is_file() else place, name, tags=[f"{STEPS_TAG}{job.id}"],
+                source=f"step {step} of {job.id}", number=step,
             )  # fmt: skip
             there[step] = added.version.reference
         out[step] = there[step]

@@ -189,6 +189,7 @@ def browse(
     rank: int | None = None,
     tags: Sequence[str] = (),
     health: str = "",
+    without: str = "",
     order: Order = "name",
     sees: Callable[[str], bool] | None = None,
     limit: int | None = 60,
@@ -199,8 +200,9 @@ def browse(
     rank, tag and health.
 
     text, base, tags and `more` (name, trigger, parent, all_versions): as `search` has them. kind: text or image.
-    rank: 0 for those of several. health: sound, faulty or unknown. sees: a function of a reference, which says whether
-    whoever asks may know of it; None for all. Raises ConfigError for an order or a health that is none."""
+    rank: 0 for those of several. health: sound, faulty or unknown. without: a tag's beginning; what has such a tag is
+    left out. sees: a function of a reference, which says whether whoever asks may know of it; None for all. Raises
+    ConfigError for an order or a health that is none."""
     for what, value, known in (("order", order, _ORDERS), ("health", health, ("", *_HEALTHS))):
         if value not in known:
             raise ConfigError(f"no {what} is called {quoted(value)}", fix=f"one of {', '.join(filter(None, known))}")
@@ -214,6 +216,10 @@ def browse(
     }
     flags = [case((and_(*said), 1), else_=0).label(f"is_{what}") for what, said in asked.items() if said]
     conditions = [*_fitting(text, **more), *([_seen(connection, sees)] if sees is not None else [])]
+    if without:
+        other = ix.tags.alias().c
+        such = other.tag.startswith(without, autoescape=True)
+        conditions.append(~exists().where(other.name == v.name, other.version == v.version, such))
     facets: dict[str, Counter[str]] = {what: Counter() for what in asked}
     each = _with_content(select(e.base, e.kind, f.rank, _health(), *flags)).where(*conditions).subquery()
     total = 0

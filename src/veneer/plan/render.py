@@ -127,7 +127,9 @@ def _serving(plan: Plan) -> Iterator[str]:
 
 
 def rough_duration(seconds: float) -> str:
-    """A duration as a person reads it: `3 h 20 min`, `12 min`, `40 s`."""
+    """A duration as a person reads it: `3 h 20 min`, `12 min`, `40 s`, `under 1 s`."""
+    if seconds < 1:
+        return "under 1 s"
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from veneer.errors import AdapterError, ConfigError
+from veneer.jobs.checkpoints import STEPS_TAG
 from veneer.library.describe import gain_of
 from veneer.library.names import parse_reference
 from veneer.library.queries import AdapterFamily, Version
@@ -36,6 +37,9 @@ async def adapter_view(page: ViewPage) -> None:
     with box("div", "row"):
         link("Compare with the base", page.link("compare", c=version.reference), "button filled", key="c")
         link("To the library", page.link(""), "button quiet")
+        for tag in version.tags:
+            if tag.startswith(STEPS_TAG):
+                link("The run that it is a step of", page.link("run", job=tag.removeprefix(STEPS_TAG)), "button quiet")
 
     with box("div", "split"):
         with box("div"):

@@ -24,7 +24,7 @@ export default {
         <ul id="finds" role="listbox" aria-label="Found"><li v-for="(each, n) in finds" :key="n" :id="'find-' + n" role="option" :aria-selected="n === at" @click="take(each)">
           <span>{{ each.title }}</span><span class="soft small">{{ each.what }}</span></li></ul></dialog>
     </div>`,
-  emits: ["go", "sought", "dropped", "sent"],
+  emits: ["go", "sought", "dropped", "sent", "fetched"],
   data() {
     return { over: false, sending: "", share: 0, known: [], sought: "", finds: [], at: 0 };
   },
@@ -238,6 +238,23 @@ export default {
     ended(n, status, text) {
       this.sending = "";
       this.$emit("sent", { n, status, text: text.slice(0, 200000) });
+    },
+    // a file that a route makes: saved where it came, else why it did not
+    async fetchFile(url) {
+      let status = 0, text = "";
+      try {
+        const answer = await fetch(url);
+        status = answer.status;
+        if (answer.ok) {
+          const name = /filename="([^"]+)"/.exec(answer.headers.get("content-disposition"))?.[1] || "";
+          const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(await answer.blob()), download: name });
+          link.click();
+          setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+        } else text = (await answer.text()).slice(0, 200000);
+      } catch {
+        status = 0;
+      }
+      this.$emit("fetched", { url, status, text });
     },
     // -- what is drawn anew keeps the focus; what is behind the end of a list is asked for
     changed() {

@@ -58,11 +58,11 @@ def studio_of(service: Service, library: Library, *, host: str, trains: bool = F
 
     views = (
         StudioView("", "Library", "l", library_view),
-        StudioView("adapter", "Adapter", "", adapter_view),
+        StudioView("adapter", "Adapter", "", adapter_view, under=""),
         StudioView("compare", "Compare", "c", compare_view),
         StudioView("train", "Train", "t", train_view),
-        StudioView("run", "Run", "", run_view),
-        StudioView("steps", "Steps", "", steps_view),
+        StudioView("run", "Run", "", run_view, under="train"),
+        StudioView("steps", "Steps", "", steps_view, under="train"),
         StudioView("live", "Live", "v", live_view, operator=True),
         StudioView("doctor", "Doctor", "d", doctor_view),
     )
@@ -97,7 +97,8 @@ def _mount(app: FastAPI, studio: Studio) -> None:
     from nicegui import app as own
     from nicegui import ui
 
-    from veneer.studio.frame import Frame, head_html, query_of, sign_in
+    from veneer.studio.frame import Frame, head_html, sign_in
+    from veneer.studio.links import query_of
     from veneer.studio.still import add_still
 
     own.config.socket_io_js_transports = ["websocket"]

@@ -60,7 +60,7 @@ class _Texts(Board):
             with box("div", "row"):
                 button("Ask", self.ask_all, kind="filled", key="ctrl+enter")
                 button("Stop", self.stop, kind="word", key="Escape")
-                line("Ctrl+Enter asks; the number of a column says that it is better.", "soft small", "span")
+                line("Ctrl+Enter asks; the number of a column says that it is better.", "soft small by-keys", "span")
         self.draw_all()
         self.judgement = Command("")
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from veneer.errors import AdapterError, counted
-from veneer.formats.convert import layout_ending
 from veneer.formats.topology import families
 from veneer.serve.http.surfaces.adapters import keep_staged, staged_report
 from veneer.serve.request import Refused
 from veneer.serve.staging import StagedAdapter
 from veneer.studio.commands import command
 from veneer.studio.frame import NothingHere, ViewPage
-from veneer.studio.parts import Command, Fragment, box, button, form_field, heading, line, link
+from veneer.studio.parts import Command, Fragment, box, button, enable, form_field, heading, line, progress, show
 from veneer.train.report.log import size
 
 _FEW = 12
@@ -110,36 +107,30 @@ def _tool(page: ViewPage, staged: StagedAdapter, report: dict[str, Any], said: d
 def _offer(
     page: ViewPage, staged: StagedAdapter, report: dict[str, Any], to: str, tool: str, place: Any
 ) -> None:  # fmt: skip
-    """A button that writes it for a tool; then the file, or why it cannot be."""
+    """A button that writes it for a tool and downloads it, or says why it cannot be."""
     base = _base(page, report)
 
-    async def write() -> None:
-        try:
-            if to in ("gguf", "tgi") and not base:
-                own = command("adapter", "convert", staged.name, to=to, base="BASE", output="NEW")
-                raise AdapterError(f"{to} depends on the base, and this server runs {page.studio.base}", fix=own)
-            await asyncio.to_thread(_try, staged, to, base)
-        except AdapterError as error:
-            told = [*error.what.splitlines()[:_FEW], *([f"What to do: {error.fix}"] if error.fix else [])]
+    def told(wrong: str) -> None:
+        show(bar, False)
+        if wrong:
             place.clear()
             with place:
-                line("\n".join(told), "answer bad", role="alert")
-            return
-        place.clear()
-        with place:
-            at = page.api(f"/v1/adapter_inspections/{staged.id}/file", to=to, base=base)
-            link(f"Download for {tool}", at, "button filled", download=True)
-        page.say(f"It can be written for {tool} exactly")
+                line("\n".join(wrong.splitlines()[:_FEW]), "answer bad", role="alert")
+        else:
+            enable(does, True)
+            page.say(f"It is written for {tool}, exactly")
 
-    button(f"Write it for {tool}", write)
+    def write() -> None:
+        if to in ("gguf", "tgi") and not base:
+            own = command("adapter", "convert", staged.name, to=to, base="BASE", output="NEW")
+            raise AdapterError(f"{to} depends on the base, and this server runs {page.studio.base}", fix=own)
+        enable(does, False, "it is being written")
+        show(bar, True)
+        page.fetch(page.api(f"/v1/adapter_inspections/{staged.id}/file", to=to, base=base), told)
 
-
-def _try(staged: StagedAdapter, to: str, base: str) -> None:
-    """Raises AdapterError for what the layout cannot hold exactly."""
-    from veneer.adapters.convert import convert_adapter
-
-    with TemporaryDirectory() as folder:
-        convert_adapter(staged.path, Path(folder) / f"it{layout_ending(to)}", to, base=base or None)
+    does = button(f"Download for {tool}", write)
+    bar = progress(f"Writing it for {tool}")
+    show(bar, False)
 
 
 def _base(page: ViewPage, report: dict[str, Any]) -> str:

@@ -1,11 +1,13 @@
 // The pictures of one column, a seed each, and how far each is. One that is marked waits for another, for the wipe.
+// A small one is shown at a whole multiple of its size, and a very small one with the pixels that it has.
+const ROOM = 300, BLOCKY = 96;
 export default {
   props: { label: String },
   emits: ["marked"],
   template: `
     <div class="drawn">
-      <figure v-for="(one, i) in pictures" :key="i" :aria-busy="!one.src">
-        <div class="canvas" :style="{aspectRatio: one.shape}">
+      <figure v-for="(one, i) in pictures" :key="i" :aria-busy="!one.src" :style="{flexBasis: one.wide + 'px'}">
+        <div class="canvas" :class="{blocky: one.blocky}" :style="{aspectRatio: one.shape, maxWidth: one.wide + 'px'}">
           <img v-if="one.src" :src="one.src" :alt="label + ', seed ' + one.seed">
           <progress v-else :value="one.share" max="1" :aria-label="label + ', seed ' + one.seed"></progress>
         </div>
@@ -18,8 +20,9 @@ export default {
     return { pictures: [] };
   },
   methods: {
-    begin(seeds, shape) {
-      this.pictures = seeds.map((seed) => ({ seed, shape, src: "", share: 0, note: "", marked: false }));
+    begin(seeds, width, height) {
+      const shape = `${width} / ${height}`, wide = width * Math.max(1, Math.floor(ROOM / width)), blocky = width <= BLOCKY;
+      this.pictures = seeds.map((seed) => ({ seed, shape, wide, blocky, src: "", share: 0, note: "", marked: false }));
     },
     step(i, share) {
       if (this.pictures[i]) this.pictures[i].share = share;

@@ -23,6 +23,7 @@ and a row of `views` in build.py: its path, its title, the letter that `g` goes 
                   everything else is read from the library, the jobs, the tenants
     other views   `link("Compare", page.link("compare", c=["a@1", "b@2"]))`; `await page.go("run", job=id)` in a handler
     dropped files `page.drops(words, to, done)` where they are not for the library; `page.pick()` opens the window
+    made files    `page.fetch(url, done)`: a download that may fail
     lists         `data-step` on what j and k go through, `data-id` on what keeps its focus, `data-own="x"` on the
                   button of a card that a letter presses while that card has the focus
     bytes         (img, downloads, uploads) `page.api("/v1/…")`: a route of the API under the same caller, never a path
@@ -36,19 +37,16 @@ and a row of `views` in build.py: its path, its title, the letter that `g` goes 
 from __future__ import annotations
 
 import asyncio
-import inspect
-import json
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from itertools import islice
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from nicegui import background_tasks, ui
 
-from veneer.errors import VeneerError, shown
+from veneer.errors import VeneerError
 from veneer.jobs.store import JobStore
 from veneer.library.library import Library, NotInLibrary
 from veneer.library.names import likely_name
@@ -60,12 +58,12 @@ from veneer.serve.tenancy.store import Store
 from veneer.serve.tenancy.tenants import Tenants
 from veneer.studio import parts
 from veneer.studio.access import VISITORS, Visitor
+from veneer.studio.links import Query, query_of, query_pairs
+from veneer.studio.transfers import Transfers
 from veneer.train.report.page import palette
 
 _log = logging.getLogger("veneer.studio")
 
-_FILES = 50
-"""At most so many are taken at a time."""
 _PATIENCE = 1.0
 """Seconds after which a page goes out as far as it is drawn."""
 
@@ -76,13 +74,15 @@ class NothingHere(VeneerError):
 
 @dataclass(frozen=True)
 class StudioView:
-    """`path`: after /studio/. `key`: the letter after g; "": it is not in the list of views. `draw`: draws it."""
+    """`path`: after /studio/. `key`: the letter after g; "": it is not in the list of views, where it stands `under`
+    another. `draw`: draws it."""
 
     path: str
     title: str
     key: str
     draw: Callable[[ViewPage], Awaitable[None]]
     operator: bool = False
+    under: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,31 +112,6 @@ class Studio:
         """Another object whenever names of the library may have changed."""
         names = self.service.catalog.shelf.names
         return None if names is None else names.now
-
-
-@dataclass(frozen=True)
-class Query:
-    """What a link says behind its question mark."""
-
-    pairs: tuple[tuple[str, str], ...] = ()
-
-    def get(self, name: str, default: str = "") -> str:
-        return next((value for key, value in self.pairs if key == name), default)
-
-    def all(self, name: str) -> list[str]:
-        return [value for key, value in self.pairs if key == name]
-
-    def number(self, name: str, default: float) -> float:
-        """What stands there, where it is a number."""
-        try:
-            return float(self.get(name))
-        except ValueError:
-            return default
-
-
-def query_of(pairs: Iterable[tuple[str, str]]) -> Query:
-    """Of a link, which anybody may have made."""
-    return Query(tuple((shown(key), shown(value, lines=True)) for key, value in islice(pairs, 200)))
 
 
 @dataclass(eq=False)
@@ -170,18 +145,18 @@ class ViewPage:
 
     def link(self, view: str, **query: Any) -> str:
         """To a view; values are texts, numbers or lists of them; None and "" are left out."""
-        said = urlencode([(k, v) for k, v in _pairs(query)])
+        said = urlencode([(k, v) for k, v in query_pairs(query)])
         return f"{self.frame.root}/{view}" + (f"?{said}" if said else "")
 
     def api(self, path: str, **query: Any) -> str:
         """A route of the API for an img, a download or an upload: under the same caller."""
-        said = urlencode(_pairs(query))
+        said = urlencode(query_pairs(query))
         return f"{self.frame.root}/api{path}" + (f"?{said}" if said else "")
 
     def keep(self, **query: Any) -> None:
         """The link of this page says this too, from now on; nothing is loaded."""
         rest = [(k, v) for k, v in self.query.pairs if k not in query]
-        self.query = Query((*rest, *_pairs(query)))
+        self.query = Query((*rest, *query_pairs(query)))
         if self.frame.page is self:
             self.frame.tell("keep", f"{self.frame.root}/{self.view.path}", urlencode(self.query.pairs))
 
@@ -189,7 +164,7 @@ class ViewPage:
         """To another view, as a link would."""
         to = self.link(view, **query)
         self.frame.tell("went", to)
-        await self.frame.visit(view, Query(tuple(_pairs(query))))
+        await self.frame.visit(view, Query(tuple(query_pairs(query))))
 
     # -- what it says
 
@@ -211,8 +186,11 @@ class ViewPage:
     def drops(self, words: str, to: Callable[[str], str], done: Callable[[dict[str, Any]], Any]) -> None:
         """What becomes of files that are dropped on this view, instead of the library's. `words`: said over the page
         meanwhile. `to(filename)`: where it is posted, made by `api`. `done(answer)`: with that route's JSON."""
-        self.frame.drop = Drop(words, to, done)
-        parts.mark(self.frame.browser, words=words)
+        self.frame.files.take(words, to, done)
+
+    def fetch(self, url: str, done: Callable[[str], Any]) -> None:
+        """Download what a route (made by `api`) makes when it is asked. `done`: with "", or with why there is none."""
+        self.frame.files.fetch(url, done)
 
     def say(self, text: str) -> None:
         """A few words at the foot of the page, told also to who hears it. At an end, never for each step."""
@@ -230,24 +208,6 @@ class ViewPage:
         for task in list(self.tasks):
             if task is not asyncio.current_task():
                 task.cancel()
-
-
-def _pairs(query: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (name, f"{each:g}" if isinstance(each, float) else str(each))
-        for name, value in query.items()
-        for each in (value if isinstance(value, list | tuple) else [value])
-        if each is not None and each != ""
-    ]
-
-
-@dataclass(frozen=True)
-class Drop:
-    """See `ViewPage.drops`."""
-
-    words: str
-    to: Callable[[str], str]
-    done: Callable[[dict[str, Any]], Any]
 
 
 class Browser(ui.element, component="browser.js"):
@@ -274,12 +234,9 @@ class Frame:
             self.place = parts.box()
             self.status = parts.line("", "status", "div", role="status")
             self.browser = Browser()
-        self.drop = Drop("", str, print)
-        self.dropped = 0
-        hears: dict[str, parts.Does] = {"go": self._went, "sought": self._sought}
-        hears |= {"dropped": self._dropped, "sent": self._sent}
-        for event, does in hears.items():
-            self.browser.on(event, parts.heard(does))
+        self.files = Transfers(self.browser, self.tell)
+        self.browser.on("go", parts.heard(self._went))
+        self.browser.on("sought", parts.heard(self._sought))
 
     def _top(self) -> None:
         parts.link("veneer", f"{self.root}/", "brand")
@@ -307,7 +264,7 @@ class Frame:
         if view is None or (view.operator and not self.visitor.caller.admin):
             view = StudioView(path, "Not here", "", _nowhere)
         for each, link in self.links.items():
-            parts.mark(link, aria_current="page" if each == view.path else "false")
+            parts.mark(link, aria_current="page" if each == view.path else "true" if each == view.under else "false")
         self._well()
         self.page = page = ViewPage(self, view, query)
         self._take_adapters(page)
@@ -353,8 +310,6 @@ class Frame:
         if self.page is not None:
             self.tell("found", text, await self.studio.finds(self.page, str(text)))
 
-    # -- files
-
     def _take_adapters(self, page: ViewPage) -> None:
         """Whatever the view: a file that is dropped is kept in the library."""
 
@@ -363,28 +318,11 @@ class Frame:
 
         async def done(answer: dict[str, Any]) -> None:
             ref = str(answer.get("id", ""))
-            if self.dropped == 1:
+            if self.files.count == 1:
                 await page.go("adapter", ref=ref)
             page.say(f"{ref} is in the library" if answer.get("new", True) else f"{ref} was in the library already")
 
         page.drops("Drop it: it is kept in the library", to, done)
-
-    def _dropped(self, names: list[str]) -> None:
-        self.dropped = len(names)
-        for n, name in enumerate(names[:_FILES]):
-            self.tell("send", n, self.drop.to(str(name)[-200:]))
-
-    async def _sent(self, came: dict[str, Any]) -> None:
-        try:
-            answer = json.loads(came["text"])
-        except ValueError:
-            answer = {}
-        if came["status"] not in (200, 201):
-            error = answer.get("error") if isinstance(answer, dict) else None
-            told = error.get("message") if isinstance(error, dict) else ""
-            raise VeneerError(str(told or "the file did not arrive"))
-        if inspect.isawaitable(made := self.drop.done(answer)):
-            await made
 
     # -- words
 

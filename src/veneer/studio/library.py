@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from veneer.errors import counted
+from veneer.jobs.checkpoints import STEPS_TAG
 from veneer.library.describe import card_picture, card_sample, gain_of
 from veneer.library.queries import Shelfful, Version
 from veneer.serve.tenancy.store import ALL
 from veneer.studio.commands import command
 from veneer.studio.frame import Studio, ViewPage
 from veneer.studio.parts import Command, Fragment, box, button, form_field, heading, line, link, put, show
+from veneer.studio.train import beginnings
 from veneer.studio.watch import on_change
 
 _SOME, _MOST = 60, 600
@@ -82,13 +84,19 @@ class _Asked:
         given: dict[str, Any] = {k: v for k, v in self.picks.items() if v and k != "tag"}
         if "rank" in given:
             given["rank"] = int(given["rank"])
-        return given | {"tags": [self.picks["tag"]] if self.picks["tag"] else [], "order": self.order}
+        tags = [self.picks["tag"]] if self.picks["tag"] else []
+        return given | {"tags": tags, "order": self.order, "without": self.without}
+
+    @property
+    def without(self) -> str:
+        """Steps of runs have a view of their own; here they would hide what came of them."""
+        return "" if self.picks["tag"] else STEPS_TAG
 
     def command(self) -> str:
-        options: dict[str, Any] = {**self.picks, "sort": "" if self.order == "name" else self.order}
+        sort = "" if self.order == "name" else self.order
         if self.text or any(self.picks.values()):
-            return command("library", "search", self.text, **options)
-        return command("library", "list", sort=options["sort"])
+            return command("library", "search", self.text, **self.picks, without=self.without, sort=sort)
+        return command("library", "list", without=self.without, sort=sort)
 
 
 def _asked(page: ViewPage) -> _Asked:
@@ -106,13 +114,13 @@ async def library_view(page: ViewPage) -> None:
         page.title("Library")
         with box("div", "row"):
             button("Add a file…", lambda: page.pick(), key="a")
-            link("Teach one", page.link("train"), "button filled")
+            teach = link("Teach one", page.link("train"), "button filled")
     asked = _asked(page)
-    form_field(
+    find = form_field(
         "Find", asked.text, lambda text: narrowed(q=text), kind="search", key="/", look="find", hidden_label=True,
         hint="Find by name, base, tag, trigger word, licence …", wait=0.08,
     )  # fmt: skip
-    with box("div", "picks", role="group", aria_label="Narrow and order"):
+    with box("div", "picks", role="group", aria_label="Narrow and order") as order:
         picks = {
             name: form_field(
                 label, asked.picks[name], lambda value, name=name: narrowed(**{name: value}), kind="choice",
@@ -161,6 +169,8 @@ async def library_view(page: ViewPage) -> None:
         show(pages, bool(cards))
         show(empty, not cards)
         _say_empty(page, empty, bool(narrow)) if not cards else None
+        for each in (teach, find, order):  # where there is nothing yet, the page offers the one thing to do
+            show(each, bool(cards) or bool(narrow))
         show(more, shown < min(found.total, _MOST))
         same.show(asked.command())
 
@@ -215,7 +225,14 @@ def _say_empty(page: ViewPage, place: Any, narrow: bool) -> None:
             link("Show all", page.link(""), "button quiet")
             return
         heading("Nothing here yet", 2)
-        line(f"Drop an adapter anywhere on this page, or teach {page.studio.base} from rows of your own.")
+        base = page.studio.base
+        line(
+            f"An adapter is a thin layer on {base}, a few megabytes, that makes it do your thing; {base} itself stays "
+            "as it is. Teach one, or drop one that you have anywhere on this page."
+        )
+        offers = [] if page.caller.tenant else beginnings(page.studio)
+        for what, sentence in offers[:1]:
+            link(f"Teach it from {what}", page.link("train", q=sentence), "button filled")
 
 
 class _Marked:

@@ -82,7 +82,7 @@ class Drawn(ui.element, component="drawn.js"):
 
     def begin(self, seeds: Sequence[int], width: int, height: int) -> None:
         """So many pictures come now; what was there is gone."""
-        self.run_method("begin", list(seeds), f"{width} / {height}")
+        self.run_method("begin", list(seeds), width, height)
 
     def step(self, index: int, share: float) -> None:
         self.run_method("step", index, share)

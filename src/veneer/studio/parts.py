@@ -20,6 +20,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from nicegui import ui
@@ -34,7 +35,10 @@ Does = Callable[..., Any]
 
 _HASH = re.compile(r"((?:sha256:)?[0-9a-f]{12})[0-9a-f]{20,}")
 _ENV = escaping("veneer.studio", "templates")
-_ENV.filters |= {"size": size, "duration": duration, "brief": lambda text: _HASH.sub(r"\1…", str(text))}
+_ENV.filters |= {
+    "size": size, "duration": duration, "brief": lambda text: _HASH.sub(r"\1…", str(text)),
+    "moment": lambda at: datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M"),
+}  # fmt: skip
 
 
 def heard(does: Does) -> Callable[[Any], Any]:

@@ -63,9 +63,8 @@ class _Pictures(Board):
             with box("div", "row"):
                 button("Draw", self.ask_all, kind="filled", key="ctrl+enter")
                 button("Stop", self.stop, kind="word", key="Escape")
-                line(
-                    "Ctrl+Enter draws. Two pictures that are marked are laid one over the other.", "soft small", "span"
-                )
+                line("Ctrl+Enter draws.", "soft small by-keys", "span")
+                line("Two pictures that are marked are laid one over the other.", "soft small", "span")
         self.draw_all()
 
     def _control(self) -> None:

@@ -5,62 +5,28 @@ it while the next one trains. All of it is read from the job's own events, so th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from veneer.errors import ConfigError, VeneerError
 from veneer.jobs.openai import MEASURED, shown_error, shown_event
 from veneer.jobs.steps import fork_config
-from veneer.jobs.store import ENDS, Job, UnknownJob
-from veneer.jobs.validate import job_config
-from veneer.serve.http.asking import AskedTexts, ask_texts
-from veneer.serve.request import Finished, Token
+from veneer.jobs.store import ENDS, Job
 from veneer.studio.commands import command
-from veneer.studio.frame import NothingHere, ViewPage
-from veneer.studio.parts import (
-    Command,
-    Fragment,
-    box,
-    button,
-    confirm,
-    enable,
-    form_field,
-    heading,
-    line,
-    progress,
-    put,
-    show,
-)
+from veneer.studio.frame import ViewPage
+from veneer.studio.parts import Command, Fragment, box, button, confirm, line, progress, show
 from veneer.studio.parts import move as moved
+from veneer.studio.talk import base_name, job_of, talk_to
 from veneer.studio.watch import on_change
-from veneer.train.config.reinforcement import PROMPT_FORMATS
 from veneer.train.config.sentence import sentence_of
-from veneer.train.config.text import TrainConfig, preference_formats
 from veneer.train.report.page import Series, chart, smooth
-from veneer.train.text.rows import read_rows, split_rows
 
 _LOOK = 0.7
 """Seconds between two looks at a run."""
-_WORDS = 160
-"""Tokens of an answer at most."""
-_LONGEST = 300
-"""Letters of a prompt that nobody typed."""
-_PROMPTS = 2
-"""Prompts of a run's own rows."""
 _NEWEST = 6
 """Sheets and steps that are shown to choose from."""
-
-
-async def job_of(page: ViewPage) -> Job:
-    """The job of the link. Raises NothingHere for one that whoever looks does not see."""
-    try:
-        return await asyncio.to_thread(page.studio.jobs.get, page.tenant, page.query.get("job"))
-    except UnknownJob:
-        raise NothingHere("There is no such run, or none that you may see.", fix="see `veneer jobs list`") from None
 
 
 def of_pictures(job: Job) -> bool:
@@ -159,7 +125,7 @@ async def run_view(page: ViewPage) -> None:
     job, jobs, heard = await job_of(page), page.studio.jobs, _Heard()
     pictures = of_pictures(job)
     page.title(job.name)
-    said = _said_by(job) if page.caller.admin else f"taught on {Path(_base_name(job)).name}"
+    said = _said_by(job) if page.caller.admin else f"taught on {Path(base_name(job)).name}"
     line(said, "lede")
     head = Fragment("run_head.html.j2", job=job, error=None, trains=page.studio.trains, link=page.link)
     bar = progress("Steps done", None)
@@ -175,7 +141,7 @@ async def run_view(page: ViewPage) -> None:
     sheets = Fragment(
         "sheets.html.j2", acts={"sheet": lambda data: sheet(data["step"])}, steps=[], chosen=None, source=""
     )
-    follow = None if pictures else await _talk(page, job)
+    follow = None if pictures else await talk_to(page, job)
     notes = Fragment("notes.html.j2", notes=[], checked={})
 
     def read() -> Job:
@@ -231,132 +197,6 @@ async def run_view(page: ViewPage) -> None:
 def _newest(page: ViewPage, job: str) -> int:
     found, _ = page.studio.jobs.events(page.tenant, job, newest=True, limit=1)
     return found[0].number if found else 0
-
-
-def _base_name(job: Job) -> str:
-    base = job.config["base"]
-    return str(base["name"] if isinstance(base, dict) else base).rstrip("/")
-
-
-def asked_here(page: ViewPage, job: Job) -> str:
-    """Why this server cannot ask the steps of a job; "" where it can."""
-    name = _base_name(job)
-    if page.studio.service.engine.makes != "texts":
-        return f"this server draws pictures with {page.studio.base}"
-    own = name.rpartition("/")[2]
-    return "" if own == page.studio.base.rpartition("/")[2] else f"this server runs {page.studio.base}, and not {own}"
-
-
-def own_prompts(job: Job) -> list[str]:
-    """The first questions of rows that a run holds out, or of its rows; none where they are gone."""
-    try:
-        config = job_config(job, job.folder)
-        if not isinstance(config, TrainConfig):
-            return []
-        data = config.data
-        formats = None if config.preference.loss is None else preference_formats(config.preference.loss)
-        rows, _ = read_rows(
-            data.files("train"), limit=200, format=data.format, columns=data.columns,
-            formats=PROMPT_FORMATS if config.drawn is not None else formats,
-        )  # fmt: skip
-        held = split_rows(rows, data.split, seed=config.seed)[1] or rows
-    except VeneerError:
-        return []
-    asked = [next((m["content"] for m in reversed(row.messages) if m["role"] == "user"), "") for row in held]
-    return [str(text)[:_LONGEST] for text in dict.fromkeys(asked) if text][:_PROMPTS]
-
-
-async def answer_of(page: ViewPage, prompt: str, reference: str, told: Any = None, *, most: int = _WORDS) -> str:
-    """What the base (reference "") or an adapter answers, with the likeliest tokens; `told` hears it as it comes."""
-    mix = [(reference, 1.0)] if reference else []
-    said, text = AskedTexts([{"role": "user", "content": prompt}], mix, max_tokens=most), ""
-    async for _, event in ask_texts(page.studio.service, page.caller, said):
-        if isinstance(event, Token | Finished):
-            text += event.text
-            if told is not None:
-                told(text)
-        if isinstance(event, Finished) and event.error is not None:
-            raise event.error
-    return text
-
-
-async def _talk(page: ViewPage, job: Job) -> Callable[[], object]:
-    """A prompt, and what the base and a step of the run answer, while the run goes on. Returns what begins to follow
-    its steps."""
-    heading("Talk to it", 2)
-    with box("section", "stack talk"):
-        hint = line("", "soft")
-        which = form_field(
-            "Step", page.query.get("step"), lambda step: page.keep(step=step), kind="choice",
-            options={"": "no step yet"},
-        )  # fmt: skip
-        prompt = form_field(
-            "Prompt", page.query.get("p"), lambda text: page.keep(p=text), kind="area", entered=lambda text: ask(),
-            hint="Something that it should have learned",
-        )  # fmt: skip
-        with box("div", "row"):
-            asking = button("Ask", lambda: ask(), key="ctrl+enter")
-        answers = Fragment("answers_two.html.j2", columns=[])
-        same = Command()
-    why = asked_here(page, job)
-    if not page.query.get("p") and (own := await asyncio.to_thread(own_prompts, job)):
-        prompt.put(own[0])
-    known: dict[str, str] = {}
-    running: list[asyncio.Task[Any]] = []
-
-    def points() -> list[tuple[int, str]]:
-        found = page.studio.jobs.checkpoints(page.tenant, job.id)
-        return [(point.step, point.reference) for point in found if point.reference]
-
-    async def fill() -> None:
-        found, now = await asyncio.to_thread(points), await job_of(page)
-        fresh = {str(step): f"step {step:,}" for step, _ in found}
-        known.clear()
-        known.update({str(step): reference for step, reference in found})
-        made = (now.result or {}).get("reference")
-        if made:
-            known["made"], fresh = str(made), {"made": "what it made", **fresh}
-        which.offer(fresh or {"": "no step yet"})
-        if which.value not in known:
-            which.put(next(iter(known), ""))
-        says = why or ("" if known else "As soon as its first checkpoint is saved, it can be asked here.")
-        if not known and not (job.config.get("checkpoint") or {}).get("adapters"):
-            says = why or "It was not asked to publish its checkpoints: it can be asked once it is done."
-        put(hint, says)
-        enable(asking, bool(known) and not why, says)
-
-    async def ask() -> None:
-        if why or str(which.value) not in known:
-            raise ConfigError(why or "there is no step to ask yet", fix="wait for the first checkpoint")
-        for task in running:
-            task.cancel()
-        running.clear()
-        text, reference = str(prompt.value or "").strip(), known[str(which.value)]
-        if not text:
-            raise ConfigError("there is no prompt", fix="type one")
-        names = (page.studio.base, reference)
-        columns: list[dict[str, Any]] = [{"name": name, "text": "", "done": False} for name in names]
-        same.show(command("generate", text, base=page.studio.base, adapter=reference, chat=True))
-
-        async def one(column: dict[str, Any], name: str) -> None:
-            def told(said: str) -> None:
-                column["text"] = said
-
-            await answer_of(page, text, name, told)
-            column["done"] = True
-
-        async def drawn() -> None:
-            while not all(column["done"] for column in columns):
-                answers.show(columns=columns)
-                await asyncio.sleep(0.1)
-            answers.show(columns=columns)
-
-        answers.show(columns=columns)
-        running.extend(page.task(one(column, name)) for column, name in zip(columns, ("", reference), strict=True))
-        running.append(page.task(drawn()))
-
-    await fill()
-    return lambda: on_change(lambda: (points(), page.studio.jobs.get(page.tenant, job.id).state), 1.0, fill)
 
 
 def fork_sentence(page: ViewPage, job: Job, step: int | None) -> str:

@@ -11,11 +11,13 @@ from veneer.errors import ConfigError
 from veneer.jobs.steps import kept_step
 from veneer.jobs.store import Job, JobCheckpoint
 from veneer.library.library import NotInLibrary
+from veneer.library.queries import Version
 from veneer.studio import parts
 from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
 from veneer.studio.parts import Command, Fragment, dialog, form_field, heading, line, put
-from veneer.studio.run import answer_of, asked_here, fork_sentence, job_of, of_pictures, own_prompts
+from veneer.studio.run import fork_sentence, of_pictures
+from veneer.studio.talk import answer_of, asked_here, job_of, own_prompts
 from veneer.studio.watch import on_change
 
 _WORDS = 60
@@ -27,11 +29,12 @@ _MOST = 4000
 async def steps_view(page: ViewPage) -> None:
     job = await job_of(page)
     pictures = of_pictures(job)
-    page.title(f"Steps of {job.name}", "Every step that was kept, with what it scored on rows it never saw.")
+    seen = "pictures" if pictures else "rows"
+    page.title(f"Steps of {job.name}", f"Every step that was kept, and what it scored on {seen} that it never saw.")
     table = Fragment(
         "steps.html.j2", acts={"use": lambda data: use(data["step"]), "go": lambda data: go_on(data["step"])},
         points=[], best=None, used={}, link=page.link, job=job, pictures=pictures, api=page.api,
-        before=None, forks=False,
+        before=None, forks=False, live=False,
     )  # fmt: skip
     same = Command(command("jobs", "show", job.id))
     grid: _Answers | None = None
@@ -56,7 +59,7 @@ async def steps_view(page: ViewPage) -> None:
         table.show(
             points=found["points"], best=found["best"], used=used, link=page.link, job=found["job"],
             pictures=pictures, api=page.api, before=found["before"],
-            forks=not page.caller.tenant,
+            forks=not page.caller.tenant, live=page.caller.admin and page.studio.tenants is not None,
         )  # fmt: skip
         if pictures:
             sheets.show(samples=found["samples"][::-1], job=job, api=page.api)
@@ -100,14 +103,13 @@ def _keeping(job: Job, step: str, alias: str) -> str:
     return command("jobs", "keep", job.id, step=step, alias=alias)
 
 
-def _used(page: ViewPage, job: Job) -> dict[str, list[str]]:
-    """Step -> what of the job's name is the very adapter of that step: aliases and versions."""
-    out: dict[str, list[str]] = {}
+def _used(page: ViewPage, job: Job) -> dict[str, list[Version]]:
+    """Step -> the versions of the job's name that are the very adapter of that step."""
+    out: dict[str, list[Version]] = {}
     for version in page.studio.library.search(name=job.name, all_versions=True):
         if version.name == job.name:
-            names = [f"{version.name}@{each}" for each in (version.aliases or [str(version.version)])]
-            out.setdefault(version.digest, []).extend(names)
-    steps: dict[str, list[str]] = {}
+            out.setdefault(version.digest, []).append(version)
+    steps: dict[str, list[Version]] = {}
     for point in page.studio.jobs.checkpoints(page.tenant, job.id):
         if point.reference and (found := _version(page, point.reference)) is not None:
             steps[str(point.step)] = out.get(found.digest, [])

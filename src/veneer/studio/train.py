@@ -6,6 +6,7 @@ import asyncio
 import base64
 import functools
 import itertools
+import json
 import os
 import shlex
 import threading
@@ -24,12 +25,12 @@ from veneer.plan.render import rough_duration
 from veneer.plan.tables import Device
 from veneer.studio import parts
 from veneer.studio.commands import command
-from veneer.studio.frame import ViewPage
+from veneer.studio.frame import Studio, ViewPage
 from veneer.studio.parts import Command, Fragment, box, button, dialog, enable, form_field, line, progress, show
 from veneer.studio.watch import on_change
 from veneer.train.config.image import ImageTrainConfig
-from veneer.train.config.load import RunConfig, config_from
-from veneer.train.config.sentence import Sentence, read_sentence
+from veneer.train.config.load import RunConfig, config_from, load_config
+from veneer.train.config.sentence import Sentence, read_sentence, sentence_of
 from veneer.train.image.captions import write_caption
 from veneer.train.preview import (
     VERDICTS,
@@ -52,6 +53,7 @@ _SIDE = 260
 """Pixels of a picture in the sheet."""
 _POINTS = 8
 """Checkpoints that a short run gets."""
+_EXAMPLE = Path("examples/tickets/config.yaml")
 
 
 @functools.lru_cache(maxsize=1)
@@ -260,26 +262,35 @@ async def train_view(page: ViewPage) -> None:
 
 def _reading(page: ViewPage, draft: _Draft, wrong: VeneerError | None = None) -> dict[str, Any]:
     """What was read of the sentence, and what was not; of an empty one, some to begin with."""
-    sentence, begins = draft.sentence, list[str]()
+    sentence, begins = draft.sentence, list[tuple[str, str]]()
     if not sentence.text.strip():
-        begins = _beginnings(page.studio.base)
+        begins = beginnings(page.studio)
     return {
         "read": sentence.read, "unread": sentence.unread, "wrong": wrong, "text": sentence.text,
         "missing": sentence.missing if sentence.text.strip() else (), "here": _short_path(os.getcwd()),
-        "begins": begins,
+        "begins": begins, "empty": not sentence.text.strip(),
     }  # fmt: skip
 
 
-def _beginnings(base: str) -> list[str]:
-    """Sentences to begin with, of the files that are here."""
+def beginnings(studio: Studio) -> list[tuple[str, str]]:
+    """What a newcomer could begin with, of the files that are here: (what is learned from, the sentence)."""
+    base = str(studio.service.catalog.shelf.base.name)
     with os.scandir() as entries:
         names = sorted(entry.name for entry in itertools.islice(entries, 2000) if not entry.name.startswith("."))
+    if studio.service.engine.makes == "pictures":
+        folders = [name for name in names if next(Path(name).glob("*.png"), None) is not None][:2]
+        return [(name, f"teach {shlex.quote(base)} from folder {shlex.quote(name)}, trigger sks") for name in folders]
     rows = [name for name in names if name.endswith((".jsonl", ".csv", ".parquet"))][:2]
-    example = Path("examples/tickets/train.jsonl")
-    rows += [str(example)] if example.is_file() and not rows else []
-    folders = [name for name in names if next(Path(name).glob("*.png"), None) is not None][:1]
-    out = [f"teach {base} from {shlex.quote(name)}, rank 16" for name in rows or ["rows.jsonl"]]
-    return out + [f"teach emoji-flux from a folder {shlex.quote(name)}, trigger sks" for name in folders]
+    out = [(name, f"teach {shlex.quote(base)} from {shlex.quote(name)}, rank 16") for name in rows]
+    return [*out, *_example(base)][:2]
+
+
+def _example(base: str) -> list[tuple[str, str]]:
+    """The quickstart's tickets, in a checkout: its own configuration, said."""
+    if not _EXAMPLE.is_file():
+        return []
+    config, _ = load_config(_EXAMPLE, [f"base={json.dumps(base)}", "output.directory=runs/support-tickets"])
+    return [("1,200 answered support tickets", sentence_of(config.model_dump(mode="json", exclude_unset=True)))]
 
 
 def _short_path(path: str) -> str:
@@ -291,14 +302,10 @@ def _says(plan: Plan) -> dict[str, str]:
     """The plan's figures in words."""
     cost = plan.cost
     return {
-        "time": "not known" if plan.seconds is None else _time(plan.seconds),
+        "time": "not known" if plan.seconds is None else rough_duration(plan.seconds),
         "cost": "" if cost is None else f"${cost:,.2f}" if cost >= 0.01 else f"{cost * 100:.2g} cents",
         "steps": counted(plan.job.total_steps, "step"),
     }
-
-
-def _time(seconds: float) -> str:
-    return "moments" if seconds < 1 else rough_duration(seconds)
 
 
 def _rows_said(seen: Any) -> str:

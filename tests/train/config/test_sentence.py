@@ -52,6 +52,17 @@ def test_a_folder_is_of_pictures_and_what_is_given_after_the_sentence_counts(tmp
     assert (slid.slider.negative, slid.slider.positive) == ("a sad face", "a happy face")
 
 
+def test_what_is_said_of_a_configuration_calls_data_as_it_is_called_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = {"base": "b", "data": {"train": str(tmp_path / "more" / "a.jsonl")}, "schedule": {"epochs": 1}}
+    config, _ = config_from({**values, "output": "runs/x"})
+    said = sentence_of(config.model_dump(mode="json", exclude_unset=True))
+    assert said == "teach b from more/a.jsonl, 1 epoch, call it x"
+    assert config_from({}, read_sentence(said).overrides)[0] == config
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -181,9 +181,9 @@ def read_sentence(text: str) -> Sentence:
 
 
 def sentence_of(values: Mapping[str, Any]) -> str:
-    """The sentence that says a configuration's values, those that have no clause as `section.key=value`.
-    `read_sentence` of it reads the same."""
-    flat = {key: value for key, value in _flat(values) if value is not None}
+    """The sentence that says a configuration's values, those that have no clause as `section.key=value`; data below
+    the current folder are called as from there. `read_sentence` of it reads the same."""
+    flat = {key: _from_here(key, value) for key, value in _flat(values) if value is not None}
     base = flat.pop("base.name", flat.pop("base", ""))
     parts = [f"{_FIRST} {_word(str(base))}"]
     output = flat.pop("output.directory", flat.pop("output", None))
@@ -344,6 +344,15 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
             yield f"{before}{key}", value
 
 
+def _from_here(key: str, value: Any) -> Any:
+    """Of data, a path below the current folder without it."""
+    here = os.path.join(os.getcwd(), "")
+    if isinstance(value, list | tuple):
+        return [_from_here(key, each) for each in value]
+    inside = isinstance(value, str) and key.startswith("data.") and value.startswith(here) and len(value) > len(here)
+    return value[len(here) :] if inside else value
+
+
 def _said(key: str, value: Any) -> list[str]:
     """The clause of a setting, or several; nothing where none says it as it is."""
     for clause in (clause for clause in CLAUSES if clause.key == key):
@@ -359,8 +368,14 @@ def _said(key: str, value: Any) -> list[str]:
             continue
         words = [_word(_number(one) if isinstance(one, float) else str(one)) for one in each]
         if [_value(slot, next(_words(word))) for word in words] == each:
-            return [clause.words.replace(slot, word) for word in words]
+            return [_counted(clause.words, slot, word) for word in words]
     return []
+
+
+def _counted(clause: str, slot: str, word: str) -> str:
+    """The clause with its value: 2 epochs, 1 epoch."""
+    said = clause.replace(slot, word)
+    return re.sub(r"^1 (\w+?)s\b", r"1 \1", said) if slot == "N" else said
 
 
 def _word(text: str) -> str:

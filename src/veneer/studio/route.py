@@ -1,0 +1,304 @@
+"""The routes of Live, one by one: its shares as a bar to drag, what a move would do before it is made, its moves until
+now and the way back; and a new one, with a canary from its first user on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from veneer.errors import ConfigError
+from veneer.library.database import reading
+from veneer.library.names import parse_reference
+from veneer.serve.tenancy import routes
+from veneer.serve.tenancy.store import ALL, Route, Store
+from veneer.studio.commands import command
+from veneer.studio.frame import ViewPage
+from veneer.studio.moving import WeightBar
+from veneer.studio.parts import (
+    Command,
+    Fragment,
+    box,
+    button,
+    confirm,
+    enable,
+    form_field,
+    heading,
+    line,
+    mark,
+    put,
+    show,
+)
+
+WHO = "studio"
+_CANARY = 10.0
+"""Per cent of the users that a further version begins with."""
+
+
+class RouteMoves:
+    """What moves the routes of a server, from the page of somebody who may. `again`: draws what there is now."""
+
+    def __init__(self, page: ViewPage, store: Store, again: Callable[[], Awaitable[None]]) -> None:
+        self.page, self.store, self.again = page, store, again
+
+    @property
+    def base(self) -> str:
+        return self.page.studio.base
+
+    def names(self) -> list[str]:
+        """What a route can lead to: the base, what is loaded, and the library's versions of this base."""
+        catalog = self.page.studio.service.catalog
+        cards = [card for card in catalog.models(self.page.caller) if card.parent is None or card.digest]
+        return list(dict.fromkeys(card.root if card.digest else card.id for card in cards))[:300]
+
+    def offered(self) -> str:
+        """The adapter that the link wants to go live, where no route leads to it yet."""
+        wanted = self.page.query.get("ref")
+        leads = {name for route in self.store.settings.routes.values() for name, _ in route.targets}
+        return "" if wanted in leads or wanted not in self.names() else wanted
+
+    async def set(self, wanted: Route, from_move: int) -> None:
+        """Raises RouteMoved where somebody else made a move meanwhile, ConfigError."""
+        await asyncio.to_thread(
+            routes.set_route, self.store, wanted.name, wanted.targets, tenant=wanted.tenant, shadow=wanted.shadow,
+            fraction=wanted.fraction, who=WHO, check=self.page.studio.service.catalog.check, from_move=from_move,
+        )  # fmt: skip
+        self.page.keep(ref=None)
+        await self.again()
+
+    async def moved(self, now: Route, wanted: Route) -> None:
+        """Make a move that was said."""
+        await self.set(wanted, now.move)
+        self.page.say(f"{wanted.name} moved")
+
+    async def back(self, route: Route) -> None:
+        def read() -> tuple[Route, Route]:
+            with reading(self.store.engine) as c:
+                return routes.earlier_route(c, route.name, tenant=route.tenant)
+
+        now, before = await asyncio.to_thread(read)
+        check = self.page.studio.service.catalog.check
+
+        async def do() -> None:
+            await asyncio.to_thread(
+                routes.rollback_route, self.store, route.name, tenant=route.tenant, who=WHO, check=check,
+                moves=[now.move],
+            )  # fmt: skip
+            await self.again()
+            self.page.say(f"{route.name} is as it was before")
+
+        same = command("tenant", "route", "rollback", route.name, tenant=route.tenant)
+        confirm(f"Roll {route.name} back", routes.route_change(now, before), do, button_text="Roll back", command=same)
+
+    def ended(self, route: Route) -> None:
+        gone = replace(route, targets=(), runs=(), shadow=None)
+
+        async def do() -> None:
+            await asyncio.to_thread(routes.remove_route, self.store, route.name, tenant=route.tenant, who=WHO)
+            await self.again()
+
+        sentence = f"{routes.route_change(route, gone)} A rollback brings it back."
+        same = command("tenant", "route", "remove", route.name, tenant=route.tenant)
+        confirm(f"Remove {route.name}", sentence, do, button_text="Remove it", command=same, danger=True)
+
+
+class _Shares:
+    """A bar of shares, and what they would do in words; `asked()` is the move, None while it is not whole."""
+
+    shares: list[tuple[str, float]]
+    bar: WeightBar
+
+    def dragged(self, shares: Sequence[float]) -> None:
+        self.shares = [(name, float(share)) for (name, _), share in zip(self.shares, shares, strict=True)]
+        self.say()
+
+    def added(self, name: str) -> None:
+        """A further version begins as a canary."""
+        if not name or name in dict(self.shares):
+            return
+        rest = 1 - _CANARY / 100
+        self.shares = [*((each, share * rest) for each, share in self.shares), (name, _CANARY)]
+        self.bar.put(self.shares)
+        self.say()
+
+    def weights(self) -> list[tuple[str, int]]:
+        """Whole numbers, in hundredths where they have to be."""
+        exact = [(name, round(share * 100)) for name, share in self.shares]
+        whole = all(weight % 100 == 0 for _, weight in exact)
+        return [(name, weight // 100) for name, weight in exact] if whole else exact
+
+    def say(self) -> None:
+        raise NotImplementedError
+
+
+class NewRoute(_Shares):
+    """A route that there is not yet. `offered`: the adapter that is to be its canary."""
+
+    def __init__(self, moves: RouteMoves, offered: str, *, opened: bool) -> None:
+        self.moves = moves
+        names = moves.names()
+        name = parse_reference(offered, cased=True).name if offered else ""
+        if (ALL, name) in moves.store.settings.routes:
+            name = ""
+        self.shares = [(moves.base, 100.0)]
+        with box("details", "how", open=opened) as self.place:
+            line("A new route", tag="summary")
+            line(
+                "A route is a name that clients ask for. What answers under it can change without them knowing: begin "
+                "with a few of the users, and give it more, or take it back, with one click.",
+                "soft small",
+            )
+            with box("section", "panel route", aria_label="A new route"):
+                with box("div", "row foot"):
+                    self.name = form_field("Name", name, lambda _: self.say(), hint="support", most=120)
+                    self.first = form_field("Leads to", moves.base, self._led, kind="choice", options=_same(names))
+                    others = {"": "nothing else", **_same(names)}
+                    self.other = form_field("And to", offered, self._led, kind="choice", options=others)
+                self.bar = WeightBar(self.shares, self.dragged)
+                self.sentence = line("", "sentence", role="status")
+                self.same = Command("")
+                with box("div", "row"):
+                    self.does = button("Begin it", self._begin, kind="filled")
+        self._led(None)
+
+    def offer(self) -> None:
+        """What it can lead to may be more by now."""
+        names = self.moves.names()
+        self.first.offer(_same(names))
+        self.other.offer({"": "nothing else", **_same(names)})
+
+    def _led(self, _: Any) -> None:
+        self.shares = [(str(self.first.value), 100.0)]
+        self.bar.put(self.shares)
+        self.added(str(self.other.value or ""))
+        self.say()
+
+    def _wanted(self) -> Route:
+        return routes.planned_route(None, str(self.name.value or "").strip(), self.weights())
+
+    def say(self) -> None:
+        named = bool(str(self.name.value or "").strip())
+        try:
+            wanted = self._wanted() if named else None
+        except ConfigError as error:
+            wanted = None
+            put(self.sentence, error.what)
+        else:
+            put(self.sentence, routes.route_change(None, wanted) if wanted else "")
+        self.same.show(_set_command(wanted, self.moves.base) if wanted else "")
+        enable(self.does, wanted is not None, "it has no name that can be one yet")
+
+    async def _begin(self) -> None:
+        wanted = self._wanted()
+        if (ALL, wanted.name) in self.moves.store.settings.routes:
+            raise ConfigError(f"there is a route {wanted.name} already", fix="move its shares above")
+        await self.moves.set(wanted, 0)
+        for each in (self.name, self.other):
+            each.put("")
+        self._led(None)
+        mark(self.place, open=False)
+        self.moves.page.say(f"{wanted.name} is live")
+
+
+class RoutePanel(_Shares):
+    """One route. `before`: its moves, the newest first. `offered`: an adapter that it could lead to, too."""
+
+    def __init__(self, moves: RouteMoves, route: Route, before: Sequence[dict[str, Any]], offered: str) -> None:
+        self.moves, self.route, self.wanted = moves, route, route
+        total = sum(weight for _, weight in route.targets)
+        self.shares = [(name, weight * 100 / total) for name, weight in route.targets]
+        with box("section", "panel route", aria_label=f"The route {route.name}"):
+            with box("div", "row"):
+                heading(route.name, 2)
+                if route.tenant:
+                    line(f"of {route.tenant}", "chip", "span")
+                with box("div", "row far"):
+                    if len(before) > 1:
+                        button("Roll back", lambda: moves.back(route), kind="word", key="r")
+                    button("Remove", lambda: moves.ended(route), kind="word", aria_label=f"Remove {route.name}")
+            self.bar = WeightBar(self.shares, self.dragged)
+            with box("div", "row"):
+                for name, share in self.shares if len(self.shares) > 1 else ():
+                    if share < 100:
+                        button(f"Promote {name}", self._promote(name), kind="quiet")
+                if offered:
+                    button(f"Give {offered} a tenth", lambda: self.added(offered), kind="quiet")
+            self._more()
+            if len(before) > 1:
+                with box("details", "how"):
+                    line("What it led to before", tag="summary")
+                    Fragment("route_moves.html.j2", moves=before, base=moves.base)
+                    Command(command("tenant", "route", "history", route.name, tenant=route.tenant))
+            self.sentence = line("", "sentence", role="status")
+            self.same = Command("")
+            self.does = box("div", "row")
+            with self.does:
+                button("Move", lambda: moves.moved(self.route, self.wanted), kind="filled")
+                button("Leave it", moves.again, kind="word")
+            self.say()
+
+    def _more(self) -> None:
+        """Another version, and who answers unseen."""
+        route, names = self.route, self.moves.names()
+        others = [name for name in names if name not in dict(self.route.targets)]
+        with box("details", "how"):
+            line("Another version, or a shadow", tag="summary")
+            with box("div", "row foot"):
+                self.other = form_field(
+                    "Another version", "", self.added, kind="choice", options={"": "none", **_same(others)}
+                )
+                unseen = {"": "nobody", **_same([name for name in names if name != self.moves.base])}
+                self.shadow = form_field(
+                    "Answers too, unseen", route.shadow or "", self._unseen, kind="choice", options=unseen,
+                )  # fmt: skip
+                self.fraction = form_field(
+                    "Of the requests, in %", route.fraction * 100, self._unseen, kind="number", low=0, high=100, step=1
+                )
+
+    def _unseen(self, _: Any) -> None:
+        self.say()
+
+    def _promote(self, name: str) -> Callable[[], None]:
+        def ask() -> None:
+            now = self.route
+            wanted = routes.planned_route(now, now.name, [(name, 100)], tenant=now.tenant)
+            confirm(
+                f"Promote {name}", routes.route_change(now, wanted), lambda: self.moves.moved(now, wanted),
+                button_text="Promote it", command=_set_command(wanted, self.moves.base),
+            )  # fmt: skip
+
+        return ask
+
+    def say(self) -> None:
+        """What the shares as they stand now would do."""
+        route = self.route
+        fraction = min(100.0, max(0.0, float(self.fraction.value or 0))) / 100
+        shadow = str(self.shadow.value or "") or None
+        self.wanted = routes.planned_route(
+            route, route.name, self.weights(), tenant=route.tenant, shadow=shadow,
+            fraction=fraction if shadow else 1.0,
+        )  # fmt: skip
+        same = (self.wanted.runs, self.wanted.shadow, self.wanted.fraction) == (
+            route.runs,
+            route.shadow,
+            route.fraction,
+        )
+        unseen = f"{route.shadow} answers {route.fraction * 100:.4g} % of requests too, unseen." if route.shadow else ""
+        put(self.sentence, unseen if same else routes.route_change(route, self.wanted))
+        self.same.show("" if same else _set_command(self.wanted, self.moves.base))
+        show(self.does, not same)
+
+
+def _set_command(route: Route, base: str) -> str:
+    """With force where it leads to the base, of which the library has no file."""
+    targets = [f"{name}={weight}" if len(route.targets) > 1 else name for name, weight in route.targets]
+    fraction = f"{route.fraction:g}" if route.shadow and route.fraction != 1 else None
+    return command(
+        "tenant", "route", "set", route.name, *targets, tenant=route.tenant, shadow=route.shadow, fraction=fraction,
+        force=base in dict(route.targets),
+    )  # fmt: skip
+
+
+def _same(names: Sequence[str]) -> dict[str, str]:
+    return {name: name for name in names}
