@@ -40,6 +40,7 @@ PATIENCE = 60_000
 SMOLLM2 = bases_home() / "smollm2-135m"
 """Where the user has it; tests have a home of their own."""
 LONG = "a-name-that-somebody-gave-who-never-thought-of-those-that-would-have-to-read-it-on-a-telephone"
+ROUTE = LONG.replace("name", "route", 1)
 SAMPLE = {"prompt": "I was charged twice.", "base": "I am sorry to hear that.", "adapter": '{"team": "billing"}'}
 
 
@@ -89,7 +90,8 @@ def served(kept: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     try:
         server.wait()
         with closing(Store(str(folder / "tenants.sqlite"))) as store:
-            routes.set_route(store, LONG, [("support@2", 90), (f"{LONG}@1", 10)], who="test")
+            for targets in ([("support@2", 1)], [("support@2", 90), (f"{LONG}@1", 10)]):
+                routes.set_route(store, ROUTE, targets, who="test")
         yield server
     finally:
         server.end()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.conftest import LONG, Window
+from tests.browser.conftest import LONG, ROUTE, Window
 from tests.formats.image_adapters import random_adapter
 from tests.studio.conftest import Served
 from tests.studio.lessons import parcel_rows
@@ -94,18 +94,18 @@ def test_live(window: Window, store: Store) -> None:
     window.heading("Live")
     window.tab_to(f"support@2 against {LONG}@1")
     page.keyboard.press("Shift+ArrowLeft")
-    window.until(f"Of the users of {LONG}, 10 % move from support@2 to {LONG}@1; nobody else changes.")
+    window.until(f"Of the users of {ROUTE}, 10 % move from support@2 to {LONG}@1; nobody else changes.")
     window.tab_to("Move")
     page.keyboard.press("Enter")
-    window.until(f"{LONG} moved")
-    assert dict(store.look().routes["", LONG].targets) == {"support@2": 80, f"{LONG}@1": 20}
+    window.until(f"{ROUTE} moved")
+    assert dict(store.look().routes["", ROUTE].targets) == {"support@2": 80, f"{LONG}@1": 20}
     page.keyboard.press("r")
     window.until(f"10 % move from {LONG}@1 to support@2")
     window.tab_to("Roll back")
     page.keyboard.press("Enter")
     window.until("is as it was before")
-    assert dict(store.look().routes["", LONG].targets) == {"support@2": 90, f"{LONG}@1": 10}
-    routes.set_route(store, LONG, [("support@2", 90), (f"{LONG}@1", 10)], who="test")
+    assert dict(store.look().routes["", ROUTE].targets) == {"support@2": 90, f"{LONG}@1": 10}
+    routes.set_route(store, ROUTE, [("support@2", 90), (f"{LONG}@1", 10)], who="test")
 
 
 def test_doctor(window: Window, served: Served, tmp_path: Path) -> None:

@@ -130,4 +130,4 @@ def test_a_shadow_s_answer_stands_beside_the_one_that_was_sent(people: tuple[Win
     assert page.get_by_role("group", name="Adapters in memory").get_by_text(OTHER).count() == 1
     page.get_by_role("button", name="Remove shadowed").click()
     page.get_by_role("button", name="Remove it").click()
-    page.locator(".route").wait_for(state="detached")
+    page.locator(ROUTE).wait_for(state="detached")
