@@ -1,0 +1,107 @@
+"""From a sentence to an adapter in use, with the mouse: planned as it is typed, begun, watched, asked while it trains,
+paused, resumed, one of its steps used and another gone on from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.conftest import Window, seen_in
+from tests.studio.conftest import Served
+from tests.studio.lessons import parcel_rows
+from veneer.jobs.store import Job, JobStore
+from veneer.library.library import open_library
+
+ASKED = "document.querySelectorAll('.two .panel:not([aria-busy])').length === 2"
+PATIENCE = 300_000
+"""Milliseconds: a run is a process of its own that stands back behind all others."""
+CURVE = "document.querySelector('.chart svg')?.outerHTML"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return parcel_rows(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture
+def window(chromium: Any, training: Served) -> Iterator[Window]:
+    with seen_in(chromium, training.address) as made:
+        made.page.set_default_timeout(PATIENCE)
+        yield made
+
+
+@pytest.fixture
+def jobs(training: Served) -> Iterator[JobStore]:
+    with open_library(training.library) as library:
+        store = JobStore(library)
+        yield store
+        for job in store.jobs(None)[0]:
+            if job.state in ("queued", "running", "paused"):
+                store.cancel(None, job.id)
+
+
+def newest(jobs: JobStore) -> Job:
+    return jobs.jobs(None, limit=1)[0][0]
+
+
+def test_from_a_sentence_to_an_adapter_in_use(window: Window, training: Served, rows: Path, jobs: JobStore) -> None:
+    page = window.at("train").page
+    typed = page.get_by_label("What to teach")
+    sentence = f"teach {training.base} from {rows}, rank 2, 50,000 steps, hold out 4, call it parcels"
+    typed.fill(f"{sentence}, rnak 3")
+    window.until("did you mean `rank N`?")
+    assert page.get_by_role("button", name="Start").is_disabled()
+    typed.fill(f"{sentence}, checkpoint every 100 steps, score every 100 steps")
+    page.locator(".found li").first.wait_for()
+    assert "50,000 steps" in page.get_by_label("Plan", exact=True).inner_text()
+    assert page.locator("pre.sample mark").first.inner_text().startswith("Shelf")
+
+    page.get_by_role("button", name="Start").click()
+    window.heading("parcels")
+    page.wait_for_function(f"{CURVE} !== undefined")
+    drawn = page.evaluate(CURVE)
+    page.wait_for_function(f"was => {CURVE} !== was", arg=drawn)
+
+    page.wait_for_function("/^[0-9]+$/.test(document.querySelector('.talk select').value)")
+    page.locator(".talk").get_by_label("Prompt").fill("Where is parcel 3?")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.wait_for_function(ASKED)
+    assert newest(jobs).state == "running", "it was asked while it trained"
+
+    page.get_by_role("button", name="Pause").click()
+    page.locator(".chip.on", has_text="paused").wait_for()
+    page.reload()
+    page.get_by_role("button", name="Resume").click()
+    page.locator(".chip.on", has_text="running").wait_for()
+    rested = newest(jobs).step
+    page.wait_for_function(
+        """was => [...document.querySelectorAll('.figures .number')].some(
+        (at) => parseInt(at.textContent.replaceAll(',', '')) > was && / of 50,000/.test(at.textContent))""",
+        arg=rested,
+    )
+
+    page.get_by_role("link", name="Its steps").click()
+    window.heading("Steps of parcels")
+    page.wait_for_function("document.querySelectorAll('.asked .panel:not([aria-busy])').length >= 2")
+    assert page.locator(".chip.on", has_text="lowest").count() == 1
+    page.get_by_role("button", name="Use this one").last.click()
+    page.locator("dialog[open]").get_by_role("button", name="Use this one").click()
+    page.locator(".steps .chip.on", has_text="parcels@prod").wait_for()
+    (first,) = (point for point in jobs.checkpoints(None, newest(jobs).id) if point.step == 100)
+    with open_library(training.library) as library:
+        assert library.find("parcels@prod").digest == library.find(str(first.reference)).digest
+
+    page.get_by_role("button", name="Continue from here").last.click()
+    window.heading("Train")
+    assert f"go on from {first.reference}" in page.get_by_label("What to teach").input_value()
+    page.locator(".found li").first.wait_for()
+    page.get_by_role("button", name="Start").click()
+    window.heading("parcels")
+    assert newest(jobs).config["adapter"]["start"] == first.reference
+    page.get_by_role("button", name="Stop…").click()
+    page.locator("dialog[open]").get_by_role("button", name="Stop", exact=True).click()
+    page.locator(".chip.on", has_text="cancelled").wait_for()
+    assert page.locator("img[src='x']").count() == 0
