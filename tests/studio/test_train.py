@@ -76,7 +76,7 @@ def test_it_is_queued_with_what_lets_its_steps_be_asked(
 def test_a_run_is_drawn_from_what_it_said_and_obeys(studio: Served, lesson: Job, store: JobStore) -> None:
     with opened(f"{studio.address}/studio/run?job={lesson.id}") as window:
         page = html.unescape(str(window.elements))
-        for words in ("2 of 4", "500 MB", "40 a second", "<svg", "Held-out loss", "step 2", ESCAPED):
+        for words in ("2 of 4", "500 MB", "40 tokens a second", "<svg", "Held-out loss", "step 2", ESCAPED):
             assert words in page
         assert "<img src=x onerror" not in page
         window.press("Pause")

@@ -26,6 +26,12 @@ STEPS_TAG = "steps-of:"
 """How the tag of such an adapter begins, before its job."""
 
 
+def job_of_tag(tag: str) -> str:
+    """Of a tag that a job puts on its adapters, the job; "" of any other."""
+    kind, _, job = tag.partition(":")
+    return job if kind in ("job", "step-of", "steps-of") else ""
+
+
 def steps_name(job: Job) -> str:
     """What the checkpoints of a job are called in the library while it trains, each a version of it: a name of the
     job's own, so that nothing unfinished is ever the newest version of what the job makes."""

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from veneer.errors import AdapterError, ConfigError
-from veneer.jobs.checkpoints import STEPS_TAG
+from veneer.jobs.checkpoints import job_of_tag
 from veneer.library.describe import gain_of
 from veneer.library.names import parse_reference
 from veneer.library.queries import AdapterFamily, Version
@@ -37,9 +37,8 @@ async def adapter_view(page: ViewPage) -> None:
     with box("div", "row"):
         link("Compare with the base", page.link("compare", c=version.reference), "button filled", key="c")
         link("To the library", page.link(""), "button quiet")
-        for tag in version.tags:
-            if tag.startswith(STEPS_TAG):
-                link("The run that it is a step of", page.link("run", job=tag.removeprefix(STEPS_TAG)), "button quiet")
+        for job in dict.fromkeys(job_of_tag(tag) for tag in version.tags if job_of_tag(tag)):
+            link("The run that made it", page.link("run", job=job), "button quiet")
 
     with box("div", "split"):
         with box("div"):
@@ -140,7 +139,8 @@ def _names(page: ViewPage, version: Version, own: bool) -> None:
     with box("section", "panel stack"):
         heading("Names", 2)
         Fragment(
-            "names.html.j2", version=version, own=own,
+            "names.html.j2", aliases=version.aliases, own=own,
+            tags=[tag for tag in version.tags if not job_of_tag(tag)],
             acts={
                 "unalias": lambda data: change(
                     library.remove, f"{version.name}@{data['word']}", said=f"{data['word']} is no alias any more"

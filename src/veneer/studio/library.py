@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from veneer.errors import counted
-from veneer.jobs.checkpoints import STEPS_TAG
+from veneer.jobs.checkpoints import STEPS_TAG, job_of_tag
 from veneer.library.describe import card_picture, card_sample, gain_of
 from veneer.library.queries import Shelfful, Version
 from veneer.serve.tenancy.store import ALL
@@ -199,7 +199,7 @@ def _offer(picks: Mapping[str, Any], asked: _Asked, found: Shelfful) -> None:
     """Each choice has what there is, with how many, and stays away where there is nothing to choose."""
     for name, choice in picks.items():
         there = found.facets[name]
-        told = {value: _told(name, value) for value in list(there)[:100] if value}
+        told = {value: _told(name, value) for value in list(there)[:100] if value and not job_of_tag(value)}
         chosen = asked.picks[name]
         options = {"": "any"} | {value: f"{words} ({there[value]:,})" for value, words in told.items()}
         if chosen and chosen not in options:

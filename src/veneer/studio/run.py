@@ -111,7 +111,8 @@ class _Heard:
             before = f"{loss_text(first['validation_loss'])} before" if first["step"] == 0 else ""
             out.append(("Held-out loss", loss_text(last["validation_loss"]), before))
         if self.steps and "memory_bytes" in self.steps[-1]:
-            speed = f"{self.steps[-1].get('tokens_per_second', 0):,.0f} a second"
+            unit = "pictures" if of_pictures(job) else "tokens"
+            speed = f"{self.steps[-1].get('tokens_per_second', 0):,.0f} {unit} a second"
             out.append(("Memory", size(int(self.steps[-1]["memory_bytes"])), speed))
         left = ""
         recent = [float(each["seconds"]) for each in self.steps[-50:]]
