@@ -30,7 +30,7 @@ def test_from_nothing_to_a_canary(chromium: Any, kept: tuple[Path, Path], tmp_pa
         page.get_by_text("Teach it from parcels.jsonl").click()
         page.get_by_role("button", name="Start", exact=True).click()
         window.heading("parcels")
-        page.get_by_role("link", name="Choose among its steps").click()
+        page.get_by_role("link", name="Choose among its steps").click(timeout=600_000)  # two processes begin, and train
         page.get_by_role("button", name="Use this one").first.click()
         page.locator("dialog[open]").get_by_role("button", name="Use this one").click()
         page.get_by_text("parcels@prod", exact=True).wait_for()
