@@ -37,6 +37,7 @@ async def live_view(page: ViewPage) -> None:
             line("This server keeps no routes: it was started with keys of its own, or without a tenants' database.")
             Command(command("serve", studio=True, open=True, tenants="tenants.sqlite", base=page.studio.base))
         return
+    await page.studio.service.catalog.fresh()  # what a link wants to go live may have been kept just now
     await asyncio.to_thread(tenancy.store.look)
     view = _Live(page, tenancy)
     view.draw()
