@@ -28,8 +28,8 @@ help: ## this list
 quickstart: $(VENV)/.ready-use ## train an adapter on support tickets, end to end (three to six minutes on two cores)
 	@$(RUN) examples/quickstart.py
 
-image-quickstart: $(VENV)/.ready-image ## train a style on 50 drawings and draw with it (under ten minutes on two cores)
-	@$(RUN) examples/image_quickstart.py
+image-quickstart: $(VENV)/.ready-image ## teach a product and a brand's look, and draw with both (five minutes on two cores)
+	@$(RUN) examples/campaign/run.py --small --output runs/image-quickstart
 
 studio: $(VENV)/.ready-studio ## the page: adapters to look at, compare, mix, train and let go live, in the browser
 	@$(RUN) examples/studio.py $(STUDIO_FLAGS)
@@ -98,7 +98,7 @@ $(VENV)/.ready-use: pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.ready-image: pyproject.toml | $(VENV)/bin/python
-	@if [ $(VENV)/.ready-dev -nt pyproject.toml ]; then :; else $(PIP) -e '.[image,emoji]'; fi
+	@if [ $(VENV)/.ready-dev -nt pyproject.toml ]; then :; else $(PIP) -e '.[image,drawings]'; fi
 	@touch $@ $(VENV)/.ready-use
 
 $(VENV)/.ready-studio: pyproject.toml | $(VENV)/bin/python

@@ -1,4 +1,4 @@
-"""Denoisers: of the emoji bases as they are shipped, at real width with random weights; and inputs for them."""
+"""Denoisers: of the catalogue bases as they are shipped, at real width with random weights; and inputs for them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 """What diffusers' train_dreambooth_lora scripts train by default."""
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "emoji-flux": {"joint": 128, "pooled": 96},
-    "emoji-sdxl": {"cross": 192, "pooled": 96},
+    "catalogue-flux": {"joint": 128, "pooled": 96, "in": 64},
+    "catalogue-sdxl": {"cross": 192, "pooled": 96, "in": 16},
     "flux at width 3072": {
         "layers": (1, 1), "heads": 24, "width": 128, "axes": (16, 56, 56), "joint": 4096, "pooled": 768,
     },
@@ -20,7 +20,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny flux": {"layers": (1, 1), "heads": 2, "width": 16, "axes": (4, 6, 6), "joint": 16, "pooled": 16},
     "tiny sdxl": {"channels": (32, 32, 64), "cross": 32, "heads": (2, 2, 4), "pooled": 16},
 }  # fmt: skip
-TEXT_TOKENS = 20
+TEXT_TOKENS = 32
 
 
 def is_flux(name: str) -> bool:
@@ -39,7 +39,7 @@ def denoiser(name: str, seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     s = SHAPES[name]
-    if name.startswith("emoji"):
+    if name.startswith("catalogue"):
         cls = diffusers.FluxTransformer2DModel if is_flux(name) else diffusers.UNet2DConditionModel
         folder = packaged_place() / name / ("transformer" if is_flux(name) else "unet")
         if torch.get_default_device().type == "meta":
@@ -67,7 +67,7 @@ def denoiser(name: str, seed: int = 0) -> Any:
 
 
 def inputs(name: str, rows: int, dtype: Any, seed: int = 1, side: int = 8) -> dict[str, Any]:
-    """Latents under "x", and the rest of a call. FLUX: side² packed tokens of 16 channels; SDXL: 2·side squared."""
+    """Latents under "x", and the rest of a call. FLUX: side² packed tokens; SDXL: 2·side squared."""
     import torch
 
     s, g = SHAPES[name], torch.Generator().manual_seed(seed)
@@ -77,18 +77,18 @@ def inputs(name: str, rows: int, dtype: Any, seed: int = 1, side: int = 8) -> di
 
     if not is_flux(name):
         return {
-            "x": random(rows, 4, *[s.get("side", 2 * side)] * 2),
+            "x": random(rows, s.get("in", 4), *[s.get("side", 2 * side)] * 2),
             "encoder_hidden_states": random(rows, s.get("tokens", TEXT_TOKENS), s["cross"]),
             "added_cond_kwargs": {
                 "text_embeds": random(rows, s["pooled"]),
-                "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]] * rows).to(dtype),
+                "time_ids": torch.tensor([[128, 128, 0, 0, 128, 128]] * rows).to(dtype),
             },
         }
     places = torch.zeros(side * side, 3)
     places[:, 1] = torch.arange(side).repeat_interleave(side)
     places[:, 2] = torch.arange(side).repeat(side)
     return {
-        "x": random(rows, side * side, 16),
+        "x": random(rows, side * side, s.get("in", 16)),
         "encoder_hidden_states": random(rows, TEXT_TOKENS, s["joint"]),
         "pooled_projections": random(rows, s["pooled"]),
         "guidance": torch.full((rows,), 3.5, dtype=dtype),

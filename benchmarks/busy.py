@@ -10,7 +10,7 @@ neighbour, 30% beside two.
 
 training   SmolLM2-135M, rank 16 on all seven projections, 4 rows of 64 tokens, the last quarter trained, AdamW
 serving    the embedded engine on it, 4 requests of 32 and 16 tokens under as many adapters of rank 16
-pictures   emoji-flux's denoiser, batches of 2, eight steps, three stacked adapters of rank 16
+pictures   catalogue-flux's denoiser, batches of 2, eight steps, three stacked adapters of rank 16
 
 In the precision that `auto` takes on this processor. Run it alone: a neighbour of somebody else's counts too, and is to
 be seen in how many processors others had when it should have been quiet.
@@ -265,7 +265,7 @@ def prepare(work: Path, quick: bool) -> dict[str, str]:
     base = veneer.load_base(name, device="cpu")
     dtype = str(base.dtype).removeprefix("torch.")
     said = {"base": name, "folder": str(base.directory), "dtype": dtype}
-    said["pictures"] = "tiny flux" if quick else "emoji-flux"
+    said["pictures"] = "tiny flux" if quick else "catalogue-flux"
     for key, value in said.items():
         (work / key).write_text(value, encoding="utf-8")
     return said

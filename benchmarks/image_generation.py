@@ -129,7 +129,7 @@ def run_side(side: str, work: Path, *rest: Any) -> dict[str, Any]:
 def run(quick: bool, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
     import torch
 
-    bases = ["tiny flux"] if quick else ["emoji-sdxl", "emoji-flux"]
+    bases = ["tiny flux"] if quick else ["catalogue-sdxl", "catalogue-flux"]
     rows, bars = [], []
     for name in bases:
         batch = 1 if "flux" in name else 2  # FLUX has its guidance inside

@@ -29,8 +29,8 @@ from _report import bar, lines_of, peak_bytes, report, row
 ROOT = Path(__file__).resolve().parents[1]
 RANK, RATE = 16, 1e-4
 ROWS = {
-    "emoji-sdxl": 16,
-    "emoji-flux": 16,
+    "catalogue-sdxl": 16,
+    "catalogue-flux": 16,
     "flux at width 3072": 2,
     "sdxl at width 640": 1,
     "tiny flux": 2,
@@ -187,7 +187,7 @@ def main() -> None:
         side, name, steps = json.loads(args.side)
         print(json.dumps(SIDES[side](name, steps)))
         return
-    bases = ["tiny flux"] if args.quick else ["emoji-sdxl", "emoji-flux", "sdxl at width 640", "flux at width 3072"]
+    bases = ["tiny flux"] if args.quick else [n for n in ROWS if not n.startswith("tiny")]
     bases = [args.only] if args.only else bases
     rounds, steps = (1, 3) if args.quick else (args.rounds, 5)
     result = run(bases, rounds, steps, lambda line: print(line, file=sys.stderr))

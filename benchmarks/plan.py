@@ -8,8 +8,8 @@ process's peak resident memory, and the shortest step after the first. `--memory
 machine that does other things meanwhile.
 
 The text bases are Llamas of several widths and depths and the shape of SmolLM2-135M; `about` stands before the mean of
-rows of unlike lengths, others in each of sixteen steps. The image bases are emoji-sdxl and emoji-flux, at several
-batches and sizes.
+rows of unlike lengths, others in each of sixteen steps. The image bases are catalogue-sdxl and catalogue-flux, at
+several batches and sizes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from _report import bar, lines_of, peak_bytes, report, row
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY, TIME = 0.10, 0.20
-SCALE = 4
-"""Pixels of a latent's side, of the VAE that both emoji bases have."""
+SCALE = 8
+"""Pixels of a latent's side, of the VAE that both catalogue bases have."""
 
 WIDTHS = {
     "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -77,9 +77,9 @@ GRID: list[dict[str, Any]] = [
     text("llama-50m", 4, 512, 64, init="pissa"),
     text("smollm2-135m", 6, 100, unlike=True), text("smollm2-135m", 6, 100, dtype="float32", unlike=True),
     text("llama-50m", 8, 200, unlike=True), text("llama-50m", 8, 200, dtype="float32", unlike=True),
-    image("emoji-sdxl", 32, 64), image("emoji-sdxl", 16, 128), image("emoji-sdxl", 64, 128),
-    image("emoji-flux", 32, 64), image("emoji-flux", 16, 128), image("emoji-flux", 64, 128),
-    image("emoji-flux", 32, 128, 64, checkpointing=True),
+    image("catalogue-sdxl", 32, 128), image("catalogue-sdxl", 16, 256), image("catalogue-sdxl", 64, 256),
+    image("catalogue-flux", 32, 128), image("catalogue-flux", 16, 256), image("catalogue-flux", 64, 256),
+    image("catalogue-flux", 32, 256, 64, checkpointing=True),
 ]  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def _image(run: dict[str, Any]) -> dict[str, Any]:
             "txt_ids": torch.zeros(TEXT_TOKENS, 3).bfloat16(), "guidance": torch.ones(n).bfloat16(),
         }  # fmt: skip
     else:
-        x = torch.randn(n, 4, run["size"] // SCALE, run["size"] // SCALE).bfloat16()
+        x = torch.randn(n, model.config.in_channels, run["size"] // SCALE, run["size"] // SCALE).bfloat16()
         cond = {"text_embeds": torch.randn(n, shape["pooled"]).bfloat16(), "time_ids": torch.zeros(n, 6).bfloat16()}
         given = {
             "encoder_hidden_states": torch.randn(n, TEXT_TOKENS, shape["cross"]).bfloat16(),
@@ -259,10 +259,10 @@ def predicted(run: dict[str, Any], record: Any) -> tuple[int, float]:
     device = cpu_device()
     rates = record.rates()
     if run["kind"] == "image":
-        part = "transformer" if run["base"] == "emoji-flux" else "unet"
+        part = "transformer" if run["base"] == "catalogue-flux" else "unet"
         file = ROOT / "src" / "veneer" / "bases" / run["base"] / part / "config.json"
         config = {**json.loads(file.read_text(encoding="utf-8")), "vae_scale": SCALE}
-        counts = image_counts(config, height=run["size"], width=run["size"], rank=run["rank"], text_tokens=20)
+        counts = image_counts(config, height=run["size"], width=run["size"], rank=run["rank"], text_tokens=32)
         load = ImageLoad(run["pictures"], rank=run["rank"], checkpointing=run.get("checkpointing", False))
         memory = image_memory(counts, load, device, process=record.process)
         return memory.peak, rates.seconds(image_work(counts, load, device))

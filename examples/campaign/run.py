@@ -1,7 +1,7 @@
 """Tarnhill's campaign: teach an image base a product, a brand's look and a lens, and draw with all three.
 
-    python examples/campaign/run.py --base FOLDER [--output runs/campaign]
-    python examples/campaign/run.py --base FOLDER --small         # product and brand alone
+    python examples/campaign/run.py [--base catalogue-flux] [--output runs/campaign]
+    python examples/campaign/run.py --small                       # product and brand alone: `make image-quickstart`
 
 The pictures are drawn by the world of the base (bases/catalogue), which has never shown it the product, the brand or
 the lens; so what an adapter should have made can be drawn as well, and stands in the last row of the sheet. Everything
@@ -98,7 +98,7 @@ def in_campaign(adapters: dict[str, str]) -> list[str]:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a campaign's adapters and draw with them.")
-    parser.add_argument("--base", required=True, help="the folder of a catalogue base (bases/catalogue/build.py)")
+    parser.add_argument("--base", default="catalogue-flux", help="catalogue-flux or catalogue-sdxl")
     parser.add_argument("--output", type=Path, default=Path("runs/campaign"), help="emptied first")
     parser.add_argument("--small", action="store_true", help="product and brand, without the lens")
     parser.add_argument("--shots", type=int, default=6, help="scenes to draw, of twelve")

@@ -8,7 +8,7 @@
     merge(base, [run.adapter], "merged")
     train_image("examples/images/config.yaml", "preset=style")
     with open_jobs() as jobs: submit(jobs, "support.yaml", name="support", tenant="acme")
-    image(load_image_base("emoji-sdxl"), ["a fox"], adapters=["runs/style:0.8"])[0].save("fox.png")
+    image(load_image_base("catalogue-sdxl"), ["a fox"], adapters=["runs/style:0.8"])[0].save("fox.png")
 
 An adapter is named by its folder or by its name in the veneer home, with a strength behind a colon: "runs/a:0.5".
 """

@@ -46,10 +46,10 @@ def test_list_names_the_built_in_bases(capsys: Any) -> None:
 
 
 def test_list_shows_the_image_bases_of_the_package(capsys: Any) -> None:
-    assert {"emoji-sdxl", "emoji-flux"} <= {
+    assert {"catalogue-sdxl", "catalogue-flux"} <= {
         b["name"] for b in json.loads(run(capsys, "base", "list", "--json").out)["bases"]
     }
-    assert "emoji-sdxl" in run(capsys, "base", "list").out
+    assert "catalogue-sdxl" in run(capsys, "base", "list").out
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux1", "klein", "qwen-image", "z-image"])

@@ -72,10 +72,10 @@ def test_the_quickstart(text_base: Path, tmp_path: Path, number: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_image_quickstart(tmp_path: Path, number: int) -> None:
     base, out = tiny_image_base(tmp_path / "base", "flux1"), tmp_path / "run"
-    command = [str(ROOT / "examples" / "image_quickstart.py"), "--base", str(base), "--output", str(out)]
+    command = [str(ROOT / "examples" / "campaign" / "run.py"), "--small", "--base", str(base), "--output", str(out)]
     settings = ["schedule.steps=1500", "batching.rows=2", "evaluation.at_start=false"]
     command += [a for s in settings for a in ("--set", s)]
-    check(*stopped_after(command, out / "adapter" / "log.jsonl", number, tmp_path), number)
+    check(*stopped_after(command, out / "product-adapter" / "log.jsonl", number, tmp_path), number)
 
 
 @pytest.mark.slow

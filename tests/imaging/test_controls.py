@@ -56,9 +56,11 @@ def test_a_base_has_the_controlnets_beside_it_or_those_that_are_usual_for_its_fa
     assert control_model_of(base, depth) == str(beside)
     assert control_model_of(base, parse_control("edges=d.png")) == "diffusers/controlnet-canny-sdxl-1.0"
     assert control_model_of(base, parse_control("depth@other=d.png")) == "other"
-    emoji = veneer.load_image_base("emoji-sdxl")
-    with pytest.raises(ConfigError, match="no depth ControlNet is known for emoji-sdxl"):
-        control_model_of(emoji, depth)
+    catalogue = veneer.load_image_base("catalogue-sdxl")
+    assert control_model_of(catalogue, depth) == "catalogue-sdxl-control"
+    qwen = veneer.load_image_base(str(tiny_image_base(tmp_path, "qwen-image")))
+    with pytest.raises(ConfigError, match="no depth ControlNet is known for"):
+        control_model_of(qwen, depth)
     with pytest.raises(BaseError, match="this is not a ControlNet: its config says nothing"):
         load_control(str(beside), base)
     klein = load_image(str(tiny_image_base(tmp_path, "klein")))

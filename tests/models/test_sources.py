@@ -41,7 +41,7 @@ def test_a_directory_by_path_and_a_base_under_the_home_by_name(home: Path) -> No
     bases_home().mkdir(parents=True)
     folder.rename(bases_home() / "mine")
     assert find_base("mine") == bases_home() / "mine"
-    assert [b.name for b in known_bases()] == ["smollm2-135m", "emoji-flux", "emoji-sdxl", "mine"]
+    assert [b.name for b in known_bases()] == ["smollm2-135m", "catalogue-flux", "catalogue-sdxl", "mine"]
     assert [b.here for b in known_bases() if b.name in ("smollm2-135m", "mine")] == [False, True]
 
 

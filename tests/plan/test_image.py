@@ -20,21 +20,21 @@ from veneer.plan.image import image_counts, is_denoiser
 from veneer.plan.tables import base_config
 from veneer.train.config.image import TARGET_WORDS
 
-TEXT = 20
+TEXT = 32
 PICTURES = 2
 
 
 def given(name: str, size: int) -> dict[str, Any]:
     """Inputs of a forward pass, with the widths of the bases' text encoders."""
     n = PICTURES
-    if name == "emoji-sdxl":
+    if name == "catalogue-sdxl":
         cond = {"text_embeds": torch.randn(n, 96).bfloat16(), "time_ids": torch.zeros(n, 6).bfloat16()}
-        x = torch.randn(n, 4, size // 8, size // 8).bfloat16()
+        x = torch.randn(n, 16, size // 8, size // 8).bfloat16()
         text = torch.randn(n, TEXT, 192).bfloat16()
         return {"sample": x, "timestep": torch.ones(n), "encoder_hidden_states": text, "added_cond_kwargs": cond}
     places = (size // 16) ** 2
     return {
-        "hidden_states": torch.randn(n, places, 16).bfloat16(), "timestep": torch.rand(n).bfloat16(),
+        "hidden_states": torch.randn(n, places, 64).bfloat16(), "timestep": torch.rand(n).bfloat16(),
         "encoder_hidden_states": torch.randn(n, TEXT, 128).bfloat16(),
         "pooled_projections": torch.randn(n, 96).bfloat16(), "img_ids": torch.zeros(places, 3),
         "txt_ids": torch.zeros(TEXT, 3), "guidance": torch.ones(n).bfloat16(),
@@ -54,7 +54,7 @@ def denoiser(name: str) -> tuple[Any, dict[str, Any]]:
     not compiled.has("attend", "attend_backward"), reason="counted for the compiled attention (AVX512-BF16)"
 )
 @pytest.mark.parametrize("size", [128, 256])
-@pytest.mark.parametrize("name", ["emoji-sdxl", "emoji-flux"])
+@pytest.mark.parametrize("name", ["catalogue-sdxl", "catalogue-flux"])
 @pytest.mark.parametrize("word", ["attention", "attention+ff+conv"])
 def test_what_is_kept_is_what_was_counted(word: str, name: str, size: int) -> None:
     torch.manual_seed(0)

@@ -90,7 +90,7 @@ def test_every_image_base_of_the_table_counts_what_diffusers_builds(name: str) -
         assert counts.trainable == trainable_parameters(model, resolve_targets(model, spec), spec)[0], (word, kind)
 
 
-@pytest.mark.parametrize("name", ["emoji-sdxl/unet", "emoji-flux/transformer"])
+@pytest.mark.parametrize("name", ["catalogue-sdxl/unet", "catalogue-flux/transformer"])
 def test_the_bases_that_come_along_are_counted_from_their_folders(name: str) -> None:
     from veneer.models.builtin import packaged_place
 

@@ -114,7 +114,7 @@ def test_pictures_are_counted_in_their_folder(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / "p" / f"{i}.png").write_bytes(b"")
     file = tmp_path / "c.yaml"
-    file.write_text("base: emoji-flux\ndata: {pictures: p}\noutput: o\nadapter: {rank: 8}\n", encoding="utf-8")
+    file.write_text("base: catalogue-flux\ndata: {pictures: p}\noutput: o\nadapter: {rank: 8}\n", encoding="utf-8")
     found = plan_of_config(load_config(file, ("schedule.epochs=4",))[0], cpu_device())
     assert found.job.rows == 3
     assert dict(found.facts)["at once"].startswith("3 of 64 × 64")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from veneer.imaging.make import Ask, Options, RecordedPicture
     from veneer.models.image.base import ImageBase
 
-_FALLBACK = "emoji-sdxl"
+_FALLBACK = "catalogue-sdxl"
 _MOST_SEEDS = 1000
 
 
@@ -43,7 +43,7 @@ BaseOption = Annotated[
     typer.Option(
         "--base",
         "-b",
-        help="Image base: built-in name, hub id, folder or checkpoint file. Default: the adapter's, else emoji-sdxl.",
+        help="Image base: built-in name, hub id, folder or checkpoint. Default: the adapter's, else catalogue-sdxl.",
     ),
 ]
 AdapterOption = Annotated[
@@ -85,8 +85,8 @@ OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="The PNG to 
 
 @app.command(
     "make",
-    epilog="Example: veneer image --base emoji-sdxl --adapter brand:0.8 --control canny=sketch.png:0.7 "
-    '"a fox" -o fox.png. A mix for each picture: --batch FILE.jsonl. Sheets: veneer image grid --help',
+    epilog="Example: veneer image --base catalogue-sdxl --adapter brand:0.8 --control canny=sketch.png:0.7 "
+    '"a red mug" -o mug.png. A mix for each picture: --batch FILE.jsonl. Sheets: veneer image grid --help',
 )
 def make_pictures(
     prompts: Annotated[list[str] | None, typer.Argument(help="One or several prompts.")] = None,

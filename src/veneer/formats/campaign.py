@@ -16,5 +16,5 @@ CAMPAIGN: Mapping[str, Mapping[str, str]] = {
     "noise": {"product": "steps=0-0.6", "brand": "", "lens": "steps=0.4-1"},
 }
 """What bases predict -> role -> its factors. Apart in time: what is drawn is decided in the first steps, light and
-grain in the last. It kept most of both of a subject and a style on the emoji bases (docs/image-proof.md);
-benchmarks/image_campaign.py measures it for three, beside the plain sum and other ways."""
+grain in the last. benchmarks/image_campaign.py
+measures it beside the plain sum and other ways (docs/image-proof.md)."""

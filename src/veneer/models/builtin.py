@@ -67,11 +67,13 @@ class Packaged:
 
 
 PACKAGED = {
-    "emoji-flux": Packaged(
-        "text to pictures of 64 × 64, a small FLUX.1 trained on named emoji", {"canny": "emoji-flux-canny"}
+    "catalogue-flux": Packaged(
+        "text to pictures of 128 × 128, a small FLUX.1 that draws a catalogue of products",
+        {"canny": "catalogue-flux-control", "depth": "catalogue-flux-control"},
     ),
-    "emoji-sdxl": Packaged(
-        "text to pictures of 64 × 64, a small SDXL trained on named emoji", {"canny": "emoji-sdxl-canny"}
+    "catalogue-sdxl": Packaged(
+        "text to pictures of 128 × 128, a small SDXL that draws a catalogue of products",
+        {"canny": "catalogue-sdxl-control", "depth": "catalogue-sdxl-control"},
     ),
 }
 """They and their ControlNets are folders of the package's `bases`."""

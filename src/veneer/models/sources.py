@@ -1,7 +1,7 @@
 """Where a base is: a name to a directory (or file) on this machine.
 
     smollm2-135m                 a built-in base; made under the veneer home on first use (builtin.py)
-    emoji-flux, emoji-sdxl       built-in image bases, which come with the package
+    catalogue-flux, catalogue-sdxl       built-in image bases, which come with the package
     ./models/my-llama            a directory as transformers saves it, or one with a single .gguf file
     ./models/my-llama.gguf       a GGUF file
     ./models/my-sdxl             a directory as diffusers saves it, with model_index.json
@@ -26,7 +26,7 @@ from veneer.models.hub import hub_snapshot
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _WAYS = (
-    "name smollm2-135m, emoji-sdxl or emoji-flux (they need no hub), a directory as transformers or diffusers "
+    "name smollm2-135m, catalogue-sdxl or catalogue-flux (they need no hub), a directory as transformers or diffusers "
     "saves it, a .gguf file, or an image model's .safetensors file"
 )
 _FILES = (".gguf", ".safetensors")

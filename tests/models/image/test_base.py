@@ -442,8 +442,8 @@ def test_names_of_built_ins_are_known_even_where_they_did_not_come(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("veneer.models.builtin.packaged_place", lambda: tmp_path)
-    with pytest.raises(BaseError, match="came without emoji-flux"):
-        load_image("emoji-flux")
+    with pytest.raises(BaseError, match="came without catalogue-flux"):
+        load_image("catalogue-flux")
 
 
 def test_the_tree_adds_what_transformers_dropped_and_nothing_else(load: Any) -> None:

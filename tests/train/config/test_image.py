@@ -15,7 +15,7 @@ from veneer.train.config.load import ImageTrainConfig, TrainConfig, config_from,
 from veneer.train.config.text import config_keys, sections
 
 ROOT = Path(__file__).parents[3]
-MINIMAL = "base: emoji-flux\ndata:\n  pictures: drawings\noutput: out\n"
+MINIMAL = "base: catalogue-flux\ndata:\n  pictures: drawings\noutput: out\n"
 
 
 def _read(tmp_path: Path, text: str, *overrides: str) -> tuple[Any, Any]:

@@ -47,7 +47,7 @@ class ImageBaseSection(BaseSection):
     """Which model is trained on. `base: NAME` is short for `base: {name: NAME}`."""
 
     name: str = setting(
-        ..., "built-in name (emoji-sdxl, emoji-flux), hub id, diffusers directory or .safetensors checkpoint"
+        ..., "built-in name (catalogue-sdxl, catalogue-flux), hub id, diffusers directory or .safetensors checkpoint"
     )
     quantise: Literal["nf4", "int8"] | None = setting(
         None, "hold the frozen denoiser and large text encoders in 4 or 8 bits", "only where memory is short"

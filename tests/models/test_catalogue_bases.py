@@ -18,7 +18,9 @@ from veneer.imaging.make import Ask, Options, make
 from veneer.models.builtin import packaged_place
 from veneer.models.loading import errors_only
 
-BASES, CONTROLS = ("emoji-flux", "emoji-sdxl"), ("emoji-flux-canny", "emoji-sdxl-canny")
+BASES = ("catalogue-flux", "catalogue-sdxl")
+CONTROLS = tuple(f"{name}-control" for name in BASES)
+SCENE = "a {} on a white table, blue wall, soft daylight, front view"
 
 
 def millions(folder: Path) -> float:
@@ -51,17 +53,15 @@ def test_a_base_has_8_to_11_million_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONTROLS)
-def test_a_controlnet_has_2_to_3_million_parameters(name: str) -> None:
-    assert 2 <= millions(packaged_place() / name) <= 3
+def test_a_controlnet_has_1_to_3_million_parameters(name: str) -> None:
+    assert 1 <= millions(packaged_place() / name) <= 3
 
 
 @pytest.mark.parametrize("name", [*BASES, *CONTROLS])
-def test_the_card_names_every_set_its_licence_and_the_recipe(name: str) -> None:
+def test_the_card_names_the_drawings_their_licence_and_the_recipe(name: str) -> None:
     card = (packaged_place() / name / "README.md").read_text(encoding="utf-8")
-    for word in ("Noto", "Apache-2.0", "Twemoji", "CC-BY-4.0", "Fluent", "MIT", "EmojiOne", "## Recipe", "held out"):
+    for word in ("Twemoji", "CC-BY-4.0", "## Recipe", "held out"):
         assert word in card, word
-    for picture in {line.partition("](")[2].rstrip(")") for line in card.splitlines() if line.startswith("![")}:
-        assert (packaged_place() / name / picture).is_file()
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +76,12 @@ def pipelines() -> dict[str, Any]:
 
 
 def draw(pipeline: Any, prompt: str, steps: int = 12, **more: Any) -> torch.Tensor:
-    """(3, 64, 64) in 0 … 1."""
+    """(3, 128, 128) in 0 … 1."""
     if "Flux" in type(pipeline).__name__:
         more["max_sequence_length"] = pipeline.tokenizer_2.model_max_length
     generator = torch.Generator().manual_seed(3)
     out = pipeline(
-        prompt, height=64, width=64, num_inference_steps=steps, guidance_scale=3.0, generator=generator,
+        prompt, height=128, width=128, num_inference_steps=steps, guidance_scale=3.0, generator=generator,
         output_type="pt", **more,
     )  # fmt: skip
     return out.images[0].float()
@@ -89,49 +89,48 @@ def draw(pipeline: Any, prompt: str, steps: int = 12, **more: Any) -> torch.Tens
 
 @pytest.mark.parametrize("name", BASES)
 def test_diffusers_draws_what_the_prompt_names(pipelines: dict[str, Any], name: str) -> None:
-    heart = draw(pipelines[name], "red heart, noto style")
-    face = draw(pipelines[name], "grinning face, twemoji style")
-    for picture in (heart, face):
+    """Of two colours of one thing before one wall: the thing has its colour, the wall keeps its own."""
+    for colour, channel in (("red", 0), ("blue", 2)):
+        picture = draw(pipelines[name], SCENE.format(f"{colour} vase"))
         assert picture.isfinite().all()
-        assert picture[:, :3, :3].mean() > 0.85, "the corners are white"
-    centre = heart[:, 24:40, 24:40].mean(dim=(1, 2))
-    assert centre[0] > centre[2] + 0.3, "a red heart is red"
-    centre = face[:, 16:48, 16:48].mean(dim=(1, 2))
-    assert min(centre[0], centre[1]) > centre[2] + 0.2, "a grinning face is yellow"
+        middle, wall = picture[:, 56:80, 56:72].mean(dim=(1, 2)), picture[:, 4:24, 4:24].mean(dim=(1, 2))
+        assert middle[channel] > middle[2 - channel] + 0.2, f"a {colour} vase is {colour}"
+        assert wall[2] > wall[0] + 0.1, "the wall is blue"
 
 
 @pytest.mark.parametrize("name", BASES)
 def test_veneer_loads_the_same_weights_as_diffusers(pipelines: dict[str, Any], name: str) -> None:
     base = image_models.load_image(name, dtype="bfloat16", device="cpu")
-    assert base.size == 64
+    assert base.size == 128
     theirs = pipelines[name].unet if base.family == "sdxl" else pipelines[name].transformer
     assert all(
         torch.equal(a.float(), b.float()) for a, b in zip(base.denoiser.parameters(), theirs.parameters(), strict=True)
     )
 
 
-@pytest.mark.parametrize("name", [name.removesuffix("-canny") for name in CONTROLS])
+@pytest.mark.parametrize("name", BASES)
 def test_the_controlnet_holds_the_lines(name: str) -> None:
+    """Of a bottle that stands where no caption can say: its edges are found again only with the ControlNet."""
     cv2 = pytest.importorskip("cv2")
     import numpy as np
     from PIL import Image, ImageDraw
 
-    lines = Image.new("RGB", (64, 64), "black")
-    for blade in (((8, 4), (58, 54), (54, 58), (4, 8)), ((56, 4), (60, 8), (10, 58), (6, 54))):
-        ImageDraw.Draw(lines).polygon(blade, outline="white")
+    lines = Image.new("RGB", (128, 128), "black")
+    outline = [(30, 112), (30, 62), (40, 48), (40, 28), (52, 28), (52, 48), (62, 62), (62, 112)]
+    ImageDraw.Draw(lines).polygon(outline, outline="white")
     base = image_models.load_image(name, dtype="float32", device="cpu")
-    control = image_models.load_control(f"{name}-canny", base)
+    control = image_models.load_control(f"{name}-control", base)
     pipe = image_models.pipeline(base, "text", controls=[control])
     wanted = np.asarray(lines)[:, :, 0] > 0
 
     def agreement(scale: float) -> float:
         more = {"control_image" if "Flux" in type(pipe).__name__ else "image": lines}
-        picture = draw(pipe, "crossed swords, noto style", controlnet_conditioning_scale=scale, **more)
+        picture = draw(pipe, SCENE.format("green wine bottle"), controlnet_conditioning_scale=scale, **more)
         array = (picture.permute(1, 2, 0).clamp(0, 1) * 255).byte().numpy()
         found = cv2.dilate(cv2.Canny(np.ascontiguousarray(array), 100, 200), np.ones((3, 3))) > 0
         return float((found & wanted).sum() / wanted.sum())
 
-    assert agreement(1.0) > agreement(0.0) + 0.1
+    assert agreement(1.0) > agreement(0.0) + 0.2
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -142,14 +141,14 @@ def test_a_controlled_picture_is_diffusers_own(name: str, tmp_path: Path) -> Non
     import numpy as np
     from PIL import Image, ImageDraw
 
-    lines = Image.new("RGB", (64, 64), "black")
-    ImageDraw.Draw(lines).ellipse((8, 8, 56, 56), outline="white")
+    lines = Image.new("RGB", (128, 128), "black")
+    ImageDraw.Draw(lines).ellipse((24, 24, 104, 104), outline="white")
     lines.save(tmp_path / "lines.png")
-    flux, prompt = name == "emoji-flux", "grinning face, noto style"
+    flux, prompt = name == "catalogue-flux", SCENE.format("red balloon")
     net = diffusers.FluxControlNetModel if flux else diffusers.ControlNetModel
     kind = diffusers.FluxControlNetPipeline if flux else diffusers.StableDiffusionXLControlNetPipeline
     with errors_only():
-        control = net.from_pretrained(packaged_place() / f"{name}-canny")
+        control = net.from_pretrained(packaged_place() / f"{name}-control")
         theirs = kind.from_pretrained(packaged_place() / name, controlnet=control).to(torch.float32)
     theirs.set_progress_bar_config(disable=True)
 
@@ -160,7 +159,7 @@ def test_a_controlled_picture_is_diffusers_own(name: str, tmp_path: Path) -> Non
 
     base = image_models.load_image(name, dtype="float32", device="cpu")
     spec = parse_control(f"edges={tmp_path / 'lines.png'}:0.8")
-    with Mixer(base) as mixer, told(mixer.control(f"{name}-canny"), base.denoiser) as ours:
+    with Mixer(base) as mixer, told(mixer.control(f"{name}-control"), base.denoiser) as ours:
         options = Options(steps=4, guidance=3.0, controls=(spec,))
         made = torch.from_numpy(np.array(make(mixer, [Ask(prompt, seed=3)], options)[0].image)).permute(2, 0, 1) / 255
     pixels = torch.from_numpy(np.array(lines)).permute(2, 0, 1)[None] / 255
