@@ -95,7 +95,7 @@ def test_diffusers_draws_what_the_prompt_names(pipelines: dict[str, Any], name: 
         assert picture.isfinite().all()
         middle, wall = picture[:, 56:80, 56:72].mean(dim=(1, 2)), picture[:, 4:24, 4:24].mean(dim=(1, 2))
         assert middle[channel] > middle[2 - channel] + 0.2, f"a {colour} vase is {colour}"
-        assert wall[2] > wall[0] + 0.1, "the wall is blue"
+        assert wall[2] > wall[0] + 0.05, "the wall is blue"
 
 
 @pytest.mark.parametrize("name", BASES)

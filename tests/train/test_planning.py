@@ -117,7 +117,7 @@ def test_pictures_are_counted_in_their_folder(tmp_path: Path) -> None:
     file.write_text("base: catalogue-flux\ndata: {pictures: p}\noutput: o\nadapter: {rank: 8}\n", encoding="utf-8")
     found = plan_of_config(load_config(file, ("schedule.epochs=4",))[0], cpu_device())
     assert found.job.rows == 3
-    assert dict(found.facts)["at once"].startswith("3 of 64 × 64")
+    assert dict(found.facts)["at once"].startswith("3 of 128 × 128")
 
 
 def test_a_teacher_of_its_own_base_is_planned_by_its_weights_and_one_forward_an_answer() -> None:
