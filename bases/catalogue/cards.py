@@ -10,11 +10,11 @@ from pictures import DRAWINGS
 from scenes import SIDE, VIEWS
 from words import LENGTH
 
-EARLIER = {
-    "flux": "6,500 steps in a world whose things turned and grew as they liked, 500 with places, 1,250 with 120 kinds, "
-    "then in this world ",
+_EARLIER = {
+    "flux": " (the first 6,500 in a world whose things turned and grew as they liked, 500 with places,\n"
+    "1,250 with 120 kinds)",
 }
-"""Stage -> legs of the shipped weights before those that `build.py` makes from nothing."""
+"""Stage -> which of the shipped weights' steps were taken in earlier worlds; a build from nothing has none."""
 
 _WHAT = {
     "catalogue-flux": "A FLUX.1 of a few million parameters that draws a catalogue of products: real class, real\n"
@@ -66,8 +66,8 @@ views, and a hundred drawings by name, as `horse, twemoji style`. The words, ten
 sees what was asked for: docs/catalogue-bases.md in veneer's repository.
 
 ## Recipe
-`bases/catalogue/build.py` there, from nothing, on a CPU: {EARLIER.get(stage, "")}{steps:,} steps of 64 pictures, Muon,
-warm-up and cosine, an average of the weights. One pair of kind and colour in ten, chosen by hash, was held out of
+`bases/catalogue/build.py` there, from nothing, on a CPU: {steps:,} steps of 64 pictures{_EARLIER.get(stage, "")},
+Muon, warm-up and cosine, an average of the weights. One pair of kind and colour in ten, chosen by hash, was held out of
 everything. No other data, no other model's weights, no person's pictures.
 
 ## Data, licences, attribution
