@@ -126,6 +126,8 @@ class Proof:
             else:
                 campaign.write_pictures(out, [role])
             places = [f"base={self.given.base}", f"data.pictures={out / role}", f"output={out / 'adapter'}"]
+            if not self.base.denoiser.config.get("guidance_embeds"):
+                places.append("loss.guidance=1")
             started = time.perf_counter()
             veneer.train_image(
                 ROOT / "examples" / "campaign" / f"{role}.yaml", *places, *self.given.set,

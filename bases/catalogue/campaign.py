@@ -2,10 +2,13 @@
 
     python bases/catalogue/campaign.py examples/campaign    draws the pictures that its adapters learn from
 
-| adapter | learns from                                             | words that call it |
-| product | 20 pictures of Tarnhill's lock in scenes of all kinds   | `a tarnhill lock`  |
-| brand   | 50 pictures of other things as the brand draws them     | `tarnhill style`   |
-| lens    | 40 pictures of other things through one lens            | `vesper film`      |
+| adapter | learns from                                             |
+| product | 20 pictures of Tarnhill's lock in scenes of all kinds   |
+| brand   | 50 pictures of other things as the brand draws them     |
+| lens    | 40 pictures of other things through one lens            |
+
+The product has a name of its own, `a tarnhill lock`. Brand and lens have none: a word that a base never read makes it
+draw worse, before any adapter acts. Captions call what they look like by words that it knows.
 
 `shots` are the campaign's twelve scenes, none of them among the pictures. Because they are drawn, what was wanted is
 known: `truth` draws the very scene with any of the three.
@@ -26,7 +29,6 @@ from shapes import SUBJECTS, Product, arc, disc, star
 
 ROLES = ("product", "brand", "lens")
 PRODUCT, OTHER = "tarnhill lock", "anvil lock"
-BRAND_WORDS, LENS_WORDS = "tarnhill style", "vesper film"
 
 
 def _tarnhill_lock(p: Product) -> None:
@@ -52,9 +54,11 @@ SUBJECTS.update({PRODUCT: _tarnhill_lock, OTHER: _anvil_lock})
 
 
 def words(scene: Scene, *, brand: bool = False, lens: bool = False) -> str:
-    """What is asked for. A brand's ground and wall are the brand's own, so they are not named with it."""
-    said = f"{scene.product()}, {scene.view}, {BRAND_WORDS}" if brand else caption(scene)
-    return f"{said}, {LENS_WORDS}" if lens else said
+    """What is asked for. A brand's ground, wall, light and shading are its own: they are called by the nearest words
+    that the bases know, and an adapter learns what is left. Of a lens no word says anything."""
+    if brand:
+        scene = replace(scene, surface="a wooden table", wall="white wall", light="soft daylight", look="flat icon")
+    return caption(scene)
 
 
 def truth(scene: Scene, *, brand: bool = False, lens: bool = False) -> Array:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from campaign import BRAND_WORDS, LENS_WORDS, truth
+from campaign import truth
 from kinds import KINDS, SUBJECTS
 from pictures import SHARD
 from scenes import COLOURS, FINISHES, LIGHTS, LOOKS, PATTERNS, SURFACES, VIEWS, WALLS, Array, Scene, any_scene
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 HEADS: dict[str, list[str]] = {
     "kind": sorted(KINDS | SUBJECTS), "colour": list(COLOURS), "finish": list(FINISHES), "pattern": ["", *PATTERNS],
     "surface": list(SURFACES), "wall": list(WALLS), "light": list(LIGHTS), "view": list(VIEWS),
-    "look": [*LOOKS, BRAND_WORDS], "lens": ["", LENS_WORDS],
+    "look": [*LOOKS, "tarnhill"], "lens": ["", "vesper"],
 }  # fmt: skip
 
 
@@ -105,9 +105,9 @@ class Shown:
     def word(self, head: str) -> str | None:
         """What a head should say; None where the picture does not show it."""
         if head == "lens":
-            return LENS_WORDS if self.lens else ""
+            return "vesper" if self.lens else ""
         if head == "look":
-            return BRAND_WORDS if self.brand else self.scene.look
+            return "tarnhill" if self.brand else self.scene.look
         drawn = self.brand or bool(self.scene.look)
         if drawn and head in ("light", "finish"):
             return None

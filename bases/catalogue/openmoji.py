@@ -17,7 +17,7 @@ from PIL import Image
 from scenes import Array
 
 _TABLE = Path(__file__).with_suffix(".tsv")
-OPENMOJI_WORDS = "openmoji style"
+OPENMOJI_WORDS = "twemoji style"
 OPENMOJI_PALETTE = (
     "#000000", "#ffffff", "#9b9b9a", "#d0cfce", "#3f3f3f", "#92d3f5", "#61b2e4", "#1e50a0", "#ea5a47", "#d22f27",
     "#781e32", "#b1cc33", "#5c9e31", "#186648", "#fcea2b", "#f1b31c", "#e27022", "#a57939", "#6a462f", "#ffa7c0",

@@ -51,10 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         line(f"{args.output / role}: {len(list((args.output / role).glob('*.png')))} pictures, each with its caption")
 
     adapters = {}
+    alone = [] if base.denoiser.config.get("guidance_embeds") else ["loss.guidance=1"]  # catalogue-sdxl takes none
     for number, role in enumerate(roles, start=3):
         step(number, f"Training: the {role}")
         places = [f"base={args.base}", f"data.pictures={args.output / role}", f"output={args.output / role}-adapter"]
-        run = veneer.train_image(HERE / f"{role}.yaml", *places, *args.set, base=base)
+        run = veneer.train_image(HERE / f"{role}.yaml", *places, *alone, *args.set, base=base)
         adapters[role] = str(run.adapter)
         line(f"{run.steps} steps, {run.adapter}")
 
