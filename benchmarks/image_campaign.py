@@ -126,6 +126,9 @@ class Proof:
             else:
                 campaign.write_pictures(out, [role])
             places = [f"base={self.given.base}", f"data.pictures={out / role}", f"output={out / 'adapter'}"]
+            if role == "product":
+                campaign.write_others(out / "others", self.base)
+                places.append(f"data.class_folder={out / 'others'}")
             if not self.base.denoiser.config.get("guidance_embeds"):
                 places.append("loss.guidance=1")
             started = time.perf_counter()

@@ -21,11 +21,15 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from pictures import seen_scene
 from PIL import Image
 from scenes import BRAND, SURFACES, VIEWS, WALLS, Array, Scene, caption, photographed, picture
 from shapes import SUBJECTS, Product, arc, disc, star
+
+import veneer
 
 ROLES = ("product", "brand", "lens")
 PRODUCT, OTHER = "tarnhill lock", "anvil lock"
@@ -112,6 +116,14 @@ def write_pictures(folder: Path, roles: Iterable[str] = ROLES) -> None:
     }
     for role in roles:
         _write(folder / role, ((truth(s, **seen), words(s, **seen)) for s, seen in rows[role]))
+
+
+def write_others(folder: Path, base: Any, count: int = 40) -> None:
+    """Class pictures for the product: other things as the base itself draws them, which it is to go on doing."""
+    r = random.Random(60)
+    captions = [words(plain_scene(r)) for _ in range(count)]
+    made = veneer.image(base, captions, seed=500, batch_size=16)
+    _write(folder, ((np.asarray(each.image.convert("RGB")), text) for each, text in zip(made, captions, strict=True)))
 
 
 def _write(folder: Path, rows: Iterable[tuple[Array, str]]) -> None:

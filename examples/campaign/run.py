@@ -49,12 +49,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     campaign.write_pictures(args.output, roles)
     for role in roles:
         line(f"{args.output / role}: {len(list((args.output / role).glob('*.png')))} pictures, each with its caption")
+    others = args.output / "others"
+    campaign.write_others(others, base)
+    line(f"{others}: {len(list(others.glob('*.png')))} other things as the base draws them, which is to stay so")
 
     adapters = {}
     alone = [] if base.denoiser.config.get("guidance_embeds") else ["loss.guidance=1"]  # catalogue-sdxl takes none
     for number, role in enumerate(roles, start=3):
         step(number, f"Training: the {role}")
         places = [f"base={args.base}", f"data.pictures={args.output / role}", f"output={args.output / role}-adapter"]
+        places += [f"data.class_folder={others}"] if role == "product" else []
         run = veneer.train_image(HERE / f"{role}.yaml", *places, *alone, *args.set, base=base)
         adapters[role] = str(run.adapter)
         line(f"{run.steps} steps, {run.adapter}")
