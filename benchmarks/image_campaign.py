@@ -9,6 +9,8 @@ trained as `examples/campaign` trains them. Then, over scenes that none of them 
     named     share of pictures whose kind the judge says is the one asked for
     brand     share of the way to the brand's palette: 1 - d(picture, truth) / d(true picture without the brand, truth)
     lens      the same for what it does: warmth of lights and shadows, dark corners, grain
+    added     in a stack: how far colours have gone from the true picture without an effect to the one with it, less what
+              the base does with the same words
     found     share of OpenMoji's names whose true drawing is among the five nearest to what was drawn, of all
     edges     F1 of the picture's Canny edges against the true picture's, one pixel of tolerance
     spread    how unlike the colours of one campaign's pictures are; bases/catalogue/measures.py has all of them
@@ -40,7 +42,7 @@ from _report import bar, lines_of, report, row  # noqa: E402
 from autoencoder import through  # noqa: E402
 from edges import edges  # noqa: E402
 from judge import HEADS, judge, load_judge  # noqa: E402
-from measures import edge_agreement, lens_distance, palette_distance, share, spread  # noqa: E402
+from measures import edge_agreement, lens_distance, palette_distance, share, spread, way_gone  # noqa: E402
 from openmoji import OPENMOJI_PALETTE, OPENMOJI_WORDS, openmoji, write_openmoji  # noqa: E402
 from PIL import Image  # noqa: E402
 from scenes import Array, Scene, depth  # noqa: E402
@@ -100,6 +102,7 @@ class Proof:
         self.given, self.runs, self.began = given, runs / Path(given.base).name, time.perf_counter()
         self.judge = load_judge(given.work)
         self.base = veneer.load_image_base(given.base)
+        self.options = campaign.drawing(self.base)
         self.seeds = (1,) if given.quick else (1, 2, 3)
         self.rows: list[dict[str, Any]] = []
         self.bars: list[dict[str, Any]] = []
@@ -129,8 +132,7 @@ class Proof:
             if role == "product":
                 campaign.write_others(out / "others", self.base)
                 places.append(f"data.class_folder={out / 'others'}")
-            if not self.base.denoiser.config.get("guidance_embeds"):
-                places.append("loss.guidance=1")
+            places += campaign.training(self.base)
             started = time.perf_counter()
             veneer.train_image(
                 ROOT / "examples" / "campaign" / f"{role}.yaml", *places, *self.given.set,
@@ -196,21 +198,23 @@ class Proof:
     # -- together ------------------------------------------------------------------------------------------------------
 
     def stack(self) -> None:
-        """Each effect in a stack as a share of the same effect alone, on the campaign's shots."""
+        """What each adapter adds in a stack to what the base does with the same words, as a share of what it adds
+        alone, on the campaign's shots."""
         alone = {}
         for role, place in self.adapters.items():
             asked = {role: True} if role in SHARES else {}
-            alone[role] = self.effects(self.drawn(self.words(**asked), [place]), **asked)[role]
+            alone[role] = self.added([place], **asked)[role]
         self.add("stack: each alone", alone)
         rows, least = {"the base": self.drawn(self.words(**ALL))}, {}
         for method, mix in self.stacks().items():
             rows[method] = self.drawn(self.words(**ALL), mix)
-            got = self.effects(rows[method], **ALL)
+            got = self.added(mix, **ALL)
             kept = {f"{role} kept": got[role] / alone[role] for role in campaign.ROLES}
             self.add(f"stack: {method}", got | kept)
             least[method] = min(kept.values())
         best = max(least, key=lambda method: least[method])
         self.bar(f"stack: the least that the best method ({best}) keeps of each", 0.7, least[best])
+        self.bar("stack: the least that the recipe keeps of each", 0.7, least["the recipe"])
         self.sheet("stack", {**rows, "the truth": self.truths(self.shots, **ALL)}, self.shots)
 
     def stacks(self) -> dict[str, Mix]:
@@ -228,14 +232,20 @@ class Proof:
         """The stack as veneer makes it, by the table in formats/campaign.py: to be the best of `stacks`, or changed."""
         return [f"{place}@campaign={role}" for role, place in self.adapters.items()]
 
-    def effects(self, pictures: Array, **asked: bool) -> dict[str, float]:
-        """How much of the product there is in pictures of the campaign's shots, and of the brand and the lens if they
-        were asked for."""
-        truths = self.truths(self.shots, **asked)
-        found = {"product": self.product_figures(pictures, truths)["sure"]}
-        for role in asked:
-            found[role] = SHARES[role](pictures, truths, self.truths(self.shots, **{**asked, role: False}))
-        return found
+    def added(self, mix: Mix, **asked: bool) -> dict[str, float]:
+        """What a mix adds on the campaign's shots: of the product how sure the judge is of it, of brand and lens how far
+        colours have gone from the true picture without it to the true picture with it; each without what the base has."""
+        prompts, truths = self.words(**asked), self.truths(self.shots, **asked)
+
+        def effects(pictures: Array) -> dict[str, float]:
+            found = {"product": self.product_figures(pictures, truths)["sure"]}
+            for role in asked:
+                without = self.truths(self.shots, **{**asked, role: False})
+                found[role] = way_gone(pictures, repeated(truths, pictures), repeated(without, pictures))
+            return found
+
+        base, made = effects(self.drawn(prompts)), effects(self.drawn(prompts, mix))
+        return {role: made[role] - base[role] for role in made}
 
     def composition(self) -> None:
         """The lines, or the distances, of the true picture hold the base and the stack to its composition."""
@@ -249,13 +259,16 @@ class Proof:
             truths = self.truths(shots, **asked)
             lines = self.lines(truths)
             pictures = {"no control": self.drawn(prompts, mix, seeds=(1,))}
+            seeds = self.seeds_of(prompts, 1)
             for kind in ("edges", "depth"):
                 made = []
-                for scene, prompt, line in zip(shots, prompts, lines, strict=True):
+                for scene, prompt, line, seed in zip(shots, prompts, lines, seeds, strict=True):
                     path = self.runs / "control.png"
                     shown = line * 255 if kind == "edges" else depth(scene)
                     Image.fromarray(shown.astype(np.uint8)).convert("RGB").save(path)
-                    made.append(self.drawn([prompt], mix, seeds=(1,), controls=[f"{kind}={path}:1"])[0])
+                    controls = [f"{kind}={path}:1"]
+                    (one,) = veneer.image(self.base, prompt, adapters=mix, seed=seed, controls=controls, **self.options)
+                    made.append(np.asarray(one.image.convert("RGB")))
                 pictures[kind] = np.stack(made)
             agreed = {kind: edge_agreement(self.lines(each), lines) for kind, each in pictures.items()}
             most = edge_agreement(self.lines(through(self.base.parts["vae"], truths)), lines)
@@ -316,23 +329,24 @@ class Proof:
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
-    def drawn(self, prompts: Sequence[str], mix: Mix = (), *, seeds: Sequence[int] = (), **options: Any) -> Array:
+    def drawn(self, prompts: Sequence[str], mix: Mix = (), *, seeds: Sequence[int] = ()) -> Array:
         """(seeds · prompts, 128, 128, 3): all prompts with the first seed, then with the next. Several parts look at
-        the same pictures, which are kept but for those under a ControlNet: its picture is another each time."""
+        the same pictures, which are kept."""
         key = (tuple(prompts), tuple(mix), tuple(seeds))
-        if not options and key in self.kept:
-            return self.kept[key]
-        made = [
-            np.asarray(each.image.convert("RGB"))
-            for seed in seeds or self.seeds
-            for each in veneer.image(
-                self.base, list(prompts), adapters=list(mix), seed=seed * 1000, batch_size=16, **options
-            )
-        ]
-        pictures = np.stack(made)
-        if not options:
-            self.kept[key] = pictures
-        return pictures
+        if key not in self.kept:
+            made = [
+                np.asarray(each.image.convert("RGB"))
+                for seed in seeds or self.seeds
+                for each in veneer.image(
+                    self.base, prompts, adapters=mix, seed=self.seeds_of(prompts, seed), batch_size=16, **self.options
+                )
+            ]
+            self.kept[key] = np.stack(made)
+        return self.kept[key]
+
+    def seeds_of(self, prompts: Sequence[str], seed: int) -> list[int]:
+        """Another noise for each scene, as prompts of one campaign may be alike; the same under every mix."""
+        return [1000 * seed + i for i in range(len(prompts))]
 
     def words(self, **asked: bool) -> list[str]:
         return [campaign.words(s, **asked) for s in self.shots]

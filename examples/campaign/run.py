@@ -54,12 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     line(f"{others}: {len(list(others.glob('*.png')))} other things as the base draws them, which is to stay so")
 
     adapters = {}
-    alone = [] if base.denoiser.config.get("guidance_embeds") else ["loss.guidance=1"]  # catalogue-sdxl takes none
     for number, role in enumerate(roles, start=3):
         step(number, f"Training: the {role}")
         places = [f"base={args.base}", f"data.pictures={args.output / role}", f"output={args.output / role}-adapter"]
         places += [f"data.class_folder={others}"] if role == "product" else []
-        run = veneer.train_image(HERE / f"{role}.yaml", *places, *alone, *args.set, base=base)
+        run = veneer.train_image(HERE / f"{role}.yaml", *places, *campaign.training(base), *args.set, base=base)
         adapters[role] = str(run.adapter)
         line(f"{run.steps} steps, {run.adapter}")
 
@@ -84,7 +83,10 @@ def drawn(base: Any, scenes: Sequence[Scene], adapters: dict[str, str]) -> dict[
         asked = {"brand": "brand" in roles, "lens": "lens" in roles}
         mix = [adapters[role] for role in roles] if len(roles) < 2 else in_campaign(adapters)
         prompts = [campaign.words(s, **asked) for s in scenes]
-        made = veneer.image(base, prompts, adapters=mix, seed=1, batch_size=len(scenes))
+        options = campaign.drawing(base)
+        made = veneer.image(
+            base, prompts, adapters=mix, seed=[s.seed for s in scenes], batch_size=len(scenes), **options
+        )
         return [each.image for each in made]
 
     rows = {"the base": row()} | {f"the {role}": row(role) for role in adapters}

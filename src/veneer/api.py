@@ -258,12 +258,13 @@ def image(
     adapters: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float | Strength]] = (),
     controls: Sequence[str] = (),
     negative: str = "",
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     count: int = 1,
     say: Callable[[str], None] | None = None,
     **options: Any,
 ) -> list[RecordedPicture]:
-    """Pictures of `prompts`, `count` of each with seeds from `seed` on, as `veneer image` makes them.
+    """Pictures of `prompts`, `count` of each with seeds from `seed` on, as `veneer image` makes them. `seed`: one for
+    all prompts, or one for each.
 
     `adapters`: "brand:0.8@down=0.5,steps=0-0.6", "lock@campaign=product" or ("brand", Strength(…)), see
     formats.strengths. `controls`: "canny=sketch.png:0.7". `options`: width, height, steps, guidance, true_guidance,

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.image_twins import levels
 from tests.tiny_image_base import SIZE, tiny_image_base
 from veneer import api
-from veneer.errors import DataError
+from veneer.errors import ConfigError, DataError
 from veneer.imaging.adapters import Mixer, parse_use
 from veneer.imaging.make import Ask, Options, RecordedPicture, make, size_for
 from veneer.models.image.base import ImageBase, load_image
@@ -79,6 +79,14 @@ def test_adapters_may_be_paths(base: ImageBase, files: Path) -> None:
     named = one(base, Ask("a cat", uses=(parse_use("brand.safetensors"), parse_use("look.safetensors:0.5"))))
     assert levels(made.image, named.image) == 0
     assert json.loads(json.dumps(made.record)) == made.record
+
+
+def test_prompts_may_have_a_seed_each(base: ImageBase) -> None:
+    both = api.image(base, ["a cat", "a dog"], seed=[3, 7], steps=2, batch_size=1)
+    apart = [one(base, Ask(prompt, seed=seed)) for prompt, seed in (("a cat", 3), ("a dog", 7))]
+    assert [levels(a.image, b.image) for a, b in zip(both, apart, strict=True)] == [0, 0]
+    with pytest.raises(ConfigError, match="2 prompts with 1 seed"):
+        api.image(base, ["a cat", "a dog"], seed=[3], steps=2)
 
 
 def test_a_mask_is_what_one_sees_on_black(base: ImageBase, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 CAMPAIGN_ROLES = ("product", "brand", "lens")
 
 CAMPAIGN: Mapping[str, Mapping[str, str]] = {
-    "flow": {"product": "steps=0-0.6", "brand": "", "lens": "steps=0.4-1"},
-    "noise": {"product": "steps=0-0.6", "brand": "", "lens": "steps=0.4-1"},
+    "flow": {"product": "", "brand": "", "lens": ""},
+    "noise": {"product": "", "brand": "steps=0.4-1", "lens": ""},
 }
-"""What bases predict -> role -> its factors. Apart in time: what is drawn is decided in the first steps, light and
-grain in the last. benchmarks/image_campaign.py
-measures it beside the plain sum and other ways (docs/image-proof.md)."""
+"""What bases predict -> role -> its factors. On a flow, adapters that were trained to keep guidance add up. A UNet is
+guided from outside, which makes what each adapter does stronger: there the brand waits until the product has its form.
+benchmarks/image_campaign.py measures it beside other ways (docs/image-proof.md)."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer import __version__
-from veneer.errors import ConfigError, DataError
+from veneer.errors import ConfigError, DataError, counted
 from veneer.files.atomic import atomic_write
 from veneer.formats.strengths import check_roles
 from veneer.imaging.adapters import AdapterSource, Mixer, Use, idle_ranges
@@ -110,10 +110,20 @@ class RecordedPicture:
 
 
 def asks_of(
-    prompts: Sequence[str], uses: Sequence[Use], negative: str = "", seed: int = 0, count: int = 1
+    prompts: Sequence[str], uses: Sequence[Use], negative: str = "", seed: int | Sequence[int] = 0, count: int = 1
 ) -> list[Ask]:
-    """`count` asks for each prompt, with the seeds seed, seed + 1, …"""
-    return [Ask(prompt, negative, seed + i, tuple(uses)) for prompt in prompts for i in range(count)]
+    """`count` asks for each prompt, with the seeds seed, seed + 1, …; `seed`: one for all prompts, or one for each.
+
+    Raises ConfigError for seeds that are fewer or more than the prompts."""
+    seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
+    if len(seeds) != len(prompts):
+        said = f"{counted(len(prompts), 'prompt')} with {counted(len(seeds), 'seed')}"
+        raise ConfigError(f"{said}: give one for each, or one number for all")
+    return [
+        Ask(prompt, negative, first + i, tuple(uses))
+        for prompt, first in zip(prompts, seeds, strict=True)
+        for i in range(count)
+    ]
 
 
 def make(

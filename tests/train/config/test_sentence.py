@@ -38,16 +38,16 @@ def test_a_sentence_is_the_configuration_that_it_says(tmp_path: Path, monkeypatc
 def test_a_folder_is_of_pictures_and_what_is_given_after_the_sentence_counts(tmp_path: Path) -> None:
     (tmp_path / "my drawings").mkdir()
     said, _ = load_config(
-        f'teach emoji-flux from "{tmp_path}/my drawings", as a style, trigger sks, sample "a cat", sample "a dog, red"',
+        f'teach catalogue-flux from "{tmp_path}/my drawings", as a style, trigger sks, sample "a cat", sample "a dog, red"',
         ["adapter.rank=4"],
     )
     assert isinstance(said, ImageTrainConfig)
     assert (said.preset, said.data.trigger, said.adapter.rank) == ("style", "sks", 4)
     assert said.samples.prompts == ("a cat", "a dog, red")
     assert Path(said.output.directory).name == "my-drawings"
-    named, _ = load_config("teach emoji-flux from the folder drawings")  # which need not be there to be named
+    named, _ = load_config("teach catalogue-flux from the folder drawings")  # which need not be there to be named
     assert isinstance(named, ImageTrainConfig)
-    slid, _ = load_config("teach emoji-flux slide from 'a sad face' to 'a happy face'")
+    slid, _ = load_config("teach catalogue-flux slide from 'a sad face' to 'a happy face'")
     assert isinstance(slid, ImageTrainConfig)
     assert (slid.slider.negative, slid.slider.positive) == ("a sad face", "a happy face")
 
