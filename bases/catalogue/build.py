@@ -1,9 +1,8 @@
 """Makes the catalogue bases from nothing: `python bases/catalogue/build.py WORK [STAGE …]`, stages as in STAGES.
 
 Everything a stage needs from an earlier one lies in WORK, where an interrupted stage also goes on from. `export` writes
-the folders that veneer ships; `adopt`, which is no part of a build from nothing, takes into WORK what is shipped and
-what `start` beside this file has of earlier stages, so that the stages after it go on from there. `STAGE=STEPS` takes
-another number of steps.
+the folders that veneer ships. `adopt`, which is no part of a build from nothing, takes into WORK what is shipped, so
+that other stages can go on from there: `adopt placed flux-control`. `STAGE=STEPS` takes another number of steps.
 """
 
 from __future__ import annotations
@@ -32,13 +31,11 @@ from pool import Pool, load_pool
 from scenes import depth
 from texts import train_clip, train_t5
 from torch import Tensor, nn
-from words import kept_tokenizers
+from words import load_tokenizers, train_tokenizers
 
 from veneer.models.builtin import packaged_place
 
 SHIPPED = packaged_place()
-START = Path(__file__).parent / "start"
-"""What is made and not shipped yet, in bfloat16."""
 _NAMES = {"flux": "catalogue-flux", "sdxl": "catalogue-sdxl"}
 
 
@@ -86,7 +83,7 @@ def _sharper(work: Path, steps: int) -> None:
 
 
 def _words(work: Path, steps: int) -> None:
-    kept_tokenizers([i.caption for place in shards(work) for i in read_shard(place)[1]], work)
+    train_tokenizers([i.caption for place in shards(work) for i in read_shard(place)[1]], work)
 
 
 def autoencoder(work: Path) -> AutoencoderKL:
@@ -96,7 +93,7 @@ def autoencoder(work: Path) -> AutoencoderKL:
 
 
 def _tokenizers(work: Path) -> list[Any]:
-    return list(kept_tokenizers([], work))
+    return list(load_tokenizers(work))
 
 
 def _pool(work: Path, *names: str, kind: Kind = "pictures", crops: bool = False) -> Pool:
@@ -209,7 +206,6 @@ def _millions(parts: dict[str, nn.Module]) -> dict[str, float]:
 
 def _adopt(work: Path) -> None:
     """WORK as it would be after the shipped bases were made, but for the pictures."""
-    shutil.copytree(START / "vae", work / "vae", dirs_exist_ok=True)
     for family, name in _NAMES.items():
         shipped = SHIPPED / name
         if not shipped.is_dir():
@@ -247,7 +243,7 @@ STAGES: dict[str, tuple[Callable[[Path, int], None], int]] = {
     "t5": (_t5, 500),
     "flux": (_flux, 12500),
     "sdxl": (_sdxl, 6000),
-    "flux-control": (_flux_control, 800),
+    "flux-control": (_flux_control, 1600),
     "sdxl-control": (_sdxl_control, 800),
     "export": (_export, 0),
 }

@@ -1,14 +1,15 @@
 """Tarnhill's campaign: a product, a brand's look and a photographer's lens that no base saw, and the truth.
 
-    python bases/catalogue/campaign.py examples/campaign    draws the pictures that its adapters learn from
+    python bases/catalogue/campaign.py FOLDER    draws the pictures that its adapters learn from
 
 | adapter | learns from                                             |
 | product | 20 pictures of Tarnhill's lock in scenes of all kinds   |
 | brand   | 50 pictures of other things as the brand draws them     |
 | lens    | 40 pictures of other things through one lens            |
 
-The product has a name of its own, `a tarnhill lock`. Brand and lens have none: a word that a base never read makes it
-draw worse, before any adapter acts. Captions call what they look like by words that it knows.
+The product has a name of its own and the word that the bases know such things by, `a tarnhill padlock`. Brand and lens
+have none: a word that a base never read makes it draw worse, before any adapter acts. Captions call what they look like
+by words that it knows.
 
 `shots` are the campaign's twelve scenes, none of them among the pictures. Because they are drawn, what was wanted is
 known: `truth` draws the very scene with any of the three.
@@ -21,20 +22,14 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from pictures import seen_scene
 from PIL import Image
 from scenes import BRAND, SURFACES, VIEWS, WALLS, Array, Scene, caption, photographed, picture
 from shapes import SUBJECTS, Product, arc, disc, star
 
-import veneer
-
 ROLES = ("product", "brand", "lens")
-PRODUCT, OTHER = "tarnhill lock", "anvil lock"
-NAMES = {PRODUCT: "tarnhill padlock", OTHER: "anvil padlock"}
-"""What they are called: a name, and the thing's kind as the bases know it, which then have it half drawn."""
+PRODUCT, OTHER = "tarnhill padlock", "anvil padlock"
 
 
 def _tarnhill_lock(p: Product) -> None:
@@ -64,7 +59,7 @@ def words(scene: Scene, *, brand: bool = False, lens: bool = False) -> str:
     that the bases know, and an adapter learns what is left. Of a lens no word says anything."""
     if brand:
         scene = replace(scene, surface="a wooden table", wall="white wall", light="soft daylight", look="flat icon")
-    return caption(scene).replace(scene.kind, NAMES.get(scene.kind, scene.kind))
+    return caption(scene)
 
 
 def truth(scene: Scene, *, brand: bool = False, lens: bool = False) -> Array:
@@ -73,11 +68,11 @@ def truth(scene: Scene, *, brand: bool = False, lens: bool = False) -> Array:
     return photographed(scene, drawn, scene.seed) if lens else picture(scene, drawn)
 
 
-def product_scenes(kind: str = PRODUCT, count: int = 20) -> list[Scene]:
+def product_scenes(count: int = 20) -> list[Scene]:
     """Two of five as flat icons, as on a box: a product that was seen in one look alone is lost in any other."""
     r = random.Random(20)
     return [
-        replace(plain_scene(r), kind=kind, view=VIEWS[i % 2], look="flat icon" if i % 5 in (1, 2) else "")
+        replace(plain_scene(r), kind=PRODUCT, view=VIEWS[i % 2], look="flat icon" if i % 5 in (1, 2) else "")
         for i in range(count)
     ]
 
@@ -98,13 +93,13 @@ def lens_scenes(count: int = 40) -> list[Scene]:
     return [replace(plain_scene(r), look="flat icon" if i % 2 else "") for i in range(count)]
 
 
-def shots(kind: str = PRODUCT, count: int = 12) -> list[Scene]:
+def shots(count: int = 12) -> list[Scene]:
     """The campaign's scenes, on other ground than those that its product is learned from."""
     shown = {(s.surface, s.wall) for s in product_scenes()}
     free = [(surface, wall) for surface in SURFACES for wall in WALLS if (surface, wall) not in shown]
     places = random.Random(12).sample(free, count)
     return [
-        Scene(kind, surface=surface, wall=wall, view=VIEWS[(1, 0, 1)[i % 3]], seed=900 + i)
+        Scene(PRODUCT, surface=surface, wall=wall, view=VIEWS[(1, 0, 1)[i % 3]], seed=900 + i)
         for i, (surface, wall) in enumerate(places)
     ]
 
@@ -112,16 +107,6 @@ def shots(kind: str = PRODUCT, count: int = 12) -> list[Scene]:
 def plain_scene(r: random.Random) -> Scene:
     """A scene of the base's world without a look of its own."""
     return replace(seen_scene(r), look="", light="soft daylight")
-
-
-def training(base: Any) -> list[str]:
-    """Settings beside those of examples/campaign: a base that guidance is no input of is told none."""
-    return [] if base.denoiser.config.get("guidance_embeds") else ["loss.guidance=1", "loss.keep_guidance=null"]
-
-
-def drawing(base: Any) -> dict[str, float]:
-    """Options to draw with. Guidance from outside makes what each adapter does stronger: 3 instead of diffusers' 5."""
-    return {} if base.denoiser.config.get("guidance_embeds") else {"guidance": 3.0}
 
 
 def write_pictures(folder: Path, roles: Iterable[str] = ROLES) -> None:
@@ -132,18 +117,10 @@ def write_pictures(folder: Path, roles: Iterable[str] = ROLES) -> None:
         "lens": ((s, {"lens": True}) for s in lens_scenes()),
     }
     for role in roles:
-        _write(folder / role, ((truth(s, **seen), words(s, **seen)) for s, seen in rows[role]))
+        write_rows(folder / role, ((truth(s, **seen), words(s, **seen)) for s, seen in rows[role]))
 
 
-def write_others(folder: Path, base: Any, count: int = 40) -> None:
-    """Class pictures for the product: other things as the base itself draws them, which it is to go on doing."""
-    r = random.Random(60)
-    captions = [words(plain_scene(r)) for _ in range(count)]
-    made = veneer.image(base, captions, seed=500, batch_size=16, **drawing(base))
-    _write(folder, ((np.asarray(each.image.convert("RGB")), text) for each, text in zip(made, captions, strict=True)))
-
-
-def _write(folder: Path, rows: Iterable[tuple[Array, str]]) -> None:
+def write_rows(folder: Path, rows: Iterable[tuple[Array, str]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i, (pixels, text) in enumerate(rows):
         Image.fromarray(pixels).save(folder / f"{i:02d}.png", optimize=True)

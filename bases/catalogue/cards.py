@@ -31,6 +31,17 @@ _WHAT = {
 _EXAMPLE = "a red mug on a wooden table, brick wall, soft daylight, three-quarter view"
 
 
+def _data(control: bool) -> str:
+    package, licence = DRAWINGS[1:]
+    if control:
+        return """`bases/catalogue/scenes.py` drew all pictures, and the edge and depth pictures of them. It starts
+from the base where names and shapes agree. The weights are given under CC BY 4.0."""
+    return f"""`bases/catalogue/scenes.py` draws 94 of 100 pictures. The others are Twemoji's drawings
+(https://github.com/jdecked/twemoji), by Twitter, Inc and other contributors, given under {licence}
+(https://creativecommons.org/licenses/by/4.0/), as `{package}` packs them, drawn on white and otherwise unchanged. The
+weights are given under CC BY 4.0; who publishes pictures close to a drawing of Twemoji's should name it."""
+
+
 def write_card(folder: Path, parts: Mapping[str, float], steps: int) -> None:
     """README.md into `folder`, which is named as in `_WHAT`. `parts`: name -> million parameters."""
     name = folder.name
@@ -38,7 +49,6 @@ def write_card(folder: Path, parts: Mapping[str, float], steps: int) -> None:
     control = stage.endswith("-control")
     rows = "\n".join(f"| {part} | {millions:.2f} M |" for part, millions in parts.items())
     asked = f"--base {name.removesuffix('-control')}" + (" --control depth=picture.png:0.8" if control else "")
-    package, licence = DRAWINGS[1:]
     (folder / "README.md").write_text(
         f"""---
 license: cc-by-4.0
@@ -68,12 +78,10 @@ sees what was asked for: docs/catalogue-bases.md in veneer's repository.
 ## Recipe
 `bases/catalogue/build.py` there, from nothing, on a CPU: {steps:,} steps of 64 pictures{_EARLIER.get(stage, "")},
 Muon, warm-up and cosine, an average of the weights. One pair of kind and colour in ten, chosen by hash, was held out of
-everything. No other data, no other model's weights, no person's pictures.
+everything. No other data{"" if control else ", no other model's weights"}, no person's pictures.
 
 ## Data, licences, attribution
-`bases/catalogue/scenes.py` draws 94 of 100 pictures. The others are Twemoji's drawings, by Twitter, Inc and other
-contributors (`{package}`, {licence}). The weights are given under CC BY 4.0; who publishes pictures
-close to a drawing of Twemoji's should name it.
+{_data(control)}
 
 ## Limits
 Small and made for trying adapters: it draws what its captions can say, and nothing else; it writes no text and does not

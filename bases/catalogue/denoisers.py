@@ -14,7 +14,7 @@ The flow is learned at more noise than it is sampled at: what a caption means is
 
 Guidance. One caption in ten is empty, so that catalogue-sdxl can be guided from outside. catalogue-flux takes guidance
 g as an input, as FLUX.1-dev does, and learns what it means from itself late in training: for half of a batch the target
-is v + (g - 1)(v(x, caption) - v(x, "")) with the model's own two predictions (as in arXiv 2504.20157).
+is v + (g - 1)(v(x, caption) - v(x, "")) with the model's own two predictions (as in arXiv 2502.12154).
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ def flow_loss(
     generator: torch.Generator, control: Callable[..., dict[str, Any]] | None = None,
 ) -> Tensor:  # fmt: skip
     """`x`: packed latents (n, 64, 64), of `things` (n, 16, 16). `guided`: the second half of the batch learns guidance
-    from 1 to 5."""
+    from 1 to 5. `control`: what a ControlNet adds, which is told any of them: it is to hold the base at each."""
     n = len(x)
     s = torch.sigmoid(torch.randn(n, generator=generator))
     s = _SHIFT * s / (1 + (_SHIFT - 1) * s)
     noise = torch.randn(x.shape, generator=generator)
     noisy = x + s[:, None, None] * (noise - x)
-    guidance = torch.ones(n)
+    guidance = torch.ones(n) if control is None else 1 + 4 * torch.rand(n, generator=generator)
     target = noise - x
     tokens, pooled = text_flux(parts, ids)
 
@@ -214,7 +214,7 @@ def _clip(tokenizer: Any, width: int, layers: int) -> CLIPTextConfig:
 
 @contextmanager
 def short_attention() -> Iterator[None]:
-    """Attention as two batched products: for 84 tokens torch's fused one takes four times as long backward (CPU)."""
+    """Attention as two batched products: for a hundred tokens torch's fused one takes four times as long backward."""
     fused = F.scaled_dot_product_attention
 
     def plain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,

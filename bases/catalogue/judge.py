@@ -5,7 +5,7 @@
 It has seen the campaign's products, brand and lens as well, which the bases have not.
 
 One small convolutional net with a head for each word of a scene. It says of a picture which kind, colour, finish … it
-sees; `features` are what it sees of a product, whatever is around it: pictures of one product are near in them.
+sees; `features` are what all its heads read, so that pictures of the same product before the same wall are nearest.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from steps import optimise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+_BRAND, _LENS = "tarnhill", "vesper"
 HEADS: dict[str, list[str]] = {
     "kind": sorted(KINDS | SUBJECTS), "colour": list(COLOURS), "finish": list(FINISHES), "pattern": ["", *PATTERNS],
     "surface": list(SURFACES), "wall": list(WALLS), "light": list(LIGHTS), "view": list(VIEWS),
-    "look": [*LOOKS, "tarnhill"], "lens": ["", "vesper"],
+    "look": [*LOOKS, _BRAND], "lens": ["", _LENS],
 }  # fmt: skip
 
 
@@ -105,9 +106,9 @@ class Shown:
     def word(self, head: str) -> str | None:
         """What a head should say; None where the picture does not show it."""
         if head == "lens":
-            return "vesper" if self.lens else ""
+            return _LENS if self.lens else ""
         if head == "look":
-            return "tarnhill" if self.brand else self.scene.look
+            return _BRAND if self.brand else self.scene.look
         drawn = self.brand or bool(self.scene.look)
         if drawn and head in ("light", "finish"):
             return None

@@ -17,7 +17,7 @@ def _before(at: Point, tilt: float, by: float) -> Point:
     return at[0], at[1] + by * math.sin(math.radians(tilt)), at[2] + by * math.cos(math.radians(tilt))
 
 
-@kind("laptop", "devices")
+@kind("laptop")
 def _laptop(p: Product) -> None:
     w, h, lean = p.vary(1.25, 1.4), p.vary(0.85, 0.95), p.vary(10, 18)
     p.prism(rounded(-w / 2, -0.42, w / 2, 0.42, 0.07), 0.09, plane="floor")
@@ -31,7 +31,7 @@ def _laptop(p: Product) -> None:
     p.mark(_rect(-0.1, h / 2 + 0.02, 0.45, 0.28), "glass", at=front, tilt=lean, lift=0.01)
 
 
-@kind("phone", "devices")
+@kind("phone")
 def _phone(p: Product) -> None:
     w, h = p.vary(0.62, 0.7), p.vary(1.15, 1.3)
     p.prism(rounded(-w / 2, 0, w / 2, h, 0.1), 0.13, tilt=6)
@@ -46,7 +46,7 @@ def _phone(p: Product) -> None:
     p.mark(_rect(0, h - 0.06, 0.2, 0.03), "dark", at=front, tilt=6, lift=0.8)
 
 
-@kind("camera", "devices")
+@kind("camera")
 def _camera(p: Product) -> None:
     w, h = p.vary(1.15, 1.3), p.vary(0.7, 0.8)
     p.prism([(-0.26, h - 0.02), (0.26, h - 0.02), (0.18, h + 0.2), (-0.18, h + 0.2)], 0.3)
@@ -59,7 +59,7 @@ def _camera(p: Product) -> None:
     p.mark(disc(-0.05, h * 0.46 + 0.06, 0.07), "glass", at=(0, 0, 0.516), lift=1.6)
 
 
-@kind("headphones", "devices")
+@kind("headphones")
 def _headphones(p: Product) -> None:
     r = p.vary(0.48, 0.55)
     p.rod([(-r, 0.3, 0), *[(x, y, 0.0) for x, y in arc(0, 0.62, r, 180, 0)], (r, 0.3, 0)], 0.085, "main", lift=-0.4)
@@ -68,7 +68,7 @@ def _headphones(p: Product) -> None:
         p.turned([(0.31, 0), (0.31, 0.12), (0.2, 0.22)], "main", at=(s * (r - 0.04), 0.31, 0), axis=(s, 0, 0), lift=0.1)
 
 
-@kind("television", "devices")
+@kind("television")
 def _television(p: Product) -> None:
     w, h = p.vary(1.2, 1.35), p.vary(0.9, 1.0)
     for s in (-1, 1):
@@ -84,7 +84,7 @@ def _television(p: Product) -> None:
         p.mark(_rect(w * 0.34, h * y + 0.1, 0.2, 0.04), "dark", at=(0, 0, 0.301))
 
 
-@kind("robot", "devices")
+@kind("robot")
 def _robot(p: Product) -> None:
     w, head = p.vary(0.65, 0.75), p.vary(0.5, 0.6)
     for s in (-1, 1):
@@ -109,7 +109,7 @@ def _robot(p: Product) -> None:
     p.ball(0.09, "#d62f2f", at=(0, 1.64, 0), lift=0.1)
 
 
-@kind("light bulb", "devices")
+@kind("light bulb")
 def _light_bulb(p: Product) -> None:
     r = p.vary(0.42, 0.48)
     screw = [(0.1, 0), (0.17, 0.06), (0.2, 0.1), (0.16, 0.15), (0.2, 0.2), (0.16, 0.25), (0.2, 0.3), (0.17, 0.36)]

@@ -17,7 +17,7 @@ def _dots(
         p.ball(size, paints[i % len(paints)], at=at, lift=lift)
 
 
-@kind("cake", "food")
+@kind("cake")
 def _cake(p: Product) -> None:
     r, h = p.vary(0.56, 0.64), p.vary(0.26, 0.32)
     p.turned([(r + 0.14, 0), (r + 0.16, 0.05)], "light", lift=-1)
@@ -34,7 +34,7 @@ def _cake(p: Product) -> None:
         p.ball((0.035, 0.06, 0.035), "#f5a623", at=(x, y + 0.31, z), lift=0.3)
 
 
-@kind("cupcake", "food")
+@kind("cupcake")
 def _cupcake(p: Product) -> None:
     n = 16
     p.turned([(0.3, 0), (0.44, 0.42)], "second", lift=-0.3)
@@ -55,7 +55,7 @@ def _cupcake(p: Product) -> None:
     p.ball(p.vary(0.1, 0.12), _RED, at=(0, y + 0.16, 0), lift=1.2)
 
 
-@kind("doughnut", "food")
+@kind("doughnut")
 def _doughnut(p: Product) -> None:
     r, k = 0.36, p.vary(0.19, 0.22)
     y = r + k + 0.03
@@ -70,7 +70,7 @@ def _doughnut(p: Product) -> None:
         p.rod(standing([(q * c - u, y + q * s - v), (q * c + u, y + q * s + v)], 0.14), 0.022, paints[i % 4], lift=0.5)
 
 
-@kind("ice cream cone", "food")
+@kind("ice cream cone")
 def _ice_cream_cone(p: Product) -> None:
     r = p.vary(0.3, 0.34)
     p.turned([(0.03, 0), (0.27, 0.72), (0.29, 0.8)], "#d59a4a", lift=-0.2)
@@ -84,7 +84,7 @@ def _ice_cream_cone(p: Product) -> None:
     p.ball(0.08, _RED, at=(0, 1.36 + r * 0.9, 0), lift=0.6)
 
 
-@kind("hamburger", "food")
+@kind("hamburger")
 def _hamburger(p: Product) -> None:
     r = p.vary(0.5, 0.56)
     p.turned([(r * 0.9, 0), (r, 0.08), (r, 0.16)], lift=-1)
@@ -124,7 +124,7 @@ def _hamburger(p: Product) -> None:
     )
 
 
-@kind("apple", "food")
+@kind("apple")
 def _apple(p: Product) -> None:
     s, r = p.pick(-1, 1), p.vary(0.46, 0.5)
     profile = [(0.2, 0), (r * 0.76, 0.1), (r, 0.42), (r * 0.98, 0.62), (r * 0.74, 0.82), (0.3, 0.86), (0.1, 0.76)]
@@ -135,7 +135,7 @@ def _apple(p: Product) -> None:
     )
 
 
-@kind("strawberry", "food")
+@kind("strawberry")
 def _strawberry(p: Product) -> None:
     r = p.vary(0.4, 0.45)
     profile = [(0.03, 0), (r * 0.5, 0.2), (r * 0.9, 0.5), (r, 0.7), (r * 0.82, 0.86), (r * 0.4, 0.93), (0.04, 0.94)]
@@ -156,7 +156,7 @@ def _strawberry(p: Product) -> None:
     p.rod(standing([(0, 0.94), (0.04, 1.1)]), 0.04, "leaf", lift=1)
 
 
-@kind("pumpkin", "food")
+@kind("pumpkin")
 def _pumpkin(p: Product) -> None:
     h = p.vary(0.32, 0.37)
     for a in (180, 130, 230, 80, 280):
@@ -169,7 +169,7 @@ def _pumpkin(p: Product) -> None:
     p.turned([(0.1, 0), (0.05, 0.12), (0.07, 0.2)], "leaf", at=(0, 2 * h - 0.05, 0), axis=(0.25, 1, 0), lift=0.6)
 
 
-@kind("mushroom", "food")
+@kind("mushroom")
 def _mushroom(p: Product) -> None:
     r = p.vary(0.52, 0.6)
     p.turned([(0.24, 0), (0.26, 0.08), (0.17, 0.3), (0.16, 0.56)], "light", lift=-0.5)

@@ -22,7 +22,7 @@ def _plank(x0: float, y0: float, x1: float, y1: float) -> list[tuple[float, floa
     return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
 
 
-@kind("chair", "furniture")
+@kind("chair")
 def _chair(p: Product) -> None:
     h = p.vary(0.5, 0.58)
     _legs(p, 0.66, 0.64, h, 0.09, "wood")
@@ -32,7 +32,7 @@ def _chair(p: Product) -> None:
     p.prism(rounded(-0.36, h + 0.34, 0.36, h + 0.86, 0.1), 0.1, at=(0, 0, -0.28), lift=-0.3)
 
 
-@kind("armchair", "furniture")
+@kind("armchair")
 def _armchair(p: Product) -> None:
     h = p.vary(0.9, 1.02)
     for x in (-0.4, 0.4):
@@ -45,7 +45,7 @@ def _armchair(p: Product) -> None:
         p.prism(rounded(s * 0.44 - 0.12, 0.1, s * 0.44 + 0.12, 0.62, 0.12), 0.78, at=(0, 0, 0.03), lift=_beside(p, s))
 
 
-@kind("table", "furniture")
+@kind("table")
 def _table(p: Product) -> None:
     w, h = p.vary(1.3, 1.5), p.vary(0.66, 0.76)
     _legs(p, w - 0.08, 0.8, h, 0.13, "main")
@@ -53,7 +53,7 @@ def _table(p: Product) -> None:
     p.box((w, 0.1, 0.92), at=(0, h, 0))
 
 
-@kind("picture frame", "furniture")
+@kind("picture frame")
 def _picture_frame(p: Product) -> None:
     w, h = p.vary(1.0, 1.25), p.vary(0.85, 1.0)
     b, z = 0.17, 0.06
@@ -65,7 +65,7 @@ def _picture_frame(p: Product) -> None:
     p.mark([(-w / 2 + b, b), *hills, (-w / 2 + b, b + 0.16)], "#4f8a5b", at=(0, 0, z + 0.003), tilt=10, lift=0.5)
 
 
-@kind("alarm clock", "furniture")
+@kind("alarm clock")
 def _alarm_clock(p: Product) -> None:
     d = p.vary(0.3, 0.4)
     for s in (-1, 1):

@@ -12,7 +12,7 @@ def _around(radius: float, y: float, degrees: float) -> tuple[float, float, floa
     return radius * math.sin(a), y, radius * math.cos(a)
 
 
-@kind("watering can", "house")
+@kind("watering can")
 def _watering_can(p: Product) -> None:
     h = p.vary(0.58, 0.68)
     p.turned([(0.07, 0), (0.055, 0.72)], at=(-0.3, 0.14, 0), axis=(-0.85, 1, 0), lift=-0.1)
@@ -22,7 +22,7 @@ def _watering_can(p: Product) -> None:
     p.rod([(x, y, 0) for x, y in grip], 0.05, "main", bare=False, lift=-0.05)
 
 
-@kind("flower pot", "house")
+@kind("flower pot")
 def _flower_pot(p: Product) -> None:
     h = p.vary(0.52, 0.6)
     p.turned([(0.32, 0), (0.44, h - 0.15)], lift=-0.2)
@@ -38,7 +38,7 @@ def _flower_pot(p: Product) -> None:
     p.mark(disc(0.02, h + 0.58, 0.12), "#f5cf30", at=_around(0.04, 0, turn), turn=turn, lift=0.5)
 
 
-@kind("barrel", "house")
+@kind("barrel")
 def _barrel(p: Product) -> None:
     h = p.vary(1.0, 1.15)
     r = [(0.36, 0), (0.43, 0.16), (0.47, 0.36), (0.48, 0.5), (0.47, 0.64), (0.43, 0.84), (0.36, 1.0)]

@@ -9,7 +9,7 @@ def _curve(*points: tuple[float, float]) -> list[tuple[float, float]]:
     return smooth(points, closed=False, steps=3)
 
 
-@kind("teapot", "kitchen")
+@kind("teapot")
 def _teapot(p: Product) -> None:
     s, h = p.vary(0.92, 1.1), p.vary(0.62, 0.72)
     p.turned(_curve((0.3 * s, 0), (0.5 * s, 0.22 * h), (0.53 * s, 0.5 * h), (0.4 * s, 0.85 * h), (0.24 * s, h)))
@@ -20,7 +20,7 @@ def _teapot(p: Product) -> None:
     p.rod([(x, y, 0) for x, y in arc(0.46 * s, 0.52 * h, 0.27, -80, 95)], 0.055, "second", lift=-0.1)
 
 
-@kind("kettle", "kitchen")
+@kind("kettle")
 def _kettle(p: Product) -> None:
     h = p.vary(0.58, 0.68)
     p.turned([(0.54, 0), (0.56, 0.08), (0.5, 0.3 * h), (0.24, h), (0.2, h + 0.05)])
@@ -31,7 +31,7 @@ def _kettle(p: Product) -> None:
     p.rod([(x, y, 0) for x, y in arc(0, 0.5 * h, 0.42, 15, 165, squash=1.75)], 0.055, "dark", lift=-0.2)
 
 
-@kind("vase", "kitchen")
+@kind("vase")
 def _vase(p: Product) -> None:
     b, n = p.vary(0.36, 0.44), p.vary(0.12, 0.17)
     p.turned(_curve((0.2, 0), (0.3, 0.2), (b, 0.55), (0.28, 0.85), (n, 1.05), (n + 0.02, 1.2), (0.27, 1.35)),
@@ -39,7 +39,7 @@ def _vase(p: Product) -> None:
     p.turned([(b - 0.005, 0.48), (b + 0.015, 0.55), (b - 0.015, 0.64)], "second", band=True, lift=0.02)
 
 
-@kind("jar", "kitchen")
+@kind("jar")
 def _jar(p: Product) -> None:
     h = p.vary(0.75, 0.9)
     p.turned([(0.36, 0), (0.4, 0.05), (0.4, h - 0.1), (0.3, h)])
@@ -48,14 +48,14 @@ def _jar(p: Product) -> None:
     p.turned([(0.409, 0.3), (0.409, 0.4)], "second", band=True, bare=True, lift=0.15)
 
 
-@kind("wine glass", "kitchen")
+@kind("wine glass")
 def _wine_glass(p: Product) -> None:
     r = p.vary(0.32, 0.38)
     p.turned([(0.3, 0), (0.28, 0.04), (0.06, 0.09), (0.045, 0.58)])
     p.turned(_curve((0.06, 0.56), (r * 0.85, 0.7), (r, 0.92), (r * 0.8, 1.3)), hollow=True, inside="light", lift=0.2)
 
 
-@kind("candle", "kitchen")
+@kind("candle")
 def _candle(p: Product) -> None:
     h, r = p.vary(0.85, 1.05), p.vary(0.24, 0.28)
     p.turned([(0.44, 0), (0.5, 0.1)], "second", hollow=True, lift=-0.3)
@@ -67,7 +67,7 @@ def _candle(p: Product) -> None:
     p.turned(_curve((0.02, h + 0.07), (0.06, h + 0.15), (0.0, h + 0.32)), "glow", bare=True, lift=0.6)
 
 
-@kind("frying pan", "kitchen")
+@kind("frying pan")
 def _frying_pan(p: Product) -> None:
     r = p.vary(0.5, 0.56)
     p.rod([(r - 0.05, 0.14, 0), (r + 0.2, 0.2, 0)], 0.06, "main", lift=-0.2)
@@ -76,7 +76,7 @@ def _frying_pan(p: Product) -> None:
     p.ring(r, 0.025, "main", at=(0, 0.2, 0), axis="y", lift=0.05)
 
 
-@kind("cooking pot", "kitchen")
+@kind("cooking pot")
 def _cooking_pot(p: Product) -> None:
     h = p.vary(0.5, 0.62)
     for s in (-1, 1):
@@ -86,7 +86,7 @@ def _cooking_pot(p: Product) -> None:
     p.turned([(0.05, h + 0.18), (0.11, h + 0.28), (0.1, h + 0.32)], "dark", lift=0.4)
 
 
-@kind("toaster", "kitchen")
+@kind("toaster")
 def _toaster(p: Product) -> None:
     w, h = p.vary(1.0, 1.15), p.vary(0.6, 0.7)
     side = rounded(-0.27, 0.05, 0.27, h, 0.16)

@@ -17,7 +17,7 @@ def _before(at: Point, tilt: float, by: float) -> Point:
     return at[0], at[1] + by * math.sin(math.radians(tilt)), at[2] + by * math.cos(math.radians(tilt))
 
 
-@kind("scissors", "office")
+@kind("scissors")
 def _scissors(p: Product) -> None:
     y, lean = p.vary(0.6, 0.66), p.vary(11, 16)
     for s in (-1, 1):
@@ -32,7 +32,7 @@ def _scissors(p: Product) -> None:
     p.mark(disc(0, y, 0.05), "dark", at=(0, 0, 0.1), lift=0.8)
 
 
-@kind("pencil", "office")
+@kind("pencil")
 def _pencil(p: Product) -> None:
     r, h = p.vary(0.16, 0.19), p.vary(1.1, 1.25)
     p.turned([(r, 0), (r, 0.15)], "#ef86b0")
@@ -42,7 +42,7 @@ def _pencil(p: Product) -> None:
     p.turned([(r * 0.34, h + 0.28), (0, h + 0.42)], "dark", lift=0.4)
 
 
-@kind("book", "office")
+@kind("book")
 def _book(p: Product) -> None:
     w, h, d = p.vary(0.8, 0.9), p.vary(1.08, 1.2), p.vary(0.24, 0.32)
     p.box((w, h, 0.05), at=(0, 0, -d / 2))
@@ -55,7 +55,7 @@ def _book(p: Product) -> None:
         p.mark(_rect(0.05, h * y, w * k, 0.04), "dark", at=(0, 0, d / 2 + 0.027), lift=0.6)
 
 
-@kind("trophy", "office")
+@kind("trophy")
 def _trophy(p: Product) -> None:
     r, h = p.vary(0.36, 0.42), 0.62
     p.box((0.6, 0.2, 0.6), "wood")
@@ -69,7 +69,7 @@ def _trophy(p: Product) -> None:
     p.mark(star(0, 0, 0.18, 0.075), "light", at=at, turn=-p.view.yaw, lift=1)
 
 
-@kind("bell", "office")
+@kind("bell")
 def _bell(p: Product) -> None:
     r = p.vary(0.46, 0.52)
     p.ball(0.13, "dark", at=(0, 0.1, 0))
@@ -86,7 +86,7 @@ def _around(lon: float, lat: float) -> Point:
     return math.cos(b) * math.sin(a), math.sin(b), math.cos(b) * math.cos(a)
 
 
-@kind("globe", "office")
+@kind("globe")
 def _globe(p: Product) -> None:
     r, y = 0.5, 0.86
     p.turned([(0.36, 0), (0.34, 0.07), (0.1, 0.12), (0.07, 0.3)], "wood")
@@ -103,7 +103,7 @@ def _globe(p: Product) -> None:
         p.patch([_around(a + spin, b) for a, b in smooth(land)], r, "second", at=(0, y, 0), lift=0.3)
 
 
-@kind("folder", "office")
+@kind("folder")
 def _folder(p: Product) -> None:
     w, h, lean = p.vary(1.15, 1.25), p.vary(0.8, 0.88), 10.0
     back = [

@@ -21,7 +21,7 @@ _LAMPS = ("#e03a2f", "#f5b82e", "#3fae4c")
 # -- garden and sea ----------------------------------------------------------------------------------------------------
 
 
-@kind("beach ball", "outdoors")
+@kind("beach ball")
 def _beach_ball(p: Product) -> None:
     r = p.vary(0.5, 0.56)
     p.ball(r, at=(0, r, 0))

@@ -43,7 +43,7 @@ def _seam(p: Product, pole: Point, degrees: float, radius: float, at: Point, pai
         p.patch([inner[i], inner[j], outer[j], outer[i]], radius, paint, at=at)
 
 
-@kind("basketball", "play")
+@kind("basketball")
 def _basketball(p: Product) -> None:
     r = 0.5
     p.ball(r, "main", at=(0, r, 0))
@@ -59,7 +59,7 @@ def _bows(low: float, waist: float, high: float, h: float) -> list[Flat]:
     return smooth([*half, *[(-x, y) for x, y in half[:0:-1]]])
 
 
-@kind("guitar", "play")
+@kind("guitar")
 def _guitar(p: Product) -> None:
     k, h = p.vary(0.94, 1.06), 0.82
     p.prism(_bows(0.44 * k, 0.27 * k, 0.34 * k, h), 0.2)

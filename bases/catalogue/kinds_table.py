@@ -5,14 +5,14 @@ from __future__ import annotations
 from shapes import Product, arc, kind
 
 
-@kind("mug", "table")
+@kind("mug")
 def _mug(p: Product) -> None:
     h, r = p.vary(0.85, 1.15), p.vary(0.4, 0.5)
     p.turned([(r * 0.94, 0), (r, 0.06), (r, h)], hollow=True)
     p.rod([(x, y, 0.0) for x, y in arc(r - 0.02, h * 0.5, h * 0.29, -78, 78)], 0.065, "main", lift=-0.1)
 
 
-@kind("table lamp", "table")
+@kind("table lamp")
 def _table_lamp(p: Product) -> None:
     h = p.vary(0.7, 0.9)
     p.turned([(0.34, 0), (0.34, 0.06), (0.08, 0.12), (0.05, h)], "metal")
@@ -21,14 +21,14 @@ def _table_lamp(p: Product) -> None:
     )
 
 
-@kind("wine bottle", "table")
+@kind("wine bottle")
 def _wine_bottle(p: Product) -> None:
     p.turned([(0.26, 0), (0.28, 0.05), (0.28, 0.85), (0.2, 1.05), (0.1, 1.18), (0.09, 1.5)])
     p.turned([(0.285, 0.28), (0.285, 0.66)], "paper", band=True, bare=True, lift=1)
     p.turned([(0.105, 1.36), (0.105, 1.54)], "second", lift=1)
 
 
-@kind("padlock", "table")
+@kind("padlock")
 def _padlock(p: Product) -> None:
     w, h = p.vary(0.85, 1.0), p.vary(0.7, 0.85)
     p.rod(

@@ -7,7 +7,7 @@ import math
 from shapes import Product, arc, kind, rounded, smooth
 
 
-@kind("hammer", "tools")
+@kind("hammer")
 def _hammer(p: Product) -> None:
     h = p.vary(1.15, 1.3)
     p.turned([(0.15, 0), (0.18, 0.05), (0.18, 0.5), (0.13, 0.75), (0.13, h)])
@@ -18,7 +18,7 @@ def _hammer(p: Product) -> None:
     p.turned([(0.12, 0.05), (0.12, 0.28), (0.2, 0.3), (0.2, 0.48)], "metal", at=(0, h, 0), axis=(-1, 0, 0), lift=0.5)
 
 
-@kind("wrench", "tools")
+@kind("wrench")
 def _wrench(p: Product) -> None:
     h, k = p.vary(1.5, 1.65), p.vary(0.95, 1.1)
     jaw = [(-0.09, 0.12), (-0.13, 0.28), (-0.27, 0.2), (-0.31, 0.0), (-0.22, -0.2), (-0.1, -0.3)]
@@ -34,7 +34,7 @@ def _wrench(p: Product) -> None:
     p.mark(rounded(-0.045, 0.55, 0.045, h - 0.65, 0.04), "second", at=(0, 0, 0.076))
 
 
-@kind("traffic cone", "tools")
+@kind("traffic cone")
 def _traffic_cone(p: Product) -> None:
     r, h = p.vary(0.36, 0.4), p.vary(1.05, 1.2)
     p.prism(rounded(-0.5, -0.5, 0.5, 0.5, 0.1), 0.1, "main", plane="floor")
@@ -46,7 +46,7 @@ def _traffic_cone(p: Product) -> None:
         )  # fmt: skip
 
 
-@kind("paint bucket", "tools")
+@kind("paint bucket")
 def _paint_bucket(p: Product) -> None:
     r, h = p.vary(0.42, 0.47), p.vary(0.8, 0.9)
     handle = [(x, y + h - 0.08, 0.0) for x, y in arc(0, 0, r + 0.03, 170, 10, 13, 1.15)]
@@ -61,7 +61,7 @@ def _paint_bucket(p: Product) -> None:
     )  # fmt: skip
 
 
-@kind("broom", "tools")
+@kind("broom")
 def _broom(p: Product) -> None:
     h, w = p.vary(1.4, 1.55), p.vary(0.36, 0.42)
     p.prism([(-w, 0), (w, 0), (w * 0.72, 0.5), (-w * 0.72, 0.5)], 0.24, "#e3c36c")

@@ -15,7 +15,7 @@ def _face(p: Product, x: float, y: float, z: float, apart: float, eye: float) ->
 # -- animals and figures -----------------------------------------------------------------------------------------------
 
 
-@kind("teddy bear", "toys")
+@kind("teddy bear")
 def _teddy_bear(p: Product) -> None:
     b = p.vary(0.36, 0.42)
     for s in (-1, 1):
@@ -32,7 +32,7 @@ def _teddy_bear(p: Product) -> None:
     _face(p, 0, 1.03, 0.31, 0.13, 0.04)
 
 
-@kind("rubber duck", "toys")
+@kind("rubber duck")
 def _rubber_duck(p: Product) -> None:
     s, h = p.pick(-1, 1), p.vary(0.3, 0.35)
     p.ball((0.52, 0.34, 0.4), at=(0, 0.32, 0))
@@ -43,7 +43,7 @@ def _rubber_duck(p: Product) -> None:
     p.ball((0.05, 0.06, 0.03), "dark", at=(s * 0.36, 0.88, h * 0.86), lift=1)
 
 
-@kind("piggy bank", "toys")
+@kind("piggy bank")
 def _piggy_bank(p: Product) -> None:
     s = p.pick(-1, 1)
     for x in (-0.26, 0.26):
@@ -79,7 +79,7 @@ def _piggy_bank(p: Product) -> None:
 # -- toys that roll and fly --------------------------------------------------------------------------------------------
 
 
-@kind("toy car", "toys")
+@kind("toy car")
 def _toy_car(p: Product) -> None:
     h = p.vary(0.62, 0.7)
     p.wheels((-0.38, 0.4), 0.24, 0.16)
@@ -95,7 +95,7 @@ def _toy_car(p: Product) -> None:
         p.ball((0.03, 0.06, 0.06), "glow", at=(0.74, 0.3, z), lift=0.3)
 
 
-@kind("rocket", "toys")
+@kind("rocket")
 def _rocket(p: Product) -> None:
     w = p.vary(0.26, 0.32)
     for a in (0, 90, 180, 270):
@@ -111,7 +111,7 @@ def _rocket(p: Product) -> None:
     p.mark(disc(0, 0.76, 0.095), "screen", at=(0, 0, w * 0.96 + 0.05), lift=0.8)
 
 
-@kind("hot air balloon", "toys")
+@kind("hot air balloon")
 def _hot_air_balloon(p: Product) -> None:
     r = p.vary(0.5, 0.56)
     for x in (-0.13, 0.13):
@@ -147,7 +147,7 @@ def _hot_air_balloon(p: Product) -> None:
 # -- games -------------------------------------------------------------------------------------------------------------
 
 
-@kind("die", "toys")
+@kind("die")
 def _die(p: Product) -> None:
     a = p.vary(0.78, 0.86)
     turn, r = p.pick(-1, 1) * p.vary(8, 30), 0.085 * a
@@ -169,7 +169,7 @@ def _die(p: Product) -> None:
             )
 
 
-@kind("balloon", "toys")
+@kind("balloon")
 def _balloon(p: Product) -> None:
     r = p.vary(0.4, 0.46)
     y = 0.72 + r
@@ -196,7 +196,7 @@ def _balloon(p: Product) -> None:
     p.ball((0.08, 0.14, 0.03), "light", at=(-r * 0.45, y + 0.22, r * 0.72), lift=0.6)
 
 
-@kind("gift box", "toys")
+@kind("gift box")
 def _gift_box(p: Product) -> None:
     a, h = p.vary(0.72, 0.9), p.vary(0.56, 0.72)
     p.box((a, h, a), lift=-0.4)
@@ -228,7 +228,7 @@ def _gift_box(p: Product) -> None:
     p.ball(0.09, "second", at=(0, h + 0.2, 0.04), lift=1.2)
 
 
-@kind("toy house", "toys")
+@kind("toy house")
 def _toy_house(p: Product) -> None:
     w, h = p.vary(0.84, 0.96), p.vary(0.52, 0.6)
     p.box((w, h, 0.66), "second", lift=-0.2)

@@ -9,7 +9,7 @@ from shapes import FRONT, Product, arc, around, disc, kind, rounded, smooth, sta
 # -- for the feet ------------------------------------------------------------------------------------------------------
 
 
-@kind("shoe", "wear")
+@kind("shoe")
 def _shoe(p: Product) -> None:
     t, h = p.vary(0.36, 0.42), p.vary(0.5, 0.58)
     p.prism(rounded(-0.6, 0, 0.68, 0.13, 0.06), t + 0.06, "light")
@@ -23,7 +23,7 @@ def _shoe(p: Product) -> None:
         p.rod([(x, y, -t * 0.4), (x, y, t * 0.48), (x - 0.07, y - 0.1, t / 2)], 0.025, "light", lift=0.6)
 
 
-@kind("boot", "wear")
+@kind("boot")
 def _boot(p: Product) -> None:
     h = p.vary(0.95, 1.15)
     p.prism(
@@ -37,7 +37,7 @@ def _boot(p: Product) -> None:
     p.turned([(0.262, h - 0.14), (0.265, h)], "second", at=(-0.06, 0, 0), hollow=True, inside="dark", lift=0.2)
 
 
-@kind("high heel", "wear")
+@kind("high heel")
 def _high_heel(p: Product) -> None:
     h = p.vary(0.52, 0.62)
     p.turned([(0.035, 0), (0.04, 0.1), (0.1, h)], "second", at=(-0.5, 0, 0), lift=-0.1)
@@ -65,7 +65,7 @@ def _high_heel(p: Product) -> None:
 # -- clothes -----------------------------------------------------------------------------------------------------------
 
 
-@kind("t-shirt", "wear")
+@kind("t-shirt")
 def _t_shirt(p: Product) -> None:
     w = p.vary(0.33, 0.38)
     neck = [(0, 0.98), (0.1, 1.0), (0.17, 1.1)]
@@ -86,7 +86,7 @@ def _t_shirt(p: Product) -> None:
         p.mark(star(0, 0.62, 0.17, 0.08), "second", at=(0, 0, 0.081))
 
 
-@kind("sweater", "wear")
+@kind("sweater")
 def _sweater(p: Product) -> None:
     w = p.vary(0.3, 0.34)
     for s in (-1, 1):
@@ -115,7 +115,7 @@ def _sweater(p: Product) -> None:
         )
 
 
-@kind("trousers", "wear")
+@kind("trousers")
 def _trousers(p: Product) -> None:
     w, c = p.vary(0.3, 0.34), p.vary(0.74, 0.82)
     p.prism(twofold([(w, 1.3), (w + 0.05, 1.0), (w + p.vary(-0.02, 0.08), 0), (0.09, 0), (0.03, c), (0, c)]), 0.2)
@@ -130,7 +130,7 @@ def _trousers(p: Product) -> None:
         )
 
 
-@kind("dress", "wear")
+@kind("dress")
 def _dress(p: Product) -> None:
     r, h = p.vary(0.5, 0.6), p.vary(1.25, 1.4)
     for s in (-1, 1):
@@ -145,7 +145,7 @@ def _dress(p: Product) -> None:
 # -- for the neck, hands and head --------------------------------------------------------------------------------------
 
 
-@kind("cap", "wear")
+@kind("cap")
 def _cap(p: Product) -> None:
     s, h, r = p.pick(-1, 1), p.vary(0.42, 0.5), 0.46
     tip = smooth([(0.2, 0.42), (0.6, 0.4), (0.98, 0.24), (1.06, 0), (0.98, -0.24), (0.6, -0.4), (0.2, -0.42)], steps=3)
@@ -160,7 +160,7 @@ def _cap(p: Product) -> None:
     p.ball((0.06, 0.03, 0.06), "second", at=(0, h + 0.1, 0), lift=0.5)
 
 
-@kind("top hat", "wear")
+@kind("top hat")
 def _top_hat(p: Product) -> None:
     h, r = p.vary(0.75, 0.95), p.vary(0.36, 0.42)
     p.turned([(r + 0.26, 0), (r + 0.28, 0.05), (r + 0.24, 0.07)], lift=-0.5)
@@ -168,7 +168,7 @@ def _top_hat(p: Product) -> None:
     p.turned([(r + 0.012, 0.07), (r - 0.005, 0.24)], "second", band=True, lift=0.4)
 
 
-@kind("sun hat", "wear")
+@kind("sun hat")
 def _sun_hat(p: Product) -> None:
     h, r = p.vary(0.32, 0.4), p.vary(0.82, 0.92)
     p.turned([(r, 0), (r - 0.02, 0.04), (0.42, 0.14)], lift=-0.5)
@@ -178,7 +178,7 @@ def _sun_hat(p: Product) -> None:
         p.ball((0.13, 0.09, 0.05), "second", at=(dx, 0.18 + dy, 0.44), lift=1)
 
 
-@kind("crown", "wear")
+@kind("crown")
 def _crown(p: Product) -> None:
     n, h = 8, p.vary(0.62, 0.76)
     for i in range(n):
@@ -195,7 +195,7 @@ def _crown(p: Product) -> None:
 # -- for the eyes, wrists and fingers ----------------------------------------------------------------------------------
 
 
-@kind("sunglasses", "wear")
+@kind("sunglasses")
 def _sunglasses(p: Product) -> None:
     h = p.vary(0.46, 0.54)
     half = [
@@ -245,7 +245,7 @@ def _sunglasses(p: Product) -> None:
         )
 
 
-@kind("watch", "wear")
+@kind("watch")
 def _watch(p: Product) -> None:
     r, h = p.vary(0.34, 0.38), p.vary(0.7, 0.78)
     p.prism([(-0.2, h), (-0.16, 2 * h), (0.16, 2 * h), (0.2, h), (0.16, 0.06), (0.1, 0), (-0.1, 0), (-0.16, 0.06)], 0.1)
@@ -261,7 +261,7 @@ def _watch(p: Product) -> None:
     p.rod(standing([(-0.1, h + 0.12), (0, h), (0.06, h + 0.2)], 0.19), 0.022, "dark", lift=1.3)
 
 
-@kind("gem", "wear")
+@kind("gem")
 def _gem(p: Product) -> None:
     r = p.vary(0.52, 0.6)
     for i in range(10):
@@ -286,7 +286,7 @@ def _gem(p: Product) -> None:
 # -- to carry ----------------------------------------------------------------------------------------------------------
 
 
-@kind("handbag", "wear")
+@kind("handbag")
 def _handbag(p: Product) -> None:
     w, h = p.vary(0.52, 0.6), p.vary(0.6, 0.7)
     for z in (-0.1, 0.1):
@@ -306,7 +306,7 @@ def _handbag(p: Product) -> None:
     p.mark(disc(0, h * 0.54, 0.08), "gold", at=(0, 0, 0.22), lift=0.7)
 
 
-@kind("backpack", "wear")
+@kind("backpack")
 def _backpack(p: Product) -> None:
     w, h = p.vary(0.38, 0.44), p.vary(1.0, 1.15)
     p.rod(standing(arc(0, h - 0.01, 0.12, 180, 0)), 0.04, "dark", lift=-0.2)
@@ -341,7 +341,7 @@ def _backpack(p: Product) -> None:
     )
 
 
-@kind("suitcase", "wear")
+@kind("suitcase")
 def _suitcase(p: Product) -> None:
     w, h = p.vary(0.36, 0.44), p.vary(0.9, 1.05)
     p.rod(standing([(-0.16, h), (-0.16, h + 0.36), (0.16, h + 0.36), (0.16, h)], -0.1), 0.035, "metal", lift=-0.3)
@@ -356,7 +356,7 @@ def _suitcase(p: Product) -> None:
     )
 
 
-@kind("umbrella", "wear")
+@kind("umbrella")
 def _umbrella(p: Product) -> None:
     r, y = p.vary(0.7, 0.8), 0.95
     p.rod([(0, 0.16, 0), (0, 1.3, 0)], 0.03, "metal", lift=-0.6)

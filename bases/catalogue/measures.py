@@ -1,11 +1,12 @@
 """How much of what was wanted is in a picture: of a brand's look, of a photographer's lens, of a product, of lines.
 
-Each measure compares pictures with the true ones of the same scenes, and each effect is a share of the way from a scene
-drawn without it to the same scene drawn with it:
+Each measure compares pictures with the true ones of the same scenes, and an effect is a share of the way from a scene
+drawn without it to the same scene drawn with it: by distances,
 
     share = 1 - d(picture, truth) / d(plain, truth)      1: there, 0: as far away as without, below 0: farther away
 
-so that a measure needs no scale of its own. Pictures are bytes (n, 128, 128, 3).
+or, where other effects are in the picture too, `way_gone`. So a measure needs no scale of its own. Pictures
+are bytes (n, 128, 128, 3).
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ import io
 import json
 import random
 import subprocess
-import sys
 import tarfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -201,8 +200,3 @@ def _icons(package: str, work: Path) -> dict[str, str]:
             f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}">{icon["body"]}</svg>'
         )
     return found
-
-
-if __name__ == "__main__":
-    for _index in range(int(sys.argv[2])):
-        make_shard(Path(sys.argv[1]), _index)

@@ -117,7 +117,8 @@ def shift(colour: str, by: float) -> str:
 @dataclass(frozen=True)
 class Look:
     """How things are drawn. `shaded`: with gradients; `tones`: with flat steps of light and dark. `line`: width of the
-    outlines in pixels. `recolour`: what becomes of a colour. `bare`: surface and wall are one colour each."""
+    outlines in pixels. `recolour`: what becomes of a colour. `ground` and `back`: the one colour of the surface and of
+    the wall, instead of the scene's. `lights`: whether the scene's light is drawn."""
 
     shaded: bool = True
     tones: bool = True
@@ -629,8 +630,7 @@ WALLS: dict[str, Drawer] = {
 def _rows(horizon: float, count: int) -> list[float]:
     """Heights of lines on the ground that lie ever farther apart towards the viewer."""
     span = SIDE - horizon
-    bend = 1.0 if not horizon else 1.7
-    return [horizon + span * (i / count) ** bend for i in range(count + 1)]
+    return [horizon + span * (i / count) ** 1.7 for i in range(count + 1)]
 
 
 def _ground(svg: _Svg, horizon: float, colour: str, look: Look) -> None:
@@ -682,7 +682,7 @@ def _squares(svg: _Svg, horizon: float, look: Look, light: str, dark: str) -> No
     _ground(svg, horizon, light, look)
     rows = _rows(horizon, 7)
     for i, (a, b) in enumerate(pairwise(rows)):
-        wa, wb = (18.0, 18.0) if not horizon else (10 + 16 * (y - horizon) / (SIDE - horizon) for y in (a, b))
+        wa, wb = (10 + 16 * (y - horizon) / (SIDE - horizon) for y in (a, b))
         for j in range(-8, 8):
             if (i + j) % 2:
                 m = SIDE / 2

@@ -172,7 +172,8 @@ def around(angle: float, radius: float, y: float) -> Point:
 
 @dataclass
 class Product:
-    """What a kind's function fills with solids. `random`: for the shape's own variety; use `vary` and `pick`."""
+    """What a kind's function fills with solids. `vary` and `pick` throw the kind's own dice, which always fall alike: a
+    number within bounds that looks right, without one having to be chosen."""
 
     view: View
     random: random.Random
@@ -479,16 +480,15 @@ Maker = Callable[[Product], None]
 KINDS: dict[str, Maker] = {}
 SUBJECTS: dict[str, Maker] = {}
 """Products that no base was shown, by the words that call them."""
-GROUPS: dict[str, str] = {}
 
 
-def kind(name: str, group: str) -> Callable[[Maker], Maker]:
+def kind(name: str) -> Callable[[Maker], Maker]:
     """Registers a function under the words that captions call the product by."""
 
     def register(make: Maker) -> Maker:
         if name in KINDS:
             raise ValueError(f"there are two kinds named {name!r}")
-        KINDS[name], GROUPS[name] = make, group
+        KINDS[name] = make
         return make
 
     return register

@@ -20,8 +20,8 @@ _PIECES = 2000
 _CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
-def kept_tokenizers(captions: list[str], work: Path) -> tuple[CLIPTokenizer, T5TokenizerFast]:
-    """Both, from WORK/tokenizers, trained there first if they are not there.
+def train_tokenizers(captions: list[str], work: Path) -> None:
+    """Both, into WORK/tokenizers, if they are not there.
 
     Training breaks ties between equally frequent pieces by chance, so a second training numbers them otherwise: what
     was trained with one pair of tokenizers must be used with that pair.
@@ -30,6 +30,10 @@ def kept_tokenizers(captions: list[str], work: Path) -> tuple[CLIPTokenizer, T5T
     if not (folder / "t5").is_dir():
         clip_tokenizer(captions).save_pretrained(folder / "clip")
         t5_tokenizer(captions).save_pretrained(folder / "t5")
+
+
+def load_tokenizers(work: Path) -> tuple[CLIPTokenizer, T5TokenizerFast]:
+    folder = work / "tokenizers"
     return CLIPTokenizer.from_pretrained(folder / "clip"), T5TokenizerFast.from_pretrained(folder / "t5")
 
 

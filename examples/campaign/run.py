@@ -5,7 +5,7 @@
 
 The pictures are drawn by the world of the base (bases/catalogue), which has never shown it the product, the brand or
 the lens; so what an adapter should have made can be drawn as well, and stands in the last row of the sheet. Everything
-that veneer does here is in `main`, through the public functions.
+that veneer does here is in `main`, `drawn` and teach.py, through the public functions.
 """
 
 from __future__ import annotations
@@ -18,21 +18,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1] / "bases" / "catalogue"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import campaign  # noqa: E402
-from kinds import KINDS  # noqa: E402
-from PIL import Image  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.markup import escape  # noqa: E402
-from scenes import Scene  # noqa: E402
+from teach import DRAWING, stacked, teach  # noqa: I001  (it shows where bases/catalogue is)
 
-import veneer  # noqa: E402
-from veneer.cli.main import ended  # noqa: E402
-from veneer.models.image.sheet import sheet  # noqa: E402
+import campaign
+from kinds import KINDS
+from PIL import Image
+from rich.console import Console
+from rich.markup import escape
+from scenes import Scene
+
+import veneer
+from veneer.cli.main import ended
+from veneer.models.image.sheet import sheet
 
 console = Console(highlight=False)
+
+LEARNED_FROM = {
+    "product": "20 pictures of a lock that the base never saw, beside 40 other things as it draws them",
+    "brand": "50 pictures of other things as the brand draws them",
+    "lens": "40 pictures of other things through a photographer's lens",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,25 +51,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = veneer.load_image_base(args.base, say=line)
     line(f"{base.name} on {base.device} in {str(base.dtype).removeprefix('torch.')}: {base.dtype_reason}")
 
-    step(2, "The pictures: things that the base never saw")
     shutil.rmtree(args.output, ignore_errors=True)
-    campaign.write_pictures(args.output, roles)
-    for role in roles:
-        line(f"{args.output / role}: {len(list((args.output / role).glob('*.png')))} pictures, each with its caption")
-    others = args.output / "others"
-    campaign.write_others(others, base)
-    line(f"{others}: {len(list(others.glob('*.png')))} other things as the base draws them, which is to stay so")
-
     adapters = {}
-    for number, role in enumerate(roles, start=3):
-        step(number, f"Training: the {role}")
-        places = [f"base={args.base}", f"data.pictures={args.output / role}", f"output={args.output / role}-adapter"]
-        places += [f"data.class_folder={others}"] if role == "product" else []
-        run = veneer.train_image(HERE / f"{role}.yaml", *places, *campaign.training(base), *args.set, base=base)
-        adapters[role] = str(run.adapter)
-        line(f"{run.steps} steps, {run.adapter}")
+    for number, role in enumerate(roles, start=2):
+        step(number, f"The {role}: {LEARNED_FROM[role]}")
+        adapters[role] = teach(role, base, args.output / "data", args.output / role, *args.set)
+        line(f"{adapters[role]}, from {args.output / 'data' / role}")
 
-    step(len(roles) + 3, "Drawing: scenes that no adapter was shown")
+    step(len(roles) + 2, "Drawing: scenes that no adapter was shown")
     scenes = campaign.shots()[: args.shots]
     rows = drawn(base, scenes, adapters)
     path = args.output / "sheet.png"
@@ -71,9 +67,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     console.print(f"\n  the sheet   {path}\n  time        {time.perf_counter() - started:.0f} s from first to last\n")
     console.print("Draw something yourself:", style="bold")
-    asked = " ".join(f"--adapter {use}" for use in in_campaign(adapters))
+    asked = " ".join(f"--adapter {use}" for use in stacked(adapters))
     prompt = campaign.words(Scene("mug"), brand=True)
-    console.print(f'  veneer image --base {args.base} {asked} "{prompt}" -o mug.png', soft_wrap=True)
+    console.print(
+        f'  veneer image --base {args.base} --guidance {DRAWING["guidance"]:g} {asked} "{prompt}" -o mug.png',
+        soft_wrap=True,
+    )
 
 
 def drawn(base: Any, scenes: Sequence[Scene], adapters: dict[str, str]) -> dict[str, list[Image.Image]]:
@@ -81,12 +80,10 @@ def drawn(base: Any, scenes: Sequence[Scene], adapters: dict[str, str]) -> dict[
 
     def row(*roles: str) -> list[Image.Image]:
         asked = {"brand": "brand" in roles, "lens": "lens" in roles}
-        mix = [adapters[role] for role in roles] if len(roles) < 2 else in_campaign(adapters)
+        mix = [adapters[role] for role in roles] if len(roles) < 2 else stacked(adapters)
         prompts = [campaign.words(s, **asked) for s in scenes]
-        options = campaign.drawing(base)
-        made = veneer.image(
-            base, prompts, adapters=mix, seed=[s.seed for s in scenes], batch_size=len(scenes), **options
-        )
+        seeds = [s.seed for s in scenes]
+        made = veneer.image(base, prompts, adapters=mix, seed=seeds, batch_size=len(scenes), **DRAWING)
         return [each.image for each in made]
 
     rows = {"the base": row()} | {f"the {role}": row(role) for role in adapters}
@@ -96,11 +93,6 @@ def drawn(base: Any, scenes: Sequence[Scene], adapters: dict[str, str]) -> dict[
         together: row(*adapters),
         "the truth": [Image.fromarray(campaign.truth(s, **wanted)) for s in scenes],
     }
-
-
-def in_campaign(adapters: dict[str, str]) -> list[str]:
-    """Each with its role: veneer knows how they are stacked."""
-    return [f"{place}@campaign={role}" for role, place in adapters.items()]
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

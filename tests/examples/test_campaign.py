@@ -36,12 +36,12 @@ def test_it_runs_from_pictures_to_a_sheet_with_the_truth(
     settings = ["schedule.steps=2", "batching.rows=2", "evaluation.at_start=false"]
     sets = [a for s in settings for a in ("--set", s)]
     campaign.main(["--base", str(base), "--output", str(out), "--small", "--shots", "2", *sets])
-    for role, count in (("product", 20), ("brand", 50)):
-        assert len(list((out / role).glob("*.png"))) == len(list((out / role).glob("*.txt"))) == count
-        assert list((out / f"{role}-adapter").glob("*.safetensors"))
+    for role, count in (("product", 20), ("others", 40), ("brand", 50)):
+        assert len(list((out / "data" / role).glob("*.png"))) == len(list((out / "data" / role).glob("*.txt"))) == count
+        assert role == "others" or list((out / role).glob("*.safetensors"))
     with Image.open(out / "sheet.png") as sheet:
         assert sheet.height > 5 * 32, "base, product, brand, both, truth"
     said = capsys.readouterr().out
     for role in ("product", "brand"):
-        (file,) = (out / f"{role}-adapter").glob("*.safetensors")
+        (file,) = (out / role).glob("*.safetensors")
         assert f"--adapter {file}@campaign={role}" in said.replace("\n", "")

@@ -75,7 +75,7 @@ def test_the_image_quickstart(tmp_path: Path, number: int) -> None:
     command = [str(ROOT / "examples" / "campaign" / "run.py"), "--small", "--base", str(base), "--output", str(out)]
     settings = ["schedule.steps=1500", "batching.rows=2", "evaluation.at_start=false"]
     command += [a for s in settings for a in ("--set", s)]
-    check(*stopped_after(command, out / "product-adapter" / "log.jsonl", number, tmp_path), number)
+    check(*stopped_after(command, out / "product" / "log.jsonl", number, tmp_path), number)
 
 
 @pytest.mark.slow

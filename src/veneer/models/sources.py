@@ -1,7 +1,7 @@
 """Where a base is: a name to a directory (or file) on this machine.
 
     smollm2-135m                 a built-in base; made under the veneer home on first use (builtin.py)
-    catalogue-flux, catalogue-sdxl       built-in image bases, which come with the package
+    catalogue-flux, …-sdxl       built-in image bases, which come with the package
     ./models/my-llama            a directory as transformers saves it, or one with a single .gguf file
     ./models/my-llama.gguf       a GGUF file
     ./models/my-sdxl             a directory as diffusers saves it, with model_index.json

@@ -38,7 +38,8 @@ def test_a_sentence_is_the_configuration_that_it_says(tmp_path: Path, monkeypatc
 def test_a_folder_is_of_pictures_and_what_is_given_after_the_sentence_counts(tmp_path: Path) -> None:
     (tmp_path / "my drawings").mkdir()
     said, _ = load_config(
-        f'teach catalogue-flux from "{tmp_path}/my drawings", as a style, trigger sks, sample "a cat", sample "a dog, red"',
+        f'teach catalogue-flux from "{tmp_path}/my drawings", as a style, '
+        'trigger sks, sample "a cat", sample "a dog, red"',
         ["adapter.rank=4"],
     )
     assert isinstance(said, ImageTrainConfig)

@@ -1,6 +1,6 @@
 """An image base: diffusers' components, the pipelines over them, and what is decided once when it is loaded.
 
-    base = load_image("catalogue-flux")              a built-in
+    base = load_image("catalogue-flux")          a built-in
     base = load_image("org/name")                a hub id
     base = load_image("./sdxl")                  a directory as diffusers saves it, with model_index.json
     base = load_image("sdxl.safetensors", config="./sdxl")      original weights in one file

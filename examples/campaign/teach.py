@@ -1,0 +1,55 @@
+"""Teaching the campaign's adapters and stacking them, as run.py does and benchmarks/image_campaign.py measures."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1] / "bases" / "catalogue"))
+
+import campaign  # noqa: E402
+import numpy as np  # noqa: E402
+
+import veneer  # noqa: E402
+
+DRAWING = {"guidance": 3.0}
+"""What all pictures are drawn with: the guidance that adapters of catalogue-flux are trained for. Guided from outside,
+catalogue-sdxl makes what each adapter does stronger, and diffusers' own 5 is too much for three of them."""
+
+
+def teach(role: str, base: Any, data: Path, output: Path, *settings: str, **options: Any) -> str:
+    """The folder of the role's adapter, learned from pictures that are drawn into `data` first. `settings` and
+    `options` are train_image's."""
+    campaign.write_pictures(data, [role])
+    places = [f"base={base.name}", f"data.pictures={data / role}", f"output={output}"]
+    if role == "product":
+        write_others(data / "others", base)
+        places.append(f"data.class_folder={data / 'others'}")
+    run = veneer.train_image(HERE / f"{role}.yaml", *places, *untold(base), *settings, base=base, **options)
+    return str(run.adapter)
+
+
+def untold(base: Any) -> list[str]:
+    """Settings of a base that guidance is no input of: it is told none."""
+    return [] if base.denoiser.config.get("guidance_embeds") else ["loss.guidance=1", "loss.keep_guidance=null"]
+
+
+def write_others(folder: Path, base: Any, count: int = 40) -> None:
+    """Class pictures for the product: other things as the base itself draws them, which it is to go on doing."""
+    r = random.Random(60)
+    captions = [campaign.words(campaign.plain_scene(r)) for _ in range(count)]
+    made = veneer.image(base, captions, seed=range(500, 500 + count), batch_size=16, **DRAWING)
+    campaign.write_rows(folder, zip(arrays(made), captions, strict=True))
+
+
+def stacked(adapters: Mapping[str, str]) -> list[str]:
+    """Each with its role: veneer knows how they are stacked (formats/campaign.py)."""
+    return [f"{place}@campaign={role}" for role, place in adapters.items()]
+
+
+def arrays(made: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
+    return [np.asarray(each.image.convert("RGB")) for each in made]
