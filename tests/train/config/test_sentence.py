@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from veneer.errors import ConfigError
@@ -102,6 +102,7 @@ _WORDS = st.text("abcdefgh .,'\"\\%=/“”", min_size=1, max_size=12).filter(la
 _PATHS = st.from_regex(r"[a-z]{1,6}( [a-z]{1,4})?\.jsonl", fullmatch=True)
 
 
+@example({"adapter.rank": 1, "data.train": ["a.jsonl", "b.jsonl"], "samples.prompts": ["a", "the"]})
 @given(
     st.fixed_dictionaries(
         {"adapter.rank": st.integers(1, 9999), "data.train": st.lists(_PATHS, min_size=2, max_size=3, unique=True)},

@@ -382,7 +382,7 @@ def _word(text: str) -> str:
     """A word as it can stand in a sentence: in quotes where it is none by itself."""
     found = list(_words(text))
     plain = len(found) == 1 and not found[0].quoted and found[0].text == text and text.lower() not in _SMALL
-    return text if plain and not re.search(r"""["'“”\\]""", text) else _quoted(text)
+    return text if plain and not re.search(r"""["'“”\\]""", text) else _in_quotes(text)
 
 
 def _number(value: float) -> str:
@@ -390,7 +390,11 @@ def _number(value: float) -> str:
 
 
 def _quoted(text: str) -> str:
-    return text if re.fullmatch(r"[\w.:/+-]+", text) else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+    return text if re.fullmatch(r"[\w.:/+-]+", text) else _in_quotes(text)
+
+
+def _in_quotes(text: str) -> str:
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
 def _yaml(value: Any) -> str:
