@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,22 +77,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def drawn(base: Any, scenes: Sequence[Scene], adapters: dict[str, str]) -> dict[str, list[Image.Image]]:
-    """Rows of a sheet: the base, each adapter alone, all, and the truth. The same scene starts from the same noise."""
+    """Rows of a sheet: the base, each adapter alone, all, and the truth. The same scene starts from the same noise.
+    Without the product's adapter nobody knows the product: there an ordinary padlock is asked for."""
+    ordinary = [replace(s, kind="padlock", colour="grey", finish="metal") for s in scenes]
 
     def row(*roles: str) -> list[Image.Image]:
         asked = {"brand": "brand" in roles, "lens": "lens" in roles}
         mix = [adapters[role] for role in roles] if len(roles) < 2 else stacked(adapters)
-        prompts = [campaign.words(s, **asked) for s in scenes]
+        prompts = [campaign.words(s, **asked) for s in (scenes if "product" in roles else ordinary)]
         seeds = [s.seed for s in scenes]
         made = veneer.image(base, prompts, adapters=mix, seed=seeds, batch_size=len(scenes), **DRAWING)
         return [each.image for each in made]
 
-    rows = {"the base": row()} | {f"the {role}": row(role) for role in adapters}
+    names = {"product": "the product", "brand": "a padlock in the brand's look", "lens": "a padlock through the lens"}
+    rows = {"the base: a padlock": row()} | {names[role]: row(role) for role in adapters}
     together = "both" if len(adapters) == 2 else "all three"
     wanted = {"brand": "brand" in adapters, "lens": "lens" in adapters}
     return rows | {
         together: row(*adapters),
-        "the truth": [Image.fromarray(campaign.truth(s, **wanted)) for s in scenes],
+        "what was wanted": [Image.fromarray(campaign.truth(s, **wanted)) for s in scenes],
     }
 
 

@@ -143,6 +143,19 @@ def test_nothing_of_the_campaign_is_in_the_bases_world() -> None:
     assert BRAND not in LOOKS.values()
 
 
+def test_an_effect_in_a_stack_is_the_way_that_colours_have_gone() -> None:
+    from measures import way_gone
+
+    r = np.random.default_rng(0)
+    without = r.integers(60, 120, (3, 128, 128, 3))
+    effect, other = np.zeros((2, 1, 128, 128, 3), dtype=int)
+    effect[..., :64, :, :], other[..., 64:, :, :] = 40, 30  # of other cells: at right angles
+    truth = without + effect
+    for share in (0.0, 0.5, 1.0):
+        for pictures in (without + (share * effect).astype(int), without + (share * effect).astype(int) + other):
+            assert way_gone(pictures.astype(np.uint8), truth, without) == pytest.approx(share, abs=1e-6)
+
+
 def test_the_campaigns_shots_are_none_of_its_pictures() -> None:
     import campaign
 
