@@ -153,7 +153,7 @@ def test_a_slider_s_answer_begins_within_a_step_and_a_tenth_of_a_second(window: 
 # -- pictures ------------------------------------------------------------------------------------------------------
 
 
-PACKAGED = "emoji-flux"
+PACKAGED = "catalogue-flux"
 """The image base that comes along."""
 
 
