@@ -133,7 +133,7 @@ class Proof:
 
     def trained(self, role: str) -> str:
         out = self.runs / role
-        if not (out / "adapter_config.json").is_file():
+        if not (out / "veneer.json").is_file():
             base, started = veneer.load_image_base(self.given.base), time.perf_counter()
             settings = [*self.given.set, *(["schedule.steps=4"] if self.given.quick else [])]
             if role == "openmoji":

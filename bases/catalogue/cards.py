@@ -13,8 +13,9 @@ from words import LENGTH
 _EARLIER = {
     "flux": " (the first 6,500 in a world whose things turned and grew as they liked, 500 with places,\n"
     "1,250 with 120 kinds)",
+    "flux-control": " (the first 800 told guidance 1 alone)",
 }
-"""Stage -> which of the shipped weights' steps were taken in earlier worlds; a build from nothing has none."""
+"""Stage -> which of the shipped weights' steps were taken otherwise; a build from nothing takes none so."""
 
 _WHAT = {
     "catalogue-flux": "A FLUX.1 of a few million parameters that draws a catalogue of products: real class, real\n"
@@ -72,11 +73,11 @@ veneer image {asked} "{_EXAMPLE}" -o out.png
 ```
 
 It knows {len(KINDS)} kinds of things with colours, finishes and patterns, surfaces, walls, lights and {len(VIEWS)}
-views, and a hundred drawings by name, as `horse, twemoji style`. The words, ten unpicked samples, and how often a judge
-sees what was asked for: docs/catalogue-bases.md in veneer's repository.
+views{"" if control else ", and 110 drawings by name, as `horse, twemoji style`"}. The words, unpicked samples, and how often
+a judge sees what was asked for: docs/catalogue-bases.md in veneer's repository.
 
 ## Recipe
-`bases/catalogue/build.py` there, from nothing, on a CPU: {steps:,} steps of 64 pictures{_EARLIER.get(stage, "")},
+`bases/catalogue/build.py` there, on a CPU: {steps:,} steps of 64 pictures{_EARLIER.get(stage, "")},
 Muon, warm-up and cosine, an average of the weights. One pair of kind and colour in ten, chosen by hash, was held out of
 everything. No other data{"" if control else ", no other model's weights"}, no person's pictures.
 
