@@ -73,8 +73,8 @@ veneer image {asked} "{_EXAMPLE}" -o out.png
 ```
 
 It knows {len(KINDS)} kinds of things with colours, finishes and patterns, surfaces, walls, lights and {len(VIEWS)}
-views{"" if control else ", and 110 drawings by name, as `horse, twemoji style`"}. The words, unpicked samples, and how often
-a judge sees what was asked for: docs/catalogue-bases.md in veneer's repository.
+views{"" if control else ", and 110 drawings by name, as `horse, twemoji style`"}. The words, unpicked samples, and how
+often a judge sees what was asked for: docs/catalogue-bases.md in veneer's repository.
 
 ## Recipe
 `bases/catalogue/build.py` there, on a CPU: {steps:,} steps of 64 pictures{_EARLIER.get(stage, "")},
