@@ -31,9 +31,12 @@ from PIL import Image, ImageOps
 from veneer.models.home import bases_home
 
 TEXTS = "smollm2-135m"
-PICTURES, DRAWN = "emoji-flux", "{}, outlined noto style"
+PICTURES, DRAWN = "catalogue-flux", "a {} on a white table, white wall, soft daylight, front view"
 """A base that draws, and how it is told what."""
-THINGS = ("red apple", "cat", "rocket", "umbrella", "house", "sailboat", "mushroom", "clock", "key", "teapot")
+THINGS = (
+    "red apple", "yellow rubber duck", "blue rocket", "red umbrella", "white toy house", "brown boot", "red mushroom",
+    "green alarm clock", "grey padlock", "teal teapot",
+)  # fmt: skip
 SIZES = {1280: 860, 390: 844}
 STRIP = {"width": 960, "height": 620}
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -173,7 +176,9 @@ def teach_a_style(place: Place, address: str) -> None:
 
 
 STYLE = f"teach {PICTURES} from folder blueprints, trigger blueprint, rank 8, 120 steps, learning rate 0.002, "
-STYLE += f"sample every 60 steps, sample '{DRAWN.format('blueprint, cat')}', sample '{DRAWN.format('blueprint, key')}'"
+STYLE += "sample every 60 steps" + "".join(
+    f", sample 'blueprint, {DRAWN.format(n)}'" for n in ("red mug", "brown guitar")
+)
 
 
 def offer(browser: Any, address: str) -> list[bytes]:
@@ -314,7 +319,7 @@ def text_views(place: Place) -> dict[str, View]:
 def picture_views(place: Place, address: str) -> dict[str, View]:
     name = httpx.get(f"{address}/v1/adapters").json()["data"][0]["id"]
     job = place.jobs("drawing")[-1]["id"]
-    mixes = [("c", f"{name}:0.5"), ("c", name), ("p", DRAWN.format("blueprint, sailboat")), ("n", 2)]
+    mixes = [("c", f"{name}:0.5"), ("c", name), ("p", f"blueprint, {DRAWN.format('yellow toy car')}"), ("n", 2)]
     return {
         "pictures-library": ("", nothing),
         "pictures-compare": (f"compare?{httpx.QueryParams(mixes)}", ask("Draw", 6)),
