@@ -236,19 +236,16 @@ class Proof:
         return found | ({RECIPE: stacked(self.adapters)} if any(CAMPAIGN[kind].values()) else {})
 
     def added(self, mix: Mix, **asked: bool) -> dict[str, float]:
-        """What a mix adds on the campaign's shots: of the product how sure the judge is of it, of brand and lens how
-        far colours have gone from the true picture without it to the one with it; each less what the base has."""
+        """What a mix does on the campaign's shots: of the product how sure the judge is of it; of brand and lens how
+        far colours have gone from the true picture without it to the one with it, less what the base has."""
         prompts, truths = self.words(**asked), self.truths(self.shots, **asked)
 
-        def effects(pictures: Array) -> dict[str, float]:
-            found = {"product": self.product_figures(pictures, truths)["sure"]}
-            for role in asked:
-                without = self.truths(self.shots, **{**asked, role: False})
-                found[role] = way_gone(pictures, repeated(truths, pictures), repeated(without, pictures))
-            return found
-
-        base, made = effects(self.drawn(prompts)), effects(self.drawn(prompts, mix))
-        return {role: made[role] - base[role] for role in made}
+        base, made = self.drawn(prompts), self.drawn(prompts, mix)
+        found = {"product": self.product_figures(made, truths)["sure"]}
+        for role in asked:
+            way = repeated(truths, made), repeated(self.truths(self.shots, **{**asked, role: False}), made)
+            found[role] = way_gone(made, *way) - way_gone(base, *way)
+        return found
 
     def composition(self) -> None:
         """The lines, or the distances, of the true picture hold the base (of things that it knows) and the stack to its
@@ -390,8 +387,8 @@ class Proof:
             return
         columns = [s if isinstance(s, str) else s.view if name == "stack" else said(s) for s in shown[:8]]
         cells = [[Image.fromarray(p) for p in pictures[: len(columns)]] for pictures in rows.values()]
-        path = self.given.sheets / f"{Path(self.given.base).name}-{name}.png"
-        sheet(cells, rows=list(rows), columns=columns).save(path, optimize=True)
+        path = self.given.sheets / f"{Path(self.given.base).name}-{name}.webp"
+        sheet(cells, rows=list(rows), columns=columns).save(path, quality=90, method=6)
 
 
 if __name__ == "__main__":
