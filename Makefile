@@ -28,7 +28,7 @@ help: ## this list
 quickstart: $(VENV)/.ready-use ## train an adapter on support tickets, end to end (three to six minutes on two cores)
 	@$(RUN) examples/quickstart.py
 
-image-quickstart: $(VENV)/.ready-image ## teach a product and a brand's look, and draw with both (five minutes on two cores)
+image-quickstart: $(VENV)/.ready-image ## teach a product and a brand's look, and draw with both (three to five minutes on two cores)
 	@$(RUN) examples/campaign/run.py --small --output runs/image-quickstart
 
 studio: $(VENV)/.ready-studio ## the page: adapters to look at, compare, mix, train and let go live, in the browser
