@@ -61,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     step(len(roles) + 2, "Drawing: scenes that no adapter was shown")
     scenes = campaign.shots()[: args.shots]
-    rows = drawn(base, scenes, adapters)
+    shown = {f"shown of the {role}": shown_of(args.output / "data" / role, len(scenes)) for role in roles}
+    rows = shown | drawn(base, scenes, adapters)
     path = args.output / "sheet.png"
-    columns = [f"{s.surface.removeprefix('a ').removeprefix('an ')}, {s.view}" for s in scenes]
-    sheet(list(rows.values()), rows=list(rows), columns=columns).save(path, optimize=True)
+    sheet(list(rows.values()), rows=list(rows)).save(path, optimize=True)
 
     console.print(f"\n  the sheet   {path}\n  time        {time.perf_counter() - started:.0f} s from first to last\n")
     console.print("Draw something yourself:", style="bold")
@@ -74,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         f'  veneer image --base {args.base} --guidance {DRAWING["guidance"]:g} {asked} "{prompt}" -o mug.png',
         soft_wrap=True,
     )
+
+
+def shown_of(folder: Path, count: int) -> list[Image.Image]:
+    """The first of the pictures that an adapter learned from."""
+    return [Image.open(path) for path in sorted(folder.glob("*.png"))[:count]]
 
 
 def drawn(base: Any, scenes: Sequence[Scene], adapters: dict[str, str]) -> dict[str, list[Image.Image]]:

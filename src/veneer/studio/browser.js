@@ -19,7 +19,7 @@ export default {
         <div class="row end"><button type="button" class="button quiet" @click="$refs.keys.close()">Close</button></div></dialog>
       <dialog ref="finder" class="dialog finder" aria-label="Find anything">
         <input type="search" v-model="sought" placeholder="An adapter, a run, a route, or what to do" aria-label="Find anything" role="combobox"
-          aria-expanded="true" aria-controls="finds" :aria-activedescendant="'find-' + at" autocomplete="off" spellcheck="false" @input="seek"
+          aria-expanded="true" aria-controls="finds" :aria-activedescendant="finds[at] ? 'find-' + at : null" autocomplete="off" spellcheck="false" @input="seek"
           @keydown.down.prevent="at = Math.min(at + 1, finds.length - 1)" @keydown.up.prevent="at = Math.max(at - 1, 0)" @keydown.enter.prevent="take(finds[at])">
         <ul id="finds" role="listbox" aria-label="Found"><li v-for="(each, n) in finds" :key="n" :id="'find-' + n" role="option" :aria-selected="n === at" @click="take(each)">
           <span>{{ each.title }}</span><span class="soft small">{{ each.what }}</span></li></ul></dialog>
