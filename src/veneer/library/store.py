@@ -28,6 +28,7 @@ from typing import IO, Any
 
 from veneer.errors import AdapterError, ConfigError, MissingExtraError, UnavailableError, VeneerError
 from veneer.files.atomic import flush_folder, write_all
+from veneer.files.locks import take_lock
 
 CHUNK = 1 << 20
 _WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "memory"}
@@ -335,13 +336,9 @@ def _make_parents(target: Path) -> set[Path]:
 
 
 def _lock(fd: int) -> bool:
-    """Take the lock of an open file or folder, unless someone holds it. It ends with the process."""
+    """Take the lock of an open file or folder, unless someone holds it."""
     try:
-        import fcntl
-    except ImportError:  # Windows, where a file that is open cannot be removed anyway
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        take_lock(fd)
     except OSError:
         return False
     return True

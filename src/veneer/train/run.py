@@ -10,7 +10,6 @@ one in a few lines. Knows configurations, parameters and steps; no rows, no pict
 
 from __future__ import annotations
 
-import fcntl
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from veneer.errors import CheckpointError, ConfigError, Interrupted, NoGain, counted
+from veneer.files.locks import take_lock
 from veneer.models.sources import find_base
 from veneer.ops.choice import follow, known, own_choices, what_ran
 from veneer.train import checkpoint, loop
@@ -365,9 +365,12 @@ def _logged(run: Run, resumed: Progress | None) -> Iterator[Listener]:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """While inside, no other run writes there. Raises CheckpointError where one does."""
+    if os.name != "posix":  # a folder cannot be opened there
+        yield
+        return
     held = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        take_lock(held)
     except BlockingIOError as error:
         os.close(held)
         fix = "wait for its end, or stop it; another run has an output.directory of its own"

@@ -24,7 +24,6 @@ Knows a base, a library and folders; no HTTP and no bills.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
@@ -46,6 +45,7 @@ from typing import Any, TypeVar
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, ResourceError, VeneerError
 from veneer.files.atomic import atomic_write
+from veneer.files.locks import take_lock
 from veneer.jobs.tinker.checkpoints import Checkpoints, SavedWeights, parse_path
 from veneer.jobs.tinker.journal import AskedRequest, FutureResult, Journal
 from veneer.jobs.tinker.trainer import (
@@ -906,7 +906,7 @@ def _own(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        take_lock(lock)
     except OSError as error:
         os.close(lock)
         what = "another server on this machine has the training clients of this base"

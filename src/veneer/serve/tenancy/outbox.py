@@ -22,7 +22,6 @@ end of a request that was admitted can be written; where there is no room for on
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -40,6 +39,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from veneer.errors import ResourceError
+from veneer.files.locks import take_lock
 from veneer.serve.outage import is_outage
 from veneer.serve.request import Usage
 from veneer.serve.tenancy.store import Price
@@ -424,7 +424,7 @@ def settle_old_journals(folder: Path) -> Iterator[tuple[str, dict[str, tuple[flo
             continue
         held = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(held)
             parts = sorted(folder.glob(f"{server}.*.jsonl"), key=lambda p: int(p.name.split(".")[1]))
             notes: dict[str, tuple[float, Usage]] = {}
             torn = [part for part in parts if not _read(part, notes)]
