@@ -257,8 +257,9 @@ def _shown(job: Job, as_json: bool) -> None:
         from veneer.plan.render import rough_duration
 
         cost = f", {money(job.planned)}" if job.planned else ""
-        took = f"about {rough_duration(job.plan['seconds'])}" if job.plan.get("seconds") else "for some time"
-        took = took.replace("about under", "under")
+        seconds = job.plan.get("seconds")
+        about = "about " if seconds and seconds >= 1 else ""  # `under 1 s` says it by itself
+        took = f"{about}{rough_duration(seconds)}" if seconds else "for some time"
         print(f"planned      {job.plan['tokens']:,} tokens, {took}{cost}")
     if job.result is not None:
         print(f"adapter      {field(job.result['reference'])}")
