@@ -46,7 +46,7 @@ from measures import edge_agreement, lens_distance, palette_distance, share, spr
 from openmoji import OPENMOJI_PALETTE, OPENMOJI_WORDS, openmoji, write_openmoji  # noqa: E402
 from PIL import Image  # noqa: E402
 from scenes import Array, Scene, depth  # noqa: E402
-from teach import DRAWING, arrays, stacked, teach, untold  # noqa: E402
+from teach import DRAWING, arrays, learned, stacked, teach  # noqa: E402
 
 import veneer  # noqa: E402
 from veneer.adapters.mix import mix_adapters  # noqa: E402
@@ -62,8 +62,6 @@ BY_BLOCK = {
     "flow": {"product": "double=1,single=0.3", "brand": "double=0.7,single=1", "lens": "double=0.3,single=1"},
     "noise": {"product": "down=1,mid=1,up=0.3", "brand": "down=0.5,mid=0.7,up=1", "lens": "down=0.3,mid=0.3,up=1"},
 }
-
-
 APART = {"product": "steps=0-1", "brand": "steps=0.4-1", "lens": "steps=0.6-1"}
 RECIPE = "the recipe"
 
@@ -132,17 +130,16 @@ class Proof:
         return report(self.rows, self.bars, about)
 
     def trained(self, role: str) -> str:
-        out = self.runs / role
+        out, data = self.runs / role, self.runs / "data"
         if not (out / "veneer.json").is_file():
             base, started = veneer.load_image_base(self.given.base), time.perf_counter()
             settings = [*self.given.set, *(["schedule.steps=4"] if self.given.quick else [])]
             if role == "openmoji":
-                write_openmoji(self.runs / "data" / role)
-                places = [f"base={base.name}", f"data.pictures={self.runs / 'data' / role}", f"output={out}"]
+                write_openmoji(data / role)
                 config = ROOT / "benchmarks" / "openmoji.yaml"
-                veneer.train_image(config, *places, *untold(base), *settings, base=base, on_event=lambda event: None)
+                learned(config, base, data / role, out, *settings, on_event=lambda event: None)
             else:
-                teach(role, base, self.runs / "data", out, *settings, on_event=lambda event: None)
+                teach(role, base, data, out, *settings, on_event=lambda event: None)
             self.add(f"training the {role}", {"seconds": time.perf_counter() - started})
         return str(out)
 

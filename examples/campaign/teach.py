@@ -22,20 +22,22 @@ catalogue-sdxl makes what each adapter does stronger, and diffusers' own 5 is to
 
 
 def teach(role: str, base: Any, data: Path, output: Path, *settings: str, **options: Any) -> str:
-    """The folder of the role's adapter, learned from pictures that are drawn into `data` first. `settings` and
+    """The role's adapter, learned from pictures that are drawn into `data` first. `settings` and
     `options` are train_image's."""
     campaign.write_pictures(data, [role])
-    places = [f"base={base.name}", f"data.pictures={data / role}", f"output={output}"]
+    beside: list[str] = []
     if role == "product":
         write_others(data / "others", base)
-        places.append(f"data.class_folder={data / 'others'}")
-    run = veneer.train_image(HERE / f"{role}.yaml", *places, *untold(base), *settings, base=base, **options)
-    return str(run.adapter)
+        beside = [f"data.class_folder={data / 'others'}"]
+    return learned(HERE / f"{role}.yaml", base, data / role, output, *beside, *settings, **options)
 
 
-def untold(base: Any) -> list[str]:
-    """Settings of a base that guidance is no input of: it is told none."""
-    return [] if base.denoiser.config.get("guidance_embeds") else ["loss.guidance=1", "loss.keep_guidance=null"]
+def learned(config: Path, base: Any, pictures: Path, output: Path, *settings: str, **options: Any) -> str:
+    """The adapter that is learned from a folder of pictures. A base that guidance is no input of is told none."""
+    places = [f"base={base.name}", f"data.pictures={pictures}", f"output={output}"]
+    if not base.denoiser.config.get("guidance_embeds"):
+        places += ["loss.guidance=1", "loss.keep_guidance=null"]
+    return str(veneer.train_image(config, *places, *settings, base=base, **options).adapter)
 
 
 def write_others(folder: Path, base: Any, count: int = 40) -> None:
