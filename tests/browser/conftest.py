@@ -86,15 +86,11 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def served(kept: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Open to whoever is on this machine, with a route of a long name."""
     folder = tmp_path_factory.mktemp("server")
-    server = Served(folder, *kept, "--open", "--tenants", str(folder / "tenants.sqlite"))
-    try:
-        server.wait()
+    with Served(folder, *kept, "--open", "--tenants", str(folder / "tenants.sqlite")) as server:
         with closing(Store(str(folder / "tenants.sqlite"))) as store:
             for targets in ([("support@2", 1)], [("support@2", 90), (f"{LONG}@1", 10)]):
                 routes.set_route(store, ROUTE, targets, who="test")
         yield server
-    finally:
-        server.end()
 
 
 @pytest.fixture(scope="session")
@@ -111,12 +107,8 @@ def training(kept: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("training")
     shutil.copytree(kept[1], folder / "library")
     more = ("--open", "--tenants", str(folder / "tenants.sqlite"), "--train")
-    server = Served(folder, kept[0], folder / "library", *more)
-    try:
-        server.wait()
+    with Served(folder, kept[0], folder / "library", *more) as server:
         yield server
-    finally:
-        server.end()
 
 
 @pytest.fixture(scope="session")
@@ -127,12 +119,8 @@ def many(kept: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> I
     with open_library(folder / "library") as library:
         known = library.find("support@1")
         crowd(library.engine, known.entry, [f"style-{n}" for n in range(10_000)])
-    server = Served(folder, kept[0], folder / "library")
-    try:
-        server.wait()
+    with Served(folder, kept[0], folder / "library") as server:
         yield server
-    finally:
-        server.end()
 
 
 def crowd(engine: Engine, entry: str, names: list[str]) -> None:

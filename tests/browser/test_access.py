@@ -49,17 +49,15 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
         jobs, rows = JobStore(library), parcel_rows(folder)
         told_lesson(jobs, base_dir, rows, folder, tenant="acme", of="acme/tone@1")
         theirs = told_lesson(jobs, base_dir, rows, folder, tenant="globex", of="globex/tone@1")
-    served = Served(folder, base_dir, folder / "library", "--tenants", url, "--admin-key", "operator-of-the-test")
-    try:
-        served.wait()
+    with Served(
+        folder, base_dir, folder / "library", "--tenants", url, "--admin-key", "operator-of-the-test"
+    ) as served:
         staged = httpx.post(
             f"{served.address}/v1/adapter_inspections", params={"filename": "x.safetensors"},
             content=(Path(folder) / "1" / "adapter_model.safetensors").read_bytes(),
             headers={"authorization": f"Bearer {keys['globex']}"}, timeout=60,
         )  # fmt: skip
         yield Shared(served, tenants, keys["acme"], theirs.id, str(staged.raise_for_status().json()["id"]))
-    finally:
-        served.end()
         tenants.close()
 
 

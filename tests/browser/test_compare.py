@@ -50,12 +50,8 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         for seed, name in enumerate(["support", "support", "acme/tone"]):
             saved(base, folder / str(seed), seed)
             library.add(folder / str(seed), name)
-    server = Served(folder, base_dir, folder / "library")
-    try:
-        server.wait()
+    with Served(folder, base_dir, folder / "library") as server:
         yield server
-    finally:
-        server.end()
 
 
 @pytest.fixture
@@ -168,12 +164,8 @@ def drawing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     convert.write(look, folder / "look.safetensors", "kohya", family="flux1")
     with open_library(folder / "library") as library:
         library.add(folder / "look.safetensors", "look")
-    server = Served(folder, place, folder / "library")
-    try:
-        server.wait()
+    with Served(folder, place, folder / "library") as server:
         yield server
-    finally:
-        server.end()
 
 
 def test_pictures_are_drawn_at_five_strengths_and_laid_over_one_another(chromium: Any, drawing: Served) -> None:

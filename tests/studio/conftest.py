@@ -49,6 +49,17 @@ class Served:
         self.process.kill()
         self.process.wait()
 
+    def __enter__(self) -> Served:
+        try:
+            self.wait()
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -68,9 +79,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def studio(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Open to whoever is on this machine, with a tenants' database."""
     folder = tmp_path_factory.mktemp("open")
-    served = Served(folder, *tiny, "--open", "--tenants", str(folder / "tenants.sqlite"))
-    try:
-        served.wait()
+    with Served(folder, *tiny, "--open", "--tenants", str(folder / "tenants.sqlite")) as served:
         yield served
-    finally:
-        served.end()

@@ -38,12 +38,8 @@ def shared(
         manage.add_tenant(tenants.store, name, adapters=[f"{name}/*"], who="test")
         keys[name] = manage.make_tenant_key(tenants.store, name, who="test")[1]
     tenants.close()
-    served = Served(folder, *tiny, "--tenants", url, "--admin-key", keys["operator"])
-    try:
-        served.wait()
+    with Served(folder, *tiny, "--tenants", url, "--admin-key", keys["operator"]) as served:
         yield served, keys
-    finally:
-        served.end()
 
 
 @contextmanager
