@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import veneer
+from veneer.errors import ConfigError
 
 TICKETS = Path(__file__).resolve().parent / "tickets"
 POLITE = re.compile(r"\b(thank|thanks|sorry|apolog\w*|appreciate|please|kind)\b", re.IGNORECASE)
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     started = time.perf_counter()
     base = veneer.load_base(args.base, say=print)
-    shutil.rmtree(args.output, ignore_errors=True)
+    emptied(args.output)
     run = veneer.train_text(args.config, f"base={args.base}", f"output={args.output}", base=base)
     mixes = {"base": [], "adapter": [run.adapter]}
     scores = veneer.evaluate(
@@ -45,11 +46,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(f"{run.steps} steps, {(time.perf_counter() - started) / 60:.1f} min from first to last")
 
 
+def emptied(folder: Path) -> None:
+    """Removes what an earlier call left there, and nobody else's files."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "log.jsonl").is_file():
+        raise ConfigError(f"{folder} holds files that are not of an earlier run", fix="--output, a folder of its own")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train on preferences and measure their effect.")
     parser.add_argument("--base", default="smollm2-135m", help="built-in name, folder, .gguf file or hub id")
     parser.add_argument("--config", type=Path, default=TICKETS / "preferences.yaml")
-    parser.add_argument("--output", type=Path, default=Path("runs/preferences"), help="emptied first")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/preferences"), help="earlier results there are removed"
+    )
     parser.add_argument("--tickets", type=int, default=40, help="held-out tickets to reply to")
     parser.add_argument("--tokens", type=int, default=96, help="tokens a reply may have")
     return parser.parse_args(argv)

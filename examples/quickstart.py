@@ -25,6 +25,7 @@ from rich.table import Table
 
 import veneer
 from veneer.cli.main import ended
+from veneer.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 TICKETS = ROOT / "examples" / "tickets"
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     line(f"{base.name} on {base.device} in {str(base.dtype).removeprefix('torch.')}: {base.dtype_reason}")
 
     step(2, "Training: a thin layer on it, from 1,200 answered tickets")
-    shutil.rmtree(args.output, ignore_errors=True)
+    emptied(args.output)
     with Watch() as watch:
         run = veneer.train_text(args.config, f"base={args.base}", f"output={args.output}", base=base, on_event=watch)
     line(f"{run.steps} steps; of {run.tokens:,} tokens read, {run.trained_tokens:,} were learned: the answers")
@@ -60,11 +61,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(commands(args.output, rows[0]), soft_wrap=True)
 
 
+def emptied(folder: Path) -> None:
+    """Removes what an earlier call left there, and nobody else's files."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "log.jsonl").is_file():
+        raise ConfigError(f"{folder} holds files that are not of an earlier run", fix="--output, a folder of its own")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train and try a support-ticket adapter.")
     parser.add_argument("--base", default="smollm2-135m", help="built-in name, folder, .gguf file or hub id")
     parser.add_argument("--config", type=Path, default=TICKETS / "config.yaml")
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="emptied first")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/quickstart"), help="earlier results there are removed"
+    )
     parser.add_argument("--tickets", type=int, default=200, help="held-out tickets to answer")
     return parser.parse_args(argv)
 

@@ -11,6 +11,7 @@ that veneer does here is in `main`, `drawn` and teach.py, through the public fun
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import sys
 import time
@@ -32,6 +33,7 @@ from scenes import Scene
 
 import veneer
 from veneer.cli.main import ended
+from veneer.errors import ConfigError
 from veneer.models.image.sheet import sheet
 
 console = Console(highlight=False)
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = veneer.load_image_base(args.base, say=line)
     line(f"{base.name} on {base.device} in {str(base.dtype).removeprefix('torch.')}: {base.dtype_reason}")
 
-    shutil.rmtree(args.output, ignore_errors=True)
+    emptied(args.output)
     adapters = {}
     for number, role in enumerate(roles, start=2):
         step(number, f"The {role}: {LEARNED_FROM[role]}")
@@ -68,12 +70,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     console.print(f"\n  the sheet   {path}\n  time        {time.perf_counter() - started:.0f} s from first to last\n")
     console.print("Draw something yourself:", style="bold")
-    asked = " ".join(f"--adapter {use}" for use in stacked(adapters))
+    asked = " ".join(f"--adapter {shlex.quote(use)}" for use in stacked(adapters))
     prompt = campaign.words(Scene("mug"), brand=True)
     console.print(
         f'  veneer image --base {args.base} --guidance {DRAWING["guidance"]:g} {asked} "{prompt}" -o mug.png',
         soft_wrap=True,
     )
+
+
+def emptied(folder: Path) -> None:
+    """Removes what an earlier call left there, and nobody else's files."""
+    own = {"data", "sheet.png", *campaign.ROLES}
+    if others := sorted(p.name for p in folder.iterdir() if p.name not in own) if folder.is_dir() else []:
+        raise ConfigError(f"{folder} holds {others[0]}, which is not from here", fix="--output, a folder of its own")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def shown_of(folder: Path, count: int) -> list[Image.Image]:
@@ -107,9 +117,9 @@ def drawn(base: Any, scenes: Sequence[Scene], adapters: dict[str, str]) -> dict[
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a campaign's adapters and draw with them.")
     parser.add_argument("--base", default="catalogue-flux", help="catalogue-flux or catalogue-sdxl")
-    parser.add_argument("--output", type=Path, default=Path("runs/campaign"), help="emptied first")
+    parser.add_argument("--output", type=Path, default=Path("runs/campaign"), help="earlier results there are removed")
     parser.add_argument("--small", action="store_true", help="product and brand, without the lens")
-    parser.add_argument("--shots", type=int, default=6, help="scenes to draw, of twelve")
+    parser.add_argument("--shots", type=int, default=6, choices=range(1, 13), help="scenes to draw", metavar="1 … 12")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the trainings")
     return parser.parse_args(argv)
 

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from veneer.train.text.evaluate import Scores
     from veneer.train.text.save import RunResult
 
+    _ImageSpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float | Strength]
+
 __all__ = [
     "evaluate",
     "generate",
@@ -234,9 +236,9 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base: TextBas
 
 def generate(
     base: TextBase,
-    prompts: Sequence[str | Sequence[Mapping[str, str]]],
+    prompts: str | Sequence[str | Sequence[Mapping[str, str]]],
     *,
-    adapters: Sequence[AdapterSpec] = (),
+    adapters: str | os.PathLike[str] | Sequence[AdapterSpec] = (),
     system: str | None = None,
     raw: bool = False,
     **settings: Any,
@@ -246,8 +248,8 @@ def generate(
     A text is what a user says, and goes through the base's chat template (with `raw`, or on a base without a template,
     it is continued as it is); a list of messages is used as it is. `system`: put before each text.
     `settings`: max_new_tokens, temperature, top_p, seed, batch_size, on_token (models.text.generate.complete)."""
-    with _acting(base, adapters):
-        found = complete(base, [_messages(base, p, system, raw) for p in prompts], **settings)
+    with _acting(base, _several(adapters)):
+        found = complete(base, [_messages(base, p, system, raw) for p in _several(prompts)], **settings)
     return [completion.text for completion in found]
 
 
@@ -255,8 +257,8 @@ def image(
     base: ImageBase,
     prompts: str | Sequence[str],
     *,
-    adapters: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float | Strength]] = (),
-    controls: Sequence[str] = (),
+    adapters: str | os.PathLike[str] | Sequence[_ImageSpec] = (),
+    controls: str | Sequence[str] = (),
     negative: str = "",
     seed: int | Sequence[int] = 0,
     count: int = 1,
@@ -264,7 +266,7 @@ def image(
     **options: Any,
 ) -> list[RecordedPicture]:
     """Pictures of `prompts`, `count` of each with seeds from `seed` on, as `veneer image` makes them. `seed`: one for
-    all prompts, or one for each.
+    all prompts, or one for each. What there may be several of may be given alone.
 
     `adapters`: "brand:0.8@down=0.5,steps=0-0.6", "lock@campaign=product" or ("brand", Strength(…)), see
     formats.strengths. `controls`: "canny=sketch.png:0.7". `options`: width, height, steps, guidance, true_guidance,
@@ -275,10 +277,16 @@ def image(
     from veneer.imaging.controls import parse_control
     from veneer.imaging.make import Options, asks_of, make
 
-    uses = [parse_use((os.fspath(a[0]), a[1]) if isinstance(a, tuple) else os.fspath(a)) for a in adapters]
-    asks = asks_of([prompts] if isinstance(prompts, str) else prompts, uses, negative, seed, count)
+    uses = [parse_use((os.fspath(a[0]), a[1]) if isinstance(a, tuple) else os.fspath(a)) for a in _several(adapters)]
+    asks = asks_of(_several(prompts), uses, negative, seed, count)
+    options |= {"references": _several(options.get("references", ()))}
     with Mixer(base, say=say) as mixer:
-        return make(mixer, asks, Options(controls=tuple(parse_control(c) for c in controls), **options))
+        return make(mixer, asks, Options(controls=tuple(parse_control(c) for c in _several(controls)), **options))
+
+
+def _several(given: Any) -> Any:
+    """One or several as several: a text alone would be taken letter by letter."""
+    return [given] if isinstance(given, str | os.PathLike) else given
 
 
 def _messages(

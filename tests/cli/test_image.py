@@ -154,7 +154,7 @@ def test_from_a_picture_with_a_control_and_a_long_prompt(capsys: Any, place: Pat
     assert ran.code == 0, ran.err
     assert "picture was resized from 64×64 to 32×32" in ran.err
     assert "edges were found" in ran.err
-    assert "does not read the end of a prompt" in ran.err
+    assert "does not read the end of the prompt" in ran.err
     _, record = read_picture("a.png")
     assert record is not None
     assert record["settings"]["denoise"] == 0.5

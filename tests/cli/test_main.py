@@ -55,6 +55,12 @@ class OutOfMemoryError(RuntimeError):
         (KeyboardInterrupt(), 130, ["stopped"]),
         (OSError(errno.ENOSPC, "No space left on device", "/big/file"), 2, ["the disk is full", "/big/file"]),
         (RuntimeError("IoError: No space left on device (os error 28)"), 2, ["the disk is full"]),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "x" * 5000),
+            2,
+            ["too long to be the name", "x" * 100 + "…"],
+        ),
+        (RuntimeError("Could not determine home directory."), 2, ["begins with ~", "write it out"]),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, ["no permission", "/root/x"]),
         (MemoryError(), 2, ["memory is exhausted"]),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, ["memory is exhausted"]),

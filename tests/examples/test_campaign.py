@@ -12,9 +12,10 @@ from PIL import Image
 
 from tests.scripts import script_module
 from tests.tiny_image_base import tiny_image_base
+from veneer.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-WORLD = ROOT / "bases" / "catalogue"
+SCRIPTS = (ROOT / "bases" / "catalogue", ROOT / "examples" / "campaign")
 
 
 @pytest.fixture
@@ -24,8 +25,30 @@ def campaign(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     module = script_module(ROOT / "examples" / "campaign" / "run.py", "run_campaign")
     yield module
     for name in set(sys.modules) - before:
-        if (WORLD / f"{name}.py").is_file():
+        if any((place / f"{name}.py").is_file() for place in SCRIPTS):
             del sys.modules[name]
+
+
+def test_what_is_not_of_an_earlier_call_is_never_removed(campaign: ModuleType, tmp_path: Path) -> None:
+    """Each of the scripts that begin anew in a folder."""
+    campaign.emptied(tmp_path / "none")
+    own, others = tmp_path / "own", tmp_path / "others"
+    for folder, name in ((own, "brand/log.jsonl"), (others, "data/log.jsonl")):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).touch()
+    campaign.emptied(own)
+    assert not own.exists()
+    (others / "thesis.tex").touch()
+    scripts = [
+        script_module(ROOT / "examples" / f"{name}.py", f"{name}_emptied") for name in ("quickstart", "preferences")
+    ]
+    for script in (campaign, *scripts):
+        with pytest.raises(ConfigError, match="of an earlier run|not from here"):
+            script.emptied(others)
+    assert (others / "thesis.tex").is_file()
+    (others / "log.jsonl").touch()
+    scripts[0].emptied(others)
+    assert not others.exists()
 
 
 def test_it_runs_from_pictures_to_a_sheet_with_the_truth(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from veneer.errors import DataError
-from veneer.files.pictures import opened_picture
+from veneer.files.pictures import opened_picture, upright
 from veneer.imaging.controls import hashed_picture
 from veneer.imaging.infotext import read_picture
 
@@ -70,3 +71,13 @@ def test_a_picture_of_too_many_pixels_is_a_picture(tmp_path: Path) -> None:
             read(white)
         assert "not a picture" not in str(error.value)
         assert "bomb" not in str(error.value)
+
+
+@pytest.mark.parametrize(("first", "size"), [(b"", (4, 8)), (struct.pack("<HHI4s", 256, 2, 4, b"Mak"), (8, 4))])
+def test_damaged_exif_is_no_reason_to_refuse_a_picture(first: bytes, size: tuple[int, int]) -> None:
+    """A turn by a quarter; beside a width that is a text, which Pillow reads and then cannot write."""
+    turn = struct.pack("<HHIHH", 274, 3, 1, 6, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1 + bool(first)) + first + turn + bytes(4)
+    file = io.BytesIO()
+    Image.new("RGB", (8, 4)).save(file, "JPEG", exif=exif)
+    assert upright(Image.open(file)).size == size

@@ -52,6 +52,7 @@ def test_a_line_is_an_ask_and_what_it_leaves_out_is_the_callers(tmp_path: Path) 
         ({"prompt": "a", "adapters": "brand"}, "adapters is 'brand', and a list of texts is wanted"),
         ({"prompt": "a", "adapters": ["brand@steps=2-3"]}, "not a range of steps"),
         ('{"prompt": "a", "prompt": "b"}', "'prompt' appears twice"),
+        (r'{"prompt": "a \ud83d fox"}', "the prompt has half a character"),
         ("a fox", "not JSON"),
         ([1], "not a JSON object"),
     ],

@@ -92,7 +92,17 @@ def test_black_lines_on_white_are_no_edges(tmp_path: Path) -> None:
     _, notes = control_picture(ControlSpec("edges", "a.png"), drawn, 32, 32)
     assert "mostly white" in notes[-1]
     assert "canny=a.png" in notes[-1]
-    assert len(control_picture(ControlSpec("depth", "a.png", model="m"), drawn, 32, 32)[1]) == 1, "depth may be white"
+
+
+def test_a_picture_of_another_kind_than_was_said_is_taken_and_said() -> None:
+    grey = Image.linear_gradient("L")
+    spec = ControlSpec("depth", "a.png", model="m")
+    assert len(control_picture(spec, grey, 32, 32)[1]) == 2, "resized, and as it is"
+    for picture, why in (("black", "black all over"), ("red", "it has colours")):
+        _, notes = control_picture(spec, Image.new("RGB", (32, 32), picture), 32, 32)
+        assert notes[-1].startswith("note: a.png is no picture of depth: ")
+        assert why in notes[-1]
+    assert len(control_picture(ControlSpec("scribble", "a.png", model="m"), grey, 256, 256)[1]) == 1
 
 
 def test_without_opencv_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +123,10 @@ def test_pictures_are_opened_upright_and_flat(tmp_path: Path) -> None:
     assert np.asarray(hashed_picture(tmp_path / "deep.png")[0]).tolist() == [[0, 1, 128, 255]], (
         "16 bits are not clipped"
     )
+    still, moving = Image.new("RGB", (2, 2)), tmp_path / "moving.webp"
+    still.save(moving, save_all=True, append_images=[Image.new("RGB", (2, 2), "red")])
+    with pytest.raises(DataError, match="holds 2 frames"):
+        hashed_picture(moving)
     (tmp_path / "b.png").write_text("no")
     with pytest.raises(DataError, match="not a picture"):
         hashed_picture(tmp_path / "b.png")

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,7 +17,7 @@ from tests.tiny_image_base import SIZE, tiny_image_base
 from veneer import api
 from veneer.errors import ConfigError, DataError
 from veneer.imaging.adapters import Mixer, parse_use
-from veneer.imaging.make import Ask, Options, RecordedPicture, make, size_for
+from veneer.imaging.make import Ask, Options, RecordedPicture, asks_of, make, size_for
 from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.generate import fitted_picture
 
@@ -87,6 +88,58 @@ def test_prompts_may_have_a_seed_each(base: ImageBase) -> None:
     assert [levels(a.image, b.image) for a, b in zip(both, apart, strict=True)] == [0, 0]
     with pytest.raises(ConfigError, match="2 prompts with 1 seed"):
         api.image(base, ["a cat", "a dog"], seed=[3], steps=2)
+
+
+def test_one_adapter_may_stand_alone(base: ImageBase) -> None:
+    (alone,), (listed,) = (
+        api.image(base, "a cat", adapters=a, steps=1) for a in ("look.safetensors:0.5", ["look.safetensors:0.5"])
+    )
+    assert alone.record == listed.record
+
+
+def test_a_seed_is_any_whole_number() -> None:
+    assert [ask.seed for ask in asks_of(["a", "b"], (), seed=np.array([3, 7]), count=2)] == [3, 4, 7, 8]  # type: ignore[arg-type]
+    assert {type(ask.seed) for ask in asks_of(["a"], (), seed=np.int64(5))} == {int}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [1.0, None, "5", [1.5], ["1"], float("nan"), [None]])
+def test_what_is_no_seed_is_named(seed: Any) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"seed {seed!r}")):
+        asks_of(["a cat"], (), seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"prompt": "a \ud83d cat"}, "the prompt has half a character"),
+        ({"prompt": "a cat", "negative": "\udcff"}, "the negative prompt has half a character"),
+        ({"prompt": b"a cat"}, "the prompt is b'a cat'"),
+        ({"prompt": None}, "the prompt is None"),
+        ({"prompt": "a cat", "seed": 1.5}, "seed 1.5"),
+    ],
+)
+def test_an_ask_that_no_base_could_read_is_refused_at_once(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Ask(**given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"steps": 2.5}, {"steps": "5"}, {"width": 32.5}, {"height": float("nan")}, {"batch_size": 0}]
+    + [{"guidance": "3"}, {"guidance": float("nan")}, {"true_guidance": 0.5}, {"denoise": "all"}],
+)
+def test_a_number_that_is_none_is_named(given: dict[str, Any]) -> None:
+    ((key, value),) = given.items()
+    with pytest.raises(ConfigError, match=re.escape(f"{key} is {value!r}")):
+        Options(**given)
+
+
+def test_of_a_very_long_prompt_the_note_has_where_it_was_cut(base: ImageBase) -> None:
+    said: list[str] = []
+    made = one(base, Ask("a cat " * 1000), said.append, steps=1)
+    (note,) = (line for line in said if "does not read the end" in line)
+    assert len(note) < 300
+    assert note.endswith(f"({len(made.cut):,} characters)")
 
 
 def test_a_mask_is_what_one_sees_on_black(base: ImageBase, tmp_path: Path) -> None:

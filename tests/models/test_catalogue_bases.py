@@ -109,8 +109,9 @@ def test_veneer_loads_the_same_weights_as_diffusers(pipelines: dict[str, Any], n
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_the_controlnet_holds_the_lines(name: str) -> None:
-    """Of a bottle that stands where no caption can say: its edges are found again only with the ControlNet."""
+def test_the_controlnet_holds_to_lines_and_to_distances(name: str) -> None:
+    """Of a bottle that stands where no caption can say: its edges are found again only with the ControlNet, that is
+    given them, or how near everything is."""
     cv2 = pytest.importorskip("cv2")
     import numpy as np
     from PIL import Image, ImageDraw
@@ -118,19 +119,24 @@ def test_the_controlnet_holds_the_lines(name: str) -> None:
     lines = Image.new("RGB", (128, 128), "black")
     outline = [(30, 112), (30, 62), (40, 48), (40, 28), (52, 28), (52, 48), (62, 62), (62, 112)]
     ImageDraw.Draw(lines).polygon(outline, outline="white")
+    depth = Image.new("L", (128, 128), 24)  # a far wall, ground that comes nearer, the bottle before both
+    depth.paste(Image.linear_gradient("L").resize((128, 33)).point(lambda x: 32 + x * 144 // 255), (0, 95))
+    ImageDraw.Draw(depth).polygon(outline, fill=200)
     base = image_models.load_image(name, dtype="float32", device="cpu")
     control = image_models.load_control(f"{name}-control", base)
     pipe = image_models.pipeline(base, "text", controls=[control])
     wanted = np.asarray(lines)[:, :, 0] > 0
 
-    def agreement(scale: float) -> float:
-        more = {"control_image" if "Flux" in type(pipe).__name__ else "image": lines}
+    def agreement(shown: Image.Image, scale: float) -> float:
+        more = {"control_image" if "Flux" in type(pipe).__name__ else "image": shown.convert("RGB")}
         picture = draw(pipe, SCENE.format("green wine bottle"), controlnet_conditioning_scale=scale, **more)
         array = (picture.permute(1, 2, 0).clamp(0, 1) * 255).byte().numpy()
         found = cv2.dilate(cv2.Canny(np.ascontiguousarray(array), 100, 200), np.ones((3, 3))) > 0
         return float((found & wanted).sum() / wanted.sum())
 
-    assert agreement(1.0) > agreement(0.0) + 0.2
+    alone = agreement(lines, 0.0)
+    assert agreement(lines, 1.0) > alone + 0.2
+    assert agreement(depth, 1.0) > alone + 0.2
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -36,7 +36,7 @@ from typer.core import TyperGroup
 from veneer import __version__
 from veneer.cli import fault
 from veneer.cli.output import error_text, guard, own
-from veneer.errors import ResourceError, VeneerError, lacks_memory
+from veneer.errors import ConfigError, ResourceError, VeneerError, lacks_memory, quoted
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "base": ("veneer.cli.base", "Get, list and look at base models."),
@@ -189,8 +189,12 @@ def _known(error: Exception) -> VeneerError | None:
             return ResourceError(
                 "the disk is full", where=error.filename, fix="free some space there, or write elsewhere"
             )
+        if error.errno == errno.ENAMETOOLONG:
+            return ConfigError("this is too long to be the name of a file", where=quoted(str(error.filename)))
         if isinstance(error, PermissionError):
             return ResourceError(f"no permission to use this file: {error.strerror}", where=error.filename)
+    if kind == "RuntimeError" and "home directory" in text:  # pathlib's, of `~somebody/…`
+        return ConfigError("a path begins with ~ and a name that this machine has no home for", fix="write it out")
     if "No space left on device" in text:
         return ResourceError("the disk is full", fix="free some space, or write elsewhere")
     if kind == "OutOfMemoryError":  # torch's, known by name: torch need not be loaded

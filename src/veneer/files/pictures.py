@@ -45,6 +45,17 @@ def opened_picture(path: str | Path) -> Iterator[tuple[Image, bytes]]:
         raise DataError(f"this is not a picture: {said}", where=str(path)) from error
 
 
+def upright(picture: Image) -> Image:
+    """The picture turned as its EXIF says; damaged EXIF says nothing of the pixels. Raises what decoding them does."""
+    from PIL import ImageOps
+
+    picture.load()
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # struct.error, KeyError, …: what it read of the EXIF cannot be written again
+        return picture
+
+
 def picture_bytes(picture: Image, kind: str = "PNG", **options: Any) -> bytes:
     """The file of a picture, in memory. `options`: of Pillow's writer."""
     buffer = io.BytesIO()

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer.errors import ConfigError, DataError, MissingExtraError
-from veneer.files.pictures import opened_picture
+from veneer.files.pictures import opened_picture, upright
 from veneer.models.builtin import PACKAGED
+from veneer.models.image.control_kinds import unlike_kind
 from veneer.models.image.generate import fitted_picture
 
 if TYPE_CHECKING:
@@ -96,19 +97,26 @@ def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
     return known[kind]
 
 
+def _one_frame(picture: Image, where: str) -> Image:
+    """Upright. Raises DataError for a picture that moves: which of its frames is meant, nobody said."""
+    frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # a phone's, with a preview
+    if frames > 1:
+        fix = "save the one that is meant as a picture of its own"
+        raise DataError(f"this picture holds {frames} frames", where=where, fix=fix)
+    return upright(picture)
+
+
 def hashed_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:
     """(the picture, upright and without transparency, and the sha256 of its file). Raises what `opened_picture`
     does."""
-    from PIL import ImageOps
-
     with opened_picture(path) as (found, data):
-        return flattened(ImageOps.exif_transpose(found), paper), hashlib.sha256(data).hexdigest()
+        return flattened(_one_frame(found, str(path)), paper), hashlib.sha256(data).hexdigest()
 
 
 def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, max_pixels: int | None = None) -> Image:
     """The picture in these bytes, upright. `max_pixels` is compared with the header before anything is
     decoded: a few bytes may claim gigabytes. Raises DataError."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data), formats=None if formats is None else tuple(formats)) as found:
@@ -116,8 +124,7 @@ def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, ma
                 raise DataError(
                     f"this picture is {found.width}×{found.height}", where=where, fix=f"at most {max_pixels} pixels"
                 )
-            picture = ImageOps.exif_transpose(found)
-            picture.load()
+            picture = _one_frame(found, where)
     except UnidentifiedImageError as error:
         known = f", in none of {', '.join(formats)}" if formats else ""
         raise DataError(f"this is not a picture{known}: cannot identify image file", where=where) from error
@@ -168,11 +175,9 @@ def control_picture(spec: ControlSpec, picture: Image, width: int, height: int) 
     notes = [said] if said else []
     if spec.kind != "canny":
         notes.append(f"control picture {spec.path}: taken as it is ({spec.kind})")
-        if spec.kind == "edges" and _bright(made) > 0.5:
-            notes.append(
-                f"note: {spec.path} is mostly white, and edges are white on black: invert it, or have them found with "
-                f"canny={spec.path}"
-            )
+        if spec.kind in OWN_KINDS and (why := unlike_kind(picture, OWN_KINDS[spec.kind])):
+            found = f"; canny={spec.path} finds a picture's edges" if spec.kind == "edges" else ""
+            notes.append(f"note: {spec.path} is no picture of {spec.kind}: {why}{found}")
         return made, notes
     edges = canny(made)
     share = _bright(edges)

@@ -10,9 +10,10 @@ stand above it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ from veneer.models.image.generate import (
     default_settings,
     fitted_picture,
     generate_images,
+    whole_denoise,
 )
 from veneer.models.image.schedulers import scheduler_name
 
@@ -55,6 +57,14 @@ class Ask:
     uses: tuple[Use, ...] = ()
 
     def __post_init__(self) -> None:
+        for what, text in (("prompt", self.prompt), ("negative prompt", self.negative)):
+            if not isinstance(text, str):
+                raise ConfigError(f"the {what} is {text!r}", fix="a text")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                where, fix = f"character {error.start + 1}", "write it anew: a text was cut or read in another encoding"
+                raise ConfigError(f"the {what} has half a character, which is none", where=where, fix=fix) from None
         check_seed(self.seed)
         check_roles(self.uses)
 
@@ -114,8 +124,13 @@ def asks_of(
 ) -> list[Ask]:
     """`count` asks for each prompt, with the seeds seed, seed + 1, …; `seed`: one for all prompts, or one for each.
 
-    Raises ConfigError for seeds that are fewer or more than the prompts."""
-    seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
+    Raises ConfigError for seeds that are no whole numbers, or fewer or more than the prompts, and for no `count`."""
+    if count < 1:
+        raise ConfigError(f"count is {count}", fix="at least 1")
+    try:
+        seeds = [*map(index, seed)] if isinstance(seed, Iterable) else [index(seed)] * len(prompts)
+    except TypeError:
+        raise ConfigError(f"seed {seed!r}", fix="a whole number, or one for each prompt") from None
     if len(seeds) != len(prompts):
         said = f"{counted(len(prompts), 'prompt')} with {counted(len(seeds), 'seed')}"
         raise ConfigError(f"{said}: give one for each, or one number for all")
@@ -154,9 +169,8 @@ def make(
     told: set[tuple[tuple[Use, ...], int]] = set()
 
     def finish(i: int, picture: GeneratedPicture) -> None:
-        for what, cut in (("prompt", picture.cut), ("negative prompt", picture.negative_cut)):
-            if cut:
-                mixer.say(f"note: the text encoder does not read the end of a {what}: …{cut}")
+        for note in unread_notes(picture):
+            mixer.say(f"note: {note}")
         if (asks[i].uses, picture.steps) not in told:
             told.add((asks[i].uses, picture.steps))
             for note in idle_ranges(asks[i].uses, picture.steps):
@@ -169,6 +183,20 @@ def make(
 
     generate_images(base, rows, settings, attachment=mixer.attachment, on_step=on_step, on_picture=finish)
     return out
+
+
+_SHOWN_UNREAD = 200
+
+
+def unread_notes(picture: GeneratedPicture) -> list[str]:
+    """What is to be said of the ends of prompts that no text encoder reads: as much of each as finds it."""
+    cuts = (("prompt", picture.cut), ("negative prompt", picture.negative_cut))
+    return [
+        f"the text encoder does not read the end of the {what}: …{cut[:_SHOWN_UNREAD]}"
+        + (f"… ({len(cut):,} characters)" if len(cut) > _SHOWN_UNREAD else "")
+        for what, cut in cuts
+        if cut
+    ]
 
 
 # -- what goes in ------------------------------------------------------------------------------------------------------
@@ -216,6 +244,8 @@ def _prepared(mixer: Mixer, options: Options) -> tuple[PictureSettings, dict[str
         controls=tuple(controls),
         references=tuple(_referred(mixer, picture, width, height) for picture, _ in shown),
     )
+    if said_whole := whole_denoise(base, settings):
+        mixer.say(f"note: {said_whole}")
     if base.edits_alone and not shown and image is None:
         usual = "usually it is given a picture to change, as references (--reference photo.png)"
         mixer.say(f"note: {base.short_name} is made to edit, and draws from the prompt alone here; {usual}")

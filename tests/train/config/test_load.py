@@ -126,6 +126,14 @@ def test_a_path_of_windows_makes_no_folder_of_that_name(tmp_path: Path, key: str
     assert "/mnt/c/Users/ann/rows.jsonl" in str(error.value.fix)
 
 
+@pytest.mark.parametrize("key", ["output", "data.train"])
+def test_an_empty_path_is_not_this_folder(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(MINIMAL)
+    with pytest.raises(ConfigError, match="is an empty text"):
+        load_config(file, [f"{key}=''"])
+
+
 def test_places_of_unknown_keys(tmp_path: Path) -> None:
     text = error(tmp_path, MINIMAL + "adapter:\n  rank: 8\n  rnak: 4\n", "adapter.aplha=3")
     assert "did you mean `adapter.rank`? (" in text

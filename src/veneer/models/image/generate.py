@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,8 +109,8 @@ class PictureSettings:
 
 def check_seed(seed: int) -> None:
     """Raises ConfigError for a seed that torch does not take."""
-    if not 0 <= seed < SEEDS:
-        raise ConfigError(f"seed {seed}", fix=f"a whole number from 0 to {SEEDS - 1}; the same one, the same picture")
+    if not isinstance(seed, int) or not 0 <= seed < SEEDS:
+        raise ConfigError(f"seed {seed!r}", fix=f"a whole number from 0 to {SEEDS - 1}; the same one, the same picture")
 
 
 def check_numbers(settings: Any) -> None:
@@ -117,14 +118,15 @@ def check_numbers(settings: Any) -> None:
     base. None is always right."""
     for name in ("steps", "batch_size", "width", "height"):
         value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}", fix="at least 1")
+        if value is not None and not (isinstance(value, Integral) and value >= 1):
+            raise ConfigError(f"{name} is {value!r}", fix="a whole number, at least 1")
     for name, least in (("guidance", 0), ("true_guidance", 1)):
         value = getattr(settings, name)
-        if value is not None and not least <= value < math.inf:
-            raise ConfigError(f"{name} is {value:g}", fix=f"a number from {least} on")
-    if settings.denoise is not None and not 0 < settings.denoise <= 1:
-        raise ConfigError(f"denoise is {settings.denoise:g}", fix="above 0, at most 1, as in 0.6")
+        if value is not None and not (isinstance(value, Real) and least <= value < math.inf):
+            raise ConfigError(f"{name} is {value!r}", fix=f"a number from {least} on")
+    denoise = settings.denoise
+    if denoise is not None and not (isinstance(denoise, Real) and 0 < denoise <= 1):
+        raise ConfigError(f"denoise is {denoise!r}", fix="above 0, at most 1, as in 0.6")
     if settings.mask is not None and settings.image is None:
         raise ConfigError("a mask needs the picture it belongs to", fix="give image too (--image in.png)")
 
@@ -162,6 +164,18 @@ def default_settings(base: ImageBase) -> tuple[int, float]:
         return 4, 0.0
     call = inspect.signature(type(pipeline(base)).__call__).parameters
     return 28 if base.prediction == "flow" else 30, float(call[base.row.guidance].default)
+
+
+def whole_denoise(base: ImageBase, settings: PictureSettings) -> str:
+    """What is to be said where nothing of a given picture gets through, "" elsewhere: pipelines of a flow take as many
+    steps as hold the share, and where that is all of them they begin at noise alone."""
+    steps = default_settings(base)[0] if settings.steps is None else settings.steps
+    if settings.image is None or base.prediction != "flow" or settings.denoise == 1:
+        return ""
+    if int(steps - steps * settings.denoise):
+        return ""
+    said = f"denoise {settings.denoise:g} takes all of {counted(steps, 'step')}: nothing stays of the given picture; "
+    return said + "with more steps, or a smaller denoise, something does"
 
 
 def fitted_picture(picture: Image, width: int, height: int, what: str) -> tuple[Image, str]:
@@ -280,7 +294,7 @@ class _Run:
         if self.doubled or not any(row.negative for row in rows):
             return
         if self.base.row.true_guidance:
-            fix = "true_guidance above 1 (--true-guidance 3), which takes twice the time"
+            fix = "true_guidance above 1 (--true-guidance 3; over HTTP true_cfg_scale), which takes twice the time"
         elif "negative_prompt_embeds" in self.accepts and not self.base.few_steps:
             fix = f"guidance above {self.base.row.unguided:g}; it is {self.guidance:g}"
         else:

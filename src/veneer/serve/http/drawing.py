@@ -29,7 +29,14 @@ from veneer.imaging.adapters import campaign_note
 from veneer.imaging.controls import ControlSpec, control_picture, decoded, flattened
 from veneer.imaging.make import fitted_reference, size_for
 from veneer.models.image.base import too_long
-from veneer.models.image.generate import SEEDS, Control, PictureSettings, default_settings, fitted_picture
+from veneer.models.image.generate import (
+    SEEDS,
+    Control,
+    PictureSettings,
+    default_settings,
+    fitted_picture,
+    whole_denoise,
+)
 from veneer.serve.access import BEHIND, SHADOWS, Caller, Served, ShadowAnswer
 from veneer.serve.http.errors import problem_of
 from veneer.serve.http.metrics import Meter
@@ -241,6 +248,7 @@ def _planned(
         width, height, *_numbers(base, asked), scheduler=asked.scheduler, controls=controls, references=references,
         **pictures,
     )  # fmt: skip
+    notes += [said_whole] if (said_whole := whole_denoise(base, settings)) else []
     seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
     edit = asked if isinstance(asked, EditBody) else None
     first = PictureRequest(

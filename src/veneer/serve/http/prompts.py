@@ -91,7 +91,7 @@ class Prompts:
         if self._reader is not None:
             return tuple(_ids(self._reader, text, special))
         with self._lock:
-            return tuple(map(int, self.base.tokenizer(text, add_special_tokens=special)["input_ids"]))
+            return tuple(map(int, self.base.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]))
 
     def spans(self, text: str, *, special: bool = True) -> list[tuple[int, int, int]]:
         """(token id, start, stop) in characters of the text. Blocks, as `encode`."""
@@ -215,7 +215,9 @@ def _reader(tokenizer: Any) -> Any:
     made.no_truncation()
     for text in _PROBES:
         for special in (False, True):
-            if _ids(made, text, special) != list(tokenizer(text, add_special_tokens=special)["input_ids"]):
+            if _ids(made, text, special) != list(
+                tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+            ):
                 return None
     return made
 

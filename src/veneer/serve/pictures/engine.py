@@ -24,7 +24,7 @@ from veneer.errors import ConfigError, VeneerError
 from veneer.formats.strengths import Strength, factors_by_module, in_campaign
 from veneer.imaging.adapters import AdapterSource, add_divided, idle_ranges, mix_plan, without_effect
 from veneer.imaging.controls import OWN_KINDS, ControlSpec, control_model_of
-from veneer.imaging.make import Ask, recorded_picture, shared_record
+from veneer.imaging.make import Ask, recorded_picture, shared_record, unread_notes
 from veneer.models.image.base import load_control, readers
 from veneer.models.image.generate import MixPlan, Moment, PictureSettings, check_rows, generate_images
 from veneer.serve.names.resident import Lease, Residents
@@ -203,7 +203,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         """How many tokens these prompts are."""
         tokenizer, limit = self._counter
         with self._counting:
-            return sum(min(limit, len(tokenizer(text)["input_ids"])) for text in texts)
+            return sum(min(limit, len(tokenizer(text, verbose=False)["input_ids"])) for text in texts)
 
     def places(self, settings: PictureSettings) -> int:
         """How many places of latents the denoiser works on for a picture of that size."""
@@ -455,8 +455,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         shared = shared_record(self.base, request.settings) | dict(request.inputs)
         shared["base"]["name"] = self.base.short_name
         made = recorded_picture(self.base, sources, picture, [ask], 0, shared)
-        cuts = (("prompt", picture.cut), ("negative prompt", picture.negative_cut))
-        notes = [f"the text encoder does not read the end of the {what}: …{cut}" for what, cut in cuts if cut]
+        notes = unread_notes(picture)
         named = [(request.labels.get(digest, digest), strength) for digest, strength in request.uses()]
         notes += idle_ranges(named, picture.steps)
         prompts = [text for text in (request.prompt, request.negative) if text]

@@ -328,6 +328,8 @@ def _absolute(kind: _Kind, name: str, value: Any, folder: Path) -> Any:
             f"`{name}` is a Windows path, {value!r}, and this is another system",
             fix=f"give a path of this machine (in WSL: /mnt/{drive}/{rest})",
         )
+    if not value.strip() and (name in kind.paths or name == "output.directory"):
+        raise ConfigError(f"`{name}` is an empty text, and would be the folder {folder.resolve()}", fix="name a path")
     path = os.path.expanduser(value)
     resolved = os.path.normpath(folder.resolve() / path)
     if kind is _TEXT and name in kind.paths:

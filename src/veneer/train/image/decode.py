@@ -60,6 +60,8 @@ class DecodedPicture:
 def read_bytes(path: Path) -> tuple[bytes, str]:
     """The file's bytes and their sha256. UnreadablePicture when there are none."""
     try:
+        if path.exists() and not path.is_file():
+            raise UnreadablePicture("is no file" if not path.is_dir() else "is a folder")
         data = path.read_bytes()
     except OSError as error:
         raise UnreadablePicture(f"cannot be read: {error.strerror or error}") from None

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
 
 from veneer.errors import DataError, nearest
 from veneer.train.config.image import ImageDataSection
@@ -86,7 +87,7 @@ class PictureFolder:
 
 def picture_folder(folder: str, settings: ImageDataSection) -> PictureFolder:
     """What is in `folder` and below it, in the order of names, but for hidden files and the settings' other folders.
-    Raises DataError where there is no such folder."""
+    Raises DataError where there is no such folder, and for one in it that cannot be looked into."""
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise _no_folder(root)
@@ -95,7 +96,7 @@ def picture_folder(folder: str, settings: ImageDataSection) -> PictureFolder:
     apart += [] if settings.masks in ("auto", "off", "alpha") else [settings.masks]
     apart += settings.before_folders or [str(root / BEFORE)]
     others = {Path(folder).expanduser().resolve() for folder in apart if folder} - {root.resolve()}
-    for place, folders, files in os.walk(root):
+    for place, folders, files in os.walk(root, onerror=_unread):
         here = Path(place)
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__")) and (here / f).resolve() not in others)
         ignored["link to a folder"] += sum((here / f).is_symlink() for f in folders)
@@ -104,7 +105,9 @@ def picture_folder(folder: str, settings: ImageDataSection) -> PictureFolder:
             suffix = path.suffix.lower()
             if name.startswith(".") or name in METADATA_FILES or name.lower() == "thumbs.db":
                 continue
-            if suffix in SUFFIXES and Path(path.stem).suffix.lower() == ".mask":
+            if path.exists() and not path.is_file():  # a pipe's or a device's end may never come
+                ignored["pipe or device"] += 1
+            elif suffix in SUFFIXES and Path(path.stem).suffix.lower() == ".mask":
                 masks.append(path)
             elif suffix in SUFFIXES and Path(path.stem).suffix.lower() == f".{BEFORE}":
                 befores.append(path)
@@ -116,6 +119,10 @@ def picture_folder(folder: str, settings: ImageDataSection) -> PictureFolder:
             else:
                 ignored[suffix or name] += 1
     return PictureFolder(root, pictures, captions, masks, befores, +ignored)
+
+
+def _unread(error: OSError) -> NoReturn:
+    raise DataError(f"this folder cannot be read: {error.strerror}", where=error.filename) from error
 
 
 def _no_folder(root: Path) -> DataError:

@@ -54,7 +54,7 @@ def caption_files(folder: PictureFolder, about: AboutPictures) -> dict[Path, str
         raise DataError(
             f"{counted(len(bad), 'caption file')} cannot be used:\n{bullets(bad)}",
             where=str(folder.root),
-            fix="name a caption as its picture (cat.txt beside cat.png), or move it elsewhere",
+            fix="name a caption as its picture (cat.txt beside cat.png), save it as UTF-8, or move it elsewhere",
         )
     return {path: text for path, (text, _) in captioned.items()}
 
@@ -96,7 +96,11 @@ def metadata_rows(
                 if starts:
                     before[place / str(name)] = [place / start for start in starts]
     if bad:
-        raise DataError(f"{counted(len(bad), 'metadata row')} cannot be used:\n{bullets(bad)}", where=str(folder.root))
+        raise DataError(
+            f"{counted(len(bad), 'metadata row')} cannot be used:\n{bullets(bad)}",
+            where=str(folder.root),
+            fix="correct those rows, or take them out",
+        )
     return rows, before
 
 

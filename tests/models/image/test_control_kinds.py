@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from tests.train.make_pictures import put, scene, settings, wrong
-from veneer.train.image.before_kinds import unlike_kind
-from veneer.train.image.pictures import read_pictures
+from tests.train.make_pictures import scene
+from veneer.models.image.control_kinds import unlike_kind
 
 
 def edges() -> Image.Image:
@@ -47,14 +46,3 @@ def test_what_a_resized_jpeg_of_edges_is(tmp_path: Path) -> None:
     assert unlike_kind(Image.open(tmp_path / "edges.jpg"), "canny") == ""
     inverted = Image.fromarray(255 - np.asarray(edges()))
     assert "invert it" in unlike_kind(inverted, "canny")
-
-
-def test_a_photo_where_edges_are_declared_is_named_with_the_way_out(tmp_path: Path) -> None:
-    for name, before in (("cat", edges()), ("dog", scene(96, 96, seed=7))):
-        put(tmp_path, f"{name}.png", image=scene(96, 96, seed=ord(name[0])))
-        put(tmp_path, f"{name}.before.png", None, before)
-    message = wrong(tmp_path, before_kind="canny")
-    assert "1 picture not what data.before_kind: canny says" in message
-    assert "dog.before.png: it has colours" in message
-    assert "data.before_kind: picture, which takes any" in message
-    assert len(read_pictures(settings(tmp_path))[0]) == 2
