@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.train.make_pictures import put, scene, settings
-from veneer.errors import DataError
+from veneer.errors import BaseError, DataError
 from veneer.train.image.captions import WrittenCaption, uncaptioned, write_captions
 from veneer.train.image.pictures import read_pictures
 
@@ -127,6 +127,16 @@ def test_what_cannot_be_described_is_told_and_the_others_go_on(tmp_path: Path) -
     assert [one.picture for one in report.written] == ["c.png"]
     assert [line.partition(":")[0] for line in report.failed] == ["a.png", "b.png"]
     assert not (tmp_path / "a.txt").exists()
+
+
+def test_a_model_that_fails_is_said_with_the_picture(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", None)
+
+    def fails(picture: Image.Image) -> tuple[str, bool]:
+        raise BaseError("the model cannot describe this picture")
+
+    with pytest.raises(BaseError, match=r"cannot describe[\s\S]*where: .*a\.png"):
+        write_captions(str(tmp_path), fails)
 
 
 def test_a_run_without_captions_says_the_command(tmp_path: Path) -> None:

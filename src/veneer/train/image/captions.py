@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from veneer.errors import DataError, bullets, counted
+from veneer.errors import BaseError, DataError, bullets, counted
 from veneer.files.atomic import atomic_write
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.decode import UnreadablePicture, decode_picture, read_bytes
@@ -103,6 +103,8 @@ def write_captions(
         except UnreadablePicture as error:
             report.failed.append(f"{one.name}: {error}")
             continue
+        except BaseError as error:  # of the model, which does not know which picture it is shown
+            raise BaseError(error.what, where=error.where or str(one.path), fix=error.fix) from error
         if not text:
             report.failed.append(f"{one.name}: the model says nothing of it")
             continue

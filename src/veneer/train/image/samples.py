@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer.core.layers import Layer
-from veneer.errors import DataError
+from veneer.errors import DataError, ResourceError
 from veneer.files.atomic import atomic_write
 from veneer.files.pictures import picture_bytes
 from veneer.models.image.base import size_in_units
@@ -160,10 +160,23 @@ def class_folder(config: ImageTrainConfig, base: ImageBase, cache: Path) -> Path
     return cache / "class" / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
+def drawing_folder(folder: Path) -> Path:
+    """The folder, made where it was not. Raises ResourceError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(
+            f"there can be no folder for pictures that the base draws: {error.strerror}",
+            where=str(folder),
+            fix="data.cache, or data.class_folder: a folder that can be written",
+        ) from error
+    return folder
+
+
 def draw_class_pictures(base: ImageBase, config: ImageTrainConfig, folder: Path, missing: int) -> None:
     """Draws `missing` pictures of `data.class_prompt` by the base alone into `folder`, four at a time, each by a seed
     of its own; a run that was stopped goes on with those that are not there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    drawing_folder(folder)
     prompt = config.data.class_prompt or ""
     seed = 0
     while missing > 0:

@@ -42,7 +42,7 @@ from veneer.train.image.batches import ImageBatch
 from veneer.train.image.encode import ImageLoss
 from veneer.train.image.loss import generator, noised, row_losses
 from veneer.train.image.preflight import ImageData, parts_of
-from veneer.train.image.samples import draw_rows
+from veneer.train.image.samples import draw_rows, drawing_folder
 from veneer.train.image.task import ImageTask
 from veneer.train.loop import LazySteps, Micro, Step
 from veneer.train.preflight import CACHE, Finding
@@ -214,7 +214,7 @@ def _with_scenes(base: ImageBase, config: ImageTrainConfig, run: Run) -> ImageTr
 
 def _draw_scenes(base: ImageBase, config: ImageTrainConfig, folder: Path, count: int) -> int:
     """Draws the first `count` scenes that are not in `folder` yet, each by a seed of its own; how many they were."""
-    folder.mkdir(parents=True, exist_ok=True)
+    drawing_folder(folder)
     size = config.data.resolution if isinstance(config.data.resolution, int) else base.size
     sized = config.model_copy(update={"samples": config.samples.model_copy(update={"size": size})})
     target, pairs = config.slider.target, _directions(config.slider)
