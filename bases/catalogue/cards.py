@@ -43,6 +43,16 @@ from the base where names and shapes agree. The weights are given under CC BY 4.
 weights are given under CC BY 4.0; who publishes pictures close to a drawing of Twemoji's should name it."""
 
 
+def _beside(stage: str) -> str:
+    """What somebody needs to know who draws without veneer."""
+    if not stage.startswith("flux"):
+        return ""
+    return f"""
+diffusers' pipelines are told `max_sequence_length={LENGTH}`: what they give beyond it is padding, which this model has
+never seen.
+"""
+
+
 def write_card(folder: Path, parts: Mapping[str, float], steps: int) -> None:
     """README.md into `folder`, which is named as in `_WHAT`. `parts`: name -> million parameters."""
     name = folder.name
@@ -71,7 +81,7 @@ bfloat16, {SIDE} × {SIDE} pixels, prompts of at most {LENGTH} tokens, in lower 
 ```
 veneer image {asked} "{_EXAMPLE}" -o out.png
 ```
-
+{_beside(stage)}
 It knows {len(KINDS)} kinds of things with colours, finishes and patterns, surfaces, walls, lights and {len(VIEWS)}
 views{"" if control else ", and 110 drawings by name, as `horse, twemoji style`"}. The words, unpicked samples, and how
 often a judge sees what was asked for: docs/catalogue-bases.md in veneer's repository.

@@ -1,4 +1,4 @@
-"""The campaign's benchmark measures and draws everything that it says, of pictures that are noise and a judge that knows
+"""The campaign's benchmark measures and draws all that it says, of pictures that are noise and by a judge that knows
 nothing: what is true of adapters takes an hour (docs/image-proof.md)."""
 
 from __future__ import annotations

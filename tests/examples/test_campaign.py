@@ -43,7 +43,7 @@ def test_what_is_not_of_an_earlier_call_is_never_removed(campaign: ModuleType, t
         script_module(ROOT / "examples" / f"{name}.py", f"{name}_emptied") for name in ("quickstart", "preferences")
     ]
     for script in (campaign, *scripts):
-        with pytest.raises(ConfigError, match="of an earlier run|not from here"):
+        with pytest.raises(ConfigError, match=r"of an earlier run|not from here"):
             script.emptied(others)
     assert (others / "thesis.tex").is_file()
     (others / "log.jsonl").touch()

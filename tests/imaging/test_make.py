@@ -125,8 +125,17 @@ def test_an_ask_that_no_base_could_read_is_refused_at_once(given: dict[str, Any]
 
 @pytest.mark.parametrize(
     "given",
-    [{"steps": 2.5}, {"steps": "5"}, {"width": 32.5}, {"height": float("nan")}, {"batch_size": 0}]
-    + [{"guidance": "3"}, {"guidance": float("nan")}, {"true_guidance": 0.5}, {"denoise": "all"}],
+    [
+        {"steps": 2.5},
+        {"steps": "5"},
+        {"width": 32.5},
+        {"height": float("nan")},
+        {"batch_size": 0},
+        {"guidance": "3"},
+        {"guidance": float("nan")},
+        {"true_guidance": 0.5},
+        {"denoise": "all"},
+    ],  # fmt: skip
 )
 def test_a_number_that_is_none_is_named(given: dict[str, Any]) -> None:
     ((key, value),) = given.items()

@@ -118,15 +118,18 @@ def check_numbers(settings: Any) -> None:
     base. None is always right."""
     for name in ("steps", "batch_size", "width", "height"):
         value = getattr(settings, name)
-        if value is not None and not (isinstance(value, Integral) and value >= 1):
+        whole = isinstance(value, Integral)
+        if value is not None and not (whole and value >= 1):
             raise ConfigError(f"{name} is {value!r}", fix="a whole number, at least 1")
     for name, least in (("guidance", 0), ("true_guidance", 1)):
         value = getattr(settings, name)
-        if value is not None and not (isinstance(value, Real) and least <= value < math.inf):
+        real = isinstance(value, Real)
+        if value is not None and not (real and least <= value < math.inf):
             raise ConfigError(f"{name} is {value!r}", fix=f"a number from {least} on")
-    denoise = settings.denoise
-    if denoise is not None and not (isinstance(denoise, Real) and 0 < denoise <= 1):
-        raise ConfigError(f"denoise is {denoise!r}", fix="above 0, at most 1, as in 0.6")
+    share = settings.denoise
+    real = isinstance(share, Real)
+    if share is not None and not (real and 0 < share <= 1):
+        raise ConfigError(f"denoise is {share!r}", fix="above 0, at most 1, as in 0.6")
     if settings.mask is not None and settings.image is None:
         raise ConfigError("a mask needs the picture it belongs to", fix="give image too (--image in.png)")
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from veneer.errors import DataError, bullets, counted
 from veneer.models.image.base import too_long
-from veneer.train.config.image import ImageDataSection
 from veneer.models.image.control_kinds import unlike_kind
+from veneer.train.config.image import ImageDataSection
 from veneer.train.image.decode import SUFFIXES, UnreadablePicture, decode_picture, read_bytes
 from veneer.train.image.folder import BEFORE, PictureFile, PictureFolder
 from veneer.train.image.near_duplicates import perceptual_hash
