@@ -135,7 +135,7 @@ def test_an_ask_that_no_base_could_read_is_refused_at_once(given: dict[str, Any]
         {"guidance": float("nan")},
         {"true_guidance": 0.5},
         {"denoise": "all"},
-    ],  # fmt: skip
+    ],
 )
 def test_a_number_that_is_none_is_named(given: dict[str, Any]) -> None:
     ((key, value),) = given.items()

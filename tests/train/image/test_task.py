@@ -371,6 +371,13 @@ def test_preflight_stops_before_anything_is_trained(
     assert not (tmp_path / "out").exists(), "the same command can be run again"
 
 
+def test_a_run_does_not_write_among_its_pictures(shared: Path, tmp_path: Path, base: ImageBase) -> None:
+    folder = drawings(tmp_path / "drawings")
+    with pytest.raises(PreflightError, match="in the folder of pictures"):
+        run(shared, folder / "runs" / "one", base=base, data={"pictures": str(folder)})
+    assert not (folder / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("loss", "says"),
     [

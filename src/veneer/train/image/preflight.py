@@ -124,7 +124,7 @@ def image_preflight(
     findings = [*found]
     if data.held:
         findings += check_held_out(data.learned, data.held)
-    for check in (_targets, learning_rate, shared_out, precision, _loss, _distilled, _devices, where_it_goes):
+    for check in (_targets, learning_rate, shared_out, precision, _loss, _distilled, _devices, _apart, where_it_goes):
         findings += check(subject)
     findings += _pairs(base, config, data)
     findings += _samples(base, config)
@@ -163,6 +163,16 @@ def _targets(s: RunSubject) -> Iterator[Finding]:
     size = gigabytes(4 * pairs if config.output.dtype == "float32" else 2 * pairs)
     yield Finding("ok", "targets", f"{named}; trainable: {share(pairs, total)} parameters, a file of about {size}")
     yield from undivided(trained)
+
+
+def _apart(s: RunSubject) -> Iterator[Finding]:
+    """The sheets and samples of a run that writes among its pictures are pictures of the next, and of one resumed."""
+    config: Any = s.config
+    out = Path(config.output.directory).expanduser().resolve()
+    for folder in filter(None, (*config.data.folders, config.data.validation, config.data.class_folder)):
+        if out.is_relative_to(Path(folder).expanduser().resolve()):
+            text = f"{config.output.directory} is in the folder of pictures {folder}: what is drawn would be learned"
+            yield Finding("stop", "output", text, "give output.directory a place outside of it")
 
 
 def _loss(s: RunSubject) -> Iterator[Finding]:
