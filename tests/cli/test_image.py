@@ -216,6 +216,8 @@ def test_a_prompt_may_be_the_word_grid(capsys: Any, place: Path, folder: Path) -
         (["a", "-c", "edges=none.png"], "no such picture"),
         (["a", "--scheduler", "eulr"], "did you mean euler"),
         (["a", "--count", "0"], "--count 0"),
+        (["a", "--count", "1000000000"], "at most 100,000"),
+        (["a", "--size", "100000"], "width is 100000"),
         (["a", "--batch-size", "0"], "batch_size is 0"),
         (["a", "--seed", "-1"], "seed -1"),
         (["a", "--seed", str(2**64)], "a whole number from 0"),
@@ -240,6 +242,13 @@ def test_wrong_wishes_are_refused_in_words(
     assert says in ran.err
     assert "Traceback" not in ran.err
     assert not list(folder.glob("*.png"))
+
+
+def test_a_folder_of_that_name_is_said_before_anything_is_drawn(capsys: Any, place: Path, folder: Path) -> None:
+    (folder / "a.png").mkdir()
+    ran = image(capsys, place, "a", "-o", "a.png")
+    assert ran.code == 2
+    assert "a.png is a folder" in ran.err
 
 
 def test_wrong_sheets_are_refused_in_words(capsys: Any, place: Path, folder: Path) -> None:

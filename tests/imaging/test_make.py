@@ -134,6 +134,8 @@ def test_an_ask_that_no_base_could_read_is_refused_at_once(given: dict[str, Any]
         {"guidance": "3"},
         {"guidance": float("nan")},
         {"true_guidance": 0.5},
+        {"steps": 10**9},
+        {"width": 10**6},
         {"denoise": "all"},
     ],
 )
@@ -141,6 +143,12 @@ def test_a_number_that_is_none_is_named(given: dict[str, Any]) -> None:
     ((key, value),) = given.items()
     with pytest.raises(ConfigError, match=re.escape(f"{key} is {value!r}")):
         Options(**given)
+
+
+def test_a_size_that_nothing_draws_is_refused_at_once() -> None:
+    assert Options(width=4096, height=4096)
+    with pytest.raises(ConfigError, match="60000×60000 is larger"):
+        Options(width=60_000, height=60_000)
 
 
 def test_of_a_very_long_prompt_the_note_has_where_it_was_cut(base: ImageBase) -> None:

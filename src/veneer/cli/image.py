@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _FALLBACK = "catalogue-sdxl"
 _MOST_SEEDS = 1000
+_MOST_COUNT = 100_000
 
 
 class _Group(TyperGroup):
@@ -159,8 +160,8 @@ def make_pictures(
         raise ConfigError("there is no prompt", fix=fix)
     if prompts and prompts[0] == "grid" and prompts[1:2] in ([sheet] for sheet in ("strength", "adapters", "compare")):
         raise ConfigError("grid is not the first word", fix=f"veneer image grid {prompts[1]} …, then the options")
-    if count < 1:
-        raise ConfigError(f"--count {count}", fix="at least 1")
+    if not 1 <= count <= _MOST_COUNT:
+        raise ConfigError(f"--count {count}", fix=f"at least 1, at most {_MOST_COUNT:,}")
 
     from veneer.imaging.batch import read_batch
     from veneer.imaging.make import Ask, Options
@@ -284,6 +285,8 @@ def _files(out: Path, number: int) -> list[Path]:
     """`out` itself, or numbered beside it. Refused before anything is loaded if it cannot be."""
     if out.suffix.lower() != ".png":
         raise ConfigError(f"{out} is not a .png file", fix="PNG keeps how a picture was made")
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder", fix="write elsewhere, or move it away")
     if not out.parent.is_dir():
         raise ConfigError(f"there is no folder {out.parent}", fix="make it, or write elsewhere")
     if number == 1:

@@ -28,7 +28,10 @@ class Staged:
 
     @classmethod
     def beside(cls, path: Path, ending: str = ".tmp") -> Staged:
-        """Nothing is written yet."""
+        """Nothing is written yet. Raises OSError where a device or a pipe is: a file would take its place, and of the
+        machine's /dev/null nobody means that."""
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError(errno.EINVAL, "a device or a pipe is there, not a file", str(path))
         return cls(path.with_name(f".{path.name}.{secrets.token_hex(6)}{ending}"), path)
 
     def commit(self) -> None:

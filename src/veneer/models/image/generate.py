@@ -113,23 +113,33 @@ def check_seed(seed: int) -> None:
         raise ConfigError(f"seed {seed!r}", fix=f"a whole number from 0 to {SEEDS - 1}; the same one, the same picture")
 
 
+_MOST = {"steps": 10_000, "width": 1 << 16, "height": 1 << 16}
+_MOST_PIXELS = 1 << 27
+"""Beyond these no base draws anything, and some would try for minutes, or take all memory, before they say so."""
+
+
 def check_numbers(settings: Any) -> None:
     """Raises ConfigError for numbers of PictureSettings, or of an object with its fields, that are wrong for every
     base. None is always right."""
     for name in ("steps", "batch_size", "width", "height"):
         value = getattr(settings, name)
-        whole = isinstance(value, Integral)
-        if value is not None and not (whole and value >= 1):
-            raise ConfigError(f"{name} is {value!r}", fix="a whole number, at least 1")
+        whole, most = isinstance(value, Integral), _MOST.get(name, math.inf)
+        if value is not None and not (whole and 1 <= value <= most):
+            fix = f"a whole number, at least 1{f', at most {most:,}' if math.isfinite(most) else ''}"
+            raise ConfigError(f"{name} is {value!r}", fix=fix)
+    if (settings.width or 1) * (settings.height or 1) > _MOST_PIXELS:
+        size = f"{settings.width}×{settings.height}"
+        raise ConfigError(f"{size} is larger than any picture that is drawn", fix=f"at most {_MOST_PIXELS:,} pixels")
     for name, least in (("guidance", 0), ("true_guidance", 1)):
         value = getattr(settings, name)
         real = isinstance(value, Real)
         if value is not None and not (real and least <= value < math.inf):
-            raise ConfigError(f"{name} is {value!r}", fix=f"a number from {least} on")
+            said = f"{value:g}" if real else repr(value)
+            raise ConfigError(f"{name} is {said}", fix=f"a number from {least} on")
     share = settings.denoise
     real = isinstance(share, Real)
     if share is not None and not (real and 0 < share <= 1):
-        raise ConfigError(f"denoise is {share!r}", fix="above 0, at most 1, as in 0.6")
+        raise ConfigError(f"denoise is {f'{share:g}' if real else repr(share)}", fix="above 0, at most 1, as in 0.6")
     if settings.mask is not None and settings.image is None:
         raise ConfigError("a mask needs the picture it belongs to", fix="give image too (--image in.png)")
 

@@ -1,0 +1,22 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from veneer.errors import AdapterError
+from veneer.files.atomic import atomic_write
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
+def test_a_file_does_not_take_a_devices_or_a_pipes_place(tmp_path: Path) -> None:
+    """`-o /dev/null` as root would leave the machine without one."""
+    place = tmp_path / "pipe"
+    os.mkfifo(place)
+    with pytest.raises(AdapterError, match="a device or a pipe is there"):
+        atomic_write(place, [b"x"])
+    assert place.is_fifo()
+    assert list(tmp_path.iterdir()) == [place]
