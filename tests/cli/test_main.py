@@ -60,6 +60,11 @@ class OutOfMemoryError(RuntimeError):
             2,
             ["too long to be the name", "x" * 100 + "…"],
         ),
+        (
+            UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"),
+            2,
+            ["half a character", "write it anew"],
+        ),
         (RuntimeError("Could not determine home directory."), 2, ["begins with ~", "write it out"]),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, ["no permission", "/root/x"]),
         (MemoryError(), 2, ["memory is exhausted"]),

@@ -118,6 +118,8 @@ def test_pictures_are_counted_in_their_folder(tmp_path: Path) -> None:
     found = plan_of_config(load_config(file, ("schedule.epochs=4",))[0], cpu_device())
     assert found.job.rows == 3
     assert dict(found.facts)["at once"].startswith("3 of 128 × 128")
+    longer = plan_of_config(load_config(file, ("schedule.epochs=1000",))[0], cpu_device())
+    assert ", 1,000 times: " in dict(longer.facts)["data"]
 
 
 def test_a_teacher_of_its_own_base_is_planned_by_its_weights_and_one_forward_an_answer() -> None:

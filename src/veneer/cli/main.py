@@ -195,6 +195,9 @@ def _known(error: Exception) -> VeneerError | None:
             return ResourceError(f"no permission to use this file: {error.strerror}", where=error.filename)
     if kind == "RuntimeError" and "home directory" in text:  # pathlib's, of `~somebody/…`
         return ConfigError("a path begins with ~ and a name that this machine has no home for", fix="write it out")
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in text:
+        fix = "write it anew: it was cut, or typed in another encoding than the terminal's"
+        return ConfigError("a text has half a character, which is none", fix=fix)
     if "No space left on device" in text:
         return ResourceError("the disk is full", fix="free some space, or write elsewhere")
     if kind == "OutOfMemoryError":  # torch's, known by name: torch need not be loaded

@@ -229,7 +229,7 @@ def text_plan(
         quantise = load.quantise if planned is None else planned[0].quantise
         served = serving(shape, device, rates, traffic, rank=rank, dtype=load.dtype, quantise=quantise)
     trainable = pair_parameters(shape, load.spec, rank=load.rank) + load.whole
-    times = f"{counted(job.rows, 'row')} of {job.tokens_per_row:,.0f} tokens, {job.passes:.3g} times"
+    times = f"{counted(job.rows, 'row')} of {job.tokens_per_row:,.0f} tokens, {_times(job.passes)} times"
     share = "" if load.trained == 1 else f", {load.trained:.0%} of them learned"
     form = _form(PairForm.of(load.spec))
     facts = (
@@ -326,7 +326,7 @@ def image_plan(
     facts = [
         ("base", f"{base}: a denoiser of {c.parameters:,} parameters, {load.quantise or load.dtype}"),
         ("adapter", f"{_form(load.form)}rank {load.rank} on {load.targets}: {c.trainable:,} parameters"),
-        ("data", f"{counted(job.rows, 'picture')}, {job.passes:.3g} times: {steps} of {job.batch}"),
+        ("data", f"{counted(job.rows, 'picture')}, {_times(job.passes)} times: {steps} of {job.batch}"),
         ("at once", f"{load.pictures} of {load.width} × {load.height}{pairs}; activations {_kept(load)}"),
     ]
     if c.encoders:
@@ -338,6 +338,11 @@ def image_plan(
         base, c.parameters, c.trainable, device, job, memory, peak, limit, changes, planned,
         planned_memory, seconds, rates, tuple(facts),
     )  # fmt: skip
+
+
+def _times(passes: float) -> str:
+    """Of a short run with decimals: 0.5, 3, 1,000."""
+    return f"{passes:,.0f}" if passes >= 100 else f"{passes:.3g}"
 
 
 def _form(form: PairForm) -> str:

@@ -16,6 +16,10 @@ def test_folders_that_are_not(tmp_path: Path) -> None:
     assert f"did you mean {tmp_path / 'pictures'}?" in wrong(tmp_path / "picture")
     (tmp_path / "pictures/a.pdf").write_bytes(b"")
     assert "the folder holds 1 .pdf" in wrong(tmp_path / "pictures")
+    for i in range(20):
+        (tmp_path / "pictures" / f"a.x{i}").touch()
+    assert "the folder holds 1 .pdf, 1 .x0, " in (said := wrong(tmp_path / "pictures"))
+    assert said.endswith(" and 9 more")
     assert "this is a file" in wrong(put(tmp_path, "a.png"))
 
 

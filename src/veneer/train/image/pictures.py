@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from veneer.errors import DataError, bullets
+from veneer.errors import DataError, bullets, first_few
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.befores import before_files, check_befores, each_before, open_before
 from veneer.train.image.decode import SUFFIXES, UnreadablePicture, decode_picture, read_bytes
@@ -163,7 +163,7 @@ def _list_folder(
     shown = {path for paths in named.values() for path in paths}
     folder = replace(folder, pictures=[p for p in folder.pictures if p not in shown or p in rows])
     if not folder.pictures:
-        others = ", ".join(f"{n} {suffix}" for suffix, n in sorted(folder.ignored.items())) or "nothing"
+        others = first_few([f"{n} {suffix}" for suffix, n in folder.ignored.most_common()], 12) or "nothing"
         raise DataError(
             "there is no picture in this folder",
             where=str(folder.root),
