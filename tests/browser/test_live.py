@@ -66,6 +66,7 @@ def test_a_route_is_begun_dragged_promoted_and_rolled_back_before_the_eyes_of_an
     one.until(f"veneer tenant route set parcels {FIRST}")
     page.get_by_role("button", name="Begin it").click()
     other.page.wait_for_function(SHARES, arg="100 %")
+    page.wait_for_function("at => at.value === ''", arg=page.get_by_label("Name", exact=True).element_handle())
 
     page.get_by_text("Another version, or a shadow").click()
     page.get_by_label("Another version").select_option(OTHER)

@@ -45,7 +45,7 @@ class Window:
     def act(self, name: str, **data: str) -> None:
         """What a click does on a part of a fragment that has `data-act=name`."""
         for id, each in self.elements.items():
-            if f'data-act="{name}"' in str(each.get("props", {}).get("innerHTML", "")):
+            if f'data-act="{name}"' in str(each.get("props", {}).get("html", "")):
                 return self._send(id, each, "click", [json.dumps({"act": name, **data})])
         raise AssertionError(f"nothing on the page does {name}")
 
@@ -60,10 +60,13 @@ class Window:
         self.socket.send("42" + json.dumps(["event", event]))
 
     def until(self, *words: str) -> str:
-        """What comes, until all the words were in it."""
+        """What comes, until all the words were in it. Elements that come are on the page from then on."""
         heard = ""
         while not all(word in heard for word in words):
-            heard += str(message) if (message := self.socket.recv(timeout=20)) != "2" else ""
+            message = str(self.socket.recv(timeout=20))
+            heard += message if message != "2" else ""
+            if message.startswith('42["update"'):
+                self.elements |= {id: each for id, each in json.loads(message[2:])[1].items() if isinstance(each, dict)}
         return heard
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from veneer.errors import AdapterError, ConfigError
@@ -14,7 +16,7 @@ from veneer.serve.request import Refused
 from veneer.studio.commands import command
 from veneer.studio.frame import NothingHere, ViewPage
 from veneer.studio.library import LibraryCard, card_of, routes_of
-from veneer.studio.parts import Command, Fragment, box, button, confirm, form_field, heading, line, link
+from veneer.studio.parts import Command, Field, Fragment, box, button, confirm, form_field, heading, line, link
 from veneer.studio.watch import on_change
 from veneer.train.report.log import size
 
@@ -25,12 +27,21 @@ _TARGETS = {
 """In whose layout an adapter may be wanted, of each kind."""
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What is known of a version. Its content stays; names, checks, children and routes come and go."""
+
+    version: Version
+    family: AdapterFamily
+    checks: list[dict[str, Any]]
+    routes: dict[str, list[str]]
+
+
 async def adapter_view(page: ViewPage) -> None:
-    library = page.studio.library
-    reference = page.query.get("ref")
-    version, family, checks, routes = await asyncio.to_thread(_read, page, reference)
+    seen = await asyncio.to_thread(_read, page, page.query.get("ref"))
+    version = seen.version
     own = page.caller.may_change(version.name)
-    card = card_of(page, version, routes)
+    card = card_of(page, version, seen.routes)
 
     page.title(version.reference)
     line(_summary(card.base, version), "lede")
@@ -48,32 +59,43 @@ async def adapter_view(page: ViewPage) -> None:
             if page.studio.service.catalog.fingerprint == version.fingerprint:
                 line(f"Here, requests that name {version.reference} as their model get it.", "soft small")
             heading("Family")
-            Fragment("family.html.j2", family=_seen(page, family), own=version.reference, link=page.link)
+            family = Fragment("family.html.j2", **_relatives(page, seen))
             if own:
                 _download(page, version)
                 with box("details", "made"):
                     line("How it was made", tag="summary")
                     Fragment("facts.html.j2", facts=_facts(version))
         with box("aside", "stack"):
-            _names(page, version, own)
+            names = _names(page, seen, own, lambda: refill())
             _words(version)
-            _health(page, version, checks, own)
-            if card.routes:
-                with box("section", "panel"):
-                    heading("Live", 2)
-                    for each in card.routes:
-                        line(each)
+            checks = _health(page, seen, own, lambda: refill())
+            live = Fragment("adapter_live.html.j2", routes=card.routes)
     if own:
         _remove(page, version)
 
+    async def refill() -> None:
+        try:
+            seen = await asyncio.to_thread(_read, page, version.reference)
+        except NothingHere:
+            if page.frame.page is page:  # not where it was removed here, which leads elsewhere
+                await page.again()
+            return
+        names.show(own=own, **_named(seen.version))
+        checks.show(checks=seen.checks, health=seen.version.health)
+        family.show(**_relatives(page, seen))
+        live.show(routes=card_of(page, seen.version, seen.routes).routes)
+
     def now() -> Any:
-        found = library.find(version.reference)
-        return found.aliases, found.tags, found.health
+        try:
+            found = page.studio.library.find(version.reference)
+        except AdapterError:
+            return None
+        return found.aliases, found.tags, found.health, routes_of(page.studio, page)
 
-    on_change(now, 2.0, page.again)
+    on_change(now, 1.0, refill)
 
 
-def _read(page: ViewPage, reference: str) -> tuple[Version, AdapterFamily, list[dict[str, Any]], dict[str, list[str]]]:
+def _read(page: ViewPage, reference: str) -> _Seen:
     """Raises NothingHere for what whoever looks does not see, as for what is not there."""
     library = page.studio.library
     try:
@@ -84,7 +106,7 @@ def _read(page: ViewPage, reference: str) -> tuple[Version, AdapterFamily, list[
     if not (page.caller.admin or page.caller.sees(reference) or page.caller.sees(version.reference)):
         raise NothingHere("There is no such adapter.")
     found = version.reference
-    return version, library.family(found), library.checks(found), routes_of(page.studio, page)
+    return _Seen(version, library.family(found), library.checks(found), routes_of(page.studio, page))
 
 
 def _summary(base: str, version: Version) -> str:
@@ -119,28 +141,35 @@ def _use(version: Version) -> str:
     return command("generate", "…", base=base, adapter=version.reference)
 
 
-def _seen(page: ViewPage, family: AdapterFamily) -> dict[str, list[Version] | list[str]]:
+def _relatives(page: ViewPage, seen: _Seen) -> dict[str, Any]:
+    """What family.html.j2 shows."""
+    family = seen.family
+
     def those(all: list[Version]) -> list[Version]:
         return [each for each in all if page.caller.admin or page.caller.sees(each.reference)]
 
     unknown = family.unknown if page.caller.admin else []
-    return {"parents": those(family.parents), "unknown": unknown, "children": those(family.children),
-            "versions": those(family.versions)}  # fmt: skip
+    shown = {"parents": those(family.parents), "unknown": unknown, "children": those(family.children),
+             "versions": those(family.versions)}  # fmt: skip
+    return {"family": shown, "own": seen.version.reference, "link": page.link}
 
 
-def _names(page: ViewPage, version: Version, own: bool) -> None:
-    library = page.studio.library
+def _named(version: Version) -> dict[str, Any]:
+    return {"aliases": version.aliases, "tags": [tag for tag in version.tags if not job_of_tag(tag)]}
+
+
+def _names(page: ViewPage, seen: _Seen, own: bool, refill: Callable[[], Awaitable[None]]) -> Fragment:
+    library, version = page.studio.library, seen.version
 
     async def change(call: Any, *given: str, said: str) -> None:
         await asyncio.to_thread(call, *given)
-        await page.again()
+        await refill()
         page.say(said)
 
     with box("section", "panel stack"):
         heading("Names", 2)
-        Fragment(
-            "names.html.j2", aliases=version.aliases, own=own,
-            tags=[tag for tag in version.tags if not job_of_tag(tag)],
+        names = Fragment(
+            "names.html.j2", own=own, **_named(version),
             acts={
                 "unalias": lambda data: change(
                     library.remove, f"{version.name}@{data['word']}", said=f"{data['word']} is no alias any more"
@@ -151,8 +180,8 @@ def _names(page: ViewPage, version: Version, own: bool) -> None:
             },
         )  # fmt: skip
         if not own:
-            return
-        new = {"alias": "", "tag": ""}
+            return names
+        new, fields = {"alias": "", "tag": ""}, dict[str, Field]()
         for what, hint in (("alias", "prod"), ("tag", "support")):
 
             def typed(text: str, what: str = what) -> None:
@@ -163,9 +192,12 @@ def _names(page: ViewPage, version: Version, own: bool) -> None:
                 word = text.strip()
                 does = library.alias if what == "alias" else library.tag
                 await change(does, version.reference, word, said=f"{version.reference} has the {what} {word}")
+                fields[what].put("")
+                same.show("")
 
-            form_field(f"Another {what}", "", typed, hint=hint, entered=entered, most=100)
+            fields[what] = form_field(f"Another {what}", "", typed, hint=hint, entered=entered, most=100)
         same = Command()
+    return names
 
 
 def _words(version: Version) -> None:
@@ -176,20 +208,23 @@ def _words(version: Version) -> None:
             Fragment("words.html.j2", words=version.trigger_words)
 
 
-def _health(page: ViewPage, version: Version, checks: list[dict[str, Any]], own: bool) -> None:
+def _health(page: ViewPage, seen: _Seen, own: bool, refill: Callable[[], Awaitable[None]]) -> Fragment:
     from veneer.adapters.inspect import verify_kept
+
+    version = seen.version
 
     async def look() -> None:
         await asyncio.to_thread(verify_kept, page.studio.library, version.reference)
-        await page.again()
+        await refill()
         page.say(f"{version.reference} was checked")
 
     with box("section", "panel stack"):
         heading("Health", 2)
-        Fragment("checks.html.j2", checks=checks, health=version.health)
+        checks = Fragment("checks.html.j2", checks=seen.checks, health=version.health)
         if own:
             button("Check it now", look)
             Command(command("library", "verify", version.reference))
+    return checks
 
 
 def _download(page: ViewPage, version: Version) -> None:
@@ -222,13 +257,14 @@ def _remove(page: ViewPage, version: Version) -> None:
         await page.go("")
         page.say(f"{version.reference} is out of the library")
 
-    def asked() -> None:
-        pointed = f" Its aliases {', '.join(version.aliases)} go with it." if version.aliases else ""
+    async def asked() -> None:
+        aliases = (await asyncio.to_thread(page.studio.library.find, version.reference)).aliases
+        pointed = f" Its aliases {', '.join(aliases)} go with it." if aliases else ""
         confirm(
             f"Remove {version.reference}?",
             f"Its name goes now.{pointed} Its files go with the next clean-up, unless another name has them.",
             remove, button_text="Remove", danger=True,
-            command=command("library", "remove", version.reference, with_aliases=bool(version.aliases)),
+            command=command("library", "remove", version.reference, with_aliases=bool(aliases)),
         )  # fmt: skip
 
     with box("div", "apart"):

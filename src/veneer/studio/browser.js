@@ -101,8 +101,8 @@ export default {
         e.preventDefault();
         navigator.clipboard?.writeText(copy.dataset.copy);
         const was = copy.textContent;
+        if (was !== "copied") setTimeout(() => (copy.textContent = was), 1200);
         copy.textContent = "copied";
-        setTimeout(() => (copy.textContent = was), 1200);
         return;
       }
       if (e.target.closest("[data-theme=next]")) {
@@ -139,7 +139,8 @@ export default {
       const name = e.key.length === 1 ? e.key.toLowerCase() : e.key === "Enter" ? "enter" : e.key;
       const inside = document.querySelector("dialog[open]") || document;
       const at = (key) => key && [...inside.querySelectorAll(`[data-key="${CSS.escape(key)}"]`)].find(seen);
-      const now = document.activeElement;
+      const has = document.activeElement; // a window's field, until the frame after it was closed
+      const now = has && seen(has) ? has : document.body;
       if (e.ctrlKey || e.metaKey) {
         if (name === "k") return this.find(e);
         const el = at(`ctrl+${name}`);

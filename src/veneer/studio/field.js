@@ -2,7 +2,7 @@
 export default {
   props: {
     label: String, value: null, kind: String, hint: String, wait: Number, most: Number, options: Array,
-    low: Number, high: Number, step: Number, shortcut: String, hides: Boolean,
+    low: Number, high: Number, step: Number, shortcut: String, hides: Boolean, turn: Number,
   },
   emits: ["changed", "entered"],
   template: `
@@ -25,8 +25,10 @@ export default {
     return { now: this.value, timer: null, last: 0 };
   },
   watch: {
-    value(other) {
-      this.now = other;
+    turn() {
+      clearTimeout(this.timer);
+      this.timer = null;
+      this.now = this.value;
       this.$nextTick(this.grow);
     },
   },

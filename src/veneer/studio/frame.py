@@ -24,11 +24,14 @@ and a row of `views` in build.py: its path, its title, the letter that `g` goes 
     other views   `link("Compare", page.link("compare", c=["a@1", "b@2"]))`; `await page.go("run", job=id)` in a handler
     dropped files `page.drops(words, to, done)` where they are not for the library; `page.pick()` opens the window
     made files    `page.fetch(url, done)`: a download that may fail
-    lists         `data-step` on what j and k go through, `data-id` on what keeps its focus, `data-own="x"` on the
-                  button of a card that a letter presses while that card has the focus
+    lists         `data-step` on what j and k go through, `data-own="x"` on the button of a card that a letter presses
+                  while that card has the focus, `data-id` on what goes on being the same when all is drawn anew: each of
+                  many, and whatever can be chosen
     bytes         (img, downloads, uploads) `page.api("/v1/…")`: a route of the API under the same caller, never a path
     errors        raise: a VeneerError is shown as what · where · fix, anything else as veneer's fault
-    changes       `on_change(mark, 1.0, refill)` (watch.py) where others may write what is shown
+    changes       `on_change(mark, 1.0, refill)` (watch.py) where others may write what is shown. `refill` changes what
+                  is another and draws nothing else: elements that somebody may be about to click stay, by `show`, `put`
+                  and `Fragment.show`; never `clear()`
     commands      `Command(command("library", "alias", ref, name))` (commands.py): what does the same
     success       `page.say("support@2 is prod now")`, once, at an end
     looks         studio.css; its classes are listed at its top

@@ -134,11 +134,13 @@ async def library_view(page: ViewPage) -> None:
     count = line("", "soft small count", role="status")
     empty = box("div", "empty")
     pages = box("div", "stack")
+    cut = line("", "soft")
     more = button("Show more", lambda: further(), kind="quiet", look="more", data_more="")
     marked = _Marked(page)
     same = Command()
-    shown = 0
-    turn = 0
+    leaves: list[Fragment] = []
+    shown = turn = 0
+    told_empty = ""
 
     async def fetch(offset: int, some: int) -> tuple[Shelfful, list[LibraryCard]]:
         asked, sees = _asked(page), None if page.caller.admin else page.caller.sees
@@ -152,23 +154,28 @@ async def library_view(page: ViewPage) -> None:
 
     async def fill() -> None:
         """The cards from the first; of several asked for one after another, the last alone."""
-        nonlocal shown, turn
+        nonlocal shown, turn, told_empty
         turn = own = turn + 1
         asked = _asked(page)
         found, cards = await fetch(0, max(_SOME, shown if shown <= _MOST else _SOME))
         if own != turn:
             return
-        pages.clear()
         shown = len(cards)
-        if cards:
-            with pages:
-                Fragment("cards.html.j2", acts=marked.acts, cards=cards, marked=marked.all, link=page.link)
+        for leaf in leaves[-(-shown // _SOME) :]:
+            leaf.delete()
+        del leaves[-(-shown // _SOME) :]
+        for k in range(0, shown, _SOME):
+            leafed(k // _SOME, cards[k : k + _SOME])
         narrow = asked.text or any(asked.picks.values())
         put(count, f"{counted(found.total, 'adapter')}{' that fit' if narrow else ''}" if found.total else "")
         _offer(picks, asked, found)
+        ended(found.total)
         show(pages, bool(cards))
         show(empty, not cards)
-        _say_empty(page, empty, bool(narrow)) if not cards else None
+        why = "" if cards else "nothing fits" if narrow else "nothing"
+        if why and why != told_empty:
+            _say_empty(page, empty, bool(narrow))
+        told_empty = why or told_empty
         for each in (teach, find, order):  # where there is nothing yet, the page offers the one thing to do
             show(each, bool(cards) or bool(narrow))
         show(more, shown < min(found.total, _MOST))
@@ -177,12 +184,25 @@ async def library_view(page: ViewPage) -> None:
     async def further() -> None:
         nonlocal shown
         found, cards = await fetch(shown, _SOME)
+        if cards:
+            leafed(shown // _SOME, cards)
         shown += len(cards)
-        with pages:
-            Fragment("cards.html.j2", acts=marked.acts, cards=cards, marked=marked.all, link=page.link)
-            if shown >= _MOST and shown < found.total:
-                line(f"{_MOST} of {found.total:,} are shown: say more of what you look for.", "soft")
+        ended(found.total)
         show(more, bool(cards) and shown < min(found.total, _MOST))
+
+    def leafed(k: int, cards: list[LibraryCard]) -> None:
+        """The k-th leaf of the list: it goes on being what it was where its cards do."""
+        given: dict[str, Any] = {"cards": cards, "marked": marked.all, "link": page.link}
+        if k < len(leaves):
+            leaves[k].show(**given)
+        else:
+            with pages:
+                leaves.append(Fragment("cards.html.j2", acts=marked.acts, **given))
+
+    def ended(total: int) -> None:
+        whole = shown < _MOST or shown >= total
+        put(cut, "" if whole else f"{_MOST} of {total:,} are shown: say more of what you look for.")
+        show(cut, not whole)
 
     async def narrowed(**changes: str) -> None:
         nonlocal shown

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+from veneer.errors import ConfigError
 from veneer.jobs.store import money
 from veneer.library.database import reading
 from veneer.serve.access import shadow_id
@@ -49,6 +51,7 @@ class _Live:
     def __init__(self, page: ViewPage, tenancy: Tenants) -> None:
         self.page, self.tenancy, self.store = page, tenancy, tenancy.store
         self.moves = RouteMoves(page, tenancy.store, self._again)
+        self.panels: dict[tuple[str, str], RoutePanel] = {}
         self.revision = -1
 
     def draw(self) -> None:
@@ -79,8 +82,7 @@ class _Live:
         settings = self.store.settings
         if settings.revision != self.revision:
             self.revision = settings.revision
-            self._draw_routes(settings, await asyncio.to_thread(self._histories, settings))
-            self.new.offer()
+            await self._fill_routes(settings)
         await self._fill_shadows(settings)
         await self._fill_used(settings)
         catalog = self.page.studio.service.catalog
@@ -88,21 +90,38 @@ class _Live:
         limit = getattr(catalog.residents, "limit", 0)
         self.resident.show(rows=found, bytes=sum(each.bytes for _, each in found), limit=limit)
 
-    def _histories(self, settings: TenantSettings) -> dict[tuple[str, str], list[dict[str, Any]]]:
-        with reading(self.store.engine) as c:
-            return {key: routes.route_history(c, key[1], tenant=key[0])[:_MOVES] for key in settings.routes}
+    async def _fill_routes(self, settings: TenantSettings) -> None:
+        """A panel goes on as long as there is its route: somebody may be about to click in it."""
+        now, panels = settings.routes, self.panels
+        moved = [key for key, route in now.items() if key not in panels or panels[key].route != route]
 
-    def _draw_routes(self, settings: TenantSettings, before: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
-        self.place.clear()
-        offered = self.moves.offered()
+        def read() -> dict[tuple[str, str], list[dict[str, Any]]]:
+            found = {}
+            with reading(self.store.engine) as c:
+                for tenant, name in moved:
+                    with suppress(ConfigError):  # removed since
+                        found[tenant, name] = routes.route_history(c, name, tenant=tenant, limit=_MOVES)
+            return found
+
+        before = await asyncio.to_thread(read)
+        if self.revision != settings.revision:
+            return  # another look was quicker, and saw more
+        offered, names = self.moves.offered(), self.moves.names()
+        for key in panels.keys() - now.keys():
+            panels.pop(key).end()
         with self.place:
-            for key, route in sorted(settings.routes.items()):
-                RoutePanel(self.moves, route, before.get(key, []), offered)
+            for place, (key, route) in enumerate(sorted(now.items())):
+                if key not in panels and key in before:
+                    panels[key] = RoutePanel(self.moves, route, place)
+                if key in before:
+                    panels[key].fill(route, before[key])
+                if key in panels:
+                    panels[key].offer(names, offered)
+        self.new.offer(names)
 
     async def _again(self) -> None:
         """What somebody did here is seen at once."""
         await asyncio.to_thread(self.store.look)
-        self.revision = -1
         await self.refill()
 
     async def _fill_shadows(self, settings: TenantSettings) -> None:

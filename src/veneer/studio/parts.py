@@ -8,7 +8,7 @@ a page as markup or as code: texts are text nodes, attributes are properties und
         button("Add", add, key="a", kind="filled")      add() or add(event), sync or async
         name = form_field("Name", "", changed=typed)         name.value; name.put("…") sets it
     cards = Fragment("cards.html.j2", acts={"open": opened}, versions=found)      many things: one element
-    cards.show(versions=others)                         drawn anew where it is another
+    cards.show(versions=others)                         drawn anew where it is another, and only there
 
 Handlers: before each one who looks is asked for again (`Visitor.again`), so `page.caller` is true inside. They may be
 async. What they raise is shown on the page: a VeneerError as what · where · fix. Whatever takes more than a millisecond
@@ -85,13 +85,21 @@ def put(element: ui.element, text: object) -> None:
 
 def mark(element: ui.element, **attributes: str | int | bool) -> None:
     """Other attributes for what `box` or `line` made."""
+    before = dict(element.props)
     _set(element, attributes)
-    element.update()
+    if element.props != before:
+        element.update()
 
 
 def show(element: ui.element, visible: bool) -> None:
     """Whether it is there for anybody."""
     element.set_visibility(visible)
+
+
+def place_at(element: ui.element, place: int) -> None:
+    """Where it stands among what it is beside: 0 is the first."""
+    assert element.parent_slot is not None
+    element.move(target_index=place)
 
 
 def heading(text: object, level: Literal[1, 2, 3] = 2, look: str = "") -> ui.element:
@@ -117,9 +125,7 @@ def button(
 
 def enable(element: ui.element, can: bool, why: str = "") -> None:
     """`why`: said under the mouse, and to who hears the page, where it cannot be used."""
-    element.props["disabled"] = not can
-    element.props["title"] = "" if can else _plain(why)
-    element.update()
+    mark(element, disabled=not can, title="" if can else why)
 
 
 def link(text: object, to: str, look: str = "", *, key: str = "", **attributes: str | int | bool) -> ui.element:
@@ -138,14 +144,16 @@ class Field(ui.element, component="field.js"):
     value: Any = None
 
     def put(self, value: Any) -> None:
-        """Another value, which is not told to `changed`."""
+        """Another value, which is not told to `changed`. Whatever else of the field is sent, what is typed stays."""
         self.value = self.props["value"] = value
+        self.props["turn"] += 1
         self.update()
 
     def offer(self, options: Mapping[str, str] | Sequence[str]) -> None:
         """Other options of a choice."""
-        self.props["options"] = _options(options)
-        self.update()
+        if (other := _options(options)) != self.props["options"]:
+            self.props["options"] = other
+            self.update()
 
 
 _FieldKind = Literal["text", "search", "number", "area", "choice", "range", "check"]
@@ -167,6 +175,7 @@ def form_field(
     given: dict[str, Any] = {
         "label": _plain(label), "value": value, "kind": kind, "hint": _plain(hint), "wait": wait, "most": most,
         "options": _options(options), "low": low, "high": high, "step": step, "shortcut": key, "hides": hidden_label,
+        "turn": 0,
     }  # fmt: skip
     for name, each in given.items():
         element.props[name] = each
@@ -185,31 +194,31 @@ def form_field(
     return element
 
 
-class Fragment:
+class Fragment(ui.element, component="fragment.js"):
     """A template of `templates/`, rendered with escaping into one element. `acts`: what a click on an element with
-    `data-act="NAME"` does, called with all its data- attributes as a dict of texts. Give what can be chosen a
-    `data-id` of its own, so that focus stays where it is when it is drawn anew."""
+    `data-act="NAME"` does, called with all its data- attributes as a dict of texts. What can be chosen, and what there
+    are many of, has a `data-id` of its own: so it is the same element when all is drawn anew (fragment.js)."""
 
-    def __init__(
-        self, template: str, *, tag: str = "div", look: str = "", acts: Mapping[str, Does] | None = None, **values: Any
-    ) -> None:
-        self.template = template
-        self.element = ui.html(self._render(values), sanitize=False, tag=tag)
-        if look:
-            self.element.classes(look)
+    def __init__(self, template: str, *, look: str = "", acts: Mapping[str, Does] | None = None, **values: Any) -> None:
+        super().__init__()
+        self._template = template
+        self.classes(look)
+        self.props["html"] = self._drawn(values)
         if acts:
 
             async def clicked(data: dict[str, str]) -> None:
                 if (does := acts.get(data.get("act", ""))) is not None:
                     await _done(does, data)
 
-            self.element.on("click", heard(clicked), js_handler=_CLICKED)
+            self.on("click", heard(clicked), js_handler=_CLICKED)
 
-    def _render(self, values: Mapping[str, Any]) -> str:
-        return _ENV.get_template(self.template).render(**values)
+    def _drawn(self, values: Mapping[str, Any]) -> str:
+        return _ENV.get_template(self._template).render(**values)
 
     def show(self, **values: Any) -> None:
-        self.element.set_content(self._render(values))
+        if (other := self._drawn(values)) != self.props["html"]:
+            self.props["html"] = other
+            self.update()
 
 
 _CLICKED = """(e) => {
@@ -228,19 +237,44 @@ class Command:
         self.fragment.show(text=text)
 
 
-def dialog(title: str) -> ui.element:
-    """A window over the page, closed by Escape: `with dialog("Keys") as window: …`, then `opened(window)`."""
-    element = box("dialog", "dialog", aria_label=title)
-    with element:
+class Dialog(ui.element):
+    """A window over the page. Once it is closed it is gone: as soon as what was decided in it is done, which goes on
+    drawing from where it began."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__("dialog")
+        self.classes("dialog")
+        _set(self, {"aria-label": title})
+        self.shut = self.acting = False
+        self.on("close", self._shut, args=[])
+
+    def _shut(self) -> None:
+        self.shut = True
+        if not self.acting:
+            self.delete()
+
+    async def act(self, does: Does) -> None:
+        self.acting = True
+        try:
+            await _done(does, None)
+        finally:
+            self.acting = False
+            if self.shut and not self.is_deleted:
+                self.delete()
+
+
+def dialog(title: str) -> Dialog:
+    """A window, closed by Escape: `with dialog("Keys") as window: …`, then `opened(window)`."""
+    with Dialog(title) as element:
         heading(title, 2)
     return element
 
 
-def opened(window: ui.element) -> None:
+def opened(window: Dialog) -> None:
     window.run_method("showModal")
 
 
-def closed(window: ui.element) -> None:
+def closed(window: Dialog) -> None:
     window.run_method("close")
 
 
@@ -261,11 +295,11 @@ def confirm(
     opened(window)
 
 
-def decide(window: ui.element, button_text: str, does: Does, *, danger: bool = False) -> None:
+def decide(window: Dialog, button_text: str, does: Does, *, danger: bool = False) -> None:
     """The foot of a window: Cancel, and what does it, which closes the window where it went well."""
     with box("div", "row end"):
         button("Cancel", lambda: closed(window), kind="word")
-        button(button_text, does, kind="danger" if danger else "filled")
+        button(button_text, lambda: window.act(does), kind="danger" if danger else "filled")
 
 
 def progress(label: str, share: float | None = None) -> ui.element:

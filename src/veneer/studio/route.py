@@ -27,6 +27,7 @@ from veneer.studio.parts import (
     heading,
     line,
     mark,
+    place_at,
     put,
     show,
 )
@@ -110,6 +111,8 @@ class _Shares:
     bar: WeightBar
 
     def dragged(self, shares: Sequence[float]) -> None:
+        if len(shares) != len(self.shares):
+            return  # somebody else's move came between
         self.shares = [(name, float(share)) for (name, _), share in zip(self.shares, shares, strict=True)]
         self.say()
 
@@ -162,9 +165,8 @@ class NewRoute(_Shares):
                     self.does = button("Begin it", self._begin, kind="filled")
         self._led(None)
 
-    def offer(self) -> None:
+    def offer(self, names: Sequence[str]) -> None:
         """What it can lead to may be more by now."""
-        names = self.moves.names()
         self.first.offer(_same(names))
         self.other.offer({"": "nothing else", **_same(names)})
 
@@ -202,73 +204,90 @@ class NewRoute(_Shares):
 
 
 class RoutePanel(_Shares):
-    """One route. `before`: its moves, the newest first. `offered`: an adapter that it could lead to, too."""
+    """One route, the `place`-th of the view, from when it is there until it is gone. `fill`: where it was moved."""
 
-    def __init__(self, moves: RouteMoves, route: Route, before: Sequence[dict[str, Any]], offered: str) -> None:
-        self.moves, self.route, self.wanted = moves, route, route
-        total = sum(weight for _, weight in route.targets)
-        self.shares = [(name, weight * 100 / total) for name, weight in route.targets]
-        with box("section", "panel route", aria_label=f"The route {route.name}"):
+    def __init__(self, moves: RouteMoves, route: Route, place: int) -> None:
+        self.moves, self.route, self.wanted, self.offered = moves, route, route, ""
+        with box("section", "panel route", aria_label=f"The route {route.name}") as self.panel:
             with box("div", "row"):
                 heading(route.name, 2)
                 if route.tenant:
                     line(f"of {route.tenant}", "chip", "span")
                 with box("div", "row far"):
-                    if len(before) > 1:
-                        button("Roll back", lambda: moves.back(route), kind="word", key="r")
-                    button("Remove", lambda: moves.ended(route), kind="word", aria_label=f"Remove {route.name}")
-            self.bar = WeightBar(self.shares, self.dragged)
-            with box("div", "row"):
-                for name, share in self.shares if len(self.shares) > 1 else ():
-                    if share < 100:
-                        button(f"Promote {name}", self._promote(name), kind="quiet")
-                if offered:
-                    button(f"Give {offered} a tenth", lambda: self.added(offered), kind="quiet")
-            self._more()
-            if len(before) > 1:
-                with box("details", "how"):
-                    line("What it led to before", tag="summary")
-                    Fragment("route_moves.html.j2", moves=before, base=moves.base)
-                    Command(command("tenant", "route", "history", route.name, tenant=route.tenant))
+                    self.back = button("Roll back", lambda: moves.back(self.route), kind="word", key="r")
+                    button("Remove", lambda: moves.ended(self.route), kind="word", aria_label=f"Remove {route.name}")
+            self.bar = WeightBar([], self.dragged)
+            acts = {"promote": lambda data: self._promote(data["name"]), "give": lambda data: self.added(data["name"])}
+            self.ways = Fragment("route_ways.html.j2", acts=acts, shares=[], offered="")
+            with box("details", "how"):
+                line("Another version, or a shadow", tag="summary")
+                with box("div", "row foot"):
+                    self.other = form_field("Another version", "", self.added, kind="choice")
+                    self.shadow = form_field("Answers too, unseen", "", self._unseen, kind="choice")
+                    self.fraction = form_field(
+                        "Of the requests, in %", 100, self._unseen, kind="number", low=0, high=100, step=1
+                    )
+            with box("details", "how") as self.before:
+                line("What it led to before", tag="summary")
+                self.history = Fragment("route_moves.html.j2", moves=[], base=moves.base)
+                Command(command("tenant", "route", "history", route.name, tenant=route.tenant))
             self.sentence = line("", "sentence", role="status")
             self.same = Command("")
             self.does = box("div", "row")
             with self.does:
                 button("Move", lambda: moves.moved(self.route, self.wanted), kind="filled")
-                button("Leave it", moves.again, kind="word")
-            self.say()
+                button("Leave it", self._left, kind="word")
+        place_at(self.panel, place)
 
-    def _more(self) -> None:
-        """Another version, and who answers unseen."""
-        route, names = self.route, self.moves.names()
-        others = [name for name in names if name not in dict(self.route.targets)]
-        with box("details", "how"):
-            line("Another version, or a shadow", tag="summary")
-            with box("div", "row foot"):
-                self.other = form_field(
-                    "Another version", "", self.added, kind="choice", options={"": "none", **_same(others)}
-                )
-                unseen = {"": "nobody", **_same([name for name in names if name != self.moves.base])}
-                self.shadow = form_field(
-                    "Answers too, unseen", route.shadow or "", self._unseen, kind="choice", options=unseen,
-                )  # fmt: skip
-                self.fraction = form_field(
-                    "Of the requests, in %", route.fraction * 100, self._unseen, kind="number", low=0, high=100, step=1
-                )
+    def fill(self, route: Route, before: Sequence[dict[str, Any]]) -> None:
+        """As it is since a move. `before`: its moves, the newest first."""
+        self.route = route
+        for each in (self.back, self.before):
+            show(each, len(before) > 1)
+        self.history.show(moves=before, base=self.moves.base)
+        self._left()
+
+    def offer(self, names: Sequence[str], wanted: str) -> None:
+        """What it can lead to may be more by now. `wanted`: what the link wants to go live."""
+        self.offered = wanted
+        led = dict(self.route.targets)
+        self.other.offer({"": "none", **_same([name for name in names if name not in led])})
+        unseen = [name for name in names if name != self.moves.base]
+        if self.route.shadow and self.route.shadow not in unseen:
+            unseen.append(self.route.shadow)
+        self.shadow.offer({"": "nobody", **_same(unseen)})
+        self._show_ways()
+
+    def end(self) -> None:
+        """There is no such route any more."""
+        self.panel.delete()
+
+    def _left(self) -> None:
+        """As the route is: what was not moved is let go."""
+        route = self.route
+        total = sum(weight for _, weight in route.targets)
+        self.shares = [(name, weight * 100 / total) for name, weight in route.targets]
+        self.bar.put(self.shares)
+        self.other.put("")
+        self.shadow.put(route.shadow or "")
+        self.fraction.put(route.fraction * 100)
+        self._show_ways()
+        self.say()
+
+    def _show_ways(self) -> None:
+        shares = [name for name, share in self.shares if share < 100] if len(self.shares) > 1 else []
+        self.ways.show(shares=shares, offered=self.offered)
 
     def _unseen(self, _: Any) -> None:
         self.say()
 
-    def _promote(self, name: str) -> Callable[[], None]:
-        def ask() -> None:
-            now = self.route
-            wanted = routes.planned_route(now, now.name, [(name, 100)], tenant=now.tenant)
-            confirm(
-                f"Promote {name}", routes.route_change(now, wanted), lambda: self.moves.moved(now, wanted),
-                button_text="Promote it", command=_set_command(wanted, self.moves.base),
-            )  # fmt: skip
-
-        return ask
+    def _promote(self, name: str) -> None:
+        now = self.route
+        wanted = routes.planned_route(now, now.name, [(name, 100)], tenant=now.tenant)
+        confirm(
+            f"Promote {name}", routes.route_change(now, wanted), lambda: self.moves.moved(now, wanted),
+            button_text="Promote it", command=_set_command(wanted, self.moves.base),
+        )  # fmt: skip
 
     def say(self) -> None:
         """What the shares as they stand now would do."""

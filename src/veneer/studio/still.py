@@ -9,7 +9,7 @@ from __future__ import annotations
 from markupsafe import Markup, escape
 from nicegui import Client, ui
 
-from veneer.studio.parts import Field
+from veneer.studio.parts import Field, Fragment
 
 _EMPTY = ("img", "input", "br", "hr")
 
@@ -32,9 +32,8 @@ def _html(element: ui.element) -> Markup:
     if isinstance(element, Field):
         return _field(element)
     look = Markup(' class="{}"').format(" ".join(element.classes)) if element.classes else Markup("")
-    if isinstance(element, ui.html):  # rendered with escaping: parts.Fragment
-        tag = str(element.props["tag"])
-        return Markup("<{0}{1}>{2}</{0}>").format(tag, look, Markup(element.content))
+    if isinstance(element, Fragment):  # rendered with escaping
+        return Markup("<div{}>{}</div>").format(look, Markup(element.props["html"]))
     if element.component is not None:
         return Markup("")
     said = {name: value for name, value in element.props.items() if value is not False and not name.startswith(":")}

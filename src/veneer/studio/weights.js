@@ -18,7 +18,8 @@ export default {
   },
   watch: {
     parts(other) {
-      if (this.held < 0) this.now = other.map((p) => [...p]);
+      this.held = -1; // a move of somebody else's lets go of an edge
+      this.now = other.map((p) => [...p]);
     },
   },
   methods: {

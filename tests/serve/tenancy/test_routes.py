@@ -148,6 +148,7 @@ def test_rollback_puts_the_same_users_back_and_each_move_is_kept(store: Store) -
     assert routes.rollback_route(store, "support", who="ana") == first
     with reading(store.engine) as c:
         moves = routes.route_history(c, "support")
+        assert routes.route_history(c, "support", limit=2) == moves[:2]
         lines = manage.audit_lines(c, what="route", subject="all:support")
     assert [m["move"] for m in moves] == [5, 4, 3, 2, 1]
     assert [m["move"] for m in moves if m["current"]] == [1]

@@ -356,12 +356,13 @@ def route_shown(route: Route) -> dict[str, Any]:
     return {"route": route.name, "tenant": route.tenant, "move": route.move, **_shown(route)}
 
 
-def route_history(c: Connection, route: str, *, tenant: str = ALL) -> list[dict[str, Any]]:
-    """Every move of a route, the newest first. `current`: whether it is the one that holds."""
+def route_history(c: Connection, route: str, *, tenant: str = ALL, limit: int | None = None) -> list[dict[str, Any]]:
+    """Every move of a route, the newest first, or the newest `limit`. `current`: whether it is the one that holds."""
     now = _current(c, tenant, route)
     if now is None:
         raise _lost(c, tenant, route)
-    rows = c.execute(select(move_table).where(_of(move_table, tenant, route)).order_by(move_table.c.move.desc())).all()
+    moves = select(move_table).where(_of(move_table, tenant, route)).order_by(move_table.c.move.desc())
+    rows = c.execute(moves.limit(limit)).all()
     return [
         {"move": r.move, "before": r.before, "current": r.move == now.move, "at": r.at, "who": r.who}
         | _shown(route_of(r))
