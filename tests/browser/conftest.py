@@ -9,15 +9,16 @@ Whatever a page asks of another host, writes to its console as an error, or thro
 
 from __future__ import annotations
 
-import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 from sqlalchemy import Engine, insert
 
@@ -225,6 +226,35 @@ def window(chromium: Any, served: Served) -> Iterator[Window]:
         yield made
 
 
-def busy() -> bool:
-    """Whether others compute here, so that seconds say nothing."""
-    return os.getloadavg()[0] > (os.cpu_count() or 1)
+@dataclass
+class Spent:
+    """Seconds of a block by the clock, and by the processors: of the latter what servers and browsers took, so that
+    it says the same whoever else computes here."""
+
+    clock: float = 0.0
+    processors: float = 0.0
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        began, took = time.perf_counter(), _taken()
+        yield
+        self.clock, self.processors = time.perf_counter() - began, _taken() - took
+
+    @staticmethod
+    def least(many: list[Spent]) -> Spent:
+        """The least of each."""
+        return Spent(min(each.clock for each in many), min(each.processors for each in many))
+
+    def within(self, seconds: float, more: Spent | None = None) -> bool:
+        """Whether it took no more than so many beyond `more`. On a machine of its own what waits for nobody takes by
+        the clock at most what it takes of processors; so either will do."""
+        more = more or Spent()
+        return self.clock < more.clock + seconds or self.processors < more.processors + seconds
+
+
+def _taken() -> float:
+    total = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            total += sum(process.cpu_times()[:2])
+    return total

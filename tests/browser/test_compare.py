@@ -5,14 +5,13 @@ likelihoods by keys, a vote, a correction, a mix kept; on bases that draw, pictu
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.browser.conftest import SMOLLM2, Window, busy, seen_in
+from tests.browser.conftest import SMOLLM2, Spent, Window, seen_in
 from tests.image_twins import random_adapter
 from tests.serve.saved_adapters import saved
 from tests.studio.conftest import HOSTILE, Served
@@ -28,16 +27,24 @@ from veneer.models.text.base import load_text
 LINK = "compare?c=support%401&c=support%402%3A0.5%2Bacme%2Ftone%3A-0.5&p=Where+is+my+parcel%3F&m=8&t=1&seed=3"
 WHOLE = "n => document.querySelectorAll('.spoken .chip').length >= n"
 STRONGER = """(column) => new Promise((told) => {
-  const slider = column.querySelector("input[type=range]"), began = performance.now();
+  const slider = column.querySelector("input[type=range]");
+  let gone = false;
   new MutationObserver((_, own) => {
-    if (!column.querySelector(".caret") || !column.querySelector("[data-k]")) return;
+    const said = column.querySelector("[data-k]");
+    gone ||= !said;
+    if (!gone || !said) return;
     own.disconnect();
-    told(performance.now() - began);
+    told();
   }).observe(column, { childList: true, subtree: true, characterData: true });
   slider.value = Number(slider.value) - 0.1;
   slider.dispatchEvent(new Event("input"));
 })"""
-"""Milliseconds from a move of a column's slider to the first word of its new answer."""
+"""A column's slider is moved, until the first word of its new answer is there."""
+
+
+STEP = 0.0155
+"""Seconds of a decoding step of smollm2-135m in bfloat16 on one thread, where the figures of docs/notes/studio.md are
+from."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +57,8 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         for seed, name in enumerate(["support", "support", "acme/tone"]):
             saved(base, folder / str(seed), seed)
             library.add(folder / str(seed), name)
-    with Served(folder, base_dir, folder / "library") as server:
+    own = ["--dtype", "auto"] if base_dir == SMOLLM2 else []  # as `veneer studio` runs it
+    with Served(folder, base_dir, folder / "library", *own) as server:
         yield server
 
 
@@ -70,6 +78,7 @@ def test_asked_by_a_key_judged_by_a_number_and_the_link_has_it_all(window: Windo
     answers.nth(1).focus()
     page.keyboard.press("ArrowRight")
     window.until("log-probability")
+    assert page.locator("section.column span.other").count(), "what differs from the base is marked"
 
     page.locator("h1").click()
     page.keyboard.press("2")
@@ -121,29 +130,36 @@ def test_a_mix_is_kept_as_an_adapter(window: Window, talking: Served) -> None:
         library.remove("softer", with_aliases=True)
 
 
-def first_step(address: str) -> float:
-    """Seconds of an answer's first step, which reads the prompt, as the API has it: the best of three, each at another
-    strength, of which nothing is known yet."""
-    times = []
-    for n in range(4):  # the first one warms up
-        body = {"messages": [{"role": "user", "content": "Where is my parcel?"}], "max_tokens": 1}
-        began = time.perf_counter()
-        mix = {"support@1": 0.31 + n / 100}
-        httpx.post(f"{address}/v1/chat/completions", json=body | {"mix": mix}, timeout=120).raise_for_status()
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+def answered(address: str, strength: float, tokens: int) -> Spent:
+    """What an answer takes, under a strength of which nothing is known yet, as the API has it."""
+    spent, messages = Spent(), [{"role": "user", "content": "Where is my parcel?"}]
+    body = {"messages": messages, "max_tokens": tokens, "ignore_eos": True, "mix": {"support@1": strength}}
+    with spent.counting():
+        httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120).raise_for_status()
+    return spent
 
 
-def test_a_slider_s_answer_begins_within_a_step_and_a_tenth_of_a_second(window: Window, talking: Served) -> None:
-    page = window.at("compare?c=support%401&p=Where+is+my+parcel%3F&m=48").page
+def test_a_slider_s_answer_begins_within_a_decoding_step_and_a_tenth_of_a_second(
+    window: Window, talking: Served
+) -> None:
+    """A tenth of a second where a step takes what it takes in docs/notes/studio.md, and as much more as it takes longer
+    here. A new mix reads its prompt, and nothing else is done for it."""
+    page = window.at("compare?c=support%401&p=Where+is+my+parcel%3F&m=1").page
     page.get_by_role("button", name="Ask", exact=True).click()
     page.wait_for_function(WHOLE, arg=4)
-    step, column = first_step(talking.address), page.locator("section.column").nth(1).element_handle()
-    times = []
-    for _ in range(5):
-        times.append(page.evaluate(STRONGER, column) / 1000)
+    column, moved = page.locator("section.column").nth(1).element_handle(), list[Spent]()
+    first, many = list[Spent](), list[Spent]()
+    for n in range(6):  # in turn, so that whoever else computes here is in the way of all
+        first.append(answered(talking.address, 0.31 + n / 100, 1))
+        many.append(answered(talking.address, 0.41 + n / 100, 17))
+        moved.append(Spent())
+        with moved[-1].counting():
+            page.evaluate(STRONGER, column)
         page.wait_for_function(WHOLE, arg=4)
-    assert busy() or min(times) < step + 0.1, f"{times} seconds, and a step is {step:.4f}"
+    one, all_of, slider = (Spent.least(each[1:]) for each in (first, many, moved))
+    step = Spent((all_of.clock - one.clock) / 16, (all_of.processors - one.processors) / 16)
+    slower = max(1.0, step.clock / STEP)
+    assert slider.within(0.1 * slower, step), (slower, step, one, slider)
 
 
 # -- pictures ------------------------------------------------------------------------------------------------------
@@ -151,6 +167,7 @@ def test_a_slider_s_answer_begins_within_a_step_and_a_tenth_of_a_second(window: 
 
 PACKAGED = "catalogue-flux"
 """The image base that comes along."""
+DRAWN = "n => document.querySelectorAll('.drawn img').length === n"
 
 
 @pytest.fixture(scope="module", params=["tiny", PACKAGED])
@@ -170,26 +187,27 @@ def drawing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def test_pictures_are_drawn_at_five_strengths_and_laid_over_one_another(chromium: Any, drawing: Served) -> None:
     with seen_in(chromium, drawing.address) as window:
-        page = window.at("compare?p=a+red+cat&steps=1").page
+        n = 1 if drawing.base.name == PACKAGED else 2  # one is enough of a base that takes its time
+        page = window.at(f"compare?p=a+red+cat&steps=1&n={n}").page
         page.get_by_role("button", name="look@1", exact=True).click()
         page.get_by_role("heading", name="look@1").wait_for()
         page.keyboard.press("Control+Enter")
-        page.wait_for_function("document.querySelectorAll('.drawn img').length === 2")
+        page.wait_for_function(DRAWN, arg=2 * n)
         page.get_by_role("button", name="The same at five strengths").click()
-        page.wait_for_function("document.querySelectorAll('.drawn img').length === 6")
+        page.wait_for_function(DRAWN, arg=6 * n)
         seeds = page.locator(".drawn figcaption").all_inner_texts()
-        assert all(text.startswith("seed 7") for text in seeds)
+        assert [text.split()[1] for text in seeds] == ["7", "8"][:n] * 6
         drawn = [img.get_attribute("src") for img in page.locator(".drawn img").all()]
-        assert len(set(drawn)) == 6, "another strength, another picture"
+        assert len(set(drawn)) == 6 * n, "another strength or seed, another picture"
         assert page.url.count("c=look%401") == 5
         command = page.locator("section.column").last.locator(".command code").inner_text()
         assert "--adapter look@1:1.25 --seed 7" in command
 
         for column in (0, 5):
-            page.locator("section.column").nth(column).get_by_role("button", name="Lay").click()
+            page.locator("section.column").nth(column).get_by_role("button", name="Lay").first.click()
         wipe = page.locator("dialog[open] .over")
         wipe.wait_for()
-        assert [img.get_attribute("src") for img in wipe.locator("img").all()] == [drawn[0], drawn[5]]
+        assert [img.get_attribute("src") for img in wipe.locator("img").all()] == [drawn[0], drawn[5 * n]]
         edge, before = page.get_by_label("How much of the left picture"), wipe.get_attribute("style")
         edge.focus()
         page.keyboard.press("ArrowLeft")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 from tests.serve.http.toy import wait_for
 from tests.studio.conftest import Served
 from tests.studio.windows import opened
-from veneer.serve.tenancy import routes
-from veneer.serve.tenancy.store import Store
+from veneer.jobs.store import money
+from veneer.serve.tenancy import manage, routes
+from veneer.serve.tenancy.ledger import usage
+from veneer.serve.tenancy.store import ALL, EACH, Price, Store
 
 
 @pytest.fixture
@@ -48,7 +51,27 @@ def test_a_move_is_said_before_it_is_made_and_seen_by_who_else_looks(studio: Ser
     assert dict(store.look().routes["", "parcels"].targets) == {"support@1": 90, "support@2": 10}
 
 
-def test_what_is_used_and_what_is_in_memory_are_there_with_their_commands(studio: Served, store: Store) -> None:
-    page = httpx.get(f"{studio.address}/studio/live").text
-    assert "In memory" in page
-    assert "veneer tenant usage" in page
+def test_who_used_what_for_how_much_and_what_is_in_memory(studio: Served, store: Store) -> None:
+    manage.set_price(store, ALL, ALL, Price(prompt=3 * 10**11, completion=7 * 10**11), who="test")
+    manage.set_limit(store, EACH, ALL, {"requests_per_minute": 5000}, who="test")
+    wait_for(lambda: "<b>each tenant</b>, all adapters: 5,000 requests a minute" in live(studio))
+    asked = {"model": "support@2", "prompt": "Where is my parcel?", "max_tokens": 2}
+    httpx.post(f"{studio.address}/v1/completions", json=asked, timeout=60).raise_for_status()
+
+    def used() -> dict[str, Any]:
+        with store.engine.connect() as c:
+            return next((row for row in usage(c, by=("adapter",)) if row["adapter"] == "support@2"), {"cost": 0})
+
+    wait_for(lambda: used()["cost"] > 0)
+    row = [f"{used()['requests']:,}", f"{used()['prompt']:,}", f"{used()['completion']:,}", money(used()["cost"])]
+    assert "".join(f'<td class="n">{figure}</td>' for figure in row) in live(studio)
+    assert re.search(r"In memory.*<td>support@2</td>", live(studio), re.DOTALL)
+    assert "veneer tenant usage" in live(studio)
+    cards = httpx.get(f"{studio.address}/studio/?q=support").text
+    assert "live: parcels 10 %" in cards, "of the newest version, which a card is of"
+    manage.set_price(store, ALL, ALL, None, who="test")
+    manage.set_limit(store, EACH, ALL, {"requests_per_minute": None}, who="test")
+
+
+def live(studio: Served) -> str:
+    return httpx.get(f"{studio.address}/studio/live").text

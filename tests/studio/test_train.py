@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
 
 from tests.studio.conftest import Served
 from tests.studio.lessons import parcel_rows, told_lesson
 from tests.studio.windows import opened
+from tests.tiny_image_base import tiny_image_base
 from veneer.jobs.store import Job, JobStore
 from veneer.library.library import open_library
 
@@ -71,6 +74,26 @@ def test_it_is_queued_with_what_lets_its_steps_be_asked(
     assert (job.name, job.state, job.steps) == ("asked", "queued", 40)
     assert job.config["checkpoint"] == {"adapters": True, "every": 5}
     assert job.config["evaluation"] == {"every": 5}
+
+
+def test_a_caption_is_changed_where_it_stands(studio: Served, tmp_path: Path) -> None:
+    pictures = tmp_path / "photos"
+    pictures.mkdir()
+    for n, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (40, 32), colour).save(pictures / f"{n}.png")
+        (pictures / f"{n}.txt").write_text(f"a {colour} cat")
+    base = tiny_image_base(tmp_path, "flux1")
+    with opened(f"{studio.address}/studio/train") as window:
+        window.type(f"teach {base} from folder {pictures}, rank 2, 4 steps, 32 pixels", "area")
+        sheet = window.until('data-act=\\"caption\\"', "a red cat", "a blue cat", "learned at 32")
+        (red,) = re.findall(r'data-act=\\"caption\\" data-id=\\"([^"\\]+)\\"[^>]*>a red cat', sheet)[-1:]
+        window.act("caption", id=red)
+        window.until("What is to be seen")
+        window.tell(lambda e: e.get("props", {}).get("label") == "What is to be seen", "changed", "a green cat")
+        window.press("Keep")
+        window.until("has another caption")
+    assert (pictures / "0.txt").read_text().strip() == "a green cat"
+    assert (pictures / "1.txt").read_text() == "a blue cat"
 
 
 def test_a_run_is_drawn_from_what_it_said_and_obeys(studio: Served, lesson: Job, store: JobStore) -> None:
