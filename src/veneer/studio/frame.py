@@ -25,8 +25,8 @@ and a row of `views` in build.py: its path, its title, the letter that `g` goes 
     dropped files `page.drops(words, to, done)` where they are not for the library; `page.pick()` opens the window
     made files    `page.fetch(url, done)`: a download that may fail
     lists         `data-step` on what j and k go through, `data-own="x"` on the button of a card that a letter presses
-                  while that card has the focus, `data-id` on what goes on being the same when all is drawn anew: each of
-                  many, and whatever can be chosen
+                  while that card has the focus, `data-id` on what goes on being the same when all is drawn anew: each
+                  of many, and whatever can be chosen
     bytes         (img, downloads, uploads) `page.api("/v1/…")`: a route of the API under the same caller, never a path
     errors        raise: a VeneerError is shown as what · where · fix, anything else as veneer's fault
     changes       `on_change(mark, 1.0, refill)` (watch.py) where others may write what is shown. `refill` changes what
