@@ -75,4 +75,4 @@ def t5_tokenizer(captions: Iterable[str]) -> T5TokenizerFast:
     pieces += [(word, math.log(n / total)) for word, n in words]
     known = {word for word, _ in pieces}
     pieces += [(chr(c), -20.0) for c in range(33, 127) if chr(c) not in known] + [("▁", -20.0)]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=LENGTH)
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=LENGTH, do_lower_case=True)

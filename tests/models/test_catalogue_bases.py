@@ -109,6 +109,13 @@ def test_veneer_loads_the_same_weights_as_diffusers(pipelines: dict[str, Any], n
 
 
 @pytest.mark.parametrize("name", BASES)
+def test_capitals_are_read_as_small_letters(name: str) -> None:
+    parts = image_models.load_image(name, device="cpu").parts
+    for part in ("tokenizer", "tokenizer_2"):
+        assert parts[part]("A Red Mug, on Sand").input_ids == parts[part]("a red mug, on sand").input_ids
+
+
+@pytest.mark.parametrize("name", BASES)
 def test_the_controlnet_holds_to_lines_and_to_distances(name: str) -> None:
     """Of a bottle that stands where no caption can say: its edges are found again only with the ControlNet, that is
     given them, or how near everything is."""

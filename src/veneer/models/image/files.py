@@ -253,10 +253,21 @@ def _load_component(
                 raise
             raise unreadable(folder, error) from error
     if not weights:
+        _read_small(made)
         return made, ()
     model, info = made
     notes = check_loaded(folder, info)
     return model.to(device), notes
+
+
+def _read_small(part: Any) -> None:
+    """Makes a tokenizer read capitals as small letters where its config says so (`do_lower_case`). T5's class makes its
+    machine of the vocabulary alone, and knows nothing of it."""
+    backend = getattr(part, "backend_tokenizer", None)
+    if backend is not None and backend.normalizer is None and part.init_kwargs.get("do_lower_case"):
+        from tokenizers.normalizers import Lowercase
+
+        backend.normalizer = Lowercase()
 
 
 def _load_quantised(cls: Any, folder: Path, library: str, kind: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
