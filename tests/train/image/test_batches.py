@@ -351,3 +351,22 @@ def test_guidance_that_is_kept(shared: Path, base: ImageBase) -> None:
         assert moves == [0.0, 0.5]
     finally:
         base.denoiser.forward = forward
+
+
+def test_guidance_that_is_kept_in_part(shared: Path, base: ImageBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where guidance is linear, to be told 4 and to keep what 2 adds is to be told 3 and to keep nothing."""
+    part, less = (_config(shared, loss=told) for told in ({"guidance": 4.0, "keep_guidance": 2.0}, {"guidance": 3.0}))
+    encoders = Encoders(base, part, None)
+    batch = encoders.batch(_steps(part)[2][:2])
+    loss = ImageLoss(base, part, encoders)
+    noise, sigma = draw(batch.latents.shape[1:], [r.key for r in batch.rows], "flow", loss.times, loss.noise)
+
+    def linear(hidden_states: torch.Tensor, guidance: torch.Tensor, **_: Any) -> Any:
+        return (hidden_states + guidance.view(-1, 1, 1) * hidden_states.cos(),)
+
+    monkeypatch.setattr(base.denoiser, "forward", linear)
+    errors = loss.row_errors(batch, noise, sigma)
+    assert torch.allclose(errors, ImageLoss(base, less, encoders).row_errors(batch, noise, sigma), rtol=1e-4)
+    assert not torch.allclose(
+        errors, ImageLoss(base, _config(shared), encoders).row_errors(batch, noise, sigma), rtol=1e-2
+    )

@@ -358,6 +358,7 @@ def test_a_dry_run_checks_everything_and_leaves_only_a_sheet_elsewhere(shared: P
         ({"adapter": {"targets": ["no_such_proj"]}}, "(adapter.targets)"),
         ({"adapter": {"text_encoders": ["text_encoder"], "text_targets": "nothing_here"}}, "(adapter.text_targets)"),
         ({"loss": {"snr_gamma": 5.0}}, "predicts a flow: loss.snr_gamma is for noise"),
+        ({"loss": {"guidance": 2.0, "keep_guidance": 3.0}}, "more would be kept than the base is told"),
         ({"memory": {"offload_blocks": 1}}, "this run is on the CPU"),
         ({"memory": {"limit_gb": 1e-6}}, "does not fit"),
     ],

@@ -270,8 +270,8 @@ class LossSection(Section):
     )
     keep_guidance: float | None = setting(
         None,
-        "of a distilled base: train at this guidance, and keep unchanged what guidance adds to the base's prediction",
-        "it costs two more forward passes a step; set it to the guidance that pictures are made with",
+        "of a distilled base: keep what this guidance adds to the base's prediction; told is the larger of the two",
+        "two more forward passes a step. What pictures are made with keeps all; less, beside `guidance`, a part of it",
         ge=0,
     )
 

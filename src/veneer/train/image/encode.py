@@ -209,9 +209,9 @@ class ImageLoss:
         self.times, self.noise = times_of(self.base, self.config), _noise_of(self.config)
         # beside the times, which are drawn on the CPU, so that nobody waits for the device
         self.alphas = None if self.base.prediction == "flow" else alphas_cumprod(self.base).cpu()
-        kept = self.config.loss.keep_guidance
         distilled = self.base.denoiser.config.get("guidance_embeds")
-        self.guidance = (self.config.loss.guidance if kept is None else kept) if distilled else None
+        told = max(self.config.loss.guidance, self.config.loss.keep_guidance or 0.0)
+        self.guidance = told if distilled else None
 
     def __call__(self, batch: ImageBatch) -> Tensor:
         shape = batch.latents.shape[1:]
@@ -236,11 +236,12 @@ class ImageLoss:
         sizes = there(batch.sizes) if base.row.time_ids else None
         told: dict[str, Any] = {"sizes": sizes, "references": [there(x) for x in batch.before]}
         predicted = predict(base, noisy, times, text, guidance=self.guidance, **told)
-        if self.config.loss.keep_guidance is not None:
+        kept = self.config.loss.keep_guidance
+        if kept is not None:
             # Pictures have no guidance in them: at g > 1 a distilled base predicts past what they say, and an adapter
             # that is held to them there learns to take guidance back. So they are held to the base's own step past.
             with torch.no_grad(), self.bare():
-                for guidance, sign in ((self.guidance, 1), (1.0, -1)):
+                for guidance, sign in ((kept, 1), (1.0, -1)):
                     own = predict(base, noisy, times, text, guidance=guidance, **told)
                     target = target + sign * own.to(target.dtype)
         return row_losses(predicted, target, None if batch.masks is None else there(batch.masks))

@@ -200,8 +200,9 @@ def _loss(s: RunSubject) -> Iterator[Finding]:
         text = f"{s.base.name} takes no guidance as an input: {' and '.join(given)} would do nothing"
         yield Finding("stop", "loss", text, "leave it out")
         return
-    if len(given) == 2:
-        yield Finding("stop", "loss", f"{' and '.join(given)}: the base can be given only one of them", "leave one out")
+    if len(given) == 2 and (loss.keep_guidance or 0.0) > loss.guidance:
+        text = f"{' and '.join(given)}: more would be kept than the base is told"
+        yield Finding("stop", "loss", text, "leave loss.guidance out, or keep at most as much")
         return
     weights = f", min-SNR {loss.snr_gamma:g}" if loss.snr_gamma else ""
     yield Finding("ok", "loss", f"{label}: mean squared error{weights}")
