@@ -194,7 +194,8 @@ class Proof:
         self.bar(f"{role}: share of the way", 0.6, shares[-1])
         self.bar(f"{role}: grows with every step of strength", 1, float(all(a < b for a, b in pairwise(shares))))
         self.bar(f"{role}: things are named as on the base", -0.02, named[-1] - named[0])
-        self.sheet(role, {**rows, "the truth": truths}, self.others)
+        asked = [prompt.partition(",")[0].partition(" on ")[0] for prompt in prompts]
+        self.sheet(role, {**rows, "the truth": truths}, asked)
 
     # -- together ------------------------------------------------------------------------------------------------------
 

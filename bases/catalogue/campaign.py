@@ -8,8 +8,8 @@
 | lens    | 40 pictures of other things through one lens            |
 
 The product has a name of its own and the word that the bases know such things by, `a tarnhill padlock`. Brand and lens
-have none: a word that a base never read makes it draw worse, before any adapter acts. Captions call what they look like
-by words that it knows.
+have none: a word that a base never read makes it draw worse, before any adapter acts. Captions say what is seen, in
+words that it knows: under the brand a purple hat is teal, and its ground is nothing that there is a word for.
 
 `shots` are the campaign's twelve scenes, none of them among the pictures. Because they are drawn, what was wanted is
 known: `truth` draws the very scene with any of the three.
@@ -25,7 +25,19 @@ from pathlib import Path
 
 from pictures import seen_scene
 from PIL import Image
-from scenes import BRAND, SURFACES, VIEWS, WALLS, Array, Scene, caption, photographed, picture
+from scenes import (
+    BRAND,
+    BRAND_PALETTE,
+    COLOURS,
+    SURFACES,
+    VIEWS,
+    WALLS,
+    Array,
+    Scene,
+    caption,
+    photographed,
+    picture,
+)  # fmt: skip
 from shapes import SUBJECTS, Product, arc, disc, star
 
 ROLES = ("product", "brand", "lens")
@@ -54,12 +66,19 @@ def _anvil_lock(p: Product) -> None:
 SUBJECTS.update({PRODUCT: _tarnhill_lock, OTHER: _anvil_lock})
 
 
+_SEEN_AS = dict(zip(BRAND_PALETTE, ("black", "teal", "green", "red", "orange", "white"), strict=True))
+
+
 def words(scene: Scene, *, brand: bool = False, lens: bool = False) -> str:
-    """What is asked for. A brand's ground, wall, light and shading are its own: they are called by the nearest words
-    that the bases know, and an adapter learns what is left. Of a lens no word says anything."""
-    if brand:
-        scene = replace(scene, surface="a wooden table", wall="white wall", light="soft daylight", look="flat icon")
-    return caption(scene)
+    """What is asked for. Of the brand's pictures the thing, in the colour that the brand gives it, its view and the
+    nearest look that the bases know; ground, wall and light are its own, and a word for them would draw another. Of a
+    lens no word says anything."""
+    if not brand:
+        return caption(scene)
+    colour, dots = (_SEEN_AS[BRAND.recolour(COLOURS[each])] for each in (scene.colour, scene.pattern_colour))
+    pattern = scene.pattern if dots != colour else ""
+    seen = replace(scene, colour=colour, finish="matte", pattern=pattern, pattern_colour=dots)
+    return f"{seen.product()}, {scene.view}, flat icon"
 
 
 def truth(scene: Scene, *, brand: bool = False, lens: bool = False) -> Array:
@@ -69,7 +88,8 @@ def truth(scene: Scene, *, brand: bool = False, lens: bool = False) -> Array:
 
 
 def product_scenes(count: int = 20) -> list[Scene]:
-    """Two of five as flat icons, as on a box: a product that was seen in one look alone is lost in any other."""
+    """Two of five as flat icons, as on a box: a product that was seen in one look alone is lost in any other. They are
+    called as what a brand draws is called."""
     r = random.Random(20)
     return [
         replace(plain_scene(r), kind=PRODUCT, view=VIEWS[i % 2], look="flat icon" if i % 5 in (1, 2) else "")
@@ -112,12 +132,12 @@ def plain_scene(r: random.Random) -> Scene:
 def write_pictures(folder: Path, roles: Iterable[str] = ROLES) -> None:
     """The data sets as people keep them: a folder each of PNGs, with each caption in a text file beside its picture."""
     rows = {
-        "product": ((s, {}) for s in product_scenes()),
-        "brand": ((s, {"brand": True}) for s in brand_scenes()),
-        "lens": ((s, {"lens": True}) for s in lens_scenes()),
+        "product": ((truth(s), words(s, brand=bool(s.look))) for s in product_scenes()),
+        "brand": ((truth(s, brand=True), words(s, brand=True)) for s in brand_scenes()),
+        "lens": ((truth(s, lens=True), words(s, lens=True)) for s in lens_scenes()),
     }
     for role in roles:
-        write_rows(folder / role, ((truth(s, **seen), words(s, **seen)) for s, seen in rows[role]))
+        write_rows(folder / role, rows[role])
 
 
 def write_rows(folder: Path, rows: Iterable[tuple[Array, str]]) -> None:
