@@ -132,7 +132,12 @@ def _answers(task: str, run: Path, base: Any) -> Iterator[str]:
         mixes: dict[str, list[str]] = {"0": []} | {str(n): [str(library.resolve(r))] for n, r in published.items()}
         found = veneer.evaluate(base, data, mixes, limit=2)
     for step, scores in found.items():
-        yield f"| {step} | " + " | ".join(f"`{answer[:80]}`" for answer in scores.answers) + " |"
+        yield f"| {step} | " + " | ".join(f"`{_line(answer)[:80]}`" for answer in scores.answers) + " |"
+
+
+def _line(answer: str) -> str:
+    """As it stands in a cell of a table."""
+    return answer.replace("\n", "↵").replace("|", "¦")
 
 
 if __name__ == "__main__":
