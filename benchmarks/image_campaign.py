@@ -46,7 +46,7 @@ from measures import edge_agreement, lens_distance, palette_distance, share, spr
 from openmoji import OPENMOJI_PALETTE, OPENMOJI_WORDS, openmoji, write_openmoji  # noqa: E402
 from PIL import Image  # noqa: E402
 from scenes import Array, Scene, depth  # noqa: E402
-from teach import DRAWING, arrays, learned, stacked, teach  # noqa: E402
+from teach import DRAWING, arrays, learned, stacked, teach, words_for  # noqa: E402
 
 import veneer  # noqa: E402
 from veneer.adapters.mix import mix_adapters  # noqa: E402
@@ -180,7 +180,7 @@ class Proof:
     def by_strength(self, role: str) -> None:
         """The effect of an adapter by its strength, and whether things are still what they are."""
         truths, plain = self.truths(self.others, **{role: True}), self.truths(self.others)
-        prompts = [campaign.words(s, **{role: True}) for s in self.others]
+        prompts = [words_for(self.base, s, **{role: True}) for s in self.others]
         kinds = [s.kind for s in self.others]
         rows, shares, named = {}, [], []
         for strength in STRENGTHS:
@@ -254,7 +254,7 @@ class Proof:
         ):
             # Where a thing stands no caption says: the control picture alone knows.
             shots = [replace(s, place=0.12 if i % 2 else -0.12) for i, s in enumerate(scenes)]
-            prompts = [campaign.words(s, **asked) for s in shots]
+            prompts = [words_for(self.base, s, **asked) for s in shots]
             truths = self.truths(shots, **asked)
             lines = self.lines(truths)
             pictures = {"no control": self.drawn(prompts, mix, seeds=(1,))}
@@ -350,7 +350,7 @@ class Proof:
         return [1000 * seed + i for i in range(len(prompts))]
 
     def words(self, **asked: bool) -> list[str]:
-        return [campaign.words(s, **asked) for s in self.shots]
+        return [words_for(self.base, s, **asked) for s in self.shots]
 
     def truths(self, scenes: Sequence[Scene], **seen: bool) -> Array:
         return np.stack([campaign.truth(s, **seen) for s in scenes])

@@ -9,7 +9,7 @@
 
 The product has a name of its own and the word that the bases know such things by, `a tarnhill padlock`. Brand and lens
 have none: a word that a base never read makes it draw worse, before any adapter acts. Captions say what is seen, in
-words that it knows: under the brand a purple hat is teal, and its ground is nothing that there is a word for.
+words that it knows: under the brand a purple hat is teal.
 
 `shots` are the campaign's twelve scenes, none of them among the pictures. Because they are drawn, what was wanted is
 known: `truth` draws the very scene with any of the three.
@@ -69,16 +69,17 @@ SUBJECTS.update({PRODUCT: _tarnhill_lock, OTHER: _anvil_lock})
 _SEEN_AS = dict(zip(BRAND_PALETTE, ("black", "teal", "green", "red", "orange", "white"), strict=True))
 
 
-def words(scene: Scene, *, brand: bool = False, lens: bool = False) -> str:
-    """What is asked for. Of the brand's pictures the thing, in the colour that the brand gives it, its view and the
-    nearest look that the bases know; ground, wall and light are its own, and a word for them would draw another. Of a
-    lens no word says anything."""
-    if not brand:
-        return caption(scene)
-    colour, dots = (_SEEN_AS[BRAND.recolour(COLOURS[each])] for each in (scene.colour, scene.pattern_colour))
-    pattern = scene.pattern if dots != colour else ""
-    seen = replace(scene, colour=colour, finish="matte", pattern=pattern, pattern_colour=dots)
-    return f"{seen.product()}, {scene.view}, flat icon"
+def words(scene: Scene, *, brand: bool = False, lens: bool = False, bare: bool = False) -> str:
+    """What is asked for. Of the brand's pictures the thing, in the colour that the brand gives it, and the nearest
+    look, ground, wall and light that the bases know, or with `bare` nothing of these three. Of a lens no word says
+    anything."""
+    if brand:
+        colour, dots = (_SEEN_AS[BRAND.recolour(COLOURS[each])] for each in (scene.colour, scene.pattern_colour))
+        scene = replace(
+            scene, colour=colour, pattern_colour=dots, pattern=scene.pattern if dots != colour else "", finish="matte",
+            surface="a wooden table", wall="white wall", light="soft daylight", look="flat icon",
+        )  # fmt: skip
+    return f"{scene.product()}, {scene.view}, {scene.look}" if bare else caption(scene)
 
 
 def truth(scene: Scene, *, brand: bool = False, lens: bool = False) -> Array:
@@ -88,8 +89,7 @@ def truth(scene: Scene, *, brand: bool = False, lens: bool = False) -> Array:
 
 
 def product_scenes(count: int = 20) -> list[Scene]:
-    """Two of five as flat icons, as on a box: a product that was seen in one look alone is lost in any other. They are
-    called as what a brand draws is called."""
+    """Two of five as flat icons, as on a box: a product that was seen in one look alone is lost in any other."""
     r = random.Random(20)
     return [
         replace(plain_scene(r), kind=PRODUCT, view=VIEWS[i % 2], look="flat icon" if i % 5 in (1, 2) else "")
@@ -129,11 +129,13 @@ def plain_scene(r: random.Random) -> Scene:
     return replace(seen_scene(r), look="", light="soft daylight")
 
 
-def write_pictures(folder: Path, roles: Iterable[str] = ROLES) -> None:
-    """The data sets as people keep them: a folder each of PNGs, with each caption in a text file beside its picture."""
+def write_pictures(folder: Path, roles: Iterable[str] = ROLES, *, bare: bool = False) -> None:
+    """The data sets as people keep them: a folder each of PNGs, with each caption in a text file beside its picture.
+    With `bare` what the brand draws has captions without a ground, and so have the product's flat icons: under the
+    brand a product is asked for by the words that it was learned by."""
     rows = {
-        "product": ((truth(s), words(s, brand=bool(s.look))) for s in product_scenes()),
-        "brand": ((truth(s, brand=True), words(s, brand=True)) for s in brand_scenes()),
+        "product": ((truth(s), words(s, bare=bare and bool(s.look))) for s in product_scenes()),
+        "brand": ((truth(s, brand=True), words(s, brand=True, bare=bare)) for s in brand_scenes()),
         "lens": ((truth(s, lens=True), words(s, lens=True)) for s in lens_scenes()),
     }
     for role in roles:

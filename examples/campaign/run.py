@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from teach import DRAWING, stacked, teach  # noqa: I001  (it shows where bases/catalogue is)
+from teach import DRAWING, stacked, teach, words_for  # noqa: I001  (it shows where bases/catalogue is)
 
 import campaign
 from kinds import KINDS
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(f"\n  the sheet   {path}\n  time        {time.perf_counter() - started:.0f} s from first to last\n")
     console.print("Draw something yourself:", style="bold")
     asked = " ".join(f"--adapter {shlex.quote(use)}" for use in stacked(adapters))
-    prompt = campaign.words(Scene("mug"), brand=True)
+    prompt = words_for(base, Scene("mug"), brand=True)
     console.print(
         f'  veneer image --base {args.base} --guidance {DRAWING["guidance"]:g} {asked} "{prompt}" -o mug.png',
         soft_wrap=True,
@@ -99,7 +99,7 @@ def drawn(base: Any, scenes: Sequence[Scene], adapters: dict[str, str]) -> dict[
     def row(*roles: str) -> list[Image.Image]:
         asked = {"brand": "brand" in roles, "lens": "lens" in roles}
         mix = [adapters[role] for role in roles] if len(roles) < 2 else stacked(adapters)
-        prompts = [campaign.words(s, **asked) for s in (scenes if "product" in roles else ordinary)]
+        prompts = [words_for(base, s, **asked) for s in (scenes if "product" in roles else ordinary)]
         seeds = [s.seed for s in scenes]
         made = veneer.image(base, prompts, adapters=mix, seed=seeds, batch_size=len(scenes), **DRAWING)
         return [each.image for each in made]

@@ -21,10 +21,22 @@ DRAWING = {"guidance": 3.0}
 catalogue-sdxl makes what each adapter does stronger, and diffusers' own 5 is too much for three of them."""
 
 
+def distilled(base: Any) -> bool:
+    """Whether guidance is an input of the base."""
+    return bool(base.denoiser.config.get("guidance_embeds"))
+
+
+def words_for(base: Any, scene: campaign.Scene, *, brand: bool = False, lens: bool = False) -> str:
+    """What this base is asked for. The brand's ground, wall and light are its own: a base with distilled guidance
+    leaves to the adapter what no word says. One that is guided from outside draws another ground each time, and is led
+    away from what it draws without words: there the nearest that it knows are said."""
+    return campaign.words(scene, brand=brand, lens=lens, bare=brand and distilled(base))
+
+
 def teach(role: str, base: Any, data: Path, output: Path, *settings: str, **options: Any) -> str:
     """The role's adapter, learned from pictures that are drawn into `data` first. `settings` and
     `options` are train_image's."""
-    campaign.write_pictures(data, [role])
+    campaign.write_pictures(data, [role], bare=distilled(base))
     beside: list[str] = []
     if role == "product":
         write_others(data / "others", base)
@@ -35,7 +47,7 @@ def teach(role: str, base: Any, data: Path, output: Path, *settings: str, **opti
 def learned(config: Path, base: Any, pictures: Path, output: Path, *settings: str, **options: Any) -> str:
     """The adapter that is learned from a folder of pictures. A base that guidance is no input of is told none."""
     places = [f"base={base.name}", f"data.pictures={pictures}", f"output={output}"]
-    if not base.denoiser.config.get("guidance_embeds"):
+    if not distilled(base):
         places += ["loss.guidance=1", "loss.keep_guidance=null"]
     return str(veneer.train_image(config, *places, *settings, base=base, **options).adapter)
 

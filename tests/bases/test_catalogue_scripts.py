@@ -166,6 +166,9 @@ def test_the_campaigns_shots_are_none_of_its_pictures() -> None:
     assert campaign.words(scene, lens=True) == campaign.words(scene)
     assert campaign.words(scene, brand=True).endswith(f", {scene.view}, flat icon")
     assert campaign.words(scene, brand=True) == campaign.words(replace(scene, surface="sand"), brand=True)
+    assert campaign.words(scene, brand=True, bare=True) == f"a tarnhill padlock, {scene.view}, flat icon"
+    hat = replace(scene, kind="top hat", colour="purple", finish="wooden", view="front view")
+    assert campaign.words(hat, brand=True, bare=True) == "a teal top hat, front view, flat icon"
 
 
 def test_tokenizers_cut_captions_into_words(tmp_path: Path) -> None:
