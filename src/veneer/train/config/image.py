@@ -272,7 +272,7 @@ class LossSection(Section):
         None,
         "of a distilled base: keep what this guidance adds to the base's prediction; told is the larger of the two",
         "two more forward passes a step. What pictures are made with keeps all; less, beside `guidance`, a part of it",
-        ge=0,
+        gt=1,
     )
 
 
