@@ -129,7 +129,8 @@ def _answers(task: str, run: Path, base: Any) -> Iterator[str]:
     data = f"{source}&seed=99" if source.startswith("reasoning-gym:") else str(TICKETS)
     with tempfile.TemporaryDirectory() as place, open_library(place) as library:
         published = publish_checkpoints(library, task, run, run)
-        mixes: dict[str, list[str]] = {"0": []} | {str(n): [str(library.resolve(r))] for n, r in published.items()}
+        start = [str(run.parent / "supervised")] if task == "tickets" else []
+        mixes: dict[str, list[str]] = {"0": start} | {str(n): [str(library.resolve(r))] for n, r in published.items()}
         found = veneer.evaluate(base, data, mixes, limit=2)
     for step, scores in found.items():
         yield f"| {step} | " + " | ".join(f"`{_line(answer)[:80]}`" for answer in scores.answers) + " |"
