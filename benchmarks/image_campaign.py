@@ -194,7 +194,7 @@ class Proof:
         self.bar(f"{role}: share of the way", 0.6, shares[-1])
         self.bar(f"{role}: grows with every step of strength", 1, float(all(a < b for a, b in pairwise(shares))))
         self.bar(f"{role}: things are named as on the base", -0.02, named[-1] - named[0])
-        asked = [prompt.partition(",")[0].partition(" on ")[0] for prompt in prompts]
+        asked = [campaign.branded(s) for s in self.others] if role == "brand" else self.others
         self.sheet(role, {**rows, "the truth": truths}, asked)
 
     # -- together ------------------------------------------------------------------------------------------------------

@@ -73,13 +73,18 @@ def _trained(task: str, seed: int, folder: Path, base: Any, settings: list[str])
     """The run's folder. Every checkpoint of an evaluation is kept, for `_answers`."""
     out = folder / f"{task}-{seed}"
     if not (out / "adapter_config.json").is_file():
-        start = [f"adapter.start={folder / 'supervised'}"] if task == "tickets" else []
+        start = [f"adapter.start={place}" for place in _begins(task, folder)]
         keep = ["checkpoint.every=20", "checkpoint.keep=99", "evaluation.keep=last"]
         veneer.train_text(
             EXAMPLES / "reinforcement" / f"{task}.yaml", f"seed={seed}", f"output={out}", *start, *keep, *settings,
             base=base, resume=(out / "checkpoints").is_dir(),
         )  # fmt: skip
     return out
+
+
+def _begins(task: str, folder: Path) -> list[str]:
+    """The adapter that the task's runs go on from, if any."""
+    return [str(folder / "supervised")] if task == "tickets" else []
 
 
 def _figures(task: str, runs: list[Path], base: Any) -> Iterator[dict[str, Any]]:
@@ -90,7 +95,7 @@ def _figures(task: str, runs: list[Path], base: Any) -> Iterator[dict[str, Any]]
                 values = [each[at]["extra"][metric] for each in evaluations]
                 yield from _spread(f"{task}: {name}", metric, values)
     if task == "tickets":
-        mixes: dict[str, Any] = {"supervised": [str(runs[0].parent / "supervised")]}
+        mixes: dict[str, Any] = {"supervised": _begins(task, runs[0].parent)}
         mixes |= {run.name: [str(run)] for run in runs}
         scores = veneer.evaluate(base, TICKETS, mixes)
         right = {name: float(score.exact_match or 0) for name, score in scores.items()}
@@ -129,8 +134,8 @@ def _answers(task: str, run: Path, base: Any) -> Iterator[str]:
     data = f"{source}&seed=99" if source.startswith("reasoning-gym:") else str(TICKETS)
     with tempfile.TemporaryDirectory() as place, open_library(place) as library:
         published = publish_checkpoints(library, task, run, run)
-        start = [str(run.parent / "supervised")] if task == "tickets" else []
-        mixes: dict[str, list[str]] = {"0": start} | {str(n): [str(library.resolve(r))] for n, r in published.items()}
+        kept = {str(n): [str(library.resolve(r))] for n, r in published.items()}
+        mixes = {"0": _begins(task, run.parent)} | kept
         found = veneer.evaluate(base, data, mixes, limit=2)
     for step, scores in found.items():
         yield f"| {step} | " + " | ".join(f"`{_line(answer)[:80]}`" for answer in scores.answers) + " |"

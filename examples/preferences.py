@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,10 @@ from rich.markup import escape
 from rich.table import Table
 
 import veneer
-from veneer.errors import ConfigError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from quickstart import emptied
 
 TICKETS = Path(__file__).resolve().parent / "tickets"
 POLITE = re.compile(r"\b(thank|thanks|sorry|apolog\w*|appreciate|please|kind)\b", re.IGNORECASE)
@@ -44,13 +46,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for part in (table(scores, run, args.tokens), samples(scores)):
         console.print(part)
     console.print(f"{run.steps} steps, {(time.perf_counter() - started) / 60:.1f} min from first to last")
-
-
-def emptied(folder: Path) -> None:
-    """Removes what an earlier call left there, and nobody else's files."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "log.jsonl").is_file():
-        raise ConfigError(f"{folder} holds files that are not of an earlier run", fix="--output, a folder of its own")
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -37,7 +37,7 @@ from scenes import (
     caption,
     photographed,
     picture,
-)  # fmt: skip
+)
 from shapes import SUBJECTS, Product, arc, disc, star
 
 ROLES = ("product", "brand", "lens")
@@ -69,17 +69,19 @@ SUBJECTS.update({PRODUCT: _tarnhill_lock, OTHER: _anvil_lock})
 _SEEN_AS = dict(zip(BRAND_PALETTE, ("black", "teal", "green", "red", "orange", "white"), strict=True))
 
 
+def branded(scene: Scene) -> Scene:
+    """What is seen of it under the brand, by the nearest words that the bases know."""
+    colour, dots = (_SEEN_AS[BRAND.recolour(COLOURS[each])] for each in (scene.colour, scene.pattern_colour))
+    return replace(
+        scene, colour=colour, pattern_colour=dots, pattern=scene.pattern if dots != colour else "", finish="matte",
+        surface="a wooden table", wall="white wall", light="soft daylight", look="flat icon",
+    )  # fmt: skip
+
+
 def words(scene: Scene, *, brand: bool = False, lens: bool = False, bare: bool = False) -> str:
-    """What is asked for. Of the brand's pictures the thing, in the colour that the brand gives it, and the nearest
-    look, ground, wall and light that the bases know, or with `bare` nothing of these three. Of a lens no word says
-    anything."""
-    if brand:
-        colour, dots = (_SEEN_AS[BRAND.recolour(COLOURS[each])] for each in (scene.colour, scene.pattern_colour))
-        scene = replace(
-            scene, colour=colour, pattern_colour=dots, pattern=scene.pattern if dots != colour else "", finish="matte",
-            surface="a wooden table", wall="white wall", light="soft daylight", look="flat icon",
-        )  # fmt: skip
-    return f"{scene.product()}, {scene.view}, {scene.look}" if bare else caption(scene)
+    """What is asked for. `bare`: nothing of ground, wall and light. Of a lens no word says anything."""
+    seen = branded(scene) if brand else scene
+    return f"{seen.product()}, {seen.view}, {seen.look}" if bare else caption(seen)
 
 
 def truth(scene: Scene, *, brand: bool = False, lens: bool = False) -> Array:

@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def emptied(folder: Path) -> None:
     """Removes what an earlier call left there, and nobody else's files."""
-    own = {"data", "sheet.png", *campaign.ROLES}
-    if others := sorted(p.name for p in folder.iterdir() if p.name not in own) if folder.is_dir() else []:
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if others := sorted(found - {"data", "sheet.png", *campaign.ROLES}):
         raise ConfigError(f"{folder} holds {others[0]}, which is not from here", fix="--output, a folder of its own")
     shutil.rmtree(folder, ignore_errors=True)
 
