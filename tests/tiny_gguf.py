@@ -30,7 +30,7 @@ def _gguf_name(name: str) -> str:
     return f"blk.{layer}.{_NAMES[part]}.weight"
 
 
-def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp's order of rope rows: pairs side by side, where transformers has two halves."""
     out, width = weight.shape
     return weight.reshape(heads, 2, out // heads // 2, width).swapaxes(1, 2).reshape(out, width)
@@ -78,9 +78,9 @@ def tiny_gguf(
             w.add_tensor(_gguf_name(name), raw_codes.raw.numpy(), raw_dtype=gguf.GGMLQuantizationType[own])
             continue
         if ".q_proj" in name:
-            array = _interleaved(array, config.num_attention_heads)
+            array = interleaved(array, config.num_attention_heads)
         elif ".k_proj" in name:
-            array = _interleaved(array, config.num_key_value_heads)
+            array = interleaved(array, config.num_key_value_heads)
         if own is not None or (quantised and array.ndim == 2 and array.shape[1] % 32 == 0):
             kind = gguf.GGMLQuantizationType[own or "Q8_0"]
             w.add_tensor(_gguf_name(name), gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)

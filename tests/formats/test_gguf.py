@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.formats.test_leaves import rand
-from tests.tiny_gguf import _interleaved
+from tests.tiny_gguf import interleaved
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.forms import Delta
 from veneer.core.merge import pair_matrix
@@ -44,7 +44,7 @@ def llama_cpp(path: Path, pairs: dict[str, Pair], alpha: float = 1.0, arch: str 
     for name, pair in pairs.items():
         a, b = pair.A.float().numpy(), pair.B.float().numpy()
         if arch == "llama" and name in (Q, K):
-            b = _interleaved(b, b.shape[0] // HEAD)
+            b = interleaved(b, b.shape[0] // HEAD)
         a = a.T if name == "model.embed_tokens" else a
         for half, value in (("a", a), ("b", b)):
             writer.add_tensor(f"{table.get_name(name)}.weight.lora_{half}", np.ascontiguousarray(value))
@@ -86,8 +86,8 @@ def test_the_turned_rows_are_those_of_the_base(tmp_path):
         W, delta = rand(OUT[name], 32).float(), pair_matrix(ours.pairs[name])
         stored = "blk.11.attn_" + ("q" if name == Q else "k") + ".weight.lora_"
         added = 0.5 * file.tensor(stored + "b") @ file.tensor(stored + "a")
-        want = _interleaved((W + delta).numpy(), heads)
-        got = _interleaved(W.numpy(), heads) + added.numpy()
+        want = interleaved((W + delta).numpy(), heads)
+        got = interleaved(W.numpy(), heads) + added.numpy()
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 

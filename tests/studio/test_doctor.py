@@ -65,3 +65,17 @@ def test_what_is_not_here_is_not_here_and_a_pickle_is_refused_with_the_reason(st
         refused = sent(client, kohya, "style.pt")
     assert refused.status_code == 400
     assert "pickles run whatever code is in them" in refused.text
+
+
+def test_what_depends_on_the_base_is_written_of_a_base_that_is_in_a_folder_of_its_own(
+    studio: Served, tmp_path: Path
+) -> None:
+    """The server calls it by the folder's last name, by which alone nothing would find it."""
+    gguf = pytest.importorskip("gguf")
+    with httpx.Client(base_url=studio.address, timeout=60) as client:
+        for to in ("gguf", "tgi"):
+            answer = client.get("/studio/api/v1/adapter_files/support@1", params={"to": to, "base": studio.base.name})
+            assert answer.status_code == 200, answer.text
+            if to == "gguf":
+                (tmp_path / "it.gguf").write_bytes(answer.content)
+    assert gguf.GGUFReader(tmp_path / "it.gguf").fields["general.type"].contents() == "adapter"

@@ -277,10 +277,12 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
     ) -> Response:  # fmt: skip
         """A file to download; what was made for it goes when it has been sent. `base`: the adapter's, as the client or
         the library says."""
-        caller, served = caller_of(request), service_of(request).catalog.base
-        if to in ("gguf", "tgi") and base != served:
-            fix = f"base={served}, if it is of that one; else veneer adapter convert --to {to} --base BASE"
-            raise invalid(f"{to} depends on the base, and this server has {served}", "base", fix)
+        caller, catalog = caller_of(request), service_of(request).catalog
+        if to in ("gguf", "tgi"):
+            if base != catalog.base:
+                fix = f"base={catalog.base}, if it is of that one; else veneer adapter convert --to {to} --base BASE"
+                raise invalid(f"{to} depends on the base, and this server has {catalog.base}", "base", fix)
+            base = catalog.shelf.base.name  # where it is, of which it may be called by the last part alone
         folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="veneer-"))
         try:
             path = await worked(caller, 2 * size, lambda: _one_file(place, folder, stem, to, base))
