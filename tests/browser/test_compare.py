@@ -1,5 +1,5 @@
 """Compare by hand, on the language model that a machine has: columns that answer, a strength that acts at once,
-likelihoods by keys, a vote, a correction, a mix kept; on bases that draw, pictures side by side and one over another.
+likelihoods by keys, several samples, a vote, a correction, a mix kept. Of bases that draw: test_pictures.py.
 """
 
 from __future__ import annotations
@@ -12,16 +12,10 @@ import httpx
 import pytest
 
 from tests.browser.conftest import SMOLLM2, Spent, Window, seen_in
-from tests.image_twins import random_adapter
 from tests.serve.saved_adapters import saved
 from tests.studio.conftest import HOSTILE, Served
 from tests.tiny_base import tiny_base_dir
-from tests.tiny_image_base import tiny_image_base
-from veneer.core.adapter import Card
-from veneer.formats import convert
 from veneer.library.library import open_library
-from veneer.models.image.base import load_image
-from veneer.models.sources import find_base
 from veneer.models.text.base import load_text
 
 LINK = "compare?c=support%401&c=support%402%3A0.5%2Bacme%2Ftone%3A-0.5&p=Where+is+my+parcel%3F&m=8&t=1&seed=3"
@@ -160,56 +154,3 @@ def test_a_slider_s_answer_begins_within_a_decoding_step_and_a_tenth_of_a_second
     step = Spent((all_of.clock - one.clock) / 16, (all_of.processors - one.processors) / 16)
     slower = max(1.0, step.clock / STEP)
     assert slider.within(0.1 * slower, step), (slower, step, one, slider)
-
-
-# -- pictures ------------------------------------------------------------------------------------------------------
-
-
-PACKAGED = "catalogue-flux"
-"""The image base that comes along."""
-DRAWN = "n => document.querySelectorAll('.drawn img').length === n"
-
-
-@pytest.fixture(scope="module", params=["tiny", PACKAGED])
-def drawing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server that draws, with one adapter."""
-    folder = tmp_path_factory.mktemp("drawing")
-    place = tiny_image_base(folder, "flux1") if request.param == "tiny" else find_base(request.param)
-    base = load_image(str(place))
-    look = random_adapter(base.model, 1, size=0.1)
-    look.card = Card(base=base.name, base_fingerprint=base.fingerprint, kind="image")
-    convert.write(look, folder / "look.safetensors", "kohya", family="flux1")
-    with open_library(folder / "library") as library:
-        library.add(folder / "look.safetensors", "look")
-    with Served(folder, place, folder / "library") as server:
-        yield server
-
-
-def test_pictures_are_drawn_at_five_strengths_and_laid_over_one_another(chromium: Any, drawing: Served) -> None:
-    with seen_in(chromium, drawing.address) as window:
-        n = 1 if drawing.base.name == PACKAGED else 2  # one is enough of a base that takes its time
-        page = window.at(f"compare?p=a+red+cat&steps=1&n={n}").page
-        page.get_by_role("button", name="look@1", exact=True).click()
-        page.get_by_role("heading", name="look@1").wait_for()
-        page.keyboard.press("Control+Enter")
-        page.wait_for_function(DRAWN, arg=2 * n)
-        page.get_by_role("button", name="The same at five strengths").click()
-        page.wait_for_function(DRAWN, arg=6 * n)
-        seeds = page.locator(".drawn figcaption").all_inner_texts()
-        assert [text.split()[1] for text in seeds] == ["7", "8"][:n] * 6
-        drawn = [img.get_attribute("src") for img in page.locator(".drawn img").all()]
-        assert len(set(drawn)) == 6 * n, "another strength or seed, another picture"
-        assert page.url.count("c=look%401") == 5
-        command = page.locator("section.column").last.locator(".command code").inner_text()
-        assert "--adapter look@1:1.25 --seed 7" in command
-
-        for column in (0, 5):
-            page.locator("section.column").nth(column).get_by_role("button", name="Lay").first.click()
-        wipe = page.locator("dialog[open] .over")
-        wipe.wait_for()
-        assert [img.get_attribute("src") for img in wipe.locator("img").all()] == [drawn[0], drawn[5 * n]]
-        edge, before = page.get_by_label("How much of the left picture"), wipe.get_attribute("style")
-        edge.focus()
-        page.keyboard.press("ArrowLeft")
-        page.wait_for_function("was => document.querySelector('.over').getAttribute('style') !== was", arg=before)
-        page.keyboard.press("Escape")

@@ -16,7 +16,7 @@ from tests.serve.saved_adapters import saved
 from tests.serve.test_whole_kill import is_ready
 from tests.tiny_base import tiny_base_dir
 from veneer.library.library import open_library
-from veneer.models.sources import is_image_base
+from veneer.models.sources import find_base, is_image_base
 from veneer.models.text.base import load_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,8 @@ HOSTILE = '"><img src=x onerror=alert(1)></script>\u202e{{ 7*7 }}'
 
 
 class Served:
-    """A server in a process of its own. `base`: its folder. `library`: where its adapters are. `cwd`: where it is."""
+    """A server in a process of its own. `base`: its folder, or one that comes along. `library`: where its adapters are.
+    `cwd`: where it is."""
 
     def __init__(self, folder: Path, base: Path, library: Path, *options: str, cwd: Path | None = None) -> None:
         port = int(options[options.index("--port") + 1]) if "--port" in options else free_port()
@@ -36,7 +37,7 @@ class Served:
             "-c", "from veneer.cli.main import main; main()", "serve", "--studio", "--base", str(base),
             "--library", str(library), "--dtype", "float32", *options, "--port", str(port),
         ]  # fmt: skip
-        if not is_image_base(base):
+        if not is_image_base(find_base(str(base))):
             command += ["--cache-memory", "16M"]
         without = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
         self.process = Forked(command, env=without | own, log=self.log, cwd=cwd)

@@ -51,6 +51,16 @@ def test_a_move_is_said_before_it_is_made_and_seen_by_who_else_looks(studio: Ser
     assert dict(store.look().routes["", "parcels"].targets) == {"support@1": 90, "support@2": 10}
 
 
+def test_an_older_version_can_be_let_go_live_too(studio: Served, store: Store) -> None:
+    """A step that was used before another one was has its link as well."""
+    routes.set_route(store, "parcels", [("support@2", 100)], who="test")
+    for name in ("support@1", "acme/tone@1"):
+        began = f"{name.partition('@')[0]} begins: 90 % of users get {studio.base.name} and 10 % of users get {name}"
+        wait_for(lambda name=name, began=began: began in httpx.get(f"{studio.address}/studio/live?ref={name}").text)
+    for name in ("support@3", "nothing@1", "parcels", "support@prod"):
+        assert "begins: 90 %" not in httpx.get(f"{studio.address}/studio/live?ref={name}").text, name
+
+
 def test_who_used_what_for_how_much_and_what_is_in_memory(studio: Served, store: Store) -> None:
     manage.set_price(store, ALL, ALL, Price(prompt=3 * 10**11, completion=7 * 10**11), who="test")
     manage.set_limit(store, EACH, ALL, {"requests_per_minute": 5000}, who="test")

@@ -11,6 +11,7 @@ from typing import Any
 from veneer.errors import ConfigError
 from veneer.library.database import reading
 from veneer.library.names import parse_reference
+from veneer.serve.request import Refused
 from veneer.serve.tenancy import routes
 from veneer.serve.tenancy.store import ALL, Route, Store
 from veneer.studio.commands import command
@@ -48,10 +49,19 @@ class RouteMoves:
         return self.page.studio.base
 
     def names(self) -> list[str]:
-        """What a route can lead to: the base, what is loaded, and the library's versions of this base."""
-        catalog = self.page.studio.service.catalog
+        """What a route can lead to: the base, what is loaded, the newest versions of this base in the library, and the
+        version that the link names, which may be an older one."""
+        catalog, wanted = self.page.studio.service.catalog, self.page.query.get("ref")
         cards = [card for card in catalog.models(self.page.caller) if card.parent is None or card.digest]
-        return list(dict.fromkeys(card.root if card.digest else card.id for card in cards))[:300]
+        found = list(dict.fromkeys(card.root if card.digest else card.id for card in cards))[:300]
+        return found if wanted in found or not self._is_version(wanted) else [*found, wanted]
+
+    def _is_version(self, name: str) -> bool:
+        """Whether it is a version of this base, as it is called here."""
+        try:
+            return self.page.studio.service.catalog.resolve(name, self.page.caller).adapters == (name,)
+        except Refused:
+            return False
 
     def offered(self) -> str:
         """The adapter that the link wants to go live, where no route leads to it yet."""
@@ -187,7 +197,10 @@ class NewRoute(_Shares):
             wanted = None
             put(self.sentence, error.what)
         else:
-            put(self.sentence, routes.route_change(None, wanted) if wanted else "")
+            put(
+                self.sentence,
+                routes.route_change(None, wanted) if wanted else "It needs a name, which clients ask for.",
+            )
         self.same.show(_set_command(wanted, self.moves.base) if wanted else "")
         enable(self.does, wanted is not None, "it has no name that can be one yet")
 
