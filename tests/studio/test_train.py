@@ -49,7 +49,7 @@ def test_a_sentence_is_read_as_it_is_typed_then_planned_and_its_rows_looked_at(
         window.type(f"{sentence}, rnak 3", "area")
         window.until("rnak 3", "did you mean `rank N`?")
         window.type(sentence, "area")
-        heard = window.until("rows.jsonl:31", "prompt` is empty", "veneer jobs submit")
+        heard = window.until("rows.jsonl:31", "<code>prompt</code> is empty", "veneer jobs submit")
         assert "this run cannot begin" not in heard
         lines = rows.read_text().splitlines(keepends=True)
         rows.write_text("".join(lines[:-1]))
@@ -99,7 +99,7 @@ def test_a_caption_is_changed_where_it_stands(studio: Served, tmp_path: Path) ->
 def test_a_run_is_drawn_from_what_it_said_and_obeys(studio: Served, lesson: Job, store: JobStore) -> None:
     with opened(f"{studio.address}/studio/run?job={lesson.id}") as window:
         page = html.unescape(str(window.elements))
-        for words in ("2 of 4", "500 MB", "40 tokens a second", "<svg", "Held-out loss", "step 2", ESCAPED):
+        for words in ("2 of 4", "500 MB", "tokens a second", ">40<", "<svg", "Held-out loss", "step 2", ESCAPED):
             assert words in page
         assert "<img src=x onerror" not in page
         window.press("Pause")

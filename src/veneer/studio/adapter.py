@@ -118,7 +118,7 @@ def _summary(base: str, version: Version) -> str:
 def _content(page: ViewPage, version: Version, card: LibraryCard) -> None:
     gain, sample = gain_of(version.card), card.sample
     if gain is not None:
-        with box("div", "row"):
+        with box("div", "row level"):
             if card.gain:
                 line(card.gain, "number", "span")
             line(f"held-out loss, {gain.before:.3g} with the base alone, {gain.after:.3g} with it", "soft")

@@ -130,7 +130,7 @@ export default {
       document.documentElement.dataset.theme = now;
       const at = document.querySelector("[data-theme=next]");
       if (!at) return;
-      at.textContent = themes[now];
+      at.textContent = `◐ ${themes[now]}`;
       at.setAttribute("aria-label", `Light or dark: ${themes[now]}`);
     },
     // -- keys: an element says in data-key what presses it, or gives it focus where it is a field

@@ -252,7 +252,7 @@ class Frame:
         parts.line(self.studio.base, "base", "span", title="The base that this server runs")
         with parts.box("div", "row"):
             parts.line("Find", "button word", "button", type="button", data_does="find", aria_keyshortcuts="Control+k")
-            parts.line("Light", "button word", "button", type="button", data_theme="next", data_key="t")
+            parts.line("◐ System", "button word", "button", type="button", data_theme="next", data_key="t")
             parts.line("Keys", "button word", "button", type="button", data_does="keys", aria_keyshortcuts="?")
             if self.visitor.key is not None:
                 with parts.box("form", "", method="post", action=f"{self.root}/leave"):

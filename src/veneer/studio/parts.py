@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from markupsafe import Markup, escape
 from nicegui import ui
 
 from veneer.errors import shown
@@ -33,11 +34,17 @@ from veneer.train.report.page import escaping
 Does = Callable[..., Any]
 """Called with nothing, or with what came (a field's value, the data of what was clicked)."""
 
+
+def _coded(text: object) -> Markup:
+    """A text in which what stands between backticks is code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(shown(text, lines=True)))))
+
+
 _HASH = re.compile(r"((?:sha256:)?[0-9a-f]{12})[0-9a-f]{20,}")
 _ENV = escaping("veneer.studio", "templates")
 _ENV.filters |= {
     "size": size, "duration": duration, "brief": lambda text: _HASH.sub(r"\1…", str(text)),
-    "moment": lambda at: datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M"),
+    "moment": lambda at: datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M"), "coded": _coded,
 }  # fmt: skip
 
 

@@ -111,9 +111,9 @@ class _Heard:
             before = f"{loss_text(first['validation_loss'])} before" if first["step"] == 0 else ""
             out.append(("Held-out loss", loss_text(last["validation_loss"]), before))
         if self.steps and "memory_bytes" in self.steps[-1]:
+            out.append(("Memory", size(int(self.steps[-1]["memory_bytes"])), "at most, until now"))
             unit = "pictures" if of_pictures(job) else "tokens"
-            speed = f"{self.steps[-1].get('tokens_per_second', 0):,.0f} {unit} a second"
-            out.append(("Memory", size(int(self.steps[-1]["memory_bytes"])), speed))
+            out.append(("Speed", f"{self.steps[-1].get('tokens_per_second', 0):,.0f}", f"{unit} a second"))
         left = ""
         recent = [float(each["seconds"]) for each in self.steps[-50:]]
         if recent and job.state == "running" and job.steps:
@@ -135,7 +135,7 @@ async def run_view(page: ViewPage) -> None:
         resuming = button("Resume", lambda: change("resume"), key="p", kind="filled")
         stopping = button("Stop…", lambda: ending(), kind="danger")
         if not page.caller.tenant:
-            button("Again, otherwise…", lambda: page.go("train", q=_said_by(job)), kind="word")
+            button("Change it and train again…", lambda: page.go("train", q=_said_by(job)), kind="word")
     same = Command()
     figures = Fragment("figures.html.j2", figures=[])
     charts = Fragment("charts.html.j2", charts=[])

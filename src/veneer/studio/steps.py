@@ -29,8 +29,8 @@ _MOST = 4000
 async def steps_view(page: ViewPage) -> None:
     job = await job_of(page)
     pictures = of_pictures(job)
-    seen = "pictures" if pictures else "rows"
-    page.title(f"Steps of {job.name}", f"Every step that was kept, and what it scored on {seen} that it never saw.")
+    seen = "the same prompts, drawn by each" if pictures else "what it scored on rows that it never saw"
+    page.title(f"Steps of {job.name}", f"Every step that was kept, and {seen}.")
     table = Fragment(
         "steps.html.j2", acts={"use": lambda data: use(data["step"]), "go": lambda data: go_on(data["step"])},
         points=[], best=None, used={}, link=page.link, job=job, pictures=pictures, api=page.api,

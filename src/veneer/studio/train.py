@@ -100,6 +100,7 @@ async def train_view(page: ViewPage) -> None:
         await _runs(page)
         return
     draft = _Draft(read_sentence(page.query.get("q")))
+    asks = "Draw with" if studio.service.engine.makes == "pictures" else "Ask"
     with box("div", "split asking"):
         with box("div", "stack"):
             asked = form_field(
@@ -111,7 +112,7 @@ async def train_view(page: ViewPage) -> None:
             with box("div", "row"):
                 start = button("Start", lambda: started(), kind="filled", key="ctrl+enter")
                 talk = form_field(
-                    "Ask its steps while it trains", page.query.get("talk") != "no",
+                    f"{asks} its steps while it trains", page.query.get("talk") != "no",
                     lambda on: asking(on), kind="check",
                 )  # fmt: skip
             same = Command()

@@ -169,7 +169,7 @@ def _guesses(config: TrainConfig, plan: Plan, whole: bool, total: int | None, lo
 
 def _guessed_rates(plan: Plan) -> Iterator[str]:
     if not plan.rates.measured:
-        yield "the time, since this machine is not calibrated (veneer plan --calibrate)"
+        yield "the time, since this machine is not calibrated (`veneer plan --calibrate`)"
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def _buckets(
     pictures: Sequence[TrainingPicture], about: AboutPictures, plan: PicturePlan, settings: ImageDataSection
 ) -> Iterator[Finding]:
     sizes = [f"{w} x {h}: {count:,}" for (w, h), count in plan.sizes.items()]
-    text = f"{len(sizes):,} in steps of {plan.step} pixels (width x height: rows) {first_few(sizes, 12)}"
+    text = f"{first_few(sizes, 12)} (width x height: rows; sides in steps of {plan.step} pixels)"
     yield Finding("ok", "buckets", text)
     if plan.small:
         what = {"keep": "kept at their own size", "upscale": "enlarged", "drop": "left out"}[settings.small]
