@@ -35,7 +35,7 @@ Does = Callable[..., Any]
 """Called with nothing, or with what came (a field's value, the data of what was clicked)."""
 
 
-def _coded(text: object) -> Markup:
+def _coded(text: Any) -> Markup:
     """A text in which what stands between backticks is code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(shown(text, lines=True)))))
 
