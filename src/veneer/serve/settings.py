@@ -20,7 +20,8 @@ class HttpSettings:
     `queue`: answers that may run or wait at once, of all tenants. In seconds: `head_time` and `body_time`, in which a
     request's head and its body have to come; `idle`, how long a connection is kept for the next one; `stall`, how long
     an answer may be unread before it ends. `connections`: how many there may be before the one that was idle longest
-    is closed for another. `max_pixels`: of a picture that is sent; `max_pictures`: asked for at once.
+    is closed for another. `max_pixels`: of a picture that is sent; `max_pictures`: asked for at once. `waiting_tokens`:
+    of a tenant's prompts that wait to be answered by samples (Tinker's routes); one prompt may be longer.
     `metric_adapters`: those with series of their own. `cors`: origins whose pages may ask from a browser."""
 
     max_body: int = 8 << 20
@@ -32,6 +33,7 @@ class HttpSettings:
     max_best_of: int = 8
     max_pixels: int = 1 << 24
     max_pictures: int = 10
+    waiting_tokens: int = 1 << 24
     queue: int = 1024
     connections: int = 2000
     head_time: float = 20.0

@@ -24,6 +24,7 @@ from tests.test_readme import ROOT, blocks
 from tests.tiny_base import tiny_base_dir
 from veneer.jobs.build import training
 from veneer.library.library import open_library
+from veneer.serve.settings import HttpSettings
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store, TrainingTerms
 
@@ -94,7 +95,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     with pytest.MonkeyPatch.context() as patch, open_library(place / "library") as library:
         patch.setenv("VENEER_HOME", str(home_with_kernels(place / "home")))
         shop = SimpleNamespace(base_dir=base, adapters=place / "adapters", library=library)
-        with served(shop, extend=training, tenants=tenants, queue=16) as whole:  # type: ignore[arg-type]
+        settings: dict[str, Any] = {"tenants": tenants, "queue": 16, "http": HttpSettings(waiting_tokens=200)}
+        with served(shop, extend=training, **settings) as whole:  # type: ignore[arg-type]
             yield SimpleNamespace(url=whole.url, base=str(base), keys=keys, store=store, whole=whole, tokens=tokens)
     store.close()
 
@@ -278,6 +280,32 @@ def test_who_waits_for_many_samples_leaves_others_their_share(client: Any) -> No
     with pytest.raises(httpx.ReadTimeout):
         acme.http.post("/retrieve_future", json={"request_id": many[-1]["request_id"]}, timeout=0.05)
     assert acme.result(many[-1]).headers["content-type"] == "application/x-protobuf"
+
+
+def test_prompts_that_wait_are_bounded_for_each_tenant(client: Any) -> None:
+    """A prompt alone is let in however long it is; the next one when there is room again."""
+
+    def asks(tenant: Tinker) -> Callable[..., httpx.Response]:
+        named = {"session_id": tenant.session, "sampling_session_seq_id": 0, "base_model": "tiny-base"}
+        session = tenant.post("create_sampling_session", **named)["sampling_session_id"]
+
+        def asked(seq: int, tokens: int, answer: int) -> httpx.Response:
+            prompt, params = {"chunks": [{"tokens": ROWS[0][:1] * tokens}]}, {"max_tokens": answer, "stop": []}
+            body = {"sampling_session_id": session, "num_samples": 64, "prompt": prompt, "sampling_params": params}
+            return tenant.http.post("/asample", json={"seq_id": seq, **body})
+
+        return asked
+
+    tenants = [client(name) for name in ("acme", "globex")]
+    acme, globex = map(asks, tenants)
+    first = acme(0, 210, 40)
+    refused = acme(1, 1, 1)
+    assert first.status_code == globex(0, 1, 1).status_code == 200
+    assert refused.status_code == 429
+    assert "210 tokens of prompts wait" in refused.text
+    assert float(refused.headers["retry-after"]) > 0
+    assert tenants[0].result(first.json()).headers["content-type"] == "application/x-protobuf"
+    assert acme(1, 1, 1).status_code == 200
 
 
 @pytest.mark.parametrize("number", ["²", "9" * 400, "9" * 5000, "00", "-1", "0:1", "0\n"])

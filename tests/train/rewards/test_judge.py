@@ -120,6 +120,26 @@ def test_an_answer_that_never_ends_is_none_in_time() -> None:
     assert "no answer in time, 3 times" in late.error
 
 
+def test_an_answer_without_an_end_is_cut_off() -> None:
+    """One that comes fast, so that time alone would let it fill the memory. The others have their scores."""
+
+    def pouring(handler: Any) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        with suppress(OSError):
+            while True:
+                handler.wfile.write(bytes(1 << 20))
+
+    def says(body: dict[str, Any], n: int) -> tuple[int, Any]:
+        return (200, pouring) if "bad" in body["messages"][0]["content"] else completion("5")
+
+    with serving(says) as server:
+        bad, fine = judged(server, "bad", "good")
+    assert "the judge's answer has more than 64 MB" in bad.error
+    assert bad.value is None
+    assert fine.value == 0.5
+
+
 @pytest.mark.parametrize("url", ["http://[::1/v1", "http://host:port/v1"])
 def test_a_url_that_is_none(url: str) -> None:
     with pytest.raises(ConfigError, match="the judge's url is none"), ServerJudge(url, patience=0) as judge:

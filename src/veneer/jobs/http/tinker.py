@@ -61,8 +61,6 @@ _KEPT = 600.0
 """Seconds that the result of a sample is kept."""
 _SIGNED = 3600.0
 _TOP = 20
-_WAITING = 1 << 24
-"""Tokens of a tenant's prompts that wait to be answered by samples."""
 _NUMBERS = 10**9
 """Numbers of a session's clients and of a client's requests are below it."""
 
@@ -581,7 +579,7 @@ def _sampling(router: APIRouter, own: TinkerRoutes) -> None:
             if number not in own.samples:
                 tokens = sum(len(chunk.tokens) for chunk in body.prompt.chunks)
                 mine = own.open.setdefault(caller.tenant, _Open())
-                if mine.tokens and mine.tokens + tokens > _WAITING:
+                if mine.tokens and mine.tokens + tokens > http.settings.waiting_tokens:
                     what = f"{mine.tokens:,} tokens of prompts wait"
                     raise Refused(what, status=429, code="overloaded", retry_after=5.0, fix="ask again later")
                 mine.requests, mine.tokens = mine.requests + 1, mine.tokens + tokens
