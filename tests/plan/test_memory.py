@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.models.text.fast import fast
-from veneer.models.text.loss import text_loss
+from veneer.models.text.loss import compared_logits, head_logits, text_loss
 from veneer.ops.choice import pinned
 from veneer.ops.cpu import compiled
 from veneer.ops.linear import keeps_copy
@@ -32,6 +34,7 @@ from veneer.plan.memory import (
 )
 from veneer.plan.shape import model_shape, text_shape
 from veneer.plan.tables import Device, base_config, device_named
+from veneer.train.text.policy_losses import divergences
 
 CPU = Device("cpu", "cpu", 16 << 30, 1e12, 2e10)
 LLAMA = text_shape(base_config("meta-llama/Llama-3.1-8B"))
@@ -188,6 +191,47 @@ def test_activations_are_what_autograd_keeps(
     # 16 bits, DoRA's gains once more.
     near = 0.05 if more.get("dora") and dtype != "float32" and not low_rank else 0.03
     assert kept_bytes(getattr(torch, dtype), lengths, share, spec) == pytest.approx(counted, rel=near)
+
+
+class _Held(TorchDispatchMode):
+    """The most bytes that tensors made within it hold at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, tuple | list) else (out,):
+            storage = made.untyped_storage() if isinstance(made, torch.Tensor) else None
+            if storage is not None and storage.nbytes() and storage.data_ptr() not in self._known:
+                self.take(storage.data_ptr(), storage.nbytes())
+                weakref.finalize(storage, self.take, storage.data_ptr(), -storage.nbytes())
+        return out
+
+    def take(self, key: int, size: int) -> None:
+        self._known ^= {key}
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_logits_that_are_compared_take_what_a_step_takes(dtype: str, direction: Literal["reverse", "forward"]) -> None:
+    hidden, kind, config = SMALL["hidden_size"], getattr(torch, dtype), {**SMALL, "vocab_size": 8000}
+    model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=kind).requires_grad_(False)
+    ours, theirs = torch.randn(300, hidden, dtype=kind, requires_grad=True), torch.randn(300, hidden, dtype=kind)
+    head = model.get_output_embeddings().weight.untyped_storage()
+    with _Held() as held:
+        held.take(head.data_ptr(), 0)
+        compared_logits(
+            model, ours, lambda part: head_logits(model, theirs[part]), lambda a, b, part: divergences(a, b, direction)
+        ).sum().backward()
+    counted = text_memory(
+        text_shape({"model_type": "llama", **config}), Load((300,), dtype=dtype, compared=True), CPU
+    ).logits
+    assert held.most == pytest.approx(counted, rel=0.03)
 
 
 def test_recomputing_keeps_a_small_part() -> None:

@@ -15,7 +15,7 @@ from veneer.plan.shape import text_shape
 from veneer.plan.tables import Device, base_config, device_named
 from veneer.plan.time import rates_of
 from veneer.train.config.load import TrainConfig, config_from, load_config
-from veneer.train.planning import load_of, plan_of_config, to_be_set
+from veneer.train.planning import drawn_at_once, load_of, plan_of_config, to_be_set
 
 VALUES = {"base": "smollm2-135m", "data": {"train": "d.jsonl"}, "output": "o"}
 
@@ -104,9 +104,22 @@ def test_answers_are_planned_by_their_keys_and_values_and_by_the_time_in_which_t
     assert again.seconds is not None
     assert learned.seconds is not None
     assert again.seconds - learned.seconds == pytest.approx(drawing, rel=0.02)
+    # where they leave training too little room that is said, and what is then to be set counts them
+    small = replace(card, memory=round((found.peak - found.memory.cache / 2) * card.memory / found.room))
+    tight = plan_of_config(config(*own, "schedule.epochs=1"), small, rows=64, tokens_per_row=100)
+    assert tight.room < tight.peak == found.peak < tight.room + found.memory.cache
+    assert tight.changes
+    assert all(change.peak + tight.memory.cache <= tight.room for change in tight.changes)
     # two updates of a draw: half as many answers for as many steps
     assert dict(planned("schedule.steps=8", "reinforcement.updates=2").facts)["answers"].startswith("256 drawn")
     assert dict(planned("schedule.steps=8").facts)["answers"].startswith("512 drawn")
+
+
+def test_what_is_drawn_at_once_is_a_step_or_what_is_held_out() -> None:
+    own = ("distillation.teacher=base", "distillation.system=Be brief", "distillation.group=3", "batching.rows=4")
+    assert [drawn_at_once(config(*own), held_out) for held_out in (0, 12, 20, 100)] == [12, 12, 20, 64]
+    assert drawn_at_once(config(*own, "distillation.rows=5"), 20) == 5
+    assert drawn_at_once(config(), 20) == 0
 
 
 def test_pictures_are_counted_in_their_folder(tmp_path: Path) -> None:
@@ -137,8 +150,9 @@ def test_a_teacher_of_its_own_base_is_planned_by_its_weights_and_one_forward_an_
     matrices = layers * (4 * d * d + 3 * d * inner)
     weights = 2 * (matrices + layers * 2 * d + d + vocabulary * d)
     assert beside.memory.teacher == weights
-    assert beside.peak - away.peak == weights
-    assert beside.room == away.room
+    told = planned("distillation.teacher=base", "distillation.system=Be brief")
+    assert beside.peak - told.peak == weights
+    assert beside.room == told.room == away.room
     # 2 steps of 16 answers of 120 tokens; each token is multiplied by all matrices and looks at those before it
     assert beside.planned is not None
     load = beside.planned[0]
@@ -152,13 +166,12 @@ def test_a_teacher_of_its_own_base_is_planned_by_its_weights_and_one_forward_an_
     assert "1,711,376,384 parameters" in dict(beside.facts)["teacher"]
 
     # a teacher that is an adapter, or the base that is told more, reads too and takes no weights
-    told = planned("distillation.teacher=base", "distillation.system=Be brief")
     assert told.memory.teacher == 0
     assert away.seconds < told.seconds < beside.seconds  # type: ignore[operator]
     # where the teacher leaves no room, that is said, and what is then to be set counts it
     small = device_named("rtx-4090")
     alone, both = (
-        planned("base.name=meta-llama/Llama-3.1-8B", "distillation.teacher=base", more, device=small)
+        planned("base.name=meta-llama/Llama-3.1-8B", "batching.rows=8", "distillation.teacher=base", more, device=small)
         for more in ("distillation.system=Be brief", "distillation.base=meta-llama/Llama-3.1-8B")
     )
     assert alone.fits

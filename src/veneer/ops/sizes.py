@@ -62,6 +62,8 @@ def logits_chunk(device: str) -> int:
     return 1024 if device == "cuda" else 256
 
 
+HEAD_CHUNK = 128
+"""Positions whose logits exist at once where the head has to be called (models/text/loss.py)."""
 RECORDED_ROWS = 64
 """Rows of the largest decoding step that is recorded as a CUDA graph: from there on a step's own work is longer than
 its launches take."""

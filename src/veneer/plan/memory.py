@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.ops.sizes import (
     COPIES_OUT,
+    HEAD_CHUNK,
     ROW_STEP,
     SMALL_INPUT,
     few_sizes,
@@ -67,7 +68,8 @@ class Load:
     of them with a loss. `micros`: micro-batches in a step. `dtype`: of the base. `quantise`: nf4, fp4, int8 or None;
     `double`: its constants are quantised too. `offload`: share of the weights that waits in the CPU's memory;
     `inputs_on_host`: inputs of recomputed layers do. `kept`:
-    bytes of layers that stay dequantised. `whole`: parameters trained beside the pairs (full copies, token rows)."""
+    bytes of layers that stay dequantised. `whole`: parameters trained beside the pairs (full copies, token rows).
+    `compared`: each token's distribution is compared with another model's."""
 
     lengths: tuple[int, ...]
     trained: float = 1.0
@@ -83,6 +85,7 @@ class Load:
     inputs_on_host: bool = False
     kept: int = 0
     whole: int = 0
+    compared: bool = False
 
     @property
     def tokens(self) -> int:
@@ -204,7 +207,7 @@ def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | 
         _LayerMemory(layer, pairs[i], shape.hidden, load, device, meets(i)) for i, layer in enumerate(shape.layers)
     ]
     ends = e * shape.hidden * (2 * meets(last) + trained)  # the last norm's input and output, and the head's gradient
-    logits = _logits(shape, trained, e, device)
+    logits = _logits(shape, trained, load, device)
     inputs = e * shape.hidden * tokens * len(layers) if load.checkpointing else 0
     away = load.inputs_on_host and device.kind == "cuda"
     if load.checkpointing:
@@ -293,8 +296,12 @@ def packed_weights(shape: TextShape, dtype: str, faster: Callable[[int, int, boo
     return dtype_bytes(dtype) * (count + ways_of_head * shape.vocabulary * shape.hidden)
 
 
-def _logits(shape: TextShape, trained: int, e: int, device: Device) -> int:
-    """A chunk's logits, and beside them the float32 softmax where no kernel makes it in place."""
+def _logits(shape: TextShape, trained: int, load: Load, device: Device) -> int:
+    """A chunk's logits, and beside them the float32 softmax where no kernel makes it in place; of two models that are
+    compared, the logits and log-softmax of both and three more on the way to the divergence or back, in float32."""
+    if load.compared:
+        return 7 * 4 * min(trained, HEAD_CHUNK) * shape.vocabulary
+    e = dtype_bytes(load.dtype)
     each = e if device.native else 8 if e == 4 else 12
     return each * min(trained, logits_chunk(device.kind)) * shape.vocabulary
 

@@ -28,7 +28,7 @@ from veneer.plan.memory import (
     text_memory,
 )
 from veneer.plan.pairs import PairForm
-from veneer.plan.serving import Serving, Traffic, serving
+from veneer.plan.serving import Serving, Traffic, cache_bytes, serving
 from veneer.plan.shape import TextShape, pair_parameters
 from veneer.plan.tables import Device
 from veneer.plan.time import Rates, Work, reading_work, run_seconds, text_work
@@ -45,6 +45,10 @@ class Draws:
     together: int
     total: int
     room: int = 1 << 30
+
+    def cache(self, shape: TextShape, dtype: str) -> int:
+        """Bytes of keys and values of all that are drawn at once."""
+        return min(self.room, self.together * (self.prompt + self.answer) * cache_bytes(shape, dtype))
 
 
 @dataclass(frozen=True)
@@ -168,20 +172,17 @@ def _fitted(
 
 def with_draws(plan: Plan, shape: TextShape, load: Load, device: Device, draws: Draws) -> Plan:
     """The plan of a run that learns from its own answers: their keys and values beside its memory, and beside its time
-    that in which they are drawn (`serving`)."""
-    own = Traffic(draws.prompt, draws.answer, draws.together, 1)
-    shared = replace(own, prompt=max(1, draws.prompt // draws.group))
+    that in which they are drawn (`serving`). The plan is of what keys and values leave free."""
+    shared = Traffic(max(1, draws.prompt // draws.group), draws.answer, draws.together, 1)
     rank = load.spec.rank if load.spec is not None else load.rank
-    one, each = (
-        serving(shape, device, plan.rates, traffic, rank=rank, dtype=load.dtype, quantise=load.quantise)
-        for traffic in (own, shared)
-    )
-    cache = min(one.cache_bytes, draws.room)
+    each = serving(shape, device, plan.rates, shared, rank=rank, dtype=load.dtype, quantise=load.quantise)
+    cache, planned = draws.cache(shape, load.dtype), plan.planned_memory
     seconds = draws.total / each.requests_per_second
     told = f"{draws.total:,} drawn, {draws.together} at once: {gigabytes(cache)} of keys and values, {seconds:,.0f} s"
     return replace(
-        plan, memory=replace(plan.memory, cache=cache), peak=plan.peak + cache, facts=(*plan.facts, ("answers", told)),
-        seconds=None if plan.seconds is None else plan.seconds + seconds,
+        plan, memory=replace(plan.memory, cache=cache), peak=plan.peak + cache, room=plan.room + cache,
+        planned_memory=None if planned is None else replace(planned, cache=cache),
+        facts=(*plan.facts, ("answers", told)), seconds=None if plan.seconds is None else plan.seconds + seconds,
     )  # fmt: skip
 
 

@@ -45,6 +45,11 @@ class Serving:
     devices: int
 
 
+def cache_bytes(shape: TextShape, dtype: str) -> int:
+    """Bytes of the keys and values of one token."""
+    return dtype_bytes(dtype) * sum(2 * layer.kv_heads * layer.head_dim for layer in shape.layers)
+
+
 def serving(
     shape: TextShape, device: Device, rates: Rates, traffic: Traffic, *, rank: int = 16, dtype: str = "bfloat16",
     quantise: str | None = None,
@@ -54,7 +59,7 @@ def serving(
     e = dtype_bytes(dtype)
     weights, constants = weight_bytes(shape, dtype, quantise)
     adapter = e * pair_parameters(shape, rank=rank)
-    each = sum(2 * layer.kv_heads * layer.head_dim * e for layer in shape.layers)
+    each = cache_bytes(shape, dtype)
     context = traffic.prompt + traffic.answer
     cache = each * context * traffic.together
     fixed = weights + constants + cache
@@ -100,7 +105,7 @@ def serving_memory(
     weights, constants = weight_bytes(shape, dtype, quantise)
     adapters = min(traffic.together, traffic.tenants) * e * pair_parameters(shape, rank=rank)
     places = traffic.together * -(-(traffic.prompt + traffic.answer) // _PAGE) * _PAGE
-    cache = places * sum(2 * layer.kv_heads * layer.head_dim * e for layer in shape.layers)
+    cache = places * cache_bytes(shape, dtype)
     layer = e * tokens * max((_widest(one, shape.hidden) for one in set(shape.layers)), default=0)
     dequantised = _dequantised(shape, e, quantise)
     logits = traffic.together * shape.vocabulary * (e + _SAMPLED)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from veneer.errors import DataError
+from veneer.ops.cpu.memory import unread_bytes
+from veneer.ops.quantised import Quantised
 from veneer.ops.sizes import MICRO_TOKENS
 from veneer.plan.fit import fitting_micro_tokens, left_beside_base, usable_memory
 from veneer.plan.image import ImageLoad
@@ -63,6 +65,7 @@ def load_of(
         config.adapter.rank, _special_pairs(config), dtype, config.base.quantise, checkpointing=checkpointing,
         optimizer=config.optimizer.name, whole=whole,
         inputs_on_host=checkpointing and config.memory.offload_activations,
+        compared=config.distillation.teacher is not None and config.distillation.url is None,
     )  # fmt: skip
 
 
@@ -133,12 +136,20 @@ def plan_of_run(
     rates, process = rates_here(device, dtype)
     if device.kind == "cpu":  # libraries and rows are in memory already: what they take is known
         weights = sum(weight_bytes(shape, dtype, load.quantise))
+        weights -= sum(unread_bytes(weight) for weight in base.model.parameters() if not isinstance(weight, Quantised))
         process = max(process or CPU_PROCESS, held_memory(here) - weights + CPU_LATER)
     held = text_plan("", shape, load, device, rates, job, process=process, room=1 << 62).memory
     teacher = _teacher(config, shape, dtype, of_run=True)
-    limit = room + held.peak - still_needed(held, device) - teacher.beside
+    draws = _draws(drawing, job, max(lengths, default=1))
+    limit = room + held.peak - still_needed(held, device) - _beside(draws, teacher, shape, dtype)
     plan = text_plan(config.base.name, shape, load, device, rates, job, process=process, room=limit)
-    return _with_draws(plan, drawing, shape, load, device, max(lengths, default=1), teacher)
+    return _with_draws(plan, draws, shape, load, device, teacher)
+
+
+def drawn_at_once(config: TrainConfig, held_out: int) -> int:
+    """Answers that a run draws at once, at most: all of a step, or one to each of `held_out` prompts."""
+    r = config.drawn
+    return 0 if r is None else min(r.rows, max(config.batching.rows * r.group, held_out))
 
 
 def _answers_each(config: TrainConfig) -> int:
@@ -156,16 +167,26 @@ def _of_answers(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"batching": batching, "schedule": schedule})
 
 
-def _with_draws(
-    plan: Plan, config: TrainConfig, shape: TextShape, load: Load, device: Device, longest: int, teacher: _Teacher
-) -> Plan:  # fmt: skip
-    """`longest`: tokens of a prompt and its answer."""
-    r, job = config.drawn, plan.job
+def _draws(config: TrainConfig, job: TrainingJob, longest: int) -> Draws | None:
+    """What a run draws, if it does. `longest`: tokens of a prompt and its answer."""
+    r = config.drawn
     if r is None:
-        return plan
+        return None
     total = math.ceil(job.total_steps / r.updates) * job.batch + job.held_out * job.evaluations
     prompt = max(1, longest - r.max_tokens)
-    draws = Draws(prompt, r.max_tokens, r.group, min(r.rows, job.batch), total)
+    return Draws(prompt, r.max_tokens, r.group, drawn_at_once(config, job.held_out), total)
+
+
+def _beside(draws: Draws | None, teacher: _Teacher, shape: TextShape, dtype: str) -> int:
+    """Bytes beside training: of keys and values of what is drawn, and of a teacher that is another base."""
+    return teacher.beside + (0 if draws is None else draws.cache(shape, dtype))
+
+
+def _with_draws(
+    plan: Plan, draws: Draws | None, shape: TextShape, load: Load, device: Device, teacher: _Teacher
+) -> Plan:  # fmt: skip
+    if draws is None:
+        return plan
     plan = with_draws(plan, shape, load, device, draws)
     if teacher.shape is None:
         return plan
@@ -269,11 +290,12 @@ def _plan_of_text(
     rates, process = rates_here(device, dtype)
     load = load_of(config, lengths, trained=trained, dtype=dtype, checkpointing=config.memory.recomputing == "on")
     job, teacher = _job(config, rows, mean, 0), _teacher(config, shape, dtype)
-    room = usable_memory(device) - teacher.beside
+    draws = _draws(drawing, job, max(lengths, default=1))
+    room = usable_memory(device) - _beside(draws, teacher, shape, dtype)
     plan = text_plan(
         config.base.name, shape, load, device, rates, job, process=process, room=room, traffic=traffic, notes=notes
     )
-    return _with_draws(plan, drawing, shape, load, device, max(lengths, default=1), teacher)
+    return _with_draws(plan, draws, shape, load, device, teacher)
 
 
 def rows_as_planned(config: TrainConfig, items: Sequence[Any]) -> dict[str, Any]:

@@ -291,7 +291,7 @@ def test_prompts_that_wait_are_bounded_for_each_tenant(client: Any) -> None:
 
         def asked(seq: int, tokens: int, answer: int) -> httpx.Response:
             prompt, params = {"chunks": [{"tokens": ROWS[0][:1] * tokens}]}, {"max_tokens": answer, "stop": []}
-            body = {"sampling_session_id": session, "num_samples": 64, "prompt": prompt, "sampling_params": params}
+            body = {"sampling_session_id": session, "num_samples": 32, "prompt": prompt, "sampling_params": params}
             return tenant.http.post("/asample", json={"seq_id": seq, **body})
 
         return asked

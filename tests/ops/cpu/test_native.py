@@ -158,6 +158,17 @@ def test_memory_is_kept_until_the_last_block_ends_and_then_as_glibc_has_it() -> 
     assert said.stdout.split("\n")[:2] == ["[False, False, True, False, True, False] [True, False]", "True"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="nobody says so elsewhere")
+def test_what_is_read_through_a_map_is_in_memory_once_it_was_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(4 << 20))
+    mapped = torch.from_file(str(tmp_path / "file"), size=1 << 20)
+    assert memory.unread_bytes(mapped) == 4 << 20
+    mapped[: 1 << 19].sum()
+    assert (1 << 20) < memory.unread_bytes(mapped) <= 2 << 20  # the kernel reads on a little
+    mapped.sum()
+    assert memory.unread_bytes(mapped) == memory.unread_bytes(torch.ones(1 << 20)) == 0
+
+
 def test_paged_out_memory_reads_as_before(tmp_path: Path) -> None:
     values = torch.arange(100_000, dtype=torch.float32)
     (tmp_path / "file").write_bytes(values.numpy().tobytes())

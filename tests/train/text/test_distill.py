@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from tests.train.text.drawn_runs import config_of, measured, run_drawn, stopped_
 from veneer.errors import ConfigError, MismatchError, TrainingError
 from veneer.models.text.base import TextBase, load_text
 from veneer.models.text.loss import compared_logits, head_logits, hidden_at
+from veneer.serve.engine.live import live_sampler
+from veneer.serve.forward.paged import Pages
+from veneer.serve.forward.runner import cache_shape
 from veneer.train.config.load import config_from
 from veneer.train.report.log import read_log
 from veneer.train.text.policy_losses import divergences
@@ -135,6 +140,30 @@ def test_what_only_the_teacher_is_told_is_trained_in_and_what_it_saves_is_said(
     (told,) = [r["text"] for r in read_log(tmp_path / "log.jsonl") if "are saved" in r.get("text", "")]
     saved = found[0]["saved_tokens"]
     assert f"{saved * 0.15 / 10:.3g} cents a thousand requests" in told
+
+
+def test_room_is_made_for_the_answers_that_are_drawn_at_once_and_planned(
+    shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    """Not for as many as might be: of a step's four prompts, or the two that are held out, two each."""
+    taken: list[int] = []
+
+    @contextmanager
+    def drawing(*given: Any) -> Iterator[Any]:
+        with live_sampler(*given) as sampler:
+            pages = sampler.runner.pages
+            taken.append(pages.K.nbytes + pages.V.nbytes)
+            yield sampler
+
+    for group, rows in ((2, 64), (2, 3)):
+        own = {"teacher": "base", "system": "Answer in one word.", "group": group, "rows": rows}
+        output = tmp_path / str(rows)
+        run_drawn(config(shared, output, distillation=own, schedule={"steps": 1}), base, sampler=drawing)
+        (found,) = [r["data"]["numbers"] for r in read_log(output / "log.jsonl") if r["event"] == "checked"]
+        planned, least = found["predicted_parts"]["cache"], min(rows, 4 * group)
+        each = Pages.bytes_of_a_block(*(cache_shape(base)[i] for i in (0, 2, 3)), base.dtype)
+        assert planned <= taken[-1] <= planned + (least + 2) * each  # whole blocks
+    assert taken[0] > 2 * taken[1]
 
 
 def test_prompts_beyond_the_teachers_context_are_counted_and_left_out(

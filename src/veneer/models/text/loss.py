@@ -26,12 +26,9 @@ from torch import Tensor, nn
 from veneer.models.swap import projection_of, report_of
 from veneer.ops.attention import RowLayout, SharedRows
 from veneer.ops.loss import likeliest, token_nll
-from veneer.ops.sizes import ROW_STEP, few_sizes, padded_tokens
+from veneer.ops.sizes import HEAD_CHUNK, ROW_STEP, few_sizes, padded_tokens
 from veneer.ops.spans import Spans
 from veneer.ops.transfer import sent
-
-_HEAD_CHUNK = 128
-"""Positions whose logits exist at once where the head has to be called."""
 
 
 def text_loss(
@@ -167,8 +164,8 @@ def of_logits(
         return made(logits, chosen)
 
     out = []
-    for i in range(0, max(1, len(hidden)), _HEAD_CHUNK):
-        chosen = slice(i, i + _HEAD_CHUNK)
+    for i in range(0, max(1, len(hidden)), HEAD_CHUNK):
+        chosen = slice(i, i + HEAD_CHUNK)
         if torch.is_grad_enabled():
             out.append(torch.utils.checkpoint.checkpoint(part, chosen, hidden[chosen], use_reentrant=False))
         else:

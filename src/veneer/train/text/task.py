@@ -48,7 +48,7 @@ from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig
 from veneer.train.devices import Devices
 from veneer.train.events import TOKEN_ACCURACY, Listener, Note
 from veneer.train.loop import Means, Score, Step
-from veneer.train.planning import micro_tokens_of_run, with_micro_tokens
+from veneer.train.planning import drawn_at_once, micro_tokens_of_run, with_micro_tokens
 from veneer.train.preflight import CACHE, Report, computes_on, free_memory, recomputes
 from veneer.train.report.log import duration, read_log, size
 from veneer.train.rewards.build import judges_here, rewards_of
@@ -343,7 +343,8 @@ def _drawing(part: TextPart, attachment: Attachment) -> Iterator[_Drawer | None]
     context = 0 if judges else longest  # what they are asked is as long as it is
     exact = isinstance(r, ReinforcementSection) and r.exact
     pack = int(part.report.numbers.get("drawer_packed", 0))
-    settings = SamplerSettings(rows=r.rows, context=context, pack_bytes=pack, exact=exact)
+    rows = drawn_at_once(task.config, len(part.data.held.items[: task.config.evaluation.rows]))
+    settings = SamplerSettings(rows=rows, context=context, pack_bytes=pack, exact=exact)
     with ExitStack() as opened:
         sampler = opened.enter_context(task.sampler(task.base, attachment, settings))
         if problems := sampler.problems(part.name):
