@@ -91,6 +91,33 @@ def test_asked_by_a_key_judged_by_a_number_and_the_link_has_it_all(window: Windo
     assert page.get_by_label("Prompt").input_value() == "Where is my parcel?"
 
 
+def test_several_answers_of_a_column_are_those_that_a_client_gets(window: Window, talking: Served) -> None:
+    """And a vote for one is over the other column's of the same number."""
+    page = window.at("compare?c=support%401&p=Where+is+my+parcel%3F&m=8&seed=3").page
+    page.get_by_text("How it is asked").click()
+    page.get_by_label("Answers each").fill("3")
+    page.get_by_label("Temperature").fill("1")
+    page.wait_for_function("['n=3', 't=1'].every((word) => location.search.includes(word))")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.wait_for_function(WHOLE, arg=12)
+    said = [page.locator("section.column").nth(n).locator(".answer").all_inner_texts() for n in (0, 1)]
+    assert page.get_by_label("Answer 3 of support@1").inner_text() == said[1][2]
+    assert [len(set(texts)) for texts in said] == [3, 3], "each is drawn anew"
+    body = {"messages": [{"role": "user", "content": "Where is my parcel?"}], "n": 3, "seed": 3, "temperature": 1}
+    for model, texts in zip(("", "support@1"), said, strict=True):
+        given = body | {"max_tokens": 8} | ({"model": model} if model else {})
+        answer = httpx.post(f"{talking.address}/v1/chat/completions", json=given, timeout=120).raise_for_status()
+        assert [each["message"]["content"].strip() for each in answer.json()["choices"]] == [t.strip() for t in texts]
+
+    page.get_by_role("button", name="support@1 is better").nth(2).click()
+    window.until("Better than 1 other")
+    (votes,) = talking.home.glob("judged/*/votes.jsonl")
+    row = json.loads(votes.read_text().splitlines()[-1])
+    assert [row[which][0]["content"].strip() for which in ("rejected", "chosen")] == [
+        texts[2].strip() for texts in said
+    ]
+
+
 def test_an_answer_is_corrected_and_two_adapters_are_mixed_with_the_mouse(window: Window, talking: Served) -> None:
     page = window.at("compare?m=4").page
     page.get_by_label("Prompt").fill(f"Say {HOSTILE}")
