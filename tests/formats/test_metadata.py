@@ -239,6 +239,16 @@ def test_trigger_words_are_found_where_they_hide(metadata, words):
     assert card.trigger_words == (sure or list(words))
 
 
+def test_of_a_file_of_ours_what_its_captions_say_is_no_trigger_word() -> None:
+    """Whoever trained it said whether it has one; a word that somebody wrote down as such afterwards is one."""
+    tags = {"1_prints": {"a vase": 1, "white wall": 2}}
+    ours = metadata_of(Card(kind="image", extra={"tag_frequency": tags}), family="flux1")
+    ours["ss_dataset_dirs"] = json.dumps({"1_prints": {"n_repeats": 1, "img_count": 2}})
+    assert set(trigger_words(ours)) == {"white wall", "prints"}
+    assert card_from_metadata(ours).trigger_words == []
+    assert card_from_metadata(ours | {"activation text": "ink"}).trigger_words == ["ink"]
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "null", "[", "[" * 100_000, "7", '"x"', '[{"subsets": 3}]', '{"a": {"b": "c"}}', '{"a": [1]}', '{"a": NaN}'],

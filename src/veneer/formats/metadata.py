@@ -148,7 +148,9 @@ def card_from_metadata(metadata: Mapping[str, str]) -> Card:
         int(_number(metadata.get("ss_network_dim", ""))),
         _number(metadata.get("ss_network_alpha", "")),
     )
-    words = trigger_words(metadata)
+    words, own = trigger_words(metadata), json_value(metadata, "veneer.card")
+    if isinstance(own, dict):  # who wrote it knew: a folder's name and what every caption says are no trigger words
+        words = {word: key for word, key in words.items() if key in _SAID}
     sure = [w for w, key in words.items() if not key.endswith("?")]
     card.trigger_words = sure or list(words)
     card.recipe = {
@@ -156,7 +158,6 @@ def card_from_metadata(metadata: Mapping[str, str]) -> Card:
         for key, value in sorted(metadata.items())
         if key.startswith("ss_") and key not in _BULKY and _known(value)
     }
-    own = json_value(metadata, "veneer.card")
     if isinstance(own, dict):
         card = replace(
             card, **{f.name: own[f.name] for f in fields(Card) if own.get(f.name) and _alike(card, f.name, own)}
