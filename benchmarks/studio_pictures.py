@@ -35,7 +35,7 @@ PICTURES, DRAWN = "catalogue-flux", "a {} on a white table, white wall, soft day
 """A base that draws, and how it is told what."""
 THINGS = (
     "red apple", "yellow rubber duck", "blue rocket", "red umbrella", "white toy house", "brown boot", "red mushroom",
-    "green alarm clock", "grey padlock", "teal teapot", "yellow watering can", "black top hat",
+    "green jar", "grey padlock", "teal teapot", "yellow watering can", "black top hat",
 )  # fmt: skip
 SIZES = {1280: 860, 390: 844}
 STRIP = {"width": 960, "height": 620}
@@ -177,8 +177,8 @@ def teach_a_style(place: Place, address: str) -> None:
 
 
 STYLE = f"teach {PICTURES} from folder prints, rank 8, 200 steps, learning rate 0.001, loss.guidance=3, "
-STYLE += "loss.keep_guidance=2, sample every 100 steps, call it ink"
-STYLE += "".join(f", sample '{DRAWN.format(thing)}'" for thing in ("vase", "camera"))
+STYLE += "loss.keep_guidance=2, sample every 100 steps, "
+STYLE += "".join(f"sample '{DRAWN.format(thing)}', " for thing in ("vase", "camera")) + "call it ink"
 """Its losses are as docs/how-to/train-images.md has it of a look."""
 
 
@@ -208,9 +208,6 @@ def way(browser: Any, address: str, begun: Sequence[Mapping[str, Any]]) -> list[
     answered(page)
     stops.append(stop(page))
     best = page.locator(".steps tr", has=page.get_by_text("lowest", exact=True))
-    best.get_by_role("button", name="Use this one").click()
-    page.locator("dialog[open]").get_by_role("button", name="Use this one").click()
-    best.get_by_text("@prod").wait_for()
     best.get_by_role("link", name="Let it go live").click()
     page.get_by_role("button", name="Begin it").wait_for()
     stops.append(stop(page))
@@ -244,6 +241,7 @@ def fill(place: Place, address: str) -> None:
     name = next(each["id"] for each in route if "@" not in each["id"] and each["id"] != TEXTS)
     place.run("writing", "library", "mix", f"{name}-softly", f"{name}@1:0.6")
     place.run("writing", "library", "tag", f"{name}@1", "tickets")
+    place.run("writing", "library", "alias", f"{name}@1", "prod")
     place.run("writing", "library", "verify", f"{name}@1")
     place.run("writing", "tenant", "feedback", "keep", "--days", "7")
     place.run(
