@@ -39,7 +39,7 @@ export default {
         <div class="answer" tabindex="0" role="group" :aria-label="(answers.length > 1 ? 'Answer ' + (i + 1) + ' of ' : 'The answer of ') + label"
           @keydown.left.prevent="step(i, -1)" @keydown.right.prevent="step(i, 1)" @blur="leave(i)" @mouseleave="leave(i)"
           @mouseover="over(i, $event)"><span v-for="(token, k) in one.tokens" :key="k" :data-k="k"
-          :class="{other: one.other.has(k), at: at.i === i && at.k === k}">{{ token[0] }}<wbr v-if="/[,;:]$/.test(token[0])"></span><span v-if="!one.note" class="caret" aria-hidden="true"></span></div>
+          :class="{other: one.other.has(k), at: at.i === i && at.k === k}">{{ token[0] }}<wbr v-if="folds(token[0])"></span><span v-if="!one.note" class="caret" aria-hidden="true"></span></div>
         <p class="told small soft" :aria-live="at.i === i ? 'polite' : 'off'">{{ told(i) }}</p>
         <div v-if="one.note && judges" class="row">
           <button v-if="votes" type="button" class="chip" :data-key="i ? null : String(place)" :aria-keyshortcuts="i ? null : String(place)"
@@ -66,6 +66,9 @@ export default {
     if (this.leads) first.length = 0;
   },
   methods: {
+    folds(text) {
+      return /[,;:]"?$/.test(text); // JSON without spaces has lines, too
+    },
     begin(count) {
       this.at = { i: -1, k: -1 };
       this.answers = Array.from({ length: count }, () => ({ tokens: [], other: new Set(), note: "", mending: null, judged: "" }));

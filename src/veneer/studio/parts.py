@@ -40,11 +40,17 @@ def _coded(text: Any) -> Markup:
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(shown(text, lines=True)))))
 
 
+def _foldable(text: Any) -> Markup:
+    """A text whose lines may end after a comma or a colon, as in JSON without spaces."""
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[,;:])", shown(text, lines=True)))
+
+
 _HASH = re.compile(r"((?:sha256:)?[0-9a-f]{12})[0-9a-f]{20,}")
 _ENV = escaping("veneer.studio", "templates")
 _ENV.filters |= {
     "size": size, "duration": duration, "brief": lambda text: _HASH.sub(r"\1…", str(text)),
     "moment": lambda at: datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M"), "coded": _coded,
+    "foldable": _foldable,
 }  # fmt: skip
 
 
