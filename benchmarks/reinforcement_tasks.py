@@ -34,7 +34,7 @@ from veneer.train.report.page import Series, chart
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SUPERVISED = EXAMPLES / "tickets" / "config.yaml"
-TICKETS = EXAMPLES / "tickets" / "test.jsonl"
+TICKETS, FORM = EXAMPLES / "tickets" / "test.jsonl", EXAMPLES / "reinforcement" / "form-test.jsonl"
 TASKS = ("tickets", "tickets-format", "chain-sum", "products")
 STYLE = (
     ".grid{stroke:#d8d4cc;stroke-width:1}.tick{font:11px system-ui,sans-serif;fill:#6b665e}"
@@ -131,7 +131,8 @@ def _mean(curves: list[dict[int, float]]) -> list[tuple[float, float]]:
 def _answers(task: str, run: Path, base: Any) -> Iterator[str]:
     """Lines of a table: what two prompts are answered at each checkpoint. Of reasoning-gym ones of another seed."""
     source = json.loads((run / "log.jsonl").read_text(encoding="utf-8").partition("\n")[0])["settings"]["data.train"]
-    data = f"{source}&seed=99" if source.startswith("reasoning-gym:") else str(TICKETS)
+    own = str(FORM if task == "tickets-format" else TICKETS)
+    data = f"{source}&seed=99" if source.startswith("reasoning-gym:") else own
     with tempfile.TemporaryDirectory() as place, open_library(place) as library:
         published = publish_checkpoints(library, task, run, run)
         kept = {str(n): [str(library.resolve(r))] for n, r in published.items()}
