@@ -115,7 +115,7 @@ class RouteMoves:
 
 
 class _Shares:
-    """A bar of shares, and what they would do in words; `asked()` is the move, None while it is not whole."""
+    """A bar of shares, which a route is moved by. A view of it has `say`: what they would do, in words."""
 
     shares: list[tuple[str, float]]
     bar: WeightBar

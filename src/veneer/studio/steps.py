@@ -4,7 +4,6 @@ used from now on, or gone on from."""
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from typing import Any
 
 from veneer.errors import ConfigError
@@ -21,8 +20,9 @@ from veneer.studio.talk import answer_of, asked_here, job_of, own_prompts
 from veneer.studio.watch import on_change
 
 _WORDS = 60
-_KNOWN: OrderedDict[tuple[str, str, str], str] = OrderedDict()
-"""Answers that were given: (adapter's digest or base, base, prompt) -> text. What is asked greedily is asked once."""
+_KNOWN: dict[tuple[str, str, str], str] = {}
+"""Answers that were given: (the adapter's reference or the base, job, prompt) -> text, the oldest first. What is asked
+greedily is asked once."""
 _MOST = 4000
 
 
@@ -183,7 +183,7 @@ class _Answers:
                 key = (reference or self.page.studio.base, self.job.id, prompt)
                 if (known := _KNOWN.get(key)) is None:
                     known = _KNOWN[key] = await answer_of(self.page, prompt, reference, most=_WORDS)
-                    while len(_KNOWN) > _MOST:
-                        _KNOWN.popitem(last=False)
+                    if len(_KNOWN) > _MOST:
+                        del _KNOWN[next(iter(_KNOWN))]
                 self.texts[prompt, reference] = known
                 self._draw()

@@ -1,6 +1,6 @@
 """Pages that follow what changes beneath them: others write to the library and the jobs, too.
 
-on_change(library_mark(page.studio), 1.0, refill)         asks for the mark each second; `refill` when it is another
+on_change(page.studio.library_mark, 1.0, refill)         asks for the mark each second; `refill` when it is another
 """
 
 from __future__ import annotations
