@@ -26,13 +26,11 @@ def _kept(page: ViewPage, text: str, words: list[str]) -> list[dict[str, str]]:
     sees = None if caller.admin else caller.sees
     found = studio.library.browse(text[:200], sees=sees, limit=_EACH).versions
     out = [{"title": v.reference, "what": "adapter", "to": page.link("adapter", ref=v.reference)} for v in found]
-    paths = {view.path for view in studio.views}
-    if "run" in paths:
-        jobs, _ = studio.jobs.jobs(page.tenant, after=None, limit=100)
-        named = [job for job in jobs if _has(f"{job.name} {job.id}", words)][:_EACH]
-        out += [{"title": job.name or job.id, "what": f"run · {job.state}", "to": page.link("run", job=job.id)}
-                for job in named]  # fmt: skip
-    if "live" in paths and studio.tenants is not None and caller.admin:
+    jobs, _ = studio.jobs.jobs(page.tenant, limit=100)
+    named = [job for job in jobs if _has(f"{job.name} {job.id}", words)][:_EACH]
+    out += [{"title": job.name or job.id, "what": f"run · {job.state}", "to": page.link("run", job=job.id)}
+            for job in named]  # fmt: skip
+    if studio.tenants is not None and caller.admin:
         routes = [each for each in studio.tenants.settings.routes.values() if _has(each.name, words)][:_EACH]
         out += [{"title": each.name, "what": "route" + ("" if each.tenant == ALL else f" of {each.tenant}"),
                  "to": page.link("live", route=each.name)} for each in routes]  # fmt: skip

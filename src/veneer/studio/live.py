@@ -59,9 +59,7 @@ class _Live:
         self.place = box("div", "stack")
         self.new = NewRoute(self.moves, offered, opened=bool(offered) or not self.store.settings.routes)
         heading("Shadows", 2)
-        self.shadows = Fragment(
-            "shadows.html.j2", acts={"better": self.better}, pairs=[], summary=[], kept=False, compare=""
-        )
+        self.shadows = Fragment("shadows.html.j2", acts={"better": self.better}, pairs=[], summary=[], kept=False)
         self.keep = button("Keep answers for 7 days, to see both", self._keep_answers, kind="quiet")
         heading("Use and cost", 2)
         self.used = Fragment("used.html.j2", rows=[], limits=[], quiet=[])
@@ -137,7 +135,7 @@ class _Live:
         pairs, summary = await asyncio.to_thread(read)
         kept = bool(settings.feedback)
         compare = [self.page.link("compare", c=[s["target"], s["shadow"]]) for s in summary]
-        self.shadows.show(pairs=pairs, summary=list(zip(summary, compare, strict=True)), kept=kept, compare="")
+        self.shadows.show(pairs=pairs, summary=list(zip(summary, compare, strict=True)), kept=kept)
         show(self.keep, bool(summary) and ALL not in settings.feedback)
 
     async def _fill_used(self, settings: TenantSettings) -> None:
@@ -146,13 +144,13 @@ class _Live:
                 return usage(c, by=("tenant", "adapter"))
 
         rows = await asyncio.to_thread(read)
-        names = {(row["tenant"], row["adapter"]) for row in rows}
+        asked = {row["tenant"] for row in rows}
         limits = [
             (_whose(tenant), adapter or "all adapters", _limits(limit))
             for (tenant, adapter), limit in sorted(settings.limits.items())
         ]
         shown = [row | {"tenant": _whose(row["tenant"]), "cost": money(row["cost"])} for row in rows]
-        quiet = [name for name in settings.tenants if name not in {tenant for tenant, _ in names}]
+        quiet = [name for name in settings.tenants if name not in asked]
         self.used.show(rows=shown, limits=limits, quiet=quiet)
 
     def _keep_answers(self) -> None:

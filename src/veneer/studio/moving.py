@@ -16,20 +16,19 @@ SpokenToken = tuple[str, float | None, list[tuple[str, float]]]
 
 class Answers(ui.element, component="answers.js"):
     """The answers of one column. `leads`: the other columns are compared with this one. `better(i)` and
-    `corrected([i, text])` are what somebody says of its i-th answer; None: nobody is asked."""
+    `corrected([i, text])` are what somebody says of its i-th answer; `better` is None where there is one column."""
 
     def __init__(
         self, label: str, place: int, *, leads: bool, better: Callable[[Any], Any] | None,
-        corrected: Callable[[Any], Any] | None,
+        corrected: Callable[[Any], Any],
     ) -> None:  # fmt: skip
         super().__init__()
         given = {"label": label, "leads": leads, "place": place, "votes": better is not None}
-        for name, value in (given | {"judges": corrected is not None}).items():
+        for name, value in given.items():
             self.props[name] = value
         if better is not None:
             self.on("better", parts.heard(better))
-        if corrected is not None:
-            self.on("corrected", parts.heard(corrected))
+        self.on("corrected", parts.heard(corrected))
 
     def begin(self, count: int) -> None:
         """So many answers come now; what was there is gone."""
@@ -58,14 +57,12 @@ class Wipe(ui.element, component="wipe.js"):
 
 
 class WeightBar(ui.element, component="weights.js"):
-    """Shares in per cent, (name, share). `moved(shares)`: while an edge is moved, in the parts' order; None: it stands
-    still."""
+    """Shares in per cent, (name, share). `moved(shares)`: while an edge is moved, in the parts' order."""
 
-    def __init__(self, shares: Sequence[tuple[str, float]], moved: Callable[[Any], Any] | None = None) -> None:
+    def __init__(self, shares: Sequence[tuple[str, float]], moved: Callable[[Any], Any]) -> None:
         super().__init__()
-        self.props["parts"], self.props["still"] = [list(part) for part in shares], moved is None
-        if moved is not None:
-            self.on("moved", parts.heard(moved))
+        self.props["parts"] = [list(part) for part in shares]
+        self.on("moved", parts.heard(moved))
 
     def put(self, shares: Sequence[tuple[str, float]]) -> None:
         self.props["parts"] = [list(part) for part in shares]

@@ -115,8 +115,8 @@ def place_at(element: ui.element, place: int) -> None:
     element.move(target_index=place)
 
 
-def heading(text: object, level: Literal[1, 2, 3] = 2, look: str = "") -> ui.element:
-    return line(text, look, f"h{level}")
+def heading(text: object, level: Literal[1, 2, 3] = 2) -> ui.element:
+    return line(text, tag=f"h{level}")
 
 
 Kind = Literal["filled", "quiet", "word", "danger"]

@@ -119,12 +119,12 @@ async def train_view(page: ViewPage) -> None:
         plan = Fragment("plan.html.j2", look="side", look_at=None, plan=None, says=_says, busy=False, guesses=())
         with box("div", "under"):
             bar = progress("Looking at the rows")
-            found = Fragment("findings.html.j2", findings=(), sample=(), rows=None)
+            found = Fragment("findings.html.j2", findings=(), sample=())
     table = Fragment(
         "rows.html.j2", acts={"only": lambda data: only(data["verdict"]), "page": lambda data: turned(data["offset"])},
         seen=None, verdicts=VERDICTS, verdict="", offset=0, some=_ROWS, said="",
     )  # fmt: skip
-    sheet = Fragment("sheet.html.j2", acts={"caption": lambda data: captioned(data)}, pictures=(), more=0, opened="")
+    sheet = Fragment("sheet.html.j2", acts={"caption": lambda data: captioned(data)}, pictures=(), more=0)
     same_rows = Command()
     show(bar, False)
 
@@ -155,10 +155,7 @@ async def train_view(page: ViewPage) -> None:
             look_at=look, plan=None if look is None else look.plan, says=_says, busy=busy,
             guesses=() if look is None else look.guesses,
         )  # fmt: skip
-        found.show(
-            findings=() if look is None else look.findings, sample=() if look is None else look.sample,
-            rows=None if look is None else look.looked,
-        )  # fmt: skip
+        found.show(findings=() if look is None else look.findings, sample=() if look is None else look.sample)
         show(bar, busy)
         more = draft.overrides(bool(talk.value))
         same.show(command("jobs", "submit", sentence.text, *more) if sentence.whole else "")
@@ -167,7 +164,7 @@ async def train_view(page: ViewPage) -> None:
         """Reads, plans and looks at the rows; what a later change has overtaken is not shown."""
         same_rows.show("")
         table.show(seen=None, verdicts=VERDICTS, verdict="", offset=0, some=_ROWS, said="")
-        sheet.show(pictures=(), more=0, opened="")
+        sheet.show(pictures=(), more=0)
         if not draft.sentence.whole:
             return drawn()
         drawn(busy=True)
@@ -202,7 +199,7 @@ async def train_view(page: ViewPage) -> None:
                 pictures = await asyncio.to_thread(pictures_seen, config)
                 shown = await asyncio.to_thread(_thumbnails, pictures[:_SHOWN])
                 if number == draft.number:
-                    sheet.show(pictures=shown, more=len(pictures) - len(shown), opened="")
+                    sheet.show(pictures=shown, more=len(pictures) - len(shown))
             else:
                 wanted = cast("list[RowVerdict]", [draft.verdict] if draft.verdict else [])
                 look = functools.partial(rows_seen, config, offset=draft.offset, limit=_ROWS, verdicts=wanted)

@@ -19,12 +19,12 @@ _FILES = 50
 
 
 class Transfers:
-    """Of one window. `browser`: its browser.js. `count`: how many came together last."""
+    """Of one window. `browser`: its browser.js. `count`: how many came together last. `to`, `done`: see `take`."""
 
     def __init__(self, browser: Any, tell: Callable[..., None]) -> None:
         self.browser, self.tell, self.count = browser, tell, 0
-        self.to: Callable[[str], str] = str
-        self.done: Callable[[dict[str, Any]], Any] = print
+        self.to: Callable[[str], str]
+        self.done: Callable[[dict[str, Any]], Any]
         self.fetched: dict[str, Callable[[str], Any]] = {}
         browser.on("dropped", parts.heard(self._dropped))
         browser.on("sent", parts.heard(self._sent))

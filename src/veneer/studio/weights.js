@@ -1,13 +1,13 @@
 // Shares of a whole as one bar: the edge between two is dragged, or moved by the arrow keys (with Shift by ten).
 export default {
-  props: { parts: Array, still: Boolean },
+  props: { parts: Array },
   emits: ["moved"],
   template: `
     <div class="weights" ref="bar" role="group" aria-label="Shares of users">
       <template v-for="(part, i) in now" :key="part[0]">
         <div class="share" :class="'share-' + (i % 4)" :style="{flexGrow: part[1]}" :title="part[0]">
           <b>{{ shown(part[1]) }}</b> <span>{{ part[0] }}</span></div>
-        <button v-if="i < now.length - 1 && !still" type="button" class="edge" role="slider" :data-id="'edge-' + i"
+        <button v-if="i < now.length - 1" type="button" class="edge" role="slider" :data-id="'edge-' + i"
           :aria-label="part[0] + ' against ' + now[i + 1][0]" aria-valuemin="0" :aria-valuemax="part[1] + now[i + 1][1]"
           :aria-valuenow="part[1]" :aria-valuetext="shown(part[1]) + ' and ' + shown(now[i + 1][1])"
           @keydown="pressed(i, $event)" @pointerdown="grab(i, $event)" @pointermove="drag($event)" @pointerup="drop" @pointercancel="drop"></button>
