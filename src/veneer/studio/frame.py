@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -148,13 +148,15 @@ class ViewPage:
 
     def link(self, view: str, **query: Any) -> str:
         """To a view; values are texts, numbers or lists of them; None and "" are left out."""
-        said = urlencode([(k, v) for k, v in query_pairs(query)])
-        return f"{self.frame.root}/{view}" + (f"?{said}" if said else "")
+        return self._to(view, query)
 
     def api(self, path: str, **query: Any) -> str:
         """A route of the API for an img, a download or an upload: under the same caller."""
+        return self._to(f"api{path}", query)
+
+    def _to(self, path: str, query: Mapping[str, Any]) -> str:
         said = urlencode(query_pairs(query))
-        return f"{self.frame.root}/api{path}" + (f"?{said}" if said else "")
+        return f"{self.frame.root}/{path}" + (f"?{said}" if said else "")
 
     def keep(self, **query: Any) -> None:
         """The link of this page says this too, from now on; nothing is loaded."""
@@ -199,10 +201,10 @@ class ViewPage:
         """A few words at the foot of the page, told also to who hears it. At an end, never for each step."""
         self.frame.say(text)
 
-    def task(self, does: Coroutine[Any, Any, Any], name: str = "") -> asyncio.Task[Any]:
+    def task(self, does: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Goes on beside the page, drawing where it began; ends at the latest when the view is left."""
         slot = ui.context.slot
-        task = background_tasks.create(does, name=name or f"studio {self.view.path}", context=slot)
+        task = background_tasks.create(does, name=f"studio {self.view.path}", context=slot)
         self.tasks.append(task)
         task.add_done_callback(lambda done: self.tasks.remove(done) if done in self.tasks else None)
         return task
@@ -289,7 +291,7 @@ class Frame:
                 place.clear()
                 page.title(view.title)
                 return self.wrong(error)
-            return 200 if view.draw is not _nowhere else 404
+            return 200
 
         with place:
             drawing = page.task(draw())
@@ -298,7 +300,7 @@ class Frame:
             if old in list(self.place):
                 self.place.remove(old)
         parts.show(place, True)
-        return drawing.result() or 200 if done and not drawing.cancelled() else 200
+        return drawing.result() if done and not drawing.cancelled() else 200
 
     async def _went(self, to: str) -> None:
         """The browser is at another address: a link of ours, back or forward."""
