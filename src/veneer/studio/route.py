@@ -242,7 +242,7 @@ class RoutePanel(_Shares):
                     )
             with box("details", "how") as self.before:
                 line("What it led to before", tag="summary")
-                self.history = Fragment("route_moves.html.j2", moves=[], base=moves.base)
+                self.history = Fragment("route_moves.html.j2", moves=[])
                 Command(command("tenant", "route", "history", route.name, tenant=route.tenant))
             self.sentence = line("", "sentence", role="status")
             self.same = Command("")
@@ -257,7 +257,7 @@ class RoutePanel(_Shares):
         self.route = route
         for each in (self.back, self.before):
             show(each, len(before) > 1)
-        self.history.show(moves=before, base=self.moves.base)
+        self.history.show(moves=before)
         self._left()
 
     def offer(self, names: Sequence[str], wanted: str) -> None:

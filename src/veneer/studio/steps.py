@@ -33,8 +33,7 @@ async def steps_view(page: ViewPage) -> None:
     page.title(f"Steps of {job.name}", f"Every step that was kept, and {seen}.")
     table = Fragment(
         "steps.html.j2", acts={"use": lambda data: use(data["step"]), "go": lambda data: go_on(data["step"])},
-        points=[], best=None, used={}, link=page.link, job=job, pictures=pictures, api=page.api,
-        before=None, forks=False, live=False,
+        points=[], best=None, used={}, link=page.link, job=job, pictures=pictures, before=None, forks=False, live=False,
     )  # fmt: skip
     same = Command(command("jobs", "show", job.id))
     grid: _Answers | None = None
@@ -58,7 +57,7 @@ async def steps_view(page: ViewPage) -> None:
         used = await asyncio.to_thread(_used, page, job)
         table.show(
             points=found["points"], best=found["best"], used=used, link=page.link, job=found["job"],
-            pictures=pictures, api=page.api, before=found["before"],
+            pictures=pictures, before=found["before"],
             forks=not page.caller.tenant, live=page.caller.admin and page.studio.tenants is not None,
         )  # fmt: skip
         if pictures:

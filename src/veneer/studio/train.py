@@ -264,7 +264,7 @@ def _reading(page: ViewPage, draft: _Draft, wrong: VeneerError | None = None) ->
     if not sentence.text.strip():
         begins = beginnings(page.studio)
     return {
-        "read": sentence.read, "unread": sentence.unread, "wrong": wrong, "text": sentence.text,
+        "read": sentence.read, "unread": sentence.unread, "wrong": wrong,
         "missing": sentence.missing if sentence.text.strip() else (), "here": _short_path(os.getcwd()),
         "begins": begins, "empty": not sentence.text.strip(),
     }  # fmt: skip
