@@ -63,15 +63,19 @@ VISITORS: WeakKeyDictionary[object, Visitor] = WeakKeyDictionary()
 """Of each page that is open, by its client (NiceGUI's)."""
 
 
-async def _is_open(tenancy: Tenancy) -> bool:
-    """Whether who has no key is let in."""
+async def _caller_with(tenancy: Tenancy, key: str | None) -> Caller | None:
+    """Who has this key; None for one that opens nothing."""
     try:
-        await tenancy.caller(None)
+        return await tenancy.caller(key)
     except Refused as error:
         if error.status != 401:
             raise
-        return False
-    return True
+        return None
+
+
+async def _is_open(tenancy: Tenancy) -> bool:
+    """Whether who has no key is let in."""
+    return await _caller_with(tenancy, None) is not None
 
 
 async def check_reach(tenancy: Tenancy, host: str) -> None:
@@ -85,12 +89,8 @@ async def visitor_of(tenancy: Tenancy, request: HTTPConnection) -> Visitor | Non
     """Who sent this; None for who has to say so first. Where nobody needs a key, one that a browser has of another
     server of this machine is let be."""
     key = None if await _is_open(tenancy) else request.cookies.get(_COOKIE)
-    try:
-        return Visitor(tenancy, key, await tenancy.caller(key))
-    except Refused as error:
-        if error.status != 401:
-            raise
-        return None
+    caller = await _caller_with(tenancy, key)
+    return None if caller is None else Visitor(tenancy, key, caller)
 
 
 def key_routes(tenancy: Tenancy) -> APIRouter:
@@ -102,11 +102,7 @@ def key_routes(tenancy: Tenancy) -> APIRouter:
         form = await request.form(max_fields=2, max_files=0)
         key, then = str(form.get("key", "")).strip(), str(form.get("then", ""))
         then = then if then.startswith(f"{ROOT}/") else f"{ROOT}/"
-        try:
-            await tenancy.caller(key)
-        except Refused as error:
-            if error.status != 401:
-                raise
+        if await _caller_with(tenancy, key) is None:
             await asyncio.sleep(_WRONG)
             return RedirectResponse(f"{ROOT}/?wrong=1", 303)
         answer = RedirectResponse(then, 303)
