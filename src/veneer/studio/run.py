@@ -12,7 +12,6 @@ from typing import Any
 from markupsafe import Markup
 
 from veneer.jobs.openai import MEASURED, shown_error, shown_event
-from veneer.jobs.steps import fork_config
 from veneer.jobs.store import ENDS, Job
 from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
@@ -21,6 +20,7 @@ from veneer.studio.parts import move as moved
 from veneer.studio.talk import base_name, job_of, talk_to
 from veneer.studio.watch import on_change
 from veneer.train.config.sentence import sentence_of
+from veneer.train.report.log import duration, loss_text, size
 from veneer.train.report.page import Series, chart, smooth
 
 _LOOK = 0.7
@@ -100,8 +100,6 @@ class _Heard:
 
     def figures(self, job: Job) -> list[tuple[str, str, str]]:
         """(what, figure, remark)."""
-        from veneer.train.report.log import duration, loss_text, size
-
         out = []
         if self.steps:
             newest = self.steps[-1]
@@ -198,11 +196,3 @@ async def run_view(page: ViewPage) -> None:
 def _newest(page: ViewPage, job: str) -> int:
     found, _ = page.studio.jobs.events(page.tenant, job, newest=True, limit=1)
     return found[0].number if found else 0
-
-
-def fork_sentence(page: ViewPage, job: Job, step: int | None) -> str:
-    """The sentence of a run that goes on from a step of this one. Raises ConfigError for a step without an adapter."""
-    config = fork_config(page.studio.jobs, job, step)
-    values = config.model_dump(mode="json", exclude_unset=True)
-    values["checkpoint"] = {k: v for k, v in dict(values.get("checkpoint") or {}).items() if k != "adapters"}
-    return sentence_of({**values, "output": f"runs/{job.name.rpartition('/')[2]}"})

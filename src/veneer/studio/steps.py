@@ -7,7 +7,7 @@ import asyncio
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.jobs.steps import kept_step
+from veneer.jobs.steps import fork_config, kept_step
 from veneer.jobs.store import Job, JobCheckpoint
 from veneer.library.library import NotInLibrary
 from veneer.library.queries import Version
@@ -15,9 +15,10 @@ from veneer.studio import parts
 from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
 from veneer.studio.parts import Command, Fragment, dialog, form_field, heading, line, put
-from veneer.studio.run import fork_sentence, of_pictures
+from veneer.studio.run import of_pictures
 from veneer.studio.talk import answer_of, asked_here, job_of, own_prompts
 from veneer.studio.watch import on_change
+from veneer.train.config.sentence import sentence_of
 
 _WORDS = 60
 _KNOWN: dict[tuple[str, str, str], str] = {}
@@ -84,7 +85,7 @@ async def steps_view(page: ViewPage) -> None:
         parts.opened(window)
 
     async def go_on(step: str) -> None:
-        sentence = await asyncio.to_thread(fork_sentence, page, job, int(step))
+        sentence = await asyncio.to_thread(_fork_sentence, page, job, int(step))
         same.show(command("jobs", "fork", job.id, step=int(step)))
         await page.go("train", q=sentence)
 
@@ -100,6 +101,14 @@ def _mark(page: ViewPage, job: Job) -> object:
 
 def _keeping(job: Job, step: str, alias: str) -> str:
     return command("jobs", "keep", job.id, step=step, alias=alias)
+
+
+def _fork_sentence(page: ViewPage, job: Job, step: int) -> str:
+    """The sentence of a run that goes on from a step of this one. Raises ConfigError for a step without an adapter."""
+    config = fork_config(page.studio.jobs, job, step)
+    values = config.model_dump(mode="json", exclude_unset=True)
+    values["checkpoint"] = {k: v for k, v in dict(values.get("checkpoint") or {}).items() if k != "adapters"}
+    return sentence_of({**values, "output": f"runs/{job.name.rpartition('/')[2]}"})
 
 
 def _used(page: ViewPage, job: Job) -> dict[str, list[Version]]:
