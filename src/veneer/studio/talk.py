@@ -68,7 +68,9 @@ def own_prompts(job: Job) -> list[str]:
     return [str(text)[:_LONGEST] for text in dict.fromkeys(asked) if text][:_PROMPTS]
 
 
-async def answer_of(page: ViewPage, prompt: str, reference: str, told: Any = None, *, most: int = _WORDS) -> str:
+async def answer_of(
+    page: ViewPage, prompt: str, reference: str, told: Callable[[str], None] | None = None, *, most: int = _WORDS
+) -> str:  # fmt: skip
     """What the base (reference "") or an adapter answers, with the likeliest tokens; `told` hears it as it comes."""
     mix = [(reference, 1.0)] if reference else []
     said, text = AskedTexts([{"role": "user", "content": prompt}], mix, max_tokens=most), ""
@@ -144,8 +146,10 @@ async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
             def told(said: str) -> None:
                 column["text"] = said
 
-            await answer_of(page, text, name, told)
-            column["done"] = True
+            try:
+                await answer_of(page, text, name, told)
+            finally:  # also where it fails: `drawn` waits for it
+                column["done"] = True
 
         async def drawn() -> None:
             while not all(column["done"] for column in columns):
