@@ -165,8 +165,8 @@ class NewRoute(_Shares):
             with box("section", "panel route", aria_label="A new route"):
                 with box("div", "row foot"):
                     self.name = form_field("Name", name, lambda _: self.say(), hint="support", most=120)
-                    self.first = form_field("Leads to", moves.base, self._led, kind="choice", options=_same(names))
-                    others = {"": "nothing else", **_same(names)}
+                    self.first = form_field("Leads to", moves.base, self._led, kind="choice", options=names)
+                    others = _or_none("nothing else", names)
                     self.other = form_field("And to", offered, self._led, kind="choice", options=others)
                 self.bar = WeightBar(self.shares, self.dragged)
                 self.sentence = line("", "sentence", role="status")
@@ -177,8 +177,8 @@ class NewRoute(_Shares):
 
     def offer(self, names: Sequence[str]) -> None:
         """What it can lead to may be more by now."""
-        self.first.offer(_same(names))
-        self.other.offer({"": "nothing else", **_same(names)})
+        self.first.offer(names)
+        self.other.offer(_or_none("nothing else", names))
 
     def _led(self, _: Any) -> None:
         self.shares = [(str(self.first.value), 100.0)]
@@ -190,17 +190,15 @@ class NewRoute(_Shares):
         return routes.planned_route(None, str(self.name.value or "").strip(), self.weights())
 
     def say(self) -> None:
-        named = bool(str(self.name.value or "").strip())
-        try:
-            wanted = self._wanted() if named else None
-        except ConfigError as error:
-            wanted = None
-            put(self.sentence, error.what)
-        else:
-            put(
-                self.sentence,
-                routes.route_change(None, wanted) if wanted else "It needs a name, which clients ask for.",
-            )
+        wanted: Route | None = None
+        words = "It needs a name, which clients ask for."
+        if str(self.name.value or "").strip():
+            try:
+                wanted = self._wanted()
+                words = routes.route_change(None, wanted)
+            except ConfigError as error:
+                words = error.what
+        put(self.sentence, words)
         self.same.show(_set_command(wanted, self.moves.base) if wanted else "")
         enable(self.does, wanted is not None, "it has no name that can be one yet")
 
@@ -236,9 +234,9 @@ class RoutePanel(_Shares):
                 line("Another version, or a shadow", tag="summary")
                 with box("div", "row foot"):
                     self.other = form_field("Another version", "", self.added, kind="choice")
-                    self.shadow = form_field("Answers too, unseen", "", self._unseen, kind="choice")
+                    self.shadow = form_field("Answers too, unseen", "", lambda _: self.say(), kind="choice")
                     self.fraction = form_field(
-                        "Of the requests, in %", 100, self._unseen, kind="number", low=0, high=100, step=1
+                        "Of the requests, in %", 100, lambda _: self.say(), kind="number", low=0, high=100, step=1
                     )
             with box("details", "how") as self.before:
                 line("What it led to before", tag="summary")
@@ -264,11 +262,11 @@ class RoutePanel(_Shares):
         """What it can lead to may be more by now. `wanted`: what the link wants to go live."""
         self.offered = wanted
         led = dict(self.route.targets)
-        self.other.offer({"": "none", **_same([name for name in names if name not in led])})
+        self.other.offer(_or_none("none", [name for name in names if name not in led]))
         unseen = [name for name in names if name != self.moves.base]
         if self.route.shadow and self.route.shadow not in unseen:
             unseen.append(self.route.shadow)
-        self.shadow.offer({"": "nobody", **_same(unseen)})
+        self.shadow.offer(_or_none("nobody", unseen))
         self._show_ways()
 
     def end(self) -> None:
@@ -291,9 +289,6 @@ class RoutePanel(_Shares):
         shares = [name for name, share in self.shares if share < 100] if len(self.shares) > 1 else []
         self.ways.show(shares=shares, offered=self.offered)
 
-    def _unseen(self, _: Any) -> None:
-        self.say()
-
     def _promote(self, name: str) -> None:
         now = self.route
         wanted = routes.planned_route(now, now.name, [(name, 100)], tenant=now.tenant)
@@ -307,19 +302,15 @@ class RoutePanel(_Shares):
         route = self.route
         fraction = min(100.0, max(0.0, float(self.fraction.value or 0))) / 100
         shadow = str(self.shadow.value or "") or None
-        self.wanted = routes.planned_route(
+        wanted = self.wanted = routes.planned_route(
             route, route.name, self.weights(), tenant=route.tenant, shadow=shadow,
             fraction=fraction if shadow else 1.0,
         )  # fmt: skip
-        same = (self.wanted.runs, self.wanted.shadow, self.wanted.fraction) == (
-            route.runs,
-            route.shadow,
-            route.fraction,
-        )
+        moved = (wanted.runs, wanted.shadow, wanted.fraction) != (route.runs, route.shadow, route.fraction)
         unseen = f"{route.shadow} answers {route.fraction * 100:.4g} % of requests too, unseen." if route.shadow else ""
-        put(self.sentence, unseen if same else routes.route_change(route, self.wanted))
-        self.same.show("" if same else _set_command(self.wanted, self.moves.base))
-        show(self.does, not same)
+        put(self.sentence, routes.route_change(route, wanted) if moved else unseen)
+        self.same.show(_set_command(wanted, self.moves.base) if moved else "")
+        show(self.does, moved)
 
 
 def _set_command(route: Route, base: str) -> str:
@@ -332,5 +323,6 @@ def _set_command(route: Route, base: str) -> str:
     )  # fmt: skip
 
 
-def _same(names: Sequence[str]) -> dict[str, str]:
-    return {name: name for name in names}
+def _or_none(none: str, names: Sequence[str]) -> dict[str, str]:
+    """Options of a choice: these, or none of them, which is called so."""
+    return {"": none} | {name: name for name in names}
