@@ -90,7 +90,7 @@ async def adapter_view(page: ViewPage) -> None:
             found = page.studio.library.find(version.reference)
         except AdapterError:
             return None
-        return found.aliases, found.tags, found.health, routes_of(page.studio, page)
+        return found.aliases, found.tags, found.health, routes_of(page)
 
     on_change(now, 1.0, refill)
 
@@ -106,7 +106,7 @@ def _read(page: ViewPage, reference: str) -> _Seen:
     if not (page.caller.admin or page.caller.sees(reference) or page.caller.sees(version.reference)):
         raise NothingHere("There is no such adapter.")
     found = version.reference
-    return _Seen(version, library.family(found), library.checks(found), routes_of(page.studio, page))
+    return _Seen(version, library.family(found), library.checks(found), routes_of(page))
 
 
 def _summary(base: str, version: Version) -> str:

@@ -22,7 +22,10 @@ async def doctor_view(page: ViewPage) -> None:
     async def came(answer: dict[str, Any]) -> None:
         await page.go("doctor", file=str(answer.get("id", "")))
 
-    page.drops("Drop it: it is looked at, and not kept", lambda name: _place(page, name), came)
+    def to(name: str) -> str:
+        return page.api("/v1/adapter_inspections", filename=name)
+
+    page.drops("Drop it: it is looked at, and not kept", to, came)
     id = page.query.get("file")
     if not id:
         page.title("What is this file?", "Any adapter: what it is and why, and what other tools would do with it.")
@@ -43,10 +46,6 @@ async def doctor_view(page: ViewPage) -> None:
         button("Another file", page.pick, key="o")
     report = await asyncio.to_thread(staged_report, staged)
     _show(page, staged, report)
-
-
-def _place(page: ViewPage, name: str) -> str:
-    return page.api("/v1/adapter_inspections", filename=name)
 
 
 def _show(page: ViewPage, staged: StagedAdapter, report: dict[str, Any]) -> None:
@@ -101,14 +100,12 @@ def _tool(page: ViewPage, staged: StagedAdapter, report: dict[str, Any], said: d
     with box("section", "panel"):
         Fragment("tool.html.j2", tool=said)
         with box("div", "row") as place:
-            _offer(page, staged, report, said["to"], said["tool"], place)
+            _offer(page, staged, report, said, place)
 
 
-def _offer(
-    page: ViewPage, staged: StagedAdapter, report: dict[str, Any], to: str, tool: str, place: Any
-) -> None:  # fmt: skip
+def _offer(page: ViewPage, staged: StagedAdapter, report: dict[str, Any], said: dict[str, Any], place: Any) -> None:
     """A button that writes it for a tool and downloads it, or says why it cannot be."""
-    base = _base(page, report)
+    to, tool, base = said["to"], said["tool"], _base(page, report)
 
     def told(wrong: str) -> None:
         show(bar, False)

@@ -13,7 +13,7 @@ from veneer.library.describe import card_picture, card_sample, gain_of
 from veneer.library.queries import Shelfful, Version
 from veneer.serve.tenancy.store import ALL
 from veneer.studio.commands import command
-from veneer.studio.frame import Studio, ViewPage
+from veneer.studio.frame import ViewPage
 from veneer.studio.parts import Command, Fragment, box, button, form_field, heading, line, link, put, show
 from veneer.studio.train import beginnings
 from veneer.studio.watch import on_change
@@ -57,10 +57,11 @@ def card_of(page: ViewPage, version: Version, routes: Mapping[str, list[str]]) -
     )
 
 
-def routes_of(studio: Studio, page: ViewPage) -> dict[str, list[str]]:
+def routes_of(page: ViewPage) -> dict[str, list[str]]:
     """What each name answers on, as whoever looks may know: "live 90 %", "live, as a shadow"."""
     found: dict[str, list[str]] = {}
-    for route in studio.tenants.settings.routes.values() if studio.tenants is not None else ():
+    tenants = page.studio.tenants
+    for route in tenants.settings.routes.values() if tenants is not None else ():
         if page.caller.admin or route.tenant in (ALL, page.caller.tenant):
             every = sum(weight for _, weight in route.targets)
             for target, weight in route.targets:
@@ -147,7 +148,7 @@ async def library_view(page: ViewPage) -> None:
 
         def look() -> tuple[Shelfful, list[LibraryCard]]:
             found = library.browse(asked.text, **asked.search(), sees=sees, limit=some, offset=offset)
-            routes = routes_of(studio, page)
+            routes = routes_of(page)
             return found, [card_of(page, each, routes) for each in found.versions]
 
         return await asyncio.to_thread(look)
