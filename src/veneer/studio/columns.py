@@ -25,15 +25,15 @@ MOST_COLUMNS = 8
 
 @dataclass(eq=False)
 class Column:
-    """One of the things that are compared. `mix`: none is the base. `shown`: where its answers are. `id`, `texts`: of
-    the last ones."""
+    """One of the things that are compared. `mix`: none is the base. `shown`: where its answers are. `id`, `answers`: of
+    the last ones, which are its view's: texts or pictures."""
 
     mix: _Mix
     command: Command | None = None
     task: asyncio.Task[Any] | None = None
     shown: Any = None
     id: str = ""
-    texts: list[str] = field(default_factory=list)
+    answers: list[Any] = field(default_factory=list)
 
     def end(self) -> None:
         """What it is doing is cancelled."""
@@ -73,6 +73,8 @@ def _columns_of(written: Sequence[str]) -> list[_Mix]:
 class Board:
     """The columns of one visit. A view of its own has `draw_answers`, `answer` and `same_command`."""
 
+    prompt: parts.Field
+
     def __init__(self, page: ViewPage) -> None:
         self.page, self.asked = page, False
         self.columns = [Column(mix) for mix in _columns_of(page.query.all("c"))]
@@ -104,11 +106,15 @@ class Board:
         now = min(high, max(low, given)) if math.isfinite(given) else usual
         return parts.form_field(label, now, self.kept(name), kind="number", low=low, high=high, step=step)
 
-    def prompt_field(self, hint: str) -> parts.Field:
+    def draw_prompt(self, hint: str) -> None:
         """What every column is asked."""
-        return parts.form_field(
+        self.prompt = parts.form_field(
             "Prompt", self.page.query.get("p"), self.kept("p"), kind="area", key="p", entered=self.ask_all, hint=hint
         )
+
+    def prompt_words(self) -> list[str]:
+        """The prompt as commands take it, where there is one."""
+        return [prompt] if (prompt := str(self.prompt.value or "")) else []
 
     def draw_all(self) -> None:
         self.place = box("div", "board")
@@ -226,6 +232,8 @@ class Board:
             self.ask(column)
 
     def ask_all(self) -> None:
+        if not str(self.prompt.value or "").strip():
+            raise ConfigError("there is no prompt", fix="write one")
         self.asked = True
         for column in self.columns:
             if column.command is not None:

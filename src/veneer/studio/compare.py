@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any
 
-from veneer.errors import ConfigError, VeneerError, counted
+from veneer.errors import VeneerError, counted
 from veneer.serve.http.asking import AskedTexts, ask_texts
 from veneer.serve.http.errors import message_of
 from veneer.serve.request import Finished, Refused, Token
@@ -46,7 +46,7 @@ class _Texts(Board):
     def draw(self) -> None:
         query = self.page.query
         with box("div", "ask"):
-            self.prompt = self.prompt_field("Ask something. Every column answers it.")
+            self.draw_prompt("Ask something. Every column answers it.")
             with box("details", "how"):
                 line("How it is asked", tag="summary")
                 with box("div", "settings"):
@@ -72,19 +72,13 @@ class _Texts(Board):
         )  # fmt: skip
 
     def same_command(self, column: Column) -> str:
-        asked = [prompt] if (prompt := str(self.prompt.value or "")) else []
         return command(
-            "generate", *asked, base=self.page.studio.base, adapter=column.specs(), system=self.system.value,
-            temperature=self.temperature.value or None, seed=int(self.seed.value or 0) or None,
-            max_new_tokens=int(self.tokens.value or 160),
+            "generate", *self.prompt_words(), base=self.page.studio.base, adapter=column.specs(),
+            system=self.system.value, temperature=self.temperature.value or None,
+            seed=int(self.seed.value or 0) or None, max_new_tokens=int(self.tokens.value or 160),
         )  # fmt: skip
 
     # -- asking
-
-    def ask_all(self) -> None:
-        if not str(self.prompt.value or "").strip():
-            raise ConfigError("there is nothing to ask", fix="write a prompt")
-        super().ask_all()
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -99,7 +93,7 @@ class _Texts(Board):
             self.messages, tuple(column.mix), n, seed=int(self.seed.value or 0),
             temperature=float(self.temperature.value or 0), max_tokens=max(1, int(self.tokens.value or 1)), logprobs=4,
         )  # fmt: skip
-        column.id, column.texts = asked.id, [""] * n
+        column.id, column.answers = asked.id, [""] * n
         shown.begin(n)
         waiting: list[tuple[int, SpokenToken]] = []
         begun = sent = time.perf_counter()
@@ -117,14 +111,14 @@ class _Texts(Board):
                 async for i, event in events:
                     if isinstance(event, Token):
                         first = first or time.perf_counter() - begun
-                        column.texts[i] += event.text
+                        column.answers[i] += event.text
                         if event.text:
                             top = [(text, logprob) for _, text, logprob in event.top]
                             waiting.append((i, (event.text, event.logprob, top)))
                         if time.perf_counter() - sent >= _PAUSE or not sent > begun:
                             send()
                     elif isinstance(event, Finished):
-                        column.texts[i] += event.text
+                        column.answers[i] += event.text
                         if event.text:
                             waiting.append((i, (event.text, None, [])))
                         send()
@@ -139,7 +133,7 @@ class _Texts(Board):
         """A vote: this answer was better than those of the same number in the other columns."""
         others = [
             other for other in self.columns
-            if other is not column and i < len(other.texts) and other.texts[i].strip() != column.texts[i].strip()
+            if other is not column and i < len(other.answers) and other.answers[i].strip() != column.answers[i].strip()
         ]  # fmt: skip
         if not others:
             raise VeneerError("every column says the same, so none is better", fix="another prompt, or a temperature")
@@ -148,9 +142,9 @@ class _Texts(Board):
         if not kept:
             file, asked = judged_file(self.page.studio.base, "preference"), self.messages
             for other in others:
-                row = preference_row(asked, column.texts[i], other.texts[i])
+                row = preference_row(asked, column.answers[i], other.answers[i])
                 kept = f"row {await asyncio.to_thread(add_row, file, row):,} of {file}"
-            self._judged(str(file), chosen=column.texts[i], rejected=others[-1].texts[i])
+            self._judged(str(file), chosen=column.answers[i], rejected=others[-1].answers[i])
         column.shown.judged(i, f"Better than {counted(len(others), 'other')}: {kept}")
 
     async def corrected(self, column: Column, said: Sequence[Any]) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import base64
 import uuid
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, cast
 
 from veneer.errors import ConfigError
@@ -23,7 +24,7 @@ from veneer.studio.columns import MOST_COLUMNS, Board, Column
 from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
 from veneer.studio.moving import Drawn, Sketch, Wipe
-from veneer.studio.parts import box, button, dialog, line, put
+from veneer.studio.parts import box, button, dialog, line
 
 _SEEDS = 4
 _STEPS = (0.25, 0.5, 0.75, 1.0, 1.25)
@@ -34,6 +35,14 @@ async def pictures_view(page: ViewPage) -> None:
     board = _Pictures(page)
     page.title("Compare", "One prompt and the same seeds, drawn by the base, by adapters and by mixes of them.")
     board.draw()
+
+
+@dataclass
+class _Picture:
+    """One of a column. `source`: a data: URL, once it is drawn."""
+
+    seed: int
+    source: str = ""
 
 
 class _Pictures(Board):
@@ -49,7 +58,7 @@ class _Pictures(Board):
         query = self.page.query
         steps, guidance = default_settings(self.engine.base)
         with box("div", "ask"):
-            self.prompt = self.prompt_field("What is to be seen. Every column draws it.")
+            self.draw_prompt("What is to be seen. Every column draws it.")
             with box("details", "how"):
                 line("How it is drawn", tag="summary")
                 with box("div", "settings"):
@@ -90,12 +99,11 @@ class _Pictures(Board):
                 button("The same at five strengths", lambda: self.spread(column), kind="word")
 
     def same_command(self, column: Column) -> str:
-        asked = [prompt] if (prompt := str(self.prompt.value or "")) else []
         kind = self.kind.value if self.kind is not None and self.sketch else None
         return command(
-            "image", *asked, base=self.page.studio.base, adapter=column.specs(), seed=int(self.seed.value or 0),
-            count=int(self.n.value or 1), steps=int(self.steps.value or 1), guidance=self.guidance.value,
-            size=self.size.value, negative=self.negative.value,
+            "image", *self.prompt_words(), base=self.page.studio.base, adapter=column.specs(),
+            seed=int(self.seed.value or 0), count=int(self.n.value or 1), steps=int(self.steps.value or 1),
+            guidance=self.guidance.value, size=self.size.value, negative=self.negative.value,
             control=f"{kind}=PICTURE:{self.hold.value:g}" if kind else None, out="picture.png",
         )  # fmt: skip
 
@@ -110,11 +118,6 @@ class _Pictures(Board):
         self.changed()
 
     # -- drawing
-
-    def ask_all(self) -> None:
-        if not str(self.prompt.value or "").strip():
-            raise ConfigError("there is nothing to draw", fix="write a prompt")
-        super().ask_all()
 
     def _fields(self, column: Column) -> dict[str, Any]:
         """As a client's body has them."""
@@ -132,19 +135,19 @@ class _Pictures(Board):
     async def answer(self, column: Column) -> None:
         shown: Drawn = column.shown
         service = self.page.studio.service
-        column.texts = []
+        column.answers = []
         try:
             asked = checked_image_body(ImageBody, self._fields(column), service.settings.max_pictures)
             plan, events = await ask_pictures(service, self.page.caller, asked, f"image-{uuid.uuid4().hex}")
             shown.begin([request.seed for request in plan.requests], plan.width, plan.height)
-            column.texts = [""] * len(plan.requests)
+            column.answers = [_Picture(request.seed) for request in plan.requests]
             async with aclosing(events):
                 async for i, event in events:
                     if isinstance(event, PictureStep):
                         shown.step(i, event.done / event.of)
                     elif isinstance(event, FinishedPicture):
-                        column.texts[i] = source = await asyncio.to_thread(_source, event)
-                        shown.show(i, source, "; ".join([*plan.notes, *event.notes]))
+                        column.answers[i].source = await asyncio.to_thread(_source, event)
+                        shown.show(i, column.answers[i].source, "; ".join([*plan.notes, *event.notes]))
         except Refused as error:
             shown.begin([], 1, 1)
             raise ConfigError(f"{column.named(self.page.studio.base)}: {message_of(error)}") from error
@@ -154,18 +157,18 @@ class _Pictures(Board):
         if self.over is None or self.over[0] not in self.columns:
             self.over = column, i
             column.shown.lay(i, True)
-            put(self.page.frame.status, "")
             return
         other, k = self.over
         self.over = None
         other.shown.lay(k, False)
-        if (other, k) == (column, i) or not (other.texts[k] and column.texts[i]):
+        left, right = other.answers[k], column.answers[i]
+        if (other, k) == (column, i) or not (left.source and right.source):
             return
-        seed = int(self.seed.value or 0)
-        names = tuple(_titled(each, self.page.studio.base, seed + n) for each, n in ((other, k), (column, i)))
+        base = self.page.studio.base
+        names = _titled(other, base, left.seed), _titled(column, base, right.seed)
         with self.place, dialog("One over the other") as window:
             window.classes("roomy")
-            Wipe(other.texts[k], column.texts[i], cast(tuple[str, str], names))
+            Wipe(left.source, right.source, names)
             with box("div", "row end"):
                 button("Close", lambda: parts.closed(window), kind="word")
         parts.opened(window)
