@@ -135,12 +135,10 @@ class _Pictures(Board):
     async def answer(self, column: Column) -> None:
         shown: Drawn = column.shown
         service = self.page.studio.service
-        column.answers = []
         try:
             asked = checked_image_body(ImageBody, self._fields(column), service.settings.max_pictures)
             plan, events = await ask_pictures(service, self.page.caller, asked, f"image-{uuid.uuid4().hex}")
-            shown.begin([request.seed for request in plan.requests], plan.width, plan.height)
-            column.answers = [_Picture(request.seed) for request in plan.requests]
+            self._begin(column, [request.seed for request in plan.requests], plan.width, plan.height)
             async with aclosing(events):
                 async for i, event in events:
                     if isinstance(event, PictureStep):
@@ -149,11 +147,20 @@ class _Pictures(Board):
                         column.answers[i].source = await asyncio.to_thread(_source, event)
                         shown.show(i, column.answers[i].source, "; ".join([*plan.notes, *event.notes]))
         except Refused as error:
-            shown.begin([], 1, 1)
+            self._begin(column, [], 1, 1)
             raise ConfigError(f"{column.named(self.page.studio.base)}: {message_of(error)}") from error
+
+    def _begin(self, column: Column, seeds: list[int], width: int, height: int) -> None:
+        """Other pictures come; one of the earlier ones waits no more."""
+        column.answers = [_Picture(seed) for seed in seeds]
+        column.shown.begin(seeds, width, height)
+        if self.over is not None and self.over[0] is column:
+            self.over = None
 
     def marked(self, column: Column, i: int) -> None:
         """The first of two waits; with the second both are seen one over the other."""
+        if i >= len(column.answers):
+            return  # of pictures that are gone meanwhile
         if self.over is None or self.over[0] not in self.columns:
             self.over = column, i
             column.shown.lay(i, True)
