@@ -1,5 +1,6 @@
-"""Parts that move by themselves in the browser, each with a file beside this one: answers that come token by token, two
-pictures with a wipe between them, shares of a whole as a bar to drag."""
+"""Parts that move by themselves in the browser, each with a file beside this one: answers that come token by token,
+pictures that come step by step, two of them with a wipe between them, a picture from the visitor's disk, shares of a
+whole as a bar to drag."""
 
 from __future__ import annotations
 
