@@ -237,25 +237,15 @@ def strip(stops: Sequence[bytes], path: Path) -> None:
 
 def fill(place: Place, address: str) -> None:
     """Some use, as a page has that is worth a look: a mix, a shadow, requests of several users."""
-    route = httpx.get(f"{address}/v1/models").json()["data"]
-    name = next(each["id"] for each in route if "@" not in each["id"] and each["id"] != TEXTS)
+    models = httpx.get(f"{address}/v1/models").json()["data"]
+    name = next(each["id"] for each in models if "@" not in each["id"] and each["id"] != TEXTS)
     place.run("writing", "library", "mix", f"{name}-softly", f"{name}@1:0.6")
     place.run("writing", "library", "tag", f"{name}@1", "tickets")
     place.run("writing", "library", "alias", f"{name}@1", "prod")
     place.run("writing", "library", "verify", f"{name}@1")
     place.run("writing", "tenant", "feedback", "keep", "--days", "7")
-    place.run(
-        "writing",
-        "tenant",
-        "route",
-        "set",
-        name,
-        "--force",
-        f"{TEXTS}=90",
-        f"{name}@1=10",
-        "--shadow",
-        f"{name}-softly@1",
-    )
+    shares = f"{TEXTS}=90", f"{name}@1=10"
+    place.run("writing", "tenant", "route", "set", name, "--force", *shares, "--shadow", f"{name}-softly@1")
     time.sleep(3)
     rows = (EXAMPLES / "tickets" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:6]
     for n, row in enumerate(rows):

@@ -184,18 +184,9 @@ def _pair(row: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
     """A comparison, with both answers where they are kept."""
     sent, unseen = texts.get(row["request"]), texts.get(shadow_id(row["request"]))
     said = [each.choices[0].get("content", "") if each else "" for each in (sent, unseen)]
-    asked = (
-        next((str(m.get("content", "")) for m in reversed(sent.messages) if m.get("role") == "user"), "")
-        if sent
-        else ""
-    )
-    first = row["first_difference"] or 0
-    both = sent is not None and unseen is not None
+    questions = [str(m.get("content", "")) for m in sent.messages if m.get("role") == "user"] if sent else []
     return row | {
-        "asked": asked,
-        "sent": said[0],
-        "unseen": said[1],
-        "both": both,
-        "first": first,
+        "asked": questions[-1] if questions else "", "sent": said[0], "unseen": said[1],
+        "both": sent is not None and unseen is not None, "first": row["first_difference"] or 0,
         "other": shadow_id(row["request"]),
-    }
+    }  # fmt: skip
