@@ -62,9 +62,7 @@ def test_a_sentence_is_read_as_it_is_typed_then_planned_and_its_rows_looked_at(
 def test_it_is_queued_with_what_lets_its_steps_be_asked(
     studio: Served, tiny: tuple[Path, Path], tmp_path: Path, store: JobStore
 ) -> None:
-    file = tmp_path / "rows.jsonl"
-    lines = [{"prompt": f"Where is parcel {i}?", "completion": f"Shelf {i % 7}."} for i in range(30)]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = parcel_rows(tmp_path)
     with opened(f"{studio.address}/studio/train") as window:
         window.type(f"teach {tiny[0]} from {file}, 40 steps, call it asked", "area")
         window.until("read as prompt-completion")
