@@ -62,11 +62,16 @@ def test_pictures_are_drawn_at_five_strengths_and_laid_over_one_another(chromium
         command = page.locator("section.column").last.locator(".command code").inner_text()
         assert "--adapter look@1:1.25 --seed 7" in command
 
+        page.get_by_text("How it is drawn").click()
+        page.get_by_label("First seed").fill("99")
+        page.wait_for_url("**seed=99**")
         for column in (0, 5):
             page.locator("section.column").nth(column).get_by_role("button", name="Lay").first.click()
         wipe = page.locator("dialog[open] .over")
         wipe.wait_for()
         assert [img.get_attribute("src") for img in wipe.locator("img").all()] == [drawn[0], drawn[5 * n]]
+        names = page.locator("dialog[open] figcaption span").all_inner_texts()
+        assert names == [f"{PACKAGED if n == 1 else drawing.base.name}, seed 7", "look@1:1.25, seed 7"], "as drawn"
         edge, before = page.get_by_label("How much of the left picture"), wipe.get_attribute("style")
         edge.focus()
         page.keyboard.press("ArrowLeft")
