@@ -37,11 +37,11 @@ async def steps_view(page: ViewPage) -> None:
         points=[], best=None, used={}, link=page.link, job=job, pictures=pictures, before=None, forks=False, live=False,
     )  # fmt: skip
     same = Command(command("jobs", "show", job.id))
-    grid: _Answers | None = None
+    grid: _StepAnswers | None = None
     if pictures:
         sheets = Fragment("step_sheets.html.j2", samples=[], job=job, api=page.api)
     else:
-        grid = _Answers(page, job)
+        grid = _StepAnswers(page, job)
 
     def read() -> dict[str, Any]:
         jobs = page.studio.jobs
@@ -131,7 +131,7 @@ def _version(page: ViewPage, reference: str) -> Any:
         return None
 
 
-class _Answers:
+class _StepAnswers:
     """The same prompts at the base and at each step, one answer after another: the engine has others to answer, too."""
 
     def __init__(self, page: ViewPage, job: Job) -> None:
