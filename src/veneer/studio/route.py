@@ -229,7 +229,7 @@ class RoutePanel(_Shares):
                     button("Remove", lambda: moves.ended(self.route), kind="word", aria_label=f"Remove {route.name}")
             self.bar = WeightBar([], self.dragged)
             acts = {"promote": lambda data: self._promote(data["name"]), "give": lambda data: self.added(data["name"])}
-            self.ways = Fragment("route_ways.html.j2", acts=acts, shares=[], offered="")
+            self.ways = Fragment("route_ways.html.j2", acts=acts, shares=[], offered="", canary=_CANARY)
             with box("details", "how"):
                 line("Another version, or a shadow", tag="summary")
                 with box("div", "row foot"):
@@ -287,7 +287,7 @@ class RoutePanel(_Shares):
 
     def _show_ways(self) -> None:
         shares = [name for name, share in self.shares if share < 100] if len(self.shares) > 1 else []
-        self.ways.show(shares=shares, offered=self.offered)
+        self.ways.show(shares=shares, offered=self.offered, canary=_CANARY)
 
     def _promote(self, name: str) -> None:
         now = self.route
