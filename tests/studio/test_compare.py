@@ -61,8 +61,18 @@ def test_each_column_answers_as_the_api_does_and_judgements_become_rows(studio: 
     assert read_rows([str(file)])[1].format == "messages"
 
 
+def test_numbers_out_of_bounds_are_asked_and_said_as_the_nearest_in_them(studio: Served) -> None:
+    with opened(f"{studio.address}{LINK}") as window:
+        window.tell(lambda e: e.get("props", {}).get("label") == "Tokens, at most", "changed", -7)
+        window.tell(lambda e: e.get("props", {}).get("label") == "Temperature", "changed", -1e9)
+        window.press("Ask")
+        heard = window.until("--max-new-tokens 1", "1 token \u00b7")
+    assert "--temperature" not in heard
+    assert "No answer" not in heard
+
+
 def test_what_is_not_there_and_what_is_hostile_is_only_text(studio: Served) -> None:
-    for name in (HOSTILE, "nobody@7", "support@1:strong"):
+    for name in (HOSTILE, "nobody@7", "support@1:strong", ":1", "+"):
         assert httpx.get(f"{studio.address}/studio/compare?c={quote(name)}").status_code == 404
     page = httpx.get(f"{studio.address}/studio/compare?c=support%401&p={quote(HOSTILE)}")
     assert page.status_code == 200

@@ -64,11 +64,16 @@ def test_it_is_queued_with_what_lets_its_steps_be_asked(
 ) -> None:
     file = parcel_rows(tmp_path)
     with opened(f"{studio.address}/studio/train") as window:
+        window.press("Start")
+        window.until("this run cannot begin yet")
         window.type(f"teach {tiny[0]} from {file}, 40 steps, call it asked", "area")
         window.until("read as prompt-completion")
-        window.press("Start")
+        for _ in range(3):  # whoever is in a hurry
+            window.press("Start")
         window.until("asked is queued")
-    job = store.jobs(None, limit=1)[0][0]
+    assert "this run cannot begin" not in studio.log.read_text(), "what the page says is no fault of the server's"
+    job, *before = store.jobs(None, limit=5)[0]
+    assert "asked" not in [each.name for each in before]
     assert (job.name, job.state, job.steps) == ("asked", "queued", 40)
     assert job.config["checkpoint"] == {"adapters": True, "every": 5}
     assert job.config["evaluation"] == {"every": 5}

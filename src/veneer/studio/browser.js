@@ -71,6 +71,7 @@ export default {
       }
     },
     keep(path, said) {
+      if (location.pathname.replace(/\/+$/, "") !== path.replace(/\/+$/, "")) return; // somebody went on, back or forward meanwhile
       history.replaceState(null, "", said ? `${path}?${said}` : path);
     },
     went(to) {

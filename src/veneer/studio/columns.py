@@ -64,6 +64,8 @@ def _columns_of(written: Sequence[str]) -> list[_Mix]:
                 name, strength = split_strength(part)
             except ConfigError as error:
                 raise NothingHere("There is nothing here.") from error
+            if not name:
+                raise NothingHere("There is nothing here.")
             mix.append((name, 1.0 if strength is None else strength))
         if mix:
             found.append(mix)

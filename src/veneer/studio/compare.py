@@ -91,7 +91,7 @@ class _Texts(Board):
         n = max(1, min(_SAMPLES, int(self.n.value or 1)))
         asked = AskedTexts(
             self.messages, tuple(column.mix), n, seed=int(self.seed.value or 0),
-            temperature=float(self.temperature.value or 0), max_tokens=max(1, int(self.tokens.value or 1)), logprobs=4,
+            temperature=float(self.temperature.value or 0), max_tokens=int(self.tokens.value or 160), logprobs=4,
         )  # fmt: skip
         column.id, column.answers = asked.id, [""] * n
         shown.begin(n)

@@ -62,6 +62,8 @@ export default {
       this.timer = setTimeout(() => this.send(), rest);
     },
     left() {  // before the click on what was left it for: that acts on what was typed
+      const said = this.said();
+      if (this.kind === "number" && said !== null) this.now = Math.min(this.high ?? said, Math.max(this.low ?? said, said));
       if (this.timer) this.send();
     },
     enter() {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,7 +104,7 @@ class _Asked:
 def _asked(page: ViewPage) -> _Asked:
     order = page.query.get("order", "added")
     picks = {name: page.query.get(name) for name in _PICKS}
-    if not picks["rank"].isdigit():
+    if not re.fullmatch("[0-9]{1,9}", picks["rank"]):
         picks["rank"] = ""
     picks["health"] = picks["health"] if picks["health"] in _HEALTH else ""
     return _Asked(page.query.get("q")[:200], order if order in _ORDERS else "added", picks)

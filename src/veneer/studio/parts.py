@@ -22,11 +22,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from markupsafe import Markup, escape
-from nicegui import ui
+from nicegui import Client, ui
 
-from veneer.errors import shown
+from veneer.errors import VeneerError, shown
 from veneer.studio.access import VISITORS
 from veneer.train.report.log import duration, size
 from veneer.train.report.page import escaping
@@ -58,8 +59,11 @@ def heard(does: Does) -> Callable[[Any], Any]:
     """`does` for NiceGUI: whoever looks is asked for first; it gets what came if it takes something."""
 
     async def hear(event: Any) -> None:
-        await VISITORS[event.client].again()
-        await _done(does, event.args)
+        try:
+            await VISITORS[event.client].again()
+            await _done(does, event.args)
+        except VeneerError as error:  # the page says it; NiceGUI would write a stack trace into the log, too
+            event.client.handle_exception(error)
 
     return hear
 
@@ -70,6 +74,23 @@ async def _done(does: Does, came: Any) -> None:
     made = does(came) if wants else does()
     if inspect.isawaitable(made):
         await made
+
+
+def once(does: Does) -> Callable[[Any], Any]:
+    """`does`, but not again while it goes on: whoever clicks twice or leans on Enter wants it once."""
+    going = False
+
+    async def do(came: Any) -> None:
+        nonlocal going
+        if going:
+            return
+        going = True
+        try:
+            await _done(does, came)
+        finally:
+            going = False
+
+    return do
 
 
 def box(tag: str = "div", look: str = "", **attributes: str | int | bool) -> ui.element:
@@ -132,7 +153,7 @@ def button(
     element = line(text, f"button {kind} {look}", "button", type="button", **attributes)
     if key:
         _set(element, {"data-key": key, "aria-keyshortcuts": key.replace("ctrl", "Control")})
-    element.on("click", heard(does), args=[])
+    element.on("click", heard(once(does)), args=[])
     return element
 
 
@@ -181,7 +202,8 @@ def form_field(
     """A field with its name above it (`hidden_label`: for who hears the page alone). `changed(value)`: after `wait`
     seconds in which nothing else was typed; of a range while it moves, at most each `wait`. `entered(value)`: Enter, in
     an area Ctrl+Enter. `hint`: what it looks like while empty. `options`: value -> text, of a choice. `most`:
-    characters. Values: texts; numbers of number and range (None where it is none); a bool of check."""
+    characters. Values: texts; numbers of number, within
+    `low` and `high`, and of range (None where it is none); a bool of check."""
     element = Field()
     element.value = value
     element.classes(f"field {look}")
@@ -195,6 +217,8 @@ def form_field(
 
     def both(does: Does | None) -> Does:
         async def do(value: Any) -> None:
+            if kind == "number" and isinstance(value, int | float):  # as the browser shows it when it is left
+                value = min(value if high is None else high, max(value if low is None else low, value))
             element.value = element.props["value"] = value  # the browser has it: nothing to send back
             if does is not None:
                 await _done(does, value)
@@ -203,7 +227,7 @@ def form_field(
 
     element.on("changed", heard(both(changed)))
     if entered is not None:
-        element.on("entered", heard(both(entered)))
+        element.on("entered", heard(both(once(entered))))
     return element
 
 
@@ -258,7 +282,7 @@ class Dialog(ui.element):
         super().__init__("dialog")
         self.classes("dialog")
         _set(self, {"aria-label": title})
-        self.shut = self.acting = False
+        self.shut = self.acting = self.closing = False
         self.on("close", self._shut, args=[])
 
     def _shut(self) -> None:
@@ -267,6 +291,8 @@ class Dialog(ui.element):
             self.delete()
 
     async def act(self, does: Does) -> None:
+        if self.closing:
+            return  # clicked twice, the second time before the browser had closed it
         self.acting = True
         try:
             await _done(does, None)
@@ -283,11 +309,21 @@ def dialog(title: str) -> Dialog:
     return element
 
 
+_OPEN: WeakKeyDictionary[Client, Dialog] = WeakKeyDictionary()
+"""The window over each page, or the last that there was."""
+
+
 def opened(window: Dialog) -> None:
+    """One window at a time: two clicks on what opens it are one."""
+    before = _OPEN.get(window.client)
+    if before is not None and not (before.acting or before.is_deleted):
+        before.delete()
+    _OPEN[window.client] = window
     window.run_method("showModal")
 
 
 def closed(window: Dialog) -> None:
+    window.closing = True
     window.run_method("close")
 
 

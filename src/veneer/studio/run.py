@@ -166,7 +166,7 @@ async def run_view(page: ViewPage) -> None:
 
     def sheet(step: str) -> None:
         drawn = heard.samples
-        chosen = int(step) if step.isdigit() and int(step) in drawn else drawn[-1] if drawn else None
+        chosen = int(step) if step.isdecimal() and int(step) in drawn else drawn[-1] if drawn else None
         page.keep(sheet=step if chosen is not None and step == str(chosen) else None)
         source = "" if chosen is None else page.api(f"/v1/jobs/{job.id}/samples/{chosen}")
         sheets.show(steps=drawn[-2 * _NEWEST :], chosen=chosen, source=source)
