@@ -45,10 +45,8 @@ def teach(role: str, base: Any, data: Path, output: Path, *settings: str, **opti
 
 
 def learned(config: Path, base: Any, pictures: Path, output: Path, *settings: str, **options: Any) -> str:
-    """The adapter that is learned from a folder of pictures. A base that guidance is no input of is told none."""
+    """The adapter that is learned from a folder of pictures."""
     places = [f"base={base.name}", f"data.pictures={pictures}", f"output={output}"]
-    if not distilled(base):
-        places += ["loss.guidance=1", "loss.keep_guidance=null"]
     return str(veneer.train_image(config, *places, *settings, base=base, **options).adapter)
 
 
