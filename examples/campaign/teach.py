@@ -45,16 +45,20 @@ def teach(role: str, base: Any, data: Path, output: Path, *settings: str, **opti
 
 
 def learned(config: Path, base: Any, pictures: Path, output: Path, *settings: str, **options: Any) -> str:
-    """The adapter that is learned from a folder of pictures."""
+    """The adapter that is learned from a folder of pictures. A base that guidance is no input of is told none."""
     places = [f"base={base.name}", f"data.pictures={pictures}", f"output={output}"]
+    if not distilled(base):
+        places += ["loss.guidance=1", "loss.keep_guidance=null"]
     return str(veneer.train_image(config, *places, *settings, base=base, **options).adapter)
 
 
 def write_others(folder: Path, base: Any, count: int = 40) -> None:
-    """Class pictures for the product: other things as the base itself draws them, which it is to go on doing."""
+    """Class pictures for the product: other things as the base itself draws them, which it is to go on doing. With
+    distilled guidance at 1, which is what it is told while it learns from them."""
     r = random.Random(60)
     captions = [campaign.words(campaign.plain_scene(r)) for _ in range(count)]
-    made = veneer.image(base, captions, seed=range(500, 500 + count), batch_size=16, **DRAWING)
+    drawing = {"guidance": 1.0} if distilled(base) else DRAWING
+    made = veneer.image(base, captions, seed=range(500, 500 + count), batch_size=16, **drawing)
     campaign.write_rows(folder, zip(arrays(made), captions, strict=True))
 
 
