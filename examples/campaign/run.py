@@ -94,7 +94,7 @@ def shown_of(folder: Path, count: int) -> list[Image.Image]:
 def drawn(base: Any, scenes: Sequence[Scene], adapters: dict[str, str]) -> dict[str, list[Image.Image]]:
     """Rows of a sheet: the base, each adapter alone, all, and the truth. The same scene starts from the same noise.
     Without the product's adapter nobody knows the product: there an ordinary padlock is asked for."""
-    ordinary = [replace(s, kind="padlock", colour="grey", finish="metal") for s in scenes]
+    ordinary = [replace(s, kind="padlock", colour="teal") for s in scenes]
 
     def row(*roles: str) -> list[Image.Image]:
         asked = {"brand": "brand" in roles, "lens": "lens" in roles}
