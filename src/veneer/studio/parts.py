@@ -202,8 +202,8 @@ def form_field(
     """A field with its name above it (`hidden_label`: for who hears the page alone). `changed(value)`: after `wait`
     seconds in which nothing else was typed; of a range while it moves, at most each `wait`. `entered(value)`: Enter, in
     an area Ctrl+Enter. `hint`: what it looks like while empty. `options`: value -> text, of a choice. `most`:
-    characters. Values: texts; numbers of number, within
-    `low` and `high`, and of range (None where it is none); a bool of check."""
+    characters. Values: texts; numbers of number, within `low` and `high`, and of range (None where it is none); a bool
+    of check."""
     element = Field()
     element.value = value
     element.classes(f"field {look}")

@@ -89,7 +89,7 @@ def peak_resident() -> int:
 
 def unread_bytes(tensor: Tensor) -> int:
     """Bytes of it that are not in memory yet. What is read through a memory map comes page by page, when it is used
-    first. None where nobody says so: off Linux, or on a device."""
+    first. 0 where nobody says so: off Linux, or on a device."""
     if sys.platform != "linux" or tensor.device.type != "cpu":
         return 0
     size = tensor.numel() * tensor.element_size()
