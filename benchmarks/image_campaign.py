@@ -50,7 +50,6 @@ from teach import DRAWING, arrays, learned, stacked, teach, words_for  # noqa: E
 
 import veneer  # noqa: E402
 from veneer.adapters.mix import mix_adapters  # noqa: E402
-from veneer.formats.campaign import CAMPAIGN  # noqa: E402
 from veneer.models.image.sheet import sheet  # noqa: E402
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -216,12 +215,11 @@ class Proof:
             least[method] = min(kept.values())
         best = max(least, key=lambda method: least[method])
         self.bar(f"stack: the least that the best method ({best}) keeps of each", 0.7, least[best])
-        self.bar("stack: the least that the recipe keeps of each", 0.7, least.get(RECIPE, least["plain sum"]))
+        self.bar("stack: the least that the recipe keeps of each", 0.7, least[RECIPE])
         self.sheet("stack", {**rows, "the truth": self.truths(self.shots, **ALL)}, self.shots)
 
     def stacks(self) -> dict[str, Mix]:
-        """Ways to stack. The recipe, veneer's own (formats/campaign.py), is to be the best of them, or changed; where
-        it is the plain sum it is not drawn again."""
+        """Ways to stack. The recipe, veneer's own (formats/campaign.py), is to be the best of them, or changed."""
         found: dict[str, Mix] = {"plain sum": list(self.adapters.values())}
         for method in ("orthogonal", "ties"):
             out = self.runs / f"{method}.safetensors"
@@ -231,7 +229,7 @@ class Proof:
         kind = "flow" if self.base.prediction == "flow" else "noise"
         for method, where in (("by block", BY_BLOCK[kind]), ("apart in time", APART)):
             found[method] = [f"{place}@{where[role]}" for role, place in self.adapters.items()]
-        return found | ({RECIPE: stacked(self.adapters)} if any(CAMPAIGN[kind].values()) else {})
+        return found | {RECIPE: stacked(self.adapters)}
 
     def added(self, mix: Mix, **asked: bool) -> dict[str, float]:
         """What a mix does on the campaign's shots: of the product how sure the judge is of it; of brand and lens how

@@ -17,7 +17,7 @@ import numpy as np  # noqa: E402
 import veneer  # noqa: E402
 
 DRAWING = {"guidance": 3.0}
-"""What all pictures are drawn with: the guidance that adapters of catalogue-flux are trained for. Guided from outside,
+"""What all pictures are drawn with: what the bases draw best at (docs/catalogue-bases.md). Guided from outside,
 catalogue-sdxl makes what each adapter does stronger, and diffusers' own 5 is too much for three of them."""
 
 

@@ -45,7 +45,8 @@ def test_what_is_asked_for_is_measured_and_drawn(
     torch.manual_seed(0)
     torch.save(Judge().state_dict(), tmp_path / "judge.weights.pt")
     vae = AutoencoderKL.from_pretrained(packaged_place() / "catalogue-flux" / "vae")
-    base = SimpleNamespace(name="catalogue-flux", prediction="flow", parts={"vae": vae})
+    denoiser = SimpleNamespace(config={"guidance_embeds": True})
+    base = SimpleNamespace(name="catalogue-flux", prediction="flow", parts={"vae": vae}, denoiser=denoiser)
     noise = np.random.default_rng(0)
 
     def image(base: Any, prompts: str | list[str], **options: Any) -> list[Any]:

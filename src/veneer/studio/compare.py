@@ -27,7 +27,7 @@ from veneer.train.text.judged import add_row, corrected_row, judged_file, prefer
 
 _PAUSE = 1 / 30
 """Seconds between two sendings of tokens to the browser."""
-_SAMPLES = 8
+_SAMPLES, _TOKENS = 8, 160
 
 
 async def compare_view(page: ViewPage) -> None:
@@ -53,7 +53,7 @@ class _Texts(Board):
                     self.n = self.number("Answers each", "n", 1, low=1, high=_SAMPLES, step=1)
                     self.temperature = self.number("Temperature", "t", 0.0, low=0, high=2, step=0.1)
                     self.seed = self.number("Seed", "seed", 0, low=0, high=2**31, step=1)
-                    self.tokens = self.number("Tokens, at most", "m", 160, low=1, high=4096, step=1)
+                    self.tokens = self.number("Tokens, at most", "m", _TOKENS, low=1, high=4096, step=1)
                     self.system = parts.form_field(
                         "Told before it", query.get("s"), self.kept("s"), hint="You are brief."
                     )
@@ -75,10 +75,15 @@ class _Texts(Board):
         return command(
             "generate", *self.prompt_words(), base=self.page.studio.base, adapter=column.specs(),
             system=self.system.value, temperature=self.temperature.value or None,
-            seed=int(self.seed.value or 0) or None, max_new_tokens=int(self.tokens.value or 160),
+            seed=int(self.seed.value or 0) or None, max_new_tokens=self.most,
         )  # fmt: skip
 
     # -- asking
+
+    @property
+    def most(self) -> int:
+        """Tokens of an answer, for the request and its command."""
+        return int(self.tokens.value or _TOKENS)
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -91,7 +96,7 @@ class _Texts(Board):
         n = max(1, min(_SAMPLES, int(self.n.value or 1)))
         asked = AskedTexts(
             self.messages, tuple(column.mix), n, seed=int(self.seed.value or 0),
-            temperature=float(self.temperature.value or 0), max_tokens=int(self.tokens.value or 160), logprobs=4,
+            temperature=float(self.temperature.value or 0), max_tokens=self.most, logprobs=4,
         )  # fmt: skip
         column.id, column.answers = asked.id, [""] * n
         shown.begin(n)
