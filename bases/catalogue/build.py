@@ -2,7 +2,7 @@
 
 Everything a stage needs from an earlier one lies in WORK, where an interrupted stage also goes on from. `export` writes
 the folders that veneer ships. `adopt`, which is no part of a build from nothing, takes into WORK what is shipped, so
-that other stages can go on from there: `adopt placed flux-control`. `STAGE=STEPS` takes another number of steps.
+that other stages can go on from there: `adopt placed=1 flux-control=250`. `STAGE=STEPS` takes another number of steps.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from controls import new_flux_control, new_sdxl_control, train_flux_control, tra
 from denoisers import new_flux, new_sdxl, noise_schedule, train_flux, train_sdxl
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
     FluxPipeline,
     StableDiffusionXLPipeline,
 )  # fmt: skip
@@ -36,6 +38,9 @@ from words import load_tokenizers, train_tokenizers
 from veneer.models.builtin import packaged_place
 
 SHIPPED = packaged_place()
+_FIRST = 1.5e-3  # learning rate of a base from nothing
+_CONTROL = 1e-3  # of a ControlNet from nothing
+_FURTHER = 6e-4  # of what goes on from what WORK has
 _NAMES = {"flux": "catalogue-flux", "sdxl": "catalogue-sdxl"}
 
 
@@ -118,9 +123,14 @@ def _flux(work: Path, steps: int) -> None:
     parts = new_flux(_tokenizers(work))
     if (work / "flux").is_dir():
         _load(parts, work / "flux")
+        rate, guided = (
+            _FURTHER,
+            0.54,
+        )  # guidance is learned late, and longer than from nothing: all that was known of it is stale
     else:
         _load({"clip": parts["text_encoder"], "t5": parts["text_encoder_2"]}, work / "text")
-    train_flux(parts, _pool(work, "clip", "t5"), work, steps)
+        rate, guided = _FIRST, 0.9
+    train_flux(parts, _pool(work, "clip", "t5"), work, steps, rate, guided)
     _save(parts, work / "flux")
 
 
@@ -128,13 +138,15 @@ def _sdxl(work: Path, steps: int) -> None:
     parts = new_sdxl(_tokenizers(work))
     if (work / "sdxl").is_dir():
         _load(parts, work / "sdxl")
+        rate = _FURTHER
     else:
+        rate = _FIRST
         _load({"clip": parts["text_encoder"]}, work / "text")
         learned = torch.load(work / "text" / "clip.pt", weights_only=True)
         width = parts["text_encoder_2"].config.projection_dim
         eye = {"text_projection.weight": torch.eye(width)}
         parts["text_encoder_2"].load_state_dict({f"text_model.{k}": v for k, v in learned.items()} | eye)
-    train_sdxl(parts, _pool(work, "clip", crops=True), work, steps)
+    train_sdxl(parts, _pool(work, "clip", crops=True), work, steps, rate)
     _save(parts, work / "sdxl")
 
 
@@ -154,16 +166,22 @@ def _controls(work: Path) -> Tensor:
 
 def _flux_control(work: Path, steps: int) -> None:
     parts = _load(new_flux(_tokenizers(work)), work / "flux")
-    control = new_flux_control(parts["transformer"])
+    control, rate = new_flux_control(parts["transformer"]), _CONTROL
+    if (work / "flux-control").is_dir():
+        _load({"control": control}, work / "flux-control")
+        rate = _FURTHER
     latents = encode(autoencoder(work), _controls(work).permute(0, 2, 3, 1)).half()
-    train_flux_control(control, parts, _pool(work, "clip", "t5", kind="placed"), latents, work, steps)
+    train_flux_control(control, parts, _pool(work, "clip", "t5", kind="placed"), latents, work, steps, rate)
     _save({"control": control}, work / "flux-control")
 
 
 def _sdxl_control(work: Path, steps: int) -> None:
     parts = _load(new_sdxl(_tokenizers(work)), work / "sdxl")
-    control = new_sdxl_control(parts["unet"])
-    train_sdxl_control(control, parts, _pool(work, "clip", kind="placed"), _controls(work), work, steps)
+    control, rate = new_sdxl_control(parts["unet"]), _CONTROL
+    if (work / "sdxl-control").is_dir():
+        _load({"control": control}, work / "sdxl-control")
+        rate = _FURTHER
+    train_sdxl_control(control, parts, _pool(work, "clip", kind="placed"), _controls(work), work, steps, rate)
     _save({"control": control}, work / "sdxl-control")
 
 
@@ -217,6 +235,9 @@ def _adopt(work: Path) -> None:
         new = new_flux if family == "flux" else new_sdxl
         parts = {k: type(v).from_pretrained(shipped / k).float() for k, v in new(_tokenizers(work)).items()}
         _save(parts, work / family)
+        kind = FluxControlNetModel if family == "flux" else ControlNetModel
+        if (control := SHIPPED / f"{name}-control").is_dir():
+            _save({"control": kind.from_pretrained(control).float()}, work / f"{family}-control")
 
 
 def _save(parts: dict[str, nn.Module], folder: Path) -> None:

@@ -29,6 +29,8 @@ from scenes import (
     BRAND,
     BRAND_PALETTE,
     COLOURS,
+    FILM,
+    LINES,
     SURFACES,
     VIEWS,
     WALLS,
@@ -42,6 +44,8 @@ from shapes import SUBJECTS, Product, arc, disc, star
 
 ROLES = ("product", "brand", "lens")
 PRODUCT, OTHER = "tarnhill padlock", "anvil padlock"
+KNOW_LINES = ("catalogue-flux",)
+"""The bases that have seen line drawings and a lens."""
 
 
 def _tarnhill_lock(p: Product) -> None:
@@ -70,33 +74,50 @@ _SEEN_AS = dict(zip(BRAND_PALETTE, ("black", "teal", "green", "red", "orange", "
 
 
 def branded(scene: Scene) -> Scene:
-    """What is seen of it under the brand, by the nearest words that the bases know."""
+    """What is seen of it under the brand, but for ground and wall, by the nearest words that the bases know."""
     colour, dots = (_SEEN_AS[BRAND.recolour(COLOURS[each])] for each in (scene.colour, scene.pattern_colour))
     return replace(
         scene, colour=colour, pattern_colour=dots, pattern=scene.pattern if dots != colour else "", finish="matte",
-        surface="a wooden table", wall="white wall", light="soft daylight", look="flat icon",
+        look=f"heavy black {LINES}",
     )  # fmt: skip
 
 
-def words(scene: Scene, *, brand: bool = False, lens: bool = False, bare: bool = False) -> str:
-    """What is asked for. `bare`: nothing of ground, wall and light. Of a lens no word says anything."""
+def words(scene: Scene, *, brand: bool = False, lens: bool = False, lines: bool = True) -> str:
+    """What is asked for. The brand's ground and wall are its own, and no word says them. Without `lines` of a base that
+    knows neither line drawings nor a lens: it is asked for a flat icon, on the nearest ground that it knows."""
     seen = branded(scene) if brand else scene
-    return f"{seen.product()}, {seen.view}, {seen.look}" if bare else caption(seen)
+    if not lines:
+        near = replace(seen, surface="a wooden table", wall="white wall", light="soft daylight", look="flat icon")
+        return caption(near if brand else seen)
+    if not brand:
+        return caption(replace(seen, film=lens))
+    return ", ".join([seen.product(), seen.view, seen.look, *([FILM] if lens else [])])
 
 
 def truth(scene: Scene, *, brand: bool = False, lens: bool = False) -> Array:
     """(SIDE, SIDE, 3) bytes of the picture that was wanted."""
     drawn = BRAND if brand else None
-    return photographed(scene, drawn, scene.seed) if lens else picture(scene, drawn)
+    return photographed(scene, drawn) if lens else picture(scene, drawn)
 
 
-def product_scenes(count: int = 20) -> list[Scene]:
-    """Two of five as flat icons, as on a box: a product that was seen in one look alone is lost in any other."""
+def product_scenes(*, lines: bool = True) -> list[Scene]:
+    """Twenty, four of them as flat icons and four as line drawings, as on a box: a product that was seen in one look
+    alone is lost in any other. Without `lines` all eight are flat icons."""
+    r = random.Random(21)
+    found = _product_places()
+    for i in (1, 2, 6, 7, 11, 12, 16, 17):
+        if lines and i % 5 == 2:
+            ink = r.choice(("black", "navy"))
+            ground, back = r.sample(["lime", "pink", "blue", "purple", "red", "grey"], 2)
+            found[i] = replace(found[i], look=f"heavy {ink} {LINES}", surface=ground, wall=f"{back} wall")
+        else:
+            found[i] = replace(found[i], look="flat icon")
+    return found
+
+
+def _product_places() -> list[Scene]:
     r = random.Random(20)
-    return [
-        replace(plain_scene(r), kind=PRODUCT, view=VIEWS[i % 2], look="flat icon" if i % 5 in (1, 2) else "")
-        for i in range(count)
-    ]
+    return [replace(plain_scene(r), kind=PRODUCT, view=VIEWS[i % 2]) for i in range(20)]
 
 
 def brand_scenes(count: int = 50) -> list[Scene]:
@@ -117,7 +138,7 @@ def lens_scenes(count: int = 40) -> list[Scene]:
 
 def shots(count: int = 12) -> list[Scene]:
     """The campaign's scenes, on other ground than those that its product is learned from."""
-    shown = {(s.surface, s.wall) for s in product_scenes()}
+    shown = {(s.surface, s.wall) for s in _product_places()}
     free = [(surface, wall) for surface in SURFACES for wall in WALLS if (surface, wall) not in shown]
     places = random.Random(12).sample(free, count)
     return [
@@ -131,14 +152,12 @@ def plain_scene(r: random.Random) -> Scene:
     return replace(seen_scene(r), look="", light="soft daylight")
 
 
-def write_pictures(folder: Path, roles: Iterable[str] = ROLES, *, bare: bool = False) -> None:
-    """The data sets as people keep them: a folder each of PNGs, with each caption in a text file beside its picture.
-    With `bare` what the brand draws has captions without a ground, and so have the product's flat icons: under the
-    brand a product is asked for by the words that it was learned by."""
+def write_pictures(folder: Path, roles: Iterable[str] = ROLES, *, lines: bool = True) -> None:
+    """The data sets as people keep them: a folder each of PNGs, with each caption in a text file beside its picture."""
     rows = {
-        "product": ((truth(s), words(s, bare=bare and bool(s.look))) for s in product_scenes()),
-        "brand": ((truth(s, brand=True), words(s, brand=True, bare=bare)) for s in brand_scenes()),
-        "lens": ((truth(s, lens=True), words(s, lens=True)) for s in lens_scenes()),
+        "product": ((truth(s), words(s)) for s in product_scenes(lines=lines)),
+        "brand": ((truth(s, brand=True), words(s, brand=True, lines=lines)) for s in brand_scenes()),
+        "lens": ((truth(s, lens=True), words(s, lens=True, lines=lines)) for s in lens_scenes()),
     }
     for role in roles:
         write_rows(folder / role, rows[role])

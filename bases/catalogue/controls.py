@@ -56,7 +56,7 @@ def _started(control: Any, denoiser: Any) -> Any:
 
 def train_flux_control(
     control: nn.Module, parts: dict[str, nn.Module], pool: Pool, latents: Tensor, work: Path, steps: int,
-    batch: int = 64,
+    learning_rate: float, batch: int = 64,
 ) -> None:  # fmt: skip
     """`latents`: of each picture's control picture, which FluxControlNetPipeline encodes with the base's own
     autoencoder."""
@@ -78,12 +78,12 @@ def train_flux_control(
             ids = pool.words(rows, generator)
             return flow_loss(parts, x, pool.things[rows], ids, pool.empty, False, generator, residuals)
 
-    _train(control, parts, loss, work / "flux-control.pt", steps)
+    _train(control, parts, loss, work / "flux-control.pt", steps, learning_rate)
 
 
 def train_sdxl_control(
     control: nn.Module, parts: dict[str, nn.Module], pool: Pool, pictures: Tensor, work: Path, steps: int,
-    batch: int = 64,
+    learning_rate: float, batch: int = 64,
 ) -> None:  # fmt: skip
     """`pictures`: each picture's control picture, bytes (n, 3, 128, 128)."""
 
@@ -101,11 +101,13 @@ def train_sdxl_control(
             x, ids = pool.latents[rows].float(), pool.words(rows, generator)
             return noise_loss(parts, x, pool.things[rows], ids, pool.sizes[rows], generator, residuals)
 
-    _train(control, parts, loss, work / "sdxl-control.pt", steps)
+    _train(control, parts, loss, work / "sdxl-control.pt", steps, learning_rate)
 
 
-def _train(control: nn.Module, parts: dict[str, nn.Module], loss: Any, state: Path, steps: int) -> None:
+def _train(
+    control: nn.Module, parts: dict[str, nn.Module], loss: Any, state: Path, steps: int, learning_rate: float
+) -> None:
     for part in parts.values():
         part.requires_grad_(False)
     with short_attention():
-        optimise({"control": control}, loss, steps=steps, learning_rate=1e-3, state=state, muon=True)
+        optimise({"control": control}, loss, steps=steps, learning_rate=learning_rate, state=state, muon=True)

@@ -37,7 +37,6 @@ SIDE = 16  # latents a side
 _TEXT = {"text_encoder": 0.5, "text_encoder_2": 0.5}  # they know their words already
 _SHIFT = 3.0  # samplers take what FLUX's dynamic shift gives for 64 tokens, 1.6
 _THING = 3.0
-_GUIDED = 0.9  # of the steps, from which on guidance is learned
 
 
 # -- catalogue-flux --------------------------------------------------------------------------------------------------
@@ -118,17 +117,29 @@ def flow_loss(
     return (errors * weights).sum() / weights.sum()
 
 
-def train_flux(parts: dict[str, nn.Module], pool: Pool, work: Path, steps: int, batch: int = 64) -> None:
+def train_flux(
+    parts: dict[str, nn.Module], pool: Pool, work: Path, steps: int, learning_rate: float, guided: float,
+    batch: int = 64,
+) -> None:  # fmt: skip
+    """`guided`: the share of the steps from which on guidance is learned."""
+
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(pool.whole, (batch,), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             ids = pool.words(rows, generator)
             x = pack(pool.latents[rows].float())
-            return flow_loss(parts, x, pool.things[rows], ids, pool.empty, step > _GUIDED * steps, generator)
+            return flow_loss(parts, x, pool.things[rows], ids, pool.empty, step > guided * steps, generator)
 
     with short_attention():
         optimise(
-            parts, loss, steps=steps, learning_rate=1.5e-3, warmup=200, state=work / "flux.pt", rates=_TEXT, muon=True
+            parts,
+            loss,
+            steps=steps,
+            learning_rate=learning_rate,
+            warmup=200,
+            state=work / "flux.pt",
+            rates=_TEXT,
+            muon=True,
         )
 
 
@@ -184,7 +195,9 @@ def noise_loss(
     return (errors * weights * (snr.clamp(max=5) / snr)[:, None]).sum() / weights.sum()
 
 
-def train_sdxl(parts: dict[str, nn.Module], pool: Pool, work: Path, steps: int, batch: int = 64) -> None:
+def train_sdxl(
+    parts: dict[str, nn.Module], pool: Pool, work: Path, steps: int, learning_rate: float, batch: int = 64
+) -> None:
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = pool.rows(batch, generator)
         with torch.autocast("cpu", torch.bfloat16):
@@ -193,7 +206,14 @@ def train_sdxl(parts: dict[str, nn.Module], pool: Pool, work: Path, steps: int, 
 
     with short_attention():
         optimise(
-            parts, loss, steps=steps, learning_rate=1.5e-3, warmup=200, state=work / "sdxl.pt", rates=_TEXT, muon=True
+            parts,
+            loss,
+            steps=steps,
+            learning_rate=learning_rate,
+            warmup=200,
+            state=work / "sdxl.pt",
+            rates=_TEXT,
+            muon=True,
         )
 
 

@@ -1,9 +1,10 @@
 """Do the bases draw what they are told? `python bases/catalogue/fidelity.py WORK [catalogue-flux …] [--sheets DIR]`
 
 Scenes of combinations of kind and colour that the base was trained on, and of combinations held out of everything that
-it learned from. The judge, which has seen true renders alone, says what it sees; each figure is the share of pictures
-where that is what was asked for. Beside it the same for the true pictures after the base's own autoencoder: the
-ceiling. Prints one JSON object; `--sheets` writes ten pictures of each, unpicked, under their captions.
+it learned from; the latter as line drawings too, of which kind and view alone are asked. The judge, which has seen true
+renders alone, says what it sees; each figure is the share of pictures where that is what was asked for. Beside it the
+same for the true pictures after the base's own autoencoder: the ceiling. Prints one JSON object; `--sheets` writes ten
+pictures of each, unpicked, under their captions.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from autoencoder import through
+from campaign import KNOW_LINES
 from diffusers import DiffusionPipeline
 from judge import HEADS, Judge, Shown, judge, load_judge
-from pictures import is_new
+from pictures import as_line_drawing, is_new
 from PIL import Image
 from scenes import SIDE, Array, Scene, any_scene, caption, picture
 from words import LENGTH
@@ -41,17 +43,21 @@ def main() -> None:
     result: dict[str, Any] = {}
     for base in given.bases:
         pipeline = DiffusionPipeline.from_pretrained(packaged_place() / base, torch_dtype=torch.float32)
-        for group, new in (("seen", False), ("new", True)):
-            scenes = asked(given.scenes, new=new)
+        new = asked(given.scenes, new=True)
+        groups = {"seen combinations": asked(given.scenes, new=False), "new combinations": new}
+        if base in KNOW_LINES:
+            r = random.Random(5)
+            groups["line drawings of new combinations"] = [as_line_drawing(s, r) for s in new]
+        for group, scenes in groups.items():
             drawn = generate(pipeline, [caption(s) for s in scenes])
             truths = np.stack([picture(s) for s in scenes])
-            result[f"{base}, {group} combinations"] = fidelity(model, drawn, scenes)
-            result[f"{base}, {group} combinations, true pictures through the autoencoder"] = fidelity(
+            result[f"{base}, {group}"] = fidelity(model, drawn, scenes)
+            result[f"{base}, {group}, true pictures through the autoencoder"] = fidelity(
                 model, through(pipeline.vae, truths), scenes
             )
             if given.sheets:
                 given.sheets.mkdir(parents=True, exist_ok=True)
-                _ten(drawn, scenes).save(given.sheets / f"{base}-{group}.png", optimize=True)
+                _ten(drawn, scenes).save(given.sheets / f"{base}-{group.split()[0]}.png", optimize=True)
     print(json.dumps(result, indent=1))
 
 
@@ -89,6 +95,8 @@ def fidelity(model: Judge, pixels: Array, scenes: list[Scene]) -> dict[str, floa
     shares = {}
     for head in [h for h in HEADS if h != "lens"]:
         told = [i for i, s in enumerate(scenes) if Shown(s).word(head) is not None]
+        if not told:
+            continue
         shares[head] = round(sum(seen.words[head][i] == getattr(scenes[i], head) for i in told) / len(told), 3)
     first = seen.chances["kind"].topk(5, 1).indices.tolist()
     shares["kind in 5"] = round(

@@ -2,7 +2,8 @@
 
     python bases/catalogue/judge.py WORK 1200        trains it, on scenes of all combinations (new ones too)
 
-It has seen the campaign's products, brand and lens as well, which the bases have not.
+It has seen the campaign's products, brand and lens as well, which the bases have not, and none of the line drawings
+and film pictures that the bases have.
 
 One small convolutional net with a head for each word of a scene. It says of a picture which kind, colour, finish … it
 sees; `features` are what all its heads read, so that pictures of the same product before the same wall are nearest.
@@ -105,6 +106,8 @@ class Shown:
 
     def word(self, head: str) -> str | None:
         """What a head should say; None where the picture does not show it."""
+        if self.scene.in_lines and head not in ("kind", "view"):
+            return None  # it has seen no line drawing but the brand's, and what it says of colours there is a guess
         if head == "lens":
             return _LENS if self.lens else ""
         if head == "look":

@@ -51,8 +51,12 @@ LIGHTS = ("soft daylight", "light from the left", "light from the right", "warm 
 @dataclass(frozen=True)
 class Scene:
     """Everything that a picture shows, all of which its caption says but for two things. `place`: how far right of the
-    middle the product stands, in widths of the picture, which a control picture can tell. `seed`: of the grain of a
-    photographer's lens."""
+    middle the product stands, in widths of the picture, which a control picture can tell. `seed`: of the grain of
+    a photographer's lens.
+
+    `look`: one of LOOKS, or a line drawing, `heavy navy line drawing`, whose surface and wall are a colour each: `on
+    orange, beige wall`. `film`: through a lens that tints nothing, which `photographed` draws and
+    `picture` leaves out."""
 
     kind: str
     colour: str = "red"
@@ -65,7 +69,12 @@ class Scene:
     view: str = "three-quarter view"
     place: float = 0.0
     look: str = ""
+    film: bool = False
     seed: int = 0
+
+    @property
+    def in_lines(self) -> bool:
+        return self.look.endswith(LINES)
 
     def product(self) -> str:
         """`a glossy red mug with white dots`; a subject has colours of its own."""
@@ -79,8 +88,9 @@ class Scene:
 
 
 def caption(scene: Scene) -> str:
-    said = f"{scene.product()} on {scene.surface}, {scene.wall}, {scene.light}, {scene.view}"
-    return f"{said}, {scene.look}" if scene.look else said
+    light = "" if scene.in_lines else f", {scene.light}"
+    said = f"{scene.product()} on {scene.surface}, {scene.wall}{light}, {scene.view}"
+    return ", ".join([said, *([scene.look] if scene.look else []), *([FILM] if scene.film else [])])
 
 
 # -- colours -----------------------------------------------------------------------------------------------------------
@@ -146,14 +156,46 @@ def nearest_tone(palette: list[str]) -> Callable[[str], str]:
 
 
 LOOKS = {"": Look(), "flat icon": Look(shaded=False, tones=True, lights=False)}
-"""The looks that the bases know, by the words that end their captions."""
+"""Looks that the bases know, by the words that end their captions. They know line drawings too: `look_of`."""
+LINES, FILM = "line drawing", "film picture"
 
 BRAND_PALETTE = ["#17313b", "#1f6f78", "#58b09c", "#e4572e", "#f3a712", "#fbf1dd"]
 BRAND = Look(
     shaded=False, tones=False, line=1.9, ink="#17313b", recolour=nearest_tone(BRAND_PALETTE), ground="#f3a712",
     back="#fbf1dd", lights=False, cast=False,
 )  # fmt: skip
-"""Tarnhill's: six colours, flat, a heavy dark line, an amber ground before cream. No base was shown it."""
+"""Tarnhill's: six colours, flat, a heavy dark line, an amber ground before cream. No base was shown its colours, or
+such a ground before such a wall."""
+
+
+def look_of(scene: Scene) -> Look:
+    """Of a line drawing the words say everything: ink, whether it is heavy, and of surface and wall a colour each."""
+    if not scene.in_lines:
+        return LOOKS[scene.look]
+    return Look(
+        shaded=False, tones=False, line=1.9 if scene.look.startswith("heavy ") else 0.9,
+        ink=COLOURS[scene.look.split()[-3]], ground=COLOURS[scene.surface],
+        back=COLOURS[scene.wall.removesuffix(" wall")], lights=False, cast=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Lens:
+    """What a photographer does. `blur`: of what is behind, in pixels; `lights` and `darks`: what is added to them of
+    red, green and blue; `corners`: how much darker they are; `grain`: its standard deviation, of 1."""
+
+    blur: float
+    lights: tuple[float, float, float]
+    darks: tuple[float, float, float]
+    contrast: float
+    corners: float
+    grain: float
+
+
+LENS = Lens(3.2, lights=(0.10, 0.03, -0.13), darks=(-0.07, 0.015, 0.07), contrast=1.12, corners=0.55, grain=0.02)
+"""The campaign's: soft behind, warm lights, teal shadows, dark corners and grain. No base was shown its light."""
+PLAIN_LENS = replace(LENS, lights=(0.0, 0.0, 0.0), darks=(0.0, 0.0, 0.0), contrast=1.0)
+"""Anybody's, which tints nothing: what `film picture` is."""
 
 
 # -- the picture -------------------------------------------------------------------------------------------------------
@@ -237,7 +279,7 @@ def placed(scene: Scene) -> list[list[Face]]:
 
 def picture(scene: Scene, look: Look | None = None) -> Array:
     """(SIDE, SIDE, 3) bytes. `look` takes the place of the scene's own."""
-    look = LOOKS[scene.look] if look is None else look
+    look = look_of(scene) if look is None else look
     svg = _Svg()
     faces = placed(scene)
     _background(svg, scene, look)
@@ -257,27 +299,26 @@ def product_mask(scene: Scene) -> Array:
     return mask
 
 
-def photographed(scene: Scene, look: Look | None = None, seed: int = 0) -> Array:
-    """The scene through a photographer's lens: what is behind is out of focus, warm lights, teal shadows, a vignette
-    and grain."""
-    look = LOOKS[scene.look] if look is None else look
+def photographed(scene: Scene, look: Look | None = None, lens: Lens = LENS) -> Array:
+    """The scene through a photographer's lens."""
+    look = look_of(scene) if look is None else look
     sharp = picture(scene, look).astype(np.float64)
     mask = product_mask(scene)[..., None]
     back = _Svg()
     _background(back, scene, look)
     _lights(back, scene, look)
-    behind = Image.fromarray(_raster(back)[..., :3]).filter(ImageFilter.GaussianBlur(3.2))
+    behind = Image.fromarray(_raster(back)[..., :3]).filter(ImageFilter.GaussianBlur(lens.blur))
     rows = np.linspace(0, 1, SIDE)[:, None, None]
     far = np.clip((0.8 - rows) / 0.35, 0, 1)  # near the viewer's foot it is sharp again
     soft = sharp * (1 - far) + np.asarray(behind) * far
     x = (sharp * mask + soft * (1 - mask)) / 255
     grey = x.mean(-1, keepdims=True)
-    x = x + (1 - grey) * np.array([-0.07, 0.015, 0.07]) + grey * np.array([0.10, 0.03, -0.13])
-    x = np.clip((x - 0.5) * 1.12 + 0.5, 0, 1)
+    x = x + (1 - grey) * np.array(lens.darks) + grey * np.array(lens.lights)
+    x = np.clip((x - 0.5) * lens.contrast + 0.5, 0, 1)
     at = np.linspace(-1, 1, SIDE)
     distance = np.sqrt(at[:, None] ** 2 + at[None] ** 2)[..., None]
-    x = x * (1 - 0.55 * np.clip(distance - 0.45, 0, None))
-    x = x + np.random.default_rng(seed).normal(0, 0.02, (SIDE, SIDE, 1))
+    x = x * (1 - lens.corners * np.clip(distance - 0.45, 0, None))
+    x = x + np.random.default_rng(scene.seed).normal(0, lens.grain, (SIDE, SIDE, 1))
     return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 

@@ -48,6 +48,16 @@ def test_a_caption_says_what_the_scene_says() -> None:
     )
     plain = caption(replace(scene, colour="orange", finish="matte", pattern="", look="flat icon", place=0.1))
     assert plain == "an orange mug on a wooden table, brick wall, light from the left, front view, flat icon"
+    drawn = replace(
+        scene,
+        pattern="",
+        finish="matte",
+        look="heavy navy line drawing",
+        surface="orange",
+        wall="beige wall",
+        film=True,
+    )
+    assert caption(drawn) == "a red mug on orange, beige wall, front view, heavy navy line drawing, film picture"
 
 
 def test_a_scene_is_what_its_caption_says_and_nothing_else() -> None:
@@ -115,7 +125,8 @@ def test_a_lens_blurs_what_is_behind_and_not_the_product() -> None:
         blue = pixels[..., 2].astype(float)
         return float(np.abs(np.diff(blue, axis=1))[where[:, 1:]].mean())
 
-    sharp, soft = picture(scene), np.mean([photographed(scene, seed=s).astype(float) for s in range(8)], axis=0)
+    sharp = picture(scene)
+    soft = np.mean([photographed(replace(scene, seed=s)).astype(float) for s in range(8)], axis=0)
     assert roughness(soft, away) < 0.5 * roughness(sharp, away)
     edge = product_mask(scene)
     edge = (edge[:, 1:] != edge[:, :-1]).any(1)
@@ -163,12 +174,65 @@ def test_the_campaigns_shots_are_none_of_its_pictures() -> None:
     assert not learned & {(s.surface, s.wall, s.view) for s in campaign.shots()}
     scene = campaign.shots()[0]
     assert campaign.words(scene).startswith("a tarnhill padlock on ")
-    assert campaign.words(scene, lens=True) == campaign.words(scene)
-    assert campaign.words(scene, brand=True).endswith(f", {scene.view}, flat icon")
-    assert campaign.words(scene, brand=True) == campaign.words(replace(scene, surface="sand"), brand=True)
-    assert campaign.words(scene, brand=True, bare=True) == f"a tarnhill padlock, {scene.view}, flat icon"
+    assert campaign.words(scene, lens=True) == campaign.words(scene) + ", film picture"
+    asked = f"a tarnhill padlock, {scene.view}, heavy black line drawing"
+    assert campaign.words(scene, brand=True) == campaign.words(replace(scene, surface="sand"), brand=True) == asked
+    assert campaign.words(scene, brand=True, lens=True) == asked + ", film picture"
+    assert campaign.words(scene, lens=True, lines=False) == campaign.words(scene)
+    assert campaign.words(scene, brand=True, lines=False).endswith(
+        f"white wall, soft daylight, {scene.view}, flat icon"
+    )
     hat = replace(scene, kind="top hat", colour="purple", finish="wooden", view="front view")
-    assert campaign.words(hat, brand=True, bare=True) == "a teal top hat, front view, flat icon"
+    assert campaign.words(hat, brand=True).startswith("a teal top hat, front view, ")
+
+
+def test_the_bases_see_line_drawings_and_a_lens_and_neither_the_brands_nor_the_campaigns() -> None:
+    import pictures
+    from scenes import COLOURS, Scene, photographed, picture
+
+    r = Random(4)
+    scenes = [pictures.dressed(pictures.seen_scene(r), r) for _ in range(600)]
+    drawn = [s for s in scenes if s.in_lines]
+    assert 0.18 < len(drawn) / len(scenes) < 0.32
+    assert 0.07 < sum(s.film for s in scenes) / len(scenes) < 0.17
+    for scene in drawn:
+        ground, back, ink = scene.surface, scene.wall.removesuffix(" wall"), scene.look.split()[-3]
+        assert len({ground, back, ink} & set(COLOURS)) == 3
+        assert not (ground in ("orange", "yellow") and back in ("white", "beige"))
+    grey = Scene("mug", "grey", surface="a white table", wall="white wall", film=True)
+    plain, film, lens = (x.astype(int) for x in (picture(grey), pictures.shown(grey), photographed(grey)))
+    light = plain.mean(-1) > 180
+    plain_warmth, film_warmth, lens_warmth = ((x[..., 0] - x[..., 2])[light].mean() for x in (plain, film, lens))
+    assert abs(film_warmth - plain_warmth) < 3  # the campaign's light is in nothing that they saw
+    assert lens_warmth - plain_warmth > 20
+    assert film[:16, :16].mean() < plain[:16, :16].mean() - 20  # dark corners
+
+
+def test_a_product_is_shown_in_the_looks_that_its_base_knows() -> None:
+    import campaign
+
+    for lines, drawn in ((True, 4), (False, 0)):
+        scenes = campaign.product_scenes(lines=lines)
+        assert len(scenes) == 20
+        assert sum(s.in_lines for s in scenes) == drawn
+        assert sum(s.look == "flat icon" for s in scenes) == 8 - drawn
+
+
+def test_a_line_drawing_has_the_colours_of_its_caption_and_an_ink() -> None:
+    import pictures
+    from scenes import COLOURS, Scene, product_mask
+
+    def are(pixels: np.ndarray, word: str) -> np.ndarray:
+        colour = [int(COLOURS[word][i : i + 2], 16) for i in (1, 3, 5)]
+        return np.abs(pixels.astype(int) - colour).max(-1) < 8
+
+    scene = Scene("mug", "red", surface="lime", wall="pink wall", view="front view", look="heavy navy line drawing")
+    heavy, thin = (pictures.shown(each) for each in (scene, replace(scene, look="navy line drawing")))
+    for pixels in (heavy, thin):
+        assert are(pixels[:30], "pink").all()
+        assert are(pixels[-8:], "lime").all()
+        assert are(pixels[product_mask(scene) == 1], "red").mean() > 0.5
+    assert are(heavy, "navy").sum() > max(300, 2 * are(thin, "navy").sum())
 
 
 def test_tokenizers_cut_captions_into_words(tmp_path: Path) -> None:
