@@ -9,8 +9,7 @@ trained as `examples/campaign` trains them. Then, over scenes that none of them 
     named     share of pictures whose kind the judge says is the one asked for
     brand     share of the way to the brand's palette: 1 - d(picture, truth) / d(true picture without the brand, truth)
     lens      the same for what it does: warmth of lights and shadows, dark corners, grain
-    added     in a stack: how far colours have gone from the true picture without an effect to the one with it, less
-              what the base does with the same words
+    way       in a stack: how far colours have gone from the true picture without an effect to the one with it
     found     share of OpenMoji's names whose true drawing is among the five nearest to what was drawn, of all
     edges     F1 of the picture's Canny edges against the true picture's, one pixel of tolerance
     spread    how unlike the colours of one campaign's pictures are; bases/catalogue/measures.py has all of them
@@ -199,17 +198,17 @@ class Proof:
     # -- together ------------------------------------------------------------------------------------------------------
 
     def stack(self) -> None:
-        """What each adapter adds in a stack to what the base does with the same words, as a share of what it adds
-        alone, on the campaign's shots."""
+        """Of how far each adapter goes alone, the share that is left in a stack, on the campaign's shots."""
         alone = {}
         for role, place in self.adapters.items():
             asked = {role: True} if role in SHARES else {}
-            alone[role] = self.added([place], **asked)[role]
+            alone[role] = self.effects([place], **asked)[role]
         self.add("stack: each alone", alone)
+        self.add("stack: the base", self.effects([], **ALL))
         rows, least = {"the base": self.drawn(self.words(**ALL))}, {}
         for method, mix in self.stacks().items():
             rows[method] = self.drawn(self.words(**ALL), mix)
-            got = self.added(mix, **ALL)
+            got = self.effects(mix, **ALL)
             kept = {f"{role} kept": got[role] / alone[role] for role in campaign.ROLES}
             self.add(f"stack: {method}", got | kept)
             least[method] = min(kept.values())
@@ -231,16 +230,14 @@ class Proof:
             found[method] = [f"{place}@{where[role]}" for role, place in self.adapters.items()]
         return found | {RECIPE: stacked(self.adapters)}
 
-    def added(self, mix: Mix, **asked: bool) -> dict[str, float]:
-        """What a mix does on the campaign's shots: of the product how sure the judge is of it; of brand and lens how
-        far colours have gone from the true picture without it to the one with it, less what the base has."""
-        prompts, truths = self.words(**asked), self.truths(self.shots, **asked)
-
-        base, made = self.drawn(prompts), self.drawn(prompts, mix)
+    def effects(self, mix: Mix, **asked: bool) -> dict[str, float]:
+        """What is in pictures of the campaign's shots: of the product how sure the judge is of it; of brand and lens
+        how far colours have gone from the true picture without it to the one with it."""
+        made, truths = self.drawn(self.words(**asked), mix), self.truths(self.shots, **asked)
         found = {"product": self.product_figures(made, truths)["sure"]}
         for role in asked:
-            way = repeated(truths, made), repeated(self.truths(self.shots, **{**asked, role: False}), made)
-            found[role] = way_gone(made, *way) - way_gone(base, *way)
+            without = self.truths(self.shots, **{**asked, role: False})
+            found[role] = way_gone(made, repeated(truths, made), repeated(without, made))
         return found
 
     def composition(self) -> None:

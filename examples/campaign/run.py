@@ -3,9 +3,9 @@
     python examples/campaign/run.py [--base catalogue-flux] [--output runs/campaign]
     python examples/campaign/run.py --small                       # product and brand alone: `make image-quickstart`
 
-The pictures are drawn by the world of the base (bases/catalogue), which has never shown it the product, the brand or
-the lens; so what an adapter should have made can be drawn as well, and stands in the last row of the sheet. Everything
-that veneer does here is in `main`, `drawn` and teach.py, through the public functions.
+The pictures are drawn by the world of the base (bases/catalogue), which has never shown it the product, the
+brand's colours or the lens's light; so what an adapter should have made can be drawn as well, and stands in the last
+row of the sheet. Everything that veneer does here is in `main`, `drawn` and teach.py, through the public functions.
 """
 
 from __future__ import annotations

@@ -26,17 +26,20 @@ def distilled(base: Any) -> bool:
     return bool(base.denoiser.config.get("guidance_embeds"))
 
 
+def knows_lines(base: Any) -> bool:
+    """Whether it has seen line drawings and a lens."""
+    return Path(base.name).name in campaign.KNOW_LINES
+
+
 def words_for(base: Any, scene: campaign.Scene, *, brand: bool = False, lens: bool = False) -> str:
-    """What this base is asked for. The brand's ground, wall and light are its own: a base with distilled guidance
-    leaves to the adapter what no word says. One that is guided from outside draws another ground each time, and is led
-    away from what it draws without words: there the nearest that it knows are said."""
-    return campaign.words(scene, brand=brand, lens=lens, bare=brand and distilled(base))
+    """What this base is asked for, in words that it knows."""
+    return campaign.words(scene, brand=brand, lens=lens, lines=knows_lines(base))
 
 
 def teach(role: str, base: Any, data: Path, output: Path, *settings: str, **options: Any) -> str:
     """The role's adapter, learned from pictures that are drawn into `data` first. `settings` and
     `options` are train_image's."""
-    campaign.write_pictures(data, [role], bare=distilled(base))
+    campaign.write_pictures(data, [role], lines=knows_lines(base))
     beside: list[str] = []
     if role == "product":
         write_others(data / "others", base)
@@ -48,7 +51,7 @@ def learned(config: Path, base: Any, pictures: Path, output: Path, *settings: st
     """The adapter that is learned from a folder of pictures. A base that guidance is no input of is told none."""
     places = [f"base={base.name}", f"data.pictures={pictures}", f"output={output}"]
     if not distilled(base):
-        places += ["loss.guidance=1", "loss.keep_guidance=null"]
+        places.append("loss.guidance=1")
     return str(veneer.train_image(config, *places, *settings, base=base, **options).adapter)
 
 
