@@ -70,12 +70,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     console.print(f"\n  the sheet   {path}\n  time        {time.perf_counter() - started:.0f} s from first to last\n")
     console.print("Draw something yourself:", style="bold")
-    asked = " ".join(f"--adapter {shlex.quote(use)}" for use in stacked(adapters))
-    prompt = words_for(base, Scene("mug"), brand=True)
-    console.print(
-        f'  veneer image --base {args.base} --guidance {DRAWING["guidance"]:g} {asked} "{prompt}" -o mug.png',
-        soft_wrap=True,
-    )
+    drawing = f"veneer image --base {args.base} --guidance {DRAWING['guidance']:g}"
+    for uses, scene in ((stacked(adapters), Scene(campaign.PRODUCT)), ([adapters["brand"]], Scene("mushroom"))):
+        mix = " ".join(f"--adapter {shlex.quote(use)}" for use in uses)
+        prompt = words_for(base, scene, brand=True, lens=len(uses) > 2)
+        console.print(f'  {drawing} {mix} "{prompt}" -o {scene.kind.split()[-1]}.png', soft_wrap=True)
 
 
 def emptied(folder: Path) -> None:
