@@ -41,6 +41,8 @@ SHIPPED = packaged_place()
 _FIRST = 1.5e-3  # learning rate of a base from nothing
 _CONTROL = 1e-3  # of a ControlNet from nothing
 _FURTHER = 6e-4  # of what goes on from what WORK has
+_GUIDED = 0.9  # share of the steps from which on catalogue-flux learns guidance, from nothing
+_GUIDED_FURTHER = 0.54  # and where it goes on: what it knows of guidance is stale by then
 _NAMES = {"flux": "catalogue-flux", "sdxl": "catalogue-sdxl"}
 
 
@@ -121,23 +123,18 @@ def _t5(work: Path, steps: int) -> None:
 
 def _flux(work: Path, steps: int) -> None:
     parts = new_flux(_tokenizers(work))
-    if (work / "flux").is_dir():
-        _load(parts, work / "flux")
-        rate, guided = (
-            _FURTHER,
-            0.54,
-        )  # guidance is learned late, and longer than from nothing: all that was known of it is stale
+    if _goes_on(parts, work / "flux"):
+        rate, guided = _FURTHER, _GUIDED_FURTHER
     else:
+        rate, guided = _FIRST, _GUIDED
         _load({"clip": parts["text_encoder"], "t5": parts["text_encoder_2"]}, work / "text")
-        rate, guided = _FIRST, 0.9
     train_flux(parts, _pool(work, "clip", "t5"), work, steps, rate, guided)
     _save(parts, work / "flux")
 
 
 def _sdxl(work: Path, steps: int) -> None:
     parts = new_sdxl(_tokenizers(work))
-    if (work / "sdxl").is_dir():
-        _load(parts, work / "sdxl")
+    if _goes_on(parts, work / "sdxl"):
         rate = _FURTHER
     else:
         rate = _FIRST
@@ -166,10 +163,8 @@ def _controls(work: Path) -> Tensor:
 
 def _flux_control(work: Path, steps: int) -> None:
     parts = _load(new_flux(_tokenizers(work)), work / "flux")
-    control, rate = new_flux_control(parts["transformer"]), _CONTROL
-    if (work / "flux-control").is_dir():
-        _load({"control": control}, work / "flux-control")
-        rate = _FURTHER
+    control = new_flux_control(parts["transformer"])
+    rate = _FURTHER if _goes_on({"control": control}, work / "flux-control") else _CONTROL
     latents = encode(autoencoder(work), _controls(work).permute(0, 2, 3, 1)).half()
     train_flux_control(control, parts, _pool(work, "clip", "t5", kind="placed"), latents, work, steps, rate)
     _save({"control": control}, work / "flux-control")
@@ -177,10 +172,8 @@ def _flux_control(work: Path, steps: int) -> None:
 
 def _sdxl_control(work: Path, steps: int) -> None:
     parts = _load(new_sdxl(_tokenizers(work)), work / "sdxl")
-    control, rate = new_sdxl_control(parts["unet"]), _CONTROL
-    if (work / "sdxl-control").is_dir():
-        _load({"control": control}, work / "sdxl-control")
-        rate = _FURTHER
+    control = new_sdxl_control(parts["unet"])
+    rate = _FURTHER if _goes_on({"control": control}, work / "sdxl-control") else _CONTROL
     train_sdxl_control(control, parts, _pool(work, "clip", kind="placed"), _controls(work), work, steps, rate)
     _save({"control": control}, work / "sdxl-control")
 
@@ -238,6 +231,13 @@ def _adopt(work: Path) -> None:
         kind = FluxControlNetModel if family == "flux" else ControlNetModel
         if (control := SHIPPED / f"{name}-control").is_dir():
             _save({"control": kind.from_pretrained(control).float()}, work / f"{family}-control")
+
+
+def _goes_on(parts: dict[str, nn.Module], folder: Path) -> bool:
+    """Whether WORK has these parts, which then are loaded."""
+    if folder.is_dir():
+        _load(parts, folder)
+    return folder.is_dir()
 
 
 def _save(parts: dict[str, nn.Module], folder: Path) -> None:

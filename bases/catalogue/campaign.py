@@ -37,6 +37,7 @@ from scenes import (
     Array,
     Scene,
     caption,
+    line_drawing,
     photographed,
     picture,
 )
@@ -85,12 +86,12 @@ def branded(scene: Scene) -> Scene:
 def words(scene: Scene, *, brand: bool = False, lens: bool = False, lines: bool = True) -> str:
     """What is asked for. The brand's ground and wall are its own, and no word says them. Without `lines` of a base that
     knows neither line drawings nor a lens: it is asked for a flat icon, on the nearest ground that it knows."""
-    seen = branded(scene) if brand else scene
+    if not brand:
+        return caption(replace(scene, film=lens and lines))
+    seen = branded(scene)
     if not lines:
         near = replace(seen, surface="a wooden table", wall="white wall", light="soft daylight", look="flat icon")
-        return caption(near if brand else seen)
-    if not brand:
-        return caption(replace(seen, film=lens))
+        return caption(near)
     return ", ".join([seen.product(), seen.view, seen.look, *([FILM] if lens else [])])
 
 
@@ -109,7 +110,7 @@ def product_scenes(*, lines: bool = True) -> list[Scene]:
         if lines and i % 5 == 2:
             ink = r.choice(("black", "navy"))
             ground, back = r.sample(["lime", "pink", "blue", "purple", "red", "grey"], 2)
-            found[i] = replace(found[i], look=f"heavy {ink} {LINES}", surface=ground, wall=f"{back} wall")
+            found[i] = line_drawing(found[i], ink, ground, back, heavy=True)
         else:
             found[i] = replace(found[i], look="flat icon")
     return found

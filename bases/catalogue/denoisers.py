@@ -130,17 +130,7 @@ def train_flux(
             x = pack(pool.latents[rows].float())
             return flow_loss(parts, x, pool.things[rows], ids, pool.empty, step > guided * steps, generator)
 
-    with short_attention():
-        optimise(
-            parts,
-            loss,
-            steps=steps,
-            learning_rate=learning_rate,
-            warmup=200,
-            state=work / "flux.pt",
-            rates=_TEXT,
-            muon=True,
-        )
+    _train(parts, loss, work / "flux.pt", steps, learning_rate)
 
 
 # -- catalogue-sdxl --------------------------------------------------------------------------------------------------
@@ -204,20 +194,18 @@ def train_sdxl(
             ids = pool.words(rows, generator)
             return noise_loss(parts, pool.latents[rows].float(), pool.things[rows], ids, pool.sizes[rows], generator)
 
-    with short_attention():
-        optimise(
-            parts,
-            loss,
-            steps=steps,
-            learning_rate=learning_rate,
-            warmup=200,
-            state=work / "sdxl.pt",
-            rates=_TEXT,
-            muon=True,
-        )
+    _train(parts, loss, work / "sdxl.pt", steps, learning_rate)
 
 
 # -- both ------------------------------------------------------------------------------------------------------------
+
+
+def _train(
+    parts: dict[str, nn.Module], loss: Callable[[int, torch.Generator], Tensor], state: Path, steps: int,
+    learning_rate: float,
+) -> None:  # fmt: skip
+    with short_attention():
+        optimise(parts, loss, steps=steps, learning_rate=learning_rate, warmup=200, state=state, rates=_TEXT, muon=True)
 
 
 def _weights(things: Tensor) -> Tensor:

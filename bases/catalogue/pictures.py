@@ -25,7 +25,6 @@ import resvg_py
 from PIL import Image
 from scenes import (
     COLOURS,
-    LINES,
     PLAIN_LENS,
     SIDE,
     Array,
@@ -33,6 +32,7 @@ from scenes import (
     Scene,
     any_scene,
     caption,
+    line_drawing,
     nearest_tone,
     photographed,
     picture,
@@ -82,11 +82,7 @@ def as_line_drawing(scene: Scene, r: random.Random) -> Scene:
     while True:
         ink, (ground, back) = r.choice(_INKS), r.sample(list(COLOURS), 2)
         if ink not in (ground, back) and not (ground in ("orange", "yellow") and back in ("white", "beige")):
-            break
-    return replace(
-        scene, look=f"{r.choice(('heavy ', ''))}{ink} {LINES}", surface=ground, wall=f"{back} wall", finish="matte",
-        light="soft daylight",
-    )  # fmt: skip
+            return line_drawing(scene, ink, ground, back, heavy=r.choice((True, False)))
 
 
 def shown(scene: Scene) -> Array:

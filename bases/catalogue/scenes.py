@@ -168,6 +168,14 @@ BRAND = Look(
 such a ground before such a wall."""
 
 
+def line_drawing(scene: Scene, ink: str, ground: str, back: str, *, heavy: bool) -> Scene:
+    """The scene drawn in lines of a colour, on and before one colour each: words of COLOURS."""
+    return replace(
+        scene, look=f"{'heavy ' if heavy else ''}{ink} {LINES}", surface=ground, wall=f"{back} wall", finish="matte",
+        light="soft daylight",
+    )  # fmt: skip
+
+
 def look_of(scene: Scene) -> Look:
     """Of a line drawing the words say everything: ink, whether it is heavy, and of surface and wall a colour each."""
     if not scene.in_lines:
