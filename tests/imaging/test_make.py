@@ -102,6 +102,12 @@ def test_a_seed_is_any_whole_number() -> None:
     assert {type(ask.seed) for ask in asks_of(["a"], (), seed=np.int64(5))} == {int}  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("count", [0, -1, 100_001])
+def test_how_many_of_each_has_a_limit(count: int) -> None:
+    with pytest.raises(ConfigError, match="at least 1, at most 100,000"):
+        asks_of(["a cat"], (), count=count)
+
+
 @pytest.mark.parametrize("seed", [1.0, None, "5", [1.5], ["1"], float("nan"), [None]])
 def test_what_is_no_seed_is_named(seed: Any) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"seed {seed!r}")):

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _FALLBACK = "catalogue-sdxl"
 _MOST_SEEDS = 1000
-_MOST_COUNT = 100_000
 
 
 class _Group(TyperGroup):
@@ -160,12 +159,12 @@ def make_pictures(
         raise ConfigError("there is no prompt", fix=fix)
     if prompts and prompts[0] == "grid" and prompts[1:2] in ([sheet] for sheet in ("strength", "adapters", "compare")):
         raise ConfigError("grid is not the first word", fix=f"veneer image grid {prompts[1]} …, then the options")
-    if not 1 <= count <= _MOST_COUNT:
-        raise ConfigError(f"--count {count}", fix=f"at least 1, at most {_MOST_COUNT:,}")
 
     from veneer.imaging.batch import read_batch
-    from veneer.imaging.make import Ask, Options
+    from veneer.imaging.make import MOST_COUNT, Ask, Options
 
+    if not 1 <= count <= MOST_COUNT:
+        raise ConfigError(f"--count {count}", fix=f"at least 1, at most {MOST_COUNT:,}")
     shared = Ask("", negative or "", seed or 0, uses)
     wanted = read_batch(batch, shared) if batch else [replace(shared, prompt=prompt) for prompt in prompts or []]
     asks = [replace(ask, seed=ask.seed + i) for ask in wanted for i in range(count)]

@@ -47,6 +47,10 @@ if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
 
 
+MOST_COUNT = 100_000
+"""Pictures of one prompt in one call."""
+
+
 @dataclass(frozen=True)
 class Ask:
     """One picture to make."""
@@ -124,9 +128,10 @@ def asks_of(
 ) -> list[Ask]:
     """`count` asks for each prompt, with the seeds seed, seed + 1, …; `seed`: one for all prompts, or one for each.
 
-    Raises ConfigError for seeds that are no whole numbers, or fewer or more than the prompts, and for no `count`."""
-    if count < 1:
-        raise ConfigError(f"count is {count}", fix="at least 1")
+    Raises ConfigError for seeds that are no whole numbers, or fewer or more than the prompts, and for a `count` that is
+    not from 1 to MOST_COUNT."""
+    if not 1 <= count <= MOST_COUNT:
+        raise ConfigError(f"count is {count:,}", fix=f"at least 1, at most {MOST_COUNT:,}")
     try:
         seeds = [*map(index, seed)] if isinstance(seed, Iterable) else [index(seed)] * len(prompts)
     except TypeError:

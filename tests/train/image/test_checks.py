@@ -84,6 +84,17 @@ def test_triggers_and_class_pictures(tmp_path: Path) -> None:
     assert "1 class picture like pictures of what is learned" in texts(found["near-duplicates"])
 
 
+def test_class_pictures_are_not_the_pictures_themselves(tmp_path: Path) -> None:
+    for n in range(4):
+        put(tmp_path / "dogs" / "own", f"{n}.png", f"number {n}", scene(seed=n))
+    put(tmp_path / "dogs", "other.png", "a dog", scene(seed=9))
+    put(tmp_path / "few", "0.png", "number 0", scene(seed=0))
+    put(tmp_path / "others", "other.png", "a dog", scene(seed=9))
+    for folder, level in (("dogs/own", ["stop"]), ("dogs", ["stop"]), ("few", ["warn"]), ("others", [])):
+        found = findings(tmp_path / "dogs" / "own", class_folder=str(tmp_path / folder))
+        assert [f.level for f in found.get("class pictures", [])] == level, folder
+
+
 def test_masks(tmp_path: Path) -> None:
     put(tmp_path, "a.png", "a", scene(64, 32, seed=1))
     mask = np.zeros((32, 64), np.uint8)

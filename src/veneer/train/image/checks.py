@@ -59,6 +59,11 @@ def _read(
     if about.repeats:
         text += ", repeated " + _some(f"{n} times in {folder}" for folder, n in sorted(about.repeats.items()))
     yield Finding("ok", "pictures", f"{text}: {counted(len(plan.rows), 'row')} an epoch")
+    own = {picture.digest for picture in pictures if not picture.is_class}
+    if both := [picture.name for picture in pictures if picture.is_class and picture.digest in own]:
+        text = f"{counted(len(both), 'class picture')} learned as one of your own as well: {_some(both)}"
+        fix = "give data.class_folder a folder of other things of the kind"
+        yield Finding("stop" if len(both) > len(own) / 2 else "warn", "class pictures", text, fix)
     if about.broken:
         total = about.pictures + about.class_pictures + len(about.broken)
         text = f"{share(len(about.broken), total)} files cannot be read and are left out: {_some(about.broken)}"
