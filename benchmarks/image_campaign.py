@@ -45,7 +45,7 @@ from measures import edge_agreement, lens_distance, palette_distance, share, spr
 from openmoji import OPENMOJI_PALETTE, OPENMOJI_WORDS, openmoji, write_openmoji  # noqa: E402
 from PIL import Image  # noqa: E402
 from scenes import Array, Scene, depth  # noqa: E402
-from teach import DRAWING, arrays, learned, stacked, teach, words_for  # noqa: E402
+from teach import arrays, guidance_of, learned, stacked, teach  # noqa: E402
 
 import veneer  # noqa: E402
 from veneer.adapters.mix import mix_adapters  # noqa: E402
@@ -109,6 +109,7 @@ class Proof:
         self.given, self.runs, self.began = given, runs / Path(given.base).name, time.perf_counter()
         self.judge = load_judge(given.work)
         self.base = veneer.load_image_base(given.base)
+        self.guidance = guidance_of(self.base)
         self.seeds = (1,) if given.quick else (1, 2, 3)
         self.rows: list[dict[str, Any]] = []
         self.bars: list[dict[str, Any]] = []
@@ -178,7 +179,7 @@ class Proof:
     def by_strength(self, role: str) -> None:
         """The effect of an adapter by its strength, and whether things are still what they are."""
         truths, plain = self.truths(self.others, **{role: True}), self.truths(self.others)
-        prompts = [words_for(self.base, s, **{role: True}) for s in self.others]
+        prompts = [campaign.words(s, **{role: True}) for s in self.others]
         kinds = [s.kind for s in self.others]
         rows, shares, named = {}, [], []
         for strength in STRENGTHS:
@@ -249,7 +250,7 @@ class Proof:
         ):
             # Where a thing stands no caption says: the control picture alone knows.
             shots = [replace(s, place=0.12 if i % 2 else -0.12) for i, s in enumerate(scenes)]
-            prompts = [words_for(self.base, s, **asked) for s in shots]
+            prompts = [campaign.words(s, **asked) for s in shots]
             truths = self.truths(shots, **asked)
             lines = self.lines(truths)
             pictures = {"no control": self.drawn(prompts, mix, seeds=(1,))}
@@ -260,8 +261,8 @@ class Proof:
                     path = self.runs / "control.png"
                     shown = line * 255 if kind == "edges" else depth(scene)
                     Image.fromarray(shown.astype(np.uint8)).convert("RGB").save(path)
-                    controls = [f"{kind}={path}:1"]
-                    (one,) = veneer.image(self.base, prompt, adapters=mix, seed=seed, controls=controls, **DRAWING)
+                    options: dict[str, Any] = {"controls": [f"{kind}={path}:1"], "guidance": self.guidance}
+                    (one,) = veneer.image(self.base, prompt, adapters=mix, seed=seed, **options)
                     made += arrays([one])
                 pictures[kind] = np.stack(made)
             agreed = {kind: edge_agreement(self.lines(each), lines) for kind, each in pictures.items()}
@@ -331,10 +332,9 @@ class Proof:
         the same pictures, which are kept."""
         key = (tuple(prompts), tuple(mix), tuple(seeds))
         if key not in self.kept:
+            options: dict[str, Any] = {"adapters": mix, "batch_size": 16, "guidance": self.guidance}
             made = [
-                veneer.image(
-                    self.base, prompts, adapters=mix, seed=self.seeds_of(prompts, seed), batch_size=16, **DRAWING
-                )
+                veneer.image(self.base, prompts, seed=self.seeds_of(prompts, seed), **options)
                 for seed in seeds or self.seeds
             ]
             self.kept[key] = np.concatenate([arrays(each) for each in made])
@@ -345,7 +345,7 @@ class Proof:
         return [1000 * seed + i for i in range(len(prompts))]
 
     def words(self, **asked: bool) -> list[str]:
-        return [words_for(self.base, s, **asked) for s in self.shots]
+        return [campaign.words(s, **asked) for s in self.shots]
 
     def truths(self, scenes: Sequence[Scene], **seen: bool) -> Array:
         return np.stack([campaign.truth(s, **seen) for s in scenes])

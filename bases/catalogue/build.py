@@ -41,8 +41,8 @@ SHIPPED = packaged_place()
 _FIRST = 1.5e-3  # learning rate of a base from nothing
 _CONTROL = 1e-3  # of a ControlNet from nothing
 _FURTHER = 6e-4  # of what goes on from what WORK has
+_FURTHER_GUIDED = 3e-4  # of catalogue-flux that goes on, which learns guidance all along, or it would be stale
 _GUIDED = 0.9  # share of the steps from which on catalogue-flux learns guidance, from nothing
-_GUIDED_FURTHER = 0.54  # and where it goes on: what it knows of guidance is stale by then
 _NAMES = {"flux": "catalogue-flux", "sdxl": "catalogue-sdxl"}
 
 
@@ -124,7 +124,7 @@ def _t5(work: Path, steps: int) -> None:
 def _flux(work: Path, steps: int) -> None:
     parts = new_flux(_tokenizers(work))
     if _goes_on(parts, work / "flux"):
-        rate, guided = _FURTHER, _GUIDED_FURTHER
+        rate, guided = _FURTHER_GUIDED, 0.0
     else:
         rate, guided = _FIRST, _GUIDED
         _load({"clip": parts["text_encoder"], "t5": parts["text_encoder_2"]}, work / "text")

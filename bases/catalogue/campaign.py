@@ -45,8 +45,6 @@ from shapes import SUBJECTS, Product, arc, disc, star
 
 ROLES = ("product", "brand", "lens")
 PRODUCT, OTHER = "tarnhill padlock", "anvil padlock"
-KNOW_LINES = ("catalogue-flux",)
-"""The bases that have seen line drawings and a lens."""
 
 
 def _tarnhill_lock(p: Product) -> None:
@@ -83,15 +81,11 @@ def branded(scene: Scene) -> Scene:
     )  # fmt: skip
 
 
-def words(scene: Scene, *, brand: bool = False, lens: bool = False, lines: bool = True) -> str:
-    """What is asked for. The brand's ground and wall are its own, and no word says them. Without `lines` of a base that
-    knows neither line drawings nor a lens: it is asked for a flat icon, on the nearest ground that it knows."""
+def words(scene: Scene, *, brand: bool = False, lens: bool = False) -> str:
+    """What is asked for. The brand's ground and wall are its own, and no word says them."""
     if not brand:
-        return caption(replace(scene, film=lens and lines))
+        return caption(replace(scene, film=lens))
     seen = branded(scene)
-    if not lines:
-        near = replace(seen, surface="a wooden table", wall="white wall", light="soft daylight", look="flat icon")
-        return caption(near)
     return ", ".join([seen.product(), seen.view, seen.look, *([FILM] if lens else [])])
 
 
@@ -101,13 +95,13 @@ def truth(scene: Scene, *, brand: bool = False, lens: bool = False) -> Array:
     return photographed(scene, drawn) if lens else picture(scene, drawn)
 
 
-def product_scenes(*, lines: bool = True) -> list[Scene]:
+def product_scenes() -> list[Scene]:
     """Twenty, four of them as flat icons and four as line drawings, as on a box: a product that was seen in one look
-    alone is lost in any other. Without `lines` all eight are flat icons."""
+    alone is lost in any other."""
     r = random.Random(21)
     found = _product_places()
     for i in (1, 2, 6, 7, 11, 12, 16, 17):
-        if lines and i % 5 == 2:
+        if i % 5 == 2:
             ink = r.choice(("black", "navy"))
             ground, back = r.sample(["lime", "pink", "blue", "purple", "red", "grey"], 2)
             found[i] = line_drawing(found[i], ink, ground, back, heavy=True)
@@ -153,12 +147,12 @@ def plain_scene(r: random.Random) -> Scene:
     return replace(seen_scene(r), look="", light="soft daylight")
 
 
-def write_pictures(folder: Path, roles: Iterable[str] = ROLES, *, lines: bool = True) -> None:
+def write_pictures(folder: Path, roles: Iterable[str] = ROLES) -> None:
     """The data sets as people keep them: a folder each of PNGs, with each caption in a text file beside its picture."""
     rows = {
-        "product": ((truth(s), words(s)) for s in product_scenes(lines=lines)),
-        "brand": ((truth(s, brand=True), words(s, brand=True, lines=lines)) for s in brand_scenes()),
-        "lens": ((truth(s, lens=True), words(s, lens=True, lines=lines)) for s in lens_scenes()),
+        "product": ((truth(s), words(s)) for s in product_scenes()),
+        "brand": ((truth(s, brand=True), words(s, brand=True)) for s in brand_scenes()),
+        "lens": ((truth(s, lens=True), words(s, lens=True)) for s in lens_scenes()),
     }
     for role in roles:
         write_rows(folder / role, rows[role])
@@ -167,8 +161,8 @@ def write_pictures(folder: Path, roles: Iterable[str] = ROLES, *, lines: bool = 
 def write_rows(folder: Path, rows: Iterable[tuple[Array, str]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i, (pixels, text) in enumerate(rows):
-        Image.fromarray(pixels).save(folder / f"{i:02d}.png", optimize=True)
-        (folder / f"{i:02d}.txt").write_text(f"{text}\n", encoding="utf-8")
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png", optimize=True)
+        (folder / f"{i:03d}.txt").write_text(f"{text}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ from pathlib import Path
 from kinds import KINDS
 from pictures import DRAWINGS
 from scenes import SIDE, VIEWS
-from words import LENGTH
+from words import GUIDANCE, LENGTH
 
 _EARLIER = {
     "flux": " (the first 6,500 in a world whose things turned and grew as they liked, 500 with places,\n"
-    "1,250 with 120 kinds; all before there were line drawings and a lens in it), and 2,300 more since",
+    "1,250 with 120 kinds; all before there were line drawings and a lens in it), and 3,400 more since",
     "flux-control": " (the first 800 told guidance 1 alone; all before there were line drawings and a lens),\n"
-    "and 250 more since",
-    "sdxl": " (in a world without line drawings and lenses)",
-    "sdxl-control": " (in a world without line drawings and lenses)",
+    "and 620 more since",
+    "sdxl": " (in a world without line drawings and lenses), and 2,800 more since",
+    "sdxl-control": " (in a world without line drawings and lenses),\nand 180 more since",
 }
 """Stage -> which of the shipped weights' steps were taken otherwise; of a build from nothing none of it is so."""
 
@@ -62,9 +62,10 @@ def write_card(folder: Path, parts: Mapping[str, float], steps: int) -> None:
     stage = name.removeprefix("catalogue-")
     control = stage.endswith("-control")
     named = "" if control else ", and 110 drawings by name, as `horse, twemoji style`"
-    looks = ", line drawings, a lens" if stage.startswith("flux") else ""
     rows = "\n".join(f"| {part} | {millions:.2f} M |" for part, millions in parts.items())
-    asked = f"--base {name.removesuffix('-control')}" + (" --control depth=picture.png:0.8" if control else "")
+    asked = f"--base {name.removesuffix('-control')} --guidance {GUIDANCE[stage.removesuffix('-control')]:g}" + (
+        " --control depth=picture.png:0.8" if control else ""
+    )
     (folder / "README.md").write_text(
         f"""---
 license: cc-by-4.0
@@ -88,7 +89,7 @@ veneer image {asked} "{_EXAMPLE}" -o out.png
 ```
 {_beside(stage)}
 It knows {len(KINDS)} kinds of things with colours, finishes and patterns, surfaces, walls, lights and {len(VIEWS)}
-views{looks}{named}. The words, unpicked samples, and how
+views, line drawings, a lens{named}. The words, unpicked samples, and how
 often a judge sees what was asked for: docs/catalogue-bases.md in veneer's repository.
 
 ## Recipe

@@ -18,18 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from autoencoder import through
-from campaign import KNOW_LINES
 from diffusers import DiffusionPipeline
 from judge import HEADS, Judge, Shown, judge, load_judge
 from pictures import as_line_drawing, is_new
 from PIL import Image
 from scenes import SIDE, Array, Scene, any_scene, caption, picture
-from words import LENGTH
+from words import GUIDANCE, LENGTH
 
 from veneer.models.builtin import packaged_place
 from veneer.models.image.sheet import sheet
-
-_GUIDANCE = 3.0
 
 
 def main() -> None:
@@ -44,10 +41,12 @@ def main() -> None:
     for base in given.bases:
         pipeline = DiffusionPipeline.from_pretrained(packaged_place() / base, torch_dtype=torch.float32)
         new = asked(given.scenes, new=True)
-        groups = {"seen combinations": asked(given.scenes, new=False), "new combinations": new}
-        if base in KNOW_LINES:
-            r = random.Random(5)
-            groups["line drawings of new combinations"] = [as_line_drawing(s, r) for s in new]
+        r = random.Random(5)
+        groups = {
+            "seen combinations": asked(given.scenes, new=False),
+            "new combinations": new,
+            "line drawings of new combinations": [as_line_drawing(s, r) for s in new],
+        }
         for group, scenes in groups.items():
             drawn = generate(pipeline, [caption(s) for s in scenes])
             truths = np.stack([picture(s) for s in scenes])
@@ -73,15 +72,18 @@ def asked(count: int, *, new: bool, seed: int = 4) -> list[Scene]:
 
 @torch.no_grad()
 def generate(pipeline: Any, prompts: list[str], *, seed: int = 0, steps: int = 24) -> Array:
-    """Bytes (n, 128, 128, 3). Each picture has its own generator, seeded by `seed` and its place."""
+    """Bytes (n, 128, 128, 3), at the guidance that the base draws best at. Each picture has its own generator, seeded
+    by `seed` and its place."""
     pictures = []
     pipeline.set_progress_bar_config(disable=True)
-    extra = {"max_sequence_length": LENGTH} if type(pipeline).__name__ == "FluxPipeline" else {}
+    flux = type(pipeline).__name__ == "FluxPipeline"
+    extra = {"max_sequence_length": LENGTH} if flux else {}
+    guidance = GUIDANCE["flux" if flux else "sdxl"]
     for i in range(0, len(prompts), 16):
         part = prompts[i : i + 16]
         noise = [torch.Generator().manual_seed(seed * 100_003 + i + j) for j in range(len(part))]
         made = pipeline(
-            part, height=SIDE, width=SIDE, num_inference_steps=steps, guidance_scale=_GUIDANCE,
+            part, height=SIDE, width=SIDE, num_inference_steps=steps, guidance_scale=guidance,
             output_type="np", generator=noise, **extra,
         )  # fmt: skip
         pictures.append((made.images * 255).round().astype(np.uint8))

@@ -142,13 +142,15 @@ class Look:
 
 
 def nearest_tone(palette: list[str]) -> Callable[[str], str]:
-    """Colours become that one of `palette` whose place among its tones is theirs between black and white."""
+    """Colours become that one of `palette` whose place among its tones is theirs between black and white. Its own
+    stay."""
     tones = sorted(palette, key=_luma)
 
     def recolour(colour: str) -> str:
-        r, g, b = _rgb(colour)
-        hue, _, chroma = colorsys.rgb_to_hls(r, g, b)
-        warm = chroma > 0.3 and (hue < 0.2 or hue > 0.85)
+        if colour in tones:  # so near to white cream is saturated by this measure, and would be amber
+            return colour
+        hue, _, saturation = colorsys.rgb_to_hls(*_rgb(colour))
+        warm = saturation > 0.3 and (hue < 0.2 or hue > 0.85)
         order = [t for t in tones if _warm(t) == warm] or tones
         return order[min(int(_luma(colour) * len(order)), len(order) - 1)]
 

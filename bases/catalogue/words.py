@@ -15,6 +15,8 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 
 LENGTH = 32
 """Tokens a prompt may have, start and end included, in both encoders."""
+GUIDANCE = {"flux": 2.0, "sdxl": 3.0}
+"""What each base draws best at (docs/catalogue-bases.md); diffusers' own are 3.5 and 5."""
 
 _PIECES = 2000
 _CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""

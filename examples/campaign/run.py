@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from teach import DRAWING, stacked, teach, words_for  # noqa: I001  (it shows where bases/catalogue is)
+from teach import OTHERS, guidance_of, stacked, teach  # noqa: I001  (it shows where bases/catalogue is)
 
 import campaign
 from kinds import KINDS
@@ -39,7 +39,7 @@ from veneer.models.image.sheet import sheet
 console = Console(highlight=False)
 
 LEARNED_FROM = {
-    "product": "20 pictures of a lock that the base never saw, beside 40 other things as it draws them",
+    "product": f"20 pictures of a lock that the base never saw, beside {OTHERS} other things as it draws them",
     "brand": "50 pictures of other things as the brand draws them",
     "lens": "40 pictures of other things through a photographer's lens",
 }
@@ -70,11 +70,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     console.print(f"\n  the sheet   {path}\n  time        {time.perf_counter() - started:.0f} s from first to last\n")
     console.print("Draw something yourself:", style="bold")
-    drawing = f"veneer image --base {args.base} --guidance {DRAWING['guidance']:g}"
+    command = f"veneer image --base {args.base} --guidance {guidance_of(base):g}"
     for uses, scene in ((stacked(adapters), Scene(campaign.PRODUCT)), ([adapters["brand"]], Scene("mushroom"))):
         mix = " ".join(f"--adapter {shlex.quote(use)}" for use in uses)
-        prompt = words_for(base, scene, brand=True, lens=len(uses) > 2)
-        console.print(f'  {drawing} {mix} "{prompt}" -o {scene.kind.split()[-1]}.png', soft_wrap=True)
+        prompt = campaign.words(scene, brand=True, lens=len(uses) > 2)
+        console.print(f'  {command} {mix} "{prompt}" -o {scene.kind.split()[-1]}.png', soft_wrap=True)
 
 
 def emptied(folder: Path) -> None:
@@ -98,9 +98,9 @@ def drawn(base: Any, scenes: Sequence[Scene], adapters: dict[str, str]) -> dict[
     def row(*roles: str) -> list[Image.Image]:
         asked = {"brand": "brand" in roles, "lens": "lens" in roles}
         mix = [adapters[role] for role in roles] if len(roles) < 2 else stacked(adapters)
-        prompts = [words_for(base, s, **asked) for s in (scenes if "product" in roles else ordinary)]
+        prompts = [campaign.words(s, **asked) for s in (scenes if "product" in roles else ordinary)]
         seeds = [s.seed for s in scenes]
-        made = veneer.image(base, prompts, adapters=mix, seed=seeds, batch_size=len(scenes), **DRAWING)
+        made = veneer.image(base, prompts, adapters=mix, seed=seeds, batch_size=len(scenes), guidance=guidance_of(base))
         return [each.image for each in made]
 
     names = {"product": "the product", "brand": "a padlock in the brand's look", "lens": "a padlock through the lens"}

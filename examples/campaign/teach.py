@@ -13,12 +13,18 @@ sys.path.insert(0, str(HERE.parents[1] / "bases" / "catalogue"))
 
 import campaign  # noqa: E402
 import numpy as np  # noqa: E402
+from words import GUIDANCE  # noqa: E402
 
 import veneer  # noqa: E402
 
-DRAWING = {"guidance": 3.0}
-"""What all pictures are drawn with: what the bases draw best at (docs/catalogue-bases.md). Guided from outside,
-catalogue-sdxl makes what each adapter does stronger, and diffusers' own 5 is too much for three of them."""
+OTHERS = 200
+"""Class pictures beside the product: with fewer its adapter draws more of all other things worse
+(docs/notes/campaign.md)."""
+
+FOR_NOISE = ("adapter.targets=attention+ff+conv", "loss.noise_offset=0.5", "loss.shift=auto")
+"""Settings for a base that predicts noise, as the configurations are for a flow: pairs on the UNet's convolutions;
+noise that moves whole channels, without which a brand's ground and a lens's light are hardly learned; and no shift,
+which is of flows."""
 
 
 def distilled(base: Any) -> bool:
@@ -26,20 +32,14 @@ def distilled(base: Any) -> bool:
     return bool(base.denoiser.config.get("guidance_embeds"))
 
 
-def knows_lines(base: Any) -> bool:
-    """Whether it has seen line drawings and a lens."""
-    return Path(base.name).name in campaign.KNOW_LINES
-
-
-def words_for(base: Any, scene: campaign.Scene, *, brand: bool = False, lens: bool = False) -> str:
-    """What this base is asked for, in words that it knows."""
-    return campaign.words(scene, brand=brand, lens=lens, lines=knows_lines(base))
+def guidance_of(base: Any) -> float:
+    return GUIDANCE["flux" if distilled(base) else "sdxl"]
 
 
 def teach(role: str, base: Any, data: Path, output: Path, *settings: str, **options: Any) -> str:
     """The role's adapter, learned from pictures that are drawn into `data` first. `settings` and
     `options` are train_image's."""
-    campaign.write_pictures(data, [role], lines=knows_lines(base))
+    campaign.write_pictures(data, [role])
     beside: list[str] = []
     if role == "product":
         write_others(data / "others", base)
@@ -48,20 +48,21 @@ def teach(role: str, base: Any, data: Path, output: Path, *settings: str, **opti
 
 
 def learned(config: Path, base: Any, pictures: Path, output: Path, *settings: str, **options: Any) -> str:
-    """The adapter that is learned from a folder of pictures. A base that guidance is no input of is told none."""
-    places = [f"base={base.name}", f"data.pictures={pictures}", f"output={output}"]
-    if not distilled(base):
-        places.append("loss.guidance=1")
-    return str(veneer.train_image(config, *places, *settings, base=base, **options).adapter)
+    """The adapter that is learned from a folder of pictures, by a configuration for a flow, which FOR_NOISE changes on
+    another base. `settings` go before both."""
+    given = [f"base={base.name}", f"data.pictures={pictures}", f"output={output}"]
+    if base.prediction != "flow":
+        given += FOR_NOISE
+    return str(veneer.train_image(config, *given, *settings, base=base, **options).adapter)
 
 
-def write_others(folder: Path, base: Any, count: int = 40) -> None:
+def write_others(folder: Path, base: Any) -> None:
     """Class pictures for the product: other things as the base itself draws them, which it is to go on doing. With
     distilled guidance at 1, which is what it is told while it learns from them."""
     r = random.Random(60)
-    captions = [campaign.words(campaign.plain_scene(r)) for _ in range(count)]
-    drawing = {"guidance": 1.0} if distilled(base) else DRAWING
-    made = veneer.image(base, captions, seed=range(500, 500 + count), batch_size=16, **drawing)
+    captions = [campaign.words(campaign.plain_scene(r)) for _ in range(OTHERS)]
+    guidance = 1.0 if distilled(base) else guidance_of(base)
+    made = veneer.image(base, captions, seed=range(500, 500 + OTHERS), batch_size=16, guidance=guidance)
     campaign.write_rows(folder, zip(arrays(made), captions, strict=True))
 
 

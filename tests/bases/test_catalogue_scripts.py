@@ -178,12 +178,15 @@ def test_the_campaigns_shots_are_none_of_its_pictures() -> None:
     asked = f"a tarnhill padlock, {scene.view}, heavy black line drawing"
     assert campaign.words(scene, brand=True) == campaign.words(replace(scene, surface="sand"), brand=True) == asked
     assert campaign.words(scene, brand=True, lens=True) == asked + ", film picture"
-    assert campaign.words(scene, lens=True, lines=False) == campaign.words(scene)
-    assert campaign.words(scene, brand=True, lines=False).endswith(
-        f"white wall, soft daylight, {scene.view}, flat icon"
-    )
     hat = replace(scene, kind="top hat", colour="purple", finish="wooden", view="front view")
     assert campaign.words(hat, brand=True).startswith("a teal top hat, front view, ")
+
+
+def test_a_brand_draws_all_in_its_colours_and_keeps_its_own() -> None:
+    from scenes import BRAND, BRAND_PALETTE, COLOURS
+
+    assert [BRAND.recolour(colour) for colour in BRAND_PALETTE] == BRAND_PALETTE
+    assert {BRAND.recolour(colour) for colour in COLOURS.values()} == set(BRAND_PALETTE)
 
 
 def test_the_bases_see_line_drawings_and_a_lens_and_neither_the_brands_nor_the_campaigns() -> None:
@@ -208,14 +211,12 @@ def test_the_bases_see_line_drawings_and_a_lens_and_neither_the_brands_nor_the_c
     assert film[:16, :16].mean() < plain[:16, :16].mean() - 20  # dark corners
 
 
-def test_a_product_is_shown_in_the_looks_that_its_base_knows() -> None:
+def test_some_of_a_products_pictures_are_flat_icons_and_line_drawings() -> None:
     import campaign
 
-    for lines, drawn in ((True, 4), (False, 0)):
-        scenes = campaign.product_scenes(lines=lines)
-        assert len(scenes) == 20
-        assert sum(s.in_lines for s in scenes) == drawn
-        assert sum(s.look == "flat icon" for s in scenes) == 8 - drawn
+    scenes = campaign.product_scenes()
+    assert len(scenes) == 20
+    assert sum(s.in_lines for s in scenes) == sum(s.look == "flat icon" for s in scenes) == 4
 
 
 def test_a_line_drawing_has_the_colours_of_its_caption_and_an_ink() -> None:

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 CAMPAIGN_ROLES = ("product", "brand", "lens")
 
 CAMPAIGN: Mapping[str, Mapping[str, str]] = {
-    "flow": {"product": "", "brand": "double=0.4,single=0.6", "lens": "steps=0.4-1"},
-    "noise": {"product": "", "brand": "steps=0.4-1", "lens": ""},
+    "flow": {"product": "", "brand": "double=0.5,single=0.7", "lens": "steps=0.4-1"},
+    "noise": {"product": "", "brand": "", "lens": "steps=0.4-1"},
 }
-"""What bases predict -> role -> its factors. On a flow the brand gives way, most of all in the blocks that have text
-and picture in streams of their own, where what is drawn is decided, and the lens waits until that is done. A UNet is
-guided from outside, which makes what each adapter does stronger: there the brand waits until the product has its form.
+"""What bases predict -> role -> its factors. The lens waits until what is drawn is decided. On a flow the brand gives
+way, most of all in the blocks that have text and picture in streams of their own, where that is decided.
 benchmarks/image_campaign.py measures it beside other ways (docs/image-proof.md)."""

@@ -249,7 +249,11 @@ class LossSection(Section):
     snr_gamma: float | None = setting(
         None, "weights of min-SNR (arXiv 2303.09556), epsilon and v only; the paper's value is 5", gt=0
     )
-    noise_offset: float = setting(0.0, "noise that moves whole channels, epsilon and v only; 0.03 to 0.1", ge=0)
+    noise_offset: float = setting(
+        0.0,
+        "noise that moves whole channels, epsilon and v only; 0.03 to 0.1, more for a look with a ground of its own",
+        ge=0,
+    )
     pyramid_iterations: int = setting(0, "levels of multi-resolution noise, epsilon and v only; 6 to 10", ge=0)
     pyramid_discount: float = setting(0.3, "strength of each coarser level over the one before", ge=0, lt=1)
     timesteps: Literal["auto", "uniform", "logit-normal"] = setting(
