@@ -125,8 +125,10 @@ def test_every_layout_holds_the_trained_adapter(
 def test_the_files_metadata_counts_each_folder_of_pictures(shared: Path, tmp_path: Path) -> None:
     """sd-scripts' dataset_dirs, reg_dataset_dirs and tag_frequency, for kohya's folders and class pictures; its own
     names of folders are kept."""
-    for place, count in (("train/3_sks house", 2), ("train/1_sks", 1), ("classes", 3)):
+    for place, count in (("train/3_sks house", 2), ("train/1_sks", 1), ("classes", 5)):
         drawings(tmp_path / place, count)
+    for name in ("0.png", "0.txt", "1.png", "1.txt"):  # these are pictures of the others
+        (tmp_path / "classes" / name).unlink()
     data = {"pictures": str(tmp_path / "train"), "class_folder": str(tmp_path / "classes"), "split": 0}
     result = run(shared, tmp_path / "out", data=data, schedule={"steps": 2}, evaluation={"every": 100})
     facts = read_tensors(Path(result.adapter))[1]
