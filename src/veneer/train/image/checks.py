@@ -59,11 +59,6 @@ def _read(
     if about.repeats:
         text += ", repeated " + _some(f"{n} times in {folder}" for folder, n in sorted(about.repeats.items()))
     yield Finding("ok", "pictures", f"{text}: {counted(len(plan.rows), 'row')} an epoch")
-    own = {picture.digest for picture in pictures if not picture.is_class}
-    if both := [picture.name for picture in pictures if picture.is_class and picture.digest in own]:
-        text = f"{counted(len(both), 'class picture')} learned as one of your own as well: {_some(both)}"
-        fix = "give data.class_folder a folder of other things of the kind"
-        yield Finding("stop" if len(both) > len(own) / 2 else "warn", "class pictures", text, fix)
     if about.broken:
         total = about.pictures + about.class_pictures + len(about.broken)
         text = f"{share(len(about.broken), total)} files cannot be read and are left out: {_some(about.broken)}"
@@ -192,6 +187,17 @@ def _pairs(
         yield Finding("warn", "pairs", text, "say in each instruction what differs")
 
 
+def _class_pictures(
+    pictures: Sequence[TrainingPicture], about: AboutPictures, plan: PicturePlan, settings: ImageDataSection
+) -> Iterator[Finding]:
+    """Those that are files of what is learned; `_alike` warns of those that only look like one."""
+    own = {picture.digest for picture in pictures if not picture.is_class}
+    if both := [picture.name for picture in pictures if picture.is_class and picture.digest in own]:
+        text = f"{counted(len(both), 'class picture')} learned as one of your own as well: {_some(both)}"
+        fix = "give data.class_folder a folder of other things of the kind"
+        yield Finding("stop" if len(both) > len(own) / 2 else "warn", "class pictures", text, fix)
+
+
 def _alike(
     pictures: Sequence[TrainingPicture], about: AboutPictures, plan: PicturePlan, settings: ImageDataSection
 ) -> Iterator[Finding]:
@@ -233,7 +239,7 @@ def _looking_alike(
 
 
 _Check = Callable[[Sequence[TrainingPicture], AboutPictures, PicturePlan, ImageDataSection], Iterator[Finding]]
-_CHECKS: tuple[_Check, ...] = (_read, _captions, _buckets, _masks, _pairs, _alike)
+_CHECKS: tuple[_Check, ...] = (_read, _captions, _buckets, _masks, _pairs, _class_pictures, _alike)
 
 
 def _some(names: Iterable[str]) -> str:
