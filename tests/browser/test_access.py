@@ -53,10 +53,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
         folder, base_dir, folder / "library", "--tenants", url, "--admin-key", "operator-of-the-test"
     ) as served:
         staged = httpx.post(
-            f"{served.address}/v1/adapter_inspections", params={"filename": "x.safetensors"},
+            f"{served.address}/v1/adapter_inspections",
+            params={"filename": "x.safetensors"},
             content=(Path(folder) / "1" / "adapter_model.safetensors").read_bytes(),
-            headers={"authorization": f"Bearer {keys['globex']}"}, timeout=60,
-        )  # fmt: skip
+            headers={"authorization": f"Bearer {keys['globex']}", "content-type": "application/octet-stream"},
+            timeout=60,
+        )
         yield Shared(served, tenants, keys["acme"], theirs.id, str(staged.raise_for_status().json()["id"]))
         tenants.close()
 
@@ -64,7 +66,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 def entered(window: Window, key: str, path: str) -> None:
     """By keys alone, to where the link led."""
     window.page.goto(f"{window.address}/studio/{path}")
-    window.until("Whose key?")
+    window.until("Sign in")
     window.page.keyboard.press("Tab")
     window.page.keyboard.type(key)
     window.page.keyboard.press("Enter")
@@ -116,4 +118,4 @@ def test_every_view_has_its_own_things_and_a_key_that_is_revoked_opens_nothing(c
         head = {"authorization": f"Bearer {shared.key}"}
         wait_for(lambda: httpx.get(f"{shared.served.address}/v1/models", headers=head).status_code == 401)
         page.get_by_label("Find", exact=True).fill("tone")
-        window.until("Whose key?")
+        window.until("Sign in")

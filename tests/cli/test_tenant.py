@@ -14,6 +14,7 @@ from tests.cli.run import run
 from tests.library.conftest import quick  # noqa: F401
 from tests.library.made import made, read_made
 from veneer.library.library import open_library
+from veneer.serve.principal import Principal
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +120,7 @@ def test_help_loads_no_database_and_shows_an_example(capsys: Any) -> None:
 
 
 def test_what_was_said_is_exported_and_forgotten(capsys: Any, quick: Path, tmp_path: Path) -> None:  # noqa: F811
-    from veneer.serve.access import Caller, Served
+    from veneer.serve.access import Served
     from veneer.serve.tenancy.feedback import AnswerFeedback
     from veneer.serve.tenancy.tenants import Tenants
 
@@ -127,7 +128,9 @@ def test_what_was_said_is_exported_and_forgotten(capsys: Any, quick: Path, tmp_p
     assert result(capsys, "feedback", "keep", "acme", "--days", "7")["feedback"] == {"days": 7.0, "names": []}
     tenants = Tenants(str(quick / "tenants.sqlite"), watch=False)
     for name, user in (("support", "ana"), ("sales", "bob")):
-        keep = tenants.keeping(Caller("acme", user=user), Served((), name, f"{name}@2"), f"chatcmpl-{user}")
+        keep = tenants.keeping(
+            Principal("tenant", "acme", user=user), Served((), name, f"{name}@2"), f"chatcmpl-{user}"
+        )
         assert keep is not None
         keep({"messages": [{"role": "user", "content": "Hi"}]}, [{"role": "assistant", "content": f"I am {name}"}])
         tenants.answers.give("acme", AnswerFeedback(f"chatcmpl-{user}", up=True))

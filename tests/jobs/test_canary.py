@@ -11,12 +11,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from tests.jobs.pretended import queued, taken
 from tests.jobs.small import small_config
 from tests.library.conftest import quick  # noqa: F401
+from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
 from veneer.core.adapter import Adapter, Pair
 from veneer.errors import ConfigError
 from veneer.formats.card import read_card
@@ -251,8 +251,7 @@ def test_over_http_by_the_operator_alone(shop: Shop) -> None:
     routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", who="test")
     job = shop.placed("acme/new@1", None, {"route": {"name": "support"}})
     tenants = Tenants(shop.tenants.where, admin_key=ADMIN, watch=False)
-    app = FastAPI()
-    app.include_router(canary_routes(shop.jobs, tenants))
+    app = toy_app(ToyEngine(ToyText()), ToyCatalog(), tenants, routers=[canary_routes(shop.jobs, tenants)])
     with TestClient(app) as client:
 
         def ask(what: str, id: str = job.id, key: str = ADMIN) -> httpx.Response:

@@ -13,10 +13,11 @@ from tests.tiny_base import tiny_base_dir
 from veneer.core.attach import fit_problems
 from veneer.library.library import Library, open_library
 from veneer.models.text.base import TextBase, load_text
-from veneer.serve.access import Caller, ModelCard, Served
+from veneer.serve.access import ModelCard, Served
 from veneer.serve.names.catalog import Catalog
 from veneer.serve.names.resident import Residents
 from veneer.serve.names.shelf import Shelf
+from veneer.serve.principal import Principal
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +40,15 @@ def folder(tmp_path: Path) -> Path:
 class Prompt(Catalog):
     """A catalog whose names are those of this moment, as surfaces see to before each request."""
 
-    def resolve(self, model: str, caller: Caller) -> Served:
+    def resolve(self, model: str, caller: Principal) -> Served:
         self._look()
         return super().resolve(model, caller)
 
-    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Caller) -> Served:
+    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Principal) -> Served:
         self._look()
         return super().resolve_mix(parts, caller)
 
-    def models(self, caller: Caller) -> list[ModelCard]:
+    def models(self, caller: Principal) -> list[ModelCard]:
         self._look()
         return super().models(caller)
 

@@ -20,11 +20,12 @@ from veneer.core.adapter import Adapter
 from veneer.errors import MismatchError
 from veneer.models.image.base import ImageBase
 from veneer.models.image.generate import PictureSettings
-from veneer.serve.access import Caller, ModelCard, OpenAccess, Served, Tenancy
+from veneer.serve.access import ModelCard, OpenAccess, Served, Tenancy
 from veneer.serve.http.app import create_app
 from veneer.serve.http.service import Service
 from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.pictures.request import FinishedPicture, PictureEvent, PictureRequest
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, make_mix
 from veneer.serve.settings import HttpSettings
 
@@ -99,7 +100,7 @@ class Names:
     async def fresh(self) -> None:
         """Names mean what they say."""
 
-    def resolve(self, model: str, caller: Caller) -> Served:
+    def resolve(self, model: str, caller: Principal) -> Served:
         name = model.removeprefix("tiny:")
         if name in ("", "tiny"):
             return Served((), model, name)
@@ -112,12 +113,12 @@ class Names:
             raise Refused(f"the model {model!r} does not exist", status=404, code="model_not_found", param="model")
         return Served(((self.shelf.digest[name], 1.0),), model, name)
 
-    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Caller) -> Served:
+    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Principal) -> Served:
         found = [self.resolve(name, caller).mix for name, _ in parts]
         mix = [(d, s * own) for one, (_, s) in zip(found, parts, strict=True) for d, own in one]
         return Served(make_mix(mix), "mix", "mix", meant=tuple(one[0][0] if one else "" for one in found))
 
-    def models(self, caller: Caller) -> list[ModelCard]:
+    def models(self, caller: Principal) -> list[ModelCard]:
         return [ModelCard(name, name, self.base, 0, digest) for name, digest in self.shelf.digest.items()]
 
 

@@ -75,8 +75,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             ["--adapter", "mine=./folder/one", "--allow-folder", "folder"],
             "./folder/one is a path from here | inside of --allow-folder | --adapter mine=one",
         ),
-        (["--cors", "app.example.com"], "'app.example.com' is not an origin of pages"),
-        (["--cors", "https://*.example.com"], "'https://*.example.com' is not an origin of pages"),
+        (["--allowed-origin", "app.example.com"], "'app.example.com' is not an origin of pages"),
+        (["--allowed-origin", "https://*.example.com"], "'https://*.example.com' is not an origin of pages"),
         (["--admin-key", "sha256:12"], "the admin key's hash is not a SHA-256 digest"),
         (["--api-keys", "no-such-file"], "cannot read the keys"),
         (["--idle-seconds", "nan"], "Invalid value for '--idle-seconds'"),
@@ -161,7 +161,7 @@ def test_what_is_well_passes_and_what_is_not_known_yet_too(home: Path) -> None:
         ServeSettings("smollm2-135m", quantise="keep"),  # not made yet
         ServeSettings(base, dtype="bf16", device="cpu"),
         ServeSettings(base, preload=(Preload("mine", "an-adapter"),), folders=(str(home),)),
-        ServeSettings(base, http=HttpSettings(cors=("null", "http://localhost:3000", "*"))),
+        ServeSettings(base, http=HttpSettings(allowed_origins=("null", "http://localhost:3000", "*"))),
     ):
         check_settings(each).close()
     with pytest.raises(VeneerError):

@@ -22,8 +22,8 @@ from veneer.errors import AdapterError, ResourceError, UnavailableError
 from veneer.library.library import open_library
 from veneer.library.upkeep import gc
 from veneer.models.text.base import TextBase
-from veneer.serve.access import ANYBODY
 from veneer.serve.outage import fault, is_outage
+from veneer.serve.principal import OPERATOR
 from veneer.serve.request import Refused
 from veneer.serve.tenancy.admin import admin_router
 from veneer.serve.tenancy.tenants import Tenants
@@ -61,7 +61,7 @@ def test_a_store_that_fails_on_an_adapters_first_use_is_tried_again(
 ) -> None:
     library, digest = elsewhere
     catalog = make(library=library)
-    assert catalog.resolve("support", ANYBODY).mix == of(digest)
+    assert catalog.resolve("support", OPERATOR).mix == of(digest)
 
     def fails(*a: Any, **k: Any) -> Any:
         raise error
@@ -79,7 +79,7 @@ def test_a_store_that_lost_or_changed_its_files_is_no_fault_of_who_asks(
 ) -> None:
     library, digest = elsewhere
     catalog = make(library=library)
-    catalog.resolve("support", ANYBODY)
+    catalog.resolve("support", OPERATOR)
     files = library.store.fs.store
     for path, change in [(p, c) for p in list(files) if "/blobs/" in p for c in ("other bytes", "gone")]:
         data = files.pop(path) if change == "gone" else None
@@ -96,9 +96,9 @@ def test_what_was_removed_is_not_there_and_no_outage(make: Make, elsewhere: Any)
     """A request keeps what its name meant as long as the files are there; nobody else can name it."""
     library, digest = elsewhere
     catalog = make(library=library)
-    catalog.resolve("support", ANYBODY)
+    catalog.resolve("support", OPERATOR)
     library.remove("support")
-    assert refused(lambda: catalog.resolve("support", ANYBODY)).status == 404
+    assert refused(lambda: catalog.resolve("support", OPERATOR)).status == 404
     assert catalog.shelf.read(digest, catalog.problems).digest() == digest
     gc(library, grace=-1)
     error = refused(lambda: catalog.shelf.read(digest, catalog.problems))

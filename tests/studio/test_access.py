@@ -6,20 +6,29 @@ import ast
 import asyncio
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import httpx
 import pytest
+from starlette.responses import PlainTextResponse
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 import veneer
 from tests.studio.conftest import HOSTILE, Served
-from veneer.errors import ConfigError
+from tests.studio.windows import Window, opened
+from veneer.errors import ConfigError, VeneerError
 from veneer.serve.access import KeyAccess, OpenAccess
+from veneer.serve.principal import Permission, Principal
+from veneer.serve.request import Refused
+from veneer.serve.settings import HttpSettings
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.tenants import Tenants
-from veneer.studio.access import check_reach
-from veneer.studio.parts import box, link
+from veneer.studio.access import VISITORS, Gate, Visitor, check_reach
+from veneer.studio.parts import box, heard, link, permit
 
 _REBOUND = {"host": "evil.example:8000"}
 _ELSEWHERE = {"origin": "https://evil.example"}
@@ -35,7 +44,9 @@ def shared(
     tenants = Tenants(url, watch=False)
     keys = {"operator": "operator-of-the-test"}
     for name in ("acme", "globex"):
-        manage.add_tenant(tenants.store, name, adapters=[f"{name}/*"], who="test")
+        manage.add_tenant(
+            tenants.store, name, adapters=[f"{name}/*", *(["support"] if name == "acme" else [])], who="test"
+        )
         keys[name] = manage.make_tenant_key(tenants.store, name, who="test")[1]
     tenants.close()
     with Served(folder, *tiny, "--tenants", url, "--admin-key", keys["operator"]) as served:
@@ -69,10 +80,10 @@ def test_a_page_of_another_site_writes_nothing(studio: Served) -> None:
 
 
 def test_a_page_that_others_can_reach_needs_a_key() -> None:
-    asyncio.run(check_reach(OpenAccess(), "127.0.0.1"))
-    asyncio.run(check_reach(KeyAccess(["a-key-of-the-test"]), "0.0.0.0"))
+    check_reach(OpenAccess(), "127.0.0.1")
+    check_reach(KeyAccess(["a-key-of-the-test"]), "0.0.0.0")
     with pytest.raises(ConfigError, match="it needs a key"):
-        asyncio.run(check_reach(OpenAccess(), "0.0.0.0"))
+        check_reach(OpenAccess(), "0.0.0.0")
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------
@@ -82,11 +93,11 @@ def test_who_has_no_key_gets_a_field_for_one_and_nothing_else(shared: tuple[Serv
     served, keys = shared
     with httpx.Client(base_url=served.address, follow_redirects=True, timeout=30) as client:
         page = client.get("/studio/adapter?ref=acme/tone").text
-        assert "Whose key?" in page
+        assert "Sign in" in page
         assert "acme/tone@1" not in page
         assert client.get("/studio/api/v1/models").status_code == 401
         wrong = client.post("/studio/enter", data={"key": "veneer-wrong-key-0123456789"})
-        assert "That key opens nothing here" in wrong.text
+        assert "Invalid key" in wrong.text
         first = client.post("/studio/enter", data={"key": keys["acme"]}, follow_redirects=False)
         cookie = first.headers["set-cookie"]
         for word in ("HttpOnly", "SameSite=strict", "Path=/studio"):
@@ -97,7 +108,7 @@ def test_who_has_no_key_gets_a_field_for_one_and_nothing_else(shared: tuple[Serv
         )
         assert away.headers["location"] == "/studio/"
         client.post("/studio/leave")
-        assert "Whose key?" in client.get("/studio/").text
+        assert "Sign in" in client.get("/studio/").text
 
 
 def test_a_tenant_sees_its_own_and_what_is_another_s_is_not_there(shared: tuple[Served, dict[str, str]]) -> None:
@@ -106,7 +117,6 @@ def test_a_tenant_sees_its_own_and_what_is_another_s_is_not_there(shared: tuple[
         page = client.get("/studio/").text
         assert "acme/tone" in page
         assert "globex/tone" not in page
-        assert "support@" not in page
         assert client.get("/studio/adapter?ref=acme/tone").status_code == 200
         others = client.get("/studio/adapter?ref=globex/tone")
         nobody = client.get("/studio/adapter?ref=globex/nothing")
@@ -128,6 +138,156 @@ def test_routes_are_the_operators_to_move(shared: tuple[Served, dict[str, str]])
     for whose, status in (("acme", 404), ("operator", 200)):
         with entered(served, keys[whose]) as client:
             assert client.get("/studio/live").status_code == status
+
+
+def test_a_tenant_cannot_change_what_it_only_sees(shared: tuple[Served, dict[str, str]]) -> None:
+    """Whatever a console sends for buttons that the page does not show."""
+    served, keys = shared
+    address = f"{served.address}/studio/adapter?ref=support@1"
+    with opened(address, keys["acme"]) as window:
+        for act, word in (("unalias", "prod"), ("untag", "shop"), ("use", "1"), ("go", "1")):
+            window.act_unoffered(act, word=word, step=word)
+        assert "is not yours" in window.until("is not yours")
+    audit = {"authorization": f"Bearer {keys['operator']}"}
+    with httpx.Client(base_url=served.address, headers=audit) as client:
+        assert client.get("/v1/adapters/support@1").json()["aliases"] == ["prod"]
+        changes = [row["what"] for row in client.get("/admin/audit").json()["lines"]]
+        assert "adapter.change" not in changes
+
+
+def test_a_change_on_the_page_is_in_the_audit_log(shared: tuple[Served, dict[str, str]]) -> None:
+    served, keys = shared
+    with opened(f"{served.address}/studio/adapter?ref=acme/tone@1", keys["acme"]) as window:
+        window.enter("Another alias", "beta")
+        window.until("has the alias beta")
+        window.act_unoffered("unalias", word="beta")
+        window.until("is no alias any more")
+    with httpx.Client(base_url=served.address, headers={"authorization": f"Bearer {keys['operator']}"}) as client:
+        rows = [row for row in client.get("/admin/audit").json()["lines"] if row["what"] == "adapter.change"]
+        assert [(row["who"], row["subject"]) for row in rows] == [("acme", "acme/tone@1")] * 2
+
+
+def test_a_socket_needs_an_open_page_of_its_key(shared: tuple[Served, dict[str, str]]) -> None:
+    served, keys = shared
+    window = Window(f"{served.address}/studio/", keys["acme"])
+    for cookies in (
+        {},
+        {"cookie": "veneer_studio=wrong-key-0123456789"},
+        {"cookie": f"veneer_studio={keys['globex']}"},
+    ):
+        with pytest.raises(InvalidStatus), connect(window.place, proxy=None, additional_headers=cookies):
+            pass
+    nowhere = window.place.replace(window.query["client_id"], "00000000-0000-0000-0000-000000000000")
+    with pytest.raises(InvalidStatus), connect(nowhere, proxy=None, additional_headers=window.cookies):
+        pass
+    with ExitStack() as open_sockets:
+        for _ in range(4):
+            open_sockets.enter_context(connect(window.place, proxy=None, additional_headers=window.cookies))
+        with pytest.raises(InvalidStatus), connect(window.place, proxy=None, additional_headers=window.cookies):
+            pass
+
+
+def test_one_key_cannot_open_pages_without_bound() -> None:
+    """Nor does it keep another from a page."""
+    pages = []
+
+    async def draws(scope: Any, receive: Any, send: Any) -> None:
+        pages.append(Page())
+        VISITORS[pages[-1]] = scope["veneer.visitor"]
+        await PlainTextResponse("drawn")(scope, receive, send)
+
+    class Page:
+        pass
+
+    class Two(OpenAccess):
+        keyless = False
+
+        async def caller(self, key: str | None, user: str | None = None) -> Principal:
+            if key is None:
+                raise Refused("no valid API key", status=401, code="unauthorized")
+            return Principal("tenant", key)
+
+    async def ask() -> dict[str, list[int]]:
+        app = Gate(draws, Two(), HttpSettings())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+
+            async def get(key: str) -> int:
+                head = {"cookie": f"veneer_studio={key}"} if key else {}
+                return (await client.get("/studio/", headers=head)).status_code
+
+            return {key: [await get(key) for _ in range(n)] for key, n in (("acme", 250), ("globex", 1), ("", 300))}
+
+    statuses = asyncio.run(ask())
+    assert statuses["acme"] == [200] * 200 + [429] * 50
+    assert statuses["globex"] == [200]
+    assert statuses[""] == [401] * 300
+    assert len(pages) == 201
+
+
+@pytest.fixture(scope="module")
+def keyed(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, str, str]]:
+    """A server that trains, without tenants: (it, a plain key, the admin key)."""
+    folder, key, admin = tmp_path_factory.mktemp("keys"), "a-plain-key-of-the-test", "operator-of-the-test"
+    (folder / "keys").write_text(f"{key}\n")
+    with Served(folder, *tiny, "--train", "--api-keys", str(folder / "keys"), "--admin-key", admin) as served:
+        yield served, key, admin
+
+
+def test_a_plain_key_changes_nothing(keyed: tuple[Served, str, str]) -> None:
+    served, key, admin = keyed
+    with entered(served, key) as client:
+        for view, status in (
+            ("", 200),
+            ("doctor", 200),
+            ("compare", 200),
+            ("train", 404),
+            ("steps", 404),
+            ("live", 404),
+        ):
+            assert client.get(f"/studio/{view}").status_code == status, view
+        rows = {"file": ("rows.jsonl", b"{}"), "purpose": (None, "fine-tune")}
+        for answer in (
+            client.post("/studio/api/v1/files", files=rows),
+            client.post("/studio/api/v1/fine_tuning/jobs", json={"model": "tiny-base", "training_file": "file-x"}),
+            client.patch("/studio/api/v1/adapters/support@1", json={"add_aliases": ["mine"]}),
+            client.delete("/studio/api/v1/adapters/support@1"),
+        ):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+        assert client.get("/studio/api/metrics").status_code == 200
+    with opened(f"{served.address}/studio/adapter?ref=support@1", key) as window:
+        window.act_unoffered("unalias", word="prod")
+        window.until("may not change adapters")
+    with entered(served, admin) as client:
+        assert client.get("/studio/train").status_code == 200
+        assert client.get("/studio/api/v1/adapters/support@1").json()["aliases"] == ["prod"]
+
+
+@pytest.mark.parametrize("kind", ["key", "tenant", "open", "operator"])
+def test_a_handler_runs_with_its_permission_alone(kind: Any) -> None:
+    principal = Principal(kind, "acme" if kind == "tenant" else "")
+
+    class As(OpenAccess):
+        async def caller(self, key: str | None, user: str | None = None) -> Principal:
+            return principal
+
+    class Client:
+        told: list[VeneerError]
+
+        def handle_exception(self, error: VeneerError) -> None:
+            self.told.append(error)
+
+    async def send(handler: Any) -> list[VeneerError]:
+        client = Client()
+        client.told = []
+        VISITORS[client] = Visitor(As(), None, principal)
+        await heard(handler)(SimpleNamespace(client=client, args=None))
+        return client.told
+
+    for permission in get_args(Permission):
+        ran: list[str] = []
+        refused = asyncio.run(send(permit(permission, lambda: ran.append("ran"))))  # noqa: B023
+        assert bool(ran) == principal.can(permission) != bool(refused), permission
+    assert [error.status for error in asyncio.run(send(lambda: pytest.fail("it ran")))] == [403]  # type: ignore[attr-defined]
 
 
 def test_the_api_reads_no_cookies(shared: tuple[Served, dict[str, str]]) -> None:

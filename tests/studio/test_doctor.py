@@ -27,7 +27,9 @@ def kohya(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sent(client: httpx.Client, path: Path, name: str) -> httpx.Response:
-    return client.post("/studio/api/v1/adapter_inspections", params={"filename": name}, content=path.read_bytes())
+    head = {"content-type": "application/octet-stream"}
+    at = "/studio/api/v1/adapter_inspections"
+    return client.post(at, params={"filename": name}, content=path.read_bytes(), headers=head)
 
 
 def whole(client: httpx.Client, path: str, words: str) -> httpx.Response:

@@ -21,8 +21,9 @@ from websockets.sync.client import ClientConnection, connect
 class Window:
     """A browser's socket, as Socket.IO has it, for the page at `url`."""
 
-    def __init__(self, url: str) -> None:
-        page = httpx.get(url, follow_redirects=True).text
+    def __init__(self, url: str, key: str | None = None) -> None:
+        self.cookies = {} if key is None else {"cookie": f"veneer_studio={key}"}
+        page = httpx.get(url, follow_redirects=True, headers=self.cookies).text
         found = re.search(r"query: (\{.*?\}),", page)
         assert found is not None
         self.query = {**ast.literal_eval(found[1]), "document_id": "d", "tab_id": "t", "old_tab_id": "t"}
@@ -49,6 +50,17 @@ class Window:
                 return self._send(id, each, "click", [json.dumps({"act": name, **data})])
         raise AssertionError(f"nothing on the page does {name}")
 
+    def act_unoffered(self, name: str, **data: str) -> None:
+        """As `act`, of every fragment that is on the page, whether or not it shows a part that does this."""
+        for id, each in self.elements.items():
+            if "html" in each.get("props", {}) and any(e["type"] == "click" for e in each.get("events", [])):
+                self._send(id, each, "click", [json.dumps({"act": name, **data})])
+
+    def enter(self, label: str, text: str) -> None:
+        """Type into the field with this label, and press Enter."""
+        id, field = next((i, e) for i, e in self.elements.items() if e.get("props", {}).get("label") == label)
+        self._send(id, field, "entered", [json.dumps(text)])
+
     def tell(self, which: Callable[[dict[str, Any]], bool], what: str, *given: Any) -> None:
         """An event of the first element that is meant."""
         id, found = next((i, e) for i, e in self.elements.items() if which(e))
@@ -71,9 +83,10 @@ class Window:
 
 
 @contextmanager
-def opened(url: str, **options: Any) -> Iterator[Window]:
-    window = Window(url)
-    with connect(window.place, proxy=None, **options) as window.socket:
+def opened(url: str, key: str | None = None, **options: Any) -> Iterator[Window]:
+    """`key`: of whoever is signed in."""
+    window = Window(url, key)
+    with connect(window.place, proxy=None, additional_headers=window.cookies, **options) as window.socket:
         assert str(window.socket.recv())[0] == "0"
         window.socket.send("40")
         assert "sid" in str(window.socket.recv(timeout=10))

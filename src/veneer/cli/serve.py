@@ -155,8 +155,19 @@ def serve(
     ] = HttpSettings.max_tokens,
     dtype: LoadedDtype = ServeSettings.dtype,
     device: ChosenDevice = ServeSettings.device,
-    cors: Annotated[
-        list[str] | None, typer.Option("--cors", help="An origin whose pages may ask; any number of times.")
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-origin",
+            help="An origin whose web pages may use this server; any number of times, or * with keys.",
+        ),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host",
+            help="Without keys: a further Host to answer to, beside localhost and --host; any number of times.",
+        ),
     ] = None,
     queue: Annotated[
         int, typer.Option("--queue", min=2, help="Answers that may run or wait at once; a tenant may have half.")
@@ -249,7 +260,8 @@ def serve(
         http=HttpSettings(
             max_tokens=max_tokens,
             slots=max_batch,
-            cors=tuple(cors or []),
+            allowed_origins=tuple(allowed_origin or []),
+            allowed_hosts=(host.lower(), *map(str.lower, allowed_host or [])),
             queue=queue,
             connections=max_connections,
             head_time=head_seconds,
@@ -272,6 +284,10 @@ def serve(
     )
     if python_graders and not train:
         raise ConfigError("--python-graders is about training jobs", where="--python-graders", fix="add --train")
+    if train and settings.keys and admin_key is None:
+        raise ConfigError(
+            "nobody could train: a key of --api-keys changes nothing", where="--train --api-keys", fix="add --admin-key"
+        )
     serve_with(settings, train=train, python_graders=python_graders, session_days=session_days, studio=studio)
 
 

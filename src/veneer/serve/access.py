@@ -1,4 +1,4 @@
-"""Who asks, what a name means to them, and what they may use: the two questions that every surface asks first.
+"""What every surface asks first: which principal sent a request, what a name means to it, what it may use.
 
     caller = await tenancy.caller(key)                        401 for an unknown key
     served = catalog.resolve(model, caller)                   404 for what is not there or not theirs: never the base
@@ -14,34 +14,17 @@ from __future__ import annotations
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from veneer.serve.principal import Principal
 from veneer.serve.request import DigestMix, Refused, Usage
 from veneer.serve.tenancy.keys import admin_hash, same
 
-
-@dataclass(frozen=True, eq=False)
-class Caller:
-    """`tenant`: "" where there are none. `sees(name)`: whether an adapter or a route of that name exists for them.
-    `user`: the client's own word for its end user, to which routes stick. `weight`: share of the engine."""
-
-    tenant: str = ""
-    sees: Callable[[str], bool] = field(default=lambda name: True, repr=False)
-    user: str | None = None
-    weight: float = 1.0
-    admin: bool = False
-
-    def may_change(self, name: str) -> bool:
-        """Whether an adapter of this name is theirs: an operator's are all, a tenant's those of its namespace."""
-        return self.admin or bool(self.tenant and name.startswith(f"{self.tenant}/"))
-
-
-ANYBODY = Caller(admin=True)
-SHADOWS = Caller(admin=True, weight=0.1)
-"""Who asks for a shadow's answer: the operator, so that it is in the ledger as theirs and takes no tenant's turn."""
+SHADOWS = Principal("operator", weight=0.1)
+"""The principal of shadow requests: the ledger books them on the operator, and they use no tenant's share."""
 BEHIND = "~shadows"
-"""Whose the answers of shadows are where an engine is shared out: nobody's who asked; no tenant can have this name."""
+"""Pseudo-tenant that shadow requests are scheduled under, so they never use a real tenant's share."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +68,15 @@ class ModelCard:
 class Routes(Protocol):
     """Names with weighted targets."""
 
-    def choose(self, route: str, caller: Caller) -> str | None:
+    def choose(self, route: str, caller: Principal) -> str | None:
         """The name that answers this caller; None where there is no such route for them."""
         ...
 
-    def shadow(self, route: str, caller: Caller) -> str | None:
+    def shadow(self, route: str, caller: Principal) -> str | None:
         """The name whose answer is computed too."""
         ...
 
-    def names(self, caller: Caller) -> list[str]:
+    def names(self, caller: Principal) -> list[str]:
         """The routes that exist for this caller."""
         ...
 
@@ -148,18 +131,20 @@ class LedgerState:
 
 class Tenancy(Protocol):
     """Who may ask for what, and what it costs them. Tenancies derive from it, for its defaults: no ledger, no logs, no
-    routes."""
+    routes. `keyless`: requests without a key are served too, as principals of kind "open"."""
 
-    async def caller(self, key: str | None, user: str | None = None) -> Caller:
+    keyless: bool = False
+
+    async def caller(self, key: str | None, user: str | None = None) -> Principal:
         """Raises Refused(unauthorized, 401)."""
         ...
 
-    def shares(self, caller: Caller, served: Served) -> str:
+    def shares(self, caller: Principal, served: Served) -> str:
         """With whom the caller's prompts share what was computed: "" with everybody, else with those of this word."""
         ...
 
     def admitted(
-        self, caller: Caller, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
+        self, caller: Principal, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AbstractAsyncContextManager[Bill]:
         """Room for one request under every limit, given back at the end. Raises Refused(rate_limited, 429)."""
         ...
@@ -185,7 +170,7 @@ class Tenancy(Protocol):
         """Keep how a shadow's answer compares with the one that was sent."""
         return None
 
-    def keeping(self, caller: Caller, served: Served, request: str) -> KeepAnswer | None:
+    def keeping(self, caller: Principal, served: Served, request: str) -> KeepAnswer | None:
         """What keeps the whole answer to a request that comes now, for feedback on it; None where it is not kept."""
         return None
 
@@ -209,31 +194,35 @@ class NoWait:
 class OpenAccess(Tenancy):
     """No keys, no limits, no ledger."""
 
-    async def caller(self, key: str | None, user: str | None = None) -> Caller:
-        return Caller(user=user, admin=True)
+    keyless = True
 
-    def shares(self, caller: Caller, served: Served) -> str:
+    async def caller(self, key: str | None, user: str | None = None) -> Principal:
+        return Principal("open", user=user)
+
+    def shares(self, caller: Principal, served: Served) -> str:
         return ""
 
     @asynccontextmanager
     async def admitted(
-        self, caller: Caller, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
+        self, caller: Principal, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AsyncIterator[Bill]:
         yield _FreeBill()
 
 
 class KeyAccess(OpenAccess):
-    """Some keys that see everything, and one, given as itself or by its hash, that may also change the server; no
-    limits, no ledger."""
+    """Keys that see everything and change nothing, and one admin key, given as itself or by its hash; no limits, no
+    ledger."""
+
+    keyless = False
 
     def __init__(self, keys: Sequence[str], admin_key: str | None = None) -> None:
         self.keys = [key.encode() for key in keys]
         self.admin_hash = admin_hash(admin_key) if admin_key else None
 
-    async def caller(self, key: str | None, user: str | None = None) -> Caller:
+    async def caller(self, key: str | None, user: str | None = None) -> Principal:
         given = (key or "").encode("utf-8", "replace")
         admin = self.admin_hash is not None and same(key or "", self.admin_hash)
         known = [hmac.compare_digest(given, each) for each in self.keys]
         if not key or not (admin or any(known)):
             raise Refused("no valid API key", status=401, code="unauthorized", fix="Authorization: Bearer KEY")
-        return Caller(user=user, admin=admin)
+        return Principal("operator" if admin else "key", user=user)

@@ -216,9 +216,8 @@ def _application(
     operator = operator_routes(settings, service.tenancy, service.catalog)
     own = [adapter_routes(library, staging, service.tenancy)]
     own += [feedback_routes(service.tenancy.answers)] if isinstance(service.tenancy, Tenants) else []
-    unguarded = [*(["/admin"] if operator else []), *more.unguarded]
     large = {**adapter_bodies(staging), **more.large}
-    app = create_app(service, routers=[*operator, *own, *more.routers], unguarded=unguarded, large=large)
+    app = create_app(service, routers=[*operator, *own, *more.routers], unguarded=more.unguarded, large=large)
     more.mount(app)
     return Application(app, start, stop)
 

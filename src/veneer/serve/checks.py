@@ -73,11 +73,11 @@ def check_settings(settings: ServeSettings) -> Opened:
         one_of(settings.quantise, get_args(QuantiseKind), "a quantisation", "--quantise")
     check_dtype_name(settings.dtype, "--dtype")
     check_device_name(settings.device, "--device")
-    for origin in settings.http.cors:
+    for origin in settings.http.allowed_origins:
         if not _ORIGIN.fullmatch(origin):
             what = f"{quoted(origin)} is not an origin of pages"
             raise ConfigError(
-                what, where="--cors", fix="as https://app.example.com, without a path; or * for every one"
+                what, where="--allowed-origin", fix="as https://app.example.com, without a path; or * for every one"
             )
     if settings.admin_key is not None:
         admin_hash(settings.admin_key)

@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 
 from veneer.errors import ResourceError
 from veneer.serve.checks import Opened, check_settings
-from veneer.serve.http.connection import connection_of, many_files
+from veneer.serve.http.connection import many_files, protocols_of
 from veneer.serve.http.errors import Json, answer_error
 from veneer.serve.request import Refused
 from veneer.serve.settings import ServeSettings
@@ -182,10 +182,11 @@ def _serve(
     settings: ServeSettings, say: Callable[[str], None], make: Callable[[], Application], page: WebPage | None
 ) -> None:
     front = _Front(make, page.path if page else "", settings.base.rstrip("/").rpartition("/")[2])
+    http, ws = protocols_of(settings.http, sockets=page is not None)
     config = uvicorn.Config(
         front, host=settings.host, port=settings.port, log_level="warning",
-        ws="websockets-sansio" if page else "none", lifespan="on",
-        timeout_graceful_shutdown=2, timeout_keep_alive=ceil(settings.http.idle), http=connection_of(settings.http),
+        ws=ws, lifespan="on",
+        timeout_graceful_shutdown=2, timeout_keep_alive=ceil(settings.http.idle), http=http,
         backlog=1024, use_colors=False,
     )  # fmt: skip
     if not logging.getLogger().handlers:  # else the process that serves has its own way to log

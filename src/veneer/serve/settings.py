@@ -22,7 +22,9 @@ class HttpSettings:
     an answer may be unread before it ends. `connections`: how many there may be before the one that was idle longest
     is closed for another. `max_pixels`: of a picture that is sent; `max_pictures`: asked for at once. `waiting_tokens`:
     of a tenant's prompts that wait to be answered by samples (Tinker's routes); one prompt may be longer.
-    `metric_adapters`: those with series of their own. `cors`: origins whose pages may ask from a browser."""
+    `metric_adapters`: those with series of their own. `allowed_origins`: whose pages may use this server from a
+    browser, "*" for every one where keys are needed. `allowed_hosts`: values of Host, beside localhost, that a server
+    without keys answers to."""
 
     max_body: int = 8 << 20
     max_adapter: int = 2 << 30
@@ -43,7 +45,8 @@ class HttpSettings:
     metric_adapters: int = 100
     shadows: int = 16
     slots: int = 256
-    cors: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,38 +1,48 @@
 """Who looks at a page, and what may come in with it.
 
-    nobody has a key     on this machine alone: the Host has to be this machine's, or a page elsewhere that has its name
-                         lead here (DNS rebinding) could read and do everything
-    keys or tenants      one field asks for a key, which is kept in a cookie that scripts cannot read and that goes to
-                         /studio alone; nothing is kept here. It is asked for again at each thing that a page does, so
-                         that a key that is revoked opens nothing any more
+    without keys         on this machine alone (serve.http.guard says under which Hosts)
+    keys or tenants      a form asks for a key, which is kept in a cookie that scripts cannot read and that goes to
+                         /studio alone; nothing is kept here. The key is asked for again at each thing that a page does,
+                         so that one that is revoked opens nothing any more
 
-`Gate` stands outside of the server's door. What a page's own pictures, downloads and uploads ask of the API goes to
-/studio/api/…, where the gate turns the cookie into the key that a client would send: the API itself reads no cookies.
+`Gate` stands outside of the server's door. Without a key there is only the form, as static HTML: no page and no socket,
+as a socket belongs to an open page of the same key. A page's own pictures, downloads and uploads ask the API by
+/studio/api/…, where the gate turns the cookie into the key that a client would send: the API reads no cookies.
 """
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from urllib.parse import quote, urlsplit
+from importlib.resources import files
+from urllib.parse import parse_qs, quote
 from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.requests import Request as HttpRequest
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veneer.errors import ConfigError
-from veneer.serve.access import Caller, Tenancy
+from veneer.serve.access import Tenancy
+from veneer.serve.engine.admission import SharedQuantity
+from veneer.serve.http.bodies import BodyRoute
+from veneer.serve.http.guard import HERE, check_host, check_origin, needs
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused
+from veneer.serve.settings import HttpSettings
+from veneer.train.report.page import escaping, palette
 
 ROOT = "/studio"
 _COOKIE = "veneer_studio"
-_HERE = ("localhost", "127.0.0.1", "::1")
 _WRONG = 1.0
 """Seconds that a wrong key waits for its answer."""
+_WAITING, _AT_ONCE = 32, 2
+"""Pages that may wait to be drawn, and that are drawn at once."""
+_PAGES, _SOCKETS = 200, 4
+"""Pages that one key may have open, and sockets of a page: it connects anew before the old socket has ended."""
 _ASSETS = f"{ROOT}/_nicegui/"
 _FOR_EVER = "public, max-age=31536000, immutable"
 _UNUSED = ("/fonts.css", "/quasar.unimportant.prod.css", "/quasar.important.prod.css")
@@ -47,13 +57,19 @@ _POLICY = (
 
 @dataclass(eq=False)
 class Visitor:
-    """Who looks at one page. `caller`: as they were when they last did something."""
+    """Who looks at one page. `caller`: as they were when they last did something. `sockets`: that the page has open."""
 
     tenancy: Tenancy
     key: str | None
-    caller: Caller
+    caller: Principal
+    sockets: int = 0
 
-    async def again(self) -> Caller:
+    def same_as(self, other: Visitor) -> bool:
+        """Whether both are one tenant, or have one key."""
+        mine, theirs = self.caller.tenant, other.caller.tenant
+        return mine == theirs if mine or theirs else self.key == other.key
+
+    async def again(self) -> Principal:
         """Raises Refused (401) for a key that is none any more."""
         self.caller = await self.tenancy.caller(self.key)
         return self.caller
@@ -63,7 +79,7 @@ VISITORS: WeakKeyDictionary[object, Visitor] = WeakKeyDictionary()
 """Of each page that is open, by its client (NiceGUI's)."""
 
 
-async def _caller_with(tenancy: Tenancy, key: str | None) -> Caller | None:
+async def _caller_with(tenancy: Tenancy, key: str | None) -> Principal | None:
     """Who has this key; None for one that opens nothing."""
     try:
         return await tenancy.caller(key)
@@ -73,29 +89,24 @@ async def _caller_with(tenancy: Tenancy, key: str | None) -> Caller | None:
         return None
 
 
-async def _is_open(tenancy: Tenancy) -> bool:
-    """Whether who has no key is let in."""
-    return await _caller_with(tenancy, None) is not None
-
-
-async def check_reach(tenancy: Tenancy, host: str) -> None:
+def check_reach(tenancy: Tenancy, host: str) -> None:
     """Raises ConfigError where others could reach a page that needs no key."""
-    if host not in _HERE and await _is_open(tenancy):
+    if host not in HERE and tenancy.keyless:
         what = "the Studio trains and removes adapters, so where others can reach it, it needs a key"
         raise ConfigError(what, where=f"--host {host}", fix="--api-keys or --tenants; or leave --host out")
 
 
-async def visitor_of(tenancy: Tenancy, request: HTTPConnection) -> Visitor | None:
+async def _visitor_of(tenancy: Tenancy, request: HTTPConnection) -> Visitor | None:
     """Who sent this; None for who has to say so first. Where nobody needs a key, one that a browser has of another
     server of this machine is let be."""
-    key = None if await _is_open(tenancy) else request.cookies.get(_COOKIE)
+    key = None if tenancy.keyless else request.cookies.get(_COOKIE)
     caller = await _caller_with(tenancy, key)
     return None if caller is None else Visitor(tenancy, key, caller)
 
 
 def key_routes(tenancy: Tenancy) -> APIRouter:
     """In and out: a form with a key, and a button that forgets it."""
-    router = APIRouter(tags=["studio"], include_in_schema=False)
+    router = APIRouter(tags=["studio"], include_in_schema=False, route_class=BodyRoute, dependencies=[needs("public")])
 
     @router.post(f"{ROOT}/enter")
     async def enter(request: HttpRequest) -> Response:
@@ -120,50 +131,105 @@ def key_routes(tenancy: Tenancy) -> APIRouter:
 
 
 class Gate:
-    """ASGI middleware before everything, the door too."""
+    """ASGI middleware before everything, the door too. `settings`: whose Hosts and Origins are let in."""
 
-    def __init__(self, app: ASGIApp, tenancy: Tenancy) -> None:
-        self.app, self.tenancy = app, tenancy
-        self._open: bool | None = None
+    def __init__(self, app: ASGIApp, tenancy: Tenancy, settings: HttpSettings) -> None:
+        self.app, self.tenancy, self.settings = app, tenancy, settings
+        self.pages, self.drawing = SharedQuantity("pages", _WAITING), asyncio.Semaphore(_AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
         if scope["type"] not in ("http", "websocket") or not f"{path}/".startswith(f"{ROOT}/"):
             return await self.app(scope, receive, send)
-        if self._open is None:
-            self._open = await _is_open(self.tenancy)
-        headers = Headers(scope=scope)
-        if wrong := self._refused(scope, headers):
-            return await _turn_away(wrong, scope, receive, send)
+        try:
+            headers = Headers(scope=scope)
+            if self.tenancy.keyless:
+                check_host(headers, {*HERE, *self.settings.allowed_hosts})
+            check_origin(scope, headers, self.settings.allowed_origins)
+            await self._enter(path, scope, receive, send)
+        except Refused as error:
+            await _turn_away(error, scope, receive, send)
+
+    async def _enter(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         if path.startswith(f"{ROOT}/api/"):
-            key = None if self._open else HTTPConnection(scope).cookies.get(_COOKIE)
-            return await self.app(_with_key(scope, path.removeprefix(f"{ROOT}/api"), key), receive, send)
+            key = None if self.tenancy.keyless else HTTPConnection(scope).cookies.get(_COOKIE)
+            await self.app(_with_key(scope, path.removeprefix(f"{ROOT}/api"), key), receive, send)
+        elif scope["type"] == "websocket":
+            await self._socket(scope, receive, send)
+        elif path.startswith(_ASSETS):
+            if await _visitor_of(self.tenancy, HTTPConnection(scope)) is None:
+                raise Refused("sign in first", status=401, code="unauthorized")
+            if path.endswith(_UNUSED):
+                head = {"cache-control": _FOR_EVER}
+                return await Response(media_type="text/css", headers=head)(scope, receive, send)
+            await self.app(scope, receive, _guarded(send, path))
+        elif path in (f"{ROOT}/enter", f"{ROOT}/leave"):
+            await self.app(scope, receive, _guarded(send, path))
+        else:
+            await self._page(scope, receive, _guarded(send, path))
 
-        if path.endswith(_UNUSED) and path.startswith(_ASSETS):
-            head = {"cache-control": _FOR_EVER}
-            return await Response(media_type="text/css", headers=head)(scope, receive, send)
+    async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Draw a page, a few at a time: each keeps the event loop for tens of milliseconds."""
+        visitor = await _visitor_of(self.tenancy, HTTPConnection(scope))
+        if visitor is None:
+            return await _sign_in(scope)(scope, receive, send)
+        if sum(visitor.same_as(other) for other in VISITORS.values()) >= _PAGES:
+            what = f"{_PAGES} pages of this key are open, or were within the last minute"
+            raise Refused(what, status=429, code="overloaded", retry_after=5.0, fix="close some")
+        caller = visitor.caller
+        self.pages.take(caller.tenant, caller.weight, 1)
+        try:
+            async with self.drawing:
+                await self.app({**scope, "veneer.visitor": visitor}, receive, send)
+        finally:
+            self.pages.give(caller.tenant, 1)
 
-        async def guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                given = MutableHeaders(raw=message.setdefault("headers", []))
-                given["content-security-policy"] = _POLICY
-                given["x-content-type-options"] = "nosniff"
-                given["referrer-policy"] = "same-origin"
-                if path.startswith(_ASSETS) and message["status"] == 200 and "/dynamic_resources/" not in path:
-                    given["cache-control"] = _FOR_EVER  # their version is in their path
-            await send(message)
+    async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises Refused (403) for a socket that is not an open page's of the same key, or is one too many of it."""
+        query = parse_qs(scope["query_string"].decode("latin-1"))
+        id = query.get("client_id", [""])[0]
+        page = next((each for client, each in VISITORS.items() if getattr(client, "id", None) == id), None)
+        visitor = await _visitor_of(self.tenancy, HTTPConnection(scope))
+        if page is None or visitor is None or not visitor.same_as(page) or page.sockets >= _SOCKETS:
+            raise Refused("a socket needs a page that is open and signed in", status=403, code="forbidden")
+        page.sockets += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            page.sockets -= 1
 
-        await self.app(scope, receive, guarded if scope["type"] == "http" else send)
 
-    def _refused(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
-        host = headers.get("host", "")
-        if self._open and urlsplit(f"//{host}").hostname not in _HERE:
-            return 421, "veneer's Studio needs no key on this machine, so it answers to localhost and 127.0.0.1 alone"
-        writes = scope["type"] == "websocket" or scope["method"] not in ("GET", "HEAD", "OPTIONS")
-        origin = headers.get("origin")
-        if writes and origin is not None and urlsplit(origin).netloc != host:
-            return 403, "this came from a page of another site"
-        return None
+def _guarded(send: Send, path: str) -> Send:
+    async def guarded(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            given = MutableHeaders(raw=message.setdefault("headers", []))
+            given["content-security-policy"] = _POLICY
+            given["x-content-type-options"] = "nosniff"
+            given["referrer-policy"] = "same-origin"
+            if path.startswith(_ASSETS) and message["status"] == 200 and "/dynamic_resources/" not in path:
+                given["cache-control"] = _FOR_EVER  # their version is in their path
+        await send(message)
+
+    return guarded
+
+
+def _sign_in(scope: Scope) -> Response:
+    """The form for a key, as static HTML: it costs nothing, and leaves nothing behind."""
+    path, query = scope["path"], scope["query_string"].decode("latin-1")
+    wrong = "wrong" in parse_qs(query, keep_blank_values=True)
+    then = path + (f"?{query}" if query and not wrong else "")
+    form = escaping("veneer.studio", "templates").get_template("enter.html.j2")
+    text = form.render(action=f"{ROOT}/enter", then=then, wrong=wrong)
+    return HTMLResponse(
+        f'<!doctype html><html lang="en">{head_html()}{text}</html>', 401, {"cache-control": "no-store"}
+    )
+
+
+def head_html() -> str:
+    """The end of the head of every page: the theme before the first paint, colors and styles."""
+    css = palette() + (files("veneer.studio") / "studio.css").read_text(encoding="utf-8")
+    theme = 'document.documentElement.dataset.theme = localStorage.getItem("veneer-theme") || "";'
+    return f"<script>{theme}</script>\n<style>{css}</style>"
 
 
 def _with_key(scope: Scope, path: str, key: str | None) -> Scope:
@@ -175,10 +241,11 @@ def _with_key(scope: Scope, path: str, key: str | None) -> Scope:
     return {**scope, "path": path, "raw_path": quote(path).encode(), "headers": headers}
 
 
-async def _turn_away(why: tuple[int, str], scope: Scope, receive: Receive, send: Send) -> None:
-    status, text = why
+async def _turn_away(why: Refused, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         await receive()
         await send({"type": "websocket.close", "code": 1008})
     else:
-        await PlainTextResponse(text + "\n", status)(scope, receive, send)
+        head = {"retry-after": f"{why.retry_after:.0f}"} if why.retry_after else {}
+        text = f"{why.what} ({why.fix})" if why.fix else why.what
+        await PlainTextResponse(f"{text}\n", why.status, head)(scope, receive, send)

@@ -12,11 +12,11 @@ from veneer.jobs.checkpoints import job_of_tag
 from veneer.library.describe import gain_of
 from veneer.library.names import parse_reference
 from veneer.library.queries import AdapterFamily, Version
-from veneer.serve.request import Refused
+from veneer.serve.http.surfaces.adapters import AdapterChange, change_adapter, remove_adapter
 from veneer.studio.commands import command
 from veneer.studio.frame import NothingHere, ViewPage
 from veneer.studio.library import LibraryCard, card_of, routes_of
-from veneer.studio.parts import Command, Field, Fragment, box, button, confirm, form_field, heading, line, link
+from veneer.studio.parts import Command, Field, Fragment, box, button, confirm, form_field, heading, line, link, permit
 from veneer.studio.watch import on_change
 from veneer.train.report.log import size
 
@@ -40,7 +40,7 @@ class _Seen:
 async def adapter_view(page: ViewPage) -> None:
     seen = await asyncio.to_thread(_read, page, page.query.get("ref"))
     version = seen.version
-    own = page.caller.may_change(version.name)
+    own = page.caller.can_change(version.name)
     card = card_of(page, version, seen.routes)
 
     page.title(version.reference)
@@ -103,7 +103,7 @@ def _read(page: ViewPage, reference: str) -> _Seen:
         version = library.find(reference)
     except (AdapterError, ConfigError) as error:
         raise NothingHere("There is no such adapter.", fix=error.fix) from None
-    if not (page.caller.admin or page.caller.sees(reference) or page.caller.sees(version.reference)):
+    if not page.caller.can_see(reference, version.reference):
         raise NothingHere("There is no such adapter.")
     found = version.reference
     return _Seen(version, library.family(found), library.checks(found), routes_of(page))
@@ -146,9 +146,9 @@ def _relatives(page: ViewPage, seen: _Seen) -> dict[str, Any]:
     family = seen.family
 
     def those(all: list[Version]) -> list[Version]:
-        return [each for each in all if page.caller.admin or page.caller.sees(each.reference)]
+        return [each for each in all if page.caller.can_see(each.reference)]
 
-    unknown = family.unknown if page.caller.admin else []
+    unknown = family.unknown if page.caller.can("operate") else []
     shown = {"parents": those(family.parents), "unknown": unknown, "children": those(family.children),
              "versions": those(family.versions)}  # fmt: skip
     return {"family": shown, "own": seen.version.reference, "link": page.link}
@@ -159,10 +159,14 @@ def _named(version: Version) -> dict[str, Any]:
 
 
 def _names(page: ViewPage, seen: _Seen, own: bool, refill: Callable[[], Awaitable[None]]) -> Fragment:
-    library, version = page.studio.library, seen.version
+    version = seen.version
 
-    async def change(call: Any, *given: str, said: str) -> None:
-        await asyncio.to_thread(call, *given)
+    async def change(said: str, **wanted: list[str]) -> None:
+        studio = page.studio
+        await asyncio.to_thread(
+            change_adapter, studio.library, studio.service.tenancy, page.caller, version.reference,
+            AdapterChange(**wanted),
+        )  # fmt: skip
         await refill()
         page.say(said)
 
@@ -171,12 +175,12 @@ def _names(page: ViewPage, seen: _Seen, own: bool, refill: Callable[[], Awaitabl
         names = Fragment(
             "names.html.j2", own=own, **_named(version),
             acts={
-                "unalias": lambda data: change(
-                    library.remove, f"{version.name}@{data['word']}", said=f"{data['word']} is no alias any more"
-                ),
-                "untag": lambda data: change(
-                    library.untag, version.reference, data["word"], said=f"The tag {data['word']} is off"
-                ),
+                "unalias": permit("write", lambda data: change(
+                    f"{data['word']} is no alias any more", remove_aliases=[data["word"]]
+                )),
+                "untag": permit("write", lambda data: change(
+                    f"The tag {data['word']} is off", remove_tags=[data["word"]]
+                )),
             },
         )  # fmt: skip
         if not own:
@@ -190,12 +194,14 @@ def _names(page: ViewPage, seen: _Seen, own: bool, refill: Callable[[], Awaitabl
 
             async def entered(text: str, what: str = what) -> None:
                 word = text.strip()
-                does = library.alias if what == "alias" else library.tag
-                await change(does, version.reference, word, said=f"{version.reference} has the {what} {word}")
+                wanted = {"add_aliases" if what == "alias" else "add_tags": [word]}
+                await change(f"{version.reference} has the {what} {word}", **wanted)
                 fields[what].put("")
                 same.show("")
 
-            fields[what] = form_field(f"Another {what}", "", typed, hint=hint, entered=entered, most=100)
+            fields[what] = form_field(
+                f"Another {what}", "", permit("write", typed), hint=hint, entered=permit("write", entered), most=100
+            )
         same = Command()
     return names
 
@@ -222,7 +228,7 @@ def _health(page: ViewPage, seen: _Seen, own: bool, refill: Callable[[], Awaitab
         heading("Health", 2)
         checks = Fragment("checks.html.j2", checks=seen.checks, health=version.health)
         if own:
-            button("Check it now", look)
+            button("Check it now", permit("write", look))
             Command(command("library", "verify", version.reference))
     return checks
 
@@ -250,10 +256,10 @@ def _facts(version: Version) -> list[tuple[str, str]]:
 
 def _remove(page: ViewPage, version: Version) -> None:
     async def remove() -> None:
-        try:
-            await asyncio.to_thread(page.studio.library.remove, version.reference, with_aliases=True)
-        except AdapterError as error:
-            raise Refused(error.what, status=400, code="invalid_request", fix=error.fix) from error
+        studio = page.studio
+        await asyncio.to_thread(
+            remove_adapter, studio.library, studio.service.tenancy, page.caller, version.reference, with_aliases=True
+        )
         await page.go("")
         page.say(f"{version.reference} is out of the library")
 
@@ -263,9 +269,9 @@ def _remove(page: ViewPage, version: Version) -> None:
         confirm(
             f"Remove {version.reference}?",
             f"Its name goes now.{pointed} Its files go with the next clean-up, unless another name has them.",
-            remove, button_text="Remove", danger=True,
+            permit("write", remove), button_text="Remove", danger=True,
             command=command("library", "remove", version.reference, with_aliases=bool(aliases)),
         )  # fmt: skip
 
     with box("div", "apart"):
-        button("Remove…", asked, kind="danger")
+        button("Remove…", permit("write", asked), kind="danger")

@@ -13,9 +13,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request as HttpRequest
+from starlette.responses import PlainTextResponse, Response
 
 from veneer.errors import ConfigError, MissingExtraError
-from veneer.studio.access import ROOT, Gate, check_reach, key_routes, visitor_of
+from veneer.studio.access import ROOT, Gate, check_reach, head_html, key_routes
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -57,14 +58,14 @@ def studio_of(service: Service, library: Library, *, host: str, trains: bool = F
     from veneer.studio.train import train_view
 
     views = (
-        StudioView("", "Library", "l", library_view),
-        StudioView("adapter", "Adapter", "", adapter_view, under=""),
-        StudioView("compare", "Compare", "c", compare_view),
-        StudioView("train", "Train", "t", train_view),
-        StudioView("run", "Run", "", run_view, under="train"),
-        StudioView("steps", "Steps", "", steps_view, under="train"),
-        StudioView("live", "Live", "v", live_view, operator=True),
-        StudioView("doctor", "Doctor", "d", doctor_view),
+        StudioView("", "Library", "l", library_view, "read"),
+        StudioView("adapter", "Adapter", "", adapter_view, "read", under=""),
+        StudioView("compare", "Compare", "c", compare_view, "infer"),
+        StudioView("train", "Train", "t", train_view, "train"),
+        StudioView("run", "Run", "", run_view, "train", under="train"),
+        StudioView("steps", "Steps", "", steps_view, "train", under="train"),
+        StudioView("live", "Live", "v", live_view, "operate"),
+        StudioView("doctor", "Doctor", "d", doctor_view, "read"),
     )
     jobs = JobStore(library)
     made = Studio(service, library, jobs, views, finds, trains)
@@ -72,11 +73,11 @@ def studio_of(service: Service, library: Library, *, host: str, trains: bool = F
 
     def mount(app: FastAPI) -> None:
         _mount(app, made)
-        app.add_middleware(Gate, tenancy=service.tenancy)
+        app.add_middleware(Gate, tenancy=service.tenancy, settings=service.settings)
         life.append(app.router.lifespan_context(app))
 
     async def start() -> None:
-        await check_reach(service.tenancy, host)
+        check_reach(service.tenancy, host)
         with warnings.catch_warnings():  # NiceGUI looks at every object there is, one of torch's warns at that
             warnings.simplefilter("ignore", FutureWarning)
             await life[0].__aenter__()
@@ -97,7 +98,7 @@ def _mount(app: FastAPI, studio: Studio) -> None:
     from nicegui import app as own
     from nicegui import ui
 
-    from veneer.studio.frame import Frame, head_html, sign_in
+    from veneer.studio.frame import Frame
     from veneer.studio.links import query_of
     from veneer.studio.still import add_still
 
@@ -106,16 +107,15 @@ def _mount(app: FastAPI, studio: Studio) -> None:
     ui.add_head_html(head_html(), shared=True)
 
     @ui.page("/{path:path}", title="veneer", response_timeout=60)
-    async def page(request: HttpRequest, path: str) -> None:
-        root = request.scope.get("root_path", "")
-        visitor = await visitor_of(studio.service.tenancy, request)
-        if visitor is None:
-            said = f"?{request.url.query}" if request.url.query else ""
-            return sign_in(root, f"{root}/{path}{said}", "wrong" in request.query_params)
-        frame = Frame(studio, visitor, root)
+    async def page(request: HttpRequest, path: str) -> Response | None:
+        visitor = request.scope.get("veneer.visitor")
+        if visitor is None:  # an asset that does not exist
+            return PlainTextResponse("not found", 404)
+        frame = Frame(studio, visitor, request.scope.get("root_path", ""))
         query = query_of(request.query_params.multi_items())
         frame.client.status_code = await frame.visit(path.strip("/"), query)
         add_still(frame.client)
+        return None
 
     ui.run_with(
         app, mount_path=ROOT, title="veneer", favicon=_ICON, dark=None, language="en-US", tailwind=False,

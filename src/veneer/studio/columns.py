@@ -17,7 +17,7 @@ from veneer.serve.request import Refused
 from veneer.studio import parts
 from veneer.studio.commands import command
 from veneer.studio.frame import NothingHere, ViewPage
-from veneer.studio.parts import Command, Fragment, box, button, dialog, heading, line, put
+from veneer.studio.parts import Command, Fragment, box, button, dialog, heading, line, permit, put
 
 _Mix = list[tuple[str, float]]
 MOST_COLUMNS = 8
@@ -100,7 +100,7 @@ class Board:
 
     def kept(self, name: str) -> Any:
         """What a field does when it is another: the link says so."""
-        return lambda value: self.page.keep(**{name: value})
+        return permit("read", lambda value: self.page.keep(**{name: value}))
 
     def number(self, label: str, name: str, usual: float, low: float, high: float, step: float) -> parts.Field:
         """A field of the link's, within its bounds whatever the link says."""
@@ -111,7 +111,13 @@ class Board:
     def draw_prompt(self, hint: str) -> None:
         """What every column is asked."""
         self.prompt = parts.form_field(
-            "Prompt", self.page.query.get("p"), self.kept("p"), kind="area", key="p", entered=self.ask_all, hint=hint
+            "Prompt",
+            self.page.query.get("p"),
+            self.kept("p"),
+            kind="area",
+            key="p",
+            hint=hint,
+            entered=permit("infer", self.ask_all),
         )
 
     def prompt_words(self) -> list[str]:
@@ -137,15 +143,18 @@ class Board:
                 with box("div", "row"):
                     heading(name, 2)
                     if place:
-                        button("Leave out", lambda: self.leave_out(column), kind="word", aria_label=f"Leave {name} out")
+                        button(
+                            "Leave out", permit("read", lambda: self.leave_out(column)), kind="word",
+                            aria_label=f"Leave {name} out",
+                        )  # fmt: skip
                 if not place:
                     line("The base alone, to compare the others with.", "soft small")
                 for k, (part, strength) in enumerate(column.mix):
                     self._strength(column, k, part, strength)
             self.draw_answers(place, column)
             with box("div", "foot"):
-                if place and self.page.caller.admin and (len(column.mix) > 1 or column.mix[0][1] != 1):
-                    button("Keep this mix as an adapter", lambda: self.keep(column), kind="word")
+                if place and self.page.caller.can("operate") and (len(column.mix) > 1 or column.mix[0][1] != 1):
+                    button("Keep this mix as an adapter", permit("operate", lambda: self.keep(column)), kind="word")
                 column.command = Command(self.same_command(column))
 
     def _strength(self, column: Column, k: int, part: str, strength: float) -> None:
@@ -153,11 +162,15 @@ class Board:
         alone = len(column.mix) == 1
         with box("div", "part"):
             parts.form_field(
-                "Strength" if alone else part, strength, lambda to: self.stronger(column, k, to), kind="range",
+                "Strength" if alone else part, strength, permit("infer", lambda to: self.stronger(column, k, to)),
+                kind="range",
                 low=-reach, high=reach, step=0.05, wait=0.05,
             )  # fmt: skip
             if not alone:
-                button("Take out", lambda: self.without(column, k), kind="word", aria_label=f"Take {part} out")
+                button(
+                    "Take out", permit("infer", lambda: self.without(column, k)), kind="word",
+                    aria_label=f"Take {part} out",
+                )  # fmt: skip
 
     # -- what is compared
 
@@ -167,10 +180,17 @@ class Board:
             heading("Compare with another", 2)
             with box("div", "row foot"):
                 parts.form_field(
-                    "Find an adapter", "", self.found, kind="search", hint="Name, tag, trigger word", key="/"
+                    "Find an adapter",
+                    "",
+                    permit("read", self.found),
+                    kind="search",
+                    hint="Name, tag, trigger word",
+                    key="/",
                 )
                 self.into = parts.form_field("It goes into", "new", kind="choice", options=self._places())
-            self.hits = Fragment("hits.html.j2", acts={"add": self.add}, hits=[], text="", base=self.page.studio.base)
+            self.hits = Fragment(
+                "hits.html.j2", acts={"add": permit("infer", self.add)}, hits=[], text="", base=self.page.studio.base
+            )
         self.page.task(self.found(""))
 
     def _places(self) -> dict[str, str]:
@@ -266,8 +286,10 @@ class Board:
             def told(_: Any) -> None:
                 shown.show(same())
 
-            named = parts.form_field("Name", "", told, hint="softer", most=120)
-            pointed = parts.form_field("Alias that points to it, if any", "", told, hint="prod", most=60)
+            named = parts.form_field("Name", "", permit("operate", told), hint="softer", most=120)
+            pointed = parts.form_field(
+                "Alias that points to it, if any", "", permit("operate", told), hint="prod", most=60
+            )
             shown = Command(same())
             problem = line("", "bad", role="alert")
             busy = parts.progress("The mix is being made")
@@ -289,5 +311,5 @@ class Board:
                 pointed_to = f", {name}@{alias} leads to it" if alias else ""
                 self.page.say(f"{added.version.reference} {what}{pointed_to}; {made.error:.3%} off the sum")
 
-            parts.decide(window, "Keep it", do)
+            parts.decide(window, "Keep it", permit("operate", do))
         parts.opened(window)

@@ -22,7 +22,7 @@ from veneer.studio.columns import Board, Column
 from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
 from veneer.studio.moving import Answers, SpokenToken
-from veneer.studio.parts import Command, box, button, line
+from veneer.studio.parts import Command, box, button, line, permit
 from veneer.train.text.judged import add_row, corrected_row, judged_file, preference_row
 
 _PAUSE = 1 / 30
@@ -58,8 +58,8 @@ class _Texts(Board):
                         "Told before it", query.get("s"), self.kept("s"), hint="You are brief."
                     )
             with box("div", "row"):
-                button("Ask", self.ask_all, kind="filled", key="ctrl+enter")
-                button("Stop", self.stop, kind="word", key="Escape")
+                button("Ask", permit("infer", self.ask_all), kind="filled", key="ctrl+enter")
+                button("Stop", permit("infer", self.stop), kind="word", key="Escape")
                 line("Ctrl+Enter asks; the number of a column says that it is better.", "soft small by-keys", "span")
         self.draw_all()
         self.judgement = Command("")
@@ -67,8 +67,8 @@ class _Texts(Board):
     def draw_answers(self, place: int, column: Column) -> None:
         column.shown = Answers(
             column.named(self.page.studio.base), place + 1, leads=not place,
-            better=(lambda i: self.better(column, i)) if len(self.columns) > 1 else None,
-            corrected=lambda said: self.corrected(column, said),
+            better=permit("feedback", lambda i: self.better(column, i)) if len(self.columns) > 1 else None,
+            corrected=permit("feedback", lambda said: self.corrected(column, said)),
         )  # fmt: skip
 
     def same_command(self, column: Column) -> str:
@@ -176,9 +176,9 @@ class _Texts(Board):
                 await asyncio.to_thread(tenancy.answers.give, caller.tenant, feedback)
                 return "kept with the answers"
             except Refused as error:
-                if error.status != 404 or not caller.admin:
+                if error.status != 404 or not caller.can("operate"):
                     raise
-        if not caller.admin:
+        if not caller.can("operate"):
             fix = "its operator changes that: veneer tenant feedback keep"
             raise VeneerError("none of this tenant's answers are kept, so there is nothing to judge", fix=fix)
         return ""

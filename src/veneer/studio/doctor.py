@@ -12,7 +12,19 @@ from veneer.serve.request import Refused
 from veneer.serve.staging import StagedAdapter
 from veneer.studio.commands import command
 from veneer.studio.frame import NothingHere, ViewPage
-from veneer.studio.parts import Command, Fragment, box, button, enable, form_field, heading, line, progress, show
+from veneer.studio.parts import (
+    Command,
+    Fragment,
+    box,
+    button,
+    enable,
+    form_field,
+    heading,
+    line,
+    permit,
+    progress,
+    show,
+)
 from veneer.train.report.log import size
 
 _FEW = 12
@@ -34,7 +46,7 @@ async def doctor_view(page: ViewPage) -> None:
             line(
                 "A .safetensors or .gguf of any tool, or a .zip of a PEFT folder. It stays for an hour, for you alone."
             )
-            button("Choose a file", page.pick, kind="filled", key="o")
+            button("Choose a file", permit("read", page.pick), kind="filled", key="o")
         Command(command("adapter", "inspect", "FILE", elsewhere=True))
         return
     try:
@@ -43,7 +55,7 @@ async def doctor_view(page: ViewPage) -> None:
         raise NothingHere("This file is not here any more.", fix=error.fix) from None
     page.title(staged.name, f"{size(staged.size)} · here until it is kept, for an hour at most")
     with box("div", "row"):
-        button("Another file", page.pick, key="o")
+        button("Another file", permit("read", page.pick), key="o")
     report = await asyncio.to_thread(staged_report, staged)
     _show(page, staged, report)
 
@@ -125,7 +137,7 @@ def _offer(page: ViewPage, staged: StagedAdapter, report: dict[str, Any], said: 
         show(bar, True)
         page.fetch(page.api(f"/v1/adapter_inspections/{staged.id}/file", to=to, base=base), told)
 
-    does = button(f"Download for {tool}", write)
+    does = button(f"Download for {tool}", permit("read", write))
     bar = progress(f"Writing it for {tool}")
     show(bar, False)
 
@@ -144,7 +156,7 @@ def _keep(page: ViewPage, staged: StagedAdapter, report: dict[str, Any]) -> None
         if not report["verdict"]["use"]:
             line("It cannot be used as it is, so it cannot be kept.", "soft")
             return
-        if not (page.caller.admin or page.caller.tenant):
+        if not page.caller.can("write"):
             line("Your key may look, and not change the library.", "soft")
             return
 
@@ -160,6 +172,6 @@ def _keep(page: ViewPage, staged: StagedAdapter, report: dict[str, Any]) -> None
             await page.go("adapter", ref=added.version.reference)
             page.say(f"{added.version.reference} is in the library")
 
-        form_field("Name", name["now"], typed, entered=keep, most=200)
-        button("Keep it in the library", keep, kind="filled")
+        form_field("Name", name["now"], permit("read", typed), entered=permit("write", keep), most=200)
+        button("Keep it in the library", permit("write", keep), kind="filled")
         same = Command(command("library", "add", staged.name, name["now"]))

@@ -5,18 +5,18 @@ A view is an async function in a file of its own, at most 400 lines, that draws 
     async def compare_view(page: ViewPage) -> None:
         prompt = page.query.get("p")                       what the link says: get, all, number
         page.title("Compare", "One prompt, several adapters.")
-        asked = form_field("Prompt", prompt, lambda text: page.keep(p=text), kind="area", entered=ask, key="p")
-        answers = Fragment("answers.html.j2", acts={"vote": vote}, answers=[])          templates/answers.html.j2
+        asked = form_field("Prompt", prompt, permit("read", typed), kind="area", entered=permit("infer", ask), key="p")
+        answers = Fragment("answers.html.j2", acts={"vote": permit("feedback", vote)}, answers=[])
         Command(command("generate", prompt))
         page.task(ask())                                   goes on beside the page; ends when it is left
 
-and a row of `views` in build.py: its path, its title, the letter that `g` goes to it by, whether it is an operator's.
+and a row of `views` in build.py: its path, its title, the letter that `g` goes to it by, the permission it needs.
 
     parts         parts.py alone (`box`, `line`, `button`, `form_field`, `Fragment`, `dialog`, `confirm` …): never
                   `ui.…`, `.props(`, `.style(`, `run_javascript` in a view; a test holds that
-    who looks     `page.caller` (`.sees(name)`, `.tenant`, `.admin`): new at each handler. Jobs are asked for by
-                  `page.tenant` (None for an operator). What they do not see raises `NothingHere`, which is told in
-                  the same words as what is not there
+    who looks     `page.caller`, a Principal: established anew at each handler. Jobs are asked for by
+                  `page.caller.owner` (None for everybody's). What is not visible raises `NothingHere`, in the
+                  same words as what does not exist
     slow things   `await asyncio.to_thread(function, …)`. Draw first, then await: after one second the page goes out as
                   far as it is, and the rest is drawn when it comes
     state         none but the link: `page.keep(q="sty")` changes it without a load (None or "" takes a key out);
@@ -43,7 +43,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -53,9 +52,9 @@ from veneer.errors import VeneerError
 from veneer.jobs.store import JobStore
 from veneer.library.library import Library, NotInLibrary
 from veneer.library.names import likely_name
-from veneer.serve.access import Caller
 from veneer.serve.http.errors import as_refused, message_of
 from veneer.serve.http.service import Service
+from veneer.serve.principal import Permission, Principal
 from veneer.serve.request import Refused
 from veneer.serve.tenancy.store import Store
 from veneer.serve.tenancy.tenants import Tenants
@@ -63,7 +62,6 @@ from veneer.studio import parts
 from veneer.studio.access import VISITORS, Visitor
 from veneer.studio.links import Query, query_of, query_pairs
 from veneer.studio.transfers import Transfers
-from veneer.train.report.page import palette
 
 _log = logging.getLogger("veneer.studio")
 
@@ -78,13 +76,13 @@ class NothingHere(VeneerError):
 @dataclass(frozen=True)
 class StudioView:
     """`path`: after /studio/. `key`: the letter after g; "": it is not in the list of views, where it stands `under`
-    another. `draw`: draws it."""
+    another. `draw`: draws it. `needs`: the permission without which it is not found."""
 
     path: str
     title: str
     key: str
     draw: Callable[[ViewPage], Awaitable[None]]
-    operator: bool = False
+    needs: Permission
     under: str | None = None
 
 
@@ -131,17 +129,12 @@ class ViewPage:
         return self.frame.studio
 
     @property
-    def caller(self) -> Caller:
+    def caller(self) -> Principal:
         return self.frame.visitor.caller
-
-    @property
-    def tenant(self) -> str | None:
-        """Whose jobs they see: None is everybody's."""
-        return None if self.caller.admin else self.caller.tenant
 
     def name_for(self, filename: str) -> str:
         """What a file would be called in the library, in a tenant's own namespace."""
-        own = "" if self.caller.admin or not self.caller.tenant else f"{self.caller.tenant}/"
+        own = f"{self.caller.tenant}/" if self.caller.tenant else ""
         return own + (likely_name(filename.rpartition(".")[0] or filename) or "adapter")
 
     # -- links
@@ -235,13 +228,15 @@ class Frame:
         with top:
             self._top()
         with self.client.content:
-            self.trouble = parts.Fragment("trouble.html.j2", acts={"closed": self._well}, error=None, title="")
+            self.trouble = parts.Fragment(
+                "trouble.html.j2", acts={"closed": parts.permit("public", self._well)}, error=None, title=""
+            )
             self.place = parts.box()
             self.status = parts.line("", "status", "div", role="status")
             self.browser = Browser()
         self.files = Transfers(self.browser, self.tell)
-        self.browser.on("go", parts.heard(self._went))
-        self.browser.on("sought", parts.heard(self._sought))
+        self.browser.on("go", parts.heard(parts.permit("public", self._went)))
+        self.browser.on("sought", parts.heard(parts.permit("read", self._sought)))
 
     def _top(self) -> None:
         parts.link("veneer", f"{self.root}/", "brand")
@@ -249,7 +244,7 @@ class Frame:
             self.links = {
                 view.path: parts.link(view.title, f"{self.root}/{view.path}", key=f"g {view.key}")
                 for view in self.studio.views
-                if view.key and (self.visitor.caller.admin or not view.operator)
+                if view.key and self.visitor.caller.can(view.needs)
             }
         parts.line(self.studio.base, "base", "span", title="The base that this server runs")
         with parts.box("div", "row"):
@@ -266,8 +261,8 @@ class Frame:
         """Draw the view of a path in place of the one that is there. Returns what HTTP says of it."""
         self.leave()
         view = next((view for view in self.studio.views if view.path == path), None)
-        if view is None or (view.operator and not self.visitor.caller.admin):
-            view = StudioView(path, "Not here", "", _nowhere)
+        if view is None or not self.visitor.caller.can(view.needs):
+            view = StudioView(path, "Not here", "", _nowhere, "public")
         for each, link in self.links.items():
             parts.mark(link, aria_current="page" if each == view.path else "true" if each == view.under else "false")
         self._well()
@@ -359,7 +354,7 @@ class Frame:
         if not isinstance(error, VeneerError):
             _log.error("the Studio failed", exc_info=error)
         status = known.status if isinstance(known, Refused) else 400
-        if not self.visitor.caller.admin:  # where on the server something is, is not theirs to know
+        if not self.visitor.caller.can("operate"):  # where on the server something is, is not theirs to know
             known = VeneerError(message_of(known))
         self.trouble.show(
             error=known, title="That did not work" if isinstance(error, VeneerError) else "veneer's fault"
@@ -374,29 +369,6 @@ async def _nowhere(page: ViewPage) -> None:
 def _not_here(page: ViewPage, error: VeneerError) -> None:
     page.title("Not here")
     parts.line("There is nothing here, or nothing that you may see.", "lede")
-    if error.fix and page.caller.admin:
+    if error.fix and page.caller.can("operate"):
         parts.line(error.fix, "soft")
     parts.link("To the library", page.link(""), "button quiet")
-
-
-def sign_in(root: str, then: str, wrong: bool) -> None:
-    """The whole page of who has not said who they are."""
-    with parts.box("div", "enter"):
-        parts.line("veneer", "brand")
-        parts.heading("Whose key?", 1)
-        with parts.box("form", "", method="post", action=f"{root}/enter"):
-            parts.box("input", type="hidden", name="then", value=then)
-            with parts.box("label", "field"):
-                parts.line("Key", "name", "span")
-                parts.box("input", type="password", name="key", autocomplete="current-password", required=True)
-            if wrong:
-                parts.line("That key opens nothing here.", "bad", role="alert")
-            parts.line("Enter", "button filled", "button", type="submit")
-        parts.line("A key is what `veneer tenant key add` printed, or a line of the file of --api-keys.", "soft")
-
-
-def head_html() -> str:
-    """What stands in the head of every page: the theme before the first paint, colours and looks."""
-    css = palette() + (files("veneer.studio") / "studio.css").read_text(encoding="utf-8")
-    theme = 'document.documentElement.dataset.theme = localStorage.getItem("veneer-theme") || "";'
-    return f"<script>{theme}</script>\n<style>{css}</style>"

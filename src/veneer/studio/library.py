@@ -15,7 +15,7 @@ from veneer.library.queries import Shelfful, Version
 from veneer.serve.tenancy.store import ALL
 from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
-from veneer.studio.parts import Command, Fragment, box, button, form_field, heading, line, link, put, show
+from veneer.studio.parts import Command, Fragment, box, button, form_field, heading, line, link, permit, put, show
 from veneer.studio.train import beginnings
 from veneer.studio.watch import on_change
 
@@ -63,7 +63,7 @@ def routes_of(page: ViewPage) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     tenants = page.studio.tenants
     for route in tenants.settings.routes.values() if tenants is not None else ():
-        if page.caller.admin or route.tenant in (ALL, page.caller.tenant):
+        if page.caller.can("operate") or route.tenant in (ALL, page.caller.tenant):
             every = sum(weight for _, weight in route.targets)
             for target, weight in route.targets:
                 if weight:
@@ -115,29 +115,41 @@ async def library_view(page: ViewPage) -> None:
     with box("div", "row spread"):
         page.title("Library")
         with box("div", "row"):
-            button("Add a file…", lambda: page.pick(), key="a")
+            button("Add a file…", permit("read", page.pick), key="a")
             teach = link("Teach one", page.link("train"), "button filled")
     asked = _asked(page)
     find = form_field(
-        "Find", asked.text, lambda text: narrowed(q=text), kind="search", key="/", look="find", hidden_label=True,
-        hint="Find by name, base, tag, trigger word, licence …", wait=0.08,
-    )  # fmt: skip
+        "Find",
+        asked.text,
+        permit("read", lambda text: narrowed(q=text)),
+        kind="search",
+        key="/",
+        look="find",
+        hidden_label=True,
+        hint="Find by name, base, tag, trigger word, licence …",
+        wait=0.08,
+    )
     with box("div", "picks", role="group", aria_label="Narrow and order") as order:
         picks = {
             name: form_field(
-                label, asked.picks[name], lambda value, name=name: narrowed(**{name: value}), kind="choice",
-                options={"": "any"},
+                label, asked.picks[name], permit("read", lambda value, name=name: narrowed(**{name: value})),
+                kind="choice", options={"": "any"},
             )
             for name, label in _PICKS.items()
         }  # fmt: skip
         form_field(
-            "Order", asked.order, lambda value: narrowed(order=value), kind="choice", options=_ORDERS, look="last"
+            "Order",
+            asked.order,
+            permit("read", lambda value: narrowed(order=value)),
+            kind="choice",
+            options=_ORDERS,
+            look="last",
         )
     count = line("", "soft small count", role="status")
     empty = box("div", "empty")
     pages = box("div", "stack")
     cut = line("", "soft")
-    more = button("Show more", lambda: further(), kind="quiet", look="more", data_more="")
+    more = button("Show more", permit("read", lambda: further()), kind="quiet", look="more", data_more="")
     marked = _Marked(page)
     same = Command()
     leaves: list[Fragment] = []
@@ -145,7 +157,7 @@ async def library_view(page: ViewPage) -> None:
     told_empty = ""
 
     async def fetch(offset: int, some: int) -> tuple[Shelfful, list[LibraryCard]]:
-        asked, sees = _asked(page), None if page.caller.admin else page.caller.sees
+        asked, sees = _asked(page), None if page.caller.can("operate") else page.caller.sees
 
         def look() -> tuple[Shelfful, list[LibraryCard]]:
             found = library.browse(asked.text, **asked.search(), sees=sees, limit=some, offset=offset)
@@ -180,6 +192,7 @@ async def library_view(page: ViewPage) -> None:
         told_empty = why or told_empty
         for each in (teach, find, order):  # where there is nothing yet, the page offers the one thing to do
             show(each, bool(cards) or bool(narrow))
+        show(teach, page.caller.can("train") and (bool(cards) or bool(narrow)))
         show(more, shown < min(found.total, _MOST))
         same.show(asked.command())
 
@@ -252,7 +265,7 @@ def _say_empty(page: ViewPage, place: Any, narrow: bool) -> None:
             f"An adapter is a thin layer on {base}, a few megabytes, that makes it do your thing; {base} itself stays "
             "as it is. Teach one, or drop one that you have anywhere on this page."
         )
-        offers = [] if page.caller.tenant else beginnings(page.studio)
+        offers = beginnings(page.studio) if page.caller.can("operate") else []
         for what, sentence in offers[:1]:
             link(f"Teach it from {what}", page.link("train", q=sentence), "button filled")
 
@@ -262,12 +275,12 @@ class _Marked:
 
     def __init__(self, page: ViewPage) -> None:
         self.page = page
-        self.acts = {"mark": self.toggle}
+        self.acts = {"mark": permit("read", self.toggle)}
         self.redraw: Any = None
         with box("div", "bar") as self.bar:
             self.words = line("", "", "span")
-            button("Compare", self.compare, kind="filled", key="c")
-            button("Clear", self.clear, kind="word")
+            button("Compare", permit("infer", self.compare), kind="filled", key="c")
+            button("Clear", permit("read", self.clear), kind="word")
         self._told()
 
     @property

@@ -21,7 +21,7 @@ from veneer.serve.tenancy.store import ALL, EACH, FeedbackTerms, Limit, TenantSe
 from veneer.serve.tenancy.tenants import Tenants
 from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
-from veneer.studio.parts import Command, Fragment, box, button, confirm, heading, line, show
+from veneer.studio.parts import Command, Fragment, box, button, confirm, heading, line, permit, show
 from veneer.studio.route import WHO, NewRoute, RouteMoves, RoutePanel
 from veneer.studio.watch import on_change
 
@@ -59,8 +59,10 @@ class _Live:
         self.place = box("div", "stack")
         self.new = NewRoute(self.moves, offered, opened=bool(offered) or not self.store.settings.routes)
         heading("Shadows", 2)
-        self.shadows = Fragment("shadows.html.j2", acts={"better": self.better}, pairs=[], summary=[], kept=False)
-        self.keep = button("Keep answers for 7 days, to see both", self._keep_answers, kind="quiet")
+        self.shadows = Fragment(
+            "shadows.html.j2", acts={"better": permit("operate", self.better)}, pairs=[], summary=[], kept=False
+        )
+        self.keep = button("Keep answers for 7 days, to see both", permit("operate", self._keep_answers), kind="quiet")
         heading("Use and cost", 2)
         self.used = Fragment("used.html.j2", rows=[], limits=[], quiet=[])
         Command(command("tenant", "usage", by="tenant,adapter"))
@@ -161,7 +163,7 @@ class _Live:
         what = "From now on, what is asked without a tenant's key and what is answered is kept for 7 days."
         why = "Then a shadow's answer can be read beside the one that was sent, and one be chosen over the other."
         same = command("tenant", "feedback", "keep", days=7)
-        confirm("Keep answers", f"{what} {why}", do, button_text="Keep them", command=same)
+        confirm("Keep answers", f"{what} {why}", permit("operate", do), button_text="Keep them", command=same)
 
     async def better(self, data: dict[str, str]) -> None:
         """Of a pair, this one is better: a row of preferences."""

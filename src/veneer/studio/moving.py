@@ -4,8 +4,7 @@ whole as a bar to drag."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from nicegui import ui
 
@@ -20,8 +19,8 @@ class Answers(ui.element, component="answers.js"):
     `corrected([i, text])` are what somebody says of its i-th answer; `better` is None where there is one column."""
 
     def __init__(
-        self, label: str, place: int, *, leads: bool, better: Callable[[Any], Any] | None,
-        corrected: Callable[[Any], Any],
+        self, label: str, place: int, *, leads: bool, better: parts.Handler | None,
+        corrected: parts.Handler,
     ) -> None:  # fmt: skip
         super().__init__()
         given = {"label": label, "leads": leads, "place": place, "votes": better is not None}
@@ -60,7 +59,7 @@ class Wipe(ui.element, component="wipe.js"):
 class WeightBar(ui.element, component="weights.js"):
     """Shares in per cent, (name, share). `moved(shares)`: while an edge is moved, in the parts' order."""
 
-    def __init__(self, shares: Sequence[tuple[str, float]], moved: Callable[[Any], Any]) -> None:
+    def __init__(self, shares: Sequence[tuple[str, float]], moved: parts.Handler) -> None:
         super().__init__()
         self.props["parts"] = [list(part) for part in shares]
         self.on("moved", parts.heard(moved))
@@ -73,7 +72,7 @@ class WeightBar(ui.element, component="weights.js"):
 class Drawn(ui.element, component="drawn.js"):
     """The pictures of one column. `marked(i)`: one is to be laid over another."""
 
-    def __init__(self, label: str, marked: Callable[[Any], Any]) -> None:
+    def __init__(self, label: str, marked: parts.Handler) -> None:
         super().__init__()
         self.props["label"] = label
         self.on("marked", parts.heard(marked))
@@ -96,7 +95,7 @@ class Drawn(ui.element, component="drawn.js"):
 class Sketch(ui.element, component="sketch.js"):
     """A picture from the visitor's disk. `picked(data)`: it, as a data: URL; "" where it was taken away."""
 
-    def __init__(self, label: str, picked: Callable[[Any], Any]) -> None:
+    def __init__(self, label: str, picked: parts.Handler) -> None:
         super().__init__()
         self.props["label"] = label
         self.on("picked", parts.heard(picked))

@@ -5,14 +5,17 @@ a page as markup or as code: texts are text nodes, attributes are properties und
     with box("section", "panel"):                       <section class="panel"> … </section>
         heading("Files", 2)
         line("Nothing here yet.", "soft")
-        button("Add", add, key="a", kind="filled")      add() or add(event), sync or async
-        name = form_field("Name", "", changed=typed)         name.value; name.put("…") sets it
-    cards = Fragment("cards.html.j2", acts={"open": opened}, versions=found)      many things: one element
-    cards.show(versions=others)                         drawn anew where it is another, and only there
+        button("Add", permit("write", add), key="a", kind="filled")      add() or add(event), sync or async
+        name = form_field("Name", "", permit("read", typed))             name.value; name.put("…") sets it
+    acts = {"open": permit("read", opened)}
+    cards = Fragment("cards.html.j2", acts=acts, versions=found)     many things: one element
+    cards.show(versions=others)                                      drawn anew where it is another, and only there
 
-Handlers: before each one who looks is asked for again (`Visitor.again`), so `page.caller` is true inside. They may be
-async. What they raise is shown on the page: a VeneerError as what · where · fix. Whatever takes more than a millisecond
-goes into `await asyncio.to_thread(…)`: the engine's own loop runs all pages.
+Handlers: each names the permission that it needs by `permit`, whether or not its button is shown: any browser can send
+any event. Before each call the principal is established again (`Visitor.again`), so that `page.caller` is true inside,
+and asked for the permission; a handler that names none is refused. Handlers may be async. What they raise is shown on
+the page: a VeneerError as what · where · fix. Whatever takes more than a millisecond goes into
+`await asyncio.to_thread(…)`: the engine's own loop runs all pages.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -28,12 +32,26 @@ from markupsafe import Markup, escape
 from nicegui import Client, ui
 
 from veneer.errors import VeneerError, shown
+from veneer.serve.principal import Permission
 from veneer.studio.access import VISITORS
 from veneer.train.report.log import duration, size
 from veneer.train.report.page import escaping
 
 Does = Callable[..., Any]
 """Called with nothing, or with what came (a field's value, the data of what was clicked)."""
+
+
+@dataclass(frozen=True)
+class Handler:
+    """A handler of an event, and the permission that the page's principal needs for it."""
+
+    permission: Permission
+    does: Does
+
+
+def permit(permission: Permission, does: Does) -> Handler:
+    """A handler for principals with this permission."""
+    return Handler(permission, does)
 
 
 def _coded(text: Any) -> Markup:
@@ -55,13 +73,14 @@ _ENV.filters |= {
 }  # fmt: skip
 
 
-def heard(does: Does) -> Callable[[Any], Any]:
-    """`does` for NiceGUI: whoever looks is asked for first; it gets what came if it takes something."""
+def heard(handler: Handler) -> Callable[[Any], Any]:
+    """The handler for NiceGUI: its principal is asked first; it gets what came if it takes something."""
 
     async def hear(event: Any) -> None:
         try:
-            await VISITORS[event.client].again()
-            await _done(does, event.args)
+            principal = await VISITORS[event.client].again()
+            principal.require(handler.permission if isinstance(handler, Handler) else None)
+            await _done(handler.does, event.args)
         except VeneerError as error:  # the page says it; NiceGUI would write a stack trace into the log, too
             event.client.handle_exception(error)
 
@@ -76,8 +95,8 @@ async def _done(does: Does, came: Any) -> None:
         await made
 
 
-def once(does: Does) -> Callable[[Any], Any]:
-    """`does`, but not again while it goes on: whoever clicks twice or leans on Enter wants it once."""
+def once(handler: Handler) -> Handler:
+    """The handler, but not again while it runs, for a double click or a key that is held down."""
     going = False
 
     async def do(came: Any) -> None:
@@ -86,11 +105,11 @@ def once(does: Does) -> Callable[[Any], Any]:
             return
         going = True
         try:
-            await _done(does, came)
+            await _done(handler.does, came)
         finally:
             going = False
 
-    return do
+    return Handler(handler.permission, do)
 
 
 def box(tag: str = "div", look: str = "", **attributes: str | int | bool) -> ui.element:
@@ -146,7 +165,7 @@ something away; it has a sentence beside it."""
 
 
 def button(
-    text: object, does: Does, *, kind: Kind = "quiet", key: str = "", look: str = "", **attributes: str | int | bool
+    text: object, does: Handler, *, kind: Kind = "quiet", key: str = "", look: str = "", **attributes: str | int | bool
 ) -> ui.element:
     """`key`: what presses it: a letter, or several with spaces ("g l"), or "ctrl+enter"; not while a text is typed,
     but for those with ctrl. `enable(button, False)` greys it."""
@@ -194,9 +213,9 @@ _FieldKind = Literal["text", "search", "number", "area", "choice", "range", "che
 
 
 def form_field(
-    label: str, value: Any = "", changed: Does | None = None, *, kind: _FieldKind = "text", hint: str = "",
+    label: str, value: Any = "", changed: Handler | None = None, *, kind: _FieldKind = "text", hint: str = "",
     options: Mapping[str, str] | Sequence[str] = (), low: float | None = None, high: float | None = None,
-    step: float | None = None, wait: float = 0.15, most: int = 20_000, entered: Does | None = None, key: str = "",
+    step: float | None = None, wait: float = 0.15, most: int = 20_000, entered: Handler | None = None, key: str = "",
     look: str = "", hidden_label: bool = False,
 ) -> Field:  # fmt: skip
     """A field with its name above it (`hidden_label`: for who hears the page alone). `changed(value)`: after `wait`
@@ -215,15 +234,15 @@ def form_field(
     for name, each in given.items():
         element.props[name] = each
 
-    def both(does: Does | None) -> Does:
+    def both(handler: Handler | None) -> Handler:
         async def do(value: Any) -> None:
             if kind == "number" and isinstance(value, int | float):  # as the browser shows it when it is left
                 value = min(value if high is None else high, max(value if low is None else low, value))
             element.value = element.props["value"] = value  # the browser has it: nothing to send back
-            if does is not None:
-                await _done(does, value)
+            if handler is not None:
+                await _done(handler.does, value)
 
-        return do
+        return permit("read", do) if handler is None else Handler(handler.permission, do)
 
     element.on("changed", heard(both(changed)))
     if entered is not None:
@@ -236,7 +255,9 @@ class Fragment(ui.element, component="fragment.js"):
     `data-act="NAME"` does, called with all its data- attributes as a dict of texts. What can be chosen, and what there
     are many of, has a `data-id` of its own: so it is the same element when all is drawn anew (fragment.js)."""
 
-    def __init__(self, template: str, *, look: str = "", acts: Mapping[str, Does] | None = None, **values: Any) -> None:
+    def __init__(
+        self, template: str, *, look: str = "", acts: Mapping[str, Handler] | None = None, **values: Any
+    ) -> None:
         super().__init__()
         self._template = template
         self.classes(look)
@@ -244,10 +265,11 @@ class Fragment(ui.element, component="fragment.js"):
         if acts:
 
             async def clicked(data: dict[str, str]) -> None:
-                if (does := acts.get(data.get("act", ""))) is not None:
-                    await _done(does, data)
+                if (handler := acts.get(data.get("act", ""))) is not None:
+                    VISITORS[self.client].caller.require(handler.permission)
+                    await _done(handler.does, data)
 
-            self.on("click", heard(clicked), js_handler=_CLICKED)
+            self.on("click", heard(permit("public", clicked)), js_handler=_CLICKED)
 
     def _drawn(self, values: Mapping[str, Any]) -> str:
         return _ENV.get_template(self._template).render(**values)
@@ -283,7 +305,7 @@ class Dialog(ui.element):
         self.classes("dialog")
         _set(self, {"aria-label": title})
         self.shut = self.acting = self.closing = False
-        self.on("close", self._shut, args=[])
+        self.on("close", heard(permit("public", self._shut)), args=[])
 
     def _shut(self) -> None:
         self.shut = True
@@ -328,7 +350,7 @@ def closed(window: Dialog) -> None:
 
 
 def confirm(
-    title: str, sentence: str, does: Does, *, button_text: str, command: str = "", danger: bool = False
+    title: str, sentence: str, does: Handler, *, button_text: str, command: str = "", danger: bool = False
 ) -> None:
     """Says what will happen, then does it if that is wanted. Call it in a handler."""
     with dialog(title) as window:
@@ -338,17 +360,19 @@ def confirm(
 
         async def do() -> None:
             closed(window)
-            await _done(does, None)
+            await _done(does.does, None)
 
-        decide(window, button_text, do, danger=danger)
+        decide(window, button_text, permit(does.permission, do), danger=danger)
     opened(window)
 
 
-def decide(window: Dialog, button_text: str, does: Does, *, danger: bool = False) -> None:
+def decide(window: Dialog, button_text: str, does: Handler, *, danger: bool = False) -> None:
     """The foot of a window: Cancel, and what does it, which closes the window where it went well."""
     with box("div", "row end"):
-        button("Cancel", lambda: closed(window), kind="word")
-        button(button_text, lambda: window.act(does), kind="danger" if danger else "filled")
+        button("Cancel", permit("public", lambda: closed(window)), kind="word")
+        button(
+            button_text, permit(does.permission, lambda: window.act(does.does)), kind="danger" if danger else "filled"
+        )
 
 
 def progress(label: str, share: float | None = None) -> ui.element:

@@ -24,7 +24,7 @@ from veneer.studio.columns import MOST_COLUMNS, Board, Column
 from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
 from veneer.studio.moving import Drawn, Sketch, Wipe
-from veneer.studio.parts import box, button, dialog, line
+from veneer.studio.parts import box, button, dialog, line, permit
 
 _SEEDS = 4
 _STEPS = (0.25, 0.5, 0.75, 1.0, 1.25)
@@ -70,8 +70,8 @@ class _Pictures(Board):
                     self.negative = parts.form_field("Not to be seen", query.get("not"), self.kept("not"))
                     self._control()
             with box("div", "row"):
-                button("Draw", self.ask_all, kind="filled", key="ctrl+enter")
-                button("Stop", self.stop, kind="word", key="Escape")
+                button("Draw", permit("infer", self.ask_all), kind="filled", key="ctrl+enter")
+                button("Stop", permit("infer", self.stop), kind="word", key="Escape")
                 line("Ctrl+Enter draws.", "soft small by-keys", "span")
                 line("Two pictures that are marked are laid one over the other.", "soft small", "span")
         self.draw_all()
@@ -90,13 +90,15 @@ class _Pictures(Board):
         def picked(data: str) -> None:
             self.sketch = data
 
-        Sketch("Control picture", picked)
+        Sketch("Control picture", permit("infer", picked))
 
     def draw_answers(self, place: int, column: Column) -> None:
         with box("div"):  # one row of the column's grid
-            column.shown = Drawn(column.named(self.page.studio.base), lambda i: self.marked(column, int(i)))
+            column.shown = Drawn(
+                column.named(self.page.studio.base), permit("read", lambda i: self.marked(column, int(i)))
+            )
             if len(column.mix) == 1 and len(self.columns) <= MOST_COLUMNS:
-                button("The same at five strengths", lambda: self.spread(column), kind="word")
+                button("The same at five strengths", permit("infer", lambda: self.spread(column)), kind="word")
 
     def same_command(self, column: Column) -> str:
         kind = self.kind.value if self.kind is not None and self.sketch else None
@@ -177,7 +179,7 @@ class _Pictures(Board):
             window.classes("roomy")
             Wipe(left.source, right.source, names)
             with box("div", "row end"):
-                button("Close", lambda: parts.closed(window), kind="word")
+                button("Close", permit("public", lambda: parts.closed(window)), kind="word")
         parts.opened(window)
 
 

@@ -28,6 +28,7 @@ from veneer.studio.parts import (
     heading,
     line,
     mark,
+    permit,
     place_at,
     put,
     show,
@@ -100,7 +101,13 @@ class RouteMoves:
             self.page.say(f"{route.name} is as it was before")
 
         same = command("tenant", "route", "rollback", route.name, tenant=route.tenant)
-        confirm(f"Roll {route.name} back", routes.route_change(now, before), do, button_text="Roll back", command=same)
+        confirm(
+            f"Roll {route.name} back",
+            routes.route_change(now, before),
+            permit("operate", do),
+            button_text="Roll back",
+            command=same,
+        )
 
     def ended(self, route: Route) -> None:
         gone = replace(route, targets=(), runs=(), shadow=None)
@@ -111,7 +118,9 @@ class RouteMoves:
 
         sentence = f"{routes.route_change(route, gone)} A rollback brings it back."
         same = command("tenant", "route", "remove", route.name, tenant=route.tenant)
-        confirm(f"Remove {route.name}", sentence, do, button_text="Remove it", command=same, danger=True)
+        confirm(
+            f"Remove {route.name}", sentence, permit("operate", do), button_text="Remove it", command=same, danger=True
+        )
 
 
 class _Shares:
@@ -164,15 +173,21 @@ class NewRoute(_Shares):
             )
             with box("section", "panel route", aria_label="A new route"):
                 with box("div", "row foot"):
-                    self.name = form_field("Name", name, lambda _: self.say(), hint="support", most=120)
-                    self.first = form_field("Leads to", moves.base, self._led, kind="choice", options=names)
+                    self.name = form_field(
+                        "Name", name, permit("operate", lambda _: self.say()), hint="support", most=120
+                    )
+                    self.first = form_field(
+                        "Leads to", moves.base, permit("operate", self._led), kind="choice", options=names
+                    )
                     others = _or_none("nothing else", names)
-                    self.other = form_field("And to", offered, self._led, kind="choice", options=others)
-                self.bar = WeightBar(self.shares, self.dragged)
+                    self.other = form_field(
+                        "And to", offered, permit("operate", self._led), kind="choice", options=others
+                    )
+                self.bar = WeightBar(self.shares, permit("operate", self.dragged))
                 self.sentence = line("", "sentence", role="status")
                 self.same = Command("")
                 with box("div", "row"):
-                    self.does = button("Begin it", self._begin, kind="filled")
+                    self.does = button("Begin it", permit("operate", self._begin), kind="filled")
         self._led(None)
 
     def offer(self, names: Sequence[str]) -> None:
@@ -225,18 +240,34 @@ class RoutePanel(_Shares):
                 if route.tenant:
                     line(f"of {route.tenant}", "chip", "span")
                 with box("div", "row far"):
-                    self.back = button("Roll back", lambda: moves.back(self.route), kind="word", key="r")
-                    button("Remove", lambda: moves.ended(self.route), kind="word", aria_label=f"Remove {route.name}")
-            self.bar = WeightBar([], self.dragged)
-            acts = {"promote": lambda data: self._promote(data["name"]), "give": lambda data: self.added(data["name"])}
+                    self.back = button(
+                        "Roll back", permit("operate", lambda: moves.back(self.route)), kind="word", key="r"
+                    )
+                    button(
+                        "Remove", permit("operate", lambda: moves.ended(self.route)), kind="word",
+                        aria_label=f"Remove {route.name}",
+                    )  # fmt: skip
+            self.bar = WeightBar([], permit("operate", self.dragged))
+            acts = {
+                "promote": permit("operate", lambda data: self._promote(data["name"])),
+                "give": permit("operate", lambda data: self.added(data["name"])),
+            }
             self.ways = Fragment("route_ways.html.j2", acts=acts, shares=[], offered="", canary=_CANARY)
             with box("details", "how"):
                 line("Another version, or a shadow", tag="summary")
                 with box("div", "row foot"):
-                    self.other = form_field("Another version", "", self.added, kind="choice")
-                    self.shadow = form_field("Answers too, unseen", "", lambda _: self.say(), kind="choice")
+                    self.other = form_field("Another version", "", permit("operate", self.added), kind="choice")
+                    self.shadow = form_field(
+                        "Answers too, unseen", "", permit("operate", lambda _: self.say()), kind="choice"
+                    )
                     self.fraction = form_field(
-                        "Of the requests, in %", 100, lambda _: self.say(), kind="number", low=0, high=100, step=1
+                        "Of the requests, in %",
+                        100,
+                        permit("operate", lambda _: self.say()),
+                        kind="number",
+                        low=0,
+                        high=100,
+                        step=1,
                     )
             with box("details", "how") as self.before:
                 line("What it led to before", tag="summary")
@@ -246,8 +277,8 @@ class RoutePanel(_Shares):
             self.same = Command("")
             self.does = box("div", "row")
             with self.does:
-                button("Move", lambda: moves.moved(self.route, self.wanted), kind="filled")
-                button("Leave it", self._left, kind="word")
+                button("Move", permit("operate", lambda: moves.moved(self.route, self.wanted)), kind="filled")
+                button("Leave it", permit("operate", self._left), kind="word")
         place_at(self.panel, place)
 
     def fill(self, route: Route, before: Sequence[dict[str, Any]]) -> None:
@@ -293,9 +324,12 @@ class RoutePanel(_Shares):
         now = self.route
         wanted = routes.planned_route(now, now.name, [(name, 100)], tenant=now.tenant)
         confirm(
-            f"Promote {name}", routes.route_change(now, wanted), lambda: self.moves.moved(now, wanted),
-            button_text="Promote it", command=_set_command(wanted, self.moves.base),
-        )  # fmt: skip
+            f"Promote {name}",
+            routes.route_change(now, wanted),
+            permit("operate", lambda: self.moves.moved(now, wanted)),
+            button_text="Promote it",
+            command=_set_command(wanted, self.moves.base),
+        )
 
     def say(self) -> None:
         """What the shares as they stand now would do."""

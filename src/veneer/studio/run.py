@@ -15,7 +15,7 @@ from veneer.jobs.openai import MEASURED, shown_error, shown_event
 from veneer.jobs.store import ENDS, Job
 from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
-from veneer.studio.parts import Command, Fragment, box, button, confirm, line, progress, show
+from veneer.studio.parts import Command, Fragment, box, button, confirm, line, permit, progress, show
 from veneer.studio.parts import move as moved
 from veneer.studio.talk import base_name, job_of, talk_to
 from veneer.studio.watch import on_change
@@ -55,10 +55,10 @@ class _Heard:
         """Reads what is new; of where things are on the server a tenant hears nothing."""
         more = True
         while more:
-            events, more = page.studio.jobs.events(page.tenant, job.id, after=self.last)
+            events, more = page.studio.jobs.events(page.caller.owner, job.id, after=self.last)
             for event in events:
                 self.last = event.number
-                if not page.caller.admin and event.kind not in MEASURED:
+                if not page.caller.can("operate") and event.kind not in MEASURED:
                     told = shown_event(job, event)
                     event = replace(event, message=told["message"], data=told["data"])
                 if event.kind == "metrics":
@@ -124,33 +124,39 @@ async def run_view(page: ViewPage) -> None:
     job, jobs, heard = await job_of(page), page.studio.jobs, _Heard()
     pictures = of_pictures(job)
     page.title(job.name)
-    said = _said_by(job) if page.caller.admin else f"taught on {Path(base_name(job)).name}"
+    said = _said_by(job) if page.caller.can("operate") else f"taught on {Path(base_name(job)).name}"
     line(said, "lede")
     head = Fragment("run_head.html.j2", job=job, error=None, trains=page.studio.trains, link=page.link)
     bar = progress("Steps done", None)
     with box("div", "row below"):
-        pausing = button("Pause", lambda: change("pause"), key="p")
-        resuming = button("Resume", lambda: change("resume"), key="p", kind="filled")
-        stopping = button("Stop…", lambda: ending(), kind="danger")
-        if not page.caller.tenant:
-            button("Change it and train again…", lambda: page.go("train", q=_said_by(job)), kind="word")
+        pausing = button("Pause", permit("train", lambda: change("pause")), key="p")
+        resuming = button("Resume", permit("train", lambda: change("resume")), key="p", kind="filled")
+        stopping = button("Stop…", permit("train", lambda: ending()), kind="danger")
+        if page.caller.can("operate"):
+            button(
+                "Change it and train again…", permit("operate", lambda: page.go("train", q=_said_by(job))), kind="word"
+            )
     same = Command()
     figures = Fragment("figures.html.j2", figures=[])
     charts = Fragment("charts.html.j2", charts=[])
     sheets = Fragment(
-        "sheets.html.j2", acts={"sheet": lambda data: sheet(data["step"])}, steps=[], chosen=None, source=""
+        "sheets.html.j2",
+        acts={"sheet": permit("train", lambda data: sheet(data["step"]))},
+        steps=[],
+        chosen=None,
+        source="",
     )
     follow = None if pictures else await talk_to(page, job)
     notes = Fragment("notes.html.j2", notes=[], checked={})
 
     def read() -> Job:
         heard.hear(page, job)
-        return jobs.get(page.tenant, job.id)
+        return jobs.get(page.caller.owner, job.id)
 
     async def fill() -> None:
         now = await asyncio.to_thread(read)
         made = await asyncio.to_thread(heard.charts, pictures)
-        error = now.error if page.caller.admin else shown_error(now)
+        error = now.error if page.caller.can("operate") else shown_error(now)
         head.show(job=now, error=error, trains=page.studio.trains, link=page.link)
         show(bar, now.state not in ENDS)
         moved(bar, now.step / now.steps if now.steps else None)
@@ -173,26 +179,26 @@ async def run_view(page: ViewPage) -> None:
 
     async def change(what: str) -> None:
         does = jobs.pause if what == "pause" else jobs.resume
-        await asyncio.to_thread(does, page.tenant, job.id)
+        await asyncio.to_thread(does, page.caller.owner, job.id)
         await fill()
         page.say("It saves its state and rests" if what == "pause" else "It goes on from its last checkpoint")
 
     def ending() -> None:
         async def do() -> None:
-            await asyncio.to_thread(jobs.cancel, page.tenant, job.id)
+            await asyncio.to_thread(jobs.cancel, page.caller.owner, job.id)
             await fill()
 
         confirm(
             f"Stop {job.name}?", "It ends for good and makes no adapter. Steps that can be asked stay in the library.",
-            do, button_text="Stop", command=command("jobs", "cancel", job.id), danger=True,
+            permit("train", do), button_text="Stop", command=command("jobs", "cancel", job.id), danger=True,
         )  # fmt: skip
 
     await fill()  # before anything is followed: with the first timer the page goes out
-    on_change(lambda: (jobs.get(page.tenant, job.id), _newest(page, job.id)), _LOOK, fill)
+    on_change(lambda: (jobs.get(page.caller.owner, job.id), _newest(page, job.id)), _LOOK, fill)
     if follow is not None:
         follow()
 
 
 def _newest(page: ViewPage, job: str) -> int:
-    found, _ = page.studio.jobs.events(page.tenant, job, newest=True, limit=1)
+    found, _ = page.studio.jobs.events(page.caller.owner, job, newest=True, limit=1)
     return found[0].number if found else 0

@@ -14,7 +14,7 @@ from veneer.library.queries import Version
 from veneer.studio import parts
 from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
-from veneer.studio.parts import Command, Fragment, dialog, form_field, heading, line, put
+from veneer.studio.parts import Command, Fragment, dialog, form_field, heading, line, permit, put
 from veneer.studio.run import of_pictures
 from veneer.studio.talk import answer_of, asked_here, job_of, own_prompts
 from veneer.studio.watch import on_change
@@ -33,9 +33,21 @@ async def steps_view(page: ViewPage) -> None:
     seen = "the same prompts, drawn by each" if pictures else "what it scored on rows that it never saw"
     page.title(f"Steps of {job.name}", f"Every step that was kept, and {seen}.")
     table = Fragment(
-        "steps.html.j2", acts={"use": lambda data: use(data["step"]), "go": lambda data: go_on(data["step"])},
-        points=[], best=None, used={}, link=page.link, job=job, pictures=pictures, before=None, forks=False, live=False,
-    )  # fmt: skip
+        "steps.html.j2",
+        acts={
+            "use": permit("train", lambda data: use(data["step"])),
+            "go": permit("operate", lambda data: go_on(data["step"])),
+        },
+        points=[],
+        best=None,
+        used={},
+        link=page.link,
+        job=job,
+        pictures=pictures,
+        before=None,
+        forks=False,
+        live=False,
+    )
     same = Command(command("jobs", "show", job.id))
     grid: _StepAnswers | None = None
     if pictures:
@@ -45,9 +57,9 @@ async def steps_view(page: ViewPage) -> None:
 
     def read() -> dict[str, Any]:
         jobs = page.studio.jobs
-        now, points = jobs.get(page.tenant, job.id), jobs.checkpoints(page.tenant, job.id)
-        scores = {event.data["step"]: event.data for event in jobs.events_of(page.tenant, job.id, "validation")}
-        samples = [event.data["step"] for event in jobs.events_of(page.tenant, job.id, "sample")]
+        now, points = jobs.get(page.caller.owner, job.id), jobs.checkpoints(page.caller.owner, job.id)
+        scores = {event.data["step"]: event.data for event in jobs.events_of(page.caller.owner, job.id, "validation")}
+        samples = [event.data["step"] for event in jobs.events_of(page.caller.owner, job.id, "sample")]
         found = [{"point": point, "score": scores.get(point.step, {}).get("validation_loss")} for point in points]
         known = {p.step: float(scores[p.step]["validation_loss"]) for p in points if p.step in scores}
         best = min(known, key=lambda step: known[step]) if known else None
@@ -59,7 +71,7 @@ async def steps_view(page: ViewPage) -> None:
         table.show(
             points=found["points"], best=found["best"], used=used, link=page.link, job=found["job"],
             pictures=pictures, before=found["before"],
-            forks=not page.caller.tenant, live=page.caller.admin and page.studio.tenants is not None,
+            forks=page.caller.can("operate"), live=page.caller.can("operate") and page.studio.tenants is not None,
         )  # fmt: skip
         if pictures:
             sheets.show(samples=found["samples"][::-1], job=job, api=page.api)
@@ -69,19 +81,19 @@ async def steps_view(page: ViewPage) -> None:
     def use(step: str) -> None:
         with dialog(f"Use step {step}") as window:
             line(f"It becomes the newest version of {job.name}. An alias points to it until it is moved.")
-            alias = form_field("Alias", "prod", lambda now: told.show(_keeping(job, step, now)))
+            alias = form_field("Alias", "prod", permit("train", lambda now: told.show(_keeping(job, step, now))))
             told = Command(_keeping(job, step, "prod"))
 
             async def do() -> None:
                 name = str(alias.value or "").strip()
                 version = await asyncio.to_thread(
-                    kept_step, page.studio.jobs, job.id, int(step), alias=name, tenant=page.tenant
+                    kept_step, page.studio.jobs, job.id, int(step), alias=name, tenant=page.caller.owner
                 )
                 parts.closed(window)
                 await fill()
                 page.say(f"{version.name}{f'@{name}' if name else ''} is step {step} now")
 
-            parts.decide(window, "Use this one", do)
+            parts.decide(window, "Use this one", permit("train", do))
         parts.opened(window)
 
     async def go_on(step: str) -> None:
@@ -94,8 +106,8 @@ async def steps_view(page: ViewPage) -> None:
 
 
 def _mark(page: ViewPage, job: Job) -> object:
-    points = page.studio.jobs.checkpoints(page.tenant, job.id)
-    now = page.studio.jobs.get(page.tenant, job.id)
+    points = page.studio.jobs.checkpoints(page.caller.owner, job.id)
+    now = page.studio.jobs.get(page.caller.owner, job.id)
     return [(p.step, p.reference) for p in points], now.state, len(now.result or {}), page.studio.library_mark()
 
 
@@ -118,7 +130,7 @@ def _used(page: ViewPage, job: Job) -> dict[str, list[Version]]:
         if version.name == job.name:
             out.setdefault(version.digest, []).append(version)
     steps: dict[str, list[Version]] = {}
-    for point in page.studio.jobs.checkpoints(page.tenant, job.id):
+    for point in page.studio.jobs.checkpoints(page.caller.owner, job.id):
         if point.reference and (found := _version(page, point.reference)) is not None:
             steps[str(point.step)] = out.get(found.digest, [])
     return steps
@@ -141,9 +153,15 @@ class _StepAnswers:
         heading("The same prompts", 2)
         self.hint = line(self.why, "soft")
         self.prompt = form_field(
-            "Another prompt", "", kind="text", entered=lambda text: self.more(text), hint="Enter asks it of every step"
+            "Another prompt",
+            "",
+            kind="text",
+            entered=permit("infer", lambda text: self.more(text)),
+            hint="Enter asks it of every step",
         )
-        self.grid = Fragment("answers_grid.html.j2", acts={"drop": lambda d: self.less(d["prompt"])}, rows=[], heads=[])
+        self.grid = Fragment(
+            "answers_grid.html.j2", acts={"drop": permit("infer", lambda d: self.less(d["prompt"]))}, rows=[], heads=[]
+        )
 
     @property
     def prompts(self) -> list[str]:

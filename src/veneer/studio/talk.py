@@ -13,7 +13,7 @@ from veneer.serve.http.asking import AskedTexts, ask_texts
 from veneer.serve.request import Finished, Token
 from veneer.studio.commands import command
 from veneer.studio.frame import NothingHere, ViewPage
-from veneer.studio.parts import Command, Fragment, box, button, enable, form_field, heading, line, put
+from veneer.studio.parts import Command, Fragment, box, button, enable, form_field, heading, line, permit, put
 from veneer.studio.watch import on_change
 from veneer.train.config.reinforcement import PROMPT_FORMATS
 from veneer.train.config.text import TrainConfig, preference_formats
@@ -30,7 +30,7 @@ _PROMPTS = 2
 async def job_of(page: ViewPage) -> Job:
     """The job of the link. Raises NothingHere for one that whoever looks does not see."""
     try:
-        return await asyncio.to_thread(page.studio.jobs.get, page.tenant, page.query.get("job"))
+        return await asyncio.to_thread(page.studio.jobs.get, page.caller.owner, page.query.get("job"))
     except UnknownJob:
         raise NothingHere("There is no such run, or none that you may see.", fix="see `veneer jobs list`") from None
 
@@ -91,15 +91,16 @@ async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
     with box("section", "stack talk"):
         hint = line("", "soft")
         which = form_field(
-            "Step", page.query.get("step"), lambda step: page.keep(step=step), kind="choice",
+            "Step", page.query.get("step"), permit("read", lambda step: page.keep(step=step)), kind="choice",
             options={"": "no step yet"},
         )  # fmt: skip
         prompt = form_field(
-            "Prompt", page.query.get("p"), lambda text: page.keep(p=text), kind="area", entered=lambda text: ask(),
+            "Prompt", page.query.get("p"), permit("read", lambda text: page.keep(p=text)), kind="area",
+            entered=permit("infer", lambda text: ask()),
             hint="Something that it should have learned",
         )  # fmt: skip
         with box("div", "row"):
-            asking = button("Ask", lambda: ask(), key="ctrl+enter")
+            asking = button("Ask", permit("infer", lambda: ask()), key="ctrl+enter")
         answers = Fragment("answers_two.html.j2", columns=[])
         same = Command()
     why = asked_here(page, job)
@@ -109,7 +110,7 @@ async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
     running: list[asyncio.Task[Any]] = []
 
     def points() -> list[tuple[int, str]]:
-        found = page.studio.jobs.checkpoints(page.tenant, job.id)
+        found = page.studio.jobs.checkpoints(page.caller.owner, job.id)
         return [(point.step, point.reference) for point in found if point.reference]
 
     async def fill() -> None:
@@ -162,4 +163,4 @@ async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
         running.append(page.task(drawn()))
 
     await fill()
-    return lambda: on_change(lambda: (points(), page.studio.jobs.get(page.tenant, job.id).state), 1.0, fill)
+    return lambda: on_change(lambda: (points(), page.studio.jobs.get(page.caller.owner, job.id).state), 1.0, fill)

@@ -26,7 +26,7 @@ from veneer.plan.tables import Device
 from veneer.studio import parts
 from veneer.studio.commands import command
 from veneer.studio.frame import Studio, ViewPage
-from veneer.studio.parts import Command, Fragment, box, button, dialog, enable, form_field, line, progress, show
+from veneer.studio.parts import Command, Fragment, box, button, dialog, enable, form_field, line, permit, progress, show
 from veneer.studio.watch import on_change
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.load import RunConfig, config_from, load_config
@@ -95,7 +95,7 @@ def _configured(sentence: Sentence, more: list[str]) -> RunConfig:
 async def train_view(page: ViewPage) -> None:
     studio = page.studio
     page.title("Train", "Say what to teach in one sentence. What you leave out has a default, with a reason.")
-    if page.caller.tenant:
+    if not page.caller.can("operate"):
         line("Rows of your own come by POST /v1/files and POST /v1/fine_tuning/jobs; their runs are below.", "soft")
         await _runs(page)
         return
@@ -104,16 +104,27 @@ async def train_view(page: ViewPage) -> None:
     with box("div", "split asking"):
         with box("div", "stack"):
             asked = form_field(
-                "What to teach", page.query.get("q"), lambda text: typed(text), kind="area", most=2000, key="/",
-                hint=f"teach {studio.base} from tickets.jsonl, rank 16", entered=lambda text: started(), wait=0.3,
+                "What to teach",
+                page.query.get("q"),
+                permit("operate", lambda text: typed(text)),
+                kind="area",
+                most=2000,
+                key="/",
+                hint=f"teach {studio.base} from tickets.jsonl, rank 16",
+                wait=0.3,
                 look="find say",
-            )  # fmt: skip
-            read = Fragment("read.html.j2", acts={"take": lambda data: taken(data["text"])}, **_reading(page, draft))
+                entered=permit("operate", lambda text: started()),
+            )
+            read = Fragment(
+                "read.html.j2",
+                acts={"take": permit("operate", lambda data: taken(data["text"]))},
+                **_reading(page, draft),
+            )
             with box("div", "row"):
-                start = button("Start", lambda: started(), kind="filled", key="ctrl+enter")
+                start = button("Start", permit("operate", lambda: started()), kind="filled", key="ctrl+enter")
                 talk = form_field(
                     f"{asks} its steps while it trains", page.query.get("talk") != "no",
-                    lambda on: asking(on), kind="check",
+                    permit("operate", lambda on: asking(on)), kind="check",
                 )  # fmt: skip
             same = Command()
         plan = Fragment("plan.html.j2", look="side", look_at=None, plan=None, says=_says, busy=False, guesses=())
@@ -121,10 +132,15 @@ async def train_view(page: ViewPage) -> None:
             bar = progress("Looking at the rows")
             found = Fragment("findings.html.j2", findings=(), sample=())
     table = Fragment(
-        "rows.html.j2", acts={"only": lambda data: only(data["verdict"]), "page": lambda data: turned(data["offset"])},
+        "rows.html.j2", acts={
+            "only": permit("operate", lambda data: only(data["verdict"])),
+            "page": permit("operate", lambda data: turned(data["offset"])),
+        },
         seen=None, verdicts=VERDICTS, verdict="", offset=0, some=_ROWS, said="",
     )  # fmt: skip
-    sheet = Fragment("sheet.html.j2", acts={"caption": lambda data: captioned(data)}, pictures=(), more=0)
+    sheet = Fragment(
+        "sheet.html.j2", acts={"caption": permit("operate", lambda data: captioned(data))}, pictures=(), more=0
+    )
     same_rows = Command()
     show(bar, False)
 
@@ -334,7 +350,8 @@ async def _ask_caption(page: ViewPage, picture: SeenPicture, config: ImageTrainC
     with dialog(picture.name) as window:
         text = form_field(
             "What is to be seen", picture.caption,
-            lambda now: same.show(command("data", "caption", str(picture.path), now)), kind="area", most=2000,
+            permit("operate", lambda now: same.show(command("data", "caption", str(picture.path), now))), kind="area",
+            most=2000,
         )  # fmt: skip
         line("It is written where the run reads it: beside the picture, or in the folder's metadata.", "soft small")
         same = Command(command("data", "caption", str(picture.path), picture.caption))
@@ -346,7 +363,7 @@ async def _ask_caption(page: ViewPage, picture: SeenPicture, config: ImageTrainC
             await done()
             page.say(f"{picture.name} has another caption")
 
-        parts.decide(window, "Keep", keep)
+        parts.decide(window, "Keep", permit("operate", keep))
     parts.opened(window)
 
 
@@ -355,11 +372,11 @@ async def _runs(page: ViewPage) -> None:
     runs = Fragment("runs.html.j2", jobs=(), errors={}, link=page.link)
 
     def newest() -> list[Job]:
-        return page.studio.jobs.jobs(page.tenant, limit=_RUNS)[0]
+        return page.studio.jobs.jobs(page.caller.owner, limit=_RUNS)[0]
 
     async def fill() -> None:
         jobs = await asyncio.to_thread(newest)
-        errors = {job.id: job.error if page.caller.admin else shown_error(job) for job in jobs}
+        errors = {job.id: job.error if page.caller.can("operate") else shown_error(job) for job in jobs}
         runs.show(jobs=jobs, errors=errors, link=page.link)
 
     await fill()

@@ -26,9 +26,9 @@ class Transfers:
         self.to: Callable[[str], str]
         self.done: Callable[[dict[str, Any]], Any]
         self.fetched: dict[str, Callable[[str], Any]] = {}
-        browser.on("dropped", parts.heard(self._dropped))
-        browser.on("sent", parts.heard(self._sent))
-        browser.on("fetched", parts.heard(self._fetched))
+        browser.on("dropped", parts.heard(parts.permit("read", self._dropped)))
+        browser.on("sent", parts.heard(parts.permit("read", self._sent)))
+        browser.on("fetched", parts.heard(parts.permit("read", self._fetched)))
 
     def take(self, words: str, to: Callable[[str], str], done: Callable[[dict[str, Any]], Any]) -> None:
         """What becomes of dropped files from now on. `words`: said over the page meanwhile. `to(filename)`: where it is

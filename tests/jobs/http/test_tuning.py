@@ -22,7 +22,8 @@ from veneer.jobs.openai import TuningBody, tuning_config
 from veneer.jobs.store import JobCheckpoint, JobEvent, JobLease, JobStore, OverBudget
 from veneer.jobs.validate import told
 from veneer.library.library import Library, open_library
-from veneer.serve.access import Caller, Served
+from veneer.serve.access import Served
+from veneer.serve.principal import Principal
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
 from veneer.train.config.load import config_from
@@ -66,7 +67,7 @@ class Jobs:
 class Catalog(ToyCatalog):
     """One that says what an adapter is called where jobs run."""
 
-    def resolve(self, model: str, caller: Caller) -> Served:
+    def resolve(self, model: str, caller: Principal) -> Served:
         found = super().resolve(model, caller)
         return replace(found, adapters=(f"library/{found.target}@1",)) if found.mix else found
 

@@ -14,8 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve.http.toy import Live, Noting, ToyCatalog, ToyEngine, ToyTenancy, ToyText, live, toy_app, wait_for
 from veneer.library.library import open_library
-from veneer.serve.access import Caller, ModelCard, OpenAccess, ShadowAnswer
+from veneer.serve.access import ModelCard, OpenAccess, ShadowAnswer
 from veneer.serve.http.surfaces.adapters import adapter_bodies, adapter_routes
+from veneer.serve.principal import Principal
 from veneer.serve.request import Finished, Request, Usage
 from veneer.serve.settings import HttpSettings
 from veneer.serve.staging import Staging
@@ -91,8 +92,8 @@ def test_adapters_beyond_the_cap_are_counted_as_other(text: ToyText) -> None:
 class Crowd(ToyTenancy):
     """Every key is a tenant of its own; `admin` is the operator's."""
 
-    async def caller(self, key: str | None, user: str | None = None) -> Caller:
-        return Caller(admin=True) if key == "admin" else Caller(key or "", lambda name: True, user)
+    async def caller(self, key: str | None, user: str | None = None) -> Principal:
+        return Principal("operator") if key == "admin" else Principal("tenant" if key else "open", key or "", user=user)
 
 
 def test_tenants_have_series_up_to_the_cap(text: ToyText) -> None:
@@ -248,7 +249,7 @@ def test_a_shadow_that_is_broken_off_is_a_failure_and_nobodys_share(text: ToyTex
 
 
 def test_pages_of_other_origins(text: ToyText) -> None:
-    with live(ToyEngine(text), ToyCatalog(), settings=HttpSettings(cors=("https://app.example",))) as server:
+    with live(ToyEngine(text), ToyCatalog(), settings=HttpSettings(allowed_origins=("https://app.example",))) as server:
         headers = {"origin": "https://app.example", "access-control-request-method": "POST"}
         allowed = server.client.options("/v1/chat/completions", headers=headers)
         assert allowed.headers["access-control-allow-origin"] == "https://app.example"
@@ -291,7 +292,7 @@ def test_no_value_of_any_key_makes_the_server_fail(text: ToyText, path: str) -> 
 
     async def ask() -> set[int]:
         statuses = set()
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://toy") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             for body in bodies:
                 status = (await client.post(path, json=body)).status_code
                 assert status < 500, body

@@ -12,16 +12,17 @@ import pytest
 from tests.serve.http.toy import wait_for
 from tests.serve.whole import Whole, make_shop, served
 from veneer.library.database import reading
-from veneer.serve.access import Caller, shadow_id
+from veneer.serve.access import shadow_id
 from veneer.serve.http.answers import TextAnswer, finite_logprob
 from veneer.serve.http.asking import AskedTexts, ask_texts
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Token
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.feedback import kept_answers
 from veneer.serve.tenancy.ledger import usage
 from veneer.serve.tenancy.store import FeedbackTerms
 
-OPERATOR = Caller(admin=True)
+OPERATOR = Principal("operator")
 MESSAGES = [{"role": "user", "content": "Say something about doors."}]
 
 
@@ -33,7 +34,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
         yield server
 
 
-def ask(whole: Whole, caller: Caller = OPERATOR, **asked: Any) -> list[TextAnswer]:
+def ask(whole: Whole, caller: Principal = OPERATOR, **asked: Any) -> list[TextAnswer]:
     async def all_of_it() -> list[TextAnswer]:
         answers = [TextAnswer() for _ in range(asked.get("n", 1))]
         async with aclosing(ask_texts(whole.built.service, caller, AskedTexts(MESSAGES, **asked))) as events:
@@ -46,7 +47,7 @@ def ask(whole: Whole, caller: Caller = OPERATOR, **asked: Any) -> list[TextAnswe
     return asyncio.run(all_of_it())
 
 
-def refused(whole: Whole, caller: Caller = OPERATOR, **asked: Any) -> Refused:
+def refused(whole: Whole, caller: Principal = OPERATOR, **asked: Any) -> Refused:
     with pytest.raises(Refused) as caught:
         ask(whole, caller, **asked)
     return caught.value
@@ -107,7 +108,7 @@ def test_they_are_billed_kept_and_known_by_their_id(whole: Whole) -> None:
 
 def test_what_a_client_could_not_have_a_view_cannot_either(whole: Whole) -> None:
     tenants: Any = whole.built.service.tenancy
-    nobody = Caller("acme", sees=lambda name: name == "plain")
+    nobody = Principal("tenant", "acme", sees=lambda name: name == "plain")
     assert refused(whole, nobody, mix=[("rs", 0.5)]).status == 404
     assert refused(whole, n=1_000).param == "n"
     assert refused(whole, temperature=-1.0).status == 400

@@ -15,9 +15,10 @@ from tests.serve.http.toy import Noting
 from tests.serve.pictures_here import Names, picture_app, served, shelf_of
 from tests.tiny_image_base import tiny_image_base
 from veneer.models.image.base import load_image
-from veneer.serve.access import BEHIND, Caller, Served
+from veneer.serve.access import BEHIND, Served
 from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.pictures.request import PictureRequest
+from veneer.serve.principal import Principal
 
 
 class Shadowed(Names):
@@ -25,7 +26,7 @@ class Shadowed(Names):
 
     shadow = ("", "")
 
-    def resolve(self, model: str, caller: Caller) -> Served:
+    def resolve(self, model: str, caller: Principal) -> Served:
         if model != "stable":
             return super().resolve(model, caller)
         name, digest = self.shadow

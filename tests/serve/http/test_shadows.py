@@ -13,7 +13,8 @@ import pytest
 from tests.library.conftest import quick  # noqa: F401
 from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyText, live, wait_for
 from veneer.library.database import reading
-from veneer.serve.access import Caller, Served
+from veneer.serve.access import Served
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, make_mix
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.ledger import usage
@@ -24,7 +25,7 @@ from veneer.serve.tenancy.tenants import Tenants
 class Shadowed(ToyCatalog):
     """`stable` is sql with one shadow, `canary` with another that is the same, `risky` with one that is gone."""
 
-    def resolve(self, model: str, caller: Caller) -> Served:
+    def resolve(self, model: str, caller: Principal) -> Served:
         shadows: dict[str, Any] = {
             "stable": ("polite", make_mix([("d-polite", 1.0)])),
             "canary": ("sql@2", make_mix([("d-sql", 1.0)])),

@@ -23,10 +23,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from tests.tiny_base import tiny_tokenizer
-from veneer.serve.access import Caller, ModelCard, NoWait, OpenAccess, Served, ShadowAnswer, Tenancy
+from veneer.serve.access import ModelCard, NoWait, OpenAccess, Served, ShadowAnswer, Tenancy
 from veneer.serve.http.app import create_app
 from veneer.serve.http.prompts import TokenizedBase
 from veneer.serve.http.service import Service
+from veneer.serve.principal import Principal
 from veneer.serve.request import (
     DigestMix,
     Engine,
@@ -206,7 +207,7 @@ class ToyCatalog:
     def check(self, name: str) -> None:
         """Any may be served."""
 
-    def resolve(self, model: str, caller: Caller) -> Served:
+    def resolve(self, model: str, caller: Principal) -> Served:
         name = model.removeprefix(f"{self.base}:")
         if name in ("", self.base):
             return Served((), self.base, self.base)
@@ -215,22 +216,22 @@ class ToyCatalog:
         card = self._card(name, caller)
         return Served(make_mix([(card.digest, 1.0)]), model, card.id)
 
-    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Caller) -> Served:
+    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Principal) -> Served:
         found = [(self._card(name, caller).digest, strength) for name, strength in parts]
         name = "+".join(f"{n}:{s:g}" for n, s in parts)
         return Served(make_mix(found), name, name)
 
-    def _card(self, name: str, caller: Caller) -> ModelCard:
+    def _card(self, name: str, caller: Principal) -> ModelCard:
         card = self.adapters.get(name)
         if card is None or not caller.sees(name):
             raise Refused(f"The model `{name}` does not exist.", status=404, code="model_not_found", param="model")
         return card
 
-    def models(self, caller: Caller) -> list[ModelCard]:
+    def models(self, caller: Principal) -> list[ModelCard]:
         base = ModelCard(self.base, self.base, None, 1700000000)
         return [base, *(card for name, card in self.adapters.items() if caller.sees(name))]
 
-    def card(self, model: str, caller: Caller) -> ModelCard:
+    def card(self, model: str, caller: Principal) -> ModelCard:
         return next((c for c in self.models(caller) if c.id == model), None) or self._card(model, caller)
 
     def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> ModelCard:
@@ -264,19 +265,19 @@ class ToyTenancy(Tenancy):
     bills: list[tuple[str, Usage]] = field(default_factory=list)
     inside: int = 0
 
-    async def caller(self, key: str | None, user: str | None = None) -> Caller:
+    async def caller(self, key: str | None, user: str | None = None) -> Principal:
         if key == "admin":
-            return Caller(admin=True, user=user)
+            return Principal("operator", user=user)
         if key == "acme":
-            return Caller("acme", lambda name: name in ("sql", "stable"), user)
+            return Principal("tenant", "acme", lambda name: name in ("sql", "stable"), user)
         raise Refused("this key is not known", status=401, code="unauthorized")
 
-    def shares(self, caller: Caller, served: Served) -> str:
+    def shares(self, caller: Principal, served: Served) -> str:
         return caller.tenant
 
     @asynccontextmanager
     async def admitted(
-        self, caller: Caller, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
+        self, caller: Principal, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AsyncIterator[ToyBill]:
         if caller.tenant and max_tokens > 40:
             raise Refused("beyond this minute's tokens", status=429, code="rate_limited", retry_after=7)

@@ -18,8 +18,8 @@ from tests.serve.saved_adapters import Make, of, reason, refused, saved
 from veneer.formats import peft
 from veneer.library.library import Library
 from veneer.models.text.base import TextBase
-from veneer.serve.access import ANYBODY, Caller
 from veneer.serve.names.resident import Lease
+from veneer.serve.principal import OPERATOR, Principal
 from veneer.serve.request import Refused
 from veneer.serve.tenancy.store import seeing
 
@@ -29,10 +29,10 @@ from veneer.serve.tenancy.store import seeing
 def test_the_base(make: Make) -> None:
     catalog = make()
     for word in ("", "tiny", "tiny:", "tiny:tiny"):
-        served = catalog.resolve(word, ANYBODY)
+        served = catalog.resolve(word, OPERATOR)
         assert (served.mix, served.name, served.target) == ((), word or "tiny", "tiny")
-    assert [(c.id, c.parent) for c in catalog.models(ANYBODY)] == [("tiny", None)]
-    assert catalog.resolve_mix([], ANYBODY).mix == ()
+    assert [(c.id, c.parent) for c in catalog.models(OPERATOR)] == [("tiny", None)]
+    assert catalog.resolve_mix([], OPERATOR).mix == ()
 
 
 def test_a_loaded_name(make: Make, base: TextBase, folder: Path) -> None:
@@ -41,9 +41,9 @@ def test_a_loaded_name(make: Make, base: TextBase, folder: Path) -> None:
     card = catalog.load("support", "a")
     assert (card.id, card.root, card.parent, card.digest) == ("support", "a", "tiny", digest)
     for word in ("support", "tiny:support"):
-        served = catalog.resolve(word, ANYBODY)
+        served = catalog.resolve(word, OPERATOR)
         assert (served.mix, served.name, served.target) == (of(digest), word, "support")
-    assert catalog.models(ANYBODY)[1] == card
+    assert catalog.models(OPERATOR)[1] == card
     assert list(catalog.residents.resident()) == [digest]
 
 
@@ -53,7 +53,11 @@ def test_what_openai_calls_tuned(make: Make, base: TextBase, folder: Path, libra
     library.add(folder / "a", "acme/support-kq7vz2mh")
     library.alias("acme/support-kq7vz2mh@1", "ckpt-step-40")
     library.add(folder / "b", "acme/support-kq7vz2mh")
-    catalog, acme, other = make(), Caller("acme", seeing(["acme/*"])), Caller("globex", seeing(["globex/*", "ft:*"]))
+    catalog, acme, other = (
+        make(),
+        Principal("tenant", "acme", seeing(["acme/*"])),
+        Principal("tenant", "globex", seeing(["globex/*", "ft:*"])),
+    )
     name = "ft:tiny:acme:support:kq7vz2mh"
     for word, digest in ((name, last), (f"{name}:ckpt-step-40", first), (f"tiny:{name}", last)):
         served = catalog.resolve(word, acme)
@@ -75,8 +79,8 @@ def test_what_the_library_has_needs_no_loading(make: Make, base: TextBase, folde
     library.alias("support@1", "prod")
     catalog = make()
     words = {"support": two, "support@1": one, "support@2": two, "support@prod": one, one: one, "tiny:support@1": one}
-    assert {word: catalog.resolve(word, ANYBODY).mix for word in words} == {w: of(d) for w, d in words.items()}
-    assert [c.id for c in catalog.models(ANYBODY)] == ["tiny", "support"]
+    assert {word: catalog.resolve(word, OPERATOR).mix for word in words} == {w: of(d) for w, d in words.items()}
+    assert [c.id for c in catalog.models(OPERATOR)] == ["tiny", "support"]
     assert torch.equal(
         next(catalog.shelf.read(one).tensors())[1],
         next(peft.load_folder(folder / "a", base.model).adapter.tensors())[1],
@@ -93,9 +97,9 @@ def test_an_alias_that_moves_is_seen_by_the_next_request(
     for version, digest in [(1, one), (2, two)] * 10:
         library.alias(f"support@{version}", "prod")
         for _ in range(3):
-            assert catalog.resolve("support@prod", ANYBODY).mix == of(digest)
+            assert catalog.resolve("support@prod", OPERATOR).mix == of(digest)
     library.remove("support@prod")
-    assert refused(lambda: catalog.resolve("support@prod", ANYBODY)).status == 404
+    assert refused(lambda: catalog.resolve("support@prod", OPERATOR)).status == 404
 
 
 def test_names_are_resolved_without_a_database(
@@ -114,10 +118,10 @@ def test_names_are_resolved_without_a_database(
     event.listen(library.engine, "before_cursor_execute", lambda c, cursor, statement, *more: asked.append(statement))
     for _ in range(50):
         for word in ("acme/support", "acme/support@1", "acme/support@prod", digest, digest[:20]):
-            assert catalog.resolve(word, ANYBODY).mix == of(digest)
+            assert catalog.resolve(word, OPERATOR).mix == of(digest)
         for word in ("nothing", "acme/support@2", "acme/support@stable", "sha256:0000"):
-            assert refused(lambda w=word: catalog.resolve(w, ANYBODY)).status == 404
-        assert [c.id for c in catalog.models(ANYBODY)] == ["tiny", "acme/support"]
+            assert refused(lambda w=word: catalog.resolve(w, OPERATOR)).status == 404
+        assert [c.id for c in catalog.models(OPERATOR)] == ["tiny", "acme/support"]
     assert catalog.shelf.read(digest).digest() == digest
     assert asked == []
 
@@ -130,14 +134,14 @@ def test_a_load_under_a_name_of_the_librarys_is_refused_unless_it_says_so(
     catalog = make()
     error = refused(lambda: catalog.load("support", "b"))
     assert (error.status, error.code) == (400, "adapter_exists")
-    assert catalog.resolve("support", ANYBODY).mix == of(one)
+    assert catalog.resolve("support", OPERATOR).mix == of(one)
     assert catalog.residents.stats().bytes == 0
     assert catalog.load("support", "support").digest == one, "the same thing by its own name"
     catalog.unload("support")
     assert catalog.load("support", "a").digest == one, "or by its files"
     catalog.load("support", "b", replace=True)
     assert "no longer the library's support@1" in caplog.text
-    assert catalog.resolve("support", ANYBODY).mix == of(two)
+    assert catalog.resolve("support", OPERATOR).mix == of(two)
 
 
 def test_another_bases_adapter_is_known_by_the_index(
@@ -145,7 +149,7 @@ def test_another_bases_adapter_is_known_by_the_index(
 ) -> None:
     saved(base, folder / "a", base_fingerprint="sha256:" + "0" * 64)
     library.add(folder / "a", "support")
-    error = refused(lambda: make().resolve("support", ANYBODY))
+    error = refused(lambda: make().resolve("support", OPERATOR))
     assert (reason(error), error.status) == ("wrong_base", 400)
 
 
@@ -154,11 +158,11 @@ def test_a_loaded_name_goes_before_the_library(make: Make, base: TextBase, folde
     library.add(folder / "a", "support")
     catalog = make()
     catalog.load("support", "b", replace=True)
-    assert catalog.resolve("support", ANYBODY).mix == of(two)
+    assert catalog.resolve("support", OPERATOR).mix == of(two)
     catalog.unload("support")
-    assert catalog.resolve("support", ANYBODY).mix == of(one)
+    assert catalog.resolve("support", OPERATOR).mix == of(one)
     catalog.load("mine", "support@1")
-    assert catalog.models(ANYBODY)[1].root == "support@1"
+    assert catalog.models(OPERATOR)[1].root == "support@1"
 
 
 def test_a_mix(make: Make, base: TextBase, folder: Path) -> None:
@@ -166,18 +170,18 @@ def test_a_mix(make: Make, base: TextBase, folder: Path) -> None:
     catalog = make()
     catalog.load("a", "a")
     catalog.load("b", "b")
-    served = catalog.resolve_mix([("a", 0.5), ("b", -1.0), ("tiny:a", 0.25), ("tiny", 3.0)], ANYBODY)
+    served = catalog.resolve_mix([("a", 0.5), ("b", -1.0), ("tiny:a", 0.25), ("tiny", 3.0)], OPERATOR)
     assert served.mix == tuple(sorted({one: 0.75, two: -1.0}.items()))
     assert served.adapters == tuple("a" if digest == one else "b" for digest, _ in served.mix)
     assert served.target == served.name == "a:0.5+b:-1+tiny:a:0.25+tiny:3"
-    single = catalog.resolve_mix([("a", 2.0)], ANYBODY)
+    single = catalog.resolve_mix([("a", 2.0)], OPERATOR)
     assert (single.mix, single.target, single.adapters) == (((one, 2.0),), "a", ("a",))
-    assert catalog.resolve_mix([("a", 1.0), ("a", -1.0)], ANYBODY).mix == ()
-    assert refused(lambda: catalog.resolve_mix([("a", 1.0), ("nowhere", 1.0)], ANYBODY)).status == 404
-    assert refused(lambda: catalog.resolve_mix([("a", float("nan"))], ANYBODY)).status == 400
-    summed = refused(lambda: catalog.resolve_mix([("a", 6000.0), ("b", 1.0), ("a", 6000.0)], ANYBODY))
+    assert catalog.resolve_mix([("a", 1.0), ("a", -1.0)], OPERATOR).mix == ()
+    assert refused(lambda: catalog.resolve_mix([("a", 1.0), ("nowhere", 1.0)], OPERATOR)).status == 404
+    assert refused(lambda: catalog.resolve_mix([("a", float("nan"))], OPERATOR)).status == 400
+    summed = refused(lambda: catalog.resolve_mix([("a", 6000.0), ("b", 1.0), ("a", 6000.0)], OPERATOR))
     assert (summed.status, summed.what) == (400, "the strength of 'a' is 12000")
-    assert refused(lambda: catalog.resolve_mix([("a", 1.0)] * 65, ANYBODY)).status == 400
+    assert refused(lambda: catalog.resolve_mix([("a", 1.0)] * 65, OPERATOR)).status == 400
 
 
 def test_a_part_is_called_what_the_operator_calls_it(
@@ -190,7 +194,7 @@ def test_a_part_is_called_what_the_operator_calls_it(
     library.alias("big@1", "prod")
     catalog = make()
     for word in ("big", "big@1", "big@prod", "big@latest", one, one[:20], "tiny:big"):
-        assert catalog.resolve(word, ANYBODY).parts() == [(one, "big@1", 1.0)]
+        assert catalog.resolve(word, OPERATOR).parts() == [(one, "big@1", 1.0)]
     asked = {
         (("big", 1.0), ("small", 0.0)): [(one, "big@1", 1.0)],
         (("big", 1.0), ("small", 1.0), ("small@1", -1.0)): [(one, "big@1", 1.0)],
@@ -199,7 +203,7 @@ def test_a_part_is_called_what_the_operator_calls_it(
         (("big", 1.0), ("big@1", -1.0), ("tiny", 3.0)): [("", "tiny", 1.0)],
     }
     for parts, expected in asked.items():
-        assert catalog.resolve_mix(parts, ANYBODY).parts() == expected
+        assert catalog.resolve_mix(parts, OPERATOR).parts() == expected
 
 
 class Split:
@@ -208,15 +212,15 @@ class Split:
     def __init__(self, shadow: str | None = "b") -> None:
         self.under = shadow
 
-    def choose(self, route: str, caller: Caller) -> str | None:
+    def choose(self, route: str, caller: Principal) -> str | None:
         known = route == "live" and caller.tenant == "t"
         return ("a" if caller.user == "ann" else "b") if known else None
 
-    def shadow(self, route: str, caller: Caller) -> str | None:
+    def shadow(self, route: str, caller: Principal) -> str | None:
         assert route == "live"
         return self.under
 
-    def names(self, caller: Caller) -> list[str]:
+    def names(self, caller: Principal) -> list[str]:
         return ["live"] if caller.tenant == "t" else []
 
 
@@ -225,12 +229,12 @@ def test_a_route_with_weights(make: Make, base: TextBase, folder: Path) -> None:
     catalog = make(routes=Split())
     catalog.load("a", "a")
     catalog.load("b", "b")
-    ann = Caller(tenant="t", user="ann", sees=lambda name: False)
+    ann = Principal("tenant", tenant="t", user="ann", sees=lambda name: False)
     served = catalog.resolve("live", ann)
     assert (served.mix, served.name, served.target, served.shadow) == (of(one), "live", "a", ("b", of(two)))
     assert catalog.resolve("tiny:live", replace(ann, user="bob")).target == "b"
-    assert catalog.resolve("a", ANYBODY).shadow is None
-    assert refused(lambda: catalog.resolve("live", ANYBODY)).status == 404
+    assert catalog.resolve("a", OPERATOR).shadow is None
+    assert refused(lambda: catalog.resolve("live", OPERATOR)).status == 404
     assert refused(lambda: catalog.resolve("a", ann)).status == 404, "the route lends no name"
     assert [c.id for c in catalog.models(ann)] == ["tiny", "live"]
 
@@ -239,14 +243,14 @@ def test_a_shadow_that_is_gone_hurts_nobody_and_is_told(make: Make, base: TextBa
     saved(base, folder / "a", 1)
     catalog = make(routes=Split("gone"))
     catalog.load("a", "a")
-    served = catalog.resolve("live", Caller(tenant="t", user="ann"))
+    served = catalog.resolve("live", Principal("tenant", tenant="t", user="ann"))
     assert served.target == "a"
     assert served.shadow is not None
     name, why = served.shadow
     assert name == "gone"
     assert isinstance(why, Refused)
     assert why.status == 404
-    assert refused(lambda: catalog.resolve("live", Caller(tenant="t", user="bob"))).status == 404
+    assert refused(lambda: catalog.resolve("live", Principal("tenant", tenant="t", user="bob"))).status == 404
 
 
 def test_a_name_is_checked_as_a_request_for_it_would_be(
@@ -278,7 +282,7 @@ def test_what_is_not_theirs_is_what_is_not_there(make: Make, base: TextBase, fol
     catalog = make()
     catalog.load("mine", "a")
     catalog.load("theirs", "a")
-    caller = Caller(tenant="t", sees=lambda name: name == "mine")
+    caller = Principal("tenant", tenant="t", sees=lambda name: name == "mine")
     assert catalog.resolve("mine", caller).mix == of(digest)
     for word in ("theirs", "secret", "secret@1", digest):
         hidden, absent = (
@@ -295,13 +299,13 @@ def test_what_is_not_theirs_is_not_even_looked_up(make: Make, monkeypatch: pytes
     catalog = make()
     monkeypatch.setattr(catalog.shelf, "look", lambda reference: pytest.fail("looked up"))
     for word in ("there", "not-there"):
-        assert refused(lambda w=word: catalog.resolve(w, Caller(sees=lambda name: False))).status == 404
+        assert refused(lambda w=word: catalog.resolve(w, Principal("key", sees=lambda name: False))).status == 404
 
 
 def test_a_grant_of_a_name_is_one_of_its_versions(make: Make, base: TextBase, folder: Path, library: Library) -> None:
     digest = saved(base, folder / "a")
     library.add(folder / "a", "support")
-    caller = Caller(sees=lambda name: name == "support")
+    caller = Principal("key", sees=lambda name: name == "support")
     assert make().resolve("support@1", caller).mix == of(digest)
 
 
@@ -312,13 +316,13 @@ def test_a_namespace_of_the_library_on_every_way_to_name_an_adapter(
     library.add(folder / "a", "acme/support")
     library.add(folder / "b", "acme/support")
     library.alias("acme/support@1", "prod")
-    catalog, acme = make(), Caller(tenant="acme", sees=seeing(["acme/*"]))
+    catalog, acme = make(), Principal("tenant", tenant="acme", sees=seeing(["acme/*"]))
     meant = {"acme/support": two, "acme/support@1": one, "acme/support@prod": one, "tiny:acme/support@2": two}
     assert {word: catalog.resolve(word, acme).mix for word in meant} == {word: of(d) for word, d in meant.items()}
     assert catalog.resolve_mix([("acme/support@1", 0.5)], acme).mix == ((one, 0.5),)
     assert [c.id for c in catalog.models(acme)] == ["tiny", "acme/support"]
     assert refused(lambda: catalog.resolve("support", acme)).status == 404
-    assert refused(lambda: catalog.resolve("acme/support", Caller(sees=seeing(["globex/*"])))).status == 404
+    assert refused(lambda: catalog.resolve("acme/support", Principal("key", sees=seeing(["globex/*"])))).status == 404
     assert catalog.load("acme/Fast.Support", "acme/support@1").digest == one
     assert catalog.resolve("acme/Fast.Support", acme).mix == of(one)
 
@@ -334,7 +338,7 @@ def test_words_from_clients_never_reach_the_file_system(make: Make, word: str, m
     catalog = make()
     for name in ("resolve", "stat", "exists", "open", "iterdir", "expanduser"):
         monkeypatch.setattr(Path, name, lambda *a, **k: pytest.fail("a file was touched"))
-    error = refused(lambda: catalog.resolve(word, ANYBODY))
+    error = refused(lambda: catalog.resolve(word, OPERATOR))
     assert (error.status, error.code) == (404, "model_not_found")
     assert len(str(error)) < 400
     assert all(c.isprintable() for c in error.what)
@@ -348,7 +352,7 @@ def test_names_that_cannot_be_given(make: Make, base: TextBase, folder: Path, na
     catalog = make()
     error = refused(lambda: catalog.load(name, "a"))
     assert (error.status, error.code, error.param) == (400, "invalid_request", "lora_name")
-    assert len(catalog.models(ANYBODY)) == 1
+    assert len(catalog.models(OPERATOR)) == 1
 
 
 def test_ten_thousand_names(make: Make, base: TextBase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,9 +368,9 @@ def test_ten_thousand_names(make: Make, base: TextBase, folder: Path, monkeypatc
         catalog.load(f"customer-{i}", "a")
     began = time.process_time()
     for i in range(10_000):
-        assert catalog.resolve(f"customer-{i}", ANYBODY).mix == of(digest)
+        assert catalog.resolve(f"customer-{i}", OPERATOR).mix == of(digest)
     assert time.process_time() - began < 5, "well under a millisecond each"
-    assert len(catalog.models(ANYBODY)) == 10_001
+    assert len(catalog.models(OPERATOR)) == 10_001
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -378,12 +382,12 @@ def test_a_name_means_one_thing(make: Make, base: TextBase, folder: Path) -> Non
     catalog.load("x", "a")
     error = refused(lambda: catalog.load("x", "b"))
     assert (error.status, error.code) == (400, "adapter_exists")
-    assert catalog.resolve("x", ANYBODY).mix == of(one)
+    assert catalog.resolve("x", OPERATOR).mix == of(one)
     catalog.load("x", "b", replace=True)
-    assert catalog.resolve("x", ANYBODY).mix == of(two)
+    assert catalog.resolve("x", OPERATOR).mix == of(two)
     assert list(catalog.residents.resident()) == [two]
     catalog.unload("x")
-    assert refused(lambda: catalog.resolve("x", ANYBODY)).status == 404
+    assert refused(lambda: catalog.resolve("x", OPERATOR)).status == 404
     assert refused(lambda: catalog.unload("x")).status == 404
     assert catalog.residents.stats().bytes == 0
 
@@ -394,12 +398,12 @@ def test_running_requests_keep_what_their_name_meant(make: Make, base: TextBase,
     catalog.load("x", "a")
     residents = catalog.residents
     assert residents is not None
-    lease = residents.acquire(catalog.resolve("x", ANYBODY).mix, lambda result: pytest.fail("not there"))
+    lease = residents.acquire(catalog.resolve("x", OPERATOR).mix, lambda result: pytest.fail("not there"))
     assert lease is not None
     shutil.rmtree(folder / "a")
     new = saved(base, folder / "a", 2)  # new weights in the same place, under the same name
     catalog.load("x", "a", replace=True)
-    assert catalog.resolve("x", ANYBODY).mix == of(new)
+    assert catalog.resolve("x", OPERATOR).mix == of(new)
     assert lease.parts[0][0].adapter.digest() == old
     assert set(residents.resident()) == {old, new}
     lease.release()
@@ -431,7 +435,7 @@ def test_an_evicted_adapter_is_read_again_and_must_be_the_same(make: Make, base:
 
     def get(name: str) -> Lease[Any] | Refused:
         done, got = threading.Event(), list[Any]()
-        lease = residents.acquire(catalog.resolve(name, ANYBODY).mix, lambda r: (got.append(r), done.set()))
+        lease = residents.acquire(catalog.resolve(name, OPERATOR).mix, lambda r: (got.append(r), done.set()))
         if lease is None:
             assert done.wait(30)
             lease = got[0]
@@ -457,7 +461,7 @@ def test_an_adapter_larger_than_memory_leaves_no_trace(make: Make, base: TextBas
     catalog = make(limit=100)
     error = refused(lambda: catalog.load("x", "a"))
     assert reason(error) == "too_large"
-    assert len(catalog.models(ANYBODY)) == 1
+    assert len(catalog.models(OPERATOR)) == 1
     assert reason(refused(lambda: make(max_bytes=100).load("x", "a"))) == "too_large"
 
 
@@ -478,5 +482,5 @@ def test_loads_of_one_name_at_once(make: Make, base: TextBase, folder: Path) -> 
     for thread in threads:
         thread.join(60)
     (won,) = [o for o in outcomes if o != "adapter_exists"]
-    assert catalog.resolve("x", ANYBODY).mix == of(won)
+    assert catalog.resolve("x", OPERATOR).mix == of(won)
     assert list(catalog.residents.resident()) == [won]

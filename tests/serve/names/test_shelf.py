@@ -20,15 +20,15 @@ from veneer.core.init import create
 from veneer.formats import peft
 from veneer.library.library import Library
 from veneer.models.text.base import TextBase
-from veneer.serve.access import ANYBODY
 from veneer.serve.names.catalog import Catalog
+from veneer.serve.principal import OPERATOR
 
 
 def untouched(catalog: Catalog) -> None:
-    assert [c.id for c in catalog.models(ANYBODY)] == ["tiny"]
+    assert [c.id for c in catalog.models(OPERATOR)] == ["tiny"]
     assert catalog.residents.stats().bytes == 0
     assert not catalog.residents.leases()
-    assert refused(lambda: catalog.resolve("x", ANYBODY)).status == 404
+    assert refused(lambda: catalog.resolve("x", OPERATOR)).status == 404
 
 
 def test_files_inside_the_allowed_folder(make: Make, base: TextBase, folder: Path) -> None:
@@ -136,8 +136,8 @@ def test_fifty_bad_loads_beside_good_ones(make: Make, base: TextBase, folder: Pa
         error = refused(lambda i=i: catalog.load(f"y{i}", f"bad-{i}"))
         assert 400 <= error.status < 500
         assert str(folder) not in error.what
-    assert [c.id for c in catalog.models(ANYBODY)] == ["tiny", "good"]
-    assert catalog.resolve("good", ANYBODY).mix == ((good, 1.0),)
+    assert [c.id for c in catalog.models(OPERATOR)] == ["tiny", "good"]
+    assert catalog.resolve("good", OPERATOR).mix == ((good, 1.0),)
     assert list(catalog.residents.resident()) == [good]
     catalog.load("later", "good")
 
@@ -200,7 +200,7 @@ def test_what_the_runner_cannot_serve(
     error = refused(lambda: catalog.load("x", "a"))
     assert reason(error) == word
     assert problem in error.what
-    assert catalog.resolve("kept", ANYBODY).mix == ((digest, 1.0),)
+    assert catalog.resolve("kept", OPERATOR).mix == ((digest, 1.0),)
     assert reason(refused(lambda: catalog.shelf.read(digest, catalog.problems))) == word, (
         "by the same rules when it is first asked for"
     )

@@ -27,7 +27,8 @@ from sqlalchemy import Connection, select
 
 from tests.forks import expect, fork
 from veneer.library.database import reading
-from veneer.serve.access import Caller, Served
+from veneer.serve.access import Served
+from veneer.serve.principal import Principal
 from veneer.serve.request import Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import ledger as ledger_module
@@ -61,7 +62,11 @@ async def serve_one(tenants: Tenants, request: str, say: Callable[[dict[str, Any
     took, pick = answer(request), random.Random(f"{request}-")
     served = Served((), "support", pick.choice(["v1", "v2"]))
     async with tenants.admitted(
-        Caller(tenant_of(request)), served, request=request, prompt_tokens=took.prompt, max_tokens=took.completion
+        Principal("tenant", tenant_of(request)),
+        served,
+        request=request,
+        prompt_tokens=took.prompt,
+        max_tokens=took.completion,
     ) as bill:
         for _ in range(pick.randrange(1, 4)):
             await say({"request": request, "word": "…"})
@@ -199,7 +204,11 @@ def scenario(url: str, folder: Path, told: int, step: int) -> None:
         with contextlib.suppress(ZeroDivisionError):
             took = answer(f"s{step}-x")
             async with tenants.admitted(
-                Caller("t0"), Served((), "n", "v1"), request=f"s{step}-x", prompt_tokens=took.prompt, max_tokens=5
+                Principal("tenant", "t0"),
+                Served((), "n", "v1"),
+                request=f"s{step}-x",
+                prompt_tokens=took.prompt,
+                max_tokens=5,
             ):
                 await say({"request": f"s{step}-x", "word": "…"})
                 raise ZeroDivisionError  # a surface that fails before it can bill
@@ -261,7 +270,7 @@ def feedback(url: str, folder: Path, told: int, step: int) -> None:
         os.write(told, (json.dumps([what, answer]) + "\n").encode())
 
     def keep(answer: str, user: str) -> None:
-        took = tenants.keeping(Caller("t0", user=user), Served((), "support", "support"), answer)
+        took = tenants.keeping(Principal("tenant", "t0", user=user), Served((), "support", "support"), answer)
         assert took is not None
         took({"messages": [{"role": "user", "content": "Hi"}]}, [{"role": "assistant", "content": f"to {answer}"}])
 

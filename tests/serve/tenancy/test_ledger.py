@@ -20,16 +20,16 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 from sqlalchemy import delete, func, select, update
 
 from tests.library.conftest import postgres_server
-from tests.serve.http.toy import ToyCatalog
+from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
 from tests.serve.tenancy.conftest import Clock
 from tests.serve.tenancy.test_tenants import ask, refused, rows, run
 from veneer.errors import ResourceError
 from veneer.library.database import reading, write_transaction
-from veneer.serve.access import Caller, Served
+from veneer.serve.access import Served
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import manage
@@ -47,7 +47,9 @@ ADMIN = "an admin key of some length"
 async def mixed(tenants: Tenants, request: str, took: Usage, *parts: tuple[str, float]) -> None:
     mix = tuple((f"d-{name.partition('@')[0]}", strength) for name, strength in parts)
     served = Served(mix, "the client's text", "the client's text", adapters=tuple(name for name, _ in parts))
-    async with tenants.admitted(Caller("acme"), served, request=request, prompt_tokens=1, max_tokens=1) as bill:
+    async with tenants.admitted(
+        Principal("tenant", "acme"), served, request=request, prompt_tokens=1, max_tokens=1
+    ) as bill:
         await bill.used(took)
 
 
@@ -58,7 +60,7 @@ def test_a_part_of_a_mix_costs_its_own_price_whatever_stands_beside_it(tenants: 
     took = Usage(5, 0, 3)
     run(mixed(tenants, "alone", took, ("big@1", 1.0)))
     run(mixed(tenants, "beside", took, ("big@1", 1.0), ("small@2", 1e-9)))
-    run(ask(tenants, Caller("acme"), "base", took, target="tiny"))
+    run(ask(tenants, Principal("tenant", "acme"), "base", took, target="tiny"))
     rows(tenants)
     with reading(tenants.store.engine) as c:
         kept = {(r.request, r.adapter): (r.digest, r.strength, r.cost) for r in c.execute(select(line_table))}
@@ -95,7 +97,7 @@ def test_sums_are_exact_in_whole_millionths_however_requests_end(tenants: Tenant
             mix = tuple((f"d-{name}", strength) for name, strength in parts)
             served = Served(mix, "x", "tiny", adapters=tuple(name for name, _ in parts))
             clock.now += 40_000 * (pick.random() < 0.1)
-            tenant = Caller(pick.choice(["acme", "globex"]))
+            tenant = Principal("tenant", pick.choice(["acme", "globex"]))
             async with tenants.admitted(tenant, served, request=f"r{n}", prompt_tokens=9, max_tokens=9) as bill:
                 if pick.random() < 0.8:
                     prompt = pick.randrange(1, 10**6)
@@ -139,10 +141,10 @@ def test_lines_go_after_their_time_and_their_sums_and_windows_stay(tenants: Tena
     manage.set_price(tenants.store, "", "", Price(1_000_000, 0, 1_000_000), who="me")
     tenants.store.look()
     for n in range(25):
-        run(ask(tenants, Caller("acme"), f"old{n}", Usage(1, 0, 1)))
+        run(ask(tenants, Principal("tenant", "acme"), f"old{n}", Usage(1, 0, 1)))
     clock.now += 40 * 86400
     for n in range(3):
-        run(ask(tenants, Caller("acme"), f"new{n}", Usage(1, 0, 1)))
+        run(ask(tenants, Principal("tenant", "acme"), f"new{n}", Usage(1, 0, 1)))
     rows(tenants)
     with reading(tenants.store.engine) as c:
         before = usage(c)
@@ -167,7 +169,7 @@ def test_a_server_whose_disk_is_gone_is_interrupted_and_has_the_last_word_if_it_
 
     async def work() -> None:
         served = Served((), "tiny", "tiny")
-        async with lost.admitted(Caller("t"), served, request="a", prompt_tokens=1, max_tokens=1) as bill:
+        async with lost.admitted(Principal("tenant", "t"), served, request="a", prompt_tokens=1, max_tokens=1) as bill:
             assert lost.ledger.flush()
             assert other.ledger.recover() == {"done": 0, "interrupted": 0}  # it was seen a moment ago
             with write_transaction(other.store.engine) as c:
@@ -200,7 +202,7 @@ def test_two_servers_on_one_folder_leave_each_other_alone(quick: Path) -> None:
 
     async def work() -> None:
         served = Served((), "tiny", "tiny")
-        async with first.admitted(Caller("t"), served, request="a", prompt_tokens=1, max_tokens=1) as bill:
+        async with first.admitted(Principal("tenant", "t"), served, request="a", prompt_tokens=1, max_tokens=1) as bill:
             assert first.ledger.flush()
             assert second.ledger.recover() == {"done": 0, "interrupted": 0}
             await bill.used(Usage(1, 0, 1))
@@ -230,7 +232,7 @@ def test_what_else_lies_in_the_folder_is_left_alone(quick: Path) -> None:
 FILLS = """
 import asyncio, contextlib, json, os, resource, signal, sqlite3, sys
 from pathlib import Path
-from veneer.serve.access import Caller, Served
+from veneer.serve.access import Served
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy.tenants import Tenants
@@ -251,7 +253,8 @@ else:
 async def one(name, admitted, gate):
     served = Served((("d" * 64, 1.0),), "x" * 500, "x", adapters=("big@1",))
     try:
-        async with tenants.admitted(Caller("t"), served, request=name, prompt_tokens=1, max_tokens=1) as bill:
+        caller = Principal("tenant", "t")
+        async with tenants.admitted(caller, served, request=name, prompt_tokens=1, max_tokens=1) as bill:
             admitted.append(name)
             await gate.wait()
             await bill.used(Usage(7, 0, 5))
@@ -411,7 +414,7 @@ def test_a_stopped_postgresql_holds_up_nobody_whose_key_is_known(quick: Path, ca
                 assert await one("first") < 2.0  # waits half a second for the settings of this moment
                 for n in range(20):
                     assert await one(f"r{n}") < 0.25
-                assert (await tenants.caller(ADMIN)).admin
+                assert (await tenants.caller(ADMIN)).can("administer")
                 await asyncio.sleep(0.3)
                 state = tenants.ledger_state()
                 assert state.owed == 21
@@ -420,8 +423,9 @@ def test_a_stopped_postgresql_holds_up_nobody_whose_key_is_known(quick: Path, ca
                 refusals.extend(r for r in said if r is not None)
                 assert 100 < len(refusals) < 280  # its room is a bound, and 32 pages of 4 KiB hold more than 20
                 assert set(refusals) == {(503, "overloaded", "usage cannot be recorded at the moment")}
-                app = FastAPI()
-                app.include_router(admin_router(tenants, ToyCatalog()))
+                app = toy_app(
+                    ToyEngine(ToyText()), ToyCatalog(), tenants, routers=[admin_router(tenants, ToyCatalog())]
+                )
                 async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
                     answer = await client.get(
                         "/admin/tenants", headers={"authorization": f"Bearer {ADMIN}"}, timeout=30

@@ -12,7 +12,8 @@ from hypothesis import strategies as some
 
 from veneer.errors import ConfigError
 from veneer.library.database import reading
-from veneer.serve.access import Caller, ShadowAnswer
+from veneer.serve.access import ShadowAnswer
+from veneer.serve.principal import Principal
 from veneer.serve.request import Usage
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.routes import BUCKETS, TenantRoutes, bucket, owner, share_out
@@ -101,14 +102,14 @@ def test_a_route_is_sticky_by_user_then_tenant_then_not_at_all(store: Store) -> 
     store.look()
     asked = TenantRoutes(store, lambda *a, **k: Future(), pick=random.Random(1))
     for user in ("ana", "bob", "cem"):
-        assert len({asked.choose("support", Caller("acme", user=user)) for _ in range(20)}) == 1
-    by_user = {asked.choose("support", Caller("acme", user=f"u{n}")) for n in range(50)}
+        assert len({asked.choose("support", Principal("tenant", "acme", user=user)) for _ in range(20)}) == 1
+    by_user = {asked.choose("support", Principal("tenant", "acme", user=f"u{n}")) for n in range(50)}
     assert by_user == {"v1", "v2"}
-    by_tenant = {t: {asked.choose("support", Caller(t)) for _ in range(20)} for t in map(str, range(30))}
+    by_tenant = {t: {asked.choose("support", Principal("tenant", t)) for _ in range(20)} for t in map(str, range(30))}
     assert all(len(chosen) == 1 for chosen in by_tenant.values())
     assert {next(iter(chosen)) for chosen in by_tenant.values()} == {"v1", "v2"}
-    assert {asked.choose("support", Caller()) for _ in range(50)} == {"v1", "v2"}
-    assert asked.choose("suport", Caller()) is None
+    assert {asked.choose("support", Principal("open")) for _ in range(50)} == {"v1", "v2"}
+    assert asked.choose("suport", Principal("open")) is None
 
 
 def test_whose_route_it_is(store: Store) -> None:
@@ -118,14 +119,14 @@ def test_whose_route_it_is(store: Store) -> None:
     routes.set_route(store, "support", [("acmes", 1)], tenant="acme", who="me")
     sight = store.look().sight
     asked = TenantRoutes(store, lambda *a, **k: Future())
-    acme, globex = (Caller(t, sight[t]) for t in ("acme", "globex"))
+    acme, globex = (Principal("tenant", t, sight[t]) for t in ("acme", "globex"))
     assert asked.choose("support", acme) == "acmes"
     assert acme.sees("support")
     assert not acme.sees("acmes")  # under its own name it stays unseen
     assert asked.choose("support", globex) is None  # everybody's, but not seen
-    assert (asked.names(acme), asked.names(globex), asked.names(Caller())) == (["support"], [], ["support"])
+    assert (asked.names(acme), asked.names(globex), asked.names(Principal("open"))) == (["support"], [], ["support"])
     manage.let_see(store, "globex", add=["support"], who="me")
-    globex = Caller("globex", store.look().sight["globex"])
+    globex = Principal("tenant", "globex", store.look().sight["globex"])
     assert asked.choose("support", globex) == "everybodys"
     with pytest.raises(UnknownName, match="no tenant acne") as lost:
         routes.set_route(store, "support", [("v1", 1)], tenant="acne", who="me")
@@ -184,7 +185,7 @@ def test_a_shadow_gets_its_fraction_and_the_log_keeps_the_newest_without_texts(t
     routes.set_route(store, "support", [("v1", 1)], shadow="v2", fraction=0.25, who="me")
     store.look()
     asked = TenantRoutes(store, tenants.ledger.writer.put, keep=5, pick=random.Random(0))
-    drawn = [asked.shadow("support", Caller()) for _ in range(2000)]
+    drawn = [asked.shadow("support", Principal("open")) for _ in range(2000)]
     assert abs(drawn.count("v2") / 2000 - 0.25) < 0.04
     assert asked.shadow("other") is None
     texts = [("Paris.", "Paris."), ("Paris.", "Parma"), ("abc", "abcd"), ("", "x")]

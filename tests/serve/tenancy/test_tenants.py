@@ -15,7 +15,8 @@ from sqlalchemy import select
 from tests.serve.tenancy.conftest import Clock
 from veneer.errors import ConfigError
 from veneer.library.database import reading
-from veneer.serve.access import Caller, Served, Tenancy
+from veneer.serve.access import Served, Tenancy
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import manage, routes
@@ -38,7 +39,7 @@ def refused(work: Coroutine[Any, Any, Any]) -> Refused:
 
 
 async def ask(
-    tenants: Tenants, caller: Caller, request: str, took: Usage | None, *, prompt: int = 10, most: int = 10,
+    tenants: Tenants, caller: Principal, request: str, took: Usage | None, *, prompt: int = 10, most: int = 10,
     target: str = "v1", adapters: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
     served = Served(tuple((f"d-{name}", 0.5) for name in adapters), "support", target, adapters=adapters)
@@ -66,7 +67,7 @@ def test_a_key_leads_to_its_tenant_and_nothing_of_it_is_kept(tenants: Tenants, w
     manage.add_tenant(tenants.store, "acme", weight=2.5, adapters=["acme/*"], who="me")
     row, key = manage.make_tenant_key(tenants.store, "acme", label="web", who="me")
     caller = run(tenants.caller(key, "ana"))
-    assert (caller.tenant, caller.user, caller.weight, caller.admin) == ("acme", "ana", 2.5, False)
+    assert (caller.tenant, caller.user, caller.weight, caller.kind) == ("acme", "ana", 2.5, "tenant")
     assert key.startswith(f"vnr-{row.id}-")
     assert row.hash == hash_key(key)
     assert "hash" not in manage.show_key(row)
@@ -137,7 +138,7 @@ def test_the_admin_key_is_given_as_itself_or_as_its_hash(quick: Path) -> None:
     for given in (ADMIN, f"sha256:{hash_key(ADMIN)}"):
         tenants = Tenants(str(quick / "t.sqlite"), admin_key=given, watch=False)
         caller = run(tenants.caller(ADMIN))
-        assert (caller.admin, caller.tenant, caller.sees("anything")) == (True, "", True)
+        assert (caller.can("operate"), caller.tenant, caller.sees("anything")) == (True, "", True)
         assert ADMIN not in str(vars(tenants))
         assert refused(tenants.caller(f"sha256:{hash_key(ADMIN)}")).status == 401
         tenants.close()
@@ -203,7 +204,7 @@ def test_what_was_reserved_and_not_used_is_given_back(tenants: Tenants, clock: C
     manage.add_tenant(store, "acme", who="me")
     manage.set_limit(store, "acme", "", {"tokens_per_minute": 100, "concurrency": 1}, who="me")
     store.look()
-    acme = Caller("acme")
+    acme = Principal("tenant", "acme")
 
     async def work() -> None:
         served = Served((), "support", "v1")
@@ -237,15 +238,18 @@ def test_limits_change_under_way_and_hold_for_mixes_and_for_each_tenant(tenants:
     manage.set_limit(store, "", "big", {"requests_per_day": 1}, who="me")
     store.look()
     took = Usage(1, 0, 1)
-    run(ask(tenants, Caller("acme"), "1", took, target="big@3"))
-    assert "adapter big" in refused(ask(tenants, Caller("globex"), "2", took, target="big")).what
-    assert "adapter big" in refused(ask(tenants, Caller("globex"), "3", took, adapters=("small", "big@1"))).what
-    run(ask(tenants, Caller("acme"), "4", took))
-    assert "tenant acme" in refused(ask(tenants, Caller("acme"), "5", took)).what
-    run(ask(tenants, Caller("globex"), "6", took))
+    run(ask(tenants, Principal("tenant", "acme"), "1", took, target="big@3"))
+    assert "adapter big" in refused(ask(tenants, Principal("tenant", "globex"), "2", took, target="big")).what
+    assert (
+        "adapter big"
+        in refused(ask(tenants, Principal("tenant", "globex"), "3", took, adapters=("small", "big@1"))).what
+    )
+    run(ask(tenants, Principal("tenant", "acme"), "4", took))
+    assert "tenant acme" in refused(ask(tenants, Principal("tenant", "acme"), "5", took)).what
+    run(ask(tenants, Principal("tenant", "globex"), "6", took))
     manage.set_limit(store, EACH, "", {"requests_per_minute": None}, who="me")
     store.look()
-    run(ask(tenants, Caller("acme"), "7", took))
+    run(ask(tenants, Principal("tenant", "acme"), "7", took))
     with pytest.raises(UnknownName, match="no limit"):
         manage.set_limit(store, "acme", "", {"request_per_minute": 2}, who="me")
     with pytest.raises(ConfigError, match="1 or more"):
@@ -261,18 +265,18 @@ def test_two_servers_share_windows_and_a_restart_forgets_nothing(where: str, qui
     for server in (first, second):
         server.store.look()
     for n in range(3):
-        run(ask(first, Caller("acme"), str(n), Usage(50, 0, 50), prompt=50, most=200))
+        run(ask(first, Principal("tenant", "acme"), str(n), Usage(50, 0, 50), prompt=50, most=200))
     assert len(rows(first)) == 3
     second.look_elsewhere(60.0)
-    assert "tokens a minute" in refused(ask(second, Caller("acme"), "x", None, prompt=1, most=700)).what
+    assert "tokens a minute" in refused(ask(second, Principal("tenant", "acme"), "x", None, prompt=1, most=700)).what
     second.look_elsewhere(86400.0)
     for n in range(2):
-        run(ask(second, Caller("acme"), str(n), Usage(1, 0, 1)))
-    assert "requests a day" in refused(ask(second, Caller("acme"), "y", None)).what
+        run(ask(second, Principal("tenant", "acme"), str(n), Usage(1, 0, 1)))
+    assert "requests a day" in refused(ask(second, Principal("tenant", "acme"), "y", None)).what
     for server in (first, second):
         server.close()
     third = Tenants(where, ledger=LedgerSettings(folder=quick / "j3"), watch=False)
-    assert "requests a day" in refused(ask(third, Caller("acme"), "z", None)).what
+    assert "requests a day" in refused(ask(third, Principal("tenant", "acme"), "z", None)).what
     third.close()
 
 
@@ -289,7 +293,7 @@ def test_bills_are_priced_by_the_closest_price_and_add_up(tenants: Tenants) -> N
     store.look()
     took = Usage(1000, 200, 300, 0.5, 0.25, 2.0)
     for n, (tenant, target) in enumerate([("x", "v1"), ("x", "big@2"), ("acme", "v1"), ("acme", "big")]):
-        run(ask(tenants, Caller(tenant), str(n), took, target=target))
+        run(ask(tenants, Principal("tenant", tenant), str(n), took, target=target))
     found = rows(tenants)
     assert [found[str(n)].cost for n in range(4)] == [303, 1400, 0, 4100]
     with reading(store.engine) as c:
@@ -311,7 +315,7 @@ def test_bills_are_priced_by_the_closest_price_and_add_up(tenants: Tenants) -> N
 
 
 def test_an_id_is_admitted_once_and_billed_once(tenants: Tenants, caplog: pytest.LogCaptureFixture) -> None:
-    acme = Caller("acme")
+    acme = Principal("tenant", "acme")
 
     async def work() -> None:
         served = Served((), "support", "v1")
@@ -335,7 +339,7 @@ def test_a_client_that_leaves_while_being_admitted_leaves_no_open_row(tenants: T
     slow = tenants.ledger.outbox.writer.put(lambda c: time.sleep(0.2))
 
     async def work() -> None:
-        asking = asyncio.create_task(ask(tenants, Caller("acme"), "a", None))
+        asking = asyncio.create_task(ask(tenants, Principal("tenant", "acme"), "a", None))
         await asyncio.sleep(0.05)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -362,7 +366,7 @@ def test_writes_go_in_groups_and_the_loop_runs_on(tenants: Tenants) -> None:
     async def work() -> float:
         longest, asking = (
             0.0,
-            [asyncio.create_task(ask(tenants, Caller("t"), f"r{n}", Usage(1, 0, 1))) for n in range(100)],
+            [asyncio.create_task(ask(tenants, Principal("tenant", "t"), f"r{n}", Usage(1, 0, 1))) for n in range(100)],
         )
         while not all(task.done() for task in asking):
             before = time.perf_counter()

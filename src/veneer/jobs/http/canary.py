@@ -11,14 +11,15 @@ from fastapi import APIRouter
 
 from veneer.jobs.canary import promote_job, rollback_job
 from veneer.jobs.store import JobStore, UnknownJob
-from veneer.serve.tenancy.admin import operators_alone
+from veneer.serve.http.guard import needs
+from veneer.serve.tenancy.admin import AdminRoute
 from veneer.serve.tenancy.store import UnknownName
 from veneer.serve.tenancy.tenants import Tenants
 
 
 def canary_routes(jobs: JobStore, tenants: Tenants) -> APIRouter:
-    """Raises ConfigError where `tenants` has no admin key."""
-    router = APIRouter(prefix="/admin/jobs", tags=["admin"], route_class=operators_alone(tenants))
+    """For a server whose `tenants` have an admin key."""
+    router = APIRouter(prefix="/admin/jobs", tags=["admin"], route_class=AdminRoute, dependencies=[needs("administer")])
 
     def changes(what: str, change: Any) -> None:
         @router.post(f"/{{job}}/{what}", name=f"{what} a job")

@@ -23,6 +23,7 @@ from veneer.serve.engine.admission import FairPool, SharedQuantity
 from veneer.serve.http.bodies import Body, BodyRoute, Strict, at_most, checked
 from veneer.serve.http.downloads import file_response
 from veneer.serve.http.errors import Json, in_thread
+from veneer.serve.http.guard import needs
 from veneer.serve.http.service import caller_of
 from veneer.serve.request import Refused, invalid
 
@@ -62,7 +63,7 @@ class CompleteBody(Body):
 
 def file_routes(files: Files) -> APIRouter:
     """The routes over some files."""
-    router = APIRouter(tags=["OpenAI files"], route_class=BodyRoute)
+    router = APIRouter(tags=["OpenAI files"], route_class=BodyRoute, dependencies=[needs("train")])
     coming = SharedQuantity("uploads", _AT_ONCE)
     copying = FairPool(_THREADS, "veneer-files")
 

@@ -22,11 +22,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from veneer.errors import ConfigError, MissingExtraError
-from veneer.serve.access import Caller
 from veneer.serve.http.answers import TextAnswer, TextJob, run, total
 from veneer.serve.http.bodies import Body, BodyRoute
 from veneer.serve.http.errors import Json, in_thread
+from veneer.serve.http.guard import needs
 from veneer.serve.http.service import Service, caller_of, service_of
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Sampling, Usage, invalid
 from veneer.train.rewards.graders import Grade, GraderRun, PythonGrader, parse_grader, single_graders
 from veneer.train.rewards.judge import Question, Reply
@@ -69,7 +70,7 @@ def grader_of(given: Any, python: bool, param: str = "grader") -> Any:
 
 def grader_routes(*, python: bool = False) -> APIRouter:
     """`python`: whether graders of Python are run."""
-    router = APIRouter(tags=["OpenAI fine-tuning"], route_class=BodyRoute)
+    router = APIRouter(tags=["OpenAI fine-tuning"], route_class=BodyRoute, dependencies=[needs("train")])
     room = asyncio.Semaphore(_AT_ONCE)
 
     @router.post("/v1/fine_tuning/alpha/graders/validate", summary="Look at a grader; nothing of it is run.")
@@ -103,12 +104,12 @@ def grader_routes(*, python: bool = False) -> APIRouter:
     return router
 
 
-async def _asked(service: Service, caller: Caller, number: str, questions: Sequence[Question]) -> list[Reply]:
+async def _asked(service: Service, caller: Principal, number: str, questions: Sequence[Question]) -> list[Reply]:
     """Raises Refused, as a chat completion of the same would."""
     return [await _ask(service, caller, f"{number}-{i}", question) for i, question in enumerate(questions)]
 
 
-async def _ask(service: Service, caller: Caller, number: str, question: Question) -> Reply:
+async def _ask(service: Service, caller: Principal, number: str, question: Question) -> Reply:
     chosen = service.mixes.choose(caller, model=question.model)
     prompt = await service.prompts.of_messages(question.messages)
     room = service.prompts.fits(prompt, "grader.input")

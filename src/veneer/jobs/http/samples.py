@@ -13,19 +13,20 @@ from veneer.errors import ConfigError
 from veneer.jobs.steps import sample_file
 from veneer.jobs.store import JobStore
 from veneer.serve.http.bodies import BodyRoute
+from veneer.serve.http.guard import needs
 from veneer.serve.http.service import caller_of
 from veneer.serve.request import Refused
 
 
 def sample_routes(jobs: JobStore) -> APIRouter:
-    router = APIRouter(tags=["jobs"], route_class=BodyRoute)
+    router = APIRouter(tags=["jobs"], route_class=BodyRoute, dependencies=[needs("train")])
 
     @router.get("/v1/jobs/{id}/samples/{step}", summary="The sample pictures that a job has drawn after a step.")
     async def sample(request: HttpRequest, id: str, step: int) -> Response:
         caller = caller_of(request)
 
         def found() -> Response:
-            job = jobs.get(None if caller.admin else caller.tenant, id)
+            job = jobs.get(caller.owner, id)
             return FileResponse(sample_file(jobs, job, step), media_type="image/png")
 
         try:

@@ -41,13 +41,15 @@ from veneer.jobs.tinker.service import NotHere, SamplerSource, SessionOver, Tink
 from veneer.jobs.tinker.trainer import Lora
 from veneer.jobs.tinker.wire import WireSample, read_forward, sample_bytes
 from veneer.library.library import Library
-from veneer.serve.access import Bill, Caller, Served
+from veneer.serve.access import Bill, Served
 from veneer.serve.http.answers import TextAnswer, TextJob, run
 from veneer.serve.http.bodies import BodyRoute, Strict, read_body
 from veneer.serve.http.errors import Json, as_refused, in_thread, message_of
+from veneer.serve.http.guard import needs
 from veneer.serve.http.mixes import ChosenMix
 from veneer.serve.http.service import Service, caller_of, service_of
 from veneer.serve.names.shelf import AdapterPlace
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Sampling, Usage, invalid
 from veneer.serve.tenancy.store import Price
 from veneer.serve.tenancy.tenants import Tenants
@@ -219,7 +221,7 @@ class _Sampled:
 
 def tinker_routes(own: TinkerRoutes) -> APIRouter:
     """All of them."""
-    router = APIRouter(prefix="/api/v1", tags=["Tinker"], route_class=BodyRoute)
+    router = APIRouter(prefix="/api/v1", tags=["Tinker"], route_class=BodyRoute, dependencies=[needs("train")])
     _plain(router, own)
     _sequenced(router, own)
     _sampling(router, own)
@@ -434,7 +436,7 @@ async def _submit(
 
 
 def _training(
-    http: Service, caller: Caller, found: TrainingRun, seq: int, tokens: int
+    http: Service, caller: Principal, found: TrainingRun, seq: int, tokens: int
 ) -> AbstractAsyncContextManager[Bill]:
     number = f"{found.id}:{seq}-{secrets.token_hex(3)}"
     name = trained_name(found.name)
@@ -609,7 +611,7 @@ def _forget_old(own: TinkerRoutes) -> None:
 
 
 async def _sample(
-    own: TinkerRoutes, http: Service, caller: Caller, sampler: SamplerSource, body: SampleBody
+    own: TinkerRoutes, http: Service, caller: Principal, sampler: SamplerSource, body: SampleBody
 ) -> FutureResult:
     """The samples, or what was wrong with the request. What a limit does not let through now waits: the SDK takes a
     result that failed for the last word."""
@@ -651,7 +653,7 @@ async def _drawn(http: Service, job: TextJob) -> list[TextAnswer]:
     return answers
 
 
-def _job(http: Service, caller: Caller, sampler: SamplerSource, body: SampleBody) -> TextJob:
+def _job(http: Service, caller: Principal, sampler: SamplerSource, body: SampleBody) -> TextJob:
     """Raises Refused."""
     asked = body.sampling_params
     not_here = {
@@ -685,7 +687,7 @@ def _job(http: Service, caller: Caller, sampler: SamplerSource, body: SampleBody
     return TextJob(caller, ChosenMix(served, "tinker"), [prompt], sampling, choices=body.num_samples)
 
 
-def _served(http: Service, caller: Caller, sampler: SamplerSource) -> Served:
+def _served(http: Service, caller: Principal, sampler: SamplerSource) -> Served:
     if sampler.digest:
         if not Path(sampler.folder).is_dir():
             raise Refused(
@@ -822,7 +824,7 @@ def _saved(router: APIRouter, own: TinkerRoutes) -> None:
         return Response(status_code=204)
 
 
-def _shown_run(run: TrainingRun, service: TinkerService, caller: Caller) -> dict[str, Any]:
+def _shown_run(run: TrainingRun, service: TinkerService, caller: Principal) -> dict[str, Any]:
     points = run.checkpoints.all()
 
     def newest(kind: str) -> dict[str, Any] | None:
@@ -878,12 +880,12 @@ def _check_adam(optimizer: Mapping[str, Any]) -> None:
         raise invalid(f"there is no optimizer {quoted(str(optimizer['type']))} here", "optimizer_config", "adamw")
 
 
-def _check_trainable(http: Service, caller: Caller) -> None:
+def _check_trainable(http: Service, caller: Principal) -> None:
     if isinstance(http.tenancy, Tenants) and http.tenancy.store.settings.training_terms(caller.tenant).jobs == 0:
         raise Refused("this tenant may not train", status=403, code="forbidden", fix="the operator can allow it")
 
 
-async def _take_budget(own: TinkerRoutes, http: Service, caller: Caller, tokens: int) -> int:
+async def _take_budget(own: TinkerRoutes, http: Service, caller: Principal, tokens: int) -> int:
     """What of the tenant's budget so many trained tokens are. Raises Refused (402) where it has no room for them."""
     if not tokens or not isinstance(http.tenancy, Tenants):
         return 0

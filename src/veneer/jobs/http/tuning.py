@@ -46,12 +46,13 @@ from veneer.jobs.openai import (
 from veneer.jobs.store import ENDS, UNFINISHED, Job, JobStore, UnknownJob, WrongState
 from veneer.library.library import NotInLibrary
 from veneer.library.names import name_of, new_tuned, organisation_of, parse_tuned
-from veneer.serve.access import Caller
 from veneer.serve.engine.admission import FairPool
 from veneer.serve.http.bodies import BodyRoute
 from veneer.serve.http.errors import Json, error_body, in_thread
+from veneer.serve.http.guard import needs
 from veneer.serve.http.service import Service, admission_of, caller_of, service_of
 from veneer.serve.http.sse import EventStream, data
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy.store import Store
 from veneer.train.config.load import config_from
@@ -76,7 +77,7 @@ def tuning_routes(
 ) -> APIRouter:
     """The routes over a queue, the files that its jobs read, and the tenants whose routes they move. `python_graders`:
     see `grader_routes`."""
-    router = APIRouter(tags=["OpenAI fine-tuning"], route_class=BodyRoute)
+    router = APIRouter(tags=["OpenAI fine-tuning"], route_class=BodyRoute, dependencies=[needs("train")])
     copying = FairPool(1, "veneer-inputs")  # what a job reads may be gigabytes, and in a store elsewhere
 
     @router.post("/v1/fine_tuning/jobs", summary="Fine-tune a base, or what was tuned before, on an uploaded file.")
@@ -177,7 +178,7 @@ def tuning_routes(
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
-def _start(service: Service, caller: Caller, model: str) -> str | None:
+def _start(service: Service, caller: Principal, model: str) -> str | None:
     """The adapter to go on training; None for the base. Raises Refused for what is neither."""
     base = service.catalog.base
     if service.engine.makes != "texts":
@@ -192,7 +193,7 @@ def _start(service: Service, caller: Caller, model: str) -> str | None:
     )  # fmt: skip
 
 
-def _graded_here(service: Service, caller: Caller, given: dict[str, Any], python: bool) -> dict[str, Any]:
+def _graded_here(service: Service, caller: Principal, given: dict[str, Any], python: bool) -> dict[str, Any]:
     """The grader of a job, its models by the names under which a run finds them. Raises Refused for what is no grader,
     and for a model that the caller may not ask."""
     grader = grader_of(given, python, "method.reinforcement.grader")
@@ -209,7 +210,7 @@ def _graded_here(service: Service, caller: Caller, given: dict[str, Any], python
     return found
 
 
-def _check_wandb(caller: Caller) -> None:
+def _check_wandb(caller: Principal) -> None:
     """Raises Refused where a job cannot report to W&B: a worker does it by its operator's account."""
     if caller.tenant:
         what = "jobs here report to W&B by the account of the server's operator"
@@ -219,7 +220,7 @@ def _check_wandb(caller: Caller) -> None:
 
 
 def _create(
-    service: Service, caller: Caller, jobs: JobStore, files: Files, tenants: Store | None, body: TuningBody,
+    service: Service, caller: Principal, jobs: JobStore, files: Files, tenants: Store | None, body: TuningBody,
     start: str | None, grader: dict[str, Any] | None,
 ) -> Job:  # fmt: skip
     tenant = caller.tenant
@@ -370,7 +371,7 @@ def _metadata(request: HttpRequest) -> dict[str, str] | None:
     return wanted or None
 
 
-def _answer(job: Job, caller: Caller, headers: dict[str, str] | None = None) -> Response:
+def _answer(job: Job, caller: Principal, headers: dict[str, str] | None = None) -> Response:
     return Json(shown_job(job, organisation_of(caller.tenant)), headers=headers)
 
 

@@ -20,12 +20,13 @@ from typing import Any, Generic, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from veneer.serve.access import BEHIND, SHADOWS, Caller, ShadowAnswer
+from veneer.serve.access import BEHIND, SHADOWS, ShadowAnswer
 from veneer.serve.http.errors import as_refused, message_of, problem_of
 from veneer.serve.http.metrics import Meter
 from veneer.serve.http.mixes import ChosenMix
 from veneer.serve.http.service import Service
 from veneer.serve.http.sse import EventStream, client_left
+from veneer.serve.principal import Principal
 from veneer.serve.request import EngineEvent, Finished, Refused, Request, Sampling, Started, Token, Usage, shutting_down
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ class TextJob:
     word for those of its prompts that may share what was computed. `keep`: gets the texts of all answers once they are
     whole; `keep_shadow`: that of the shadow's answer."""
 
-    caller: Caller
+    caller: Principal
     chosen: ChosenMix
     prompts: Sequence[tuple[int, ...]]
     sampling: Sampling

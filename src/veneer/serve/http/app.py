@@ -1,8 +1,9 @@
 """The application: one door for all requests, errors in each surface's own form, and the routes of every surface.
 
-The door comes before everything: it numbers the request, establishes who asks (401), turns new work away while the
-server is loading or draining (503), and takes the body in: no more of it than there is room for (413, 429), and no
-slower than it may come (408). What the request holds of the server's room it gives back at the end.
+The door comes before everything: it numbers the request, checks its Host, Origin and Content-Type (421, 403, 415),
+establishes its principal (401), turns new work away while the server is loading or draining (503), and takes the body
+in: no more of it than there is room for (413, 429), and no slower than it may come (408). What the request holds of the
+server's room it gives back at the end.
 """
 
 from __future__ import annotations
@@ -22,20 +23,26 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veneer import __version__
+from veneer.errors import ConfigError
 from veneer.serve.engine.admission import AdmittedRequest
 from veneer.serve.http.answers import ClientLeft
-from veneer.serve.http.bodies import LARGE_BODY, body_error, keys_of_bodies
+from veneer.serve.http.bodies import LARGE_BODY, BodyRoute, body_error, check_guarded, keys_of_bodies
 from veneer.serve.http.errors import Json, answer_error, as_refused
-from veneer.serve.http.service import Service, client_key, need_admin, service_of
+from veneer.serve.http.guard import EXEMPT, HERE, check_content_type, check_host, check_origin, needs
+from veneer.serve.http.service import Service, client_key, service_of
 from veneer.serve.http.surfaces.llama_cpp import llama_cpp_routes
 from veneer.serve.http.surfaces.openai import openai_routes
 from veneer.serve.http.surfaces.tgi import tgi_routes
 from veneer.serve.http.surfaces.vllm import sglang_routes, vllm_routes
+from veneer.serve.principal import STRANGER
 from veneer.serve.request import Refused
 from veneer.serve.settings import HttpSettings
 
 _STRANGERS = "?"
-"""Whose the requests are that need no key, where room is shared out; no tenant can have this name."""
+"""Pseudo-tenant of requests that need no key, where room is shared out; no tenant can have this name."""
+_STRANGERS_BODY = 4 << 10
+"""Bytes of a body on a path that needs no key, such as the form to sign in. They are not counted among the bodies, so
+that strangers whose bodies come slowly keep nobody out."""
 OPEN = ("/health", "/ping", "/ready", "/version", "/docs", "/openapi.json", "/redoc")
 """Paths that need no key."""
 
@@ -56,6 +63,10 @@ def create_app(
     `routers`: further routes behind the same door. `unguarded`: prefixes of paths that look after their own keys.
     `large`: whole paths, as regular expressions, whose routes put what is posted on the disk as it comes, and how many
     bytes that may be; they see to it that not too many come at once."""
+    origins = service.settings.allowed_origins
+    if service.tenancy.keyless and "*" in origins:
+        what = "every web page could use this server, as it needs no key"
+        raise ConfigError(what, where="--allowed-origin *", fix="name the origins, or --api-keys or --tenants")
     app = FastAPI(title="veneer", version=__version__, redoc_url=None)
     app.state.service = service
     surfaces: dict[str, str] = {}
@@ -67,14 +78,15 @@ def create_app(
 
         own.append(images_routes)
     for router in (*own, *routers):
+        check_guarded(router)
         app.include_router(router)
     _tell_errors(app, surfaces)
     app.add_middleware(Door, service=service, surfaces=surfaces, unguarded=tuple(unguarded), large=large or {})
-    if service.settings.cors:
+    if origins:
         from starlette.middleware.cors import CORSMiddleware
 
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(service.settings.cors), allow_methods=["*"], allow_headers=["*"],
+            CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"],
             expose_headers=["x-request-id", "x-veneer-ignored", "retry-after"],
         )  # fmt: skip
     return app
@@ -84,7 +96,7 @@ def create_app(
 
 
 class Door:
-    """ASGI middleware. What it establishes is in the scope: `veneer.id` and `veneer.caller`."""
+    """ASGI middleware. What it establishes is in the scope: `veneer.id`, `veneer.principal` and `veneer.place`."""
 
     def __init__(
         self,
@@ -108,7 +120,9 @@ class Door:
             await send(message)
 
         request = HttpRequest(scope)
+        scope["veneer.principal"] = STRANGER
         try:
+            self._check_source(request)
             await self._enter(request)
         except Exception as error:
             surface = self.surfaces.get(request.url.path, "OpenAI")
@@ -129,10 +143,25 @@ class Door:
                 self.service.tidy()
 
     def _large(self, request: HttpRequest) -> int | None:
-        """How large the body may be that its route puts on the disk; None for one that is held in memory."""
+        """Bytes a body may have that is not counted among those in memory: it goes to the disk, or is a stranger's.
+        None for one that is."""
+        if self._needs_no_key(request.url.path):
+            return _STRANGERS_BODY
         if request.method != "POST":
             return None
         return next((most for path, most in self.large if path.fullmatch(request.url.path)), None)
+
+    def _check_source(self, request: HttpRequest) -> None:
+        """Raises Refused (421, 403, 415) for a request that a page of another site may have sent."""
+        scope, headers, settings = request.scope, request.headers, self.service.settings
+        if self.service.tenancy.keyless and request.url.path not in EXEMPT:
+            check_host(headers, {*HERE, *settings.allowed_hosts})
+        check_origin(scope, headers, settings.allowed_origins)
+        if not self._needs_no_key(request.url.path):
+            check_content_type(scope, headers)
+
+    def _needs_no_key(self, path: str) -> bool:
+        return path in (*OPEN, *self.unguarded) or path.startswith(tuple(f"{prefix}/" for prefix in self.unguarded))
 
     async def _enter(self, request: HttpRequest) -> None:
         path, service = request.url.path, self.service
@@ -143,10 +172,9 @@ class Door:
         if size > most or len(length) >= 16:
             raise _too_large(most)
         request.scope["veneer.place"] = place = service.admission.enter(_STRANGERS)
-        if path in OPEN or path.startswith(tuple(f"{prefix}/" for prefix in self.unguarded)) or path in self.unguarded:
-            place.take("bodies", size)
+        if self._needs_no_key(path):
             return
-        request.scope["veneer.caller"] = caller = await service.tenancy.caller(client_key(request))
+        request.scope["veneer.principal"] = caller = await service.tenancy.caller(client_key(request))
         place.tenant, place.weight = caller.tenant, caller.weight
         if large is None:
             place.take("bodies", size)
@@ -230,24 +258,34 @@ def _tell_errors(app: FastAPI, surfaces: dict[str, str]) -> None:
 
 
 def _health() -> APIRouter:
-    router = APIRouter(tags=["service"])
+    router = APIRouter(tags=["service"], route_class=BodyRoute)
+    public = [needs("public")]
 
-    @router.get("/health", summary="The engine works; 503 where it is stuck, has ended, or fails at everything.")
-    @router.get("/ping", include_in_schema=False)
+    @router.get(
+        "/health",
+        dependencies=public,
+        summary="The engine works; 503 where it is stuck, has ended, or fails at everything.",
+    )
+    @router.get("/ping", dependencies=public, include_in_schema=False)
     async def health(request: HttpRequest) -> Response:
         wrong = service_of(request).engine.problem()
         return Json({"status": "failing", "reason": wrong} if wrong else {"status": "ok"}, 503 if wrong else 200)
 
-    @router.get("/ready", summary="Requests are taken; 503 while loading or draining.")
+    @router.get("/version", dependencies=public, summary="veneer's version.", tags=["vLLM"])
+    async def version() -> Response:
+        return Json({"version": __version__})
+
+    @router.get("/ready", dependencies=public, summary="Requests are taken; 503 while loading or draining.")
     async def ready(request: HttpRequest) -> Response:
         service = service_of(request)
         if service.phase == "ready" and (wrong := service.trouble()):
             return Json({"status": "failing", "reason": wrong}, status_code=503)
         return Json({"status": service.phase}, status_code=200 if service.phase == "ready" else 503)
 
-    @router.get("/metrics", summary="For Prometheus; with tenants, an operator's key is needed.")
+    @router.get(
+        "/metrics", dependencies=[needs("metrics")], summary="For Prometheus; with tenants, the admin key is needed."
+    )
     async def metrics(request: HttpRequest) -> Response:
-        need_admin(request)
         return Response(service_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router

@@ -14,13 +14,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from veneer.serve.access import Caller, Served, shadow_id
+from veneer.serve.access import Served, shadow_id
 from veneer.serve.engine.admission import AdmittedRequest
 from veneer.serve.http.answers import IndexedEvent, TextJob, run
 from veneer.serve.http.mixes import ChosenMix
 from veneer.serve.http.sampling import limited, sampling_of
 from veneer.serve.http.service import Service
 from veneer.serve.http.tools import ToolUse, message_of_answer
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Sampling, invalid
 
 
@@ -42,7 +43,7 @@ class AskedChat:
 
 
 async def chat_job(
-    service: Service, caller: Caller, asked: AskedChat, place: AdmittedRequest, number: str
+    service: Service, caller: Principal, asked: AskedChat, place: AdmittedRequest, number: str
 ) -> TextJob:  # fmt: skip
     """What the engine is to do. `number`: the answer's id. Raises Refused: too much at once (429), a prompt that the
     context has no room for (400)."""
@@ -62,7 +63,7 @@ async def chat_job(
 
 
 def _keeping(
-    service: Service, caller: Caller, asked: AskedChat, served: Served, number: str
+    service: Service, caller: Principal, asked: AskedChat, served: Served, number: str
 ) -> Callable[[Sequence[str]], None] | None:  # fmt: skip
     """What keeps an answer for feedback, where it is to be kept: conversations as rows of training have them."""
     keep = service.tenancy.keeping(caller, served, number)
@@ -94,7 +95,7 @@ class AskedTexts:
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
 
 
-async def ask_texts(service: Service, caller: Caller, asked: AskedTexts) -> AsyncGenerator[IndexedEvent, None]:
+async def ask_texts(service: Service, caller: Principal, asked: AskedTexts) -> AsyncGenerator[IndexedEvent, None]:
     """(index, event) of `n` answers, until all have finished, as a chat completion of the same caller would be
     answered; closing it cancels what still runs. On the server's own loop. Raises Refused."""
     if service.phase != "ready":
@@ -124,7 +125,7 @@ async def ask_texts(service: Service, caller: Caller, asked: AskedTexts) -> Asyn
         place.leave()
 
 
-def _chosen(service: Service, caller: Caller, mix: Sequence[tuple[str, float]]) -> ChosenMix:
+def _chosen(service: Service, caller: Principal, mix: Sequence[tuple[str, float]]) -> ChosenMix:
     """One name at its whole strength is asked for by itself, so that a route is one: with its weights and shadow."""
     if len(mix) == 1 and mix[0][1] == 1:
         return service.mixes.choose(caller, model=mix[0][0])

@@ -23,14 +23,17 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from fastapi.routing import APIRoute
+from fastapi.routing import APIRoute, APIRouter
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
 from veneer.errors import ConfigError, nearest, quoted
 from veneer.formats.strengths import split_factors, split_strength
+from veneer.serve.http.guard import media_type, permissions_of, principal_of
+from veneer.serve.principal import Permission
 from veneer.serve.request import Refused, invalid
 
 Neutral = tuple[Any, ...]
@@ -134,21 +137,31 @@ async def read_body(request: Request) -> Any:
 
 
 class BodyRoute(APIRoute):
-    """A route whose JSON body is read by `read_body`."""
+    """A route that asks for the permission it `needs`, then reads its JSON body by `read_body`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
+        permissions: list[Permission | None] = [*permissions_of(self.dependencies)] or [None]
 
         async def handle(request: Request) -> Response:
-            if self.body_field is not None and await request.body() and _is_json(request):
+            for permission in permissions:
+                principal_of(request.scope).require(permission)
+            if self.body_field is not None and await request.body() and _is_json(request.headers):
                 request._json = await read_body(request)
             return await handler(request)
 
         return handle
 
 
-def _is_json(request: Request) -> bool:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+def check_guarded(router: APIRouter) -> None:
+    """Raises ValueError for a route that names no permission, or does not ask for it before it reads a body."""
+    for route in router.routes:
+        if not isinstance(route, BodyRoute) or not permissions_of(route.dependencies):
+            raise ValueError(f"the route {getattr(route, 'path', route)} names no permission")
+
+
+def _is_json(headers: Headers) -> bool:
+    kind = media_type(headers)
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 

@@ -4,7 +4,8 @@
     body      see app.Door; what is still sent after an answer has to end within `body_time`
     idle      a connection is kept for `idle` seconds after an answer
     unread    a client that reads nothing for `stall` seconds is cut off, and what still runs for it is cancelled
-    many      beyond `connections` those that have waited longest for a request are closed for the new ones
+    many      beyond `connections` the oldest WebSockets are closed for the new ones, which reconnect by themselves, and
+              then the connections that have waited longest for a request
 
 An event loop's timers are cheap: each connection has one, for whichever of these it is in.
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -28,9 +29,24 @@ _PATIENCE = 0.25
 _BEYOND = 256
 
 
-def connection_of(settings: HttpSettings) -> type[asyncio.Protocol]:
-    """uvicorn's protocol with these limits, for its Config's `http`."""
-    return type("Connection", (_Connection,), {"settings": settings, "all": _All()})
+def protocols_of(settings: HttpSettings, sockets: bool) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol] | str]:
+    """uvicorn's protocols with these limits, for its Config's `http` and `ws`. `sockets`: whether there are any."""
+    all = _All()
+    http = type("Connection", (_Connection,), {"settings": settings, "all": all})
+    if not sockets:
+        return http, "none"
+    from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol  # an extra has it
+
+    class Socket(WebSocketsSansIOProtocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            all.sockets[self] = None
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            all.sockets.pop(self, None)
+            super().connection_lost(exc)
+
+    return http, Socket
 
 
 def many_files(wanted: int) -> None:
@@ -47,10 +63,11 @@ def many_files(wanted: int) -> None:
 
 @dataclass
 class _All:
-    """`waiting`: the connections that wait for a request, with the time since when, the longest first. `look`: the
-    timer at whose end there is room to be made."""
+    """`waiting`: the connections that wait for a request, with the time since when, the longest first. `sockets`: the
+    WebSockets, the oldest first. `look`: the timer at whose end there is room to be made."""
 
     waiting: dict[_Connection, float] = field(default_factory=dict)
+    sockets: dict[Any, None] = field(default_factory=dict)
     look: asyncio.TimerHandle | None = None
 
 
@@ -64,7 +81,8 @@ class _Connection(H11Protocol):
         super().connection_made(cast(asyncio.Transport, transport))
         self._await_head()
         if len(self.connections) > self.settings.connections + _BEYOND:
-            next(iter(self.all.waiting))._close()
+            if not self._close_sockets(1):
+                next(iter(self.all.waiting))._close()
         elif len(self.connections) > self.settings.connections and self.all.look is None:
             self.all.look = self.loop.call_later(_PATIENCE, self._make_room)
 
@@ -72,11 +90,20 @@ class _Connection(H11Protocol):
         """Close as many as there are too many, of those that have waited long enough; look again if some have not."""
         self.all.look = None
         too_many = len(self.connections) - self.settings.connections
+        too_many -= self._close_sockets(too_many)
         for connection, since in list(self.all.waiting.items())[: max(0, too_many)]:
             if (more := since + _PATIENCE - self.loop.time()) > 0:
                 self.all.look = self.loop.call_later(more, self._make_room)
                 return
             connection._close()
+
+    def _close_sockets(self, most: int) -> int:
+        """Close the oldest WebSockets; returns how many."""
+        oldest = list(self.all.sockets)[: max(0, most)]
+        for socket in oldest:
+            self.all.sockets.pop(socket, None)
+            socket.shutdown()
+        return len(oldest)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._rest(None)

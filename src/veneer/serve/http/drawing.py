@@ -37,7 +37,7 @@ from veneer.models.image.generate import (
     fitted_picture,
     whole_denoise,
 )
-from veneer.serve.access import BEHIND, SHADOWS, Caller, Served, ShadowAnswer
+from veneer.serve.access import BEHIND, SHADOWS, Served, ShadowAnswer
 from veneer.serve.http.errors import problem_of
 from veneer.serve.http.metrics import Meter
 from veneer.serve.http.mixes import ChosenMix
@@ -52,6 +52,7 @@ from veneer.serve.http.surfaces.image_bodies import (
 )
 from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.pictures.request import FinishedPicture, PictureEvent, PictureRequest, PictureStep
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage, invalid
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ _STEPS = {"low": 0.5, "high": 2.0, "hd": 2.0}
 
 
 async def ask_pictures(
-    service: Service, caller: Caller, asked: ImageBody, number: str
+    service: Service, caller: Principal, asked: ImageBody, number: str
 ) -> tuple[DrawingPlan, AsyncGenerator[IndexedPicture, None]]:
     """What will be drawn, and its events, which begin when they are first asked for; closing them cancels what still
     runs. `number`: the request's id. Raises Refused."""
@@ -82,7 +83,7 @@ async def ask_pictures(
 
 
 def _chosen(
-    service: Service, asked: ImageBody, caller: Caller
+    service: Service, asked: ImageBody, caller: Principal
 ) -> tuple[ChosenMix, dict[str, str], dict[str, Strength]]:
     """What acts, what the client calls each adapter, and the factors by block and step, or the role, of those that have
     any. An empty `mix` or `lora` is the base."""
@@ -116,7 +117,7 @@ def _chosen(
 
 
 async def _run(
-    service: Service, engine: PictureEngine, plan: DrawingPlan, caller: Caller, chosen: ChosenMix, number: str
+    service: Service, engine: PictureEngine, plan: DrawingPlan, caller: Principal, chosen: ChosenMix, number: str
 ) -> AsyncGenerator[IndexedPicture, None]:
     """The engine's events, under the caller's limits; what was drawn is billed however it ends, in part too. Once
     the first picture is there, a route's shadow draws it as well."""
@@ -155,7 +156,7 @@ async def _run(
 
 
 def _shadow(
-    service: Service, engine: PictureEngine, request: PictureRequest, caller: Caller, served: Served, number: str,
+    service: Service, engine: PictureEngine, request: PictureRequest, caller: Principal, served: Served, number: str,
     sent: FinishedPicture,
 ) -> None:  # fmt: skip
     """Starts the shadow's picture behind the request."""
@@ -216,7 +217,7 @@ class DrawingPlan:
 
 
 def _planned(
-    engine: PictureEngine, asked: ImageBody, caller: Caller, chosen: ChosenMix, labels: dict[str, str],
+    engine: PictureEngine, asked: ImageBody, caller: Principal, chosen: ChosenMix, labels: dict[str, str],
     factors: dict[str, Strength], most: int,
 ) -> DrawingPlan:  # fmt: skip
     """Decode, fit and check. `most`: pixels of a picture that is sent. Blocks. Raises Refused."""

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from veneer.serve.access import Caller, ModelCard, Served
+from veneer.serve.access import ModelCard, Served
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, check_strengths, invalid
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class MixChooser:
         self.numbers = AdapterNumbers()
         self.default: dict[str, float] = {}
 
-    def adapters(self, caller: Caller) -> list[ModelCard]:
+    def adapters(self, caller: Principal) -> list[ModelCard]:
         return [card for card in self.catalog.models(caller) if card.parent is not None]
 
     def set_default(self, name: str, strength: float) -> None:
@@ -65,7 +66,7 @@ class MixChooser:
 
     def choose(
         self,
-        caller: Caller,
+        caller: Principal,
         *,
         model: str | None = None,
         mix: Sequence[tuple[str, float]] | None = None,
@@ -95,7 +96,7 @@ class MixChooser:
         served = self.catalog.resolve(named or model or "", caller)
         return ChosenMix(served, served.target if served.mix else self.catalog.base)
 
-    def _several(self, parts: Sequence[tuple[str, float]], caller: Caller) -> ChosenMix:
+    def _several(self, parts: Sequence[tuple[str, float]], caller: Principal) -> ChosenMix:
         if not parts:
             return ChosenMix(self.catalog.resolve("", caller), self.catalog.base)
         check_strengths(parts)

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from starlette.requests import Request as HttpRequest
 
 from veneer.errors import VeneerError
-from veneer.serve.access import Caller, ModelCard, Tenancy
+from veneer.serve.access import ModelCard, Tenancy
 from veneer.serve.engine.admission import Admission, AdmittedRequest
 from veneer.serve.http.errors import as_refused, log, message_of
+from veneer.serve.http.guard import principal_of
 from veneer.serve.http.metrics import Metrics
 from veneer.serve.http.mixes import MixChooser
 from veneer.serve.http.prompts import Prompts, TokenizedBase
 from veneer.serve.http.shadows import Shadows
 from veneer.serve.outage import is_outage
+from veneer.serve.principal import Principal
 from veneer.serve.request import Engine, EngineEvent, Refused, Request, invalid
 from veneer.serve.settings import HttpSettings
 from veneer.serve.staging import Staging
@@ -98,9 +100,9 @@ def client_key(request: HttpRequest) -> str | None:
     return found.removeprefix("tml-") if found else request.headers.get("api-key")
 
 
-def caller_of(request: HttpRequest, user: str | None = None) -> Caller:
+def caller_of(request: HttpRequest, user: str | None = None) -> Principal:
     """Who asks, as the door established it, with the body's `user`."""
-    caller: Caller = request.scope["veneer.caller"]
+    caller = principal_of(request.scope)
     return replace(caller, user=user) if user else caller
 
 
@@ -108,15 +110,6 @@ def admission_of(request: HttpRequest) -> AdmittedRequest:
     """What the request holds of the server, to which the surface adds what it is about to do."""
     place: AdmittedRequest = request.scope["veneer.place"]
     return place
-
-
-def need_admin(request: HttpRequest) -> Caller:
-    caller = caller_of(request)
-    if not caller.admin:
-        raise Refused(
-            "this changes the server for everybody", status=403, code="forbidden", fix="use an operator's key"
-        )
-    return caller
 
 
 # -- what an operator changes ------------------------------------------------------------------------------------------

@@ -28,9 +28,10 @@ from typing import Protocol
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, quoted
 from veneer.library.names import check_name, name_of, parse_tuned
-from veneer.serve.access import Caller, ModelCard, Routes, Served
+from veneer.serve.access import ModelCard, Routes, Served
 from veneer.serve.names.resident import ResidentAdapter
 from veneer.serve.names.shelf import Problems, Shelf, place_of, unusable
+from veneer.serve.principal import Principal
 from veneer.serve.request import DigestMix, Refused, check_strengths, invalid, make_mix
 
 _MAX_NAME = 200
@@ -81,7 +82,7 @@ class Catalog:
 
     # -- what names mean ----------------------------------------------------------------------------------------------
 
-    def resolve(self, model: str, caller: Caller) -> Served:
+    def resolve(self, model: str, caller: Principal) -> Served:
         """`model`: "" or the base's name; an adapter, a route, a library reference; `base:adapter`."""
         target, part, routed = self._mean(model, caller)
         shadow: tuple[str, DigestMix | Refused] | None = None
@@ -96,7 +97,7 @@ class Catalog:
                     _log.warning("the shadow %r of %r cannot be served: %s", other, word, error.what)
         return Served(_alone(part), model or self.base, target, shadow, () if part is None else (part[1],))
 
-    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Caller) -> Served:
+    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Principal) -> Served:
         """The mix of several names with strengths. The strengths of an adapter that is named twice are added."""
         if len(parts) > MAX_MIX:
             raise invalid(f"a mix of {len(parts)} adapters; at most {MAX_MIX}", "mix")
@@ -131,7 +132,7 @@ class Catalog:
             raise _missing(model)
         return tuned.reference
 
-    def _mean(self, model: str, caller: Caller) -> tuple[str, _Part | None, bool]:
+    def _mean(self, model: str, caller: Principal) -> tuple[str, _Part | None, bool]:
         """(the adapter's name, what it is, whether a route chose it) of a client's word."""
         word = self._word(model)
         if word == self.base:
@@ -168,7 +169,7 @@ class Catalog:
         if part is not None and name not in self._loaded:
             self.shelf.read(part[0], self.problems)
 
-    def models(self, caller: Caller) -> list[ModelCard]:
+    def models(self, caller: Principal) -> list[ModelCard]:
         """The base, then everything that the caller sees: what was loaded, routes, what the library has for this
         base."""
         cards = {card.id: card for card in self._library_cards()}
@@ -180,7 +181,7 @@ class Catalog:
                 out.append(ModelCard(route, route, self.base, self._started))
         return out
 
-    def card(self, model: str, caller: Caller) -> ModelCard:
+    def card(self, model: str, caller: Principal) -> ModelCard:
         """The line of one of them, and of what OpenAI would call `ft:base:…`."""
         if parse_tuned(model) is not None:
             _, part, _ = self._mean(model, caller)

@@ -22,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from veneer.errors import ConfigError, VeneerError, nearest
 from veneer.library.database import reading
 from veneer.serve.http.bodies import BodyRoute
+from veneer.serve.http.guard import needs
 from veneer.serve.outage import fault, is_outage
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy import manage, routes
@@ -125,8 +126,8 @@ class RouteName(_Body):
 
 
 def admin_router(tenants: Tenants, catalog: Catalog) -> APIRouter:
-    """Raises ConfigError where `tenants` has no admin key: then there must be no such routes."""
-    router = APIRouter(prefix="/admin", tags=["admin"], route_class=operators_alone(tenants))
+    """For a server whose `tenants` have an admin key."""
+    router = APIRouter(prefix="/admin", tags=["admin"], route_class=AdminRoute, dependencies=[needs("administer")])
     store = tenants.store
     _tenants(router, store)
     _keys(router, store)
@@ -136,17 +137,6 @@ def admin_router(tenants: Tenants, catalog: Catalog) -> APIRouter:
     _residents(router, catalog)
     _records(router, store)
     return router
-
-
-def operators_alone(tenants: Tenants) -> type[BodyRoute]:
-    """Routes for whoever has the admin key. Raises ConfigError where there is none."""
-    if tenants.admin_hash is None:
-        raise ConfigError("the routes under /admin need an admin key", fix="--admin-key, or VENEER_ADMIN_KEY")
-
-    class Route(_Route):
-        is_admin = staticmethod(tenants.is_admin)
-
-    return Route
 
 
 def _tenants(router: APIRouter, store: Store) -> None:
@@ -352,19 +342,14 @@ def _records(router: APIRouter, store: Store) -> None:
         return {"ok": not wrong, "head": head, "lines": count, "faults": wrong}
 
 
-class _Route(BodyRoute):
-    """The key comes first, then the rest; errors end here, in one shape, whatever app the router is part of."""
-
-    is_admin: Callable[[str], bool]
+class AdminRoute(BodyRoute):
+    """A route of the operator's; errors end here, in one shape, whatever app the router is part of."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         inner = super().get_route_handler()
         queries = {str(p.alias) for p in self.dependant.query_params}
 
         async def handle(request: Request) -> Response:
-            scheme, _, key = request.headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not self.is_admin(key.strip()):
-                return _error(_ANOTHER_KEY)
             for name in request.query_params:
                 if name not in queries:
                     return _error(invalid(_unknown(name, queries), name))
@@ -400,9 +385,6 @@ def _line(error: Any, fields: dict[int, set[str]]) -> str:
 def _unknown(place: str, known: set[str]) -> str:
     near = nearest(place.rpartition(".")[2], sorted(known), 1)
     return f"unknown key {place[:100]}: " + (f"did you mean {near[0]}?" if near else f"of {', '.join(sorted(known))}")
-
-
-_ANOTHER_KEY = Refused("not the admin key", status=401, code="unauthorized", fix="Authorization: Bearer ADMIN_KEY")
 
 
 def _error(error: Refused) -> JSONResponse:

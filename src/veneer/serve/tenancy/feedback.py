@@ -39,8 +39,9 @@ from sqlalchemy import Connection, Engine, delete, func, insert, select, tuple_,
 from veneer.errors import one_of, quoted
 from veneer.library.database import reading, write_transaction
 from veneer.library.names import name_of
-from veneer.serve.access import Caller, KeepAnswer, Served, shadow_id
+from veneer.serve.access import KeepAnswer, Served, shadow_id
 from veneer.serve.outage import is_outage
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy.outbox import Writer
 from veneer.serve.tenancy.store import Store, answer_table, feedback_table, forgotten_table
@@ -77,7 +78,7 @@ class KeptAnswers:
         self._sender.start()
         self._wake.set()  # for what an earlier run left
 
-    def keeping(self, caller: Caller, served: Served, request: str) -> KeepAnswer | None:
+    def keeping(self, caller: Principal, served: Served, request: str) -> KeepAnswer | None:
         """What takes the answer to a request that comes now; None where it is not to be kept."""
         settings = self.store.settings
         keeps = settings.kept.get(caller.tenant)

@@ -28,8 +28,9 @@ from sqlalchemy import ColumnElement, Connection, Table, case, delete, func, ins
 
 from veneer.errors import ConfigError, VeneerError
 from veneer.library.database import reading
-from veneer.serve.access import Caller, ShadowAnswer
+from veneer.serve.access import ShadowAnswer
 from veneer.serve.outage import is_outage
+from veneer.serve.principal import STRANGER, Principal
 from veneer.serve.tenancy.manage import append_audit
 from veneer.serve.tenancy.store import (
     ALL,
@@ -69,7 +70,7 @@ class TenantRoutes:
         self._store, self._put, self._keep = store, put, keep
         self._pick = pick or random.Random()
 
-    def find(self, route: str, caller: Caller) -> Route | None:
+    def find(self, route: str, caller: Principal) -> Route | None:
         """The route of that name as the caller sees it."""
         known = self._store.settings.routes
         own = known.get((caller.tenant, route)) if caller.tenant else None
@@ -78,12 +79,12 @@ class TenantRoutes:
         everybodys = known.get((ALL, route))
         return everybodys if everybodys is not None and caller.sees(route) else None
 
-    def names(self, caller: Caller) -> list[str]:
+    def names(self, caller: Principal) -> list[str]:
         """Every route that the caller sees, for /v1/models."""
         known = {name for tenant, name in self._store.settings.routes if tenant in (ALL, caller.tenant)}
         return sorted(name for name in known if self.find(name, caller))
 
-    def choose(self, route: str, caller: Caller) -> str | None:
+    def choose(self, route: str, caller: Principal) -> str | None:
         """The adapter that answers this caller; None where there is no such route for them."""
         found = self.find(route, caller)
         if found is None:
@@ -91,9 +92,9 @@ class TenantRoutes:
         who = json.dumps([caller.tenant, caller.user]) if caller.user else caller.tenant
         return owner(found.runs, bucket(route, who) if who else self._pick.randrange(BUCKETS))
 
-    def shadow(self, route: str, caller: Caller | None = None) -> str | None:
+    def shadow(self, route: str, caller: Principal | None = None) -> str | None:
         """The adapter that answers this request too, unseen; None for most requests where the fraction is small."""
-        found = self.find(route, caller or Caller())
+        found = self.find(route, caller or STRANGER)
         if found is None or found.shadow is None or self._pick.random() >= found.fraction:
             return None
         return found.shadow

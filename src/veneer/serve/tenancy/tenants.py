@@ -30,7 +30,8 @@ from veneer.errors import ResourceError
 from veneer.library.database import shown_url
 from veneer.library.names import name_of
 from veneer.models.home import veneer_home
-from veneer.serve.access import Caller, KeepAnswer, LedgerState, Served, ShadowAnswer, Tenancy
+from veneer.serve.access import KeepAnswer, LedgerState, Served, ShadowAnswer, Tenancy
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy.feedback import KeptAnswers
@@ -88,11 +89,11 @@ class Tenants(Tenancy):
 
     # -- who asks ------------------------------------------------------------------------------------------------------
 
-    async def caller(self, key: str | None, user: str | None = None) -> Caller:
+    async def caller(self, key: str | None, user: str | None = None) -> Principal:
         """Who asks with this key. Raises Refused (unauthorized, 401)."""
         settings = await self._fresh()
         if key and self.is_admin(key):
-            return Caller(user=user, admin=True)
+            return Principal("operator", user=user)
         identity = key_id(key) if key else None
         row = settings.keys.get(identity) if identity else None
         right = same(key or "", row.hash if row else _NOBODY) and row is not None
@@ -104,7 +105,7 @@ class Tenants(Tenancy):
                 code="unauthorized",
                 fix="Authorization: Bearer vnr-…, one that is active",
             )
-        return Caller(tenant.name, settings.sight[tenant.name], user, tenant.weight)
+        return Principal("tenant", tenant.name, settings.sight[tenant.name], user, tenant.weight)
 
     def is_admin(self, key: str) -> bool:
         return self.admin_hash is not None and same(key, self.admin_hash)
@@ -143,7 +144,7 @@ class Tenants(Tenancy):
             _log.warning("the tenants' database is away, what was read last holds: %s", error)
         self._away = True
 
-    def shares(self, caller: Caller, served: Served) -> str:
+    def shares(self, caller: Principal, served: Served) -> str:
         """A tenant's prompts are its own, unless all that is in the mix is common to tenants: whether a prompt was
         there tells what others asked."""
         common = self.store.settings.in_common
@@ -153,7 +154,7 @@ class Tenants(Tenancy):
 
     @asynccontextmanager
     async def admitted(
-        self, caller: Caller, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
+        self, caller: Principal, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AsyncIterator[_Bill]:
         """Raises Refused: rate_limited (429, with retry_after), invalid_request (400) for what no limit will ever let
         through or for an id that was there before, overloaded (503) where the ledger can keep no more."""
@@ -192,7 +193,7 @@ class Tenants(Tenancy):
     def routes(self) -> TenantRoutes:
         return self._routes
 
-    def keeping(self, caller: Caller, served: Served, request: str) -> KeepAnswer | None:
+    def keeping(self, caller: Principal, served: Served, request: str) -> KeepAnswer | None:
         return self.answers.keeping(caller, served, request)
 
     def note_shadow(self, answer: ShadowAnswer) -> None:
@@ -240,16 +241,18 @@ class Tenants(Tenancy):
 
 
 class OpenTenants(Tenants):
-    """Tenants, and whoever asks without a key of theirs: the operator, who sees everything, as the server listens to
-    this machine alone. So there are routes, shadows, feedback and a ledger before there is any tenant."""
+    """Tenants, and requests without a key, which see everything, as the server listens to this machine alone. So there
+    are routes, shadows, feedback and a ledger before there is any tenant."""
 
-    async def caller(self, key: str | None, user: str | None = None) -> Caller:
+    keyless = True
+
+    async def caller(self, key: str | None, user: str | None = None) -> Principal:
         """As that of Tenants for a key that has the form of theirs, or is the admin's; clients that have to be given
         some key send others. Raises Refused (unauthorized, 401) for a tenant's key that is none any more."""
         if key and key_id(key) is not None:
             return await super().caller(key, user)
         await self._fresh()
-        return Caller(user=user, admin=True)
+        return Principal("open", user=user)
 
 
 class _Bill:

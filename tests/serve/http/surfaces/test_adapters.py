@@ -23,8 +23,8 @@ from veneer.formats import convert, peft
 from veneer.formats.read import read
 from veneer.formats.topology import families
 from veneer.library.library import Library, open_library
-from veneer.serve.access import Caller
 from veneer.serve.http.surfaces.adapters import adapter_bodies, adapter_routes
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused
 from veneer.serve.staging import Staging
 
@@ -38,11 +38,11 @@ class Tenants(ToyTenancy):
     noted: list[tuple[Any, ...]] = field(default_factory=list)
     let: list[str] = field(default_factory=list)
 
-    async def caller(self, key: str | None, user: str | None = None) -> Caller:
+    async def caller(self, key: str | None, user: str | None = None) -> Principal:
         if key in ("acme", "globex"):
-            return Caller(key, lambda name: name.startswith((f"{key}/", "shared")))
+            return Principal("tenant", key, lambda name: name.startswith((f"{key}/", "shared")))
         if key in ("admin", "key"):
-            return Caller(admin=key == "admin")
+            return Principal("operator" if key == "admin" else "key")
         raise Refused("this key is not known", status=401, code="unauthorized")
 
     def note(self, who: str, what: str, subject: str, before: object = None, after: object = None) -> None:
@@ -59,7 +59,10 @@ class Served:
     tenancy: Tenants
 
     def ask(self, method: str, path: str, key: str = "admin", **options: Any) -> httpx.Response:
-        return self.server.client.request(method, path, headers={"authorization": f"Bearer {key}"}, **options)
+        headers = {"authorization": f"Bearer {key}"}
+        if "content" in options:
+            headers["content-type"] = "application/octet-stream"
+        return self.server.client.request(method, path, headers=headers, **options)
 
     def told(self, method: str, path: str, key: str = "admin", **options: Any) -> Any:
         answer = self.ask(method, path, key, **options)

@@ -15,8 +15,9 @@ from sqlalchemy import text as sql
 from tests.library.conftest import quick  # noqa: F401
 from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyText, live
 from veneer.library.database import write_transaction
-from veneer.serve.access import Caller, Served
+from veneer.serve.access import Served
 from veneer.serve.http.surfaces.feedback import feedback_routes
+from veneer.serve.principal import Principal
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import FeedbackTerms
@@ -208,7 +209,7 @@ def test_a_user_is_removed_whole_also_what_comes_later_of_before(shop: Shop) -> 
     shop.say(first, thumb="up")
     shop.say(other, thumb="up", rejected=None)
     assert shop.kept() == 3
-    held = shop.tenants.answers.keeping(Caller("acme", user="u-17"), SQL, "chatcmpl-late")
+    held = shop.tenants.answers.keeping(Principal("tenant", "acme", user="u-17"), SQL, "chatcmpl-late")
     assert held is not None
     shop.at[0] += 1
     assert shop.forget(user="u-17") == {"object": "feedback.deleted", "answers": 2}
@@ -263,7 +264,7 @@ def test_what_a_server_left_on_its_disk_is_kept_by_the_next(quick: Path) -> None
     with write_transaction(tenants.store.engine) as c:
         c.execute(sql("ALTER TABLE tenant_answers RENAME TO gone"))
     tenants.store.look()
-    keep = tenants.answers.keeping(Caller("acme", user="ana"), SQL, "chatcmpl-1")
+    keep = tenants.answers.keeping(Principal("tenant", "acme", user="ana"), SQL, "chatcmpl-1")
     assert keep is not None
     keep({"messages": [{"role": "user", "content": "Hi"}]}, [{"role": "assistant", "content": "Ho"}])
     tenants.close()

@@ -32,8 +32,9 @@ from veneer.imaging.adapters import AdapterSource, Mixer, parse_use
 from veneer.imaging.infotext import read_picture
 from veneer.imaging.make import Ask, Options, make
 from veneer.models.image.base import ImageBase, load_image
-from veneer.serve.access import ANYBODY, Caller, NoWait, OpenAccess, Served
+from veneer.serve.access import NoWait, OpenAccess, Served
 from veneer.serve.pictures.engine import PictureEngine
+from veneer.serve.principal import OPERATOR, Principal
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import HttpSettings
 
@@ -579,7 +580,7 @@ def test_bodies_are_limited_and_must_be_what_they_say(url: str) -> None:
         b'{"prompt": "a", "seed": NaN}',
         b"[" * 100000,
     ):
-        found = httpx.post(f"{url}/v1/images/generations", content=odd)
+        found = httpx.post(f"{url}/v1/images/generations", content=odd, headers={"content-type": "application/json"})
         assert (found.status_code, found.json()["error"]["code"]) == (400, "invalid_request")
     nothing = {"n": None, "mix": None, "lora": None, "control": None, "size": None, "quality": None, "model": None}
     assert httpx.post(f"{url}/v1/images/generations", json=FEW | nothing | {"prompt": "a"}).status_code == 200
@@ -636,14 +637,14 @@ class Tenants(OpenAccess):
     def __init__(self) -> None:
         self.bills: list[tuple[str, int, int, Usage]] = []
 
-    async def caller(self, key: str | None, user: str | None = None) -> Caller:
+    async def caller(self, key: str | None, user: str | None = None) -> Principal:
         if key not in ("acme", "poor"):
             raise Refused("this key is not known", status=401, code="unauthorized")
-        return Caller(key, lambda name: name != "look")
+        return Principal("tenant", key, lambda name: name != "look")
 
     @asynccontextmanager
     async def admitted(
-        self, caller: Caller, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
+        self, caller: Principal, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AsyncIterator[Any]:
         if caller.tenant == "poor":
             raise Refused("no budget", status=429, code="rate_limited", retry_after=7.0)
@@ -677,7 +678,7 @@ def test_tenants_see_their_own_are_limited_and_pay(base: ImageBase, engine: Pict
         ((tenant, prompt, most, usage),) = tenants.bills
         assert (tenant, usage.prompt, usage.completion) == ("acme", prompt, most) == ("acme", usage.prompt, 32)
         assert usage.decode > 0
-    assert ANYBODY.sees("look")
+    assert OPERATOR.sees("look")
 
 
 def test_metrics_count_pictures_by_adapter(engine: PictureEngine, names: Names) -> None:

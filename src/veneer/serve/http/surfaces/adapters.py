@@ -6,9 +6,12 @@
     POST /v1/adapter_inspections         what a file is, and what other tools would make of it; kept for an hour
     GET /v1/adapter_inspections/{id}, …/{id}/file?to=comfyui
 
-A tenant finds what it sees (`Caller.sees`); it adds, changes, removes and downloads in the namespace of its name alone.
-An operator does so everywhere. What is not theirs to see is not there (404). Whoever may ask an adapter need not have
-it: files, recipes and sources are shown to those who may change it.
+A tenant finds what it sees (`Principal.can_see`); it adds, changes, removes and downloads only in the namespace of its
+name. An operator does so everywhere. An adapter that is not visible is not found (404). Files, recipes and sources are
+shown to principals who may change the adapter, not to all who may use it.
+
+`keep_staged`, `change_adapter` and `remove_adapter` are the only ways to change the library, here and in the Studio:
+they ask the principal and write the audit line.
 """
 
 from __future__ import annotations
@@ -34,12 +37,14 @@ from veneer.library.describe import card_picture, card_sample, gain_of
 from veneer.library.library import Added, Library, NotInLibrary
 from veneer.library.queries import AdapterFamily, Order, Version
 from veneer.library.store import CHUNK
-from veneer.serve.access import Caller, Tenancy
+from veneer.serve.access import Tenancy
 from veneer.serve.engine.admission import FairPool, SharedQuantity
 from veneer.serve.http.bodies import Body, BodyRoute, at_most
 from veneer.serve.http.downloads import file_response
 from veneer.serve.http.errors import Json, in_thread, message_of
+from veneer.serve.http.guard import needs
 from veneer.serve.http.service import caller_of, service_of
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, invalid
 from veneer.serve.staging import StagedAdapter, Staging
 
@@ -77,10 +82,10 @@ def adapter_bodies(staging: Staging) -> dict[str, int]:
 
 def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIRouter:
     """The routes over a library."""
-    router = APIRouter(tags=["adapters"], route_class=BodyRoute)
+    router = APIRouter(tags=["adapters"], route_class=BodyRoute, dependencies=[needs("read")])
     coming, working = SharedQuantity("uploads", _AT_ONCE), FairPool(_THREADS, "veneer-adapters")
 
-    async def worked(caller: Caller, size: int, do: Callable[[], T]) -> T:
+    async def worked(caller: Principal, size: int, do: Callable[[], T]) -> T:
         """What goes through so many bytes."""
         return await in_thread(
             "the library", lambda: _told(do), run=lambda work: working.run(caller.tenant, caller.weight, size, work)
@@ -131,14 +136,17 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
         found = await in_thread("the library", lambda: library.browse(
             q, base=base, kind=kind, rank=rank, tags=tag or (), health=health, name=name, trigger=trigger,
             parent=parent, all_versions=all_versions, order=order, limit=limit, offset=offset,
-            sees=None if caller.admin else caller.sees,
+            sees=None if caller.can("operate") else caller.sees,
         ))  # fmt: skip
-        data = [_shown(v, caller.may_change(v.name)) for v in found.versions]
+        data = [_shown(v, caller.can_change(v.name)) for v in found.versions]
         more = offset + len(data) < found.total
         return Json({"object": "list", "data": data, "total": found.total, "has_more": more, "facets": found.facets})
 
     @router.post(
-        "/v1/adapters", summary="Keep the posted file, or an inspected one, under a name.", openapi_extra=_BYTES
+        "/v1/adapters",
+        dependencies=[needs("write")],
+        summary="Keep the posted file, or an inspected one, under a name.",
+        openapi_extra=_BYTES,
     )
     async def add(
         request: HttpRequest,
@@ -159,7 +167,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
             finally:
                 await asyncio.to_thread(staging.drop, staged)
 
-    async def kept(caller: Caller, staged: StagedAdapter, name: str, tags: Sequence[str], alias: str) -> Any:
+    async def kept(caller: Principal, staged: StagedAdapter, name: str, tags: Sequence[str], alias: str) -> Any:
         def add() -> dict[str, Any]:
             added = keep_staged(library, tenancy, caller, staged, name, tags=tags, alias=alias)
             return {**_shown(added.version, True), "new": added.new, "left_out": added.left_out}
@@ -172,50 +180,34 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
 
         def look() -> dict[str, Any]:
             version = _found(library, caller, reference)
-            own = caller.may_change(version.name)
+            own = caller.can_change(version.name)
             relatives = _seen(library.family(version.reference), caller)
             known = {"checks": library.checks(version.reference), "files": _files(library, version)} if own else {}
             return {**_shown(version, own), "family": relatives, **known}
 
         return Json(await in_thread("the library", lambda: _told(look)))
 
-    @router.patch("/v1/adapters/{reference:path}", summary="Aliases and tags of a version.")
+    @router.patch(
+        "/v1/adapters/{reference:path}", dependencies=[needs("write")], summary="Aliases and tags of a version."
+    )
     async def change(request: HttpRequest, reference: str, body: AdapterChange) -> Response:
         caller = caller_of(request)
 
         def change() -> dict[str, Any]:
-            version = before = _own(library, caller, reference)
-            if missing := sorted(set(body.remove_aliases) - set(version.aliases)):
-                raise invalid(f"no alias {missing[0]!r} points to {version.reference}", "remove_aliases")
-            for alias in body.remove_aliases:
-                library.remove(f"{version.name}@{alias}")
-            if body.remove_tags:
-                library.untag(version.reference, *body.remove_tags)
-            if body.add_tags:
-                library.tag(version.reference, *body.add_tags)
-            for alias in body.add_aliases:
-                library.alias(version.reference, alias)
-            version = library.find(version.reference)
-            old, new = ({"aliases": v.aliases, "tags": v.tags} for v in (before, version))
-            tenancy.note(caller.tenant or "operator", "adapter.change", version.reference, old, new)
-            return _shown(version, True)
+            return _shown(change_adapter(library, tenancy, caller, reference, body), True)
 
         return Json(await in_thread("the library", lambda: _told(change)), headers=body.headers)
 
-    @router.delete("/v1/adapters/{reference:path}", summary="Remove a name with its versions, one version, an alias.")
+    @router.delete(
+        "/v1/adapters/{reference:path}",
+        dependencies=[needs("write")],
+        summary="Remove a name with its versions, one version, an alias.",
+    )
     async def remove(request: HttpRequest, reference: str, with_aliases: bool = False) -> Response:
         caller = caller_of(request)
 
         def remove() -> list[str]:
-            _own(library, caller, reference)
-            try:
-                gone = library.remove(reference, with_aliases=with_aliases)
-            except NotInLibrary:
-                raise
-            except AdapterError as error:
-                raise invalid(error.what, "with_aliases", "move them first, or with_aliases=true") from None
-            tenancy.note(caller.tenant or "operator", "adapter.remove", reference, gone, None)
-            return gone
+            return remove_adapter(library, tenancy, caller, reference, with_aliases=with_aliases)
 
         gone = await in_thread("the library", lambda: _told(remove))
         return Json({"id": reference, "object": "adapter", "deleted": True, "removed": gone})
@@ -265,7 +257,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
         staged = staging.get(caller_of(request).tenant, id)
         return await file_of(request, staged.path, staged.size, staged.name.rpartition(".")[0], to, base)
 
-    async def inspected(caller: Caller, staged: StagedAdapter) -> dict[str, Any]:
+    async def inspected(caller: Principal, staged: StagedAdapter) -> dict[str, Any]:
         report = await worked(caller, staged.size, lambda: staged_report(staged))
         return {
             "id": staged.id, "object": "adapter.inspection", "filename": staged.name, "bytes": staged.size,
@@ -301,13 +293,19 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
 
 
 def keep_staged(
-    library: Library, tenancy: Tenancy, caller: Caller, staged: StagedAdapter, name: str, *, tags: Sequence[str] = (),
+    library: Library,
+    tenancy: Tenancy,
+    caller: Principal,
+    staged: StagedAdapter,
+    name: str,
+    *,
+    tags: Sequence[str] = (),
     alias: str = "",
-) -> Added:  # fmt: skip
+) -> Added:
     """Puts what has come into the library under a name of the caller's. Blocks. Raises Refused (403, 400 where there
     is no room), and what `Library.add` raises."""
     _need_own(caller, name)
-    if caller.tenant and not caller.admin and (library.size_under(f"{caller.tenant}/") + staged.size > _TENANTS_ROOM):
+    if caller.tenant and (library.size_under(f"{caller.tenant}/") + staged.size > _TENANTS_ROOM):
         raise Refused(
             "there is no room for more adapters of this tenant", status=400, code="storage_full", fix="remove some"
         )
@@ -317,8 +315,46 @@ def keep_staged(
     if caller.tenant:
         tenancy.let_see_own(caller.tenant)
     after = {"digest": added.version.digest}
-    tenancy.note(caller.tenant or "operator", "adapter.add", added.version.reference, None, after)
+    tenancy.note(caller.actor, "adapter.add", added.version.reference, None, after)
     return added
+
+
+def change_adapter(
+    library: Library, tenancy: Tenancy, caller: Principal, reference: str, wanted: AdapterChange
+) -> Version:
+    """Change aliases and tags of a version. Blocks. Raises Refused (404, 403, and 400 for an alias to take away that
+    does not point to it), and what the library raises."""
+    before = _own(library, caller, reference)
+    if missing := sorted(set(wanted.remove_aliases) - set(before.aliases)):
+        raise invalid(f"no alias {missing[0]!r} points to {before.reference}", "remove_aliases")
+    for alias in wanted.remove_aliases:
+        library.remove(f"{before.name}@{alias}")
+    if wanted.remove_tags:
+        library.untag(before.reference, *wanted.remove_tags)
+    if wanted.add_tags:
+        library.tag(before.reference, *wanted.add_tags)
+    for alias in wanted.add_aliases:
+        library.alias(before.reference, alias)
+    after = library.find(before.reference)
+    old, new = ({"aliases": v.aliases, "tags": v.tags} for v in (before, after))
+    tenancy.note(caller.actor, "adapter.change", after.reference, old, new)
+    return after
+
+
+def remove_adapter(
+    library: Library, tenancy: Tenancy, caller: Principal, reference: str, *, with_aliases: bool = False
+) -> list[str]:
+    """Remove a name with its versions, one version, or an alias; returns what is gone. Blocks. Raises Refused (404,
+    403, and 400 where an alias still points to it)."""
+    _own(library, caller, reference)
+    try:
+        gone = library.remove(reference, with_aliases=with_aliases)
+    except NotInLibrary:
+        raise
+    except AdapterError as error:
+        raise invalid(error.what, "with_aliases", "move them first, or with_aliases=true") from None
+    tenancy.note(caller.actor, "adapter.remove", reference, gone, None)
+    return gone
 
 
 def staged_report(staged: StagedAdapter) -> dict[str, Any]:
@@ -333,20 +369,20 @@ def staged_report(staged: StagedAdapter) -> dict[str, Any]:
 # -- who may what ------------------------------------------------------------------------------------------------------
 
 
-def _need_own(caller: Caller, name: str) -> None:
+def _need_own(caller: Principal, name: str) -> None:
     """Raises Refused (403) for a name that is not the caller's to give."""
-    if not caller.may_change(name):
+    if not caller.can_change(name):
         own = f"{caller.tenant}/NAME" if caller.tenant else None
         raise Refused(f"{quoted(name)} is not a name of yours", status=403, code="forbidden", param="name", fix=own)
 
 
-def _found(library: Library, caller: Caller, reference: str) -> Version:
+def _found(library: Library, caller: Principal, reference: str) -> Version:
     """The version, where the caller sees it. Raises Refused (404); an operator is told what is nearest."""
     try:
         version = library.find(reference)
     except AdapterError as error:
-        raise _missing(reference, error.fix if caller.admin else None) from None
-    if not (caller.admin or caller.sees(reference) or caller.sees(version.reference)):
+        raise _missing(reference, error.fix if caller.can("operate") else None) from None
+    if not caller.can_see(reference, version.reference):
         raise _missing(reference)
     return version
 
@@ -355,10 +391,10 @@ def _missing(reference: str, fix: str | None = None) -> Refused:
     return Refused(f"there is no adapter {quoted(reference)}", status=404, code="not_found", param="reference", fix=fix)
 
 
-def _own(library: Library, caller: Caller, reference: str) -> Version:
+def _own(library: Library, caller: Principal, reference: str) -> Version:
     """The version, where the caller may change it. Raises Refused (404, 403)."""
     version = _found(library, caller, reference)
-    if not caller.may_change(version.name):
+    if not caller.can_change(version.name):
         raise Refused(f"{version.reference} is not yours", status=403, code="forbidden", param="reference")
     return version
 
@@ -404,9 +440,9 @@ def _bounded(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _seen(family: AdapterFamily, caller: Caller) -> dict[str, list[str]]:
+def _seen(family: AdapterFamily, caller: Principal) -> dict[str, list[str]]:
     return {
-        what: [each for each in names if caller.admin or (what != "unknown_parents" and caller.sees(each))]
+        what: [each for each in names if caller.can_see(each) and (caller.can("operate") or what != "unknown_parents")]
         for what, names in family.names().items()
     }
 

@@ -15,6 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from veneer.library.database import reading
 from veneer.serve.http.bodies import FAIL_FAST, Body, BodyRoute, Strict, at_most, checked
 from veneer.serve.http.errors import Json, in_thread
+from veneer.serve.http.guard import needs
 from veneer.serve.http.service import caller_of
 from veneer.serve.http.surfaces.openai import Message
 from veneer.serve.request import Refused, invalid
@@ -68,7 +69,7 @@ class FeedbackBody(Body):
 
 def feedback_routes(answers: KeptAnswers) -> APIRouter:
     """The routes over what one server keeps."""
-    router = APIRouter(tags=["feedback"], route_class=BodyRoute)
+    router = APIRouter(tags=["feedback"], route_class=BodyRoute, dependencies=[needs("feedback")])
     store = answers.store
 
     @router.post("/v1/feedback", summary="Say what an answer is worth: a thumb, a correction, what it was chosen over.")

@@ -22,6 +22,7 @@ from veneer.serve.engine.admission import AdmittedRequest
 from veneer.serve.http.answers import IndexedEvent, OpenStream, TextAnswer, TextJob, collect, finite_logprob, stream
 from veneer.serve.http.bodies import FAIL_FAST, Body, BodyRoute, MixField, Neutral, at_most
 from veneer.serve.http.errors import Json, error_body
+from veneer.serve.http.guard import needs
 from veneer.serve.http.sampling import (
     Bias,
     Biases,
@@ -36,11 +37,11 @@ from veneer.serve.http.sampling import (
     schema_text,
     stops_of,
 )
-from veneer.serve.http.service import Service, admission_of, caller_of, need_admin, service_of
+from veneer.serve.http.service import Service, admission_of, caller_of, service_of
 from veneer.serve.http.sse import data
 from veneer.serve.request import Finished, GrammarSpec, Refused, Sampling, Token, invalid
 
-llama_cpp_routes = APIRouter(tags=["llama.cpp"], route_class=BodyRoute)
+llama_cpp_routes = APIRouter(tags=["llama.cpp"], route_class=BodyRoute, dependencies=[needs("infer")])
 
 _ANOTHER = "it would draw from another distribution; temperature, top_k, top_p, min_p and the penalties are there"
 
@@ -265,11 +266,15 @@ async def lora_adapters(request: HttpRequest) -> Response:
     ])  # fmt: skip
 
 
-@llama_cpp_routes.post("/lora-adapters", summary="Set all global scales; an adapter that is not in the list gets 0.")
+@llama_cpp_routes.post(
+    "/lora-adapters",
+    dependencies=[needs("operate")],
+    summary="Set all global scales; an adapter that is not in the list gets 0.",
+)
 async def set_lora_adapters(
     request: HttpRequest, body: Annotated[list[LoraScale], FAIL_FAST, at_most(1024)]
 ) -> Response:
-    service, caller = service_of(request), need_admin(request)
+    service, caller = service_of(request), caller_of(request)
     visible = service.mixes.adapters(caller)
     scales = {service.mixes.numbers.name(part.id, visible): part.scale for part in body}
     if len(scales) != len(body):

@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from veneer import __version__
 from veneer.library.names import organisation_of, parse_tuned, tuned_of
-from veneer.serve.access import Caller, ModelCard
+from veneer.serve.access import ModelCard
 from veneer.serve.http.answers import (
     IndexedEvent,
     OpenStream,
@@ -43,6 +43,7 @@ from veneer.serve.http.bodies import (
     checked,
 )
 from veneer.serve.http.errors import Json, error_body
+from veneer.serve.http.guard import needs
 from veneer.serve.http.prompts import Prompts
 from veneer.serve.http.sampling import (
     Bias,
@@ -63,9 +64,10 @@ from veneer.serve.http.sampling import (
 from veneer.serve.http.service import Service, admission_of, caller_of, service_of
 from veneer.serve.http.sse import data
 from veneer.serve.http.tools import ToolCall, ToolReader, ToolUse, tool_use
+from veneer.serve.principal import Principal
 from veneer.serve.request import EngineEvent, Finished, GrammarSpec, Refused, Sampling, Started, Token, Usage, invalid
 
-openai_routes = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
+openai_routes = APIRouter(tags=["OpenAI"], route_class=BodyRoute, dependencies=[needs("infer")])
 
 
 # -- bodies ------------------------------------------------------------------------------------------------------------
@@ -341,7 +343,7 @@ async def model(request: HttpRequest, model: str) -> Response:
     return Json(_card(service, service.catalog.card(model, caller_of(request))))
 
 
-def _tuned(base: str, cards: Sequence[ModelCard], caller: Caller) -> list[ModelCard]:
+def _tuned(base: str, cards: Sequence[ModelCard], caller: Principal) -> list[ModelCard]:
     """What the caller's own jobs made, a second time, by the names that OpenAI would give it."""
     names = {card.id: tuned_of(base, card.id) for card in cards if card.parent is not None}
     own = {id: str(name) for id, name in names.items() if name is not None and name.organisation == caller.tenant}

@@ -13,17 +13,17 @@ from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
-from veneer import __version__
 from veneer.serve.http.bodies import FAIL_FAST, ITEMS, Body, BodyRoute, Neutral, Objects, at_most
 from veneer.serve.http.errors import Json, json_bytes
+from veneer.serve.http.guard import needs
 from veneer.serve.http.prompts import Prompts
 from veneer.serve.http.sampling import Ids
-from veneer.serve.http.service import admission_of, caller_of, load_named, need_admin, service_of, unload_named
+from veneer.serve.http.service import admission_of, caller_of, load_named, service_of, unload_named
 from veneer.serve.http.surfaces.openai import Message
 from veneer.serve.request import Refused, invalid
 
-vllm_routes = APIRouter(tags=["vLLM"], route_class=BodyRoute)
-sglang_routes = APIRouter(tags=["SGLang"], route_class=BodyRoute)
+vllm_routes = APIRouter(tags=["vLLM"], route_class=BodyRoute, dependencies=[needs("infer")])
+sglang_routes = APIRouter(tags=["SGLang"], route_class=BodyRoute, dependencies=[needs("operate")])
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
@@ -45,7 +45,11 @@ class Unload(Body):
     lora_name: str = Field(default="", max_length=512)
 
 
-@vllm_routes.post("/v1/load_lora_adapter", summary="Make an adapter of the library servable under a name.")
+@vllm_routes.post(
+    "/v1/load_lora_adapter",
+    dependencies=[needs("operate")],
+    summary="Make an adapter of the library servable under a name.",
+)
 async def load(request: HttpRequest, body: Load) -> Response:
     try:
         await _load(request, body, "Both 'lora_name' and 'lora_path' must be provided.")
@@ -59,7 +63,11 @@ async def load(request: HttpRequest, body: Load) -> Response:
     return PlainTextResponse(text, headers=body.headers)
 
 
-@vllm_routes.post("/v1/unload_lora_adapter", summary="Forget a name; running requests end as they began.")
+@vllm_routes.post(
+    "/v1/unload_lora_adapter",
+    dependencies=[needs("operate")],
+    summary="Forget a name; running requests end as they began.",
+)
 async def unload(request: HttpRequest, body: Unload) -> Response:
     await _unload(request, body, invalid("'lora_name' must be provided.", "lora_name"))
     text = f"Success: LoRA adapter '{body.lora_name}' removed successfully."
@@ -79,7 +87,6 @@ async def unload_sglang(request: HttpRequest, body: Unload) -> Response:
 
 
 async def _load(request: HttpRequest, body: Load, missing: str) -> None:
-    need_admin(request)
     if not body.lora_name or not body.lora_path:
         raise invalid(missing)
     given = {"replace": body.load_inplace, "pinned": body.pinned}
@@ -87,7 +94,6 @@ async def _load(request: HttpRequest, body: Load, missing: str) -> None:
 
 
 async def _unload(request: HttpRequest, body: Unload, missing: Refused) -> None:
-    need_admin(request)
     if not body.lora_name:
         raise missing
     await unload_named(service_of(request), body.lora_name)
@@ -185,8 +191,3 @@ def _spans(prompts: Prompts, text: str, special: bool) -> list[dict[str, Any]]:
     """TGI's tokens: each with the characters of the text that it covers."""
     found = prompts.spans(text, special=special)
     return [{"id": i, "text": text[start:stop], "start": start, "stop": stop} for i, start, stop in found]
-
-
-@vllm_routes.get("/version", summary="veneer's version.")
-async def version() -> Response:
-    return Json({"version": __version__})

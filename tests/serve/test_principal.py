@@ -1,0 +1,186 @@
+"""Who may call what: every route of the server, by every kind of principal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import MagicMock
+
+import httpx
+import pytest
+from fastapi import APIRouter, FastAPI
+
+from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
+from veneer.jobs.http.canary import canary_routes
+from veneer.jobs.http.files import file_routes
+from veneer.jobs.http.graders import grader_routes
+from veneer.jobs.http.samples import sample_routes
+from veneer.jobs.http.tinker import tinker_routes
+from veneer.jobs.http.tuning import tuning_routes
+from veneer.serve.access import OpenAccess
+from veneer.serve.http.bodies import BodyRoute
+from veneer.serve.http.guard import permissions_of
+from veneer.serve.http.surfaces.adapters import adapter_routes
+from veneer.serve.http.surfaces.feedback import feedback_routes
+from veneer.serve.http.surfaces.images import images_routes
+from veneer.serve.principal import PERMISSIONS, STRANGER, Permission, Principal
+from veneer.serve.request import Refused
+from veneer.serve.staging import Staging
+from veneer.serve.tenancy.admin import admin_router
+from veneer.studio.access import key_routes
+
+KINDS = {
+    "key": Principal("key"),
+    "acme": Principal("tenant", "acme", lambda name: name.startswith("acme/")),
+    "globex": Principal("tenant", "globex", lambda name: name.startswith("globex/")),
+    "open": Principal("open"),
+    "operator": Principal("operator"),
+}
+PUBLIC = {"/health", "/ping", "/ready", "/version", "/studio/enter", "/studio/leave"}
+OPERATE = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter", "/unload_lora_adapter"}
+TRAIN = ("/v1/files", "/v1/uploads", "/v1/fine_tuning/", "/v1/jobs/", "/api/v1/")
+
+
+def permission_of(method: str, path: str) -> Permission:
+    """What the documentation says that a route needs."""
+    if path in PUBLIC:
+        return "public"
+    if path == "/metrics":
+        return "metrics"
+    if path.startswith("/admin"):
+        return "administer"
+    if path in OPERATE or (method, path) == ("POST", "/lora-adapters"):
+        return "operate"
+    if path.startswith(TRAIN) or (method, path) == ("DELETE", "/v1/models/{model:path}"):
+        return "train"
+    if path.startswith("/v1/feedback"):
+        return "feedback"
+    if path.startswith("/v1/adapter"):
+        changes = path.startswith("/v1/adapters") and method != "GET"
+        return "write" if changes else "read"
+    return "infer"
+
+
+class ByName(OpenAccess):
+    """A key is the name of a principal."""
+
+    keyless = False
+
+    async def caller(self, key: str | None, user: str | None = None) -> Principal:
+        if key not in KINDS:
+            raise Refused("no valid API key", status=401, code="unauthorized")
+        return KINDS[key]
+
+
+@pytest.fixture(scope="module")
+def app() -> Iterator[FastAPI]:
+    staging, nothing = Staging(1 << 20), MagicMock()  # no denied request gets as far as what these routes work with
+    routers = [
+        adapter_routes(nothing, staging, ByName()),
+        feedback_routes(nothing),
+        admin_router(nothing, ToyCatalog()),
+        canary_routes(nothing, nothing),
+        file_routes(nothing),
+        tuning_routes(nothing, nothing, None),
+        sample_routes(nothing),
+        grader_routes(),
+        tinker_routes(nothing),
+        key_routes(ByName()),
+        images_routes,
+    ]
+    yield toy_app(ToyEngine(ToyText()), ToyCatalog(), ByName(), routers=routers, unguarded=("/studio",))
+    staging.close()
+
+
+def routes_of(app: FastAPI) -> list[tuple[str, str, BodyRoute]]:
+    found = []
+    for each in app.router.routes:
+        inner = getattr(each, "original_router", None)
+        for route in inner.routes if isinstance(inner, APIRouter) else ():
+            assert isinstance(route, BodyRoute)
+            found += [(method, route.path, route) for method in sorted(route.methods)]
+    return found
+
+
+def test_every_route_names_the_documented_permission(app: FastAPI) -> None:
+    found = routes_of(app)
+    assert len(found) > 120
+    wrong = []
+    for method, path, route in found:
+        named = set(permissions_of(route.dependencies))
+        if permission_of(method, path) not in named or not named <= {permission_of(method, path), "infer", "read"}:
+            wrong.append((method, path, named))
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", [*KINDS, None])
+def test_a_route_is_closed_without_its_permission(app: FastAPI, name: str | None) -> None:
+    """Before its body is read: no denied route of a body that is no JSON says anything of that."""
+    principal = STRANGER if name is None else KINDS[name]
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            for method, path, route in routes_of(app):
+                if all(principal.can(each) for each in permissions_of(route.dependencies)):
+                    continue
+                headers = {"content-type": "application/json"} | (
+                    {} if name is None else {"authorization": f"Bearer {name}"}
+                )
+                answer = await client.request(method, path, headers=headers, content=b"{not json")
+                assert answer.status_code == (401 if name is None else 403), (method, path, answer.text)
+
+    asyncio.run(ask())
+
+
+def test_a_route_is_open_with_its_permission(app: FastAPI) -> None:
+    async def ask() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            for name in KINDS:
+                for path in ("/v1/models", "/health", "/lora-adapters", "/props"):
+                    assert (await client.get(path, headers={"authorization": f"Bearer {name}"})).status_code == 200
+            for name, status in {"key": 200, "acme": 403, "operator": 200, "open": 200}.items():
+                answer = await client.get("/metrics", headers={"authorization": f"Bearer {name}"})
+                assert answer.status_code == status, name
+
+    asyncio.run(ask())
+
+
+def test_a_route_that_names_no_permission_is_refused() -> None:
+    router, plain = APIRouter(route_class=BodyRoute), APIRouter()
+    for each in (router, plain):
+
+        @each.get("/forgotten")
+        async def forgotten() -> dict[str, int]:
+            return {"secret": 1}
+
+        with pytest.raises(ValueError, match="/forgotten names no permission"):
+            toy_app(ToyEngine(ToyText()), ToyCatalog(), routers=[each])
+    app = FastAPI()
+    app.include_router(router)
+
+    async def ask() -> httpx.Response:
+        class Enters:
+            async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+                await app({**scope, "veneer.principal": Principal("operator")}, receive, send)
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(Enters()), base_url="http://x") as client:
+            return await client.get("/forgotten")
+
+    with pytest.raises(Refused) as refused:
+        asyncio.run(ask())
+    assert refused.value.status == 403
+
+
+def test_a_tenant_changes_its_namespace_and_a_key_nothing() -> None:
+    for name, own, other in (("acme", True, False), ("globex", False, True), ("key", False, False)):
+        assert (KINDS[name].can_change("acme/x"), KINDS[name].can_change("globex/x")) == (own, other)
+        assert not KINDS[name].can_change("acme")
+    assert KINDS["operator"].can_change("acme/x")
+    assert KINDS["open"].can_change("x")
+    assert Principal("key").owner == "" != KINDS["operator"].owner
+
+
+def test_permissions_grow_from_stranger_to_operator() -> None:
+    assert PERMISSIONS["stranger"] < PERMISSIONS["key"] < PERMISSIONS["open"] < PERMISSIONS["operator"]
+    assert PERMISSIONS["stranger"] < PERMISSIONS["tenant"] < PERMISSIONS["open"]
