@@ -107,8 +107,8 @@ def _hostname(host: str) -> str:
 
 def _same_origin(origin: str, host: str) -> bool:
     try:
-        from_, here = urlsplit(origin), urlsplit(f"{urlsplit(origin).scheme}://{host}")
-        usual = _PORTS.get(from_.scheme)
-        return bool(host) and (from_.hostname, from_.port or usual) == (here.hostname, here.port or usual)
+        page = urlsplit(origin)
+        here, usual = urlsplit(f"{page.scheme}://{host}"), _PORTS.get(page.scheme)
+        return usual is not None and (page.hostname, page.port or usual) == (here.hostname, here.port or usual)
     except ValueError:
         return False

@@ -1,0 +1,97 @@
+"""Requests that a page of another site makes a browser send."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
+from veneer.errors import ConfigError
+from veneer.serve.access import KeyAccess, OpenAccess, Tenancy
+from veneer.serve.settings import HttpSettings
+
+KEY = "a-key-of-the-test-0123"
+ASKED = {"prompt": "Hi", "max_tokens": 1}
+EVIL = "https://evil.example"
+
+
+def statuses(
+    requests: list[dict[str, Any]], tenancy: Tenancy | None = None, settings: HttpSettings | None = None
+) -> list[int]:
+    """Each request: method, path, headers and httpx's options."""
+    app = toy_app(ToyEngine(ToyText()), ToyCatalog(), tenancy or OpenAccess(), settings)
+
+    async def ask() -> list[int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost:8000") as client:
+            return [(await client.request(**each)).status_code for each in requests]
+
+    return asyncio.run(ask())
+
+
+def asked(**headers: str) -> dict[str, Any]:
+    return {"method": "POST", "url": "/v1/completions", "json": ASKED, "headers": headers}
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:8000", 200),
+        ("LOCALHOST", 200),
+        ("desk.example:8000", 200),
+        ("evil.example", 421),
+        ("evil.example:8000", 421),
+        ("localhost.evil.example", 421),
+        ("localhost@evil.example", 421),
+        ("10.0.0.7", 421),
+        ("[", 421),
+    ],
+)
+def test_a_server_without_keys_answers_to_its_own_hosts(host: str, status: int) -> None:
+    settings = HttpSettings(allowed_hosts=("desk.example",))
+    exempt = [{"method": "GET", "url": path, "headers": {"host": host}} for path in ("/health", "/ready", "/metrics")]
+    assert statuses([asked(host=host), *exempt], settings=settings) == [status, 200, 200, 200]
+
+
+def test_a_server_with_keys_answers_to_any_host() -> None:
+    assert statuses([asked(host="10.0.0.7", authorization=f"Bearer {KEY}")], KeyAccess([KEY])) == [200]
+
+
+@pytest.mark.parametrize("tenancy", [OpenAccess(), KeyAccess([KEY])], ids=["open", "keys"])
+def test_changes_need_the_servers_own_origin(tenancy: Tenancy) -> None:
+    key = {"authorization": f"Bearer {KEY}"}
+    read: dict[str, Any] = {"method": "GET", "url": "/v1/models"}
+    requests = [
+        asked(**key),
+        asked(origin="http://localhost:8000", **key),
+        asked(origin="https://app.example", **key),
+        asked(origin=EVIL, **key),
+        asked(origin="null", **key),
+        asked(origin="http://localhost:3000", **key),
+        asked(origin="http://[", **key),
+        read | {"headers": {"origin": EVIL, **key}},
+        read | {"headers": {"origin": EVIL, "cookie": "a=b", **key}},
+        read | {"headers": {"origin": "https://app.example", "cookie": "a=b", **key}},
+    ]
+    settings = HttpSettings(allowed_origins=("https://app.example",))
+    assert statuses(requests, tenancy, settings) == [200, 200, 200, 403, 403, 403, 403, 200, 403, 200]
+
+
+def test_any_origin_is_for_servers_with_keys_and_never_for_cookies() -> None:
+    settings, key = HttpSettings(allowed_origins=("*",)), {"authorization": f"Bearer {KEY}"}
+    requests = [asked(origin=EVIL, **key), asked(origin=EVIL, cookie="a=b", **key)]
+    assert statuses(requests, KeyAccess([KEY]), settings) == [200, 403]
+    with pytest.raises(ConfigError, match="every web page could use this server"):
+        statuses([], OpenAccess(), settings)
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "text/plain; charset=utf-8", "application/x-www-form-urlencoded"])
+def test_a_body_that_any_form_can_send_is_refused(kind: str | None) -> None:
+    headers = {} if kind is None else {"content-type": kind}
+    body = b'{"prompt": "Hi", "max_tokens": 1}'
+    paths = ("/v1/completions", "/v1/load_lora_adapter", "/nowhere")
+    assert statuses([{"method": "POST", "url": at, "content": body, "headers": headers} for at in paths]) == [415] * 3
