@@ -49,9 +49,9 @@ def image_values(folder: Path, output: Path, family: str = "flux1", /, **section
 
 def run(
     folder: Path, output: Path, family: str = "flux1", /, *, resume: bool = False, dry_run: bool = False,
-    on_event: Any = None, base: Any = None, **sections: Any,
+    on_event: Any = None, base: Any = None, force: bool = False, **sections: Any,
 ) -> ImageResult:  # fmt: skip
     config, sources = config_from(image_values(folder, output, family, **sections))
     assert isinstance(config, ImageTrainConfig)
     listen = on_event or (lambda event: None)
-    return run_images(config, resume=resume, dry_run=dry_run, on_event=listen, base=base, sources=sources)
+    return run_images(config, resume=resume, dry_run=dry_run, on_event=listen, base=base, sources=sources, force=force)

@@ -8,6 +8,7 @@ DIFFUSERS = Internals(
     "diffusers",
     ">=0.36,<0.43",
     (
+        "diffusers.loaders.single_file.load_single_file_sub_model",
         "diffusers.loaders.single_file_model.SINGLE_FILE_LOADABLE_CLASSES",
         "diffusers.loaders.single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS",
         "diffusers.loaders.single_file_utils.convert_ldm_clip_checkpoint",

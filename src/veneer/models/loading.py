@@ -9,15 +9,16 @@ What matters of that is checked and said by `check_loaded` and the callers.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import BaseError, bullets
+from veneer.errors import BaseError, bullets, counted, first_few
 
 if TYPE_CHECKING:
     import torch
@@ -97,9 +98,17 @@ def _unfilter(added: Any) -> None:
         warnings.filters.remove(added)  # type: ignore[attr-defined]
 
 
-def check_loaded(path: Path, info: Mapping[str, Any]) -> tuple[str, ...]:
-    """Notes on tensors of the files that the model has no place for. Raises BaseError for missing tensors and for those
-    of another shape. `info`: what transformers and diffusers return with output_loading_info."""
+_SCALES = re.compile(r"(.*\.)?(scale_weight|weight_scale(_inv|_2)?|scaled_fp8|comfy_quant)")
+"""Tensors that quantised weights are nothing without."""
+
+
+def check_loaded(path: Path, info: Mapping[str, Any], harmless: re.Pattern[str] | None = None) -> tuple[str, ...]:
+    """Notes on tensors of the files that the model has no place for. `info`: what transformers and diffusers return
+    with output_loading_info. `harmless`: the only names that may have no place; by default all but the scales of
+    weights.
+
+    Raises BaseError for missing tensors, for those of another shape and for those with no place that are not
+    harmless."""
     problems = [f"missing: {name}" for name in sorted(info.get("missing_keys", ()))]
     problems += [f"misshapen: {item}" for item in sorted(map(str, info.get("mismatched_keys", ())))]
     if problems:
@@ -109,4 +118,24 @@ def check_loaded(path: Path, info: Mapping[str, Any]) -> tuple[str, ...]:
             fix="use config and weights of one model; a text base is a causal language model, not an encoder",
         )
     extra = sorted(info.get("unexpected_keys", ()))
+    check_left_out(path, extra, harmless)
     return (f"{len(extra)} stored tensors have no place in the model, {extra[0]} among them",) if extra else ()
+
+
+def check_left_out(path: Path, names: Iterable[str], harmless: re.Pattern[str] | None = None) -> None:
+    """Raises BaseError for tensors that the model has no place for and that change what it computes. `harmless`: as
+    `check_loaded` has it."""
+    names = list(names)
+    if scales := [name for name in names if _SCALES.fullmatch(name)]:
+        raise BaseError(
+            f"{counted(len(scales), 'scale')} of quantised weights would be ignored: {first_few(scales, 6)}",
+            where=str(path),
+            fix="use the 16-bit weights of this base",
+        )
+    if harmless is not None and (wrong := [name for name in names if not harmless.fullmatch(name)]):
+        raise BaseError(
+            f"{counted(len(wrong), 'stored tensor')} without a place in the model: {first_few(wrong, 6)}",
+            where=str(path),
+            fix="the weights may be another model's or quantised in a way that veneer does not read; use config and "
+            "weights of one model, in 16 bits",
+        )

@@ -285,9 +285,11 @@ def saved_kind(config: Mapping[str, Any], where: str | None = None) -> str:
 
 
 def lazy_state(table: list[StoredTensor]) -> dict[str, Any]:
-    """Every weight by name, read when it is indexed; the parts of a quantised weight are joined."""
+    """Every weight by name, read when it is indexed; the parts of a quantised weight are joined, and weights in 8-bit
+    floats come multiplied by their scales, in float32."""
     by_name = {t.name: t for t in table}
-    extra: set[str] = set()
+    scaled = scaled_weights(table)
+    extra: set[str] = {name for name in by_name if scaled and name.rpartition(".")[2] == _SCALED_MARKER}
     out: dict[str, Any] = {}
     for name, stored in by_name.items():
         states = [n for n in by_name if n.startswith(name + _STATE)] if stored.dtype == "U8" else []
@@ -299,9 +301,61 @@ def lazy_state(table: list[StoredTensor]) -> dict[str, Any]:
         elif stored.dtype == "I8" and scale in by_name:
             extra |= {scale, f"{name}_format"}
             out[name] = LazyTensor("BF16", stored.shape, _rows_of(stored, by_name[scale]))
+        elif name in scaled:
+            module = name.removesuffix("weight")
+            extra |= {scaled[name].name, *(f"{module}{end}" for end in _SCALED_EXTRAS)}
+            about = by_name.get(f"{module}{_SCALED_FORMAT}")
+            out[name] = LazyTensor("F32", stored.shape, _scaled_values(stored, scaled[name], about))
         else:
             out[name] = LazyTensor(stored.dtype, stored.shape, lambda stored=stored: read_values(stored))  # type: ignore[misc]
     return {name: value for name, value in out.items() if name not in extra}
+
+
+_FP8 = ("F8_E4M3", "F8_E5M2")
+_SCALED_MARKER = "scaled_fp8"
+_SCALED_FORMAT = "comfy_quant"
+_SCALED_EXTRAS = ("scale_input", "input_scale", _SCALED_FORMAT)
+"""Stored beside a scaled weight: the range of its inputs, which 8-bit products need and ours do not, and the format."""
+
+
+def scaled_weights(table: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
+    """Weight -> its scale, for weights in 8-bit floats: w = stored · scale. ComfyUI writes `scale_weight` beside a
+    `scaled_fp8` marker, and since 2025 `weight_scale` beside `comfy_quant`."""
+    by_name = {t.name: t for t in table}
+    found = {}
+    for name, stored in by_name.items():
+        if stored.dtype in _FP8 and name.rpartition(".")[2] == "weight":
+            for end in ("scale_weight", "weight_scale"):
+                if (scale := by_name.get(name.removesuffix("weight") + end)) is not None:
+                    found[name] = scale
+    return found
+
+
+def _scaled_values(weight: StoredTensor, scale: StoredTensor, about: StoredTensor | None) -> Callable[[], Tensor]:
+    """Reads stored · scale, rounded once to float32. The scale is one number, or one for each row."""
+
+    def read() -> Tensor:
+        where = f"{weight.file}: {weight.name}"
+        rows = (scale.shape or (1,))[0]
+        if scale.elements not in (1, weight.shape[0]) or rows != scale.elements:
+            raise BaseError(
+                f"a weight of shape {weight.shape} has scales of shape {scale.shape}; veneer reads one number, or one "
+                "for each row",
+                where=where, fix=_PLAIN_FIX,
+            )  # fmt: skip
+        if about is not None:
+            kind = json.loads(bytes(read_values(about).tolist())).get("format")
+            if kind not in ("float8_e4m3fn", "float8_e5m2"):
+                raise BaseError(
+                    f"a weight in the format {kind!r}, which veneer does not read", where=where, fix=_PLAIN_FIX
+                )
+        factor = read_values(scale).float().reshape(-1, *[1] * (len(weight.shape) - 1))
+        return (read_values(weight).float() * factor).view(weight.shape)
+
+    return read
+
+
+_PLAIN_FIX = "use the 16-bit weights of this base"
 
 
 def _rows_of(codes: StoredTensor, scale: StoredTensor) -> Callable[[], Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.image_twins import latent_shape, open_clip, original, original_vae
 from tests.tiny_image_base import SIZE, tiny_image_base
@@ -162,20 +163,107 @@ def test_one_file_of_flux_1_at_its_real_width(bases: Path, tmp_path: Path) -> No
     "family",
     ["sd15", pytest.param("sdxl", marks=pytest.mark.slow), "sd3", "flux1", "klein", "qwen-image", "z-image"],
 )  # SDXL's are named below
-def test_tensors_of_a_file_that_no_component_took_are_named(family: str, bases: Path, tmp_path: Path) -> None:
+def test_only_harmless_tensors_of_a_file_may_have_no_place(family: str, bases: Path, tmp_path: Path) -> None:
     folder = tiny_image_base(bases, family, full=family in ("sd15", "sdxl", "sd3"))
     whole = load_image(str(folder))
     own = original(whole, family == "sd15", "" if family == "qwen-image" else "model.diffusion_model.")
     prefix = next(iter(own)).partition("diffusion_model.")[0]
     old = "cond_stage_model.transformer.text_model.embeddings.position_ids" if family == "sd15" else "betas"
-    more = {f"model_ema.{i:03d}": torch.zeros(2) for i in range(8)}
-    more |= {old: torch.zeros(1, 77), f"{prefix}time_embed.9.weight": torch.zeros(3, 5)}
+    more = {f"model_ema.{i:03d}": torch.zeros(2) for i in range(8)} | {old: torch.zeros(1, 77)}
     save_file({**own, **more}, tmp_path / "more.safetensors")
     (said,) = [n for n in load_image(str(tmp_path / "more.safetensors"), config=folder).notes if "no place" in n]
     names = sorted(more)
     assert said == (
-        f"10 of the file's {len(own) + 10} tensors have no place and are left out: {', '.join(names[:6])} and 4 more"
+        f"9 of the file's {len(own) + 9} tensors have no place and are left out: {', '.join(names[:6])} and 3 more"
     )
+    unknown = f"{prefix}time_embed.9.weight"
+    save_file({**own, **more, unknown: torch.zeros(3, 5)}, tmp_path / "more.safetensors")
+    with pytest.raises(BaseError, match=f"1 stored tensor without a place in the model: {re.escape(unknown)}"):
+        load_image(str(tmp_path / "more.safetensors"), config=folder)
+
+
+def _in_fp8(state: dict[str, torch.Tensor], scale: str, per_row: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the file with its matrices in 8-bit floats and their scales, the numbers that it stands for)."""
+    stored, plain = dict(state), dict(state)
+    for name, weight in state.items():
+        if weight.ndim == 2 and name.endswith("weight"):
+            most = weight.abs().amax(dim=1, keepdim=True) if per_row else weight.abs().amax()
+            factor = most.clamp_min(1e-12) / 448
+            stored[name] = (weight / factor).to(torch.float8_e4m3fn)
+            stored[name.removesuffix("weight") + scale] = factor
+            plain[name] = stored[name].float() * factor
+    return stored, plain
+
+
+@pytest.mark.parametrize(
+    ("family", "scale", "per_row"),
+    [
+        ("sd15", "scale_weight", False),
+        ("flux1", "scale_weight", False),
+        ("klein", "weight_scale", False),
+        ("z-image", "weight_scale", True),
+    ],
+)
+def test_scales_of_eight_bit_floats_are_applied_exactly(
+    family: str, scale: str, per_row: bool, bases: Path, tmp_path: Path
+) -> None:
+    folder = tiny_image_base(bases, family, full=family == "sd15")
+    stored, plain = _in_fp8(original(load_image(str(folder)), family == "sd15"), scale, per_row)
+    marker = "scaled_fp8" if scale == "scale_weight" else "x.comfy_quant"
+    about = torch.zeros(2).to(torch.float8_e4m3fn)
+    if scale == "weight_scale":
+        marker = next(n for n in stored if n.endswith("." + scale)).removesuffix(scale) + "comfy_quant"
+        about = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    save_file({**stored, marker: about}, tmp_path / "scaled.safetensors")
+    save_file(plain, tmp_path / "plain.safetensors")
+    got, want = (
+        load_image(str(tmp_path / f"{name}.safetensors"), config=folder, dtype="float32")
+        for name in ("scaled", "plain")
+    )
+    assert not any("no place" in note for note in got.notes)
+    for name in (got.row.denoiser, *got.row.encoders):
+        theirs = want.parts[name].state_dict()
+        assert [n for n, t in got.parts[name].state_dict().items() if not torch.equal(t, theirs[n])] == [], name
+
+
+@pytest.mark.parametrize("quantise", [None, "nf4"])
+def test_scales_in_a_directory_are_applied_too(quantise: Any, bases: Path, tmp_path: Path) -> None:
+    folders = [Path(shutil.copytree(tiny_image_base(bases, "flux1"), tmp_path / name)) for name in ("scaled", "plain")]
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    states = _in_fp8(load_file(folders[0] / file), "scale_weight", False)
+    for folder, state in zip(folders, states, strict=True):
+        save_file(state, folder / file, {"format": "pt"})
+    got, want = (load_image(str(folder), dtype="float32", quantise=quantise).denoiser for folder in folders)
+    for name, parameter in want.named_parameters():
+        one, two = (p.dense() if quantise and hasattr(p, "dense") else p for p in (got.get_parameter(name), parameter))
+        assert torch.equal(one, two), name
+
+
+def test_scales_that_cannot_be_applied_are_refused(bases: Path, tmp_path: Path) -> None:
+    folder = tiny_image_base(bases, "flux1")
+    state = original(load_image(str(folder)), prefix="")
+    stored, _ = _in_fp8(state, "weight_scale", False)
+    name = next(n for n in stored if n.endswith("weight_scale"))
+    weight = name.removesuffix("_scale")
+    for more, said in (
+        ({name: torch.ones(2, 2)}, r"scales of shape \(2, 2\)"),
+        ({weight: stored[weight].view(torch.int8)}, "1 scale of quantised weights would be ignored"),
+        ({f"{weight}_2": torch.ones(1), f"{weight}_scale_2": torch.ones(1)}, "1 scale of quantised weights would"),
+    ):
+        save_file({**stored, **more}, tmp_path / "one.safetensors")
+        with pytest.raises(BaseError, match=said):
+            load_image(str(tmp_path / "one.safetensors"), config=folder)
+
+
+def test_a_file_that_predicts_v_wants_a_scheduler_that_does(bases: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_image_base(bases, "sd15", full=True), tmp_path / "base"))
+    state = original(load_image(str(folder)), True)
+    save_file({**state, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "one.safetensors")
+    with pytest.raises(BaseError, match="the file says that the model predicts v"):
+        load_image(str(tmp_path / "one.safetensors"), config=folder)
+    place = folder / "scheduler" / "scheduler_config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"prediction_type": "v_prediction"}))
+    assert load_image(str(tmp_path / "one.safetensors"), config=folder).prediction == "v"
 
 
 def test_a_whole_file_of_sdxl_has_a_place_for_all_but_what_clip_trained_with(bases: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.tiny_image_base import tiny_image_base
 from tests.train.tiny_pictures import drawings, run
@@ -110,6 +111,20 @@ def test_the_folder_holds_file_card_log_sheets_and_report(whole: Whole, base: Im
     assert "perplexity" not in page
     assert (folder / "pictures.png").is_file()
     assert [Path(p).name for p in result.samples] == [f"step-{n:08d}.png" for n in (0, 3, 6)]
+
+
+@pytest.mark.parametrize("size", [60.0, float("nan")])
+def test_a_base_that_predicts_worse_than_zeros_is_refused(size: float, tmp_path: Path) -> None:
+    folder = tiny_image_base(tmp_path, "flux1")
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"proj_out.weight": tensors["proj_out.weight"] * size}, file, {"format": "pt"})
+    with pytest.raises(PreflightError, match="worse than zeros would"):
+        run(tmp_path, tmp_path / "out")
+    if size == size:
+        seen: list[Event] = []
+        run(tmp_path, tmp_path / "forced", on_event=seen.append, force=True)
+        assert any(isinstance(e, Note) and "worse than zeros" in e.text for e in seen)
 
 
 def test_the_files_metadata_is_what_readers_of_such_files_look_for(whole: Whole) -> None:

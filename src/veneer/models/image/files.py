@@ -35,8 +35,8 @@ from veneer.models.device import check_memory, choose_device, choose_dtype
 from veneer.models.fingerprint import fingerprint_parts, shaping_fields
 from veneer.models.image.families import FAMILIES, OWN_PIPELINES, ImageFamily, denoiser_family, family_label
 from veneer.models.image.processor import PROCESSORS, read_processor
-from veneer.models.loading import check_loaded, errors_only, loading
-from veneer.models.quantise import lazy_state, load_part, load_state, saved_kind
+from veneer.models.loading import check_left_out, check_loaded, errors_only, loading
+from veneer.models.quantise import lazy_state, load_part, load_state, saved_kind, scaled_weights
 from veneer.models.sources import find_base
 
 _INDEX = "model_index.json"
@@ -244,7 +244,7 @@ def _load_component(
         try:
             if classname in PROCESSORS:
                 made = read_processor(folder)
-            elif saved or (quantise and weights):
+            elif saved or (weights and (quantise or scaled_weights(table_of(folder)[0]))):
                 made = _load_quantised(cls, folder, library, quantise or "", dtype)
             else:
                 made = cls.from_pretrained(folder, **options)
@@ -256,7 +256,7 @@ def _load_component(
         _read_small(made)
         return made, ()
     model, info = made
-    notes = check_loaded(folder, info)
+    notes = check_loaded(folder, info, _HARMLESS)
     return model.to(device), notes
 
 
@@ -415,23 +415,26 @@ def read_single_file(
                 ) from error
         given[name], more = _load_component(folder / name, library, classname, kind, where, None, name in tables)
         notes += [f"{name}: {note}" for note in more]
-    options: dict[str, Any] = {"config": str(folder), "local_files_only": True, "torch_dtype": kind}
-    settings = {k: v for k, v in family.settings.items() if v is None}
-    if family.name == "flux1" and _is_flux_original([t.name for t in table]):
-        given[family.denoiser], note = _flux(path, _config_of(folder / family.denoiser), kind)
-        notes += note
+    options: dict[str, Any] = {"local_files_only": True, "torch_dtype": kind}
     with loading():
+        state = _state_of(path, table, kind)
+        if family.name == "flux1" and _is_flux_original([t.name for t in table]):
+            given[family.denoiser], note = _flux(path, state, _config_of(folder / family.denoiser), kind)
+            notes += note
         try:
             if not held - given.keys():
-                parts = {name: given[name] for name in classes}
+                pass
             elif whole:
-                made = getattr(diffusers, pipelines["text"]).from_single_file(
-                    str(path), **options, **given, **settings
-                )  # fmt: skip
-                parts = {name: getattr(made, name) for name in classes}
+                read = DIFFUSERS("diffusers.loaders.single_file.load_single_file_sub_model")
+                for name in sorted(held - given.keys()):
+                    library, classname = classes[name]
+                    given[name] = read(
+                        library_name=library, class_name=classname, name=name, checkpoint=state, pipelines=None,
+                        is_pipeline_module=False, cached_model_config_path=str(folder), **options,
+                    )  # fmt: skip
             else:
                 cls = getattr(diffusers, classes[family.denoiser][1])
-                parts = {**given, family.denoiser: _denoiser_of(path, cls, family.denoiser, options)}
+                given[family.denoiser] = _denoiser_of(state, cls, family.denoiser, {"config": str(folder), **options})
         except Exception as error:
             said = " ".join(str(error).split())[:300]
             if "meta tensor" in said:  # what no tensor of the file was put into
@@ -441,6 +444,8 @@ def read_single_file(
                 where=str(path),
                 fix="config= a diffusers directory of the same kind of model",
             ) from error
+    del state
+    parts = {name: given[name] for name in classes}
     for part in parts.values():
         if isinstance(part, nn.Module):
             part.to(where)
@@ -448,27 +453,38 @@ def read_single_file(
         _check_widths(path, parts)
     with errors_only():
         unused = _unused(table, {name: parts[name] for name in held})
+    others = _of_others(unused, held)
+    check_left_out(path, [name for name in unused if name not in others], _HARMLESS)
     if unused:
         shown = first_few(unused, 6)
         notes.append(f"{len(unused)} of the file's {len(table)} tensors have no place and are left out: {shown}")
+    _check_prediction(path, unused, parts["scheduler"])
     fields = {n: _fields_of(p) for n, p in parts.items() if isinstance(p, nn.Module)}
     digest = fingerprint_parts({"file": (fields, table), **{n: ({}, t) for n, t in tables.items() if n != "file"}})
     return LoadedParts(family, parts, digest, kind, reason, where, notes, _own_pipelines(index), _flags_of(index))
 
 
-def _denoiser_of(path: Path, cls: Any, name: str, options: Mapping[str, Any]) -> Any:
+def _state_of(path: Path, table: list[StoredTensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The file's tensors by name, its scaled weights as the numbers that they stand for, in `dtype`."""
+    from safetensors.torch import load_file
+
+    if not scaled_weights(table):
+        return load_file(path)
+    state = {name: lazy[...] for name, lazy in lazy_state(table).items()}
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+
+
+def _denoiser_of(state: Mapping[str, Tensor], cls: Any, name: str, options: Mapping[str, Any]) -> Any:
     """The denoiser of a family whose pipeline diffusers does not read from one file, though it reads its denoiser."""
-    from safetensors.torch import load_file
-
-    state = {n.removeprefix("model.diffusion_model."): tensor for n, tensor in load_file(path).items()}
-    return cls.from_single_file(state, subfolder=name, **options)
+    plain = {n.removeprefix("model.diffusion_model."): tensor for n, tensor in state.items()}
+    return cls.from_single_file(plain, subfolder=name, **options)
 
 
-def _flux(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, list[str]]:
+def _flux(
+    path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype
+) -> tuple[Any, list[str]]:
     """FLUX.1's denoiser by the shapes of the file, and in which numbers the directory's is another."""
-    from safetensors.torch import load_file
-
-    made = _flux_model(load_file(path), config, dtype, str(path))
+    made = _flux_model(state, config, dtype, str(path))
     other = [
         f"{key} is {made.config[key]} ({config[key]} there)"
         for key in sorted(config.keys() & made.config.keys())
@@ -561,6 +577,36 @@ _BARE = ("Flux2Transformer2DModel", "QwenImageTransformer2DModel")
 _OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.0.model.", "conditioner.embedders.1.model.")
 
 
+_HARMLESS = re.compile(
+    r"(.*\.)?(position_ids|inv_freq|logit_scale|attn_mask|num_batches_tracked|text_projection(\.weight)?)"
+    r"|(.*\.)?(spiece_model|tekken_model)"  # a tokenizer, as bytes
+    r"|model_ema\..*"  # an average of the weights, which themselves are in the file
+    r"|(first_stage_model|vae)\.(loss|model_ema)\..*"
+    r"|cond_stage_model\.model\.transformer\.resblocks\.23\..*"  # SD2 draws with the layer before the last
+    r"|betas|(\w+_)?alphas_cumprod(_prev)?|posterior_\w+|logvar|denoiser\.sigmas|model_sampling\..*"  # noise schedule
+    r"|v_pred|ztsnr"  # see `_check_prediction`
+)
+"""Names of tensors that a picture does not need. Any other that no component takes is an error: what a file says and
+nobody reads may change every picture, as the scales of 8-bit weights do."""
+
+
+def _of_others(unused: Iterable[str], held: set[str]) -> set[str]:
+    """Tensors of components that are read from the directory, although the file has them too."""
+    prefixes = tuple(prefix for prefix, parts in _HELD.items() if not parts & held)
+    return {name for name in unused if name.startswith(prefixes)}
+
+
+def _check_prediction(path: Path, unused: Iterable[str], scheduler: Any) -> None:
+    """Raises BaseError where the file marks a model that predicts v and the configs say that it does not."""
+    said = scheduler.config.get("prediction_type")
+    if "v_pred" in unused and said != "v_prediction":
+        raise BaseError(
+            f"the file says that the model predicts v (v_pred), its scheduler's config says {said!r}",
+            where=str(path),
+            fix='config= a directory whose scheduler/scheduler_config.json has "prediction_type": "v_prediction"',
+        )
+
+
 class _Attached(TorchFunctionMode):
     """Within the with-block `detach` gives the tensor itself, for converters that end a tensor's history with it."""
 
@@ -573,7 +619,10 @@ def _unused(table: Iterable[StoredTensor], parts: Mapping[str, Any]) -> list[str
 
     The names go through diffusers' converters once more, with tensors that have shapes and no numbers. Those that a
     component's weight was made of, cut, joined or turned, are the ones it has a gradient for."""
-    state = {stored.name: torch.empty(stored.shape, device="meta", requires_grad=True) for stored in table}
+    state = {
+        name: torch.empty(lazy.shape, device="meta", requires_grad=True)
+        for name, lazy in lazy_state(list(table)).items()
+    }  # fmt: skip
     taken: list[Tensor] = []
     for part in parts.values():
         held = part.state_dict()

@@ -247,6 +247,25 @@ class ImageLoss:
         return row_losses(predicted, target, None if batch.masks is None else there(batch.masks))
 
     @torch.no_grad()
+    def base_error(self, row: PlannedRow, times: int) -> tuple[float, float]:
+        """(mean squared error of what the base predicts of a row, that of predicting 0), over so many times in the
+        middle of equal parts of the range."""
+        base, batch = self.base, self.encoders.batch([row])
+        text = self.encoders.text([row.caption], [row])
+        sizes = sent(batch.sizes, base.device) if base.row.time_ids else None
+        references = [sent(x, base.device) for x in batch.before]
+        found = []
+        for k, time in enumerate(quantile_times(times, base.prediction, self.times.steps)):
+            noise = torch.randn(batch.latents.shape, generator=generator("base", *row.key, k))
+            latents = sent(batch.latents, base.device)
+            noisy, target = noised(latents, sent(noise, base.device), time[None], base.prediction, self.alphas)
+            told: dict[str, Any] = {"guidance": self.guidance, "sizes": sizes, "references": references}
+            predicted = predict(base, noisy, sent(time[None], base.device), text, **told)
+            found.append(torch.cat([row_losses(predicted, target), row_losses(torch.zeros_like(target), target)]))
+        error, zero = torch.stack(found).double().mean(0).tolist()
+        return error, zero
+
+    @torch.no_grad()
     def score(
         self, rows: Sequence[PlannedRow], stopped: Callable[[], bool] = lambda: False, devices: Devices = ALONE
     ) -> Score | None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Card
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
-from veneer.errors import counted
+from veneer.errors import PreflightError, counted
 from veneer.models.image.base import ImageBase, release
 from veneer.models.image.fast import fast_denoiser
 from veneer.models.image.memory import fetched, measured_activations, offloading, park, recomputing
@@ -71,6 +71,11 @@ from veneer.train.save import Outcome, ReportParts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+_TIMES_LOOKED_AT = 4
+_WORSE_THAN_ZERO = 1.5
+"""Times the error of predicting 0: bases with random weights have about 1.2, trained ones less than 1."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,9 @@ class ImageTask(Task[ImageData, ImageResult]):
             if config.memory.offload_blocks:
                 moved = undo.enter_context(offloading(base, config.memory.offload_blocks))
                 run.note(f"{moved / 1e9:.2f} GB of frozen weights wait on the CPU for their turn")
-            yield AttachedPictures(self, run, data, attachment, loss, memory)
+            attached = AttachedPictures(self, run, data, attachment, loss, memory)
+            attached.check_base()
+            yield attached
 
     def _cache(self, run: Run) -> Path:
         return Path(self.config.data.cache) if self.config.data.cache else run.folder / CACHE
@@ -372,6 +379,26 @@ class AttachedPictures(AttachedTask[ImageResult]):
             "base": {"fingerprint": base.fingerprint, "dtype": str(base.dtype), "quantised": base.quantised},
             "data": {"pictures": pictures_digest(data.learned), "held-out pictures": pictures_digest(data.held)},
         }
+
+    def check_base(self) -> None:
+        """Raises PreflightError if the base is clearly worse than one that predicts 0 at every time, or predicts
+        numbers that are not finite: training against it teaches nothing. A warning with `force`."""
+        row = next(planned_rows(self.data.steps))
+        with training_layers(self.base, False), loop.memory_errors(loop.Micro(1, 0, (0,), lambda: None)):
+            error, zero = self.image_loss.base_error(row, _TIMES_LOOKED_AT)
+        if error <= _WORSE_THAN_ZERO * zero:  # false for NaN
+            return
+        what = (
+            f"the base predicts the pictures worse than zeros would: its error is {error:.3g}, that of zeros {zero:.3g}"
+        )
+        if self.run.force:
+            self.run.note(f"warning: {what}")
+            return
+        raise PreflightError(
+            what, where=self.base.name,
+            fix="its weights may be damaged, another base's, or scaled in a way that was not read; `veneer generate` "
+            "shows what it draws; --force trains all the same",
+        )  # fmt: skip
 
     def begin(self, progress: Progress, tell: Listener) -> None:
         """Before the first step: what the model sees, and (not when resumed) what the base draws."""
