@@ -336,7 +336,7 @@ def settled(plan: Any) -> tuple[Any, str]:
     if plan.planned is None:
         return None, f"{plan.peak / 1e9:.1f} GB are needed, and {plan.room / 1e9:.1f} GB may be taken"
     load, device = plan.planned
-    if device.count > 1 or load.offload:
+    if device.count > 1:
         return None, f"on one such card it wants {plan.changes[0].text}"
     return load, ""
 

@@ -39,14 +39,15 @@ def test_the_settings_fit_the_card_and_nothing_fits_the_next_smaller(name: str, 
     if not smaller:
         assert fit.lacking is None
         return
-    start = ImageLoad(1, side, side, rank=16)
+    blocks = len(image_counts(config, height=side, width=side).blocks)
+    start = ImageLoad(1, side, side, rank=16, blocks=blocks)
     least = min(needs(config, load, smaller[-1]) for load, _ in image_settings(start))
     assert least > usable_memory(device_named(CARDS[smaller[-1]]))
     assert fit.lacking == (smaller[-1], least)
 
 
 def test_ways_go_from_fast_to_frugal_and_say_what_they_set() -> None:
-    start = ImageLoad(1, 1024, 1024, rank=16)
+    start = ImageLoad(1, 1024, 1024, rank=16, blocks=10)
     ways = list(image_settings(start))
     assert ways[0] == (start, ())
     assert len({load for load, _ in ways}) == len(ways)
@@ -54,9 +55,11 @@ def test_ways_go_from_fast_to_frugal_and_say_what_they_set() -> None:
         words = dict(line.split("=") for line in said)
         assert words.get("base.quantise") == load.quantise
         assert ("memory.activation_checkpointing" in words) == load.checkpointing
-        assert ("memory.offload_blocks" in words) == bool(load.offload)
+        assert int(words.get("memory.offload_blocks", 0)) == load.offload
+        assert load.quantise is None or not load.offload, "quantised blocks stay on the card"
         assert load.checkpointing or not load.offload, "blocks that wait on the CPU are recomputed"
         assert int(words.get("adapter.rank", 16)) == load.rank
+    assert {load.offload for load, _ in ways} == {0, 3, 5, 8, 10}
     assert {load.rank for load, _ in image_settings(replace(start, rank=2))} == {2}
 
 

@@ -263,12 +263,15 @@ def test_runs_in_one_pass_have_one_base_and_a_state_each() -> None:
     assert wider.optimizer - memory_together(LLAMA, loads, CPU, 10**6)[0].optimizer == 8 * each[0].optimizer
 
 
-def test_offloading_moves_weights_and_nothing_else() -> None:
-    card = device_named("h100-80gb")
-    plain = text_memory(LLAMA, Load((512,)), card)
-    moved = text_memory(LLAMA, Load((512,), offload=0.5), card)
-    assert moved.host == pytest.approx(plain.weights / 2)
-    assert moved.weights + moved.host == pytest.approx(plain.weights)
+def test_offloading_moves_blocks_and_leaves_room_for_one() -> None:
+    """FLUX.1's single blocks have 141,607,936 parameters each: 3,072² · 15 in products, with biases and two norms."""
+    card, counts = device_named("h100-80gb"), image_counts(base_config("flux.1-dev"), height=512, width=512)
+    assert len(counts.blocks) == 19 + 38
+    single = 3072 * (3 * 3072 + 3 * 3072 + 4 * 3072 + 5 * 3072) + 3072 * (3 + 3 + 4 + 1) + 2 * 128
+    load = ImageLoad(1, 512, 512, checkpointing=True)
+    plain, moved = (image_memory(counts, replace(load, offload=n), card) for n in (0, 10))
+    assert moved.host == 2 * 10 * single
+    assert moved.weights == plain.weights - moved.host + 2 * single
     assert moved.activations == plain.activations
 
 

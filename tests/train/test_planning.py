@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from veneer.errors import ConfigError, DataError
 from veneer.plan.calibration import cpu_device
+from veneer.plan.cards import image_settings
+from veneer.plan.image import ImageLoad
 from veneer.plan.memory import Load
 from veneer.plan.plan import Plan, TrainingJob, text_plan
 from veneer.plan.shape import text_shape
@@ -60,6 +63,39 @@ def test_what_is_to_be_set_is_what_a_configuration_can_say() -> None:
     peak = plan(again, card, 1 << 62).peak
     assert "data.long_rows=cut or drop" in to_be_set(plan(again, card, peak - 1))
     assert to_be_set(plan(load, card, 1 << 62)) == ""
+
+
+PICTURES = {"base": "flux.1-dev", "data": {"pictures": "p", "resolution": 1024}, "output": "o"}
+
+
+@pytest.mark.parametrize(
+    ("values", "base", "own"),
+    [
+        (VALUES, "meta-llama/Llama-3.1-8B", ()),
+        (VALUES, "meta-llama/Llama-3.1-70B", ("data.max_length=4096",)),
+        (PICTURES, "flux.1-dev", ()),
+        (PICTURES, "flux.1-dev", ("batching.micro_rows=1", "memory.activation_checkpointing=on")),
+        (PICTURES, "stable-diffusion-xl-base-1.0", ("base.quantise=nf4",)),
+        (PICTURES, "qwen-image", ("memory.offload_blocks=10",)),
+    ],
+)  # fmt: skip
+def test_the_config_takes_every_advice_of_the_plan(values: Any, base: str, own: tuple[str, ...]) -> None:
+    asked = (f"base.name={base}", *own)
+    made = config_from(values, asked)[0]
+    advice: set[tuple[str, ...]] = set()
+    card = device_named("rtx-4090")
+    for gigabytes in (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 120, 160):
+        small = replace(card, memory=gigabytes * 10**9)
+        found = plan_of_config(made, small, rows=64, tokens_per_row=None if values is PICTURES else 2000)
+        advice |= {change.settings for change in found.changes if change.device.count == small.count}
+    assert len(advice) > 1
+    for settings in advice:
+        config_from(values, (*asked, *settings))
+
+
+def test_the_config_takes_every_advice_for_a_smaller_card() -> None:
+    for _, settings in image_settings(ImageLoad(1, 1024, 1024, blocks=57)):
+        config_from(PICTURES, settings)
 
 
 def test_a_configuration_without_its_data_is_planned_by_numbers(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.models.config import LOADED_BYTES
-from veneer.plan.fit import usable_memory
+from veneer.plan.fit import shares_of_blocks, usable_memory
 from veneer.plan.image import ImageCounts, ImageLoad, encoded_pixels, image_counts, image_memory
 from veneer.plan.memory import CUDA_CONTEXT, dtype_bytes
 from veneer.plan.tables import Device, device_named
@@ -58,15 +58,15 @@ class CardFit:
 def image_settings(load: ImageLoad) -> Iterator[tuple[ImageLoad, tuple[str, ...]]]:
     """Ways to train the same pictures in less and less memory, the faster ones first, with the keys that say them."""
     kinds = (None, "int8", "nf4")
-    ways: list[tuple[str | None, bool, float]] = [(kind, again, 0.0) for kind in kinds for again in (False, True)]
-    ways += [(kind, True, share) for kind in kinds for share in (0.25, 0.5, 0.75, 0.9)]
+    ways: list[tuple[str | None, bool, int]] = [(kind, again, 0) for kind in kinds for again in (False, True)]
+    ways += [(None, True, count) for count in shares_of_blocks(load.blocks)]  # quantised blocks stay on the card
     for rank in sorted({load.rank, min(load.rank, 4)}, reverse=True):
-        for kind, again, share in ways:
+        for kind, again, count in ways:
             said = [f"base.quantise={kind}"] if kind else []
             said += ["memory.activation_checkpointing=on"] if again else []
-            said += [f"memory.offload_blocks={share:.0%} of the blocks"] if share else []
+            said += [f"memory.offload_blocks={count}"] if count else []
             said += [f"adapter.rank={rank}"] if rank != load.rank else []
-            yield replace(load, rank=rank, quantise=kind, checkpointing=again, offload=share), tuple(said)
+            yield replace(load, rank=rank, quantise=kind, checkpointing=again, offload=count), tuple(said)
 
 
 def loaded_bytes(counts: ImageCounts, config: Mapping[str, Any], load: ImageLoad) -> int:
@@ -94,7 +94,8 @@ def smallest_card(
     for card, name in CARDS.items():
         device = device_named(name)
         room, needed = usable_memory(device), list[int]()
-        for load, settings in image_settings(ImageLoad(1, side, side, rank=rank, targets=targets, before=before)):
+        start = ImageLoad(1, side, side, rank=rank, targets=targets, before=before, blocks=len(counts(rank).blocks))
+        for load, settings in image_settings(start):
             own = counts(load.rank)
             training, loading = image_memory(own, load, device).peak, loaded_bytes(own, config, load)
             if max(training, loading) <= room:

@@ -34,7 +34,7 @@ _MARGIN = 0.03
 @dataclass(frozen=True)
 class Change:
     """Settings to change together. `slower`: seconds per token over those of the run as it was given. `settings`:
-    `section.key=value` where a configuration has such a key, else words."""
+    `section.key=value`; of more devices, which no key says, words."""
 
     names: tuple[str, ...]
     settings: tuple[str, ...]
@@ -120,14 +120,21 @@ def _rank(load: AnyLoad, device: Device) -> Iterator[Step]:
 
 
 def _four_bits(load: AnyLoad, device: Device) -> Iterator[Step]:
-    if load.quantise is None:
+    if load.quantise is None and not (isinstance(load, ImageLoad) and load.offload):
         yield "a 4-bit base", "base.quantise=nf4", replace(load, quantise="nf4"), device
 
 
 def _offload(load: AnyLoad, device: Device) -> Iterator[Step]:
-    if device.kind == "cuda":
-        for share in (0.25, 0.5, 0.75, 0.9):
-            yield "weights on the CPU", f"{share:.0%} of them", replace(load, offload=share), device
+    """Of pictures, where blocks are recomputed and not quantised: what memory.offload_blocks needs."""
+    if device.kind == "cuda" and isinstance(load, ImageLoad) and load.checkpointing and load.quantise is None:
+        for count in shares_of_blocks(load.blocks):
+            if count > load.offload:
+                yield "weights on the CPU", f"memory.offload_blocks={count}", replace(load, offload=count), device
+
+
+def shares_of_blocks(blocks: int) -> list[int]:
+    """A quarter, a half, three quarters and all of so many blocks."""
+    return sorted({-(-blocks * quarters // 4) for quarters in (1, 2, 3, 4)} - {0})
 
 
 def _devices(load: AnyLoad, device: Device) -> Iterator[Step]:

@@ -44,10 +44,10 @@ _TARGET_ENDINGS = {
 
 @dataclass(frozen=True)
 class ImageLoad:
-    """Pictures in a micro-batch, and how they are trained. `targets`: a key of TARGET_ENDINGS. `offload`: share of
-    the weights that waits in the CPU's memory. `stays`: text encoders and VAE stay in memory. `bare`: forwards of
-    the base alone in a step, beside the one that learns. `before`: pictures that each is an edit of, of its size.
-    `form`: what stands beside a weight, of `rank`."""
+    """Pictures in a micro-batch, and how they are trained. `targets`: a key of TARGET_ENDINGS. `offload`: how many of
+    the denoiser's `blocks` wait in the CPU's memory, the last ones. `stays`: text encoders and VAE stay in memory.
+    `bare`: forwards of the base alone in a step, beside the one that learns. `before`: pictures that each is an edit
+    of, of its size. `form`: what stands beside a weight, of `rank`."""
 
     pictures: int = 1
     height: int = 1024
@@ -57,7 +57,8 @@ class ImageLoad:
     dtype: str = "bfloat16"
     quantise: str | None = None
     checkpointing: bool = False
-    offload: float = 0.0
+    offload: int = 0
+    blocks: int = 0
     targets: str = "attention"
     stays: bool = False
     bare: float = 0
@@ -72,7 +73,8 @@ class ImageCounts:
     keeps; `block`: values of the largest block. `products`, `attention`, `low_rank`: operations, forward and backward.
     `encoders`: parameters of text encoders and VAE. `text`: tokens of a caption. `buffers`: values that are no
     parameters and stand in memory as they do. `made`: float32 values made of an adapter's parts, beside its
-    pictures. `pictures`: whose tokens go through together: what is learned, and what is before it."""
+    pictures. `pictures`: whose tokens go through together: what is learned, and what is before it.
+    `blocks`: parameters of each block, which memory.offload_blocks counts."""
 
     targets: frozenset[str]
     rank: int
@@ -93,8 +95,10 @@ class ImageCounts:
     buffers: int = 0
     made: int = 0
     form: PairForm = PAIRS
+    blocks: list[int] = field(default_factory=list)
     _learned: bool = field(default=False, repr=False)
     _before: float = field(default=0.0, repr=False)
+    _parameters: int = field(default=0, repr=False)
 
     def keep(self, values: float) -> None:
         if self._learned:
@@ -152,11 +156,12 @@ class ImageCounts:
         return self._learned
 
     def starts_block(self) -> None:
-        self._before = self.kept
+        self._before, self._parameters = self.kept, self.parameters
 
     def ends_block(self, entry: float) -> None:
         """`entry`: values that recomputing keeps of this block."""
         self.block = max(self.block, self.kept - self._before)
+        self.blocks.append(self.parameters - self._parameters)
         if self._learned:
             self.inputs += entry
 
@@ -580,8 +585,9 @@ def image_memory(counts: ImageCounts, load: ImageLoad, device: Device, *, proces
     if load.checkpointing:
         kept, working = load.pictures * e * counts.inputs, load.pictures * e * (1 + _WORKING) * counts.block
     moving = kept + working
-    host = round(load.offload * (weights + constants))
-    weights, constants = (round((1 - load.offload) * part) for part in (weights, constants))
+    away = _away(counts, load)
+    host = e * sum(away)
+    weights += e * max(away, default=0) - host  # the block whose turn it is
     gradients = 4 * counts.trainable if load.micros > 1 else max(0.0, 4 * counts.trainable - moving)
     dequantised = counts.largest * e if load.quantise else 0
     cuda = device.kind == "cuda"
@@ -591,6 +597,11 @@ def image_memory(counts: ImageCounts, load: ImageLoad, device: Device, *, proces
         round(weights), constants, 4 * counts.trainable, round(gradients), 8 * counts.trainable, round(kept), 0,
         round(working), dequantised, context, round(share * moving), host=host,
     )  # fmt: skip
+
+
+def _away(counts: ImageCounts, load: ImageLoad) -> list[int]:
+    """Parameters of each block that waits in the CPU's memory."""
+    return counts.blocks[-load.offload :] if load.offload else []
 
 
 def _weight_bytes_of(counts: ImageCounts, load: ImageLoad) -> int:
@@ -610,5 +621,5 @@ def image_work(counts: ImageCounts, load: ImageLoad, device: Device) -> Work:
     dequantised = reads * e * counts.matrices if load.quantise else 0
     return Work(
         n * counts.products * again, n * counts.attention * (1 + forwards / 3), n * counts.low_rank, 0.0, moved,
-        dequantised, reads * load.offload * _weight_bytes_of(counts, load),
+        dequantised, float(reads * e * sum(_away(counts, load))),
     )  # fmt: skip

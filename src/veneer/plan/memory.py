@@ -66,10 +66,9 @@ CPU_ROUNDING = 0.04
 class Load:
     """What a run puts through a base. `lengths`: tokens of each row in the largest micro-batch; `trained`: the share
     of them with a loss. `micros`: micro-batches in a step. `dtype`: of the base. `quantise`: nf4, fp4, int8 or None;
-    `double`: its constants are quantised too. `offload`: share of the weights that waits in the CPU's memory;
-    `inputs_on_host`: inputs of recomputed layers do. `kept`:
-    bytes of layers that stay dequantised. `whole`: parameters trained beside the pairs (full copies, token rows).
-    `compared`: each token's distribution is compared with another model's."""
+    `double`: its constants are quantised too. `inputs_on_host`: inputs of recomputed layers wait in the CPU's memory.
+    `kept`: bytes of layers that stay dequantised. `whole`: parameters trained beside the pairs (full copies, token
+    rows). `compared`: each token's distribution is compared with another model's."""
 
     lengths: tuple[int, ...]
     trained: float = 1.0
@@ -81,7 +80,6 @@ class Load:
     double: bool = True
     checkpointing: bool = False
     optimizer: str = "adamw"
-    offload: float = 0.0
     inputs_on_host: bool = False
     kept: int = 0
     whole: int = 0
@@ -229,11 +227,6 @@ def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | 
     gradients = 4 * trainable if load.micros > 1 else max(0, 4 * trainable - moving)
     dequantised = _dequantised(shape, load)
     host = inputs if away else 0
-    if load.offload:
-        host += round(load.offload * (weights + constants))
-        share = 1 - load.offload
-        weights, constants = round(weights * share), round(constants * share)
-        dequantised += max((layer.matrices for layer in shape.layers), default=0) * e // 4
     if device.kind == "cpu":
         context, share = (CPU_PROCESS if process is None else process), CPU_ROUNDING
     else:

@@ -311,6 +311,7 @@ def image_plan(
     def of(load: ImageLoad) -> ImageCounts:
         return counts(load.height, load.width, load.rank)
 
+    load = replace(load, blocks=len(of(load).blocks))
     memory, peak, changes, planned, planned_memory = _fitted(
         load, device, rates, limit, lambda load, device: image_memory(of(load), load, device, process=process),
         lambda load, device: image_work(of(load), load, device), lambda load: load.pictures,

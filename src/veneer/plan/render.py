@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from veneer.errors import counted, gigabytes
+from veneer.plan.image import ImageLoad
 from veneer.plan.memory import CUDA_CONTEXT, CUDA_ROUNDING, Memory
 from veneer.plan.plan import GroupPlan, Plan
 from veneer.plan.time import HOST_LINK
@@ -88,7 +89,7 @@ def _assumed(plan: Plan) -> Iterator[str]:
         f"memory    counted; CUDA's own {gigabytes(CUDA_CONTEXT)} and {CUDA_ROUNDING:.0%} that its allocator cannot "
         "place are assumed; --trace follows a step"
     )
-    if plan.memory.host or any(change.load.offload for change in plan.changes):
+    if plan.memory.host or any(isinstance(c.load, ImageLoad) and c.load.offload for c in plan.changes):
         yield f"transfers {HOST_LINK / 1e9:g} GB/s to and from the CPU's memory, assumed"
 
 

@@ -108,10 +108,9 @@ def text_work(shape: TextShape, load: Load, device: Device) -> Work:
     reads = 2 + again
     moved = 4.0 * (kept.activations + kept.logits) + reads * (weights + constants)
     dequantised = reads * shape.matrices * dtype_bytes(load.dtype) if load.quantise else 0
-    fetched = reads * load.offload * (weights + constants)
     inputs = dtype_bytes(load.dtype) * shape.hidden * tokens * len(shape.layers)
     copied = 2.0 * inputs if load.checkpointing and load.inputs_on_host and device.kind == "cuda" else 0.0
-    return Work(products, attention, low_rank, head, moved, dequantised, fetched, copied)
+    return Work(products, attention, low_rank, head, moved, dequantised, 0.0, copied)
 
 
 def reading_work(shape: TextShape, load: Load, device: Device) -> Work:

@@ -236,11 +236,8 @@ def _job(config: TrainConfig, rows: int, tokens: float, held_out: int) -> Traini
 
 def to_be_set(plan: Plan) -> str:
     """The first change that a text configuration can say, as settings; nothing where there is none."""
-    known = {
-        "memory.activation_checkpointing", "batching.micro_rows", "data.max_length", "adapter.rank", "base.quantise"
-    }  # fmt: skip
     for change in plan.changes:
-        if all(setting.partition("=")[0] in known for setting in change.settings):
+        if all("=" in setting for setting in change.settings):
             cut = any(setting.startswith("data.max_length=") for setting in change.settings)
             return ", ".join(change.settings) + (" with data.long_rows=cut or drop" if cut else "")
     return ""
@@ -367,6 +364,7 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
         dtype, config.base.quantise,
         config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0, targets=words,
         bare=bare, before=before, form=PairForm.of(config.adapter.spec()),
+        offload=config.memory.offload_blocks if device.kind == "cuda" else 0,
     )  # fmt: skip
     job = TrainingJob(rows, 1.0, signs * float(config.schedule.epochs or 1), signs * batch, config.steps)
     return image_plan(config.base.name, found, load, device, rates, job, process=process, notes=notes)

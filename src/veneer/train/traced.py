@@ -34,7 +34,7 @@ from veneer.models.image.memory import recomputing
 from veneer.models.image.predict import Conditioning
 from veneer.models.text.bare import bare_text, config_of, twin
 from veneer.models.text.fast import fast
-from veneer.models.text.offload import HostStore, lane_of
+from veneer.models.text.offload import HostStore, InOrder
 from veneer.plan.fit import AnyLoad
 from veneer.plan.image import ImageLoad, image_counts, image_memory
 from veneer.plan.memory import Load, memory_together, text_memory
@@ -84,7 +84,7 @@ def _traceable(made: Plan) -> tuple[AnyLoad, Device]:
             where=f"device {made.device.name}",
             fix="--gpu h100-80gb, or another of --list",
         )
-    if made.planned is None or made.planned[0].offload:
+    if made.planned is None or (isinstance(made.planned[0], ImageLoad) and made.planned[0].offload):
         raise ConfigError(
             "what does not fit on one GPU is not traced", where=made.device.name, fix="a smaller base, or quantise it"
         )
@@ -122,8 +122,7 @@ def traced_together(
                 )
             model.train()
             if load.checkpointing:
-                first = next(iter(runs[0].parameters.values()))
-                recompute_activations(model, HostStore(lane_of(first)) if load.inputs_on_host else None)
+                recompute_activations(model, HostStore(InOrder()) if load.inputs_on_host else None)
             with fast(model, like=how) as report:
                 trace.hold("weights", model.parameters())  # some lie together now
                 if len(loads) > 1 and (why := why_apart(model)):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_image_base import tiny_image_base
-from tests.train.tiny_pictures import drawings, run
+from tests.train.tiny_pictures import drawings, image_values, run
 from veneer.core.attach import attach
 from veneer.errors import CheckpointError, ConfigError, Interrupted, PreflightError
 from veneer.files.hashes import verify_hashes
@@ -25,12 +25,19 @@ from veneer.formats.read import read
 from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.generate import ImageRow, PictureSettings, default_settings, generate_images
 from veneer.models.image.predict import cut_of
+from veneer.models.quantise import saved_config, saved_tensors
 from veneer.ops.quantised import Quantised
 from veneer.train import checkpoint
+from veneer.train.config.load import ImageTrainConfig, config_from
+from veneer.train.devices import ALONE
 from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolved, Sampled, Stepped
 from veneer.train.image.save import ImageResult
+from veneer.train.image.task import ImageTask
+from veneer.train.preflight import Report
 from veneer.train.report.log import read_log
+from veneer.train.run import Run
 
+STEM = "diffusion_pytorch_model"
 ROOT = Path(__file__).resolve().parents[3]
 Whole = tuple[Path, ImageResult, list[Event]]
 
@@ -385,6 +392,33 @@ def test_preflight_stops_before_anything_is_trained(
         run(shared, tmp_path / "out", base=base, **sections)
     assert says in str(error.value)
     assert not (tmp_path / "out").exists(), "the same command can be run again"
+
+
+def test_blocks_of_a_base_saved_in_four_bits_stay_and_it_says_so(tmp_path: Path) -> None:
+    folder = tiny_image_base(tmp_path, "flux1")
+    saved = load_image(str(folder), dtype="bfloat16", quantise="nf4").denoiser.state_dict()
+    place = folder / "transformer"
+    save_file(saved_tensors({n: t.contiguous() for n, t in saved.items()}), place / f"{STEM}.safetensors")
+    found = json.loads((place / "config.json").read_text())
+    found["quantization_config"] = saved_config("nf4", torch.bfloat16)
+    (place / "config.json").write_text(json.dumps(found))
+    base = load_image(str(folder))
+    assert base.quantised == "nf4"
+    with pytest.raises(PreflightError, match="this run is on the CPU"):
+        run(tmp_path, tmp_path / "out", base=base, memory={"offload_blocks": 1})
+    base.device = torch.device("cuda", 0)
+    with pytest.raises(PreflightError, match="this base is saved in nf4"):
+        run(tmp_path, tmp_path / "out", base=base, memory={"offload_blocks": 1})
+
+
+def test_blocks_leave_before_memory_is_looked_at(shared: Path, tmp_path: Path, base: ImageBase) -> None:
+    config, _ = config_from(image_values(shared, tmp_path / "out", memory={"offload_blocks": 1}))
+    assert isinstance(config, ImageTrainConfig)
+    seen: list[Event] = []
+    task, own = ImageTask(config, base), Run(config, tmp_path / "out", ALONE, seen.append, [], dry_run=True)
+    with task.attach(own, task.read(own), Report()):
+        notes = [e.text if isinstance(e, Note) else type(e).__name__ for e in seen]
+    assert notes.index("Checked") > next(i for i, note in enumerate(notes) if "wait on the CPU" in note)
 
 
 def test_a_run_does_not_write_among_its_pictures(shared: Path, tmp_path: Path, base: ImageBase) -> None:

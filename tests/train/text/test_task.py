@@ -36,13 +36,15 @@ from veneer.formats.card import read_card
 from veneer.models.text.base import TextBase, load_text
 from veneer.models.text.offload import HostStore, InOrder
 from veneer.train import checkpoint, loop
-from veneer.train.config.load import config_from
+from veneer.train.config.load import TrainConfig, config_from
+from veneer.train.devices import ALONE
 from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolved, Saved, Stepped
 from veneer.train.report.log import read_log
+from veneer.train.run import Run
 from veneer.train.text import task as run
 from veneer.train.text.batches import Batch
 from veneer.train.text.save import RunResult
-from veneer.train.text.task import recompute_activations, run_text
+from veneer.train.text.task import TextTask, recompute_activations, run_text
 
 ROOT = Path(__file__).resolve().parents[3]
 TENSORS = "adapter_model.safetensors"
@@ -585,6 +587,24 @@ def test_a_base_that_predicts_worse_than_chance_is_not_trained(shared: Path, tmp
     _train(shared, tmp_path / "forced", broken, force=True, on_event=notes.append, schedule={"steps": 1},
            evaluation={"keep": "last"})  # fmt: skip
     assert any(isinstance(e, Note) and "worse than chance" in e.text for e in notes)
+
+
+def test_activations_leave_the_card_that_the_base_is_on(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One card, which no launcher named: the run's device is then `auto`."""
+    streams: list[Any] = []
+    monkeypatch.setattr("torch.cuda.Stream", streams.append)
+    base = load_text(str(shared / "tiny-base"))
+    config, _ = config_from(
+        {"base": "b", "data": {"train": "d.jsonl"}, "output": "o", "memory": {"offload_activations": True}}
+    )
+    assert isinstance(config, TrainConfig)
+    own = Run(config, tmp_path, ALONE, lambda event: None, [])
+    assert TextTask(config, base).host_store(own) is None  # a CPU has no other memory
+    base.unread, base.device = object(), torch.device("cuda", 1)  # type: ignore[assignment]
+    assert isinstance(TextTask(config, base).host_store(own), HostStore)
+    assert streams == [torch.device("cuda", 1)]
 
 
 def test_activations_of_layers_that_keep_them_where_they_are_are_not_said_to_be_elsewhere() -> None:

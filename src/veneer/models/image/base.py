@@ -35,6 +35,7 @@ from veneer.models.image.files import (
 )
 from veneer.models.loading import errors_only
 from veneer.models.sources import find_base, short_name
+from veneer.ops.quantised import Quantised
 
 PipelineKind = Literal["text", "image", "inpaint", "edit"]
 _ControlNet = nn.Module
@@ -48,7 +49,7 @@ class ImageBase:
     `family`: as formats.topology calls it; `row` is its row of families.py. `model`: what adapters attach to, under
     canonical names. `parts`: diffusers' components by their names there; `model` and every pipeline share them.
     `prediction`: what the denoiser predicts. `size`: the default side of a picture in pixels. `notes`: what a person
-    should know about the loading, one sentence each."""
+    should know about the loading, one sentence each. `quantised`: what the denoiser's weights are in, if they are."""
 
     name: str
     family: str
@@ -210,9 +211,14 @@ def _base(name: str, path: Path, read: LoadedParts, quantise: str | None) -> Ima
         pipelines={**row.pipelines, **read.pipelines},
         settings=read.settings,
         notes=tuple(read.notes),
-        quantised=quantise,
+        quantised=quantise or _quantised_as(denoiser),
         _scale=scale,
     )
+
+
+def _quantised_as(denoiser: nn.Module) -> str | None:
+    """What the denoiser's weights were quantised as before they were saved; None for a plain one."""
+    return next((p.stored.kind for p in denoiser.parameters() if isinstance(p, Quantised)), None)
 
 
 def vae_scale(vae: Any) -> int:

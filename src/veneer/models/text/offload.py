@@ -1,6 +1,6 @@
 """What layers are recomputed from, in the CPU's memory between a forward and a backward pass.
 
-    store = HostStore(lane_of(device))
+    store = HostStore(CudaLane(device))
     y = store.checkpoint(layer, x)        as torch.utils.checkpoint; x waits on the host until y's gradient is there
 
 A layer that is recomputed keeps its input alone: e·tokens·hidden bytes, of all layers together what grows with a
@@ -47,7 +47,7 @@ class Lane(Protocol):
         """A tensor that came back belongs to what computes from now on."""
 
 
-class _CudaLane:
+class CudaLane:
     """A stream of a GPU."""
 
     def __init__(self, device: torch.device) -> None:
@@ -86,11 +86,6 @@ class InOrder:
 
     def handed_over(self, tensor: Tensor) -> None:
         """It is nobody else's."""
-
-
-def lane_of(weight: Tensor) -> Lane:
-    """The queue beside what computes on the device of this weight."""
-    return InOrder() if made_up(weight) else _CudaLane(weight.device)
 
 
 class _Waiting:

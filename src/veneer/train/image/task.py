@@ -189,14 +189,14 @@ class ImageTask(Task[ImageData, ImageResult]):
             undo.enter_context(training_layers(base, True))
             if not config.memory.offload_blocks:  # the fast paths hold on to weights
                 run.note(undo.enter_context(fast_denoiser(base.denoiser)).summary())
+            if config.memory.offload_blocks:  # before memory is looked at: what is free then is what the run has
+                moved = undo.enter_context(offloading(base, config.memory.offload_blocks))
+                run.note(f"{moved / 1e9:.2f} GB of frozen weights wait on the CPU for their turn")
             loss = self.loss(data, attachment)
             memory = self._measured(run, data, loss, report, memory)
             run.say(report, self._settled(data, memory))
             report.raise_if_stopped()
             undo.enter_context(recomputing(base) if memory.recompute else nullcontext())
-            if config.memory.offload_blocks:
-                moved = undo.enter_context(offloading(base, config.memory.offload_blocks))
-                run.note(f"{moved / 1e9:.2f} GB of frozen weights wait on the CPU for their turn")
             attached = AttachedPictures(self, run, data, attachment, loss, memory)
             attached.check_base()
             yield attached

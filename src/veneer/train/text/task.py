@@ -38,7 +38,7 @@ from veneer.models.swap import report_of, without_dropout
 from veneer.models.text.base import load_text
 from veneer.models.text.fast import fast, weights_together
 from veneer.models.text.loss import text_loss
-from veneer.models.text.offload import HostStore, lane_of
+from veneer.models.text.offload import CudaLane, HostStore
 from veneer.ops.transfer import sent
 from veneer.train import loop
 from veneer.train.ahead import Ahead
@@ -222,7 +222,7 @@ class TextTask(Task[TextData, RunResult]):
         if computes_on(self.base).type != "cuda":
             run.note("memory.offload_activations: this device has no other memory, so activations stay where they are")
             return None
-        return HostStore(lane_of(torch.empty(0, device=run.devices.device)))
+        return HostStore(CudaLane(computes_on(self.base)))
 
     def _settled(self, run: Run, data: TextData, report: Report) -> Iterator[tuple[str, Any, str]]:
         """What was `auto` or left open, as it is now, with the reason."""
