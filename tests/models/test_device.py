@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from veneer.models.device import choose_dtype, cpu_quota, thread_count
+from veneer.errors import ResourceError
+from veneer.models.device import check_memory, choose_dtype, cpu_quota, thread_count
+from veneer.train.preflight import free_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -38,6 +40,17 @@ def test_auto_takes_bf16_where_hardware_has_it_and_nothing_is_lost(
     assert ("bfloat16" in reason) or ("float32" in reason)
     assert dtype == torch.float32 or hardware in reason
     assert choose_dtype("float16", CPU, stored) == (torch.float16, "as asked for")
+
+
+def test_what_torch_keeps_on_a_card_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (10, 100))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 50)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 20)
+    card = torch.device("cuda", 0)
+    assert free_memory(card) == 10 + 50 - 20
+    check_memory(Path("base"), 40, torch.float32, card)
+    with pytest.raises(ResourceError, match="memory are free"):
+        check_memory(Path("base"), 41, torch.float32, card)
 
 
 def machine(root: Path, groups: str, files: dict[str, str]) -> Path:

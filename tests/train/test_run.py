@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from veneer.errors import CheckpointError, Interrupted, NoGain, PreflightError
 from veneer.files.safetensors import encode_tensors, read_tensors
 from veneer.ops.choice import follow, own_choices, recorded
+from veneer.ops.cpu.memory import peak_resident
 from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress, write_atomically
 from veneer.train.config.load import config_from
@@ -101,6 +102,22 @@ def test_a_third_task_is_a_whole_run(tmp_path: Path) -> None:
     assert "24 points" in page
     assert "float32" in page
     assert checkpoint.latest(tmp_path / "out" / "checkpoints") == tmp_path / "out" / "checkpoints" / "step-00000012"
+
+
+def test_the_peak_is_of_this_run_and_of_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.ones(75_000_000)  # 300 MB, held before the run alone
+    before = peak_resident()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device=None: 0)
+    reset: list[int] = []
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", reset.append)
+    monkeypatch.setattr("torch.cuda.get_rng_state_all", list)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a card")
+    peak = go(tmp_path / "out").peak_memory_bytes
+    assert 0 < peak < before - 200_000_000
+    assert reset == [0]
 
 
 def test_it_is_stopped_and_goes_on_bit_for_bit(tmp_path: Path) -> None:

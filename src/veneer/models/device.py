@@ -104,12 +104,20 @@ def _bf16_hardware(device: torch.device) -> str:
     return ""
 
 
-def check_memory(path: Path, needs: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ResourceError if fewer than `needs` bytes are free on `device`. `path`: of the base, for the error."""
+def free_on_gpu(device: torch.device) -> int:
+    """Bytes that this process can still take on a CUDA device: what is free there, and what torch's allocator keeps
+    for the next tensors."""
     import torch
 
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
+
+
+def check_memory(path: Path, needs: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ResourceError if fewer than `needs` bytes are free on `device`. `path`: of the base, for the error."""
+
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+        free = free_on_gpu(device)
     elif device.type == "cpu":
         import psutil
 

@@ -41,7 +41,7 @@ from veneer.errors import (
     first_few,
     lacks_memory,
 )
-from veneer.ops.cpu.memory import peak_resident
+from veneer.ops.cpu.memory import forget_peak_resident, peak_resident
 from veneer.ops.cpu.sharing import shared
 from veneer.train.ahead import Ahead
 from veneer.train.checkpoint import Progress, rng_restore, rng_state, seed_all
@@ -453,7 +453,8 @@ def _one_step(loop: _Loop, step: Step, due: bool) -> Stepping[None]:
         Stepped(
             step=number, steps=len(loop.plan.steps), epoch=step.epoch, loss=total / step.counted, learning_rate=rate,
             gradient_norm=norm, tokens=step.tokens, trained_tokens=step.trained, seconds=seconds,
-            memory_bytes=peak_memory_bytes(), extra=Means.total([share.means for share in done]).values(),
+            memory_bytes=peak_memory_bytes(device_of(loop.learner)),
+            extra=Means.total([share.means for share in done]).values(),
         )
     )  # fmt: skip
     loop.learner.end_step(number)
@@ -625,7 +626,7 @@ def probe(learner: Learner, micros: Iterable[Micro], on_event: Listener) -> Prob
         for parameter in learner.parameters.values():
             parameter.grad = None
         rng_restore(before)
-    event = Probed(longest.tokens, longest.rows, time.perf_counter() - began, peak_memory_bytes())
+    event = Probed(longest.tokens, longest.rows, time.perf_counter() - began, peak_memory_bytes(device_of(learner)))
     on_event(event)
     return event
 
@@ -645,11 +646,23 @@ def memory_errors(micro: Micro) -> Iterator[None]:
         ) from error
 
 
-def peak_memory_bytes() -> int:
-    """The most memory the process has held: on CUDA what torch allocated there, else resident memory."""
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held for `device` since `forget_peaks`: what torch allocated on a CUDA
+    device, resident memory for any other."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_resident()
+
+
+def forget_peaks() -> None:
+    """Makes what is held now the peak, for a run that is not the first one of its process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
-    return peak_resident()
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
+    forget_peak_resident()
+
+
+def device_of(learner: Learner) -> torch.device:
+    """Where its parameters are."""
+    return next(iter(learner.parameters.values())).device
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from torch import nn
 from veneer.core.adapter import LoraSpec
 from veneer.core.targets import Target, base_modules, full_modules, target_matches, token_embeddings
 from veneer.errors import PreflightError, counted, gigabytes
+from veneer.models.device import free_on_gpu
 from veneer.plan.pairs import PairForm
 from veneer.train.config.load import RunConfig
 from veneer.train.config.section import HOW_ASKED
@@ -329,7 +330,7 @@ def memory_finding(need: int, free: int, detail: str, *, fix: str, force: bool) 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be taken on the device: what is free, within the container's limit."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return free_on_gpu(device)
     import psutil
 
     free = int(psutil.virtual_memory().available)

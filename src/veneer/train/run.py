@@ -194,6 +194,7 @@ def opened(
         view = ConsoleView(unit=unit) if listener is None else None
         early: list[Event] = []
         random_before = checkpoint.rng_state()
+        loop.forget_peaks()
         try:
             yield Run(config, folder, devices, fan_out(view or listener, early.append), early, **options)
         except Interrupted as error:
@@ -246,7 +247,10 @@ def dry_outcome(run: Run, task: AttachedTask[_R], report: Report) -> _R:
     planned = Progress(len(steps), tokens=sum(n for n, _ in counts), trained_tokens=sum(n for _, n in counts))
     task.begin(planned, run.tell)
     outcome = Outcome(
-        steps=len(steps), peak_memory_bytes=loop.peak_memory_bytes(), dry_run=True, preflight=report.to_dict()
+        steps=len(steps),
+        peak_memory_bytes=loop.peak_memory_bytes(loop.device_of(task)),
+        dry_run=True,
+        preflight=report.to_dict(),
     )
     return task.facts(outcome, planned)
 
@@ -289,7 +293,8 @@ def _finished(run: Run, task: AttachedTask[_R], report: Report, progress: Progre
     devices = run.devices
     kept, validation = _put_kept(run, task, progress, tell)
     outcome = Outcome(
-        steps=progress.step, peak_memory_bytes=loop.peak_memory_bytes(), loss=progress.loss, validation=validation,
+        steps=progress.step, peak_memory_bytes=loop.peak_memory_bytes(loop.device_of(task)),
+        loss=progress.loss, validation=validation,
         validation_before=progress.first_loss, kept_step=kept, stopped=progress.stopped, preflight=report.to_dict(),
     )  # fmt: skip
     result = task.facts(outcome, progress)

@@ -331,5 +331,5 @@ def memory_numbers(
     need = trained + measured * pictures
     return {
         "memory_needed": need, "memory_free": available_memory(config, device), "activations_of_one_picture": measured,
-        "predicted_peak_bytes": max(peak_memory_bytes(), held_memory(device) + need),
+        "predicted_peak_bytes": max(peak_memory_bytes(device), held_memory(device) + need),
     }  # fmt: skip
