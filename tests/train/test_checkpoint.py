@@ -8,12 +8,14 @@ import os
 import random
 import signal
 import subprocess
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from tests.forks import Forked
@@ -245,6 +247,32 @@ def test_a_damaged_checkpoint_is_refused_and_named(file: str, damage: str, tmp_p
             path, parameters=parameters, optimizer=make_optimizer(parameters, learning_rate=0.1), identity={}
         )
     assert "step-00000001" in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["optimizer", "progress", "random"])
+def test_a_checkpoint_that_is_refused_changes_nothing(part: str, tmp_path: Path) -> None:
+    """Whatever of it is refused, and however late that is found."""
+    a = _parameters()
+    optimizer = make_optimizer(a, learning_rate=0.1)
+    _move(a, optimizer, 1)
+    path = _save(tmp_path, 1, a, optimizer=optimizer)
+    state = json.loads((path / "state.json").read_text())
+    if part == "progress":
+        state["progress"]["a field of later versions"] = 1
+    elif part == "random":
+        words = checkpoint.rng_state() | {"python": torch.tensor([99, 1], dtype=torch.int64)}
+        save_file(words, path / "random.safetensors")
+        state["files"]["random.safetensors"] = sha256((path / "random.safetensors").read_bytes()).hexdigest()
+    (path / "state.json").write_text(json.dumps(state))
+    b = _parameters(seed=9)
+    other = make_optimizer(b, name="sgd" if part == "optimizer" else "adamw", learning_rate=0.1)
+    before = {name: p.detach().clone() for name, p in b.items()}
+    drawn = checkpoint.rng_state()
+    with pytest.raises(CheckpointError):
+        checkpoint.restore(path, parameters=b, optimizer=other, identity={})
+    assert all(torch.equal(before[name], p) for name, p in b.items())
+    assert not other.state
+    assert all(torch.equal(value, drawn[name]) for name, value in checkpoint.rng_state().items())
 
 
 def test_other_parameters_are_listed(tmp_path: Path) -> None:

@@ -211,24 +211,37 @@ def restore(
             where=str(path),
             fix="resume with the settings and data that the run began with, or choose a new output directory",
         )
-    _read_into(path, parameters)
-    _optimizer_in(optimizer, parameters, _load(path / "optimizer.safetensors"), state["optimizer"])
-    rng_restore(_load(path / "random.safetensors"))
-    saved = state["progress"]
-    progress = Progress(**{**saved, "recent": [tuple(pair) for pair in saved["recent"]]})
-    here = environment(devices) | dict(beside or {})
-    notes = [
-        f"{key} was {value!r} and is {here.get(key)!r}: the run goes on, but may differ in the last bits"
-        for key, value in ({"devices": 1} | state["environment"]).items()
-        if here.get(key) != value
-    ]
+    tensors = _read_parameters(path, parameters)
+    before = rng_state()
+    try:
+        optimizer_state = _optimizer_state(
+            optimizer, parameters, _load(path / "optimizer.safetensors"), state["optimizer"]
+        )
+        saved = state["progress"]
+        progress = Progress(**{**saved, "recent": [tuple(pair) for pair in saved["recent"]]})
+        here = environment(devices) | dict(beside or {})
+        notes = [
+            f"{key} was {value!r} and is {here.get(key)!r}: the run goes on, but may differ in the last bits"
+            for key, value in ({"devices": 1} | state["environment"]).items()
+            if here.get(key) != value
+        ]
+        rng_restore(_load(path / "random.safetensors"))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        rng_restore(before)
+        raise CheckpointError(
+            f"the checkpoint cannot be restored: {type(error).__name__}: {error}",
+            where=str(path),
+            fix=f"delete {path} and resume from the one before it",
+        ) from error
+    optimizer.load_state_dict(optimizer_state)
+    _put(tensors, parameters)
     return Restored(progress, notes, state.get("choices", {}), state.get("about", {}))
 
 
 def read_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:
     """Puts only the trained parameters of the checkpoint into `parameters`."""
     read_checkpoint(path)
-    _read_into(path, parameters)
+    _put(_read_parameters(path, parameters), parameters)
 
 
 def environment(devices: int = 1) -> dict[str, Any]:
@@ -400,7 +413,8 @@ def _prune(directory: Path, keep: int, newest: int, best_step: int | None) -> No
 # --- optimizer and parameters -----------------------------------------------------------------------------------
 
 
-def _read_into(path: Path, parameters: Mapping[str, Tensor]) -> None:
+def _read_parameters(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The checkpoint's tensors of `parameters`. Raises CheckpointError where names, shapes or dtypes differ."""
     tensors = _load(path / "adapter.safetensors")
     wrong = [f"{name}: not in the run" for name in sorted(tensors.keys() - parameters.keys())]
     wrong += [f"{name}: not in the checkpoint" for name in sorted(parameters.keys() - tensors.keys())]
@@ -414,6 +428,10 @@ def _read_into(path: Path, parameters: Mapping[str, Tensor]) -> None:
             f"the checkpoint's parameters are not the run's:\n{bullets(wrong, None)}",
             where=str(path),
         )
+    return tensors
+
+
+def _put(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -441,12 +459,13 @@ def _optimizer_out(
     return tensors, {"kind": type(optimizer).__name__, "groups": groups, "scalars": scalars}
 
 
-def _optimizer_in(
+def _optimizer_state(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
-) -> None:
+) -> dict[str, Any]:
+    """What `optimizer.load_state_dict` takes. Raises CheckpointError for another optimizer or other groups."""
     by_id = {id(p): name for name, p in parameters.items()}
     here = [[by_id[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     if scalars["kind"] != type(optimizer).__name__ or [g["names"] for g in scalars["groups"]] != here:
@@ -465,7 +484,7 @@ def _optimizer_in(
         groups.append(values | {"params": list(range(at, at + len(names)))})
         at += len(names)
     state = {position[name]: values for name, values in entries.items()}
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return {"state": state, "param_groups": groups}
 
 
 def _differences(saved: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
