@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tests.elsewhere import OnCuda
 from veneer.core import experts
 from veneer.core.experts import AdaptedWeight
 from veneer.ops.lowrank import LowRank
@@ -46,3 +47,27 @@ def test_low_rank_weights_answer_torchs_products(flipped: bool) -> None:
     torch.testing.assert_close(grouped[2:5], flat[2:5] @ dense[2])
     assert not grouped[5:].any()
     torch.testing.assert_close(experts.expert_product(flat, right, offsets), grouped, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_no_expert_are_zero_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's product leaves what was in memory in rows after the last offset, and in their gradients."""
+
+    def product(x: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
+        x, weight, ends = x.as_subclass(Tensor), weight.as_subclass(Tensor), offs.as_subclass(Tensor).tolist()
+        parts = [x[a:b] @ w for a, b, w in zip([0, *ends], ends, weight, strict=False)]
+        return torch.cat([*parts, x[ends[-1] :] @ weight[0] * float("nan")])
+
+    arange = torch.arange
+    monkeypatch.setattr("torch.arange", lambda n, device=None: arange(n))  # that device is not here
+    monkeypatch.setattr("torch.nn.functional.grouped_mm", product, raising=False)
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(6, 16, generator=g).bfloat16(), torch.randn(2, 16, 8, generator=g).bfloat16()
+    offsets = torch.tensor([1, 4])
+    held = x.clone().requires_grad_()
+    y = experts.expert_product(held.as_subclass(OnCuda), weight, offsets).as_subclass(Tensor)
+    assert torch.equal(y, experts.expert_product(x, weight, offsets))
+    assert not y[4:].any()
+    y.float().sum().backward()
+    assert held.grad is not None
+    assert torch.isfinite(held.grad).all()
+    assert not held.grad[4:].any()

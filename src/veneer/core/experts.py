@@ -134,9 +134,12 @@ def _has_grouped(x: Tensor) -> bool:
 
 def _grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """`_by_expert` by the device's own product, whose rows have to begin at multiples of 16 bytes: of 8 values."""
+    # What the device's product gives for rows of no expert, and as their gradient, is whatever was in memory.
+    known = (torch.arange(len(x), device=x.device) < offsets[-1])[:, None]
+    x = torch.where(known, x, 0)
     short, narrow = -x.shape[-1] % 8, -weight.shape[-1] % 8
     if short or narrow:
         x, weight = F.pad(x, (0, short)), F.pad(weight, (0, narrow, 0, short))
     product = getattr(F, "grouped_mm", None) or TORCH("torch._grouped_mm")
     y: Tensor = product(x, weight, offs=offsets.to(torch.int32))
-    return y[:, : y.shape[-1] - narrow] if narrow else y
+    return torch.where(known, y[:, : y.shape[-1] - narrow], 0)
