@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from veneer.errors import ResourceError
-from veneer.models.device import check_memory, choose_dtype, cpu_quota, thread_count
+from veneer.models.device import check_memory, choose_device, choose_dtype, cpu_quota, thread_count
 from veneer.train.preflight import free_memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +40,17 @@ def test_auto_takes_bf16_where_hardware_has_it_and_nothing_is_lost(
     assert ("bfloat16" in reason) or ("float32" in reason)
     assert dtype == torch.float32 or hardware in reason
     assert choose_dtype("float16", CPU, stored) == (torch.float16, "as asked for")
+
+
+def test_a_cuda_device_has_the_number_its_tensors_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [choose_device(name) for name in ("auto", "cuda", "cuda:1")] == [
+        torch.device("cuda", n) for n in (0, 0, 1)
+    ]  # fmt: skip
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    assert choose_device("cuda") == torch.device("cuda", 1)
 
 
 def test_what_torch_keeps_on_a_card_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:

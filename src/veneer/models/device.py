@@ -48,12 +48,13 @@ def check_device_name(device: str, where: str) -> None:
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """The device of that name; for "auto" the first CUDA device, or the CPU if there is none. Raises ConfigError for a
-    device that this machine does not have."""
+    """The device of that name; for "auto" a CUDA device, or the CPU if there is none. A CUDA device has its number, as
+    the tensors on it have: without one it is torch's current device. Raises ConfigError for a device that this machine
+    does not have."""
     import torch
 
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -62,6 +63,8 @@ def choose_device(device: str | torch.device) -> torch.device:
         raise ConfigError(
             f"there is no CUDA device {device!s} ({torch.cuda.device_count()} found)", fix="use device auto or cpu"
         )
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("there is no MPS device", fix="use device auto or cpu")
     return chosen
