@@ -17,12 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.elsewhere import OnMps
 from veneer.errors import Interrupted, PreflightError, ResourceError, TrainingError
 from veneer.train.checkpoint import Progress
 from veneer.train.events import Evaluated, Event, Probed, Saved, Stepped, Stopped
 from veneer.train.loop import (
     LazySteps,
     Learner,
+    Means,
     Micro,
     Score,
     Step,
@@ -356,3 +358,10 @@ def test_steps_are_planned_an_epoch_at_a_time(length: dict[str, int], count: int
     with pytest.raises(IndexError):
         steps[count]
     assert len(LazySteps(lambda epoch: [], **length)) == 0
+
+
+def test_means_need_no_float64_of_the_device() -> None:
+    values = torch.tensor([1.5, 2.0, -0.25])
+    means = Means()
+    means.add(margin=values.as_subclass(OnMps), share=(values > 0).as_subclass(OnMps))
+    assert means.values() == {"margin": 3.25 / 3, "share": 2 / 3}

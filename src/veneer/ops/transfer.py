@@ -42,6 +42,11 @@ def put_numbers(device: torch.device, *lists: Sequence[int]) -> list[Tensor]:
     return list(sent(torch.tensor(flat, dtype=torch.int64), device).split([len(each) for each in lists]))
 
 
+def in_float64(tensor: Tensor) -> Tensor:
+    """A tensor in float64, with its gradient: on its own device, or on the CPU if that has no float64 (MPS)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def pinned(tensor: Tensor) -> Tensor:
     """A tensor of the CPU in memory from which a GPU copies by itself; as it is where torch can use no GPU."""
     return tensor.pin_memory() if torch.cuda.is_available() else tensor

@@ -43,6 +43,7 @@ from veneer.errors import (
 )
 from veneer.ops.cpu.memory import forget_peak_resident, peak_resident
 from veneer.ops.cpu.sharing import shared
+from veneer.ops.transfer import in_float64
 from veneer.train.ahead import Ahead
 from veneer.train.checkpoint import Progress, rng_restore, rng_state, seed_all
 from veneer.train.devices import ALONE, Devices
@@ -196,7 +197,7 @@ class Means:
     def add(self, **values: Tensor) -> None:
         for name, value in values.items():
             if value.numel():
-                self.sums[name] = self.sums.get(name, 0.0) + float(value.detach().double().sum())
+                self.sums[name] = self.sums.get(name, 0.0) + float(in_float64(value.detach()).sum())
                 self.counts[name] = self.counts.get(name, 0) + value.numel()
 
     def values(self) -> dict[str, float]:

@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.elsewhere import OnMps
+from veneer.ops.transfer import in_float64
+from veneer.train.text.gap import Gap
 from veneer.train.text.policy_losses import (
     advantages,
     clipped,
@@ -176,3 +179,18 @@ def test_what_the_likeliest_tokens_say_of_a_divergence_has_the_rest_as_one() -> 
     assert x.grad is not None
     assert y.grad is not None
     assert torch.allclose(x.grad, y.grad, atol=1e-12)
+
+
+def test_the_gap_needs_no_float64_of_the_device() -> None:
+    gap = Gap()
+    gap.add(torch.tensor([-1.0, -2.0]).as_subclass(OnMps), torch.tensor([-1.0, -2.5], dtype=torch.float64))
+    assert (gap.worst, gap.seen.sums["gap_mean"], gap.seen.sums["gap_share"]) == (0.5, 0.5, 1.0)
+
+
+def test_float64_on_the_cpu_leads_gradients_back() -> None:
+    x = torch.tensor([0.1, 0.2], requires_grad=True)
+    wide = in_float64(x.as_subclass(OnMps))
+    assert (wide.dtype, wide.device.type) == (torch.float64, "cpu")
+    wide.square().sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, 2 * x.detach())

@@ -31,7 +31,7 @@ from veneer.ops.cpu import memory
 from veneer.ops.linear import LinearMap, linear, split_map
 from veneer.ops.mlp import gated_mlp, geglu, gelu_tanh, swiglu
 from veneer.ops.norms import norm_silu
-from veneer.ops.transfer import made_up
+from veneer.ops.transfer import in_float64, made_up
 
 
 class DenoiserReport(FastReport):
@@ -85,7 +85,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or not torch.isfinite(b).all():
         return False
     dim = 1 if a.ndim == 4 else -1
-    wide_a, wide_b = (t.double().movedim(dim, -1).flatten(0, -2) for t in (a, b))
+    wide_a, wide_b = (in_float64(t).movedim(dim, -1).flatten(0, -2) for t in (a, b))
     tolerance = (30 if a.dtype == torch.float32 else 12) * torch.finfo(a.dtype).eps
     tiny = torch.finfo(a.dtype).tiny
     off, size = wide_a - wide_b, wide_b.norm() / max(wide_b.numel(), 1) ** 0.5

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.core.targets import base_of
+from veneer.ops.transfer import in_float64
 
 LENGTHS = (21, 9, 2)
 """Tokens of the probe's rows: past a short window, past it by one, and the shortest that has a loss."""
@@ -120,7 +121,7 @@ class OwnForward:
 def near_rows(got: Tensor, wanted: Tensor, eps: float) -> bool:
     """Whether each row is what rounding leaves of the other, ‖got − wanted‖ ≤ 16·eps·‖wanted‖: a product of another
     number of rows adds up otherwise. `eps`: of the dtype in which both were computed."""
-    got, wanted = got.double(), wanted.double()
+    got, wanted = in_float64(got), in_float64(wanted)
     return bool(((got - wanted).norm(dim=-1) <= 16 * eps * wanted.norm(dim=-1)).all())
 
 
@@ -186,9 +187,9 @@ def norm_of(module: nn.Module) -> float:
         own = weight.detach()
         scale, _ = norm_parts(module, plus)
         x = x.to(own.device, own.dtype)
-        y = module(x)
-        normed = x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
-        if y.dtype != x.dtype or not _close(y, scale.double() * normed, 4 * torch.finfo(own.dtype).eps):
+        y, wide = module(x), in_float64(x)
+        normed = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()
+        if y.dtype != x.dtype or not _close(y, in_float64(scale) * normed, 4 * torch.finfo(own.dtype).eps):
             raise OtherKind(f"in {own.dtype} its result differs")
     return plus
 
@@ -201,7 +202,7 @@ def _called_with(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Each element within `tolerance` of its own size."""
-    a, b = a.double(), b.double()
+    a, b = in_float64(a), in_float64(b)
     return a.shape == b.shape and bool(((a - b).abs() <= tolerance * b.abs() + 1e-30).all())
 
 

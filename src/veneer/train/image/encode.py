@@ -30,7 +30,7 @@ from veneer.models.image.predict import (
     predict,
     reference_size,
 )
-from veneer.ops.transfer import sent
+from veneer.ops.transfer import in_float64, sent
 from veneer.train.devices import ALONE, Devices
 from veneer.train.image.batches import ImageBatch, PlannedRow
 from veneer.train.image.cache import CacheEntry, LatentCache, TextCache
@@ -262,7 +262,7 @@ class ImageLoss:
             told: dict[str, Any] = {"guidance": self.guidance, "sizes": sizes, "references": references}
             predicted = predict(base, noisy, sent(time[None], base.device), text, **told)
             found.append(torch.cat([row_losses(predicted, target), row_losses(torch.zeros_like(target), target)]))
-        error, zero = torch.stack(found).double().mean(0).tolist()
+        error, zero = in_float64(torch.stack(found)).mean(0).tolist()
         return error, zero
 
     @torch.no_grad()
@@ -285,7 +285,7 @@ class ImageLoss:
                     return None
                 fixed = [generator("validation", *row.key, k) for row in group]
                 noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=g) for g in fixed])
-                sums[k] += float(self.row_errors(batch, noise, time.expand(len(group))).double().sum())
+                sums[k] += float(in_float64(self.row_errors(batch, noise, time.expand(len(group)))).sum())
         extra = {f"loss at {time:g}": s / max(1, count) for time, s in zip(times.tolist(), sums.tolist(), strict=True)}
         return Score(float(sums.mean()), count, count, extra, likelihood=False)
 

@@ -35,7 +35,7 @@ from veneer.errors import MismatchError, TrainingError, bullets, counted
 from veneer.models.swap import without_dropout
 from veneer.models.text.base import load_text
 from veneer.models.text.loss import compared_logits, head_logits, hidden_at, of_logits, token_logps
-from veneer.ops.transfer import sent
+from veneer.ops.transfer import in_float64, sent
 from veneer.train.config.section import BASE_MODEL
 from veneer.train.loop import Means, Score, Step
 from veneer.train.text.batches import Batch, collate
@@ -291,7 +291,7 @@ class Distillation:
         kl, logps = self._compared(batch)
         self.seen.add(teacher_kl=kl.detach())
         if batch.old is not None:
-            self.gap.add(logps.double(), batch.old.to(logps.device))
+            self.gap.add(logps, batch.old)
         return (per_token(batch.factors.to(kl), batch.answers) * kl).sum()
 
     def _compared(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
@@ -328,7 +328,7 @@ class Distillation:
             theirs = torch.zeros_like(logps) if batch.reference is None else batch.reference.to(logps)
             return drawn_divergence(logps, theirs), logps.detach()
         named, theirs = batch.likeliest or (said[:, None], torch.zeros(len(said), 1))
-        named, theirs = named.to(ids.device), theirs.to(ids.device)
+        named = named.to(ids.device)
 
         def compare(ours: Tensor, part: slice) -> Tensor:
             kl = likeliest_divergence(ours, named[part], theirs[part].to(ours))
@@ -372,7 +372,7 @@ class Distillation:
                 return None
             batch = _batch([answers[i] for i in group], torch.ones(len(group)))
             with torch.no_grad(), without_dropout(self.base.model):
-                total += float(self._compared(batch)[0].double().sum())
+                total += float(in_float64(self._compared(batch)[0]).sum())
         told = ("cut_share", "answer_tokens", "teacher_long", "teacher_failed")
         extra = {key: figures[key] for key in told if key in figures}
         return Score(total / tokens * len(answers), tokens, len(answers), extra, likelihood=False, units=len(answers))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from veneer.errors import TrainingError
+from veneer.ops.transfer import in_float64
 from veneer.train.loop import Means
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ class Gap:
     worst: float = 0.0
 
     def add(self, trainer: Tensor, sampler: Tensor) -> None:
-        """Log-probabilities of the same tokens, float64."""
-        gap = (trainer.detach() - sampler).abs()
+        """Log-probabilities of the same tokens, on any devices; the sampler's in float64."""
+        own = in_float64(trainer.detach())
+        gap = (own - sampler.to(own.device)).abs()
         self.worst = max(self.worst, float(gap.max()))
         self.seen.add(gap_mean=gap, gap_share=gap.expm1() > _BEYOND)
 

@@ -44,7 +44,7 @@ from veneer.models.swap import without_dropout
 from veneer.models.text.loss import token_logps
 from veneer.models.text.replay import replayed_logps
 from veneer.ops.attention import SharedRows
-from veneer.ops.transfer import sent
+from veneer.ops.transfer import in_float64, sent
 from veneer.train.loop import Means, Score, Step
 from veneer.train.rewards.reward import Answer, Judged, Rewards, reward_findings
 from veneer.train.text.batches import Batch
@@ -235,7 +235,7 @@ class Reinforcement:
         """The gap of the first micro-batch of answers, under the adapter that they were drawn from."""
         drawn = [answers[i].rollout for i in shared_groups([a.size for a in answers], self.config)[0]]
         old, gap = torch.tensor([x for rollout in drawn for x in rollout.logps], dtype=torch.float64), Gap()
-        gap.add(self._logps_under(name, drawn).double(), old.to(self.base.device))
+        gap.add(self._logps_under(name, drawn), old)
         return gap.checked(self.settings, self._gap_fix).values()
 
     def _held(
@@ -295,7 +295,7 @@ class Reinforcement:
     def loss(self, batch: PolicyBatch) -> Tensor:
         """Σ over the batch's answers; the loop divides by their number."""
         s = self.settings
-        logps = self._policy(batch).double()
+        logps = in_float64(self._policy(batch))
         old = logps.detach() if batch.old is None else batch.old.to(logps)
         worth = per_token(batch.worth.to(logps.device), batch.answers)
         ratios = policy_ratios(logps, old, batch.answers, level=s.ratio or "token")
