@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -25,13 +26,32 @@ _settings: list[dict[int, int]] = []
 _settings_lock = threading.Lock()
 
 
+_SET_BY_USERS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
+
+
+def _c_function(name: str) -> Any:
+    """A function of the C library that this process runs on; None if it has none of that name, as on Windows, where
+    the process's own symbols cannot be opened either."""
+    try:
+        return getattr(ctypes.CDLL(None), name, None)
+    except (OSError, TypeError):
+        return None
+
+
+def give_back() -> None:
+    """Gives freed memory back to the system, if the C library can do that."""
+    if (trim := _c_function("malloc_trim")) is not None:
+        trim(0)
+
+
 @contextmanager
 def _allocator(setting: dict[int, int]) -> Iterator[None]:
-    """glibc's malloc set so for the length of a with-block, in which another may lie: the latest still open holds. Does
-    nothing where the C library has no mallopt."""
-    libc = ctypes.CDLL(None)
-    mallopt, trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)
-    if mallopt is None or trim is None:
+    """Sets glibc's malloc for the length of a with-block, in which another may lie: the latest still open holds. malloc
+    is the whole process's, so nothing is set if the environment sets it (MALLOC_…, GLIBC_TUNABLES), nor where the C
+    library has no mallopt."""
+    mallopt, trim = _c_function("mallopt"), _c_function("malloc_trim")
+    said = any(name in os.environ for name in _SET_BY_USERS) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if mallopt is None or trim is None or said:
         yield
         return
 
@@ -120,11 +140,11 @@ def page_out(tensor: Tensor) -> None:
     content: a page that is touched again is read again. Does nothing off Linux, or on a device."""
     if sys.platform != "linux" or tensor.device.type != "cpu":
         return
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "madvise"):
+    madvise = _c_function("madvise")
+    if madvise is None:
         return
     page = os.sysconf("SC_PAGE_SIZE")
     first = -(-tensor.data_ptr() // page) * page
     last = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
     if last > first:
-        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(_MADV_PAGEOUT))
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(_MADV_PAGEOUT))

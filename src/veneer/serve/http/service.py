@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.requests import Request as HttpRequest
 
 from veneer.errors import VeneerError
+from veneer.ops.cpu.memory import give_back
 from veneer.serve.access import ModelCard, Tenancy
 from veneer.serve.engine.admission import Admission, AdmittedRequest
 from veneer.serve.http.errors import as_refused, log, message_of
@@ -72,14 +71,7 @@ class Service:
 
     def _tidy(self) -> None:
         self._tidies = False
-        asyncio.get_running_loop().run_in_executor(None, _trim)
-
-
-def _trim() -> None:
-    """Freed memory goes back to the system, where the C library can do that."""
-    with suppress(OSError):
-        if (give := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-            give(0)
+        asyncio.get_running_loop().run_in_executor(None, give_back)
 
 
 # -- of one request ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,42 @@
+"""Memory of the process where the C library is another, or where somebody else has set it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from veneer.ops.cpu import memory
+
+
+def test_nothing_of_it_needs_a_c_library_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows: the symbols of the process itself cannot be opened."""
+
+    def refused(name: Any) -> Any:
+        raise TypeError("bad argument type for built-in operation")
+
+    monkeypatch.setattr(ctypes, "CDLL", refused)
+    with memory.kept_memory(), memory.returned_memory():
+        assert torch.ones(3).sum() == 3
+    memory.page_out(torch.ones(1 << 16))
+    memory.give_back()
+
+
+@pytest.mark.parametrize("name", ["MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"])
+def test_an_allocator_that_somebody_set_stays_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+
+    class Library:
+        mallopt: Callable[..., Any] = staticmethod(lambda option, value: called.append(option))
+        malloc_trim: Callable[..., Any] = staticmethod(lambda pad: None)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
+    with memory.kept_memory():
+        assert called
+    called.clear()
+    monkeypatch.setenv(name, "glibc.malloc.arena_max=1")
+    with memory.kept_memory():
+        assert not called
