@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -46,7 +46,7 @@ def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrain
 
     if keep:
         return _kept(file, dtype)
-    with loading(), _no_progress_bar(), fast_headers():
+    with fast_headers():
         model = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
@@ -138,19 +138,6 @@ def _dequantised(processor: Any, tensors: list[Any], shape: tuple[int, ...], whe
     return made.view(shape)
 
 
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers draws one here with tqdm itself, which its own switch for progress bars does not reach."""
-    from transformers import modeling_gguf_pytorch_utils as reader
-
-    drawn: Any = getattr(reader, "tqdm", None)
-    reader.tqdm = lambda items, **_: items
-    try:
-        yield
-    finally:
-        reader.tqdm = drawn
-
-
 # -- what transformers reads a file by -------------------------------------------------------------------------------
 
 
@@ -237,34 +224,38 @@ def _mapped(path: str) -> np.ndarray:
     return np.memmap(path, mode="r", dtype=np.uint8).view(np.ndarray)
 
 
-_lock = threading.RLock()
-_dequantize, _reader = gguf.dequantize, gguf.GGUFReader
+_dequantize = gguf.dequantize
 
 
 @contextmanager
 def fast_headers(*, vocabulary: bool = False) -> Iterator[None]:
-    """transformers takes these from gguf and its own modules whenever it reads a file. Ours give the same, and other
-    threads get gguf's own reader meanwhile, since what is left out of ours they may need. `vocabulary`: for reading a
-    tokenizer."""
-    me, names = threading.get_ident(), lru_cache(2)(gguf.get_tensor_name_map)  # asked for each module of a model
-
-    def reader(path: str) -> Any:
-        return GgufReader(path, long_arrays=False) if threading.get_ident() == me else _reader(path)
-
-    swaps: list[tuple[Any, str, Any]] = [
-        (gguf, "GGUFReader", reader),
-        (gguf, "dequantize", dequantise),
-        (gguf, "get_tensor_name_map", names),
-    ]
-    for name, ours in _OF_A_VOCABULARY.items() if vocabulary else ():
-        TRANSFORMERS(name)  # says so where there is none
-        module, _, last = name.rpartition(".")
-        swaps.append((importlib.import_module(module), last, ours))
-    with _lock, ExitStack() as undo:
-        for holder, name, ours in swaps:
-            undo.callback(setattr, holder, name, getattr(holder, name))
-            setattr(holder, name, ours)
+    """transformers takes these from gguf and its own modules whenever it reads a file. Ours give the same and are this
+    thread's alone: others get what was there, and other loads wait (`loading`). `vocabulary`: for reading a tokenizer.
+    """
+    with loading(), ExitStack() as undo:
+        ours = {
+            "gguf.GGUFReader": partial(GgufReader, long_arrays=False),
+            "gguf.dequantize": dequantise,
+            "gguf.get_tensor_name_map": lru_cache(2)(gguf.get_tensor_name_map),  # asked for each module of a model
+            # drawn with tqdm itself, which transformers' own switch for progress bars does not reach
+            "transformers.modeling_gguf_pytorch_utils.tqdm": lambda items, **_: items,
+            **(_OF_A_VOCABULARY if vocabulary else {}),
+        }
+        for name, function in ours.items():
+            if name.startswith("transformers."):
+                TRANSFORMERS(name)  # says so where there is none
+            module, _, last = name.rpartition(".")
+            holder = importlib.import_module(module)
+            theirs = getattr(holder, last)
+            undo.callback(setattr, holder, last, theirs)
+            setattr(holder, last, _for_this_thread(function, theirs))
         yield
+
+
+def _for_this_thread(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """`ours` in the thread that asks now, `theirs` in every other."""
+    me = threading.get_ident()
+    return lambda *args, **named: (ours if threading.get_ident() == me else theirs)(*args, **named)
 
 
 _OF_A_VOCABULARY = {
