@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy as copying
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +229,16 @@ def test_a_controlnet_moves_the_picture_and_two_add_up(family: str, bases: Path,
     two = draw(both, **{name: [sketch, sketch]}, controlnet_conditioning_scale=[1.0, 1.0], **more)
     assert torch.allclose(one, on, atol=1e-5)
     assert (two - on).abs().max() > 1e-3
+
+
+def test_pipelines_of_many_controlnets_do_not_pile_up(bases: Path) -> None:
+    base = load_image(str(tiny_image_base(bases, "sdxl")))
+    plain, control = pipeline(base), load_control(tiny_control(bases, "sdxl"), base)
+    made = [weakref.ref(pipeline(base, controls=[copying.deepcopy(control)])) for _ in range(8)]
+    gc.collect()
+    assert 1 <= sum(pipe() is not None for pipe in made) <= 4
+    assert made[-1]() is not None
+    assert pipeline(base) is plain
 
 
 def test_a_controlnet_of_another_family_is_refused_by_name(bases: Path, load: Any) -> None:

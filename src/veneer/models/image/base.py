@@ -279,7 +279,8 @@ def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsi
 
 
 def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_ControlNet] = ()) -> Any:
-    """diffusers' pipeline of that kind over the base's parts, made once for each kind and list of ControlNets.
+    """diffusers' pipeline of that kind over the base's parts, made once for each kind; with ControlNets the last few
+    lists of them are kept, and what they hold.
 
     Nothing is copied: an adapter attached to `base.model` acts in every pipeline. They also share one
     scheduler; set `pipe.scheduler` to use another. Raises BaseError if diffusers has no such pipeline for the family,
@@ -288,6 +289,7 @@ def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_C
 
     key = "|".join([kind, *(str(id(c)) for c in controls)])
     if key in base._made:
+        base._made[key] = base._made.pop(key)  # the last one asked for stands last
         return base._made[key]
     table = base.row.controlled if controls else base.pipelines
     if kind not in table:
@@ -311,7 +313,14 @@ def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_C
         made = cls(**_arguments(cls, {**parts, **base.settings, **base.row.settings}))
     made.set_progress_bar_config(disable=True)
     base._made[key] = made
+    controlled = [key for key in base._made if "|" in key]
+    for old in controlled[:-_CONTROLLED_KEPT]:
+        del base._made[old]
     return made
+
+
+_CONTROLLED_KEPT = 4
+"""Pipelines with ControlNets that are kept: each holds its ControlNets."""
 
 
 def _arguments(cls: type, given: dict[str, Any]) -> dict[str, Any]:
