@@ -3,8 +3,8 @@
     fingerprint = sha256( config fields that shape the model  ‖  name, dtype, shape, sha256(bytes) of every weight )
 
 Tensors go in by name, so resharding a base, saving it again or editing its card leaves the fingerprint alone; a changed
-weight or a changed rope base does not. Field names that transformers adds or writes at their defaults do not count, nor
-do token ids and other settings of generation.
+weight or a changed rope base does not. Fields at their defaults do not count, whatever the installed transformers has
+for a default (see architecture), nor do token ids and other settings of generation.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.files.atomic import replace_file
 from veneer.files.weights import StoredTensor, digests, tensor_table
+from veneer.models.architecture import NOT_SHAPE, plain_value, usual_fields
 from veneer.models.home import veneer_home
 
 if TYPE_CHECKING:
@@ -25,18 +26,6 @@ if TYPE_CHECKING:
 
 _CACHE = ".veneer-fingerprint.json"
 _VERSION = 1
-
-# What a config holds besides the model's shape: provenance, storage, generation, heads for other tasks, training.
-_NOT_SHAPE = {
-    "_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_model_name_or_path", "_name_or_path",
-    "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward",
-    "decoder_start_token_id", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task", "forced_eos_token_id",
-    "gradient_checkpointing", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
-    "keys_to_ignore_at_inference", "label2id", "language", "output_attentions", "output_hidden_states",
-    "output_router_logits", "pad_token_id", "prefix", "pretraining_tp", "problem_type", "resid_pdrop",
-    "return_dict", "router_aux_loss_coef", "router_jitter_noise", "sep_token_id", "task_specific_params",
-    "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
-}  # fmt: skip
 
 
 def fingerprint(base: Path, config: PreTrainedConfig, table: list[StoredTensor] | None = None) -> str:
@@ -88,15 +77,15 @@ def file_sha256(file: Path) -> str:
 
 
 def shaping_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of a config that decide what the model computes, without those at their class's default.
+    """The fields of a config that decide what the model computes, without those at their defaults (see architecture).
 
     Numbers are rounded to six digits, because a GGUF stores 1e-5 as the nearest float32."""
     mine = config.to_dict()
     try:
-        default: Mapping[str, Any] = type(config)().to_dict()
-    except Exception:  # a config class that needs arguments: every field counts
-        default = {}
-    fields = _differing(mine, default)
+        installed: Mapping[str, Any] = type(config)().to_dict()
+    except Exception:  # a config class that needs arguments has no defaults
+        installed = {}
+    fields = _differing(mine, usual_fields(config.model_type, installed))
     fields["model_type"] = config.model_type
     return fields
 
@@ -104,9 +93,9 @@ def shaping_fields(config: PreTrainedConfig) -> dict[str, Any]:
 def _differing(mine: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
     out = {}
     for name, value in mine.items():
-        if name in _NOT_SHAPE or (name == "quantization_config" and _is_gguf(value)):
+        if name in NOT_SHAPE or (name == "quantization_config" and _is_gguf(value)):
             continue
-        value, usual = _plain(value), _plain(default.get(name))
+        value, usual = plain_value(value), plain_value(default.get(name))
         if isinstance(value, dict) and isinstance(usual, dict):
             value = _differing(value, usual) or usual
         if value != usual:
@@ -116,17 +105,6 @@ def _differing(mine: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str,
 
 def _is_gguf(value: Any) -> bool:
     return isinstance(value, dict) and value.get("quant_method") == "gguf"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items() if str(k) not in _NOT_SHAPE}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float):
-        rounded = float(f"{value:.6g}")
-        return int(rounded) if rounded.is_integer() else rounded
-    return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 
 def _cached_digests(table: list[StoredTensor], places: list[Path]) -> list[str]:

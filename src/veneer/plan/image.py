@@ -98,7 +98,7 @@ class ImageCounts:
     blocks: list[int] = field(default_factory=list)
     _learned: bool = field(default=False, repr=False)
     _before: float = field(default=0.0, repr=False)
-    _parameters: int = field(default=0, repr=False)
+    _counted: int = field(default=0, repr=False)
 
     def keep(self, values: float) -> None:
         if self._learned:
@@ -156,12 +156,12 @@ class ImageCounts:
         return self._learned
 
     def starts_block(self) -> None:
-        self._before, self._parameters = self.kept, self.parameters
+        self._before, self._counted = self.kept, self.parameters
 
     def ends_block(self, entry: float) -> None:
         """`entry`: values that recomputing keeps of this block."""
         self.block = max(self.block, self.kept - self._before)
-        self.blocks.append(self.parameters - self._parameters)
+        self.blocks.append(self.parameters - self._counted)
         if self._learned:
             self.inputs += entry
 

@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from veneer.errors import BaseError, MissingExtraError, bullets, first_few, lacks_memory
 from veneer.files.weights import COMPONENT_STEMS, StoredTensor, component_files, file_table, stored_dtype
+from veneer.models.architecture import usual_fields
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.config import LOADED_BYTES
 from veneer.models.device import check_memory, choose_device, choose_dtype
@@ -303,7 +304,8 @@ def _fields_of(part: Any) -> dict[str, Any]:
     if isinstance(part.config, PreTrainedConfig):
         found = shaping_fields(part.config)
     else:
-        usual = {n: p.default for n, p in inspect.signature(type(part).__init__).parameters.items()}
+        installed = {n: p.default for n, p in inspect.signature(type(part).__init__).parameters.items()}
+        usual = usual_fields(type(part).__name__, installed)
         found = {
             n: v for n, v in part.config.items() if not n.startswith("_") and _plain(v) != _plain(usual.get(n))
         }  # fmt: skip

@@ -1,0 +1,40 @@
+"""Defaults of architecture fields are those written down, whatever the installed libraries have."""
+
+from __future__ import annotations
+
+from transformers import LlamaConfig, Mistral3Config
+
+from veneer.models.architecture import usual_fields
+from veneer.models.fingerprint import shaping_fields
+
+
+class LaterLlama(LlamaConfig):
+    """As a later transformers could have it: another default, and a field more."""
+
+    rms_norm_eps: float = 1e-5
+    head_gain: float = 2.0
+
+
+def test_a_changed_default_changes_no_fingerprint() -> None:
+    said = {"hidden_size": 64, "num_attention_heads": 4, "rms_norm_eps": 1e-6}
+    assert LaterLlama().rms_norm_eps == 1e-5
+    fields = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+    assert shaping_fields(LlamaConfig(**said)) == shaping_fields(LaterLlama(**said))
+    assert shaping_fields(LaterLlama(**said)) == fields | {"model_type": "llama"}
+    assert shaping_fields(LaterLlama(**said | {"rms_norm_eps": 1e-5}))["rms_norm_eps"] == 1e-5
+    assert shaping_fields(LaterLlama(**said, head_gain=3.0))["head_gain"] == 3
+
+
+def test_fields_and_kinds_that_are_not_written_down_have_the_installed_defaults() -> None:
+    later = {"latent_channels": 99, "later": 5}
+    assert usual_fields("AutoencoderKL", later)["latent_channels"] == 4
+    assert usual_fields("AutoencoderKL", later)["later"] == 5
+    assert usual_fields("a kind of tomorrow", later) == later
+
+
+def test_a_config_in_a_config_keeps_its_written_defaults() -> None:
+    installed = Mistral3Config().to_dict()
+    text = installed["text_config"]
+    changed = installed | {"text_config": text | {"hidden_size": text["hidden_size"] + 1, "later": 5}}
+    usual = usual_fields("mistral3", changed)["text_config"]
+    assert (usual["hidden_size"], usual["later"]) == (text["hidden_size"], 5)
