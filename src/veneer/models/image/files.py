@@ -471,7 +471,8 @@ def _state_of(path: Path, table: list[StoredTensor], dtype: torch.dtype) -> dict
     from safetensors.torch import load_file
 
     if not scaled_weights(table):
-        return load_file(path)
+        plain: dict[str, Tensor] = load_file(path)
+        return plain
     state = {name: lazy[...] for name, lazy in lazy_state(table).items()}
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
 

@@ -233,13 +233,13 @@ def fast_headers(*, vocabulary: bool = False) -> Iterator[None]:
     thread's alone: others get what was there, and other loads wait (`loading`). `vocabulary`: for reading a tokenizer.
     """
     with loading(), ExitStack() as undo:
-        ours = {
+        ours: dict[str, Callable[..., Any]] = {
             "gguf.GGUFReader": partial(GgufReader, long_arrays=False),
             "gguf.dequantize": dequantise,
             "gguf.get_tensor_name_map": lru_cache(2)(gguf.get_tensor_name_map),  # asked for each module of a model
             # drawn with tqdm itself, which transformers' own switch for progress bars does not reach
             "transformers.modeling_gguf_pytorch_utils.tqdm": lambda items, **_: items,
-            **(_OF_A_VOCABULARY if vocabulary else {}),
+            **(_OF_A_VOCABULARY if vocabulary else dict[str, Callable[..., Any]]()),
         }
         for name, function in ours.items():
             if name.startswith("transformers."):
@@ -258,7 +258,7 @@ def _for_this_thread(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Ca
     return lambda *args, **named: (ours if threading.get_ident() == me else theirs)(*args, **named)
 
 
-_OF_A_VOCABULARY = {
+_OF_A_VOCABULARY: dict[str, Callable[..., Any]] = {
     "transformers.integrations.gguf.gguf_tokenizer_mapping.generate_merges": merges_of,
     "transformers.integrations.gguf.reader._mapped": _mapped,  # slices of a memmap are slow
 }
