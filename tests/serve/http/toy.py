@@ -113,7 +113,7 @@ class ToyEngine(Engine[Request, EngineEvent]):
 
     async def _tokens(self, request: Request, last: str) -> AsyncIterator[EngineEvent]:
         s, tokenizer = request.sampling, self.text.tokenizer
-        answer = rule(request.mix, last) if s.grammar is None else fitting(*s.grammar)
+        answer = rule(request.mix, last) if s.grammar is None or "SAY:" in last else fitting(*s.grammar)
         if s.temperature > 0 and s.seed is not None and "SEED" in last:
             answer += f" seed {s.seed}"
         cut = min((at for stop in s.stop if (at := answer.find(stop)) >= 0), default=None)

@@ -75,7 +75,9 @@ SCORE = {
     ("reply", "value", "error"),
     [
         (Reply('{"steps": [], "result": 7.5}'), 7.5, None), (Reply('```json\n{"result": 3}\n```'), 3, None),
-        (Reply("It is 4"), 4, None), (Reply("11"), None, "model_grader_parse_error"),
+        (Reply("It is 4"), 4, None), (Reply("2/10"), 2, None), (Reply("11"), None, "model_grader_parse_error"),
+        (Reply("1, not a 10"), None, "model_grader_parse_error"),
+        (Reply('{"result": 4}', cut=True), None, "model_grader_parse_error"),
         (Reply("none"), None, "model_grader_parse_error"),
         (Reply(error="no", refused=True), None, "model_grader_refusal_error"),
         (Reply(error="broken"), None, "model_grader_server_error"),
@@ -93,6 +95,8 @@ def test_score_model(reply: Reply, value: float | None, error: str | None) -> No
     assert list(found.errors) == ([error] if error else [])
     assert "Rate this for taste" in asked[0].messages[-1]["content"]
     assert "from 0 to 10" in asked[0].messages[0]["content"]
+    assert asked[0].form is not None
+    assert asked[0].form["properties"]["result"] == {"type": "number", "minimum": 0, "maximum": 10}
 
 
 def test_score_model_needs_somebody_to_ask() -> None:

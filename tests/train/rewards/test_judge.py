@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from veneer.errors import ConfigError, UnavailableError
 from veneer.train.config.rewards import JudgeReward
@@ -62,10 +63,10 @@ def serving(says: Says) -> Iterator[Server]:
             thread.join()
 
 
-def completion(text: str | None, refusal: str | None = None) -> tuple[int, Any]:
+def completion(text: str | None, refusal: str | None = None, end: str = "stop") -> tuple[int, Any]:
     message = {"role": "assistant", "content": text, "refusal": refusal}
     return 200, {
-        "choices": [{"message": message}],
+        "choices": [{"message": message, "finish_reason": end}],
         "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7},
     }
 
@@ -78,14 +79,76 @@ def judged(server: Server | None, *texts: str, ask: Any = None, **more: Any) -> 
         return rewards.judge(answers).scores["judge"]
 
 
-def test_the_last_number_is_scaled() -> None:
-    replies = {"a": "7", "b": "I would say 3, no: 8.5.", "c": "0", "d": "10/10? No, 2", "e": "Score: **4**"}
-    with serving(lambda body, n: completion(replies[body["messages"][-1]["content"][-1]])) as server:
+def test_the_json_that_a_judge_is_asked_for_is_scaled() -> None:
+    replies = {"a": '{"steps": ["2 of 4 facts"], "result": 7}', "b": '```json\n{"steps": [], "result": 2.5}\n```'}
+    with serving(lambda body, n: completion(replies[body["messages"][-1]["content"][6]])) as server:
         scores = judged(server, *replies, model="wise", at_once=2)
-    assert [s.value for s in scores] == [0.7, 0.85, 0, 0.2, 0.4]
+    assert [s.value for s in scores] == [0.7, 0.25]
     assert {body["model"] for body in server.asked} == {"wise"}
     assert {body["temperature"] for body in server.asked} == {0}
-    assert sorted(body["messages"][0]["content"] for body in server.asked) == [f"Good? {text}" for text in replies]
+    texts = sorted(body["messages"][0]["content"] for body in server.asked)
+    assert [text.partition("\n\n")[0] for text in texts] == [f"Good? {text}" for text in replies]
+    assert all("JSON object" in text and "from 0 to 10" in text for text in texts)
+    form = server.asked[0]["response_format"]["json_schema"]["schema"]
+    for result, allowed in ((7, True), (2.5, True), (10, True), (11, False), ("7/10", False)):
+        assert Draft202012Validator(form).is_valid({"steps": [], "result": result}) == allowed
+
+
+@pytest.mark.parametrize(
+    ("said", "value"),
+    [
+        ("7", 0.7), ("Score: **4**", 0.4), ("0", 0), ("2/10", 0.2), ("**3** / 10.", 0.3), ("3 out of 10", 0.3),
+        ("8 of 10", 0.8), ("7, that is 7.0 of 10", 0.7), ('{"score": 6}', 0.6), ('{"result": "2/10"}', 0.2),
+        ("I would say 3, no: 8.5.", None), ("10/10? No, 2", None), ("from 0 to 10 this is a 1, not a 10", None),
+        ("4/5", None), ("80%", None), ("-1", None), ("\u22123", None), ('{"result": 3} or {"result": 8}', None),
+        ('{"steps": ["5 facts"], "result": null}', None), ('{"result": NaN}', None), ('{"result": true}', None),
+        ('{"result": 1' + "0" * 400 + "}", None), ("1,5", None), ("fine", None),
+    ],
+)  # fmt: skip
+def test_one_number_is_a_score_and_several_are_none(said: str, value: float | None) -> None:
+    (score,) = judged(None, "x", ask=lambda questions: [Reply(said)] * len(questions))
+    assert score.value == value
+    assert bool(score.error) == (value is None)
+
+
+def test_a_share_is_read_where_the_range_ends_at_its_whole() -> None:
+    def score(said: str, *range: float) -> float | None:
+        return judged(None, "x", ask=lambda questions: [Reply(said)], range=range)[0].value
+
+    assert score("80%", 0, 100) == 0.8
+    assert score("4/5", 1, 5) == 0.75
+    assert score("4/5", 0, 10) is None
+
+
+def test_a_cut_reply_is_no_score() -> None:
+    with serving(lambda body, n: completion("The answer is 1", end="length")) as server:
+        (served,) = judged(server, "x")
+    (here,) = judged(None, "x", ask=lambda questions: [Reply("The answer is 1", cut=True)])
+    for score in (served, here):
+        assert score.value is None
+        assert "cut at its limit" in score.error
+
+
+@pytest.mark.parametrize(
+    "error", [{"message": "unavailable", "param": "response_format.type"}, {"message": "no"}, "no"]
+)
+def test_a_server_without_response_formats_is_asked_without(error: Any) -> None:
+    def says(body: dict[str, Any], n: int) -> tuple[int, Any]:
+        return (400, {"error": error}) if "response_format" in body else completion('{"result": 5}')
+
+    with serving(says) as server:
+        assert [s.value for s in judged(server, "x", "y", at_once=1)] == [0.5, 0.5]
+    assert ["response_format" in body for body in server.asked] == [True, False, False]
+
+
+def test_a_question_refused_for_itself_changes_no_other_question() -> None:
+    def says(body: dict[str, Any], n: int) -> tuple[int, Any]:
+        return (400, {"error": "too long"}) if "bad" in body["messages"][0]["content"] else completion("5")
+
+    with serving(says) as server:
+        bad, fine = judged(server, "bad", "good", at_once=1)
+    assert (bad.value, fine.value) == (None, 0.5)
+    assert "response_format" in server.asked[-1]
 
 
 @pytest.mark.parametrize(

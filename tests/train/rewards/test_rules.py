@@ -30,7 +30,10 @@ def judged(entry: dict[str, Any], text: str, row: dict[str, Any] | None = None, 
     ("text", "wanted", "value"),
     [
         (" yes\n", "yes", 1), ("Yes", "yes", 0), ('{"b": 1, "a": 2}', '{"a":2,"b":1}', 1), ("[1]", [1], 1),
-        ("[true]", "[1]", 0), ("12", 12, 1), ("", "", 1),
+        ("[true]", "[1]", 0), ("12", 12, 1), ("", "", 1), ('{"total": 12.0}', '{"total": 12}', 1),
+        ('{"total": [12, {"b": 1e2}]}', {"total": [12.0, {"b": 100}]}, 1), ('{"total": 12.5}', '{"total": 12}', 0),
+        ("12.0", 12, 1), ("12", 12.0, 1), ("1.10", "1.1", 0), ("true", 1, 0), ('{"a": 1}', '{"a": 1, "b": 1}', 0),
+        ("null", None, 1), ("what", None, 0), ("[" * 900 + "1.0" + "]" * 900, "[" * 900 + "1" + "]" * 900, 1),
     ],
 )  # fmt: skip
 def test_exact_match(text: str, wanted: Any, value: float) -> None:
@@ -39,7 +42,8 @@ def test_exact_match(text: str, wanted: Any, value: float) -> None:
 
 
 def test_exact_match_without_regard_to_case() -> None:
-    assert judged({"kind": "exact_match", "ignore_case": True}, "STRASSE", {"answer": "straße"}).value == 1
+    for text, wanted in (("STRASSE", "straße"), ("12.0", 12), ('{"A": 1.0}', {"a": 1}), ("True", True)):
+        assert judged({"kind": "exact_match", "ignore_case": True}, text, {"answer": wanted}).value == 1
 
 
 schemas: list[Any] = [
@@ -96,6 +100,8 @@ def test_the_share_of_fields() -> None:
     wanted = {"a": 1, "b": "x", "c": [1, 2], "d": True}
     found = judged({"kind": "json_fields"}, '{"c": [1, 2], "a": 1.5, "b": "x", "d": 1}', {"answer": json.dumps(wanted)})
     assert (found.value, found.parts) == (0.5, {"a": 0, "b": 1, "c": 1, "d": 0})
+    found = judged({"kind": "json_fields"}, '{"total": 12.0}', {"answer": '{"total": 12}'})
+    assert (found.value, found.parts) == (1, {"total": 1})
     found = judged({"kind": "json_fields", "fields": ("b",)}, '{"b": "x"}', {"answer": wanted})
     assert (found.value, found.parts) == (1, {"b": 1})
     assert judged({"kind": "json_fields"}, "none", {"answer": wanted}).value == 0
@@ -112,6 +118,7 @@ def test_the_share_of_fields() -> None:
         ({"pattern": r"\d+", "whole": True}, " 12\n", {}, 1), ({"pattern": "a.b"}, "a\nb", {}, 1),
         ({"pattern": r"<answer>(.*?)</answer>", "column": "answer"}, "<answer>1</answer> <answer> 2 </answer>",
          {"answer": 2}, 1),
+        ({"pattern": r"<answer>(.*?)</answer>", "column": "answer"}, "<answer>2.0</answer>", {"answer": 2}, 1),
         ({"pattern": r"<answer>(.*?)</answer>", "column": "answer"}, "<answer>1</answer>", {"answer": "2"}, 0),
         ({"pattern": r"(a|b): (?P<answer>\d)", "column": "n"}, "b: 3", {"n": "3"}, 1),
         ({"pattern": r"(x)?y", "column": "n"}, "y", {"n": ""}, 0),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,8 +56,17 @@ def test_the_base_and_another_adapter_are_asked_beside_the_one_that_is_trained(b
         with live_sampler(base, attachment, SamplerSettings(rows=4)) as sampler:
             ask = sampled_judge(base, attachment, sampler, {"base", name})
             questions = [Question(messages, model, tokens=8) for model in ("base", name) for messages in MESSAGES]
-            replies = ask([*questions, Question(MESSAGES[0], "base", tokens=10**6)])
+            form = {
+                "type": "object",
+                "properties": {"result": {"enum": [3]}},
+                "required": ["result"],
+                "additionalProperties": False,
+            }
+            formed = Question(MESSAGES[0], name, tokens=40, form=form)
+            replies = ask([*questions, Question(MESSAGES[0], "base", tokens=10**6), formed, replace(formed, tokens=3)])
     assert [reply.text for reply in replies[:4]] == bare + other
+    assert [reply.cut for reply in replies[5:]] == [False, True]
+    assert json.loads(replies[5].text) == {"result": 3}
     assert [reply.usage["completion_tokens"] <= 8 for reply in replies[:4]] == [True] * 4
     assert "are left for its answer" in replies[4].error
 

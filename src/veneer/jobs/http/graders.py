@@ -115,13 +115,14 @@ async def _ask(service: Service, caller: Principal, number: str, question: Quest
     room = service.prompts.fits(prompt, "grader.input")
     sampling = Sampling(
         max_tokens=min(question.tokens, room, service.settings.max_tokens or room), temperature=question.temperature,
-        top_p=question.top_p, seed=question.seed,
+        top_p=question.top_p, seed=question.seed, grammar=question.grammar,
     )  # fmt: skip
     answer = TextAnswer()
     async with aclosing(run(service, TextJob(caller, chosen, [prompt], sampling, id=number))) as events:
         async for _, event in events:
             answer.add(event)
-    return Reply(answer.text, _usage(total([answer.took(len(prompt))], 1)))
+    usage = _usage(total([answer.took(len(prompt))], 1))
+    return Reply(answer.text, usage, cut=answer.finished.reason == "length")
 
 
 def _usage(usage: Usage) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Two texts compared: an answer and what was wanted.
 
-same_text     equal, white space at both ends aside; JSON as values, whatever the order of keys
+same_text     equal, white space at both ends aside; JSON as values: the order of keys is nothing, and 12.0 is 12
 bleu, rouge   sacrebleu's and rouge-score's, from 0 to 1        (extra `metrics`)
 fuzzy         2·LCS(a, b) / (|a| + |b|), rapidfuzz's ratio, from 0 to 1
 """
@@ -23,15 +23,31 @@ def as_json(text: str) -> Any:
 
 
 def _equal_json(a: Any, b: Any) -> bool:
-    """Equal as JSON values: true is not 1."""
-    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+    """Equal as JSON values: 12.0 is 12, and true is not 1. Values may be nested deeper than Python recurses."""
+    pairs = [(a, b)]
+    while pairs:
+        a, b = pairs.pop()
+        if isinstance(a, dict) and isinstance(b, dict):
+            if a.keys() != b.keys():
+                return False
+            pairs += [(a[key], b[key]) for key in a]
+        elif isinstance(a, list | tuple) and isinstance(b, list | tuple):
+            if len(a) != len(b):
+                return False
+            pairs += zip(a, b, strict=True)
+        elif isinstance(a, bool) != isinstance(b, bool) or a != b:
+            return False
+    return True
 
 
-def same_text(answer: str, wanted: str) -> bool:
-    if answer.strip() == wanted.strip():
+def same_text(answer: str, wanted: Any) -> bool:
+    """`wanted`: a text, or any other value of JSON. Texts that are bare numbers are compared as texts."""
+    text = wanted if isinstance(wanted, str) else json.dumps(wanted, ensure_ascii=False)
+    if answer.strip() == text.strip():
         return True
-    value, expected = as_json(answer), as_json(wanted)
-    return isinstance(expected, dict | list) and _equal_json(value, expected)
+    expected = as_json(text) if isinstance(wanted, str) else wanted
+    known = isinstance(expected, dict | list | tuple) or isinstance(wanted, int | float)
+    return known and _equal_json(as_json(answer), expected)
 
 
 def same_field(value: Any, wanted: dict[str, Any], key: str) -> bool:

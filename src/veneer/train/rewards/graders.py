@@ -18,7 +18,6 @@ from __future__ import annotations
 import ast
 import math
 import operator
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -30,8 +29,8 @@ from pydantic import Field
 
 from veneer.errors import ConfigError, MissingExtraError, nearest, quoted
 from veneer.train.config.section import Section
-from veneer.train.rewards.compared import as_json, bleu, fuzzy, rouge
-from veneer.train.rewards.judge import AskModel, Question, Reply, ask_once, last_number
+from veneer.train.rewards.compared import bleu, fuzzy, rouge
+from veneer.train.rewards.judge import AskModel, Question, Reply, ask_once, reply_score, score_form
 from veneer.train.rewards.limited import Asked, LimitedFunction
 from veneer.train.rewards.template import NoValue, filled, template_problem
 
@@ -326,25 +325,20 @@ class GraderRun:
         ]  # fmt: skip
 
 
-_ASKED = (
-    'Answer with a JSON object alone: {{"steps": [what you considered], "result": a number from {low:g} to {high:g}}}.'
-)
-
-
 def _question(grader: ScoreModelGrader, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Question:
     """The grader's messages, and behind them in what form to answer: the formula of a grade is its `result`."""
     low, high = grader.range or (0.0, 1.0)
     messages = [{"role": m.role, "content": filled(m.text, sample, item)} for m in grader.input]
-    form = _ASKED.format(low=low, high=high)
+    told, form = score_form(low, high)
     if messages[0]["role"] in ("system", "developer"):
-        messages[0] |= {"content": f"{messages[0]['content']}\n\n{form}"}
+        messages[0] |= {"content": f"{messages[0]['content']}\n\n{told}"}
     else:
-        messages.insert(0, {"role": "system", "content": form})
+        messages.insert(0, {"role": "system", "content": told})
     own = grader.sampling_params or _SamplingParams()
     extra = {} if own.reasoning_effort is None else {"reasoning_effort": own.reasoning_effort}
     return Question(
         messages, grader.model, tokens=own.max_completions_tokens or 1024, temperature=own.temperature or 0.0,
-        top_p=own.top_p or 1.0, seed=own.seed or 0, extra=extra,
+        top_p=own.top_p or 1.0, seed=own.seed or 0, form=form, extra=extra,
     )  # fmt: skip
 
 
@@ -353,19 +347,10 @@ def _of_reply(reply: Reply, model: str, low: float, high: float) -> Grade:
     if reply.error:
         word = "model_grader_refusal_error" if reply.refused else "model_grader_server_error"
         return Grade(None, {word: reply.error}, usage=usage)
-    found = as_json(_braced(reply.text))
-    result = found.get("result") if isinstance(found, dict) else None
-    text = str(result) if isinstance(result, int | float) and not isinstance(result, bool) else reply.text
-    value = last_number(text, low, high)
+    value = reply_score(reply, low, high)
     if isinstance(value, str):
         return Grade(None, {"model_grader_parse_error": value}, usage=usage)
     return Grade(value, usage=usage)
-
-
-def _braced(text: str) -> str:
-    """From the first brace to the last: models put words and fences around their JSON."""
-    found = re.search(r"\{.*\}", text, re.DOTALL)
-    return found[0] if found else text
 
 
 def _caught(do: Callable[[], float]) -> Grade:

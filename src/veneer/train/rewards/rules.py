@@ -54,9 +54,10 @@ def _wanted(answer: Answer, name: str) -> str:
 
 def exact_match(section: ExactMatchReward) -> Reward:
     def score(answer: Answer) -> float:
-        text, wanted = answer.text, _wanted(answer, section.column)
+        text, wanted = answer.text, column(answer, section.column)
         if section.ignore_case:
-            text, wanted = text.casefold(), wanted.casefold()
+            text = text.casefold()
+            wanted = wanted if isinstance(wanted, int | float) else _wanted(answer, section.column).casefold()
         return float(same_text(text, wanted))
 
     return _each(score)
@@ -144,20 +145,21 @@ def regular_expression(section: RegexReward) -> Reward:
     group: str | int = "answer" if "answer" in pattern.groupindex else 1
 
     def score(answer: Answer) -> RewardScore:
-        wanted = None if section.column is None else _wanted(answer, section.column)
+        compared = section.column is not None
+        wanted = None if section.column is None else column(answer, section.column)
         try:
             if section.whole:
                 found = pattern.fullmatch(answer.text.strip(), timeout=_PATIENCE)
-            elif wanted is None:
+            elif not compared:
                 found = pattern.search(answer.text, timeout=_PATIENCE)
             else:
                 matches = list(pattern.finditer(answer.text, timeout=_PATIENCE))
                 found = matches[-1] if matches else None
         except TimeoutError:
             return RewardScore(None, f"the pattern took longer than {_PATIENCE:g} s over an answer")
-        said = found.group(group) if found is not None and wanted is not None else None
-        right = found is not None and (wanted is None or (said is not None and same_text(said, wanted)))
-        return RewardScore(float(right), parts={"matched": float(found is not None)} if wanted is not None else {})
+        said = found.group(group) if found is not None and compared else None
+        right = found is not None and (not compared or (said is not None and same_text(said, wanted)))
+        return RewardScore(float(right), parts={"matched": float(found is not None)} if compared else {})
 
     return _each(score)
 

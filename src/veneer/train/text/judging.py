@@ -40,7 +40,7 @@ def sampled_judge(base: TextBase, attachment: Attachment, sampler: Sampler, mode
         ids = tuple(base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if len(ids) + question.tokens > base.context:
             return Reply(error=f"the question has {len(ids)} tokens, and {question.tokens} are left for its answer")
-        how = Drawing(question.tokens, question.temperature, question.top_p)
+        how = Drawing(question.tokens, question.temperature, question.top_p, question.grammar)
         return AnswerWanted(ids, question.seed, how, names[question.model])
 
     def ask(questions: Sequence[Question], /) -> list[Reply]:
@@ -52,7 +52,8 @@ def sampled_judge(base: TextBase, attachment: Attachment, sampler: Sampler, mode
                 said = next(drawn)
                 usage = {"prompt_tokens": len(each.prompt), "completion_tokens": len(said.tokens)}
                 usage["total_tokens"] = sum(usage.values())
-                each = Reply(said.text, usage, "" if said.text.strip() else "the judge said nothing")
+                error = "" if said.cut or said.text.strip() else "the judge said nothing"
+                each = Reply(said.text, usage, error, cut=said.cut)
             replies.append(each)
         return replies
 
