@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,16 @@ class Other(Problem):
         return found
 
 
+class _OnABusyDevice(torch.Tensor):
+    """A value that is there 0.2 s after it is asked for, as one that a GPU still computes."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.tolist:
+            time.sleep(0.2)
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
 def _train(
     problem: Problem, steps: list[Step], *, lr: float = 0.1, name: str = "sgd", save: Any = None, on_event: Any = None,
     clip: float | None = None, **plan: Any,
@@ -114,6 +125,14 @@ def test_one_step_is_the_token_weighted_gradient_by_hand() -> None:
     gradient = (2 * (c * -problem.y)[:, None] * problem.x).sum(0) / c.sum()
     _train(problem, [problem.step([rows[:5], rows[5:]])])
     torch.testing.assert_close(problem.parameters["w.A"].detach(), -0.1 * gradient)
+
+
+def test_seconds_of_a_step_include_waiting_for_its_losses() -> None:
+    problem = Other(lambda rows: Problem.loss(problem, rows).as_subclass(_OnABusyDevice))
+    seen: list[Event] = []
+    progress = _train(problem, [problem.step([[0], [1]])] * 2, on_event=seen.append)
+    assert all(event.seconds >= 0.2 for event in seen if isinstance(event, Stepped))
+    assert progress.seconds >= 0.4
 
 
 def test_clip_bounds_the_global_norm_and_reports_it_unclipped() -> None:

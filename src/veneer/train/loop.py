@@ -349,18 +349,23 @@ class StepWanted:
         micros = self.micros
         return _batch(self.loop, micros[index], [micros[i] for i in later], self.number)
 
-    def done(self, nlls: Mapping[int, Tensor], seconds: float, means: Means | None = None) -> StepDone:
-        """`nlls`: Σ NLL of each micro-batch that went forward and backward here."""
+    def done(self, nlls: Mapping[int, float], seconds: float, means: Means | None = None) -> StepDone:
+        """`nlls`: Σ NLL of each micro-batch that went forward and backward here, by `read_losses`."""
         parameters = self.learner.parameters.values()
         reached = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
-        values = torch.stack(list(nlls.values())).tolist() if nlls else []
         means = _measured(self.learner) if means is None else means
-        return StepDone(dict(zip(nlls, values, strict=True)), reached, means, seconds)
+        return StepDone(dict(nlls), reached, means, seconds)
 
 
 Stepping = Generator[StepWanted, "StepDone | None", T]
 """A run, or a part of it, that asks for its steps one after another. It is sent what was done of each, None where a
 signal came before it was whole: nothing of it is kept then."""
+
+
+def read_losses(nlls: Mapping[int, Tensor]) -> dict[int, float]:
+    """The losses as numbers. Waits for the device, so a step's clock is read after this."""
+    values = torch.stack(list(nlls.values())).tolist() if nlls else []
+    return dict(zip(nlls, values, strict=True))
 
 
 def by_itself(steps: Stepping[T]) -> T:
@@ -485,7 +490,8 @@ def make_step(wanted: StepWanted) -> StepDone | None:
             parts[index] = nll.detach()
     if stopped:
         return None
-    return wanted.done(parts, time.perf_counter() - began, means)
+    losses = read_losses(parts)
+    return wanted.done(losses, time.perf_counter() - began, means)
 
 
 def _dealt(loop: _Loop, micros: Sequence[Micro]) -> list[tuple[int, bool]]:

@@ -35,7 +35,7 @@ from veneer.train.config.load import RunConfig
 from veneer.train.config.text import TrainConfig
 from veneer.train.devices import started
 from veneer.train.events import Listener
-from veneer.train.loop import Micro, StepDone, StepWanted, StopAsked, make_step, memory_errors
+from veneer.train.loop import Micro, StepDone, StepWanted, StopAsked, make_step, memory_errors, read_losses
 from veneer.train.preflight import memory_finding
 from veneer.train.run import Run, checked_data, dry_outcome, opened, steps_of_run
 from veneer.train.text.batches import Batch
@@ -253,25 +253,26 @@ class Passes:
 
     def _together(self, wanted: Mapping[int, StepWanted]) -> dict[int, StepDone | VeneerError | None]:
         nlls: dict[int, dict[int, torch.Tensor]] = {place: {} for place in wanted}
-        seconds = dict.fromkeys(wanted, 0.0)
+        tokens = dict.fromkeys(wanted, 0)
         for want in wanted.values():
             want.begin()
+        began = time.perf_counter()
         for members in self._cut(wanted):
             if self.asked():
                 return dict.fromkeys(wanted)
-            began, micros = time.perf_counter(), [wanted[place].micros[index] for place, index in members]
-            tokens = sum(micro.tokens for micro in micros)
+            micros = [wanted[place].micros[index] for place, index in members]
             rows = tuple(row for micro in micros for row in micro.rows)
             try:
-                with shared(), memory_errors(Micro(tokens, 0, rows, lambda: None)):
+                with shared(), memory_errors(Micro(sum(micro.tokens for micro in micros), 0, rows, lambda: None)):
                     found = self._pass(wanted, members)
             except ResourceError as error:  # whose rows they are is nothing that the others are told
                 return dict.fromkeys(wanted, ResourceError(error.what, where="a pass of several runs", fix=error.fix))
-            took = time.perf_counter() - began
             for (place, index), micro, nll in zip(members, micros, found, strict=True):
                 nlls[place][index] = nll
-                seconds[place] += took * micro.tokens / tokens
-        return {place: want.done(nlls[place], seconds[place]) for place, want in wanted.items()}
+                tokens[place] += micro.tokens
+        losses = {place: read_losses(own) for place, own in nlls.items()}
+        each = (time.perf_counter() - began) / max(1, sum(tokens.values()))
+        return {place: want.done(losses[place], each * tokens[place]) for place, want in wanted.items()}
 
     def _cut(self, wanted: Mapping[int, StepWanted]) -> Iterator[list[tuple[int, int]]]:
         """(run, its micro-batch) of each pass: all first ones, all second ones, …, cut before `most` tokens."""
