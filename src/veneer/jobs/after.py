@@ -319,7 +319,7 @@ def held_out_rows(held: HeldOut, config: TrainConfig) -> list[Row]:
         rows, _ = read_rows(config.data.files("validation"), **options)
     else:
         trained, _ = read_rows(config.data.files("train"), limit=config.data.limit, **options)
-        rows = split_rows(trained, config.data.split, seed=config.seed)[1]
+        rows = split_rows(trained, config.data.split, seed=config.split_seed)[1]
     if not rows:
         fix = "evaluate: {data: held-out.jsonl}, or data.validation, or data.split"
         raise ConfigError("no rows are held out", where="after.evaluate", fix=fix)

@@ -61,7 +61,7 @@ def own_prompts(job: Job) -> list[str]:
             data.files("train"), limit=200, format=data.format, columns=data.columns,
             formats=PROMPT_FORMATS if config.drawn is not None else formats,
         )  # fmt: skip
-        held = split_rows(rows, data.split, seed=config.seed)[1] or rows
+        held = split_rows(rows, data.split, seed=config.split_seed)[1] or rows
     except VeneerError:
         return []
     asked = [next((m["content"] for m in reversed(row.messages) if m["role"] == "user"), "") for row in held]

@@ -302,7 +302,7 @@ def _table(own: str, stamp: tuple[tuple[str, int, int], ...], most: int) -> _Tab
     usable = [(i, row) for i, row in enumerate(found) if isinstance(row, Row)]
     held = set[int]()
     if data.validation is None and usable:
-        held = {id(row) for row in split_rows([row for _, row in usable], data.split, seed=config.seed)[1]}
+        held = {id(row) for row in split_rows([row for _, row in usable], data.split, seed=config.split_seed)[1]}
     texts, owners = answer_rows([row for _, row in usable])
     settings = data.model_copy(update={"train_on": "all"}) if draws else data
     encoded = encode_rows(texts, _base(config.base.name).tokenizer, settings, refuse=False)

@@ -82,6 +82,41 @@ def test_every_combination_is_an_adapter_and_a_row_of_the_report(config: Path, b
     assert json.loads((tmp_path / "sweep.json").read_text()) == json.loads(json.dumps(made.to_dict()))
 
 
+def test_seeds_are_compared_on_the_same_held_out_rows(config: Path, base: TextBase, tmp_path: Path) -> None:
+    made = run_sweep(config, ["seed=0,1", "schedule.steps=2", f"output={tmp_path}"], base=base)
+    first, second = made.results
+    assert isinstance(first, RunResult)
+    assert isinstance(second, RunResult)
+    assert first.validation_before == second.validation_before
+    assert first.validation != second.validation
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["preference.loss=dpo", "preference.beta=0.1,0.5"], "preference.beta: 0.1 in beta=0.1, 0.5 in beta=0.5"),
+        (["preference.loss=dpo,simpo"], "preference.loss: 'dpo' in"),
+        (["preference.loss=dpo", "adapter.start=a,b"], "adapter.start: 'a' in"),
+        (["data.train_on=assistant,all"], "data.train_on: "), (["data.split_seed=0,1"], "data.split_seed: 0 in"),
+        (["data.max_length=64,128"], "data.max_length: "), (["evaluation.rows=2,4"], "evaluation.rows: "),
+        (["data.limit=20,24"], "give data.validation"), (["data.validation=a.jsonl,b.jsonl", "data.split=null"], "b"),
+    ],
+)  # fmt: skip
+def test_runs_whose_losses_measure_different_things_are_refused(config: Path, settings: list[str], says: str) -> None:
+    for halving in (True, False):
+        with pytest.raises(ConfigError, match="different things") as caught:
+            run_sweep(config, settings, halving=halving)
+        assert says in str(caught.value)
+
+
+def test_training_rows_may_differ_beside_common_validation_rows(config: Path, base: TextBase, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Where is letter {i}?", "completion": "Here."} for i in range(3)]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["data.limit=8,16", f"data.validation={tmp_path / 'held.jsonl'}", "data.split=null", "seed=0,1"]
+    made = run_sweep(config, [*settings, "schedule.steps=1", f"output={tmp_path}"], base=base)
+    assert len({row["validation_before"] for row in made.rows()}) == 1
+
+
 def test_the_worse_half_leaves_early(config: Path, base: TextBase, tmp_path: Path) -> None:
     """Four runs of eight steps: two are left after the second, one after the fourth."""
     last: dict[str, int] = {}

@@ -131,6 +131,9 @@ class DataSection(Section):
         "5% of the rows, at most 500, when no `validation` is given: without it over-fitting cannot be seen",
         ge=0,
     )
+    split_seed: int | None = setting(
+        None, "which rows `split` holds out: runs with one number hold out the same ones", "`seed`", ge=0
+    )
     format: Literal[
         "auto",
         "messages",
@@ -204,6 +207,11 @@ class PreferenceSection(Section):
     undesirable: float = setting(
         1.0, "weight of undesirable answers (kto)", "as TRL; for unequal numbers see the preflight", gt=0
     )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether answers are compared with the base, or with `adapter.start` as it was."""
+        return self.loss in ("dpo", "ipo", "kto")
 
     def settled(self) -> PreferenceSection:
         """The same settings with every None replaced by the default of `loss`."""
@@ -428,6 +436,11 @@ class TrainConfig(Section):
     memory: MemorySection = MemorySection()
     report: ReportSection = ReportSection()
     seed: int = setting(0, "fixes initialisation, data order and dropout", ge=0)
+
+    @property
+    def split_seed(self) -> int:
+        """What chooses the rows that are held out."""
+        return self.seed if self.data.split_seed is None else self.data.split_seed
 
     @property
     def epochs(self) -> int | None:

@@ -58,7 +58,7 @@ def read_data(config: TrainConfig, base: TextBase) -> TextData:
     if config.data.validation is not None:
         held_rows, _ = read_rows(config.data.files("validation"), **options)
     else:
-        rows, held_rows = split_rows(rows, config.data.split, seed=config.seed)
+        rows, held_rows = split_rows(rows, config.data.split, seed=config.split_seed)
     if loss is None and (pairs := [row for row in (*rows, *held_rows) if row.rejected]):
         raise DataError(
             "these rows have a chosen and a rejected answer, and the run would look only at the chosen ones",

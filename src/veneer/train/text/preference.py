@@ -210,7 +210,7 @@ class Preference:
 
     @property
     def needs_reference(self) -> bool:
-        return self.settings.loss in ("dpo", "ipo", "kto")
+        return self.settings.needs_reference
 
     def know(self, items: Sequence[Item], path: Path, say: Callable[[str], None] = lambda line: None) -> None:
         """Fills each item's `reference`, from the file at `path` where it is there, else computed and added to it."""

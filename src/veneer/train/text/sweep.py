@@ -6,6 +6,9 @@ Every setting with commas outside of brackets is swept, the others hold for all.
 output, `rank=8,learning_rate=1e-4`, as if it were trained alone; `sweep.html` and `sweep.json` beside them compare what
 came out, the lowest validation loss first.
 
+Losses are compared only if they measure the same: all runs hold out the same rows, also those with other seeds
+(`data.split_seed`), and settings that change what the loss is are refused.
+
 Early halving: of n runs of T steps the better half stays at the first evaluation from T/2^r on, r = ⌊log2 n⌋, half of
 those from 2T/2^r on, … until one is left at T/2. It is successive halving (arXiv 1502.07943), with
 validation losses that are there anyway.
@@ -23,9 +26,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import ConfigError, NoGain, VeneerError
+from veneer.errors import ConfigError, NoGain, VeneerError, bullets
 from veneer.train.checkpoint import write_atomically
-from veneer.train.config.load import load_config
+from veneer.train.config.load import RunConfig, load_config
+from veneer.train.config.text import DataSection, TrainConfig
 from veneer.train.events import Evaluated, Event, Listener, Stepped, fan_out
 from veneer.train.report.log import read_log
 from veneer.train.report.page import write_sweep_page
@@ -151,11 +155,20 @@ def run_sweep(
 ) -> Sweep:
     """Trains every combination of `grid` on the configuration `file`. `listener`: who hears the run of a name.
 
-    Raises ConfigError for a grid that is none, and what `run_texts` raises; a run that fails is a row of the report."""
+    Raises ConfigError for a grid that is none and for runs whose losses cannot be compared, and what `run_texts`
+    raises; a run that fails is a row of the report."""
     combinations = grid(overrides)
     held = [o for o in overrides if o.partition("=")[0] not in combinations[0].swept]
-    folder = Path(load_config(file, held)[0].output.directory)
-    loaded = [load_config(file, [*one.overrides, f"output.directory={folder / one.name}"]) for one in combinations]
+    common = load_config(file, held)[0]
+    folder = Path(common.output.directory)
+    loaded = []
+    for one in combinations:
+        own = [*one.overrides, f"output.directory={folder / one.name}"]
+        made = load_config(file, own)
+        if _splits_by_seed(made[0]) and made[0].seed != common.seed:
+            made = load_config(file, [*own, f"data.split_seed={common.seed}"])
+        loaded.append(made)
+    _check_comparable([config for config, _ in loaded], [one.name for one in combinations])
     halves = _Halving([config.schedule.steps or 0 for config, _ in loaded], on=halving)
     results = run_texts(
         [config for config, _ in loaded], names=[one.name for one in combinations],
@@ -174,6 +187,43 @@ def run_sweep(
         sweep.report = str(report)
         write_atomically(folder / "sweep.json", (json.dumps(sweep.to_dict(), indent=1) + "\n").encode())
     return sweep
+
+
+def _splits_by_seed(config: RunConfig) -> bool:
+    """Whether the run's seed chooses the rows that it holds out."""
+    data = config.data
+    return isinstance(data, DataSection) and data.validation is None and data.split != 0 and data.split_seed is None
+
+
+def _check_comparable(configs: Sequence[RunConfig], names: Sequence[str]) -> None:
+    measures = [_measure(config) for config in configs if isinstance(config, TrainConfig)]
+    problems = {
+        key: f"{key}: {measures[0].get(key)!r} in {names[0]}, {own.get(key)!r} in {name}"
+        for own, name in reversed(list(zip(measures, names, strict=False)))
+        for key in {**measures[0], **own} if own.get(key) != measures[0].get(key)
+    }  # fmt: skip
+    if problems:
+        beside = problems.keys() & {"data.train", "data.limit"} and configs[0].data.validation is None
+        own = "give data.validation, which all runs are scored on; or " if beside else ""
+        raise ConfigError(
+            f"a sweep compares its runs by their held-out losses, and these settings make them losses of different "
+            f"things:\n{bullets(list(problems.values()))}",
+            fix=f"{own}train them without a sweep (veneer train A.yaml B.yaml) and compare the adapters: veneer eval",
+        )
+
+
+def _measure(config: TrainConfig) -> dict[str, Any]:
+    """The settings that say what a held-out loss is: of which rows, which of their tokens, by which formula."""
+    data = config.data.model_dump(mode="json") | {"split_seed": config.split_seed}
+    if config.data.validation is not None:
+        data = {key: value for key, value in data.items() if key not in ("train", "limit", "split_seed")}
+    found = {f"data.{key}": value for key, value in data.items()} | {"evaluation.rows": config.evaluation.rows}
+    if config.preference.loss is not None:
+        settled = config.preference.settled().model_dump(mode="json")
+        found |= {f"preference.{key}": value for key, value in settled.items()}
+        if config.preference.needs_reference:
+            found["adapter.start"] = config.adapter.start
+    return found
 
 
 class _Halving:
