@@ -3,6 +3,7 @@ are read as they stand."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_from_an_empty_machine_to_an_adapter(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (rows,), (values, ahead), (commands,) = (blocks(PAGE, kind) for kind in ("json", "yaml", "bash"))
-    Path("tickets.jsonl").write_text(rows * 5)
+    Path("tickets.jsonl").write_text(rows)
     given = yaml.safe_load(values)
     base = str(tiny_base_dir(tmp_path))
     given |= {"base": base, "schedule": given["schedule"] | {"steps": 2}, "evaluation": {"every": 1, "keep": "last"}}
@@ -33,6 +34,16 @@ def test_from_an_empty_machine_to_an_adapter(
     *told, last = run_commands(capsys, (*commands.splitlines(), "veneer train ahead.yaml --dry-run"), base)
     assert "gap 0 (most 0, 0.0% beyond 1%)" in told[0]
     assert "drawn tokens/s" in told[0]
+    assert "to train on" not in told[0]  # no warning of too few prompts
+    assert re.search(r"step 1/2  reward \d\.\d{3} \(exact_match \d\.\d{3}, length \d\.\d{3}\)", told[0])
+    assert re.search(r"step 0: validation reward \d\.\d{3} \(exact_match", told[0])
+    assert "loss" not in "".join(line for line in told[0].splitlines() if line.startswith("step "))
+    report = Path("runs/tickets-grpo/report.html").read_text(encoding="utf-8")
+    cards = re.findall(r'<div class="card"><h3>(.*?)</h3>', report)
+    assert cards[:4] == ["Validation reward", "Validation, exact_match", "Validation, length", "Training reward"]
+    charts = re.findall(r'<div class="panel"><h3>(.*?)</h3>', report)
+    assert charts[:3] == ["Reward, mean over the answers drawn", "Reward: exact_match", "Reward: length"]
+    assert "<th>after step</th><th>reward</th><th>exact_match</th><th>length</th>" in report
     assert "off-policy by one draw" in last
 
 

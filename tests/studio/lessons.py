@@ -19,9 +19,12 @@ def parcel_rows(folder: Path) -> Path:
     return file
 
 
-def told_lesson(store: JobStore, base: Path, rows: Path, home: Path, *, tenant: str = "", of: str = "support@1") -> Job:
+def told_lesson(
+    store: JobStore, base: Path, rows: Path, home: Path, *, tenant: str = "", of: str = "support@1",
+    rewards: dict[str, float] | None = None,
+) -> Job:  # fmt: skip
     """A job on whose way is what a run tells: two steps, of which the second can be asked as `of`, and a sheet of
-    pictures. `home`: its server's."""
+    pictures. `home`: its server's. `rewards`: what its steps and evaluations measured beside the loss."""
     config = {
         "base": {"name": str(base)}, "data": {"train": str(rows)}, "checkpoint": {"adapters": True},
         "schedule": {"steps": 4},
@@ -34,11 +37,17 @@ def told_lesson(store: JobStore, base: Path, rows: Path, home: Path, *, tenant: 
     assert lease is not None
     measured = {"steps": 4, "tokens": 20, "seconds": 0.5, "memory_bytes": 5 * 10**8, "tokens_per_second": 40.0}
     events = [
-        JobEvent("info", "metrics", f"step {n}", {"step": n, "loss": 3 - n, "learning_rate": 1e-4, **measured})
+        JobEvent(
+            "info",
+            "metrics",
+            f"step {n}",
+            {"step": n, "loss": 3 - n, "learning_rate": 1e-4, **measured, **(rewards or {})},
+        )
         for n in (1, 2)
     ]
     events += [
-        JobEvent("info", "validation", "", {"step": n, "validation_loss": 3.5 - n, "best": n > 0}) for n in (0, 1, 2)
+        JobEvent("info", "validation", "", {"step": n, "validation_loss": 3.5 - n, "best": n > 0, **(rewards or {})})
+        for n in (0, 1, 2)
     ]
     events += [
         JobEvent("info", "sample", "", {"step": 2, "file": "samples/step-2.png", "seconds": 1.0}),

@@ -113,6 +113,18 @@ def test_a_run_is_drawn_from_what_it_said_and_obeys(studio: Served, lesson: Job,
     assert httpx.get(f"{studio.address}/studio/run?job=ftjob-{'x' * 24}").status_code == 404
 
 
+def test_a_run_that_is_rewarded_shows_rewards_and_no_loss(
+    studio: Served, tiny: tuple[Path, Path], tmp_path: Path, store: JobStore
+) -> None:
+    rewards = {"reward": 0.75, "reward_label": 0.5, "reward_length": 1.0, "reward_failed": 0.0}
+    job = told_lesson(store, tiny[0], parcel_rows(tmp_path), tmp_path, rewards=rewards)
+    with opened(f"{studio.address}/studio/run?job={job.id}") as window:
+        page = html.unescape(str(window.elements))
+    for words in ("Held-out reward", ">0.750<", "0.750 before", "label 0.500, length 1.000"):
+        assert words in page
+    assert "Held-out loss" not in page
+
+
 def test_a_step_is_kept_and_gone_on_from(studio: Served, lesson: Job, store: JobStore) -> None:
     address = f"{studio.address}/studio/steps?job={lesson.id}&p=Where%3F"
     with opened(address) as window:

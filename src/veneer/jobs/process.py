@@ -49,7 +49,7 @@ from veneer.serve.outage import is_outage
 from veneer.serve.tenancy.store import tenants_at
 from veneer.train import checkpoint
 from veneer.train.config.image import ImageTrainConfig
-from veneer.train.events import TOKEN_ACCURACY, Checked, Event, Note, Saved, to_record
+from veneer.train.events import TOKEN_ACCURACY, Checked, Event, Note, Saved, measure_text, to_record
 from veneer.train.report.log import read_log
 
 if TYPE_CHECKING:
@@ -285,14 +285,14 @@ class _Teller:
                 self.step, self.steps, self.tokens = step, int(record["steps"]), self.tokens + int(record["tokens"])
             data = {name: value for name, value in record.items() if name in _MEASURED} | dict(record["extra"])
             self.newest = {"step": step, "loss": record["loss"], **_accuracy(record, "token_accuracy")}
-            text = f"step {step:,} of {self.steps:,}: loss {record['loss']:.4f}"
+            text = f"step {step:,} of {self.steps:,}: {measure_text(record['loss'], record['extra'])}"
             self.events.append(JobEvent("info", "metrics", text, data))
         elif kind == "evaluated":
             self.newest |= {"validation_loss": record["loss"], **_accuracy(record, "validation_token_accuracy")}
             if step not in self.scored:
                 self.scored.add(step)
                 data = {"step": step, "validation_loss": record["loss"], "best": record["best"], **record["extra"]}
-                text = f"after step {step:,}: validation loss {record['loss']:.4f}"
+                text = f"after step {step:,}: validation {measure_text(record['loss'], record['extra'])}"
                 self.events.append(JobEvent("info", "validation", text, data))
         elif kind == "sampled":
             if step not in self.sampled:

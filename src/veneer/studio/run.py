@@ -20,7 +20,8 @@ from veneer.studio.parts import move as moved
 from veneer.studio.talk import base_name, job_of, talk_to
 from veneer.studio.watch import on_change
 from veneer.train.config.sentence import sentence_of
-from veneer.train.report.log import duration, loss_text, size
+from veneer.train.events import loss_text, mean_rewards, parts_text
+from veneer.train.report.log import duration, size
 from veneer.train.report.page import Series, chart, smooth
 
 _LOOK = 0.7
@@ -76,13 +77,15 @@ class _Heard:
         """(title, pictures, legend), the loss first: for a wide page, and for a narrow one."""
         if not self.steps:
             return []
-        loss = [(float(each["step"]), float(each["loss"])) for each in self.steps]
+        rewarded = any(mean_rewards(each) is not None for each in self.steps)
+        key, held = ("reward", "reward") if rewarded else ("loss", "validation_loss")
+        loss = [(float(each["step"]), float(each[key])) for each in self.steps if key in each]
         series = [Series("each step", loss, "faint"), Series("smoothed", smooth(loss, [1.0] * len(loss)))]
-        scores = [(float(each["step"]), float(each["validation_loss"])) for each in self.scores]
+        scores = [(float(each["step"]), float(each[held])) for each in self.scores if held in each]
         if scores:
             series.append(Series("held out", scores, "dots", "b"))
-        best = [(float(each["step"]), float(each["validation_loss"])) for each in self.scores if each.get("best")]
-        title = "Loss, mean squared error" if pictures else "Loss"
+        best = [(float(each["step"]), float(each[held])) for each in self.scores if each.get("best") and held in each]
+        title = "Loss, mean squared error" if pictures else "Reward" if rewarded else "Loss"
         legend = [(each.name, each.colour + ("-faint" if each.kind == "faint" else "")) for each in series]
         mark = best[-1] if best else None
         both = [Markup(chart(series, wide=wide, mark=mark, label=title)) for wide in (True, False)]
@@ -101,10 +104,18 @@ class _Heard:
     def figures(self, job: Job) -> list[tuple[str, str, str]]:
         """(what, figure, remark)."""
         out = []
-        if self.steps:
+        rewards = mean_rewards(self.steps[-1]) if self.steps else None
+        if rewards is not None:
+            after = f"after step {self.steps[-1]['step']:,}"
+            out += [("Reward", f"{rewards['reward']:.3f}", parts_text(rewards) or after)] * ("reward" in rewards)
+            held = [each for each in self.scores if "reward" in each]
+            if held:
+                before = f"{held[0]['reward']:.3f} before" if held[0]["step"] == 0 else ""
+                out.append(("Held-out reward", f"{held[-1]['reward']:.3f}", before))
+        elif self.steps:
             newest = self.steps[-1]
             out.append(("Loss", loss_text(float(newest["loss"])), f"after step {newest['step']:,}"))
-        if self.scores:
+        if self.scores and rewards is None:
             first, last = self.scores[0], self.scores[-1]
             before = f"{loss_text(first['validation_loss'])} before" if first["step"] == 0 else ""
             out.append(("Held-out loss", loss_text(last["validation_loss"]), before))

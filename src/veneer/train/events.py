@@ -6,7 +6,7 @@ listeners. Knows nothing of models, data or files.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -133,6 +133,45 @@ def to_record(event: Event) -> dict[str, Any]:
     if isinstance(event, Stepped):
         record["tokens_per_second"] = round(event.tokens_per_second, 2)
     return record
+
+
+def loss_text(loss: float) -> str:
+    """Four decimals, and a zero without a sign."""
+    return f"{round(loss, 4) + 0.0:.4f}"
+
+
+def mean_rewards(extra: Mapping[str, float]) -> dict[str, float] | None:
+    """The means that a reinforcement step or evaluation is judged by: `reward`, then each reward and its parts.
+
+    Empty where no answer could be judged; None for what has no rewards of drawn answers. A single reward that is the
+    sum itself is not repeated."""
+    if "reward_failed" not in extra:
+        return None
+    found = {
+        name.removeprefix("reward_"): value for name, value in extra.items()
+        if name.startswith("reward_") and name != "reward_failed"
+    }  # fmt: skip
+    total = {"reward": extra["reward"]} if "reward" in extra else {}
+    return total if list(found.values()) == list(total.values()) else total | found
+
+
+def measure_text(loss: float, extra: Mapping[str, float]) -> str:
+    """What a step or an evaluation came to: its loss, or the mean reward and what that is made of."""
+    rewards = mean_rewards(extra)
+    if rewards is None:
+        return f"loss {loss_text(loss)}"
+    total, parts = rewards.pop("reward", None), parts_text(rewards)
+    return "no reward" if total is None else f"reward {total:.3f}{f' ({parts})' if parts else ''}"
+
+
+def parts_text(rewards: Mapping[str, float]) -> str:
+    """Rewards beside their sum, as `exact_match 0.500, length 0.731`."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in rewards.items() if name != "reward")
+
+
+def validation_text(loss: float, rewarded: bool) -> str:
+    """A validation loss in words; of reinforcement, whose loss is minus it, the mean reward."""
+    return f"validation reward {0.0 - loss:.3f}" if rewarded else f"validation loss {loss_text(loss)}"
 
 
 def fan_out(*listeners: Listener | None) -> Listener:

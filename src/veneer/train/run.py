@@ -30,11 +30,11 @@ from veneer.train.checkpoint import Progress
 from veneer.train.config.load import RunConfig
 from veneer.train.config.text import config_keys, why
 from veneer.train.devices import Devices, digest_of, joined
-from veneer.train.events import Checked, Event, Listener, Note, Resolved, fan_out, silent
+from veneer.train.events import Checked, Event, Listener, Note, Resolved, fan_out, silent, validation_text
 from veneer.train.loop import Learner, Step, Stepping, StopAsked, TrainingPlan, by_itself
 from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.preflight import Report
-from veneer.train.report.log import ConsoleView, JsonLog, loss_text
+from veneer.train.report.log import ConsoleView, JsonLog
 from veneer.train.report.trackers import check_trackers, tracked
 from veneer.train.save import Outcome, ReportParts, was_predicted, write_report
 
@@ -98,6 +98,11 @@ class AttachedTask(Learner, Protocol[_R]):
     @property
     def scored(self) -> bool:
         """Whether there are held-out data to score."""
+        return False
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether its held-out loss is minus a mean reward."""
         return False
 
     @property
@@ -421,21 +426,24 @@ def _put_kept(run: Run, task: AttachedTask[Any], progress: Progress, tell: Liste
     best, first, last = progress.best_step, progress.first_loss, progress.last_loss
     worse = ""
     if first is not None and last is not None and last > first:
-        worse = f"validation loss {loss_text(last)} after step {progress.step}, {loss_text(first)} before step one"
+        before = validation_text(first, task.rewarded).rpartition(" ")[2]
+        worse = f"{validation_text(last, task.rewarded)} after step {progress.step}, {before} before step one"
     if run.config.evaluation.keep == "last":
         if worse:
             tell(Note(f"warning: {worse}"))
         return progress.step, last
     if best is None and worse:
+        beyond = "above" if task.rewarded else "below"
         raise NoGain(
-            f"nothing was learned that holds: {worse}, and never below that", where=str(run.folder),
+            f"nothing was learned that holds: {worse}, and never {beyond} that", where=str(run.folder),
             fix=f"lower optimizer.learning_rate ({run.config.optimizer.learning_rate:g} here), or look at the "
             "data; to have the last adapter all the same: --resume evaluation.keep=last",
         )  # fmt: skip
     if best is None or best == progress.step:
         return progress.step, last
     checkpoint.read_parameters(checkpoint.at_step(run.folder / "checkpoints", best), task.state)
-    tell(Note(f"kept the adapter of step {best}, whose validation loss {progress.best_loss:.4f} is the lowest"))
+    score = validation_text(progress.best_loss or 0.0, task.rewarded)
+    tell(Note(f"kept the adapter of step {best}, whose {score} is the {'highest' if task.rewarded else 'lowest'}"))
     return best, progress.best_loss
 
 

@@ -15,7 +15,8 @@ from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment
 from veneer.errors import AdapterError, counted
 from veneer.plan.render import rough_duration
-from veneer.train.report.log import loss_text, read_log, size
+from veneer.train.events import loss_text, mean_rewards
+from veneer.train.report.log import read_log, size
 from veneer.train.report.page import Page, write_page
 
 if TYPE_CHECKING:
@@ -112,9 +113,10 @@ def write_report(folder: Path, result: Outcome, parts: ReportParts) -> Path:
     """`report.html` beside the adapter, made from the run's log, its result and what the task adds; its path."""
     records = run_records(folder)
     resolved = next(record for record in reversed(records) if record.get("event") == "resolved")
+    headline = _reward_cards(result, records) or _loss_cards(result)
     page = Page(
         title=folder.resolve().name, subtitle=f"A LoRA adapter for {parts.base}, {_today()}", records=records,
-        cards=[*_loss_cards(result), *parts.cards, *_size_cards(result, parts.weights)],
+        cards=[*headline, *parts.cards, *_size_cards(result, parts.weights)],
         settings=resolved["settings"], sources=resolved["sources"], checks=result.preflight,
         facts=[("adapter", result.adapter), ("digest", result.digest), *parts.facts], usage=list(parts.usage),
         files=_files(folder, parts.files), unit=parts.unit, loss=parts.loss, sheets=list(parts.sheets),
@@ -153,6 +155,32 @@ def base_facts(base: TextBase | ImageBase) -> list[tuple[str, str]]:
         ("precision", f"base in {str(base.dtype).removeprefix('torch.')}, adapter and optimizer in float32"),
         ("device", str(base.device)),
     ]
+
+
+def _reward_cards(result: Outcome, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """The rewards of the adapter that was kept, beside those before training, and of the last draws; nothing where no
+    answers were rewarded."""
+    scores = {r["step"]: mean_rewards(r["extra"]) or {} for r in records if r.get("event") == "evaluated"}
+    first, kept = scores.get(0, {}), scores.get(result.kept_step, {})
+    where = f" · kept from step {result.kept_step}" if result.kept_step != result.steps else ""
+    cards = [
+        (
+            "Validation reward" if name == "reward" else f"Validation, {name}", f"{value:.3f}",
+            (f"{first[name]:.3f} before training" if name in first else "") + where * (name == "reward"),
+        )
+        for name, value in kept.items()
+    ]  # fmt: skip
+    drawn = [mean_rewards(r["extra"]) for r in records if r.get("event") == "stepped"]
+    values = [each["reward"] for each in drawn if each and "reward" in each][-20:]
+    if values:
+        cards.append(
+            (
+                "Training reward",
+                f"{sum(values) / len(values):.3f}",
+                f"mean over the last {counted(len(values), 'step')}",
+            )
+        )
+    return cards
 
 
 def _loss_cards(result: Outcome) -> list[tuple[str, str, str]]:

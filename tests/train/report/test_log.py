@@ -91,18 +91,22 @@ def test_a_run_that_draws_its_answers_shows_their_speed_and_what_of_them_teaches
     def drawn(n: int, tokens: float, constant: float) -> Stepped:
         found = {
             "answer_tokens": 8.0, "drawn_tokens": tokens, "reward": 0.25, "groups": 4.0, "constant_groups": constant,
-            "cut_share": constant / 8,
+            "cut_share": constant / 8, "reward_label": 0.5, "reward_length": -0.25, "reward_failed": 0.0,
         }  # fmt: skip
         return Stepped(n, 2, n, -1e-9, 1e-4, 0.5, 10_000, 40, 2.0, 1, found)
 
     first, second = _shown([drawn(1, 400, 3), drawn(2, 0, 0)], terminal=False).splitlines()  # two updates of one draw
-    assert "loss 0.0000  reward 0.250  200 drawn tokens/s" in first
+    rewards = "reward 0.250 (label 0.500, length -0.250)"
+    assert f"1/2  {rewards}  200 drawn tokens/s" in first
     assert first.endswith("3 of 4 groups constant  38% cut")
-    assert "loss 0.0000  reward 0.250  100 drawn tokens/s" in second
+    assert f"2/2  {rewards}  100 drawn tokens/s" in second
     # a terminal has a line of its own for them, since the bar's is full
     *_, bar, below = _shown([drawn(1, 400, 3)], terminal=True).splitlines()
-    assert re.search(r"1/2 loss 0\.0000  reward 0\.250 200 drawn tokens/s 1 B 2 s left", bar)
-    assert below.strip() == "3 of 4 groups constant  38% cut"
+    assert re.search(r"1/2 reward 0\.250 200 drawn tokens/s 1 B 2 s left", bar)
+    assert below.strip() == "label 0.500, length -0.250  3 of 4 groups constant  38% cut"
+    held = Evaluated(1, -0.8, None, 8, 80, 0.1, True, extra={"reward": 0.8, "reward_label": 0.8, "reward_failed": 0.0})
+    (told,) = _shown([held], terminal=False).splitlines()
+    assert told == "step 1: validation reward 0.800 on 8 rows  (best so far)"
     (told,) = _shown([Evaluated(1, -0.0, None, 8, 80, 0.1, True)], terminal=False).splitlines()
     assert "validation loss 0.0000 on" in told
 

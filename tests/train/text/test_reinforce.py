@@ -86,6 +86,19 @@ def test_rewards_rise_without_a_gap_and_the_page_shows_them(shared: Path, base: 
     assert "10 prompts; a draw is 2 of them with 6 answers each, of 8 tokens at most" in checked.text
 
 
+def test_fewer_prompts_than_a_step_takes_are_a_warning(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    def checked(prompts: int, rows: int) -> str:
+        own = config(shared, tmp_path, data={"limit": prompts + 2}, batching={"rows": rows})
+        events: list[Event] = []
+        run_text(own, base=base, dry_run=True, on_event=events.append, sampler=live_sampler)
+        return next(event.text for event in events if isinstance(event, Checked))
+
+    assert "only 1 prompt to train on: every step draws the same one" in checked(1, 8)
+    assert "only 9 prompts to train on" in checked(9, 10)
+    assert "only 2 prompts to train on" in checked(2, 1)
+    assert "to train on" not in checked(9, 8)
+
+
 @pytest.mark.parametrize(
     "own",
     [

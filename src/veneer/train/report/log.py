@@ -25,6 +25,9 @@ from veneer.train.events import (
     Sampled,
     Stepped,
     Stopped,
+    mean_rewards,
+    measure_text,
+    parts_text,
     to_record,
 )
 
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress as Bar
 
-_MEASURED = ("reward", "reward_accuracy", "reward_margin", "logp_chosen", "cut_share")
+_MEASURED = ("reward_accuracy", "reward_margin", "logp_chosen", "cut_share")
 """Which of an evaluation's further numbers the terminal shows; the log has them all."""
 
 
@@ -81,10 +84,9 @@ def _before(record: dict[str, Any], progress: Progress) -> bool:
     return int(record.get("step", 0)) <= progress.step
 
 
-def _learned(event: Stepped) -> str:
-    """A step's loss, and where its answers were drawn their reward."""
-    text, found = f"loss {loss_text(event.loss)}", event.extra
-    return f"{text}  reward {found['reward']:.3f}" if "answer_tokens" in found and "reward" in found else text
+def _headline(event: Stepped) -> str:
+    """A step's loss or mean reward, as short as a progress bar needs it."""
+    return measure_text(event.loss, {k: v for k, v in event.extra.items() if k in ("reward", "reward_failed")})
 
 
 def _drawn(event: Stepped) -> str:
@@ -151,7 +153,7 @@ class ConsoleView:
                 rows = "pictures" if self.unit == "pictures" else "rows"
                 extra = "".join(f", {n.replace('_', ' ')} {event.extra[n]:.3f}" for n in _MEASURED if n in event.extra)
                 self._line(
-                    f"step {event.step}: validation loss {loss_text(event.loss)}{perplexity}{extra} "
+                    f"step {event.step}: validation {measure_text(event.loss, event.extra)}{perplexity}{extra} "
                     f"on {event.rows} {rows}{mark}"
                 )
             case Sampled():
@@ -202,16 +204,17 @@ class ConsoleView:
             if event.step == 1 or event.step == event.steps or event.step - self._shown >= every:
                 self._shown = event.step
                 self._line(
-                    f"step {event.step}/{event.steps}  {_learned(event)}  {speed}  "
+                    f"step {event.step}/{event.steps}  {measure_text(event.loss, event.extra)}  {speed}  "
                     f"memory {size(event.memory_bytes)}  {duration(left)} left" + (f"  {drawn}" if drawn else "")
                 )
             return
         if self._bar is None:
             self._start(event)
         assert self._bar is not None
+        parts = parts_text(mean_rewards(event.extra) or {})
         self._bar.update(
-            self._task, completed=event.step, loss=_learned(event), speed=speed, memory=size(event.memory_bytes),
-            left=duration(left), drawn=drawn,
+            self._task, completed=event.step, loss=_headline(event), speed=speed, memory=size(event.memory_bytes),
+            left=duration(left), drawn="  ".join(filter(None, (parts, drawn))),
         )  # fmt: skip
 
     def _speed(self, per_second: float, unit: str) -> str:
@@ -234,11 +237,6 @@ class ConsoleView:
         )  # fmt: skip
         self._bar.start()
         self._task = self._bar.add_task("training", total=event.steps, loss="", speed="", memory="", left="", drawn="")
-
-
-def loss_text(loss: float) -> str:
-    """Four decimals, and a zero without a sign."""
-    return f"{round(loss, 4) + 0.0:.4f}"
 
 
 def size(n: float) -> str:

@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import shown
 from veneer.train.checkpoint import write_atomically
-from veneer.train.events import TOKEN_ACCURACY
-from veneer.train.report.log import duration, loss_text, short, size
+from veneer.train.events import TOKEN_ACCURACY, loss_text, mean_rewards
+from veneer.train.report.log import duration, short, size
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 _Point = tuple[float, float]
+_Chart = tuple[str, "list[Series]", _Point | None]
+"""Title, lines, and the point that a ring is around."""
 
 
 @dataclass(frozen=True)
@@ -113,32 +115,58 @@ def render_page(page: Page) -> str:
     from markupsafe import Markup
 
     env = escaping("veneer.train.report")
-    env.filters |= {"size": size, "duration": duration, "loss": loss_text}
+    env.filters |= {"size": size, "duration": duration}
     steps = [r for r in page.records if r.get("event") == "stepped"]
     scores = [r for r in page.records if r.get("event") == "evaluated"]
     notes = [r["text"] for r in page.records if r.get("event") == "note"]
     charts = [(title, Markup(svg), legend) for title, svg, legend in _charts(steps, scores, page)]
     return env.get_template("report.html.j2").render(
-        page=page, charts=charts, scores=scores, notes=notes, sections=_sections(page), numbers=_numbers(page.checks)
-    )
+        page=page, charts=charts, scores=_score_table(scores), notes=notes, sections=_sections(page),
+        numbers=_numbers(page.checks),
+    )  # fmt: skip
+
+
+def _score_table(scores: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[tuple[Mapping[str, Any], list[str]]]]:
+    """What an evaluation is judged by, and of each its record and these values: loss and perplexity, or rewards."""
+    rewards = [mean_rewards(r.get("extra", {})) for r in scores]
+    if any(each is not None for each in rewards):
+        heads = list(dict.fromkeys(name for each in rewards for name in each or ()))
+        cells = [[f"{each[name]:.3f}" if each and name in each else "" for name in heads] for each in rewards]
+        return heads, list(zip(scores, cells, strict=True))
+    likely = any(r["perplexity"] is not None for r in scores)
+    cells = [[loss_text(r["loss"]), *([f"{r['perplexity']:.3f}"] if likely else [])] for r in scores]
+    return ["loss", *["perplexity"] * likely], list(zip(scores, cells, strict=True))
 
 
 def _charts(
     steps: list[dict[str, Any]], scores: list[dict[str, Any]], page: Page
 ) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """(title, SVG, legend) of each chart; the loss chart first."""
+    """(title, SVG, legend) of each chart; first that of the loss, or where answers are rewarded of the rewards."""
     if not steps:
         return []
-    loss = [(float(r["step"]), float(r["loss"])) for r in steps]
-    series = [
-        Series("training, each step", loss, "faint"),
-        Series("training, smoothed", smooth(loss, [r["trained_tokens"] for r in steps])),
-    ]
-    if scores:
-        series.append(Series("validation", [(float(r["step"]), float(r["loss"])) for r in scores], "dots", "b"))
-    best = [(float(r["step"]), float(r["loss"])) for r in scores if r.get("best")]
-    out = [(page.loss, series, best[-1] if best else None)]
+    rewarded = any(mean_rewards(r.get("extra", {})) is not None for r in steps)
+    best = [r for r in scores if r.get("best")][-1:]
+
+    def points_of(name: str, records: list[dict[str, Any]]) -> list[_Point]:
+        values = [(r["step"], r["loss"] if name == "loss" else r.get("extra", {}).get(name)) for r in records]
+        return [(float(step), float(value)) for step, value in values if value is not None]
+
+    def over_steps(name: str, title: str) -> _Chart:
+        own, held = points_of(name, steps), points_of(name, scores)
+        weights = [r["trained_tokens"] for r in steps] if name == "loss" else [1.0] * len(own)
+        lines = [Series("training, each step", own, "faint"), Series("training, smoothed", smooth(own, weights))]
+        return (
+            title,
+            lines + [Series("validation", held, "dots", "b")] * bool(held),
+            next(iter(points_of(name, best)), None),
+        )
+
+    out = [over_steps("reward", _MEASURED["reward"]) if rewarded else over_steps("loss", page.loss)]
     drawn = any("drawn_tokens" in r.get("extra", {}) for r in steps)
+    parts = dict.fromkeys(name for r in steps for name in mean_rewards(r.get("extra", {})) or () if name != "reward")
+    out += [over_steps(f"reward_{name}", f"Reward: {name}") for name in parts]
+    if rewarded:
+        out.append(("Loss", [Series("Loss", points_of("loss", steps))], None))
     speeds = [_speed(r) for r in steps]
     for title, values in (
         ("Learning rate", [r["learning_rate"] for r in steps]),
@@ -148,16 +176,16 @@ def _charts(
     ):
         points = [(float(r["step"]), float(value)) for r, value in zip(steps, values, strict=True)]
         out.append((title, [Series(title, points)], None))
-    further = dict.fromkeys(name for r in steps for name in r.get("extra", {}) if _is_reward(name, r["extra"]))
-    titles = _MEASURED | {name: f"Reward: {name.removeprefix('reward_')}" for name in further}
-    for name, title in titles.items():
-        points = [(float(r["step"]), float(r["extra"][name])) for r in steps if name in r.get("extra", {})]
-        if points:
+    for name, title in _MEASURED.items():
+        points = points_of(name, steps)
+        if points and not (rewarded and name == "reward"):
             out.append((title, [Series(title, smooth(points, [1.0] * len(points)))], None))
     return [
         (
             title,
-            chart(lines, wide=i == 0, mark=mark, label=title, from_zero=i > 1),
+            chart(
+                lines, wide=i == 0, mark=mark, label=title, from_zero=i > 0 and title not in ("Learning rate", "Loss")
+            ),
             [(s.name, s.colour + ("-faint" if s.kind == "faint" else "")) for s in lines] if len(lines) > 1 else [],
         )
         for i, (title, lines, mark) in enumerate(out)
@@ -171,6 +199,7 @@ _MEASURED = {
     "logp_chosen": "Log-probability of chosen answers, nats",
     "logp_rejected": "Log-probability of rejected answers, nats",
     "reward": "Reward, mean over the answers drawn",
+    "reward_failed": "Answers that could not be judged",
     "gap_mean": "Sampler beside trainer: mean difference of log-probabilities, nats",
     "gap_max": "Sampler beside trainer: largest difference, nats",
     "drift": "Adapter beside the one drawn from: mean difference of log-probabilities, nats",
@@ -190,11 +219,6 @@ def _speed(record: Mapping[str, Any]) -> float:
     if drawn is None:
         return float(record["tokens_per_second"])
     return float(drawn / record["seconds"]) if record["seconds"] else 0.0
-
-
-def _is_reward(name: str, measured: Mapping[str, Any]) -> bool:
-    """Whether it is one of several rewards of answers that were drawn."""
-    return name.startswith("reward_") and "answer_tokens" in measured and name not in _MEASURED
 
 
 def smooth(points: Sequence[_Point], weights: Sequence[float]) -> list[_Point]:

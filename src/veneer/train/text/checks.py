@@ -244,6 +244,10 @@ def _answers_compare(s: TextSubject) -> Iterator[Finding]:
     yield Finding("ok", "reference", f"compared with: {reference}")
 
 
+_FEW_PROMPTS = 8
+"""Fewer prompts than these are a slip, however few a step takes."""
+
+
 def _answers_are_drawn(s: TextSubject) -> Iterator[Finding]:
     """What a run draws and learns from."""
     r, c = s.config.drawn, s.encoded.counts
@@ -260,6 +264,10 @@ def _answers_are_drawn(s: TextSubject) -> Iterator[Finding]:
     text = f"{counted(c.kept, 'prompt')}; a draw is {each} of them with {counted(r.group, 'answer')} each"
     text += f", of {r.max_tokens} tokens at most"
     yield Finding("ok", "prompts", text)
+    if c.kept < max(s.config.batching.rows, _FEW_PROMPTS):
+        every = "every step draws the same one" if c.kept == 1 else "steps draw the same ones again and again"
+        fix = f"give more prompts (a few hundred at least), or a lower batching.rows ({s.config.batching.rows} here)"
+        yield Finding("warn", "prompts", f"only {counted(c.kept, 'prompt')} to train on: {every}", fix)
     yield from _is_taught(r) if isinstance(r, DistillationSection) else _is_rewarded(s, r)
 
 

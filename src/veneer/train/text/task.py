@@ -657,6 +657,10 @@ class AttachedDrawing(AttachedText):
     def state(self) -> Mapping[str, Tensor]:
         return {**self.parameters, **(self.off_policy.state if self.off_policy else {})}
 
+    @property
+    def rewarded(self) -> bool:
+        return isinstance(self.drawing, Reinforcement)
+
     def why_alone(self) -> str:
         return "its answers are drawn"
 
