@@ -10,6 +10,7 @@ name alone means that and nothing before it.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -59,10 +60,13 @@ def publish_steps(library: Library, job: Job, run: Path) -> dict[int, str]:
     return out
 
 
-def publish_checkpoints(library: Library, name: str, run: Path, adapter: Path) -> dict[int, str]:
+def publish_checkpoints(
+    library: Library, name: str, run: Path, adapter: Path, note: Callable[[str], None]
+) -> dict[int, str]:  # fmt: skip
     """The references of those that the run wished for and its folder still has, by step. `adapter`: what the run made,
     whose tensors each has in another state. A version that is there stays: after a kill the card's times are others,
-    and the same checkpoint would come a second time, as the newest."""
+    and the same checkpoint would come a second time, as the newest. `note`: is told of each checkpoint that is left
+    out, and why: its tensors are not the adapter's."""
     whole = load_folder(adapter).adapter
     out: dict[int, str] = {}
     there = {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
@@ -74,7 +78,8 @@ def publish_checkpoints(library: Library, name: str, run: Path, adapter: Path) -
         state = {key: tensor for key, tensor in read.items() if not key.endswith(DRAWN_FROM)}
         made = whole.mapped(torch.clone)
         tensors = dict(made.tensors())
-        if tensors.keys() != state.keys():
+        if why := _difference({k: t.shape for k, t in tensors.items()}, {k: t.shape for k, t in state.items()}):
+            note(f"warning: the checkpoint of step {step} is not in the library: {why}")
             continue
         for key, tensor in tensors.items():
             tensor.copy_(state[key])
@@ -86,3 +91,15 @@ def publish_checkpoints(library: Library, name: str, run: Path, adapter: Path) -
         library.alias(there[step], checkpoint_alias(step))
         out[step] = there[step]
     return out
+
+
+def _difference(adapter: Mapping[str, torch.Size], state: Mapping[str, torch.Size]) -> str:
+    """How a checkpoint's tensors differ from the adapter's; "" where they have the same names and shapes."""
+    for key in sorted(adapter.keys() | state.keys()):
+        if key not in state:
+            return f"it lacks {key}, which the adapter has"
+        if key not in adapter:
+            return f"it has {key}, which the adapter lacks"
+        if adapter[key] != state[key]:
+            return f"{key} is {tuple(state[key])} in it and {tuple(adapter[key])} in the adapter"
+    return ""

@@ -154,8 +154,12 @@ def _carried_out(teller: _Teller, train: Callable[[], _Trained], *, alone: bool 
         if lease.job.about.get("publish") == "checkpoints":
             from veneer.jobs.checkpoints import publish_checkpoints  # late: a worker needs no torch
 
-            points = publish_checkpoints(library, lease.job.name, _folder(lease.job), Path(result["adapter"]))
-            store.note(lease, checkpoints=[JobCheckpoint(step, reference=at) for step, at in points.items()])
+            left_out: list[JobEvent] = []
+            points = publish_checkpoints(
+                library, lease.job.name, _folder(lease.job), Path(result["adapter"]),
+                lambda text: left_out.append(JobEvent("warn", "note", text)),
+            )  # fmt: skip
+            store.note(lease, left_out, [JobCheckpoint(step, reference=at) for step, at in points.items()])
         store.finish(lease, result={**result, "reference": reference})
         return 0
     except LeaseLost as error:

@@ -246,7 +246,9 @@ def test_one_step_off_policy_is_the_ratio_of_now_to_one_draw_ago_by_float64(
     assert second["drift"] == pytest.approx(float(drifts.mean()), rel=1e-3)
     # what a job publishes of it is the adapter at each step, without the copy
     folder = tmp_path / "ahead"
-    assert publish_checkpoints(open_library(tmp_path / "library"), "ahead", folder, folder).keys() == {1, 2, 3}
+    library, told = open_library(tmp_path / "library"), list[str]()
+    assert publish_checkpoints(library, "ahead", folder, folder, told.append).keys() == {1, 2, 3}
+    assert not told
 
 
 def test_a_run_that_learns_nothing_says_so_and_what_to_do(shared: Path, base: TextBase, tmp_path: Path) -> None:

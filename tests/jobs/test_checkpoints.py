@@ -1,0 +1,42 @@
+"""Checkpoints of a job in the library: each is there, or it is said why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tests.tiny_base import tiny_base_dir
+from veneer.core.adapter import LoraSpec
+from veneer.core.init import create
+from veneer.files.safetensors import write_tensors
+from veneer.formats import peft
+from veneer.jobs.checkpoints import publish_checkpoints
+from veneer.library.library import open_library
+from veneer.models.text.base import load_text
+
+
+def test_a_checkpoint_that_is_left_out_is_said_with_the_reason(tmp_path: Path) -> None:
+    base = load_text(str(tiny_base_dir(tmp_path)))
+    made = create(base.model, LoraSpec(rank=2, targets="q_proj"), seed=0)
+    peft.write_folder(made, tmp_path / "adapter")
+    tensors = dict(made.tensors())
+    first = next(iter(tensors))
+    states = {
+        1: tensors,
+        2: {key: tensor for key, tensor in tensors.items() if key != first},
+        3: {**tensors, "more": torch.zeros(1)},
+        4: {**tensors, first: torch.zeros(5, 5)},
+    }
+    for step, state in states.items():
+        folder = tmp_path / "run" / "checkpoints" / f"step-{step:08}"
+        folder.mkdir(parents=True)
+        write_tensors(folder / "adapter.safetensors", state)
+    told: list[str] = []
+    library = open_library(tmp_path / "library")
+    found = publish_checkpoints(library, "job", tmp_path / "run", tmp_path / "adapter", told.append)
+    assert found == {1: "job@1"}
+    lacking, more, other = told
+    assert f"step 2 is not in the library: it lacks {first}" in lacking
+    assert "step 3 is not in the library: it has more" in more
+    assert f"step 4 is not in the library: {first} is (5, 5) in it" in other
