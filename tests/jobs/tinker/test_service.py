@@ -128,6 +128,23 @@ def _cut(journal: Path, seq: int) -> None:
         at = end
 
 
+def test_a_state_that_cannot_be_written_at_the_end_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with small_service(tmp_path) as service:
+        first, second = begun(service), begun(service)
+        whole = steps(service, first, 1, 5)
+        steps(service, second, 1, 3)
+        shutil.rmtree(first.folder / "states", ignore_errors=True)
+        (first.folder / "states").write_text("in the way")
+    (told,) = [record for record in caplog.records if first.id in record.getMessage()]
+    assert "could not be written" in told.getMessage()
+    assert told.exc_info
+    assert not any(second.id in record.getMessage() for record in caplog.records)
+    (first.folder / "states").unlink()
+    with small_service(tmp_path) as service:
+        again = service.run("acme", first.id)
+        assert steps(service, again, 5, 7)[0] < whole[-1]
+
+
 def test_an_eviction_is_a_wait(tmp_path: Path) -> None:
     """Room for one of two clients: their states go to the disk and come back, and neither notices."""
     with small_service(tmp_path / "wide") as service:

@@ -458,8 +458,12 @@ class TinkerService:
                 for run in ready:
                     self._fail(run, error)
         for run in list(self.runs.values()):
-            with suppress(Exception):
+            try:
                 self._put_away(run)
+            except Exception:  # the other runs are put away all the same
+                _log.exception(
+                    "the state of %s could not be written; its requests since the last one are done again", run.id
+                )
             run.journal.close()
         if self._trainer is not None:
             self._trainer.close()
