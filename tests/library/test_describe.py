@@ -20,6 +20,12 @@ def test_a_gain_is_the_share_by_which_the_loss_changed() -> None:
     assert below is not None
     assert below.share is None
     assert str(below) == "held-out loss -0.5 → -0.7"
+    for before, after in ((-0.25, -0.75), (0.5, 0.0)):
+        metrics = {"validation_loss_before": before, "validation_loss": after, "measured": {"reward_failed": 0.0}}
+        rewarded = gain_of({"metrics": metrics})
+        assert rewarded is not None
+        assert rewarded.share is None
+        assert str(rewarded) == f"held-out reward {-before:.4g} → {abs(after):.4g}"
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,12 @@ def test_a_run_that_is_rewarded_shows_rewards_and_no_loss(
     for words in ("Held-out reward", ">0.750<", "0.750 before", "label 0.500, length 1.000"):
         assert words in page
     assert "Held-out loss" not in page
+    with opened(f"{studio.address}/studio/steps?job={job.id}") as window:
+        page = html.unescape(str(window.elements))
+    assert "Held-out reward" in page
+    assert "0.7500" in page
+    assert page.count("highest") == 1
+    assert "loss" not in page.lower().partition("held-out reward")[2].partition("</table>")[0]
 
 
 def test_a_step_is_kept_and_gone_on_from(studio: Served, lesson: Job, store: JobStore) -> None:

@@ -24,18 +24,22 @@ _PICTURE = re.compile(r"data:(image/(?:jpeg|png|webp));base64,([A-Za-z0-9+/=]+)"
 
 @dataclass(frozen=True)
 class Gain:
-    """What an adapter has gained over its base on held-out data: the loss before, and of what was kept."""
+    """What an adapter has gained over its base on held-out data: the loss before, and of what was kept. `rewarded`: of
+    reinforcement, whose loss is minus the mean reward."""
 
     before: float
     after: float
+    rewarded: bool = False
 
     @property
     def share(self) -> float | None:
         """By how much of itself the loss has changed: −0.38 is a loss 38 % lower. None where the loss was none of those
         that have a zero to be measured from."""
-        return self.after / self.before - 1 if self.before > 1e-9 else None
+        return self.after / self.before - 1 if self.before > 1e-9 and not self.rewarded else None
 
     def __str__(self) -> str:
+        if self.rewarded:
+            return f"held-out reward {0.0 - self.before:.4g} → {0.0 - self.after:.4g}"
         share = "" if self.share is None else f" ({self.share:+.0%})".replace("-", "−").replace("%", " %")
         return f"held-out loss {self.before:.4g} → {self.after:.4g}{share}"
 
@@ -45,7 +49,9 @@ def gain_of(card: Mapping[str, Any]) -> Gain | None:
     metrics = card.get("metrics")
     said = metrics if isinstance(metrics, dict) else {}
     before, after = (_number(said.get(f"validation_loss{when}")) for when in ("_before", ""))
-    return None if before is None or after is None else Gain(before, after)
+    measured = said.get("measured")
+    rewarded = isinstance(measured, dict) and "reward_failed" in measured
+    return None if before is None or after is None else Gain(before, after, rewarded)
 
 
 def card_picture(card: Mapping[str, Any]) -> tuple[str, bytes] | None:

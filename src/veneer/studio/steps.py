@@ -19,6 +19,7 @@ from veneer.studio.run import of_pictures
 from veneer.studio.talk import answer_of, asked_here, job_of, own_prompts
 from veneer.studio.watch import on_change
 from veneer.train.config.sentence import sentence_of
+from veneer.train.events import mean_rewards
 
 _WORDS = 60
 _KNOWN: dict[tuple[str, str, str], str] = {}
@@ -45,6 +46,7 @@ async def steps_view(page: ViewPage) -> None:
         job=job,
         pictures=pictures,
         before=None,
+        rewarded=False,
         forks=False,
         live=False,
     )
@@ -60,18 +62,23 @@ async def steps_view(page: ViewPage) -> None:
         now, points = jobs.get(page.caller.owner, job.id), jobs.checkpoints(page.caller.owner, job.id)
         scores = {event.data["step"]: event.data for event in jobs.events_of(page.caller.owner, job.id, "validation")}
         samples = [event.data["step"] for event in jobs.events_of(page.caller.owner, job.id, "sample")]
-        found = [{"point": point, "score": scores.get(point.step, {}).get("validation_loss")} for point in points]
+        rewarded = any(mean_rewards(data) is not None for data in scores.values())
+        key = "reward" if rewarded else "validation_loss"
+        found = [{"point": point, "score": scores.get(point.step, {}).get(key)} for point in points]
         known = {p.step: float(scores[p.step]["validation_loss"]) for p in points if p.step in scores}
         best = min(known, key=lambda step: known[step]) if known else None
-        return {"job": now, "points": found, "best": best, "before": scores.get(0), "samples": samples}
+        before = scores[0].get(key) if 0 in scores else None
+        return {
+            "job": now, "points": found, "best": best, "before": before, "samples": samples, "rewarded": rewarded,
+        }  # fmt: skip
 
     async def fill() -> None:
         found = await asyncio.to_thread(read)
         used = await asyncio.to_thread(_used, page, job)
         table.show(
             points=found["points"], best=found["best"], used=used, link=page.link, job=found["job"],
-            pictures=pictures, before=found["before"],
-            forks=page.caller.can("operate"), live=page.caller.can("operate") and page.studio.tenants is not None,
+            pictures=pictures, before=found["before"], rewarded=found["rewarded"],
+            forks=not page.caller.tenant, live=page.caller.can("operate") and page.studio.tenants is not None,
         )  # fmt: skip
         if pictures:
             sheets.show(samples=found["samples"][::-1], job=job, api=page.api)
