@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -194,10 +195,42 @@ def test_all_that_does_not_fit_the_files_is_listed_and_nothing_is_written(saved,
     peft.write_folder(bad, tmp_path / "bad")
     with pytest.raises(AdapterError, match="3 problems") as error:
         merge_shards(tmp_path / "base", [str(tmp_path / "a"), str(tmp_path / "bad")], tmp_path / "out")
-    for words in ("the head shares this weight", "no such weight", "it changes (6, 4)"):
+    for words in ("lm_head.weight shares this weight", "no such weight", "it changes (6, 4)"):
         assert words in str(error.value)
     with pytest.raises(BaseError, match="no such model folder"):
         merge_shards(tmp_path / "nowhere", [str(tmp_path / "a")], tmp_path / "out")
     with pytest.raises(ConfigError, match="nothing to merge"):
         merge_shards(tmp_path / "base", [], tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "bad", "base"]
+
+
+@pytest.mark.parametrize("spec", ["pair", "full copy", "head"])
+@pytest.mark.parametrize("stated", [True, False])
+def test_by_shard_refuses_a_change_of_one_tied_weight(tmp_path, spec, stated):
+    specs = {
+        "pair": LoraSpec(rank=2, alpha=4, targets=("embed_tokens",)),
+        "full copy": LoraSpec(targets=(), modules_to_save=("embed_tokens",)),
+        "head": LoraSpec(rank=2, alpha=4, targets=("lm_head",)),
+    }
+    net = model("gemma3", torch.float32)
+    net.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text(encoding="utf-8"))
+    if not stated:  # the class's default is to tie
+        del config["tie_word_embeddings"]
+        (tmp_path / "base/config.json").write_text(json.dumps(config), encoding="utf-8")
+    peft.write_folder(random_adapter(create(net, specs[spec], seed=0)), tmp_path / "a", base=net)
+    with pytest.raises(AdapterError, match="shares this weight and the change is not for both"):
+        merge_shards(tmp_path / "base", [str(tmp_path / "a")], tmp_path / "out")
+
+
+def test_by_shard_token_rows_reach_a_stored_copy_of_the_head(tmp_path):
+    net = model("llama3", torch.float32)
+    net.save_pretrained(tmp_path / "base")
+    state = {n: t.clone() for n, t in net.state_dict().items()}
+    save_file(state, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    adapter = random_adapter(create(net, LoraSpec(targets=(), token_rows={"embed_tokens": (1, 9)}), seed=0))
+    peft.write_folder(adapter, tmp_path / "a", base=net)
+    merge_shards(tmp_path / "base", [str(tmp_path / "a")], tmp_path / "out")
+    got = Checkpoint(tmp_path / "out")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(got.tensor(name)[[1, 9]], adapter.token_rows["model.embed_tokens"].rows), name

@@ -35,6 +35,7 @@ from veneer.files.safetensors import strict_json
 from veneer.files.weights import Checkpoint, checkpoint_parts
 from veneer.models.loading import errors_only, loading
 from veneer.models.quantise import quantised_weights, saved_config, saved_tensors
+from veneer.models.text.bare import tied_weights
 from veneer.ops.quantisation_formats import KINDS
 from veneer.ops.quantised import Quantised, dequantised, quantise
 
@@ -358,7 +359,8 @@ def merge_shards(
     or not at all.
 
     Raises ConfigError for the request; AdapterError listing every change that meets no weight, a weight of another
-    shape or dtype, an embedding tied to the head; BaseError for a base that is no folder of safetensors."""
+    shape or dtype, one of two tied weights (token rows change both); BaseError for a base that is no
+    folder of safetensors."""
     base, folder = Path(base), Path(folder)
     _check_request(adapters, folder)
     if not base.is_dir():
@@ -423,10 +425,17 @@ Plan = dict[str, dict[str, list[tuple[Callable[[Tensor], Tensor], float]]]]
 
 
 def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]], names: Callable[[str], str]) -> Plan:
-    """Where every change goes, all checked on the meta device before a byte is written."""
+    """Where every change goes, all checked on the meta device before a byte is written.
+
+    Of two modules that share a weight, an attached adapter changes the one it names; only token rows change both. The
+    files hold such a weight once, so any other change of it is a problem."""
     plan: Plan = {component: {} for component in parts}
     problems: list[str] = []
     configs = {component: _config(part.path) for component, part in parts.items()}
+    tied = {
+        component: [{name: part.find(name) for name in group} for group in tied_weights(part.path)]
+        for component, part in parts.items()
+    }
     for adapter, strength in mix:
         if adapter.new_tokens:
             problems.append(f"{', '.join(adapter.new_tokens)}: learned words have no rows in the base yet")
@@ -438,22 +447,29 @@ def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]], names:
                 continue
             part, config = parts[component], configs[component]
             tensor = part.find(names(rest))
+            weight = tensor or names(rest)
+            shared = next((group for group in tied[component] if weight in {*group, *group.values()}), {})
+            rows = name.removesuffix(".weight") in adapter.token_rows
+            if shared and not rows:
+                others = ", ".join(other for other in shared if other != weight)
+                problems.append(
+                    f"{name}: {others} shares this weight and the change is not for both; load it and merge"
+                )
+                continue
             if tensor is None:
                 near = nearest(rest, part.entries, 1)
                 problems.append(f"{name}: the base has no such weight" + (f"; nearest {near[0]}" if near else ""))
                 continue
             entry = part.entries[tensor]
-            pair = adapter.pairs.get(name.removesuffix(".weight"))
             if not entry.dtype.is_floating_point or entry.dtype.itemsize < 2:
                 problems.append(f"{name}: stored as {entry.dtype}, a merged weight does not fit its grid")
             elif config.get("model_type") in _TRANSPOSED and len(entry.shape) == 2:
                 problems.append(f"{name}: weights of {config['model_type']} are stored transposed; load it and merge")
-            elif config.get("tie_word_embeddings") and pair is not None and pair.kind == "embedding":
-                problems.append(f"{name}: the head shares this weight and the pair is not for it; load it and merge")
             elif problem := change_problem(shape_only, entry.shape):
                 problems.append(f"{name}: {problem}")
             else:
-                plan[component].setdefault(tensor, []).append((make, strength))
+                for each in {tensor, *filter(None, shared.values())}:  # token rows reach the head's own copy too
+                    plan[component].setdefault(each, []).append((make, strength))
     if problems:
         raise AdapterError(
             f"the mix does not fit the files of this base ({len(problems)} problems):\n{bullets(problems, None)}"

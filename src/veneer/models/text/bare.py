@@ -3,16 +3,20 @@
 model = bare_text(config, dtype=torch.bfloat16, quantise="nf4", device="cuda")      as load_text would leave it
 how = twin(config, dtype)                 what `fast` does with a small model of the same config, tried for real
 with fast(model, like=how): …             the same on the one that has no values to try it with
+groups = tied_weights(folder)             the parameters of a model folder that share one weight
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from veneer.errors import ConfigError, lacks_memory
+from veneer.errors import BaseError, ConfigError, lacks_memory
+from veneer.files.safetensors import strict_json
+from veneer.files.weights import tensor_table
 from veneer.models.loading import loading
 from veneer.models.quantise import loop_over_experts, put_empty_codes
 from veneer.models.swap import FastReport
@@ -76,6 +80,40 @@ def _built(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
             f"transformers makes no model of this configuration: {why:.300}", where=f"a {config.model_type} model",
             fix="take the base's own config.json again",
         ) from error  # fmt: skip
+
+
+def tied_weights(folder: Path) -> list[list[str]]:
+    """Groups of parameters that share one weight in the transformers model saved in `folder`.
+
+    The model's class decides, also where config.json says nothing of `tie_word_embeddings`; the model is built without
+    weights. [] for a folder without a config.json of transformers. For a family that transformers does not know, the
+    only stored matrix with a row for every token is taken to be shared with the head, unless config.json says that it
+    is not."""
+    import transformers
+
+    file = folder / "config.json"
+    fields = strict_json(file.read_bytes(), where=str(file)) if file.is_file() else {}
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    if kind is None:
+        return []
+    if kind not in transformers.CONFIG_MAPPING:
+        rows = [
+            t.name for t in tensor_table(folder) if t.shape[:1] == (fields.get("vocab_size"),) and len(t.shape) == 2
+        ]
+        return [rows] if len(rows) == 1 and fields.get("tie_word_embeddings", True) else []
+    named = next(iter(fields.get("architectures") or ()), "")
+    built = getattr(transformers, str(named), None) or transformers.AutoModelForCausalLM
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with loading(), torch.device("meta"):
+            model = built._from_config(config) if hasattr(built, "_from_config") else built.from_config(config)
+    except Exception as error:  # of any kind: each class reads its fields by itself
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BaseError(f"transformers makes no model of this configuration: {why:.300}", where=str(file)) from error
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
 
 
 def twin(config: PreTrainedConfig, dtype: torch.dtype) -> FastReport:
