@@ -20,6 +20,7 @@ from transformers import (
     DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
@@ -150,6 +151,18 @@ def gemma2(**changes: Any) -> PreTrainedModel:
     return build(Gemma2Config(**(COMMON | own | changes)))
 
 
+def gemma4(**changes: Any) -> PreTrainedModel:
+    """Layers of two kinds, with heads of two sizes, and an embedding for each layer; layers 2 and 3 read the keys and
+    values of layers 0 and 1."""
+    own = {
+        "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16, "num_kv_shared_layers": 2, "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": changes.get("vocab_size", VOCAB), "final_logit_softcapping": 30.0,
+        "initializer_range": 0.05,
+    }  # fmt: skip
+    return build(Gemma4TextConfig(**(COMMON | own | changes)))
+
+
 def gpt_oss(**changes: Any) -> PreTrainedModel:
     """Attention sinks, biases, experts with a clipped gate."""
     own = {
@@ -197,6 +210,7 @@ def deepseek_v3(**changes: Any) -> PreTrainedModel:
 
 OTHERS: dict[str, Callable[..., PreTrainedModel]] = {
     "gemma2": gemma2,
+    "gemma4": gemma4,
     "gpt_oss": gpt_oss,
     "qwen3_next": qwen3_next,
     "phi": phi,

@@ -109,6 +109,17 @@ def test_a_model_has_its_own_parameters_and_pairs(family: str, shape_of: Any) ->
     assert pair_parameters(shape, spec) == trainable_parameters(model, resolve_targets(model, spec), spec)[0]
 
 
+@pytest.mark.parametrize("changes", [{}, {"attention_k_eq_v": True, "num_global_key_value_heads": 1}])
+def test_layers_with_other_heads_are_counted_as_built(changes: dict[str, Any]) -> None:
+    model, spec = families.gemma4(**changes), LoraSpec(rank=4)
+    shape = module_shape(model)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert pair_parameters(shape, spec) == trainable_parameters(model, resolve_targets(model, spec), spec)[0]
+    kv = 1 if changes else 2
+    assert [(layer.kv_heads, layer.head_dim) for layer in shape.layers] == [(2, 8), (kv, 16)] * 2
+    assert [layer.window for layer in shape.layers] == [16, None] * 2
+
+
 @pytest.mark.parametrize(
     "spec",
     [

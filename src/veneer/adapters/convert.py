@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from veneer.formats.convert import WriteReport
     from veneer.formats.reading import Reading
 
-_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "gemma4_text": "gemma4"}
 """transformers' model_type -> llama.cpp's name, where they differ."""
 
 
@@ -60,12 +60,13 @@ def convert_adapter(
     return ConvertedAdapter(reading, written, words)
 
 
-def _of_base(name: str, say: Callable[[str], None] | None) -> tuple[str, int, int]:
-    """llama.cpp's architecture, the rows of a head, and the number of layers, of a base."""
+def _of_base(name: str, say: Callable[[str], None] | None) -> tuple[str, int | None, int]:
+    """llama.cpp's architecture, the rows of a head (None if layers differ), and the number of layers, of a base."""
+    from veneer.models.config import layer_heads
     from veneer.models.sources import find_base
     from veneer.models.text.base import read_base_config
 
     config = read_base_config(find_base(name, say=say)).get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = {size for _, _, size in layer_heads(config)}
     architecture = _ARCHITECTURES.get(config.model_type, config.model_type)
-    return architecture, int(head_dim), int(config.num_hidden_layers)
+    return architecture, sizes.pop() if len(sizes) == 1 else None, int(config.num_hidden_layers)

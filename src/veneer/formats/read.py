@@ -286,15 +286,21 @@ def read(
 def _from_gguf(path: Path, base: peft.BaseLike) -> Reading:
     from veneer.formats.gguf import read_gguf
 
-    config = getattr(base, "config", None)
-    heads = getattr(config, "num_attention_heads", None)
-    head_dim = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)  # type: ignore[union-attr]
-    found = read_gguf(path, head_dim=head_dim)
+    found = read_gguf(path, head_dim=_head_dim(base))
     metadata = {key: str(value) for key, value in found.fields.items() if isinstance(value, str | int | float)}
     reasons = [f"a GGUF file of type adapter for {found.architecture}"]
     notes = [f"{name}: a norm, which llama.cpp leaves aside too" for name in found.unused]
     used: dict[str, list[str]] = {name: [] for name in found.adapter.pairs}
     return Reading(found.adapter, "gguf", reasons, None, used, found.unused, [], notes, metadata)
+
+
+def _head_dim(base: peft.BaseLike) -> int | None:
+    """The rows of a head of a loaded base; None where they are not known, or differ between layers."""
+    sizes: set[int] = set()
+    for layer in getattr(getattr(base, "config", None), "per_layer_config", ()):
+        heads = getattr(layer, "num_attention_heads", None)
+        sizes.add(int(getattr(layer, "head_dim", None) or (heads and layer.hidden_size // heads) or 0))
+    return sizes.pop() or None if len(sizes) == 1 else None
 
 
 def _from_peft(

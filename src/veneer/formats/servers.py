@@ -103,7 +103,8 @@ def folded(adapter: Adapter, multiple: int = 1) -> Adapter:
 
 def in_every_layer(adapter: Adapter, layers: int) -> tuple[Adapter, int]:
     """The adapter with pairs of zeros where a kind of module has one in some of the base's `layers` and not in all;
-    and how many were put in. Of modules that TGI knows. Raises AdapterError for a layer that the base has not."""
+    and how many were put in. Of modules that TGI knows. Raises AdapterError for a layer that the base has not, and
+    where the widths of a missing pair cannot be told because layers differ (Gemma 4)."""
     kinds: dict[str, dict[int, str]] = defaultdict(dict)
     for name in adapter.pairs:
         found = _TGI_MODULE.fullmatch(name)
@@ -115,7 +116,15 @@ def in_every_layer(adapter: Adapter, layers: int) -> tuple[Adapter, int]:
     pairs = dict(adapter.pairs)
     for kind, own in kinds.items():
         like = adapter.pairs[next(iter(own.values()))]
-        for layer in set(range(layers)) - set(own):
+        missing = sorted(set(range(layers)) - set(own))
+        widths = {(adapter.pairs[n].A.shape[1], adapter.pairs[n].B.shape[0]) for n in own.values()}
+        if missing and len(widths) > 1:
+            raise AdapterError(
+                f"TGI drops {kind} in every layer if one layer lacks it, and a pair of zeros for layer {missing[0]} "
+                "has no known size: this base's layers have different widths",
+                fix=f"train {kind} in every layer, or {MERGE}",
+            )
+        for layer in missing:
             pairs[f"model.layers.{layer}.{kind}"] = replace(like, A=like.A * 0, B=like.B * 0)
     return replace(adapter, pairs=pairs), len(pairs) - len(adapter.pairs)
 

@@ -3,6 +3,7 @@
     fields = read_config_json(folder / "config.json")     the file's object, checked
     check_config(fields, where)                      the same of one that was read
     check_words(fields, where)                       activations and rotary scalings, which transformers alone knows
+    layer_heads(config)                              the attention heads of each layer, of transformers' config
 
 Of the families and denoisers that are named here; others are transformers' and diffusers' business. A key that is null
 counts as missing. `check_config` needs neither torch nor transformers.
@@ -88,6 +89,19 @@ def check_config(fields: _Fields, where: str) -> None:
         check.text(str(kind))
     elif kind in PLANNED_DENOISERS.values():
         check.denoiser(str(kind))
+
+
+def layer_heads(config: Any) -> list[tuple[int, int, int]]:
+    """(heads, key and value heads, size of a head) of each layer, from transformers' config of a language model.
+
+    Layers can differ (Gemma 4's full attention has wider heads), which the config says layer by layer."""
+    found = []
+    for layer in config.per_layer_config:
+        heads = getattr(layer, "num_attention_heads", None) or 1
+        kv = getattr(layer, "num_key_value_heads", None) or heads
+        size = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+        found.append((int(heads), int(kv), int(size)))
+    return found
 
 
 def _text_part(fields: _Fields) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, nearest, quoted
 from veneer.models.compat_transformers import PRE_NORM_LAYERS
+from veneer.models.config import layer_heads
 from veneer.plan.pairs import PairCosts, PairForm
 
 if TYPE_CHECKING:
@@ -334,10 +335,14 @@ _PRODUCTS = {
 }  # fmt: skip
 
 
+_ACTIVE_EXPERTS = ("num_experts_per_tok", "top_k_experts")
+
+
 def module_shape(model: Any) -> TextShape:
     """The shape of a built language model, attached or not: exact in its parameters, whatever its family.
 
-    How it attends is read off its config; a layer that names its matrices unlike Llama has each as its own product."""
+    How it attends is read off its config; a layer that names its matrices unlike Llama has each as its own product.
+    Weights outside the layers (Gemma 4's embeddings for each layer) count with the first layer."""
     from veneer.core.targets import base_modules, expert_parameters, kind_of
 
     config = model.config.get_text_config()
@@ -345,13 +350,13 @@ def module_shape(model: Any) -> TextShape:
     embedding = model.get_input_embeddings()
     rows, hidden = (int(n) for n in embedding.weight.shape[:2])
     own = {id(embedding.weight), *([id(head.weight)] if head is not None else [])}
-    layers: dict[int, tuple[list[LinearShape], int]] = {}
-    active = int(getattr(config, "num_experts_per_tok", 1) or 1)
+    attention = layer_heads(config)
+    layers: dict[int, tuple[list[LinearShape], int]] = {i: ([], 0) for i in range(len(attention))}
+    active = next((int(n) for key in _ACTIVE_EXPERTS if (n := getattr(config, key, None))), 1)
     for name, module in base_modules(model):
-        index = next((int(part) for part in name.split(".") if part.isdigit()), None)
-        if index is None:
-            continue
-        linears, small = layers.setdefault(index, ([], 0))
+        index = next((int(part) for part in name.split(".") if part.isdigit()), 0)
+        index = index if index in layers else 0
+        linears, small = layers[index]
         leaf = name.split(f".{index}.", 1)[-1]
         fused = set(expert_parameters(module))
         sizes: Any = module
@@ -368,12 +373,15 @@ def module_shape(model: Any) -> TextShape:
             else:
                 small += parameter.numel()
         layers[index] = linears, small
-    heads = int(getattr(config, "num_attention_heads", 1) or 1)
-    dim = int(getattr(config, "head_dim", None) or hidden // heads)
-    kv = int(getattr(config, "num_key_value_heads", None) or heads)
+    linears, small = layers[0]
+    layers[0] = linears, small - hidden  # the norm after the last layer, which TextShape.parameters counts
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or [""] * len(attention)
     built = tuple(
-        LayerShape(tuple(linears), small, heads, kv, dim, norms=2, window=getattr(config, "sliding_window", None))
-        for linears, small in layers.values()
+        LayerShape(
+            tuple(linears), small, *attention[i], norms=2, window=None if kinds[i] == "full_attention" else window
+        )
+        for i, (linears, small) in layers.items()
     )
     tied = head is None or head.weight is embedding.weight
     return TextShape(

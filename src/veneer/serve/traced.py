@@ -31,8 +31,8 @@ from veneer.plan.shape import model_shape
 from veneer.plan.trace import Trace, traced
 from veneer.plan.traced import TracedStep
 from veneer.serve.engine.sampler import SampledRow, sample
-from veneer.serve.forward.paged import BLOCK, Pages
-from veneer.serve.forward.runner import Prepared, Runner, RunnerRow, cache_shape
+from veneer.serve.forward.paged import BLOCK
+from veneer.serve.forward.runner import Prepared, Runner, RunnerRow, block_bytes
 from veneer.serve.request import Sampling
 from veneer.serve.settings import EngineSettings
 
@@ -75,11 +75,10 @@ def traced_serving(
         trace.hold("weights", [*model.parameters(), *model.buffers()])
         base = _base(model, kind, torch.device("cuda"), length, quantise or "")
         blocks = -(-length // BLOCK)
-        layers, _, kv, d = cache_shape(base)
-        room = Pages.bytes_of_a_block(layers, kv, d, kind) * blocks * traffic.together
+        room = block_bytes(base) * blocks * traffic.together
         runner = Runner(base, cache_bytes=room, like=how)
         trace.hold("weights", [*model.parameters(), *model.buffers()])  # some lie together now
-        trace.hold("keys and values", [runner.pages.K, runner.pages.V])
+        trace.hold("keys and values", [t for pages in runner.pages for t in (pages.K, pages.V)])
         adapters = [_adapter(runner, model, rank, str(i)) for i in range(min(traffic.tenants, traffic.together))]
         _steps(runner, traffic, budget, adapters, trace, say)
         shape = model_shape(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.families import FAMILIES
+from tests.families import FAMILIES, OTHERS
 from veneer.errors import ConfigError
 from veneer.models.quantise import quantised_weights
 from veneer.models.text.bare import bare_text, config_of, twin
@@ -35,9 +35,9 @@ def test_quantised_it_has_the_codes_that_a_load_would_make(kind: str) -> None:
         }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma4"])
 def test_a_twin_finds_what_the_model_itself_would(family: str) -> None:
-    real = FAMILIES[family]()
+    real = (FAMILIES | OTHERS)[family]()
     how = twin(real.config, torch.float32)
     with fast(real) as tried:
         pass

@@ -296,6 +296,21 @@ def test_sinks_caps_and_states_are_served_as_the_model_has_them(family: str, dty
     runner.close()
 
 
+def test_heads_of_two_sizes_serve_adapters_beside_one_another() -> None:
+    model = OTHERS["gemma4"]()
+    adapters = {str(i): trained(model, i) for i in range(2)}
+    mixes: list[list[tuple[str, float]]] = [[], [("0", 1.0)], [("0", 0.5), ("1", -1.0)]]
+    ids = prompts([9, 40, 33])
+    want = [reference(model, adapters, mix, p) for p, mix in zip(ids, mixes, strict=True)]
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    ready = {name: runner.prepare(adapter, name) for name, adapter in adapters.items()}
+    work = [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)]
+    assert runner.how == "packed", runner.why
+    for got, own in zip(serve(runner, work, [7, 16, 1, 30]), want, strict=True):
+        same(got, own, 2e-5)
+    runner.close()
+
+
 def test_attention_that_asks_for_more_is_not_handed_over() -> None:
     """A keyword that the hook does not know would be lost on the way to the pages."""
     model = FAMILIES["gemma3"]()

@@ -18,8 +18,7 @@ from veneer.errors import ConfigError, MismatchError, TrainingError
 from veneer.models.text.base import TextBase, load_text
 from veneer.models.text.loss import compared_logits, head_logits, hidden_at
 from veneer.serve.engine.live import live_sampler
-from veneer.serve.forward.paged import Pages
-from veneer.serve.forward.runner import cache_shape
+from veneer.serve.forward.runner import block_bytes
 from veneer.train.config.load import config_from
 from veneer.train.report.log import read_log
 from veneer.train.text.policy_losses import divergences
@@ -151,7 +150,7 @@ def test_room_is_made_for_the_answers_that_are_drawn_at_once_and_planned(
     @contextmanager
     def drawing(*given: Any) -> Iterator[Any]:
         with live_sampler(*given) as sampler:
-            pages = sampler.runner.pages
+            (pages,) = sampler.runner.pages
             taken.append(pages.K.nbytes + pages.V.nbytes)
             yield sampler
 
@@ -161,7 +160,7 @@ def test_room_is_made_for_the_answers_that_are_drawn_at_once_and_planned(
         run_drawn(config(shared, output, distillation=own, schedule={"steps": 1}), base, sampler=drawing)
         (found,) = [r["data"]["numbers"] for r in read_log(output / "log.jsonl") if r["event"] == "checked"]
         planned, least = found["predicted_parts"]["cache"], min(rows, 4 * group)
-        each = Pages.bytes_of_a_block(*(cache_shape(base)[i] for i in (0, 2, 3)), base.dtype)
+        each = block_bytes(base)
         assert planned <= taken[-1] <= planned + (least + 2) * each  # whole blocks
     assert taken[0] > 2 * taken[1]
 

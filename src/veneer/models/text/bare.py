@@ -140,29 +140,41 @@ def small_text(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
 _NARROW = {
     "hidden_size": 64, "intermediate_size": 48, "intermediate_size_mlp": 48, "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "vocab_size": 160, "num_local_experts": 4, "num_experts": 4, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2,
+    "vocab_size": 160, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 160, "num_local_experts": 4,
+    "num_experts": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+_NARROW_LAYER = {"head_dim": 32, "num_key_value_heads": 1}
+"""What layers have that differ from the rest (`per_layer_config`)."""
 _PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
 
 def _small(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields that make `config` small."""
     own = config.to_dict()
-    out: dict[str, Any] = {k: v for k, v in _NARROW.items() if own.get(k) is not None}
+    out: dict[str, Any] = {k: v for k, v in _NARROW.items() if own.get(k)}
     if own.get("num_key_value_heads") == own.get("num_attention_heads"):
         out["num_key_value_heads"] = out["num_attention_heads"]
-    if isinstance(own.get("num_experts_per_tok"), int):
-        out["num_experts_per_tok"] = min(own["num_experts_per_tok"], 2)
+    for key in ("num_experts_per_tok", "top_k_experts"):
+        if isinstance(own.get(key), int):
+            out[key] = min(own[key], 2)
     kinds = [own[k] for k in _PER_LAYER if isinstance(own.get(k), list)]
     # layers up to the last one that is the first of its kind
     seen = list(zip(*kinds, strict=False)) if kinds else []
     layers = max((seen.index(kind) + 1 for kind in set(seen)), default=2)
     layers = max(2, layers, own.get("decoder_sparse_step") or 1, own.get("interleave_moe_layer_step") or 1)
-    out["num_hidden_layers"] = min(layers, config.num_hidden_layers)
+    chosen = list(range(min(layers, config.num_hidden_layers)))
+    if own.get("num_kv_shared_layers"):  # the same layers once more, reading the first ones' keys and values
+        out["num_kv_shared_layers"] = len(chosen)
+        chosen *= 2
+    out["num_hidden_layers"] = len(chosen)
     for key in _PER_LAYER:
         if isinstance(own.get(key), list):
-            out[key] = own[key][: out["num_hidden_layers"]]
+            out[key] = [own[key][i] for i in chosen]
+    if overrides := {int(i): values for i, values in (own.get("per_layer_config") or {}).items()}:
+        out["per_layer_config"] = {
+            at: {k: _NARROW_LAYER.get(k, v) for k, v in overrides[i].items()}
+            for at, i in enumerate(chosen) if i in overrides
+        }  # fmt: skip
     if isinstance(own.get("moe_layers"), list):
         out["moe_layers"] = [i for i in own["moe_layers"] if i < out["num_hidden_layers"]]
     return out

@@ -386,7 +386,9 @@ def _context(config: Any) -> int:
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turn: int | None) -> tuple[int, ...]:
     """End of turn first, then the tokenizer's eos and whatever config and generation config call eos."""
     found: list[int] = []
-    for source in (turn, tokenizer.eos_token_id, model.config.eos_token_id, _generation_eos(model)):
+    configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
+    named = [getattr(config, "eos_token_id", None) for config in configs]
+    for source in (turn, tokenizer.eos_token_id, *named, _generation_eos(model)):
         for token in source if isinstance(source, list | tuple) else [source]:
             if token is not None and int(token) not in found:
                 found.append(int(token))

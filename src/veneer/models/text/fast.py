@@ -156,13 +156,14 @@ def _swap_norms(modules: Iterable[nn.Module], report: FastReport, undo: ExitStac
             continue
         try:
             plus = norm_of(module) if like is None else _as(like, like.norms, kind)
+            parts = norm_parts(module, plus)
         except OtherKind as why:
             report.left[kind] = str(why)
             continue
         if any(p.requires_grad for p in module.parameters()):
             report.left[kind] = "it is trained"
             continue
-        replace_forward(module, _norm_forward(*norm_parts(module, plus)), undo)
+        replace_forward(module, _norm_forward(*parts), undo)
         report.norms[kind] = plus
         report.swapped[kind] = report.swapped.get(kind, 0) + 1
 

@@ -154,9 +154,12 @@ class OtherKind(Exception):
 
 
 def norm_parts(module: nn.Module, plus: float) -> tuple[Tensor, float]:
-    """(w, ε) of an RMS norm: its weight, or `plus` it in at least float32, as 16 bits are too few for 1 + w."""
-    weight: Any = module.weight
+    """(w, ε) of an RMS norm: its weight, or `plus` it in at least float32, as 16 bits are too few for 1 + w.
+    Raises OtherKind for a norm without a weight."""
+    weight = getattr(module, "weight", None)
     eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, Tensor):
+        raise OtherKind("it has no weight or no ε")
     own = weight.detach()
     return (own if not plus else own.to(torch.promote_types(own.dtype, torch.float32)) + plus), eps
 

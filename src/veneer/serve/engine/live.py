@@ -37,7 +37,7 @@ from veneer.serve.engine.sampler import scored
 from veneer.serve.forward.llama import LlamaForward
 from veneer.serve.forward.lowrank import PackedAdapter, Segments, low_rank_problems, pack_adapter
 from veneer.serve.forward.paged import BLOCK, PackedRows, Pages
-from veneer.serve.forward.runner import Runner, cache_shape
+from veneer.serve.forward.runner import Runner, block_bytes
 from veneer.serve.request import BASE, DigestMix, Finished, Request, Sampling, Started, Token
 from veneer.serve.settings import EngineSettings
 from veneer.train.text.rollouts import AnswerWanted, Rollout, Sampler, SamplerSettings
@@ -58,9 +58,8 @@ def live_sampler(
     own (`Runner`, "fused")."""
     settings = settings or SamplerSettings()
     context = min(base.context, settings.context or base.context)
-    layers, _, kv, d = cache_shape(base)
     blocks = settings.rows * (context // BLOCK + 1) + 2
-    room = min(_CACHE, blocks * Pages.bytes_of_a_block(layers, kv, d, base.dtype))
+    room = min(_CACHE, blocks * block_bytes(base))
     engine_settings = EngineSettings(
         rows=settings.rows, queue=1 << 30, cache_bytes=room, batch_invariant=settings.exact, context=context
     )
@@ -220,7 +219,7 @@ class _EngineReplay(Replay):
         wanted: Tensor,
     ) -> None:  # fmt: skip
         self.ids, self.wanted, self.layout, self.packed = ids, wanted, runner.layout, packed
-        own, held, device = runner.pages, len(llama.blocks), ids.device
+        own, held, device = runner.pages[0], len(llama.blocks), ids.device
         pages = Pages(1, rows.blocks, own.heads, own.kv, own.d, own.K.dtype, own.K.device)
         pages.K, pages.V = (t.expand(held, *t.shape[1:]) for t in (pages.K, pages.V))
         pages.tiles = own.tiles

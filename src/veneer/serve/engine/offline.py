@@ -21,8 +21,8 @@ from veneer.models.text.base import TextBase
 from veneer.models.text.generate import Completion, Prompt, complete, completion_of, encode_prompts
 from veneer.serve.engine.engine import TextEngine
 from veneer.serve.forward.lowrank import low_rank_problems
-from veneer.serve.forward.paged import BLOCK, Pages
-from veneer.serve.forward.runner import PACK_BYTES, cache_shape
+from veneer.serve.forward.paged import BLOCK
+from veneer.serve.forward.runner import PACK_BYTES, block_bytes
 from veneer.serve.request import Finished, Request, Sampling, Token, make_mix
 from veneer.serve.settings import EngineSettings
 
@@ -65,9 +65,8 @@ def answering_bytes(base: TextBase, weights: int, *, rows: int = 32) -> int:
 def _cache_bytes(base: TextBase, rows: int) -> int:
     """No more than whole contexts of twice as many rows take: on a small base all of what a server has by default would
     be filled with zeros at every evaluation, for nothing."""
-    layers, _, kv, d = cache_shape(base)
     blocks = 2 * rows * (base.context // BLOCK + 1)
-    return min(EngineSettings.cache_bytes, blocks * Pages.bytes_of_a_block(layers, kv, d, base.dtype))
+    return min(EngineSettings.cache_bytes, blocks * block_bytes(base))
 
 
 class EngineAnswers:

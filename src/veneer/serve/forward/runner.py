@@ -28,6 +28,7 @@ from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment, attach, fit_problems
 from veneer.core.targets import base_modules
 from veneer.errors import ConfigError, ResourceError
+from veneer.models.config import layer_heads
 from veneer.models.swap import Join
 from veneer.models.text.attention import AttentionSettings, attending, divert_attention, new_cache
 from veneer.models.text.base import TextBase
@@ -79,13 +80,10 @@ PACK_BYTES = 4 << 30
 """The most that a second copy of the projections takes, in the order they are multiplied in."""
 
 
-def cache_shape(base: TextBase) -> tuple[int, int, int, int]:
-    """(layers, heads, heads of keys and values, size of a head)."""
-    config: Any = base.model.config.get_text_config()
-    heads = config.num_attention_heads
-    kv = getattr(config, "num_key_value_heads", None) or heads
-    d = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return config.num_hidden_layers, heads, kv, d
+def block_bytes(base: TextBase) -> int:
+    """Bytes of a block of the cache: the keys and values of BLOCK tokens in every layer."""
+    heads = layer_heads(base.model.config.get_text_config())
+    return sum(Pages.bytes_of_a_block(1, kv, d, base.dtype) for _, kv, d in heads)
 
 
 class Runner:
@@ -104,7 +102,8 @@ class Runner:
     and the model is an outline of itself from then on. `like`: the `how` and `why` of a runner of a model of this kind,
     for one that has no values to try it with. `capture`: how a step of single tokens is recorded (see graphs.py); by
     default as a CUDA graph where there is CUDA. `how` and `why`: the way that was taken. `llama`: the base as tensors
-    where that is "fused", else None. `shares`: whether sequences can share blocks. Close it to put a base with dense
+    where that is "fused", else None. `pages`: keys and values, one `Pages` for each
+    size of heads that the layers have. `shares`: whether sequences can share blocks. Close it to put a base with dense
     weights back as it was."""
 
     def __init__(
@@ -130,11 +129,10 @@ class Runner:
             )
         self._undo, self._second = ExitStack(), ExitStack()
         self._attachment: Attachment | None = None
-        layers, heads, kv, d = cache_shape(base)
         self.layout = layout_of(base)
         if batch_invariant:
             self.layout = replace(self.layout, rows=ROWS)
-        size = Pages.bytes_of_a_block(layers, kv, d, base.dtype)
+        size = block_bytes(base)
         self.blocks = cache_bytes // size
         self.context = min(base.context, self.blocks * BLOCK, context or base.context)
         if self.blocks < 2:
@@ -145,8 +143,14 @@ class Runner:
         if capture is None and records_here(base.device, self.model.get_input_embeddings().weight):
             capture = partial(cuda_graph, device=base.device)
         held = self.blocks + (capture is not None)  # one for padding rows
-        self.pages = Pages(layers, held, heads, kv, d, base.dtype, base.device)
-        self.pages.tiles = batch_invariant
+        shapes = layer_heads(self.model.config.get_text_config())
+        pages = {
+            shape: Pages(shapes.count(shape), held, *shape, base.dtype, base.device) for shape in dict.fromkeys(shapes)
+        }
+        self.pages = tuple(pages.values())
+        for own in self.pages:
+            own.tiles = batch_invariant
+        self._layer_pages = [(pages[shape], shapes[:i].count(shape)) for i, shape in enumerate(shapes)]
         self._segments: Segments | None = None
         self.llama: LlamaForward | None = None
         self.graphs: DecodeGraphs | None = None
@@ -427,7 +431,9 @@ class Runner:
 
     def _put_together(self, weights: Callable[[tuple[str, ...]], PackedWeight]) -> None:
         embedding = self.model.get_input_embeddings().weight.detach()
-        self.llama = llama_forward(self.base, self.layout, weights, embedding, self.context, self.pages)
+        if len(self.pages) > 1:
+            raise NotImplementedError("its layers have heads of different sizes")
+        self.llama = llama_forward(self.base, self.layout, weights, embedding, self.context, self.pages[0])
 
     def _lay_codes(self) -> bool:
         """Codes of the fused way into panels, group by group, so that never both copies are whole; whether there were
@@ -499,13 +505,13 @@ class Runner:
 
     def _attend(self, batch: PackedRows, layer: int, q: Tensor, k: Tensor, v: Tensor, how: AttentionSettings) -> Tensor:
         """Attention of one layer, every token a row: q (tokens, heads, d), k and v (tokens, kv, d)."""
-        pages = self.pages
+        pages, at = self._layer_pages[layer]
         if q.shape[1] != pages.heads or k.shape[1:] != (pages.kv, pages.d) or how.sinks:
             raise NotImplementedError(f"attention over {tuple(q.shape)} and {tuple(k.shape)}, sinks {how.sinks}")
-        pages.store(layer, k, v, batch)
+        pages.store(at, k, v, batch)
         self._attended.add(layer)
         scale = pages.d**-0.5 if how.scale is None else how.scale
-        return pages.attend(layer, q.flatten(1).contiguous(), batch, scale, how.cap, how.window).view(q.shape)
+        return pages.attend(at, q.flatten(1).contiguous(), batch, scale, how.cap, how.window).view(q.shape)
 
 
 _UNFIT = (AttributeError, TypeError, ValueError, RuntimeError, KeyError, NotImplementedError)
