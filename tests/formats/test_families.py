@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.core.adapter import Adapter
+from veneer.errors import AdapterError
 from veneer.formats.convert import encode
 from veneer.formats.read import read, read_state_dict
 from veneer.formats.reading import Reading
@@ -107,6 +108,37 @@ def test_what_two_families_name_and_nothing_tells_apart_is_read_without_a_claim(
     assert "sd2" in told
     assert set(found.adapter.pairs) == {f"unet.{n}" for n in shapes}
     assert read(tmp_path / "a", family="sd2").family == "sd2"  # the base's word
+
+
+LUMINA = {"attention.qkv": (2304 + 768 + 768, 2304), "attention.out": (2304, 2304), "feed_forward.w1": (9216, 2304)}
+STRANGERS = {
+    "lumina 2": {f"layers.{i}.{n}": s for i in range(26) for n, s in LUMINA.items()},
+    "lumina 2, qkv": {f"layers.{i}.attention.qkv": (3840, 2304) for i in range(26)},
+    "lumina 2, mlp": {f"layers.{i}.feed_forward.w1": (9216, 2304) for i in range(26)},
+    "hunyuan, single": {f"single_blocks.{i}.linear1": (21504, 3072) for i in range(40)},
+    "hunyuan, double": {f"double_blocks.{i}.img_attn.qkv": (9216, 3072) for i in range(20)},
+}
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("kind", ["kohya", "peft"])
+@pytest.mark.parametrize("case", STRANGERS)
+def test_other_widths_and_more_blocks_are_no_family(case: str, kind: str, partial: bool) -> None:
+    name = lambda own: "lora_unet_" + own.replace(".", "_") if kind == "kohya" else f"diffusion_model.{own}"  # noqa: E731
+    tensors = pairs({name(n): s for n, s in STRANGERS[case].items()}, kind)
+    for claim in ({}, {"modelspec.architecture": "z-image"}, {"modelspec.architecture": "flux2"}):
+        with pytest.raises(AdapterError, match="unknown family; near: "):
+            read_state_dict(tensors, claim, allow_partial=partial)
+
+
+def test_official_widths_and_depths_are_still_their_families() -> None:
+    real = {
+        "z-image": {f"lora_unet_layers_{i}_attention_qkv": (11520, 3840) for i in range(30)},
+        "flux1": {f"lora_unet_single_blocks_{i}_linear1": (21504, 3072) for i in range(38)},
+        "flux2": {f"lora_unet_single_blocks_{i}_linear2": (6144, 24576) for i in range(48)},
+    }
+    for family, shapes in real.items():
+        assert look(pairs(shapes, "kohya")).family == family
 
 
 # -- layouts of known families -----------------------------------------------------------------------------------------

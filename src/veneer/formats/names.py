@@ -173,19 +173,21 @@ _Shape = tuple[int, int]
 class FamilyChoice:
     """The family that is claimed, how many of the names its tables cover, and why it and no other.
 
-    `near`: where none is claimed, the families that have these names; where all of them mean the same modules by them,
+    `near`: where none is claimed, the families that have these names, for messages alone. `fitting`: those of them
+    whose widths and depth fit too, but that nothing tells apart; where all of these mean the same modules by the names,
     the names can be read all the same."""
 
     family: Family | None
     covered: int
     reasons: tuple[str, ...] = ()
     near: tuple[str, ...] = ()
+    fitting: tuple[str, ...] = ()
 
     def lookup(self, text: str) -> tuple[ModulePlace, ...] | None:
-        """Where a module lands: in the family; with none, where all that are near agree."""
+        """Where a module lands: in the family; with none, where all that fit agree."""
         if self.family is not None:
             return lookup(self.family, text)
-        found = {lookup(_all()[name], text) for name in self.near}
+        found = {lookup(_all()[name], text) for name in self.fitting}
         return found.pop() if len(found) == 1 else None
 
 
@@ -197,6 +199,11 @@ _HIDDEN = {
     **{"hunyuan-video": {3072}, "ltx-video": {2048}},
 }
 _CROSS = {"anima": 1024, "ltx-video": 2048}
+_HIDDEN_INPUTS = re.compile(
+    r"^transformer\..*(blocks|layers)\.\d+\.((attn\d?|attention)\.(to_[qkv]|add_[qkv]_proj)|"
+    r"ff(_context)?\.net\.0\.proj|feed_forward\.w[13])$"
+)
+"""Modules whose inputs are a transformer's hidden states."""
 _TOY = 512
 """Widths that no real model is below."""
 
@@ -210,10 +217,10 @@ def choose_family(
     """`shapes`: module text -> (out, in) of its weight where known. `claim`: what the metadata says. `wanted`: the
     family of the base that the adapter is to act on.
 
-    A family whose names no other has is known by them. Names that several have are of the one family whose shapes and
-    depth alone are the file's; else of the one that the metadata claims, or the base is; else no family is claimed, and
-    the result says which are near. A toy, whose widths are no model's, is of the family that it fills most, or the more
-    common one."""
+    A family is claimed only if most of the names are its own and nothing known of its widths and depth speaks against
+    it. Names that several have are of the one family whose shapes and depth alone are the file's; else of the one that
+    the metadata claims, or the base is; else no family is claimed, and the result says which are near. A toy, whose
+    widths are no model's, is of the family that it fills most, or the more common one."""
     found = {
         name: {text: places for text in shapes if (places := lookup(family, text)) is not None}
         for name, family in _all().items()
@@ -229,27 +236,31 @@ def choose_family(
     known = [name for name in tied if alike[name] == max(alike.values())] or tied
     others = [name for name in _all() if alike[name] == max(alike.values()) and name not in known]
     reasons = [f"{most} of {len(shapes)} module names are {_all()[known[0]].label}'s"]
-    if len(known) + len(others) > 1:
+    toy = all(max(shape) < _TOY for shape in shapes.values() if shape)
+    wide = {text: shape for text, shape in shapes.items() if shape and shape[1] >= _TOY}
+    possible = [n for n in known if _fits(n, found[n], wide, shapes)]
+    if not wide and not possible:  # a toy's proportions tell families apart, and speak against none
+        possible = [n for n in known if _fits(n, found[n], {}, dict.fromkeys(shapes))]
+    if len(known) + len(others) > 1 or not possible:
+        fit = [n for n in possible if _depth(_all()[n], found[n].values())]
         reasons = [f"{most} of {len(shapes)} module names are known to {', '.join([*known, *others])} alike"]
-        toy = all(max(shape) < _TOY for shape in shapes.values() if shape)
-        fit = [n for n in known if _fits(n, found[n], {} if toy else shapes, shapes)]
         shares = {n: _share(_all()[n], found[n].values()) for n in known}
         fullest = [n for n in fit if toy and shares[n] == max(shares[f] for f in fit) >= 0.5]
         for why, keep in (
             ("by its shapes and depth", fit),
-            ("by its metadata", _claimed(fit or known, claim)),
-            ("by its base", [n for n in fit or known if n == wanted]),
+            ("by its metadata", _claimed(fit or possible, claim)),
+            ("by its base", [n for n in fit or possible if n == wanted]),
             ("a toy, by its share of the like modules", fullest),
-            ("a toy, and the more common", (fullest or fit or known)[:1] if toy else []),
+            ("a toy, and the more common", (fullest or fit or possible)[:1] if toy else []),
         ):
             if len(keep) == 1 and keep[0] in families():
                 known = keep
                 reasons.append(f"{why}: {keep[0]}")
                 break
         else:
-            near = tuple(fit or known)
+            near = tuple(fit or possible or known)
             said = f"unknown family, of these shapes: {_shown(shapes)}; near: " + ", ".join(near)
-            return FamilyChoice(None, most, (*reasons, said), near)
+            return FamilyChoice(None, most, (*reasons, said), near, tuple(fit or possible))
     family = _all()[known[0]]
     if claim and claim != family.name and not family.name.startswith(f"{claim}-"):
         reasons.append(f"the metadata says {claim}, the tensors do not")
@@ -303,13 +314,32 @@ def _fits(
     wide: Mapping[str, _Shape | None],
     shapes: Mapping[str, _Shape | None],
 ) -> bool:
-    """Whether nothing that is known of the family's shapes and depth speaks against it. `wide`: those of `shapes` whose
-    widths may count."""
+    """Whether most names are the family's, and nothing known of its shapes speaks against it, nor more blocks than it
+    has. `wide`: those of `shapes` whose widths count."""
+    if 2 * len(found) <= len(shapes) or _deeper(name, found, shapes):
+        return False
     known = [_width(name, places[0].module, wide.get(text)) for text, places in found.items()]
     widths = [ok for ok in known if ok is not None]
     ratios = [ok for text, shape in shapes.items() if (ok := _ratio(name, text, shape)) is not None]
-    shaped = any(ratios) if ratios else all(widths)
-    return shaped and _depth(_all()[name], found.values())
+    whole = all(_is_thirds(places, wide.get(text)) for text, places in found.items())
+    return whole and all(widths) and (not ratios or any(ratios))
+
+
+def _deeper(name: str, found: Mapping[str, tuple[ModulePlace, ...]], shapes: Iterable[str]) -> bool:
+    """Whether a name is the family's but for the number of its block, which is the one after the family's last."""
+    family = _all()[name]
+    return family.denoiser != "unet" and any(
+        lookup(family, f"{text[: at.start()]}{int(at[0]) - 1}{text[at.end() :]}") is not None
+        for text in shapes if text not in found
+        for at in re.finditer(r"(?<=[._])[1-9]\d{0,5}(?=[._])", text)
+    )  # fmt: skip
+
+
+def _is_thirds(places: Sequence[ModulePlace], shape: _Shape | None) -> bool:
+    """Whether a fused q, k and v has three times as many outputs as inputs, as in every family here; Lumina 2 has
+    fewer heads of keys and values, and its rows are no equal thirds."""
+    fused = [place.part for place in places if place.part is not None and place.part[2] == 3]
+    return len(fused) < 3 or shape is None or shape[0] == 3 * shape[1]
 
 
 def _width(name: str, module: str, shape: _Shape | None) -> bool | None:
@@ -322,7 +352,7 @@ def _width(name: str, module: str, shape: _Shape | None) -> bool | None:
         return shape[1] == _CLIP[name]
     if name in _CROSS and re.search(r"^transformer\..*\.attn2\.to_[kv]$", module):
         return shape[1] == _CROSS[name]
-    if re.search(r"^transformer\..*(blocks|layers)\.\d+\.(attn\d?|attention)\.(to_[qkv]|add_[qkv]_proj)$", module):
+    if _HIDDEN_INPUTS.search(module):
         return name in _HIDDEN and shape[1] in _HIDDEN[name]
     return None
 

@@ -410,7 +410,7 @@ def read_state_dict(
     else:
         choice = choose_family(shapes, family_in_metadata(metadata), family)
         places = {text: choice.lookup(text) for text in groups}
-        if choice.family is None and not choice.near and fmt in ("peft", "diffusers"):
+        if choice.family is None and not choice.fitting and fmt in ("peft", "diffusers"):
             places = {text: (ModulePlace(text.removeprefix("base_model.model.")),) for text in groups}
             notes.append("no adapter_config.json: alpha is taken for the rank, as nothing says another")
     placer = _Placer(choice.family, _canonical_structure(base, choice.family))
@@ -482,9 +482,8 @@ def _unknown(key: str, tensor: Tensor, choice: FamilyChoice) -> str:
     if parts is None:
         return f"{key} {tuple(tensor.shape)}: its ending is not that of an adapter's tensor"
     if choice.near:
-        return (
-            f"{key} {tuple(tensor.shape)}: unknown family; {', '.join(choice.near)} are near, and differ in this name"
-        )
+        differ = "differ in this name" if choice.fitting else "have other widths, or fewer blocks"
+        return f"{key} {tuple(tensor.shape)}: unknown family; near: {', '.join(choice.near)}, which {differ}"
     label = family.label if family else "any family known here"
     return f"{key} {tuple(tensor.shape)}: no module of {label}" + (f"; nearest: {hint}" if hint else "")
 
