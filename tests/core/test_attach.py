@@ -14,6 +14,7 @@ from tests.families import FAMILIES
 from veneer.core import Adapter, Attachment, LoraSpec, Pair, TokenRows, attach, create
 from veneer.core.layers import Layer
 from veneer.errors import AdapterError, ConfigError
+from veneer.ops.spans import Spans
 
 IDS = torch.randint(3, 160, (2, 10), generator=torch.Generator().manual_seed(0))
 EVERYTHING = LoraSpec(
@@ -408,3 +409,29 @@ def test_two_threads_read_one_selection(model: PreTrainedModel, attachment: Atta
     for thread in threads:
         thread.join()
     assert results == [True] * 4
+
+
+def test_a_router_takes_a_linear_pair() -> None:
+    """It acts, merges, learns and comes off again; on a part of the tokens it cannot act."""
+    model = FAMILIES["mixtral"]()
+    witness = Witness(model)
+    g = torch.Generator().manual_seed(2)
+    name = "model.layers.0.mlp.gate"
+    pair = Pair(torch.randn(2, 32, generator=g), torch.randn(4, 2, generator=g), 0.5)
+    by_hand = FAMILIES["mixtral"]()
+    with torch.no_grad():
+        by_hand.get_parameter(f"{name}.weight").add_(pair.scale * pair.B @ pair.A)
+    with attach(model) as attachment:
+        attachment.add("a", Adapter({name: pair}), trainable=True)
+        attachment.use("a")
+        torch.testing.assert_close(logits(model), logits(by_hand), rtol=1e-5, atol=1e-5)
+        model(IDS).logits.square().sum().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in attachment.parameters("a").values())
+        merged = attachment.merged("a")
+        torch.testing.assert_close(merged[f"{name}.weight"], by_hand.get_parameter(f"{name}.weight").data)
+        with pytest.raises(AdapterError, match=f"{name} is no linear layer"):
+            attachment.use_spans(["a"], Spans((20,), (20,), [torch.Generator()], sizes=(20, 20)))
+        with pytest.raises(AdapterError, match="MixtralTopKRouter"):
+            attachment.add("b", Adapter({name: Pair(pair.A, pair.B, 1.0, "embedding")}))
+    model.zero_grad()
+    witness.check()

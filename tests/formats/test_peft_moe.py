@@ -294,3 +294,64 @@ def test_a_word_against_the_files_stamp_is_refused(made, tmp_path):
     path = grouped(copy(made, tmp_path / "a"), lora_B_layout="grouped_by_expert")
     with pytest.raises(AdapterError, match="the file says lora_B_layout = grouped_by_expert"):
         read(path, base=model("mixtral"), moe_layout="rank_major")
+
+
+# -- routers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_all_linear_on_experts_reads_with_its_router(tmp_path, name, with_base):
+    """PEFT makes target_parameters of it: gate.weight, gate_up_proj, down_proj."""
+    want = peft_folder(model(name), tmp_path / "a", target_modules="all-linear", r=R)
+    assert "gate.weight" in json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_parameters"]
+    net = model(name)
+    base = net if with_base else None
+    got = peft.read_folder(tmp_path / "a", base)
+    torch.testing.assert_close(our_outputs(net, got), want, rtol=1e-9, atol=1e-9)
+    peft.write_folder(got, tmp_path / "b", base=base)
+    torch.testing.assert_close(peft_outputs(model(name), tmp_path / "b"), want, rtol=1e-9, atol=1e-9)
+
+
+def test_a_router_alone_is_written_as_a_parameter(tmp_path):
+    want = peft_folder(model("gpt_oss"), tmp_path / "a", target_modules=["q_proj"], target_parameters=["router.weight"])
+    got = peft.read_folder(tmp_path / "a")
+    torch.testing.assert_close(our_outputs(model("gpt_oss"), got), want, rtol=1e-9, atol=1e-9)
+    peft.write_folder(got, tmp_path / "b")
+    torch.testing.assert_close(peft_outputs(model("gpt_oss"), tmp_path / "b"), want, rtol=1e-9, atol=1e-9)
+
+
+def test_transformers_4_mixtral_files_read_with_their_router(tmp_path):
+    g = torch.Generator().manual_seed(4)
+    to = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    pairs = single_pairs(model("mixtral"), "mixtral")
+    for layer in range(2):
+        A, B = (torch.randn(*shape, generator=g, dtype=torch.float64) / 4 for shape in ((R, 32), (4, R)))
+        pairs[f"model.layers.{layer}.mlp.gate"] = A, B
+    old = {}
+    for name, pair in pairs.items():
+        start, _, leaf = name.replace(".mlp.", ".block_sparse_moe.").rpartition(".")
+        old[f"{start}.{to.get(leaf, leaf)}"] = pair
+    path = folder(tmp_path / "a", flat(old), target_modules=["gate", *to.values()])
+    net = model("mixtral")
+    got = our_outputs(net, peft.read_folder(path, net))
+    torch.testing.assert_close(got, peft_outputs(model("mixtral"), path), rtol=1e-9, atol=1e-9)
+
+
+def test_target_modules_may_match_nothing_beside_target_parameters(tmp_path):
+    """As PEFT trains and saves it, with a warning."""
+    settings = {"target_modules": ["no_such"], "target_parameters": ["experts.down_proj"]}
+    want = peft_folder(model("gpt_oss"), tmp_path / "a", **settings)
+    net = model("gpt_oss")
+    for base in (net, None):
+        got = peft.load_folder(tmp_path / "a", base)
+        torch.testing.assert_close(our_outputs(net, got.adapter), want, rtol=1e-9, atol=1e-9)
+        assert any("'no_such'" in note and "no effect" in note for note in got.notes)
+
+
+def test_a_router_that_target_parameters_select_must_be_there(tmp_path):
+    peft_folder(model("mixtral"), tmp_path / "a", target_modules="all-linear", r=R)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({k: t for k, t in load_file(file).items() if "1.mlp.gate." not in k}, file)
+    with pytest.raises(AdapterError, match=r"1\.mlp\.gate\.weight: target_parameters selects this parameter"):
+        peft.read_folder(tmp_path / "a", model("mixtral"))

@@ -24,7 +24,7 @@ from veneer.core.layers import FullModule, Layer, LoraConv, LoraEmbedding, LoraE
 from veneer.core.merge import merged_state, parameter_shape, to_matrix, weight_of
 from veneer.core.mix_cache import MixCache
 from veneer.core.selection import RowMixes, Selection, SpanAdapters, span_problem
-from veneer.core.targets import base_modules, expert_parameters, kind_of
+from veneer.core.targets import base_modules, expert_parameters, has_bare_weight, kind_of
 from veneer.errors import AdapterError, bullets, nearest
 from veneer.ops.spans import Spans
 
@@ -164,6 +164,10 @@ class Attachment:
         for name, adapter in zip(names, adapters, strict=True):
             if why := span_problem(adapter):
                 raise AdapterError(f"{name!r} cannot act on a part of the tokens: {why}", fix="run it by itself")
+            if bare := [n for n in adapter.pairs if not isinstance(self._layers[n], LoraLinear)]:
+                raise AdapterError(
+                    f"{name!r} cannot act on a part of the tokens: {bare[0]} is no linear layer", fix="run it by itself"
+                )
         self.selection = Selection(spans=SpanAdapters(adapters, spans))
 
     @contextmanager
@@ -342,7 +346,8 @@ def _pair_problems(modules: Mapping[str, nn.Module], name: str, pair: Pair) -> l
     module = modules[owner]
     if parameter is not None and parameter not in expert_parameters(module):
         return [f"{name}: {type(module).__name__} has no 3-d expert parameter {parameter!r}"]
-    if parameter is None and kind_of(module) != pair.kind:
+    bare = pair.kind == "linear" and has_bare_weight(module)
+    if parameter is None and kind_of(module) != pair.kind and not bare:
         return [f"{name}: a pair of kind {pair.kind} on a {type(module).__name__}"]
     if pair.kind == "experts" and pair.magnitude is not None:
         return [f"{name}: DoRA is not defined for fused experts"]

@@ -7,7 +7,7 @@
 | LoraEmbedding | s·Aᵀ[ids]·Bᵀ, times the base's `embed_scale`; and replaced token rows                |
 | LoraConv      | s·conv₁(conv(x, A), B), 1-d and 2-d, with groups                                     |
 | LoraExperts   | the base's own forward over weights that multiply as W + s·B·A without being made    |
-| FullModule    | none: full copies, which every layer can carry, and deltas of its parameters         |
+| FullModule    | none: full copies, which every layer can carry, and changes of its parameters        |
 
 A layer holds its base, its name and the attachment; with nothing selected its forward is the base's. Products with A
 and B run in A's dtype and the sum is cast back once, as PEFT does; one plain pair on a plain nn.Linear takes the fast
@@ -32,7 +32,15 @@ from veneer.compat import TORCH
 from veneer.core.adapter import Adapter, Pair, TokenRows
 from veneer.core.experts import AdaptedWeight
 from veneer.core.forms import Delta, as_low_rank, is_trained, kronecker_factors, norm_along, product_of
-from veneer.core.merge import adapted_norm, low_rank_norm, pair_matrix, parameter_delta, to_matrix, weight_of
+from veneer.core.merge import (
+    adapted_norm,
+    low_rank_norm,
+    pair_change,
+    pair_matrix,
+    parameter_delta,
+    to_matrix,
+    weight_of,
+)
 from veneer.core.mix_cache import CachedModule, MixCache
 from veneer.core.selection import Acting, RowMixes, Selection, SpanAdapters, run_apart
 from veneer.errors import AdapterError
@@ -164,15 +172,26 @@ def _stand_in(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "") -
 
 
 class FullModule(Layer):
-    """A module without a pair: a norm, most often. Deltas are added to its parameters in float32 and rounded once."""
+    """A module that is no layer of ours: a norm or a router, most often. Deltas of its parameters, and pairs of its
+    `weight`, are added in float32 and rounded once."""
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
         sums: dict[str, Tensor] = {}
-        for key, change, strength in self.deltas(mix):
-            own = self.base.get_parameter(key)
-            start = sums.get(key, own if own.dtype == torch.float64 else own.float())
-            sums[key] = start + parameter_delta(self.base, key, change) * strength
+        for key, change, strength in self._changes(mix):
+            sums[key] = sums.get(key, _wide(self.base.get_parameter(key))) + change * strength
         return _stand_in(self.base, sums)(*args, **kwargs) if sums else self.base(*args, **kwargs)
+
+    def _changes(self, mix: Sequence[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor, float]]:
+        """(parameter, ΔW, strength) of everything in the mix that changes a parameter of this module."""
+        for key, delta, strength in self.deltas(mix):
+            yield key, parameter_delta(self.base, key, delta), strength
+        for pair, strength, _ in self.pairs(mix):
+            yield "weight", pair_change(pair, _wide(self.base.weight)), strength
+
+
+def _wide(t: Tensor) -> Tensor:
+    """`t` in the dtype in which sums are taken."""
+    return t if t.dtype == torch.float64 else t.float()
 
 
 class _Lora(Layer):

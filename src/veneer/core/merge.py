@@ -183,7 +183,7 @@ def parameter_changes(adapter: Adapter) -> Iterator[tuple[str, Callable[[Tensor]
     """(parameter name, W -> ΔW) of everything in one adapter, for weights without modules: W is a linear's (out, in),
     an embedding's (rows, dim), experts' (E, out, in). ΔW is in W's dtype, and its shape where it fits."""
     for name, pair in adapter.pairs.items():
-        yield (name if pair.kind == "experts" else f"{name}.weight"), partial(_pair_change, pair)
+        yield (name if pair.kind == "experts" else f"{name}.weight"), partial(pair_change, pair)
     for name, own in adapter.deltas.items():
         yield name, partial(_delta_change, own)
     for name, tensors in adapter.modules.items():
@@ -193,7 +193,8 @@ def parameter_changes(adapter: Adapter) -> Iterator[tuple[str, Callable[[Tensor]
         yield f"{name}.weight", partial(_token_change, rows)
 
 
-def _pair_change(pair: Pair, weight: Tensor) -> Tensor:
+def pair_change(pair: Pair, weight: Tensor) -> Tensor:
+    """ΔW of `pair` on `weight`, in its dtype and shape: a linear's (out, in), an embedding's (rows, dim)."""
     out = pair_matrix(pair).to(weight.dtype)
     if pair.kind == "embedding":
         out = out.t()

@@ -6,9 +6,10 @@
 | `re:REGEX`   | every name that the expression matches in full                                                       |
 | `all-linear` | every linear module, quantised ones too, and every fused expert parameter, but not the output head   |
 
-A fused expert parameter is named `module.parameter`. Routers are not linear modules here: those of transformers are
-bare parameters or return two tensors, and a pair on them would change which expert is asked. Knows modules by their
-class and attributes; does not know about pairs' tensors, adapters or transformers.
+A fused expert parameter is named `module.parameter`. No pattern selects a router: those of transformers are bare
+parameters or return two tensors, and a pair on them changes which expert is asked. A file can have a pair for one
+(`has_bare_weight`). Knows modules by their class and attributes; does not know about pairs' tensors, adapters or
+transformers.
 """
 
 from __future__ import annotations
@@ -79,6 +80,16 @@ def kind_of(module: nn.Module) -> PairKind | None:
     if isinstance(module, nn.Conv1d | nn.Conv2d) and not isinstance(module, nn.modules.conv._ConvTransposeNd):
         return "conv"
     return "linear" if _is_linear(module) else None
+
+
+def has_bare_weight(module: nn.Module) -> bool:
+    """Whether `module` is no linear layer and still has a 2-d `weight`, as transformers' routers do.
+
+    A linear pair that a file names can change such a weight; no target spec selects it."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.ndim != 2 or not weight.is_floating_point() or kind_of(module) is not None:
+        return False
+    return type(module).__name__ != "NonDynamicallyQuantizableLinear" and type(module).forward is not nn.Linear.forward
 
 
 def expert_parameters(module: nn.Module) -> list[str]:

@@ -230,7 +230,7 @@ class _Reader:
         experts = ExpertReader(self.config, self.base, self.problems, self.layout)
         for name in sorted(modules):
             depths = modules[name]
-            parameters = [] if self._is_plain(name, depths) else experts.parameters(name)
+            parameters = [] if self._is_plain(name, depths) else experts.parameters(name, len(depths))
             if parameters or len(depths) > 1 or 0 not in depths:
                 self.pairs |= experts.read(name, parameters, depths)
             else:
@@ -475,6 +475,7 @@ class _Reader:
                 "omits this module, so PEFT would leave them out without a word"
             )
         idle, all_of_them = cfg.idle_targets(config, plain)
+        all_of_them = all_of_them and not parameters  # one that target_parameters selects is enough for PEFT
         if idle and all_of_them:
             self.problems.append(f"target_modules names {', '.join(map(repr, idle))}, and there are no tensors for any")
         for entry in () if all_of_them else idle:
@@ -482,10 +483,13 @@ class _Reader:
             # given must be there (`_check_expected`).
             self.notes.append(f"target_modules names {entry!r}, and there are no tensors for it: it has no effect")
         for entry in config.target_parameters:
-            if not any(n == entry or n.endswith(f".{entry}") for n in [*self.pairs, *(f"{p}.weight" for p in plain)]):
-                here = not self.base.detailed or any(n == entry or n.endswith(f".{entry}") for n in self.base.shapes)
-                told = self.problems if here or len(config.target_parameters) == 1 else self.notes
-                told.append(f"target_parameters names {entry!r}, and there are no tensors for it")
+            if any(cfg.is_or_ends(name, [entry]) for name in [*self.pairs, *(f"{p}.weight" for p in plain)]):
+                continue
+            # PEFT keeps an entry that matches no parameter, as long as the adapter has another target.
+            others = bool(self.pairs) if self.base.detailed else bool(parameters)
+            idle = others and not any(cfg.is_or_ends(name, [entry]) for name in self.base.shapes)
+            told = f"target_parameters names {entry!r}, and there are no tensors for it"
+            self.notes.append(f"{told}: it has no effect") if idle else self.problems.append(told)
         if self.base.detailed:
             self._check_expected()
 
@@ -512,13 +516,12 @@ class _Reader:
                 self.problems.append(
                     f"{name}: target_modules selects this {kind} module, and there are no tensors for it"
                 )
-        for module, parameters in self.base.experts.items():
-            for parameter in parameters:
-                full = f"{module}.{parameter}"
-                if cfg.names_parameter(self.config, full) and full not in self.pairs:
-                    self.problems.append(
-                        f"{full}: target_parameters selects this parameter, and there are no tensors for it"
-                    )
+        for full in self.base.shapes if self.config.target_parameters else ():
+            found = full in self.pairs or full.removesuffix(".weight") in self.pairs
+            if not found and cfg.names_parameter(self.config, full):
+                self.problems.append(
+                    f"{full}: target_parameters selects this parameter, and there are no tensors for it"
+                )
         for entry in set(self.config.modules_to_save) - set(self.config.heads):
             for name in self.base.kinds:
                 inside = any(name == m or name.startswith(f"{m}.") for m in self.modules)
@@ -641,13 +644,18 @@ class ExpertReader:
     unclear: list[str] = field(default_factory=list)
     """Parameters whose layout of B only the caller can tell."""
 
-    def parameters(self, name: str) -> list[str]:
-        """The parameters of module `name` that target_parameters names, in the order PEFT wraps them."""
-        leaves = {t.rpartition(".")[2] for t in self.config.target_parameters}
+    def parameters(self, name: str, count: int) -> list[str]:
+        """The parameters of module `name` that target_parameters names, in the order PEFT wraps them. `count`: how many
+        the file has tensors for."""
+        entries = self.config.target_parameters
+        leaves = {t.rpartition(".")[2] for t in entries}
         found = {leaf for leaf in leaves if cfg.names_parameter(self.config, f"{name}.{leaf}")}
         if self.base.detailed:
             own = [key[len(name) + 1 :] for key in self.base.shapes if key.startswith(f"{name}.")]
             return [p for p in own if p in found]
+        # Without a base an entry that is only a parameter's name fits every module: one that names the module counts.
+        named = {leaf for leaf in found if cfg.is_or_ends(f"{name}.{leaf}", [t for t in entries if "." in t])}
+        found = named if 0 < len(named) == count < len(found) else found
         known = [p for p in _EXPERT_ORDER if p in found]
         return known + sorted(found - set(known))
 
@@ -883,7 +891,8 @@ def _problems(adapter: Adapter, base: Structure) -> list[str]:
             f"use_dora is one switch for all pairs, and {len(plain)} of {len(adapter.pairs)} have no magnitude "
             f"({', '.join(plain[:3])}); give them one equal to the norm of their weight's rows, or train without DoRA"
         )
-    out += [f"{n}: DoRA on expert parameters" for n in sorted(with_dora) if adapter.pairs[n].kind == "experts"]
+    by_parameter = {n for n, p in adapter.pairs.items() if p.kind == "experts"} | _routers(adapter, base)
+    out += [f"{n}: DoRA on expert parameters or a router" for n in sorted(with_dora & by_parameter)]
     owners: dict[str, str] = {}
     for name, pair in adapter.pairs.items():
         out += _pair_problems(name, pair)
@@ -949,6 +958,22 @@ def _by_module(adapter: Adapter) -> dict[str, list[str]]:
     return out
 
 
+_ROUTER = re.compile(r"(?:.+\.)?layers\.\d+\.(?:mlp|block_sparse_moe|feed_forward|moe)\.(?:gate|router)")
+
+
+def _routers(adapter: Adapter, base: Structure) -> set[str]:
+    """The linear pairs on modules that are no linear layers, so that PEFT is given their `weight` as a parameter.
+
+    Without a base those beside fused experts, and those that are called as routers are; PEFT takes the `weight` of a
+    linear layer as well."""
+    linear = {n for n, p in adapter.pairs.items() if p.kind == "linear"}
+    if base.detailed:
+        return {n for n in linear if base.kinds.get(n) == "other"}
+    blocks = {module.rpartition(".")[0] for module in _by_module(adapter)}
+    named = {n for n in linear if n.rpartition(".")[0] in blocks or _ROUTER.fullmatch(n)}
+    return {n for n in named if adapter.pairs[n].magnitude is None}
+
+
 def _tensors(adapter: Adapter, base: Structure) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     biases = {n.removesuffix(".bias"): d.parts["value"] for n, d in adapter.deltas.items() if d.form == "dense"}
@@ -990,11 +1015,12 @@ def _config(
     rslora = adapter.rslora and all(scale == again for scale, again in rooted)
     alphas = {n: cfg.exact_alpha(p.scale, p.rank, rslora) for n, p in pairs.items()}
     rank, alpha = cfg.commonest(ranks.values(), 8), cfg.commonest(alphas.values(), 8.0)
-    plain = {n for n, p in pairs.items() if p.kind != "experts"}
-    fused = set(pairs) - plain
+    routers = _routers(adapter, base)
+    plain = {n for n, p in pairs.items() if p.kind != "experts"} - routers
+    fused = {f"{n}.weight" for n in routers} | {n for n, p in pairs.items() if p.kind == "experts"}
     dropout = adapter.dropout
     if fused and dropout:
-        notes.append(f"lora_dropout is written as 0 instead of {dropout:g}: PEFT has none on expert parameters")
+        notes.append(f"lora_dropout is written as 0 instead of {dropout:g}: PEFT has none on target_parameters")
         dropout = 0.0
     linear = {n for n in plain if pairs[n].kind == "linear"}
     config: dict[str, Any] = {
@@ -1020,6 +1046,7 @@ def _config(
         config["lora_bias"] = True
     if fused:
         every = {f"{m}.{p}" for m, ps in base.experts.items() for p in ps}
+        every |= {n for n in base.shapes if n.endswith(".weight")} if routers else set()
         config["target_parameters"] = _targets(fused, every, parts=2)
         if unsloth_marks(config):  # a reader would have to ask
             config["lora_B_layout"] = RANK_MAJOR

@@ -385,7 +385,8 @@ def _compiled(expression: str) -> Any:
     return regex.compile(expression)
 
 
-def _is_or_ends(name: str, entries: Iterable[str]) -> bool:
+def is_or_ends(name: str, entries: Iterable[str]) -> bool:
+    """Whether `name` is one of the entries, or ends in one after a dot."""
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
@@ -394,7 +395,7 @@ def excluded(config: PeftConfig, name: str) -> bool:
     if isinstance(config.exclude_modules, str) and config.exclude_modules:
         if _regex_match(config.exclude_modules, name, full=True):
             return True
-    elif config.exclude_modules and _is_or_ends(name, config.exclude_modules):
+    elif config.exclude_modules and is_or_ends(name, config.exclude_modules):
         return True
     return any(_regex_match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.modules_to_save)
 
@@ -413,7 +414,7 @@ def selects(config: PeftConfig, name: str, entries: Iterable[str] | None = None)
         return targets.lower() == ALL_LINEAR or _regex_match(targets, name, full=True)
     if name in targets:
         return True
-    if not _is_or_ends(name, targets):
+    if not is_or_ends(name, targets):
         return False
     if not config.layers:
         return True
@@ -452,7 +453,7 @@ def idle_patterns(config: PeftConfig, names: Collection[str]) -> list[tuple[str,
 
 def names_parameter(config: PeftConfig, name: str) -> bool:
     """Whether target_parameters names the parameter `name` (its full path)."""
-    return _is_or_ends(name, config.target_parameters)
+    return is_or_ends(name, config.target_parameters)
 
 
 def _first(patterns: Mapping[str, Any], name: str) -> str | None:
