@@ -230,3 +230,36 @@ def test_krea_2_and_anima_are_written_and_come_back(name, to) -> None:
     assert back.family == name
     for module in modules:
         torch.testing.assert_close(delta(back.adapter, module), delta(adapter, module), rtol=1e-6, atol=1e-6)
+
+
+def test_flux_2_in_names_cut_by_diffusers_lands_where_diffusers_puts_it() -> None:
+    conversion = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    names = [f"sformer_blocks.{i}.attn.{p}" for i in range(8) for p in ("to_q", "add_k_proj", "to_out.0")]
+    tensors = random_pairs([f"diffusion_model.{n}" for n in [*names, "single_blocks.0.linear2"]], (8, 8), "peft")
+    want = conversion._convert_non_diffusers_flux2_lora_to_diffusers(dict(tensors))
+    found = look(tensors)
+    assert found.family == "flux2"
+    assert {f"{m}.lora_{ab}.weight" for m in found.adapter.pairs for ab in "AB"} == set(want)
+    assert all(torch.equal(p.B, want[f"{m}.lora_B.weight"]) for m, p in found.adapter.pairs.items())
+
+
+def test_usos_names_in_comfyui_hold_queries_keys_and_values_alone() -> None:
+    names = [f"diffusion_model.single_blocks.{i}.linear1_qkv" for i in range(38)]
+    tensors = random_pairs(names, (24, 8))
+    found = look(tensors)
+    assert found.family == "flux1"
+    for i, name in enumerate(names):
+        whole = by_hand(tensors, name)
+        for n, leaf in enumerate(("to_q", "to_k", "to_v")):
+            got = delta(found.adapter, f"transformer.single_transformer_blocks.{i}.attn.{leaf}")
+            torch.testing.assert_close(got, whole[8 * n : 8 * (n + 1)], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("start", ["lora_unet_", ""])
+def test_flux_1_lite_has_eight_double_blocks(start) -> None:
+    shapes = {f"double_blocks.{i}.img_attn.qkv": (3 * 3072, 3072) for i in range(8)}
+    shapes |= {f"single_blocks.{i}.linear2": (3072, 5 * 3072) for i in range(38)}
+    name = lambda own: start + (own.replace(".", "_") if start else own)  # noqa: E731
+    found = look(pairs({name(own): shape for own, shape in shapes.items()}, "kohya" if start else "peft"))
+    assert found.family == "flux1"
+    assert len(found.adapter.pairs) == 8 * 3 + 38

@@ -10,6 +10,8 @@
 | base_model.model. in front of any dotted one                     | the same                                          |
 | ….attn1.processor.to_q_lora, ….self_attn.to_out_lora             | aliases, of diffusers before PEFT                 |
 | double_blocks.0.processor.qkv_lora1 …                            | aliases, of XLabs                                 |
+| single_blocks.0.linear1_qkv                                      | an alias of FLUX.1, of ComfyUI (USO)              |
+| sformer_blocks.0.…                                               | an alias of FLUX.2, of files cut by diffusers     |
 
 lora_te3_ is T5 where kohya trains FLUX.1, lora_te2_ where OneTrainer does. No `_` is ever turned into a `.`: flattening
 cannot be undone. Knows names; no tensors.
@@ -75,7 +77,14 @@ def _table(name: str) -> Mapping[str, tuple[ModulePlace, ...]]:
                 out.setdefault(f"{prefix}{flat(original)}_{i}", (ModulePlace(place.module),))
     if name == "flux1":
         out.update(_xlabs(family))
+    if name == "flux2":
+        out.update({_cut(text): places for text, places in out.items() if text.startswith("transformer_blocks.")})
     return out
+
+
+def _cut(text: str) -> str:
+    """The name of a double block as some files of FLUX.2 have it, whose writer took off too long a prefix."""
+    return text.replace("transformer_blocks.", "sformer_blocks.", 1)
 
 
 def _old(name: str) -> Iterator[str]:
@@ -107,9 +116,10 @@ def _xlabs(family: Family) -> Iterator[tuple[str, tuple[ModulePlace, ...]]]:
             i += 1
     i = 0
     while (found := family.originals.get(f"single_blocks.{i}.linear1")) is not None:
-        # XLabs' pair is of q, k and v alone, without the feed-forward's rows.
+        # These pairs are of q, k and v alone, without the feed-forward's rows.
         qkv = tuple(ModulePlace(place.module, (n, n + 1, 3)) for n, place in enumerate(found[:3]))
         yield f"single_blocks.{i}.processor.qkv_lora", qkv
+        yield f"single_blocks.{i}.linear1_qkv", qkv
         i += 1
 
 
@@ -207,8 +217,11 @@ _HIDDEN_INPUTS = re.compile(
 _TOY = 512
 """Widths that no real model is below."""
 
-_OTHER_DEPTHS = {"flux2": {"transformer_blocks": {5}, "single_transformer_blocks": {20, 24}}}
-"""Of smaller models of the same family: FLUX.2 klein."""
+_OTHER_DEPTHS = {
+    "flux1": {"transformer_blocks": {8}},
+    "flux2": {"transformer_blocks": {5}, "single_transformer_blocks": {20, 24}},
+}
+"""Of smaller models of the same family: FLUX.1 lite, FLUX.2 klein."""
 
 
 def choose_family(
