@@ -10,10 +10,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
 from tests.core.test_loha_lokr import NAMES, WAYS, Sums, inputs
 from tests.families import llama3
+from tests.formats.twins import randomise
 from veneer.core import Adapter, LoraSpec, Pair, attach, create
 from veneer.core.forms import product_of
 from veneer.errors import AdapterError
@@ -146,3 +149,39 @@ def test_lokr_of_parts_of_a_fused_projection_keep_their_own_names(to: str) -> No
     back = read_state_dict(written.tensors, written.metadata).adapter
     for name, delta in adapter.deltas.items():
         torch.testing.assert_close(product_of(back.deltas[name]), product_of(delta))
+
+
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_full_copies_beside_loha_and_lokr_have_pefts_outputs(kind: str, task: str, tmp_path: Path) -> None:
+    """`modules_to_save`, named by the user or by the task."""
+    torch.manual_seed(0)
+    model = llama3(tie_word_embeddings=False)
+    if task == "SEQ_CLS":
+        model = AutoModelForSequenceClassification.from_config(model.config, dtype=torch.float32)
+    common: dict[str, Any] = {"r": 4, "alpha": 3, "target_modules": ["q_proj", "down_proj"], "init_weights": False}
+    own = ["model.norm"] if task == "SEQ_CLS" else ["lm_head"]
+    wrapped = peft.get_peft_model(
+        copy.deepcopy(model), getattr(peft, kind)(**common, modules_to_save=own, task_type=task)
+    )
+    randomise(wrapped)
+    wrapped.eval().save_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        want = wrapped(input_ids=TOKENS).logits
+    model.eval()
+    adapter = read_folder(tmp_path / "a", model)
+    assert set(adapter.modules) == ({"model.norm", "score"} if task == "SEQ_CLS" else {"lm_head"})
+    torch.testing.assert_close(outputs(model, adapter, input_ids=TOKENS).logits, want)
+    write_folder(adapter, tmp_path / "b", base=model, task_type=task)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "b").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=TOKENS).logits, want)
+
+
+def test_tensors_that_no_full_copy_accounts_for_are_named(tmp_path: Path) -> None:
+    model = llama3()
+    write_folder(drawn(model, LoraSpec(rank=2, kind="loha")), tmp_path, base=model)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.model.norm.weight": torch.ones(32)}, file)
+    with pytest.raises(AdapterError, match=r"model\.norm\.weight \(32,\): nothing in the config accounts"):
+        read_folder(tmp_path, model)

@@ -180,7 +180,11 @@ def _lycoris(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Structure, where: str | None, card: Card | None
 ) -> PeftAdapter:  # fmt: skip
     """A folder of LOHA or LOKR; with a base each delta in its weight's shape, which flat parts do not tell."""
-    adapter, problems = read_lycoris(config, tensors)
+    adapter, parsed, rest, problems = read_lycoris(config, tensors)
+    reader = _Reader(parsed, base, problems)
+    if not problems:
+        reader.read_full_modules(rest)
+        adapter = replace(adapter, modules=reader.modules)
     for name, delta in adapter.deltas.items():
         shape = base.shapes.get(name)
         if shape is not None and math.prod(shape) == math.prod(delta.shape) and name not in _turned(base):
@@ -190,7 +194,7 @@ def _lycoris(
         raise AdapterError(
             f"the adapter cannot be used as it is ({len(problems)} problem(s)):\n{bullets(problems, None)}", where=where
         )
-    return PeftAdapter(replace(adapter, card=card or adapter.card), dict(config))
+    return PeftAdapter(replace(adapter, card=card or adapter.card), dict(config), reader.notes)
 
 
 def _turned(base: Structure) -> set[str]:
@@ -239,7 +243,7 @@ class _Reader:
         found = _trained_biases(self.config, copies, rest, self.pairs, self.problems, self.notes)
         self.problems += [f"{n}: lora_bias and a trained bias at once" for n in sorted(set(found) & set(self.deltas))]
         self.deltas |= found
-        self._full_modules(rest)
+        self.read_full_modules(rest)
         self._tokens(tokens)
         self._copies(copies)
         self._check_targets()
@@ -370,7 +374,7 @@ class _Reader:
 
     # -- biases, full copies, token rows, copies of embeddings ---------------------------------------------------------
 
-    def _full_modules(self, rest: dict[str, Tensor]) -> None:
+    def read_full_modules(self, rest: dict[str, Tensor]) -> None:
         entries = self.config.modules_to_save
         used: set[str] = set()
         for path, tensor in rest.items():

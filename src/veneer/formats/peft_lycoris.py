@@ -1,5 +1,6 @@
 """PEFT's folders of `peft_type` LOHA and LOKR: their configuration and tensors, and the deltas they stand for.
 
+    base_model.model.MODULE.PARAMETER                             of modules_to_save: full copies
     base_model.model.MODULE.hada_w1_a … hada_w2_b, hada_t1, hada_t2
     base_model.model.MODULE.lokr_w1 or _w1_a, _w1_b; lokr_w2 or …, lokr_t2        scaled by alpha and r, ranks or none
 
@@ -28,7 +29,7 @@ from veneer.formats.leaves import read_leaf, write_leaf
 _FORMS = {"hadamard": "LOHA", "kronecker": "LOKR"}
 _COMMON = {
     "r", "alpha", "rank_pattern", "alpha_pattern", "peft_type", "target_modules", "base_model_name_or_path",
-    "task_type",
+    "task_type", "modules_to_save",
 }  # fmt: skip
 _NO_EFFECT = {
     "auto_mapping", "exclude_modules", "inference_mode", "init_weights", "layers_pattern", "layers_to_transform",
@@ -43,8 +44,11 @@ def is_lycoris(config: Mapping[str, Any]) -> bool:
     return config.get("peft_type") in _FORMS.values()
 
 
-def read_lycoris(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Adapter, list[str]]:
-    """The adapter that they stand for, and everything wrong with them, each as one line."""
+def read_lycoris(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Adapter, cfg.PeftConfig, dict[str, Tensor], list[str]]:
+    """The adapter that they stand for, and its configuration as a LoRA's; the tensors of whole modules, by their keys
+    without PEFT's prefix; and everything wrong with the rest, each as one line."""
     problems = [
         f"{key} = {str(value)[:60]!r} is not understood in a folder of {config['peft_type']}"
         for key, value in sorted(config.items())
@@ -55,14 +59,17 @@ def read_lycoris(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tu
     parsed, wrong = cfg.parse_config(shared | {"peft_type": "LORA"})
     problems += [problem.removeprefix("lora_") for problem in wrong]
     if wrong:
-        return Adapter(), problems
+        return Adapter(), parsed, {}, problems
+    rest: dict[str, Tensor] = {}
     by_module: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         module, _, suffix = key.removeprefix(_PREFIX).rpartition(".")
-        if not key.startswith(_PREFIX) or not re.fullmatch(r"(hada|lokr)_\w+", suffix):
+        if not key.startswith(_PREFIX):
             problems.append(f"{key}: not a tensor of a folder of {config['peft_type']}")
-        else:
+        elif re.fullmatch(r"(hada|lokr)_\w+", suffix):
             by_module[module][suffix] = tensor
+        else:
+            rest[key.removeprefix(_PREFIX)] = tensor
     deltas: dict[str, Delta] = {}
     for module, own in by_module.items():
         try:
@@ -74,13 +81,13 @@ def read_lycoris(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tu
         deltas[f"{module}.weight"] = replace(delta, scale=scale)
     if not deltas and not problems:
         problems.append("there is no tensor in it")
-    return Adapter(deltas=deltas, card=cfg.card_from_config(parsed)), problems
+    return Adapter(deltas=deltas, card=cfg.card_from_config(parsed)), parsed, rest, problems
 
 
 def can_be_lycoris(adapter: Adapter) -> bool:
-    """Whether an adapter is LoHa, or LoKr, alone."""
+    """Whether an adapter is LoHa, or LoKr, alone, or beside full copies of modules."""
     forms = {d.form for d in adapter.deltas.values()}
-    others = adapter.pairs or adapter.modules or adapter.token_rows or adapter.new_tokens
+    others = adapter.pairs or adapter.token_rows or adapter.new_tokens
     return not others and len(forms) == 1 and forms <= set(_FORMS)
 
 
@@ -91,6 +98,7 @@ def write_lycoris(
     lists each delta which PEFT would not make of any configuration."""
     kind = _FORMS[next(iter(adapter.deltas.values())).form]
     problems = [p for name, delta in adapter.deltas.items() for p in _problems(name, delta)]
+    problems += [f"{name}: a delta inside {m}, which is a full copy" for name, m in _inside(adapter)]
     both = any("a1" in d.parts for d in adapter.deltas.values()) and kind == "LOKR"
     factor = _factor_of(adapter, both) if kind == "LOKR" and not problems else None
     if kind == "LOKR" and not problems and factor is None:
@@ -106,7 +114,8 @@ def write_lycoris(
     config: dict[str, Any] = {
         "alpha": alpha, "alpha_pattern": cfg.patterns_of(alphas, alpha), "base_model_name_or_path": base_name or None,
         "inference_mode": True, "init_weights": True, "peft_type": kind, "r": rank,
-        "rank_pattern": cfg.patterns_of(ranks, rank), "target_modules": targets, "task_type": task_type,
+        "modules_to_save": sorted(adapter.modules) or None, "rank_pattern": cfg.patterns_of(ranks, rank),
+        "target_modules": targets, "task_type": task_type,
         "use_effective_conv2d": any("t1" in d.parts or "t2" in d.parts for d in names.values()),
     }  # fmt: skip
     if kind == "LOKR":
@@ -116,7 +125,15 @@ def write_lycoris(
         for suffix, tensor in write_leaf(_Leaf(deltas={"weight": replace(delta, scale=1.0)}), "kohya").items():
             if suffix != "alpha":
                 tensors[f"{_PREFIX}{name}.{suffix}"] = tensor.contiguous()
+    for name, own in adapter.modules.items():
+        tensors |= {f"{_PREFIX}{name}.{key}": tensor.contiguous() for key, tensor in own.items()}
     return config, tensors
+
+
+def _inside(adapter: Adapter) -> Iterator[tuple[str, str]]:
+    """(delta, full copy) of each delta on a module that is replaced whole."""
+    for name in adapter.deltas:
+        yield from ((name, module) for module in adapter.modules if name.startswith(f"{module}."))
 
 
 def _problems(name: str, delta: Delta) -> Iterator[str]:
