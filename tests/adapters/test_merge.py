@@ -140,6 +140,30 @@ def test_the_files_merged_one_weight_at_a_time_are_those_of_the_merged_model(sav
     assert all(torch.equal(t, state[n]) for n, t in again.items())
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "llama4"])
+def test_expert_pairs_merge_into_files_as_the_base_stores_them(tmp_path, name):
+    """By single experts, in Mixtral's names too; fused, also stored (experts, in, out). With a router."""
+    net = model(name, torch.float32, **({"intermediate_size": 32} if name == "gpt_oss" else {}))  # square
+    adapter = random_adapter(create(net, LoraSpec(rank=2, alpha=4), seed=0))
+    router = "model.layers.1." + {"gpt_oss": "mlp.router", "llama4": "feed_forward.router"}.get(name, "mlp.gate")
+    adapter.pairs[router] = Pair(torch.rand(2, 32), torch.rand(4, 2), 0.5)
+    net.save_pretrained(tmp_path / "base", max_shard_size="50KB")
+    peft.write_folder(adapter, tmp_path / "a", base=net)
+    want = our_outputs(net, adapter)
+    merge_shards(tmp_path / "base", [str(tmp_path / "a")], tmp_path / "out")
+    again = type(net).from_pretrained(tmp_path / "out", dtype=torch.float32, experts_implementation="eager").eval()
+    torch.testing.assert_close(outputs(again), want, rtol=1e-4, atol=1e-4)
+    assert set(Checkpoint(tmp_path / "out").entries) == set(Checkpoint(tmp_path / "base").entries)
+
+
+def test_a_pair_of_too_few_experts_is_refused_by_shard(tmp_path):
+    model("mixtral").save_pretrained(tmp_path / "base")
+    pair = Pair(torch.rand(3, 2, 24), torch.rand(3, 32, 2), 1.0, "experts")
+    peft.write_folder(Adapter({"model.layers.0.mlp.experts.down_proj": pair}), tmp_path / "a")
+    with pytest.raises(AdapterError, match="a pair of 3 experts, and the base has more"):
+        merge_shards(tmp_path / "base", [str(tmp_path / "a")], tmp_path / "out")
+
+
 def test_what_the_mix_does_not_touch_keeps_its_bytes(saved, tmp_path):
     _, adapter = saved("dora")
     merge_shards(tmp_path / "base", [str(tmp_path / "a")], tmp_path / "out")

@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -33,6 +33,7 @@ from veneer.errors import AdapterError, BaseError, ConfigError, ResourceError, b
 from veneer.files.atomic import as_veneer_errors, atomic_write, new_folder
 from veneer.files.safetensors import strict_json
 from veneer.files.weights import Checkpoint, checkpoint_parts
+from veneer.formats.moe import as_stored
 from veneer.models.loading import errors_only, loading
 from veneer.models.quantise import quantised_weights, saved_config, saved_tensors
 from veneer.models.text.bare import tied_weights
@@ -368,7 +369,7 @@ def merge_shards(
     chosen = [using.parse_spec(a) for a in adapters]
     mix = [(using.read_adapter(name).adapter, strength) for name, strength in chosen]
     parts = checkpoint_parts(base)
-    plan = _plan(parts, mix, names or (lambda name: name))
+    plan = _plan(parts, _as_stored(parts, mix), names or (lambda name: name))
     quantised = _seen_weights(base, parts, seen) if seen else frozenset()
     report = MergeReport(str(folder), str(base), seen=seen)
     report.rounding = "nearest" if seed is None else f"stochastic, seed {seed}"
@@ -422,6 +423,16 @@ def _hidden(path: Path) -> bool:
 
 Plan = dict[str, dict[str, list[tuple[Callable[[Tensor], Tensor], float]]]]
 """Component -> tensor -> (what makes its ΔW, strength)."""
+
+
+def _as_stored(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -> list[tuple[Adapter, float]]:
+    """The mix with expert pairs laid out as a language model's files store the experts."""
+    if (part := parts.get("")) is None:
+        return mix
+    config = _config(part.path)
+    text = config.get("text_config")
+    kinds = [str(c.get("model_type")) for c in (config, text) if isinstance(c, dict)]
+    return [(replace(adapter, pairs=as_stored(adapter.pairs, part.find, kinds)), s) for adapter, s in mix]
 
 
 def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]], names: Callable[[str], str]) -> Plan:

@@ -11,14 +11,16 @@ gate_proj, up_proj and down_proj are w1, w3 and w2 in Mixtral. On a base that fu
     gate_up_proj[e] = [gate_e; up_e]      A = [A_gate; A_up], B = diag(B_gate, B_up), or one A where the two share it
 
 with gpt-oss' rows gate_0, up_0, gate_1, up_1, …: its module says `is_concatenated = False`. Nothing is rounded where an
-adapter's scales are all the same. Knows names, pairs and a base's outline; no files.
+adapter's scales are all the same. Files of a base often store single experts where its model fuses them: for a merge
+into such files fused pairs come apart again (`as_stored`). Knows names, pairs and a base's outline; no files.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -158,6 +160,53 @@ def _module(
             pair = Pair(pair.B.transpose(1, 2).contiguous(), pair.A.transpose(1, 2).contiguous(), pair.scale, "experts")
         out[parameter] = pair
     return out
+
+
+_TRANSPOSED = {"gpt_oss", "openai_privacy_filter", "aria", "aria_text"}
+"""Model types whose expert modules say `is_transposed`: they store (experts, in, out)."""
+
+
+def as_stored(
+    pairs: Mapping[str, Pair], find: Callable[[str], str | None], model_types: Collection[str]
+) -> dict[str, Pair]:
+    """The pairs as a base's files store its weights, with equal changes. `find`: parameter name -> the stored one, or
+    None. `model_types`: those of the base's config and its text model's.
+
+    A pair of a fused expert parameter that is stored by single experts becomes a linear pair for each of them:
+    gate_up_proj[e] = [gate_e; up_e]. A router of Mixtral's layout gets its name in the files. Pairs that are stored as
+    they are stay. Raises AdapterError where the files have more experts than a pair."""
+    out: dict[str, Pair] = {}
+    for name, pair in pairs.items():
+        old = name.replace(".mlp.", ".block_sparse_moe.")
+        if pair.kind != "experts":
+            renamed = old if find(f"{name}.weight") is None and find(f"{old}.weight") is not None else name
+            out[renamed] = pair
+        elif find(name) is not None:
+            flip = not _TRANSPOSED.isdisjoint(model_types)
+            out[name] = replace(pair, A=pair.B.transpose(1, 2), B=pair.A.transpose(1, 2)) if flip else pair
+        else:
+            out |= _apart(name, pair, find) or _apart(old, pair, find) or {name: pair}
+    return out
+
+
+def _apart(name: str, pair: Pair, find: Callable[[str], str | None]) -> dict[str, Pair]:
+    """A fused pair as one linear pair for each stored expert; {} where the files have no such experts."""
+    module, _, parameter = name.rpartition(".")
+    leaves = {"gate_up_proj": ("gate_proj", "up_proj")}.get(parameter, (parameter,))
+    for own in (leaves, [new for leaf in leaves for new, kind in _MIXTRAL.items() if kind == leaf]):
+        first = find(f"{module}.0.{own[0]}.weight") if own else None
+        if first is None or pair.B.shape[1] % len(own):
+            continue
+        start = first.removesuffix(f"0.{own[0]}.weight")
+        if find(f"{start}{len(pair.A)}.{own[0]}.weight") is not None:
+            raise AdapterError(f"{name}: a pair of {len(pair.A)} experts, and the base has more")
+        halves = pair.B.chunk(len(own), dim=1)
+        return {
+            f"{start}{e}.{leaf}": Pair(pair.A[e], half[e], pair.scale)
+            for e in range(len(pair.A))
+            for leaf, half in zip(own, halves, strict=True)
+        }
+    return {}
 
 
 def _stacked(held: Sequence[Sequence[Pair | None]], *, interleaved: bool) -> Pair:

@@ -249,7 +249,7 @@ class _Reader:
         self._check_targets()
         self.notes += [
             f"{key} {pattern!r} matches no module of the adapter: it has no effect"
-            for key, pattern in cfg.idle_patterns(self.config, self.pairs)
+            for key, pattern in cfg.idle_patterns(self.config, [self._key(name) for name in self.pairs])
         ]
         self.pairs, notes, wrong = moe.fuse(self.pairs, self.base)
         self.notes += notes
@@ -342,6 +342,11 @@ class _Reader:
             A, B, scale, kind, self._magnitude(name, magnitude, B.shape[0], A.ndim if not rows else 2)
         )
         self._bias(name, parts.get("bias"), B.shape[0], scale)
+
+    def _key(self, name: str) -> str:
+        """What PEFT's patterns are matched with for a pair."""
+        parameter = f"{name}.weight"
+        return parameter if cfg.names_parameter(self.config, parameter) else name
 
     def _bias(self, name: str, bias: Tensor | None, out: int, scale: float) -> None:
         """lora_bias: B has a bias b, so that the output moves by s·b as well."""
@@ -1013,15 +1018,15 @@ def _config(
 ) -> tuple[dict[str, Any], list[str]]:
     """The smallest configuration that PEFT resolves to this adapter, and notes on what it cannot say."""
     notes: list[str] = []
-    pairs = adapter.pairs
+    routers = _routers(adapter, base)
+    pairs = {f"{n}.weight" if n in routers else n: p for n, p in adapter.pairs.items()}  # as PEFT's patterns name them
     ranks = {n: p.rank for n, p in pairs.items()}
     rooted = ((p.scale, scale_of(cfg.exact_alpha(p.scale, p.rank, True), p.rank, True)) for p in pairs.values())
     rslora = adapter.rslora and all(scale == again for scale, again in rooted)
     alphas = {n: cfg.exact_alpha(p.scale, p.rank, rslora) for n, p in pairs.items()}
     rank, alpha = cfg.commonest(ranks.values(), 8), cfg.commonest(alphas.values(), 8.0)
-    routers = _routers(adapter, base)
-    plain = {n for n, p in pairs.items() if p.kind != "experts"} - routers
-    fused = {f"{n}.weight" for n in routers} | {n for n, p in pairs.items() if p.kind == "experts"}
+    fused = {n for n, p in pairs.items() if p.kind == "experts"} | {f"{n}.weight" for n in routers}
+    plain = set(pairs) - fused
     dropout = adapter.dropout
     if fused and dropout:
         notes.append(f"lora_dropout is written as 0 instead of {dropout:g}: PEFT has none on target_parameters")
