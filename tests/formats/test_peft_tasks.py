@@ -33,6 +33,8 @@ from tests.formats.twins import randomise
 from veneer.core.attach import attach
 from veneer.errors import AdapterError
 from veneer.formats import peft
+from veneer.formats.convert import write
+from veneer.formats.read import read
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"vocab_size": 60, "max_position_embeddings": 64}
@@ -135,3 +137,20 @@ def test_a_configuration_without_targets_is_pefts_default_for_the_architecture(t
     assert config.pop("target_modules")
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     torch.testing.assert_close(ours("CAUSAL_LM GPT-2", tmp_path / "a"), want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", TASKS)
+def test_a_converted_folder_loads_in_peft_as_the_same_task(tmp_path, case):
+    from peft import PeftModel
+
+    want = made(case, tmp_path / "a")
+    write(read(tmp_path / "a").adapter, tmp_path / "b", "peft")
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert config["task_type"] == TASKS[case][0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = PeftModel.from_pretrained(build(case), str(tmp_path / "b")).eval()
+    torch.testing.assert_close(outputs(again), want, rtol=1e-9, atol=1e-9)
+    assert peft.load_folder(tmp_path / "b").adapter.card.extra.get("task_type", "CAUSAL_LM") == (
+        TASKS[case][0] or "CAUSAL_LM"
+    )

@@ -253,7 +253,7 @@ def _encoded(
     else:
         written = folded(_servable(meant, to))
         notes = [*notes, *vllm_notes(written)]
-    config, tensors = peft.encode_folder(written, base_name=written.card.base)
+    config, tensors = peft.encode_folder(written, base_name=written.card.base, task_type="auto")
     back = peft.interpret(config, tensors).adapter
     _compare(written if to == "peft" else meant, back, to)
     _reach(meant, tensors, to)

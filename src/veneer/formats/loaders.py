@@ -66,11 +66,12 @@ def unreachable(modules: Collection[str], keys: Iterable[str], to: str, family: 
 def _module_of(key: str, asked: Mapping[str, Collection[str]]) -> str:
     """The module of a key of a PEFT file: in front of PEFT's suffix, or, of a full copy, the longest that is asked
     for."""
-    if (match := _PEFT_KEY.fullmatch(key)) is not None:
+    match = _PEFT_KEY.fullmatch(key)
+    if match is not None and (match["module"] in asked or not key.endswith(".bias")):
         return match["module"]
-    parts = key.split(".")
+    parts = key.split(".")  # a bias can be one of a full copy, and of a module inside it
     owners = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
-    return next((owner for owner in owners if owner in asked), key)
+    return next((owner for owner in owners if owner in asked), match["module"] if match else key)
 
 
 def _asked(family: Family, to: str) -> Mapping[str, Collection[str]]:

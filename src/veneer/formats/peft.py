@@ -170,6 +170,7 @@ def interpret(
     if other:
         adapter = adapter.renamed(other.to_base)
         reader.notes.append(other.note())
+    adapter.card = cfg.with_task(adapter.card, parsed)
     if parsed.stamps:
         adapter.card.extra = {**adapter.card.extra, "adapter_config": parsed.stamps}
         reader.notes += [f"{key} = {str(value)[:60]}: a stamp, kept" for key, value in parsed.stamps.items()]
@@ -194,7 +195,7 @@ def _lycoris(
         raise AdapterError(
             f"the adapter cannot be used as it is ({len(problems)} problem(s)):\n{bullets(problems, None)}", where=where
         )
-    return PeftAdapter(replace(adapter, card=card or adapter.card), dict(config), reader.notes)
+    return PeftAdapter(replace(adapter, card=cfg.with_task(card or adapter.card, parsed)), dict(config), reader.notes)
 
 
 def _turned(base: Structure) -> set[str]:
@@ -803,14 +804,13 @@ def write_folder(
 
     `base`: the model or its outline; with it target_modules is a short list of suffixes, without it the exact names.
     Adapters on several expert parameters that are not called gate_up_proj and down_proj need it. `base_name` defaults
-    to the card's. `task_type` "auto": CAUSAL_LM for a text adapter. A README.md without veneer's mark is left alone.
+    to the card's. `task_type` "auto": that of the PEFT folder which the adapter was read from, else CAUSAL_LM for a
+    text adapter. A README.md without veneer's mark is left alone.
     `digest`: the adapter's, where its modules are known by longer names than the folder has (a pipeline's component in
     front). The same adapter gives the same bytes. Raises AdapterError for anything that PEFT's format cannot express,
     ResourceError when the disk is full; after any error the folder is as it was before."""
     folder = Path(folder)
     name = base_name or adapter.card.base
-    if task_type == "auto":
-        task_type = "CAUSAL_LM" if adapter.card.kind == "text" else None
     done = _encode(adapter, base_name=name, base=base, task_type=task_type, where=str(folder))
     config = json.dumps(done.config, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
     tensors = encode_tensors(done.tensors, {"format": "pt"})
@@ -840,7 +840,8 @@ def write_folder(
 def encode_folder(
     adapter: Adapter, *, base_name: str = "", base: BaseLike = None, task_type: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the tensors of a PEFT folder, checked by reading them back. Raises as `write_folder`."""
+    """The configuration and the tensors of a PEFT folder, checked by reading them back. `task_type` and errors: as
+    `write_folder`."""
     done = _encode(adapter, base_name=base_name, base=base, task_type=task_type, where=None)
     return done.config, done.tensors
 
@@ -850,6 +851,8 @@ def _encode(adapter: Adapter, *, base_name: str, base: BaseLike, task_type: str 
     own = adapter.collapsed().mapped(lambda t: t.detach())
     own = replace(own, pairs={n: _regrouped(p, outline, n) for n, p in own.pairs.items()})
     lycoris = can_be_lycoris(own)
+    if task_type == "auto":
+        task_type = adapter.card.extra.get("task_type") or ("CAUSAL_LM" if adapter.card.kind == "text" else None)
     problems = [] if lycoris else _problems(own, outline)
     if not problems:
         check_finite(dict(own.tensors()), where=where)

@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,13 @@ def card_from_config(config: PeftConfig) -> Card:
     kind = "text" if config.task_type in _TASKS else ""
     targets = sorted({t for t in [*targets, *config.target_parameters] if t})
     return Card(base=config.base_name, kind=kind, rank=config.r, alpha=config.alpha, targets=targets)
+
+
+def with_task(card: Card, config: PeftConfig) -> Card:
+    """`card` with the task of the configuration in `extra`; PEFT loads an adapter of another task by no other class."""
+    if config.task_type in (None, "CAUSAL_LM"):
+        return card
+    return replace(card, extra={**card.extra, "task_type": config.task_type})
 
 
 def unsloth_marks(raw: Mapping[str, Any]) -> str:
