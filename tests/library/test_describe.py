@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from veneer.library.describe import AdapterDescription, card_picture, card_sample, gain_of
+from veneer.library.describe import AdapterDescription, card_picture, card_sample, content_of, gain_of
 
 
 def test_a_gain_is_the_share_by_which_the_loss_changed() -> None:
@@ -64,3 +65,14 @@ def test_a_sample_is_whole_or_none() -> None:
 def test_a_free_search_looks_through_no_picture() -> None:
     words = AdapterDescription(card={"extra": {"thumbnail": "data:image/png;base64,QUJD"}, "base": "org/B"}).columns(0)
     assert words["words"].split() == ["org/b"]
+
+
+def test_the_tensors_of_mlx_lms_folder_are_part_of_the_adapter(tmp_path: Path) -> None:
+    """Beside PEFT's file they are not what is read, and left out."""
+    for name in ("adapter_config.json", "adapters.safetensors", "0000100_adapters.safetensors"):
+        (tmp_path / name).write_text("{}")
+    found = content_of(tmp_path)
+    assert set(found.files) == {"adapter_config.json", "adapters.safetensors"}
+    assert found.left_out == ["0000100_adapters.safetensors"]
+    (tmp_path / "adapter_model.safetensors").write_text("{}")
+    assert content_of(tmp_path).left_out == ["0000100_adapters.safetensors", "adapters.safetensors"]

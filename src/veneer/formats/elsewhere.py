@@ -42,6 +42,9 @@ _UNFLAT_FLUX = re.compile(r"lora_unet_(img_in|txt_in|time_in|vector_in|guidance_
 _FORMS = {"hadamard": "LoHa", "kronecker": "LoKr", "gain": "(IA)³", "dense": "difference", "replacement": "new bias"}
 _LAYER = re.compile(r"(.*\.layers)\.(\d+)\.(.+)")
 
+_TOOLS = {"mlx": "mlx-lm", "tinker": "Tinker"}
+"""Other tools' folders that have an adapter_config.json too."""
+
 _Found = Iterator[tuple[Literal["wrong", "refused"], str]]
 
 
@@ -81,7 +84,14 @@ class _File:
 
     @property
     def is_folder(self) -> bool:
-        return bool(self.config)
+        """Whether it is a folder as PEFT writes it."""
+        return bool(self.config) and self.reading.format not in _TOOLS
+
+    @property
+    def is_no_folder(self) -> str:
+        """Why it is none."""
+        tool = _TOOLS.get(self.reading.format)
+        return f"this is a folder of {tool}'s, in names of its own" if tool else "this is one file"
 
     @property
     def is_gguf(self) -> bool:
@@ -161,7 +171,7 @@ def _no_notes(file: _File) -> list[str]:
 
 def _peft(file: _File) -> _Found:
     if not file.is_folder:
-        yield "refused", f"it loads a folder with {CONFIG_FILE}, where ranks and scales stand; this is one file"
+        yield "refused", f"it loads a folder with {CONFIG_FILE}, where ranks and scales stand; {file.is_no_folder}"
 
 
 def _peft_notes(file: _File) -> list[str]:
@@ -260,7 +270,7 @@ def _kohya(file: _File) -> _Found:
 # -- servers of texts --------------------------------------------------------------------------------------------------
 
 
-_ONE_FILE = f"it loads a PEFT folder, with {CONFIG_FILE}; this is one file"
+_NEEDS_FOLDER = f"it loads a PEFT folder, with {CONFIG_FILE}; "
 
 
 def _unservable(file: _File, server: str) -> Iterator[str]:
@@ -276,7 +286,7 @@ def _patterns(file: _File) -> list[str]:
 
 def _vllm(file: _File) -> _Found:
     if not file.is_folder:
-        yield "refused", _ONE_FILE
+        yield "refused", _NEEDS_FOLDER + file.is_no_folder
         return
     for reason in _unservable(file, "vLLM"):
         yield "refused", reason
@@ -292,7 +302,7 @@ def _vllm_notes(file: _File) -> list[str]:
 
 def _tgi(file: _File) -> _Found:
     if not file.is_folder:
-        yield "refused", _ONE_FILE
+        yield "refused", _NEEDS_FOLDER + file.is_no_folder
         return
     for reason in _unservable(file, "TGI"):
         yield "wrong", reason

@@ -1,4 +1,5 @@
-"""An adapter's folder: the files that PEFT's has, and which file of any has the tensors. Needs no torch."""
+"""An adapter's folder: the files that PEFT's and mlx-lm's have, and which file of any has the tensors. Needs no
+torch."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from veneer.errors import AdapterError, UnsafeFileError
 from veneer.files.safetensors import PICKLE_SUFFIXES
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+MLX_FILE = "adapters.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
 _PREFERRED = (TENSOR_FILE, "pytorch_lora_weights.safetensors")
 
@@ -40,6 +42,8 @@ def _of_peft(folder: Path, from_pickle: bool) -> Path:
     path, pickled = folder / TENSOR_FILE, folder / _PICKLE_FILE
     if path.is_file():
         return path
+    if (folder / MLX_FILE).is_file():
+        return folder / MLX_FILE
     if pickled.exists():
         if from_pickle:
             return pickled

@@ -156,7 +156,7 @@ _RULES: tuple[tuple[str, str, str], ...] = (
     ("plain", r".*\.(lora_(down|up|mid)\.weight|alpha|dora_scale)", "module names without a prefix, with lora_down"),
 )
 _COMPILED = [(name, re.compile(pattern), why) for name, pattern, why in _RULES]
-FORMATS = (*(name for name, _, _ in _RULES), "gguf")
+FORMATS = (*(name for name, _, _ in _RULES), "gguf", "mlx", "tinker")
 # These mark a whole file; the names beside theirs are plain ones of another format.
 _MARKS = {"bfl-control", "xlabs", "lycoris", "cloneofsimo", "onetrainer"}
 

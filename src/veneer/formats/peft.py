@@ -56,6 +56,7 @@ from veneer.formats.peft_config import (
 from veneer.formats.peft_lycoris import can_be_lycoris, is_lycoris, read_lycoris, write_lycoris
 from veneer.formats.structure import Structure, structure_of
 from veneer.formats.tensors import check_finite, read_adapter_tensors
+from veneer.formats.translated import translated
 from veneer.formats.wrappers import Renaming, renaming
 
 PREFIX = "base_model.model."
@@ -99,11 +100,14 @@ def load_folder(folder: str | Path, base: BaseLike = None) -> PeftAdapter:
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """What is in a PEFT folder, uninterpreted."""
+    """What is in a PEFT folder, uninterpreted. `format`: mlx or tinker where another tool wrote it, and both are
+    translated; `reason`: how that is known."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     card: Card | None
+    format: str = "peft"
+    reason: str = ""
 
 
 def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bool = False) -> PeftFolder:
@@ -114,6 +118,8 @@ def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bo
     file = file or tensor_file(folder, from_pickle)
     tensors, _ = read_adapter_tensors(file, from_pickle=from_pickle)
     card = read_card(folder).card if (folder / CARD_FILE).is_file() else None
+    if (other := translated(config, tensors)) is not None:
+        return PeftFolder(other.config, other.tensors, card, other.format, other.reason)
     return PeftFolder(config, tensors, card)
 
 

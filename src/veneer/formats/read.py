@@ -276,7 +276,7 @@ def read(
         return _from_gguf(path, base)
     if (path.parent / CONFIG_FILE).is_file():
         opened = peft.open_folder(path.parent, file=path, from_pickle=from_pickle)
-        if any(key.startswith("base_model.model.") for key in opened.tensors):
+        if opened.format != "peft" or any(key.startswith("base_model.model.") for key in opened.tensors):
             return _from_peft(opened, path, base, family, moe_layout, adapter_name)
     tensors, metadata = read_adapter_tensors(path, from_pickle=from_pickle)
     tensors = one_adapter(tensors, adapter_name, where=str(path))
@@ -322,13 +322,13 @@ def _from_peft(
     own_base = None if placed else base
     loaded = peft.interpret(opened.config, tensors, own_base, where=where, card=opened.card, moe_layout=moe_layout)
     beside = "a folder with" if path.is_dir() else "a file in PEFT's names beside"
-    reasons = [f"{beside} {CONFIG_FILE}"]
+    reasons = [f"{beside} {CONFIG_FILE}", *([opened.reason] if opened.reason else [])]
     if not placed:
         used: dict[str, list[str]] = defaultdict(list)
         for key in sorted(tensors):
             used[(split_key(key) or (key, ""))[0].removeprefix("base_model.model.")].append(key)
         loaded.adapter.card.kind = loaded.adapter.card.kind or ("image" if has_image_names(texts) else "")
-        return Reading(loaded.adapter, "peft", [*reasons, *choice.reasons], None, dict(used), notes=loaded.notes)
+        return Reading(loaded.adapter, opened.format, [*reasons, *choice.reasons], None, dict(used), notes=loaded.notes)
     adapter = loaded.adapter
     placer = _Placer(choice.family, _canonical_structure(base, choice.family))
     leaves = leaves_of(adapter)

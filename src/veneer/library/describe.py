@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import AdapterError
+from veneer.formats.folder import MLX_FILE
 
-PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "veneer.json", "README.md")
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", MLX_FILE, "veneer.json", "README.md")
+"""What a folder with an adapter's configuration has of it."""
 _MAX_WORDS = 20_000
 _PICTURE = re.compile(r"data:(image/(?:jpeg|png|webp));base64,([A-Za-z0-9+/=]+)")
 
@@ -140,12 +142,11 @@ def content_of(path: Path) -> Content:
         single = sorted(p.name for p in path.glob("*.safetensors"))
         fix = f"give one of its files: {', '.join(single[:5])}" if single else None
         raise AdapterError(f"the folder has no {PEFT_FILES[0]}", where=str(path), fix=fix)
-    inside = sorted(p.name for p in here.iterdir())
-    return Content(
-        here,
-        {n: here / n for n in PEFT_FILES if (here / n).is_file()},
-        [n for n in inside if n not in PEFT_FILES],
-    )
+    own = [n for n in PEFT_FILES if (here / n).is_file()]
+    if "adapter_model.safetensors" in own and MLX_FILE in own:
+        own.remove(MLX_FILE)  # not the file that is read
+    left = sorted(p.name for p in here.iterdir() if p.name not in own)
+    return Content(here, {n: here / n for n in own}, left)
 
 
 def describe_adapter(path: Path) -> AdapterDescription:

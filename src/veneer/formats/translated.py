@@ -1,0 +1,166 @@
+"""Folders of mlx-lm and of Tinker, as the PEFT folder that means the same.
+
+| tool   | file                      | a pair on module X                                                | scale             |
+| mlx-lm | adapters.safetensors      | X.lora_a (in, r), X.lora_b (r, out); DoRA's magnitude X.m (out,)  | lora_parameters:  |
+|        |                           | experts: X.switch_mlp.up_proj.lora_a (E, r, in), lora_b (E, out, r) | scale           |
+| Tinker | adapter_model.safetensors | PEFT's keys with names of its own, see `_TINKER`; experts in three  | lora_alpha / r  |
+|        |                           | dimensions (formats/moe.py)                                         |                 |
+
+mlx-lm's `scale` is the whole scale since 2024; before, it was scale·alpha/r, which a config with `lora_layers` and
+`alpha` leaves open. Tinker cuts Qwen 3.5's `in_proj_qkv` into q, k and v, whose pairs are joined block-diagonally.
+Knows configurations and tensors; no files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.errors import AdapterError
+from veneer.formats import peft_config as cfg
+
+_PREFIX = "base_model.model."
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+_TINKER = (
+    (re.compile(r"model\.unembed_tokens"), "lm_head"),
+    (re.compile(r"(model\.layers\.\d+)\.attn\.([qkvo]_proj)"), r"\1.self_attn.\2"),  # gpt-oss
+)
+"""Tinker's names of modules, and transformers'."""
+_CUT = re.compile(r"(.+\.linear_attn\.in_proj_)([qkv])")
+
+
+@dataclass(frozen=True)
+class TranslatedFolder:
+    """A configuration and tensors as PEFT has them, and what they were. `format`: mlx or tinker."""
+
+    format: str
+    reason: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def translated(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TranslatedFolder | None:
+    """The folder as PEFT would have it; None where it is neither mlx-lm's nor Tinker's. Raises AdapterError for one of
+    theirs that no PEFT folder can mean."""
+    pairs = any(key.endswith((".lora_a", ".lora_b")) for key in tensors)
+    if pairs or "fine_tune_type" in config:
+        return _from_mlx(config, tensors)
+    modules = {key: _tinker_module(key) for key in tensors if key.startswith(_PREFIX) and ".lora_" in key}
+    own = any(_renamed(module) != module or _CUT.fullmatch(module) for module in modules.values())
+    bare = "peft_type" not in config and {"r", "lora_alpha"} <= set(config) and modules.keys() == tensors.keys()
+    return _from_tinker(config, tensors) if tensors and (own or bare) else None
+
+
+# -- mlx-lm ------------------------------------------------------------------------------------------------------------
+
+
+def _from_mlx(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TranslatedFolder:
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        raise AdapterError(f"mlx-lm's fine_tune_type is {str(kind)[:20]!r}: whole weights, and no adapter's pairs")
+    out: dict[str, Tensor] = {}
+    problems = []
+    for key, tensor in tensors.items():
+        module, _, part = key.rpartition(".")
+        if part not in ("lora_a", "lora_b", "m") or not module:
+            problems.append(f"{key} {tuple(tensor.shape)}: not a tensor that mlx-lm's LoRA has")
+        elif module.rpartition(".")[2] in _EMBEDDINGS:
+            problems.append(f"{key}: a pair on an embedding, which mlx-lm gives to a tied head too, and PEFT does not")
+        elif part == "m":
+            out[f"{_PREFIX}{module}.lora_magnitude_vector"] = tensor
+        else:
+            other = tensors.get(f"{module}.lora_b")
+            if part == "lora_a" and tensor.ndim == 2 and other is not None and other.ndim == 3:  # older files
+                tensor = tensor.unflatten(0, (len(other), -1)) if len(tensor) % len(other) == 0 else tensor
+            name = f"{_PREFIX}{module.replace('.switch_mlp.', '.experts.')}.lora_{part[-1].upper()}.weight"
+            out[name] = tensor.t().contiguous() if tensor.ndim == 2 else tensor
+    rank, scale, dropout = _mlx_numbers(config, problems)
+    if problems:
+        raise AdapterError("mlx-lm's folder cannot be read:\n" + "\n".join(f"  - {p}" for p in problems))
+    settings = {
+        "base_model_name_or_path": config.get("model"),
+        "lora_alpha": cfg.exact_alpha(scale, rank),
+        "lora_dropout": dropout,
+        "peft_type": "LORA",
+        "peft_version": None,
+        "r": rank,
+        "target_modules": _targets(out),
+        "task_type": "CAUSAL_LM",
+        "use_dora": kind == "dora",
+    }
+    return TranslatedFolder("mlx", f"mlx-lm's layout: lora_a, lora_b, scale {scale:g}", settings, out)
+
+
+def _mlx_numbers(config: Mapping[str, Any], problems: list[str]) -> tuple[int, float, float]:
+    """Rank, scale and dropout of a configuration."""
+    given = config.get("lora_parameters")
+    own: Mapping[str, Any] = given if isinstance(given, dict) else {}
+    rank, scale, dropout = own.get("rank"), own.get("scale"), own.get("dropout", 0.0)
+    if type(rank) is not int or rank < 1:
+        problems.append(f"lora_parameters.rank = {str(rank)[:20]}: a whole number of at least 1 is expected")
+        rank = 1
+    for name, value in (("scale", scale), ("dropout", dropout)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+            problems.append(f"lora_parameters.{name} = {str(value)[:20]}: a number is expected")
+    if problems:
+        return rank, 1.0, 0.0
+    if "lora_layers" in config and own.get("alpha", rank) != rank:
+        problems.append(
+            f"lora_parameters has scale {scale:g} and alpha {own['alpha']}: mlx-lm of before 2024-09 scaled by "
+            f"scale·alpha/rank, later versions by scale alone. Take alpha out, with the scale that was used as `scale`"
+        )
+    return rank, float(scale), float(dropout)  # type: ignore[arg-type]
+
+
+# -- Tinker ------------------------------------------------------------------------------------------------------------
+
+
+def _tinker_module(key: str) -> str:
+    return key.removeprefix(_PREFIX).rpartition(".lora_")[0]
+
+
+def _renamed(module: str) -> str:
+    """The module under transformers' name."""
+    for pattern, new in _TINKER:
+        if pattern.fullmatch(module):
+            return pattern.sub(new, module)
+    return module
+
+
+def _from_tinker(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TranslatedFolder:
+    out: dict[str, Tensor] = {}
+    cut: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        module, half = _tinker_module(key), key.rpartition(".lora_")[2]
+        if not module or not tensor.numel():  # placeholders of projections that a base does not have
+            if module and tensor.numel() == 0:
+                continue
+            out[key] = tensor
+        elif match := _CUT.fullmatch(module):
+            cut[match[1]][f"{match[2]}{half[:1]}"] = tensor
+        else:
+            out[f"{_PREFIX}{_renamed(module)}.lora_{half}"] = tensor
+    settings = {**config, "peft_type": "LORA"}
+    for start, own in cut.items():
+        if sorted(own) != ["kA", "kB", "qA", "qB", "vA", "vB"] or any(t.ndim != 2 for t in own.values()):
+            raise AdapterError(f"{start}q, _k and _v are one projection of the base, and the file has {sorted(own)}")
+        out[f"{_PREFIX}{start}qkv.lora_A.weight"] = torch.cat([own[f"{n}A"] for n in "qkv"])
+        out[f"{_PREFIX}{start}qkv.lora_B.weight"] = torch.block_diag(*[own[f"{n}B"] for n in "qkv"])
+    if cut:
+        for pattern, of in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+            given = config.get(pattern)
+            if isinstance(number := config.get(of), int | float):
+                settings[pattern] = {**(given if isinstance(given, dict) else {}), "in_proj_qkv": 3 * number}
+    settings["target_modules"] = _targets(out)
+    return TranslatedFolder("tinker", "the names of Tinker's archives", settings, out)
+
+
+def _targets(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The modules that have pairs, but for experts in three dimensions, which are none in the base."""
+    return sorted({_tinker_module(key) for key, t in tensors.items() if ".lora_" in key and t.ndim == 2})

@@ -1,0 +1,188 @@
+"""Folders of mlx-lm and Tinker against their own formulas in float64, and against PEFT's load of the same adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.formats.twins import model, our_outputs, outputs, peft_outputs
+from veneer.errors import AdapterError
+from veneer.formats import peft
+from veneer.formats.elsewhere import elsewhere
+from veneer.formats.read import read
+
+R, SCALE = 3, 2.5
+Pairs = dict[str, tuple[Tensor, Tensor]]
+
+
+def pairs_of(shapes: dict[str, tuple[int, ...]]) -> Pairs:
+    """A (…, r, in) and B (…, out, r) by module, for shapes (out, in) or (experts, out, in)."""
+    g = torch.Generator().manual_seed(6)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64) / 4  # noqa: E731
+    return {n: (draw(*s[:-2], R, s[-1]), draw(*s[:-1], R)) for n, s in shapes.items()}
+
+
+def by_hand(name: str, pairs: Pairs, scale: float = SCALE) -> Tensor:
+    """The outputs of a base whose weights were changed by hand. Experts' names are transformers' w/o fusion."""
+    net = model(name)
+    weights = dict(net.named_parameters())
+    with torch.no_grad():
+        for at, (A, B) in pairs.items():
+            module, _, leaf = at.rpartition(".")
+            if ".experts" not in at:
+                weights[f"{at}.weight"] += scale * B @ A
+            elif leaf == "down_proj":
+                weights[f"{module}.down_proj"] += scale * B @ A
+            else:
+                fused = weights[f"{module}.gate_up_proj"]
+                half = fused.shape[1] // 2
+                fused[:, :half] += scale * B @ A if leaf == "gate_proj" else 0
+                fused[:, half:] += scale * B @ A if leaf == "up_proj" else 0
+    return outputs(net)
+
+
+def written(path: Path, file: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:
+    path.mkdir()
+    save_file({k: t.contiguous() for k, t in tensors.items()}, path / file)
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+# -- mlx-lm ------------------------------------------------------------------------------------------------------------
+
+
+def mlx(path: Path, pairs: Pairs, more: dict[str, Tensor] | None = None, **config: Any) -> Path:
+    tensors = dict(more or {})
+    for name, (A, B) in pairs.items():
+        name = name.replace(".experts.", ".switch_mlp.")
+        tensors[f"{name}.lora_a"] = A if A.ndim == 3 else A.t()
+        tensors[f"{name}.lora_b"] = B if B.ndim == 3 else B.t()
+    settings = {
+        "fine_tune_type": "lora",
+        "model": "mlx-community/Llama-3.2-1B-Instruct-4bit",
+        "num_layers": 16,
+        "batch_size": 4,
+        "lora_parameters": {"rank": R, "scale": SCALE, "dropout": 0.0},
+    }
+    return written(path, "adapters.safetensors", tensors, settings | config)
+
+
+LINEAR = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.mlp.down_proj": (32, 48)}
+EXPERTS: dict[str, tuple[int, ...]] = {
+    "model.layers.1.self_attn.q_proj": (32, 32),
+    **{f"model.layers.1.mlp.experts.{n}": (4, 24, 32) for n in ("gate_proj", "up_proj")},
+    "model.layers.1.mlp.experts.down_proj": (4, 32, 24),
+    "model.layers.1.mlp.gate": (4, 32),
+}
+
+
+def test_mlx_lms_folder_is_read_and_named(tmp_path: Path) -> None:
+    pairs, net = pairs_of(LINEAR), model("llama3")
+    found = read(mlx(tmp_path / "a", pairs), base=net)
+    assert found.format == "mlx"
+    assert found.adapter.card.base == "mlx-community/Llama-3.2-1B-Instruct-4bit"
+    want = by_hand("llama3", pairs)
+    torch.testing.assert_close(our_outputs(net, found.adapter), want, rtol=1e-9, atol=1e-9)
+    peft.write_folder(found.adapter, tmp_path / "b", base=net)
+    torch.testing.assert_close(peft_outputs(model("llama3"), tmp_path / "b"), want, rtol=1e-9, atol=1e-9)
+    verdicts = {v.tool: v for v in elsewhere(tmp_path / "a", read(tmp_path / "a"))}
+    assert verdicts["PEFT"].verdict == verdicts["vLLM"].verdict == "refused"
+    assert "mlx-lm" in verdicts["PEFT"].why[0]
+
+
+def test_mlx_lms_dora_is_pefts(tmp_path: Path) -> None:
+    pairs, net = pairs_of(LINEAR), model("llama3")
+    m = {n: net.get_parameter(f"{n}.weight").norm(dim=1).detach() * 1.2 for n in pairs}
+    path = mlx(tmp_path / "a", pairs, {f"{n}.m": t for n, t in m.items()}, fine_tune_type="dora")
+    hand = model("llama3")
+    with torch.no_grad():
+        for n, (A, B) in pairs.items():
+            weight = hand.get_parameter(f"{n}.weight")
+            adapted = weight + SCALE * B @ A
+            weight.copy_((m[n] / adapted.norm(dim=1))[:, None] * adapted)
+    got = our_outputs(net, peft.read_folder(path, net))
+    torch.testing.assert_close(got, outputs(hand), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_mlx_lms_experts_land_on_fused_weights(tmp_path: Path, older: bool) -> None:
+    pairs, net = pairs_of(EXPERTS), model("qwen3_moe")
+    path = mlx(tmp_path / "a", pairs)
+    if older:  # (experts · r, in)
+        from safetensors.torch import load_file
+
+        tensors = load_file(path / "adapters.safetensors")
+        flat = {k: t.flatten(0, 1) if t.ndim == 3 and k.endswith("lora_a") else t for k, t in tensors.items()}
+        save_file(flat, path / "adapters.safetensors")
+    got = our_outputs(net, peft.read_folder(path, net))
+    torch.testing.assert_close(got, by_hand("qwen3_moe", pairs), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("change", "say"),
+    [
+        ({"fine_tune_type": "full"}, "whole weights, and no adapter's pairs"),
+        ({"lora_parameters": {"rank": R}}, "lora_parameters.scale = None: a number is expected"),
+        ({"lora_parameters": {"rank": "8", "scale": 1}}, "lora_parameters.rank = 8: a whole number"),
+        ({"lora_layers": 16, "lora_parameters": {"rank": R, "scale": 10.0, "alpha": 16}}, "by scale·alpha/rank, later"),
+    ],
+)
+def test_what_mlx_lm_leaves_open_is_refused_by_name(tmp_path: Path, change: dict[str, Any], say: str) -> None:
+    with pytest.raises(AdapterError, match=say):
+        read(mlx(tmp_path / "a", pairs_of(LINEAR), **change))
+    with pytest.raises(AdapterError, match="gives to a tied head too"):
+        read(mlx(tmp_path / "b", pairs_of({"model.embed_tokens": (32, 160)})))
+
+
+def test_an_alpha_that_mlx_lm_ignores_changes_nothing(tmp_path: Path) -> None:
+    path = mlx(tmp_path / "a", pairs_of(LINEAR), lora_parameters={"rank": R, "scale": SCALE, "alpha": 16})
+    assert {p.scale for p in read(path).adapter.pairs.values()} == {SCALE}
+
+
+# -- Tinker ------------------------------------------------------------------------------------------------------------
+
+
+def tinker(path: Path, pairs: Pairs, **config: Any) -> Path:
+    names = {"lm_head": "model.unembed_tokens"}
+    experts = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    tensors = {}
+    for name, own in pairs.items():
+        start, _, leaf = name.rpartition(".")
+        name = f"{start}.{experts[leaf]}" if ".experts" in start else names.get(name, name)
+        for half, tensor in zip("AB", own, strict=True):
+            tensors[f"base_model.model.{name}.lora_{half}.weight"] = tensor
+    return written(path, "adapter_model.safetensors", tensors, {"r": R, "lora_alpha": SCALE * R} | config)
+
+
+@pytest.mark.parametrize("config", [{}, {"peft_type": "LORA", "target_modules": "all-linear", "bias": "none"}])
+def test_tinkers_archive_is_read_and_named(tmp_path: Path, config: dict[str, Any]) -> None:
+    pairs, net = pairs_of({**EXPERTS, "lm_head": (160, 32)}), model("qwen3_moe")
+    found = read(tinker(tmp_path / "a", pairs, **config), base=net)
+    assert found.format == "tinker"
+    torch.testing.assert_close(our_outputs(net, found.adapter), by_hand("qwen3_moe", pairs), rtol=1e-9, atol=1e-9)
+    assert read(tmp_path / "a").format == "tinker"  # and without the base
+
+
+def test_tinkers_names_of_gpt_oss_attention_are_transformers(tmp_path: Path) -> None:
+    pairs = pairs_of({"model.layers.0.attn.q_proj": (32, 32), "model.layers.0.attn.o_proj": (32, 32)})
+    got = read(tinker(tmp_path / "a", pairs), base=model("gpt_oss")).adapter
+    assert set(got.pairs) == {n.replace("attn", "self_attn") for n in pairs}
+
+
+def test_tinkers_cut_projection_of_qwen_3_5_is_joined(tmp_path: Path) -> None:
+    at = "model.layers.0.linear_attn.in_proj_"
+    pairs = pairs_of({f"{at}q": (16, 32), f"{at}k": (16, 32), f"{at}v": (24, 32), f"{at}z": (24, 32)})
+    got = read(tinker(tmp_path / "a", pairs)).adapter
+    joined = torch.cat([SCALE * pairs[f"{at}{n}"][1] @ pairs[f"{at}{n}"][0] for n in "qkv"])
+    pair = got.pairs[f"{at}qkv"]
+    torch.testing.assert_close(pair.scale * pair.B @ pair.A, joined, rtol=1e-12, atol=1e-12)
+    assert got.pairs[f"{at}z"].scale == pytest.approx(SCALE)
+    del pairs[f"{at}k"]
+    with pytest.raises(AdapterError, match="one projection of the base, and the file has"):
+        read(tinker(tmp_path / "b", pairs))
