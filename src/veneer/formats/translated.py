@@ -1,10 +1,10 @@
 """Folders of mlx-lm and of Tinker, as the PEFT folder that means the same.
 
-| tool   | file                      | a pair on module X                                                | scale             |
-| mlx-lm | adapters.safetensors      | X.lora_a (in, r), X.lora_b (r, out); DoRA's magnitude X.m (out,)  | lora_parameters:  |
-|        |                           | experts: X.switch_mlp.up_proj.lora_a (E, r, in), lora_b (E, out, r) | scale           |
-| Tinker | adapter_model.safetensors | PEFT's keys with names of its own, see `_TINKER`; experts in three  | lora_alpha / r  |
-|        |                           | dimensions (formats/moe.py)                                         |                 |
+| tool   | a pair on module X                                                             | scale                 |
+| mlx-lm | X.lora_a (in, r), X.lora_b (r, out); DoRA's magnitude X.m (out,)               | lora_parameters.scale |
+|        | experts: X.switch_mlp.up_proj.lora_a (E, r, in), lora_b (E, out, r)            |                       |
+| Tinker | PEFT's keys with some names of its own (`_TINKER`); experts in three           | lora_alpha / r        |
+|        | dimensions (formats/moe.py)                                                    |                       |
 
 mlx-lm's `scale` is the whole scale since 2024; before, it was scale·alpha/r, which a config with `lora_layers` and
 `alpha` leaves open. Tinker cuts Qwen 3.5's `in_proj_qkv` into q, k and v, whose pairs are joined block-diagonally.
