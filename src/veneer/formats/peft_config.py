@@ -154,7 +154,9 @@ def way_of(kind: Any) -> str:
         return f"Convert it with PEFT (`peft.convert_to_lora`), or {merge}"
     if kind in NO_WEIGHTS:
         return "It changes no weights that a pair or a merge could hold: serve it with PEFT, or train a LoRA instead"
-    return f"It is not added to the weights, so `convert_to_lora` does not take it: {merge}"
+    if kind == "LILY":
+        return "PEFT can neither convert nor merge it: serve it with PEFT, or train a LoRA instead"
+    return f"PEFT's `convert_to_lora` does not take it: {merge}"
 
 
 def parse_config(raw: Mapping[str, Any]) -> tuple[PeftConfig, list[str]]:
