@@ -189,6 +189,33 @@ def test_stochastic_rounding_keeps_a_small_delta_on_the_whole_and_is_seeded(save
     assert not all(same[2])
 
 
+@pytest.mark.parametrize("case", ["llama", "token rows, tied"])
+def test_stochastic_rounding_of_a_loaded_model_is_that_of_its_files(saved, tmp_path, case):
+    """Weights that are tied stay so."""
+    net, adapter = saved(case)
+    merge_shards(tmp_path / "base", [str(tmp_path / "a")], tmp_path / "out", seed=3)
+    report = MergeReport()
+    state = merged_model(net, [(adapter, 1.0)], torch.bfloat16, report, seed=3).state_dict()
+    got = Checkpoint(tmp_path / "out")
+    assert all(torch.equal(got.tensor(name), state[name]) for name in got)
+    assert report.rounding == "stochastic, seed 3"
+    assert not report.untied
+    nearest = merged_model(net, [(adapter, 1.0)], torch.bfloat16).state_dict()
+    assert not all(torch.equal(t, nearest[n]) for n, t in state.items())
+
+
+def test_a_merge_that_rounding_mostly_undoes_is_written_on_request_alone(saved, tmp_path):
+    saved("llama")
+    small, out = [f"{tmp_path / 'a'}:1e-4"], tmp_path / "out"
+    with pytest.raises(AdapterError, match=r"rounding to bfloat16 leaves the change \d+% off") as error:
+        merge_shards(tmp_path / "base", small, out, accept_loss=False)
+    assert "--stochastic 0" in str(error.value)
+    assert not out.exists()
+    assert "off what was asked for" in merge_shards(tmp_path / "base", small, out).warning
+    chance = merge_shards(tmp_path / "base", small, tmp_path / "chance", seed=0, accept_loss=False)
+    assert chance.warning == ""
+
+
 def test_a_diffusers_folder_is_merged_by_component(tmp_path):
     base = tmp_path / "base"
     W = {"unet": torch.rand(6, 4), "text_encoder": torch.rand(5, 4)}

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.cli import run as cli
 from tests.formats.twins import linear_pairs, random_adapter
 from tests.tiny_base import tiny_base_dir
 from veneer.cli.main import main
@@ -198,6 +199,25 @@ def test_merge_into_sixteen_bits_says_what_rounding_took(capsys, made, base, tmp
     assert "rounding to bfloat16" in text
     assert "% of" in text
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").dtype == torch.bfloat16
+
+
+def test_merge_warns_of_rounding_and_asks_where_it_takes_half(capsys, made, base, tmp_path):
+    def merge(to: str, strength: str, *more: str, code: int = 0) -> str:
+        argv = ("merge", f"{made / 'a'}:{strength}", "--base", base, "-o", tmp_path / to, "--dtype", "bfloat16", *more)
+        ran = cli.run(capsys, "adapter", *map(str, argv))
+        assert ran.code == code, ran.err
+        return ran.out + ran.err
+
+    warned = merge("a", "0.01")
+    assert "warning: rounding to bfloat16 leaves the change" in warned
+    assert "--dtype float32 keeps it, --stochastic 0 keeps it on average" in warned
+    refused = merge("b", "0.0005", code=2)
+    assert "nothing was written" in refused
+    assert "--dtype float32, --stochastic 0, or --accept-loss" in refused
+    assert not (tmp_path / "b").exists()
+    assert "warning" in merge("c", "0.0005", "--accept-loss")
+    assert "warning" not in merge("d", "0.0005", "--stochastic", "7")
+    assert json.loads((tmp_path / "d" / "merge.json").read_text())["rounding"] == "stochastic, seed 7"
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
 _MERGE_FILE = "merge.json"
+_WARN, _ASK = 0.05, 0.5
+"""`delta_error` of rounding to the nearest from which a merge warns, and from which it is written only on request."""
 
 
 @dataclass
@@ -82,6 +84,20 @@ class MergeReport:
         self.weights, self.changed = rounding.weights, rounding.changed
         self.delta_error, self.delta_kept = rounding.error, rounding.kept
 
+    @property
+    def warning(self) -> str:
+        """How far rounding to the nearest left the change from what was asked for; "" for a few percent or less."""
+        if self.rounding != "nearest" or self.delta_error < _WARN:
+            return ""
+        return f"rounding to {self.dtype} leaves the change {self.delta_error:.0%} off what was asked for"
+
+    def check(self, accept_loss: bool, fix: str) -> None:
+        """Raises AdapterError if rounding leaves half of the change or more off, unless the caller accepts that."""
+        if not accept_loss and self.warning and self.delta_error >= _ASK:
+            raise AdapterError(
+                f"{self.warning}; nothing was written", fix=f"{fix}, or --accept-loss (accept_loss=True) to write it"
+            )
+
     def write(self, folder: Path) -> None:
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
         atomic_write(folder / _MERGE_FILE, [text.encode() + b"\n"])
@@ -96,6 +112,8 @@ def merge(
     allow_other_base: bool = False,
     requantise: str | None = None,
     difference: Mapping[str, Difference] | None = None,
+    seed: int | None = None,
+    accept_loss: bool = True,
 ) -> MergeReport:
     """Write a model folder that is `base` with `adapters` folded in, with its tokenizer and a report, `merge.json`. The
     base keeps its own weights.
@@ -105,9 +123,11 @@ def merge(
     what is written is W' = W̃ + ΔW in full, W̃ the dequantised weight, which is what an adapter trained over that base
     has seen. `dtype`: float32, bfloat16 or float16; by default the one the base is loaded in. `requantise`: nf4 or fp4
     puts the merged weights into 4 bits, as a checkpoint of bitsandbytes; most of a small ΔW is lost there
-    (`compare_merges` shows how much). `difference`: what `compare_merges` found, for the report. The folder appears
-    whole or not at all. Raises ConfigError for no adapters, a folder that is not empty, or a base that was loaded in
-    another 16-bit dtype; and what reading the adapters raises."""
+    (`compare_merges` shows how much). `difference`: what `compare_merges` found, for the report. `seed`: round by
+    chance without bias (core.rounding), with this seed. `accept_loss`: False refuses to write a merge of which rounding
+    leaves half of the change or more off. The folder appears whole or not at all. Raises ConfigError for no adapters, a
+    folder that is not empty, or a base that was loaded in another 16-bit dtype; and what reading the adapters
+    raises."""
     folder = Path(folder)
     target = _target(base, dtype)
     _check_request(adapters, folder)
@@ -116,7 +136,8 @@ def merge(
         mix = attachment.selection.mix
         strengths = [using.parse_spec(a) for a in adapters]
         report.adapters = [{"name": n, "strength": s, "digest": attachment.adapters[n].digest()} for n, s in strengths]
-        model = merged_model(base.model, mix, target, report)
+        model = merged_model(base.model, mix, target, report, seed)
+    report.check(accept_loss, "--dtype float32, --stochastic 0")
     report.difference = {name: asdict(found) for name, found in (difference or {}).items()}
     state = None
     if requantise is not None:
@@ -201,14 +222,15 @@ def compare_merges(
     *,
     original: TextBase | None = None,
     requantise: Sequence[str] = (),
+    seed: int | None = None,
     dtype: str | None = None,
     allow_other_base: bool = False,
 ) -> dict[str, Difference]:
     """How each way to merge differs from not merging, on held-out rows as tokens.
 
     "seen": ΔW on the weights of `base` as it is loaded, dequantised where it is quantised. "original": on those of
-    `original`, the same base in 16 bits. And each of the kinds of `requantise`: "seen" put into 4 bits. Both models are
-    in memory, one row is computed at a time."""
+    `original`, the same base in 16 bits. And each of the kinds of `requantise`: "seen" put into 4 bits. `seed`: as
+    `merge`. Both models are in memory, one row is computed at a time."""
     found: dict[str, Difference] = {}
     rows = [row for row in rows if any(row.trained)]
     if not rows:
@@ -220,9 +242,9 @@ def compare_merges(
         with attachment.off():
             plain = [_nll(_log_probabilities(base.model, row, device), row) for row in rows]
         target = _target(base, dtype)
-        merged: dict[str, Callable[[], Any]] = {"seen": partial(merged_model, base.model, mix, target)}
+        merged: dict[str, Callable[[], Any]] = {"seen": partial(merged_model, base.model, mix, target, seed=seed)}
         if original is not None:
-            merged["original"] = partial(_merged_on, original, adapters, target, allow_other_base)
+            merged["original"] = partial(_merged_on, original, adapters, target, allow_other_base, seed)
         for kind in requantise:
             merged[kind] = lambda kind=kind: requantised(merged_model(base.model, mix, target), kind)  # type: ignore[misc]
         for name, make in merged.items():
@@ -243,10 +265,10 @@ def compare_merges(
 
 
 def _merged_on(
-    base: TextBase, adapters: Sequence[using.AdapterSpec], target: torch.dtype, allow_other_base: bool
+    base: TextBase, adapters: Sequence[using.AdapterSpec], target: torch.dtype, allow_other_base: bool, seed: int | None
 ) -> Any:
     with using.attach_adapters(base, adapters, allow_other_base=allow_other_base) as attachment:
-        return merged_model(base.model, attachment.selection.mix, target)
+        return merged_model(base.model, attachment.selection.mix, target, seed=seed)
 
 
 def _log_probabilities(model: Any, row: HeldOutRow, device: torch.device) -> Tensor:
@@ -287,14 +309,26 @@ def _target(base: TextBase, dtype: str | None) -> torch.dtype:
 
 
 def merged_model(
-    model: Any, mix: Iterable[tuple[Adapter, float]], dtype: torch.dtype, report: MergeReport | None = None
+    model: Any,
+    mix: Iterable[tuple[Adapter, float]],
+    dtype: torch.dtype,
+    report: MergeReport | None = None,
+    seed: int | None = None,
 ) -> Any:
     """A new model of `model`'s class with the mix folded in, in `dtype`. Shares every tensor that it can with `model`,
-    whose own weights stay as they are; fills in `report`. Raises AdapterError where a weight leaves `dtype`'s range."""
+    whose own weights stay as they are; fills in `report`. `seed`: as `merge`. Raises AdapterError where a weight leaves
+    `dtype`'s range."""
     report = report or MergeReport()
+    report.rounding = _rounding_name(seed)
+    own = model.state_dict()
+    first: dict[tuple[int, torch.Size], str] = {}  # tied weights are rounded alike
     rounding, new, bad = Rounding(), {}, []
     for name, before, exact in exact_weights(model, mix):
-        after = exact.to(dtype)
+        if seed is None:
+            after = exact.to(dtype)
+        else:
+            drawn = name if isinstance(own[name], Quantised) else first.setdefault(_place(own[name]), name)
+            after = stochastic(exact, dtype, seeded(seed, f"/{drawn}"))
         if not torch.isfinite(after).all():
             bad.append(name)
         rounding.add(before, exact, after)
@@ -305,12 +339,11 @@ def merged_model(
             f"{len(bad)} merged weights do not fit into {dtype} under {under}: {first_few(bad, 3)}",
             fix="use dtype bfloat16 or float32, or a smaller strength",
         )
-    own = model.state_dict()
     state = {n: dequantised(t).to(dtype) if t.is_floating_point() else t for n, t in own.items() if n not in new}
     places: dict[tuple[int, torch.Size], list[str]] = {}
     for name in new:
         if not isinstance(own[name], Quantised):  # a tied weight is never quantised
-            places.setdefault((own[name].data_ptr(), own[name].shape), []).append(name)
+            places.setdefault(_place(own[name]), []).append(name)
     report.untied = any(not torch.equal(new[names[0]], new[n]) for names in places.values() for n in names[1:])
     report.tensors = len(new)
     report.count(rounding)
@@ -334,6 +367,15 @@ def merged_model(
     return shell
 
 
+def _place(t: Tensor) -> tuple[int, torch.Size]:
+    """Where a tensor's values lie: the same of two tied weights."""
+    return t.data_ptr(), t.shape
+
+
+def _rounding_name(seed: int | None) -> str:
+    return "nearest" if seed is None else f"stochastic, seed {seed}"
+
+
 # -- shard by shard ----------------------------------------------------------------------------------------------------
 
 _TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
@@ -348,6 +390,7 @@ def merge_shards(
     seed: int | None = None,
     names: Callable[[str], str] | None = None,
     seen: str = "",
+    accept_loss: bool = True,
 ) -> MergeReport:
     """Write the model folder `base` with `adapters` folded in to a new `folder`, without loading it.
 
@@ -355,9 +398,9 @@ def merge_shards(
     touch keeps its bytes; all other files are copied. One weight is in memory at a time, in float32. `base`: a folder
     of transformers' or diffusers' (where the first part of an adapter's name is a component's folder). `names`:
     parameter name of an adapter -> tensor name of a component, where they differ by more than a prefix. `seed`: round
-    by chance without bias (core.rounding), with this seed. `seen`: nf4, fp4 or int8 for adapters trained over such
-    weights: all of those are written as they come out of quantising, with the mix folded in. The folder appears whole
-    or not at all.
+    by chance without bias (core.rounding), with this seed. `accept_loss`: as `merge`. `seen`: nf4, fp4 or int8 for
+    adapters trained over such weights: all of those are written as they come out of quantising, with the mix folded in.
+    The folder appears whole or not at all.
 
     Raises ConfigError for the request; AdapterError listing every change that meets no weight, a weight of another
     shape or dtype, one of two tied weights (token rows change both); BaseError for a base that is no
@@ -372,7 +415,7 @@ def merge_shards(
     plan = _plan(parts, _as_stored(parts, mix), names or (lambda name: name))
     quantised = _seen_weights(base, parts, seen) if seen else frozenset()
     report = MergeReport(str(folder), str(base), seen=seen)
-    report.rounding = "nearest" if seed is None else f"stochastic, seed {seed}"
+    report.rounding = _rounding_name(seed)
     report.adapters = [
         {"name": name, "strength": s, "digest": adapter.digest()}
         for (name, s), (adapter, _) in zip(chosen, mix, strict=True)
@@ -397,6 +440,7 @@ def merge_shards(
         report.dtype = ", ".join(
             sorted({str(parts[c].entries[n].dtype).removeprefix("torch.") for c, own in plan.items() for n in own})
         )
+        report.check(accept_loss, "--stochastic 0, --dtype float32 without --by-shard")
         report.write(temporary)
     return report
 

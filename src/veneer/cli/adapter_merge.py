@@ -43,7 +43,11 @@ def merge_command(
         typer.Option("--requantise", help="nf4 or fp4: the merged weights in 4 bits, which loses most of a tune."),
     ] = None,
     accept_loss: Annotated[
-        bool, typer.Option("--accept-loss", help="Write the --requantise result; without it, it is only shown.")
+        bool,
+        typer.Option(
+            "--accept-loss",
+            help="Write the --requantise result, or a merge of which rounding leaves half of the change or more off.",
+        ),
     ] = False,
     allow_other_base: Annotated[
         bool, typer.Option("--allow-other-base", help="Go on although a card names another base, if all fits.")
@@ -52,7 +56,7 @@ def merge_command(
         bool, typer.Option("--by-shard", help="BASE is a model folder, diffusers' too: one weight at a time, unloaded.")
     ] = False,
     seed: Annotated[
-        int | None, typer.Option("--stochastic", metavar="SEED", help="With --by-shard: round by chance, unbiased.")
+        int | None, typer.Option("--stochastic", metavar="SEED", help="Round by chance, unbiased, with this seed.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -64,18 +68,8 @@ def merge_command(
     if into not in ("seen", "original"):
         raise ConfigError(f"--into {into!r} is not possible", fix="seen or original")
     seen = _seen(adapters) if into == "seen" or check else ""  # else nothing asks for what was seen
-    if by_shard or seed is not None:
-        _merge_shards(
-            adapters,
-            base,
-            output,
-            dtype,
-            by_shard,
-            seed,
-            as_json,
-            bool(check or requantise),
-            seen,
-        )
+    if by_shard:
+        _merge_shards(adapters, base, output, dtype, seed, as_json, bool(check or requantise), seen, accept_loss)
         return
     from veneer.adapters.merge import merge
     from veneer.adapters.use import adapter_path, parse_spec
@@ -107,7 +101,7 @@ def merge_command(
     first = load_text(base, dtype=exact, quantise=seen or None, say=say)
     found: dict[str, Difference] = {}
     if check:
-        found = _compared(first, original, adapters, check, check_rows, requantise, want, allow_other_base)
+        found = _compared(first, original, adapters, check, check_rows, requantise, want, allow_other_base, seed)
         if not as_json:
             _table(found, seen)
     if output is None or (requantise is not None and not accept_loss):
@@ -120,7 +114,7 @@ def merge_command(
     _say_merged(
         merge(
             target, adapters, output, dtype=want, allow_other_base=allow_other_base, requantise=requantise,
-            difference=found,
+            difference=found, seed=seed, accept_loss=accept_loss,
         ),
         as_json,
     )  # fmt: skip
@@ -149,7 +143,7 @@ def _seen(adapters: list[str]) -> str:
 
 def _compared(
     base: TextBase, original: TextBase | None, adapters: list[str], files: list[str], most: int,
-    requantise: str | None, dtype: str, allow_other_base: bool,
+    requantise: str | None, dtype: str, allow_other_base: bool, seed: int | None,
 ) -> dict[str, Difference]:  # fmt: skip
     from veneer.adapters.merge import compare_merges
     from veneer.train.config.text import DataSection
@@ -164,8 +158,9 @@ def _compared(
     examples = encode_rows(rows, base.tokenizer, data).examples
     kinds = [requantise] if requantise else []
     return compare_merges(
-        base, adapters, examples, original=original, requantise=kinds, dtype=dtype, allow_other_base=allow_other_base
-    )
+        base, adapters, examples, original=original, requantise=kinds, dtype=dtype, allow_other_base=allow_other_base,
+        seed=seed,
+    )  # fmt: skip
 
 
 _WAYS = {"seen": "the weights it was trained on", "original": "the 16-bit weights"}
@@ -184,21 +179,22 @@ def _table(found: Mapping[str, Difference], seen: str) -> None:
 
 
 def _merge_shards(
-    adapters: list[str], base: str, output: str | None, dtype: str | None, by_shard: bool, seed: int | None,
-    as_json: bool, loads: bool, seen: str,
+    adapters: list[str], base: str, output: str | None, dtype: str | None, seed: int | None, as_json: bool,
+    loads: bool, seen: str, accept_loss: bool,
 ) -> None:  # fmt: skip
     from veneer.adapters.merge import merge_shards
 
-    if dtype is not None or not by_shard:
-        raise ConfigError(
-            "--stochastic goes with --by-shard, which keeps the dtype that is stored", fix="--by-shard without --dtype"
-        )
+    if dtype is not None:
+        raise ConfigError("--by-shard keeps the dtype that is stored", fix="leave out --dtype, or leave out --by-shard")
     if loads or output is None:
         raise ConfigError("--check and --requantise load the model", fix="leave out --by-shard, and give -o")
-    _say_merged(merge_shards(base, adapters, output, seed=seed, seen=seen), as_json)
+    report = merge_shards(base, adapters, output, seed=seed, seen=seen, accept_loss=accept_loss)
+    _say_merged(report, as_json, "--stochastic 0 keeps it on average, --dtype float32 without --by-shard whole")
 
 
-def _say_merged(report: MergeReport, as_json: bool) -> None:
+def _say_merged(report: MergeReport, as_json: bool, fix: str = "") -> None:
+    if report.warning:
+        say(f"warning: {report.warning}; {fix or '--dtype float32 keeps it, --stochastic 0 keeps it on average'}")
     if as_json:
         print_json(report.to_dict())
         return

@@ -109,7 +109,8 @@ def _merged(
     report = merge(loaded, [adapter], out, dtype=want)
     place = shlex.quote(str(out.absolute()))
     command = f"vllm serve {place}" if server == "vllm" else f"text-generation-launcher --model-id {place}"
-    notes = [f"{report.delta_kept:.1%} of the change is left after rounding to {report.dtype}"]
+    kept = f"{report.delta_kept:.1%} of the change is left after rounding to {report.dtype}"
+    notes = [f"warning: {report.warning}; --dtype float32 keeps it" if report.warning else kept]
     done = Exported(out, server, base, out.name, str(report.adapters[0]["digest"]), command, {}, notes)
     _describe(done)
     return done
