@@ -15,6 +15,31 @@ from veneer.formats.strengths import split_strength
 
 
 @dataclass(frozen=True)
+class QuotaLimits:
+    """What one owner (a tenant, or everybody on a server without tenants) may use at a time; see `serve.quota`.
+
+    memory: bytes of requests that wait, of results that wait to be fetched, and of what is unpacked
+    disk: bytes of training clients' states and checkpoints, and, counted apart, of answers kept for feedback
+    files: sessions, runs, samplers and checkpoints of training clients, and, counted apart, answers kept for feedback
+    descriptors: files and database cursors that downloads keep open
+    requests: requests of Tinker's samples and graders that run, wait or have a result to fetch
+    helper_seconds: seconds of graders in ten minutes
+    helpers: graders that run at a time, of all owners; `helper_share`: of them, one owner's
+    metadata: bytes of JSON that a client may attach to a session, a run or a checkpoint
+    """
+
+    memory: int = 1 << 30
+    disk: int = 64 << 30
+    files: int = 100_000
+    descriptors: int = 64
+    requests: int = 16_384
+    helper_seconds: float = 600.0
+    helpers: int = 8
+    helper_share: int = 2
+    metadata: int = 64 << 10
+
+
+@dataclass(frozen=True)
 class HttpSettings:
     """Limits of one server. `max_adapter`: bytes of an adapter that is sent. `max_tokens` 0: up to the context.
     `queue`: answers that may run or wait at once, of all tenants. In seconds: `head_time` and `body_time`, in which a
@@ -24,7 +49,7 @@ class HttpSettings:
     of a tenant's prompts that wait to be answered by samples (Tinker's routes); one prompt may be longer.
     `metric_adapters`: those with series of their own. `allowed_origins`: whose pages may use this server from a
     browser, "*" for every one where keys are needed. `allowed_hosts`: values of Host, beside localhost, that a server
-    without keys answers to."""
+    without keys answers to. `quotas`: what each owner may use."""
 
     max_body: int = 8 << 20
     max_adapter: int = 2 << 30
@@ -47,6 +72,7 @@ class HttpSettings:
     slots: int = 256
     allowed_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
+    quotas: QuotaLimits = field(default_factory=QuotaLimits)
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,18 @@ def test_a_thread_goes_to_the_tenant_that_was_given_least() -> None:
     assert seen["c"] >= 2 * seen["b"] >= 2  # by weight
 
 
+def test_a_share_of_threads_stays_free_for_others() -> None:
+    async def everything() -> None:
+        pool, gate = FairPool(3, "test", share=2), threading.Event()
+        slow = [asyncio.create_task(pool.run("a", 1.0, 1, gate.wait)) for _ in range(9)]
+        await asyncio.sleep(0.01)
+        assert await asyncio.wait_for(pool.run("b", 1.0, 1, lambda: 7), 5) == 7
+        gate.set()
+        assert await asyncio.gather(*slow) == [True] * 9
+
+    asyncio.run(everything())
+
+
 def test_short_work_never_waits_for_long_and_who_leaves_costs_nothing() -> None:
     async def everything() -> float:
         admission, gate = Admission(bodies=1, answers=1, texts=1 << 24), threading.Event()

@@ -15,7 +15,7 @@ All of it runs on one event loop; nothing here waits but `work`.
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -65,10 +65,12 @@ class _Work:
 
 class FairPool:
     """A pool of threads that tenants share fairly: a thread that becomes free takes work of the tenant that has been
-    given least so far, by weight. A tenant that waits for nothing earns nothing."""
+    given least so far, by weight. A tenant that waits for nothing earns nothing. `share`: the threads that one tenant
+    can have at a time, where work may be so long that the others must not wait for it; by default all."""
 
-    def __init__(self, threads: int, name: str) -> None:
-        self.threads, self._busy = threads, 0
+    def __init__(self, threads: int, name: str, share: int | None = None) -> None:
+        self.threads, self.share, self._busy = threads, share or threads, 0
+        self._busy_of: Counter[str] = Counter()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._waiting: dict[str, deque[_Work]] = {}
         self._given: dict[str, float] = {}
@@ -88,8 +90,11 @@ class FairPool:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _next(self) -> None:
-        while self._busy < self.threads and self._waiting:
-            tenant = min(self._waiting, key=self._given.__getitem__)
+        while self._busy < self.threads:
+            ready = [tenant for tenant in self._waiting if self._busy_of[tenant] < self.share]
+            if not ready:
+                break
+            tenant = min(ready, key=self._given.__getitem__)
             queue = self._waiting[tenant]
             work = queue.popleft()
             if not queue:
@@ -98,13 +103,15 @@ class FairPool:
                 continue
             self._given[tenant] += work.size / work.weight
             self._busy += 1
-            task = asyncio.ensure_future(self._do(work))
+            self._busy_of[tenant] += 1
+            task = asyncio.ensure_future(self._do(tenant, work))
             self._doing.add(task)
             task.add_done_callback(self._doing.discard)
         if not self._busy:
             self._given.clear()
+            self._busy_of.clear()
 
-    async def _do(self, work: _Work) -> None:
+    async def _do(self, tenant: str, work: _Work) -> None:
         try:
             result = await asyncio.get_running_loop().run_in_executor(self._pool, work.do)
             if not work.result.done():
@@ -114,6 +121,7 @@ class FairPool:
                 work.result.set_exception(error)
         finally:
             self._busy -= 1
+            self._busy_of[tenant] -= 1
             self._next()
 
 

@@ -21,6 +21,7 @@ from veneer.serve.http.prompts import Prompts, TokenizedBase
 from veneer.serve.http.shadows import Shadows
 from veneer.serve.outage import is_outage
 from veneer.serve.principal import Principal
+from veneer.serve.quota import Quotas
 from veneer.serve.request import Engine, EngineEvent, Refused, Request, invalid
 from veneer.serve.settings import HttpSettings
 from veneer.serve.staging import Staging
@@ -51,6 +52,7 @@ class Service:
         self.admission = Admission(bodies=8 * s.max_body, answers=s.queue, texts=4 * s.max_body)
         self.shadows = Shadows(self.tenancy, self.metrics, s.shadows)
         self.staging = Staging(s.max_adapter)
+        self.quotas = Quotas(s.quotas)
 
     def texts(self, request: Request) -> AsyncIterator[EngineEvent]:
         """The events of a text's answer. Raises Refused (400) on a server that draws."""

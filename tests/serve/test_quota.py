@@ -1,0 +1,76 @@
+"""Quotas of owners: amounts that are taken and given back, and errors that name the limit."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from veneer.serve.quota import Quotas
+from veneer.serve.request import Refused
+from veneer.serve.settings import QuotaLimits
+
+SMALL = QuotaLimits(memory=100, disk=1000, files=3, descriptors=1, requests=2, helper_seconds=10)
+
+
+def test_an_amount_over_a_limit_names_the_limit() -> None:
+    quotas = Quotas(SMALL)
+    with quotas.take("a", memory=60):
+        for amounts, status, code in (
+            ({"memory": 101}, 413, "too_large"), ({"memory": 41}, 429, "overloaded"),
+            ({"disk": 1001}, 413, "too_large"), ({"requests": 3}, 413, "too_large"),
+        ):  # fmt: skip
+            with pytest.raises(Refused, match=rf"limit \({next(iter(amounts))}\)") as error:
+                quotas.take("a", **amounts)
+            assert (error.value.status, error.value.code) == (status, code)
+        quotas.take("a", memory=40).release()
+        quotas.take("b", memory=100).release()
+    quotas.take("a", memory=100)
+
+
+def test_a_full_disk_is_not_to_be_waited_for() -> None:
+    quotas = Quotas(SMALL)
+    quotas.take("a", files=3)
+    with pytest.raises(Refused) as error:
+        quotas.take("a", files=1)
+    assert (error.value.status, error.value.code, error.value.retry_after) == (400, "storage_full", None)
+
+
+def test_a_refused_hold_takes_nothing() -> None:
+    quotas = Quotas(SMALL)
+    hold = quotas.take("a", memory=10)
+    with pytest.raises(Refused):
+        hold.add(requests=1, memory=95)
+    assert (quotas.used("a", "memory"), quotas.used("a", "requests")) == (10, 0)
+    hold.set(memory=300)
+    assert not quotas.fits("a", memory=1)
+    hold.release()
+    hold.release()
+    assert quotas.used("a", "memory") == 0
+
+
+def test_threads_never_pass_a_limit_together() -> None:
+    quotas = Quotas(QuotaLimits(requests=50))
+
+    def take(_: int) -> bool:
+        try:
+            quotas.take("a", requests=1)
+        except Refused:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(take, range(200))) == 50
+
+
+def test_seconds_of_helpers_come_back_with_time() -> None:
+    now = [0.0]
+    quotas = Quotas(SMALL, clock=lambda: now[0])
+    quotas.spend("a", 10.5)
+    quotas.check_helpers("b")
+    with pytest.raises(Refused, match="helper_seconds") as error:
+        quotas.check_helpers("a")
+    assert (error.value.status, error.value.code) == (429, "rate_limited")
+    assert error.value.retry_after is not None
+    now[0] += error.value.retry_after + 0.01
+    quotas.check_helpers("a")
