@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,36 @@ def test_text_similarity_is_what_the_packages_say(text: str, want: str) -> None:
     for metric, value in expected.items():
         assert grade(similar(metric), text, {"want": want}).value == pytest.approx(value), metric
     assert grade(similar("fuzzy_match"), text, {"want": text}).value == 1
+
+
+def test_long_texts_are_compared_in_little_memory() -> None:
+    """16,000 words each: a table of their product would have 256 million numbers."""
+    text, want = (" ".join(f"w{i * step % 16_001}" for i in range(9000)) for step in (1, 2))
+    tracemalloc.start()
+    assert 0 < (grade(similar("rouge_l"), text, {"want": want}).value or 0) < 1
+    assert grade(similar("fuzzy_match"), text, {"want": text}).value == 1
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()
+
+
+def test_texts_over_the_limit_are_not_compared() -> None:
+    for metric in ("rouge_l", "fuzzy_match", "bleu"):
+        found = grade(similar(metric), "x" * 65_537, {"want": "x"})
+        assert found.value is None
+        assert "up to 65,536 characters" in found.errors["too_large"]
+    assert (
+        "more than"
+        in grade(check("eq", reference="{{ item.want }}" * 100), "", {"want": "x" * 20_000}).errors["too_large"]
+    )
+
+
+def test_sources_of_a_multi_grader_have_one_limit() -> None:
+    python = {"type": "python", "name": "p", "source": "def grade(sample, item):\n    return 1\n" + "#" * 200_000}
+    parse_grader(python)
+    with pytest.raises(ConfigError, match="262,144 characters together"):
+        parse_grader({"type": "multi", "name": "m", "graders": {"a": python, "b": python}, "calculate_output": "a"})
+    with pytest.raises(ConfigError, match="no Python: line 2"):
+        parse_grader(python | {"source": "#" * 100_000 + "\ndef grade(:"})
 
 
 SCORE = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from veneer.train.rewards.reward import Answer
-from veneer.train.rewards.template import NoValue, filled, sample_of, template_problem
+from veneer.train.rewards.template import FILLED, NoValue, TextTooLong, filled, sample_of, template_problem
 
 SAMPLE = sample_of(Answer([{"role": "user", "content": "how many?"}], '{"total": 3, "rows": [{"a": "x"}]}'))
 ITEM = {"city": "Bern", "tags": ["a", "b"], "n": 2.5, "dash-ed": True, "trap": "{{ sample.output_text }}"}
@@ -51,6 +53,24 @@ def test_an_answer_that_is_no_json_has_none() -> None:
 )  # fmt: skip
 def test_what_is_no_path_is_said_before_any_row(template: str, said: str) -> None:
     assert said in template_problem(template)
+
+
+def test_braces_without_an_end_take_linear_time() -> None:
+    """A hundred thousand of them: quadratic, this took minutes."""
+    began = time.process_time()
+    assert "no }}" in template_problem("{{" * 50_000)
+    assert time.process_time() - began < 1
+
+
+def test_a_filled_template_has_a_limit() -> None:
+    item = {"a": "x" * 1000, "b": [1]}
+    assert len(filled("{{ item.a }}" * 3, {}, item, 3000)) == 3000
+    with pytest.raises(TextTooLong, match="more than 2,999 characters"):
+        filled("{{ item.a }}" * 3, {}, item, 2999)
+    with pytest.raises(TextTooLong):
+        filled("{{ item.a }}" * (FILLED // 1000 + 1), {}, item)
+    with pytest.raises(NoValue):
+        filled(f"{{{{ item.b[{'9' * 5000}] }}}}", {}, item)
 
 
 def test_calls_of_tools_are_there() -> None:

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from veneer.errors import MissingExtraError
+
+_FREQUENT = 8
+"""Occurrences from which an item's mask is kept."""
 
 
 def as_json(text: str) -> Any:
@@ -68,9 +72,14 @@ def rouge(answer: str, wanted: str, measure: str = "rougeL") -> float:
     """F1 of one of rouge-score's measures. Raises MissingExtraError."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import DefaultTokenizer
     except ImportError as error:
         raise _missing("ROUGE", "rouge-score") from error
-    return float(_scorer(RougeScorer, measure).score(wanted, answer)[measure].fmeasure)
+    if measure != "rougeL":
+        return float(_scorer(RougeScorer, measure).score(wanted, answer)[measure].fmeasure)
+    words = DefaultTokenizer(use_stemmer=False)  # rouge-score's own rougeL fills a table of len(a) * len(b) numbers
+    a, b = words.tokenize(answer), words.tokenize(wanted)
+    return 2 * _common(a, b) / (len(a) + len(b)) if a and b else 0.0
 
 
 @functools.cache
@@ -83,17 +92,30 @@ def _missing(what: str, package: str) -> MissingExtraError:
 
 
 def fuzzy(a: str, b: str) -> float:
-    """The share of both that a longest common subsequence covers; two empty texts are equal.
+    """The share of both that a longest common subsequence covers; two empty texts are equal."""
+    return 2 * _common(a, b) / (len(a) + len(b)) if a or b else 1.0
+
+
+def _common(a: Sequence[str], b: Sequence[str]) -> int:
+    """The length of a longest common subsequence.
 
     Hyyrö's bit vectors ("Bit-parallel LCS-length computation revisited", 2004): bit i of `row` is 0 where the length of
-    the LCS grows at a's character i. A step is a few operations on one whole number of |a| bits."""
-    if not a and not b:
-        return 1.0
-    places: dict[str, int] = {}
-    for i, character in enumerate(a):
-        places[character] = places.get(character, 0) | (1 << i)
+    the LCS grows at a's item i. A step is a few operations on one whole number of |a| bits. Masks are kept of frequent
+    items alone, of which there are few: |a| masks of |a| bits would be quadratic in memory."""
+    places: dict[str, list[int]] = {}
+    for i, item in enumerate(a):
+        places.setdefault(item, []).append(i)
+    masks = {item: _mask(found) for item, found in places.items() if len(found) >= _FREQUENT}
     full = row = (1 << len(a)) - 1
-    for character in b:
-        met = row & places.get(character, 0)
+    for item in b:
+        found = masks.get(item)
+        met = row & (_mask(places.get(item, ())) if found is None else found)
         row = ((row + met) | (row - met)) & full
-    return 2 * (len(a) - row.bit_count()) / (len(a) + len(b))
+    return len(a) - row.bit_count()
+
+
+def _mask(places: Sequence[int]) -> int:
+    bits = bytearray(places[-1] // 8 + 1 if places else 0)
+    for i in places:
+        bits[i // 8] |= 1 << (i % 8)
+    return int.from_bytes(bits, "little")

@@ -16,8 +16,12 @@ What the model is to blame for is a 0: a template that looks into `sample.output
 from __future__ import annotations
 
 import ast
+import inspect
 import math
 import operator
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,10 +36,18 @@ from veneer.train.config.section import Section
 from veneer.train.rewards.compared import bleu, fuzzy, rouge
 from veneer.train.rewards.judge import AskModel, Question, Reply, ask_once, reply_score, score_form
 from veneer.train.rewards.limited import Asked, LimitedFunction
-from veneer.train.rewards.template import NoValue, filled, template_problem
+from veneer.train.rewards.template import FILLED, NoValue, TextTooLong, filled, template_problem
 
 _SOURCE = 256 << 10
-"""Bytes of a python grader's source, as at OpenAI."""
+"""Bytes of a python grader's source, as at OpenAI; of the sources of a multi grader together."""
+_PARSED_HERE = 8 << 10
+"""Characters of a source up to which this process parses it: `ast.parse` keeps the interpreter's lock until it is done,
+and takes 0.2 s for the largest source."""
+_PARSE_SECONDS = 20.0
+_COMPARED = 64 << 10
+"""Characters of each of two texts that a metric compares."""
+TOO_LARGE = "too_large"
+"""The error of a text that is over a limit: not one of OpenAI's, and neither the model's doing nor the row's."""
 _Text = Annotated[str, Field(max_length=100_000)]
 _Name = Annotated[str, Field(min_length=1, max_length=100)]
 
@@ -125,15 +137,34 @@ class PythonGrader(_Grader):
     @pydantic.field_validator("source")
     @classmethod
     def _has_grade(cls, source: str) -> str:
-        """It is read, and not run."""
-        try:
-            names = {getattr(statement, "name", "") for statement in ast.parse(source).body}
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            at = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
-            raise ValueError(f"the source is no Python: {at}{getattr(error, 'msg', error)}") from None
-        if "grade" not in names:
-            raise ValueError("the source defines no function grade(sample, item)")
+        """The source is parsed, and not run."""
+        problem = _source_problem(source) if len(source) <= _PARSED_HERE else _problem_by_child(source)
+        if problem:
+            raise ValueError(problem)
         return source
+
+
+def _source_problem(source: str) -> str:
+    """What is wrong with a grader's source; "" where nothing is."""
+    try:
+        names = {getattr(statement, "name", "") for statement in ast.parse(source).body}
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        at = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
+        return f"the source is no Python: {at}{getattr(error, 'msg', error)}"
+    return "" if "grade" in names else "the source defines no function grade(sample, item)"
+
+
+def _problem_by_child(source: str) -> str:
+    """The same, found by a process of its own."""
+    code = f"import ast, sys\n{inspect.getsource(_source_problem)}\n"
+    code += "sys.stdout.buffer.write(_source_problem(sys.stdin.buffer.read().decode()).encode())"
+    try:
+        child = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", code], input=source.encode(), capture_output=True, timeout=_PARSE_SECONDS
+        )
+    except (subprocess.TimeoutExpired, UnicodeEncodeError):
+        return "the source cannot be parsed"
+    return child.stdout.decode() if child.returncode == 0 else "the source cannot be parsed"
 
 
 _Single = Annotated[
@@ -152,6 +183,16 @@ class MultiGrader(_Grader):
         """Graders by name; one alone, as the reference has it, goes by its own."""
         if isinstance(given, Mapping) and isinstance(given.get("type"), str) and isinstance(given.get("name"), str):
             return {given["name"]: dict(given)}
+        return given
+
+    @pydantic.field_validator("graders", mode="before")
+    @classmethod
+    def _sources_fit(cls, given: Any) -> Any:
+        """Sources are counted before one of them is parsed."""
+        singles = given.values() if isinstance(given, Mapping) else ()
+        sources = [each.get("source") for each in singles if isinstance(each, Mapping)]
+        if sum(len(source) for source in sources if isinstance(source, str)) > _SOURCE:
+            raise ValueError(f"the sources of its python graders have more than {_SOURCE:,} characters together")
         return given
 
     @pydantic.model_validator(mode="after")
@@ -184,6 +225,13 @@ def parse_grader(given: Any, where: str = "grader") -> Any:
         path = [str(part) for part in first["loc"] if part not in _TYPES]
         said = str(first["msg"]).removeprefix("Value error, ")
         raise ConfigError(said, where=".".join([where, *path])) from None
+
+
+def has_python(given: Any) -> bool:
+    """Whether a grader of JSON is of Python, or has one that is: known before anything in it is parsed."""
+    inner = given.get("graders") if isinstance(given, Mapping) else None
+    found = [given, inner, *(inner.values() if isinstance(inner, Mapping) else ())]
+    return any(isinstance(each, Mapping) and each.get("type") == "python" for each in found)
 
 
 def single_graders(grader: Any) -> dict[str, Any]:
@@ -317,7 +365,7 @@ class GraderRun:
         for sample, item in asked:
             try:
                 made.append(_question(grader, sample, item))
-            except NoValue as error:
+            except (NoValue, TextTooLong) as error:
                 made.append(_no_value(error))
         replies = iter(ask_once(self._ask, [each for each in made if isinstance(each, Question)]))
         return [
@@ -326,9 +374,15 @@ class GraderRun:
 
 
 def _question(grader: ScoreModelGrader, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Question:
-    """The grader's messages, and behind them in what form to answer: the formula of a grade is its `result`."""
+    """The grader's messages, and behind them in what form to answer: the formula of a grade is its `result`. Raises
+    NoValue, TextTooLong."""
     low, high = grader.range or (0.0, 1.0)
-    messages = [{"role": m.role, "content": filled(m.text, sample, item)} for m in grader.input]
+    messages: list[dict[str, str]] = []
+    left = FILLED
+    for message in grader.input:
+        content = filled(message.text, sample, item, left)
+        left -= len(content)
+        messages.append({"role": message.role, "content": content})
     told, form = score_form(low, high)
     if messages[0]["role"] in ("system", "developer"):
         messages[0] |= {"content": f"{messages[0]['content']}\n\n{told}"}
@@ -356,11 +410,13 @@ def _of_reply(reply: Reply, model: str, low: float, high: float) -> Grade:
 def _caught(do: Callable[[], float]) -> Grade:
     try:
         return Grade(do())
-    except NoValue as error:
+    except (NoValue, TextTooLong) as error:
         return _no_value(error)
 
 
-def _no_value(error: NoValue) -> Grade:
+def _no_value(error: NoValue | TextTooLong) -> Grade:
+    if isinstance(error, TextTooLong):
+        return Grade(None, {TOO_LARGE: str(error)})
     if error.of_sample:
         return Grade(0.0, {"sample_parse_error": str(error)})
     return Grade(None, {"invalid_variable_error": str(error)})
@@ -376,6 +432,8 @@ def _of_texts(
             "ilike": wanted.casefold() in text.casefold(),
         }  # fmt: skip
         return float(found[grader.operation])
+    if max(len(text), len(wanted)) > _COMPARED:
+        raise TextTooLong(f"text_similarity compares texts of up to {_COMPARED:,} characters")
     metric = grader.evaluation_metric
     if metric.startswith("rouge_"):
         return rouge(text, wanted, f"rouge{metric.removeprefix('rouge_').upper()}")

@@ -15,17 +15,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 from veneer.errors import nearest, quoted
 from veneer.train.rewards.reward import Answer
 
-_PLACE = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
+FILLED = 1 << 20
+"""Characters that a template may have once its paths are put in: a path to a long text can stand in it many times."""
 _PATH = re.compile(r"\s*(sample|item)((?:\.[\w-]+|\[\d+\])+)\s*")
 _STEP = re.compile(r"[\w-]+")
 _SAMPLE = ("output_text", "output_json", "output_tools", "choices", "input_text")
+
+
+class TextTooLong(Exception):
+    """A template that has more than `FILLED` characters once it is filled, or texts too long to be compared."""
 
 
 class NoValue(Exception):
@@ -50,28 +55,48 @@ def sample_of(answer: Answer) -> dict[str, Any]:
     return found
 
 
-def filled(template: str, sample: Mapping[str, Any], item: Mapping[str, Any]) -> str:
-    """Raises NoValue."""
+def filled(template: str, sample: Mapping[str, Any], item: Mapping[str, Any], most: int = FILLED) -> str:
+    """The template with a text in place of each path. Raises NoValue, and TextTooLong beyond `most` characters, before
+    the text is made."""
+    parts: list[str] = []
+    size = 0
+    for text, path in _split(template):
+        parts += [text] if path is None else [text, _value(path, sample, item)]
+        size += sum(map(len, parts[-2:])) if path is not None else len(text)
+        if size > most:
+            raise TextTooLong(f"the filled template has more than {most:,} characters")
+    return "".join(parts)
 
-    def put(match: re.Match[str]) -> str:
-        value: Any = {"sample": sample, "item": item}
-        for step in _STEP.findall(match[1]):
-            if isinstance(value, Mapping) and step in value:
-                value = value[step]
-            elif isinstance(value, list | tuple) and step.isdecimal() and int(step) < len(value):
-                value = value[int(step)]
-            else:
-                raise NoValue(match[1].strip(), match[1].strip().startswith("sample"))
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
-    return _PLACE.sub(put, template)
+def _value(path: str, sample: Mapping[str, Any], item: Mapping[str, Any]) -> str:
+    value: Any = {"sample": sample, "item": item}
+    for step in _STEP.findall(path):
+        if isinstance(value, Mapping) and step in value:
+            value = value[step]
+        elif isinstance(value, list | tuple) and step.isdecimal() and len(step) < 10 and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            raise NoValue(path.strip(), path.strip().startswith("sample"))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _split(template: str) -> Iterator[tuple[str, str | None]]:
+    """Pairs of a text and the path in braces behind it; the last path is None. Takes time linear in the template: a
+    regular expression looks for the end of each {{ that has none again."""
+    at = 0
+    while (start := template.find("{{", at)) >= 0 and (end := template.find("}}", start + 2)) >= 0:
+        yield template[at:start], template[start + 2 : end]
+        at = end + 2
+    yield template[at:], None
 
 
 def template_problem(template: str) -> str:
     """What is wrong with a template whatever the rows; "" where nothing is."""
-    for match in _PLACE.finditer(template):
-        inner = match[1].strip()
-        path = _PATH.fullmatch(match[1])
+    for text, given in _split(template):
+        if given is None:
+            return "a {{ has no }} behind it" if "{{" in text else ""
+        inner = given.strip()
+        path = _PATH.fullmatch(given)
         if path is None:
             first = inner.partition(".")[0]
             near = [] if first.split()[:1] in (["sample"], ["item"]) else nearest(first, ["sample", "item"], 1)
@@ -82,6 +107,4 @@ def template_problem(template: str) -> str:
             near = nearest(step, _SAMPLE, 1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(_SAMPLE)}"
             return f"sample has no {quoted(step)}; {hint}"
-    if _PLACE.sub("", template).count("{{"):
-        return "a {{ has no }} behind it"
     return ""
