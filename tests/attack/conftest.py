@@ -28,3 +28,10 @@ def server(one_server: Server) -> Server:
     one_server.wait(lambda: one_server.series("vllm:num_requests_running") == 0)
     one_server.wait(lambda: one_server.series("vllm:num_requests_waiting") == 0)
     return one_server
+
+
+@pytest.fixture(scope="session")
+def trainer(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that trains too."""
+    with target(shop, tmp_path_factory.mktemp("training"), "--train") as made:
+        yield made

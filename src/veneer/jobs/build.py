@@ -61,7 +61,7 @@ def training(
                 await task
 
     routers = [file_routes(files), tuning_routes(jobs, files, tenants, python_graders=python_graders)]
-    routers += [sample_routes(jobs), grader_routes(python=python_graders)]
+    routers += [sample_routes(jobs), grader_routes(service.settings.quotas, python=python_graders)]
     routers.append(tinker_routes(tinker))
     if isinstance(tenancy, Tenants) and tenancy.admin_hash is not None:
         routers.append(canary_routes(jobs, tenancy))

@@ -10,6 +10,7 @@ import pytest
 
 from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyTenancy, ToyText, live
 from veneer.jobs.http.graders import grader_routes
+from veneer.serve.settings import HttpSettings, QuotaLimits
 
 CHECK: dict[str, Any] = {
     "type": "string_check", "name": "same", "operation": "eq", "input": "{{ sample.output_text }}",
@@ -123,3 +124,35 @@ def test_python_is_run_where_the_operator_allows_it(served: Any) -> None:
     assert found.reward == 0
     assert found.metadata.errors.python_grader_runtime_error
     assert "KeyError: 'n'" in found.metadata.errors.python_grader_runtime_error_details
+
+
+def test_a_text_over_a_limit_is_named(graders: Any) -> None:
+    long = {**CHECK, "reference": "{{ item.want }}" * 100}
+    with pytest.raises(openai.APIStatusError, match="more than 1,048,576 characters") as caught:
+        graders.run(grader=long, model_sample="x", item={"want": "x" * 20_000})
+    assert (caught.value.status_code, caught.value.code) == (413, "too_large")
+
+
+def test_python_is_refused_before_it_is_parsed(served: Any) -> None:
+    client, allowed = served
+    if allowed:
+        return
+    broken = {**PYTHON, "source": "def grade(:"}
+    for grader in (broken, {"type": "multi", "name": "m", "graders": {"a": broken}, "calculate_output": "a"}):
+        with pytest.raises(openai.PermissionDeniedError):
+            client.fine_tuning.alpha.graders.validate(grader=grader)
+
+
+def test_a_tenant_has_its_seconds_of_graders() -> None:
+    limits = HttpSettings(quotas=QuotaLimits(helper_seconds=1e-9))
+    routers = [grader_routes()]
+    with (
+        live(ToyEngine(ToyText()), ToyCatalog(), ToyTenancy(), settings=limits, routers=routers) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="acme", max_retries=0) as client,
+    ):
+        validate = client.fine_tuning.alpha.graders.validate
+        big = {**CHECK, "reference": "{{ item.want }}" * 5000}
+        validate(grader=big)
+        with pytest.raises(openai.RateLimitError, match="helper_seconds"):
+            validate(grader=big)
+        client.with_options(api_key="admin").fine_tuning.alpha.graders.validate(grader=big)

@@ -3,6 +3,7 @@
     POST /v1/fine_tuning/alpha/graders/validate   {grader}                        -> {grader}
     POST /v1/fine_tuning/alpha/graders/run        {grader, model_sample, item?}   -> {reward, metadata, sub_rewards, …}
 
+Graders are parsed and run in threads of their own, of which a tenant has a share; the seconds count against its quota.
 `score_model` asks a model of this server as its caller may ask it: admitted, within its limits, and billed as any other
 request. `python` runs in a process with limits of time and memory, which is no jail: it is off unless the operator
 allows it (`veneer serve --train --python-graders`).
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -22,22 +24,30 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from veneer.errors import ConfigError, MissingExtraError
+from veneer.serve.engine.admission import AdmittedRequest, FairPool
 from veneer.serve.http.answers import TextAnswer, TextJob, run, total
 from veneer.serve.http.bodies import Body, BodyRoute
-from veneer.serve.http.errors import Json, in_thread
+from veneer.serve.http.errors import Json, in_thread, json_bytes
 from veneer.serve.http.guard import needs
-from veneer.serve.http.service import Service, caller_of, service_of
+from veneer.serve.http.service import Service, admission_of, caller_of, service_of
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Sampling, Usage, invalid
-from veneer.train.rewards.graders import Grade, GraderRun, PythonGrader, parse_grader, single_graders
+from veneer.serve.settings import QuotaLimits
+from veneer.train.rewards.graders import (
+    TOO_LARGE,
+    Grade,
+    GraderRun,
+    PythonGrader,
+    has_python,
+    parse_grader,
+    single_graders,
+)
 from veneer.train.rewards.judge import Question, Reply
 from veneer.train.rewards.reward import Answer
 from veneer.train.rewards.template import sample_of
 
-_AT_ONCE = 4
-"""Graders that may run at a time; the next ones wait."""
 _SECONDS = 60.0
-"""How long a python grader may take."""
+"""How long the python graders of one request may take together."""
 _ERRORS = (
     "formula_parse_error", "sample_parse_error", "truncated_observation_error", "unresponsive_reward_error",
     "invalid_variable_error", "other_error", "python_grader_server_error", "python_grader_runtime_error",
@@ -55,63 +65,109 @@ class GraderRunBody(GraderBody):
 
 
 def grader_of(given: Any, python: bool, param: str = "grader") -> Any:
-    """A grader that a client gave. Raises Refused for one that is none, and for python where that is off."""
-    try:
-        grader = parse_grader(given, param)
-    except ConfigError as error:
-        raise invalid(error.what, error.where, error.fix) from error
-    if not python and any(isinstance(each, PythonGrader) for each in single_graders(grader).values()):
+    """A grader that a client gave. Blocks for as long as it takes to parse. Raises Refused for one that is none, and
+    for python where that is off, before any source is parsed."""
+    if not python and has_python(given):
         raise Refused(
             "graders of Python are off on this server", status=403, code="grader_not_allowed", param=f"{param}.type",
             fix="its operator may turn them on: veneer serve --train --python-graders",
         )  # fmt: skip
-    return grader
+    try:
+        return parse_grader(given, param)
+    except ConfigError as error:
+        raise invalid(error.what, error.where, error.fix) from error
 
 
-def grader_routes(*, python: bool = False) -> APIRouter:
-    """`python`: whether graders of Python are run."""
+def grader_routes(limits: QuotaLimits | None = None, *, python: bool = False) -> APIRouter:
+    """`limits`: how many graders run at a time. `python`: whether graders of Python are run."""
     router = APIRouter(tags=["OpenAI fine-tuning"], route_class=BodyRoute, dependencies=[needs("train")])
-    room = asyncio.Semaphore(_AT_ONCE)
+    limits = limits or QuotaLimits()
+    helpers = FairPool(limits.helpers, "veneer-graders", limits.helper_share)
+
+    async def helped(request: HttpRequest, do: Callable[[], bytes]) -> Response:
+        """The answer that `do` makes in a thread of the caller's share."""
+        caller, quotas = caller_of(request), service_of(request).quotas
+        size = len(await request.body())
+        with quotas.take(caller.tenant, requests=1, memory=size):
+            work = partial(helpers.run, caller.tenant, caller.weight, size)
+            return Response(await in_thread("the grader", do, work), media_type="application/json")
 
     @router.post("/v1/fine_tuning/alpha/graders/validate", summary="Look at a grader; nothing of it is run.")
     async def validate(request: HttpRequest, body: GraderBody) -> Response:
-        return Json({"grader": grader_of(body.grader, python).model_dump(mode="json", exclude_unset=True)})
+        def read() -> bytes:
+            with _Timed(request):
+                return json_bytes(
+                    {"grader": grader_of(body.grader, python).model_dump(mode="json", exclude_unset=True)}
+                )
+
+        return await helped(request, read)
 
     @router.post("/v1/fine_tuning/alpha/graders/run", summary="What a grader gives for one answer.")
     async def run_grader(request: HttpRequest, body: GraderRunBody) -> Response:
-        grader = grader_of(body.grader, python)
-        service, caller = service_of(request), caller_of(request)
-        sample = sample_of(Answer((), body.model_sample))
-        began, loop = time.perf_counter(), asyncio.get_running_loop()
+        service, caller, loop = service_of(request), caller_of(request), asyncio.get_running_loop()
+        number, place = f"grader-{request.scope['veneer.id']}", admission_of(request)
 
-        def ask(questions: Sequence[Question]) -> list[Reply]:
-            """Called in a thread of its own; the engine is asked on the server's loop."""
-            number = f"grader-{request.scope['veneer.id']}"
-            asked = _asked(service, caller, number, questions)
-            return asyncio.run_coroutine_threadsafe(asked, loop).result()
+        def grade() -> bytes:
+            began = time.perf_counter()
+            with _Timed(request) as timed:
 
-        def grade() -> Grade:
-            try:
-                with GraderRun(grader, ask=ask, timeout=_SECONDS) as ready:
-                    return ready.grade([(sample, body.item or {})])[0]
-            except MissingExtraError as error:
-                raise invalid(error.what, "grader", error.fix) from error
+                def ask(questions: Sequence[Question]) -> list[Reply]:
+                    """The engine is asked on the server's loop."""
+                    asked = _asked(service, caller, number, questions, place)
+                    with timed.waiting():
+                        return asyncio.run_coroutine_threadsafe(asked, loop).result()
 
-        async with room:
-            grade_ = await in_thread("the grader", grade)
-        return Json(_shown(grader, grade_, time.perf_counter() - began))
+                try:
+                    grader = grader_of(body.grader, python)
+                    functions = sum(isinstance(each, PythonGrader) for each in single_graders(grader).values())
+                    with GraderRun(grader, ask=ask, timeout=_SECONDS / max(1, functions)) as ready:
+                        sample = sample_of(Answer((), body.model_sample))
+                        found = ready.grade([(sample, body.item or {})])[0]
+                except MissingExtraError as error:
+                    raise invalid(error.what, "grader", error.fix) from error
+            if (said := found.errors.get(TOO_LARGE)) is not None:
+                raise Refused(said, status=413, code=TOO_LARGE, param="grader")
+            return json_bytes(_shown(grader, found, time.perf_counter() - began))
+
+        return await helped(request, grade)
 
     return router
 
 
-async def _asked(service: Service, caller: Principal, number: str, questions: Sequence[Question]) -> list[Reply]:
+class _Timed:
+    """Counts the seconds of its block as a helper's, without those in which an answer of the engine was waited for.
+    Raises Refused (429) at the beginning where the caller has none left."""
+
+    def __init__(self, request: HttpRequest) -> None:
+        self._owner, self._quotas, self._waited = caller_of(request).tenant, service_of(request).quotas, 0.0
+
+    def __enter__(self) -> _Timed:
+        self._quotas.check_helpers(self._owner)
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._quotas.spend(self._owner, time.monotonic() - self._began - self._waited)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited += time.monotonic() - began
+
+
+async def _asked(
+    service: Service, caller: Principal, number: str, questions: Sequence[Question], place: AdmittedRequest
+) -> list[Reply]:
     """Raises Refused, as a chat completion of the same would."""
-    return [await _ask(service, caller, f"{number}-{i}", question) for i, question in enumerate(questions)]
+    return [await _ask(service, caller, f"{number}-{i}", question, place) for i, question in enumerate(questions)]
 
 
-async def _ask(service: Service, caller: Principal, number: str, question: Question) -> Reply:
+async def _ask(service: Service, caller: Principal, number: str, question: Question, place: AdmittedRequest) -> Reply:
     chosen = service.mixes.choose(caller, model=question.model)
-    prompt = await service.prompts.of_messages(question.messages)
+    prompt = await service.prompts.of_messages(question.messages, place=place)
     room = service.prompts.fits(prompt, "grader.input")
     sampling = Sampling(
         max_tokens=min(question.tokens, room, service.settings.max_tokens or room), temperature=question.temperature,

@@ -84,13 +84,13 @@ def tuning_routes(
     async def create(request: HttpRequest, body: TuningBody) -> Response:
         service, caller = service_of(request), caller_of(request)
         start = _start(service, caller, body.model)
-        grader = None
-        if body.reinforced is not None:
-            grader = _graded_here(service, caller, body.reinforced.grader, python_graders)
         if body.integrations:
             _check_wandb(caller)
 
         def do() -> Job:
+            grader = None
+            if body.reinforced is not None:
+                grader = _graded_here(service, caller, body.reinforced.grader, python_graders)
             return _create(service, caller, jobs, files, tenants, body, start, grader)
 
         made = await _asked(do, lambda work: copying.run(caller.tenant, caller.weight, 1, work))
