@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from tests.jobs.tinker.small import ROWS, forward_body, part, read_output, varint
-from veneer.jobs.tinker.wire import WireSample, forward_bytes, read_forward, sample_bytes
+from veneer.jobs.tinker.wire import WireSample, forward_bytes, read_forward, read_head, sample_bytes
 from veneer.serve.request import Refused
 
 
@@ -41,13 +43,30 @@ def test_half_a_message_is_refused(cut: int) -> None:
 
 def test_a_few_bytes_do_not_take_the_memory() -> None:
     """Zeros that are not on the wire, row after row, and a number of them where a text belongs."""
-    starts = np.zeros(2049, "<i8")
-    sparse = part(2, part(2, starts.tobytes())) + b"\x18\x02" + part(4, varint(2048) + varint(8192))
-    row = part(3, part(2, part(1, b"target_tokens") + part(2, sparse)))
+
+    def zeros(width: int) -> bytes:
+        starts = np.zeros(2049, "<i8")
+        sparse = part(2, part(2, starts.tobytes())) + b"\x18\x02" + part(4, varint(2048) + varint(width))
+        return part(3, part(2, part(1, b"target_tokens") + part(2, sparse)))
+
+    row = zeros(8192)
     assert read_forward(row).rows[0].inputs["target_tokens"].shape == (2048, 8192)
-    for body in (20 * row, row.replace(varint(8192), varint(1 << 40)), b"\x08" + varint(1 << 40)):
-        with pytest.raises(Refused, match="no forward_backward request"):
+    head = read_head(part(1, b"run") + b"\x10\x05" + row)
+    assert (head.model, head.seq, head.tokens, head.memory) == ("run", 5, 0, 3 * 8 * 2048 * 8192 + 512)
+    for body in (20 * row, zeros(1 << 40)):
+        tracemalloc.start()
+        with pytest.raises(Refused, match="more than 268,435,456 bytes of tensors") as error:
             read_forward(body)
+        assert (error.value.status, error.value.code) == (413, "too_large")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        tracemalloc.stop()
+    with pytest.raises(Refused, match="no forward_backward request"):
+        read_forward(b"\x08" + varint(1 << 40))
+
+
+def test_a_message_of_empty_rows_is_refused() -> None:
+    with pytest.raises(Refused, match="more than 262,144 fields"):
+        read_forward(b"\x1a\x00" * 300_000)
 
 
 def test_outputs_of_unlike_shapes() -> None:

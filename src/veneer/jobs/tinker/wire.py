@@ -1,6 +1,7 @@
 """What Tinker's SDK sends and expects as protobuf (docs/notes/tinker.md): rows in, log-probabilities and samples out.
 
-    asked = read_forward(body)                 ForwardAsked: whose, which of its requests, rows, loss
+    head = read_head(body)                     ForwardHead: whose, which of its requests, what unpacking it takes
+    asked = read_forward(body)                 ForwardAsked: rows and loss too
     forward_bytes(outputs, metrics)            what its future gives back
     sample_bytes(sequences, …)                 that of a sampling future
 
@@ -11,13 +12,15 @@ length, of 4 and 8 bytes, and bytes. Unknown fields are left out, as every reade
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
 
-from veneer.serve.request import invalid
+from veneer.serve.request import Refused, invalid
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -25,6 +28,12 @@ _NUMPY = {1: "<f4", 2: "<i8", 3: "<i4"}
 _FLOAT = 1
 _LARGEST = 1 << 28
 """Bytes of tensors in one request: those that are mostly zeros take next to nothing on the wire."""
+_FIELDS = 1 << 18
+"""Fields of a message, those of the messages in it among them: an empty one has two bytes, and a row in memory 500."""
+_ROW, _COPIES = 512, 3
+"""Bytes that a row takes in memory beside its tensors, and how often its tensors are there while they are checked."""
+_SIZES = 64
+"""Bytes of the sizes of a tensor."""
 _ABSENT = -99999.0
 """The log-probability of a token that is not there, in a table of the most likely ones."""
 
@@ -50,16 +59,86 @@ class ForwardAsked:
     forward_only: bool = False
 
 
+@dataclass(frozen=True)
+class ForwardHead:
+    """What is known of a request before its tensors are made. `tokens`: of all rows. `memory`: bytes that unpacking and
+    checking it takes."""
+
+    model: str
+    seq: int
+    tokens: int
+    memory: int
+
+
+def read_head(body: bytes) -> ForwardHead:
+    """Reads sizes, and makes no tensor. Raises Refused: 413 for one with tensors or fields over a limit, 400 for bytes
+    that are no such message."""
+    with _wire_errors():
+        return _head(memoryview(body))
+
+
 def read_forward(body: bytes) -> ForwardAsked:
-    """Raises Refused (400) for bytes that are no such message."""
-    try:
+    """Raises Refused as `read_head` does, before a tensor is made."""
+    read_head(body)
+    with _wire_errors():
         return _forward(memoryview(body))
+
+
+@contextmanager
+def _wire_errors() -> Iterator[None]:
+    try:
+        yield
     except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError, struct.error) as error:
         raise invalid(f"the body is no forward_backward request in protobuf: {error}") from error
 
 
+def _head(body: memoryview) -> ForwardHead:
+    spent = count(1)
+
+    def fields(data: memoryview) -> Iterator[tuple[int, Any]]:
+        for field_ in _fields(data):
+            if next(spent) > _FIELDS:
+                raise _too_large(f"{_FIELDS:,} fields")
+            yield field_
+
+    model, seq, tokens, rows, size = "", 0, 0, 0, 0
+    for number, value in fields(body):
+        if number == 1:
+            model = _text(value)
+        elif number == 2:
+            seq = int(value)
+        elif number == 3:
+            rows += 1
+            for part, inner in fields(value):
+                if part == 1:
+                    packed = [dict(fields(chunk)).get(1, b"") for kind, chunk in fields(inner) if kind == 1]
+                    tokens += sum(len(each) // 4 for each in packed)
+                elif part == 2:
+                    size += _tensor_bytes(dict(fields(inner)).get(2, memoryview(b"")), fields)
+                if size > _LARGEST:
+                    raise _too_large(f"{_LARGEST:,} bytes of tensors")
+    return ForwardHead(model, seq, tokens, _COPIES * (size + 8 * tokens) + _ROW * rows)
+
+
+def _too_large(most: str) -> Refused:
+    return Refused(
+        f"the forward_backward request has more than {most}", status=413, code="too_large", param="data",
+        fix="send fewer rows at once",
+    )  # fmt: skip
+
+
+def _tensor_bytes(data: memoryview, fields: Callable[[memoryview], Iterator[tuple[int, Any]]]) -> int:
+    """Bytes of `_tensor`."""
+    found = list(fields(data))
+    kind = dict(found).get(3, _FLOAT)
+    if all(number != 2 for number, _ in found):
+        return sum(len(value) for number, value in found if number == 1)
+    rows, width = [n for number, value in found if number == 4 for n in _sizes(value)]
+    return int(rows * width * np.dtype(_NUMPY[kind]).itemsize)
+
+
 def _forward(body: memoryview) -> ForwardAsked:
-    model, loss, seq, size, only = "", "", 0, 0, False
+    model, loss, seq, only = "", "", 0, False
     rows: list[WireRow] = []
     old: dict[str, float | str] = {}
     options: dict[str, float | str] = {}
@@ -70,9 +149,6 @@ def _forward(body: memoryview) -> ForwardAsked:
             seq = int(value)
         elif number == 3:
             rows.append(_row(value))
-            size += sum(tensor.nbytes for tensor in rows[-1].inputs.values())
-            if size > _LARGEST:
-                raise ValueError(f"its rows have more than {_LARGEST:,} bytes of tensors")
         elif number == 4:
             loss = _text(value)
         elif number == 5:
@@ -119,7 +195,7 @@ def _tensor(data: memoryview) -> Array:
         elif number == 3:
             kind = value
         elif number == 4:
-            shape += _numbers(value) if isinstance(value, memoryview) else [value]
+            shape += _sizes(value)
     if kind not in _NUMPY:
         raise ValueError(f"a tensor of the kind {kind}")
     if sparse is None:
@@ -130,7 +206,7 @@ def _tensor(data: memoryview) -> Array:
     rows, width = shape
     counts = np.diff(starts)
     whole = len(counts) == rows and counts.sum() == len(values) == len(columns)
-    if rows * width > _LARGEST // 8 or not whole:
+    if not whole:
         raise ValueError("a sparse tensor whose rows do not fit together")
     out = np.zeros((rows, width), values.dtype)
     out[np.repeat(np.arange(rows), counts), columns] = values
@@ -249,11 +325,16 @@ def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
     raise ValueError("a number has no end")
 
 
-def _numbers(data: memoryview) -> list[int]:
+def _sizes(value: memoryview | int) -> list[int]:
+    """The sizes of a tensor, packed or one by one."""
+    if isinstance(value, int):
+        return [value]
+    if len(value) > _SIZES:
+        raise ValueError("a tensor of too many dimensions")
     out, at = [], 0
-    while at < len(data):
-        value, at = _read_varint(data, at)
-        out.append(value)
+    while at < len(value):
+        size, at = _read_varint(value, at)
+        out.append(size)
     return out
 
 
