@@ -19,6 +19,7 @@ numbers then come out of both, to the bit. Knows tensors and one base; no reques
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -107,6 +108,15 @@ def trained_bytes(model: Any, spec: LoraSpec) -> int:
     return 16 * trainable_parameters(model, resolve_targets(model, spec), spec)[0]
 
 
+_LARGEST = sys.float_info.max
+_BOUNDS = {
+    "learning_rate": (0.0, 1.0), "beta1": (0.0, 0.999999), "beta2": (0.0, 0.999999), "eps": (1e-30, 1.0),
+    "weight_decay": (0.0, 1.0), "clip": (-_LARGEST, _LARGEST),
+}  # fmt: skip
+"""Within these a step of AdamW keeps weights finite: it is learning_rate * m / (√v + eps), and eps must not be 0 in
+float32, where a parameter without a gradient has 0 / eps."""
+
+
 @dataclass(frozen=True)
 class Adam:
     """AdamW's numbers for one step, with Tinker's defaults. `clip`: the largest norm of the gradient; 0 for any."""
@@ -119,13 +129,11 @@ class Adam:
     clip: float = 0.0
 
     def __post_init__(self) -> None:
-        fine = {
-            "learning_rate": self.learning_rate >= 0, "beta1": 0 <= self.beta1 < 1, "beta2": 0 <= self.beta2 < 1,
-            "eps": self.eps >= 0, "weight_decay": self.weight_decay >= 0, "clip": True,
-        }  # fmt: skip
         for name, value in vars(self).items():
-            if not (math.isfinite(value) and fine[name]):
-                raise ConfigError(f"{name} is {value}", where="adam_params", fix="a number that AdamW can have")
+            low, high = _BOUNDS[name]
+            if not low <= value <= high:
+                fix = f"from {low:g} to {high:g}" if math.isfinite(high) else "a number"
+                raise ConfigError(f"{name} is {value}", where="adam_params", fix=fix)
 
 
 @dataclass(eq=False)
