@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 
 import pytest
 
-from veneer.serve.quota import Quotas
+from veneer.serve.quota import FairThreads, Quotas, current_owner
 from veneer.serve.request import Refused
 from veneer.serve.settings import QuotaLimits
 
@@ -74,3 +76,41 @@ def test_seconds_of_helpers_come_back_with_time() -> None:
     assert error.value.retry_after is not None
     now[0] += error.value.retry_after + 0.01
     quotas.check_helpers("a")
+
+
+def test_a_hold_changes_to_an_amount_or_stays() -> None:
+    quotas = Quotas(SMALL)
+    hold, other = quotas.take("a", memory=60), quotas.take("a", memory=30)
+    hold.change(memory=70)
+    with pytest.raises(Refused) as error:
+        hold.change(memory=71)
+    assert (error.value.status, quotas.used("a", "memory")) == (429, 100)
+    other.release()
+    hold.change(memory=100)
+    with pytest.raises(Refused) as error:
+        hold.change(memory=101)
+    assert error.value.status == 413
+
+
+def test_a_tenant_leaves_threads_for_others() -> None:
+    def everything() -> None:
+        gate, ran = threading.Event(), threading.Event()
+        with FairThreads(3, share=2) as pool:
+            current_owner.set("a")
+            slow = [pool.submit(gate.wait) for _ in range(9)]
+            unwanted = pool.submit(ran.set)
+            failing = pool.submit(lambda: 1 // 0)
+            assert unwanted.cancel()
+            for owner in ("b", ""):
+                current_owner.set(owner)
+                assert pool.submit(lambda: 7).result(5) == 7
+            gate.set()
+            assert [each.result(5) for each in slow] == [True] * 9
+            with pytest.raises(ZeroDivisionError):
+                failing.result(5)
+        assert not ran.is_set()
+        current_owner.set("a")
+        with pytest.raises(RuntimeError):
+            pool.submit(gate.wait).result(5)
+
+    copy_context().run(everything)

@@ -25,6 +25,7 @@ from veneer.serve.http.surfaces.adapters import adapter_bodies, adapter_routes
 from veneer.serve.http.surfaces.feedback import feedback_routes
 from veneer.serve.names.catalog import Catalog
 from veneer.serve.names.shelf import Shelf
+from veneer.serve.quota import FairThreads
 from veneer.serve.settings import ServeSettings
 from veneer.serve.tenancy.admin import admin_router
 from veneer.serve.tenancy.store import Store
@@ -204,6 +205,8 @@ def _application(
     more = extend(service, library) if extend is not None else Extension()
 
     async def start() -> None:
+        limits = service.settings.quotas
+        asyncio.get_running_loop().set_default_executor(FairThreads(limits.threads, limits.thread_share))
         await service.engine.begin()
         await asyncio.to_thread(load)
         await more.start()

@@ -11,15 +11,20 @@ of `QuotaLimits`, the same for every owner. `take` raises Refused and takes noth
     400 storage_full      no room on disk: the owner has to remove something
     429 overloaded        memory, requests or open files that other requests of the owner give back
     429 rate_limited      the seconds of helpers of the last ten minutes are used up
+
+Threads are shared too: `FairThreads` is the executor in which a server does everything that blocks, whoever asked.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
-from typing import Literal
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Literal
 
 from veneer.serve.request import Refused
 from veneer.serve.settings import QuotaLimits
@@ -55,7 +60,7 @@ class Quotas:
     def fits(self, owner: str, **amounts: int) -> bool:
         """Whether `take` would succeed now."""
         with self._lock:
-            return self._refusal(owner, amounts) is None
+            return self._refusal(owner, amounts, amounts) is None
 
     def used(self, owner: str, resource: Resource) -> int:
         with self._lock:
@@ -83,13 +88,14 @@ class Quotas:
                 retry_after=wait,
             )  # fmt: skip
 
-    def _refusal(self, owner: str, amounts: dict[str, int]) -> Refused | None:
+    def _refusal(self, owner: str, amounts: dict[str, int], whole: dict[str, int]) -> Refused | None:
+        """Of taking `amounts`, so that a hold has `whole`."""
         used = self._used.get(owner, Counter())
         for name, amount in amounts.items():
             most: int = getattr(self.limits, name)
-            if amount > most:
+            if whole[name] > most:
                 return Refused(
-                    f"{amount:,} {_WORDS[name]} are needed, and the limit ({name}) is {most:,}", status=413,
+                    f"{whole[name]:,} {_WORDS[name]} are needed, and the limit ({name}) is {most:,}", status=413,
                     code="too_large", fix="send less at once",
                 )  # fmt: skip
             if amount > 0 and used[name] + amount > most:
@@ -101,9 +107,10 @@ class Quotas:
                 return Refused(what, status=429, code="overloaded", retry_after=5.0, fix="ask again later")
         return None
 
-    def _change(self, owner: str, amounts: dict[str, int], asked: bool) -> None:
+    def _change(self, owner: str, amounts: dict[str, int], whole: dict[str, int] | None) -> None:
+        """`whole`: as `_refusal` has it; None for a change that is never refused."""
         with self._lock:
-            if asked and (refusal := self._refusal(owner, amounts)) is not None:
+            if whole is not None and (refusal := self._refusal(owner, amounts, whole)) is not None:
                 raise refusal
             used = self._used.setdefault(owner, Counter())
             used.update(amounts)
@@ -128,18 +135,80 @@ class QuotaHold:
     def add(self, **amounts: int) -> None:
         """Hold more. Raises Refused, and holds then what it held before."""
         with self._lock:
-            self._quotas._change(self.owner, amounts, asked=True)
+            self._quotas._change(self.owner, amounts, amounts)
             self._held.update(amounts)
+
+    def change(self, **amounts: int) -> None:
+        """Hold these amounts of the resources named. Raises Refused, and holds then what it held before."""
+        with self._lock:
+            more = {name: amount - self._held[name] for name, amount in amounts.items()}
+            self._quotas._change(self.owner, more, amounts)
+            self._held.update(more)
 
     def set(self, **amounts: int) -> None:
         """Hold these amounts of the resources named, as they were measured. Never refused: what is there counts."""
         with self._lock:
-            self._quotas._change(self.owner, {n: amount - self._held[n] for n, amount in amounts.items()}, asked=False)
-            self._held.update({n: amount - self._held[n] for n, amount in amounts.items()})
+            more = {name: amount - self._held[name] for name, amount in amounts.items()}
+            self._quotas._change(self.owner, more, None)
+            self._held.update(more)
 
     def release(self) -> None:
         """Give everything back. A second call does nothing."""
         self.set(**dict.fromkeys(self._held, 0))
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+current_owner: ContextVar[str] = ContextVar("current_owner", default="")
+"""For whom the running task works: set where a request's key is checked."""
+
+
+class FairThreads(ThreadPoolExecutor):
+    """An event loop's default executor, of whose threads each tenant can have `share` at a time. Work for "" (the
+    server, the operator) can have all of them."""
+
+    def __init__(self, threads: int, share: int) -> None:
+        super().__init__(threads, thread_name_prefix="veneer-work")
+        self.share = share
+        self._order = threading.Lock()
+        self._running: Counter[str] = Counter()
+        self._waiting: dict[str, deque[tuple[Future[Any], Callable[[], Any]]]] = {}
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        owner = current_owner.get()
+        if not owner:
+            return super().submit(fn, *args, **kwargs)
+        future: Future[Any] = Future()
+        with self._order:
+            self._waiting.setdefault(owner, deque()).append((future, partial(fn, *args, **kwargs)))
+        self._next(owner)
+        return future
+
+    def _next(self, owner: str) -> None:
+        with self._order:
+            if owner not in self._waiting or self._running[owner] >= self.share:
+                return
+            future, work = self._waiting[owner].popleft()
+            if not self._waiting[owner]:
+                del self._waiting[owner]
+            self._running[owner] += 1
+        try:
+            super().submit(self._run, owner, future, work)
+        except RuntimeError as error:  # the server ends
+            future.set_exception(error)
+
+    def _run(self, owner: str, future: Future[Any], work: Callable[[], Any]) -> None:
+        try:
+            if future.set_running_or_notify_cancel():
+                future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+        finally:
+            with self._order:
+                self._running[owner] -= 1
+                if not self._running[owner]:
+                    del self._running[owner]
+            self._next(owner)
 
 
 def _owner(owner: str) -> str:

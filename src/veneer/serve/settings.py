@@ -25,6 +25,7 @@ class QuotaLimits:
     requests: requests of Tinker's samples and graders that run, wait or have a result to fetch
     helper_seconds: seconds of graders in ten minutes
     helpers: graders that run at a time, of all owners; `helper_share`: of them, one owner's
+    threads: threads for what blocks (databases, disks), of all owners; `thread_share`: of them, one tenant's
     metadata: bytes of JSON that a client may attach to a session, a run or a checkpoint
     """
 
@@ -36,6 +37,8 @@ class QuotaLimits:
     helper_seconds: float = 600.0
     helpers: int = 8
     helper_share: int = 2
+    threads: int = 32
+    thread_share: int = 8
     metadata: int = 64 << 10
 
 

@@ -35,6 +35,7 @@ from veneer.serve.http.surfaces.openai import openai_routes
 from veneer.serve.http.surfaces.tgi import tgi_routes
 from veneer.serve.http.surfaces.vllm import sglang_routes, vllm_routes
 from veneer.serve.principal import STRANGER
+from veneer.serve.quota import current_owner
 from veneer.serve.request import Refused
 from veneer.serve.settings import HttpSettings
 
@@ -176,6 +177,7 @@ class Door:
             return
         request.scope["veneer.principal"] = caller = await service.tenancy.caller(client_key(request))
         place.tenant, place.weight = caller.tenant, caller.weight
+        current_owner.set(caller.tenant)
         if large is None:
             place.take("bodies", size)
         await service.catalog.fresh()
