@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import IO
 
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from veneer.library.store import CHUNK
 
 
 def file_response(
     source: IO[bytes], size: int, disposition: str, *, headers: Mapping[str, str] | None = None,
-    after: Callable[[], object] | None = None,
+    after: Callable[[], object] | None = None, media_type: str = "application/octet-stream",
 ) -> Response:  # fmt: skip
     """`size`: the bytes that `source` has. `disposition`: by which the client calls the file. The source is closed,
     and `after` called in a thread, when all was sent or the client is gone."""
 
     async def chunks() -> AsyncIterator[bytes]:
-        try:
-            while chunk := await asyncio.to_thread(source.read, CHUNK):
-                yield chunk
-        finally:
-            source.close()
-            if after is not None:
-                await asyncio.to_thread(after)
+        while chunk := await asyncio.to_thread(source.read, CHUNK):
+            yield chunk
+
+    async def end() -> None:
+        source.close()
+        if after is not None:
+            await asyncio.to_thread(after)
 
     head = {"content-length": str(size), "content-disposition": disposition, **(headers or {})}
-    return StreamingResponse(chunks(), media_type="application/octet-stream", headers=head)
+    return _Download(chunks(), end, head, media_type)
+
+
+class _Download(StreamingResponse):
+    """Calls `end` also where the client left before the first chunk was asked for."""
+
+    def __init__(
+        self, chunks: AsyncIterator[bytes], end: Callable[[], Awaitable[None]], headers: Mapping[str, str], kind: str
+    ) -> None:
+        super().__init__(chunks, media_type=kind, headers=headers)
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._end()
