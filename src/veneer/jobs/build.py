@@ -80,7 +80,8 @@ def _tinker(service: Service, library: Library, days: float) -> TinkerService:
     base = engine.base
     kind = f"{base.fingerprint.rpartition(':')[2][:16]}-{base.quantised or str(base.dtype).removeprefix('torch.')}"
     room = engine.settings.adapter_bytes
-    return TinkerService(base, library, veneer_home() / "tinker" / kind, room=room, days=days)
+    folder = veneer_home() / "tinker" / kind
+    return TinkerService(base, library, folder, room=room, days=days, quotas=service.quotas)
 
 
 async def _sweep(files: Files, jobs: JobStore) -> None:

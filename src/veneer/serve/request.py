@@ -59,7 +59,8 @@ class Refused(VeneerError):
 
     Codes: model_not_found (404), adapter_unusable, adapter_exists, invalid_request (400), context_exceeded (400),
     overloaded (429, 503), unavailable (503: a store or a database does not answer), rate_limited (429, with
-    `retry_after` seconds), unauthorized (401), too_large (413), too_slow (408), shutting_down (503), internal (500)."""
+    `retry_after` seconds), unauthorized (401), too_large (413),
+    storage_full (400), too_slow (408), shutting_down (503), internal (500)."""
 
     def __init__(
         self, what: str, *, status: int, code: str, param: str | None = None, retry_after: float | None = None,

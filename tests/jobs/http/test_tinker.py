@@ -308,6 +308,54 @@ def test_prompts_that_wait_are_bounded_for_each_tenant(client: Any) -> None:
     assert acme(1, 1, 1).status_code == 200
 
 
+def sampler(client: Tinker) -> str:
+    named = {"session_id": client.session, "sampling_session_seq_id": 0, "base_model": "tiny-base"}
+    return str(client.post("create_sampling_session", **named)["sampling_session_id"])
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [({"num_samples": 4096}, "num_samples"), ({"prompt": {"chunks": []}}, "prompt"), ({"seq_id": 10**4000}, "seq_id")],
+)
+def test_samples_that_can_never_be_drawn_are_not_kept(
+    world: SimpleNamespace, client: Any, more: dict[str, Any], named: str
+) -> None:
+    acme = client("acme")
+    quotas = world.whole.built.service.quotas
+    before = quotas.used("acme", "requests")
+    body = {"seq_id": 1, "prompt": {"chunks": [{"tokens": [5]}]}, "sampling_params": {"max_tokens": 1}, **more}
+    answer = acme.http.post("/asample", json={"sampling_session_id": sampler(acme), **body})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, named)
+    assert quotas.used("acme", "requests") == before
+
+
+def test_fetched_results_make_room_for_others(world: SimpleNamespace, client: Any) -> None:
+    """Results count until they are forgotten; those that were fetched go first, and then nothing more is taken."""
+    globex, quotas = client("globex"), world.whole.built.service.quotas
+    session = sampler(globex)
+    promises = [globex.post("asample", seq_id=i, **_asked(session)) for i in range(8)]
+    for promise in promises[:4]:
+        globex.result(promise)
+    full = quotas.take("globex")
+    full.set(requests=quotas.limits.requests - quotas.used("globex", "requests"))
+    answers = [globex.http.post("/asample", json={"seq_id": i, **_asked(session)}) for i in range(8, 60)]
+    full.release()
+    taken = [answer.status_code for answer in answers].index(429)
+    assert taken >= 4
+    assert "limit (requests)" in answers[taken].json()["error"]["message"]
+    for promise in promises[4:]:
+        globex.result(promise)
+    assert globex.http.post("/retrieve_future", json={"request_id": promises[0]["request_id"]}).status_code == 410
+
+
+def _asked(session: str) -> dict[str, Any]:
+    return {
+        "sampling_session_id": session,
+        "prompt": {"chunks": [{"tokens": [5]}]},
+        "sampling_params": {"max_tokens": 1},
+    }
+
+
 @pytest.mark.parametrize("number", ["²", "9" * 400, "9" * 5000, "00", "-1", "0:1", "0\n"])
 def test_an_id_that_is_none_is_not_there(client: Any, number: str) -> None:
     """Nor is another way to write one: there is one client of each folder."""

@@ -435,7 +435,6 @@ def test_kills_in_the_middle_of_futures(process: Process, tmp_path: Path) -> Non
         if not found:
             return set()
         journal = Journal.open(Path(shutil.copy(found[0], tmp_path / "journal")))
-        journal.close()
         return journal.requests.keys() - journal.answers.keys()
 
     quiet = [losses([asked(training) for _ in range(4)]) for training in (begun("acme", 2), begun("globex", 8))]

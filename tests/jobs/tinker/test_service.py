@@ -17,8 +17,11 @@ from tests.jobs.tinker.small import ROWS, forward_body, read_output, small_base,
 from veneer.adapters.use import load_adapter
 from veneer.errors import ConfigError
 from veneer.jobs.tinker.journal import KEPT, FutureResult, Journal
-from veneer.jobs.tinker.service import NotHere, SessionOver, TinkerService, TooMuchWaits, TrainingRun
+from veneer.jobs.tinker.service import NotHere, SessionOver, TinkerService, TrainingRun
 from veneer.jobs.tinker.trainer import Lora
+from veneer.serve.quota import Quotas
+from veneer.serve.request import Refused
+from veneer.serve.settings import QuotaLimits
 
 STEP = json.dumps({"adam_params": {"learning_rate": 1e-2}}).encode()
 
@@ -84,9 +87,95 @@ def test_nobody_waits_for_ever_for_a_request_that_never_comes(tmp_path: Path) ->
         assert steps(service, run, 8, 10)[0] > 0
         with pytest.raises(ConfigError, match="seq_id is 1000000"):
             service.submit(run, 1_000_000, "optim_step", STEP)
-        service.submit(run, 12, "optim_step", STEP)
-        with pytest.raises(TooMuchWaits, match="bytes of requests wait"):
-            service.submit(run, 13, "forward", bytes(512 << 20))
+
+
+def small_quotas(**limits: int) -> Quotas:
+    return Quotas(QuotaLimits(**limits))
+
+
+def test_requests_that_wait_have_a_limit(tmp_path: Path) -> None:
+    """A tenant's, of all its clients; what is done makes room."""
+    with small_service(tmp_path, quotas=small_quotas(requests=3)) as service:
+        run, second, other = begun(service), begun(service), begun(service, "globex")
+        for each, seq in ((run, 2), (run, 3), (second, 2)):
+            service.submit(each, seq, "optim_step", STEP)
+        for each, seq in ((run, 4), (second, 3)):
+            with pytest.raises(Refused, match=r"limit \(requests\)") as error:
+                service.submit(each, seq, "optim_step", STEP)
+            assert error.value.status == 429
+        told(service, other, 1, "optim_step", STEP)
+    with small_service(tmp_path, quotas=small_quotas(requests=4)) as service:  # they count after a restart too
+        run = service.run("acme", run.id)
+        told(service, service.run("acme", second.id), 1, "optim_step", STEP)
+        told(service, run, 1, "optim_step", STEP)
+        until(lambda: service.quotas.used("acme", "requests") == 0)
+
+
+def test_what_is_kept_counts_as_files_and_bytes(tmp_path: Path) -> None:
+    """Sessions, clients, samplers and checkpoints, also those of the process before; what is removed makes room."""
+    with small_service(tmp_path, quotas=small_quotas(files=5)) as service:
+        run = begun(service)
+        service.create_sampler("acme", run.session, 0, None)
+        for _ in range(2):
+            service.create_sampler("acme", run.session, 1, None)
+        told(service, run, 1, "save_weights", b'{"path": "one"}')
+        used = service.quotas.used("acme", "disk")
+        on_disk = sum(path.stat().st_size for path in (tmp_path / "tinker").rglob("*") if path.is_file())
+        assert on_disk <= used < 2 * on_disk
+        for more in (
+            lambda: service.create_session("acme", None),
+            lambda: service.create_run("acme", run.session, 1, Lora(2), None),
+            lambda: service.create_sampler("acme", run.session, 2, None),
+        ):  # fmt: skip
+            with pytest.raises(Refused, match=r"limit \(files\)") as error:
+                more()
+            assert error.value.code == "storage_full"
+        refused = json.loads(told(service, run, 2, "save_weights", b'{"path": "two"}').data)
+        assert "limit (files)" in refused["error"]
+        begun(service, "globex")
+    with small_service(tmp_path, quotas=small_quotas(files=5)) as service:
+        assert service.quotas.used("acme", "files") == 5
+        with pytest.raises(Refused, match=r"limit \(files\)"):
+            service.create_session("acme", None)
+        service.remove(service.run("acme", run.id), "weights/one")
+        service.create_session("acme", None)
+
+
+def test_a_full_disk_quota_refuses_requests_and_states(tmp_path: Path) -> None:
+    with small_service(tmp_path, quotas=small_quotas(disk=20_000)) as service:
+        run = begun(service)
+        with pytest.raises(Refused, match=r"limit \(disk\)"):
+            service.submit(run, 1, "forward", bytes(20_001))
+        answer = told(service, run, 1, "forward", forward_body(run.id, 1, ROWS))
+        assert "limit (disk)" in json.loads(answer.data)["error"]  # no room for the state that a first pass makes
+        assert told(service, run, 2, "refused", b"no room").kind == "failed"
+
+
+def test_metadata_has_a_limit(tmp_path: Path) -> None:
+    with small_service(tmp_path, quotas=small_quotas(metadata=100)) as service:
+        run = begun(service)
+        big = {"a": "x" * 100}
+        for make in (
+            lambda: service.create_session("acme", big),
+            lambda: service.create_run("acme", run.session, 1, Lora(2), big),
+        ):
+            with pytest.raises(Refused, match="metadata") as error:
+                make()
+            assert error.value.status == 413
+        body = json.dumps({"path": "one", "user_metadata": big}).encode()
+        assert "metadata" in json.loads(told(service, run, 1, "save_weights", body).data)["error"]
+
+
+def test_runs_that_are_listed_stay_on_the_disk(tmp_path: Path) -> None:
+    with small_service(tmp_path) as service:
+        session = service.create_session("acme", None)
+        for number in range(70):
+            service.create_run("acme", session.id, number, Lora(2), None)
+        assert len(service.runs) == 64
+    with small_service(tmp_path) as service:
+        ids = service.runs_of("acme")
+        assert len({service.described("acme", id).name for id in ids}) == 70
+        assert not service.runs
 
 
 def test_a_crash_at_any_request_loses_nothing(tmp_path: Path) -> None:
@@ -207,6 +296,8 @@ def test_a_clients_mistake_is_its_own_answer_and_undoes_itself(tmp_path: Path) -
             [
                 ({"adam_params": {"learning_rate": -1}}, "learning_rate is -1"), ({}, "AdamW's alone"),
                 ({"adam_params": {"rate": 1}}, "adam_params has no 'rate'"),
+                ({"adam_params": {"learning_rate": 1e308}}, "learning_rate is 1e+308: from 0 to 1"),
+                ({"adam_params": {"eps": 0}}, "eps is 0.0"), ({"adam_params": {"weight_decay": 1e9}}, "weight_decay"),
                 ({"adam_params": {"learning_rate": None}}, "learning_rate is not a finite number"),
                 ({"adam_params": {"learning_rate": 10**400}}, "learning_rate is not a finite number"),
             ],
@@ -220,10 +311,10 @@ def test_a_clients_mistake_is_its_own_answer_and_undoes_itself(tmp_path: Path) -
             "load_weights": {"path": [1]},
         }
         wrong = [(kind, {name: value}) for kind, own in kinds.items() for name, value in own.items()]
-        for seq, (kind, body) in enumerate(wrong, 8):
+        for seq, (kind, body) in enumerate(wrong, 11):
             refused = json.loads(told(service, run, seq, kind, json.dumps(body).encode()).data)
             assert (next(iter(body)) in refused["error"], refused["category"]) == (True, "user"), refused
-        last = 8 + len(wrong)
+        last = 11 + len(wrong)
         again = told(service, run, last, "forward", forward_body(run.id, last, ROWS))
         assert again.data == first.data
         assert told(service, run, last + 1, "optim_step", STEP).kind == "json"
@@ -273,7 +364,6 @@ def test_answers_are_kept_for_a_while_and_half_a_record_is_none(tmp_path: Path) 
         journal.asked(seq, "forward", b"x" * seq)
         journal.told(seq, FutureResult("json", str(seq).encode()))
     journal.trim(KEPT)
-    journal.close()
     with (tmp_path / "journal").open("ab") as file:
         file.write(b'{"k": "asked", "seq": 9999, "op": "forward", "n": 50}\nhalf')
     again = Journal.open(tmp_path / "journal")
@@ -281,10 +371,8 @@ def test_answers_are_kept_for_a_while_and_half_a_record_is_none(tmp_path: Path) 
     assert sorted(again.answers) == list(range(20, KEPT + 20))
     assert again.last == KEPT + 19
     again.asked(KEPT + 20, "forward", b"whole")
-    again.close()
     third = Journal.open(tmp_path / "journal")
-    assert third.requests[KEPT + 20].body == b"whole"
-    third.close()
+    assert third.body(KEPT + 20) == b"whole"
 
 
 def test_what_nobody_comes_back_for_goes_and_what_was_saved_stays(tmp_path: Path) -> None:

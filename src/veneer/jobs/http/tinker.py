@@ -14,13 +14,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import io
 import json
 import re
 import secrets
 import tarfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -37,19 +36,22 @@ from veneer.jobs.budget import ClientBudget, trained_name
 from veneer.jobs.store import OverBudget
 from veneer.jobs.tinker.checkpoints import SavedWeights, parse_path
 from veneer.jobs.tinker.journal import FutureResult
-from veneer.jobs.tinker.service import NotHere, SamplerSource, SessionOver, TinkerService, TooMuchWaits, TrainingRun
+from veneer.jobs.tinker.service import NotHere, SamplerSource, SessionOver, TinkerService, TrainingRun
 from veneer.jobs.tinker.trainer import Lora
-from veneer.jobs.tinker.wire import WireSample, read_forward, sample_bytes
+from veneer.jobs.tinker.wire import WireSample, read_head, sample_bytes
 from veneer.library.library import Library
+from veneer.library.store import CHUNK
 from veneer.serve.access import Bill, Served
 from veneer.serve.http.answers import TextAnswer, TextJob, run
 from veneer.serve.http.bodies import BodyRoute, Strict, read_body
+from veneer.serve.http.downloads import file_response
 from veneer.serve.http.errors import Json, as_refused, in_thread, message_of
 from veneer.serve.http.guard import needs
 from veneer.serve.http.mixes import ChosenMix
 from veneer.serve.http.service import Service, caller_of, service_of
 from veneer.serve.names.shelf import AdapterPlace
 from veneer.serve.principal import Principal
+from veneer.serve.quota import QuotaHold, Quotas
 from veneer.serve.request import Refused, Sampling, Usage, invalid
 from veneer.serve.tenancy.store import Price
 from veneer.serve.tenancy.tenants import Tenants
@@ -61,6 +63,9 @@ FILES = "/api/v1/files"
 _WAIT = 20.0
 _KEPT = 600.0
 """Seconds that the result of a sample is kept."""
+_SAMPLE, _PROMPT_TOKEN, _ANSWER_TOKEN, _TOP_TOKEN = 2048, 64, 400, 100
+"""Bytes in memory of a sample that waits, of each token of its prompt, of each that is drawn, and of each of the most
+likely ones that are asked for with it."""
 _SIGNED = 3600.0
 _TOP = 20
 _NUMBERS = 10**9
@@ -151,7 +156,7 @@ class SampleBody(Strict):
     prompt: PromptBody
     sampling_params: SamplingBody
     sampling_session_id: str
-    seq_id: int = Field(ge=0)
+    seq_id: int = Field(ge=0, lt=_NUMBERS)
     prompt_logprobs: bool | None = None
     topk_prompt_logprobs: int = Field(default=0, ge=0)
     topk_sample_logprobs: int = Field(default=0, ge=0)
@@ -211,12 +216,14 @@ class _Open:
 
 @dataclass(eq=False)
 class _Sampled:
-    """A sample that was asked for, by `tenant`."""
+    """Samples of one prompt that were asked for. `hold`: what they, and then their result, take of the tenant's quota.
+    `fetched`: whether their result was."""
 
     tenant: str
     task: asyncio.Task[FutureResult]
-    sequences: list[str]
-    made: float = field(default_factory=time.monotonic)
+    count: int
+    hold: QuotaHold
+    fetched: bool = False
 
 
 def tinker_routes(own: TinkerRoutes) -> APIRouter:
@@ -261,8 +268,7 @@ def _plain(router: APIRouter, own: TinkerRoutes) -> None:
     async def create_session(request: HttpRequest, body: SessionBody) -> Response:
         caller, service = caller_of(request), await own.service()
         _check_trainable(service_of(request), caller)
-        metadata = body.user_metadata or {}
-        made = await _asked(lambda: service.create_session(caller.tenant, metadata, body.display_name))
+        made = await _asked(lambda: service.create_session(caller.tenant, body.user_metadata, body.display_name))
         return Json({"type": "create_session", "session_id": made.id})
 
     @router.post("/session_heartbeat", summary="Whoever made it is still there.")
@@ -277,7 +283,7 @@ def _plain(router: APIRouter, own: TinkerRoutes) -> None:
     ) -> Response:
         service = await own.service()
         found = await _asked(lambda: service.sessions_of(caller_of(request).tenant))
-        return Json({"sessions": found[offset : offset + limit]})
+        return Json({"sessions": [each.id for each in found[offset : offset + limit]]})
 
     @router.get("/sessions/{id}", summary="One of them.")
     async def session(request: HttpRequest, id: str) -> Response:
@@ -285,7 +291,7 @@ def _plain(router: APIRouter, own: TinkerRoutes) -> None:
 
         def look() -> dict[str, Any]:
             found = service.session(tenant, id)
-            runs = [each.id for each in service.runs_of(tenant) if each.session == id]
+            runs = [f"{id}:train:{number}" for number in sorted(found.runs)]
             return {
                 "training_run_ids": runs, "sampler_ids": service.samplers_of(found),
                 "user_metadata": found.metadata or None, "display_name": found.name,
@@ -322,7 +328,7 @@ def _plain(router: APIRouter, own: TinkerRoutes) -> None:
     @router.post("/get_info", summary="What a training client is of.")
     async def info(request: HttpRequest, body: RunBody) -> Response:
         service = await own.service()
-        found = await _asked(lambda: service.run(caller_of(request).tenant, body.model_id))
+        found = await _asked(lambda: service.described(caller_of(request).tenant, body.model_id))
         name = _model_name(service)
         about = {"arch": service.base.family, "model_name": name, "tokenizer_id": name}
         return Json({
@@ -360,10 +366,9 @@ def _sequenced(router: APIRouter, own: TinkerRoutes) -> None:
     @router.post("/forward_backward", summary="Log-probabilities of rows, and a loss's gradient. The body is protobuf.")
     async def forward(request: HttpRequest) -> Response:
         data, caller, service = await request.body(), caller_of(request), await own.service()
-        asked = await asyncio.to_thread(read_forward, data)
-        tokens = sum(len(row.tokens) for row in asked.rows)
-        found = await _asked(lambda: service.run(caller.tenant, asked.model))
-        return await _submit(own, request, found, asked.seq, "forward", data, tokens)
+        head = await _asked(lambda: read_head(data))
+        found = await _asked(lambda: service.run(caller.tenant, head.model))
+        return await _submit(own, request, found, head.seq, "forward", data, head.tokens)
 
     def numbered(what: str, summary: str) -> None:
         @router.post(f"/{what}", summary=summary, name=what)
@@ -428,7 +433,13 @@ async def _submit(
                     if error.status != 400:
                         raise
                     kind, data = "refused", message_of(error).encode()  # no limit will ever let it through
-            await _asked(lambda: service.submit(found, seq, kind, data))
+            try:
+                await _asked(lambda: service.submit(found, seq, kind, data))
+            except Refused as error:
+                if error.code not in ("too_large", "storage_full"):
+                    raise
+                said, bill = message_of(error).encode(), None
+                await _asked(lambda: service.submit(found, seq, "refused", said))
             if number not in own.billed:  # else it came twice at once
                 undo.pop_all()
                 _bill(own, service, found, seq, admission, bill, tokens, taken)
@@ -483,7 +494,9 @@ async def _result(own: TinkerRoutes, request: HttpRequest, number: str) -> Futur
                 f"the sample {quoted(number)} is not here any more", status=410, code="gone", fix="ask for it again"
             )
         try:
-            return await _waited(service_of(request), found.task)
+            answer = await _waited(service_of(request), found.task)
+            found.fetched = found.fetched or answer is not None
+            return answer
         except asyncio.CancelledError:
             if not found.task.cancelled():
                 raise
@@ -515,7 +528,7 @@ async def _bill_late(
     """Of a request that the process before took and did not do. Raises Refused where a limit is in its way."""
     asked, tokens = owner.journal.requests.get(seq), 0
     if asked is not None and asked.kind == "forward":
-        tokens = sum(len(row.tokens) for row in (await asyncio.to_thread(read_forward, asked.body)).rows)
+        tokens = (await _asked(lambda: read_head(owner.journal.body(seq)))).tokens
     async with AsyncExitStack() as undo:
         admission = await undo.enter_async_context(AsyncExitStack())
         bill: Bill | None = None
@@ -574,52 +587,74 @@ def _sampling(router: APIRouter, own: TinkerRoutes) -> None:
     async def sample(request: HttpRequest, body: SampleBody) -> Response:
         caller, service, http = caller_of(request), await own.service(), service_of(request)
         number = f"{body.sampling_session_id}:{body.seq_id}"
-        _forget_old(own)
         if number not in own.samples:
             found = await _asked(lambda: service.sampler(caller.tenant, body.sampling_session_id))
-            sequences = [f"{number}:{i}" for i in range(body.num_samples)]
+            most, tokens = _most_samples(http), sum(len(chunk.tokens) for chunk in body.prompt.chunks)
+            if body.num_samples > most:
+                raise invalid(f"num_samples is {body.num_samples}", "num_samples", f"at most {most} at once")
+            if not tokens:
+                raise invalid("the prompt has no tokens", "prompt")
             if number not in own.samples:
-                tokens = sum(len(chunk.tokens) for chunk in body.prompt.chunks)
-                mine = own.open.setdefault(caller.tenant, _Open())
+                mine = own.open.get(caller.tenant) or _Open()
                 if mine.tokens and mine.tokens + tokens > http.settings.waiting_tokens:
-                    what = f"{mine.tokens:,} tokens of prompts wait"
+                    what = f"{mine.tokens:,} tokens of prompts wait, and at most {http.settings.waiting_tokens:,} do"
+                    what += " (waiting_tokens)"
                     raise Refused(what, status=429, code="overloaded", retry_after=5.0, fix="ask again later")
+                hold = _room_for_sample(own, http.quotas, caller.tenant, _SAMPLE + _PROMPT_TOKEN * tokens)
+                own.open[caller.tenant] = mine
                 mine.requests, mine.tokens = mine.requests + 1, mine.tokens + tokens
-                task = asyncio.create_task(_sample(own, http, caller, found, body))
-                task.add_done_callback(lambda _: _close(own, caller.tenant, tokens))
-                own.samples[number] = _Sampled(caller.tenant, task, sequences)
-        if own.samples[number].tenant != caller.tenant:
+                task = asyncio.create_task(_sample(own, http, caller, found, body, hold))
+                task.add_done_callback(lambda _: _close(own, caller.tenant, tokens, number))
+                own.samples[number] = _Sampled(caller.tenant, task, body.num_samples, hold)
+        known = own.samples[number]
+        if known.tenant != caller.tenant:
             raise Refused(f"there is no sampling session {quoted(number)}", status=404, code="not_found")
-        return _future(number, None, own.samples[number].sequences)
+        return _future(number, None, [f"{number}:{i}" for i in range(known.count)])
 
 
-def _close(own: TinkerRoutes, tenant: str, tokens: int) -> None:
+def _most_samples(http: Service) -> int:
+    """Half of the queue is for those that wait for samples."""
+    return max(1, http.settings.queue // 2)
+
+
+def _room_for_sample(own: TinkerRoutes, quotas: Quotas, tenant: str, memory: int) -> QuotaHold:
+    """Results that were fetched go first, the oldest before the others. Raises Refused (429, 413)."""
+    if not quotas.fits(tenant, requests=1, memory=memory):
+        fetched = [number for number, each in own.samples.items() if each.tenant == tenant and each.fetched]
+        for number in fetched:
+            _forget(own, number)
+            if quotas.fits(tenant, requests=1, memory=memory):
+                break
+    return quotas.take(tenant, requests=1, memory=memory)
+
+
+def _close(own: TinkerRoutes, tenant: str, tokens: int, number: str) -> None:
+    """A sample is done, and its result is kept for a while."""
     mine = own.open[tenant]
     mine.requests, mine.tokens = mine.requests - 1, mine.tokens - tokens
     if not mine.requests:
         del own.open[tenant]
+    sample = own.samples[number]
+    kept = 0 if sample.task.cancelled() else len(sample.task.result().data)
+    sample.hold.set(memory=_SAMPLE + kept)
+    asyncio.get_running_loop().call_later(_KEPT, _forget, own, number, sample)
 
 
-def _forget_old(own: TinkerRoutes) -> None:
-    """Results that nobody fetched in time, and those that were not asked for lately."""
-    now = time.monotonic()
-    for number, sample in list(own.samples.items()):
-        if now - sample.made <= _KEPT:
-            break
-        if sample.task.done():
-            del own.samples[number]
+def _forget(own: TinkerRoutes, number: str, sample: _Sampled | None = None) -> None:
+    """A sample's result is kept no more. `sample`: if it is still this one."""
+    if sample is None or own.samples.get(number) is sample:
+        own.samples.pop(number).hold.release()
 
 
 async def _sample(
-    own: TinkerRoutes, http: Service, caller: Principal, sampler: SamplerSource, body: SampleBody
+    own: TinkerRoutes, http: Service, caller: Principal, sampler: SamplerSource, body: SampleBody, hold: QuotaHold
 ) -> FutureResult:
     """The samples, or what was wrong with the request. What a limit does not let through now waits: the SDK takes a
     result that failed for the last word."""
-    count, most = body.num_samples, max(1, http.settings.queue // 2)
+    count, most = body.num_samples, _most_samples(http)
     try:
-        if count > most:
-            raise invalid(f"num_samples is {count}", "num_samples", f"at most {most} at once")
         job = await asyncio.to_thread(_job, http, caller, sampler, body)
+        memory = _SAMPLE + count * job.sampling.max_tokens * (_ANSWER_TOKEN + _TOP_TOKEN * job.sampling.logprobs)
         mine = own.open[caller.tenant]
         async with own.turn:  # half of the queue is for all that wait for samples, and each has its share of it
             await own.turn.wait_for(lambda: not mine.drawing or (mine.drawing + count) * len(own.open) <= most)
@@ -627,6 +662,7 @@ async def _sample(
         try:
             while True:
                 try:
+                    hold.change(memory=memory)
                     answers = await _drawn(http, job)
                     break
                 except Refused as error:
@@ -638,7 +674,8 @@ async def _sample(
             mine.drawing -= count
             async with own.turn:
                 own.turn.notify_all()
-        return FutureResult("proto", _sample_bytes(body, answers, len(job.prompts[0])))
+        data = await asyncio.to_thread(_sample_bytes, body, answers, len(job.prompts[0]))
+        return FutureResult("proto", data)
     except Exception as error:
         refused = as_refused(error)
         category = "server" if refused.status >= 500 else "user"
@@ -732,7 +769,7 @@ def _saved(router: APIRouter, own: TinkerRoutes) -> None:
         tenant, service = caller_of(request).tenant, await own.service()
 
         def look() -> tuple[TrainingRun, SavedWeights]:
-            run = service.run(tenant, id)
+            run = service.described(tenant, id)
             there = run.checkpoints.find(checkpoint)
             if there is None:
                 raise NotHere(f"{id} has no checkpoint {checkpoint[:100]!r}", where="checkpoint_id")
@@ -753,21 +790,25 @@ def _saved(router: APIRouter, own: TinkerRoutes) -> None:
     @router.get("/training_runs", summary="The caller's, the newest first.")
     async def runs(request: HttpRequest, limit: int = _Limit, offset: int = _Offset) -> Response:
         service, caller = await own.service(), caller_of(request)
-        all_runs = await _asked(lambda: service.runs_of(caller.tenant))
-        some = all_runs[offset : offset + limit]
-        shown = await _asked(lambda: [_shown_run(run, service, caller) for run in some])
-        cursor = {"offset": offset, "limit": limit, "total_count": len(all_runs)}
+        ids = await _asked(lambda: service.runs_of(caller.tenant))
+
+        def look() -> list[dict[str, Any]]:
+            some = [service.described(caller.tenant, id) for id in ids[offset : offset + limit]]
+            return [_shown_run(run, service, caller) for run in some]
+
+        shown = await _asked(look)
+        cursor = {"offset": offset, "limit": limit, "total_count": len(ids)}
         return Json({"training_runs": shown, "cursor": cursor})
 
     @router.get("/training_runs/{id}", summary="One of them.")
     async def one(request: HttpRequest, id: str) -> Response:
         service, caller = await own.service(), caller_of(request)
-        return Json(await _asked(lambda: _shown_run(service.run(caller.tenant, id), service, caller)))
+        return Json(await _asked(lambda: _shown_run(service.described(caller.tenant, id), service, caller)))
 
     @router.get("/training_runs/{id}/checkpoints", summary="What one saved, the oldest first.")
     async def checkpoints(request: HttpRequest, id: str) -> Response:
         service = await own.service()
-        all_points = await _asked(lambda: service.run(caller_of(request).tenant, id).checkpoints.all())
+        all_points = await _asked(lambda: service.described(caller_of(request).tenant, id).checkpoints.all())
         return Json({"checkpoints": [point.shown() for point in all_points]})
 
     @router.get("/checkpoints", summary="What all of the caller's runs saved, the newest first.")
@@ -775,7 +816,8 @@ def _saved(router: APIRouter, own: TinkerRoutes) -> None:
         service, tenant = await own.service(), caller_of(request).tenant
 
         def look() -> list[SavedWeights]:
-            points = [point for run in service.runs_of(tenant) for point in run.checkpoints.all()]
+            runs = [service.described(tenant, id) for id in service.runs_of(tenant)]
+            points = [point for run in runs for point in run.checkpoints.all()]
             return sorted(points, key=lambda point: point.made, reverse=True)
 
         all_points = await _asked(look)
@@ -786,8 +828,11 @@ def _saved(router: APIRouter, own: TinkerRoutes) -> None:
     @router.get("/training_runs/{id}/checkpoints/{kind}/{name}/archive", summary="PEFT's files in a tar.")
     async def archive(request: HttpRequest, id: str, kind: str, name: str) -> Response:
         _, point = await found(request, id, f"{kind}/{name}")
-        data = await _asked(lambda: _tar(own.library.resolve(point.reference)))
-        return Response(data, media_type="application/x-tar")
+        folder = await _asked(lambda: own.library.resolve(point.reference))
+        hold = service_of(request).quotas.take(caller_of(request).tenant, descriptors=1)
+        tar = _Tar(folder)
+        disposition = f'attachment; filename="{name}.tar"'
+        return file_response(tar, tar.size, disposition, media_type="application/x-tar", after=hold.release)  # type: ignore[arg-type]
 
     @router.get("/training_runs/{id}/checkpoints/{kind}/{name}/external_weights_urls", summary="A URL for each file.")
     async def urls(request: HttpRequest, id: str, kind: str, name: str) -> Response:
@@ -820,7 +865,8 @@ def _saved(router: APIRouter, own: TinkerRoutes) -> None:
     @router.delete("/training_runs/{id}/checkpoints/{kind}/{name}", summary="Remove one.")
     async def remove(request: HttpRequest, id: str, kind: str, name: str) -> Response:
         run, point = await found(request, id, f"{kind}/{name}")
-        await _asked(lambda: run.checkpoints.remove(point.id))
+        service = await own.service()
+        await _asked(lambda: service.remove(run, point.id))
         return Response(status_code=204)
 
 
@@ -831,7 +877,8 @@ def _shown_run(run: TrainingRun, service: TinkerService, caller: Principal) -> d
         return next((point.shown() for point in reversed(points) if point.id.startswith(f"{kind}/")), None)
 
     journal = run.folder / "journal"
-    last = datetime.fromtimestamp(journal.stat().st_mtime, UTC).isoformat()
+    asked = journal if journal.exists() else run.folder / "run.json"
+    last = datetime.fromtimestamp(asked.stat().st_mtime, UTC).isoformat()
     return {
         "training_run_id": run.id, "base_model": _model_name(service), "model_owner": caller.tenant or "veneer",
         "is_lora": True, "corrupted": False, "lora_rank": run.lora.rank, "last_request_time": last,
@@ -840,12 +887,35 @@ def _shown_run(run: TrainingRun, service: TinkerService, caller: Principal) -> d
     }  # fmt: skip
 
 
-def _tar(folder: Path) -> bytes:
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w") as tar:
-        for path in sorted(folder.iterdir()):
-            tar.add(path, path.name)
-    return made.getvalue()
+class _Tar:
+    """The files of a folder as an archive that is made while it is read. `size`: of the archive."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = [(path, path.stat()) for path in sorted(folder.iterdir())]
+        blocks = sum(1 + -(-stat.st_size // tarfile.BLOCKSIZE) for _, stat in self._files) + 2
+        self.size = -(-blocks * tarfile.BLOCKSIZE // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+        self._parts = self._made()
+
+    def read(self, size: int) -> bytes:
+        """The next part, of whatever size; none at the end."""
+        return next(self._parts, b"")
+
+    def close(self) -> None:
+        self._parts.close()
+
+    def _made(self) -> Generator[bytes, None, None]:
+        made = 0
+        for path, stat in self._files:
+            info = tarfile.TarInfo(path.name)
+            info.size, info.mtime, info.mode = stat.st_size, int(stat.st_mtime), 0o644
+            yield (head := info.tobuf(tarfile.GNU_FORMAT))
+            with path.open("rb") as file:
+                while chunk := file.read(CHUNK):
+                    yield chunk
+            if stat.st_size % tarfile.BLOCKSIZE:
+                yield bytes(-stat.st_size % tarfile.BLOCKSIZE)
+            made += len(head) + stat.st_size + -stat.st_size % tarfile.BLOCKSIZE
+        yield bytes(self.size - made)
 
 
 def _sign(own: TinkerRoutes, reference: str, ends: int) -> str:
@@ -912,8 +982,6 @@ async def _asked(do: Callable[[], T]) -> T:
             return do()
         except NotHere as error:
             raise Refused(error.what, status=404, code="not_found", param=error.where, fix=error.fix) from error
-        except TooMuchWaits as error:
-            raise Refused(error.what, status=429, code="overloaded", retry_after=5.0, fix=error.fix) from error
         except SessionOver as error:
             raise Refused(error.what, status=410, code="gone", param=error.where, fix=error.fix) from error
         except ConfigError as error:

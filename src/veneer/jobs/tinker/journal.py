@@ -9,16 +9,19 @@ A client's state is a function of the last state that was written and the reques
 numbers. So whoever opens this again has all that is needed to be where the process before was killed: answers are found
 and not computed again, and a request is never carried out twice. What was written outlives the process, as the system
 has it; a loss of power may take the last seconds.
+
+Bodies and answers are read from the file when they are needed, and no file stays open: a client that waits takes
+neither memory for them nor a descriptor.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from veneer.files.atomic import replace_file
 
@@ -36,103 +39,125 @@ class FutureResult:
 
 
 @dataclass(frozen=True)
-class AskedRequest:
-    """`seq`: its number among those of its client. `body`: as it came."""
+class JournalEntry:
+    """A request or an answer: `seq`, its number among those of its client; its bytes are from `at` of the file on."""
 
     seq: int
-    kind: str
-    body: bytes
+    kind: Any
+    at: int
+    size: int
 
 
 class Journal:
-    """`requests`: since the last state, by number. `answers`: the newest. `last`: the greatest number that came."""
+    """`requests`: since the last state, by number. `answers`: the newest. `last`: the greatest number that came.
+    `bytes`: of requests since the last state. Thread-safe."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.requests: dict[int, AskedRequest] = {}
-        self.answers: dict[int, FutureResult] = {}
+        self.requests: dict[int, JournalEntry] = {}
+        self.answers: dict[int, JournalEntry] = {}
         self.last = 0
         self.bytes = 0
-        """Of requests since the last state."""
-        self._file: Any = None
+        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, path: Path) -> Journal:
         """Makes it where there is none. Raises OSError."""
         made, whole = cls(path), 0
-        if path.exists():
-            for head, body, end in _records(path.read_bytes()):
-                whole = end
+        with path.open("a+b") as file:
+            for head, at in _records(file):
+                whole = at + head["n"]
                 if head["k"] == "last":
                     made.last = head["seq"]
-                elif head["k"] == "asked":
-                    made._came(AskedRequest(head["seq"], head["op"], body))
                 else:
-                    made.answers[head["seq"]] = FutureResult(head["op"], body)
-        made._file = path.open("ab")
-        made._file.truncate(whole)
+                    made._add(head["k"], JournalEntry(head["seq"], head["op"], at, head["n"]))
+            file.truncate(whole)
         return made
 
-    def _came(self, request: AskedRequest) -> None:
-        self.requests[request.seq] = request
-        self.last = max(self.last, request.seq)
-        self.bytes += len(request.body)
+    def _add(self, what: str, entry: JournalEntry) -> None:
+        if what == "told":
+            self.answers[entry.seq] = entry
+            return
+        self.requests[entry.seq] = entry
+        self.last = max(self.last, entry.seq)
+        self.bytes += entry.size
 
-    def asked(self, seq: int, kind: str, body: bytes) -> AskedRequest:
+    def asked(self, seq: int, kind: str, body: bytes) -> None:
         self._write("asked", seq, kind, body)
-        made = AskedRequest(seq, kind, body)
-        self._came(made)
-        return made
 
     def told(self, seq: int, answer: FutureResult) -> None:
         self._write("told", seq, answer.kind, answer.data)
-        self.answers[seq] = answer
+
+    def body(self, seq: int) -> bytes:
+        """Of a request that is in `requests`."""
+        with self._lock:
+            return self._read(self.requests[seq])
+
+    def answer(self, seq: int) -> FutureResult | None:
+        """None where it is kept no more, or did not come."""
+        with self._lock:
+            found = self.answers.get(seq)
+            return None if found is None else FutureResult(found.kind, self._read(found))
 
     def trim(self, upto: int) -> None:
         """Requests up to that number are in a state; of answers the newest stay."""
-        self.requests = {seq: request for seq, request in self.requests.items() if seq > upto}
-        self.bytes = sum(len(request.body) for request in self.requests.values())
-        newest = sorted(self.answers)[-KEPT:]
-        size = sum(len(self.answers[seq].data) for seq in newest)
-        while len(newest) > 1 and size > _KEPT_BYTES:
-            size -= len(self.answers[newest.pop(0)].data)
-        self.answers = {seq: self.answers[seq] for seq in newest}
-        parts = [_record("last", self.last, "", b"")]
-        parts += [_record("asked", r.seq, r.kind, r.body) for r in self.requests.values()]
-        parts += [_record("told", seq, answer.kind, answer.data) for seq, answer in self.answers.items()]
-        self._file.close()
-        replace_file(self.path, parts)
-        self._file = self.path.open("ab")
+        with self._lock:
+            requests = [entry for seq, entry in self.requests.items() if seq > upto]
+            newest = [self.answers[seq] for seq in sorted(self.answers)[-KEPT:]]
+            size = sum(entry.size for entry in newest)
+            while len(newest) > 1 and size > _KEPT_BYTES:
+                size -= newest.pop(0).size
+            kept = [("asked", entry) for entry in requests] + [("told", entry) for entry in newest]
+            first = _head("last", self.last, "", 0)
+            replace_file(self.path, self._copied(first, kept))
+            self.requests, self.answers, self.bytes = {}, {}, 0
+            end = len(first)
+            for what, entry in kept:
+                at = end + len(_head(what, entry.seq, entry.kind, entry.size))
+                self._add(what, JournalEntry(entry.seq, entry.kind, at, entry.size))
+                end = at + entry.size
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+    def _copied(self, first: bytes, kept: list[tuple[str, JournalEntry]]) -> Iterator[bytes]:
+        yield first
+        for what, entry in kept:
+            yield _head(what, entry.seq, entry.kind, entry.size)
+            yield self._read(entry)
+
+    def _read(self, entry: JournalEntry) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(entry.at)
+            return file.read(entry.size)
 
     def _write(self, what: str, seq: int, kind: str, body: bytes) -> None:
         """Raises OSError; then as if nothing had been written."""
-        before = os.fstat(self._file.fileno()).st_size
+        head = _head(what, seq, kind, len(body))
+        with self._lock, self.path.open("ab", buffering=0) as file:
+            before, left = file.tell(), memoryview(head + body)
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                file.truncate(before)
+                raise
+            self._add(what, JournalEntry(seq, kind, before + len(head), len(body)))
+
+
+def _head(what: str, seq: int, kind: str, size: int) -> bytes:
+    return json.dumps({"k": what, "seq": seq, "op": kind, "n": size}).encode() + b"\n"
+
+
+def _records(file: IO[bytes]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each whole record's head, and where its bytes begin."""
+    end = file.seek(0, 2)
+    at = file.seek(0)
+    while (line := file.readline()).endswith(b"\n"):
         try:
-            self._file.write(_record(what, seq, kind, body))
-            self._file.flush()
-        except OSError:
-            self._file.truncate(before)
-            raise
-
-
-def _record(what: str, seq: int, kind: str, body: bytes) -> bytes:
-    return json.dumps({"k": what, "seq": seq, "op": kind, "n": len(body)}).encode() + b"\n" + body
-
-
-def _records(data: bytes) -> Iterator[tuple[dict[str, Any], bytes, int]]:
-    """Each whole record: its head, its body, and where it ends."""
-    at = 0
-    while (line := data.find(b"\n", at)) >= 0:
-        try:
-            head = json.loads(data[at:line])
-            end = line + 1 + int(head["n"])
+            head = json.loads(line)
+            size = int(head["n"])
         except (ValueError, KeyError, TypeError):
             return
-        if end > len(data):
+        at += len(line)
+        if at + size > end:
             return
-        yield head, data[line + 1 : end], end
-        at = end
+        yield head, at
+        at = file.seek(at + size)

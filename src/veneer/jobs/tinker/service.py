@@ -34,9 +34,9 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -47,7 +47,7 @@ from veneer.errors import ConfigError, ResourceError, VeneerError
 from veneer.files.atomic import atomic_write
 from veneer.files.locks import take_lock
 from veneer.jobs.tinker.checkpoints import Checkpoints, SavedWeights, parse_path
-from veneer.jobs.tinker.journal import AskedRequest, FutureResult, Journal
+from veneer.jobs.tinker.journal import FutureResult, Journal, JournalEntry
 from veneer.jobs.tinker.trainer import (
     Adam,
     Lora,
@@ -60,10 +60,12 @@ from veneer.jobs.tinker.trainer import (
     target_names,
     trained_bytes,
 )
-from veneer.jobs.tinker.wire import ForwardAsked, forward_bytes, read_forward
+from veneer.jobs.tinker.wire import ForwardAsked, forward_bytes, read_forward, read_head
 from veneer.library.library import Library
 from veneer.models.text.base import TextBase
 from veneer.ops.choice import listed
+from veneer.serve.quota import QuotaHold, Quotas
+from veneer.serve.request import Refused
 from veneer.train.text.save import write_adapter
 
 _log = logging.getLogger("veneer.tinker")
@@ -78,8 +80,8 @@ _SWEEP, _ENDED = 3600.0, 3600.0
 """Seconds between two sweeps, and seconds that the results of a session are there after its client ended it."""
 _GAP, _AHEAD = 400.0, 10_000
 """Seconds that requests wait for one before them that does not come, and how far a number may be ahead of it."""
-_WAITING = 512 << 20
-"""Bytes of a tenant's requests that wait."""
+_LOADED = 64
+"""Runs of one tenant in memory, beyond which those that wait for nothing leave it: their files say all of them."""
 _SESSION, _NUMBER = "(s[0-9a-f]{12})", "(0|[1-9][0-9]{0,8})"
 """Ids as they are made here: another text of the same number would be a second client of one folder."""
 _OVER = "over"
@@ -94,23 +96,30 @@ class NotHere(ConfigError):
     """Raised for a session, a run or a sampler that the tenant does not have."""
 
 
-class TooMuchWaits(ResourceError):
-    """Raised for a request that is to come again later: so many of its tenant's wait."""
-
-
 class SessionOver(ConfigError):
     """Raised for a session or a run that was there, and will not be again."""
 
 
 @dataclass(eq=False)
 class Session:
-    """All that one ServiceClient of a tenant made."""
+    """All that one ServiceClient of a tenant made. `made`: seconds since 1970. `runs`: the numbers of its training
+    clients. `hold`: its files and its samplers'."""
 
     id: str
     tenant: str
     folder: Path
-    metadata: dict[str, Any]
+    made: float
+    hold: QuotaHold
     name: str | None = None
+    runs: dict[str, QuotaHold] = field(default_factory=dict)
+
+    @property
+    def metadata(self) -> dict[str, Any] | None:
+        """Read from the disk: sessions are many, and few are asked for."""
+        found: dict[str, Any] | None = json.loads((self.folder / "session.json").read_text(encoding="utf-8"))[
+            "metadata"
+        ]
+        return found
 
     @property
     def over(self) -> bool:
@@ -146,7 +155,7 @@ class TrainingRun:
     """A training client, as the server has it. `applied`: the last request whose effect its state has. `unbilled`:
     requests that came to a process before this one, and were not done there. `came`: when the client last sent one,
     taken or not; `used`: when it last asked for anything. `over`: its state is gone, and nothing but what it saved is
-    left."""
+    left. `hold`: its files, and its requests that wait."""
 
     id: str
     session: str
@@ -155,8 +164,10 @@ class TrainingRun:
     folder: Path
     checkpoints: Checkpoints
     metadata: dict[str, Any] | None
+    hold: QuotaHold
     weight: float = 1.0
     journal: Journal = field(init=False)
+    unpacked: QuotaHold | None = None
     applied: int = 0
     futures: dict[int, Future[FutureResult]] = field(default_factory=dict)
     unbilled: set[int] = field(default_factory=set)
@@ -172,26 +183,34 @@ class TrainingRun:
         return self.checkpoints.name
 
     @property
-    def following(self) -> AskedRequest | None:
+    def following(self) -> JournalEntry | None:
         """The next request, where it has come."""
         return self.journal.requests.get(self.applied + 1)
+
+    @property
+    def waits(self) -> bool:
+        """Whether somebody waits for it, or it has something to do."""
+        return self.following is not None or bool(self.futures) or bool(self.unbilled)
 
 
 class TinkerService:
     """`room`: bytes that the states of training clients may take in memory. `folder`: its own. `days`: that a session
-    is kept which nobody uses. Close it at the end."""
+    is kept which nobody uses. `quotas`: what each tenant may have here; what is in the folder counts from the start.
+    Close it at the end."""
 
     def __init__(
-        self, base: TextBase, library: Library, folder: Path, *, room: int = 4 << 30, days: float = 30.0
-    ) -> None:
+        self, base: TextBase, library: Library, folder: Path, *, room: int = 4 << 30, days: float = 30.0,
+        quotas: Quotas | None = None,
+    ) -> None:  # fmt: skip
         self.base, self.library, self.folder, self.room, self.days = base, library, folder, room, days
+        self.quotas = quotas or Quotas()
         self._lock = _own(folder)
         self.names = target_names(base.model)
-        self.sessions: dict[str, Session] = {}
+        self.sessions = {path.parent.name: self._read_session(path) for path in folder.glob("*/session.json")}
         self.runs: dict[str, TrainingRun] = {}
         self.passes = self.shared_passes = 0
         self._served: dict[str, float] = {}
-        self._changed = threading.Condition()
+        self._changed, self._making = threading.Condition(), threading.Lock()
         self._closed = False
         self._swept = -math.inf
         self._pause = min(_SWEEP, days * 86400.0 / 24)
@@ -205,29 +224,49 @@ class TinkerService:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
+        for session in self.sessions.values():
+            for hold in (session.hold, *session.runs.values()):
+                hold.release()
         os.close(self._lock)
 
     # -- sessions ------------------------------------------------------------------------------------------------------
 
-    def create_session(self, tenant: str, metadata: dict[str, Any], name: str | None = None) -> Session:
-        id = f"s{secrets.token_hex(6)}"
-        made = Session(id, tenant, self.folder / id, metadata, name)
-        (made.folder / "samplers").mkdir(parents=True)
-        data = {"tenant": tenant, "metadata": metadata, "name": name, "made": time.time()}
-        atomic_write(made.folder / "session.json", [json.dumps(data).encode()])
+    def create_session(self, tenant: str, metadata: dict[str, Any] | None, name: str | None = None) -> Session:
+        """Raises Refused where a quota has no room for it."""
+        id, made = f"s{secrets.token_hex(6)}", time.time()
+        data = self._json({"tenant": tenant, "metadata": metadata, "name": name, "made": made}, metadata)
+        session = Session(id, tenant, self.folder / id, made, self.quotas.take(tenant, files=1, disk=len(data)), name)
+        (session.folder / "samplers").mkdir(parents=True)
+        atomic_write(session.folder / "session.json", [data])
         with self._changed:
-            self.sessions[id] = made
-        return made
+            self.sessions[id] = session
+        return session
+
+    def _json(self, content: Mapping[str, Any], metadata: Any) -> bytes:
+        """A file's content. Raises Refused (413) where a client's metadata in it is over its limit."""
+        most = self.quotas.limits.metadata
+        if metadata and len(json.dumps(metadata)) > most:
+            raise Refused(
+                f"user_metadata has more than {most:,} bytes of JSON (metadata)", status=413, code="too_large",
+                param="user_metadata", fix="send less of it",
+            )  # fmt: skip
+        return json.dumps(content).encode()
+
+    def _read_session(self, path: Path) -> Session:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        folder, tenant = path.parent, data["tenant"]
+        session = Session(folder.name, tenant, folder, data["made"], self.quotas.take(tenant), data["name"])
+        samplers = list(folder.glob("samplers/*.json"))
+        session.hold.set(files=1 + len(samplers), disk=_size([path, *samplers]))
+        for file in _runs_in(folder):
+            hold = session.runs[_number(file.parent)] = self.quotas.take(tenant)
+            self._measure(hold, file.parent, self._checkpoints(session, file.parent))
+        return session
 
     def session(self, tenant: str, id: str) -> Session:
         """Raises NotHere."""
         with self._changed:
             found = self.sessions.get(id)
-            path = self.folder / id / "session.json"
-            if found is None and re.fullmatch(_SESSION, id) and path.is_file():
-                data = json.loads(path.read_text(encoding="utf-8"))
-                found = Session(id, data["tenant"], path.parent, data["metadata"], data["name"])
-                self.sessions[id] = found
         if found is None or found.tenant != tenant:
             raise NotHere(f"there is no session {id[:60]!r}", where="session_id", fix="make a new ServiceClient")
         return found
@@ -237,35 +276,55 @@ class TinkerService:
         NotHere."""
         (self.session(tenant, id).folder / _OVER).touch()
 
-    def sessions_of(self, tenant: str) -> list[str]:
+    def sessions_of(self, tenant: str) -> list[Session]:
         """The newest first."""
-        found = []
-        for path in self.folder.glob("*/session.json"):
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data["tenant"] == tenant:
-                found.append((data["made"], path.parent.name))
-        return [id for _, id in sorted(found, reverse=True)]
+        with self._changed:
+            found = [session for session in self.sessions.values() if session.tenant == tenant]
+        return sorted(found, key=lambda session: session.made, reverse=True)
 
     # -- training clients ----------------------------------------------------------------------------------------------
 
     def create_run(
         self, tenant: str, session: str, number: int, lora: Lora, metadata: dict[str, Any] | None, weight: float = 1.0
     ) -> TrainingRun:
-        """The same for the same number of a session. Raises NotHere, SessionOver, and ConfigError for what the base
-        does not have."""
+        """The same for the same number of a session. Raises NotHere, SessionOver, ConfigError for what the base does
+        not have, and Refused where a quota has no room for it."""
         owner = self.session(tenant, session)
         owner.seen()
         id = f"{owner.id}:train:{number}"
         self._bytes(lora)
-        folder = owner.folder / f"train-{number}"
-        if not (folder / "run.json").is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            data = {"lora": asdict(lora), "metadata": metadata, "weight": weight, "made": time.time()}
-            atomic_write(folder / "run.json", [json.dumps(data).encode()])
+        self._new_run(owner, number, lora, metadata, weight)
         found = self.run(tenant, id)
         if found.lora != lora:
             raise ConfigError(f"the session has another model of the number {number}", where="model_seq_id")
         return found
+
+    def _new_run(
+        self, owner: Session, number: int, lora: Lora, metadata: dict[str, Any] | None, weight: float,
+        source: SavedWeights | None = None, state: Path | None = None, optimizer: bool = False,
+    ) -> None:  # fmt: skip
+        """A run's folder, where there is none yet; it begins with `state`, that of `source`."""
+        folder = owner.folder / f"train-{number}"
+        data = {"lora": asdict(lora), "metadata": metadata, "weight": weight, "made": time.time()}
+        content = self._json(data, metadata)
+        with self._making:
+            if str(number) in owner.runs:
+                return
+            more = _size(state.rglob("*")) if state is not None else 0
+            hold = self.quotas.take(owner.tenant, files=1, disk=len(content) + more)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                if source is not None and state is not None:  # its own, whatever becomes of the checkpoint
+                    start = folder / "start"
+                    shutil.rmtree(start, ignore_errors=True)
+                    shutil.copytree(state, start)
+                    about = {"path": source.path, "optimizer": optimizer}
+                    atomic_write(start / "start.json", [json.dumps(about).encode()])
+                atomic_write(folder / "run.json", [content])
+            except BaseException:
+                hold.release()
+                raise
+            owner.runs[str(number)] = hold
 
     def create_from(
         self, tenant: str, session: str, number: int, path: str, optimizer: bool, metadata: dict[str, Any] | None,
@@ -275,13 +334,8 @@ class TinkerService:
         ConfigError."""
         owner, saved, source = self.session(tenant, session), self.saved(tenant, path), self.run_of(tenant, path)
         owner.seen()
-        start = owner.folder / f"train-{number}" / "start"
-        if not start.is_dir():  # its own, whatever becomes of the checkpoint
-            whole = start.with_name(".start")
-            shutil.rmtree(whole, ignore_errors=True)
-            shutil.copytree(source.checkpoints.state(saved.id), whole)
-            atomic_write(whole / "start.json", [json.dumps({"path": saved.path, "optimizer": optimizer}).encode()])
-            whole.rename(start)
+        state = source.checkpoints.state(saved.id)
+        self._new_run(owner, number, source.lora, metadata, weight, saved, state, optimizer)
         return self.create_run(tenant, session, number, source.lora, metadata, weight)
 
     def run_of(self, tenant: str, path: str) -> TrainingRun:
@@ -290,10 +344,10 @@ class TinkerService:
         if not id.startswith("weights/"):
             what = f"{path[:200]} is to sample from, and has no training state"
             raise ConfigError(what, where="path", fix="a path that save_state gave: tinker://RUN/weights/NAME")
-        return self.run(tenant, run)
+        return self.described(tenant, run)
 
-    def run(self, tenant: str, id: str) -> TrainingRun:
-        """From memory, or from the disk. Raises NotHere."""
+    def described(self, tenant: str, id: str) -> TrainingRun:
+        """A run, with its journal where it is in memory: enough for what it is and what it saved. Raises NotHere."""
         with self._changed:
             found = self.runs.get(id)
         if found is not None and found.tenant == tenant:
@@ -308,26 +362,39 @@ class TinkerService:
         except NotHere:
             raise missing from None
         path = owner.folder / f"train-{number}" / "run.json"
-        if not path.is_file():
+        if number not in owner.runs or not path.is_file():
             raise missing
         data = json.loads(path.read_text(encoding="utf-8"))
-        made = TrainingRun(
+        return TrainingRun(
             id, session, tenant, Lora(**data["lora"]), path.parent, self._checkpoints(owner, path.parent),
-            data["metadata"], data["weight"],
+            data["metadata"], owner.runs[number], data["weight"],
         )  # fmt: skip
+
+    def run(self, tenant: str, id: str) -> TrainingRun:
+        """From memory, or from the disk. Raises NotHere."""
+        made = self.described(tenant, id)
         with self._changed:
             if id in self.runs:
                 return self.runs[id]
-            made.over = (path.parent / _OVER).exists()
-            made.journal = Journal(path.parent / "journal") if made.over else Journal.open(path.parent / "journal")
+            made.over = (made.folder / _OVER).exists()
+            made.journal = Journal(made.folder / "journal") if made.over else Journal.open(made.folder / "journal")
             with suppress(VeneerError):
                 made.applied = _number_of_state(made)
             while made.applied + 1 in made.journal.answers:  # what they did is made again when it is wanted
                 made.applied += 1
             made.unbilled = {seq for seq in made.journal.requests if seq > made.applied}
+            made.hold.set(requests=len(made.unbilled))
+            self._unload(tenant)
             self.runs[id] = made
             self._changed.notify_all()
         return made
+
+    def _unload(self, tenant: str) -> None:
+        """Makes room for a run in memory. Its journal and its state say all of one that waits for nothing."""
+        own = [run for run in self.runs.values() if run.tenant == tenant]
+        idle = [run for run in own if run.learner is None and run.work is None and not run.waits]
+        for run in sorted(idle, key=lambda run: run.used)[: max(0, len(own) + 1 - _LOADED)]:
+            del self.runs[run.id]
 
     def _checkpoints(self, session: Session, folder: Path) -> Checkpoints:
         """Of the run in that folder."""
@@ -335,18 +402,14 @@ class TinkerService:
         name = f"{namespace}tinker-{session.id}-{number}"
         return Checkpoints(f"{session.id}:train:{number}", folder / "checkpoints", name, self.library)
 
-    def runs_of(self, tenant: str) -> list[TrainingRun]:
+    def runs_of(self, tenant: str) -> list[str]:
         """The newest session's first."""
-        found = []
-        for session in self.sessions_of(tenant):
-            for path in _runs_in(self.folder / session):
-                found.append(self.run(tenant, f"{session}:train:{_number(path.parent)}"))
-        return found
+        return [f"{s.id}:train:{number}" for s in self.sessions_of(tenant) for number in sorted(s.runs)]
 
     def submit(self, run: TrainingRun, seq: int, kind: str, body: bytes) -> bool:
         """Whether it is new; it is done once all before it are. One of the kind `refused` fails with what its body
         says, so that its number is not missed. Raises ConfigError for a number that another kind of request has or
-        that cannot be, SessionOver, TooMuchWaits."""
+        that cannot be, SessionOver, and Refused where a quota has no room for it."""
         if not 1 <= seq <= run.applied + _AHEAD:
             raise ConfigError(f"seq_id is {seq}", where="seq_id", fix="from 1 on, one more for each request")
         with self._changed:
@@ -359,11 +422,13 @@ class TinkerService:
                 return False
             if (run.folder.parent / _OVER).exists():
                 raise _over(run.session)
-            others = [other for other in self.runs.values() if other.tenant == run.tenant]
-            waiting = sum(len(r.body) for o in others for r in o.journal.requests.values() if r.seq > o.applied)
-            if waiting and waiting + len(body) > _WAITING:
-                raise TooMuchWaits(f"{waiting:,} bytes of requests wait", fix="ask again when some of them are done")
-            run.journal.asked(seq, kind, body)
+            size = 0 if kind == "refused" else len(body)
+            run.hold.add(requests=1, disk=size)
+            try:
+                run.journal.asked(seq, kind, body)
+            except BaseException:
+                run.hold.add(requests=-1, disk=-size)
+                raise
             self._changed.notify_all()
             return True
 
@@ -374,9 +439,9 @@ class TinkerService:
             run.used = time.monotonic()
             if seq in run.futures:
                 return run.futures[seq]
-            if seq in run.journal.answers:
+            if (known := run.journal.answer(seq)) is not None:
                 done: Future[FutureResult] = Future()
-                done.set_result(run.journal.answers[seq])
+                done.set_result(known)
                 return done
             if seq not in run.journal.requests:
                 return None
@@ -422,17 +487,25 @@ class TinkerService:
         return [f"{session.id}:sample:{number}" for number in numbers]
 
     def _put_sampler(self, session: Session, made: SamplerSource) -> SamplerSource:
-        number = int(made.id.rpartition(":")[2])
-        atomic_write(session.folder / "samplers" / f"{number}.json", [json.dumps(asdict(made)).encode()])
+        path = session.folder / "samplers" / f"{made.id.rpartition(':')[2]}.json"
+        data = json.dumps(asdict(made)).encode()
+        if not path.exists():
+            session.hold.add(files=1, disk=len(data))
+        atomic_write(path, [data])
         return made
 
     def saved(self, tenant: str, path: str) -> SavedWeights:
         """The checkpoint of a tinker:// path. Raises NotHere, ConfigError."""
         run, id = parse_path(path)
-        found = self.run(tenant, run).checkpoints.find(id)
+        found = self.described(tenant, run).checkpoints.find(id)
         if found is None:
             raise NotHere(f"there is no checkpoint {path[:200]!r}", where="path", fix="it may have expired")
         return found
+
+    def remove(self, run: TrainingRun, id: str) -> None:
+        """A checkpoint goes. Raises ConfigError where it is not there."""
+        run.checkpoints.remove(id)
+        self._measure(run.hold, run.folder, run.checkpoints)
 
     # -- the thread that trains ----------------------------------------------------------------------------------------
 
@@ -464,7 +537,6 @@ class TinkerService:
                 _log.exception(
                     "the state of %s could not be written; its requests since the last one are done again", run.id
                 )
-            run.journal.close()
         if self._trainer is not None:
             self._trainer.close()
 
@@ -493,11 +565,12 @@ class TinkerService:
                 assert request is not None
                 try:
                     if request.kind == "refused":
-                        raise ConfigError(request.body.decode())
+                        raise ConfigError(run.journal.body(request.seq).decode())
                     if request.kind != "forward":
                         self._do(run, request)
                         continue
-                    self._begin(run, request)
+                    if not self._begin(run, request):
+                        continue
                 except Exception as error:
                     self._fail(run, error)
                     continue
@@ -505,10 +578,29 @@ class TinkerService:
         if training:
             self._pass(training)
 
-    def _begin(self, run: TrainingRun, request: AskedRequest) -> None:
-        asked = read_forward(request.body)
-        rows = self._rows(asked)
-        run.work = PassWork(self._learner(run), rows, asked.loss, asked.options, not asked.forward_only)
+    def _begin(self, run: TrainingRun, request: JournalEntry) -> bool:
+        """Whether there is memory for its rows: others of its tenant may have to be done first."""
+        body = run.journal.body(request.seq)
+        memory = read_head(body).memory
+        others = any(other.unpacked is not None and other.tenant == run.tenant for other in self.runs.values())
+        if others and not self.quotas.fits(run.tenant, memory=memory):
+            return False
+        run.unpacked = self.quotas.take(run.tenant)
+        run.unpacked.set(memory=memory)
+        try:
+            asked = read_forward(body)
+            rows = self._rows(asked)
+            run.work = PassWork(self._learner(run), rows, asked.loss, asked.options, not asked.forward_only)
+        finally:
+            if run.work is None:
+                self._stop_work(run)
+        return True
+
+    def _stop_work(self, run: TrainingRun) -> None:
+        run.work = None
+        if run.unpacked is not None:
+            run.unpacked.release()
+            run.unpacked = None
 
     def _rows(self, asked: ForwardAsked) -> list[TrainRow]:
         trainer = self._ready_trainer()
@@ -542,7 +634,7 @@ class TinkerService:
 
     def _again(self, run: TrainingRun) -> None:
         """As it was before the request that runs."""
-        run.work = None
+        self._stop_work(run)
         self._forget(run)
         request = run.following
         assert request is not None
@@ -563,7 +655,7 @@ class TinkerService:
 
     def _complete(self, run: TrainingRun, work: PassWork) -> None:
         outputs = [{"logprobs": logps.numpy()} for logps in work.logps]
-        run.work = None
+        self._stop_work(run)
         served = self._served.get(run.tenant, min(self._served.values(), default=0.0))
         self._served[run.tenant] = served + work.tokens / run.weight
         self._tell(run, FutureResult("proto", forward_bytes(outputs, {"loss:sum": work.total})))
@@ -575,6 +667,8 @@ class TinkerService:
         with self._changed:
             run.journal.told(seq, answer)
             run.applied = seq
+            if seq in run.journal.requests:
+                run.hold.add(requests=-1)
             future = run.futures.pop(seq, None)
         if future is not None:
             future.set_result(answer)
@@ -584,7 +678,7 @@ class TinkerService:
         if run.following is None:
             return
         if run.work is not None or not isinstance(error, VeneerError):
-            run.work = None
+            self._stop_work(run)
             self._forget(run)
         user = isinstance(error, VeneerError) and not isinstance(error, ResourceError)
         if isinstance(error, VeneerError):
@@ -601,8 +695,8 @@ class TinkerService:
 
     # -- what is no pass -----------------------------------------------------------------------------------------------
 
-    def _do(self, run: TrainingRun, request: AskedRequest) -> None:
-        body = json.loads(request.body)
+    def _do(self, run: TrainingRun, request: JournalEntry) -> None:
+        body = json.loads(run.journal.body(request.seq))
         result = {
             "optim_step": self._optimise, "save_weights": self._save, "save_weights_for_sampler": self._sampler_weights,
             "save_weights_external": self._external, "load_weights": self._load,
@@ -623,8 +717,9 @@ class TinkerService:
         place = run.checkpoints.place("weights", name)
         self._free_name(run, f"weights/{name}", seq, bool(body.get("overwrite")))
         trainer, learner = self._ready_trainer(), self._learner(run)
-        trainer.write(learner, place / "state", seq)
-        made = self._put(run, "weights", name, seq, body)
+        with self._storing(run, files=1, disk=self._bytes(run.lora) * 5 // 4):
+            trainer.write(learner, place / "state", seq)
+            made = self._put(run, "weights", name, seq, body)
         return {"path": made.path, "type": "save_weights"}
 
     def _external(self, run: TrainingRun, seq: int, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -633,36 +728,55 @@ class TinkerService:
             raise ConfigError(what, where="age_encryption_recipients", fix="leave it out: they go over your own wire")
         name = _given(body, "path", str) or ""
         self._free_name(run, f"external_weights/{name}", seq, False)
-        made = self._put(run, "external_weights", name, seq, body)
+        with self._storing(run, files=1, disk=self._bytes(run.lora) // 4):
+            made = self._put(run, "external_weights", name, seq, body)
         return {"path": made.path, "size_bytes": made.bytes, "type": "save_weights_external"}
 
     def _sampler_weights(self, run: TrainingRun, seq: int, body: Mapping[str, Any]) -> dict[str, Any]:
         if (name := _given(body, "path", str)) is not None:
             self._free_name(run, f"sampler_weights/{name}", seq, False)
-            made = self._put(run, "sampler_weights", name, seq, body)
+            with self._storing(run, files=1, disk=self._bytes(run.lora) // 4):
+                made = self._put(run, "sampler_weights", name, seq, body)
             return {"path": made.path, "type": "save_weights_for_sampler"}
         number = _given(body, "sampling_session_seq_id", int)
         if number is None or not 0 <= number < 10**9:
             raise ConfigError("it has neither path nor a sampling_session_seq_id that can be", where="path")
         folder = run.folder / "snapshots" / str(seq)
-        digest = write_adapter(self._adapter(run), folder, self.base)
         session = self.session(run.tenant, run.session)
         id = f"{session.id}:sample:{number}"
-        sampler = SamplerSource(id, run.tenant, digest=digest, folder=str(folder), name=run.name)
-        if body.get("kind") == "inflight":
-            atomic_write(run.folder / "inflight.json", [json.dumps(asdict(sampler)).encode()])
-            sampler = SamplerSource(id, run.tenant, follows=run.id)
-        self._put_sampler(session, sampler)
-        for old in sorted(run.folder.glob("snapshots/*"), key=lambda path: int(path.name))[:-_SNAPSHOTS]:
-            shutil.rmtree(old)
+        with self._storing(run, disk=self._bytes(run.lora) // 4):
+            digest = write_adapter(self._adapter(run), folder, self.base)
+            sampler = SamplerSource(id, run.tenant, digest=digest, folder=str(folder), name=run.name)
+            if body.get("kind") == "inflight":
+                atomic_write(run.folder / "inflight.json", [json.dumps(asdict(sampler)).encode()])
+                sampler = SamplerSource(id, run.tenant, follows=run.id)
+            self._put_sampler(session, sampler)
+            for old in sorted(run.folder.glob("snapshots/*"), key=lambda path: int(path.name))[:-_SNAPSHOTS]:
+                shutil.rmtree(old)
         return {"sampling_session_id": sampler.id, "type": "save_weights_for_sampler"}
 
-    def _put(self, run: TrainingRun, kind: str, name: str, seq: int, body: Mapping[str, Any]) -> SavedWeights:
+    @contextmanager
+    def _storing(self, run: TrainingRun, **amounts: int) -> Iterator[None]:
+        """About to write so much into a run's folder. Raises Refused where its quota has no room for it."""
         run.checkpoints.sweep()
+        self._measure(run.hold, run.folder, run.checkpoints)
+        run.hold.add(**amounts)
+        try:
+            yield
+        finally:
+            self._measure(run.hold, run.folder, run.checkpoints)
+
+    def _measure(self, hold: QuotaHold, folder: Path, checkpoints: Checkpoints) -> None:
+        """What a run has on the disk, its adapters in the library among it."""
+        saved = checkpoints.all()
+        hold.set(files=1 + len(saved), disk=_size(folder.rglob("*")) + sum(each.bytes for each in saved))
+
+    def _put(self, run: TrainingRun, kind: str, name: str, seq: int, body: Mapping[str, Any]) -> SavedWeights:
+        metadata = _given(body, "user_metadata", dict)
+        self._json({}, metadata)
         return run.checkpoints.put(
-            kind, name, seq, self._adapter(run), self.base, ttl=_given(body, "ttl_seconds", int),
-            metadata=_given(body, "user_metadata", dict),
-        )  # fmt: skip
+            kind, name, seq, self._adapter(run), self.base, ttl=_given(body, "ttl_seconds", int), metadata=metadata
+        )
 
     def _free_name(self, run: TrainingRun, id: str, seq: int, overwrite: bool) -> None:
         """Raises ConfigError where another request made one of that name."""
@@ -706,18 +820,21 @@ class TinkerService:
         if time.monotonic() - self._swept < self._pause:
             return
         self._swept = time.monotonic()
-        for path in list(self.folder.glob("*/session.json")):
+        with self._changed:
+            sessions = list(self.sessions.values())
+        for session in sessions:
             try:
-                data = json.loads(path.read_text(encoding="utf-8"))
-                self._sweep_session(Session(path.parent.name, data["tenant"], path.parent, {}))
+                self._sweep_session(session)
             except Exception:  # the others are swept all the same
-                _log.exception("what is left of the session %s could not be removed", path.parent.name)
+                _log.exception("what is left of the session %s could not be removed", session.id)
 
     def _sweep_session(self, session: Session) -> None:
         """Decides by its files: a session that nobody asks for is not read for this."""
         folders = [path.parent for path in _runs_in(session.folder)]
         for folder in folders:
-            self._checkpoints(session, folder).sweep()
+            checkpoints = self._checkpoints(session, folder)
+            checkpoints.sweep()
+            self._measure(session.runs[_number(folder)], folder, checkpoints)
         now, kept, over = time.time(), self.days * 86400.0, session.folder / _OVER
         used = max(_time(path) for path in (session.folder / "session.json", *(each / "journal" for each in folders)))
         if now - used <= kept and not (over.exists() and now - _time(over) > min(_ENDED, kept)):
@@ -732,13 +849,23 @@ class TinkerService:
                     run.over = True
                     del self.runs[run.id]
             over.touch()
-            self.sessions.pop(session.id, None)
         for folder, run in runs.items():
             if run is not None:
                 self._leave(run)
-            self._clear(folder, self._checkpoints(session, folder))
-        left = session.folder / "samplers" if _runs_in(session.folder) else session.folder
-        shutil.rmtree(left, ignore_errors=True)
+            checkpoints, hold = self._checkpoints(session, folder), session.runs[_number(folder)]
+            if self._clear(folder, checkpoints):
+                self._measure(hold, folder, checkpoints)
+            else:
+                del session.runs[_number(folder)]
+                hold.release()
+        session.hold.set(files=1, disk=_size([session.folder / "session.json"]))
+        if session.runs:
+            shutil.rmtree(session.folder / "samplers", ignore_errors=True)
+            return
+        with self._changed:
+            del self.sessions[session.id]
+        session.hold.release()
+        shutil.rmtree(session.folder, ignore_errors=True)
 
     def _leave(self, run: TrainingRun) -> None:
         """Those who wait for what cannot come to its turn any more are told."""
@@ -747,13 +874,13 @@ class TinkerService:
             said = {"error": "its client went away before the requests before it had come", "category": "user"}
             future.set_result(FutureResult("failed", json.dumps(said).encode()))
         run.futures.clear()
-        run.journal.close()
+        run.hold.set(requests=0)
 
-    def _clear(self, folder: Path, checkpoints: Checkpoints) -> None:
-        """Nothing but what a run saved is left of it."""
+    def _clear(self, folder: Path, checkpoints: Checkpoints) -> bool:
+        """Nothing but what a run saved is left of it. Whether something is."""
         if not checkpoints.all():
             shutil.rmtree(folder)
-            return
+            return False
         journal = folder / "journal"
         asked = _time(journal)  # when it was asked last is still to be seen
         journal.write_bytes(b"")
@@ -761,6 +888,7 @@ class TinkerService:
         for name in ("states", "start", "snapshots"):
             shutil.rmtree(folder / name, ignore_errors=True)
         (folder / "inflight.json").unlink(missing_ok=True)
+        return True
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
@@ -776,6 +904,9 @@ class TinkerService:
         if run.learner is not None:
             return run.learner
         trainer = self._ready_trainer()
+        if not (run.folder / "states").is_dir():
+            self._measure(run.hold, run.folder, run.checkpoints)
+            run.hold.add(disk=self._bytes(run.lora))  # of the state that is going to be written
         self._make_room(run)
         learner = run.learner = trainer.create(run.id, run.lora)
         try:
@@ -799,13 +930,14 @@ class TinkerService:
             request, answer = run.journal.requests.get(seq), run.journal.answers.get(seq)
             if request is None or answer is None:
                 continue
+            body = run.journal.body(seq)
             if answer.kind == "failed":
                 if request.kind == "optim_step":
                     learner.forget_gradients()
             elif request.kind == "optim_step":
-                trainer.optimise(learner, _adam_of(json.loads(request.body)))
+                trainer.optimise(learner, _adam_of(json.loads(body)))
             elif request.kind == "forward":
-                asked = read_forward(request.body)
+                asked = read_forward(body)
                 if not asked.forward_only:
                     work = PassWork(learner, self._rows(asked), asked.loss, asked.options, True)
                     while not work.done:
@@ -844,10 +976,11 @@ class TinkerService:
             if run.learner is not None:
                 self._put_away(run)
             with self._changed:
-                wanted = run.following is not None or run.futures or run.unbilled
-                if not wanted and time.monotonic() - run.used > _IDLE:
-                    run.journal.close()
+                if not run.waits and time.monotonic() - run.used > _IDLE:
                     del self.runs[run.id]
+        with self._changed:
+            here = {run.tenant for run in self.runs.values()}
+            self._served = {tenant: amount for tenant, amount in self._served.items() if tenant in here}
 
     def _present(self, run: TrainingRun) -> TrainingRun:
         """The one in memory, should that be another by now. Raises SessionOver."""
@@ -864,7 +997,7 @@ class TinkerService:
         if run.learner is None:
             return
         if run.work is not None:  # what it did of it is made again
-            run.work = None
+            self._stop_work(run)
             self._forget(run)
             return
         self._write_state(run)
@@ -880,6 +1013,7 @@ class TinkerService:
         with self._changed:
             run.journal.trim(run.applied)
         run.seconds = 0.0
+        self._measure(run.hold, run.folder, run.checkpoints)
 
     def _forget(self, run: TrainingRun) -> None:
         """Out of memory as it is, be it wrong there: it is read again when it is wanted."""
@@ -899,6 +1033,15 @@ def _runs_in(session: Path) -> list[Path]:
 
 def _number(folder: Path) -> str:
     return folder.name.removeprefix("train-")
+
+
+def _size(paths: Iterable[Path]) -> int:
+    """Bytes of those that are files, and are there."""
+    size = 0
+    for path in paths:
+        with suppress(FileNotFoundError):
+            size += path.stat().st_size if path.is_file() else 0
+    return size
 
 
 def _time(path: Path) -> float:
