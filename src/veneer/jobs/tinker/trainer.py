@@ -190,11 +190,15 @@ def _row(row: WireRow, where: str, loss: str, names: Sequence[str], vocabulary: 
     known = {"target_tokens", *names, *optional_inputs(loss)}
     if more := [name for name in row.inputs if name not in known]:
         raise wrong(f"{loss} has no input {more[0][:50]!r}", f"it has {', '.join(sorted(known))}")
-    targets = torch.tensor(row.inputs["target_tokens"])
-    if targets.is_floating_point() or targets.ndim not in (1, 2) or len(targets) != count or not targets.numel():
-        raise wrong(f"target_tokens has the shape {tuple(targets.shape)}", f"integers, ({count},) or ({count}, k)")
-    for name, values in (("input", ids), ("target_tokens", targets)):
-        if bool((values < 0).any() or (values >= vocabulary).any()):
+    given = row.inputs["target_tokens"]
+    if given.dtype.kind != "i" or given.ndim not in (1, 2) or len(given) != count or not given.size:
+        raise wrong(f"target_tokens has the shape {given.shape}", f"integers, ({count},) or ({count}, k)")
+    for name, values in row.inputs.items():  # before the first is copied
+        if name in known and values.shape != given.shape:
+            raise wrong(f"{name} has the shape {values.shape}, target_tokens {given.shape}")
+    targets = torch.tensor(given)
+    for name, ids_ in (("input", ids), ("target_tokens", targets)):
+        if bool((ids_ < 0).any() or (ids_ >= vocabulary).any()):
             raise wrong(f"a token of its {name} is not in this base's vocabulary of {vocabulary:,}")
     inputs = {name: torch.tensor(row.inputs[name]).float() for name in known if name in row.inputs}
     del inputs["target_tokens"]
@@ -203,10 +207,8 @@ def _row(row: WireRow, where: str, loss: str, names: Sequence[str], vocabulary: 
     for name in names:
         if name not in inputs:
             raise wrong(f"{loss} needs {name}, and it has none")
-    for name, values in inputs.items():
-        if values.shape != targets.shape:
-            raise wrong(f"{name} has the shape {tuple(values.shape)}, target_tokens {tuple(targets.shape)}")
-        if not bool(values.isfinite().all()):
+    for name, numbers in inputs.items():
+        if not bool(numbers.isfinite().all()):
             raise wrong(f"{name} has a value that is not finite")
     if "sequence_ratio_mask" in inputs and not bool(inputs["sequence_ratio_mask"].any()):
         raise wrong("sequence_ratio_mask marks no token")
