@@ -20,6 +20,7 @@ from veneer.library.library import open_library
 from veneer.serve.build import Extension
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import tenants_at
+from veneer.train.rewards.sandbox import no_sandbox
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +121,16 @@ def test_a_server_that_trains_has_a_worker_beside_it(monkeypatch: pytest.MonkeyP
     assert (beside, ended) == ({"library": "there", "tenants": "t.sqlite"}, "worker ended")
     serving["extend"](None, None)
     assert told[3:] == [{"python_graders": False, "session_days": 30.0}]
+
+
+def test_python_graders_need_a_sandbox_before_the_start(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> None:
+        raise no_sandbox("bubblewrap (bwrap) is not installed")
+
+    monkeypatch.setattr("veneer.train.rewards.limited.working_sandbox", none)
+    monkeypatch.setattr("veneer.serve.server.serve", lambda *given, **more: pytest.fail("it started"))
+    ran = run(capsys, "serve", "--base", "tiny", "--train", "--python-graders")
+    assert ran.code == 2
+    assert "Python from clients cannot run here: bubblewrap (bwrap) is not installed" in ran.err

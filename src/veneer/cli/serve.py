@@ -196,7 +196,9 @@ def serve(
     ] = False,
     python_graders: Annotated[
         bool,
-        typer.Option("--python-graders", help="With --train: run clients' Python as graders; limited, but no jail."),
+        typer.Option(
+            "--python-graders", help="With --train: run clients' Python as graders, in a sandbox (Linux, bubblewrap)."
+        ),
     ] = False,
     session_days: Annotated[
         float,
@@ -288,6 +290,10 @@ def serve(
         raise ConfigError(
             "nobody could train: a key of --api-keys changes nothing", where="--train --api-keys", fix="add --admin-key"
         )
+    if python_graders:
+        from veneer.train.rewards.limited import working_sandbox
+
+        working_sandbox()  # before the base is loaded: without one the server does not start
     serve_with(settings, train=train, python_graders=python_graders, session_days=session_days, studio=studio)
 
 

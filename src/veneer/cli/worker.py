@@ -78,7 +78,9 @@ def worker(
     from veneer.jobs.worker import Worker
     from veneer.library.library import open_library
     from veneer.serve.tenancy.store import tenants_at
+    from veneer.train.rewards.sandbox import forbid_inspection
 
+    forbid_inspection()
     one_of(executor, ("local", "ray", "kubernetes"), "a place where jobs run", "--executor")
     places: Any = {
         "local": lambda: _local(nice),

@@ -30,8 +30,8 @@ _EVERY = 300.0
 def training(
     service: Service, library: Library, *, python_graders: bool = False, session_days: float = 30.0
 ) -> Extension:
-    """The extension of a server over its own library. `python_graders`: whether clients' Python is run as graders.
-    `session_days`: how long a session of Tinker's is kept that nobody uses."""
+    """The extension of a server over its own library. `python_graders`: run clients' Python as graders, in a sandbox.
+    `session_days`: how long a session of Tinker's is kept that nobody uses. Raises ResourceError without a sandbox."""
     from veneer.jobs.budget import ClientBudget
     from veneer.jobs.files import open_files
     from veneer.jobs.http.canary import canary_routes
@@ -43,7 +43,9 @@ def training(
     from veneer.jobs.store import JobStore
     from veneer.serve.build import Extension
     from veneer.serve.tenancy.tenants import Tenants
+    from veneer.train.rewards.limited import working_sandbox
 
+    sandbox = working_sandbox() if python_graders else None
     files, jobs = open_files(library), JobStore(library)
     sweeping: list[asyncio.Task[None]] = []
     tenancy = service.tenancy
@@ -61,7 +63,7 @@ def training(
                 await task
 
     routers = [file_routes(files), tuning_routes(jobs, files, tenants, python_graders=python_graders)]
-    routers += [sample_routes(jobs), grader_routes(service.settings.quotas, python=python_graders)]
+    routers += [sample_routes(jobs), grader_routes(service.settings.quotas, sandbox=sandbox)]
     routers.append(tinker_routes(tinker))
     if isinstance(tenancy, Tenants) and tenancy.admin_hash is not None:
         routers.append(canary_routes(jobs, tenancy))

@@ -251,7 +251,7 @@ def _reinforce(config: dict[str, Any], asked: Reinforced) -> None:
         what = "held-out prompts are answered once, with the likeliest tokens"
         raise ConfigError(what, where=f"{where}.eval_samples", fix="leave it out")
     times = 1.0 if numbers.compute_multiplier == "auto" else numbers.compute_multiplier
-    rewards = [{"kind": "grader", "grader": asked.grader}]
+    rewards = [{"kind": "grader", "grader": asked.grader, "sandbox": True}]
     config["reinforcement"] = {"loss": "grpo", "rewards": rewards, "group": max(2, round(_GROUP * times))}
     if asked.response_format is not None:
         config["reinforcement"]["grammar"] = {"json_schema": asked.response_format.json_schema.form}

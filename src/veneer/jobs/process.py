@@ -51,6 +51,7 @@ from veneer.train import checkpoint
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.events import TOKEN_ACCURACY, Checked, Event, Note, Saved, measure_text, to_record
 from veneer.train.report.log import read_log
+from veneer.train.rewards.sandbox import forbid_inspection
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
@@ -386,6 +387,7 @@ def tied(end: Callable[[], object]) -> None:
 
 
 def main(arguments: list[str]) -> int:
+    forbid_inspection()
     words = [word for word in arguments if word != "--tied"]
     tokens = dict(zip(words[::2], words[1::2], strict=True))
     if "--tied" in arguments:

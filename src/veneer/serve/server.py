@@ -30,6 +30,7 @@ from veneer.serve.http.connection import many_files, protocols_of
 from veneer.serve.http.errors import Json, answer_error
 from veneer.serve.request import Refused
 from veneer.serve.settings import ServeSettings
+from veneer.train.rewards.sandbox import forbid_inspection
 
 if TYPE_CHECKING:
     from veneer.serve.build import Application, Extend
@@ -170,6 +171,7 @@ def serve(
 ) -> None:
     """Serve until a signal says to stop. `extend`: what a room above adds, `page` among it. Raises what is wrong with
     the settings before it listens, and what kept the server from being built."""
+    forbid_inspection()
     opened = check_settings(settings) if make is None else None
     try:
         _serve(settings, say, make or (lambda: _build(settings, say, opened, extend)), page)

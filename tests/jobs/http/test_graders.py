@@ -8,6 +8,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.sandboxes import sandbox_or_skip
 from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyTenancy, ToyText, live
 from veneer.jobs.http.graders import grader_routes
 from veneer.serve.settings import HttpSettings, QuotaLimits
@@ -33,8 +34,9 @@ def score(says: str, model: str = "toy") -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=[True, False], ids=["python", "no-python"])
 def served(request: pytest.FixtureRequest) -> Iterator[Any]:
+    routes = grader_routes(sandbox=sandbox_or_skip() if request.param else None)
     with (
-        live(ToyEngine(ToyText()), ToyCatalog(), ToyTenancy(), routers=[grader_routes(python=request.param)]) as server,
+        live(ToyEngine(ToyText()), ToyCatalog(), ToyTenancy(), routers=[routes]) as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="admin", max_retries=0) as client,
     ):
         yield client, request.param

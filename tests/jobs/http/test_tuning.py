@@ -235,6 +235,7 @@ def test_reinforcement(jobs: Jobs, client: openai.OpenAI) -> None:
     assert (drawn.loss, drawn.group, drawn.grammar) == ("grpo", 4, {"json_schema": schema})
     (reward,) = drawn.rewards
     assert judges_here([reward]) == {"base", "library/sql@1"}
+    assert reward.sandbox  # type: ignore[attr-defined]
     with rewards_of([reward], ask=lambda questions: [Reply("1")] * len(questions)) as rewards:
         assert rewards.judge([Answer([], "3", {"wanted": "3"})]).values == [2]
     assert (config.schedule.epochs, config.batching.rows, config.evaluation.every) == (2, 4, 7)

@@ -5,8 +5,7 @@
 
 Graders are parsed and run in threads of their own, of which a tenant has a share; the seconds count against its quota.
 `score_model` asks a model of this server as its caller may ask it: admitted, within its limits, and billed as any other
-request. `python` runs in a process with limits of time and memory, which is no jail: it is off unless the operator
-allows it (`veneer serve --train --python-graders`).
+request. `python` runs in a sandbox, and only if the operator allows it (`veneer serve --train --python-graders`).
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ from veneer.train.rewards.graders import (
 )
 from veneer.train.rewards.judge import Question, Reply
 from veneer.train.rewards.reward import Answer
+from veneer.train.rewards.sandbox import Sandbox
 from veneer.train.rewards.template import sample_of
 
 _SECONDS = 60.0
@@ -78,8 +78,10 @@ def grader_of(given: Any, python: bool, param: str = "grader") -> Any:
         raise invalid(error.what, error.where, error.fix) from error
 
 
-def grader_routes(limits: QuotaLimits | None = None, *, python: bool = False) -> APIRouter:
-    """`limits`: how many graders run at a time. `python`: whether graders of Python are run."""
+def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None = None) -> APIRouter:
+    """`limits`: how many graders run at a time. `sandbox`: where graders of Python run; without one they are
+    refused."""
+    python = sandbox is not None
     router = APIRouter(tags=["OpenAI fine-tuning"], route_class=BodyRoute, dependencies=[needs("train")])
     limits = limits or QuotaLimits()
     helpers = FairPool(limits.helpers, "veneer-graders", limits.helper_share)

@@ -176,6 +176,7 @@ class GraderReward(AskedModelReward):
 
     kind: Literal["grader"]
     grader: dict[str, Any] = setting(..., "string_check, text_similarity, score_model, python or multi")
+    sandbox: bool = setting(False, "run its Python in a sandbox, or not at all; jobs of OpenAI's routes always do")
 
 
 class VerifiersReward(RewardSection):

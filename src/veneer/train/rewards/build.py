@@ -23,9 +23,9 @@ from veneer.train.config.rewards import (
     VerifiersReward,
 )
 from veneer.train.rewards import rules
-from veneer.train.rewards.graders import Grade, GraderRun, grader_models, parse_grader
+from veneer.train.rewards.graders import Grade, GraderRun, PythonGrader, grader_models, parse_grader, single_graders
 from veneer.train.rewards.judge import AskModel, ServerJudge, judge_reward
-from veneer.train.rewards.limited import LimitedFunction
+from veneer.train.rewards.limited import LimitedFunction, working_sandbox
 from veneer.train.rewards.reward import Answer, NamedReward, Reward, Rewards, RewardScore
 from veneer.train.rewards.tasksets import reasoning_gym_reward, verifiers_reward
 from veneer.train.rewards.template import sample_of
@@ -38,7 +38,7 @@ _RULES: dict[str, Callable[[Any], Reward]] = {
 
 def rewards_of(sections: Sequence[RewardSection], *, ask: AskModel | None = None, most_failed: float = 0.1) -> Rewards:
     """Raises ConfigError for a schema, a grader or a file that is none, and for a judge that nobody answers for;
-    MissingExtraError for a package that a kind needs."""
+    MissingExtraError for a package that a kind needs; ResourceError if a grader wants a sandbox and none works here."""
     with ExitStack() as opened:
         made = [NamedReward(each.called, _reward(each, ask, opened), each.weight) for each in sections]
         return Rewards(made, most_failed=most_failed, close=opened.pop_all().close)
@@ -73,7 +73,9 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
     if isinstance(section, GraderReward):
         grader = _grader(section)
         own = _asked(section, ask, opened) if grader_models(grader) else None
-        return _by_grader(opened.enter_context(GraderRun(grader, ask=own)))
+        python = any(isinstance(each, PythonGrader) for each in single_graders(grader).values())
+        sandbox = working_sandbox() if section.sandbox and python else None
+        return _by_grader(opened.enter_context(GraderRun(grader, ask=own, sandbox=sandbox)))
     if isinstance(section, VerifiersReward):
         return verifiers_reward(section)
     if isinstance(section, ReasoningGymReward):

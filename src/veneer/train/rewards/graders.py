@@ -3,7 +3,7 @@
     string_check      1 where input and reference are eq, ne, like (the reference is in the input) or ilike, else 0
     text_similarity   fuzzy_match, bleu, gleu, meteor or rouge_1 … rouge_l of input and reference, from 0 to 1
     score_model       the number that a model gives, within `range`
-    python            `grade(sample, item)` of the grader's source, in a process of its own (`limited`)
+    python            `grade(sample, item)` of the grader's source, in a process of its own (`limited`), or in a sandbox
     multi             a formula of other graders' values: + - * / ^, min max abs floor ceil exp sqrt log
 
     with GraderRun(parse_grader({"type": "string_check", …})) as run:
@@ -36,6 +36,7 @@ from veneer.train.config.section import Section
 from veneer.train.rewards.compared import bleu, fuzzy, rouge
 from veneer.train.rewards.judge import AskModel, Question, Reply, ask_once, reply_score, score_form
 from veneer.train.rewards.limited import Asked, LimitedFunction
+from veneer.train.rewards.sandbox import Sandbox
 from veneer.train.rewards.template import FILLED, NoValue, TextTooLong, filled, template_problem
 
 _SOURCE = 256 << 10
@@ -48,6 +49,8 @@ _COMPARED = 64 << 10
 """Characters of each of two texts that a metric compares."""
 TOO_LARGE = "too_large"
 """The error of a text that is over a limit: not one of OpenAI's, and neither the model's doing nor the row's."""
+_MEMORY = 2e9
+"""Bytes that all python graders of a grader can hold together."""
 _Text = Annotated[str, Field(max_length=100_000)]
 _Name = Annotated[str, Field(min_length=1, max_length=100)]
 
@@ -309,19 +312,25 @@ class Grade:
 
 
 class GraderRun:
-    """A grader made ready; its functions see no variables of the environment. `ask`: who answers for score_model.
-    `timeout`: seconds that a function may take. Raises ConfigError where there is nobody to ask, MissingExtraError for
-    what a metric needs."""
+    """A grader made ready. `ask`: who answers for score_model. `timeout`: seconds that a function may take. `sandbox`:
+    where its Python runs; without one it has this process's rights. Raises ConfigError where there is nobody to ask,
+    MissingExtraError for what a metric needs."""
 
-    def __init__(self, grader: Any, *, ask: AskModel | None = None, timeout: float = 120.0) -> None:
+    def __init__(
+        self, grader: Any, *, ask: AskModel | None = None, timeout: float = 120.0, sandbox: Sandbox | None = None
+    ) -> None:
         self.grader, self._ask = grader, ask
         self._open = ExitStack()
         if grader_models(grader) and ask is None:
             raise ConfigError("nobody here answers for a score_model", where=grader.name, fix="name a server: `url`")
+        sources = {n: each.source for n, each in single_graders(grader).items() if isinstance(each, PythonGrader)}
+        how: dict[str, Any] = {"timeout": timeout, "bare": True, "sandbox": sandbox}
         self._functions = {
-            name: self._open.enter_context(LimitedFunction("grade", source=each.source, timeout=timeout, bare=True))
-            for name, each in single_graders(grader).items() if isinstance(each, PythonGrader)
-        }  # fmt: skip
+            name: self._open.enter_context(
+                LimitedFunction("grade", source=source, memory=_MEMORY / len(sources), **how)
+            )
+            for name, source in sources.items()
+        }
 
     def __enter__(self) -> GraderRun:
         return self

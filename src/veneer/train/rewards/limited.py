@@ -3,27 +3,37 @@
     with LimitedFunction("score", file="score.py", timeout=10, memory=2e9) as function:
         (score,) = function.score([(sample, item)])
 
-The process is started at the first call, killed with all that it started where an answer takes longer than `timeout`,
-and started again for the next. It may import what is installed here, and what lies beside its file. Its prints go
-nowhere, its random numbers are seeded by what it is asked, so that the same answer gets the same score. `bare`: the
-environment's variables, in which keys are, stay here; for functions of people who are not the operator. It is a limit
-and no jail: the process has this one's rights on the machine.
+The process is started at the first call, killed with its process group where an answer takes longer than `timeout`, and
+started again for the next. It may import what is installed here, and what lies beside its file. Its prints go nowhere,
+its random numbers are seeded by what it is asked, so that the same answer gets the same score.
+
+That is a limit for the operator's own functions, and no protection: the process has this one's rights on the machine,
+and `bare`, which leaves the environment's variables out, changes nothing about that. Python that a client sent runs in
+a `sandbox` (see `sandbox.py` and `working_sandbox`). Then `memory` is for all its processes together, a process that is
+left when an answer comes ends the sandbox, and between two calls the sandbox is stopped.
+
+Only the process itself can answer: the kernel says which process sent a message (on Linux), messages of others are
+dropped, and an answer repeats the token of its question.
 
 Raises ConfigError where the file cannot be read or loaded, or has no such function.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import os
 import queue
+import secrets
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -31,10 +41,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from veneer.errors import ConfigError
+from veneer.models.home import veneer_home
 from veneer.train.rewards.reward import RewardScore
+from veneer.train.rewards.sandbox import (
+    NOBODY,
+    SANDBOX_VARIABLES,
+    Sandbox,
+    bubblewrap,
+    descendants,
+    no_sandbox,
+    sandbox_memory,
+)
 
 _CHILD = Path(__file__).with_name("limited_child.py")
 _LOADING = 120.0
@@ -43,6 +63,10 @@ _ANSWER = 1 << 20
 """Bytes that a process may answer."""
 _GIVES_UP = 5
 """Failures of one call, one after the other, after which the rest of its answers are not asked about."""
+_WATCH = 0.02
+"""Seconds between two looks at the memory of a sandbox that is working."""
+_CREDENTIALS = struct.Struct("3i")
+"""What the kernel says of a message's sender: process, user, group."""
 
 Asked = tuple[Mapping[str, Any], Mapping[str, Any]]
 """(sample, item), as OpenAI's graders have them."""
@@ -57,18 +81,18 @@ class LimitedFunction:
 
     def __init__(
         self, function: str, *, file: str | None = None, source: str | None = None, timeout: float = 10.0,
-        memory: float = 2e9, at_once: int = 1, bare: bool = False,
+        memory: float = 2e9, at_once: int = 1, bare: bool = False, sandbox: Sandbox | None = None,
     ) -> None:  # fmt: skip
         assert (file is None) != (source is None)
+        assert sandbox is None or source is not None, "a file of this machine is the operator's"
         if file is not None and not Path(file).is_file():
             raise ConfigError(
                 f"the file of the function {function} does not exist", where=file, fix="give a Python file"
             )
         self._first = {"function": function, "memory": int(memory), "timeout": timeout}
         self._first |= {"file": os.path.abspath(file)} if file is not None else {"source": source}
-        self._bare = bare
         self._free: queue.LifoQueue[_Process] = queue.LifoQueue()
-        self._all = [_Process(self._first, bare) for _ in range(at_once)]
+        self._all = [_Process(self._first, bare, sandbox) for _ in range(at_once)]
         for process in self._all:
             self._free.put(process)
 
@@ -155,9 +179,9 @@ def _float(number: int | float) -> float:
 class _Process:
     """One process; used by one thread at a time."""
 
-    def __init__(self, first: Mapping[str, Any], bare: bool) -> None:
-        self._first, self._bare = first, bare
-        self._running: subprocess.Popen[bytes] | None = None
+    def __init__(self, first: Mapping[str, Any], bare: bool, sandbox: Sandbox | None) -> None:
+        self._first, self._bare, self._sandbox = first, bare, sandbox
+        self._running: _Running | None = None
         self._lock = threading.Lock()
 
     def ask(self, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Any:
@@ -175,53 +199,44 @@ class _Process:
     def end(self) -> None:
         with self._lock:
             running, self._running = self._running, None
-        if running is None:
-            return
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(running.pid, signal.SIGKILL)  # with all that it started
-        for stream in (running.stdin, running.stdout):
-            if stream is not None:
-                with suppress(OSError):
-                    stream.close()
-        running.wait()
+        if running is not None:
+            running.end()
 
     def _start(self) -> None:
-        if self._running is not None and self._running.poll() is None:
+        if self._running is not None and self._running.process.poll() is None:
             return
         self.end()
-        kept = {"PATH", "LANG", "LC_ALL", "TMPDIR"} if self._bare else os.environ.keys()
-        environment = {key: value for key, value in os.environ.items() if key in kept} | {"PYTHONHASHSEED": "0"}
-        self._running = subprocess.Popen(
-            [sys.executable, "-s", "-P", str(_CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, env=environment, start_new_session=True, bufsize=0,
-        )  # fmt: skip
         where, what = str(self._first.get("file") or "the grader's source"), f"the function {self._first['function']}"
         try:
+            self._running = _Running(self._sandbox, int(self._first["memory"]), self._bare)
             answer = self._told(self._first, _LOADING, f"took longer than {_LOADING:g} s to be loaded")
         except _Ended as ended:
             raise ConfigError(f"{what} cannot be loaded: {ended}", where=where) from None
         if error := answer.get("error") if isinstance(answer, dict) else "no answer":
             self.end()
             raise ConfigError(f"{what} cannot be loaded: {error}", where=where)
+        if self._running is None:
+            raise ConfigError(f"{what} cannot be loaded: its source leaves other processes running", where=where)
 
-    def _told(self, message: Any, seconds: float, late: str) -> Any:
+    def _told(self, message: Mapping[str, Any], seconds: float, late: str) -> Any:
         """What the process says to a message."""
         assert self._running is not None
-        ends = time.monotonic() + seconds
+        ends, token = time.monotonic() + seconds, secrets.token_hex(16)
         try:
-            data = json.dumps(message).encode()
-            # Larger than a pipe holds: the process reads it whole before it does anything.
-            self._send(struct.pack(">I", len(data)) + data, ends)
-            size = struct.unpack(">I", self._receive(4, ends))[0]
-            if size > _ANSWER:
-                raise _Ended("the function's process answered more than may be read")
-            return json.loads(self._receive(size, ends))
+            self._running.resume()
+            # Larger than a socket holds: the process reads it whole before it does anything.
+            self._running.send({**message, "token": token}, ends)
+            answer = self._running.receive(ends)
+            if not isinstance(answer, dict) or answer.pop("token", None) != token:
+                raise _Ended("the function wrote to the channel of its answers")
+            if not self._running.suspend():
+                self.end()  # the next call starts a new one
+            return answer
         except TimeoutError:
             self.end()
             raise _Ended(f"the function {late}") from None
         except (OSError, EOFError):
-            running = self._running
-            code = None if running is None else _code(running)
+            code = self._running.code()
             self.end()
             why = "" if code is None else f", by {signal.Signals(-code).name}" if code < 0 else f", with code {code}"
             raise _Ended(f"the function's process ended{why}") from None
@@ -232,41 +247,215 @@ class _Process:
             self.end()
             raise
 
-    def _send(self, data: bytes, ends: float) -> None:
-        assert self._running is not None
-        assert self._running.stdin is not None
-        place = self._running.stdin.fileno()
-        os.set_blocking(place, False)
-        rest = memoryview(data)
-        while rest:
-            _await(place, select.POLLOUT, ends)
-            with suppress(BlockingIOError):
-                rest = rest[os.write(place, rest) :]
 
-    def _receive(self, count: int, ends: float) -> bytes:
-        assert self._running is not None
-        assert self._running.stdout is not None
-        place = self._running.stdout.fileno()
+class _Running:
+    """A child process, and the one end of the socket by which it is asked. Raises _Ended where it does not start."""
+
+    def __init__(self, sandbox: Sandbox | None, memory: int, bare: bool) -> None:
+        self._sandboxed, self._memory = sandbox is not None, memory
+        self._channel, other = socket.socketpair()
+        self._channel.setblocking(False)
+        if _says_who():
+            self._channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._init: int | None = None
+        """A descriptor of the sandbox's first process, with which all others end."""
+        self._function: int | None = None
+        """A descriptor of the process that runs the function in a sandbox."""
+        with other, tempfile.TemporaryFile() as errors:
+            try:
+                if sandbox is None:
+                    self.process = _plain(other, bare)
+                else:
+                    self.process = sandbox.start([sys.executable, "-s", "-P", "-B", str(_CHILD)], other, errors)
+            except OSError as error:
+                self._channel.close()
+                raise _Ended(f"its process did not start: {error}") from None
+            other.close()
+            self.sender = None if sandbox is not None else self.process.pid
+            try:
+                self._began(errors)
+            except BaseException:
+                self.end()
+                raise
+
+    def _began(self, errors: IO[bytes]) -> None:
+        """Waits until the child's own script runs: what comes first is from it, and not yet from the function."""
+        try:
+            self.receive(time.monotonic() + _LOADING)
+            if self._sandboxed and self.sender is not None:
+                self._init = os.pidfd_open(descendants(self.process.pid)[0])
+                self._function = os.pidfd_open(self.sender)
+        except (OSError, EOFError, ValueError, IndexError):
+            self.code()
+            errors.seek(0)
+            said = errors.read(1000).decode(errors="replace").strip()
+            raise _Ended(f"its process did not start{': ' if said else ''}{said}") from None
+
+    def send(self, message: Mapping[str, Any], ends: float) -> None:
+        data = json.dumps(message).encode()
+        rest = memoryview(struct.pack(">I", len(data)) + data)
+        while rest:
+            self._await(select.POLLOUT, ends)
+            with suppress(BlockingIOError):
+                rest = rest[self._channel.send(rest) :]
+
+    def receive(self, ends: float) -> Any:
+        """The next message. Raises EOFError at the end, TimeoutError, ValueError for what is no JSON."""
+        size = struct.unpack(">I", self._received(4, ends))[0]
+        if size > _ANSWER:
+            raise _Ended("the function's process answered more than may be read")
+        return json.loads(self._received(size, ends))
+
+    def _received(self, count: int, ends: float) -> bytes:
+        """Bytes of the process that runs the function; what others wrote, which hold its descriptors, is dropped. The
+        kernel puts bytes of two senders into no common part."""
         found = bytearray()
         while len(found) < count:
-            _await(place, select.POLLIN, ends)
-            part = os.read(place, count - len(found))
-            if not part:
-                raise EOFError
-            found += part
+            self._await(select.POLLIN, ends)
+            with suppress(BlockingIOError):
+                part, about, *_ = self._channel.recvmsg(count - len(found), socket.CMSG_SPACE(_CREDENTIALS.size))
+                if not part:
+                    raise EOFError
+                sender = _sender(about)
+                self.sender = self.sender or sender
+                if sender is None or sender == self.sender:
+                    found += part
         return bytes(found)
 
+    def _await(self, event: int, ends: float) -> None:
+        """Until the socket is ready (poll, since a server has more descriptors than select takes). Raises TimeoutError,
+        and _Ended for a sandbox that holds too much."""
+        waiting = select.poll()
+        waiting.register(self._channel, event)
+        while not waiting.poll(
+            max(0.0, min(ends - time.monotonic(), _WATCH if self._init is not None else math.inf)) * 1000
+        ):
+            if time.monotonic() >= ends:
+                raise TimeoutError
+            if self._init is not None and self.sender is not None:
+                held = sandbox_memory(descendants(self.process.pid), self.sender)
+                if held > self._memory:
+                    raise _Ended(f"its processes held more than {self._memory / 1e9:g} GB together")
 
-def _await(place: int, event: int, ends: float) -> None:
-    """Until a descriptor is ready (poll, since a server has more of them than select takes). Raises TimeoutError."""
-    waiting = select.poll()
-    waiting.register(place, event)
-    if not waiting.poll(max(0.0, ends - time.monotonic()) * 1000):
-        raise TimeoutError
+    def resume(self) -> None:
+        if self._function is not None:
+            signal.pidfd_send_signal(self._function, signal.SIGCONT)
+
+    def suspend(self) -> bool:
+        """Stops a sandbox until the next call. False if other processes than the function's are left in it."""
+        if self._function is None:
+            return True
+        if descendants(self.process.pid)[1:] != [self.sender]:
+            return False
+        signal.pidfd_send_signal(self._function, signal.SIGSTOP)
+        return True
+
+    def code(self) -> int | None:
+        """How a process ended that has closed its socket."""
+        with suppress(subprocess.TimeoutExpired):
+            return self.process.wait(timeout=1)
+        return None
+
+    def end(self) -> None:
+        """Kills the process with its group, and a sandbox with everything in it; returns when that is gone."""
+        for descriptor in (self._init, self._function):
+            if descriptor is not None:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        if self._init is not None:
+            gone = select.poll()
+            gone.register(self._init, select.POLLIN)
+            gone.poll(10_000)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for descriptor in (self._init, self._function):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._init = self._function = None
+        self._channel.close()
+        self.process.wait()
 
 
-def _code(running: subprocess.Popen[bytes]) -> int | None:
-    """How a process ended that has closed its pipe."""
-    with suppress(subprocess.TimeoutExpired):
-        return running.wait(timeout=1)
+def _plain(channel: socket.socket, bare: bool) -> subprocess.Popen[bytes]:
+    kept = {"PATH", "LANG", "LC_ALL", "TMPDIR"} if bare else os.environ.keys()
+    environment = {key: value for key, value in os.environ.items() if key in kept} | {"PYTHONHASHSEED": "0"}
+    return subprocess.Popen(
+        [sys.executable, "-s", "-P", str(_CHILD)], stdin=channel.fileno(), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, env=environment, start_new_session=True,
+    )  # fmt: skip
+
+
+def _says_who() -> bool:
+    """Whether the kernel says which process sent a message."""
+    return sys.platform == "linux"
+
+
+def _sender(about: Sequence[tuple[int, int, bytes]]) -> int | None:
+    """The process that a message is from; None where the kernel does not say."""
+    for level, kind, data in about:
+        if _says_who() and (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+            return int(_CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0])
     return None
+
+
+# -- whether a sandbox works here --------------------------------------------------------------------------------------
+
+_TRIAL = """
+import os, socket
+
+def works(do):
+    try:
+        do()
+    except OSError:
+        return False
+    return True
+
+def made(path):
+    os.mkdir(path)
+    os.rmdir(path)
+
+def look(sample, item):
+    return {
+        "user": os.getuid(),
+        "variables": sorted(os.environ),
+        "seen": [path for path in sample["hidden"] if os.path.lexists(path)],
+        "network": works(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)),
+        "written": [path for path in ("/", "/usr/lib/", "/dev/") if works(lambda: made(path + "trial"))],
+    }
+"""
+
+
+@functools.cache
+def working_sandbox() -> Sandbox:
+    """The sandbox of this machine, once a function in it has looked for what it must not find. Raises ResourceError
+    with the reason if there is none. What was found holds until this process ends."""
+    sandbox = bubblewrap(_CHILD)
+    with tempfile.TemporaryDirectory() as folder:
+        hidden = [folder, "/proc/self", "/etc/passwd", *_private(sandbox)]
+        # no limit of memory: without a sandbox the files of the machine's /tmp would count
+        with LimitedFunction("look", source=_TRIAL, sandbox=sandbox, timeout=30, memory=1e15) as function:
+            try:
+                (found,) = function.call([({"hidden": hidden}, {})])
+            except ConfigError as error:
+                raise no_sandbox(error.what) from None
+    if isinstance(found, NoAnswer):
+        raise no_sandbox(found.why)
+    leaks = {
+        "it runs as the server's user": found["user"] in (0, os.getuid()) and os.getuid() != NOBODY,
+        f"it sees {', '.join(found['seen'][:3])}": found["seen"],
+        f"it can write to {', '.join(found['written'])}": found["written"],
+        "it has a network": found["network"],
+        "it has variables of the server": set(found["variables"]) & (os.environ.keys() - SANDBOX_VARIABLES.keys()),
+    }
+    if found_leaks := [what for what, leaks_here in leaks.items() if leaks_here]:
+        raise no_sandbox(f"the sandbox does not hold: {'; '.join(found_leaks)}")
+    return sandbox
+
+
+def _private(sandbox: Sandbox) -> list[str]:
+    """What the user's home and the veneer home hold, as far as no package of Python is in it."""
+    entries: list[str] = []
+    for folder in (Path("~").expanduser(), veneer_home()):
+        with suppress(OSError):
+            entries += [str(each) for each in folder.iterdir()]
+    return [each for each in entries if not any(Path(path).is_relative_to(each) for path in sandbox.paths)]

@@ -1,10 +1,16 @@
 """The process that a user's function runs in: started as a script by `limited`, and imports nothing of veneer.
 
-Messages are JSON, each behind its length in 4 bytes (big-endian), on the descriptors that were 0 and 1; in their places
-the function finds an empty input and an output that goes nowhere, so what it prints disturbs nobody.
+    limited_child.py [--user ID] [--confined]
 
+Messages are JSON, each behind its length in 4 bytes (big-endian), on the socket that was descriptor 0; in place of
+descriptors 0 to 2 the function finds an empty input and an output that goes nowhere. Every message carries a token that
+its answer repeats, so nothing that was written earlier can be taken for an answer.
+
+    at its start                                                                         -> {}
     first     {"file" or "source", "function", "memory" (bytes), "timeout" (seconds)}    -> {} or {"error"}
     then      {"sample", "item", "seed"}                                                 -> {"value"} or {"error"}
+
+`--user`: become this user first, for good. `--confined`: the process is in a sandbox, so its limits are final.
 """
 
 from __future__ import annotations
@@ -22,33 +28,51 @@ import traceback
 import types
 from typing import Any, BinaryIO
 
+_PROCESSES, _FILES = 32, 64
+"""Processes and threads of a sandbox, and open files of each of its processes, at most."""
 
-def _main() -> None:
-    source, sink, own = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"), os.getpid()
+
+def _main(arguments: list[str]) -> None:
+    if "--user" in arguments:
+        user = int(arguments[arguments.index("--user") + 1])
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    confined = "--confined" in arguments
+    source, sink, own = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(0), "wb"), os.getpid()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for place in (0, 1, 2):
         os.dup2(nowhere, place)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    os.close(nowhere)
+    if confined:
+        _limit(resource.RLIMIT_NPROC, _PROCESSES, final=True)
+        _limit(resource.RLIMIT_NOFILE, _FILES, final=True)
+        os.nice(19)
+    else:  # in a sandbox nothing can outlive its parent
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    _write(sink, "{}", own)
     first = _read(source)
     assert first is not None
     function, found = None, dict[str, Any]()
     try:
-        _limit(resource.RLIMIT_DATA, first["memory"])  # private memory, mapped or not: what numpy reserves is not used
-        _limit(resource.RLIMIT_CORE, 0)
+        # private memory, mapped or not: what numpy reserves is not used
+        _limit(resource.RLIMIT_DATA, first["memory"], final=confined)
+        _limit(resource.RLIMIT_CORE, 0, final=confined)
         function = _loaded(first)
     except BaseException as error:
         found = {"error": _told(error, first)}
-    _write(sink, json.dumps(found), own)
+    _write(sink, json.dumps(found | {"token": first["token"]}), own)
     cores = os.cpu_count() or 1
     while function is not None and (asked := _read(source)) is not None:
         # Whoever loses its parent in the middle of a loop that never ends is ended by the system.
         _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + (first["timeout"] + 1) * cores) + 1)
         try:
             _seed(asked["seed"])
-            data = json.dumps({"value": function(asked["sample"], asked["item"])}, default=float)  # numpy's numbers
+            value = function(asked["sample"], asked["item"])
+            text = json.dumps({"value": value, "token": asked["token"]}, default=float)  # numpy's numbers
         except BaseException as error:
-            data = json.dumps({"error": _told(error, first)})
-        _write(sink, data, own)
+            text = json.dumps({"error": _told(error, first), "token": asked["token"]})
+        _write(sink, text, own)
 
 
 def _end_with(parent: int) -> None:
@@ -57,9 +81,11 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _limit(which: int, most: int) -> None:
+def _limit(which: int, most: int, *, final: bool = False) -> None:
+    """`final`: the function cannot raise it again."""
     hard = resource.getrlimit(which)[1]
-    resource.setrlimit(which, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(which, (most, most if final else hard))
 
 
 def _loaded(first: dict[str, Any]) -> Any:
@@ -107,8 +133,7 @@ def _read(source: BinaryIO) -> Any:
 
 
 def _write(sink: BinaryIO, text: str, own: int) -> None:
-    """`own`: the process that is asked. A fork of the user's that went on ends here: what it says would be taken for
-    the answer to the next question."""
+    """`own`: the process that is asked. A fork of the user's that went on ends here: its answers are not read."""
     if os.getpid() != own:
         os._exit(0)
     data = text.encode()
@@ -117,4 +142,4 @@ def _write(sink: BinaryIO, text: str, own: int) -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    _main(sys.argv[1:])

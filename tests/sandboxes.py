@@ -1,0 +1,17 @@
+"""The sandbox of this machine, for tests that need one."""
+
+from __future__ import annotations
+
+import pytest
+
+from veneer.errors import ResourceError
+from veneer.train.rewards.limited import working_sandbox
+from veneer.train.rewards.sandbox import Sandbox
+
+
+def sandbox_or_skip() -> Sandbox:
+    """Skips the test, with the reason, if bubblewrap or what it needs of the kernel is missing."""
+    try:
+        return working_sandbox()
+    except ResourceError as error:
+        pytest.skip(error.what)

@@ -1,0 +1,454 @@
+"""Python from clients: what a hostile author of a grader can reach, and what is said where no sandbox works."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.sandboxes import sandbox_or_skip
+from veneer.cli import worker
+from veneer.errors import ConfigError, ResourceError, VeneerError
+from veneer.jobs import process
+from veneer.serve import server
+from veneer.serve.settings import ServeSettings
+from veneer.train.config.rewards import GraderReward
+from veneer.train.rewards import sandbox as sandboxes
+from veneer.train.rewards.build import rewards_of
+from veneer.train.rewards.limited import LimitedFunction, working_sandbox
+from veneer.train.rewards.reward import Answer, RewardScore
+from veneer.train.rewards.sandbox import Sandbox
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+ATTACKS = """
+import ctypes, mmap, os, resource, signal, socket, struct, subprocess, sys, tempfile, time, json
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+def works(do, *given):
+    try:
+        return do(*given) is not None or True
+    except (OSError, ValueError):
+        return False
+
+def forked(do):
+    if os.fork() == 0:
+        try:
+            do()
+        finally:
+            os._exit(0)
+
+def score(sample, item):
+    return globals()[sample["attack"]](item)
+
+def well(item):
+    return item.get("n", 1)
+
+def reads(item):
+    return sum(works(lambda path=path: open(path, "rb").read(1)) for path in item["paths"])
+
+def variables(item):
+    return sum(key not in item["known"] for key in os.environ)
+
+def proc(item):
+    return os.path.exists("/proc/self") + os.path.exists(f"/proc/{os.getppid()}/environ")
+
+def listed(item):
+    return sum(os.path.lexists(path) for path in item["paths"])
+
+def linked(item):
+    os.symlink(item["paths"][0], "/tmp/link")
+    return works(lambda: open("/tmp/link").read())
+
+def connects(item):
+    families = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX, 16, 38, 40)  # netlink, the kernel's ciphers, vsock
+    made = [family for family in families if works(socket.socket, family)]
+    return len(made) + works(socket.create_connection, ("127.0.0.1", item["port"]))
+
+def user(item):
+    return os.getuid()
+
+def gains(item):
+    done = [os.setuid, os.setgid]
+    return sum(works(do, 0) for do in done) + (libc.unshare(0x10000000) == 0) + (libc.unshare(0x40000000) == 0)
+
+def namespaces(item):
+    return sum(
+        libc.syscall(number, *arguments) >= 0
+        for number, arguments in ((56, (0x10000011, 0, 0, 0, 0)), (435, (0, 0)), (101, (16, 1, 0, 0)), (165, (0,) * 5))
+    )
+
+def hidden_memory(item):
+    calls = ((319, (b"x", 0)), (29, (0, 4096, 0o1600)))  # memfd_create, shmget
+    return sum(libc.syscall(number, *arguments) >= 0 for number, arguments in calls)
+
+def writes(item):
+    places = ("/", "/usr/lib", "/dev", os.path.dirname(os.__file__), os.path.dirname(sys.executable))
+    return sum(works(lambda place=place: os.mkdir(place + "/mine")) for place in places)
+
+def kills(item):
+    return sum(works(os.kill, process, signal.SIGKILL) for process in item["processes"])
+
+def stops_the_init(item):
+    os.kill(1, signal.SIGKILL)
+    return 1
+
+def raises_limits(item):
+    most = resource.RLIM_INFINITY
+    return sum(
+        works(resource.setrlimit, each, (most, most))
+        for each in (resource.RLIMIT_DATA, resource.RLIMIT_NPROC, resource.RLIMIT_NOFILE)
+    )
+
+def bomb(item):
+    count = 0
+    while count < 10_000:
+        try:
+            if os.fork() == 0:
+                time.sleep(60)
+        except OSError:
+            break
+        count += 1
+    return count
+
+def outlives(item):
+    def away():
+        os.setsid()
+        if os.fork() == 0:
+            time.sleep(600)
+    forked(away)
+    os.wait()
+    return 1
+
+def together(item):
+    for _ in range(3):
+        forked(lambda: (bytearray(40_000_000), time.sleep(30)))
+    time.sleep(30)
+
+def shared(item):
+    kept = mmap.mmap(-1, 150_000_000)
+    for at in range(0, len(kept), 4096):
+        kept[at] = 1
+    time.sleep(30)
+
+def files(item):
+    for n in range(1_000_000):
+        os.close(os.open(f"/tmp/{n}", os.O_CREAT | os.O_WRONLY))
+    return 1
+
+def fills_tmp(item):
+    with open("/tmp/large", "wb") as opened:
+        return works(lambda: [opened.write(bytes(1 << 20)) for _ in range(100)] and opened.flush())
+
+def forges(item):
+    text = json.dumps({"value": 99}).encode()
+    for place in range(64):
+        works(os.write, place, struct.pack(">I", len(text)) + text)
+    return 0.5
+
+def forges_in_a_fork(item):
+    forked(lambda: forges(item))
+    os.wait()
+    return 0.5
+
+def descriptors(item):
+    return sum(works(os.fstat, place) for place in range(3, 64))
+"""
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Sandbox:
+    return sandbox_or_skip()
+
+
+@pytest.fixture(scope="module")
+def function(sandbox: Sandbox) -> Iterator[LimitedFunction]:
+    with LimitedFunction("score", source=ATTACKS, sandbox=sandbox, timeout=20, memory=1e8) as made:
+        yield made
+
+
+def attack(function: LimitedFunction, name: str, **item: object) -> RewardScore:
+    (score,) = function.score([({"attack": name}, item)])
+    return score
+
+
+def private_files(tmp_path: Path) -> list[str]:
+    (tmp_path / "tenants.sqlite").write_text("keys")
+    own = [tmp_path / "tenants.sqlite", Path(__file__), Path(sandboxes.__file__), Path("/etc/passwd")]
+    return [*map(str, own), f"/proc/{os.getpid()}/environ", "/proc/self/environ", "/proc/1/environ", "/sys/kernel"]
+
+
+def test_no_file_of_the_server_is_there(function: LimitedFunction, tmp_path: Path) -> None:
+    paths = private_files(tmp_path)
+    assert attack(function, "listed", paths=paths).value == 0
+    assert attack(function, "reads", paths=paths).value == 0
+    assert attack(function, "linked", paths=paths).value == 0
+    assert attack(function, "proc").value == 0
+
+
+def test_no_variable_of_the_server_is_there(function: LimitedFunction) -> None:
+    assert attack(function, "variables", known=list(sandboxes.SANDBOX_VARIABLES)).value == 0
+
+
+def test_there_is_no_network(function: LimitedFunction) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert attack(function, "connects", port=server.getsockname()[1]).value == 0
+
+
+def test_it_runs_as_another_user_and_stays_that(function: LimitedFunction) -> None:
+    assert attack(function, "user").value not in (0, os.getuid())
+    assert attack(function, "gains").value == 0
+    assert attack(function, "raises_limits").value == 0
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of system calls are x86_64's")
+def test_system_calls_that_no_grader_needs_fail(function: LimitedFunction) -> None:
+    assert attack(function, "namespaces").value == 0
+    assert attack(function, "hidden_memory").value == 0
+
+
+def test_nothing_but_tmp_can_be_written(function: LimitedFunction) -> None:
+    assert attack(function, "writes").value == 0
+    assert attack(function, "fills_tmp").value == 0
+
+
+def test_the_parent_cannot_be_reached(function: LimitedFunction) -> None:
+    assert attack(function, "kills", processes=[os.getpid(), os.getppid()]).value == 0
+    attack(function, "stops_the_init")  # the kernel ignores it, or the sandbox ends
+    assert attack(function, "well").value == 1
+
+
+def test_a_fork_bomb_stays_small_and_is_gone_after_it(sandbox: Sandbox, function: LimitedFunction) -> None:
+    """And with less memory than its processes need it is over sooner."""
+    before = set(sleepers())
+    with LimitedFunction("score", source=ATTACKS, sandbox=sandbox, timeout=20, memory=4e9) as roomy:
+        count = attack(roomy, "bomb").value
+        assert count is not None
+        assert 10 < count < 40
+        assert set(sleepers()) == before
+    assert attack(function, "bomb").error == "its processes held more than 0.1 GB together"
+    assert attack(function, "well").value == 1
+
+
+def sleepers() -> list[int]:
+    return [p.pid for p in psutil.process_iter(["cmdline"]) if "limited_child.py" in " ".join(p.info["cmdline"] or [])]
+
+
+def test_no_process_outlives_its_call_or_the_close(sandbox: Sandbox) -> None:
+    before = set(sleepers())
+    with LimitedFunction("score", source=ATTACKS, sandbox=sandbox, timeout=20) as function:
+        assert attack(function, "well").value == 1
+        assert set(sleepers()) > before
+        assert attack(function, "outlives").value == 1
+        assert set(sleepers()) == before
+        assert attack(function, "well").value == 1
+    assert set(sleepers()) == before
+
+
+def test_a_source_that_leaves_a_process_is_refused(sandbox: Sandbox) -> None:
+    source = "import os, time\nif os.fork() == 0:\n    time.sleep(600)\ndef score(sample, item):\n    return 1\n"
+    before = set(sleepers())
+    with LimitedFunction("score", source=source, sandbox=sandbox) as function:
+        with pytest.raises(ConfigError, match="leaves other processes running"):
+            function.score([({}, {})])
+        assert set(sleepers()) == before
+
+
+@pytest.mark.parametrize("way", ["together", "shared", "files"])
+def test_memory_is_limited_over_all_processes_and_files(function: LimitedFunction, way: str) -> None:
+    began = time.monotonic()
+    found = attack(function, way)
+    assert found.error == "its processes held more than 0.1 GB together"
+    assert time.monotonic() - began < 15
+    assert attack(function, "well").value == 1
+
+
+def test_it_does_not_work_between_calls(sandbox: Sandbox) -> None:
+    source = """
+import threading, time
+count = 0
+def busy():
+    global count
+    while True:
+        count += 1
+        time.sleep(0.001)
+def score(sample, item):
+    if not count:
+        threading.Thread(target=busy, daemon=True).start()
+    time.sleep(0.05)
+    return count
+"""
+    with LimitedFunction("score", source=source, sandbox=sandbox, timeout=20) as function:
+        (before,) = function.score([({}, {})])
+        time.sleep(1)
+        (after,) = function.score([({}, {})])
+    assert before.value is not None
+    assert after.value is not None
+    assert after.value - before.value < 300
+
+
+def test_no_other_descriptor_is_inherited(function: LimitedFunction) -> None:
+    assert attack(function, "descriptors").value == 2  # the two ends of its own socket's file objects
+
+
+def test_the_sandbox_ends_with_a_server_that_is_killed(sandbox: Sandbox) -> None:
+    code = """
+    from veneer.train.rewards.limited import LimitedFunction, working_sandbox
+
+    source = "import time\\ndef f(sample, item): time.sleep(600)"
+    function = LimitedFunction("f", source=source, sandbox=working_sandbox(), timeout=600)
+    print("ready", flush=True)
+    function.score([({}, {})])
+    """
+    before = set(sleepers())
+    server = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    assert server.stdout.readline() == b"ready\n"
+    end = time.monotonic() + 20
+    while not set(sleepers()) > before:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    server.kill()
+    server.wait()
+    server.stdout.close()
+    while set(sleepers()) > before:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+# -- what holds in a sandbox and without one --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["plain", "sandboxed"])
+def either(request: pytest.FixtureRequest) -> Iterator[LimitedFunction]:
+    own = request.getfixturevalue("sandbox") if request.param == "sandboxed" else None
+    with LimitedFunction("score", source=ATTACKS, sandbox=own, timeout=20) as made:
+        yield made
+
+
+def test_what_is_written_to_inherited_descriptors_is_no_answer(either: LimitedFunction) -> None:
+    found = attack(either, "forges")
+    assert found.value is None
+    assert "wrote to the channel of its answers" in found.error
+    assert attack(either, "well", n=3).value == 3
+
+
+@linux
+def test_an_answer_of_a_fork_is_dropped(either: LimitedFunction) -> None:
+    assert attack(either, "forges_in_a_fork").value == 0.5
+    assert attack(either, "well", n=3).value == 3
+
+
+# -- without a sandbox ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untried() -> Iterator[None]:
+    """What was found of this machine is found again, now and after the test."""
+    working_sandbox.cache_clear()
+    yield
+    working_sandbox.cache_clear()
+
+
+def test_without_bubblewrap_the_reason_is_said(untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ResourceError, match=r"bubblewrap \(bwrap\) is not installed") as caught:
+        working_sandbox()
+    assert "apt install bubblewrap" in str(caught.value)
+
+
+def test_a_job_s_grader_runs_in_a_sandbox_or_not_at_all(untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "def grade(sample, item):\n    return 1\n"
+    grader = {"type": "python", "name": "mine", "source": source}
+    answer = Answer([], "x", {})
+    with rewards_of([GraderReward(kind="grader", grader=grader)]) as rewards:  # the operator's own
+        assert rewards.judge([answer]).values == [1]
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ResourceError, match="is not installed"):
+        rewards_of([GraderReward(kind="grader", grader=grader, sandbox=True)])
+
+
+@linux
+def test_what_bubblewrap_says_is_the_reason(untried: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = "bwrap: No permissions to create new namespace"
+    (tmp_path / "bwrap").write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    (tmp_path / "bwrap").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(ResourceError, match=said):
+        working_sandbox()
+
+
+@linux
+def test_a_sandbox_that_does_not_hold_is_refused(
+    untried: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A bwrap that runs its command as it is, outside of any sandbox."""
+    command = "sys.argv[sys.argv.index('--') + 1 :]"
+    fake = f"#!{sys.executable}\nimport subprocess, sys\ngiven = {command}\n"
+    fake += "if '--user' in given:\n    del given[given.index('--user') : given.index('--user') + 2]\n"
+    fake += "init = 'import subprocess, sys; subprocess.run(sys.argv[1:], stdin=0)'\n"
+    (tmp_path / "bwrap").write_text(f"{fake}subprocess.run([sys.executable, '-c', init, *given], stdin=0)\n")
+    (tmp_path / "bwrap").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(ResourceError, match=r"does not hold: .*it sees"):
+        working_sandbox()
+
+
+PRIVATE = """
+import ctypes, os, sys, time
+from veneer.train.rewards.sandbox import forbid_inspection
+
+if os.geteuid() == 0:  # root reads everything
+    os.setresuid(61183, 61183, 61183)
+    ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
+
+def readable(before):
+    ready, done = os.pipe()
+    child = os.fork()
+    if child == 0:
+        before()
+        os.write(done, b"1")
+        time.sleep(60)
+    os.read(ready, 1)
+    try:
+        with open(f"/proc/{child}/environ", "rb") as opened:
+            return opened.read() != b""
+    except PermissionError:
+        return False
+    finally:
+        os.kill(child, 9)
+        os.wait()
+
+print(readable(lambda: None), readable(forbid_inspection))
+"""
+
+
+@linux
+def test_no_process_of_the_same_user_reads_a_private_one() -> None:
+    done = subprocess.run([sys.executable, "-c", PRIVATE], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
+
+
+@pytest.mark.parametrize("kind", ["server", "worker", "job"])
+def test_processes_with_keys_are_private(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[str] = []
+    for module in (sandboxes, server, process):
+        monkeypatch.setattr(module, "forbid_inspection", lambda: calls.append(kind))
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
+    begun = {
+        "server": lambda: server.serve(ServeSettings("none"), print),
+        "worker": lambda: worker.worker(executor="none"),
+        "job": lambda: process.main(["none", "none"]),
+    }
+    with suppress(VeneerError):
+        begun[kind]()
+    assert calls == [kind]
