@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,11 +117,23 @@ def client(world: SimpleNamespace) -> Iterator[Callable[[str], Tinker]]:
         yield made
 
 
+def test_the_server_s_folders_are_told_to_no_tenant(world: SimpleNamespace, client: Any) -> None:
+    """A client's own folder comes back, since its SDK loads the tokenizer by what it hears."""
+    acme = client("acme")
+    model = acme.model("tiny-base", 2)
+    for answer in (acme.post("get_info", model_id=model), acme.http.get("/training_runs").json()):
+        assert str(Path(world.base).parent) not in json.dumps(answer)
+    assert acme.post("get_info", model_id=model)["model_data"]["tokenizer_id"] == "tiny-base"
+    other = client("acme")
+    model = other.model("/home/acme/tiny-base", 2)
+    assert other.post("get_info", model_id=model)["model_data"]["tokenizer_id"] == "/home/acme/tiny-base"
+
+
 def test_a_client_from_its_session_to_a_download(world: SimpleNamespace, client: Any) -> None:
     acme = client("acme")
     assert acme.post("client/config", sdk_version="0")["pjwt_auth_enabled"] is False
     names = acme.http.get("/get_server_capabilities").json()["supported_models"]
-    assert [each["model_name"] for each in names] == [world.base, "tiny-base"]
+    assert [each["model_name"] for each in names] == ["tiny-base"]
     model = acme.model("tiny-base", 4)
     assert model == f"{acme.session}:train:0"
     assert acme.post("get_info", model_id=model)["lora_rank"] == 4
@@ -233,11 +247,14 @@ def stand_in(made: Callable[[], Tinker]) -> SimpleNamespace:
     return SimpleNamespace(ServiceClient=Service, types=types)
 
 
-def test_the_page(client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """docs/how-to/tinker.md: its Python as it is, but for the base's name; the SDK itself is in test_tinker_peers."""
+def test_the_page(
+    world: SimpleNamespace, client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/how-to/tinker.md: its Python as it is, but for the base, which a tenant names by its own folder; the SDK
+    itself is in test_tinker_peers."""
     (code,) = blocks((ROOT / "docs" / "how-to" / "tinker.md").read_text(encoding="utf-8"), "python")
     monkeypatch.setitem(sys.modules, "tinker", stand_in(lambda: client("acme")))
-    exec(compile(code.replace('"smollm2-135m"', '"tiny-base"'), "tinker.md", "exec"), {})
+    exec(compile(code.replace('"smollm2-135m"', repr(world.base)), "tinker.md", "exec"), {})
     *losses, _, path = capsys.readouterr().out.splitlines()
     first, *_, last = [float(line.split()[1]) for line in losses if line[:1].isdigit()]
     assert last < first

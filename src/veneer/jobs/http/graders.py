@@ -122,7 +122,7 @@ def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None 
                 try:
                     grader = grader_of(body.grader, python)
                     functions = sum(isinstance(each, PythonGrader) for each in single_graders(grader).values())
-                    with GraderRun(grader, ask=ask, timeout=_SECONDS / max(1, functions)) as ready:
+                    with GraderRun(grader, ask=ask, timeout=_SECONDS / max(1, functions), sandbox=sandbox) as ready:
                         sample = sample_of(Answer((), body.model_sample))
                         found = ready.grade([(sample, body.item or {})])[0]
                 except MissingExtraError as error:

@@ -243,8 +243,8 @@ def _plain(router: APIRouter, own: TinkerRoutes) -> None:
 
     @router.get("/get_server_capabilities", summary="The base.")
     async def capabilities(request: HttpRequest) -> Response:
-        reader, service = service_of(request).reader, await own.service()
-        names = dict.fromkeys([_model_name(service), service_of(request).catalog.base])
+        http, reader = service_of(request), service_of(request).reader
+        names = dict.fromkeys([_model_name(await own.service(), http), http.catalog.base])
         shown = [
             {"model_name": name, "max_context_length": reader.context, "trainable": True, "sampleable": True}
             for name in names
@@ -309,6 +309,8 @@ def _plain(router: APIRouter, own: TinkerRoutes) -> None:
     async def create_model(request: HttpRequest, body: ModelBody) -> Response:
         caller, service, http = caller_of(request), await own.service(), service_of(request)
         _check_base(http, body.base_model)
+        named = body.base_model
+        await _asked(lambda: service.session(caller.tenant, body.session_id).keep_base_name(named))
         _check_adam(body.optimizer_config)
         given = body.lora_config
         if given is None:
@@ -327,9 +329,9 @@ def _plain(router: APIRouter, own: TinkerRoutes) -> None:
 
     @router.post("/get_info", summary="What a training client is of.")
     async def info(request: HttpRequest, body: RunBody) -> Response:
-        service = await own.service()
-        found = await _asked(lambda: service.described(caller_of(request).tenant, body.model_id))
-        name = _model_name(service)
+        service, caller = await own.service(), caller_of(request)
+        found = await _asked(lambda: service.described(caller.tenant, body.model_id))
+        name = await _asked(lambda: _model_name(service, service_of(request), caller, found.session))
         about = {"arch": service.base.family, "model_name": name, "tokenizer_id": name}
         return Json({
             "type": "get_info", "model_data": about, "model_id": found.id, "is_lora": True,
@@ -570,6 +572,8 @@ def _sampling(router: APIRouter, own: TinkerRoutes) -> None:
             if body.base_model is None:
                 raise invalid("base_model or model_path is needed", "base_model")
             _check_base(http, body.base_model)
+            named = body.base_model
+            await _asked(lambda: service.session(caller.tenant, body.session_id).keep_base_name(named))
         made = await _asked(
             lambda: service.create_sampler(
                 caller.tenant, body.session_id, body.sampling_session_seq_id, body.model_path
@@ -579,9 +583,11 @@ def _sampling(router: APIRouter, own: TinkerRoutes) -> None:
 
     @router.get("/samplers/{id}", summary="What a sampling session is of.")
     async def sampler(request: HttpRequest, id: str) -> Response:
-        service = await own.service()
-        found = await _asked(lambda: service.sampler(caller_of(request).tenant, id))
-        return Json({"sampler_id": found.id, "base_model": _model_name(service), "model_path": found.path})
+        service, caller = await own.service(), caller_of(request)
+        found = await _asked(lambda: service.sampler(caller.tenant, id))
+        session = id.partition(":")[0]
+        name = await _asked(lambda: _model_name(service, service_of(request), caller, session))
+        return Json({"sampler_id": found.id, "base_model": name, "model_path": found.path})
 
     @router.post("/asample", summary="Samples of one prompt.")
     async def sample(request: HttpRequest, body: SampleBody) -> Response:
@@ -780,9 +786,10 @@ def _saved(router: APIRouter, own: TinkerRoutes) -> None:
     @router.post("/weights_info", summary="What a client needs that goes on from a checkpoint.")
     async def info(request: HttpRequest, body: PathBody) -> Response:
         run, _ = await found(request, *await _asked(lambda: parse_path(body.tinker_path)))
-        lora = run.lora
+        lora, service, caller = run.lora, await own.service(), caller_of(request)
+        name = await _asked(lambda: _model_name(service, service_of(request), caller, run.session))
         return Json({
-            "base_model": _model_name(await own.service()), "is_lora": True, "lora_rank": lora.rank,
+            "base_model": name, "is_lora": True, "lora_rank": lora.rank,
             "train_unembed": lora.unembed, "train_mlp": lora.mlp, "train_attn": lora.attention,
             "optimizer_config": {"type": "adamw"},
         })  # fmt: skip
@@ -791,10 +798,11 @@ def _saved(router: APIRouter, own: TinkerRoutes) -> None:
     async def runs(request: HttpRequest, limit: int = _Limit, offset: int = _Offset) -> Response:
         service, caller = await own.service(), caller_of(request)
         ids = await _asked(lambda: service.runs_of(caller.tenant))
+        http = service_of(request)
 
         def look() -> list[dict[str, Any]]:
             some = [service.described(caller.tenant, id) for id in ids[offset : offset + limit]]
-            return [_shown_run(run, service, caller) for run in some]
+            return [_shown_run(run, service, http, caller) for run in some]
 
         shown = await _asked(look)
         cursor = {"offset": offset, "limit": limit, "total_count": len(ids)}
@@ -803,7 +811,9 @@ def _saved(router: APIRouter, own: TinkerRoutes) -> None:
     @router.get("/training_runs/{id}", summary="One of them.")
     async def one(request: HttpRequest, id: str) -> Response:
         service, caller = await own.service(), caller_of(request)
-        return Json(await _asked(lambda: _shown_run(service.described(caller.tenant, id), service, caller)))
+        return Json(
+            await _asked(lambda: _shown_run(service.described(caller.tenant, id), service, service_of(request), caller))
+        )
 
     @router.get("/training_runs/{id}/checkpoints", summary="What one saved, the oldest first.")
     async def checkpoints(request: HttpRequest, id: str) -> Response:
@@ -870,17 +880,18 @@ def _saved(router: APIRouter, own: TinkerRoutes) -> None:
         return Response(status_code=204)
 
 
-def _shown_run(run: TrainingRun, service: TinkerService, caller: Principal) -> dict[str, Any]:
+def _shown_run(run: TrainingRun, service: TinkerService, http: Service, caller: Principal) -> dict[str, Any]:
     points = run.checkpoints.all()
 
     def newest(kind: str) -> dict[str, Any] | None:
         return next((point.shown() for point in reversed(points) if point.id.startswith(f"{kind}/")), None)
 
+    name = _model_name(service, http, caller, run.session)
     journal = run.folder / "journal"
     asked = journal if journal.exists() else run.folder / "run.json"
     last = datetime.fromtimestamp(asked.stat().st_mtime, UTC).isoformat()
     return {
-        "training_run_id": run.id, "base_model": _model_name(service), "model_owner": caller.tenant or "veneer",
+        "training_run_id": run.id, "base_model": name, "model_owner": caller.tenant or "veneer",
         "is_lora": True, "corrupted": False, "lora_rank": run.lora.rank, "last_request_time": last,
         "last_checkpoint": newest("weights"), "last_sampler_checkpoint": newest("sampler_weights"),
         "user_metadata": run.metadata,
@@ -930,10 +941,15 @@ def _future(number: str, model: str | None, sequences: list[str] | None = None) 
     return Json(made if sequences is None else made | {"sample_sequence_ids": sequences})
 
 
-def _model_name(service: TinkerService) -> str:
-    """As clients load its tokenizer by: a hub's id, or a folder of this machine."""
+def _model_name(service: TinkerService, http: Service, caller: Caller | None = None, session: str | None = None) -> str:
+    """The name by which a client can load the base's tokenizer: a hub's ID, or what the client itself called it. The
+    folder on this machine is only for the operator, who has it; everybody else gets the name that is served."""
     name = service.base.name.partition("@")[0]
-    return name if "/" in name and not Path(name).expanduser().exists() else str(service.base.directory)
+    if "/" in name and not Path(name).expanduser().exists():
+        return name
+    if caller is not None and session is not None and (said := service.session(caller.tenant, session).base_name):
+        return said
+    return str(service.base.directory) if caller is not None and caller.admin else str(http.catalog.base)
 
 
 def _check_base(http: Service, name: str) -> None:

@@ -84,6 +84,8 @@ _LOADED = 64
 """Runs of one tenant in memory, beyond which those that wait for nothing leave it: their files say all of them."""
 _SESSION, _NUMBER = "(s[0-9a-f]{12})", "(0|[1-9][0-9]{0,8})"
 """Ids as they are made here: another text of the same number would be a second client of one folder."""
+_BASE_NAME = "base-name"
+"""A session's file with what its client calls the base."""
 _OVER = "over"
 """The file that says that a session was ended, or that of a run only its checkpoints are there."""
 
@@ -132,6 +134,19 @@ class Session:
             raise _over(self.id)
         with suppress(FileNotFoundError):  # swept at this moment
             os.utime(self.folder / "session.json")
+
+    @property
+    def base_name(self) -> str:
+        """What the client last called the base, if that was a path of its own or a hub's ID; else ""."""
+        try:
+            return (self.folder / _BASE_NAME).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ""
+
+    def keep_base_name(self, name: str) -> None:
+        """Keeps what the client calls the base; up to 1,000 characters."""
+        if "/" in name and name[:1000] != self.base_name:
+            atomic_write(self.folder / _BASE_NAME, [name[:1000].encode()])
 
 
 @dataclass(frozen=True)
