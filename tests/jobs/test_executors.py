@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from tests.jobs.pretended import queued
-from veneer.jobs.executors import Ended, LocalExecutor, memory_of
+from veneer.errors import ConfigError
+from veneer.jobs.executors import Ended, LocalExecutor, hand_over, memory_of, taken_over
 from veneer.jobs.store import Job, JobLease, JobStore, jobs_home
 from veneer.library.library import Library
 
@@ -52,6 +54,29 @@ def test_a_process_that_holds_more_than_its_plan_is_ended(
     found = ended(executor, place)
     assert found.memory
     assert "are the most by its plan" in found.why
+
+
+def test_a_process_s_arguments_have_no_lease(library: Library, store: JobStore) -> None:
+    """Everybody on the machine sees them."""
+    executor, job = LocalExecutor(), planned(store, 1 << 30)
+    place = executor.start(JobLease(job, "token-of-the-lease"), {"VENEER_LIBRARY_INDEX": "postgresql://u:secret@h/d"})
+    arguments = " ".join(psutil.Process(int(place.split()[-1])).cmdline())
+    executor.stop(place, hard=True)
+    ended(executor, place)
+    assert "veneer.jobs.process" in arguments
+    assert "token-of-the-lease" not in arguments
+    assert "secret" not in arguments
+
+
+def test_what_is_handed_over_is_read_once(library: Library, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_TEST_HANDED", "")
+    *_, file = hand_over([JobLease(planned(store, 1 << 30), "token")], {"VENEER_TEST_HANDED": "a secret"})
+    (job,) = [job.id for job in store.jobs(None)[0]]
+    assert taken_over(Path(file)) == {job: "token"}
+    assert os.environ["VENEER_TEST_HANDED"] == "a secret"
+    assert not Path(file).exists()
+    with pytest.raises(ConfigError, match=r"no leases for this process(.|\n)*a veneer home that all machines"):
+        taken_over(Path(file))
 
 
 def test_a_plan_of_a_gpu_says_nothing_of_this_machines_memory(library: Library, store: JobStore) -> None:

@@ -147,11 +147,17 @@ def test_a_job_of_kubernetes_from_its_start_to_its_end(cluster: tuple[Cluster, A
     assert body["spec"]["backoffLimit"] == 0
     pod = body["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    assert container["command"] == ["python", "-m", "veneer.jobs.process", lease.job.id, lease.token]
+    python, dash, module, file = container["command"]
+    assert (python, dash, module) == ("python", "-m", "veneer.jobs.process")
+    assert oct(Path(file).stat().st_mode & 0o777) == "0o600"
+    given = json.loads(Path(file).read_text())
+    assert given["leases"] == {lease.job.id: lease.token}
+    assert given["environment"] == {key: ENVIRONMENT[key] for key in ("VENEER_HOME", "VENEER_LIBRARY")}
     assert container["resources"]["limits"] == {"memory": str((3 << 30) + (512 << 20)), "nvidia.com/gpu": "1"}
     assert (pod["restartPolicy"], pod["terminationGracePeriodSeconds"]) == ("Never", 30)
     assert container["volumeMounts"][0]["mountPath"] == "/veneer"
-    assert "secret@" not in json.dumps(body)  # the database's password is the secret's
+    assert "secret@" not in json.dumps(body)
+    assert lease.token not in json.dumps(body)
     assert executor.look(place) is None
     body["status"] = DONE
     ended = executor.look(place)
@@ -165,6 +171,14 @@ def test_a_job_of_kubernetes_from_its_start_to_its_end(cluster: tuple[Cluster, A
     ended = executor.look(place)
     assert ended is not None
     assert ended.memory
+
+
+def test_without_a_secret_the_manifest_has_no_password_either(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
+    kept, api = cluster
+    place = made(api).start(lease, ENVIRONMENT)
+    assert "secret@" not in json.dumps(kept.jobs[place])
+    file = Path(kept.jobs[place]["spec"]["template"]["spec"]["containers"][0]["command"][-1])
+    assert json.loads(file.read_text())["environment"] == ENVIRONMENT
 
 
 def test_stopping_waits_for_the_pod_unless_it_is_hard(cluster: tuple[Cluster, Any], lease: JobLease) -> None:

@@ -1,8 +1,10 @@
-"""A job on a real Ray: started for the test, with one job that is trained and one that is stopped."""
+"""What Ray is told of a job; and a job on a real Ray: started for the test, with one job that is trained and one that
+is stopped."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -10,9 +12,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
+from tests.jobs.pretended import queued, taken
 from tests.jobs.small import small_config
 from tests.library.conftest import quick  # noqa: F401
 from veneer.errors import UnavailableError
@@ -23,14 +28,13 @@ from veneer.jobs.validate import device_of, validated
 from veneer.library.library import open_library
 from veneer.serve.tenancy.store import TrainingTerms
 
-pytest.importorskip("ray.job_submission", reason="pip install 'veneer[ray]'")
-pytestmark = pytest.mark.peers
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A head node in a process of its own."""
+    pytest.importorskip("ray.job_submission", reason="pip install 'veneer[ray]'")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -75,6 +79,30 @@ def leased(store: JobStore, folder: Path, steps: int) -> JobLease:
     return lease
 
 
+def test_ray_is_told_no_password_and_no_lease(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    client = SimpleNamespace(submit_job=lambda **job: told.append(job))
+    module = ModuleType("ray.job_submission")
+    monkeypatch.setattr(module, "JobSubmissionClient", lambda address: client, raising=False)
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    monkeypatch.setitem(sys.modules, "ray.job_submission", module)
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
+    variables = {"VENEER_HOME": str(tmp_path), "VENEER_LIBRARY_INDEX": "postgresql://u:secret@h/d"}
+    with open_library(tmp_path / "library") as library:
+        store = JobStore(library)
+        queued(store)
+        lease = taken(store)
+    RayExecutor("http://head:8265", grace=30).start(lease, variables)
+    (job,) = told
+    assert job["runtime_env"] == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "30"}}
+    assert "secret" not in str(job)
+    assert lease.token not in str(job)
+    file = Path(job["entrypoint"].split()[-1])
+    assert oct(file.stat().st_mode & 0o777) == "0o600"
+    assert json.loads(file.read_text()) == {"leases": {lease.job.id: lease.token}, "environment": variables}
+
+
+@pytest.mark.peers
 def test_a_job_is_trained_by_ray_and_another_is_stopped(address: str, tmp_path: Path) -> None:
     executor = connected(address)
     with open_library(tmp_path / "library") as library:

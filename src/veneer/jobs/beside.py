@@ -29,14 +29,16 @@ def worker_beside(
     """`library`, `tenants`: as the server was given them."""
     command = [sys.executable, "-m", "veneer.cli.main", "worker", "--tied", "--nice", str(_NICE)]
     command += ["--at-once", str(at_once)]
-    for option, value in {"--library": library, "--tenants": tenants}.items():
-        command += [option, value] if value is not None else []
+    given = {"VENEER_LIBRARY": library, "VENEER_TENANTS": tenants}  # a database's URL has its password in it
+    environment = {**os.environ, **{name: value for name, value in given.items() if value is not None}}
     stopping, children = threading.Event(), list[subprocess.Popen[bytes]]()
 
     def keep() -> None:
         while not stopping.is_set():
             # by its standard input it is tied to this process; a Ctrl-C of the terminal is the server's to pass on
-            child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=os.name == "posix")
+            child = subprocess.Popen(
+                command, stdin=subprocess.PIPE, start_new_session=os.name == "posix", env=environment
+            )
             children[:] = [child]
             code = child.wait()
             if child.stdin is not None:

@@ -11,6 +11,7 @@ one machine has Ray or Kubernetes for that.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from veneer.errors import ConfigError
+from veneer.files.atomic import as_veneer_errors, replace_file
 from veneer.jobs.store import Job, JobLease, jobs_home
 
 _LOG = 16 << 20
@@ -48,9 +51,39 @@ class Executor(Protocol):
         """Ask it to save its state and end, as SIGTERM does, and return; `hard`: it ends as SIGKILL has it."""
 
 
-def command_of(*leases: JobLease) -> list[str]:
-    """What an executor has Python do, wherever veneer is installed."""
-    return ["-m", "veneer.jobs.process", *(word for lease in leases for word in (lease.job.id, lease.token))]
+def hand_over(leases: Sequence[JobLease], environment: Mapping[str, str]) -> list[str]:
+    """The command that Python runs for these leases, wherever veneer is installed. Their tokens and the variables, some
+    of which have passwords in them, are neither in the command nor in what a cluster shows of it: they are in a file of
+    the first job's folder, for this user only, which the process reads once and removes. Raises ResourceError and
+    AdapterError."""
+    job = leases[0].job
+    path = job.make_folder() / f"{_HANDOVER}-{job.attempt}.json"
+    given = {"leases": {lease.job.id: lease.token for lease in leases}, "environment": dict(environment)}
+    with as_veneer_errors(path):
+        replace_file(path, [json.dumps(given).encode()], mode=0o600)
+    return ["-m", "veneer.jobs.process", str(path)]
+
+
+def taken_over(path: Path) -> dict[str, str]:
+    """The tokens of the jobs in such a file, which is gone afterwards; its variables are set. Raises ConfigError if it
+    is not there: it was read before, or this machine has another veneer home."""
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+    except FileNotFoundError as error:
+        what = "there are no leases for this process"
+        raise ConfigError(what, where=str(path), fix="a veneer home that all machines of the queue share") from error
+    os.environ.update(given["environment"])
+    return dict(given["leases"])
+
+
+def drop_handover(job: Job) -> None:
+    """Removes what no process has read, once the job's process has ended."""
+    for path in job.folder.glob(f"{_HANDOVER}-*.json"):
+        path.unlink(missing_ok=True)
+
+
+_HANDOVER = "handover"
 
 
 _BEYOND, _BESIDE = 1.5, 512 << 20
@@ -96,14 +129,13 @@ class LocalExecutor(Executor):
     ) -> str:  # fmt: skip
         for lease in leases:
             lease.job.make_folder()
-        command = [sys.executable, *command_of(*leases), "--tied"]
+        command = [sys.executable, *hand_over(leases, environment), "--tied"]
         if self.nice and os.name == "posix":
             command = ["nice", "-n", str(self.nice), *command]
         with open(output, "ab") as log:
             child = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, **environment},
-            )  # fmt: skip
+                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
         place = f"{name}, process {child.pid}"
         self._children[place] = child, room
         return place

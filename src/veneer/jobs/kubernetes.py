@@ -3,9 +3,9 @@
     KubernetesExecutor(image="registry/veneer:1.0", namespace="training", claim="veneer-home", secret="veneer")
 
 `image`: with veneer in it. `claim`: a volume that all nodes may write to, with the veneer home; it is mounted where the
-veneer home of the worker is. `secret`: its keys become variables of the environment; the address of the queue's
-database, which has a password in it, belongs there as VENEER_LIBRARY_INDEX. By the official client, with the worker's
-own service account, or whatever kubeconfig says.
+veneer home of the worker is. A job's process finds its lease and the addresses of the queue there; its Job has neither.
+`secret`: its keys become variables of the environment; VENEER_LIBRARY_INDEX, and VENEER_TENANTS if that is a URL,
+are then taken from it. By the official client, with the worker's own service account, or whatever kubeconfig says.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from veneer.errors import ConfigError, MissingExtraError, UnavailableError
-from veneer.jobs.executors import Ended, Executor, command_of, memory_of
+from veneer.jobs.executors import Ended, Executor, hand_over, memory_of
 from veneer.jobs.store import JobLease
 
 _KEPT_SECONDS = 86400
@@ -51,9 +51,9 @@ class KubernetesExecutor(Executor):
     def _body(self, place: str, lease: JobLease, environment: Mapping[str, str]) -> dict[str, Any]:
         hidden = {"VENEER_LIBRARY_INDEX"} if self.secret else set()
         hidden |= {"VENEER_TENANTS"} if self.secret and "://" in environment.get("VENEER_TENANTS", "") else set()
+        given = {name: value for name, value in environment.items() if name not in hidden}
         container: dict[str, Any] = {
-            "name": "train", "image": self.image, "command": ["python", *command_of(lease)],
-            "env": [{"name": name, "value": value} for name, value in environment.items() if name not in hidden],
+            "name": "train", "image": self.image, "command": ["python", *hand_over([lease], given)],
             "resources": {"limits": {}, "requests": {}},
         }  # fmt: skip
         if memory := memory_of(lease.job):

@@ -1,9 +1,10 @@
 """The process of a job: it trains, tells the queue, puts the adapter into the library, and ends the job.
 
-    python -m veneer.jobs.process JOB TOKEN [JOB TOKEN …] [--tied]      with VENEER_LIBRARY and VENEER_LIBRARY_INDEX
+    python -m veneer.jobs.process FILE [--tied]
 
-Whoever starts it (`executors`) has the lease, and renews it; this process writes under its token. `--tied`: it ends at
-once when its standard input does, that is with whoever started it.
+Whoever starts it (`executors`) has the lease, and renews it; this process writes under its token. `FILE`: from
+`executors.hand_over`, with the jobs' tokens and where the queue is. `--tied`: it ends at once when its standard input
+does, that is with whoever started it.
 
 Each lease has a folder of its own, `attempt-N`, into which the one before it is renamed with its checkpoints. So a
 process that was taken for dead and is not can write, but never where its successor does. The run goes on from its last
@@ -42,6 +43,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import CheckpointError, Interrupted, VeneerError
 from veneer.jobs.canary import compare_job, place_job
+from veneer.jobs.executors import taken_over
 from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost, with_shares
 from veneer.jobs.validate import is_compared, job_config, may_pass, told
 from veneer.library.library import Library, open_library
@@ -388,11 +390,11 @@ def tied(end: Callable[[], object]) -> None:
 
 def main(arguments: list[str]) -> int:
     forbid_inspection()
-    words = [word for word in arguments if word != "--tied"]
-    tokens = dict(zip(words[::2], words[1::2], strict=True))
+    (path,) = [word for word in arguments if word != "--tied"]
     if "--tied" in arguments:
         tied(lambda: os._exit(75))
     try:
+        tokens = taken_over(Path(path))
         with open_library() as library:
             return carry_out_jobs(library, tokens)
     except VeneerError as error:  # a library or a database that is away

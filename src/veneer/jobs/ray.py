@@ -3,7 +3,7 @@
     RayExecutor("http://head:8265", gpus=1)
 
 The machines of the cluster need veneer, the base, and the same veneer home, on a file system that all share. A job's
-process gets the addresses of the queue in its environment, which Ray's dashboard shows to whoever may see it.
+process finds its lease and the addresses of the queue there: Ray's dashboard shows neither.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from veneer.errors import MissingExtraError, UnavailableError
-from veneer.jobs.executors import Ended, Executor, command_of, memory_of
+from veneer.jobs.executors import Ended, Executor, hand_over, memory_of
 from veneer.jobs.store import JobLease
 
 _ALIVE = frozenset({"PENDING", "RUNNING"})
@@ -39,12 +39,12 @@ class RayExecutor(Executor):
 
     def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
         job = lease.job
-        place = f"{job.id}-{job.attempt}"
+        place, command = f"{job.id}-{job.attempt}", hand_over([lease], environment)
         # Ray ends a job's process by SIGTERM and, so many seconds later, by SIGKILL
-        variables = {**environment, "RAY_JOB_STOP_WAIT_TIME_S": str(round(self.grace))}
+        variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(round(self.grace))}
         try:
             self._dashboard.submit_job(
-                entrypoint=shlex.join([self.python, *command_of(lease)]), submission_id=place,
+                entrypoint=shlex.join([self.python, *command]), submission_id=place,
                 runtime_env={"env_vars": variables}, metadata={"tenant": job.tenant, "adapter": job.name},
                 entrypoint_num_cpus=self.cpus, entrypoint_num_gpus=self.gpus or None,
                 entrypoint_memory=memory_of(job) or None,

@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from veneer.errors import VeneerError
-from veneer.jobs.executors import Ended, Executor, LocalExecutor
+from veneer.jobs.executors import Ended, Executor, LocalExecutor, drop_handover
 from veneer.jobs.joining import company
 from veneer.jobs.process import environment_of
 from veneer.jobs.store import JobLease, JobStore, LeaseLost, jobs_home, with_shares
@@ -204,6 +204,7 @@ class Worker:
             for lease in running.leases:
                 with suppress(LeaseLost):  # it has ended the job, or given it back
                     self._process_ended(running, lease, ended)
+                drop_handover(lease.job)
                 self._let_go(lease)
             return
         self._keep(running, now)

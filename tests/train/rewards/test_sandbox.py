@@ -447,7 +447,7 @@ def test_processes_with_keys_are_private(kind: str, monkeypatch: pytest.MonkeyPa
     begun = {
         "server": lambda: server.serve(ServeSettings("none"), print),
         "worker": lambda: worker.worker(executor="none"),
-        "job": lambda: process.main(["none", "none"]),
+        "job": lambda: process.main([str(tmp_path / "none")]),
     }
     with suppress(VeneerError):
         begun[kind]()
