@@ -155,6 +155,21 @@ def forges(item):
         works(os.write, place, struct.pack(">I", len(text)) + text)
     return 0.5
 
+def nests(item):
+    text = b"[" * 1_000_000
+    for place in range(64):
+        works(os.write, place, struct.pack(">I", len(text)))
+        works(os.write, place, text)
+    time.sleep(30)
+
+def buffers(item):
+    pairs = []
+    while works(lambda: pairs.append(socket.socketpair())):
+        pairs[-1][0].setblocking(False)
+        while works(pairs[-1][0].send, bytes(1 << 16)):
+            pass
+    return works(lambda: pairs[0][0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 24)) if pairs else 2
+
 def forges_in_a_fork(item):
     forked(lambda: forges(item))
     os.wait()
@@ -214,6 +229,7 @@ def test_it_runs_as_another_user_and_stays_that(function: LimitedFunction) -> No
 def test_system_calls_that_no_grader_needs_fail(function: LimitedFunction) -> None:
     assert attack(function, "namespaces").value == 0
     assert attack(function, "hidden_memory").value == 0
+    assert attack(function, "buffers").value == 0
 
 
 def test_nothing_but_tmp_can_be_written(function: LimitedFunction) -> None:
@@ -339,6 +355,11 @@ def test_what_is_written_to_inherited_descriptors_is_no_answer(either: LimitedFu
     found = attack(either, "forges")
     assert found.value is None
     assert "wrote to the channel of its answers" in found.error
+    assert attack(either, "well", n=3).value == 3
+
+
+def test_an_answer_that_is_nested_deeply_is_none(either: LimitedFunction) -> None:
+    assert attack(either, "nests").error == "the function's process gave no JSON"
     assert attack(either, "well", n=3).value == 3
 
 

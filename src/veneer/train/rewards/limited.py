@@ -240,7 +240,7 @@ class _Process:
             self.end()
             why = "" if code is None else f", by {signal.Signals(-code).name}" if code < 0 else f", with code {code}"
             raise _Ended(f"the function's process ended{why}") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             self.end()
             raise _Ended("the function's process gave no JSON") from None
         except _Ended:
@@ -285,7 +285,7 @@ class _Running:
             if self._sandboxed and self.sender is not None:
                 self._init = os.pidfd_open(descendants(self.process.pid)[0])
                 self._function = os.pidfd_open(self.sender)
-        except (OSError, EOFError, ValueError, IndexError):
+        except (OSError, EOFError, ValueError, IndexError, RecursionError):
             self.code()
             errors.seek(0)
             said = errors.read(1000).decode(errors="replace").strip()

@@ -203,7 +203,7 @@ def sandbox_memory(processes: Sequence[int], inside: int) -> int:
     return total + (files.f_blocks - files.f_bfree) * files.f_frsize + (files.f_files - files.f_ffree) * _INODE
 
 
-_HELD = frozenset({"RssAnon", "RssShmem", "VmSwap", "VmPTE"})
+_HELD = frozenset({"RssAnon", "RssShmem", "VmSwap", "VmPTE", "HugetlbPages"})
 
 
 # -- the system call filter --------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ _REFUSED = {  # name: (x86_64, aarch64); -1 if the machine has no such call
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196),
     "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180), "vmsplice": (278, 75),
     # the network: some families of sockets know no namespaces (vsock), others are attack surface (netlink, alg)
-    "socket": (41, 198),
+    "socket": (41, 198), "setsockopt": (54, 208),  # pairs of sockets keep their small buffers
     # the rest of the kernel that no grader needs
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "bpf": (321, 280),
     "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
