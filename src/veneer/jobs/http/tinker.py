@@ -660,7 +660,7 @@ async def _sample(
     count, most = body.num_samples, _most_samples(http)
     try:
         job = await asyncio.to_thread(_job, http, caller, sampler, body)
-        memory = _SAMPLE + count * job.sampling.max_tokens * (_ANSWER_TOKEN + _TOP_TOKEN * job.sampling.logprobs)
+        memory = _SAMPLE + count * job.sampling.max_tokens * (_ANSWER_TOKEN + _TOP_TOKEN * (job.sampling.logprobs or 0))
         mine = own.open[caller.tenant]
         async with own.turn:  # half of the queue is for all that wait for samples, and each has its share of it
             await own.turn.wait_for(lambda: not mine.drawing or (mine.drawing + count) * len(own.open) <= most)
@@ -941,7 +941,9 @@ def _future(number: str, model: str | None, sequences: list[str] | None = None) 
     return Json(made if sequences is None else made | {"sample_sequence_ids": sequences})
 
 
-def _model_name(service: TinkerService, http: Service, caller: Caller | None = None, session: str | None = None) -> str:
+def _model_name(
+    service: TinkerService, http: Service, caller: Principal | None = None, session: str | None = None
+) -> str:
     """The name by which a client can load the base's tokenizer: a hub's ID, or what the client itself called it. The
     folder on this machine is only for the operator, who has it; everybody else gets the name that is served."""
     name = service.base.name.partition("@")[0]
@@ -949,7 +951,7 @@ def _model_name(service: TinkerService, http: Service, caller: Caller | None = N
         return name
     if caller is not None and session is not None and (said := service.session(caller.tenant, session).base_name):
         return said
-    return str(service.base.directory) if caller is not None and caller.admin else str(http.catalog.base)
+    return str(service.base.directory) if caller is not None and caller.can("operate") else str(http.catalog.base)
 
 
 def _check_base(http: Service, name: str) -> None:
