@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -203,6 +204,25 @@ def test_the_readme_has_front_matter_and_is_replaced_only_if_it_is_ours(tmp_path
     (tmp_path / "a" / README_FILE).write_text("my own words")
     peft.write_folder(adapter, tmp_path / "a")
     assert (tmp_path / "a" / README_FILE).read_text() == "my own words"
+
+
+def test_the_readme_asks_with_the_system_message_of_the_rows(tmp_path):
+    messages = [
+        {"role": "system", "content": "Answer with\n```json\n"}, {"role": "user", "content": "It's open"},
+        {"role": "assistant", "content": "{}"}, {"role": "user", "content": "And now?"},
+    ]  # fmt: skip
+    card = Card(base="org/base", kind="text", extra={"sample": {"messages": messages}})
+    peft.write_folder(replace(linear_pairs(NAMES), card=card), tmp_path / "a")
+    text = (tmp_path / "a" / README_FILE).read_text()
+    command = text.partition("````bash\n")[2].partition("\n````")[0]
+    given = {"--base": "org/base", "--adapter": "FOLDER", "--system": "Answer with\n```json\n"}
+    assert shlex.split(command) == [
+        "veneer",
+        "generate",
+        "It's open",
+        *(word for pair in given.items() for word in pair),
+    ]
+    assert "````\nAnswer with\n```json\n\n````" in text
 
 
 def test_a_path_of_this_machine_stays_out_of_the_readme(tmp_path):

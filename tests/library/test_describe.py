@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from veneer.library.describe import AdapterDescription, card_picture, card_sample, content_of, gain_of
+from veneer.library.describe import AdapterDescription, card_picture, card_prompt, card_sample, content_of, gain_of
 
 
 def test_a_gain_is_the_share_by_which_the_loss_changed() -> None:
@@ -60,6 +60,15 @@ def test_a_sample_is_whole_or_none() -> None:
     assert card_sample({"extra": {"sample": {**whole, "more": 1}}}) == whole
     for sample in (None, [], {}, {"prompt": "p", "base": "b"}, {**whole, "base": 3}):
         assert card_sample({"extra": {"sample": sample}}) is None
+
+
+def test_a_prompt_is_its_row_s_messages_and_of_old_cards_the_text() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}]
+    assert card_prompt({"extra": {"sample": {"prompt": "Where?", "messages": messages}}}) == messages
+    assert card_prompt({"extra": {"sample": {"prompt": "Where?", "base": "b"}}}) == messages[1:]
+    for sample in (None, [], {}, {"prompt": 3}, {"messages": [{"role": "user"}]}, {"messages": [3]}):
+        assert card_prompt({"extra": {"sample": sample}}) == []
+    assert card_prompt({"extra": []}) == []
 
 
 def test_a_free_search_looks_through_no_picture() -> None:

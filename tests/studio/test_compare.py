@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from urllib.parse import quote
 
 import httpx
 
+from tests.serve.http.toy import wait_for
+from tests.serve.saved_adapters import saved
 from tests.studio.conftest import HOSTILE, Served
 from tests.studio.windows import Window, opened
+from veneer.library.library import open_library
+from veneer.models.text.base import load_text
 from veneer.train.text.judged import corrected_row
 from veneer.train.text.rows import read_rows
 
@@ -69,6 +74,29 @@ def test_numbers_out_of_bounds_are_asked_and_said_as_the_nearest_in_them(studio:
         heard = window.until("--max-new-tokens 1", "1 token \u00b7")
     assert "--temperature" not in heard
     assert "No answer" not in heard
+
+
+def test_an_adapter_brings_the_prompt_of_its_card(studio: Served, tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "Answer in JSON."}, {"role": "user", "content": "Read door 5."}]
+    sample = {"prompt": "Read door 5.", "messages": messages, "base": "five", "adapter": "{}"}
+    saved(load_text(str(tiny[0])), tmp_path, 7, extra={"sample": sample})
+    with open_library(tiny[1]) as library:
+        library.add(tmp_path, "doors")
+    try:
+        wait_for(lambda: httpx.get(f"{studio.address}/studio/compare?c=doors").status_code == 200)
+        page = httpx.get(f"{studio.address}/studio/adapter?ref=doors%401").text
+        assert "veneer generate &#39;Read door 5.&#39;" in page
+        assert "--system &#39;Answer in JSON.&#39;" in page
+        command = "--system &#39;Answer in JSON.&#39;"
+        assert command in httpx.get(f"{studio.address}/studio/compare?c=doors").text
+        assert command not in httpx.get(f"{studio.address}/studio/compare?c=doors&p=Where%3F").text
+        with opened(f"{studio.address}/studio/compare") as window:
+            window.until("data-ref")
+            window.act("add", ref="doors@1")
+            window.until("Read door 5.", "Answer in JSON.")
+    finally:
+        with open_library(tiny[1]) as library:
+            library.remove("doors@1")
 
 
 def test_what_is_not_there_and_what_is_hostile_is_only_text(studio: Served) -> None:

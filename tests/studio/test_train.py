@@ -17,6 +17,7 @@ from tests.studio.conftest import Served
 from tests.studio.lessons import parcel_rows, told_lesson
 from tests.studio.windows import opened
 from tests.tiny_image_base import tiny_image_base
+from veneer.errors import shown
 from veneer.jobs.store import Job, JobStore
 from veneer.library.library import open_library
 
@@ -145,6 +146,39 @@ def test_a_step_is_kept_and_gone_on_from(studio: Served, lesson: Job, store: Job
         window.act("go", step="2")
         heard = window.until("go on from support@1")
         assert "checkpoint.adapters" not in heard.partition("go on from support@1")[0]
+
+
+@pytest.fixture(scope="module")
+def told(studio: Served, tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, store: JobStore) -> Job:
+    """A lesson whose rows have a system message."""
+    file = tmp_path_factory.mktemp("told") / "rows.jsonl"
+    turns = [{"role": "user", "content": "Read door 5."}, {"role": "assistant", "content": "{}"}]
+    row = {"messages": [{"role": "system", "content": "Answer in JSON."}, *turns]}
+    file.write_text(3 * (json.dumps(row) + "\n"))
+    return told_lesson(store, tiny[0], file, studio.home)
+
+
+def answered(studio: Served, model: str, tokens: int) -> str:
+    """What the API answers to the rows' prompt with their system message."""
+    messages = [{"role": "system", "content": "Answer in JSON."}, {"role": "user", "content": "Read door 5."}]
+    body = {"model": model, "messages": messages, "max_tokens": tokens, "temperature": 0}
+    answer = httpx.post(f"{studio.address}/v1/chat/completions", json=body, timeout=60).json()
+    return str(answer["choices"][0]["message"]["content"])
+
+
+def test_steps_are_asked_with_the_system_message_of_the_rows(studio: Served, told: Job) -> None:
+    answer = shown(answered(studio, "support@1", 60), lines=True)
+    with opened(f"{studio.address}/studio/steps?job={told.id}") as window:
+        while answer not in html.unescape("".join(window.values("html"))):
+            window.until("update")
+        assert "Answer in JSON." in window.values("value")
+
+
+def test_talk_asks_with_the_system_message_of_the_rows(studio: Served, told: Job) -> None:
+    with opened(f"{studio.address}/studio/run?job={told.id}") as window:
+        assert "Answer in JSON." in window.values("value")
+        window.press("Ask")
+        window.until("--system &#39;Answer in JSON.&#39;")
 
 
 def test_sample_pictures_come_by_job_and_step_and_by_no_path(studio: Served, lesson: Job) -> None:

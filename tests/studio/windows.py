@@ -71,6 +71,10 @@ class Window:
         event = {"id": int(id), "client_id": self.query["client_id"], "listener_id": listener, "args": args}
         self.socket.send("42" + json.dumps(["event", event]))
 
+    def values(self, name: str) -> list[str]:
+        """The properties of this name of all elements: what is in fields (value), or fragments (html)."""
+        return [str(each["props"][name]) for each in self.elements.values() if name in each.get("props", {})]
+
     def until(self, *words: str) -> str:
         """What comes, until all the words were in it. Elements that come are on the page from then on."""
         heard = ""

@@ -184,7 +184,8 @@ def _share(gain: float | None) -> str:
 @app.command(epilog="Example: veneer library show support@prod")
 def show(reference: _Reference, as_json: AsJson = False) -> None:
     """What is known of an adapter, its relatives, what the last looks at it found, and where its files are here."""
-    from veneer.library.describe import card_sample, gain_of
+    from veneer.formats.card import opening
+    from veneer.library.describe import card_prompt, card_sample, gain_of
 
     with _open() as library:
         version = library.find(reference)
@@ -205,6 +206,7 @@ def show(reference: _Reference, as_json: AsJson = False) -> None:
         **{f"made from {n}": r for n, r in enumerate([*(v.reference for v in family.parents), *family.unknown], 1)},
         "made of it": [v.reference for v in family.children],
         **{f"check {c['name']}": f"{_MARKS[c['ok']]}, {c['at']}: {c['detail']}" for c in checks},
+        "system": opening(card_prompt(version.card))[0],
         **({"asked": sample["prompt"], "base said": sample["base"], "it said": sample["adapter"]} if sample else {}),
         "path": path, **{f"file {n}": f"sha256:{h}, {size:,} bytes" for n, (h, size) in files.items()},
     })  # fmt: skip

@@ -151,9 +151,14 @@ def _say(result: Any, config: Any) -> None:
         seen = f"; what the model would see is in {result.sheet}" if pictures else ""
         print(f"dry run: {result.steps:,} steps, {counted}; nothing was written{seen}", file=sys.stderr)
         return
+    from veneer.formats.card import generate_command, read_card, sample_messages
+
     where, base = shlex.quote(result.adapter), shlex.quote(config.base.name)
-    command = f'veneer generate --base {base} --adapter {where} "…"'
-    if pictures:
+    if not pictures:
+        command = generate_command(
+            config.base.name, result.adapter, sample_messages(read_card(result.adapter).card.extra)
+        )
+    else:
         prompt = config.samples.prompts[0] if config.samples.prompts else config.data.trigger or "…"
         command = f"veneer image --base {base} --adapter {where} {shlex.quote(prompt)} -o out.png"
     print(f"\nadapter  {result.adapter}\nreport   {result.report}\ntry it   {command}", file=sys.stderr)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,37 @@ def _type_problem(value: Any, like: Any) -> str | None:
     return None if isinstance(value, type(like)) else f"{'a mapping' if isinstance(like, dict) else 'text'} is expected"
 
 
+def sample_messages(extra: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The prompt that a card keeps under `extra["sample"]`, as the messages of the row it came from; [] without one.
+
+    Older cards kept the text of the user alone."""
+    sample = extra.get("sample") if isinstance(extra, Mapping) else None
+    if not isinstance(sample, Mapping):
+        return []
+    messages, prompt = sample.get("messages"), sample.get("prompt")
+    if isinstance(messages, list) and messages and all(_is_text_message(m) for m in messages):
+        return [{"role": m["role"], "content": m["content"]} for m in messages]
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else []
+
+
+def _is_text_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+def opening(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """How the conversation of a row begins: (system message, first text of the user); "" for what it lacks."""
+    system = ""
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(content, str):
+            break
+        if role in ("system", "developer"):
+            system = f"{system}\n\n{content}" if system else content
+        else:
+            return system, content if role == "user" else ""
+    return system, ""
+
+
 def is_ours(readme: Path) -> bool:
     """Whether a README may be replaced: it carries the line that says so."""
     try:
@@ -163,18 +196,36 @@ def readme_bytes(adapter: Adapter, *, digest: str, base_name: str = "", name: st
         if table:
             lines += [f"## {title}", "", "| | |", "| --- | --- |"]
             lines += [f"| {_cell(k)} | {_cell(v)} |" for k, v in sorted(_flat(table).items())] + [""]
-    lines += _image_use(shown or "BASE") if card.kind == "image" else _text_use(shown or "BASE")
+    messages = sample_messages(card.extra)
+    lines += _image_use(shown or "BASE") if card.kind == "image" else _text_use(shown or "BASE", messages)
     return ("\n".join(lines) + "\n").encode()
 
 
-def _text_use(base: str) -> list[str]:
+def _text_use(base: str, messages: Sequence[Mapping[str, str]]) -> list[str]:
+    """`messages`: a prompt as the rows of the run had it."""
+    system, _ = opening(messages)
+    asked = generate_command(base, "FOLDER", messages)
+    about = [f"Its rows had this system message: give it with every prompt.\n\n{_fenced(system)}\n"] if system else []
     return [
-        *("## Use", "", "```bash", f'veneer generate "…" --base {base} --adapter FOLDER', "```", ""),
+        *("## Use", "", *about, _fenced(asked, "bash"), ""),
         *("or with PEFT:", "", "```python"),
         *("from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""),
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "FOLDER")',
         "```",
     ]
+
+
+def generate_command(base: str, adapter: str, messages: Sequence[Mapping[str, str]]) -> str:
+    """The command that asks an adapter as the rows of its run did: with their system message."""
+    system, text = opening(messages)
+    command = f"veneer generate {shlex.quote(text or '…')} --base {shlex.quote(base)} --adapter {shlex.quote(adapter)}"
+    return f"{command} --system {shlex.quote(system)}" if system else command
+
+
+def _fenced(text: str, language: str = "") -> str:
+    """A code block of Markdown, with a fence that the text itself cannot close."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _image_use(base: str) -> list[str]:

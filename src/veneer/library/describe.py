@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import AdapterError
+from veneer.formats.card import sample_messages
 from veneer.formats.folder import MLX_FILE
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", MLX_FILE, "veneer.json", "README.md")
@@ -69,13 +70,19 @@ def card_picture(card: Mapping[str, Any]) -> tuple[str, bytes] | None:
 
 def card_sample(card: Mapping[str, Any]) -> dict[str, str] | None:
     """`prompt`, `base` and `adapter`: what both said to a held-out prompt once the adapter was trained; None where the
-    card has no such sample."""
+    card has no such sample. All that came before the answer is in `card_prompt`."""
     extra = card.get("extra")
     sample = extra.get("sample") if isinstance(extra, dict) else None
     keys = ("prompt", "base", "adapter")
     if not isinstance(sample, dict) or not all(isinstance(sample.get(key), str) for key in keys):
         return None
     return {key: sample[key] for key in keys}
+
+
+def card_prompt(card: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The messages of the prompt that the card keeps, with the system message of its row; [] if it keeps none."""
+    extra = card.get("extra")
+    return sample_messages(extra) if isinstance(extra, dict) else []
 
 
 @dataclass(frozen=True)

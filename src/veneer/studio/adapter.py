@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.errors import AdapterError, ConfigError
+from veneer.formats.card import opening
 from veneer.jobs.checkpoints import job_of_tag
-from veneer.library.describe import gain_of
+from veneer.library.describe import card_prompt, gain_of
 from veneer.library.names import parse_reference
 from veneer.library.queries import AdapterFamily, Version
 from veneer.serve.http.surfaces.adapters import AdapterChange, change_adapter, remove_adapter
@@ -126,7 +127,12 @@ def _content(page: ViewPage, version: Version, card: LibraryCard) -> None:
         box("img", "preview", src=card.picture, alt=f"A picture that came with {version.reference}")
     if sample is not None:
         heading("It was asked")
-        line(sample["prompt"], "answer panel")
+        for message in card_prompt(version.card):
+            with box("section", "panel"):
+                heading(
+                    {"system": "System prompt", "developer": "System prompt"}.get(message["role"], message["role"]), 3
+                )
+                line(message["content"], "answer")
         with box("div", "pair"):
             for who, words in ((page.studio.base, sample["base"]), (version.reference, sample["adapter"])):
                 with box("section", "panel"):
@@ -138,7 +144,8 @@ def _use(version: Version) -> str:
     base = version.base or "BASE"
     if version.kind == "image":
         return command("image", "--base", base, "--adapter", version.reference, "a drawing of a fox")
-    return command("generate", "…", base=base, adapter=version.reference)
+    system, text = opening(card_prompt(version.card))
+    return command("generate", text or "…", base=base, adapter=version.reference, system=system)
 
 
 def _relatives(page: ViewPage, seen: _Seen) -> dict[str, Any]:

@@ -96,6 +96,9 @@ class Board:
     def same_command(self, column: Column) -> str:
         raise NotImplementedError
 
+    async def added(self, name: str) -> None:
+        """What else happens when an adapter of this name comes into a column."""
+
     # -- drawing
 
     def kept(self, name: str) -> Any:
@@ -222,6 +225,7 @@ class Board:
             if any(name == part for part, _ in column.mix):
                 raise ConfigError(f"{name} is in this mix already", fix="move its strength")
             column.mix.append((name, 1.0))
+        await self.added(name)
         self.changed()
 
     def leave_out(self, column: Column) -> None:

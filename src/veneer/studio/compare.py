@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from veneer.errors import VeneerError, counted
+from veneer.errors import AdapterError, ConfigError, VeneerError, counted
+from veneer.formats.card import opening
+from veneer.library.describe import card_prompt
 from veneer.serve.http.asking import AskedTexts, ask_texts
 from veneer.serve.http.errors import message_of
 from veneer.serve.request import Finished, Refused, Token
@@ -23,6 +25,7 @@ from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
 from veneer.studio.moving import Answers, SpokenToken
 from veneer.studio.parts import Command, box, button, line, permit
+from veneer.studio.talk import prompt_messages
 from veneer.train.text.judged import add_row, corrected_row, judged_file, preference_row
 
 _PAUSE = 1 / 30
@@ -36,6 +39,7 @@ async def compare_view(page: ViewPage) -> None:
 
         return await pictures_view(page)
     board = _Texts(page)
+    await board.offer(name for column in board.columns for name, _ in column.mix)
     page.title("Compare", "One prompt, answered at the same time by the base, by adapters and by mixes of them.")
     board.draw()
 
@@ -55,7 +59,7 @@ class _Texts(Board):
                     self.seed = self.number("Seed", "seed", 0, low=0, high=2**31, step=1)
                     self.tokens = self.number("Tokens, at most", "m", _TOKENS, low=1, high=4096, step=1)
                     self.system = parts.form_field(
-                        "Told before it", query.get("s"), self.kept("s"), hint="You are brief."
+                        "System prompt", query.get("s"), self.kept("s"), kind="area", hint="You are brief."
                     )
             with box("div", "row"):
                 button("Ask", permit("infer", self.ask_all), kind="filled", key="ctrl+enter")
@@ -87,9 +91,7 @@ class _Texts(Board):
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        system = str(self.system.value or "").strip()
-        told = [{"role": "system", "content": system}] if system else []
-        return [*told, {"role": "user", "content": str(self.prompt.value)}]
+        return prompt_messages(str(self.prompt.value), str(self.system.value or "").strip())
 
     async def answer(self, column: Column) -> None:
         shown: Answers = column.shown
@@ -131,6 +133,30 @@ class _Texts(Board):
         except Refused as error:
             for i in range(n):
                 shown.end(i, f"No answer: {message_of(error)}")
+
+    async def offer(self, names: Iterable[str]) -> None:
+        """If nothing is asked yet, the prompt that the first of these adapters keeps in its card, with the system
+        message of its row."""
+        query, library = self.page.query, self.page.studio.library
+        if query.get("p") or query.get("s"):
+            return
+        for name in names:
+            try:
+                version = await asyncio.to_thread(library.find, name)
+            except (AdapterError, ConfigError):  # an adapter that was loaded, or a route
+                continue
+            caller = self.page.caller
+            if not (caller.admin or caller.sees(name) or caller.sees(version.reference)):
+                continue
+            system, text = opening(card_prompt(version.card))
+            if text:
+                self.page.keep(p=text, s=system)
+                return
+
+    async def added(self, name: str) -> None:
+        await self.offer([name])
+        self.prompt.put(self.page.query.get("p"))
+        self.system.put(self.page.query.get("s"))
 
     # -- judging
 

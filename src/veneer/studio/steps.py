@@ -22,9 +22,9 @@ from veneer.train.config.sentence import sentence_of
 from veneer.train.events import mean_rewards
 
 _WORDS = 60
-_KNOWN: dict[tuple[str, str, str], str] = {}
-"""Answers that were given: (the adapter's reference or the base, job, prompt) -> text, the oldest first. What is asked
-greedily is asked once."""
+_KNOWN: dict[tuple[str, str, str, str], str] = {}
+"""Answers that were given: (the adapter's reference or the base, job, system prompt, prompt) -> text, the oldest first.
+What is asked greedily is asked once."""
 _MOST = 4000
 
 
@@ -156,7 +156,7 @@ class _StepAnswers:
     def __init__(self, page: ViewPage, job: Job) -> None:
         self.page, self.job, self.columns = page, job, list[tuple[str, str]]()
         self.why, self.running = asked_here(page, job), list[asyncio.Task[Any]]()
-        self.texts: dict[tuple[str, str], str] = {}
+        self.texts: dict[tuple[str, str, str], str] = {}
         heading("The same prompts", 2)
         self.hint = line(self.why, "soft")
         self.prompt = form_field(
@@ -165,6 +165,13 @@ class _StepAnswers:
             kind="text",
             entered=permit("infer", lambda text: self.more(text)),
             hint="Enter asks it of every step",
+        )
+        self.system = form_field(
+            "System prompt",
+            page.query.get("s"),
+            permit("infer", lambda text: self.told(text)),
+            kind="area",
+            hint="What its rows say before the question",
         )
         self.grid = Fragment(
             "answers_grid.html.j2", acts={"drop": permit("infer", lambda d: self.less(d["prompt"]))}, rows=[], heads=[]
@@ -190,6 +197,11 @@ class _StepAnswers:
         self.prompt.put("")
         self._again()
 
+    def told(self, system: str) -> None:
+        """Another system prompt: every step is asked anew."""
+        self.page.keep(s=system)
+        self._again()
+
     def less(self, text: str) -> None:
         self.page.keep(p=[each for each in self.prompts if each != text])
         self._again()
@@ -200,23 +212,28 @@ class _StepAnswers:
         self.running = [self.page.task(self._ask())]
 
     def _draw(self) -> None:
-        rows = [(prompt, [self.texts.get((prompt, ref)) for _, ref in self.columns]) for prompt in self.prompts]
+        system = str(self.system.value or "").strip()
+        rows = [(prompt, [self.texts.get((system, prompt, ref)) for _, ref in self.columns]) for prompt in self.prompts]
         self.grid.show(rows=rows, heads=[name for name, _ in self.columns])
 
     async def _ask(self) -> None:
         if self.why:
             return
-        if not self.prompts:
-            own = await asyncio.to_thread(own_prompts, self.job)
-            self.page.keep(p=own)
+        if not (self.prompts or self.page.query.get("s")):
+            system, own = await asyncio.to_thread(own_prompts, self.job)
+            self.system.put(system)
+            self.page.keep(p=own, s=system)
+        system = str(self.system.value or "").strip()
         put(self.hint, "" if len(self.columns) > 1 else "No step can be asked yet: its checkpoints are not published.")
         self._draw()
         for prompt in self.prompts:
             for _, reference in self.columns:
-                key = (reference or self.page.studio.base, self.job.id, prompt)
+                key = (reference or self.page.studio.base, self.job.id, system, prompt)
                 if (known := _KNOWN.get(key)) is None:
-                    known = _KNOWN[key] = await answer_of(self.page, prompt, reference, most=_WORDS)
+                    known = _KNOWN[key] = await answer_of(
+                        self.page, prompt, reference, system=system, most=_WORDS
+                    )  # fmt: skip
                     if len(_KNOWN) > _MOST:
                         del _KNOWN[next(iter(_KNOWN))]
-                self.texts[prompt, reference] = known
+                self.texts[system, prompt, reference] = known
                 self._draw()

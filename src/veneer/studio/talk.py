@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from veneer.errors import ConfigError, VeneerError
+from veneer.formats.card import opening
 from veneer.jobs.store import Job, UnknownJob
 from veneer.jobs.validate import job_config
 from veneer.serve.http.asking import AskedTexts, ask_texts
@@ -21,8 +22,8 @@ from veneer.train.text.rows import read_rows, split_rows
 
 _WORDS = 160
 """Tokens of an answer at most."""
-_LONGEST = 300
-"""Letters of a prompt that nobody typed."""
+_LONGEST = 2000
+"""Characters of the longest prompt that is offered."""
 _PROMPTS = 2
 """Prompts of a run's own rows."""
 
@@ -49,12 +50,13 @@ def asked_here(page: ViewPage, job: Job) -> str:
     return "" if own == page.studio.base.rpartition("/")[2] else f"this server runs {page.studio.base}, and not {own}"
 
 
-def own_prompts(job: Job) -> list[str]:
-    """The first questions of rows that a run holds out, or of its rows; none where they are gone."""
+def own_prompts(job: Job) -> tuple[str, list[str]]:
+    """How the first rows that a run holds out begin, or its rows: their system message, and what the user asks under
+    it. ("", []) if the rows are gone."""
     try:
         config = job_config(job, job.folder)
         if not isinstance(config, TrainConfig):
-            return []
+            return "", []
         data = config.data
         formats = None if config.preference.loss is None else preference_formats(config.preference.loss)
         rows, _ = read_rows(
@@ -63,17 +65,25 @@ def own_prompts(job: Job) -> list[str]:
         )  # fmt: skip
         held = split_rows(rows, data.split, seed=config.split_seed)[1] or rows
     except VeneerError:
-        return []
-    asked = [next((m["content"] for m in reversed(row.messages) if m["role"] == "user"), "") for row in held]
-    return [str(text)[:_LONGEST] for text in dict.fromkeys(asked) if text][:_PROMPTS]
+        return "", []
+    asked = [each for each in map(opening, (row.messages for row in held)) if 0 < len(each[1]) <= _LONGEST]
+    system = asked[0][0] if asked else ""
+    return system, list(dict.fromkeys(text for told, text in asked if told == system))[:_PROMPTS]
+
+
+def prompt_messages(prompt: str, system: str) -> list[dict[str, Any]]:
+    """A prompt as messages, after the system message if there is one."""
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": prompt}]
 
 
 async def answer_of(
-    page: ViewPage, prompt: str, reference: str, told: Callable[[str], None] | None = None, *, most: int = _WORDS
+    page: ViewPage, prompt: str, reference: str, told: Callable[[str], None] | None = None, *, system: str = "",
+    most: int = _WORDS,
 ) -> str:  # fmt: skip
     """What the base (reference "") or an adapter answers, with the likeliest tokens; `told` hears it as it comes."""
     mix = [(reference, 1.0)] if reference else []
-    said, text = AskedTexts([{"role": "user", "content": prompt}], mix, max_tokens=most), ""
+    said, text = AskedTexts(prompt_messages(prompt, system), mix, max_tokens=most), ""
     async for _, event in ask_texts(page.studio.service, page.caller, said):
         if isinstance(event, Token | Finished):
             text += event.text
@@ -99,13 +109,20 @@ async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
             entered=permit("infer", lambda text: ask()),
             hint="Something that it should have learned",
         )  # fmt: skip
+        told_first = form_field(
+            "System prompt", page.query.get("s"), lambda text: page.keep(s=text), kind="area",
+            hint="What its rows say before the question",
+        )  # fmt: skip
         with box("div", "row"):
             asking = button("Ask", permit("infer", lambda: ask()), key="ctrl+enter")
         answers = Fragment("answers_two.html.j2", columns=[])
         same = Command()
     why = asked_here(page, job)
-    if not page.query.get("p") and (own := await asyncio.to_thread(own_prompts, job)):
-        prompt.put(own[0])
+    if not (page.query.get("p") or page.query.get("s")):
+        system, own = await asyncio.to_thread(own_prompts, job)
+        prompt.put(own[0] if own else "")
+        told_first.put(system)
+        page.keep(p=own[:1], s=system)
     known: dict[str, str] = {}
     running: list[asyncio.Task[Any]] = []
 
@@ -137,18 +154,19 @@ async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
             task.cancel()
         running.clear()
         text, reference = str(prompt.value or "").strip(), known[str(which.value)]
+        system = str(told_first.value or "").strip()
         if not text:
             raise ConfigError("there is no prompt", fix="type one")
         names = (page.studio.base, reference)
         columns: list[dict[str, Any]] = [{"name": name, "text": "", "done": False} for name in names]
-        same.show(command("generate", text, base=page.studio.base, adapter=reference, chat=True))
+        same.show(command("generate", text, base=page.studio.base, adapter=reference, system=system))
 
         async def one(column: dict[str, Any], name: str) -> None:
             def told(said: str) -> None:
                 column["text"] = said
 
             try:
-                await answer_of(page, text, name, told)
+                await answer_of(page, text, name, told, system=system)
             finally:  # also where it fails: `drawn` waits for it
                 column["done"] = True
 

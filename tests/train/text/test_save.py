@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tests.tiny_base import tiny_base_dir
 from veneer.adapters.use import load_adapter
 from veneer.core.attach import attach
 from veneer.formats.card import read_card
-from veneer.library.describe import card_sample
+from veneer.library.describe import card_prompt, card_sample
 from veneer.models.text.base import TextBase, load_text
 from veneer.models.text.generate import complete
 from veneer.train.config.load import config_from
@@ -48,6 +49,22 @@ def test_the_card_has_both_answers_to_a_held_out_prompt(base: TextBase, tmp_path
         attachment.add("it", load_adapter(base, str(folder)))
         attachment.use("it")
         assert complete(base, [asked], max_new_tokens=5)[0].text == sample["adapter"]
+
+
+def test_the_card_keeps_the_prompt_with_its_system_message(base: TextBase, tmp_path: Path) -> None:
+    folder = trained(base, tmp_path)
+    system, asked = card_prompt(read_card(folder).card.to_dict())
+    assert system == {"role": "system", "content": "Be brief."}
+    assert asked["role"] == "user"
+    assert asked["content"] in [f"What is {n}?" for n in range(12)]
+    for file in ("README.md", "report.html"):
+        text = html.unescape((folder / file).read_text())
+        assert f"veneer generate '{asked['content']}'" in text
+        assert "--system 'Be brief.'" in text
+
+
+def test_a_run_that_samples_nothing_keeps_no_prompt(base: TextBase, tmp_path: Path) -> None:
+    assert card_prompt(read_card(trained(base, tmp_path, sample=0)).card.to_dict()) == []
 
 
 def test_short_runs_keep_none_unless_asked_for(base: TextBase, tmp_path: Path) -> None:

@@ -331,8 +331,8 @@ class EvaluationSection(Section):
     keep: Literal["best", "last"] = setting("best", "save the adapter of the lowest held-out loss, or the last one")
     sample: int | None = setting(
         None,
-        "tokens of the answers to one held-out prompt, the base's and the adapter's, that the card keeps; 0: none. Of "
-        "one device",
+        "tokens of the answers to one held-out prompt, the base's and the adapter's, that the card keeps with the "
+        "prompt; 0: no prompt either. Of one device",
         f"{_SAMPLE_TOKENS} for runs of {_SAMPLE_FROM} steps or more, else none",
         ge=0,
     )

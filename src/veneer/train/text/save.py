@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment
 from veneer.formats import peft
+from veneer.formats.card import generate_command, opening, read_card, sample_messages
 from veneer.formats.folder import CONFIG_FILE, TENSOR_FILE
 from veneer.models.text.generate import complete
 from veneer.train.report.log import duration
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 
 
 _PROMPT = 1000
-"""Characters of a prompt that a card keeps."""
+"""Characters of the user's last text that a card shows."""
+_LONGEST = 50_000
+"""Characters of the longest prompt that a card keeps."""
 
 
 @dataclass
@@ -53,24 +57,30 @@ def write_adapter(adapter: Adapter, folder: Path, base: TextBase) -> str:
     return peft.write_folder(adapter, folder, base_name=base.name, base=base.model).digest
 
 
-def sample_answers(
-    base: TextBase, attachment: Attachment, name: str, rows: Sequence[Row], tokens: int
-) -> dict[str, str] | None:  # fmt: skip
-    """What the base and the adapter of that name say to the first of the rows that is a conversation of texts, without
-    its answer, greedily, of at most so many tokens: `prompt` (what the user said last), `base`, `adapter`. None where
-    there is no such row. Raises BaseError, DataError."""
+def sample_prompt(rows: Sequence[Row]) -> dict[str, Any]:
+    """The prompt of the first row that is a conversation of texts: `messages`, all that comes before the row's answer,
+    and `prompt`, the beginning of the last message. {} if no row is one."""
     for row in rows:
         turns = [{"role": m.get("role"), "content": m.get("content")} for m in row.messages]
         asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
         if row.tools or not asked or not all(isinstance(text, str) for turn in asked for text in turn.values()):
             continue
-        texts = [{key: str(text) for key, text in turn.items()} for turn in asked]
-        said = {}
-        for who, mix in (("base", ()), ("adapter", (name,))):
-            with attachment.using(*mix):
-                said[who] = complete(base, [texts], max_new_tokens=tokens)[0].text
-        return {"prompt": texts[-1]["content"][:_PROMPT], **said}
-    return None
+        if sum(len(str(turn["content"])) for turn in asked) <= _LONGEST:
+            return {"prompt": str(asked[-1]["content"])[:_PROMPT], "messages": asked}
+    return {}
+
+
+def sample_answers(
+    base: TextBase, attachment: Attachment, name: str, messages: Sequence[Mapping[str, str]], tokens: int
+) -> dict[str, str]:  # fmt: skip
+    """The greedy answers to `messages` of the `base` and of the `adapter` with this name, of at most `tokens` tokens.
+
+    Raises BaseError, DataError."""
+    said = {}
+    for who, mix in (("base", ()), ("adapter", (name,))):
+        with attachment.using(*mix):
+            said[who] = complete(base, [messages], max_new_tokens=tokens)[0].text
+    return said
 
 
 def text_report(
@@ -110,16 +120,16 @@ def _preference_cards(result: RunResult) -> list[tuple[str, str, str]]:
 
 
 def _usage(folder: Path, base: TextBase) -> list[tuple[str, str]]:
+    messages = sample_messages(read_card(folder).card.extra)
+    system, text = opening(messages)
+    given = f", system={system!r}" if system else ""
+    words = shlex.join(["veneer", "eval", "--base", base.name, "--adapter", str(folder), "--data", "held_out.jsonl"])
     return [
-        (
-            "On the command line",
-            f'veneer generate "…" --base {base.name} --adapter {folder}\n'
-            f"veneer eval --base {base.name} --adapter {folder} --data held_out.jsonl",
-        ),
+        ("On the command line", f"{generate_command(base.name, str(folder), messages)}\n{words}"),
         (
             "In Python",
             f'import veneer\n\nbase = veneer.load_base("{base.name}")\n'
-            f'print(veneer.generate(base, ["…"], adapters=["{folder}"])[0])',
+            f'print(veneer.generate(base, [{text or "…"!r}], adapters=["{folder}"]{given})[0])',
         ),
         (
             "With PEFT",

@@ -69,7 +69,7 @@ from veneer.train.text.prompts import PromptItem
 from veneer.train.text.reinforce import Reinforcement
 from veneer.train.text.rollouts import MakeSampler, Sampler, SamplerSettings
 from veneer.train.text.rows import data_digest
-from veneer.train.text.save import RunResult, sample_answers, text_metrics, text_report, write_adapter
+from veneer.train.text.save import RunResult, sample_answers, sample_prompt, text_metrics, text_report, write_adapter
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
@@ -526,21 +526,22 @@ class AttachedText(AttachedTask[RunResult]):
 
     def save(self, result: RunResult, progress: Progress, tell: Listener) -> RunResult:
         adapter = self._carded(text_metrics(result))
-        if sample := self._sample(tell):
-            adapter.card.extra = {**adapter.card.extra, "sample": sample}
+        if sample := adapter.card.extra.get("sample"):
+            adapter.card.extra = {**adapter.card.extra, "sample": {**sample, **self._answers(sample, tell)}}
         digest = write_adapter(adapter, self.run.folder, self.base)
         return replace(result, adapter=str(self.run.folder), digest=digest)
 
-    def _sample(self, tell: Listener) -> dict[str, str] | None:
-        """What the card keeps of answers. A base that is spread over devices would need all of them to answer."""
+    def _answers(self, sample: Mapping[str, Any], tell: Listener) -> dict[str, str]:
+        """The answers to the card's prompt, if it keeps any. A base that is spread over devices would need all of them
+        to answer, and training rows say nothing of what was learned from them."""
         tokens = self.config.evaluation.sampled(len(self.steps))
-        if not tokens or self.run.devices.count > 1:
-            return None
+        if not tokens or self.run.devices.count > 1 or not sample_prompt(self.data.held.rows):
+            return {}
         try:
-            return sample_answers(self.base, self.attachment, self.name, self.data.held.rows, tokens)
+            return sample_answers(self.base, self.attachment, self.name, sample["messages"], tokens)
         except VeneerError as error:
             tell(Note(f"the card keeps no answers: {error.what}"))
-            return None
+            return {}
 
     def write(self, folder: Path, progress: Progress) -> None:
         write_adapter(self._carded(progress.metrics()), folder, self.base)
@@ -552,6 +553,9 @@ class AttachedText(AttachedTask[RunResult]):
             data_digest=data_digest(data.train.rows), recipe=self.config.recipe(), metrics=metrics,
             parents=[data.start.digest()] if data.start is not None else [],
         )  # fmt: skip
+        sample = {} if self.config.evaluation.sample == 0 else sample_prompt([*data.held.rows, *data.train.rows])
+        if sample:
+            card.extra = {**card.extra, "sample": sample}
         return replace(trained, card=card)
 
     def prove(self) -> str:

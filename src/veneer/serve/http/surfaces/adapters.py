@@ -33,7 +33,7 @@ from starlette.responses import Response
 
 from veneer.errors import AdapterError, ConfigError, UnsafeFileError, quoted
 from veneer.formats.convert import layout_ending
-from veneer.library.describe import card_picture, card_sample, gain_of
+from veneer.library.describe import card_picture, card_prompt, card_sample, gain_of
 from veneer.library.library import Added, Library, NotInLibrary
 from veneer.library.queries import AdapterFamily, Order, Version
 from veneer.library.store import CHUNK
@@ -424,6 +424,7 @@ def _shown(v: Version, own: bool) -> dict[str, Any]:
         "base": v.base, "base_fingerprint": v.fingerprint, "kind": v.kind, "rank": v.rank, "format": v.format,
         "digest": v.digest, "bytes": v.size, "added": v.added, "created": v.created, "licence": v.licence,
         "tags": v.tags, "trigger_words": v.trigger_words, "health": v.health, "sample": card_sample(v.card),
+        "prompt": card_prompt(v.card),
         "gain": gain and {"before": gain.before, "after": gain.after, "share": gain.share},
         "preview": f"/v1/adapter_previews/{v.reference}" if card_picture(v.card) else None,
     }  # fmt: skip
