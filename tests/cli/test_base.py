@@ -43,6 +43,7 @@ def test_list_names_the_built_in_bases(capsys: Any) -> None:
     (first, *_) = json.loads(run(capsys, "base", "list", "--json").out)["bases"]
     assert first["name"] == "smollm2-135m"
     assert first["here"] is False
+    assert first["hub_id"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def test_list_shows_the_image_bases_of_the_package(capsys: Any) -> None:

@@ -225,6 +225,19 @@ def test_the_readme_asks_with_the_system_message_of_the_rows(tmp_path):
     assert "````\nAnswer with\n```json\n\n````" in text
 
 
+def test_other_tools_are_told_the_hub_id_of_a_built_in_base(tmp_path):
+    card = Card(base="smollm2-135m", kind="text")
+    peft.write_folder(replace(linear_pairs(NAMES), card=card), tmp_path / "a", base_name="smollm2-135m")
+    config = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    text = (tmp_path / "a" / README_FILE).read_text()
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert 'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")' in text
+    assert "veneer generate '…' --base smollm2-135m" in text
+    assert "`veneer base get smollm2-135m`" in text
+    assert read_card(tmp_path / "a").card.base == "smollm2-135m"
+
+
 def test_a_path_of_this_machine_stays_out_of_the_readme(tmp_path):
     peft.write_folder(linear_pairs(NAMES), tmp_path / "a", base_name="/home/me/bases/small")
     text = (tmp_path / "a" / README_FILE).read_text()

@@ -65,6 +65,12 @@ def test_the_nearest_name_is_offered(home: Path) -> None:
         find_base("smolm2-135")
 
 
+def test_the_hub_id_of_a_built_in_base_names_our_copy_where_no_hub_is(home: Path) -> None:
+    with pytest.raises(BaseError) as caught:
+        find_base("HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert "smollm2-135m is veneer's own copy of it" in (caught.value.fix or "")
+
+
 def test_with_no_hub_the_error_says_where_it_looked_and_what_else_there_is(home: Path) -> None:
     with pytest.raises(BaseError, match="the hub cannot be reached") as caught:
         find_base("some/model")

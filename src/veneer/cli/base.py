@@ -37,7 +37,10 @@ def list_(as_json: AsJson = False) -> None:
 
     bases = known_bases()
     if as_json:
-        rows = [{"name": b.name, "path": str(b.path), "here": b.here, "summary": b.summary} for b in bases]
+        rows = [
+            {"name": b.name, "path": str(b.path), "here": b.here, "summary": b.summary, "hub_id": b.hub_id}
+            for b in bases
+        ]
         print(json.dumps({"bases": rows}, indent=2))
         return
     for b in bases:

@@ -164,6 +164,14 @@ class Card:
         return asdict(self)
 
 
+_HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+def hub_id(base: str) -> str:
+    """The id under which hubs and other tools know a base: that of a built-in base, else the name itself."""
+    return _HUB_IDS.get(base, base)
+
+
 @dataclass(frozen=True)
 class LoraSpec:
     """What to create: which modules get a pair, of which rank and alpha, and how the pair starts.

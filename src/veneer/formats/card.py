@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from veneer.core.adapter import Adapter, Card
+from veneer.core.adapter import Adapter, Card, hub_id
 from veneer.errors import AdapterError, bullets
 from veneer.files.safetensors import strict_json
 
@@ -160,7 +160,8 @@ def readme_bytes(adapter: Adapter, *, digest: str, base_name: str = "", name: st
 
     card = adapter.card
     base = base_name or card.base
-    shown = base.rstrip("/").rsplit("/", 1)[-1] if base.startswith(("/", "~", ".")) else base
+    own = base.rstrip("/").rsplit("/", 1)[-1] if base.startswith(("/", "~", ".")) else base
+    shown = hub_id(own)
     front: dict[str, Any] = {
         "library_name": "peft",
         "tags": sorted({"lora", "veneer"} | ({"dora"} if _dora(adapter) else set())),
@@ -197,7 +198,7 @@ def readme_bytes(adapter: Adapter, *, digest: str, base_name: str = "", name: st
             lines += [f"## {title}", "", "| | |", "| --- | --- |"]
             lines += [f"| {_cell(k)} | {_cell(v)} |" for k, v in sorted(_flat(table).items())] + [""]
     messages = sample_messages(card.extra)
-    lines += _image_use(shown or "BASE") if card.kind == "image" else _text_use(shown or "BASE", messages)
+    lines += _image_use(own or "BASE") if card.kind == "image" else _text_use(own or "BASE", messages)
     return ("\n".join(lines) + "\n").encode()
 
 
@@ -210,9 +211,16 @@ def _text_use(base: str, messages: Sequence[Mapping[str, str]]) -> list[str]:
         *("## Use", "", *about, _fenced(asked, "bash"), ""),
         *("or with PEFT:", "", "```python"),
         *("from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""),
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "FOLDER")',
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{hub_id(base)}"), "FOLDER")',
         "```",
+        *(_own_copy(base) if hub_id(base) != base else []),
     ]
+
+
+def _own_copy(base: str) -> list[str]:
+    """Where the very weights are that the adapter was trained on."""
+    copy = f"It was trained on veneer's copy of `{hub_id(base)}`, called `{base}`, whose weights were quantized once."
+    return ["", f"{copy} `veneer base get {base}` prints the folder of the copy, which `from_pretrained` takes too."]
 
 
 def generate_command(base: str, adapter: str, messages: Sequence[Mapping[str, str]]) -> str:

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Adapter, Card, Pair, PairKind, TokenRows, scale_of
+from veneer.core.adapter import Adapter, Card, Pair, PairKind, TokenRows, hub_id, scale_of
 from veneer.core.forms import Delta
 from veneer.errors import AdapterError, bullets, nearest
 from veneer.files.atomic import put_folder
@@ -853,6 +853,7 @@ def encode_folder(
 
 
 def _encode(adapter: Adapter, *, base_name: str, base: BaseLike, task_type: str | None, where: str | None) -> _Encoded:
+    base_name = hub_id(base_name)  # PEFT, vLLM and the hub do not know veneer's names
     outline = structure_of(base) if base is not None else Structure({})
     own = adapter.collapsed().mapped(lambda t: t.detach())
     own = replace(own, pairs={n: _regrouped(p, outline, n) for n, p in own.pairs.items()})

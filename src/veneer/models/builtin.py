@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from veneer.core.adapter import hub_id
 from veneer.errors import BaseError, ResourceError
 from veneer.files.atomic import new_folder
 from veneer.models.home import bases_home
@@ -38,6 +39,11 @@ class Builtin:
     size_mb: int
     licence: str
     origin: str
+
+    @property
+    def hub_id(self) -> str:
+        """What hubs call the model that this is a copy of."""
+        return hub_id(self.name)
 
 
 BUILTIN = {

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer.core.adapter import hub_id
 from veneer.files.weights import file_table, stored_dtype, tensor_table
 from veneer.models.device import choose_device, choose_dtype
 from veneer.models.fingerprint import fingerprint
@@ -60,6 +61,7 @@ def _text(name: str, path: Path) -> dict[str, Any]:
     experts = Counter((n.rpartition(".")[2], tuple(p.shape)) for n, p in model.named_parameters() if p.dim() == 3)
     return {
         "name": name,
+        **({"hub_id": hub_id(name)} if hub_id(name) != name else {}),
         "path": str(path),
         "family": config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -34,18 +34,20 @@ _FILES = (".gguf", ".safetensors")
 
 @dataclass(frozen=True)
 class KnownBase:
-    """A base that can be named without a path. `path`: where it is or will be. `here`: whether it exists."""
+    """A base that can be named without a path. `path`: where it is or will be. `here`: whether it exists. `hub_id`: of
+    the model that it is a copy of, if a hub has it."""
 
     name: str
     path: Path
     here: bool
     summary: str
+    hub_id: str = ""
 
 
 def known_bases() -> list[KnownBase]:
     """The built-in bases, whether they exist yet or not, and the other bases under the veneer home."""
     out = [
-        KnownBase(b.name, builtin_place(b), (builtin_place(b) / "base.json").exists(), b.summary)
+        KnownBase(b.name, builtin_place(b), (builtin_place(b) / "base.json").exists(), b.summary, b.hub_id)
         for b in BUILTIN.values()
     ]
     place = packaged_place()
@@ -93,7 +95,9 @@ def _from_hub(name: str, say: Callable[[str], None] | None, *, weights: bool = T
     if say is not None:
         say(f"looking for {name} on the hub")
     hints = nearest(name, [k.name for k in known_bases()])
-    ways = (f"did you mean {' or '.join(hints)}? " if hints else "") + f"Without a hub: {_WAYS}"
+    copy = next((f"{b.name} is veneer's own copy of it. " for b in BUILTIN.values() if b.hub_id == name), "")
+    ways = copy or (f"did you mean {' or '.join(hints)}? " if hints else "")
+    ways += f"Without a hub: {_WAYS}"
     looked = f"{Path(name).absolute()}, {bases_home() / name}"
     return _local(hub_snapshot(name, looked=looked, ways=ways, weights=weights))
 

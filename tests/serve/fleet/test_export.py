@@ -21,6 +21,7 @@ from veneer.core.adapter import Adapter, LoraSpec
 from veneer.core.init import create
 from veneer.errors import AdapterError, ConfigError
 from veneer.formats import peft
+from veneer.models.builtin import BUILTIN, builtin_place
 from veneer.models.text.base import load_text
 from veneer.serve.fleet.export import export
 from veneer.serve.fleet.folders import served_name
@@ -169,3 +170,18 @@ def test_the_command_prints_the_line_that_serves_it(tmp_path, capsys):
     ran = run(capsys, "export", str(place), str(tmp_path / "x"), "--for", "ollama")
     assert ran.code == 2
     assert "vllm or tgi" in ran.err
+
+
+def test_an_export_serves_a_built_in_base_by_its_folder_or_its_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    _, adapter = saved(tmp_path, made(model("llama3", torch.float32), STABLE))
+    elsewhere = export(str(adapter), "vllm", tmp_path / "a", base="smollm2-135m")
+    assert elsewhere.command.startswith("vllm serve HuggingFaceTB/SmolLM2-135M-Instruct ")
+    place = builtin_place(BUILTIN["smollm2-135m"])
+    place.mkdir(parents=True)
+    (place / "base.json").write_text("{}")
+    here = export(str(adapter), "vllm", tmp_path / "b", base="smollm2-135m")
+    assert here.command.startswith(f"vllm serve {place} ")
+    assert any("HuggingFaceTB/SmolLM2-135M-Instruct" in note for note in here.notes)

@@ -73,10 +73,23 @@ def export(
         raise AdapterError(error.what, where=error.where, fix=f"as a full model: {way}") from error
     digest = reading.adapter.digest()
     name = served_name(make_mix([(digest, 1.0)]))
-    command = _command(server, base or "BASE", name, out, max(written.ranks))
-    done = Exported(out, server, base, name, digest, command, written.ranks, [*reading.notes, *written.notes])
+    served, note = _served_base(base)
+    command = _command(server, served or "BASE", name, out, max(written.ranks))
+    done = Exported(out, server, base, name, digest, command, written.ranks, [*reading.notes, *written.notes, *note])
     _describe(done)
     return done
+
+
+def _served_base(base: str) -> tuple[str, list[str]]:
+    """What another server loads for `base`, and notes: of a built-in base its folder here, else its id on the hub."""
+    from veneer.models.builtin import BUILTIN, builtin_place
+
+    if (builtin := BUILTIN.get(base)) is None:
+        return base, []
+    place = builtin_place(builtin)
+    if not (place / "base.json").exists():
+        return builtin.hub_id, [f"{builtin.hub_id} is the original of {base}, whose weights were quantized once"]
+    return str(place), [f"on another machine the base is {builtin.hub_id}, or the folder copied from here"]
 
 
 def _layers(base: str, say: Callable[[str], None] | None) -> int:
