@@ -153,3 +153,11 @@ def test_the_configuration_shown_to_newcomers_is_read_without_complaint() -> Non
     config, _ = load_config(ROOT / "examples" / "tickets" / "config.yaml")
     assert Path(config.data.files("train")[0]).is_file()
     assert json.loads(Path(config.data.files("train")[0]).read_text(encoding="utf-8").splitlines()[0])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_function_of_veneer_on_a_page_exists(page: Path) -> None:
+    import veneer
+
+    called = set(re.findall(r"(?<![\w./-])veneer\.([a-z]\w*)\(", page.read_text(encoding="utf-8")))
+    assert called <= {*veneer.__all__}

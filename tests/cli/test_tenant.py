@@ -92,6 +92,7 @@ def test_a_route_moves_to_what_the_library_has_and_nowhere_else(capsys: Any, tmp
     with open_library() as library:
         library.add(made(tmp_path, 1), "support", describe=read_made)
         library.add(made(tmp_path, 2), "support", describe=read_made)
+    assert run(capsys, "tenant", "route", "set", "support", "smollm2-135m=90", "support@2=10").code == 0
     assert run(capsys, "tenant", "route", "set", "support", "support@1").code == 0
     for wrong in (["suport@1"], ["support@3"], ["support@1=9", "support@7=1"], ["support@1", "--shadow", "support@9"]):
         refused = run(capsys, "tenant", "route", "set", "support", *wrong)

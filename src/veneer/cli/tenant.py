@@ -587,9 +587,11 @@ def _split(text: str) -> tuple[str, str, str]:
 
 
 def _kept_in(place: str | None, force: bool) -> Callable[[str], None] | None:
-    """What a route is checked by before it moves where no server is asked: the library has it, and could read it."""
-    from veneer.errors import AdapterError
+    """What a route is checked by before it moves where no server is asked: the library has the adapter, and could read
+    it; or the name is that of a base, as a built-in one or as adapters in the library state it."""
+    from veneer.errors import AdapterError, ConfigError
     from veneer.library.library import library_place, open_library
+    from veneer.models.builtin import BUILTIN, PACKAGED
 
     if force:
         return None
@@ -602,7 +604,9 @@ def _kept_in(place: str | None, force: bool) -> Callable[[str], None] | None:
         with open_library(where) as library:
             try:
                 found = library.find(name)
-            except AdapterError as error:
+            except (AdapterError, ConfigError) as error:  # a base's name need not be one that an adapter may have
+                if name in BUILTIN or name in PACKAGED or library.knows_base(name):
+                    return
                 raise AdapterError(error.what, fix=f"{error.fix}; {fix}") from error
         if not found.digest:
             raise AdapterError(f"{found.reference} could not be read when it was added to the library", fix=fix)

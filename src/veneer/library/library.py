@@ -123,6 +123,10 @@ class Library:
         fix = f"did you mean {' or '.join(near)}?" if near else "see `veneer library list`"
         return NotInLibrary(f"the library has no adapter {reference!r}", where=self.location, fix=fix)
 
+    def knows_base(self, name: str) -> bool:
+        """Whether an adapter here belongs to a base of this name, or of a path that ends in it."""
+        return bool(self.search(base=name, limit=1))
+
     def search(self, text: str = "", **filters: Any) -> list[Version]:
         """The versions that fit, by name; `queries.search` has the filters. Without any: the latest of each name."""
         with reading(self.engine) as connection:

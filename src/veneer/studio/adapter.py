@@ -14,10 +14,12 @@ from veneer.library.describe import card_prompt, gain_of
 from veneer.library.names import parse_reference
 from veneer.library.queries import AdapterFamily, Version
 from veneer.serve.http.surfaces.adapters import AdapterChange, change_adapter, remove_adapter
-from veneer.studio.commands import command
+from veneer.serve.request import Refused
+from veneer.studio.commands import command, command_base
 from veneer.studio.frame import NothingHere, ViewPage
 from veneer.studio.library import LibraryCard, card_of, routes_of
 from veneer.studio.parts import Command, Field, Fragment, box, button, confirm, form_field, heading, line, link, permit
+from veneer.studio.talk import answer_of
 from veneer.studio.watch import on_change
 from veneer.train.report.log import size
 
@@ -55,8 +57,10 @@ async def adapter_view(page: ViewPage) -> None:
     with box("div", "split"):
         with box("div"):
             _content(page, version, card)
+            if card.sample is None:
+                _ask_both(page, version)
             heading("Use it")
-            Command(_use(version))
+            Command(_use(page, version))
             if page.studio.service.catalog.fingerprint == version.fingerprint:
                 line(f"Here, requests that name {version.reference} as their model get it.", "soft small")
             heading("Family")
@@ -126,13 +130,7 @@ def _content(page: ViewPage, version: Version, card: LibraryCard) -> None:
     if card.picture:
         box("img", "preview", src=card.picture, alt=f"A picture that came with {version.reference}")
     if sample is not None:
-        heading("It was asked")
-        for message in card_prompt(version.card):
-            with box("section", "panel"):
-                heading(
-                    {"system": "System prompt", "developer": "System prompt"}.get(message["role"], message["role"]), 3
-                )
-                line(message["content"], "answer")
+        _asked(version)
         with box("div", "pair"):
             for who, words in ((page.studio.base, sample["base"]), (version.reference, sample["adapter"])):
                 with box("section", "panel"):
@@ -140,8 +138,40 @@ def _content(page: ViewPage, version: Version, card: LibraryCard) -> None:
                     line(words, "answer")
 
 
-def _use(version: Version) -> str:
-    base = version.base or "BASE"
+def _asked(version: Version) -> None:
+    """The prompt that the card keeps, with the system message of its row."""
+    heading("It was asked")
+    for message in card_prompt(version.card):
+        with box("section", "panel"):
+            role = message["role"]
+            heading("System prompt" if role in ("system", "developer") else role, 3)
+            line(message["content"], "answer")
+
+
+def _ask_both(page: ViewPage, version: Version) -> None:
+    """The base's answer and the adapter's to the prompt of a card that keeps no answers, if this server can ask it."""
+    studio, messages = page.studio, card_prompt(version.card)
+    if not messages or studio.service.engine.makes != "texts":
+        return
+    if studio.service.catalog.fingerprint != version.fingerprint:
+        return
+    _asked(version)
+
+    async def ask() -> None:
+        columns = [{"name": name, "text": "", "done": False} for name in (studio.base, version.reference)]
+        answers.show(columns=columns)
+        for column, reference in zip(columns, ("", version.reference), strict=True):
+            column |= {"text": await answer_of(page, messages, reference), "done": True}
+            answers.show(columns=columns)
+
+    button("Ask both", ask)
+    answers = Fragment("answers_two.html.j2", columns=[])
+
+
+def _use(page: ViewPage, version: Version) -> str:
+    stated = version.base if page.caller.admin else version.base.rstrip("/").rpartition("/")[2]
+    own = page.studio.service.catalog.fingerprint == version.fingerprint
+    base = command_base(page) if own else stated or "BASE"
     if version.kind == "image":
         return command("image", "--base", base, "--adapter", version.reference, "a drawing of a fox")
     system, text = opening(card_prompt(version.card))

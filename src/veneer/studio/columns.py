@@ -123,9 +123,9 @@ class Board:
             entered=permit("infer", self.ask_all),
         )
 
-    def prompt_words(self) -> list[str]:
-        """The prompt as commands take it, where there is one."""
-        return [prompt] if (prompt := str(self.prompt.value or "")) else []
+    def _command(self, column: Column) -> str:
+        """The command that asks a column's prompt; "" as long as there is none."""
+        return self.same_command(column) if str(self.prompt.value or "").strip() else ""
 
     def draw_all(self) -> None:
         self.place = box("div", "board")
@@ -158,7 +158,7 @@ class Board:
             with box("div", "foot"):
                 if place and self.page.caller.can("operate") and (len(column.mix) > 1 or column.mix[0][1] != 1):
                     button("Keep this mix as an adapter", permit("operate", lambda: self.keep(column)), kind="word")
-                column.command = Command(self.same_command(column))
+                column.command = Command(self._command(column))
 
     def _strength(self, column: Column, k: int, part: str, strength: float) -> None:
         reach = max(2.0, abs(strength) * 1.5)
@@ -253,7 +253,7 @@ class Board:
         column.mix[k] = (column.mix[k][0], to)
         self.page.keep(c=[each.written() for each in self.columns[1:]])
         if column.command is not None:
-            column.command.show(self.same_command(column))
+            column.command.show(self._command(column))
         if self.asked:
             self.ask(column)
 
@@ -263,7 +263,7 @@ class Board:
         self.asked = True
         for column in self.columns:
             if column.command is not None:
-                column.command.show(self.same_command(column))
+                column.command.show(self._command(column))
             self.ask(column)
 
     def ask(self, column: Column) -> None:

@@ -7,6 +7,10 @@ command("library", "search", "sql", tag=["a", "b"], all=True)   veneer library s
 from __future__ import annotations
 
 import shlex
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from veneer.studio.frame import ViewPage
 
 
 def command(*words: str | int, **options: object) -> str:
@@ -21,3 +25,8 @@ def command(*words: str | int, **options: object) -> str:
             elif each is not None and each is not False and each != "":
                 parts += [option, str(each)]
     return shlex.join(parts)
+
+
+def command_base(page: ViewPage) -> str:
+    """The base of this server as a command finds it. Of a base in a folder only the operator is told the path."""
+    return str(page.studio.service.catalog.shelf.base.name) if page.caller.admin else page.studio.base

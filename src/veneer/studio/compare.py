@@ -21,7 +21,7 @@ from veneer.serve.tenancy.feedback import AnswerFeedback
 from veneer.serve.tenancy.tenants import Tenants
 from veneer.studio import parts
 from veneer.studio.columns import Board, Column
-from veneer.studio.commands import command
+from veneer.studio.commands import command, command_base
 from veneer.studio.frame import ViewPage
 from veneer.studio.moving import Answers, SpokenToken
 from veneer.studio.parts import Command, box, button, line, permit
@@ -77,7 +77,7 @@ class _Texts(Board):
 
     def same_command(self, column: Column) -> str:
         return command(
-            "generate", *self.prompt_words(), base=self.page.studio.base, adapter=column.specs(),
+            "generate", str(self.prompt.value), base=command_base(self.page), adapter=column.specs(),
             system=self.system.value, temperature=self.temperature.value or None,
             seed=int(self.seed.value or 0) or None, max_new_tokens=self.most,
         )  # fmt: skip

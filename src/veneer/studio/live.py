@@ -19,7 +19,7 @@ from veneer.serve.tenancy.ledger import usage
 from veneer.serve.tenancy.manage import set_feedback
 from veneer.serve.tenancy.store import ALL, EACH, FeedbackTerms, Limit, TenantSettings
 from veneer.serve.tenancy.tenants import Tenants
-from veneer.studio.commands import command
+from veneer.studio.commands import command, command_base
 from veneer.studio.frame import ViewPage
 from veneer.studio.parts import Command, Fragment, box, button, confirm, heading, line, permit, show
 from veneer.studio.route import WHO, NewRoute, RouteMoves, RoutePanel
@@ -37,7 +37,7 @@ async def live_view(page: ViewPage) -> None:
     if not isinstance(tenancy, Tenants):
         with box("div", "empty"):
             line("This server keeps no routes: it was started with keys of its own, or without a tenants' database.")
-            Command(command("serve", studio=True, open=True, tenants="tenants.sqlite", base=page.studio.base))
+            Command(command("serve", studio=True, open=True, tenants="tenants.sqlite", base=command_base(page)))
         return
     await page.studio.service.catalog.fresh()  # what a link wants to go live may have been kept just now
     await asyncio.to_thread(tenancy.store.look)

@@ -21,7 +21,7 @@ from veneer.serve.pictures.request import FinishedPicture, PictureStep
 from veneer.serve.request import Refused
 from veneer.studio import parts
 from veneer.studio.columns import MOST_COLUMNS, Board, Column
-from veneer.studio.commands import command
+from veneer.studio.commands import command, command_base
 from veneer.studio.frame import ViewPage
 from veneer.studio.moving import Drawn, Sketch, Wipe
 from veneer.studio.parts import box, button, dialog, line, permit
@@ -103,7 +103,7 @@ class _Pictures(Board):
     def same_command(self, column: Column) -> str:
         kind = self.kind.value if self.kind is not None and self.sketch else None
         return command(
-            "image", *self.prompt_words(), base=self.page.studio.base, adapter=column.specs(),
+            "image", str(self.prompt.value), base=command_base(self.page), adapter=column.specs(),
             seed=int(self.seed.value or 0), count=int(self.n.value or 1), steps=int(self.steps.value or 1),
             guidance=self.guidance.value, size=self.size.value, negative=self.negative.value,
             control=f"{kind}=PICTURE:{self.hold.value:g}" if kind else None, out="picture.png",

@@ -11,6 +11,7 @@ from typing import Any
 from veneer.errors import ConfigError
 from veneer.library.database import reading
 from veneer.library.names import parse_reference
+from veneer.models.builtin import BUILTIN
 from veneer.serve.request import Refused
 from veneer.serve.tenancy import routes
 from veneer.serve.tenancy.store import ALL, Route, Store
@@ -44,6 +45,8 @@ class RouteMoves:
 
     def __init__(self, page: ViewPage, store: Store, again: Callable[[], Awaitable[None]]) -> None:
         self.page, self.store, self.again = page, store, again
+        self.force = not (self.base in BUILTIN or page.studio.library.knows_base(self.base))
+        """Whether the command cannot know the base's name: no adapter in the library says it."""
 
     @property
     def base(self) -> str:
@@ -214,7 +217,7 @@ class NewRoute(_Shares):
             except ConfigError as error:
                 words = error.what
         put(self.sentence, words)
-        self.same.show(_set_command(wanted, self.moves.base) if wanted else "")
+        self.same.show(_set_command(wanted, self.moves) if wanted else "")
         enable(self.does, wanted is not None, "it has no name that can be one yet")
 
     async def _begin(self) -> None:
@@ -328,7 +331,7 @@ class RoutePanel(_Shares):
             routes.route_change(now, wanted),
             permit("operate", lambda: self.moves.moved(now, wanted)),
             button_text="Promote it",
-            command=_set_command(wanted, self.moves.base),
+            command=_set_command(wanted, self.moves),
         )
 
     def say(self) -> None:
@@ -343,17 +346,16 @@ class RoutePanel(_Shares):
         moved = (wanted.runs, wanted.shadow, wanted.fraction) != (route.runs, route.shadow, route.fraction)
         unseen = f"{route.shadow} answers {route.fraction * 100:.4g} % of requests too, unseen." if route.shadow else ""
         put(self.sentence, routes.route_change(route, wanted) if moved else unseen)
-        self.same.show(_set_command(wanted, self.moves.base) if moved else "")
+        self.same.show(_set_command(wanted, self.moves) if moved else "")
         show(self.does, moved)
 
 
-def _set_command(route: Route, base: str) -> str:
-    """With force where it leads to the base, of which the library has no file."""
+def _set_command(route: Route, moves: RouteMoves) -> str:
     targets = [f"{name}={weight}" if len(route.targets) > 1 else name for name, weight in route.targets]
     fraction = f"{route.fraction:g}" if route.shadow and route.fraction != 1 else None
     return command(
         "tenant", "route", "set", route.name, *targets, tenant=route.tenant, shadow=route.shadow, fraction=fraction,
-        force=base in dict(route.targets),
+        force=moves.force and moves.base in dict(route.targets),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
 from veneer.studio.parts import Command, Fragment, dialog, form_field, heading, line, permit, put
 from veneer.studio.run import of_pictures
-from veneer.studio.talk import answer_of, asked_here, job_of, own_prompts
+from veneer.studio.talk import answer_of, asked_here, job_of, own_prompts, prompt_messages
 from veneer.studio.watch import on_change
 from veneer.train.config.sentence import sentence_of
 from veneer.train.events import mean_rewards
@@ -231,8 +231,8 @@ class _StepAnswers:
                 key = (reference or self.page.studio.base, self.job.id, system, prompt)
                 if (known := _KNOWN.get(key)) is None:
                     known = _KNOWN[key] = await answer_of(
-                        self.page, prompt, reference, system=system, most=_WORDS
-                    )  # fmt: skip
+                        self.page, prompt_messages(prompt, system), reference, most=_WORDS
+                    )
                     if len(_KNOWN) > _MOST:
                         del _KNOWN[next(iter(_KNOWN))]
                 self.texts[system, prompt, reference] = known

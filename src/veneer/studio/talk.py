@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from veneer.errors import ConfigError, VeneerError
@@ -12,7 +12,7 @@ from veneer.jobs.store import Job, UnknownJob
 from veneer.jobs.validate import job_config
 from veneer.serve.http.asking import AskedTexts, ask_texts
 from veneer.serve.request import Finished, Token
-from veneer.studio.commands import command
+from veneer.studio.commands import command, command_base
 from veneer.studio.frame import NothingHere, ViewPage
 from veneer.studio.parts import Command, Fragment, box, button, enable, form_field, heading, line, permit, put
 from veneer.studio.watch import on_change
@@ -78,12 +78,12 @@ def prompt_messages(prompt: str, system: str) -> list[dict[str, Any]]:
 
 
 async def answer_of(
-    page: ViewPage, prompt: str, reference: str, told: Callable[[str], None] | None = None, *, system: str = "",
-    most: int = _WORDS,
+    page: ViewPage, messages: Sequence[Mapping[str, Any]], reference: str, told: Callable[[str], None] | None = None,
+    *, most: int = _WORDS,
 ) -> str:  # fmt: skip
     """What the base (reference "") or an adapter answers, with the likeliest tokens; `told` hears it as it comes."""
     mix = [(reference, 1.0)] if reference else []
-    said, text = AskedTexts(prompt_messages(prompt, system), mix, max_tokens=most), ""
+    said, text = AskedTexts([*messages], mix, max_tokens=most), ""
     async for _, event in ask_texts(page.studio.service, page.caller, said):
         if isinstance(event, Token | Finished):
             text += event.text
@@ -159,14 +159,14 @@ async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
             raise ConfigError("there is no prompt", fix="type one")
         names = (page.studio.base, reference)
         columns: list[dict[str, Any]] = [{"name": name, "text": "", "done": False} for name in names]
-        same.show(command("generate", text, base=page.studio.base, adapter=reference, system=system))
+        same.show(command("generate", text, base=command_base(page), adapter=reference, system=system))
 
         async def one(column: dict[str, Any], name: str) -> None:
             def told(said: str) -> None:
                 column["text"] = said
 
             try:
-                await answer_of(page, text, name, told, system=system)
+                await answer_of(page, prompt_messages(text, system), name, told)
             finally:  # also where it fails: `drawn` waits for it
                 column["done"] = True
 
