@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ from tests.forks import expect, fork
 from tests.jobs.small import STEPS, small_config
 from veneer.jobs.executors import LocalExecutor
 from veneer.jobs.process import carry_out_jobs
-from veneer.jobs.store import ENDS, JobLease, JobStore
+from veneer.jobs.store import ENDS, JobLease, JobStore, LeaseLost
+from veneer.jobs.validate import validated
 from veneer.jobs.worker import Worker
 from veneer.library.database import reading
 from veneer.library.library import open_library
 from veneer.models.home import veneer_home
+from veneer.plan.tables import Device
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.routes import route_history
 from veneer.serve.tenancy.store import TrainingTerms, tenants_at
@@ -48,11 +51,16 @@ TERMS = TrainingTerms(price=4_000_000, budget=10**9)
 
 
 class Here(LocalExecutor):
-    """Jobs are carried out in the worker's own process, which waits for them."""
+    """Jobs are validated and carried out in the worker's own process, which waits for them."""
 
     def __init__(self, store: JobStore) -> None:
         super().__init__()
         self.store = store
+
+    def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, room: int) -> str:
+        with suppress(LeaseLost):
+            validated(self.store, lease, TERMS, device)
+        return f"validated {lease.token}"
 
     def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
         return self.start_together([lease], environment, 0)

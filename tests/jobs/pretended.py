@@ -9,6 +9,7 @@ from typing import Any
 from veneer.errors import ResourceError
 from veneer.jobs.executors import Ended, LocalExecutor
 from veneer.jobs.store import Job, JobLease, JobStore
+from veneer.plan.tables import Device
 
 CONFIG = {"base": "tiny", "data": {"train": "/data/a.jsonl"}, "output": "elsewhere"}
 PLAN = {"tokens": 1_000_000, "steps": 10}
@@ -27,11 +28,13 @@ def queued(store: JobStore, tenant: str = "acme", *, about: Any = None, plan: An
 
 
 class Pretended(LocalExecutor):
-    """Processes that run until a test says how they ended. `stubborn`: only a kill ends them; `refuse`: none starts."""
+    """Processes that run until a test says how they ended. `stubborn`: only a kill ends them; `refuse`: none starts.
+    `validating`: place -> the lease of each validation that was started."""
 
     def __init__(self) -> None:
         super().__init__()
         self.running: dict[str, list[JobLease]] = {}
+        self.validating: dict[str, JobLease] = {}
         self.over: dict[str, Ended] = {}
         self.asked: list[tuple[str, bool]] = []
         self.stubborn = self.refuse = False
@@ -46,11 +49,17 @@ class Pretended(LocalExecutor):
         self.running[place] = [*leases]
         return place
 
+    def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, room: int) -> str:
+        place = f"validation of {lease.job.id}"
+        self.validating[place] = lease
+        return place
+
     def look(self, place: str) -> Ended | None:
-        return self.over.get(place) if place in self.running else Ended("it is gone")
+        known = place in self.running or place in self.validating
+        return self.over.get(place) if known else Ended("it is gone")
 
     def stop(self, place: str, *, hard: bool = False) -> None:
-        if place in self.running:
+        if place in self.running or place in self.validating:
             self.asked.append((place, hard))
             if hard or not self.stubborn:
                 self.over[place] = Ended("ended by a signal")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from tests.jobs.pretended import Pretended, queued, until
-from veneer.jobs.executors import Ended
+from tests.jobs.small import small_config
+from veneer.jobs.executors import Ended, LocalExecutor
 from veneer.jobs.store import Job, JobStore
 from veneer.jobs.worker import Worker
 from veneer.library.library import Library
@@ -64,21 +66,121 @@ def test_the_process_of_a_job_that_rests_or_ends_is_stopped(library: Library, st
     assert store.get(None, job.id).faults == 0
 
 
-def test_a_worker_that_can_look_at_no_new_job_any_more_ends(library: Library, store: JobStore) -> None:
-    """Whoever keeps it begins another; what it trains is given back."""
-    job, new = queued(store), store.create("acme", {"base": "tiny"}, name="support")
-    worker = Worker(library, Pretended(), poll=0.01, grace=0.1, lease=5.0)
-    take = worker.terms
+def new_job(store: JobStore, tenant: str, file: Path | str = "/data/a.jsonl") -> Job:
+    return store.create(tenant, {"base": "tiny", "data": {"train": str(file)}}, name="support")
 
-    def broken(tenant: str) -> TrainingTerms:
-        if store.get(None, new.id).worker is not None:  # this one is looked at
-            raise ZeroDivisionError
-        return take(tenant)
 
-    worker.terms = broken
-    with pytest.raises(ZeroDivisionError):
-        worker.run()
-    assert state(store, job) == "queued"
+def small_file(folder: Path, size: int = 4) -> Path:
+    file = folder / f"{size}.jsonl"
+    with file.open("wb") as opened:
+        opened.truncate(size)
+    return file
+
+
+def test_a_tenant_has_one_validation_at_a_time(library: Library, store: JobStore, tmp_path: Path) -> None:
+    executor, file = Pretended(), small_file(tmp_path)
+    jobs = [new_job(store, tenant, file) for tenant in ("acme", "acme", "acme", "best")]
+    with working(library, executor):
+        until(lambda: len(executor.validating) == 2)
+        time.sleep(0.1)
+        assert {lease.job.id for lease in executor.validating.values()} == {jobs[0].id, jobs[3].id}
+
+
+def test_tenants_take_turns_at_validation(library: Library, store: JobStore, tmp_path: Path) -> None:
+    """A tenant with a long queue delays another one by its one validation, not by its queue."""
+    executor, file = Pretended(), small_file(tmp_path)
+    for _ in range(4):
+        new_job(store, "acme", file)
+    new_job(store, "best", file)
+    other = new_job(store, "best", file)
+    started: list[str] = []
+    with working(library, executor):
+        for _ in range(4):
+            until(lambda: len(executor.validating) > len(started))
+            place = [*executor.validating][len(started)]
+            started.append(executor.validating[place].job.tenant)
+            store.queue(executor.validating[place], {"tokens": 1, "steps": 1})
+            executor.over[place] = Ended("ended with exit code 0")
+            until(lambda: state(store, executor.validating[place].job) != "validating")  # noqa: B023
+        assert sorted(started) == ["acme", "acme", "best", "best"]
+    assert state(store, other) != "validating"
+
+
+def test_large_files_leave_a_place_for_small_ones(library: Library, store: JobStore, tmp_path: Path) -> None:
+    executor, large = Pretended(), small_file(tmp_path, 32 << 20)
+    jobs = [new_job(store, tenant, large) for tenant in ("acme", "best")]
+    with working(library, executor):
+        until(lambda: len(executor.validating) == 1)
+        small = new_job(store, "calm", small_file(tmp_path))
+        until(lambda: len(executor.validating) == 2)
+        assert {lease.job.id for lease in executor.validating.values()} == {jobs[0].id, small.id}
+
+
+def test_a_cancelled_job_is_not_validated_further(library: Library, store: JobStore) -> None:
+    executor, job = Pretended(), new_job(store, "acme")
+    with working(library, executor):
+        until(lambda: executor.validating)
+        store.cancel("acme", job.id)
+        until(lambda: executor.asked)
+        assert executor.asked == [(f"validation of {job.id}", False)]
+    assert state(store, job) == "cancelled"
+
+
+def test_a_validation_that_takes_too_long_fails(
+    library: Library, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor, job, clock = Pretended(), new_job(store, "acme"), [0.0]
+    real = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + clock[0])
+    with working(library, executor, lease=7200.0):
+        until(lambda: executor.validating)
+        clock[0] = 3601.0
+        until(lambda: state(store, job) == "failed")
+    assert executor.asked[0] == (f"validation of {job.id}", True)
+    assert "takes longer than the 30 minutes" in str(store.get(None, job.id).error)
+
+
+def test_a_validation_that_takes_too_much_memory_fails(library: Library, store: JobStore) -> None:
+    executor, job = Pretended(), new_job(store, "acme")
+    with working(library, executor):
+        until(lambda: executor.validating)
+        executor.over[f"validation of {job.id}"] = Ended("it held 9 GB", memory=True)
+        until(lambda: state(store, job) == "failed")
+    assert "of memory that it may" in str(store.get(None, job.id).error)
+
+
+def test_a_worker_that_ends_leaves_new_jobs_to_another(library: Library, store: JobStore) -> None:
+    executor, job = Pretended(), new_job(store, "acme")
+    with working(library, executor):
+        until(lambda: executor.validating)
+    assert (state(store, job), store.get(None, job.id).worker, store.get(None, job.id).faults) == (
+        "validating",
+        None,
+        0,
+    )
+
+
+@pytest.mark.slow
+def test_a_hostile_row_delays_nobody_and_can_be_cancelled(library: Library, store: JobStore, tmp_path: Path) -> None:
+    """A row of twenty thousand messages takes twenty minutes to read."""
+    config = small_config(tmp_path)
+    turns = [{"role": role, "content": "hello"} for role in ("user", "assistant")] * 10_000
+    (tmp_path / "hostile.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    hostile = store.create("acme", config | {"data": {"train": str(tmp_path / "hostile.jsonl")}}, name="support")
+    small = store.create("best", config, name="support")
+    said: list[str] = []
+    worker = Worker(library, LocalExecutor(), poll=0.05, say=said.append)
+    worker.terms = lambda tenant: TrainingTerms(jobs=0)  # nothing is trained
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    try:
+        until(lambda: state(store, small) == "queued", 60)
+        assert state(store, hostile) == "validating"
+        store.cancel("acme", hostile.id)
+        until(lambda: f"{hostile.id}: cancelled" in said)  # its process has ended
+    finally:
+        worker.stop()
+        thread.join(30)
 
 
 def test_a_process_that_does_not_end_is_killed_after_its_grace(library: Library, store: JobStore) -> None:

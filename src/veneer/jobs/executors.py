@@ -18,16 +18,21 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from veneer.errors import ConfigError
 from veneer.files.atomic import as_veneer_errors, replace_file
 from veneer.jobs.store import Job, JobLease, jobs_home
+from veneer.plan.tables import Device
 
 _LOG = 16 << 20
 """Bytes of the log of processes that train several jobs, after which a new one is begun."""
+
+VALIDATION = "VENEER_VALIDATION"
+"""Environment variable of a process that validates its job: JSON, the `device` to plan for and its `room` in bytes."""
+_VALIDATION_NICE = 10
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,9 @@ def taken_over(path: Path) -> dict[str, str]:
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
+        if VALIDATION in given["environment"]:
+            with contextlib.suppress(OSError):  # a job that is refused leaves no folder
+                path.parent.rmdir()
     except FileNotFoundError as error:
         what = "there are no leases for this process"
         raise ConfigError(what, where=str(path), fix="a veneer home that all machines of the queue share") from error
@@ -124,18 +132,33 @@ class LocalExecutor(Executor):
             log.replace(log.with_name("together.log.1"))
         return self._started(name, leases, log, environment, _room_of(planned))
 
+    def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, room: int) -> str:
+        """Start a process that validates a new job for `device`; it is killed if it takes more than `room` bytes.
+
+        The process writes where this process does: a job that is refused leaves no folder."""
+        given = {VALIDATION: json.dumps({"device": asdict(device), "room": room})}
+        return self._process(
+            f"{lease.job.id}-validation", [lease], None, {**environment, **given}, room, _VALIDATION_NICE
+        )
+
     def _started(
         self, name: str, leases: Sequence[JobLease], output: Path, environment: Mapping[str, str], room: int
     ) -> str:  # fmt: skip
         for lease in leases:
             lease.job.make_folder()
-        command = [sys.executable, *hand_over(leases, environment), "--tied"]
-        if self.nice and os.name == "posix":
-            command = ["nice", "-n", str(self.nice), *command]
         with open(output, "ab") as log:
-            child = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            return self._process(name, leases, log, environment, room)
+
+    def _process(
+        self, name: str, leases: Sequence[JobLease], log: IO[bytes] | None, environment: Mapping[str, str], room: int,
+        nice: int = 0,
+    ) -> str:  # fmt: skip
+        command = [sys.executable, *hand_over(leases, environment), "--tied"]
+        if (nice := max(nice, self.nice)) and os.name == "posix":
+            command = ["nice", "-n", str(nice), *command]
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log and subprocess.STDOUT, start_new_session=True
+        )  # fmt: skip
         place = f"{name}, process {child.pid}"
         self._children[place] = child, room
         return place

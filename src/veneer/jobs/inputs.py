@@ -7,13 +7,15 @@ So a file may be deleted as soon as a job was made of it, and messages say `tick
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from veneer.files.rights import private_folder
 from veneer.jobs.files import Files, UploadedFile
-from veneer.jobs.store import UNFINISHED, JobStore, jobs_home
+from veneer.jobs.store import UNFINISHED, Job, JobStore, jobs_home
 
 _GRACE = 3600.0
 """Seconds for which a folder without a job is let be: its job may be on its way."""
@@ -29,6 +31,21 @@ def put_input(files: Files, id: str, which: str, file: UploadedFile) -> Path:
     folder = _inputs() / id / which
     folder.mkdir(parents=True, exist_ok=True)
     return files.put_in(file, folder)
+
+
+def input_bytes(job: Job) -> int | None:
+    """Return the bytes of the files that validating a job reads; None if one of them is no file of this machine."""
+    data, after = job.config.get("data"), job.about.get("after") or {}
+    sections: list[Any] = [data, after.get("evaluate")]
+    names: list[Any] = []
+    for section in sections:
+        for key in ("train", "validation", "data"):
+            value = section.get(key) if isinstance(section, dict) else None
+            names += [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
+    try:
+        return sum(os.stat(str(name)).st_size for name in names)
+    except (OSError, ValueError):
+        return None
 
 
 def drop_inputs(id: str) -> None:

@@ -423,18 +423,19 @@ class JobStore:
     def take(
         self, worker: str, seconds: float, state: Literal["validating", "queued"] = "queued",
         at_once: Callable[[str], int | None] = lambda tenant: None, only: str | None = None,
-        beside: Sequence[JobLease] = (),
+        beside: Sequence[JobLease] = (), order: Callable[[str], float] = lambda tenant: 0.0,
     ) -> JobLease | None:  # fmt: skip
         """A lease, for so many seconds, of a job to validate or to train; None where nothing is to be done.
 
-        First those whose lease ran out; else the oldest job of the tenant that has the fewest running. `at_once`: how
-        many a tenant may have running, None for any number. `only`: this job or none. A job that lost its worker too
+        First those whose lease ran out; else the oldest job of the tenant that has the fewest running, and of those the
+        lowest `order`. `at_once`: how many a tenant may have running, None for any number. While jobs are validated,
+        those that are being validated count as running. `only`: this job or none. A job that lost its worker too
         often fails here. Those that one process trained are there again when the last of them is, or when who asks
         has taken the others up already (`beside`)."""
 
         def next_ones(c: Connection, now: float) -> list[Job]:
             chosen = [_parted(now, beside)] + ([] if only is None else [job_table.c.id == only])
-            return self._waiting(c, state, now, at_once, chosen, 1)
+            return self._waiting(c, state, now, at_once, chosen, 1, order)
 
         while True:
             with reading(self.engine) as c:  # looked for often, and mostly in vain: that takes no lock
@@ -464,35 +465,37 @@ class JobStore:
                 return JobLease(self._row(c, None, found.id), values["token"])
 
     def waiting(
-        self, at_once: Callable[[str], int | None] = lambda tenant: None, *, beside: Sequence[JobLease] = ()
+        self, at_once: Callable[[str], int | None] = lambda tenant: None, *, beside: Sequence[JobLease] = (),
+        state: Literal["validating", "queued"] = "queued", order: Callable[[str], float] = lambda tenant: 0.0,
     ) -> list[Job]:  # fmt: skip
-        """Jobs that `take` would give to be trained, one after the other; the first hundred."""
+        """Jobs that `take` would give to be trained, or validated, one after the other; the first hundred."""
         with reading(self.engine) as c:
             now = self._now(c)
-            return self._waiting(c, "queued", now, at_once, [_parted(now, beside)], 100)
+            return self._waiting(c, state, now, at_once, [_parted(now, beside)], 100, order)
 
     def _waiting(
         self, c: Connection, state: str, now: float, at_once: Callable[[str], int | None],
-        chosen: Sequence[ColumnElement[bool]], limit: int,
+        chosen: Sequence[ColumnElement[bool]], limit: int, order: Callable[[str], float],
     ) -> list[Job]:  # fmt: skip
         """Those whose lease ran out before those that wait; of these the first of every tenant before the second of
-        any, what it has running counted, and as many as it may have."""
+        any, what it has running counted, and as many as it may have; of tenants that are equal in this the one with
+        the lowest `order`, and then the oldest job."""
         j = job_table.c
         held = "running" if state == "queued" else state
         late = select(job_table).where(j.state == held, j.until <= now, *chosen).order_by(j.number).limit(limit)
         found = [_job(row) for row in c.execute(late)]
         if len(found) == limit:
             return found
-        working = select(j.tenant, func.count()).where(j.state == "running").group_by(j.tenant)
+        working = select(j.tenant, func.count()).where(j.state == held, j.token.is_not(None)).group_by(j.tenant)
         running = {tenant: int(count) for tenant, count in c.execute(working)}
         place = func.row_number().over(partition_by=j.tenant, order_by=j.number).label("place")
         free = select(j.tenant, j.number, place).where(j.state == state, j.token.is_(None), *chosen).subquery()
         turns = []
         for tenant, number, own in c.execute(select(free).where(free.c.place <= limit)):
-            turn, most = running.get(tenant, 0) + own, at_once(tenant) if state == "queued" else None
+            turn, most = running.get(tenant, 0) + own, at_once(tenant)
             if most is None or turn <= most:
-                turns.append((turn, number))
-        next_ones = [number for _, number in sorted(turns)[: limit - len(found)]]
+                turns.append((turn, order(tenant), number))
+        next_ones = [number for _, _, number in sorted(turns)[: limit - len(found)]]
         jobs = {row.number: _job(row) for row in c.execute(select(job_table).where(j.number.in_(next_ones)))}
         return found + [jobs[number] for number in next_ones]
 
@@ -560,9 +563,12 @@ class JobStore:
             return self._move(c, job, "queued", now, what)
 
     def release(self, lease: JobLease, why: str) -> Job:
-        """Gives a job that is trained back to the queue, to go on from its last checkpoint. Raises LeaseLost."""
+        """Gives a job that is trained back to the queue, to go on from its last checkpoint; one that is validated is to
+        be validated again. Raises LeaseLost."""
         with self._working(lease) as (c, now, job):
             c.execute(update(job_table).where(job_table.c.id == job.id).values(**_LEFT))
+            if job.state == "validating":
+                return self._row(c, None, job.id)
             return self._move(c, job, "queued", now, why)
 
     def died(self, lease: JobLease, why: str, *, fix: str = "") -> Job:

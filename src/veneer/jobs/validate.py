@@ -82,11 +82,12 @@ def device_of(gpu: str | None = None, count: int = 1) -> Device:
 
 
 def validated(
-    store: JobStore, lease: JobLease, terms: TrainingTerms, device: Device, tenants: Store | None = None
+    store: JobStore, lease: JobLease, terms: TrainingTerms, device: Device, tenants: Store | None = None, *,
+    room: int | None = None,
 ) -> Job:  # fmt: skip
     """Looks at a job and queues it, or ends it as failed. `tenants`: whose ledger has what else was trained of the
-    budget. Raises LeaseLost, and what is nobody's fault who asked (a disk or a database that is away): then the job
-    stays as it is, to be looked at again."""
+    budget. `room`: bytes that this process may hold; by default all that are free here. Raises LeaseLost, and what is
+    nobody's fault who asked (a disk or a database that is away): then the job stays as it is, to be looked at again."""
     try:
         if terms.jobs == 0:
             raise ConfigError(
@@ -94,7 +95,7 @@ def validated(
                 "out, or may have none at once", where="tenant",
                 fix="see veneer tenant list, and veneer tenant training",
             )  # fmt: skip
-        plan = _plan_of_job(lease.job, device)
+        plan = _plan_of_job(lease.job, device, room)
         spent = 0 if terms.budget is None else spent_by_clients(tenants, lease.job.tenant)
         return store.queue(lease, plan, price=terms.price, budget=terms.budget, spent=spent)
     except LeaseLost:
@@ -147,7 +148,7 @@ def told(error: BaseException) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
-def _plan_of_job(job: Job, device: Device) -> dict[str, Any]:
+def _plan_of_job(job: Job, device: Device, room: int | None) -> dict[str, Any]:
     """What the job needs, by its rows as they are: `Plan.to_dict`, how many rows there are, what was counted. Raises
     ConfigError, DataError, BaseError, PreflightError."""
     from veneer.models.text.base import text_without_weights
@@ -158,7 +159,7 @@ def _plan_of_job(job: Job, device: Device) -> dict[str, Any]:
     after, base = after_of(job), None
     held = None if after is None else after.evaluate
     if isinstance(config, TrainConfig):
-        _check_size(config, held)
+        _check_size(config, held, room)
         base = text_without_weights(config.base.name)
         exact = _rows_of(config, base)
         if held is not None:
@@ -208,14 +209,14 @@ _ROW, _BYTE = 3000, 8
 bytes a row, where it is 37 times as much."""
 
 
-def _check_size(config: TrainConfig, held: HeldOut | None) -> None:
-    """Raises PreflightError for rows that this machine cannot hold. They are read by the worker itself, and with it
-    would end what it trains for others."""
+def _check_size(config: TrainConfig, held: HeldOut | None, room: int | None) -> None:
+    """Raises PreflightError for rows that `room` bytes, or the free memory of this machine, cannot hold."""
     import psutil
 
     names = [*config.data.files("train"), *config.data.files("validation"), *(held.files if held is not None else ())]
     files = [Path(name) for name in names if Path(name).is_file()]
     size, free = sum(path.stat().st_size for path in files), int(psutil.virtual_memory().available)
+    free = free if room is None else min(free, room)
     if size * (_BYTE + _ROW) < free:  # with a byte a row
         return
     needed = size * _BYTE + sum(count_lines(path, 1 + free // _ROW) for path in files) * _ROW

@@ -7,7 +7,9 @@ from the last checkpoint of each. Asked to end, it has its jobs' processes save 
 looks all the time whether a job is still its own: one that was paused or cancelled is not, and its process is stopped.
 While the database is away jobs go on as long as their leases are sure to be its own.
 
-New jobs are looked at by a thread beside, so that nobody hears of a bad file only when a long run is over.
+New jobs are validated in processes of their own on this machine, while others are trained. Such a process is bounded
+in memory and time, it stops when its job is cancelled, no tenant has more than one, and the tenant that waited longest
+is next. One of these processes is kept for jobs with small files, so that large files never delay them.
 
 On this machine (LocalExecutor) jobs that wait and share a base are trained by one process where that pays (`joining`).
 Each has its lease and is looked after by itself: one that is paused or cancelled leaves, and the process goes on with
@@ -25,13 +27,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
-from veneer.errors import VeneerError
+from veneer.errors import VeneerError, counted, gigabytes
 from veneer.jobs.executors import Ended, Executor, LocalExecutor, drop_handover
+from veneer.jobs.inputs import input_bytes
 from veneer.jobs.joining import company
 from veneer.jobs.process import environment_of
 from veneer.jobs.store import JobLease, JobStore, LeaseLost, jobs_home, with_shares
-from veneer.jobs.validate import device_of, terms_of, validated
+from veneer.jobs.validate import device_of, terms_of
 from veneer.library.library import Library
 from veneer.plan.tables import Device
 from veneer.serve.outage import is_outage
@@ -40,12 +44,19 @@ from veneer.train.signals import heard
 
 _SWEEP = 3600.0
 """Seconds between two looks at what is left of jobs that ended."""
+_VALIDATIONS = 2
+"""Jobs that are validated at once, of which one may have large files."""
+_SMALL = 4 << 20
+"""Bytes of files from which on they are large."""
+_SHORTEST, _LONGEST, _RATE = 180.0, 1800.0, 50_000
+"""Seconds that a validation may take: at least, at most, and for so many bytes of files one more than at least."""
 
 
 @dataclass
 class _Running:
     """A process. `leases`: of its jobs, as far as they are this worker's; `jobs`: how many there were. `sure`: until
-    when they are, by this machine's clock. `stopping`: since when it is to end."""
+    when they are, by this machine's clock. `stopping`: since when it is to end. `validation`: set if the process
+    validates its one job."""
 
     leases: list[JobLease]
     place: str
@@ -54,6 +65,18 @@ class _Running:
     renewed: float = field(default_factory=time.monotonic)
     stopping: float | None = None
     killed: bool = False
+    validation: _Validation | None = None
+
+
+@dataclass(frozen=True)
+class _Validation:
+    """What bounds a validation. `large`: its files are large. `seconds`: how long it may take, `deadline` on the
+    monotonic clock. `room`: bytes of memory."""
+
+    large: bool
+    seconds: float
+    deadline: float
+    room: int
 
 
 class Worker:
@@ -77,9 +100,11 @@ class Worker:
         self.days = {"failed": failed_days, "cancelled": failed_days, "succeeded": ended_days}
         self._swept: float | None = None
         self._running: list[_Running] = []
+        self._local = executor if isinstance(executor, LocalExecutor) else LocalExecutor()
+        self._served: dict[str, float] = {}
+        """Tenant -> when this worker last began to validate one of its jobs."""
         self._stop = threading.Event()
         self._away = False
-        self._fault: BaseException | None = None
 
     def stop(self) -> None:
         """Have `run` end, from another thread or a signal's handler."""
@@ -88,56 +113,75 @@ class Worker:
     def run(self, *, until_idle: bool = False) -> None:
         """Works until it is stopped, or until there is nothing to do."""
         with heard(lambda number: self.stop(), signal.SIGINT, signal.SIGTERM, once=True):
-            looking = threading.Thread(target=self._look_at_new_ones, name="veneer-jobs-validate", daemon=True)
-            if not until_idle:
-                looking.start()
             try:
                 while not self._stop.is_set():
-                    busy = (until_idle and self._look_at_one()) or self._round()
+                    busy = self._round(validate_first=until_idle)
                     if until_idle and not busy and not self._running:
                         return
                     self._stop.wait(0.0 if busy else self.poll)
             finally:
                 self._stop.set()
                 self._end_all()
-                if looking.is_alive():
-                    looking.join(self.grace)
-        if self._fault is not None:
-            raise self._fault
 
     # -- new jobs ------------------------------------------------------------------------------------------------------
 
-    def _look_at_new_ones(self) -> None:
-        try:
-            while not self._stop.is_set():
-                if not self._look_at_one():
-                    self._stop.wait(self.poll)
-        except BaseException as error:  # with no thread that looks at new jobs they would wait for ever
-            self._fault = error
-            self._stop.set()
-
-    def _look_at_one(self) -> bool:
-        """Whether there was one."""
-        with self._outlasting():
-            lease = self.store.take(self.name, 10 * self.lease, "validating")
-            if lease is None:
-                return False
-            self.device = self.device or device_of()
-            with suppress(LeaseLost):
-                job = validated(self.store, lease, self.terms(lease.job.tenant), self.device, self.tenants)
-                self.say(f"{job.id} of {job.tenant or 'nobody'}: {job.state}")
-            return True
+    def _validate_next(self) -> bool:
+        """Start to validate one more job if there is a free place for it; return whether one was started."""
+        now = [each.validation for each in self._running if each.validation is not None]
+        if len(now) >= _VALIDATIONS:
+            return False
+        fair: dict[str, Any] = {"state": "validating", "at_once": lambda tenant: 1}
+        fair["order"] = lambda tenant: self._served.get(tenant, 0.0)
+        for job in self.store.waiting(**fair):
+            size = input_bytes(job)
+            large = size is None or size > _SMALL
+            if large and any(each.large for each in now):
+                continue
+            lease = self.store.take(self.name, self.lease, only=job.id, **fair)
+            if lease is not None:
+                self._start_validation(lease, large, size)
+                return True
         return False
+
+    def _start_validation(self, lease: JobLease, large: bool, size: int | None) -> None:
+        import psutil
+
+        begun = time.monotonic()
+        self._served[lease.job.tenant] = begun
+        seconds = _LONGEST if size is None else min(_LONGEST, _SHORTEST + size / _RATE)
+        room = max(1 << 30, int(psutil.virtual_memory().available) // 2)
+        self.device = self.device or device_of()
+        place = self._local.start_validation(lease, self.environment, self.device, room)
+        bounds = _Validation(large, seconds, begun + seconds, room)
+        self._running.append(_Running([lease], place, begun + self.lease, 1, validation=bounds))
+
+    def _validation_ended(self, lease: JobLease, bounds: _Validation, ended: Ended, stopping: bool) -> None:
+        """Settle the job of a validation that has ended: nothing is left to do if it ended by itself. If the database
+        or a disk was away the lease runs out, and the job is validated again."""
+        error = {"kind": "preflight", "where": "data.train"}
+        if ended.memory:
+            what = f"to read the rows takes more than the {gigabytes(bounds.room)} of memory that it may"
+            self.store.finish(lease, error={**error, "message": what, "fix": "fewer or shorter rows"})
+        elif time.monotonic() > bounds.deadline:
+            what = f"to read the rows takes longer than the {counted(round(bounds.seconds / 60), 'minute')} that it may"
+            fix = "fewer rows, or fewer messages in a row: each answer is read with all that comes before it"
+            self.store.finish(lease, error={**error, "message": what, "fix": fix})
+        elif stopping:
+            self.store.release(lease, "")
 
     # -- jobs that are trained -----------------------------------------------------------------------------------------
 
-    def _round(self) -> bool:
-        """Looks after all that runs, and takes one more job if there is room; whether it did."""
+    def _round(self, *, validate_first: bool = False) -> bool:
+        """Looks after all that runs, and takes one more job if there is room; whether it did. `validate_first`: trains
+        nothing new as long as jobs are validated."""
         with self._outlasting():
             for running in [*self._running]:
                 self._watch(running)
             self._sweep()
-            if len(self._running) >= self.at_once:
+            if self._validate_next():
+                return True
+            validating = sum(running.validation is not None for running in self._running)
+            if len(self._running) - validating >= self.at_once or (validate_first and validating):
                 return False
             lease = self.store.take(self.name, self.lease, at_once=self._most)
             self._away = False
@@ -198,7 +242,8 @@ class Worker:
 
     def _watch(self, running: _Running) -> None:
         now = time.monotonic()
-        ended = self.executor.look(running.place)
+        executor = self.executor if running.validation is None else self._local
+        ended = executor.look(running.place)
         if ended is not None:
             self._running.remove(running)
             for lease in running.leases:
@@ -207,14 +252,18 @@ class Worker:
                 drop_handover(lease.job)
                 self._let_go(lease)
             return
+        if running.validation is not None and now > running.validation.deadline:
+            executor.stop(running.place, hard=True)
         self._keep(running, now)
         if running.stopping is not None and not running.killed and now - running.stopping > self.grace:
             running.killed = True
-            self.executor.stop(running.place, hard=True)
+            executor.stop(running.place, hard=True)
 
     def _process_ended(self, running: _Running, lease: JobLease, ended: Ended) -> None:
         """What becomes of a job whose process has ended."""
-        if ended.memory and running.jobs > 1:  # whoever took it: each goes on by itself, and is held to its own plan
+        if running.validation is not None:
+            self._validation_ended(lease, running.validation, ended, running.stopping is not None)
+        elif ended.memory and running.jobs > 1:  # whoever took it: each goes on by itself, and is held to its own plan
             self.store.note(lease, place="")
             self.store.release(lease, "its process was ended, to go on by itself from its last checkpoint")
         elif ended.memory:
@@ -259,7 +308,7 @@ class Worker:
     def _ask_to_end(self, running: _Running) -> None:
         if running.stopping is None:
             running.stopping = time.monotonic()
-            self.executor.stop(running.place)
+            (self.executor if running.validation is None else self._local).stop(running.place)
 
     def _end_all(self) -> None:
         """Everything that runs saves its state and is given back."""
