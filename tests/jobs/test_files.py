@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import event, insert
 
-from veneer.jobs.files import FileLimits, Files, open_files
+from veneer.jobs.files import FileLimits, Files, UploadedFile, open_files
 from veneer.jobs.store import JobStore
+from veneer.jobs.tables import job_file_table
 from veneer.library.library import Library, open_library
 from veneer.serve.request import Refused
 from veneer.serve.tenancy import manage
@@ -220,6 +222,38 @@ def test_a_file_expires_when_it_was_said_to(files: Files) -> None:
     assert [file.id for file in files.list("acme")[0]] == [other]
     assert files.sweep() == 1
     assert kept(files) == {sha(b"kept")}
+
+
+def test_many_files_expire_in_few_transactions(files: Files) -> None:
+    """More than a statement may have values, each with bytes of its own."""
+    files.limits, now, count = replace(files.limits, files=100_000, room=100_000), files.clock(), 1200
+    whole = b"".join(b"%04d" % n for n in range(count))
+    rows: list[dict[str, object]] = []
+    for n in range(count):
+        data = whole[4 * n : 4 * n + 4]
+        path = f"tenants/acme/blobs/{sha(data)[:2]}/{sha(data)}"
+        files.store.put(path, data, sha(data))
+        made = UploadedFile(f"file-{n}", "acme", "a.jsonl", "fine-tune", 4, sha(data), now, now + HOUR)
+        rows.append(vars(made))
+    with files.engine.begin() as c:
+        for at in range(0, count, 100):
+            c.execute(insert(job_file_table), rows[at : at + 100])
+    add(files, "acme", b"0007", keep=2 * HOUR)
+    later(files, HOUR)
+    commits, most = [0], [0]
+
+    def counted(connection: object) -> None:
+        commits[0] += 1
+
+    def bound(connection: object, cursor: object, statement: str, parameters: object, *_: object) -> None:
+        most[0] = max(most[0], len(parameters) if isinstance(parameters, tuple | dict) else 0)
+
+    event.listen(files.engine, "commit", counted)
+    event.listen(files.engine, "before_cursor_execute", bound)
+    assert files.sweep() == count
+    assert commits[0] < 100
+    assert most[0] < 1000
+    assert kept(files) == {sha(b"0007")}
 
 
 def test_a_kill_leaves_debris_that_a_sweep_takes_and_nothing_else(files: Files) -> None:

@@ -26,10 +26,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from sqlalchemy import Column, Connection, Engine, delete, func, insert, select, update
+from sqlalchemy import Column, ColumnElement, Connection, Engine, Table, delete, func, insert, select, update
 
 from veneer.files.atomic import replace_file
 from veneer.files.rights import private_folder
@@ -46,6 +47,10 @@ _UploadStatus = Literal["pending", "completed", "cancelled", "expired"]
 _LOCK = 0x66696C6573  # "files": the key of PostgreSQL's advisory lock
 _GRACE = 3600.0
 """Seconds for which bytes without a row are let be: their row may be on its way."""
+_BATCH = 500
+"""Rows of one statement, and of one transaction that removes some: databases bound how many values a statement has."""
+_HOLD = 0.25
+"""Seconds for which bytes are removed while others wait for the lock."""
 _REMEMBERED = 30 * 86400.0
 """Seconds for which an upload that ended is still told of."""
 
@@ -297,7 +302,7 @@ class Files:
                     update(job_upload_table).where(job_upload_table.c.id == id).values(status="completed", file=made.id)
                 )
                 c.execute(insert(job_file_table), vars(made))
-        self._drop_parts([id])
+        self._drop_parts(id)
         return self.get_upload(tenant, id)
 
     def cancel(self, tenant: str, id: str) -> Upload:
@@ -305,55 +310,60 @@ class Files:
         with self._change() as c:
             _pending(c, tenant, id, self.clock())
             c.execute(update(job_upload_table).where(job_upload_table.c.id == id).values(status="cancelled"))
-        self._drop_parts([id])
+        self._drop_parts(id)
         return self.get_upload(tenant, id)
 
     # -- upkeep --------------------------------------------------------------------------------------------------------
 
     def sweep(self) -> int:
         """Removes files and uploads that have expired, what is left of killed processes, and uploads that ended long
-        ago. Returns how many there were. Safe beside everything else, and to be killed."""
-        now, f, u = self.clock(), job_file_table.c, job_upload_table.c
+        ago. Returns how many there were. Safe beside everything else, and to be killed: rows and bytes go in batches,
+        each in a short transaction."""
+        now, u = self.clock(), job_upload_table.c
+        count = self._drop(job_file_table, job_file_table.c.expires <= now)
         with self._change() as c:
-            old = c.execute(select(f.id, f.tenant, f.sha256).where(f.expires <= now)).all()
-            c.execute(delete(job_file_table).where(f.id.in_([row.id for row in old])))
-            late = c.execute(
+            count += c.execute(
                 update(job_upload_table).where(u.status == "pending", u.expires <= now).values(status="expired")
             ).rowcount
             c.execute(delete(job_upload_table).where(u.status != "pending", u.expires <= now - _REMEMBERED))
-        self._release([(row.tenant, row.sha256) for row in old])
-        with reading(self.engine) as c:
-            over = select(job_part_table.c.upload).outerjoin(job_upload_table, u.id == job_part_table.c.upload)
-            ended = c.scalars(over.where((u.status.is_(None)) | (u.status != "pending")).distinct()).all()
-        self._drop_parts(ended)
+        self._drop(job_part_table, job_part_table.c.upload.not_in(select(u.id).where(u.status == "pending")))
         if isinstance(self.store, LocalStore):
             self.store.sweep(set())
-        with reading(self.engine) as c:
-            tables = (job_file_table.c, job_part_table.c)
-            held = {_path(row.tenant, row.sha256) for t in tables for row in c.execute(select(t.tenant, t.sha256))}
-        stray = [p for p, _, changed in self.store.walk("tenants") if p not in held and changed <= now - _GRACE]
-        return len(old) + late + self._release([_content(path) for path in stray])
+        old = (_content(path) for path, _, changed in self.store.walk("tenants") if changed <= now - _GRACE)
+        while some := [*islice(old, _BATCH)]:
+            count += self._release(some)
+        return count
 
-    def _drop_parts(self, uploads: Iterable[str]) -> None:
-        """The parts of uploads that have ended."""
-        p = job_part_table.c
-        for upload in uploads:
+    def _drop_parts(self, upload: str) -> None:
+        """The parts of an upload that has ended."""
+        self._drop(job_part_table, job_part_table.c.upload == upload)
+
+    def _drop(self, table: Table, which: ColumnElement[bool]) -> int:
+        """Deletes those rows of files or parts, and the bytes that no row has then. Returns how many rows went."""
+        count, t = 0, table.c
+        while True:
             with self._change() as c:
-                rows = c.execute(select(p.tenant, p.sha256).where(p.upload == upload)).all()
-                c.execute(delete(job_part_table).where(p.upload == upload))
+                rows = c.execute(select(t.id, t.tenant, t.sha256).where(which).limit(_BATCH)).all()
+                c.execute(delete(table).where(t.id.in_([row.id for row in rows])))
             self._release([(row.tenant, row.sha256) for row in rows])
+            count += len(rows)
+            if len(rows) < _BATCH:
+                return count
 
     def _release(self, contents: Iterable[tuple[str, str]]) -> int:
         """Removes those of some bytes, by tenant and sha256, that no row has. Returns how many."""
-        count = 0
-        for tenant, sha256 in sorted(set(contents)):
-            with reading(self.engine) as c:  # most have one, and need not wait for the lock
-                if _held(c, tenant, sha256):
-                    continue
+        count, wanted = 0, sorted(set(contents))
+        with reading(self.engine) as c:  # most have a row, and need not wait for the lock
+            kept = _with_rows(c, wanted)
+        left = [content for content in wanted if content not in kept]
+        while left:
             with self._change() as c:
-                if not _held(c, tenant, sha256):
-                    self.store.delete(_path(tenant, sha256))
-                    count += 1
+                end = time.monotonic() + _HOLD
+                kept = _with_rows(c, left)
+                while left and time.monotonic() < end:
+                    if (content := left.pop()) not in kept:
+                        self.store.delete(_path(*content))
+                        count += 1
         return count
 
     def _check_room(self, c: Connection, tenant: str, more: int) -> None:
@@ -413,11 +423,16 @@ def _columns() -> list[Column[Any]]:
     return [c for c in job_file_table.c if c.name != "number"]
 
 
-def _held(c: Connection, tenant: str, sha256: str) -> bool:
-    return any(
-        c.scalar(select(func.count()).where(t.c.tenant == tenant, t.c.sha256 == sha256))
-        for t in (job_file_table, job_part_table)
-    )
+def _with_rows(c: Connection, contents: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Those of some bytes, by tenant and sha256, that a file or a part has."""
+    found: set[tuple[str, str]] = set()
+    for tenant in {tenant for tenant, _ in contents}:
+        hashes = [sha256 for owner, sha256 in contents if owner == tenant]
+        for at in range(0, len(hashes), _BATCH):
+            for t in (job_file_table.c, job_part_table.c):
+                query = select(t.sha256).where(t.tenant == tenant, t.sha256.in_(hashes[at : at + _BATCH]))
+                found |= {(tenant, sha256) for sha256 in c.scalars(query)}
+    return found
 
 
 def _upload(c: Connection, tenant: str, id: str, now: float) -> Upload:
