@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import sys
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -124,3 +126,16 @@ def test_archives_that_are_no_adapters_are_refused_and_leave_nothing(staging: St
         with pytest.raises(Refused, match=why):
             sent(staging, "a.zip", data)
     assert on_disk() == []
+
+
+def test_threads_send_at_the_same_time(staging: Staging) -> None:
+    """Each finds what it sent: there is one folder, and no upload fails because of another one."""
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            made = [*pool.map(lambda n: sent(staging, "a.safetensors", b"x", tenant=f"t{n}"), range(600))]
+    finally:
+        sys.setswitchinterval(switch)
+    assert all(staging.get(f"t{n}", each.id).path.read_bytes() == b"x" for n, each in enumerate(made))
+    assert len({each.path.parent.parent for each in made}) == 1

@@ -19,6 +19,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 import zipfile
 import zlib
@@ -87,12 +88,13 @@ class IncomingAdapter:
 
 @dataclass
 class Staging:
-    """`most`: bytes of one adapter, unpacked. `clock`: seconds since 1970."""
+    """`most`: bytes of one adapter, unpacked. `clock`: seconds since 1970. Thread-safe."""
 
     most: int
     clock: Callable[[], float] = time.time
     _held: dict[str, StagedAdapter] = field(default_factory=dict)
     _folder: Path | None = None
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def begin(self, tenant: str, filename: str) -> IncomingAdapter:
         """A file that is about to come. Raises Refused (400) for a name that no adapter's file has. Blocks."""
@@ -122,15 +124,17 @@ class Staging:
             incoming.path.unlink()
         until = self.clock() + _KEPT
         staged = StagedAdapter(incoming.id, incoming.tenant, incoming.name, path, size, until)
-        own = [each for each in self._held.values() if each.tenant == staged.tenant]
+        with self._lock:
+            own = [each for each in self._held.values() if each.tenant == staged.tenant]
+            self._held[staged.id] = staged
         while own and sum(each.size for each in own) + size > _TENANTS_ROOM * self.most:
             self.drop(own.pop(0))
-        self._held[staged.id] = staged
         return staged
 
     def get(self, tenant: str, id: str) -> StagedAdapter:
         """Raises Refused (404)."""
-        found = self._held.get(id)
+        with self._lock:
+            found = self._held.get(id)
         if found is None or found.tenant != tenant or found.until < self.clock():
             raise Refused(
                 "there is no such file here", status=404, code="not_found", fix="send it again; it is kept for an hour"
@@ -139,32 +143,38 @@ class Staging:
 
     def drop(self, staged: StagedAdapter | IncomingAdapter) -> None:
         """Its bytes go. Blocks."""
-        self._held.pop(staged.id, None)
+        with self._lock:
+            self._held.pop(staged.id, None)
+            folder = self._folder
         if isinstance(staged, IncomingAdapter):
             staged.end()
-        if self._folder is not None:
-            shutil.rmtree(self._folder / staged.id, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder / staged.id, ignore_errors=True)
 
     def close(self) -> None:
         """Everything goes."""
-        self._held.clear()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        with self._lock:
+            self._held.clear()
+            folder, self._folder = self._folder, None
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _home(self) -> Path:
         """This process's folder, made when it is first needed; those of processes that were killed go then."""
-        if self._folder is None:
-            place = private_folder(veneer_home() / "cache" / "staged")
-            for old in place.iterdir():
-                with contextlib.suppress(OSError):
-                    if old.stat().st_mtime < time.time() - _STRAY:
-                        shutil.rmtree(old, ignore_errors=True)
-            self._folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=place))
-        return self._folder
+        with self._lock:
+            if self._folder is None:
+                place = private_folder(veneer_home() / "cache" / "staged")
+                for old in place.iterdir():
+                    with contextlib.suppress(OSError):
+                        if old.stat().st_mtime < time.time() - _STRAY:
+                            shutil.rmtree(old, ignore_errors=True)
+                self._folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=place))
+            return self._folder
 
     def _sweep(self) -> None:
-        for each in [each for each in self._held.values() if each.until < self.clock()]:
+        with self._lock:
+            expired = [each for each in self._held.values() if each.until < self.clock()]
+        for each in expired:
             self.drop(each)
 
 
