@@ -25,6 +25,7 @@ from tests.serve.whole import served
 from tests.test_readme import ROOT, blocks
 from tests.tiny_base import tiny_base_dir
 from veneer.jobs.build import training
+from veneer.jobs.tinker.service import SessionOver, TinkerService, TrainingRun
 from veneer.library.library import open_library
 from veneer.serve.settings import HttpSettings
 from veneer.serve.tenancy import manage
@@ -464,3 +465,23 @@ def test_a_samples_mistake_is_its_result(client: Any) -> None:
         assert told["category"] == "user"
     gone = acme.http.post("/retrieve_future", json={"request_id": f"{id}:77"})
     assert gone.status_code == 410
+
+
+def test_a_request_of_a_session_that_ends_is_answered(
+    world: SimpleNamespace, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client is told, and does not wait for ever."""
+    acme = client("acme")
+    model = acme.model(world.base, 2)
+    answer, asked = TinkerService.answer, list[int]()
+
+    def over(self: TinkerService, run: TrainingRun, seq: int) -> Any:
+        asked.append(seq)
+        if len(asked) == 2:  # after the request was taken
+            raise SessionOver("the session is over", where="model_id")
+        return answer(self, run, seq)
+
+    monkeypatch.setattr(TinkerService, "answer", over)
+    promise = acme.forward(model).json()
+    found = acme.http.post("/retrieve_future", json={"request_id": promise["request_id"]})
+    assert (found.status_code, "the session is over" in found.text) == (410, True)

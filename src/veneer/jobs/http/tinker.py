@@ -50,6 +50,7 @@ from veneer.serve.http.guard import needs
 from veneer.serve.http.mixes import ChosenMix
 from veneer.serve.http.service import Service, caller_of, service_of
 from veneer.serve.names.shelf import AdapterPlace
+from veneer.serve.outage import fault
 from veneer.serve.principal import Principal
 from veneer.serve.quota import QuotaHold, Quotas
 from veneer.serve.request import Refused, Sampling, Usage, invalid
@@ -468,8 +469,10 @@ def _bill(
 
     async def follow() -> None:
         try:
-            future = service.answer(found, seq)
-            assert future is not None
+            future = await _asked(lambda: service.answer(found, seq))
+            if future is None:
+                what = f"the result of {quoted(number)} is kept no more"
+                raise Refused(what, status=410, code="gone", fix="it was done; its effect is in the state")
             answer = await asyncio.wrap_future(future)
             if bill is not None:
                 await bill.used(Usage(tokens if answer.kind != "failed" else 0, 0, 0))
@@ -477,6 +480,11 @@ def _bill(
                 own.budget.give_back(found.tenant, taken)
             if not shown.done():
                 shown.set_result(answer)
+        except Exception as error:  # whoever waits for the result is told
+            if not shown.done():
+                shown.set_exception(error if isinstance(error, Refused) else fault("the request", error))
+                shown.exception()  # nobody may wait for it
+                own.budget.give_back(found.tenant, taken)
         finally:
             await admission.aclose()
             loop.call_later(_KEPT, own.billed.pop, number, None)
