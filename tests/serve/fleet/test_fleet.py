@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,24 @@ def test_what_cannot_be_loaded_is_refused_and_never_answered_by_the_base(shelf, 
                 await it.load(ONE)
             assert not fake.asked("complete")
             assert "base" in said(await answer(it))
+
+    with running(fake) as urls:
+        run(work(urls))
+
+
+def test_a_refusal_is_forgotten_after_its_time(shelf, tmp_path, monkeypatch):
+    """Mixes that clients make up, and that no replica takes, do not add up."""
+    fake = FakeVLLM(load_refusal="LoRA rank 64 is greater than max_lora_rank 16.")
+    clock, passed = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + passed[0])
+
+    async def work(urls: list[str]) -> None:
+        async with fleet(urls, shelf, tmp_path) as it:
+            for strength in (0.25, 0.5, 0.75):
+                with pytest.raises(Refused, match="max_lora_rank"):
+                    await answer(it, make_mix([(ONE[0][0], strength)]))
+                passed[0] += 60.0
+            assert len(it.refused) == 1
 
     with running(fake) as urls:
         run(work(urls))

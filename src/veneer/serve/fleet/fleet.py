@@ -344,7 +344,9 @@ class Fleet(Engine[Request, EngineEvent]):
             await self._make_room(replica)
             await server.load(name, folder)
         except Refused as refusal:
-            self.refused[replica.place, name] = (time.monotonic() + _REFUSED_FOR, refusal)
+            now = time.monotonic()
+            self.refused = {key: kept for key, kept in self.refused.items() if kept[0] > now}
+            self.refused[replica.place, name] = (now + _REFUSED_FOR, refusal)
             self.making.pop(name, None)  # the files may have moved: looked up again the next time
             log.warning("%s", refusal.what)
             return refusal

@@ -237,7 +237,7 @@ class Catalog:
             adapter = self.shelf.read_from(place, self.problems)
             digest = adapter.digest()
             self._check_library(name, digest, replace)
-            self.shelf.remember(digest, place)
+            self.shelf.keep(digest, place)
             try:
                 self.residents.load(digest, adapter, pinned=pinned)
             except BaseException:
@@ -288,6 +288,7 @@ class Catalog:
             others = [card for card in self._loaded.values() if card.digest == digest]
         if not others:
             self.residents.drop(digest)
+            self.shelf.release(digest)
         elif not any(card.pinned for card in others):
             self.residents.unpin(digest)
 

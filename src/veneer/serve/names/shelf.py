@@ -29,6 +29,7 @@ Knows the library, files and one base; no names of a server, no requests.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -43,6 +44,9 @@ from veneer.library.names import parse_reference
 from veneer.library.snapshot import NamedVersion, Snapshot
 from veneer.serve.outage import fault, is_outage, outage
 from veneer.serve.request import Refused
+
+MOST_PLACES = 4096
+"""Places of adapters that a shelf remembers for requests that run; the library has most of them anyway."""
 
 Problems = Callable[[Adapter], list[str]]
 """Why an adapter cannot be served with its full effect, one line each: the engine's to say."""
@@ -83,7 +87,10 @@ class Shelf:
         self.base, self.library, self.max_bytes = base, library, max_bytes
         self._folders = [_folder(folder) for folder in folders]
         self.names = None if library is None else Snapshot(library)
-        self._places: dict[str, AdapterPlace] = {}
+        self._kept: dict[str, AdapterPlace] = {}
+        self._recent: dict[str, AdapterPlace] = {}
+        """The places that were remembered last, the newest at the end."""
+        self._lock = threading.Lock()
         self._listed: tuple[object, list[NamedVersion]] = (None, [])
 
     # -- what a reference means --------------------------------------------------------------------------------------
@@ -162,9 +169,25 @@ class Shelf:
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def remember(self, digest: str, place: AdapterPlace) -> None:
-        """Read the adapter of that digest from there from now on; a place in the library is kept rather than a path."""
-        if place.reference or not self._places.get(digest, place).reference:
-            self._places[digest] = place
+        """Read the adapter of that digest from there, for the requests that run: the oldest of `MOST_PLACES` is
+        forgotten. A place in the library is preferred to a path."""
+        with self._lock:
+            old = self._recent.pop(digest, place)
+            self._recent[digest] = old if old.reference and not place.reference else place
+            if len(self._recent) > MOST_PLACES:
+                del self._recent[next(iter(self._recent))]
+
+    def keep(self, digest: str, place: AdapterPlace) -> None:
+        """Read the adapter of that digest from there until `release`: a name that was loaded means it."""
+        with self._lock:
+            self._kept[digest] = place
+
+    def release(self, digest: str) -> None:
+        """No loaded name means this adapter any more; requests that run still find it."""
+        with self._lock:
+            place = self._kept.pop(digest, None)
+        if place is not None:
+            self.remember(digest, place)
 
     def read(self, digest: str, problems: Problems = lambda adapter: []) -> Adapter:
         """An adapter that a name meant, from where it was found. Raises Refused."""
@@ -176,7 +199,10 @@ class Shelf:
         return self._files(self._place(digest))
 
     def _place(self, digest: str) -> AdapterPlace:
-        place = self._places.get(digest)
+        with self._lock:
+            place = self._recent.get(digest) or self._kept.get(digest)
+        if place is None and (found := self.look(digest)) is not None:
+            place = place_of(found)
         if place is None:
             raise unusable("not_found", f"no adapter has the digest {digest}", status=404)
         return place
