@@ -34,6 +34,9 @@ CHUNK = 1 << 20
 _WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "memory"}
 """fsspec protocols whose files appear whole: elsewhere a file is written under another name and moved."""
 
+S3_SECONDS = 10.0
+"""Seconds after which S3 that sends nothing counts as away, for each attempt."""
+
 
 def blob_path(sha256: str) -> str:
     """The path of a file in a store, by its sha256."""
@@ -64,10 +67,8 @@ def open_store(location: str) -> LocalStore | RemoteStore:
     protocol = location.partition("://")[0]
     if protocol in ("file", "local"):
         return LocalStore(Path(location.partition("://")[2]).absolute())
-    import fsspec  # type: ignore[import-untyped]
-
     try:
-        fs, root = fsspec.core.url_to_fs(location, use_listings_cache=False)
+        fs, root = open_remote(location)
     except ImportError as error:
         extra = {"s3": "pip install 'veneer[s3]'", "s3a": "pip install 'veneer[s3]'"}
         raise MissingExtraError(str(error), where=location, fix=extra.get(protocol, "install it with pip")) from None
@@ -76,7 +77,23 @@ def open_store(location: str) -> LocalStore | RemoteStore:
     except OSError as error:
         why = error.strerror or str(error)
         raise UnavailableError(f"the store cannot be used now: {why}", where=location, fix="try again later") from error
-    return RemoteStore(fs, root.rstrip("/"), protocol in _WHOLE)
+    return RemoteStore(fs, root, protocol in _WHOLE)
+
+
+def open_remote(location: str) -> tuple[Any, str]:
+    """Return the file system of an fsspec URL, and the path in it. S3 that stops answering fails after four attempts of
+    `S3_SECONDS`; its client's own defaults are 25 attempts of a minute. Raises what fsspec does."""
+    import fsspec  # type: ignore[import-untyped]
+
+    options: dict[str, Any] = {"use_listings_cache": False}
+    s3 = location.partition("://")[0] in ("s3", "s3a")
+    if s3:
+        seconds = {"connect_timeout": S3_SECONDS, "read_timeout": S3_SECONDS, "retries": {"total_max_attempts": 2}}
+        options["config_kwargs"] = seconds | fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    fs, root = fsspec.core.url_to_fs(location, **options)
+    if s3:
+        fs.retries = 2
+    return fs, root.rstrip("/")
 
 
 @dataclass

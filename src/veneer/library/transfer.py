@@ -36,7 +36,7 @@ from veneer.library.describe import PEFT_FILES, AdapterDescription, describe_ada
 from veneer.library.library import Added, Library
 from veneer.library.names import parse_reference
 from veneer.library.queries import record
-from veneer.library.store import CHUNK, blob_path, canonical, hash_file, manifest_path
+from veneer.library.store import CHUNK, blob_path, canonical, hash_file, manifest_path, open_remote
 from veneer.library.upkeep import check_record, parse_manifest
 
 _PLACE_MANIFEST = "veneer-manifest.json"
@@ -70,7 +70,7 @@ def push(library: Library, reference: str, place: str, *, public: bool = False) 
         return f"hf:{repo}@{done.oid}"
     kept = {n: {"sha256": h, "size": size} for n, (h, size) in library.files(version.entry).items()}
     with _said("place", place):
-        fs, root = _place(place)
+        fs, root = open_remote(place)
         fs.makedirs(root, exist_ok=True)
         for name, file in files.items():
             fs.put_file(str(file), f"{root}/{name}")
@@ -145,7 +145,7 @@ def _choose(every: list[str], path: str, place: str) -> list[str]:
 
 def _from_place(place: str, into: Path) -> tuple[str, str]:
     with _said("place", place):
-        fs, root = _place(place)
+        fs, root = open_remote(place)
         if fs.isfile(root):
             names = [root.rpartition("/")[2]]
             fs.get_file(root, str(into / names[0]))
@@ -164,13 +164,6 @@ def _from_place(place: str, into: Path) -> tuple[str, str]:
                 fix="a push there was cut off, is under way, or the files were changed: push again",
             )
     return place, root.rstrip("/").rpartition("/")[2]
-
-
-def _place(place: str) -> tuple[Any, str]:
-    import fsspec  # type: ignore[import-untyped]
-
-    fs, root = fsspec.core.url_to_fs(place, use_listings_cache=False)
-    return fs, root.rstrip("/")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,38 @@
+"""The store: what becomes of one that does not answer."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from veneer.errors import AdapterError, UnavailableError
+from veneer.library import store, transfer
+from veneer.library.library import open_library
+
+
+@pytest.fixture
+def silent_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An S3 whose process was stopped: the system takes connections, and nothing answers."""
+    pytest.importorskip("s3fs", reason="pip install s3fs")
+    server = socket.create_server(("127.0.0.1", 0), backlog=128)
+    url = f"http://127.0.0.1:{server.getsockname()[1]}"
+    names = {"ENDPOINT_URL": url, "ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s", "DEFAULT_REGION": "us-east-1"}
+    for name, value in names.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setattr(store, "S3_SECONDS", 0.05)
+    yield
+    server.close()
+
+
+def test_s3_that_does_not_answer_is_an_outage(silent_s3: None, tmp_path: Path) -> None:
+    """Without a deadline of its own its client waits for 25 minutes."""
+    begun = time.monotonic()
+    with pytest.raises(UnavailableError, match="cannot be used now"):
+        store.open_store("s3://bucket/library").size("library.json")
+    with open_library(tmp_path / "library") as library, pytest.raises(AdapterError, match="cannot be used"):
+        transfer.pull(library, "s3://bucket/support")
+    assert time.monotonic() - begun < 15
