@@ -30,7 +30,7 @@ def test_a_page_hears_and_answers_through_the_real_front_and_door(studio: Served
 
 def test_the_api_is_as_it_is_without_the_page(studio: Served) -> None:
     with httpx.Client(base_url=studio.address) as client:
-        assert client.get("/v1/nope").json()["error"]["code"] == "not_found"
+        assert client.get("/v1/nope").json()["error"]["type"] == "invalid_request_error"
         assert client.get("/v1/chat/completions").status_code == 405
         assert client.get("/studio").headers["location"].endswith("/studio/")
         assert client.get("/studio/nope").status_code == 404

@@ -18,6 +18,7 @@ and ends at its first error, and of several kinds of value the one is checked th
 from __future__ import annotations
 
 import json
+import re
 import typing
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Annotated, Any, ClassVar
@@ -281,10 +282,28 @@ def checked(model: type[BaseModel], value: Any, param: str) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join([param, *map(str, first["loc"])])
-        raise invalid(f"{where}: {first['msg']}", param) from error
+        raise invalid(problem_text(where, first), param) from error
 
 
 # -- what is wrong with a body -----------------------------------------------------------------------------------------
+
+
+_PLAIN = [
+    (re.compile(r"^Value error, |, unable to parse string as an? \w+|, got a number with a fractional part"), ""),
+    (re.compile(r"^(Input|Value|String|List|Tuple|Set|Dictionary) should (?=be|have|match)"), "must "),
+    (re.compile(r"^Field required$"), "is required"),
+]
+"""What of pydantic's texts is its own, and what is said instead."""
+
+
+def problem_text(where: str, problem: Mapping[str, Any]) -> str:
+    """One of pydantic's problems in a client's words. `where`: the key; "" for the whole."""
+    text = str(problem["msg"])
+    for pattern, instead in _PLAIN:
+        text = pattern.sub(instead, text)
+    if not where:
+        return text
+    return f"{where} {text}" if text.startswith(("must ", "is ")) else f"{where}: {text}"
 
 
 def body_error(
@@ -296,7 +315,8 @@ def body_error(
     told: list[str] = []
     names = list(known)
     for problem in problems[:5]:
-        where = ".".join(str(part) for part in problem["loc"] if part != "body" and not str(part).startswith("="))
+        inside = problem["loc"][problem["loc"][:1] in (("body",), ("query",)) :]
+        where = ".".join(str(part) for part in inside if not str(part).startswith("="))
         if problem["type"] == "extra_forbidden":
             beside = list((inner or {}).get(str(problem["loc"][1]), names))
             near = [name for name in nearest(str(problem["loc"][-1]), beside, n=1) if name != where]
@@ -310,7 +330,7 @@ def body_error(
         elif problem["type"] == "json_invalid":
             told.append(f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
         else:
-            told.append(f"{where}: {problem['msg']}" if where else problem["msg"])
+            told.append(problem_text(where, problem))
     if len(problems) > 5:
         told.append(f"and {len(problems) - 5} more")
     first = next((str(part) for p in problems for part in p["loc"][1:2] if isinstance(part, str)), None)

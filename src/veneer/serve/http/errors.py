@@ -39,7 +39,7 @@ def json_bytes(content: Any) -> bytes:
 
 def message_of(error: VeneerError) -> str:
     """An error in one line."""
-    return error.what + (f": {error.fix}" if error.fix else "")
+    return f"{error.what.rstrip('.')}: {error.fix}" if error.fix else error.what
 
 
 def problem_of(error: Exception) -> str:
@@ -56,7 +56,7 @@ def as_refused(error: Exception) -> Refused:
 
 # -- bodies ------------------------------------------------------------------------------------------------------------
 
-_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 def _openai(error: Refused) -> tuple[int, Any]:
@@ -122,7 +122,10 @@ _FORMS: dict[str, Callable[[Refused], tuple[int, Any]]] = {
 
 def error_body(error: Refused, surface: str) -> tuple[int, Any]:
     """(status, body) of an error as a surface tells it; an unknown surface tells it as OpenAI does."""
-    return _FORMS.get(surface, _openai)(error)
+    status, body = _FORMS.get(surface, _openai)(error)
+    if surface.startswith("OpenAI") and (error.status, error.code) == (404, "not_found"):
+        body["error"]["code"] = None  # it has codes for models and jobs alone
+    return status, body
 
 
 def answer_error(error: Refused, surface: str) -> Json:

@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from veneer.errors import ConfigError, VeneerError, nearest
 from veneer.library.database import reading
-from veneer.serve.http.bodies import BodyRoute
+from veneer.serve.http.bodies import BodyRoute, problem_text
 from veneer.serve.http.guard import needs
 from veneer.serve.outage import fault, is_outage
 from veneer.serve.request import Refused, invalid
@@ -379,7 +379,7 @@ def _line(error: Any, fields: dict[int, set[str]]) -> str:
     place = ".".join(str(part) for part in error["loc"][1:])
     if error["type"] == "extra_forbidden":
         return _unknown(place, fields.get(len(error["loc"]), set()))
-    return f"{place or 'body'}: {error['msg']}"
+    return problem_text(place or "body", error)
 
 
 def _unknown(place: str, known: set[str]) -> str:
