@@ -122,7 +122,7 @@ class Shared(Body):
     )
     lora: Annotated[list[LoraScale], FAIL_FAST, at_most(64)] | None = None
     lora_path: Paths | None = None
-    temperature: float | None = None
+    temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = None
     top_k: int | None = Field(default=None, ge=-1, lt=1 << 31)
     min_p: float | None = None
