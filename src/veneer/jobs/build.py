@@ -47,6 +47,7 @@ def training(
 
     sandbox = working_sandbox() if python_graders else None
     files, jobs = open_files(library), JobStore(library)
+    service.fine_tunes = service.engine.makes == "texts"
     sweeping: list[asyncio.Task[None]] = []
     tenancy = service.tenancy
     tenants = tenancy.store if isinstance(tenancy, Tenants) else None

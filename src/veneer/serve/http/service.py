@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @dataclass(eq=False)
 class Service:
     """`reader`: how the base reads prompts. `phase`: ready, unless the server is not; who drains it sets it. `inside`:
-    requests that are being answered."""
+    requests that are being answered. `fine_tunes`: whether POST /v1/fine_tuning/jobs takes its models."""
 
     engine: Engine[Any, Any]
     catalog: Catalog
@@ -42,6 +42,7 @@ class Service:
     settings: HttpSettings = field(default_factory=HttpSettings)
     phase: Literal["loading", "ready", "draining"] = "ready"
     inside: int = 0
+    fine_tunes: bool = False
     _tidies: bool = False
 
     def __post_init__(self) -> None:

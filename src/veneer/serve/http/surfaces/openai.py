@@ -353,10 +353,11 @@ def _tuned(base: str, cards: Sequence[ModelCard], caller: Principal) -> list[Mod
 def _card(service: Service, card: ModelCard) -> dict[str, Any]:
     """A model as vLLM describes it, with the adapter's digest; what was tuned belongs to its organisation."""
     tuned = parse_tuned(card.id)
+    trainable = service.fine_tunes and (tuned is not None or card.id == service.catalog.base)
     permission = {
         "id": f"modelperm-{card.digest[:24] or card.id}", "object": "model_permission", "created": card.created,
         "allow_create_engine": False, "allow_sampling": True, "allow_logprobs": True, "allow_search_indices": False,
-        "allow_view": True, "allow_fine_tuning": False, "organization": "*", "group": None, "is_blocking": False,
+        "allow_view": True, "allow_fine_tuning": trainable, "organization": "*", "group": None, "is_blocking": False,
     }  # fmt: skip
     return {
         "id": card.id, "object": "model", "created": card.created, "root": card.root, "parent": card.parent,
